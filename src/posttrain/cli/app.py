@@ -1,0 +1,150 @@
+"""The `posttrain` command: finds the verb, runs it, and turns errors into one line and an exit code.
+
+A verb's module is imported only when that verb runs or its own help is asked for, so `posttrain --help` loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, cast
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+import posttrain
+from posttrain.errors import PosttrainError
+
+EXIT_USAGE = 64
+EXIT_CRASH = 70
+EXIT_INTERRUPTED = 130
+
+VERBS: dict[str, tuple[str, str, str]] = {
+    "run": ("posttrain.cli.train", "run", "Run a pipeline: stages, evals, gates, registry."),
+    "sft": ("posttrain.cli.train", "sft", "Run one stage of supervised fine-tuning."),
+    "dpo": ("posttrain.cli.train", "dpo", "Run one stage of preference optimisation."),
+    "grpo": ("posttrain.cli.train", "grpo", "Run one stage of RL with verifiable rewards."),
+    "plan": ("posttrain.cli.plan", "plan", "Say what a run needs in memory and time before it starts."),
+    "data": (
+        "posttrain.cli.data",
+        "data",
+        "Show the data as the model will see it: format, loss mask, lengths, skips.",
+    ),
+    "rewards": ("posttrain.cli.rewards", "rewards", "Check reward functions and certify them."),
+    "eval": ("posttrain.cli.evaluate", "evaluate", "Score a model on eval suites."),
+    "gate": ("posttrain.cli.gate", "gate", "Judge a candidate's eval reports against a baseline's."),
+    "registry": ("posttrain.cli.registry", "registry", "List, show, verify, promote and roll back registered models."),
+    "merge": ("posttrain.cli.merge", "merge", "Merge an adapter into its base and check the logits."),
+    "chat": ("posttrain.cli.chat", "chat", "Talk to a model."),
+    "report": ("posttrain.cli.report", "report", "Write the HTML report of a run."),
+    "diff": ("posttrain.cli.diff", "diff", "Compare two runs."),
+    "explain": ("posttrain.cli.explain", "explain", "Say what a key means, its default and what other tools call it."),
+    "doctor": ("posttrain.cli.doctor", "doctor", "Check this machine and its packages."),
+}
+"""Verb → module, attribute (a function or a typer app), one line for `--help`."""
+
+# ClickException, by way of a public name: typer carries its own copy of click from 0.26 on.
+_ClickException = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
+
+
+def available_verbs() -> list[str]:
+    """The verbs whose module is installed, in the order of the table."""
+    return [verb for verb, (module, _, _) in VERBS.items() if importlib.util.find_spec(module) is not None]
+
+
+def load_verb(verb: str) -> Any:
+    """Import a verb and build its command."""
+    module, attribute, help_text = VERBS[verb]
+    target = getattr(importlib.import_module(module), attribute)
+    if isinstance(target, typer.Typer):
+        command = typer.main.get_command(target)
+    else:
+        single = typer.Typer(add_completion=False)
+        single.command(help=target.__doc__ or help_text)(target)
+        command = typer.main.get_command(single)
+    command.name = verb
+    return command
+
+
+class LazyGroup(TyperGroup):
+    """Lists the verbs from the table; imports the one that is called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return available_verbs()
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A verb by its line of help only."""
+        if cmd_name not in available_verbs():
+            return None
+        return TyperCommand(name=cmd_name, help=VERBS[cmd_name][2])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        self.commands = {verb: self.get_command(ctx, verb) for verb in available_verbs()}  # for "did you mean"
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load_verb(name) if name is not None else command, rest
+
+
+app = typer.Typer(
+    name="posttrain",
+    cls=LazyGroup,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"posttrain {posttrain.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    ctx: typer.Context,
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
+    """From an open-weight base model to an evaluated, gated, registered, servable one."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 64 for what the user must fix, 130 for Ctrl-C, 70 for a defect of ours.
+
+    Other codes are the verb's own (`typer.Exit`). `POSTTRAIN_DEBUG=1` shows the traceback of a user's error too.
+    """
+    sys.exit(_run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _run(argv: list[str]) -> int:
+    command = typer.main.get_command(app)
+    try:
+        result = command.main(args=argv, prog_name="posttrain", standalone_mode=False)
+    except PosttrainError as error:
+        if os.environ.get("POSTTRAIN_DEBUG") == "1":
+            traceback.print_exc()
+        typer.echo(_message(error), err=True)
+        return EXIT_USAGE
+    except _ClickException as error:
+        error.show(file=sys.stderr)
+        return EXIT_USAGE
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("interrupted", err=True)
+        return EXIT_INTERRUPTED
+    except Exception:  # noqa: BLE001 - the process boundary: a crash must not look like the gate's FAIL (1)
+        traceback.print_exc()
+        return EXIT_CRASH
+    return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+def _message(error: PosttrainError) -> str:
+    lines = str(error).splitlines()
+    return f"error: {error}" if len(lines) <= 1 else "error:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

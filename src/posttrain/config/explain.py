@@ -1,0 +1,125 @@
+"""What a key means: everything `posttrain explain` and the configuration page say comes from the schema."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from posttrain.config.foreign import NO_COUNTERPART, foreign_names
+from posttrain.config.knob import Keys
+from posttrain.config.pipeline import (
+    GateKeys,
+    GuardKeys,
+    OnFailKeys,
+    PipelineKeys,
+    PrimaryKeys,
+    RegisterKeys,
+    SuiteKeys,
+)
+from posttrain.config.schema import ForeignName, KeyInfo, did_you_mean, keys_of
+from posttrain.config.stages import STAGE_KEYS, DatasetKeys
+from posttrain.errors import ConfigError
+
+GROUPS: Mapping[str, type[Keys]] = {
+    **STAGE_KEYS,
+    "pipeline": PipelineKeys,
+    "datasets": DatasetKeys,
+    "evals": SuiteKeys,
+    "gate": GateKeys,
+    "gate.guards": GuardKeys,
+    "gate.primary": PrimaryKeys,
+    "gate.on_fail": OnFailKeys,
+    "register": RegisterKeys,
+}
+"""Where keys stand: the three stages, the pipeline, and the groups inside them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A key in the places where it means one thing; `defaults` by place."""
+
+    places: tuple[str, ...]
+    meaning: str
+    type: str
+    defaults: Mapping[str, str]
+    example: str
+    also: tuple[ForeignName, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """A key: one `Use` per meaning (`path` is one thing in `datasets`, another in `evals`)."""
+
+    key: str
+    uses: tuple[Use, ...]
+    asked: str
+
+    @property
+    def meaning(self) -> str:
+        return self.uses[0].meaning
+
+    @property
+    def type(self) -> str:
+        return self.uses[0].type
+
+    @property
+    def defaults(self) -> dict[str, str]:
+        return {place: default for use in self.uses for place, default in use.defaults.items()}
+
+    @property
+    def also(self) -> tuple[ForeignName, ...]:
+        return tuple(dict.fromkeys(name for use in self.uses for name in use.also))
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stage kinds that take the key."""
+        return tuple(stage for stage in STAGE_KEYS if stage in self.defaults)
+
+
+def explain(key: str) -> Explanation:
+    """Explain a key by its name, its place and name (`gate.alpha`), or another tool's name. Raises: ConfigError."""
+    place, _, name = key.rpartition(".")
+    name = _own_name(name)
+    found = [(group, keys_of(model)[name]) for group, model in GROUPS.items() if name in keys_of(model)]
+    if place:
+        found = [(group, info) for group, info in found if group == place or group.rpartition(".")[2] == place]
+    if not found:
+        raise ConfigError(_unknown(key))
+    return Explanation(name, tuple(_uses(found)), key)
+
+
+def all_keys() -> dict[str, tuple[str, ...]]:
+    """The names of the keys by place."""
+    return {place: tuple(keys_of(model)) for place, model in GROUPS.items()}
+
+
+def _own_name(name: str) -> str:
+    if any(name in keys_of(model) for model in GROUPS.values()):
+        return name
+    return next((foreign_names(m)[name].name for m in GROUPS.values() if name in foreign_names(m)), name)
+
+
+def _uses(found: list[tuple[str, KeyInfo]]) -> list[Use]:
+    together: dict[tuple[str, str], list[tuple[str, KeyInfo]]] = {}
+    for place, info in found:
+        together.setdefault((info.meaning, info.type), []).append((place, info))
+    return [
+        Use(
+            places=tuple(place for place, _ in members),
+            meaning=meaning,
+            type=type_,
+            defaults={place: info.default for place, info in members},
+            example=f"{members[0][1].name}: {members[0][1].example}" if members[0][1].example else "",
+            also=tuple(dict.fromkeys(other for _, info in members for other in info.also)),
+        )
+        for (meaning, type_), members in together.items()
+    ]
+
+
+def _unknown(key: str) -> str:
+    if key in NO_COUNTERPART:
+        tools, advice = NO_COUNTERPART[key]
+        return f"{key}: a key of {tools.replace(', ', ' and ')} without a counterpart here; {advice}"
+    names = {name for model in GROUPS.values() for name in (*keys_of(model), *foreign_names(model))}
+    close = did_you_mean(key.rpartition(".")[2], sorted(names))
+    return f"{key}: no such key{close or '; `posttrain explain` without a key lists them all'}"

@@ -1,0 +1,234 @@
+"""Names and values of other tools, read as ours where they mean the same, and explained where they have no counterpart.
+
+A plain rename is declared beside its key (`also` in the schema); here stand the names whose values differ too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from posttrain.config.knob import Keys
+from posttrain.config.pipeline import GateKeys, PipelineKeys, RegisterKeys, SuiteKeys
+from posttrain.config.schema import KeyInfo, did_you_mean, keys_of, show
+from posttrain.config.settings import Problems, Settings
+from posttrain.config.stages import STAGE_KEYS, DatasetKeys
+
+Reading = Mapping[Any, Any] | Callable[[Any], Any]
+"""Their value → ours: a table, or a function that raises KeyError for what has no counterpart."""
+
+
+def _one_of_roles(roles: Any) -> str:
+    return {("assistant",): "assistant", ("gpt",): "assistant"}[tuple(roles) if isinstance(roles, list) else (roles,)]
+
+
+CONVERTED_NAMES: dict[str, Reading] = {
+    "finetuning_type": {"full": "none", "lora": "lora"},
+    "use_peft": {True: "lora", False: "none"},
+    "quantization_bit": {4: True},
+    "lora_target_linear": {True: "all-linear"},
+    "assistant_only_loss": {True: "assistant", False: "all"},
+    "train_on_inputs": {True: "all", False: "assistant"},
+    "train_on_prompt": {True: "all", False: "assistant"},
+    "mask_history": {True: "last", False: "assistant"},
+    "roles_to_train": _one_of_roles,
+    "disable_gradient_checkpointing": {True: False, False: True},
+    "field_messages": lambda column: {"messages": column},
+    "formatting": {"openai": "chat", "sharegpt": "sharegpt", "alpaca": "alpaca"},
+    "vllm_importance_sampling_mode": {
+        "token_truncate": "token_truncate",
+        "token_mask": "token_mask",
+        "sequence_truncate": "sequence_truncate",
+        "sequence_mask": "sequence_mask",
+    },
+}
+"""Foreign name → how its values read under our key; names that are not here are plain renames."""
+
+CONVERTED_VALUES: dict[str, dict[Any, Any]] = {
+    "adapter": {"full": "none"},
+    "lora_target": {"all": "all-linear"},
+    "overflow": {"raise": "error"},
+    "optim": {
+        "adamw_torch": "adamw",
+        "adamw_torch_fused": "adamw",
+        "adamw_hf": "adamw",
+        "adamw_bnb_8bit": "adamw_8bit",
+        "paged_adamw_8bit": "adamw_8bit",
+    },
+    "lr_scheduler_type": {
+        "constant_with_warmup": "constant",
+        "warmup_stable_decay": "wsd",
+        "cosine_with_min_lr": "cosine",
+    },
+    "loss_type": {"kto_pair": "kto"},
+    "scale_rewards": {True: "group", False: "none"},
+    "type": {"chat_template": "chat", "chat_template.default": "preference", "openai": "chat"},
+}
+"""Our key → other tools' values for it."""
+
+_FEW_NAMES = 12
+_NO_GPU_SWITCH = "attention, kernels and device are chosen for the machine; leave it out"
+_SINGLE_VERB = "the verb or the pipeline says which stage runs; leave it out"
+_TRACKING = "every run writes metrics.jsonl; leave it out"
+
+NO_COUNTERPART: dict[str, tuple[str, str]] = {
+    "dataset": ("LLaMA-Factory", "name the files themselves: datasets: [{path: ./data.jsonl}]"),
+    "dataset_dir": ("LLaMA-Factory", "name the files themselves: datasets: [{path: ./data.jsonl}]"),
+    "eval_dataset": ("LLaMA-Factory", "name the files themselves: eval_datasets: [{path: ./dev.jsonl}]"),
+    "dataset_name": ("TRL", "write datasets: [{path: NAME}]"),
+    "val_set_size": ("Axolotl", "split the data once and name the held-out file in eval_datasets"),
+    "val_size": ("LLaMA-Factory", "split the data once and name the held-out file in eval_datasets"),
+    "max_samples": ("LLaMA-Factory", "set limit inside the entry of datasets"),
+    "mix_strategy": ("LLaMA-Factory", "set weight inside the entries of datasets"),
+    "interleave_probs": ("LLaMA-Factory", "set weight inside the entries of datasets"),
+    "fraction": ("TRL", "limit takes the first rows, weight sets the share in a mixture"),
+    "ds_type": ("Axolotl", "the file's suffix says how it is read; type says what its rows are"),
+    "field": ("Axolotl", "rename columns with columns: {text: NAME}"),
+    "template": ("LLaMA-Factory", "the tokenizer's own chat template is used; chat_template takes a Jinja file"),
+    "batch_size": ("Axolotl, torchtune", "it means different things; set per_device_train_batch_size and gradient_accumulation_steps"),
+    "generation_batch_size": ("TRL", "set num_prompts_per_step; a batch is num_prompts_per_step × num_generations completions"),
+    "max_prompt_length": ("TRL", "sequence_len limits the prompt with its completion"),
+    "load_in_8bit": ("Axolotl, TRL", "set load_in_4bit: true with adapter: qlora, or neither"),
+    "fp16": ("Axolotl, LLaMA-Factory, TRL", "bf16 or fp32 only: set bf16: true or bf16: false"),
+    "pure_bf16": ("LLaMA-Factory", "set bf16: true; what is trained keeps fp32 masters"),
+    "stage": ("LLaMA-Factory", _SINGLE_VERB),
+    "rl": ("Axolotl", _SINGLE_VERB),
+    "do_train": ("LLaMA-Factory", _SINGLE_VERB),
+    "model_type": ("Axolotl", "it is read from the model; leave it out"),
+    "tokenizer_type": ("Axolotl", "it is read from the model; leave it out"),
+    "attn_implementation": ("Axolotl, TRL", _NO_GPU_SWITCH),
+    "flash_attention": ("Axolotl", _NO_GPU_SWITCH),
+    "flash_attn": ("LLaMA-Factory", _NO_GPU_SWITCH),
+    "tf32": ("Axolotl", _NO_GPU_SWITCH),
+    "use_liger_kernel": ("TRL", _NO_GPU_SWITCH),
+    "use_vllm": ("TRL", "rollouts use the embedded engine; leave it out"),
+    "report_to": ("LLaMA-Factory, TRL", _TRACKING),
+    "plot_loss": ("LLaMA-Factory", "the report has the curves; leave it out"),
+    "wandb_project": ("Axolotl", _TRACKING),
+    "overwrite_output_dir": ("LLaMA-Factory", "a run continues where it stopped; name another output_dir for a new one"),
+    "resume_from_checkpoint": ("Axolotl, LLaMA-Factory", "a run started again continues by itself; leave it out"),
+    "auto_resume_from_checkpoints": ("Axolotl", "a run started again continues by itself; leave it out"),
+    "saves_per_epoch": ("Axolotl", "set save_steps"),
+    "evals_per_epoch": ("Axolotl", "set eval_steps"),
+    "eval_strategy": ("LLaMA-Factory, TRL", "set eval_steps; 0 validates at the end only"),
+    "save_strategy": ("LLaMA-Factory, TRL", "set save_steps; 0 saves at the end only"),
+    "deepspeed": ("Axolotl, LLaMA-Factory", "several processes are started with torchrun and shard by FSDP2; leave it out"),
+    "fsdp_config": ("Axolotl, LLaMA-Factory", "several processes are started with torchrun and shard by FSDP2; leave it out"),
+    "group_by_length": ("Axolotl, TRL", "nothing is padded, so rows need no sorting; leave it out"),
+    "pad_to_sequence_len": ("Axolotl", "nothing is padded; leave it out"),
+    "ref_model": ("LLaMA-Factory", "the reference is the model the stage starts from; leave it out"),
+    "sync_ref_model": ("TRL", "the reference is the model the stage starts from and stays; leave it out"),
+}  # fmt: skip
+"""Known names that are refused: whose they are, and what to do instead."""
+
+
+@cache
+def foreign_names(model: type[Keys]) -> dict[str, KeyInfo]:
+    """Other tools' names for the keys of `model`; a name that two keys share, or that is ours, is left out."""
+    keys = keys_of(model)
+    owners: dict[str, list[KeyInfo]] = {}
+    for info in keys.values():
+        for other in info.also:
+            owners.setdefault(other.name, []).append(info)
+    return {name: infos[0] for name, infos in owners.items() if len(infos) == 1 and name not in keys}
+
+
+def translate(settings: Settings, model: type[Keys], problems: Problems) -> list[str]:
+    """Read other tools' names and values as ours, in place; returns a note for each."""
+    notes: list[str] = []
+    for name, info in foreign_names(model).items():
+        if name in settings.values:
+            notes += _translate_name(settings, name, info, problems)
+    for key in keys_of(model):
+        if key in settings.values:
+            notes += _translate_value(settings, key, keys_of(model)[key], problems)
+    return notes
+
+
+def _translate_name(settings: Settings, name: str, info: KeyInfo, problems: Problems) -> list[str]:
+    origin, value = settings.origin((name,)), settings.values[name]
+    owner = f"is {_whose(name, info)} for {info.name}"
+    if info.name in settings.values:
+        other = settings.origin((info.name,)).where
+        problems.add(origin, settings.name((name,)), f"{owner}, which is set too ({other}); keep {info.name}")
+        return []
+    reading = CONVERTED_NAMES.get(name)
+    try:
+        ours = value if reading is None else _read(reading, value)
+    except (KeyError, TypeError):
+        text = f"{owner}; its value {show(value)} has no counterpart; set {info.name}: {info.type}"
+        problems.add(origin, settings.name((name,)), text)
+        return []
+    settings.rename(name, info.name, ours)
+    value_text = "" if reading is None else f": {show(ours)}"
+    return [f"{name} is {_whose(name, info)}; read as {info.name}{value_text}"]
+
+
+def _translate_value(settings: Settings, key: str, info: KeyInfo, problems: Problems) -> list[str]:
+    value = settings.values[key]
+    if key == "lora_target" and isinstance(value, str) and re.fullmatch(r"\w+(\s*,\s*\w+)+", value):
+        ours: Any = [part.strip() for part in value.split(",")]
+    elif not isinstance(value, str | bool) or value not in CONVERTED_VALUES.get(key, {}):
+        return []
+    else:
+        ours = CONVERTED_VALUES[key][value]
+    if key == "loss_type" and "kto" not in info.type:
+        return []
+    settings.values[key] = ours
+    return [f"{settings.name((key,))}: {show(value)} is read as {show(ours)}"]
+
+
+def _read(reading: Reading, value: Any) -> Any:
+    return reading(value) if callable(reading) else reading[value]
+
+
+def _whose(name: str, info: KeyInfo) -> str:
+    tools = next((other.tools for other in info.also if other.name == name), ())
+    return f"{_possessive(tools)} name" if tools else "another name"
+
+
+def _possessive(tools: Sequence[str]) -> str:
+    return " and ".join(f"{tool}'s" for tool in tools)
+
+
+_HOLDERS: dict[str, type[Keys]] = {
+    "an entry of datasets": DatasetKeys,
+    "gate": GateKeys,
+    "register": RegisterKeys,
+    "an entry of evals": SuiteKeys,
+}
+
+
+def unknown_key(key: str, kind: str, models: Sequence[type[Keys]]) -> str:
+    """Why `key` is not a key here. `kind` is the stage kind, `pipeline` or the group's name; `models` what it takes."""
+    names = [name for model in models for name in keys_of(model)]
+    if kind in STAGE_KEYS or kind == "pipeline":
+        elsewhere = _elsewhere(key, kind)
+        if elsewhere:
+            return elsewhere
+    if key in NO_COUNTERPART:
+        tools, advice = NO_COUNTERPART[key]
+        return f"{key} is {_possessive(tools.split(', '))} key and has no counterpart here; {advice}"
+    close = did_you_mean(key, names)
+    if not close and len(names) <= _FEW_NAMES:
+        return "unknown key; valid: " + ", ".join(names)
+    return "unknown key" + (close or "; `posttrain explain` lists the keys")
+
+
+def _elsewhere(key: str, kind: str) -> str:
+    """Where `key` would be valid."""
+    stages = [stage for stage, keys in STAGE_KEYS.items() if stage != kind and _takes(keys, key)]
+    if stages:
+        here = f"this is {kind}" if kind in STAGE_KEYS else f"put it inside the {stages[0]} stage"
+        return f"{key} is a {' and '.join(stages)} key; {here}"
+    if kind != "pipeline" and key in keys_of(PipelineKeys):
+        return f"{key} is a pipeline key; it stands at the top of a YAML for `posttrain run`"
+    holders = [holder for holder, group in _HOLDERS.items() if _takes(group, key)]
+    holders = [holder for holder in holders if kind == "pipeline" or "datasets" in holder]
+    return f"unknown key; it belongs inside {' or '.join(holders)}" if holders else ""
+
+
+def _takes(model: type[Keys], key: str) -> bool:
+    return key in keys_of(model) or key in foreign_names(model)

@@ -1,0 +1,167 @@
+"""A YAML file and `--set` overrides in, frozen keys out, with the provenance of every key.
+
+`load_pipeline` is in `load_pipeline.py`; here are single stages and gate specs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from posttrain.config.check import build
+from posttrain.config.effects import without_effect
+from posttrain.config.foreign import foreign_names, translate
+from posttrain.config.knob import Keys
+from posttrain.config.pipeline import GateKeys, PipelineKeys
+from posttrain.config.resolved import leaves
+from posttrain.config.schema import did_you_mean, keys_of
+from posttrain.config.settings import (
+    Override,
+    Problems,
+    Settings,
+    apply_override,
+    dotted,
+    parse_overrides,
+    read_settings,
+)
+from posttrain.config.stages import STAGE_KEYS, DPOKeys, GRPOKeys, SFTKeys, TrainKeys
+from posttrain.config.yaml_lines import KeyPath
+
+Kind = Literal["sft", "dpo", "grpo"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedStage:
+    """A single stage as it will run. `provenance` says of every key `default`, `file:line` or `--set`."""
+
+    kind: Kind
+    keys: TrainKeys
+    path: Path
+    provenance: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPipeline:
+    """A pipeline as it will run; the keys of stage 2 stand under `stages.2.`."""
+
+    keys: PipelineKeys
+    path: Path
+    provenance: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def load_stage(kind: Kind, path: Path, overrides: Sequence[str] = ()) -> LoadedStage:
+    """Raises: ConfigError naming everything that is wrong, one line each."""
+    path, problems, notes = Path(path), Problems(), list[str]()
+    settings, _ = read_settings(path)
+    model = STAGE_KEYS[kind]
+    if "stages" in settings.values:
+        problems.add(settings.origin(("stages",)), "stages", f"this is a pipeline; run it with `posttrain run {path}`")
+        problems.raise_if_any()
+    notes += translate(settings, model, problems)
+    for override in parse_overrides(overrides, problems):
+        steps = _steps_in_stage(kind, override, problems)
+        if steps:
+            set_key(settings, steps, override, model, problems, notes)
+    settings.values.setdefault("output_dir", f"runs/{path.stem}")
+    keys = build(model, settings, kind, path.parent, problems, notes)
+    if keys is not None:
+        check_stage(keys, settings, problems, notes)
+    problems.raise_if_any()
+    assert keys is not None
+    return LoadedStage(kind, keys, path, provenance(keys, settings), tuple(notes))
+
+
+def load_gate(path: Path) -> GateKeys:
+    """A gate spec: its keys at the top of the file, or under `gate` of a pipeline. Raises: ConfigError."""
+    path, problems = Path(path), Problems()
+    settings, _ = read_settings(path)
+    if isinstance(settings.values.get("gate"), dict):
+        settings = settings.below(("gate",))
+    elif "stages" in settings.values:
+        problems.add(settings.home, "gate", "missing; this pipeline has no gate at its top")
+        problems.raise_if_any()
+    keys = build(GateKeys, settings, "gate", path.parent, problems, [])
+    problems.raise_if_any()
+    assert keys is not None
+    return keys
+
+
+def detect(path: Path) -> Literal["pipeline", "sft", "dpo", "grpo"]:
+    """What a YAML is for, by its keys: a pipeline has `stages`, RL has rewards, preference optimisation its pairs."""
+    values = read_settings(Path(path))[0].values
+    if "stages" in values:
+        return "pipeline"
+    names, sources = set(values), values.get("datasets")
+    types = {entry.get("type") for entry in sources if isinstance(entry, dict)} if isinstance(sources, list) else set()
+    sft, dpo, grpo = ({*keys_of(model), *foreign_names(model)} for model in (SFTKeys, DPOKeys, GRPOKeys))
+    if names & (grpo - dpo - sft) or "prompt" in types:
+        return "grpo"
+    return "dpo" if names & (dpo - sft) or types & {"preference", "kto"} else "sft"
+
+
+def describe(loaded: LoadedStage | LoadedPipeline) -> list[tuple[str, Any, str]]:
+    """Every key with its value and where it came from, defaults included, in the order of the schema."""
+    values = ((dotted(path), value) for path, value in leaves(loaded.keys))
+    return [(key, value, loaded.provenance[key]) for key, value in values]
+
+
+def provenance(keys: Keys, settings: Settings) -> dict[str, str]:
+    return {dotted(path): _came_from(path, value, settings) for path, value in leaves(keys)}
+
+
+def _came_from(path: KeyPath, value: Any, settings: Settings) -> str:
+    if settings.has(path) and any(path[:length] in settings.origins for length in range(1, len(path) + 1)):
+        return settings.origin(path).short
+    if path == ("load_in_4bit",) and value:
+        return settings.origin(("adapter",)).short  # implied by `adapter: qlora`
+    return "default"
+
+
+def _steps_in_stage(kind: str, override: Override, problems: Problems) -> Sequence[str]:
+    """The steps below the stage; `grpo.learning_rate` is `learning_rate` for a grpo stage."""
+    head, *rest = override.steps
+    if head not in STAGE_KEYS or head in keys_of(STAGE_KEYS[kind]):
+        return override.steps
+    if head != kind or not rest:
+        text = f"this is {kind}, not {head}" if head != kind else f"name a key of the {kind} stage"
+        problems.add(override.origin, head, text)
+        return ()
+    return rest
+
+
+def set_key(
+    settings: Settings,
+    steps: Sequence[str],
+    override: Override,
+    model: type[Keys],
+    problems: Problems,
+    notes: list[str],
+) -> None:
+    """Apply one override to the keys of `model`, other tools' names included."""
+    if len(steps) == 1 and steps[0] in foreign_names(model):
+        alone = Settings({steps[0]: override.value}, {(steps[0],): override.origin}, override.origin)
+        notes += translate(alone, model, problems)
+        for key, value in alone.values.items():
+            settings.put((key,), value, override.origin)
+        return
+    apply_override(settings, steps, override, problems)
+
+
+def check_stage(keys: TrainKeys, settings: Settings, problems: Problems, notes: list[str]) -> None:
+    """What no single key can say: options of rewards that are not used, keys without effect."""
+    was_set = {path[0] for path in settings.origins if len(path) == 1 and path[0] in settings.values}
+    notes += [
+        settings.prefix.rstrip(".") + ": " * bool(settings.prefix) + note
+        for note in without_effect(keys, was_set.__contains__)
+    ]
+    if isinstance(keys, GRPOKeys):
+        names = [*keys.reward_funcs, *(entry.rpartition(":")[2] for entry in keys.reward_funcs if ":" in entry)]
+        for name in keys.reward_kwargs:
+            if name not in names:
+                path = ("reward_kwargs", name)
+                text = f"no such entry in reward_funcs{did_you_mean(name, names)}"
+                problems.add(settings.origin(path), settings.name(path), text)

@@ -1,0 +1,116 @@
+"""Paths in a configuration: relative to the YAML, and there before any work starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.knob import Keys
+from posttrain.config.pipeline import GateKeys, PipelineKeys, RegisterKeys, SuiteKeys
+from posttrain.config.schema import annotation_below, did_you_mean, group_in, keys_of
+from posttrain.config.settings import Problems, Settings
+from posttrain.config.stages import DatasetKeys, GRPOKeys, ModelKeys, TrainKeys, looks_local, resolve_path
+from posttrain.config.yaml_lines import KeyPath
+
+
+class _PathError(ValueError):
+    """What is wrong with one path."""
+
+
+def _existing_or_hub(path: str, folder: Path) -> str:
+    if not path.strip():
+        raise _PathError("got an empty path, expected a file, a folder or a hub id")
+    resolved = resolve_path(path, folder)
+    return _existing(path, folder) if looks_local(path) else resolved
+
+
+def _existing(path: str, folder: Path) -> str:
+    local = (folder / Path(path).expanduser()).resolve() if path.strip() else None
+    if local is None:
+        raise _PathError("got an empty path, expected a file")
+    if local.exists():
+        return str(local)
+    raise _PathError(f"{path} does not exist{_where_else(path, local, folder)}")
+
+
+def _where_else(path: str, local: Path, folder: Path) -> str:
+    if not local.parent.is_dir():
+        return f": there is no folder {local.parent}"
+    names = sorted(entry.name for entry in local.parent.iterdir() if not entry.name.startswith("."))
+    close = did_you_mean(local.name, names)
+    if close:
+        return f" in {local.parent}{close}"
+    if (Path.cwd() / path).exists():
+        return f" in {folder.resolve()}; it exists in the current folder, but paths are relative to the YAML"
+    return f" in {local.parent}" + (f", which has {', '.join(names[:5])}" if names else ", which is empty")
+
+
+def _reward(entry: str, folder: Path) -> str:
+    file, colon, function = entry.rpartition(":")
+    if not re.search(r"\.py$", file if colon else entry):
+        return entry
+    if not colon or not function.isidentifier():
+        raise _PathError(f"got {entry}, expected file.py:function, e.g. {file or entry}:correct")
+    return f"{_existing(file, folder)}:{function}"
+
+
+def _output(path: str, folder: Path) -> str:
+    return str((folder / Path(path).expanduser()).resolve()) if path else path
+
+
+def _baseline(reference: str, folder: Path) -> str:
+    return reference if reference.startswith(("alias:", "stage:")) else _existing_or_hub(reference, folder)
+
+
+PATH_RULES: tuple[tuple[type[Keys], str, Callable[[str, Path], str]], ...] = (
+    (ModelKeys, "base_model", _existing_or_hub),
+    (ModelKeys, "chat_template", _existing),
+    (DatasetKeys, "path", _existing_or_hub),
+    (TrainKeys, "output_dir", _output),
+    (GRPOKeys, "reward_funcs", _reward),
+    (PipelineKeys, "base_model", _existing_or_hub),
+    (PipelineKeys, "output_dir", _output),
+    (SuiteKeys, "path", _existing),
+    (GateKeys, "baseline", _baseline),
+    (RegisterKeys, "registry", _output),
+)
+"""Which keys are paths, and how each is read."""
+
+
+def resolve_paths(settings: Settings, model: type[Keys], folder: Path, problems: Problems) -> None:
+    """Make the paths in `settings` absolute, in place."""
+    for path, value, rule in list(_paths_in(settings.values, model, ())):
+        try:
+            resolved = rule(value, folder)
+        except _PathError as error:
+            problems.add(settings.origin(path), settings.name(path), str(error))
+            continue
+        holder: Any = settings.values
+        for step in path[:-1]:
+            holder = holder[step]
+        holder[path[-1]] = resolved
+
+
+def _paths_in(value: Any, annotation: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str, Callable[[str, Path], str]]]:
+    group = group_in(annotation)
+    if isinstance(value, list):
+        for place, item in enumerate(value):
+            yield from _paths_in(item, annotation_below(annotation, place), (*path, place))
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            rule = _rule(group, key) if group else None
+            if rule is None:
+                yield from _paths_in(item, annotation_below(annotation, key), (*path, key))
+                continue
+            entries = enumerate(item) if isinstance(item, list) else [(None, item)]
+            for place, entry in entries:
+                if isinstance(entry, str):
+                    yield (*path, key) if place is None else (*path, key, place), entry, rule
+
+
+def _rule(group: type[Keys], key: str) -> Callable[[str, Path], str] | None:
+    if key not in keys_of(group):
+        return None
+    return next((rule for owner, name, rule in PATH_RULES if name == key and issubclass(group, owner)), None)

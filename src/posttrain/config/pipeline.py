@@ -1,0 +1,122 @@
+"""The keys of a pipeline: stages and what surrounds them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from posttrain.config.knob import Keys, knob
+from posttrain.config.stages import DPOKeys, GRPOKeys, SFTKeys
+
+StageKind = Literal["sft", "dpo", "grpo"]
+
+
+# fmt: off
+# One key a line: the tables below are read down, not across.
+
+
+class SuiteKeys(Keys):
+    """An eval suite: a path alone, or a path with how to sample."""
+
+    path: str = knob(..., "A JSONL suite, relative to the YAML.", example="evals/heldout.jsonl")
+    num_samples: int = knob(1, "Completions per item (K); pass@k is reported for k ≤ K.", ge=1)
+    temperature: float = knob(0.0, "0 is greedy.", ge=0)
+    max_tokens: int = knob(256, "Longest answer in tokens.", ge=1)
+    seed: int = knob(0, "Seed of the sampling.", ge=0)
+
+
+class GuardKeys(Keys):
+    """A suite on which the candidate must not be worse than the baseline by more than `margin`."""
+
+    suite: str = knob(..., "Name of a suite in `evals`.", example="heldout")
+    margin: float = knob(..., "Largest tolerated loss, in the suite's score units.", gt=0, example=0.02)
+    discordance: float | None = knob(None, "Assumed share of items on which the two models differ on this suite; null takes the gate's.", gt=0, le=1)
+
+
+class PrimaryKeys(Keys):
+    """A suite on which the candidate must be better than the baseline by more than `min_delta`."""
+
+    suite: str = knob(..., "Name of a suite in `evals`.", example="heldout")
+    min_delta: float = knob(0.0, "Smallest gain worth shipping, in the suite's score units.", ge=0)
+    discordance: float | None = knob(None, "Assumed share of items on which the two models differ on this suite; null takes the gate's.", gt=0, le=1)
+
+
+class OnFailKeys(Keys):
+    """Loop back instead of promoting."""
+
+    retry: StageKind | int = knob(..., "Stage to run again: its kind, or its place counted from 1.", example="sft")
+    times: int = knob(1, "At most so many times.", ge=1)
+    with_: dict[str, Any] = knob({}, "Keys of that stage to change for the retry.", alias="with", example={"num_train_epochs": 3})
+
+
+class GateKeys(Keys):
+    """A gate: what must hold before a model goes on."""
+
+    baseline: str = knob("alias:champion", "`alias:NAME`, `stage:base`, `stage:N`, or a path; without a champion yet, `stage:base`.")
+    guards: list[GuardKeys] = knob([], "Suites that must not get worse; each is tested at full alpha (intersection-union).", example=[{"suite": "format", "margin": 0.02}])
+    primary: list[PrimaryKeys] = knob([], "Suites that must get better; tested in fixed sequence, after the guards.", example=[{"suite": "heldout", "min_delta": 0.05}])
+    alpha: float = knob(0.05, "One-sided level of every test.", gt=0, lt=0.5)
+    power: float = knob(0.8, "Power at which the number of items is planned.", gt=0, lt=1)
+    discordance: float = knob(0.2, "Assumed share of items on which the two models differ, for planning.", gt=0, le=1)
+    icc: float = knob(0.1, "Assumed correlation of the differences within a cluster, for planning.", ge=0, lt=1)
+    looks: int = knob(0, "Verdicts allowed on the same items, alpha being spent over them; 0 is no limit, each at full alpha.", ge=0)
+    split: str = knob("gate", "Split of the suites that the verdict is made on.")
+    on_fail: OnFailKeys | Literal["stop"] = knob("stop", "`stop`, or `{retry: STAGE, times: N, with: {…}}` to run a stage again with changed keys.")
+    on_inconclusive: Literal["stop", "continue"] = knob("stop", "An inconclusive verdict is never promoted; `continue` lets later stages run.")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> GateKeys:
+        if not self.guards and not self.primary:
+            raise ValueError("a gate needs at least one entry in guards or primary")
+        return self
+
+
+class RegisterKeys(Keys):
+    """Where a model that passed goes."""
+
+    name: str = knob(..., "Name of the registered model.", example="word-problems")
+    alias: str = knob("champion", "Alias to promote to.")
+    registry: str = knob("registry", "Folder of the registry, relative to the YAML.")
+
+
+class SFTStageKeys(SFTKeys):
+    gate: GateKeys | None = knob(None, "A gate after this stage.")
+
+
+class DPOStageKeys(DPOKeys):
+    gate: GateKeys | None = knob(None, "A gate after this stage.")
+
+
+class GRPOStageKeys(GRPOKeys):
+    gate: GateKeys | None = knob(None, "A gate after this stage.")
+
+
+STAGE_IN_PIPELINE: dict[str, type[SFTStageKeys] | type[DPOStageKeys] | type[GRPOStageKeys]] = {
+    "sft": SFTStageKeys,
+    "dpo": DPOStageKeys,
+    "grpo": GRPOStageKeys,
+}
+"""Every model key may stand at the top of the pipeline (it is handed down) or in a stage (which wins)."""
+
+
+class Stage(Keys):
+    """A stage as it is run: its kind and its keys."""
+
+    kind: StageKind
+    keys: SFTStageKeys | DPOStageKeys | GRPOStageKeys
+
+
+class PipelineKeys(Keys):
+    """A whole pipeline."""
+
+    name: str = knob(..., "Name of the run: letters, digits, spaces and . _ -", pattern=r"^\w[\w .-]*$", example="word-problems")
+    base_model: str = knob(..., "Where the first stage starts: a local folder or a hub id.", also="model_name_or_path (TRL, LLaMA-Factory)", example="./base")
+    stages: list[Stage] = knob(..., "The stages in order; each starts from the one before.", min_length=1, example=[{"sft": {"datasets": [{"path": "data/sft.jsonl"}]}}])
+    evals: dict[str, SuiteKeys] = knob({}, "Suites by name: `NAME: path` or `NAME: {path, num_samples, …}`.", example={"heldout": "evals/heldout.jsonl"})
+    gate: GateKeys | None = knob(None, "The gate after the last stage.")
+    register_: RegisterKeys | None = knob(None, "Where a model that passed is registered.", alias="register")
+    stop_when: Literal["end", "gate_passes"] = knob("end", "`gate_passes` judges every stage and ends at the first that passes.")
+    allow_raw_base: bool = knob(False, "Let DPO or RL start on a base that was never tuned to answer.")
+    output_dir: str = knob("", "Folder of the run, relative to the YAML; empty means runs/<name>.", example="runs/first")
+    seed: int = knob(42, "Every random choice follows from this seed; handed down to the stages.", ge=0)

@@ -1,0 +1,219 @@
+"""The keys of a single stage: SFT, preference optimisation, RL.
+
+Names are those of the flat YAML form where it has one, and TRL's elsewhere. No torch here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from posttrain.config.knob import Keys, knob
+
+DatasetType = Literal["auto", "chat", "sharegpt", "alpaca", "completion", "text", "preference", "kto", "prompt"]
+
+
+# fmt: off
+# One key a line: the tables below are read down, not across.
+
+
+class DatasetKeys(Keys):
+    """One source of rows."""
+
+    path: str = knob(..., "A local JSONL, JSON, Parquet or CSV file (relative to the YAML), or a hub dataset id.", example="./data.jsonl")
+    type: DatasetType = knob("auto", "Row format; `auto` detects it from the first rows and says what it found.", also="formatting (LLaMA-Factory)")
+    split: str = knob("train", "Split of a hub dataset.")
+    name: str | None = knob(None, "Configuration of a hub dataset.", example="main")
+    weight: float | None = knob(None, "Relative share in a weighted mixture; null takes every row once.", gt=0, example=0.5)
+    limit: int | None = knob(None, "Use only so many rows, from the start of the file.", ge=1, example=1000)
+    columns: dict[str, str] = knob({}, "Rename columns: our name → the file's name.", also="field_messages (Axolotl)", example={"messages": "conversations"})
+
+
+class ModelKeys(Keys):
+    """Which weights, and what of them is trained."""
+
+    base_model: str = knob(..., "A local folder or a hub id of any transformers causal LM.", also="model_name_or_path (TRL, LLaMA-Factory)", example="Qwen/Qwen3-8B")
+    revision: str | None = knob(None, "Revision (branch, tag or commit) of a hub model.", also="model_revision (Axolotl, LLaMA-Factory, TRL)", example="main")
+    trust_remote_code: bool = knob(False, "Run code shipped with the model.")
+    chat_template: str | None = knob(None, "A Jinja file; null keeps the tokenizer's own template.", also="chat_template_path (TRL), chat_template_jinja (Axolotl)", example="./chat.jinja")
+    adapter: Literal["none", "lora", "qlora"] = knob("none", "Train all weights, a LoRA adapter, or a LoRA adapter on a 4-bit base.", also="finetuning_type (LLaMA-Factory), use_peft (TRL)")
+    load_in_4bit: bool = knob(False, "Quantise the frozen base to 4 bits; implied by `adapter: qlora`.", also="quantization_bit (LLaMA-Factory)")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = knob("nf4", "4-bit data type.")
+    bnb_4bit_use_double_quant: bool = knob(True, "Quantise the quantisation constants too (double quantisation).", also="use_bnb_nested_quant (TRL), double_quantization (LLaMA-Factory)")
+    lora_r: int = knob(16, "Rank of the adapter.", ge=1, also="lora_rank (LLaMA-Factory)")
+    lora_alpha: float = knob(32, "Scale: the update is (alpha / r) · B·A.", gt=0)
+    lora_dropout: float = knob(0.0, "Dropout on the adapter's input while training.", ge=0, lt=1)
+    lora_target: list[str] | str = knob("all-linear", "Module names, `all-linear`, or a regular expression; every entry must match.", also="lora_target_modules (Axolotl, TRL), lora_target_linear (Axolotl)", example=["q_proj", "v_proj"])
+    lora_modules_to_save: list[str] = knob([], "Modules trained in full beside the adapter.", also="additional_target (LLaMA-Factory)", example=["lm_head"])
+    use_rslora: bool = knob(False, "Scale by alpha / sqrt(r).", also="peft_use_rslora (Axolotl)")
+    use_dora: bool = knob(False, "Weight-decomposed LoRA.", also="peft_use_dora (Axolotl)")
+    init_lora_weights: bool | str = knob(True, "Initialisation of the adapter, as in PEFT.", also="peft_init_lora_weights (Axolotl)")
+    rank_pattern: dict[str, int] = knob({}, "Rank where it differs from lora_r: module name or pattern → rank.", also="lora_rank_pattern (Axolotl)", example={"q_proj": 8})
+    alpha_pattern: dict[str, int] = knob({}, "Alpha where it differs from lora_alpha: module name or pattern → alpha.", also="lora_alpha_pattern (Axolotl)", example={"q_proj": 16})
+    merge_onto: Literal["dequantized", "original"] = knob("dequantized", "Base that a QLoRA adapter is merged onto: the 4-bit weights it was trained on, or the original ones.")
+    bf16: bool | Literal["auto"] = knob("auto", "bfloat16 autocast, with float32 masters where trained; `auto` is on for a GPU that has it, off on a CPU.")
+    gradient_checkpointing: bool = knob(False, "Recompute activations in the backward pass: less memory, more time.", also="disable_gradient_checkpointing (LLaMA-Factory)")
+    device: Literal["auto", "cpu", "cuda"] = knob("auto", "Where to run; `auto` takes a GPU when there is one.")
+
+
+class TrainKeys(ModelKeys):
+    """What every stage has."""
+
+    datasets: list[DatasetKeys] = knob(..., "Where the rows come from.", min_length=1, example=[{"path": "./data.jsonl"}])
+    eval_datasets: list[DatasetKeys] = knob([], "Rows for the validation loss.", also="test_datasets (Axolotl)", example=[{"path": "./dev.jsonl"}])
+    output_dir: str = knob("", "Folder of the run, relative to the YAML; empty means runs/<name of the YAML>.", example="runs/first")
+    seed: int = knob(42, "Every random choice follows from this seed.", ge=0)
+    sequence_len: int = knob(2048, "Longest sequence in tokens.", ge=8, also="cutoff_len (LLaMA-Factory), max_length (TRL), max_seq_length (TRL), max_seq_len (torchtune)")
+    overflow: Literal["drop", "truncate", "error"] = knob("drop", "What happens to rows longer than sequence_len; each is counted.", also="excess_length_strategy (Axolotl)")
+    per_device_train_batch_size: int = knob(8, "Rows per micro-batch and process.", ge=1, also="micro_batch_size (Axolotl)")
+    gradient_accumulation_steps: int = knob(1, "Micro-batches per optimizer step.", ge=1)
+    num_train_epochs: float = knob(1.0, "Passes over the data, when max_steps is not set.", gt=0, also="num_epochs (Axolotl), epochs (torchtune)")
+    max_steps: int = knob(-1, "Optimizer steps; -1 lets num_train_epochs decide.", ge=-1)
+    learning_rate: float = knob(2e-5, "Peak learning rate.", gt=0, also="lr", example=1e-5)
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "wsd"] = knob("cosine", "Shape of the schedule after the warmup; `wsd` holds, then decays over the last fifth.", also="lr_scheduler (Axolotl)")
+    min_lr_ratio: float = knob(0.0, "The learning rate ends at this share of its peak.", ge=0, le=1, also="cosine_min_lr_ratio (Axolotl)")
+    warmup_ratio: float = knob(0.0, "Share of the steps with a linear warmup.", ge=0, lt=1)
+    warmup_steps: int = knob(0, "Steps with a linear warmup; overrides warmup_ratio.", ge=0)
+    optim: Literal["adamw", "adamw_8bit"] = knob("adamw", "Optimizer.", also="optimizer (Axolotl)")
+    adam_beta1: float = knob(0.9, "AdamW's first beta.", ge=0, lt=1)
+    adam_beta2: float = knob(0.999, "AdamW's second beta.", ge=0, lt=1)
+    adam_epsilon: float = knob(1e-8, "AdamW's epsilon.", gt=0)
+    weight_decay: float = knob(0.0, "Decoupled weight decay, on matrices only.", ge=0)
+    max_grad_norm: float = knob(1.0, "Clip the global gradient norm; 0 turns it off.", ge=0, also="clip_grad_norm (torchtune)")
+    logging_steps: int = knob(1, "Log every so many steps.", ge=1)
+    eval_steps: int = knob(0, "Validate every so many steps; 0 is only at the end.", ge=0)
+    save_steps: int = knob(0, "Checkpoint every so many steps; 0 is only at the end.", ge=0)
+    save_total_limit: int = knob(2, "Checkpoints to keep, the best one besides.", ge=1)
+    load_best_model_at_end: bool = knob(False, "End with the checkpoint of the lowest validation loss (RL: highest dev score).")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _qlora_is_lora_on_4_bits(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("adapter") == "qlora":
+            return {"load_in_4bit": True, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _adapter_fits_4_bits(self) -> TrainKeys:
+        if self.adapter == "qlora" and not self.load_in_4bit:
+            raise ValueError("load_in_4bit: false contradicts adapter: qlora; set it to true, or use adapter: lora")
+        if self.load_in_4bit and self.adapter == "none":
+            raise ValueError("load_in_4bit: true with adapter: none would train nothing; set adapter: qlora")
+        return self
+
+
+class SFTKeys(TrainKeys):
+    """Supervised fine-tuning."""
+
+    train_on: Literal["assistant", "last", "all"] = knob("assistant", "Which tokens of a conversation are trained: every assistant turn, the last one, or all.", also="roles_to_train (Axolotl), train_on_inputs (Axolotl), train_on_prompt (LLaMA-Factory), mask_history (LLaMA-Factory), assistant_only_loss (TRL)")
+    loss_type: Literal["nll", "dft"] = knob("nll", "Token cross-entropy, or dynamic fine-tuning (arXiv 2508.05629), which weighs it by the token's probability.")
+    packing: bool = knob(False, "Fill micro-batches by tokens (per_device_train_batch_size × sequence_len) instead of by rows.", also="sample_packing (Axolotl), neat_packing (LLaMA-Factory)")
+
+
+PreferenceLoss = Literal[
+    "sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sigmoid_norm", "sft", "simpo", "cpo", "orpo", "kto",
+]  # fmt: skip
+
+
+class DPOKeys(TrainKeys):
+    """Preference optimisation: DPO and its family."""
+
+    learning_rate: float = knob(1e-6, "Peak learning rate.", gt=0, also="lr", example=1e-6)
+    loss_type: PreferenceLoss = knob("sigmoid", "Preference loss, by its row in the table.", also="pref_loss (LLaMA-Factory)")
+    beta: float = knob(0.1, "Strength of the pull to the reference.", ge=0, also="pref_beta (LLaMA-Factory), rl_beta (Axolotl)")
+    label_smoothing: float = knob(0.0, "Assumed share of flipped pairs (sigmoid: cDPO; robust; exo_pair).", ge=0, lt=0.5, also="dpo_label_smoothing (Axolotl, LLaMA-Factory)")
+    discopop_tau: float = knob(0.05, "Temperature of DiscoPOP's mixture.", gt=0)
+    simpo_gamma: float = knob(0.5, "Target margin of SimPO, in units of beta.", ge=0)
+    cpo_alpha: float = knob(1.0, "Weight of the likelihood term of CPO and SimPO-CPO.", ge=0)
+    rpo_alpha: float = knob(0.0, "Weight of an added SFT term on the chosen answers (RPO).", ge=0, also="pref_ftx (LLaMA-Factory)")
+    desirable_weight: float = knob(1.0, "KTO: weight of desirable rows.", ge=0, also="kto_desirable_weight (Axolotl), kto_chosen_weight (LLaMA-Factory)")
+    undesirable_weight: float = knob(1.0, "KTO: weight of undesirable rows.", ge=0, also="kto_undesirable_weight (Axolotl), kto_rejected_weight (LLaMA-Factory)")
+    precompute_ref_log_probs: bool = knob(False, "Score all rows under the reference once, before training, and keep the log-probs instead of a frozen copy.")
+
+
+GRPOLoss = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "luspo"]
+
+
+class GRPOKeys(TrainKeys):
+    """RL with verifiable rewards: GRPO and its family."""
+
+    learning_rate: float = knob(1e-6, "Peak learning rate.", gt=0, also="lr", example=1e-6)
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "wsd"] = knob("constant", "Shape of the schedule after the warmup; `wsd` holds, then decays over the last fifth.", also="lr_scheduler (Axolotl)")
+    max_steps: int = knob(200, "Optimizer steps; -1 lets num_train_epochs decide.", ge=-1)
+    reward_funcs: list[str] = knob(..., "Reward functions: `file.py:function` relative to the YAML, or a name of the library.", min_length=1, example=["rewards.py:correct"])
+    reward_weights: list[float] | None = knob(None, "Weight of each reward function; null means 1 each.", example=[1.0, 0.5])
+    reward_kwargs: dict[str, dict[str, Any]] = knob({}, "Options of library rewards: name in reward_funcs → its options.")
+    reward_timeout_s: float = knob(10.0, "Deadline of one completion's reward; later is unscored.", gt=0)
+    reward_workers: int = knob(1, "Worker processes that score.", ge=1)
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = knob("sum_then_normalize", "Add the rewards, then normalise; or normalise each first (GDPO).")
+    num_generations: int = knob(8, "Completions per prompt (G).", ge=2, also="group_size")
+    num_prompts_per_step: int = knob(8, "Prompts per generation batch, over all processes.", ge=1)
+    steps_per_generation: int = knob(1, "Optimizer steps that one generation batch is split into.", ge=1)
+    num_iterations: int = knob(1, "Passes over each generation batch.", ge=1)
+    max_completion_length: int = knob(256, "Longest completion in tokens.", ge=1)
+    temperature: float = knob(1.0, "Sampling temperature; the loss uses it too.", gt=0)
+    top_p: float = knob(1.0, "Nucleus sampling.", gt=0, le=1)
+    top_k: int = knob(0, "Top-k sampling; 0 is off.", ge=0)
+    min_p: float = knob(0.0, "Min-p sampling; 0 is off.", ge=0, le=1)
+    stop: list[str] = knob([], "Strings that end a completion.", example=["</answer>"])
+    loss_type: GRPOLoss = knob("dapo", "Surrogate of a token and how tokens add up to a loss.")
+    beta: float = knob(0.0, "Weight of the KL to the reference; 0 keeps no reference.", ge=0)
+    kl_estimator: Literal["k1", "k2", "k3"] = knob("k3", "Estimator of the KL that beta weighs (Schulman 2020).")
+    kl_in_reward: bool = knob(False, "Put the KL that beta weighs into the reward instead of the loss.")
+    use_bias_correction_kl: bool = knob(True, "Multiply k3 in the loss by the importance ratio, as TRL and DeepSeek-V3.2 do.")
+    epsilon: float = knob(0.2, "Clip range below 1: the importance ratio is clipped at 1 - epsilon.", gt=0)
+    epsilon_high: float | None = knob(None, "Clip range above 1; null means epsilon.", gt=0, example=0.28)
+    delta: float | None = knob(None, "Upper bound of the unclipped ratio (two-sided clipping); null is off.", gt=1, example=4.0)
+    importance_sampling_level: Literal["token", "sequence"] = knob("token", "Ratio per token, or per sequence (GSPO).")
+    scale_rewards: Literal["group", "batch", "none"] = knob("group", "What the centred rewards are divided by: the group's std, the batch's, nothing.")
+    advantage_estimator: Literal["group", "rloo", "reinforce_pp"] = knob("group", "Baseline: group mean (GRPO), leave-one-out (RLOO), or batch-normalised (REINFORCE++).")
+    advantage_eps: float = knob(1e-4, "Added to the std; ddof is 1, as in TRL.", ge=0)
+    sapo_temperature_pos: float = knob(1.0, "SAPO's temperature for positive advantages.", gt=0)
+    sapo_temperature_neg: float = knob(1.05, "SAPO's temperature for negative advantages.", gt=0)
+    mask_truncated_completions: bool = knob(False, "Leave truncated completions out of the loss.")
+    entropy_coef: float = knob(0.0, "Weight of an entropy bonus.", ge=0)
+    dynamic_sampling: bool = knob(False, "Replace groups whose rewards are all equal by freshly sampled ones (DAPO).")
+    dynamic_sampling_max_rounds: int = knob(4, "Refill rounds before the step goes on with fewer groups.", ge=1)
+    soft_overlong_cache: int = knob(0, "Length in tokens of DAPO's soft overlong penalty before max_completion_length; 0 is off.", ge=0)
+    importance_sampling_correction: Literal["off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = knob("off", "Correction between sampler and trainer log-probs; the embedded engine needs none.", also="vllm_importance_sampling_mode (TRL)")
+    importance_sampling_cap: float = knob(3.0, "Upper bound of the weights of importance_sampling_correction.", gt=1, also="vllm_importance_sampling_cap (TRL), vllm_importance_sampling_clip_max (TRL)")
+    rollout_batch_size: int = knob(64, "Completions decoded at once.", ge=1)
+    reward_check: Literal["require", "off"] = knob("require", "`off` trains without a reward certificate, and what it makes cannot be promoted.")
+
+    @model_validator(mode="after")
+    def _one_weight_per_reward(self) -> GRPOKeys:
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"reward_weights has {len(self.reward_weights)} entries for {len(self.reward_funcs)} reward_funcs; give one each"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_split_evenly(self) -> GRPOKeys:
+        if self.num_prompts_per_step % self.steps_per_generation:
+            raise ValueError(
+                f"num_prompts_per_step={self.num_prompts_per_step} is not divisible by "
+                f"steps_per_generation={self.steps_per_generation}; groups are not split over optimizer steps"
+            )
+        return self
+
+
+STAGE_KEYS: dict[str, type[TrainKeys]] = {"sft": SFTKeys, "dpo": DPOKeys, "grpo": GRPOKeys}
+"""Verb and pipeline key → the keys it takes."""
+
+
+LOCAL_SUFFIXES = frozenset({".jsonl", ".json", ".parquet", ".csv", ".jinja", ".jinja2", ".j2", ".gz", ".zst", ".arrow", ".txt"})
+
+
+def looks_local(path: str) -> bool:
+    """Whether `path` can only be a file or folder: `./x`, `/x`, `~/x`, `data.jsonl`."""
+    return path.startswith((".", "/", "~")) or Path(path).suffix.lower() in LOCAL_SUFFIXES
+
+
+def resolve_path(path: str, folder: Path) -> str:
+    """`path` relative to `folder` where it exists there or looks local; a hub id is returned as it is."""
+    local = folder / Path(path).expanduser()
+    return str(local.resolve()) if path and (looks_local(path) or local.exists()) else path

@@ -1,0 +1,193 @@
+"""The table of row formats: which columns tell them, which stages take them, and how a row becomes a noun.
+
+Detection looks at every row, so a mixture is found and refused at its first odd line.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from posttrain.data import parse
+from posttrain.data.sources import Row
+from posttrain.errors import DataError
+from posttrain.types import Example, LabelledCompletion, Origin, PreferencePair, Prompt
+
+StageKind = Literal["sft", "dpo", "kto", "grpo"]
+FormatName = Literal["chat", "sharegpt", "alpaca", "completion", "text", "preference", "kto", "prompt"]
+Noun = Example | PreferencePair | LabelledCompletion | Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """`needs` are alternative sets of columns; `also` are further columns that are read."""
+
+    stages: tuple[StageKind, ...]
+    needs: tuple[tuple[str, ...], ...]
+    parse: Callable[[Mapping[str, Any], Origin], Noun | parse.Skip]
+    also: tuple[str, ...] = ()
+
+    def score(self, columns: Iterable[str]) -> int:
+        """How many of its columns are there; 0 unless one alternative is complete."""
+        present = set(columns)
+        return max((len(needed) for needed in self.needs if present.issuperset(needed)), default=0)
+
+    def reads(self, columns: Iterable[str]) -> set[str]:
+        named = {name for needed in self.needs for name in needed} | set(self.also)
+        return set(columns) & named
+
+    @property
+    def shape(self) -> str:
+        return " or ".join(" + ".join(f"`{name}`" for name in needed) for needed in self.needs)
+
+
+FORMATS: dict[str, Format] = {
+    "chat": Format(("sft",), (("messages",),), parse.parse_chat, ("tools",)),
+    "sharegpt": Format(("sft",), (("conversations",),), parse.parse_sharegpt, ("system", "tools")),
+    "alpaca": Format(
+        ("sft",), (("instruction", "output"),), parse.parse_alpaca, ("input", "system", "history", "tools")
+    ),
+    "completion": Format(("sft",), (("prompt", "completion"),), parse.parse_completion, ("tools",)),
+    "text": Format(("sft",), (("text",),), parse.parse_text),
+    "preference": Format(
+        ("dpo", "kto"), (("chosen", "rejected"),), parse.parse_preference, ("prompt", "conversations", "tools")
+    ),
+    "kto": Format(("kto",), (("prompt", "completion", "label"),), parse.parse_kto, ("tools",)),
+    "prompt": Format(("grpo",), (("prompt",), ("messages",)), parse.parse_prompt, ("tools",)),
+}
+"""Name → format. Where two score alike, the earlier one is taken."""
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    "messages": ("conversation", "dialog", "dialogue", "chat", "turns"),
+    "conversations": ("conversation", "turns"),
+    "prompt": ("question", "query", "instruction", "problem", "input"),
+    "completion": ("answer", "response", "output", "solution", "target"),
+    "instruction": ("question", "query"),
+    "output": ("response", "answer"),
+    "text": ("content", "body", "document", "raw_content"),
+    "chosen": ("preferred", "chosen_response", "win", "response_chosen"),
+    "rejected": ("dispreferred", "rejected_response", "lose", "response_rejected"),
+    "label": ("kto_tag", "is_good", "thumbs_up"),
+}
+"""Our column → what others call it; used to propose `columns:` in errors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """The format of a source, why, and which columns nobody reads."""
+
+    name: str
+    why: str
+    ignored: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        ignored = f"; columns not read: {', '.join(self.ignored)}" if self.ignored else ""
+        return f"{self.name} ({self.why}{ignored})"
+
+
+def detect(rows: Sequence[Row], stage: StageKind, named: str = "auto") -> Detection:
+    """The one format of all `rows` for `stage`. Raises: DataError on wrong columns, a wrong `type` or a mixture."""
+    if named != "auto":
+        return _check_named(rows, stage, named)
+    found: dict[frozenset[str], str] = {}
+    first: tuple[str, Origin] | None = None
+    for origin, row in rows:
+        columns = frozenset(name for name, value in row.items() if value is not None)
+        if columns not in found:
+            found[columns] = _best(columns, stage, origin)
+        name = found[columns]
+        if first is None:
+            first = (name, origin)
+        elif name != first[0]:
+            raise DataError(
+                f"{origin}: this row is {name} ({FORMATS[name].shape}), but the rows from {first[1]} on are {first[0]} "
+                f"({FORMATS[first[0]].shape}); expected one format per file; split the file, or name it with `type: {first[0]}`"
+            )
+    assert first is not None, "sources never give an empty list"
+    return Detection(
+        first[0], f"{_shown(FORMATS[first[0]], rows[0][1])} in all {len(rows):,} rows", _ignored(rows, first[0])
+    )
+
+
+def parse_rows(rows: Sequence[Row], name: str) -> tuple[list[Noun], list[parse.Skip]]:
+    """Raises: DataError at the first malformed row."""
+    nouns: list[Noun] = []
+    skips: list[parse.Skip] = []
+    read = FORMATS[name].parse
+    for origin, row in rows:
+        noun = read(row, origin)
+        if isinstance(noun, parse.Skip):
+            skips.append(noun)
+        else:
+            nouns.append(noun)
+    return nouns, skips
+
+
+def _best(columns: frozenset[str], stage: StageKind, origin: Origin) -> str:
+    scores = {name: fmt.score(columns) for name, fmt in FORMATS.items() if stage in fmt.stages}
+    name = max(scores, key=lambda candidate: scores[candidate])
+    if scores[name]:
+        return name
+    shown = ", ".join(f"`{column}`" for column in sorted(columns)) or "none"
+    expected = "; ".join(f"{name}: {FORMATS[name].shape}" for name in scores)
+    raise DataError(
+        f"{origin}: found columns {shown}; expected for {stage} one of: {expected}. {_hint(columns, stage)}"
+    )
+
+
+def _hint(columns: frozenset[str], stage: StageKind) -> str:
+    """What to write so that these columns are understood."""
+    elsewhere = [name for name, fmt in FORMATS.items() if stage not in fmt.stages and fmt.score(columns)]
+    if elsewhere:
+        other = FORMATS[elsewhere[0]].stages[-1]
+        if stage == "dpo" and other == "kto":
+            return "This is the kto format: set `loss_type: kto`"
+        return f"This is the {elsewhere[0]} format, which is for {' and '.join(FORMATS[elsewhere[0]].stages)}"
+    for name, fmt in FORMATS.items():
+        if stage not in fmt.stages:
+            continue
+        for needed in fmt.needs:
+            renames = {ours: _alias(ours, columns) for ours in needed if ours not in columns}
+            if all(renames.values()) and len(set(renames.values())) == len(renames):
+                pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in renames.items())
+                return f"Name them with `columns: {{{pairs}}}` (then the format is {name})"
+    first = next(fmt for fmt in FORMATS.values() if stage in fmt.stages).needs[0][0]
+    return f"Name them with `columns: {{{first}: <your column>}}`"
+
+
+def _alias(ours: str, columns: frozenset[str]) -> str | None:
+    lowered = {column.lower(): column for column in columns}
+    return next((lowered[other] for other in (ours, *ALIASES.get(ours, ())) if other in lowered), None)
+
+
+def _check_named(rows: Sequence[Row], stage: StageKind, named: str) -> Detection:
+    fmt = FORMATS[named]
+    origin, row = rows[0]
+    if stage not in fmt.stages:
+        takes = ", ".join(name for name, other in FORMATS.items() if stage in other.stages)
+        extra = "; with `loss_type: kto` it is" if stage == "dpo" and "kto" in fmt.stages else ""
+        raise DataError(
+            f"{origin.path}: `type: {named}` is not for {stage}{extra}; expected one of {takes}, or `type: auto`"
+        )
+    for origin, row in rows:
+        columns = frozenset(name for name, value in row.items() if value is not None)
+        if not fmt.score(columns):
+            shown = ", ".join(f"`{column}`" for column in sorted(columns)) or "none"
+            raise DataError(
+                f"{origin}: found columns {shown}; expected {fmt.shape} for `type: {named}`. {_hint(columns, stage)}"
+            )
+    return Detection(named, "named in the config", _ignored(rows, named))
+
+
+def _shown(fmt: Format, row: Mapping[str, Any]) -> str:
+    used = max((needed for needed in fmt.needs if set(row).issuperset(needed)), key=len)
+    return "column " * (len(used) == 1) + "columns " * (len(used) > 1) + ", ".join(f"`{name}`" for name in used)
+
+
+def _ignored(rows: Sequence[Row], name: str) -> tuple[str, ...]:
+    if name == "prompt":  # every other column is the reward functions'
+        return ()
+    counts = Counter(column for _, row in rows for column in row)
+    return tuple(sorted(set(counts) - FORMATS[name].reads(counts)))

@@ -1,0 +1,310 @@
+"""Config → rendered rows: the entry points of the recipes.
+
+Reading, parsing, rendering, overflow, cache and the summary meet here; each does its work in its own file.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from posttrain.config.stages import DatasetKeys, DPOKeys, GRPOKeys, SFTKeys, TrainKeys
+from posttrain.data import cache, render
+from posttrain.data.dataset import Dataset, DataSummary, Skipped, SourceSummary, length_percentiles
+from posttrain.data.formats import Noun, StageKind, detect, parse_rows
+from posttrain.data.parse import unpair
+from posttrain.data.render import Draft
+from posttrain.data.sources import Source, content_digest, read_source, short_path
+from posttrain.data.template import template_digest, use_template
+from posttrain.errors import DataError
+from posttrain.files import digest_json
+from posttrain.types import Origin, PreferencePair, Prompt, TokenSeq
+
+TOO_LONG = "longer than sequence_len"
+NOTHING_LEFT = "nothing left to train after truncation"
+NOTHING = "nothing to train"
+TRUNCATED = "truncated to sequence_len"
+BLANK = "blank lines"
+IN_PIECES = "prompt and answer tokenised apart (a token would have straddled the edge)"
+REWRITTEN = "earlier turns as the template rewrites them (it may remove their thinking)"
+
+PreferenceRow = tuple[TokenSeq, TokenSeq]
+LabelledRow = tuple[TokenSeq, bool]
+PromptRow = tuple[Prompt, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one stage's rows are made. `extra` and `restore` take a row to JSON and back, for the cache."""
+
+    stage: StageKind
+    draft: Callable[[Any, Any], list[Draft]]
+    build: Callable[[Any, tuple[TokenSeq, ...]], Any]
+    extra: Callable[[Any], Any]
+    restore: Callable[[tuple[TokenSeq, ...], Any, Origin], Any]
+    limit: int
+    overflow: str
+    keys: dict[str, Any]
+    trains: bool = True
+    limit_name: str = "sequence_len"
+
+
+def load_sft(keys: SFTKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None) -> Dataset[TokenSeq]:
+    """Raises: DataError. `sources` replaces `keys.datasets`, as for `keys.eval_datasets`."""
+    plan = Plan(
+        "sft",
+        lambda tok, noun: render.draft_example(tok, noun, keys.train_on),
+        build=lambda _, seqs: seqs[0],
+        extra=lambda row: None,
+        restore=lambda seqs, extra, origin: seqs[0],
+        **_overflow(keys, train_on=keys.train_on),
+    )
+    return _load(plan, keys, tokenizer, sources)
+
+
+def load_preference(
+    keys: DPOKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None
+) -> Dataset[PreferenceRow]:
+    """Rows (chosen, rejected), each with its prompt. Raises: DataError."""
+    plan = Plan(
+        "dpo",
+        render.draft_pair,
+        build=lambda _, seqs: (seqs[0], seqs[1]),
+        extra=lambda row: None,
+        restore=lambda seqs, extra, origin: (seqs[0], seqs[1]),
+        **_overflow(keys),
+    )
+    return _load(plan, keys, tokenizer, sources)
+
+
+def load_kto(keys: DPOKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None) -> Dataset[LabelledRow]:
+    """Rows (sequence, desirable); a preference pair gives two, chosen first. Raises: DataError."""
+    plan = Plan(
+        "kto",
+        render.draft_labelled,
+        build=lambda noun, seqs: (seqs[0], noun.label),
+        extra=lambda row: row[1],
+        restore=lambda seqs, extra, origin: (seqs[0], bool(extra)),
+        **_overflow(keys),
+    )
+    return _load(plan, keys, tokenizer, sources)
+
+
+def load_prompts(keys: GRPOKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None) -> Dataset[PromptRow]:
+    """Rows (prompt, its ids), at most sequence_len - max_completion_length long; truncation keeps the end.
+
+    Raises: DataError.
+    """
+    limit = keys.sequence_len - keys.max_completion_length
+    if limit < 1:
+        raise DataError(
+            f"sequence_len={keys.sequence_len} leaves no room for a prompt beside max_completion_length="
+            f"{keys.max_completion_length}; raise sequence_len or lower max_completion_length"
+        )
+    plan = Plan(
+        "grpo",
+        render.draft_prompt,
+        build=lambda noun, seqs: (noun, seqs[0].ids),
+        extra=lambda row: [row[0].prompt, dict(row[0].columns), list(row[0].tools)],
+        restore=_restore_prompt,
+        limit=limit,
+        overflow=keys.overflow,
+        keys={
+            "sequence_len": keys.sequence_len,
+            "max_completion_length": keys.max_completion_length,
+            "overflow": keys.overflow,
+        },
+        trains=False,
+        limit_name="sequence_len - max_completion_length",
+    )
+    return _load(plan, keys, tokenizer, sources)
+
+
+def read_nouns(sources: Sequence[DatasetKeys], stage: StageKind) -> list[Noun]:
+    """The parsed rows, unrendered (for lint and for showing). Raises: DataError."""
+    nouns: list[Noun] = []
+    for source in sources:
+        rows = read_source(source).rows
+        found = detect(rows, stage, source.type)
+        nouns += _expanded(parse_rows(rows, found.name)[0], stage)
+    return nouns
+
+
+# --- the one way through -------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Gathered:
+    """What one source gave so far."""
+
+    rows: list[Any] = field(default_factory=list)
+    kept: list[tuple[TokenSeq, ...]] = field(default_factory=list)
+    skipped: dict[str, list[Origin]] = field(default_factory=dict)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def skip(self, reason: str, origin: Origin) -> None:
+        self.skipped.setdefault(reason, []).append(origin)
+
+
+def _overflow(keys: TrainKeys, **more: Any) -> dict[str, Any]:
+    limits = {"sequence_len": keys.sequence_len, "overflow": keys.overflow}
+    return {"limit": keys.sequence_len, "overflow": keys.overflow, "keys": {**limits, **more}}
+
+
+def _load(plan: Plan, keys: TrainKeys, tokenizer: Any, given: Sequence[DatasetKeys] | None) -> Dataset[Any]:
+    sources = list(keys.datasets if given is None else given)
+    use_template(tokenizer, keys.chat_template)
+    weights = tuple(source.weight for source in sources)
+    key = _cache_key(plan, sources, tokenizer)
+    found, status = cache.lookup(key)
+    if found is not None:
+        return _restored(plan, found, sources, weights)
+    gathered: list[_Gathered] = []
+    summaries: list[SourceSummary] = []
+    for source in sources:
+        part, summary = _load_source(plan, source, tokenizer)
+        gathered.append(part)
+        summaries.append(summary)
+    _refuse_nothing(summaries)
+    flat = [(seqs, plan.extra(row)) for part in gathered for seqs, row in zip(part.kept, part.rows, strict=True)]
+    facts = {
+        "summaries": [asdict(summary) for summary in summaries],
+        "rows_digest": cache.rows_digest(flat),
+        "sizes": [len(part.rows) for part in gathered],
+    }
+    status += cache.store(key, flat, facts)
+    rows = [row for part in gathered for row in part.rows]
+    return _dataset(rows, tuple(summaries), status, facts, weights)
+
+
+def _dataset(
+    rows: list[Any],
+    summaries: tuple[SourceSummary, ...],
+    status: str,
+    facts: dict[str, Any],
+    weights: tuple[float | None, ...],
+) -> Dataset[Any]:
+    digest = digest_json([facts["rows_digest"], facts["sizes"], weights])
+    return Dataset(rows, DataSummary(summaries, status), digest, tuple(facts["sizes"]), weights)
+
+
+def _load_source(plan: Plan, source: DatasetKeys, tokenizer: Any) -> tuple[_Gathered, SourceSummary]:
+    read = read_source(source)
+    found = detect(read.rows, plan.stage, source.type)
+    parsed, skips = parse_rows(read.rows, found.name)
+    part = _Gathered()
+    for skip in skips:
+        part.skip(skip.reason, skip.origin)
+    nouns = _expanded(parsed, plan.stage)
+    drafts = [plan.draft(tokenizer, noun) for noun in nouns]
+    tokenized = render.tokenize(tokenizer, [draft for group in drafts for draft in group])
+    part.notes[IN_PIECES] = tokenized.split
+    part.notes[REWRITTEN] = sum(draft.rewritten for group in drafts for draft in group)
+    part.notes[BLANK] = len(read.blank_lines)
+    seqs = iter(tokenized.seqs)
+    for noun, group in zip(nouns, drafts, strict=True):
+        _keep(plan, part, noun, tuple(next(seqs) for _ in group))
+    return part, _summary(source, read, str(found), part)
+
+
+def _expanded(nouns: list[Noun], stage: StageKind) -> list[Noun]:
+    if stage != "kto":
+        return nouns
+    return [row for noun in nouns for row in (unpair(noun) if isinstance(noun, PreferencePair) else (noun,))]
+
+
+def _keep(plan: Plan, part: _Gathered, noun: Noun, seqs: tuple[TokenSeq, ...]) -> None:
+    """Take a row, or count why not. Raises: DataError for an over-long row under `overflow: error`."""
+    if plan.trains and not all(seq.num_loss_tokens for seq in seqs):
+        return part.skip(NOTHING, noun.origin)
+    longest = max(len(seq.ids) for seq in seqs)
+    if longest > plan.limit:
+        if plan.overflow == "error":
+            raise DataError(
+                f"{noun.origin}: {longest} tokens > {plan.limit_name} = {plan.limit}; raise sequence_len, "
+                "or set `overflow: drop` or `overflow: truncate`"
+            )
+        if plan.overflow == "drop":
+            return part.skip(TOO_LONG, noun.origin)
+        seqs = tuple(_cut(seq, plan.limit, from_start=not plan.trains) for seq in seqs)
+        if plan.trains and not all(seq.num_loss_tokens for seq in seqs):
+            return part.skip(NOTHING_LEFT, noun.origin)
+        part.notes[TRUNCATED] += 1
+    part.kept.append(seqs)
+    part.rows.append(plan.build(noun, seqs))
+
+
+def _cut(seq: TokenSeq, limit: int, from_start: bool) -> TokenSeq:
+    """The first `limit` tokens; of a prompt the last ones, which the answer follows."""
+    taken = slice(-limit, None) if from_start else slice(limit)
+    return TokenSeq(seq.ids[taken], seq.loss_mask[taken], seq.origin)
+
+
+def _summary(source: DatasetKeys, read: Source, found: str, part: _Gathered) -> SourceSummary:
+    seqs = [seq for row in part.kept for seq in row]
+    return SourceSummary(
+        path=source.path,
+        format=found,
+        rows_read=len(read.rows),
+        rows_kept=len(part.rows),
+        skipped={reason: Skipped(len(at), tuple(str(o) for o in at[:3])) for reason, at in part.skipped.items()},
+        tokens=sum(len(seq.ids) for seq in seqs),
+        loss_tokens=sum(seq.num_loss_tokens for seq in seqs),
+        lengths=length_percentiles([len(seq.ids) for seq in seqs]),
+        digest=read.digest,
+        notes={note: count for note, count in part.notes.items() if count},
+        weight=source.weight,
+    )
+
+
+def _refuse_nothing(summaries: Sequence[SourceSummary]) -> None:
+    """A source that gives no row is an error: a mixture without it is not what was asked for."""
+    for summary in summaries:
+        if not summary.rows_kept:
+            reasons = "; ".join(f"{s.count} {reason} (first {s.first[0]})" for reason, s in summary.skipped.items())
+            raise DataError(
+                f"{short_path(summary.path)}: none of {summary.rows_read} rows can be used: {reasons}; "
+                "expected at least one row with something to train; fix the rows, `type`, `train_on` or `sequence_len`"
+            )
+
+
+# --- cache ---------------------------------------------------------------------------------------------------------
+
+
+def _cache_key(plan: Plan, sources: Sequence[DatasetKeys], tokenizer: Any) -> cache.CacheKey:
+    asked = [source.model_dump(exclude={"weight"}) for source in sources]
+    return cache.CacheKey(
+        place=[plan.stage, [source.path for source in sources]],
+        contents=digest_json([content_digest(source) for source in sources]),
+        template=template_digest(tokenizer),
+        tokenizer=cache.tokenizer_digest(tokenizer),
+        code=cache.code_digest(),
+        keys={**plan.keys, "datasets": [{k: v for k, v in entry.items() if k != "path"} for entry in asked]},
+    )
+
+
+def _restored(
+    plan: Plan, found: cache.Cached, sources: Sequence[DatasetKeys], weights: tuple[float | None, ...]
+) -> Dataset[Any]:
+    names = [short_path(source.path) for source in sources]
+    owner = [name for name, size in zip(names, found.facts["sizes"], strict=True) for _ in range(size)]
+    rows = []
+    for (seqs, line, extra), name in zip(found.rows, owner, strict=True):
+        origin = Origin(name, line)
+        rows.append(plan.restore(tuple(TokenSeq(ids, mask, origin) for ids, mask in seqs), extra, origin))
+    summaries = tuple(
+        _restored_summary(raw, source) for raw, source in zip(found.facts["summaries"], sources, strict=True)
+    )
+    return _dataset(rows, summaries, "hit", found.facts, weights)
+
+
+def _restored_summary(raw: dict[str, Any], source: DatasetKeys) -> SourceSummary:
+    skipped = {reason: Skipped(s["count"], tuple(s["first"])) for reason, s in raw["skipped"].items()}
+    return SourceSummary(**{**raw, "skipped": skipped, "weight": source.weight})
+
+
+def _restore_prompt(seqs: tuple[TokenSeq, ...], extra: Any, origin: Origin) -> PromptRow:
+    prompt, columns, tools = extra
+    return Prompt(origin, prompt if isinstance(prompt, str) else tuple(prompt), columns, tuple(tools)), seqs[0].ids

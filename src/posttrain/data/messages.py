@@ -1,0 +1,142 @@
+"""Conversations as files hold them → OpenAI messages.
+
+Knows the spellings of OpenAI, ShareGPT and LLaMA-Factory; knows no tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from posttrain.errors import DataError
+from posttrain.types import Message, Origin
+
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "tool": "tool",
+    "tool_response": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "function_call": "function_call",
+    "tool_call": "function_call",
+}
+"""Role as written → OpenAI's; `function_call` becomes an assistant turn with `tool_calls`."""
+
+
+def parse_messages(value: Any, origin: Origin, column: str) -> tuple[Message, ...]:
+    """A list of messages (or one, or its JSON text). Raises: DataError."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        value = parse_json(value, origin, column)
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, (list, tuple)) or not value:
+        raise DataError(f"{origin}: `{column}` is {describe(value)}; expected a non-empty list of {{role, content}}")
+    return tuple(_message(item, origin, f"{column}[{i}]") for i, item in enumerate(value))
+
+
+def parse_tools(value: Any, origin: Origin) -> tuple[Mapping[str, Any], ...]:
+    """JSON schemas of the tools: a list, or its JSON text. Raises: DataError."""
+    if isinstance(value, str) and value.strip():
+        value = parse_json(value, origin, "tools")
+    if value in (None, "", []):
+        return ()
+    if not isinstance(value, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in value):
+        raise DataError(
+            f"{origin}: `tools` is {describe(value)}; expected a list of JSON schemas, or that list as JSON text"
+        )
+    return tuple(_without_none(tool) for tool in value)
+
+
+def parse_json(text: str, origin: Origin, column: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{origin}: `{column}` holds text that is not JSON ({error}); expected valid JSON") from None
+
+
+def describe(value: Any) -> str:
+    """A value as error messages show it."""
+    if value is None:
+        return "missing"
+    shown = json.dumps(value, ensure_ascii=False, default=str)
+    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"
+
+
+def _message(item: Any, origin: Origin, where: str) -> Message:
+    if not isinstance(item, Mapping):
+        raise DataError(f"{origin}: `{where}` is {describe(item)}; expected an object with role and content")
+    fields = _without_none(item)
+    written = fields.pop("from", None) if "role" not in fields else fields.pop("role")
+    role = ROLES.get(written) if isinstance(written, str) else None
+    if role is None:
+        known = ", ".join(sorted(ROLES))
+        raise DataError(f"{origin}: `{where}` has role {describe(written)}; expected one of {known}")
+    content = _content(fields.pop("value", None) if "content" not in fields else fields.pop("content"), origin, where)
+    if role == "function_call":
+        return {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": _calls(parse_json(content, origin, where), origin, where),
+            **fields,
+        }
+    if "tool_calls" in fields:
+        fields["tool_calls"] = _calls(fields["tool_calls"], origin, where)
+    return {"role": role, "content": content, **fields}
+
+
+def _content(value: Any, origin: Origin, where: str) -> str:
+    """Text; parts of type text are joined. An absent content is legal beside tool calls and empty otherwise."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple)):
+        parts = [
+            part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None
+            for part in value
+        ]
+        if all(isinstance(part, str) for part in parts):
+            return "".join(parts)  # type: ignore[arg-type]
+    raise DataError(
+        f"{origin}: `{where}` has content {describe(value)}; expected text (images and audio are not supported)"
+    )
+
+
+def _calls(value: Any, origin: Origin, where: str) -> list[Mapping[str, Any]]:
+    """OpenAI tool calls with `arguments` as an object: templates write it as JSON, so text would be escaped twice."""
+    calls = [value] if isinstance(value, Mapping) else value
+    if not isinstance(calls, (list, tuple)):
+        raise DataError(f"{origin}: `{where}` has tool_calls {describe(value)}; expected a list of calls")
+    return [_call(call, origin, where) for call in calls]
+
+
+def _call(call: Any, origin: Origin, where: str) -> Mapping[str, Any]:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise DataError(f"{origin}: `{where}` has the tool call {describe(call)}; expected {{name, arguments}}")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = parse_json(arguments, origin, f"{where}.tool_calls.arguments") if arguments.strip() else {}
+    rest = {key: call[key] for key in ("id",) if call.get(key) is not None}
+    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}, **rest}
+
+
+def _without_none(item: Mapping[str, Any]) -> dict[str, Any]:
+    """Parquet gives every struct all fields: those that are null were absent."""
+    return {key: _plain(value) for key, value in item.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _without_none(value)
+    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,216 @@
+"""One row → one noun (`Example`, `PreferencePair`, …), a counted skip, or an error.
+
+Malformed rows are errors. A skip has one of the documented reasons below. Knows no tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.data.messages import describe, parse_messages, parse_tools
+from posttrain.errors import DataError
+from posttrain.types import Example, LabelledCompletion, Message, Origin, PreferencePair, Prompt, Text
+
+Fields = Mapping[str, Any]
+
+NO_ASSISTANT = "no assistant turn"
+EMPTY = "empty completion"
+IDENTICAL = "identical chosen and rejected"
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A row that is left out, and why."""
+
+    origin: Origin
+    reason: str
+
+
+def parse_chat(row: Fields, origin: Origin) -> Example | Skip:
+    return _conversation(parse_messages(row.get("messages"), origin, "messages"), row, origin)
+
+
+def parse_sharegpt(row: Fields, origin: Origin) -> Example | Skip:
+    messages = parse_messages(row.get("conversations"), origin, "conversations")
+    system = _optional_text(row, "system", origin)
+    if system and messages[0]["role"] != "system":
+        messages = ({"role": "system", "content": system}, *messages)
+    return _conversation(messages, row, origin)
+
+
+def parse_alpaca(row: Fields, origin: Origin) -> Example | Skip:
+    """`instruction` and `input` are joined by a newline; `history` is a list of [user, assistant] turns, not trained."""
+    question = "\n".join(
+        part for part in (_text(row, "instruction", origin), _optional_text(row, "input", origin)) if part
+    )
+    system = _optional_text(row, "system", origin)
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    for turn in row.get("history") or ():
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(part, str) for part in turn):
+            raise DataError(f"{origin}: `history` holds {describe(turn)}; expected [user text, assistant text]")
+        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1], "weight": 0}]
+    messages.append({"role": "user", "content": question})
+    messages.append({"role": "assistant", "content": _text(row, "output", origin)})
+    return _conversation(tuple(messages), row, origin)
+
+
+def parse_completion(row: Fields, origin: Origin) -> Example | Skip:
+    prompt, completion = _text_or_messages(row, "prompt", origin), _text_or_messages(row, "completion", origin)
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return Example(origin, prompt=prompt, completion=completion) if completion else Skip(origin, EMPTY)
+    prompt, completion = _both_messages(prompt, completion, "completion", origin)
+    return _conversation((*_untrained(prompt), *completion), row, origin)
+
+
+def parse_text(row: Fields, origin: Origin) -> Example | Skip:
+    text = _text(row, "text", origin)
+    return Example(origin, completion=text) if text else Skip(origin, EMPTY)
+
+
+def parse_preference(row: Fields, origin: Origin) -> PreferencePair | Skip:
+    """Without `prompt`, it is the common beginning of both answers: of the messages, or of the text up to a word end."""
+    chosen, rejected = _text_or_messages(row, "chosen", origin), _text_or_messages(row, "rejected", origin)
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise DataError(f"{origin}: one of `chosen` and `rejected` is text, the other messages; expected both alike")
+    if chosen == rejected:
+        return Skip(origin, IDENTICAL)
+    prompt = _preference_prompt(row, chosen, origin)
+    if prompt is None:
+        prompt, chosen, rejected = _implicit_prompt(chosen, rejected, origin)
+    elif not isinstance(prompt, str) or not isinstance(chosen, str):
+        prompt, chosen = _both_messages(prompt, chosen, "chosen", origin)
+        _, rejected = _both_messages(prompt, rejected, "rejected", origin)
+    if _is_empty(chosen) or _is_empty(rejected):
+        return Skip(origin, EMPTY)
+    return PreferencePair(origin, prompt, chosen, rejected, parse_tools(row.get("tools"), origin))
+
+
+def parse_kto(row: Fields, origin: Origin) -> LabelledCompletion | Skip:
+    label = LABELS.get(str(row.get("label")).strip().lower())
+    if label is None:
+        raise DataError(f"{origin}: `label` is {describe(row.get('label'))}; expected true (desirable) or false")
+    prompt, completion = _text_or_messages(row, "prompt", origin), _text_or_messages(row, "completion", origin)
+    if not isinstance(prompt, str) or not isinstance(completion, str):
+        prompt, completion = _both_messages(prompt, completion, "completion", origin)
+    if _is_empty(completion):
+        return Skip(origin, EMPTY)
+    return LabelledCompletion(origin, prompt, completion, label, parse_tools(row.get("tools"), origin))
+
+
+LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+def parse_prompt(row: Fields, origin: Origin) -> Prompt:
+    """`prompt` (text or messages), or `messages`; every other column but `tools` goes to the reward functions."""
+    column = "prompt" if row.get("prompt") is not None else "messages"
+    prompt = (
+        _text_or_messages(row, column, origin)
+        if column == "prompt"
+        else parse_messages(row.get(column), origin, column)
+    )
+    if not prompt:
+        raise DataError(f"{origin}: `{column}` is empty; expected a question to answer")
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        raise DataError(
+            f"{origin}: `{column}` ends with an assistant turn; expected a user or tool turn to answer; "
+            "remove that turn (its text can be a column of its own, such as `answer`)"
+        )
+    columns = {key: value for key, value in row.items() if key not in (column, "tools")}
+    return Prompt(origin, prompt, columns, parse_tools(row.get("tools"), origin))
+
+
+def unpair(pair: PreferencePair) -> tuple[LabelledCompletion, LabelledCompletion]:
+    """A pair as two KTO rows: the chosen answer is desirable, the rejected one is not."""
+    wanted = LabelledCompletion(pair.origin, pair.prompt, pair.chosen, True, pair.tools)
+    return wanted, LabelledCompletion(pair.origin, pair.prompt, pair.rejected, False, pair.tools)
+
+
+# --- parts ---------------------------------------------------------------------------------------------------------
+
+
+def _conversation(messages: tuple[Message, ...], row: Fields, origin: Origin) -> Example | Skip:
+    answers = [m for m in messages if m["role"] == "assistant" and m.get("weight", 1)]
+    if not answers:
+        return Skip(origin, NO_ASSISTANT)
+    if all(_is_empty((answer,)) for answer in answers):
+        return Skip(origin, EMPTY)
+    return Example(origin, messages=messages, tools=parse_tools(row.get("tools"), origin))
+
+
+def _untrained(messages: Sequence[Message]) -> list[Message]:
+    return [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages]
+
+
+def _is_empty(completion: Text) -> bool:
+    if isinstance(completion, str):
+        return not completion
+    return not any(m["content"] or m.get("tool_calls") or m.get("reasoning_content") for m in completion)
+
+
+def _text(row: Fields, column: str, origin: Origin) -> str:
+    value = row.get(column)
+    if not isinstance(value, str):
+        found = ", ".join(f"`{name}`" for name in row)
+        raise DataError(f"{origin}: `{column}` is {describe(value)}; expected text; this row has {found}")
+    return value
+
+
+def _optional_text(row: Fields, column: str, origin: Origin) -> str:
+    return "" if row.get(column) is None else _text(row, column, origin)
+
+
+def _text_or_messages(row: Fields, column: str, origin: Origin) -> Text:
+    value = row.get(column)
+    if isinstance(value, (list, tuple, Mapping)):
+        return parse_messages(value, origin, column)
+    if isinstance(value, str):
+        return value
+    raise DataError(f"{origin}: `{column}` is {describe(value)}; expected text or a list of {{role, content}}")
+
+
+def _both_messages(
+    prompt: Text, answer: Text, column: str, origin: Origin
+) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """Prompt and answer as messages. A text prompt beside an answer in messages is the user's turn."""
+    if isinstance(answer, str):
+        answer = ({"role": "assistant", "content": answer},)
+    if isinstance(prompt, str):
+        prompt = ({"role": "user", "content": prompt},)
+    if answer[: len(prompt)] == prompt:  # some sets repeat the prompt in the answer
+        answer = answer[len(prompt) :]
+    if not answer or answer[0]["role"] != "assistant":
+        got = answer[0]["role"] if answer else "nothing"
+        raise DataError(f"{origin}: `{column}` begins with {got} after the prompt; expected an assistant turn")
+    return prompt, answer
+
+
+def _preference_prompt(row: Fields, chosen: Text, origin: Origin) -> Text | None:
+    if row.get("prompt") is not None:
+        prompt = _text_or_messages(row, "prompt", origin)
+        # UltraFeedback's shape: the answers are whole conversations and `prompt` repeats the question.
+        whole = not isinstance(chosen, str) and chosen[0]["role"] != "assistant"
+        return None if whole and isinstance(prompt, str) else prompt
+    if row.get("conversations") is not None:
+        return parse_messages(row["conversations"], origin, "conversations")
+    return None
+
+
+def _implicit_prompt(chosen: Text, rejected: Text, origin: Origin) -> tuple[Text, Text, Text]:
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if isinstance(chosen, str):
+        # The cut never falls inside a word, and the space before a word belongs to the word.
+        while shared and not (chosen[shared - 1 : shared].strip() and chosen[shared : shared + 1].isspace()):
+            shared -= 1
+    else:
+        while shared and chosen[shared - 1]["role"] == "assistant":
+            shared -= 1
+        if not shared or not all(side[shared:] and side[shared]["role"] == "assistant" for side in (chosen, rejected)):  # type: ignore[index]
+            raise DataError(
+                f"{origin}: `chosen` and `rejected` do not share a prompt followed by an assistant turn; expected the same "
+                "turns first in both, or a column `prompt`"
+            )
+    return chosen[:shared], chosen[shared:], rejected[shared:]

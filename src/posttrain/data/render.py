@@ -1,0 +1,246 @@
+"""Nouns → token sequences with a loss mask.
+
+A noun is first drafted: its whole text and the character spans that are trained. Drafts are tokenised in batches and
+the spans become token masks. Masks never look at pad or EOS ids, so EOS stays trained where pad == EOS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+from posttrain.data.spans import assistant_spans
+from posttrain.data.template import Span, render_text
+from posttrain.errors import DataError
+from posttrain.types import Example, LabelledCompletion, Message, Origin, PreferencePair, Prompt, Text, TokenSeq
+
+TrainOn = Literal["assistant", "last", "all"]
+_CHUNK = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A row as text. `bos` says that the tokenizer's own BOS goes first (a chat template writes its own)."""
+
+    text: str
+    spans: tuple[Span, ...]
+    origin: Origin
+    bos: bool
+    rewritten: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """`split` counts the rows in which a token would have straddled the edge of a span (see `tokenize`)."""
+
+    seqs: list[TokenSeq]
+    split: int
+
+
+def render_example(tokenizer: Any, example: Example, train_on: TrainOn = "assistant") -> TokenSeq:
+    """A supervised row. Nothing trained is an empty mask, not an error. Raises: DataError."""
+    return tokenize(tokenizer, draft_example(tokenizer, example, train_on)).seqs[0]
+
+
+def render_pair(tokenizer: Any, pair: PreferencePair) -> tuple[TokenSeq, TokenSeq]:
+    """(prompt + chosen, prompt + rejected), the answers trained. Raises: DataError."""
+    chosen, rejected = tokenize(tokenizer, draft_pair(tokenizer, pair)).seqs
+    return chosen, rejected
+
+
+def render_labelled(tokenizer: Any, row: LabelledCompletion) -> TokenSeq:
+    """prompt + completion, the completion trained. Raises: DataError."""
+    return tokenize(tokenizer, draft_labelled(tokenizer, row)).seqs[0]
+
+
+def render_prompt(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
+    """Ids of the prompt; a conversation ends with the generation prompt. Raises: DataError."""
+    return tokenize(tokenizer, draft_prompt(tokenizer, prompt)).seqs[0].ids
+
+
+def draft_example(tokenizer: Any, example: Example, train_on: TrainOn) -> list[Draft]:
+    if not example.messages:
+        return [_draft_text(tokenizer, example.prompt, example.completion, example.origin, train_on == "all")]
+    turns = [i for i, m in enumerate(example.messages) if m["role"] == "assistant"]
+    if train_on == "all":
+        return [_draft_whole(tokenizer, example)]
+    turns = [i for i in (turns[-1:] if train_on == "last" else turns) if example.messages[i].get("weight", 1)]
+    return [_draft_chat(tokenizer, example.messages, example.tools, turns, example.origin)]
+
+
+def draft_pair(tokenizer: Any, pair: PreferencePair) -> list[Draft]:
+    return [
+        _draft_answer(tokenizer, pair.prompt, answer, pair.tools, pair.origin)
+        for answer in (pair.chosen, pair.rejected)
+    ]
+
+
+def draft_labelled(tokenizer: Any, row: LabelledCompletion) -> list[Draft]:
+    return [_draft_answer(tokenizer, row.prompt, row.completion, row.tools, row.origin)]
+
+
+def draft_prompt(tokenizer: Any, prompt: Prompt) -> list[Draft]:
+    if isinstance(prompt.prompt, str):
+        return [Draft(prompt.prompt, (), prompt.origin, bos=True)]
+    with _naming(prompt.origin):
+        return [Draft(render_text(tokenizer, prompt.prompt, prompt.tools, True), (), prompt.origin, bos=False)]
+
+
+def tokenize(tokenizer: Any, drafts: Sequence[Draft]) -> Tokenized:
+    """One sequence per draft.
+
+    A prompt is tokenised alone when it is sampled from, so training must see the same tokens: where the tokens of the
+    text before a span are not a prefix of the row's, the row is tokenised in pieces cut at its spans. No token is lost.
+    """
+    seqs: list[TokenSeq] = []
+    split = 0
+    for at in range(0, len(drafts), _CHUNK):
+        chunk = drafts[at : at + _CHUNK]
+        for seq, in_pieces in _tokenize_chunk(tokenizer, chunk):
+            seqs.append(seq)
+            split += in_pieces
+    return Tokenized(seqs, split)
+
+
+# --- drafts --------------------------------------------------------------------------------------------------------
+
+
+class _naming:  # noqa: N801 (reads as a statement: with _naming(origin))
+    """Put the row's origin before an error's message."""
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, DataError):
+            raise DataError(f"{self.origin}: {error}") from None
+
+
+def _draft_text(tokenizer: Any, prompt: str, completion: str, origin: Origin, all_trained: bool = False) -> Draft:
+    """The completion ends with EOS, once, and EOS is trained: without it a model never stops."""
+    eos = tokenizer.eos_token
+    if not eos:
+        raise DataError("the tokenizer has no EOS token, so text completions would never end; set its eos_token")
+    text = prompt + completion + ("" if completion.endswith(eos) else eos)
+    return Draft(text, ((0 if all_trained else len(prompt), len(text)),), origin, bos=True)
+
+
+def _draft_whole(tokenizer: Any, example: Example) -> Draft:
+    with _naming(example.origin):
+        text = render_text(tokenizer, example.messages, example.tools)
+    return Draft(text, ((0, len(text)),), example.origin, bos=False)
+
+
+def _draft_chat(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any], turns: Sequence[int], origin: Origin
+) -> Draft:
+    with _naming(origin):
+        found = assistant_spans(tokenizer, messages, tools, turns)
+    return Draft(found.text, found.spans, origin, bos=False, rewritten=found.rewritten)
+
+
+def _draft_answer(tokenizer: Any, prompt: Text, answer: Text, tools: Sequence[Any], origin: Origin) -> Draft:
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return _draft_text(tokenizer, prompt, answer, origin)
+    assert not isinstance(prompt, str) and not isinstance(answer, str), "parse makes both text or both messages"
+    messages = (*prompt, *answer)
+    turns = [i for i in range(len(prompt), len(messages)) if messages[i]["role"] == "assistant"]
+    return _draft_chat(tokenizer, messages, tools, turns, origin)
+
+
+# --- tokens --------------------------------------------------------------------------------------------------------
+
+
+def _tokenize_chunk(tokenizer: Any, drafts: Sequence[Draft]) -> Iterable[tuple[TokenSeq, bool]]:
+    for draft in drafts:
+        _check_encodable(draft)
+    bos = _bos_prefix(tokenizer)
+    encodings = _encode(tokenizer, [draft.text for draft in drafts]) if tokenizer.is_fast else [None] * len(drafts)
+    before = sorted({draft.text[:cut] for draft in drafts for cut in _checked_cuts(draft)})
+    prefix_ids = dict(zip(before, _ids(tokenizer, before), strict=True))
+    for draft, encoding in zip(drafts, encodings, strict=True):
+        aligned = encoding is not None and _align(encoding, draft, prefix_ids)
+        ids, ranges = aligned or _in_pieces(tokenizer, draft)
+        prefix = bos if draft.bos and tuple(ids[: len(bos)]) != bos else ()
+        yield _sequence(prefix, ids, ranges, draft.origin), not aligned
+
+
+def _sequence(prefix: tuple[int, ...], ids: Sequence[int], ranges: Sequence[Span], origin: Origin) -> TokenSeq:
+    mask = [False] * (len(prefix) + len(ids))
+    for start, end in ranges:
+        mask[len(prefix) + start : len(prefix) + end] = [True] * (end - start)
+    return TokenSeq((*prefix, *ids), tuple(mask), origin)
+
+
+def _checked_cuts(draft: Draft) -> list[int]:
+    """Span starts where the prefix is tokenised too. Behind the first, only a space can hide a straddling token:
+    tokenizers leave it out of a token's offsets."""
+    starts = [start for start, _ in draft.spans if start]
+    return [cut for i, cut in enumerate(starts) if i == 0 or draft.text[cut - 1] == " "]
+
+
+def _align(encoding: Any, draft: Draft, prefix_ids: dict[str, list[int]]) -> tuple[list[int], list[Span]] | None:
+    """Token ranges of the spans, or `None` if a token straddles an edge or a prefix has other tokens."""
+    ids = encoding.ids
+    ranges: list[Span] = []
+    for start, end in draft.spans:
+        first, last = _token_at(encoding, draft.text, start), _token_at(encoding, draft.text, end)
+        if first is None or last is None:
+            return None
+        ranges.append((first, last))
+    checked = set(_checked_cuts(draft))
+    for (start, _), (first, _) in zip(draft.spans, ranges, strict=True):
+        if start in checked and prefix_ids[draft.text[:start]] != ids[:first]:
+            return None
+    return ids, ranges
+
+
+def _token_at(encoding: Any, text: str, cut: int) -> int | None:
+    """Index of the first token at or behind character `cut`; `None` if a token straddles it."""
+    for position in range(cut, len(text)):
+        token = encoding.char_to_token(position)
+        if token is not None:
+            return token if encoding.token_to_chars(token)[0] >= cut else None
+    return len(encoding.ids)
+
+
+def _in_pieces(tokenizer: Any, draft: Draft) -> tuple[list[int], list[Span]]:
+    cuts = sorted({0, len(draft.text), *(edge for span in draft.spans for edge in span)})
+    pieces = [draft.text[a:b] for a, b in pairwise(cuts)]
+    ids: list[int] = []
+    at = {0: 0}
+    for cut, piece in zip(cuts[1:], _ids(tokenizer, pieces), strict=True):
+        ids += piece
+        at[cut] = len(ids)
+    return ids, [(at[start], at[end]) for start, end in draft.spans]
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> list[Any]:
+    batch = tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )
+    return batch.encodings
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def _bos_prefix(tokenizer: Any) -> tuple[int, ...]:
+    """What the tokenizer puts before every text: usually nothing or BOS."""
+    plain, full = (tokenizer("a", add_special_tokens=flag, verbose=False)["input_ids"] for flag in (False, True))
+    return tuple(full[: full.index(plain[0])]) if plain and plain[0] in full else ()
+
+
+def _check_encodable(draft: Draft) -> None:
+    try:
+        draft.text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{draft.origin}: the text holds an unpaired surrogate (\\u{ord(draft.text[error.start]):04x}), which is no "
+            "character; expected valid Unicode; remove it"
+        ) from None

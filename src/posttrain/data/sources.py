@@ -1,0 +1,242 @@
+"""Rows from files and the hub, each with where it came from.
+
+Knows nothing of what the columns mean.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.stages import DatasetKeys
+from posttrain.errors import DataError
+from posttrain.files import digest_bytes, digest_file
+from posttrain.types import Origin
+
+Row = tuple[Origin, dict[str, Any]]
+
+_BLANK = object()
+"""What a reader yields for a line without a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The rows of one dataset entry. `blank_lines` were skipped; `digest` covers the contents read."""
+
+    rows: list[Row]
+    blank_lines: tuple[Origin, ...]
+    digest: str
+
+
+def read_rows(source: DatasetKeys) -> list[Row]:
+    """Raises: DataError if the source is missing, empty or malformed."""
+    return read_source(source).rows
+
+
+def read_source(source: DatasetKeys) -> Source:
+    """Rows with renamed columns, cut to `limit`. Raises: DataError, with file and line where there is one."""
+    if not is_local(source.path):
+        rows = _read_hub(source)
+        return Source(
+            _rename(rows, source), (), digest_bytes(repr([r for _, r in rows]).encode("utf-8", "surrogatepass"))
+        )
+    path = _checked(source.path)
+    blank: list[Origin] = []
+    rows = []
+    for origin, value in READERS[path.suffix.lower()](path):
+        if value is _BLANK:
+            blank.append(origin)
+            continue
+        if not isinstance(value, dict):
+            raise DataError(f"{origin}: a row is {_json_type(value)}; expected an object with named columns")
+        rows.append((origin, value))
+        if len(rows) == source.limit:
+            break
+    if not rows:
+        raise DataError(
+            f"{short_path(path)}: no rows in this file ({len(blank)} blank lines); expected at least one row"
+        )
+    return Source(_rename(rows, source), tuple(blank), digest_file(path))
+
+
+def content_digest(source: DatasetKeys) -> str:
+    """Digest of what `read_source` would read, without parsing it where that is possible."""
+    return digest_file(_checked(source.path)) if is_local(source.path) else read_source(source).digest
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` names a file (present or missing) and not a hub dataset."""
+    local = Path(path).expanduser()
+    return local.exists() or path.startswith((".", "/", "~")) or local.suffix.lower() in READERS or path.count("/") > 1
+
+
+def short_path(path: Path | str) -> str:
+    """`path` as messages show it: relative to the working directory when it is below it."""
+    resolved = Path(path).expanduser().resolve()
+    return str(resolved.relative_to(Path.cwd())) if resolved.is_relative_to(Path.cwd()) else str(resolved)
+
+
+def _checked(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.exists():
+        near = difflib.get_close_matches(path.name, _names(path.parent), n=1)
+        hint = f"did you mean {near[0]}?" if near else "check `datasets: path` (relative to the YAML)"
+        raise DataError(f"{short_path(path)}: no such file; expected a JSONL, JSON, Parquet or CSV file; {hint}")
+    if path.is_dir():
+        raise DataError(f"{short_path(path)}: is a folder; expected a file; name one of {_names(path)[:5]}")
+    if path.suffix.lower() not in READERS:
+        raise DataError(
+            f"{short_path(path)}: got a {path.suffix or 'nameless'} file; expected one of {', '.join(READERS)}"
+        )
+    if path.stat().st_size == 0:
+        raise DataError(f"{short_path(path)}: the file is empty; expected at least one row")
+    return path
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+
+
+def _rename(rows: list[Row], source: DatasetKeys) -> list[Row]:
+    for ours, theirs in source.columns.items():
+        if rows and not any(theirs in row for _, row in rows):
+            found = ", ".join(f"`{name}`" for name in rows[0][1])
+            raise DataError(
+                f"{source.path}: `columns: {{{ours}: {theirs}}}` names a column that no row has; found {found}; "
+                "write it as our name → the file's name"
+            )
+        for _, row in rows:
+            if theirs in row:
+                row[ours] = row.pop(theirs)
+    return rows
+
+
+def _json_type(value: Any) -> str:
+    names = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _decoded(raw: bytes, origin: Origin) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{origin}: not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start}; expected UTF-8 text; "
+            "convert the file (iconv -t utf-8)"
+        ) from None
+
+
+def _lines(path: Path) -> Iterator[tuple[Origin, str]]:
+    """Split at newlines only: U+2028 may stand inside a JSON string."""
+    name = short_path(path)
+    with path.open("rb") as handle:
+        for number, raw in enumerate(handle, start=1):
+            origin = Origin(name, number)
+            yield origin, _decoded(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw, origin)
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[Origin, Any]]:
+    for origin, line in _lines(path):
+        if not line.strip():
+            yield origin, _BLANK
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{origin}: not JSON: {error.msg} at column {error.colno}; expected one JSON object per line"
+            ) from None
+        except RecursionError:
+            raise DataError(f"{origin}: not JSON: nested too deeply; expected one JSON object per line") from None
+        yield origin, value
+
+
+def _read_json(path: Path) -> Iterable[tuple[Origin, Any]]:
+    """A list of rows, or an object with the list under `data`; `line` is the row's number. JSONL is recognised."""
+    name = short_path(path)
+    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    try:
+        value = json.loads(_decoded(raw, Origin(name, 1)))
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and raw.lstrip().startswith(b"{"):
+            return _read_jsonl(path)
+        raise DataError(
+            f"{name}:{error.lineno}: not JSON: {error.msg}; expected a list of objects, or one object per line"
+        ) from None
+    rows = value.get("data", value) if isinstance(value, dict) else value
+    if isinstance(rows, dict):  # a JSONL file of one row
+        rows = [rows]
+    if not isinstance(rows, list):
+        raise DataError(f'{name}: got {_json_type(rows)}; expected a list of objects or {{"data": [...]}}')
+    return ((Origin(name, number), row) for number, row in enumerate(rows, start=1))
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[Origin, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    name = short_path(path)
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{name}: not Parquet: {_first_line(error)}; expected a Parquet file") from None
+    for number, row in enumerate(rows, start=1):
+        yield Origin(name, number), row
+
+
+def _read_csv(path: Path) -> Iterator[tuple[Origin, Any]]:
+    """Every value is a string; empty fields are dropped."""
+    name = short_path(path)
+    text = "".join(line for _, line in _lines(path))
+    csv.field_size_limit(1 << 30)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            origin = Origin(name, reader.line_num)
+            if None in row:
+                columns = len(reader.fieldnames or ())
+                raise DataError(
+                    f"{origin}: got {columns + len(row[None])} fields; expected {columns}, as in the header"
+                )
+            yield origin, {key: value for key, value in row.items() if value not in (None, "")}
+    except csv.Error as error:
+        raise DataError(f"{name}:{reader.line_num}: not CSV: {error}; expected a header and quoted fields") from None
+
+
+READERS: dict[str, Callable[[Path], Iterable[tuple[Origin, Any]]]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+}
+"""File name ending → its reader. A reader yields `_BLANK` for a blank line."""
+
+
+def _read_hub(source: DatasetKeys) -> list[Row]:
+    import datasets
+    import httpx
+    from datasets.exceptions import DatasetsError
+
+    try:
+        table = datasets.load_dataset(source.path, source.name, split=source.split)
+    except (OSError, ValueError, RuntimeError, httpx.HTTPError, DatasetsError) as error:
+        raise DataError(
+            f"{source.path}: not a local file, and the hub could not give it ({_first_line(error)}); "
+            "check the name, `split` and `name`, go online, or give a local file"
+        ) from None
+    rows = table.select(range(min(source.limit, len(table)))) if source.limit else table
+    if not len(rows):
+        raise DataError(f"{source.path}: split {source.split!r} has no rows; expected at least one")
+    return [(Origin(source.path, number), dict(row)) for number, row in enumerate(rows, start=1)]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return (text.splitlines()[0] if text else type(error).__name__).rstrip(".")

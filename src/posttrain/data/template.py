@@ -1,0 +1,134 @@
+"""The chat template: where it comes from, its digest, and messages → text → ids.
+
+Text, not ids, is what the loss mask is derived from (`spans`), so rendering and tokenising are apart here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from posttrain.errors import DataError
+from posttrain.files import digest_json
+from posttrain.types import Message
+
+Span = tuple[int, int]
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_PROBE = ({"role": "user", "content": "posttrain-question"}, {"role": "assistant", "content": "posttrain-answer"})
+
+
+def use_template(tokenizer: Any, path: str | None) -> None:
+    """Give `tokenizer` the Jinja file at `path`, so that it is saved with the model. `None` keeps the tokenizer's own."""
+    if path is None:
+        return
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise DataError(f"chat_template: no such file {path}; expected a Jinja file, relative to the YAML")
+    tokenizer.chat_template = file.read_text(encoding="utf-8")
+
+
+def template_text(tokenizer: Any, tools: Sequence[Any] = ()) -> str:
+    """The template that renders a conversation with or without tools. Raises: DataError if there is none."""
+    if not tokenizer.chat_template:
+        raise DataError(
+            "the data holds conversations, but the tokenizer has no chat template; expected one; "
+            "set `chat_template: file.jinja`, or use text data (`prompt` + `completion`)"
+        )
+    try:
+        return tokenizer.get_chat_template(None, tools or None)
+    except ValueError as error:
+        raise DataError(f"the tokenizer's chat template: {error}; set `chat_template: file.jinja`") from None
+
+
+def template_digest(tokenizer: Any) -> str:
+    """Digest of the template, or of there being none."""
+    return digest_json(tokenizer.chat_template)
+
+
+def has_generation_markers(template: str) -> bool:
+    return bool(_GENERATION.search(template))
+
+
+def render_text(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] = (), add_generation_prompt: bool = False
+) -> str:
+    """Raises: DataError with the template's own complaint (it may refuse roles or their order)."""
+    return _render(tokenizer, messages, tools, add_generation_prompt, False)[0]
+
+
+def render_marked(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any]) -> tuple[str, list[Span]]:
+    """Text, and the character spans inside `{% generation %}` blocks."""
+    return _render(tokenizer, messages, tools, False, True)
+
+
+def render_chat(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] = (), add_generation_prompt: bool = True
+) -> tuple[int, ...]:
+    """Ids of a rendered conversation. The template writes the BOS, so the tokenizer adds none."""
+    text = render_text(tokenizer, messages, tools, add_generation_prompt)
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def end_of_turn(tokenizer: Any) -> str:
+    """The token that ends an assistant turn, or "" where the template has none."""
+    if not tokenizer.chat_template:
+        return ""
+    return _probe_end(template_text(tokenizer), _special_items(tokenizer), added_tokens(tokenizer))
+
+
+def added_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Texts that are one token wherever they stand, longest first."""
+    return _added(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=16)
+def _added(tokenizer: Any, _length: int) -> tuple[str, ...]:
+    return tuple(sorted((str(t) for t in tokenizer.get_added_vocab()), key=lambda t: (-len(t), t)))
+
+
+@lru_cache(maxsize=16)
+def _probe_end(template: str, special: tuple[tuple[str, Any], ...], added: tuple[str, ...]) -> str:
+    try:
+        text = _run(template, _PROBE, None, False, False, dict(special))[0]
+    except DataError:
+        return ""
+    _, _, tail = text.rpartition(_PROBE[1]["content"])
+    return next((token for token in added if tail.lstrip().startswith(token)), "")
+
+
+def _special_items(tokenizer: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple((k, v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str))
+
+
+def _render(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any], prompt: bool, marked: bool
+) -> tuple[str, list[Span]]:
+    template = template_text(tokenizer, tools)
+    return _run(template, messages, list(tools) or None, prompt, marked, dict(_special_items(tokenizer)))
+
+
+def _run(
+    template: str, messages: Sequence[Message], tools: Any, prompt: bool, marked: bool, special: Mapping[str, Any]
+) -> tuple[str, list[Span]]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    plain = [{key: value for key, value in m.items() if key != "weight"} for m in messages]
+    try:
+        texts, spans = render_jinja_template(
+            [plain],
+            tools=tools,
+            chat_template=template,
+            return_assistant_tokens_mask=marked,
+            add_generation_prompt=prompt,
+            **special,
+        )
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"the chat template refuses this conversation: {error}; change the row, or set `chat_template`"
+        ) from None
+    return texts[0], [(int(a), int(b)) for a, b in spans[0]] if marked else []

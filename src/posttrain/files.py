@@ -1,0 +1,117 @@
+"""Digests and crash-safe files: what is written here is either wholly there or not there.
+
+Knows nothing of what the bytes mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+_CHUNK_BYTES = 1 << 20
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces; equal values give equal text. Raises: ValueError on NaN or inf."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest_bytes(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    return digest_bytes(canonical_json(value).encode("utf-8", "surrogatepass"))
+
+
+def digest_file(path: Path) -> str:
+    hasher = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while chunk := handle.read(_CHUNK_BYTES):
+            hasher.update(chunk)
+    return "sha256:" + hasher.hexdigest()
+
+
+def file_digests(folder: Path, *, ignore: Iterable[str] = ()) -> dict[str, str]:
+    """Digest of every file below `folder`, keyed by its relative POSIX path."""
+    skipped = set(ignore)
+    paths = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.name not in skipped)
+    return {p.relative_to(folder).as_posix(): digest_file(p) for p in paths}
+
+
+def digest_tree(folder: Path, *, ignore: Iterable[str] = ()) -> str:
+    """One digest of a folder: names and contents, not times or permissions."""
+    return digest_json(file_digests(folder, ignore=ignore))
+
+
+def fsync_dir(folder: Path) -> None:
+    """Make renames in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Replace `path` by `data`: temporary file, fsync, rename. A crash leaves the old or the new, never half."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as handle:
+            handle.write(raw)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    fsync_dir(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8", errors="surrogatepass"))
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> Mapping[str, str]:
+    """Create `target` with the files that `fill(temporary_folder)` writes, all or nothing.
+
+    Returns the digests of its files. An existing `target` is replaced only after the new one is complete.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        fill(temporary)
+        digests = file_digests(temporary)
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                with open(Path(folder) / name, "rb") as handle:
+                    os.fsync(handle.fileno())
+            fsync_dir(Path(folder))
+        os.chmod(temporary, 0o755)
+        if target.exists():
+            stale = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+            os.replace(target, stale / target.name)
+            os.replace(temporary, target)
+            shutil.rmtree(stale)
+        else:
+            os.replace(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_dir(target.parent)
+    return digests

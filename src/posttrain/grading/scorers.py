@@ -1,0 +1,89 @@
+"""The scorers of an eval suite by name, and the digest of everything they are made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from posttrain.files import digest_json, file_digests
+from posttrain.grading import answers
+from posttrain.grading.schema import NotJsonError, check_schema, conforms, read_json_text, same_json
+
+Scorer = Callable[[str, str | None, Mapping[str, Any]], float | None]
+"""(completion, target, the item's other columns) → score, or None when the item has nothing to score against."""
+
+
+def _against_target(check: Callable[[str, str], bool]) -> Scorer:
+    def score(text: str, target: str | None, columns: Mapping[str, Any]) -> float | None:
+        return None if target is None or not str(target).strip() else float(check(text, str(target)))
+
+    return score
+
+
+def _of_text(check: Callable[[str], bool]) -> Scorer:
+    return lambda text, target, columns: float(check(text))
+
+
+def _contains(text: str, target: str) -> bool:
+    return target in (answers.visible(text) or "")
+
+
+def _regex(text: str, target: str | None, columns: Mapping[str, Any]) -> float | None:
+    # The pattern is the suite author's: it is trusted to be linear.
+    try:
+        return float(re.search(target, answers.visible(text) or "") is not None) if target else None
+    except (re.error, RecursionError, OverflowError):
+        return None
+
+
+def score_json(text: str, schema: Any, expected: Any = None) -> bool:
+    """Whether the visible text is one JSON value that fits `schema` and, where given, equals `expected`."""
+    try:
+        value = read_json_text(answers.visible(text) or "")
+    except NotJsonError:
+        return False
+    return conforms(value, schema) and (expected is None or same_json(value, expected))
+
+
+def _json_schema(text: str, target: str | None, columns: Mapping[str, Any]) -> float | None:
+    """The schema is the column `schema`, with `target` the expected value; or the target itself."""
+    try:
+        schema = columns.get("schema", target)
+        schema = read_json_text(schema) if isinstance(schema, str) else schema
+        check_schema(schema)
+        expected = read_json_text(target) if target and "schema" in columns else None
+    except (NotJsonError, ValueError, TypeError, AttributeError):
+        return None
+    return float(score_json(text, schema, expected))
+
+
+SCORERS: dict[str, Scorer] = {
+    "boxed": _against_target(answers.is_boxed),
+    "number": _against_target(answers.is_number),
+    "last_number": _against_target(answers.is_last_number),
+    "math": _against_target(answers.is_math_equal),
+    "choice": _against_target(answers.is_choice),
+    "exact": _against_target(answers.is_exact),
+    "contains": _against_target(_contains),
+    "regex": _regex,
+    "format": _of_text(answers.has_think_format),
+    "clean": _of_text(answers.is_clean),
+    "json_schema": _json_schema,
+}
+
+
+@cache
+def grading_digest() -> str:
+    """Digest of the source of this package."""
+    sources = file_digests(Path(__file__).parent, ignore=())
+    return digest_json({name: digest for name, digest in sources.items() if name.endswith(".py")})
+
+
+def scorer_digest(name: str) -> str:
+    """Digest of a scorer: its name and the code of the grading package. Raises: KeyError for an unknown name."""
+    if name not in SCORERS:
+        raise KeyError(f"scorer {name!r} is unknown; expected one of {', '.join(SCORERS)}")
+    return digest_json([name, grading_digest()])

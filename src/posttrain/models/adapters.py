@@ -1,0 +1,95 @@
+"""LoRA and QLoRA through PEFT: what is adapted is checked and said, and a merge is proven before it is kept."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from posttrain.config.stages import ModelKeys
+from posttrain.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+ATTENTION_NAMES = re.compile(r"(q_proj|k_proj|v_proj|o_proj|qkv_proj|query_key_value|c_attn|Wqkv|out_proj|dense)$")
+
+
+def attach_adapter(model: PreTrainedModel, keys: ModelKeys) -> PeftModel:
+    """A fresh LoRA adapter on a frozen base; a no-op until it is trained."""
+    matches = check_targets(model, keys.lora_target)
+    total = sum(matches.values())
+    log.info("adapter: %d modules (%s)", total, ", ".join(f"{name} ×{count}" for name, count in matches.items()))
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=keys.lora_r,
+        lora_alpha=keys.lora_alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=keys.lora_dropout,
+        target_modules=keys.lora_target,
+        modules_to_save=keys.lora_modules_to_save or None,
+        use_rslora=keys.use_rslora,
+        use_dora=keys.use_dora,
+        init_lora_weights=keys.init_lora_weights,  # pyright: ignore[reportArgumentType]
+        rank_pattern=dict(keys.rank_pattern),
+        alpha_pattern=dict(keys.alpha_pattern),
+    )
+    if keys.load_in_4bit:
+        _prepare_norms(model)
+    return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+
+
+def check_targets(model: PreTrainedModel, target: list[str] | str) -> Mapping[str, int]:
+    """Modules matched per entry of `lora_target`.
+
+    Raises: ModelError naming the entry that matches nothing, with the module names there are.
+    """
+    names = _linear_names(model)
+    if target == "all-linear":
+        return {"all-linear": len(names)}
+    entries = [target] if isinstance(target, str) else target
+    matches: dict[str, int] = {}
+    for entry in entries:
+        if isinstance(target, str):
+            matched = [name for name in names if re.fullmatch(entry, name)]
+        else:
+            matched = [name for name in names if name == entry or name.endswith(f".{entry}")]
+        if not matched:
+            known = sorted({name.rsplit(".", 1)[-1] for name in names})
+            raise ModelError(f"lora_target: {entry!r} matches no module of {type(model).__name__}; it has {', '.join(known)}")
+        matches[entry] = len(matched)
+    if not any(ATTENTION_NAMES.search(entry) or isinstance(target, str) for entry in entries):
+        log.warning("lora_target leaves out the attention projections (%s); that usually learns less", ", ".join(entries))
+    return matches
+
+
+def _linear_names(model: PreTrainedModel) -> list[str]:
+    """Adaptable modules, the output head left out as PEFT's `all-linear` does."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+
+
+def _prepare_norms(model: PreTrainedModel) -> None:
+    """Freeze a 4-bit base and lift its one-dimensional weights (norms) to float32, not the large embeddings."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if parameter.ndim == 1 and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+
+
+def dequantized_weights(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
+    """The 4-bit linears of the base as float32 matrices, keyed by module name in the base model."""
+    import bitsandbytes
+
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    weights: dict[str, torch.Tensor] = {}
+    for name, module in base.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            clean = name.removesuffix(".base_layer")
+            packed: Any = module.weight
+            weights[clean] = bitsandbytes.functional.dequantize_4bit(packed.data, packed.quant_state).float()
+    return weights

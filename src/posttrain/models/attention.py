@@ -1,0 +1,191 @@
+"""Attention over ragged batches and over a decode cache, registered through transformers' attention interface.
+
+Every causal LM of transformers reaches `ragged_attention` with its own queries, keys and values; what attends to what
+comes in as the keyword argument `layout` (training, scoring, prefill) or `kv_store` (prefill and decode), which
+transformers hands through untouched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from posttrain.errors import ModelError
+from posttrain.models.batch import Layout, Tree
+
+NAME = "posttrain_ragged"
+
+
+class KVStore(Protocol):
+    """Keys and values of past tokens, as the rollout engine keeps them."""
+
+    def keep(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Prefill: keep the prompts' keys and values, [1, Hkv, N, D]."""
+        ...
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttendOptions) -> torch.Tensor:
+        """Decode: one token per row, [1, H, R, D]; each attends to its own past. Returns [1, Hq, R, D]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AttendOptions:
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+def register() -> None:
+    """Make `attn_implementation=NAME` known. No mask function goes with it, so transformers builds no mask."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, ragged_attention)
+
+
+def ragged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    layout: Layout | None = None,
+    kv_store: KVStore | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Shapes: query [1, Hq, N, D], key and value [1, Hkv, N, D] → [1, N, Hq, D]."""
+    if kwargs.get("s_aux") is not None:
+        raise ModelError("attention sinks are not expressible in the ragged layout")
+    if query.shape[0] != 1:
+        raise ModelError(f"ragged attention takes one row of packed tokens, got {query.shape[0]} rows")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    query, key, value = _same_dtype(query, key, value)
+    window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+    if kv_store is not None and layout is None:
+        options = AttendOptions(scale, window, softcap)
+        return kv_store.attend(module.layer_idx, query, key, value, options).transpose(1, 2), None  # pyright: ignore[reportArgumentType]
+    if kv_store is not None:
+        kv_store.keep(module.layer_idx, key, value)  # pyright: ignore[reportArgumentType]
+    layout = layout or Layout((Tree(0, query.shape[2]),))
+    longest = max((_depth(tree) for tree in layout.trees), default=0)
+    if dropout or softcap is not None or (window is not None and longest > window):
+        out = _dense_attention(query, key, value, layout, scale, window, softcap, dropout)
+    elif query.device.type == "cpu":
+        out = _TreeAttention.apply(query, key, value, layout, scale)
+    else:
+        out = _dense_attention(query, key, value, layout, scale, None, None, 0.0)
+    return out.transpose(1, 2), None  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def _same_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Under autocast a norm may have lifted queries and keys above the values' dtype."""
+    dtype = tensors[-1].dtype
+    if torch.is_autocast_enabled(tensors[0].device.type):
+        dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def _depth(tree: Tree) -> int:
+    return tree.split - tree.start + max((end - begin for begin, end in tree.branches()), default=0)
+
+
+class _TreeAttention(torch.autograd.Function):
+    """Exact attention of each tree by the CPU flash kernel, without masks and without copying a shared prefix.
+
+    A branch attends to its prefix and to itself in two calls, merged by their log-sum-exp. Given the merged output
+    and log-sum-exp, the kernel's backward of each call yields that call's share of the gradient (Liu et al. 2023,
+    Ring Attention, arXiv 2310.01889, use the same identity across devices).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:
+        _, num_heads, num_tokens, _ = query.shape
+        out = query.new_empty(1, num_tokens, num_heads, value.shape[-1]).transpose(1, 2)
+        lse = query.new_empty(1, num_heads, num_tokens, dtype=torch.float32)
+        for tree in layout.trees:
+            for begin, end in ((tree.start, tree.split), *tree.branches()):
+                if begin < end:
+                    own = slice(begin, end)
+                    out[:, :, own], lse[:, :, own] = _flash(query[:, :, own], key[:, :, own], value[:, :, own], True, scale)
+            if tree.ends and tree.start < tree.split < tree.stop:
+                tail, prefix = slice(tree.split, tree.stop), slice(tree.start, tree.split)
+                part, part_lse = _flash(query[:, :, tail], key[:, :, prefix], value[:, :, prefix], False, scale)
+                out[:, :, tail], lse[:, :, tail] = merge(out[:, :, tail], lse[:, :, tail], part, part_lse)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.layout, ctx.scale = layout, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        query, key, value, out, lse = ctx.saved_tensors
+        grad_q, grad_k, grad_v = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
+
+        def add(rows: slice, columns: slice, causal: bool) -> None:
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad_out[:, :, rows], query[:, :, rows], key[:, :, columns], value[:, :, columns],
+                out[:, :, rows], lse[:, :, rows], 0.0, causal, scale=ctx.scale,
+            )  # fmt: skip
+            for total, grad, where in zip((grad_q, grad_k, grad_v), grads, (rows, columns, columns), strict=True):
+                total[:, :, where] += grad
+
+        for tree in ctx.layout.trees:
+            for begin, end in ((tree.start, tree.split), *tree.branches()):
+                if begin < end:
+                    add(slice(begin, end), slice(begin, end), causal=True)
+            if tree.ends and tree.start < tree.split < tree.stop:
+                add(slice(tree.split, tree.stop), slice(tree.start, tree.split), causal=False)
+        return grad_q, grad_k, grad_v, None, None
+
+
+def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+
+
+def merge(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Combine softmax attention over two disjoint key sets. Shapes: out [..., T, D], lse [..., T]."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    weight_a, weight_b = (lse_a - lse).exp().unsqueeze(-1), (lse_b - lse).exp().unsqueeze(-1)
+    return (out_a * weight_a + out_b * weight_b).to(out_a.dtype), lse
+
+
+def _dense_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float,
+    window: int | None, softcap: float | None, dropout: float,
+) -> torch.Tensor:  # fmt: skip
+    """Each tree by itself with an explicit mask: windows, soft caps, dropout, and devices without the flash kernel."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    parts: list[torch.Tensor] = []
+    for tree in layout.trees:
+        own = slice(tree.start, tree.stop)
+        q, k, v = query[:, :, own], key[:, :, own], value[:, :, own]
+        if softcap is None and window is None and not tree.ends:
+            parts.append(scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale))
+            continue
+        mask = tree_mask(tree, window, query.device)
+        if softcap is None:
+            parts.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale))
+            continue
+        scores = torch.tanh(q @ k.transpose(-1, -2) * scale / softcap) * softcap
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(v.dtype)
+        parts.append(torch.dropout(weights, dropout, dropout > 0) @ v)
+    return torch.cat(parts, dim=2)
+
+
+def tree_mask(tree: Tree, window: int | None, device: torch.device) -> torch.Tensor:
+    """[L, L] bool: True where a token of the tree (row) attends to another (column)."""
+    prefix = tree.split - tree.start
+    branch = torch.zeros(tree.stop - tree.start, dtype=torch.long, device=device)
+    position = torch.arange(tree.stop - tree.start, device=device)
+    for number, (begin, end) in enumerate(tree.branches(), start=1):
+        own = slice(begin - tree.start, end - tree.start)
+        branch[own] = number
+        position[own] = torch.arange(prefix, prefix + end - begin, device=device)
+    mask = ((branch[None] == 0) | (branch[None] == branch[:, None])) & (position[None] <= position[:, None])
+    return mask if window is None else mask & (position[:, None] - position[None] < window)

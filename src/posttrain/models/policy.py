@@ -1,0 +1,172 @@
+"""The model in use: one forward for training and scoring, and the same weights as their own reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from posttrain.models.batch import Batch
+from posttrain.models.device import Placement
+from posttrain.objectives.logprobs import chunked_logprobs, token_entropy, token_logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Per scored token of a batch. Shapes: logp_M, entropy_M (nats; where asked for), top1_M (bool).
+
+    `aux_loss` is the router's load-balancing loss of a mixture-of-experts model, else None.
+    """
+
+    logp_M: torch.Tensor
+    entropy_M: torch.Tensor | None
+    top1_M: torch.Tensor
+    aux_loss: torch.Tensor | None = None
+
+
+@dataclass
+class Policy:
+    """A model with its tokenizer. `ragged` says whether packed sequences are exact for it."""
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    placement: Placement
+    ragged: bool
+    source: str
+    sharded: bool = False
+    _reference: PreTrainedModel | None = field(default=None, repr=False)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model, adapter layers in place where there are any."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model  # pyright: ignore[reportReturnType]
+
+    @property
+    def has_adapter(self) -> bool:
+        return isinstance(self.model, PeftModel)
+
+    def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def score(self, batch: Batch, *, temperature: float = 1.0, entropy: bool = False) -> Scores:
+        """Scores of the batch's trained tokens; logits are computed at those positions only."""
+        batch = batch.to(self.placement.device)
+        with self.placement.autocast():
+            if not self.ragged:
+                return _score_one_by_one(self, batch, temperature, entropy)
+            if self._head_is_plain:
+                return self._score_hidden(batch, temperature, entropy)
+            output = self._forward(self.model, batch, logits_to_keep=batch.source_M)
+        return _from_logits(output.logits[0], batch.target_M, temperature, entropy, self._aux_loss(output))
+
+    def reference_logp(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+        """The same scores under the given starting model. Shape: [M], no gradient."""
+        with torch.no_grad(), self.reference():
+            return self.score(batch, temperature=temperature).logp_M
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the policy is its own starting point: adapter off, or the frozen copy."""
+        if isinstance(self.model, PeftModel):
+            with self.model.disable_adapter():
+                yield
+            return
+        assert self._reference is not None, "freeze_reference() comes before reference()"
+        trained, self.model = self.model, self._reference
+        try:
+            yield
+        finally:
+            self.model = trained
+
+    def freeze_reference(self) -> int:
+        """Keep the present weights as the reference. Returns the bytes it costs: none with an adapter."""
+        if isinstance(self.model, PeftModel):
+            return 0
+        import copy
+
+        self._reference = copy.deepcopy(self.model).requires_grad_(False).eval()
+        return sum(p.numel() * p.element_size() for p in self._reference.parameters())
+
+    def _forward(self, model: Any, batch: Batch, **options: Any) -> Any:
+        return model(
+            input_ids=batch.input_ids_N[None],
+            position_ids=batch.position_ids_N[None],
+            use_cache=False,
+            layout=batch.layout,
+            **options,
+        )
+
+    @property
+    def _head_is_plain(self) -> bool:
+        """Whether logits are hidden states times one matrix, so that they need never exist all at once.
+
+        Not under FSDP, where only the root module knows how to gather the head.
+        """
+        config = self.base.config.get_text_config()
+        scaled = any(getattr(config, name, None) not in (None, 1.0) for name in ("logit_scale", "logits_scaling"))
+        plain = type(self.base.get_output_embeddings()) is torch.nn.Linear
+        return plain and not (self.sharded or scaled or self._wants_aux_loss)
+
+    def _score_hidden(self, batch: Batch, temperature: float, entropy: bool) -> Scores:
+        head: Any = self.base.get_output_embeddings()
+        hidden_ND = self._forward(self.base.get_decoder(), batch).last_hidden_state[0]
+        softcap = getattr(self.base.config.get_text_config(), "final_logit_softcapping", None)
+        scores = chunked_logprobs(
+            hidden_ND[batch.source_M], head.weight, batch.target_M,
+            temperature=temperature, bias=head.bias, softcap=softcap, with_entropy=entropy,
+        )  # fmt: skip
+        return Scores(*scores)
+
+    @property
+    def _wants_aux_loss(self) -> bool:
+        config = self.base.config.get_text_config()
+        return bool(getattr(config, "router_aux_loss_coef", 0)) and bool(getattr(config, "output_router_logits", False))
+
+    def _aux_loss(self, output: Any) -> torch.Tensor | None:
+        loss = getattr(output, "aux_loss", None)
+        return loss if isinstance(loss, torch.Tensor) and self._wants_aux_loss else None
+
+
+def _from_logits(
+    logits_MV: torch.Tensor, target_M: torch.Tensor, temperature: float, entropy: bool, aux_loss: torch.Tensor | None
+) -> Scores:
+    entropy_M = token_entropy(logits_MV, temperature) if entropy else None
+    return Scores(token_logprobs(logits_MV, target_M, temperature), entropy_M, logits_MV.argmax(-1) == target_M, aux_loss)
+
+
+def _score_one_by_one(policy: Policy, batch: Batch, temperature: float, entropy: bool) -> Scores:
+    """For models the ragged layout is not exact for: each sequence alone, its prefix included, nothing padded."""
+    parts: list[Scores] = []
+    for ids, sources, targets in _sequences(batch):
+        output = policy.model(input_ids=ids[None], use_cache=False, logits_to_keep=sources)
+        parts.append(_from_logits(output.logits[0], targets, temperature, entropy, policy._aux_loss(output)))
+    entropies = [part.entropy_M for part in parts if part.entropy_M is not None]
+    losses = [part.aux_loss for part in parts if part.aux_loss is not None]
+    return Scores(
+        torch.cat([part.logp_M for part in parts]),
+        torch.cat(entropies) if entropies else None,
+        torch.cat([part.top1_M for part in parts]),
+        torch.stack(losses).mean() if losses else None,
+    )
+
+
+def _sequences(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Ids, source positions and targets of each sequence of a packed batch, in order."""
+    sequence = 0
+    for tree in batch.layout.trees:
+        prefix = torch.arange(tree.start, tree.split, device=batch.input_ids_N.device)
+        branches = list(tree.branches()) or [(tree.split, tree.split)]
+        for begin, end in branches:
+            packed = torch.cat([prefix, torch.arange(begin, end, device=prefix.device)])
+            mine = batch.seq_M == sequence
+            where = torch.zeros(batch.input_ids_N.numel(), dtype=torch.long, device=prefix.device)
+            where[packed] = torch.arange(packed.numel(), device=prefix.device)
+            if bool(mine.any()):
+                yield batch.input_ids_N[packed], where[batch.source_M[mine]], batch.target_M[mine]
+            sequence += 1
+

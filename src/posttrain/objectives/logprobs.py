@@ -1,0 +1,195 @@
+"""Log-probs of tokens, from logits or straight from hidden states without ever holding all the logits.
+
+z = softcap(h · Wᵀ + b) / temperature;  logp = z[target] − logsumexp(z);  entropy = logsumexp(z) − Σ p·z  (nats).
+Statistics are float32 (float64 for float64 inputs) whatever the dtype of the matmul.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+_TILE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+_MIN_TILE_ROWS = 64
+
+
+class TokenScores(NamedTuple):
+    """Per token: log-prob, entropy if asked for, and whether the target is the most likely token."""
+
+    logp_M: Tensor
+    entropy_M: Tensor | None
+    top1_M: Tensor
+
+
+def token_logprobs(logits_MV: Tensor, targets_M: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-prob of each target under `logits / temperature`. Shapes: [..., V], [...] → [...]."""
+    z_MV = _statistics(logits_MV) / temperature
+    return z_MV.gather(-1, targets_M.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(z_MV, -1)
+
+
+def token_entropy(logits_MV: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy of each token's distribution, in nats. Shapes: [..., V] → [...]."""
+    z_MV = _statistics(logits_MV) / temperature
+    return torch.logsumexp(z_MV, -1) - (torch.softmax(z_MV, -1) * z_MV).sum(-1)
+
+
+def head_tile_rows(vocab: int, device_type: str = "cpu") -> int:
+    """Tokens whose float32 logits fill one tile. Up to one tile the logits are kept, beyond it they are recomputed."""
+    return max(_MIN_TILE_ROWS, _TILE_BYTES.get(device_type, _TILE_BYTES["cuda"]) // (4 * vocab))
+
+
+def chunked_logprobs(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    targets_M: Tensor,
+    *,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    chunk: int | None = None,
+    with_entropy: bool = False,
+) -> TokenScores:
+    """Score tokens `chunk` rows at a time; the backward recomputes each tile (4 head matmuls instead of 3).
+
+    `chunk=None` decides by size: a micro-batch that fits one tile keeps its logits and recomputes nothing. Log-probs
+    and entropy are differentiable in hidden, weight and bias; a frozen weight costs no gradient matmul.
+    """
+    device_type = hidden_MD.device.type
+    if torch.is_autocast_enabled(device_type):
+        # Cast here, once: inside, autocast would cast the weight again for every tile.
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden_MD, weight_VD = hidden_MD.to(dtype), weight_VD.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    rows = chunk or head_tile_rows(weight_VD.shape[0], device_type)
+    with torch.autocast(device_type, enabled=False):
+        logp_M, entropy_M, top1_M = _score(
+            hidden_MD, weight_VD, bias, targets_M, temperature, softcap, rows, with_entropy
+        )
+    return TokenScores(logp_M, entropy_M if with_entropy else None, top1_M)
+
+
+def _statistics(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _tile_logits(hidden_RD: Tensor, weight_VD: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    """Logits before the temperature, float32. Shapes: [R, D], [V, D] → [R, V]."""
+    logits_RV = _statistics(torch.nn.functional.linear(hidden_RD, weight_VD, bias))
+    return logits_RV if softcap is None else softcap * torch.tanh(logits_RV / softcap)
+
+
+class _ChunkedScores(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        bias: Tensor | None,
+        targets_M: Tensor,
+        temperature: float,
+        softcap: float | None,
+        rows: int,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num_tokens = hidden_MD.shape[0]
+        stats_M = torch.empty(
+            4, num_tokens, dtype=torch.promote_types(hidden_MD.dtype, torch.float32), device=hidden_MD.device
+        )
+        logp_M, entropy_M, lse_M, top_M = stats_M.unbind(0)
+        kept: Tensor | None = None
+        for start in range(0, num_tokens, rows):
+            tile = slice(start, start + rows)
+            logits_RV = _tile_logits(hidden_MD[tile], weight_VD, bias, softcap)
+            z_RV = logits_RV / temperature if temperature != 1.0 else logits_RV
+            target_R = z_RV.gather(1, targets_M[tile, None]).squeeze(1)
+            peak_R = z_RV.amax(1)
+            p_RV = torch.exp(z_RV - peak_R[:, None])
+            lse_R = p_RV.sum(1).log_().add_(peak_R)
+            if with_entropy:
+                entropy_M[tile] = lse_R - p_RV.mul_(z_RV).sum(1) * torch.exp(peak_R - lse_R)
+            logp_M[tile], lse_M[tile], top_M[tile] = target_R - lse_R, lse_R, peak_R - target_R
+            if num_tokens <= rows:
+                kept = logits_RV
+        ctx.save_for_backward(hidden_MD, weight_VD, bias, targets_M, lse_M, entropy_M, kept)
+        ctx.temperature, ctx.softcap, ctx.rows, ctx.with_entropy = temperature, softcap, rows, with_entropy
+        top1_M = top_M <= 0
+        ctx.mark_non_differentiable(top1_M)
+        ctx.set_materialize_grads(False)
+        return logp_M.clone(), entropy_M.clone(), top1_M
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        grad_logp_M, grad_entropy_M = grads[0], grads[1] if ctx.with_entropy else None
+        hidden_MD, weight_VD, bias, targets_M, lse_M, entropy_M, kept = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden_MD = torch.zeros_like(hidden_MD) if wants_hidden else None
+        # float32 accumulators: a sum over tiles in bfloat16 would lose the small ones.
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=lse_M.dtype) if wants_weight else None
+        grad_bias_V = torch.zeros(weight_VD.shape[0], dtype=lse_M.dtype, device=lse_M.device) if wants_bias else None
+        with torch.autocast(hidden_MD.device.type, enabled=False):
+            for start in range(0, hidden_MD.shape[0], ctx.rows):
+                tile = slice(start, start + ctx.rows)
+                hidden_RD = hidden_MD[tile]
+                logits_RV = _tile_logits(hidden_RD, weight_VD, bias, ctx.softcap) if kept is None else kept
+                d_RV = _logits_gradient(
+                    logits_RV,
+                    targets_M[tile],
+                    lse_M[tile],
+                    None if grad_logp_M is None else grad_logp_M[tile],
+                    None if grad_entropy_M is None else (grad_entropy_M[tile], entropy_M[tile]),
+                    ctx.temperature,
+                    ctx.softcap,
+                )
+                if grad_bias_V is not None:
+                    grad_bias_V += d_RV.sum(0)
+                d_RV = d_RV.to(hidden_RD.dtype)
+                if grad_hidden_MD is not None:
+                    grad_hidden_MD[tile] = d_RV @ weight_VD
+                if grad_weight_VD is not None:
+                    _add_product(grad_weight_VD, d_RV, hidden_RD)
+        grad_weight = None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
+        grad_bias = None if grad_bias_V is None else grad_bias_V.to(bias.dtype)
+        return grad_hidden_MD, grad_weight, grad_bias, None, None, None, None, None
+
+
+_score = cast(Callable[..., tuple[Tensor, Tensor, Tensor]], _ChunkedScores.apply)  # pyright: ignore[reportUnknownMemberType]
+
+
+def _add_product(total_VD: Tensor, d_RV: Tensor, hidden_RD: Tensor) -> None:
+    """total += dᵀ · hidden."""
+    if d_RV.dtype == total_VD.dtype:
+        total_VD.addmm_(d_RV.t(), hidden_RD)
+    else:
+        total_VD += d_RV.t() @ hidden_RD
+
+
+def _logits_gradient(
+    logits_RV: Tensor,
+    targets_R: Tensor,
+    lse_R: Tensor,
+    grad_logp_R: Tensor | None,
+    entropy: tuple[Tensor, Tensor] | None,
+    temperature: float,
+    softcap: float | None,
+) -> Tensor:
+    """∂loss/∂(h·Wᵀ + b) from ∂logp/∂z = onehot − p and ∂H/∂z = −p·(log p + H)."""
+    log_p_RV = logits_RV / temperature - lse_R[:, None]
+    d_RV = log_p_RV.exp_() if entropy is None else torch.exp(log_p_RV)
+    if entropy is not None:
+        grad_R, entropy_R = entropy
+        weight_RV = log_p_RV.add_(entropy_R[:, None]).mul_(grad_R[:, None])
+        if grad_logp_R is not None:
+            weight_RV += grad_logp_R[:, None]
+        d_RV.mul_(weight_RV).neg_()
+    elif grad_logp_R is not None:
+        d_RV.mul_(-grad_logp_R[:, None])
+    else:
+        d_RV.zero_()
+    if grad_logp_R is not None:
+        d_RV.scatter_add_(1, targets_R[:, None], grad_logp_R[:, None].to(d_RV.dtype))
+    if softcap is not None:
+        d_RV *= 1 - (logits_RV / softcap) ** 2
+    return d_RV.div_(temperature) if temperature != 1.0 else d_RV

@@ -1,0 +1,145 @@
+"""Policy-gradient objectives: a loss is a row, ratio × surrogate × reduction, and `policy_loss` reads in that order.
+
+Ragged: per-token tensors hold the M trained tokens of S sequences, those of a sequence contiguous and in order.
+Knows nothing of models, rewards or how advantages came about.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from posttrain.objectives.kl import kl_in_loss
+from posttrain.objectives.ratios import RATIOS, SEQUENCE_LEVEL, correction_weights, log_ratios
+from posttrain.objectives.reduce import REDUCTIONS, Normalizer, segment_lengths, token_mean
+from posttrain.objectives.spec import PolicySpec
+from posttrain.objectives.surrogates import SURROGATES
+from posttrain.objectives.terms import LossTerms, as_ratios
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyLoss:
+    """`ratio=None` leaves it to `importance_sampling_level`, `advantage=None` to `advantage_estimator`."""
+
+    surrogate: str
+    reduction: str
+    source: str
+    ratio: str | None = None
+    advantage: str | None = None
+
+
+POLICY_LOSSES: dict[str, PolicyLoss] = {
+    "grpo": PolicyLoss("clipped", "sequence_mean_of_token_mean", "arXiv 2402.03300 eq. 3"),
+    "bnpo": PolicyLoss("clipped", "token_mean", "arXiv 2506.02864, its loss without its beta-normalised advantage"),
+    "dapo": PolicyLoss("clipped", "token_mean", "arXiv 2503.14476 eq. 8"),
+    "dr_grpo": PolicyLoss("clipped", "sequence_sum_over_constant", "arXiv 2503.20783 sec. 3"),
+    "luspo": PolicyLoss("clipped", "sequence_sum_mean", "arXiv 2602.05261"),
+    "gspo": PolicyLoss("clipped", "sequence_mean_of_token_mean", "arXiv 2507.18071 eq. 5", ratio="sequence"),
+    "cispo": PolicyLoss("cispo", "token_mean", "arXiv 2506.13585 eq. 4"),
+    "sapo": PolicyLoss("sapo", "sequence_mean_of_token_mean", "arXiv 2511.20347"),
+    "rloo": PolicyLoss(
+        "clipped", "sequence_mean_of_token_mean", "arXiv 2402.14740", ratio="sequence_product", advantage="rloo"
+    ),
+    "reinforce_pp": PolicyLoss("clipped", "token_mean", "arXiv 2501.03262", advantage="reinforce_pp"),
+}
+
+
+def advantage_estimator_of(loss_type: str, configured: str) -> str:
+    """The estimator a loss is defined with, or else the one configured."""
+    return POLICY_LOSSES[loss_type].advantage or configured
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyInputs:
+    """One micro-batch.
+
+    old_logp_M: trainer log-probs at the weights that sampled; None when those are the present weights (ratio 1).
+    behavior_logp_M: the sampler's own log-probs; NaN where it had none.
+    entropy_M: differentiable if `entropy_coef` is used.
+    """
+
+    policy_logp_M: Tensor
+    advantage_S: Tensor
+    seq_M: Tensor
+    num_sequences: int
+    old_logp_M: Tensor | None = None
+    ref_logp_M: Tensor | None = None
+    behavior_logp_M: Tensor | None = None
+    entropy_M: Tensor | None = None
+
+
+def policy_loss(inputs: PolicyInputs, spec: PolicySpec, norm: Normalizer) -> LossTerms:
+    """This micro-batch's share of the step's loss: surrogate · correction + beta · KL − entropy_coef · entropy."""
+    row = POLICY_LOSSES[spec.loss_type]
+    surrogate = SURROGATES[row.surrogate]
+    level = row.ratio or spec.importance_sampling_level
+    logp_M, seq_M = inputs.policy_logp_M, inputs.seq_M
+    lengths_S = segment_lengths(seq_M, inputs.num_sequences)
+    advantage_M = inputs.advantage_S.to(logp_M.dtype)[seq_M]
+
+    ratio_M = RATIOS[level](log_ratios(logp_M, inputs.old_logp_M), seq_M, inputs.num_sequences)
+    term_M = surrogate.term(ratio_M, advantage_M, logp_M, spec)
+    weight_M = _sampler_weights(inputs, spec)
+    if weight_M is not None:
+        term_M = weight_M * term_M
+    kl_M = _kl(inputs, spec, ratio_M)
+    if kl_M is not None:
+        # After the correction, as in TRL: a token the sampler disagrees on is still held to the reference.
+        term_M = term_M + spec.beta * kl_M
+    loss = policy = REDUCTIONS[row.reduction](term_M, seq_M, lengths_S, norm)
+    if spec.entropy_coef:
+        assert inputs.entropy_M is not None, "entropy_coef needs entropy_M"
+        loss = loss - spec.entropy_coef * token_mean(inputs.entropy_M, norm)
+
+    share_M = 1 / lengths_S[seq_M] if level in SEQUENCE_LEVEL else torch.ones_like(logp_M)
+    sums = {name: (flag_M * share_M, share_M) for name, flag_M in surrogate.flags(ratio_M, advantage_M, spec).items()}
+    sums["importance_ratio/mean"] = (ratio_M * share_M, share_M)
+    sums |= _token_metrics(inputs, kl_M, weight_M)
+    totals: dict[str, tuple[Tensor, Tensor | float]] = {name: (a.sum(), b.sum()) for name, (a, b) in sums.items()}
+    totals["policy_loss"] = (policy * norm.sequences, float(inputs.num_sequences))
+    return LossTerms(loss, as_ratios(totals))
+
+
+def _sampler_weights(inputs: PolicyInputs, spec: PolicySpec) -> Tensor | None:
+    if spec.importance_sampling_correction == "off":
+        return None
+    assert inputs.behavior_logp_M is not None, "importance_sampling_correction needs behavior_logp_M"
+    old_logp_M = inputs.policy_logp_M.detach() if inputs.old_logp_M is None else inputs.old_logp_M
+    return correction_weights(
+        spec.importance_sampling_correction,
+        spec.importance_sampling_cap,
+        old_logp_M,
+        inputs.behavior_logp_M,
+        inputs.seq_M,
+        inputs.num_sequences,
+    )
+
+
+def _kl(inputs: PolicyInputs, spec: PolicySpec, ratio_M: Tensor) -> Tensor | None:
+    if not spec.beta:
+        return None
+    assert inputs.ref_logp_M is not None, "beta > 0 needs ref_logp_M"
+    weight_M = ratio_M if spec.use_bias_correction_kl else None
+    return kl_in_loss(spec.kl_estimator, inputs.policy_logp_M, inputs.ref_logp_M, weight_M)
+
+
+def _token_metrics(
+    inputs: PolicyInputs, kl_M: Tensor | None, weight_M: Tensor | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Per-token metrics as (values, weights)."""
+    ones_M = torch.ones_like(inputs.policy_logp_M)
+    metrics: dict[str, tuple[Tensor, Tensor]] = {}
+    if kl_M is not None:
+        metrics["kl"] = (kl_M, ones_M)
+    if inputs.entropy_M is not None:
+        metrics["entropy"] = (inputs.entropy_M, ones_M)
+    if weight_M is not None:
+        metrics["sampling/importance_sampling_ratio/mean"] = (weight_M, ones_M)
+    if inputs.behavior_logp_M is not None:
+        old_logp_M = inputs.policy_logp_M if inputs.old_logp_M is None else inputs.old_logp_M
+        difference_M = (old_logp_M - inputs.behavior_logp_M).abs()
+        known_M = ~difference_M.isnan()
+        metrics["sampling/sampling_logp_difference/mean"] = (difference_M.nan_to_num(nan=0.0), known_M)
+    return metrics

@@ -1,0 +1,104 @@
+"""What the recipes ask of the parts they are given; each part is free to be anything that answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from posttrain.types import Completion, Request, SamplingParams
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Samples completions. Speaks token ids only; text is the caller's business."""
+
+    @property
+    def policy_version(self) -> int:
+        """The version of the weights that the next token will be sampled from."""
+        ...
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        should_stop: Callable[[Sequence[int]], bool] | None = None,
+    ) -> list[Completion]:
+        """One completion per request, in order. `should_stop` sees the ids sampled so far (for stop strings)."""
+        ...
+
+    def score(self, sequences: Sequence[tuple[Sequence[int], int]], temperature: float = 1.0) -> list[list[float]]:
+        """Log-probs of `ids[start:]` for each `(ids, start)`, under the weights of `policy_version`."""
+        ...
+
+    def sync(self, version: int) -> None:
+        """Take the policy's present weights as `version`. Raises: EngineError if a canary shows they did not arrive."""
+        ...
+
+
+class Reward(Protocol):
+    """A reward function in TRL's signature; `None` means it could not score that completion."""
+
+    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]: ...
+
+
+class MetricSink(Protocol):
+    """Where a run's numbers go. Never raises into the training loop, never blocks it."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def event(self, kind: str, step: int, details: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Topology(Protocol):
+    """One process or many. The loops are written against this and contain no rank arithmetic of their own."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def is_main(self) -> bool: ...
+
+    def shard(self, items: Sequence[T]) -> list[T]:
+        """This rank's share of `items`: every world_size-th one, so that shares differ by at most one item."""
+        ...
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over ranks, in float64."""
+        ...
+
+    def gather(self, value: T) -> list[T]:
+        """`value` of every rank, in rank order."""
+        ...
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's `value`."""
+        ...
+
+    def barrier(self) -> None: ...
+
+    def wrap(self, model: Any) -> Any:
+        """Shard the model's parameters over the ranks (FSDP2); one process returns it unchanged."""
+        ...
+
+    def clip_grad_norm(self, parameters: Sequence[Any], max_norm: float) -> float:
+        """Clip in place by the global norm and return that norm."""
+        ...
+
+    def full_state(self, model: Any) -> dict[str, Any]:
+        """The model's whole state, gathered; tensors on CPU, detached."""
+        ...
+
+    def full_optimizer_state(self, model: Any, optimizer: Any) -> dict[str, Any]:
+        """The optimizer's whole state keyed by parameter name, so that it loads under another number of ranks."""
+        ...
+
+    def load_optimizer_state(self, model: Any, optimizer: Any, state: dict[str, Any]) -> None: ...
+
+    def load_state(self, model: Any, state: dict[str, Any]) -> None: ...

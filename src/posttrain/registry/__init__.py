@@ -1,0 +1,20 @@
+"""Content-addressed store, lineage, versions, aliases, and promotion by compare-and-swap.
+
+Knows nothing of how a verdict was reached, only what it is about.
+"""
+
+from posttrain.registry.manifest import Manifest, check_chain, code_digest, environment_pins
+from posttrain.registry.registry import Registry, Verification
+from posttrain.registry.rows import Event
+from posttrain.registry.store import ContentStore
+
+__all__ = [
+    "ContentStore",
+    "Event",
+    "Manifest",
+    "Registry",
+    "Verification",
+    "check_chain",
+    "code_digest",
+    "environment_pins",
+]

@@ -1,0 +1,91 @@
+"""The model card: written from the registry's records, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from posttrain.registry.manifest import MODEL, Manifest
+from posttrain.registry.registry import Registry
+
+_TEMPLATE = Path(__file__).with_name("card.md.j2")
+
+
+def model_card(registry: Registry, name: str, version: int) -> str:
+    """Markdown with Hugging Face front matter.
+
+    Stage manifests may carry in `details`: base_model, license, datasets, command, wall_s, tokens and any number to show.
+    """
+    import jinja2
+
+    entry = registry.show(name, version)
+    chain = registry.chain(name, version)
+    verdict = registry.verdict_record(name, version)
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
+    filters: Any = environment.filters
+    filters.update(number=_number, short=_short, cell=_cell)
+    return environment.from_string(_TEMPLATE.read_text()).render(
+        front_matter=_front_matter(name, chain, verdict),
+        entry=entry,
+        chain=[manifest.to_json() | {"digest": manifest.digest, "settings": _settings(manifest)} for manifest in chain],
+        verdict=verdict,
+        certificates=registry.records(name, version, "certificate"),
+        base=_detail(chain, "base_model") or chain[0].inputs[MODEL],
+        command=_detail(chain, "command"),
+    )
+
+
+def _detail(chain: list[Manifest], key: str) -> Any:
+    """The last stage that says it wins."""
+    return next((manifest.details[key] for manifest in reversed(chain) if manifest.details.get(key)), None)
+
+
+def _settings(manifest: Manifest) -> str:
+    shown = {
+        key: value for key, value in manifest.details.items() if isinstance(value, (int, float)) and key != "wall_s"
+    }
+    return ", ".join(f"{key} {_number(value)}" for key, value in sorted(shown.items()))
+
+
+def _front_matter(name: str, chain: list[Manifest], verdict: Mapping[str, Any] | None) -> str:
+    import yaml
+
+    datasets = sorted({str(data) for manifest in chain for data in manifest.details.get("datasets", ())})
+    fields: dict[str, Any] = {
+        "base_model": _detail(chain, "base_model"),
+        "license": _detail(chain, "license"),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "datasets": datasets,
+        "tags": ["posttrain", *dict.fromkeys(manifest.stage for manifest in chain)],
+        "model-index": [{"name": name, "results": _results(verdict)}] if verdict else None,
+    }
+    return yaml.safe_dump({key: value for key, value in fields.items() if value}, sort_keys=False).strip()
+
+
+def _results(verdict: Mapping[str, Any]) -> list[dict[str, Any]]:
+    suites = {test["suite"]: test["candidate_mean"] for test in verdict["tests"]}
+    return [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": suite, "type": suite},
+            "metrics": [{"type": "mean_score", "value": mean}],
+        }
+        for suite, mean in suites.items()
+    ]
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _short(digest: str) -> str:
+    return digest.removeprefix("sha256:")[:12]
+
+
+def _cell(text: Any) -> str:
+    """Text that does not end a table's cell."""
+    return str(text).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,105 @@
+"""Manifests: which digests a stage took, which it made, and which manifest came before. A chain ends at a base model."""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import RegistryError
+from posttrain.files import digest_file, digest_json
+
+MODEL = "model"
+"""Name of the model among inputs (what the stage started from) and outputs (what it made)."""
+CERTIFICATE = "certificate"
+RL_STAGES = frozenset({"grpo"})
+"""Stages whose model takes an alias only with a passing reward certificate among their inputs."""
+_CODE_SUFFIXES = frozenset({".py", ".j2", ".css", ".json", ".yaml"})
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One stage. Usual inputs beside `model`: tokenizer, template, data, config, code, environment, suite, certificate.
+
+    `details` are for people (learning rate, tokens, wall time, command); they are part of the digest too.
+    """
+
+    stage: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    parent: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def digest(self) -> str:
+        return digest_json(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Manifest:
+        return cls(**record)
+
+    def after(self, parent: Manifest) -> Manifest:
+        """The same stage, chained to the one before it."""
+        return Manifest(self.stage, self.inputs, self.outputs, parent.digest, self.details)
+
+
+def check_chain(chain: Sequence[Manifest]) -> None:
+    """From first to last, each starts from the model that the one before made. Raises: RegistryError where it breaks."""
+    if not chain:
+        raise RegistryError("got no manifest, expected one per stage: lineage cannot be recorded afterwards")
+    for place, manifest in enumerate(chain):
+        if MODEL not in manifest.inputs or MODEL not in manifest.outputs:
+            raise RegistryError(f"manifest of {manifest.stage}: inputs and outputs must both name {MODEL!r}")
+        before = chain[place - 1] if place else None
+        if manifest.parent != (before.digest if before else None):
+            expected = before.digest if before else "no parent (it is the first)"
+            raise RegistryError(f"manifest of {manifest.stage}: got parent {manifest.parent}, expected {expected}")
+        if before and manifest.inputs[MODEL] != before.outputs[MODEL]:
+            raise RegistryError(
+                f"manifest of {manifest.stage} starts from {manifest.inputs[MODEL]}, but {before.stage} made "
+                f"{before.outputs[MODEL]}: a stage is missing between them"
+            )
+
+
+def environment_pins(packages: Iterable[str] | None = None) -> dict[str, Any]:
+    """What bitwise repetition depends on: Python, platform, CPU and package versions (all installed, or those named)."""
+    if packages is None:
+        versions = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
+    else:
+        versions = {name: metadata.version(name) for name in packages}
+    return {
+        "python": sys.version.split()[0],
+        "implementation": platform.python_implementation(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpu": _cpu(),
+        "packages": dict(sorted(versions.items(), key=lambda item: item[0].lower())),
+    }
+
+
+def _cpu() -> dict[str, Any]:
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return {"model": platform.processor()}
+    text = path.read_text()
+    fields = {key: re.search(rf"^{key}\s*:\s*(.*)$", text, re.MULTILINE) for key in ("model name", "flags")}
+    model, flags = (found.group(1) if found else "" for found in fields.values())
+    vector = sorted(flag for flag in flags.split() if flag.startswith(("avx", "sse4", "fma", "amx")))
+    return {"model": model or platform.processor(), "instructions": vector}
+
+
+def code_digest(folder: Path) -> str:
+    """Digest of a package's source files: what would run, not what was compiled from it."""
+    folder = Path(folder)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in _CODE_SUFFIXES and path.is_file())
+    if not paths:
+        raise RegistryError(f"{folder}: got no source files, expected a package folder")
+    return digest_json({path.relative_to(folder).as_posix(): digest_file(path) for path in paths})

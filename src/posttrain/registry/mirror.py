@@ -1,0 +1,130 @@
+"""Mirror the registry's events to MLflow, after the local commit.
+
+The event log is the outbox: each mirror remembers the last event that reached it. A server that is down costs a short
+wait and leaves the rest for the next time; the local registry stays the truth.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from posttrain.errors import MissingExtraError
+from posttrain.registry.promotion import CHAMPION, HOLD, PREVIOUS
+from posttrain.registry.registry import Registry
+from posttrain.registry.rows import Event
+
+_CONNECT_S = 2.0
+
+
+class Mirror(Protocol):
+    """Somewhere else that follows the registry. Being sent an event twice must do no harm."""
+
+    @property
+    def name(self) -> str: ...
+
+    def send(self, event: Event, registry: Registry) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """How many events were sent, how many wait, and why they wait."""
+
+    sent: int
+    pending: int
+    error: str | None = None
+
+
+def deliver(registry: Registry, mirror: Mirror) -> Delivery:
+    """Send what has not been sent, in order. Never raises for a mirror that fails."""
+    waiting = registry.rows.events(after=registry.rows.delivered(mirror.name))
+    for sent, event in enumerate(waiting):
+        try:
+            mirror.send(event, registry)
+        except Exception as error:  # noqa: BLE001 - another process answers here, and it may fail in any way
+            return Delivery(sent, len(waiting) - sent, f"{type(error).__name__}: {error}")
+        registry.rows.mark_delivered(mirror.name, event.id)
+    return Delivery(len(waiting), 0)
+
+
+class MlflowMirror:
+    """Registered models, versions and aliases in an MLflow registry (a server's URL, or `sqlite:///file.db`)."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._client: Any = None
+
+    @property
+    def name(self) -> str:
+        return f"mlflow:{self.uri}"
+
+    def send(self, event: Event, registry: Registry) -> None:
+        """Raises: MissingExtraError without mlflow; whatever the server's failure is."""
+        _probe(self.uri)
+        client = self._connect()
+        if event.action in ("tag", "untag"):
+            return self._send_tag(client, event, registry)
+        theirs = self._version(client, event.name, event.version, registry)
+        alias = event.details.get("alias")
+        if alias is None:
+            return None
+        client.set_registered_model_alias(event.name, alias, theirs)
+        self._send_previous(client, event.name, alias, registry)
+        if event.action == "rollback":
+            bad = self._version(client, event.name, int(event.details["from"]), registry)
+            client.set_model_version_tag(event.name, bad, HOLD, event.details["reason"])
+        return None
+
+    def _send_previous(self, client: Any, name: str, alias: str, registry: Registry) -> None:
+        """As it is now: events still to be sent will only confirm it."""
+        ours = PREVIOUS if alias == CHAMPION else f"{alias}.{PREVIOUS}"
+        before = registry.holder(name, ours)
+        if before is None:
+            client.delete_registered_model_alias(name, ours)
+        else:
+            theirs = self._version(client, name, before.version, registry)
+            client.set_registered_model_alias(name, ours, theirs)
+
+    def _send_tag(self, client: Any, event: Event, registry: Registry) -> None:
+        theirs = self._version(client, event.name, event.version, registry)
+        if event.action == "tag":
+            client.set_model_version_tag(event.name, theirs, event.details["key"], event.details["value"])
+        else:
+            client.delete_model_version_tag(event.name, theirs, event.details["key"])
+
+    def _version(self, client: Any, name: str, version: int, registry: Registry) -> str:
+        """MLflow's number for our version; made if it is not there yet."""
+        known = {model.name for model in client.search_registered_models()}
+        if name not in known:
+            client.create_registered_model(name)
+        for theirs in client.search_model_versions(f"name = '{name}'"):
+            if theirs.tags.get("posttrain.version") == str(version):
+                return str(theirs.version)
+        entry = registry.show(name, version)
+        tags = {"posttrain.version": str(version), "posttrain.digest": entry.digest}
+        created = client.create_model_version(name, source=entry.path.resolve().as_uri(), tags=tags)
+        return str(created.version)
+
+    def _connect(self) -> Any:
+        if self._client is None:
+            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+            # MLflow's own default retries for minutes.
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+            try:
+                from mlflow.tracking import MlflowClient
+            except ImportError as error:
+                raise MissingExtraError("mirroring to MLflow needs it: pip install 'posttrain[mlflow]'") from error
+            self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+        return self._client
+
+
+def _probe(uri: str) -> None:
+    """Fail fast when nothing listens. Raises: OSError."""
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https") and parts.hostname:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname, port), timeout=_CONNECT_S).close()

@@ -1,0 +1,74 @@
+"""What must hold before a version takes an alias. Pure checks: each returns the reason against it, or nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from posttrain.registry.manifest import CERTIFICATE, MODEL, RL_STAGES, Manifest
+from posttrain.types import GateVerdict, Verdict
+
+HOLD = "hold"
+"""Tag of a version that must not be promoted; its value says why."""
+CHAMPION = "champion"
+PREVIOUS = "previous"
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
+
+
+def bad_name(what: str, value: str) -> str:
+    """Why `value` cannot name a model or an alias ("" if it can)."""
+    if not _NAME.fullmatch(value):
+        return f"got {what} {value!r}, expected a letter followed by letters, digits, '.', '_' or '-'"
+    if what == "alias" and (value == PREVIOUS or value.endswith(f".{PREVIOUS}")):
+        return f"alias {value!r} is kept by the registry itself: roll back to move it"
+    return ""
+
+
+def against_verdict(verdict: GateVerdict, digest: str) -> str:
+    """Why this verdict does not speak for the model `digest` ("" if it does)."""
+    if verdict.verdict is not Verdict.PASS:
+        return f"the gate's verdict is {verdict.verdict.value} ({verdict.reason}), expected PASS"
+    if not verdict.tests or any(test.verdict is not Verdict.PASS for test in verdict.tests):
+        return "the verdict says PASS, but its tests do not: it was not written by a gate"
+    if verdict.candidate_digest != digest:
+        return f"the verdict is about {verdict.candidate_digest}, this version is {digest}: gate this version"
+    return ""
+
+
+def against_baseline(
+    verdict: GateVerdict, holder: tuple[int, str] | None, chain: Sequence[Manifest], alias: str
+) -> str:
+    """Why the verdict's baseline is not what the candidate would replace ("" if it is). `holder`: version, digest."""
+    if holder is not None:
+        if verdict.baseline_digest == holder[1]:
+            return ""
+        return (
+            f"the gate compared with {verdict.baseline_digest}, but {alias} is now version {holder[0]} ({holder[1]}): "
+            "the verdict is stale, gate against the present holder"
+        )
+    base = chain[0].inputs[MODEL]
+    if verdict.baseline_digest == base:
+        return ""
+    return (
+        f"nothing holds {alias} yet, so the baseline must be the base model of this version, {base}; "
+        f"the gate compared with {verdict.baseline_digest}"
+    )
+
+
+def against_rewards(chain: Sequence[Manifest], has: Callable[[str], bool], load: Callable[[str], Any]) -> str:
+    """Why the rewards of an RL stage are not proven ("" if they are, or there was no RL)."""
+    for manifest in chain:
+        if manifest.stage not in RL_STAGES:
+            continue
+        digest = manifest.inputs.get(CERTIFICATE)
+        if digest is None:
+            return f"stage {manifest.stage} was trained without a reward certificate: set reward_check: require and retrain"
+        if not has(digest):
+            return f"the reward certificate {digest} of stage {manifest.stage} was not registered with this version"
+        certificate: Mapping[str, Any] = load(digest)
+        if certificate.get("verdict") != "pass":
+            return (
+                f"the reward certificate of stage {manifest.stage} says {certificate.get('verdict')!r}, expected 'pass'"
+            )
+    return ""

@@ -1,0 +1,367 @@
+"""Versions, aliases and events in SQLite, contents in the store. An alias moves only by compare-and-swap."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import RegistryError
+from posttrain.files import digest_file
+from posttrain.registry import looks, promotion
+from posttrain.registry.manifest import MODEL, Manifest, check_chain
+from posttrain.registry.promotion import CHAMPION, HOLD, PREVIOUS
+from posttrain.registry.rows import Rows, now
+from posttrain.registry.schema import connect, writing
+from posttrain.registry.store import ContentStore
+from posttrain.types import GateVerdict, RegistryEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What `verify` walked: every manifest of the chain and every stored object."""
+
+    name: str
+    version: int
+    num_manifests: int
+    num_files: int
+
+
+class Registry:
+    """A folder: `registry.sqlite`, `objects/` and `models/<sha256>/`, the last ready to load."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.store = ContentStore(self.folder)
+        self._db = connect(self.folder / "registry.sqlite")
+        self.rows = Rows(self._db)
+
+    def close(self) -> None:
+        self._db.close()
+
+    # --- versions ---
+
+    def register(
+        self,
+        name: str,
+        model_folder: Path,
+        chain: Manifest | Sequence[Manifest],
+        verdict: GateVerdict | None = None,
+        certificates: Iterable[Mapping[str, Any]] = (),
+        *,
+        evidence: Mapping[str, Path] | None = None,
+        actor: str | None = None,
+    ) -> RegistryEntry:
+        """Store a model with its whole lineage (`chain`: first stage to last) as the next version of `name`.
+
+        `evidence` are files and folders kept with it, by role. The same model with the same lineage is not stored
+        twice. Raises: RegistryError if the chain is broken or ends at another model.
+        """
+        self._refuse(promotion.bad_name("model name", name))
+        manifests = (chain,) if isinstance(chain, Manifest) else tuple(chain)
+        check_chain(manifests)
+        digest = self.store.put_tree(model_folder)
+        if manifests[-1].outputs[MODEL] != digest:
+            raise RegistryError(
+                f"{model_folder} is {digest}, but its manifest says {manifests[-1].outputs[MODEL]}: "
+                "the files changed after the stage that made them"
+            )
+        if verdict is not None and verdict.candidate_digest != digest:
+            raise RegistryError(f"the verdict is about {verdict.candidate_digest}, {model_folder} is {digest}")
+        objects = [("model", "tree", digest)]
+        objects += [("manifest", "file", self.store.put_json(manifest.to_json())) for manifest in manifests]
+        objects += [("certificate", "file", self.store.put_json(dict(record))) for record in certificates]
+        if verdict is not None:
+            objects.append(("verdict", "file", self.store.put_json(verdict.to_json())))
+        for role, path in (evidence or {}).items():
+            objects.append((role, "tree" if Path(path).is_dir() else "file", self.store.put(path)))
+        self._checkout(digest)
+        version = self._insert(name, digest, manifests[-1], verdict, objects, actor)
+        return self.show(name, version)
+
+    def _insert(
+        self,
+        name: str,
+        digest: str,
+        manifest: Manifest,
+        verdict: GateVerdict | None,
+        objects: Sequence[tuple[str, str, str]],
+        actor: str | None,
+    ) -> int:
+        keys = (name, digest, manifest.digest)
+        with writing(self._db) as db:
+            row = db.execute("SELECT version FROM versions WHERE (name, digest, manifest) = (?, ?, ?)", keys).fetchone()
+            if row is None:
+                last = db.execute("SELECT max(version) FROM versions WHERE name = ?", (name,)).fetchone()[0]
+                version = int(last or 0) + 1
+                db.execute("INSERT INTO versions VALUES (?, ?, ?, ?, NULL, ?)", (name, version, *keys[1:], now()))
+                self.rows.event("register", name, version, {"digest": digest, "manifest": manifest.digest}, actor)
+            else:
+                version = int(row["version"])
+            if verdict is not None:
+                db.execute(
+                    "UPDATE versions SET verdict = ? WHERE (name, version) = (?, ?)", (verdict.digest, name, version)
+                )
+            rows = [(name, version, *entry) for entry in objects]
+            db.executemany("INSERT OR IGNORE INTO objects VALUES (?, ?, ?, ?, ?)", rows)
+        return version
+
+    def show(self, name: str, version: int) -> RegistryEntry:
+        """Raises: RegistryError if there is no such version."""
+        row = self._db.execute("SELECT * FROM versions WHERE (name, version) = (?, ?)", (name, version)).fetchone()
+        if row is None:
+            known = [f"{entry.name}@{entry.version}" for entry in self.entries()]
+            raise RegistryError(f"no {name}@{version} in {self.folder}; it has {', '.join(known) or 'no versions'}")
+        return self._entry(row)
+
+    def entries(self, name: str | None = None) -> list[RegistryEntry]:
+        """All versions, or those of one model, in order."""
+        rows = self._db.execute("SELECT * FROM versions WHERE ? IN (name, '') ORDER BY name, version", (name or "",))
+        return [self._entry(row) for row in rows.fetchall()]
+
+    def resolve(self, ref: str, name: str | None = None) -> RegistryEntry:
+        """`name@3`, `name@champion`, or `alias:champion` (of `name`, or of the only model that has it).
+
+        Raises: RegistryError if it names nothing, or more than one.
+        """
+        if ref.startswith("alias:"):
+            alias = ref.removeprefix("alias:")
+            owners = [name] if name else sorted({entry.name for entry in self.entries() if alias in entry.aliases})
+            if len(owners) > 1:
+                raise RegistryError(f"{ref} is ambiguous: {', '.join(owners)} all have it; say NAME@{alias}")
+            found = self.holder(owners[0], alias) if owners else None
+        else:
+            model, _, which = ref.rpartition("@")
+            if not model:
+                raise RegistryError(f"got {ref!r}, expected NAME@VERSION, NAME@ALIAS or alias:ALIAS")
+            found = self.show(model, int(which)) if which.isdecimal() else self.holder(model, which)
+        if found is None:
+            raise RegistryError(f"{ref} names nothing in {self.folder}: nothing has been promoted to it")
+        self._checkout(found.digest)
+        return found
+
+    def holder(self, name: str, alias: str) -> RegistryEntry | None:
+        """The version that holds the alias now, if any; `previous` is the one before the champion."""
+        before = alias == PREVIOUS or alias.endswith(f".{PREVIOUS}")
+        owner = (alias.removesuffix(PREVIOUS).removesuffix(".") or CHAMPION) if before else alias
+        row = self.rows.alias_row(name, owner)
+        version = None if row is None else row[PREVIOUS if before else "version"]
+        return None if version is None else self.show(name, int(version))
+
+    def alias_epoch(self, name: str, alias: str) -> int:
+        """How often the alias has moved; 0 if it never was set."""
+        row = self.rows.alias_row(name, alias)
+        return 0 if row is None else int(row["epoch"])
+
+    def chain(self, name: str, version: int) -> list[Manifest]:
+        """Manifests from the first stage to the one that made this version, each checked against its digest."""
+        row = self._db.execute(
+            "SELECT manifest FROM versions WHERE (name, version) = (?, ?)", (name, version)
+        ).fetchone()
+        digest: str | None = None if row is None else row["manifest"]
+        found: list[Manifest] = []
+        while digest is not None:
+            found.append(Manifest.from_json(self.store.get_json(digest, f"{name}@{version} manifest")))
+            digest = found[-1].parent
+        found.reverse()
+        check_chain(found)
+        return found
+
+    def records(self, name: str, version: int, role: str) -> list[Any]:
+        """The stored JSON records of a version: `verdict`, `certificate` or `manifest`."""
+        query = "SELECT digest FROM objects WHERE (name, version, role, kind) = (?, ?, ?, 'file') ORDER BY rowid"
+        return [self.store.get_json(row["digest"]) for row in self._db.execute(query, (name, version, role)).fetchall()]
+
+    def verdict_record(self, name: str, version: int) -> Mapping[str, Any] | None:
+        """The verdict that the version was registered with, as JSON."""
+        row = self._db.execute(
+            "SELECT verdict FROM versions WHERE (name, version) = (?, ?)", (name, version)
+        ).fetchone()
+        return None if row is None or row["verdict"] is None else self.store.get_json(row["verdict"])
+
+    def verify(self, name: str, version: int) -> Verification:
+        """Walk the manifests and check every stored byte, offline. Raises: RegistryError naming what is damaged."""
+        entry = self.show(name, version)
+        where = f"{name}@{version}"
+        chain = self.chain(name, version)
+        if chain[-1].outputs[MODEL] != entry.digest:
+            raise RegistryError(
+                f"{where}: its manifest made {chain[-1].outputs[MODEL]}, it is recorded as {entry.digest}"
+            )
+        num_files = 0
+        query = "SELECT role, kind, digest FROM objects WHERE (name, version) = (?, ?)"
+        for row in self._db.execute(query, (name, version)).fetchall():
+            try:
+                if row["kind"] == "tree":
+                    num_files += self.store.verify(row["digest"])
+                else:
+                    self.store.verify_object(row["digest"], row["role"])
+                    num_files += 1
+            except RegistryError as error:
+                raise RegistryError(f"{where} {row['role']}: {error}") from error
+        self._verify_checkout(entry)
+        return Verification(name, version, len(chain), num_files)
+
+    # --- aliases ---
+
+    def promote(
+        self,
+        name: str,
+        version: int,
+        alias: str,
+        verdict: GateVerdict,
+        expected_epoch: int | None = None,
+        *,
+        actor: str | None = None,
+    ) -> RegistryEntry:
+        """Give the alias to a version, if the verdict is a PASS for it against the present holder.
+
+        Doing it again with the same verdict changes nothing. Raises: RegistryError with the reason it is refused.
+        """
+        self._refuse(promotion.bad_name("alias", alias))
+        entry = self.show(name, version)
+        where = f"{name}@{version} cannot take {alias}"
+        self._refuse(promotion.against_verdict(verdict, entry.digest), where)
+        self.verify(name, version)
+        chain = self.chain(name, version)
+        self._refuse(promotion.against_rewards(chain, self.store.has, self.store.get_json), where)
+        self.store.put_json(verdict.to_json())
+        with writing(self._db):
+            row = self.rows.alias_row(name, alias)
+            if row is None or (row["version"], row["verdict"]) != (version, verdict.digest):
+                self._swap(entry, alias, row, verdict, chain, expected_epoch, actor)
+        return self.show(name, version)
+
+    def _swap(
+        self,
+        entry: RegistryEntry,
+        alias: str,
+        row: sqlite3.Row | None,
+        verdict: GateVerdict,
+        chain: Sequence[Manifest],
+        expected_epoch: int | None,
+        actor: str | None,
+    ) -> None:
+        """The compare and the swap, inside a transaction: nothing it compares with can move meanwhile."""
+        name, version = entry.name, entry.version
+        where = f"{name}@{version} cannot take {alias}"
+        hold = self.rows.tags(name, version).get(HOLD)
+        self._refuse(f"it is on hold: {hold}" if hold is not None else "", where)
+        epoch = 0 if row is None else int(row["epoch"])
+        if expected_epoch is not None and expected_epoch != epoch:
+            self._refuse(f"the alias has moved (epoch {epoch}, expected {expected_epoch}): gate again", where)
+        holder = None if row is None else self.show(name, int(row["version"]))
+        held = None if holder is None else (holder.version, holder.digest)
+        self._refuse(promotion.against_baseline(verdict, held, chain, alias), where)
+        before = None if holder is None else holder.version
+        self.rows.set_alias(name, alias, version, before, epoch + 1, verdict.digest)
+        self.rows.keep(name, version, "verdict", verdict.digest)
+        details = {
+            "alias": alias,
+            "from": before,
+            "epoch": epoch + 1,
+            "verdict": verdict.digest,
+            "digest": entry.digest,
+        }
+        self.rows.event("promote", name, version, details, actor)
+
+    def rollback(
+        self, name: str, alias: str, reason: str, *, expected_version: int | None = None, actor: str | None = None
+    ) -> RegistryEntry:
+        """Give the alias back to the holder before, and put the present one on hold.
+
+        Raises: RegistryError if there is none before, its files are damaged, or the alias is not at `expected_version`.
+        """
+        if not reason.strip():
+            raise RegistryError("a rollback needs a reason: it becomes the hold on the version that is taken down")
+        row = self.rows.alias_row(name, alias)
+        if row is None or row["previous"] is None:
+            raise RegistryError(f"{name}: {alias} has no version to go back to")
+        bad, target = int(row["version"]), int(row["previous"])
+        if expected_version is not None and expected_version != bad:
+            raise RegistryError(
+                f"{name}: {alias} is at version {bad}, expected {expected_version}; nothing was changed"
+            )
+        hold = self.rows.tags(name, target).get(HOLD)
+        if hold is not None:
+            raise RegistryError(f"{name}@{target} is on hold ({hold}): release it before rolling back to it")
+        self.verify(name, target)
+        with writing(self._db):
+            latest = self.rows.alias_row(name, alias)
+            if latest is None or latest["epoch"] != row["epoch"]:
+                raise RegistryError(
+                    f"{name}: {alias} moved while its previous version was checked; nothing was changed"
+                )
+            before = self.rows.holder_before(name, alias, target)
+            self.rows.set_alias(name, alias, target, before, int(row["epoch"]) + 1, None)
+            self.rows.set_tag(name, bad, HOLD, reason)
+            details = {"alias": alias, "from": bad, "epoch": int(row["epoch"]) + 1, "reason": reason}
+            self.rows.event("rollback", name, target, details, actor)
+        return self.show(name, target)
+
+    def tag(self, name: str, version: int, key: str, value: str, *, actor: str | None = None) -> None:
+        """Label a version. The tag `hold` keeps it from being promoted."""
+        self.show(name, version)
+        with writing(self._db):
+            self.rows.set_tag(name, version, key, value)
+            self.rows.event("tag", name, version, {"key": key, "value": value}, actor)
+
+    def untag(self, name: str, version: int, key: str, *, actor: str | None = None) -> None:
+        with writing(self._db) as db:
+            db.execute("DELETE FROM tags WHERE (name, version, key) = (?, ?, ?)", (name, version, key))
+            self.rows.event("untag", name, version, {"key": key}, actor)
+
+    # --- looks ---
+
+    def record_look(self, suite_digests: Iterable[str], candidate: str, baseline: str) -> int:
+        """Note that a verdict is made on these items; returns the number of the look, from 1."""
+        return looks.record_look(self._db, suite_digests, candidate, baseline)
+
+    def count_looks(self, suite_digest: str) -> int:
+        return looks.count_looks(self._db, suite_digest)
+
+    def _entry(self, row: sqlite3.Row) -> RegistryEntry:
+        name, version = str(row["name"]), int(row["version"])
+        return RegistryEntry(
+            name=name,
+            version=version,
+            digest=row["digest"],
+            path=self._model_path(row["digest"]),
+            manifest=self.store.get_json(row["manifest"], f"{name}@{version} manifest"),
+            aliases=self.rows.aliases(name, version),
+            tags=self.rows.tags(name, version),
+        )
+
+    # --- folders ready to load ---
+
+    def _model_path(self, digest: str) -> Path:
+        return self.folder / "models" / digest.removeprefix("sha256:")
+
+    def _checkout(self, digest: str) -> None:
+        path = self._model_path(digest)
+        if not path.exists():
+            self.store.materialize(digest, path)
+
+    def _verify_checkout(self, entry: RegistryEntry) -> None:
+        """The folder that is loaded must hold what the store holds; a hard link to it does."""
+        if not entry.path.exists():
+            return
+        files = self.store.tree(entry.digest)
+        for name, digest in files.items():
+            path = entry.path / name
+            same = path.exists() and (path.samefile(self.store.object_path(digest)) or digest_file(path) == digest)
+            if not same:
+                raise RegistryError(
+                    f"{path}: is not the registered {digest}; delete {entry.path}, it will be written anew"
+                )
+        extra = sorted(p.relative_to(entry.path).as_posix() for p in entry.path.rglob("*") if p.is_file())
+        if extra != sorted(files):
+            added = ", ".join(sorted(set(extra) - set(files)))
+            raise RegistryError(f"{entry.path}: has files that were not registered: {added}; delete them")
+
+    @staticmethod
+    def _refuse(reason: str, where: str = "refused") -> None:
+        if reason:
+            raise RegistryError(f"{where}: {reason}")

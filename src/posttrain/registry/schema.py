@@ -1,0 +1,77 @@
+"""The registry's tables, and connections to them."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS versions (
+    name TEXT NOT NULL, version INTEGER NOT NULL, digest TEXT NOT NULL, manifest TEXT NOT NULL, verdict TEXT,
+    created TEXT NOT NULL, PRIMARY KEY (name, version), UNIQUE (name, digest, manifest)
+) STRICT;
+CREATE TABLE IF NOT EXISTS objects (
+    name TEXT NOT NULL, version INTEGER NOT NULL, role TEXT NOT NULL, kind TEXT NOT NULL CHECK (kind IN ('file', 'tree')),
+    digest TEXT NOT NULL, PRIMARY KEY (name, version, role, digest), FOREIGN KEY (name, version) REFERENCES versions
+) STRICT;
+CREATE TABLE IF NOT EXISTS aliases (
+    name TEXT NOT NULL, alias TEXT NOT NULL, version INTEGER NOT NULL, previous INTEGER, epoch INTEGER NOT NULL,
+    verdict TEXT, PRIMARY KEY (name, alias), FOREIGN KEY (name, version) REFERENCES versions
+) STRICT;
+CREATE TABLE IF NOT EXISTS tags (
+    name TEXT NOT NULL, version INTEGER NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL,
+    PRIMARY KEY (name, version, key), FOREIGN KEY (name, version) REFERENCES versions
+) STRICT;
+CREATE TABLE IF NOT EXISTS looks (
+    suite_digest TEXT NOT NULL, look INTEGER NOT NULL, candidate TEXT NOT NULL, baseline TEXT NOT NULL,
+    at TEXT NOT NULL, PRIMARY KEY (suite_digest, look), UNIQUE (suite_digest, candidate, baseline)
+) STRICT;
+CREATE TABLE IF NOT EXISTS events (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL, actor TEXT NOT NULL, action TEXT NOT NULL,
+    name TEXT NOT NULL, version INTEGER NOT NULL, details TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS mirrors (mirror TEXT PRIMARY KEY, delivered INTEGER NOT NULL) STRICT;
+CREATE TRIGGER IF NOT EXISTS events_stay BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'events are append-only'); END;
+CREATE TRIGGER IF NOT EXISTS events_keep BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'events are append-only'); END;
+"""
+_BUSY_S = 30.0
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Open, creating the tables if they are not there. Every commit is on disk before it returns."""
+    db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
+    db.row_factory = sqlite3.Row
+    _use_wal(db)
+    db.execute("PRAGMA synchronous = FULL")
+    db.execute("PRAGMA foreign_keys = ON")
+    if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'events_keep'").fetchone():
+        db.executescript(f"BEGIN IMMEDIATE; {_TABLES} COMMIT;")
+    return db
+
+
+def _use_wal(db: sqlite3.Connection) -> None:
+    """Switching a new file needs it alone for a moment, and SQLite's busy timeout does not cover that."""
+    deadline = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+@contextmanager
+def writing(db: sqlite3.Connection) -> Generator[sqlite3.Connection, None, None]:
+    """One transaction that no other writer can slip into; wholly done or wholly undone."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield db
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
+    db.execute("COMMIT")

@@ -1,0 +1,161 @@
+"""Charts as SVG inside data URIs: the paired-difference plot of a verdict and the learning curves of a stage."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from posttrain.report import words
+
+_BLUE, _ORANGE, _RED, _GREY = "#1f5fa8", "#c75b12", "#b3261e", "#767676"
+_VERDICT_COLOR = {"PASS": "#1b6e3c", "FAIL": _RED}
+_MAX_POINTS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One small chart: a title, what it means, and the metrics drawn in it (TRL's names)."""
+
+    title: str
+    meaning: str
+    metrics: tuple[str, ...]
+
+
+_LOSS = Panel("Loss", "How surprised the model is by the training answers; lower is better.", ("loss", "eval_loss"))
+_GRAD = Panel("Gradient norm", "Size of each update before clipping; spikes are a warning.", ("grad_norm",))
+PANELS: dict[str, tuple[Panel, ...]] = {
+    "sft": (_LOSS, Panel("Token accuracy", "Share of trained tokens the model would have chosen itself.", ("mean_token_accuracy", "eval_mean_token_accuracy")), _GRAD),
+    "dpo": (
+        _LOSS,
+        Panel("Preference accuracy", "Share of pairs whose chosen answer gained more than the rejected one.", ("rewards/accuracies", "eval_rewards/accuracies")),
+        Panel("Implicit rewards", "Gain over the starting model; chosen should rise, rejected should fall.", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
+        Panel("Log-probabilities", "If that of chosen answers falls far, the model is unlearning them.", ("logps/chosen", "logps/rejected")),
+    ),
+    "grpo": (
+        Panel("Reward", "Mean score of the sampled answers; higher is better.", ("reward", "reward_std")),
+        Panel("Entropy", "How varied the sampling is; near zero the model has stopped exploring.", ("entropy",)),
+        Panel("Distance to the start", "KL divergence from the reference model.", ("kl",)),
+        Panel("Answer length", "Tokens per answer.", ("completions/mean_length", "completions/max_length")),
+        Panel("Cut off", "Share of answers that hit the length limit.", ("completions/clipped_ratio",)),
+        Panel("Groups without signal", "Share of prompts whose answers all scored the same; they teach nothing.", ("frac_reward_zero_std",)),
+    ),
+}  # fmt: skip
+"""What is drawn for each kind of stage; a panel none of whose metrics was logged is left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """An image as a data URI, with its content in words for those who do not see it."""
+
+    uri: str
+    alt: str
+    title: str = ""
+    meaning: str = ""
+
+
+def learning_curves(kind: str, metrics: Sequence[Mapping[str, Any]], finding_steps: Sequence[int] = ()) -> list[Chart]:
+    panels = PANELS.get(kind, (_LOSS, _GRAD))
+    return [chart for panel in panels if (chart := _curve(panel, metrics, finding_steps)) is not None]
+
+
+def forest(tests: Sequence[Mapping[str, Any]], shares: Mapping[str, bool]) -> Chart | None:
+    """One row per test: the paired difference, its 95 % interval, and the line that its bound must clear."""
+    rows = [
+        test
+        for test in tests
+        if test.get("estimate") is not None and test.get("low") is not None and test.get("high") is not None
+    ]
+    if not rows:
+        return None
+    height = 0.9 + 0.55 * len(rows)
+    axes = _axes(7.2, height, left=0.2)
+    axes.axvline(0, color=_GREY, linewidth=1)
+    for place, test in enumerate(rows):
+        color = _VERDICT_COLOR.get(str(test.get("verdict")), _GREY)
+        factor = 100 if shares.get(test["suite"], True) else 1
+        low, high, estimate = factor * test["low"], factor * test["high"], factor * test["estimate"]
+        axes.plot([low, high], [place, place], color=color, linewidth=2.5, solid_capstyle="butt")
+        axes.plot([estimate], [place], marker="o", color=color, markersize=7)
+        if test.get("line") is not None:
+            axes.plot(
+                [factor * test["line"]] * 2,
+                [place - 0.32, place + 0.32],
+                color=_ORANGE,
+                linewidth=2,
+                linestyle=(0, (3, 1.5)),
+            )
+    axes.set_yticks(range(len(rows)), [f"{test['suite']} ({test['role']})" for test in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    unit = (
+        "percentage points"
+        if all(shares.get(test["suite"], True) for test in rows)
+        else "score units (shares in points)"
+    )
+    axes.set_xlabel(f"change, candidate minus baseline, {unit}")
+    _tidy(axes)
+    alt = "; ".join(_row_in_words(test, shares.get(test["suite"], True)) for test in rows)
+    return Chart(_data_uri(axes.figure), f"Paired differences with 95 % intervals: {alt}")
+
+
+def _row_in_words(test: Mapping[str, Any], share: bool) -> str:
+    line = words.points(test.get("line"), share)
+    return f"{test['suite']} {words.points(test['estimate'], share)} ({words.points(test['low'], share)} to {words.points(test['high'], share)}), line {line}"
+
+
+def _curve(panel: Panel, metrics: Sequence[Mapping[str, Any]], finding_steps: Sequence[int]) -> Chart | None:
+    series = {name: _points(metrics, name) for name in panel.metrics}
+    series = {name: points for name, points in series.items() if points}
+    if not series:
+        return None
+    axes = _axes(4.2, 2.5, left=0.15)
+    for (name, points), color in zip(series.items(), (_BLUE, _ORANGE, _GREY), strict=False):
+        steps, values = [p[0] for p in points], [p[1] for p in points]
+        axes.plot(
+            steps, values, color=color, linewidth=1.4, label=name, marker="o" if len(points) < 15 else "", markersize=3
+        )
+    for step in finding_steps:
+        axes.axvline(step, color=_RED, linewidth=0.8, linestyle=":")
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    axes.set_xlabel("step", fontsize=9)
+    _tidy(axes)
+    alt = "; ".join(
+        f"{name}: {points[0][1]:.4g} at step {points[0][0]}, {points[-1][1]:.4g} at step {points[-1][0]}"
+        for name, points in series.items()
+    )
+    return Chart(_data_uri(axes.figure), f"{panel.title}: {alt}", panel.title, panel.meaning)
+
+
+def _points(metrics: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    points = [(int(row["step"]), float(row[name])) for row in metrics if isinstance(row.get(name), (int, float))]
+    stride = -(-len(points) // _MAX_POINTS) or 1
+    return points if stride == 1 else points[::stride] + points[-1:]
+
+
+def _axes(width: float, height: float, left: float) -> Any:
+    """One pair of axes with fixed margins: an automatic layout draws everything several times."""
+    figure = Figure(figsize=(width, height))
+    bottom, top = 0.5 / height, 1 - 0.12 / height
+    return figure.add_axes((left, bottom, 0.97 - left, top - bottom))
+
+
+def _tidy(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", color="#e4e4e4", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=9)
+
+
+def _data_uri(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    # A fixed salt and no date: the same run gives the same bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "posttrain", "svg.fonttype": "path"}):
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

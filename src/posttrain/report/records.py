@@ -1,0 +1,221 @@
+"""Reads a run folder into plain values. Parts that are absent are empty; parts that are broken are named in `problems`.
+
+Knows the layout of a run, and nothing of how it is shown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from posttrain.errors import DataError
+from posttrain.files import read_json
+from posttrain.tracking.jsonl import read_jsonl
+from posttrain.types import EvalReport, TestResult
+
+T = TypeVar("T")
+EvalKey = tuple[str, str]
+"""Suite and split."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageRecord:
+    """One attempt at one stage. `name` is its folder's name and its models' name in `evals/`."""
+
+    name: str
+    kind: str
+    status: str
+    attempt: int
+    wall_s: float | None
+    tokens: int | None
+    steps: int | None
+    entry: Mapping[str, Any]
+    result: Mapping[str, Any]
+    data: Mapping[str, Any]
+    metrics: tuple[Mapping[str, Any], ...]
+    events: tuple[Mapping[str, Any], ...]
+    samples: tuple[Mapping[str, Any], ...]
+
+    @property
+    def findings(self) -> list[Mapping[str, Any]]:
+        return [event for event in self.events if event.get("kind") == "finding"]
+
+
+@dataclass(frozen=True, slots=True)
+class GateRecord:
+    """A verdict as it was stored, and after which stage (or `final`)."""
+
+    id: str
+    after: str
+    verdict: Mapping[str, Any]
+    spec: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    folder: Path
+    name: str
+    status: str
+    stages: tuple[StageRecord, ...]
+    evals: Mapping[str, Mapping[EvalKey, EvalReport]]
+    gates: tuple[GateRecord, ...]
+    config_text: str
+    config: Mapping[str, Any]
+    pins: Mapping[str, Any]
+    registered: Mapping[str, Any] | None
+    certificate: Mapping[str, Any] | None
+    problems: tuple[str, ...] = field(default=())
+
+    @property
+    def models(self) -> list[str]:
+        """Models that were evaluated, in the order in which they came to be."""
+        order = {"base": -1} | {stage.name: place for place, stage in enumerate(self.stages)}
+        return sorted(self.evals, key=lambda name: (order.get(name, len(order)), name))
+
+    @property
+    def suites(self) -> list[EvalKey]:
+        """In the order of the config, others after it by name."""
+        found = {key for model in self.models for key in self.evals[model]}
+        order = {name: place for place, name in enumerate(_mapping(self.config.get("evals")))}
+        return sorted(found, key=lambda key: (order.get(key[0], len(order)), key))
+
+    @property
+    def final_gate(self) -> GateRecord | None:
+        """The last verdict that was reached."""
+        final = [gate for gate in self.gates if gate.after == "final"]
+        return (final or list(self.gates) or [None])[-1]
+
+
+def load_run(folder: Path) -> RunRecord:
+    """Raises: DataError if `folder` does not look like a run at all."""
+    folder = Path(folder)
+    if not any((folder / name).exists() for name in ("pipeline.json", "stages", "config.yaml", "metrics.jsonl")):
+        raise DataError(
+            f"{folder} is not a run folder (got neither pipeline.json, stages/ nor config.yaml); give the folder that `posttrain run` printed"
+        )
+    problems: list[str] = []
+    pipeline = _mapping(_try(folder / "pipeline.json", read_json, {}, problems))
+    config_text = _try(folder / "config.yaml", lambda path: path.read_text(errors="replace"), "", problems)
+    return RunRecord(
+        folder=folder,
+        name=str(pipeline.get("name") or folder.resolve().name),
+        status=str(pipeline.get("status") or "unknown"),
+        stages=_stages(folder, pipeline, problems),
+        evals=_evals(folder, problems),
+        gates=_gates(folder, pipeline, problems),
+        config_text=config_text,
+        config=_mapping(
+            _try(folder / "config.yaml", lambda path: yaml.safe_load(path.read_text(errors="replace")), {}, problems)
+        ),
+        pins=_mapping(pipeline.get("pins")),
+        registered=_registered(pipeline.get("registered")),
+        certificate=_try(folder / "certificate.json", read_json, None, problems),
+        problems=tuple(problems),
+    )
+
+
+def _stages(folder: Path, pipeline: Mapping[str, Any], problems: list[str]) -> tuple[StageRecord, ...]:
+    """Those the pipeline lists; without a list, those that have a folder; at last the run folder itself."""
+    listed = [_mapping(entry) for entry in pipeline.get("stages") or []]
+    if not listed:
+        listed = [{"folder": f"stages/{path.name}"} for path in sorted((folder / "stages").glob("*")) if path.is_dir()]
+    if not listed and (folder / "metrics.jsonl").exists():
+        listed = [{"folder": "."}]
+    return tuple(_stage(folder, entry, problems) for entry in listed)
+
+
+def _stage(folder: Path, entry: Mapping[str, Any], problems: list[str]) -> StageRecord:
+    where = folder / str(entry.get("folder") or "missing")
+    name = where.resolve().name
+    result = _mapping(_try(where / "result.json", read_json, {}, problems))
+    tail = name.split("-", 1)[-1]
+    metrics = tuple(read_jsonl(where / "metrics.jsonl"))
+    return StageRecord(
+        name=name,
+        kind=str(entry.get("kind") or result.get("kind") or tail),
+        status=str(entry.get("status") or ("done" if result else "unfinished")),
+        attempt=int(entry.get("attempt") or 1),
+        wall_s=_first(entry, result, "wall_s"),
+        tokens=_first(entry, result, "tokens"),
+        steps=_first(entry, result, "steps") or (int(metrics[-1]["step"]) if metrics else None),
+        entry=entry,
+        result=result,
+        data=_mapping(_try(where / "summary.json", read_json, {}, problems)),
+        metrics=metrics,
+        events=tuple(read_jsonl(where / "events.jsonl")),
+        samples=tuple(read_jsonl(where / "samples.jsonl")),
+    )
+
+
+def _evals(folder: Path, problems: list[str]) -> dict[str, dict[EvalKey, EvalReport]]:
+    found: dict[str, dict[EvalKey, EvalReport]] = {}
+    for path in sorted((folder / "evals").glob("*/*/report.json")):
+        report = _try(path, lambda path: EvalReport.load(path.parent), None, problems)
+        if report is not None and report.items:
+            found.setdefault(path.parent.parent.name, {})[report.suite, report.split] = report
+    return found
+
+
+def _gates(folder: Path, pipeline: Mapping[str, Any], problems: list[str]) -> tuple[GateRecord, ...]:
+    entries = [_mapping(entry) for entry in pipeline.get("gates") or []]
+    if not entries:
+        entries = [
+            {"folder": f"gates/{path.parent.name}", "after": path.parent.name}
+            for path in sorted((folder / "gates").glob("*/verdict.json"))
+        ]
+    gates: list[GateRecord] = []
+    for entry in entries:
+        where = folder / str(entry.get("folder") or "missing")
+        verdict = _mapping(_try(where / "verdict.json", read_json, {}, problems)) or {
+            "verdict": entry.get("verdict"),
+            "tests": [],
+        }
+        verdict = {"reason": "", **verdict, "tests": [_test(test) for test in verdict.get("tests") or []]}
+        if verdict.get("verdict"):
+            gates.append(
+                GateRecord(
+                    where.name,
+                    str(entry.get("after", "")),
+                    verdict,
+                    _mapping(_try(where / "spec.json", read_json, {}, problems)),
+                )
+            )
+    return tuple(gates)
+
+
+def _registered(entry: Any) -> Mapping[str, Any] | None:
+    return {"name": "–", "version": "–", "alias": "–", **entry} if isinstance(entry, Mapping) else None
+
+
+def _test(test: Any) -> Mapping[str, Any]:
+    """A test of a verdict with every field there is, None where it was not stored."""
+    return {field.name: _mapping(test).get(field.name) for field in fields(TestResult)}
+
+
+def _try(path: Path, read: Callable[[Path], T], absent: T, problems: list[str]) -> T:
+    if not path.exists():
+        return absent
+    try:
+        return read(path)
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        problems.append(f"{path.name} in {path.parent.name}/ could not be read: {_one_line(error)}")
+        return absent
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at line {error.lineno}"
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _first(entry: Mapping[str, Any], result: Mapping[str, Any], name: str) -> Any:
+    return entry[name] if entry.get(name) is not None else result.get(name)

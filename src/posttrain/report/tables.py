@@ -1,0 +1,317 @@
+"""The rows of every table on the page, from the records of a run. Pure: records in, rows of text and numbers out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from posttrain.report import words
+from posttrain.report.intervals import Interval, difference_interval, score_interval
+from posttrain.report.records import EvalKey, GateRecord, RunRecord, StageRecord
+from posttrain.types import EvalReport, ItemRecord
+
+MAX_BETTER, MAX_WORSE, MAX_STILL_WRONG = 3, 2, 1
+MAX_MASK_EXAMPLES = 2
+MAX_SAMPLES = 3
+_CLIP_CHARS = 1200
+
+
+@dataclass(frozen=True, slots=True)
+class SuiteRow:
+    """One suite: each model's score (None where it was not evaluated) and the change from first to last."""
+
+    suite: str
+    split: str
+    num_items: int
+    share: bool
+    scores: tuple[Interval | None, ...]
+    change: Interval | None
+
+
+@dataclass(frozen=True, slots=True)
+class CostRow:
+    """What a stage took, and what it gave on each suite over the model before it."""
+
+    stage: StageRecord
+    gains: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PairedSample:
+    """The same item answered by the first and the last model."""
+
+    change: str
+    prompt: str
+    before: str
+    after: str
+    scores: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class FindingRow:
+    stage: str
+    rule: str
+    severity: str
+    steps: str
+    times: int
+    message: str
+    action: str
+    evidence: str
+
+
+@dataclass(frozen=True, slots=True)
+class MaskExample:
+    """A training example cut where the loss mask changes: (text, trained)."""
+
+    origin: str
+    segments: tuple[tuple[str, bool], ...] = field(default=())
+
+
+def before_after(run: RunRecord) -> list[SuiteRow]:
+    return [_suite_row(run, key) for key in run.suites]
+
+
+def _suite_row(run: RunRecord, key: EvalKey) -> SuiteRow:
+    reports = [run.evals[model].get(key) for model in run.models]
+    present = [report for report in reports if report is not None]
+    return SuiteRow(
+        suite=key[0],
+        split=key[1],
+        num_items=len(present[-1].items),
+        share=words.is_share(*present),
+        scores=tuple(None if report is None else score_interval(report) for report in reports),
+        change=difference_interval(present[0], present[-1]) if len(present) > 1 else None,
+    )
+
+
+def costs(run: RunRecord) -> list[CostRow]:
+    return [CostRow(stage, tuple(_gains(run, place))) for place, stage in enumerate(run.stages)]
+
+
+def _gains(run: RunRecord, place: int) -> Iterator[tuple[str, str]]:
+    """Per suite, the stage's model against the nearest earlier one that was evaluated on it."""
+    earlier = [*[stage.name for stage in run.stages[:place]][::-1], "base"]
+    for key, report in run.evals.get(run.stages[place].name, {}).items():
+        before = next((run.evals[name][key] for name in earlier if key in run.evals.get(name, {})), None)
+        if before is not None:
+            yield key[0], words.change(difference_interval(before, report), words.is_share(before, report))
+
+
+def headline(run: RunRecord) -> str:
+    """The verdict in one or two sentences, with the interval in words."""
+    parts = [words.STATUS[run.status]] if run.status in words.STATUS else []
+    gate = run.final_gate
+    if gate is not None:
+        parts.append(f"The model {words.VERDICT.get(words.verdict_of(gate.verdict), 'has an unknown verdict')}.")
+    main = _main_test(gate)
+    rows = before_after(run)
+    if main is not None:
+        share = all(row.share for row in rows if row.suite == main["suite"])
+        parts.append(
+            words.gain_sentence(
+                main["suite"], main["baseline_mean"], main["candidate_mean"], main.get("low"), main.get("high"), share
+            )
+        )
+    elif shown := [row for row in rows if row.change is not None]:
+        first = shown[0]
+        known = [score for score in first.scores if score is not None]
+        assert first.change is not None
+        parts.append(
+            words.gain_sentence(
+                first.suite, known[0].mean, known[-1].mean, first.change.low, first.change.high, first.share
+            )
+        )
+    elif gate is None:
+        parts.append("No model was compared with another, so this run says nothing about improvement.")
+    if run.registered:
+        parts.append(
+            f"It is registered as “{run.registered.get('name')}” version {run.registered.get('version')}, alias “{run.registered.get('alias')}”."
+        )
+    return " ".join(parts)
+
+
+def _main_test(gate: GateRecord | None) -> Mapping[str, Any] | None:
+    """The first primary, else the first guard, whose numbers are known."""
+    tests = (
+        []
+        if gate is None
+        else [
+            t
+            for t in gate.verdict.get("tests") or []
+            if t.get("baseline_mean") is not None and t.get("candidate_mean") is not None
+        ]
+    )
+    return min(tests, key=lambda test: test.get("role") != "primary", default=None)
+
+
+def paired_samples(run: RunRecord) -> list[PairedSample]:
+    """A few items the last model answers better than the first, worse, and still wrong; the same ones every time."""
+    shown: list[PairedSample] = []
+    main = _main_test(run.final_gate) or {}
+    for key in sorted(run.suites, key=lambda key: key[0] != main.get("suite")):
+        having = [run.evals[model][key] for model in run.models if key in run.evals[model]]
+        if len(having) > 1 and words.is_share(*having):
+            prompts = _prompts(run, key[0])
+            shown = list(_pairs(having[0], having[-1], prompts))
+        if shown:
+            break
+    return shown
+
+
+def _pairs(first: EvalReport, last: EvalReport, prompts: Mapping[str, str]) -> Iterator[PairedSample]:
+    before = {item.id: item for item in first.items}
+    pairs = [
+        (before[item.id], item)
+        for item in last.items
+        if item.id in before and item.completions and before[item.id].completions
+    ]
+    kinds = (
+        ("better", MAX_BETTER, lambda old, new: new.score > old.score),
+        ("worse", MAX_WORSE, lambda old, new: new.score < old.score),
+        ("still wrong", MAX_STILL_WRONG, lambda old, new: old.score == new.score == 0.0),
+    )
+    for name, most, matches in kinds:
+        for old, new in [pair for pair in pairs if matches(*pair)][:most]:
+            yield PairedSample(
+                name, prompts.get(new.id, f"item {new.id}"), _answer(old), _answer(new), (old.score, new.score)
+            )
+
+
+def _answer(item: ItemRecord) -> str:
+    return clip(item.completions[0])
+
+
+def _prompts(run: RunRecord, suite: str) -> dict[str, str]:
+    """Prompts by item id, from the suite's file if it is still where the config says."""
+    evals = run.config.get("evals")
+    entry = evals.get(suite) if isinstance(evals, Mapping) else None
+    path = Path(str(entry.get("path", "") if isinstance(entry, Mapping) else entry or ""))
+    if not path.is_file():
+        return {}
+    prompts: dict[str, str] = {}
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            prompts[str(row.get("id", number))] = clip(
+                text_of(row.get("prompt") or row.get("messages") or row.get("question") or "")
+            )
+    return {identifier: prompt for identifier, prompt in prompts.items() if prompt}
+
+
+def training_samples(stage: StageRecord) -> list[Mapping[str, Any]]:
+    """First, middle and last sampled completion of a stage."""
+    count = len(stage.samples)
+    places = sorted({0, count // 2, count - 1}) if count else []
+    return [
+        {
+            "step": stage.samples[place].get("step"),
+            "prompt": clip(text_of(stage.samples[place].get("prompt"))),
+            "completion": clip(text_of(stage.samples[place].get("completion"))),
+            "reward": stage.samples[place].get("reward"),
+        }
+        for place in places[:MAX_SAMPLES]
+    ]
+
+
+def findings(run: RunRecord) -> list[FindingRow]:
+    """One row per stage and rule, hard ones first."""
+    grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for stage in run.stages:
+        for event in stage.findings:
+            grouped.setdefault((stage.name, str(event.get("rule"))), []).append(event)
+    rows = [_finding_row(stage, rule, events) for (stage, rule), events in grouped.items()]
+    order = {"hard": 0, "soft": 1, "info": 2}
+    return sorted(rows, key=lambda row: order.get(row.severity, 3))
+
+
+def _finding_row(stage: str, rule: str, events: list[Mapping[str, Any]]) -> FindingRow:
+    first, last = events[0], events[-1]
+    steps = str(first.get("step")) if len(events) == 1 else f"{first.get('step')}–{last.get('step')}"
+    evidence = ", ".join(f"{name} = {_number(value)}" for name, value in (last.get("evidence") or {}).items())
+    return FindingRow(
+        stage,
+        rule,
+        str(last.get("severity")),
+        steps,
+        len(events),
+        str(last.get("message", "")),
+        str(last.get("action", "")),
+        evidence,
+    )
+
+
+def mask_examples(run: RunRecord) -> list[tuple[str, MaskExample]]:
+    """Rendered training examples of each stage, where its data summary has any."""
+    found: list[tuple[str, MaskExample]] = []
+    for stage in run.stages:
+        for example in list(stage.data.get("examples") or [])[:MAX_MASK_EXAMPLES]:
+            parsed = _mask_example(example)
+            if parsed.segments:
+                found.append((stage.name, parsed))
+    return found
+
+
+def _mask_example(example: Any) -> MaskExample:
+    """Takes `segments` ([text, trained] pairs or {text, trained}), or `tokens` beside `loss_mask`."""
+    if not isinstance(example, Mapping):
+        return MaskExample("")
+    if "tokens" in example and "loss_mask" in example:
+        pieces = list(zip(example["tokens"], example["loss_mask"], strict=False))
+    else:
+        pieces = [
+            (p.get("text", ""), p.get("trained", False)) if isinstance(p, Mapping) else tuple(p)
+            for p in example.get("segments") or []
+        ]
+    merged: list[tuple[str, bool]] = []
+    for text, trained in pieces:
+        if merged and merged[-1][1] == bool(trained):
+            merged[-1] = (merged[-1][0] + str(text), bool(trained))
+        else:
+            merged.append((str(text), bool(trained)))
+    return MaskExample(str(example.get("origin", "")), tuple(merged))
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested values as dotted names and text, for a two-column table."""
+    rows: list[tuple[str, str]] = []
+    for name, inner in value.items():
+        if isinstance(inner, Mapping):
+            rows += flatten(inner, f"{prefix}{name}.")
+        elif isinstance(inner, list) and any(isinstance(x, (Mapping, list)) for x in inner):
+            rows.append((f"{prefix}{name}", f"{len(inner)} entries"))
+        elif inner is not None:
+            rows.append((f"{prefix}{name}", ", ".join(map(str, inner)) if isinstance(inner, list) else _number(inner)))
+    return rows
+
+
+def nested_tables(value: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Every list of records in `value` as (name, columns, rows)."""
+    tables: list[tuple[str, list[str], list[list[str]]]] = []
+    for name, rows in value.items():
+        if isinstance(rows, list) and rows and all(isinstance(row, Mapping) for row in rows):
+            columns = list(dict.fromkeys(column for row in rows for column in row))
+            tables.append((name, columns, [[_number(row.get(column, "")) for column in columns] for row in rows]))
+    return tables
+
+
+def text_of(value: Any) -> str:
+    """A prompt or completion as text; of a conversation, each turn on its own line."""
+    if isinstance(value, list):
+        return "\n".join(
+            f"{m.get('role', '')}: {m.get('content', '')}" if isinstance(m, Mapping) else str(m) for m in value
+        )
+    return "" if value is None else str(value)
+
+
+def clip(text: str) -> str:
+    return text if len(text) <= _CLIP_CHARS else f"{text[:_CLIP_CHARS]} … ({len(text) - _CLIP_CHARS} more characters)"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,259 @@
+"""From `rewards.py:correct` or a library name to a function that can be called, and the digest of all it is made of."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import functools
+import importlib.metadata
+import importlib.util
+import inspect
+import platform
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from posttrain.errors import ConfigError, RewardError
+from posttrain.files import digest_file, digest_json, file_digests
+from posttrain.grading.scorers import grading_digest
+from posttrain.rewards.library import REWARDS
+
+
+class MissingColumnError(RewardError):
+    """A reward asks for a column that the dataset does not have."""
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """A reward ready to be called: options bound, columns it does not take left out, async ones awaited."""
+
+    spec: str
+    name: str
+    where: str
+    fn: Callable[..., Any]
+    needs: tuple[tuple[str, ...], ...]
+    accepts: frozenset[str] | None  # None takes every column
+
+    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> Any:
+        for group in self.needs:
+            if not any(name in columns for name in group):
+                present = ", ".join(sorted(columns)) or "none"
+                raise MissingColumnError(
+                    f"{self.where}: reward {self.name!r} needs the column {' or '.join(group)}; the dataset has {present}. "
+                    "Rename one with datasets: columns, or change the reward"
+                )
+        given = {"prompts": prompts, "completions": completions, **columns}
+        result = self.fn(**{name: value for name, value in given.items() if self.accepts is None or name in self.accepts})
+        return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+
+
+async def _awaited(value: Any) -> Any:
+    return await value
+
+
+def split_spec(spec: str) -> tuple[str, str] | None:
+    """(path, function) of `file.py:function`; None for a library name."""
+    path, colon, function = spec.rpartition(":")
+    return (path, function) if colon and path.endswith(".py") else None
+
+
+def reward_names(specs: Sequence[str]) -> list[str]:
+    """The name each reward is logged under: its function's, with the file's stem where two are alike."""
+    names = [(split_spec(spec) or ("", spec))[1] for spec in specs]
+    unique: list[str] = []
+    for spec, name in zip(specs, names, strict=True):
+        parts = split_spec(spec)
+        label = f"{Path(parts[0]).stem}.{name}" if parts and names.count(name) > 1 else name
+        while label in unique:
+            label += "_"
+        unique.append(label)
+    return unique
+
+
+def _file_of(spec: str, path: str, folder: Path | None) -> Path:
+    file = (folder or Path()) / Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"reward_funcs: {spec}: no file {file}; paths are relative to the YAML")
+    return file.resolve()
+
+
+def check_spec(spec: str, folder: Path | None = None) -> None:
+    """Find what can be found without running anything. Raises: ConfigError."""
+    parts = split_spec(spec)
+    if parts is None:
+        if spec not in REWARDS:
+            near = get_close_matches(spec, REWARDS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"reward_funcs: {spec!r} is neither file.py:function nor in the library{hint} (library: {', '.join(REWARDS)})"
+            )
+        return
+    file = _file_of(spec, parts[0], folder)
+    try:
+        tree = ast.parse(file.read_bytes(), str(file))
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", 0) or 0
+        raise ConfigError(f"{file}:{line}: the reward file is not valid Python: {getattr(error, 'msg', error)}") from None
+    defined = _defined_names(tree)
+    if parts[1] not in defined:
+        near = get_close_matches(parts[1], defined, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{file}: no function {parts[1]!r}{hint} (defined there: {', '.join(sorted(defined)) or 'nothing'})")
+
+
+def _defined_names(tree: ast.Module) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
+
+
+def _load_module(file: Path) -> ModuleType:
+    name = "posttrain_reward_" + digest_json(str(file))[-16:]
+    if name in sys.modules:
+        return sys.modules[name]
+    if str(file.parent) not in sys.path:
+        sys.path.insert(0, str(file.parent))  # a reward file may import its neighbours
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:  # noqa: BLE001 - the user's file may raise anything, SystemExit included
+        del sys.modules[name]
+        raise ConfigError(f"{_user_line(error, file)}: importing the reward file raised {type(error).__name__}: {error}") from error
+    return module
+
+
+def _user_line(error: BaseException, file: Path) -> str:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == file.parent]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else str(file)
+
+
+def load_reward(spec: str, kwargs: Mapping[str, Any] | None = None, folder: Path | None = None) -> RewardFunction:
+    """The reward named by `file.py:function` (relative to `folder`) or by a library name, with its options bound.
+
+    Raises: ConfigError, with file and line, for a missing file or function, an import that fails, a wrong signature.
+    """
+    check_spec(spec, folder)
+    options = dict(kwargs or {})
+    parts = split_spec(spec)
+    if parts is None:
+        row = REWARDS[spec]
+        return _bind(spec, spec, f"reward {spec}", row.fn, options, row.needs)
+    file = _file_of(spec, parts[0], folder)
+    fn = getattr(_load_module(file), parts[1], None)
+    line = getattr(getattr(fn, "__code__", None), "co_firstlineno", 1)
+    where = f"{file}:{line}"
+    if not callable(fn) or inspect.isclass(fn):
+        raise ConfigError(f"{where}: {parts[1]} is {type(fn).__name__}, expected a function fn(prompts, completions, **columns)")
+    return _bind(spec, parts[1], where, fn, options, None)
+
+
+def _bind(
+    spec: str, name: str, where: str, fn: Callable[..., Any], options: dict[str, Any], needs: tuple[tuple[str, ...], ...] | None
+) -> RewardFunction:
+    parameters = inspect.signature(fn).parameters
+    by_name = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if "completions" not in by_name and not takes_all:
+        raise ConfigError(
+            f"{where}: {name}({', '.join(parameters)}) has no parameter `completions`; expected fn(prompts, completions, **columns)"
+        )
+    if stray := [n for n, p in parameters.items() if p.kind is p.POSITIONAL_ONLY]:
+        raise ConfigError(f"{where}: {name}: parameter {stray[0]!r} is positional-only; rewards are called by name")
+    if unknown := sorted(set(options) - set(by_name)):
+        allowed = [n for n, p in by_name.items() if p.default is not p.empty]
+        raise ConfigError(f"reward_kwargs: {name}: unknown option {unknown[0]!r}; it takes {', '.join(allowed) or 'none'}")
+    if needs is None:
+        ours = {"prompts", "completions", *options}
+        needs = tuple((n,) for n, p in by_name.items() if p.default is p.empty and n not in ours)
+    accepts = None if takes_all else frozenset(by_name) - set(options)
+    return RewardFunction(spec, name, where, functools.partial(fn, **options) if options else fn, needs, accepts)
+
+
+# --- digest --------------------------------------------------------------------------------------------------------
+
+
+def _local_sources(file: Path) -> dict[Path, ast.Module]:
+    """The reward file and the neighbours it imports, directly or not."""
+    trees: dict[Path, ast.Module] = {}
+    queue = [file]
+    while queue:
+        path = queue.pop()
+        if path in trees:
+            continue
+        trees[path] = ast.parse(path.read_bytes(), str(path))
+        for name in _imported(trees[path]):
+            base = file.parent / Path(*name.split("."))
+            queue += [p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file()]
+    return trees
+
+
+def _imported(tree: ast.Module) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" if node.module else alias.name for alias in node.names}
+    return names - {""}
+
+
+@functools.cache
+def _distributions() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()
+
+
+def dependency_versions(modules: set[str]) -> dict[str, str]:
+    """Versions of the installed distributions that provide these top-level modules."""
+    found = {name for module in modules for name in _distributions().get(module, [])}
+    return {name: importlib.metadata.version(name) for name in sorted(found) if name != "posttrain"}
+
+
+def reward_digest(
+    specs: Sequence[str],
+    kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+    weights: Sequence[float] | None = None,
+    folder: Path | None = None,
+) -> str:
+    """Digest of what decides a reward: source of the files and their neighbours, library and grading code, versions, options.
+
+    Nothing is executed. What a reward reads from disk or network is not seen.
+    """
+    sources: dict[str, str] = {}
+    imported: set[str] = set()
+    for spec in specs:
+        check_spec(spec, folder)
+        if parts := split_spec(spec):
+            file = _file_of(spec, parts[0], folder)
+            for path, tree in _local_sources(file).items():
+                sources[path.relative_to(file.parent).as_posix()] = digest_file(path)
+                imported |= {name.split(".")[0] for name in _imported(tree)}
+        elif (kwargs or {}).get(spec, {}).get("backend") == "math_verify":
+            imported |= {"math_verify", "latex2sympy2_extended", "sympy"}
+    own = {k: v for k, v in file_digests(Path(__file__).parent).items() if k in ("library.py", "math_verify.py", "resolve.py")}
+    names = reward_names(specs)
+    return digest_json(
+        {
+            "rewards": [(split_spec(spec) or ("", spec))[1] for spec in specs],
+            "sources": sources,
+            "library": [own, grading_digest()],
+            "versions": dependency_versions(imported),
+            "python": platform.python_version_tuple()[:2],
+            "weights": [float(w) for w in weights] if weights is not None else [1.0] * len(specs),
+            "kwargs": {name: dict((kwargs or {}).get(name) or {}) for name in names},
+        }
+    )

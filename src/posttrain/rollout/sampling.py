@@ -1,0 +1,66 @@
+"""From logits to a token: pure functions, one uniform number per row, so a row's choice is its own."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+
+from posttrain.types import SamplingParams
+
+
+def request_seed(*parts: int | str) -> int:
+    """A 64-bit seed that is a pure function of its parts (run seed, generation batch, prompt, sample …)."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def uniforms(seed: int, count: int) -> np.ndarray:
+    """The request's random numbers in [0, 1), by a counter-based generator: number t does not depend on t' > t."""
+    return np.random.Generator(np.random.Philox(key=seed)).random(count, dtype=np.float64)
+
+
+def sample(logits_RV: torch.Tensor, uniform_R: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and their log-probs under the temperature-scaled, uncut distribution. Shapes: [R, V], [R] → [R], [R].
+
+    Sampling inverts the cumulative distribution at `uniform_R`; temperature 0 takes the most likely token and reports
+    its log-prob at temperature 1.
+    """
+    logits_RV = logits_RV.float()
+    if params.temperature == 0:
+        ids_R = logits_RV.argmax(-1)
+        return ids_R, _logp(logits_RV, ids_R)
+    if params.temperature != 1.0:
+        logits_RV = logits_RV / params.temperature
+    probs_RV = torch.softmax(logits_RV, -1)
+    if params.top_k or params.top_p < 1 or params.min_p > 0:
+        probs_RV = cut(probs_RV, params)
+    cdf_RV = probs_RV.cumsum(-1)
+    # The last entry is the total, which rounding leaves near 1; scaling by it keeps the inverse inside the vocabulary.
+    level_R1 = (uniform_R.to(cdf_RV.dtype) * cdf_RV[:, -1]).unsqueeze(-1)
+    ids_R = torch.searchsorted(cdf_RV, level_R1, right=True).squeeze(-1).clamp_max(logits_RV.shape[-1] - 1)
+    return ids_R, _logp(logits_RV, ids_R)
+
+
+def cut(probs_RV: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Zero what top-k, top-p and min-p leave out, in vLLM's order; the most likely token always stays."""
+    keep_RV = torch.ones_like(probs_RV, dtype=torch.bool)
+    if params.top_k or params.top_p < 1:
+        ordered_RV, order_RV = torch.sort(probs_RV, dim=-1, descending=True, stable=True)
+        kept_RV = torch.ones_like(keep_RV)
+        if params.top_k:
+            kept_RV[:, params.top_k :] = False
+        if params.top_p < 1:
+            mass_RV = torch.where(kept_RV, ordered_RV, 0.0)
+            mass_RV = mass_RV / mass_RV.sum(-1, keepdim=True)
+            kept_RV &= mass_RV.cumsum(-1) - mass_RV < params.top_p
+        kept_RV[:, 0] = True
+        keep_RV = torch.zeros_like(keep_RV).scatter(-1, order_RV, kept_RV)
+    if params.min_p > 0:
+        keep_RV &= probs_RV >= params.min_p * probs_RV.max(-1, keepdim=True).values
+    return torch.where(keep_RV, probs_RV, 0.0)
+
+
+def _logp(logits_RV: torch.Tensor, ids_R: torch.Tensor) -> torch.Tensor:
+    return logits_RV.gather(-1, ids_R.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(logits_RV, -1)

@@ -1,0 +1,195 @@
+"""What a person watches while a stage trains: a live panel on a terminal, one plain line per logged step elsewhere."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+Column = tuple[str, str, str]
+"""Label, metric name (TRL's), format."""
+
+_SHARED: tuple[Column, ...] = (("lr", "learning_rate", ".1e"), ("grad", "grad_norm", ".2f"))
+COLUMNS: dict[str, tuple[Column, ...]] = {
+    "sft": (("loss", "loss", ".3f"), ("entropy", "entropy", ".2f"), ("accuracy", "mean_token_accuracy", ".3f"), ("eval_loss", "eval_loss", ".3f"), *_SHARED),
+    "dpo": (("loss", "loss", ".3f"), ("accuracy", "rewards/accuracies", ".2f"), ("margin", "rewards/margins", ".3f"), ("eval_loss", "eval_loss", ".3f"), *_SHARED),
+    "grpo": (
+        ("reward", "reward", ".3f"), ("std", "reward_std", ".3f"), ("entropy", "entropy", ".2f"), ("kl", "kl", ".4f"),
+        ("length", "completions/mean_length", ".0f"), ("truncated", "completions/clipped_ratio", ".2f"), *_SHARED,
+    ),
+}  # fmt: skip
+"""What each kind of stage shows; a metric that was not logged is left out."""
+
+_EVENTS_SHOWN = {"finding", "notice", "checkpoint", "eval", "action"}
+_RECENT_STEPS = 20
+_SAMPLE_CHARS = 400
+
+
+class LiveView:
+    """Progress, time left, tokens/s, the stage's metrics, memory and the last sampled completion, as a metric sink."""
+
+    def __init__(
+        self, kind: str, total_steps: int, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._kind = kind
+        self._total_steps = total_steps
+        self._console = console or Console(stderr=True)
+        self._clock = clock
+        self._columns = COLUMNS.get(kind, COLUMNS["sft"])
+        # (step, seconds, tokens): speed is measured over these, so a resumed run starts afresh.
+        self._recent: deque[tuple[int, float, float | None]] = deque(maxlen=_RECENT_STEPS)
+        self._started = clock()
+        self._metrics: dict[str, float] = {}
+        self._step = 0
+        self._sample: Mapping[str, Any] | None = None
+        self._notes: deque[str] = deque(maxlen=3)
+        self._live = (
+            Live(console=self._console, refresh_per_second=4, transient=True) if self._console.is_terminal else None
+        )
+        if self._live is not None:
+            self._live.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._step = step
+        self._metrics.update(metrics)
+        self._recent.append((step, self._clock(), _as_float(metrics.get("num_tokens"))))
+        if self._live is not None:
+            self._live.update(self._panel())
+        else:
+            self._print(self.line())
+
+    def event(self, kind: str, step: int, details: Mapping[str, Any]) -> None:
+        if kind == "sample":
+            self._sample = details
+        elif kind in _EVENTS_SHOWN:
+            note = f"{self._kind} step {step} {kind}: {describe(details)}"
+            self._notes.append(note)
+            if self._live is None:
+                self._print(note)
+        if self._live is not None:
+            self._live.update(self._panel())
+
+    def close(self) -> None:
+        if self._live is None:
+            return
+        self._live.stop()
+        self._live = None
+        if self._step:
+            self._print(self.line())
+
+    def line(self) -> str:
+        """`sft 120/400 loss 0.412 lr 9.1e-05 3.2k tok/s eta 0:41`"""
+        parts = [f"{self._kind} {self._step}/{self._total_steps}"]
+        parts += [f"{label} {value}" for label, value in self._shown()]
+        speed, left = self.tokens_per_s(), self.eta_s()
+        if speed is not None:
+            parts.append(f"{human_count(speed)} tok/s")
+        if left is not None:
+            parts.append(f"eta {human_time(left)}")
+        return " ".join(parts)
+
+    def tokens_per_s(self) -> float | None:
+        if "tokens_per_second" in self._metrics:
+            return float(self._metrics["tokens_per_second"])
+        known = [(seconds, tokens) for _, seconds, tokens in self._recent if tokens is not None]
+        if len(known) < 2 or known[-1][0] <= known[0][0]:
+            return None
+        return (known[-1][1] - known[0][1]) / (known[-1][0] - known[0][0])
+
+    def eta_s(self) -> float | None:
+        if len(self._recent) < 2:
+            return None
+        (first, since, _), (last, until, _) = self._recent[0], self._recent[-1]
+        return (until - since) / (last - first) * (self._total_steps - last) if last > first else None
+
+    def _shown(self) -> list[tuple[str, str]]:
+        return [
+            (label, format(self._metrics[name], spec)) for label, name, spec in self._columns if name in self._metrics
+        ]
+
+    def _panel(self) -> Panel:
+        left, speed = self.eta_s(), self.tokens_per_s()
+        head = Table.grid(padding=(0, 2))
+        elapsed = human_time(self._clock() - self._started)
+        head.add_row(
+            ProgressBar(total=max(1, self._total_steps), completed=self._step, width=30),
+            f"{self._step}/{self._total_steps}",
+            f"{elapsed} gone" + (f", {human_time(left)} left" if left is not None else ""),
+            f"{human_count(speed)} tok/s" if speed is not None else "",
+            f"memory {human_count(memory_bytes())}B",
+        )
+        body = Table.grid(padding=(0, 3))
+        shown = self._shown()
+        if shown:
+            body.add_row(*(Text(label, style="dim") for label, _ in shown))
+            body.add_row(*(Text(value) for _, value in shown))
+        parts: list[Any] = [head, body]
+        if self._sample is not None:
+            parts.append(Text(sample_text(self._sample), style="italic", overflow="fold"))
+        parts += [Text(note, style="yellow") for note in self._notes]
+        return Panel(Group(*parts), title=self._kind, title_align="left")
+
+    def _print(self, line: str) -> None:
+        # Sampled text may hold markup or escape codes: it is printed as characters, never interpreted.
+        self._console.print(Text(printable(line)), soft_wrap=True)
+
+
+def describe(details: Mapping[str, Any]) -> str:
+    """The message of an event, or its fields."""
+    return (
+        str(details["message"])
+        if "message" in details
+        else ", ".join(f"{name}={value}" for name, value in details.items())
+    )
+
+
+def sample_text(sample: Mapping[str, Any]) -> str:
+    reward = sample.get("reward")
+    tail = "" if reward is None else f"   (reward {float(reward):.2f})"
+    prompt, completion = (printable(str(sample.get(name, "")))[:_SAMPLE_CHARS] for name in ("prompt", "completion"))
+    return f"{prompt} → {completion}{tail}"
+
+
+def printable(text: str) -> str:
+    """`text` without control characters, which a terminal would obey."""
+    return "".join(char if char.isprintable() or char == " " else "⏎" if char == "\n" else "�" for char in text)
+
+
+def human_count(value: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(value) < 1000 or unit == "T":
+            return f"{value:.0f}" if unit == "" else f"{value:.1f}{unit}"
+        value /= 1000
+    raise AssertionError("unreachable")
+
+
+def human_time(seconds: float) -> str:
+    """`0:41`, `12:05`, `3:20:00`"""
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def memory_bytes() -> float:
+    """Resident memory of this process; where the system does not tell, its peak."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _as_float(value: Any) -> float | None:
+    return None if value is None else float(value)

@@ -1,0 +1,378 @@
+"""The nouns that travel between packages: frozen, plain Python, no torch.
+
+Dimension letters: B rows, T positions, N packed tokens, V vocabulary, G group, P prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
+
+from posttrain.files import canonical_json, digest_json, write_folder
+
+Message = Mapping[str, Any]
+"""An OpenAI message: `role`, `content` and, where used, `tool_calls`, `tool_call_id`, `name`."""
+Text = str | tuple[Message, ...]
+"""A text prompt or completion, or a conversation."""
+
+
+# --- data ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a row came from. `str()` gives `train.jsonl:41`."""
+
+    path: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A supervised row: a conversation (`messages`), or a text `prompt` with its `completion`."""
+
+    origin: Origin
+    messages: tuple[Message, ...] = ()
+    prompt: str = ""
+    completion: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    origin: Origin
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledCompletion:
+    """A KTO row: a completion that is desirable (`label=True`) or not."""
+
+    origin: Origin
+    prompt: Text
+    completion: Text
+    label: bool
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """An RL row; `columns` are all its other columns, handed to the reward functions by name."""
+
+    origin: Origin
+    prompt: Text
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSeq:
+    """A rendered sequence. `loss_mask[t]` says whether token t is trained, given the tokens before it.
+
+    `behavior_logp` (one per trained token, in order) and `advantage` are set for RL only.
+    """
+
+    ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+    origin: Origin | None = None
+    behavior_logp: tuple[float, ...] | None = None
+    advantage: float | None = None
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Trained tokens; the first token of a sequence has no context and is never trained."""
+        return sum(self.loss_mask[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a batch is normalised by."""
+
+    tokens: int
+    sequences: int
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.tokens + other.tokens, self.sequences + other.sequences)
+
+
+# --- metrics -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A mean that adds: micro-batches and ranks combine exactly."""
+
+    num: float
+    den: float
+
+    def __add__(self, other: Ratio) -> Ratio:
+        return Ratio(self.num + other.num, self.den + other.den)
+
+    @property
+    def value(self) -> float:
+        return self.num / self.den if self.den else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """The metrics of one optimizer step, under TRL's names."""
+
+    step: int
+    metrics: Mapping[str, float]
+
+
+class Severity(str, Enum):
+    INFO = "info"
+    SOFT = "soft"
+    HARD = "hard"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a health rule saw at a step, and what is to be done about it."""
+
+    rule: str
+    severity: Severity
+    step: int
+    evidence: Mapping[str, float]
+    action: str
+    message: str
+
+
+# --- rollouts ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to sample; names and meanings are those of vLLM. `temperature=0` is greedy, `top_k=0` off."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One completion to sample. `seed` alone decides its randomness, whatever it is batched with."""
+
+    prompt_ids: tuple[int, ...]
+    seed: int
+
+
+Finish = Literal["stop", "length", "aborted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """Sampled ids (the end-of-sequence token included), with the sampler's log-prob of each.
+
+    `logp` is under the temperature-scaled distribution before top-p, top-k and min-p cut it, which is what a trainer
+    computes for the same tokens.
+    """
+
+    ids: tuple[int, ...]
+    logp: tuple[float, ...]
+    finish: Finish
+    policy_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class RewardBreakdown:
+    """Reward per function; `None` is unscored. `total` is the weighted sum of what was scored, `None` if nothing was."""
+
+    total: float | None
+    parts: Mapping[str, float | None]
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    completion: Completion
+    text: str
+    reward: RewardBreakdown
+
+    @property
+    def status(self) -> Literal["scored", "unscored"]:
+        return "unscored" if self.reward.total is None else "scored"
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """The completions of one prompt."""
+
+    prompt: Prompt
+    prompt_ids: tuple[int, ...]
+    rollouts: tuple[Rollout, ...]
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRef:
+    step: int
+    digest: str
+    path: Path
+
+
+# --- evals and gates -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ItemRecord:
+    """One item of a suite, scored: one score per sample. `prompt_digest` is what pairs two models' records."""
+
+    id: str
+    prompt_digest: str
+    scores: tuple[float, ...]
+    cluster: str | None = None
+    completions: tuple[str, ...] = ()
+    finishes: tuple[str, ...] = ()
+    num_tokens: tuple[int, ...] = ()
+    error: str | None = None
+
+    @property
+    def score(self) -> float:
+        """Mean over the samples."""
+        return sum(self.scores) / len(self.scores) if self.scores else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class EvalReport:
+    """One model on one split of one suite, with every item kept.
+
+    `suite_digest` covers the items, the scorer's code and the decoding parameters.
+    """
+
+    suite: str
+    split: str
+    suite_digest: str
+    model_digest: str
+    scorer: str
+    items: tuple[ItemRecord, ...]
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+    wall_s: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        return sum(item.score for item in self.items) / len(self.items) if self.items else math.nan
+
+    @property
+    def digest(self) -> str:
+        """Digest of what was measured; the time it took is not part of it."""
+        return digest_json([self._header(), [asdict(item) for item in self.items]])
+
+    def _header(self) -> dict[str, Any]:
+        names = ("suite", "split", "suite_digest", "model_digest", "scorer")
+        return {name: getattr(self, name) for name in names} | {"decoding": dict(self.decoding)}
+
+    def save(self, folder: Path) -> None:
+        """Write `report.json` and `items.jsonl` into `folder`, all or nothing."""
+
+        def fill(temporary: Path) -> None:
+            header = self._header() | {"wall_s": self.wall_s, "mean": self.mean, "digest": self.digest}
+            (temporary / "report.json").write_text(json.dumps(header, indent=2))
+            lines = (canonical_json(asdict(item)) + "\n" for item in self.items)
+            (temporary / "items.jsonl").write_text("".join(lines), encoding="utf-8", errors="surrogatepass")
+
+        write_folder(folder, fill)
+
+    @classmethod
+    def load(cls, folder: Path) -> EvalReport:
+        """Raises: ValueError if the items are not those the report was written with."""
+        header = json.loads((Path(folder) / "report.json").read_text())
+        lines = (Path(folder) / "items.jsonl").read_text(encoding="utf-8", errors="surrogatepass").splitlines()
+        items = tuple(ItemRecord(**_tuples(json.loads(line))) for line in lines)
+        expected = header.pop("digest")
+        header.pop("mean")
+        report = cls(items=items, **header)
+        if report.digest != expected:
+            raise ValueError(f"{folder}: items.jsonl does not match report.json (got {report.digest}, expected {expected})")
+        return report
+
+
+def _tuples(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+
+
+class Verdict(str, Enum):
+    PASS = "PASS"
+    FAIL = "FAIL"
+    INCONCLUSIVE = "INCONCLUSIVE"
+    INVALID = "INVALID"
+
+    @property
+    def exit_code(self) -> int:
+        return {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 2, "INVALID": 3}[self.value]
+
+
+@dataclass(frozen=True, slots=True)
+class TestResult:
+    """One guard or primary, decided: it passes only if `bound` clears `line`.
+
+    `estimate` is the mean paired difference candidate - baseline, signed so that larger is better; `low`/`high` its
+    two-sided 95 % interval; `bound` its one-sided 1 - alpha lower bound; `line` is -margin or +min_delta.
+    """
+
+    role: Literal["guard", "primary"]
+    suite: str
+    method: str
+    num_items: int
+    num_clusters: int
+    baseline_mean: float
+    candidate_mean: float
+    estimate: float
+    low: float
+    high: float
+    bound: float
+    line: float
+    p_value: float
+    verdict: Verdict
+    reason: str
+    discordant: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GateVerdict:
+    """The decision on exactly one candidate against exactly one baseline, recomputable from the stored items."""
+
+    verdict: Verdict
+    reason: str
+    candidate_digest: str
+    baseline_digest: str
+    spec_digest: str
+    alpha: float
+    tests: tuple[TestResult, ...]
+    report_digests: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        return digest_json(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self)).replace("NaN", "null").replace("-Infinity", "null").replace("Infinity", "null"))
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryEntry:
+    name: str
+    version: int
+    digest: str
+    path: Path
+    manifest: Mapping[str, Any]
+    aliases: Sequence[str] = ()
+    tags: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,205 @@
+"""The page: self-contained, complete, safe with hostile text, and there also when parts of the run are missing."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from posttrain.errors import DataError
+from posttrain.report.build import build_report
+from posttrain.types import EvalReport, Verdict
+
+_VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Collects tags, text and attributes, and insists that tags nest."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.text, self.urls, self.images, self.open = [], [], [], [], []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.tags.append(tag)
+        self.urls += [value for name, value in attrs if name in ("src", "href", "action", "srcset")]
+        if tag == "img":
+            self.images.append(attributes)
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] not in ("style", "script"):
+            self.text.append(data)
+
+
+def _page(run):
+    html = build_report(run).read_text()
+    page = Page(html)
+    return page, re.sub(r"\s+", " ", " ".join(page.text)), html
+
+
+@pytest.fixture(scope="module")
+def finished(finished_run):
+    return _page(finished_run)
+
+
+def test_nothing_is_loaded_from_elsewhere(finished):
+    page, _, html = finished
+    assert page.urls and all(url.startswith("data:image/svg+xml;base64,") for url in page.urls)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "@import" not in html and "url(" not in html
+    assert "default-src 'none'" in html
+
+
+def test_every_section_is_there(finished):
+    _, text, _ = finished
+    for heading in (
+        "Before and after", "The gate", "What each stage cost", "Health", "Reward certificate", "Learning curves",
+        "The same questions, before and after", "Answers while training", "What was trained on", "Where it comes from", "To make it again",
+    ):  # fmt: skip
+        assert heading in text, heading
+
+
+def test_the_headline_says_the_verdict_with_its_interval_in_words(finished):
+    _, text, _ = finished
+    assert (
+        "PASS. The model passed its gate. On “heldout” the score rose from 12.0 % to 62.0 %, a change of +50.0 points; "
+        "with 95 % confidence the true change lies between +45.0 and +55.0 points. "
+        "It is registered as “word-problems” version 1, alias “champion”."
+    ) in text
+
+
+def test_numbers_of_the_records_are_shown(finished):
+    _, text, _ = finished
+    assert "1.7 min" in text and "410 000" in text  # stage 1's time and tokens
+    assert "31 % of the answers hit the length limit" in text and "50–55 (2×)" in text
+    assert "environment.torch" in text and "2.13.0" in text
+    assert "two slots" in text
+
+
+def test_images_and_the_page_can_be_read_without_eyes(finished):
+    page, _, html = finished
+    assert '<html lang="en">' in html and 'name="viewport"' in html
+    assert len(page.images) >= 10
+    assert all(image["alt"] for image in page.images)
+    assert "Paired differences with 95 % intervals: format +96.0 (+91.0 to +101.0), line −2.0" in page.images[0]["alt"]
+    assert any("loss: 2.1" in image["alt"] and "at step 120" in image["alt"] for image in page.images)
+
+
+def test_samples_pair_the_base_with_the_last_model_and_show_what_got_worse(own_run):
+    _, text, html = _page(own_run)
+    assert "better Question number" in text and "still wrong Question number" in text and "tag worse" not in html
+    _worsen(own_run, number=7)
+    assert " worse Question number 7?" in _page(own_run)[1]
+
+
+def _worsen(run, number):
+    for model, score in (("base", 1.0), ("03-grpo", 0.0)):
+        folder = run / "evals" / model / "heldout-gate"
+        report = EvalReport.load(folder)
+        items = tuple(replace(item, scores=(score,)) if item.id == f"q{number}" else item for item in report.items)
+        replace(report, items=items).save(folder)
+
+
+def test_hostile_text_stays_text(own_run):
+    sample = {
+        "step": 1,
+        "prompt": "</pre><script>alert(1)</script>",
+        "completion": '"><img src=http://x/>',
+        "reward": 0,
+    }
+    (own_run / "stages" / "03-grpo" / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    page, text, html = _page(own_run)
+    assert "<script>" not in html and "&lt;script&gt;" in html
+    assert '"><img src=http://x/>' in text
+    assert all(url.startswith("data:") for url in page.urls)
+
+
+def test_the_loss_mask_is_marked(finished):
+    _, _, html = finished
+    assert "user: 12+30=\nassistant: <mark>\\boxed{42}&lt;eos&gt;</mark>" in html
+
+
+def test_the_same_run_gives_the_same_page(finished_run, finished):
+    assert build_report(finished_run).read_text() == finished[2]
+
+
+@pytest.mark.parametrize(("verdict", "sentence"), [
+    (Verdict.FAIL, "FAIL. The model did not pass its gate and was not promoted."),
+    (Verdict.INCONCLUSIVE, "INCONCLUSIVE. The model was neither accepted nor rejected: the evidence is too thin, which is not a pass."),
+])  # fmt: skip
+def test_other_verdicts(tmp_path, verdict, sentence, run_writer):
+    _, text, _ = _page(run_writer(tmp_path / "run", verdict=verdict))
+    assert sentence in text and "It is registered" not in text
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "evals",
+        "gates",
+        "certificate.json",
+        "config.yaml",
+        "stages/02-dpo",
+        "stages/01-sft/metrics.jsonl",
+        "stages/01-sft/result.json",
+        "pipeline.json",
+    ],
+)
+def test_any_part_may_be_missing(own_run, part):
+    path = own_run / part
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _, text, _ = _page(own_run)
+    assert "could not be read" not in text and "Where it comes from" in text
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "pipeline.json",
+        "config.yaml",
+        "certificate.json",
+        "gates/03/verdict.json",
+        "evals/base/heldout-gate/items.jsonl",
+        "stages/01-sft/summary.json",
+    ],
+)
+def test_a_broken_part_is_named_and_the_rest_is_shown(own_run, part):
+    (own_run / part).write_text('{"half: [')
+    _, text, _ = _page(own_run)
+    assert f"{part.rsplit('/', 1)[-1]} in" in text or "items.jsonl does not match" in text or "report.json in" in text
+    assert "could not be read" in text and "Learning curves" in text
+
+
+def test_a_single_stage_run_that_is_still_running(own_run):
+    for part in ("evals", "gates", "stages/02-dpo", "stages/03-grpo"):
+        shutil.rmtree(own_run / part)
+    for name in ("pipeline.json", "certificate.json"):
+        (own_run / name).unlink()
+    (own_run / "stages" / "01-sft" / "result.json").unlink()
+    with (own_run / "stages" / "01-sft" / "metrics.jsonl").open("a") as handle:
+        handle.write('{"step": 121, "lo')
+    _, text, _ = _page(own_run)
+    assert "No model was compared with another" in text
+    assert "unfinished" in text and "No health rule fired." in text and "Loss" in text
+
+
+def test_running_and_failed_runs_say_so(own_run):
+    pipeline = json.loads((own_run / "pipeline.json").read_text())
+    for status, sentence in (("running", "The run has not finished"), ("failed", "The run stopped with an error")):
+        (own_run / "pipeline.json").write_text(json.dumps(pipeline | {"status": status}))
+        assert sentence in _page(own_run)[1]
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"is not a run folder .* give the folder that `posttrain run` printed"):
+        build_report(tmp_path)

@@ -1,0 +1,27 @@
+"""The plain-text table at the end of a run."""
+
+import shutil
+
+from posttrain.report.summary import render_summary
+
+
+def test_the_table_has_every_model_and_the_change(finished_run):
+    lines = render_summary(finished_run).splitlines()
+    assert lines[0].split() == ["suite", "base", "01-sft", "02-dpo", "03-grpo", "change", "(95", "%", "interval)"]
+    assert lines[1].startswith("heldout/gate  13.8 % (10.7–17.5)") and lines[1].endswith("+46.8 (+41.8 to +51.7)")
+    assert "gate      PASS: every test passed" in lines
+    assert "registry  word-problems v1 → champion" in lines
+    assert lines[-1].startswith("The model passed its gate.")
+
+
+def test_without_evals_it_still_says_something(own_run):
+    for part in ("evals", "gates"):
+        shutil.rmtree(own_run / part)
+    (own_run / "pipeline.json").unlink()
+    assert render_summary(own_run) == "No model was compared with another, so this run says nothing about improvement."
+
+
+def test_a_model_that_skipped_a_suite_has_a_dash(own_run):
+    shutil.rmtree(own_run / "evals" / "02-dpo" / "format-gate")
+    row = next(line for line in render_summary(own_run).splitlines() if line.startswith("format/gate"))
+    assert " – " in row

@@ -1,0 +1,85 @@
+"""The live view: plain lines, the panel on a terminal, speed and time left, hostile text."""
+
+import io
+
+from rich.console import Console
+
+from posttrain.tracking.live import LiveView, human_count, human_time, memory_bytes, printable
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def _view(kind, total, terminal=False):
+    stream, clock = io.StringIO(), Clock()
+    console = Console(file=stream, force_terminal=terminal, width=200)
+    return LiveView(kind, total, console, clock), stream, clock
+
+
+def test_plain_lines_when_not_a_terminal():
+    """10 s and 32,000 tokens per 10 steps: 3.2k tokens/s, 280 steps left take 280 s."""
+    view, stream, clock = _view("sft", 400)
+    view.log(110, {"loss": 0.5, "learning_rate": 1e-4, "num_tokens": 100_000})
+    clock.now += 10
+    view.log(120, {"loss": 0.412, "learning_rate": 9.1e-5, "num_tokens": 132_000})
+    view.close()
+    lines = stream.getvalue().splitlines()
+    assert lines == ["sft 110/400 loss 0.500 lr 1.0e-04", "sft 120/400 loss 0.412 lr 9.1e-05 3.2k tok/s eta 4:40"]
+
+
+def test_each_kind_shows_its_own_metrics():
+    view, stream, _ = _view("grpo", 10)
+    view.log(1, {"loss": 0.0, "reward": 0.25, "entropy": 1.5, "kl": 0.001, "completions/clipped_ratio": 0.5})
+    assert stream.getvalue() == "grpo 1/10 reward 0.250 entropy 1.50 kl 0.0010 truncated 0.50\n"
+
+
+def test_findings_are_shown_and_a_sample_is_not_printed_on_every_step():
+    view, stream, _ = _view("grpo", 10)
+    view.event("sample", 1, {"prompt": "1+1", "completion": "2"})
+    view.event("finding", 2, {"rule": "kl_drift", "message": "KL is high"})
+    assert stream.getvalue() == "grpo step 2 finding: KL is high\n"
+
+
+def test_the_panel_shows_progress_memory_and_the_sample():
+    view, stream, clock = _view("grpo", 50, terminal=True)
+    view.log(1, {"reward": 0.1, "num_tokens": 1000})
+    clock.now += 2
+    view.log(2, {"reward": 0.2, "num_tokens": 3000})
+    view.event("sample", 2, {"prompt": "6*7=", "completion": "[bold]42[/bold]\x1b[2J", "reward": 1.0})
+    view.close()
+    shown = stream.getvalue()
+    for expected in (
+        "2/50",
+        "1.0k tok/s",
+        "1:36 left",
+        "memory",
+        "0.200",
+        "6*7= → [bold]42[/bold]�[2J",
+        "(reward 1.00)",
+    ):
+        assert expected in shown, expected
+    assert "\x1b[2J" not in shown
+
+
+def test_a_nan_is_shown_not_raised():
+    view, stream, _ = _view("dpo", 3)
+    view.log(1, {"loss": float("nan")})
+    assert stream.getvalue() == "dpo 1/3 loss nan\n"
+
+
+def test_numbers_for_people():
+    assert [human_count(v) for v in (7, 999, 3200, 4_500_000)] == ["7", "999", "3.2k", "4.5M"]
+    assert [human_time(v) for v in (41, 725, 12000, -1)] == ["0:41", "12:05", "3:20:00", "0:00"]
+    assert printable("a\nb\x1bc") == "a⏎b�c"
+
+
+def test_memory_is_that_of_this_process():
+    before = memory_bytes()
+    block = bytearray(64 << 20)
+    assert memory_bytes() - before > 48 << 20
+    del block

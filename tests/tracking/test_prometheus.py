@@ -1,0 +1,61 @@
+"""The Prometheus endpoint, read by a real HTTP client."""
+
+import socket
+import urllib.error
+import urllib.request
+
+import pytest
+
+from posttrain.errors import ConfigError
+from posttrain.tracking.prometheus import PrometheusSink
+from posttrain.types import Severity
+
+
+@pytest.fixture
+def sink():
+    sink = PrometheusSink(0, stage="grpo")
+    yield sink
+    sink.close()
+
+
+def _get(sink, path="/metrics"):
+    return urllib.request.urlopen(f"http://127.0.0.1:{sink.port}{path}", timeout=5)
+
+
+def test_the_latest_metrics_and_the_findings_are_served(sink):
+    sink.log(1, {"reward": 0.1})
+    sink.log(2, {"reward": 0.25, "clip_ratio/low_mean": 0.0, "kl": float("nan")})
+    for _ in range(2):
+        sink.event("finding", 2, {"rule": "kl_drift", "severity": Severity.SOFT})
+    with _get(sink) as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        lines = answer.read().decode().splitlines()
+    assert 'posttrain_reward{stage="grpo"} 0.25' in lines
+    assert 'posttrain_step{stage="grpo"} 2.0' in lines
+    assert 'posttrain_clip_ratio_low_mean{stage="grpo"} 0.0' in lines
+    assert 'posttrain_kl{stage="grpo"} NaN' in lines
+    assert 'posttrain_findings_total{rule="kl_drift",severity="soft"} 2' in lines
+    assert lines.count("# TYPE posttrain_reward gauge") == 1
+
+
+def test_only_this_machine_and_only_this_page(sink):
+    assert sink._server.server_address[0] == "127.0.0.1"
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        _get(sink, "/")
+    assert caught.value.code == 404
+
+
+def test_a_port_that_is_taken_is_said_before_any_work():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port 127.0.0.1:{port} cannot be opened .* choose another"):
+            PrometheusSink(port)
+
+
+def test_closing_ends_the_endpoint():
+    sink = PrometheusSink(0)
+    sink.close()
+    with pytest.raises(urllib.error.URLError):
+        _get(sink)
