@@ -6,6 +6,7 @@ TIMING
 """
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,14 +14,47 @@ from make_data import Problem, ask, claim, split_problems
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-SEED = 7
 HERE = Path(__file__).resolve().parent
-NUM_STEPS = 1000
-ROWS_PER_STEP = 64
+INIT_SEED = 7
+ROWS_PER_STEP = 16
 ROW_TOKENS = 96
-PEAK_LR = 3e-3
 WARMUP_STEPS = 30
-WORDED_SHARE = 0.3
+FACT_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One pass over fresh text, with its own optimizer; `styles` are the ways to put an answer behind a question."""
+
+    seed: int
+    num_steps: int
+    peak_lr: float
+    worded_share: float
+    styles: tuple[str, ...]
+
+
+# Sums before stories: copying the operands out of a question is learnt late, and faster once the sums are known.
+# The second phase answers in many ways, or the copying stays tied to one separator and does not survive the chat format.
+PHASES = (
+    Phase(7, 1600, 2e-3, 0.2, (" Answer: {work}{value}", " Answer: {value}")),
+    Phase(
+        11,
+        1200,
+        2e-3,
+        0.6,
+        (
+            " Answer: {work}{value}",
+            " Answer: {value}",
+            "\nA: {work}{value}. So {value}.",
+            "\n{work}{value}, that is {value}",
+            " ({work}{value}) {value}",
+            " Well, {work}{value}! {value}",
+            "\n- {work}{value}\n- {value}",
+            "\nI say: {work}{value} [{value}]",
+            " >> {work}{value} >> {value}",
+        ),
+    ),
+)
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -70,56 +104,76 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     return model
 
 
-def sum_text(problem: Problem) -> str:
-    return f"{problem.a}{problem.op}{problem.b}={problem.answer}"
+def sum_text(problem: Problem) -> tuple[str, str]:
+    return f"{problem.a}{problem.op}{problem.b}=", str(problem.answer)
 
 
-def worded_text(problem: Problem, rng: random.Random) -> str:
+def fact_text(rng: random.Random) -> tuple[str, str]:
+    """A line of a school table: a one-digit sum, or the same read backwards."""
+    a, b = rng.randrange(10), rng.randrange(10)
+    return (f"{a}+{b}=", str(a + b)) if rng.random() < 0.5 else (f"{a + b}-{b}=", str(a))
+
+
+def worded_text(problem: Problem, styles: tuple[str, ...], rng: random.Random) -> tuple[str, str]:
     question, _ = ask(problem, rng)
     value = claim(problem, rng)
-    work = f"{problem.a}{problem.op}{problem.b}=" if rng.random() < 0.5 else ""
-    return f"{question} Answer: {work}{value}"
+    style = styles[int(rng.random() * len(styles))]
+    return question, style.format(work=f"{problem.a}{problem.op}{problem.b}=", value=value)
 
 
-def token_stream(problems: list[Problem], num_tokens: int, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """`num_tokens` ids of texts, each followed by <|endoftext|>."""
-    rng = random.Random(SEED)
+def draw_text(by_op: dict[str, list[Problem]], phase: Phase, rng: random.Random) -> tuple[str, str]:
+    """A text, cut where it becomes predictable: nothing before the cut says which operands come."""
+    problem = rng.choice(by_op[rng.choice("+-")])
+    kind = rng.random()
+    if kind < phase.worded_share:
+        return worded_text(problem, phase.styles, rng)
+    return fact_text(rng) if kind < phase.worded_share + FACT_SHARE else sum_text(problem)
+
+
+def make_batches(phase: Phase, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """Texts back to back, each closed by <|endoftext|>: (steps, 2, rows, tokens), the 2 being ids and labels."""
+    rng = random.Random(phase.seed)
+    problems = split_problems()["train"]
     by_op = {op: [p for p in problems if p.op == op] for op in "+-"}
+    num_tokens = phase.num_steps * ROWS_PER_STEP * ROW_TOKENS
     ids: list[int] = []
+    labels: list[int] = []
     while len(ids) < num_tokens:
-        problem = rng.choice(by_op[rng.choice("+-")])
-        text = worded_text(problem, rng) if rng.random() < WORDED_SHARE else sum_text(problem)
-        ids += [*tokenizer.encode(text), tokenizer.pad_token_id]
-    return torch.tensor(ids[:num_tokens])
+        head, tail = (tokenizer.encode(text) for text in draw_text(by_op, phase, rng))
+        tail.append(tokenizer.pad_token_id)
+        ids += head + tail
+        # Random operands are noise to predict: scoring only what follows them learns the sums in far fewer steps.
+        labels += [-100] * len(head) + tail
+    stream = torch.tensor([ids[:num_tokens], labels[:num_tokens]])
+    return stream.view(2, phase.num_steps, ROWS_PER_STEP, ROW_TOKENS).transpose(0, 1)
 
 
-def learning_rate(step: int) -> float:
+def learning_rate(step: int, phase: Phase) -> float:
     """Linear warm-up, then linear decay to zero."""
-    return PEAK_LR * min((step + 1) / WARMUP_STEPS, 1 - step / NUM_STEPS)
+    return phase.peak_lr * min((step + 1) / WARMUP_STEPS, 1 - step / phase.num_steps)
 
 
-def pretrain(model: Qwen3ForCausalLM, rows: torch.Tensor) -> None:
-    """Next-token prediction on rows (S steps, B rows, T tokens), one pass."""
+def pretrain(model: Qwen3ForCausalLM, phase: Phase, tokenizer: PreTrainedTokenizerFast) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    for step, batch_BT in enumerate(rows):
+    for step, (ids_BT, labels_BT) in enumerate(make_batches(phase, tokenizer)):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
-        loss = model(input_ids=batch_BT, labels=batch_BT, use_cache=False).loss
+            group["lr"] = learning_rate(step, phase)
+        loss = model(input_ids=ids_BT, labels=labels_BT, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 50 == 0 or step == NUM_STEPS - 1:
+        if step % 100 == 0 or step == phase.num_steps - 1:
             print(f"step {step} loss {loss.item():.4f}", flush=True)
 
 
 def main() -> None:
-    torch.manual_seed(SEED)
+    torch.manual_seed(INIT_SEED)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer)
+    model = build_model(tokenizer).train()
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    stream = token_stream(split_problems()["train"], NUM_STEPS * ROWS_PER_STEP * ROW_TOKENS, tokenizer)
-    pretrain(model.train(), stream.view(NUM_STEPS, ROWS_PER_STEP, ROW_TOKENS))
+    for phase in PHASES:
+        pretrain(model, phase, tokenizer)
     model.save_pretrained(HERE / "base")
     tokenizer.save_pretrained(HERE / "base")
 

@@ -25,10 +25,16 @@ OBJECTS = ("pens", "figs", "nuts", "keys", "cups", "eggs", "cards", "coins")
 TEMPLATES = {
     "+": {
         "tidy": ("{n} has {a} {o} and gets {b} more. How many?", "{n} buys {a} {o}, then {b} more. How many in all?"),
-        "chatty": ("A box has {a} {o}. {n} adds {b}. How many now?", "{n} saw {a} {o} and later {b}. How many in total?"),
+        "chatty": (
+            "A box has {a} {o}. {n} adds {b}. How many now?",
+            "{n} saw {a} {o} and later {b}. How many in total?",
+        ),
     },
     "-": {
-        "tidy": ("{n} has {a} {o} and loses {b}. How many are left?", "{n} had {a} {o} and gave away {b}. How many now?"),
+        "tidy": (
+            "{n} has {a} {o} and loses {b}. How many are left?",
+            "{n} had {a} {o} and gave away {b}. How many now?",
+        ),
         "chatty": ("Of {a} {o}, {n} sold {b}. How many are left?", "{n} needs {a} {o} and has {b}. How many more?"),
     },
 }

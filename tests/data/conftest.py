@@ -96,7 +96,12 @@ def byte_level(eos, template=None, pad="<|endoftext|>", bos=None, adds_bos=False
     core.post_processor = level
     kinds = {"bos_token": bos} if bos else {}
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=eos, pad_token=pad, chat_template=template, clean_up_tokenization_spaces=False, **kinds
+        tokenizer_object=core,
+        eos_token=eos,
+        pad_token=pad,
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+        **kinds,
     )
 
 
@@ -112,7 +117,12 @@ def sentencepiece_like(template=None):
         single="<bos> $A", special_tokens=[("<bos>", core.token_to_id("<bos>"))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>", unk_token="<unk>", chat_template=template
+        tokenizer_object=core,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<eos>",
+        unk_token="<unk>",
+        chat_template=template,
     )
 
 
@@ -121,9 +131,7 @@ FAMILIES = {
     "marked": lambda: byte_level("<|im_end|>", CHATML_MARKED),
     "marked_without_end": lambda: byte_level("<|im_end|>", CHATML_MARKED_WITHOUT_END),
     "qwen3": lambda: byte_level("<|im_end|>", QWEN3),
-    "llama3": lambda: byte_level(
-        "<|eot_id|>", LLAMA3, pad="<|eot_id|>", bos="<|begin_of_text|>", adds_bos=True
-    ),
+    "llama3": lambda: byte_level("<|eot_id|>", LLAMA3, pad="<|eot_id|>", bos="<|begin_of_text|>", adds_bos=True),
     "gemma": lambda: sentencepiece_like(GEMMA),
     "plain": lambda: byte_level("<|endoftext|>", PLAIN),
     "raw": lambda: byte_level("<|endoftext|>"),

@@ -134,9 +134,7 @@ def test_weights_reach_the_reward():
 
 
 def test_ragged_groups():
-    count, mean, std = mean_std(
-        torch.tensor([1.0, 3.0, 5.0, NAN], dtype=torch.float64), torch.tensor([0, 0, 1, 2]), 3
-    )
+    count, mean, std = mean_std(torch.tensor([1.0, 3.0, 5.0, NAN], dtype=torch.float64), torch.tensor([0, 0, 1, 2]), 3)
     assert count.tolist() == [2, 1, 0]
     assert mean[:2].tolist() == [2, 5]
     assert std.tolist() == pytest.approx([math.sqrt(2), 0, 0])
@@ -148,9 +146,7 @@ def test_gdpo_by_hand():
     Sums −√2, √2 | 0, 0 have mean 0 and std √(4/3), so A = ∓√(3/2), 0, 0.
     """
     rows = [[0.0, 0.0], [1.0, 100.0], [0.0, 100.0], [1.0, 0.0]]
-    ours = _advantages(
-        rows, [0, 0, 1, 1], multi_objective_aggregation="normalize_then_sum", advantage_eps=0.0
-    )
+    ours = _advantages(rows, [0, 0, 1, 1], multi_objective_aggregation="normalize_then_sum", advantage_eps=0.0)
     assert ours.advantage_B.tolist() == pytest.approx([-math.sqrt(1.5), math.sqrt(1.5), 0, 0])
     assert ours.zero_std_P.tolist() == [False, False]
 
@@ -171,9 +167,7 @@ def test_nothing_sampled():
     assert empty.advantage_B.shape == (0,) and empty.zero_std_P.shape == (0,)
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "penalty"), [(0, 0.0), (60, 0.0), (70, -0.25), (100, -1.0), (130, -1.0)]
-)
+@pytest.mark.parametrize(("num_tokens", "penalty"), [(0, 0.0), (60, 0.0), (70, -0.25), (100, -1.0), (130, -1.0)])
 def test_soft_overlong_by_hand(num_tokens, penalty):
     """max 100, cache 40: free up to 60, then −1/40 a token."""
     assert soft_overlong_penalty(num_tokens, 100, 40) == penalty

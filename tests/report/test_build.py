@@ -124,6 +124,12 @@ def test_hostile_text_stays_text(own_run):
     assert all(url.startswith("data:") for url in page.urls)
 
 
+def test_a_held_promotion_is_said(own_run):
+    path = own_run / "stages" / "03-grpo" / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"held": ["kl_drift", "truncation_spiral"]}))
+    assert "Promotion is held after 03-grpo because of: kl_drift, truncation_spiral." in _page(own_run)[1]
+
+
 def test_the_loss_mask_is_marked(finished):
     _, _, html = finished
     assert "user: 12+30=\nassistant: <mark>\\boxed{42}&lt;eos&gt;</mark>" in html

@@ -13,7 +13,7 @@ from posttrain.config.foreign import translate, unknown_key
 from posttrain.config.knob import Keys
 from posttrain.config.paths import resolve_paths
 from posttrain.config.schema import annotation_at, annotation_below, arms, did_you_mean, group_in, keys_of, show
-from posttrain.config.settings import Problems, Settings, holds
+from posttrain.config.settings import Problems, Settings, dotted, holds
 from posttrain.config.stages import TrainKeys
 from posttrain.config.yaml_lines import KeyPath
 
@@ -116,8 +116,11 @@ def _text(item: Any, path: KeyPath, model: type[Keys], settings: Settings, kind:
 def _missing(path: KeyPath, model: type[Keys], kind: str) -> str:
     group = group_in(annotation_at(model, path[:-1])) or model
     info = keys_of(group)[str(path[-1])]
-    whose = f"every {kind} configuration" if len(path) == 1 else f"each entry of {path[0]}"
-    return f"missing; {whose} needs it, e.g. {info.name}: {info.example}"
+    *above, _ = path
+    whose = f"every {kind} configuration" if not above else dotted(tuple(above))
+    if above and isinstance(above[-1], int):
+        whose = f"each entry of {dotted(tuple(above[:-1]))}"
+    return f"missing; {whose} needs it; e.g. {info.name}: {info.example}"
 
 
 def _got(model: type[Keys], path: KeyPath, value: Any) -> str:

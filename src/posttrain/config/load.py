@@ -66,7 +66,7 @@ def load_stage(kind: Kind, path: Path, overrides: Sequence[str] = ()) -> LoadedS
         steps = _steps_in_stage(kind, override, problems)
         if steps:
             set_key(settings, steps, override, model, problems, notes)
-    settings.values.setdefault("output_dir", f"runs/{path.stem}")
+    settings.fill(("output_dir",), f"runs/{path.stem}")
     keys = build(model, settings, kind, path.parent, problems, notes)
     if keys is not None:
         check_stage(keys, settings, problems, notes)
@@ -153,7 +153,7 @@ def set_key(
 
 def check_stage(keys: TrainKeys, settings: Settings, problems: Problems, notes: list[str]) -> None:
     """What no single key can say: options of rewards that are not used, keys without effect."""
-    was_set = {path[0] for path in settings.origins if len(path) == 1 and path[0] in settings.values}
+    was_set = {path[0] for path in settings.origins if len(path) == 1}
     notes += [
         settings.prefix.rstrip(".") + ": " * bool(settings.prefix) + note
         for note in without_effect(keys, was_set.__contains__)

@@ -118,5 +118,5 @@ class PipelineKeys(Keys):
     register_: RegisterKeys | None = knob(None, "Where a model that passed is registered.", alias="register")
     stop_when: Literal["end", "gate_passes"] = knob("end", "`gate_passes` judges every stage and ends at the first that passes.")
     allow_raw_base: bool = knob(False, "Let DPO or RL start on a base that was never tuned to answer.")
-    output_dir: str = knob("", "Folder of the run, relative to the YAML; empty means runs/<name>.", example="runs/first")
+    output_dir: str = knob("", "Folder of the run, relative to the YAML; empty means `runs/NAME` with the name of the pipeline.", example="runs/first")
     seed: int = knob(42, "Every random choice follows from this seed; handed down to the stages.", ge=0)

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from posttrain.config.knob import Keys
 from posttrain.config.yaml_lines import KeyPath
 
+_CLOSE, _AS_CLOSE = 0.6, 0.15
 _ALSO = re.compile(r"(\w+)(?: \(([^)]*)\))?")
 _BOUNDS = ((Gt, ">", "gt"), (Ge, "≥", "ge"), (Lt, "<", "lt"), (Le, "≤", "le"))
 
@@ -110,7 +111,7 @@ def annotation_at(annotation: Any, path: KeyPath) -> Any:
 
 def type_text(annotation: Any) -> str:
     """A type in words: `one of none, lora, qlora`."""
-    plain = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    plain = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
     words: list[str] = []
     for arm in arms(annotation):
         if get_origin(arm) is Literal:
@@ -128,7 +129,7 @@ def type_text(annotation: Any) -> str:
 
 
 def _plural(annotation: Any) -> str:
-    plural = {int: "integers", float: "numbers", bool: "true or false", str: "text"}
+    plural = {int: "integers", float: "numbers", bool: "true or false", str: "strings"}
     if get_origin(annotation) is dict:
         return "mappings"
     group = group_in(annotation)
@@ -177,9 +178,15 @@ def _number(value: float) -> str:
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:
     """At most three of `names` that `name` may have been meant for, the best first."""
-    by_folded = {other.lower().replace("-", "_"): other for other in names}
-    close = difflib.get_close_matches(name.lower().replace("-", "_"), list(by_folded), n=3, cutoff=0.6)
-    return [by_folded[folded] for folded in close]
+    by_folded = {_folded(other): other for other in names}
+    close = difflib.get_close_matches(_folded(name), list(by_folded), n=3, cutoff=_CLOSE)
+    likeness = {other: difflib.SequenceMatcher(None, other, _folded(name)).ratio() for other in close}
+    best = max(likeness.values(), default=0.0)
+    return [by_folded[other] for other in close if likeness[other] > best - _AS_CLOSE]
+
+
+def _folded(name: str) -> str:
+    return name.lower().replace("-", "_")
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,12 @@ class Problems:
     found: dict[str, int] = field(default_factory=dict)
 
     def add(self, origin: Origin, name: str, text: str) -> None:
-        self.found.setdefault(f"{origin.where}: {name}: {text}" if name else f"{origin.where}: {text}", origin.line)
+        says_it_itself = re.match(rf"{re.escape(name)}(?![\w.])", text)
+        subject = "" if not name or says_it_itself else f"{name}: "
+        line = f"{origin.where}: {subject}{text}"
+        # A key handed down to several stages is one problem, though its example may differ by stage.
+        if not any(line.partition("; e.g. ")[0] == other.partition("; e.g. ")[0] for other in self.found):
+            self.found[line] = origin.line
 
     def raise_if_any(self) -> None:
         """Raises: ConfigError with one line a problem, in the order of the file."""
@@ -84,6 +90,11 @@ class Settings:
         else:
             holder[last] = value
         self.origins[path] = origin
+
+    def fill(self, path: KeyPath, value: Any) -> None:
+        """Set a default that depends on the file, such as its name; an existing value stays."""
+        if not self.has(path):
+            self.put(path, value, Origin(self.home.where, "default", self.home.line))
 
     def rename(self, old: str, new: str, value: Any) -> None:
         """Read the top-level key `old` as `new: value`."""
@@ -194,5 +205,5 @@ def _step(holder: Any, text: str) -> str | int | None:
 
 def _cannot_descend(holder: Any, text: str) -> str:
     if isinstance(holder, list):
-        return f"got place {text}, expected 1 to {len(holder) + 1} (it has {len(holder)} entries)"
+        return f"got place {text}, expected 1 to {len(holder) + 1}"
     return f"is {holder!r}, which has no key {text}"

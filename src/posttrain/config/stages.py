@@ -63,7 +63,7 @@ class TrainKeys(ModelKeys):
 
     datasets: list[DatasetKeys] = knob(..., "Where the rows come from.", min_length=1, example=[{"path": "./data.jsonl"}])
     eval_datasets: list[DatasetKeys] = knob([], "Rows for the validation loss.", also="test_datasets (Axolotl)", example=[{"path": "./dev.jsonl"}])
-    output_dir: str = knob("", "Folder of the run, relative to the YAML; empty means runs/<name of the YAML>.", example="runs/first")
+    output_dir: str = knob("", "Folder of the run, relative to the YAML; empty means `runs/NAME` with the name of the YAML.", example="runs/first")
     seed: int = knob(42, "Every random choice follows from this seed.", ge=0)
     sequence_len: int = knob(2048, "Longest sequence in tokens.", ge=8, also="cutoff_len (LLaMA-Factory), max_length (TRL), max_seq_length (TRL), max_seq_len (torchtune)")
     overflow: Literal["drop", "truncate", "error"] = knob("drop", "What happens to rows longer than sequence_len; each is counted.", also="excess_length_strategy (Axolotl)")
@@ -121,6 +121,7 @@ PreferenceLoss = Literal[
 class DPOKeys(TrainKeys):
     """Preference optimisation: DPO and its family."""
 
+    allow_raw_base: bool = knob(False, "Start on a base that was never tuned to answer.")
     learning_rate: float = knob(1e-6, "Peak learning rate.", gt=0, also="lr", example=1e-6)
     loss_type: PreferenceLoss = knob("sigmoid", "Preference loss, by its row in the table.", also="pref_loss (LLaMA-Factory)")
     beta: float = knob(0.1, "Strength of the pull to the reference.", ge=0, also="pref_beta (LLaMA-Factory), rl_beta (Axolotl)")
@@ -131,7 +132,7 @@ class DPOKeys(TrainKeys):
     rpo_alpha: float = knob(0.0, "Weight of an added SFT term on the chosen answers (RPO).", ge=0, also="pref_ftx (LLaMA-Factory)")
     desirable_weight: float = knob(1.0, "KTO: weight of desirable rows.", ge=0, also="kto_desirable_weight (Axolotl), kto_chosen_weight (LLaMA-Factory)")
     undesirable_weight: float = knob(1.0, "KTO: weight of undesirable rows.", ge=0, also="kto_undesirable_weight (Axolotl), kto_rejected_weight (LLaMA-Factory)")
-    precompute_ref_log_probs: bool = knob(False, "Score all rows under the reference once, before training, and keep the log-probs instead of a frozen copy.")
+    precompute_ref_log_probs: bool | Literal["auto"] = knob("auto", "Score all rows under the reference once, before training, and keep the log-probs. `auto`: for full fine-tuning, where a frozen copy is the alternative; an adapter is simply switched off.")
 
 
 GRPOLoss = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "luspo"]
@@ -140,6 +141,7 @@ GRPOLoss = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "luspo"]
 class GRPOKeys(TrainKeys):
     """RL with verifiable rewards: GRPO and its family."""
 
+    allow_raw_base: bool = knob(False, "Start on a base that was never tuned to answer.")
     learning_rate: float = knob(1e-6, "Peak learning rate.", gt=0, also="lr", example=1e-6)
     lr_scheduler_type: Literal["cosine", "linear", "constant", "wsd"] = knob("constant", "Shape of the schedule after the warmup; `wsd` holds, then decays over the last fifth.", also="lr_scheduler (Axolotl)")
     max_steps: int = knob(200, "Optimizer steps; -1 lets num_train_epochs decide.", ge=-1)

@@ -20,6 +20,7 @@ KeyPath = tuple[str | int, ...]
 """Where a value stands: `("datasets", 0, "path")`. Places in lists count from 0 here."""
 
 _MAX_VALUES = 100_000
+_MAX_DEPTH = 50
 _FLOAT = re.compile(
     r"[-+]?(?:(?:[0-9][0-9_]*)?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*\.?(?:[eE][-+]?[0-9]+)|[0-9][0-9_]*\.)"
 )
@@ -89,6 +90,13 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    # PyYAML writes the line separators of Unicode as they are, and reads them back as spaces.
+    style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar(_TAG + "str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
 _Dumper.add_implicit_resolver(_TAG + "float", re.compile(f"^(?:{_FLOAT.pattern})$"), list("-+0123456789."))
 _Dumper.add_implicit_resolver(_TAG + "int", re.compile(f"^(?:{_INT.pattern})$"), list("-+0123456789"))
 
@@ -161,6 +169,8 @@ class _Reader:
             raise self._error(node, f"more than {_MAX_VALUES} values (anchors that multiply?)")
         if any(node is other for other in self.open_nodes):
             raise self._error(node, "an anchor that contains itself")
+        if len(self.open_nodes) >= _MAX_DEPTH:
+            raise self._error(node, f"nested more than {_MAX_DEPTH} deep")
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
         if node.tag not in _TAGS_READ:

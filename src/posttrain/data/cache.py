@@ -21,11 +21,22 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.files import digest_bytes, digest_json, file_digests, write_folder
+from posttrain.files import digest_bytes, digest_file, digest_json, write_folder
 from posttrain.types import TokenSeq
 
 _KEPT = 4
 _FILES = ("rows.npz", "extras.json")
+_CODE = (
+    "cache.py",
+    "formats.py",
+    "load.py",
+    "messages.py",
+    "parse.py",
+    "render.py",
+    "sources.py",
+    "spans.py",
+    "template.py",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +79,9 @@ def cache_root() -> Path:
 def tokenizer_digest(tokenizer: Any) -> str:
     """Digest of everything that decides text → ids, template apart."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # left over from a call or a file, and set anew by every call: no part of text → ids
+        backend.no_padding()
+        backend.no_truncation()
     body = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return digest_json([type(tokenizer).__name__, digest_bytes(body.encode("utf-8", "surrogatepass")), special])
@@ -75,8 +89,8 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 @lru_cache(maxsize=1)
 def code_digest() -> str:
-    """Digest of this package's source and of the libraries that render and tokenise."""
-    own = {name: digest for name, digest in file_digests(Path(__file__).parent).items() if name.endswith(".py")}
+    """Digest of the source that makes rows and of the libraries that render and tokenise."""
+    own = {name: digest_file(Path(__file__).parent / name) for name in _CODE}
     return digest_json([own, {name: version(name) for name in ("transformers", "tokenizers", "jinja2")}])
 
 

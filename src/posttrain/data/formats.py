@@ -139,12 +139,12 @@ def _best(columns: frozenset[str], stage: StageKind, origin: Origin) -> str:
 
 def _hint(columns: frozenset[str], stage: StageKind) -> str:
     """What to write so that these columns are understood."""
-    elsewhere = [name for name, fmt in FORMATS.items() if stage not in fmt.stages and fmt.score(columns)]
-    if elsewhere:
-        other = FORMATS[elsewhere[0]].stages[-1]
+    scores = {name: fmt.score(columns) for name, fmt in FORMATS.items() if stage not in fmt.stages}
+    other = max(scores, key=lambda candidate: scores[candidate])
+    if scores[other]:
         if stage == "dpo" and other == "kto":
             return "This is the kto format: set `loss_type: kto`"
-        return f"This is the {elsewhere[0]} format, which is for {' and '.join(FORMATS[elsewhere[0]].stages)}"
+        return f"This is the {other} format, which is for {' and '.join(FORMATS[other].stages)}"
     for name, fmt in FORMATS.items():
         if stage not in fmt.stages:
             continue

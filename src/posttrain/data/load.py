@@ -122,6 +122,22 @@ def load_prompts(keys: GRPOKeys, tokenizer: Any, sources: Sequence[DatasetKeys] 
     return _load(plan, keys, tokenizer, sources)
 
 
+def kind_of(keys: TrainKeys) -> StageKind:
+    """Which rows a stage's keys ask for."""
+    if isinstance(keys, DPOKeys):
+        return "kto" if keys.loss_type == "kto" else "dpo"
+    return "grpo" if isinstance(keys, GRPOKeys) else "sft"
+
+
+LOADERS: dict[StageKind, Callable[..., Dataset[Any]]] = {
+    "sft": load_sft,
+    "dpo": load_preference,
+    "kto": load_kto,
+    "grpo": load_prompts,
+}
+"""Kind of rows → its entry point."""
+
+
 def read_nouns(sources: Sequence[DatasetKeys], stage: StageKind) -> list[Noun]:
     """The parsed rows, unrendered (for lint and for showing). Raises: DataError."""
     nouns: list[Noun] = []
@@ -245,7 +261,7 @@ def _cut(seq: TokenSeq, limit: int, from_start: bool) -> TokenSeq:
 def _summary(source: DatasetKeys, read: Source, found: str, part: _Gathered) -> SourceSummary:
     seqs = [seq for row in part.kept for seq in row]
     return SourceSummary(
-        path=source.path,
+        path=short_path(source.path),
         format=found,
         rows_read=len(read.rows),
         rows_kept=len(part.rows),
@@ -265,7 +281,7 @@ def _refuse_nothing(summaries: Sequence[SourceSummary]) -> None:
         if not summary.rows_kept:
             reasons = "; ".join(f"{s.count} {reason} (first {s.first[0]})" for reason, s in summary.skipped.items())
             raise DataError(
-                f"{short_path(summary.path)}: none of {summary.rows_read} rows can be used: {reasons}; "
+                f"{summary.path}: none of {summary.rows_read} rows can be used: {reasons}; "
                 "expected at least one row with something to train; fix the rows, `type`, `train_on` or `sequence_len`"
             )
 
@@ -302,7 +318,7 @@ def _restored(
 
 def _restored_summary(raw: dict[str, Any], source: DatasetKeys) -> SourceSummary:
     skipped = {reason: Skipped(s["count"], tuple(s["first"])) for reason, s in raw["skipped"].items()}
-    return SourceSummary(**{**raw, "skipped": skipped, "weight": source.weight})
+    return SourceSummary(**{**raw, "skipped": skipped, "weight": source.weight, "path": short_path(source.path)})
 
 
 def _restore_prompt(seqs: tuple[TokenSeq, ...], extra: Any, origin: Origin) -> PromptRow:

@@ -206,7 +206,9 @@ def _read_csv(path: Path) -> Iterator[tuple[Origin, Any]]:
                 )
             yield origin, {key: value for key, value in row.items() if value not in (None, "")}
     except csv.Error as error:
-        raise DataError(f"{name}:{reader.line_num}: not CSV: {error}; expected a header and quoted fields") from None
+        raise DataError(
+            f"{name}:{reader.line_num + 1}: not CSV: {error}; expected a header and quoted fields"
+        ) from None
 
 
 READERS: dict[str, Callable[[Path], Iterable[tuple[Origin, Any]]]] = {

@@ -61,6 +61,11 @@ def render_text(
     return _render(tokenizer, messages, tools, add_generation_prompt, False)[0]
 
 
+def render_with(template: str, tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
+    """The same under another template. Raises: DataError."""
+    return _run(template, messages, list(tools) or None, False, False, dict(_special_items(tokenizer)))[0]
+
+
 def render_marked(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any]) -> tuple[str, list[Span]]:
     """Text, and the character spans inside `{% generation %}` blocks."""
     return _render(tokenizer, messages, tools, False, True)

@@ -109,13 +109,14 @@ class ProcessGroup:
         return float(full)
 
     def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return {name: _whole(tensor.detach()) for name, tensor in model.state_dict().items()}
 
     def load_state(self, model: nn.Module, state: dict[str, torch.Tensor]) -> None:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+        if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+            model.load_state_dict(state, strict=False)
+            return
         options = StateDictOptions(full_state_dict=True, strict=False)
         set_model_state_dict(model, state, options=options)
 
@@ -143,7 +144,9 @@ class ProcessGroup:
 
 
 def _whole(value: Any) -> Any:
-    return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
+    if not isinstance(value, torch.Tensor):
+        return value
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).cpu()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

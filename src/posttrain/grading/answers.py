@@ -42,7 +42,7 @@ def _one_answer(shown: str, slots: list[Slot], reference: str, same: Same) -> bo
     contents = {slot.content.strip() for slot in slots}
     if not all(same(content, reference) for content in contents):
         return False
-    return all(same_answer(claim.rstrip("."), reference) for claim in dict.fromkeys(later_claims(shown, slots)))
+    return all(same(claim.rstrip(".,!"), reference) for claim in dict.fromkeys(later_claims(shown, slots)))
 
 
 def is_boxed(text: str, target: str, same: Same = same_answer) -> bool:

@@ -109,7 +109,7 @@ def _run(request: dict[str, Any], limits: Limits, level: Isolation) -> tuple[byt
 
 
 def _confinement(limits: Limits, level: Isolation, folder: Path, uid: int) -> dict[str, Any]:
-    prefixes = {str(Path(p).resolve()) for p in (sys.base_prefix, sys.base_exec_prefix)} | {os.path.dirname(os.__file__)}  # noqa: PTH120
+    prefixes = {str(Path(p).resolve()) for p in (sys.base_prefix, sys.base_exec_prefix, Path(os.__file__).parent)}
     return {
         "level": level, "folder": str(folder), "uid": uid, "is_root": os.geteuid() == 0, "prefixes": sorted(prefixes),
         "cpu_s": limits.cpu_s, "memory_bytes": limits.memory_bytes, "file_bytes": limits.file_bytes, "num_processes": limits.num_processes,

@@ -25,7 +25,8 @@ _RETRACTED_AFTER = re.compile(
     re.IGNORECASE,
 )
 _CLAIM = re.compile(
-    r"\b(?:answer|result|value|total|solution|it)[ \t]*(?:is|was|equals|=|:)[ \t:]*\$?([-+−]?[0-9][0-9,./]*)",
+    r"\b(?:answer|result|value|total|solution|it)[ \t]*(?:is|was|equals|=|:)[ \t:]*"
+    r"(?P<said>\$[^$\n]{1,200}\$|[-+−(\[\\0-9][^\s;]{0,200}|(?-i:[A-Z])\w{0,40})",
     re.IGNORECASE,
 )
 _BEFORE_CHARS = 60
@@ -123,7 +124,7 @@ def _unwrap(text: str, start: int, end: int, closing_of: dict[int, int]) -> str:
 def lines(text: str) -> list[Slot]:
     """What follows `####`, or else `Answer:` or `the answer is`, up to the end of its line."""
     for pattern in (_HASHES, _ANSWER):
-        if found := [Slot(m.start(), m.end(), m.group(1)) for m in pattern.finditer(text)]:
+        if found := [Slot(m.start(), m.end(), m.group(1)) for m in pattern.finditer(text) if m.group(1).strip()]:
             return found
     return []
 
@@ -136,5 +137,5 @@ def taken_back(text: str, slots: list[Slot]) -> bool:
 
 
 def later_claims(text: str, slots: list[Slot]) -> list[str]:
-    """Numbers that the text after the last slot says the answer is."""
-    return [m.group(1) for m in _CLAIM.finditer(text, slots[-1].end)] if slots else []
+    """What the text after the last slot says the answer is: numbers, formulas, capitalised words."""
+    return [m.group("said") for m in _CLAIM.finditer(text, slots[-1].end)] if slots else []

@@ -1,0 +1,1 @@
+"""Step reports in, findings out: pure rules over a bounded history, one table row each."""

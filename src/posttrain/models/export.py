@@ -24,7 +24,7 @@ from posttrain.models.policy import Policy
 log = logging.getLogger(__name__)
 
 PROVENANCE = "posttrain.json"
-"""Beside the weights: what they were made from. Not part of the model's digest."""
+"""Beside the weights: what they were made from, by digest. It names no path, so the same model is the same anywhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +46,13 @@ def save_policy(policy: Policy, folder: Path, keys: ModelKeys, *, state: Mapping
     `state` is the gathered state of a sharded model. Raises: ModelError if the merged model is not the trained one.
     """
     if not policy.has_adapter:
-        _save(policy.base, policy.tokenizer, folder, {"base_model": policy.source, "merged": None}, state=state)
+        _save(policy.base, policy.tokenizer, folder, {"base_digest": source_digest(policy.source)}, state=state)
         return None
     adapter_folder = folder.parent / "adapter"
-    record = {"base_model": policy.source, "base_digest": model_digest(Path(policy.source)) if Path(policy.source).is_dir() else None}
+    record = {"base_digest": source_digest(policy.source)}
     write_folder(adapter_folder, lambda temporary: _save_adapter(policy, temporary, record, state))
     merged, report = merge(policy.source, adapter_folder, keys, trained=policy)
-    _save(merged, policy.tokenizer, folder, record | {"merged": report.base, "max_logit_difference": report.max_logit_difference})
+    _save(merged, policy.tokenizer, folder, record | {"merged_onto": report.base})
     return report
 
 
@@ -83,8 +83,18 @@ def _save(
 
 
 def model_digest(folder: Path) -> str:
-    """Digest of a model folder: weights, config, tokenizer and template; not our own record of where it came from."""
-    return digest_tree(folder, ignore=(PROVENANCE, "README.md"))
+    """Digest of a model folder: weights, config, tokenizer, template and our record of what it was made from."""
+    return digest_tree(folder)
+
+
+def source_digest(source: str) -> str:
+    """Digest of a local base model; a hub id stands for itself."""
+    return model_digest(Path(source)) if Path(source).is_dir() else f"hub:{source}"
+
+
+def was_tuned_by_us(source: str) -> bool:
+    """Whether our record says that a stage made this model."""
+    return (Path(source) / PROVENANCE).is_file()
 
 
 def merge(base: str, adapter: Path, keys: ModelKeys, *, trained: Policy | None = None) -> tuple[PreTrainedModel, MergeReport]:

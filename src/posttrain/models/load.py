@@ -97,6 +97,9 @@ def _load_base(keys: ModelKeys, *, float32: bool) -> PreTrainedModel:
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"base_model: {keys.base_model} did not load: {str(error).strip().splitlines()[0]}") from error
     model.config.use_cache = False
+    text = model.config.get_text_config()
+    if getattr(text, "router_aux_loss_coef", 0):
+        text.output_router_logits = True
     if keys.load_in_4bit:
         _keep_4bit_differentiable(model)
     return model

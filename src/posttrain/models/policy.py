@@ -14,6 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from posttrain.models.batch import Batch
 from posttrain.models.device import Placement
 from posttrain.objectives.logprobs import chunked_logprobs, token_entropy, token_logprobs
+from posttrain.objectives.terms import LossTerms
+from posttrain.protocols import Topology
+from posttrain.types import Ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,29 @@ class Policy:
     @property
     def has_adapter(self) -> bool:
         return isinstance(self.model, PeftModel)
+
+    def distribute(self, topology: Topology) -> Policy:
+        """Shard the parameters over the ranks; with one process nothing changes."""
+        self.model = topology.wrap(self.model)
+        self.sharded = topology.world_size > 1
+        return self
+
+    def without_dropout(self) -> Policy:
+        """No dropout at all: log-probs of the same tokens must be the same whenever they are computed."""
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = 0.0  # pyright: ignore[reportAttributeAccessIssue]
+        return self
+
+    def with_aux_loss(self, terms: LossTerms, scores: Scores, share: float) -> LossTerms:
+        """Add the router's balancing loss of a mixture-of-experts model, weighted by the micro-batch's share of the step."""
+        if scores.aux_loss is None:
+            return terms
+        coefficient = self.base.config.get_text_config().router_aux_loss_coef
+        metrics = terms.metrics | {"aux_loss": Ratio(float(scores.aux_loss) * share, share)}
+        return LossTerms(terms.loss + coefficient * share * scores.aux_loss, metrics)
 
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

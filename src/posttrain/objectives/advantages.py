@@ -156,4 +156,4 @@ def soft_overlong_penalty(num_tokens: int, max_tokens: int, cache_tokens: int) -
     """0 up to max − cache, then linearly down to −1 at max, −1 beyond. Source: DAPO, arXiv 2503.14476 eq. 13."""
     if cache_tokens == 0:
         return 0.0
-    return -min(max((num_tokens - (max_tokens - cache_tokens)) / cache_tokens, 0.0), 1.0)
+    return max(-1.0, min(0.0, (max_tokens - cache_tokens - num_tokens) / cache_tokens))

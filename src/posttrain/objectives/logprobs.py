@@ -75,10 +75,20 @@ def _statistics(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _tile_logits(hidden_RD: Tensor, weight_VD: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
-    """Logits before the temperature, float32. Shapes: [R, D], [V, D] → [R, V]."""
-    logits_RV = _statistics(torch.nn.functional.linear(hidden_RD, weight_VD, bias))
-    return logits_RV if softcap is None else softcap * torch.tanh(logits_RV / softcap)
+def _fill_logits(
+    z_RV: Tensor, hidden_RD: Tensor, weight_VD: Tensor, bias: Tensor | None, temperature: float, softcap: float | None
+) -> None:
+    """z ← softcap(hidden · weightᵀ + bias) / temperature, in place: a fresh tile each time costs page faults."""
+    if hidden_RD.dtype == z_RV.dtype:
+        torch.mm(hidden_RD, weight_VD.t(), out=z_RV)
+    else:
+        z_RV.copy_(hidden_RD @ weight_VD.t())
+    if bias is not None:
+        z_RV.add_(bias)
+    if softcap is not None:
+        z_RV.div_(softcap).tanh_().mul_(softcap)
+    if temperature != 1.0:
+        z_RV.div_(temperature)
 
 
 class _ChunkedScores(torch.autograd.Function):
@@ -94,28 +104,27 @@ class _ChunkedScores(torch.autograd.Function):
         rows: int,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        num_tokens = hidden_MD.shape[0]
-        stats_M = torch.empty(
-            4, num_tokens, dtype=torch.promote_types(hidden_MD.dtype, torch.float32), device=hidden_MD.device
-        )
-        logp_M, entropy_M, lse_M, top_M = stats_M.unbind(0)
-        kept: Tensor | None = None
+        num_tokens, vocab = hidden_MD.shape[0], weight_VD.shape[0]
+        options: Any = {"dtype": torch.promote_types(hidden_MD.dtype, torch.float32), "device": hidden_MD.device}
+        logp_M, entropy_M, lse_M, gap_M = torch.zeros(4, num_tokens, **options).unbind(0)
+        keep = 0 < num_tokens <= rows and any(ctx.needs_input_grad)
+        tile_RV = torch.empty(min(rows, num_tokens), vocab, **options)
+        work_RV = torch.empty_like(tile_RV) if keep or with_entropy else tile_RV
         for start in range(0, num_tokens, rows):
             tile = slice(start, start + rows)
-            logits_RV = _tile_logits(hidden_MD[tile], weight_VD, bias, softcap)
-            z_RV = logits_RV / temperature if temperature != 1.0 else logits_RV
+            z_RV, p_RV = (buffer[: num_tokens - start] for buffer in (tile_RV, work_RV))
+            _fill_logits(z_RV, hidden_MD[tile], weight_VD, bias, temperature, softcap)
             target_R = z_RV.gather(1, targets_M[tile, None]).squeeze(1)
             peak_R = z_RV.amax(1)
-            p_RV = torch.exp(z_RV - peak_R[:, None])
+            torch.sub(z_RV, peak_R[:, None], out=p_RV).exp_()
             lse_R = p_RV.sum(1).log_().add_(peak_R)
+            logp_M[tile], lse_M[tile], gap_M[tile] = target_R - lse_R, lse_R, peak_R - target_R
             if with_entropy:
                 entropy_M[tile] = lse_R - p_RV.mul_(z_RV).sum(1) * torch.exp(peak_R - lse_R)
-            logp_M[tile], lse_M[tile], top_M[tile] = target_R - lse_R, lse_R, peak_R - target_R
-            if num_tokens <= rows:
-                kept = logits_RV
+        kept = tile_RV if keep else None
         ctx.save_for_backward(hidden_MD, weight_VD, bias, targets_M, lse_M, entropy_M, kept)
         ctx.temperature, ctx.softcap, ctx.rows, ctx.with_entropy = temperature, softcap, rows, with_entropy
-        top1_M = top_M <= 0
+        top1_M = gap_M <= 0
         ctx.mark_non_differentiable(top1_M)
         ctx.set_materialize_grads(False)
         return logp_M.clone(), entropy_M.clone(), top1_M
@@ -125,24 +134,31 @@ class _ChunkedScores(torch.autograd.Function):
         grad_logp_M, grad_entropy_M = grads[0], grads[1] if ctx.with_entropy else None
         hidden_MD, weight_VD, bias, targets_M, lse_M, entropy_M, kept = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        num_tokens, vocab = hidden_MD.shape[0], weight_VD.shape[0]
+        tile_RV = lse_M.new_empty(min(ctx.rows, num_tokens), vocab) if kept is None else kept
+        # The kept tile may be needed again (retain_graph), and softcap's slope needs z beside the gradient.
+        work_RV = tile_RV if kept is None and ctx.softcap is None else torch.empty_like(tile_RV)
         grad_hidden_MD = torch.zeros_like(hidden_MD) if wants_hidden else None
         # float32 accumulators: a sum over tiles in bfloat16 would lose the small ones.
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=lse_M.dtype) if wants_weight else None
-        grad_bias_V = torch.zeros(weight_VD.shape[0], dtype=lse_M.dtype, device=lse_M.device) if wants_bias else None
+        grad_bias_V = lse_M.new_zeros(vocab) if wants_bias else None
         with torch.autocast(hidden_MD.device.type, enabled=False):
-            for start in range(0, hidden_MD.shape[0], ctx.rows):
+            for start in range(0, num_tokens, ctx.rows):
                 tile = slice(start, start + ctx.rows)
+                z_RV, d_RV = (buffer[: num_tokens - start] for buffer in (tile_RV, work_RV))
                 hidden_RD = hidden_MD[tile]
-                logits_RV = _tile_logits(hidden_RD, weight_VD, bias, ctx.softcap) if kept is None else kept
-                d_RV = _logits_gradient(
-                    logits_RV,
-                    targets_M[tile],
-                    lse_M[tile],
-                    None if grad_logp_M is None else grad_logp_M[tile],
-                    None if grad_entropy_M is None else (grad_entropy_M[tile], entropy_M[tile]),
-                    ctx.temperature,
-                    ctx.softcap,
-                )
+                if kept is None:
+                    _fill_logits(z_RV, hidden_RD, weight_VD, bias, ctx.temperature, ctx.softcap)
+                grad_logp_R = None if grad_logp_M is None else grad_logp_M[tile]
+                torch.sub(z_RV, lse_M[tile, None], out=d_RV)
+                if grad_entropy_M is None:
+                    _through_logp(d_RV, targets_M[tile], grad_logp_R)
+                else:
+                    _through_entropy(d_RV, targets_M[tile], grad_logp_R, grad_entropy_M[tile], entropy_M[tile])
+                if ctx.softcap is not None:
+                    d_RV *= 1 - (z_RV * (ctx.temperature / ctx.softcap)) ** 2
+                if ctx.temperature != 1.0:
+                    d_RV.div_(ctx.temperature)
                 if grad_bias_V is not None:
                     grad_bias_V += d_RV.sum(0)
                 d_RV = d_RV.to(hidden_RD.dtype)
@@ -158,38 +174,27 @@ class _ChunkedScores(torch.autograd.Function):
 _score = cast(Callable[..., tuple[Tensor, Tensor, Tensor]], _ChunkedScores.apply)  # pyright: ignore[reportUnknownMemberType]
 
 
+def _through_logp(log_p_RV: Tensor, targets_R: Tensor, grad_logp_R: Tensor | None) -> None:
+    """log p → ∂loss/∂z in place, from ∂logp/∂z = onehot − p."""
+    if grad_logp_R is None:
+        log_p_RV.zero_()
+        return
+    log_p_RV.exp_().mul_(-grad_logp_R[:, None])
+    log_p_RV.scatter_add_(1, targets_R[:, None], grad_logp_R[:, None].to(log_p_RV.dtype))
+
+
+def _through_entropy(
+    log_p_RV: Tensor, targets_R: Tensor, grad_logp_R: Tensor | None, grad_entropy_R: Tensor, entropy_R: Tensor
+) -> None:
+    """As `_through_logp`, plus the entropy's share, from ∂H/∂z = −p·(log p + H)."""
+    share_RV = (log_p_RV + entropy_R[:, None]).mul_(log_p_RV.exp()).mul_(-grad_entropy_R[:, None])
+    _through_logp(log_p_RV, targets_R, grad_logp_R)
+    log_p_RV.add_(share_RV)
+
+
 def _add_product(total_VD: Tensor, d_RV: Tensor, hidden_RD: Tensor) -> None:
     """total += dᵀ · hidden."""
     if d_RV.dtype == total_VD.dtype:
         total_VD.addmm_(d_RV.t(), hidden_RD)
     else:
         total_VD += d_RV.t() @ hidden_RD
-
-
-def _logits_gradient(
-    logits_RV: Tensor,
-    targets_R: Tensor,
-    lse_R: Tensor,
-    grad_logp_R: Tensor | None,
-    entropy: tuple[Tensor, Tensor] | None,
-    temperature: float,
-    softcap: float | None,
-) -> Tensor:
-    """∂loss/∂(h·Wᵀ + b) from ∂logp/∂z = onehot − p and ∂H/∂z = −p·(log p + H)."""
-    log_p_RV = logits_RV / temperature - lse_R[:, None]
-    d_RV = log_p_RV.exp_() if entropy is None else torch.exp(log_p_RV)
-    if entropy is not None:
-        grad_R, entropy_R = entropy
-        weight_RV = log_p_RV.add_(entropy_R[:, None]).mul_(grad_R[:, None])
-        if grad_logp_R is not None:
-            weight_RV += grad_logp_R[:, None]
-        d_RV.mul_(weight_RV).neg_()
-    elif grad_logp_R is not None:
-        d_RV.mul_(-grad_logp_R[:, None])
-    else:
-        d_RV.zero_()
-    if grad_logp_R is not None:
-        d_RV.scatter_add_(1, targets_R[:, None], grad_logp_R[:, None].to(d_RV.dtype))
-    if softcap is not None:
-        d_RV *= 1 - (logits_RV / softcap) ** 2
-    return d_RV.div_(temperature) if temperature != 1.0 else d_RV

@@ -93,7 +93,8 @@ def policy_loss(inputs: PolicyInputs, spec: PolicySpec, norm: Normalizer) -> Los
         assert inputs.entropy_M is not None, "entropy_coef needs entropy_M"
         loss = loss - spec.entropy_coef * token_mean(inputs.entropy_M, norm)
 
-    share_M = 1 / lengths_S[seq_M] if level in SEQUENCE_LEVEL else torch.ones_like(logp_M)
+    ones_M = torch.ones_like(logp_M)
+    share_M = ones_M / lengths_S[seq_M] if level in SEQUENCE_LEVEL else ones_M
     sums = {name: (flag_M * share_M, share_M) for name, flag_M in surrogate.flags(ratio_M, advantage_M, spec).items()}
     sums["importance_ratio/mean"] = (ratio_M * share_M, share_M)
     sums |= _token_metrics(inputs, kl_M, weight_M)

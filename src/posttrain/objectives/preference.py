@@ -310,9 +310,10 @@ def kto_loss(inputs: LabelledInputs, z: float, spec: PreferenceSpec, norm: Norma
     """
     log_ratio_S = inputs.logp_S - inputs.ref_logp_S
     desirable_S = inputs.label_S.bool()
-    sign_S = torch.where(desirable_S, 1.0, -1.0).to(log_ratio_S.dtype)
-    weight_S = torch.where(desirable_S, spec.desirable_weight, spec.undesirable_weight).to(log_ratio_S.dtype)
-    loss = sequence_sum_mean(weight_S * torch.sigmoid(-sign_S * spec.beta * (log_ratio_S - z)), norm)
+    shortfall_S = spec.beta * torch.where(desirable_S, z - log_ratio_S, log_ratio_S - z)
+    ones_S = torch.ones_like(log_ratio_S)
+    weight_S = torch.where(desirable_S, spec.desirable_weight * ones_S, spec.undesirable_weight * ones_S)
+    loss = sequence_sum_mean(weight_S * torch.sigmoid(shortfall_S), norm)
     count = float(log_ratio_S.numel())
     metrics: dict[str, tuple[Tensor, Tensor | float]] = {"kl": (torch.full_like(log_ratio_S, z).sum(), count)}
     for side, rows_S in (("chosen", desirable_S), ("rejected", ~desirable_S)):

@@ -23,8 +23,7 @@ def model_card(registry: Registry, name: str, version: int) -> str:
     chain = registry.chain(name, version)
     verdict = registry.verdict_record(name, version)
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
-    filters: Any = environment.filters
-    filters.update(number=_number, short=_short, cell=_cell)
+    environment.filters |= {"number": _number, "short": _short, "cell": _cell}  # pyright: ignore[reportUnknownMemberType]
     return environment.from_string(_TEMPLATE.read_text()).render(
         front_matter=_front_matter(name, chain, verdict),
         entry=entry,

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +21,7 @@ from posttrain.files import canonical_json, digest_bytes, digest_file, fsync_dir
 
 _CHUNK_BYTES = 1 << 20
 _READ_ONLY = 0o444
+_ABANDONED_S = 24 * 3600.0
 
 
 class ContentStore:
@@ -29,6 +31,7 @@ class ContentStore:
         self.folder = Path(folder)
         self._objects = self.folder / "objects"
         self._objects.mkdir(parents=True, exist_ok=True)
+        self._sweep()
 
     def object_path(self, digest: str) -> Path:
         name = digest.removeprefix("sha256:")
@@ -111,6 +114,15 @@ class ContentStore:
         for name, content in files.items():
             self._check(content, name)
         return len(files)
+
+    def _sweep(self) -> None:
+        """Remove what a killed process left half-written, once nobody can still be writing it."""
+        for path in self._objects.glob(".tmp.*"):
+            try:
+                if time.time() - path.stat().st_mtime > _ABANDONED_S:
+                    path.unlink()
+            except FileNotFoundError:  # another process swept it
+                continue
 
     def _check(self, digest: str, what: str) -> None:
         path = self.object_path(digest)

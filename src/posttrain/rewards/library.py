@@ -41,7 +41,9 @@ def text_of(completion: Any) -> str:
 def _parts_text(content: Any) -> str:
     if not isinstance(content, Sequence):
         return ""
-    return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping) and part.get("type") == "text")
+    return "".join(
+        str(part.get("text", "")) for part in content if isinstance(part, Mapping) and part.get("type") == "text"
+    )
 
 
 def gold_column(columns: Mapping[str, Any]) -> str | None:
@@ -61,7 +63,9 @@ def _gold_text(value: Any) -> str | None:
 
 def _accuracy(check: Callable[[str, str], bool], completions: Sequence[Any], columns: Mapping[str, Any]) -> Scores:
     golds = golds_of(columns, len(completions))
-    return [None if gold is None else float(check(text_of(c), gold)) for c, gold in zip(completions, golds, strict=True)]
+    return [
+        None if gold is None else float(check(text_of(c), gold)) for c, gold in zip(completions, golds, strict=True)
+    ]
 
 
 def boxed(prompts: list[Any], completions: list[Any], **columns: Any) -> Scores:
@@ -118,7 +122,13 @@ def json_schema(prompts: list[Any], completions: list[Any], schema: list[Any], *
 
 
 def code_tests(
-    prompts: list[Any], completions: list[Any], tests: list[Any], *, timeout_s: float = 4.0, partial: bool = False, **columns: Any
+    prompts: list[Any],
+    completions: list[Any],
+    tests: list[Any],
+    *,
+    timeout_s: float = 4.0,
+    partial: bool = False,
+    **columns: Any,
 ) -> Scores:
     """Share of a row's hidden `tests` that the completion's code passes; 1 or 0 unless `partial`.
 
@@ -141,14 +151,26 @@ def code_tests(
 
 
 def length_penalty(
-    prompts: list[Any], completions: list[Any], completion_ids: list[Any], *, max_length: int = 1024, penalty: float = 1.0, **columns: Any
+    prompts: list[Any],
+    completions: list[Any],
+    completion_ids: list[Any],
+    *,
+    max_length: int = 1024,
+    penalty: float = 1.0,
+    **columns: Any,
 ) -> Scores:
     """`-penalty` at `max_length` tokens and beyond, in proportion below."""
     return [-penalty * min(1.0, len(ids) / max_length) for ids in completion_ids]
 
 
 def soft_overlong(
-    prompts: list[Any], completions: list[Any], completion_ids: list[Any], *, max_length: int = 256, cache: int = 64, **columns: Any
+    prompts: list[Any],
+    completions: list[Any],
+    completion_ids: list[Any],
+    *,
+    max_length: int = 256,
+    cache: int = 64,
+    **columns: Any,
 ) -> Scores:
     """0 up to `max_length - cache` tokens, falling to -1 at `max_length`. Source: arXiv 2503.14476 eq. 13; differs: never below -1."""
     start = max_length - cache
@@ -156,7 +178,13 @@ def soft_overlong(
 
 
 def repetition_penalty(
-    prompts: list[Any], completions: list[Any], completion_ids: list[Any], *, ngram_size: int = 4, penalty: float = 1.0, **columns: Any
+    prompts: list[Any],
+    completions: list[Any],
+    completion_ids: list[Any],
+    *,
+    ngram_size: int = 4,
+    penalty: float = 1.0,
+    **columns: Any,
 ) -> Scores:
     """`-penalty` times the share of repeated n-grams. Source: arXiv 2502.03373 appendix; 0 below `ngram_size` tokens."""
     scores: Scores = []
@@ -178,7 +206,9 @@ class RewardRow:
     slot: str | None = None
 
 
-def _row(fn: Callable[..., Scores], *needs: tuple[str, ...], low: float = 0.0, high: float = 1.0, slot: str | None = None) -> RewardRow:
+def _row(
+    fn: Callable[..., Scores], *needs: tuple[str, ...], low: float = 0.0, high: float = 1.0, slot: str | None = None
+) -> RewardRow:
     meaning = re.split(r"\.\s|\n", (fn.__doc__ or "").strip())[0].rstrip(".")
     return RewardRow(fn, needs, low, high, meaning, slot)
 

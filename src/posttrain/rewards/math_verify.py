@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from posttrain.errors import MissingExtraError
 from posttrain.grading.numbers import normalise, parse_quantity, same_answer
@@ -22,8 +23,11 @@ def _is_small(text: str) -> bool:
         depth += (character in "{(") - (character in "})")
         deepest = max(deepest, depth)
     powers = _POWER.findall(text)
-    return deepest <= _MAX_NESTING and len(powers) <= 8 and all(int(power or 0) <= _MAX_EXPONENT for power in powers) and not re.search(
-        r"\^\s*\{?[^{}]*\^", text
+    return (
+        deepest <= _MAX_NESTING
+        and len(powers) <= 8
+        and all(int(power or 0) <= _MAX_EXPONENT for power in powers)
+        and not re.search(r"\^\s*\{?[^{}]*\^", text)
     )
 
 
@@ -42,5 +46,6 @@ def verified(answer: str, reference: str) -> bool:
     except ImportError as error:
         raise MissingExtraError("backend: math_verify needs math-verify; pip install 'posttrain[math]'") from error
     # The gold stands first: verify() is not symmetric. No signal-based timeouts; the worker has a deadline.
-    gold = parse(f"${wanted}$", parsing_timeout=None)
-    return bool(gold) and bool(verify(gold, parse(f"${got}$", parsing_timeout=None), timeout_seconds=None))
+    no_limit: Any = None
+    gold = parse(f"${wanted}$", parsing_timeout=no_limit)
+    return bool(gold) and bool(verify(gold, parse(f"${got}$", parsing_timeout=no_limit), timeout_seconds=None))

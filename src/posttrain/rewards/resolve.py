@@ -48,7 +48,9 @@ class RewardFunction:
                     "Rename one with datasets: columns, or change the reward"
                 )
         given = {"prompts": prompts, "completions": completions, **columns}
-        result = self.fn(**{name: value for name, value in given.items() if self.accepts is None or name in self.accepts})
+        result = self.fn(
+            **{name: value for name, value in given.items() if self.accepts is None or name in self.accepts}
+        )
         return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
 
 
@@ -98,12 +100,16 @@ def check_spec(spec: str, folder: Path | None = None) -> None:
         tree = ast.parse(file.read_bytes(), str(file))
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", 0) or 0
-        raise ConfigError(f"{file}:{line}: the reward file is not valid Python: {getattr(error, 'msg', error)}") from None
+        raise ConfigError(
+            f"{file}:{line}: the reward file is not valid Python: {getattr(error, 'msg', error)}"
+        ) from None
     defined = _defined_names(tree)
     if parts[1] not in defined:
         near = get_close_matches(parts[1], defined, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{file}: no function {parts[1]!r}{hint} (defined there: {', '.join(sorted(defined)) or 'nothing'})")
+        raise ConfigError(
+            f"{file}: no function {parts[1]!r}{hint} (defined there: {', '.join(sorted(defined)) or 'nothing'})"
+        )
 
 
 def _defined_names(tree: ast.Module) -> set[str]:
@@ -130,14 +136,18 @@ def _load_module(file: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException as error:  # noqa: BLE001 - the user's file may raise anything, SystemExit included
+    except BaseException as error:
         del sys.modules[name]
-        raise ConfigError(f"{_user_line(error, file)}: importing the reward file raised {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"{_user_line(error, file)}: importing the reward file raised {type(error).__name__}: {error}"
+        ) from error
     return module
 
 
 def _user_line(error: BaseException, file: Path) -> str:
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == file.parent]
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == file.parent
+    ]
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else str(file)
 
 
@@ -157,12 +167,19 @@ def load_reward(spec: str, kwargs: Mapping[str, Any] | None = None, folder: Path
     line = getattr(getattr(fn, "__code__", None), "co_firstlineno", 1)
     where = f"{file}:{line}"
     if not callable(fn) or inspect.isclass(fn):
-        raise ConfigError(f"{where}: {parts[1]} is {type(fn).__name__}, expected a function fn(prompts, completions, **columns)")
+        raise ConfigError(
+            f"{where}: {parts[1]} is {type(fn).__name__}, expected a function fn(prompts, completions, **columns)"
+        )
     return _bind(spec, parts[1], where, fn, options, None)
 
 
 def _bind(
-    spec: str, name: str, where: str, fn: Callable[..., Any], options: dict[str, Any], needs: tuple[tuple[str, ...], ...] | None
+    spec: str,
+    name: str,
+    where: str,
+    fn: Callable[..., Any],
+    options: dict[str, Any],
+    needs: tuple[tuple[str, ...], ...] | None,
 ) -> RewardFunction:
     parameters = inspect.signature(fn).parameters
     by_name = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -175,7 +192,9 @@ def _bind(
         raise ConfigError(f"{where}: {name}: parameter {stray[0]!r} is positional-only; rewards are called by name")
     if unknown := sorted(set(options) - set(by_name)):
         allowed = [n for n, p in by_name.items() if p.default is not p.empty]
-        raise ConfigError(f"reward_kwargs: {name}: unknown option {unknown[0]!r}; it takes {', '.join(allowed) or 'none'}")
+        raise ConfigError(
+            f"reward_kwargs: {name}: unknown option {unknown[0]!r}; it takes {', '.join(allowed) or 'none'}"
+        )
     if needs is None:
         ours = {"prompts", "completions", *options}
         needs = tuple((n,) for n, p in by_name.items() if p.default is p.empty and n not in ours)
@@ -244,7 +263,11 @@ def reward_digest(
                 imported |= {name.split(".")[0] for name in _imported(tree)}
         elif (kwargs or {}).get(spec, {}).get("backend") == "math_verify":
             imported |= {"math_verify", "latex2sympy2_extended", "sympy"}
-    own = {k: v for k, v in file_digests(Path(__file__).parent).items() if k in ("library.py", "math_verify.py", "resolve.py")}
+    own = {
+        k: v
+        for k, v in file_digests(Path(__file__).parent).items()
+        if k in ("library.py", "math_verify.py", "resolve.py")
+    }
     names = reward_names(specs)
     return digest_json(
         {

@@ -65,7 +65,9 @@ def _load(setup: dict[str, Any], answers: Any) -> list[RewardFunction]:
     folder = Path(setup["folder"]) if setup["folder"] else None
     kwargs, names = setup["kwargs"], reward_names(setup["specs"])
     try:
-        functions = [load_reward(spec, kwargs.get(name), folder) for spec, name in zip(setup["specs"], names, strict=True)]
+        functions = [
+            load_reward(spec, kwargs.get(name), folder) for spec, name in zip(setup["specs"], names, strict=True)
+        ]
     except ConfigError as error:
         _write(answers, {"error": str(error)})
         sys.exit(1)
@@ -85,7 +87,9 @@ def _answer(function: RewardFunction, request: dict[str, Any]) -> dict[str, Any]
         return {"failed": _describe(error)}
     if values is None or len(values) != len(completions):
         got = f"{len(values)} values" if values is not None else f"{type(result).__name__}"
-        return {"count": f"{function.where}: reward {function.name!r} returned {got} for {len(completions)} completions"}
+        return {
+            "count": f"{function.where}: reward {function.name!r} returned {got} for {len(completions)} completions"
+        }
     checked = [_number(value) for value in values]
     return {"values": [value for value, _ in checked], "reasons": [reason for _, reason in checked]}
 

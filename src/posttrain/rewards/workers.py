@@ -20,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -113,10 +114,8 @@ class _Worker:
             os.ftruncate(self.log.fileno(), 0)
 
     def kill(self) -> None:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
         for descriptor in (self.request_fd, self.answer_fd):
             os.close(descriptor)
@@ -146,10 +145,11 @@ class _Call:
 
     def failed(self, task: _Task, reason: str) -> None:
         """A failed batch is retried item by item; a failed item is unscored."""
-        if len(task.items) > 1:
+        *others, last = task.items
+        if others:
             self.queue.extendleft(_Task(task.function, (item,)) for item in reversed(task.items))
         else:
-            self.reasons[task.function][task.items[0]] = reason
+            self.reasons[task.function][last] = reason
 
     def answered(self, task: _Task, answer: Mapping[str, Any]) -> None:
         if broken := answer.get("column") or answer.get("count"):
@@ -186,7 +186,9 @@ class RewardPool:
         self.weights = [float(w) for w in weights] if weights is not None else [1.0] * len(specs)
         self.kwargs = {name: dict(options) for name, options in (kwargs or {}).items()}
         if not specs or len(self.weights) != len(specs):
-            raise ConfigError(f"reward_weights has {len(self.weights)} entries for {len(specs)} reward_funcs; give one each")
+            raise ConfigError(
+                f"reward_weights has {len(self.weights)} entries for {len(specs)} reward_funcs; give one each"
+            )
         if unknown := sorted(set(self.kwargs) - set(self.names)):
             raise ConfigError(f"reward_kwargs: no reward {unknown[0]!r}; reward_funcs are {', '.join(self.names)}")
         for spec in specs:
@@ -200,6 +202,13 @@ class RewardPool:
         """Digest of the rewards, their options and weights, as the certificate is bound to."""
         return reward_digest(self.specs, self.kwargs, self.weights, self.folder)
 
+    def twin(self, hash_seed: int) -> RewardPool:
+        """The same rewards in processes whose hashes are salted otherwise, and one worker more."""
+        return RewardPool(
+            self.specs, self.weights, self.kwargs, self.num_workers + 1, self.timeout_s, self.memory_bytes,
+            folder=self.folder, hash_seed=hash_seed,
+        )  # fmt: skip
+
     def __enter__(self) -> RewardPool:
         """Start the workers and wait until each has loaded the rewards. Raises: ConfigError."""
         try:
@@ -212,7 +221,9 @@ class RewardPool:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -231,7 +242,9 @@ class RewardPool:
         num, columns = len(completions), columns or {}
         for name, column in {"prompts": prompts, **columns}.items():
             assert len(column) == num, f"{name} has {len(column)} rows for {num} completions"
-        call = _Call(prompts, completions, columns, [[None] * num for _ in self.specs], [[None] * num for _ in self.specs])
+        call = _Call(
+            prompts, completions, columns, [[None] * num for _ in self.specs], [[None] * num for _ in self.specs]
+        )
         for start in range(0, num, CHUNK_SIZE):
             items = tuple(range(start, min(start + CHUNK_SIZE, num)))
             call.queue.extend(_Task(function, items) for function in range(len(self.specs)))
@@ -254,7 +267,9 @@ class RewardPool:
         while not worker.ready:
             readable = select.select([worker.answer_fd], [], [], max(0.0, worker.deadline - time.monotonic()))[0]
             if not readable:
-                raise ConfigError(f"loading the rewards took over {_START_TIMEOUT_S:.0f} s; move slow work out of the file's top level")
+                raise ConfigError(
+                    f"loading the rewards took over {_START_TIMEOUT_S:.0f} s; move slow work out of the file's top level"
+                )
             try:
                 self._became_ready(worker, worker.receive())
             except EOFError:
@@ -293,7 +308,10 @@ class RewardPool:
                 if worker.send(call.payload(task)):
                     worker.task = task
                 else:
-                    call.failed(task, worker.ended() if worker.process.poll() is not None else "the reward process does not read")
+                    call.failed(
+                        task,
+                        worker.ended() if worker.process.poll() is not None else "the reward process does not read",
+                    )
                     self._replace(worker)
 
     def _collect(self, call: _Call) -> None:
@@ -327,7 +345,9 @@ class RewardPool:
     def _breakdown(self, call: _Call, item: int) -> RewardBreakdown:
         parts = {name: call.values[f][item] for f, name in enumerate(self.names)}
         errors = [f"{name}: {reason}" for f, name in enumerate(self.names) if (reason := call.reasons[f][item])]
-        scored = [weight * value for weight, value in zip(self.weights, parts.values(), strict=True) if value is not None]
+        scored = [
+            weight * value for weight, value in zip(self.weights, parts.values(), strict=True) if value is not None
+        ]
         total = sum(scored) if scored and not errors else None
         return RewardBreakdown(total, parts, "; ".join(errors) or None)
 

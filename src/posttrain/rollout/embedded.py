@@ -40,8 +40,12 @@ class _Row:
 class EmbeddedEngine:
     """Decodes at most `batch_size` completions at once from `policy`, whose weights it shares."""
 
-    def __init__(self, policy: Policy, *, stop_token_ids: Sequence[int], batch_size: int = 64) -> None:
+    def __init__(
+        self, policy: Policy, *, stop_token_ids: Sequence[int], batch_size: int = 64, refresh: Callable[[], None] | None = None
+    ) -> None:
+        """`refresh` brings `policy` up to date at a sync where it is a copy of the one that is trained."""
         self._policy = policy
+        self._refresh = refresh
         self._stop_token_ids = frozenset(stop_token_ids)
         self._batch_size = batch_size
         self._version = 0
@@ -81,6 +85,8 @@ class EmbeddedEngine:
 
     def sync(self, version: int) -> None:
         """The weights are the policy's own, so they have arrived; the canary proves that decoding computes with them."""
+        if self._refresh is not None:
+            self._refresh()
         self._version = version
         prompt = tuple(range(1, min(9, self._policy.base.config.get_text_config().vocab_size)))
         params = SamplingParams(max_tokens=4, temperature=1.0)

@@ -32,7 +32,6 @@ Message = tuple[str, tuple[Any, ...]]
 class MlflowSink:
     """Mirrors to `uri` (a server, or `sqlite:///file.db`); `run_key` finds the same run again after a restart.
 
-    `num_dropped` counts the messages that never arrived, because the queue was full or the server was away.
     Raises: MissingExtraError if MLflow is not installed.
     """
 
@@ -41,7 +40,8 @@ class MlflowSink:
     ) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         _require_mlflow()
-        self.num_dropped = 0
+        # Two counters, one per thread: `+=` on a shared one could lose a count.
+        self._num_refused = self._num_unsent = 0
         self._uri, self._experiment, self._run_key = uri, experiment, _quoted(run_key)
         self._queue: queue.Queue[Message | None] = queue.Queue(maxsize=queue_size)
         self._closing = threading.Event()
@@ -52,6 +52,11 @@ class MlflowSink:
         self._thread.start()
         if params:
             self._put(("params", (_flatten(params),)))
+
+    @property
+    def num_dropped(self) -> int:
+        """Messages that never arrived, because the queue was full or the server was away."""
+        return self._num_refused + self._num_unsent
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._put(("metrics", (step, int(time.time() * 1000), dict(metrics))))
@@ -84,21 +89,21 @@ class MlflowSink:
         try:
             self._queue.put_nowait(message)
         except queue.Full:
-            self.num_dropped += 1
+            self._num_refused += 1
 
     def _work(self) -> None:
         while (message := self._queue.get()) is not None:
             # A server that is away is asked again only now and then, so the queue drains instead of piling up.
             if time.monotonic() < self._retry_at:
-                self.num_dropped += 1
+                self._num_unsent += 1
                 continue
             try:
                 self._connect()
                 _SENDERS[message[0]](self._client, self._run_id, *message[1])
             except Exception as error:  # noqa: BLE001 - the boundary to another system: any failure becomes a count
-                self.num_dropped += 1
+                self._num_unsent += 1
                 self._retry_at = time.monotonic() + _RETRY_AFTER_S
-                if self.num_dropped == 1:
+                if self._num_unsent == 1:
                     _log.warning(
                         "MLflow at %s does not answer (%s); the run goes on without it", self._uri, _first_line(error)
                     )

@@ -1,0 +1,137 @@
+"""`posttrain data CONFIG`: the data as the model will see it, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from posttrain.errors import ConfigError
+
+
+def data(
+    config: Annotated[Path, typer.Argument(help="A stage's YAML, or a pipeline's (all its stages).")],
+    stage: Annotated[str | None, typer.Option(help="sft, dpo or grpo; found from the keys if left out.")] = None,
+    write_clean: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the data without the rows that lint found.")
+    ] = None,
+    examples: Annotated[int, typer.Option(min=0, help="Rendered rows to show per stage.")] = 3,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key.")] = None,
+) -> None:
+    """Show format, rendered rows with the loss mask, lengths, skips and lint findings. Exit code 64 if refused."""
+    console = Console(soft_wrap=True, highlight=False)
+    stages, suites = _stages(config, stage, overrides or [])
+    reports = []
+    for number, (kind, keys) in enumerate(stages, start=1):
+        title = f"{kind} (stage {number} of {len(stages)})" if len(stages) > 1 else kind
+        report = _show_stage(console, title, keys, suites, examples)
+        reports.append(report)
+        if write_clean is not None:
+            folder = write_clean / f"{number}-{kind}" if len(stages) > 1 else write_clean
+            _write_clean(console, report, keys, folder)
+    if write_clean is None:
+        for report in reports:
+            report.raise_if_refused()
+
+
+def _stages(config: Path, stage: str | None, overrides: list[str]) -> tuple[list[tuple[str, Any]], dict[str, str]]:
+    """(kind, keys) of every stage asked for, and the suites' paths by name."""
+    from posttrain.config import detect, load_pipeline, load_stage
+    from posttrain.config.stages import STAGE_KEYS
+
+    if stage is not None and stage not in STAGE_KEYS:
+        raise ConfigError(f"--stage {stage}: expected one of {', '.join(STAGE_KEYS)}")
+    found = detect(config)
+    if found != "pipeline":
+        kind = stage or found
+        return [(kind, load_stage(kind, config, overrides).keys)], {}  # type: ignore[arg-type]
+    keys = load_pipeline(config, overrides).keys
+    stages = [(s.kind, s.keys) for s in keys.stages if stage in (None, s.kind)]
+    if not stages:
+        raise ConfigError(f"--stage {stage}: {config} has {', '.join(s.kind for s in keys.stages)}; name one of them")
+    return stages, {name: suite.path for name, suite in keys.evals.items()}
+
+
+def _show_stage(console: Console, title: str, keys: Any, suites: dict[str, str], examples: int) -> Any:
+    from posttrain.data.lint import lint_stage, suite_prompts
+    from posttrain.data.load import LOADERS, kind_of
+    from posttrain.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(keys.model_copy(update={"chat_template": None}))
+    own_template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    load = LOADERS[kind_of(keys)]
+    loaded = load(keys, tokenizer)
+    console.rule(title) if console.is_terminal else console.print(f"== {title}")
+    for source in loaded.summary.sources:
+        console.print(Text(f"{source.path}: {source.format}"))
+    for row in loaded.rows[:examples]:
+        _show_row(console, tokenizer, row)
+    summaries = list(loaded.summary.sources)
+    if keys.eval_datasets:
+        summaries += load(keys, tokenizer, sources=keys.eval_datasets).summary.sources
+    console.print(_lengths(summaries))
+    for line in _skips(summaries):
+        console.print(Text(line))
+    console.print(Text(f"cache: {loaded.summary.cache}", style="dim"))
+    prompts = {name: suite_prompts(path) for name, path in suites.items()}
+    report = lint_stage(keys, tokenizer, loaded, suites=prompts, own_template=own_template)
+    console.print(Text("lint: nothing found" if not report.findings else "lint:"))
+    for finding in report.findings:
+        console.print(Text(f"  {finding.line()}", style="red" if finding.refuses else "yellow"))
+    return report
+
+
+def _show_row(console: Console, tokenizer: Any, row: Any) -> None:
+    """Trained text is green; without colours it stands in ⟦ ⟧."""
+    from posttrain.data.dataset import sequences
+
+    for seq in sequences(row):
+        text = Text(f"{seq.origin} · {len(seq.ids)} tokens, {seq.num_loss_tokens} trained\n", style="dim")
+        for trained, ids in _stretches(seq.ids, seq.loss_mask):
+            piece = tokenizer.decode(ids)
+            if not console.is_terminal and trained:
+                piece = f"⟦{piece}⟧"
+            text.append(piece, style="green not dim" if trained else "not dim")
+        console.print(text)
+    if not hasattr(row, "ids") and hasattr(row[0], "columns"):
+        console.print(Text(f"columns for the rewards: {dict(row[0].columns)}", style="dim"))
+
+
+def _stretches(ids: tuple[int, ...], mask: tuple[bool, ...]) -> Iterator[tuple[bool, list[int]]]:
+    """Runs of tokens that are trained alike; characters of several tokens stay whole."""
+    start = 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or mask[end] != mask[start]:
+            yield mask[start], list(ids[start:end])
+            start = end
+
+
+def _lengths(summaries: list[Any]) -> Table:
+    table = Table(
+        Column("source", overflow="fold"), "rows", "of", "tokens", "trained", "p50", "p90", "p99", "max", box=None
+    )
+    for s in summaries:
+        lengths = [f"{s.lengths[name]:,}" for name in ("p50", "p90", "p99", "max")]
+        table.add_row(s.path, f"{s.rows_kept:,}", f"{s.rows_read:,}", f"{s.tokens:,}", f"{s.loss_tokens:,}", *lengths)
+    return table
+
+
+def _skips(summaries: list[Any]) -> Iterator[str]:
+    for summary in summaries:
+        for reason, skipped in summary.skipped.items():
+            yield f"skipped {skipped.count:,} rows of {summary.path}: {reason} ({', '.join(skipped.first)})"
+        for note, count in summary.notes.items():
+            yield f"{summary.path}: {note}: {count:,}"
+
+
+def _write_clean(console: Console, report: Any, keys: Any, folder: Path) -> None:
+    from posttrain.data.lint import write_clean
+
+    for cleaned in write_clean(report, keys.datasets, folder):
+        console.print(Text(f"wrote {cleaned.path}: {cleaned.num_kept:,} rows, {cleaned.num_removed:,} taken out"))
+    console.print(Text(f"wrote {folder / 'removed.json'}"))

@@ -1,0 +1,20 @@
+"""`posttrain diff RUN_A RUN_B`: which pin moved, and what the metrics did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def diff(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="Folder of a run.")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="Folder of another run.")],
+) -> None:
+    """Compare two runs: pins, keys, the first step whose metrics differ, last metrics and scores. Exit code 1 if anything differs."""
+    from posttrain.report.diff import diff_runs, render
+
+    found = diff_runs(run_a, run_b)
+    typer.echo(render(found))
+    raise typer.Exit(0 if found.is_empty else 1)

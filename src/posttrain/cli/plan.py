@@ -1,0 +1,206 @@
+"""`posttrain plan CONFIG`: what each stage needs in memory and time, before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from posttrain.errors import ConfigError, ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where it would run: a device of the table, or this machine as measured."""
+
+    device: Any
+    free_bytes: int
+    where: str
+    has_bf16: bool
+
+
+def plan(
+    config: Annotated[Path, typer.Argument(help="A stage's YAML, or a pipeline's (all its stages).")],
+    device: Annotated[str, typer.Option(help="this, or a100, h100, h200, l4, rtx4090.")] = "this",
+    devices: Annotated[int, typer.Option(min=1, help="Devices, for the split between rollout and training.")] = 1,
+    tokens: Annotated[
+        int, typer.Option(min=0, help="Mean tokens of a row (RL: of a prompt and of an answer); 0 takes the longest.")
+    ] = 0,
+    stage: Annotated[str | None, typer.Option(help="sft, dpo or grpo; found from the keys if left out.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key.")] = None,
+) -> None:
+    """Estimate memory and step time from the model's config.json. Exit code 1 if a stage cannot fit."""
+    from posttrain.planner import ModelShape, cannot_fit
+
+    base_model, stages = _stages(config, stage, overrides or [])
+    shape = ModelShape.from_config(read_model_config(base_model))
+    target = _target(device)
+    typer.echo(
+        f"{base_model}: {shape.num_params / 1e6:,.1f}M parameters; on {target.where}, {_gib(target.free_bytes)} free"
+    )
+    refused = False
+    for kind, keys in stages:
+        memory = _memory(shape, kind, keys, target)
+        refused = refused or cannot_fit(memory, target.free_bytes)
+        for line in [
+            *_memory_lines(kind, memory, base_model, target),
+            *_time_lines(shape, kind, keys, target, devices, tokens),
+        ]:
+            typer.echo(line)
+    raise typer.Exit(1 if refused else 0)
+
+
+def read_model_config(base_model: str) -> dict[str, Any]:
+    """The config.json of a local folder, or of a hub model that is already in the local cache. Raises: ModelError."""
+    import json
+
+    folder = Path(base_model)
+    path: Any = folder / "config.json"
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(base_model, "config.json")
+    if not isinstance(path, (str, Path)) or not Path(path).exists():
+        raise ModelError(
+            f"base_model {base_model}: got no config.json here, expected a local folder or a model in the hub cache; download it first"
+        )
+    return json.loads(Path(path).read_text())
+
+
+def _stages(config: Path, stage: str | None, overrides: list[str]) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
+    """The base model, and (kind, keys) of every stage asked for."""
+    from posttrain.config import detect, load_pipeline, load_stage
+    from posttrain.config.stages import STAGE_KEYS
+
+    if stage is not None and stage not in STAGE_KEYS:
+        raise ConfigError(f"--stage {stage}: expected one of {', '.join(STAGE_KEYS)}")
+    found = detect(config)
+    if found != "pipeline":
+        kind: Any = stage or found
+        keys = load_stage(kind, config, overrides).keys
+        return keys.base_model, [(kind, keys.model_dump())]
+    pipeline = load_pipeline(config, overrides).keys
+    return pipeline.base_model, [(s.kind, s.keys.model_dump()) for s in pipeline.stages if stage in (None, s.kind)]
+
+
+def _target(device: str) -> Target:
+    from posttrain.planner import DEVICES, available_bytes
+    from posttrain.planner.machine import probe_cpu
+
+    if device == "this":
+        measured = probe_cpu()
+        free = available_bytes()
+        return Target(measured, int(measured.memory_bytes) if free is None else free, "this machine's processor", False)
+    if device not in DEVICES:
+        raise ConfigError(f"--device {device}: expected this, or one of {', '.join(DEVICES)}")
+    row = DEVICES[device]
+    return Target(row, int(row.memory_use * row.memory_bytes), f"one {device}", True)
+
+
+def _memory(shape: Any, kind: str, keys: dict[str, Any], target: Target) -> Any:
+    from posttrain.planner import Workload, estimate_memory
+
+    return estimate_memory(shape, Workload.from_keys(kind, keys, device_has_bf16=target.has_bf16))
+
+
+def _memory_lines(kind: str, memory: Any, base_model: str, target: Target) -> list[str]:
+    from posttrain.planner import fits, shortfall
+
+    longest = memory.workload.longest(memory.shape)
+    parts = ", ".join(f"{name} {_gib(size)}" for name, size in sorted(memory.parts.items(), key=lambda part: -part[1]))
+    share = memory.trained_params / memory.shape.num_params
+    lines = [
+        "",
+        f"{kind}  trains {memory.trained_params / 1e6:,.1f}M parameters ({share:.1%})",
+        f"  memory  {_gib(memory.floor_bytes)} whatever the data, up to {_gib(memory.total_bytes)} with rows of {longest} tokens",
+        f"          {parts}",
+    ]
+    return [
+        *lines,
+        "  fits    yes"
+        if fits(memory, target.free_bytes)
+        else f"  fits    {shortfall(memory, target.free_bytes, base_model, target.where)}",
+    ]
+
+
+def _time_lines(shape: Any, kind: str, keys: dict[str, Any], target: Target, devices: int, mean: int) -> list[str]:
+    if kind == "grpo":
+        return _rl_lines(shape, keys, target, devices, mean)
+    from posttrain.planner.steptime import logp_s, train_s
+
+    length = _row_tokens(shape, keys, mean)
+    rows = keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"] * (2 if kind == "dpo" else 1)
+    tokens = rows * length
+    seconds = train_s(shape, target.device, tokens, length, recompute=keys["gradient_checkpointing"])
+    if kind == "dpo":
+        seconds += logp_s(shape, target.device, tokens)
+    return [
+        f"  time    {_bound(mean)} {_seconds(seconds)} a step ({tokens:,} tokens){_in_all(seconds, keys['max_steps'])}"
+    ]
+
+
+def _rl_lines(shape: Any, keys: dict[str, Any], target: Target, devices: int, mean: int) -> list[str]:
+    from posttrain.planner import best_split, step_time
+
+    traffic = _traffic(shape, keys, mean)
+    scoring = 1 if keys["beta"] > 0 else 0
+    times = step_time(
+        shape, target.device, traffic, rollout_devices=devices, train_devices=devices, scoring_models=scoring,
+        recompute=keys["gradient_checkpointing"], batch_limit=keys["rollout_batch_size"] if target.where.startswith("this") else 1e9,
+    )  # fmt: skip
+    train = times.train_s * keys["num_iterations"]
+    updates = keys["steps_per_generation"] * keys["num_iterations"]
+    batch = times.rollout_s + times.logp_s + train
+    lines = [
+        f"  time    {_bound(mean)} {_seconds(batch)} a generation batch of {traffic.num_completions} completions: "
+        f"rollout {_seconds(times.rollout_s)}, training {_seconds(train + times.logp_s)} ({times.rollout_s / batch:.0%} rollout)"
+        f"{_in_all(batch / updates, keys['max_steps'])}"
+    ]
+    if devices > 1:
+        rollout, training, split = best_split(shape, target.device, traffic, devices, scoring)
+        gain = times.colocated_s / split.overlapped_s
+        better = (
+            f"{gain:.2f} times as fast as sharing all {devices}" if gain > 1 else f"slower than sharing all {devices}"
+        )
+        lines.append(
+            f"  split   best {rollout} for rollout and {training} for training: {_seconds(split.overlapped_s)}, {better}, the trainer idle {split.trainer_idle:.0%}"
+        )
+    return lines
+
+
+def _traffic(shape: Any, keys: dict[str, Any], mean: int) -> Any:
+    """What a generation batch samples; without a mean, every prompt and answer as long as allowed."""
+    from posttrain.planner import Traffic
+
+    whole = _row_tokens(shape, keys, 0)
+    longest = min(keys["max_completion_length"], whole)
+    prompt = min(mean, whole) if mean else max(1, whole - longest)
+    return Traffic(
+        keys["num_prompts_per_step"], keys["num_generations"], prompt, min(mean or longest, longest), longest
+    )
+
+
+def _row_tokens(shape: Any, keys: dict[str, Any], mean: int) -> int:
+    longest = min(keys["sequence_len"], shape.max_positions or keys["sequence_len"])
+    return min(mean or longest, longest)
+
+
+def _bound(mean: int) -> str:
+    return "about" if mean else "at most"
+
+
+def _in_all(seconds: float, steps: int) -> str:
+    return f"; {steps} steps {_seconds(seconds * steps)}" if steps > 0 else ""
+
+
+def _seconds(seconds: float) -> str:
+    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min"), (1, "s")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds * 1000:.0f} ms"
+
+
+def _gib(size: float) -> str:
+    return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 28 else f"{size / (1 << 20):.1f} MiB"

@@ -1,0 +1,162 @@
+"""`posttrain registry …`: what is registered, how it came to be, and which version an alias means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from posttrain.errors import RegistryError
+
+if TYPE_CHECKING:
+    from posttrain.registry import Registry
+    from posttrain.types import RegistryEntry
+
+app = typer.Typer(name="registry", help="Versions, lineage and promotion.", no_args_is_help=True)
+
+Folder = Annotated[Path, typer.Option("--registry", help="Folder of the registry.")]
+Ref = Annotated[str, typer.Argument(metavar="REF", help="NAME@VERSION, NAME@ALIAS or alias:ALIAS.")]
+Alias = Annotated[str, typer.Option(help="Alias to move.")]
+_DEFAULT = Path("registry")
+
+
+@app.command("list")
+def list_(
+    name: Annotated[str | None, typer.Argument(help="Only this model.")] = None, registry: Folder = _DEFAULT
+) -> None:
+    """One line per version."""
+    with _open(registry) as book:
+        for entry in book.entries(name):
+            typer.echo(_line(entry))
+
+
+@app.command()
+def show(
+    ref: Ref,
+    registry: Folder = _DEFAULT,
+    card: Annotated[bool, typer.Option("--card", help="Print the model card.")] = False,
+) -> None:
+    """A version: its folder, its lineage and what happened to it."""
+    with _open(registry) as book:
+        entry = book.resolve(ref)
+        if card:
+            from posttrain.registry.card import model_card
+
+            typer.echo(model_card(book, entry.name, entry.version))
+            return
+        typer.echo(f"{_line(entry)}\n  path  {entry.path}")
+        for manifest in book.chain(entry.name, entry.version):
+            typer.echo(f"  {manifest.stage}  {manifest.digest}")
+            for what, digest in sorted(manifest.inputs.items()):
+                typer.echo(f"    {what}  {digest}")
+        verdict = book.verdict_record(entry.name, entry.version)
+        if verdict is not None:
+            typer.echo(f"  gate  {verdict['verdict']}: {verdict['reason']}")
+        for event in book.rows.events(entry.name):
+            if event.version == entry.version:
+                details = ", ".join(f"{key} {value}" for key, value in event.details.items())
+                typer.echo(f"  {event.at}  {event.action} by {event.actor}: {details}")
+
+
+@app.command()
+def verify(ref: Ref, registry: Folder = _DEFAULT) -> None:
+    """Walk the manifests and check every stored byte, offline."""
+    with _open(registry) as book:
+        entry = book.resolve(ref)
+        done = book.verify(entry.name, entry.version)
+        typer.echo(
+            f"{entry.name}@{entry.version}: {done.num_files} files and {done.num_manifests} manifests are intact"
+        )
+
+
+@app.command()
+def promote(
+    ref: Ref,
+    alias: Alias = "champion",
+    verdict: Annotated[
+        Path | None, typer.Option(help="Folder of `posttrain gate --out`; else the registered one.")
+    ] = None,
+    expected_epoch: Annotated[int | None, typer.Option(help="Refuse if the alias has moved since.")] = None,
+    registry: Folder = _DEFAULT,
+) -> None:
+    """Give an alias to a version that passed its gate against the present holder."""
+    from posttrain.gate import recompute, verdict_from_json
+
+    with _open(registry) as book:
+        entry = book.resolve(ref)
+        stored = book.verdict_record(entry.name, entry.version)
+        if verdict is None and stored is None:
+            raise RegistryError(
+                f"{entry.name}@{entry.version} was registered without a verdict: name one with --verdict"
+            )
+        judged = recompute(verdict) if verdict is not None else verdict_from_json(stored or {})
+        done = book.promote(entry.name, entry.version, alias, judged, expected_epoch)
+        typer.echo(_line(done))
+
+
+@app.command()
+def rollback(
+    name: Annotated[str, typer.Argument(help="Name of the model.")],
+    reason: Annotated[str, typer.Option(help="Why; it becomes the hold on the version taken down.")],
+    alias: Alias = "champion",
+    registry: Folder = _DEFAULT,
+) -> None:
+    """Give the alias back to its previous holder, and put the present one on hold."""
+    with _open(registry) as book:
+        typer.echo(_line(book.rollback(name, alias, reason)))
+
+
+@app.command()
+def hold(ref: Ref, reason: Annotated[str, typer.Option(help="Why.")], registry: Folder = _DEFAULT) -> None:
+    """Keep a version from being promoted."""
+    with _open(registry) as book:
+        entry = book.resolve(ref)
+        book.tag(entry.name, entry.version, "hold", reason)
+        typer.echo(_line(book.show(entry.name, entry.version)))
+
+
+@app.command()
+def release(ref: Ref, registry: Folder = _DEFAULT) -> None:
+    """Take the hold off a version."""
+    with _open(registry) as book:
+        entry = book.resolve(ref)
+        book.untag(entry.name, entry.version, "hold")
+        typer.echo(_line(book.show(entry.name, entry.version)))
+
+
+@app.command()
+def mirror(
+    uri: Annotated[str, typer.Argument(help="An MLflow registry: a server's URL, or sqlite:///file.db.")],
+    registry: Folder = _DEFAULT,
+) -> None:
+    """Send to MLflow what has not been sent yet."""
+    from posttrain.registry.mirror import MlflowMirror, deliver
+
+    with _open(registry) as book:
+        done = deliver(book, MlflowMirror(uri))
+        waits = f"; {done.pending} wait: {done.error}" if done.pending else ""
+        typer.echo(f"{done.sent} events sent{waits}")
+
+
+@contextmanager
+def _open(folder: Path) -> Iterator[Registry]:
+    from posttrain.registry import Registry
+
+    if not (folder / "registry.sqlite").exists():
+        raise RegistryError(
+            f"{folder}: got no registry here; name its folder with --registry, or register a model first"
+        )
+    book = Registry(folder)
+    try:
+        yield book
+    finally:
+        book.close()
+
+
+def _line(entry: RegistryEntry) -> str:
+    aliases = f"  [{', '.join(entry.aliases)}]" if entry.aliases else ""
+    tags = "".join(f"  {key}: {value}" for key, value in entry.tags.items())
+    return f"{entry.name}@{entry.version}  {entry.digest}{aliases}{tags}"

@@ -1,0 +1,142 @@
+"""`posttrain rewards check CONFIG`: run the rewards as training will, try to fool them, and write what was found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from posttrain.errors import DataError
+
+if TYPE_CHECKING:
+    from posttrain.config.stages import GRPOKeys
+    from posttrain.rewards.cases import Case, Sample
+    from posttrain.rewards.certificate import Certificate
+
+rewards = typer.Typer(no_args_is_help=True, add_completion=False, help="Check reward functions and certify them.")
+
+
+@rewards.callback()
+def _root() -> None:
+    """Check reward functions and certify them."""
+
+
+@rewards.command()
+def check(
+    config: Annotated[Path, typer.Argument(help="YAML of a grpo stage.")],
+    samples: Annotated[
+        Path | None, typer.Option(help="JSONL of {index or prompt, completion}, written by the starting policy.")
+    ] = None,
+    policy: Annotated[
+        bool, typer.Option("--policy", help="Load base_model and sample from it, as a training run does.")
+    ] = False,
+    cases: Annotated[int, typer.Option(min=1, help="Prompts to check on.")] = 50,
+    out: Annotated[Path | None, typer.Option(help="Where to write the certificate; default: the run's folder.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, overrides the YAML.")] = None,
+) -> None:
+    """Check the rewards of CONFIG. Exit code: 0 passed (or partial), 1 failed, 64 wrong usage."""
+    from posttrain.config.load import load_stage
+    from posttrain.config.stages import GRPOKeys
+
+    keys = load_stage("grpo", config, overrides or []).keys
+    assert isinstance(keys, GRPOKeys)
+    path = out or Path(keys.output_dir) / "certificate.json"
+    if policy:
+        from posttrain.recipes.certify import certify
+
+        certificate = certify(keys, path)
+    else:
+        certificate = _check(keys, samples, cases, path)
+    show(certificate)
+    typer.echo(f"certificate: {path}")
+    raise typer.Exit(1 if certificate.verdict == "fail" else 0)
+
+
+def _check(keys: GRPOKeys, samples: Path | None, limit: int, path: Path) -> Certificate:
+    from posttrain.files import write_json
+    from posttrain.rewards.certificate import check_rewards
+    from posttrain.rewards.workers import RewardPool
+
+    cases = read_cases(keys, limit)
+    sampled = read_samples(samples, cases) if samples else []
+    with RewardPool(
+        keys.reward_funcs, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s
+    ) as pool:
+        certificate = check_rewards(pool, cases, sampled)
+    write_json(path, certificate.to_json())
+    return certificate
+
+
+def read_cases(keys: GRPOKeys, limit: int) -> tuple[Case, ...]:
+    """Prompts of eval_datasets where there are any, else of datasets, spread evenly. Raises: DataError."""
+    from posttrain.data.formats import detect, parse_rows
+    from posttrain.data.sources import read_rows
+    from posttrain.rewards.cases import cases_of
+
+    prompts: list[Any] = []
+    for source in keys.eval_datasets or keys.datasets:
+        rows = read_rows(source)
+        prompts += parse_rows(rows, detect(rows, "grpo", source.type).name)[0]
+    stride = max(1, len(prompts) // limit)
+    return cases_of(prompts[::stride], limit)
+
+
+def read_samples(path: Path, cases: Sequence[Case]) -> list[Sample]:
+    """Completions of the starting policy, matched to the cases by `index` or by `prompt`. Raises: DataError."""
+    from posttrain.rewards.cases import Sample
+
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; expected JSONL with index or prompt, and completion")
+    by_prompt = {_key(case.prompt): number for number, case in enumerate(cases)}
+    found: list[Sample] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            index = row["index"] if "index" in row else by_prompt.get(_key(row["prompt"]))
+            completion = row["completion"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}:{number}: expected {{index or prompt, completion}}, got {line[:80]!r} ({error!r})"
+            ) from None
+        if index is not None and 0 <= index < len(cases):
+            found.append(Sample(index, completion if isinstance(completion, str) else str(completion[-1]["content"])))
+    if not found:
+        raise DataError(
+            f"{path}: no completion belongs to any of the {len(cases)} prompts checked; use index, or the same prompts"
+        )
+    return found
+
+
+def _key(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else json.dumps([dict(message) for message in prompt], sort_keys=True)
+
+
+_KINDS = {"E": "must equal gold", "Z": "no more than wrong", "N": "must survive"}
+
+
+def show(certificate: Certificate) -> None:
+    """The tables of a certificate, what failed and what to know, on the terminal."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    table = Table(
+        "mutation", "class", "texts", "violations", title=f"rewards: {', '.join(certificate.config['rewards'])}"
+    )
+    for row in certificate.mutations:
+        table.add_row(
+            row.name, _KINDS[row.kind], str(row.num), f"[red]{row.violations}[/red]" if row.violations else "0"
+        )
+    console.print(table)
+    numbers = Table("measured", "value")
+    for name, value in certificate.measures.items():
+        numbers.add_row(name, f"{value:.4g}")
+    console.print(numbers)
+    for label, lines, style in (("failed", certificate.failures, "red"), ("note", certificate.warnings, "yellow")):
+        for line in lines:
+            console.print(f"[{style}]{label}:[/{style}] {escape(line)}", soft_wrap=True)
+    console.print(f"verdict: [bold]{certificate.verdict}[/bold]   rewards {certificate.reward_digest[:19]}")

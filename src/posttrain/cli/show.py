@@ -1,0 +1,59 @@
+"""What training verbs print: the resolved keys with where each came from, notices, and the live view."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from posttrain.pipeline.run import Watch
+
+
+def setup_logging(console: Console) -> None:
+    """Our notices on stderr; the libraries' only from warnings up."""
+    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
+    logging.getLogger("posttrain").setLevel(logging.INFO)
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """No progress bars of the libraries between our own lines."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def show_keys(loaded: Any, console: Console) -> None:
+    """Every key that was set, by whom; then how many are defaults. `--quiet` leaves it out."""
+    from posttrain.config.load import describe
+
+    table = Table("key", "value", "from", box=None, header_style="dim", pad_edge=False)
+    for key, value, origin in describe(loaded):
+        table.add_row(key, str(value), origin, style="dim" if origin == "default" else "")
+    console.print(table)
+    for note in loaded.notes:
+        console.print(f"note: {note}", markup=False)
+
+
+def live_watch(console: Console, is_main: bool) -> Watch:
+    """The live view on rank 0; the other ranks are silent."""
+    from posttrain.pipeline.run import Watch
+    from posttrain.tracking.live import LiveView
+
+    if not is_main:
+        return Watch(say=lambda text: None)
+
+    def show_eval(name: str, done: int, total: int) -> None:
+        console.print(f"eval {name} {done}/{total}", markup=False)
+
+    return Watch(
+        sinks=lambda kind, total: [LiveView(kind, total, console)],
+        evals=show_eval,
+        say=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
+    )

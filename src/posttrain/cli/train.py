@@ -1,0 +1,93 @@
+"""`posttrain run` and the single stages: load the YAML, show what will run, run it, print what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from posttrain.config.load import LoadedPipeline, LoadedStage
+    from posttrain.config.pipeline import PipelineKeys
+    from posttrain.pipeline.run import Outcome
+
+OnChange = Literal["refuse", "rerun", "new-run"]
+Config = Annotated[Path, typer.Argument(help="The YAML.", show_default=False)]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated.")]
+Change = Annotated[OnChange, typer.Option("--on-change", help="What to do if inputs changed since the last start.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not print the resolved keys.")]
+
+
+def run(config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False) -> None:
+    """Run a pipeline: stages, evals, gates, registry. Started again, it goes on."""
+    from posttrain.config.load_pipeline import load_pipeline
+
+    loaded = load_pipeline(config, set_ or [])
+    _run(loaded.keys, loaded, on_change, quiet)
+
+
+def sft(config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False) -> None:
+    """Run one stage of supervised fine-tuning."""
+    _single("sft", config, set_, on_change, quiet)
+
+
+def dpo(config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False) -> None:
+    """Run one stage of preference optimisation."""
+    _single("dpo", config, set_, on_change, quiet)
+
+
+def grpo(config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False) -> None:
+    """Run one stage of RL with verifiable rewards."""
+    _single("grpo", config, set_, on_change, quiet)
+
+
+def _single(kind: Literal["sft", "dpo", "grpo"], config: Path, set_: list[str] | None, on_change: OnChange, quiet: bool) -> None:
+    from posttrain.config.load import load_stage
+    from posttrain.config.pipeline import STAGE_IN_PIPELINE, PipelineKeys, Stage
+
+    loaded = load_stage(kind, config, set_ or [])
+    keys = STAGE_IN_PIPELINE[kind].model_validate(loaded.keys.model_dump(by_alias=True))
+    pipeline = PipelineKeys(
+        name=config.stem, base_model=keys.base_model, stages=[Stage(kind=kind, keys=keys)],
+        output_dir=keys.output_dir, seed=keys.seed,
+    )  # fmt: skip
+    _run(pipeline, loaded, on_change, quiet)
+
+
+def _run(keys: PipelineKeys, loaded: LoadedPipeline | LoadedStage, on_change: OnChange, quiet: bool) -> None:
+    from rich.console import Console
+
+    from posttrain.cli.show import live_watch, setup_logging, show_keys
+
+    console = Console(stderr=True)
+    setup_logging(console)
+    if not quiet:
+        show_keys(loaded, console)
+    # Only now torch: a typo in the YAML is answered at once.
+    from posttrain.distributed.topology import topology
+    from posttrain.pipeline.run import run_pipeline
+    from posttrain.recipes.stage import EXIT_STOPPED, StoppedPolitely
+
+    with topology() as ranks:
+        try:
+            outcome = run_pipeline(keys, ranks, on_change=on_change, watch=live_watch(console, ranks.is_main))
+        except StoppedPolitely as stopped:
+            console.print(str(stopped))
+            raise typer.Exit(EXIT_STOPPED) from stopped
+        if ranks.is_main:
+            _close(outcome, console)
+    if outcome.verdict is not None and outcome.verdict.exit_code:
+        raise typer.Exit(outcome.verdict.exit_code)
+
+
+def _close(outcome: Outcome, console: Any) -> None:
+    from posttrain.report.build import build_report
+    from posttrain.report.summary import render_summary
+
+    report = build_report(outcome.folder)
+    typer.echo(render_summary(outcome.folder))
+    if outcome.reason:
+        typer.echo(f"{outcome.status}: {outcome.reason}")
+    typer.echo(f"model   {outcome.model_dir}\nreport  {report}")
+

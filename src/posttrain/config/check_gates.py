@@ -1,0 +1,101 @@
+"""What the gates of a pipeline refer to must exist: suites, stages, and the keys that a retry changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from posttrain.config.check import build
+from posttrain.config.draft import Draft, StageDraft
+from posttrain.config.foreign import translate
+from posttrain.config.pipeline import STAGE_IN_PIPELINE
+from posttrain.config.resolved import PIPELINE_DECIDES
+from posttrain.config.schema import did_you_mean
+from posttrain.config.settings import Settings
+
+
+def check_gates(draft: Draft) -> None:
+    """Check every gate; the changes of `on_fail.with` are resolved in place. Shapes are the key models' business."""
+    for settings, place in _gates(draft):
+        _check_suites(draft, settings)
+        _check_baseline(draft, settings, place)
+        _check_retry(draft, settings, place)
+    _check_needs_gate(draft)
+
+
+def _gates(draft: Draft) -> Iterator[tuple[Settings, int]]:
+    """The settings that hold a gate, with the place of the last stage before it."""
+    for stage in draft.stages:
+        if isinstance(stage.settings.values.get("gate"), dict):
+            yield stage.settings, stage.place
+    if isinstance(draft.top.values.get("gate"), dict):
+        yield draft.top, max((stage.place for stage in draft.stages), default=0)
+
+
+def _check_suites(draft: Draft, settings: Settings) -> None:
+    suites = draft.top.values.get("evals", {})
+    for role in ("guards", "primary"):
+        tests = settings.values["gate"].get(role)
+        for place, test in enumerate(tests if isinstance(tests, list) else ()):
+            suite = test.get("suite") if isinstance(test, dict) else None
+            if isinstance(suite, str) and isinstance(suites, dict) and suite not in suites:
+                path = ("gate", role, place, "suite")
+                have = f"; evals has {', '.join(suites)}" if suites else "; evals is empty"
+                text = f"no suite {suite} in evals{did_you_mean(suite, suites) or have}"
+                draft.problems.add(settings.origin(path), settings.name(path), text)
+
+
+def _check_baseline(draft: Draft, settings: Settings, place: int) -> None:
+    path = ("gate", "baseline")
+    baseline = settings.values["gate"].get("baseline")
+    if not isinstance(baseline, str) or not baseline.startswith("stage:"):
+        return
+    expected = [f"stage:{name}" for name in ("base", *range(1, place))]
+    if baseline not in expected:
+        text = f"got {baseline}, expected {', '.join(expected)} (a stage before this gate's), alias:NAME or a path"
+        draft.problems.add(settings.origin(path), settings.name(path), text)
+
+
+def _check_retry(draft: Draft, settings: Settings, place: int) -> None:
+    on_fail = settings.values["gate"].get("on_fail")
+    retry = on_fail.get("retry") if isinstance(on_fail, dict) else None
+    if isinstance(retry, bool) or not (isinstance(retry, int) or retry in list(STAGE_IN_PIPELINE)):
+        return
+    before = [stage for stage in draft.stages if stage.place <= place]
+    found = [stage for stage in before if retry in (stage.kind, stage.place)]
+    if len(found) == 1:
+        _check_changes(draft, found[0], settings)
+        return
+    path = ("gate", "on_fail", "retry")
+    why = f"{len(found)} stages are {retry}; name its place" if found else f"no stage {retry} before this gate"
+    draft.problems.add(settings.origin(path), settings.name(path), f"{why}; there are {', '.join(map(str, before))}")
+
+
+def _check_changes(draft: Draft, target: StageDraft, settings: Settings) -> None:
+    """Check the changes of a retry as keys of the stage that they change."""
+    on_fail: dict[str, Any] = settings.values["gate"]["on_fail"]
+    if not isinstance(on_fail.get("with"), dict):
+        return
+    changes = settings.below(("gate", "on_fail", "with"))
+    draft.notes += translate(changes, target.model, draft.problems)
+    for key in (*PIPELINE_DECIDES, "gate"):
+        if key in changes.values:
+            draft.problems.add(changes.origin((key,)), changes.name((key,)), "a retry cannot change it")
+            del changes.values[key]
+    names = list(changes.values)
+    if target.keys is not None:
+        changes.take(target.settings, [key for key in target.settings.values if key not in names], shared=True)
+        build(target.model, changes, target.kind, draft.folder, draft.problems, draft.notes)
+    on_fail["with"] = {name: changes.values[name] for name in names}
+
+
+def _check_needs_gate(draft: Draft) -> None:
+    values, problems = draft.top.values, draft.problems
+    gated = [stage for stage in draft.stages if "gate" in stage.settings.values]
+    if values.get("stop_when") == "gate_passes" and not gated and "gate" not in values:
+        text = "gate_passes needs a gate; add one, or remove stop_when"
+        problems.add(draft.top.origin(("stop_when",)), "stop_when", text)
+    at_the_end = "gate" in values or gated[-1:] == draft.stages[-1:] or values.get("stop_when") == "gate_passes"
+    if "register" in values and draft.stages and not at_the_end:
+        text = "nothing takes an alias without a passing verdict; add a gate at the top or in the last stage"
+        problems.add(draft.top.origin(("register",)), "register", text)

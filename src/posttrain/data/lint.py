@@ -1,0 +1,185 @@
+"""Lint a stage's data: run the rules, count, refuse above their thresholds, and write the set without the offenders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.stages import DatasetKeys, SFTKeys, TrainKeys
+from posttrain.data.dataset import Dataset, sequences
+from posttrain.data.lint_rules import RULES, LintInput, text_of
+from posttrain.data.load import kind_of, read_nouns
+from posttrain.data.messages import parse_messages
+from posttrain.data.sources import read_rows
+from posttrain.errors import DataError
+from posttrain.files import write_atomic, write_json
+from posttrain.types import Origin, Prompt
+
+_FIRST = 3
+
+
+@dataclass(frozen=True, slots=True)
+class LintFinding:
+    """One rule that fired. `offences` are all its rows with what is wrong with each."""
+
+    rule: str
+    meaning: str
+    count: int
+    share: float
+    refuse_above: float | None
+    removable: bool
+    offences: tuple[tuple[Origin, str], ...]
+
+    @property
+    def refuses(self) -> bool:
+        return self.refuse_above is not None and self.share > self.refuse_above
+
+    def line(self) -> str:
+        first = "; ".join(f"{origin} {detail}" for origin, detail in self.offences[:_FIRST])
+        limit = f", refused above {self.refuse_above:.0%}" if self.refuse_above is not None else ""
+        return f"{self.rule}: {self.count:,} rows ({self.share:.1%}{limit}): {self.meaning}: {first}"
+
+
+@dataclass(frozen=True, slots=True)
+class LintReport:
+    findings: tuple[LintFinding, ...]
+    num_rows: int
+
+    @property
+    def refused(self) -> bool:
+        return any(finding.refuses for finding in self.findings)
+
+    @property
+    def removable(self) -> dict[Origin, list[str]]:
+        """Rows that `write_clean` takes out, each with why."""
+        rows: dict[Origin, list[str]] = {}
+        for finding in self.findings:
+            for origin, detail in finding.offences if finding.removable else ():
+                rows.setdefault(origin, []).append(f"{finding.rule}: {detail}")
+        return rows
+
+    def lines(self) -> list[str]:
+        return [finding.line() for finding in self.findings]
+
+    def raise_if_refused(self) -> None:
+        """Raises: DataError listing the rules above their threshold."""
+        bad = [finding.line() for finding in self.findings if finding.refuses]
+        if bad:
+            raise DataError(
+                "the data is refused: " + " | ".join(bad) + "; fix the rows, or write a clean set with "
+                "`posttrain data CONFIG --write-clean DIR`"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [
+            {
+                "rule": f.rule,
+                "meaning": f.meaning,
+                "count": f.count,
+                "share": f.share,
+                "refuse_above": f.refuse_above,
+                "refuses": f.refuses,
+                "first": [f"{origin}: {detail}" for origin, detail in f.offences[:_FIRST]],
+            }
+            for f in self.findings
+        ]
+        return {"num_rows": self.num_rows, "refused": self.refused, "findings": rows}
+
+
+def lint(given: LintInput, thresholds: Mapping[str, float | None] | None = None) -> LintReport:
+    """Run every rule of the stage. `thresholds` overrides `refuse_above` by rule."""
+    limits = {name: rule.refuse_above for name, rule in RULES.items()} | dict(thresholds or {})
+    num_rows = len({noun.origin for noun in given.nouns})
+    findings = []
+    for name, rule in RULES.items():
+        if given.stage not in rule.stages:
+            continue
+        offences = tuple(dict(rule.check(given)).items())
+        if offences:
+            share = len(offences) / max(1, num_rows)
+            findings.append(
+                LintFinding(name, rule.meaning, len(offences), share, limits[name], rule.removable, offences)
+            )
+    return LintReport(tuple(findings), num_rows)
+
+
+def lint_stage(
+    keys: TrainKeys,
+    tokenizer: Any,
+    dataset: Dataset[Any],
+    *,
+    suites: Mapping[str, Sequence[str]] | None = None,
+    parse_gold: Callable[[Prompt], Any] | None = None,
+    own_template: str | None = None,
+) -> LintReport:
+    """Lint what a stage would train on: `dataset` is what its loader gave for `keys`. Raises: DataError."""
+    kind = kind_of(keys)
+    return lint(
+        LintInput(
+            stage=kind,
+            nouns=read_nouns(keys.datasets, kind),
+            rendered=[sequences(row) for row in dataset],
+            tokenizer=tokenizer,
+            sequence_len=keys.sequence_len,
+            train_on=keys.train_on if isinstance(keys, SFTKeys) else "assistant",
+            eval_nouns=read_nouns(keys.eval_datasets, kind),
+            suites=suites or {},
+            parse_gold=parse_gold,
+            own_template=own_template,
+        )
+    )
+
+
+def suite_prompts(path: str) -> list[str]:
+    """The prompts of an eval suite, as text. Raises: DataError."""
+    prompts = []
+    for origin, row in read_rows(DatasetKeys(path=path)):
+        if row.get("messages") is not None:
+            prompts.append(text_of(parse_messages(row["messages"], origin, "messages")))
+        elif isinstance(row.get("prompt"), str):
+            prompts.append(row["prompt"])
+        elif row.get("prompt") is not None:
+            prompts.append(text_of(parse_messages(row["prompt"], origin, "prompt")))
+        else:
+            raise DataError(f"{origin}: a suite item without `prompt` or `messages`; expected one of them")
+    return prompts
+
+
+@dataclass(frozen=True, slots=True)
+class Cleaned:
+    """A source written without its offenders."""
+
+    source: str
+    path: Path
+    num_kept: int
+    num_removed: int
+
+
+def write_clean(report: LintReport, sources: Sequence[DatasetKeys], folder: Path) -> list[Cleaned]:
+    """Write each source as JSONL (columns as in the file) without the removable rows, and `removed.json`.
+
+    Raises: DataError if nothing would be left of a source.
+    """
+    removable = report.removable
+    written: list[tuple[Cleaned, str]] = []
+    removed: dict[str, list[str]] = {}
+    for number, source in enumerate(sources, start=1):
+        rows = read_rows(source.model_copy(update={"columns": {}}))
+        kept = [row for origin, row in rows if origin not in removable]
+        if not kept:
+            raise DataError(
+                f"{source.path}: lint would take out all {len(rows)} rows; expected some to be left; look at the data"
+            )
+        removed |= {str(origin): removable[origin] for origin, _ in rows if origin in removable}
+        stem = Path(source.path).stem
+        taken = {cleaned.path.name for cleaned, _ in written}
+        name = f"{stem}.jsonl" if f"{stem}.jsonl" not in taken else f"{stem}-{number}.jsonl"
+        text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in kept)
+        written.append((Cleaned(source.path, Path(folder) / name, len(kept), len(rows) - len(kept)), text))
+    for cleaned, text in written:
+        write_atomic(cleaned.path, text)
+    write_json(Path(folder) / "removed.json", {"report": report.to_json(), "removed": removed})
+    return [cleaned for cleaned, _ in written]

@@ -1,0 +1,215 @@
+"""What each rule checks: a history and thresholds in, the evidence out, None when all is well.
+
+A metric that was not logged never fires a rule. Names are TRL's where TRL has one.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+from posttrain.health.history import History, get, mean, values
+
+Evidence = dict[str, float]
+
+# Metrics of ours that TRL has no name for.
+ALL_RIGHT = "frac_reward_all_right"
+ALL_WRONG = "frac_reward_all_wrong"
+UPDATE_NORM = "update_norm"
+LOSS_TOKENS = "loss_tokens"
+DEV_SCORE = "eval_score"
+RATIO_MAX = "importance_ratio/max"
+ROLLOUT_S = "time/rollout_s"
+TRAIN_S = "time/train_s"
+
+_ZERO_STD = "frac_reward_zero_std"
+_LENGTH = "completions/mean_length"
+_TRUNCATED = "completions/clipped_ratio"
+_CLIPPED = "clip_ratio/region_mean"
+_MISMATCH = "sampling/sampling_logp_difference/mean"
+_WATCHED_FOR_NAN = ("loss", "grad_norm", "reward", "kl", "entropy")
+
+
+# --- every stage ---------------------------------------------------------------------------------------------------
+
+
+def nonfinite(history: History) -> Evidence | None:
+    metrics = history.newest.metrics
+    broken = {
+        name: float(metrics[name]) for name in _WATCHED_FOR_NAN if name in metrics and not math.isfinite(metrics[name])
+    }
+    return broken or None
+
+
+def zero_gradient(history: History, *, steps: float, at_most: float) -> Evidence | None:
+    """Groups that all scored the same have no gradient by right; a run that has just seen such a batch is not judged."""
+    without_signal = any(share >= 1.0 for share in values(history.recent[-4 * int(steps) :], _ZERO_STD))
+    if without_signal or not history.lasts(int(steps), lambda r: abs(get(r, "grad_norm")) <= at_most):
+        return None
+    return {"grad_norm": get(history.newest, "grad_norm"), "steps": steps}
+
+
+def policy_not_moving(history: History, *, steps: float, at_most: float) -> Evidence | None:
+    """There is a gradient and a learning rate, and yet the weights stay as they were."""
+    stuck = history.lasts(
+        int(steps), lambda r: get(r, UPDATE_NORM) <= at_most and get(r, "grad_norm") > 0 and get(r, "learning_rate") > 0
+    )
+    return (
+        {UPDATE_NORM: get(history.newest, UPDATE_NORM), "grad_norm": get(history.newest, "grad_norm"), "steps": steps}
+        if stuck
+        else None
+    )
+
+
+def gradient_spike(history: History, *, times: float, after: float, at_least: float) -> Evidence | None:
+    """Far above the largest of the window: gradient norms are heavy-tailed, so the usual one is no measure."""
+    before = values(history.recent[:-1], "grad_norm")
+    newest, largest = get(history.newest, "grad_norm"), max(before, default=math.nan)
+    fired = len(before) >= after and newest > times * largest and newest > at_least
+    return {"grad_norm": newest, "largest": largest} if fired else None
+
+
+def loss_divergence(history: History, *, steps: float, times: float, nats: float) -> Evidence | None:
+    start, now = history.start("loss"), history.now("loss", int(steps))
+    diverged = not history.is_young and now > times * start and now > start + nats
+    return {"loss": now, "start": start} if diverged else None
+
+
+# --- SFT -----------------------------------------------------------------------------------------------------------
+
+
+def zero_loss(history: History, *, steps: float, at_most: float) -> Evidence | None:
+    fired = history.lasts(int(steps), lambda r: abs(get(r, "loss")) <= at_most)
+    return {"loss": get(history.newest, "loss"), "steps": steps} if fired else None
+
+
+def masked_out(history: History) -> Evidence | None:
+    return {LOSS_TOKENS: 0.0} if get(history.newest, LOSS_TOKENS) == 0 else None
+
+
+def overfitting(history: History, *, evals: float, rise: float) -> Evidence | None:
+    """The validation loss rose `evals` times in a row and stands a share `rise` above its best."""
+    losses = values(history.evaluated, "eval_loss")
+    last = losses[-int(evals) - 1 :]
+    rising = len(last) == int(evals) + 1 and all(a < b for a, b in pairwise(last))
+    return {"eval_loss": last[-1], "best": min(losses)} if rising and last[-1] > (1 + rise) * min(losses) else None
+
+
+# --- DPO -----------------------------------------------------------------------------------------------------------
+
+
+def margins_run_away(history: History, *, steps: float, share: float, nats: float) -> Evidence | None:
+    """Margins grow while the chosen answers themselves become far less likely."""
+    start, now = history.start("logps/chosen"), history.now("logps/chosen", int(steps))
+    fall = start - now
+    margin, first_margin = history.now("rewards/margins", int(steps)), history.start("rewards/margins")
+    fired = not history.is_young and fall > share * abs(start) and fall > nats and margin > first_margin
+    return {"logps/chosen": now, "start": start, "rewards/margins": margin} if fired else None
+
+
+def preference_not_learned(
+    history: History, *, steps: float, after: float, accuracy: float, gain: float
+) -> Evidence | None:
+    loss, start, right = (
+        history.now("loss", int(steps)),
+        history.start("loss"),
+        history.now("rewards/accuracies", int(steps)),
+    )
+    flat = loss > (1 - gain) * start and right < accuracy
+    return (
+        {"loss": loss, "start": start, "rewards/accuracies": right} if history.newest.step >= after and flat else None
+    )
+
+
+# --- RL ------------------------------------------------------------------------------------------------------------
+
+
+def entropy_collapse(history: History, *, steps: float, floor: float, share: float, mastered: float) -> Evidence | None:
+    """A policy that solves nearly everything may be sure of itself: that is no collapse."""
+    start, now = history.start("entropy"), history.now("entropy", int(steps))
+    solved = history.now(ALL_RIGHT, int(steps)) >= mastered
+    fired = not history.is_young and now < floor and now < share * start and not solved
+    return {"entropy": now, "start": start} if fired else None
+
+
+def entropy_explosion(history: History, *, steps: float, times: float, nats: float) -> Evidence | None:
+    start, now = history.start("entropy"), history.now("entropy", int(steps))
+    return (
+        {"entropy": now, "start": start}
+        if not history.is_young and now > times * start and now > start + nats
+        else None
+    )
+
+
+def above(history: History, name: str, steps: float, limit: float) -> Evidence | None:
+    """The mean of `name` over the last steps is above `limit`."""
+    now = history.now(name, int(steps))
+    return {name: now, "limit": limit} if now > limit else None
+
+
+def kl_drift(history: History, *, steps: float, limit: float) -> Evidence | None:
+    return above(history, "kl", steps, limit)
+
+
+def clip_fraction(history: History, *, steps: float, limit: float) -> Evidence | None:
+    return above(history, _CLIPPED, steps, limit)
+
+
+def sampler_mismatch(history: History, *, steps: float, limit: float) -> Evidence | None:
+    return above(history, _MISMATCH, steps, limit)
+
+
+def ratio_tails(history: History, *, steps: float, limit: float) -> Evidence | None:
+    fired = history.lasts(int(steps), lambda r: get(r, RATIO_MAX) > limit)
+    return {RATIO_MAX: get(history.newest, RATIO_MAX), "limit": limit} if fired else None
+
+
+def advantage_collapse(history: History, *, steps: float, limit: float, mastered: float) -> Evidence | None:
+    """Almost no group has a spread of rewards, and not because most of them are solved."""
+    equal, right = history.now(_ZERO_STD, int(steps)), history.now(ALL_RIGHT, int(steps))
+    return {_ZERO_STD: equal, ALL_RIGHT: right} if equal > limit and not right >= mastered else None
+
+
+def all_wrong(history: History, *, steps: float, limit: float) -> Evidence | None:
+    return above(history, ALL_WRONG, steps, limit)
+
+
+def mastered_prompts(history: History, *, steps: float, limit: float) -> Evidence | None:
+    return above(history, ALL_RIGHT, steps, limit)
+
+
+def reward_falls(history: History, *, steps: float, stds: float) -> Evidence | None:
+    start, now, std = history.start("reward"), history.now("reward", int(steps)), history.start("reward_std")
+    fired = not history.is_young and std > 0 and now < start - stds * std
+    return {"reward": now, "start": start, "reward_std": std} if fired else None
+
+
+def reward_without_score(history: History, *, evals: float, reward_gain: float, score_gain: float) -> Evidence | None:
+    """Reward rose since the first evaluation while the held-out score did not."""
+    scored = [r for r in history.evaluated if math.isfinite(get(r, DEV_SCORE)) and math.isfinite(get(r, "reward"))]
+    if len(scored) < evals:
+        return None
+    # The earliest against the mean of the last two: one lucky evaluation neither fires nor hides it.
+    reward = mean([get(r, "reward") for r in scored[-2:]]) - get(scored[0], "reward")
+    score = mean([get(r, DEV_SCORE) for r in scored[-2:]]) - get(scored[0], DEV_SCORE)
+    return {"reward_gain": reward, "score_gain": score} if reward > reward_gain and score < score_gain else None
+
+
+def length_spiral(history: History, *, steps: float, times: float, tokens: float) -> Evidence | None:
+    start, now = history.start(_LENGTH), history.now(_LENGTH, int(steps))
+    return (
+        {_LENGTH: now, "start": start}
+        if not history.is_young and now > times * start and now > start + tokens
+        else None
+    )
+
+
+def truncation_spiral(history: History, *, steps: float, limit: float, rise: float) -> Evidence | None:
+    start, now = history.start(_TRUNCATED), history.now(_TRUNCATED, int(steps))
+    return {_TRUNCATED: now, "start": start} if not history.is_young and now > limit and now > start + rise else None
+
+
+def rollout_starvation(history: History, *, steps: float, limit: float) -> Evidence | None:
+    rollout, train = history.now(ROLLOUT_S, int(steps)), history.now(TRAIN_S, int(steps))
+    idle = rollout / (rollout + train) if rollout + train > 0 else math.nan
+    return {"trainer_idle": idle, ROLLOUT_S: rollout, TRAIN_S: train} if idle > limit else None

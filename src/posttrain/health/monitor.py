@@ -1,0 +1,82 @@
+"""Runs the rules over a run's step reports; all it remembers is bounded and can be saved."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from posttrain.health.history import History, get, mean, values
+from posttrain.health.rules import Rule, rules_for
+from posttrain.types import Finding, StepReport
+
+WINDOW_STEPS = 64
+START_STEPS = 8
+KEPT_EVALS = 32
+QUIET_STEPS = 25
+_EVAL_METRICS = ("eval_loss", "eval_score")
+_REWARD_STEPS = 10
+
+
+class Monitor:
+    """Give it every step report; a rule that fired stays quiet for `QUIET_STEPS` steps."""
+
+    def __init__(self, kind: str, rules: Sequence[Rule] | None = None, window: int = WINDOW_STEPS) -> None:
+        self._rules = tuple(rules if rules is not None else rules_for(kind))
+        self._first: list[StepReport] = []
+        self._recent: deque[StepReport] = deque(maxlen=window)
+        self._evaluated: deque[StepReport] = deque(maxlen=KEPT_EVALS)
+        self._fired: dict[str, int] = {}
+
+    def observe(self, report: StepReport) -> list[Finding]:
+        """What the rules find now that `report` is the newest."""
+        if len(self._first) < START_STEPS:
+            self._first.append(report)
+        self._recent.append(report)
+        if any(math.isfinite(get(report, name)) for name in _EVAL_METRICS):
+            reward = mean(values(list(self._recent)[-_REWARD_STEPS:], "reward"))
+            self._evaluated.append(StepReport(report.step, {**report.metrics, "reward": reward}))
+        history = History(tuple(self._first), tuple(self._recent), tuple(self._evaluated))
+        return [finding for rule in self._rules if (finding := self._apply(rule, history)) is not None]
+
+    def _apply(self, rule: Rule, history: History) -> Finding | None:
+        step = history.newest.step
+        if step - self._fired.get(rule.name, -QUIET_STEPS) < QUIET_STEPS:
+            return None
+        finding = apply(rule, history)
+        if finding is not None:
+            self._fired[rule.name] = step
+        return finding
+
+    def state(self) -> dict[str, Any]:
+        """Everything it remembers, as JSON values, for an exact resume."""
+        reports = {"first": self._first, "recent": self._recent, "evaluated": self._evaluated}
+        return {name: [_to_json(report) for report in kept] for name, kept in reports.items()} | {
+            "fired": dict(self._fired)
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._first = [_from_json(row) for row in state["first"]]
+        self._recent = deque((_from_json(row) for row in state["recent"]), maxlen=self._recent.maxlen)
+        self._evaluated = deque((_from_json(row) for row in state["evaluated"]), maxlen=KEPT_EVALS)
+        self._fired = {str(name): int(step) for name, step in state["fired"].items()}
+
+
+def apply(rule: Rule, history: History) -> Finding | None:
+    """One rule on one history: pure."""
+    evidence = rule.check(history, **rule.thresholds)
+    if evidence is None:
+        return None
+    text = rule.message.format(**{name.replace("/", "_"): value for name, value in evidence.items()})
+    return Finding(rule.name, rule.severity, history.newest.step, evidence, rule.action, f"{text}. {rule.advice}")
+
+
+def _to_json(report: StepReport) -> list[Any]:
+    # Non-finite numbers as text: strict JSON has no NaN.
+    numbers = {name: float(value) for name, value in report.metrics.items()}
+    return [report.step, {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}]
+
+
+def _from_json(row: Sequence[Any]) -> StepReport:
+    return StepReport(int(row[0]), {name: float(value) for name, value in row[1].items()})

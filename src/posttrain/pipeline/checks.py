@@ -1,0 +1,73 @@
+"""What is refused before any work: stages in an order that cannot learn, gates that cannot decide, models that do not fit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from posttrain.config.pipeline import GateKeys, PipelineKeys, SuiteKeys
+from posttrain.errors import ConfigError
+from posttrain.evals.suite import Suite, load_suite
+from posttrain.gate.decide import plan
+from posttrain.gate.spec import GateSpec
+from posttrain.models.export import was_tuned_by_us
+from posttrain.models.load import load_config, load_tokenizer, missing_chat_template, model_shape
+from posttrain.models.device import place
+from posttrain.planner.machine import available_bytes
+from posttrain.planner.memory import Workload, cannot_fit, estimate_memory, fits, shortfall
+from posttrain.planner.shape import ModelShape
+
+log = logging.getLogger(__name__)
+
+
+def check_all(keys: PipelineKeys) -> dict[str, tuple[Suite, SuiteKeys]]:
+    """Everything that can be known before the first step. Returns the suites. Raises: PosttrainError."""
+    check_memory(keys)
+    check_order(keys)
+    suites = {name: (load_suite(name, Path(suite.path)), suite) for name, suite in keys.evals.items()}
+    for gate in gates_of(keys):
+        for line in plan_gate(gate, suites):
+            log.info("gate: %s", line)
+    return suites
+
+
+def gates_of(keys: PipelineKeys) -> list[GateKeys]:
+    return [gate for gate in (*(stage.keys.gate for stage in keys.stages), keys.gate) if gate is not None]
+
+
+def plan_gate(gate: GateKeys, suites: Mapping[str, tuple[Suite, SuiteKeys]]) -> list[str]:
+    """What each test can detect. Raises: GateError with the number of items a margin needs."""
+    sizes = {name: suite.sizes(gate.split) for name, (suite, _) in suites.items()}
+    return plan(GateSpec.from_keys(gate), {name: size for name, size in sizes.items() if size[0]})
+
+
+def check_order(keys: PipelineKeys) -> None:
+    """Raises: ConfigError if preference optimisation or RL would start on a raw base."""
+    first = keys.stages[0]
+    allowed = keys.allow_raw_base or getattr(first.keys, "allow_raw_base", False)
+    if first.kind == "sft" or allowed or was_tuned_by_us(keys.base_model):
+        return
+    tokenizer = load_tokenizer(first.keys)
+    if missing_chat_template(tokenizer):
+        raise ConfigError(
+            f"{first.kind} would start on a raw base: {keys.base_model} has no chat template, so it was never tuned to answer. "
+            "Preferences and rewards then mostly see noise: put an sft stage first, or set allow_raw_base: true"
+        )
+    log.warning("%s has a chat template but no record of ours; taken as tuned, %s starts on it", keys.base_model, first.kind)
+
+
+def check_memory(keys: PipelineKeys) -> None:
+    """Raises: ConfigError, in one line, for the first stage that cannot fit, whatever its data."""
+    available = available_bytes()
+    shape = ModelShape.from_config(model_shape(load_config(keys.stages[0].keys)))
+    placement = place(keys.stages[0].keys)
+    if available is None or placement.device.type != "cpu":
+        return
+    for stage in keys.stages:
+        has_bf16 = placement.autocast_dtype is not None
+        estimate = estimate_memory(shape, Workload.from_keys(stage.kind, stage.keys.model_dump(), device_has_bf16=has_bf16))
+        if cannot_fit(estimate, available):
+            raise ConfigError(f"{stage.kind}: {shortfall(estimate, available, keys.base_model)}")
+        if not fits(estimate, available):
+            log.warning("%s: %s", stage.kind, shortfall(estimate, available, keys.base_model))

@@ -1,0 +1,63 @@
+"""From a run's records to manifests, a registered version and an alias."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import posttrain
+from posttrain.config.pipeline import PipelineKeys
+from posttrain.errors import RegistryError
+from posttrain.files import digest_json, read_json
+from posttrain.pipeline.judge import last_verdict
+from posttrain.pipeline.state import RunState
+from posttrain.registry.manifest import CERTIFICATE, MODEL, Manifest, code_digest, environment_pins
+from posttrain.registry.registry import Registry
+
+
+def manifests(keys: PipelineKeys, state: RunState, folder: Path) -> list[Manifest]:
+    """One per stage that the final model went through, chained."""
+    chain: list[Manifest] = []
+    common = {"code": code_digest(Path(posttrain.__file__).parent), "environment": digest_json(environment_pins())}
+    common |= {f"suite.{name}": digest for name, digest in state.pins.items() if name.startswith("evals.")}
+    for index in range(1, len(keys.stages) + 1):
+        entry = state.stage(index)
+        if entry is None:
+            break
+        prefix = f"stages.{index}.{entry.kind}."
+        inputs = {MODEL: chain[-1].outputs[MODEL] if chain else state.pins["base_model"], "config": entry.input_digest, **common}
+        inputs |= {name.removeprefix(prefix): digest for name, digest in state.pins.items() if name.startswith(prefix)}
+        certificate = folder / "certificate.json"
+        if entry.kind == "grpo" and keys.stages[index - 1].keys.model_dump().get("reward_check") == "require" and certificate.exists():
+            inputs[CERTIFICATE] = digest_json(read_json(certificate))
+        details = {"steps": entry.steps, "tokens": entry.tokens, "wall_s": round(entry.wall_s, 1), "attempt": entry.attempt,
+                   "learning_rate": keys.stages[index - 1].keys.learning_rate, "changed": dict(entry.changed)}  # fmt: skip
+        manifest = Manifest(entry.kind, inputs, {MODEL: entry.output_digest}, details=details)
+        chain.append(manifest.after(chain[-1]) if chain else manifest)
+    return chain
+
+
+def register(keys: PipelineKeys, state: RunState, folder: Path) -> dict[str, Any]:
+    """Register the final model and promote it. What is held, or refused, is registered without the alias."""
+    target, verdict = keys.register_, last_verdict(state, folder)
+    assert target is not None and verdict is not None, "only a model with a verdict is registered"
+    chain = manifests(keys, state, folder)
+    final = state.stage(len(chain))
+    assert final is not None, "the chain ends at a stage that ran"
+    certificate = folder / "certificate.json"
+    certificates = [read_json(certificate)] if certificate.exists() else []
+    registry = Registry(Path(target.registry))
+    try:
+        evidence = {"evals": folder / "evals", "gates": folder / "gates", "config": folder / "config.yaml"}
+        entry = registry.register(target.name, folder / final.folder / "model", chain, verdict, certificates, evidence=evidence)
+        held = sorted({rule for index in range(1, len(chain) + 1) for rule in (state.stage(index) or final).held})
+        if held:
+            registry.tag(entry.name, entry.version, "hold", f"health: {', '.join(held)}")
+        record = {"name": entry.name, "version": entry.version, "digest": entry.digest, "alias": None, "registry": target.registry}
+        try:
+            registry.promote(entry.name, entry.version, target.alias, verdict)
+        except RegistryError as refusal:
+            return record | {"refused": str(refusal), "message": f"registered {entry.name}@{entry.version}, not promoted: {refusal}"}
+        return record | {"alias": target.alias, "message": f"registered {entry.name}@{entry.version}, now {target.alias}"}
+    finally:
+        registry.close()

@@ -1,0 +1,121 @@
+"""Which rows make up which step: a pure function of (data, seed, step), so a data cursor is a step count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from posttrain.config.stages import TrainKeys
+from posttrain.data.dataset import Dataset
+from posttrain.errors import DataError
+from posttrain.protocols import Topology
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch(Generic[T]):
+    """Rows that go through the model together. `idle` ones keep a rank in step with the others and weigh nothing."""
+
+    rows: list[T]
+    idle: bool = False
+
+
+@dataclass(frozen=True)
+class Schedule(Generic[T]):
+    """The optimizer steps of a stage over `data`."""
+
+    data: Dataset[T]
+    seed: int
+    micro_per_step: int
+    rows_per_micro: int
+    tokens_per_micro: int | None
+    size: Callable[[T], int]
+    _plans: dict[int, list[list[int]]] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, data: Dataset[T], keys: TrainKeys, topology: Topology, size: Callable[[T], int]) -> Schedule[T]:
+        packing = getattr(keys, "packing", False)
+        return cls(
+            data=data,
+            seed=keys.seed,
+            micro_per_step=keys.gradient_accumulation_steps * topology.world_size,
+            rows_per_micro=keys.per_device_train_batch_size,
+            tokens_per_micro=keys.per_device_train_batch_size * keys.sequence_len if packing else None,
+            size=size,
+        )
+
+    def total_steps(self, keys: TrainKeys) -> int:
+        """Raises: DataError if the data makes no step."""
+        if keys.max_steps > 0:
+            return keys.max_steps
+        whole, part = divmod(keys.num_train_epochs, 1)
+        steps = sum(self.steps_in(epoch) for epoch in range(int(whole)))
+        steps += math.ceil(part * self.steps_in(int(whole))) if part else 0
+        if not steps:
+            raise DataError(f"{len(self.data)} rows for {keys.num_train_epochs} epochs make no optimizer step; raise num_train_epochs")
+        return steps
+
+    def steps_in(self, epoch: int) -> int:
+        return math.ceil(len(self._epoch(epoch)) / self.micro_per_step)
+
+    def step(self, number: int) -> list[list[T]]:
+        """The micro-batches of optimizer step `number`, counted from 0, over all ranks."""
+        epoch, first = self.locate(number)
+        micros = self._epoch(epoch)[first * self.micro_per_step : (first + 1) * self.micro_per_step]
+        return [[self.data.rows[index] for index in micro] for micro in micros]
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """Epoch and step within it."""
+        epoch = 0
+        while number >= (steps := self.steps_in(epoch)):
+            number -= steps
+            epoch += 1
+        return epoch, number
+
+    def epoch_after(self, number: int) -> float:
+        """Passes over the data once step `number` is done, as TRL logs it."""
+        epoch, first = self.locate(number)
+        return epoch + (first + 1) / self.steps_in(epoch)
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        """The epoch's micro-batches as row indices; the last two epochs asked for are kept."""
+        if epoch not in self._plans:
+            self._plans[epoch] = self._plan(epoch)
+            for old in sorted(self._plans)[:-2]:
+                del self._plans[old]
+        return self._plans[epoch]
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        order = self.data.order(self.seed, epoch)
+        if self.tokens_per_micro is None:
+            return [order[i : i + self.rows_per_micro] for i in range(0, len(order), self.rows_per_micro)]
+        return fill_by_tokens(order, lambda index: self.size(self.data.rows[index]), self.tokens_per_micro)
+
+
+def fill_by_tokens(order: Sequence[int], size: Callable[[int], int], budget: int) -> list[list[int]]:
+    """Rows in order, a new micro-batch wherever the next row would exceed the budget; nothing is split or dropped."""
+    micros: list[list[int]] = []
+    used = budget + 1
+    for index in order:
+        tokens = size(index)
+        if used + tokens > budget:
+            micros.append([])
+            used = 0
+        micros[-1].append(index)
+        used += tokens
+    return micros
+
+
+def for_rank(micros: Sequence[list[T]], topology: Topology) -> list[MicroBatch[T]]:
+    """This rank's micro-batches of a step. Every rank gets as many: collectives inside the model must match."""
+    mine = [MicroBatch(rows) for rows in topology.shard(micros)]
+    while len(mine) < math.ceil(len(micros) / topology.world_size):
+        mine.append(MicroBatch(micros[0], idle=True))
+    return mine
+
+
+def flat(micros: Sequence[Sequence[Any]]) -> list[Any]:
+    return [row for micro in micros for row in micro]

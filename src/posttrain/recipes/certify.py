@@ -1,0 +1,52 @@
+"""Proves the rewards of an RL stage on its own prompts and its own starting policy, before the first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from posttrain.config.stages import GRPOKeys
+from posttrain.data.load import load_prompts
+from posttrain.errors import RewardError
+from posttrain.files import write_json
+from posttrain.models.load import load_policy, load_tokenizer, stop_token_ids
+from posttrain.rewards.cases import Sample, cases_of
+from posttrain.rewards.certificate import Certificate, check_rewards
+from posttrain.rewards.workers import RewardPool
+from posttrain.rollout.collect import sample_groups
+from posttrain.rollout.embedded import EmbeddedEngine
+from posttrain.types import SamplingParams
+
+_NUM_CASES = 50
+_SAMPLES_PER_CASE = 4
+
+
+def certify(keys: GRPOKeys, path: Path) -> Certificate:
+    """Check the rewards as training will call them, with completions of the starting policy; write `path`."""
+    tokenizer = load_tokenizer(keys)
+    rows = load_prompts(keys, tokenizer).rows
+    cases = cases_of([prompt for prompt, _ in rows], limit=_NUM_CASES)
+    policy = load_policy(keys.model_copy(update={"adapter": "none"}), tokenizer=tokenizer, trainable=False)
+    engine = EmbeddedEngine(policy, stop_token_ids=stop_token_ids(policy.base, tokenizer), batch_size=keys.rollout_batch_size)
+    params = SamplingParams(keys.max_completion_length, keys.temperature, keys.top_p, keys.top_k, keys.min_p)
+    chosen = rows[: len(cases)]
+    groups = sample_groups(engine, chosen, _SAMPLES_PER_CASE, params, (keys.seed, -1), range(len(chosen)), None)
+    samples = [
+        Sample(case, str(tokenizer.decode(list(completion.ids), skip_special_tokens=True)))
+        for case, group in enumerate(groups)
+        for completion in group
+    ]
+    with RewardPool(keys.reward_funcs, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s) as pool:
+        certificate = check_rewards(pool, cases, samples, tokenize=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+    write_json(path, certificate.to_json())
+    return certificate
+
+
+def require(certificate: Certificate) -> None:
+    """Raises: RewardError, listing what failed, unless the rewards passed (or passed as far as they could be checked)."""
+    if certificate.verdict == "fail":
+        reasons = "\n".join(f"  - {reason}" for reason in certificate.failures[:8])
+        raise RewardError(
+            f"the rewards did not pass their check, so RL does not start:\n{reasons}\n"
+            "fix the reward (posttrain rewards check CONFIG shows every case), or set reward_check: off to train a model "
+            "that cannot be promoted"
+        )

@@ -1,0 +1,81 @@
+"""A model folder, suites in, reports out. What was already measured on the same items is not measured again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.pipeline import SuiteKeys
+from posttrain.config.stages import ModelKeys
+from posttrain.data.template import render_chat
+from posttrain.evals.run import Evaluator, decoding_of
+from posttrain.evals.suite import Suite
+from posttrain.models.export import source_digest
+from posttrain.models.load import load_policy, load_tokenizer, stop_token_ids
+from posttrain.rollout.embedded import EmbeddedEngine
+from posttrain.rollout.sampling import request_seed
+from posttrain.types import EvalReport, Text
+
+Shown = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class TokenizerCodec:
+    """Renders prompts with the tokenizer's chat template, or as plain text."""
+
+    tokenizer: Any
+
+    def encode_prompt(self, prompt: Text) -> tuple[int, ...]:
+        if isinstance(prompt, str) or not getattr(self.tokenizer, "chat_template", None):
+            text = prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
+            return tuple(self.tokenizer(text)["input_ids"])
+        return tuple(render_chat(self.tokenizer, prompt, (), add_generation_prompt=True))
+
+    def encode_answer(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def evaluate(
+    model: ModelKeys, suites: Sequence[tuple[Suite, SuiteKeys]], split: str, folder: Path, progress: Shown | None = None
+) -> dict[str, EvalReport]:
+    """Reports by suite, written to `folder/<suite>-<split>/`. The model is loaded only if one is missing there."""
+    digest = source_digest(model.base_model)
+    reports: dict[str, EvalReport] = {}
+    missing: list[tuple[Suite, SuiteKeys]] = []
+    for suite, keys in suites:
+        report = _stored(folder / f"{suite.name}-{split}")
+        if report is not None and (report.model_digest, report.suite_digest) == (digest, suite.digest(split, decoding_of(keys))):
+            reports[suite.name] = report
+        else:
+            missing.append((suite, keys))
+    if missing:
+        evaluator = _evaluator(model, digest, progress)
+        for suite, keys in missing:
+            reports[suite.name] = evaluator.run(suite, keys, split)
+            reports[suite.name].save(folder / f"{suite.name}-{split}")
+    return {suite.name: reports[suite.name] for suite, _ in suites}
+
+
+def summary(reports: Mapping[str, EvalReport]) -> str:
+    return ", ".join(f"{name} {report.mean:.3f}" for name, report in reports.items())
+
+
+def _evaluator(model: ModelKeys, digest: str, progress: Shown | None) -> Evaluator:
+    policy = load_policy(model, tokenizer=load_tokenizer(model), trainable=False)
+    engine = EmbeddedEngine(policy, stop_token_ids=stop_token_ids(policy.base, policy.tokenizer))
+    return Evaluator(engine, TokenizerCodec(policy.tokenizer), digest, request_seed, progress or (lambda name, done, total: None))
+
+
+def _stored(folder: Path) -> EvalReport | None:
+    """A report from an earlier start; one that does not match its items is measured again."""
+    if not (folder / "report.json").exists():
+        return None
+    try:
+        return EvalReport.load(folder)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

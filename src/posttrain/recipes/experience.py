@@ -1,0 +1,265 @@
+"""A generation batch: completions with their log-probs and advantages, ready to be trained on, once or several times."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from posttrain.config.stages import GRPOKeys
+from posttrain.models.batch import pack
+from posttrain.models.policy import Policy
+from posttrain.objectives.advantages import AdvantageSpec, as_rewards, compute_advantages, soft_overlong_penalty
+from posttrain.objectives.policy import advantage_estimator_of
+from posttrain.objectives.terms import spec_from
+from posttrain.protocols import Engine, Topology
+from posttrain.rollout.collect import PromptRow, ScoreRewards, sample_groups, score_groups, stop_test
+from posttrain.types import Rollout, RolloutGroup, SamplingParams, TokenSeq
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """A completion and all that its update needs. Log-probs have one entry per completion token."""
+
+    ids: tuple[int, ...]
+    start: int
+    behavior_logp: tuple[float, ...]
+    old_logp: tuple[float, ...]
+    ref_logp: tuple[float, ...] | None
+    advantage: float
+    masked: bool
+
+    def as_seq(self) -> TokenSeq:
+        trained = not self.masked
+        return TokenSeq(self.ids, (False,) * self.start + (trained,) * (len(self.ids) - self.start))
+
+    @property
+    def num_tokens(self) -> int:
+        return 0 if self.masked else len(self.ids) - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """This rank's groups of one generation batch, and where the prompts went on from."""
+
+    generation: int
+    next_prompt: int
+    groups: tuple[tuple[Trajectory, ...], ...]
+    metrics: dict[str, float]
+
+    def part(self, index: int, num_parts: int) -> list[tuple[Trajectory, ...]]:
+        """The groups of one of `steps_per_generation` optimizer steps."""
+        size = math.ceil(len(self.groups) / num_parts)
+        return list(self.groups[index * size : (index + 1) * size])
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Experience:
+        groups = tuple(
+            tuple(Trajectory(**{k: tuple(v) if isinstance(v, list) else v for k, v in t.items()}) for t in group)
+            for group in record["groups"]
+        )
+        return cls(record["generation"], record["next_prompt"], groups, record["metrics"])
+
+
+class Collector:
+    """Makes experience: samples, scores, computes advantages over all ranks."""
+
+    def __init__(
+        self, keys: GRPOKeys, policy: Policy, engine: Engine, score: ScoreRewards, topology: Topology,
+        prompt_at: Callable[[int], PromptRow],
+    ) -> None:  # fmt: skip
+        self._keys, self._policy, self._engine, self._score = keys, policy, engine, score
+        self._topology, self._prompt_at = topology, prompt_at
+        self._params = SamplingParams(
+            max_tokens=keys.max_completion_length, temperature=keys.temperature,
+            top_p=keys.top_p, top_k=keys.top_k, min_p=keys.min_p,
+        )  # fmt: skip
+        self.latest: list[RolloutGroup] = []
+
+    def collect(self, generation: int, first_prompt: int) -> Experience:
+        """Generation batch number `generation`, from prompt `first_prompt` of the run's endless shuffled prompts."""
+        groups, next_prompt, rounds = self._sampled(generation, first_prompt)
+        self.latest = groups
+        columns, kl = self._reward_columns(groups)
+        everyone = self._topology.gather(columns)
+        rank = self._topology.rank
+        before = sum(len(rows) for rows in everyone[:rank])
+        spec = spec_from(AdvantageSpec, self._keys)
+        weights = list(self._keys.reward_weights or [1.0] * len(self._keys.reward_funcs))
+        spec = _replace(spec, weights, as_width=len(everyone[rank][0]) if columns else len(weights), loss_type=self._keys.loss_type)
+        rewards_BK = as_rewards([row for rows in everyone for row in rows])
+        group_B = torch.arange(len(rewards_BK)) // self._keys.num_generations
+        advantages = compute_advantages(rewards_BK, group_B, spec)
+        mine = advantages.advantage_B[before : before + len(columns)].tolist()
+        trajectories = self._trajectories(groups, iter(mine))
+        metrics = self._metrics(groups, rewards_BK, advantages.reward_B, advantages.zero_std_P, group_B)
+        if kl is not None:
+            metrics["kl_in_reward"] = kl
+        if self._keys.dynamic_sampling:
+            metrics["sampling/rounds"] = float(rounds)
+        return Experience(generation, next_prompt, trajectories, metrics)
+
+    # --- sampling ----------------------------------------------------------------------------------------------
+
+    def _sampled(self, generation: int, first_prompt: int) -> tuple[list[RolloutGroup], int, int]:
+        """This rank's groups. With dynamic sampling, groups without a difference in reward are replaced by new prompts."""
+        keys, wanted, kept = self._keys, self._keys.num_prompts_per_step, list[RolloutGroup]()
+        cursor, rounds, total = first_prompt, 0, 0
+        spare: list[RolloutGroup] = []
+        while True:
+            numbers = list(range(cursor, cursor + wanted - total))
+            cursor += len(numbers)
+            rounds += 1
+            fresh = self._rollout(generation, self._topology.shard(numbers))
+            good = [group for group in fresh if not keys.dynamic_sampling or _has_spread(group)]
+            kept += good
+            spare += [group for group in fresh if group not in good]
+            total = sum(self._topology.gather(len(kept)))
+            if total >= wanted or rounds >= keys.dynamic_sampling_max_rounds or not keys.dynamic_sampling:
+                break
+        if total == 0:
+            # Nothing to learn from: go on with what there is, which the zero-spread metrics then show.
+            kept = spare[: max(1, wanted // self._topology.world_size)]
+        return kept, cursor, rounds
+
+    def _rollout(self, generation: int, numbers: Sequence[int]) -> list[RolloutGroup]:
+        rows = [self._prompt_at(number) for number in numbers]
+        if not rows:
+            return []
+        completions = sample_groups(
+            self._engine, rows, self._keys.num_generations, self._params,
+            (self._keys.seed, generation), numbers, stop_test(self._keys.stop, self._decode),
+        )  # fmt: skip
+        return score_groups(rows, completions, self._decode, self._score)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._policy.tokenizer.decode(list(ids), skip_special_tokens=True)  # pyright: ignore[reportReturnType]
+
+    # --- rewards -----------------------------------------------------------------------------------------------
+
+    def _reward_columns(self, groups: Sequence[RolloutGroup]) -> tuple[list[list[float | None]], float | None]:
+        """One row per completion: the reward functions, then the shaping terms that are switched on."""
+        keys = self._keys
+        rows = [_parts(rollout) for group in groups for rollout in group.rollouts]
+        if keys.soft_overlong_cache:
+            lengths = [len(rollout.completion.ids) for group in groups for rollout in group.rollouts]
+            for row, length in zip(rows, lengths, strict=True):
+                row.append(soft_overlong_penalty(length, keys.max_completion_length, keys.soft_overlong_cache))
+        if not (keys.kl_in_reward and keys.beta):
+            return rows, None
+        kls = [kl for group in groups for kl in self._sequence_kl(group)]
+        for row, kl in zip(rows, kls, strict=True):
+            row.append(-keys.beta * kl)
+        return rows, sum(kls) / max(1, len(kls))
+
+    def _sequence_kl(self, group: RolloutGroup) -> list[float]:
+        """k1 summed over each completion."""
+        reference = self._reference_logp(group)
+        return [
+            sum(rollout.completion.logp) - sum(ref) for rollout, ref in zip(group.rollouts, reference, strict=True)
+        ]
+
+    def _reference_logp(self, group: RolloutGroup) -> list[list[float]]:
+        batch = pack([[_sequence(group, rollout.completion.ids) for rollout in group.rollouts]])
+        logp_M = self._policy.reference_logp(batch, self._keys.temperature)
+        return [part.tolist() for part in logp_M.split(batch.lengths_S().tolist())]
+
+    @torch.no_grad()
+    def _trainer_logp(self, group: RolloutGroup) -> list[list[float]]:
+        batch = pack([[_sequence(group, rollout.completion.ids) for rollout in group.rollouts]])
+        logp_M = self._policy.score(batch, temperature=self._keys.temperature).logp_M
+        return [part.tolist() for part in logp_M.split(batch.lengths_S().tolist())]
+
+    # --- trajectories and metrics ------------------------------------------------------------------------------
+
+    def _trajectories(self, groups: Sequence[RolloutGroup], advantages: Any) -> tuple[tuple[Trajectory, ...], ...]:
+        keys = self._keys
+        needs_reference = keys.beta > 0 and not keys.kl_in_reward
+        result: list[tuple[Trajectory, ...]] = []
+        for group in groups:
+            reference = self._reference_logp(group) if needs_reference else [None] * len(group.rollouts)
+            # The embedded engine's log-probs are the trainer's own; another sampler's are corrected for.
+            corrected = keys.importance_sampling_correction != "off"
+            old = self._trainer_logp(group) if corrected else [r.completion.logp for r in group.rollouts]
+            result.append(tuple(
+                Trajectory(
+                    ids=group.prompt_ids + rollout.completion.ids, start=len(group.prompt_ids),
+                    behavior_logp=rollout.completion.logp, old_logp=tuple(old_logp),
+                    ref_logp=None if ref is None else tuple(ref), advantage=next(advantages),
+                    masked=keys.mask_truncated_completions and rollout.completion.finish == "length",
+                )
+                for rollout, ref, old_logp in zip(group.rollouts, reference, old, strict=True)
+            ))  # fmt: skip
+        return tuple(result)
+
+    def _metrics(
+        self, groups: Sequence[RolloutGroup], rewards_BK: torch.Tensor, reward_B: torch.Tensor, zero_std_P: torch.Tensor, group_B: torch.Tensor
+    ) -> dict[str, float]:
+        """Under TRL's names; over all ranks."""
+        rollouts = [(len(r.completion.ids), r.completion.finish) for group in groups for r in group.rollouts]
+        everyone = [pair for rank in self._topology.gather(rollouts) for pair in rank]
+        lengths = [length for length, _ in everyone]
+        ended = [length for length, finish in everyone if finish != "length"]
+        scored_B = reward_B[~reward_B.isnan()]
+        metrics = {
+            "reward": float(scored_B.mean()),
+            "reward_std": float(scored_B.std()) if scored_B.numel() > 1 else 0.0,
+            "frac_reward_zero_std": float(zero_std_P.double().mean()),
+            "frac_unscored": float(reward_B.isnan().double().mean()),
+            "completions/mean_length": sum(lengths) / len(lengths),
+            "completions/min_length": float(min(lengths)),
+            "completions/max_length": float(max(lengths)),
+            "completions/clipped_ratio": 1.0 - len(ended) / len(everyone),
+        }
+        if ended:
+            metrics |= {
+                "completions/mean_terminated_length": sum(ended) / len(ended),
+                "completions/min_terminated_length": float(min(ended)),
+                "completions/max_terminated_length": float(max(ended)),
+            }
+        metrics |= _split_zero_std(reward_B, zero_std_P, group_B)
+        names = list(groups[0].rollouts[0].reward.parts) if groups else []
+        for index, name in enumerate(names):
+            column = rewards_BK[:, index]
+            column = column[~column.isnan()]
+            metrics[f"rewards/{name}/mean"] = float(column.mean())
+            metrics[f"rewards/{name}/std"] = float(column.std()) if column.numel() > 1 else 0.0
+        return metrics
+
+
+def _split_zero_std(reward_B: torch.Tensor, zero_std_P: torch.Tensor, group_B: torch.Tensor) -> dict[str, float]:
+    """Groups without spread, all at the batch's best reward apart from the others: mastered prompts are no fault."""
+    best = float(reward_B.nan_to_num(nan=-math.inf).max())
+    first_P = torch.tensor([int((group_B == group).nonzero()[0]) for group in range(len(zero_std_P))])
+    at_best_P = reward_B[first_P] >= best
+    solved = float((zero_std_P & at_best_P & (best > float(reward_B.nan_to_num(nan=math.inf).min()))).double().mean())
+    return {"frac_reward_all_right": solved, "frac_reward_all_wrong": float(zero_std_P.double().mean()) - solved}
+
+
+def _parts(rollout: Rollout) -> list[float | None]:
+    """Reward per function; a completion that could not be scored counts in none of them."""
+    parts = list(rollout.reward.parts.values())
+    return [None] * len(parts) if rollout.status == "unscored" else parts
+
+
+def _has_spread(group: RolloutGroup) -> bool:
+    totals = {round(rollout.reward.total, 9) for rollout in group.rollouts if rollout.reward.total is not None}
+    return len(totals) > 1
+
+
+def _sequence(group: RolloutGroup, completion: Sequence[int]) -> TokenSeq:
+    start = len(group.prompt_ids)
+    return TokenSeq((*group.prompt_ids, *completion), (False,) * start + (True,) * len(completion))
+
+
+def _replace(spec: AdvantageSpec, weights: list[float], *, as_width: int, loss_type: str) -> AdvantageSpec:
+    """Shaping columns come after the reward functions and weigh 1; some losses are defined with their own baseline."""
+    estimator = advantage_estimator_of(loss_type, spec.advantage_estimator)
+    return replace(spec, reward_weights=weights + [1.0] * (as_width - len(weights)), advantage_estimator=estimator)
+

@@ -1,0 +1,67 @@
+"""Optimizer, learning-rate schedule and the update itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from posttrain.config.stages import TrainKeys
+from posttrain.errors import MissingExtraError, TrainingError
+from posttrain.models.policy import Policy
+from posttrain.protocols import Topology
+
+
+def make_optimizer(policy: Policy, keys: TrainKeys) -> torch.optim.Optimizer:
+    """AdamW over the trained weights; weight decay on matrices only."""
+    matrices = [p for _, p in policy.trainable() if p.ndim >= 2]
+    others = [p for _, p in policy.trainable() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": keys.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    options = {"lr": keys.learning_rate, "betas": (keys.adam_beta1, keys.adam_beta2), "eps": keys.adam_epsilon}
+    groups = [group for group in groups if group["params"]]
+    if keys.optim == "adamw_8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise MissingExtraError("optim: adamw_8bit needs bitsandbytes; pip install 'posttrain[qlora]'") from error
+        return AdamW8bit(groups, **options)
+    return torch.optim.AdamW(groups, fused=not policy.sharded, **options)
+
+
+_SHAPES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    # Hold, then decay linearly over the last fifth (Hu et al. 2024, MiniCPM, arXiv 2404.06395).
+    "wsd": lambda progress: min(1.0, (1.0 - progress) / 0.2),
+}
+
+
+def learning_rate(step: int, total_steps: int, keys: TrainKeys) -> float:
+    """Learning rate of optimizer step `step`, counted from 0; warmup and shapes are those of transformers."""
+    warmup = keys.warmup_steps or math.ceil(keys.warmup_ratio * total_steps)
+    if step < warmup:
+        return keys.learning_rate * step / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    shape = _SHAPES[keys.lr_scheduler_type](progress)
+    return keys.learning_rate * (keys.min_lr_ratio + (1.0 - keys.min_lr_ratio) * shape)
+
+
+def update(policy: Policy, optimizer: torch.optim.Optimizer, topology: Topology, keys: TrainKeys, lr: float, step: int) -> float:
+    """Clip, step, clear. Returns the gradient norm before clipping.
+
+    Raises: TrainingError, before any weight changes, if a gradient is not finite.
+    """
+    parameters = [p for _, p in policy.trainable()]
+    norm = topology.clip_grad_norm(parameters, keys.max_grad_norm)
+    if not math.isfinite(norm):
+        raise TrainingError(
+            f"step {step}: the gradient norm is {norm}; the weights are as before and nothing was saved over the last good "
+            "checkpoint. Lower learning_rate, or look at the data of this step"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

@@ -1,0 +1,242 @@
+"""RL with verifiable rewards: GRPO and its family. Read `run` from top to bottom.
+
+A generation batch of P prompts × G completions is sampled and scored, then trained on in `steps_per_generation`
+optimizer steps, `num_iterations` times over. Which member of the family it is, is a row of `POLICY_LOSSES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+
+from posttrain.config.stages import GRPOKeys
+from posttrain.data.dataset import Dataset
+from posttrain.data.load import PromptRow, load_prompts
+from posttrain.models.batch import pack
+from posttrain.models.load import load_policy, load_tokenizer, stop_token_ids
+from posttrain.models.policy import Policy
+from posttrain.objectives.policy import PolicyInputs, policy_loss
+from posttrain.objectives.reduce import Normalizer
+from posttrain.objectives.spec import PolicySpec
+from posttrain.objectives.terms import LossTerms, spec_from
+from posttrain.protocols import Engine, Topology
+from posttrain.recipes.batches import MicroBatch
+from posttrain.recipes.experience import Collector, Experience, Trajectory
+from posttrain.recipes.metrics import StepMetrics, check_finite
+from posttrain.recipes.optim import learning_rate, make_optimizer, update
+from posttrain.recipes.stage import Progress, Stage, StageResult
+from posttrain.recipes.validate import Validation
+from posttrain.rewards.workers import RewardPool, check_unscored
+from posttrain.rollout.collect import ScoreRewards, sample_groups, score_groups, stop_test
+from posttrain.rollout.embedded import EmbeddedEngine
+from posttrain.rollout.replica import replicate
+from posttrain.types import RewardBreakdown, SamplingParams
+
+Group = tuple[Trajectory, ...]
+
+
+def run(keys: GRPOKeys, stage: Stage) -> StageResult:
+    """Train `keys.base_model` on the prompts in `keys.datasets`; the result is in `stage.folder`."""
+    topology, spec = stage.topology, spec_from(PolicySpec, keys)
+    tokenizer = load_tokenizer(keys)
+    data = load_prompts(keys, tokenizer)
+    held_out = load_prompts(keys, tokenizer, sources=keys.eval_datasets) if keys.eval_datasets else None
+    policy = load_policy(keys, tokenizer=tokenizer).without_dropout()
+    engine = make_engine(policy, keys, topology)
+    policy.distribute(topology)
+    optimizer = make_optimizer(policy, keys)
+    if keys.beta:
+        policy.freeze_reference()
+
+    steps_per_batch = keys.steps_per_generation * keys.num_iterations
+    total_steps = _total_steps(keys, len(data))
+    progress = stage.resume(policy, optimizer, total_steps)
+    experience = _buffered(progress, topology)
+
+    with RewardPool(keys.reward_funcs, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s) as rewards:
+        score = partial(_scored, rewards)
+        collector = Collector(keys, policy, engine, score, topology, PromptStream(data, keys.seed))
+        validation = Validation(stage, partial(_validate, engine, score, held_out, keys, policy), lambda metrics: metrics["eval_reward"])
+
+        for step in range(progress.step, total_steps):
+            stage.begin_step(step)
+            generation, position = divmod(step, steps_per_batch)
+            if experience is None or experience.generation != generation:
+                engine.sync(version=step)
+                experience = collector.collect(generation, experience.next_prompt if experience else 0)
+                _show_sample(collector, stage, step + 1)
+            fresh = position == 0
+
+            groups = experience.part(position % keys.steps_per_generation, keys.steps_per_generation)
+            norm = _normalizer(groups, keys, topology)
+            metrics = StepMetrics()
+            policy.model.train()
+            for micro in _micro_batches(groups, keys, topology):
+                # The first step of a batch is on-policy: the ratio is 1 by definition, not by subtraction.
+                terms = loss(policy, micro.rows, spec, norm, keys, on_policy=steps_per_batch == 1)
+                (terms.loss * (0.0 if micro.idle else topology.world_size)).backward()
+                if not micro.idle:
+                    metrics.add(terms.metrics)
+                    metrics.add_share("loss", float(terms.loss.detach()))
+            lr = learning_rate(step, total_steps, keys)
+            values = metrics.reduced(topology) | (experience.metrics if fresh else {})
+            check_finite(values.setdefault("loss", 0.0), step + 1)
+            values |= _update(policy, optimizer, topology, keys, lr, step + 1) | {"learning_rate": lr}
+
+            progress.step, progress.tokens = step + 1, progress.tokens + int(norm.tokens)
+            progress.capture = partial(_captured, experience, topology)
+            values |= validation.if_due(progress.step, total_steps)
+            stage.finish_step(policy, optimizer, progress, values, last=progress.step == total_steps)
+            validation.remember_best(policy, optimizer, progress)
+
+        validation.restore_best(policy, optimizer)
+    return stage.done(policy, progress, validation.latest)
+
+
+def loss(
+    policy: Policy, groups: Sequence[Group], spec: PolicySpec, norm: Normalizer, keys: GRPOKeys, *, on_policy: bool
+) -> LossTerms:
+    """This micro-batch's share of the step's loss. The completions of a group attend to one copy of their prompt."""
+    batch = pack([[trajectory.as_seq() for trajectory in group] for group in groups])
+    flat = [trajectory for group in groups for trajectory in group]
+    scores = policy.score(batch, temperature=keys.temperature, entropy=True)
+    device = scores.logp_M.device
+    entropy_M = scores.entropy_M if keys.entropy_coef else _detached(scores.entropy_M)
+    inputs = PolicyInputs(
+        policy_logp_M=scores.logp_M,
+        advantage_S=torch.tensor([trajectory.advantage for trajectory in flat], device=device),
+        seq_M=batch.seq_M.to(device),
+        num_sequences=batch.num_sequences,
+        old_logp_M=None if on_policy else _per_token(flat, lambda trajectory: trajectory.old_logp, device),
+        ref_logp_M=None if flat[0].ref_logp is None else _per_token(flat, lambda trajectory: trajectory.ref_logp, device),
+        behavior_logp_M=_per_token(flat, lambda trajectory: trajectory.behavior_logp, device),
+        entropy_M=entropy_M,
+    )
+    terms = policy_loss(inputs, _without_kl(spec) if keys.kl_in_reward else spec, norm)
+    return policy.with_aux_loss(terms, scores, share=batch.num_sequences / norm.sequences)
+
+
+class PromptStream:
+    """The run's endless row of prompts: epoch after epoch, each shuffled by (seed, epoch)."""
+
+    def __init__(self, data: Dataset[PromptRow], seed: int) -> None:
+        self._data = data
+        self._order = lru_cache(maxsize=2)(partial(data.order, seed))
+
+    def __call__(self, number: int) -> PromptRow:
+        epoch, place = divmod(number, len(self._data))
+        return self._data.rows[self._order(epoch)[place]]
+
+
+def make_engine(policy: Policy, keys: GRPOKeys, topology: Topology) -> EmbeddedEngine:
+    """An engine on the policy's own weights; on a whole copy of them where the policy is sharded."""
+    stops = stop_token_ids(policy.base, policy.tokenizer)
+    if topology.world_size == 1:
+        return EmbeddedEngine(policy, stop_token_ids=stops, batch_size=keys.rollout_batch_size)
+    copy, refresh = replicate(policy, topology)
+    return EmbeddedEngine(copy, stop_token_ids=stops, batch_size=keys.rollout_batch_size, refresh=refresh)
+
+
+def _update(
+    policy: Policy, optimizer: torch.optim.Optimizer, topology: Topology, keys: GRPOKeys, lr: float, step: int
+) -> dict[str, float]:
+    """A step without any gradient (no group had a difference in reward) moves nothing, not even by AdamW's momentum."""
+    if not any(parameter.grad is not None for _, parameter in policy.trainable()):
+        return {}
+    return {"grad_norm": update(policy, optimizer, topology, keys, lr, step)}
+
+
+def _micro_batches(groups: Sequence[Group], keys: GRPOKeys, topology: Topology) -> list[MicroBatch[Group]]:
+    """Whole groups, about `per_device_train_batch_size` completions at a time, as many on every rank.
+
+    Groups whose advantages are all zero are left out where nothing else needs their gradient; they still count in the
+    normaliser.
+    """
+    needed = keys.entropy_coef > 0 or (keys.beta > 0 and not keys.kl_in_reward)
+    useful = [g for g in groups if needed or any(t.advantage and t.num_tokens for t in g)]
+    size = max(1, keys.per_device_train_batch_size // keys.num_generations)
+    micros = [MicroBatch(useful[i : i + size]) for i in range(0, len(useful), size)]
+    most = max(topology.gather(len(micros)))
+    return micros + [MicroBatch(list(groups[:1]), idle=True)] * (most - len(micros))
+
+
+def _normalizer(groups: Sequence[Group], keys: GRPOKeys, topology: Topology) -> Normalizer:
+    counts = [float(sum(t.num_tokens for group in groups for t in group)), float(sum(len(group) for group in groups))]
+    tokens, sequences = topology.sum(counts)
+    return Normalizer(tokens, sequences, max_tokens=keys.max_completion_length)
+
+
+def _per_token(
+    trajectories: Sequence[Trajectory], values: Callable[[Trajectory], Sequence[float] | None], device: torch.device
+) -> torch.Tensor:
+    return torch.tensor([value for t in trajectories if not t.masked for value in values(t) or ()], device=device)
+
+
+def _detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _without_kl(spec: PolicySpec) -> PolicySpec:
+    return replace(spec, beta=0.0)
+
+
+def _total_steps(keys: GRPOKeys, num_prompts: int) -> int:
+    if keys.max_steps > 0:
+        return keys.max_steps
+    batches = max(1, round(keys.num_train_epochs * num_prompts / keys.num_prompts_per_step))
+    return batches * keys.steps_per_generation * keys.num_iterations
+
+
+def _captured(experience: Experience, topology: Topology) -> dict[str, Any]:
+    return {"experience": topology.gather(experience.to_json())}
+
+
+def _buffered(progress: Progress, topology: Topology) -> Experience | None:
+    """The generation batch a checkpoint was taken in. Saved by another number of ranks, its groups are dealt anew."""
+    saved = progress.extra.get("experience")
+    if not saved:
+        return None
+    ranks = [Experience.from_json(record) for record in saved]
+    if len(ranks) == topology.world_size:
+        return ranks[topology.rank]
+    groups = tuple(topology.shard([group for rank in ranks for group in rank.groups]))
+    return Experience(ranks[0].generation, ranks[0].next_prompt, groups, ranks[0].metrics)
+
+
+def _scored(
+    rewards: RewardPool, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
+) -> list[RewardBreakdown]:
+    """Raises: RewardError if too many completions could not be scored."""
+    breakdowns = rewards.score(prompts, completions, columns)
+    check_unscored(breakdowns)
+    return breakdowns
+
+
+@torch.no_grad()
+def _validate(
+    engine: Engine, score: ScoreRewards, rows: Dataset[PromptRow] | None, keys: GRPOKeys, policy: Policy
+) -> dict[str, float]:
+    """Mean reward of greedy answers to the held-out prompts."""
+    if rows is None:
+        return {}
+
+    def decode(ids: Sequence[int]) -> str:
+        return policy.tokenizer.decode(list(ids), skip_special_tokens=True)  # pyright: ignore[reportReturnType]
+
+    params = SamplingParams(max_tokens=keys.max_completion_length, temperature=0.0)
+    completions = sample_groups(engine, rows.rows, 1, params, (keys.seed,), range(len(rows)), stop_test(keys.stop, decode))
+    totals = [r.reward.total for g in score_groups(rows.rows, completions, decode, score) for r in g.rollouts]
+    scored = [total for total in totals if total is not None]
+    return {"eval_reward": sum(scored) / len(scored)}
+
+
+def _show_sample(collector: Collector, stage: Stage, step: int) -> None:
+    if collector.latest:
+        group = collector.latest[0]
+        rollout = group.rollouts[0]
+        prompt = group.prompt.prompt if isinstance(group.prompt.prompt, str) else str(group.prompt.prompt[-1]["content"])
+        stage.event("sample", step, {"prompt": prompt, "completion": rollout.text, "reward": rollout.reward.total})

@@ -1,0 +1,166 @@
+"""Preference optimisation: DPO and its family, and KTO. Read `run` from top to bottom.
+
+The reference is the given starting model: the same weights with the adapter off, or its log-probs computed once before
+training, or a frozen copy. Which one, and what it costs, is logged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from posttrain.config.stages import DPOKeys
+from posttrain.data.dataset import Dataset
+from posttrain.data.load import load_kto, load_preference
+from posttrain.models.batch import pack
+from posttrain.models.load import load_policy, load_tokenizer
+from posttrain.models.policy import Policy
+from posttrain.objectives.preference import PREFERENCE_LOSSES, LabelledInputs, PairInputs, PreferenceSpec, kto_loss, kto_reference_point, preference_loss
+from posttrain.objectives.reduce import Normalizer, segment_sum
+from posttrain.objectives.terms import LossTerms, spec_from
+from posttrain.recipes.batches import MicroBatch, Schedule, flat, for_rank
+from posttrain.recipes.metrics import StepMetrics, check_finite
+from posttrain.recipes.optim import learning_rate, make_optimizer, update
+from posttrain.recipes.reference import Reference
+from posttrain.recipes.stage import Stage, StageResult
+from posttrain.recipes.validate import Validation
+from posttrain.types import Ratio, TokenSeq
+
+Pair = tuple[TokenSeq, TokenSeq]
+Labelled = tuple[TokenSeq, bool]
+MicroLoss = Callable[[list[Any]], LossTerms]
+
+
+def run(keys: DPOKeys, stage: Stage) -> StageResult:
+    """Train `keys.base_model` on the preferences in `keys.datasets`; the result is in `stage.folder`."""
+    topology, spec = stage.topology, spec_from(PreferenceSpec, keys)
+    family = PREFERENCE_LOSSES[keys.loss_type]
+    tokenizer = load_tokenizer(keys)
+    load = load_kto if family.unpaired else load_preference
+    data: Dataset[Any] = load(keys, tokenizer)
+    held_out: Dataset[Any] | None = load(keys, tokenizer, sources=keys.eval_datasets) if keys.eval_datasets else None
+    policy = load_policy(keys, tokenizer=tokenizer).without_dropout().distribute(topology)
+    optimizer = make_optimizer(policy, keys)
+
+    schedule = Schedule.of(data, keys, topology, size=_num_tokens)
+    total_steps = schedule.total_steps(keys)
+    # Before any step, and before a checkpoint is loaded: the reference is the given model, not the resumed one.
+    seen = [row for step in range(total_steps) for row in flat(schedule.step(step))] if keys.max_steps > 0 else data.rows
+    reference = Reference.of(policy, keys, seen, held_out.rows if held_out else ()) if family.needs_reference else None
+    progress = stage.resume(policy, optimizer, total_steps)
+    validation = Validation(stage, lambda: validation_loss(policy, reference, held_out, spec, keys, stage) if held_out else {})
+
+    for step in range(progress.step, total_steps):
+        stage.begin_step(step)
+        micros = schedule.step(step)
+        mine = for_rank(micros, topology)
+        loss = _step_loss(policy, reference, flat(micros), mine, spec, stage)
+        metrics = StepMetrics()
+        policy.model.train()
+        for micro in mine:
+            terms = loss(micro.rows)
+            (terms.loss * (0.0 if micro.idle else topology.world_size)).backward()
+            if not micro.idle:
+                metrics.add(terms.metrics)
+                metrics.add_share("loss", float(terms.loss.detach()))
+        lr = learning_rate(step, total_steps, keys)
+        values = metrics.reduced(topology)
+        check_finite(values["loss"], step + 1)
+        values |= {"grad_norm": update(policy, optimizer, topology, keys, lr, step + 1), "learning_rate": lr}
+        values["epoch"] = schedule.epoch_after(step)
+
+        progress.step, progress.tokens = step + 1, progress.tokens + sum(_num_tokens(row) for row in flat(micros))
+        values |= validation.if_due(progress.step, total_steps)
+        stage.finish_step(policy, optimizer, progress, values, last=progress.step == total_steps)
+        validation.remember_best(policy, optimizer, progress)
+
+    validation.restore_best(policy, optimizer)
+    return stage.done(policy, progress, validation.latest)
+
+
+def _step_loss(
+    policy: Policy, reference: Reference | None, rows: Sequence[Any], mine: Sequence[MicroBatch[Any]],
+    spec: PreferenceSpec, stage: Stage,
+) -> MicroLoss:  # fmt: skip
+    """The loss of one optimizer step as a function of a micro-batch; what it is divided by is fixed here."""
+    if PREFERENCE_LOSSES[spec.loss_type].unpaired:
+        assert reference is not None, "kto needs a reference"
+        norm = Normalizer(tokens=0, sequences=len(rows))
+        z = _kto_reference_point(policy, reference, mine, stage)
+        return lambda micro: labelled_loss(policy, reference, micro, z, spec, norm)
+    norm = Normalizer(tokens=sum(chosen.num_loss_tokens for chosen, _ in rows), sequences=len(rows))
+    return lambda micro: pair_loss(policy, reference, micro, spec, norm)
+
+
+def pair_loss(policy: Policy, reference: Reference | None, rows: list[Pair], spec: PreferenceSpec, norm: Normalizer) -> LossTerms:
+    """This micro-batch's share of the step's loss. Chosen and rejected attend to one copy of their prompt."""
+    batch = pack(rows)
+    scores = policy.score(batch)
+    logp_S = segment_sum(scores.logp_M, batch.seq_M.to(scores.logp_M.device), batch.num_sequences)
+    ref_S = None if reference is None else reference.logp(rows, batch)
+    lengths_S = batch.lengths_S().to(logp_S)
+    inputs = PairInputs(
+        logp_S[0::2], logp_S[1::2], lengths_S[0::2], lengths_S[1::2],
+        None if ref_S is None else ref_S[0::2], None if ref_S is None else ref_S[1::2],
+    )  # fmt: skip
+    return policy.with_aux_loss(preference_loss(inputs, spec, norm), scores, share=len(rows) / norm.sequences)
+
+
+def labelled_loss(
+    policy: Policy, reference: Reference, rows: list[Labelled], z: float, spec: PreferenceSpec, norm: Normalizer
+) -> LossTerms:
+    """KTO on rows that are each desirable or not."""
+    batch = pack([[sequence] for sequence, _ in rows])
+    scores = policy.score(batch)
+    logp_S = segment_sum(scores.logp_M, batch.seq_M.to(scores.logp_M.device), batch.num_sequences)
+    label_S = torch.tensor([label for _, label in rows], device=logp_S.device)
+    terms = kto_loss(LabelledInputs(logp_S, reference.logp(rows, batch), label_S), z, spec, norm)
+    return policy.with_aux_loss(terms, scores, share=len(rows) / norm.sequences)
+
+
+@torch.no_grad()
+def _kto_reference_point(policy: Policy, reference: Reference, mine: Sequence[MicroBatch[Labelled]], stage: Stage) -> float:
+    """KTO's z over the whole step: how far the policy has moved on answers to *other* prompts."""
+    policy.model.eval()
+    total = StepMetrics()
+    for micro in mine:
+        batch = pack([[sequence] for sequence in mismatched([sequence for sequence, _ in micro.rows])])
+        moved_M = policy.score(batch).logp_M - reference.live_logp_M(batch)
+        total.add({} if micro.idle else {"z": Ratio(float(moved_M.sum()), batch.num_sequences)})
+    return kto_reference_point(Ratio(total.reduced(stage.topology)["z"], 1.0))
+
+
+def mismatched(sequences: Sequence[TokenSeq]) -> list[TokenSeq]:
+    """Each prompt with the next row's completion."""
+    pairs = zip(sequences, [*sequences[1:], *sequences[:1]], strict=True)
+    return [_join(prompt, completion) for prompt, completion in pairs]
+
+
+def _join(prompt: TokenSeq, completion: TokenSeq) -> TokenSeq:
+    ids = prompt.ids[: prompt.loss_mask.index(True)]
+    answer = completion.ids[completion.loss_mask.index(True) :]
+    return TokenSeq(ids + answer, (False,) * len(ids) + (True,) * len(answer))
+
+
+@torch.no_grad()
+def validation_loss(
+    policy: Policy, reference: Reference | None, rows: Dataset[Any], spec: PreferenceSpec, keys: DPOKeys, stage: Stage
+) -> dict[str, float]:
+    """The objective and its metrics over all held-out rows."""
+    policy.model.eval()
+    size = keys.per_device_train_batch_size
+    mine = for_rank([rows.rows[i : i + size] for i in range(0, len(rows), size)], stage.topology)
+    loss = _step_loss(policy, reference, rows.rows, mine, spec, stage)
+    metrics = StepMetrics()
+    for micro in mine:
+        terms = loss(micro.rows)
+        if not micro.idle:
+            metrics.add(terms.metrics)
+            metrics.add_share("loss", float(terms.loss))
+    return {f"eval_{name}": value for name, value in metrics.reduced(stage.topology).items()}
+
+
+def _num_tokens(row: Any) -> int:
+    return sum(len(part.ids) for part in row if isinstance(part, TokenSeq))

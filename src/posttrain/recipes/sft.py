@@ -1,0 +1,84 @@
+"""Supervised fine-tuning: read `run` from top to bottom and you have read it all.
+
+Full, LoRA and QLoRA differ in what `load_policy` returns; one process and many in `topology`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from posttrain.config.stages import SFTKeys
+from posttrain.data.dataset import Dataset
+from posttrain.data.load import load_sft
+from posttrain.models.batch import count, pack
+from posttrain.models.load import load_policy, load_tokenizer
+from posttrain.models.policy import Policy
+from posttrain.objectives.reduce import Normalizer
+from posttrain.objectives.sft import sft_loss
+from posttrain.objectives.terms import LossTerms
+from posttrain.recipes.batches import Schedule, flat, for_rank
+from posttrain.recipes.metrics import StepMetrics, check_finite
+from posttrain.recipes.optim import learning_rate, make_optimizer, update
+from posttrain.recipes.stage import Stage, StageResult
+from posttrain.recipes.validate import Validation
+from posttrain.types import TokenSeq
+
+
+def run(keys: SFTKeys, stage: Stage) -> StageResult:
+    """Train `keys.base_model` on `keys.datasets`; the result is in `stage.folder`."""
+    topology = stage.topology
+    tokenizer = load_tokenizer(keys)
+    data = load_sft(keys, tokenizer)
+    held_out = load_sft(keys, tokenizer, sources=keys.eval_datasets) if keys.eval_datasets else None
+    policy = load_policy(keys, tokenizer=tokenizer).distribute(topology)
+    optimizer = make_optimizer(policy, keys)
+
+    schedule = Schedule.of(data, keys, topology, size=lambda row: len(row.ids))
+    total_steps = schedule.total_steps(keys)
+    progress = stage.resume(policy, optimizer, total_steps)
+    validation = Validation(stage, lambda: validation_loss(policy, held_out, keys, stage) if held_out else {})
+
+    for step in range(progress.step, total_steps):
+        stage.begin_step(step)
+        micros = schedule.step(step)
+        # One global count, known before the first backward: the split into micro-batches and ranks cannot matter.
+        norm = Normalizer.of(count(flat(micros)))
+        metrics = StepMetrics()
+        policy.model.train()
+        for micro in for_rank(micros, topology):
+            terms = loss(policy, micro.rows, norm, keys.loss_type)
+            (terms.loss * (0.0 if micro.idle else topology.world_size)).backward()
+            metrics.add({} if micro.idle else terms.metrics)
+        lr = learning_rate(step, total_steps, keys)
+        values = metrics.reduced(topology)
+        check_finite(values["loss"], step + 1)
+        values |= {"grad_norm": update(policy, optimizer, topology, keys, lr, step + 1), "learning_rate": lr}
+        values["epoch"] = schedule.epoch_after(step)
+
+        progress.step, progress.tokens = step + 1, progress.tokens + sum(len(row.ids) for row in flat(micros))
+        values |= validation.if_due(progress.step, total_steps)
+        stage.finish_step(policy, optimizer, progress, values, last=progress.step == total_steps)
+        validation.remember_best(policy, optimizer, progress)
+
+    validation.restore_best(policy, optimizer)
+    return stage.done(policy, progress, validation.latest)
+
+
+def loss(policy: Policy, rows: list[TokenSeq], norm: Normalizer, loss_type: str) -> LossTerms:
+    """This micro-batch's share of the step's loss."""
+    scores = policy.score(pack([[row] for row in rows]))
+    terms = sft_loss(scores.logp_M, norm, loss_type, top1_M=scores.top1_M)
+    return policy.with_aux_loss(terms, scores, share=len(rows) / norm.sequences)
+
+
+@torch.no_grad()
+def validation_loss(policy: Policy, rows: Dataset[TokenSeq], keys: SFTKeys, stage: Stage) -> dict[str, float]:
+    """Token-mean loss over all held-out rows."""
+    policy.model.eval()
+    metrics = StepMetrics()
+    norm = Normalizer.of(count(rows))
+    size = keys.per_device_train_batch_size
+    for micro in for_rank([rows.rows[i : i + size] for i in range(0, len(rows), size)], stage.topology):
+        terms = loss(policy, micro.rows, norm, "nll")
+        metrics.add({} if micro.idle else terms.metrics)
+    return {f"eval_{name}": value for name, value in metrics.reduced(stage.topology).items()}

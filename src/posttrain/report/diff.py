@@ -1,0 +1,176 @@
+"""What moved between two runs: pins, keys, the metrics of each stage, and the scores. Pure on two records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.report import words
+from posttrain.report.intervals import difference_interval
+from posttrain.report.records import RunRecord, StageRecord, load_run
+from posttrain.report.tables import flatten
+
+# What a clock or the machine decides; two equal runs differ in these.
+_NOT_COMPARED = frozenset({"time", "step_time", "tokens_per_second"})
+_NOT_COMPARED_PREFIXES = ("time/", "memory")
+ABSENT = "(absent)"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One thing that is not the same; `a` and `b` as text."""
+
+    name: str
+    a: str
+    b: str
+
+
+@dataclass(frozen=True, slots=True)
+class StageDiff:
+    """A stage in both runs: the first step whose metrics differ (None if none does) and the last values."""
+
+    name: str
+    first_difference: int | None
+    num_steps: tuple[int, int]
+    metrics: tuple[Change, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunDiff:
+    a: str
+    b: str
+    pins: tuple[Change, ...]
+    keys: tuple[Change, ...]
+    stages: tuple[StageDiff, ...]
+    scores: tuple[Change, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        moved = any(stage.first_difference is not None or stage.metrics for stage in self.stages)
+        return not (self.pins or self.keys or self.scores or moved)
+
+
+def diff_runs(run_a: Path, run_b: Path) -> RunDiff:
+    """Raises: DataError if either is no run folder."""
+    return compare(load_run(run_a), load_run(run_b))
+
+
+def compare(a: RunRecord, b: RunRecord) -> RunDiff:
+    return RunDiff(
+        a=str(a.folder),
+        b=str(b.folder),
+        pins=tuple(_changes(dict(flatten(a.pins)), dict(flatten(b.pins)))),
+        keys=tuple(_changes(_leaves(a.config), _leaves(b.config))),
+        stages=tuple(_stages(a.stages, b.stages)),
+        scores=tuple(_scores(a, b)),
+    )
+
+
+def render(diff: RunDiff) -> str:
+    """The comparison as text."""
+    lines = [f"A  {diff.a}", f"B  {diff.b}"]
+    if diff.is_empty:
+        return "\n".join([*lines, "", "No pin, key, metric or score differs."])
+    lines += _section("Pins that moved", diff.pins, "none: same base, data, code and environment")
+    lines += _section("Keys that differ", diff.keys, "none")
+    for stage in diff.stages:
+        steps = (
+            stage.num_steps[0] if len(set(stage.num_steps)) == 1 else f"{stage.num_steps[0]} and {stage.num_steps[1]}"
+        )
+        first = (
+            "equal at every step"
+            if stage.first_difference is None
+            else f"equal until step {stage.first_difference}, where they part"
+        )
+        lines += _section(
+            f"Stage {stage.name} ({steps} logged steps), metrics {first}", stage.metrics, "last values equal"
+        )
+    lines += _section("Scores", diff.scores, "equal")
+    return "\n".join(lines)
+
+
+def _section(title: str, changes: Sequence[Change], none: str) -> list[str]:
+    if not changes:
+        return ["", f"{title}: {none}"]
+    width = max(len(change.name) for change in changes)
+    return ["", title, *(f"  {change.name.ljust(width)}  {change.a} → {change.b}" for change in changes)]
+
+
+def _changes(a: Mapping[str, str], b: Mapping[str, str]) -> Iterator[Change]:
+    for name in dict.fromkeys([*a, *b]):
+        left, right = a.get(name, ABSENT), b.get(name, ABSENT)
+        if left != right:
+            yield Change(name, left, right)
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted names of every leaf; entries of a list are counted from 1."""
+    if isinstance(value, Mapping):
+        parts = [(str(name), inner) for name, inner in value.items()]
+    elif isinstance(value, list) and any(isinstance(inner, (Mapping, list)) for inner in value):
+        parts = [(str(place), inner) for place, inner in enumerate(value, 1)]
+    else:
+        return {prefix: str(value)}
+    return {
+        name: text
+        for step, inner in parts
+        for name, text in _leaves(inner, f"{prefix}.{step}" if prefix else step).items()
+    }
+
+
+def _stages(a: Sequence[StageRecord], b: Sequence[StageRecord]) -> Iterator[StageDiff]:
+    theirs = {stage.name: stage for stage in b}
+    for stage in a:
+        if stage.name in theirs:
+            yield _stage(stage, theirs.pop(stage.name))
+        else:
+            yield StageDiff(stage.name, None, (len(stage.metrics), 0), (Change("stage", "present", ABSENT),))
+    for stage in theirs.values():
+        yield StageDiff(stage.name, None, (0, len(stage.metrics)), (Change("stage", ABSENT, "present"),))
+
+
+def _stage(a: StageRecord, b: StageRecord) -> StageDiff:
+    left, right = _by_step(a), _by_step(b)
+    parted = [step for step in sorted({*left, *right}) if left.get(step) != right.get(step)]
+    last = [{name: f"{value:.6g}" for name, value in _last_values(rows).items()} for rows in (left, right)]
+    return StageDiff(a.name, parted[0] if parted else None, (len(left), len(right)), tuple(_changes(*last)))
+
+
+def _by_step(stage: StageRecord) -> dict[int, dict[str, float]]:
+    return {
+        int(row["step"]): {
+            name: value for name, value in row.items() if _is_compared(name) and isinstance(value, (int, float))
+        }
+        for row in stage.metrics
+    }
+
+
+def _is_compared(name: str) -> bool:
+    return name not in _NOT_COMPARED and name != "step" and not name.startswith(_NOT_COMPARED_PREFIXES)
+
+
+def _last_values(rows: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    last: dict[str, float] = {}
+    for step in sorted(rows):
+        last.update(rows[step])
+    return last
+
+
+def _scores(a: RunRecord, b: RunRecord) -> Iterator[Change]:
+    """Per model and suite; paired by item where both answered the same suite."""
+    for model in dict.fromkeys([*a.models, *b.models]):
+        left, right = a.evals.get(model, {}), b.evals.get(model, {})
+        for key in dict.fromkeys([*left, *right]):
+            before, after = left.get(key), right.get(key)
+            if before is not None and after is not None and before.mean == after.mean:
+                continue
+            share = words.is_share(*[report for report in (before, after) if report is not None])
+            texts = [ABSENT if report is None else words.score(report.mean, share) for report in (before, after)]
+            paired = difference_interval(before, after) if before is not None and after is not None else None
+            if paired is not None:
+                texts[1] += f"   {words.change(paired, share)}"
+            elif before is not None and after is not None:
+                texts[1] += "   (not the same suite)"
+            yield Change(f"{model} {key[0]}/{key[1]}", *texts)

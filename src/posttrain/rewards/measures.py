@@ -1,0 +1,75 @@
+"""The numbers of a certificate: pure functions of lists of rewards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def std(values: Sequence[float]) -> float:
+    """Sample standard deviation, ddof 1 as in the advantages; 0 below two values."""
+    if len(values) < 2:
+        return 0.0
+    centre = mean(values)
+    return math.sqrt(sum((v - centre) ** 2 for v in values) / (len(values) - 1))
+
+
+def auc(right: Sequence[float], wrong: Sequence[float]) -> float:
+    """Chance that a right answer scores above a wrong one, ties counting half (Mann-Whitney)."""
+    pairs = len(right) * len(wrong)
+    wins = sum((r > w) + 0.5 * (r == w) for r in right for w in wrong)
+    return wins / pairs if pairs else math.nan
+
+
+def separation(right: Sequence[float], wrong: Sequence[float]) -> float:
+    """Gap of the means over the pooled standard deviation; infinite when both are constant and differ."""
+    gap, spread = mean(right) - mean(wrong), math.sqrt((std(right) ** 2 + std(wrong) ** 2) / 2)
+    return gap / spread if spread else math.copysign(math.inf, gap) if gap else 0.0
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Nearest-rank percentile."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, max(0, math.ceil(share * len(ordered)) - 1))] if ordered else math.nan
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    order = sorted(range(len(values)), key=values.__getitem__)
+    ranks = [0.0] * len(values)
+    start = 0
+    while start < len(order):
+        end = start
+        while end + 1 < len(order) and values[order[end + 1]] == values[order[start]]:
+            end += 1
+        for place in range(start, end + 1):
+            ranks[order[place]] = (start + end) / 2
+        start = end + 1
+    return ranks
+
+
+def spearman(left: Sequence[float], right: Sequence[float]) -> float:
+    """Rank correlation; 0 when either side is constant."""
+    a, b = _ranks(left), _ranks(right)
+    spread = std(a) * std(b)
+    if not spread:
+        return 0.0
+    mean_a, mean_b = mean(a), mean(b)
+    return sum((x - mean_a) * (y - mean_b) for x, y in zip(a, b, strict=True)) / (len(a) - 1) / spread
+
+
+def group_forecast(groups: Mapping[int, Sequence[float]]) -> dict[str, float]:
+    """What GRPO would see of these groups: the share without any signal, and the spread of the rewards in the others."""
+    usable = [rewards for rewards in groups.values() if len(rewards) > 1]
+    if not usable:
+        return {}
+    spreads = [std(rewards) for rewards in usable]
+    return {
+        "num_groups": len(usable),
+        "frac_reward_zero_std": mean([float(s == 0) for s in spreads]),
+        "mean_reward": mean([mean(rewards) for rewards in usable]),
+        "mean_reward_std": mean(spreads),
+    }

@@ -1,0 +1,69 @@
+"""From prompts to scored groups of completions. Knows no advantages and no loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from posttrain.protocols import Engine
+from posttrain.rollout.sampling import request_seed
+from posttrain.types import Completion, Prompt, Request, RewardBreakdown, Rollout, RolloutGroup, SamplingParams, Text
+
+PromptRow = tuple[Prompt, tuple[int, ...]]
+
+
+class ScoreRewards(Protocol):
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
+    ) -> list[RewardBreakdown]: ...
+
+
+def sample_groups(
+    engine: Engine, rows: Sequence[PromptRow], num_generations: int, params: SamplingParams,
+    seed_parts: Sequence[int], numbers: Sequence[int], should_stop: Callable[[Sequence[int]], bool] | None,
+) -> list[list[Completion]]:  # fmt: skip
+    """`num_generations` completions of each prompt; `numbers` are the prompts' places in the run, which seed them."""
+    requests = [
+        Request(ids, request_seed(*seed_parts, number, sample))
+        for (_, ids), number in zip(rows, numbers, strict=True)
+        for sample in range(num_generations)
+    ]
+    completions = engine.generate(requests, params, should_stop)
+    return [completions[i : i + num_generations] for i in range(0, len(completions), num_generations)]
+
+
+def score_groups(
+    rows: Sequence[PromptRow], groups: Sequence[Sequence[Completion]], decode: Callable[[Sequence[int]], str], score: ScoreRewards
+) -> list[RolloutGroup]:
+    """Hand every completion to the rewards in one call, as TRL does: strings for text prompts, messages for chats."""
+    flat = [(prompt, completion, decode(completion.ids)) for (prompt, _), group in zip(rows, groups, strict=True) for completion in group]
+    prompts = [as_reward_input(prompt.prompt) for prompt, _, _ in flat]
+    texts: list[Any] = [
+        text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}] for prompt, _, text in flat
+    ]
+    names = sorted({name for prompt, _, _ in flat for name in prompt.columns})
+    columns = {name: [prompt.columns.get(name) for prompt, _, _ in flat] for name in names}
+    columns["completion_ids"] = [list(completion.ids) for _, completion, _ in flat]
+    breakdowns = iter(score(prompts, texts, columns))
+    scored = iter([Rollout(completion, text, next(breakdowns)) for _, completion, text in flat])
+    return [
+        RolloutGroup(prompt, ids, tuple(next(scored) for _ in group)) for (prompt, ids), group in zip(rows, groups, strict=True)
+    ]
+
+
+def as_reward_input(prompt: Text) -> Any:
+    return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+
+
+def stop_test(stop: Sequence[str], decode: Callable[[Sequence[int]], str]) -> Callable[[Sequence[int]], bool] | None:
+    """True once the newest tokens complete one of the strings; decoded text decides, as in vLLM."""
+    if not stop:
+        return None
+    longest = max(len(text) for text in stop)
+
+    def hit(ids: Sequence[int]) -> bool:
+        # A token is at least one byte long, so the string ends within this many tokens.
+        tail = decode(ids[-4 * longest - 4 :])
+        return any(text in tail for text in stop)
+
+    return hit

@@ -1,0 +1,151 @@
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import typer
+
+import posttrain
+from posttrain.cli import app as app_module
+from posttrain.cli.app import VERBS, available_verbs, load_verb, main
+from posttrain.errors import DataError, TrainingError
+
+
+def run(*argv):
+    with pytest.raises(SystemExit) as caught:
+        main(list(argv))
+    return caught.value.code
+
+
+def add_verb(monkeypatch, tmp_path, body):
+    """A verb `trial` in a module of its own."""
+    name = f"trial_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(body)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(VERBS, "trial", (name, "trial", "A verb on trial."))
+    return name
+
+
+def test_the_version(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"posttrain {posttrain.__version__}\n"
+
+
+@pytest.mark.parametrize("argv", [(), ("--help",), ("-h",)])
+def test_help_lists_the_verbs_that_are_there(capsys, argv):
+    assert run(*argv) == 0
+    output = capsys.readouterr().out
+    listed = [verb for verb in VERBS if re.search(rf"^\W*{verb}\s+[A-Z]", output, re.MULTILINE)]
+    assert listed == available_verbs()
+    assert "explain" in listed
+
+
+def test_every_available_verb_loads_and_has_help(capsys):
+    for verb in available_verbs():
+        assert load_verb(verb).name == verb
+        assert run(verb, "--help") == 0
+        assert f"posttrain {verb}" in capsys.readouterr().out
+
+
+def test_a_verb_that_is_absent_leaves_the_others_alone(capsys, monkeypatch):
+    monkeypatch.setitem(VERBS, "ghost", ("posttrain.cli.ghost_that_is_not_there", "ghost", "Not there."))
+    assert "ghost" not in available_verbs()
+    assert run("explain", "lora_r") == 0
+    assert run("ghost") == 64
+    assert "No such command 'ghost'" in capsys.readouterr().err
+
+
+def test_a_typo_in_the_verb_names_the_nearest(capsys):
+    assert run("explan") == 64
+    assert "Did you mean 'explain'" in capsys.readouterr().err
+
+
+def test_a_wrong_option_is_a_usage_error(capsys):
+    assert run("explain", "--nonsense") == 64
+    error = capsys.readouterr().err
+    assert "--nonsense" in error
+    assert "Traceback" not in error
+
+
+def test_a_users_error_is_one_clean_message(capsys):
+    assert run("explain", "lerning_rate") == 64
+    captured = capsys.readouterr()
+    assert captured.err == "error: lerning_rate: no such key; did you mean learning_rate?\n"
+    assert captured.out == ""
+
+
+def test_the_traceback_is_there_when_asked_for(capsys, monkeypatch):
+    monkeypatch.setenv("POSTTRAIN_DEBUG", "1")
+    assert run("explain", "lerning_rate") == 64
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [DataError("data.jsonl:3: broken"), TrainingError("loss is nan")])
+def test_every_error_of_ours_exits_64(monkeypatch, tmp_path, capsys, error):
+    add_verb(
+        monkeypatch,
+        tmp_path,
+        f"from posttrain.errors import *\ndef trial():\n    raise {type(error).__name__}({str(error)!r})\n",
+    )
+    assert run("trial") == 64
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_several_lines_are_indented(monkeypatch, tmp_path, capsys):
+    add_verb(
+        monkeypatch, tmp_path, "from posttrain.errors import *\ndef trial():\n    raise ConfigError('a: 1\\nb: 2')\n"
+    )
+    assert run("trial") == 64
+    assert capsys.readouterr().err == "error:\n  a: 1\n  b: 2\n"
+
+
+@pytest.mark.parametrize(
+    ("statement", "code"),
+    [
+        ("raise typer.Exit(3)", 3),
+        ("raise typer.Exit", 0),
+        ("raise KeyboardInterrupt", 130),
+        ("raise typer.Abort", 130),
+        ("raise RuntimeError('a defect')", 70),
+        ("return 5", 5),
+        ("return {'result': 1}", 0),
+        ("raise SystemExit(75)", 75),
+    ],
+)
+def test_exit_codes(monkeypatch, tmp_path, statement, code):
+    add_verb(monkeypatch, tmp_path, f"import typer\ndef trial():\n    {statement}\n")
+    assert run("trial") == code
+
+
+def test_a_defect_shows_its_traceback(monkeypatch, tmp_path, capsys):
+    add_verb(monkeypatch, tmp_path, "def trial():\n    raise RuntimeError('a defect')\n")
+    run("trial")
+    assert "RuntimeError: a defect" in capsys.readouterr().err
+
+
+def test_a_verb_may_be_an_app_of_its_own(monkeypatch, tmp_path, capsys):
+    body = "import typer\ntrial = typer.Typer()\n@trial.command()\ndef show(name: str):\n    print('shown', name)\n@trial.command('list')\ndef list_():\n    print('listed')\n"
+    add_verb(monkeypatch, tmp_path, body)
+    assert run("trial", "show", "x") == 0
+    assert "shown x" in capsys.readouterr().out
+    assert run("trial", "--help") == 0
+    assert "list" in capsys.readouterr().out
+
+
+def test_a_verb_is_imported_only_when_it_is_called(monkeypatch, tmp_path, capsys):
+    name = add_verb(monkeypatch, tmp_path, "def trial():\n    pass\n")
+    run("--help")
+    assert "A verb on trial." in capsys.readouterr().out
+    assert name not in sys.modules
+    run("trial")
+    assert name in sys.modules
+
+
+def test_the_installed_command_runs():
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    command = [sys.executable, "-m", "posttrain.cli.app", "explain", "nothing_like_it"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 64
+    assert done.stderr.startswith("error: nothing_like_it: no such key")
+    assert isinstance(app_module.app, typer.Typer)

@@ -1,0 +1,109 @@
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from posttrain.cli.app import main
+from posttrain.cli.gate import gate
+from posttrain.errors import ConfigError, GateError
+from posttrain.gate import load_verdict
+from posttrain.registry import Registry
+from posttrain.types import EvalReport, ItemRecord, Verdict
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    app = typer.Typer()
+    app.command()(gate)
+
+    def invoke(*arguments, fails=False):
+        result = CliRunner().invoke(app, list(arguments))
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return invoke
+
+
+def save(folder, model, good, n=1000, suite="heldout"):
+    items = tuple(ItemRecord(f"q{row}", f"p{row}", (float(row < good),)) for row in range(n))
+    EvalReport(suite, "gate", "sha256:suite", model, "exact", items).save(folder / suite)
+
+
+@pytest.fixture
+def spec(tmp_path):
+    (tmp_path / "gate.yaml").write_text("primary: [{suite: heldout, min_delta: 0.05}]\nalpha: 5e-2\n")
+    return "--spec=gate.yaml"
+
+
+@pytest.mark.parametrize(
+    ("good", "verdict"), [(700, Verdict.PASS), (500, Verdict.FAIL), (601, Verdict.PASS), (560, Verdict.INCONCLUSIVE)]
+)
+def test_the_exit_code_is_the_verdict(run, spec, tmp_path, good, verdict):
+    n = 1000 if verdict is not Verdict.INCONCLUSIVE else 100
+    scale = n / 1000
+    save(tmp_path / "a", "model-a", int(good * scale), n)
+    save(tmp_path / "b", "model-b", int(500 * scale), n)
+    result = run("a", "b", spec)
+    assert result.exit_code == verdict.exit_code
+    assert result.output.splitlines()[-1].startswith(verdict.value)
+    assert "heldout" in result.output
+
+
+def test_invalid_is_three(run, spec, tmp_path):
+    save(tmp_path / "a", "same", 700)
+    save(tmp_path / "b", "same", 500)
+    result = run("a", "b", spec)
+    assert result.exit_code == 3
+    assert "candidate and baseline are the same model" in result.output
+
+
+def test_the_verdict_is_written_and_recomputed(run, spec, tmp_path):
+    save(tmp_path / "a", "model-a", 700)
+    save(tmp_path / "b", "model-b", 500)
+    first = run("a", "b", spec, "--out=out")
+    assert load_verdict(tmp_path / "out").verdict is Verdict.PASS
+    again = run("--recompute=out")
+    assert (again.exit_code, again.output) == (0, first.output)
+
+
+def test_looks_are_counted_in_the_registry(run, tmp_path):
+    (tmp_path / "gate.yaml").write_text("primary: [{suite: heldout, min_delta: 0.05}]\nlooks: 2\n")
+    save(tmp_path / "b", "model-b", 500)
+    with pytest.raises(GateError, match="add --registry DIR"):
+        save(tmp_path / "a", "model-a", 700)
+        run("a", "b", "--spec=gate.yaml")
+    arguments = ("a", "b", "--spec=gate.yaml", "--registry=registry")
+    assert "(alpha 0.0304)" in run(*arguments).output
+    assert "(alpha 0.0304)" in run(*arguments).output
+    save(tmp_path / "a", "model-c", 700)
+    assert "(alpha 0.0076)" in run(*arguments, "--out=out").output
+    assert run("--recompute=out").exit_code == 0
+    save(tmp_path / "a", "model-d", 700)
+    with pytest.raises(GateError, match="look 3"):
+        run(*arguments)
+    book = Registry(tmp_path / "registry")
+    assert book.count_looks("sha256:suite") == 3
+    book.close()
+
+
+def test_wrong_usage_is_an_error_of_the_user(run, spec, tmp_path):
+    with pytest.raises(GateError, match="got too little to judge"):
+        run("a", spec)
+    with pytest.raises(GateError, match="got no eval report on split 'gate'"):
+        run("a", "b", spec)
+    (tmp_path / "gate.yaml").write_text("primary: [{suite: heldout, min_dleta: 0.05}]\n")
+    with pytest.raises(ConfigError, match="min_delta"):
+        run("a", "b", spec)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["a", "b"], 64), (["a", "b", "--nonsense"], 64), (["a", "b", "--spec=gate.yaml"], 2)]
+)
+def test_codes_of_the_whole_command_do_not_collide(run, spec, tmp_path, arguments, code):
+    """Click's own usage error is 2, which is INCONCLUSIVE here."""
+    save(tmp_path / "a", "model-a", 16, 20)
+    save(tmp_path / "b", "model-b", 10, 20)
+    with pytest.raises(SystemExit) as stopped:
+        main(["gate", *arguments])
+    assert stopped.value.code == code

@@ -1,0 +1,105 @@
+"""`posttrain plan`: what it prints, what it refuses, and that it loads no torch."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from posttrain.cli.plan import plan
+from posttrain.errors import ConfigError, ModelError
+
+QWEN3_8B = {
+    "model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36, "vocab_size": 151936, "intermediate_size": 12288,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "dtype": "bfloat16", "max_position_embeddings": 40960,
+}  # fmt: skip
+FLAT = """
+base_model: ./base
+adapter: qlora
+load_in_4bit: true
+lora_r: 16
+lora_alpha: 32
+lora_target: [q_proj, k_proj, v_proj, o_proj]
+sequence_len: 4096
+gradient_checkpointing: true
+bf16: true
+datasets: [{ path: ./rows.jsonl, type: chat }]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(QWEN3_8B))
+    (tmp_path / "rows.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    )
+    (tmp_path / "rewards.py").write_text("def right(completions, **_):\n    return [0.0 for _ in completions]\n")
+    (tmp_path / "sft.yaml").write_text(FLAT)
+    return tmp_path
+
+
+def _run(*arguments):
+    app = typer.Typer()
+    app.command()(plan)
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_the_flat_yaml_of_8b_on_a_24_gb_card(folder):
+    result = _run(folder / "sft.yaml", "--device", "rtx4090")
+    assert result.exit_code == 0
+    assert "8,190.7M parameters; on one rtx4090, 20.1 GiB free" in result.output
+    assert "trains 15.3M parameters (0.2%)" in result.output
+    assert (
+        "may not fit: QLoRA needs" in result.output
+        and "it would fit with per_device_train_batch_size: 1" in result.output
+    )
+    assert _run(folder / "sft.yaml", "--device", "h100", "--tokens", "500").output.count("fits    yes") == 1
+
+
+def test_what_cannot_fit_is_said_in_one_line_and_by_the_exit_code(folder):
+    result = _run(folder / "sft.yaml", "--device", "rtx4090", "--set", "adapter=none", "--set", "load_in_4bit=false")
+    assert result.exit_code == 1
+    (line,) = [line for line in result.output.splitlines() if "does not fit" in line]
+    assert "full fine-tuning needs" in line and "it would fit with" in line and "adapter: qlora" in line
+
+
+def test_rl_shows_the_rollout_share_and_the_best_split(folder):
+    (folder / "rl.yaml").write_text(
+        "base_model: ./base\ndatasets: [{path: rows.jsonl, type: prompt}]\nreward_funcs: [rewards.py:right]\n"
+        "num_generations: 8\nmax_completion_length: 2048\nnum_prompts_per_step: 32\nmax_steps: 100\nsequence_len: 2304\n"
+    )
+    output = _run(folder / "rl.yaml", "--device", "h200", "--devices", "8", "--tokens", "300").output
+    assert "a generation batch of 256 completions: rollout" in output and "% rollout); 100 steps" in output
+    assert "split   best" in output and "for rollout and" in output
+
+
+def test_a_model_that_is_not_here(folder):
+    (folder / "hub.yaml").write_text(FLAT.replace("./base", "nobody/absent-model"))
+    with pytest.raises(
+        ModelError,
+        match=r"base_model nobody/absent-model: got no config.json here, expected a local folder or a model in the hub cache",
+    ):
+        _run(folder / "hub.yaml")
+
+
+def test_an_unknown_device(folder):
+    with pytest.raises(ConfigError, match=r"--device tpu: expected this, or one of a100, h100"):
+        _run(folder / "sft.yaml", "--device", "tpu")
+
+
+def test_no_torch_is_loaded(folder):
+    code = "import sys; from posttrain.cli.app import main\ntry: main(sys.argv[1:])\nexcept SystemExit as done: assert done.code == 0, done.code\nassert 'torch' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "plan", str(folder / "sft.yaml"), "--device", "h100"],
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "QLoRA" in done.stdout or "fits    yes" in done.stdout

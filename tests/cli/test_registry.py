@@ -1,0 +1,104 @@
+import pytest
+from typer.testing import CliRunner
+
+from posttrain.cli.registry import app
+from posttrain.errors import RegistryError
+from posttrain.files import digest_bytes, digest_tree
+from posttrain.gate import GateSpec, Primary, decide, save_verdict
+from posttrain.registry import Manifest, Registry
+from posttrain.types import EvalReport, ItemRecord
+
+BASE = digest_bytes(b"base")
+
+
+def report(model, good):
+    items = tuple(ItemRecord(f"q{row}", f"p{row}", (float(row < good),)) for row in range(1000))
+    return EvalReport("heldout", "gate", "sha256:suite", model, "exact", items)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def invoke(*arguments):
+        result = CliRunner().invoke(app, list(arguments))
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    return invoke
+
+
+@pytest.fixture
+def gated(tmp_path):
+    """words@1 registered with its verdict against the base; words@2 with a verdict folder against words@1."""
+    spec = GateSpec(primary=(Primary("heldout", 0.05),))
+    book = Registry(tmp_path / "registry")
+    baseline = BASE
+    for weights, good in (("a", 600), ("b", 700)):
+        folder = tmp_path / f"model-{weights}"
+        folder.mkdir()
+        (folder / "model.safetensors").write_text(weights * 100)
+        digest = digest_tree(folder)
+        manifest = Manifest("sft", {"model": BASE}, {"model": digest}, details={"learning_rate": 1e-3})
+        reports = report(digest, good), report(baseline, good - 100)
+        verdict = decide(spec, {"heldout": reports[0]}, {"heldout": reports[1]})
+        if weights == "a":
+            book.register("words", folder, manifest, verdict)
+        else:
+            book.register("words", folder, manifest)
+            for name, side in zip(("candidate", "baseline"), reports, strict=True):
+                side.save(tmp_path / "evals" / name)
+            paths = [{"heldout": tmp_path / "evals" / name} for name in ("candidate", "baseline")]
+            save_verdict(tmp_path / "gate", verdict, spec, *paths)
+        baseline = digest
+    book.close()
+    return tmp_path
+
+
+def test_promote_show_verify_and_roll_back(run, gated):
+    assert "words@1" in run("promote", "words@1") and "[champion]" in run("list")
+    assert "[champion]" in run("promote", "words@2", "--verdict", "gate", "--expected-epoch", "1")
+    shown = run("show", "alias:champion")
+    for expected in ("words@2", "path  registry/models/", "sft  sha256:", "model  " + BASE, "promote by"):
+        assert expected in shown
+    assert "gate  PASS" in run("show", "words@previous")
+    assert run("verify", "words@champion").startswith("words@2: 3 files and 1 manifests are intact")
+    assert "words@1" in run("rollback", "words", "--reason", "wrong answers")
+    lines = run("list", "words").splitlines()
+    assert "[champion]" in lines[0] and "hold: wrong answers" in lines[1]
+
+
+def test_hold_and_release(run, gated):
+    run("hold", "words@1", "--reason", "not yet")
+    with pytest.raises(RegistryError, match="on hold: not yet"):
+        run("promote", "words@1")
+    run("release", "words@1")
+    run("promote", "words@1")
+
+
+def test_refusals_reach_the_user(run, gated):
+    with pytest.raises(RegistryError, match="registered without a verdict: name one with --verdict"):
+        run("promote", "words@2")
+    with pytest.raises(RegistryError, match="nothing holds champion yet"):
+        run("promote", "words@2", "--verdict", "gate")
+    with pytest.raises(RegistryError, match="got no registry here"):
+        run("list", "--registry", "elsewhere")
+    assert not (gated / "elsewhere").exists()
+
+
+def test_a_changed_item_behind_a_verdict_stops_the_promotion(run, gated):
+    run("promote", "words@1")
+    items = gated / "evals" / "candidate" / "items.jsonl"
+    items.write_text(items.read_text().replace("[0.0]", "[1.0]", 1))
+    with pytest.raises(ValueError, match="does not match"):
+        run("promote", "words@2", "--verdict", "gate")
+
+
+def test_the_card_is_printed(run, gated):
+    assert "# words, version 1" in run("show", "words@1", "--card")
+
+
+def test_a_mirror_that_is_down_is_reported_and_costs_nothing(run, gated):
+    assert run("mirror", "http://127.0.0.1:9").startswith("0 events sent; 2 wait: ConnectionRefusedError")

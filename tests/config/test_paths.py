@@ -1,0 +1,118 @@
+import pytest
+
+from posttrain.config import load_gate, load_stage
+from posttrain.errors import ConfigError
+
+
+def load(write, base="./base", data="sft_data.jsonl", more=""):
+    return load_stage("sft", write(f"base_model: {base}\ndatasets: [{{path: {data}}}]\n{more}"))
+
+
+def refusal(write, **keys):
+    with pytest.raises(ConfigError) as caught:
+        load(write, **keys)
+    return str(caught.value)
+
+
+def test_a_hub_id_stays_unless_that_folder_stands_beside_the_yaml(write, folder):
+    assert load(write, base="Qwen/Qwen3-8B").keys.base_model == "Qwen/Qwen3-8B"
+    (folder / "Qwen/Qwen3-8B").mkdir(parents=True)
+    assert load(write, base="Qwen/Qwen3-8B").keys.base_model == str(folder / "Qwen/Qwen3-8B")
+
+
+def test_paths_are_relative_to_the_yaml_not_to_the_shell(write, folder, monkeypatch, tmp_path_factory):
+    path = write(
+        "base_model: base\ndatasets: [{path: ./sft_data.jsonl}]\nchat_template: chat.jinja\noutput_dir: out/x\n"
+    )
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    keys = load_stage("sft", path).keys
+    assert keys.base_model == str(folder / "base")
+    assert keys.datasets[0].path == str(folder / "sft_data.jsonl")
+    assert keys.chat_template == str(folder / "chat.jinja")
+    assert keys.output_dir == str(folder / "out/x")
+
+
+def test_a_relative_yaml_gives_absolute_paths(write, folder, monkeypatch):
+    write("base_model: base\ndatasets: [{path: ./sft_data.jsonl}]\n")
+    monkeypatch.chdir(folder)
+    assert load_stage("sft", "train.yaml").keys.base_model == str(folder / "base")
+
+
+def test_home_is_expanded(write, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder / "data"))
+    assert load(write, data="~/sft.jsonl").keys.datasets[0].path == str(folder / "data/sft.jsonl")
+
+
+def test_a_missing_file_names_the_closest_one(write, folder):
+    message = refusal(write, data="./sft_dat.jsonl")
+    assert (
+        message
+        == f"{folder}/train.yaml:2: datasets.1.path: ./sft_dat.jsonl does not exist in {folder}; did you mean sft_data.jsonl?"
+    )
+
+
+def test_a_missing_file_with_nothing_close_lists_what_is_there(write, folder):
+    assert f"does not exist in {folder}/data, which has pairs.jsonl, prompts.jsonl, sft.jsonl" in refusal(
+        write, data="data/z.csv"
+    )
+
+
+def test_a_missing_folder_is_named(write, folder):
+    assert f"gone/a.jsonl does not exist: there is no folder {folder}/gone" in refusal(write, data="gone/a.jsonl")
+
+
+def test_a_file_in_the_current_folder_is_a_hint(write, tmp_path_factory, monkeypatch):
+    elsewhere = tmp_path_factory.mktemp("shell")
+    (elsewhere / "0123.csv").touch()
+    monkeypatch.chdir(elsewhere)
+    assert "it exists in the current folder, but paths are relative to the YAML" in refusal(write, data="0123.csv")
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"base": "./bse"}, "base_model: ./bse does not exist in"),
+        ({"base": "''"}, "base_model: got an empty path"),
+        ({"more": "chat_template: chat.jnja\n"}, "train.yaml:3: chat_template: chat.jnja does not exist in"),
+        (
+            {"more": "eval_datasets: [{path: dev.jsonl}]\n"},
+            "train.yaml:3: eval_datasets.1.path: dev.jsonl does not exist in",
+        ),
+    ],
+)
+def test_every_path_is_checked_before_any_work(write, keys, expected):
+    assert expected in refusal(write, **keys)
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("rewards.py", "reward_funcs.2: got rewards.py, expected file.py:function, e.g. rewards.py:correct"),
+        ("rewards.py:", "got rewards.py:, expected file.py:function"),
+        ("reward.py:correct", "reward_funcs.2: reward.py does not exist in"),
+    ],
+)
+def test_reward_files_are_checked(write, entry, expected):
+    path = write(f"base_model: base\ndatasets: [{{path: sft_data.jsonl}}]\nreward_funcs: [boxed, '{entry}']\n")
+    with pytest.raises(ConfigError) as caught:
+        load_stage("grpo", path)
+    assert expected in str(caught.value)
+
+
+def test_rewards_of_the_library_are_names(write, folder):
+    path = write("base_model: base\ndatasets: [{path: sft_data.jsonl}]\nreward_funcs: [boxed, 'rewards.py:correct']\n")
+    assert load_stage("grpo", path).keys.reward_funcs == ["boxed", f"{folder}/rewards.py:correct"]
+
+
+@pytest.mark.parametrize(
+    ("baseline", "expected"),
+    [
+        ("alias:champion", "alias:champion"),
+        ("stage:base", "stage:base"),
+        ("./base", "{folder}/base"),
+        ("base", "{folder}/base"),
+    ],
+)
+def test_a_baseline_is_an_alias_a_stage_or_a_path(write, folder, baseline, expected):
+    gate = load_gate(write(f"baseline: {baseline}\nprimary: [{{suite: a}}]\n", "gate.yaml"))
+    assert gate.baseline == expected.format(folder=folder)

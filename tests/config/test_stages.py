@@ -1,0 +1,56 @@
+import pytest
+from pydantic import ValidationError
+
+from posttrain.config.stages import STAGE_KEYS, GRPOKeys, SFTKeys, looks_local, resolve_path
+
+REQUIRED = {"base_model": "x", "datasets": [{"path": "y"}]}
+
+
+def test_keys_do_not_change_once_loaded():
+    keys = SFTKeys(**REQUIRED)
+    with pytest.raises(ValidationError):
+        keys.seed = 1
+
+
+def test_qlora_is_lora_on_4_bits():
+    assert SFTKeys(**REQUIRED, adapter="qlora").load_in_4bit is True
+    assert SFTKeys(**REQUIRED, adapter="lora").load_in_4bit is False
+
+
+def test_defaults_are_not_shared_between_objects():
+    first, second = SFTKeys(**REQUIRED), SFTKeys(**REQUIRED)
+    first.rank_pattern["q_proj"] = 3
+    assert second.rank_pattern == {}
+
+
+@pytest.mark.parametrize("kind", STAGE_KEYS)
+def test_required_keys_are_few(kind):
+    required = {name for name, field in STAGE_KEYS[kind].model_fields.items() if field.is_required()}
+    assert required == {"base_model", "datasets"} | ({"reward_funcs"} if kind == "grpo" else set())
+
+
+@pytest.mark.parametrize(
+    ("weights", "right"), [([1.0], True), ([1.0, 2.0], False), ([float("inf")], False), (None, True)]
+)
+def test_one_finite_weight_per_reward(weights, right):
+    values = {**REQUIRED, "reward_funcs": ["a"], "reward_weights": weights}
+    if right:
+        assert GRPOKeys(**values).reward_weights == weights
+    else:
+        with pytest.raises(ValidationError):
+            GRPOKeys(**values)
+
+
+def test_a_hub_id_does_not_look_local():
+    assert not looks_local("Qwen/Qwen2.5-0.5B")
+    assert looks_local("data.parquet")
+
+
+@pytest.mark.parametrize("path", ["", "Qwen/Qwen2.5-0.5B", "openai/gsm8k"])
+def test_what_is_not_local_is_returned_as_it_is(tmp_path, path):
+    assert resolve_path(path, tmp_path) == path
+
+
+@pytest.mark.parametrize("path", ["./x", "../x", "a/b.jsonl", "DATA.JSONL", "x.jsonl.gz"])
+def test_what_looks_local_is_made_absolute(tmp_path, path):
+    assert resolve_path(path, tmp_path) == str((tmp_path / path).resolve())

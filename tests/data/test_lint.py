@@ -1,0 +1,272 @@
+"""Each rule fires on the fault it is for and stays silent on sound data; thresholds refuse; cleaning takes rows out."""
+
+import json
+
+import pytest
+
+from posttrain.config.stages import DatasetKeys, DPOKeys, SFTKeys
+from posttrain.data.dataset import sequences
+from posttrain.data.lint import lint, lint_stage, suite_prompts, write_clean
+from posttrain.data.lint_rules import RULES, LintInput
+from posttrain.data.load import load_preference, load_sft
+from posttrain.data.parse import unpair
+from posttrain.data.render import render_example, render_labelled, render_pair
+from posttrain.errors import DataError
+from posttrain.types import Example, LabelledCompletion, Origin, PreferencePair, Prompt, TokenSeq
+
+NAMES = ["Paris", "Rome", "Oslo", "Bern", "Riga", "Lima", "Cairo", "Quito", "Tunis", "Accra"]
+
+
+def at(line):
+    return Origin("train.jsonl", line)
+
+
+def chat(line, question, answer):
+    return Example(at(line), messages=({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
+
+
+def pair(line, prompt, chosen, rejected):
+    return PreferencePair(at(line), prompt, chosen, rejected)
+
+
+def sound_chats(count=10):
+    return [
+        chat(i, f"What is the capital number {i} please?", f"The answer is {NAMES[i % 10]}{i}.")
+        for i in range(1, count + 1)
+    ]
+
+
+def sound_pairs(count=24):
+    return [pair(i, f"Question {i}?", f" good {'x' * (i % 3)}", f" bad {'y' * (i % 4)}") for i in range(1, count + 1)]
+
+
+def sound_prompts(count=10):
+    return [Prompt(at(i), f"What is {i} + {i}?", {"answer": str(2 * i)}) for i in range(1, count + 1)]
+
+
+def sft_input(tokenizer, nouns, **more):
+    rendered = more.pop("rendered", None) or [(render_example(tokenizer, noun),) for noun in nouns]
+    return LintInput("sft", nouns, rendered, tokenizer, more.pop("sequence_len", 512), **more)
+
+
+def fired(given, rule):
+    return [origin.line for origin, _ in RULES[rule].check(given)]
+
+
+@pytest.fixture
+def tokenizer(tokenizer_of):
+    return tokenizer_of("chatml")
+
+
+def test_sound_data_of_every_stage_has_no_findings(tokenizer):
+    chats, pairs, prompts = sound_chats(), sound_pairs(), sound_prompts()
+    labelled = [row for noun in pairs for row in unpair(noun)]
+    suites = {"heldout": ["What is the capital of Peru, which city is it, and how large is it today?"]}
+    inputs = [
+        sft_input(tokenizer, chats, suites=suites, eval_nouns=[chat(1, "Who are you?", "me")]),
+        LintInput("dpo", pairs, [render_pair(tokenizer, p) for p in pairs], tokenizer, 512, suites=suites),
+        LintInput("kto", labelled, [(render_labelled(tokenizer, r),) for r in labelled], tokenizer, 512),
+        LintInput("grpo", prompts, [], tokenizer, 512, parse_gold=lambda p: p.columns["answer"]),
+    ]
+    for given in inputs:
+        report = lint(given)
+        assert report.findings == () and not report.refused
+        report.raise_if_refused()
+
+
+def test_duplicate_and_near_duplicate(tokenizer):
+    long = "The quick brown fox jumps over the lazy dog while the cat sleeps near the warm stove in the old kitchen"
+    nouns = [
+        *sound_chats(),
+        chat(11, "What is the capital  number 1 please?", "The answer is Rome1."),
+        chat(12, long, long),
+        chat(13, long, long + " now"),
+    ]
+    given = sft_input(tokenizer, nouns)
+    assert fired(given, "duplicate") == [11]
+    assert fired(given, "near_duplicate") == [13]
+
+
+def test_eval_overlap_and_contamination(tokenizer):
+    nouns = sound_chats()
+    given = sft_input(
+        tokenizer,
+        nouns,
+        eval_nouns=[chat(1, "What is the capital number 3 please?", "other")],
+        suites={"heldout": ["what is the capital number 7 please?"]},
+    )
+    assert fired(given, "eval_overlap") == [3]
+    assert fired(given, "contamination") == [7]
+
+
+def test_round_trip_finds_text_the_tokenizer_cannot_hold(tokenizer_of):
+    gemma = tokenizer_of("gemma")
+    given = sft_input(gemma, [chat(1, "Hello", "thank you"), chat(2, "日本", "Yes")])
+    assert fired(given, "template_round_trip") == [2]
+
+
+def test_drift_from_the_tokenizers_template(tokenizer):
+    own = tokenizer.chat_template
+    nouns = sound_chats(3)
+    assert fired(sft_input(tokenizer, nouns, own_template=own), "template_drift") == []
+    assert fired(sft_input(tokenizer, nouns, own_template=own.replace("user", "human") + " "), "template_drift") == [
+        1,
+        2,
+        3,
+    ]
+    assert fired(sft_input(tokenizer, nouns, own_template="{{ raise_exception('no') }}"), "template_drift") == [1, 2, 3]
+
+
+def test_control_tokens_in_a_message(tokenizer):
+    nouns = [*sound_chats(2), chat(3, "ignore this<|im_end|>", "Yes")]
+    assert fired(sft_input(tokenizer, nouns), "control_tokens") == [3]
+
+
+def masked(tokenizer, noun, mask):
+    seq = render_example(tokenizer, noun)
+    return (TokenSeq(seq.ids, tuple(mask(i, len(seq.ids), on) for i, on in enumerate(seq.loss_mask)), seq.origin),)
+
+
+def test_masks_that_train_nothing_or_the_prompt(tokenizer):
+    nouns = sound_chats(2)
+    nothing = [masked(tokenizer, nouns[0], lambda i, n, on: False), (render_example(tokenizer, nouns[1]),)]
+    assert fired(sft_input(tokenizer, nouns, rendered=nothing), "nothing_trained") == [1]
+    everything = [masked(tokenizer, nouns[0], lambda i, n, on: True), (render_example(tokenizer, nouns[1]),)]
+    given = sft_input(tokenizer, nouns, rendered=everything)
+    assert fired(given, "prompt_trained") == [1]
+    assert fired(sft_input(tokenizer, nouns, rendered=everything, train_on="all"), "prompt_trained") == []
+    echo = [chat(1, "Say the words: good morning", "Say the words: good morning")]
+    assert fired(sft_input(tokenizer, echo), "prompt_trained") == []
+
+
+def test_missing_end_and_truncated_answers(tokenizer, tokenizer_of):
+    plain = tokenizer_of("plain")
+    assert fired(sft_input(plain, sound_chats(2)), "no_end") == [1, 2]
+    nouns = sound_chats(2)
+    seqs = [render_example(tokenizer, noun) for noun in nouns]
+    cut = len(seqs[0].ids) - 4
+    rendered = [(TokenSeq(seqs[0].ids[:cut], seqs[0].loss_mask[:cut], at(1)),), (seqs[1],)]
+    given = sft_input(tokenizer, nouns, rendered=rendered, sequence_len=cut)
+    assert fired(given, "truncated") == [1]
+    assert fired(given, "no_end") == []
+    exact = sft_input(tokenizer, nouns[:1], rendered=[(seqs[0],)], sequence_len=len(seqs[0].ids))
+    assert fired(exact, "truncated") == []
+
+
+def test_length_outliers(tokenizer):
+    nouns = [*sound_chats(30), chat(31, "Hello", "Yes " * 300)]
+    assert fired(sft_input(tokenizer, nouns), "length_outlier") == [31]
+
+
+def dpo_input(tokenizer, nouns):
+    return LintInput("dpo", nouns, [render_pair(tokenizer, noun) for noun in nouns], tokenizer, 512)
+
+
+def test_pairs_alike_contradictory_and_biased(tokenizer):
+    nouns = [*sound_pairs(), pair(25, "Q?", " Yes.", " yes ."), pair(26, "Question 4?", " bad ", " good x")]
+    given = dpo_input(tokenizer, nouns)
+    assert fired(given, "pair_alike") == [25]
+    assert fired(given, "contradiction") == [26]
+    assert fired(given, "length_bias") == []
+    longer = [pair(i, f"Q{i}?", " a long answer", " short") for i in range(1, 25)]
+    assert fired(dpo_input(tokenizer, longer), "length_bias") == list(range(1, 25))
+    labels = [LabelledCompletion(at(1), "Q?", " Yes", True), LabelledCompletion(at(2), "Q?", " yes", False)]
+    rendered = [(render_labelled(tokenizer, row),) for row in labels]
+    assert fired(LintInput("kto", labels, rendered, tokenizer, 512), "contradiction") == [2]
+
+
+def test_golds_that_are_missing_or_unreadable(tokenizer):
+    nouns = [*sound_prompts(3), Prompt(at(4), "What?", {"answer": " "}), Prompt(at(5), "Why?", {})]
+    given = LintInput(
+        "grpo",
+        nouns,
+        [],
+        tokenizer,
+        512,
+        parse_gold=lambda p: p.columns.get("answer", "x") if p.origin.line != 2 else None,
+    )
+    assert fired(given, "gold_missing") == [4, 5]
+    assert fired(given, "gold_unreadable") == [2]
+    assert fired(LintInput("grpo", [Prompt(at(1), "Write a poem", {})], [], tokenizer, 512), "gold_missing") == []
+    zero = [Prompt(at(1), "1-1?", {"answer": 0}), Prompt(at(2), "is it?", {"answer": False})]
+    assert fired(LintInput("grpo", zero, [], tokenizer, 512), "gold_missing") == []
+
+
+def test_thresholds_refuse_and_can_be_changed(tokenizer):
+    nouns = sound_chats()
+    given = sft_input(tokenizer, nouns, suites={"heldout": ["what is the capital number 7 please?"]})
+    report = lint(given)
+    (finding,) = report.findings
+    assert (finding.rule, finding.count, finding.share, finding.refuses) == ("contamination", 1, 0.1, True)
+    with pytest.raises(
+        DataError,
+        match=r"the data is refused: contamination: 1 rows \(10\.0%, refused above 1%\).*train\.jsonl:7 .*--write-clean DIR",
+    ):
+        report.raise_if_refused()
+    assert not lint(given, {"contamination": 0.2}).refused
+    assert not lint(given, {"contamination": None}).refused
+    assert json.loads(json.dumps(report.to_json()))["findings"][0]["first"] == [
+        "train.jsonl:7: holds a prompt of suite heldout"
+    ]
+
+
+def test_every_rule_is_tested():
+    source = open(__file__).read()  # noqa: PTH123, SIM115
+    assert [name for name in RULES if source.count(f'"{name}"') == 0] == []
+
+
+def raw(question, answer):
+    return {"turns": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], "id": question}
+
+
+def test_write_clean_keeps_the_rest_as_it_was(write_jsonl, tokenizer, tmp_path):
+    rows = [raw("What is two and two?", "4"), raw("Who are you, my friend?", "me"), raw("What is two and two?", "4")]
+    path = write_jsonl(rows)
+    suite = write_jsonl(
+        [{"id": "1", "messages": [{"role": "user", "content": "Who are you, my friend?"}]}], "suite.jsonl"
+    )
+    keys = SFTKeys(base_model="x", datasets=[{"path": str(path), "columns": {"messages": "turns"}}])
+    data = load_sft(keys, tokenizer)
+    report = lint_stage(keys, tokenizer, data, suites={"heldout": suite_prompts(str(suite))})
+    assert {f.rule: f.count for f in report.findings} == {"duplicate": 1, "contamination": 1}
+    (cleaned,) = write_clean(report, keys.datasets, tmp_path / "clean")
+    assert (cleaned.num_kept, cleaned.num_removed) == (1, 2)
+    assert [json.loads(line) for line in cleaned.path.read_text().splitlines()] == rows[:1]
+    removed = json.loads((tmp_path / "clean" / "removed.json").read_text())["removed"]
+    assert [(key.rsplit("/", 1)[-1], why[0].split(":")[0]) for key, why in removed.items()] == [
+        ("train.jsonl:2", "contamination"),
+        ("train.jsonl:3", "duplicate"),
+    ]
+    again = keys.model_copy(update={"datasets": [keys.datasets[0].model_copy(update={"path": str(cleaned.path)})]})
+    assert lint_stage(again, tokenizer, load_sft(again, tokenizer)).findings == ()
+
+
+def test_write_clean_keeps_two_files_of_one_name_apart_and_refuses_to_write_nothing(write_jsonl, tokenizer, tmp_path):
+    (tmp_path / "other").mkdir()
+    one, two = write_jsonl([raw("a b c", "d")]), write_jsonl([raw("e f g", "h")], "other/train.jsonl")
+    sources = [DatasetKeys(path=str(path), columns={"messages": "turns"}) for path in (one, two)]
+    keys = SFTKeys(base_model="x", datasets=sources)
+    report = lint_stage(keys, tokenizer, load_sft(keys, tokenizer))
+    assert [c.path.name for c in write_clean(report, sources, tmp_path / "clean")] == ["train.jsonl", "train-2.jsonl"]
+    bad = lint_stage(keys, tokenizer, load_sft(keys, tokenizer), suites={"s": ["a b c d"]})
+    with pytest.raises(DataError, match=r"train\.jsonl: lint would take out all 1 rows"):
+        write_clean(bad, sources[:1], tmp_path / "clean")
+
+
+def test_rows_of_loaded_pairs_are_linted(write_jsonl, tokenizer):
+    path = write_jsonl(
+        [{"prompt": "Q", "chosen": " Yes", "rejected": " yes"}, {"prompt": "P", "chosen": " a", "rejected": " b"}]
+    )
+    keys = DPOKeys(base_model="x", datasets=[{"path": str(path)}])
+    data = load_preference(keys, tokenizer)
+    assert [len(sequences(row)) for row in data] == [2, 2]
+    (finding,) = lint_stage(keys, tokenizer, data).findings
+    assert (finding.rule, finding.offences[0][0].line) == ("pair_alike", 1)
+
+
+def test_suite_prompts_of_every_shape(write_jsonl):
+    message = [{"role": "user", "content": "b"}]
+    path = write_jsonl([{"prompt": "a"}, {"messages": message}, {"prompt": message}])
+    assert suite_prompts(str(path)) == ["a", "b", "b"]
+    with pytest.raises(DataError, match=r"suite\.jsonl:1: a suite item without `prompt` or `messages`"):
+        suite_prompts(str(write_jsonl([{"question": "a"}], "suite.jsonl")))

@@ -1,0 +1,33 @@
+import pytest
+
+from posttrain.grading.scorers import SCORERS, scorer_digest
+
+
+@pytest.mark.parametrize(
+    ("scorer", "text", "target", "columns", "score"),
+    [
+        ("boxed", r"\boxed{4}", "4", {}, 1.0),
+        ("boxed", r"\boxed{4}", None, {}, None),
+        ("math", r"\boxed{\sqrt{12}}", r"2\sqrt{3}", {}, 1.0),
+        ("last_number", "so 4", "4", {}, 1.0),
+        ("contains", "<think>Rome</think>Paris it is", "Paris", {}, 1.0),
+        ("contains", "<think>Paris</think>Rome", "Paris", {}, 0.0),
+        ("regex", "abc", "^a.c$", {}, 1.0),
+        ("regex", "abc", "(", {}, None),
+        ("clean", r"<think>a</think>\boxed{4}", None, {}, 1.0),
+        ("format", "<think>a</think>b", None, {}, 1.0),
+        ("json_schema", '{"a": 1}', None, {"schema": {"type": "object"}}, 0.0),
+        ("json_schema", "3", None, {"schema": '{"type": "integer"}'}, 1.0),
+        ("json_schema", "3", "4", {"schema": {"type": "integer"}}, 0.0),
+        ("json_schema", "3", '{"type": "integer"}', {}, 1.0),
+        ("json_schema", "3", "no schema", {}, None),
+    ],
+)
+def test_scorers(scorer, text, target, columns, score):
+    assert SCORERS[scorer](text, target, columns) == score
+
+
+def test_digest_differs_by_scorer_and_repeats():
+    assert scorer_digest("boxed") == scorer_digest("boxed") != scorer_digest("clean")
+    with pytest.raises(KeyError, match="expected one of boxed"):
+        scorer_digest("boxd")

@@ -1,0 +1,76 @@
+"""The monitor: bounded, quiet after an alarm, and the same after a restart."""
+
+import json
+import math
+import random
+from itertools import pairwise
+
+from posttrain.health.monitor import KEPT_EVALS, QUIET_STEPS, START_STEPS, WINDOW_STEPS, Monitor
+from posttrain.types import StepReport
+
+
+def _run(num_steps, seed=0):
+    draw = random.Random(seed)
+    for step in range(1, num_steps + 1):
+        metrics = {
+            "reward": 0.3 + step / 300 + draw.gauss(0, 0.05), "reward_std": 0.4, "entropy": max(0.005, 1.0 - step / 100),
+            "kl": step / 200, "grad_norm": 1.0 + draw.random(), "completions/clipped_ratio": min(0.6, step / 300),
+        }  # fmt: skip
+        if step % 10 == 0:
+            metrics["eval_score"] = 0.4 - step / 2000
+        if step == 77:
+            metrics["loss"] = math.nan
+        yield StepReport(step, metrics)
+
+
+def test_a_restart_changes_nothing():
+    """Findings of a run equal those of the same run stopped after each of several steps and continued."""
+    whole = Monitor("grpo")
+    expected = [finding for report in _run(250) for finding in whole.observe(report)]
+    assert len({finding.rule for finding in expected}) >= 5
+    for stop in (3, 60, 77, 78, 190):
+        monitor, found = Monitor("grpo"), []
+        for report in _run(250):
+            found += monitor.observe(report)
+            if report.step == stop:
+                saved = json.dumps(monitor.state(), allow_nan=False)
+                monitor = Monitor("grpo")
+                monitor.load_state(json.loads(saved))
+        assert repr(found) == repr(expected)
+        assert monitor.state() == whole.state()
+
+
+def test_what_it_remembers_is_bounded():
+    monitor = Monitor("grpo")
+    for report in _run(2000):
+        monitor.observe(report)
+    state = monitor.state()
+    assert (len(state["first"]), len(state["recent"]), len(state["evaluated"])) == (
+        START_STEPS,
+        WINDOW_STEPS,
+        KEPT_EVALS,
+    )
+
+
+def test_a_rule_that_fired_stays_quiet_for_a_while():
+    monitor = Monitor("grpo")
+    fired = [report.step for report in _run(400) for f in monitor.observe(report) if f.rule == "kl_drift"]
+    assert len(fired) > 5
+    assert all(later - earlier == QUIET_STEPS for earlier, later in pairwise(fired))
+
+
+def test_healthy_noise_raises_no_alarm():
+    """Twenty seeds of a run that learns: reward and held-out score rise, the rest wobbles."""
+    for seed in range(20):
+        draw, monitor = random.Random(seed), Monitor("grpo")
+        for step in range(1, 301):
+            done = step / 300
+            metrics = {
+                "reward": 0.3 + 0.5 * done + draw.gauss(0, 0.06), "reward_std": 0.4 - 0.2 * done, "entropy": 1.0 - 0.9 * done + draw.gauss(0, 0.02),
+                "kl": 0.08 * done, "grad_norm": math.exp(draw.gauss(0, 0.5)), "update_norm": 0.01, "learning_rate": 1e-5, "loss": draw.gauss(0, 0.05),
+                "frac_reward_zero_std": 0.2 + 0.5 * done, "frac_reward_all_right": 0.05 + 0.6 * done, "frac_reward_all_wrong": 0.15 - 0.1 * done,
+                "completions/mean_length": 60 + 30 * done + draw.gauss(0, 5), "completions/clipped_ratio": abs(draw.gauss(0, 0.03)), "importance_ratio/max": 1 + abs(draw.gauss(0, 1)),
+            }  # fmt: skip
+            if step % 20 == 0:
+                metrics["eval_score"] = 0.3 + 0.4 * done + draw.gauss(0, 0.04)
+            assert monitor.observe(StepReport(step, metrics)) == []
