@@ -9,9 +9,9 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from posttrain.files import canonical_json, digest_json, write_folder
 
@@ -72,7 +72,7 @@ class Prompt:
 
     origin: Origin
     prompt: Text
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
     tools: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -132,7 +132,7 @@ class StepReport:
     metrics: Mapping[str, float]
 
 
-class Severity(str, Enum):
+class Severity(StrEnum):
     INFO = "info"
     SOFT = "soft"
     HARD = "hard"
@@ -264,7 +264,7 @@ class EvalReport:
     model_digest: str
     scorer: str
     items: tuple[ItemRecord, ...]
-    decoding: Mapping[str, Any] = field(default_factory=dict)
+    decoding: Mapping[str, Any] = field(default_factory=dict[str, Any])
     wall_s: float = 0.0
 
     @property
@@ -301,15 +301,17 @@ class EvalReport:
         header.pop("mean")
         report = cls(items=items, **header)
         if report.digest != expected:
-            raise ValueError(f"{folder}: items.jsonl does not match report.json (got {report.digest}, expected {expected})")
+            raise ValueError(
+                f"{folder}: items.jsonl does not match report.json (got {report.digest}, expected {expected})"
+            )
         return report
 
 
 def _tuples(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+    return {key: tuple(cast("list[Any]", value)) if isinstance(value, list) else value for key, value in record.items()}
 
 
-class Verdict(str, Enum):
+class Verdict(StrEnum):
     PASS = "PASS"
     FAIL = "FAIL"
     INCONCLUSIVE = "INCONCLUSIVE"
@@ -357,14 +359,25 @@ class GateVerdict:
     spec_digest: str
     alpha: float
     tests: tuple[TestResult, ...]
-    report_digests: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    report_digests: Mapping[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
 
     @property
     def digest(self) -> str:
         return digest_json(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self)).replace("NaN", "null").replace("-Infinity", "null").replace("Infinity", "null"))
+        """Plain values; a number that is not finite becomes null."""
+        return _finite(asdict(self))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in cast("dict[str, Any]", value).items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in cast("list[Any]", value)]
+    return value.value if isinstance(value, StrEnum) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,4 +388,4 @@ class RegistryEntry:
     path: Path
     manifest: Mapping[str, Any]
     aliases: Sequence[str] = ()
-    tags: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict[str, str])

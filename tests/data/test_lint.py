@@ -211,7 +211,7 @@ def test_thresholds_refuse_and_can_be_changed(tokenizer):
 
 
 def test_every_rule_is_tested():
-    source = open(__file__).read()  # noqa: PTH123, SIM115
+    source = open(__file__).read()  # noqa: SIM115
     assert [name for name in RULES if source.count(f'"{name}"') == 0] == []
 
 

@@ -16,7 +16,7 @@ from posttrain.grading.scorers import SCORERS, scorer_digest
         ("regex", "abc", "(", {}, None),
         ("clean", r"<think>a</think>\boxed{4}", None, {}, 1.0),
         ("format", "<think>a</think>b", None, {}, 1.0),
-        ("json_schema", '{"a": 1}', None, {"schema": {"type": "object"}}, 0.0),
+        ("json_schema", '{"a": 1}', None, {"schema": {"properties": {"b": {}}}}, 0.0),
         ("json_schema", "3", None, {"schema": '{"type": "integer"}'}, 1.0),
         ("json_schema", "3", "4", {"schema": {"type": "integer"}}, 0.0),
         ("json_schema", "3", '{"type": "integer"}', {}, 1.0),

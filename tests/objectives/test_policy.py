@@ -1,11 +1,16 @@
 """Every policy loss against loops written from the papers, value and gradient, in float64."""
 
 import math
+from dataclasses import fields as dataclass_fields
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
+from posttrain.config.stages import GRPOKeys
+from posttrain.objectives.advantages import ADVANTAGES, AdvantageSpec
+from posttrain.objectives.kl import KL_ESTIMATORS
 from posttrain.objectives.policy import (
     POLICY_LOSSES,
     PolicyInputs,
@@ -13,6 +18,7 @@ from posttrain.objectives.policy import (
     advantage_estimator_of,
     policy_loss,
 )
+from posttrain.objectives.ratios import CORRECTIONS
 from posttrain.objectives.reduce import Normalizer
 
 LENGTHS = [3, 1, 4, 2]
@@ -304,3 +310,13 @@ def test_missing_inputs_are_named():
 def test_rows_that_bring_their_advantage():
     assert advantage_estimator_of("rloo", "group") == "rloo"
     assert advantage_estimator_of("dapo", "reinforce_pp_baseline") == "reinforce_pp_baseline"
+
+
+def test_configuration_offers_exactly_the_tables():
+    fields = GRPOKeys.model_fields
+    assert set(get_args(fields["loss_type"].annotation)) == set(POLICY_LOSSES)
+    assert set(get_args(fields["kl_estimator"].annotation)) == set(KL_ESTIMATORS)
+    assert set(get_args(fields["advantage_estimator"].annotation)) == set(ADVANTAGES)
+    assert set(get_args(fields["importance_sampling_correction"].annotation)) == {"off", *CORRECTIONS}
+    for spec in (PolicySpec(), AdvantageSpec()):
+        assert all(getattr(spec, f.name) == fields[f.name].default for f in dataclass_fields(spec))

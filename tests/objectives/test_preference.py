@@ -1,11 +1,15 @@
 """Every preference loss against formulas written from the papers, value and gradient, in float64."""
 
 import math
+from dataclasses import fields as dataclass_fields
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
+from posttrain.config.effects import without_effect
+from posttrain.config.stages import DPOKeys, PreferenceLoss
 from posttrain.errors import ConfigError
 from posttrain.objectives.preference import (
     PREFERENCE_LOSSES,
@@ -297,7 +301,6 @@ def test_orpo_metrics_by_hand():
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"loss_type": "hinge", "label_smoothing": 0.1}, "no effect on loss_type: hinge.*sigmoid"),
         ({"loss_type": "exo_pair"}, "set it to 1e-3"),
         ({"loss_type": "ipo", "beta": 0.0}, "divides by beta"),
         ({"loss_type": "sppo_hard", "beta": 0.0}, "divides by beta"),
@@ -307,6 +310,19 @@ def test_orpo_metrics_by_hand():
 def test_knobs_that_mean_nothing_are_refused(knobs, message):
     with pytest.raises(ConfigError, match=message):
         PreferenceSpec(**knobs)
+
+
+def test_configuration_offers_exactly_the_table():
+    assert set(get_args(PreferenceLoss)) == set(PREFERENCE_LOSSES)
+    for field in dataclass_fields(PreferenceSpec):
+        assert DPOKeys.model_fields[field.name].default == field.default
+
+
+@pytest.mark.parametrize("name", PREFERENCE_LOSSES)
+def test_configuration_says_when_label_smoothing_has_no_effect(name):
+    keys = DPOKeys(base_model="x", datasets=[{"path": "x"}], loss_type=name, label_smoothing=0.1)
+    notes = " ".join(without_effect(keys, lambda key: key == "label_smoothing"))
+    assert ("label_smoothing" in notes) != PREFERENCE_LOSSES[name].smooths
 
 
 # --- KTO -----------------------------------------------------------------------------------------------------------

@@ -107,7 +107,9 @@ def check_writable(folder: Path, needed_bytes: int) -> None:
 
 
 def _seal(folder: Path, step: int) -> None:
-    files = {path.relative_to(folder).as_posix(): digest_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {
+        path.relative_to(folder).as_posix(): digest_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
     write_json(folder / _SEAL, {"step": step, "files": files})
 
 

@@ -42,7 +42,9 @@ def grpo(config: Config, set_: Sets = None, on_change: Change = "refuse", quiet:
     _single("grpo", config, set_, on_change, quiet)
 
 
-def _single(kind: Literal["sft", "dpo", "grpo"], config: Path, set_: list[str] | None, on_change: OnChange, quiet: bool) -> None:
+def _single(
+    kind: Literal["sft", "dpo", "grpo"], config: Path, set_: list[str] | None, on_change: OnChange, quiet: bool
+) -> None:
     from posttrain.config.load import load_stage
     from posttrain.config.pipeline import STAGE_IN_PIPELINE, PipelineKeys, Stage
 
@@ -90,4 +92,3 @@ def _close(outcome: Outcome, console: Any) -> None:
     if outcome.reason:
         typer.echo(f"{outcome.status}: {outcome.reason}")
     typer.echo(f"model   {outcome.model_dir}\nreport  {report}")
-

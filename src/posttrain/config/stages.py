@@ -125,17 +125,17 @@ class DPOKeys(TrainKeys):
     learning_rate: float = knob(1e-6, "Peak learning rate.", gt=0, also="lr", example=1e-6)
     loss_type: PreferenceLoss = knob("sigmoid", "Preference loss, by its row in the table.", also="pref_loss (LLaMA-Factory)")
     beta: float = knob(0.1, "Strength of the pull to the reference.", ge=0, also="pref_beta (LLaMA-Factory), rl_beta (Axolotl)")
-    label_smoothing: float = knob(0.0, "Assumed share of flipped pairs (sigmoid: cDPO; robust; exo_pair).", ge=0, lt=0.5, also="dpo_label_smoothing (Axolotl, LLaMA-Factory)")
+    label_smoothing: float = knob(0.0, "Assumed share of flipped pairs (sigmoid: cDPO; robust; exo_pair; aot; simpo; cpo).", ge=0, lt=0.5, also="dpo_label_smoothing (Axolotl, LLaMA-Factory)")
     discopop_tau: float = knob(0.05, "Temperature of DiscoPOP's mixture.", gt=0)
-    simpo_gamma: float = knob(0.5, "Target margin of SimPO, in units of beta.", ge=0)
-    cpo_alpha: float = knob(1.0, "Weight of the likelihood term of CPO and SimPO-CPO.", ge=0)
-    rpo_alpha: float = knob(0.0, "Weight of an added SFT term on the chosen answers (RPO).", ge=0, also="pref_ftx (LLaMA-Factory)")
+    simpo_gamma: float = knob(0.5, "Target margin of SimPO (its γ; beta is not applied to it).", ge=0)
+    cpo_alpha: float = knob(1.0, "Weight of CPO's likelihood term; CPO-SimPO is simpo with rpo_alpha.", ge=0)
+    rpo_alpha: float = knob(0.0, "Weight of a token-mean SFT term on the chosen answers, added to any loss on pairs (RPO).", ge=0, also="pref_ftx (LLaMA-Factory)")
     desirable_weight: float = knob(1.0, "KTO: weight of desirable rows.", ge=0, also="kto_desirable_weight (Axolotl), kto_chosen_weight (LLaMA-Factory)")
     undesirable_weight: float = knob(1.0, "KTO: weight of undesirable rows.", ge=0, also="kto_undesirable_weight (Axolotl), kto_rejected_weight (LLaMA-Factory)")
     precompute_ref_log_probs: bool | Literal["auto"] = knob("auto", "Score all rows under the reference once, before training, and keep the log-probs. `auto`: for full fine-tuning, where a frozen copy is the alternative; an adapter is simply switched off.")
 
 
-GRPOLoss = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "luspo"]
+GRPOLoss = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "gspo", "rloo", "reinforce_pp"]
 
 
 class GRPOKeys(TrainKeys):
@@ -165,13 +165,13 @@ class GRPOKeys(TrainKeys):
     beta: float = knob(0.0, "Weight of the KL to the reference; 0 keeps no reference.", ge=0)
     kl_estimator: Literal["k1", "k2", "k3"] = knob("k3", "Estimator of the KL that beta weighs (Schulman 2020).")
     kl_in_reward: bool = knob(False, "Put the KL that beta weighs into the reward instead of the loss.")
-    use_bias_correction_kl: bool = knob(True, "Multiply k3 in the loss by the importance ratio, as TRL and DeepSeek-V3.2 do.")
+    use_bias_correction_kl: bool = knob(True, "Multiply the KL in the loss by the importance ratio, as TRL and DeepSeek-V3.2 do: its gradient is then that of the KL, also off-policy.")
     epsilon: float = knob(0.2, "Clip range below 1: the importance ratio is clipped at 1 - epsilon.", gt=0)
-    epsilon_high: float | None = knob(None, "Clip range above 1; null means epsilon.", gt=0, example=0.28)
+    epsilon_high: float | None = knob(None, "Clip range above 1; null means epsilon. For cispo the cap on the ratio itself; null means 5.", gt=0, example=0.28)
     delta: float | None = knob(None, "Upper bound of the unclipped ratio (two-sided clipping); null is off.", gt=1, example=4.0)
     importance_sampling_level: Literal["token", "sequence"] = knob("token", "Ratio per token, or per sequence (GSPO).")
     scale_rewards: Literal["group", "batch", "none"] = knob("group", "What the centred rewards are divided by: the group's std, the batch's, nothing.")
-    advantage_estimator: Literal["group", "rloo", "reinforce_pp"] = knob("group", "Baseline: group mean (GRPO), leave-one-out (RLOO), or batch-normalised (REINFORCE++).")
+    advantage_estimator: Literal["group", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = knob("group", "Baseline: group mean (GRPO), leave-one-out (RLOO), batch mean (REINFORCE++), or group mean and then whitened over the batch (REINFORCE++-baseline); loss_type rloo and reinforce_pp bring their own.")
     advantage_eps: float = knob(1e-4, "Added to the std; ddof is 1, as in TRL.", ge=0)
     sapo_temperature_pos: float = knob(1.0, "SAPO's temperature for positive advantages.", gt=0)
     sapo_temperature_neg: float = knob(1.05, "SAPO's temperature for negative advantages.", gt=0)

@@ -118,11 +118,14 @@ class ProcessGroup:
             model.load_state_dict(state, strict=False)
             return
         options = StateDictOptions(full_state_dict=True, strict=False)
-        set_model_state_dict(model, state, options=options)
+        set_model_state_dict(model, dict[str, Any](state), options=options)
 
     def full_optimizer_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         names = _parameter_names(model, optimizer)
-        return {name: {key: _whole(value) for key, value in values.items()} for name, values in self._named_state(names, optimizer)}
+        return {
+            name: {key: _whole(value) for key, value in values.items()}
+            for name, values in self._named_state(names, optimizer)
+        }
 
     def load_optimizer_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         from torch.distributed.tensor import DTensor, distribute_tensor

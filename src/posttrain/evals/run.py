@@ -38,6 +38,7 @@ class Evaluator:
     model_digest: str
     seed_of: Callable[..., int]
     progress: Callable[[str, int, int], None] = field(default=lambda name, done, total: None)
+    _greedy: dict[tuple[tuple[int, ...], int], Completion] = field(default_factory=dict, repr=False)
 
     def run(self, suite: Suite, keys: SuiteKeys, split: str) -> EvalReport:
         """Every item of the split answered and scored."""
@@ -61,15 +62,29 @@ class Evaluator:
             for item in items
             for sample in range(keys.num_samples)
         ]
-        completions = self.engine.generate(requests, params)
+        completions = self._generate(requests, params)
         for index, item in enumerate(items):
             yield self._record(item, completions[index * keys.num_samples : (index + 1) * keys.num_samples])
+
+    def _generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        """Greedy answers follow from the prompt alone: suites that ask the same thing share them."""
+        if params.temperature > 0:
+            return self.engine.generate(requests, params)
+        new = {
+            (r.prompt_ids, params.max_tokens): r
+            for r in requests
+            if (r.prompt_ids, params.max_tokens) not in self._greedy
+        }
+        self._greedy.update(zip(new, self.engine.generate(list(new.values()), params), strict=True))
+        return [self._greedy[r.prompt_ids, params.max_tokens] for r in requests]
 
     def _record(self, item: Item, completions: Sequence[Completion]) -> ItemRecord:
         texts = tuple(self.codec.decode(completion.ids) for completion in completions)
         scores = [SCORERS[item.scorer](text, item.target, item.columns) for text in texts]
         if any(score is None for score in scores):
-            raise EvalError(f"suite item {item.id}: scorer {item.scorer!r} could not score it; is its target of the right kind? ({item.target!r})")
+            raise EvalError(
+                f"suite item {item.id}: scorer {item.scorer!r} could not score it; is its target of the right kind? ({item.target!r})"
+            )
         return ItemRecord(
             id=item.id, prompt_digest=prompt_digest(item), scores=tuple(float(score) for score in scores if score is not None),
             cluster=item.cluster, completions=texts, finishes=tuple(c.finish for c in completions),
@@ -92,7 +107,12 @@ class Evaluator:
 
 
 def decoding_of(keys: SuiteKeys) -> dict[str, Any]:
-    return {"num_samples": keys.num_samples, "temperature": keys.temperature, "max_tokens": keys.max_tokens, "seed": keys.seed}
+    return {
+        "num_samples": keys.num_samples,
+        "temperature": keys.temperature,
+        "max_tokens": keys.max_tokens,
+        "seed": keys.seed,
+    }
 
 
 def prompt_digest(item: Item) -> str:

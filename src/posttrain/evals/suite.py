@@ -83,13 +83,19 @@ def load_suite(name: str, path: Path) -> Suite:
         if line.strip():
             item = _parse(line, f"{path.name}:{number}")
             if item.id in seen:
-                raise EvalError(f"{path.name}:{number}: id {item.id!r} was used on line {seen[item.id]}; ids pair the answers of two models")
+                raise EvalError(
+                    f"{path.name}:{number}: id {item.id!r} was used on line {seen[item.id]}; ids pair the answers of two models"
+                )
             seen[item.id] = number
             items.append(item)
     if not items:
-        raise EvalError(f"evals.{name}: {path} is empty; expected one JSON object per line with id, prompt or messages, and target")
+        raise EvalError(
+            f"evals.{name}: {path} is empty; expected one JSON object per line with id, prompt or messages, and target"
+        )
     if len(scorers := {item.scorer for item in items}) > 1:
-        raise EvalError(f"{path.name}: items use several scorers ({', '.join(sorted(scorers))}); make one suite of each")
+        raise EvalError(
+            f"{path.name}: items use several scorers ({', '.join(sorted(scorers))}); make one suite of each"
+        )
     return Suite(name, path, tuple(items))
 
 
@@ -104,7 +110,9 @@ def _parse(line: str, where: str) -> Item:
     if isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt):
         prompt = tuple(prompt)
     elif not isinstance(prompt, str) or not prompt:
-        raise EvalError(f"{where}: expected `prompt` (text) or `messages` (a list of role and content), found {type(prompt).__name__}")
+        raise EvalError(
+            f"{where}: expected `prompt` (text) or `messages` (a list of role and content), found {type(prompt).__name__}"
+        )
     choices = tuple(row.get("choices") or ())
     scorer = row.get("scorer") or (CHOICES if choices else "exact")
     if scorer != CHOICES and scorer not in SCORERS:

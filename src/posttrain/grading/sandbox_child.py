@@ -3,7 +3,7 @@
 Everything here is open to the code it runs. That is why it holds no expected value and no secret worth having.
 """
 
-# ruff: noqa: BLE001, PTH101, PTH102, PTH103, PTH112, PTH114, PTH115, PTH118, PTH123, PTH211, SIM115
+# ruff: noqa: BLE001, SIM115
 # Every except is a process boundary, and importing pathlib would take a third of the time of a run.
 
 import ctypes
@@ -13,7 +13,7 @@ import platform
 import resource
 import signal
 import sys
-from typing import Any, cast
+from typing import Any
 
 _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
@@ -146,15 +146,19 @@ def _confine(request: dict[str, Any]) -> None:
 
 def _plain(value: Any) -> Any:
     """`value` rebuilt from exact builtin types, so that no object of the code's own class leaves the process."""
-    if value is None or type(value) in (bool, int, float, str):
+    kind = _kind_of(value)
+    if value is None or kind in (bool, int, float, str):
         return value
-    if type(value) in (list, tuple):
-        return [_plain(item) for item in cast("list[Any]", value)]
-    if type(value) is dict:
-        items = cast("dict[Any, Any]", value)
-        if all(type(key) is str for key in items):
-            return {key: _plain(item) for key, item in items.items()}
-    raise TypeError(f"returned {cast('Any', type(value)).__name__}, which is no JSON value")
+    if kind in (list, tuple):
+        return [_plain(item) for item in value]
+    if kind is dict and all(_kind_of(key) is str for key in value):
+        return {key: _plain(item) for key, item in value.items()}
+    raise TypeError(f"returned {kind.__name__}, which is no JSON value")
+
+
+def _kind_of(value: object) -> Any:
+    """The true class, which no `__class__` can hide."""
+    return type(value)
 
 
 def _run_calls(request: dict[str, Any], result_fd: int) -> None:

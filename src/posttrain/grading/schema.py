@@ -129,6 +129,7 @@ _KEYWORDS: dict[str, Callable[[Any, Any, Schema], bool]] = {
     "enum": lambda v, options, _: any(same_json(v, option) for option in options),
     "const": lambda v, expected, _: same_json(v, expected),
     "properties": _object,
+    "additionalProperties": lambda v, _, schema: "properties" in schema or _object(v, {}, schema),
     "required": lambda v, names, _: not isinstance(v, dict) or all(name in v for name in names),
     "items": lambda v, rule, _: not isinstance(v, list) or all(conforms(item, rule) for item in cast("list[Any]", v)),
     "uniqueItems": _unique_items,
@@ -148,7 +149,7 @@ _KEYWORDS: dict[str, Callable[[Any, Any, Schema], bool]] = {
     "oneOf": lambda v, rules, _: sum(conforms(v, rule) for rule in rules) == 1,
     "not": lambda v, rule, _: not conforms(v, rule),
 }
-_SILENT = frozenset(("$schema", "$id", "title", "description", "default", "examples", "additionalProperties", "format"))
+_SILENT = frozenset(("$schema", "$id", "title", "description", "default", "examples", "format"))
 
 
 def check_schema(schema: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
@@ -30,7 +31,8 @@ def attach_adapter(model: PreTrainedModel, keys: ModelKeys) -> PeftModel:
         r=keys.lora_r,
         lora_alpha=keys.lora_alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=keys.lora_dropout,
-        target_modules=keys.lora_target,
+        target_modules=_targets_in(_linear_names(model), keys.lora_target),
+        target_parameters=_expert_targets(model, keys) or None,
         modules_to_save=keys.lora_modules_to_save or None,
         use_rslora=keys.use_rslora,
         use_dora=keys.use_dora,
@@ -51,26 +53,53 @@ def check_targets(model: PreTrainedModel, target: list[str] | str) -> Mapping[st
     names = _linear_names(model)
     if target == "all-linear":
         return {"all-linear": len(names)}
+    if not isinstance(target, str):
+        names += _expert_names(model)
     entries = [target] if isinstance(target, str) else target
     matches: dict[str, int] = {}
     for entry in entries:
         if isinstance(target, str):
             matched = [name for name in names if re.fullmatch(entry, name)]
         else:
-            matched = [name for name in names if name == entry or name.endswith(f".{entry}")]
+            matched = [name for name in names if _named(name, entry)]
         if not matched:
             known = sorted({name.rsplit(".", 1)[-1] for name in names})
-            raise ModelError(f"lora_target: {entry!r} matches no module of {type(model).__name__}; it has {', '.join(known)}")
+            raise ModelError(
+                f"lora_target: {entry!r} matches no module of {type(model).__name__}; it has {', '.join(known)}"
+            )
         matches[entry] = len(matched)
     if not any(ATTENTION_NAMES.search(entry) or isinstance(target, str) for entry in entries):
-        log.warning("lora_target leaves out the attention projections (%s); that usually learns less", ", ".join(entries))
+        log.warning(
+            "lora_target leaves out the attention projections (%s); that usually learns less", ", ".join(entries)
+        )
     return matches
 
 
 def _linear_names(model: PreTrainedModel) -> list[str]:
     """Adaptable modules, the output head left out as PEFT's `all-linear` does."""
     head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head]
+
+
+def _expert_names(model: PreTrainedModel) -> list[str]:
+    """Weights of all experts of a layer in one tensor, which are no modules of their own."""
+    return [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and not name.endswith(".weight")]
+
+
+def _expert_targets(model: PreTrainedModel, keys: ModelKeys) -> list[str]:
+    """Raises: ModelError if experts are to be adapted with dropout, which PEFT cannot do."""
+    found = [] if isinstance(keys.lora_target, str) else _targets_in(_expert_names(model), keys.lora_target)
+    if found and keys.lora_dropout:
+        raise ModelError(f"lora_dropout={keys.lora_dropout} with experts in lora_target ({', '.join(found)}); set it to 0")
+    return list(found)
+
+
+def _targets_in(names: list[str], target: list[str] | str) -> list[str] | str:
+    return target if isinstance(target, str) else [entry for entry in target if any(_named(name, entry) for name in names)]
+
+
+def _named(name: str, entry: str) -> bool:
+    return name == entry or name.endswith(f".{entry}")
 
 
 def _prepare_norms(model: PreTrainedModel) -> None:
@@ -83,13 +112,14 @@ def _prepare_norms(model: PreTrainedModel) -> None:
 
 def dequantized_weights(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
     """The 4-bit linears of the base as float32 matrices, keyed by module name in the base model."""
-    import bitsandbytes
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
 
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     weights: dict[str, torch.Tensor] = {}
     for name, module in base.named_modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
+        if isinstance(module, Linear4bit):
             clean = name.removesuffix(".base_layer")
             packed: Any = module.weight
-            weights[clean] = bitsandbytes.functional.dequantize_4bit(packed.data, packed.quant_state).float()
+            weights[clean] = dequantize_4bit(packed.data, packed.quant_state).float()
     return weights

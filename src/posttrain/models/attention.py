@@ -26,7 +26,9 @@ class KVStore(Protocol):
         """Prefill: keep the prompts' keys and values, [1, Hkv, N, D]."""
         ...
 
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttendOptions) -> torch.Tensor:
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttendOptions
+    ) -> torch.Tensor:
         """Decode: one token per row, [1, H, R, D]; each attends to its own past. Returns [1, Hq, R, D]."""
         ...
 
@@ -102,7 +104,9 @@ class _TreeAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float
+    ) -> torch.Tensor:
         _, num_heads, num_tokens, _ = query.shape
         out = query.new_empty(1, num_tokens, num_heads, value.shape[-1]).transpose(1, 2)
         lse = query.new_empty(1, num_heads, num_tokens, dtype=torch.float32)
@@ -110,7 +114,9 @@ class _TreeAttention(torch.autograd.Function):
             for begin, end in ((tree.start, tree.split), *tree.branches()):
                 if begin < end:
                     own = slice(begin, end)
-                    out[:, :, own], lse[:, :, own] = _flash(query[:, :, own], key[:, :, own], value[:, :, own], True, scale)
+                    out[:, :, own], lse[:, :, own] = _flash(
+                        query[:, :, own], key[:, :, own], value[:, :, own], True, scale
+                    )
             if tree.ends and tree.start < tree.split < tree.stop:
                 tail, prefix = slice(tree.split, tree.stop), slice(tree.start, tree.split)
                 part, part_lse = _flash(query[:, :, tail], key[:, :, prefix], value[:, :, prefix], False, scale)
@@ -122,7 +128,9 @@ class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         query, key, value, out, lse = ctx.saved_tensors
-        grad_q, grad_k, grad_v = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
+        grad_q, grad_k, grad_v = (
+            torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
+        )
 
         def add(rows: slice, columns: slice, causal: bool) -> None:
             grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -141,7 +149,9 @@ class _TreeAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None, None
 
 
-def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
 
 

@@ -92,7 +92,8 @@ def pack(families: Sequence[Sequence[TokenSeq]]) -> Batch:
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Length of the longest common prefix."""
-    shortest, longest = min(sequences), max(sequences)
+    # The least and the greatest differ as early as any two do.
+    shortest, longest = min(map(tuple, sequences)), max(map(tuple, sequences))
     length = min(len(shortest), len(longest))
     for index in range(length):
         if shortest[index] != longest[index]:

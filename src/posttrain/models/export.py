@@ -40,7 +40,9 @@ class MergeReport:
         return self.max_logit_difference / max(self.max_logit, 1e-6)
 
 
-def save_policy(policy: Policy, folder: Path, keys: ModelKeys, *, state: Mapping[str, torch.Tensor] | None = None) -> MergeReport | None:
+def save_policy(
+    policy: Policy, folder: Path, keys: ModelKeys, *, state: Mapping[str, torch.Tensor] | None = None
+) -> MergeReport | None:
     """Write `folder`: the whole model, merged where it was trained as an adapter, then also `folder/../adapter`.
 
     `state` is the gathered state of a sharded model. Raises: ModelError if the merged model is not the trained one.
@@ -56,7 +58,9 @@ def save_policy(policy: Policy, folder: Path, keys: ModelKeys, *, state: Mapping
     return report
 
 
-def _save_adapter(policy: Policy, folder: Path, record: Mapping[str, Any], state: Mapping[str, torch.Tensor] | None) -> None:
+def _save_adapter(
+    policy: Policy, folder: Path, record: Mapping[str, Any], state: Mapping[str, torch.Tensor] | None
+) -> None:
     options: dict[str, Any] = {} if state is None else {"state_dict": dict(state)}
     policy.model.save_pretrained(str(folder), **options)  # pyright: ignore[reportArgumentType]
     policy.tokenizer.save_pretrained(str(folder))
@@ -72,7 +76,7 @@ def _save(
         model.config._attn_implementation_internal = None
         model.config.use_cache = True
         try:
-            model.save_pretrained(str(temporary), **({} if state is None else {"state_dict": dict(state)}))
+            model.save_pretrained(str(temporary), state_dict=None if state is None else dict(state))
         finally:
             model.config._attn_implementation_internal = saved._attn_implementation_internal
             model.config.use_cache = False
@@ -97,7 +101,9 @@ def was_tuned_by_us(source: str) -> bool:
     return (Path(source) / PROVENANCE).is_file()
 
 
-def merge(base: str, adapter: Path, keys: ModelKeys, *, trained: Policy | None = None) -> tuple[PreTrainedModel, MergeReport]:
+def merge(
+    base: str, adapter: Path, keys: ModelKeys, *, trained: Policy | None = None
+) -> tuple[PreTrainedModel, MergeReport]:
     """Base plus adapter as one model, compared with the adapter in place on real logits before it is returned.
 
     A QLoRA adapter goes onto the dequantised weights it was trained on, or onto the original ones (`merge_onto`).
@@ -126,6 +132,17 @@ def merge(base: str, adapter: Path, keys: ModelKeys, *, trained: Policy | None =
             f"more than rounding ({tolerance:.0e} relative); the adapter is kept, the merged model is not"
         )
     return merged, report
+
+
+def merge_into(folder: Path, base: str, adapter: Path, keys: ModelKeys) -> MergeReport:
+    """`merge`, written to `folder` with the adapter's tokenizer, or the base's where the adapter has none."""
+    from posttrain.models.load import load_tokenizer
+
+    merged, report = merge(base, adapter, keys)
+    source = str(adapter) if (adapter / "tokenizer_config.json").exists() else base
+    tokenizer = load_tokenizer(keys.model_copy(update={"base_model": source, "chat_template": None}))
+    _save(merged, tokenizer, folder, {"base_digest": source_digest(base), "merged_onto": report.base})
+    return report
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:

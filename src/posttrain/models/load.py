@@ -43,7 +43,9 @@ def load_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerBase:
             keys.base_model, revision=keys.revision, trust_remote_code=keys.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"base_model: {keys.base_model} has no tokenizer that loads: {str(error).splitlines()[0]}") from error
+        raise ModelError(
+            f"base_model: {keys.base_model} has no tokenizer that loads: {str(error).splitlines()[0]}"
+        ) from error
     if keys.chat_template is not None:
         tokenizer.chat_template = Path(keys.chat_template).read_text(encoding="utf-8")
     if tokenizer.eos_token_id is None:
@@ -55,9 +57,9 @@ def load_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerBase:
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every id that ends a completion: the tokenizer's and the generation config's, without the pad token."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    configured = configured if isinstance(configured, list) else [configured]
-    return tuple(sorted({i for i in (*configured, tokenizer.eos_token_id) if i is not None}))
+    configured: Any = getattr(model.generation_config, "eos_token_id", None)
+    ends: list[Any] = [*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id]
+    return tuple(sorted({int(token) for token in ends if token is not None}))
 
 
 def load_policy(keys: ModelKeys, *, tokenizer: PreTrainedTokenizerBase | None = None, trainable: bool = True) -> Policy:

@@ -61,7 +61,8 @@ class Policy:
 
     def without_dropout(self) -> Policy:
         """No dropout at all: log-probs of the same tokens must be the same whenever they are computed."""
-        for module in self.model.modules():
+        modules: list[Any] = list(self.model.modules())
+        for module in modules:
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
             if isinstance(getattr(module, "attention_dropout", None), float):
@@ -162,7 +163,9 @@ def _from_logits(
     logits_MV: torch.Tensor, target_M: torch.Tensor, temperature: float, entropy: bool, aux_loss: torch.Tensor | None
 ) -> Scores:
     entropy_M = token_entropy(logits_MV, temperature) if entropy else None
-    return Scores(token_logprobs(logits_MV, target_M, temperature), entropy_M, logits_MV.argmax(-1) == target_M, aux_loss)
+    return Scores(
+        token_logprobs(logits_MV, target_M, temperature), entropy_M, logits_MV.argmax(-1) == target_M, aux_loss
+    )
 
 
 def _score_one_by_one(policy: Policy, batch: Batch, temperature: float, entropy: bool) -> Scores:
@@ -195,4 +198,3 @@ def _sequences(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch
             if bool(mine.any()):
                 yield batch.input_ids_N[packed], where[batch.source_M[mine]], batch.target_M[mine]
             sequence += 1
-

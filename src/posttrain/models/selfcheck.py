@@ -20,10 +20,12 @@ def ragged_is_exact(model: PreTrainedModel) -> bool:
     Models with state-space or linear attention, or attention terms the layout cannot express, answer False. Windows
     shorter than the probe are exercised by it; longer ones are masked by the same code.
     """
-    original = model.config._attn_implementation
+    original = model.config._attn_implementation or "eager"
     families = _probe(model.config.get_text_config().vocab_size)
-    alone = [_single(model, sequence) for family in families for sequence in family]
     try:
+        # The eager path is the model's definition; torch's fused attention silently leaves soft caps out.
+        model.set_attn_implementation("eager")
+        alone = [_single(model, sequence) for family in families for sequence in family]
         model.set_attn_implementation(attention.NAME)
         together = _packed(model, families)
         disturbed = _packed(model, [[_other_tokens(families[0][0])], *families[1:]])

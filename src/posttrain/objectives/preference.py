@@ -36,11 +36,6 @@ class PreferenceSpec:
 
     def __post_init__(self) -> None:
         row = PREFERENCE_LOSSES[self.loss_type]
-        if self.label_smoothing and not row.smooths:
-            names = ", ".join(name for name, other in PREFERENCE_LOSSES.items() if other.smooths)
-            raise ConfigError(
-                f"label_smoothing={self.label_smoothing} has no effect on loss_type: {self.loss_type}; drop it, or use one of {names}"
-            )
         if self.loss_type == "exo_pair" and not self.label_smoothing:
             raise ConfigError(
                 "loss_type: exo_pair needs label_smoothing > 0 (its target probabilities are 1 − ε and ε); set it to 1e-3"

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from posttrain.config.pipeline import GateKeys, PipelineKeys, SuiteKeys
+from posttrain.config.stages import TrainKeys
+from posttrain.data.lint import lint_stage
+from posttrain.data.load import LOADERS, kind_of
 from posttrain.errors import ConfigError
 from posttrain.evals.suite import Suite, load_suite
 from posttrain.gate.decide import plan
 from posttrain.gate.spec import GateSpec
+from posttrain.models.device import place
 from posttrain.models.export import was_tuned_by_us
 from posttrain.models.load import load_config, load_tokenizer, missing_chat_template, model_shape
-from posttrain.models.device import place
 from posttrain.planner.machine import available_bytes
 from posttrain.planner.memory import Workload, cannot_fit, estimate_memory, fits, shortfall
 from posttrain.planner.shape import ModelShape
+from posttrain.types import Text
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +58,24 @@ def check_order(keys: PipelineKeys) -> None:
             f"{first.kind} would start on a raw base: {keys.base_model} has no chat template, so it was never tuned to answer. "
             "Preferences and rewards then mostly see noise: put an sft stage first, or set allow_raw_base: true"
         )
-    log.warning("%s has a chat template but no record of ours; taken as tuned, %s starts on it", keys.base_model, first.kind)
+    log.warning(
+        "%s has a chat template but no record of ours; taken as tuned, %s starts on it", keys.base_model, first.kind
+    )
+
+
+def check_data(keys: TrainKeys, suites: Mapping[str, Suite], say: Callable[[str], None]) -> None:
+    """Lint what a stage would train on, against the suites too. Raises: DataError for what must not be trained on."""
+    tokenizer = load_tokenizer(keys)
+    dataset = LOADERS[kind_of(keys)](keys, tokenizer)
+    asked = {name: [_as_text(item.prompt) for item in suite.items] for name, suite in suites.items()}
+    report = lint_stage(keys, tokenizer, dataset, suites=asked)
+    for line in report.lines():
+        say(line)
+    report.raise_if_refused()
+
+
+def _as_text(prompt: Text) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
 
 
 def check_memory(keys: PipelineKeys) -> None:
@@ -66,7 +87,9 @@ def check_memory(keys: PipelineKeys) -> None:
         return
     for stage in keys.stages:
         has_bf16 = placement.autocast_dtype is not None
-        estimate = estimate_memory(shape, Workload.from_keys(stage.kind, stage.keys.model_dump(), device_has_bf16=has_bf16))
+        estimate = estimate_memory(
+            shape, Workload.from_keys(stage.kind, stage.keys.model_dump(), device_has_bf16=has_bf16)
+        )
         if cannot_fit(estimate, available):
             raise ConfigError(f"{stage.kind}: {shortfall(estimate, available, keys.base_model)}")
         if not fits(estimate, available):

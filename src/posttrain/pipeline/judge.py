@@ -33,14 +33,18 @@ def baseline_of(gate: GateKeys, keys: PipelineKeys, state: RunState, folder: Pat
     if kind == "stage":
         entry = state.stage(int(name)) if name.isdigit() else None
         if entry is None:
-            raise ConfigError(f"gate.baseline: {gate.baseline}: no such stage has run; expected stage:base or stage:1 … stage:{len(keys.stages)}")
+            raise ConfigError(
+                f"gate.baseline: {gate.baseline}: no such stage has run; expected stage:base or stage:1 … stage:{len(keys.stages)}"
+            )
         return entry.folder.removeprefix("stages/"), str(folder / entry.folder / "model")
     return f"model-{model_digest(Path(gate.baseline))[7:19]}", gate.baseline
 
 
 def _holder(alias: str, keys: PipelineKeys) -> tuple[str, str] | None:
     if keys.register_ is None:
-        raise ConfigError(f"gate.baseline: alias:{alias} needs `register:` to say in which registry and under which name to look")
+        raise ConfigError(
+            f"gate.baseline: alias:{alias} needs `register:` to say in which registry and under which name to look"
+        )
     if not Path(keys.register_.registry).exists():
         return None
     registry = Registry(Path(keys.register_.registry))
@@ -71,7 +75,9 @@ def decide_once(
     look = _look(spec, keys, used, digests)
     verdict = decide(spec, used, against, look=look)
     name = f"gates/{after}" + ("" if entry.attempt == 1 else f"-{entry.attempt}")
-    folders = {side: {suite: place / f"{suite}-{spec.split}" for suite in spec.suites} for side, place in places.items()}
+    folders = {
+        side: {suite: place / f"{suite}-{spec.split}" for suite in spec.suites} for side, place in places.items()
+    }
     save_verdict(folder / name, verdict, spec, folders["candidate"], folders["baseline"], look=look)
     record = GateEntry(after, name, verdict.verdict.value, *digests, attempt=entry.attempt)
     return replace(state, gates=(*state.gates, record)), verdict.verdict, render(verdict)

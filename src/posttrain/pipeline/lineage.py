@@ -25,10 +25,18 @@ def manifests(keys: PipelineKeys, state: RunState, folder: Path) -> list[Manifes
         if entry is None:
             break
         prefix = f"stages.{index}.{entry.kind}."
-        inputs = {MODEL: chain[-1].outputs[MODEL] if chain else state.pins["base_model"], "config": entry.input_digest, **common}
+        inputs = {
+            MODEL: chain[-1].outputs[MODEL] if chain else state.pins["base_model"],
+            "config": entry.input_digest,
+            **common,
+        }
         inputs |= {name.removeprefix(prefix): digest for name, digest in state.pins.items() if name.startswith(prefix)}
         certificate = folder / "certificate.json"
-        if entry.kind == "grpo" and keys.stages[index - 1].keys.model_dump().get("reward_check") == "require" and certificate.exists():
+        if (
+            entry.kind == "grpo"
+            and keys.stages[index - 1].keys.model_dump().get("reward_check") == "require"
+            and certificate.exists()
+        ):
             inputs[CERTIFICATE] = digest_json(read_json(certificate))
         details = {"steps": entry.steps, "tokens": entry.tokens, "wall_s": round(entry.wall_s, 1), "attempt": entry.attempt,
                    "learning_rate": keys.stages[index - 1].keys.learning_rate, "changed": dict(entry.changed)}  # fmt: skip
@@ -49,15 +57,29 @@ def register(keys: PipelineKeys, state: RunState, folder: Path) -> dict[str, Any
     registry = Registry(Path(target.registry))
     try:
         evidence = {"evals": folder / "evals", "gates": folder / "gates", "config": folder / "config.yaml"}
-        entry = registry.register(target.name, folder / final.folder / "model", chain, verdict, certificates, evidence=evidence)
+        entry = registry.register(
+            target.name, folder / final.folder / "model", chain, verdict, certificates, evidence=evidence
+        )
         held = sorted({rule for index in range(1, len(chain) + 1) for rule in (state.stage(index) or final).held})
         if held:
             registry.tag(entry.name, entry.version, "hold", f"health: {', '.join(held)}")
-        record = {"name": entry.name, "version": entry.version, "digest": entry.digest, "alias": None, "registry": target.registry}
+        record = {
+            "name": entry.name,
+            "version": entry.version,
+            "digest": entry.digest,
+            "alias": None,
+            "registry": target.registry,
+        }
         try:
             registry.promote(entry.name, entry.version, target.alias, verdict)
         except RegistryError as refusal:
-            return record | {"refused": str(refusal), "message": f"registered {entry.name}@{entry.version}, not promoted: {refusal}"}
-        return record | {"alias": target.alias, "message": f"registered {entry.name}@{entry.version}, now {target.alias}"}
+            return record | {
+                "refused": str(refusal),
+                "message": f"registered {entry.name}@{entry.version}, not promoted: {refusal}",
+            }
+        return record | {
+            "alias": target.alias,
+            "message": f"registered {entry.name}@{entry.version}, now {target.alias}",
+        }
     finally:
         registry.close()

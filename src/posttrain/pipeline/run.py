@@ -21,7 +21,7 @@ from posttrain.errors import ChangedInputsError
 from posttrain.evals.suite import Suite
 from posttrain.files import read_json, write_atomic
 from posttrain.pipeline import judge, lineage
-from posttrain.pipeline.checks import check_all
+from posttrain.pipeline.checks import check_all, check_data
 from posttrain.pipeline.pins import changes, pins_of, stage_input
 from posttrain.pipeline.state import DONE, FAILED, INCONCLUSIVE, PASSED, RUNNING, STOPPED, RunState, StageEntry
 from posttrain.protocols import MetricSink, Topology
@@ -59,7 +59,9 @@ class Outcome:
     verdict: Verdict | None
 
 
-def run_pipeline(keys: PipelineKeys, topology: Topology, *, on_change: OnChange = "refuse", watch: Watch | None = None) -> Outcome:
+def run_pipeline(
+    keys: PipelineKeys, topology: Topology, *, on_change: OnChange = "refuse", watch: Watch | None = None
+) -> Outcome:
     """Run, or go on with, the pipeline in `keys.output_dir`. Raises: PosttrainError; StoppedPolitely after a signal."""
     folder = Path(keys.output_dir)
     if on_change == "new-run":
@@ -157,8 +159,18 @@ class _Run:
         else:
             attempt = 1 if entry is None else entry.attempt + 1
             folder = f"stages/{index:02d}-{stage.kind}" + ("" if attempt == 1 else f"-{attempt}")
-            entry = StageEntry(index, stage.kind, attempt, folder, RUNNING, input_digest, _now(), changed=dict(self.state.changes.get(str(index), {})))
+            entry = StageEntry(
+                index,
+                stage.kind,
+                attempt,
+                folder,
+                RUNNING,
+                input_digest,
+                _now(),
+                changed=dict(self.state.changes.get(str(index), {})),
+            )
             self._save(self.state.with_stage(entry))
+        check_data(keys, {name: suite for name, (suite, _) in self.suites.items()}, self.watch.say)
         if isinstance(keys, GRPOKeys):
             self._certify(keys)
         self.watch.say(f"{stage.kind}: {Path(parent).name if index > 1 else parent} → {self.folder / entry.folder}")
@@ -176,7 +188,9 @@ class _Run:
             return StageResult.load(folder)
         if self.topology.is_main:
             write_atomic(folder / "config.yaml", resolved_yaml(keys))
-        return RECIPES[kind](keys, StageRun(kind, folder, keys, self.topology, watchers=self.watch.sinks, stop=self.stop))
+        return RECIPES[kind](
+            keys, StageRun(kind, folder, keys, self.topology, watchers=self.watch.sinks, stop=self.stop)
+        )
 
     def _certify(self, keys: GRPOKeys) -> None:
         """No RL on rewards that did not pass their check. Raises: RewardError."""
@@ -196,7 +210,13 @@ class _Run:
         if not self.suites:
             return {}
         if self.topology.is_main:
-            reports = evaluate(self._model_keys(model), list(self.suites.values()), self._split, self.folder / "evals" / name, self.watch.evals)
+            reports = evaluate(
+                self._model_keys(model),
+                list(self.suites.values()),
+                self._split,
+                self.folder / "evals" / name,
+                self.watch.evals,
+            )
             self.watch.say(f"evals of {name}: {summary(reports)}")
         self.topology.barrier()
         return judge.stored_reports(self.folder / "evals" / name, list(self.suites), self._split)
@@ -205,14 +225,20 @@ class _Run:
         """The verdict on this stage's model; one already given on the same two models is taken over."""
         baseline_name, baseline_model = judge.baseline_of(gate, self.keys, self.state, self.folder)
         baseline = self._measure(baseline_name, baseline_model)
-        after: int | str = "final" if index == len(self.keys.stages) and self.keys.stages[index - 1].keys.gate is None else index
+        after: int | str = (
+            "final" if index == len(self.keys.stages) and self.keys.stages[index - 1].keys.gate is None else index
+        )
+        verdict = Verdict.INVALID  # what rank 0 says counts
         if self.topology.is_main:
-            places = {"candidate": self.folder / "evals" / entry.folder.removeprefix("stages/"), "baseline": self.folder / "evals" / baseline_name}
-            state, verdict, table = judge.decide_once(gate, self.keys, self.state, self.folder, after, entry, candidate, baseline, places)
+            places = {
+                "candidate": self.folder / "evals" / entry.folder.removeprefix("stages/"),
+                "baseline": self.folder / "evals" / baseline_name,
+            }
+            state, verdict, table = judge.decide_once(
+                gate, self.keys, self.state, self.folder, after, entry, candidate, baseline, places
+            )
             self._save(state)
             self.watch.say(table)
-        else:
-            verdict = None
         self.state = self.topology.broadcast(self.state)
         return self.topology.broadcast(verdict)
 
@@ -230,15 +256,25 @@ class _Run:
     def _loop_back(self, index: int, gate: GateKeys, verdict: Verdict) -> int | None:
         """The stage to go back to, with its changed keys noted, or None."""
         rule = gate.on_fail
-        if verdict is not Verdict.FAIL or not isinstance(rule, OnFailKeys) or (self._only_probing(index) and index < len(self.keys.stages)):
+        if (
+            verdict is not Verdict.FAIL
+            or not isinstance(rule, OnFailKeys)
+            or (self._only_probing(index) and index < len(self.keys.stages))
+        ):
             return None
         used = self.state.retries.get(str(index), 0)
         if used >= rule.times:
             return None
         place = rule.retry if isinstance(rule.retry, int) else [s.kind for s in self.keys.stages].index(rule.retry) + 1
-        self.watch.say(f"gate failed: back to stage {place} ({self.keys.stages[place - 1].kind}), attempt {used + 2}, with {rule.with_ or 'another seed'}")
+        self.watch.say(
+            f"gate failed: back to stage {place} ({self.keys.stages[place - 1].kind}), attempt {used + 2}, with {rule.with_ or 'another seed'}"
+        )
         changed = dict(rule.with_) or {"seed": self.keys.stages[place - 1].keys.seed + used + 1}
-        state = replace(self.state, retries={**self.state.retries, str(index): used + 1}, changes={**self.state.changes, str(place): changed})
+        state = replace(
+            self.state,
+            retries={**self.state.retries, str(index): used + 1},
+            changes={**self.state.changes, str(place): changed},
+        )
         self._save(state)
         return place
 
@@ -274,7 +310,13 @@ class _Run:
 
     def _model_keys(self, model: str) -> ModelKeys:
         first = self.keys.stages[0].keys
-        return ModelKeys(base_model=model, trust_remote_code=first.trust_remote_code, chat_template=first.chat_template, bf16=first.bf16, device=first.device)
+        return ModelKeys(
+            base_model=model,
+            trust_remote_code=first.trust_remote_code,
+            chat_template=first.chat_template,
+            bf16=first.bf16,
+            device=first.device,
+        )
 
     def _save(self, state: RunState | None = None, **changes: Any) -> None:
         self.state = replace(state or self.state, **changes)

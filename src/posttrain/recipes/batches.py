@@ -55,7 +55,9 @@ class Schedule(Generic[T]):
         steps = sum(self.steps_in(epoch) for epoch in range(int(whole)))
         steps += math.ceil(part * self.steps_in(int(whole))) if part else 0
         if not steps:
-            raise DataError(f"{len(self.data)} rows for {keys.num_train_epochs} epochs make no optimizer step; raise num_train_epochs")
+            raise DataError(
+                f"{len(self.data)} rows for {keys.num_train_epochs} epochs make no optimizer step; raise num_train_epochs"
+            )
         return steps
 
     def steps_in(self, epoch: int) -> int:

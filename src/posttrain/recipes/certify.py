@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from posttrain.config.stages import GRPOKeys
 from posttrain.data.load import load_prompts
@@ -26,7 +28,9 @@ def certify(keys: GRPOKeys, path: Path) -> Certificate:
     rows = load_prompts(keys, tokenizer).rows
     cases = cases_of([prompt for prompt, _ in rows], limit=_NUM_CASES)
     policy = load_policy(keys.model_copy(update={"adapter": "none"}), tokenizer=tokenizer, trainable=False)
-    engine = EmbeddedEngine(policy, stop_token_ids=stop_token_ids(policy.base, tokenizer), batch_size=keys.rollout_batch_size)
+    engine = EmbeddedEngine(
+        policy, stop_token_ids=stop_token_ids(policy.base, tokenizer), batch_size=keys.rollout_batch_size
+    )
     params = SamplingParams(keys.max_completion_length, keys.temperature, keys.top_p, keys.top_k, keys.min_p)
     chosen = rows[: len(cases)]
     groups = sample_groups(engine, chosen, _SAMPLES_PER_CASE, params, (keys.seed, -1), range(len(chosen)), None)
@@ -35,10 +39,17 @@ def certify(keys: GRPOKeys, path: Path) -> Certificate:
         for case, group in enumerate(groups)
         for completion in group
     ]
-    with RewardPool(keys.reward_funcs, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s) as pool:
-        certificate = check_rewards(pool, cases, samples, tokenize=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+    with RewardPool(
+        keys.reward_funcs, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s
+    ) as pool:
+        certificate = check_rewards(pool, cases, samples, tokenize=partial(_ids, tokenizer))
     write_json(path, certificate.to_json())
     return certificate
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of any string, also of one that no tokenizer takes (lone surrogates are part of the battery)."""
+    return tokenizer(text.encode("utf-8", "replace").decode("utf-8"), add_special_tokens=False)["input_ids"]
 
 
 def require(certificate: Certificate) -> None:

@@ -18,6 +18,9 @@ from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.sampling import request_seed
 from posttrain.types import EvalReport, Text
 
+_ROWS = 128
+"""Completions decoded at once: evals hold no gradients, so there is room for more than in training."""
+
 Shown = Callable[[str, int, int], None]
 
 
@@ -49,7 +52,10 @@ def evaluate(
     missing: list[tuple[Suite, SuiteKeys]] = []
     for suite, keys in suites:
         report = _stored(folder / f"{suite.name}-{split}")
-        if report is not None and (report.model_digest, report.suite_digest) == (digest, suite.digest(split, decoding_of(keys))):
+        if report is not None and (report.model_digest, report.suite_digest) == (
+            digest,
+            suite.digest(split, decoding_of(keys)),
+        ):
             reports[suite.name] = report
         else:
             missing.append((suite, keys))
@@ -67,8 +73,10 @@ def summary(reports: Mapping[str, EvalReport]) -> str:
 
 def _evaluator(model: ModelKeys, digest: str, progress: Shown | None) -> Evaluator:
     policy = load_policy(model, tokenizer=load_tokenizer(model), trainable=False)
-    engine = EmbeddedEngine(policy, stop_token_ids=stop_token_ids(policy.base, policy.tokenizer))
-    return Evaluator(engine, TokenizerCodec(policy.tokenizer), digest, request_seed, progress or (lambda name, done, total: None))
+    engine = EmbeddedEngine(policy, stop_token_ids=stop_token_ids(policy.base, policy.tokenizer), batch_size=_ROWS)
+    return Evaluator(
+        engine, TokenizerCodec(policy.tokenizer), digest, request_seed, progress or (lambda name, done, total: None)
+    )
 
 
 def _stored(folder: Path) -> EvalReport | None:

@@ -12,6 +12,7 @@ import torch
 from posttrain.config.stages import GRPOKeys
 from posttrain.models.batch import pack
 from posttrain.models.policy import Policy
+from posttrain.models.text import decoder
 from posttrain.objectives.advantages import AdvantageSpec, as_rewards, compute_advantages, soft_overlong_penalty
 from posttrain.objectives.policy import advantage_estimator_of
 from posttrain.objectives.terms import spec_from
@@ -60,10 +61,7 @@ class Experience:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Experience:
-        groups = tuple(
-            tuple(Trajectory(**{k: tuple(v) if isinstance(v, list) else v for k, v in t.items()}) for t in group)
-            for group in record["groups"]
-        )
+        groups = tuple(tuple(_trajectory(t) for t in group) for group in record["groups"])
         return cls(record["generation"], record["next_prompt"], groups, record["metrics"])
 
 
@@ -80,6 +78,7 @@ class Collector:
             max_tokens=keys.max_completion_length, temperature=keys.temperature,
             top_p=keys.top_p, top_k=keys.top_k, min_p=keys.min_p,
         )  # fmt: skip
+        self._decode = decoder(policy.tokenizer)
         self.latest: list[RolloutGroup] = []
 
     def collect(self, generation: int, first_prompt: int) -> Experience:
@@ -92,7 +91,9 @@ class Collector:
         before = sum(len(rows) for rows in everyone[:rank])
         spec = spec_from(AdvantageSpec, self._keys)
         weights = list(self._keys.reward_weights or [1.0] * len(self._keys.reward_funcs))
-        spec = _replace(spec, weights, as_width=len(everyone[rank][0]) if columns else len(weights), loss_type=self._keys.loss_type)
+        spec = _replace(
+            spec, weights, as_width=len(everyone[rank][0]) if columns else len(weights), loss_type=self._keys.loss_type
+        )
         rewards_BK = as_rewards([row for rows in everyone for row in rows])
         group_B = torch.arange(len(rewards_BK)) // self._keys.num_generations
         advantages = compute_advantages(rewards_BK, group_B, spec)
@@ -138,9 +139,6 @@ class Collector:
         )  # fmt: skip
         return score_groups(rows, completions, self._decode, self._score)
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._policy.tokenizer.decode(list(ids), skip_special_tokens=True)  # pyright: ignore[reportReturnType]
-
     # --- rewards -----------------------------------------------------------------------------------------------
 
     def _reward_columns(self, groups: Sequence[RolloutGroup]) -> tuple[list[list[float | None]], float | None]:
@@ -161,9 +159,7 @@ class Collector:
     def _sequence_kl(self, group: RolloutGroup) -> list[float]:
         """k1 summed over each completion."""
         reference = self._reference_logp(group)
-        return [
-            sum(rollout.completion.logp) - sum(ref) for rollout, ref in zip(group.rollouts, reference, strict=True)
-        ]
+        return [sum(rollout.completion.logp) - sum(ref) for rollout, ref in zip(group.rollouts, reference, strict=True)]
 
     def _reference_logp(self, group: RolloutGroup) -> list[list[float]]:
         batch = pack([[_sequence(group, rollout.completion.ids) for rollout in group.rollouts]])
@@ -199,7 +195,12 @@ class Collector:
         return tuple(result)
 
     def _metrics(
-        self, groups: Sequence[RolloutGroup], rewards_BK: torch.Tensor, reward_B: torch.Tensor, zero_std_P: torch.Tensor, group_B: torch.Tensor
+        self,
+        groups: Sequence[RolloutGroup],
+        rewards_BK: torch.Tensor,
+        reward_B: torch.Tensor,
+        zero_std_P: torch.Tensor,
+        group_B: torch.Tensor,
     ) -> dict[str, float]:
         """Under TRL's names; over all ranks."""
         rollouts = [(len(r.completion.ids), r.completion.finish) for group in groups for r in group.rollouts]
@@ -248,6 +249,11 @@ def _parts(rollout: Rollout) -> list[float | None]:
     return [None] * len(parts) if rollout.status == "unscored" else parts
 
 
+def _trajectory(record: dict[str, Any]) -> Trajectory:
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+    return Trajectory(**values)
+
+
 def _has_spread(group: RolloutGroup) -> bool:
     totals = {round(rollout.reward.total, 9) for rollout in group.rollouts if rollout.reward.total is not None}
     return len(totals) > 1
@@ -262,4 +268,3 @@ def _replace(spec: AdvantageSpec, weights: list[float], *, as_width: int, loss_t
     """Shaping columns come after the reward functions and weigh 1; some losses are defined with their own baseline."""
     estimator = advantage_estimator_of(loss_type, spec.advantage_estimator)
     return replace(spec, reward_weights=weights + [1.0] * (as_width - len(weights)), advantage_estimator=estimator)
-

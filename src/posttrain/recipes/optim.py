@@ -48,7 +48,9 @@ def learning_rate(step: int, total_steps: int, keys: TrainKeys) -> float:
     return keys.learning_rate * (keys.min_lr_ratio + (1.0 - keys.min_lr_ratio) * shape)
 
 
-def update(policy: Policy, optimizer: torch.optim.Optimizer, topology: Topology, keys: TrainKeys, lr: float, step: int) -> float:
+def update(
+    policy: Policy, optimizer: torch.optim.Optimizer, topology: Topology, keys: TrainKeys, lr: float, step: int
+) -> float:
     """Clip, step, clear. Returns the gradient norm before clipping.
 
     Raises: TrainingError, before any weight changes, if a gradient is not finite.

@@ -19,6 +19,7 @@ from posttrain.data.load import PromptRow, load_prompts
 from posttrain.models.batch import pack
 from posttrain.models.load import load_policy, load_tokenizer, stop_token_ids
 from posttrain.models.policy import Policy
+from posttrain.models.text import decoder
 from posttrain.objectives.policy import PolicyInputs, policy_loss
 from posttrain.objectives.reduce import Normalizer
 from posttrain.objectives.spec import PolicySpec
@@ -45,6 +46,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     tokenizer = load_tokenizer(keys)
     data = load_prompts(keys, tokenizer)
     held_out = load_prompts(keys, tokenizer, sources=keys.eval_datasets) if keys.eval_datasets else None
+    stage.describe_data(decoder(tokenizer, special=True), data, held_out)
     policy = load_policy(keys, tokenizer=tokenizer).without_dropout()
     engine = make_engine(policy, keys, topology)
     policy.distribute(topology)
@@ -57,10 +59,14 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     progress = stage.resume(policy, optimizer, total_steps)
     experience = _buffered(progress, topology)
 
-    with RewardPool(keys.reward_funcs, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s) as rewards:
+    with RewardPool(
+        keys.reward_funcs, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s
+    ) as rewards:
         score = partial(_scored, rewards)
         collector = Collector(keys, policy, engine, score, topology, PromptStream(data, keys.seed))
-        validation = Validation(stage, partial(_validate, engine, score, held_out, keys, policy), lambda metrics: metrics["eval_reward"])
+        validation = Validation(
+            stage, partial(_validate, engine, score, held_out, keys, policy), lambda metrics: metrics["eval_reward"]
+        )
 
         for step in range(progress.step, total_steps):
             stage.begin_step(step)
@@ -112,7 +118,9 @@ def loss(
         seq_M=batch.seq_M.to(device),
         num_sequences=batch.num_sequences,
         old_logp_M=None if on_policy else _per_token(flat, lambda trajectory: trajectory.old_logp, device),
-        ref_logp_M=None if flat[0].ref_logp is None else _per_token(flat, lambda trajectory: trajectory.ref_logp, device),
+        ref_logp_M=None
+        if flat[0].ref_logp is None
+        else _per_token(flat, lambda trajectory: trajectory.ref_logp, device),
         behavior_logp_M=_per_token(flat, lambda trajectory: trajectory.behavior_logp, device),
         entropy_M=entropy_M,
     )
@@ -224,11 +232,11 @@ def _validate(
     if rows is None:
         return {}
 
-    def decode(ids: Sequence[int]) -> str:
-        return policy.tokenizer.decode(list(ids), skip_special_tokens=True)  # pyright: ignore[reportReturnType]
-
+    decode = decoder(policy.tokenizer)
     params = SamplingParams(max_tokens=keys.max_completion_length, temperature=0.0)
-    completions = sample_groups(engine, rows.rows, 1, params, (keys.seed,), range(len(rows)), stop_test(keys.stop, decode))
+    completions = sample_groups(
+        engine, rows.rows, 1, params, (keys.seed,), range(len(rows)), stop_test(keys.stop, decode)
+    )
     totals = [r.reward.total for g in score_groups(rows.rows, completions, decode, score) for r in g.rollouts]
     scored = [total for total in totals if total is not None]
     return {"eval_reward": sum(scored) / len(scored)}
@@ -238,5 +246,7 @@ def _show_sample(collector: Collector, stage: Stage, step: int) -> None:
     if collector.latest:
         group = collector.latest[0]
         rollout = group.rollouts[0]
-        prompt = group.prompt.prompt if isinstance(group.prompt.prompt, str) else str(group.prompt.prompt[-1]["content"])
+        prompt = (
+            group.prompt.prompt if isinstance(group.prompt.prompt, str) else str(group.prompt.prompt[-1]["content"])
+        )
         stage.event("sample", step, {"prompt": prompt, "completion": rollout.text, "reward": rollout.reward.total})

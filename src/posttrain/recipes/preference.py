@@ -17,7 +17,16 @@ from posttrain.data.load import load_kto, load_preference
 from posttrain.models.batch import pack
 from posttrain.models.load import load_policy, load_tokenizer
 from posttrain.models.policy import Policy
-from posttrain.objectives.preference import PREFERENCE_LOSSES, LabelledInputs, PairInputs, PreferenceSpec, kto_loss, kto_reference_point, preference_loss
+from posttrain.models.text import decoder
+from posttrain.objectives.preference import (
+    PREFERENCE_LOSSES,
+    LabelledInputs,
+    PairInputs,
+    PreferenceSpec,
+    kto_loss,
+    kto_reference_point,
+    preference_loss,
+)
 from posttrain.objectives.reduce import Normalizer, segment_sum
 from posttrain.objectives.terms import LossTerms, spec_from
 from posttrain.recipes.batches import MicroBatch, Schedule, flat, for_rank
@@ -41,16 +50,21 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
     load = load_kto if family.unpaired else load_preference
     data: Dataset[Any] = load(keys, tokenizer)
     held_out: Dataset[Any] | None = load(keys, tokenizer, sources=keys.eval_datasets) if keys.eval_datasets else None
+    stage.describe_data(decoder(tokenizer, special=True), data, held_out)
     policy = load_policy(keys, tokenizer=tokenizer).without_dropout().distribute(topology)
     optimizer = make_optimizer(policy, keys)
 
     schedule = Schedule.of(data, keys, topology, size=_num_tokens)
     total_steps = schedule.total_steps(keys)
     # Before any step, and before a checkpoint is loaded: the reference is the given model, not the resumed one.
-    seen = [row for step in range(total_steps) for row in flat(schedule.step(step))] if keys.max_steps > 0 else data.rows
+    seen = (
+        [row for step in range(total_steps) for row in flat(schedule.step(step))] if keys.max_steps > 0 else data.rows
+    )
     reference = Reference.of(policy, keys, seen, held_out.rows if held_out else ()) if family.needs_reference else None
     progress = stage.resume(policy, optimizer, total_steps)
-    validation = Validation(stage, lambda: validation_loss(policy, reference, held_out, spec, keys, stage) if held_out else {})
+    validation = Validation(
+        stage, lambda: validation_loss(policy, reference, held_out, spec, keys, stage) if held_out else {}
+    )
 
     for step in range(progress.step, total_steps):
         stage.begin_step(step)
@@ -94,7 +108,9 @@ def _step_loss(
     return lambda micro: pair_loss(policy, reference, micro, spec, norm)
 
 
-def pair_loss(policy: Policy, reference: Reference | None, rows: list[Pair], spec: PreferenceSpec, norm: Normalizer) -> LossTerms:
+def pair_loss(
+    policy: Policy, reference: Reference | None, rows: list[Pair], spec: PreferenceSpec, norm: Normalizer
+) -> LossTerms:
     """This micro-batch's share of the step's loss. Chosen and rejected attend to one copy of their prompt."""
     batch = pack(rows)
     scores = policy.score(batch)
@@ -121,7 +137,9 @@ def labelled_loss(
 
 
 @torch.no_grad()
-def _kto_reference_point(policy: Policy, reference: Reference, mine: Sequence[MicroBatch[Labelled]], stage: Stage) -> float:
+def _kto_reference_point(
+    policy: Policy, reference: Reference, mine: Sequence[MicroBatch[Labelled]], stage: Stage
+) -> float:
     """KTO's z over the whole step: how far the policy has moved on answers to *other* prompts."""
     policy.model.eval()
     total = StepMetrics()

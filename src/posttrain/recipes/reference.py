@@ -39,7 +39,10 @@ class Reference:
             log.info("reference: log-probs of %d rows computed once; no second copy of the model", len(kept))
             return cls(policy, kept)
         size = policy.freeze_reference()
-        log.info("reference: %s", f"a frozen copy, {size / 1e6:.0f} MB" if size else "the same weights with the adapter off, no memory")
+        log.info(
+            "reference: %s",
+            f"a frozen copy, {size / 1e6:.0f} MB" if size else "the same weights with the adapter off, no memory",
+        )
         return cls(policy, None)
 
     def logp(self, rows: Sequence[Any], batch: Batch) -> torch.Tensor:
@@ -60,7 +63,9 @@ def _pass(policy: Policy, rows: Sequence[Any]) -> list[tuple[float, ...]]:
     policy.model.eval()
     result: list[tuple[float, ...]] = []
     for start in range(0, len(rows), _ROWS_PER_PASS):
-        families = [[part for part in row if isinstance(part, TokenSeq)] for row in rows[start : start + _ROWS_PER_PASS]]
+        families = [
+            [part for part in row if isinstance(part, TokenSeq)] for row in rows[start : start + _ROWS_PER_PASS]
+        ]
         batch = pack(families)
         logp_M = policy.score(batch).logp_M
         sums = iter(segment_sum(logp_M, batch.seq_M.to(logp_M.device), batch.num_sequences).tolist())

@@ -13,6 +13,7 @@ from posttrain.data.load import load_sft
 from posttrain.models.batch import count, pack
 from posttrain.models.load import load_policy, load_tokenizer
 from posttrain.models.policy import Policy
+from posttrain.models.text import decoder
 from posttrain.objectives.reduce import Normalizer
 from posttrain.objectives.sft import sft_loss
 from posttrain.objectives.terms import LossTerms
@@ -30,6 +31,7 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
     tokenizer = load_tokenizer(keys)
     data = load_sft(keys, tokenizer)
     held_out = load_sft(keys, tokenizer, sources=keys.eval_datasets) if keys.eval_datasets else None
+    stage.describe_data(decoder(tokenizer, special=True), data, held_out)
     policy = load_policy(keys, tokenizer=tokenizer).distribute(topology)
     optimizer = make_optimizer(policy, keys)
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from posttrain.checkpoint.store import CheckpointStore, check_writable
 from posttrain.config.stages import TrainKeys
+from posttrain.data.dataset import Dataset, sequences
 from posttrain.errors import TrainingError
 from posttrain.files import read_json, write_json
 from posttrain.health.monitor import Monitor
@@ -27,12 +29,14 @@ from posttrain.protocols import MetricSink, Topology
 from posttrain.rollout.sampling import request_seed
 from posttrain.tracking.jsonl import JsonlSink
 from posttrain.tracking.multi import MultiSink
-from posttrain.types import CheckpointRef, Severity, StepReport
+from posttrain.types import CheckpointRef, Severity, StepReport, TokenSeq
 
 log = logging.getLogger(__name__)
 
 _HOLDING = frozenset({"evaluate", "hold", "rollback", "stop"})
 """Actions after which a model is not promoted."""
+
+_EXAMPLES = 3
 
 EXIT_STOPPED = 75
 """Exit code of a polite stop: the run is saved and can be started again."""
@@ -58,7 +62,9 @@ class StageResult:
     held: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        record = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("folder", "model_dir")}
+        record = {
+            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("folder", "model_dir")
+        }
         return record | {"metrics": dict(self.metrics), "held": list(self.held)}
 
     @classmethod
@@ -120,10 +126,26 @@ class Stage:
         """Weights, optimizer and progress of a checkpoint."""
         state = read_json(ref.path / "state.json")
         self.topology.load_state(policy.model, load_file(ref.path / "weights.safetensors"))
-        self.topology.load_optimizer_state(policy.model, optimizer, _unflatten(load_file(ref.path / "optimizer.safetensors"), state["scalars"]))
+        self.topology.load_optimizer_state(
+            policy.model, optimizer, _unflatten(load_file(ref.path / "optimizer.safetensors"), state["scalars"])
+        )
         self._monitor.load_state(state["health"])
         self.held = list(state["held"])
         return Progress(state["step"], state["tokens"], state["wall_s"], state["extra"])
+
+    def describe_data(self, decode: Callable[[Sequence[int]], str], *datasets: Dataset[Any] | None) -> None:
+        """Say what was read, kept and skipped, and write it to `summary.json` with examples of the loss mask."""
+        if not self.topology.is_main:
+            return
+        present = [data for data in datasets if data is not None]
+        for line in (line for data in present for line in data.summary.lines()):
+            log.info("%s", line)
+        shown = [sequence for row in present[0].rows[:_EXAMPLES] for sequence in sequences(row)]
+        examples = [{"origin": str(s.origin), "segments": mask_segments(s, decode)} for s in shown]
+        write_json(
+            self.folder / "summary.json",
+            {"datasets": [data.summary.to_json() for data in present], "examples": examples},
+        )
 
     # --- each step ---------------------------------------------------------------------------------------------
 
@@ -133,7 +155,12 @@ class Stage:
         self._step_clock = time.monotonic()
 
     def finish_step(
-        self, policy: Policy, optimizer: torch.optim.Optimizer, progress: Progress, metrics: dict[str, float], last: bool
+        self,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        metrics: dict[str, float],
+        last: bool,
     ) -> None:
         """Log, judge, save if it is time, and stop if that is wished. `progress.step` counts finished steps.
 
@@ -175,8 +202,15 @@ class Stage:
         def fill(folder: Path) -> None:
             save_file({n: t.contiguous() for n, t in weights.items()}, folder / "weights.safetensors")
             save_file(tensors, folder / "optimizer.safetensors")
-            state = {"step": progress.step, "tokens": progress.tokens, "wall_s": progress.wall_s, "extra": progress.extra}
-            write_json(folder / "state.json", state | {"scalars": scalars, "health": self._monitor.state(), "held": self.held})
+            state = {
+                "step": progress.step,
+                "tokens": progress.tokens,
+                "wall_s": progress.wall_s,
+                "extra": progress.extra,
+            }
+            write_json(
+                folder / "state.json", state | {"scalars": scalars, "health": self._monitor.state(), "held": self.held}
+            )
 
         started = time.monotonic()
         ref = self.store.save(progress.step, fill)
@@ -202,7 +236,9 @@ class Stage:
         if self.topology.is_main:
             report = save_policy(policy, model_dir, self.keys, state=state)
             if report is not None:
-                self.event("merge", progress.step, {"max_logit_difference": report.max_logit_difference, "base": report.base})
+                self.event(
+                    "merge", progress.step, {"max_logit_difference": report.max_logit_difference, "base": report.base}
+                )
         self.topology.barrier()
         result = StageResult(
             kind=self.kind, folder=self.folder, model_dir=model_dir, model_digest=model_digest(model_dir),
@@ -247,6 +283,12 @@ class StopFlag:
         if self.is_set:
             raise SystemExit(128 + number)
         self._event.set()
+
+
+def mask_segments(sequence: TokenSeq, decode: Callable[[Sequence[int]], str]) -> list[tuple[str, bool]]:
+    """The text of a sequence in runs of trained and untrained tokens."""
+    runs = groupby(zip(sequence.ids, sequence.loss_mask, strict=True), key=lambda pair: pair[1])
+    return [(decode([token for token, _ in run]), trained) for trained, run in runs]
 
 
 def _flatten(state: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -13,7 +13,12 @@ from posttrain.recipes.stage import Progress, Stage
 class Validation:
     """Measures every `eval_steps` and at the end; remembers the best by `score` (higher is better)."""
 
-    def __init__(self, stage: Stage, measure: Callable[[], dict[str, float]], score: Callable[[dict[str, float]], float] | None = None) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        measure: Callable[[], dict[str, float]],
+        score: Callable[[dict[str, float]], float] | None = None,
+    ) -> None:
         self._stage = stage
         self._measure = measure
         self._score = score or (lambda metrics: -metrics["eval_loss"])
@@ -43,7 +48,9 @@ class Validation:
         best = self._stage.topology.broadcast(self._stage.store.best() if self._wanted else None)
         if best is not None:
             self._stage.load(self._stage.store.at(best[0]), policy, optimizer)
-            self._stage.event("notice", best[0], {"message": f"ends with the checkpoint of step {best[0]}, the best on held-out rows"})
+            self._stage.event(
+                "notice", best[0], {"message": f"ends with the checkpoint of step {best[0]}, the best on held-out rows"}
+            )
 
     @property
     def _wanted(self) -> bool:

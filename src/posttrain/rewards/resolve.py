@@ -96,13 +96,7 @@ def check_spec(spec: str, folder: Path | None = None) -> None:
             )
         return
     file = _file_of(spec, parts[0], folder)
-    try:
-        tree = ast.parse(file.read_bytes(), str(file))
-    except (SyntaxError, ValueError) as error:
-        line = getattr(error, "lineno", 0) or 0
-        raise ConfigError(
-            f"{file}:{line}: the reward file is not valid Python: {getattr(error, 'msg', error)}"
-        ) from None
+    tree = _parse(file)
     defined = _defined_names(tree)
     if parts[1] not in defined:
         near = get_close_matches(parts[1], defined, 1)
@@ -110,6 +104,14 @@ def check_spec(spec: str, folder: Path | None = None) -> None:
         raise ConfigError(
             f"{file}: no function {parts[1]!r}{hint} (defined there: {', '.join(sorted(defined)) or 'nothing'})"
         )
+
+
+def _parse(file: Path) -> ast.Module:
+    try:
+        return ast.parse(file.read_bytes(), str(file))
+    except (SyntaxError, ValueError) as error:
+        line, reason = getattr(error, "lineno", 0) or 0, getattr(error, "msg", error)
+        raise ConfigError(f"{file}:{line}: the reward file is not valid Python: {reason}") from None
 
 
 def _defined_names(tree: ast.Module) -> set[str]:
@@ -184,12 +186,12 @@ def _bind(
     parameters = inspect.signature(fn).parameters
     by_name = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if stray := [n for n, p in parameters.items() if p.kind is p.POSITIONAL_ONLY]:
+        raise ConfigError(f"{where}: {name}: parameter {stray[0]!r} is positional-only; rewards are called by name")
     if "completions" not in by_name and not takes_all:
         raise ConfigError(
             f"{where}: {name}({', '.join(parameters)}) has no parameter `completions`; expected fn(prompts, completions, **columns)"
         )
-    if stray := [n for n, p in parameters.items() if p.kind is p.POSITIONAL_ONLY]:
-        raise ConfigError(f"{where}: {name}: parameter {stray[0]!r} is positional-only; rewards are called by name")
     if unknown := sorted(set(options) - set(by_name)):
         allowed = [n for n, p in by_name.items() if p.default is not p.empty]
         raise ConfigError(
@@ -213,7 +215,7 @@ def _local_sources(file: Path) -> dict[Path, ast.Module]:
         path = queue.pop()
         if path in trees:
             continue
-        trees[path] = ast.parse(path.read_bytes(), str(path))
+        trees[path] = _parse(path)
         for name in _imported(trees[path]):
             base = file.parent / Path(*name.split("."))
             queue += [p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file()]

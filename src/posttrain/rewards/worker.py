@@ -5,11 +5,13 @@ Knows nothing of deadlines: it is killed from outside. Imports no torch.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
 import pickle
 import resource
+import signal
 import struct
 import sys
 import threading
@@ -23,15 +25,16 @@ from posttrain.errors import ConfigError
 from posttrain.rewards.resolve import MissingColumnError, RewardFunction, load_reward, reward_names
 
 _MAX_MESSAGE_CHARS = 500
+_PR_SET_PDEATHSIG = 1
 
 
 def main(request_fd: int, answer_fd: int) -> None:
     """Serve until the request pipe closes."""
-    _die_with_parent()
     requests = os.fdopen(request_fd, "rb")
     answers = os.fdopen(answer_fd, "w", encoding="ascii")
     setup = _read(requests)
     assert setup is not None
+    _die_with_parent(setup["from_main_thread"])
     functions = _load(setup, answers)
     if setup["memory_bytes"]:
         resource.setrlimit(resource.RLIMIT_AS, (setup["memory_bytes"], setup["memory_bytes"]))
@@ -39,9 +42,12 @@ def main(request_fd: int, answer_fd: int) -> None:
         _write(answers, _answer(functions[request["function"]], request))
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(from_main_thread: bool) -> None:
     """A worker that hangs must not outlive the training process, however that ended."""
     parent = os.getppid()
+    if from_main_thread:
+        # The signal follows the *thread* that started us. It also reaches a worker that never lets go of the interpreter.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -259,7 +259,7 @@ class RewardPool:
     def _start(self) -> _Worker:
         setup = {
             "specs": list(self.specs), "kwargs": self.kwargs, "folder": str(self.folder.resolve()) if self.folder else None,
-            "memory_bytes": self.memory_bytes,
+            "memory_bytes": self.memory_bytes, "from_main_thread": threading.current_thread() is threading.main_thread(),
         }  # fmt: skip
         return _Worker(pickle.dumps(setup), self._hash_seed)
 

@@ -33,10 +33,17 @@ def sample_groups(
 
 
 def score_groups(
-    rows: Sequence[PromptRow], groups: Sequence[Sequence[Completion]], decode: Callable[[Sequence[int]], str], score: ScoreRewards
+    rows: Sequence[PromptRow],
+    groups: Sequence[Sequence[Completion]],
+    decode: Callable[[Sequence[int]], str],
+    score: ScoreRewards,
 ) -> list[RolloutGroup]:
     """Hand every completion to the rewards in one call, as TRL does: strings for text prompts, messages for chats."""
-    flat = [(prompt, completion, decode(completion.ids)) for (prompt, _), group in zip(rows, groups, strict=True) for completion in group]
+    flat = [
+        (prompt, completion, decode(completion.ids))
+        for (prompt, _), group in zip(rows, groups, strict=True)
+        for completion in group
+    ]
     prompts = [as_reward_input(prompt.prompt) for prompt, _, _ in flat]
     texts: list[Any] = [
         text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}] for prompt, _, text in flat
@@ -47,7 +54,8 @@ def score_groups(
     breakdowns = iter(score(prompts, texts, columns))
     scored = iter([Rollout(completion, text, next(breakdowns)) for _, completion, text in flat])
     return [
-        RolloutGroup(prompt, ids, tuple(next(scored) for _ in group)) for (prompt, ids), group in zip(rows, groups, strict=True)
+        RolloutGroup(prompt, ids, tuple(next(scored) for _ in group))
+        for (prompt, ids), group in zip(rows, groups, strict=True)
     ]
 
 

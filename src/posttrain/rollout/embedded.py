@@ -41,7 +41,12 @@ class EmbeddedEngine:
     """Decodes at most `batch_size` completions at once from `policy`, whose weights it shares."""
 
     def __init__(
-        self, policy: Policy, *, stop_token_ids: Sequence[int], batch_size: int = 64, refresh: Callable[[], None] | None = None
+        self,
+        policy: Policy,
+        *,
+        stop_token_ids: Sequence[int],
+        batch_size: int = 64,
+        refresh: Callable[[], None] | None = None,
     ) -> None:
         """`refresh` brings `policy` up to date at a sync where it is a copy of the one that is trained."""
         self._policy = policy
@@ -61,14 +66,20 @@ class EmbeddedEngine:
         """One completion per request, in order. No dropout; the same tokens whatever else is in the batch."""
         for number, request in enumerate(requests):
             if not request.prompt_ids:
-                raise EngineError(f"request {number} has an empty prompt; expected at least one token (a BOS, for example)")
+                raise EngineError(
+                    f"request {number} has an empty prompt; expected at least one token (a BOS, for example)"
+                )
         was_training = self._policy.model.training
         self._policy.model.eval()
         try:
             with self._policy.placement.autocast():
                 if not self._policy.ragged:
-                    return generate_alone(self._policy, requests, params, self._stops(params), should_stop, self._version)
-                return _Decoding(self._policy, requests, params, self._stops(params), should_stop, self._version).run(self._batch_size)
+                    return generate_alone(
+                        self._policy, requests, params, self._stops(params), should_stop, self._version
+                    )
+                return _Decoding(self._policy, requests, params, self._stops(params), should_stop, self._version).run(
+                    self._batch_size
+                )
         finally:
             self._policy.model.train(was_training)
 

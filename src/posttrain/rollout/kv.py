@@ -87,7 +87,9 @@ class RowCache:
         by_prompt: dict[int, list[int]] = {}
         for row, prompt in enumerate(self.prompt_of):
             by_prompt.setdefault(id(prompt), []).append(row)
-        self._groups = [(self.prompt_of[members[0]], torch.tensor(members, device=device)) for members in by_prompt.values()]
+        self._groups = [
+            (self.prompt_of[members[0]], torch.tensor(members, device=device)) for members in by_prompt.values()
+        ]
 
     def positions(self) -> list[int]:
         """Absolute position of each row's newest token."""
@@ -126,7 +128,9 @@ class RowCache:
     def _own_mask(self, num_rows: int, longest: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         mask = self._mask[:num_rows, None, None, :longest]
         if window is not None:
-            age = torch.tensor(self.lengths, device=mask.device)[:, None] - 1 - torch.arange(longest, device=mask.device)
+            age = (
+                torch.tensor(self.lengths, device=mask.device)[:, None] - 1 - torch.arange(longest, device=mask.device)
+            )
             mask = mask.masked_fill(age[:, None, None] >= window, -torch.inf)
         return mask.to(dtype)
 

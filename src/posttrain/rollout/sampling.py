@@ -21,7 +21,9 @@ def uniforms(seed: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=seed)).random(count, dtype=np.float64)
 
 
-def sample(logits_RV: torch.Tensor, uniform_R: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(
+    logits_RV: torch.Tensor, uniform_R: torch.Tensor, params: SamplingParams
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and their log-probs under the temperature-scaled, uncut distribution. Shapes: [R, V], [R] → [R], [R].
 
     Sampling inverts the cumulative distribution at `uniform_R`; temperature 0 takes the most likely token and reports

@@ -1,0 +1,51 @@
+# make demo · make test · make check · make bench: all a newcomer needs.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+RUN    := examples/quickstart/runs/word-problems
+# Tests run in two processes; more threads than cores would only wait for each other.
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: demo test test-all check format bench bench-all clean help
+
+help:
+	@echo "make demo      set up, then take the tiny base model through SFT, DPO and GRPO to the registry"
+	@echo "make test      set up, then run the tests (make test-all adds the long ones)"
+	@echo "make check     lint, types, import layers"
+	@echo "make bench     side by side with TRL"
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/posttrain run examples/quickstart/pipeline.yaml --quiet
+	$(BIN)/posttrain registry list --registry examples/quickstart/registry
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"
+
+test-all: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+check: $(STAMP)
+	$(BIN)/ruff check src tests bench examples docs
+	$(BIN)/ruff format --check src tests bench examples docs
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix src tests bench examples docs
+	$(BIN)/ruff format src tests bench examples docs
+
+bench: $(STAMP)
+	$(BIN)/python bench/vs_trl.py
+
+bench-all: $(STAMP)
+	$(BIN)/python bench/vs_trl.py --all
+
+clean:
+	rm -rf $(VENV) examples/*/runs examples/*/registry

@@ -1,0 +1,30 @@
+"""The MODEL argument of a verb: a folder in Hugging Face form, or a hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from posttrain.errors import ModelError
+
+if TYPE_CHECKING:
+    from posttrain.config.stages import ModelKeys
+
+
+def model_keys(model: str) -> ModelKeys:
+    """Keys to load `model` with. Raises: ModelError for a folder that is not there, or that holds only an adapter."""
+    from posttrain.config.stages import ModelKeys, looks_local
+
+    folder = Path(model).expanduser()
+    if looks_local(model) and not folder.is_dir():
+        raise ModelError(f"{model}: no such folder; expected a model folder with config.json, or a hub id")
+    if is_adapter(folder) and not (folder / "config.json").exists():
+        raise ModelError(
+            f"{model} is an adapter, not a model; merge it first: posttrain merge {model} --out DIR "
+            "(a finished stage has its merged model beside it, in `model`)"
+        )
+    return ModelKeys(base_model=str(folder) if folder.is_dir() else model)
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()

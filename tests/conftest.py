@@ -1,0 +1,147 @@
+"""Tiny models of real architectures, a tokenizer trained on the spot, and small data files; made once per session."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+
+VOCAB = 288
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CORPUS = [f"What is {a} plus {b}? The answer is {a + b}." for a in range(10) for b in range(10)]
+# 4-bit layers want inputs divisible by 64 and outputs by 32.
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    # Larger than usual, so that what a token attends to moves its logits far beyond rounding.
+    "initializer_range": 0.12,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "router_aux_loss_coef": 0.01}
+ARCHITECTURES = {
+    "qwen3": {"tie_word_embeddings": True},
+    "llama": {"tie_word_embeddings": False},
+    "mistral": {"sliding_window": 6},
+    "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0},
+    "gemma3_text": {"sliding_window": 6, "query_pre_attn_scalar": 32},
+    "qwen3_moe": EXPERTS,
+    "mamba": {"state_size": 8, "use_mambapy": False},
+    "gpt_oss": {"sliding_window": 128, "num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": ["full_attention"] * 2},
+}
+RAGGED = ("qwen3", "llama", "mistral", "gemma2", "gemma3_text", "qwen3_moe")
+"""Architectures that the packed forward is exact for; the others run their sequences one by one."""
+
+
+def make_tokenizer():
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    core.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+
+
+def make_model(folder: Path, architecture: str, **changes) -> Path:
+    """A randomly initialised model with its tokenizer, as `save_pretrained` writes them."""
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(architecture, **{**SHAPE, **ARCHITECTURES[architecture], **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.normal_()
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    os.environ["POSTTRAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """`model_dir("qwen3")` is the folder of that tiny model; made once."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: str) -> Path:
+        if architecture not in made:
+            made[architecture] = make_model(tmp_path_factory.mktemp("models") / architecture, architecture)
+        return made[architecture]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+def _chat(a: int, b: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"What is {a} plus {b}?"}]
+
+
+def _answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+ROWS = {
+    "sft": lambda a, b: {"messages": [*_chat(a, b), _answer(f"The answer is {a + b}." + " Yes." * (a % 3))]},
+    "pairs": lambda a, b: {
+        "prompt": _chat(a, b),
+        "chosen": [_answer(f"The answer is {a + b}.")],
+        "rejected": [_answer(f"It is {a}" + "!" * (1 + b % 3))],
+    },
+    "kto": lambda a, b: {"prompt": _chat(a, b), "completion": [_answer(f"The answer is {a + b}.")], "label": b % 2 == 0},
+    "prompts": lambda a, b: {"prompt": _chat(a, b), "answer": str(a + b)},
+}
+REWARDS = '''
+def spread(prompts, completions, answer, **columns):
+    """A number that differs between almost any two completions."""
+    return [sum(map(ord, c[0]["content"])) % 17 / 17.0 for c in completions]
+
+
+def constant(prompts, completions, **columns):
+    return [1.0 for _ in completions]
+
+
+def last_digit(prompts, completions, answer, **columns):
+    """1 where length and answer agree modulo 2; some groups have no spread."""
+    return [float(len(c[0]["content"]) % 2 == int(a) % 2) for c, a in zip(completions, answer)]
+'''
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """`sft.jsonl`, `pairs.jsonl`, `kto.jsonl`, `prompts.jsonl` of 12 rows each, `dev-*.jsonl` of 4, and `rewards.py`."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, row in ROWS.items():
+        for prefix, numbers in (("", range(12)), ("dev-", range(12, 16))):
+            lines = [json.dumps(row(n % 5, n)) + "\n" for n in numbers]
+            (folder / f"{prefix}{name}.jsonl").write_text("".join(lines))
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder

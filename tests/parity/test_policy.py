@@ -1,0 +1,106 @@
+"""GRPO's family on recorded completions: TRL's GRPOTrainer and our recipe are handed the same tokens to train on.
+
+Each generation batch is trained on twice, so the importance ratio leaves 1 and the clip ranges matter.
+"""
+
+import json
+import random
+
+import pytest
+from trl import GRPOConfig, GRPOTrainer
+
+from posttrain.config.stages import GRPOKeys
+from posttrain.recipes import policy as recipe
+from posttrain.rollout.embedded import EmbeddedEngine
+from posttrain.types import Completion
+
+PROMPTS, GROUP, LONGEST = 2, 4, 24
+REWARD = '''
+def vowels(completions, **columns):
+    """Share of vowels: every group has a spread."""
+    return [sum(text.count(c) for c in "aeiou") / max(1, len(text)) for text in completions]
+'''
+LOSSES = [
+    ("grpo", "token", {}),
+    ("grpo", "sequence", {"epsilon": 0.01, "epsilon_high": 0.02}),
+    ("dr_grpo", "token", {}),
+    ("bnpo", "token", {}),
+    ("dapo", "token", {"epsilon_high": 0.28}),
+    ("dapo", "sequence", {"epsilon": 0.01}),
+    ("cispo", "token", {"epsilon_high": 5.0}),
+    ("sapo", "token", {}),
+    ("sapo", "sequence", {}),
+    ("luspo", "sequence", {"epsilon": 0.01}),
+]
+
+
+class Replay(EmbeddedEngine):
+    """An engine that has its completions already; it scores them under its present weights, as sampling would."""
+
+    recorded: dict[tuple[int, ...], list[tuple[int, ...]]]
+
+    def generate(self, requests, params, should_stop=None):
+        left = {prompt: list(completions) for prompt, completions in self.recorded.items()}
+        ids = [left[request.prompt_ids].pop(0) for request in requests]
+        scored = self.score([(r.prompt_ids + c, len(r.prompt_ids)) for r, c in zip(requests, ids, strict=True)])
+        return [Completion(c, tuple(logp), "stop", self.policy_version) for c, logp in zip(ids, scored, strict=True)]
+
+
+@pytest.fixture
+def recorded(rows, model_dir):
+    """Prompt text → its ids and the ids of its completions."""
+    from transformers import AutoTokenizer
+
+    rng, tokenizer = random.Random(3), AutoTokenizer.from_pretrained(model_dir())
+    result = {}
+    for row in rows["grpo"][: 6 * PROMPTS]:
+        completions = [
+            (*(rng.randrange(3, len(tokenizer)) for _ in range(rng.randint(1, LONGEST - 1))), tokenizer.eos_token_id)
+            for _ in range(GROUP)
+        ]
+        result[row["prompt"]] = (tuple(tokenizer(row["prompt"])["input_ids"]), completions)
+    return result
+
+
+@pytest.fixture
+def both(ours, theirs, rows, recorded, tmp_path, monkeypatch):
+    """Train both sides on the recorded completions: (keys that both know) → (our run, TRL's run)."""
+    (tmp_path / "rewards.py").write_text(REWARD)
+    namespace = {}
+    exec(REWARD, namespace)
+    data = rows["grpo"][: 6 * PROMPTS]
+    turns = iter(())
+
+    def engine(policy, keys, topology):
+        made = Replay(policy, stop_token_ids=())
+        made.recorded = dict(recorded.values())
+        return made
+
+    def replay(prompts, trainer):
+        nonlocal turns
+        ids = {text: iter(completions) for text, (_, completions) in recorded.items()}
+        completions = [list(next(ids[prompt])) for prompt in prompts]
+        return {"prompt_ids": [list(recorded[p][0]) for p in prompts], "completion_ids": completions, "logprobs": None}
+
+    def train(lora_r=0, **options):
+        monkeypatch.setattr(recipe, "make_engine", engine)
+        shared = {"learning_rate": 3e-3, "num_iterations": 2, "num_generations": GROUP, "lr_scheduler_type": "linear"}
+        shared |= {"per_device_train_batch_size": PROMPTS * GROUP, "max_completion_length": LONGEST} | options
+        adapter = {"adapter": "lora", "lora_r": lora_r} if lora_r else {}
+        steps = 6 * shared["num_iterations"]
+        mine = ours(
+            "grpo", GRPOKeys, data, reward_funcs=[str(tmp_path / "rewards.py") + ":vowels"], max_steps=steps,
+            num_prompts_per_step=PROMPTS, **shared, **adapter,
+        )  # fmt: skip
+        extra = {"reward_funcs": namespace["vowels"], "rollout_func": replay}
+        trl = theirs(
+            GRPOTrainer, GRPOConfig, data, lora_r=lora_r, extra=extra, shuffle_dataset=False, max_steps=steps, **shared
+        )
+        return mine, trl
+
+    return train
+
+
+@pytest.mark.parametrize(("loss_type", "level", "options"), LOSSES)
+def test_every_shared_loss(both, assert_parity, loss_type, level, options):
+    assert_parity(*both(loss_type=loss_type, importance_sampling_level=level, **options))

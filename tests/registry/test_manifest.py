@@ -1,0 +1,58 @@
+import sys
+from dataclasses import replace
+from importlib import metadata
+
+import pytest
+
+from posttrain.errors import RegistryError
+from posttrain.files import digest_bytes
+from posttrain.registry import Manifest, check_chain, code_digest, environment_pins
+
+
+def test_a_chain_holds_and_each_link_is_its_digest(lineage, model):
+    chain = lineage(model("a"), ("sft", "dpo", "grpo"))
+    check_chain(chain)
+    assert chain[2].parent == chain[1].digest
+    assert Manifest.from_json(chain[2].to_json()) == chain[2]
+
+
+def test_any_change_upstream_changes_every_digest_below(lineage, model):
+    chain = lineage(model("a"), ("sft", "dpo"))
+    changed = replace(chain[0], details={"learning_rate": 2e-3})
+    assert chain[1].after(changed).digest != chain[1].digest
+    assert chain[1].after(chain[0]) == chain[1]
+
+
+def test_broken_chains_say_where(lineage, model):
+    chain = lineage(model("a"), ("sft", "dpo"))
+    with pytest.raises(RegistryError, match="got no manifest"):
+        check_chain([])
+    with pytest.raises(RegistryError, match="manifest of dpo: got parent"):
+        check_chain([replace(chain[0], stage="other"), chain[1]])
+    with pytest.raises(RegistryError, match="manifest of dpo: got parent"):
+        check_chain(chain[1:])
+    elsewhere = replace(chain[1], inputs={"model": digest_bytes(b"elsewhere")})
+    with pytest.raises(RegistryError, match=r"dpo starts from .* but sft made .* a stage is missing"):
+        check_chain([chain[0], elsewhere])
+    with pytest.raises(RegistryError, match="must both name 'model'"):
+        check_chain([replace(chain[0], outputs={})])
+
+
+def test_environment_pins_are_those_of_this_process():
+    pins = environment_pins(["numpy"])
+    assert pins["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert pins["packages"] == {"numpy": metadata.version("numpy")}
+    assert environment_pins()["packages"]["numpy"] == metadata.version("numpy")
+    assert pins["cpu"]["model"] or pins["machine"]
+
+
+def test_code_digest_follows_source_and_nothing_else(tmp_path):
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "a.py").write_text("x = 1\n")
+    before = code_digest(tmp_path)
+    (tmp_path / "__pycache__" / "a.cpython-311.pyc").write_bytes(b"compiled")
+    assert code_digest(tmp_path) == before
+    (tmp_path / "a.py").write_text("x = 2\n")
+    assert code_digest(tmp_path) != before
+    with pytest.raises(RegistryError, match="got no source files"):
+        code_digest(tmp_path / "__pycache__")

@@ -1,0 +1,106 @@
+import pytest
+
+from posttrain.errors import ConfigError, RewardError
+from posttrain.rewards.resolve import check_spec, load_reward, reward_digest, reward_names
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="r.py"):
+        (tmp_path / name).write_text(text)
+        return f"{name}:f"
+
+    return write
+
+
+def test_a_function_of_a_file_is_called_by_name(write, tmp_path):
+    reward = load_reward(
+        write(
+            "def f(completions, answer, bonus=0): return [float(c == a) + bonus for c, a in zip(completions, answer)]"
+        ),
+        {"bonus": 2},
+        tmp_path,
+    )
+    assert reward(["p"], ["x"], answer=["x"], other=[1]) == [3.0]
+    assert reward.needs == (("answer",),)
+    assert load_reward("boxed")(["p"], [r"\boxed{1}"], answer=["1"]) == [1.0]
+
+
+def test_an_async_function_is_awaited(write, tmp_path):
+    reward = load_reward(
+        write("import asyncio\nasync def f(completions, **columns):\n    await asyncio.sleep(0)\n    return [1.0]"),
+        folder=tmp_path,
+    )
+    assert reward(["p"], ["x"]) == [1.0]
+
+
+def test_a_missing_column_is_named_with_those_present(write, tmp_path):
+    reward = load_reward(write("def f(completions, answer): return [1.0]"), folder=tmp_path)
+    with pytest.raises(RewardError, match=r"r\.py:1: reward 'f' needs the column answer; the dataset has level, topic"):
+        reward(["p"], ["x"], topic=["t"], level=["l"])
+    with pytest.raises(RewardError, match="needs the column answer or target or solution or ground_truth or label"):
+        load_reward("boxed")(["p"], ["x"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def g(completions): pass", "no function 'f' \\(defined there: g\\)"),
+        ("def ff(completions): pass", "did you mean 'ff'"),
+        ("def f(:", r"r\.py:1: the reward file is not valid Python"),
+        (
+            "import os\nimport no_such_module\ndef f(completions): pass",
+            r"r\.py:2: importing the reward file raised ModuleNotFoundError",
+        ),
+        ("raise SystemExit(3)\ndef f(completions): pass", "importing the reward file raised SystemExit"),
+        ("\ndef f(texts): pass", r"r\.py:2: f\(texts\) has no parameter `completions`"),
+        ("def f(prompts, completions, /): pass", "positional-only"),
+        ("f = 3", "f is int, expected a function"),
+        ("class f: pass", "f is type, expected a function"),
+    ],
+)
+def test_what_cannot_be_loaded(write, tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_reward(write(text), folder=tmp_path)
+
+
+def test_what_does_not_exist(tmp_path):
+    with pytest.raises(ConfigError, match=r"no file .*/none\.py; paths are relative to the YAML"):
+        check_spec("none.py:f", tmp_path)
+    with pytest.raises(ConfigError, match="did you mean 'boxed'"):
+        check_spec("boxd")
+
+
+def test_an_unknown_option_is_named(write, tmp_path):
+    with pytest.raises(ConfigError, match="unknown option 'bonsu'; it takes bonus"):
+        load_reward(write("def f(completions, bonus=1): pass"), {"bonsu": 1}, tmp_path)
+    with pytest.raises(ConfigError, match="unknown option 'max_len'; it takes max_length, cache"):
+        load_reward("soft_overlong", {"max_len": 1})
+
+
+def test_names():
+    assert reward_names(["a.py:f", "boxed"]) == ["f", "boxed"]
+    assert reward_names(["a.py:f", "b.py:f"]) == ["a.f", "b.f"]
+
+
+def test_the_digest_sees_all_that_decides(write, tmp_path):
+    spec = write("import helper\ndef f(completions): return helper.g(completions)")
+    write("def g(c): return [1.0]", "helper.py")
+    digests = {
+        reward_digest([spec], folder=tmp_path),
+        reward_digest([spec], {"f": {"a": 1}}, folder=tmp_path),
+        reward_digest([spec], None, [2.0], tmp_path),
+        reward_digest([spec, "boxed"], folder=tmp_path),
+    }
+    assert len(digests) == 4
+    assert reward_digest([spec], None, [1.0], tmp_path) in digests
+    write("def g(c): return [0.0]", "helper.py")
+    assert reward_digest([spec], folder=tmp_path) not in digests
+
+
+def test_the_digest_does_not_run_or_place_the_file(write, tmp_path):
+    spec = write("raise RuntimeError\ndef f(completions): pass")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "r.py").write_bytes((tmp_path / "r.py").read_bytes())
+    assert reward_digest([spec], folder=tmp_path) == reward_digest([spec], folder=other)

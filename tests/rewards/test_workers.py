@@ -1,0 +1,197 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from posttrain.errors import ConfigError, RewardError
+from posttrain.rewards.workers import CHUNK_SIZE, RewardPool, check_unscored
+from posttrain.types import RewardBreakdown
+
+REWARDS = """
+import asyncio, ctypes, math, os, sys, time
+
+def bad(prompts, completions):
+    if "hang" in completions:
+        time.sleep(1000)
+    if "spin" in completions:
+        9 ** 9 ** 9
+    if "exit" in completions:
+        os._exit(3)
+    if "segfault" in completions:
+        ctypes.string_at(0)
+    if "stop" in completions:
+        sys.exit(0)
+    if "raise" in completions:
+        raise ValueError("not this one")
+    if "memory" in completions:
+        bytearray(1 << 45)
+    values = {"nan": math.nan, "inf": math.inf, "text": "1", "none": None, "true": True, "object": object()}
+    return [values.get(c, 1.0) for c in completions]
+
+def length(completions, **columns):
+    print("noise on stdout")
+    return [float(len(c)) for c in completions]
+
+async def slow(completions):
+    await asyncio.sleep(0.01)
+    return [0.5] * len(completions)
+
+def short(completions):
+    return [1.0]
+
+def scalar(completions):
+    return 1.0
+
+def needs(completions, answer):
+    return [float(c == a) for c, a in zip(completions, answer)]
+
+def pid(completions):
+    return [float(os.getpid())] * len(completions)
+
+def modules(completions):
+    return [float("torch" in sys.modules)] * len(completions)
+
+def forever(completions):
+    time.sleep(1000)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rewards")
+    (folder / "r.py").write_text(REWARDS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bad(folder):
+    with RewardPool(["r.py:bad"], timeout_s=0.7, folder=folder) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("hang", "took longer than 0.7 s and was killed"),
+        ("spin", "took longer than 0.7 s and was killed"),
+        ("exit", "the reward process died (exit status 3)"),
+        ("segfault", "killed by SIGSEGV"),
+        ("stop", "raised SystemExit"),
+        ("raise", "raised ValueError: not this one (r.py:"),
+        ("memory", "raised MemoryError"),
+        ("nan", "returned nan"),
+        ("inf", "returned inf"),
+        ("text", "returned str '1', expected a number or None"),
+        ("object", "returned object, expected a number or None"),
+    ],
+)
+def test_a_failure_costs_its_own_completion_and_is_never_zero(bad, text, reason):
+    scores = bad.score(["p"] * 4, ["a", text, "b", "c"])
+    assert [s.total for s in scores] == [1.0, None, 1.0, 1.0]
+    assert scores[1].parts == {"bad": None}
+    assert reason in scores[1].error
+
+
+def test_none_is_a_choice_and_true_is_a_number(bad):
+    none, true = bad.score(["p"] * 2, ["none", "true"])
+    assert none == RewardBreakdown(None, {"bad": None}, None)
+    assert true.total == 1.0
+
+
+def test_the_total_is_the_weighted_sum_of_what_was_scored(folder):
+    with RewardPool(["r.py:bad", "r.py:length", "r.py:slow"], [2.0, 0.1, 1.0], folder=folder) as pool:
+        scored, none, failed = pool.score(["p"] * 3, ["ok", "none", "raise"])
+    assert scored.total == pytest.approx(2.0 + 0.2 + 0.5)
+    assert none.total == pytest.approx(0.4 + 0.5)  # as TRL's nansum
+    assert failed.total is None and failed.parts == {"bad": None, "length": 5.0, "slow": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("short", "returned 1 values for 3 completions"),
+        ("scalar", "returned float for 3 completions"),
+        ("needs", "needs the column answer; the dataset has topic"),
+    ],
+)
+def test_a_broken_contract_is_an_error_and_the_pool_lives_on(folder, name, message):
+    with RewardPool([f"r.py:{name}"], folder=folder) as pool:
+        for _ in range(2):
+            with pytest.raises(RewardError, match=message):
+                pool.score(["p"] * 3, ["c"] * 3, {"topic": [1, 2, 3]})
+        if name == "needs":
+            assert pool.score(["p"], ["c"], {"answer": ["c"]})[0].total == 1.0
+
+
+def test_results_do_not_depend_on_the_number_of_workers(folder):
+    texts = ["x" * (i % 7) if i % 11 else "raise" for i in range(3 * CHUNK_SIZE + 5)]
+    results = []
+    for num_workers in (1, 3):
+        with RewardPool(["r.py:bad", "r.py:length"], num_workers=num_workers, folder=folder) as pool:
+            results.append(pool.score(["p"] * len(texts), texts))
+    assert results[0] == results[1]
+
+
+def test_work_is_spread_over_the_workers(folder):
+    with RewardPool(["r.py:pid"], num_workers=2, folder=folder) as pool:
+        pids = {s.total for s in pool.score(["p"] * 8 * CHUNK_SIZE, ["c"] * 8 * CHUNK_SIZE)}
+    assert os.getpid() not in pids and 1 <= len(pids) <= 2
+
+
+def test_workers_import_no_torch_and_chat_completions_arrive_whole(folder):
+    with RewardPool(["r.py:modules", "boxed"], folder=folder) as pool:
+        score = pool.score(
+            [[{"role": "user", "content": "?"}]], [[{"role": "assistant", "content": r"\boxed{4}"}]], {"answer": ["4"]}
+        )[0]
+    assert score.parts == {"modules": 0.0, "boxed": 1.0}
+
+
+def test_load_failures_are_reported_before_the_first_call(folder):
+    (folder / "broken.py").write_text("import nothing_like_this\ndef f(completions): pass")
+    with (
+        pytest.raises(ConfigError, match=r"broken\.py:1: importing the reward file raised ModuleNotFoundError"),
+        RewardPool(["broken.py:f"], folder=folder),
+    ):
+        pass
+    with pytest.raises(ConfigError, match="no function 'g'"):
+        RewardPool(["broken.py:g"], folder=folder)
+    with pytest.raises(ConfigError, match="reward_weights has 2 entries for 1"):
+        RewardPool(["boxed"], [1, 2])
+    with pytest.raises(ConfigError, match="no reward 'length'"):
+        RewardPool(["boxed"], kwargs={"length": {}})
+
+
+def test_big_texts_and_surrogates_pass_through(folder):
+    with RewardPool(["r.py:length"], folder=folder) as pool:
+        assert [s.total for s in pool.score(["p"] * 2, ["a" * 3_000_000, "\ud800"])] == [3_000_000, 1]
+
+
+def test_workers_die_with_the_process_that_started_them(folder):
+    program = (
+        "import os, sys, threading, time\nfrom pathlib import Path\nfrom posttrain.rewards.workers import RewardPool\n"
+        f"pool = RewardPool(['r.py:forever'], timeout_s=100, folder=Path({str(folder)!r}))\npool.__enter__()\n"
+        "print(pool._workers[0].process.pid, flush=True)\nthreading.Timer(0.3, lambda: os.kill(os.getpid(), 9)).start()\npool.score(['p'], ['c'])"
+    )
+    worker = int(subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True).stdout)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and is_alive(worker):
+        time.sleep(0.1)
+    assert not is_alive(worker)
+
+
+def is_alive(pid):
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_too_many_unscored_is_an_error_with_counts_and_reasons():
+    good, bad = RewardBreakdown(1.0, {"r": 1.0}), RewardBreakdown(None, {"r": None}, "r: raised ValueError: no")
+    check_unscored([good] * 9 + [bad])
+    check_unscored([])
+    with pytest.raises(
+        RewardError, match=r"2 of 10 completions are unscored; at most 10% may be.*r: raised ValueError: no"
+    ):
+        check_unscored([good] * 8 + [bad] * 2)
