@@ -3,7 +3,6 @@
 Each generation batch is trained on twice, so the importance ratio leaves 1 and the clip ranges matter.
 """
 
-import json
 import random
 
 import pytest
@@ -69,7 +68,6 @@ def both(ours, theirs, rows, recorded, tmp_path, monkeypatch):
     namespace = {}
     exec(REWARD, namespace)
     data = rows["grpo"][: 6 * PROMPTS]
-    turns = iter(())
 
     def engine(policy, keys, topology):
         made = Replay(policy, stop_token_ids=())
@@ -77,7 +75,6 @@ def both(ours, theirs, rows, recorded, tmp_path, monkeypatch):
         return made
 
     def replay(prompts, trainer):
-        nonlocal turns
         ids = {text: iter(completions) for text, (_, completions) in recorded.items()}
         completions = [list(next(ids[prompt])) for prompt in prompts]
         return {"prompt_ids": [list(recorded[p][0]) for p in prompts], "completion_ids": completions, "logprobs": None}
@@ -87,20 +84,49 @@ def both(ours, theirs, rows, recorded, tmp_path, monkeypatch):
         shared = {"learning_rate": 3e-3, "num_iterations": 2, "num_generations": GROUP, "lr_scheduler_type": "linear"}
         shared |= {"per_device_train_batch_size": PROMPTS * GROUP, "max_completion_length": LONGEST} | options
         adapter = {"adapter": "lora", "lora_r": lora_r} if lora_r else {}
-        steps = 6 * shared["num_iterations"]
+        steps = 12
         mine = ours(
             "grpo", GRPOKeys, data, reward_funcs=[str(tmp_path / "rewards.py") + ":vowels"], max_steps=steps,
             num_prompts_per_step=PROMPTS, **shared, **adapter,
         )  # fmt: skip
+        accumulate = PROMPTS * GROUP // shared["per_device_train_batch_size"]
         extra = {"reward_funcs": namespace["vowels"], "rollout_func": replay}
         trl = theirs(
-            GRPOTrainer, GRPOConfig, data, lora_r=lora_r, extra=extra, shuffle_dataset=False, max_steps=steps, **shared
-        )
+            GRPOTrainer, GRPOConfig, data, lora_r=lora_r, extra=extra, shuffle_dataset=False, max_steps=steps,
+            gradient_accumulation_steps=accumulate, **shared,
+        )  # fmt: skip
         return mine, trl
 
     return train
 
 
-@pytest.mark.parametrize(("loss_type", "level", "options"), LOSSES)
+QUICK = (("dapo", "token"), ("grpo", "sequence"), ("cispo", "token"))
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "level", "options"),
+    [pytest.param(*row, marks=() if row[:2] in QUICK else pytest.mark.slow) for row in LOSSES],
+)
 def test_every_shared_loss(both, assert_parity, loss_type, level, options):
     assert_parity(*both(loss_type=loss_type, importance_sampling_level=level, **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_r", [0, 8], ids=["frozen copy", "adapter off"])
+def test_kl_to_the_reference(both, assert_parity, lora_r):
+    assert_parity(*both(lora_r=lora_r, loss_type="dapo", beta=0.2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_groups_as_micro_batches(both, assert_parity, loss_type):
+    assert_parity(*both(loss_type=loss_type, per_device_train_batch_size=GROUP))
+
+
+@pytest.mark.slow
+def test_bnpo_counts_the_tokens_of_the_step(both):
+    """On purpose: the token mean is over the step. TRL takes it per micro-batch, a mean of means of unequal weight."""
+    mine, trl = both(loss_type="bnpo", num_iterations=1, per_device_train_batch_size=GROUP)
+    assert mine.losses != pytest.approx(trl.losses, rel=1e-3)
+    whole, _ = both(loss_type="bnpo", num_iterations=1)
+    assert mine.losses == pytest.approx(whole.losses, rel=1e-4)

@@ -14,7 +14,7 @@ def trl_sft(theirs, data, **config):
     return theirs(SFTTrainer, SFTConfig, data, **{"max_length": 256, "lr_scheduler_type": "linear"} | SHARED | config)
 
 
-@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+@pytest.mark.parametrize("loss_type", ["nll", pytest.param("dft", marks=pytest.mark.slow)])
 def test_full(ours, theirs, rows, assert_parity, loss_type):
     data = rows["sft"][:48]
     mine = ours("sft", SFTKeys, data, loss_type=loss_type, **SHARED)
@@ -43,7 +43,7 @@ def test_accumulation_schedule_and_decay(ours, theirs, rows, assert_parity):
     assert_parity(ours("sft", SFTKeys, data, **options), trl_sft(theirs, data, **options))
 
 
-@pytest.mark.parametrize("lora_r", [0, 8], ids=["full", "lora"])
+@pytest.mark.parametrize("lora_r", [0, pytest.param(8, marks=pytest.mark.slow)], ids=["full", "lora"])
 def test_packed(ours, theirs, rows, in_file_order, assert_parity, lora_r):
     """TRL packs best-fit decreasing; given its order of documents, our filling makes the same packs."""
     data = rows["sft"]

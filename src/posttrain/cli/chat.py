@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -78,13 +78,13 @@ class Conversation:
         first: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         asked = (*first, *self.history, question) if self.has_template else text
         ids = self.codec.encode_prompt(asked)
-        if self.window is not None and len(ids) + self.params.max_tokens > self.window:
+        room = self.params.max_tokens if self.window is None else min(self.params.max_tokens, self.window - len(ids))
+        if room < 1:
             raise _TooLong(
-                f"{len(ids)} tokens of conversation and an answer of up to {self.params.max_tokens} do not fit the model's "
-                f"window of {self.window}; /reset, or a smaller --max-tokens"
+                f"the conversation is {len(ids)} tokens long and the model's window is {self.window}; /reset starts over"
             )
         request = Request(ids, request_seed("chat", self.seed, self.turn))
-        [completion] = self.engine.generate([request], self.params)
+        [completion] = self.engine.generate([request], replace(self.params, max_tokens=room))
         said = self.codec.decode(completion.ids)
         self.turn += 1
         self.history += [question, {"role": "assistant", "content": said}]

@@ -29,7 +29,9 @@ def evaluate(
     temperature: Annotated[float | None, typer.Option(min=0.0, help="0 is greedy.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens.")] = None,
     on: Annotated[str | None, typer.Option("--model", help="With a YAML: the model to score instead.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the reports; default: one per model in runs/evals.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the reports; default: one per model in runs/evals.")
+    ] = None,
 ) -> None:
     """Score a model on eval suites. What the reports in --out already hold is not measured again."""
     keys, plan = _plan(model, suite or [], on)

@@ -37,7 +37,7 @@ def merge(
     keys = _keys(adapter, base, load_in_4bit)
     if onto is not None and not keys.load_in_4bit:
         raise ConfigError(f"--onto {onto} is about a 4-bit base; add --load-in-4bit, or leave --onto out")
-    _merge(adapter, out, keys.model_copy(update={"merge_onto": onto or keys.merge_onto}))
+    _merge(adapter, out, keys.model_copy(update={"merge_onto": keys.merge_onto}))
 
 
 def _merge(adapter: Path, out: Path, keys: ModelKeys) -> None:
@@ -63,7 +63,11 @@ def _keys(adapter: Path, base: str | None, load_in_4bit: bool | None) -> ModelKe
     from posttrain.files import read_json
 
     trained = _of_stage(adapter) or ModelKeys(base_model="")
-    named = base or trained.base_model or str(read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or "")
+    named = (
+        base
+        or trained.base_model
+        or str(read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or "")
+    )
     if not named:
         raise ModelError(f"{adapter} does not name its base; add --base MODEL")
     changes = {"base_model": model_keys(named).base_model}

@@ -66,7 +66,7 @@ class Policy:
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
             if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0  # pyright: ignore[reportAttributeAccessIssue]
+                module.attention_dropout = 0.0
         return self
 
     def with_aux_loss(self, terms: LossTerms, scores: Scores, share: float) -> LossTerms:

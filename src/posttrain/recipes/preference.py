@@ -151,8 +151,8 @@ def _kto_reference_point(
 
 
 def mismatched(sequences: Sequence[TokenSeq]) -> list[TokenSeq]:
-    """Each prompt with the next row's completion."""
-    pairs = zip(sequences, [*sequences[1:], *sequences[:1]], strict=True)
+    """Each prompt with the completion of the row before it, as in TRL."""
+    pairs = zip(sequences, [*sequences[-1:], *sequences[:-1]], strict=True)
     return [_join(prompt, completion) for prompt, completion in pairs]
 
 

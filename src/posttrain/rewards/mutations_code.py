@@ -43,7 +43,7 @@ CODE_ATTACKS: dict[str, Callable[[Case, Setting], list[str]]] = {
         "        frame = frame.f_back"
     ),
     "overriding builtins": _attack(
-        "import builtins\nfor name in ('exec', 'eval', 'compile', 'all', 'any', 'isinstance', 'len', 'print'):\n"
+        "import builtins\nfor name in ('exec', 'eval', 'all', 'any', 'print'):\n"
         "    setattr(builtins, name, lambda *a, **k: True)\n\ndef NAME(*args): return None"
     ),
     "overriding the test framework": _attack(

@@ -215,7 +215,7 @@ class RewardPool:
             while len(self._workers) < self.num_workers:
                 self._workers.append(self._start())
             for worker in self._workers:
-                self._await_ready(worker)
+                self._await_ready(worker)  # at once for those that are
         except BaseException:
             self.close()
             raise
@@ -249,8 +249,7 @@ class RewardPool:
             items = tuple(range(start, min(start + CHUNK_SIZE, num)))
             call.queue.extend(_Task(function, items) for function in range(len(self.specs)))
         with self._lock:
-            if not self._workers:
-                self.__enter__()
+            self.__enter__()
             self._run(call)
         return [self._breakdown(call, item) for item in range(num)]
 
@@ -295,8 +294,10 @@ class RewardPool:
                 self._hand_out(call)
                 self._collect(call)
         except BaseException:
-            # Answers to this call may still come: no worker may be reused.
-            self.close()
+            # A worker still at this call would answer into the next one.
+            for worker in [worker for worker in self._workers if worker.task is not None]:
+                self._workers.remove(worker)
+                worker.kill()
             raise
 
     def _hand_out(self, call: _Call) -> None:

@@ -21,6 +21,17 @@ class PromptKV:
     values: list[torch.Tensor] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Step:
+    """One decode step: rows grouped by prompt (`order`, and back), the longest row, everyone's position."""
+
+    groups: list[tuple[PromptKV, int]]
+    order: torch.Tensor | None
+    inverse: torch.Tensor | None
+    longest: int
+    positions: list[int]
+
+
 class RowCache:
     """The K/V store that a model's attention layers read and write while the engine decodes.
 
@@ -34,8 +45,7 @@ class RowCache:
         self._values: list[torch.Tensor] = []
         self._mask = torch.empty(0, 0)
         self._prefilling: list[tuple[PromptKV, int, int]] = []
-        self._groups: list[tuple[PromptKV, torch.Tensor]] = []
-        self._order: torch.Tensor | None = None
+        self._step = _Step([], None, None, 0, [])
 
     @property
     def num_rows(self) -> int:
@@ -84,12 +94,26 @@ class RowCache:
         self._mask[rows, columns] = 0.0
         self._where = (rows, columns)
         self.lengths = [length + 1 for length in self.lengths]
+        self._step = self._plan()
+
+    def _plan(self) -> _Step:
+        """What all layers of this step share."""
         by_prompt: dict[int, list[int]] = {}
         for row, prompt in enumerate(self.prompt_of):
             by_prompt.setdefault(id(prompt), []).append(row)
-        self._groups = [
-            (self.prompt_of[members[0]], torch.tensor(members, device=device)) for members in by_prompt.values()
-        ]
+        order = [row for members in by_prompt.values() for row in members]
+        inverse = [0] * len(order)
+        for place, row in enumerate(order):
+            inverse[row] = place
+        sizes = [(self.prompt_of[members[0]], len(members)) for members in by_prompt.values()]
+        device, in_order = self._mask.device, order == sorted(order)
+        return _Step(
+            groups=sizes,
+            order=None if in_order else torch.tensor(order, device=device),
+            inverse=None if in_order else torch.tensor(inverse, device=device),
+            longest=max(self.lengths),
+            positions=self.positions(),
+        )
 
     def positions(self) -> list[int]:
         """Absolute position of each row's newest token."""
@@ -101,20 +125,36 @@ class RowCache:
         """Shapes: query [1, Hq, R, D], key and value [1, Hkv, R, D] → [1, Hq, R, D]."""
         num_kv, num_rows, width = key.shape[1:]
         self._write(layer, key, value)
+        step = self._step
+        window = options.window if options.window is not None and max(step.positions) >= options.window else None
         # The query heads of one kv head act as so many query positions: no head is repeated.
-        query_R = query[0].transpose(0, 1).reshape(num_rows, num_kv, -1, width)
-        longest = max(self.lengths)
-        own_k, own_v = self._keys[layer][:num_rows, :, :longest], self._values[layer][:num_rows, :, :longest]
-        window = options.window if options.window is not None and max(self.positions()) >= options.window else None
-        out_R, lse_R = _attend(query_R, own_k, own_v, self._own_mask(num_rows, longest, window, query.dtype), options)
-        for prompt, members in self._groups:
-            part = query_R[members].transpose(0, 1).reshape(1, num_kv, -1, width)
-            mask = self._prompt_mask(prompt, members, part.shape[2] // len(members), window, query.dtype)
-            out, lse = _attend(part, prompt.keys[layer][None], prompt.values[layer][None], mask, options)
-            out = out.reshape(num_kv, len(members), -1, out.shape[-1]).transpose(0, 1)
-            lse = lse.reshape(num_kv, len(members), -1).transpose(0, 1)
-            out_R[members], lse_R[members] = merge(out_R[members], lse_R[members], out, lse)
+        query_HRG = query[0].view(num_kv, -1, num_rows, width).transpose(1, 2)
+        own_k, own_v = (cache[layer][:num_rows, :, : step.longest] for cache in (self._keys, self._values))
+        mask = self._own_mask(num_rows, step.longest, window, query.dtype)
+        out_R, lse_R = _attend(query_HRG.transpose(0, 1), own_k, own_v, mask, options)
+        out_P, lse_P = self._attend_prompts(layer, query_HRG, window, options)
+        out_R, _ = merge(out_R, lse_R, out_P.transpose(0, 1), lse_P.transpose(0, 1))
         return out_R.reshape(num_rows, -1, out_R.shape[-1]).transpose(0, 1)[None]
+
+    def _attend_prompts(
+        self, layer: int, query_HRG: torch.Tensor, window: int | None, options: AttendOptions
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each row to its prompt; rows of one prompt together. Shapes: [Hkv, R, G, D] → the same, and [Hkv, R, G]."""
+        step = self._step
+        if step.order is not None:
+            query_HRG = query_HRG[:, step.order]
+        num_kv, num_rows, group, width = query_HRG.shape
+        flat = query_HRG.reshape(1, num_kv, num_rows * group, width)
+        parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        first = 0
+        for prompt, count in step.groups:
+            rows = slice(first * group, (first + count) * group)
+            mask = self._prompt_mask(prompt, first, count, group, window, flat.dtype)
+            parts.append(_attend(flat[:, :, rows], prompt.keys[layer][None], prompt.values[layer][None], mask, options))
+            first += count
+        out, lse = (torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0] for pieces in zip(*parts, strict=True))
+        out, lse = out.view(num_kv, num_rows, group, -1), lse.view(num_kv, num_rows, group)
+        return (out, lse) if step.inverse is None else (out[:, step.inverse], lse[:, step.inverse])
 
     def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         if layer == len(self._keys):
@@ -135,15 +175,16 @@ class RowCache:
         return mask.to(dtype)
 
     def _prompt_mask(
-        self, prompt: PromptKV, members: torch.Tensor, per_row: int, window: int | None, dtype: torch.dtype
+        self, prompt: PromptKV, first: int, count: int, group: int, window: int | None, dtype: torch.dtype
     ) -> torch.Tensor | None:
         """None unless a window hides part of the prompt. Shape: [1, 1, rows × queries, P]."""
         if window is None:
             return None
-        positions = torch.tensor(self.positions(), device=members.device)[members]
-        age = positions[:, None] - torch.arange(prompt.length, device=members.device)
-        mask = torch.zeros(age.shape, dtype=dtype, device=members.device).masked_fill(age >= window, -torch.inf)
-        return mask.repeat_interleave(per_row, 0)[None, None]
+        order = range(self.num_rows) if self._step.order is None else self._step.order.tolist()
+        positions = torch.tensor([self._step.positions[order[place]] for place in range(first, first + count)])
+        age = (positions[:, None] - torch.arange(prompt.length)).to(self._mask.device)
+        mask = torch.zeros(age.shape, dtype=dtype, device=age.device).masked_fill(age >= window, -torch.inf)
+        return mask.repeat_interleave(group, 0)[None, None]
 
     def _resize(self, rows: int, columns: int) -> None:
         old_rows, old_columns = self._mask.shape

@@ -1,0 +1,323 @@
+"""`posttrain doctor [RUN_DIR]`: what of this machine and its packages works, by trying it. Exit code 1 if a must is broken."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from posttrain.errors import ConfigError, PosttrainError
+
+Status = Literal["ok", "note", "broken"]
+_LOW_DISK_BYTES = 2 << 30
+
+FOUR_BITS = """
+import torch, bitsandbytes as bnb
+torch.manual_seed(0)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+layer = bnb.nn.Linear4bit(64, 32, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+layer.support_avx512bf16_for_cpu = False
+layer = layer.to(device)
+x = torch.randn(3, 64, device=device, requires_grad=True)
+def grad():
+    return torch.autograd.grad(layer(x).square().sum(), x)[0]
+before = grad()
+with torch.no_grad():
+    layer.eval()(x)
+after = grad()
+assert torch.equal(before, after), "gradients change once the layer was used without gradient"
+error = (bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state) @ x.detach().T - layer(x.detach()).T).abs().max()
+assert error < 1e-3, f"the layer computes something else than its weights say ({error:.1e})"
+"""
+"""Run in a process of its own: a broken native library ends the process, not the doctor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the list. `note` is worth knowing; `broken` must be mended."""
+
+    name: str
+    status: Status
+    text: str
+
+
+def doctor(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN_DIR]", help="A run to compare this machine with.")] = None,
+) -> None:
+    """Check this machine and its packages, or whether RUN_DIR can go on here. Exit code 1 if something is broken."""
+    findings = [finding for check in CHECKS for finding in _tried(check)]
+    if run is not None:
+        findings += _tried(lambda: check_run(run))
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        typer.echo(f"{finding.status:<6}  {finding.name:<{width}}  {finding.text}")
+    broken = [finding.name for finding in findings if finding.status == "broken"]
+    typer.echo(f"broken: {', '.join(broken)}" if broken else "nothing is broken")
+    raise typer.Exit(1 if broken else 0)
+
+
+def _tried(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
+    """The findings of one check, up to where it breaks itself."""
+    found: list[Finding] = []
+    try:
+        found.extend(check())
+    except Exception as error:  # noqa: BLE001 - a library that is half installed may raise anything, and that is the finding
+        found.append(
+            Finding(getattr(check, "__name__", "run").replace("_", " "), "broken", f"{type(error).__name__}: {error}")
+        )
+    return found
+
+
+# --- this machine --------------------------------------------------------------------------------------------------
+
+
+def python() -> Iterator[Finding]:
+    from packaging.specifiers import SpecifierSet
+
+    needed = metadata.metadata("posttrain")["Requires-Python"]
+    have = ".".join(map(str, sys.version_info[:3]))
+    fits = SpecifierSet(needed).contains(have)
+    yield Finding("python", "ok" if fits else "broken", f"{have} (needs {needed})")
+
+
+def packages() -> Iterator[Finding]:
+    """Every requirement against what is installed, extras too; then where it differs from what was tested together."""
+    from packaging.requirements import Requirement
+
+    tested, fitting, absent, apart = _tested(), 0, [], []
+    for text in metadata.requires("posttrain") or ():
+        requirement = Requirement(text)
+        if requirement.name == "posttrain":
+            continue
+        optional = requirement.marker is not None and "extra" in str(requirement.marker)
+        have = _version(requirement.name)
+        if have is None:
+            if not optional:
+                yield Finding(requirement.name, "broken", f"not installed (needs {requirement.specifier})")
+            absent += [requirement.name] if optional else []
+        elif not requirement.specifier.contains(have, prereleases=True):
+            yield Finding(requirement.name, "note" if optional else "broken", f"{have} (needs {requirement.specifier})")
+        else:
+            fitting += 1
+            pinned = tested.get(_plain(requirement.name))
+            apart += [f"{requirement.name} {have} (tested {pinned})"] if pinned and pinned != have.split("+")[0] else []
+    yield Finding(
+        "packages", "ok", f"{fitting} installed and in range; optional and absent: {', '.join(absent) or 'none'}"
+    )
+    if apart:
+        yield Finding("versions", "note", "in range, other than in constraints.txt: " + ", ".join(apart))
+
+
+def machine() -> Iterator[Finding]:
+    from posttrain.planner.machine import available_bytes
+
+    yield Finding(
+        "cores", "ok", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    )
+    memory = available_bytes()
+    yield Finding("memory", "ok", "unknown on this system" if memory is None else f"{memory / 2**30:.1f} GiB available")
+    free = shutil.disk_usage(Path.cwd()).free
+    yield Finding("disk", "ok" if free > _LOW_DISK_BYTES else "note", f"{free / 2**30:.1f} GiB free in {Path.cwd()}")
+
+
+def torch() -> Iterator[Finding]:
+    import torch as library
+
+    cuda_build = library.version.cuda or "none"
+    capability = library.backends.cpu.get_cpu_capability()
+    threads = library.get_num_threads()
+    yield Finding("torch", "ok", f"{library.__version__}, CUDA build {cuda_build}, CPU {capability}, {threads} threads")
+    if library.cuda.is_available():
+        for number in range(library.cuda.device_count()):
+            device = library.cuda.get_device_properties(number)
+            bf16 = "bf16" if library.cuda.is_bf16_supported() else "no bf16"
+            yield Finding(f"cuda:{number}", "ok", f"{device.name}, {device.total_memory / 2**30:.0f} GiB, {bf16}")
+    elif Path("/dev/nvidia0").exists():
+        advice = "install the build for your driver: https://pytorch.org/get-started/locally/"
+        yield Finding("cuda", "note", f"there is an NVIDIA device that this torch does not see; {advice}")
+    else:
+        yield Finding("cuda", "ok", "no device: everything runs on the CPU")
+
+
+def attention() -> Iterator[Finding]:
+    """The private corners of torch and transformers that packed sequences and decoding stand on."""
+    import torch as library
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+    q = library.randn(1, 2, 3, 8)
+    out, lse = library.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q, 0.0, True, scale=1.0)
+    expected = library.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True, scale=1.0)
+    right = library.allclose(out, expected, atol=1e-5) and lse.shape == (1, 2, 3)
+    has_backward = hasattr(library.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
+    good = right and has_backward
+    yield Finding(
+        "flash kernel", "ok" if good else "broken", "values, log-sum-exp and backward" if good else "not as expected"
+    )
+    assert callable(AttentionInterface.register)
+
+    from posttrain.models.attention import register
+    from posttrain.models.selfcheck import ragged_is_exact
+
+    register()
+    shape = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = AutoConfig.for_model("qwen3", **shape, num_key_value_heads=1, head_dim=16)
+    exact = ragged_is_exact(AutoModelForCausalLM.from_config(config))
+    text = "packed documents equal single ones" if exact else "packed documents differ from single ones"
+    yield Finding("packed forward", "ok" if exact else "broken", f"{text} on a tiny model")
+
+
+def four_bits() -> Iterator[Finding]:
+    from posttrain.registry.manifest import environment_pins
+
+    if "avx512_bf16" in environment_pins([])["cpu"].get("instructions", ()):
+        yield Finding("avx512-bf16", "ok", "present; the 4-bit kernel that uses it has no gradient and is kept off")
+    if _version("bitsandbytes") is None:
+        yield Finding("4-bit weights", "note", "no bitsandbytes: pip install 'posttrain[qlora]' for adapter: qlora")
+        return
+    done = subprocess.run([sys.executable, "-c", FOUR_BITS], capture_output=True, text=True, check=False, timeout=300)
+    reason = done.stderr.strip().splitlines()[-1:] or [f"ended with status {done.returncode}"]
+    text = "quantised layer and its gradients are right" if done.returncode == 0 else f"self-test: {reason[0]}"
+    yield Finding(
+        "4-bit weights", "ok" if done.returncode == 0 else "broken", f"bitsandbytes {_version('bitsandbytes')}, {text}"
+    )
+
+
+def sandbox() -> Iterator[Finding]:
+    from posttrain.grading.sandbox import isolation
+
+    level = isolation()
+    texts = {
+        "namespaces": "code rewards run in namespaces of their own: no network, no files of yours",
+        "uid": "code rewards run under another uid with limits; network and world-readable files are within their reach",
+        "limits": "code rewards run with limits only, as you: do not let untrusted models write code here",
+    }
+    yield Finding("sandbox", "ok" if level == "namespaces" else "note", texts[level])
+
+
+def cache() -> Iterator[Finding]:
+    from posttrain.data.cache import cache_root
+
+    folder = cache_root()
+    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    writable = os.access(place, os.W_OK)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+    text = f"{folder}, {size / 2**20:.1f} MiB" if writable else f"{folder} cannot be written; set POSTTRAIN_CACHE"
+    yield Finding("data cache", "ok" if writable else "broken", text)
+
+
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    python,
+    packages,
+    machine,
+    torch,
+    attention,
+    four_bits,
+    sandbox,
+    cache,
+)
+
+
+# --- a run ---------------------------------------------------------------------------------------------------------
+
+
+def check_run(folder: Path) -> Iterator[Finding]:
+    """Whether this version can read the run's configuration, and what moved since the run was made."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; expected the folder of a run")
+    yield _readable(folder / "config.yaml")
+    recorded = folder / "pipeline.json"
+    if recorded.exists():
+        yield from _compared_code(recorded)
+    pins = folder / "environment.json"
+    if pins.exists():
+        yield from _compared_environment(pins)
+    else:
+        yield Finding("run versions", "note", f"{pins} is not there: the run recorded no package versions")
+
+
+def _readable(path: Path) -> Finding:
+    from posttrain.config.load import detect, load_stage
+    from posttrain.config.load_pipeline import load_pipeline
+
+    if not path.exists():
+        return Finding(
+            "run config", "broken", f"{path} is not there; expected the configuration the run was started with"
+        )
+    try:
+        kind = detect(path)
+        _ = load_pipeline(path) if kind == "pipeline" else load_stage(kind, path)
+    except PosttrainError as error:
+        return Finding("run config", "broken", "; ".join(str(error).splitlines()))
+    return Finding("run config", "ok", f"{path}: a valid {kind} for this version")
+
+
+def _compared_code(recorded: Path) -> Iterator[Finding]:
+    import posttrain
+    from posttrain.files import read_json
+    from posttrain.registry.manifest import code_digest
+
+    before = read_json(recorded).get("pins", {}).get("code")
+    now = code_digest(Path(posttrain.__file__).parent)
+    same = before == now
+    text = "the posttrain that made the run" if same else "posttrain has changed since: a start asks for --on-change"
+    yield Finding("run code", "ok" if same else "note", text)
+
+
+def _compared_environment(pins: Path) -> Iterator[Finding]:
+    from posttrain.files import read_json
+    from posttrain.registry.manifest import environment_pins
+
+    before, now = read_json(pins), environment_pins()
+    moved = [
+        f"{name} {before.get(name)} → {now[name]}" for name in ("python", "machine") if before.get(name) != now[name]
+    ]
+    if before.get("cpu") != now["cpu"]:
+        moved.append("another processor")
+    moved += _moved(before.get("packages", {}), now["packages"])
+    text = "; ".join(moved) + ": results may differ in the last bits" if moved else "as recorded"
+    yield Finding("run versions", "note" if moved else "ok", text)
+
+
+def _moved(before: Mapping[str, str], now: Mapping[str, Any]) -> list[str]:
+    """Packages of ours that changed, by name; the others as a count."""
+    from packaging.requirements import Requirement
+
+    ours = {_plain(Requirement(text).name) for text in metadata.requires("posttrain") or ()}
+    names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    named = [f"{n} {before.get(n, 'absent')} → {now.get(n, 'absent')}" for n in names if _plain(n) in ours]
+    others = len(names) - len(named)
+    return [*named, *([f"{others} other packages"] if others else [])]
+
+
+def _tested() -> dict[str, str]:
+    """`constraints.txt` of a source checkout; empty elsewhere."""
+    path = Path(__file__).parents[3] / "constraints.txt"
+    if not path.exists():
+        return {}
+    lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
+    return {_plain(name): version for name, _, version in (line.partition("==") for line in lines) if version}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-")

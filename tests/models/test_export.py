@@ -1,0 +1,187 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from posttrain.errors import ModelError
+from posttrain.models.batch import pack
+from posttrain.models.export import check_base, load_adapter, merge, model_digest, save_policy, source_digest, was_tuned_by_us
+from posttrain.models.load import load_policy
+
+WITHOUT_US = """
+import sys
+class Refuse:
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] == "posttrain":
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+kind, base, folder, ids = sys.argv[1:]
+if kind == "peft":
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
+else:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+assert AutoTokenizer.from_pretrained(folder).chat_template
+ids = torch.tensor([[int(i) for i in ids.split(",")]])
+with torch.no_grad():
+    logits = model(ids).logits[0, :-1]
+generated = model.generate(input_ids=ids, max_new_tokens=2, do_sample=False)
+assert generated.shape[1] > ids.shape[1]
+print(",".join(repr(float(x)) for x in logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]))
+"""
+
+
+def by_transformers(kind: str, base: Path, folder: Path, ids) -> torch.Tensor:
+    command = [sys.executable, "-c", WITHOUT_US, kind, str(base), str(folder), ",".join(map(str, ids))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return torch.tensor([float(x) for x in done.stdout.strip().splitlines()[-1].split(",")])
+
+
+def moved(policy, std=0.05):
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for _, parameter in policy.trainable():
+            parameter.add_(torch.randn_like(parameter) * std)
+    return policy
+
+
+def own_logp(policy, ids):
+    from posttrain.types import TokenSeq
+
+    with torch.no_grad():
+        return policy.score(pack([[TokenSeq(tuple(ids), (True,) * len(ids))]])).logp_M
+
+
+IDS = tuple(range(40, 62))
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_a_whole_model_loads_without_us(architecture, keys_of, policy_of, tmp_path):
+    """qwen3 has tied embeddings here, llama has not."""
+    policy = moved(policy_of(architecture))
+    assert save_policy(policy, tmp_path / "model", keys_of(architecture)) is None
+    expected = own_logp(policy, IDS)
+    found = by_transformers("whole", Path(), tmp_path / "model", IDS)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    assert config["tie_word_embeddings"] == (architecture == "qwen3")
+    assert "posttrain_ragged" not in json.dumps(config)
+    assert was_tuned_by_us(str(tmp_path / "model"))
+    assert torch.equal(own_logp(policy, IDS), expected), "saving changed the policy"
+
+
+def test_an_adapter_and_its_merge_load_without_us(model_dir, keys_of, tmp_path):
+    keys = keys_of("qwen3", adapter="lora", lora_r=4, use_dora=True)
+    policy = moved(load_policy(keys))
+    report = save_policy(policy, tmp_path / "model", keys)
+    assert report.relative < 1e-4
+    expected = own_logp(policy, IDS)
+    for kind, folder in (("peft", "adapter"), ("whole", "model")):
+        found = by_transformers(kind, model_dir("qwen3"), tmp_path / folder, IDS)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"lora_modules_to_save": ["lm_head"]}, {"lora_target": r".*v_proj", "use_rslora": True}])
+def test_merged_equals_unmerged(options, keys_of, tmp_path):
+    keys = keys_of("llama", adapter="lora", lora_r=4, **options)
+    policy = moved(load_policy(keys))
+    save_policy(policy, tmp_path / "model", keys)
+    again = load_policy(keys.model_copy(update={"base_model": str(tmp_path / "model"), "adapter": "none"}))
+    torch.testing.assert_close(own_logp(again, IDS), own_logp(policy, IDS), atol=1e-4, rtol=1e-4)
+
+
+def test_experts_merge(keys_of, tmp_path):
+    keys = keys_of("qwen3_moe", adapter="lora", lora_r=4, lora_target=["q_proj", "gate_up_proj", "down_proj"])
+    policy = moved(load_policy(keys))
+    save_policy(policy, tmp_path / "model", keys)
+    again = load_policy(keys.model_copy(update={"base_model": str(tmp_path / "model"), "adapter": "none"}))
+    torch.testing.assert_close(own_logp(again, IDS), own_logp(policy, IDS), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("onto", ["dequantized", "original"])
+def test_qlora_merges_onto_the_base_it_names(onto, keys_of, tmp_path):
+    keys = keys_of("llama", adapter="qlora", load_in_4bit=True, lora_r=4, merge_onto=onto)
+    policy = moved(load_policy(keys))
+    report = save_policy(policy, tmp_path / "model", keys)
+    assert report.base == onto
+    assert json.loads((tmp_path / "model/posttrain.json").read_text())["merged_onto"] == onto
+    found = by_transformers("whole", Path(), tmp_path / "model", IDS)
+    difference = (found - own_logp(policy, IDS)).abs().max()
+    if onto == "dequantized":
+        assert difference < 2e-3
+    else:
+        assert 2e-3 < difference < 2.0
+
+
+def test_merging_again_without_the_trained_policy_gives_the_same_weights(keys_of, tmp_path):
+    keys = keys_of("llama", adapter="qlora", load_in_4bit=True, lora_r=4)
+    save_policy(moved(load_policy(keys)), tmp_path / "model", keys)
+    merged, _ = merge(keys.base_model, tmp_path / "adapter", keys)
+    saved = load_file(tmp_path / "model/model.safetensors")
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor.float(), saved[name].float(), atol=1e-6, rtol=1e-5)
+
+
+def test_an_adapter_for_another_base_is_refused(keys_of, model_dir, tmp_path):
+    keys = keys_of("llama", adapter="lora", lora_r=4)
+    save_policy(load_policy(keys), tmp_path / "model", keys)
+    other = tmp_path / "other"
+    shutil.copytree(model_dir("llama"), other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"][0] += 1e-3
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    check_base(tmp_path / "adapter", model_dir("llama"))
+    with pytest.raises(ModelError, match="was trained on a base with digest .* give the base it was trained on"):
+        merge(str(other), tmp_path / "adapter", keys)
+
+
+def test_an_adapter_with_missing_weights_is_refused(keys_of, tmp_path):
+    keys = keys_of("llama", adapter="lora", lora_r=4, lora_target=["q_proj", "v_proj"])
+    save_policy(load_policy(keys), tmp_path / "model", keys)
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    weights = load_file(path)
+    weights.pop(next(name for name in weights if "v_proj" in name))
+    save_file(weights, path)
+    base = load_policy(keys.model_copy(update={"adapter": "none"})).base
+    with pytest.raises(ModelError, match=r"1 weights missing \(.*v_proj"):
+        load_adapter(base, tmp_path / "adapter")
+
+
+def test_a_merge_that_is_not_the_trained_model_is_refused(keys_of, tmp_path, monkeypatch):
+    from peft import PeftModel
+
+    keys = keys_of("llama", adapter="lora", lora_r=4)
+    policy = moved(load_policy(keys))
+    original = PeftModel.merge_and_unload
+
+    def broken(self, **options):
+        merged = original(self, **options)
+        with torch.no_grad():
+            merged.model.layers[0].self_attn.q_proj.weight.mul_(1.5)
+        return merged
+
+    monkeypatch.setattr(PeftModel, "merge_and_unload", broken)
+    with pytest.raises(ModelError, match="changes the logits by .* more than rounding .*the adapter is kept"):
+        save_policy(policy, tmp_path / "model", keys)
+    assert (tmp_path / "adapter/adapter_model.safetensors").exists()
+    assert not (tmp_path / "model").exists()
+
+
+def test_digest_of_a_model_follows_its_bytes(model_dir, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(model_dir("llama"), copy)
+    assert model_digest(copy) == source_digest(str(model_dir("llama")))
+    raw = bytearray((copy / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(raw)
+    assert model_digest(copy) != model_digest(model_dir("llama"))
+    assert source_digest("Qwen/Qwen3-8B") == "hub:Qwen/Qwen3-8B"
+    assert not was_tuned_by_us(str(copy))
