@@ -1,5 +1,6 @@
 """Tiny models of real architectures, a tokenizer trained on the spot, and small data files; made once per session."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -38,11 +39,21 @@ ARCHITECTURES = {
     "qwen3": {"tie_word_embeddings": True},
     "llama": {"tie_word_embeddings": False},
     "mistral": {"sliding_window": 6},
-    "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0},
+    "gemma2": {
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 32,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 8.0,
+    },
     "gemma3_text": {"sliding_window": 6, "query_pre_attn_scalar": 32},
     "qwen3_moe": EXPERTS,
     "mamba": {"state_size": 8, "use_mambapy": False},
-    "gpt_oss": {"sliding_window": 128, "num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": ["full_attention"] * 2},
+    "gpt_oss": {
+        "sliding_window": 128,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "layer_types": ["full_attention"] * 2,
+    },
 }
 RAGGED = ("qwen3", "llama", "mistral", "gemma2", "gemma3_text", "qwen3_moe")
 """Architectures that the packed forward is exact for; the others run their sequences one by one."""
@@ -116,7 +127,11 @@ ROWS = {
         "chosen": [_answer(f"The answer is {a + b}.")],
         "rejected": [_answer(f"It is {a}" + "!" * (1 + b % 3))],
     },
-    "kto": lambda a, b: {"prompt": _chat(a, b), "completion": [_answer(f"The answer is {a + b}.")], "label": b % 2 == 0},
+    "kto": lambda a, b: {
+        "prompt": _chat(a, b),
+        "completion": [_answer(f"The answer is {a + b}.")],
+        "label": b % 2 == 0,
+    },
     "prompts": lambda a, b: {"prompt": _chat(a, b), "answer": str(a + b)},
 }
 REWARDS = '''
@@ -145,3 +160,30 @@ def data_dir(tmp_path_factory) -> Path:
             (folder / f"{prefix}{name}.jsonl").write_text("".join(lines))
     (folder / "rewards.py").write_text(REWARDS)
     return folder
+
+
+def _stage_runner():
+    path = Path(__file__).with_name("stage_runner.py")
+    spec = importlib.util.spec_from_file_location("stage_runner", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def runner():
+    """The module `stage_runner`."""
+    return _stage_runner()
+
+
+@pytest.fixture
+def train(runner, model_dir, data_dir, tmp_path):
+    """`train("dpo", beta=0.2)` runs that stage on the tiny Qwen3 and returns its folder."""
+
+    def run(kind, *, architecture="qwen3", name="", stop_after=None, **options):
+        folder = tmp_path / (name or f"{kind}-{len(list(tmp_path.iterdir()))}")
+        keys = runner.keys_of(kind, model_dir(architecture), data_dir, **options)
+        runner.run_stage(kind, folder, keys, stop_after)
+        return folder
+
+    return run

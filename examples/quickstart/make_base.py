@@ -2,7 +2,9 @@
 
 The text is sums (`34+17=51`, always right) and worded sums (`... How many? Answer: 51`, with the same slips as the
 demonstrations, see `make_data.SLIP_RATE`). It holds no chat turn, no `<think>` and no box, and no triple of dev or gate.
-TIMING
+
+It takes 10 to 15 minutes on one busy core. Reached on dev: 85 % of plain sums (80 % of those with a carry or a borrow).
+On gate questions the base scores 0 % boxed, and 27 % by the last number when asked in plain text (`... Answer: `).
 """
 
 import random

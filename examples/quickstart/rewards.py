@@ -1,12 +1,15 @@
-"""The quickstart's reward, in TRL's signature: one score per completion; dataset columns arrive by keyword."""
+"""The reward of the quickstart: copy this file and change what counts as right."""
 
-import re
+from __future__ import annotations
 
-BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+from posttrain.grading.answers import is_boxed
 
 
-def correct(prompts, completions, answer, **kwargs) -> list[float]:
-    """1.0 for exactly one box that holds the right integer, else 0.0."""
-    # The whole list of boxes is compared: a second box is a second guess, and hedging must not pay.
-    texts = [messages[-1]["content"] for messages in completions]
-    return [float(BOXED.findall(text) == [target]) for text, target in zip(texts, answer, strict=True)]
+def correct(prompts, completions, answer, **columns):
+    """1.0 for exactly one `\\boxed{…}` that holds the answer, 0.0 otherwise; None (unscored) without an answer.
+
+    `is_boxed` is strict on purpose: hedges, retractions, answers only inside `<think>` and two different boxes are
+    wrong. `posttrain rewards check pipeline.yaml` tries all of them on this function before RL may start.
+    """
+    texts = [completion[-1]["content"] for completion in completions]
+    return [None if gold is None else float(is_boxed(text, gold)) for text, gold in zip(texts, answer, strict=True)]

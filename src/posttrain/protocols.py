@@ -91,6 +91,10 @@ class Topology(Protocol):
         """Clip in place by the global norm and return that norm."""
         ...
 
+    def local(self, tensor: Any) -> Any:
+        """This rank's part of a sharded tensor."""
+        ...
+
     def full_state(self, model: Any) -> dict[str, Any]:
         """The model's whole state, gathered; tensors on CPU, detached."""
         ...

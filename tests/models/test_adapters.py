@@ -47,7 +47,9 @@ def test_only_the_adapter_is_trained(policy_of, families):
     assert graded == {name for name, _ in policy.trainable()}
 
 
-@pytest.mark.parametrize(("options", "scale"), [({}, 32 / 4), ({"use_rslora": True}, 32 / 2), ({"lora_alpha": 3}, 3 / 4)])
+@pytest.mark.parametrize(
+    ("options", "scale"), [({}, 32 / 4), ({"use_rslora": True}, 32 / 2), ({"lora_alpha": 3}, 3 / 4)]
+)
 def test_the_update_is_alpha_over_r_times_b_a_of_rank_r(options, scale, policy_of):
     """W = W0 + s·B·A with s = alpha / r, or alpha / sqrt(r) for rsLoRA (r = 4 here)."""
     policy = move(policy_of("llama", adapter="lora", lora_r=4, lora_target=["up_proj"], **options))
@@ -82,7 +84,9 @@ def test_counts_per_entry_and_kind_of_target(policy_of, caplog):
 
 @pytest.mark.parametrize("target", [["q_proj", "qproj"], r".*\.nothing"])
 def test_an_entry_that_matches_nothing_names_the_modules_there_are(target, policy_of):
-    with pytest.raises(ModelError, match=r"matches no module of Qwen3ForCausalLM; it has down_proj, gate_proj, k_proj") as caught:
+    with pytest.raises(
+        ModelError, match=r"matches no module of Qwen3ForCausalLM; it has down_proj, gate_proj, k_proj"
+    ) as caught:
         policy_of("qwen3", adapter="lora", lora_target=target)
     assert ("qproj" if isinstance(target, list) else "nothing") in str(caught.value)
 
@@ -98,7 +102,9 @@ def test_leaving_out_attention_warns(policy_of, caplog):
 def test_experts_take_an_adapter_and_train(policy_of, families):
     batch = pack(families)
     expected = policy_of("qwen3_moe").score(batch).logp_M
-    policy = policy_of("qwen3_moe", adapter="lora", lora_r=4, lora_target=["q_proj", "experts.gate_up_proj", "down_proj"])
+    policy = policy_of(
+        "qwen3_moe", adapter="lora", lora_r=4, lora_target=["q_proj", "experts.gate_up_proj", "down_proj"]
+    )
     torch.testing.assert_close(policy.score(batch).logp_M, expected, atol=1e-5, rtol=1e-5)
     optimizer = torch.optim.AdamW([p for _, p in policy.trainable()], lr=0.02)
     losses = []

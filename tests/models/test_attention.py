@@ -26,7 +26,9 @@ def test_a_window_counts_positions_not_packed_places():
 def test_merged_attention_over_two_key_sets_is_attention_over_both():
     torch.manual_seed(0)
     scores, values = torch.randn(4, 9, dtype=torch.float64), torch.randn(9, 3, dtype=torch.float64)
-    parts = [(scores[:, own].softmax(-1) @ values[own], scores[:, own].logsumexp(-1)) for own in (slice(0, 5), slice(5, 9))]
+    parts = [
+        (scores[:, own].softmax(-1) @ values[own], scores[:, own].logsumexp(-1)) for own in (slice(0, 5), slice(5, 9))
+    ]
     out, lse = merge(*parts[0], *parts[1])
     torch.testing.assert_close(out, scores.softmax(-1) @ values)
     torch.testing.assert_close(lse, scores.logsumexp(-1))
@@ -94,7 +96,9 @@ def test_order_of_families_changes_no_log_prob(policy_of, families):
     policy = policy_of("mistral")
     with torch.no_grad():
         forward = policy.score(pack(families)).logp_M.split([sum(s.num_loss_tokens for s in f) for f in families])
-        backward = policy.score(pack(families[::-1])).logp_M.split([sum(s.num_loss_tokens for s in f) for f in families[::-1]])
+        backward = policy.score(pack(families[::-1])).logp_M.split(
+            [sum(s.num_loss_tokens for s in f) for f in families[::-1]]
+        )
     for a, b in zip(forward, reversed(backward), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 

@@ -89,4 +89,6 @@ def test_branches_of_a_tree():
 
 def test_moving_a_batch_moves_every_tensor():
     batch = pack([[seq([5, 6, 7, 8], 2)]]).to(torch.device("meta"))
-    assert {t.device.type for t in (batch.input_ids_N, batch.position_ids_N, batch.source_M, batch.target_M, batch.seq_M)} == {"meta"}
+    assert {
+        t.device.type for t in (batch.input_ids_N, batch.position_ids_N, batch.source_M, batch.target_M, batch.seq_M)
+    } == {"meta"}

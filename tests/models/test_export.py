@@ -2,47 +2,61 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from posttrain.errors import ModelError
 from posttrain.models.batch import pack
-from posttrain.models.export import check_base, load_adapter, merge, model_digest, save_policy, source_digest, was_tuned_by_us
+from posttrain.models.export import (
+    check_base,
+    load_adapter,
+    merge,
+    model_digest,
+    save_policy,
+    source_digest,
+    was_tuned_by_us,
+)
 from posttrain.models.load import load_policy
+from posttrain.types import TokenSeq
 
 WITHOUT_US = """
-import sys
+import json, sys
 class Refuse:
     def find_spec(self, name, *rest):
         if name.split(".")[0] == "posttrain":
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-kind, base, folder, ids = sys.argv[1:]
-if kind == "peft":
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
-else:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-assert AutoTokenizer.from_pretrained(folder).chat_template
-ids = torch.tensor([[int(i) for i in ids.split(",")]])
-with torch.no_grad():
-    logits = model(ids).logits[0, :-1]
-generated = model.generate(input_ids=ids, max_new_tokens=2, do_sample=False)
-assert generated.shape[1] > ids.shape[1]
-print(",".join(repr(float(x)) for x in logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]))
+ids = torch.tensor([json.loads(sys.argv[1])])
+for base, folder in json.loads(sys.argv[2]):
+    model = AutoModelForCausalLM.from_pretrained(base or folder, dtype=torch.float32)
+    if base:
+        model = PeftModel.from_pretrained(model, folder)
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    with torch.no_grad():
+        logits = model(ids).logits[0, :-1]
+    assert model.generate(input_ids=ids, max_new_tokens=2, do_sample=False).shape[1] > ids.shape[1]
+    print(json.dumps(logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].tolist()))
 """
 
 
-def by_transformers(kind: str, base: Path, folder: Path, ids) -> torch.Tensor:
-    command = [sys.executable, "-c", WITHOUT_US, kind, str(base), str(folder), ",".join(map(str, ids))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def by_transformers(ids, folders) -> list[torch.Tensor]:
+    """Log-probs of `ids` under each `(base or "", folder)`, from a process in which posttrain cannot be imported."""
+    command = [
+        sys.executable,
+        "-c",
+        WITHOUT_US,
+        json.dumps(list(ids)),
+        json.dumps([[str(b), str(f)] for b, f in folders]),
+    ]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    return torch.tensor([float(x) for x in done.stdout.strip().splitlines()[-1].split(",")])
+    return [torch.tensor(json.loads(line)) for line in done.stdout.splitlines() if line.startswith("[")]
 
 
 def moved(policy, std=0.05):
@@ -54,8 +68,6 @@ def moved(policy, std=0.05):
 
 
 def own_logp(policy, ids):
-    from posttrain.types import TokenSeq
-
     with torch.no_grad():
         return policy.score(pack([[TokenSeq(tuple(ids), (True,) * len(ids))]])).logp_M
 
@@ -63,33 +75,32 @@ def own_logp(policy, ids):
 IDS = tuple(range(40, 62))
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
-def test_a_whole_model_loads_without_us(architecture, keys_of, policy_of, tmp_path):
-    """qwen3 has tied embeddings here, llama has not."""
-    policy = moved(policy_of(architecture))
-    assert save_policy(policy, tmp_path / "model", keys_of(architecture)) is None
-    expected = own_logp(policy, IDS)
-    found = by_transformers("whole", Path(), tmp_path / "model", IDS)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    config = json.loads((tmp_path / "model/config.json").read_text())
-    assert config["tie_word_embeddings"] == (architecture == "qwen3")
-    assert "posttrain_ragged" not in json.dumps(config)
-    assert was_tuned_by_us(str(tmp_path / "model"))
-    assert torch.equal(own_logp(policy, IDS), expected), "saving changed the policy"
-
-
-def test_an_adapter_and_its_merge_load_without_us(model_dir, keys_of, tmp_path):
+def test_what_is_saved_loads_without_us(model_dir, keys_of, tmp_path):
+    """A whole model with tied embeddings (qwen3 here), one with untied (llama), an adapter, and its merge."""
+    expected, folders = [], []
+    for architecture in ("qwen3", "llama"):
+        policy, folder = moved(load_policy(keys_of(architecture))), tmp_path / architecture / "model"
+        assert save_policy(policy, folder, keys_of(architecture)) is None
+        config = json.loads((folder / "config.json").read_text())
+        assert config["tie_word_embeddings"] == (architecture == "qwen3")
+        assert "posttrain" not in json.dumps(config)
+        assert was_tuned_by_us(str(folder))
+        expected.append(own_logp(policy, IDS))
+        folders.append(("", folder))
     keys = keys_of("qwen3", adapter="lora", lora_r=4, use_dora=True)
     policy = moved(load_policy(keys))
-    report = save_policy(policy, tmp_path / "model", keys)
-    assert report.relative < 1e-4
-    expected = own_logp(policy, IDS)
-    for kind, folder in (("peft", "adapter"), ("whole", "model")):
-        found = by_transformers(kind, model_dir("qwen3"), tmp_path / folder, IDS)
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    before = own_logp(policy, IDS)
+    assert save_policy(policy, tmp_path / "lora/model", keys).relative < 1e-4
+    assert torch.equal(own_logp(policy, IDS), before), "saving changed the policy"
+    expected += [before, before]
+    folders += [(model_dir("qwen3"), tmp_path / "lora/adapter"), ("", tmp_path / "lora/model")]
+    for found, logp in zip(by_transformers(IDS, folders), expected, strict=True):
+        torch.testing.assert_close(found, logp, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"lora_modules_to_save": ["lm_head"]}, {"lora_target": r".*v_proj", "use_rslora": True}])
+@pytest.mark.parametrize(
+    "options", [{"lora_modules_to_save": ["lm_head"]}, {"lora_target": r".*v_proj", "use_rslora": True}]
+)
 def test_merged_equals_unmerged(options, keys_of, tmp_path):
     keys = keys_of("llama", adapter="lora", lora_r=4, **options)
     policy = moved(load_policy(keys))
@@ -113,7 +124,10 @@ def test_qlora_merges_onto_the_base_it_names(onto, keys_of, tmp_path):
     report = save_policy(policy, tmp_path / "model", keys)
     assert report.base == onto
     assert json.loads((tmp_path / "model/posttrain.json").read_text())["merged_onto"] == onto
-    found = by_transformers("whole", Path(), tmp_path / "model", IDS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    ids = torch.tensor([IDS])
+    with torch.no_grad():
+        found = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
     difference = (found - own_logp(policy, IDS)).abs().max()
     if onto == "dequantized":
         assert difference < 2e-3
@@ -139,7 +153,7 @@ def test_an_adapter_for_another_base_is_refused(keys_of, model_dir, tmp_path):
     weights["model.norm.weight"][0] += 1e-3
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     check_base(tmp_path / "adapter", model_dir("llama"))
-    with pytest.raises(ModelError, match="was trained on a base with digest .* give the base it was trained on"):
+    with pytest.raises(ModelError, match=r"was trained on a base with digest .* give the base it was trained on"):
         merge(str(other), tmp_path / "adapter", keys)
 
 
@@ -156,11 +170,11 @@ def test_an_adapter_with_missing_weights_is_refused(keys_of, tmp_path):
 
 
 def test_a_merge_that_is_not_the_trained_model_is_refused(keys_of, tmp_path, monkeypatch):
-    from peft import PeftModel
+    from peft import LoraModel
 
     keys = keys_of("llama", adapter="lora", lora_r=4)
     policy = moved(load_policy(keys))
-    original = PeftModel.merge_and_unload
+    original = LoraModel.merge_and_unload
 
     def broken(self, **options):
         merged = original(self, **options)
@@ -168,8 +182,8 @@ def test_a_merge_that_is_not_the_trained_model_is_refused(keys_of, tmp_path, mon
             merged.model.layers[0].self_attn.q_proj.weight.mul_(1.5)
         return merged
 
-    monkeypatch.setattr(PeftModel, "merge_and_unload", broken)
-    with pytest.raises(ModelError, match="changes the logits by .* more than rounding .*the adapter is kept"):
+    monkeypatch.setattr(LoraModel, "merge_and_unload", broken)
+    with pytest.raises(ModelError, match=r"changes the logits by .* more than rounding .*the adapter is kept"):
         save_policy(policy, tmp_path / "model", keys)
     assert (tmp_path / "adapter/adapter_model.safetensors").exists()
     assert not (tmp_path / "model").exists()

@@ -8,9 +8,11 @@ from posttrain.models.load import load_config, load_policy, load_tokenizer, miss
 
 
 def test_a_model_that_is_nowhere_is_one_line(keys_of, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     keys = keys_of("llama").model_copy(update={"base_model": "nobody/nothing-at-all"})
-    with pytest.raises(ModelError, match="nobody/nothing-at-all is not a local folder and could not be fetched") as caught:
+    with pytest.raises(
+        ModelError, match="nobody/nothing-at-all is not a local folder and could not be fetched"
+    ) as caught:
         load_config(keys)
     assert "\n" not in str(caught.value)
     with pytest.raises(ModelError, match=r"has no config\.json; expected a Hugging Face model folder"):

@@ -26,7 +26,9 @@ def test_logits_are_computed_at_scored_positions_only(policy_of, monkeypatch):
     import posttrain.models.policy as module
 
     original = module.chunked_logprobs
-    monkeypatch.setattr(module, "chunked_logprobs", lambda hidden, *a, **k: seen.append(len(hidden)) or original(hidden, *a, **k))
+    monkeypatch.setattr(
+        module, "chunked_logprobs", lambda hidden, *a, **k: seen.append(len(hidden)) or original(hidden, *a, **k)
+    )
     policy.score(pack([[TokenSeq(tuple(range(3, 43)), (False,) * 37 + (True,) * 3)]]))
     assert seen == [3]
 

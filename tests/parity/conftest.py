@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import pytest
 import torch
@@ -17,7 +18,36 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-WORDS = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he", "his", "but", "at", "are", "this", "have", "from", "or", "had", "an", "they"]
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "is",
+    "that",
+    "for",
+    "it",
+    "as",
+    "was",
+    "with",
+    "be",
+    "by",
+    "on",
+    "not",
+    "he",
+    "his",
+    "but",
+    "at",
+    "are",
+    "this",
+    "have",
+    "from",
+    "or",
+    "had",
+    "an",
+    "they",
+]
 END = "<|im_end|>"
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -46,10 +76,11 @@ FAMILIES = {
 
 @dataclass
 class Run:
-    """What a training run did: the loss of every optimizer step, and how the weights changed."""
+    """What a training run did: the loss of every optimizer step, how the weights changed, and TRL's prepared rows."""
 
     losses: list[float]
     change: dict[str, torch.Tensor]
+    rows: Any = None
 
 
 def text(rng, low, high):
@@ -195,7 +226,7 @@ TRL_OPTIONS = {
 
 @pytest.fixture
 def theirs(model_dir, tmp_path):
-    """Run a TRL trainer: (trainer type, config type, rows, config) → Run. Its packing is under `.packs`."""
+    """Run a TRL trainer: (trainer type, config type, rows, config) → Run."""
     from datasets import Dataset
     from datasets.utils.logging import disable_progress_bar
     from transformers import AutoTokenizer
@@ -228,9 +259,7 @@ def theirs(model_dir, tmp_path):
         each = args.gradient_accumulation_steps
         losses = [sum(trainer.micro_losses[i : i + each]) for i in range(0, len(trainer.micro_losses), each)]
         end = _state(model)
-        run = Run(losses, {name: end[name] - start[name] for name in end})
-        run.rows = trainer.train_dataset
-        return run
+        return Run(losses, {name: end[name] - start[name] for name in end}, trainer.train_dataset)
 
     return train
 

@@ -1,5 +1,7 @@
 """SFT through TRL's SFTTrainer and through our recipe: full and LoRA, padded and packed, accumulated, decayed."""
 
+import json
+
 import pytest
 from trl import SFTConfig, SFTTrainer
 
@@ -75,7 +77,7 @@ def test_the_template_newline_is_not_trained(theirs, model_dir, tmp_path, monkey
     question, answer = {"role": "user", "content": "is that on?"}, {"role": "assistant", "content": "it was"}
     trained = trl_sft(theirs, [{"prompt": [question], "completion": [answer]}], max_steps=1).rows[0]
     path = tmp_path / "chat.jsonl"
-    path.write_text('{"messages": [%s, %s]}\n' % tuple(str(m).replace("'", '"') for m in (question, answer)))
+    path.write_text(json.dumps({"messages": [question, answer]}))
     keys = SFTKeys(base_model=str(model_dir()), datasets=[{"path": str(path)}])
     [mine] = load_sft(keys, load_tokenizer(keys)).rows
     newline = trained["input_ids"][-1]

@@ -201,7 +201,7 @@ def test_a_single_stage_run_that_is_still_running(own_run):
 
 def test_running_and_failed_runs_say_so(own_run):
     pipeline = json.loads((own_run / "pipeline.json").read_text())
-    for status, sentence in (("running", "The run has not finished"), ("failed", "The run stopped with an error")):
+    for status, sentence in (("running", "The run has not finished"), ("error", "The run stopped with an error")):
         (own_run / "pipeline.json").write_text(json.dumps(pipeline | {"status": status}))
         assert sentence in _page(own_run)[1]
 

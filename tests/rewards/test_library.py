@@ -44,6 +44,7 @@ def test_math_backends():
     formula = r"\boxed{(x-1)(x+1)}"
     assert score("math_equivalence", formula, answer="x^2-1") == 1.0
     assert score("math_equivalence", formula, answer="x^2-1", options={"backend": "math_verify"}) == 1.0
+    assert score("math_equivalence", r"\boxed{(X-1)(X+1)}", answer="x^2-1", options={"backend": "math_verify"}) == 0.0
     with pytest.raises(ValueError, match="expected 'own' or 'math_verify'"):
         score("math_equivalence", formula, answer="1", options={"backend": "sympy"})
 

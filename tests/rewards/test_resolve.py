@@ -94,6 +94,7 @@ def test_the_digest_sees_all_that_decides(write, tmp_path):
     }
     assert len(digests) == 4
     assert reward_digest([spec], None, [1.0], tmp_path) in digests
+    assert reward_digest([spec], {"r.py:f": {"a": 1}}, folder=tmp_path) in digests
     write("def g(c): return [0.0]", "helper.py")
     assert reward_digest([spec], folder=tmp_path) not in digests
 

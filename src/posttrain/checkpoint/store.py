@@ -55,9 +55,9 @@ class CheckpointStore:
                 log.warning("checkpoint %s is broken and is skipped: %s", path.name, error)
         return None
 
-    def mark_best(self, ref: CheckpointRef, score: float) -> None:
+    def mark_best(self, step: int, score: float) -> None:
         """Exempt a checkpoint from retention until another one is better."""
-        write_json(self.folder / "best.json", {"step": ref.step, "score": score})
+        write_json(self.folder / "best.json", {"step": step, "score": score})
 
     def best(self) -> tuple[int, float] | None:
         """Step and score of the best checkpoint so far."""

@@ -37,7 +37,7 @@ def merge(
     keys = _keys(adapter, base, load_in_4bit)
     if onto is not None and not keys.load_in_4bit:
         raise ConfigError(f"--onto {onto} is about a 4-bit base; add --load-in-4bit, or leave --onto out")
-    _merge(adapter, out, keys.model_copy(update={"merge_onto": keys.merge_onto}))
+    _merge(adapter, out, keys.model_copy(update={"merge_onto": onto or keys.merge_onto}))
 
 
 def _merge(adapter: Path, out: Path, keys: ModelKeys) -> None:

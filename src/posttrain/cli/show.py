@@ -27,6 +27,8 @@ def quiet_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    # A hub that cannot be reached is one error of ours, not a page of retries.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def show_keys(loaded: Any, console: Console) -> None:

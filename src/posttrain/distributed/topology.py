@@ -45,6 +45,9 @@ class SingleProcess:
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
         return float(norm)
 
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
     def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
 
@@ -107,6 +110,9 @@ class ProcessGroup:
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
         full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # pyright: ignore[reportAttributeAccessIssue]
         return float(full)
+
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
     def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
         return {name: _whole(tensor.detach()) for name, tensor in model.state_dict().items()}

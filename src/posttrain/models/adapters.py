@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +25,8 @@ ATTENTION_NAMES = re.compile(r"(q_proj|k_proj|v_proj|o_proj|qkv_proj|query_key_v
 
 def attach_adapter(model: PreTrainedModel, keys: ModelKeys) -> PeftModel:
     """A fresh LoRA adapter on a frozen base; a no-op until it is trained."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
     matches = check_targets(model, keys.lora_target)
     total = sum(matches.values())
     log.info("adapter: %d modules (%s)", total, ", ".join(f"{name} ×{count}" for name, count in matches.items()))
@@ -78,24 +82,32 @@ def check_targets(model: PreTrainedModel, target: list[str] | str) -> Mapping[st
 def _linear_names(model: PreTrainedModel) -> list[str]:
     """Adaptable modules, the output head left out as PEFT's `all-linear` does."""
     head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head]
+    return [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]
 
 
 def _expert_names(model: PreTrainedModel) -> list[str]:
     """Weights of all experts of a layer in one tensor, which are no modules of their own."""
-    return [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and not name.endswith(".weight")]
+    return [
+        name for name, parameter in model.named_parameters() if parameter.ndim == 3 and not name.endswith(".weight")
+    ]
 
 
 def _expert_targets(model: PreTrainedModel, keys: ModelKeys) -> list[str]:
     """Raises: ModelError if experts are to be adapted with dropout, which PEFT cannot do."""
     found = [] if isinstance(keys.lora_target, str) else _targets_in(_expert_names(model), keys.lora_target)
     if found and keys.lora_dropout:
-        raise ModelError(f"lora_dropout={keys.lora_dropout} with experts in lora_target ({', '.join(found)}); set it to 0")
+        raise ModelError(
+            f"lora_dropout={keys.lora_dropout} with experts in lora_target ({', '.join(found)}); set it to 0"
+        )
     return list(found)
 
 
 def _targets_in(names: list[str], target: list[str] | str) -> list[str] | str:
-    return target if isinstance(target, str) else [entry for entry in target if any(_named(name, entry) for name in names)]
+    return (
+        target if isinstance(target, str) else [entry for entry in target if any(_named(name, entry) for name in names)]
+    )
 
 
 def _named(name: str, entry: str) -> bool:
@@ -115,7 +127,7 @@ def dequantized_weights(model: PreTrainedModel | PeftModel) -> dict[str, torch.T
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore
     weights: dict[str, torch.Tensor] = {}
     for name, module in base.named_modules():
         if isinstance(module, Linear4bit):

@@ -8,10 +8,9 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.config.stages import ModelKeys
@@ -20,6 +19,9 @@ from posttrain.files import digest_tree, read_json, write_folder
 from posttrain.models import attention
 from posttrain.models.adapters import dequantized_weights
 from posttrain.models.policy import Policy
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +149,7 @@ def merge_into(folder: Path, base: str, adapter: Path, keys: ModelKeys) -> Merge
 
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     """Attach a saved adapter. Raises: ModelError if its weights do not fill the adapter (PEFT only warns)."""
-    from peft import get_peft_model_state_dict
+    from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
 
     adapted = PeftModel.from_pretrained(model, str(adapter))

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.models.batch import Batch
@@ -17,6 +16,9 @@ from posttrain.objectives.logprobs import chunked_logprobs, token_entropy, token
 from posttrain.objectives.terms import LossTerms
 from posttrain.protocols import Topology
 from posttrain.types import Ratio
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +49,12 @@ class Policy:
     @property
     def base(self) -> PreTrainedModel:
         """The transformers model, adapter layers in place where there are any."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model  # pyright: ignore[reportReturnType]
+        return self.model.get_base_model() if self.has_adapter else self.model  # pyright: ignore
 
     @property
     def has_adapter(self) -> bool:
-        return isinstance(self.model, PeftModel)
+        # Not isinstance: importing PEFT costs seconds, and only adapters need it.
+        return hasattr(self.model, "peft_config")
 
     def distribute(self, topology: Topology) -> Policy:
         """Shard the parameters over the ranks; with one process nothing changes."""
@@ -66,7 +69,7 @@ class Policy:
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
             if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0
+                module.attention_dropout = 0.0  # pyright: ignore[reportArgumentType]
         return self
 
     def with_aux_loss(self, terms: LossTerms, scores: Scores, share: float) -> LossTerms:
@@ -74,7 +77,7 @@ class Policy:
         if scores.aux_loss is None:
             return terms
         coefficient = self.base.config.get_text_config().router_aux_loss_coef
-        metrics = terms.metrics | {"aux_loss": Ratio(float(scores.aux_loss) * share, share)}
+        metrics = terms.metrics | {"aux_loss": Ratio(float(scores.aux_loss.detach()) * share, share)}
         return LossTerms(terms.loss + coefficient * share * scores.aux_loss, metrics)
 
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
@@ -99,8 +102,8 @@ class Policy:
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, the policy is its own starting point: adapter off, or the frozen copy."""
-        if isinstance(self.model, PeftModel):
-            with self.model.disable_adapter():
+        if self.has_adapter:
+            with cast("PeftModel", self.model).disable_adapter():
                 yield
             return
         assert self._reference is not None, "freeze_reference() comes before reference()"
@@ -112,12 +115,13 @@ class Policy:
 
     def freeze_reference(self) -> int:
         """Keep the present weights as the reference. Returns the bytes it costs: none with an adapter."""
-        if isinstance(self.model, PeftModel):
+        if self.has_adapter:
             return 0
         import copy
 
-        self._reference = copy.deepcopy(self.model).requires_grad_(False).eval()
-        return sum(p.numel() * p.element_size() for p in self._reference.parameters())
+        frozen: Any = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self._reference = frozen
+        return sum(p.numel() * p.element_size() for p in frozen.parameters())
 
     def _forward(self, model: Any, batch: Batch, **options: Any) -> Any:
         return model(

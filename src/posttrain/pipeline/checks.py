@@ -29,6 +29,10 @@ def check_all(keys: PipelineKeys) -> dict[str, tuple[Suite, SuiteKeys]]:
     """Everything that can be known before the first step. Returns the suites. Raises: PosttrainError."""
     check_memory(keys)
     check_order(keys)
+    if keys.gate is not None and keys.stages[-1].keys.gate is not None:
+        raise ConfigError(
+            "gate: the last stage has a gate of its own, so two verdicts would stand after it; keep one of them"
+        )
     suites = {name: (load_suite(name, Path(suite.path)), suite) for name, suite in keys.evals.items()}
     for gate in gates_of(keys):
         for line in plan_gate(gate, suites):

@@ -8,22 +8,22 @@ from typing import Any
 import posttrain
 from posttrain.config.pipeline import PipelineKeys
 from posttrain.errors import RegistryError
-from posttrain.files import digest_json, read_json
+from posttrain.files import digest_json, read_json, write_atomic
 from posttrain.pipeline.judge import last_verdict
 from posttrain.pipeline.state import RunState
+from posttrain.registry.card import model_card
 from posttrain.registry.manifest import CERTIFICATE, MODEL, Manifest, code_digest, environment_pins
 from posttrain.registry.registry import Registry
 
 
-def manifests(keys: PipelineKeys, state: RunState, folder: Path) -> list[Manifest]:
-    """One per stage that the final model went through, chained."""
+def manifests(keys: PipelineKeys, state: RunState, folder: Path, last: int) -> list[Manifest]:
+    """One per stage that the model of stage `last` went through, chained."""
     chain: list[Manifest] = []
     common = {"code": code_digest(Path(posttrain.__file__).parent), "environment": digest_json(environment_pins())}
     common |= {f"suite.{name}": digest for name, digest in state.pins.items() if name.startswith("evals.")}
-    for index in range(1, len(keys.stages) + 1):
+    for index in range(1, last + 1):
         entry = state.stage(index)
-        if entry is None:
-            break
+        assert entry is not None, "the stages before the last one ran"
         prefix = f"stages.{index}.{entry.kind}."
         inputs = {
             MODEL: chain[-1].outputs[MODEL] if chain else state.pins["base_model"],
@@ -45,13 +45,12 @@ def manifests(keys: PipelineKeys, state: RunState, folder: Path) -> list[Manifes
     return chain
 
 
-def register(keys: PipelineKeys, state: RunState, folder: Path) -> dict[str, Any]:
-    """Register the final model and promote it. What is held, or refused, is registered without the alias."""
+def register(keys: PipelineKeys, state: RunState, folder: Path, last: int) -> dict[str, Any]:
+    """Register the model of stage `last` and promote it. What is held, or refused, is registered without the alias."""
     target, verdict = keys.register_, last_verdict(state, folder)
     assert target is not None and verdict is not None, "only a model with a verdict is registered"
-    chain = manifests(keys, state, folder)
-    final = state.stage(len(chain))
-    assert final is not None, "the chain ends at a stage that ran"
+    chain, final = manifests(keys, state, folder, last), state.stage(last)
+    assert final is not None, "the last stage ran"
     certificate = folder / "certificate.json"
     certificates = [read_json(certificate)] if certificate.exists() else []
     registry = Registry(Path(target.registry))
@@ -77,6 +76,7 @@ def register(keys: PipelineKeys, state: RunState, folder: Path) -> dict[str, Any
                 "refused": str(refusal),
                 "message": f"registered {entry.name}@{entry.version}, not promoted: {refusal}",
             }
+        write_atomic(folder / "MODEL_CARD.md", model_card(registry, entry.name, entry.version))
         return record | {
             "alias": target.alias,
             "message": f"registered {entry.name}@{entry.version}, now {target.alias}",

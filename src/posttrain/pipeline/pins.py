@@ -15,7 +15,15 @@ from posttrain.models.export import source_digest
 from posttrain.registry.manifest import code_digest
 from posttrain.rewards.resolve import reward_digest
 
-_HOW_IT_IS_WATCHED = {"logging_steps", "save_steps", "save_total_limit", "output_dir", "base_model"}
+_HOW_IT_IS_WATCHED = {
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "output_dir",
+    "base_model",
+    "mlflow",
+    "prometheus_port",
+}
 """Keys that cannot change a stage's weights."""
 
 
@@ -40,7 +48,11 @@ def training_keys(keys: TrainKeys) -> dict[str, Any]:
 
 def data_pins(keys: TrainKeys) -> dict[str, str]:
     """Digests of the files a stage reads."""
-    pins = {f"data.{Path(source.path).name}": _source(source) for source in (*keys.datasets, *keys.eval_datasets)}
+    pins: dict[str, str] = {}
+    for source in (*keys.datasets, *keys.eval_datasets):
+        name = f"data.{Path(source.path).name}"
+        # Files of one name in several folders are told apart by their place in the list.
+        pins[name if name not in pins else f"{name}#{len(pins) + 1}"] = _source(source)
     if isinstance(keys, GRPOKeys):
         pins["rewards"] = reward_digest(keys.reward_funcs, keys.reward_kwargs, keys.reward_weights)
     if keys.chat_template is not None:

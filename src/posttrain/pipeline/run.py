@@ -7,9 +7,12 @@ go on, loop back or stop; at the end register and promote.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,19 +20,32 @@ from posttrain.checkpoint.lock import run_lock
 from posttrain.config.pipeline import GateKeys, OnFailKeys, PipelineKeys, Stage, SuiteKeys
 from posttrain.config.resolved import apply_changes, resolved_yaml
 from posttrain.config.stages import GRPOKeys, ModelKeys, TrainKeys
-from posttrain.errors import ChangedInputsError
+from posttrain.errors import ChangedInputsError, PosttrainError
 from posttrain.evals.suite import Suite
 from posttrain.files import read_json, write_atomic
+from posttrain.gate.spec import GateSpec
 from posttrain.pipeline import judge, lineage
 from posttrain.pipeline.checks import check_all, check_data
-from posttrain.pipeline.pins import changes, pins_of, stage_input
-from posttrain.pipeline.state import DONE, FAILED, INCONCLUSIVE, PASSED, RUNNING, STOPPED, RunState, StageEntry
+from posttrain.pipeline.pins import changes, pins_of, stage_input, training_keys
+from posttrain.pipeline.state import (
+    DONE,
+    ERROR,
+    FAILED,
+    INCONCLUSIVE,
+    PASSED,
+    RUNNING,
+    STOPPED,
+    RunState,
+    StageEntry,
+)  # fmt: skip
 from posttrain.protocols import MetricSink, Topology
 from posttrain.recipes import policy, preference, sft
 from posttrain.recipes.certify import certify, require
 from posttrain.recipes.evaluate import evaluate, summary
 from posttrain.recipes.stage import Stage as StageRun
 from posttrain.recipes.stage import StageResult, StopFlag, StoppedPolitely
+from posttrain.tracking.mlflow_mirror import MlflowSink
+from posttrain.tracking.prometheus import PrometheusSink
 from posttrain.types import EvalReport, Verdict
 
 log = logging.getLogger(__name__)
@@ -65,7 +81,7 @@ def run_pipeline(
     """Run, or go on with, the pipeline in `keys.output_dir`. Raises: PosttrainError; StoppedPolitely after a signal."""
     folder = Path(keys.output_dir)
     if on_change == "new-run":
-        folder = _fresh(folder)
+        folder = _fresh(folder, pins_of(keys))
         keys = keys.model_copy(update={"output_dir": str(folder)})
     if not topology.is_main:
         return _Run(keys, folder, topology, watch or Watch()).run(on_change)
@@ -79,6 +95,7 @@ class _Run:
         self.suites: dict[str, tuple[Suite, SuiteKeys]] = {}
         self.state = RunState(keys.name, {})
         self.stop = StopFlag()
+        self.announced: set[tuple[str, str]] = set()
 
     def run(self, on_change: OnChange) -> Outcome:
         self.suites = check_all(self.keys)
@@ -89,6 +106,10 @@ class _Run:
                 outcome = self._stages()
             except StoppedPolitely as stopped:
                 self._save(status=STOPPED, reason=str(stopped))
+                raise
+            except PosttrainError as error:
+                with suppress(OSError):  # a full disk is said by the error itself
+                    self._save(status=ERROR, reason=str(error))
                 raise
         return outcome
 
@@ -108,7 +129,7 @@ class _Run:
                     "--on-change rerun runs again what depends on them; --on-change new-run leaves this run as it is"
                 )
             self.watch.say(f"inputs changed, running again what depends on them:\n{listed}")
-            state = replace(state, pins=pins, retries={}, changes={})
+            state = replace(state, pins=pins, retries={}, changes={}, registered=None)
         state = replace(state, status=RUNNING, reason="")
         if self.topology.is_main:
             write_atomic(self.folder / "config.yaml", resolved_yaml(self.keys))
@@ -125,12 +146,12 @@ class _Run:
             stage = self.keys.stages[index - 1]
             entry = self._train(index, stage)
             model = self.folder / entry.folder / "model"
-            reports = self._measure(entry.folder.removeprefix("stages/"), str(model))
+            self._measure(entry.folder.removeprefix("stages/"), str(model))
             gate = self._gate_after(index)
             if gate is None:
                 index += 1
                 continue
-            verdict = self._judge(index, gate, entry, reports)
+            verdict = self._judge(index, gate, entry)
             if verdict is Verdict.PASS and self.keys.stop_when == "gate_passes":
                 break
             back = self._loop_back(index, gate, verdict)
@@ -151,13 +172,15 @@ class _Run:
         keys = apply_changes(stage.keys, self.state.changes.get(str(index), {}))
         keys = keys.model_copy(update={"base_model": parent, "seed": keys.seed})
         input_digest = stage_input(keys, self._digest_before(index))
-        entry = self.state.stage(index)
-        if entry is not None and entry.input_digest == input_digest:
+        entry = self.state.attempt(index, input_digest)
+        if entry is not None:
+            if entry != self.state.stage(index):
+                self._save(self.state.with_stage(entry))
             if entry.status == DONE:
                 self.watch.say(f"{stage.kind}: done before with the same inputs, not run again")
                 return entry
         else:
-            attempt = 1 if entry is None else entry.attempt + 1
+            attempt = 1 + self.state.attempts(index)
             folder = f"stages/{index:02d}-{stage.kind}" + ("" if attempt == 1 else f"-{attempt}")
             entry = StageEntry(
                 index,
@@ -170,6 +193,7 @@ class _Run:
                 changed=dict(self.state.changes.get(str(index), {})),
             )
             self._save(self.state.with_stage(entry))
+        self._stop_if_asked(stage.kind)
         check_data(keys, {name: suite for name, (suite, _) in self.suites.items()}, self.watch.say)
         if isinstance(keys, GRPOKeys):
             self._certify(keys)
@@ -188,9 +212,21 @@ class _Run:
             return StageResult.load(folder)
         if self.topology.is_main:
             write_atomic(folder / "config.yaml", resolved_yaml(keys))
-        return RECIPES[kind](
-            keys, StageRun(kind, folder, keys, self.topology, watchers=self.watch.sinks, stop=self.stop)
-        )
+        run = StageRun(kind, folder, keys, self.topology, watchers=partial(self._sinks, keys), stop=self.stop)
+        try:
+            return RECIPES[kind](keys, run)
+        finally:
+            run.close()
+
+    def _sinks(self, keys: TrainKeys, kind: str, total_steps: int) -> list[MetricSink]:
+        """The live view, and the mirrors that are asked for."""
+        sinks = list(self.watch.sinks(kind, total_steps))
+        if keys.mlflow is not None:
+            run_key = f"{self.folder.resolve()}/{kind}"
+            sinks.append(MlflowSink(keys.mlflow, self.keys.name, run_key, params=training_keys(keys)))
+        if keys.prometheus_port is not None:
+            sinks.append(PrometheusSink(keys.prometheus_port, stage=kind))
+        return sinks
 
     def _certify(self, keys: GRPOKeys) -> None:
         """No RL on rewards that did not pass their check. Raises: RewardError."""
@@ -205,37 +241,45 @@ class _Run:
 
     # --- evals and gates -------------------------------------------------------------------------------------------
 
-    def _measure(self, name: str, model: str) -> dict[str, EvalReport]:
-        """Score a model on all suites, on the split the gates judge."""
-        if not self.suites:
+    def _measure(self, name: str, model: str, gate: GateKeys | None = None) -> dict[str, EvalReport]:
+        """Score a model on the suites and the split of `gate`; without one on all suites, for the last gate."""
+        self._stop_if_asked(f"the evals of {name}")
+        names = list(self.suites) if gate is None else list(GateSpec.from_keys(gate).suites)
+        split = self._split if gate is None else gate.split
+        if not names:
             return {}
         if self.topology.is_main:
-            reports = evaluate(
-                self._model_keys(model),
-                list(self.suites.values()),
-                self._split,
-                self.folder / "evals" / name,
-                self.watch.evals,
-            )
-            self.watch.say(f"evals of {name}: {summary(reports)}")
+            suites = [self.suites[suite] for suite in names]
+            folder = self.folder / "evals" / name
+            reports = evaluate(self._model_keys(model), suites, split, folder, self._shown)
+            if (name, split) not in self.announced:
+                self.watch.say(f"evals of {name}: {summary(reports)}")
+            self.announced.add((name, split))
         self.topology.barrier()
-        return judge.stored_reports(self.folder / "evals" / name, list(self.suites), self._split)
+        return judge.stored_reports(self.folder / "evals" / name, names, split)
 
-    def _judge(self, index: int, gate: GateKeys, entry: StageEntry, candidate: dict[str, EvalReport]) -> Verdict:
+    def _judge(self, index: int, gate: GateKeys, entry: StageEntry) -> Verdict:
         """The verdict on this stage's model; one already given on the same two models is taken over."""
-        baseline_name, baseline_model = judge.baseline_of(gate, self.keys, self.state, self.folder)
-        baseline = self._measure(baseline_name, baseline_model)
         after: int | str = (
             "final" if index == len(self.keys.stages) and self.keys.stages[index - 1].keys.gate is None else index
         )
+        settled = judge.settled(gate, self.keys, self.state, self.folder, after, entry.output_digest)
+        if settled is not None:
+            self._save(self.state.with_gate(settled))
+            self.watch.say(f"gate: {settled.verdict}, judged before and promoted")
+            return Verdict(settled.verdict)
+        candidate_name = entry.folder.removeprefix("stages/")
+        candidate = self._measure(candidate_name, str(self.folder / entry.folder / "model"), gate)
+        baseline_name, baseline_model = judge.baseline_of(gate, self.keys, self.state, self.folder)
+        baseline = self._measure(baseline_name, baseline_model, gate)
         verdict = Verdict.INVALID  # what rank 0 says counts
         if self.topology.is_main:
             places = {
-                "candidate": self.folder / "evals" / entry.folder.removeprefix("stages/"),
+                "candidate": self.folder / "evals" / candidate_name,
                 "baseline": self.folder / "evals" / baseline_name,
             }
             state, verdict, table = judge.decide_once(
-                gate, self.keys, self.state, self.folder, after, entry, candidate, baseline, places
+                gate, self.keys, self.state, self.folder, after, entry.attempt, candidate, baseline, places
             )
             self._save(state)
             self.watch.say(table)
@@ -269,7 +313,10 @@ class _Run:
         self.watch.say(
             f"gate failed: back to stage {place} ({self.keys.stages[place - 1].kind}), attempt {used + 2}, with {rule.with_ or 'another seed'}"
         )
-        changed = dict(rule.with_) or {"seed": self.keys.stages[place - 1].keys.seed + used + 1}
+        changed = dict(rule.with_)
+        if used or not changed:
+            # With the same keys and the same seed a retry would only give the same model again.
+            changed.setdefault("seed", self.keys.stages[place - 1].keys.seed + used + 1)
         state = replace(
             self.state,
             retries={**self.state.retries, str(index): used + 1},
@@ -283,9 +330,10 @@ class _Run:
     def _promoted(self, index: int, verdict: Verdict | None) -> Outcome:
         """Register and promote what passed; a held run is registered but not promoted."""
         if self.keys.register_ is not None and verdict is Verdict.PASS and self.topology.is_main:
-            record = lineage.register(self.keys, self.state, self.folder)
-            self._save(replace(self.state, registered=record))
-            self.watch.say(record["message"])
+            if not judge.is_promoted(self.state, self._digest_before(index + 1)):
+                self._save(registered=lineage.register(self.keys, self.state, self.folder, index))
+            assert self.state.registered is not None
+            self.watch.say(self.state.registered["message"])
         self.state = self.topology.broadcast(self.state)
         return self._finish(PASSED if verdict is Verdict.PASS else DONE, "", index, verdict)
 
@@ -295,6 +343,18 @@ class _Run:
         return Outcome(status, reason, self.folder, self.folder / entry.folder / "model" if entry else None, verdict)
 
     # --- small things ----------------------------------------------------------------------------------------------
+
+    def _stop_if_asked(self, before: str) -> None:
+        """Between two pieces of work. All ranks call it. Raises: StoppedPolitely."""
+        if self.topology.sum([float(self.stop.is_set)])[0] > 0:
+            raise StoppedPolitely(f"stopped before {before}; start again to go on")
+
+    def _shown(self, suite: str, done: int, total: int) -> None:
+        """Progress of an eval. Alone, a process need not finish it: it is measured again whole."""
+        if self.watch.evals is not None:
+            self.watch.evals(suite, done, total)
+        if self.topology.world_size == 1:
+            self._stop_if_asked(f"the end of suite {suite}")
 
     @property
     def _split(self) -> str:
@@ -324,13 +384,14 @@ class _Run:
             self.state.save(self.folder)
 
 
-def _fresh(folder: Path) -> Path:
-    """`folder`, or the first of `folder-2`, `folder-3` … that holds no run."""
-    number = 2
-    while (folder / "pipeline.json").exists():
-        folder = folder.with_name(f"{folder.name.rsplit('-', 1)[0] if number > 2 else folder.name}-{number}")
-        number += 1
-    return folder
+def _fresh(folder: Path, pins: Mapping[str, str]) -> Path:
+    """The first of `folder`, `folder-2`, `folder-3` … that holds no run, or the run with these inputs, to go on with."""
+    for number in count(1):
+        place = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        state = RunState.load(place)
+        if state is None or not changes(state.pins, pins):
+            return place
+    raise AssertionError("count never ends")
 
 
 def _now() -> str:

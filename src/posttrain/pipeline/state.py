@@ -10,6 +10,7 @@ from typing import Any
 from posttrain.files import read_json, write_json
 
 RUNNING, PASSED, FAILED, INCONCLUSIVE, DONE, STOPPED = "running", "passed", "failed", "inconclusive", "done", "stopped"
+ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +61,29 @@ class RunState:
         entries = [entry for entry in self.stages if entry.index == index]
         return entries[-1] if entries else None
 
+    def attempt(self, index: int, input_digest: str) -> StageEntry | None:
+        """The attempt at a stage that had these inputs."""
+        found = [entry for entry in self.stages if (entry.index, entry.input_digest) == (index, input_digest)]
+        return found[-1] if found else None
+
+    def attempts(self, index: int) -> int:
+        return sum(entry.index == index for entry in self.stages)
+
     def with_stage(self, entry: StageEntry) -> RunState:
-        """Replaces the same attempt, or adds it."""
+        """Adds an attempt, or makes it the newest again."""
         kept = tuple(e for e in self.stages if (e.index, e.attempt) != (entry.index, entry.attempt))
         return replace(self, stages=(*kept, entry))
 
-    def gate(self, after: int | str, candidate: str, baseline: str) -> GateEntry | None:
-        """A verdict already given on exactly these two models."""
+    def gate(self, after: int | str, candidate: str, baseline: str | None = None) -> GateEntry | None:
+        """The newest verdict on exactly these two models; without `baseline`, on this candidate."""
         for entry in reversed(self.gates):
-            if (entry.after, entry.candidate, entry.baseline) == (after, candidate, baseline):
+            if (entry.after, entry.candidate) == (after, candidate) and baseline in (None, entry.baseline):
                 return entry
         return None
+
+    def with_gate(self, entry: GateEntry) -> RunState:
+        """Adds a verdict, or makes it the newest again."""
+        return replace(self, gates=(*(e for e in self.gates if e != entry), entry))
 
     def save(self, folder: Path) -> None:
         write_json(folder / "pipeline.json", asdict(self))

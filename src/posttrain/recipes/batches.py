@@ -34,6 +34,7 @@ class Schedule(Generic[T]):
     tokens_per_micro: int | None
     size: Callable[[T], int]
     _plans: dict[int, list[list[int]]] = field(default_factory=dict, repr=False, compare=False)
+    _steps: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, data: Dataset[T], keys: TrainKeys, topology: Topology, size: Callable[[T], int]) -> Schedule[T]:
@@ -61,7 +62,9 @@ class Schedule(Generic[T]):
         return steps
 
     def steps_in(self, epoch: int) -> int:
-        return math.ceil(len(self._epoch(epoch)) / self.micro_per_step)
+        if epoch not in self._steps:
+            self._steps[epoch] = math.ceil(len(self._epoch(epoch)) / self.micro_per_step)
+        return self._steps[epoch]
 
     def step(self, number: int) -> list[list[T]]:
         """The micro-batches of optimizer step `number`, counted from 0, over all ranks."""
@@ -85,9 +88,9 @@ class Schedule(Generic[T]):
     def _epoch(self, epoch: int) -> list[list[int]]:
         """The epoch's micro-batches as row indices; the last two epochs asked for are kept."""
         if epoch not in self._plans:
+            if len(self._plans) == 2:
+                del self._plans[next(iter(self._plans))]
             self._plans[epoch] = self._plan(epoch)
-            for old in sorted(self._plans)[:-2]:
-                del self._plans[old]
         return self._plans[epoch]
 
     def _plan(self, epoch: int) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -44,7 +45,7 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """This rank's groups of one generation batch, and where the prompts went on from."""
+    """The groups of one generation batch, of all ranks in the order of their prompts; where the prompts went on from."""
 
     generation: int
     next_prompt: int
@@ -80,10 +81,14 @@ class Collector:
         )  # fmt: skip
         self._decode = decoder(policy.tokenizer)
         self.latest: list[RolloutGroup] = []
+        self.ledger: dict[str, list[int]] = {}
+        self.wall_s = 0.0
 
     def collect(self, generation: int, first_prompt: int) -> Experience:
         """Generation batch number `generation`, from prompt `first_prompt` of the run's endless shuffled prompts."""
-        groups, next_prompt, rounds = self._sampled(generation, first_prompt)
+        started = time.monotonic()
+        numbered, next_prompt, rounds = self._sampled(generation, first_prompt)
+        groups = [group for _, group in numbered]
         self.latest = groups
         columns, kl = self._reward_columns(groups)
         everyone = self._topology.gather(columns)
@@ -92,41 +97,49 @@ class Collector:
         spec = spec_from(AdvantageSpec, self._keys)
         weights = list(self._keys.reward_weights or [1.0] * len(self._keys.reward_funcs))
         spec = _replace(
-            spec, weights, as_width=len(everyone[rank][0]) if columns else len(weights), loss_type=self._keys.loss_type
+            spec, weights, as_width=len(next(row for rows in everyone for row in rows)), loss_type=self._keys.loss_type
         )
         rewards_BK = as_rewards([row for rows in everyone for row in rows])
         group_B = torch.arange(len(rewards_BK)) // self._keys.num_generations
         advantages = compute_advantages(rewards_BK, group_B, spec)
         mine = advantages.advantage_B[before : before + len(columns)].tolist()
-        trajectories = self._trajectories(groups, iter(mine))
+        made = zip([number for number, _ in numbered], self._trajectories(groups, iter(mine)), strict=True)
+        # In the order of one process: how groups are split over the steps of a batch must not depend on the ranks.
+        dealt = sorted((pair for rank in self._topology.gather(list(made)) for pair in rank), key=lambda pair: pair[0])
+        trajectories = tuple(group for _, group in dealt)
         metrics = self._metrics(groups, rewards_BK, advantages.reward_B, advantages.zero_std_P, group_B)
         if kl is not None:
             metrics["kl_in_reward"] = kl
         if self._keys.dynamic_sampling:
             metrics["sampling/rounds"] = float(rounds)
+        self.wall_s = time.monotonic() - started
         return Experience(generation, next_prompt, trajectories, metrics)
 
     # --- sampling ----------------------------------------------------------------------------------------------
 
-    def _sampled(self, generation: int, first_prompt: int) -> tuple[list[RolloutGroup], int, int]:
-        """This rank's groups. With dynamic sampling, groups without a difference in reward are replaced by new prompts."""
-        keys, wanted, kept = self._keys, self._keys.num_prompts_per_step, list[RolloutGroup]()
+    def _sampled(self, generation: int, first_prompt: int) -> tuple[list[tuple[int, RolloutGroup]], int, int]:
+        """This rank's groups with their prompts' numbers. With dynamic sampling, groups without a difference in reward are replaced by new prompts."""
+        keys, wanted, kept = self._keys, self._keys.num_prompts_per_step, list[tuple[int, RolloutGroup]]()
         cursor, rounds, total = first_prompt, 0, 0
-        spare: list[RolloutGroup] = []
+        spare: list[tuple[int, RolloutGroup]] = []
+        issued: list[int] = []
         while True:
             numbers = list(range(cursor, cursor + wanted - total))
             cursor += len(numbers)
             rounds += 1
-            fresh = self._rollout(generation, self._topology.shard(numbers))
-            good = [group for group in fresh if not keys.dynamic_sampling or _has_spread(group)]
-            kept += good
-            spare += [group for group in fresh if group not in good]
+            mine = self._topology.shard(numbers)
+            issued += numbers
+            for pair in zip(mine, self._rollout(generation, mine), strict=True):
+                (kept if not keys.dynamic_sampling or _has_spread(pair[1]) else spare).append(pair)
             total = sum(self._topology.gather(len(kept)))
             if total >= wanted or rounds >= keys.dynamic_sampling_max_rounds or not keys.dynamic_sampling:
                 break
         if total == 0:
             # Nothing to learn from: go on with what there is, which the zero-spread metrics then show.
             kept = spare[: max(1, wanted // self._topology.world_size)]
+        # Every prompt group is issued once and either trained on or let go; counted along the surviving weights.
+        trained = sorted(number for rank in self._topology.gather([number for number, _ in kept]) for number in rank)
+        self.ledger = {"issued": issued, "trained": trained}
         return kept, cursor, rounds
 
     def _rollout(self, generation: int, numbers: Sequence[int]) -> list[RolloutGroup]:

@@ -50,8 +50,8 @@ def learning_rate(step: int, total_steps: int, keys: TrainKeys) -> float:
 
 def update(
     policy: Policy, optimizer: torch.optim.Optimizer, topology: Topology, keys: TrainKeys, lr: float, step: int
-) -> float:
-    """Clip, step, clear. Returns the gradient norm before clipping.
+) -> dict[str, float]:
+    """Clip, step, clear. Returns the gradient norm before clipping, the learning rate, and how far a probe moved.
 
     Raises: TrainingError, before any weight changes, if a gradient is not finite.
     """
@@ -59,11 +59,15 @@ def update(
     norm = topology.clip_grad_norm(parameters, keys.max_grad_norm)
     if not math.isfinite(norm):
         raise TrainingError(
-            f"step {step}: the gradient norm is {norm}; the weights are as before and nothing was saved over the last good "
-            "checkpoint. Lower learning_rate, or look at the data of this step"
+            f"step {step}: the gradient norm is {norm}; the weights are as before and nothing was saved over the last "
+            "good checkpoint. Lower learning_rate, or look at the data of this step"
         )
     for group in optimizer.param_groups:
         group["lr"] = lr
+    # The last trained tensor (a norm, the head, an adapter's B) has a gradient whatever the tokens of the step are.
+    probe = parameters[-1]
+    before = probe.detach().clone()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    moved = math.sqrt(topology.sum([float(topology.local(probe.detach() - before).square().sum())])[0])
+    return {"grad_norm": norm, "update_norm": moved, "learning_rate": lr}

@@ -48,11 +48,11 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     held_out = load_prompts(keys, tokenizer, sources=keys.eval_datasets) if keys.eval_datasets else None
     stage.describe_data(decoder(tokenizer, special=True), data, held_out)
     policy = load_policy(keys, tokenizer=tokenizer).without_dropout()
+    if keys.beta:
+        policy.freeze_reference()
     engine = make_engine(policy, keys, topology)
     policy.distribute(topology)
     optimizer = make_optimizer(policy, keys)
-    if keys.beta:
-        policy.freeze_reference()
 
     steps_per_batch = keys.steps_per_generation * keys.num_iterations
     total_steps = _total_steps(keys, len(data))
@@ -74,11 +74,12 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
             if experience is None or experience.generation != generation:
                 engine.sync(version=step)
                 experience = collector.collect(generation, experience.next_prompt if experience else 0)
+                stage.event("rollouts", step + 1, {"generation": generation, "prompts": collector.ledger})
                 _show_sample(collector, stage, step + 1)
             fresh = position == 0
 
             groups = experience.part(position % keys.steps_per_generation, keys.steps_per_generation)
-            norm = _normalizer(groups, keys, topology)
+            norm = _normalizer(groups, keys)
             metrics = StepMetrics()
             policy.model.train()
             for micro in _micro_batches(groups, keys, topology):
@@ -91,13 +92,14 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
             lr = learning_rate(step, total_steps, keys)
             values = metrics.reduced(topology) | (experience.metrics if fresh else {})
             check_finite(values.setdefault("loss", 0.0), step + 1)
-            values |= _update(policy, optimizer, topology, keys, lr, step + 1) | {"learning_rate": lr}
+            values |= {"learning_rate": lr} | _update(policy, optimizer, topology, keys, lr, step + 1)
 
             progress.step, progress.tokens = step + 1, progress.tokens + int(norm.tokens)
             progress.capture = partial(_captured, experience, topology)
+            values |= stage.times(rollout_s=collector.wall_s if fresh else 0.0)
             values |= validation.if_due(progress.step, total_steps)
-            stage.finish_step(policy, optimizer, progress, values, last=progress.step == total_steps)
-            validation.remember_best(policy, optimizer, progress)
+            best = validation.best_score(progress.step)
+            stage.finish_step(policy, optimizer, progress, values, progress.step == total_steps, best)
 
         validation.restore_best(policy, optimizer)
     return stage.done(policy, progress, validation.latest)
@@ -155,7 +157,7 @@ def _update(
     """A step without any gradient (no group had a difference in reward) moves nothing, not even by AdamW's momentum."""
     if not any(parameter.grad is not None for _, parameter in policy.trainable()):
         return {}
-    return {"grad_norm": update(policy, optimizer, topology, keys, lr, step)}
+    return update(policy, optimizer, topology, keys, lr, step)
 
 
 def _micro_batches(groups: Sequence[Group], keys: GRPOKeys, topology: Topology) -> list[MicroBatch[Group]]:
@@ -165,17 +167,17 @@ def _micro_batches(groups: Sequence[Group], keys: GRPOKeys, topology: Topology) 
     normaliser.
     """
     needed = keys.entropy_coef > 0 or (keys.beta > 0 and not keys.kl_in_reward)
-    useful = [g for g in groups if needed or any(t.advantage and t.num_tokens for t in g)]
+    useful = topology.shard([g for g in groups if needed or any(t.advantage and t.num_tokens for t in g)])
     size = max(1, keys.per_device_train_batch_size // keys.num_generations)
     micros = [MicroBatch(useful[i : i + size]) for i in range(0, len(useful), size)]
     most = max(topology.gather(len(micros)))
     return micros + [MicroBatch(list(groups[:1]), idle=True)] * (most - len(micros))
 
 
-def _normalizer(groups: Sequence[Group], keys: GRPOKeys, topology: Topology) -> Normalizer:
-    counts = [float(sum(t.num_tokens for group in groups for t in group)), float(sum(len(group) for group in groups))]
-    tokens, sequences = topology.sum(counts)
-    return Normalizer(tokens, sequences, max_tokens=keys.max_completion_length)
+def _normalizer(groups: Sequence[Group], keys: GRPOKeys) -> Normalizer:
+    """Counted over the whole step, before it is dealt to the ranks."""
+    tokens, sequences = sum(t.num_tokens for group in groups for t in group), sum(len(group) for group in groups)
+    return Normalizer(float(tokens), float(sequences), max_tokens=keys.max_completion_length)
 
 
 def _per_token(

@@ -29,7 +29,7 @@ from posttrain.objectives.preference import (
 )
 from posttrain.objectives.reduce import Normalizer, segment_sum
 from posttrain.objectives.terms import LossTerms, spec_from
-from posttrain.recipes.batches import MicroBatch, Schedule, flat, for_rank
+from posttrain.recipes.batches import Schedule, flat, for_rank
 from posttrain.recipes.metrics import StepMetrics, check_finite
 from posttrain.recipes.optim import learning_rate, make_optimizer, update
 from posttrain.recipes.reference import Reference
@@ -70,7 +70,7 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
         stage.begin_step(step)
         micros = schedule.step(step)
         mine = for_rank(micros, topology)
-        loss = _step_loss(policy, reference, flat(micros), mine, spec, stage)
+        loss = _step_loss(policy, reference, micros, spec, stage)
         metrics = StepMetrics()
         policy.model.train()
         for micro in mine:
@@ -82,27 +82,27 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
         lr = learning_rate(step, total_steps, keys)
         values = metrics.reduced(topology)
         check_finite(values["loss"], step + 1)
-        values |= {"grad_norm": update(policy, optimizer, topology, keys, lr, step + 1), "learning_rate": lr}
+        values |= update(policy, optimizer, topology, keys, lr, step + 1)
         values["epoch"] = schedule.epoch_after(step)
 
         progress.step, progress.tokens = step + 1, progress.tokens + sum(_num_tokens(row) for row in flat(micros))
         values |= validation.if_due(progress.step, total_steps)
-        stage.finish_step(policy, optimizer, progress, values, last=progress.step == total_steps)
-        validation.remember_best(policy, optimizer, progress)
+        best = validation.best_score(progress.step)
+        stage.finish_step(policy, optimizer, progress, values, progress.step == total_steps, best)
 
     validation.restore_best(policy, optimizer)
     return stage.done(policy, progress, validation.latest)
 
 
 def _step_loss(
-    policy: Policy, reference: Reference | None, rows: Sequence[Any], mine: Sequence[MicroBatch[Any]],
-    spec: PreferenceSpec, stage: Stage,
-) -> MicroLoss:  # fmt: skip
+    policy: Policy, reference: Reference | None, micros: Sequence[list[Any]], spec: PreferenceSpec, stage: Stage
+) -> MicroLoss:
     """The loss of one optimizer step as a function of a micro-batch; what it is divided by is fixed here."""
+    rows = flat(micros)
     if PREFERENCE_LOSSES[spec.loss_type].unpaired:
         assert reference is not None, "kto needs a reference"
         norm = Normalizer(tokens=0, sequences=len(rows))
-        z = _kto_reference_point(policy, reference, mine, stage)
+        z = _kto_reference_point(policy, reference, micros, stage)
         return lambda micro: labelled_loss(policy, reference, micro, z, spec, norm)
     norm = Normalizer(tokens=sum(chosen.num_loss_tokens for chosen, _ in rows), sequences=len(rows))
     return lambda micro: pair_loss(policy, reference, micro, spec, norm)
@@ -137,14 +137,14 @@ def labelled_loss(
 
 
 @torch.no_grad()
-def _kto_reference_point(
-    policy: Policy, reference: Reference, mine: Sequence[MicroBatch[Labelled]], stage: Stage
-) -> float:
+def _kto_reference_point(policy: Policy, reference: Reference, micros: Sequence[list[Labelled]], stage: Stage) -> float:
     """KTO's z over the whole step: how far the policy has moved on answers to *other* prompts."""
     policy.model.eval()
     total = StepMetrics()
-    for micro in mine:
-        batch = pack([[sequence] for sequence in mismatched([sequence for sequence, _ in micro.rows])])
+    # Exchanged over the step, not over a micro-batch: how rows are split into micro-batches must not matter.
+    exchanged = iter(mismatched([sequence for sequence, _ in flat(micros)]))
+    for micro in for_rank([[next(exchanged) for _ in rows] for rows in micros], stage.topology):
+        batch = pack([[sequence] for sequence in micro.rows])
         moved_M = policy.score(batch).logp_M - reference.live_logp_M(batch)
         total.add({} if micro.idle else {"z": Ratio(float(moved_M.sum()), batch.num_sequences)})
     return kto_reference_point(Ratio(total.reduced(stage.topology)["z"], 1.0))
@@ -169,8 +169,9 @@ def validation_loss(
     """The objective and its metrics over all held-out rows."""
     policy.model.eval()
     size = keys.per_device_train_batch_size
-    mine = for_rank([rows.rows[i : i + size] for i in range(0, len(rows), size)], stage.topology)
-    loss = _step_loss(policy, reference, rows.rows, mine, spec, stage)
+    micros = [rows.rows[i : i + size] for i in range(0, len(rows), size)]
+    mine = for_rank(micros, stage.topology)
+    loss = _step_loss(policy, reference, micros, spec, stage)
     metrics = StepMetrics()
     for micro in mine:
         terms = loss(micro.rows)

@@ -54,13 +54,13 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
         lr = learning_rate(step, total_steps, keys)
         values = metrics.reduced(topology)
         check_finite(values["loss"], step + 1)
-        values |= {"grad_norm": update(policy, optimizer, topology, keys, lr, step + 1), "learning_rate": lr}
-        values["epoch"] = schedule.epoch_after(step)
+        values |= update(policy, optimizer, topology, keys, lr, step + 1)
+        values |= {"epoch": schedule.epoch_after(step), "loss_tokens": norm.tokens}
 
         progress.step, progress.tokens = step + 1, progress.tokens + sum(len(row.ids) for row in flat(micros))
         values |= validation.if_due(progress.step, total_steps)
-        stage.finish_step(policy, optimizer, progress, values, last=progress.step == total_steps)
-        validation.remember_best(policy, optimizer, progress)
+        best = validation.best_score(progress.step)
+        stage.finish_step(policy, optimizer, progress, values, progress.step == total_steps, best)
 
     validation.restore_best(policy, optimizer)
     return stage.done(policy, progress, validation.latest)

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -23,6 +24,7 @@ from posttrain.data.dataset import Dataset, sequences
 from posttrain.errors import TrainingError
 from posttrain.files import read_json, write_json
 from posttrain.health.monitor import Monitor
+from posttrain.health.rules import rules_for
 from posttrain.models.export import model_digest, save_policy, source_digest
 from posttrain.models.policy import Policy
 from posttrain.protocols import MetricSink, Topology
@@ -100,8 +102,10 @@ class Stage:
         self.held: list[str] = []
         self._watchers = watchers
         self._sink: MetricSink | None = None
-        self._monitor = Monitor(kind)
+        self._monitor = Monitor(kind, rules_for(kind, keys.health))
         self._clock = time.monotonic()
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[tuple[int, dict[str, Any]]] | None = None
 
     # --- start -------------------------------------------------------------------------------------------------
 
@@ -154,6 +158,10 @@ class Stage:
         torch.manual_seed(request_seed(self.keys.seed, step, self.topology.rank) >> 1)
         self._step_clock = time.monotonic()
 
+    def times(self, *, rollout_s: float) -> dict[str, float]:
+        """How a step of RL divides into sampling and training, in seconds."""
+        return {"time/rollout_s": rollout_s, "time/train_s": time.monotonic() - self._step_clock - rollout_s}
+
     def finish_step(
         self,
         policy: Policy,
@@ -161,8 +169,11 @@ class Stage:
         progress: Progress,
         metrics: dict[str, float],
         last: bool,
+        best_score: float | None = None,
     ) -> None:
         """Log, judge, save if it is time, and stop if that is wished. `progress.step` counts finished steps.
+
+        `best_score` is given where this step is the best so far; its checkpoint is then kept whatever comes.
 
         Raises: StoppedPolitely.
         """
@@ -174,8 +185,13 @@ class Stage:
         self._judge(step, metrics)
         stopping = self.topology.sum([float(self.stop.is_set)])[0] > 0
         due = self.keys.save_steps > 0 and step % self.keys.save_steps == 0
-        if due or last or stopping:
-            self.save(policy, optimizer, progress)
+        if best_score is not None:
+            # Marked first: a mark without its checkpoint is made good when the step is run again, not so the reverse.
+            self.flush()
+            if self.topology.is_main:
+                self.store.mark_best(step, best_score)
+        if due or last or stopping or best_score is not None:
+            self.save(policy, optimizer, progress, wait=last or stopping)
         if stopping and not last:
             raise StoppedPolitely(f"{self.kind}: stopped after step {step}, saved; start again to go on")
 
@@ -189,35 +205,48 @@ class Stage:
             if finding.action in _HOLDING and finding.rule not in self.held:
                 self.held.append(finding.rule)
 
-    def save(self, policy: Policy, optimizer: torch.optim.Optimizer, progress: Progress) -> CheckpointRef | None:
-        """A checkpoint of everything the loop needs. All ranks call it, rank 0 writes."""
+    def save(self, policy: Policy, optimizer: torch.optim.Optimizer, progress: Progress, *, wait: bool = True) -> None:
+        """A checkpoint of everything the loop needs. All ranks call it, rank 0 writes.
+
+        Without `wait` only the copy of the tensors is made here, and a thread writes them; the next save waits for it.
+        Raises: CheckpointError, also for the write that was under way.
+        """
+        self.flush()
         progress.extra = progress.capture()
         names = {name for name, _ in policy.trainable()}
-        weights = {n: t for n, t in self.topology.full_state(policy.model).items() if n in names}
+        weights = {n: t.clone() for n, t in self.topology.full_state(policy.model).items() if n in names}
         tensors, scalars = _flatten(self.topology.full_optimizer_state(policy.model, optimizer))
-        if not self.topology.is_main:
-            self.topology.barrier()
-            return None
-
-        def fill(folder: Path) -> None:
-            save_file({n: t.contiguous() for n, t in weights.items()}, folder / "weights.safetensors")
-            save_file(tensors, folder / "optimizer.safetensors")
+        if self.topology.is_main:
             state = {
                 "step": progress.step,
                 "tokens": progress.tokens,
                 "wall_s": progress.wall_s,
                 "extra": progress.extra,
             }
-            write_json(
-                folder / "state.json", state | {"scalars": scalars, "health": self._monitor.state(), "held": self.held}
-            )
+            state |= {"scalars": scalars, "health": self._monitor.state(), "held": list(self.held)}
+            self._writing = self._writer.submit(self._write, progress.step, weights, tensors, state)
+            if wait:
+                self.flush()
+        self.topology.barrier()
+
+    def flush(self) -> None:
+        """Wait until the checkpoint under way is on disk. Raises: CheckpointError if it could not be written."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            self.event("checkpoint", *writing.result())
+
+    def _write(
+        self, step: int, weights: Mapping[str, torch.Tensor], tensors: dict[str, torch.Tensor], state: Mapping[str, Any]
+    ) -> tuple[int, dict[str, Any]]:
+        def fill(folder: Path) -> None:
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "weights.safetensors")
+            save_file(tensors, folder / "optimizer.safetensors")
+            write_json(folder / "state.json", state)
 
         started = time.monotonic()
-        ref = self.store.save(progress.step, fill)
+        ref = self.store.save(step, fill)
         size = sum(path.stat().st_size for path in ref.path.iterdir())
-        self.event("checkpoint", progress.step, {"bytes": size, "seconds": round(time.monotonic() - started, 3)})
-        self.topology.barrier()
-        return ref
+        return step, {"bytes": size, "seconds": round(time.monotonic() - started, 3)}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._sink is not None:
@@ -251,6 +280,8 @@ class Stage:
         return result
 
     def close(self) -> None:
+        self.flush()
+        self._writer.shutdown()
         if self._sink is not None:
             self._sink.close()
             self._sink = None
@@ -291,22 +322,30 @@ def mask_segments(sequence: TokenSeq, decode: Callable[[Sequence[int]], str]) ->
     return [(decode([token for token, _ in run]), trained) for trained, run in runs]
 
 
-def _flatten(state: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _flatten(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Optimizer state as named tensors, and what is not a tensor."""
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, Any] = {}
-    for name, values in state.items():
-        for key, value in values.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{name}|{key}"] = value.detach().cpu().contiguous()
-            else:
-                scalars[f"{name}|{key}"] = json.loads(json.dumps(value))
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            # 8-bit optimizers keep a second level.
+            inner_tensors, inner_scalars = _flatten(value)
+            tensors |= {f"{name}|{key}": tensor for key, tensor in inner_tensors.items()}
+            scalars |= {f"{name}|{key}": scalar for key, scalar in inner_scalars.items()}
+        elif isinstance(value, torch.Tensor):
+            # A copy: the optimizer goes on while the checkpoint is written.
+            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        else:
+            scalars[name] = json.loads(json.dumps(value))
     return tensors, scalars
 
 
 def _unflatten(tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     state: dict[str, dict[str, Any]] = {}
     for flat, value in {**tensors, **scalars}.items():
-        name, key = flat.rsplit("|", 1)
-        state.setdefault(name, {})[key] = value
+        *path, key = flat.split("|")
+        place: dict[str, Any] = state
+        for name in path:
+            place = place.setdefault(name, {})
+        place[key] = value
     return state

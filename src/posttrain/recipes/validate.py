@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from posttrain.models.policy import Policy
-from posttrain.recipes.stage import Progress, Stage
+from posttrain.recipes.stage import Stage
 
 
 class Validation:
@@ -33,15 +33,13 @@ class Validation:
         self.latest, self._measured_at = self._measure(), step
         return self.latest
 
-    def remember_best(self, policy: Policy, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        """Keep this step's checkpoint if its validation is the best so far and the best one is wanted."""
-        if not self._wanted or self._measured_at != progress.step or not self.latest:
-            return
-        score, best = self._score(self.latest), self._stage.store.best()
-        if best is None or score > best[1]:
-            ref = self._stage.save(policy, optimizer, progress)
-            if ref is not None:
-                self._stage.store.mark_best(ref, score)
+    def best_score(self, step: int) -> float | None:
+        """The score of `step` if it was validated and is the best so far, and the best one is wanted. All ranks ask."""
+        if not self._wanted or self._measured_at != step or not self.latest:
+            return None
+        score, best = self._score(self.latest), self._stage.topology.broadcast(self._stage.store.best())
+        # A step that is run again after a crash finds its own mark: it must be saved again all the same.
+        return score if best is None or score > best[1] or step == best[0] else None
 
     def restore_best(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
         """Put the best checkpoint's weights back, for the export."""

@@ -11,7 +11,7 @@ from posttrain.types import EvalReport
 
 STATUS = {
     "running": "The run has not finished; this is what it has so far.",
-    "failed": "The run stopped with an error; this is what it had until then.",
+    "error": "The run stopped with an error; this is what it had until then.",
     "stopped": "The run was stopped before its end; started again, it continues.",
 }
 VERDICT = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 from typing import Any
 
 from posttrain.errors import MissingExtraError
@@ -31,6 +32,11 @@ def _is_small(text: str) -> bool:
     )
 
 
+def _letters(text: str) -> set[str]:
+    """The variables and constants of a formula; math-verify itself takes X for x."""
+    return set(re.sub(r"\\[A-Za-z]+", "", text)) & set(string.ascii_letters)
+
+
 def verified(answer: str, reference: str) -> bool:
     """Whether math-verify calls the two equal. Plain numbers are compared strictly, without it.
 
@@ -40,6 +46,8 @@ def verified(answer: str, reference: str) -> bool:
         return True
     got, wanted = normalise(answer), normalise(reference)
     if parse_quantity(wanted, lowest_terms=False) is not None or not (_is_small(got) and _is_small(wanted)):
+        return False
+    if not _letters(got) <= _letters(wanted):
         return False
     try:
         from math_verify import parse, verify

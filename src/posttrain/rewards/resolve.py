@@ -77,6 +77,11 @@ def reward_names(specs: Sequence[str]) -> list[str]:
     return unique
 
 
+def options_by_name(kwargs: Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
+    """`reward_kwargs` keyed by the reward's name; `rewards.py:correct` counts as `correct`."""
+    return {key.rpartition(":")[2]: dict(options) for key, options in (kwargs or {}).items()}
+
+
 def _file_of(spec: str, path: str, folder: Path | None) -> Path:
     file = (folder or Path()) / Path(path).expanduser()
     if not file.is_file():
@@ -254,6 +259,7 @@ def reward_digest(
 
     Nothing is executed. What a reward reads from disk or network is not seen.
     """
+    options = options_by_name(kwargs)
     sources: dict[str, str] = {}
     imported: set[str] = set()
     for spec in specs:
@@ -263,7 +269,7 @@ def reward_digest(
             for path, tree in _local_sources(file).items():
                 sources[path.relative_to(file.parent).as_posix()] = digest_file(path)
                 imported |= {name.split(".")[0] for name in _imported(tree)}
-        elif (kwargs or {}).get(spec, {}).get("backend") == "math_verify":
+        elif options.get(spec, {}).get("backend") == "math_verify":
             imported |= {"math_verify", "latex2sympy2_extended", "sympy"}
     own = {
         k: v
@@ -279,6 +285,6 @@ def reward_digest(
             "versions": dependency_versions(imported),
             "python": platform.python_version_tuple()[:2],
             "weights": [float(w) for w in weights] if weights is not None else [1.0] * len(specs),
-            "kwargs": {name: dict((kwargs or {}).get(name) or {}) for name in names},
+            "kwargs": {name: options.get(name, {}) for name in names},
         }
     )

@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any
 
 from posttrain.errors import ConfigError, RewardError
-from posttrain.rewards.resolve import check_spec, reward_digest, reward_names
+from posttrain.rewards.resolve import check_spec, options_by_name, reward_digest, reward_names
 from posttrain.types import RewardBreakdown
 
 CHUNK_SIZE = 16
@@ -184,7 +184,7 @@ class RewardPool:
         self.specs, self.folder, self.timeout_s = tuple(specs), folder, timeout_s
         self.names = reward_names(specs)
         self.weights = [float(w) for w in weights] if weights is not None else [1.0] * len(specs)
-        self.kwargs = {name: dict(options) for name, options in (kwargs or {}).items()}
+        self.kwargs = options_by_name(kwargs)
         if not specs or len(self.weights) != len(specs):
             raise ConfigError(
                 f"reward_weights has {len(self.weights)} entries for {len(specs)} reward_funcs; give one each"

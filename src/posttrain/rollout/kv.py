@@ -152,8 +152,8 @@ class RowCache:
             mask = self._prompt_mask(prompt, first, count, group, window, flat.dtype)
             parts.append(_attend(flat[:, :, rows], prompt.keys[layer][None], prompt.values[layer][None], mask, options))
             first += count
-        out, lse = (torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0] for pieces in zip(*parts, strict=True))
-        out, lse = out.view(num_kv, num_rows, group, -1), lse.view(num_kv, num_rows, group)
+        out = torch.cat([part for part, _ in parts], 2).view(num_kv, num_rows, group, width)
+        lse = torch.cat([part for _, part in parts], 2).view(num_kv, num_rows, group)
         return (out, lse) if step.inverse is None else (out[:, step.inverse], lse[:, step.inverse])
 
     def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:

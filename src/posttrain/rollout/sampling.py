@@ -39,9 +39,11 @@ def sample(
     if params.top_k or params.top_p < 1 or params.min_p > 0:
         probs_RV = cut(probs_RV, params)
     cdf_RV = probs_RV.cumsum(-1)
-    # The last entry is the total, which rounding leaves near 1; scaling by it keeps the inverse inside the vocabulary.
-    level_R1 = (uniform_R.to(cdf_RV.dtype) * cdf_RV[:, -1]).unsqueeze(-1)
-    ids_R = torch.searchsorted(cdf_RV, level_R1, right=True).squeeze(-1).clamp_max(logits_RV.shape[-1] - 1)
+    # The last entry is the total, which rounding leaves near 1. A level below it finds a token with probability; a
+    # uniform number next to 1 would round up to it.
+    total_R = cdf_RV[:, -1]
+    level_R = torch.minimum(uniform_R.to(cdf_RV.dtype) * total_R, torch.nextafter(total_R, torch.zeros_like(total_R)))
+    ids_R = torch.searchsorted(cdf_RV, level_R.unsqueeze(-1), right=True).squeeze(-1)
     return ids_R, _logp(logits_RV, ids_R)
 
 

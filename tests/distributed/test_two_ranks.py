@@ -1,0 +1,125 @@
+"""Two ranks under torchrun (gloo, FSDP2) take the steps of one process."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+LORA = {"adapter": "lora", "lora_r": 4}
+# One process sees per step what two ranks see together.
+QUICK = {"sft": ("sft", {"save_steps": 1})}
+MORE = {
+    "sft packed": ("sft", {"packing": True, "sequence_len": 64, "per_device_train_batch_size": 1}),
+    "sft with an adapter": ("sft", LORA),
+    "sft with experts": ("sft", {"architecture": "qwen3_moe"}),
+    "sft, rows that do not divide": ("sft", {"per_device_train_batch_size": 5, "max_steps": 6}),
+    "dpo": ("dpo", {}),
+    "dpo with an adapter": ("dpo", LORA),
+    "dpo with a frozen copy": ("dpo", {"precompute_ref_log_probs": False}),
+    "kto": ("dpo", {"loss_type": "kto", "data": "kto"}),
+    "grpo": ("grpo", {"eval": "dev-prompts", "eval_steps": 2}),
+    "grpo with kl": ("grpo", {"beta": 0.1, "num_iterations": 2}),
+    "grpo with an adapter": ("grpo", {**LORA, "beta": 0.1}),
+    "grpo, batches split over steps": ("grpo", {"num_prompts_per_step": 3, "steps_per_generation": 3}),
+    "grpo, refilled": ("grpo", {"dynamic_sampling": True, "reward_funcs": ["last_digit"], "num_prompts_per_step": 3}),
+    "grpo, one prompt": ("grpo", {"num_prompts_per_step": 1, "soft_overlong_cache": 3}),
+}
+GENTLE = {"learning_rate": 1e-4}
+
+
+def _options(rows, name, data_dir, ranks):
+    kind, options = rows[name]
+    options = {**GENTLE, **options}
+    architecture = options.pop("architecture", "llama")
+    for key, target in (("data", "datasets"), ("eval", "eval_datasets")):
+        if key in options:
+            options[target] = [{"path": str(data_dir / f"{options.pop(key)}.jsonl")}]
+    if kind != "grpo" and ranks == 1:
+        options["gradient_accumulation_steps"] = 2
+    return kind, architecture, options
+
+
+def _torchrun(runner, jobs):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", runner.__file__, json.dumps(jobs)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+def _job(rows, name, folder, runner, model_dir, data_dir, **extra):
+    kind, architecture, options = _options(rows, name, data_dir, ranks=2)
+    return {"kind": kind, "model": str(model_dir(architecture)), "data": str(data_dir), "folder": str(folder), "options": options, **extra}
+
+
+def _alone(rows, name, folder, runner, model_dir, data_dir):
+    kind, architecture, options = _options(rows, name, data_dir, ranks=1)
+    runner.run_stage(kind, folder, runner.keys_of(kind, model_dir(architecture), data_dir, **options))
+    return folder
+
+
+def _same(runner, one, two):
+    mine, theirs = runner.rows(one), runner.rows(two)
+    assert [row.keys() for row in mine] == [row.keys() for row in theirs]
+    for a, b in zip(mine, theirs, strict=True):
+        assert a == pytest.approx(b, abs=1e-5, rel=1e-4), a["step"]
+    expected, found = runner.weights(one), runner.weights(two)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).abs().max() < 2e-5, name
+
+
+@pytest.fixture(scope="module")
+def quick(runner, model_dir, data_dir, tmp_path_factory):
+    """SFT straight, and SFT stopped after two steps, both on two ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    jobs = [
+        _job(QUICK, "sft", folder / "straight", runner, model_dir, data_dir),
+        _job(QUICK, "sft", folder / "stopped", runner, model_dir, data_dir, stop_after=2),
+    ]
+    _torchrun(runner, jobs)
+    return folder
+
+
+def test_sft_on_two_ranks_is_sft_on_one(quick, runner, model_dir, data_dir, tmp_path):
+    _same(runner, _alone(QUICK, "sft", tmp_path / "one", runner, model_dir, data_dir), quick / "straight")
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_with_one(quick, runner, model_dir, data_dir):
+    """The restored weights are bitwise those of the checkpoint, and later losses agree."""
+    before = sorted((quick / "stopped/checkpoints").glob("step-*"))[-1]
+    assert before.name == "step-00000002"
+    _alone(QUICK, "sft", quick / "stopped", runner, model_dir, data_dir)
+    _same(runner, quick / "stopped", quick / "straight")
+
+
+@pytest.fixture(scope="module")
+def many(runner, model_dir, data_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    jobs = [_job(MORE, name, folder / str(i), runner, model_dir, data_dir) for i, name in enumerate(MORE)]
+    _torchrun(runner, jobs)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_two_ranks_take_the_steps_of_one(name, many, runner, model_dir, data_dir, tmp_path):
+    one = _alone(MORE, name, tmp_path / "one", runner, model_dir, data_dir)
+    _same(runner, one, many / str(list(MORE).index(name)))
+
+
+RESUMED = {"grpo": ("grpo", {"num_iterations": 2}), "dpo": ("dpo", LORA)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RESUMED)
+def test_two_ranks_stop_and_go_on_bit_by_bit(name, runner, model_dir, data_dir, tmp_path):
+    def job(folder, **extra):
+        return _job(RESUMED, name, tmp_path / folder, runner, model_dir, data_dir, **extra)
+
+    _torchrun(runner, [job("straight"), job("stopped", stop_after=2), job("stopped"), job("one", stop_after=2)])
+    assert runner.rows(tmp_path / "stopped") == runner.rows(tmp_path / "straight")
+    for key, tensor in runner.weights(tmp_path / "straight").items():
+        assert torch.equal(runner.weights(tmp_path / "stopped")[key], tensor), key
+    _alone(RESUMED, name, tmp_path / "one", runner, model_dir, data_dir)
+    _same(runner, tmp_path / "one", tmp_path / "straight")

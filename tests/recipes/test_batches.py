@@ -1,0 +1,69 @@
+import pytest
+
+from posttrain.config.stages import SFTKeys
+from posttrain.data.dataset import Dataset, DataSummary
+from posttrain.distributed.topology import SingleProcess
+from posttrain.recipes.batches import Schedule, fill_by_tokens, flat, for_rank
+
+
+class Rank:
+    """Stands where a rank stands: enough of a topology to deal rows."""
+
+    def __init__(self, rank, world_size):
+        self.rank, self.world_size = rank, world_size
+
+    def shard(self, items):
+        return list(items[self.rank :: self.world_size])
+
+
+def schedule(rows, topology=None, **options):
+    keys = SFTKeys(base_model="m", datasets=[{"path": "x.jsonl"}], **{"per_device_train_batch_size": 2, **options})
+    data = Dataset(rows, DataSummary((), ""), "", (len(rows),), (None,))
+    return Schedule.of(data, keys, topology or SingleProcess(), size=lambda row: row), keys
+
+
+def test_every_row_once_an_epoch_and_the_last_step_may_be_short():
+    made, keys = schedule(list(range(1, 8)), gradient_accumulation_steps=2, num_train_epochs=3)
+    assert made.total_steps(keys) == 6
+    for epoch in range(3):
+        steps = [made.step(2 * epoch), made.step(2 * epoch + 1)]
+        assert [len(s) for s in steps] == [2, 2]
+        assert sorted(flat(steps[0]) + flat(steps[1])) == list(range(1, 8))
+    assert flat(made.step(0)) != flat(made.step(2))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_any_step_can_be_asked_for_in_any_order(packing):
+    """A resumed run asks for a late epoch first; what a step holds does not depend on what was asked before."""
+    options = {"packing": packing, "sequence_len": 8}
+    forward, _ = schedule(list(range(1, 8)), **options)
+    expected = [forward.step(number) for number in range(30)]
+    backward, _ = schedule(list(range(1, 8)), **options)
+    assert [backward.step(number) for number in reversed(range(30))] == expected[::-1]
+
+
+def test_part_of_an_epoch_and_the_epoch_that_is_logged():
+    made, keys = schedule(list(range(1, 9)), num_train_epochs=1.5)
+    assert made.total_steps(keys) == 6
+    assert [made.epoch_after(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.25]
+
+
+def test_filling_by_tokens_splits_and_drops_nothing():
+    sizes = [5, 4, 1, 9, 3, 3, 3, 3]
+    filled = fill_by_tokens(range(8), sizes.__getitem__, 10)
+    assert filled == [[0, 1, 2], [3], [4, 5, 6], [7]]
+
+
+@pytest.mark.parametrize("num_micros", [1, 2, 3, 4])
+def test_ranks_get_as_many_micro_batches_and_together_every_row_once(num_micros):
+    micros = [[2 * i, 2 * i + 1] for i in range(num_micros)]
+    dealt = [for_rank(micros, Rank(rank, 2)) for rank in range(2)]
+    assert len(dealt[0]) == len(dealt[1])
+    rows = [row for mine in dealt for micro in mine if not micro.idle for row in micro.rows]
+    assert sorted(rows) == flat(micros)
+
+
+def test_two_ranks_take_the_steps_of_one_process_with_twice_the_accumulation():
+    two, _ = schedule(list(range(1, 17)), Rank(0, 2))
+    one, _ = schedule(list(range(1, 17)), gradient_accumulation_steps=2)
+    assert [two.step(n) for n in range(4)] == [one.step(n) for n in range(4)]

@@ -1,0 +1,213 @@
+"""Each loop end to end on a tiny model, and what must not change its numbers."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from posttrain.errors import TrainingError
+
+ATOL = 1e-6
+
+
+def close(a, b, atol=ATOL):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] - b[name]).abs().max() <= atol, name
+
+
+@pytest.fixture
+def kto(data_dir):
+    return {"loss_type": "kto", "datasets": [{"path": str(data_dir / "kto.jsonl")}]}
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "qwen3_moe", "mamba"])
+def test_sft_lowers_the_loss_and_its_model_loads(architecture, train, runner):
+    folder = train("sft", architecture=architecture)
+    losses = runner.losses(folder)
+    assert losses[-1] < losses[0] - 0.5
+    AutoModelForCausalLM.from_pretrained(folder / "model")
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["kind"], result["steps"]) == ("sft", 4)
+    assert ("aux_loss" in runner.rows(folder)[0]) == (architecture == "qwen3_moe")
+
+
+@pytest.mark.parametrize(("kind", "options"), [("sft", {}), ("sft", {"loss_type": "dft"}), ("dpo", {}), ("dpo", {"loss_type": "sppo_hard", "rpo_alpha": 0.5}), ("kto", {})])
+def test_eight_rows_at_once_equal_eight_times_one(kind, options, train, runner, kto):
+    if kind == "kto":
+        kind, options = "dpo", kto
+    whole = train(kind, name="whole", per_device_train_batch_size=8, learning_rate=1e-4, **options)
+    split = train(kind, name="split", per_device_train_batch_size=1, gradient_accumulation_steps=8, learning_rate=1e-4, **options)
+    assert runner.losses(split) == pytest.approx(runner.losses(whole), abs=ATOL, rel=ATOL)
+    close(runner.weights(split), runner.weights(whole), atol=2e-6)
+
+
+def test_packing_changes_no_loss_per_token(train, runner):
+    """All twelve rows in one step, as rows and as one packed micro-batch."""
+    rows = train("sft", name="rows", per_device_train_batch_size=12, max_steps=2, learning_rate=1e-4)
+    packed = train("sft", name="packed", per_device_train_batch_size=12, max_steps=2, packing=True, learning_rate=1e-4)
+    assert runner.losses(packed) == pytest.approx(runner.losses(rows), abs=ATOL)
+    close(runner.weights(packed), runner.weights(rows), atol=2e-6)
+
+
+def test_many_epochs(train, runner):
+    folder = train("sft", max_steps=-1, num_train_epochs=4.5, packing=True)
+    epochs = [row["epoch"] for row in runner.rows(folder)]
+    assert epochs == sorted(epochs)
+    assert epochs[-1] == pytest.approx(4.5, abs=0.5)
+    assert len(epochs) == json.loads((folder / "result.json").read_text())["steps"]
+
+
+def test_the_first_step_of_dpo_is_ln_2_and_the_margin_grows(train, runner):
+    rows = runner.rows(train("dpo"))
+    assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert rows[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-4)
+    assert rows[-1]["rewards/margins"] > 0.5
+    assert rows[-1]["rewards/accuracies"] == 1.0
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_type": "ipo"}])
+def test_a_precomputed_reference_equals_a_live_one(options, train, runner):
+    kept, live = (
+        train("dpo", name=str(on), precompute_ref_log_probs=on, learning_rate=1e-4, **options) for on in (True, False)
+    )
+    assert runner.losses(kept) == pytest.approx(runner.losses(live), abs=ATOL)
+    close(runner.weights(kept), runner.weights(live), atol=2e-6)
+
+
+def test_the_adapter_reference_equals_a_precomputed_one(train, runner):
+    kept, live = (
+        train("dpo", name=str(on), adapter="lora", lora_r=4, precompute_ref_log_probs=on) for on in (True, False)
+    )
+    assert runner.losses(kept) == pytest.approx(runner.losses(live), abs=1e-5)
+
+
+def test_kto_starts_at_one_half(train, runner, kto):
+    rows = runner.rows(train("dpo", **kto))
+    assert rows[0]["loss"] == pytest.approx(0.5, abs=1e-6)
+    assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-5)
+
+
+GRPO = {
+    "plain": {},
+    "kl": {"beta": 0.1},
+    "kl in reward": {"beta": 0.1, "kl_in_reward": True},
+    "two iterations": {"num_iterations": 2},
+    "two steps a generation": {"steps_per_generation": 2},
+    "masked": {"mask_truncated_completions": True},
+    "gspo": {"loss_type": "gspo", "num_iterations": 2},
+    "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    "corrected": {"importance_sampling_correction": "token_truncate"},
+    "adapter": {"adapter": "lora", "lora_r": 4, "beta": 0.1},
+    "overlong": {"soft_overlong_cache": 3},
+    "two rewards": {"reward_funcs": ["spread", "constant"], "multi_objective_aggregation": "normalize_then_sum"},
+    "entropy": {"entropy_coef": 0.01},
+    "one by one": {"architecture": "mamba"},
+}
+
+
+@pytest.mark.parametrize("variant", GRPO)
+def test_grpo_runs_and_starts_on_policy(variant, train, runner):
+    folder = train("grpo", max_steps=3, **GRPO[variant])
+    rows = runner.rows(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert {"reward", "reward_std", "frac_reward_zero_std", "completions/mean_length"} <= rows[0].keys()
+    assert any(row.get("grad_norm", 0.0) > 0 for row in rows) or variant == "masked"
+    if "importance_ratio/mean" in rows[0]:
+        assert rows[0]["importance_ratio/mean"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_grpo_moves_off_policy_only_in_later_steps_of_a_batch(train, runner):
+    rows = runner.rows(train("grpo", num_iterations=2, learning_rate=1e-2))
+    assert rows[0]["importance_ratio/mean"] == pytest.approx(1.0, abs=1e-4)
+    assert abs(rows[1]["importance_ratio/mean"] - 1.0) > 1e-3
+    assert rows[2]["importance_ratio/mean"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_grpo_does_not_depend_on_its_micro_batches(train, runner):
+    options = {"num_prompts_per_step": 4, "learning_rate": 1e-4, "max_steps": 2}
+    whole, split = (train("grpo", name=str(n), per_device_train_batch_size=n, **options) for n in (16, 4))
+    assert runner.losses(split) == pytest.approx(runner.losses(whole), abs=ATOL)
+    close(runner.weights(split), runner.weights(whole), atol=5e-6)
+
+
+def test_groups_without_spread_weigh_nothing_and_count(train, runner, monkeypatch):
+    """Leaving them out gives the gradient of keeping them in."""
+    from posttrain.recipes import policy
+
+    options = {"reward_funcs": ["last_digit"], "num_prompts_per_step": 4, "learning_rate": 1e-4, "max_steps": 3}
+    skipped = train("grpo", name="skipped", **options)
+    monkeypatch.setattr(policy, "_micro_batches", lambda groups, keys, topology: [policy.MicroBatch([g]) for g in groups])
+    kept = train("grpo", name="kept", **options)
+    shares = [row["frac_reward_zero_std"] for row in runner.rows(skipped)]
+    assert any(0 < share < 1 for share in shares), shares
+    assert runner.losses(skipped) == pytest.approx(runner.losses(kept), abs=ATOL)
+    close(runner.weights(skipped), runner.weights(kept), atol=2e-6)
+
+
+def test_a_step_without_any_spread_moves_nothing(train, runner, model_dir):
+    from safetensors.torch import load_file
+
+    folder = train("grpo", reward_funcs=["constant"], max_steps=2)
+    assert [row["frac_reward_zero_std"] for row in runner.rows(folder)] == [1.0, 1.0]
+    before = load_file(model_dir("qwen3") / "model.safetensors")
+    close({k: v for k, v in runner.weights(folder).items() if k in before}, before, atol=0)
+
+
+def test_dynamic_sampling_replaces_groups_without_spread(train, runner):
+    rows = runner.rows(train("grpo", reward_funcs=["last_digit"], dynamic_sampling=True, num_prompts_per_step=3, max_steps=3))
+    assert all(row["frac_reward_zero_std"] == 0.0 for row in rows)
+    assert max(row["sampling/rounds"] for row in rows) > 1
+    flat = runner.rows(train("grpo", reward_funcs=["constant"], dynamic_sampling=True, dynamic_sampling_max_rounds=2, max_steps=1))
+    assert flat[0]["sampling/rounds"] == 2
+    assert flat[0]["frac_reward_zero_std"] == 1.0
+
+
+def test_a_loss_that_is_not_finite_stops_and_saves_nothing_over_the_good_checkpoint(train, tmp_path, monkeypatch):
+    from posttrain.checkpoint.store import CheckpointStore
+    from posttrain.recipes import sft
+
+    original, calls = sft.loss, []
+
+    def poisoned(*args):
+        calls.append(1)
+        terms = original(*args)
+        if len(calls) < 3:
+            return terms
+        metrics = {name: type(ratio)(float("nan"), ratio.den) for name, ratio in terms.metrics.items()}
+        return type(terms)(terms.loss * torch.nan, metrics)
+
+    monkeypatch.setattr(sft, "loss", poisoned)
+    with pytest.raises(TrainingError, match="step 3: the loss is nan; training stops here"):
+        train("sft", name="poisoned", save_steps=1)
+    assert CheckpointStore(tmp_path / "poisoned/checkpoints").newest_valid().step == 2
+    assert not (tmp_path / "poisoned/model").exists()
+    monkeypatch.setattr(sft, "loss", original)
+    train("sft", name="poisoned", save_steps=1)
+    assert (tmp_path / "poisoned/result.json").exists()
+
+
+def test_the_best_checkpoint_is_what_a_stage_ends_with(train, runner, data_dir, tmp_path):
+    dev = {"eval_datasets": [{"path": str(data_dir / "dev-sft.jsonl")}], "eval_steps": 1, "learning_rate": 0.5, "max_steps": 6}
+    folder = train("sft", name="best", load_best_model_at_end=True, save_total_limit=1, **dev)
+    scores = {row["step"]: row["eval_loss"] for row in runner.rows(folder)}
+    best = min(scores, key=scores.get)
+    assert best != 6, "raise learning_rate: the last step must not be the best for this test to say something"
+    kept = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+    assert f"step-{best:08d}" in kept
+    stopped = train("sft", name="stopped", **{**dev, "max_steps": 6}, stop_after=best)
+    from safetensors.torch import load_file
+
+    expected = load_file(stopped / f"checkpoints/step-{best:08d}/weights.safetensors")
+    close({k: v for k, v in runner.weights(folder).items() if k in expected}, expected, atol=0)
+
+
+def test_validation_of_every_kind(train, runner, data_dir, kto):
+    def last(kind, file, **options):
+        return runner.rows(train(kind, max_steps=2, eval_steps=2, eval_datasets=[{"path": str(data_dir / file)}], **options))[-1]
+
+    assert last("sft", "dev-sft.jsonl")["eval_loss"] > 0
+    assert 0 <= last("dpo", "dev-pairs.jsonl")["eval_rewards/accuracies"] <= 1
+    assert last("dpo", "dev-kto.jsonl", **kto)["eval_loss"] > 0
+    assert 0 <= last("grpo", "dev-prompts.jsonl")["eval_reward"] <= 1

@@ -1,0 +1,40 @@
+import pytest
+import torch
+from transformers import get_scheduler
+
+from posttrain.config.stages import SFTKeys
+from posttrain.recipes.optim import learning_rate
+
+
+def keys(**options):
+    return SFTKeys(base_model="m", datasets=[{"path": "x.jsonl"}], learning_rate=1e-3, **options)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("cosine", "cosine"), ("linear", "linear"), ("constant", "constant_with_warmup")])
+@pytest.mark.parametrize(("warmup", "total"), [(0, 7), (3, 10), (10, 10)])
+def test_schedules_are_those_of_transformers(ours, theirs, warmup, total):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    scheduler = get_scheduler(theirs, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    for step in range(total):
+        found = learning_rate(step, total, keys(lr_scheduler_type=ours, warmup_steps=warmup))
+        assert found == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_wsd_holds_and_decays_over_the_last_fifth():
+    rates = [learning_rate(step, 10, keys(lr_scheduler_type="wsd")) for step in range(10)]
+    assert rates[:9] == pytest.approx([1e-3] * 9)
+    assert rates[9] == pytest.approx(0.5e-3)
+
+
+def test_a_ratio_of_warmup_rounds_up_and_a_floor_is_kept():
+    assert learning_rate(0, 10, keys(warmup_ratio=0.25)) == 0.0
+    assert learning_rate(3, 10, keys(warmup_ratio=0.25)) == 1e-3
+    end = learning_rate(1000, 1000, keys(min_lr_ratio=0.1))
+    assert end == pytest.approx(1e-4)
+
+
+def test_weight_decay_is_on_matrices_only_and_8_bit_adam_trains(train, runner):
+    plain, eight = (train("sft", name=optim, optim=optim, weight_decay=0.1) for optim in ("adamw", "adamw_8bit"))
+    assert runner.losses(eight) == pytest.approx(runner.losses(plain), rel=0.05)

@@ -1,0 +1,159 @@
+"""What every engine must do. An engine is one row of `ENGINES`."""
+
+import pytest
+import torch
+
+from posttrain.errors import EngineError
+from posttrain.protocols import Engine
+from posttrain.rollout.embedded import EmbeddedEngine
+from posttrain.types import Request, SamplingParams
+
+ENGINES = {
+    "ragged": "qwen3",
+    "ragged with windows": "mistral",
+    "ragged with windows and soft caps": "gemma2",
+    "ragged with experts": "qwen3_moe",
+    "one by one": "mamba",
+    "one by one with sinks": "gpt_oss",
+}
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request, shared_policy):
+    return EmbeddedEngine(shared_policy(ENGINES[request.param]), stop_token_ids=(), batch_size=3)
+
+
+PROMPTS = [(5, 9, 40, 41, 42), (7,), tuple(range(60, 73)), (5, 9, 40, 41, 43)]
+
+
+def ask(seeds=(0, 1), prompts=PROMPTS):
+    return [Request(prompt, seed) for prompt in prompts for seed in seeds]
+
+
+def test_it_is_an_engine(engine):
+    assert isinstance(engine, Engine)
+
+
+def test_one_completion_per_request_in_order(engine):
+    params = SamplingParams(max_tokens=5)
+    requests = ask()
+    together = engine.generate(requests, params)
+    assert len(together) == len(requests)
+    for request, completion in zip(requests, together, strict=True):
+        [alone] = engine.generate([request], params)
+        assert alone.ids == completion.ids
+        assert alone.logp == pytest.approx(completion.logp, abs=1e-5)
+
+
+def test_a_completion_does_not_depend_on_its_company(engine):
+    params = SamplingParams(max_tokens=6, temperature=0.8, top_p=0.95)
+    requests = ask(seeds=(3,))
+    forward = engine.generate(requests, params)
+    backward = engine.generate(requests[::-1], params)[::-1]
+    for a, b in zip(forward, backward, strict=True):
+        assert a.ids == b.ids
+        assert a.logp == pytest.approx(b.logp, abs=1e-5)
+
+
+def test_seeds_decide_and_differ(engine):
+    params = SamplingParams(max_tokens=6)
+    requests = [Request(PROMPTS[0], seed) for seed in range(6)]
+    first, second = engine.generate(requests, params), engine.generate(requests, params)
+    assert [c.ids for c in first] == [c.ids for c in second]
+    assert len({c.ids for c in first}) > 3
+
+
+def test_greedy_takes_the_most_likely_token_of_a_single_run(engine, shared_policy):
+    policy = engine._policy
+    [completion] = engine.generate([Request(PROMPTS[2], 0)], SamplingParams(max_tokens=8, temperature=0.0))
+    ids = list(PROMPTS[2])
+    for token in completion.ids:
+        with torch.no_grad():
+            logits = policy.base(torch.tensor([ids]), use_cache=False, logits_to_keep=1).logits[0, -1]
+        assert logits[token] >= logits.max() - 1e-4
+        ids.append(token)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_are_those_of_score(engine, temperature):
+    params = SamplingParams(max_tokens=9, temperature=temperature, top_k=20, top_p=0.9, min_p=0.01)
+    requests = ask(seeds=(4,))
+    completions = engine.generate(requests, params)
+    sequences = [(r.prompt_ids + c.ids, len(r.prompt_ids)) for r, c in zip(requests, completions, strict=True)]
+    for completion, scored in zip(completions, engine.score(sequences, temperature), strict=True):
+        assert completion.logp == pytest.approx(scored, abs=2e-4)
+        assert max(completion.logp) < 0
+
+
+def test_a_stop_token_ends_and_is_kept(engine):
+    params = SamplingParams(max_tokens=8)
+    [free] = engine.generate([Request(PROMPTS[0], 1)], params)
+    stop = free.ids[3]
+    [stopped] = engine.generate([Request(PROMPTS[0], 1)], SamplingParams(max_tokens=8, stop_token_ids=(stop,)))
+    assert stopped.ids == free.ids[: free.ids.index(stop) + 1]
+    assert stopped.finish == "stop"
+    assert len(stopped.logp) == len(stopped.ids)
+
+
+def test_the_engines_own_stop_tokens_end_too(engine):
+    [free] = engine.generate([Request(PROMPTS[0], 1)], SamplingParams(max_tokens=8))
+    stopping = EmbeddedEngine(engine._policy, stop_token_ids=(free.ids[2],))
+    [stopped] = stopping.generate([Request(PROMPTS[0], 1)], SamplingParams(max_tokens=8))
+    assert stopped.ids == free.ids[: free.ids.index(free.ids[2]) + 1]
+
+
+def test_a_stop_test_sees_what_was_sampled(engine):
+    seen = []
+
+    def third(ids):
+        seen.append(tuple(ids))
+        return len(ids) == 3
+
+    [completion] = engine.generate([Request(PROMPTS[0], 1)], SamplingParams(max_tokens=8), third)
+    assert (len(completion.ids), completion.finish) == (3, "stop")
+    assert seen == [completion.ids[:n] for n in (1, 2, 3)]
+
+
+def test_max_tokens_ends_with_length(engine):
+    for completion in engine.generate(ask(), SamplingParams(max_tokens=1)):
+        assert (len(completion.ids), completion.finish) == (1, "length")
+
+
+def test_rows_of_different_lengths_leave_and_others_take_their_places(engine):
+    """More requests than places, ending at different times by a stop test on their content."""
+    params, requests = SamplingParams(max_tokens=12), ask(seeds=range(3))
+
+    def ends(ids):
+        return ids[-1] % 4 == 0
+
+    together = engine.generate(requests, params, ends)
+    assert len({len(c.ids) for c in together}) > 2
+    for request, completion in zip(requests, together, strict=True):
+        [alone] = engine.generate([request], params, ends)
+        assert alone.ids == completion.ids
+
+
+def test_an_empty_prompt_is_an_error_that_names_it(engine):
+    with pytest.raises(EngineError, match="request 1 has an empty prompt"):
+        engine.generate([Request((5,), 0), Request((), 0)], SamplingParams(max_tokens=2))
+
+
+def test_no_requests_no_completions(engine):
+    assert engine.generate([], SamplingParams(max_tokens=2)) == []
+
+
+def test_a_sync_sets_the_version_that_completions_carry(engine):
+    engine.sync(7)
+    assert engine.policy_version == 7
+    [completion] = engine.generate([Request((5,), 0)], SamplingParams(max_tokens=1))
+    assert completion.policy_version == 7
+
+
+def test_scores_of_part_of_a_sequence(engine):
+    ids = PROMPTS[2]
+    [whole], [part] = engine.score([(ids, 1)]), engine.score([(ids, 9)])
+    assert len(whole) == len(ids) - 1
+    assert part == pytest.approx(whole[8:], abs=1e-5)
+    for start in (0, len(ids) + 1):
+        with pytest.raises(EngineError, match=f"start={start} of a sequence of {len(ids)} tokens"):
+            engine.score([(ids, start)])

@@ -1,0 +1,112 @@
+import pytest
+import torch
+
+from posttrain.config.stages import SFTKeys
+from posttrain.errors import EngineError
+from posttrain.models.load import load_policy
+from posttrain.rollout.embedded import EmbeddedEngine
+from posttrain.types import Request, SamplingParams
+
+
+def test_the_prompt_of_a_group_is_prefilled_once(shared_policy, monkeypatch):
+    policy = shared_policy("qwen3")
+    lengths = []
+    original = policy.model.forward
+    monkeypatch.setattr(
+        policy.model, "forward", lambda **o: lengths.append((o["input_ids"].shape[1], "layout" in o)) or original(**o)
+    )
+    prompt = tuple(range(40, 60))
+    engine = EmbeddedEngine(policy, stop_token_ids=(), batch_size=3)
+    engine.generate([Request(prompt, seed) for seed in range(6)], SamplingParams(max_tokens=3))
+    assert [length for length, prefill in lengths if prefill] == [len(prompt)]
+    # Six completions of two further tokens each, three at a time.
+    assert [length for length, prefill in lengths if not prefill] == [3] * 4
+
+
+def test_more_completions_than_places_start_one_by_one_as_places_fall_free(shared_policy):
+    engine = EmbeddedEngine(shared_policy("qwen3"), stop_token_ids=(), batch_size=2)
+    prompts = [(5, 6, 7), (8,), (5, 6, 7), tuple(range(30, 42))]
+    requests = [Request(prompts[i % 4], i) for i in range(9)]
+    wide = EmbeddedEngine(shared_policy("qwen3"), stop_token_ids=(), batch_size=64)
+    params = SamplingParams(max_tokens=70)
+    assert [c.ids for c in engine.generate(requests, params)] == [c.ids for c in wide.generate(requests, params)]
+
+
+def test_generating_leaves_the_mode_of_the_model_and_no_gradient(shared_policy):
+    policy = shared_policy("qwen3")
+    engine = EmbeddedEngine(policy, stop_token_ids=())
+    for mode in (True, False):
+        policy.model.train(mode)
+        engine.generate([Request((5,), 0)], SamplingParams(max_tokens=2))
+        assert policy.model.training is mode
+    assert all(p.grad is None for p in policy.model.parameters())
+
+
+def _own_policy(model_dir, **options):
+    return load_policy(SFTKeys(base_model=str(model_dir("qwen3")), datasets=[{"path": "unused.jsonl"}], **options))
+
+
+def test_dropout_is_off_while_sampling(model_dir):
+    policy = _own_policy(model_dir, adapter="lora", lora_dropout=0.5, lora_r=4)
+    with torch.no_grad():
+        for _, parameter in policy.trainable():
+            parameter.normal_(std=0.1)
+    policy.model.train()
+    engine = EmbeddedEngine(policy, stop_token_ids=())
+    requests = [Request((5, 6, 7), seed) for seed in range(3)]
+    first, second = (engine.generate(requests, SamplingParams(max_tokens=6)) for _ in range(2))
+    assert first == second
+    policy.model.eval()
+    for completion, scored in zip(first, engine.score([((5, 6, 7, *c.ids), 3) for c in first]), strict=True):
+        assert completion.logp == pytest.approx(scored, abs=2e-4)
+
+
+def test_sampling_follows_the_weights_as_they_change(model_dir):
+    policy = _own_policy(model_dir)
+    engine = EmbeddedEngine(policy, stop_token_ids=())
+    [before] = engine.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=6))
+    with torch.no_grad():
+        for _, parameter in policy.trainable():
+            parameter.mul_(1.1)
+    engine.sync(1)
+    [after] = engine.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=6))
+    assert before.logp != after.logp
+    assert after.logp == pytest.approx(engine.score([((5, 6, 7, *after.ids), 3)])[0], abs=2e-4)
+
+
+def test_the_canary_sees_weights_that_scoring_does_not_use(model_dir, monkeypatch):
+    """Decoding runs through the model, scoring through its parts: tamper with what only one of them computes with."""
+    policy = _own_policy(model_dir)
+    engine = EmbeddedEngine(policy, stop_token_ids=())
+    engine.sync(1)
+    original = policy.model.forward
+
+    def stale(**options):
+        output = original(**options)
+        output.logits = output.logits * 1.2
+        return output
+
+    monkeypatch.setattr(policy.model, "forward", stale)
+    with pytest.raises(EngineError, match=r"after the sync to policy version 2 .* it decodes with other weights"):
+        engine.sync(2)
+
+
+def test_a_copy_is_refreshed_at_every_sync(model_dir):
+    policy, calls = _own_policy(model_dir), []
+    engine = EmbeddedEngine(policy, stop_token_ids=(), refresh=lambda: calls.append(engine.policy_version))
+    engine.sync(1)
+    engine.sync(2)
+    assert calls == [0, 1]
+
+
+def test_bf16_decoding_agrees_with_bf16_scoring(model_dir):
+    engine = EmbeddedEngine(_own_policy(model_dir, bf16=True), stop_token_ids=())
+    engine.sync(1)
+    [completion] = engine.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=12))
+    assert completion.logp == pytest.approx(engine.score([((5, 6, 7, *completion.ids), 3)])[0], abs=0.2)
+
+
+def test_a_quantised_policy_with_an_adapter_samples_what_it_scores(model_dir):
+    engine = EmbeddedEngine(_own_policy(model_dir, adapter="qlora", load_in_4bit=True, lora_r=4), stop_token_ids=())
+    [completion] = engine.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=12))
+    assert completion.logp == pytest.approx(engine.score([((5, 6, 7, *completion.ids), 3)])[0], abs=2e-3)
