@@ -14,7 +14,16 @@ def dpo(**keys):
 
 def grpo(**keys):
     values = {"datasets": [{"path": "prompts.jsonl"}], "reward_funcs": ["rewards.py:spread"], "reward_check": "off"}
-    return {"grpo": {**values, "max_steps": 1, "num_generations": 2, "num_prompts_per_step": 1, "max_completion_length": 4, **keys}}
+    return {
+        "grpo": {
+            **values,
+            "max_steps": 1,
+            "num_generations": 2,
+            "num_prompts_per_step": 1,
+            "max_completion_length": 4,
+            **keys,
+        }
+    }
 
 
 def sft(**keys):
@@ -41,7 +50,9 @@ def test_preferences_and_rl_do_not_start_on_a_raw_base(raw_base, stage):
     with pytest.raises(ConfigError) as refusal:
         run.run()
     kind = next(iter(stage))
-    assert str(refusal.value).startswith(f"{kind} would start on a raw base: {run.values['base_model']} has no chat template")
+    assert str(refusal.value).startswith(
+        f"{kind} would start on a raw base: {run.values['base_model']} has no chat template"
+    )
     assert "put an sft stage first, or set allow_raw_base: true" in str(refusal.value)
     assert not run.out.joinpath("stages").exists()
 
@@ -63,7 +74,9 @@ def test_allow_raw_base_may_stand_at_the_top(raw_base):
 def test_a_template_without_our_record_is_taken_as_tuned_with_a_warning(project, caplog):
     with caplog.at_level(logging.WARNING, "posttrain"):
         project([dpo()], evals={}).run()
-    assert any("has a chat template but no record of ours; taken as tuned, dpo starts on it" in m for m in caplog.messages)
+    assert any(
+        "has a chat template but no record of ours; taken as tuned, dpo starts on it" in m for m in caplog.messages
+    )
 
 
 def test_a_model_of_ours_needs_no_warning(finished, make_project, tmp_path, caplog):
@@ -123,7 +136,9 @@ def test_a_hub_that_is_not_reachable_is_said_in_one_line(project, monkeypatch, c
     run = project([sft()], base_model="nobody/no-such-model-8B")
     assert run.command() == 64
     error = capsys.readouterr().err.strip().splitlines()
-    assert error[-1].startswith("error: base_model: nobody/no-such-model-8B is not a local folder and could not be fetched")
+    assert error[-1].startswith(
+        "error: base_model: nobody/no-such-model-8B is not a local folder and could not be fetched"
+    )
     assert "give a local folder, or connect to the hub" in error[-1]
     assert not (run.out / "evals").exists()
 

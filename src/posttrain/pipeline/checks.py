@@ -9,7 +9,7 @@ from pathlib import Path
 from posttrain.config.pipeline import GateKeys, PipelineKeys, SuiteKeys
 from posttrain.config.stages import TrainKeys
 from posttrain.data.lint import lint_stage
-from posttrain.data.load import LOADERS, kind_of
+from posttrain.data.load import LOADERS, kind_of, read_nouns
 from posttrain.errors import ConfigError
 from posttrain.evals.suite import Suite, load_suite
 from posttrain.gate.decide import plan
@@ -33,6 +33,9 @@ def check_all(keys: PipelineKeys) -> dict[str, tuple[Suite, SuiteKeys]]:
         raise ConfigError(
             "gate: the last stage has a gate of its own, so two verdicts would stand after it; keep one of them"
         )
+    for stage in keys.stages:
+        for sources in filter(None, (stage.keys.datasets, stage.keys.eval_datasets)):
+            read_nouns(sources, kind_of(stage.keys))
     suites = {name: (load_suite(name, Path(suite.path)), suite) for name, suite in keys.evals.items()}
     for gate in gates_of(keys):
         for line in plan_gate(gate, suites):

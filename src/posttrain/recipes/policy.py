@@ -57,15 +57,15 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     steps_per_batch = keys.steps_per_generation * keys.num_iterations
     total_steps = _total_steps(keys, len(data))
     progress = stage.resume(policy, optimizer, total_steps)
-    experience = _buffered(progress, topology)
+    experience = _buffered(progress)
 
     with RewardPool(
         keys.reward_funcs, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s
     ) as rewards:
         score = partial(_scored, rewards)
-        collector = Collector(keys, policy, engine, score, topology, PromptStream(data, keys.seed))
+        collector = Collector(keys, engine.policy, engine, score, topology, PromptStream(data, keys.seed))
         validation = Validation(
-            stage, partial(_validate, engine, score, held_out, keys, policy), lambda metrics: metrics["eval_reward"]
+            stage, partial(_validate, engine, score, held_out, keys, progress), lambda metrics: metrics["eval_reward"]
         )
 
         for step in range(progress.step, total_steps):
@@ -95,7 +95,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
             values |= {"learning_rate": lr} | _update(policy, optimizer, topology, keys, lr, step + 1)
 
             progress.step, progress.tokens = step + 1, progress.tokens + int(norm.tokens)
-            progress.capture = partial(_captured, experience, topology)
+            progress.capture = partial(_captured, experience)
             values |= stage.times(rollout_s=collector.wall_s if fresh else 0.0)
             values |= validation.if_due(progress.step, total_steps)
             best = validation.best_score(progress.step)
@@ -201,20 +201,14 @@ def _total_steps(keys: GRPOKeys, num_prompts: int) -> int:
     return batches * keys.steps_per_generation * keys.num_iterations
 
 
-def _captured(experience: Experience, topology: Topology) -> dict[str, Any]:
-    return {"experience": topology.gather(experience.to_json())}
+def _captured(experience: Experience) -> dict[str, Any]:
+    return {"experience": experience.to_json()}
 
 
-def _buffered(progress: Progress, topology: Topology) -> Experience | None:
-    """The generation batch a checkpoint was taken in. Saved by another number of ranks, its groups are dealt anew."""
+def _buffered(progress: Progress) -> Experience | None:
+    """The generation batch a checkpoint was taken in; it holds the groups of all ranks, however many there were."""
     saved = progress.extra.get("experience")
-    if not saved:
-        return None
-    ranks = [Experience.from_json(record) for record in saved]
-    if len(ranks) == topology.world_size:
-        return ranks[topology.rank]
-    groups = tuple(topology.shard([group for rank in ranks for group in rank.groups]))
-    return Experience(ranks[0].generation, ranks[0].next_prompt, groups, ranks[0].metrics)
+    return Experience.from_json(saved) if saved else None
 
 
 def _scored(
@@ -228,13 +222,15 @@ def _scored(
 
 @torch.no_grad()
 def _validate(
-    engine: Engine, score: ScoreRewards, rows: Dataset[PromptRow] | None, keys: GRPOKeys, policy: Policy
+    engine: EmbeddedEngine, score: ScoreRewards, rows: Dataset[PromptRow] | None, keys: GRPOKeys, progress: Progress
 ) -> dict[str, float]:
     """Mean reward of greedy answers to the held-out prompts."""
     if rows is None:
         return {}
 
-    decode = decoder(policy.tokenizer)
+    # Under ranks the engine samples from a copy, which is as old as the last generation batch.
+    engine.sync(version=progress.step)
+    decode = decoder(engine.policy.tokenizer)
     params = SamplingParams(max_tokens=keys.max_completion_length, temperature=0.0)
     completions = sample_groups(
         engine, rows.rows, 1, params, (keys.seed,), range(len(rows)), stop_test(keys.stop, decode)

@@ -56,6 +56,11 @@ class EmbeddedEngine:
         self._version = 0
 
     @property
+    def policy(self) -> Policy:
+        """What it samples from: the trained policy itself, or a whole copy of it where that one is sharded."""
+        return self._policy
+
+    @property
     def policy_version(self) -> int:
         return self._version
 
