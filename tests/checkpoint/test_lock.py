@@ -22,7 +22,10 @@ def test_a_second_process_is_refused_until_the_first_is_gone_however_it_died(tmp
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(RunLockedError, match=f"in use by process {holder.pid}; wait for it, stop it"), run_lock(tmp_path):
+        with (
+            pytest.raises(RunLockedError, match=f"in use by process {holder.pid}; wait for it, stop it"),
+            run_lock(tmp_path),
+        ):
             pass
     finally:
         os.kill(holder.pid, signal.SIGKILL)

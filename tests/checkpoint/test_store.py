@@ -75,7 +75,12 @@ def test_a_broken_one_is_named_and_skipped(damage, store, caplog):
 
 @pytest.mark.parametrize(
     ("code", "message"),
-    [(errno.ENOSPC, "the disk is full"), (errno.EIO, "I/O error"), (errno.EROFS, "read-only"), (errno.EACCES, "no permission")],
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EIO, "I/O error"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "no permission"),
+    ],
 )
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_write_that_fails_leaves_the_last_good_one(call, code, message, store, monkeypatch):
@@ -120,7 +125,9 @@ def test_leftovers_of_a_crash_are_swept(store):
 
 def test_room_is_asked_for_before_any_work(tmp_path, monkeypatch):
     check_writable(tmp_path / "new", needed_bytes=1000)
-    with pytest.raises(CheckpointError, match="GB free, a checkpoint needs 1000000000.0 GB; free some space or move output_dir"):
+    with pytest.raises(
+        CheckpointError, match="GB free, a checkpoint needs 1000000000.0 GB; free some space or move output_dir"
+    ):
         check_writable(tmp_path, needed_bytes=10**18)
 
     def refuse(*args, **options):

@@ -42,14 +42,30 @@ def _options(rows, name, data_dir, ranks):
 
 
 def _torchrun(runner, jobs):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", runner.__file__, json.dumps(jobs)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        runner.__file__,
+        json.dumps(jobs),
+    ]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-6000:]
 
 
 def _job(rows, name, folder, runner, model_dir, data_dir, **extra):
     kind, architecture, options = _options(rows, name, data_dir, ranks=2)
-    return {"kind": kind, "model": str(model_dir(architecture)), "data": str(data_dir), "folder": str(folder), "options": options, **extra}
+    return {
+        "kind": kind,
+        "model": str(model_dir(architecture)),
+        "data": str(data_dir),
+        "folder": str(folder),
+        "options": options,
+        **extra,
+    }
 
 
 def _alone(rows, name, folder, runner, model_dir, data_dir):

@@ -46,7 +46,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 def make_files(folder: Path, num_items: int = 40) -> None:
     """Data on sums of one digit, a suite on larger ones: nothing of the suite is in the data."""
-    train = range(0, 24)
+    train = range(1, 25)
     write_rows(folder / "sft.jsonl", [{"messages": question(n) + said("Yes.")} for n in train])
     write_rows(
         folder / "pairs.jsonl",

@@ -17,7 +17,7 @@ SFT = {
 }  # fmt: skip
 GRPO = {
     "datasets": [{"path": "prompts.jsonl"}], "learning_rate": 1e-4, "max_steps": 2, "num_generations": 2,
-    "num_prompts_per_step": 2, "max_completion_length": 6, "temperature": 2.0,
+    "num_prompts_per_step": 2, "max_completion_length": 6, "temperature": 2.0, "reward_timeout_s": 1.0,
 }  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def test_with_a_passing_certificate_rl_is_promoted(project, tmp_path):
 
 
 def test_a_hackable_reward_stops_the_run_before_rl(project):
-    run = project([{"sft": SFT}, {"grpo": {**GRPO, "reward_funcs": ["rewards.py:is_in"]}}], gate=NOT_WORSE)
+    run = project([{"sft": SFT}, {"grpo": {**GRPO, "reward_funcs": ["rewards.py:is_in"]}}], evals={})
     with pytest.raises(RewardError) as refusal:
         run.run()
     message = str(refusal.value)
@@ -166,7 +166,7 @@ def test_another_candidate_on_the_same_items_is_another_look(second):
     gate = {**NOT_WORSE, "looks": 2, "guards": [{"suite": "yes", "margin": 0.45}]}
     alphas = []
     for seed in (2, 3):
-        run = second(seed=seed, gate=gate, name=f"seed-{seed}")
+        run = second(seed=seed, gate=gate, name=f"seed-{seed}", stages=[{"sft": SFT}])
         run.run()
         alphas.append(json.loads((run.out / "gates" / "final" / "verdict.json").read_text())["alpha"])
     assert alphas[0] == pytest.approx(0.05 * 6 / 3.141592653589793**2)

@@ -33,12 +33,23 @@ def test_sft_lowers_the_loss_and_its_model_loads(architecture, train, runner):
     assert ("aux_loss" in runner.rows(folder)[0]) == (architecture == "qwen3_moe")
 
 
-@pytest.mark.parametrize(("kind", "options"), [("sft", {}), ("sft", {"loss_type": "dft"}), ("dpo", {}), ("dpo", {"loss_type": "sppo_hard", "rpo_alpha": 0.5}), ("kto", {})])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("sft", {}),
+        ("sft", {"loss_type": "dft"}),
+        ("dpo", {}),
+        ("dpo", {"loss_type": "sppo_hard", "rpo_alpha": 0.5}),
+        ("kto", {}),
+    ],
+)
 def test_eight_rows_at_once_equal_eight_times_one(kind, options, train, runner, kto):
     if kind == "kto":
         kind, options = "dpo", kto
     whole = train(kind, name="whole", per_device_train_batch_size=8, learning_rate=1e-4, **options)
-    split = train(kind, name="split", per_device_train_batch_size=1, gradient_accumulation_steps=8, learning_rate=1e-4, **options)
+    split = train(
+        kind, name="split", per_device_train_batch_size=1, gradient_accumulation_steps=8, learning_rate=1e-4, **options
+    )
     assert runner.losses(split) == pytest.approx(runner.losses(whole), abs=ATOL, rel=ATOL)
     close(runner.weights(split), runner.weights(whole), atol=2e-6)
 
@@ -138,7 +149,9 @@ def test_groups_without_spread_weigh_nothing_and_count(train, runner, monkeypatc
 
     options = {"reward_funcs": ["last_digit"], "num_prompts_per_step": 4, "learning_rate": 1e-4, "max_steps": 3}
     skipped = train("grpo", name="skipped", **options)
-    monkeypatch.setattr(policy, "_micro_batches", lambda groups, keys, topology: [policy.MicroBatch([g]) for g in groups])
+    monkeypatch.setattr(
+        policy, "_micro_batches", lambda groups, keys, topology: [policy.MicroBatch([g]) for g in groups]
+    )
     kept = train("grpo", name="kept", **options)
     shares = [row["frac_reward_zero_std"] for row in runner.rows(skipped)]
     assert any(0 < share < 1 for share in shares), shares
@@ -156,10 +169,14 @@ def test_a_step_without_any_spread_moves_nothing(train, runner, model_dir):
 
 
 def test_dynamic_sampling_replaces_groups_without_spread(train, runner):
-    rows = runner.rows(train("grpo", reward_funcs=["last_digit"], dynamic_sampling=True, num_prompts_per_step=3, max_steps=3))
+    rows = runner.rows(
+        train("grpo", reward_funcs=["last_digit"], dynamic_sampling=True, num_prompts_per_step=3, max_steps=3)
+    )
     assert all(row["frac_reward_zero_std"] == 0.0 for row in rows)
     assert max(row["sampling/rounds"] for row in rows) > 1
-    flat = runner.rows(train("grpo", reward_funcs=["constant"], dynamic_sampling=True, dynamic_sampling_max_rounds=2, max_steps=1))
+    flat = runner.rows(
+        train("grpo", reward_funcs=["constant"], dynamic_sampling=True, dynamic_sampling_max_rounds=2, max_steps=1)
+    )
     assert flat[0]["sampling/rounds"] == 2
     assert flat[0]["frac_reward_zero_std"] == 1.0
 
@@ -189,7 +206,12 @@ def test_a_loss_that_is_not_finite_stops_and_saves_nothing_over_the_good_checkpo
 
 
 def test_the_best_checkpoint_is_what_a_stage_ends_with(train, runner, data_dir, tmp_path):
-    dev = {"eval_datasets": [{"path": str(data_dir / "dev-sft.jsonl")}], "eval_steps": 1, "learning_rate": 0.5, "max_steps": 6}
+    dev = {
+        "eval_datasets": [{"path": str(data_dir / "dev-sft.jsonl")}],
+        "eval_steps": 1,
+        "learning_rate": 0.5,
+        "max_steps": 6,
+    }
     folder = train("sft", name="best", load_best_model_at_end=True, save_total_limit=1, **dev)
     scores = {row["step"]: row["eval_loss"] for row in runner.rows(folder)}
     best = min(scores, key=scores.get)
@@ -205,7 +227,9 @@ def test_the_best_checkpoint_is_what_a_stage_ends_with(train, runner, data_dir, 
 
 def test_validation_of_every_kind(train, runner, data_dir, kto):
     def last(kind, file, **options):
-        return runner.rows(train(kind, max_steps=2, eval_steps=2, eval_datasets=[{"path": str(data_dir / file)}], **options))[-1]
+        return runner.rows(
+            train(kind, max_steps=2, eval_steps=2, eval_datasets=[{"path": str(data_dir / file)}], **options)
+        )[-1]
 
     assert last("sft", "dev-sft.jsonl")["eval_loss"] > 0
     assert 0 <= last("dpo", "dev-pairs.jsonl")["eval_rewards/accuracies"] <= 1

@@ -10,7 +10,9 @@ def keys(**options):
     return SFTKeys(base_model="m", datasets=[{"path": "x.jsonl"}], learning_rate=1e-3, **options)
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [("cosine", "cosine"), ("linear", "linear"), ("constant", "constant_with_warmup")])
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("cosine", "cosine"), ("linear", "linear"), ("constant", "constant_with_warmup")]
+)
 @pytest.mark.parametrize(("warmup", "total"), [(0, 7), (3, 10), (10, 10)])
 def test_schedules_are_those_of_transformers(ours, theirs, warmup, total):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)

@@ -63,7 +63,9 @@ def test_killed_anywhere_it_ends_with_the_same_weights_and_metrics(kind, kills, 
     expected, found = (runner.weights(tmp_path / part) for part in ("straight", "killed"))
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
-    digests = [json.loads((tmp_path / part / "result.json").read_text())["model_digest"] for part in ("straight", "killed")]
+    digests = [
+        json.loads((tmp_path / part / "result.json").read_text())["model_digest"] for part in ("straight", "killed")
+    ]
     assert digests[0] == digests[1]
     leftovers = [path.name for path in (tmp_path / "killed/checkpoints").iterdir() if path.name.startswith(".")]
     assert len(leftovers) <= 1, leftovers

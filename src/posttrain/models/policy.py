@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -114,12 +115,13 @@ class Policy:
             self.model = trained
 
     def freeze_reference(self) -> int:
-        """Keep the present weights as the reference. Returns the bytes it costs: none with an adapter."""
+        """Keep the present weights as the reference. Returns the bytes it costs: none with an adapter.
+
+        The copy is whole on every rank; it is made before `distribute`, since a sharded model cannot be copied.
+        """
         if self.has_adapter:
             return 0
-        import copy
-
-        frozen: Any = copy.deepcopy(self.model).requires_grad_(False).eval()
+        frozen: Any = self._reference or copy.deepcopy(self.model).requires_grad_(False).eval()
         self._reference = frozen
         return sum(p.numel() * p.element_size() for p in frozen.parameters())
 

@@ -33,6 +33,12 @@ def check_all(keys: PipelineKeys) -> dict[str, tuple[Suite, SuiteKeys]]:
         raise ConfigError(
             "gate: the last stage has a gate of its own, so two verdicts would stand after it; keep one of them"
         )
+    for gate in gates_of(keys):
+        if gate.baseline.startswith("alias:") and keys.register_ is None:
+            raise ConfigError(
+                f"gate.baseline: {gate.baseline} needs `register:` to say in which registry and under which name to "
+                "look; add it, or set baseline: stage:base"
+            )
     for stage in keys.stages:
         for sources in filter(None, (stage.keys.datasets, stage.keys.eval_datasets)):
             read_nouns(sources, kind_of(stage.keys))

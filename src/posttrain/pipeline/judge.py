@@ -41,10 +41,7 @@ def baseline_of(gate: GateKeys, keys: PipelineKeys, state: RunState, folder: Pat
 
 
 def _holder(alias: str, keys: PipelineKeys) -> RegistryEntry | None:
-    if keys.register_ is None:
-        raise ConfigError(
-            f"gate.baseline: alias:{alias} needs `register:` to say in which registry and under which name to look"
-        )
+    assert keys.register_ is not None, "checked before the run"
     if not Path(keys.register_.registry).exists():
         return None
     registry = Registry(Path(keys.register_.registry))

@@ -22,7 +22,7 @@ from posttrain.config.resolved import apply_changes, resolved_yaml
 from posttrain.config.stages import GRPOKeys, ModelKeys, TrainKeys
 from posttrain.errors import ChangedInputsError, PosttrainError
 from posttrain.evals.suite import Suite
-from posttrain.files import read_json, write_atomic
+from posttrain.files import read_json, write_atomic, write_json
 from posttrain.gate.spec import GateSpec
 from posttrain.pipeline import judge, lineage
 from posttrain.pipeline.checks import check_all, check_data
@@ -44,6 +44,7 @@ from posttrain.recipes.certify import certify, require
 from posttrain.recipes.evaluate import evaluate, summary
 from posttrain.recipes.stage import Stage as StageRun
 from posttrain.recipes.stage import StageResult, StopFlag, StoppedPolitely
+from posttrain.registry.manifest import environment_pins
 from posttrain.tracking.mlflow_mirror import MlflowSink
 from posttrain.tracking.prometheus import PrometheusSink
 from posttrain.types import EvalReport, Verdict
@@ -133,6 +134,7 @@ class _Run:
         state = replace(state, status=RUNNING, reason="")
         if self.topology.is_main:
             write_atomic(self.folder / "config.yaml", resolved_yaml(self.keys))
+            write_json(self.folder / "environment.json", environment_pins())
             state.save(self.folder)
         return state
 

@@ -24,7 +24,7 @@ from posttrain.objectives.policy import PolicyInputs, policy_loss
 from posttrain.objectives.reduce import Normalizer
 from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import LossTerms, spec_from
-from posttrain.protocols import Engine, Topology
+from posttrain.protocols import Topology
 from posttrain.recipes.batches import MicroBatch
 from posttrain.recipes.experience import Collector, Experience, Trajectory
 from posttrain.recipes.metrics import StepMetrics, check_finite

@@ -51,7 +51,10 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
     data: Dataset[Any] = load(keys, tokenizer)
     held_out: Dataset[Any] | None = load(keys, tokenizer, sources=keys.eval_datasets) if keys.eval_datasets else None
     stage.describe_data(decoder(tokenizer, special=True), data, held_out)
-    policy = load_policy(keys, tokenizer=tokenizer).without_dropout().distribute(topology)
+    policy = load_policy(keys, tokenizer=tokenizer).without_dropout()
+    if family.needs_reference and not Reference.is_precomputed(policy, keys):
+        policy.freeze_reference()
+    policy.distribute(topology)
     optimizer = make_optimizer(policy, keys)
 
     schedule = Schedule.of(data, keys, topology, size=_num_tokens)

@@ -26,14 +26,16 @@ class Reference:
         self._policy = policy
         self._kept = kept
 
+    @staticmethod
+    def is_precomputed(policy: Policy, keys: DPOKeys) -> bool:
+        # KTO also scores prompts with other rows' answers, which no pass over the data can know.
+        wanted = keys.precompute_ref_log_probs
+        return (not policy.has_adapter if wanted == "auto" else wanted) and keys.loss_type != "kto"
+
     @classmethod
     def of(cls, policy: Policy, keys: DPOKeys, *rows: Sequence[Any]) -> Reference:
         """Decide, say so, and do what must be done before the first step. `rows` are all that will be asked for."""
-        # KTO also scores prompts with other rows' answers, which no pass over the data can know.
-        precompute = keys.precompute_ref_log_probs
-        if precompute == "auto":
-            precompute = not policy.has_adapter
-        if precompute and keys.loss_type != "kto":
+        if cls.is_precomputed(policy, keys):
             unique = list({id(row): row for part in rows for row in part}.values())
             kept = {id(row): logp for row, logp in zip(unique, _pass(policy, unique), strict=True)}
             log.info("reference: log-probs of %d rows computed once; no second copy of the model", len(kept))

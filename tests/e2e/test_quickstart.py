@@ -1,0 +1,98 @@
+"""The quickstart as it is shipped: cut short in the quick tests, whole and for three seeds in the long ones."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from posttrain.cli.app import main
+from posttrain.gate import tango
+from posttrain.gate.pairing import pair
+from posttrain.report.records import load_run
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
+NON_INFERIOR = 0.05
+
+
+@pytest.fixture
+def quickstart(tmp_path):
+    """A copy of the folder without what runs left in it."""
+    return Path(
+        shutil.copytree(
+            QUICKSTART, tmp_path / "quickstart", ignore=shutil.ignore_patterns("runs", "registry", "__pycache__")
+        )
+    )
+
+
+def run(config, *options):
+    with pytest.raises(SystemExit) as caught:
+        main(["run", str(config), "--quiet", *options])
+    return caught.value.code
+
+
+def models_of(record):
+    """Evals of the base and of the newest attempt at each stage."""
+    return {"base": record.evals["base"]} | {stage.kind: record.evals[stage.name] for stage in record.stages}
+
+
+def gain(models, candidate, baseline, suite):
+    """Paired 95 % interval of the difference, by Tango's score from the stored items."""
+    pairs = pair(models[candidate][suite, "gate"], models[baseline][suite, "gate"], "gate")
+    assert pairs.binary
+    assert len(pairs.differences) >= 1000
+    good, bad = pairs.discordant
+    low, high = tango.interval(good, bad, len(pairs.differences))
+    return float(low), float(high)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_every_stage_gains_what_it_is_there_for(quickstart, seed):
+    assert run(quickstart / "pipeline.yaml", "--set", f"seed={seed}") == 0
+    record = load_run(quickstart / "runs" / "word-problems")
+    assert record.problems == ()
+    models = models_of(record)
+    assert gain(models, "sft", "base", "heldout")[0] > 0
+    assert gain(models, "dpo", "sft", "clean")[0] > 0
+    assert gain(models, "dpo", "sft", "heldout")[0] > -NON_INFERIOR
+    assert gain(models, "grpo", "dpo", "heldout")[0] > 0
+    assert record.registered is not None
+    assert record.registered["alias"] == "champion"
+
+
+def test_cut_short_it_still_goes_all_the_way(quickstart, capsys):
+    """Two steps a stage and 40 items a suite; it does not learn, but every part of it works."""
+    config = quickstart / "pipeline.yaml"
+    values = yaml.safe_load(config.read_text())
+    for name in values["evals"]:
+        path = quickstart / "evals" / f"{name}.jsonl"
+        rows = [line for line in path.read_text().splitlines() if json.loads(line)["split"] == "gate"]
+        path.write_text("\n".join(rows[:40]) + "\n")
+    for entry in values["stages"]:
+        for keys in entry.values():
+            keys |= {"max_steps": 2, "per_device_train_batch_size": 8}
+            keys.pop("num_train_epochs", None)
+            if "num_generations" in keys:
+                keys |= {
+                    "num_generations": 2,
+                    "num_prompts_per_step": 4,
+                    "max_completion_length": 16,
+                }
+    values["gate"] = {"baseline": "stage:base", "guards": [{"suite": "clean", "margin": 0.4}]}
+    config.write_text(yaml.safe_dump(values, sort_keys=False))
+    assert run(config) == 0
+    output = capsys.readouterr().out
+    record = load_run(quickstart / "runs" / "word-problems")
+    assert (record.status, record.problems) == ("passed", ())
+    assert [(stage.kind, stage.steps) for stage in record.stages] == [("sft", 2), ("dpo", 2), ("grpo", 2)]
+    assert all(len(report.items) == 40 for reports in record.evals.values() for report in reports.values())
+    assert record.certificate is not None
+    assert record.certificate["verdict"] == "pass"
+    assert record.registered is not None
+    assert record.registered["alias"] == "champion"
+    report = quickstart / "runs" / "word-problems" / "report.html"
+    assert "01-sft" in report.read_text()
+    for text in ("heldout/gate", "registry  word-problems v1 → champion", f"report  {report}"):
+        assert text in output

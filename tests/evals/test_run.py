@@ -1,0 +1,135 @@
+import itertools
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from posttrain.config.pipeline import SuiteKeys
+from posttrain.config.stages import ModelKeys
+from posttrain.errors import EvalError
+from posttrain.evals.run import Evaluator, pass_at_k, pass_at_ks
+from posttrain.evals.suite import load_suite
+from posttrain.models.load import load_policy
+from posttrain.recipes.evaluate import TokenizerCodec, evaluate
+from posttrain.rollout.embedded import EmbeddedEngine
+from posttrain.rollout.sampling import request_seed
+from posttrain.types import EvalReport, ItemRecord
+
+
+@pytest.fixture
+def suite(tmp_path):
+    def write(rows, name="s", **keys):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return load_suite(name, path), SuiteKeys(path=str(path), **{"max_tokens": 5, **keys})
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def evaluator(model_dir):
+    policy = load_policy(ModelKeys(base_model=str(model_dir("qwen3"))), trainable=False)
+    return Evaluator(EmbeddedEngine(policy, stop_token_ids=(2,)), TokenizerCodec(policy.tokenizer), "m", request_seed)
+
+
+def items(**changes):
+    return [
+        {"id": f"i{n}", "messages": [{"role": "user", "content": f"What is {n}?"}], "target": "x", **changes}
+        for n in range(4)
+    ]
+
+
+def test_every_item_is_answered_and_kept(evaluator, suite):
+    made, keys = suite(items(cluster="c"), num_samples=3, temperature=1.0)
+    report = evaluator.run(made, keys, "gate")
+    assert [item.id for item in report.items] == ["i0", "i1", "i2", "i3"]
+    for item in report.items:
+        assert len(item.scores) == len(item.completions) == len(item.finishes) == len(item.num_tokens) == 3
+        assert item.cluster == "c"
+        assert item.error is None
+    assert len({text for item in report.items for text in item.completions}) > 4
+    assert report.decoding == {"num_samples": 3, "temperature": 1.0, "max_tokens": 5, "seed": 0}
+    assert evaluator.run(made, keys, "gate").digest == report.digest
+    assert evaluator.run(made, keys.model_copy(update={"seed": 1}), "gate").digest != report.digest
+
+
+def test_scores_are_those_of_the_scorer(evaluator, suite):
+    made, keys = suite(items())
+    answers = {item.id: item.completions[0] for item in evaluator.run(made, keys, "gate").items}
+    right = [
+        {**row, "target": answers[row["id"]] if row["id"] in ("i0", "i2") else "no such answer"} for row in items()
+    ]
+    report = evaluator.run(*suite(right, name="r"), "gate")
+    assert [item.score for item in report.items] == [1.0, 0.0, 1.0, 0.0]
+    assert report.mean == 0.5
+
+
+def test_answers_of_a_model_do_not_depend_on_the_other_items(evaluator, suite):
+    whole = evaluator.run(*suite(items(), temperature=1.0), "gate")
+    part = evaluator.run(*suite(items()[2:3], temperature=1.0), "gate")
+    assert part.items[0] == whole.items[2]
+
+
+def test_progress_is_told(evaluator, suite):
+    seen = []
+    told = Evaluator(evaluator.engine, evaluator.codec, "m", request_seed, lambda *args: seen.append(args))
+    told.run(*suite(items()), "gate")
+    assert seen[-1] == ("s", 4, 4)
+
+
+def test_choices_are_ranked_by_the_likelihood_of_the_whole_answer(evaluator, suite, model_dir, tokenizer):
+    options = [" one", " two and more", " 3"]
+    model = AutoModelForCausalLM.from_pretrained(model_dir("qwen3"), dtype=torch.float32)
+
+    def logp(prompt, answer):
+        prompt, answer = tokenizer(prompt)["input_ids"], tokenizer(answer)["input_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        return float(logits.gather(-1, torch.tensor(answer)[:, None]).sum())
+
+    prompts = [f"{n} times two is" for n in range(5)]
+    best = [max(options, key=lambda answer, prompt=prompt: logp(prompt, answer)) for prompt in prompts]
+    rows = [{"id": str(n), "prompt": p, "choices": options, "target": options[n % 3]} for n, p in enumerate(prompts)]
+    report = evaluator.run(*suite(rows), "gate")
+    assert [item.completions[0] for item in report.items] == best
+    assert [item.scores for item in report.items] == [(float(options[n % 3] == b),) for n, b in enumerate(best)]
+
+
+def test_an_item_that_cannot_be_scored_is_an_error_that_names_it(evaluator, suite):
+    rows = [{**row, "target": None, "scorer": "number"} for row in items()]
+    with pytest.raises(EvalError, match="suite item i0: scorer 'number' could not score it"):
+        evaluator.run(*suite(rows), "gate")
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(5, 2, 1), (5, 2, 3), (4, 0, 2), (4, 4, 4), (6, 1, 5)])
+def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_answer(n, c, k):
+    subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
+    assert pass_at_k(n, c, k) == pytest.approx(sum(any(s) for s in subsets) / len(subsets))
+
+
+def test_pass_at_ks_goes_up_to_the_number_of_samples():
+    report = EvalReport(
+        "s", "gate", "d", "m", "exact", (ItemRecord("a", "p", (1.0, 0.0, 0.0, 0.0)), ItemRecord("b", "p", (0.0,) * 4))
+    )
+    assert pass_at_ks(report) == {1: 0.125, 2: 0.25, 4: 0.5}
+
+
+def test_what_was_measured_is_not_measured_again(suite, model_dir, tmp_path, monkeypatch):
+    from posttrain.recipes import evaluate as module
+
+    keys, made = ModelKeys(base_model=str(model_dir("qwen3"))), suite(items())
+    loads, original = [], module.load_policy
+    monkeypatch.setattr(module, "load_policy", lambda *a, **k: loads.append(1) or original(*a, **k))
+    first = evaluate(keys, [made], "gate", tmp_path / "out")
+    again = evaluate(keys, [made], "gate", tmp_path / "out")
+    assert again["s"].digest == first["s"].digest
+    assert len(loads) == 1
+    changed = suite(items(target="y"))
+    assert evaluate(keys, [changed], "gate", tmp_path / "out")["s"].suite_digest != first["s"].suite_digest
+    assert len(loads) == 2
+    path = tmp_path / "out/s-gate/items.jsonl"
+    path.write_text(path.read_text().replace('"scores":[0.0]', '"scores":[1.0]', 1))
+    repaired = evaluate(keys, [changed], "gate", tmp_path / "out")
+    assert len(loads) == 3
+    assert repaired["s"].mean == 0.0

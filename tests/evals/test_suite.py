@@ -1,0 +1,97 @@
+import json
+
+import pytest
+
+from posttrain.errors import EvalError
+from posttrain.evals.suite import CHOICES, load_suite
+
+GOOD = {"id": "a", "prompt": "1+1=", "target": "2", "scorer": "exact"}
+
+
+@pytest.fixture
+def suite(tmp_path):
+    def write(*rows, text=None):
+        path = tmp_path / "suite.jsonl"
+        path.write_text(text if text is not None else "".join(json.dumps(row) + "\n" for row in rows))
+        return load_suite("s", path)
+
+    return write
+
+
+def test_items_with_their_columns(suite):
+    chat = [{"role": "user", "content": "Hi"}]
+    made = suite(GOOD | {"hint": "x", "cluster": "c", "split": "dev"}, {"id": "b", "messages": chat, "target": 7})
+    first, second = made.items
+    assert (first.prompt, first.target, first.cluster, first.split) == ("1+1=", "2", "c", "dev")
+    assert first.columns == {"hint": "x"}
+    assert (second.prompt, second.target, second.split) == (tuple(chat), "7", "gate")
+    assert made.on("dev") == (first,)
+    assert made.sizes("dev") == (1, 1)
+    assert made.sizes("gate") == (1, 0)
+
+
+BAD = {
+    "not json": ('{"id": "a"\n', r"suite\.jsonl:1: not JSON: .*one JSON object per line"),
+    "no id": ('{"prompt": "x"}\n', r"suite\.jsonl:1: expected an object with a string `id`"),
+    "a list": ("[1]\n", r"suite\.jsonl:1: expected an object with a string `id`"),
+    "no prompt": ('{"id": "a", "prompt": ""}\n', r"suite\.jsonl:1: expected `prompt` \(text\) or `messages`"),
+    "messages of text": ('{"id": "a", "messages": ["x"]}\n', r"suite\.jsonl:1: expected `prompt`.*found list"),
+    "unknown scorer": (
+        '{"id": "a", "prompt": "x", "scorer": "exakt"}\n',
+        r"suite\.jsonl:1: scorer 'exakt' is unknown; expected one of .*exact",
+    ),
+    "one choice": (
+        '{"id": "a", "prompt": "x", "choices": ["y"], "target": "y"}\n',
+        r"suite\.jsonl:1: `choices` needs at least two",
+    ),
+    "target no choice": (
+        '{"id": "a", "prompt": "x", "choices": ["y", "z"], "target": "w"}\n',
+        "`target` must be one of them",
+    ),
+    "empty": ("\n\n", "is empty; expected one JSON object per line"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_wrong_is_named_with_its_line(case, suite):
+    text, message = BAD[case]
+    with pytest.raises(EvalError, match=message):
+        suite(text=text)
+
+
+def test_line_numbers_count_blank_lines_and_ids_are_unique(suite):
+    line = json.dumps(GOOD)
+    with pytest.raises(EvalError, match=r"suite\.jsonl:4: id 'a' was used on line 1; ids pair the answers"):
+        suite(text=f"{line}\n\n\n{line}\n")
+
+
+def test_a_suite_has_one_scorer(suite):
+    with pytest.raises(EvalError, match=r"items use several scorers \(choices, exact\); make one suite of each"):
+        suite(GOOD, {"id": "b", "prompt": "x", "choices": ["y", "z"], "target": "y"})
+
+
+def test_a_missing_file_and_a_missing_split(suite, tmp_path):
+    with pytest.raises(EvalError, match=r"evals\.s: cannot read .*nowhere\.jsonl"):
+        load_suite("s", tmp_path / "nowhere.jsonl")
+    with pytest.raises(EvalError, match="no items with split 'dev'; it has gate"):
+        suite(GOOD).on("dev")
+
+
+def test_the_digest_follows_items_scorer_and_decoding(suite):
+    greedy = {"temperature": 0.0}
+    base = suite(GOOD).digest("gate", greedy)
+    assert suite(GOOD).digest("gate", greedy) == base
+    assert suite(GOOD, GOOD | {"id": "b", "split": "dev"}).digest("gate", greedy) == base
+    changed = [
+        suite(GOOD | {"target": "3"}).digest("gate", greedy),
+        suite(GOOD | {"scorer": "number"}).digest("gate", greedy),
+        suite(GOOD | {"tolerance": 1}).digest("gate", greedy),
+        suite(GOOD).digest("gate", {"temperature": 1.0}),
+        suite(GOOD, GOOD | {"id": "b"}).digest("gate", greedy),
+    ]
+    assert len({base, *changed}) == 6
+
+
+def test_choices_need_no_scorer(suite):
+    made = suite({"id": "a", "prompt": "x", "choices": ["y", "z"], "target": "y"})
+    assert made.scorer == CHOICES
