@@ -67,7 +67,7 @@ def test_a_broken_one_is_named_and_skipped(damage, store, caplog):
     BREAK[damage](store.save(2, filler("b")).path)
     assert store.newest_valid() == good
     assert "checkpoint step-00000002 is broken and is skipped" in caplog.text
-    with pytest.raises(CheckpointError, match="checkpoint of step 2 .* is not usable"):
+    with pytest.raises(CheckpointError, match=r"checkpoint of step 2 .* is not usable"):
         store.at(2)
     store.save(2, filler("c"))
     assert store.newest_valid().step == 2
@@ -126,7 +126,7 @@ def test_leftovers_of_a_crash_are_swept(store):
 def test_room_is_asked_for_before_any_work(tmp_path, monkeypatch):
     check_writable(tmp_path / "new", needed_bytes=1000)
     with pytest.raises(
-        CheckpointError, match="GB free, a checkpoint needs 1000000000.0 GB; free some space or move output_dir"
+        CheckpointError, match=r"GB free, a checkpoint needs 1000000000\.0 GB; free some space or move output_dir"
     ):
         check_writable(tmp_path, needed_bytes=10**18)
 
