@@ -6,17 +6,26 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.table import Table
 
 if TYPE_CHECKING:
     from posttrain.pipeline.run import Watch
 
 
+class _OneLine(logging.Handler):
+    """A notice is one line, however long, between the lines of the live view."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+
+
 def setup_logging(console: Console) -> None:
     """Our notices on stderr; the libraries' only from warnings up."""
-    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[_OneLine(console)], force=True)
     logging.getLogger("posttrain").setLevel(logging.INFO)
     quiet_libraries()
 

@@ -133,7 +133,7 @@ class _Decoding:
         self._device = policy.placement.device
         self._waiting = deque(_Row(i, r, uniforms(r.seed, params.max_tokens)) for i, r in enumerate(requests))
         self._rows: list[_Row] = []
-        self._cache = RowCache()
+        self._cache = RowCache(self._device)
         self._prompts: dict[tuple[int, ...], tuple[PromptKV, torch.Tensor]] = {}
         self._done: list[Completion | None] = [None] * len(requests)
 

@@ -38,12 +38,12 @@ class RowCache:
     Rows 0..R-1 are alive; a finished row is overwritten by the last one, so every tensor stays dense.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.prompt_of: list[PromptKV] = []
         self.lengths: list[int] = []
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
-        self._mask = torch.empty(0, 0)
+        self._mask = torch.empty(0, 0, device=device)
         self._prefilling: list[tuple[PromptKV, int, int]] = []
         self._step = _Step([], None, None, 0, [])
 
