@@ -88,20 +88,22 @@ def test_a_model_of_ours_needs_no_warning(finished, make_project, tmp_path, capl
 
 
 def test_a_gate_that_cannot_decide_is_refused_with_the_number_it_needs(project):
-    run = project([sft()], gate={"primary": [{"suite": "yes", "min_delta": 0.05}]})
+    run = project([sft()], gate={"baseline": "stage:base", "primary": [{"suite": "yes", "min_delta": 0.05}]})
     with pytest.raises(GateError, match=r"primary yes has 40 items, and min_delta 0\.05 needs \d{3,} "):
         run.run()
     assert not (run.out / "stages").exists()
 
 
 def test_a_gate_inside_a_stage_is_planned_as_well(project):
-    run = project([sft(gate={"guards": [{"suite": "yes", "margin": 0.01}]}), dpo()])
+    run = project([sft(gate={"baseline": "stage:base", "guards": [{"suite": "yes", "margin": 0.01}]}), dpo()])
     with pytest.raises(GateError, match=r"guard yes has 40 items, and margin 0\.01 needs"):
         run.run()
 
 
 def test_a_gate_on_a_split_without_items_is_refused(project):
-    run = project([sft()], gate={"split": "test", "primary": [{"suite": "yes", "min_delta": 0.4}]})
+    run = project(
+        [sft()], gate={"baseline": "stage:base", "split": "test", "primary": [{"suite": "yes", "min_delta": 0.4}]}
+    )
     with pytest.raises(GateError, match="no items on split 'test'"):
         run.run()
 

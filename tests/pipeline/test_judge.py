@@ -113,9 +113,6 @@ def test_a_run_with_findings_is_registered_but_held(project):
 def test_reward_check_off_is_registered_but_never_promoted(finished):
     assert champion(finished) is None
     assert "was trained without a reward certificate" in finished.state.registered["refused"]
-    assert any(
-        "reward_check is off: the model of this run can be trained but not promoted" in m for m in finished.said
-    ) or (finished.state.registered["alias"] is None)
 
 
 def test_with_a_passing_certificate_rl_is_promoted(project, tmp_path):

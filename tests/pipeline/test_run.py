@@ -312,7 +312,10 @@ def test_a_stage_left_over_from_a_longer_run_is_no_part_of_the_lineage(project):
         ({"learnin_rate": 1}, "learning_rate"),
         ({"stages": []}, "expected a list"),
         ({"evals": {"yes": "nowhere.jsonl"}}, "nowhere.jsonl does not exist"),
-        ({"gate": {"primary": [{"suite": "yes", "min_delta": 0.02}]}}, "min_delta 0.02 needs"),
+        (
+            {"gate": {"baseline": "stage:base", "primary": [{"suite": "yes", "min_delta": 0.02}]}},
+            "min_delta 0.02 needs",
+        ),
     ],
 )
 def test_what_the_user_must_fix_exits_64_before_any_work(project, capsys, change, message):
