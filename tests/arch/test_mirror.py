@@ -16,5 +16,9 @@ def test_every_package_has_tests():
 
 
 def test_no_package_is_empty():
-    empty = [path.name for path in SOURCE.iterdir() if path.is_dir() and path.name != "__pycache__" and not list(path.glob("*.py"))]
+    empty = [
+        path.name
+        for path in SOURCE.iterdir()
+        if path.is_dir() and path.name != "__pycache__" and not list(path.glob("*.py"))
+    ]
     assert empty == []

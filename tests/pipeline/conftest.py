@@ -77,7 +77,6 @@ GRPO = {
     "per_device_train_batch_size": 8, "save_steps": 1,
 }  # fmt: skip
 GATE = {"baseline": "alias:champion", "primary": [{"suite": "yes", "min_delta": 0.35}]}
-NOT_WORSE = {"baseline": "alias:champion", "guards": [{"suite": "yes", "margin": 0.4}]}
 
 
 @dataclass
@@ -123,9 +122,7 @@ class Project:
         """`posttrain run` as a process of its own, on one thread as the tests are."""
         command = [sys.executable, "-m", "posttrain.cli.app", "run", str(self.path), "--quiet", *options]
         environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))
-        return subprocess.Popen(
-            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )  # fmt: skip
+        return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def events(self, action: str) -> list:
         book = self.registry()
