@@ -88,7 +88,7 @@ class TrainKeys(ModelKeys):
     save_total_limit: int = knob(2, "Checkpoints to keep, the best one besides.", ge=1)
     load_best_model_at_end: bool = knob(False, "End with the checkpoint of the lowest validation loss (RL: highest dev score).")
     health: dict[str, dict[str, Any]] = knob({}, "Health rules to change: rule → threshold, `severity`, `action` or `enabled`; docs/failure-modes.md lists them.", example={"kl_drift": {"limit": 1.0}})
-    mlflow: str | None = knob(None, "Mirror metrics to this MLflow server, or to sqlite:///file.db; it never blocks a run.", also="report_to (TRL), use_mlflow (Axolotl)", example="sqlite:///mlflow.db")
+    mlflow: str | None = knob(None, "Mirror metrics to this MLflow server, or to sqlite:///file.db; it never blocks a run.", example="sqlite:///mlflow.db")
     prometheus_port: int | None = knob(None, "Serve the newest metrics to Prometheus on this port of localhost.", ge=1, le=65535)
 
     @model_validator(mode="before")

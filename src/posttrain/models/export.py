@@ -29,6 +29,10 @@ PROVENANCE = "posttrain.json"
 """Beside the weights: what they were made from, by digest. It names no path, so the same model is the same anywhere."""
 
 
+_OF_THE_PROCESS = frozenset({"local_files_only", "is_local", "name_or_path"})
+"""Keys that would give the same model another digest when it was made offline, or elsewhere."""
+
+
 @dataclass(frozen=True, slots=True)
 class MergeReport:
     """How far the merged model is from base plus adapter, on real tokens."""
@@ -65,7 +69,7 @@ def _save_adapter(
 ) -> None:
     options: dict[str, Any] = {} if state is None else {"state_dict": dict(state)}
     policy.model.save_pretrained(str(folder), **options)  # pyright: ignore[reportArgumentType]
-    policy.tokenizer.save_pretrained(str(folder))
+    _save_tokenizer(policy.tokenizer, folder)
     (folder / PROVENANCE).write_text(json.dumps(dict(record), indent=2))
 
 
@@ -82,10 +86,19 @@ def _save(
         finally:
             model.config._attn_implementation_internal = saved._attn_implementation_internal
             model.config.use_cache = False
-        tokenizer.save_pretrained(str(temporary))
+        _save_tokenizer(tokenizer, temporary)
         (temporary / PROVENANCE).write_text(json.dumps(dict(record), indent=2))
 
     write_folder(folder, fill)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """As transformers writes it, less what it remembers of how this process happened to load it."""
+    tokenizer.save_pretrained(str(folder))
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    kept = {name: value for name, value in config.items() if name not in _OF_THE_PROCESS}
+    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def model_digest(folder: Path) -> str:
