@@ -226,7 +226,7 @@ def _read_hub(source: DatasetKeys) -> list[Row]:
 
     try:
         table = datasets.load_dataset(source.path, source.name, split=source.split)
-    except Exception as error:  # noqa: BLE001 - another process's answer: each HTTP library has errors of its own
+    except Exception as error:  # noqa: BLE001 - the hub's client: each HTTP library has errors of its own
         raise DataError(
             f"{source.path}: not a local file, and the hub could not give it ({_first_line(error)}); "
             "check the name, `split` and `name`, go online, or give a local file"

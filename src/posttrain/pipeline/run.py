@@ -22,7 +22,7 @@ from posttrain.config.resolved import apply_changes, resolved_yaml
 from posttrain.config.stages import GRPOKeys, ModelKeys, TrainKeys
 from posttrain.errors import ChangedInputsError, PosttrainError
 from posttrain.evals.suite import Suite
-from posttrain.files import read_json, write_atomic, write_json
+from posttrain.files import write_atomic, write_json
 from posttrain.gate.spec import GateSpec
 from posttrain.pipeline import judge, lineage
 from posttrain.pipeline.checks import check_all, check_data
@@ -398,8 +398,3 @@ def _fresh(folder: Path, pins: Mapping[str, str]) -> Path:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """`pipeline.json` as it is, for those who only look."""
-    return read_json(folder / "pipeline.json")

@@ -83,7 +83,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
             metrics = StepMetrics()
             policy.model.train()
             for micro in _micro_batches(groups, keys, topology):
-                # The first step of a batch is on-policy: the ratio is 1 by definition, not by subtraction.
+                # One step per batch is on-policy: the ratio is 1 by definition, not by subtraction.
                 terms = loss(policy, micro.rows, spec, norm, keys, on_policy=steps_per_batch == 1)
                 (terms.loss * (0.0 if micro.idle else topology.world_size)).backward()
                 if not micro.idle:
