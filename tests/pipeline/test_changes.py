@@ -6,9 +6,8 @@ import shutil
 import pytest
 
 from posttrain.errors import ChangedInputsError
-from posttrain.files import file_digests
+from posttrain.files import file_digests, read_json
 from posttrain.pipeline.pins import changes, pins_of
-from posttrain.pipeline.run import read_state
 from posttrain.pipeline.state import RunState
 
 
@@ -62,7 +61,7 @@ WHAT = {
 @pytest.mark.parametrize("what", WHAT)
 def test_a_change_is_refused_with_a_list_of_what_moved(changed, what):
     run = changed(what)
-    state, files = read_state(run.out), file_digests(run.out)
+    state, files = read_json(run.out / "pipeline.json"), file_digests(run.out)
     with pytest.raises(ChangedInputsError) as refusal:
         run.run()
     pin, _ = WHAT[what]
@@ -72,7 +71,7 @@ def test_a_change_is_refused_with_a_list_of_what_moved(changed, what):
     assert lines[1].endswith(pins_of_now(run, pin))
     assert "--on-change rerun" in lines[-1]
     assert "--on-change new-run" in lines[-1]
-    assert read_state(run.out) == state
+    assert read_json(run.out / "pipeline.json") == state
     assert file_digests(run.out) == files
 
 
@@ -96,9 +95,9 @@ def test_rerun_runs_again_only_what_depends_on_it(changed, what):
     assert any(pin in line for line in run.said)
     # A comment in the reward changes no weight, so the verdict on that very model stands.
     assert len(run.state.gates) == verdicts + (what != "reward")
-    state = read_state(run.out)
+    state = read_json(run.out / "pipeline.json")
     run.run()
-    assert read_state(run.out) == state
+    assert read_json(run.out / "pipeline.json") == state
 
 
 def test_new_run_leaves_the_old_folder_as_it_is(changed):
@@ -132,9 +131,9 @@ def test_a_change_that_is_taken_back_finds_the_old_results(changed):
 
 
 def test_how_a_run_is_watched_is_no_change(copied):
-    state = read_state(copied.out)
+    state = read_json(copied.out / "pipeline.json")
     copied.run("logging_steps=2", "save_steps=1", "save_total_limit=5")
-    assert read_state(copied.out) == state
+    assert read_json(copied.out / "pipeline.json") == state
 
 
 def test_the_changes_name_what_came_went_and_moved():

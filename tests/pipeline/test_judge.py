@@ -7,7 +7,6 @@ import pytest
 from posttrain.errors import ConfigError, RewardError
 from posttrain.files import read_json
 from posttrain.gate.folder import load_verdict
-from posttrain.pipeline.run import read_state
 from posttrain.types import Verdict
 
 NOT_WORSE = {"baseline": "alias:champion", "guards": [{"suite": "yes", "margin": 0.4}]}
@@ -74,9 +73,9 @@ def test_a_second_pipeline_is_judged_against_the_champion_of_the_first(second):
     book = run.registry()
     assert book.holder("yes", "previous").digest == before.digest
     book.close()
-    state = read_state(run.out)
+    state = read_json(run.out / "pipeline.json")
     assert run.run().verdict is Verdict.PASS
-    assert read_state(run.out) == state
+    assert read_json(run.out / "pipeline.json") == state
 
 
 def test_a_candidate_that_is_the_champion_is_invalid_and_exits_3(second):

@@ -6,7 +6,6 @@ import pytest
 
 from posttrain.files import file_digests, read_json
 from posttrain.gate.folder import recompute
-from posttrain.pipeline.run import read_state
 from posttrain.report.build import build_report
 from posttrain.report.records import load_run
 from posttrain.report.summary import render_summary
@@ -143,20 +142,20 @@ def kept(project):
 
 
 def test_started_again_a_finished_run_does_nothing(finished):
-    before, state = kept(finished), read_state(finished.out)
+    before, state = kept(finished), read_json(finished.out / "pipeline.json")
     outcome = finished.run()
     assert (outcome.status, outcome.verdict) == ("passed", Verdict.PASS)
     assert kept(finished) == before
-    assert read_state(finished.out) == state
+    assert read_json(finished.out / "pipeline.json") == state
     assert sum("not run again" in line for line in finished.said) == 3
 
 
 def test_started_again_after_its_promotion_a_run_is_still_a_pass(promoted):
     """By then the champion is the candidate itself; that must not turn into a comparison with itself."""
-    before, state, events = kept(promoted), read_state(promoted.out), promoted.events("promote")
+    before, state, events = kept(promoted), read_json(promoted.out / "pipeline.json"), promoted.events("promote")
     outcome = promoted.run()
     assert (outcome.status, outcome.verdict) == ("passed", Verdict.PASS)
-    assert read_state(promoted.out) == state
+    assert read_json(promoted.out / "pipeline.json") == state
     assert kept(promoted) == before
     assert promoted.events("promote") == events
     assert len(events) == 1
@@ -184,9 +183,9 @@ def test_a_failed_gate_loops_back_with_changed_keys(project):
     assert [entry.folder for entry in run.state.stages[2:]] == ["stages/01-sft-2", "stages/02-dpo-2"]
     assert outcome.model_dir == run.out / "stages/02-dpo-2/model"
     assert [gate.verdict["verdict"] for gate in load_run(run.out).gates] == ["FAIL", "PASS"]
-    state = read_state(run.out)
+    state = read_json(run.out / "pipeline.json")
     run.run()
-    assert read_state(run.out) == state
+    assert read_json(run.out / "pipeline.json") == state
 
 
 def test_the_loop_ends_after_so_many_times_with_fail(project):
@@ -197,9 +196,9 @@ def test_the_loop_ends_after_so_many_times_with_fail(project):
     assert verdicts(run) == [("final", 1, "FAIL"), ("final", 2, "FAIL"), ("final", 3, "FAIL")]
     assert (run.state.status, run.state.reason) == ("failed", "the gate after sft says FAIL")
     assert len({entry.output_digest for entry in run.state.stages}) == 3
-    state = read_state(run.out)
+    state = read_json(run.out / "pipeline.json")
     assert run.command() == 1
-    assert read_state(run.out) == state
+    assert read_json(run.out / "pipeline.json") == state
 
 
 def test_without_changed_keys_the_retry_takes_another_seed(project):
