@@ -39,6 +39,7 @@ ARCHITECTURES = {
     "qwen3": {"tie_word_embeddings": True},
     "llama": {"tie_word_embeddings": False},
     "mistral": {"sliding_window": 6},
+    "qwen2": {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1},
     "gemma2": {
         "sliding_window": 6,
         "query_pre_attn_scalar": 32,

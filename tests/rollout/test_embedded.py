@@ -3,24 +3,36 @@ import torch
 
 from posttrain.config.stages import SFTKeys
 from posttrain.errors import EngineError
+from posttrain.models import decode
 from posttrain.models.load import load_policy
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.types import Request, SamplingParams
 
 
-def test_the_prompt_of_a_group_is_prefilled_once(shared_policy, monkeypatch):
+def test_the_prompt_of_a_group_is_prefilled_once(shared_policy):
     policy = shared_policy("qwen3")
     lengths = []
-    original = policy.model.forward
-    monkeypatch.setattr(
-        policy.model, "forward", lambda **o: lengths.append((o["input_ids"].shape[1], "layout" in o)) or original(**o)
-    )
+    embedding = policy.base.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda module, args, output: lengths.append(args[0].numel()))
     prompt = tuple(range(40, 60))
     engine = EmbeddedEngine(policy, stop_token_ids=(), batch_size=3)
     engine.generate([Request(prompt, seed) for seed in range(6)], SamplingParams(max_tokens=3))
-    assert [length for length, prefill in lengths if prefill] == [len(prompt)]
-    # Six completions of two further tokens each, three at a time.
-    assert [length for length, prefill in lengths if not prefill] == [3] * 4
+    hook.remove()
+    # The prompt, then six completions of two further tokens each, three at a time.
+    assert lengths == [len(prompt)] + [3] * 4
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_the_fast_decode_step_computes_what_the_modules_compute(shared_policy, monkeypatch, family):
+    policy = shared_policy(family)
+    requests = [Request(tuple(range(9, 9 + 3 * n)), n) for n in (1, 2, 2, 7)]
+    params = SamplingParams(max_tokens=24)
+    fast = EmbeddedEngine(policy, stop_token_ids=()).generate(requests, params)
+    monkeypatch.delitem(decode.FAMILIES, family)
+    slow = EmbeddedEngine(policy, stop_token_ids=()).generate(requests, params)
+    assert [c.ids for c in fast] == [c.ids for c in slow]
+    for one, other in zip(fast, slow, strict=True):
+        assert one.logp == pytest.approx(other.logp, abs=1e-5)
 
 
 def test_more_completions_than_places_start_one_by_one_as_places_fall_free(shared_policy):

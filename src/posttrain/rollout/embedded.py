@@ -15,6 +15,7 @@ import torch
 
 from posttrain.errors import EngineError
 from posttrain.models.batch import pack
+from posttrain.models.decode import decode_step
 from posttrain.models.policy import Policy
 from posttrain.rollout.alone import generate_alone
 from posttrain.rollout.kv import PromptKV, RowCache
@@ -136,6 +137,7 @@ class _Decoding:
         self._cache = RowCache(self._device)
         self._prompts: dict[tuple[int, ...], tuple[PromptKV, torch.Tensor]] = {}
         self._done: list[Completion | None] = [None] * len(requests)
+        self._decode = decode_step(policy)
 
     def run(self, batch_size: int) -> list[Completion]:
         while self._waiting or self._rows:
@@ -174,10 +176,9 @@ class _Decoding:
 
     def _step(self) -> None:
         self._cache.begin_step()
-        ids = torch.tensor([[row.ids[-1] for row in self._rows]], device=self._device)
-        positions = torch.tensor([self._cache.positions()], device=self._device)
-        output = self._policy.model(input_ids=ids, position_ids=positions, use_cache=False, kv_store=self._cache)
-        self._extend(self._rows, output.logits[0])
+        ids_R = torch.tensor([row.ids[-1] for row in self._rows], device=self._device)
+        positions_R = torch.tensor(self._cache.positions(), device=self._device)
+        self._extend(self._rows, self._decode(ids_R, positions_R, self._cache))
 
     def _extend(self, rows: Sequence[_Row], logits_RV: torch.Tensor) -> None:
         """Sample the next token of each row and retire those that are finished."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from posttrain.models.attention import AttendOptions, merge
+from posttrain.models.attention import AttendOptions
 
 _GROWTH = 64
 
@@ -133,7 +133,9 @@ class RowCache:
         mask = self._own_mask(num_rows, step.longest, window, query.dtype)
         out_R, lse_R = _attend(query_HRG.transpose(0, 1), own_k, own_v, mask, options)
         out_P, lse_P = self._attend_prompts(layer, query_HRG, window, options)
-        out_R, _ = merge(out_R, lse_R, out_P.transpose(0, 1), lse_P.transpose(0, 1))
+        # As `merge` of models/attention.py, whose log-sum-exp nobody needs here.
+        share = torch.sigmoid(lse_R - lse_P.transpose(0, 1)).unsqueeze(-1).to(out_R.dtype)
+        out_R = torch.lerp(out_P.transpose(0, 1), out_R, share)
         return out_R.reshape(num_rows, -1, out_R.shape[-1]).transpose(0, 1)[None]
 
     def _attend_prompts(

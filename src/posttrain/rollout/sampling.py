@@ -31,11 +31,12 @@ def sample(
     """
     logits_RV = logits_RV.float()
     if params.temperature == 0:
-        ids_R = logits_RV.argmax(-1)
-        return ids_R, _logp(logits_RV, ids_R)
+        logp_RV = torch.log_softmax(logits_RV, -1)
+        ids_R = logp_RV.argmax(-1)
+        return ids_R, logp_RV.gather(-1, ids_R.unsqueeze(-1)).squeeze(-1)
     if params.temperature != 1.0:
         logits_RV = logits_RV / params.temperature
-    probs_RV = torch.softmax(logits_RV, -1)
+    whole_RV = probs_RV = torch.softmax(logits_RV, -1)
     if params.top_k or params.top_p < 1 or params.min_p > 0:
         probs_RV = cut(probs_RV, params)
     cdf_RV = probs_RV.cumsum(-1)
@@ -43,8 +44,8 @@ def sample(
     # uniform number next to 1 would round up to it.
     total_R = cdf_RV[:, -1]
     level_R = torch.minimum(uniform_R.to(cdf_RV.dtype) * total_R, torch.nextafter(total_R, torch.zeros_like(total_R)))
-    ids_R = torch.searchsorted(cdf_RV, level_R.unsqueeze(-1), right=True).squeeze(-1)
-    return ids_R, _logp(logits_RV, ids_R)
+    ids_R = torch.searchsorted(cdf_RV, level_R.unsqueeze(-1), right=True)
+    return ids_R.squeeze(-1), whole_RV.gather(-1, ids_R).squeeze(-1).log()
 
 
 def cut(probs_RV: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -64,7 +65,3 @@ def cut(probs_RV: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     if params.min_p > 0:
         keep_RV &= probs_RV >= params.min_p * probs_RV.max(-1, keepdim=True).values
     return torch.where(keep_RV, probs_RV, 0.0)
-
-
-def _logp(logits_RV: torch.Tensor, ids_R: torch.Tensor) -> torch.Tensor:
-    return logits_RV.gather(-1, ids_R.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(logits_RV, -1)
