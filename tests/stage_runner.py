@@ -12,6 +12,7 @@ import torch
 from posttrain.config.stages import STAGE_KEYS
 from posttrain.distributed.topology import topology
 from posttrain.recipes import policy, preference, sft
+from posttrain.recipes.rollback import run_recipe
 from posttrain.recipes.stage import Stage, StopFlag, StoppedPolitely
 
 RECIPES = {"sft": sft.run, "dpo": preference.run, "grpo": policy.run}
@@ -63,13 +64,14 @@ def run_stage(kind: str, folder: Path, keys, stop_after: int | None = None, rank
     if ranks is None:
         with topology() as single:
             return run_stage(kind, folder, keys, stop_after, single)
-    stage = Stage(kind, Path(folder), keys, ranks, watchers=watchers, stop=flag)
+
+    def begun():
+        return Stage(kind, Path(folder), keys, ranks, watchers=watchers, stop=flag)
+
     try:
-        return RECIPES[kind](keys, stage)
+        return run_recipe(RECIPES[kind], keys, begun)
     except StoppedPolitely:
         return None
-    finally:
-        stage.close()
 
 
 def rows(folder: Path) -> list[dict]:

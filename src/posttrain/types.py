@@ -148,6 +148,8 @@ class Finding:
     evidence: Mapping[str, float]
     action: str
     message: str
+    since: int = 0
+    """First step of the evidence; what was saved before it is healthy."""
 
 
 # --- rollouts ------------------------------------------------------------------------------------------------------
@@ -324,13 +326,13 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TestResult:
-    """One guard or primary, decided: it passes only if `bound` clears `line`.
+    """One guard or primary, decided: it passes only if `bound` clears `line`. A limit has the two means and the line.
 
     `estimate` is the mean paired difference candidate - baseline, signed so that larger is better; `low`/`high` its
     two-sided 95 % interval; `bound` its one-sided 1 - alpha lower bound; `line` is -margin or +min_delta.
     """
 
-    role: Literal["guard", "primary"]
+    role: Literal["guard", "primary", "limit"]
     suite: str
     method: str
     num_items: int
@@ -368,6 +370,20 @@ class GateVerdict:
     def to_json(self) -> dict[str, Any]:
         """Plain values; a number that is not finite becomes null."""
         return _finite(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a person decided on an INCONCLUSIVE verdict, and why."""
+
+    verdict_digest: str
+    accepted: bool
+    by: str
+    reason: str
+    at: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def _finite(value: Any) -> Any:

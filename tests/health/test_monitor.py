@@ -6,6 +6,7 @@ import random
 from itertools import pairwise
 
 from posttrain.health.monitor import KEPT_EVALS, QUIET_STEPS, START_STEPS, WINDOW_STEPS, Monitor
+from posttrain.health.rules import rules_for
 from posttrain.types import StepReport
 
 
@@ -74,3 +75,50 @@ def test_healthy_noise_raises_no_alarm():
             if step % 20 == 0:
                 metrics["eval_score"] = 0.3 + 0.4 * done + draw.gauss(0, 0.04)
             assert monitor.observe(StepReport(step, metrics)) == []
+
+
+def _spikes(monitor, steps, spiking):
+    """Findings before and after the update of each step; grad_norm 100 in the steps of `spiking`, else 1."""
+    found = []
+    for step in range(1, steps + 1):
+        report = StepReport(step, {"grad_norm": 100.0 if step in spiking else 1.0})
+        early, late = monitor.before_update(report), monitor.observe(report)
+        found += [(step, "early", f.rule) for f in early] + [(step, "late", f.rule) for f in late]
+    return found
+
+
+def test_an_early_rule_is_judged_before_the_update_and_once_a_step():
+    assert _spikes(Monitor("sft"), 30, {20}) == [(20, "early", "gradient_spike")]
+    assert _spikes(Monitor("sft"), 30, set()) == []
+
+
+def test_an_early_look_is_not_remembered():
+    looked, plain = Monitor("sft"), Monitor("sft")
+    for step in range(1, 20):
+        report = StepReport(step, {"grad_norm": 1.0, "loss": 1.0})
+        looked.before_update(report)
+        looked.before_update(StepReport(step, {"grad_norm": 1.0, "loss": 2.0}))
+        assert looked.observe(report) == plain.observe(report) == []
+    assert looked.state() == plain.state()
+
+
+def test_a_rule_that_guards_the_weights_is_never_quiet():
+    """Two bad steps within a quiet spell: both are kept out. The report of a skipped step has no gradient norm."""
+    guard = Monitor("sft", rules_for("sft", {"gradient_spike": {"action": "skip_step"}}))
+    found = []
+    for step in range(1, 31):
+        bad = step in (20, 22)
+        found += [(step, f.rule) for f in guard.before_update(StepReport(step, {"grad_norm": 100.0 if bad else 1.0}))]
+        guard.observe(StepReport(step, {"skipped_step": 1.0} if bad else {"grad_norm": 1.0}))
+    assert found == [(20, "gradient_spike"), (22, "gradient_spike")]
+
+
+def test_the_evidence_says_since_when():
+    monitor = Monitor("grpo")
+    found = [f for step in range(1, 8) for f in monitor.observe(StepReport(step, {"grad_norm": 0.0}))]
+    assert [(f.rule, f.step, f.since) for f in found] == [("zero_gradient", 5, 1)]
+    monitor, found = Monitor("sft"), []
+    for step in range(1, 41):
+        loss = {"eval_loss": 1.0 + max(0, step - 20) / 10} if step % 10 == 0 else {}
+        found += monitor.observe(StepReport(step, loss))
+    assert [(f.rule, f.step, f.since) for f in found] == [("overfitting", 40, 30)]

@@ -43,11 +43,12 @@ CASES = {
     ),
     "gradient_spike": ("dpo", series(30, grad_norm=late(1.0, 6.0, 30)), series(30, grad_norm=lambda s: 9.0 if s % 7 == 0 else 0.1)),
     "loss_divergence": ("sft", series(40, loss=late(1.0, 1.8)), series(40, loss=lambda s: 1.4 if s % 2 else 0.9)),
+    "updates_skipped": ("dpo", series(20, skipped_step=late(None, 1.0, 8)), series(30, skipped_step=lambda s: 1.0 if s % 10 else None)),
     "zero_loss": ("sft", series(10, loss=late(1.0, 0.0, 5)), series(60, loss=lambda s: 1.0 / s**2 + 1e-3)),
     "masked_out": ("sft", series(5, loss_tokens=late(100, 0, 5)), series(5, loss_tokens=1)),
     "overfitting": (
         "sft",
-        series(50, eval_loss=every(10, lambda s: 1.0 if s <= 30 else 1.0 + (s - 30) / 100)),
+        series(50, eval_loss=every(10, lambda s: 1.0 if s <= 30 else 1.0 + (s - 30) / 50)),
         series(50, eval_loss=every(10, lambda s: 1.0 if s <= 30 else 1.0 + (s - 30) / 1000)),
     ),
     "margins_run_away": (
@@ -89,6 +90,16 @@ CASES = {
     "clip_fraction": ("grpo", series(20, clip_ratio__region_mean=0.35), series(20, clip_ratio__region_mean=lambda s: 0.4 if s % 3 == 0 else 0.1)),
     "ratio_tails": ("grpo", series(20, importance_ratio__max=25.0), series(20, importance_ratio__max=lambda s: 100.0 if s % 3 == 0 else 2.0)),
     "sampler_mismatch": ("grpo", series(10, **{MISMATCH: 0.08}), series(10, **{MISMATCH: 0.01})),
+    "live_false_passes": (
+        "grpo",
+        series(60, reward_check__false_pass_rate=every(50, lambda s: 0.02)),
+        series(60, reward_check__false_pass_rate=every(50, lambda s: 0.0)),
+    ),
+    "canary_paid": (
+        "grpo",
+        series(60, reward_check__canary_paid_rate=every(50, lambda s: 0.25), reward_check__canary_reward=0.3),
+        series(60, reward_check__canary_paid_rate=every(50, lambda s: 0.0), reward_check__canary_reward=0.5),
+    ),
     "rollout_starvation": (
         "grpo",
         series(20, time__rollout_s=19.0, time__train_s=1.0),
@@ -122,11 +133,12 @@ def test_the_rule_is_silent(name):
     assert name not in {finding.rule for finding in _findings(kind, healthy)}
 
 
-def test_hard_rules_are_those_after_which_the_weights_are_worthless():
+def test_hard_rules_are_those_after_which_going_on_is_pointless():
     assert {rule.name for rule in RULES if rule.severity is Severity.HARD} == {
         "nonfinite",
         "zero_gradient",
         "policy_not_moving",
+        "updates_skipped",
     }
     assert all(rule.action == "rollback" for rule in RULES if rule.severity is Severity.HARD)
 
@@ -179,8 +191,32 @@ def test_thresholds_severity_and_action_can_be_changed():
     ({"kl_drift": {"limt": 1}}, "health.kl_drift.limt: no such key; did you mean limit?"),
     ({"kl_drift": {"limit": "high"}}, "health.kl_drift.limit: got 'high', expected a number"),
     ({"kl_drift": {"action": "panic"}}, "health.kl_drift.action: got 'panic', expected one of log, warn"),
+    ({"kl_drift": {"action": "skip_step"}}, "health.kl_drift.action: skip_step needs a rule that is judged before the update (nonfinite,"),
     ({"kl_drift": {"severity": "bad"}}, "health.kl_drift.severity: got 'bad', expected one of info, soft, hard"),
 ])  # fmt: skip
 def test_a_wrong_change_is_refused_with_the_fix(changes, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         rules_for("grpo", changes)
+
+
+@pytest.mark.parametrize("action", ["resample", "raise_group_size", "raise_entropy"])
+def test_what_only_rl_can_do_is_refused_elsewhere(action):
+    change = {"nonfinite": {"action": action}}
+    assert rules_for("grpo", change)[0].action == action
+    for kind in ("sft", "dpo"):
+        with pytest.raises(ConfigError, match=f"health.nonfinite.action: got '{action}', expected one of log, warn"):
+            rules_for(kind, change)
+
+
+@pytest.mark.parametrize(("severity", "action"), [("info", "log"), ("soft", "evaluate"), ("hard", "rollback")])
+def test_another_severity_brings_its_action(severity, action):
+    rules = {
+        rule.name: rule
+        for rule in rules_for("grpo", {"kl_drift": {"severity": severity}, "nonfinite": {"severity": severity}})
+    }
+    assert rules["kl_drift"].action == rules["nonfinite"].action == action
+
+
+def test_the_action_of_a_row_stays_with_its_own_severity():
+    (rule,) = [r for r in rules_for("grpo", {"all_wrong": {"severity": "soft"}}) if r.name == "all_wrong"]
+    assert rule.action == "resample"

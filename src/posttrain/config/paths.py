@@ -69,6 +69,7 @@ PATH_RULES: tuple[tuple[type[Keys], str, Callable[[str, Path], str]], ...] = (
     (ModelKeys, "chat_template", _existing),
     (DatasetKeys, "path", _existing_or_hub),
     (TrainKeys, "output_dir", _output),
+    (TrainKeys, "eval_suite", _existing),
     (GRPOKeys, "reward_funcs", _reward),
     (PipelineKeys, "base_model", _existing_or_hub),
     (PipelineKeys, "output_dir", _output),

@@ -31,6 +31,10 @@ class DatasetKeys(Keys):
     columns: dict[str, str] = knob({}, "Rename columns: our name → the file's name.", also="field_messages (Axolotl)", example={"messages": "conversations"})
 
 
+WITHOUT_REFERENCE = frozenset({"simpo", "cpo", "orpo", "sft"})
+"""Preference losses whose beta pulls to no reference."""
+
+
 class ModelKeys(Keys):
     """Which weights, and what of them is trained."""
 
@@ -83,11 +87,16 @@ class TrainKeys(ModelKeys):
     weight_decay: float = knob(0.0, "Decoupled weight decay, on matrices only.", ge=0)
     max_grad_norm: float = knob(1.0, "Clip the global gradient norm; 0 turns it off.", ge=0, also="clip_grad_norm (torchtune)")
     logging_steps: int = knob(1, "Log every so many steps.", ge=1)
+    eval_suite: str | None = knob(None, "A JSONL eval suite, relative to the YAML; its dev split is answered greedily at every validation and scored as `eval_score`.", example="evals/heldout.jsonl")
+    eval_suite_limit: int = knob(100, "Measure only so many items of eval_suite, from its start.", ge=1)
     eval_steps: int = knob(0, "Validate every so many steps; 0 is only at the end.", ge=0)
     save_steps: int = knob(0, "Checkpoint every so many steps; 0 is only at the end.", ge=0)
     save_total_limit: int = knob(2, "Checkpoints to keep, the best one besides.", ge=1)
+    save_keep_every: int = knob(0, "Keep for good the checkpoints of steps that this divides, whatever save_total_limit says; 0 keeps none.", ge=0, example=1000)
     load_best_model_at_end: bool = knob(False, "End with the checkpoint of the lowest validation loss (RL: highest dev score).")
     health: dict[str, dict[str, Any]] = knob({}, "Health rules to change: rule → threshold, `severity`, `action` or `enabled`; docs/failure-modes.md lists them.", example={"kl_drift": {"limit": 1.0}})
+    health_rollbacks: int = knob(2, "How often a run may return to its last healthy checkpoint before it stops.", ge=0)
+    lint: dict[str, dict[str, Any]] = knob({}, "Data lints to change: rule → `limit` (share of the rows) and `action` (warn, refuse or off); docs/data-formats.md lists them.", example={"near_duplicate": {"limit": 0.05}})
     mlflow: str | None = knob(None, "Mirror metrics to this MLflow server, or to sqlite:///file.db; it never blocks a run.", example="sqlite:///mlflow.db")
     prometheus_port: int | None = knob(None, "Serve the newest metrics to Prometheus on this port of localhost.", ge=1, le=65535)
 
@@ -97,6 +106,25 @@ class TrainKeys(ModelKeys):
         if isinstance(values, dict) and values.get("adapter") == "qlora":
             return {"load_in_4bit": True, **values}
         return values
+
+    @model_validator(mode="after")
+    def _pull_can_be_raised(self) -> TrainKeys:
+        raising = [rule for rule, change in self.health.items() if change.get("action") == "raise_beta"]
+        if raising and (not getattr(self, "beta", 0.0) or getattr(self, "loss_type", None) in WITHOUT_REFERENCE):
+            raise ValueError(
+                f"health.{raising[0]}.action: raise_beta needs a pull to a reference, and this stage has none; set beta "
+                "above 0 and a loss_type with a reference, or use lower_learning_rate"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kept_ones_are_saved(self) -> TrainKeys:
+        if self.save_keep_every and (not self.save_steps or self.save_keep_every % self.save_steps):
+            raise ValueError(
+                f"save_keep_every={self.save_keep_every} is not a multiple of save_steps={self.save_steps}; "
+                "set it to one, so that there is a checkpoint to keep"
+            )
+        return self
 
     @model_validator(mode="after")
     def _adapter_fits_4_bits(self) -> TrainKeys:
@@ -179,7 +207,9 @@ class GRPOKeys(TrainKeys):
     sapo_temperature_pos: float = knob(1.0, "SAPO's temperature for positive advantages.", gt=0)
     sapo_temperature_neg: float = knob(1.05, "SAPO's temperature for negative advantages.", gt=0)
     mask_truncated_completions: bool = knob(False, "Leave truncated completions out of the loss.")
+    kl_target: float | None = knob(None, "Steer beta, from its value on, so that the KL to the reference stays near so many nats per token.", gt=0, example=0.05)
     entropy_coef: float = knob(0.0, "Weight of an entropy bonus.", ge=0)
+    entropy_target: float | None = knob(None, "Steer an entropy bonus, besides entropy_coef, that grows while the entropy is below so many nats per token.", gt=0, example=0.2)
     dynamic_sampling: bool = knob(False, "Replace groups whose rewards are all equal by freshly sampled ones (DAPO).")
     dynamic_sampling_max_rounds: int = knob(4, "Refill rounds before the step goes on with fewer groups.", ge=1)
     soft_overlong_cache: int = knob(0, "Length in tokens of DAPO's soft overlong penalty before max_completion_length; 0 is off.", ge=0)
@@ -187,6 +217,7 @@ class GRPOKeys(TrainKeys):
     importance_sampling_cap: float = knob(3.0, "Upper bound of the weights of importance_sampling_correction.", gt=1, also="vllm_importance_sampling_cap (TRL), vllm_importance_sampling_clip_max (TRL)")
     rollout_batch_size: int = knob(64, "Completions decoded at once.", ge=1)
     reward_check: Literal["require", "off"] = knob("require", "`off` trains without a reward certificate, and what it makes cannot be promoted.")
+    reward_check_steps: int = knob(50, "Steps between checks of the rewards on live samples and canary prompts; 0 is off.", ge=0)
 
     @model_validator(mode="after")
     def _one_weight_per_reward(self) -> GRPOKeys:
@@ -194,6 +225,12 @@ class GRPOKeys(TrainKeys):
             raise ValueError(
                 f"reward_weights has {len(self.reward_weights)} entries for {len(self.reward_funcs)} reward_funcs; give one each"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _kl_can_be_steered(self) -> GRPOKeys:
+        if self.kl_target is not None and not self.beta:
+            raise ValueError("kl_target steers beta, which is 0 (no reference is kept); set beta to its starting value, e.g. 0.01")
         return self
 
     @model_validator(mode="after")

@@ -16,11 +16,15 @@ Evidence = dict[str, float]
 ALL_RIGHT = "frac_reward_all_right"
 ALL_WRONG = "frac_reward_all_wrong"
 UPDATE_NORM = "update_norm"
+SKIPPED = "skipped_step"
 LOSS_TOKENS = "loss_tokens"
 DEV_SCORE = "eval_score"
 RATIO_MAX = "importance_ratio/max"
 ROLLOUT_S = "time/rollout_s"
 TRAIN_S = "time/train_s"
+FALSE_PASSES = "reward_check/false_pass_rate"
+CANARY_PAID = "reward_check/canary_paid_rate"
+CANARY_REWARD = "reward_check/canary_reward"
 
 _ZERO_STD = "frac_reward_zero_std"
 _LENGTH = "completions/mean_length"
@@ -69,8 +73,14 @@ def gradient_spike(history: History, *, times: float, after: float, at_least: fl
     return {"grad_norm": newest, "largest": largest} if fired else None
 
 
+def updates_skipped(history: History, *, steps: float) -> Evidence | None:
+    """One bad batch is passed over; when no step gets through, the weights themselves are at fault."""
+    return {"steps": steps} if history.lasts(int(steps), lambda r: get(r, SKIPPED) > 0) else None
+
+
 def loss_divergence(history: History, *, steps: float, times: float, nats: float) -> Evidence | None:
-    start, now = history.start("loss"), history.now("loss", int(steps))
+    """Against the first step alone: where the learning rate is far too high, the steps after it have diverged already."""
+    start, now = get(history.first[0], "loss"), history.now("loss", int(steps))
     diverged = not history.is_young and now > times * start and now > start + nats
     return {"loss": now, "start": start} if diverged else None
 
@@ -129,7 +139,7 @@ def entropy_collapse(history: History, *, steps: float, floor: float, share: flo
     start, now = history.start("entropy"), history.now("entropy", int(steps))
     solved = history.now(ALL_RIGHT, int(steps)) >= mastered
     fired = not history.is_young and now < floor and now < share * start and not solved
-    return {"entropy": now, "start": start} if fired else None
+    return {"entropy": now, "start": start, "target": max(floor, share * start)} if fired else None
 
 
 def entropy_explosion(history: History, *, steps: float, times: float, nats: float) -> Evidence | None:
@@ -160,8 +170,10 @@ def sampler_mismatch(history: History, *, steps: float, limit: float) -> Evidenc
 
 
 def ratio_tails(history: History, *, steps: float, limit: float) -> Evidence | None:
-    fired = history.lasts(int(steps), lambda r: get(r, RATIO_MAX) > limit)
-    return {RATIO_MAX: get(history.newest, RATIO_MAX), "limit": limit} if fired else None
+    """The first update of a generation batch has ratio 1 by definition and logs none: it is left out."""
+    known = values(history.recent, RATIO_MAX)[-int(steps) :]
+    fired = len(known) == int(steps) and min(known) > limit
+    return {RATIO_MAX: known[-1], "limit": limit} if fired else None
 
 
 def advantage_collapse(history: History, *, steps: float, limit: float, mastered: float) -> Evidence | None:
@@ -185,13 +197,13 @@ def reward_falls(history: History, *, steps: float, stds: float) -> Evidence | N
 
 
 def reward_without_score(history: History, *, evals: float, reward_gain: float, score_gain: float) -> Evidence | None:
-    """Reward rose since the first evaluation while the held-out score did not."""
+    """Reward rose since the first evaluation while no later one of the last `evals` had a better held-out score."""
     scored = [r for r in history.evaluated if math.isfinite(get(r, DEV_SCORE)) and math.isfinite(get(r, "reward"))]
     if len(scored) < evals:
         return None
-    # The earliest against the mean of the last two: one lucky evaluation neither fires nor hides it.
+    # The best of the later ones: scores of a hundred items go up and down, and a run that once got better is learning.
     reward = mean([get(r, "reward") for r in scored[-2:]]) - get(scored[0], "reward")
-    score = mean([get(r, DEV_SCORE) for r in scored[-2:]]) - get(scored[0], DEV_SCORE)
+    score = max(get(r, DEV_SCORE) for r in scored[1 - int(evals) :]) - get(scored[0], DEV_SCORE)
     return {"reward_gain": reward, "score_gain": score} if reward > reward_gain and score < score_gain else None
 
 
@@ -213,3 +225,15 @@ def rollout_starvation(history: History, *, steps: float, limit: float) -> Evide
     rollout, train = history.now(ROLLOUT_S, int(steps)), history.now(TRAIN_S, int(steps))
     idle = rollout / (rollout + train) if rollout + train > 0 else math.nan
     return {"trainer_idle": idle, ROLLOUT_S: rollout, TRAIN_S: train} if idle > limit else None
+
+
+def live_false_passes(history: History, *, limit: float) -> Evidence | None:
+    """Known cheats, replayed on live samples, earn more than a wrong answer."""
+    rate = get(history.newest, FALSE_PASSES)
+    return {FALSE_PASSES: rate} if rate > limit else None
+
+
+def canary_paid(history: History, *, limit: float) -> Evidence | None:
+    """Prompts whose reference nobody can hit are paid all the same."""
+    rate = get(history.newest, CANARY_PAID)
+    return {CANARY_PAID: rate, CANARY_REWARD: get(history.newest, CANARY_REWARD)} if rate > limit else None

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.health.history import History, get, mean, values
-from posttrain.health.rules import Rule, rules_for
+from posttrain.health.rules import GUARDS, Rule, rules_for
 from posttrain.types import Finding, StepReport
 
 WINDOW_STEPS = 64
@@ -29,6 +29,12 @@ class Monitor:
         self._evaluated: deque[StepReport] = deque(maxlen=KEPT_EVALS)
         self._fired: dict[str, int] = {}
 
+    def before_update(self, report: StepReport) -> list[Finding]:
+        """What the early rules find in a step whose update is not made yet; its report is not remembered."""
+        first = [*self._first, report] if len(self._first) < START_STEPS else self._first
+        history = History(tuple(first), (*self._recent, report), tuple(self._evaluated))
+        return [finding for rule in self._rules if rule.early and (finding := self._apply(rule, history)) is not None]
+
     def observe(self, report: StepReport) -> list[Finding]:
         """What the rules find now that `report` is the newest."""
         if len(self._first) < START_STEPS:
@@ -38,11 +44,14 @@ class Monitor:
             reward = mean(values(list(self._recent)[-_REWARD_STEPS:], "reward"))
             self._evaluated.append(StepReport(report.step, {**report.metrics, "reward": reward}))
         history = History(tuple(self._first), tuple(self._recent), tuple(self._evaluated))
-        return [finding for rule in self._rules if (finding := self._apply(rule, history)) is not None]
+        # What was found before the update of this very step is not found again.
+        rules = [rule for rule in self._rules if self._fired.get(rule.name) != report.step]
+        return [finding for rule in rules if (finding := self._apply(rule, history)) is not None]
 
     def _apply(self, rule: Rule, history: History) -> Finding | None:
         step = history.newest.step
-        if step - self._fired.get(rule.name, -QUIET_STEPS) < QUIET_STEPS:
+        guards = rule.early and rule.action in GUARDS
+        if not guards and step - self._fired.get(rule.name, -QUIET_STEPS) < QUIET_STEPS:
             return None
         finding = apply(rule, history)
         if finding is not None:
@@ -69,7 +78,14 @@ def apply(rule: Rule, history: History) -> Finding | None:
     if evidence is None:
         return None
     text = rule.message.format(**{name.replace("/", "_"): value for name, value in evidence.items()})
-    return Finding(rule.name, rule.severity, history.newest.step, evidence, rule.action, f"{text}. {rule.advice}")
+    step, message = history.newest.step, f"{text}. {rule.advice}"
+    return Finding(rule.name, rule.severity, step, evidence, rule.action, message, _since(rule, history))
+
+
+def _since(rule: Rule, history: History) -> int:
+    """The first step of what the rule looked at: a checkpoint from before it is healthy."""
+    evals = history.evaluated[-int(rule.thresholds.get("evals", 0)) :] if "evals" in rule.thresholds else ()
+    return evals[0].step if evals else history.newest.step - int(rule.thresholds.get("steps", 1)) + 1
 
 
 def _to_json(report: StepReport) -> list[Any]:

@@ -15,17 +15,27 @@ from posttrain.types import Severity
 ACTIONS: dict[str, str] = {
     "log": "write it down",
     "warn": "write it down and show it",
-    "evaluate": "evaluate on the dev split now, and hold promotion",
+    "evaluate": "evaluate now, and hold promotion",
     "hold": "hold promotion",
-    "resample": "choose prompts of another difficulty, or raise num_generations",
+    "resample": "pass over prompts that were last all solved or all failed; the next time, double num_generations",
+    "raise_group_size": "double num_generations, up to four times what was set",
     "skip_step": "throw this step's update away",
     "lower_learning_rate": "halve the learning rate",
-    "raise_beta": "raise the pull to the reference",
-    "raise_entropy": "raise the entropy bonus",
+    "raise_beta": "double the pull to the reference, then steer it",
+    "raise_entropy": "steer an entropy bonus until the entropy is back",
     "rollback": "return to the last healthy checkpoint with something changed; after the last allowed time, stop",
     "stop": "stop with the diagnosis",
 }
-"""What a finding asks the loop to do."""
+"""What a finding makes the loop do."""
+
+GUARDS = frozenset({"skip_step", "rollback", "stop"})
+"""Actions that keep a bad update out; an early rule with one of them is never quiet."""
+
+HOLDING = frozenset({"evaluate", "hold"})
+"""Actions after which a model is not promoted."""
+
+_DEFAULT_ACTION = {Severity.INFO: "log", Severity.SOFT: "evaluate", Severity.HARD: "rollback"}
+_RL_ONLY = frozenset({"resample", "raise_group_size", "raise_entropy"})
 
 ALL_KINDS = frozenset({"sft", "dpo", "grpo"})
 _SFT, _DPO, _RL = frozenset({"sft"}), frozenset({"dpo"}), frozenset({"grpo"})
@@ -33,7 +43,10 @@ _SFT, _DPO, _RL = frozenset({"sft"}), frozenset({"dpo"}), frozenset({"grpo"})
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row. `message` is formatted with the evidence (`/` in a name becomes `_`); `advice` says what to change."""
+    """One row. `message` is formatted with the evidence (`/` in a name becomes `_`); `advice` says what to change.
+
+    An `early` rule needs only what is known before the update, and is judged before it is made.
+    """
 
     name: str
     kinds: frozenset[str]
@@ -43,25 +56,28 @@ class Rule:
     action: str
     message: str
     advice: str
+    early: bool = False
 
 
 RULES: tuple[Rule, ...] = (
     Rule("nonfinite", ALL_KINDS, checks.nonfinite, {}, Severity.HARD, "rollback",
-         "a metric is not a number", "Lower learning_rate, set max_grad_norm, and look at the rows of this step."),
+         "a metric is not a number", "Lower learning_rate, set max_grad_norm, and look at the rows of this step.", early=True),
     Rule("zero_gradient", ALL_KINDS, checks.zero_gradient, {"steps": 5, "at_most": 1e-12}, Severity.HARD, "rollback",
          "the gradient was zero for {steps:.0f} steps in a row", "Check the loss mask and that something is trainable (adapter, lora_target)."),
     Rule("policy_not_moving", ALL_KINDS, checks.policy_not_moving, {"steps": 5, "at_most": 0.0}, Severity.HARD, "rollback",
          "the weights did not change for {steps:.0f} steps although there was a gradient of norm {grad_norm:.3g}",
          "Check that the optimizer holds the adapter's parameters, and that learning_rate is not lost in bf16 rounding."),
     Rule("gradient_spike", ALL_KINDS, checks.gradient_spike, {"times": 5, "after": 16, "at_least": 1.0}, Severity.SOFT, "evaluate",
-         "gradient norm {grad_norm:.3g} against at most {largest:.3g} before", "Look at the rows of this step; lower max_grad_norm or learning_rate."),
+         "gradient norm {grad_norm:.3g} against at most {largest:.3g} before", "Look at the rows of this step; lower max_grad_norm or learning_rate.", early=True),
     Rule("loss_divergence", _SFT | _DPO, checks.loss_divergence, {"steps": 5, "times": 1.5, "nats": 0.5}, Severity.SOFT, "evaluate",
-         "the loss is {loss:.3f}, up from {start:.3f} at the start", "Lower learning_rate, or give it a warmup."),
+         "the loss is {loss:.3f}, up from {start:.3f} at the start", "Lower learning_rate, or give it a warmup.", early=True),
+    Rule("updates_skipped", ALL_KINDS, checks.updates_skipped, {"steps": 10}, Severity.HARD, "rollback",
+         "the updates of {steps:.0f} steps in a row were thrown away", "See the findings before this one: what skips every step is no single bad batch."),
     Rule("zero_loss", _SFT, checks.zero_loss, {"steps": 3, "at_most": 1e-6}, Severity.SOFT, "evaluate",
          "the loss was {loss:.1e} for {steps:.0f} steps", "Nothing is left to learn or nothing is trained: see the masks with `posttrain data`."),
     Rule("masked_out", _SFT, checks.masked_out, {}, Severity.SOFT, "evaluate",
-         "a step had no trained token", "See the masks with `posttrain data`; check train_on and the chat template."),
-    Rule("overfitting", _SFT, checks.overfitting, {"evals": 2, "rise": 0.05}, Severity.SOFT, "evaluate",
+         "a step had no trained token", "See the masks with `posttrain data`; check train_on and the chat template.", early=True),
+    Rule("overfitting", _SFT, checks.overfitting, {"evals": 2, "rise": 0.2}, Severity.SOFT, "evaluate",
          "validation loss {eval_loss:.3f} keeps rising from its best {best:.3f}", "Train fewer epochs, or set load_best_model_at_end."),
     Rule("margins_run_away", _DPO, checks.margins_run_away, {"steps": 10, "share": 0.5, "nats": 20.0}, Severity.SOFT, "evaluate",
          "chosen answers fell to log-prob {logps_chosen:.1f} from {start:.1f} while the margins grow", "Beta is too low: raise beta, lower learning_rate, or add rpo_alpha."),
@@ -82,7 +98,7 @@ RULES: tuple[Rule, ...] = (
     Rule("reward_falls", _RL, checks.reward_falls, {"steps": 10, "stds": 0.75}, Severity.SOFT, "evaluate",
          "reward fell to {reward:.3f} from {start:.3f}", "Check the reward's sign with `posttrain rewards check`; lower learning_rate."),
     Rule("reward_without_score", _RL, checks.reward_without_score, {"evals": 4, "reward_gain": 0.15, "score_gain": 0.0}, Severity.SOFT, "evaluate",
-         "reward rose by {reward_gain:.3f} while the held-out score changed by {score_gain:+.3f}", "The reward is being gamed: read the samples, and run `posttrain rewards check`."),
+         "reward rose by {reward_gain:.3f} while the held-out score changed by {score_gain:+.3f} at best", "The reward is being gamed: read the samples, and run `posttrain rewards check`."),
     Rule("length_spiral", _RL, checks.length_spiral, {"steps": 10, "times": 3.0, "tokens": 64.0}, Severity.SOFT, "evaluate",
          "answers grew to {completions_mean_length:.0f} tokens from {start:.0f}", "Set soft_overlong_cache, use loss_type dr_grpo, or check that the reward does not pay for length."),
     Rule("truncation_spiral", _RL, checks.truncation_spiral, {"steps": 5, "limit": 0.3, "rise": 0.2}, Severity.SOFT, "evaluate",
@@ -93,6 +109,10 @@ RULES: tuple[Rule, ...] = (
          "a token's probability changed {importance_ratio_max:.0f}-fold within a step", "Lower learning_rate; set delta (two-sided clipping)."),
     Rule("sampler_mismatch", _RL, checks.sampler_mismatch, {"steps": 3, "limit": 0.05}, Severity.SOFT, "evaluate",
          "sampler and trainer disagree by {sampling_sampling_logp_difference_mean:.3f} nats per token", "The engine may hold old weights or another precision; set importance_sampling_correction."),
+    Rule("live_false_passes", _RL, checks.live_false_passes, {"limit": 0.01}, Severity.SOFT, "evaluate",
+         "{reward_check_false_pass_rate:.1%} of the known cheats, in the form of this run's best answers, are paid", "The reward has a hole that the policy can reach: see the reward_check event, and run `posttrain rewards check`."),
+    Rule("canary_paid", _RL, checks.canary_paid, {"limit": 0.1}, Severity.SOFT, "evaluate",
+         "{reward_check_canary_paid_rate:.0%} of the answers to prompts without a right answer are paid", "The reward does not pay for being right: read the samples, and run `posttrain rewards check`."),
     Rule("rollout_starvation", _RL, checks.rollout_starvation, {"steps": 10, "limit": 0.9}, Severity.INFO, "log",
          "the trainer waits {trainer_idle:.0%} of each step for rollouts", "Give rollouts more: a larger rollout_batch_size, more engines; see `posttrain plan`."),
 )  # fmt: skip
@@ -109,10 +129,10 @@ def rules_for(kind: str, changes: Mapping[str, Mapping[str, Any]] | None = None)
         if name not in {rule.name for rule in RULES}:
             raise ConfigError(f"health.{name}: no such rule{_nearest(name, [rule.name for rule in RULES])}")
     rows = [(rule, changes.get(rule.name, {})) for rule in RULES if kind in rule.kinds]
-    return tuple(_changed(rule, change) for rule, change in rows if change.get("enabled", True))
+    return tuple(_changed(rule, change, kind) for rule, change in rows if change.get("enabled", True))
 
 
-def _changed(rule: Rule, change: Mapping[str, Any]) -> Rule:
+def _changed(rule: Rule, change: Mapping[str, Any], kind: str) -> Rule:
     thresholds = dict(rule.thresholds)
     for name, value in change.items():
         if name in thresholds:
@@ -123,14 +143,29 @@ def _changed(rule: Rule, change: Mapping[str, Any]) -> Rule:
             raise ConfigError(
                 f"health.{rule.name}.{name}: no such key{_nearest(name, [*thresholds, 'enabled', 'severity', 'action'])}"
             )
-    action, severity = change.get("action", rule.action), change.get("severity", rule.severity)
-    if action not in ACTIONS:
-        raise ConfigError(f"health.{rule.name}.action: got {action!r}, expected one of {', '.join(ACTIONS)}")
+    severity = change.get("severity", rule.severity)
     if severity not in set(Severity):
         raise ConfigError(
             f"health.{rule.name}.severity: got {severity!r}, expected one of {', '.join(s.value for s in Severity)}"
         )
+    # Another severity without an action means what that severity means.
+    usual = rule.action if severity == rule.severity else _DEFAULT_ACTION[Severity(severity)]
+    action = change.get("action", usual)
+    _check_action(rule, action, kind)
     return replace(rule, thresholds=thresholds, action=action, severity=Severity(severity))
+
+
+def _check_action(rule: Rule, action: Any, kind: str) -> None:
+    """Raises: ConfigError for an action that does not exist, or that this rule or stage cannot carry out."""
+    known = [name for name in ACTIONS if kind == "grpo" or name not in _RL_ONLY]
+    if action not in known:
+        raise ConfigError(f"health.{rule.name}.action: got {action!r}, expected one of {', '.join(known)}")
+    if action == "skip_step" and not rule.early:
+        early = ", ".join(row.name for row in RULES if row.early)
+        raise ConfigError(
+            f"health.{rule.name}.action: skip_step needs a rule that is judged before the update ({early}); "
+            "use rollback, which undoes updates"
+        )
 
 
 def _nearest(name: str, known: list[str]) -> str:

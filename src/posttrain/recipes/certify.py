@@ -9,32 +9,37 @@ from typing import Any
 from posttrain.config.stages import GRPOKeys
 from posttrain.data.load import load_prompts
 from posttrain.errors import RewardError
-from posttrain.files import write_json
+from posttrain.files import read_json
 from posttrain.models.load import load_policy, load_tokenizer, stop_token_ids
 from posttrain.rewards.cases import Sample, cases_of
 from posttrain.rewards.certificate import Certificate, check_rewards
 from posttrain.rewards.workers import RewardPool
+from posttrain.rewards.written import write
 from posttrain.rollout.collect import sample_groups
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.types import SamplingParams
 
 _NUM_CASES = 50
-_SAMPLES_PER_CASE = 4
+_NUM_SAMPLES = 200
 _PIECE = 10_000
 
 
 def certify(keys: GRPOKeys, path: Path) -> Certificate:
-    """Check the rewards as training will call them, with completions of the starting policy; write `path`."""
+    """Check the rewards as training will call them, with completions of the starting policy; write `path`.
+
+    On the held-out prompts where there are any. The samples are groups of the size that training will use, so that
+    the forecast is of its groups.
+    """
     tokenizer = load_tokenizer(keys)
-    rows = load_prompts(keys, tokenizer).rows
+    rows = load_prompts(keys, tokenizer, sources=keys.eval_datasets or None).rows
     cases = cases_of([prompt for prompt, _ in rows], limit=_NUM_CASES)
     policy = load_policy(keys.model_copy(update={"adapter": "none"}), tokenizer=tokenizer, trainable=False)
     engine = EmbeddedEngine(
         policy, stop_token_ids=stop_token_ids(policy.base, tokenizer), batch_size=keys.rollout_batch_size
     )
     params = SamplingParams(keys.max_completion_length, keys.temperature, keys.top_p, keys.top_k, keys.min_p)
-    chosen = rows[: len(cases)]
-    groups = sample_groups(engine, chosen, _SAMPLES_PER_CASE, params, (keys.seed, -1), range(len(chosen)), None)
+    chosen = rows[: min(len(cases), max(1, _NUM_SAMPLES // keys.num_generations))]
+    groups = sample_groups(engine, chosen, keys.num_generations, params, (keys.seed, -1), range(len(chosen)), None)
     samples = [
         Sample(case, str(tokenizer.decode(list(completion.ids), skip_special_tokens=True)))
         for case, group in enumerate(groups)
@@ -43,12 +48,12 @@ def certify(keys: GRPOKeys, path: Path) -> Certificate:
     with RewardPool(
         keys.reward_funcs, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s
     ) as pool:
-        certificate = check_rewards(pool, cases, samples, tokenize=partial(_ids, tokenizer))
-    write_json(path, certificate.to_json())
+        certificate = check_rewards(pool, cases, samples, tokenize=partial(token_ids, tokenizer))
+    write(certificate, path)
     return certificate
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def token_ids(tokenizer: Any, text: str) -> list[int]:
     """Token ids of any string, also of one that no tokenizer takes (lone surrogates are part of the battery).
 
     In pieces: rewards only look at the length, and tokenisers are slower than linear on a megabyte.
@@ -66,4 +71,15 @@ def require(certificate: Certificate) -> None:
             f"the rewards did not pass their check, so RL does not start:\n{reasons}\n"
             "fix the reward (posttrain rewards check CONFIG shows every case), or set reward_check: off to train a model "
             "that cannot be promoted"
+        )
+
+
+def require_match(folder: Path, rewards: RewardPool) -> None:
+    """Raises: RewardError unless the certificate in the stage's folder, if it has one, is for exactly these rewards."""
+    path = folder / "certificate.json"
+    certified = Certificate.from_json(read_json(path)).reward_digest if path.exists() else rewards.digest
+    if certified != rewards.digest:
+        raise RewardError(
+            f"{path} is for rewards {certified[:19]}, those of this run are {rewards.digest[:19]}: a reward file, its "
+            "options or a package it imports changed since the check; start again, which checks them anew"
         )

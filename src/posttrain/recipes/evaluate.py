@@ -16,7 +16,7 @@ from posttrain.models.export import source_digest
 from posttrain.models.load import load_policy, load_tokenizer, stop_token_ids
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.sampling import request_seed
-from posttrain.types import EvalReport, Text
+from posttrain.types import EvalReport, ItemRecord, Text
 
 _ROWS = 128
 """Completions decoded at once: evals hold no gradients, so there is room for more than in training."""
@@ -44,9 +44,19 @@ class TokenizerCodec:
 
 
 def evaluate(
-    model: ModelKeys, suites: Sequence[tuple[Suite, SuiteKeys]], split: str, folder: Path, progress: Shown | None = None
+    model: ModelKeys,
+    suites: Sequence[tuple[Suite, SuiteKeys]],
+    split: str,
+    folder: Path,
+    progress: Shown | None = None,
+    *,
+    order: int = 0,
 ) -> dict[str, EvalReport]:
-    """Reports by suite, written to `folder/<suite>-<split>/`. The model is loaded only if one is missing there."""
+    """Reports by suite, written to `folder/<suite>-<split>/`. The model is loaded only if one is missing there.
+
+    Of a split such as `gate+reserve` only what the report on `gate` does not hold yet is measured. Another `order` asks
+    in another order and in smaller batches.
+    """
     digest = source_digest(model.base_model)
     reports: dict[str, EvalReport] = {}
     missing: list[tuple[Suite, SuiteKeys]] = []
@@ -60,9 +70,10 @@ def evaluate(
         else:
             missing.append((suite, keys))
     if missing:
-        evaluator = _evaluator(model, digest, progress)
+        evaluator = _evaluator(model, digest, progress, _ROWS if not order else _ROWS // 4)
         for suite, keys in missing:
-            reports[suite.name] = evaluator.run(suite, keys, split)
+            known = _known(suite, keys, split, digest, folder)
+            reports[suite.name] = evaluator.run(suite, keys, split, known=known, order=order)
             reports[suite.name].save(folder / f"{suite.name}-{split}")
     return {suite.name: reports[suite.name] for suite, _ in suites}
 
@@ -71,9 +82,19 @@ def summary(reports: Mapping[str, EvalReport]) -> str:
     return ", ".join(f"{name} {report.mean:.3f}" for name, report in reports.items())
 
 
-def _evaluator(model: ModelKeys, digest: str, progress: Shown | None) -> Evaluator:
+def _known(suite: Suite, keys: SuiteKeys, split: str, model_digest: str, folder: Path) -> dict[str, ItemRecord]:
+    """Records of the first of several splits, if this model was measured on it as it is now."""
+    first = split.split("+")[0]
+    report = _stored(folder / f"{suite.name}-{first}") if first != split else None
+    if report is None:
+        return {}
+    same = (report.model_digest, report.suite_digest) == (model_digest, suite.digest(first, decoding_of(keys)))
+    return {item.id: item for item in report.items} if same else {}
+
+
+def _evaluator(model: ModelKeys, digest: str, progress: Shown | None, rows: int) -> Evaluator:
     policy = load_policy(model, tokenizer=load_tokenizer(model), trainable=False)
-    engine = EmbeddedEngine(policy, stop_token_ids=stop_token_ids(policy.base, policy.tokenizer), batch_size=_ROWS)
+    engine = EmbeddedEngine(policy, stop_token_ids=stop_token_ids(policy.base, policy.tokenizer), batch_size=rows)
     return Evaluator(
         engine, TokenizerCodec(policy.tokenizer), digest, request_seed, progress or (lambda name, done, total: None)
     )

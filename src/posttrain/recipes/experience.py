@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from posttrain.config.stages import GRPOKeys
+from posttrain.health.controls import Controls
 from posttrain.models.batch import pack
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
@@ -18,7 +19,8 @@ from posttrain.objectives.advantages import AdvantageSpec, as_rewards, compute_a
 from posttrain.objectives.policy import advantage_estimator_of
 from posttrain.objectives.terms import spec_from
 from posttrain.protocols import Engine, Topology
-from posttrain.rollout.collect import PromptRow, ScoreRewards, sample_groups, score_groups, stop_test
+from posttrain.recipes.prompts import PromptStream
+from posttrain.rollout.collect import ScoreRewards, sample_groups, score_groups, stop_test
 from posttrain.types import Rollout, RolloutGroup, SamplingParams, TokenSeq
 
 
@@ -71,10 +73,10 @@ class Collector:
 
     def __init__(
         self, keys: GRPOKeys, policy: Policy, engine: Engine, score: ScoreRewards, topology: Topology,
-        prompt_at: Callable[[int], PromptRow],
+        prompts: PromptStream,
     ) -> None:  # fmt: skip
         self._keys, self._policy, self._engine, self._score = keys, policy, engine, score
-        self._topology, self._prompt_at = topology, prompt_at
+        self._topology, self._prompts, self._controls = topology, prompts, Controls()
         self._params = SamplingParams(
             max_tokens=keys.max_completion_length, temperature=keys.temperature,
             top_p=keys.top_p, top_k=keys.top_k, min_p=keys.min_p,
@@ -84,9 +86,10 @@ class Collector:
         self.ledger: dict[str, list[int]] = {}
         self.wall_s = 0.0
 
-    def collect(self, generation: int, first_prompt: int) -> Experience:
+    def collect(self, generation: int, first_prompt: int, controls: Controls) -> Experience:
         """Generation batch number `generation`, from prompt `first_prompt` of the run's endless shuffled prompts."""
         started = time.monotonic()
+        self._controls = controls
         numbered, next_prompt, rounds = self._sampled(generation, first_prompt)
         groups = [group for _, group in numbered]
         self.latest = groups
@@ -100,7 +103,7 @@ class Collector:
             spec, weights, as_width=len(next(row for rows in everyone for row in rows)), loss_type=self._keys.loss_type
         )
         rewards_BK = as_rewards([row for rows in everyone for row in rows])
-        group_B = torch.arange(len(rewards_BK)) // self._keys.num_generations
+        group_B = torch.arange(len(rewards_BK)) // self._num_generations
         advantages = compute_advantages(rewards_BK, group_B, spec)
         mine = advantages.advantage_B[before : before + len(columns)].tolist()
         made = zip([number for number, _ in numbered], self._trajectories(groups, iter(mine)), strict=True)
@@ -108,10 +111,11 @@ class Collector:
         dealt = sorted((pair for rank in self._topology.gather(list(made)) for pair in rank), key=lambda pair: pair[0])
         trajectories = tuple(group for _, group in dealt)
         metrics = self._metrics(groups, rewards_BK, advantages.reward_B, advantages.zero_std_P, group_B)
-        if kl is not None:
-            metrics["kl_in_reward"] = kl
+        metrics |= kl
         if self._keys.dynamic_sampling:
             metrics["sampling/rounds"] = float(rounds)
+        if controls.resample:
+            metrics["sampling/passed_over"] = float(len(self.ledger["passed_over"]))
         self.wall_s = time.monotonic() - started
         return Experience(generation, next_prompt, trajectories, metrics)
 
@@ -120,16 +124,22 @@ class Collector:
     def _sampled(self, generation: int, first_prompt: int) -> tuple[list[tuple[int, RolloutGroup]], int, int]:
         """This rank's groups with their prompts' numbers. With dynamic sampling, groups without a difference in reward are replaced by new prompts."""
         keys, wanted, kept = self._keys, self._keys.num_prompts_per_step, list[tuple[int, RolloutGroup]]()
-        cursor, rounds, total = first_prompt, 0, 0
+        # After a rollback the prompts of the abandoned steps are passed over.
+        shift = math.ceil(self._controls.skipped / (keys.steps_per_generation * keys.num_iterations)) * wanted
+        cursor, rounds, total = first_prompt + shift, 0, 0
         spare: list[tuple[int, RolloutGroup]] = []
         issued: list[int] = []
+        passed_over: list[int] = []
+        notes: list[tuple[int, float, bool]] = []
         while True:
-            numbers = list(range(cursor, cursor + wanted - total))
-            cursor += len(numbers)
+            numbers, following = self._prompts.next(cursor, wanted - total, resample=self._controls.resample)
+            passed_over += [number for number in range(cursor, following) if number not in set(numbers)]
+            cursor = following
             rounds += 1
             mine = self._topology.shard(numbers)
             issued += numbers
             for pair in zip(mine, self._rollout(generation, mine), strict=True):
+                notes += [note] if (note := self._prompts.note(*pair)) is not None else []
                 (kept if not keys.dynamic_sampling or _has_spread(pair[1]) else spare).append(pair)
             total = sum(self._topology.gather(len(kept)))
             if total >= wanted or rounds >= keys.dynamic_sampling_max_rounds or not keys.dynamic_sampling:
@@ -139,23 +149,28 @@ class Collector:
             kept = spare[: max(1, wanted // self._topology.world_size)]
         # Every prompt group is issued once and either trained on or let go; counted along the surviving weights.
         trained = sorted(number for rank in self._topology.gather([number for number, _ in kept]) for number in rank)
-        self.ledger = {"issued": issued, "trained": trained}
-        return kept, cursor, rounds
+        self.ledger = {"issued": issued, "trained": trained, "passed_over": passed_over}
+        self._prompts.learn([note for rank in self._topology.gather(notes) for note in rank])
+        return kept, cursor - shift, rounds
 
     def _rollout(self, generation: int, numbers: Sequence[int]) -> list[RolloutGroup]:
-        rows = [self._prompt_at(number) for number in numbers]
+        rows = [self._prompts(number) for number in numbers]
         if not rows:
             return []
         completions = sample_groups(
-            self._engine, rows, self._keys.num_generations, self._params,
-            (self._keys.seed, generation), numbers, stop_test(self._keys.stop, self._decode),
+            self._engine, rows, self._num_generations, self._params,
+            (self._controls.seed(self._keys.seed), generation), numbers, stop_test(self._keys.stop, self._decode),
         )  # fmt: skip
         return score_groups(rows, completions, self._decode, self._score)
 
+    @property
+    def _num_generations(self) -> int:
+        return self._keys.num_generations * self._controls.group_scale
+
     # --- rewards -----------------------------------------------------------------------------------------------
 
-    def _reward_columns(self, groups: Sequence[RolloutGroup]) -> tuple[list[list[float | None]], float | None]:
-        """One row per completion: the reward functions, then the shaping terms that are switched on."""
+    def _reward_columns(self, groups: Sequence[RolloutGroup]) -> tuple[list[list[float | None]], dict[str, float]]:
+        """One row per completion: the reward functions, then the shaping terms that are switched on; and the KL."""
         keys = self._keys
         rows = [_parts(rollout) for group in groups for rollout in group.rollouts]
         if keys.soft_overlong_cache:
@@ -163,11 +178,13 @@ class Collector:
             for row, length in zip(rows, lengths, strict=True):
                 row.append(soft_overlong_penalty(length, keys.max_completion_length, keys.soft_overlong_cache))
         if not (keys.kl_in_reward and keys.beta):
-            return rows, None
+            return rows, {}
         kls = [kl for group in groups for kl in self._sequence_kl(group)]
         for row, kl in zip(rows, kls, strict=True):
-            row.append(-keys.beta * kl)
-        return rows, sum(kls) / max(1, len(kls))
+            row.append(-keys.beta * self._controls.beta_scale * kl)
+        tokens = sum(len(rollout.completion.ids) for group in groups for rollout in group.rollouts)
+        kl, rollouts, tokens = self._topology.sum([sum(kls), float(len(kls)), float(tokens)])
+        return rows, {"kl_in_reward": kl / max(1.0, rollouts), "kl": kl / max(1.0, tokens)}
 
     def _sequence_kl(self, group: RolloutGroup) -> list[float]:
         """k1 summed over each completion."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
-from posttrain.errors import TrainingError
 from posttrain.protocols import Topology
 from posttrain.types import Ratio
 
 
 class StepMetrics:
-    """Collects a step's ratios and reads them out once."""
+    """Collects a step's ratios and reads them out once. A name that ends in `/max` is combined by its maximum."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Ratio] = {}
@@ -19,7 +17,7 @@ class StepMetrics:
 
     def add(self, metrics: Mapping[str, Ratio]) -> None:
         for name, ratio in metrics.items():
-            self._sums[name] = self._sums.get(name, Ratio(0.0, 0.0)) + ratio
+            self._sums[name] = _combined(name, self._sums.get(name), ratio)
 
     def add_share(self, name: str, value: float) -> None:
         """A share of something that micro-batches and ranks add up to, such as a loss already divided."""
@@ -31,16 +29,13 @@ class StepMetrics:
         shares: dict[str, float] = {}
         for rank in topology.gather(self):
             for name, ratio in rank._sums.items():
-                total[name] = total.get(name, Ratio(0.0, 0.0)) + ratio
+                total[name] = _combined(name, total.get(name), ratio)
             for name, value in rank._shares.items():
                 shares[name] = shares.get(name, 0.0) + value
         return {name: ratio.value for name, ratio in total.items() if ratio.den} | shares
 
 
-def check_finite(loss: float, step: int) -> None:
-    """Raises: TrainingError for a loss that is NaN or infinite."""
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"step {step}: the loss is {loss}; training stops here and nothing was saved over the last good checkpoint. "
-            "Lower learning_rate, or look at the data of this step"
-        )
+def _combined(name: str, one: Ratio | None, other: Ratio) -> Ratio:
+    if one is None:
+        return other
+    return max(one, other, key=lambda ratio: ratio.value) if name.endswith("/max") else one + other

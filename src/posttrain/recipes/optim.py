@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 from posttrain.config.stages import TrainKeys
-from posttrain.errors import MissingExtraError, TrainingError
+from posttrain.errors import MissingExtraError
 from posttrain.models.policy import Policy
-from posttrain.protocols import Topology
+from posttrain.recipes.stage import Stage
 
 
 def make_optimizer(policy: Policy, keys: TrainKeys) -> torch.optim.Optimizer:
@@ -49,19 +49,18 @@ def learning_rate(step: int, total_steps: int, keys: TrainKeys) -> float:
 
 
 def update(
-    policy: Policy, optimizer: torch.optim.Optimizer, topology: Topology, keys: TrainKeys, lr: float, step: int
+    policy: Policy, optimizer: torch.optim.Optimizer, stage: Stage, lr: float, values: Mapping[str, float], step: int
 ) -> dict[str, float]:
-    """Clip, step, clear. Returns the gradient norm before clipping, the learning rate, and how far a probe moved.
+    """Clip, ask the health rules, step, clear. Returns the gradient norm before clipping and how far a probe moved.
 
-    Raises: TrainingError, before any weight changes, if a gradient is not finite.
+    `values` are the metrics of the step so far. A step that is not allowed changes neither weights nor optimizer.
+    Raises: RolledBack, TrainingError.
     """
-    parameters = [p for _, p in policy.trainable()]
-    norm = topology.clip_grad_norm(parameters, keys.max_grad_norm)
-    if not math.isfinite(norm):
-        raise TrainingError(
-            f"step {step}: the gradient norm is {norm}; the weights are as before and nothing was saved over the last "
-            "good checkpoint. Lower learning_rate, or look at the data of this step"
-        )
+    topology, parameters = stage.topology, [p for _, p in policy.trainable()]
+    report = {"grad_norm": topology.clip_grad_norm(parameters, stage.keys.max_grad_norm), "learning_rate": lr}
+    if not stage.allows(step, {**values, **report}):
+        optimizer.zero_grad(set_to_none=True)
+        return report | {"skipped_step": 1.0}
     for group in optimizer.param_groups:
         group["lr"] = lr
     # The last trained tensor (a norm, the head, an adapter's B) has a gradient whatever the tokens of the step are.
@@ -70,4 +69,4 @@ def update(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     moved = math.sqrt(topology.sum([float(topology.local(probe.detach() - before).square().sum())])[0])
-    return {"grad_norm": norm, "update_norm": moved, "learning_rate": lr}
+    return report | {"update_norm": moved}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from posttrain.config.stages import GRPOKeys
 from posttrain.data.dataset import Dataset
 from posttrain.data.load import PromptRow, load_prompts
 from posttrain.models.batch import pack
-from posttrain.models.load import load_policy, load_tokenizer, stop_token_ids
+from posttrain.models.load import load_policy, load_tokenizer
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
 from posttrain.objectives.policy import PolicyInputs, policy_loss
@@ -26,16 +26,20 @@ from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import LossTerms, spec_from
 from posttrain.protocols import Topology
 from posttrain.recipes.batches import MicroBatch
+from posttrain.recipes.engine import make_engine
 from posttrain.recipes.experience import Collector, Experience, Trajectory
-from posttrain.recipes.metrics import StepMetrics, check_finite
+from posttrain.recipes.live_checks import LiveChecks
+from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import learning_rate, make_optimizer, update
+from posttrain.recipes.prompts import PromptStream
+from posttrain.recipes.replay import ReplayedRewards
 from posttrain.recipes.stage import Progress, Stage, StageResult
-from posttrain.recipes.validate import Validation
+from posttrain.recipes.steering import steered
+from posttrain.recipes.validate import SuiteScore, Validation
 from posttrain.rewards.workers import RewardPool, check_unscored
 from posttrain.rollout.collect import ScoreRewards, sample_groups, score_groups, stop_test
 from posttrain.rollout.embedded import EmbeddedEngine
-from posttrain.rollout.replica import replicate
-from posttrain.types import RewardBreakdown, SamplingParams
+from posttrain.types import Ratio, RewardBreakdown, SamplingParams
 
 Group = tuple[Trajectory, ...]
 
@@ -51,6 +55,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     if keys.beta:
         policy.freeze_reference()
     engine = make_engine(policy, keys, topology)
+    suite = SuiteScore.of(policy, keys, topology, engine)
     policy.distribute(topology)
     optimizer = make_optimizer(policy, keys)
 
@@ -62,40 +67,42 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     with RewardPool(
         keys.reward_funcs, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s
     ) as rewards:
-        score = partial(_scored, rewards)
-        collector = Collector(keys, engine.policy, engine, score, topology, PromptStream(data, keys.seed))
-        validation = Validation(
-            stage, partial(_validate, engine, score, held_out, keys, progress), lambda metrics: metrics["eval_reward"]
-        )
+        score = ReplayedRewards(stage, partial(_scored, rewards), progress)
+        stream = PromptStream(data, keys.seed, progress.extra.get("solved"))
+        collector = Collector(keys, engine.policy, engine, score, topology, stream)
+        live = LiveChecks(keys, stage, rewards, engine, data)
+        validation = Validation(stage, partial(_validate, engine, score, held_out, keys, progress), suite)
 
         for step in range(progress.step, total_steps):
             stage.begin_step(step)
             generation, position = divmod(step, steps_per_batch)
             if experience is None or experience.generation != generation:
                 engine.sync(version=step)
-                experience = collector.collect(generation, experience.next_prompt if experience else 0)
+                first_prompt = experience.next_prompt if experience else 0
+                experience = collector.collect(generation, first_prompt, stage.controls)
                 stage.event("rollouts", step + 1, {"generation": generation, "prompts": collector.ledger})
+                experience.metrics.update(live.if_due(step, collector.latest))
                 _show_sample(collector, stage, step + 1)
             fresh = position == 0
 
             groups = experience.part(position % keys.steps_per_generation, keys.steps_per_generation)
-            norm = _normalizer(groups, keys)
+            norm, objective = _normalizer(groups, keys), steered(spec, stage.controls)
             metrics = StepMetrics()
             policy.model.train()
-            for micro in _micro_batches(groups, keys, topology):
-                # One step per batch is on-policy: the ratio is 1 by definition, not by subtraction.
-                terms = loss(policy, micro.rows, spec, norm, keys, on_policy=steps_per_batch == 1)
+            for micro in _micro_batches(groups, objective, keys, topology):
+                # The first step of a batch is on-policy: the ratio is 1 by definition, not by subtraction.
+                terms = loss(policy, micro.rows, objective, norm, keys, on_policy=fresh)
                 (terms.loss * (0.0 if micro.idle else topology.world_size)).backward()
                 if not micro.idle:
                     metrics.add(terms.metrics)
                     metrics.add_share("loss", float(terms.loss.detach()))
-            lr = learning_rate(step, total_steps, keys)
-            values = metrics.reduced(topology) | (experience.metrics if fresh else {})
-            check_finite(values.setdefault("loss", 0.0), step + 1)
-            values |= {"learning_rate": lr} | _update(policy, optimizer, topology, keys, lr, step + 1)
+            lr = learning_rate(step, total_steps, keys) * stage.controls.lr_scale
+            values = {"loss": 0.0, "learning_rate": lr} | metrics.reduced(topology)
+            values |= experience.metrics if fresh else {}
+            values |= _update(policy, optimizer, stage, lr, values, step + 1)
 
             progress.step, progress.tokens = step + 1, progress.tokens + int(norm.tokens)
-            progress.capture = partial(_captured, experience)
+            progress.capture = partial(_captured, experience, stream)
             values |= stage.times(rollout_s=collector.wall_s if fresh else 0.0)
             values |= validation.if_due(progress.step, total_steps)
             best = validation.best_score(progress.step)
@@ -113,60 +120,52 @@ def loss(
     flat = [trajectory for group in groups for trajectory in group]
     scores = policy.score(batch, temperature=keys.temperature, entropy=True)
     device = scores.logp_M.device
-    entropy_M = scores.entropy_M if keys.entropy_coef else _detached(scores.entropy_M)
+    entropy_M = scores.entropy_M if spec.entropy_coef else _detached(scores.entropy_M)
+    old_logp_M = None if on_policy else _per_token(flat, lambda trajectory: trajectory.old_logp, device)
+    # Where the old log-probs are the sampler's own, comparing the two says nothing.
+    compared = on_policy or keys.importance_sampling_correction != "off"
     inputs = PolicyInputs(
         policy_logp_M=scores.logp_M,
         advantage_S=torch.tensor([trajectory.advantage for trajectory in flat], device=device),
         seq_M=batch.seq_M.to(device),
         num_sequences=batch.num_sequences,
-        old_logp_M=None if on_policy else _per_token(flat, lambda trajectory: trajectory.old_logp, device),
+        old_logp_M=old_logp_M,
         ref_logp_M=None
         if flat[0].ref_logp is None
         else _per_token(flat, lambda trajectory: trajectory.ref_logp, device),
-        behavior_logp_M=_per_token(flat, lambda trajectory: trajectory.behavior_logp, device),
+        behavior_logp_M=_per_token(flat, lambda trajectory: trajectory.behavior_logp, device) if compared else None,
         entropy_M=entropy_M,
     )
     terms = policy_loss(inputs, _without_kl(spec) if keys.kl_in_reward else spec, norm)
+    terms.metrics.update(_largest_ratio(scores.logp_M, old_logp_M))
     return policy.with_aux_loss(terms, scores, share=batch.num_sequences / norm.sequences)
 
 
-class PromptStream:
-    """The run's endless row of prompts: epoch after epoch, each shuffled by (seed, epoch)."""
-
-    def __init__(self, data: Dataset[PromptRow], seed: int) -> None:
-        self._data = data
-        self._order = lru_cache(maxsize=2)(partial(data.order, seed))
-
-    def __call__(self, number: int) -> PromptRow:
-        epoch, place = divmod(number, len(self._data))
-        return self._data.rows[self._order(epoch)[place]]
-
-
-def make_engine(policy: Policy, keys: GRPOKeys, topology: Topology) -> EmbeddedEngine:
-    """An engine on the policy's own weights; on a whole copy of them where the policy is sharded."""
-    stops = stop_token_ids(policy.base, policy.tokenizer)
-    if topology.world_size == 1:
-        return EmbeddedEngine(policy, stop_token_ids=stops, batch_size=keys.rollout_batch_size)
-    copy, refresh = replicate(policy, topology)
-    return EmbeddedEngine(copy, stop_token_ids=stops, batch_size=keys.rollout_batch_size, refresh=refresh)
+def _largest_ratio(logp_M: torch.Tensor, old_logp_M: torch.Tensor | None) -> dict[str, Ratio]:
+    """How many times as likely a token became within its generation batch, at most."""
+    if old_logp_M is None or not len(logp_M):
+        return {}
+    return {"importance_ratio/max": Ratio(float((logp_M.detach() - old_logp_M).max().exp()), 1.0)}
 
 
 def _update(
-    policy: Policy, optimizer: torch.optim.Optimizer, topology: Topology, keys: GRPOKeys, lr: float, step: int
+    policy: Policy, optimizer: torch.optim.Optimizer, stage: Stage, lr: float, values: dict[str, float], step: int
 ) -> dict[str, float]:
     """A step without any gradient (no group had a difference in reward) moves nothing, not even by AdamW's momentum."""
     if not any(parameter.grad is not None for _, parameter in policy.trainable()):
         return {}
-    return update(policy, optimizer, topology, keys, lr, step)
+    return update(policy, optimizer, stage, lr, values, step)
 
 
-def _micro_batches(groups: Sequence[Group], keys: GRPOKeys, topology: Topology) -> list[MicroBatch[Group]]:
+def _micro_batches(
+    groups: Sequence[Group], spec: PolicySpec, keys: GRPOKeys, topology: Topology
+) -> list[MicroBatch[Group]]:
     """Whole groups, about `per_device_train_batch_size` completions at a time, as many on every rank.
 
     Groups whose advantages are all zero are left out where nothing else needs their gradient; they still count in the
     normaliser.
     """
-    needed = keys.entropy_coef > 0 or (keys.beta > 0 and not keys.kl_in_reward)
+    needed = spec.entropy_coef > 0 or (spec.beta > 0 and not keys.kl_in_reward)
     useful = topology.shard([g for g in groups if needed or any(t.advantage and t.num_tokens for t in g)])
     size = max(1, keys.per_device_train_batch_size // keys.num_generations)
     micros = [MicroBatch(useful[i : i + size]) for i in range(0, len(useful), size)]
@@ -201,8 +200,8 @@ def _total_steps(keys: GRPOKeys, num_prompts: int) -> int:
     return batches * keys.steps_per_generation * keys.num_iterations
 
 
-def _captured(experience: Experience) -> dict[str, Any]:
-    return {"experience": experience.to_json()}
+def _captured(experience: Experience, stream: PromptStream) -> dict[str, Any]:
+    return {"experience": experience.to_json(), "solved": stream.to_json()}
 
 
 def _buffered(progress: Progress) -> Experience | None:

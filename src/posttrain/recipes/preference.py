@@ -30,11 +30,12 @@ from posttrain.objectives.preference import (
 from posttrain.objectives.reduce import Normalizer, segment_sum
 from posttrain.objectives.terms import LossTerms, spec_from
 from posttrain.recipes.batches import Schedule, flat, for_rank
-from posttrain.recipes.metrics import StepMetrics, check_finite
+from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import learning_rate, make_optimizer, update
 from posttrain.recipes.reference import Reference
 from posttrain.recipes.stage import Stage, StageResult
-from posttrain.recipes.validate import Validation
+from posttrain.recipes.steering import steered
+from posttrain.recipes.validate import SuiteScore, Validation
 from posttrain.types import Ratio, TokenSeq
 
 Pair = tuple[TokenSeq, TokenSeq]
@@ -54,26 +55,26 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
     policy = load_policy(keys, tokenizer=tokenizer).without_dropout()
     if family.needs_reference and not Reference.is_precomputed(policy, keys):
         policy.freeze_reference()
+    suite = SuiteScore.of(policy, keys, topology)
     policy.distribute(topology)
     optimizer = make_optimizer(policy, keys)
 
     schedule = Schedule.of(data, keys, topology, size=_num_tokens)
     total_steps = schedule.total_steps(keys)
     # Before any step, and before a checkpoint is loaded: the reference is the given model, not the resumed one.
-    seen = (
-        [row for step in range(total_steps) for row in flat(schedule.step(step))] if keys.max_steps > 0 else data.rows
-    )
+    last_data = total_steps + stage.controls.skipped
+    seen = [row for step in range(last_data) for row in flat(schedule.step(step))] if keys.max_steps > 0 else data.rows
     reference = Reference.of(policy, keys, seen, held_out.rows if held_out else ()) if family.needs_reference else None
     progress = stage.resume(policy, optimizer, total_steps)
     validation = Validation(
-        stage, lambda: validation_loss(policy, reference, held_out, spec, keys, stage) if held_out else {}
+        stage, lambda: validation_loss(policy, reference, held_out, spec, keys, stage) if held_out else {}, suite
     )
 
     for step in range(progress.step, total_steps):
         stage.begin_step(step)
-        micros = schedule.step(step)
+        micros = schedule.step(step + stage.controls.skipped)
         mine = for_rank(micros, topology)
-        loss = _step_loss(policy, reference, micros, spec, stage)
+        loss = _step_loss(policy, reference, micros, steered(spec, stage.controls), stage)
         metrics = StepMetrics()
         policy.model.train()
         for micro in mine:
@@ -82,11 +83,10 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
             if not micro.idle:
                 metrics.add(terms.metrics)
                 metrics.add_share("loss", float(terms.loss.detach()))
-        lr = learning_rate(step, total_steps, keys)
+        lr = learning_rate(step, total_steps, keys) * stage.controls.lr_scale
         values = metrics.reduced(topology)
-        check_finite(values["loss"], step + 1)
-        values |= update(policy, optimizer, topology, keys, lr, step + 1)
-        values["epoch"] = schedule.epoch_after(step)
+        values |= update(policy, optimizer, stage, lr, values, step + 1)
+        values["epoch"] = schedule.epoch_after(step + stage.controls.skipped)
 
         progress.step, progress.tokens = step + 1, progress.tokens + sum(_num_tokens(row) for row in flat(micros))
         values |= validation.if_due(progress.step, total_steps)

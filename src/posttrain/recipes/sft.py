@@ -18,10 +18,10 @@ from posttrain.objectives.reduce import Normalizer
 from posttrain.objectives.sft import sft_loss
 from posttrain.objectives.terms import LossTerms
 from posttrain.recipes.batches import Schedule, flat, for_rank
-from posttrain.recipes.metrics import StepMetrics, check_finite
+from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import learning_rate, make_optimizer, update
 from posttrain.recipes.stage import Stage, StageResult
-from posttrain.recipes.validate import Validation
+from posttrain.recipes.validate import SuiteScore, Validation
 from posttrain.types import TokenSeq
 
 
@@ -32,17 +32,19 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
     data = load_sft(keys, tokenizer)
     held_out = load_sft(keys, tokenizer, sources=keys.eval_datasets) if keys.eval_datasets else None
     stage.describe_data(decoder(tokenizer, special=True), data, held_out)
-    policy = load_policy(keys, tokenizer=tokenizer).distribute(topology)
+    policy = load_policy(keys, tokenizer=tokenizer)
+    suite = SuiteScore.of(policy, keys, topology)
+    policy.distribute(topology)
     optimizer = make_optimizer(policy, keys)
 
     schedule = Schedule.of(data, keys, topology, size=lambda row: len(row.ids))
     total_steps = schedule.total_steps(keys)
     progress = stage.resume(policy, optimizer, total_steps)
-    validation = Validation(stage, lambda: validation_loss(policy, held_out, keys, stage) if held_out else {})
+    validation = Validation(stage, lambda: validation_loss(policy, held_out, keys, stage) if held_out else {}, suite)
 
     for step in range(progress.step, total_steps):
         stage.begin_step(step)
-        micros = schedule.step(step)
+        micros = schedule.step(step + stage.controls.skipped)
         # One global count, known before the first backward: the split into micro-batches and ranks cannot matter.
         norm = Normalizer.of(count(flat(micros)))
         metrics = StepMetrics()
@@ -51,11 +53,10 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
             terms = loss(policy, micro.rows, norm, keys.loss_type)
             (terms.loss * (0.0 if micro.idle else topology.world_size)).backward()
             metrics.add({} if micro.idle else terms.metrics)
-        lr = learning_rate(step, total_steps, keys)
-        values = metrics.reduced(topology)
-        check_finite(values["loss"], step + 1)
-        values |= update(policy, optimizer, topology, keys, lr, step + 1)
-        values |= {"epoch": schedule.epoch_after(step), "loss_tokens": norm.tokens}
+        lr = learning_rate(step, total_steps, keys) * stage.controls.lr_scale
+        values = metrics.reduced(topology) | {"loss_tokens": norm.tokens}
+        values |= update(policy, optimizer, stage, lr, values, step + 1)
+        values["epoch"] = schedule.epoch_after(step + stage.controls.skipped)
 
         progress.step, progress.tokens = step + 1, progress.tokens + sum(len(row.ids) for row in flat(micros))
         values |= validation.if_due(progress.step, total_steps)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,27 +18,30 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from posttrain.checkpoint.store import CheckpointStore, check_writable
+from posttrain.checkpoint.store import CheckpointStore, check_writable, disk_errors, sweep
 from posttrain.config.stages import TrainKeys
 from posttrain.data.dataset import Dataset, sequences
 from posttrain.errors import TrainingError
 from posttrain.files import read_json, write_json
+from posttrain.health.checks import SKIPPED
+from posttrain.health.controls import Controls, after
 from posttrain.health.monitor import Monitor
-from posttrain.health.rules import rules_for
+from posttrain.health.rules import GUARDS, HOLDING, rules_for
 from posttrain.models.export import model_digest, save_policy, source_digest
 from posttrain.models.policy import Policy
 from posttrain.protocols import MetricSink, Topology
+from posttrain.recipes.rollback import Rollback, RolledBack, decide, discard_abandoned, read_rollbacks, restore_best
+from posttrain.recipes.snapshot import flatten, unflatten
+from posttrain.recipes.steering import first_controls, moved
 from posttrain.rollout.sampling import request_seed
-from posttrain.tracking.jsonl import JsonlSink
+from posttrain.tracking.jsonl import EVENTS, JsonlSink, read_jsonl
 from posttrain.tracking.multi import MultiSink
-from posttrain.types import CheckpointRef, Severity, StepReport, TokenSeq
+from posttrain.types import CheckpointRef, Finding, Severity, StepReport, TokenSeq
 
 log = logging.getLogger(__name__)
 
-_HOLDING = frozenset({"evaluate", "hold", "rollback", "stop"})
-"""Actions after which a model is not promoted."""
-
 _EXAMPLES = 3
+_OF_THE_UPDATE = frozenset({"loss", "grad_norm", "update_norm"})
 
 EXIT_STOPPED = 75
 """Exit code of a polite stop: the run is saved and can be started again."""
@@ -62,17 +65,20 @@ class StageResult:
     wall_s: float
     metrics: Mapping[str, float]
     held: tuple[str, ...] = ()
+    rollbacks: tuple[Mapping[str, Any], ...] = ()
+    """What the run was rolled back for and recovered from; it does not hold promotion."""
 
     def to_json(self) -> dict[str, Any]:
         record = {
             name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("folder", "model_dir")
         }
-        return record | {"metrics": dict(self.metrics), "held": list(self.held)}
+        return record | {"metrics": dict(self.metrics), "held": list(self.held), "rollbacks": list(self.rollbacks)}
 
     @classmethod
     def load(cls, folder: Path) -> StageResult:
         record = read_json(folder / "result.json")
         record |= {"folder": folder, "model_dir": folder / "model", "held": tuple(record["held"])}
+        record["rollbacks"] = tuple(record.get("rollbacks", ()))
         return cls(**record)
 
 
@@ -97,9 +103,13 @@ class Stage:
     ) -> None:  # fmt: skip
         """`watchers(kind, total_steps)` makes the sinks that stand beside `metrics.jsonl`: a live view, a tracker."""
         self.kind, self.folder, self.keys, self.topology = kind, folder, keys, topology
-        self.store = CheckpointStore(folder / "checkpoints", keep_last=keys.save_total_limit)
+        self.store = CheckpointStore(folder / "checkpoints", keys.save_total_limit, keys.save_keep_every)
         self.stop = stop or StopFlag()
         self.held: list[str] = []
+        self.validated: dict[str, float] = {}
+        """The newest validation, which a run resumed at its end reports."""
+        self.rollbacks: tuple[Rollback, ...] = topology.broadcast(read_rollbacks(folder) if topology.is_main else ())
+        self.controls: Controls = self.rollbacks[-1].controls if self.rollbacks else first_controls(keys)
         self._watchers = watchers
         self._sink: MetricSink | None = None
         self._monitor = Monitor(kind, rules_for(kind, keys.health))
@@ -110,31 +120,52 @@ class Stage:
     # --- start -------------------------------------------------------------------------------------------------
 
     def resume(self, policy: Policy, optimizer: torch.optim.Optimizer, total_steps: int) -> Progress:
-        """Where to go on: the newest valid checkpoint, or the beginning. Cuts the metrics back to it."""
+        """Where to go on: the newest valid checkpoint, or the beginning. Cuts the metrics back to it.
+
+        After a rollback what was abandoned is discarded first, and the controls it decided on hold from here.
+        """
         if self.topology.is_main:
             weights = sum(p.numel() * p.element_size() for _, p in policy.trainable())
             check_writable(self.folder, needed_bytes=4 * weights)
-        progress = Progress()
+            sweep(self.folder)
+            sweep(self.store.folder)
+            discard_abandoned(self.store, self.rollbacks)
+        progress, going_back = Progress(), bool(self.rollbacks)
         ref = self.topology.broadcast(self.store.newest_valid() if self.topology.is_main else None)
         if ref is not None:
             progress = self.load(ref, policy, optimizer)
+            going_back = self.controls.rollbacks < len(self.rollbacks)
             log.info("%s: going on after step %d", self.kind, progress.step)
+        if going_back:
+            self.controls = self.rollbacks[-1].controls
         if self.topology.is_main:
+            if going_back:
+                restore_best(self.store, None if ref is None else read_json(ref.path / "state.json").get("best"))
+            self.store.retire(progress.step)
             records = JsonlSink(self.folder)
             records.truncate_to(progress.step)
             self._sink = MultiSink([records, *(self._watchers(self.kind, total_steps) if self._watchers else ())])
+            self._tell_rollbacks(progress.step)
         self._clock = time.monotonic() - progress.wall_s
         return progress
+
+    def _tell_rollbacks(self, step: int) -> None:
+        """Each rollback is one event, however often the records were cut back since."""
+        told = {event["number"] for event in read_jsonl(self.folder / EVENTS) if event["kind"] == "rollback"}
+        for rollback in self.rollbacks:
+            if rollback.number not in told:
+                self.event("rollback", min(step, rollback.to_step), _told(rollback))
 
     def load(self, ref: CheckpointRef, policy: Policy, optimizer: torch.optim.Optimizer) -> Progress:
         """Weights, optimizer and progress of a checkpoint."""
         state = read_json(ref.path / "state.json")
         self.topology.load_state(policy.model, load_file(ref.path / "weights.safetensors"))
         self.topology.load_optimizer_state(
-            policy.model, optimizer, _unflatten(load_file(ref.path / "optimizer.safetensors"), state["scalars"])
+            policy.model, optimizer, unflatten(load_file(ref.path / "optimizer.safetensors"), state["scalars"])
         )
         self._monitor.load_state(state["health"])
-        self.held = list(state["held"])
+        self.held, self.validated = list(state["held"]), dict(state["validated"])
+        self.controls = Controls.from_json(state.get("controls", first_controls(self.keys).to_json()))
         return Progress(state["step"], state["tokens"], state["wall_s"], state["extra"])
 
     def describe_data(self, decode: Callable[[Sequence[int]], str], *datasets: Dataset[Any] | None) -> None:
@@ -155,7 +186,7 @@ class Stage:
 
     def begin_step(self, step: int) -> None:
         """All of torch's randomness in a step (dropout) follows from seed, step and rank, so none is to be saved."""
-        torch.manual_seed(request_seed(self.keys.seed, step, self.topology.rank) >> 1)
+        torch.manual_seed(request_seed(self.controls.seed(self.keys.seed), step, self.topology.rank) >> 1)
         self._step_clock = time.monotonic()
 
     def times(self, *, rollout_s: float) -> dict[str, float]:
@@ -175,14 +206,17 @@ class Stage:
 
         `best_score` is given where this step is the best so far; its checkpoint is then kept whatever comes.
 
-        Raises: StoppedPolitely.
+        Raises: StoppedPolitely; RolledBack and TrainingError as `allows` does.
         """
         progress.wall_s = time.monotonic() - self._clock
         metrics["step_time"] = time.monotonic() - self._step_clock
         step = progress.step
         if step % self.keys.logging_steps == 0 or last:
             self.log(step, metrics | {"num_tokens": float(progress.tokens)})
-        self._judge(step, metrics)
+        self.controls = moved(self.controls, self.keys, metrics)
+        skipped = SKIPPED in metrics
+        report = StepReport(step, {n: v for n, v in metrics.items() if not (skipped and n in _OF_THE_UPDATE)})
+        self._act(self._findings(lambda: self._monitor.observe(report)))
         stopping = self.topology.sum([float(self.stop.is_set)])[0] > 0
         due = self.keys.save_steps > 0 and step % self.keys.save_steps == 0
         if best_score is not None:
@@ -195,15 +229,50 @@ class Stage:
         if stopping and not last:
             raise StoppedPolitely(f"{self.kind}: stopped after step {step}, saved; start again to go on")
 
-    def _judge(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Findings become events; those that ask for it hold promotion. Raises: TrainingError for a hard one."""
-        for finding in self._monitor.observe(StepReport(step, metrics)):
+    def allows(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Whether the update of a step with this loss and gradient is to be made. All ranks call it.
+
+        Raises: RolledBack where the run goes on from an earlier checkpoint, TrainingError where it must not go on.
+        """
+        findings = self._findings(lambda: self._monitor.before_update(StepReport(step, metrics)))
+        self._act(findings)
+        # Whatever the rules were changed to: what is not a number never reaches the weights.
+        finite = all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm") if name in metrics)
+        return finite and not any(finding.action == "skip_step" for finding in findings)
+
+    def _findings(self, judge: Callable[[], list[Finding]]) -> list[Finding]:
+        """Judged once, by rank 0: ranks that act differently would wait for each other for ever."""
+        return self.topology.broadcast(judge() if self.topology.is_main else [])
+
+    def _act(self, findings: Sequence[Finding]) -> None:
+        """Findings become events, and what they ask for is done."""
+        for finding in findings:
             record = {"rule": finding.rule, "severity": finding.severity.value, "action": finding.action}
-            self.event("finding", step, record | {"message": finding.message, "evidence": dict(finding.evidence)})
-            if finding.severity is Severity.HARD:
-                raise TrainingError(f"step {step}: {finding.message} The last good checkpoint is kept")
-            if finding.action in _HOLDING and finding.rule not in self.held:
+            evidence = dict(finding.evidence)
+            self.event("finding", finding.step, record | {"message": finding.message, "evidence": evidence})
+            if finding.action in ("rollback", "stop"):
+                self._abandon(finding)
+            if finding.action in HOLDING and finding.rule not in self.held:
                 self.held.append(finding.rule)
+            before, self.controls = self.controls, after(self.controls, finding)
+            changed = {n: v for n, v in asdict(self.controls).items() if v != getattr(before, n)}
+            if changed or finding.action in GUARDS:
+                what = ", ".join(f"{name} {value}" for name, value in changed.items()) or finding.action
+                self.event(
+                    "action", finding.step, {"message": f"{finding.rule}: {what}", "rule": finding.rule, **changed}
+                )
+
+    def _abandon(self, finding: Finding) -> None:
+        """Raises: RolledBack, with the decision on disk; TrainingError if there is nothing left to try."""
+        self.flush()
+        decision: Any = None
+        if self.topology.is_main:
+            try:
+                decision = decide(self.folder, self.store, finding, self.controls, self.keys.health_rollbacks)
+            except TrainingError as error:
+                decision = error
+        decision = self.topology.broadcast(decision)
+        raise decision if isinstance(decision, TrainingError) else RolledBack(str(decision))
 
     def save(self, policy: Policy, optimizer: torch.optim.Optimizer, progress: Progress, *, wait: bool = True) -> None:
         """A checkpoint of everything the loop needs. All ranks call it, rank 0 writes.
@@ -215,7 +284,7 @@ class Stage:
         progress.extra = progress.capture()
         names = {name for name, _ in policy.trainable()}
         weights = {n: t.clone() for n, t in self.topology.full_state(policy.model).items() if n in names}
-        tensors, scalars = _flatten(self.topology.full_optimizer_state(policy.model, optimizer))
+        tensors, scalars = flatten(self.topology.full_optimizer_state(policy.model, optimizer))
         if self.topology.is_main:
             state = {
                 "step": progress.step,
@@ -224,6 +293,8 @@ class Stage:
                 "extra": progress.extra,
             }
             state |= {"scalars": scalars, "health": self._monitor.state(), "held": list(self.held)}
+            state["validated"] = dict(self.validated)
+            state |= {"controls": self.controls.to_json(), "best": self.store.best()}
             self._writing = self._writer.submit(self._write, progress.step, weights, tensors, state)
             if wait:
                 self.flush()
@@ -263,7 +334,8 @@ class Stage:
         state = self.topology.full_state(policy.model) if policy.sharded else None
         model_dir = self.folder / "model"
         if self.topology.is_main:
-            report = save_policy(policy, model_dir, self.keys, state=state)
+            with disk_errors(self.folder):
+                report = save_policy(policy, model_dir, self.keys, state=state)
             if report is not None:
                 self.event(
                     "merge", progress.step, {"max_logit_difference": report.max_logit_difference, "base": report.base}
@@ -273,6 +345,7 @@ class Stage:
             kind=self.kind, folder=self.folder, model_dir=model_dir, model_digest=model_digest(model_dir),
             parent_digest=source_digest(policy.source),
             steps=progress.step, tokens=progress.tokens, wall_s=progress.wall_s, metrics=dict(metrics), held=tuple(self.held),
+            rollbacks=tuple(rollback.to_json() for rollback in self.rollbacks),
         )  # fmt: skip
         if self.topology.is_main:
             write_json(self.folder / "result.json", result.to_json())
@@ -285,6 +358,11 @@ class Stage:
         if self._sink is not None:
             self._sink.close()
             self._sink = None
+
+
+def _told(rollback: Rollback) -> dict[str, Any]:
+    """A rollback as an event: the finding it was made for is cut from the records with what was abandoned."""
+    return rollback.to_json() | {"message": str(rollback), "severity": Severity.HARD.value, "action": "rollback"}
 
 
 class StopFlag:
@@ -320,32 +398,3 @@ def mask_segments(sequence: TokenSeq, decode: Callable[[Sequence[int]], str]) ->
     """The text of a sequence in runs of trained and untrained tokens."""
     runs = groupby(zip(sequence.ids, sequence.loss_mask, strict=True), key=lambda pair: pair[1])
     return [(decode([token for token, _ in run]), trained) for trained, run in runs]
-
-
-def _flatten(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Optimizer state as named tensors, and what is not a tensor."""
-    tensors: dict[str, torch.Tensor] = {}
-    scalars: dict[str, Any] = {}
-    for name, value in state.items():
-        if isinstance(value, Mapping):
-            # 8-bit optimizers keep a second level.
-            inner_tensors, inner_scalars = _flatten(value)
-            tensors |= {f"{name}|{key}": tensor for key, tensor in inner_tensors.items()}
-            scalars |= {f"{name}|{key}": scalar for key, scalar in inner_scalars.items()}
-        elif isinstance(value, torch.Tensor):
-            # A copy: the optimizer goes on while the checkpoint is written.
-            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
-        else:
-            scalars[name] = json.loads(json.dumps(value))
-    return tensors, scalars
-
-
-def _unflatten(tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    state: dict[str, dict[str, Any]] = {}
-    for flat, value in {**tensors, **scalars}.items():
-        *path, key = flat.split("|")
-        place: dict[str, Any] = state
-        for name in path:
-            place = place.setdefault(name, {})
-        place[key] = value
-    return state

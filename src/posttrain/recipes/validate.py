@@ -3,41 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from posttrain.config.pipeline import SuiteKeys
+from posttrain.config.stages import TrainKeys
+from posttrain.evals.run import Evaluator
+from posttrain.evals.suite import Suite, load_suite
 from posttrain.models.policy import Policy
+from posttrain.protocols import Topology
+from posttrain.recipes.engine import make_engine
+from posttrain.recipes.evaluate import TokenizerCodec
 from posttrain.recipes.stage import Stage
+from posttrain.rollout.embedded import EmbeddedEngine
+from posttrain.rollout.sampling import request_seed
+
+_DEV = "dev"
+_LONGEST_ANSWER = 256
 
 
 class Validation:
-    """Measures every `eval_steps` and at the end; remembers the best by `score` (higher is better)."""
+    """Measures every `eval_steps`, when a health rule asks for it, and at the end; remembers the best (higher is better)."""
 
-    def __init__(
-        self,
-        stage: Stage,
-        measure: Callable[[], dict[str, float]],
-        score: Callable[[dict[str, float]], float] | None = None,
-    ) -> None:
-        self._stage = stage
-        self._measure = measure
-        self._score = score or (lambda metrics: -metrics["eval_loss"])
+    def __init__(self, stage: Stage, measure: Callable[[], dict[str, float]], suite: SuiteScore | None = None) -> None:
+        self._stage, self._measure, self._suite = stage, measure, suite
         self._measured_at = -1
-        self.latest: dict[str, float] = {}
+        self.latest: dict[str, float] = stage.validated
 
     def if_due(self, step: int, total_steps: int) -> dict[str, float]:
         """The metrics of a validation after `step`, or nothing."""
-        every = self._stage.keys.eval_steps
-        if step != total_steps and not (every and step % every == 0):
+        every, asked = self._stage.keys.eval_steps, self._stage.controls.evaluate_next
+        if not asked and step != total_steps and not (every and step % every == 0):
             return {}
-        self.latest, self._measured_at = self._measure(), step
+        self._stage.controls = replace(self._stage.controls, evaluate_next=False)
+        scored = self._suite.measure(step) if self._suite is not None else {}
+        self.latest = self._stage.validated = self._measure() | scored
+        self._measured_at = step
         return self.latest
 
     def best_score(self, step: int) -> float | None:
         """The score of `step` if it was validated and is the best so far, and the best one is wanted. All ranks ask."""
         if not self._wanted or self._measured_at != step or not self.latest:
             return None
-        score, best = self._score(self.latest), self._stage.topology.broadcast(self._stage.store.best())
+        score, best = goodness(self.latest), self._stage.topology.broadcast(self._stage.store.best())
         # A step that is run again after a crash finds its own mark: it must be saved again all the same.
         return score if best is None or score > best[1] or step == best[0] else None
 
@@ -53,3 +63,36 @@ class Validation:
     @property
     def _wanted(self) -> bool:
         return self._stage.keys.load_best_model_at_end
+
+
+def goodness(metrics: dict[str, float]) -> float:
+    """What the best checkpoint is chosen by: validation loss where there is one, else the dev score, else the reward."""
+    if "eval_reward" not in metrics and "eval_loss" in metrics:
+        return -metrics["eval_loss"]
+    return metrics["eval_score"] if "eval_score" in metrics else metrics["eval_reward"]
+
+
+class SuiteScore:
+    """The dev split of `keys.eval_suite`, answered greedily by the weights in training."""
+
+    def __init__(self, suite: Suite, keys: TrainKeys, engine: EmbeddedEngine) -> None:
+        self._suite, self._engine = suite, engine
+        longest = getattr(keys, "max_completion_length", _LONGEST_ANSWER)
+        self._keys = SuiteKeys(path=str(suite.path), max_tokens=longest)
+
+    @classmethod
+    def of(
+        cls, policy: Policy, keys: TrainKeys, topology: Topology, engine: EmbeddedEngine | None = None
+    ) -> SuiteScore | None:
+        """None where no suite is asked for. Before the policy is sharded. Raises: EvalError without a dev split."""
+        if keys.eval_suite is None:
+            return None
+        suite = load_suite("eval_suite", Path(keys.eval_suite))
+        suite = replace(suite, items=suite.on(_DEV)[: keys.eval_suite_limit])
+        return cls(suite, keys, engine or make_engine(policy, keys, topology))
+
+    def measure(self, step: int) -> dict[str, float]:
+        # Under ranks the engine samples from a copy, which must be brought up to date.
+        self._engine.sync(version=step)
+        evaluator = Evaluator(self._engine, TokenizerCodec(self._engine.policy.tokenizer), "in training", request_seed)
+        return {"eval_score": evaluator.run(self._suite, self._keys, _DEV).mean}

@@ -1,0 +1,217 @@
+"""While RL runs: do its own best answers show a way to be paid without being right?
+
+At an interval the known cheats are replayed in the form of the best completions of the generation batch, those
+completions are themselves turned wrong, and canary prompts, whose reference nobody can hit, are answered by the policy.
+All of it is a function of seed and step and touches nothing that training uses. Knows nothing of what is done about it:
+the numbers are metrics, and rules judge them.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from posttrain.config.stages import GRPOKeys
+from posttrain.data.dataset import Dataset
+from posttrain.data.load import PromptRow
+from posttrain.files import digest_json
+from posttrain.models.text import decoder
+from posttrain.recipes.certify import require_match, token_ids
+from posttrain.recipes.stage import Stage
+from posttrain.rewards.battery import find_deciding, learn_form, measure_separation, run_mutations
+from posttrain.rewards.canaries import impossible
+from posttrain.rewards.cases import AnswerForm, Case, Sample, Setting, cases_of, kind_of, same_meaning
+from posttrain.rewards.check import TINY, Check, Thresholds
+from posttrain.rewards.workers import RewardPool
+from posttrain.rollout.collect import sample_groups, stop_test
+from posttrain.rollout.embedded import EmbeddedEngine
+from posttrain.rollout.sampling import request_seed
+from posttrain.types import Prompt, RolloutGroup, SamplingParams
+
+NUM_SAMPLES = 4
+NUM_CANARIES = 4
+_COMPLETIONS_PER_CANARY = 2
+_BATTERY_CASES = 2
+_CONTEXT_ROWS = 16
+_CANARY_SEED = -2
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSample:
+    """One of the best completions of a generation batch."""
+
+    total: float
+    prompt: Prompt
+    text: str
+
+
+class LiveChecks:
+    """`if_due` after every generation batch; all ranks call it, the main one works."""
+
+    def __init__(
+        self, keys: GRPOKeys, stage: Stage, rewards: RewardPool, engine: EmbeddedEngine, data: Dataset[PromptRow]
+    ) -> None:
+        require_match(stage.folder, rewards)
+        self._keys, self._stage, self._rewards, self._engine, self._data = keys, stage, rewards, engine, data
+        self._decode = decoder(engine.policy.tokenizer)
+        self._tokenize = partial(token_ids, engine.policy.tokenizer)
+
+    def if_due(self, step: int, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """`reward_check/…` if the step that begins with `groups` is one of every `reward_check_steps`."""
+        every, steps_per_batch = (
+            self._keys.reward_check_steps,
+            self._keys.steps_per_generation * self._keys.num_iterations,
+        )
+        if not every or not step or step % every >= steps_per_batch:
+            return {}
+        best = best_samples([sample for rank in self._stage.topology.gather(_samples(groups)) for sample in rank])
+        values = self._check(step, best) if self._stage.topology.is_main else {}
+        return self._stage.topology.broadcast(values)
+
+    def _check(self, step: int, best: Sequence[LiveSample]) -> dict[str, float]:
+        started = time.monotonic()
+        context = [prompt for prompt, _ in self._data.rows[:_CONTEXT_ROWS]]
+        cases = cases_of([sample.prompt for sample in best] + context, len(best) + len(context))
+        known = [(case, sample) for case, sample in zip(cases, best, strict=False) if case.gold is not None]
+        if not known:
+            return {}
+        cases = [case for case, _ in known] + [case for case in cases[len(best) :] if case.gold is not None]
+        samples = [Sample(place, sample.text) for place, (_, sample) in enumerate(known)]
+        check = Check(self._rewards, cases, samples, Thresholds(mutation_cases=_BATTERY_CASES), self._tokenize)
+        form = learn_form(check, cases)
+        find_deciding(check, cases, form)
+        if not check.deciding:
+            return {}  # these rewards do not look at the answer: nothing is known to be wrong
+        measure_separation(check, cases, form)
+        values, passes = replay(check, Setting.of(cases, form))
+        values |= self._canaries(step, check, form)
+        self._stage.event("reward_check", step + 1, {**values, "false_passes": passes[:3]})
+        return values | {"time/reward_check_s": time.monotonic() - started}
+
+    def _canaries(self, step: int, check: Check, form: AnswerForm) -> dict[str, float]:
+        keys = self._keys
+        picks = random.Random(request_seed(keys.seed, _CANARY_SEED, step))
+        rows = picks.sample(self._data.rows, min(NUM_CANARIES, len(self._data.rows)))
+        params = SamplingParams(keys.max_completion_length, keys.temperature, keys.top_p, keys.top_k, keys.min_p)
+        groups = sample_groups(
+            self._engine, rows, _COMPLETIONS_PER_CANARY, params, (keys.seed, _CANARY_SEED, step), range(len(rows)),
+            stop_test(keys.stop, self._decode),
+        )  # fmt: skip
+        cases = cases_of([prompt for prompt, _ in rows], len(rows))
+        answered = [(case, self._decode(c.ids)) for case, group in zip(cases, groups, strict=True) for c in group]
+        return canary_metrics(check, form, [(case, text) for case, text in answered if case.gold is not None])
+
+
+def _samples(groups: Sequence[RolloutGroup]) -> list[LiveSample]:
+    """The best completion of each prompt."""
+    scored = [
+        [LiveSample(rollout.reward.total, group.prompt, rollout.text) for rollout in group.rollouts if rollout.reward.total is not None]
+        for group in groups
+    ]  # fmt: skip
+    return [max(found, key=lambda sample: sample.total) for found in scored if found]
+
+
+def best_samples(samples: Sequence[LiveSample]) -> list[LiveSample]:
+    """The best of all ranks; ties in the order of the data, so that ranks do not matter."""
+    return sorted(samples, key=lambda s: (-s.total, s.prompt.origin.path, s.prompt.origin.line))[:NUM_SAMPLES]
+
+
+# --- replay --------------------------------------------------------------------------------------------------------
+
+
+def _answer_replaced(text: str, case: Case, form: AnswerForm) -> list[str]:
+    if not form.before or case.wrong is None:
+        return []
+    return (
+        [text.replace(form.slot(case.gold or ""), form.slot(case.wrong))] if form.slot(case.gold or "") in text else []
+    )
+
+
+def _second_answer(text: str, case: Case, form: AnswerForm) -> list[str]:
+    return [f"{text}\n{form.slot(case.wrong)}"] if form.before and case.wrong is not None else []
+
+
+def _only_thought(text: str, case: Case, form: AnswerForm) -> list[str]:
+    bare = text.replace("<think>", "").replace("</think>", "")
+    return [f"<think>{bare}</think>", f"<think>{bare}"]
+
+
+REWRITES: Mapping[str, Callable[[str, Case, AnswerForm], list[str]]] = {
+    "answer replaced": _answer_replaced,
+    "second answer": _second_answer,
+    "only thought": _only_thought,
+}
+"""Ways to turn a completion that is paid into a wrong one."""
+
+
+def replay(check: Check, setting: Setting) -> tuple[dict[str, float], list[str]]:
+    """False passes among the cheats of the battery and the best samples made wrong; the first of them in words."""
+    work = [(name, *made) for name, made in _rewritten(check, setting)]
+    wrongs = {
+        id(case): max((v for v in check.values(_wrong_texts(case, setting.form)) if v is not None), default=check.wrong_mean)
+        for case in {id(case): case for _, case, _ in work}.values()
+    }  # fmt: skip
+    passes: list[str] = []
+    for (name, case, text), value in zip(work, check.values([(case, text) for _, case, text in work]), strict=True):
+        if value is not None and value > wrongs[id(case)] + check.limits.slack * check.gap + TINY:
+            passes.append(f"{name}: {value:g} for {text[:200]!r}")
+    run_mutations(check, setting, kind_of(setting.cases), True, kinds=("Z",), bombs=False)
+    num = len(work) + sum(row.num for row in check.rows)
+    paid = len(passes) + sum(row.violations for row in check.rows)
+    passes += [f"{row.name}: {row.example}" for row in check.rows if row.violations]
+    return {"reward_check/false_pass_rate": paid / num if num else 0.0, "reward_check/num_texts": float(num)}, passes
+
+
+def _rewritten(check: Check, setting: Setting) -> list[tuple[str, tuple[Case, str]]]:
+    """Only what is paid as a right answer can be turned wrong; a sample is also given to the prompt of another."""
+    paid = check.wrong_mean + check.gap / 2
+    own = [(check.cases[sample.case], sample.text) for sample in check.samples]
+    good = [
+        (case, text)
+        for (case, text), value in zip(own, check.values(own), strict=True)
+        if value is not None and value > paid
+    ]
+    made = [
+        (name, (case, wrong))
+        for case, text in good
+        for name, rewrite in REWRITES.items()
+        for wrong in rewrite(text, case, setting.form)
+    ]
+    others = [
+        (case, text)
+        for case, (other, text) in zip([c for c, _ in good[1:] + good[:1]], good, strict=True)
+        if _differ(case, other)
+    ]
+    return made + [("given to another prompt", pair) for pair in others]  # fmt: skip
+
+
+def _differ(one: Case, other: Case) -> bool:
+    return one.columns.get("tests") != other.columns.get("tests") or not same_meaning(one.gold or "", other.gold or "")
+
+
+def _wrong_texts(case: Case, form: AnswerForm) -> list[tuple[Case, str]]:
+    return [(case, text) for text in (form.render(case.wrong), form.slot(case.wrong))] if case.wrong is not None else []
+
+
+# --- canaries ------------------------------------------------------------------------------------------------------
+
+
+def canary_metrics(check: Check, form: AnswerForm, answered: Sequence[tuple[Case, str]]) -> dict[str, float]:
+    """What completions earn against references that nobody can hit, and how many earn more than a wrong answer does."""
+    if not answered:
+        return {}
+    columns = [impossible(case, digest_json([repr(case.prompt)])) for case, _ in answered]
+    earned = [check.value(breakdown) for breakdown in check.score(answered, columns)]
+    wrong = check.score([(case, form.render(case.wrong or "")) for case, _ in answered], columns)
+    pairs = [(value, check.value(base)) for value, base in zip(earned, wrong, strict=True)]
+    scored = [(value, base) for value, base in pairs if value is not None and base is not None]
+    if not scored:
+        return {}
+    paid = [value > base + check.limits.slack * check.gap + TINY for value, base in scored]
+    return {
+        "reward_check/canary_reward": sum(value for value, _ in scored) / len(scored),
+        "reward_check/canary_paid_rate": sum(paid) / len(paid),
+    }

@@ -1,0 +1,50 @@
+"""Rewards on record before they are used, and taken from there when a step is made again.
+
+A reward's deadline is the clock's: scored twice, the same completions may come out differently. A run that is killed
+between the scoring and the next checkpoint samples those completions again; with the rewards of the first time it goes on as if
+it had not been killed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from posttrain.checkpoint.store import disk_errors, sweep
+from posttrain.files import digest_json, read_json, write_json
+from posttrain.recipes.stage import Progress, Stage
+from posttrain.rollout.collect import ScoreRewards
+from posttrain.types import RewardBreakdown
+
+FOLDER = "rewards"
+
+
+class ReplayedRewards:
+    """A `ScoreRewards`. A record per call, named by the step and by what was scored; those before the checkpoints go."""
+
+    def __init__(self, stage: Stage, score: ScoreRewards, progress: Progress) -> None:
+        self._stage, self._score, self._progress = stage, score, progress
+        self._folder = stage.folder / FOLDER
+        if stage.topology.is_main:
+            sweep(self._folder)
+        stage.topology.barrier()
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
+    ) -> list[RewardBreakdown]:
+        digest = digest_json([list(prompts), list(completions), columns.get("completion_ids")])
+        path = self._folder / f"{self._progress.step:08d}-{digest.removeprefix('sha256:')[:16]}.json"
+        if path.exists():
+            return [RewardBreakdown(**record) for record in read_json(path)]
+        breakdowns = self._score(prompts, completions, columns)
+        with disk_errors(self._stage.folder):
+            write_json(path, [asdict(breakdown) for breakdown in breakdowns])
+            self._forget(self._stage.store.resumable_from())
+        return breakdowns
+
+    def _forget(self, step: int) -> None:
+        """No start goes on from before `step`."""
+        for path in self._folder.glob("*.json"):
+            if int(path.name[:8]) < step:
+                path.unlink(missing_ok=True)
