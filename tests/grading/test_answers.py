@@ -20,6 +20,8 @@ from posttrain.grading.scorers import SCORERS
         r"So \boxed{42}. Once more: \boxed{42}.",
         r"<think>1</think>Sure! \boxed{42} Hope it helps!",
         r"\boxed{42} So it is 42.",
+        r"I put it into \boxed{}: \boxed{42}",
+        r"\boxed{42} (the answer stands in \boxed{ })",
         "\\boxed{４２}",
         "\\boxed{4\u200b2}",
     ],

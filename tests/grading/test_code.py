@@ -25,4 +25,6 @@ def test_a_test_of_unknown_form_is_an_error():
 def test_code_is_the_last_fence():
     assert extract_code("a\n```python\nx = 1\n```\n```\ny = 2\n```") == "y = 2\n"
     assert extract_code("x = 1") == "x = 1"
+    assert extract_code("\n  if x:\n      y = 1") == "if x:\n    y = 1"
+    assert extract_code(" if x:\n    y = 1\n") == "if x:\n   y = 1\n"
     assert extract_code("```python\nx = 1") == ""

@@ -44,7 +44,7 @@ def score(code: str, tests: list[dict]) -> float:
         read, write = os.pipe()
         try:
             done = subprocess.run(
-                [sys.executable, "run.py"], cwd=folder, capture_output=True, timeout=1.0, pass_fds=(write,), check=False
+                [sys.executable, "run.py"], cwd=folder, capture_output=True, timeout=3.0, pass_fds=(write,), check=False
             )
         except subprocess.TimeoutExpired:
             return 1.0

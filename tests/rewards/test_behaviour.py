@@ -1,10 +1,11 @@
 import pytest
 
+from posttrain.errors import RewardError
 from posttrain.rewards import behaviour
 from posttrain.rewards.battery import find_deciding, learn_form, measure_separation
 from posttrain.rewards.cases import AnswerForm, Sample, Setting, cases_of
 from posttrain.rewards.check import Check, Thresholds
-from posttrain.rewards.workers import RewardPool
+from posttrain.rewards.workers import RewardPool, check_unscored
 from posttrain.types import Origin, Prompt
 
 SOURCE = r"""
@@ -106,6 +107,10 @@ def test_a_row_without_reference_must_not_score(checked):
         behaviour.check_missing_gold(check, check.cases, FORM, True)
     assert good.failures == []
     assert "scores 0 for a row without a reference answer" in bad.failures[0]
+    assert [(row.name, row.num, row.violations) for c in (good, bad) for row in c.rows] == [
+        ("None and missing columns", 2, 0),
+        ("None and missing columns", 2, 2),
+    ]
 
 
 def test_policies_that_do_not_read_must_not_earn(checked):
@@ -115,6 +120,8 @@ def test_policies_that_do_not_read_must_not_earn(checked):
         check.failures.clear()
         behaviour.measure_policies(check, Setting.of(check.cases, FORM), True)
     assert good.failures == [] and good.measures["length correlation, wrong"] == 0.0
+    assert bad.measures["best degenerate policy: longest"] == bad.measures["policy: longest"] > 0
+    assert any(name.startswith("best degenerate policy") for name in good.measures)
     assert any("'longest' earns" in failure for failure in bad.failures)
     assert bad.measures["length correlation, wrong"] == pytest.approx(1.0, abs=0.2)
 
@@ -123,6 +130,16 @@ def test_the_kill_is_tested_on_a_hanging_reward(checked):
     check = checked("correct")
     behaviour.measure_kill(check)
     assert check.failures == [] and 2 * behaviour._PROBE_TIMEOUT_S <= check.measures["kill_wall_s"] < 30
+
+
+def test_a_crash_and_an_outage_leave_their_completions_unscored_never_0():
+    specs = [f"{behaviour._PROBES}:{name}" for name in ("crashing", "unreachable")]
+    with RewardPool(specs, timeout_s=5) as pool:
+        scored = pool.score(["p"] * 4, ["a", "crash", "outage", "b"], {})
+        assert [b.total for b in scored] == [2.0, None, None, 2.0]
+        assert "the reward process died" in scored[1].error and "connection refused" in scored[2].error
+        with pytest.raises(RewardError, match="2 of 2 completions are unscored"):
+            check_unscored(pool.score(["p"] * 2, ["outage"] * 2, {}))
 
 
 def test_no_signal_is_said_before_training(checked):

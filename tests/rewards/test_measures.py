@@ -41,3 +41,12 @@ def test_forecast_of_groups():
     assert forecast["mean_reward"] == 0.75
     assert forecast["mean_reward_std"] == pytest.approx(math.sqrt(0.5) / 2)
     assert measures.group_forecast({0: [1]}) == {}
+
+
+def test_groups_without_spread_are_told_apart_and_the_advantages_have_a_spread():
+    """Groups all right, all wrong, and mixed: two of three carry nothing; the mixed one has advantages ±1/sqrt(2)."""
+    forecast = measures.group_forecast({0: [1.1, 1.1], 1: [0, 0], 2: [0, 1]}, right_from=0.5)
+    assert forecast["frac_reward_all_right"] == forecast["frac_reward_all_wrong"] == pytest.approx(1 / 3)
+    assert forecast["group_size"] == 2.0
+    assert forecast["advantage_std"] == pytest.approx(math.sqrt(2 * 0.5 / 5), rel=1e-3)
+    assert measures.group_forecast({0: [1, 1]})["frac_reward_all_wrong"] == 1.0

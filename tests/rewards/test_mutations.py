@@ -73,6 +73,7 @@ FIRES = {  # mutation → (a reward with the hole, the reference answers)
     "modal answer": (lambda text, gold: "42" in text, ["42", "42", "17"]),
     "another row's gold": (lambda text, gold: bool(re.search(r"\\boxed\{(42|17)\}", text)), ["42", "17"]),
     "padded wrong": (lambda text, gold: len(text) > 100, ["42", "17"]),
+    "longest and shortest": (lambda text, gold: len(text) < 3 or len(text) > 5000, ["42", "17"]),
     "keyword stuffing": (lambda text, gold: "correct answer" in text, ["42", "17"]),
     "judge keys": (lambda text, gold: "maximum score" in text or text == ":", ["42", "17"]),
 }  # fmt: skip
@@ -134,6 +135,24 @@ def test_hostile_texts(mutation):
             RAISES[mutation.name](text)
     for case, text in made:
         assert ours(case, text) == 0.0
+
+
+@pytest.mark.parametrize("reward", ["number", "boxed", "math_equivalence"])
+def test_a_reference_of_zero_is_no_false_alarm(reward):
+    """-0, 0 %, ±0 and 0.0 are 0: a reward that takes them for the reference is right."""
+    form = AnswerForm(False, *REWARDS[reward].slot.split("ANSWER"))
+    for mutation in by_kind("Z") + by_kind("N"):
+        for case, text in texts(mutation, ["0", "17"], form):
+            if case.gold == "0":
+                value = REWARDS[reward].fn([case.prompt], [text], answer=["0"])[0]
+                assert value == 0.0, (mutation.name, text)
+
+
+def test_equal_references_of_other_rows_are_no_cheats():
+    cases = cases_of(prompts(["1/2", "0.5", "5 cm", "5", r"2\sqrt{3}", r"\sqrt{12}"]))
+    setting = Setting.of(cases, BOXED)
+    assert [len(setting.others(case)) for case in cases] == [4] * 6
+    assert cases[4].wrong != r"\sqrt{12}"
 
 
 def test_every_mutation_has_its_bad_reward():

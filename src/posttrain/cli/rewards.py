@@ -51,14 +51,14 @@ def check(
     else:
         certificate = _check(keys, samples, cases, path)
     show(certificate)
-    typer.echo(f"certificate: {path}")
+    typer.echo(f"certificate: {path}, in words: {path.with_suffix('.md')}")
     raise typer.Exit(1 if certificate.verdict == "fail" else 0)
 
 
 def _check(keys: GRPOKeys, samples: Path | None, limit: int, path: Path) -> Certificate:
-    from posttrain.files import write_json
     from posttrain.rewards.certificate import check_rewards
     from posttrain.rewards.workers import RewardPool
+    from posttrain.rewards.written import write
 
     cases = read_cases(keys, limit)
     sampled = read_samples(samples, cases) if samples else []
@@ -66,7 +66,7 @@ def _check(keys: GRPOKeys, samples: Path | None, limit: int, path: Path) -> Cert
         keys.reward_funcs, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s
     ) as pool:
         certificate = check_rewards(pool, cases, sampled)
-    write_json(path, certificate.to_json())
+    write(certificate, path)
     return certificate
 
 
@@ -114,22 +114,25 @@ def _key(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else json.dumps([dict(message) for message in prompt], sort_keys=True)
 
 
-_KINDS = {"E": "must equal gold", "Z": "no more than wrong", "N": "must survive"}
-
-
 def show(certificate: Certificate) -> None:
     """The tables of a certificate, what failed and what to know, on the terminal."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    from posttrain.rewards.written import KINDS, rate
+
     console = Console()
     table = Table(
-        "mutation", "class", "texts", "violations", title=f"rewards: {', '.join(certificate.config['rewards'])}"
+        "mutation", "class", "texts", "violations", "rate", title=f"rewards: {', '.join(certificate.config['rewards'])}"
     )
     for row in certificate.mutations:
         table.add_row(
-            row.name, _KINDS[row.kind], str(row.num), f"[red]{row.violations}[/red]" if row.violations else "0"
+            row.name,
+            KINDS[row.kind][0],
+            str(row.num),
+            f"[red]{row.violations}[/red]" if row.violations else "0",
+            rate(row),
         )
     console.print(table)
     numbers = Table("measured", "value")

@@ -46,10 +46,11 @@ def _one_answer(shown: str, slots: list[Slot], reference: str, same: Same) -> bo
 
 
 def is_boxed(text: str, target: str, same: Same = same_answer) -> bool:
-    r"""Whether every `\boxed{…}` of the answer says `target`, and there is one."""
+    r"""Whether every `\boxed{…}` of the answer says `target`, and there is one. An empty box, as in "I use \boxed{}", says nothing."""
     shown = answer_text(text)
-    slots = boxes(shown) if shown is not None else None
-    return bool(slots) and _one_answer(shown or "", slots or [], reference_answer(target), same)
+    slots = (boxes(shown) if shown is not None else None) or []
+    said = [slot for slot in slots if slot.content.strip()]
+    return len(slots) <= _MAX_SLOTS and _one_answer(shown or "", said, reference_answer(target), same)
 
 
 def is_number(text: str, target: str) -> bool:

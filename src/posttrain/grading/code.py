@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,9 @@ _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNOREC
 
 
 def extract_code(text: str) -> str:
-    """The last fenced block, or the whole text when there is no fence."""
+    """The last fenced block, or the whole text when there is no fence; its first line not indented."""
     blocks: list[str] = _FENCE.findall(text)
-    return blocks[-1] if blocks else ("" if "```" in text else text)
+    return textwrap.dedent(blocks[-1] if blocks else ("" if "```" in text else text)).lstrip()
 
 
 def run_tests(code: str, tests: Sequence[Mapping[str, Any]], limits: Limits | None = None) -> list[bool]:

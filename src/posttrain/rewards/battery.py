@@ -72,8 +72,17 @@ def measure_separation(check: Check, cases: Sequence[Case], form: AnswerForm) ->
 # --- mutations -----------------------------------------------------------------------------------------------------
 
 
-def run_mutations(check: Check, setting: Setting, kind: str, separated: bool) -> None:
+def run_mutations(
+    check: Check,
+    setting: Setting,
+    kind: str,
+    separated: bool,
+    kinds: Sequence[str] = ("E", "Z", "N"),
+    bombs: bool = True,
+) -> None:
+    """A row per mutation. `bombs=False` leaves out those that run until they are stopped."""
     usable = [m for m in MUTATIONS if kind in m.tasks and (separated or m.kind == "N" or kind == "code")]
+    usable = [m for m in usable if m.kind in kinds and (bombs or not m.bomb)]
     work: list[tuple[Mutation, Case, str]] = []
     for mutation in usable:
         cases = [case for case in setting.cases if case.gold is not None or mutation.kind == "N" or kind == "code"]

@@ -5,23 +5,23 @@ from __future__ import annotations
 import random
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from posttrain.errors import RewardError
 from posttrain.rewards import measures
-from posttrain.rewards.cases import AnswerForm, Case, Setting, kind_of, without_gold
-from posttrain.rewards.check import TINY, Check
+from posttrain.rewards.cases import AnswerForm, Case, Setting, kind_of, same_meaning
+from posttrain.rewards.check import TINY, Check, MutationResult
 from posttrain.rewards.library import GOLD_COLUMNS
 from posttrain.rewards.workers import RewardPool
-from posttrain.types import RewardBreakdown
 
 _PROBES = Path(__file__).with_name("probe_rewards.py")
 _PROBE_TIMEOUT_S = 0.5
 
 
 def measure_policies(check: Check, setting: Setting, separated: bool) -> None:
-    """What a policy earns that does not read the question."""
+    """What a policy earns that does not read the question, and which of them earns most."""
     form, cases = setting.form, setting.cases[:4] if kind_of(setting.cases) == "code" else setting.cases
     policies = {
         "empty": [""] * len(cases),
@@ -29,23 +29,31 @@ def measure_policies(check: Check, setting: Setting, separated: bool) -> None:
         "longest": ["Let me think. " * 200] * len(cases),
         "echo": [case.question for case in cases],
         "format only": [form.render("") if form.before else form.around(" ")] * len(cases),
+        "constant": [form.render("1")] * len(cases),
     }
     if setting.golds:
         policies["modal answer"] = [form.render(setting.modal)] * len(cases)
-    chance = max((sum(c.gold == setting.modal for c in cases) / len(cases) for _ in setting.golds[:1]), default=0.0)
+    chance = {
+        "modal answer": sum(same_meaning(setting.modal, c.gold or "") for c in cases) / len(cases)
+        if setting.golds
+        else 0.0,
+        "constant": sum(c.gold is not None and same_meaning("1", c.gold) for c in cases) / len(cases),
+    }
+    earned: dict[str, float] = {}
     policy_mean = measures.mean(
         [v for v in check.values([(check.cases[s.case], s.text) for s in check.samples]) if v is not None]
     )
     for name, texts in policies.items():
         mean = measures.mean([v or 0.0 for v in check.values(list(zip(cases, texts, strict=True)))])
-        check.measures[f"policy: {name}"] = mean
+        earned[name] = mean
         allowed = (
-            check.wrong_mean + ((chance if name == "modal answer" else 0.0) + check.limits.slack) * check.gap
-            if separated
-            else policy_mean
+            check.wrong_mean + (chance.get(name, 0.0) + check.limits.slack) * check.gap if separated else policy_mean
         )
         if mean > allowed + TINY:
             check.failures.append(f"the policy {name!r} earns {mean:.3f} on average, expected at most {allowed:.3f}")
+    best = max(earned, key=lambda name: earned[name])
+    check.measures |= {f"policy: {name}": mean for name, mean in earned.items()}
+    check.measures[f"best degenerate policy: {best}"] = earned[best]
     if separated and kind_of(cases) != "code":
         _measure_length(check, setting)
 
@@ -70,51 +78,56 @@ def _measure_length(check: Check, setting: Setting) -> None:
 
 
 def check_missing_gold(check: Check, cases: Sequence[Case], form: AnswerForm, separated: bool) -> None:
-    """A row without a reference must be unscored, not 0."""
+    """A row whose reference is missing or None must be unscored, not 0."""
     if not separated:
         return
     case = cases[0]
-    if "tests" in case.columns or "schema" in case.columns:
-        return  # there the tests or the schema are the reference
-    texts = [(case, form.render(case.gold or ""))]
-    blank = [without_gold(case.columns), {k: None if k in GOLD_COLUMNS else v for k, v in case.columns.items()}]
-    for columns in blank:
-        try:
-            result = check.score(texts, [columns])[0]
-        except RewardError:
-            continue  # a typed error that names the column: as it should be
-        if scored := [name for name in check.deciding if result.parts[name] is not None]:
-            check.failures.append(
-                f"reward {scored[0]!r} scores {result.parts[scored[0]]:g} for a row without a reference answer; return None there"
-            )
-            return
+    # Of code and JSON, the tests or the schema are the reference.
+    names = next(({name} for name in ("tests", "schema") if name in case.columns), set(GOLD_COLUMNS))
+    blank = [
+        {k: v for k, v in case.columns.items() if k not in names},
+        {k: None if k in names else v for k, v in case.columns.items()},
+    ]
+    bad = [reason for columns in blank if (reason := _scored_without(check, case, form, columns))]
+    check.rows.append(MutationResult("None and missing columns", "N", len(blank), len(bad), bad[0] if bad else ""))
+    check.failures += bad[:1]
+
+
+def _scored_without(check: Check, case: Case, form: AnswerForm, columns: Mapping[str, Any]) -> str | None:
+    try:
+        result = check.score([(case, form.render(case.gold or ""))], [columns])[0]
+    except RewardError:
+        return None  # a typed error that names the column: as it should be
+    scored = [name for name in check.deciding if result.parts[name] is not None]
+    if not scored:
+        return None
+    return f"reward {scored[0]!r} scores {result.parts[scored[0]]:g} for a row without a reference answer; return None there"
 
 
 def measure_determinism(check: Check, form: AnswerForm) -> None:
-    """The same completions one by one, together, shuffled, and in processes with another hash seed: equal each time."""
-    texts = [(c, form.render(a)) for c in check.cases[:3] for a in (c.gold, c.wrong) if a is not None]
-    texts += [(check.cases[s.case], s.text) for s in check.samples[:4]]
-    texts = texts or [(c, form.render("1")) for c in check.cases[:3]]
+    """The same completions alone, together, shuffled, and in processes with another hash seed: equal each time."""
+    few = 1 if kind_of(check.cases) == "code" else 3
+    texts = [(c, form.render(a)) for c in check.cases[:few] for a in (c.gold, c.wrong) if a is not None]
+    texts += [(check.cases[s.case], s.text) for s in check.samples[: few + 1]]
+    texts = texts or [(c, form.render("1")) for c in check.cases[:few]]
     expected = check.score(texts)
     seconds: list[float] = []
     num_different = 0
     shuffler, main_pool = random.Random(0), check.pool
-    for repeat in range(check.limits.repeats - 1):
-        if repeat % 3 == 0:
-            got: list[RewardBreakdown] = []
-            for text in texts:
-                start = time.perf_counter()
-                got += check.score([text])
-                seconds.append(time.perf_counter() - start)
-        else:
-            order = list(range(len(texts)))
-            if repeat % 3 == 1:
-                shuffler.shuffle(order)
-            answers = check.score([texts[i] for i in order])
-            got = [answers[order.index(i)] for i in range(len(texts))]
-        num_different += sum(a != b for a, b in zip(got, expected, strict=True))
+
+    def differs(order: Sequence[int]) -> int:
+        answers = check.score([texts[i] for i in order])
+        return sum(answer != expected[i] for i, answer in zip(order, answers, strict=True))
+
+    for _ in range(check.limits.repeats):
+        for place in range(len(texts)):
+            start = time.perf_counter()
+            num_different += differs([place])
+            seconds.append(time.perf_counter() - start)
+        num_different += differs(range(len(texts)))
+        num_different += differs(shuffler.sample(range(len(texts)), len(texts)))
     with main_pool.twin(hash_seed=12345) as check.pool:
-        num_different += sum(a != b for a, b in zip(check.score(texts), expected, strict=True))
+        num_different += sum(differs(range(len(texts))) for _ in range(check.limits.repeats))
     check.pool = main_pool
     check.measures |= {
         "determinism differences": num_different, "latency_p50_s": measures.percentile(seconds, 0.5), "latency_p99_s": measures.percentile(seconds, 0.99),
@@ -122,7 +135,7 @@ def measure_determinism(check: Check, form: AnswerForm) -> None:
     }  # fmt: skip
     if num_different:
         check.failures.append(
-            f"{num_different} scores changed over {check.limits.repeats} repeats (alone, batched, shuffled, other hash seed); rewards must be deterministic"
+            f"{num_different} scores changed over {check.limits.repeats} repeats each alone, batched, shuffled and under another hash seed; rewards must be deterministic"
         )
     if check.measures["latency_p99_s"] > main_pool.timeout_s / 2:
         check.warnings.append(
@@ -131,17 +144,21 @@ def measure_determinism(check: Check, form: AnswerForm) -> None:
 
 
 def measure_kill(check: Check) -> None:
-    """A hanging and a crashing reward in the same workers: each must cost its own completion only, within the deadline."""
-    specs = [f"{_PROBES}:hanging", f"{_PROBES}:crashing"]
+    """A reward that hangs, one that dies and one that is out of reach, in the same workers.
+
+    Each must cost its own completion only, within the deadline, and leave it unscored instead of 0.
+    """
+    specs = [f"{_PROBES}:{name}" for name in ("hanging", "crashing", "unreachable")]
     with RewardPool(
         specs, timeout_s=_PROBE_TIMEOUT_S, num_workers=check.pool.num_workers, memory_bytes=check.pool.memory_bytes
     ) as pool:
         start = time.perf_counter()
-        got = [b.total is not None for b in pool.score(["p"] * 4, ["a", "hang", "crash", "b"], {})]
+        texts = ["a", "hang", "crash", "outage", "b"]
+        got = [b.total is not None for b in pool.score(["p"] * len(texts), texts, {})]
         check.measures["kill_wall_s"] = time.perf_counter() - start
-    if got != [True, False, False, True]:
+    if got != [True, False, False, False, True]:
         check.failures.append(
-            f"a hanging and a crashing reward did not cost exactly their own completions (scored: {got})"
+            f"a hanging, a crashing and an unreachable reward did not cost exactly their own completions (scored: {got})"
         )
 
 
@@ -154,7 +171,8 @@ def forecast_signal(check: Check) -> None:
     for sample, breakdown in zip(check.samples, scored, strict=True):
         if breakdown.total is not None:
             groups[sample.case].append(breakdown.total)
-    forecast = measures.group_forecast(groups)
+    right_from = check.wrong_mean + check.gap / 2 if check.deciding else None
+    forecast = measures.group_forecast(groups, right_from)
     check.measures |= {f"forecast: {name}": value for name, value in forecast.items()}
     if forecast and forecast["frac_reward_zero_std"] == 1.0:
         check.warnings.append(

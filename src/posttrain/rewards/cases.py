@@ -10,8 +10,9 @@ from typing import Any
 
 from posttrain.files import digest_json
 from posttrain.grading.answers import is_boxed, is_last_number, last_number, reference_answer
-from posttrain.grading.numbers import normalise, parse_quantity
-from posttrain.rewards.library import GOLD_COLUMNS, REWARDS, golds_of
+from posttrain.grading.numbers import normalise, parse_quantity, same_quantity
+from posttrain.grading.symbolic import math_equal
+from posttrain.rewards.library import REWARDS, golds_of
 from posttrain.types import Prompt
 
 
@@ -97,6 +98,14 @@ def function_name(columns: Mapping[str, Any]) -> str:
     return next((str(test["call"]) for test in tests if "call" in test), "solution")
 
 
+def same_meaning(one: str, other: str) -> bool:
+    """Whether a lenient reading takes the two for the same answer: 0.5 and 1/2, 5 and 5 cm, √12 and 2√3."""
+    a, b = (parse_quantity(normalise(text), lowest_terms=False) for text in (one, other))
+    if a is not None and b is not None:
+        return same_quantity(a, b) or same_quantity(b, a)
+    return normalise(one) == normalise(other) or math_equal(one, other)
+
+
 def _wrong_for(index: int, golds: Sequence[str | None], columns: Mapping[str, Any]) -> str | None:
     gold = golds[index]
     if "tests" in columns:
@@ -108,8 +117,8 @@ def _wrong_for(index: int, golds: Sequence[str | None], columns: Mapping[str, An
         return str(quantity.value + 7)
     if len(gold) == 1 and gold.isalpha():
         return "B" if gold != "B" else "A"
-    others = [g for g in [*golds[index + 1 :], *golds[:index]] if g is not None and normalise(g) != normalise(gold)]
-    return others[0] if others else "no such answer"
+    others = (g for g in [*golds[index + 1 :], *golds[:index]] if g is not None and not same_meaning(g, gold))
+    return next(others, "no such answer")
 
 
 def cases_digest(cases: Sequence[Case], samples: Sequence[Sample]) -> str:
@@ -144,7 +153,7 @@ class Setting:
         return Counter(c.gold for c in self.cases if c.gold is not None).most_common(1)[0][0]
 
     def others(self, case: Case) -> list[str]:
-        return [gold for gold in self.golds if case.gold is None or normalise(gold) != normalise(case.gold)]
+        return [gold for gold in self.golds if case.gold is None or not same_meaning(gold, case.gold)]
 
 
 def is_number(gold: str) -> bool:
@@ -161,7 +170,3 @@ def kind_of(cases: Sequence[Case]) -> str:
     if golds and all(is_number(gold) for gold in golds):
         return "number"
     return "choice" if golds and all(len(gold) == 1 and gold.isupper() for gold in golds) else "text"
-
-
-def without_gold(columns: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in columns.items() if name not in GOLD_COLUMNS}

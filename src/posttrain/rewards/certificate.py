@@ -71,8 +71,11 @@ class Certificate:
 def _check_digest() -> str:
     names = (
         "certificate.py",
+        "mutation.py",
         "mutations.py",
         "mutations_code.py",
+        "mutations_equal.py",
+        "mutations_survive.py",
         "cases.py",
         "measures.py",
         "check.py",

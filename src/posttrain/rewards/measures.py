@@ -61,15 +61,30 @@ def spearman(left: Sequence[float], right: Sequence[float]) -> float:
     return sum((x - mean_a) * (y - mean_b) for x, y in zip(a, b, strict=True)) / (len(a) - 1) / spread
 
 
-def group_forecast(groups: Mapping[int, Sequence[float]]) -> dict[str, float]:
-    """What GRPO would see of these groups: the share without any signal, and the spread of the rewards in the others."""
+def group_forecast(groups: Mapping[int, Sequence[float]], right_from: float | None = None) -> dict[str, float]:
+    """What GRPO would see of these groups: the share without any signal, and the spread that rewards and advantages have.
+
+    A group without spread counts as right where it earns at least `right_from`, else as wrong.
+    """
     usable = [rewards for rewards in groups.values() if len(rewards) > 1]
     if not usable:
         return {}
     spreads = [std(rewards) for rewards in usable]
+    flat = [rewards[0] for rewards, spread in zip(usable, spreads, strict=True) if spread == 0]
+    num_right = sum(right_from is not None and reward >= right_from for reward in flat)
     return {
         "num_groups": len(usable),
-        "frac_reward_zero_std": mean([float(s == 0) for s in spreads]),
+        "group_size": mean([float(len(rewards)) for rewards in usable]),
+        "frac_reward_zero_std": len(flat) / len(usable),
+        "frac_reward_all_right": num_right / len(usable),
+        "frac_reward_all_wrong": (len(flat) - num_right) / len(usable),
         "mean_reward": mean([mean(rewards) for rewards in usable]),
         "mean_reward_std": mean(spreads),
+        "advantage_std": std([a for rewards in usable for a in _advantages(rewards)]),
     }
+
+
+def _advantages(rewards: Sequence[float]) -> list[float]:
+    """Centred and divided by the group's standard deviation, as the default of GRPO."""
+    centre, spread = mean(rewards), std(rewards)
+    return [(reward - centre) / (spread + 1e-4) for reward in rewards]

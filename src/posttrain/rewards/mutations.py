@@ -7,120 +7,13 @@ gold's reward, Z must score no more than a wrong answer, N must be scored withou
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
 
-from posttrain.grading.numbers import normalise, parse_quantity
-from posttrain.rewards.cases import Case, Setting, is_number
-from posttrain.rewards.mutations_code import CODE_ATTACKS, json_attacks
-
-Make = Callable[[Case, Setting], list[str]]
-ANY = ("number", "choice", "text")
-BOXED = "\\boxed{"
-
-
-@dataclass(frozen=True, slots=True)
-class Mutation:
-    """`once`: one case is enough, because the text is costly or does not depend on the case."""
-
-    name: str
-    kind: Literal["E", "Z", "N"]
-    tasks: tuple[str, ...]
-    make: Make
-    once: bool = False
-
-
-def _slots(*answers: Callable[[str], str | None]) -> Make:
-    """The gold rewritten, each in the task's own slot."""
-
-    def make(case: Case, setting: Setting) -> list[str]:
-        rewritten = [answer(case.gold or "") for answer in answers]
-        return [setting.form.render(text) for text in rewritten if text is not None]
-
-    return make
-
-
-def _texts(*texts: str) -> Make:
-    return lambda case, setting: list(texts)
-
-
-def _boxed_only(make: Make) -> Make:
-    return lambda case, setting: make(case, setting) if setting.form.before == BOXED else []
-
-
-def _think_only(make: Make) -> Make:
-    return lambda case, setting: make(case, setting) if setting.form.think else []
-
-
-# --- E: must equal gold --------------------------------------------------------------------------------------------
-
-
-def _value(gold: str) -> Fraction | None:
-    quantity = parse_quantity(normalise(gold), lowest_terms=False)
-    return quantity.value if quantity is not None and not quantity.unit else None
-
-
-def _as_fraction(pattern: str) -> Callable[[str], str | None]:
-    def rewrite(gold: str) -> str | None:
-        value = _value(gold)
-        if value is None or value.denominator == 1:
-            return None
-        return pattern.format(sign="-" if value < 0 else "", num=abs(value.numerator), den=value.denominator)
-
-    return rewrite
-
-
-def _as_decimal(gold: str) -> str | None:
-    value = _value(gold)
-    if value is None or value.denominator == 1:
-        return None
-    rest = value.denominator
-    for prime in (2, 5):
-        while rest % prime == 0:
-            rest //= prime
-    return f"{float(value):.12f}".rstrip("0") if rest == 1 else None
-
-
-def _with_thousands(gold: str) -> str | None:
-    value = _value(gold)
-    return f"{value.numerator:,}" if value is not None and value.denominator == 1 and abs(value) >= 1000 else None
-
-
-def _in_text(gold: str) -> str | None:
-    return f"\\text{{{gold}}}" if re.fullmatch(r"[-A-Za-z0-9 .,/]+", gold) else None
-
-
-def _with_units(case: Case, setting: Setting) -> list[str]:
-    match = re.fullmatch(r"(-?[0-9.]+)\s*([A-Za-z]+)", case.gold or "")
-    if match is None:
-        return []
-    number, unit = match.groups()
-    return [
-        setting.form.render(text)
-        for text in (f"{number} {unit}", f"{number}\\text{{ {unit}}}", f"{number}\\,\\mathrm{{{unit}}}")
-    ]
-
-
-_EQUAL = (
-    Mutation("whitespace", "E", ANY, _slots(lambda g: f" {g} ", lambda g: f"{g}  ")),
-    Mutation(
-        "fraction and decimal", "E", ("number",),
-        _slots(_as_fraction("{sign}{num}/{den}"), _as_fraction("{sign}\\frac{{{num}}}{{{den}}}"), _as_fraction("{sign}\\dfrac{{{num}}}{{{den}}}"), _as_decimal),
-    ),
-    Mutation("thousands separators", "E", ("number",), _slots(_with_thousands)),
-    Mutation("text wrapper", "E", ANY, _boxed_only(_slots(_in_text))),
-    Mutation("nested boxes", "E", ANY, _boxed_only(_slots(lambda g: f"\\boxed{{{g}}}"))),
-    Mutation("units of the gold", "E", ANY, _with_units),
-    Mutation(
-        "prose before the slot", "E", ANY,
-        lambda c, s: [s.form.around(f"The final answer is:\n{s.form.slot(c.gold or '')}")] if s.form.before else [],
-    ),
-)  # fmt: skip
-
-
-# --- Z: must score no more than wrong ------------------------------------------------------------------------------
+from posttrain.rewards.cases import Case, Setting, is_number, same_meaning
+from posttrain.rewards.mutation import ANY, Mutation, fixed, value_of
+from posttrain.rewards.mutations_code import BOMBS, CODE_ATTACKS, json_attacks
+from posttrain.rewards.mutations_equal import EQUAL
+from posttrain.rewards.mutations_survive import SURVIVE
 
 
 def _both_orders(case: Case, setting: Setting) -> list[str]:
@@ -136,7 +29,9 @@ def _hedges(case: Case, setting: Setting) -> list[str]:
     gold, wrong = case.gold or "", case.wrong
     if wrong is None:
         return []
-    lists = (f"{wrong}, {gold}", f"{gold}, {wrong}", f"{gold} or {wrong}", f"{wrong} or {gold}", f"\\{{{gold}, {wrong}\\}}", f"[{gold}, {wrong}]", f"\\pm {gold}", f"{gold} {wrong}")  # fmt: skip
+    lists = (f"{wrong}, {gold}", f"{gold}, {wrong}", f"{gold} or {wrong}", f"{wrong} or {gold}", f"\\{{{gold}, {wrong}\\}}", f"[{gold}, {wrong}]", f"{gold} {wrong}")  # fmt: skip
+    if value_of(gold) != 0:  # ±0 is 0
+        lists += (f"\\pm {gold}",)
     inside = [setting.form.render(text) for text in lists]
     after = [
         setting.form.around(f"{setting.form.slot(gold)} or {wrong}"),
@@ -174,7 +69,7 @@ def _chains(case: Case, setting: Setting) -> list[str]:
 
 
 def _unevaluated(case: Case, setting: Setting) -> list[str]:
-    value = _value(case.gold or "")
+    value = value_of(case.gold or "")
     if value is None or value.denominator != 1:
         return []
     n = value.numerator
@@ -233,7 +128,7 @@ def _hidden(case: Case, setting: Setting) -> list[str]:
 
 
 def _near(case: Case, setting: Setting) -> list[str]:
-    value = _value(case.gold or "")
+    value = value_of(case.gold or "")
     if value is None:
         return []
     changed = [
@@ -256,7 +151,9 @@ def _written(value: Fraction) -> str:
 
 def _units(case: Case, setting: Setting) -> list[str]:
     gold = case.gold or ""
-    if _value(gold) is None:
+    if value_of(gold) == 0:
+        return []  # 0 % is 0
+    if value_of(gold) is None:
         match = re.fullmatch(r"(-?[0-9.]+)\s*(?:cm|m|km|kg|g|s|h)", gold)
         return [setting.form.render(f"{match[1]} {unit}") for unit in ("miles", "\\%", "parsec")] if match else []
     return [
@@ -289,6 +186,12 @@ def _padded_wrong(case: Case, setting: Setting) -> list[str]:
     return [*loops, form.around((form.slot(case.wrong) + " ") * 20), form.render(case.wrong, "check " * 300)]
 
 
+def _extremes(case: Case, setting: Setting) -> list[str]:
+    """The shortest and the longest things one can say."""
+    form = setting.form
+    return [".", "?", form.around("."), form.around("Let me think. " * 500), form.around("x" * 8000)]
+
+
 def _echoes(case: Case, setting: Setting) -> list[str]:
     question = case.question
     return [
@@ -307,7 +210,7 @@ def _format_only(case: Case, setting: Setting) -> list[str]:
 
 
 def _modal(case: Case, setting: Setting) -> list[str]:
-    return [setting.form.render(setting.modal)] if normalise(setting.modal) != normalise(case.gold or "") else []
+    return [setting.form.render(setting.modal)] if not same_meaning(setting.modal, case.gold or "") else []
 
 
 def _other_golds(case: Case, setting: Setting) -> list[str]:
@@ -331,8 +234,8 @@ _JUDGE_KEYS = (
 )  # fmt: skip
 
 _CHEATS = (
-    Mutation("empty", "Z", (*ANY, "code", "json"), _texts("", " ", "\n\n")),
-    Mutation("end token only", "Z", (*ANY, "code", "json"), _texts("<|im_end|>", "</s>", "<|endoftext|>", "<eos>")),
+    Mutation("empty", "Z", (*ANY, "code", "json"), fixed("", " ", "\n\n")),
+    Mutation("end token only", "Z", (*ANY, "code", "json"), fixed("<|im_end|>", "</s>", "<|endoftext|>", "<eos>")),
     Mutation("prompt echo", "Z", (*ANY, "code", "json"), _echoes),
     Mutation("unevaluated expression", "Z", ("number",), _unevaluated),
     Mutation("wrong=gold chain", "Z", ("number",), _chains),
@@ -360,35 +263,16 @@ _CHEATS = (
     Mutation("modal answer", "Z", ANY, _modal),
     Mutation("another row's gold", "Z", ANY, _other_golds),
     Mutation("padded wrong", "Z", ANY, _padded_wrong),
+    Mutation("longest and shortest", "Z", (*ANY, "code", "json"), _extremes),
     Mutation("keyword stuffing", "Z", ANY, _stuffing),
     Mutation(
         "judge keys", "Z", (*ANY, "json"), lambda c, s: [*_JUDGE_KEYS, *(s.form.render(key) for key in _JUDGE_KEYS)]
     ),
     Mutation("filler and extra keys", "Z", ("json",), json_attacks),
-    *(Mutation(f"code: {name}", "Z", ("code",), make, once=True) for name, make in CODE_ATTACKS.items()),
+    *(
+        Mutation(f"code: {name}", "Z", ("code",), make, once=True, bomb=name in BOMBS)
+        for name, make in CODE_ATTACKS.items()
+    ),
 )
 
-
-# --- N: must survive -----------------------------------------------------------------------------------------------
-
-_HOSTILE = (
-    "nan", "NaN", "inf", "-inf", "1e999", "-0", "True", "9" * 5000, "0." + "0" * 5000 + "1", "1/0", "\\frac{1}{0}",
-    "9^{9^{9}}", "9^{9^{9^{9}}}", "9**9**9", "(1+x)^{3000}", "1000000!", "\\sqrt{" * 50 + "2" + "}" * 50, "\\int_0^1 x^x dx",
-)  # fmt: skip
-
-
-def _slot_texts(*answers: str) -> Make:
-    return lambda case, setting: [setting.form.render(answer) for answer in answers]
-
-
-_SURVIVE = (
-    Mutation("NaN, infinity, huge numbers, power towers", "N", (*ANY, "code", "json"), _slot_texts(*_HOSTILE), once=True),
-    Mutation(
-        "nested braces", "N", (*ANY, "code", "json"),
-        lambda c, s: ["{" * 100_000, "\\boxed{" * 100_000, "\\boxed{" * 100_000 + "}" * 100_000, "[" * 100_000, s.form.render("(" * 100_000)], once=True,
-    ),
-    Mutation("a megabyte of text", "N", (*ANY, "code", "json"), lambda c, s: ["a" * 1_000_000, " " * 1_000_000, s.form.render("1" * 1_000_000), "ab " * 333_333], once=True),
-    Mutation("surrogates and control characters", "N", (*ANY, "code", "json"), lambda c, s: ["\ud800\udfff", s.form.render("\udc80"), "\x00\x01\x7f", s.form.render("\u202e42\u202c")], once=True),
-)  # fmt: skip
-
-MUTATIONS: tuple[Mutation, ...] = (*_EQUAL, *_CHEATS, *_SURVIVE)
+MUTATIONS: tuple[Mutation, ...] = (*EQUAL, *_CHEATS, *SURVIVE)

@@ -71,6 +71,9 @@ CODE_ATTACKS: dict[str, Callable[[Case, Setting], list[str]]] = {
     "memory bomb": _attack("held = []\nwhile True: held.append(bytearray(10 ** 7))"),
 }  # fmt: skip
 
+BOMBS = frozenset({"fork bomb", "sleep", "memory bomb"})
+"""Those that run until they are stopped."""
+
 
 def _filler(schema: Any) -> Any:
     """The emptiest value that fits a schema."""

@@ -1,4 +1,4 @@
-"""Rewards that misbehave on purpose: the check runs them to see that a hang and a crash cost one completion each."""
+"""Rewards that misbehave on purpose: the check runs them to see that a hang, a crash and an outage cost one completion each."""
 
 from __future__ import annotations
 
@@ -16,4 +16,11 @@ def hanging(prompts: list[Any], completions: list[Any]) -> list[float]:
 def crashing(prompts: list[Any], completions: list[Any]) -> list[float]:
     if "crash" in completions:
         os._exit(11)
+    return [1.0] * len(completions)
+
+
+def unreachable(prompts: list[Any], completions: list[Any]) -> list[float]:
+    """What a reward does whose judge or database is down."""
+    if "outage" in completions:
+        raise ConnectionError("connection refused")
     return [1.0] * len(completions)
