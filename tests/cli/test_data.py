@@ -51,7 +51,7 @@ def folder(tmp_path, monkeypatch):
         "name: p\nbase_model: ./base\nevals: { heldout: suite.jsonl }\nstages:\n"
         "  - sft: { datasets: [{ path: sft.jsonl }] }\n"
         "  - dpo: { datasets: [{ path: pairs.jsonl }] }\n"
-        "  - grpo: { datasets: [{ path: prompts.jsonl }], reward_funcs: [exact_match] }\n"
+        "  - grpo: { datasets: [{ path: prompts.jsonl }], reward_funcs: [exact] }\n"
     )
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
@@ -107,9 +107,9 @@ def test_refused_data_exits_with_64_and_can_be_cleaned(folder, capsys):
         and "sft.jsonl:2 holds a prompt of suite heldout" in err
     )
     code, out, _ = run(capsys, "pipeline.yaml", "--stage", "sft", "--write-clean", "clean")
-    assert code == 0 and "sft.jsonl: 2 rows, 2 taken out" in out
+    assert code == 0 and "sft.jsonl: 1 rows, 3 taken out" in out
     kept = [json.loads(line) for line in (folder / "clean" / "sft.jsonl").read_text().splitlines()]
-    assert kept == [chat("2+2?", "4"), {"messages": [{"role": "user", "content": "x"}]}]
+    assert kept == [chat("2+2?", "4")]
     assert (folder / "clean" / "removed.json").exists()
 
 

@@ -1,5 +1,6 @@
 import re
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -7,10 +8,8 @@ import posttrain
 from posttrain.cli import doctor as module
 from posttrain.cli.app import main
 from posttrain.cli.doctor import (
-    Finding,
     attention,
     cache,
-    check_run,
     four_bits,
     machine,
     packages,
@@ -18,6 +17,9 @@ from posttrain.cli.doctor import (
     sandbox,
     torch,
 )
+from posttrain.cli.doctor_run import check_run, durable
+from posttrain.cli.doctor_surface import SURFACE, Use, missing, surface
+from posttrain.cli.findings import Finding
 from posttrain.files import write_json
 from posttrain.registry.manifest import code_digest, environment_pins
 
@@ -35,7 +37,17 @@ def by_name(findings):
 def test_what_the_tests_run_on_is_sound():
     findings = [finding for check in (python, packages, machine, torch, sandbox, cache) for finding in check()]
     assert [finding for finding in findings if finding.status == "broken"] == []
-    assert {"python", "packages", "cores", "memory", "disk", "torch", "sandbox", "data cache"} <= set(by_name(findings))
+    assert {
+        "python",
+        "packages",
+        "cores",
+        "memory",
+        "disk",
+        "crash-safe writes",
+        "torch",
+        "sandbox",
+        "data cache",
+    } <= set(by_name(findings))
 
 
 def test_the_private_api_we_rely_on_is_there():
@@ -119,7 +131,7 @@ def made(tmp_path, data_dir):
 
 def test_a_run_of_this_machine_can_go_on(made):
     assert {name: finding.status for name, finding in by_name(check_run(made)).items()} == dict.fromkeys(
-        ("run config", "run code", "run versions"), "ok"
+        ("run config", "crash-safe writes", "run code", "run versions"), "ok"
     )
 
 
@@ -131,6 +143,7 @@ def test_what_moved_since_the_run_is_named(made):
     found = by_name(check_run(made))
     assert {name: finding.status for name, finding in found.items()} == {
         "run config": "ok",
+        "crash-safe writes": "ok",
         "run code": "note",
         "run versions": "note",
     }
@@ -155,4 +168,62 @@ def test_a_folder_without_a_run_is_said(tmp_path, monkeypatch, capsys):
     assert run("doctor", tmp_path) == 1
     assert "config.yaml is not there" in capsys.readouterr().out
     assert run("doctor", tmp_path / "nowhere") == 1
-    assert "no such folder; expected the folder of a run" in capsys.readouterr().out
+    assert "no such folder or file; expected the folder of a run, or a YAML" in capsys.readouterr().out
+
+
+def test_a_yaml_is_held_against_the_keys_of_this_version(made, monkeypatch, capsys):
+    monkeypatch.setattr(module, "CHECKS", ())
+    assert run("doctor", made / "config.yaml") == 0
+    assert "a valid pipeline for this version" in capsys.readouterr().out
+    (made / "config.yaml").write_text("schema: 99\n" + (made / "config.yaml").read_text())
+    assert run("doctor", made / "config.yaml") == 1
+    assert "is of a newer posttrain" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_broken_and_what_to_do_is_said(tmp_path):
+    assert durable(tmp_path / "not" / "there" / "yet").status == "ok"
+    assert list(tmp_path.iterdir()) == []
+    finding = durable(Path("/proc/self"))
+    assert finding.status == "broken"
+    assert finding.text.endswith("move output_dir to a folder that can be written")
+
+
+# --- the functions of other packages -------------------------------------------------------------------------------
+
+
+def test_the_functions_we_call_are_there_and_take_our_arguments():
+    light = [use for use in SURFACE if use.package not in ("bitsandbytes", "mlflow-skinny")]
+    (finding,) = surface(light)
+    assert finding.status == "ok"
+    assert finding.text.startswith(f"{len(light)} of {len(light)} functions")
+
+
+@pytest.mark.slow
+def test_those_of_the_optional_packages_too():
+    assert [finding.status for finding in surface()] == ["ok"]
+
+
+def test_what_a_new_version_lost_is_named_with_who_needs_it():
+    table = (
+        Use("typer", "typer:Typer", "cli/app.py", ("name",)),
+        Use("typer", "typer:Typer", "cli/app.py", ("name", "sideways")),
+        Use("typer", "typer:Gone", "cli/app.py"),
+        Use("typer", "typer.gone:thing", "cli/app.py"),
+        Use("not-installed", "nothing:here", "nobody"),
+    )
+    *wrong, summary = surface(table)
+    assert [finding.status for finding in wrong] == ["broken"] * 3
+    assert "typer:Typer does not take sideways" in wrong[0].text
+    assert "which cli/app.py needs; pip install --constraint constraints.txt typer" in wrong[0].text
+    assert "typer:Gone is not there" in wrong[1].text
+    assert "typer.gone:thing is not there" in wrong[2].text
+    assert summary.text == "1 of 4 functions of 1 packages are as expected"
+
+
+def test_every_row_names_a_part_of_ours():
+    package = Path(posttrain.__file__).parent
+    for use in SURFACE:
+        assert (package / use.user).is_file(), use
+        name = use.where.rpartition(":")[2].rpartition(".")[2]
+        assert name in (package / use.user).read_text(), use
+    assert missing(Use("typer", "typer:Typer.command", "cli/app.py")) == ""

@@ -1,9 +1,11 @@
+import json
+from dataclasses import replace
+
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from posttrain.cli.app import main
-from posttrain.cli.gate import gate
+from posttrain.cli.gate import app
 from posttrain.errors import ConfigError, GateError
 from posttrain.gate import load_verdict
 from posttrain.registry import Registry
@@ -13,8 +15,6 @@ from posttrain.types import EvalReport, ItemRecord, Verdict
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    app = typer.Typer()
-    app.command()(gate)
 
     def invoke(*arguments, fails=False):
         result = CliRunner().invoke(app, list(arguments))
@@ -107,3 +107,32 @@ def test_codes_of_the_whole_command_do_not_collide(run, spec, tmp_path, argument
     with pytest.raises(SystemExit) as stopped:
         main(["gate", *arguments])
     assert stopped.value.code == code
+
+
+# --- A/A ---
+
+
+def suite_file(tmp_path, num_items=12):
+    rows = [{"id": f"q{n}", "prompt": f"{n} + 1 =", "target": "1", "scorer": "contains"} for n in range(num_items)]
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_model_is_no_different_from_itself(run, tmp_path, model_dir):
+    result = run("aa", str(model_dir("qwen3")), "--suite", str(suite_file(tmp_path)), "--times", "2")
+    assert result.exit_code == 0
+    assert result.stdout.count("0 of 12 items changed their score (0.00%") == 2
+    assert "0 of 2 comparisons found a difference" in result.stdout
+    assert EvalReport.load(tmp_path / "runs/aa/2/sums-gate").decoding["seed"] == 2
+
+
+def test_a_model_that_differs_from_itself_exits_1_and_says_why(run, tmp_path, model_dir):
+    command = ("aa", str(model_dir("qwen3")), "--suite", str(suite_file(tmp_path)))
+    run(*command)
+    report = EvalReport.load(tmp_path / "runs/aa/1/sums-gate")
+    changed = [replace(item, scores=(1 - item.scores[0],)) if n == 0 else item for n, item in enumerate(report.items)]
+    replace(report, items=tuple(changed)).save(tmp_path / "runs/aa/1/sums-gate")
+    result = run(*command)
+    assert result.exit_code == 1
+    assert "greedy answers depend on what they are batched with" in result.stdout

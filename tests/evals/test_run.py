@@ -133,3 +133,26 @@ def test_what_was_measured_is_not_measured_again(suite, model_dir, tmp_path, mon
     repaired = evaluate(keys, [changed], "gate", tmp_path / "out")
     assert len(loads) == 3
     assert repaired["s"].mean == 0.0
+
+
+def test_another_order_asks_the_same_and_what_is_known_is_not_asked_again(evaluator, suite):
+    made, keys = suite(items(), num_samples=2, temperature=1.0)
+    report = evaluator.run(made, keys, "gate")
+    assert evaluator.run(made, keys, "gate", order=3).digest == report.digest
+    told = ItemRecord("i2", report.items[2].prompt_digest, (1.0, 1.0))
+    again = evaluator.run(made, keys, "gate", known={"i2": told, "elsewhere": told})
+    assert again.items == (*report.items[:2], told, report.items[3])
+
+
+def test_two_splits_are_one_report_and_the_first_is_taken_over(suite, model_dir, tmp_path):
+    keys = ModelKeys(base_model=str(model_dir("qwen3")))
+    rows = [row | {"split": "gate" if n < 3 else "reserve"} for n, row in enumerate(items())]
+    made = suite(rows)
+    first = evaluate(keys, [made], "gate", tmp_path)["s"]
+    both = evaluate(keys, [made], "gate+reserve", tmp_path)["s"]
+    assert both.items[:3] == first.items
+    assert [item.id for item in both.items] == ["i0", "i1", "i2", "i3"]
+    assert both.suite_digest not in (first.suite_digest, evaluate(keys, [made], "reserve", tmp_path)["s"].suite_digest)
+    told = [item.completions for item in both.items]
+    fresh = evaluate(keys, [made], "gate+reserve", tmp_path / "fresh", order=1)["s"]
+    assert [item.completions for item in fresh.items] == told

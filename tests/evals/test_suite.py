@@ -27,6 +27,8 @@ def test_items_with_their_columns(suite):
     assert (second.prompt, second.target, second.split) == (tuple(chat), "7", "gate")
     assert made.on("dev") == (first,)
     assert made.sizes("dev") == (1, 1)
+    assert made.on("gate+dev") == (first, second)
+    assert made.sizes("gate+dev") == (2, 1)
     assert made.sizes("gate") == (1, 0)
 
 

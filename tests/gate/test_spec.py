@@ -79,3 +79,22 @@ def test_a_look_past_the_budget_is_refused():
     spec = GateSpec(primary=(Primary("a"),), looks=2)
     with pytest.raises(GateError, match="look 3 at this suite, but the gate allows 2"):
         spec.alpha_at(3)
+
+
+def test_two_rounds_share_alpha_and_spending_needs_no_budget():
+    spec = GateSpec(primary=(Primary("a"),), rounds=2)
+    assert (spec.alpha_at(1), spec.extended.alpha_at(1)) == (0.025, 0.025)
+    assert spec.extended.split == "gate+reserve"
+    spent = GateSpec(primary=(Primary("a"),), spend=True)
+    assert spent.alpha_at(1) == pytest.approx(0.05 * 6 / math.pi**2)
+    assert spent.alpha_at(1000) > 0
+    assert GateSpec.from_mapping(spent.to_json()) == spent
+
+
+def test_extend_makes_two_rounds_and_limits_are_read():
+    from posttrain.config.pipeline import GateKeys
+
+    keys = GateKeys(primary=[{"suite": "a"}], on_inconclusive="extend", limits={"truncated": 0.1})
+    spec = GateSpec.from_keys(keys)
+    assert (spec.rounds, spec.limits.truncated, spec.limits.errors) == (2, 0.1, None)
+    assert GateSpec.from_mapping(spec.to_json()) == spec

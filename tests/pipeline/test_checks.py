@@ -168,3 +168,28 @@ def test_the_data_of_a_later_stage_is_read_before_the_first_stage_runs(project):
     with pytest.raises(DataError, match=r"empty\.jsonl"):
         run.run()
     assert not (run.out / "stages").exists()
+
+
+def test_data_is_linted_for_every_stage_before_the_first_and_kept_beside_each(make_project, tmp_path):
+    run = make_project(tmp_path / "project", [sft(), dpo()])
+    pairs = tmp_path / "project" / "pairs.jsonl"
+    good = pairs.read_text()
+    first = json.loads(good.splitlines()[0])
+    pairs.write_text(good + json.dumps(first | {"chosen": first["rejected"], "rejected": first["chosen"]}) + "\n")
+    with pytest.raises(
+        DataError, match=r"contradiction: 1 rows .* refused above 2%.*prefers the answer that .*pairs\.jsonl:1 "
+    ):
+        run.run("stages.2.lint={contradiction: {limit: 0.02}}")
+    assert not (run.out / "stages").exists() and not (run.out / "evals").exists()
+    pairs.write_text(good)
+    run.run("stages.2.lint={contradiction: {limit: 0.02}}", on_change="rerun")
+    found = json.loads((run.out / "stages" / "02-dpo" / "lint.json").read_text())
+    assert found["refused"] is False and found["num_rows"] == len(good.splitlines())
+    assert (run.out / "stages" / "01-sft" / "lint.json").exists()
+
+
+def test_a_lint_that_does_not_exist_is_refused_before_anything(make_project, tmp_path):
+    run = make_project(tmp_path / "project", [sft(lint={"duplicat": {"action": "off"}})])
+    with pytest.raises(ConfigError, match=r"lint\.duplicat: no such rule; did you mean duplicate\?"):
+        run.run()
+    assert not run.out.exists() or not (run.out / "pipeline.json").exists()

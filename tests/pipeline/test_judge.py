@@ -5,7 +5,7 @@ import json
 import pytest
 
 from posttrain.errors import ConfigError, RewardError
-from posttrain.files import read_json
+from posttrain.files import digest_json, read_json
 from posttrain.gate.folder import load_verdict
 from posttrain.types import Verdict
 
@@ -118,12 +118,28 @@ def test_with_a_passing_certificate_rl_is_promoted(project, tmp_path):
     rows = [{"sft": SFT}, {"grpo": {**GRPO, "reward_funcs": ["number"]}}]
     run = project(rows, gate=NOT_WORSE, register={"name": "yes"})
     assert run.run().verdict is Verdict.PASS
-    certificate = read_json(run.out / "certificate.json")
+    certificate = read_json(run.out / "stages/02-grpo/certificate.json")
     assert certificate["verdict"] == "pass"
     assert champion(run).digest == run.state.stages[-1].output_digest
     book = run.registry()
     assert [record["verdict"] for record in book.records("yes", 1, "certificate")] == ["pass"]
     assert book.chain("yes", 1)[-1].inputs["rewards"] == certificate["reward_digest"]
+    book.close()
+
+
+def test_each_rl_stage_has_its_own_certificate(project):
+    grpo = [
+        {"grpo": {**GRPO, "max_steps": 1, "reward_funcs": rewards}}
+        for rewards in (["number"], ["number", "soft_overlong"])
+    ]
+    run = project(grpo, gate=NOT_WORSE, register={"name": "yes"})
+    assert run.run().verdict is Verdict.PASS
+    held = [read_json(run.out / f"stages/0{n}-grpo/certificate.json") for n in (1, 2)]
+    assert [certificate["config"]["rewards"] for certificate in held] == [["number"], ["number", "soft_overlong"]]
+    book = run.registry()
+    chain = book.chain("yes", 1)
+    assert [manifest.inputs["certificate"] for manifest in chain] == [digest_json(certificate) for certificate in held]
+    assert champion(run) is not None
     book.close()
 
 
@@ -134,7 +150,7 @@ def test_a_hackable_reward_stops_the_run_before_rl(project):
     message = str(refusal.value)
     assert message.startswith("the rewards did not pass their check, so RL does not start:")
     assert "earn more than a wrong answer" in message
-    assert read_json(run.out / "certificate.json")["verdict"] == "fail"
+    assert read_json(run.out / "stages/02-grpo/certificate.json")["verdict"] == "fail"
     assert (run.state.status, run.state.stage(2).status) == ("error", "running")
     assert not (run.out / "stages/02-grpo/metrics.jsonl").exists()
 
@@ -159,13 +175,13 @@ def test_an_alias_without_a_registry_to_look_in_is_refused_before_any_work(proje
 
 def test_another_candidate_on_the_same_items_is_another_look(second):
     """Alpha is spent over the looks that the registry counts, and the look past the budget is refused."""
-    gate = {**NOT_WORSE, "looks": 2, "guards": [{"suite": "yes", "margin": 0.45}]}
+    gate = {**NOT_WORSE, "looks": 3, "guards": [{"suite": "yes", "margin": 0.45}]}
     alphas = []
     for seed in (2, 3):
         run = second(seed=seed, gate=gate, name=f"seed-{seed}", stages=[{"sft": SFT}])
         run.run()
         alphas.append(json.loads((run.out / "gates" / "final" / "verdict.json").read_text())["alpha"])
-    assert alphas[0] == pytest.approx(0.05 * 6 / 3.141592653589793**2)
-    assert alphas[1] == pytest.approx(alphas[0] / 4)
+    first = 0.05 * 6 / 3.141592653589793**2
+    assert alphas == pytest.approx([first / 4, first / 9]), "the champion's own verdict was the first look"
     run = second(seed=4, gate=gate, name="seed-4")
     assert run.command() == 64

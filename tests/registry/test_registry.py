@@ -1,11 +1,12 @@
 import getpass
 import sqlite3
+from dataclasses import replace
 
 import pytest
 
 from posttrain.errors import RegistryError
 from posttrain.files import digest_bytes, digest_json, digest_tree, write_json
-from posttrain.types import Verdict
+from posttrain.types import Decision, Verdict
 
 
 @pytest.fixture
@@ -126,6 +127,46 @@ def test_only_pass_promotes(registry, add, passing, base, verdict):
     with pytest.raises(RegistryError, match=f"verdict is {verdict.value} .* expected PASS"):
         registry.promote("words", 1, "champion", passing(entry.digest, base, verdict))
     assert registry.alias_epoch("words", "champion") == 0
+
+
+def test_a_person_may_accept_an_inconclusive_verdict_and_only_that(registry, add, passing, base):
+    entry = add("one")
+    unsure = passing(entry.digest, base, Verdict.INCONCLUSIVE)
+    said = Decision(unsure.digest, True, "Ada", "safe to try", "2026-01-01T00:00:00+00:00")
+    for decision, verdict, message in (
+        (None, unsure, "expected PASS"),
+        (replace(said, accepted=False), unsure, "Ada rejected it: safe to try"),
+        (replace(said, verdict_digest="sha256:other"), unsure, "Ada accepted another verdict"),
+        (said, passing(entry.digest, base, Verdict.FAIL), "accepted another verdict"),
+    ):
+        with pytest.raises(RegistryError, match=message):
+            registry.promote("words", entry.version, "champion", verdict, decision=decision)
+    failed = passing(entry.digest, base, Verdict.FAIL)
+    with pytest.raises(RegistryError, match="verdict is FAIL"):
+        accepted = replace(said, verdict_digest=failed.digest)
+        registry.promote("words", entry.version, "champion", failed, decision=accepted)
+    assert registry.holder("words", "champion") is None
+    registry.tag("words", entry.version, "hold", "health: kl")
+    with pytest.raises(RegistryError, match="on hold: health: kl"):
+        registry.promote("words", entry.version, "champion", unsure, decision=said)
+    registry.untag("words", entry.version, "hold")
+    registry.promote("words", entry.version, "champion", unsure, decision=said)
+    assert registry.records("words", entry.version, "decision") == [said.to_json()]
+    assert registry.rows.events("words")[-1].actor == "Ada"
+
+
+def test_evidence_is_handed_out_as_it_was_registered(registry, model, lineage, tmp_path):
+    (tmp_path / "evals").mkdir()
+    (tmp_path / "evals" / "a.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text("name: x")
+    evidence = {"evals": tmp_path / "evals", "config": tmp_path / "config.yaml"}
+    folder = model("one")
+    entry = registry.register("words", folder, lineage(folder), evidence=evidence)
+    for role in evidence:
+        assert registry.export("words", entry.version, role, tmp_path / "out" / role) == tmp_path / "out" / role
+    assert digest_tree(tmp_path / "out" / "evals") == digest_tree(tmp_path / "evals")
+    assert (tmp_path / "out" / "config").read_text() == "name: x"
+    assert registry.export("words", entry.version, "gates", tmp_path / "out" / "gates") is None
 
 
 def test_refusals_name_their_reason_and_change_nothing(registry, add, passing, base):

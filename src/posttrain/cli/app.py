@@ -36,7 +36,12 @@ VERBS: dict[str, tuple[str, str, str]] = {
     ),
     "rewards": ("posttrain.cli.rewards", "rewards", "Check reward functions and certify them."),
     "eval": ("posttrain.cli.evaluate", "evaluate", "Score a model on eval suites."),
-    "gate": ("posttrain.cli.gate", "gate", "Judge a candidate's eval reports against a baseline's."),
+    "gate": ("posttrain.cli.gate", "app", "Judge a candidate's eval reports against a baseline's; decide; A/A check."),
+    "reproduce": (
+        "posttrain.cli.reproduce",
+        "reproduce",
+        "Repeat a registered version: verdict, answers or training.",
+    ),
     "registry": ("posttrain.cli.registry", "app", "List, show, verify, promote and roll back registered models."),
     "merge": ("posttrain.cli.merge", "merge", "Merge an adapter into its base and check the logits."),
     "chat": ("posttrain.cli.chat", "chat", "Talk to a model."),

@@ -34,7 +34,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score a model on eval suites. What the reports in --out already hold is not measured again."""
-    keys, plan = _plan(model, suite or [], on)
+    keys, plan = plan_of(model, suite or [], on)
     decoding = {"num_samples": num_samples, "temperature": temperature, "max_tokens": max_tokens}
     plan = [(loaded, _decode_with(suite_keys, decoding)) for loaded, suite_keys in plan]
     for loaded, _ in plan:
@@ -61,7 +61,7 @@ def table(reports: Mapping[str, EvalReport]) -> str:
     return "\n".join("  ".join(_cell(text, widths[i], i > 2) for i, text in enumerate(row)).rstrip() for row in rows)
 
 
-def _plan(model: str, files: Sequence[Path], on: str | None) -> tuple[ModelKeys, Plan]:
+def plan_of(model: str, files: Sequence[Path], on: str | None) -> tuple[ModelKeys, Plan]:
     """What to score, and on what. Raises: ConfigError if one of the two was not said."""
     from posttrain.cli.model import model_keys
     from posttrain.evals.suite import load_suite
@@ -124,7 +124,7 @@ def _folder(model: str) -> Path:
     return Path("runs/evals") / f"{name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
-def _measure(keys: ModelKeys, plan: Plan, split: str, folder: Path) -> dict[str, EvalReport]:
+def _measure(keys: ModelKeys, plan: Plan, split: str, folder: Path, order: int = 0) -> dict[str, EvalReport]:
     from rich.console import Console
 
     from posttrain.cli.show import setup_logging
@@ -136,7 +136,19 @@ def _measure(keys: ModelKeys, plan: Plan, split: str, folder: Path) -> dict[str,
     def progress(name: str, done: int, total: int) -> None:
         console.print(f"eval {name} {done}/{total}", markup=False, highlight=False)
 
-    return score(keys, plan, split, folder, progress)
+    return score(keys, plan, split, folder, progress, order=order)
+
+
+def measure_again(keys: ModelKeys, plan: Plan, split: str, folder: Path, times: int) -> list[dict[str, EvalReport]]:
+    """The reports of `times` + 1 evaluations, each with another batch order and seed; what is on disk is not redone."""
+    return [
+        _measure(keys, [(suite, _seeded(found, number)) for suite, found in plan], split, folder / str(number), number)
+        for number in range(times + 1)
+    ]
+
+
+def _seeded(keys: SuiteKeys, number: int) -> SuiteKeys:
+    return keys.model_copy(update={"seed": keys.seed + number})
 
 
 def _is_binary(report: EvalReport) -> bool:

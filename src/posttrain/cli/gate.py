@@ -1,17 +1,40 @@
-"""`posttrain gate A B --spec gate.yaml`: is A good enough to replace B? The exit code is the verdict."""
+"""`posttrain gate A B --spec gate.yaml`: is A good enough to replace B? The exit code is the verdict.
+
+`posttrain gate decide RUN` answers a verdict that waits for a person, `posttrain gate aa` asks a model against itself.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from posttrain.errors import GateError
 from posttrain.types import EvalReport, GateVerdict
 
+_JUDGE = "judge"
 
+
+class _Judging(TyperGroup):
+    """What is no command is two folders to judge."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = args and (args[0] in self.commands or args[0] in ("--help", "-h"))
+        return super().parse_args(ctx, args if known else [_JUDGE, *args])
+
+
+app = typer.Typer(
+    name="gate",
+    add_completion=False,
+    cls=_Judging,
+    help="Judge a candidate's eval reports against a baseline's: `posttrain gate A B --spec FILE`.",
+)
+
+
+@app.command(_JUDGE)
 def gate(
     candidate: Annotated[Path, typer.Argument(metavar="A", help="Folder with the candidate's eval reports.")] = Path(),
     baseline: Annotated[Path, typer.Argument(metavar="B", help="Folder with the baseline's eval reports.")] = Path(),
@@ -34,6 +57,44 @@ def gate(
         verdict = _judge(candidate, baseline, spec, out, registry)
     typer.echo(render(verdict))
     raise typer.Exit(verdict.verdict.exit_code)
+
+
+@app.command()
+def decide(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run whose verdict waits.")],
+    by: Annotated[str, typer.Option(help="Who decides.")],
+    reason: Annotated[str, typer.Option(help="Why; it is kept in the lineage and in the registry.")],
+    accept: Annotated[bool, typer.Option("--accept/--reject", help="Whether the model may go on.")],
+) -> None:
+    """Decide on an inconclusive verdict under `on_inconclusive: escalate`. The run is then started again to go on."""
+    from posttrain.pipeline.escalation import decide_pending
+
+    decision = decide_pending(run, accepted=accept, by=by, reason=reason)
+    word = "accepted" if decision.accepted else "rejected"
+    typer.echo(f"{word} by {decision.by}: {decision.reason}\nstart the run again to go on: posttrain run CONFIG")
+
+
+@app.command()
+def aa(
+    model: Annotated[str, typer.Argument(help="Model folder, hub id, or a YAML (its suites on its base_model).")],
+    suite: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="JSONL suite; may be repeated.")] = None,
+    on: Annotated[str | None, typer.Option("--model", help="With a YAML: the model to check instead.")] = None,
+    split: Annotated[str, typer.Option(help="Split to score.")] = "gate",
+    times: Annotated[int, typer.Option(min=1, help="Evaluations beside the first.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder of the reports.")] = Path("runs/aa"),
+) -> None:
+    """Score a model against itself, batch order and seed varied. Exit code: 0 no difference, 1 it differs from itself."""
+    from posttrain.cli.evaluate import measure_again, plan_of
+    from posttrain.gate.aa import aa_check
+
+    keys, plan = plan_of(model, suite or [], on)
+    first, *others = measure_again(keys, plan, split, out, times)
+    comparisons = times * len(plan)
+    results = [aa_check(first[name], other[name], comparisons=comparisons) for other in others for name in first]
+    typer.echo("\n".join(result.words for result in results))
+    failed = sum(not result.passed for result in results)
+    typer.echo(f"{failed} of {len(results)} comparisons found a difference; reports in {out}")
+    raise typer.Exit(1 if failed else 0)
 
 
 def _judge(candidate: Path, baseline: Path, spec_path: Path, out: Path | None, registry: Path | None) -> GateVerdict:

@@ -28,7 +28,7 @@ def list_(
     name: Annotated[str | None, typer.Argument(help="Only this model.")] = None, registry: Folder = _DEFAULT
 ) -> None:
     """One line per version."""
-    with _open(registry) as book:
+    with open_registry(registry) as book:
         for entry in book.entries(name):
             typer.echo(_line(entry))
 
@@ -40,7 +40,7 @@ def show(
     card: Annotated[bool, typer.Option("--card", help="Print the model card.")] = False,
 ) -> None:
     """A version: its folder, its lineage and what happened to it."""
-    with _open(registry) as book:
+    with open_registry(registry) as book:
         entry = book.resolve(ref)
         if card:
             from posttrain.registry.card import model_card
@@ -64,7 +64,7 @@ def show(
 @app.command()
 def verify(ref: Ref, registry: Folder = _DEFAULT) -> None:
     """Walk the manifests and check every stored byte, offline."""
-    with _open(registry) as book:
+    with open_registry(registry) as book:
         entry = book.resolve(ref)
         done = book.verify(entry.name, entry.version)
         typer.echo(
@@ -84,8 +84,9 @@ def promote(
 ) -> None:
     """Give an alias to a version that passed its gate against the present holder."""
     from posttrain.gate import recompute, verdict_from_json
+    from posttrain.types import Decision
 
-    with _open(registry) as book:
+    with open_registry(registry) as book:
         entry = book.resolve(ref)
         stored = book.verdict_record(entry.name, entry.version)
         if verdict is None and stored is None:
@@ -93,7 +94,9 @@ def promote(
                 f"{entry.name}@{entry.version} was registered without a verdict: name one with --verdict"
             )
         judged = recompute(verdict) if verdict is not None else verdict_from_json(stored or {})
-        done = book.promote(entry.name, entry.version, alias, judged, expected_epoch)
+        said = book.chain(entry.name, entry.version)[-1].details.get("decision")
+        decision = Decision(**said) if said and said["verdict_digest"] == judged.digest else None
+        done = book.promote(entry.name, entry.version, alias, judged, expected_epoch, decision=decision)
         typer.echo(_line(done))
 
 
@@ -105,14 +108,14 @@ def rollback(
     registry: Folder = _DEFAULT,
 ) -> None:
     """Give the alias back to its previous holder, and put the present one on hold."""
-    with _open(registry) as book:
+    with open_registry(registry) as book:
         typer.echo(_line(book.rollback(name, alias, reason)))
 
 
 @app.command()
 def hold(ref: Ref, reason: Annotated[str, typer.Option(help="Why.")], registry: Folder = _DEFAULT) -> None:
     """Keep a version from being promoted."""
-    with _open(registry) as book:
+    with open_registry(registry) as book:
         entry = book.resolve(ref)
         book.tag(entry.name, entry.version, "hold", reason)
         typer.echo(_line(book.show(entry.name, entry.version)))
@@ -121,7 +124,7 @@ def hold(ref: Ref, reason: Annotated[str, typer.Option(help="Why.")], registry: 
 @app.command()
 def release(ref: Ref, registry: Folder = _DEFAULT) -> None:
     """Take the hold off a version."""
-    with _open(registry) as book:
+    with open_registry(registry) as book:
         entry = book.resolve(ref)
         book.untag(entry.name, entry.version, "hold")
         typer.echo(_line(book.show(entry.name, entry.version)))
@@ -135,14 +138,14 @@ def mirror(
     """Send to MLflow what has not been sent yet."""
     from posttrain.registry.mirror import MlflowMirror, deliver
 
-    with _open(registry) as book:
+    with open_registry(registry) as book:
         done = deliver(book, MlflowMirror(uri))
         waits = f"; {done.pending} wait: {done.error}" if done.pending else ""
         typer.echo(f"{done.sent} events sent{waits}")
 
 
 @contextmanager
-def _open(folder: Path) -> Iterator[Registry]:
+def open_registry(folder: Path) -> Iterator[Registry]:
     from posttrain.registry import Registry
 
     if not (folder / "registry.sqlite").exists():

@@ -79,8 +79,8 @@ def _run(keys: PipelineKeys, loaded: LoadedPipeline | LoadedStage, on_change: On
             raise typer.Exit(EXIT_STOPPED) from stopped
         if ranks.is_main:
             _close(outcome, console)
-    if outcome.verdict is not None and outcome.verdict.exit_code:
-        raise typer.Exit(outcome.verdict.exit_code)
+    if outcome.exit_code:
+        raise typer.Exit(outcome.exit_code)
 
 
 def _close(outcome: Outcome, console: Any) -> None:

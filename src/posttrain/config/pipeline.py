@@ -50,6 +50,14 @@ class OnFailKeys(Keys):
     with_: dict[str, Any] = knob({}, "Keys of that stage to change for the retry.", alias="with", example={"num_train_epochs": 3})
 
 
+class LimitKeys(Keys):
+    """What the candidate's answers must not exceed on any suite of the gate; exceeding one is FAIL. null is off."""
+
+    truncated: float | None = knob(None, "Largest share of answers that may be cut off at `max_tokens`.", ge=0, le=1, example=0.1)
+    length_ratio: float | None = knob(None, "Largest mean number of tokens of an answer, as a multiple of the baseline's.", gt=0, example=2.0)
+    errors: float | None = knob(None, "Largest share of items that may end in an error, each then counting as wrong; null makes any error INVALID.", ge=0, le=1, example=0.01)
+
+
 class GateKeys(Keys):
     """A gate: what must hold before a model goes on."""
 
@@ -61,9 +69,11 @@ class GateKeys(Keys):
     discordance: float = knob(0.2, "Assumed share of items on which the two models differ, for planning.", gt=0, le=1)
     icc: float = knob(0.1, "Assumed correlation of the differences within a cluster, for planning.", ge=0, lt=1)
     looks: int = knob(0, "Verdicts allowed on the same items, alpha being spent over them; 0 is no limit, each at full alpha.", ge=0)
-    split: str = knob("gate", "Split of the suites that the verdict is made on.")
+    limits: LimitKeys = knob(LimitKeys(), "What the candidate's answers must not exceed on any suite, whatever they score.", example={"truncated": 0.1})
+    split: str = knob("gate", "Split of the suites that the verdict is made on; retries and `stop_when: gate_passes` choose on the split `dev`.")
+    aa: int = knob(0, "Evaluations of the baseline against itself, with another batch order and seed, before it is compared; a difference blocks.", ge=0)
     on_fail: OnFailKeys | Literal["stop"] = knob("stop", "`stop`, or `{retry: STAGE, times: N, with: {…}}` to run a stage again with changed keys.")
-    on_inconclusive: Literal["stop", "continue"] = knob("stop", "An inconclusive verdict is never promoted; `continue` lets later stages run.")
+    on_inconclusive: Literal["stop", "continue", "extend", "escalate"] = knob("stop", "`continue` lets later stages run; `extend` judges once more with the items of the split `reserve`; `escalate` waits for a person (`posttrain gate decide`).")
 
     @model_validator(mode="after")
     def _says_something(self) -> GateKeys:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -40,19 +41,35 @@ class Evaluator:
     progress: Callable[[str, int, int], None] = field(default=lambda name, done, total: None)
     _greedy: dict[tuple[tuple[int, ...], int], Completion] = field(default_factory=dict, repr=False)
 
-    def run(self, suite: Suite, keys: SuiteKeys, split: str) -> EvalReport:
-        """Every item of the split answered and scored."""
+    def run(
+        self,
+        suite: Suite,
+        keys: SuiteKeys,
+        split: str,
+        *,
+        known: Mapping[str, ItemRecord] | None = None,
+        order: int = 0,
+    ) -> EvalReport:
+        """Every item of the split answered and scored, except those whose record is `known`.
+
+        Another `order` asks in another order, so that every item is batched with others; the report is in the suite's.
+        """
         started = time.monotonic()
         items = suite.on(split)
-        records: list[ItemRecord] = []
-        for start in range(0, len(items), _ITEMS_PER_CALL):
-            part = items[start : start + _ITEMS_PER_CALL]
-            records += self._ranked(part) if suite.scorer == CHOICES else self._sampled(part, keys)
+        records = {item.id: known[item.id] for item in items if known and item.id in known}
+        waiting = [item for item in items if item.id not in records]
+        if order:
+            random.Random(order).shuffle(waiting)
+        for start in range(0, len(waiting), _ITEMS_PER_CALL):
+            part = waiting[start : start + _ITEMS_PER_CALL]
+            made = self._ranked(part) if suite.scorer == CHOICES else self._sampled(part, keys)
+            records |= {record.id: record for record in made}
             self.progress(suite.name, len(records), len(items))
         decoding = decoding_of(keys)
         return EvalReport(
             suite=suite.name, split=split, suite_digest=suite.digest(split, decoding), model_digest=self.model_digest,
-            scorer=suite.scorer, items=tuple(records), decoding=decoding, wall_s=time.monotonic() - started,
+            scorer=suite.scorer, items=tuple(records[item.id] for item in items), decoding=decoding,
+            wall_s=time.monotonic() - started,
         )  # fmt: skip
 
     def _sampled(self, items: Sequence[Item], keys: SuiteKeys) -> Iterator[ItemRecord]:

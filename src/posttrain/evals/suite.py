@@ -52,8 +52,8 @@ class Suite:
         return self.items[0].scorer
 
     def on(self, split: str) -> tuple[Item, ...]:
-        """The items of one split. Raises: EvalError if there are none."""
-        items = tuple(item for item in self.items if item.split == split)
+        """The items of a split, or of several: `gate+reserve`. Raises: EvalError if there are none."""
+        items = tuple(item for item in self.items if item.split in split.split("+"))
         if not items:
             known = ", ".join(sorted({item.split for item in self.items}))
             raise EvalError(f"{self.path}: no items with split {split!r}; it has {known}")
@@ -61,7 +61,7 @@ class Suite:
 
     def sizes(self, split: str) -> tuple[int, int]:
         """Number of items and of clusters on a split, for planning a gate."""
-        items = [item for item in self.items if item.split == split]
+        items = [item for item in self.items if item.split in split.split("+")]
         return len(items), len({item.cluster for item in items if item.cluster is not None})
 
     def digest(self, split: str, decoding: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Literal
 
 from posttrain.errors import GateError
+from posttrain.gate.limits import check_limits, errors_as_wrong
 from posttrain.gate.measure import Measurement, Method, choose, measure
 from posttrain.gate.pairing import PairingError, Pairs, pair
 from posttrain.gate.power import MIN_CLUSTERS, MIN_ITEMS, design_effect, detectable, needed_items
@@ -29,9 +30,10 @@ def decide(spec: GateSpec, candidate: Reports, baseline: Reports, *, look: int =
     Raises: GateError when `look` is past the budget of the spec.
     """
     alpha = spec.alpha_at(look)
+    limits = tuple(check_limits(spec, candidate, baseline))
     guards = [_judge(spec, test, alpha, candidate, baseline) for test in spec.guards]
     primaries = [_judge(spec, test, alpha, candidate, baseline) for test in spec.primary]
-    tests = (*guards, *_in_sequence(guards, primaries))
+    tests = (*guards, *_in_sequence(guards, primaries), *limits)
     verdict, reason = _combine(tests)
     digests, problem = _model_digests(spec, candidate, baseline)
     if problem:
@@ -57,7 +59,7 @@ def plan(spec: GateSpec, sizes: Mapping[str, tuple[int, int]], *, look: int = 1)
 
     Raises: GateError naming the number of items, if a test cannot detect its margin with the planned power.
     """
-    alpha = spec.alpha_at(look)
+    alpha = spec.alpha_at(look)  # with a second round: of the first, which the items of its split must suffice for
     lines: list[str] = []
     short: list[str] = []
     for test in (*spec.guards, *spec.primary):
@@ -113,7 +115,8 @@ def _judge(spec: GateSpec, test: Guard | Primary, alpha: float, candidate: Repor
         if test.suite not in reports:
             return _invalid(test, f"the {side} has no report on suite {test.suite!r}")
     try:
-        pairs = pair(candidate[test.suite], baseline[test.suite], spec.split)
+        ours = errors_as_wrong(candidate[test.suite], spec.limits.errors)
+        pairs = pair(ours, baseline[test.suite], spec.split)
     except PairingError as broken:
         return _invalid(test, str(broken))
     method = choose(pairs, test.line)

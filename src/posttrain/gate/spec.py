@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 from posttrain.errors import GateError
 from posttrain.files import digest_json
 
-_FLOW_KEYS = frozenset({"baseline", "on_fail", "on_inconclusive"})
+SELECTION_SPLIT = "dev"
+"""Split on which attempts and stages are chosen; the gate's own split is opened for the verdict alone."""
+RESERVE_SPLIT = "reserve"
+"""Split of the items that `on_inconclusive: extend` adds."""
+_FLOW_KEYS = frozenset({"baseline", "on_fail", "on_inconclusive", "aa"})
 """Keys of a gate in a pipeline that say what happens around the verdict and do not change it."""
 
 
@@ -41,11 +46,26 @@ class Primary:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What the candidate's answers must not exceed on any suite of the gate, whatever they score; None is off.
+
+    `truncated`: share of answers cut off at `max_tokens`. `length_ratio`: mean tokens of an answer, over the baseline's.
+    `errors`: share of items that ended in an error; those within it count as wrong.
+    """
+
+    truncated: float | None = None
+    length_ratio: float | None = None
+    errors: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GateSpec:
     """Guards, primaries and the error rates they are held to.
 
     `discordance` (share of items on which the models differ) and `icc` (correlation within a cluster) are assumptions
-    for planning. `looks` > 0 spends alpha over that many looks at the same items; 0 spends it all at once.
+    for planning. `looks` > 0 spends alpha over that many looks at the same items and refuses more; `spend` spends it
+    without such a budget. `rounds` is 2 where an inconclusive verdict is made again with more items: each round then
+    has half of alpha, so that both together stay within it.
     """
 
     guards: tuple[Guard, ...] = ()
@@ -56,6 +76,9 @@ class GateSpec:
     icc: float = 0.1
     split: str = "gate"
     looks: int = 0
+    spend: bool = False
+    rounds: int = 1
+    limits: Limits = Limits()
 
     def __post_init__(self) -> None:
         _check(self)
@@ -79,9 +102,10 @@ class GateSpec:
             values = cast("Mapping[str, Any]", values["gate"])
         known = list(cls.__slots__)
         _refuse_unknown(values, [*known, *_FLOW_KEYS], "the gate spec")
-        plain = {key: value for key, value in values.items() if key in known and key not in ("guards", "primary")}
+        plain = {key: value for key, value in values.items() if key in known and key not in _NESTED}
         try:
             return cls(
+                limits=_row(Limits, values.get("limits") or {}),
                 guards=tuple(_row(Guard, row) for row in values.get("guards") or ()),
                 primary=tuple(_row(Primary, row) for row in values.get("primary") or ()),
                 **plain,
@@ -92,28 +116,37 @@ class GateSpec:
     @classmethod
     def from_keys(cls, keys: Any) -> GateSpec:
         """From a config object with the same attributes (`GateKeys`); attributes it lacks take their default."""
-        plain = {
-            name: getattr(keys, name)
-            for name in cls.__slots__
-            if hasattr(keys, name) and name not in ("guards", "primary")
-        }
+        plain = {name: getattr(keys, name) for name in cls.__slots__ if hasattr(keys, name) and name not in _NESTED}
+        if getattr(keys, "on_inconclusive", "stop") == "extend":
+            plain["rounds"] = 2
+        if hasattr(keys, "limits"):
+            plain["limits"] = Limits(**{name: getattr(keys.limits, name) for name in Limits.__slots__})
         guards = (Guard(row.suite, row.margin, getattr(row, "discordance", None)) for row in keys.guards)
         primary = (Primary(row.suite, row.min_delta, getattr(row, "discordance", None)) for row in keys.primary)
         return cls(guards=tuple(guards), primary=tuple(primary), **plain)
 
     def alpha_at(self, look: int) -> float:
-        """Alpha of the `look`-th look, counted from 1: alpha · 6 / (π² look²), which sums to alpha over all looks.
+        """Alpha of one round of the `look`-th look, counted from 1.
 
-        Raises: GateError past the budget.
+        Spent, a look has alpha · 6 / (π² look²), which sums to alpha over all looks. Raises: GateError past the budget.
         """
-        if self.looks == 0:
-            return self.alpha
-        if look < 1 or look > self.looks:
+        whole = self.alpha / self.rounds
+        if self.looks == 0 and not self.spend:
+            return whole
+        if look < 1 or (self.looks and look > self.looks):
             raise GateError(
                 f"look {look} at this suite, but the gate allows {self.looks}: make a fresh gate split, or raise looks "
                 "before anyone looks again"
             )
-        return self.alpha * 6.0 / (9.869604401089358 * look**2)
+        return whole * 6.0 / (9.869604401089358 * look**2)
+
+    @property
+    def extended(self) -> GateSpec:
+        """The same gate on the items of its split and the reserve together: the second round."""
+        return replace(self, split=f"{self.split}+{RESERVE_SPLIT}")
+
+
+_NESTED = ("guards", "primary", "limits")
 
 
 def _row(kind: type[Any], row: Any) -> Any:
@@ -141,6 +174,10 @@ def _check(spec: GateSpec) -> None:
             raise GateError(f"gate.{name}: got {value!r}, expected a number between {low:g} and {high:g}")
     if spec.looks < 0:
         raise GateError(f"gate.looks: got {spec.looks}, expected 0 (one look) or a budget of looks")
+    for name, highest in {"truncated": 1.0, "length_ratio": math.inf, "errors": 1.0}.items():
+        value = getattr(spec.limits, name)
+        if value is not None and not (_is_number(value) and 0 <= value <= highest):
+            raise GateError(f"gate.limits.{name}: got {value!r}, expected a number from 0 to {highest:g}, or null")
     for guard in spec.guards:
         if not _is_number(guard.margin) or guard.margin <= 0:
             raise GateError(f"guard {guard.suite}: got margin {guard.margin!r}, expected a loss above 0 such as 0.02")

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from posttrain.config.pipeline import GateKeys, PipelineKeys, SuiteKeys
-from posttrain.config.stages import TrainKeys
-from posttrain.data.lint import lint_stage
-from posttrain.data.load import LOADERS, kind_of, read_nouns
+from posttrain.data.lint import limits_of
+from posttrain.data.load import kind_of, read_nouns
 from posttrain.errors import ConfigError
 from posttrain.evals.suite import Suite, load_suite
 from posttrain.gate.decide import plan
-from posttrain.gate.spec import GateSpec
+from posttrain.gate.spec import RESERVE_SPLIT, SELECTION_SPLIT
+from posttrain.health.rules import rules_for
 from posttrain.models.device import place
 from posttrain.models.export import was_tuned_by_us
 from posttrain.models.load import load_config, load_tokenizer, missing_chat_template, model_shape
+from posttrain.pipeline.selection import spec_of, without_dev
 from posttrain.planner.machine import available_bytes
 from posttrain.planner.memory import Workload, cannot_fit, estimate_memory, fits, shortfall
 from posttrain.planner.shape import ModelShape
-from posttrain.types import Text
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +40,13 @@ def check_all(keys: PipelineKeys) -> dict[str, tuple[Suite, SuiteKeys]]:
                 "look; add it, or set baseline: stage:base"
             )
     for stage in keys.stages:
+        limits_of(stage.keys.lint)
+        rules_for(stage.kind, stage.keys.health)
         for sources in filter(None, (stage.keys.datasets, stage.keys.eval_datasets)):
             read_nouns(sources, kind_of(stage.keys))
     suites = {name: (load_suite(name, Path(suite.path)), suite) for name, suite in keys.evals.items()}
     for gate in gates_of(keys):
-        for line in plan_gate(gate, suites):
+        for line in plan_gate(keys, gate, suites):
             log.info("gate: %s", line)
     return suites
 
@@ -53,10 +55,25 @@ def gates_of(keys: PipelineKeys) -> list[GateKeys]:
     return [gate for gate in (*(stage.keys.gate for stage in keys.stages), keys.gate) if gate is not None]
 
 
-def plan_gate(gate: GateKeys, suites: Mapping[str, tuple[Suite, SuiteKeys]]) -> list[str]:
-    """What each test can detect. Raises: GateError with the number of items a margin needs."""
+def plan_gate(keys: PipelineKeys, gate: GateKeys, suites: Mapping[str, tuple[Suite, SuiteKeys]]) -> list[str]:
+    """What each test can detect, and how candidates are chosen.
+
+    Raises: GateError with the number of items a margin needs; ConfigError if there is no reserve to extend with.
+    """
     sizes = {name: suite.sizes(gate.split) for name, (suite, _) in suites.items()}
-    return plan(GateSpec.from_keys(gate), {name: size for name, size in sizes.items() if size[0]})
+    spec = spec_of(keys, gate, suites)
+    lines = plan(spec, {name: size for name, size in sizes.items() if size[0]})
+    if spec.spend:
+        lines.append(
+            f"no items with split {SELECTION_SPLIT} in {', '.join(without_dev(gate, suites))} to choose on: every attempt is "
+            "a look at the items of the verdict, and alpha is spent over the looks"
+        )
+    if gate.on_inconclusive == "extend" and not any(suites[name][0].sizes(RESERVE_SPLIT)[0] for name in spec.suites):
+        raise ConfigError(
+            f"gate.on_inconclusive: extend needs items that no verdict has used: no suite of {', '.join(spec.suites)} has "
+            f"any with split {RESERVE_SPLIT}; add some, or set on_inconclusive: stop"
+        )
+    return lines
 
 
 def check_order(keys: PipelineKeys) -> None:
@@ -74,21 +91,6 @@ def check_order(keys: PipelineKeys) -> None:
     log.warning(
         "%s has a chat template but no record of ours; taken as tuned, %s starts on it", keys.base_model, first.kind
     )
-
-
-def check_data(keys: TrainKeys, suites: Mapping[str, Suite], say: Callable[[str], None]) -> None:
-    """Lint what a stage would train on, against the suites too. Raises: DataError for what must not be trained on."""
-    tokenizer = load_tokenizer(keys)
-    dataset = LOADERS[kind_of(keys)](keys, tokenizer)
-    asked = {name: [_as_text(item.prompt) for item in suite.items] for name, suite in suites.items()}
-    report = lint_stage(keys, tokenizer, dataset, suites=asked)
-    for line in report.lines():
-        say(line)
-    report.raise_if_refused()
-
-
-def _as_text(prompt: Text) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
 
 
 def check_memory(keys: PipelineKeys) -> None:

@@ -1,22 +1,146 @@
-"""Gates of a pipeline: which baseline is meant, and one verdict per pair of models."""
+"""Gates of a pipeline: which baseline is meant, what is chosen on the dev split, and one verdict per pair of models."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.config.pipeline import GateKeys, PipelineKeys
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, GateError
+from posttrain.files import read_json
+from posttrain.gate.aa import aa_check
 from posttrain.gate.decide import decide
-from posttrain.gate.folder import load_verdict, save_verdict
+from posttrain.gate.folder import load_spec, load_verdict, save_verdict
 from posttrain.gate.render import render
-from posttrain.gate.spec import GateSpec
+from posttrain.gate.selection import promising
+from posttrain.gate.spec import SELECTION_SPLIT, GateSpec
 from posttrain.models.export import model_digest
-from posttrain.pipeline.state import GateEntry, RunState
+from posttrain.pipeline import selection
+from posttrain.pipeline.escalation import decision_on
+from posttrain.pipeline.measure import Evals, Reports
+from posttrain.pipeline.state import GateEntry, RunState, Selection, StageEntry
+from posttrain.protocols import Topology
 from posttrain.registry.registry import Registry
-from posttrain.types import EvalReport, GateVerdict, RegistryEntry, Verdict
+from posttrain.types import GateVerdict, RegistryEntry, Verdict
 
-Reports = Mapping[str, EvalReport]
+Model = tuple[str, str]
+"""The name of a model's eval folder, and where the model is."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Chooses and judges the models of one run. All ranks call it; rank 0 decides, and what it says counts."""
+
+    keys: PipelineKeys
+    folder: Path
+    evals: Evals
+    topology: Topology
+    say: Callable[[str], None]
+
+    def after(self, index: int) -> int | str:
+        """What a verdict is filed under: the stage's place, or `final`."""
+        stages = self.keys.stages
+        return "final" if index == len(stages) and stages[index - 1].keys.gate is None else index
+
+    def promising(self, state: RunState, index: int, gate: GateKeys, entry: StageEntry) -> tuple[RunState, bool]:
+        """Whether this stage's model is worth a verdict, by the dev split alone."""
+        if self._settled(state, index, gate, entry) is not None:
+            return state, True
+        spec, (name, model) = self._spec(gate), self._candidate(entry)
+        ours = self.evals.measure(name, model, spec.suites, SELECTION_SPLIT)
+        theirs = self.evals.measure(*self._baseline(gate, state), spec.suites, SELECTION_SPLIT)
+        good, reason = promising(spec, ours, theirs, SELECTION_SPLIT)
+        self.say(f"on {SELECTION_SPLIT}: {reason}: {'on to the verdict' if good else 'not good enough'}")
+        return state.with_selection(
+            Selection(self.after(index), entry.attempt, entry.output_digest, good, reason)
+        ), good
+
+    def verdict(self, state: RunState, index: int, gate: GateKeys, entry: StageEntry) -> tuple[RunState, Verdict]:
+        """The verdict on this stage's model; one already given on the same two models is taken over."""
+        settled = self._settled(state, index, gate, entry)
+        if settled is not None:
+            self.say(f"gate: {settled.verdict}, judged before and promoted")
+            return state.with_gate(settled), Verdict(settled.verdict)
+        spec, baseline = self._spec(gate), self._baseline(gate, state)
+        self._check_itself(gate, spec, baseline)
+        state, verdict = self._round(state, index, entry, spec, baseline)
+        if verdict is Verdict.INCONCLUSIVE and gate.on_inconclusive == "extend":
+            self.say("inconclusive: judged once more, with the reserve")
+            state, verdict = self._round(state, index, entry, spec.extended, baseline)
+        return state, verdict
+
+    def _round(
+        self, state: RunState, index: int, entry: StageEntry, spec: GateSpec, baseline: Model
+    ) -> tuple[RunState, Verdict]:
+        candidate = self._candidate(entry)
+        ours = self.evals.measure(*candidate, spec.suites, spec.split)
+        theirs = self.evals.measure(*baseline, spec.suites, spec.split)
+        verdict = Verdict.INVALID  # what rank 0 says counts
+        if self.topology.is_main:
+            places = self.folder / "evals" / candidate[0], self.folder / "evals" / baseline[0]
+            asked = Question(spec, self.after(index), entry.attempt, ours, theirs, places)
+            state, verdict, table = decide_once(asked, self.keys, state, self.folder)
+            self.say(table)
+        return self.topology.broadcast((state, verdict))
+
+    def _check_itself(self, gate: GateKeys, spec: GateSpec, baseline: Model) -> None:
+        """The A/A check of the baseline. Raises: GateError if it differs from itself."""
+        first = self.evals.measure(*baseline, spec.suites, spec.split) if gate.aa else {}
+        for number in range(1, gate.aa + 1):
+            second = self.evals.again(*baseline, spec.suites, spec.split, number)
+            results = [aa_check(first[n], second[n], comparisons=gate.aa * len(spec.suites)) for n in spec.suites]
+            for result in results:
+                self.say(result.words)
+            if failed := [result.words for result in results if not result.passed]:
+                raise GateError("no verdict can be trusted here: " + "; ".join(failed))
+
+    def _spec(self, gate: GateKeys) -> GateSpec:
+        return selection.spec_of(self.keys, gate, self.evals.suites)
+
+    def _candidate(self, entry: StageEntry) -> Model:
+        return entry.folder.removeprefix("stages/"), str(self.folder / entry.folder / "model")
+
+    def _baseline(self, gate: GateKeys, state: RunState) -> Model:
+        return baseline_of(gate, self.keys, state, self.folder)
+
+    def _settled(self, state: RunState, index: int, gate: GateKeys, entry: StageEntry) -> GateEntry | None:
+        """The verdict by which this model was promoted: it is not judged again, against itself."""
+        model = entry.output_digest
+        known = state.gate(self.after(index), model)
+        if known is None or not stands(self.folder, known):
+            return None
+        spec = self._spec(gate)
+        if load_verdict(self.folder / known.folder).spec_digest not in (spec.digest, spec.extended.digest):
+            return None
+        if is_promoted(state, model):
+            return known
+        kind, _, alias = gate.baseline.partition(":")
+        holder = _holder(alias, self.keys) if kind == "alias" else None
+        # Killed after the promotion and before the note of it: the champion is the candidate.
+        return known if holder is not None and holder.digest == model else None
+
+
+@dataclass(frozen=True)
+class Question:
+    """Two models on the items of one gate. `places`: their eval folders, candidate first."""
+
+    spec: GateSpec
+    after: int | str
+    attempt: int
+    candidate: Reports
+    baseline: Reports
+    places: tuple[Path, Path]
+
+    @property
+    def digests(self) -> tuple[str, str]:
+        suite = self.spec.suites[0]
+        return self.candidate[suite].model_digest, self.baseline[suite].model_digest
+
+    def is_answered_by(self, verdict: GateVerdict) -> bool:
+        """Whether a verdict answers the same question on the same items."""
+        digests = {suite: (self.candidate[suite].digest, self.baseline[suite].digest) for suite in self.spec.suites}
+        return verdict.spec_digest == self.spec.digest and dict(verdict.report_digests) == digests
 
 
 def baseline_of(gate: GateKeys, keys: PipelineKeys, state: RunState, folder: Path) -> tuple[str, str]:
@@ -51,74 +175,67 @@ def _holder(alias: str, keys: PipelineKeys) -> RegistryEntry | None:
         registry.close()
 
 
-def settled(
-    gate: GateKeys, keys: PipelineKeys, state: RunState, folder: Path, after: int | str, model: str
-) -> GateEntry | None:
-    """The verdict by which the model with digest `model` was promoted: it is not judged again, against itself."""
-    known = state.gate(after, model)
-    if known is None or known.verdict != Verdict.PASS.value:
-        return None
-    if load_verdict(folder / known.folder).spec_digest != GateSpec.from_keys(gate).digest:
-        return None
-    if is_promoted(state, model):
-        return known
-    kind, _, alias = gate.baseline.partition(":")
-    holder = _holder(alias, keys) if kind == "alias" else None
-    # Killed after the promotion and before the note of it: the champion is the candidate.
-    return known if holder is not None and holder.digest == model else None
-
-
 def is_promoted(state: RunState, model: str) -> bool:
     """Whether this run has given its alias to the model with this digest."""
     record = state.registered
     return record is not None and record["digest"] == model and record["alias"] is not None
 
 
-def stored_reports(folder: Path, suites: Sequence[str], split: str) -> dict[str, EvalReport]:
-    return {name: EvalReport.load(folder / f"{name}-{split}") for name in suites}
+def stands(folder: Path, gate: GateEntry) -> bool:
+    """Whether a model may go on: its verdict is PASS, or a person accepted it."""
+    if gate.verdict == Verdict.PASS.value:
+        return True
+    decision = decision_on(folder, gate)
+    return decision is not None and decision.accepted
 
 
-def decide_once(
-    gate: GateKeys, keys: PipelineKeys, state: RunState, folder: Path, after: int | str, attempt: int,
-    candidate: Reports, baseline: Reports, places: Mapping[str, Path],
-) -> tuple[RunState, Verdict, str]:  # fmt: skip
+def decide_once(asked: Question, keys: PipelineKeys, state: RunState, folder: Path) -> tuple[RunState, Verdict, str]:
     """Judge, or return the verdict given before on the same two models: no second look at the same items."""
-    spec = GateSpec.from_keys(gate)
-    used = {suite: candidate[suite] for suite in spec.suites}
-    against = {suite: baseline[suite] for suite in spec.suites}
-    digests = next(iter(used.values())).model_digest, next(iter(against.values())).model_digest
-    known = state.gate(after, *digests)
-    if known is not None:
-        verdict = load_verdict(folder / known.folder)
-        if _still_holds(verdict, spec, used, against):
-            return state.with_gate(known), verdict.verdict, render(verdict)
-    look = _look(spec, keys, used, digests)
-    verdict = decide(spec, used, against, look=look)
-    number = 1 + sum(entry.after == after for entry in state.gates)
-    name = f"gates/{after}" + ("" if number == 1 else f"-{number}")
-    folders = {
-        side: {suite: place / f"{suite}-{spec.split}" for suite in spec.suites} for side, place in places.items()
-    }
-    save_verdict(folder / name, verdict, spec, folders["candidate"], folders["baseline"], look=look)
-    record = GateEntry(after, name, verdict.verdict.value, *digests, attempt=attempt)
-    return state.with_gate(record), verdict.verdict, render(verdict)
+    for known in reversed(state.gates):
+        if (known.after, known.candidate, known.baseline) == (asked.after, *asked.digests):
+            verdict = load_verdict(folder / known.folder)
+            if asked.is_answered_by(verdict):
+                return state.with_gate(known), verdict.verdict, render(verdict)
+    spec, look = asked.spec, _look(asked, keys, state, folder)
+    verdict = decide(spec, asked.candidate, asked.baseline, look=look)
+    number = 1 + sum(entry.after == asked.after for entry in state.gates)
+    name = f"gates/{asked.after}" + ("" if number == 1 else f"-{number}")
+    ours, theirs = ({suite: place / f"{suite}-{spec.split}" for suite in spec.suites} for place in asked.places)
+    save_verdict(folder / name, verdict, spec, ours, theirs, look=look)
+    record = GateEntry(asked.after, name, verdict.verdict.value, *asked.digests, attempt=asked.attempt)
+    return state.with_gate(record), verdict.verdict, "\n".join([render(verdict), *_looks_in_words(spec, look)])
 
 
-def _still_holds(verdict: GateVerdict, spec: GateSpec, candidate: Reports, baseline: Reports) -> bool:
-    """Whether a verdict answers the same question on the same items."""
-    digests = {suite: (candidate[suite].digest, baseline[suite].digest) for suite in spec.suites}
-    return verdict.spec_digest == spec.digest and dict(verdict.report_digests) == digests
+def _look(asked: Question, keys: PipelineKeys, state: RunState, folder: Path) -> int:
+    """Which look at these items this is: by the registry's ledger, which outlives runs, else by this run's verdicts.
 
-
-def _look(spec: GateSpec, keys: PipelineKeys, reports: Reports, digests: tuple[str, str]) -> int:
-    """Which look at these items this is, by the registry's ledger; without a budget of looks it is always the first."""
-    if not spec.looks or keys.register_ is None:
-        return 1
+    The second round of a look is not another look: alpha was divided between the two.
+    """
+    pairs: set[tuple[str, str]] = set()
+    for entry in state.gates:
+        verdict = load_verdict(folder / entry.folder)
+        look = int(read_json(folder / entry.folder / "evidence.json")["look"])
+        pair = (entry.candidate, entry.baseline)
+        first_round = load_spec(folder / entry.folder).extended.digest == asked.spec.digest
+        if first_round and (entry.after, *pair) == (asked.after, *asked.digests):
+            return look
+        if verdict.spec_digest == asked.spec.digest and pair != asked.digests:
+            pairs.add(pair)
+    if keys.register_ is None:
+        return 1 + len(pairs)
     registry = Registry(Path(keys.register_.registry))
     try:
-        return registry.record_look([report.suite_digest for report in reports.values()], *digests)
+        return registry.record_look([report.suite_digest for report in asked.candidate.values()], *asked.digests)
     finally:
         registry.close()
+
+
+def _looks_in_words(spec: GateSpec, look: int) -> list[str]:
+    if look == 1:
+        return []
+    if spec.looks or spec.spend:
+        return [f"look {look} at these items, alpha {spec.alpha_at(look):.3g} is its share"]
+    return [f"look {look} at these items, at full alpha like each before: set gate.looks to spend alpha over them"]
 
 
 def last_verdict(state: RunState, folder: Path) -> GateVerdict | None:

@@ -6,23 +6,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import posttrain
+from posttrain.config.migrate import drift
 from posttrain.config.pipeline import PipelineKeys
 from posttrain.config.resolved import to_data
 from posttrain.config.stages import DatasetKeys, GRPOKeys, TrainKeys
+from posttrain.errors import ConfigError
 from posttrain.files import digest_file, digest_json
 from posttrain.models.export import source_digest
-from posttrain.registry.manifest import code_digest
+from posttrain.registry.manifest import code_digest, environment_pins
 from posttrain.rewards.resolve import reward_digest
 
 _HOW_IT_IS_WATCHED = {
     "logging_steps",
     "save_steps",
     "save_total_limit",
+    "save_keep_every",
     "output_dir",
     "base_model",
     "mlflow",
     "prometheus_port",
+    "lint",
 }
 """Keys that cannot change a stage's weights."""
 
@@ -35,15 +41,25 @@ def pins_of(keys: PipelineKeys) -> dict[str, str]:
         pins[f"{place}.keys"] = digest_json(training_keys(stage.keys))
         pins |= {f"{place}.{name}": digest for name, digest in data_pins(stage.keys).items()}
     for name, suite in keys.evals.items():
-        pins[f"evals.{name}"] = digest_json([suite.model_dump(mode="json"), digest_file(Path(suite.path))])
+        pins[f"evals.{name}"] = digest_json([_by_name(suite.model_dump(mode="json")), digest_file(Path(suite.path))])
     if keys.gate is not None:
-        pins["gate"] = digest_json(to_data(keys.gate))
+        pins["gate"] = digest_json(_by_name(to_data(keys.gate)))
     return pins
 
 
 def training_keys(keys: TrainKeys) -> dict[str, Any]:
-    """The keys that decide what a stage computes."""
-    return {name: value for name, value in to_data(keys).items() if name not in {*_HOW_IT_IS_WATCHED, "gate"}}
+    """The keys that decide what a stage computes; files by name, for their contents have digests of their own."""
+    data = {name: value for name, value in to_data(keys).items() if name not in {*_HOW_IT_IS_WATCHED, "gate"}}
+    return _by_name(data)
+
+
+def _by_name(value: Any) -> Any:
+    """The same data with the last part of every absolute path: a project folder may be moved."""
+    if isinstance(value, dict):
+        return {key: _by_name(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_by_name(inner) for inner in value]
+    return value.rpartition("/")[2] if isinstance(value, str) and value.startswith("/") else value
 
 
 def data_pins(keys: TrainKeys) -> dict[str, str]:
@@ -55,6 +71,8 @@ def data_pins(keys: TrainKeys) -> dict[str, str]:
         pins[name if name not in pins else f"{name}#{len(pins) + 1}"] = _source(source)
     if isinstance(keys, GRPOKeys):
         pins["rewards"] = reward_digest(keys.reward_funcs, keys.reward_kwargs, keys.reward_weights)
+    if keys.eval_suite is not None:
+        pins["eval_suite"] = digest_file(Path(keys.eval_suite))
     if keys.chat_template is not None:
         pins["chat_template"] = digest_file(Path(keys.chat_template))
     return pins
@@ -64,6 +82,29 @@ def stage_input(keys: TrainKeys, parent_digest: str) -> str:
     """Digest of all that a stage's result follows from. A finished stage with the same one is not run again."""
     code = code_digest(Path(posttrain.__file__).parent)
     return digest_json({"keys": training_keys(keys), "data": data_pins(keys), "parent": parent_digest, "code": code})
+
+
+def environment() -> dict[str, Any]:
+    """What bitwise repetition depends on beside the inputs."""
+    return environment_pins() | {"threads": torch.get_num_threads()}
+
+
+def what_moved(folder: Path, keys: PipelineKeys, before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What moved since the run in `folder` was started, a line each; keys by name and value, not by their digest."""
+    moved = changes(before, now)
+    try:
+        named = [line for line in drift(folder / "config.yaml", keys) if not _only_watched(line)]
+    except ConfigError:
+        named = []
+    if not named:
+        return moved
+    by_digest = ("gate", *(name for name in before.keys() | now.keys() if name.endswith(".keys")))
+    return [line for line in moved if line.partition(":")[0] not in by_digest] + named
+
+
+def _only_watched(line: str) -> bool:
+    """Whether a line of `drift` is about a key that cannot change weights, or about `base_model`, which has a pin."""
+    return line.partition(":")[0].rpartition(".")[2] in _HOW_IT_IS_WATCHED
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -17,22 +17,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 from posttrain.checkpoint.lock import run_lock
-from posttrain.config.pipeline import GateKeys, OnFailKeys, PipelineKeys, Stage, SuiteKeys
+from posttrain.config.pipeline import GateKeys, PipelineKeys, Stage
 from posttrain.config.resolved import apply_changes, resolved_yaml
-from posttrain.config.stages import GRPOKeys, ModelKeys, TrainKeys
+from posttrain.config.stages import GRPOKeys, TrainKeys
 from posttrain.errors import ChangedInputsError, PosttrainError
-from posttrain.evals.suite import Suite
 from posttrain.files import write_atomic, write_json
-from posttrain.gate.spec import GateSpec
-from posttrain.pipeline import judge, lineage
-from posttrain.pipeline.checks import check_all, check_data
-from posttrain.pipeline.pins import changes, pins_of, stage_input, training_keys
+from posttrain.pipeline import lineage, selection
+from posttrain.pipeline.checks import check_all
+from posttrain.pipeline.data_checks import DataChecks
+from posttrain.pipeline.escalation import PENDING_FILE, decision_on, wait_for_person
+from posttrain.pipeline.judge import Judge, is_promoted
+from posttrain.pipeline.measure import Evals
+from posttrain.pipeline.pins import changes, environment, pins_of, stage_input, training_keys, what_moved
 from posttrain.pipeline.state import (
     DONE,
     ERROR,
     FAILED,
     INCONCLUSIVE,
     PASSED,
+    PENDING,
     RUNNING,
     STOPPED,
     RunState,
@@ -41,13 +44,12 @@ from posttrain.pipeline.state import (
 from posttrain.protocols import MetricSink, Topology
 from posttrain.recipes import policy, preference, sft
 from posttrain.recipes.certify import certify, require
-from posttrain.recipes.evaluate import evaluate, summary
+from posttrain.recipes.rollback import run_recipe
 from posttrain.recipes.stage import Stage as StageRun
 from posttrain.recipes.stage import StageResult, StopFlag, StoppedPolitely
-from posttrain.registry.manifest import environment_pins
 from posttrain.tracking.mlflow_mirror import MlflowSink
 from posttrain.tracking.prometheus import PrometheusSink
-from posttrain.types import EvalReport, Verdict
+from posttrain.types import Verdict
 
 log = logging.getLogger(__name__)
 
@@ -65,15 +67,25 @@ class Watch:
     say: Callable[[str], None] = log.info
 
 
+EXIT_PENDING = 4
+"""Exit code of a run whose verdict waits for a person."""
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to. `verdict` is that of the last gate, None without one."""
+    """What a run came to. `verdict` is that of the last gate and of whoever decided on it, None without a gate."""
 
     status: str
     reason: str
     folder: Path
     model_dir: Path | None
     verdict: Verdict | None
+
+    @property
+    def exit_code(self) -> int:
+        if self.status == PENDING:
+            return EXIT_PENDING
+        return 0 if self.verdict is None else self.verdict.exit_code
 
 
 def run_pipeline(
@@ -93,16 +105,18 @@ def run_pipeline(
 class _Run:
     def __init__(self, keys: PipelineKeys, folder: Path, topology: Topology, watch: Watch) -> None:
         self.keys, self.folder, self.topology, self.watch = keys, folder, topology, watch
-        self.suites: dict[str, tuple[Suite, SuiteKeys]] = {}
         self.state = RunState(keys.name, {})
         self.stop = StopFlag()
-        self.announced: set[tuple[str, str]] = set()
+        self.evals = Evals(keys, folder, topology, watch.say, self._shown, self._stop_if_asked)
+        self.judge = Judge(keys, folder, self.evals, topology, watch.say)
+        self.data = DataChecks(watch.say)
 
     def run(self, on_change: OnChange) -> Outcome:
-        self.suites = check_all(self.keys)
+        self.evals.suites = check_all(self.keys)
         self.state = self._opened(on_change)
         with self.stop.listening():
             try:
+                self.data.check_stages(self.keys, self.evals.suites)
                 self._measure("base", self.keys.base_model)
                 outcome = self._stages()
             except StoppedPolitely as stopped:
@@ -122,8 +136,8 @@ class _Run:
         state = self.topology.broadcast(RunState.load(self.folder) if self.topology.is_main else None)
         if state is None:
             state = RunState(self.keys.name, pins)
-        elif moved := changes(state.pins, pins):
-            listed = "\n".join(f"  - {line}" for line in moved)
+        elif changes(state.pins, pins):
+            listed = "\n".join(f"  - {line}" for line in what_moved(self.folder, self.keys, state.pins, pins))
             if on_change == "refuse":
                 raise ChangedInputsError(
                     f"{self.folder} was started with other inputs:\n{listed}\n"
@@ -134,7 +148,7 @@ class _Run:
         state = replace(state, status=RUNNING, reason="")
         if self.topology.is_main:
             write_atomic(self.folder / "config.yaml", resolved_yaml(self.keys))
-            write_json(self.folder / "environment.json", environment_pins())
+            write_json(self.folder / "environment.json", environment())
             state.save(self.folder)
         return state
 
@@ -149,24 +163,80 @@ class _Run:
             entry = self._train(index, stage)
             model = self.folder / entry.folder / "model"
             self._measure(entry.folder.removeprefix("stages/"), str(model))
-            gate = self._gate_after(index)
+            gate = selection.gate_after(self.keys, index)
             if gate is None:
                 index += 1
                 continue
-            verdict = self._judge(index, gate, entry)
+            onward, verdict = self._chosen(index, gate, entry)
+            if onward is not None:
+                index = onward
+                continue
+            assert verdict is not None, "what goes nowhere else was judged"
+            verdict, reason = self._decided(gate, verdict, f"the gate after {stage.kind} says {verdict.value}")
             if verdict is Verdict.PASS and self.keys.stop_when == "gate_passes":
                 break
-            back = self._loop_back(index, gate, verdict)
-            if back is not None:
-                index = back
-                continue
-            last = index == num_stages
-            tolerated = verdict is Verdict.INCONCLUSIVE and gate.on_inconclusive == "continue"
-            if verdict is not Verdict.PASS and not (not last and (tolerated or self._only_probing(index))):
-                status = INCONCLUSIVE if verdict is Verdict.INCONCLUSIVE else FAILED
-                return self._finish(status, f"the gate after {stage.kind} says {verdict.value}", index, verdict)
+            tolerated = verdict is Verdict.INCONCLUSIVE and gate.on_inconclusive == "continue" and index < num_stages
+            if verdict is not Verdict.PASS and not tolerated:
+                pending = verdict is Verdict.INCONCLUSIVE and gate.on_inconclusive == "escalate"
+                status = PENDING if pending else INCONCLUSIVE if verdict is Verdict.INCONCLUSIVE else FAILED
+                return self._finish(status, reason, index, verdict)
             index += 1
         return self._promoted(min(index, num_stages), verdict)
+
+    def _chosen(self, index: int, gate: GateKeys, entry: StageEntry) -> tuple[int | None, Verdict | None]:
+        """The stage to go to instead, or the verdict on this one's model. All ranks call it.
+
+        Candidates are chosen on the dev split, and one verdict is made; without such a split each has a verdict, at its
+        share of alpha.
+        """
+        apart = selection.chooses(self.keys, gate) and not selection.without_dev(gate, self.evals.suites)
+        if apart:
+            state, good = self.judge.promising(self.state, index, gate, entry)
+            self._save(state)
+            onward = None if good else self._onward(index, gate, failed=True)
+            if onward is not None:
+                return onward, None
+        state, verdict = self.judge.verdict(self.state, index, gate, entry)
+        self._save(state)
+        if apart or verdict is Verdict.PASS:
+            return None, verdict
+        return self._onward(index, gate, failed=verdict is Verdict.FAIL), verdict
+
+    def _onward(self, index: int, gate: GateKeys, *, failed: bool) -> int | None:
+        """Where a model that is not good enough leads: to the next stage, back to an earlier one, or nowhere."""
+        if selection.is_probing(self.keys, index):
+            return index + 1
+        back = selection.loop_back(self.keys, self.state, index, gate) if failed else None
+        if back is None:
+            return None
+        state, place = back
+        changed = state.changes[str(place)]
+        stage = f"stage {place} ({self.keys.stages[place - 1].kind})"
+        self.watch.say(f"not good enough: back to {stage}, attempt {state.retries[str(index)] + 1}, with {changed}")
+        self._save(state)
+        return place
+
+    def _decided(self, gate: GateKeys, verdict: Verdict, reason: str) -> tuple[Verdict, str]:
+        """The verdict with what a person decided on it; where one is asked and has not, that is left in a file."""
+        if self.topology.is_main:
+            (self.folder / PENDING_FILE).unlink(missing_ok=True)
+            if verdict is Verdict.INCONCLUSIVE and gate.on_inconclusive == "escalate":
+                last = self.state.gates[-1]
+                decision = decision_on(self.folder, last)
+                if decision is None:
+                    wait_for_person(self.folder, last)
+                    reason = f"{reason}: waits for a person: posttrain gate decide {self.folder} --accept|--reject"
+                else:
+                    verdict = Verdict.PASS if decision.accepted else Verdict.FAIL
+                    reason = f"{'accepted' if decision.accepted else 'rejected'} by {decision.by}: {decision.reason}"
+                    self.watch.say(f"gate: INCONCLUSIVE, {reason}")
+        return self.topology.broadcast((verdict, reason))
+
+    def _measure(self, name: str, model: str) -> None:
+        """Score a model on all suites, on the splits that no verdict is kept for where something is chosen."""
+        self._stop_if_asked(f"the evals of {name}")
+        for split, suites in selection.splits_between(self.keys, self.evals.suites).items():
+            self.evals.measure(name, model, suites, split)
 
     def _train(self, index: int, stage: Stage) -> StageEntry:
         """Run a stage, or take over its finished result. All ranks call it."""
@@ -196,9 +266,10 @@ class _Run:
             )
             self._save(self.state.with_stage(entry))
         self._stop_if_asked(stage.kind)
-        check_data(keys, {name: suite for name, (suite, _) in self.suites.items()}, self.watch.say)
+        beside = self.folder / entry.folder if self.topology.is_main else None
+        self.data.check_stage(keys, self.evals.suites, beside)
         if isinstance(keys, GRPOKeys):
-            self._certify(keys)
+            self._certify(keys, self.folder / entry.folder)
         self.watch.say(f"{stage.kind}: {Path(parent).name if index > 1 else parent} → {self.folder / entry.folder}")
         result = self._recipe(stage.kind, keys, self.folder / entry.folder)
         done = replace(
@@ -214,11 +285,11 @@ class _Run:
             return StageResult.load(folder)
         if self.topology.is_main:
             write_atomic(folder / "config.yaml", resolved_yaml(keys))
-        run = StageRun(kind, folder, keys, self.topology, watchers=partial(self._sinks, keys), stop=self.stop)
-        try:
-            return RECIPES[kind](keys, run)
-        finally:
-            run.close()
+
+        def begun() -> StageRun:
+            return StageRun(kind, folder, keys, self.topology, watchers=partial(self._sinks, keys), stop=self.stop)
+
+        return run_recipe(RECIPES[kind], keys, begun)
 
     def _sinks(self, keys: TrainKeys, kind: str, total_steps: int) -> list[MetricSink]:
         """The live view, and the mirrors that are asked for."""
@@ -230,109 +301,23 @@ class _Run:
             sinks.append(PrometheusSink(keys.prometheus_port, stage=kind))
         return sinks
 
-    def _certify(self, keys: GRPOKeys) -> None:
+    def _certify(self, keys: GRPOKeys, folder: Path) -> None:
         """No RL on rewards that did not pass their check. Raises: RewardError."""
         if keys.reward_check == "off":
             self.watch.say("grpo: reward_check is off: the model of this run can be trained but not promoted")
             return
         if self.topology.is_main:
-            certificate = certify(keys, self.folder / "certificate.json")
+            certificate = certify(keys, folder / "certificate.json")
             self.watch.say(f"rewards: {certificate.verdict}")
             require(certificate)
         self.topology.barrier()
-
-    # --- evals and gates -------------------------------------------------------------------------------------------
-
-    def _measure(self, name: str, model: str, gate: GateKeys | None = None) -> dict[str, EvalReport]:
-        """Score a model on the suites and the split of `gate`; without one on all suites, for the last gate."""
-        self._stop_if_asked(f"the evals of {name}")
-        names = list(self.suites) if gate is None else list(GateSpec.from_keys(gate).suites)
-        split = self._split if gate is None else gate.split
-        if not names:
-            return {}
-        if self.topology.is_main:
-            suites = [self.suites[suite] for suite in names]
-            folder = self.folder / "evals" / name
-            reports = evaluate(self._model_keys(model), suites, split, folder, self._shown)
-            if (name, split) not in self.announced:
-                self.watch.say(f"evals of {name}: {summary(reports)}")
-            self.announced.add((name, split))
-        self.topology.barrier()
-        return judge.stored_reports(self.folder / "evals" / name, names, split)
-
-    def _judge(self, index: int, gate: GateKeys, entry: StageEntry) -> Verdict:
-        """The verdict on this stage's model; one already given on the same two models is taken over."""
-        after: int | str = (
-            "final" if index == len(self.keys.stages) and self.keys.stages[index - 1].keys.gate is None else index
-        )
-        settled = judge.settled(gate, self.keys, self.state, self.folder, after, entry.output_digest)
-        if settled is not None:
-            self._save(self.state.with_gate(settled))
-            self.watch.say(f"gate: {settled.verdict}, judged before and promoted")
-            return Verdict(settled.verdict)
-        candidate_name = entry.folder.removeprefix("stages/")
-        candidate = self._measure(candidate_name, str(self.folder / entry.folder / "model"), gate)
-        baseline_name, baseline_model = judge.baseline_of(gate, self.keys, self.state, self.folder)
-        baseline = self._measure(baseline_name, baseline_model, gate)
-        verdict = Verdict.INVALID  # what rank 0 says counts
-        if self.topology.is_main:
-            places = {
-                "candidate": self.folder / "evals" / candidate_name,
-                "baseline": self.folder / "evals" / baseline_name,
-            }
-            state, verdict, table = judge.decide_once(
-                gate, self.keys, self.state, self.folder, after, entry.attempt, candidate, baseline, places
-            )
-            self._save(state)
-            self.watch.say(table)
-        self.state = self.topology.broadcast(self.state)
-        return self.topology.broadcast(verdict)
-
-    def _gate_after(self, index: int) -> GateKeys | None:
-        own = self.keys.stages[index - 1].keys.gate
-        if own is not None:
-            return own
-        last = index == len(self.keys.stages)
-        return self.keys.gate if last or self.keys.stop_when == "gate_passes" else None
-
-    def _only_probing(self, index: int) -> bool:
-        """Under `gate_passes` a failed verdict before the last stage only means that the next stage is needed."""
-        return self.keys.stop_when == "gate_passes" and self.keys.stages[index - 1].keys.gate is None
-
-    def _loop_back(self, index: int, gate: GateKeys, verdict: Verdict) -> int | None:
-        """The stage to go back to, with its changed keys noted, or None."""
-        rule = gate.on_fail
-        if (
-            verdict is not Verdict.FAIL
-            or not isinstance(rule, OnFailKeys)
-            or (self._only_probing(index) and index < len(self.keys.stages))
-        ):
-            return None
-        used = self.state.retries.get(str(index), 0)
-        if used >= rule.times:
-            return None
-        place = rule.retry if isinstance(rule.retry, int) else [s.kind for s in self.keys.stages].index(rule.retry) + 1
-        self.watch.say(
-            f"gate failed: back to stage {place} ({self.keys.stages[place - 1].kind}), attempt {used + 2}, with {rule.with_ or 'another seed'}"
-        )
-        changed = dict(rule.with_)
-        if used or not changed:
-            # With the same keys and the same seed a retry would only give the same model again.
-            changed.setdefault("seed", self.keys.stages[place - 1].keys.seed + used + 1)
-        state = replace(
-            self.state,
-            retries={**self.state.retries, str(index): used + 1},
-            changes={**self.state.changes, str(place): changed},
-        )
-        self._save(state)
-        return place
 
     # --- end -------------------------------------------------------------------------------------------------------
 
     def _promoted(self, index: int, verdict: Verdict | None) -> Outcome:
         """Register and promote what passed; a held run is registered but not promoted."""
         if self.keys.register_ is not None and verdict is Verdict.PASS and self.topology.is_main:
-            if not judge.is_promoted(self.state, self._digest_before(index + 1)):
+            if not is_promoted(self.state, self._digest_before(index + 1)):
                 self._save(registered=lineage.register(self.keys, self.state, self.folder, index))
             assert self.state.registered is not None
             self.watch.say(self.state.registered["message"])
@@ -358,10 +343,6 @@ class _Run:
         if self.topology.world_size == 1:
             self._stop_if_asked(f"the end of suite {suite}")
 
-    @property
-    def _split(self) -> str:
-        return self.keys.gate.split if self.keys.gate is not None else "gate"
-
     def _model_before(self, index: int) -> str:
         entry = self.state.stage(index - 1)
         return self.keys.base_model if entry is None else str(self.folder / entry.folder / "model")
@@ -369,16 +350,6 @@ class _Run:
     def _digest_before(self, index: int) -> str:
         entry = self.state.stage(index - 1)
         return self.state.pins["base_model"] if entry is None else entry.output_digest
-
-    def _model_keys(self, model: str) -> ModelKeys:
-        first = self.keys.stages[0].keys
-        return ModelKeys(
-            base_model=model,
-            trust_remote_code=first.trust_remote_code,
-            chat_template=first.chat_template,
-            bf16=first.bf16,
-            device=first.device,
-        )
 
     def _save(self, state: RunState | None = None, **changes: Any) -> None:
         self.state = replace(state or self.state, **changes)

@@ -11,6 +11,7 @@ from posttrain.files import read_json, write_json
 
 RUNNING, PASSED, FAILED, INCONCLUSIVE, DONE, STOPPED = "running", "passed", "failed", "inconclusive", "done", "stopped"
 ERROR = "error"
+PENDING = "pending"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,17 @@ class GateEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Selection:
+    """Whether an attempt looked good enough on the dev split to be given a verdict."""
+
+    after: int | str
+    attempt: int
+    candidate: str
+    chosen: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class RunState:
     name: str
     pins: Mapping[str, str]
@@ -52,6 +64,7 @@ class RunState:
     reason: str = ""
     stages: tuple[StageEntry, ...] = ()
     gates: tuple[GateEntry, ...] = ()
+    selections: tuple[Selection, ...] = ()
     retries: Mapping[str, int] = field(default_factory=dict)
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     registered: Mapping[str, Any] | None = None
@@ -85,6 +98,10 @@ class RunState:
         """Adds a verdict, or makes it the newest again."""
         return replace(self, gates=(*(e for e in self.gates if e != entry), entry))
 
+    def with_selection(self, made: Selection) -> RunState:
+        """Adds a choice, or makes it the newest again."""
+        return replace(self, selections=(*(s for s in self.selections if s != made), made))
+
     def save(self, folder: Path) -> None:
         write_json(folder / "pipeline.json", asdict(self))
 
@@ -95,5 +112,6 @@ class RunState:
             return None
         record = read_json(path)
         record["stages"] = tuple(StageEntry(**entry | {"held": tuple(entry["held"])}) for entry in record["stages"])
+        record["selections"] = tuple(Selection(**entry) for entry in record["selections"])
         record["gates"] = tuple(GateEntry(**entry) for entry in record["gates"])
         return cls(**record)

@@ -64,7 +64,7 @@ def _front_matter(name: str, chain: list[Manifest], verdict: Mapping[str, Any] |
 
 
 def _results(verdict: Mapping[str, Any]) -> list[dict[str, Any]]:
-    suites = {test["suite"]: test["candidate_mean"] for test in verdict["tests"]}
+    suites = {test["suite"]: test["candidate_mean"] for test in verdict["tests"] if test["role"] != "limit"}
     return [
         {
             "task": {"type": "text-generation"},

@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from posttrain.registry.manifest import CERTIFICATE, MODEL, RL_STAGES, Manifest
-from posttrain.types import GateVerdict, Verdict
+from posttrain.types import Decision, GateVerdict, Verdict
 
 HOLD = "hold"
 """Tag of a version that must not be promoted; its value says why."""
+DECISION = "decision"
+"""Role of what a person decided on an inconclusive verdict, among a version's records."""
 CHAMPION = "champion"
 PREVIOUS = "previous"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
@@ -25,11 +27,18 @@ def bad_name(what: str, value: str) -> str:
     return ""
 
 
-def against_verdict(verdict: GateVerdict, digest: str) -> str:
-    """Why this verdict does not speak for the model `digest` ("" if it does)."""
-    if verdict.verdict is not Verdict.PASS:
+def against_verdict(verdict: GateVerdict, digest: str, decision: Decision | None = None) -> str:
+    """Why this verdict does not speak for the model `digest` ("" if it does). A person may accept an INCONCLUSIVE one."""
+    enough = {Verdict.PASS}
+    if decision is not None:
+        if not decision.accepted or decision.verdict_digest != verdict.digest:
+            return (
+                f"{decision.by} {'accepted another verdict' if decision.accepted else 'rejected it'}: {decision.reason}"
+            )
+        enough.add(Verdict.INCONCLUSIVE)
+    if verdict.verdict not in enough:
         return f"the gate's verdict is {verdict.verdict.value} ({verdict.reason}), expected PASS"
-    if not verdict.tests or any(test.verdict is not Verdict.PASS for test in verdict.tests):
+    if not verdict.tests or any(test.verdict not in enough for test in verdict.tests):
         return "the verdict says PASS, but its tests do not: it was not written by a gate"
     if verdict.candidate_digest != digest:
         return f"the verdict is about {verdict.candidate_digest}, this version is {digest}: gate this version"

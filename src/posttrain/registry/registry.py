@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import RegistryError
-from posttrain.files import digest_file
+from posttrain.files import digest_file, write_atomic
 from posttrain.registry import looks, promotion
 from posttrain.registry.manifest import MODEL, Manifest, check_chain
-from posttrain.registry.promotion import CHAMPION, HOLD, PREVIOUS
+from posttrain.registry.promotion import CHAMPION, DECISION, HOLD, PREVIOUS
 from posttrain.registry.rows import Rows, now
 from posttrain.registry.schema import connect, writing
 from posttrain.registry.store import ContentStore
-from posttrain.types import GateVerdict, RegistryEntry
+from posttrain.types import Decision, GateVerdict, RegistryEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +174,24 @@ class Registry:
         query = "SELECT digest FROM objects WHERE (name, version, role, kind) = (?, ?, ?, 'file') ORDER BY rowid"
         return [self.store.get_json(row["digest"]) for row in self._db.execute(query, (name, version, role)).fetchall()]
 
+    def evidence(self, name: str, version: int) -> dict[str, tuple[str, str]]:
+        """What is kept with a version, the newest of each role: role → (`file` or `tree`, digest)."""
+        query = "SELECT role, kind, digest FROM objects WHERE (name, version) = (?, ?) ORDER BY rowid"
+        return {
+            row["role"]: (row["kind"], row["digest"]) for row in self._db.execute(query, (name, version)).fetchall()
+        }
+
+    def export(self, name: str, version: int, role: str, target: Path) -> Path | None:
+        """Write the evidence of a role to `target`; None if there is none. Raises: RegistryError if it is damaged."""
+        kind, digest = self.evidence(name, version).get(role, (None, ""))
+        if kind is None:
+            return None
+        if kind == "tree":
+            return self.store.materialize(digest, target)
+        self.store.verify_object(digest, role)
+        write_atomic(target, self.store.object_path(digest).read_bytes())
+        return target
+
     def verdict_record(self, name: str, version: int) -> Mapping[str, Any] | None:
         """The verdict that the version was registered with, as JSON."""
         row = self._db.execute(
@@ -214,24 +232,30 @@ class Registry:
         verdict: GateVerdict,
         expected_epoch: int | None = None,
         *,
+        decision: Decision | None = None,
         actor: str | None = None,
     ) -> RegistryEntry:
         """Give the alias to a version, if the verdict is a PASS for it against the present holder.
 
-        Doing it again with the same verdict changes nothing. Raises: RegistryError with the reason it is refused.
+        A `decision` that accepts an INCONCLUSIVE verdict stands for the PASS, and is kept with the version. Doing it again
+        with the same verdict changes nothing. Raises: RegistryError with the reason it is refused.
         """
         self._refuse(promotion.bad_name("alias", alias))
         entry = self.show(name, version)
         where = f"{name}@{version} cannot take {alias}"
-        self._refuse(promotion.against_verdict(verdict, entry.digest), where)
+        self._refuse(promotion.against_verdict(verdict, entry.digest, decision), where)
         self.verify(name, version)
         chain = self.chain(name, version)
         self._refuse(promotion.against_rewards(chain, self.store.has, self.store.get_json), where)
         self.store.put_json(verdict.to_json())
+        accepted = None if decision is None else self.store.put_json(decision.to_json())
         with writing(self._db):
+            if decision is not None and accepted is not None:
+                self.rows.keep(name, version, DECISION, accepted)
             row = self.rows.alias_row(name, alias)
             if row is None or (row["version"], row["verdict"]) != (version, verdict.digest):
-                self._swap(entry, alias, row, verdict, chain, expected_epoch, actor)
+                by = actor if decision is None else decision.by
+                self._swap(entry, alias, row, verdict, chain, expected_epoch, by)
         return self.show(name, version)
 
     def _swap(

@@ -1,0 +1,65 @@
+"""Lints what the stages would train on, before the first of them starts. Keeps what it found beside each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.pipeline import PipelineKeys, SuiteKeys
+from posttrain.config.resolved import to_data
+from posttrain.config.stages import TrainKeys
+from posttrain.data.lint import LintReport, lint_stage
+from posttrain.data.lint_input import text_of
+from posttrain.data.load import LOADERS, kind_of
+from posttrain.evals.suite import Suite
+from posttrain.files import digest_json, write_json
+from posttrain.models.load import load_tokenizer
+from posttrain.recipes.golds import gold_check
+
+Suites = Mapping[str, tuple[Suite, SuiteKeys]]
+
+
+class DataChecks:
+    """Each set of keys is linted once per process."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._done: dict[str, LintReport] = {}
+
+    def check_stages(self, keys: PipelineKeys, suites: Suites) -> None:
+        """Raises: DataError for what must not be trained on; ConfigError for a lint that does not exist."""
+        template = None
+        for stage in keys.stages:
+            # A stage without a template of its own renders with the one that the stage before it was saved with.
+            template = stage.keys.chat_template or template
+            self._report(stage.keys, suites, template).raise_if_refused()
+
+    def check_stage(self, keys: TrainKeys, suites: Suites, folder: Path | None) -> None:
+        """The same for one stage as it is about to run; writes `lint.json` into `folder`. Raises: DataError, ConfigError."""
+        report = self._report(keys, suites, keys.chat_template)
+        if folder is not None:
+            write_json(folder / "lint.json", report.to_json())
+        report.raise_if_refused()
+
+    def _report(self, keys: TrainKeys, suites: Suites, template: str | None) -> LintReport:
+        name = digest_json({key: value for key, value in to_data(keys).items() if key != "base_model"})
+        if name not in self._done:
+            self._done[name] = lint_keys(keys.model_copy(update={"chat_template": template}), suites)
+            for line in self._done[name].lines():
+                self._say(f"lint {kind_of(keys)}: {line}")
+        return self._done[name]
+
+
+def lint_keys(keys: TrainKeys, suites: Suites) -> LintReport:
+    """Lint one stage's data against the suites, and for RL with its own rewards. Raises: DataError, ConfigError, RewardError."""
+    tokenizer: Any = load_tokenizer(keys.model_copy(update={"chat_template": None}))
+    own_template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    return lint_stage(
+        keys,
+        tokenizer,
+        LOADERS[kind_of(keys)](keys, tokenizer),
+        suites={name: [text_of(item.prompt) for item in suite.items] for name, (suite, _) in suites.items()},
+        check_golds=gold_check(keys),
+        own_template=own_template,
+    )

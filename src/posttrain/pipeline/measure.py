@@ -1,0 +1,67 @@
+"""The evals of a run: which model is scored on which suites and split. What is on disk is not measured again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from posttrain.config.pipeline import PipelineKeys, SuiteKeys
+from posttrain.config.stages import ModelKeys
+from posttrain.evals.suite import Suite
+from posttrain.protocols import Topology
+from posttrain.recipes.evaluate import evaluate, summary
+from posttrain.types import EvalReport
+
+Suites = Mapping[str, tuple[Suite, SuiteKeys]]
+Reports = Mapping[str, EvalReport]
+
+
+@dataclass
+class Evals:
+    """Scores models of one run; all ranks call, rank 0 works. `before(what)` may stop the run, `shown` is its progress."""
+
+    keys: PipelineKeys
+    folder: Path
+    topology: Topology
+    say: Callable[[str], None]
+    shown: Callable[[str, int, int], None]
+    before: Callable[[str], None]
+    suites: Suites = field(default_factory=dict)
+    _announced: set[tuple[str, str]] = field(default_factory=set)
+
+    def measure(self, name: str, model: str, suites: Sequence[str], split: str) -> Reports:
+        """Reports by suite, under `evals/<name>/`."""
+        self.before(f"the evals of {name}")
+        folder = self.folder / "evals" / name
+        if suites and self.topology.is_main:
+            reports = evaluate(model_keys(self.keys, model), self._of(suites), split, folder, self.shown)
+            if (name, split) not in self._announced:
+                self.say(f"evals of {name}: {summary(reports)}")
+            self._announced.add((name, split))
+        self.topology.barrier()
+        return _stored(folder, suites, split)
+
+    def again(self, name: str, model: str, suites: Sequence[str], split: str, number: int) -> Reports:
+        """The same with another batch order and another seed, under `aa/`: an A/A check compares the two."""
+        self.before(f"A/A check {number} of {name}")
+        folder = self.folder / "aa" / f"{name}-{number}"
+        if self.topology.is_main:
+            varied = [(suite, keys.model_copy(update={"seed": keys.seed + number})) for suite, keys in self._of(suites)]
+            evaluate(model_keys(self.keys, model), varied, split, folder, self.shown, order=number)
+        self.topology.barrier()
+        return _stored(folder, suites, split)
+
+    def _of(self, names: Sequence[str]) -> list[tuple[Suite, SuiteKeys]]:
+        return [self.suites[name] for name in names]
+
+
+def _stored(folder: Path, suites: Sequence[str], split: str) -> Reports:
+    return {name: EvalReport.load(folder / f"{name}-{split}") for name in suites}
+
+
+def model_keys(keys: PipelineKeys, model: str) -> ModelKeys:
+    """How a model of this pipeline is loaded to be scored."""
+    first = keys.stages[0].keys
+    how = ("trust_remote_code", "chat_template", "bf16", "device")
+    return ModelKeys(base_model=model, **{name: getattr(first, name) for name in how})

@@ -1,0 +1,291 @@
+"""Repeat a registered version: its verdict from the stored items, its answers from the stored weights, its weights from
+the pins. Each check says what matched, what did not, or what is missing to say so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from posttrain.config.load_pipeline import load_pipeline
+from posttrain.config.pipeline import PipelineKeys, Stage, SuiteKeys
+from posttrain.config.resolved import apply_changes
+from posttrain.config.stages import ModelKeys
+from posttrain.distributed.topology import SingleProcess
+from posttrain.errors import PosttrainError
+from posttrain.evals.suite import load_suite
+from posttrain.files import read_json
+from posttrain.gate.decide import decide
+from posttrain.gate.folder import load_verdict, recompute, verdict_from_json
+from posttrain.gate.spec import GateSpec, Guard
+from posttrain.models.device import place
+from posttrain.pipeline.pins import environment, pins_of
+from posttrain.pipeline.run import Watch, run_pipeline
+from posttrain.pipeline.state import RunState
+from posttrain.recipes.evaluate import evaluate
+from posttrain.registry.manifest import MODEL, Manifest
+from posttrain.registry.registry import Registry
+from posttrain.types import EvalReport, RegistryEntry, Verdict
+
+Found = Literal["same", "differs", "missing", "note"]
+EXIT_CODE = {"same": 0, "note": 0, "differs": 1, "missing": 2}
+MARGIN = 0.05
+"""Within which two models' scores count as equivalent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing compared: it is the `same`, it `differs`, or what it takes is `missing`; a `note` decides nothing."""
+
+    what: str
+    found: Found
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.found:8} {self.what}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version and the scratch folder it is repeated in."""
+
+    book: Registry
+    entry: RegistryEntry
+    scratch: Path
+    say: Callable[[str], None]
+
+    def export(self, role: str, name: str | None = None) -> Path | None:
+        """The evidence of a role in the scratch folder."""
+        return self.book.export(self.entry.name, self.entry.version, role, self.scratch / (name or role))
+
+    @property
+    def chain(self) -> list[Manifest]:
+        return self.book.chain(self.entry.name, self.entry.version)
+
+    @property
+    def verdict(self) -> Mapping[str, Any] | None:
+        return self.book.verdict_record(self.entry.name, self.entry.version)
+
+
+def exit_code(checks: list[Check]) -> int:
+    """0 all the same, 1 something differs, 2 nothing differs but something could not be compared."""
+    codes = {EXIT_CODE[check.found] for check in checks}
+    return 1 if 1 in codes else max(codes, default=2)
+
+
+# --- level 0: the verdict ------------------------------------------------------------------------------------------
+
+
+def repeat_verdict(version: Version) -> Iterator[Check]:
+    """Decide again from the stored items, and check every stored byte."""
+    done = version.book.verify(version.entry.name, version.entry.version)
+    yield Check("stored bytes", "same", f"{done.num_files} files and {done.num_manifests} manifests are intact")
+    stored = version.verdict
+    gates, evals = version.export("gates"), version.export("evals")
+    if stored is None or gates is None or evals is None:
+        absent = ", ".join(n for n, v in (("verdict", stored), ("gates", gates), ("evals", evals)) if v is None)
+        yield Check("verdict", "missing", f"no {absent} was registered with this version")
+        return
+    digest = verdict_from_json(stored).digest
+    for path in sorted(gates.glob("*/verdict.json")):
+        if load_verdict(path.parent).digest == digest:
+            again = recompute(path.parent)
+            yield Check("verdict", "same", f"{again.verdict.value} again, {digest} from the stored items")
+            return
+    yield Check("verdict", "missing", f"{digest} is not among the gates that were registered with this version")
+
+
+# --- level 1: the answers ------------------------------------------------------------------------------------------
+
+
+def repeat_answers(version: Version) -> Iterator[Check]:
+    """Score the stored weights again, item by item."""
+    config = version.export("config", "config.yaml")
+    if config is None:
+        yield Check("answers", "missing", "no config was registered with this version")
+        return
+    how, same = _loading(yaml.safe_load(config.read_text(encoding="utf-8"))), _environment_checks(version)
+    yield from same
+    for suite, stored in _judged_reports(version).items():
+        yield _answers(version, suite, stored, how, "; ".join(check.detail for check in same))
+
+
+def _judged_reports(version: Version) -> dict[str, EvalReport]:
+    """The candidate's reports that the verdict was made on."""
+    evals, verdict = version.export("evals"), version.verdict
+    if evals is None or verdict is None:
+        return {}
+    wanted = {suite: digests[0] for suite, digests in verdict["report_digests"].items()}
+    reports = (EvalReport.load(path.parent) for path in sorted(evals.glob("*/*/report.json")))
+    return {report.suite: report for report in reports if report.digest == wanted.get(report.suite)}
+
+
+def _answers(version: Version, name: str, stored: EvalReport, how: Mapping[str, Any], elsewhere: str) -> Check:
+    again = _measured(version, name, stored, how, version.entry.path, "again")
+    if again is None:
+        return Check(f"answers on {name}", "missing", f"the suite was not registered with this version (suite.{name})")
+    if again.suite_digest != stored.suite_digest:
+        text = f"recorded {stored.suite_digest}, now {again.suite_digest}: the scorer's code or the decoding changed"
+        return Check(f"answers on {name}", "missing", f"pin suite: {text}")
+    pairs = list(zip(stored.items, again.items, strict=True))
+    texts = sum(left.completions == right.completions for left, right in pairs)
+    scores = sum(left.scores == right.scores for left, right in pairs)
+    counts = f"{texts} of {len(pairs)} answers and {scores} of {len(pairs)} scores are equal"
+    if again.digest == stored.digest:
+        return Check(f"answers on {name}", "same", counts)
+    why = elsewhere or "environment and code are those that were recorded, so this should not be"
+    return Check(f"answers on {name}", "differs", f"{counts}; mean {stored.mean:.4f} → {again.mean:.4f} ({why})")
+
+
+def _measured(
+    version: Version, name: str, like: EvalReport, how: Mapping[str, Any], model: Path, where: str
+) -> EvalReport | None:
+    """The suite as it was registered, decoded as then; None if it was not registered."""
+    file = version.export(f"suite.{name}", f"suites/{name}.jsonl")
+    if file is None:
+        return None
+    keys = SuiteKeys(path=str(file), **like.decoding)
+    loading = ModelKeys(base_model=str(model), **how)
+    return evaluate(loading, [(load_suite(name, file), keys)], like.split, version.scratch / where)[name]
+
+
+def _loading(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How the run loaded its models, from its resolved config."""
+    (first,) = config["stages"][0].values()
+    how = {name: first[name] for name in ("trust_remote_code", "bf16", "device")}
+    template = first.get("chat_template")
+    return how | ({"chat_template": template} if template and Path(template).exists() else {})
+
+
+def _environment_checks(version: Version) -> list[Check]:
+    """What of the environment is not as it was: bitwise repetition is not promised then."""
+    path = version.export("environment", "environment.json")
+    if path is None:
+        return [Check("environment", "note", "was not registered with this version, so it cannot be compared")]
+    before, now = _flat(read_json(path)), _flat(environment())
+    moved = [
+        f"{k}: {before.get(k, 'absent')} → {now.get(k, 'absent')}"
+        for k in sorted(before | now)
+        if before.get(k) != now.get(k)
+    ]
+    more = f" and {len(moved) - 8} more" if len(moved) > 8 else ""
+    return [Check("environment", "note", "differs: " + ", ".join(moved[:8]) + more)] if moved else []
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
+    return flat
+
+
+# --- level 2: the weights ------------------------------------------------------------------------------------------
+
+
+def repeat_training(version: Version, margin: float = MARGIN) -> Iterator[Check]:
+    """Train again from the pins, in the scratch folder: the same bytes, or else equivalent scores."""
+    config, chain = version.export("config", "config.yaml"), version.chain
+    try:
+        keys = None if config is None else load_pipeline(config).keys
+        pins = {} if keys is None else pins_of(keys)
+    except (PosttrainError, OSError) as error:
+        yield Check("pins", "missing", f"what the run was made from is not where it was: {error}")
+        return
+    if keys is None:
+        yield Check("pins", "missing", "no config was registered with this version")
+        return
+    moved = list(_moved_pins(chain, pins))
+    yield from moved
+    if any(check.found == "missing" for check in moved):
+        return
+    notes = [*moved, *_environment_checks(version)]
+    yield from notes[len(moved) :]
+    placement = place(keys.stages[0].keys)
+    if placement.device.type != "cpu" or placement.autocast_dtype is not None:
+        notes.append(Check("arithmetic", "note", f"{placement.device.type}, bf16 or not on a CPU: not bitwise"))
+        yield notes[-1]
+    yield from _retrained(version, keys, chain, notes, margin)
+
+
+def _moved_pins(chain: list[Manifest], pins: Mapping[str, str]) -> Iterator[Check]:
+    """Inputs that are not those of the manifests. Other code may still train the same; other data may not."""
+    now = {"base_model": pins["base_model"], "code": pins["code"]} | dict(pins)
+    recorded = {"base_model": chain[0].inputs[MODEL], "code": chain[0].inputs.get("code", "absent")}
+    for index, manifest in enumerate(chain, start=1):
+        place_ = f"stages.{index}.{manifest.stage}."
+        own = {name for name in now if name.startswith(place_)}
+        recorded |= {name: manifest.inputs.get(name.removeprefix(place_), "absent") for name in own}
+    for name, digest in recorded.items():
+        if now[name] != digest:
+            found: Found = "note" if name == "code" else "missing"
+            yield Check(f"pin {name}", found, f"recorded {digest}, now {now[name]}")
+
+
+def _retrained(
+    version: Version, keys: PipelineKeys, chain: list[Manifest], notes: list[Check], margin: float
+) -> Iterator[Check]:
+    folder = version.scratch / "run"
+    run_pipeline(_only_training(keys, chain, folder), SingleProcess(), watch=Watch(say=version.say))
+    state = RunState.load(folder)
+    assert state is not None, "the run that just ended left its state"
+    made = [state.stage(index) for index in range(1, len(chain) + 1)]
+    equal = True
+    for manifest, entry in zip(chain, made, strict=True):
+        assert entry is not None, "every stage ran"
+        same = entry.output_digest == manifest.outputs[MODEL]
+        equal = equal and same
+        text = entry.output_digest if same else f"recorded {manifest.outputs[MODEL]}, now {entry.output_digest}"
+        expected = bool(notes)
+        yield Check(f"weights of {manifest.stage}", "same" if same else "note" if expected else "differs", text)
+    last = made[-1]
+    assert last is not None, "a version has at least one stage"
+    if not equal:
+        yield from _equivalent(version, folder / last.folder / "model", keys, margin)
+
+
+def _only_training(keys: PipelineKeys, chain: list[Manifest], folder: Path) -> PipelineKeys:
+    """The stages of the chain with what loop-backs changed, nothing measured, judged, mirrored or registered."""
+    quiet = {"gate": None, "mlflow": None, "prometheus_port": None}
+    stages = [
+        Stage(
+            kind=stage.kind,
+            keys=apply_changes(stage.keys, manifest.details.get("changed", {})).model_copy(update=quiet),
+        )
+        for stage, manifest in zip(keys.stages, chain, strict=False)
+    ]
+    update = {
+        "output_dir": str(folder),
+        "stages": stages,
+        "gate": None,
+        "register_": None,
+        "evals": {},
+        "stop_when": "end",
+    }
+    return keys.model_copy(update=update)
+
+
+def _equivalent(version: Version, model: Path, keys: PipelineKeys, margin: float) -> Iterator[Check]:
+    """Two one-sided tests: neither model is worse than the other by `margin` or more."""
+    first = keys.stages[0].keys
+    how = {name: getattr(first, name) for name in ("trust_remote_code", "bf16", "device", "chat_template")}
+    for name, stored in _judged_reports(version).items():
+        again = _measured(version, name, stored, how, model, "retrained")
+        if again is None or again.suite_digest != stored.suite_digest:
+            yield Check(f"scores on {name}", "missing", "the suite is not as it was registered, so nothing compares")
+            continue
+        spec = GateSpec(guards=(Guard(name, margin),), split=stored.split)
+        sides = [decide(spec, {name: a}, {name: b}) for a, b in ((again, stored), (stored, again))]
+        text = f"mean {stored.mean:.4f} → {again.mean:.4f}, margin {margin:g}: "
+        worst = next((side for side in sides if side.verdict is not Verdict.PASS), None)
+        if worst is None:
+            yield Check(f"scores on {name}", "same", f"{text}equivalent at alpha {spec.alpha:g}")
+        else:
+            found: Found = "differs" if worst.verdict is Verdict.FAIL else "missing"
+            yield Check(f"scores on {name}", found, f"{text}{worst.verdict.value}, {worst.reason}")
+
+
+LEVELS: dict[int, Callable[[Version], Iterator[Check]]] = {0: repeat_verdict, 1: repeat_answers, 2: repeat_training}
+"""What each level of `posttrain reproduce` repeats."""

@@ -1,0 +1,105 @@
+"""An inconclusive verdict that waits for a person, and what the person's decision does."""
+
+import pytest
+
+from posttrain.cli.app import main
+from posttrain.errors import GateError
+from posttrain.files import read_json, write_json
+from posttrain.pipeline.escalation import decide_pending
+
+SLOW = {"datasets": [{"path": "sft.jsonl"}], "learning_rate": 1e-6, "max_steps": 1}
+ASKED = {"baseline": "alias:champion", "primary": [{"suite": "yes"}], "on_inconclusive": "escalate"}
+
+
+def call(*words):
+    with pytest.raises(SystemExit) as caught:
+        main(list(words))
+    return caught.value.code
+
+
+def decide(run, *words):
+    return call("gate", "decide", str(run.out), *words)
+
+
+@pytest.fixture
+def waiting(project):
+    """A run whose verdict waits; `waiting(**keys of the stage)`."""
+
+    def make(**keys):
+        run = project([{"sft": {**SLOW, **keys}}], gate=ASKED, register={"name": "yes"})
+        assert run.command() == 4
+        return run
+
+    return make
+
+
+def test_an_inconclusive_verdict_waits_in_a_file_and_with_an_exit_code_of_its_own(waiting):
+    run = waiting()
+    assert run.state.status == "pending"
+    pending = read_json(run.out / "pending.json")
+    assert pending["gate"] == "gates/final"
+    assert pending["verdict_digest"] == read_json(run.out / "gates/final/verdict.json")["digest"]
+    assert run.state.registered is None
+    assert run.command() == 4, "started again it still waits"
+
+
+def test_accepted_it_is_promoted_and_lineage_and_registry_say_by_whom(waiting, capsys):
+    run = waiting()
+    assert decide(run, "--accept", "--by", "Ada", "--reason", "safe to try") == 0
+    assert "accepted by Ada: safe to try" in capsys.readouterr().out
+    assert not (run.out / "pending.json").exists()
+    assert run.command() == 0
+    assert "gate      ACCEPTED: by Ada: safe to try; the gate said INCONCLUSIVE" in capsys.readouterr().out
+    book = run.registry()
+    holder = book.holder("yes", "champion")
+    assert (holder.version, holder.digest) == (1, run.state.stages[-1].output_digest)
+    (record,) = book.records("yes", 1, "decision")
+    assert (record["by"], record["reason"], record["accepted"]) == ("Ada", "safe to try", True)
+    assert book.chain("yes", 1)[-1].details["decision"] == record
+    assert [event.actor for event in book.rows.events("yes") if event.action == "promote"] == ["Ada"]
+    assert book.verify("yes", 1).num_files > 0
+    book.close()
+    state = read_json(run.out / "pipeline.json")
+    assert run.command() == 0, "the champion is the candidate by now"
+    assert read_json(run.out / "pipeline.json") == state
+
+
+def test_rejected_the_run_has_failed(waiting):
+    run = waiting()
+    assert decide(run, "--reject", "--by", "Ada", "--reason", "no gain seen") == 0
+    assert run.command() == 1
+    assert (run.state.status, run.state.reason) == ("failed", "rejected by Ada: no gain seen")
+    assert run.state.registered is None
+
+
+def test_a_held_run_stays_held_whoever_accepts_it(waiting):
+    run = waiting(max_steps=2, health={"gradient_spike": {"times": 0.001, "after": 1, "at_least": 0.0}})
+    assert decide(run, "--accept", "--by", "Ada", "--reason", "looks fine") == 0
+    run.command()
+    assert run.state.registered["alias"] is None
+    assert "it is on hold: health: gradient_spike" in run.state.registered["refused"]
+    book = ["--registry", str(run.folder / "registry")]
+    assert call("registry", "promote", "yes@1", *book) == 64
+    assert call("registry", "release", "yes@1", *book) == 0
+    assert call("registry", "promote", "yes@1", *book) == 0, "the hold was released, and the decision still stands"
+
+
+def test_only_a_verdict_that_waits_is_decided_and_only_with_a_name_and_a_reason(waiting, finished, capsys):
+    run = waiting()
+    with pytest.raises(GateError, match="a name and a reason"):
+        decide_pending(run.out, accepted=True, by=" ", reason="x")
+    with pytest.raises(GateError, match="no verdict waits for a decision here"):
+        decide_pending(finished.out, accepted=True, by="Ada", reason="x")
+    assert decide(run, "--by", "Ada", "--reason", "x") == 64, "neither accepted nor rejected"
+    write_json(run.out / "pending.json", read_json(run.out / "pending.json") | {"verdict_digest": "sha256:other"})
+    with pytest.raises(GateError, match="run it again"):
+        decide_pending(run.out, accepted=True, by="Ada", reason="x")
+
+
+def test_a_decision_on_another_verdict_does_not_count(waiting):
+    run = waiting()
+    decide_pending(run.out, accepted=True, by="Ada", reason="x")
+    path = run.out / "gates/final/decision.json"
+    write_json(path, read_json(path) | {"verdict_digest": "sha256:other"})
+    with pytest.raises(GateError, match="delete the file"):
+        run.run()
