@@ -11,13 +11,13 @@ PAGE = (Path(__file__).parents[2] / "docs" / "data-formats.md").read_text(encodi
 
 
 def test_every_rule_is_documented_with_its_threshold():
-    rows = re.findall(r"^\| `(\w+)`( †)? \| ([\w, ]+) \| (report|\d+%) \|", PAGE, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)`( †)? \| ([\w, ]+) \| (warn|\d+%) \|", PAGE, re.MULTILINE)
     documented = {name: (bool(mark), stages, limit) for name, mark, stages, limit in rows}
     expected = {
         name: (
             rule.removable,
             "all" if len(rule.stages) == 4 else ", ".join(rule.stages),
-            "report" if rule.refuse_above is None else f"{rule.refuse_above:.0%}",
+            "warn" if rule.action == "warn" else f"{rule.limit:.0%}",
         )
         for name, rule in RULES.items()
     }
@@ -27,7 +27,7 @@ def test_every_rule_is_documented_with_its_threshold():
 
 def test_every_format_is_documented_with_its_columns():
     for name, fmt in FORMATS.items():
-        (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| `{name}` | ") and "report" not in line]
+        (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| `{name}` | ") and "warn" not in line]
         columns = {column for needed in fmt.needs for column in needed} | set(fmt.also)
         assert [column for column in columns if f"`{column}`" not in row and column != "tools"] == []
 

@@ -6,12 +6,13 @@ import pytest
 
 from posttrain.config.stages import DatasetKeys, DPOKeys, SFTKeys
 from posttrain.data.dataset import sequences
-from posttrain.data.lint import lint, lint_stage, suite_prompts, write_clean
-from posttrain.data.lint_rules import RULES, LintInput
+from posttrain.data.lint import Limit, limits_of, lint, lint_stage, suite_prompts, write_clean
+from posttrain.data.lint_input import LintInput
+from posttrain.data.lint_rules import RULES
 from posttrain.data.load import load_preference, load_sft
 from posttrain.data.parse import unpair
 from posttrain.data.render import render_example, render_labelled, render_pair
-from posttrain.errors import DataError
+from posttrain.errors import ConfigError, DataError
 from posttrain.types import Example, LabelledCompletion, Origin, PreferencePair, Prompt, TokenSeq
 
 NAMES = ["Paris", "Rome", "Oslo", "Bern", "Riga", "Lima", "Cairo", "Quito", "Tunis", "Accra"]
@@ -66,7 +67,7 @@ def test_sound_data_of_every_stage_has_no_findings(tokenizer):
         sft_input(tokenizer, chats, suites=suites, eval_nouns=[chat(1, "Who are you?", "me")]),
         LintInput("dpo", pairs, [render_pair(tokenizer, p) for p in pairs], tokenizer, 512, suites=suites),
         LintInput("kto", labelled, [(render_labelled(tokenizer, r),) for r in labelled], tokenizer, 512),
-        LintInput("grpo", prompts, [], tokenizer, 512, parse_gold=lambda p: p.columns["answer"]),
+        LintInput("grpo", prompts, [], tokenizer, 512, check_golds=lambda asked: [None] * len(asked)),
     ]
     for given in inputs:
         report = lint(given)
@@ -183,7 +184,7 @@ def test_golds_that_are_missing_or_unreadable(tokenizer):
         [],
         tokenizer,
         512,
-        parse_gold=lambda p: p.columns.get("answer", "x") if p.origin.line != 2 else None,
+        check_golds=lambda asked: ["scores 0" if p.origin.line == 2 else None for p in asked],
     )
     assert fired(given, "gold_missing") == [4, 5]
     assert fired(given, "gold_unreadable") == [2]
@@ -198,16 +199,88 @@ def test_thresholds_refuse_and_can_be_changed(tokenizer):
     report = lint(given)
     (finding,) = report.findings
     assert (finding.rule, finding.count, finding.share, finding.refuses) == ("contamination", 1, 0.1, True)
-    with pytest.raises(
-        DataError,
-        match=r"the data is refused: contamination: 1 rows \(10\.0%, refused above 1%\).*train\.jsonl:7 .*--write-clean DIR",
-    ):
+    refused = (
+        r"the data is refused: contamination: 1 rows \(10\.0%, refused above 1%\).*train\.jsonl:7 .*--write-clean DIR"
+    )
+    with pytest.raises(DataError, match=refused):
         report.raise_if_refused()
-    assert not lint(given, {"contamination": 0.2}).refused
-    assert not lint(given, {"contamination": None}).refused
+    assert not lint(given, {"contamination": {"limit": 0.1}}).refused
+    assert lint(given, {"contamination": {"limit": 0.09}}).refused
+    assert [f.action for f in lint(given, {"contamination": {"action": "warn"}}).findings] == ["warn"]
+    assert lint(given, {"contamination": {"action": "warn", "limit": 0.1}}).findings == ()
+    assert lint(given, {"contamination": {"action": "off"}}).findings == ()
     assert json.loads(json.dumps(report.to_json()))["findings"][0]["first"] == [
         "train.jsonl:7: holds a prompt of suite heldout"
     ]
+
+
+def test_a_limit_alone_refuses_where_the_rule_only_warns(tokenizer):
+    given = dpo_input(tokenizer, [pair(i, f"Q{i}?", " a long answer", " short") for i in range(1, 25)])
+    assert not lint(given).refused
+    assert lint(given, {"length_bias": {"limit": 0.5}}).refused
+    assert not lint(given, {"length_bias": {"limit": 0.5, "action": "warn"}}).refused
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"near_duplicates": {}}, r"lint\.near_duplicates: no such rule; did you mean near_duplicate\?"),
+    ({"no_end": {"threshold": 0.1}}, r"lint\.no_end\.threshold: no such key; expected one of limit, action"),
+    ({"no_end": {"limits": 0.1}}, r"lint\.no_end\.limits: no such key; did you mean limit\?"),
+    ({"no_end": {"action": "stop"}}, r"lint\.no_end\.action: got 'stop', expected warn, refuse or off"),
+    ({"no_end": {"limit": 5}}, r"lint\.no_end\.limit: got 5, expected a share of the rows from 0 to 1"),
+    ({"no_end": {"limit": True}}, r"lint\.no_end\.limit: got True"),
+])  # fmt: skip
+def test_what_the_key_lint_may_not_say(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        limits_of(changes)
+
+
+def test_limits_are_those_of_the_table_unless_changed():
+    assert limits_of({})["contamination"] == Limit("refuse", 0.01)
+    assert limits_of({"near_duplicate": {"limit": 0.2}})["near_duplicate"] == Limit("refuse", 0.2)
+    assert limits_of({"near_duplicate": {"action": "warn", "limit": 0.2}})["near_duplicate"] == Limit("warn", 0.2)
+    assert "no_end" not in limits_of({"no_end": {"action": "off"}})
+
+
+def test_a_share_is_of_the_rows_that_were_looked_at(tokenizer_of):
+    gemma = tokenizer_of("gemma")
+    nouns = [chat(i, f"Hello {i}", "日本") for i in range(1, 601)]
+    rows = [(render_example(gemma, nouns[0]),)]
+    (finding,) = [f for f in lint(sft_input(gemma, nouns, rendered=rows)).findings if f.rule == "template_round_trip"]
+    assert (finding.count, finding.share, finding.refuses) == (500, 1.0, True)
+
+
+def test_rows_that_loading_left_out_are_counted(tokenizer, write_jsonl):
+    chats = [{"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": "Yes " * n}]}
+             for i, n in enumerate([1, 1, 90, 1])]  # fmt: skip
+    chats.append({"messages": [{"role": "user", "content": "Who?"}]})
+    keys = SFTKeys(base_model="x", datasets=[{"path": str(write_jsonl(chats))}], sequence_len=64)
+    for _ in ("first", "from the cache"):
+        data = load_sft(keys, tokenizer)
+        found = {
+            f.rule: [str(o).rsplit("/", 1)[-1] for o, _ in f.offences]
+            for f in lint_stage(keys, tokenizer, data).findings
+        }
+        assert found == {"too_long": ["train.jsonl:3"], "nothing_trained": ["train.jsonl:5"]}
+    assert "lines" not in json.dumps(data.summary.to_json())
+
+
+def test_answers_that_were_cut_before_they_came_here(tokenizer):
+    open_ones = ["```python\nx = 1", "<think>first", r"so \boxed{4", "<answer>4", r"\begin{align} x"]
+    nouns = [chat(i, f"Question {i}", answer) for i, answer in enumerate(open_ones, 1)]
+    closed = [
+        "```python\nx = 1\n```",
+        "<think>a</think> b",
+        r"so \boxed{4}",
+        "prose without an end",
+        r"\boxed{\frac{1}{2}}",
+    ]
+    nouns += [chat(i, f"Question {i}", answer) for i, answer in enumerate(closed, 6)]
+    assert fired(sft_input(tokenizer, nouns), "unfinished") == [1, 2, 3, 4, 5]
+    pairs = [pair(1, "Q?", " yes", " ```"), pair(2, "Q?", " ```", " no")]
+    assert fired(dpo_input(tokenizer, pairs), "unfinished") == [2]
+    labelled = [LabelledCompletion(at(1), "Q?", "<think>", False), LabelledCompletion(at(2), "Q?", "<think>", True)]
+    rendered = [(render_labelled(tokenizer, row),) for row in labelled]
+    assert fired(LintInput("kto", labelled, rendered, tokenizer, 512), "unfinished") == [2]
 
 
 def test_every_rule_is_tested():

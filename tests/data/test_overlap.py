@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from posttrain.data.overlap import contaminated, exact_duplicates, near_duplicates, words
+from posttrain.data.overlap import contaminated, exact_duplicates, hash_words, near_duplicates, words
 
 VOCABULARY = [f"word{i}" for i in range(500)]
 
@@ -20,7 +20,7 @@ def shingle_jaccard(a, b):
 
 
 def test_exact_duplicates_ignore_case_and_space():
-    assert exact_duplicates(["Two  words.", "other", "two words .", "two words"]) == [(2, 0)]
+    assert exact_duplicates(hash_words(["Two  words.", "other", "two words .", "two words"])) == [(2, 0)]
 
 
 def test_near_duplicates_are_those_of_the_definition():
@@ -30,7 +30,7 @@ def test_near_duplicates_are_those_of_the_definition():
         copy = list(rows[i])
         copy[-changed:] = text(rng, changed)
         rows.append(copy)
-    found = near_duplicates([" ".join(row) for row in rows])
+    found = near_duplicates(hash_words([" ".join(row) for row in rows]))
     expected = [
         (i, j, shingle_jaccard(rows[i], rows[j]))
         for i in range(len(rows))
@@ -44,9 +44,14 @@ def test_near_duplicates_are_those_of_the_definition():
 def test_near_duplicates_do_not_repeat_exact_ones_and_are_deterministic():
     rng = random.Random(2)
     row = " ".join(text(rng))
-    assert near_duplicates([row, row]) == []
+    assert near_duplicates(hash_words([row, row])) == []
     rows = [row, row + " more", *(" ".join(text(rng)) for _ in range(20))]
-    assert near_duplicates(rows) == near_duplicates(rows) != []
+    assert near_duplicates(hash_words(rows)) == near_duplicates(hash_words(rows)) != []
+
+
+def both(*rows):
+    """(prompt, whole text) as the hashes of their words."""
+    return [tuple(hash_words(row)) for row in rows]
 
 
 def test_thirteen_words_of_an_eval_prompt_are_contamination():
@@ -55,7 +60,7 @@ def test_thirteen_words_of_an_eval_prompt_are_contamination():
     row = other[:10] + prompt[5:18] + other[10:]
     short = other[:10] + prompt[5:17] + other[10:]
     rows = [("", " ".join(row)), ("", " ".join(short))]
-    assert contaminated(rows, {"heldout": [" ".join(prompt)]}) == [(0, "heldout")]
+    assert contaminated(both(*rows), {"heldout": [" ".join(prompt)]}) == [(0, "heldout")]
 
 
 def test_short_eval_prompts_must_be_there_whole():
@@ -66,14 +71,24 @@ def test_short_eval_prompts_must_be_there_whole():
         ("What is 2 + 2", "What is 2 + 2 4"),
         ("2 + 2", "2 + 2 4"),
     ]
-    assert contaminated(rows, suites) == [(0, "heldout"), (3, "tiny")]
+    assert contaminated(both(*rows), suites) == [(0, "heldout"), (3, "tiny")]
+
+
+def test_words_that_run_from_one_row_into_the_next_are_no_contamination():
+    rng = random.Random(4)
+    prompt = text(rng, 20)
+    rows = [("", " ".join(text(rng, 30) + prompt[:10])), ("", " ".join(prompt[10:] + text(rng, 30)))]
+    assert contaminated(both(*rows), {"heldout": [" ".join(prompt)]}) == []
+    assert contaminated(both(("", " ".join(prompt)), *rows, ("", "")), {"heldout": [" ".join(prompt)]}) == [
+        (0, "heldout")
+    ]
 
 
 def test_the_wording_that_many_items_share_is_not_an_item():
     boiler = "Answer the following question with one letter only and do not explain your choice to anyone"
     suite = [f"{boiler} : item number {i}" for i in range(40)]
-    assert contaminated([(boiler, boiler)], {"mc": suite}) == []
-    assert contaminated([("", suite[7])], {"mc": suite}) == [(0, "mc")]
+    assert contaminated(both((boiler, boiler)), {"mc": suite}) == []
+    assert contaminated(both(("", suite[7])), {"mc": suite}) == [(0, "mc")]
 
 
 def test_words_split_signs_off():

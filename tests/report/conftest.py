@@ -113,8 +113,34 @@ def _metrics(kind, steps, full):
         yield named if full else {name: named[name] for name in ("step", "time", "loss") if name in named}
 
 
+ACTION = {"kind": "action", "step": 56, "time": 1.0, "rule": "kl_drift", "message": "kl_drift: beta 0.1"}
+CERTIFICATE = {
+    "verdict": "pass",
+    "config": {"num_cases": 50, "num_samples": 200, "thresholds": {"recall": 0.98, "auc": 0.99}},
+    "mutations": [
+        {"name": "whitespace", "kind": "E", "num": 24, "violations": 0, "example": ""},
+        {"name": "empty", "kind": "Z", "num": 12, "violations": 0, "example": ""},
+        {"name": "two slots", "kind": "Z", "num": 30, "violations": 1, "example": "1 for '<b>'"},
+    ],
+    "measures": {
+        "recall": 0.995, "auc": 0.9991, "separation": "inf", "policy: empty": 0.0, "policy: modal answer": 0.06,
+        "determinism differences": 0.0, "latency_p50_s": 0.0004, "latency_p99_s": 0.0027, "latency_max_s": 0.003,
+        "kill_wall_s": 1.7, "forecast: mean_reward": 0.375, "forecast: frac_reward_zero_std": 0.28,
+    },
+    "failures": [], "warnings": ["one warning"],
+}  # fmt: skip
+
+
 def _write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _source(kind):
+    left_out = {"longer than sequence_len": {"count": 17, "first": ["a.jsonl:1"]}} if kind == "sft" else {}
+    return {
+        "path": f"data/{kind}.jsonl", "format": "chat (column `messages`)", "rows_read": 2017, "rows_kept": 2000,
+        "skipped": left_out, "tokens": 123456, "loss_tokens": 65432,
+    }  # fmt: skip
 
 
 def write_stage(run, number, kind, wall_s, tokens, steps, full):
@@ -133,7 +159,7 @@ def write_stage(run, number, kind, wall_s, tokens, steps, full):
         "action": "evaluate",
         "message": "31 % of the answers hit the length limit",
     }
-    _write_lines(folder / "events.jsonl", [finding, finding | {"step": 55}] if kind == "grpo" else [])
+    _write_lines(folder / "events.jsonl", [finding, finding | {"step": 55}, ACTION] if kind == "grpo" else [])
     _write_lines(
         folder / "samples.jsonl",
         [{"step": step, "prompt": "12+30=", "completion": "\\boxed{42}", "reward": 1.0} for step in (10, 20, 30, 40)],
@@ -155,7 +181,7 @@ def write_stage(run, number, kind, wall_s, tokens, steps, full):
     (folder / "summary.json").write_text(
         json.dumps(
             {
-                "num_examples": 2000,
+                "datasets": [{"sources": [_source(kind)]}],
                 "examples": [{"origin": "sft.jsonl:1", "segments": segments}] if kind == "sft" else [],
             }
         )
@@ -188,16 +214,14 @@ def write_run(run: Path, *, verdict=Verdict.PASS, num_items=400, full=True):
     suite = run / "heldout.jsonl"
     _write_lines(suite, [{"id": f"q{n}", "prompt": f"Question number {n}?", "target": str(n)} for n in range(400)])
     (run / "config.yaml").write_text(f"name: word-problems\nevals:\n  heldout: {suite}\nstages: []\n")
-    (run / "certificate.json").write_text(
-        json.dumps(
-            {
-                "status": "full",
-                "passed": True,
-                "auc": 0.99,
-                "mutations": [{"name": "empty", "false_passes": 0}, {"name": "two slots", "false_passes": 0}],
-            }
-        )
-    )
+    (run / "stages" / "03-grpo" / "certificate.json").write_text(json.dumps(CERTIFICATE))
+    (gate / "evidence.json").write_text(json.dumps({"look": 2}))
+    finding = {
+        "rule": "near_duplicate", "meaning": "almost the same row again", "count": 31, "share": 0.031, "action": "warn",
+        "limit": 0.0, "refuses": False, "first": ["sft.jsonl:7: 91% like sft.jsonl:3"],
+    }  # fmt: skip
+    lint = {"num_rows": 1000, "refused": False, "findings": [finding]}
+    (run / "stages" / "01-sft" / "lint.json").write_text(json.dumps(lint))
     passed = verdict is Verdict.PASS
     pipeline = {
         "name": "word-problems", "status": "passed", "stages": stages,

@@ -86,6 +86,61 @@ def test_numbers_of_the_records_are_shown(finished):
     assert "two slots" in text
 
 
+def test_the_data_of_each_stage_and_what_lint_found(finished):
+    _, text, _ = finished
+    assert "data/sft.jsonl chat 2 000 2 017 123 456 65 432 17 longer than sequence_len" in text.replace("\u202f", " ")
+    assert "near_duplicate almost the same row again 31 (3.1 %) only said sft.jsonl:7: 91% like sft.jsonl:3" in text
+
+
+def test_data_without_a_finding_and_data_that_was_refused(own_run):
+    path = own_run / "stages" / "01-sft" / "lint.json"
+    record = json.loads(path.read_text())
+    bad = record["findings"][0] | {"action": "refuse", "limit": 0.01, "refuses": True}
+    path.write_text(json.dumps(record | {"findings": [bad]}))
+    assert "refused near_duplicate" in _page(own_run)[1] and "refused above 1 %" in _page(own_run)[1]
+    path.write_text(json.dumps(record | {"findings": []}))
+    assert "The data lint found nothing" in _page(own_run)[1]
+
+
+def test_the_certificate_in_words(finished):
+    _, text, html = finished
+    assert "Reward certificate: 03-grpo pass" in text
+    assert "Tried on 50 prompts and 200 answers of the starting model." in text
+    for line in (
+        "right answers that earn the full reward 99.5 % at least 98.0 %",
+        "wrong answers dressed up that gain reward (false passes) 1 of 42 texts, 2 kinds 0",
+        "right told from wrong (area under the curve) 0.999 at least 0.99",
+        "best answer that does not read the question 0.06 (modal answer) low",
+        "time for one answer, ms (median / p99 / longest) 0.4 / 2.7 / 3",
+        "a reward that hangs is killed after 1.7 s",
+        "forecast: prompts that teach nothing, all answers alike 28%",
+        "one warning",
+    ):
+        assert line in text, line
+    assert "1 for &#39;&lt;b&gt;&#39;" in html
+
+
+def test_a_certificate_that_failed_lists_why(own_run):
+    path = own_run / "stages" / "03-grpo" / "certificate.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"verdict": "fail", "failures": ["empty: 3 of 3 texts"]}))
+    _, text, _ = _page(own_run)
+    assert "03-grpo fail" in text and "The rewards did not pass. Tried on" in text and "empty: 3 of 3 texts" in text
+
+
+def test_looks_actions_and_the_total(finished):
+    _, text, _ = finished
+    assert (
+        "A model that does not truly clear the lines passes with a probability of at most 5 %. This was look 2 at these questions."
+        in text
+    )
+    assert "What was changed while 03-grpo ran Step 56: kl_drift: beta 0.1" in text
+    assert "together 5.4 min 1 756 000 220 and 20 s of evaluation" in text.replace("\u202f", " ")
+
+
+def test_the_page_is_small_enough_to_send(finished):
+    assert len(finished[2].encode()) < 300_000
+
+
 def test_images_and_the_page_can_be_read_without_eyes(finished):
     page, _, html = finished
     assert '<html lang="en">' in html and 'name="viewport"' in html
@@ -153,7 +208,7 @@ def test_other_verdicts(tmp_path, verdict, sentence, run_writer):
     [
         "evals",
         "gates",
-        "certificate.json",
+        "stages/03-grpo/certificate.json",
         "config.yaml",
         "stages/02-dpo",
         "stages/01-sft/metrics.jsonl",
@@ -173,7 +228,7 @@ def test_any_part_may_be_missing(own_run, part):
     [
         "pipeline.json",
         "config.yaml",
-        "certificate.json",
+        "stages/03-grpo/certificate.json",
         "gates/03/verdict.json",
         "evals/base/heldout-gate/items.jsonl",
         "stages/01-sft/summary.json",
@@ -189,14 +244,13 @@ def test_a_broken_part_is_named_and_the_rest_is_shown(own_run, part):
 def test_a_single_stage_run_that_is_still_running(own_run):
     for part in ("evals", "gates", "stages/02-dpo", "stages/03-grpo"):
         shutil.rmtree(own_run / part)
-    for name in ("pipeline.json", "certificate.json"):
-        (own_run / name).unlink()
+    (own_run / "pipeline.json").unlink()
     (own_run / "stages" / "01-sft" / "result.json").unlink()
     with (own_run / "stages" / "01-sft" / "metrics.jsonl").open("a") as handle:
         handle.write('{"step": 121, "lo')
     _, text, _ = _page(own_run)
     assert "No model was compared with another" in text
-    assert "unfinished" in text and "No health rule fired." in text and "Loss" in text
+    assert "unfinished" in text and "none fired." in text and "Loss" in text
 
 
 def test_running_and_failed_runs_say_so(own_run):

@@ -40,6 +40,36 @@ def test_the_pin_that_moved_is_named(own_run, twin):
     assert "Pins that moved\n  environment.torch  2.13.0 → 2.14.0" in render(diff)
 
 
+def test_digests_are_shown_short(own_run, twin):
+    _edit_json(twin / "pipeline.json", lambda p: p | {"pins": p["pins"] | {"base": "sha256:" + 64 * "0"}})
+    (change,) = diff_runs(own_run, twin).pins
+    assert (change.name, change.b) == ("base", "sha256:000000000000…")
+
+
+def test_packages_that_moved_are_named(own_run, twin):
+    record = {
+        "python": "3.11.7",
+        "machine": "x86_64",
+        "cpu": {"model": "one"},
+        "packages": {"torch": "2.13.0", "numpy": "2.1"},
+    }
+    (own_run / "environment.json").write_text(json.dumps(record))
+    moved = record | {"python": "3.12.1", "packages": {"torch": "2.14.0", "numpy": "2.1"}}
+    (twin / "environment.json").write_text(json.dumps(moved))
+    diff = diff_runs(own_run, twin)
+    assert [(c.name, c.a, c.b) for c in diff.environment] == [
+        ("python", "3.11.7", "3.12.1"),
+        ("torch", "2.13.0", "2.14.0"),
+    ]
+    assert not diff.is_empty
+    assert "Environment that moved\n  python  3.11.7 → 3.12.1" in render(diff)
+
+
+def test_runs_that_differ_from_the_start_are_said_to(own_run, twin):
+    _edit_lines(twin / "stages" / "02-dpo" / "metrics.jsonl", lambda row: row | {"loss": row["loss"] + 1.0})
+    assert "metrics differ from the first step" in render(diff_runs(own_run, twin))
+
+
 def test_keys_are_named_with_their_place(own_run, twin):
     for folder, rate in ((own_run, "1e-3"), (twin, "2e-3")):
         (folder / "config.yaml").write_text(

@@ -1,7 +1,9 @@
 """The live view: plain lines, the panel on a terminal, speed and time left, hostile text."""
 
 import io
+import re
 
+import pytest
 from rich.console import Console
 
 from posttrain.tracking.live import LiveView, human_count, human_time, memory_bytes, printable
@@ -83,3 +85,40 @@ def test_memory_is_that_of_this_process():
     block = bytearray(64 << 20)
     assert memory_bytes() - before > 48 << 20
     del block
+
+
+FINDING = {
+    "rule": "kl_drift",
+    "severity": "soft",
+    "message": "KL is 0.7. Raise beta.",
+    "action": "evaluate",
+    "evidence": {},
+}
+
+
+def _shown(terminal, width, **more):
+    """What a console of this width was sent by a step and its events."""
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=terminal, width=width, **more)
+    view = LiveView("grpo", 10, console=console)
+    view.log(3, {"reward": 0.5, "kl": 0.7, "learning_rate": 1e-5})
+    view.event("finding", 3, FINDING)
+    view.event("action", 3, {"rule": "kl_drift", "message": "kl_drift: beta 0.1", "beta": 0.1})
+    view.event("rollback", 3, {"message": "back to step 1", "severity": "hard", "action": "rollback", "number": 1})
+    view.close()
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_findings_and_what_was_done_are_said_and_stay(terminal, width):
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", _shown(terminal, width))
+    assert text.count("grpo step 3 finding: kl_drift (soft): KL is 0.7. Raise beta. → evaluate\n") == 1
+    assert text.count("grpo step 3 action: kl_drift: beta 0.1\n") == 1
+    assert text.count("grpo step 3 rollback: back to step 1 → rollback\n") == 1
+
+
+def test_no_colour_where_none_is_wanted():
+    assert "\x1b[33m" in _shown(True, 80, color_system="standard")
+    assert "\x1b[33m" not in _shown(True, 80, color_system="standard", no_color=True)
+    assert "\x1b" not in _shown(False, 80)

@@ -1,5 +1,6 @@
 """The Prometheus endpoint, read by a real HTTP client."""
 
+import re
 import socket
 import urllib.error
 import urllib.request
@@ -34,7 +35,7 @@ def test_the_latest_metrics_and_the_findings_are_served(sink):
     assert 'posttrain_step{stage="grpo"} 2.0' in lines
     assert 'posttrain_clip_ratio_low_mean{stage="grpo"} 0.0' in lines
     assert 'posttrain_kl{stage="grpo"} NaN' in lines
-    assert 'posttrain_findings_total{rule="kl_drift",severity="soft"} 2' in lines
+    assert 'posttrain_findings_total{stage="grpo",rule="kl_drift",severity="soft"} 2' in lines
     assert lines.count("# TYPE posttrain_reward gauge") == 1
 
 
@@ -59,3 +60,37 @@ def test_closing_ends_the_endpoint():
     sink.close()
     with pytest.raises(urllib.error.URLError):
         _get(sink)
+
+
+_NAME, _LABEL = r"[a-zA-Z_:][a-zA-Z0-9_:]*", r'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\["\\n])*"'
+_SAMPLE = re.compile(rf"{_NAME}(?:\{{{_LABEL}(?:,{_LABEL})*\}})? (?:NaN|[+-]Inf|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
+_TYPE = re.compile(rf"# TYPE ({_NAME}) (?:gauge|counter)")
+
+
+def test_the_page_keeps_to_the_exposition_format():
+    sink = PrometheusSink(0, stage='a "b"\\\n')
+    try:
+        values = {
+            "reward/std": 1e-12,
+            "9lives": -3.0,
+            "größe": float("inf"),
+            "a.b-c d": float("-inf"),
+            "kl": float("nan"),
+        }
+        sink.log(7, values | {"reward.std": 2.0})
+        sink.event("finding", 7, {"rule": 'odd "rule"\n', "severity": "hard"})
+        sink.event("action", 7, {"rule": "kl_drift", "message": "beta 0.1"})
+        sink.event("rollback", 7, {"rule": "nan", "severity": "hard"})
+        with _get(sink) as answer:
+            page = answer.read().decode()
+    finally:
+        sink.close()
+    assert page.endswith("\n")
+    typed = [_TYPE.fullmatch(line).group(1) for line in page.splitlines() if line.startswith("#")]
+    samples = [line for line in page.splitlines() if not line.startswith("#")]
+    assert [line for line in samples if not _SAMPLE.fullmatch(line)] == []
+    assert len(typed) == len(set(typed)), "a name has one type, and its samples stand together"
+    assert len({line.rsplit(" ", 1)[0] for line in samples}) == len(samples), "no sample twice"
+    assert {re.match(_NAME, line).group() for line in samples} == set(typed)
+    assert 'posttrain_actions_total{stage="a \\"b\\"\\\\\\n",kind="action"} 1' in samples
+    assert 'posttrain_actions_total{stage="a \\"b\\"\\\\\\n",kind="rollback"} 1' in samples

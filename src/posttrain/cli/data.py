@@ -61,6 +61,7 @@ def _show_stage(console: Console, title: str, keys: Any, suites: dict[str, str],
     from posttrain.data.lint import lint_stage, suite_prompts
     from posttrain.data.load import LOADERS, kind_of
     from posttrain.models.load import load_tokenizer
+    from posttrain.recipes.golds import gold_check
 
     tokenizer = load_tokenizer(keys.model_copy(update={"chat_template": None}))
     own_template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
@@ -79,7 +80,9 @@ def _show_stage(console: Console, title: str, keys: Any, suites: dict[str, str],
         console.print(Text(line))
     console.print(Text(f"cache: {loaded.summary.cache}", style="dim"))
     prompts = {name: suite_prompts(path) for name, path in suites.items()}
-    report = lint_stage(keys, tokenizer, loaded, suites=prompts, own_template=own_template)
+    report = lint_stage(
+        keys, tokenizer, loaded, suites=prompts, check_golds=gold_check(keys), gold_rows=None, own_template=own_template
+    )
     console.print(Text("lint: nothing found" if not report.findings else "lint:"))
     for finding in report.findings:
         console.print(Text(f"  {finding.line()}", style="red" if finding.refuses else "yellow"))

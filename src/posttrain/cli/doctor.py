@@ -1,4 +1,4 @@
-"""`posttrain doctor [RUN_DIR]`: what of this machine and its packages works, by trying it. Exit code 1 if a must is broken."""
+"""`posttrain doctor [RUN_OR_YAML]`: what of this machine and its packages works, by trying it. Exit code 1 if a must is broken."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from posttrain.errors import ConfigError, PosttrainError
+from posttrain.cli.doctor_run import check_target, durable
+from posttrain.cli.doctor_surface import surface
+from posttrain.cli.findings import Finding, plain_name
 
-Status = Literal["ok", "note", "broken"]
 _LOW_DISK_BYTES = 2 << 30
 
 FOUR_BITS = """
@@ -40,22 +40,16 @@ assert error < 1e-3, f"the layer computes something else than its weights say ({
 """Run in a process of its own: a broken native library ends the process, not the doctor."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the list. `note` is worth knowing; `broken` must be mended."""
-
-    name: str
-    status: Status
-    text: str
-
-
 def doctor(
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN_DIR]", help="A run to compare this machine with.")] = None,
+    target: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RUN_OR_YAML]", help="A run's folder, or a YAML, to hold against this machine."),
+    ] = None,
 ) -> None:
-    """Check this machine and its packages, or whether RUN_DIR can go on here. Exit code 1 if something is broken."""
+    """Check this machine and its packages, and whether RUN_OR_YAML can run or go on here. Exit code 1 if something is broken."""
     findings = [finding for check in CHECKS for finding in _tried(check)]
-    if run is not None:
-        findings += _tried(lambda: check_run(run))
+    if target is not None:
+        findings += _tried(lambda: check_target(target))
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         typer.echo(f"{finding.status:<6}  {finding.name:<{width}}  {finding.text}")
@@ -70,10 +64,13 @@ def _tried(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
     try:
         found.extend(check())
     except Exception as error:  # noqa: BLE001 - a library that is half installed may raise anything, and that is the finding
-        found.append(
-            Finding(getattr(check, "__name__", "run").replace("_", " "), "broken", f"{type(error).__name__}: {error}")
-        )
+        found.append(Finding(_name_of(check), "broken", f"{type(error).__name__}: {error}"))
     return found
+
+
+def _name_of(check: Callable[[], Iterator[Finding]]) -> str:
+    name = getattr(check, "__name__", "")
+    return "run" if name == "<lambda>" else name.replace("_", " ")
 
 
 # --- this machine --------------------------------------------------------------------------------------------------
@@ -85,7 +82,8 @@ def python() -> Iterator[Finding]:
     needed = metadata.metadata("posttrain")["Requires-Python"]
     have = ".".join(map(str, sys.version_info[:3]))
     fits = SpecifierSet(needed).contains(have)
-    yield Finding("python", "ok" if fits else "broken", f"{have} (needs {needed})")
+    text = "" if fits else "; make a virtual environment with a newer Python"
+    yield Finding("python", "ok" if fits else "broken", f"{have} (needs {needed}){text}")
 
 
 def packages() -> Iterator[Finding]:
@@ -101,13 +99,16 @@ def packages() -> Iterator[Finding]:
         have = _version(requirement.name)
         if have is None:
             if not optional:
-                yield Finding(requirement.name, "broken", f"not installed (needs {requirement.specifier})")
+                yield Finding(
+                    requirement.name, "broken", f"not installed (needs {requirement.specifier}); {_mend(requirement)}"
+                )
             absent += [requirement.name] if optional else []
         elif not requirement.specifier.contains(have, prereleases=True):
-            yield Finding(requirement.name, "note" if optional else "broken", f"{have} (needs {requirement.specifier})")
+            text = f"{have} (needs {requirement.specifier}); {_mend(requirement)}"
+            yield Finding(requirement.name, "note" if optional else "broken", text)
         else:
             fitting += 1
-            pinned = tested.get(_plain(requirement.name))
+            pinned = tested.get(plain_name(requirement.name))
             apart += [f"{requirement.name} {have} (tested {pinned})"] if pinned and pinned != have.split("+")[0] else []
     yield Finding(
         "packages", "ok", f"{fitting} installed and in range; optional and absent: {', '.join(absent) or 'none'}"
@@ -126,6 +127,7 @@ def machine() -> Iterator[Finding]:
     yield Finding("memory", "ok", "unknown on this system" if memory is None else f"{memory / 2**30:.1f} GiB available")
     free = shutil.disk_usage(Path.cwd()).free
     yield Finding("disk", "ok" if free > _LOW_DISK_BYTES else "note", f"{free / 2**30:.1f} GiB free in {Path.cwd()}")
+    yield durable(Path.cwd())
 
 
 def torch() -> Iterator[Finding]:
@@ -150,7 +152,7 @@ def torch() -> Iterator[Finding]:
 def attention() -> Iterator[Finding]:
     """The private corners of torch and transformers that packed sequences and decoding stand on."""
     import torch as library
-    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     q = library.randn(1, 2, 3, 8)
     out, lse = library.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q, 0.0, True, scale=1.0)
@@ -158,10 +160,8 @@ def attention() -> Iterator[Finding]:
     right = library.allclose(out, expected, atol=1e-5) and lse.shape == (1, 2, 3)
     has_backward = hasattr(library.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
     good = right and has_backward
-    yield Finding(
-        "flash kernel", "ok" if good else "broken", "values, log-sum-exp and backward" if good else "not as expected"
-    )
-    assert callable(AttentionInterface.register)
+    text = "values, log-sum-exp and backward" if good else "not as expected; install the torch of constraints.txt"
+    yield Finding("flash kernel", "ok" if good else "broken", text)
 
     from posttrain.models.attention import register
     from posttrain.models.selfcheck import ragged_is_exact
@@ -176,7 +176,8 @@ def attention() -> Iterator[Finding]:
     }
     config = AutoConfig.for_model("qwen3", **shape, num_key_value_heads=1, head_dim=16)
     exact = ragged_is_exact(AutoModelForCausalLM.from_config(config))
-    text = "packed documents equal single ones" if exact else "packed documents differ from single ones"
+    differ = "packed documents differ from single ones; install the transformers of constraints.txt"
+    text = "packed documents equal single ones" if exact else differ
     yield Finding("packed forward", "ok" if exact else "broken", f"{text} on a tiny model")
 
 
@@ -190,7 +191,11 @@ def four_bits() -> Iterator[Finding]:
         return
     done = subprocess.run([sys.executable, "-c", FOUR_BITS], capture_output=True, text=True, check=False, timeout=300)
     reason = done.stderr.strip().splitlines()[-1:] or [f"ended with status {done.returncode}"]
-    text = "quantised layer and its gradients are right" if done.returncode == 0 else f"self-test: {reason[0]}"
+    text = (
+        "quantised layer and its gradients are right"
+        if done.returncode == 0
+        else f"self-test: {reason[0]}; do not use adapter: qlora here, or reinstall bitsandbytes"
+    )
     yield Finding(
         "4-bit weights", "ok" if done.returncode == 0 else "broken", f"bitsandbytes {_version('bitsandbytes')}, {text}"
     )
@@ -224,83 +229,12 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     packages,
     machine,
     torch,
+    surface,
     attention,
     four_bits,
     sandbox,
     cache,
 )
-
-
-# --- a run ---------------------------------------------------------------------------------------------------------
-
-
-def check_run(folder: Path) -> Iterator[Finding]:
-    """Whether this version can read the run's configuration, and what moved since the run was made."""
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder; expected the folder of a run")
-    yield _readable(folder / "config.yaml")
-    recorded = folder / "pipeline.json"
-    if recorded.exists():
-        yield from _compared_code(recorded)
-    pins = folder / "environment.json"
-    if pins.exists():
-        yield from _compared_environment(pins)
-    else:
-        yield Finding("run versions", "note", f"{pins} is not there: the run recorded no package versions")
-
-
-def _readable(path: Path) -> Finding:
-    from posttrain.config.load import detect, load_stage
-    from posttrain.config.load_pipeline import load_pipeline
-
-    if not path.exists():
-        return Finding(
-            "run config", "broken", f"{path} is not there; expected the configuration the run was started with"
-        )
-    try:
-        kind = detect(path)
-        _ = load_pipeline(path) if kind == "pipeline" else load_stage(kind, path)
-    except PosttrainError as error:
-        return Finding("run config", "broken", "; ".join(str(error).splitlines()))
-    return Finding("run config", "ok", f"{path}: a valid {kind} for this version")
-
-
-def _compared_code(recorded: Path) -> Iterator[Finding]:
-    import posttrain
-    from posttrain.files import read_json
-    from posttrain.registry.manifest import code_digest
-
-    before = read_json(recorded).get("pins", {}).get("code")
-    now = code_digest(Path(posttrain.__file__).parent)
-    same = before == now
-    text = "the posttrain that made the run" if same else "posttrain has changed since: a start asks for --on-change"
-    yield Finding("run code", "ok" if same else "note", text)
-
-
-def _compared_environment(pins: Path) -> Iterator[Finding]:
-    from posttrain.files import read_json
-    from posttrain.registry.manifest import environment_pins
-
-    before, now = read_json(pins), environment_pins()
-    moved = [
-        f"{name} {before.get(name)} → {now[name]}" for name in ("python", "machine") if before.get(name) != now[name]
-    ]
-    if before.get("cpu") != now["cpu"]:
-        moved.append("another processor")
-    moved += _moved(before.get("packages", {}), now["packages"])
-    text = "; ".join(moved) + ": results may differ in the last bits" if moved else "as recorded"
-    yield Finding("run versions", "note" if moved else "ok", text)
-
-
-def _moved(before: Mapping[str, str], now: Mapping[str, Any]) -> list[str]:
-    """Packages of ours that changed, by name; the others as a count."""
-    from packaging.requirements import Requirement
-
-    ours = {_plain(Requirement(text).name) for text in metadata.requires("posttrain") or ()}
-    names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-    named = [f"{n} {before.get(n, 'absent')} → {now.get(n, 'absent')}" for n in names if _plain(n) in ours]
-    others = len(names) - len(named)
-    return [*named, *([f"{others} other packages"] if others else [])]
 
 
 def _tested() -> dict[str, str]:
@@ -309,7 +243,11 @@ def _tested() -> dict[str, str]:
     if not path.exists():
         return {}
     lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
-    return {_plain(name): version for name, _, version in (line.partition("==") for line in lines) if version}
+    return {plain_name(name): version for name, _, version in (line.partition("==") for line in lines) if version}
+
+
+def _mend(requirement: Any) -> str:
+    return f"pip install --constraint constraints.txt '{requirement.name}{requirement.specifier}'"
 
 
 def _version(package: str) -> str | None:
@@ -317,7 +255,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("_", "-")

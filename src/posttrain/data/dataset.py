@@ -18,10 +18,11 @@ PERCENTILES = (50, 90, 99, 100)
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """Rows left out for one reason; `first` are up to three of them."""
+    """Rows left out for one reason, by line; `first` are up to three of them."""
 
     count: int
     first: tuple[str, ...]
+    lines: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,11 @@ class DataSummary:
         return sum(source.loss_tokens for source in self.sources)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without the lines of what was skipped: they may be many."""
+        record = asdict(self)
+        for skipped in (s for source in record["sources"] for s in source["skipped"].values()):
+            del skipped["lines"]
+        return record
 
     def lines(self) -> list[str]:
         """The summary as plain lines for a log."""

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from posttrain.config.stages import DatasetKeys, SFTKeys, TrainKeys
 from posttrain.data.dataset import Dataset, sequences
-from posttrain.data.lint_rules import RULES, LintInput, text_of
+from posttrain.data.lint_input import GOLD_ROWS, LintInput, text_of
+from posttrain.data.lint_rules import RULES, Action, Offence
 from posttrain.data.load import kind_of, read_nouns
 from posttrain.data.messages import parse_messages
 from posttrain.data.sources import read_rows
-from posttrain.errors import DataError
+from posttrain.errors import ConfigError, DataError
 from posttrain.files import write_atomic, write_json
 from posttrain.types import Origin, Prompt
 
@@ -29,17 +31,18 @@ class LintFinding:
     meaning: str
     count: int
     share: float
-    refuse_above: float | None
+    action: Action
+    limit: float
     removable: bool
-    offences: tuple[tuple[Origin, str], ...]
+    offences: tuple[Offence, ...]
 
     @property
     def refuses(self) -> bool:
-        return self.refuse_above is not None and self.share > self.refuse_above
+        return self.action == "refuse" and self.share > self.limit
 
     def line(self) -> str:
         first = "; ".join(f"{origin} {detail}" for origin, detail in self.offences[:_FIRST])
-        limit = f", refused above {self.refuse_above:.0%}" if self.refuse_above is not None else ""
+        limit = f", refused above {100 * self.limit:g}%" if self.action == "refuse" else ""
         return f"{self.rule}: {self.count:,} rows ({self.share:.1%}{limit}): {self.meaning}: {first}"
 
 
@@ -70,7 +73,7 @@ class LintReport:
         if bad:
             raise DataError(
                 "the data is refused: " + " | ".join(bad) + "; fix the rows, or write a clean set with "
-                "`posttrain data CONFIG --write-clean DIR`"
+                "`posttrain data CONFIG --write-clean DIR`, or change a limit under `lint:`"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -80,7 +83,8 @@ class LintReport:
                 "meaning": f.meaning,
                 "count": f.count,
                 "share": f.share,
-                "refuse_above": f.refuse_above,
+                "action": f.action,
+                "limit": f.limit,
                 "refuses": f.refuses,
                 "first": [f"{origin}: {detail}" for origin, detail in f.offences[:_FIRST]],
             }
@@ -89,20 +93,59 @@ class LintReport:
         return {"num_rows": self.num_rows, "refused": self.refused, "findings": rows}
 
 
-def lint(given: LintInput, thresholds: Mapping[str, float | None] | None = None) -> LintReport:
-    """Run every rule of the stage. `thresholds` overrides `refuse_above` by rule."""
-    limits = {name: rule.refuse_above for name, rule in RULES.items()} | dict(thresholds or {})
-    num_rows = len({noun.origin for noun in given.nouns})
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What is done about a rule: `action` above a share of `limit` of the rows."""
+
+    action: Action
+    limit: float
+
+
+def limits_of(changes: Mapping[str, Mapping[str, Any]]) -> dict[str, Limit]:
+    """The limits of every rule that is on, with the changes of the key `lint`: rule → {`limit`, `action`}.
+
+    A limit alone refuses above it. Raises: ConfigError for an unknown rule, key, action or limit.
+    """
+    for name, change in changes.items():
+        if name not in RULES:
+            raise ConfigError(f"lint.{name}: no such rule{_nearest(name, RULES)}")
+        if unknown := [key for key in change if key not in ("limit", "action")]:
+            raise ConfigError(f"lint.{name}.{unknown[0]}: no such key{_nearest(unknown[0], ('limit', 'action'))}")
+        action, limit = change.get("action", "refuse"), change.get("limit", 0.0)
+        if action not in ("warn", "refuse", "off"):
+            raise ConfigError(f"lint.{name}.action: got {action!r}, expected warn, refuse or off")
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 <= limit <= 1:
+            raise ConfigError(f"lint.{name}.limit: got {limit!r}, expected a share of the rows from 0 to 1")
+    limits = {}
+    for name, rule in RULES.items():
+        change = changes.get(name, {})
+        action = change.get("action", "refuse" if "limit" in change else rule.action)
+        if action != "off":
+            limits[name] = Limit(action, float(change.get("limit", rule.limit)))
+    return limits
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(known)}"
+
+
+def lint(given: LintInput, changes: Mapping[str, Mapping[str, Any]] | None = None) -> LintReport:
+    """Run every rule of the stage that is on. `changes` are those of the key `lint`. Raises: ConfigError."""
+    limits = limits_of(changes or {})
+    num_rows = given.num_rows
     findings = []
     for name, rule in RULES.items():
-        if given.stage not in rule.stages:
+        if given.stage not in rule.stages or name not in limits:
             continue
         offences = tuple(dict(rule.check(given)).items())
-        if offences:
-            share = len(offences) / max(1, num_rows)
-            findings.append(
-                LintFinding(name, rule.meaning, len(offences), share, limits[name], rule.removable, offences)
+        share = len(offences) / max(1, num_rows if rule.looks_at is None else len(rule.looks_at(given)))
+        row = limits[name]
+        if offences and (row.action == "refuse" or share > row.limit):
+            finding = LintFinding(
+                name, rule.meaning, len(offences), share, row.action, row.limit, rule.removable, offences
             )
+            findings.append(finding)
     return LintReport(tuple(findings), num_rows)
 
 
@@ -112,11 +155,16 @@ def lint_stage(
     dataset: Dataset[Any],
     *,
     suites: Mapping[str, Sequence[str]] | None = None,
-    parse_gold: Callable[[Prompt], Any] | None = None,
+    check_golds: Callable[[Sequence[Prompt]], Sequence[str | None]] | None = None,
+    gold_rows: int | None = GOLD_ROWS,
     own_template: str | None = None,
 ) -> LintReport:
-    """Lint what a stage would train on: `dataset` is what its loader gave for `keys`. Raises: DataError."""
+    """Lint what a stage would train on: `dataset` is what its loader gave for `keys`. Raises: DataError, ConfigError."""
     kind = kind_of(keys)
+    skipped: dict[str, list[Origin]] = {}
+    for source in dataset.summary.sources:
+        for reason, rows in source.skipped.items():
+            skipped.setdefault(reason, []).extend(Origin(source.path, line) for line in rows.lines)
     return lint(
         LintInput(
             stage=kind,
@@ -127,9 +175,12 @@ def lint_stage(
             train_on=keys.train_on if isinstance(keys, SFTKeys) else "assistant",
             eval_nouns=read_nouns(keys.eval_datasets, kind),
             suites=suites or {},
-            parse_gold=parse_gold,
+            skipped=skipped,
+            check_golds=check_golds,
+            gold_rows=gold_rows,
             own_template=own_template,
-        )
+        ),
+        keys.lint,
     )
 
 

@@ -6,148 +6,108 @@ A rule is a pure function of a `LintInput`; it yields the offending rows. Report
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from posttrain.data import overlap, render
+from posttrain.data import overlap
 from posttrain.data.formats import Noun, StageKind
+from posttrain.data.lint_input import (
+    CODE_GOLD_ROWS,
+    DECODED_ROWS,
+    SAMPLED_ROWS,
+    LintInput,
+    answers_of,
+    messages_of,
+    origin_of,
+    others_of,
+    prompt_of,
+    spread,
+    text_of,
+    whole,
+)
+from posttrain.data.load import NOTHING, NOTHING_LEFT, TOO_LONG
+from posttrain.data.parse import EMPTY, IDENTICAL, NO_ASSISTANT
 from posttrain.data.template import added_tokens, end_of_turn, render_text, render_with
 from posttrain.errors import DataError
-from posttrain.types import Example, LabelledCompletion, Message, Origin, PreferencePair, Prompt, Text, TokenSeq
+from posttrain.types import LabelledCompletion, Origin, PreferencePair, Prompt, TokenSeq
 
 GOLD_COLUMNS = ("answer", "gold", "target", "solution", "ground_truth", "label", "expected")
 NEAR_ROWS = 50_000
 """Near-duplicates are looked for among so many first rows."""
-SAMPLED_ROWS = 500
-"""Rows of which the template is checked."""
 
 Offence = tuple[Origin, str]
-
-
-@dataclass(frozen=True, slots=True)
-class LintInput:
-    """Rows as parsed (`nouns`) and as rendered (`rendered`, one tuple of sequences per row that was kept).
-
-    `suites` are the prompts of each eval suite; `parse_gold` gives `None` for a gold answer the reward cannot read;
-    `own_template` is the tokenizer's template where another one is used.
-    """
-
-    stage: StageKind
-    nouns: Sequence[Noun]
-    rendered: Sequence[tuple[TokenSeq, ...]]
-    tokenizer: Any
-    sequence_len: int
-    train_on: render.TrainOn = "assistant"
-    eval_nouns: Sequence[Noun] = ()
-    suites: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    parse_gold: Callable[[Prompt], Any] | None = None
-    own_template: str | None = None
+Action = Literal["warn", "refuse"]
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`refuse_above` is a share of the rows, `None` only reports; `removable` says `--write-clean` takes them out."""
+    """`limit` is the share of rows above which `action` is taken; `removable` says `--write-clean` takes them out.
+
+    `looks_at` gives the rows that are looked at, where that is not all of them: the share is of these.
+    """
 
     meaning: str
     stages: tuple[StageKind, ...]
-    refuse_above: float | None
+    action: Action
+    limit: float
     removable: bool
     check: Callable[[LintInput], Iterable[Offence]]
-
-
-# --- texts of a row ------------------------------------------------------------------------------------------------
-
-
-def text_of(text: Text) -> str:
-    return text if isinstance(text, str) else "\n".join(m["content"] for m in text)
-
-
-def prompt_of(noun: Noun) -> str:
-    if isinstance(noun, Example):
-        return noun.prompt if not noun.messages else "\n".join(_others(noun.messages))
-    return text_of(noun.prompt)
-
-
-def answers_of(noun: Noun) -> tuple[str, ...]:
-    if isinstance(noun, Example):
-        spoken = [m["content"] for m in noun.messages if m["role"] == "assistant"]
-        return tuple(spoken) if noun.messages else (noun.completion,)
-    if isinstance(noun, PreferencePair):
-        return (text_of(noun.chosen), text_of(noun.rejected))
-    return (text_of(noun.completion),) if isinstance(noun, LabelledCompletion) else ()
-
-
-def whole(noun: Noun) -> str:
-    return "\n".join((prompt_of(noun), *answers_of(noun)))
-
-
-def _others(messages: Sequence[Message]) -> list[str]:
-    return [m["content"] for m in messages if m["role"] != "assistant"]
-
-
-def _messages(noun: Noun) -> tuple[Message, ...]:
-    """The conversation a row renders; () for text."""
-    if isinstance(noun, Example):
-        return noun.messages
-    if isinstance(noun.prompt, str):
-        return ()
-    if isinstance(noun, Prompt):
-        return noun.prompt
-    answer = noun.chosen if isinstance(noun, PreferencePair) else noun.completion
-    return (*noun.prompt, *answer) if not isinstance(answer, str) else noun.prompt
+    looks_at: Callable[[LintInput], Sequence[Any]] | None = None
 
 
 # --- repetition ----------------------------------------------------------------------------------------------------
 
 
 def _duplicates(given: LintInput) -> Iterator[Offence]:
-    nouns = _one_per_row(given.nouns)
-    for later, first in overlap.exact_duplicates([whole(noun) for noun in nouns]):
-        yield nouns[later].origin, f"same as {nouns[first].origin}"
+    rows = given.rows
+    for later, first in overlap.exact_duplicates(given.words("whole", whole)):
+        yield rows[later].origin, f"same as {rows[first].origin}"
+
+
+def _first_rows(given: LintInput) -> list[Noun]:
+    return given.rows[:NEAR_ROWS]
 
 
 def _near_duplicates(given: LintInput) -> Iterator[Offence]:
-    nouns = _one_per_row(given.nouns)[:NEAR_ROWS]
-    for later, earlier, score in overlap.near_duplicates([whole(noun) for noun in nouns]):
-        yield nouns[later].origin, f"{score:.0%} like {nouns[earlier].origin}"
+    rows = given.rows
+    for later, earlier, score in overlap.near_duplicates(given.words("whole", whole)[:NEAR_ROWS]):
+        yield rows[later].origin, f"{score:.0%} like {rows[earlier].origin}"
+
+
+def _asked(noun: Noun) -> str:
+    return prompt_of(noun) or whole(noun)
 
 
 def _eval_overlap(given: LintInput) -> Iterator[Offence]:
-    held_out = {overlap.normalized(prompt_of(n) or whole(n)): n.origin for n in given.eval_nouns}
-    for noun in _one_per_row(given.nouns):
-        at = held_out.get(overlap.normalized(prompt_of(noun) or whole(noun)))
+    held_out = {overlap.normalized(_asked(noun)): noun.origin for noun in given.eval_nouns}
+    for noun in given.rows if held_out else ():
+        at = held_out.get(overlap.normalized(_asked(noun)))
         if at is not None:
             yield noun.origin, f"same prompt as {at}"
 
 
 def _contamination(given: LintInput) -> Iterator[Offence]:
-    nouns = _one_per_row(given.nouns)
-    for row, suite in overlap.contaminated([(prompt_of(n), whole(n)) for n in nouns], given.suites):
-        yield nouns[row].origin, f"holds a prompt of suite {suite}"
-
-
-def _one_per_row(nouns: Sequence[Noun]) -> list[Noun]:
-    """A pair that was unpaired for KTO gives two nouns of one row: they are no duplicates of each other."""
-    seen: dict[tuple[Origin, bool], Noun] = {}
-    for noun in nouns:
-        label = noun.label if isinstance(noun, LabelledCompletion) else True
-        seen.setdefault((noun.origin, label), noun)
-    return list(seen.values())
+    rows = given.rows
+    texts = zip(given.words("prompt", prompt_of), given.words("whole", whole), strict=True)
+    for row, suite in overlap.contaminated(list(texts), given.suites) if given.suites else ():
+        yield rows[row].origin, f"holds a prompt of suite {suite}"
 
 
 # --- template ------------------------------------------------------------------------------------------------------
 
 
+def _conversations(given: LintInput) -> list[Noun]:
+    return spread([noun for noun in given.nouns if messages_of(noun)], SAMPLED_ROWS)
+
+
 def _round_trip(given: LintInput) -> Iterator[Offence]:
     """White space is not compared: some decoders move it."""
-    for noun in islice(given.nouns, SAMPLED_ROWS):
-        if not _messages(noun):
-            continue
-        text = render_text(given.tokenizer, _messages(noun), noun.tools)
+    for noun in _conversations(given):
+        text = render_text(given.tokenizer, messages_of(noun), noun.tools)
         ids = given.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if "".join(given.tokenizer.decode(ids).split()) != "".join(text.split()):
             yield noun.origin, "decoding the row's tokens gives another text"
@@ -156,22 +116,19 @@ def _round_trip(given: LintInput) -> Iterator[Offence]:
 def _drift(given: LintInput) -> Iterator[Offence]:
     if not given.own_template or given.own_template == given.tokenizer.chat_template:
         return
-    for noun in islice(given.nouns, SAMPLED_ROWS):
-        messages = _messages(noun)
-        if not messages:
-            continue
+    for noun in _conversations(given):
         try:
-            theirs = render_with(given.own_template, given.tokenizer, messages, noun.tools)
+            theirs = render_with(given.own_template, given.tokenizer, messages_of(noun), noun.tools)
         except DataError:
             theirs = None
-        if theirs != render_text(given.tokenizer, messages, noun.tools):
+        if theirs != render_text(given.tokenizer, messages_of(noun), noun.tools):
             yield noun.origin, "the tokenizer's own template renders this row differently"
 
 
 def _control_tokens(given: LintInput) -> Iterator[Offence]:
     special = [t for t in added_tokens(given.tokenizer) if t in set(given.tokenizer.all_special_tokens)]
     for noun in given.nouns:
-        found = next((t for m in _messages(noun) for t in special if t in m["content"]), None)
+        found = next((t for m in messages_of(noun) for t in special if t in m["content"]), None)
         if found:
             yield noun.origin, f"the text of a message holds {found}, which becomes a control token"
 
@@ -179,27 +136,41 @@ def _control_tokens(given: LintInput) -> Iterator[Offence]:
 # --- masks and lengths ---------------------------------------------------------------------------------------------
 
 
+def _left_out(given: LintInput, *reasons: str) -> Iterator[Offence]:
+    for reason in reasons:
+        yield from ((at, f"left out: {reason}") for at in given.skipped.get(reason, ()))
+
+
 def _nothing_trained(given: LintInput) -> Iterator[Offence]:
+    yield from _left_out(given, NOTHING, NOTHING_LEFT, NO_ASSISTANT, EMPTY)
     for seqs in given.rendered:
         if not all(seq.num_loss_tokens for seq in seqs):
-            yield _at(seqs), "no token of this row is trained"
+            yield origin_of(seqs), "no token of this row is trained"
+
+
+def _too_long(given: LintInput) -> Iterator[Offence]:
+    return _left_out(given, TOO_LONG)
+
+
+def _decoded(given: LintInput) -> list[tuple[TokenSeq, ...]]:
+    return spread(given.rendered, DECODED_ROWS)
 
 
 def _prompt_trained(given: LintInput) -> Iterator[Offence]:
     if given.train_on == "all":
         return
     nouns = {noun.origin: noun for noun in given.nouns}
-    for seqs in given.rendered:
-        noun = nouns.get(_at(seqs))
+    for seqs in _decoded(given):
+        noun = nouns.get(origin_of(seqs))
         if noun is None:
             continue
-        asked = _others(_messages(noun)) or [prompt_of(noun)]
+        asked = others_of(messages_of(noun)) or [prompt_of(noun)]
         said = "\n".join(answers_of(noun))
         for seq in seqs:
             trained = given.tokenizer.decode([i for i, on in zip(seq.ids, seq.loss_mask, strict=True) if on])
             found = next((text for text in asked if len(text) >= 12 and text in trained and text not in said), None)
             if found:
-                yield _at(seqs), f"the mask trains the prompt: {found[:40]!r}"
+                yield origin_of(seqs), f"the mask trains the prompt: {found[:40]!r}"
                 break
 
 
@@ -207,10 +178,10 @@ def _no_end(given: LintInput) -> Iterator[Offence]:
     ends = _ends(given.tokenizer)
     for seqs in given.rendered:
         for seq in seqs:
-            trained = [i for i, on in zip(seq.ids, seq.loss_mask, strict=True) if on]
-            if trained and trained[-1] not in ends and len(seq.ids) < given.sequence_len:
+            last = next((i for i, on in zip(reversed(seq.ids), reversed(seq.loss_mask), strict=True) if on), None)
+            if last is not None and last not in ends and len(seq.ids) < given.sequence_len:
                 yield (
-                    _at(seqs),
+                    origin_of(seqs),
                     "the last trained token is neither EOS nor an end of turn, so a model never learns to stop",
                 )
                 break
@@ -220,7 +191,7 @@ def _truncated(given: LintInput) -> Iterator[Offence]:
     ends = _ends(given.tokenizer)
     for seqs in given.rendered:
         if any(len(seq.ids) >= given.sequence_len and not ends & set(seq.ids[-2:]) for seq in seqs):
-            yield _at(seqs), f"the answer is cut at sequence_len={given.sequence_len}"
+            yield origin_of(seqs), f"the answer is cut at sequence_len={given.sequence_len}"
 
 
 def _ends(tokenizer: Any) -> set[int]:
@@ -235,15 +206,39 @@ def _length_outliers(given: LintInput) -> Iterator[Offence]:
         return
     logs = [math.log(max(1, n)) for n in lengths]
     middle = statistics.median(logs)
-    spread = 1.4826 * statistics.median(abs(x - middle) for x in logs)
+    deviation = 1.4826 * statistics.median(abs(x - middle) for x in logs)
     for seqs, length, log in zip(given.rendered, lengths, logs, strict=True):
         far = log - middle
-        if abs(far) > 6 * spread and (far > math.log(4) or far < -math.log(8)):
-            yield _at(seqs), f"{length} tokens, the median is {math.exp(middle):.0f}"
+        if abs(far) > 6 * deviation and (far > math.log(4) or far < -math.log(8)):
+            yield origin_of(seqs), f"{length} tokens, the median is {math.exp(middle):.0f}"
 
 
-def _at(seqs: tuple[TokenSeq, ...]) -> Origin:
-    return seqs[0].origin or Origin("?", 0)
+_OPENED = (("```", "```"), ("<think>", "</think>"), ("<answer>", "</answer>"), ("\\begin{", "\\end{"))
+_BOX_TO_THE_END = re.compile(r"\\boxed\{[^{}]*\Z")
+
+
+def _unfinished(given: LintInput) -> Iterator[Offence]:
+    """Only what is surely open: prose that stops in the middle is not told from prose without a full stop."""
+    for noun in given.nouns:
+        answer = _wanted_answer(noun)
+        mark = next((opening for opening, closing in _OPENED if _is_open(answer, opening, closing)), None)
+        mark = mark or ("\\boxed{" if _BOX_TO_THE_END.search(answer) else None)
+        if mark:
+            yield noun.origin, f"the answer opens {mark} and never closes it"
+
+
+def _wanted_answer(noun: Noun) -> str:
+    """The answer a model is drawn to: the last turn, the chosen one, a desirable one."""
+    if isinstance(noun, LabelledCompletion) and not noun.label:
+        return ""
+    answers = answers_of(noun)
+    return (answers[0] if isinstance(noun, PreferencePair) else answers[-1]) if answers else ""
+
+
+def _is_open(text: str, opening: str, closing: str) -> bool:
+    if opening == closing:
+        return text.count(opening) % 2 == 1
+    return text.count(opening) > text.count(closing)
 
 
 # --- pairs and golds -----------------------------------------------------------------------------------------------
@@ -254,6 +249,7 @@ def _pairs(given: LintInput) -> list[PreferencePair]:
 
 
 def _pair_alike(given: LintInput) -> Iterator[Offence]:
+    yield from _left_out(given, IDENTICAL)
     for pair in _pairs(given):
         chosen, rejected = answers_of(pair)
         if overlap.normalized(chosen) == overlap.normalized(rejected):
@@ -298,12 +294,19 @@ def _gold_missing(given: LintInput) -> Iterator[Offence]:
             yield prompt.origin, f"no gold answer in {' or '.join(f'`{name}`' for name in named)}"
 
 
+def _with_golds(given: LintInput) -> list[Prompt]:
+    prompts = [noun for noun in given.nouns if isinstance(noun, Prompt)]
+    are_programs = any("tests" in prompt.columns for prompt in prompts[:1])
+    return spread(prompts, CODE_GOLD_ROWS if are_programs else given.gold_rows)
+
+
 def _gold_unreadable(given: LintInput) -> Iterator[Offence]:
-    if given.parse_gold is None:
+    if given.check_golds is None:
         return
-    for noun in given.nouns:
-        if isinstance(noun, Prompt) and given.parse_gold(noun) is None:
-            yield noun.origin, "the reward cannot read the gold answer"
+    prompts = _with_golds(given)
+    for prompt, reason in zip(prompts, given.check_golds(prompts), strict=True):
+        if reason is not None:
+            yield prompt.origin, reason
 
 
 def _is_blank(value: Any) -> bool:
@@ -316,21 +319,24 @@ _ALL: tuple[StageKind, ...] = ("sft", "dpo", "kto", "grpo")
 _TRAINED: tuple[StageKind, ...] = ("sft", "dpo", "kto")
 
 RULES: dict[str, Rule] = {
-    "duplicate": Rule("the same row again", _ALL, 0.5, True, _duplicates),
-    "near_duplicate": Rule("almost the same row again", _ALL, None, True, _near_duplicates),
-    "eval_overlap": Rule("the prompt is in eval_datasets", _ALL, 0.01, True, _eval_overlap),
-    "contamination": Rule("a prompt of an eval suite", _ALL, 0.01, True, _contamination),
-    "template_round_trip": Rule("text → tokens → text is not the same text", _ALL, 0.1, False, _round_trip),
-    "template_drift": Rule("the given chat template is not the tokenizer's", _ALL, None, False, _drift),
-    "control_tokens": Rule("control tokens inside a message", _ALL, None, True, _control_tokens),
-    "nothing_trained": Rule("nothing is trained", _TRAINED, 0.0, True, _nothing_trained),
-    "prompt_trained": Rule("the prompt is trained", _TRAINED, 0.0, True, _prompt_trained),
-    "no_end": Rule("no end of turn or EOS is trained", _TRAINED, 0.5, False, _no_end),
-    "truncated": Rule("the answer is cut", _TRAINED, 0.2, True, _truncated),
-    "length_outlier": Rule("far longer or shorter than the others", _ALL, None, False, _length_outliers),
-    "pair_alike": Rule("chosen and rejected are alike", ("dpo",), 0.2, True, _pair_alike),
-    "contradiction": Rule("preferences contradict", ("dpo", "kto"), 0.05, True, _pair_contradicts),
-    "length_bias": Rule("length alone tells chosen from rejected", ("dpo",), None, False, _pair_length),
-    "gold_missing": Rule("no gold answer", ("grpo",), 0.05, True, _gold_missing),
-    "gold_unreadable": Rule("the reward cannot read the gold answer", ("grpo",), 0.05, True, _gold_unreadable),
-}
+    "duplicate": Rule("the same row again", _ALL, "refuse", 0.5, True, _duplicates),
+    "near_duplicate": Rule("almost the same row again", _ALL, "warn", 0.0, True, _near_duplicates, _first_rows),
+    "eval_overlap": Rule("the prompt is in eval_datasets", _ALL, "refuse", 0.01, True, _eval_overlap),
+    "contamination": Rule("a prompt of an eval suite", _ALL, "refuse", 0.01, True, _contamination),
+    "template_round_trip": Rule("text → tokens → text is not the same text", _ALL, "refuse", 0.1, False, _round_trip, _conversations),
+    "template_drift": Rule("the given chat template is not the tokenizer's", _ALL, "warn", 0.0, False, _drift, _conversations),
+    "control_tokens": Rule("control tokens inside a message", _ALL, "warn", 0.0, True, _control_tokens),
+    "nothing_trained": Rule("nothing is trained", _TRAINED, "refuse", 0.5, True, _nothing_trained),
+    "too_long": Rule("longer than sequence_len", _ALL, "refuse", 0.5, True, _too_long),
+    "prompt_trained": Rule("the prompt is trained", _TRAINED, "refuse", 0.0, True, _prompt_trained, _decoded),
+    "no_end": Rule("no end of turn or EOS is trained", _TRAINED, "refuse", 0.5, False, _no_end),
+    "truncated": Rule("the answer is cut by sequence_len", _TRAINED, "refuse", 0.2, True, _truncated),
+    "unfinished": Rule("the answer was cut before it came here", _TRAINED, "warn", 0.0, True, _unfinished),
+    "length_outlier": Rule("far longer or shorter than the others", _ALL, "warn", 0.0, False, _length_outliers),
+    "pair_alike": Rule("chosen and rejected are alike", ("dpo",), "refuse", 0.2, True, _pair_alike),
+    "contradiction": Rule("preferences contradict", ("dpo", "kto"), "refuse", 0.05, True, _pair_contradicts),
+    "length_bias": Rule("length alone tells chosen from rejected", ("dpo",), "warn", 0.0, False, _pair_length),
+    "gold_missing": Rule("no gold answer", ("grpo",), "refuse", 0.05, True, _gold_missing),
+    "gold_unreadable": Rule("the rewards do not know the gold answer as right", ("grpo",), "refuse", 0.05, True, _gold_unreadable, _with_golds),
+}  # fmt: skip
+"""Name → lint. `limit` and `action` are the defaults of the key `lint`."""

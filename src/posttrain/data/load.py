@@ -265,7 +265,10 @@ def _summary(source: DatasetKeys, read: Source, found: str, part: _Gathered) -> 
         format=found,
         rows_read=len(read.rows),
         rows_kept=len(part.rows),
-        skipped={reason: Skipped(len(at), tuple(str(o) for o in at[:3])) for reason, at in part.skipped.items()},
+        skipped={
+            reason: Skipped(len(at), tuple(str(o) for o in at[:3]), tuple(o.line for o in at))
+            for reason, at in part.skipped.items()
+        },
         tokens=sum(len(seq.ids) for seq in seqs),
         loss_tokens=sum(seq.num_loss_tokens for seq in seqs),
         lengths=length_percentiles([len(seq.ids) for seq in seqs]),
@@ -317,7 +320,9 @@ def _restored(
 
 
 def _restored_summary(raw: dict[str, Any], source: DatasetKeys) -> SourceSummary:
-    skipped = {reason: Skipped(s["count"], tuple(s["first"])) for reason, s in raw["skipped"].items()}
+    skipped = {
+        reason: Skipped(s["count"], tuple(s["first"]), tuple(s["lines"])) for reason, s in raw["skipped"].items()
+    }
     return SourceSummary(**{**raw, "skipped": skipped, "weight": source.weight, "path": short_path(source.path)})
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain.config import hub
 from posttrain.config.stages import DatasetKeys
 from posttrain.errors import DataError
 from posttrain.files import digest_bytes, digest_file
@@ -222,13 +223,16 @@ READERS: dict[str, Callable[[Path], Iterable[tuple[Origin, Any]]]] = {
 
 
 def _read_hub(source: DatasetKeys) -> list[Row]:
+    offline = hub.prepare()
     import datasets
+    import datasets.config as client
 
+    client.HF_HUB_OFFLINE = client.HF_HUB_OFFLINE or bool(offline)
     try:
         table = datasets.load_dataset(source.path, source.name, split=source.split)
     except Exception as error:  # noqa: BLE001 - the hub's client: each HTTP library has errors of its own
         raise DataError(
-            f"{source.path}: not a local file, and the hub could not give it ({_first_line(error)}); "
+            f"{source.path}: not a local file, and the hub could not give it ({offline or _first_line(error)}); "
             "check the name, `split` and `name`, go online, or give a local file"
         ) from None
     rows = table.select(range(min(source.limit, len(table)))) if source.limit else table

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from posttrain.files import write_atomic
-from posttrain.report import charts, tables, words
+from posttrain.report import charts, checks, tables, words
 from posttrain.report.records import RunRecord, load_run
 
 
@@ -52,7 +52,10 @@ def _context(run: RunRecord) -> dict[str, Any]:
         "training_samples": [(stage, tables.training_samples(stage)) for stage in run.stages if stage.samples],
         "findings": tables.findings(run),
         "watched": any(stage.metrics for stage in run.stages),
-        "certificate": tables.flatten(run.certificate) if run.certificate else [],
-        "certificate_tables": tables.nested_tables(run.certificate) if run.certificate else [],
+        "certificates": checks.certificate_views(run),
+        "data": checks.data_rows(run),
+        "lint": checks.lint_rows(run),
+        "linted": any(stage.lint for stage in run.stages),
+        "total": tables.total(run),
         "pins": tables.flatten(run.pins),
     }

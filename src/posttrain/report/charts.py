@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from posttrain.report import words
 _BLUE, _ORANGE, _RED, _GREY = "#1f5fa8", "#c75b12", "#b3261e", "#767676"
 _VERDICT_COLOR = {"PASS": "#1b6e3c", "FAIL": _RED}
 _MAX_POINTS = 1000
+_FONTS = re.compile(r"font-family: [^;\"]+")
+_LONG_NUMBER = re.compile(r"(?<![\w#.])-?\d+\.\d{2,}(?![\w.])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,9 @@ def _curve(panel: Panel, metrics: Sequence[Mapping[str, Any]], finding_steps: Se
         axes.plot(
             steps, values, color=color, linewidth=1.4, label=name, marker="o" if len(points) < 15 else "", markersize=3
         )
+    if len({value for points in series.values() for _, value in points}) == 1:
+        # A flat line says nothing by itself: its distance from 0 and 1 does.
+        axes.set_ylim(*_around(next(iter(series.values()))[0][1]))
     for step in finding_steps:
         axes.axvline(step, color=_RED, linewidth=0.8, linestyle=":")
     if len(series) > 1:
@@ -131,6 +137,10 @@ def _curve(panel: Panel, metrics: Sequence[Mapping[str, Any]], finding_steps: Se
         for name, points in series.items()
     )
     return Chart(_data_uri(axes.figure), f"{panel.title}: {alt}", panel.title, panel.meaning)
+
+
+def _around(value: float) -> tuple[float, float]:
+    return min(0.0, value) - 0.05, max(1.0, value) + 0.05
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
@@ -155,7 +165,10 @@ def _tidy(axes: Any) -> None:
 
 def _data_uri(figure: Figure) -> str:
     buffer = io.BytesIO()
-    # A fixed salt and no date: the same run gives the same bytes.
-    with matplotlib.rc_context({"svg.hashsalt": "posttrain", "svg.fonttype": "path"}):
+    # A fixed salt and no date: the same run gives the same bytes. Text stays text, in the reader's own font.
+    with matplotlib.rc_context({"svg.hashsalt": "posttrain", "svg.fonttype": "none", "font.family": "sans-serif"}):
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    # A tenth of a point is finer than a screen shows, and six digits are most of the bytes.
+    small = _LONG_NUMBER.sub(lambda match: f"{float(match[0]):.1f}", buffer.getvalue().decode("utf-8"))
+    small = _FONTS.sub("font-family: sans-serif", small)
+    return "data:image/svg+xml;base64," + base64.b64encode(small.encode("utf-8")).decode("ascii")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain.files import read_json
 from posttrain.report import words
 from posttrain.report.intervals import difference_interval
 from posttrain.report.records import RunRecord, StageRecord, load_run
@@ -45,11 +46,12 @@ class RunDiff:
     keys: tuple[Change, ...]
     stages: tuple[StageDiff, ...]
     scores: tuple[Change, ...]
+    environment: tuple[Change, ...] = ()
 
     @property
     def is_empty(self) -> bool:
         moved = any(stage.first_difference is not None or stage.metrics for stage in self.stages)
-        return not (self.pins or self.keys or self.scores or moved)
+        return not (self.pins or self.environment or self.keys or self.scores or moved)
 
 
 def diff_runs(run_a: Path, run_b: Path) -> RunDiff:
@@ -61,7 +63,8 @@ def compare(a: RunRecord, b: RunRecord) -> RunDiff:
     return RunDiff(
         a=str(a.folder),
         b=str(b.folder),
-        pins=tuple(_changes(dict(flatten(a.pins)), dict(flatten(b.pins)))),
+        pins=tuple(_changes(_pins(a), _pins(b))),
+        environment=tuple(_changes(_environment(a.folder), _environment(b.folder))),
         keys=tuple(_changes(_leaves(a.config), _leaves(b.config))),
         stages=tuple(_stages(a.stages, b.stages)),
         scores=tuple(_scores(a, b)),
@@ -73,22 +76,47 @@ def render(diff: RunDiff) -> str:
     lines = [f"A  {diff.a}", f"B  {diff.b}"]
     if diff.is_empty:
         return "\n".join([*lines, "", "No pin, key, metric or score differs."])
-    lines += _section("Pins that moved", diff.pins, "none: same base, data, code and environment")
+    lines += _section("Pins that moved", diff.pins, "none: same base, data, rewards, suites and code")
+    lines += _section(
+        "Environment that moved", diff.environment, "none: same Python, processor and packages, as recorded"
+    )
     lines += _section("Keys that differ", diff.keys, "none")
     for stage in diff.stages:
         steps = (
             stage.num_steps[0] if len(set(stage.num_steps)) == 1 else f"{stage.num_steps[0]} and {stage.num_steps[1]}"
         )
-        first = (
-            "equal at every step"
-            if stage.first_difference is None
-            else f"equal until step {stage.first_difference}, where they part"
-        )
-        lines += _section(
-            f"Stage {stage.name} ({steps} logged steps), metrics {first}", stage.metrics, "last values equal"
-        )
+        title = f"Stage {stage.name} ({steps} logged steps), metrics {_parting(stage.first_difference)}"
+        lines += _section(title, stage.metrics, "last values equal")
     lines += _section("Scores", diff.scores, "equal")
     return "\n".join(lines)
+
+
+def _parting(first_difference: int | None) -> str:
+    if first_difference is None:
+        return "equal at every step"
+    return (
+        f"equal until step {first_difference}, where they part"
+        if first_difference > 1
+        else "differ from the first step"
+    )
+
+
+def _pins(run: RunRecord) -> dict[str, str]:
+    return {name: words.short_digest(value) for name, value in flatten(run.pins)}
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """What `environment.json` says of Python, the processor and the packages; nothing where it is absent or broken."""
+    try:
+        record = read_json(folder / "environment.json")
+    except (OSError, ValueError):
+        return {}
+    facts = {
+        "python": record.get("python"),
+        "machine": record.get("machine"),
+        "cpu": record.get("cpu", {}).get("model"),
+    }
+    return {name: str(value) for name, value in facts.items()} | record.get("packages", {})
 
 
 def _section(title: str, changes: Sequence[Change], none: str) -> list[str]:

@@ -37,13 +37,19 @@ class StageRecord:
     entry: Mapping[str, Any]
     result: Mapping[str, Any]
     data: Mapping[str, Any]
+    lint: Mapping[str, Any]
     metrics: tuple[Mapping[str, Any], ...]
     events: tuple[Mapping[str, Any], ...]
     samples: tuple[Mapping[str, Any], ...]
 
     @property
     def findings(self) -> list[Mapping[str, Any]]:
-        return [event for event in self.events if event.get("kind") == "finding"]
+        return [event for event in self.events if event.get("kind") in ("finding", "rollback")]
+
+    @property
+    def actions(self) -> list[Mapping[str, Any]]:
+        """What was changed because of findings, in order."""
+        return [event for event in self.events if event.get("kind") in ("action", "rollback")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,7 @@ class GateRecord:
     after: str
     verdict: Mapping[str, Any]
     spec: Mapping[str, Any]
+    look: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +75,7 @@ class RunRecord:
     config: Mapping[str, Any]
     pins: Mapping[str, Any]
     registered: Mapping[str, Any] | None
-    certificate: Mapping[str, Any] | None
+    certificates: Mapping[str, Mapping[str, Any]]
     problems: tuple[str, ...] = field(default=())
 
     @property
@@ -114,9 +121,16 @@ def load_run(folder: Path) -> RunRecord:
         ),
         pins=_mapping(pipeline.get("pins")),
         registered=_registered(pipeline.get("registered")),
-        certificate=_try(folder / "certificate.json", read_json, None, problems),
+        certificates=_certificates(folder, problems),
         problems=tuple(problems),
     )
+
+
+def _certificates(folder: Path, problems: list[str]) -> dict[str, Mapping[str, Any]]:
+    """Stage → the certificate it was started on; under the run's own name what `posttrain rewards check` left."""
+    paths = [folder / "certificate.json", *sorted((folder / "stages").glob("*/certificate.json"))]
+    found = {path.resolve().parent.name: _mapping(_try(path, read_json, {}, problems)) for path in paths}
+    return {name: record for name, record in found.items() if record}
 
 
 def _stages(folder: Path, pipeline: Mapping[str, Any], problems: list[str]) -> tuple[StageRecord, ...]:
@@ -146,6 +160,7 @@ def _stage(folder: Path, entry: Mapping[str, Any], problems: list[str]) -> Stage
         entry=entry,
         result=result,
         data=_mapping(_try(where / "summary.json", read_json, {}, problems)),
+        lint=_mapping(_try(where / "lint.json", read_json, {}, problems)),
         metrics=metrics,
         events=tuple(read_jsonl(where / "events.jsonl")),
         samples=tuple(read_jsonl(where / "samples.jsonl")),
@@ -176,6 +191,8 @@ def _gates(folder: Path, pipeline: Mapping[str, Any], problems: list[str]) -> tu
             "tests": [],
         }
         verdict = {"reason": "", **verdict, "tests": [_test(test) for test in verdict.get("tests") or []]}
+        if decision := _mapping(_try(where / "decision.json", read_json, {}, problems)):
+            verdict |= _decided(verdict, decision)
         if verdict.get("verdict"):
             gates.append(
                 GateRecord(
@@ -183,9 +200,16 @@ def _gates(folder: Path, pipeline: Mapping[str, Any], problems: list[str]) -> tu
                     str(entry.get("after", "")),
                     verdict,
                     _mapping(_try(where / "spec.json", read_json, {}, problems)),
+                    _mapping(_try(where / "evidence.json", read_json, {}, problems)).get("look"),
                 )
             )
     return tuple(gates)
+
+
+def _decided(verdict: Mapping[str, Any], decision: Mapping[str, Any]) -> dict[str, str]:
+    """The verdict as a person decided it, with what the gate had said."""
+    said = f"by {decision.get('by')}: {decision.get('reason')}; the gate said {verdict.get('verdict')}, {verdict['reason']}"
+    return {"verdict": "ACCEPTED" if decision.get("accepted") else "REJECTED", "reason": said}
 
 
 def _registered(entry: Any) -> Mapping[str, Any] | None:

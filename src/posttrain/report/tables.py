@@ -91,6 +91,26 @@ def costs(run: RunRecord) -> list[CostRow]:
     return [CostRow(stage, tuple(_gains(run, place))) for place, stage in enumerate(run.stages)]
 
 
+@dataclass(frozen=True, slots=True)
+class Total:
+    """What the whole run took; `eval_s` is what its evaluations took, None where none is known."""
+
+    train_s: float
+    tokens: int
+    steps: int
+    eval_s: float | None
+
+
+def total(run: RunRecord) -> Total:
+    reports = [report for suites in run.evals.values() for report in suites.values()]
+    return Total(
+        train_s=sum(stage.wall_s or 0.0 for stage in run.stages),
+        tokens=sum(stage.tokens or 0 for stage in run.stages),
+        steps=sum(stage.steps or 0 for stage in run.stages),
+        eval_s=sum(report.wall_s for report in reports) if reports else None,
+    )
+
+
 def _gains(run: RunRecord, place: int) -> Iterator[tuple[str, str]]:
     """Per suite, the stage's model against the nearest earlier one that was evaluated on it."""
     earlier = [*[stage.name for stage in run.stages[:place]][::-1], "base"]
@@ -288,16 +308,6 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
         elif inner is not None:
             rows.append((f"{prefix}{name}", ", ".join(map(str, inner)) if isinstance(inner, list) else _number(inner)))
     return rows
-
-
-def nested_tables(value: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Every list of records in `value` as (name, columns, rows)."""
-    tables: list[tuple[str, list[str], list[list[str]]]] = []
-    for name, rows in value.items():
-        if isinstance(rows, list) and rows and all(isinstance(row, Mapping) for row in rows):
-            columns = list(dict.fromkeys(column for row in rows for column in row))
-            tables.append((name, columns, [[_number(row.get(column, "")) for column in columns] for row in rows]))
-    return tables
 
 
 def text_of(value: Any) -> str:

@@ -12,12 +12,15 @@ from posttrain.types import EvalReport
 STATUS = {
     "running": "The run has not finished; this is what it has so far.",
     "error": "The run stopped with an error; this is what it had until then.",
+    "pending": "The verdict is inconclusive and waits for a person: posttrain gate decide.",
     "stopped": "The run was stopped before its end; started again, it continues.",
 }
 VERDICT = {
     "PASS": "passed its gate",
     "FAIL": "did not pass its gate and was not promoted",
     "INCONCLUSIVE": "was neither accepted nor rejected: the evidence is too thin, which is not a pass",
+    "ACCEPTED": "was not shown to be better or worse by its gate, and a person accepted it",
+    "REJECTED": "was not shown to be better or worse by its gate, and a person rejected it",
     "INVALID": "could not be judged: the comparison itself is broken",
 }
 

@@ -32,7 +32,10 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
 }  # fmt: skip
 """What each kind of stage shows; a metric that was not logged is left out."""
 
-_EVENTS_SHOWN = {"finding", "notice", "checkpoint", "eval", "action"}
+_EVENTS_SHOWN = {"finding", "notice", "checkpoint", "eval", "action", "rollback"}
+_KEPT = {"finding", "action", "rollback"}
+"""Events that stay on the screen when the panel goes."""
+_STYLES = {"hard": "bold red", "soft": "yellow"}
 _RECENT_STEPS = 20
 _SAMPLE_CHARS = 400
 
@@ -75,9 +78,11 @@ class LiveView:
             self._sample = details
         elif kind in _EVENTS_SHOWN:
             note = f"{self._kind} step {step} {kind}: {describe(details)}"
-            self._notes.append(note)
-            if self._live is None:
-                self._print(note)
+            if kind in _KEPT or self._live is None:
+                # Above the panel, if there is one: rich keeps it there.
+                self._print(note, _STYLES.get(str(details.get("severity")), ""))
+            else:
+                self._notes.append(note)
         if self._live is not None:
             self._live.update(self._panel())
 
@@ -138,21 +143,22 @@ class LiveView:
         parts: list[Any] = [head, body]
         if self._sample is not None:
             parts.append(Text(sample_text(self._sample), style="italic", overflow="fold"))
-        parts += [Text(note, style="yellow") for note in self._notes]
+        parts += [Text(printable(note), style="dim") for note in self._notes]
         return Panel(Group(*parts), title=self._kind, title_align="left")
 
-    def _print(self, line: str) -> None:
+    def _print(self, line: str, style: str = "") -> None:
         # Sampled text may hold markup or escape codes: it is printed as characters, never interpreted.
-        self._console.print(Text(printable(line)), soft_wrap=True)
+        self._console.print(Text(printable(line), style=style), soft_wrap=True)
 
 
 def describe(details: Mapping[str, Any]) -> str:
-    """The message of an event, or its fields."""
-    return (
-        str(details["message"])
-        if "message" in details
-        else ", ".join(f"{name}={value}" for name, value in details.items())
-    )
+    """An event in words: of a finding its rule, severity, message and what is done; else its message, or its fields."""
+    if "message" not in details:
+        return ", ".join(f"{name}={value}" for name, value in details.items())
+    text = str(details["message"])
+    if "severity" in details and "rule" in details:
+        text = f"{details['rule']} ({getattr(details['severity'], 'value', details['severity'])}): {text}"
+    return f"{text} → {details['action']}" if details.get("action") else text
 
 
 def sample_text(sample: Mapping[str, Any]) -> str:

@@ -16,7 +16,8 @@ _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class PrometheusSink:
-    """Serves gauges `posttrain_<metric>{stage="…"}` and the counter `posttrain_findings_total{rule="…",severity="…"}`.
+    """Serves gauges `posttrain_<metric>{stage="…"}`, and the counters `posttrain_findings_total` by rule and severity and
+    `posttrain_actions_total` by kind (action, rollback).
 
     `port=0` takes any free port; `port` holds the one it got. Raises: ConfigError if the port is taken.
     """
@@ -26,6 +27,7 @@ class PrometheusSink:
         self._lock = threading.Lock()
         self._gauges: dict[str, float] = {}
         self._findings: Counter[tuple[str, str]] = Counter()
+        self._actions: Counter[str] = Counter()
         try:
             self._server = ThreadingHTTPServer((host, port), _handler(self.render))
         except OSError as error:
@@ -42,9 +44,11 @@ class PrometheusSink:
             self._gauges.update({"step": float(step)} | {name: float(value) for name, value in metrics.items()})
 
     def event(self, kind: str, step: int, details: Mapping[str, Any]) -> None:
-        if kind == "finding":
-            with self._lock:
+        with self._lock:
+            if kind == "finding":
                 self._findings[str(details.get("rule", "")), _text(details.get("severity", ""))] += 1
+            elif kind in ("action", "rollback"):
+                self._actions[kind] += 1
 
     def close(self) -> None:
         self._server.shutdown()
@@ -53,17 +57,27 @@ class PrometheusSink:
     def render(self) -> str:
         """The page, in the Prometheus text format."""
         with self._lock:
-            gauges, findings = dict(self._gauges), dict(self._findings)
-        label = f'{{stage="{_escaped(self._stage)}"}}' if self._stage else ""
+            gauges, findings, actions = dict(self._gauges), dict(self._findings), dict(self._actions)
+        stage = {"stage": self._stage} if self._stage else {}
+        # Two metrics whose names become one would be two samples of one name: the last by name is served.
+        named = {"posttrain_" + re.sub(r"[^a-zA-Z0-9_]", "_", name): value for name, value in sorted(gauges.items())}
         lines: list[str] = []
-        for name, value in sorted(gauges.items()):
-            metric = "posttrain_" + re.sub(r"[^a-zA-Z0-9_]", "_", name)
-            lines += [f"# TYPE {metric} gauge", f"{metric}{label} {_number(value)}"]
+        for name, value in named.items():
+            lines += [f"# TYPE {name} gauge", f"{name}{_labels(stage)} {_number(value)}"]
         if findings:
             lines.append("# TYPE posttrain_findings_total counter")
         for (rule, severity), count in sorted(findings.items()):
-            lines.append(f'posttrain_findings_total{{rule="{_escaped(rule)}",severity="{_escaped(severity)}"}} {count}')
+            lines.append(f"posttrain_findings_total{_labels(stage | {'rule': rule, 'severity': severity})} {count}")
+        if actions:
+            lines.append("# TYPE posttrain_actions_total counter")
+        lines += [
+            f"posttrain_actions_total{_labels(stage | {'kind': kind})} {n}" for kind, n in sorted(actions.items())
+        ]
         return "\n".join(lines) + "\n"
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    return "{" + ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items()) + "}" if labels else ""
 
 
 def _handler(render: Any) -> type[BaseHTTPRequestHandler]:

@@ -1,0 +1,113 @@
+"""Whether a run can go on here, or a YAML can start: its keys, its code, its packages, its place on disk."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from posttrain.cli.findings import Finding, plain_name
+from posttrain.errors import ConfigError, PosttrainError
+from posttrain.files import write_atomic
+
+
+def check_target(target: Path) -> Iterator[Finding]:
+    """A run's folder or a YAML. Raises: ConfigError if it is neither."""
+    if not target.exists():
+        raise ConfigError(f"{target}: no such folder or file; expected the folder of a run, or a YAML")
+    if target.is_dir():
+        yield from check_run(target)
+    else:
+        yield _readable(target)
+
+
+def durable(folder: Path) -> Finding:
+    """Whether what a run stands on holds in `folder`: a temporary file, fsync of file and folder, rename over a file."""
+    place = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=place, prefix=".posttrain-doctor-") as scratch:
+            path = Path(scratch) / "first"
+            write_atomic(path, "old")
+            write_atomic(path, "new")
+            os.replace(path, Path(scratch) / "second")
+            good = (Path(scratch) / "second").read_text() == "new" and not path.exists()
+    except OSError as error:
+        text = f"{place}: {error.strerror or error}; move output_dir to a folder that can be written"
+        return Finding("crash-safe writes", "broken", text)
+    text = f"fsync and rename work in {place}" if good else f"a rename in {place} is not what it says; move output_dir"
+    return Finding("crash-safe writes", "ok" if good else "broken", text)
+
+
+def check_run(folder: Path) -> Iterator[Finding]:
+    """Whether this version can read the run's configuration, and what moved since the run was made."""
+    yield _readable(folder / "config.yaml")
+    yield durable(folder)
+    recorded = folder / "pipeline.json"
+    if recorded.exists():
+        yield from _compared_code(recorded)
+    pins = folder / "environment.json"
+    if pins.exists():
+        yield from _compared_environment(pins)
+    else:
+        yield Finding("run versions", "note", f"{pins} is not there: the run recorded no package versions")
+
+
+def _readable(path: Path) -> Finding:
+    from posttrain.config.load import detect, load_stage
+    from posttrain.config.load_pipeline import load_pipeline
+
+    if not path.exists():
+        return Finding(
+            "run config", "broken", f"{path} is not there; expected the configuration the run was started with"
+        )
+    try:
+        kind = detect(path)
+        loaded = load_pipeline(path) if kind == "pipeline" else load_stage(kind, path)
+    except PosttrainError as error:
+        return Finding("run config", "broken", "; ".join(str(error).splitlines()))
+    moved = [note for note in loaded.notes if "since schema" in note]
+    if moved:
+        return Finding("run config", "note", f"{path}: a valid {kind}, read with changes: " + "; ".join(moved))
+    return Finding("run config", "ok", f"{path}: a valid {kind} for this version")
+
+
+def _compared_code(recorded: Path) -> Iterator[Finding]:
+    import posttrain
+    from posttrain.files import read_json
+    from posttrain.registry.manifest import code_digest
+
+    before = read_json(recorded).get("pins", {}).get("code")
+    now = code_digest(Path(posttrain.__file__).parent)
+    same = before == now
+    text = "the posttrain that made the run" if same else "posttrain has changed since: a start asks for --on-change"
+    yield Finding("run code", "ok" if same else "note", text)
+
+
+def _compared_environment(pins: Path) -> Iterator[Finding]:
+    from posttrain.files import read_json
+    from posttrain.registry.manifest import environment_pins
+
+    before, now = read_json(pins), environment_pins()
+    moved = [
+        f"{name} {before.get(name)} → {now[name]}" for name in ("python", "machine") if before.get(name) != now[name]
+    ]
+    if before.get("cpu") != now["cpu"]:
+        moved.append("another processor")
+    moved += _moved(before.get("packages", {}), now["packages"])
+    mend = "results may differ in the last bits; install the recorded versions for the same ones"
+    text = f"{'; '.join(moved)}: {mend}" if moved else "as recorded"
+    yield Finding("run versions", "note" if moved else "ok", text)
+
+
+def _moved(before: Mapping[str, str], now: Mapping[str, Any]) -> list[str]:
+    """Packages of ours that changed, by name; the others as a count."""
+    from packaging.requirements import Requirement
+
+    ours = {plain_name(Requirement(text).name) for text in metadata.requires("posttrain") or ()}
+    names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    named = [f"{n} {before.get(n, 'absent')} → {now.get(n, 'absent')}" for n in names if plain_name(n) in ours]
+    others = len(names) - len(named)
+    return [*named, *([f"{others} other packages"] if others else [])]
