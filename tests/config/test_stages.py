@@ -54,3 +54,23 @@ def test_what_is_not_local_is_returned_as_it_is(tmp_path, path):
 @pytest.mark.parametrize("path", ["./x", "../x", "a/b.jsonl", "DATA.JSONL", "x.jsonl.gz"])
 def test_what_looks_local_is_made_absolute(tmp_path, path):
     assert resolve_path(path, tmp_path) == str((tmp_path / path).resolve())
+
+
+RAISES = {"health": {"loss_divergence": {"action": "raise_beta"}}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("sft", {}), ("dpo", {"beta": 0.0}), ("dpo", {"loss_type": "simpo"}), ("grpo", {"reward_funcs": ["a"]})],
+)
+def test_raise_beta_needs_a_pull_to_a_reference(kind, options):
+    with pytest.raises(ValidationError, match=r"health.loss_divergence.action: raise_beta needs a pull to a reference"):
+        STAGE_KEYS[kind](**REQUIRED, **options, **RAISES)
+    assert STAGE_KEYS["dpo"](**REQUIRED, **RAISES).beta == 0.1
+    assert STAGE_KEYS["grpo"](**REQUIRED, reward_funcs=["a"], beta=0.01, **RAISES).health == RAISES["health"]
+
+
+def test_a_kl_target_steers_a_beta_that_is_there():
+    with pytest.raises(ValidationError, match="kl_target steers beta, which is 0"):
+        GRPOKeys(**REQUIRED, reward_funcs=["a"], kl_target=0.1)
+    assert GRPOKeys(**REQUIRED, reward_funcs=["a"], kl_target=0.1, beta=0.01).kl_target == 0.1

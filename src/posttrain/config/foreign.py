@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from posttrain.config.knob import Keys
+from posttrain.config.migrate import renamed
 from posttrain.config.pipeline import GateKeys, PipelineKeys, RegisterKeys, SuiteKeys
 from posttrain.config.schema import KeyInfo, did_you_mean, keys_of, show
 from posttrain.config.settings import Problems, Settings
@@ -204,6 +205,8 @@ _HOLDERS: dict[str, type[Keys]] = {
 def unknown_key(key: str, kind: str, models: Sequence[type[Keys]]) -> str:
     """Why `key` is not a key here. `kind` is the stage kind, `pipeline` or the group's name; `models` what it takes."""
     names = [name for model in models for name in keys_of(model)]
+    if change := renamed(key, models):
+        return change
     if kind in STAGE_KEYS or kind == "pipeline":
         elsewhere = _elsewhere(key, kind)
         if elsewhere:

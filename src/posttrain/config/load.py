@@ -14,6 +14,7 @@ from posttrain.config.check import build
 from posttrain.config.effects import without_effect
 from posttrain.config.foreign import foreign_names, translate
 from posttrain.config.knob import Keys
+from posttrain.config.migrate import migrate
 from posttrain.config.pipeline import GateKeys, PipelineKeys
 from posttrain.config.resolved import leaves
 from posttrain.config.schema import did_you_mean, keys_of
@@ -61,6 +62,7 @@ def load_stage(kind: Kind, path: Path, overrides: Sequence[str] = ()) -> LoadedS
     if "stages" in settings.values:
         problems.add(settings.origin(("stages",)), "stages", f"this is a pipeline; run it with `posttrain run {path}`")
         problems.raise_if_any()
+    notes += migrate(settings, [model], problems)
     notes += translate(settings, model, problems)
     for override in parse_overrides(overrides, problems):
         steps = _steps_in_stage(kind, override, problems)
@@ -79,6 +81,7 @@ def load_gate(path: Path) -> GateKeys:
     """A gate spec: its keys at the top of the file, or under `gate` of a pipeline. Raises: ConfigError."""
     path, problems = Path(path), Problems()
     settings, _ = read_settings(path)
+    migrate(settings, [PipelineKeys if "gate" in settings.values else GateKeys], problems)
     if isinstance(settings.values.get("gate"), dict):
         settings = settings.below(("gate",))
     elif "stages" in settings.values:

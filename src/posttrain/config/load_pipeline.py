@@ -11,6 +11,7 @@ from posttrain.config.check_gates import check_gates
 from posttrain.config.draft import Draft, StageDraft
 from posttrain.config.foreign import foreign_names, translate
 from posttrain.config.load import LoadedPipeline, check_stage, provenance, set_key
+from posttrain.config.migrate import migrate
 from posttrain.config.pipeline import STAGE_IN_PIPELINE, PipelineKeys, Stage, StageKind
 from posttrain.config.resolved import PIPELINE_DECIDES
 from posttrain.config.schema import did_you_mean, keys_of
@@ -30,6 +31,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> LoadedPipeline:
         advice = "a pipeline is a list of stages; a single stage runs with `posttrain sft`, `dpo` or `grpo`"
         problems.add(top.home, "stages", f"missing; {advice}")
         problems.raise_if_any()
+    notes += migrate(top, [PipelineKeys, TrainKeys], problems)
     notes += translate(top, TrainKeys, problems)
     _open_suites(top)
     _fill_registry(top)

@@ -13,13 +13,17 @@ from posttrain.config.yaml_lines import KeyPath, dump_yaml
 
 Stage = TypeVar("Stage", bound=TrainKeys)
 
+SCHEMA = 1
+"""Version of the keys. What changed with each is in the table of `migrate.py`."""
+SCHEMA_KEY = "schema"
+
 PIPELINE_DECIDES = ("base_model", "output_dir")
 """Keys that a stage has when it is alone, and that a pipeline sets for its stages."""
 
 
 def resolved_yaml(keys: Keys) -> str:
-    """YAML of every key, which loads again to an equal object."""
-    return dump_yaml(to_data(keys))
+    """YAML of every key with the schema it is written in, which loads again to an equal object."""
+    return dump_yaml({SCHEMA_KEY: SCHEMA, **to_data(keys)})
 
 
 def to_data(keys: Keys) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from posttrain.config import hub
 from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
 from posttrain.models import attention
@@ -26,10 +27,11 @@ def load_config(keys: ModelKeys) -> Any:
     source = keys.base_model
     if Path(source).is_dir() and not (Path(source) / "config.json").exists():
         raise ModelError(f"base_model: {source} has no config.json; expected a Hugging Face model folder")
+    offline = "" if Path(source).is_dir() else hub.prepare()
     try:
         return AutoConfig.from_pretrained(source, revision=keys.revision, trust_remote_code=keys.trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = offline or str(error).strip().splitlines()[0]
         raise ModelError(
             f"base_model: {source} is not a local folder and could not be fetched from the hub ({reason}); "
             "give a local folder, or connect to the hub and log in if the model is gated"
