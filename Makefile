@@ -6,10 +6,11 @@ STAMP  := $(VENV)/.installed
 # One thread: the demo's model is too small to gain from two, and tests run in two processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all check format bench bench-all clean help
+.PHONY: demo reward-hacking test test-all check format bench bench-all clean help
 
 help:
 	@echo "make demo      set up, then take the tiny base model through SFT, DPO and GRPO to the registry"
+	@echo "make reward-hacking   the same RL run with a reward that can be fooled and with one that holds"
 	@echo "make test      set up, then run the tests (make test-all adds the long ones)"
 	@echo "make check     lint, types, import layers"
 	@echo "make bench     side by side with TRL"
@@ -23,6 +24,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/posttrain run examples/quickstart/pipeline.yaml --quiet
 	$(BIN)/posttrain registry list --registry examples/quickstart/registry
+
+reward-hacking: $(STAMP)
+	POSTTRAIN=$(CURDIR)/$(BIN)/posttrain PYTHON=$(CURDIR)/$(BIN)/python examples/reward-hacking/run.sh
 
 test: $(STAMP)
 	$(BIN)/pytest -n 2 -m "not slow"

@@ -1,0 +1,26 @@
+"""One run of a recipe, in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft  # noqa: F401  (once, here, not in the process of every run with an adapter)
+
+from posttrain.config.stages import STAGE_KEYS
+from posttrain.distributed.topology import topology
+from posttrain.recipes import policy, preference, sft
+from posttrain.recipes.stage import Stage, StageResult
+
+RECIPES = {"sft": sft.run, "dpo": preference.run, "grpo": policy.run}
+
+
+def train(kind: str, folder: Path, values: dict[str, Any]) -> StageResult:
+    # What is measured is when a rule sees a fault, not whether the run recovers from it.
+    keys = STAGE_KEYS[kind].model_validate({"health_rollbacks": 0, **values})
+    with topology() as ranks:
+        stage = Stage(kind, folder, keys, ranks)
+        try:
+            return RECIPES[kind](keys, stage)
+        finally:
+            stage.close()

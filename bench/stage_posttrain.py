@@ -1,0 +1,62 @@
+"""One stage of the quickstart as `posttrain run` runs it: `python bench/stage_posttrain.py JOB` for time_to_accuracy.py.
+
+JOB is JSON: kind, model, seed, folder, max_steps (0 leaves it to the pipeline). Writes `folder/model` and `folder/stage.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+QUICKSTART = Path(__file__).resolve().parents[1] / "examples" / "quickstart"
+
+
+def pipeline_of(seed: int) -> Any:
+    from posttrain.config.load_pipeline import load_pipeline
+
+    return load_pipeline(QUICKSTART / "pipeline.yaml", [f"seed={seed}"]).keys
+
+
+def keys_of(job: Mapping[str, Any]) -> Any:
+    """The stage's keys, from the quickstart's YAML: both sides take their hyperparameters from here."""
+    [keys] = [stage.keys for stage in pipeline_of(job["seed"]).stages if stage.kind == job["kind"]]
+    changed = {"base_model": job["model"], "device": "cpu"}
+    if job["max_steps"]:
+        changed["max_steps"] = job["max_steps"]
+    return keys.model_copy(update=changed)
+
+
+def report(folder: Path, *, call_s: float, losses: list[float], metrics: Mapping[str, Any]) -> None:
+    (folder / "stage.json").write_text(json.dumps({"call_s": call_s, "losses": losses, "metrics": dict(metrics)}))
+
+
+def main() -> None:
+    # Both sides have the model's classes imported when the clock of the training call starts.
+    from transformers import AutoModelForCausalLM, Qwen3ForCausalLM  # noqa: F401
+
+    from posttrain.distributed.topology import SingleProcess
+    from posttrain.pipeline.run import RECIPES
+    from posttrain.recipes.certify import certify, require
+    from posttrain.recipes.stage import Stage
+
+    job = json.loads(sys.argv[1])
+    folder, keys = Path(job["folder"]), keys_of(job)
+    if job["kind"] == "grpo":
+        require(certify(keys, folder / "certificate.json"))
+    start = time.perf_counter()
+    RECIPES[job["kind"]](keys, Stage(job["kind"], folder, keys, SingleProcess()))
+    call_s = time.perf_counter() - start
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    # The parts of an RL step, summed over the run.
+    parts = {name: sum(step.get(name, 0.0) for step in steps) for name in ("time/rollout_s", "time/train_s")}
+    names = ("reward", "completions/mean_length", "completions/clipped_ratio")
+    first = {name: [step[name] for step in steps[:5] if name in step] for name in names}
+    report(folder, call_s=call_s, losses=[step["loss"] for step in steps], metrics=parts | first)
+
+
+if __name__ == "__main__":
+    main()
