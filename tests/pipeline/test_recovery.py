@@ -233,9 +233,9 @@ def test_a_stop_during_an_eval_is_polite_as_well(project, monkeypatch):
     run = project([{"sft": {"datasets": [{"path": "sft.jsonl"}], "max_steps": 1}}])
     real = Evaluator.run
 
-    def stopped(self, *rest):
+    def stopped(self, *rest, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, *rest)
+        return real(self, *rest, **options)
 
     monkeypatch.setattr(Evaluator, "run", stopped)
     with pytest.raises(StoppedPolitely, match="start again to go on"):
