@@ -88,12 +88,13 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def compare(row: Row, options: Options) -> dict[str, Any]:
-    """Warm both sides up, then let them take turns."""
+    """Warm both sides up, one after the other (the reference pass before DPO's first step is timed), then let them take turns."""
     job = job_of(row, options)
-    sides = [Side(script, job, options) for script in ("side_posttrain.py", "side_trl.py")]
+    sides: list[Side] = []
     try:
-        for side in sides:
-            side.take_turn(first=True)
+        for script in ("side_posttrain.py", "side_trl.py"):
+            sides.append(Side(script, job, options))
+            sides[-1].take_turn(first=True)
         turns = [[side.take_turn() for side in sides] for _ in range(options.pairs)]
     finally:
         for side in sides:
