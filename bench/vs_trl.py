@@ -221,6 +221,9 @@ def main() -> None:
     arguments = parse()
     options = Options(QUICK_PAIRS if arguments.quick else arguments.pairs, arguments.threads, arguments.device)
     names = arguments.row or [row.name for row in ROWS if arguments.all or not row.extra]
+    if not arguments.row and options.device == "cpu" and not has_bf16():
+        names = [name for name in names if not BY_NAME[name].bf16]
+        print("rows in bf16 are left out: this CPU has no bf16 instructions and takes minutes a step", file=sys.stderr)
     results: list[dict[str, Any]] = []
     for name in names:
         start = time.perf_counter()
@@ -238,6 +241,12 @@ def main() -> None:
     (workload.OUT / "vs_trl.json").write_text(json.dumps({"facts": facts(options), "rows": results}, indent=1))
     if arguments.doc:
         table.write_doc(text)
+
+
+def has_bf16() -> bool:
+    """Whether the CPU multiplies in bf16 itself (avx512_bf16, amx_bf16, or Arm's bf16)."""
+    flags = Path("/proc/cpuinfo")
+    return not flags.exists() or "bf16" in flags.read_text()
 
 
 def facts(options: Options) -> dict[str, str]:

@@ -74,3 +74,12 @@ def test_a_kl_target_steers_a_beta_that_is_there():
     with pytest.raises(ValidationError, match="kl_target steers beta, which is 0"):
         GRPOKeys(**REQUIRED, reward_funcs=["a"], kl_target=0.1)
     assert GRPOKeys(**REQUIRED, reward_funcs=["a"], kl_target=0.1, beta=0.01).kl_target == 0.1
+
+
+@pytest.mark.parametrize("change", [{"loss_type": "rloo"}, {"advantage_estimator": "reinforce_pp"}])
+def test_gdpo_with_another_baseline_than_the_groups_is_refused(change):
+    with pytest.raises(ValidationError, match="normalize_then_sum is defined on advantage_estimator: group"):
+        GRPOKeys(
+            base_model="m", datasets=[{"path": "d.jsonl"}], reward_funcs=["exact"],
+            multi_objective_aggregation="normalize_then_sum", **change,
+        )  # fmt: skip

@@ -90,8 +90,7 @@ def test_cut_short_it_still_goes_all_the_way(quickstart, capsys):
     assert (record.status, record.problems) == ("passed", ())
     assert [(stage.kind, stage.steps) for stage in record.stages] == [("sft", 2), ("dpo", 2), ("grpo", 2)]
     assert all(len(report.items) == 40 for reports in record.evals.values() for report in reports.values())
-    assert record.certificate is not None
-    assert record.certificate["verdict"] == "pass"
+    assert [certificate["verdict"] for certificate in record.certificates.values()] == ["pass"]
     assert record.registered is not None
     assert record.registered["alias"] == "champion"
     report = quickstart / "runs" / "word-problems" / "report.html"

@@ -1,82 +1,109 @@
-"""A real child process, killed at random instants and started again until it is done."""
+"""A real child process, killed at its commit points and at random instants, and started again until it is done."""
 
-import json
-import os
-import random
-import shutil
-import signal
-import time
+import re
 
 import pytest
-import torch
 
-OPTIONS = {
-    "sft": {"max_steps": 6, "save_steps": 1, "adapter": "lora", "lora_r": 4, "lora_dropout": 0.1},
-    "dpo": {"max_steps": 6, "save_steps": 2},
-    "grpo": {"max_steps": 6, "save_steps": 1, "num_iterations": 2, "beta": 0.1},
-}
-CASES = [pytest.param(kind, 3, id=kind) for kind in OPTIONS] + [
-    pytest.param(kind, 40, id=f"{kind}-many", marks=pytest.mark.slow) for kind in OPTIONS
-]
+KINDS = ("sft", "dpo", "grpo")
+SHORT = {"max_steps": 3, "save_total_limit": 1}
 
 
-def start(run) -> int:
-    """`run` in a forked child; its process id. The child leaves without running anything of pytest's."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        run()
-        status = 0
-    finally:
-        os._exit(status)
+@pytest.fixture(scope="module")
+def drivers(harness, runner, model_dir, data_dir, tmp_path_factory):
+    """`drivers(kind)`: the stage as it is killed hundreds of times; with `short`, three steps of it."""
+    made = set()
+
+    def make(kind, short=False):
+        driver = harness.stage_driver(kind, runner, model_dir("llama"), data_dir, **(SHORT if short else {}))
+        if kind not in made:
+            # Once in this process, so that no child has to import.
+            driver.run(tmp_path_factory.mktemp("first") / kind)
+            made.add(kind)
+        return driver
+
+    return make
 
 
-def finish(run) -> float:
-    began = time.monotonic()
-    _, status = os.waitpid(start(run), 0)
-    assert status == 0
-    return time.monotonic() - began
+def check(tally, kills):
+    assert tally.kills >= kills
+    assert tally.runs
+    assert tally.differences == []
 
 
-def kill_once(run, longest_s: float, chance: random.Random) -> bool:
-    """Start a child and kill it after a random time; whether it was still at work."""
-    child = start(run)
-    time.sleep(chance.uniform(0.0, longest_s))
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
-    return os.WIFSIGNALED(status)
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_commit_points_it_ends_the_same(kind, drivers, harness, tmp_path):
+    """Each *kind* of commit point once (which step it is makes no difference), where a name appears, changes or goes."""
+    died = set()
+
+    def wanted(point):
+        what = re.sub(r"\d+", "N", point)
+        if not point.startswith(("rename", "rmdir")) or what in died:
+            return False
+        died.add(what)
+        return True
+
+    driver = drivers(kind, short=True)
+    expected, _ = harness.uninterrupted(driver, tmp_path / "straight")
+    assert expected["exactly once"]
+    assert expected["leftovers"] == []
+    tally = harness.kill_at_points(driver, tmp_path / "killed", expected, lambda point: _first(point, tmp_path, wanted))
+    check(tally, 6)
+    assert any("rename checkpoints/step-" in point for point in tally.points)
+    assert any("rename result.json" in point for point in tally.points)
 
 
-def check_same(runner, found, expected):
-    assert runner.rows(found) == runner.rows(expected)
-    mine, theirs = runner.weights(found), runner.weights(expected)
-    for name, tensor in theirs.items():
-        assert torch.equal(mine[name], tensor), name
-    digests = [json.loads((part / "result.json").read_text())["model_digest"] for part in (found, expected)]
-    assert digests[0] == digests[1]
-    leftovers = [path.name for path in (found / "checkpoints").iterdir() if path.name.startswith(".")]
-    assert len(leftovers) <= 1, leftovers
+def _first(point, folder, wanted):
+    """What earlier children died at is in the journal; a child knows no more of them."""
+    for line in (folder / "killed.points").read_text().splitlines():
+        wanted(line)
+    return wanted(point)
 
 
-@pytest.mark.parametrize(("kind", "kills"), CASES)
-def test_killed_anywhere_it_ends_with_the_same_weights_and_metrics(kind, kills, runner, model_dir, data_dir, tmp_path):
-    keys = runner.keys_of(kind, model_dir("llama"), data_dir, **OPTIONS[kind])
-    straight, folder = tmp_path / "straight", tmp_path / "killed"
-    longest_s = finish(lambda: runner.run_stage(kind, straight, keys))
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_random_instants_it_ends_the_same(kind, drivers, harness, tmp_path):
+    driver = drivers(kind, short=True)
+    expected, longest_s = harness.uninterrupted(driver, tmp_path / "straight")
+    check(harness.kill_at_random(driver, tmp_path / "killed", expected, 3, longest_s), 3)
 
-    def run():
-        runner.run_stage(kind, folder, keys)
 
-    chance, killed = random.Random(f"{kind}{kills}"), 0
-    while killed < kills:
-        if kill_once(run, longest_s, chance):
-            killed += 1
-        else:
-            # It got to the end before it was hit: judge it, and begin anew.
-            check_same(runner, folder, straight)
-            shutil.rmtree(folder)
-    finish(run)
-    check_same(runner, folder, straight)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_every_commit_point_it_ends_the_same(kind, drivers, harness, tmp_path):
+    driver = drivers(kind)
+    expected, longest_s = harness.uninterrupted(driver, tmp_path / "straight")
+    check(harness.kill_at_points(driver, tmp_path / "killed", expected), 60)
+    check(harness.kill_at_random(driver, tmp_path / "random", expected, 40, longest_s), 40)
+
+
+def test_what_counts_as_exactly_once(harness):
+    """The check can fail: a prompt issued twice, lost, trained twice or never issued, a batch of prompts repeated."""
+    good = [
+        {"generation": 0, "issued": [0, 1, 2], "trained": [0, 2], "passed_over": []},
+        {"generation": 1, "issued": [4], "trained": [4], "passed_over": [3]},
+    ]
+    assert harness.is_exactly_once(good)
+    for broken in (
+        {"issued": [2, 3]}, {"issued": [5]}, {"trained": [0]}, {"trained": [4, 4]}, {"trained": [9]}, {"generation": 0},
+    ):  # fmt: skip
+        assert not harness.is_exactly_once([good[0], {**good[1], **broken}]), broken
+    assert not harness.is_exactly_once([])
+
+
+def test_commit_points_are_seen_by_what_they_do_and_to_what(harness, tmp_path):
+    """One file and one folder, as everything is written here: each operation is died at once, and the end is the same."""
+    from posttrain.files import write_folder, write_json
+
+    def run(folder):
+        folder.mkdir(exist_ok=True)
+        write_json(folder / "a.json", 1)
+        write_folder(folder / "b", lambda inside: (inside / "c").write_text("c") and None)
+
+    def trace(folder):
+        return {"a": (folder / "a.json").read_text(), "c": (folder / "b/c").read_text()}
+
+    driver = harness.Driver("files", run, trace)
+    expected, _ = harness.uninterrupted(driver, tmp_path / "straight")
+    tally = harness.kill_at_points(driver, tmp_path / "killed", expected)
+    check(tally, 6)
+    assert {"write .a.json.* #1", "rename a.json #1", "mkdir .b.* #1", "write .b.*/c #1", "rename b #1"} <= tally.points
+    assert tally.at_points == len(tally.points)

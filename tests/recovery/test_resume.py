@@ -1,88 +1,141 @@
-"""Stopped after two of four steps and continued in a fresh process: the same weights, bit by bit, and the same metrics."""
+"""Stopped in the middle, continued in a fresh process: the same weights bit by bit, the same metrics, the same ledger.
 
+The rows come from the tables and from the choices of the keys, so a new loss, estimator or choice is covered as it is
+added. Three fresh processes run them all: one to the end, one to the stop, one from there.
+"""
+
+import fcntl
+import itertools
 import json
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 import torch
 
+from posttrain.config.stages import STAGE_KEYS, GRPOKeys
+from posttrain.objectives.advantages import ADVANTAGES
+from posttrain.objectives.kl import KL_ESTIMATORS
+from posttrain.objectives.policy import POLICY_LOSSES
+from posttrain.objectives.preference import PREFERENCE_LOSSES
+from posttrain.objectives.ratios import CORRECTIONS
+from posttrain.objectives.sft import SFT_LOSSES
+
 LORA = {"adapter": "lora", "lora_r": 4}
-SHARED = {"save_steps": 1}
+TWICE = {"num_iterations": 2, "max_steps": 4}
+"""Stopped after three of four steps: in the second pass over the second generation batch."""
+NEEDED = {"luspo": {"importance_sampling_level": "sequence"}, "exo_pair": {"label_smoothing": 1e-3}}
+"""What a row of a table cannot do without."""
+PAIRED_WITH = {"qlora": {"lora_r": 4}, "lora": {"lora_r": 4, "lora_dropout": 0.2}}
+
+
+def choices(kind, key):
+    """The values that a key may have, from its type."""
+    return typing.get_args(STAGE_KEYS[kind].model_fields[key].annotation)
+
+
+def together(**tables):
+    """Rows that between them take every value of every table at least once."""
+    rounds = max(len(values) for values in tables.values())
+    columns = [itertools.islice(itertools.cycle(values), rounds) for values in tables.values()]
+    return [dict(zip(tables, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+VARIANTS = together(
+    advantage_estimator=list(ADVANTAGES),
+    kl_estimator=list(KL_ESTIMATORS),
+    importance_sampling_correction=["off", *CORRECTIONS],
+    scale_rewards=list(choices("grpo", "scale_rewards")),
+    importance_sampling_level=list(choices("grpo", "importance_sampling_level")),
+    lr_scheduler_type=list(choices("grpo", "lr_scheduler_type")),
+)
+TWO_REWARDS = {"reward_funcs": ["spread", "last_digit"], "reward_weights": [1.0, 0.5], "beta": 0.1}
 ROWS = {
-    "sft": ("sft", {}),
-    "sft packed, accumulated, over epochs": ("sft", {"packing": True, "sequence_len": 64, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
-    "sft with an adapter and its dropout": ("sft", {**LORA, "lora_dropout": 0.2}),
-    "sft on 4 bits": ("sft", {"adapter": "qlora", "load_in_4bit": True, "lora_r": 4}),
-    "sft with 8-bit adam": ("sft", {"optim": "adamw_8bit"}),
-    "sft with a schedule and the best checkpoint": ("sft", {"warmup_steps": 2, "eval_steps": 1, "load_best_model_at_end": True, "eval": "dev-sft"}),
-    "dpo": ("dpo", {}),
-    "dpo with an adapter": ("dpo", LORA),
-    "ipo, live reference": ("dpo", {"loss_type": "ipo", "precompute_ref_log_probs": False}),
-    "orpo": ("dpo", {"loss_type": "orpo"}),
-    "kto": ("dpo", {"loss_type": "kto", "data": "kto"}),
-    "grpo": ("grpo", {}),
-    "grpo, a batch used four times": ("grpo", {"num_iterations": 2, "steps_per_generation": 2}),
-    "grpo with an adapter and kl": ("grpo", {**LORA, "beta": 0.1, "num_iterations": 2}),
-    "grpo, refilled": ("grpo", {"dynamic_sampling": True, "reward_funcs": ["last_digit"], "num_prompts_per_step": 3}),
-    "gspo": ("grpo", {"loss_type": "gspo", "steps_per_generation": 2}),
-    "rloo with kl in the reward": ("grpo", {"loss_type": "rloo", "beta": 0.1, "kl_in_reward": True}),
+    **{f"sft: {name}": ("sft", {"loss_type": name}) for name in SFT_LOSSES},
+    **{f"sft: adapter {name}": ("sft", {"adapter": name, **PAIRED_WITH.get(name, {})}) for name in choices("sft", "adapter")},
+    **{f"sft: {name}": ("sft", {"optim": name}) for name in choices("sft", "optim")},
+    **{f"sft: {name} after a warmup": ("sft", {"lr_scheduler_type": name, "warmup_steps": 1}) for name in choices("sft", "lr_scheduler_type")},
+    "sft: packed, accumulated": ("sft", {"packing": True, "sequence_len": 64, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 6}),
+    "sft: a mixture over epochs": ("sft", {"data": ["sft", "dev-sft"], "weights": [0.7, 0.3], "max_steps": -1, "num_train_epochs": 2}),
+    "sft: the best checkpoint": ("sft", {"eval_steps": 1, "load_best_model_at_end": True, "eval": "dev-sft"}),
+    **{f"dpo: {name}": ("dpo", {"loss_type": name, "data": ["kto" if row.unpaired else "pairs"], **NEEDED.get(name, {})}) for name, row in PREFERENCE_LOSSES.items()},
+    "dpo: an adapter, accumulated": ("dpo", {**LORA, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
+    "dpo: a frozen copy as reference, over epochs": ("dpo", {"precompute_ref_log_probs": False, "max_steps": -1, "num_train_epochs": 2}),
+    **{f"grpo: {name}": ("grpo", {"loss_type": name, **TWICE, **NEEDED.get(name, {})}) for name in POLICY_LOSSES},
+    **{f"grpo: variants {number}": ("grpo", {**TWO_REWARDS, **TWICE, **row}) for number, row in enumerate(VARIANTS)},
+    **{f"grpo: {name}": ("grpo", {**TWO_REWARDS, "multi_objective_aggregation": name}) for name in choices("grpo", "multi_objective_aggregation")},
+    "grpo: a batch used four times": ("grpo", {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 4}),
+    "grpo: refilled": ("grpo", {"dynamic_sampling": True, "reward_funcs": ["last_digit"], "num_prompts_per_step": 3, **TWICE}),
+    "grpo: an adapter, kl in the reward": ("grpo", {**LORA, "beta": 0.1, "kl_in_reward": True}),
+    "grpo: overlong, truncated, entropy": ("grpo", {"soft_overlong_cache": 3, "mask_truncated_completions": True, "entropy_coef": 0.01, **TWICE}),
+    "grpo: the best checkpoint": ("grpo", {"eval_steps": 1, "load_best_model_at_end": True, "eval": "dev-prompts"}),
 }  # fmt: skip
 
 
-QUICK = (
-    "sft packed, accumulated, over epochs", "sft with an adapter and its dropout", "sft with 8-bit adam",
-    "sft with a schedule and the best checkpoint", "dpo with an adapter", "kto", "grpo, a batch used four times",
-    "grpo, refilled",
-)  # fmt: skip
-CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ROWS]
-
-
-def options_of(name, data_dir):
+def job_of(name, model, data, folder):
+    """A job of `stage_runner`, to the end."""
     kind, options = ROWS[name]
-    options = {**SHARED, **options}
+    options = {"save_steps": 1, "max_steps": 3, **options}
+    weights = options.pop("weights", [None, None])
     if "data" in options:
-        options["datasets"] = [{"path": str(data_dir / f"{options.pop('data')}.jsonl")}]
+        files = [str(data / f"{file}.jsonl") for file in options.pop("data")]
+        options["datasets"] = [{"path": path, "weight": w} for path, w in zip(files, weights, strict=False)]
     if "eval" in options:
-        options["eval_datasets"] = [{"path": str(data_dir / f"{options.pop('eval')}.jsonl")}]
-    return kind, options
+        options["eval_datasets"] = [{"path": str(data / f"{options.pop('eval')}.jsonl")}]
+    return {"kind": kind, "model": str(model), "data": str(data), "folder": str(folder), "options": options}
+
+
+def stop_of(job):
+    """After two steps of three; after three where a generation batch is used twice."""
+    return 3 if job["options"].get("num_iterations", 1) > 1 else 2
 
 
 @pytest.fixture(scope="module")
-def resumed(request, runner, model_dir, data_dir, tmp_path_factory):
-    """The rows that are asked for, run through; and stopped here and continued together in one fresh process."""
-    folder, model, jobs = tmp_path_factory.mktemp("resume"), model_dir("llama"), []
+def resumed(request, runner, model_dir, data_dir, tmp_path_factory, worker_id_or_none):
+    """The rows that are asked for, straight and stopped-and-continued. Made once, also where tests run in many processes."""
     asked = {
         item.callspec.params["name"]
         for item in request.session.items
         if item.path == request.path and hasattr(item, "callspec")
     }
-    for number, name in enumerate(ROWS):
-        if name not in asked | {"grpo, refilled"}:
-            continue
-        kind, options = options_of(name, data_dir)
-        keys = runner.keys_of(kind, model, data_dir, **options)
-        runner.run_stage(kind, folder / f"{number}-straight", keys)
-        assert runner.run_stage(kind, folder / f"{number}-stopped", keys, stop_after=2) is None
-        jobs.append(
-            {
-                "kind": kind,
-                "model": str(model),
-                "data": str(data_dir),
-                "folder": str(folder / f"{number}-stopped"),
-                "options": options,
-            }
-        )
-    script = Path(runner.__file__)
-    done = subprocess.run(
-        [sys.executable, str(script), json.dumps(jobs)], check=False, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if worker_id_or_none else base) / "resumed"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            _run_all([name for name in ROWS if name in asked], folder, runner, model_dir("llama"), data_dir)
+            (folder / "done").touch()
     return folder
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.fixture(scope="module")
+def worker_id_or_none(request):
+    return getattr(request.config, "workerinput", {}).get("workerid")
+
+
+def _run_all(names, folder, runner, model, data):
+    def jobs(part):
+        return [job_of(name, model, data, folder / f"{list(ROWS).index(name)}-{part}") for name in names]
+
+    straight, stopped = jobs("straight"), jobs("stopped")
+    # The other way round: what one row leaves behind in its process must not matter to another.
+    _in_a_fresh_process(runner, straight[::-1])
+    _in_a_fresh_process(runner, [job | {"stop_after": stop_of(job)} for job in stopped])
+    assert not list(folder.glob("*-stopped/result.json"))
+    _in_a_fresh_process(runner, stopped)
+
+
+def _in_a_fresh_process(runner, jobs):
+    command = [sys.executable, str(Path(runner.__file__)), json.dumps(jobs)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.xdist_group("resume")
+@pytest.mark.parametrize("name", ROWS)
 def test_a_continued_run_is_the_uninterrupted_one(name, resumed, runner):
     straight, stopped = (resumed / f"{list(ROWS).index(name)}-{part}" for part in ("straight", "stopped"))
     assert runner.rows(stopped) == runner.rows(straight)
@@ -94,15 +147,25 @@ def test_a_continued_run_is_the_uninterrupted_one(name, resumed, runner):
     for result in results:
         result.pop("wall_s")
     assert results[0] == results[1]
+    assert ledger(stopped) == ledger(straight)
 
 
-def test_the_rollouts_are_issued_and_trained_once(resumed):
-    """The ledger of a stopped run is that of an uninterrupted one."""
-    number = list(ROWS).index("grpo, refilled")
-    ledgers = []
-    for part in ("straight", "stopped"):
-        lines = (resumed / f"{number}-{part}/events.jsonl").read_text().splitlines()
-        ledgers.append([event["prompts"] for event in map(json.loads, lines) if event["kind"] == "rollouts"])
-    assert ledgers[0] == ledgers[1]
-    issued = [prompt for ledger in ledgers[0] for prompt in ledger["issued"]]
-    assert issued == list(range(len(issued)))
+def ledger(folder):
+    events = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+    return [(event["step"], event["generation"], event["prompts"]) for event in events if event["kind"] == "rollouts"]
+
+
+def test_every_choice_that_decides_what_is_computed_is_in_a_row():
+    """Of RL, where state is carried: each value of each key with choices, but for where and how a model is loaded."""
+    elsewhere = {"overflow", "device", "merge_onto", "bnb_4bit_quant_type", "reward_check", "adapter", "optim"}
+    used = {}
+    for kind, options in ROWS.values():
+        if kind == "grpo":
+            for key, value in GRPOKeys.model_validate(
+                {"base_model": "m", "datasets": [{"path": "d"}], "reward_funcs": ["r"]}
+                | {k: v for k, v in options.items() if k not in ("data", "eval", "reward_funcs", "reward_weights")}
+            ):
+                used.setdefault(key, set()).add(value if isinstance(value, str) else None)
+    for key, field in GRPOKeys.model_fields.items():
+        if typing.get_origin(field.annotation) is typing.Literal and key not in elsewhere:
+            assert set(choices("grpo", key)) <= used[key], key

@@ -234,6 +234,16 @@ class GRPOKeys(TrainKeys):
         return self
 
     @model_validator(mode="after")
+    def _gdpo_is_defined_on_groups(self) -> GRPOKeys:
+        own = self.loss_type in ("rloo", "reinforce_pp")
+        if self.multi_objective_aggregation == "normalize_then_sum" and (own or self.advantage_estimator != "group"):
+            raise ValueError(
+                "multi_objective_aggregation: normalize_then_sum is defined on advantage_estimator: group alone, "
+                f"got {f'loss_type: {self.loss_type}' if own else f'advantage_estimator: {self.advantage_estimator}'}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _prompts_split_evenly(self) -> GRPOKeys:
         if self.num_prompts_per_step % self.steps_per_generation:
             raise ValueError(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from posttrain.checkpoint.lock import run_lock
+from posttrain.checkpoint.store import sweep
 from posttrain.config.pipeline import GateKeys, PipelineKeys, Stage
 from posttrain.config.resolved import apply_changes, resolved_yaml
 from posttrain.config.stages import GRPOKeys, TrainKeys
@@ -147,6 +148,8 @@ class _Run:
             state = replace(state, pins=pins, retries={}, changes={}, registered=None)
         state = replace(state, status=RUNNING, reason="")
         if self.topology.is_main:
+            for place in (self.folder, *self.folder.glob("*/"), *self.folder.glob("*/*/")):
+                sweep(place)
             write_atomic(self.folder / "config.yaml", resolved_yaml(self.keys))
             write_json(self.folder / "environment.json", environment())
             state.save(self.folder)

@@ -169,7 +169,8 @@ def _stage(folder: Path, entry: Mapping[str, Any], problems: list[str]) -> Stage
 
 def _evals(folder: Path, problems: list[str]) -> dict[str, dict[EvalKey, EvalReport]]:
     found: dict[str, dict[EvalKey, EvalReport]] = {}
-    for path in sorted((folder / "evals").glob("*/*/report.json")):
+    # A name with a dot is a folder that a killed process had not finished writing.
+    for path in sorted((folder / "evals").glob("*/[!.]*/report.json")):
         report = _try(path, lambda path: EvalReport.load(path.parent), None, problems)
         if report is not None and report.items:
             found.setdefault(path.parent.parent.name, {})[report.suite, report.split] = report
