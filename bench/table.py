@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rows import BY_NAME, Row
 
-DOC = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
-START, END = "<!-- side by side: start -->", "<!-- side by side: end -->"
 HEAD = (
     "| work | TRL as | ratio (min–max) | at least | aim | ours | TRL | peak memory | loss difference | others' CPUs |",
     "|---|---|---|---|---|---|---|---|---|---|",
@@ -56,9 +53,3 @@ def memory_line(row: Row, result: Mapping[str, Any]) -> str:
 
 def goal(value: float | None, prefix: str) -> str:
     return "" if value is None else f"{prefix}{value:g}×"
-
-
-def write_doc(text: str) -> None:
-    before, rest = DOC.read_text(encoding="utf-8").split(START)
-    _, after = rest.split(END)
-    DOC.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")

@@ -25,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import sections
 import table
 import workload
 from rows import BY_NAME, ROWS, Row
@@ -240,7 +241,7 @@ def main() -> None:
     workload.OUT.mkdir(parents=True, exist_ok=True)
     (workload.OUT / "vs_trl.json").write_text(json.dumps({"facts": facts(options), "rows": results}, indent=1))
     if arguments.doc:
-        table.write_doc(text)
+        sections.write("side by side", text)
 
 
 def has_bf16() -> bool:
