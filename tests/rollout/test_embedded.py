@@ -73,6 +73,22 @@ def test_dropout_is_off_while_sampling(model_dir):
         assert completion.logp == pytest.approx(scored, abs=2e-4)
 
 
+@pytest.mark.parametrize(("options", "passes"), [({}, 1), ({"use_rslora": True}, 1), ({"use_dora": True}, 12)])
+def test_an_adapter_is_added_to_its_weights_once_where_that_is_the_same(model_dir, options, passes):
+    """Through the adapter itself goes the prefill; DoRA, which is no sum of weights, sends every token through it."""
+    policy = _own_policy(model_dir, adapter="lora", lora_r=4, **options)
+    with torch.no_grad():
+        for name, parameter in policy.trainable():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    calls = []
+    policy.base.get_decoder().layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
+    engine = EmbeddedEngine(policy, stop_token_ids=())
+    [completion] = engine.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=12))
+    assert len(calls) == passes
+    assert completion.logp == pytest.approx(engine.score([((5, 6, 7, *completion.ids), 3)])[0], abs=1e-5)
+
+
 def test_sampling_follows_the_weights_as_they_change(model_dir):
     policy = _own_policy(model_dir)
     engine = EmbeddedEngine(policy, stop_token_ids=())

@@ -1,16 +1,17 @@
 """One decode step of a Llama-shaped model, without the Python that surrounds it in transformers' modules.
 
-At a few live rows a step costs what its Python and its small tensor operations cost. Projections are called as the
-modules they are, so adapters and quantised weights keep their own forward; nothing is copied, nothing can go stale.
+At a few live rows a step costs what its Python and its small tensor operations cost. A step is made for one call of
+`generate`, during which weights do not change: a LoRA adapter is added to its weights once, not to every product.
+Projections of any other kind (quantised, DoRA) are called as the modules they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import linear, rms_norm, silu
 
 from posttrain.models.attention import AttendOptions, KVStore
 from posttrain.models.policy import Policy
@@ -25,6 +26,8 @@ FAMILIES: dict[str, Callable[[Any], int | None]] = {
 
 DecodeStep = Callable[[torch.Tensor, torch.Tensor, KVStore], torch.Tensor]
 """Newest token and position of each row, [R] and [R] → logits [R, V]."""
+Projection = Callable[[torch.Tensor], torch.Tensor]
+"""[R, inputs] → [R, outputs]."""
 
 
 def decode_step(policy: Policy) -> DecodeStep:
@@ -52,17 +55,26 @@ class _LlamaStep:
         window_of = FAMILIES[policy.base.config.model_type]
         attentions = [layer.self_attn for layer in self._model.layers]
         self._options = [AttendOptions(attention.scaling, window_of(attention), None) for attention in attentions]
+        self._qkv = [
+            [_projection(layer.q_proj), _projection(layer.k_proj), _projection(layer.v_proj)] for layer in attentions
+        ]
+        self._out = [_projection(layer.o_proj) for layer in attentions]
+        self._mlps = [
+            [_projection(layer.mlp.gate_proj), _projection(layer.mlp.up_proj), _projection(layer.mlp.down_proj)]
+            for layer in self._model.layers
+        ]
 
     def __call__(self, ids_R: torch.Tensor, positions_R: torch.Tensor, cache: KVStore) -> torch.Tensor:
         x_RE = self._model.embed_tokens(ids_R)
         cos_RD, sin_RD = self._rotation(x_RE, positions_R)
         for number, layer in enumerate(self._model.layers):
-            attention = layer.self_attn
-            q, k, v = _turned(attention, _norm(x_RE, layer.input_layernorm), cos_RD, sin_RD)
+            h_RE = _norm(x_RE, layer.input_layernorm)
+            q, k, v = _turned(layer.self_attn, [project(h_RE) for project in self._qkv[number]], cos_RD, sin_RD)
             heads = cache.attend(number, q, k, v, self._options[number])
-            x_RE = x_RE + attention.o_proj(heads[0].transpose(0, 1).flatten(1))
-            mlp, h_RE = layer.mlp, _norm(x_RE, layer.post_attention_layernorm)
-            x_RE = x_RE + mlp.down_proj(silu(mlp.gate_proj(h_RE)) * mlp.up_proj(h_RE))
+            x_RE = x_RE + self._out[number](heads[0].transpose(0, 1).flatten(1))
+            gate, up, down = self._mlps[number]
+            h_RE = _norm(x_RE, layer.post_attention_layernorm)
+            x_RE = x_RE + down(silu(gate(h_RE)) * up(h_RE))
         return self._head(_norm(x_RE, self._model.norm))
 
     def _rotation(self, x_RE: torch.Tensor, positions_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,14 +84,23 @@ class _LlamaStep:
         return cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
 
 
+def _projection(module: Any) -> Projection:
+    """The module, or one product with its weight and the LoRA update that it would add."""
+    kind = f"{type(module).__module__}.{type(module).__name__}"
+    if kind != "peft.tuners.lora.layer.Linear" or type(module.base_layer) is not torch.nn.Linear:
+        return module
+    adapters = [name for name in module.active_adapters if name in module.lora_A]
+    if module.merged or module.disable_adapters or module.lora_variant or any(module.lora_bias[a] for a in adapters):
+        return module
+    weight = module.base_layer.weight + sum(module.get_delta_weight(name) for name in adapters)
+    return lambda x: linear(x, weight, module.base_layer.bias)
+
+
 def _turned(
-    attention: Any, h_RE: torch.Tensor, cos_RD: torch.Tensor, sin_RD: torch.Tensor
+    attention: Any, projected: Sequence[torch.Tensor], cos_RD: torch.Tensor, sin_RD: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries and keys in their positions, and values: each [1, H, R, D]."""
-    shape = (h_RE.shape[0], -1, attention.head_dim)
-    query, key, value = (
-        project(h_RE).view(shape) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
+    query, key, value = (part.view(len(part), -1, attention.head_dim) for part in projected)
     if hasattr(attention, "q_norm"):
         query, key = _norm(query, attention.q_norm), _norm(key, attention.k_norm)
     # Both at once: at a few rows the number of operations is what costs.
