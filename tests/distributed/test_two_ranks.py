@@ -1,8 +1,13 @@
 """Two ranks under torchrun (gloo, FSDP2) take the steps of one process."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,18 +46,13 @@ def _options(rows, name, data_dir, ranks):
     return kind, architecture, options
 
 
+def _command(runner, jobs):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*launcher, runner.__file__, json.dumps(jobs)]
+
+
 def _torchrun(runner, jobs):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        runner.__file__,
-        json.dumps(jobs),
-    ]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(_command(runner, jobs), check=False, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-6000:]
 
 
@@ -139,3 +139,75 @@ def test_two_ranks_stop_and_go_on_bit_by_bit(name, runner, model_dir, data_dir, 
         assert torch.equal(runner.weights(tmp_path / "stopped")[key], tensor), key
     _alone(RESUMED, name, tmp_path / "one", runner, model_dir, data_dir)
     _same(runner, tmp_path / "one", tmp_path / "straight")
+
+
+# --- killed --------------------------------------------------------------------------------------------------------
+
+
+def _ranks_of(launcher):
+    """Process ids of the ranks: those children of the launcher that run stages."""
+    with suppress(FileNotFoundError):  # the launcher, or one of them, has just ended
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        return [int(pid) for pid in children if "stage_runner" in Path(f"/proc/{pid}/cmdline").read_text()]
+    return []
+
+
+def _kill_once(runner, job, folder, after_steps, whole):
+    """Start the job and SIGKILL one of its ranks, or all of it at once, as soon as so many steps are logged.
+
+    Whether it was still running then.
+    """
+    launcher = subprocess.Popen(_command(runner, [job]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = folder / "metrics.jsonl"
+
+    def is_due():
+        logged = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        return logged >= after_steps and len(_ranks_of(launcher)) == 2
+
+    while launcher.poll() is None and not is_due():
+        time.sleep(0.01)
+    running = launcher.poll() is None
+    ranks = _ranks_of(launcher) if running else []
+    for pid in (launcher.pid, *ranks) if whole else ranks[-1:]:
+        os.kill(pid, signal.SIGKILL)
+    launcher.wait(120)
+    return running
+
+
+def _killed_and_started_again(runner, job, folder, kills):
+    for after_steps, whole in kills:
+        assert _kill_once(runner, job, folder, after_steps, whole)
+        assert not (folder / "result.json").exists()
+    _torchrun(runner, [job])
+
+
+def _bitwise(runner, one, two):
+    assert runner.rows(one) == runner.rows(two)
+    expected, found = runner.weights(one), runner.weights(two)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_a_rank_that_is_killed_costs_nothing_but_time(quick, runner, model_dir, data_dir, tmp_path):
+    job = _job(QUICK, "sft", tmp_path / "killed", runner, model_dir, data_dir)
+    _killed_and_started_again(runner, job, tmp_path / "killed", [(2, False)])
+    _bitwise(runner, tmp_path / "killed", quick / "straight")
+
+
+KILLED = {
+    "sft": ("sft", {"save_steps": 1, "max_steps": 8}),
+    "dpo": ("dpo", {**LORA, "save_steps": 2, "max_steps": 8}),
+    "grpo": ("grpo", {"save_steps": 1, "max_steps": 8, "num_iterations": 2, "beta": 0.1}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KILLED)
+def test_ranks_that_are_killed_again_and_again_end_the_same(name, runner, model_dir, data_dir, tmp_path):
+    """One rank, both with their launcher, at the start of a step and further on."""
+    straight, killed = (_job(KILLED, name, tmp_path / to, runner, model_dir, data_dir) for to in ("straight", "killed"))
+    _torchrun(runner, [straight])
+    kills = [(1, False), (2, True), (4, False), (5, True), (7, False)]
+    _killed_and_started_again(runner, killed, tmp_path / "killed", kills)
+    _bitwise(runner, tmp_path / "killed", tmp_path / "straight")
