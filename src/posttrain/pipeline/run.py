@@ -44,7 +44,7 @@ from posttrain.pipeline.state import (
 )  # fmt: skip
 from posttrain.protocols import MetricSink, Topology
 from posttrain.recipes import policy, preference, sft
-from posttrain.recipes.certify import certify, require
+from posttrain.recipes.certify import certified_before, certify, require
 from posttrain.recipes.rollback import run_recipe
 from posttrain.recipes.stage import Stage as StageRun
 from posttrain.recipes.stage import StageResult, StopFlag, StoppedPolitely
@@ -310,8 +310,10 @@ class _Run:
             self.watch.say("grpo: reward_check is off: the model of this run can be trained but not promoted")
             return
         if self.topology.is_main:
-            certificate = certify(keys, folder / "certificate.json")
-            self.watch.say(f"rewards: {certificate.verdict}")
+            path = folder / "certificate.json"
+            earlier = certified_before(keys, path)
+            certificate = earlier or certify(keys, path)
+            self.watch.say(f"rewards: {certificate.verdict}" + (", checked before" if earlier else ""))
             require(certificate)
         self.topology.barrier()
 

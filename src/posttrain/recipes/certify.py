@@ -13,6 +13,7 @@ from posttrain.files import read_json
 from posttrain.models.load import load_policy, load_tokenizer, stop_token_ids
 from posttrain.rewards.cases import Sample, cases_of
 from posttrain.rewards.certificate import Certificate, check_rewards
+from posttrain.rewards.resolve import reward_digest
 from posttrain.rewards.workers import RewardPool
 from posttrain.rewards.written import write
 from posttrain.rollout.collect import sample_groups
@@ -51,6 +52,15 @@ def certify(keys: GRPOKeys, path: Path) -> Certificate:
         certificate = check_rewards(pool, cases, samples, tokenize=partial(token_ids, tokenizer))
     write(certificate, path)
     return certificate
+
+
+def certified_before(keys: GRPOKeys, path: Path) -> Certificate | None:
+    """The certificate of an earlier start of the same stage at `path`, if these rewards may start on it."""
+    if not path.exists():
+        return None
+    found = Certificate.from_json(read_json(path))
+    rewards = reward_digest(keys.reward_funcs, keys.reward_kwargs, keys.reward_weights)
+    return found if found.matches(rewards) else None
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:

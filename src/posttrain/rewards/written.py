@@ -41,6 +41,6 @@ def markdown(certificate: Certificate) -> str:
 
 
 def write(certificate: Certificate, path: Path) -> None:
-    """The certificate as JSON at `path`, and as a report beside it."""
-    write_json(path, certificate.to_json())
+    """The certificate as JSON at `path`, and as a report beside it; once the JSON is there, both are."""
     write_atomic(path.with_suffix(".md"), markdown(certificate))
+    write_json(path, certificate.to_json())
