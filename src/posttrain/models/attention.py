@@ -8,6 +8,7 @@ transformers hands through untouched.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -107,20 +108,18 @@ class _TreeAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float
     ) -> torch.Tensor:
-        _, num_heads, num_tokens, _ = query.shape
+        _, num_heads, num_tokens, width = query.shape
         out = query.new_empty(1, num_tokens, num_heads, value.shape[-1]).transpose(1, 2)
         lse = query.new_empty(1, num_heads, num_tokens, dtype=torch.float32)
-        for tree in layout.trees:
-            for begin, end in ((tree.start, tree.split), *tree.branches()):
-                if begin < end:
-                    own = slice(begin, end)
-                    out[:, :, own], lse[:, :, own] = _flash(
-                        query[:, :, own], key[:, :, own], value[:, :, own], True, scale
-                    )
-            if tree.ends and tree.start < tree.split < tree.stop:
-                tail, prefix = slice(tree.split, tree.stop), slice(tree.start, tree.split)
-                part, part_lse = _flash(query[:, :, tail], key[:, :, prefix], value[:, :, prefix], False, scale)
-                out[:, :, tail], lse[:, :, tail] = merge(out[:, :, tail], lse[:, :, tail], part, part_lse)
+        for call in _calls(layout, num_heads * width, query.dtype):
+            rows, columns = call.rows, call.columns
+            part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query[:, :, rows], key[:, :, columns], value[:, :, columns],
+                0.0, call.causal, attn_mask=call.mask, scale=scale,
+            )  # fmt: skip
+            if call.more:
+                part, part_lse = merge(out[:, :, rows], lse[:, :, rows], part, part_lse)
+            out[:, :, rows], lse[:, :, rows] = part, part_lse
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.layout, ctx.scale = layout, scale
         return out
@@ -128,31 +127,55 @@ class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         query, key, value, out, lse = ctx.saved_tensors
-        grad_q, grad_k, grad_v = (
-            torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
-        )
-
-        def add(rows: slice, columns: slice, causal: bool) -> None:
+        totals = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
+        for call in _calls(ctx.layout, query.shape[1] * query.shape[3], query.dtype):
+            rows, columns = call.rows, call.columns
             grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad_out[:, :, rows], query[:, :, rows], key[:, :, columns], value[:, :, columns],
-                out[:, :, rows], lse[:, :, rows], 0.0, causal, scale=ctx.scale,
+                out[:, :, rows], lse[:, :, rows], 0.0, call.causal, attn_mask=call.mask, scale=ctx.scale,
             )  # fmt: skip
-            for total, grad, where in zip((grad_q, grad_k, grad_v), grads, (rows, columns, columns), strict=True):
-                total[:, :, where] += grad
-
-        for tree in ctx.layout.trees:
-            for begin, end in ((tree.start, tree.split), *tree.branches()):
-                if begin < end:
-                    add(slice(begin, end), slice(begin, end), causal=True)
-            if tree.ends and tree.start < tree.split < tree.stop:
-                add(slice(tree.split, tree.stop), slice(tree.start, tree.split), causal=False)
-        return grad_q, grad_k, grad_v, None, None
+            for total, grad, where in zip(totals, grads, (rows, columns, columns), strict=True):
+                if call.more:
+                    total[:, :, where] += grad
+                else:
+                    total[:, :, where] = grad
+        return *totals, None, None
 
 
-def _flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+@dataclass(frozen=True)
+class _Call:
+    """One call of the kernel: packed positions of queries and keys; `more` adds to what earlier calls found."""
+
+    rows: slice
+    columns: slice
+    causal: bool = True
+    mask: torch.Tensor | None = None
+    more: bool = False
+
+
+_CALL_FLOPS = 12e6
+"""What the kernel could compute in the time that one call of it, and the merging of what it found, cost beside."""
+
+
+@lru_cache(maxsize=4)
+def _calls(layout: Layout, width: int, dtype: torch.dtype) -> tuple[_Call, ...]:
+    """The kernel calls of a layer with `width` query channels; the same for all layers, and for the backward."""
+    calls: list[_Call] = []
+    for tree in layout.trees:
+        own = [slice(begin, end) for begin, end in ((tree.start, tree.split), *tree.branches()) if begin < end]
+        whole, tail, prefix = (
+            slice(*ends) for ends in ((tree.start, tree.stop), (tree.split, tree.stop), (tree.start, tree.split))
+        )
+        size = tree.stop - tree.start
+        if tree.ends and 4 * width * size**2 < _CALL_FLOPS * len(own):
+            hidden = ~tree_mask(tree, None, torch.device("cpu"))
+            mask = torch.zeros(size, size, dtype=dtype).masked_fill_(hidden, -torch.inf)
+            calls.append(_Call(whole, whole, causal=False, mask=mask[None, None]))
+            continue
+        calls += [_Call(span, span) for span in own]
+        if tree.ends and tree.start < tree.split < tree.stop:
+            calls.append(_Call(tail, prefix, causal=False, more=True))
+    return tuple(calls)
 
 
 def merge(

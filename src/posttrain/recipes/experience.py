@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from posttrain.config.stages import GRPOKeys
 from posttrain.health.controls import Controls
-from posttrain.models.batch import pack
+from posttrain.models.batch import Batch, pack
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
 from posttrain.objectives.advantages import AdvantageSpec, as_rewards, compute_advantages, soft_overlong_penalty
@@ -179,40 +179,51 @@ class Collector:
                 row.append(soft_overlong_penalty(length, keys.max_completion_length, keys.soft_overlong_cache))
         if not (keys.kl_in_reward and keys.beta):
             return rows, {}
-        kls = [kl for group in groups for kl in self._sequence_kl(group)]
+        # k1, summed over each completion.
+        kls = [
+            sum(rollout.completion.logp) - sum(reference)
+            for group, scored in zip(groups, self._reference_logp(groups), strict=True)
+            for rollout, reference in zip(group.rollouts, scored, strict=True)
+        ]
         for row, kl in zip(rows, kls, strict=True):
             row.append(-keys.beta * self._controls.beta_scale * kl)
         tokens = sum(len(rollout.completion.ids) for group in groups for rollout in group.rollouts)
         kl, rollouts, tokens = self._topology.sum([sum(kls), float(len(kls)), float(tokens)])
         return rows, {"kl_in_reward": kl / max(1.0, rollouts), "kl": kl / max(1.0, tokens)}
 
-    def _sequence_kl(self, group: RolloutGroup) -> list[float]:
-        """k1 summed over each completion."""
-        reference = self._reference_logp(group)
-        return [sum(rollout.completion.logp) - sum(ref) for rollout, ref in zip(group.rollouts, reference, strict=True)]
-
-    def _reference_logp(self, group: RolloutGroup) -> list[list[float]]:
-        batch = pack([[_sequence(group, rollout.completion.ids) for rollout in group.rollouts]])
-        logp_M = self._policy.reference_logp(batch, self._keys.temperature)
-        return [part.tolist() for part in logp_M.split(batch.lengths_S().tolist())]
+    @torch.no_grad()
+    def _reference_logp(self, groups: Sequence[RolloutGroup]) -> list[list[list[float]]]:
+        return self._scored(groups, lambda batch: self._policy.reference_logp(batch, self._keys.temperature))
 
     @torch.no_grad()
-    def _trainer_logp(self, group: RolloutGroup) -> list[list[float]]:
-        batch = pack([[_sequence(group, rollout.completion.ids) for rollout in group.rollouts]])
-        logp_M = self._policy.score(batch, temperature=self._keys.temperature).logp_M
-        return [part.tolist() for part in logp_M.split(batch.lengths_S().tolist())]
+    def _trainer_logp(self, groups: Sequence[RolloutGroup]) -> list[list[list[float]]]:
+        return self._scored(groups, lambda batch: self._policy.score(batch, temperature=self._keys.temperature).logp_M)
+
+    def _scored(
+        self, groups: Sequence[RolloutGroup], score: Callable[[Batch], torch.Tensor]
+    ) -> list[list[list[float]]]:
+        """Log-probs of each group's completions, as many completions at a time as training takes."""
+        at_once = max(1, self._keys.per_device_train_batch_size // self._num_generations)
+        result: list[list[list[float]]] = []
+        for start in range(0, len(groups), at_once):
+            part = groups[start : start + at_once]
+            batch = pack([[_sequence(group, r.completion.ids) for r in group.rollouts] for group in part])
+            each = iter(score(batch).split(batch.lengths_S().tolist()))
+            result += [[next(each).tolist() for _ in group.rollouts] for group in part]
+        return result
 
     # --- trajectories and metrics ------------------------------------------------------------------------------
 
     def _trajectories(self, groups: Sequence[RolloutGroup], advantages: Any) -> tuple[tuple[Trajectory, ...], ...]:
         keys = self._keys
         needs_reference = keys.beta > 0 and not keys.kl_in_reward
+        # The embedded engine's log-probs are the trainer's own; another sampler's are corrected for.
+        corrected = keys.importance_sampling_correction != "off"
+        nothing = [[None] * len(group.rollouts) for group in groups]
+        references = self._reference_logp(groups) if needs_reference else nothing
+        olds = self._trainer_logp(groups) if corrected else [[r.completion.logp for r in g.rollouts] for g in groups]
         result: list[tuple[Trajectory, ...]] = []
-        for group in groups:
-            reference = self._reference_logp(group) if needs_reference else [None] * len(group.rollouts)
-            # The embedded engine's log-probs are the trainer's own; another sampler's are corrected for.
-            corrected = keys.importance_sampling_correction != "off"
-            old = self._trainer_logp(group) if corrected else [r.completion.logp for r in group.rollouts]
+        for group, reference, old in zip(groups, references, olds, strict=True):
             result.append(tuple(
                 Trajectory(
                     ids=group.prompt_ids + rollout.completion.ids, start=len(group.prompt_ids),
