@@ -106,7 +106,7 @@ class EmbeddedEngine:
             self._refresh()
         self._version = version
         prompt = tuple(range(1, min(9, self._policy.base.config.get_text_config().vocab_size)))
-        params = SamplingParams(max_tokens=4, temperature=1.0)
+        params = SamplingParams(max_tokens=2, temperature=1.0)
         engine = EmbeddedEngine(self._policy, stop_token_ids=(), batch_size=1)
         [sampled] = engine.generate([Request(prompt, seed=version)], params)
         [expected] = self.score([(prompt + sampled.ids, len(prompt))])
