@@ -1,7 +1,10 @@
+import math
+
 import pytest
 import torch
 
 from posttrain.errors import ModelError
+from posttrain.models import attention
 from posttrain.models.attention import merge, ragged_attention, tree_mask
 from posttrain.models.batch import Layout, Tree, pack
 from posttrain.types import TokenSeq
@@ -47,8 +50,11 @@ def _by_mask(query, key, value, layout, window=None, softcap=None):
     return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value).transpose(1, 2)
 
 
+@pytest.mark.parametrize("call_flops", [0.0, math.inf])
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 3}, {"softcap": 2.0}, {"sliding_window": 100}])
-def test_every_path_equals_attention_with_the_mask_written_out(options):
+def test_every_path_equals_attention_with_the_mask_written_out(options, call_flops, monkeypatch):
+    monkeypatch.setattr(attention, "_CALL_FLOPS", call_flops)
+    attention._calls.cache_clear()
     layout = Layout((Tree(0, 6), Tree(6, 10, (13, 13, 18)), Tree(18, 19)))
     torch.manual_seed(0)
     leaves = [torch.randn(1, heads, 19, 16, dtype=torch.float64) for heads in (4, 2, 2)]
@@ -62,6 +68,16 @@ def test_every_path_equals_attention_with_the_mask_written_out(options):
     (expected * weights).sum().backward()
     for ours, theirs in zip(single, double, strict=True):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-5, rtol=1e-4)
+    attention._calls.cache_clear()
+
+
+def test_small_trees_are_one_call_and_others_a_call_for_each_span():
+    small, large = Tree(0, 40, (60, 80)), Tree(80, 480, (680, 880))
+    calls = attention._calls(Layout((small, large)), 256, torch.float32)
+    assert [(c.rows.start, c.rows.stop, c.mask is not None, c.more) for c in calls] == [
+        (0, 80, True, False),
+        (80, 480, False, False), (480, 680, False, False), (680, 880, False, False), (480, 880, False, True),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("architecture", RAGGED)

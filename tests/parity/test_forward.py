@@ -1,5 +1,6 @@
 """Packed documents and shared prefixes against transformers' own forward of each sequence alone: loss and gradient."""
 
+import math
 import random
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from posttrain.config.stages import ModelKeys, TrainKeys
+from posttrain.models import attention
 from posttrain.models.batch import pack
 from posttrain.models.load import load_policy
 from posttrain.types import TokenSeq
@@ -48,6 +50,16 @@ def _weighted(logp_M):
     return -(logp_M * torch.linspace(0.5, 1.5, logp_M.numel())).sum() / logp_M.numel()
 
 
+@pytest.fixture(params=[0.0, math.inf], ids=["a call for each span", "one masked call"])
+def small_trees(request, monkeypatch):
+    """Small trees are attended to in one way or the other, decided by what a call costs: here by force."""
+    monkeypatch.setattr(attention, "_CALL_FLOPS", request.param)
+    attention._calls.cache_clear()
+    yield
+    attention._calls.cache_clear()
+
+
+@pytest.mark.usefixtures("small_trees")
 @pytest.mark.parametrize("shared", [False, True], ids=["packed", "shared prefix"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradient(model_dir, family, shared):

@@ -97,11 +97,11 @@ def _depth(tree: Tree) -> int:
 
 
 class _TreeAttention(torch.autograd.Function):
-    """Exact attention of each tree by the CPU flash kernel, without masks and without copying a shared prefix.
+    """Exact attention of each tree by the CPU flash kernel, without copying a shared prefix.
 
     A branch attends to its prefix and to itself in two calls, merged by their log-sum-exp. Given the merged output
     and log-sum-exp, the kernel's backward of each call yields that call's share of the gradient (Liu et al. 2023,
-    Ring Attention, arXiv 2310.01889, use the same identity across devices).
+    Ring Attention, arXiv 2310.01889, use the same identity across devices). A small tree is one masked call.
     """
 
     @staticmethod
