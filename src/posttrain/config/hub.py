@@ -48,6 +48,8 @@ def unreachable(endpoint: str, patience_s: float = PATIENCE_S) -> str:
         try:
             with socket.create_connection(address, timeout=patience_s):
                 outcome[0] = ""
+        except TimeoutError:
+            pass
         except OSError as error:
             outcome[0] = error.strerror or str(error)
 
