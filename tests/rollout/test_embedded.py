@@ -89,6 +89,15 @@ def test_an_adapter_is_added_to_its_weights_once_where_that_is_the_same(model_di
     assert completion.logp == pytest.approx(engine.score([((5, 6, 7, *completion.ids), 3)])[0], abs=1e-5)
 
 
+def test_a_large_model_is_not_copied_to_add_its_adapter(model_dir, monkeypatch):
+    monkeypatch.setattr(decode, "_MOST_COPIED", 1000)
+    policy = _own_policy(model_dir, adapter="lora", lora_r=4)
+    calls = []
+    policy.base.get_decoder().layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
+    EmbeddedEngine(policy, stop_token_ids=()).generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=12))
+    assert len(calls) == 12
+
+
 def test_sampling_follows_the_weights_as_they_change(model_dir):
     policy = _own_policy(model_dir)
     engine = EmbeddedEngine(policy, stop_token_ids=())

@@ -1,7 +1,7 @@
 """One decode step of a Llama-shaped model, without the Python that surrounds it in transformers' modules.
 
 At a few live rows a step costs what its Python and its small tensor operations cost. A step is made for one call of
-`generate`, during which weights do not change: a LoRA adapter is added to its weights once, not to every product.
+`generate`, during which weights do not change: the LoRA adapter of a small model is added to its weights once, not to every product.
 Projections of any other kind (quantised, DoRA) are called as the modules they are.
 """
 
@@ -28,6 +28,8 @@ DecodeStep = Callable[[torch.Tensor, torch.Tensor, KVStore], torch.Tensor]
 """Newest token and position of each row, [R] and [R] → logits [R, V]."""
 Projection = Callable[[torch.Tensor], torch.Tensor]
 """[R, inputs] → [R, outputs]."""
+_MOST_COPIED = 256 << 20
+"""Bytes of a model up to which its weights are copied to add an adapter; a larger one must not need memory twice."""
 
 
 def decode_step(policy: Policy) -> DecodeStep:
@@ -55,12 +57,12 @@ class _LlamaStep:
         window_of = FAMILIES[policy.base.config.model_type]
         attentions = [layer.self_attn for layer in self._model.layers]
         self._options = [AttendOptions(attention.scaling, window_of(attention), None) for attention in attentions]
-        self._qkv = [
-            [_projection(layer.q_proj), _projection(layer.k_proj), _projection(layer.v_proj)] for layer in attentions
-        ]
-        self._out = [_projection(layer.o_proj) for layer in attentions]
+        size = sum(parameter.numel() * parameter.element_size() for parameter in policy.base.parameters())
+        project = _projection if size <= _MOST_COPIED else lambda module: module
+        self._qkv = [[project(layer.q_proj), project(layer.k_proj), project(layer.v_proj)] for layer in attentions]
+        self._out = [project(layer.o_proj) for layer in attentions]
         self._mlps = [
-            [_projection(layer.mlp.gate_proj), _projection(layer.mlp.up_proj), _projection(layer.mlp.down_proj)]
+            [project(layer.mlp.gate_proj), project(layer.mlp.up_proj), project(layer.mlp.down_proj)]
             for layer in self._model.layers
         ]
 
