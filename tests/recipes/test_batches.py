@@ -3,7 +3,7 @@ import pytest
 from posttrain.config.stages import SFTKeys
 from posttrain.data.dataset import Dataset, DataSummary
 from posttrain.distributed.topology import SingleProcess
-from posttrain.recipes.batches import Schedule, fill_by_tokens, flat, for_rank
+from posttrain.recipes.batches import Schedule, fill_by_tokens, fill_with_groups, flat, for_rank, split_groups
 
 
 class Rank:
@@ -67,3 +67,14 @@ def test_two_ranks_take_the_steps_of_one_process_with_twice_the_accumulation():
     two, _ = schedule(list(range(1, 17)), Rank(0, 2))
     one, _ = schedule(list(range(1, 17)), gradient_accumulation_steps=2)
     assert [two.step(n) for n in range(4)] == [one.step(n) for n in range(4)]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 4, 5, 8, 100])
+def test_groups_fill_micro_batches_whole_where_they_fit_and_in_parts_where_not(at_once):
+    groups = [tuple((group, member) for member in range(4)) for group in range(5)]
+    micros = fill_with_groups(split_groups(groups, at_once), at_once)
+    assert flat(flat(micros)) == flat(groups)
+    assert all(sum(len(part) for part in micro) <= at_once for micro in micros)
+    if at_once >= 4:
+        assert flat(micros) == groups
+        assert [len(micro) for micro in micros[:-1]] == [at_once // 4] * (len(micros) - 1)

@@ -143,6 +143,29 @@ def test_grpo_does_not_depend_on_its_micro_batches(train, runner):
     close(runner.weights(split), runner.weights(whole), atol=5e-6)
 
 
+@pytest.mark.parametrize("variant", ["plain", "gspo", "dr_grpo", "kl", "corrected", "entropy", "masked"])
+def test_a_group_split_over_micro_batches_gives_the_losses_of_the_whole_one(variant, train, runner):
+    options = {"max_steps": 2, "learning_rate": 1e-4, "max_completion_length": 8, **GRPO[variant]}
+    whole, *split = (train("grpo", name=str(n), per_device_train_batch_size=n, **options) for n in (8, 3, 1))
+    for folder in split:
+        assert runner.rows(folder)[0] == pytest.approx(runner.rows(whole)[0], abs=2e-5, rel=1e-4)
+        assert runner.losses(folder) == pytest.approx(runner.losses(whole), abs=ATOL)
+        close(runner.weights(folder), runner.weights(whole), atol=5e-6)
+
+
+def test_training_and_scoring_take_no_more_completions_at_once_than_the_micro_batch(train, monkeypatch):
+    from posttrain.recipes import experience, policy
+
+    sizes = []
+    for module in (experience, policy):
+        original = module.pack
+        monkeypatch.setattr(
+            module, "pack", lambda families, pack=original: sizes.append(sum(map(len, families))) or pack(families)
+        )
+    train("grpo", max_steps=1, num_generations=5, per_device_train_batch_size=2, **GRPO["kl"])
+    assert sorted(sizes, reverse=True)[:8] == [2] * 8 and max(sizes) == 2
+
+
 def test_groups_without_spread_weigh_nothing_and_count(train, runner, monkeypatch):
     """Leaving them out gives the gradient of keeping them in."""
     from posttrain.recipes import policy

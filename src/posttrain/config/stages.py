@@ -71,7 +71,7 @@ class TrainKeys(ModelKeys):
     seed: int = knob(42, "Every random choice follows from this seed.", ge=0)
     sequence_len: int = knob(2048, "Longest sequence in tokens.", ge=8, also="cutoff_len (LLaMA-Factory), max_length (TRL), max_seq_length (TRL), max_seq_len (torchtune)")
     overflow: Literal["drop", "truncate", "error"] = knob("drop", "What happens to rows longer than sequence_len; each is counted.", also="excess_length_strategy (Axolotl)")
-    per_device_train_batch_size: int = knob(8, "Rows per micro-batch and process.", ge=1, also="micro_batch_size (Axolotl)")
+    per_device_train_batch_size: int = knob(8, "Rows per micro-batch and process; in RL a row is a completion, and a larger group is split.", ge=1, also="micro_batch_size (Axolotl)")
     gradient_accumulation_steps: int = knob(1, "Micro-batches per optimizer step.", ge=1)
     num_train_epochs: float = knob(1.0, "Passes over the data, when max_steps is not set.", gt=0, also="num_epochs (Axolotl), epochs (torchtune)")
     max_steps: int = knob(-1, "Optimizer steps; -1 lets num_train_epochs decide.", ge=-1)

@@ -114,6 +114,17 @@ def fill_by_tokens(order: Sequence[int], size: Callable[[int], int], budget: int
     return micros
 
 
+def split_groups(groups: Sequence[Sequence[T]], at_once: int) -> list[tuple[T, ...]]:
+    """Groups in parts of at most `at_once` members, in order; a group that fits stays whole."""
+    return [tuple(group[i : i + at_once]) for group in groups for i in range(0, len(group), at_once)]
+
+
+def fill_with_groups(parts: Sequence[tuple[T, ...]], at_once: int) -> list[list[tuple[T, ...]]]:
+    """Parts of groups in micro-batches of at most `at_once` members."""
+    filled = fill_by_tokens(range(len(parts)), lambda index: len(parts[index]), at_once)
+    return [[parts[index] for index in micro] for micro in filled]
+
+
 def for_rank(micros: Sequence[list[T]], topology: Topology) -> list[MicroBatch[T]]:
     """This rank's micro-batches of a step. Every rank gets as many: collectives inside the model must match."""
     mine = [MicroBatch(rows) for rows in topology.shard(micros)]

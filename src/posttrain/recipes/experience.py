@@ -19,6 +19,7 @@ from posttrain.objectives.advantages import AdvantageSpec, as_rewards, compute_a
 from posttrain.objectives.policy import advantage_estimator_of
 from posttrain.objectives.terms import spec_from
 from posttrain.protocols import Engine, Topology
+from posttrain.recipes.batches import fill_with_groups, split_groups
 from posttrain.recipes.prompts import PromptStream
 from posttrain.rollout.collect import ScoreRewards, sample_groups, score_groups, stop_test
 from posttrain.types import Rollout, RolloutGroup, SamplingParams, TokenSeq
@@ -203,14 +204,14 @@ class Collector:
         self, groups: Sequence[RolloutGroup], score: Callable[[Batch], torch.Tensor]
     ) -> list[list[list[float]]]:
         """Log-probs of each group's completions, as many completions at a time as training takes."""
-        at_once = max(1, self._keys.per_device_train_batch_size // self._num_generations)
-        result: list[list[list[float]]] = []
-        for start in range(0, len(groups), at_once):
-            part = groups[start : start + at_once]
-            batch = pack([[_sequence(group, r.completion.ids) for r in group.rollouts] for group in part])
-            each = iter(score(batch).split(batch.lengths_S().tolist()))
-            result += [[next(each).tolist() for _ in group.rollouts] for group in part]
-        return result
+        at_once = self._keys.per_device_train_batch_size
+        families = [[_sequence(group, r.completion.ids) for r in group.rollouts] for group in groups]
+        scores: list[list[float]] = []
+        for micro in fill_with_groups(split_groups(families, at_once), at_once):
+            batch = pack(micro)
+            scores += [logp.tolist() for logp in score(batch).split(batch.lengths_S().tolist())]
+        each = iter(scores)
+        return [[next(each) for _ in group.rollouts] for group in groups]
 
     # --- trajectories and metrics ------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from posttrain.objectives.reduce import Normalizer
 from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import LossTerms, spec_from
 from posttrain.protocols import Topology
-from posttrain.recipes.batches import MicroBatch
+from posttrain.recipes.batches import MicroBatch, fill_with_groups, split_groups
 from posttrain.recipes.engine import make_engine
 from posttrain.recipes.experience import Collector, Experience, Trajectory
 from posttrain.recipes.live_checks import LiveChecks
@@ -160,17 +160,17 @@ def _update(
 def _micro_batches(
     groups: Sequence[Group], spec: PolicySpec, keys: GRPOKeys, topology: Topology
 ) -> list[MicroBatch[Group]]:
-    """Whole groups, about `per_device_train_batch_size` completions at a time, as many on every rank.
+    """At most `per_device_train_batch_size` completions at a time, as many micro-batches on every rank.
 
-    Groups whose advantages are all zero are left out where nothing else needs their gradient; they still count in the
-    normaliser.
+    A larger group is split: each part holds a copy of the prompt, and the normaliser is the step's. Groups whose
+    advantages are all zero are left out where nothing else needs their gradient; they still count in the normaliser.
     """
+    at_once = keys.per_device_train_batch_size
     needed = spec.entropy_coef > 0 or (spec.beta > 0 and not keys.kl_in_reward)
-    useful = topology.shard([g for g in groups if needed or any(t.advantage and t.num_tokens for t in g)])
-    size = max(1, keys.per_device_train_batch_size // keys.num_generations)
-    micros = [MicroBatch(useful[i : i + size]) for i in range(0, len(useful), size)]
+    useful = [g for g in groups if needed or any(t.advantage and t.num_tokens for t in g)]
+    micros = [MicroBatch(parts) for parts in fill_with_groups(topology.shard(split_groups(useful, at_once)), at_once)]
     most = max(topology.gather(len(micros)))
-    return micros + [MicroBatch(list(groups[:1]), idle=True)] * (most - len(micros))
+    return micros + [MicroBatch(split_groups(groups[:1], at_once)[:1], idle=True)] * (most - len(micros))
 
 
 def _normalizer(groups: Sequence[Group], keys: GRPOKeys) -> Normalizer:
