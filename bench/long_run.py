@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import workload
+from posttrain.files import read_json_lines
 
 STEPS = {"sft": 3000, "dpo": 4000, "grpo": 4000}
 SAMPLES = 300
@@ -345,7 +346,7 @@ def measure(kind: str, steps: int) -> dict[str, Any]:
     with Reader(folder / "metrics.jsonl") as reader:
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     found = {"reads": reader.reads, "broken": reader.broken, "wall_s": time.monotonic() - started}
-    record = {"samples": [json.loads(line) for line in samples.read_text().splitlines()]} | found
+    record = {"samples": [row for _, row in read_json_lines(samples)]} | found
     shutil.rmtree(folder)
     return record
 

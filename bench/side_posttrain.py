@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import workload
+from posttrain.files import read_json_lines
 from rows import BY_NAME, Row
 from turns import Turns
 
@@ -120,7 +121,7 @@ def replaying_engine(job: Mapping[str, Any]) -> Callable[..., Any]:
 
 
 def recorded(job: Mapping[str, Any], tokenizer: Any) -> list[tuple[tuple[int, ...], list[tuple[int, ...]]]]:
-    prompts = [json.loads(line)["prompt"] for line in Path(job["data"]).read_text().splitlines()]
+    prompts = [row["prompt"] for _, row in read_json_lines(Path(job["data"]))]
     completions = workload.recorded_completions(len(prompts), tokenizer.eos_token_id)
     return [(tuple(tokenizer(text)["input_ids"]), group) for text, group in zip(prompts, completions, strict=True)]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import workload
+from posttrain.files import read_json_lines
 from rewards import vowels
 from rows import BY_NAME, Row
 from side_posttrain import SEED, recorded
@@ -36,7 +37,7 @@ def training_rows(job: Mapping[str, Any], row: Row) -> Any:
     """The rows, in the order in which our recipe takes them."""
     from datasets import Dataset
 
-    rows = [json.loads(line) for line in Path(job["data"]).read_text().splitlines()]
+    rows = [row for _, row in read_json_lines(Path(job["data"]))]
     return Dataset.from_list([rows[index] for index in workload.training_order(len(rows), SEED)])
 
 
@@ -141,7 +142,7 @@ def roll_out(row: Row, job: Mapping[str, Any], turns: Turns) -> None:
     device = "cuda" if job["device"] == "cuda" else "cpu"
     model, tokenizer = load(job, row)
     model.to(device).eval()
-    prompts = [json.loads(line)["prompt"] for line in Path(job["data"]).read_text().splitlines()]
+    prompts = [row["prompt"] for _, row in read_json_lines(Path(job["data"]))]
     torch.manual_seed(SEED)
     for step in range(job["max_steps"]):
         batch = [prompts[(step * row.num_prompts + i) % len(prompts)] for i in range(row.num_prompts)]

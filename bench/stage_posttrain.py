@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from posttrain.files import read_json_lines
+
 QUICKSTART = Path(__file__).resolve().parents[1] / "examples" / "quickstart"
 
 
@@ -50,7 +52,7 @@ def main() -> None:
     start = time.perf_counter()
     RECIPES[job["kind"]](keys, Stage(job["kind"], folder, keys, SingleProcess()))
     call_s = time.perf_counter() - start
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for _, row in read_json_lines(folder / "metrics.jsonl")]
     # The parts of an RL step, summed over the run.
     parts = {name: sum(step.get(name, 0.0) for step in steps) for name in ("time/rollout_s", "time/train_s")}
     names = ("reward", "completions/mean_length", "completions/clipped_ratio")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import workload
+from posttrain.files import read_json_lines
 from stage_posttrain import keys_of, report
 
 SAME_NAME = (
@@ -29,7 +30,7 @@ SAME_IN_GRPO = (
 
 def rows_of(keys: Any, tokenizer: Any) -> list[dict[str, Any]]:
     """The stage's rows in the order in which our recipe takes them."""
-    rows = [json.loads(line) for line in Path(keys.datasets[0].path).read_text().splitlines()]
+    rows = [row for _, row in read_json_lines(Path(keys.datasets[0].path))]
     return [as_text(rows[index], tokenizer) for index in workload.training_order(len(rows), keys.seed)]
 
 

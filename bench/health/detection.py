@@ -10,7 +10,6 @@ default thresholds are then applied to its step reports, as the loop would have 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -27,7 +26,7 @@ from cases import CASES, HEALTHY, Case, values_of
 from run import train
 
 from posttrain.errors import PosttrainError
-from posttrain.files import read_json, write_json
+from posttrain.files import read_json, read_json_lines, write_json
 
 SEEDS = {
     "tune": {"sft": range(1000, 1012), "dpo": range(1000, 1012), "grpo": range(1000, 1012), "fault": range(1000, 1002)},
@@ -72,7 +71,7 @@ def run_case(case: Case, seed: int, model: Path, path: Path) -> None:
 
 def reports_of(folder: Path) -> list[dict[str, Any]]:
     """The logged step reports; what was not finite is text, since strict JSON has no NaN."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [row for _, row in read_json_lines(folder / "metrics.jsonl")]
     return [
         {name: value for name, value in line.items() if isinstance(value, (int, float))}
         | dict.fromkeys(line.get("nonfinite", ()), "nan")

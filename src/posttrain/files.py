@@ -1,4 +1,4 @@
-"""Digests and crash-safe files: what is written here is either wholly there or not there.
+"""Digests, JSON lines and crash-safe files: what is written here is either wholly there or not there.
 
 Knows nothing of what the bytes mean.
 """
@@ -10,11 +10,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from posttrain.errors import DataError
+
 _CHUNK_BYTES = 1 << 20
+JSON_PER_LINE = "one JSON object per line"
 
 
 def canonical_json(value: Any) -> str:
@@ -84,6 +87,64 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8", errors="surrogatepass"))
+
+
+def read_json_lines(path: Path, *, growing: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of every line that is not blank: the one reader of JSON lines.
+
+    Of a `growing` file, a last line without its newline is not there yet. Raises: DataError with file and line.
+    """
+    for number, line in read_lines(path, str(path)):
+        if line.strip() and not (growing and not line.endswith("\n")):
+            value = parse_json(line, f"{path}:{number}", JSON_PER_LINE)
+            if not isinstance(value, dict):
+                raise DataError(f"{path}:{number}: got a {type(value).__name__}; expected {JSON_PER_LINE}")
+            yield number, value
+
+
+def read_lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
+    r"""Line number and text, cut at `\n` only: U+2028, U+0085 and others may stand inside a JSON string.
+
+    A byte-order mark is dropped; surrogates come through, since our own files may hold them. Raises: DataError.
+    """
+    with Path(path).open("rb") as handle:
+        for number, raw in enumerate(handle, start=1):
+            yield number, decode_utf8(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw, f"{name}:{number}")
+
+
+def decode_utf8(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start}; expected UTF-8 text; "
+            "convert the file (iconv -t utf-8)"
+        ) from None
+
+
+def parse_json(text: str, where: str, expected: str) -> Any:
+    """The value of JSON `text`; an object that names a key twice says two things, so it says nothing. Raises: DataError."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        at = f"{where}:{error.lineno}" if "\n" in text.strip() else where
+        raise DataError(f"{at}: not JSON: {error.msg} at column {error.colno}; expected {expected}") from None
+    except RecursionError:
+        raise DataError(f"{where}: not JSON: nested too deeply; expected {expected}") from None
+    except _RepeatedKeyError as error:
+        raise DataError(f"{where}: the key {error} stands twice in one object; expected it once; remove one") from None
+
+
+class _RepeatedKeyError(Exception):
+    """The key that an object names twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedKeyError(json.dumps(next(name for name in names if names.count(name) > 1)))
+    return found
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> Mapping[str, str]:

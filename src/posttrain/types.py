@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from posttrain.files import canonical_json, digest_json, write_folder
+from posttrain.files import canonical_json, digest_json, read_json_lines, write_folder
 
 Message = Mapping[str, Any]
 """An OpenAI message: `role`, `content` and, where used, `tool_calls`, `tool_call_id`, `name`."""
@@ -297,8 +297,7 @@ class EvalReport:
     def load(cls, folder: Path) -> EvalReport:
         """Raises: ValueError if the items are not those the report was written with."""
         header = json.loads((Path(folder) / "report.json").read_text())
-        lines = (Path(folder) / "items.jsonl").read_text(encoding="utf-8", errors="surrogatepass").splitlines()
-        items = tuple(ItemRecord(**_tuples(json.loads(line))) for line in lines)
+        items = tuple(ItemRecord(**_tuples(row)) for _, row in read_json_lines(Path(folder) / "items.jsonl"))
         expected = header.pop("digest")
         header.pop("mean")
         report = cls(items=items, **header)

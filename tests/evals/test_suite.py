@@ -35,7 +35,7 @@ def test_items_with_their_columns(suite):
 BAD = {
     "not json": ('{"id": "a"\n', r"suite\.jsonl:1: not JSON: .*one JSON object per line"),
     "no id": ('{"prompt": "x"}\n', r"suite\.jsonl:1: expected an object with a string `id`"),
-    "a list": ("[1]\n", r"suite\.jsonl:1: expected an object with a string `id`"),
+    "a list": ("[1]\n", r"suite\.jsonl:1: got a list; expected one JSON object"),
     "no prompt": ('{"id": "a", "prompt": ""}\n', r"suite\.jsonl:1: expected `prompt` \(text\) or `messages`"),
     "messages of text": ('{"id": "a", "messages": ["x"]}\n', r"suite\.jsonl:1: expected `prompt`.*found list"),
     "unknown scorer": (

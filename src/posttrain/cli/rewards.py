@@ -86,20 +86,20 @@ def read_cases(keys: GRPOKeys, limit: int) -> tuple[Case, ...]:
 
 def read_samples(path: Path, cases: Sequence[Case]) -> list[Sample]:
     """Completions of the starting policy, matched to the cases by `index` or by `prompt`. Raises: DataError."""
+    from posttrain.files import read_json_lines
     from posttrain.rewards.cases import Sample
 
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected JSONL with index or prompt, and completion")
     by_prompt = {_key(case.prompt): number for number, case in enumerate(cases)}
     found: list[Sample] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, row in read_json_lines(path):
         try:
-            row = json.loads(line)
             index = row["index"] if "index" in row else by_prompt.get(_key(row["prompt"]))
             completion = row["completion"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise DataError(
-                f"{path}:{number}: expected {{index or prompt, completion}}, got {line[:80]!r} ({error!r})"
+                f"{path}:{number}: expected {{index or prompt, completion}}, got {json.dumps(row)[:80]} ({error!r})"
             ) from None
         if index is not None and 0 <= index < len(cases):
             found.append(Sample(index, completion if isinstance(completion, str) else str(completion[-1]["content"])))

@@ -17,7 +17,7 @@ from typing import Any
 from posttrain.config import hub
 from posttrain.config.stages import DatasetKeys
 from posttrain.errors import DataError
-from posttrain.files import digest_bytes, digest_file
+from posttrain.files import JSON_PER_LINE, decode_utf8, digest_bytes, digest_file, parse_json, read_lines
 from posttrain.types import Origin
 
 Row = tuple[Origin, dict[str, Any]]
@@ -123,59 +123,35 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), f"a {type(value).__name__}")
 
 
-def _decoded(raw: bytes, origin: Origin) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{origin}: not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start}; expected UTF-8 text; "
-            "convert the file (iconv -t utf-8)"
-        ) from None
-
-
-def _lines(path: Path) -> Iterator[tuple[Origin, str]]:
-    """Split at newlines only: U+2028 may stand inside a JSON string."""
-    name = short_path(path)
-    with path.open("rb") as handle:
-        for number, raw in enumerate(handle, start=1):
-            origin = Origin(name, number)
-            yield origin, _decoded(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw, origin)
-
-
 def _read_jsonl(path: Path) -> Iterator[tuple[Origin, Any]]:
-    for origin, line in _lines(path):
-        if not line.strip():
-            yield origin, _BLANK
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{origin}: not JSON: {error.msg} at column {error.colno}; expected one JSON object per line"
-            ) from None
-        except RecursionError:
-            raise DataError(f"{origin}: not JSON: nested too deeply; expected one JSON object per line") from None
-        yield origin, value
+    name = short_path(path)
+    for number, line in read_lines(path, name):
+        origin = Origin(name, number)
+        yield origin, parse_json(line, str(origin), JSON_PER_LINE) if line.strip() else _BLANK
 
 
 def _read_json(path: Path) -> Iterable[tuple[Origin, Any]]:
     """A list of rows, or an object with the list under `data`; `line` is the row's number. JSONL is recognised."""
     name = short_path(path)
     raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    try:
-        value = json.loads(_decoded(raw, Origin(name, 1)))
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and raw.lstrip().startswith(b"{"):
-            return _read_jsonl(path)
-        raise DataError(
-            f"{name}:{error.lineno}: not JSON: {error.msg}; expected a list of objects, or one object per line"
-        ) from None
+    if _is_jsonl(raw):
+        return _read_jsonl(path)
+    value = parse_json(decode_utf8(raw, f"{name}:1"), name, "a list of objects, or one object per line")
     rows = value.get("data", value) if isinstance(value, dict) else value
     if isinstance(rows, dict):  # a JSONL file of one row
         rows = [rows]
     if not isinstance(rows, list):
         raise DataError(f'{name}: got {_json_type(rows)}; expected a list of objects or {{"data": [...]}}')
     return ((Origin(name, number), row) for number, row in enumerate(rows, start=1))
+
+
+def _is_jsonl(raw: bytes) -> bool:
+    """Whether the first line is an object by itself, and others follow."""
+    first, _, rest = raw.lstrip().partition(b"\n")
+    try:
+        return bool(rest.strip()) and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[Origin, Any]]:
@@ -194,7 +170,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[Origin, Any]]:
 def _read_csv(path: Path) -> Iterator[tuple[Origin, Any]]:
     """Every value is a string; empty fields are dropped."""
     name = short_path(path)
-    text = "".join(line for _, line in _lines(path))
+    text = "".join(line for _, line in read_lines(path, name))
     csv.field_size_limit(1 << 30)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:

@@ -6,14 +6,13 @@ every other column is handed to the scorer.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import EvalError
-from posttrain.files import canonical_json, digest_json
+from posttrain.errors import DataError, EvalError
+from posttrain.files import canonical_json, digest_json, read_json_lines
 from posttrain.grading.scorers import SCORERS, scorer_digest
 from posttrain.types import Text
 
@@ -73,21 +72,22 @@ class Suite:
 
 def load_suite(name: str, path: Path) -> Suite:
     """Raises: EvalError naming file and line of the first thing that is wrong."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvalError(f"evals.{name}: cannot read {path}: {error}") from error
     items: list[Item] = []
     seen: dict[str, int] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            item = _parse(line, f"{path.name}:{number}")
-            if item.id in seen:
-                raise EvalError(
-                    f"{path.name}:{number}: id {item.id!r} was used on line {seen[item.id]}; ids pair the answers of two models"
-                )
-            seen[item.id] = number
-            items.append(item)
+    try:
+        rows = list(read_json_lines(path))
+    except OSError as error:
+        raise EvalError(f"evals.{name}: cannot read {path}: {error}") from error
+    except DataError as error:
+        raise EvalError(f"evals.{name}: {error}") from None
+    for number, row in rows:
+        item = _parse(row, f"{path.name}:{number}")
+        if item.id in seen:
+            raise EvalError(
+                f"{path.name}:{number}: id {item.id!r} was used on line {seen[item.id]}; ids pair the answers of two models"
+            )
+        seen[item.id] = number
+        items.append(item)
     if not items:
         raise EvalError(
             f"evals.{name}: {path} is empty; expected one JSON object per line with id, prompt or messages, and target"
@@ -99,12 +99,8 @@ def load_suite(name: str, path: Path) -> Suite:
     return Suite(name, path, tuple(items))
 
 
-def _parse(line: str, where: str) -> Item:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise EvalError(f"{where}: not JSON: {error}; expected one JSON object per line") from error
-    if not isinstance(row, dict) or not isinstance(row.get("id"), str):
+def _parse(row: Mapping[str, Any], where: str) -> Item:
+    if not isinstance(row.get("id"), str):
         raise EvalError(f"{where}: expected an object with a string `id`")
     prompt = row.get("messages", row.get("prompt"))
     if isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt):

@@ -148,7 +148,7 @@ def _stage(folder: Path, entry: Mapping[str, Any], problems: list[str]) -> Stage
     name = where.resolve().name
     result = _mapping(_try(where / "result.json", read_json, {}, problems))
     tail = name.split("-", 1)[-1]
-    metrics = tuple(read_jsonl(where / "metrics.jsonl"))
+    metrics = tuple(_try(where / "metrics.jsonl", read_jsonl, [], problems))
     return StageRecord(
         name=name,
         kind=str(entry.get("kind") or result.get("kind") or tail),
@@ -162,8 +162,8 @@ def _stage(folder: Path, entry: Mapping[str, Any], problems: list[str]) -> Stage
         data=_mapping(_try(where / "summary.json", read_json, {}, problems)),
         lint=_mapping(_try(where / "lint.json", read_json, {}, problems)),
         metrics=metrics,
-        events=tuple(read_jsonl(where / "events.jsonl")),
-        samples=tuple(read_jsonl(where / "samples.jsonl")),
+        events=tuple(_try(where / "events.jsonl", read_jsonl, [], problems)),
+        samples=tuple(_try(where / "samples.jsonl", read_jsonl, [], problems)),
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from posttrain.errors import DataError
+from posttrain.files import read_json_lines
 from posttrain.report import words
 from posttrain.report.intervals import Interval, difference_interval, score_interval
 from posttrain.report.records import EvalKey, GateRecord, RunRecord, StageRecord
@@ -211,16 +212,14 @@ def _prompts(run: RunRecord, suite: str) -> dict[str, str]:
     path = Path(str(entry.get("path", "") if isinstance(entry, Mapping) else entry or ""))
     if not path.is_file():
         return {}
-    prompts: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            prompts[str(row.get("id", number))] = clip(
-                text_of(row.get("prompt") or row.get("messages") or row.get("question") or "")
-            )
+    try:
+        rows = list(read_json_lines(path))
+    except DataError:  # the file as it is today is no part of the run: its items go by their ids
+        return {}
+    prompts = {
+        str(row.get("id", number)): clip(text_of(row.get("prompt") or row.get("messages") or row.get("question") or ""))
+        for number, row in rows
+    }
     return {identifier: prompt for identifier, prompt in prompts.items() if prompt}
 
 

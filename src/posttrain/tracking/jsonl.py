@@ -10,11 +10,11 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from posttrain.files import write_atomic
+from posttrain.files import read_json_lines, write_atomic
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -52,10 +52,10 @@ class JsonlSink:
             path = self._folder / name
             if not path.exists():
                 continue
-            lines = path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if (number := _step_of(line)) is not None and number <= step]
-            if len(kept) < len(lines):
-                write_atomic(path, b"".join(kept))
+            records = read_jsonl(path)
+            kept = [record for record in records if record.get("step", 0) <= step]
+            if len(kept) < len(records):
+                write_atomic(path, b"".join(map(encode_line, kept)))
 
     def close(self) -> None:
         for descriptor in self._descriptors.values():
@@ -87,18 +87,8 @@ def encode_line(record: Mapping[str, Any]) -> bytes:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a file that may still be written to; a missing file is empty."""
-    return list(_records(path))
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    if not Path(path).exists():
-        return
-    with Path(path).open("rb") as handle:
-        for line in handle:
-            record = _parse(line)
-            if record is not None:
-                yield record
+    """Every whole line of a file that may still be written to; a missing file is empty. Raises: DataError for damage."""
+    return [record for _, record in read_json_lines(path, growing=True)] if Path(path).exists() else []
 
 
 def _plain(value: Any, name: str, nonfinite: list[str]) -> Any:
@@ -116,22 +106,6 @@ def _plain(value: Any, name: str, nonfinite: list[str]) -> Any:
         return number
     nonfinite.append(name)
     return None
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The record on a line, or None if the line is torn."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def _step_of(line: bytes) -> int | None:
-    record = _parse(line)
-    return None if record is None else int(record.get("step", 0))
 
 
 def _write_whole(descriptor: int, line: bytes) -> None:

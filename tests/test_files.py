@@ -1,0 +1,93 @@
+"""The one reader of JSON lines, and every place that reads them."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from posttrain.cli.rewards import read_samples
+from posttrain.config.stages import DatasetKeys
+from posttrain.data.sources import read_rows
+from posttrain.errors import DataError, PosttrainError
+from posttrain.evals.suite import load_suite
+from posttrain.files import read_json_lines
+from posttrain.rewards.cases import Case
+from posttrain.tracking.jsonl import read_jsonl
+from posttrain.types import EvalReport, ItemRecord
+
+ROOT = Path(__file__).parents[1]
+BREAKS = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\rh"
+"""Everything that `str.splitlines` cuts at, other than a newline."""
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_line_separator_inside_a_string_is_no_line(tmp_path):
+    path = write(tmp_path / "rows.jsonl", {"text": BREAKS}, {"text": "next"})
+    assert list(read_json_lines(path)) == [(1, {"text": BREAKS}), (2, {"text": "next"})]
+
+
+def test_reports_suites_samples_data_and_metrics_survive_line_separators(tmp_path):
+    item = ItemRecord("1", "digest", (1.0,), completions=(BREAKS,), finishes=("stop",), num_tokens=(3,))
+    report = EvalReport("suite", "gate", "s", "m", "exact", (item,))
+    report.save(tmp_path / "report")
+    assert EvalReport.load(tmp_path / "report") == report
+    row = {"id": "1", "prompt": BREAKS, "completion": BREAKS, "target": BREAKS, "index": 0, "step": 1}
+    path = write(tmp_path / "rows.jsonl", row)
+    assert load_suite("suite", path).items[0].target == BREAKS
+    assert read_samples(path, [Case(BREAKS, {}, "gold", None)])[0].text == BREAKS
+    assert read_rows(DatasetKeys(path=str(path)))[0][1] == row
+    assert read_jsonl(path) == [row]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"a": ', r"rows\.jsonl:2: not JSON: .* at column \d+; expected one JSON object per line"),
+        (b"[1]", r"rows\.jsonl:2: (got|a row is) a list; expected"),
+        (b'{"a": "\xff"}', r"rows\.jsonl:2: not UTF-8: byte 0xff"),
+        (b"[" * 200_000, r"rows\.jsonl:2: not JSON: nested too deeply"),
+        (b'{"id": "1", "a": 1, "a": 2}', r'rows\.jsonl:2: the key "a" stands twice in one object; expected it once'),
+        (b'{"id": "1", "a": {"b": 1, "b": 1}}', r'rows\.jsonl:2: the key "b" stands twice'),
+    ],
+)
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: list(read_json_lines(path)),
+        lambda path: load_suite("suite", path),
+        lambda path: read_samples(path, [Case("p", {}, "gold", None)]),
+        lambda path: read_rows(DatasetKeys(path=str(path))),
+        read_jsonl,
+    ],
+    ids=["lines", "suite", "samples", "data", "metrics"],
+)
+def test_damage_is_named_with_file_and_line(tmp_path, read, line, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"id": "1", "prompt": "p", "target": "t", "completion": "c", "step": 1}\n' + line + b"\n")
+    with pytest.raises(PosttrainError, match=message):
+        read(path)
+
+
+def test_a_growing_file_may_end_in_half_a_line_and_no_other_may(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('\ufeff{"step": 1}\n\n{"step": 2', encoding="utf-8")
+    assert list(read_json_lines(path, growing=True)) == [(1, {"step": 1})]
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: not JSON"):
+        list(read_json_lines(path))
+
+
+def test_nobody_reads_json_lines_by_hand():
+    """A function that parses JSON and cuts text at what `str.splitlines` takes for lines breaks on U+2028."""
+    found = []
+    for path in (path for part in ("src", "bench", "examples", "docs") for path in (ROOT / part).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ListComp | ast.GeneratorExp):
+                called = {inner.attr for inner in ast.walk(node) if isinstance(inner, ast.Attribute)}
+                if {"loads", "splitlines"} <= called:
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert found == []
