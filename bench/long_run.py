@@ -102,7 +102,7 @@ def child(kind: str, steps: int, folder: Path, samples: Path) -> None:
 
     from posttrain.config.stages import STAGE_KEYS
     from posttrain.distributed.topology import SingleProcess
-    from posttrain.pipeline.run import RECIPES
+    from posttrain.recipes.kinds import LOOPS
     from posttrain.recipes.stage import Stage
     from posttrain.tracking.live import LiveView
 
@@ -116,7 +116,7 @@ def child(kind: str, steps: int, folder: Path, samples: Path) -> None:
         watcher = Watcher(folder, max(1, steps // SAMPLES), seen)
         view = LiveView(kind, steps, Console(file=nowhere))
         stage = Stage(kind, folder, keys, SingleProcess(), watchers=lambda *_: [view, watcher])
-        RECIPES[kind](keys, stage)
+        LOOPS[kind](keys, stage)
 
 
 def fill_interned(names: int = 200_000) -> None:

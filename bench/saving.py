@@ -77,24 +77,26 @@ def measure(size: str, every: int, steps: int) -> tuple[Costs, float]:
     from posttrain.distributed.topology import SingleProcess
     from posttrain.recipes import sft
     from posttrain.recipes.stage import Stage
+    from posttrain.recipes.train_state import Checkpoints, TrainState
 
     costs, ends = Costs(), list[float]()
 
-    class Timed(Stage):
+    class Timed(Checkpoints):
         def flush(self) -> None:
             started = time.perf_counter()
             super().flush()
             costs.wait.append(time.perf_counter() - started)
 
-        def save(self, *arguments: Any, wait: bool = True) -> None:
+        def save(self, state: TrainState, *, wait: bool = True) -> None:
             num_waits, started = len(costs.wait), time.perf_counter()
-            super().save(*arguments, wait=wait)
+            super().save(state, wait=wait)
             taken = time.perf_counter() - started
             if wait:  # the last one, which nothing follows
                 del costs.wait[num_waits:]
             else:
                 costs.copy.append(taken - costs.wait[-1])
 
+    class Watcher:
         def event(self, kind: str, step: int, details: Mapping[str, Any]) -> None:
             if kind == "checkpoint":
                 costs.write.append(details["seconds"])
@@ -104,13 +106,17 @@ def measure(size: str, every: int, steps: int) -> tuple[Costs, float]:
             costs.step.append(metrics["step_time"])
             ends.append(time.process_time())
 
+        def close(self) -> None:
+            pass
+
     keys = SFTKeys.model_validate({
         "base_model": str(model_dir(size)), "datasets": [{"path": str(rows_file())}], "max_steps": steps, "save_steps": every,
         "per_device_train_batch_size": 4, "sequence_len": 256, "learning_rate": 1e-5, "bf16": False, "device": "cpu",
     })  # fmt: skip
     folder = workload.OUT / "saving-run"
     shutil.rmtree(folder, ignore_errors=True)
-    stage = Timed("sft", folder, keys, SingleProcess())
+    stage = Stage("sft", folder, keys, SingleProcess(), watchers=lambda *_: [Watcher()])
+    stage.checkpoints = Timed(stage.checkpoints.store, stage.topology, stage.run)
     sft.run(keys, stage)
     shutil.rmtree(folder)
     # Warm-up steps and the last save, which every run makes and waits for, are left out.

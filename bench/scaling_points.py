@@ -192,37 +192,37 @@ def sft_seconds(size: Size, num_steps: int) -> list[float]:
 
 
 def dpo_seconds(size: Size, num_steps: int) -> list[float]:
-    from posttrain.recipes import preference
+    from posttrain.recipes import dpo
 
     rng, family, clock = random.Random(SEED), dpo_family(size), Clock(num_steps)
     rows = [
         {"prompt": text(rng, family.prompt), "chosen": text(rng, family.answer), "rejected": text(rng, family.answer)}
         for _ in range(size.batch * (num_steps + 1))
     ]
-    original = preference.Reference.of
-    reference_s = charge_reference_pass(preference, num_steps + 1)
+    original = dpo.Reference.of
+    reference_s = charge_reference_pass(dpo, num_steps + 1)
     try:
-        run(preference, "dpo", size, rows, clock, num_steps, per_device_train_batch_size=size.batch)
+        run(dpo, "dpo", size, rows, clock, num_steps, per_device_train_batch_size=size.batch)
     finally:
-        preference.Reference.of = original
+        dpo.Reference.of = original
     return [seconds + reference_s() for seconds in clock.seconds]
 
 
 def train_half_seconds(size: Size, num_steps: int) -> list[float]:
-    from posttrain.recipes import policy
+    from posttrain.recipes import grpo
 
     rng, clock = random.Random(SEED), Clock(num_steps, "time/train_s")
     rows = [{"prompt": text(rng, PROMPT)} for _ in range(size.batch)]
-    original = policy.make_engine
-    policy.make_engine = recorded_engine(size.length)
+    original = grpo.make_engine
+    grpo.make_engine = recorded_engine(size.length)
     reward = str(Path(__file__).parent / "rewards.py") + ":vowels"
     try:
         run(
-            policy, "grpo", size, rows, clock, num_steps, reward_funcs=[reward], num_prompts_per_step=size.batch,
+            grpo, "grpo", size, rows, clock, num_steps, reward_funcs=[reward], num_prompts_per_step=size.batch,
             num_generations=size.group, max_completion_length=size.length, per_device_train_batch_size=size.batch * size.group,
         )  # fmt: skip
     finally:
-        policy.make_engine = original
+        grpo.make_engine = original
     return clock.seconds
 
 

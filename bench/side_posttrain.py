@@ -60,23 +60,23 @@ def keys_of(row: Row, job: Mapping[str, Any]) -> Any:
 
 def train(row: Row, job: Mapping[str, Any], turns: Turns) -> None:
     from posttrain.distributed.topology import SingleProcess
-    from posttrain.recipes import policy, preference, sft
+    from posttrain.recipes import dpo, grpo, sft
     from posttrain.recipes.stage import Stage
 
-    extra_seconds = charge_reference_pass(preference, job["max_steps"]) if row.task == "dpo" else lambda: 0.0
+    extra_seconds = charge_reference_pass(dpo, job["max_steps"]) if row.task == "dpo" else lambda: 0.0
     if row.task == "grpo_train":
-        policy.make_engine = replaying_engine(job)
+        grpo.make_engine = replaying_engine(job)
     sink = TurnSink(row, turns, extra_seconds)
-    recipe = {"sft": sft, "dpo": preference}.get(row.task, policy)
+    recipe = {"sft": sft, "dpo": dpo}.get(row.task, grpo)
     keys = keys_of(row, job)
     with tempfile.TemporaryDirectory() as folder:
         kind = row.task.split("_")[0]
         recipe.run(keys, Stage(kind, Path(folder), keys, SingleProcess(), watchers=lambda *_: [sink]))
 
 
-def charge_reference_pass(preference: Any, max_steps: int) -> Callable[[], float]:
+def charge_reference_pass(recipe: Any, max_steps: int) -> Callable[[], float]:
     """Log-probs computed before the first step are part of the work: each step is charged its share."""
-    original, spent = preference.Reference.of, [0.0]
+    original, spent = recipe.Reference.of, [0.0]
 
     def timed(*args: Any) -> Any:
         start = time.perf_counter()
@@ -85,7 +85,7 @@ def charge_reference_pass(preference: Any, max_steps: int) -> Callable[[], float
         finally:
             spent[0] = time.perf_counter() - start
 
-    preference.Reference.of = timed
+    recipe.Reference.of = timed
     return lambda: spent[0] / max_steps
 
 
@@ -131,7 +131,7 @@ def roll_out(row: Row, job: Mapping[str, Any], turns: Turns) -> None:
     from posttrain.data.load import load_prompts
     from posttrain.distributed.topology import SingleProcess
     from posttrain.models.load import load_policy, load_tokenizer
-    from posttrain.recipes.policy import make_engine
+    from posttrain.recipes.engine import make_engine
     from posttrain.rollout.collect import sample_groups
     from posttrain.types import SamplingParams
 

@@ -41,8 +41,8 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, Qwen3ForCausalLM  # noqa: F401
 
     from posttrain.distributed.topology import SingleProcess
-    from posttrain.pipeline.run import RECIPES
     from posttrain.recipes.certify import certify, require
+    from posttrain.recipes.kinds import LOOPS
     from posttrain.recipes.stage import Stage
 
     job = json.loads(sys.argv[1])
@@ -50,7 +50,7 @@ def main() -> None:
     if job["kind"] == "grpo":
         require(certify(keys, folder / "certificate.json"))
     start = time.perf_counter()
-    RECIPES[job["kind"]](keys, Stage(job["kind"], folder, keys, SingleProcess()))
+    LOOPS[job["kind"]](keys, Stage(job["kind"], folder, keys, SingleProcess()))
     call_s = time.perf_counter() - start
     steps = [row for _, row in read_json_lines(folder / "metrics.jsonl")]
     # The parts of an RL step, summed over the run.

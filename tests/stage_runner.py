@@ -11,11 +11,10 @@ import torch
 
 from posttrain.config.stages import STAGE_KEYS
 from posttrain.distributed.topology import topology
-from posttrain.recipes import policy, preference, sft
-from posttrain.recipes.rollback import run_recipe
-from posttrain.recipes.stage import Stage, StopFlag, StoppedPolitely
+from posttrain.recipes.kinds import LOOPS
+from posttrain.recipes.stage import Stage, run_recipe
+from posttrain.recipes.stop import StopFlag, StoppedPolitely
 
-RECIPES = {"sft": sft.run, "dpo": preference.run, "grpo": policy.run}
 FILES = {"sft": "sft", "dpo": "pairs", "grpo": "prompts"}
 COMMON = {"learning_rate": 3e-3, "max_steps": 4, "per_device_train_batch_size": 4, "sequence_len": 128, "seed": 7}
 OWN = {
@@ -69,7 +68,7 @@ def run_stage(kind: str, folder: Path, keys, stop_after: int | None = None, rank
         return Stage(kind, Path(folder), keys, ranks, watchers=watchers, stop=flag)
 
     try:
-        return run_recipe(RECIPES[kind], keys, begun)
+        return run_recipe(LOOPS[kind], keys, begun)
     except StoppedPolitely:
         return None
 

@@ -16,8 +16,7 @@ import torch
 
 from posttrain.data.dataset import Dataset
 from posttrain.health.rules import rules_for
-from posttrain.recipes import policy as grpo
-from posttrain.recipes import preference, sft
+from posttrain.recipes import dpo, grpo, sft
 from posttrain.types import TokenSeq
 
 REWARDS = Path(__file__).with_name("rewards.py")
@@ -55,7 +54,7 @@ def stale_engine() -> None:
 
 def frozen() -> None:
     """What the optimizer computes never reaches the weights."""
-    for recipe in (sft, preference, grpo):
+    for recipe in (sft, dpo, grpo):
         make = recipe.make_optimizer
 
         def idle(policy: Any, keys: Any, make: Any = make) -> torch.optim.Optimizer:
@@ -68,7 +67,7 @@ def frozen() -> None:
 
 def no_gradient() -> None:
     """The log-probs are cut from the graph, as by a stray `no_grad`; the loss keeps a path of weight zero."""
-    for recipe in (sft, preference, grpo):
+    for recipe in (sft, dpo, grpo):
         load = recipe.load_policy
 
         def cut(*args: Any, load: Any = load, **options: Any) -> Any:

@@ -9,10 +9,9 @@ import peft  # noqa: F401  (once, here, not in the process of every run with an 
 
 from posttrain.config.stages import STAGE_KEYS
 from posttrain.distributed.topology import topology
-from posttrain.recipes import policy, preference, sft
-from posttrain.recipes.stage import Stage, StageResult
-
-RECIPES = {"sft": sft.run, "dpo": preference.run, "grpo": policy.run}
+from posttrain.recipes.kinds import LOOPS
+from posttrain.recipes.run_folder import StageResult
+from posttrain.recipes.stage import Stage
 
 
 def train(kind: str, folder: Path, values: dict[str, Any]) -> StageResult:
@@ -21,6 +20,6 @@ def train(kind: str, folder: Path, values: dict[str, Any]) -> StageResult:
     with topology() as ranks:
         stage = Stage(kind, folder, keys, ranks)
         try:
-            return RECIPES[kind](keys, stage)
+            return LOOPS[kind](keys, stage)
         finally:
             stage.close()

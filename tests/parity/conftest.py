@@ -129,11 +129,10 @@ def in_file_order(monkeypatch):
 def ours(model_dir, tmp_path, in_file_order, monkeypatch):
     """Run one of our stages: (kind, keys type, rows, keys) → Run."""
     from posttrain.distributed.topology import SingleProcess
-    from posttrain.recipes import policy, preference, sft
+    from posttrain.recipes.kinds import LOOPS
     from posttrain.recipes.stage import Stage
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    recipes = {"sft": sft, "dpo": preference, "grpo": policy}
 
     def train(kind, keys_type, data, **keys):
         folder = tmp_path / f"ours-{len(list(tmp_path.iterdir()))}"
@@ -143,7 +142,7 @@ def ours(model_dir, tmp_path, in_file_order, monkeypatch):
         base = model_dir()
         options = {"base_model": str(base), "datasets": [{"path": str(source)}], "device": "cpu", "bf16": False}
         made = keys_type(**options | {"lr_scheduler_type": "linear", "sequence_len": 256} | keys)
-        result = recipes[kind].run(made, Stage(kind, folder / "run", made, SingleProcess()))
+        result = LOOPS[kind](made, Stage(kind, folder / "run", made, SingleProcess()))
         records = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
         change = {name: end - start for name, (start, end) in _weights(result, base, made).items()}
         return Run([record["loss"] for record in records], change)

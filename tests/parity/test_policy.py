@@ -9,7 +9,7 @@ import pytest
 from trl import GRPOConfig, GRPOTrainer
 
 from posttrain.config.stages import GRPOKeys
-from posttrain.recipes import policy as recipe
+from posttrain.recipes import grpo as recipe
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.types import Completion
 

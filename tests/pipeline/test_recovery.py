@@ -15,7 +15,7 @@ from posttrain.cli.app import main
 from posttrain.evals.run import Evaluator
 from posttrain.pipeline import judge, run
 from posttrain.pipeline.state import RunState
-from posttrain.recipes.stage import StoppedPolitely
+from posttrain.recipes.stop import StoppedPolitely
 from posttrain.registry.registry import Registry
 from posttrain.report.records import load_run
 from posttrain.types import EvalReport

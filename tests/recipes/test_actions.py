@@ -71,7 +71,7 @@ def test_evaluate_measures_now_and_holds(train, runner, dev):
 def test_evaluate_after_a_late_finding_measures_at_the_next_step(train, runner, dev):
     always = {"zero_loss": {"steps": 2, "at_most": 1e9, "action": "evaluate"}}
     folder = train("sft", health=always, save_steps=1, stop_after=2, name="run", **dev)
-    assert state(folder, 2)["controls"]["evaluate_next"] is True
+    assert state(folder, 2)["guard"]["controls"]["evaluate_next"] is True
     train("sft", health=always, save_steps=1, name="run", **dev)
     assert [row["step"] for row in runner.rows(folder) if "eval_loss" in row] == [3, 4]
 
@@ -131,8 +131,8 @@ def test_stop(train, tmp_path):
 def test_raise_beta_on_preferences(train, runner):
     options = {"save_steps": 1, "learning_rate": 1e-4}
     folder, silent = train("dpo", **spike("raise_beta", **options)), train("dpo", **options)
-    assert state(folder, 4)["controls"]["beta_scale"] == 2.0
-    assert state(silent, 4)["controls"]["beta_scale"] == 1.0
+    assert state(folder, 4)["guard"]["controls"]["beta_scale"] == 2.0
+    assert state(silent, 4)["guard"]["controls"]["beta_scale"] == 1.0
     # Before step 4 both runs are the same; then twice the beta is twice the reward of the same log-ratio.
     margins = [[row["rewards/margins"] for row in runner.rows(f)] for f in (folder, silent)]
     assert margins[0][:3] == margins[1][:3]
@@ -143,32 +143,32 @@ def test_raise_beta_in_rl_switches_the_controller_on(train, runner):
     drift = {"kl_drift": {"steps": 2, "limit": 1e-9, "action": "raise_beta"}}
     options = {"beta": 0.1, "save_steps": 1, "save_total_limit": 9}
     folder, silent = train("grpo", health=drift, **options), train("grpo", **options)
-    scales = [state(folder, step)["controls"]["beta_scale"] for step in range(1, 5)]
+    scales = [state(folder, step)["guard"]["controls"]["beta_scale"] for step in range(1, 5)]
     fired = [event["step"] for event in events(folder, "action")]
-    assert len(fired) == 1 and state(folder, 4)["controls"]["kl_target"] == 5e-10
+    assert len(fired) == 1 and state(folder, 4)["guard"]["controls"]["kl_target"] == 5e-10
     step = fired[0]
     assert scales[step - 1] == 2.0
     # From then on by 2 % a step, the most the controller moves it while the KL is far above its target.
     assert scales[step:] == pytest.approx([2.0 * 1.02 ** (n + 1) for n in range(4 - step)])
-    assert state(silent, 4)["controls"] == {**state(silent, 1)["controls"]}
+    assert state(silent, 4)["guard"]["controls"] == {**state(silent, 1)["guard"]["controls"]}
 
 
 def test_raise_entropy(train):
     folder, silent = train("grpo", save_steps=1, **spike("raise_entropy")), train("grpo", save_steps=1)
-    assert state(folder, 4)["controls"]["entropy_target"] == 0.2
-    assert state(silent, 4)["controls"]["entropy_target"] is None
+    assert state(folder, 4)["guard"]["controls"]["entropy_target"] == 0.2
+    assert state(silent, 4)["guard"]["controls"]["entropy_target"] is None
 
 
 def test_the_controllers_are_keys_too(train, runner):
     """Below its target the entropy earns a bonus that grows by 0.005 a step and is part of the loss."""
     options = {"save_steps": 1, "max_steps": 3, "learning_rate": 1e-4}
     steered, plain = train("grpo", entropy_target=50.0, **options), train("grpo", **options)
-    assert state(steered, 3)["controls"]["entropy_bonus"] == pytest.approx(0.015)
+    assert state(steered, 3)["guard"]["controls"]["entropy_bonus"] == pytest.approx(0.015)
     one, other = runner.rows(steered), runner.rows(plain)
     assert one[0]["loss"] == other[0]["loss"]
     assert one[1]["loss"] == pytest.approx(other[1]["loss"] - 0.005 * one[1]["entropy"], abs=1e-4)
     held_to = train("grpo", beta=0.1, kl_target=1e-6, save_steps=1, learning_rate=1e-2, max_steps=3)
-    assert state(held_to, 3)["controls"]["beta_scale"] > 1.0
+    assert state(held_to, 3)["guard"]["controls"]["beta_scale"] > 1.0
 
 
 def test_resample_passes_over_prompts_that_taught_nothing(train, runner, data_dir):
@@ -201,7 +201,7 @@ def test_raise_group_size(train):
         train("grpo", **all_wrong("log", **options)),
     )
     sizes = [
-        [[len(group) for group in state(f, step)["extra"]["experience"]["groups"]] for step in (1, 2, 3, 4)]
+        [[len(group) for group in state(f, step)["experience"]["groups"]] for step in (1, 2, 3, 4)]
         for f in (folder, silent)
     ]
     assert sizes[0] == [[4, 4], [4, 4], [8, 8], [8, 8]]

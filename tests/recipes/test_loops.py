@@ -168,11 +168,11 @@ def test_training_and_scoring_take_no_more_completions_at_once_than_the_micro_ba
 
 def test_groups_without_spread_weigh_nothing_and_count(train, runner, monkeypatch):
     """Leaving them out gives the gradient of keeping them in."""
-    from posttrain.recipes import policy
+    from posttrain.recipes import grpo
 
     options = {"reward_funcs": ["last_digit"], "num_prompts_per_step": 4, "learning_rate": 1e-4, "max_steps": 3}
     skipped = train("grpo", name="skipped", **options)
-    monkeypatch.setattr(policy, "_micro_batches", lambda groups, *rest: [policy.MicroBatch([g]) for g in groups])
+    monkeypatch.setattr(grpo, "_micro_batches", lambda groups, *rest: [grpo.MicroBatch([g]) for g in groups])
     kept = train("grpo", name="kept", **options)
     shares = [row["frac_reward_zero_std"] for row in runner.rows(skipped)]
     assert any(0 < share < 1 for share in shares), shares

@@ -10,12 +10,13 @@ import torch
 from posttrain.checkpoint.store import CheckpointStore
 from posttrain.errors import TrainingError
 from posttrain.health.controls import Controls
-from posttrain.recipes import policy, preference, rollback, sft
+from posttrain.recipes import dpo, grpo, rollback, sft
+from posttrain.recipes.guard import Guard
 from posttrain.recipes.optim import learning_rate
 from posttrain.recipes.rollback import decide, read_rollbacks
 from posttrain.types import Finding, Severity
 
-RECIPES = {"sft": (sft, "loss"), "grpo": (policy, "loss"), "dpo": (preference, "pair_loss")}
+RECIPES = {"sft": (sft, "loss"), "grpo": (grpo, "loss"), "dpo": (dpo, "pair_loss")}
 ONE_BY_ONE = {"per_device_train_batch_size": 1, "save_steps": 1, "max_steps": 5}
 OPTIONS = {"sft": ONE_BY_ONE, "grpo": {**ONE_BY_ONE, "num_iterations": 2}, "dpo": ONE_BY_ONE}
 
@@ -143,9 +144,7 @@ def kill_after(module, name, calls=1):
 MOMENTS = {
     "decided": lambda: kill_after(rollback, "write_json"),
     "half discarded": lambda: kill_after(CheckpointStore, "discard", calls=2),
-    "told": lambda: kill_after(
-        __import__("posttrain.recipes.stage", fromlist=["Stage"]).Stage, "_tell_rollbacks", calls=2
-    ),
+    "told": lambda: kill_after(Guard, "tell_rollbacks", calls=2),
 }
 
 

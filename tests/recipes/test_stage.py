@@ -14,7 +14,8 @@ import pytest
 from posttrain import files
 from posttrain.checkpoint.store import CheckpointStore
 from posttrain.errors import CheckpointError
-from posttrain.recipes.stage import StopFlag, mask_segments
+from posttrain.recipes.run_folder import mask_segments
+from posttrain.recipes.stop import StopFlag
 from posttrain.types import TokenSeq
 
 

@@ -160,10 +160,10 @@ def test_weights_that_did_not_arrive_show_as_a_mismatch(train, tmp_path, monkeyp
     """The engine keeps sampling from the weights of the start."""
     import copy
 
-    from posttrain.recipes import policy
+    from posttrain.recipes import grpo
     from posttrain.rollout.embedded import EmbeddedEngine
 
-    original = policy.make_engine
+    original = grpo.make_engine
 
     def stale(trained, keys, topology):
         engine = original(trained, keys, topology)
@@ -171,7 +171,7 @@ def test_weights_that_did_not_arrive_show_as_a_mismatch(train, tmp_path, monkeyp
         frozen.model = copy.deepcopy(trained.model)
         return EmbeddedEngine(frozen, stop_token_ids=tuple(engine._stop_token_ids), batch_size=8)
 
-    monkeypatch.setattr(policy, "make_engine", stale)
+    monkeypatch.setattr(grpo, "make_engine", stale)
     folder = train("grpo", learning_rate=1e-2, max_steps=6)
     found = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     assert "sampler_mismatch" in {event.get("rule") for event in found}

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 
 from posttrain.checkpoint.store import CheckpointStore
 from posttrain.errors import CheckpointError
-from posttrain.recipes import stage as stages
+from posttrain.recipes import stage, train_state
+from posttrain.recipes.stage import Stage
 
 OPTIONS = {"save_steps": 1, "max_steps": 4, "save_total_limit": 4}
 
@@ -55,7 +56,7 @@ def small_disk(folder: Path, size_bytes: int):
 
 def fail_writes(monkeypatch, after: int):
     """Where no disk can be mounted: every write of tensors after so many is refused as a full disk refuses it."""
-    real, calls = stages.save_file, []
+    real, calls = train_state.save_file, []
 
     def full(tensors, path):
         calls.append(path)
@@ -63,7 +64,7 @@ def fail_writes(monkeypatch, after: int):
             raise OSError(28, "No space left on device")
         return real(tensors, path)
 
-    monkeypatch.setattr(stages, "save_file", full)
+    monkeypatch.setattr(train_state, "save_file", full)
 
 
 def test_a_disk_that_fills_up_stops_the_run_and_with_space_it_goes_on(run, runner, straight, tmp_path, monkeypatch):
@@ -105,7 +106,7 @@ def test_a_disk_that_is_full_at_the_export_says_so(run, runner, straight, tmp_pa
     with small_disk(tmp_path / "disk", checkpoints + 300_000) as mounted:
         folder = tmp_path / "disk/run"
         if not mounted:
-            monkeypatch.setattr(stages, "save_policy", full)
+            monkeypatch.setattr(stage, "save_policy", full)
         assert os.path.ismount(tmp_path / "disk") == mounted
         with pytest.raises(CheckpointError, match="the disk is full; free some space"):
             run(folder)
@@ -120,15 +121,15 @@ def test_a_disk_that_is_full_at_the_export_says_so(run, runner, straight, tmp_pa
 def test_a_folder_that_goes_away_is_not_made_anew(run, runner, straight, tmp_path, monkeypatch):
     """Moved while the third step is in hand; moved back, it goes on."""
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
-    real = stages.Stage.begin_step
+    real = Stage.begin_step
 
     def begin(self, step):
         if step == 2:
-            self.flush()
+            self.checkpoints.flush()
             folder.rename(elsewhere)
         real(self, step)
 
-    monkeypatch.setattr(stages.Stage, "begin_step", begin)
+    monkeypatch.setattr(Stage, "begin_step", begin)
     with pytest.raises(CheckpointError, match=r"run is gone; bring it back \(was its disk unmounted"):
         run(folder)
     monkeypatch.undo()

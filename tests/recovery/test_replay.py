@@ -4,7 +4,8 @@ import pytest
 
 from posttrain.distributed.topology import SingleProcess
 from posttrain.recipes.replay import ReplayedRewards
-from posttrain.recipes.stage import Progress, Stage
+from posttrain.recipes.stage import Stage
+from posttrain.recipes.train_state import TrainState
 from posttrain.types import RewardBreakdown
 
 PROMPTS, TEXTS, COLUMNS = ["p", "q"], ["a", "b"], {"completion_ids": [[1], [2]]}
@@ -16,6 +17,10 @@ def stage(runner, model_dir, data_dir, tmp_path):
     made = Stage("grpo", tmp_path / "run", keys, SingleProcess())
     yield made
     made.close()
+
+
+def state_at(stage, step):
+    return TrainState(None, None, stage.guard, step=step)
 
 
 class Clock:
@@ -31,21 +36,21 @@ class Clock:
 
 
 def test_a_step_made_again_has_the_rewards_of_the_first_time(stage):
-    clock, progress = Clock(), Progress(step=4)
-    first = ReplayedRewards(stage, clock, progress)(PROMPTS, TEXTS, COLUMNS)
+    clock, state = Clock(), state_at(stage, 4)
+    first = ReplayedRewards(stage, clock, state)(PROMPTS, TEXTS, COLUMNS)
     assert first[0].total is None
     # A process that was killed and started again: the same step, the same completions.
-    assert ReplayedRewards(stage, clock, Progress(step=4))(PROMPTS, TEXTS, COLUMNS) == first
+    assert ReplayedRewards(stage, clock, state_at(stage, 4))(PROMPTS, TEXTS, COLUMNS) == first
     assert clock.calls == 1
 
 
 def test_another_step_or_other_completions_are_scored(stage):
-    clock, progress = Clock(), Progress(step=4)
-    rewards = ReplayedRewards(stage, clock, progress)
+    clock, state = Clock(), state_at(stage, 4)
+    rewards = ReplayedRewards(stage, clock, state)
     rewards(PROMPTS, TEXTS, COLUMNS)
     rewards(PROMPTS, ["a", "c"], COLUMNS)
     rewards(PROMPTS, TEXTS, {"completion_ids": [[1], [3]]})
-    progress.step = 5
+    state.step = 5
     assert rewards(PROMPTS, TEXTS, COLUMNS)[0].total == 0.1
     assert clock.calls == 4
 
@@ -57,17 +62,17 @@ def test_what_is_on_record_was_accepted(stage):
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        ReplayedRewards(stage, refuse, Progress())(PROMPTS, TEXTS, COLUMNS)
+        ReplayedRewards(stage, refuse, state_at(stage, 0))(PROMPTS, TEXTS, COLUMNS)
     assert not list((stage.folder / "rewards").glob("*"))
 
 
 def test_records_before_the_checkpoints_are_let_go(stage):
-    progress = Progress()
-    rewards = ReplayedRewards(stage, Clock(), progress)
+    state = state_at(stage, 0)
+    rewards = ReplayedRewards(stage, Clock(), state)
     stage.folder.mkdir(parents=True, exist_ok=True)
     for step in range(6):
-        progress.step = step
+        state.step = step
         rewards(PROMPTS, TEXTS, COLUMNS)
-        stage.store.save(step + 1, lambda folder: (folder / "a").write_text("a") and None)
-    assert stage.store.resumable_from() == 5
+        stage.checkpoints.store.save(step + 1, lambda folder: (folder / "a").write_text("a") and None)
+    assert stage.checkpoints.store.resumable_from() == 5
     assert sorted(int(path.name[:8]) for path in (stage.folder / "rewards").glob("*.json")) == [4, 5]

@@ -69,7 +69,7 @@ def _run(keys: PipelineKeys, loaded: LoadedPipeline | LoadedStage, on_change: On
     # Only now torch: a typo in the YAML is answered at once.
     from posttrain.distributed.topology import topology
     from posttrain.pipeline.run import run_pipeline
-    from posttrain.recipes.stage import EXIT_STOPPED, StoppedPolitely
+    from posttrain.recipes.stop import EXIT_STOPPED, StoppedPolitely
 
     with topology() as ranks:
         try:

@@ -43,11 +43,12 @@ from posttrain.pipeline.state import (
     StageEntry,
 )  # fmt: skip
 from posttrain.protocols import MetricSink, Topology
-from posttrain.recipes import policy, preference, sft
 from posttrain.recipes.certify import certified_before, certify, require
-from posttrain.recipes.rollback import run_recipe
+from posttrain.recipes.kinds import LOOPS
+from posttrain.recipes.run_folder import StageResult
 from posttrain.recipes.stage import Stage as StageRun
-from posttrain.recipes.stage import StageResult, StopFlag, StoppedPolitely
+from posttrain.recipes.stage import run_recipe
+from posttrain.recipes.stop import StopFlag, StoppedPolitely
 from posttrain.tracking.mlflow_mirror import MlflowSink
 from posttrain.tracking.prometheus import PrometheusSink
 from posttrain.types import Verdict
@@ -55,8 +56,6 @@ from posttrain.types import Verdict
 log = logging.getLogger(__name__)
 
 OnChange = Literal["refuse", "rerun", "new-run"]
-RECIPES: dict[str, Callable[[Any, StageRun], StageResult]] = {"sft": sft.run, "dpo": preference.run, "grpo": policy.run}
-"""Stage kind → the recipe that runs it."""
 
 
 @dataclass(frozen=True)
@@ -292,7 +291,7 @@ class _Run:
         def begun() -> StageRun:
             return StageRun(kind, folder, keys, self.topology, watchers=partial(self._sinks, keys), stop=self.stop)
 
-        return run_recipe(RECIPES[kind], keys, begun)
+        return run_recipe(LOOPS[kind], keys, begun)
 
     def _sinks(self, keys: TrainKeys, kind: str, total_steps: int) -> list[MetricSink]:
         """The live view, and the mirrors that are asked for."""

@@ -88,7 +88,7 @@ class LiveChecks:
         measure_separation(check, cases, form)
         values, passes = replay(check, Setting.of(cases, form))
         values |= self._canaries(step, check, form)
-        self._stage.event("reward_check", step + 1, {**values, "false_passes": passes[:3]})
+        self._stage.run.event("reward_check", step + 1, {**values, "false_passes": passes[:3]})
         return values | {"time/reward_check_s": time.monotonic() - started}
 
     def _canaries(self, step: int, check: Check, form: AnswerForm) -> dict[str, float]:

@@ -58,7 +58,7 @@ def update(
     """
     topology, parameters = stage.topology, [p for _, p in policy.trainable()]
     report = {"grad_norm": topology.clip_grad_norm(parameters, stage.keys.max_grad_norm), "learning_rate": lr}
-    if not stage.allows(step, {**values, **report}):
+    if not stage.guard.allows(step, {**values, **report}):
         optimizer.zero_grad(set_to_none=True)
         return report | {"skipped_step": 1.0}
     for group in optimizer.param_groups:

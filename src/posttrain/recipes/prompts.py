@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache, partial
-from typing import Any
 
 from posttrain.data.dataset import Dataset
 from posttrain.data.load import PromptRow
@@ -16,18 +14,17 @@ _LONGEST_WALK = 16
 """Numbers looked at per prompt that is wanted, before prompts are taken as they come."""
 
 
+Solved = dict[int, tuple[float, bool]]
+"""Row of the data → mean reward of its latest group, and whether all its rewards were equal."""
+
+
 class PromptStream:
-    """The run's endless row of prompts: epoch after epoch, each shuffled by (seed, epoch).
+    """The run's endless row of prompts: epoch after epoch, each shuffled by (seed, epoch). Keeps `solved` up to date."""
 
-    `solved` has the mean reward and whether all rewards were equal, of each row's latest group.
-    """
-
-    def __init__(self, data: Dataset[PromptRow], seed: int, solved: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, data: Dataset[PromptRow], seed: int, solved: Solved) -> None:
         self._data, self._seed = data, seed
         self._order = lru_cache(maxsize=2)(partial(data.order, seed))
-        self.solved: dict[int, tuple[float, bool]] = {
-            int(row): (float(rate), bool(equal)) for row, (rate, equal) in (solved or {}).items()
-        }
+        self.solved = solved
 
     def __call__(self, number: int) -> PromptRow:
         return self._data.rows[self.row_of(number)]
@@ -60,9 +57,6 @@ class PromptStream:
     def learn(self, notes: list[tuple[int, float, bool]]) -> None:
         """Notes of all ranks, so that all go on with the same prompts."""
         self.solved.update({row: (rate, equal) for row, rate, equal in notes})
-
-    def to_json(self) -> dict[str, list[Any]]:
-        return {str(row): list(seen) for row, seen in sorted(self.solved.items())}
 
     def _is_passed_over(self, number: int) -> bool:
         _, equal = self.solved.get(self.row_of(number), (0.0, False))

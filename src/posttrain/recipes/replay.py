@@ -13,7 +13,8 @@ from typing import Any
 
 from posttrain.checkpoint.store import disk_errors, sweep
 from posttrain.files import digest_json, read_json, write_json
-from posttrain.recipes.stage import Progress, Stage
+from posttrain.recipes.stage import Stage
+from posttrain.recipes.train_state import TrainState
 from posttrain.rollout.collect import ScoreRewards
 from posttrain.types import RewardBreakdown
 
@@ -23,8 +24,8 @@ FOLDER = "rewards"
 class ReplayedRewards:
     """A `ScoreRewards`. A record per call, named by the step and by what was scored; those before the checkpoints go."""
 
-    def __init__(self, stage: Stage, score: ScoreRewards, progress: Progress) -> None:
-        self._stage, self._score, self._progress = stage, score, progress
+    def __init__(self, stage: Stage, score: ScoreRewards, state: TrainState) -> None:
+        self._stage, self._score, self._state = stage, score, state
         self._folder = stage.folder / FOLDER
         if stage.topology.is_main:
             sweep(self._folder)
@@ -34,13 +35,13 @@ class ReplayedRewards:
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
     ) -> list[RewardBreakdown]:
         digest = digest_json([list(prompts), list(completions), columns.get("completion_ids")])
-        path = self._folder / f"{self._progress.step:08d}-{digest.removeprefix('sha256:')[:16]}.json"
+        path = self._folder / f"{self._state.step:08d}-{digest.removeprefix('sha256:')[:16]}.json"
         if path.exists():
             return [RewardBreakdown(**record) for record in read_json(path)]
         breakdowns = self._score(prompts, completions, columns)
         with disk_errors(self._stage.folder):
             write_json(path, [asdict(breakdown) for breakdown in breakdowns])
-            self._forget(self._stage.store.resumable_from())
+            self._forget(self._stage.checkpoints.store.resumable_from())
         return breakdowns
 
     def _forget(self, step: int) -> None:

@@ -6,25 +6,17 @@ after a crash, carries out the same one.
 
 from __future__ import annotations
 
-import gc
-import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from posttrain.checkpoint.store import CheckpointStore
 from posttrain.errors import TrainingError
 from posttrain.files import read_json, write_json
 from posttrain.health.controls import Controls
 from posttrain.types import Finding
-
-if TYPE_CHECKING:
-    from posttrain.config.stages import TrainKeys
-    from posttrain.recipes.stage import Stage, StageResult
-
-log = logging.getLogger(__name__)
 
 RECORD = "rollbacks.json"
 
@@ -88,8 +80,8 @@ def discard_abandoned(store: CheckpointStore, rollbacks: tuple[Rollback, ...]) -
 
     def abandoned(step: int, path: Path) -> bool:
         try:
-            made_after = Controls.from_json(read_json(path / "state.json").get("controls", {})).rollbacks
-        except (OSError, ValueError):
+            made_after = Controls.from_json(read_json(path / "state.json")["guard"]["controls"]).rollbacks
+        except (OSError, ValueError, KeyError):
             made_after = 0  # broken: of no use, and it would count as one that is kept
         return any(step > rollback.to_step for rollback in rollbacks[made_after:])
 
@@ -101,21 +93,6 @@ def restore_best(store: CheckpointStore, best: tuple[int, float] | None) -> None
     store.unmark_best()
     if best is not None and store.has(best[0]):
         store.mark_best(*best)
-
-
-def run_recipe(
-    recipe: Callable[[Any, Stage], StageResult], keys: TrainKeys, make_stage: Callable[[], Stage]
-) -> StageResult:
-    """Run a recipe to its end; after each rollback again, from where that went back to."""
-    while True:
-        stage = make_stage()
-        try:
-            return recipe(keys, stage)
-        except RolledBack as event:
-            log.warning("%s", event)
-        finally:
-            stage.close()
-        gc.collect()  # the abandoned model must be gone before the next one is loaded
 
 
 def _diagnosis(finding: Finding, before: tuple[Rollback, ...], place: int) -> str:

@@ -20,7 +20,8 @@ from posttrain.objectives.terms import LossTerms
 from posttrain.recipes.batches import Schedule, flat, for_rank
 from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import learning_rate, make_optimizer, update
-from posttrain.recipes.stage import Stage, StageResult
+from posttrain.recipes.run_folder import StageResult
+from posttrain.recipes.stage import Stage
 from posttrain.recipes.validate import SuiteScore, Validation
 from posttrain.types import TokenSeq
 
@@ -31,7 +32,7 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
     tokenizer = load_tokenizer(keys)
     data = load_sft(keys, tokenizer)
     held_out = load_sft(keys, tokenizer, sources=keys.eval_datasets) if keys.eval_datasets else None
-    stage.describe_data(decoder(tokenizer, special=True), data, held_out)
+    stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
     policy = load_policy(keys, tokenizer=tokenizer)
     suite = SuiteScore.of(policy, keys, topology)
     policy.distribute(topology)
@@ -39,12 +40,14 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
 
     schedule = Schedule.of(data, keys, topology, size=lambda row: len(row.ids))
     total_steps = schedule.total_steps(keys)
-    progress = stage.resume(policy, optimizer, total_steps)
-    validation = Validation(stage, lambda: validation_loss(policy, held_out, keys, stage) if held_out else {}, suite)
+    state = stage.resume(policy, optimizer, total_steps)
+    validation = Validation(
+        stage, state, lambda: validation_loss(policy, held_out, keys, stage) if held_out else {}, suite
+    )
 
-    for step in range(progress.step, total_steps):
+    for step in range(state.step, total_steps):
         stage.begin_step(step)
-        micros = schedule.step(step + stage.controls.skipped)
+        micros = schedule.step(step + stage.guard.controls.skipped)
         # One global count, known before the first backward: the split into micro-batches and ranks cannot matter.
         norm = Normalizer.of(count(flat(micros)))
         metrics = StepMetrics()
@@ -53,18 +56,18 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
             terms = loss(policy, micro.rows, norm, keys.loss_type)
             (terms.loss * (0.0 if micro.idle else topology.world_size)).backward()
             metrics.add({} if micro.idle else terms.metrics)
-        lr = learning_rate(step, total_steps, keys) * stage.controls.lr_scale
+        lr = learning_rate(step, total_steps, keys) * stage.guard.controls.lr_scale
         values = metrics.reduced(topology) | {"loss_tokens": norm.tokens}
         values |= update(policy, optimizer, stage, lr, values, step + 1)
-        values["epoch"] = schedule.epoch_after(step + stage.controls.skipped)
+        values["epoch"] = schedule.epoch_after(step + stage.guard.controls.skipped)
 
-        progress.step, progress.tokens = step + 1, progress.tokens + sum(len(row.ids) for row in flat(micros))
-        values |= validation.if_due(progress.step, total_steps)
-        best = validation.best_score(progress.step)
-        stage.finish_step(policy, optimizer, progress, values, progress.step == total_steps, best)
+        state.step, state.tokens = step + 1, state.tokens + sum(len(row.ids) for row in flat(micros))
+        values |= validation.if_due(state.step, total_steps)
+        best = validation.best_score(state.step)
+        stage.finish_step(state, values, state.step == total_steps, best)
 
-    validation.restore_best(policy, optimizer)
-    return stage.done(policy, progress, validation.latest)
+    validation.restore_best()
+    return stage.done(state)
 
 
 def loss(policy: Policy, rows: list[TokenSeq], norm: Normalizer, loss_type: str) -> LossTerms:

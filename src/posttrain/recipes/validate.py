@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from posttrain.config.pipeline import SuiteKeys
 from posttrain.config.stages import TrainKeys
 from posttrain.evals.run import Evaluator
@@ -17,6 +15,7 @@ from posttrain.protocols import Topology
 from posttrain.recipes.engine import make_engine
 from posttrain.recipes.evaluate import TokenizerCodec
 from posttrain.recipes.stage import Stage
+from posttrain.recipes.train_state import TrainState
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.sampling import request_seed
 
@@ -27,36 +26,41 @@ _LONGEST_ANSWER = 256
 class Validation:
     """Measures every `eval_steps`, when a health rule asks for it, and at the end; remembers the best (higher is better)."""
 
-    def __init__(self, stage: Stage, measure: Callable[[], dict[str, float]], suite: SuiteScore | None = None) -> None:
-        self._stage, self._measure, self._suite = stage, measure, suite
+    def __init__(
+        self,
+        stage: Stage,
+        state: TrainState,
+        measure: Callable[[], dict[str, float]],
+        suite: SuiteScore | None = None,
+    ) -> None:
+        self._stage, self._state, self._measure, self._suite = stage, state, measure, suite
         self._measured_at = -1
-        self.latest: dict[str, float] = stage.validated
 
     def if_due(self, step: int, total_steps: int) -> dict[str, float]:
         """The metrics of a validation after `step`, or nothing."""
-        every, asked = self._stage.keys.eval_steps, self._stage.controls.evaluate_next
-        if not asked and step != total_steps and not (every and step % every == 0):
+        guard, every = self._stage.guard, self._stage.keys.eval_steps
+        if not guard.controls.evaluate_next and step != total_steps and not (every and step % every == 0):
             return {}
-        self._stage.controls = replace(self._stage.controls, evaluate_next=False)
+        guard.controls = replace(guard.controls, evaluate_next=False)
         scored = self._suite.measure(step) if self._suite is not None else {}
-        self.latest = self._stage.validated = self._measure() | scored
+        self._state.validated = self._measure() | scored
         self._measured_at = step
-        return self.latest
+        return self._state.validated
 
     def best_score(self, step: int) -> float | None:
         """The score of `step` if it was validated and is the best so far, and the best one is wanted. All ranks ask."""
-        if not self._wanted or self._measured_at != step or not self.latest:
+        if not self._wanted or self._measured_at != step or not self._state.validated:
             return None
-        score, best = goodness(self.latest), self._stage.topology.broadcast(self._stage.store.best())
+        score, best = goodness(self._state.validated), self._stage.checkpoints.best()
         # A step that is run again after a crash finds its own mark: it must be saved again all the same.
         return score if best is None or score > best[1] or step == best[0] else None
 
-    def restore_best(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    def restore_best(self) -> None:
         """Put the best checkpoint's weights back, for the export."""
-        best = self._stage.topology.broadcast(self._stage.store.best() if self._wanted else None)
+        best = self._stage.checkpoints.best() if self._wanted else None
         if best is not None:
-            self._stage.load(self._stage.store.at(best[0]), policy, optimizer)
-            self._stage.event(
+            self._stage.checkpoints.load_best(best[0], self._state)
+            self._stage.run.event(
                 "notice", best[0], {"message": f"ends with the checkpoint of step {best[0]}, the best on held-out rows"}
             )
 

@@ -33,7 +33,8 @@ from posttrain.recipes.batches import Schedule, flat, for_rank
 from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import learning_rate, make_optimizer, update
 from posttrain.recipes.reference import Reference
-from posttrain.recipes.stage import Stage, StageResult
+from posttrain.recipes.run_folder import StageResult
+from posttrain.recipes.stage import Stage
 from posttrain.recipes.steering import steered
 from posttrain.recipes.validate import SuiteScore, Validation
 from posttrain.types import Ratio, TokenSeq
@@ -51,7 +52,7 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
     load = load_kto if family.unpaired else load_preference
     data: Dataset[Any] = load(keys, tokenizer)
     held_out: Dataset[Any] | None = load(keys, tokenizer, sources=keys.eval_datasets) if keys.eval_datasets else None
-    stage.describe_data(decoder(tokenizer, special=True), data, held_out)
+    stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
     policy = load_policy(keys, tokenizer=tokenizer).without_dropout()
     if family.needs_reference and not Reference.is_precomputed(policy, keys):
         policy.freeze_reference()
@@ -62,19 +63,19 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
     schedule = Schedule.of(data, keys, topology, size=_num_tokens)
     total_steps = schedule.total_steps(keys)
     # Before any step, and before a checkpoint is loaded: the reference is the given model, not the resumed one.
-    last_data = total_steps + stage.controls.skipped
+    last_data = total_steps + stage.guard.controls.skipped
     seen = [row for step in range(last_data) for row in flat(schedule.step(step))] if keys.max_steps > 0 else data.rows
     reference = Reference.of(policy, keys, seen, held_out.rows if held_out else ()) if family.needs_reference else None
-    progress = stage.resume(policy, optimizer, total_steps)
+    state = stage.resume(policy, optimizer, total_steps)
     validation = Validation(
-        stage, lambda: validation_loss(policy, reference, held_out, spec, keys, stage) if held_out else {}, suite
+        stage, state, lambda: validation_loss(policy, reference, held_out, spec, keys, stage) if held_out else {}, suite
     )
 
-    for step in range(progress.step, total_steps):
+    for step in range(state.step, total_steps):
         stage.begin_step(step)
-        micros = schedule.step(step + stage.controls.skipped)
+        micros = schedule.step(step + stage.guard.controls.skipped)
         mine = for_rank(micros, topology)
-        loss = _step_loss(policy, reference, micros, steered(spec, stage.controls), stage)
+        loss = _step_loss(policy, reference, micros, steered(spec, stage.guard.controls), stage)
         metrics = StepMetrics()
         policy.model.train()
         for micro in mine:
@@ -83,18 +84,18 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
             if not micro.idle:
                 metrics.add(terms.metrics)
                 metrics.add_share("loss", float(terms.loss.detach()))
-        lr = learning_rate(step, total_steps, keys) * stage.controls.lr_scale
+        lr = learning_rate(step, total_steps, keys) * stage.guard.controls.lr_scale
         values = metrics.reduced(topology)
         values |= update(policy, optimizer, stage, lr, values, step + 1)
-        values["epoch"] = schedule.epoch_after(step + stage.controls.skipped)
+        values["epoch"] = schedule.epoch_after(step + stage.guard.controls.skipped)
 
-        progress.step, progress.tokens = step + 1, progress.tokens + sum(_num_tokens(row) for row in flat(micros))
-        values |= validation.if_due(progress.step, total_steps)
-        best = validation.best_score(progress.step)
-        stage.finish_step(policy, optimizer, progress, values, progress.step == total_steps, best)
+        state.step, state.tokens = step + 1, state.tokens + sum(_num_tokens(row) for row in flat(micros))
+        values |= validation.if_due(state.step, total_steps)
+        best = validation.best_score(state.step)
+        stage.finish_step(state, values, state.step == total_steps, best)
 
-    validation.restore_best(policy, optimizer)
-    return stage.done(policy, progress, validation.latest)
+    validation.restore_best()
+    return stage.done(state)
 
 
 def _step_loss(

@@ -27,14 +27,16 @@ from posttrain.objectives.terms import LossTerms, spec_from
 from posttrain.protocols import Topology
 from posttrain.recipes.batches import MicroBatch, fill_with_groups, split_groups
 from posttrain.recipes.engine import make_engine
-from posttrain.recipes.experience import Collector, Experience, Trajectory
+from posttrain.recipes.experience import Collector, Trajectory
 from posttrain.recipes.live_checks import LiveChecks
 from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import learning_rate, make_optimizer, update
 from posttrain.recipes.prompts import PromptStream
 from posttrain.recipes.replay import ReplayedRewards
-from posttrain.recipes.stage import Progress, Stage, StageResult
+from posttrain.recipes.run_folder import StageResult
+from posttrain.recipes.stage import Stage
 from posttrain.recipes.steering import steered
+from posttrain.recipes.train_state import TrainState
 from posttrain.recipes.validate import SuiteScore, Validation
 from posttrain.rewards.workers import RewardPool, check_unscored
 from posttrain.rollout.collect import ScoreRewards, sample_groups, score_groups, stop_test
@@ -50,7 +52,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     tokenizer = load_tokenizer(keys)
     data = load_prompts(keys, tokenizer)
     held_out = load_prompts(keys, tokenizer, sources=keys.eval_datasets) if keys.eval_datasets else None
-    stage.describe_data(decoder(tokenizer, special=True), data, held_out)
+    stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
     policy = load_policy(keys, tokenizer=tokenizer).without_dropout()
     if keys.beta:
         policy.freeze_reference()
@@ -61,32 +63,32 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
 
     steps_per_batch = keys.steps_per_generation * keys.num_iterations
     total_steps = _total_steps(keys, len(data))
-    progress = stage.resume(policy, optimizer, total_steps)
-    experience = _buffered(progress)
+    state = stage.resume(policy, optimizer, total_steps)
 
     with RewardPool(
         keys.reward_funcs, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s
     ) as rewards:
-        score = ReplayedRewards(stage, partial(_scored, rewards), progress)
-        stream = PromptStream(data, keys.seed, progress.extra.get("solved"))
+        score = ReplayedRewards(stage, partial(_scored, rewards), state)
+        stream = PromptStream(data, keys.seed, state.solved)
         collector = Collector(keys, engine.policy, engine, score, topology, stream)
         live = LiveChecks(keys, stage, rewards, engine, data)
-        validation = Validation(stage, partial(_validate, engine, score, held_out, keys, progress), suite)
+        validation = Validation(stage, state, partial(_validate, engine, score, held_out, keys, state), suite)
 
-        for step in range(progress.step, total_steps):
+        for step in range(state.step, total_steps):
             stage.begin_step(step)
             generation, position = divmod(step, steps_per_batch)
+            experience = state.experience
             if experience is None or experience.generation != generation:
                 engine.sync(version=step)
                 first_prompt = experience.next_prompt if experience else 0
-                experience = collector.collect(generation, first_prompt, stage.controls)
-                stage.event("rollouts", step + 1, {"generation": generation, "prompts": collector.ledger})
+                experience = state.experience = collector.collect(generation, first_prompt, stage.guard.controls)
+                stage.run.event("rollouts", step + 1, {"generation": generation, "prompts": collector.ledger})
                 experience.metrics.update(live.if_due(step, collector.latest))
                 _show_sample(collector, stage, step + 1)
             fresh = position == 0
 
             groups = experience.part(position % keys.steps_per_generation, keys.steps_per_generation)
-            norm, objective = _normalizer(groups, keys), steered(spec, stage.controls)
+            norm, objective = _normalizer(groups, keys), steered(spec, stage.guard.controls)
             metrics = StepMetrics()
             policy.model.train()
             for micro in _micro_batches(groups, objective, keys, topology):
@@ -96,20 +98,19 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
                 if not micro.idle:
                     metrics.add(terms.metrics)
                     metrics.add_share("loss", float(terms.loss.detach()))
-            lr = learning_rate(step, total_steps, keys) * stage.controls.lr_scale
+            lr = learning_rate(step, total_steps, keys) * stage.guard.controls.lr_scale
             values = {"loss": 0.0, "learning_rate": lr} | metrics.reduced(topology)
             values |= experience.metrics if fresh else {}
             values |= _update(policy, optimizer, stage, lr, values, step + 1)
 
-            progress.step, progress.tokens = step + 1, progress.tokens + int(norm.tokens)
-            progress.capture = partial(_captured, experience, stream)
+            state.step, state.tokens = step + 1, state.tokens + int(norm.tokens)
             values |= stage.times(rollout_s=collector.wall_s if fresh else 0.0)
-            values |= validation.if_due(progress.step, total_steps)
-            best = validation.best_score(progress.step)
-            stage.finish_step(policy, optimizer, progress, values, progress.step == total_steps, best)
+            values |= validation.if_due(state.step, total_steps)
+            best = validation.best_score(state.step)
+            stage.finish_step(state, values, state.step == total_steps, best)
 
-        validation.restore_best(policy, optimizer)
-    return stage.done(policy, progress, validation.latest)
+        validation.restore_best()
+    return stage.done(state)
 
 
 def loss(
@@ -200,16 +201,6 @@ def _total_steps(keys: GRPOKeys, num_prompts: int) -> int:
     return batches * keys.steps_per_generation * keys.num_iterations
 
 
-def _captured(experience: Experience, stream: PromptStream) -> dict[str, Any]:
-    return {"experience": experience.to_json(), "solved": stream.to_json()}
-
-
-def _buffered(progress: Progress) -> Experience | None:
-    """The generation batch a checkpoint was taken in; it holds the groups of all ranks, however many there were."""
-    saved = progress.extra.get("experience")
-    return Experience.from_json(saved) if saved else None
-
-
 def _scored(
     rewards: RewardPool, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
 ) -> list[RewardBreakdown]:
@@ -221,14 +212,14 @@ def _scored(
 
 @torch.no_grad()
 def _validate(
-    engine: EmbeddedEngine, score: ScoreRewards, rows: Dataset[PromptRow] | None, keys: GRPOKeys, progress: Progress
+    engine: EmbeddedEngine, score: ScoreRewards, rows: Dataset[PromptRow] | None, keys: GRPOKeys, state: TrainState
 ) -> dict[str, float]:
     """Mean reward of greedy answers to the held-out prompts."""
     if rows is None:
         return {}
 
     # Under ranks the engine samples from a copy, which is as old as the last generation batch.
-    engine.sync(version=progress.step)
+    engine.sync(version=state.step)
     decode = decoder(engine.policy.tokenizer)
     params = SamplingParams(max_tokens=keys.max_completion_length, temperature=0.0)
     completions = sample_groups(
@@ -246,4 +237,4 @@ def _show_sample(collector: Collector, stage: Stage, step: int) -> None:
         prompt = (
             group.prompt.prompt if isinstance(group.prompt.prompt, str) else str(group.prompt.prompt[-1]["content"])
         )
-        stage.event("sample", step, {"prompt": prompt, "completion": rollout.text, "reward": rollout.reward.total})
+        stage.run.event("sample", step, {"prompt": prompt, "completion": rollout.text, "reward": rollout.reward.total})

@@ -1,0 +1,111 @@
+"""A stage's folder: what is recorded in it while the stage runs, and what it says of itself at the end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from posttrain.data.dataset import Dataset, sequences
+from posttrain.files import read_json, write_json
+from posttrain.protocols import MetricSink
+from posttrain.tracking.jsonl import EVENTS, JsonlSink, read_jsonl
+from posttrain.tracking.multi import MultiSink
+from posttrain.types import TokenSeq
+
+log = logging.getLogger(__name__)
+
+_EXAMPLES = 3
+
+Watchers = Callable[[str, int], Sequence[MetricSink]]
+"""(kind, total_steps) → the sinks that stand beside `metrics.jsonl`: a live view, a tracker."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage made."""
+
+    kind: str
+    folder: Path
+    model_dir: Path
+    model_digest: str
+    parent_digest: str
+    steps: int
+    tokens: int
+    wall_s: float
+    metrics: Mapping[str, float]
+    held: tuple[str, ...] = ()
+    rollbacks: tuple[Mapping[str, Any], ...] = ()
+    """What the run was rolled back for and recovered from; it does not hold promotion."""
+
+    def to_json(self) -> dict[str, Any]:
+        record = {
+            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("folder", "model_dir")
+        }
+        return record | {"metrics": dict(self.metrics), "held": list(self.held), "rollbacks": list(self.rollbacks)}
+
+    def save(self) -> None:
+        write_json(self.folder / "result.json", self.to_json())
+
+    @classmethod
+    def load(cls, folder: Path) -> StageResult:
+        record = read_json(folder / "result.json")
+        record |= {"folder": folder, "model_dir": folder / "model", "held": tuple(record["held"])}
+        record["rollbacks"] = tuple(record.get("rollbacks", ()))
+        return cls(**record)
+
+
+class RunFolder:
+    """`metrics.jsonl`, `events.jsonl`, `summary.json` and whoever watches. Records only on the main rank, once opened."""
+
+    def __init__(self, path: Path, kind: str, is_main: bool, watchers: Watchers | None = None) -> None:
+        self.path, self._kind, self._is_main, self._watchers = path, kind, is_main, watchers
+        self._sink: MetricSink | None = None
+
+    def open(self, step: int, total_steps: int) -> None:
+        """Cut the records back to `step` and go on from there."""
+        if not self._is_main:
+            return
+        records = JsonlSink(self.path)
+        records.truncate_to(step)
+        self._sink = MultiSink([records, *(self._watchers(self._kind, total_steps) if self._watchers else ())])
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._sink is not None:
+            self._sink.log(step, metrics)
+
+    def event(self, kind: str, step: int, details: Mapping[str, Any]) -> None:
+        if self._sink is not None:
+            self._sink.event(kind, step, details)
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """The events of one kind that are on disk."""
+        return [event for event in read_jsonl(self.path / EVENTS) if event["kind"] == kind]
+
+    def describe_data(self, decode: Callable[[Sequence[int]], str], *datasets: Dataset[Any] | None) -> None:
+        """Say what was read, kept and skipped, and write it to `summary.json` with examples of the loss mask."""
+        if not self._is_main:
+            return
+        present = [data for data in datasets if data is not None]
+        for line in (line for data in present for line in data.summary.lines()):
+            log.info("%s", line)
+        shown = [sequence for row in present[0].rows[:_EXAMPLES] for sequence in sequences(row)]
+        examples = [{"origin": str(s.origin), "segments": mask_segments(s, decode)} for s in shown]
+        write_json(
+            self.path / "summary.json",
+            {"datasets": [data.summary.to_json() for data in present], "examples": examples},
+        )
+
+    def close(self) -> None:
+        if self._sink is not None:
+            self._sink.close()
+            self._sink = None
+
+
+def mask_segments(sequence: TokenSeq, decode: Callable[[Sequence[int]], str]) -> list[tuple[str, bool]]:
+    """The text of a sequence in runs of trained and untrained tokens."""
+    runs = groupby(zip(sequence.ids, sequence.loss_mask, strict=True), key=lambda pair: pair[1])
+    return [(decode([token for token, _ in run]), trained) for trained, run in runs]

@@ -1,0 +1,186 @@
+"""What a loop carries from step to step, and how it goes to disk and comes back.
+
+A checkpoint holds `weights.safetensors` (what is trained), `optimizer.safetensors` and `state.json` (the rest).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from posttrain.checkpoint.store import CheckpointStore
+from posttrain.errors import CheckpointError
+from posttrain.files import read_json, write_json
+from posttrain.models.policy import Policy
+from posttrain.protocols import Topology
+from posttrain.recipes.experience import Experience
+from posttrain.recipes.guard import Guard
+from posttrain.recipes.prompts import Solved
+from posttrain.recipes.run_folder import RunFolder
+from posttrain.types import CheckpointRef
+
+FORMAT = 2
+"""Raised when a checkpoint of before could not be gone on with."""
+
+
+@dataclass
+class TrainState:
+    """All of it is in a checkpoint. `step` counts finished steps; `tokens` those that went through the model."""
+
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    guard: Guard
+    step: int = 0
+    tokens: int = 0
+    wall_s: float = 0.0
+    validated: dict[str, float] = field(default_factory=dict[str, float])
+    """The newest validation, which a run resumed at its end reports."""
+    experience: Experience | None = None
+    """The generation batch in hand; of all ranks, however many there are when it is read again."""
+    solved: Solved = field(default_factory=dict[int, tuple[float, bool]])
+    best: tuple[int, float] | None = None
+    """Step and score of the best checkpoint at the time of this one."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What is not a tensor."""
+        return {
+            "format": FORMAT, "step": self.step, "tokens": self.tokens, "wall_s": self.wall_s,
+            "validated": dict(self.validated), "best": self.best, "guard": self.guard.to_json(),
+            "experience": None if self.experience is None else self.experience.to_json(),
+            "solved": {str(row): list(seen) for row, seen in sorted(self.solved.items())},
+        }  # fmt: skip
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        self.step, self.tokens, self.wall_s = record["step"], record["tokens"], record["wall_s"]
+        self.validated, self.best = dict(record["validated"]), record["best"] and tuple(record["best"])
+        self.guard.restore(record["guard"])
+        experience = record["experience"]
+        self.experience = None if experience is None else Experience.from_json(experience)
+        self.solved = {int(row): (float(rate), bool(equal)) for row, (rate, equal) in record["solved"].items()}
+
+
+class Checkpoints:
+    """Saves and loads `TrainState`s; a thread writes while the loop goes on."""
+
+    def __init__(self, store: CheckpointStore, topology: Topology, run: RunFolder) -> None:
+        self.store, self._topology, self._run = store, topology, run
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[tuple[int, dict[str, Any]]] | None = None
+
+    def newest(self) -> CheckpointRef | None:
+        """The newest valid one; every rank gets the same answer."""
+        return self._topology.broadcast(self.store.newest_valid() if self._topology.is_main else None)
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and score of the best one; every rank gets the same answer."""
+        return self._topology.broadcast(self.store.best() if self._topology.is_main else None)
+
+    def load(self, ref: CheckpointRef, state: TrainState) -> None:
+        """Fill `state` from a checkpoint. Raises: CheckpointError for one of another format."""
+        state.restore(self._load_tensors(ref, state))
+
+    def load_best(self, step: int, state: TrainState) -> None:
+        """The weights of an earlier step, and what held them; the run's own count of steps stays."""
+        state.guard.restore(self._load_tensors(self.store.at(step), state)["guard"])
+
+    def _load_tensors(self, ref: CheckpointRef, state: TrainState) -> dict[str, Any]:
+        record = read_json(ref.path / "state.json")
+        if record.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{ref.path} has checkpoint format {record.get('format', 1)}; this posttrain reads format {FORMAT}. Finish the "
+                "run with the version that began it, or start it anew in another output_dir"
+            )
+        model, optimizer = state.policy.model, state.optimizer
+        self._topology.load_state(model, load_file(ref.path / "weights.safetensors"))
+        tensors = load_file(ref.path / "optimizer.safetensors")
+        self._topology.load_optimizer_state(model, optimizer, unflatten(tensors, record["scalars"]))
+        return record
+
+    def mark_best(self, step: int, score: float) -> None:
+        # Marked first: a mark without its checkpoint is made good when the step is run again, not so the reverse.
+        self.flush()
+        if self._topology.is_main:
+            self.store.mark_best(step, score)
+
+    def save(self, state: TrainState, *, wait: bool = True) -> None:
+        """A checkpoint of everything the loop needs. All ranks call it, rank 0 writes.
+
+        Without `wait` only the copy of the tensors is made here, and a thread writes them; the next save waits for it.
+        Raises: CheckpointError, also for the write that was under way.
+        """
+        self.flush()
+        model = state.policy.model
+        names = {name for name, _ in state.policy.trainable()}
+        weights = {n: t.clone() for n, t in self._topology.full_state(model).items() if n in names}
+        tensors, scalars = flatten(self._topology.full_optimizer_state(model, state.optimizer))
+        if self._topology.is_main:
+            state.best = self.store.best()
+            record = state.to_json() | {"scalars": scalars}
+            self._writing = self._writer.submit(self._write, state.step, weights, tensors, record)
+            if wait:
+                self.flush()
+        self._topology.barrier()
+
+    def flush(self) -> None:
+        """Wait until the checkpoint under way is on disk. Raises: CheckpointError if it could not be written."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            self._run.event("checkpoint", *writing.result())
+
+    def close(self) -> None:
+        self.flush()
+        self._writer.shutdown()
+
+    def _write(
+        self,
+        step: int,
+        weights: Mapping[str, torch.Tensor],
+        tensors: dict[str, torch.Tensor],
+        record: Mapping[str, Any],
+    ) -> tuple[int, dict[str, Any]]:
+        def fill(folder: Path) -> None:
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "weights.safetensors")
+            save_file(tensors, folder / "optimizer.safetensors")
+            write_json(folder / "state.json", record)
+
+        started = time.monotonic()
+        ref = self.store.save(step, fill)
+        size = sum(path.stat().st_size for path in ref.path.iterdir())
+        return step, {"bytes": size, "seconds": round(time.monotonic() - started, 3)}
+
+
+def flatten(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Optimizer state as named tensors, and what is not a tensor."""
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            # 8-bit optimizers keep a second level.
+            inner_tensors, inner_scalars = flatten(value)
+            tensors |= {f"{name}|{key}": tensor for key, tensor in inner_tensors.items()}
+            scalars |= {f"{name}|{key}": scalar for key, scalar in inner_scalars.items()}
+        elif isinstance(value, torch.Tensor):
+            # A copy: the optimizer goes on while the checkpoint is written.
+            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        else:
+            scalars[name] = json.loads(json.dumps(value))
+    return tensors, scalars
+
+
+def unflatten(tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    state: dict[str, dict[str, Any]] = {}
+    for flat, value in {**tensors, **scalars}.items():
+        *path, key = flat.split("|")
+        place: dict[str, Any] = state
+        for name in path:
+            place = place.setdefault(name, {})
+        place[key] = value
+    return state
