@@ -1,6 +1,7 @@
 import pytest
 
 from posttrain.rewards.library import GOLD_COLUMNS, REWARDS, gold_column, text_of
+from posttrain.rewards.workers import RewardPool
 
 
 def score(name, completion, **columns):
@@ -81,6 +82,19 @@ def test_code_is_run_against_hidden_tests():
     assert score("code_tests", half, tests=tests, options={"partial": True}) == 0.5
     assert score("code_tests", "no code", tests=tests) == 0.0
     assert score("code_tests", right, tests=[]) is None
+
+
+LOOPS = ["def f(x):\n    while True: pass", "while True: pass", "import time\ntime.sleep(100)", "def f(x): return f(x)"]
+
+
+@pytest.mark.parametrize("tests", [[{"call": "f", "args": [2], "expected": 4}] * 8, [{"stdin": "", "stdout": "4"}] * 8])
+def test_a_loop_in_generated_code_is_zero_and_never_unscored(tests):
+    code = [f"```python\n{loop}\n```" for loop in LOOPS] + ["```python\ndef f(x): return x * x\nprint(4)\n```"]
+    with RewardPool(["code_tests"], kwargs={"code_tests": {"timeout_s": 2.0, "partial": True}}, timeout_s=3.0) as pool:
+        workers = [worker.process.pid for worker in pool._workers]
+        found = pool.score(["p"] * len(code), code, {"tests": [tests] * len(code)})
+        assert [b.total for b in found] == [0.0] * len(LOOPS) + [1.0], found
+        assert [worker.process.pid for worker in pool._workers] == workers  # none was killed
 
 
 def test_soft_overlong_is_dapos_equation_13():

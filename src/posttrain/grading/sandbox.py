@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -29,9 +29,10 @@ _UID_BASE, _UID_RANGE = 1_600_000_000, 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a run may use. `cpu_s` counts all its processes, `wall_s` the clock."""
+    """What a run may use. `cpu_s` counts all its processes; `wall_s` is the clock of a script or of each call, `total_s` of all calls."""
 
     wall_s: float = 4.0
+    total_s: float = 8.0
     cpu_s: int = 4
     memory_bytes: int = 512 << 20
     file_bytes: int = 16 << 20
@@ -41,24 +42,38 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class CallResult:
-    """What one call returned, as JSON data; or why there is no value."""
+    """What one call returned, as JSON data; or why there is no value. `answered` is False where the process ended before."""
 
     ok: bool
     value: Any = None
     reason: str = ""
+    answered: bool = True
 
 
-def run_calls(code: str, calls: Sequence[tuple[str, Sequence[Any]]], limits: Limits | None = None) -> list[CallResult]:
-    """Execute `code`, then each `(function, args)` in turn, in one process. One result per call, in order."""
+def run_calls(
+    code: str,
+    calls: Sequence[tuple[str, Sequence[Any]]],
+    limits: Limits | None = None,
+    go_on: Callable[[int, CallResult], bool] = lambda index, result: True,
+) -> list[CallResult]:
+    """Execute `code`, then each `(function, args)` in turn, in one process. One result per call, in order.
+
+    Each call has `wall_s`; one that ends the process leaves those behind it unanswered, as does a False from `go_on`.
+    """
     nonce = secrets.token_hex(16)
+    limits = limits or Limits()
     request = {"mode": "calls", "code": code, "calls": [[name, list(args)] for name, args in calls], "nonce": nonce}
-    output, reason = _run(request, limits or Limits(), isolation())
     results: dict[int, CallResult] = {}
-    for line in output.split(b"\n"):
+
+    def each(line: bytes) -> bool:
         index, result = _parse(line, nonce)
-        if index is not None and index not in results and 0 <= index < len(calls):
-            results[index] = result
-    missing = CallResult(False, reason=reason or "ended before it returned a value")
+        if index is None or index in results or not 0 <= index < len(calls):
+            return True
+        results[index] = result
+        return go_on(index, result)
+
+    _, reason = _run(request | {"record_bytes": limits.output_bytes}, limits, isolation(), each)
+    missing = CallResult(False, reason=reason or "ended before it returned a value", answered=False)
     return [results.get(index, missing) for index in range(len(calls))]
 
 
@@ -88,8 +103,13 @@ def run_script(code: str, stdin: str, limits: Limits | None = None) -> CallResul
     return CallResult(False, reason=reason) if reason else CallResult(True, output.decode("utf-8", "replace"))
 
 
-def _run(request: dict[str, Any], limits: Limits, level: Isolation) -> tuple[bytes, str]:
-    """(what the child wrote to its result pipe, why it did not end well)."""
+def _run(
+    request: dict[str, Any], limits: Limits, level: Isolation, each: Callable[[bytes], bool] | None = None
+) -> tuple[bytes, str]:
+    """(what the child wrote to its result pipe, why it did not end well).
+
+    With `each`, complete lines go there instead; every one starts the clock anew, and a False ends the run.
+    """
     with tempfile.TemporaryDirectory(prefix="posttrain-sandbox-") as folder:
         uid = _UID_BASE + secrets.randbelow(_UID_RANGE)
         payload = json.dumps(request | _confinement(limits, level, Path(folder), uid)).encode("ascii")
@@ -102,7 +122,7 @@ def _run(request: dict[str, Any], limits: Limits, level: Isolation) -> tuple[byt
         finally:
             os.close(write_fd)
         try:
-            return _converse(process, payload, read_fd, limits)
+            return _converse(process, payload, read_fd, limits, each)
         finally:
             os.close(read_fd)
             _end(process, level, uid)
@@ -116,8 +136,15 @@ def _confinement(limits: Limits, level: Isolation, folder: Path, uid: int) -> di
     }  # fmt: skip
 
 
-def _converse(process: subprocess.Popen[bytes], payload: bytes, read_fd: int, limits: Limits) -> tuple[bytes, str]:
-    deadline = time.monotonic() + limits.wall_s
+def _converse(
+    process: subprocess.Popen[bytes],
+    payload: bytes,
+    read_fd: int,
+    limits: Limits,
+    each: Callable[[bytes], bool] | None,
+) -> tuple[bytes, str]:
+    end = time.monotonic() + (limits.total_s if each else limits.wall_s)
+    deadline = min(end, time.monotonic() + limits.wall_s)
     assert process.stdin is not None
     stdin = process.stdin.fileno()
     os.set_blocking(stdin, False)
@@ -129,13 +156,21 @@ def _converse(process: subprocess.Popen[bytes], payload: bytes, read_fd: int, li
         while True:
             wait_s = deadline - time.monotonic()
             if wait_s <= 0:
-                return bytes(output), f"took longer than {limits.wall_s:g} s"
+                return bytes(
+                    output
+                ), f"took longer than {limits.total_s if deadline == end and each else limits.wall_s:g} s"
             for key, _ in selector.select(wait_s):
                 if key.fd == read_fd:
                     data = os.read(read_fd, 1 << 16)
                     if not data:
                         return bytes(output), _status(process, deadline)
                     output += data
+                    if each and b"\n" in data:
+                        *lines, rest = output.split(b"\n")
+                        output = bytearray(rest)
+                        deadline = min(end, time.monotonic() + limits.wall_s)
+                        if not all(each(bytes(line)) for line in lines):
+                            return b"", "stopped"
                     if len(output) > limits.output_bytes:
                         return b"", f"returned more than {limits.output_bytes} bytes"
                 else:

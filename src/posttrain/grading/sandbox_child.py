@@ -6,6 +6,7 @@ Everything here is open to the code it runs. That is why it holds no expected va
 # ruff: noqa: BLE001, SIM115
 # Every except is a process boundary, and importing pathlib would take a third of the time of a run.
 
+import builtins
 import ctypes
 import json
 import os
@@ -166,17 +167,34 @@ def _run_calls(request: dict[str, Any], result_fd: int) -> None:
     failure = ""
     try:
         exec(compile(request["code"], "solution.py", "exec"), names)
+    except SystemExit as stop:
+        failure = "" if stop.code in (None, 0) else f"SystemExit: {stop.code!r:.100}"
     except BaseException as error:
-        failure = f"{type(error).__name__}: {error}"
+        failure = _described(error)
     for index, (name, args) in enumerate(request["calls"]):
-        record: dict[str, Any] = {"i": index}
-        try:
-            if failure:
-                raise RuntimeError(failure)
-            record["v"] = _plain(names[name](*args))
-        except BaseException as error:
-            record["e"] = f"{type(error).__name__}: {error}"[:500]
-        os.write(result_fd, (request["nonce"] + json.dumps(record) + "\n").encode())
+        record = _record(index, names, name, args, failure)
+        if len(record) > request["record_bytes"] - len(request["nonce"]):
+            record = json.dumps({"i": index, "e": f"returned more than {request['record_bytes']} bytes"})
+        left = memoryview((request["nonce"] + record + "\n").encode())
+        while left:
+            left = left[os.write(result_fd, left) :]
+
+
+def _record(index: int, names: dict[str, Any], name: str, args: Any, failure: str) -> str:
+    """One call's outcome as a JSON line. What cannot be encoded is an outcome of this call alone."""
+    try:
+        if failure:
+            raise RuntimeError(failure)
+        return json.dumps({"i": index, "v": _plain(names[name](*args))})
+    except BaseException as error:
+        return json.dumps({"i": index, "e": _described(error)})
+
+
+def _described(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"[:500]
+    except BaseException:  # the code's own `__str__`
+        return "an error that cannot be shown"
 
 
 def _run_script(request: dict[str, Any], result_fd: int) -> int:
@@ -202,6 +220,7 @@ def _run_script(request: dict[str, Any], result_fd: int) -> int:
 
 def _main() -> None:
     result_fd = int(sys.argv[1])
+    builtins.exit = builtins.quit = sys.exit  # `site` is not imported here  # pyright: ignore[reportAttributeAccessIssue]
     request = json.loads(sys.stdin.buffer.read())
     _confine(request)
     if request["mode"] == "calls":

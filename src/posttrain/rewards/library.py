@@ -121,6 +121,9 @@ def json_schema(prompts: list[Any], completions: list[Any], schema: list[Any], *
     return scores
 
 
+_BUDGET_SHARE = 0.8
+
+
 def code_tests(
     prompts: list[Any],
     completions: list[Any],
@@ -128,13 +131,15 @@ def code_tests(
     *,
     timeout_s: float = 4.0,
     partial: bool = False,
+    reward_timeout_s: float = 10.0,
     **columns: Any,
 ) -> Scores:
     """Share of a row's hidden `tests` that the completion's code passes; 1 or 0 unless `partial`.
 
-    A test is `{"call": name, "args": […], "expected": value}` or `{"stdin": text, "stdout": text}`.
+    A test is `{"call": name, "args": […], "expected": value}` or `{"stdin": text, "stdout": text}`. Each has `timeout_s`,
+    all of a completion's a share of `reward_timeout_s` that leaves room to answer: a loop is wrong, not unscored.
     """
-    limits = Limits(wall_s=timeout_s)
+    limits, budget_s = Limits(wall_s=timeout_s), _BUDGET_SHARE * reward_timeout_s
     scores: Scores = []
     for completion, row in zip(completions, tests, strict=True):
         row = read_json_text(row) if isinstance(row, str) else row
@@ -142,7 +147,7 @@ def code_tests(
             scores.append(None)
             continue
         code = extract_code(answers.visible(text_of(completion)) or "")
-        passed = run_tests(code, row, limits) if code else [False]
+        passed = run_tests(code, row, limits, budget_s=budget_s, stop_at_failure=not partial) if code else [False]
         scores.append(sum(passed) / len(passed) if partial else float(all(passed)))
     return scores
 
@@ -196,7 +201,10 @@ def repetition_penalty(
 
 @dataclass(frozen=True, slots=True)
 class RewardRow:
-    """A library reward. `needs`: of each group of columns, one must be there. `slot`: how its answer is written."""
+    """A library reward. `needs`: of each group of columns, one must be there. `slot`: how its answer is written.
+
+    `alone`: one completion per call, because the deadline of a call is not to be shared.
+    """
 
     fn: Callable[..., Scores]
     needs: tuple[tuple[str, ...], ...]
@@ -204,13 +212,19 @@ class RewardRow:
     high: float
     meaning: str
     slot: str | None = None
+    alone: bool = False
 
 
 def _row(
-    fn: Callable[..., Scores], *needs: tuple[str, ...], low: float = 0.0, high: float = 1.0, slot: str | None = None
+    fn: Callable[..., Scores],
+    *needs: tuple[str, ...],
+    low: float = 0.0,
+    high: float = 1.0,
+    slot: str | None = None,
+    alone: bool = False,
 ) -> RewardRow:
     meaning = re.split(r"\.\s|\n", (fn.__doc__ or "").strip())[0].rstrip(".")
-    return RewardRow(fn, needs, low, high, meaning, slot)
+    return RewardRow(fn, needs, low, high, meaning, slot, alone)
 
 
 _TOKENS = ("completion_ids",)
@@ -223,7 +237,7 @@ REWARDS: dict[str, RewardRow] = {
     "think_format": _row(think_format),
     "clean": _row(clean),
     "json_schema": _row(json_schema, ("schema",), slot="ANSWER"),
-    "code_tests": _row(code_tests, ("tests",), slot="```python\nANSWER\n```"),
+    "code_tests": _row(code_tests, ("tests",), slot="```python\nANSWER\n```", alone=True),
     "length_penalty": _row(length_penalty, _TOKENS, low=-1.0, high=0.0),
     "soft_overlong": _row(soft_overlong, _TOKENS, low=-1.0, high=0.0),
     "repetition_penalty": _row(repetition_penalty, _TOKENS, low=-1.0, high=0.0),

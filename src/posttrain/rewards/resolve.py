@@ -158,9 +158,12 @@ def _user_line(error: BaseException, file: Path) -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else str(file)
 
 
-def load_reward(spec: str, kwargs: Mapping[str, Any] | None = None, folder: Path | None = None) -> RewardFunction:
+def load_reward(
+    spec: str, kwargs: Mapping[str, Any] | None = None, folder: Path | None = None, *, timeout_s: float = 10.0
+) -> RewardFunction:
     """The reward named by `file.py:function` (relative to `folder`) or by a library name, with its options bound.
 
+    A parameter `reward_timeout_s` is told the deadline of a call.
     Raises: ConfigError, with file and line, for a missing file or function, an import that fails, a wrong signature.
     """
     check_spec(spec, folder)
@@ -168,7 +171,7 @@ def load_reward(spec: str, kwargs: Mapping[str, Any] | None = None, folder: Path
     parts = split_spec(spec)
     if parts is None:
         row = REWARDS[spec]
-        return _bind(spec, spec, f"reward {spec}", row.fn, options, row.needs)
+        return _bind(spec, spec, f"reward {spec}", row.fn, options, row.needs, timeout_s)
     file = _file_of(spec, parts[0], folder)
     fn = getattr(_load_module(file), parts[1], None)
     line = getattr(getattr(fn, "__code__", None), "co_firstlineno", 1)
@@ -177,7 +180,7 @@ def load_reward(spec: str, kwargs: Mapping[str, Any] | None = None, folder: Path
         raise ConfigError(
             f"{where}: {parts[1]} is {type(fn).__name__}, expected a function fn(prompts, completions, **columns)"
         )
-    return _bind(spec, parts[1], where, fn, options, None)
+    return _bind(spec, parts[1], where, fn, options, None, timeout_s)
 
 
 def _bind(
@@ -187,6 +190,7 @@ def _bind(
     fn: Callable[..., Any],
     options: dict[str, Any],
     needs: tuple[tuple[str, ...], ...] | None,
+    timeout_s: float,
 ) -> RewardFunction:
     parameters = inspect.signature(fn).parameters
     by_name = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -202,6 +206,8 @@ def _bind(
         raise ConfigError(
             f"reward_kwargs: {name}: unknown option {unknown[0]!r}; it takes {', '.join(allowed) or 'none'}"
         )
+    if "reward_timeout_s" in by_name:
+        options = {"reward_timeout_s": timeout_s} | options
     if needs is None:
         ours = {"prompts", "completions", *options}
         needs = tuple((n,) for n, p in by_name.items() if p.default is p.empty and n not in ours)

@@ -72,7 +72,8 @@ def _load(setup: dict[str, Any], answers: Any) -> list[RewardFunction]:
     kwargs, names = setup["kwargs"], reward_names(setup["specs"])
     try:
         functions = [
-            load_reward(spec, kwargs.get(name), folder) for spec, name in zip(setup["specs"], names, strict=True)
+            load_reward(spec, kwargs.get(name), folder, timeout_s=setup["timeout_s"])
+            for spec, name in zip(setup["specs"], names, strict=True)
         ]
     except ConfigError as error:
         _write(answers, {"error": str(error)})

@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Any
 
 from posttrain.errors import ConfigError, RewardError
+from posttrain.rewards.library import REWARDS
 from posttrain.rewards.resolve import check_spec, options_by_name, reward_digest, reward_names
 from posttrain.types import RewardBreakdown
 
@@ -247,7 +248,9 @@ class RewardPool:
         )
         for start in range(0, num, CHUNK_SIZE):
             items = tuple(range(start, min(start + CHUNK_SIZE, num)))
-            call.queue.extend(_Task(function, items) for function in range(len(self.specs)))
+            for function, spec in enumerate(self.specs):
+                alone = spec in REWARDS and REWARDS[spec].alone
+                call.queue.extend(_Task(function, part) for part in (((i,) for i in items) if alone else (items,)))
         with self._lock:
             self.__enter__()
             self._run(call)
@@ -258,7 +261,7 @@ class RewardPool:
     def _start(self) -> _Worker:
         setup = {
             "specs": list(self.specs), "kwargs": self.kwargs, "folder": str(self.folder.resolve()) if self.folder else None,
-            "memory_bytes": self.memory_bytes, "from_main_thread": threading.current_thread() is threading.main_thread(),
+            "memory_bytes": self.memory_bytes, "timeout_s": self.timeout_s, "from_main_thread": threading.current_thread() is threading.main_thread(),
         }  # fmt: skip
         return _Worker(pickle.dumps(setup), self._hash_seed)
 
