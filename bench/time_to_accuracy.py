@@ -32,8 +32,8 @@ from turns import busy_seconds, own_seconds
 from vs_trl import QUIET, environment
 
 if TYPE_CHECKING:
+    from posttrain.evidence import EvalReport
     from posttrain.report.intervals import Interval
-    from posttrain.types import EvalReport
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("sft", "dpo", "grpo")

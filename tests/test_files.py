@@ -11,10 +11,10 @@ from posttrain.config.stages import DatasetKeys
 from posttrain.data.sources import read_rows
 from posttrain.errors import DataError, PosttrainError
 from posttrain.evals.suite import load_suite
+from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.files import read_json_lines
 from posttrain.rewards.cases import Case
 from posttrain.tracking.jsonl import read_jsonl
-from posttrain.types import EvalReport, ItemRecord
 
 ROOT = Path(__file__).parents[1]
 BREAKS = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\rh"

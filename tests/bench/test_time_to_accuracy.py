@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 import stage_trl
 import time_to_accuracy
 from posttrain.data.load import load_preference, load_prompts, load_sft
-from posttrain.types import EvalReport, ItemRecord
+from posttrain.evidence import EvalReport, ItemRecord
 from stage_posttrain import QUICKSTART, keys_of
 from time_to_accuracy import SIDES, STAGES, Done, Options, render
 

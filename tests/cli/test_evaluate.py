@@ -5,7 +5,7 @@ import pytest
 
 from posttrain.cli.app import main
 from posttrain.cli.evaluate import table
-from posttrain.types import EvalReport, ItemRecord
+from posttrain.evidence import EvalReport, ItemRecord
 
 
 def run(*argv):

@@ -7,9 +7,9 @@ from typer.testing import CliRunner
 from posttrain.cli.app import main
 from posttrain.cli.gate import app
 from posttrain.errors import ConfigError, GateError
+from posttrain.evidence import EvalReport, ItemRecord, Verdict
 from posttrain.gate import load_verdict
 from posttrain.registry import Registry
-from posttrain.types import EvalReport, ItemRecord, Verdict
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@ from typer.testing import CliRunner
 
 from posttrain.cli.registry import app
 from posttrain.errors import RegistryError
+from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.files import digest_bytes, digest_tree
 from posttrain.gate import GateSpec, Primary, decide, save_verdict
 from posttrain.registry import Manifest, Registry
-from posttrain.types import EvalReport, ItemRecord
 
 BASE = digest_bytes(b"base")
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from posttrain.cli.diff import diff
 from posttrain.cli.report import report
 from posttrain.errors import DataError
-from posttrain.types import EvalReport, ItemRecord
+from posttrain.evidence import EvalReport, ItemRecord
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from posttrain.config.stages import ModelKeys
 from posttrain.errors import EvalError
 from posttrain.evals.run import Evaluator, pass_at_k, pass_at_ks
 from posttrain.evals.suite import load_suite
+from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.models.load import load_policy
 from posttrain.recipes.evaluate import TokenizerCodec, evaluate
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.sampling import request_seed
-from posttrain.types import EvalReport, ItemRecord
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from posttrain.types import EvalReport, ItemRecord
+from posttrain.evidence import EvalReport, ItemRecord
 
 
 def _report(

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from posttrain.evidence import Verdict
 from posttrain.gate import GateSpec, Guard, Primary, decide, tango
 from posttrain.gate.distributions import normal_quantile
-from posttrain.types import Verdict
 
 ROOT = Path(__file__).parents[2]
 COUNTS = [(2, 4, 100), (0, 9, 100), (20, 25, 500), (30, 75, 500), (120, 130, 600), (40, 41, 300), (60, 10, 400)]

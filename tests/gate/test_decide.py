@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from posttrain.errors import GateError
+from posttrain.evidence import Verdict
 from posttrain.gate import GateSpec, Guard, Primary, decide, plan
 from posttrain.gate.measure import choose, measure
 from posttrain.gate.pairing import Pairs
-from posttrain.types import Verdict
 
 GUARD = GateSpec(guards=(Guard("heldout", 0.05),))
 PRIMARY = GateSpec(primary=(Primary("heldout", 0.05),))

@@ -3,9 +3,9 @@ import json
 import pytest
 
 from posttrain.errors import GateError
+from posttrain.evidence import Verdict
 from posttrain.gate import GateSpec, Guard, Primary, decide, load_reports, load_verdict, recompute, save_verdict
 from posttrain.gate import verdict_from_json as from_json
-from posttrain.types import Verdict
 
 SPEC = GateSpec((Guard("format", 0.05),), (Primary("heldout", 0.05),))
 

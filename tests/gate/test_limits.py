@@ -3,10 +3,10 @@ from dataclasses import replace
 import pytest
 
 from posttrain.errors import GateError
+from posttrain.evidence import Verdict
 from posttrain.gate import GateSpec, Guard, Primary, decide, render
 from posttrain.gate.limits import errors_as_wrong
 from posttrain.gate.spec import Limits
-from posttrain.types import Verdict
 
 N = 400
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from posttrain.errors import GateError
-from posttrain.types import EvalReport, Verdict
+from posttrain.evidence import EvalReport, Verdict
 
 SFT = {"datasets": [{"path": "sft.jsonl"}], "learning_rate": 1e-2, "max_steps": 8, "lr_scheduler_type": "constant"}
 

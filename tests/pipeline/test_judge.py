@@ -5,9 +5,9 @@ import json
 import pytest
 
 from posttrain.errors import ConfigError, RewardError
+from posttrain.evidence import Verdict
 from posttrain.files import digest_json, read_json
 from posttrain.gate.folder import load_verdict
-from posttrain.types import Verdict
 
 NOT_WORSE = {"baseline": "alias:champion", "guards": [{"suite": "yes", "margin": 0.4}]}
 SFT = {

@@ -13,12 +13,12 @@ import pytest
 
 from posttrain.cli.app import main
 from posttrain.evals.run import Evaluator
+from posttrain.evidence import EvalReport
 from posttrain.pipeline import judge, run
 from posttrain.pipeline.state import RunState
 from posttrain.recipes.stop import StoppedPolitely
 from posttrain.registry.registry import Registry
 from posttrain.report.records import load_run
-from posttrain.types import EvalReport
 
 TIMES = {"step_time", "time", "time/rollout_s", "time/train_s", "tokens_per_s", "memory_bytes"}
 """What a metric line says of the clock and the machine."""

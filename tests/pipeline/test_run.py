@@ -4,12 +4,12 @@ import json
 
 import pytest
 
+from posttrain.evidence import Verdict
 from posttrain.files import file_digests, read_json
 from posttrain.gate.folder import recompute
 from posttrain.report.build import build_report
 from posttrain.report.records import load_run
 from posttrain.report.summary import render_summary
-from posttrain.types import Verdict
 
 QUICK = {"learning_rate": 1e-2, "max_steps": 8, "per_device_train_batch_size": 8, "lr_scheduler_type": "constant"}
 SLOW = {**QUICK, "max_steps": 1, "learning_rate": 1e-6}

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from posttrain.evidence import GateVerdict, TestResult, Verdict
 from posttrain.files import digest_bytes, digest_tree
 from posttrain.registry import Manifest, Registry
-from posttrain.types import GateVerdict, TestResult, Verdict
 
 BASE = digest_bytes(b"base weights")
 

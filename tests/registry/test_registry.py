@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from posttrain.errors import RegistryError
+from posttrain.evidence import Decision, Verdict
 from posttrain.files import digest_bytes, digest_json, digest_tree, write_json
-from posttrain.types import Decision, Verdict
 
 
 @pytest.fixture

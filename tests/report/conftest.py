@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.types import EvalReport, GateVerdict, ItemRecord, TestResult, Verdict
+from posttrain.evidence import EvalReport, GateVerdict, ItemRecord, TestResult, Verdict
 
 RIGHT = {"base": 0.12, "01-sft": 0.41, "02-dpo": 0.43, "03-grpo": 0.62}
 FORMAT = {"base": 0.02, "01-sft": 0.97, "02-dpo": 0.99, "03-grpo": 0.98}

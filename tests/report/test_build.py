@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 import pytest
 
 from posttrain.errors import DataError
+from posttrain.evidence import EvalReport, Verdict
 from posttrain.report.build import build_report
-from posttrain.types import EvalReport, Verdict
 
 _VOID = {"meta", "img", "br", "hr", "link", "input"}
 

@@ -102,7 +102,7 @@ def test_a_shorter_run_parts_where_it_ends(own_run, twin):
 
 
 def test_scores_are_compared_item_by_item(own_run, twin):
-    from posttrain.types import EvalReport
+    from posttrain.evidence import EvalReport
 
     ours, folder = own_run / "evals" / "base" / "heldout-gate", twin / "evals" / "03-grpo" / "heldout-gate"
     EvalReport.load(ours).save(folder)

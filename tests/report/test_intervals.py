@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
+from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.report.intervals import difference_interval, score_interval, t_interval, wilson
-from posttrain.types import EvalReport, ItemRecord
 
 
 def _report(scores, clusters=None, suite="s"):

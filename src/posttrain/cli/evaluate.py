@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from posttrain.config.pipeline import SuiteKeys
     from posttrain.config.stages import ModelKeys
     from posttrain.evals.suite import Suite
-    from posttrain.types import EvalReport
+    from posttrain.evidence import EvalReport
 
 Plan = list[tuple["Suite", "SuiteKeys"]]
 

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from posttrain.errors import GateError
-from posttrain.types import EvalReport, GateVerdict
+from posttrain.evidence import EvalReport, GateVerdict
 
 _JUDGE = "judge"
 

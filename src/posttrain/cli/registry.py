@@ -12,8 +12,8 @@ import typer
 from posttrain.errors import RegistryError
 
 if TYPE_CHECKING:
+    from posttrain.evidence import RegistryEntry
     from posttrain.registry import Registry
-    from posttrain.types import RegistryEntry
 
 app = typer.Typer(name="registry", help="Versions, lineage and promotion.", no_args_is_help=True)
 
@@ -83,8 +83,8 @@ def promote(
     registry: Folder = _DEFAULT,
 ) -> None:
     """Give an alias to a version that passed its gate against the present holder."""
+    from posttrain.evidence import Decision
     from posttrain.gate import recompute, verdict_from_json
-    from posttrain.types import Decision
 
     with open_registry(registry) as book:
         entry = book.resolve(ref)

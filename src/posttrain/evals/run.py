@@ -12,10 +12,11 @@ from typing import Any, Protocol
 from posttrain.config.pipeline import SuiteKeys
 from posttrain.errors import EvalError
 from posttrain.evals.suite import CHOICES, Item, Suite
+from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.files import digest_json
 from posttrain.grading.scorers import SCORERS
 from posttrain.protocols import Engine
-from posttrain.types import Completion, EvalReport, ItemRecord, Request, SamplingParams, Text
+from posttrain.types import Completion, Request, SamplingParams, Text
 
 _ITEMS_PER_CALL = 256
 

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, replace
 
 from posttrain.errors import GateError
+from posttrain.evidence import EvalReport
 from posttrain.gate.distributions import binomial_upper
 from posttrain.gate.measure import choose, measure
 from posttrain.gate.pairing import pair
-from posttrain.types import EvalReport
 
 MAX_FLIP_RATE = 0.02
 FALSE_ALARM = 0.01

@@ -13,12 +13,12 @@ from dataclasses import replace
 from typing import Literal
 
 from posttrain.errors import GateError
+from posttrain.evidence import EvalReport, GateVerdict, TestResult, Verdict
 from posttrain.gate.limits import check_limits, errors_as_wrong
 from posttrain.gate.measure import Measurement, Method, choose, measure
 from posttrain.gate.pairing import PairingError, Pairs, pair
 from posttrain.gate.power import MIN_CLUSTERS, MIN_ITEMS, design_effect, detectable, needed_items
 from posttrain.gate.spec import GateSpec, Guard, Primary
-from posttrain.types import EvalReport, GateVerdict, TestResult, Verdict
 
 Reports = Mapping[str, EvalReport]
 _WORST_FIRST = (Verdict.INVALID, Verdict.FAIL, Verdict.INCONCLUSIVE)

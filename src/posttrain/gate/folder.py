@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import GateError
+from posttrain.evidence import EvalReport, GateVerdict, TestResult, Verdict
 from posttrain.files import read_json, write_folder, write_json
 from posttrain.gate.decide import decide
 from posttrain.gate.spec import GateSpec
-from posttrain.types import EvalReport, GateVerdict, TestResult, Verdict
 
 _NUMBERS = ("baseline_mean", "candidate_mean", "estimate", "low", "high", "bound", "line", "p_value")
 

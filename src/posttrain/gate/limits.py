@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from posttrain.evidence import EvalReport, TestResult, Verdict
 from posttrain.gate.spec import GateSpec
-from posttrain.types import EvalReport, TestResult, Verdict
 
 _NAN = math.nan
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from posttrain.types import EvalReport, ItemRecord
+from posttrain.evidence import EvalReport, ItemRecord
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from posttrain.types import GateVerdict, TestResult
+from posttrain.evidence import GateVerdict, TestResult
 
 _HEADER = ("", "suite", "test", "items", "base", "cand", "gain", "95 % interval", "bound", "line", "verdict")
 _RIGHT = frozenset({3, 4, 5, 6, 7, 8, 9})

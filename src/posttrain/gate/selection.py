@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from posttrain.evidence import EvalReport, Verdict
 from posttrain.gate.limits import check_limits, errors_as_wrong
 from posttrain.gate.pairing import PairingError, pair
 from posttrain.gate.spec import GateSpec
-from posttrain.types import EvalReport, Verdict
 
 
 def promising(

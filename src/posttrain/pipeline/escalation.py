@@ -7,10 +7,10 @@ from pathlib import Path
 
 from posttrain.checkpoint.lock import run_lock
 from posttrain.errors import GateError
+from posttrain.evidence import Decision
 from posttrain.files import read_json, write_json
 from posttrain.gate.folder import load_verdict
 from posttrain.pipeline.state import GateEntry
-from posttrain.types import Decision
 
 PENDING_FILE = "pending.json"
 DECISION_FILE = "decision.json"

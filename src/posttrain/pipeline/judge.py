@@ -8,6 +8,7 @@ from pathlib import Path
 
 from posttrain.config.pipeline import GateKeys, PipelineKeys
 from posttrain.errors import ConfigError, GateError
+from posttrain.evidence import GateVerdict, RegistryEntry, Verdict
 from posttrain.files import read_json
 from posttrain.gate.aa import aa_check
 from posttrain.gate.decide import decide
@@ -22,7 +23,6 @@ from posttrain.pipeline.measure import Evals, Reports
 from posttrain.pipeline.state import GateEntry, RunState, Selection, StageEntry
 from posttrain.protocols import Topology
 from posttrain.registry.registry import Registry
-from posttrain.types import GateVerdict, RegistryEntry, Verdict
 
 Model = tuple[str, str]
 """The name of a model's eval folder, and where the model is."""

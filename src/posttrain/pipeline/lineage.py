@@ -8,6 +8,7 @@ from typing import Any
 import posttrain
 from posttrain.config.pipeline import PipelineKeys
 from posttrain.errors import RegistryError
+from posttrain.evidence import Decision
 from posttrain.files import digest_json, read_json, write_atomic
 from posttrain.pipeline.escalation import decision_on
 from posttrain.pipeline.judge import last_verdict
@@ -16,7 +17,6 @@ from posttrain.pipeline.state import RunState
 from posttrain.registry.card import model_card
 from posttrain.registry.manifest import CERTIFICATE, MODEL, Manifest, code_digest
 from posttrain.registry.registry import Registry
-from posttrain.types import Decision
 
 
 def manifests(

@@ -9,9 +9,9 @@ from pathlib import Path
 from posttrain.config.pipeline import PipelineKeys, SuiteKeys
 from posttrain.config.stages import ModelKeys
 from posttrain.evals.suite import Suite
+from posttrain.evidence import EvalReport
 from posttrain.protocols import Topology
 from posttrain.recipes.evaluate import evaluate, summary
-from posttrain.types import EvalReport
 
 Suites = Mapping[str, tuple[Suite, SuiteKeys]]
 Reports = Mapping[str, EvalReport]

@@ -17,6 +17,7 @@ from posttrain.config.stages import ModelKeys
 from posttrain.distributed.topology import SingleProcess
 from posttrain.errors import PosttrainError
 from posttrain.evals.suite import load_suite
+from posttrain.evidence import EvalReport, RegistryEntry, Verdict
 from posttrain.files import read_json
 from posttrain.gate.decide import decide
 from posttrain.gate.folder import load_verdict, recompute, verdict_from_json
@@ -28,7 +29,6 @@ from posttrain.pipeline.state import RunState
 from posttrain.recipes.evaluate import evaluate
 from posttrain.registry.manifest import MODEL, Manifest
 from posttrain.registry.registry import Registry
-from posttrain.types import EvalReport, RegistryEntry, Verdict
 
 Found = Literal["same", "differs", "missing", "note"]
 EXIT_CODE = {"same": 0, "note": 0, "differs": 1, "missing": 2}

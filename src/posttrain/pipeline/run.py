@@ -22,6 +22,7 @@ from posttrain.config.pipeline import GateKeys, PipelineKeys, Stage
 from posttrain.config.resolved import apply_changes, resolved_yaml
 from posttrain.config.stages import GRPOKeys, TrainKeys
 from posttrain.errors import ChangedInputsError, PosttrainError
+from posttrain.evidence import Verdict
 from posttrain.files import write_atomic, write_json
 from posttrain.pipeline import lineage, selection
 from posttrain.pipeline.checks import check_all
@@ -51,7 +52,6 @@ from posttrain.recipes.stage import run_recipe
 from posttrain.recipes.stop import StopFlag, StoppedPolitely
 from posttrain.tracking.mlflow_mirror import MlflowSink
 from posttrain.tracking.prometheus import PrometheusSink
-from posttrain.types import Verdict
 
 log = logging.getLogger(__name__)
 

@@ -12,11 +12,12 @@ from posttrain.config.stages import ModelKeys
 from posttrain.data.template import render_chat
 from posttrain.evals.run import Evaluator, decoding_of
 from posttrain.evals.suite import Suite
+from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.models.export import source_digest
 from posttrain.models.load import load_policy, load_tokenizer, stop_token_ids
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.sampling import request_seed
-from posttrain.types import EvalReport, ItemRecord, Text
+from posttrain.types import Text
 
 _ROWS = 128
 """Completions decoded at once: evals hold no gradients, so there is room for more than in training."""

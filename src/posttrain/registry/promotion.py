@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from posttrain.evidence import Decision, GateVerdict, Verdict
 from posttrain.registry.manifest import CERTIFICATE, MODEL, RL_STAGES, Manifest
-from posttrain.types import Decision, GateVerdict, Verdict
 
 HOLD = "hold"
 """Tag of a version that must not be promoted; its value says why."""

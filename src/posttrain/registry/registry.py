@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import RegistryError
+from posttrain.evidence import Decision, GateVerdict, RegistryEntry
 from posttrain.files import digest_file, write_atomic
 from posttrain.registry import looks, promotion
 from posttrain.registry.manifest import MODEL, Manifest, check_chain
@@ -16,7 +17,6 @@ from posttrain.registry.promotion import CHAMPION, DECISION, HOLD, PREVIOUS
 from posttrain.registry.rows import Rows, now
 from posttrain.registry.schema import connect, writing
 from posttrain.registry.store import ContentStore
-from posttrain.types import Decision, GateVerdict, RegistryEntry
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.gate.paired import fit_t
-from posttrain.types import EvalReport, ItemRecord
 
 _Z95 = 1.959963984540054
 

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import yaml
 
 from posttrain.errors import DataError
+from posttrain.evidence import EvalReport, TestResult
 from posttrain.files import read_json
 from posttrain.tracking.jsonl import read_jsonl
-from posttrain.types import EvalReport, TestResult
 
 T = TypeVar("T")
 EvalKey = tuple[str, str]

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import DataError
+from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.files import read_json_lines
 from posttrain.report import words
 from posttrain.report.intervals import Interval, difference_interval, score_interval
 from posttrain.report.records import EvalKey, GateRecord, RunRecord, StageRecord
-from posttrain.types import EvalReport, ItemRecord
 
 MAX_BETTER, MAX_WORSE, MAX_STILL_WRONG = 3, 2, 1
 MAX_MASK_EXAMPLES = 2

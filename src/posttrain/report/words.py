@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from posttrain.evidence import EvalReport
 from posttrain.report.intervals import Interval
-from posttrain.types import EvalReport
 
 STATUS = {
     "running": "The run has not finished; this is what it has so far.",
