@@ -234,7 +234,7 @@ def recorded_engine(length: int) -> Callable[..., Any]:
     class Recorded(EmbeddedEngine):
         kept: dict[tuple[int, ...], list[Completion]]
 
-        def generate(self, requests: Sequence[Any], params: Any, should_stop: Any = None) -> list[Completion]:
+        def generate(self, requests: Sequence[Any], params: Any) -> list[Completion]:
             left = {request.prompt_ids: list(self._of(request.prompt_ids, requests)) for request in requests}
             return [left[request.prompt_ids].pop() for request in requests]
 

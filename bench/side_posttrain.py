@@ -97,7 +97,7 @@ def replaying_engine(job: Mapping[str, Any]) -> Callable[..., Any]:
     class Replay(EmbeddedEngine):
         kept: dict[tuple[int, ...], list[Completion]]
 
-        def generate(self, requests: Sequence[Any], params: Any, should_stop: Any = None) -> list[Completion]:
+        def generate(self, requests: Sequence[Any], params: Any) -> list[Completion]:
             left = {prompt: iter(self.kept[prompt]) for prompt in {request.prompt_ids for request in requests}}
             return [next(left[request.prompt_ids]) for request in requests]
 
@@ -143,7 +143,7 @@ def roll_out(row: Row, job: Mapping[str, Any], turns: Turns) -> None:
     params = SamplingParams(keys.max_completion_length, keys.temperature)
     for step in range(job["max_steps"]):
         batch = [prompts[(step * row.num_prompts + i) % len(prompts)] for i in range(row.num_prompts)]
-        groups = sample_groups(engine, batch, keys.num_generations, params, (SEED, step), range(len(batch)), None)
+        groups = sample_groups(engine, batch, keys.num_generations, params, (SEED, step), range(len(batch)))
         turns.step_done(sum(len(completion.ids) for group in groups for completion in group))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from posttrain.types import Completion, Request, SamplingParams
@@ -12,20 +12,15 @@ T = TypeVar("T")
 
 @runtime_checkable
 class Engine(Protocol):
-    """Samples completions. Speaks token ids only; text is the caller's business."""
+    """Samples completions. Speaks token ids; the strings that end a completion are all it knows of text."""
 
     @property
     def policy_version(self) -> int:
         """The version of the weights that the next token will be sampled from."""
         ...
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        params: SamplingParams,
-        should_stop: Callable[[Sequence[int]], bool] | None = None,
-    ) -> list[Completion]:
-        """One completion per request, in order. `should_stop` sees the ids sampled so far (for stop strings)."""
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        """One completion per request, in order."""
         ...
 
     def score(self, sequences: Sequence[tuple[Sequence[int], int]], temperature: float = 1.0) -> list[list[float]]:

@@ -154,7 +154,10 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to sample; names and meanings are those of vLLM. `temperature=0` is greedy, `top_k=0` off."""
+    """How to sample; names and meanings are those of vLLM. `temperature=0` is greedy, `top_k=0` off.
+
+    A completion ends with the token that completes one of the strings `stop`, special tokens being text like any other.
+    """
 
     max_tokens: int
     temperature: float = 1.0
@@ -162,6 +165,7 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-from posttrain.rollout.collect import sample_groups, score_groups, stop_test
+from posttrain.rollout.collect import sample_groups, score_groups
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.types import Completion, Origin, Prompt, RewardBreakdown, SamplingParams
 
@@ -9,12 +9,12 @@ def test_a_group_is_seeded_by_the_place_of_its_prompt_in_the_run(shared_policy):
     engine = EmbeddedEngine(shared_policy("qwen3"), stop_token_ids=())
     rows = [(Prompt(ORIGIN, "a"), (5, 6)), (Prompt(ORIGIN, "b"), (7, 8))]
     params = SamplingParams(max_tokens=4)
-    both = sample_groups(engine, rows, 3, params, (1, 0), [10, 11], None)
+    both = sample_groups(engine, rows, 3, params, (1, 0), [10, 11])
     assert [len(group) for group in both] == [3, 3]
     assert len({c.ids for c in both[0]}) == 3
-    [second] = sample_groups(engine, rows[1:], 3, params, (1, 0), [11], None)
+    [second] = sample_groups(engine, rows[1:], 3, params, (1, 0), [11])
     assert [c.ids for c in second] == [c.ids for c in both[1]]
-    [later] = sample_groups(engine, rows[1:], 3, params, (1, 1), [11], None)
+    [later] = sample_groups(engine, rows[1:], 3, params, (1, 1), [11])
     assert [c.ids for c in later] != [c.ids for c in second]
 
 
@@ -43,26 +43,3 @@ def test_rewards_get_what_trl_gives_them():
     assert seen["columns"]["completion_ids"][1] == [20, 21]
     assert [[r.reward.total for r in group.rollouts] for group in result] == [[0.0, 1.0], [2.0, 3.0]]
     assert result[1].prompt_ids == (6,)
-
-
-def test_a_stop_string_is_found_where_tokens_join():
-    def decode(ids):
-        return "".join(chr(i) for i in ids)
-
-    hit = stop_test(["</a>", "##"], decode)
-    assert not hit([ord(c) for c in "x</a"])
-    assert hit([ord(c) for c in "long " * 50 + "</a>"])
-    assert hit([ord("#"), ord("#")])
-    assert stop_test([], decode) is None
-
-
-def test_a_stop_string_ends_a_completion(shared_policy, tokenizer):
-    engine = EmbeddedEngine(shared_policy("qwen3"), stop_token_ids=())
-    rows, params = [(Prompt(ORIGIN, "a"), (5, 6))], SamplingParams(max_tokens=30)
-    [[free]] = sample_groups(engine, rows, 1, params, (1,), [0], None)
-    text = tokenizer.decode(list(free.ids[10:12]))
-    [[ended]] = sample_groups(engine, rows, 1, params, (1,), [0], stop_test([text], tokenizer.decode))
-    assert text in tokenizer.decode(list(ended.ids))
-    assert text not in tokenizer.decode(list(ended.ids[:-1]))
-    assert ended.finish == "stop"
-    assert ended.ids == free.ids[: len(ended.ids)]

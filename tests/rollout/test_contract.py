@@ -102,16 +102,26 @@ def test_the_engines_own_stop_tokens_end_too(engine):
     assert stopped.ids == free.ids[: free.ids.index(free.ids[2]) + 1]
 
 
-def test_a_stop_test_sees_what_was_sampled(engine):
-    seen = []
+def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(engine):
+    decode = engine.policy.tokenizer.decode
+    [free] = engine.generate([Request(PROMPTS[0], 1)], SamplingParams(max_tokens=16))
+    text = decode(list(free.ids[4:6]))
+    [ended] = engine.generate([Request(PROMPTS[0], 1)], SamplingParams(max_tokens=16, stop=("never said", text)))
+    assert ended.finish == "stop"
+    assert ended.ids == free.ids[: len(ended.ids)]
+    assert text in decode(list(ended.ids))
+    assert text not in decode(list(ended.ids[:-1]))
 
-    def third(ids):
-        seen.append(tuple(ids))
-        return len(ids) == 3
 
-    [completion] = engine.generate([Request(PROMPTS[0], 1)], SamplingParams(max_tokens=8), third)
-    assert (len(completion.ids), completion.finish) == (3, "stop")
-    assert seen == [completion.ids[:n] for n in (1, 2, 3)]
+def test_a_stop_string_that_is_a_special_token_matches(engine, tokenizer):
+    """It is no token that the engine stops at by itself, and it is left out of the text that rewards see."""
+    special = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    asked = [Request((special, 7, special), seed) for seed in range(200)]
+    free = engine.generate(asked, SamplingParams(max_tokens=12, top_k=60))
+    hit = next(n for n, completion in enumerate(free) if special in completion.ids[:-1])
+    [ended] = engine.generate([asked[hit]], SamplingParams(max_tokens=12, top_k=60, stop=("<|im_start|>",)))
+    assert ended.ids == free[hit].ids[: free[hit].ids.index(special) + 1]
+    assert ended.finish == "stop"
 
 
 def test_max_tokens_ends_with_length(engine):
@@ -120,16 +130,13 @@ def test_max_tokens_ends_with_length(engine):
 
 
 def test_rows_of_different_lengths_leave_and_others_take_their_places(engine):
-    """More requests than places, ending at different times by a stop test on their content."""
-    params, requests = SamplingParams(max_tokens=12), ask(seeds=range(3))
-
-    def ends(ids):
-        return ids[-1] % 4 == 0
-
-    together = engine.generate(requests, params, ends)
+    """More requests than places, ending at different times by stop tokens."""
+    params = SamplingParams(max_tokens=12, stop_token_ids=tuple(range(0, 288, 4)))
+    requests = ask(seeds=range(3))
+    together = engine.generate(requests, params)
     assert len({len(c.ids) for c in together}) > 2
     for request, completion in zip(requests, together, strict=True):
-        [alone] = engine.generate([request], params, ends)
+        [alone] = engine.generate([request], params)
         assert alone.ids == completion.ids
 
 

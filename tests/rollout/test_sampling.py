@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from posttrain.rollout.sampling import cut, request_seed, sample, uniforms
+from posttrain.rollout.sampling import cut, request_seed, sample, stop_test, uniforms
 from posttrain.types import SamplingParams
 
 
@@ -103,3 +103,14 @@ def test_request_seeds_tell_their_parts_apart():
     assert len(seeds) == 4
     assert request_seed(1, 23) == request_seed("1", 23)
     assert all(0 <= seed < 2**64 for seed in seeds)
+
+
+def test_a_stop_string_is_found_where_tokens_join():
+    def decode(ids):
+        return "".join(chr(i) for i in ids)
+
+    hit = stop_test(["</a>", "##"], decode)
+    assert not hit([ord(c) for c in "x</a"])
+    assert hit([ord(c) for c in "long " * 50 + "</a>"])
+    assert hit([ord("#"), ord("#")])
+    assert stop_test([], decode) is None

@@ -11,6 +11,7 @@ from posttrain.data.load import load_prompts
 from posttrain.errors import RewardError
 from posttrain.files import read_json
 from posttrain.models.load import load_policy, load_tokenizer, stop_token_ids
+from posttrain.recipes.engine import sampling_params
 from posttrain.rewards.cases import Sample, cases_of
 from posttrain.rewards.certificate import Certificate, check_rewards
 from posttrain.rewards.resolve import reward_digest
@@ -18,7 +19,6 @@ from posttrain.rewards.workers import RewardPool
 from posttrain.rewards.written import write
 from posttrain.rollout.collect import sample_groups
 from posttrain.rollout.embedded import EmbeddedEngine
-from posttrain.types import SamplingParams
 
 _NUM_CASES = 50
 _NUM_SAMPLES = 200
@@ -38,9 +38,10 @@ def certify(keys: GRPOKeys, path: Path) -> Certificate:
     engine = EmbeddedEngine(
         policy, stop_token_ids=stop_token_ids(policy.base, tokenizer), batch_size=keys.rollout_batch_size
     )
-    params = SamplingParams(keys.max_completion_length, keys.temperature, keys.top_p, keys.top_k, keys.min_p)
     chosen = rows[: min(len(cases), max(1, _NUM_SAMPLES // keys.num_generations))]
-    groups = sample_groups(engine, chosen, keys.num_generations, params, (keys.seed, -1), range(len(chosen)), None)
+    groups = sample_groups(
+        engine, chosen, keys.num_generations, sampling_params(keys), (keys.seed, -1), range(len(chosen))
+    )
     samples = [
         Sample(case, str(tokenizer.decode(list(completion.ids), skip_special_tokens=True)))
         for case, group in enumerate(groups)

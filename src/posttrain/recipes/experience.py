@@ -20,9 +20,10 @@ from posttrain.objectives.policy import advantage_estimator_of
 from posttrain.objectives.terms import spec_from
 from posttrain.protocols import Engine, Topology
 from posttrain.recipes.batches import fill_with_groups, split_groups
+from posttrain.recipes.engine import sampling_params
 from posttrain.recipes.prompts import PromptStream
-from posttrain.rollout.collect import ScoreRewards, sample_groups, score_groups, stop_test
-from posttrain.types import Rollout, RolloutGroup, SamplingParams, TokenSeq
+from posttrain.rollout.collect import ScoreRewards, sample_groups, score_groups
+from posttrain.types import Rollout, RolloutGroup, TokenSeq
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +79,6 @@ class Collector:
     ) -> None:  # fmt: skip
         self._keys, self._policy, self._engine, self._score = keys, policy, engine, score
         self._topology, self._prompts, self._controls = topology, prompts, Controls()
-        self._params = SamplingParams(
-            max_tokens=keys.max_completion_length, temperature=keys.temperature,
-            top_p=keys.top_p, top_k=keys.top_k, min_p=keys.min_p,
-        )  # fmt: skip
         self._decode = decoder(policy.tokenizer)
         self.latest: list[RolloutGroup] = []
         self.ledger: dict[str, list[int]] = {}
@@ -159,8 +156,8 @@ class Collector:
         if not rows:
             return []
         completions = sample_groups(
-            self._engine, rows, self._num_generations, self._params,
-            (self._controls.seed(self._keys.seed), generation), numbers, stop_test(self._keys.stop, self._decode),
+            self._engine, rows, self._num_generations, sampling_params(self._keys),
+            (self._controls.seed(self._keys.seed), generation), numbers,
         )  # fmt: skip
         return score_groups(rows, completions, self._decode, self._score)
 

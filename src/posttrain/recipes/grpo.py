@@ -26,7 +26,7 @@ from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import LossTerms, spec_from
 from posttrain.protocols import Topology
 from posttrain.recipes.batches import MicroBatch, fill_with_groups, split_groups
-from posttrain.recipes.engine import make_engine
+from posttrain.recipes.engine import greedy, make_engine, sampling_params
 from posttrain.recipes.experience import Collector, Trajectory
 from posttrain.recipes.live_checks import LiveChecks
 from posttrain.recipes.metrics import StepMetrics
@@ -39,9 +39,9 @@ from posttrain.recipes.steering import steered
 from posttrain.recipes.train_state import TrainState
 from posttrain.recipes.validate import SuiteScore, Validation
 from posttrain.rewards.workers import RewardPool, check_unscored
-from posttrain.rollout.collect import ScoreRewards, sample_groups, score_groups, stop_test
+from posttrain.rollout.collect import ScoreRewards, sample_groups, score_groups
 from posttrain.rollout.embedded import EmbeddedEngine
-from posttrain.types import Ratio, RewardBreakdown, SamplingParams
+from posttrain.types import Ratio, RewardBreakdown
 
 Group = tuple[Trajectory, ...]
 
@@ -221,10 +221,7 @@ def _validate(
     # Under ranks the engine samples from a copy, which is as old as the last generation batch.
     engine.sync(version=state.step)
     decode = decoder(engine.policy.tokenizer)
-    params = SamplingParams(max_tokens=keys.max_completion_length, temperature=0.0)
-    completions = sample_groups(
-        engine, rows.rows, 1, params, (keys.seed,), range(len(rows)), stop_test(keys.stop, decode)
-    )
+    completions = sample_groups(engine, rows.rows, 1, greedy(sampling_params(keys)), (keys.seed,), range(len(rows)))
     totals = [r.reward.total for g in score_groups(rows.rows, completions, decode, score) for r in g.rollouts]
     scored = [total for total in totals if total is not None]
     return {"eval_reward": sum(scored) / len(scored)}

@@ -20,16 +20,17 @@ from posttrain.data.load import PromptRow
 from posttrain.files import digest_json
 from posttrain.models.text import decoder
 from posttrain.recipes.certify import require_match, token_ids
+from posttrain.recipes.engine import sampling_params
 from posttrain.recipes.stage import Stage
 from posttrain.rewards.battery import find_deciding, learn_form, measure_separation, run_mutations
 from posttrain.rewards.canaries import impossible
 from posttrain.rewards.cases import AnswerForm, Case, Sample, Setting, cases_of, kind_of, same_meaning
 from posttrain.rewards.check import TINY, Check, Thresholds
 from posttrain.rewards.workers import RewardPool
-from posttrain.rollout.collect import sample_groups, stop_test
+from posttrain.rollout.collect import sample_groups
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.sampling import request_seed
-from posttrain.types import Prompt, RolloutGroup, SamplingParams
+from posttrain.types import Prompt, RolloutGroup
 
 NUM_SAMPLES = 4
 NUM_CANARIES = 4
@@ -95,11 +96,10 @@ class LiveChecks:
         keys = self._keys
         picks = random.Random(request_seed(keys.seed, _CANARY_SEED, step))
         rows = picks.sample(self._data.rows, min(NUM_CANARIES, len(self._data.rows)))
-        params = SamplingParams(keys.max_completion_length, keys.temperature, keys.top_p, keys.top_k, keys.min_p)
+        seed_parts = (keys.seed, _CANARY_SEED, step)
         groups = sample_groups(
-            self._engine, rows, _COMPLETIONS_PER_CANARY, params, (keys.seed, _CANARY_SEED, step), range(len(rows)),
-            stop_test(keys.stop, self._decode),
-        )  # fmt: skip
+            self._engine, rows, _COMPLETIONS_PER_CANARY, sampling_params(keys), seed_parts, range(len(rows))
+        )
         cases = cases_of([prompt for prompt, _ in rows], len(rows))
         answered = [(case, self._decode(c.ids)) for case, group in zip(cases, groups, strict=True) for c in group]
         return canary_metrics(check, form, [(case, text) for case, text in answered if case.gold is not None])

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from posttrain.models.policy import Policy
-from posttrain.rollout.sampling import sample, uniforms
+from posttrain.rollout.sampling import StopTest, sample, uniforms
 from posttrain.types import Completion, Finish, Request, SamplingParams
 
 
 def generate_alone(
     policy: Policy, requests: Sequence[Request], params: SamplingParams, stop_ids: frozenset[int],
-    should_stop: Callable[[Sequence[int]], bool] | None, version: int,
+    should_stop: StopTest | None, version: int,
 ) -> list[Completion]:  # fmt: skip
     """Slow and plain: the whole sequence is run again for each token, which is right for every architecture."""
     completions: list[Completion] = []

@@ -20,7 +20,7 @@ class ScoreRewards(Protocol):
 
 def sample_groups(
     engine: Engine, rows: Sequence[PromptRow], num_generations: int, params: SamplingParams,
-    seed_parts: Sequence[int], numbers: Sequence[int], should_stop: Callable[[Sequence[int]], bool] | None,
+    seed_parts: Sequence[int], numbers: Sequence[int],
 ) -> list[list[Completion]]:  # fmt: skip
     """`num_generations` completions of each prompt; `numbers` are the prompts' places in the run, which seed them."""
     requests = [
@@ -28,7 +28,7 @@ def sample_groups(
         for (_, ids), number in zip(rows, numbers, strict=True)
         for sample in range(num_generations)
     ]
-    completions = engine.generate(requests, params, should_stop)
+    completions = engine.generate(requests, params)
     return [completions[i : i + num_generations] for i in range(0, len(completions), num_generations)]
 
 
@@ -61,17 +61,3 @@ def score_groups(
 
 def as_reward_input(prompt: Text) -> Any:
     return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
-
-
-def stop_test(stop: Sequence[str], decode: Callable[[Sequence[int]], str]) -> Callable[[Sequence[int]], bool] | None:
-    """True once the newest tokens complete one of the strings; decoded text decides, as in vLLM."""
-    if not stop:
-        return None
-    longest = max(len(text) for text in stop)
-
-    def hit(ids: Sequence[int]) -> bool:
-        # A token is at least one byte long, so the string ends within this many tokens.
-        tail = decode(ids[-4 * longest - 4 :])
-        return any(text in tail for text in stop)
-
-    return hit

@@ -1,7 +1,7 @@
 """The embedded engine: samples from the policy's own weights, in process, many rows at a time.
 
 A prompt is prefilled once however many completions it has; finished rows leave the batch and waiting requests take
-their places. Speaks token ids and knows no text.
+their places. Speaks token ids; stop strings are all it knows of text.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from posttrain.errors import EngineError
 from posttrain.models.batch import pack
 from posttrain.models.decode import decode_step
 from posttrain.models.policy import Policy
+from posttrain.models.text import decoder
 from posttrain.rollout.alone import generate_alone
 from posttrain.rollout.kv import PromptKV, RowCache
-from posttrain.rollout.sampling import sample, uniforms
+from posttrain.rollout.sampling import StopTest, sample, stop_test, uniforms
 from posttrain.types import Completion, Finish, Request, SamplingParams, TokenSeq
-
-StopTest = Callable[[Sequence[int]], bool]
 
 _CANARY_TOLERANCE = 2e-3
 
@@ -66,15 +65,14 @@ class EmbeddedEngine:
         return self._version
 
     @torch.no_grad()
-    def generate(
-        self, requests: Sequence[Request], params: SamplingParams, should_stop: StopTest | None = None
-    ) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """One completion per request, in order. No dropout; the same tokens whatever else is in the batch."""
         for number, request in enumerate(requests):
             if not request.prompt_ids:
                 raise EngineError(
                     f"request {number} has an empty prompt; expected at least one token (a BOS, for example)"
                 )
+        should_stop = stop_test(params.stop, decoder(self._policy.tokenizer, special=True))
         was_training = self._policy.model.training
         self._policy.model.eval()
         try:

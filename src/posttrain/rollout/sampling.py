@@ -1,13 +1,17 @@
-"""From logits to a token: pure functions, one uniform number per row, so a row's choice is its own."""
+"""From logits to a token, and when to stop: pure functions, one uniform number per row, so a row's choice is its own."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from posttrain.types import SamplingParams
+
+StopTest = Callable[[Sequence[int]], bool]
+"""Whether the ids sampled so far end a completion."""
 
 
 def request_seed(*parts: int | str) -> int:
@@ -65,3 +69,17 @@ def cut(probs_RV: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     if params.min_p > 0:
         keep_RV &= probs_RV >= params.min_p * probs_RV.max(-1, keepdim=True).values
     return torch.where(keep_RV, probs_RV, 0.0)
+
+
+def stop_test(stop: Sequence[str], decode: Callable[[Sequence[int]], str]) -> StopTest | None:
+    """True once the newest tokens complete one of the strings; decoded text decides, as in vLLM."""
+    if not stop:
+        return None
+    longest = max(len(text) for text in stop)
+
+    def hit(ids: Sequence[int]) -> bool:
+        # A token is at least one byte long, so the string ends within this many tokens.
+        tail = decode(ids[-4 * longest - 4 :])
+        return any(text in tail for text in stop)
+
+    return hit
