@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from posttrain.errors import RewardError
@@ -5,11 +8,11 @@ from posttrain.rewards import behaviour
 from posttrain.rewards.battery import find_deciding, learn_form, measure_separation
 from posttrain.rewards.cases import AnswerForm, Sample, Setting, cases_of
 from posttrain.rewards.check import Check, Thresholds
-from posttrain.rewards.workers import RewardPool, check_unscored
+from posttrain.rewards.workers import RewardPool
 from posttrain.types import Origin, Prompt
 
 SOURCE = r"""
-import os, re
+import os, re, time
 BOX = re.compile(r"\\boxed\{([^{}]*)\}")
 
 def correct(completions, answer):
@@ -33,6 +36,12 @@ def longer(completions, answer):
 
 def ignorant(completions):
     return [1.0 for _ in completions]
+
+def late_once(completions, answer):
+    if len(completions) == 1 and not os.path.exists(__file__ + ".late"):
+        open(__file__ + ".late", "w").close()
+        time.sleep(100)
+    return correct(completions, answer)
 
 def half(completions, answer):
     return [float(a in c and int(a) % 2 == 0) for c, a in zip(completions, answer)]
@@ -129,7 +138,39 @@ def test_policies_that_do_not_read_must_not_earn(checked):
 def test_the_kill_is_tested_on_a_hanging_reward(checked):
     check = checked("correct")
     behaviour.measure_kill(check)
-    assert check.failures == [] and 2 * behaviour._PROBE_TIMEOUT_S <= check.measures["kill_wall_s"] < 30
+    assert check.failures == check.warnings == []
+    assert 2 * behaviour._MIN_PROBE_TIMEOUT_S <= check.measures["kill_wall_s"] < 60
+
+
+def test_the_kill_probe_holds_on_a_busy_machine(checked):
+    """Eight processes that never wait compete with it for the CPUs."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8)]
+    try:
+        check = checked("correct")
+        behaviour.measure_kill(check)
+        behaviour.measure_determinism(check, FORM)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert check.failures == []
+
+
+def test_a_machine_too_busy_to_tell_is_no_failure(checked, monkeypatch):
+    monkeypatch.setattr(behaviour, "_MIN_PROBE_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(behaviour, "_ROUND_TRIPS", 0)  # a deadline that nobody meets
+    monkeypatch.setattr(behaviour, "_PROBE_TRIES", 1)
+    check = checked("correct")
+    behaviour.measure_kill(check)
+    assert check.failures == [] and "too busy to tell" in check.warnings[0]
+    assert "kill_wall_s" not in check.measures
+
+
+def test_a_score_that_came_too_late_once_is_no_other_score(checked):
+    check = checked("late_once")
+    check.pool.timeout_s = 1.0
+    behaviour.measure_determinism(check, FORM)
+    assert check.failures == [] and "too busy to tell" in check.warnings[0]
 
 
 def test_a_crash_and_an_outage_leave_their_completions_unscored_never_0():
@@ -138,8 +179,8 @@ def test_a_crash_and_an_outage_leave_their_completions_unscored_never_0():
         scored = pool.score(["p"] * 4, ["a", "crash", "outage", "b"], {})
         assert [b.total for b in scored] == [2.0, None, None, 2.0]
         assert "the reward process died" in scored[1].error and "connection refused" in scored[2].error
-        with pytest.raises(RewardError, match="2 of 2 completions are unscored"):
-            check_unscored(pool.score(["p"] * 2, ["outage"] * 2, {}))
+        with pytest.raises(RewardError, match="of 2 completions are unscored; at most 10% may be"):
+            pool.score(["p"] * 2, ["outage"] * 2, {}, max_unscored=0.1)
 
 
 def test_no_signal_is_said_before_training(checked):

@@ -91,10 +91,10 @@ LOOPS = ["def f(x):\n    while True: pass", "while True: pass", "import time\nti
 def test_a_loop_in_generated_code_is_zero_and_never_unscored(tests):
     code = [f"```python\n{loop}\n```" for loop in LOOPS] + ["```python\ndef f(x): return x * x\nprint(4)\n```"]
     with RewardPool(["code_tests"], kwargs={"code_tests": {"timeout_s": 2.0, "partial": True}}, timeout_s=3.0) as pool:
-        workers = [worker.process.pid for worker in pool._workers]
+        workers = [worker.process.supervisor.pid for worker in pool._workers]
         found = pool.score(["p"] * len(code), code, {"tests": [tests] * len(code)})
         assert [b.total for b in found] == [0.0] * len(LOOPS) + [1.0], found
-        assert [worker.process.pid for worker in pool._workers] == workers  # none was killed
+        assert [worker.process.supervisor.pid for worker in pool._workers] == workers  # none was killed
 
 
 def test_soft_overlong_is_dapos_equation_13():

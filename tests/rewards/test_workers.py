@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from posttrain.errors import ConfigError, RewardError
-from posttrain.rewards.workers import CHUNK_SIZE, RewardPool, check_unscored
+from posttrain.rewards.workers import CHUNK_SIZE, MAX_UNSCORED, RewardPool
 from posttrain.types import RewardBreakdown
 
-REWARDS = """
+REWARDS = r"""
 import asyncio, ctypes, math, os, sys, time
 
 def bad(prompts, completions):
@@ -56,6 +56,51 @@ def modules(completions):
 
 def forever(completions):
     time.sleep(1000)
+
+def mutating(prompts, completions):
+    if "clear" in completions:
+        completions.clear()
+    if "pop" in completions:
+        completions.pop(completions.index("pop"))
+    if "sort" in completions:
+        completions.sort(reverse=True)
+    if "prompts" in completions:
+        prompts.append("one more")
+    return [float(len(c)) for c in completions]
+
+def scribbling(completions):
+    for word in ("garbage", "line\n", '{"values": [9], "reasons": [null]}\n'):
+        if word in completions:
+            for descriptor in range(3, 32):
+                try:
+                    os.write(descriptor, word.encode())
+                except OSError:
+                    pass
+    if "close" in completions:
+        os.closerange(3, 32)
+    return [1.0] * len(completions)
+
+def daemon(prompts, completions):
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            open(f"{prompts[0]}/{os.getpid()}", "w").close()
+            os.close(write)
+            time.sleep(1000)
+        os._exit(0)
+    os.close(write)
+    os.read(read, 1)  # until the daemon runs
+    if "exit" in completions:
+        os._exit(3)
+    return [1.0] * len(completions)
+
+def crashing(completions):
+    if "exit" in completions:
+        os._exit(3)
+    if "wait" in completions:
+        time.sleep(0.3)
+    return [1.0] * len(completions)
 """
 
 
@@ -173,7 +218,7 @@ def test_workers_die_with_the_process_that_started_them(folder):
     program = (
         "import os, sys, threading, time\nfrom pathlib import Path\nfrom posttrain.rewards.workers import RewardPool\n"
         f"pool = RewardPool(['r.py:forever'], timeout_s=100, folder=Path({str(folder)!r}))\npool.__enter__()\n"
-        "print(pool._workers[0].process.pid, flush=True)\nthreading.Timer(0.3, lambda: os.kill(os.getpid(), 9)).start()\npool.score(['p'], ['c'])"
+        "print(pool._workers[0].process.supervisor.pid, flush=True)\nthreading.Timer(0.3, lambda: os.kill(os.getpid(), 9)).start()\npool.score(['p'], ['c'])"
     )
     worker = int(subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True).stdout)
     deadline = time.monotonic() + 10
@@ -182,16 +227,75 @@ def test_workers_die_with_the_process_that_started_them(folder):
     assert not is_alive(worker)
 
 
+@pytest.mark.parametrize("text", ["clear", "pop", "prompts"])
+def test_a_reward_that_changes_its_inputs_costs_its_own_completions(folder, text):
+    with RewardPool(["r.py:mutating"], timeout_s=30, folder=folder) as pool:
+        scores = pool.score(["p"] * 4, ["a", "bb", text, "ccc"])
+    assert [s.total for s in scores] == [1.0, 2.0, None, 3.0]
+    assert "in place" in scores[2].error
+
+
+def test_a_reward_that_sorts_its_inputs_gives_each_completion_its_own_score(folder):
+    with RewardPool(["r.py:mutating"], timeout_s=30, folder=folder) as pool:
+        scores = pool.score(["p"] * 4, ["a", "bb", "sort", "ccc"])
+    assert [s.total for s in scores] == [1.0, 2.0, 4.0, 3.0]
+
+
+@pytest.mark.parametrize("text", ["garbage", "line\n", '{"values": [9], "reasons": [null]}\n', "close"])
+def test_a_reward_that_writes_to_the_answer_pipe_costs_its_own_completions(folder, text):
+    with RewardPool(["r.py:scribbling"], timeout_s=30, num_workers=2, folder=folder) as pool:
+        scores = pool.score(["p"] * 3, ["a", text, "b"])
+        assert [s.total for s in scores] == [1.0, None, 1.0]
+        assert [s.total for s in pool.score(["p"] * 2, ["a", "b"])] == [1.0, 1.0]
+
+
+def test_replacing_one_worker_takes_no_time_from_the_others(folder):
+    """Both answers lie in their pipes before the dead worker's successor has loaded a slow file."""
+    (folder / "slow_start.py").write_text("import time\ntime.sleep(1.5)\n" + REWARDS)
+    texts = (["exit"] + ["a"] * (CHUNK_SIZE - 1)) + ["wait"] * 3 * CHUNK_SIZE
+    with RewardPool(["slow_start.py:crashing"], timeout_s=1.2, num_workers=2, folder=folder) as pool:
+        scores = pool.score(["p"] * len(texts), texts)
+    assert [i for i, s in enumerate(scores) if s.total is None] == [0]
+
+
+@pytest.mark.parametrize("text", ["stay", "exit"])
+def test_a_daemon_that_a_reward_leaves_behind_is_reaped(folder, tmp_path, text):
+    with RewardPool(["r.py:daemon"], timeout_s=30, folder=folder) as pool:
+        pool.score([str(tmp_path)], [text])
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    assert len(pids) >= 1
+    assert [pid for pid in pids if is_alive(pid)] == []
+
+
+def test_a_hanging_reward_is_given_up_once_too_many_completions_are_unscored(folder):
+    started = time.monotonic()
+    with (
+        RewardPool(["r.py:forever"], timeout_s=0.3, num_workers=2, folder=folder) as pool,
+        pytest.raises(RewardError, match=r"of 512 completions are unscored.*at most 1% may be.*took longer than 0.3 s"),
+    ):
+        pool.score(["p"] * 512, ["c"] * 512, max_unscored=0.01)
+    assert time.monotonic() - started < 60
+
+
+def test_a_reward_that_answers_nothing_at_all_is_given_up(folder):
+    with (
+        RewardPool(["r.py:length", "r.py:forever"], timeout_s=0.2, folder=folder) as pool,
+        pytest.raises(RewardError, match=r"reward 'forever' has not answered yet: each of 8 completions took longer"),
+    ):
+        pool.score(["p"] * 512, ["c"] * 512)
+
+
 def is_alive(pid):
     status = Path(f"/proc/{pid}/stat")
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_too_many_unscored_is_an_error_with_counts_and_reasons():
-    good, bad = RewardBreakdown(1.0, {"r": 1.0}), RewardBreakdown(None, {"r": None}, "r: raised ValueError: no")
-    check_unscored([good] * 9 + [bad])
-    check_unscored([])
+def test_too_many_unscored_is_an_error_with_counts_and_reasons(bad):
+    bad.score([], [], max_unscored=MAX_UNSCORED)
+    bad.score(["p"] * 10, ["a"] * 9 + ["raise"], max_unscored=MAX_UNSCORED)
     with pytest.raises(
-        RewardError, match=r"2 of 10 completions are unscored; at most 10% may be.*r: raised ValueError: no"
+        RewardError, match=r"2 of 10 completions are unscored; at most 10% may be.*bad: raised ValueError: not this one"
     ):
-        check_unscored([good] * 8 + [bad] * 2)
+        bad.score(["p"] * 10, ["a"] * 8 + ["raise"] * 2, max_unscored=MAX_UNSCORED)
+    with pytest.raises(RewardError, match="every reward returned None"):
+        bad.score(["p"] * 4, ["a"] * 2 + ["none"] * 2, max_unscored=MAX_UNSCORED)

@@ -6,10 +6,9 @@ optimizer steps, `num_iterations` times over. Which member of the family it is, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -38,10 +37,10 @@ from posttrain.recipes.stage import Stage
 from posttrain.recipes.steering import steered
 from posttrain.recipes.train_state import TrainState
 from posttrain.recipes.validate import SuiteScore, Validation
-from posttrain.rewards.workers import RewardPool, check_unscored
+from posttrain.rewards.workers import MAX_UNSCORED, RewardPool
 from posttrain.rollout.collect import ScoreRewards, sample_groups, score_groups
 from posttrain.rollout.embedded import EmbeddedEngine
-from posttrain.types import Ratio, RewardBreakdown
+from posttrain.types import Ratio
 
 Group = tuple[Trajectory, ...]
 
@@ -68,7 +67,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     with RewardPool(
         keys.reward_funcs, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s
     ) as rewards:
-        score = ReplayedRewards(stage, partial(_scored, rewards), state)
+        score = ReplayedRewards(stage, partial(rewards.score, max_unscored=MAX_UNSCORED), state)
         stream = PromptStream(data, keys.seed, state.solved)
         collector = Collector(keys, engine.policy, engine, score, topology, stream)
         live = LiveChecks(keys, stage, rewards, engine, data)
@@ -199,15 +198,6 @@ def _total_steps(keys: GRPOKeys, num_prompts: int) -> int:
         return keys.max_steps
     batches = max(1, round(keys.num_train_epochs * num_prompts / keys.num_prompts_per_step))
     return batches * keys.steps_per_generation * keys.num_iterations
-
-
-def _scored(
-    rewards: RewardPool, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
-) -> list[RewardBreakdown]:
-    """Raises: RewardError if too many completions could not be scored."""
-    breakdowns = rewards.score(prompts, completions, columns)
-    check_unscored(breakdowns)
-    return breakdowns
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
-"""The process in which rewards run. Started by `workers.py`; requests come pickled on one pipe, answers go as JSON lines on another.
+"""The process in which rewards run. Started by `process.py`; requests come pickled on one pipe, answers go as JSON lines on another.
 
-Knows nothing of deadlines: it is killed from outside. Imports no torch.
+Knows nothing of deadlines: it is killed from outside, by its supervisor. Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,47 +14,100 @@ import resource
 import signal
 import struct
 import sys
-import threading
-import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from posttrain.errors import ConfigError
 from posttrain.rewards.resolve import MissingColumnError, RewardFunction, load_reward, reward_names
 
 _MAX_MESSAGE_CHARS = 500
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_LOOK_S = 0.5
+_WATCHED = (signal.SIGCHLD, signal.SIGTERM)
 
 
-def main(request_fd: int, answer_fd: int) -> None:
-    """Serve until the request pipe closes."""
+def main(request_fd: int, answer_fd: int, parent: int, from_main_thread: int) -> None:
+    """Split into a worker, which serves until the request pipe closes, and its supervisor, which ends what that leaves behind."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
+    supervisor = os.getpid()
+    worker = os.fork()
+    if worker:
+        os.close(request_fd)
+        os.close(answer_fd)
+        if from_main_thread:
+            # The signal follows the *thread* that started us.
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        _supervise(worker, parent)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() == supervisor:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
+        _serve(request_fd, answer_fd)
+
+
+# --- supervisor ----------------------------------------------------------------------------------------------------
+
+
+def _supervise(worker: int, parent: int) -> NoReturn:
+    """Until the worker ends, the order to end comes, or the training process is gone; then nothing that it started lives on.
+
+    A daemon's parent is dead, so it has become our child: `PR_SET_CHILD_SUBREAPER`.
+    """
+    status = None
+    while status is None and os.getppid() == parent:
+        got = signal.sigtimedwait(_WATCHED, _LOOK_S)
+        if got is not None and got.si_signo == signal.SIGTERM:
+            break
+        status = dict(_ended()).get(worker)
+    while children := _children():  # what a killed one has started is ours at once
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        pid, ended = os.waitpid(-1, 0)
+        status = ended if pid == worker else status
+    code = os.waitstatus_to_exitcode(status or 0)
+    if code < 0:  # end as the worker did
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def _ended() -> Iterator[tuple[int, int]]:
+    """(pid, status) of the children that have ended."""
+    with suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            yield ended
+
+
+def _children() -> list[int]:
+    me, found = os.getpid(), list[int]()
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with suppress(OSError):
+                fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+                if int(fields[1]) == me:
+                    found.append(int(entry))
+    return found
+
+
+# --- worker --------------------------------------------------------------------------------------------------------
+
+
+def _serve(request_fd: int, answer_fd: int) -> None:
     requests = os.fdopen(request_fd, "rb")
     answers = os.fdopen(answer_fd, "w", encoding="ascii")
     setup = _read(requests)
     assert setup is not None
-    _die_with_parent(setup["from_main_thread"])
     functions = _load(setup, answers)
     if setup["memory_bytes"]:
         resource.setrlimit(resource.RLIMIT_AS, (setup["memory_bytes"], setup["memory_bytes"]))
     while (request := _read(requests)) is not None:
-        _write(answers, _answer(functions[request["function"]], request))
-
-
-def _die_with_parent(from_main_thread: bool) -> None:
-    """A worker that hangs must not outlive the training process, however that ended."""
-    parent = os.getppid()
-    if from_main_thread:
-        # The signal follows the *thread* that started us. It also reaches a worker that never lets go of the interpreter.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+        _write(answers, {"id": request["id"], **_answer(functions[request["function"]], request)})
 
 
 def _read(stream: Any) -> Any:
@@ -76,27 +129,31 @@ def _load(setup: dict[str, Any], answers: Any) -> list[RewardFunction]:
             for spec, name in zip(setup["specs"], names, strict=True)
         ]
     except ConfigError as error:
-        _write(answers, {"error": str(error)})
+        _write(answers, {"id": 0, "error": str(error)})
         sys.exit(1)
-    _write(answers, {"ready": True})
+    _write(answers, {"id": 0, "pid": os.getpid()})
     return functions
 
 
 def _answer(function: RewardFunction, request: dict[str, Any]) -> dict[str, Any]:
     """`values` and `reasons` per completion; or `failed` (this call raised), `column` or `count` (the contract is broken)."""
-    completions = request["completions"]
+    given = {**request["columns"], "prompts": request["prompts"], "completions": request["completions"]}
+    before = {name: list(rows) for name, rows in given.items()}
+    expected = len(request["completions"])
     try:
-        result = function(request["prompts"], completions, **request["columns"])
+        result = function(**given)
         values = _as_list(result)
     except MissingColumnError as error:
         return {"column": str(error)}
     except BaseException as error:  # noqa: BLE001 - the process boundary; a reward may raise anything, SystemExit too
         return {"failed": _describe(error)}
-    if values is None or len(values) != len(completions):
+    # Which score belongs to which completion is known only while the rows stay where they were.
+    for name, rows in given.items():
+        if len(rows) != expected or any(a is not b for a, b in zip(rows, before[name], strict=True)):
+            return {"failed": f"changed its input {name!r} in place ({function.where}); work on a copy: list({name})"}
+    if values is None or len(values) != expected:
         got = f"{len(values)} values" if values is not None else f"{type(result).__name__}"
-        return {
-            "count": f"{function.where}: reward {function.name!r} returned {got} for {len(completions)} completions"
-        }
+        return {"count": f"{function.where}: reward {function.name!r} returned {got} for {expected} completions"}
     checked = [_number(value) for value in values]
     return {"values": [value for value, _ in checked], "reasons": [reason for _, reason in checked]}
 

@@ -6,40 +6,30 @@ completions are cut into chunks of a fixed size; a reward must score each comple
 
 from __future__ import annotations
 
-import json
-import os
-import pickle
-import select
 import selectors
-import signal
-import struct
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from posttrain.errors import ConfigError, RewardError
 from posttrain.rewards.library import REWARDS
+from posttrain.rewards.process import START_TIMEOUT_S, RewardProcess, ScribbledError
 from posttrain.rewards.resolve import check_spec, options_by_name, reward_digest, reward_names
 from posttrain.types import RewardBreakdown
 
 CHUNK_SIZE = 16
 """Completions per call of a reward function."""
-_START_TIMEOUT_S = 120.0
-_MAX_LOG_BYTES = 1 << 20
-_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
-_BOOT = (
-    "import sys; root = sys.argv[1]; root in sys.path or sys.path.append(root); "
-    "from posttrain.rewards.worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
-)
+MAX_UNSCORED = 0.1
+"""Share of a batch that training does without."""
+TIMED_OUT = "took longer than"
+_MAX_SENDS = 3
+_MAX_HUNG = 8
+"""Completions on which a reward may hang that has never answered yet."""
 
 
 @dataclass(frozen=True)
@@ -48,101 +38,53 @@ class _Task:
 
     function: int
     items: tuple[int, ...]
+    num_sends: int = 0
 
 
+@dataclass
 class _Worker:
-    """One process, its two pipes and the task it works on."""
+    """A process and the task it works on."""
 
-    def __init__(self, setup: bytes, hash_seed: int) -> None:
-        request_read, self.request_fd = os.pipe()
-        self.answer_fd, answer_write = os.pipe()
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
-        environment = os.environ | {"PYTHONHASHSEED": str(hash_seed)}
-        environment.setdefault("OMP_NUM_THREADS", "1")
-        command = [sys.executable, "-P", "-c", _BOOT, _PACKAGE_ROOT, str(request_read), str(answer_write)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, env=environment,
-            pass_fds=(request_read, answer_write), start_new_session=True,
-        )  # fmt: skip
-        os.close(request_read)
-        os.close(answer_write)
-        os.set_blocking(self.request_fd, False)
-        os.set_blocking(self.answer_fd, False)
-        self.task: _Task | None = None
-        self.ready = False
-        self.buffer = b""
-        self.deadline = time.monotonic() + _START_TIMEOUT_S
-        self.send(setup)
+    process: RewardProcess
+    task: _Task | None = None
 
-    def send(self, payload: bytes) -> bool:
-        """False when the process is gone or does not read before its deadline."""
-        data = memoryview(struct.pack("<Q", len(payload)) + payload)
-        while data:
-            try:
-                data = data[os.write(self.request_fd, data) :]
-            except BlockingIOError:
-                left = self.deadline - time.monotonic()
-                if left <= 0 or not select.select([], [self.request_fd], [], left)[1]:
-                    return False
-            except BrokenPipeError:
-                return False
-        return True
-
-    def receive(self) -> dict[str, Any] | None:
-        """The answer once it is complete. Raises: EOFError when the process is gone."""
-        try:
-            data = os.read(self.answer_fd, 1 << 20)
-        except BlockingIOError:
-            return None
-        if not data:
-            raise EOFError
-        self.buffer += data
-        if not self.buffer.endswith(b"\n"):
-            return None
-        line, self.buffer = self.buffer, b""
-        return json.loads(line)
-
-    def ended(self) -> str:
-        """How the process ended, in words, with the last line it wrote."""
-        code = self.process.wait()
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        self.log.seek(max(0, self.log.seek(0, os.SEEK_END) - 2000))
-        lines = self.log.read().decode("utf-8", "replace").strip().splitlines()
-        return f"the reward process died ({how})" + (f": {lines[-1][:200]}" if lines else "")
-
-    def trim_log(self) -> None:
-        if os.fstat(self.log.fileno()).st_size > _MAX_LOG_BYTES:
-            os.ftruncate(self.log.fileno(), 0)
-
-    def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        for descriptor in (self.request_fd, self.answer_fd):
-            os.close(descriptor)
-        self.log.close()
+    def taken(self) -> _Task:
+        """Its task, which it no longer has."""
+        task, self.task = self.task, None
+        assert task is not None
+        return task
 
 
 @dataclass
 class _Call:
     """One `score` call: what is asked, and what came back per function and completion."""
 
+    names: Sequence[str]
     prompts: Sequence[Any]
     completions: Sequence[Any]
     columns: Mapping[str, Sequence[Any]]
     values: list[list[float | None]]
     reasons: list[list[str | None]]
+    max_unscored: float
+    answered_before: set[int]
     queue: deque[_Task] = field(default_factory=deque)
+    num_hung: Counter[int] = field(default_factory=Counter)
 
-    def payload(self, task: _Task) -> bytes:
+    def request(self, task: _Task) -> dict[str, Any]:
         items = task.items
-        request = {
+        return {
             "function": task.function,
             "prompts": [self.prompts[i] for i in items],
             "completions": [self.completions[i] for i in items],
             "columns": {name: [column[i] for i in items] for name, column in self.columns.items()},
         }
-        return pickle.dumps(request)
+
+    def not_begun(self, task: _Task, reason: str) -> None:
+        """Its worker was gone before it had the task: another one gets it."""
+        if task.num_sends < _MAX_SENDS:
+            self.queue.appendleft(replace(task, num_sends=task.num_sends + 1))
+        else:
+            self.failed(task, reason)
 
     def failed(self, task: _Task, reason: str) -> None:
         """A failed batch is retried item by item; a failed item is unscored."""
@@ -150,7 +92,26 @@ class _Call:
         if others:
             self.queue.extendleft(_Task(task.function, (item,)) for item in reversed(task.items))
         else:
-            self.reasons[task.function][last] = reason
+            self._unscored(task.function, last, reason)
+            self._give_up_if_hopeless()
+
+    def timed_out(self, task: _Task, limit_s: float) -> None:
+        """Raises: RewardError for a reward that answers nothing at all; a check of it would take hours."""
+        self.failed(task, f"{TIMED_OUT} {limit_s:g} s and was killed")
+        self.num_hung[task.function] += len(task.items) == 1
+        if self.num_hung[task.function] >= _MAX_HUNG and task.function not in self.answered_before:
+            raise RewardError(
+                f"reward {self.names[task.function]!r} has not answered yet: each of {_MAX_HUNG} completions {TIMED_OUT} "
+                f"{limit_s:g} s. Fix the reward, or raise reward_timeout_s if it is slow"
+            )
+
+    def _unscored(self, function: int, item: int, reason: str) -> None:
+        self.reasons[function][item] = f"{self.names[function]}: {reason}"
+
+    def _give_up_if_hopeless(self) -> None:
+        """Raises: RewardError once more completions are unscored than may be; the rest could take hours to time out."""
+        errors = [next(filter(None, reasons), None) for reasons in zip(*self.reasons, strict=True)]
+        _refuse_unscored([error for error in errors if error], len(errors), self.max_unscored)
 
     def answered(self, task: _Task, answer: Mapping[str, Any]) -> None:
         if broken := answer.get("column") or answer.get("count"):
@@ -158,9 +119,11 @@ class _Call:
         if "failed" in answer:
             self.failed(task, answer["failed"])
             return
+        self.answered_before.add(task.function)
         for item, value, reason in zip(task.items, answer["values"], answer["reasons"], strict=True):
             self.values[task.function][item] = value
-            self.reasons[task.function][item] = reason
+            if reason is not None:
+                self._unscored(task.function, item, reason)
 
 
 class RewardPool:
@@ -197,6 +160,7 @@ class RewardPool:
         self.num_workers, self.memory_bytes, self._hash_seed = num_workers, memory_bytes, hash_seed
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
+        self._answered: set[int] = set()
 
     @property
     def digest(self) -> str:
@@ -216,7 +180,7 @@ class RewardPool:
             while len(self._workers) < self.num_workers:
                 self._workers.append(self._start())
             for worker in self._workers:
-                self._await_ready(worker)  # at once for those that are
+                self._await_ready(worker.process)  # at once for those that are
         except BaseException:
             self.close()
             raise
@@ -229,23 +193,29 @@ class RewardPool:
 
     def close(self) -> None:
         for worker in self._workers:
-            worker.kill()
+            worker.process.kill()
         self._workers = []
 
     def score(
-        self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]] | None = None
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        max_unscored: float = 1.0,
     ) -> list[RewardBreakdown]:
         """One breakdown per completion, in order.
 
         A returned None counts as 0 in the weighted sum where another reward did score (as in TRL); a reward that *failed*
-        leaves the whole completion unscored. Raises: RewardError for a wrong count or a missing column.
+        leaves the whole completion unscored. Raises: RewardError for a wrong count or a missing column, and when more than
+        the share `max_unscored` is unscored: as soon as that is known.
         """
         num, columns = len(completions), columns or {}
         for name, column in {"prompts": prompts, **columns}.items():
             assert len(column) == num, f"{name} has {len(column)} rows for {num} completions"
         call = _Call(
-            prompts, completions, columns, [[None] * num for _ in self.specs], [[None] * num for _ in self.specs]
-        )
+            self.names, prompts, completions, columns, [[None] * num for _ in self.specs], [[None] * num for _ in self.specs],
+            max_unscored, self._answered,
+        )  # fmt: skip
         for start in range(0, num, CHUNK_SIZE):
             items = tuple(range(start, min(start + CHUNK_SIZE, num)))
             for function, spec in enumerate(self.specs):
@@ -254,42 +224,31 @@ class RewardPool:
         with self._lock:
             self.__enter__()
             self._run(call)
-        return [self._breakdown(call, item) for item in range(num)]
+        breakdowns = [self._breakdown(call, item) for item in range(num)]
+        errors = [b.error or "every reward returned None" for b in breakdowns if b.total is None]
+        _refuse_unscored(errors, num, max_unscored)
+        return breakdowns
 
     # --- processes -------------------------------------------------------------------------------------------------
 
     def _start(self) -> _Worker:
         setup = {
             "specs": list(self.specs), "kwargs": self.kwargs, "folder": str(self.folder.resolve()) if self.folder else None,
-            "memory_bytes": self.memory_bytes, "timeout_s": self.timeout_s, "from_main_thread": threading.current_thread() is threading.main_thread(),
+            "memory_bytes": self.memory_bytes, "timeout_s": self.timeout_s,
         }  # fmt: skip
-        return _Worker(pickle.dumps(setup), self._hash_seed)
+        return _Worker(RewardProcess(setup, self._hash_seed))
 
-    def _await_ready(self, worker: _Worker) -> None:
-        while not worker.ready:
-            readable = select.select([worker.answer_fd], [], [], max(0.0, worker.deadline - time.monotonic()))[0]
-            if not readable:
-                raise ConfigError(
-                    f"loading the rewards took over {_START_TIMEOUT_S:.0f} s; move slow work out of the file's top level"
-                )
-            try:
-                self._became_ready(worker, worker.receive())
-            except EOFError:
-                raise ConfigError(f"while loading the rewards, {worker.ended()}") from None
-
-    @staticmethod
-    def _became_ready(worker: _Worker, answer: Mapping[str, Any] | None) -> None:
-        if answer is None:
-            return
-        if "error" in answer:
-            raise ConfigError(answer["error"])
-        worker.ready = True
+    def _await_ready(self, process: RewardProcess) -> None:
+        while not process.ready:
+            with selectors.DefaultSelector() as selector:
+                selector.register(process.answer_fd, selectors.EVENT_READ)
+                selector.select(max(0.0, process.deadline - time.monotonic()))
+            _look_at_start(process)
 
     def _replace(self, worker: _Worker) -> None:
-        index = self._workers.index(worker)
-        worker.kill()
-        self._workers[index] = self._start()
-        self._await_ready(self._workers[index])
+        """By one that gets work when it has loaded the rewards; the others work on meanwhile."""
+        worker.process.kill()
+        self._workers[self._workers.index(worker)] = self._start()
 
     def _run(self, call: _Call) -> None:
         try:
@@ -300,55 +259,59 @@ class RewardPool:
             # A worker still at this call would answer into the next one.
             for worker in [worker for worker in self._workers if worker.task is not None]:
                 self._workers.remove(worker)
-                worker.kill()
+                worker.process.kill()
             raise
 
     def _hand_out(self, call: _Call) -> None:
-        for worker in list(self._workers):
-            if worker.task is None and call.queue:
-                task = call.queue.popleft()
-                worker.trim_log()
-                worker.deadline = time.monotonic() + self.timeout_s
-                if worker.send(call.payload(task)):
-                    worker.task = task
-                else:
-                    call.failed(
-                        task,
-                        worker.ended() if worker.process.poll() is not None else "the reward process does not read",
-                    )
-                    self._replace(worker)
+        for worker in [worker for worker in self._workers if worker.process.ready and worker.task is None]:
+            if not call.queue:
+                return
+            process, task = worker.process, call.queue.popleft()
+            process.trim_log()
+            process.start_clock(self.timeout_s)
+            if _is_idle(process) and process.ask(call.request(task)):
+                worker.task = task
+            else:
+                reason = process.ended() if process.has_ended() else "the reward process does not read its requests"
+                self._replace(worker)
+                call.not_begun(task, reason)
 
     def _collect(self, call: _Call) -> None:
         """Wait for the next answer or deadline, and deal with all that have come."""
-        busy = [worker for worker in self._workers if worker.task is not None]
-        if not busy:
-            return
+        waiting = [worker for worker in self._workers if worker.task is not None or not worker.process.ready]
         with selectors.DefaultSelector() as selector:
-            for worker in busy:
-                selector.register(worker.answer_fd, selectors.EVENT_READ, worker)
-            wait_s = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
-            readable = [key.data for key, _ in selector.select(wait_s)]
-        for worker in busy:
-            task = worker.task
-            assert task is not None
-            try:
-                answer = worker.receive() if worker in readable else None
-            except EOFError:
-                worker.task = None
-                call.failed(task, worker.ended())
-                self._replace(worker)
-                continue
+            for worker in waiting:
+                selector.register(worker.process.answer_fd, selectors.EVENT_READ)
+            selector.select(max(0.0, min(worker.process.deadline for worker in waiting) - time.monotonic()))
+        for worker in waiting:
+            if worker.process.ready:
+                self._look_at(worker, call)
+            else:
+                _look_at_start(worker.process)
+
+    def _look_at(self, worker: _Worker, call: _Call) -> None:
+        late = worker.process.is_late()
+        try:
+            answer = worker.process.receive()  # after the look at the clock: what was given in time counts
+        except EOFError:
+            reason = worker.process.ended()
+        except ScribbledError:
+            reason = "wrote into the pipe that carries the scores; it was killed"
+        else:
             if answer is not None:
-                worker.task = None
-                call.answered(task, answer)
-            elif time.monotonic() >= worker.deadline:
-                worker.task = None
-                call.failed(task, f"took longer than {self.timeout_s:g} s and was killed")
+                call.answered(worker.taken(), answer)
+            elif late:
+                task = worker.taken()
                 self._replace(worker)
+                call.timed_out(task, self.timeout_s)
+            return
+        task = worker.taken()
+        self._replace(worker)
+        call.failed(task, reason)
 
     def _breakdown(self, call: _Call, item: int) -> RewardBreakdown:
         parts = {name: call.values[f][item] for f, name in enumerate(self.names)}
-        errors = [f"{name}: {reason}" for f, name in enumerate(self.names) if (reason := call.reasons[f][item])]
+        errors = [reason for reasons in call.reasons if (reason := reasons[item])]
         scored = [
             weight * value for weight, value in zip(self.weights, parts.values(), strict=True) if value is not None
         ]
@@ -356,13 +319,38 @@ class RewardPool:
         return RewardBreakdown(total, parts, "; ".join(errors) or None)
 
 
-def check_unscored(breakdowns: Sequence[RewardBreakdown], limit: float = 0.1) -> None:
-    """Raises: RewardError when more than `limit` of the completions are unscored, with the first reasons."""
-    unscored = [b for b in breakdowns if b.total is None]
-    if len(unscored) <= limit * len(breakdowns):
+def _is_idle(process: RewardProcess) -> bool:
+    """Alive, and silent since its last answer."""
+    try:
+        return process.receive() is None
+    except (EOFError, ScribbledError):
+        return False
+
+
+def _look_at_start(process: RewardProcess) -> None:
+    """Raises: ConfigError when the rewards could not be loaded, or not in time."""
+    late = process.is_late()
+    try:
+        answer = process.receive()
+    except EOFError:
+        raise ConfigError(f"while loading the rewards, {process.ended()}") from None
+    except ScribbledError:
+        raise ConfigError("while loading, a reward file wrote into the pipe that carries the scores") from None
+    if answer is not None and "error" in answer:
+        raise ConfigError(answer["error"])
+    if answer is not None:
+        process.became_ready(answer["pid"])
+    elif late:
+        raise ConfigError(
+            f"loading the rewards took over {START_TIMEOUT_S:.0f} s; move slow work out of the file's top level"
+        )
+
+
+def _refuse_unscored(errors: Sequence[str], num: int, limit: float) -> None:
+    """Raises: RewardError when more than `limit` of `num` completions are unscored, with the first reasons."""
+    if len(errors) <= limit * num:
         return
-    reasons = list(dict.fromkeys(b.error or "every reward returned None" for b in unscored))
     raise RewardError(
-        f"{len(unscored)} of {len(breakdowns)} completions are unscored; at most {limit:.0%} may be. "
-        f"First reasons: {' | '.join(reasons[:3])}. Fix the reward, or raise reward_timeout_s if it is slow"
+        f"{len(errors)} of {num} completions are unscored; at most {limit:.0%} may be. "
+        f"First reasons: {' | '.join(list(dict.fromkeys(errors))[:3])}. Fix the reward, or raise reward_timeout_s if it is slow"
     )

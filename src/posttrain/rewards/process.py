@@ -1,0 +1,159 @@
+"""One reward process as its parent sees it: two pipes, a deadline, and how it ended. What it is asked is the pool's business."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import select
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+START_TIMEOUT_S = 120.0
+_END_TIMEOUT_S = 10.0
+_MAX_LOG_BYTES = 1 << 20
+_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+_BOOT = (
+    "import sys; root = sys.argv[1]; root in sys.path or sys.path.append(root); "
+    "from posttrain.rewards.worker import main; main(*map(int, sys.argv[2:]))"
+)
+
+
+class ScribbledError(Exception):
+    """Something that is no answer of ours stood in the answer pipe."""
+
+
+class RewardProcess:
+    """A worker, its supervisor, and the pipes to it; `ready` once the rewards are loaded."""
+
+    def __init__(self, setup: Mapping[str, Any], hash_seed: int) -> None:
+        request_read, self._request_fd = os.pipe()
+        self.answer_fd, answer_write = os.pipe()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        environment = os.environ | {"PYTHONHASHSEED": str(hash_seed)}
+        environment.setdefault("OMP_NUM_THREADS", "1")
+        from_main_thread = threading.current_thread() is threading.main_thread()
+        numbers = [request_read, answer_write, os.getpid(), from_main_thread]
+        self.supervisor = subprocess.Popen(
+            [sys.executable, "-P", "-c", _BOOT, _PACKAGE_ROOT, *(str(int(number)) for number in numbers)],
+            stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, env=environment,
+            pass_fds=(request_read, answer_write), start_new_session=True,
+        )  # fmt: skip
+        os.close(request_read)
+        os.close(answer_write)
+        os.set_blocking(self._request_fd, False)
+        os.set_blocking(self.answer_fd, False)
+        self.ready = False
+        self._buffer, self._num_asked = b"", 0
+        self._pid = self.supervisor.pid
+        self.start_clock(START_TIMEOUT_S)
+        self._send(pickle.dumps(setup))
+
+    # --- clock -----------------------------------------------------------------------------------------------------
+
+    def start_clock(self, limit_s: float) -> None:
+        self._queued_s = _queued_s(self._pid)
+        self.deadline = time.monotonic() + limit_s
+
+    def is_late(self) -> bool:
+        """Whether the deadline is past. Time in which the process waited for a CPU does not count."""
+        queued_s = _queued_s(self._pid)
+        self.deadline += queued_s - self._queued_s
+        self._queued_s = queued_s
+        return time.monotonic() >= self.deadline
+
+    # --- pipes -----------------------------------------------------------------------------------------------------
+
+    def ask(self, request: Mapping[str, Any]) -> bool:
+        """False when the process is gone or does not read before its deadline."""
+        self._num_asked += 1
+        return self._send(pickle.dumps({**request, "id": self._num_asked}))
+
+    def _send(self, payload: bytes) -> bool:
+        data = memoryview(struct.pack("<Q", len(payload)) + payload)
+        while data:
+            try:
+                data = data[os.write(self._request_fd, data) :]
+            except BlockingIOError:
+                select.select([], [self._request_fd], [], max(0.0, self.deadline - time.monotonic()))
+                if self.is_late():
+                    return False
+            except BrokenPipeError:
+                return False
+        return True
+
+    def receive(self) -> dict[str, Any] | None:
+        """The answer once it is complete. Raises: EOFError when the process is gone, ScribbledError."""
+        while not self._buffer.endswith(b"\n"):
+            try:
+                data = os.read(self.answer_fd, 1 << 20)
+            except BlockingIOError:
+                return None
+            if not data:
+                raise EOFError
+            self._buffer += data
+        line, self._buffer = self._buffer, b""
+        return self._parse(line)
+
+    def _parse(self, line: bytes) -> dict[str, Any]:
+        try:
+            answer: Any = json.loads(line)
+        except ValueError:
+            raise ScribbledError from None
+        if not isinstance(answer, dict) or cast("dict[str, Any]", answer).get("id") != self._num_asked:
+            raise ScribbledError
+        return cast("dict[str, Any]", answer)
+
+    def became_ready(self, pid: int) -> None:
+        self.ready, self._pid = True, pid
+
+    # --- end -------------------------------------------------------------------------------------------------------
+
+    def has_ended(self) -> bool:
+        return self.supervisor.poll() is not None
+
+    def ended(self) -> str:
+        """How the process ended, in words, with the last line it wrote."""
+        try:
+            code = self.supervisor.wait(_END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return "closed the pipe that carries the scores and went on; it was killed"
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - 2000))
+        lines = self._log.read().decode("utf-8", "replace").strip().splitlines()
+        return f"the reward process died ({how})" + (f": {lines[-1][:200]}" if lines else "")
+
+    def trim_log(self) -> None:
+        if os.fstat(self._log.fileno()).st_size > _MAX_LOG_BYTES:
+            os.ftruncate(self._log.fileno(), 0)
+
+    def kill(self) -> None:
+        """End the worker and all that it has started."""
+        with suppress(ProcessLookupError):
+            self.supervisor.terminate()
+        try:
+            self.supervisor.wait(_END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(self.supervisor.pid, signal.SIGKILL)
+            self.supervisor.wait()
+        for descriptor in (self._request_fd, self.answer_fd):
+            os.close(descriptor)
+        self._log.close()
+
+
+def _queued_s(pid: int) -> float:
+    """Seconds in which the process could have run and had no CPU; 0 where the kernel does not count them."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
