@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from posttrain.objectives.kl import KL_ESTIMATORS, AdaptiveEntropy, AdaptiveKL, kl_in_loss, sequence_kl
+from posttrain.objectives.kl import KL_ESTIMATORS, AdaptiveEntropy, AdaptiveKL, kl_in_loss
 
 POLICY, REF = [0.5, 0.3, 0.2], [0.2, 0.5, 0.3]
 OLD = [0.4, 0.4, 0.2]
@@ -56,11 +56,25 @@ def test_k3_stays_finite_far_from_the_reference():
     assert new.grad is not None and new.grad.isfinite().all()
 
 
-def test_sequence_kl_sums_per_sequence():
-    new = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
-    total = sequence_kl(new, torch.tensor([-2.0, -2.5, -2.0]), torch.tensor([0, 0, 1]), 3)
-    assert total.tolist() == [1.5, -1.0, 0.0]
-    assert not total.requires_grad
+@pytest.mark.parametrize("weight", [None, 1.0, 3.0], ids=["no ratio", "on policy", "off policy"])
+def test_k3_never_pulls_away_from_a_far_reference(weight):
+    """The gap x = log π_ref − log π beyond 20 nats counts as 20: the term is constant there, and never pushes π down."""
+    gaps = [-400.0, -21.0, -1.0, 0.0, 0.5, 5.0, 19.999, 20.001, 25.0, 60.0, 800.0]
+    for gap in gaps:
+        new = torch.tensor([-3.0], dtype=torch.float64, requires_grad=True)
+        ratio = None if weight is None else weight * torch.exp(new - new.detach())
+        terms = kl_in_loss("k3", new, torch.tensor([-3.0 + gap], dtype=torch.float64), ratio)
+        terms.sum().backward()
+        x = min(gap, 20.0)
+        value = math.exp(x) - x - 1
+        # d value / d log π = 1 − e^x, and the ratio adds its own value · r.
+        slope = (1 - math.exp(x)) * (gap < 20)
+        factor = 1.0 if weight is None else weight
+        expected = factor * slope + (0.0 if weight is None else factor * value)
+        assert terms.item() == pytest.approx(factor * value, rel=1e-12)
+        assert new.grad.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        if weight is None and gap > 0:
+            assert new.grad.item() <= 0
 
 
 def test_adaptive_kl_by_hand():

@@ -1,8 +1,12 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import pytest
 import torch
 
-from posttrain.objectives.policy import PolicySpec
+from posttrain.config.stages import DPOKeys, GRPOKeys
+from posttrain.objectives.advantages import AdvantageSpec
+from posttrain.objectives.preference import PreferenceSpec
+from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import as_ratios, spec_from
 from posttrain.types import Ratio
 
@@ -14,12 +18,34 @@ def test_ratios_are_plain_detached_numbers():
     assert as_ratios({}) == {}
 
 
+@dataclass
+class _Spec:
+    beta: float = 0.0
+    epsilon: float = 0.2
+
+
 def test_spec_reads_its_fields_from_any_configuration():
     @dataclass
     class Keys:
-        loss_type: str = "grpo"
+        epsilon: float = 0.1
         beta: float = 0.04
         learning_rate: float = 1e-6
 
-    spec = spec_from(PolicySpec, Keys())
-    assert (spec.loss_type, spec.beta, spec.epsilon) == ("grpo", 0.04, 0.2)
+    assert spec_from(_Spec, Keys()) == _Spec(0.04, 0.1)
+
+
+def test_spec_from_refuses_a_missing_or_renamed_key():
+    @dataclass
+    class Renamed:
+        beta: float = 0.04
+        clip_range: float = 0.1
+
+    with pytest.raises(AssertionError, match="Renamed has no epsilon, which _Spec is made from"):
+        spec_from(_Spec, Renamed())
+
+
+@pytest.mark.parametrize(
+    ("spec", "keys"), [(PolicySpec, GRPOKeys), (AdvantageSpec, GRPOKeys), (PreferenceSpec, DPOKeys)]
+)
+def test_every_field_of_a_spec_is_a_key_of_its_stage(spec, keys):
+    assert {field.name for field in fields(spec)} <= set(keys.model_fields)

@@ -193,3 +193,18 @@ def test_a_lint_that_does_not_exist_is_refused_before_anything(make_project, tmp
     with pytest.raises(ConfigError, match=r"lint\.duplicat: no such rule; did you mean duplicate\?"):
         run.run()
     assert not run.out.exists() or not (run.out / "pipeline.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (grpo(delta=1.1), r"delta=1.1 with epsilon_high=0.2"),
+        (grpo(loss_type="cispo", epsilon_high=0.28), "caps the ratio itself"),
+        (dpo(loss_type="exo_pair"), "needs label_smoothing"),
+    ],
+)
+def test_a_loss_that_is_not_defined_is_refused_before_the_first_stage_runs(project, stage, message):
+    run = project([sft(), stage], evals={})
+    with pytest.raises(ConfigError, match=message):
+        run.run()
+    assert not run.out.joinpath("stages").exists()

@@ -30,6 +30,19 @@ def test_wsd_holds_and_decays_over_the_last_fifth():
     assert rates[9] == pytest.approx(0.5e-3)
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.2])
+def test_wsd_warms_up_from_min_lr_ratio_as_in_transformers(floor):
+    """10 steps of warmup, 32 at the peak, and the last fifth of what follows the warmup to decay in."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    shape = {"num_decay_steps": 8, "decay_type": "linear", "min_lr_ratio": floor}
+    scheduler = get_scheduler("warmup_stable_decay", optimizer, 10, 50, scheduler_specific_kwargs=shape)
+    for step in range(50):
+        found = learning_rate(step, 50, keys(lr_scheduler_type="wsd", warmup_steps=10, min_lr_ratio=floor))
+        assert found == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12), step
+        optimizer.step()
+        scheduler.step()
+
+
 def test_a_ratio_of_warmup_rounds_up_and_a_floor_is_kept():
     assert learning_rate(0, 10, keys(warmup_ratio=0.25)) == 0.0
     assert learning_rate(3, 10, keys(warmup_ratio=0.25)) == 1e-3

@@ -77,7 +77,7 @@ class TrainKeys(ModelKeys):
     max_steps: int = knob(-1, "Optimizer steps; -1 lets num_train_epochs decide.", ge=-1)
     learning_rate: float = knob(2e-5, "Peak learning rate.", gt=0, also="lr", example=1e-5)
     lr_scheduler_type: Literal["cosine", "linear", "constant", "wsd"] = knob("cosine", "Shape of the schedule after the warmup; `wsd` holds, then decays over the last fifth.", also="lr_scheduler (Axolotl)")
-    min_lr_ratio: float = knob(0.0, "The learning rate ends at this share of its peak.", ge=0, le=1, also="cosine_min_lr_ratio (Axolotl)")
+    min_lr_ratio: float = knob(0.0, "The learning rate ends at this share of its peak; `wsd` warms up from it too.", ge=0, le=1, also="cosine_min_lr_ratio (Axolotl)")
     warmup_ratio: float = knob(0.0, "Share of the steps with a linear warmup.", ge=0, lt=1)
     warmup_steps: int = knob(0, "Steps with a linear warmup; overrides warmup_ratio.", ge=0)
     optim: Literal["adamw", "adamw_8bit"] = knob("adamw", "Optimizer.", also="optimizer (Axolotl)")

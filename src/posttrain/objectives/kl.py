@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from posttrain.objectives.ratios import LOG_RATIO_MAX
-from posttrain.objectives.reduce import segment_sum
 
 
 def k1(policy_logp_M: Tensor, ref_logp_M: Tensor) -> Tensor:
@@ -26,8 +25,9 @@ def k2(policy_logp_M: Tensor, ref_logp_M: Tensor) -> Tensor:
 
 
 def k3(policy_logp_M: Tensor, ref_logp_M: Tensor) -> Tensor:
-    log_ratio_M = ref_logp_M - policy_logp_M
-    return torch.exp(log_ratio_M.clamp(max=LOG_RATIO_MAX)) - log_ratio_M - 1
+    # The log ratio itself is clamped: with only its exponential clamped, −x alone is left beyond, which pulls away.
+    log_ratio_M = (ref_logp_M - policy_logp_M).clamp(max=LOG_RATIO_MAX)
+    return torch.exp(log_ratio_M) - log_ratio_M - 1
 
 
 KLEstimator = Callable[[Tensor, Tensor], Tensor]
@@ -45,13 +45,6 @@ def kl_in_loss(estimator: str, policy_logp_M: Tensor, ref_logp_M: Tensor, ratio_
     if ratio_M is None:
         return kl_M
     return kl_M * (ratio_M.detach() if estimator == "k2" else ratio_M)
-
-
-def sequence_kl(
-    policy_logp_M: Tensor, ref_logp_M: Tensor, seq_M: Tensor, num_sequences: int, estimator: str = "k1"
-) -> Tensor:
-    """KL summed over each sequence, to subtract `beta` times from its reward. Shapes: [M] → [S], no gradient."""
-    return segment_sum(KL_ESTIMATORS[estimator](policy_logp_M, ref_logp_M).detach(), seq_M, num_sequences)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from posttrain.errors import ConfigError
 
 _CISPO_CAP = 5.0
+_WITHOUT_DELTA = frozenset({"cispo", "sapo"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,11 @@ class PolicySpec:
             raise ConfigError(
                 f"loss_type: cispo with epsilon_high={self.high}: for CISPO it caps the ratio itself, and below 1 every "
                 f"token would be cut; set it to 1 or more ({_CISPO_CAP} is usual), or leave it out"
+            )
+        if self.delta is not None and self.loss_type not in _WITHOUT_DELTA and self.delta <= 1 + self.high:
+            raise ConfigError(
+                f"delta={self.delta} with epsilon_high={self.high}: delta bounds the ratio beyond the clip range, so it must be "
+                f"above 1 + epsilon_high = {1 + self.high:g}; raise it (4 is usual), or leave it out"
             )
         if self.loss_type == "luspo" and self.importance_sampling_level != "sequence":
             raise ConfigError(

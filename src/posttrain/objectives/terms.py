@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ def as_ratios(sums: Mapping[str, tuple[Tensor, Tensor | float]]) -> dict[str, Ra
 
 
 def spec_from(spec_type: type[Spec], keys: object) -> Spec:
-    """A spec dataclass from any object that has its fields as attributes (a stage's configuration)."""
-    values: dict[str, Any] = {f.name: getattr(keys, f.name) for f in fields(spec_type) if hasattr(keys, f.name)}  # pyright: ignore[reportArgumentType]
-    return spec_type(**values)
+    """A spec dataclass from an object that has all of its fields as attributes (a stage's configuration)."""
+    names = [f.name for f in fields(spec_type)]  # pyright: ignore[reportArgumentType]
+    missing = [name for name in names if not hasattr(keys, name)]
+    assert not missing, f"{type(keys).__name__} has no {', '.join(missing)}, which {spec_type.__name__} is made from"
+    return spec_type(**{name: getattr(keys, name) for name in names})

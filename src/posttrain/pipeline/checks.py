@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from posttrain.config.pipeline import GateKeys, PipelineKeys, SuiteKeys
+from posttrain.config.stages import SFTKeys
 from posttrain.data.lint import limits_of
 from posttrain.data.load import kind_of, read_nouns
 from posttrain.errors import ConfigError
@@ -17,12 +18,18 @@ from posttrain.health.rules import rules_for
 from posttrain.models.device import place
 from posttrain.models.export import was_tuned_by_us
 from posttrain.models.load import load_config, load_tokenizer, missing_chat_template, model_shape
+from posttrain.objectives.preference import PreferenceSpec
+from posttrain.objectives.spec import PolicySpec
+from posttrain.objectives.terms import spec_from
 from posttrain.pipeline.selection import spec_of, without_dev
 from posttrain.planner.machine import available_bytes
 from posttrain.planner.memory import Workload, cannot_fit, estimate_memory, fits, shortfall
 from posttrain.planner.shape import ModelShape
 
 log = logging.getLogger(__name__)
+
+OBJECTIVES: Mapping[str, type[PreferenceSpec | PolicySpec]] = {"dpo": PreferenceSpec, "grpo": PolicySpec}
+"""What refuses combinations of keys that a stage's loss is not defined for."""
 
 
 def check_all(keys: PipelineKeys) -> dict[str, tuple[Suite, SuiteKeys]]:
@@ -42,6 +49,8 @@ def check_all(keys: PipelineKeys) -> dict[str, tuple[Suite, SuiteKeys]]:
     for stage in keys.stages:
         limits_of(stage.keys.lint)
         rules_for(stage.kind, stage.keys.health)
+        if stage.kind in OBJECTIVES:
+            spec_from(OBJECTIVES[stage.kind], stage.keys)
         for sources in filter(None, (stage.keys.datasets, stage.keys.eval_datasets)):
             read_nouns(sources, kind_of(stage.keys))
     suites = {name: (load_suite(name, Path(suite.path)), suite) for name, suite in keys.evals.items()}
@@ -79,8 +88,9 @@ def plan_gate(keys: PipelineKeys, gate: GateKeys, suites: Mapping[str, tuple[Sui
 def check_order(keys: PipelineKeys) -> None:
     """Raises: ConfigError if preference optimisation or RL would start on a raw base."""
     first = keys.stages[0]
-    allowed = keys.allow_raw_base or getattr(first.keys, "allow_raw_base", False)
-    if first.kind == "sft" or allowed or was_tuned_by_us(keys.base_model):
+    if isinstance(first.keys, SFTKeys) or keys.allow_raw_base or first.keys.allow_raw_base:
+        return
+    if was_tuned_by_us(keys.base_model):
         return
     tokenizer = load_tokenizer(first.keys)
     if missing_chat_template(tokenizer):

@@ -36,13 +36,16 @@ _SHAPES: dict[str, Callable[[float], float]] = {
     # Hold, then decay linearly over the last fifth (Hu et al. 2024, MiniCPM, arXiv 2404.06395).
     "wsd": lambda progress: min(1.0, (1.0 - progress) / 0.2),
 }
+_WARM_UP_FROM_THE_FLOOR = frozenset({"wsd"})
+"""As in transformers; the others warm up from 0 whatever `min_lr_ratio` is."""
 
 
 def learning_rate(step: int, total_steps: int, keys: TrainKeys) -> float:
     """Learning rate of optimizer step `step`, counted from 0; warmup and shapes are those of transformers."""
     warmup = keys.warmup_steps or math.ceil(keys.warmup_ratio * total_steps)
     if step < warmup:
-        return keys.learning_rate * step / warmup
+        start = keys.min_lr_ratio if keys.lr_scheduler_type in _WARM_UP_FROM_THE_FLOOR else 0.0
+        return keys.learning_rate * (start + (1.0 - start) * step / warmup)
     progress = (step - warmup) / max(1, total_steps - warmup)
     shape = _SHAPES[keys.lr_scheduler_type](progress)
     return keys.learning_rate * (keys.min_lr_ratio + (1.0 - keys.min_lr_ratio) * shape)
