@@ -127,7 +127,7 @@ def _folder(model: str) -> Path:
 def _measure(keys: ModelKeys, plan: Plan, split: str, folder: Path, order: int = 0) -> dict[str, EvalReport]:
     from rich.console import Console
 
-    from posttrain.cli.show import setup_logging
+    from posttrain.pipeline.show import setup_logging
     from posttrain.recipes.evaluate import evaluate as score
 
     console = Console(stderr=True)

@@ -41,8 +41,8 @@ def merge(
 
 
 def _merge(adapter: Path, out: Path, keys: ModelKeys) -> None:
-    from posttrain.cli.show import quiet_libraries
     from posttrain.models.export import merge_into
+    from posttrain.pipeline.show import quiet_libraries
 
     quiet_libraries()
     report = merge_into(out, keys.base_model, adapter, keys)

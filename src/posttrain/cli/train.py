@@ -45,22 +45,16 @@ def grpo(config: Config, set_: Sets = None, on_change: Change = "refuse", quiet:
 def _single(
     kind: Literal["sft", "dpo", "grpo"], config: Path, set_: list[str] | None, on_change: OnChange, quiet: bool
 ) -> None:
-    from posttrain.config.load import load_stage
-    from posttrain.config.pipeline import STAGE_IN_PIPELINE, PipelineKeys, Stage
+    from posttrain.config.load import as_pipeline, load_stage
 
     loaded = load_stage(kind, config, set_ or [])
-    keys = STAGE_IN_PIPELINE[kind].model_validate(loaded.keys.model_dump(by_alias=True))
-    pipeline = PipelineKeys(
-        name=config.stem, base_model=keys.base_model, stages=[Stage(kind=kind, keys=keys)],
-        output_dir=keys.output_dir, seed=keys.seed,
-    )  # fmt: skip
-    _run(pipeline, loaded, on_change, quiet)
+    _run(as_pipeline(loaded), loaded, on_change, quiet)
 
 
 def _run(keys: PipelineKeys, loaded: LoadedPipeline | LoadedStage, on_change: OnChange, quiet: bool) -> None:
     from rich.console import Console
 
-    from posttrain.cli.show import live_watch, setup_logging, show_keys
+    from posttrain.pipeline.show import live_watch, setup_logging, show_keys
 
     console = Console(stderr=True)
     setup_logging(console)

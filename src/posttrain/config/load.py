@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +15,11 @@ from posttrain.config.effects import without_effect
 from posttrain.config.foreign import foreign_names, translate
 from posttrain.config.knob import Keys
 from posttrain.config.migrate import migrate
-from posttrain.config.pipeline import GateKeys, PipelineKeys
+from posttrain.config.pipeline import STAGE_IN_PIPELINE, GateKeys, PipelineKeys, Stage
 from posttrain.config.resolved import leaves
 from posttrain.config.schema import did_you_mean, keys_of
 from posttrain.config.settings import (
+    Origin,
     Override,
     Problems,
     Settings,
@@ -54,10 +55,18 @@ class LoadedPipeline:
     notes: tuple[str, ...] = ()
 
 
-def load_stage(kind: Kind, path: Path, overrides: Sequence[str] = ()) -> LoadedStage:
-    """Raises: ConfigError naming everything that is wrong, one line each."""
-    path, problems, notes = Path(path), Problems(), list[str]()
-    settings, _ = read_settings(path)
+def load_stage(
+    kind: Kind, path: Path | None, overrides: Sequence[str] = (), given: Mapping[str, Any] | None = None
+) -> LoadedStage:
+    """From a YAML, from Python values (`given`, which stand above the YAML), or both.
+
+    Raises: ConfigError naming everything that is wrong, one line each.
+    """
+    problems, notes = Problems(), list[str]()
+    settings = read_settings(path)[0] if path is not None else Settings({}, {}, Origin("argument", "argument"))
+    path = Path(path) if path is not None else Path(f"{kind}.yaml")
+    for name, value in (given or {}).items():
+        settings.put((name,), value, Origin("argument", "argument"))
     model = STAGE_KEYS[kind]
     if "stages" in settings.values:
         problems.add(settings.origin(("stages",)), "stages", f"this is a pipeline; run it with `posttrain run {path}`")
@@ -75,6 +84,15 @@ def load_stage(kind: Kind, path: Path, overrides: Sequence[str] = ()) -> LoadedS
     problems.raise_if_any()
     assert keys is not None
     return LoadedStage(kind, keys, path, provenance(keys, settings), tuple(notes))
+
+
+def as_pipeline(loaded: LoadedStage) -> PipelineKeys:
+    """A single stage as the pipeline that runs it."""
+    keys = STAGE_IN_PIPELINE[loaded.kind].model_validate(loaded.keys.model_dump(by_alias=True))
+    return PipelineKeys(
+        name=loaded.path.stem, base_model=keys.base_model, stages=[Stage(kind=loaded.kind, keys=keys)],
+        output_dir=keys.output_dir, seed=keys.seed,
+    )  # fmt: skip
 
 
 def load_gate(path: Path) -> GateKeys:

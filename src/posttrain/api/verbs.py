@@ -1,0 +1,107 @@
+"""`sft`, `dpo`, `grpo`, `run`, `evaluate`, `gate`: the command's verbs as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.api.inputs import as_keys
+from posttrain.api.run import Run
+from posttrain.config.load import Kind, as_pipeline, load_gate, load_stage
+from posttrain.config.load_pipeline import load_pipeline
+from posttrain.config.pipeline import PipelineKeys, SuiteKeys
+from posttrain.config.stages import ModelKeys
+from posttrain.evals.suite import load_suite
+from posttrain.evidence import EvalReport, GateVerdict
+from posttrain.gate import GateSpec, decide
+
+INPUTS = "inputs"
+"""Folder beside the runs for data and functions that were given as Python values."""
+
+
+def sft(config: str | Path | None = None, *, show: bool = True, **keys: Any) -> Run:
+    """One stage of supervised fine-tuning; `keys` are those of the YAML and stand above it. Raises: PosttrainError."""
+    return _stage("sft", config, keys, show)
+
+
+def dpo(config: str | Path | None = None, *, show: bool = True, **keys: Any) -> Run:
+    """One stage of preference optimisation; as `sft`."""
+    return _stage("dpo", config, keys, show)
+
+
+def grpo(config: str | Path | None = None, *, show: bool = True, **keys: Any) -> Run:
+    """One stage of RL with verifiable rewards; `reward_funcs` may hold Python functions. As `sft`."""
+    return _stage("grpo", config, keys, show)
+
+
+def run_pipeline(config: str | Path, *, show: bool = True, **keys: Any) -> Run:
+    """A whole pipeline from its YAML; `keys` are overrides, a stage's keys as a dict: `grpo={"max_steps": 20}`."""
+    overrides = [f"{name}={_text(value)}" for name, value in _flat(keys)]
+    return _run(load_pipeline(Path(config), overrides).keys, show)
+
+
+def evaluate(
+    model: str | Path | Run, suites: Sequence[str | Path] | str | Path, *, split: str = "gate",
+    out: str | Path | None = None, **decoding: Any,
+) -> dict[str, EvalReport]:  # fmt: skip
+    """Reports by suite, every item kept; `decoding` are keys of a suite (num_samples, temperature, max_tokens, seed).
+
+    What the reports in `out` (default `runs/evals/NAME`) already hold is not measured again. Raises: PosttrainError.
+    """
+    from posttrain.recipes.evaluate import evaluate as measure
+
+    source = model.model if isinstance(model, Run) else model
+    files = [suites] if isinstance(suites, (str, Path)) else list(suites)
+    plan = [
+        (load_suite(Path(file).stem, Path(file)), SuiteKeys.model_validate({"path": str(file), **decoding}))
+        for file in files
+    ]
+    for suite, _ in plan:
+        suite.on(split)
+    folder = Path(out) if out else Path("runs/evals") / f"{Path(str(source)).parent.name}-{Path(str(source)).name}"
+    return measure(ModelKeys(base_model=str(source)), plan, split, folder)
+
+
+def judge(
+    candidate: Mapping[str, EvalReport], baseline: Mapping[str, EvalReport], spec: str | Path | GateSpec
+) -> GateVerdict:
+    """Whether the candidate is good enough to replace the baseline; `spec` is a YAML or a `GateSpec`."""
+    rules = spec if isinstance(spec, GateSpec) else GateSpec.from_keys(load_gate(Path(spec)))
+    return decide(rules, candidate, baseline)
+
+
+def _stage(kind: Kind, config: str | Path | None, keys: Mapping[str, Any], show: bool) -> Run:
+    folder = Path(config).parent if config else Path()
+    values = as_keys(keys, (folder / "runs" / INPUTS).resolve())
+    loaded = load_stage(kind, Path(config) if config else None, given=values)
+    return _run(as_pipeline(loaded), show)
+
+
+def _run(keys: PipelineKeys, show: bool) -> Run:
+    from rich.console import Console
+
+    from posttrain.distributed.topology import topology
+    from posttrain.pipeline.run import Watch, run_pipeline
+    from posttrain.pipeline.show import live_watch, setup_logging
+
+    if show:
+        setup_logging(Console(stderr=True))
+    with topology() as ranks:
+        watch = live_watch(Console(stderr=True), ranks.is_main) if show else Watch(say=lambda text: None)
+        outcome = run_pipeline(keys, ranks, watch=watch)
+    return Run(outcome.folder, outcome.status, outcome.verdict, outcome.model_dir, outcome.reason)
+
+
+def _flat(keys: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    return [
+        pair
+        for name, value in keys.items()
+        for pair in (_flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)])
+    ]
+
+
+def _text(value: Any) -> str:
+    import json
+
+    return str(value) if isinstance(value, (str, Path)) else json.dumps(value)
