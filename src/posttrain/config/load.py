@@ -63,7 +63,7 @@ def load_stage(
     Raises: ConfigError naming everything that is wrong, one line each.
     """
     problems, notes = Problems(), list[str]()
-    settings = read_settings(path)[0] if path is not None else Settings({}, {}, Origin("argument", "argument"))
+    settings = read_settings(Path(path))[0] if path is not None else Settings({}, {}, Origin("argument", "argument"))
     path = Path(path) if path is not None else Path(f"{kind}.yaml")
     for name, value in (given or {}).items():
         settings.put((name,), value, Origin("argument", "argument"))
