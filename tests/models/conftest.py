@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -20,6 +22,22 @@ def keys_of(model_dir):
 @pytest.fixture
 def policy_of(keys_of):
     return lambda architecture, **options: load_policy(keys_of(architecture, **options))
+
+
+@pytest.fixture(scope="session")
+def bf16_dir(model_dir, tmp_path_factory):
+    """`bf16_dir("qwen3")` is the folder of that tiny model as models are published: weights in bf16."""
+    made = {}
+
+    def make(architecture):
+        if architecture not in made:
+            folder = tmp_path_factory.mktemp("bf16") / architecture
+            shutil.copytree(model_dir(architecture), folder)
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+            made[architecture] = folder
+        return made[architecture]
+
+    return make
 
 
 @pytest.fixture

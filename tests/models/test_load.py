@@ -1,10 +1,15 @@
+import logging
+import shutil
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from posttrain.errors import ConfigError, ModelError
+from posttrain.models.batch import pack
 from posttrain.models.device import place
-from posttrain.models.load import load_config, load_policy, load_tokenizer, missing_chat_template, stop_token_ids
+from posttrain.models.load import load_config, load_policy, load_tokenizer, missing_chat_template
+
+RAGGED = ("qwen3", "llama", "mistral", "gemma2", "gemma3_text", "qwen3_moe")
 
 
 def test_a_model_that_is_nowhere_is_one_line(keys_of, tmp_path, monkeypatch):
@@ -19,18 +24,50 @@ def test_a_model_that_is_nowhere_is_one_line(keys_of, tmp_path, monkeypatch):
         load_config(keys.model_copy(update={"base_model": str(tmp_path)}))
 
 
-def test_trained_weights_are_float32_and_frozen_ones_keep_their_dtype(model_dir, keys_of, tmp_path):
-    AutoModelForCausalLM.from_pretrained(model_dir("llama"), dtype=torch.bfloat16).save_pretrained(tmp_path)
-    load_tokenizer(keys_of("llama")).save_pretrained(tmp_path)
-    keys = keys_of("llama").model_copy(update={"base_model": str(tmp_path)})
+@pytest.mark.parametrize("units", [True, False])
+def test_trained_weights_are_float32_and_frozen_ones_keep_a_dtype_the_machine_computes_in(
+    units, keys_of, bf16_dir, monkeypatch, caplog
+):
+    monkeypatch.setattr("posttrain.models.device.has_bf16", lambda kind: units)
+    frozen = torch.bfloat16 if units else torch.float32
+    keys = keys_of("llama").model_copy(update={"base_model": str(bf16_dir("llama"))})
     full = load_policy(keys)
     assert {p.dtype for p in full.model.parameters()} == {torch.float32}
-    adapted = load_policy(keys.model_copy(update={"adapter": "lora"}))
+    assert full.placement.autocast_dtype is None
+    with caplog.at_level(logging.INFO, logger="posttrain"):
+        adapted = load_policy(keys.model_copy(update={"adapter": "lora"}))
+    assert f"bfloat16 file, held in {'bfloat16' if units else 'float32'}" in caplog.text
     assert {p.dtype for _, p in adapted.trainable()} == {torch.float32}
-    assert {p.dtype for p in adapted.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in adapted.model.parameters() if not p.requires_grad} == {frozen}
+    assert adapted.placement.autocast_dtype == (torch.bfloat16 if units else None)
     scored = load_policy(keys, trainable=False)
-    assert {p.dtype for p in scored.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in scored.model.parameters()} == {frozen}
     assert scored.trainable() == []
+    exact = load_policy(keys.model_copy(update={"adapter": "lora", "bf16": False}))
+    assert {p.dtype for p in exact.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("units", [True, False])
+@pytest.mark.parametrize(
+    ("architecture", "adapter"),
+    # Mamba's own forward reads a projection's weight as a matrix, which a 4-bit one is not.
+    [*((name, kind) for name in (*RAGGED, "gpt_oss") for kind in ("lora", "qlora")), ("mamba", "lora")],
+)
+def test_every_family_trains_an_adapter_from_a_bf16_file(
+    architecture, adapter, units, keys_of, bf16_dir, families, monkeypatch
+):
+    monkeypatch.setattr("posttrain.models.device.has_bf16", lambda kind: units)
+    options = {"adapter": adapter, "load_in_4bit": adapter == "qlora", "lora_r": 4}
+    target = {"lora_target": ["q_proj", "v_proj"]} if architecture != "mamba" else {"lora_target": ["in_proj"]}
+    keys = keys_of(architecture, **options, **target)
+    policy = load_policy(keys.model_copy(update={"base_model": str(bf16_dir(architecture))}))
+    policy.model.train()
+    scores = policy.score(pack(families))
+    assert scores.logp_M.dtype == torch.float32
+    scores.logp_M.sum().backward()
+    gradients = [p.grad for name, p in policy.trainable() if "lora_B" in name]
+    assert gradients
+    assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
 
 
 def test_the_adapter_starts_the_same_for_the_same_seed(keys_of):
@@ -41,12 +78,16 @@ def test_the_adapter_starts_the_same_for_the_same_seed(keys_of):
     assert not torch.equal(first(3), first(4))
 
 
-def test_stop_ids_are_the_tokenizers_and_the_generation_configs(keys_of):
-    policy = load_policy(keys_of("llama"))
-    policy.base.generation_config.eos_token_id = [7, 2]
-    assert stop_token_ids(policy.base, policy.tokenizer) == (2, 7)
-    policy.base.generation_config.eos_token_id = None
-    assert stop_token_ids(policy.base, policy.tokenizer) == (2,)
+def test_a_base_with_pickled_weights_alone_is_refused_at_load(model_dir, keys_of, tmp_path):
+    shutil.copytree(model_dir("llama"), tmp_path / "base")
+    (tmp_path / "base/model.safetensors").unlink()
+    torch.save({}, tmp_path / "base/pytorch_model.bin")
+    keys = keys_of("llama").model_copy(update={"base_model": str(tmp_path / "base")})
+    for load in (load_config, load_policy):
+        with pytest.raises(
+            ModelError, match=r"has only pickled weights \(pytorch_model.bin\).*expected \*.safetensors"
+        ):
+            load(keys)
 
 
 def test_a_given_template_replaces_the_tokenizers(keys_of, tmp_path):

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from posttrain.config.stages import ModelKeys
-from posttrain.models.load import load_policy, stop_token_ids
+from posttrain.models.generation import stop_token_ids
+from posttrain.models.load import load_policy
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.types import Request, SamplingParams
 

@@ -96,7 +96,8 @@ class Conversation:
 
 
 def _load(keys: Any, params: SamplingParams, system: str | None, seed: int) -> Conversation:
-    from posttrain.models.load import load_policy, stop_token_ids
+    from posttrain.models.generation import stop_token_ids
+    from posttrain.models.load import load_policy
     from posttrain.pipeline.show import quiet_libraries
     from posttrain.recipes.evaluate import TokenizerCodec
     from posttrain.rollout.embedded import EmbeddedEngine

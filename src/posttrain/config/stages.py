@@ -57,7 +57,7 @@ class ModelKeys(Keys):
     rank_pattern: dict[str, int] = knob({}, "Rank where it differs from lora_r: module name or pattern → rank.", also="lora_rank_pattern (Axolotl)", example={"q_proj": 8})
     alpha_pattern: dict[str, int] = knob({}, "Alpha where it differs from lora_alpha: module name or pattern → alpha.", also="lora_alpha_pattern (Axolotl)", example={"q_proj": 16})
     merge_onto: Literal["dequantized", "original"] = knob("dequantized", "Base that a QLoRA adapter is merged onto: the 4-bit weights it was trained on, or the original ones.")
-    bf16: bool | Literal["auto"] = knob("auto", "bfloat16 autocast, with float32 masters where trained; `auto` is on for a GPU that has it, off on a CPU.")
+    bf16: bool | Literal["auto"] = knob("auto", "bfloat16 autocast, with float32 masters where trained; `auto` is on for a GPU that has it, and on a CPU only for an adapter on a bf16 file where the CPU has bf16 units. Without it, adapters and their base are float32.")
     gradient_checkpointing: bool = knob(False, "Recompute activations in the backward pass: less memory, more time.", also="disable_gradient_checkpointing (LLaMA-Factory)")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "Where to run; `auto` takes a GPU when there is one.")
 

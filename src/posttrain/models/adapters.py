@@ -44,8 +44,6 @@ def attach_adapter(model: PreTrainedModel, keys: ModelKeys) -> PeftModel:
         rank_pattern=dict(keys.rank_pattern),
         alpha_pattern=dict(keys.alpha_pattern),
     )
-    if keys.load_in_4bit:
-        _prepare_norms(model)
     return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
 
 
@@ -112,14 +110,6 @@ def _targets_in(names: list[str], target: list[str] | str) -> list[str] | str:
 
 def _named(name: str, entry: str) -> bool:
     return name == entry or name.endswith(f".{entry}")
-
-
-def _prepare_norms(model: PreTrainedModel) -> None:
-    """Freeze a 4-bit base and lift its one-dimensional weights (norms) to float32, not the large embeddings."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        if parameter.ndim == 1 and parameter.is_floating_point():
-            parameter.data = parameter.data.float()
 
 
 def dequantized_weights(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:

@@ -25,14 +25,40 @@ class Placement:
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
 
-def place(keys: ModelKeys) -> Placement:
-    """Raises: ConfigError if a device is asked for that this machine does not have."""
+def place(keys: ModelKeys, frozen: torch.dtype | None = None) -> Placement:
+    """Where to run. `frozen` is the dtype in the file of a base that an adapter is trained on.
+
+    Raises: ConfigError if a device is asked for that this machine does not have.
+    """
     has_cuda = torch.cuda.is_available()
     if keys.device == "cuda" and not has_cuda:
         raise ConfigError("device: cuda, but torch sees no CUDA device here; set device: auto or cpu")
     kind = "cuda" if has_cuda and keys.device != "cpu" else "cpu"
     index = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", index) if kind == "cuda" else torch.device("cpu")
-    # `auto` must not turn a CPU run into half precision: it is slower than float32 on CPUs without bf16 units.
-    wanted = kind == "cuda" and torch.cuda.is_bf16_supported() if keys.bf16 == "auto" else keys.bf16
+    # On a CPU `auto` never takes precision away: only a base that is bf16 as it is may be computed with in bf16.
+    wanted = has_bf16(kind) and (kind == "cuda" or frozen == torch.bfloat16) if keys.bf16 == "auto" else keys.bf16
     return Placement(device, torch.bfloat16 if wanted else None)
+
+
+def has_bf16(kind: str) -> bool:
+    """Whether this machine multiplies in bf16 itself; a CPU that does not emulates it, an order of magnitude slower."""
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported()
+    traits = torch.cpu.get_capabilities()
+    return any(traits.get(name, False) for name in ("avx512_bf16", "amx_bf16", "avx10_2", "bf16"))
+
+
+def weight_dtype(keys: ModelKeys, placement: Placement, stored: torch.dtype, *, trainable: bool) -> torch.dtype:
+    """The dtype that a model's weights are held in, given that of its file.
+
+    What is trained is float32. A frozen base keeps its file's dtype where that is what is computed with, so that no
+    step mixes dtypes: under autocast, or alone (no adapter) on a machine that has the arithmetic.
+    """
+    if placement.autocast_dtype is not None:
+        return torch.float32 if trainable and keys.adapter == "none" else stored
+    if trainable or keys.bf16 is False:
+        return torch.float32
+    kind = placement.device.type
+    native = has_bf16(kind) if stored == torch.bfloat16 else kind == "cuda"
+    return stored if native else torch.float32

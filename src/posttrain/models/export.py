@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
 from posttrain.files import digest_tree, read_json, write_folder
-from posttrain.models import attention
+from posttrain.models import attention, generation
 from posttrain.models.adapters import dequantized_weights
 from posttrain.models.policy import Policy
 
@@ -77,6 +77,8 @@ def _save(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, record: Mapping[str, Any],
     state: Mapping[str, torch.Tensor] | None = None,
 ) -> None:  # fmt: skip
+    generation.complete(model, tokenizer, str(folder))
+
     def fill(temporary: Path) -> None:
         saved = copy.copy(model.config)
         model.config._attn_implementation_internal = None

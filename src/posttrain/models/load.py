@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from posttrain.config import hub
 from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
-from posttrain.models import attention
+from posttrain.models import attention, generation
 from posttrain.models.adapters import attach_adapter
-from posttrain.models.device import place
+from posttrain.models.device import Placement, has_bf16, place, weight_dtype
 from posttrain.models.policy import Policy
 from posttrain.models.selfcheck import ragged_is_exact
 
@@ -27,6 +27,7 @@ def load_config(keys: ModelKeys) -> Any:
     source = keys.base_model
     if Path(source).is_dir() and not (Path(source) / "config.json").exists():
         raise ModelError(f"base_model: {source} has no config.json; expected a Hugging Face model folder")
+    _refuse_pickles(Path(source))
     offline = "" if Path(source).is_dir() else hub.prepare()
     try:
         return AutoConfig.from_pretrained(source, revision=keys.revision, trust_remote_code=keys.trust_remote_code)
@@ -36,6 +37,16 @@ def load_config(keys: ModelKeys) -> Any:
             f"base_model: {source} is not a local folder and could not be fetched from the hub ({reason}); "
             "give a local folder, or connect to the hub and log in if the model is gated"
         ) from error
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Raises: ModelError for a local model that has its weights in pickle files alone."""
+    pickled = sorted(path.name for path in folder.glob("*.bin") if path.name.startswith("pytorch_model"))
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"base_model: {folder} has only pickled weights ({pickled[0]}), which can run code when they are read; expected "
+            "*.safetensors: load it once where you trust it with AutoModelForCausalLM.from_pretrained and save_pretrained it"
+        )
 
 
 def load_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerBase:
@@ -57,22 +68,12 @@ def load_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends a completion: the tokenizer's and the generation config's, without the pad token."""
-    configured: Any = getattr(model.generation_config, "eos_token_id", None)
-    ends: list[Any] = [*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id]
-    return tuple(sorted({int(token) for token in ends if token is not None}))
-
-
 def load_policy(keys: ModelKeys, *, tokenizer: PreTrainedTokenizerBase | None = None, trainable: bool = True) -> Policy:
-    """The model that a stage trains or an eval scores.
-
-    Trained weights are float32 masters; frozen ones keep the dtype they were saved in.
-    """
-    placement = place(keys)
+    """The model that a stage trains or an eval scores, in the precision that `device.weight_dtype` chooses."""
+    tokenizer = tokenizer or load_tokenizer(keys)
     attention.register()
-    model = _load_base(keys, float32=trainable and keys.adapter == "none")
-    model.to(placement.device)  # pyright: ignore[reportArgumentType]
+    model, placement = load_base(keys, trainable=trainable)
+    generation.complete(model, tokenizer, keys.base_model)
     ragged = ragged_is_exact(model)
     if ragged:
         model.set_attn_implementation(attention.NAME)
@@ -87,29 +88,62 @@ def load_policy(keys: ModelKeys, *, tokenizer: PreTrainedTokenizerBase | None = 
     if trainable and keys.gradient_checkpointing:
         adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     adapted.eval()
-    return Policy(adapted, tokenizer or load_tokenizer(keys), placement, ragged=ragged, source=keys.base_model)
+    return Policy(adapted, tokenizer, placement, ragged=ragged, source=keys.base_model)
 
 
-def _load_base(keys: ModelKeys, *, float32: bool) -> PreTrainedModel:
+def load_base(keys: ModelKeys, *, trainable: bool) -> tuple[PreTrainedModel, Placement]:
+    """The model of `keys.base_model` and `revision`, on its device. Raises: ModelError, in one line."""
     config = load_config(keys)
-    options: dict[str, Any] = {"revision": keys.revision, "trust_remote_code": keys.trust_remote_code}
+    stored = stored_dtype(config)
+    placement = place(keys, stored if trainable and keys.adapter != "none" else None)
+    dtype = weight_dtype(keys, placement, stored, trainable=trainable)
+    options: dict[str, Any] = {}
     if keys.load_in_4bit:
-        options |= {"quantization_config": _bnb_config(keys), "device_map": {"": str(place(keys).device)}}
-    dtype = torch.float32 if float32 else getattr(config, "dtype", None) or torch.float32
-    try:
-        model = AutoModelForCausalLM.from_pretrained(keys.base_model, dtype=dtype, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"base_model: {keys.base_model} did not load: {str(error).strip().splitlines()[0]}") from error
+        options = {"quantization_config": _bnb_config(keys, placement), "device_map": {"": str(placement.device)}}
+    # Quantised from the file's own dtype wherever it runs, so that the same adapter has the same base.
+    model = read_model(keys, stored if keys.load_in_4bit else dtype, **options)
     model.config.use_cache = False
     text = model.config.get_text_config()
     if getattr(text, "router_aux_loss_coef", 0):
         text.output_router_logits = True
     if keys.load_in_4bit:
-        _keep_4bit_differentiable(model)
-    return model
+        _prepare_4bit(model, dtype)
+    if stored != torch.float32 and not (trainable and keys.adapter == "none"):
+        log.info("%s: %s file, held in %s (%s)", keys.base_model, *_names(stored, dtype), _reason(placement, dtype))
+    model.to(placement.device)  # pyright: ignore[reportArgumentType]
+    return model, placement
 
 
-def _bnb_config(keys: ModelKeys) -> Any:
+def read_model(keys: ModelKeys, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """The weights of `keys.base_model` at its revision, as they are in the file. Raises: ModelError, in one line."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            keys.base_model, dtype=dtype, revision=keys.revision, trust_remote_code=keys.trust_remote_code,
+            use_safetensors=True, **options,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"base_model: {keys.base_model} did not load: {str(error).strip().splitlines()[0]}") from error
+
+
+def stored_dtype(config: Any) -> torch.dtype:
+    """The dtype that a config says its file has; float32 where it says nothing."""
+    return getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
+
+
+def _names(*dtypes: torch.dtype) -> tuple[str, ...]:
+    return tuple(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _reason(placement: Placement, dtype: torch.dtype) -> str:
+    kind = placement.device.type
+    if placement.autocast_dtype is not None:
+        return "computed with under bf16 autocast"
+    if dtype == torch.float32:
+        return f"computed with in float32; this {kind} {'has' if has_bf16(kind) else 'has no'} bf16 units"
+    return f"this {kind} computes in it"
+
+
+def _bnb_config(keys: ModelKeys, placement: Placement) -> Any:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
@@ -120,16 +154,21 @@ def _bnb_config(keys: ModelKeys) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type=keys.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=keys.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=place(keys).autocast_dtype or torch.float32,
+        bnb_4bit_compute_dtype=placement.autocast_dtype or torch.float32,
     )
 
 
-def _keep_4bit_differentiable(model: PreTrainedModel) -> None:
-    """On CPUs with AVX512-BF16 an eval forward repacks 4-bit weights for a kernel without autograd: never allow it."""
+def _prepare_4bit(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Freeze the base, hold what is not quantised in `dtype` and norms in float32, and keep the forward differentiable."""
     import bitsandbytes
 
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter.ndim == 1 else dtype)
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
+            # On CPUs with AVX512-BF16 an eval forward repacks the weights for a kernel without autograd.
             module.support_avx512bf16_for_cpu = False
 
 

@@ -10,7 +10,8 @@ from posttrain.config.stages import GRPOKeys
 from posttrain.data.load import load_prompts
 from posttrain.errors import RewardError
 from posttrain.files import read_json
-from posttrain.models.load import load_policy, load_tokenizer, stop_token_ids
+from posttrain.models.generation import stop_token_ids
+from posttrain.models.load import load_policy, load_tokenizer
 from posttrain.recipes.engine import sampling_params
 from posttrain.rewards.cases import Sample, cases_of
 from posttrain.rewards.certificate import Certificate, check_rewards

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from posttrain.config.stages import GRPOKeys, TrainKeys
-from posttrain.models.load import stop_token_ids
+from posttrain.models.generation import stop_token_ids
 from posttrain.models.policy import Policy
 from posttrain.protocols import Topology
 from posttrain.rollout.embedded import EmbeddedEngine

@@ -14,7 +14,8 @@ from posttrain.evals.run import Evaluator, decoding_of
 from posttrain.evals.suite import Suite
 from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.models.export import source_digest
-from posttrain.models.load import load_policy, load_tokenizer, stop_token_ids
+from posttrain.models.generation import stop_token_ids
+from posttrain.models.load import load_policy, load_tokenizer
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.sampling import request_seed
 from posttrain.types import Text
