@@ -9,7 +9,8 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 import pytest
 from mlflow import MlflowClient
 
-from posttrain.tracking.mlflow_mirror import MlflowSink
+from posttrain.errors import ConfigError
+from posttrain.tracking.mlflow_mirror import MlflowSink, name_there
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +23,11 @@ def _only_run(client, experiment):
     return run
 
 
-def test_runs_metrics_params_and_registered_versions_arrive(uri, tmp_path):
+def test_runs_metrics_and_params_arrive(uri):
     sink = MlflowSink(uri, "word-problems", "run-1", {"sft": {"learning_rate": 1e-3}, "seed": 42})
     for step in (1, 2, 3):
         sink.log(step, {"loss": 1.0 / step, "rewards/correct/mean": 0.5, "grad_norm": float("nan")})
     sink.event("finding", 2, {"rule": "kl_drift", "message": "KL is high"})
-    sink.event(
-        "registered", 3, {"name": "wp", "version": 7, "alias": "champion", "digest": "sha256:aa", "path": str(tmp_path)}
-    )
     sink.close(timeout_s=60)
     assert sink.num_dropped == 0
 
@@ -41,22 +39,51 @@ def test_runs_metrics_params_and_registered_versions_arrive(uri, tmp_path):
     history = client.get_metric_history(run.info.run_id, "loss")
     assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
     assert "grad_norm" not in run.data.metrics
-    version = client.get_model_version_by_alias("wp", "champion")
-    assert version.tags == {"posttrain.digest": "sha256:aa", "posttrain.version": "7"}
 
 
-def test_a_restarted_run_continues_the_same_run_and_registers_once(uri, tmp_path):
-    entry = {"name": "twice", "version": 1, "alias": "champion", "digest": "sha256:bb", "path": str(tmp_path)}
+def test_a_restarted_run_continues_the_same_run(uri):
     for step in (1, 2):
         sink = MlflowSink(uri, "restarted", "it's one run", {"seed": 1})
         sink.log(step, {"loss": 1.0})
-        sink.event("registered", step, entry)
         sink.close(timeout_s=60)
         assert sink.num_dropped == 0
     client = MlflowClient(uri, uri)
     run = _only_run(client, "restarted")
     assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [1, 2]
-    assert len(client.search_model_versions("name = 'twice'")) == 1
+
+
+def test_names_are_cleaned_to_what_mlflow_takes():
+    from mlflow.utils.validation import path_not_unique, validate_param_and_metric_name
+
+    names = {
+        "rewards/größe/mean": "rewards/gr__e/mean", "a b:c-d.e": "a b:c-d.e", "../up//x/./y/": "up/x/y", "why?": "why_",
+        "/": "_", "x" * 300: "x" * 250,
+    }  # fmt: skip
+    for name, clean in names.items():
+        assert name_there(name) == clean
+        assert validate_param_and_metric_name(clean) and not path_not_unique(clean)
+
+
+def test_a_refused_name_costs_that_name_alone(uri, caplog):
+    """Two names become one there, with two values, which MLflow refuses together with all that stands in the same call."""
+    clash = {"why?": 1, "why_": 2}
+    sink = MlflowSink(uri, "refused", "run", {**{f"p{i}": i for i in range(150)}, **clash})
+    for step in (1, 2, 3):
+        sink.log(step, {"loss": float(step), "rewards/größe/mean": 1.0})
+    sink.close(timeout_s=60)
+    client = MlflowClient(uri, uri)
+    run = _only_run(client, "refused")
+    assert len(run.data.params) == 151 and run.data.params["why_"] == "1" and sink.num_dropped == 0
+    assert (
+        len(client.get_metric_history(run.info.run_id, "loss")) == 3 and run.data.metrics["rewards/gr__e/mean"] == 1.0
+    )
+    assert "refuses params 'why_'" in caplog.text
+
+
+def test_a_password_in_the_uri_is_refused_and_not_repeated():
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD") as refusal:
+        MlflowSink("http://user:s3cret@127.0.0.1:5000", "x", "y")
+    assert "s3cret" not in str(refusal.value)
 
 
 def test_a_dead_server_neither_blocks_nor_raises(caplog):

@@ -18,6 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import posttrain
 from posttrain.errors import PosttrainError
+from posttrain.uris import without_secrets
 
 EXIT_USAGE = 64
 EXIT_CRASH = 70
@@ -147,8 +148,9 @@ def _run(argv: list[str]) -> int:
 
 
 def _message(error: PosttrainError) -> str:
-    lines = str(error).splitlines()
-    return f"error: {error}" if len(lines) <= 1 else "error:\n" + "\n".join(f"  {line}" for line in lines)
+    text = without_secrets(str(error))
+    lines = text.splitlines()
+    return f"error: {text}" if len(lines) <= 1 else "error:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ Folder = Annotated[Path, typer.Option("--registry", help="Folder of the registry
 Ref = Annotated[str, typer.Argument(metavar="REF", help="NAME@VERSION, NAME@ALIAS or alias:ALIAS.")]
 Alias = Annotated[str, typer.Option(help="Alias to move.")]
 _DEFAULT = Path("registry")
+EXIT_WAITING = 75
 
 
 @app.command("list")
@@ -135,13 +136,16 @@ def mirror(
     uri: Annotated[str, typer.Argument(help="An MLflow registry: a server's URL, or sqlite:///file.db.")],
     registry: Folder = _DEFAULT,
 ) -> None:
-    """Send to MLflow what has not been sent yet."""
+    """Send to MLflow what has not been sent yet. Exit code 75 while events wait."""
     from posttrain.registry.mirror import MlflowMirror, deliver
 
     with open_registry(registry) as book:
         done = deliver(book, MlflowMirror(uri))
-        waits = f"; {done.pending} wait: {done.error}" if done.pending else ""
-        typer.echo(f"{done.sent} events sent{waits}")
+    for event in done.passed_over:
+        typer.echo(f"passed over, MLflow will never take it: {event}", err=True)
+    typer.echo(f"{done.sent} events sent" + (f"; {done.pending} wait: {done.error}" if done.pending else ""))
+    if done.pending:
+        raise typer.Exit(EXIT_WAITING)
 
 
 @contextmanager

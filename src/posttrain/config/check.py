@@ -16,6 +16,7 @@ from posttrain.config.schema import annotation_at, annotation_below, arms, did_y
 from posttrain.config.settings import Problems, Settings, dotted, holds
 from posttrain.config.stages import TrainKeys
 from posttrain.config.yaml_lines import KeyPath
+from posttrain.uris import SECRET_IN_URI, holds_secret
 
 Model = TypeVar("Model", bound=Keys)
 _LONGEST_VALUE = 60
@@ -32,6 +33,8 @@ def build(
     before = len(problems.found)
     for path, value in _booleans_for_numbers(settings.values, model, ()):
         problems.add(settings.origin(path), settings.name(path), _got(model, path, value))
+    for path in _uris_with_secrets(settings.values, ()):
+        problems.add(settings.origin(path), settings.name(path), SECRET_IN_URI)
     resolve_paths(settings, model, folder, problems)
     try:
         built = model.model_validate(settings.values)
@@ -72,6 +75,17 @@ def _booleans_for_numbers(value: Any, annotation: Any, path: KeyPath) -> Iterato
     elif isinstance(value, list):
         for place, item in enumerate(value):
             yield from _booleans_for_numbers(item, annotation_below(annotation, place), (*path, place))
+
+
+def _uris_with_secrets(value: Any, path: KeyPath) -> Iterator[KeyPath]:
+    if isinstance(value, str) and holds_secret(value):
+        yield path
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _uris_with_secrets(item, (*path, key))
+    elif isinstance(value, list):
+        for place, item in enumerate(value):
+            yield from _uris_with_secrets(item, (*path, place))
 
 
 def _report(error: ValidationError, model: type[Keys], settings: Settings, kind: str, problems: Problems) -> None:

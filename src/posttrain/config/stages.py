@@ -97,7 +97,7 @@ class TrainKeys(ModelKeys):
     health: dict[str, dict[str, Any]] = knob({}, "Health rules to change: rule → threshold, `severity`, `action` or `enabled`; docs/failure-modes.md lists them.", example={"kl_drift": {"limit": 1.0}})
     health_rollbacks: int = knob(2, "How often a run may return to its last healthy checkpoint before it stops.", ge=0)
     lint: dict[str, dict[str, Any]] = knob({}, "Data lints to change: rule → `limit` (share of the rows) and `action` (warn, refuse or off); docs/data-formats.md lists them.", example={"near_duplicate": {"limit": 0.05}})
-    mlflow: str | None = knob(None, "Mirror metrics to this MLflow server, or to sqlite:///file.db; it never blocks a run.", example="sqlite:///mlflow.db")
+    mlflow: str | None = knob(None, "Mirror metrics to this MLflow server, or to sqlite:///file.db; it never blocks a run. No password here: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.", example="sqlite:///mlflow.db")
     prometheus_port: int | None = knob(None, "Serve the newest metrics to Prometheus on this port of localhost.", ge=1, le=65535)
 
     @model_validator(mode="before")

@@ -1,12 +1,14 @@
 """Mirror the registry's events to MLflow, after the local commit.
 
 The event log is the outbox: each mirror remembers the last event that reached it. A server that is down costs a short
-wait and leaves the rest for the next time; the local registry stays the truth.
+wait and leaves the rest for the next time; what a server will never take is named and passed over. The local registry
+stays the truth.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import socket
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,8 +18,11 @@ from posttrain.errors import MissingExtraError
 from posttrain.registry.promotion import CHAMPION, HOLD, PREVIOUS
 from posttrain.registry.registry import Registry
 from posttrain.registry.rows import Event
+from posttrain.uris import refuse_secret, without_secrets
 
 _CONNECT_S = 2.0
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+_TAKEN_THERE = re.compile(r"latest|v\d+", re.IGNORECASE)
 
 
 class Mirror(Protocol):
@@ -29,31 +34,44 @@ class Mirror(Protocol):
     def send(self, event: Event, registry: Registry) -> None: ...
 
 
+class UndeliverableError(Exception):
+    """The mirror refuses this event, and would refuse it again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """How many events were sent, how many wait, and why they wait."""
+    """How many events were sent, how many wait and why, and what was passed over because it can never be delivered."""
 
     sent: int
     pending: int
     error: str | None = None
+    passed_over: tuple[str, ...] = ()
 
 
 def deliver(registry: Registry, mirror: Mirror) -> Delivery:
     """Send what has not been sent, in order. Never raises for a mirror that fails."""
     waiting = registry.rows.events(after=registry.rows.delivered(mirror.name))
-    for sent, event in enumerate(waiting):
+    passed_over: list[str] = []
+    for place, event in enumerate(waiting):
         try:
             mirror.send(event, registry)
+        except UndeliverableError as error:
+            passed_over.append(f"{event.action} {event.name}@{event.version}: {error}")
         except Exception as error:  # noqa: BLE001 - another process answers here, and it may fail in any way
-            return Delivery(sent, len(waiting) - sent, f"{type(error).__name__}: {error}")
+            why = without_secrets(f"{type(error).__name__}: {error}")
+            return Delivery(place - len(passed_over), len(waiting) - place, why, tuple(passed_over))
         registry.rows.mark_delivered(mirror.name, event.id)
-    return Delivery(len(waiting), 0)
+    return Delivery(len(waiting) - len(passed_over), 0, None, tuple(passed_over))
 
 
 class MlflowMirror:
-    """Registered models, versions and aliases in an MLflow registry (a server's URL, or `sqlite:///file.db`)."""
+    """Registered models, versions and aliases in an MLflow registry (a server's URL, or `sqlite:///file.db`).
+
+    Raises: ConfigError for a URI with a password; MLflow reads credentials from its own environment variables.
+    """
 
     def __init__(self, uri: str) -> None:
+        refuse_secret(uri)
         self.uri = uri
         self._client: Any = None
 
@@ -62,16 +80,26 @@ class MlflowMirror:
         return f"mlflow:{self.uri}"
 
     def send(self, event: Event, registry: Registry) -> None:
-        """Raises: MissingExtraError without mlflow; whatever the server's failure is."""
+        """Raises: MissingExtraError without mlflow; UndeliverableError for what the server refuses; its other failures."""
         _probe(self.uri)
         client = self._connect()
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._send(client, event, registry)
+        except MlflowException as error:
+            if error.error_code in _REFUSALS:
+                raise UndeliverableError(str(error)) from error
+            raise
+
+    def _send(self, client: Any, event: Event, registry: Registry) -> None:
         if event.action in ("tag", "untag"):
             return self._send_tag(client, event, registry)
         theirs = self._version(client, event.name, event.version, registry)
         alias = event.details.get("alias")
         if alias is None:
             return None
-        client.set_registered_model_alias(event.name, alias, theirs)
+        client.set_registered_model_alias(event.name, alias_there(alias), theirs)
         self._send_previous(client, event.name, alias, registry)
         if event.action == "rollback":
             bad = self._version(client, event.name, int(event.details["from"]), registry)
@@ -83,10 +111,10 @@ class MlflowMirror:
         ours = PREVIOUS if alias == CHAMPION else f"{alias}.{PREVIOUS}"
         before = registry.holder(name, ours)
         if before is None:
-            client.delete_registered_model_alias(name, ours)
+            client.delete_registered_model_alias(name, alias_there(ours))
         else:
             theirs = self._version(client, name, before.version, registry)
-            client.set_registered_model_alias(name, ours, theirs)
+            client.set_registered_model_alias(name, alias_there(ours), theirs)
 
     def _send_tag(self, client: Any, event: Event, registry: Registry) -> None:
         theirs = self._version(client, event.name, event.version, registry)
@@ -120,6 +148,12 @@ class MlflowMirror:
                 raise MissingExtraError("mirroring to MLflow needs it: pip install 'posttrain[mlflow]'") from error
             self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
         return self._client
+
+
+def alias_there(alias: str) -> str:
+    """Our alias in MLflow's alphabet: `staging.previous` → `staging__previous`; `latest` and `v3` are names of its own there."""
+    clean = alias.replace(".", "__")
+    return f"{clean}__alias" if _TAKEN_THERE.fullmatch(clean) else clean
 
 
 def _probe(uri: str) -> None:

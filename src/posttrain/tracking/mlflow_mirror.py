@@ -1,7 +1,7 @@
-"""A copy of a run in MLflow: parameters, metrics, findings, and the versions and aliases that were registered.
+"""A copy of a run in MLflow: parameters, metrics, findings.
 
 A mirror, never the record: it works in a thread behind a bounded queue, so a slow or dead server costs a run nothing
-but the copy. Knows nothing of the registry; it is told of an entry by an event of kind `registered`.
+but the copy, and a name that the server refuses costs that name. Knows nothing of the registry, which has its own mirror.
 """
 
 from __future__ import annotations
@@ -10,18 +10,22 @@ import logging
 import math
 import os
 import queue
+import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from posttrain.errors import MissingExtraError
+from posttrain.uris import refuse_secret
 
 _log = logging.getLogger(__name__)
 
 _RUN_TAG = "posttrain.run"
-_DIGEST_TAG = "posttrain.digest"
-_MAX_METRICS_PER_CALL = 500
+_MAX_PER_CALL = 100
+_MAX_NAME_CHARS = 250
+_NO_NAME_THERE = re.compile(r"[^\w./: -]", re.ASCII)
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 _MAX_PARAM_CHARS = 500
 _RETRY_AFTER_S = 5.0
 _TAGGED_EVENTS = {"finding", "gate", "stage"}
@@ -32,12 +36,14 @@ Message = tuple[str, tuple[Any, ...]]
 class MlflowSink:
     """Mirrors to `uri` (a server, or `sqlite:///file.db`); `run_key` finds the same run again after a restart.
 
-    Raises: MissingExtraError if MLflow is not installed.
+    Credentials come from MLflow's own environment variables. Raises: MissingExtraError if MLflow is not installed,
+    ConfigError for a URI with a password.
     """
 
     def __init__(
         self, uri: str, experiment: str, run_key: str, params: Mapping[str, Any] | None = None, queue_size: int = 1000
     ) -> None:
+        refuse_secret(uri)
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         _require_mlflow()
         # Two counters, one per thread: `+=` on a shared one could lose a count.
@@ -48,6 +54,7 @@ class MlflowSink:
         self._run_id = ""
         self._client: Any = None
         self._retry_at = 0.0
+        self._refused: set[tuple[str, str]] = set()
         self._thread = threading.Thread(target=self._work, name="mlflow-mirror", daemon=True)
         self._thread.start()
         if params:
@@ -62,10 +69,8 @@ class MlflowSink:
         self._put(("metrics", (step, int(time.time() * 1000), dict(metrics))))
 
     def event(self, kind: str, step: int, details: Mapping[str, Any]) -> None:
-        if kind == "registered":
-            self._put(("registered", (dict(details),)))
-        elif kind in _TAGGED_EVENTS:
-            self._put(("tag", (f"{kind}.{step}", str(details.get("message", dict(details))))))
+        if kind in _TAGGED_EVENTS:
+            self._put(("tags", (f"{kind}.{step}", str(details.get("message", dict(details))))))
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Wait at most `timeout_s` for what is queued, then let it go."""
@@ -99,7 +104,8 @@ class MlflowSink:
                 continue
             try:
                 self._connect()
-                _SENDERS[message[0]](self._client, self._run_id, *message[1])
+                kind, arguments = message
+                self._log(kind, _ENTITIES[kind](self._client, self._run_id, *arguments))
             except Exception as error:  # noqa: BLE001 - the boundary to another system: any failure becomes a count
                 self._num_unsent += 1
                 self._retry_at = time.monotonic() + _RETRY_AFTER_S
@@ -108,6 +114,15 @@ class MlflowSink:
                         "MLflow at %s does not answer (%s); the run goes on without it", self._uri, _first_line(error)
                     )
         self._finish()
+
+    def _log(self, kind: str, entities: Sequence[Any]) -> None:
+        wanted = [entity for entity in entities if (kind, entity.key) not in self._refused]
+        for start in range(0, len(wanted), _MAX_PER_CALL):
+            for name, error in _log_batch(self._client, self._run_id, kind, wanted[start : start + _MAX_PER_CALL]):
+                self._refused.add((kind, name))
+                _log.warning(
+                    "MLflow at %s refuses %s %r (%s); the run goes on without it there", self._uri, kind, name, error
+                )
 
     def _connect(self) -> None:
         if self._run_id:
@@ -136,46 +151,50 @@ class MlflowSink:
             _log.warning("MLflow at %s: the run stays open there (%s)", self._uri, _first_line(error))
 
 
-def _send_params(client: Any, run_id: str, params: Mapping[str, str]) -> None:
+def _log_batch(client: Any, run_id: str, kind: str, entities: Sequence[Any]) -> Iterator[tuple[str, str]]:
+    """(name, why) of what is refused. MLflow refuses a batch for one name in it, so that name is looked for by halves."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.log_batch(run_id, **{kind: entities})
+    except MlflowException as error:
+        if error.error_code not in _REFUSALS:
+            raise
+        if len(entities) == 1:
+            yield entities[0].key, _first_line(error)
+            return
+        middle = len(entities) // 2
+        yield from _log_batch(client, run_id, kind, entities[:middle])
+        yield from _log_batch(client, run_id, kind, entities[middle:])
+
+
+def _params(client: Any, run_id: str, params: Mapping[str, str]) -> list[Any]:
     from mlflow.entities import Param
 
     known = client.get_run(run_id).data.params  # a parameter of MLflow cannot be changed once it is set
-    fresh = [Param(name, value) for name, value in params.items() if name not in known]
-    for start in range(0, len(fresh), 100):
-        client.log_batch(run_id, params=fresh[start : start + 100])
+    return [Param(name_there(name), value) for name, value in params.items() if name_there(name) not in known]
 
 
-def _send_metrics(client: Any, run_id: str, step: int, time_ms: int, metrics: Mapping[str, float]) -> None:
+def _metrics(client: Any, run_id: str, step: int, time_ms: int, metrics: Mapping[str, float]) -> list[Any]:
     from mlflow.entities import Metric
 
-    finite = [Metric(name, float(value), time_ms, step) for name, value in metrics.items() if math.isfinite(value)]
-    for start in range(0, len(finite), _MAX_METRICS_PER_CALL):
-        client.log_batch(run_id, metrics=finite[start : start + _MAX_METRICS_PER_CALL])
+    finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+    return [Metric(name_there(name), value, time_ms, step) for name, value in finite.items()]
 
 
-def _send_tag(client: Any, run_id: str, name: str, value: str) -> None:
-    client.set_tag(run_id, name, value[:_MAX_PARAM_CHARS])
+def _tags(client: Any, run_id: str, name: str, value: str) -> list[Any]:
+    from mlflow.entities import RunTag
+
+    return [RunTag(name_there(name), value[:_MAX_PARAM_CHARS])]
 
 
-def _send_registered(client: Any, run_id: str, entry: Mapping[str, Any]) -> None:
-    """Mirror a registered version and its alias; the same digest is registered once."""
-    from mlflow.exceptions import MlflowException
-
-    name = str(entry["name"])
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    versions = client.search_model_versions(f"name = '{_quoted(name)}'")
-    same = [v for v in versions if v.tags.get(_DIGEST_TAG) == entry["digest"]]
-    tags = {_DIGEST_TAG: str(entry["digest"]), "posttrain.version": str(entry["version"])}
-    version = same[0] if same else client.create_model_version(name, str(entry["path"]), run_id, tags=tags)
-    if entry.get("alias"):
-        client.set_registered_model_alias(name, str(entry["alias"]), version.version)
+_ENTITIES: dict[str, Callable[..., list[Any]]] = {"params": _params, "metrics": _metrics, "tags": _tags}
 
 
-_SENDERS = {"params": _send_params, "metrics": _send_metrics, "tag": _send_tag, "registered": _send_registered}
+def name_there(name: str) -> str:
+    """A name in MLflow's alphabet: letters, digits and `_-.: /`, as a relative path without empty or dotted steps."""
+    steps = _NO_NAME_THERE.sub("_", name).split("/")
+    return "/".join(step for step in steps if step.strip("."))[:_MAX_NAME_CHARS].rstrip("/") or "_"
 
 
 def _require_mlflow() -> None:

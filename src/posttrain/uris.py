@@ -1,0 +1,49 @@
+"""Where servers and files are. A URI is written into configs, reports and registries, so it must hold no password."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import parse_qsl, urlsplit
+
+from posttrain.errors import ConfigError
+
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*")
+_USER_INFO = re.compile(r"(?<=://)[^/?#\s]*@")
+_SECRET_NAME = re.compile(
+    r"(.*[-_])?(pass(word|wd)?|pwd|token|secret|(api|access)[-_]?key|sig(nature)?|credentials?)", re.IGNORECASE
+)
+_WEB = ("http", "https")
+
+
+def holds_secret(text: str) -> bool:
+    """Whether `text` is a URI with a password, or with anything that may serve as one.
+
+    A web address needs no user; a database may name one.
+    """
+    if not _URI.fullmatch(text.strip()):
+        return False
+    try:
+        parts = urlsplit(text.strip())
+    except ValueError:
+        return _USER_INFO.search(text) is not None
+    user, at, _ = parts.netloc.rpartition("@")
+    named = any(_SECRET_NAME.fullmatch(name) for name, _ in parse_qsl(parts.query, keep_blank_values=True))
+    return named or (bool(at) and (":" in user or parts.scheme.lower() in _WEB))
+
+
+def refuse_secret(text: str) -> None:
+    """Raises: ConfigError, which does not repeat it, for a URI that holds a password."""
+    if holds_secret(text):
+        raise ConfigError(SECRET_IN_URI)
+
+
+SECRET_IN_URI = (
+    "got a URI that holds a password or token, which would be copied into config.yaml, reports and the registry; expected one "
+    "without. For MLflow set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN; for a database "
+    "what its driver reads (PGPASSWORD, ~/.pgpass, ~/.my.cnf)"
+)
+
+
+def without_secrets(text: str) -> str:
+    """`text` with the user part of every URI in it left out, for messages that quote what was given."""
+    return _USER_INFO.sub("…@", text)
