@@ -83,3 +83,12 @@ def test_gdpo_with_another_baseline_than_the_groups_is_refused(change):
             base_model="m", datasets=[{"path": "d.jsonl"}], reward_funcs=["exact"],
             multi_objective_aggregation="normalize_then_sum", **change,
         )  # fmt: skip
+
+
+def test_a_kl_that_would_be_normalised_away_is_refused():
+    keys = REQUIRED | {
+        "reward_funcs": ["a", "b"], "kl_in_reward": True, "multi_objective_aggregation": "normalize_then_sum"
+    }  # fmt: skip
+    with pytest.raises(ValidationError, match="beta would do nothing; set kl_in_reward: false"):
+        GRPOKeys(**keys, beta=0.1)
+    assert GRPOKeys(**keys).beta == 0

@@ -234,6 +234,15 @@ class GRPOKeys(TrainKeys):
         return self
 
     @model_validator(mode="after")
+    def _kl_is_not_normalised_away(self) -> GRPOKeys:
+        if self.kl_in_reward and self.beta and self.multi_objective_aggregation == "normalize_then_sum":
+            raise ValueError(
+                "kl_in_reward with multi_objective_aggregation: normalize_then_sum divides the KL by its own std, so beta "
+                "would do nothing; set kl_in_reward: false, which puts the KL into the loss"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _gdpo_is_defined_on_groups(self) -> GRPOKeys:
         own = self.loss_type in ("rloo", "reinforce_pp")
         if self.multi_objective_aggregation == "normalize_then_sum" and (own or self.advantage_estimator != "group"):

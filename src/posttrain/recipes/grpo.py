@@ -20,13 +20,14 @@ from posttrain.models.load import load_policy, load_tokenizer
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
 from posttrain.objectives.policy import PolicyInputs, policy_loss
+from posttrain.objectives.ratios import bounded_exp
 from posttrain.objectives.reduce import Normalizer
 from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import LossTerms, spec_from
 from posttrain.protocols import Topology
 from posttrain.recipes.batches import MicroBatch, fill_with_groups, split_groups
 from posttrain.recipes.engine import greedy, make_engine, sampling_params
-from posttrain.recipes.experience import Collector, Trajectory
+from posttrain.recipes.experience import Collector, Group, Trajectory, teaches
 from posttrain.recipes.live_checks import LiveChecks
 from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import learning_rate, make_optimizer, update
@@ -42,7 +43,8 @@ from posttrain.rollout.collect import ScoreRewards, sample_groups, score_groups
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.types import Ratio
 
-Group = tuple[Trajectory, ...]
+EMPTY_STEP = "empty_step"
+"""Logged in place of a loss where a step had nothing to learn from."""
 
 
 def run(keys: GRPOKeys, stage: Stage) -> StageResult:
@@ -79,8 +81,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
             experience = state.experience
             if experience is None or experience.generation != generation:
                 engine.sync(version=step)
-                first_prompt = experience.next_prompt if experience else 0
-                experience = state.experience = collector.collect(generation, first_prompt, stage.guard.controls)
+                experience = state.experience = collector.collect(generation, experience, stage.guard.controls)
                 stage.run.event("rollouts", step + 1, {"generation": generation, "prompts": collector.ledger})
                 experience.metrics.update(live.if_due(step, collector.latest))
                 _show_sample(collector, stage, step + 1)
@@ -89,20 +90,26 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
             groups = experience.part(position % keys.steps_per_generation, keys.steps_per_generation)
             norm, objective = _normalizer(groups, keys), steered(spec, stage.guard.controls)
             metrics = StepMetrics()
+            micros = _micro_batches(groups, objective, keys, topology)
             policy.model.train()
-            for micro in _micro_batches(groups, objective, keys, topology):
+            for micro in micros:
                 # The first step of a batch is on-policy: the ratio is 1 by definition, not by subtraction.
                 terms = loss(policy, micro.rows, objective, norm, keys, on_policy=fresh)
                 (terms.loss * (0.0 if micro.idle else topology.world_size)).backward()
                 if not micro.idle:
                     metrics.add(terms.metrics)
                     metrics.add_share("loss", float(terms.loss.detach()))
-            lr = learning_rate(step, total_steps, keys) * stage.guard.controls.lr_scale
-            values = {"loss": 0.0, "learning_rate": lr} | metrics.reduced(topology)
-            values |= experience.metrics if fresh else {}
-            values |= _update(policy, optimizer, stage, lr, values, step + 1)
+            values = metrics.reduced(topology) | (experience.metrics if fresh else {})
+            if micros:
+                lr = learning_rate(step, total_steps, keys) * stage.guard.controls.lr_scale
+                values |= update(policy, optimizer, stage, lr, values, step + 1)
+                state.tokens += int(norm.tokens)
+            else:
+                # Nothing had a difference in reward: nothing moves, not even by AdamW's momentum.
+                values[EMPTY_STEP] = 1.0
+                state.empty_steps += 1
 
-            state.step, state.tokens = step + 1, state.tokens + int(norm.tokens)
+            state.step = step + 1
             values |= stage.times(rollout_s=collector.wall_s if fresh else 0.0)
             values |= validation.if_due(state.step, total_steps)
             best = validation.best_score(state.step)
@@ -145,16 +152,7 @@ def _largest_ratio(logp_M: torch.Tensor, old_logp_M: torch.Tensor | None) -> dic
     """How many times as likely a token became within its generation batch, at most."""
     if old_logp_M is None or not len(logp_M):
         return {}
-    return {"importance_ratio/max": Ratio(float((logp_M.detach() - old_logp_M).max().exp()), 1.0)}
-
-
-def _update(
-    policy: Policy, optimizer: torch.optim.Optimizer, stage: Stage, lr: float, values: dict[str, float], step: int
-) -> dict[str, float]:
-    """A step without any gradient (no group had a difference in reward) moves nothing, not even by AdamW's momentum."""
-    if not any(parameter.grad is not None for _, parameter in policy.trainable()):
-        return {}
-    return update(policy, optimizer, stage, lr, values, step)
+    return {"importance_ratio/max": Ratio(float(bounded_exp((logp_M.detach() - old_logp_M).max())), 1.0)}
 
 
 def _micro_batches(
@@ -162,12 +160,11 @@ def _micro_batches(
 ) -> list[MicroBatch[Group]]:
     """At most `per_device_train_batch_size` completions at a time, as many micro-batches on every rank.
 
-    A larger group is split: each part holds a copy of the prompt, and the normaliser is the step's. Groups whose
-    advantages are all zero are left out where nothing else needs their gradient; they still count in the normaliser.
+    A larger group is split: each part holds a copy of the prompt, and the normaliser is the step's. Groups that teach
+    nothing are left out; they still count in the normaliser. None at all where no group teaches anything.
     """
     at_once = keys.per_device_train_batch_size
-    needed = spec.entropy_coef > 0 or (spec.beta > 0 and not keys.kl_in_reward)
-    useful = [g for g in groups if needed or any(t.advantage and t.num_tokens for t in g)]
+    useful = [group for group in groups if teaches(group, spec, keys)]
     micros = [MicroBatch(parts) for parts in fill_with_groups(topology.shard(split_groups(useful, at_once)), at_once)]
     most = max(topology.gather(len(micros)))
     return micros + [MicroBatch(split_groups(groups[:1], at_once)[:1], idle=True)] * (most - len(micros))

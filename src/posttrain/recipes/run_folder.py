@@ -26,7 +26,7 @@ Watchers = Callable[[str, int], Sequence[MetricSink]]
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage made."""
+    """What a stage made. `steps` are those whose update was made or thrown away, not those without anything to learn from."""
 
     kind: str
     folder: Path

@@ -119,7 +119,7 @@ class Stage:
         self.topology.barrier()
         result = StageResult(
             kind=self.kind, folder=self.folder, model_dir=model_dir, model_digest=model_digest(model_dir),
-            parent_digest=source_digest(policy.source), steps=state.step, tokens=state.tokens, wall_s=state.wall_s,
+            parent_digest=source_digest(policy.source), steps=state.step - state.empty_steps, tokens=state.tokens, wall_s=state.wall_s,
             metrics=dict(state.validated), held=tuple(guard.held),
             rollbacks=tuple(rollback.to_json() for rollback in guard.rollbacks),
         )  # fmt: skip

@@ -27,18 +27,20 @@ from posttrain.recipes.prompts import Solved
 from posttrain.recipes.run_folder import RunFolder
 from posttrain.types import CheckpointRef
 
-FORMAT = 2
+FORMAT = 3
 """Raised when a checkpoint of before could not be gone on with."""
 
 
 @dataclass
 class TrainState:
-    """All of it is in a checkpoint. `step` counts finished steps; `tokens` those that went through the model."""
+    """All of it is in a checkpoint. `step` counts finished steps, `empty_steps` those of them that had nothing to learn from;
+    `tokens` those that went through the model."""
 
     policy: Policy
     optimizer: torch.optim.Optimizer
     guard: Guard
     step: int = 0
+    empty_steps: int = 0
     tokens: int = 0
     wall_s: float = 0.0
     validated: dict[str, float] = field(default_factory=dict[str, float])
@@ -52,14 +54,16 @@ class TrainState:
     def to_json(self) -> dict[str, Any]:
         """What is not a tensor."""
         return {
-            "format": FORMAT, "step": self.step, "tokens": self.tokens, "wall_s": self.wall_s,
+            "format": FORMAT, "step": self.step, "empty_steps": self.empty_steps, "tokens": self.tokens,
+            "wall_s": self.wall_s,
             "validated": dict(self.validated), "best": self.best, "guard": self.guard.to_json(),
             "experience": None if self.experience is None else self.experience.to_json(),
             "solved": {str(row): list(seen) for row, seen in sorted(self.solved.items())},
         }  # fmt: skip
 
     def restore(self, record: Mapping[str, Any]) -> None:
-        self.step, self.tokens, self.wall_s = record["step"], record["tokens"], record["wall_s"]
+        self.step, self.empty_steps = record["step"], record["empty_steps"]
+        self.tokens, self.wall_s = record["tokens"], record["wall_s"]
         self.validated, self.best = dict(record["validated"]), record["best"] and tuple(record["best"])
         self.guard.restore(record["guard"])
         experience = record["experience"]
