@@ -75,16 +75,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class TokenSeq:
-    """A rendered sequence. `loss_mask[t]` says whether token t is trained, given the tokens before it.
-
-    `behavior_logp` (one per trained token, in order) and `advantage` are set for RL only.
-    """
+    """A rendered sequence. `loss_mask[t]` says whether token t is trained, given the tokens before it."""
 
     ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
     origin: Origin | None = None
-    behavior_logp: tuple[float, ...] | None = None
-    advantage: float | None = None
 
     @property
     def num_loss_tokens(self) -> int:

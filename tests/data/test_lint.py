@@ -11,11 +11,23 @@ from posttrain.data.lint_input import LintInput
 from posttrain.data.lint_rules import RULES
 from posttrain.data.load import load_preference, load_sft
 from posttrain.data.parse import unpair
-from posttrain.data.render import render_example, render_labelled, render_pair
+from posttrain.data.render import draft_example, draft_labelled, draft_pair, tokenize
 from posttrain.errors import ConfigError, DataError
 from posttrain.types import Example, LabelledCompletion, Origin, PreferencePair, Prompt, TokenSeq
 
 NAMES = ["Paris", "Rome", "Oslo", "Bern", "Riga", "Lima", "Cairo", "Quito", "Tunis", "Accra"]
+
+
+def render_example(tokenizer, example, train_on="assistant"):
+    return tokenize(tokenizer, draft_example(tokenizer, example, train_on)).seqs[0]
+
+
+def render_labelled(tokenizer, row):
+    return tokenize(tokenizer, draft_labelled(tokenizer, row)).seqs[0]
+
+
+def render_pair(tokenizer, pair):
+    return tuple(tokenize(tokenizer, draft_pair(tokenizer, pair)).seqs)
 
 
 def at(line):

@@ -5,9 +5,13 @@ import pytest
 from posttrain.config.stages import DPOKeys, GRPOKeys, SFTKeys
 from posttrain.data.dataset import origin, sequences
 from posttrain.data.load import load_kto, load_preference, load_prompts, load_sft, read_nouns
-from posttrain.data.render import render_example
+from posttrain.data.render import draft_example, tokenize
 from posttrain.errors import DataError
 from posttrain.types import Example, Origin
+
+
+def render_example(tokenizer, example, train_on="assistant"):
+    return tokenize(tokenizer, draft_example(tokenizer, example, train_on)).seqs[0]
 
 
 def chat(question, answer):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from posttrain.data.render import render_example, render_labelled, render_pair, render_prompt
+from posttrain.data.render import draft_example, draft_labelled, draft_pair, draft_prompt, tokenize
 from posttrain.data.template import end_of_turn, render_chat, template_digest, use_template
 from posttrain.errors import DataError
 from posttrain.types import Example, LabelledCompletion, Origin, PreferencePair, Prompt
@@ -10,6 +10,22 @@ from posttrain.types import Example, LabelledCompletion, Origin, PreferencePair,
 ORIGIN = Origin("train.jsonl", 41)
 CHAT_FAMILIES = ["chatml", "marked", "marked_without_end", "qwen3", "llama3", "gemma", "plain"]
 END = {"llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "plain": "\n"}
+
+
+def render_example(tokenizer, example, train_on="assistant"):
+    return tokenize(tokenizer, draft_example(tokenizer, example, train_on)).seqs[0]
+
+
+def render_labelled(tokenizer, row):
+    return tokenize(tokenizer, draft_labelled(tokenizer, row)).seqs[0]
+
+
+def render_pair(tokenizer, pair):
+    return tuple(tokenize(tokenizer, draft_pair(tokenizer, pair)).seqs)
+
+
+def render_prompt(tokenizer, prompt):
+    return tokenize(tokenizer, draft_prompt(tokenizer, prompt)).seqs[0].ids
 
 
 def user(text):

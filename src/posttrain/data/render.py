@@ -39,27 +39,6 @@ class Tokenized:
     split: int
 
 
-def render_example(tokenizer: Any, example: Example, train_on: TrainOn = "assistant") -> TokenSeq:
-    """A supervised row. Nothing trained is an empty mask, not an error. Raises: DataError."""
-    return tokenize(tokenizer, draft_example(tokenizer, example, train_on)).seqs[0]
-
-
-def render_pair(tokenizer: Any, pair: PreferencePair) -> tuple[TokenSeq, TokenSeq]:
-    """(prompt + chosen, prompt + rejected), the answers trained. Raises: DataError."""
-    chosen, rejected = tokenize(tokenizer, draft_pair(tokenizer, pair)).seqs
-    return chosen, rejected
-
-
-def render_labelled(tokenizer: Any, row: LabelledCompletion) -> TokenSeq:
-    """prompt + completion, the completion trained. Raises: DataError."""
-    return tokenize(tokenizer, draft_labelled(tokenizer, row)).seqs[0]
-
-
-def render_prompt(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
-    """Ids of the prompt; a conversation ends with the generation prompt. Raises: DataError."""
-    return tokenize(tokenizer, draft_prompt(tokenizer, prompt)).seqs[0].ids
-
-
 def draft_example(tokenizer: Any, example: Example, train_on: TrainOn) -> list[Draft]:
     if not example.messages:
         return [_draft_text(tokenizer, example.prompt, example.completion, example.origin, train_on == "all")]
