@@ -2,10 +2,16 @@
 
 import pytest
 
+from posttrain.config.stages import DatasetKeys
 from posttrain.data.formats import FORMATS, detect, parse_rows
+from posttrain.data.load import read_nouns
+from posttrain.data.messages import parse_messages
 from posttrain.data.parse import Skip, unpair
+from posttrain.data.render import draft_example
 from posttrain.errors import DataError
-from posttrain.types import Origin
+from posttrain.types import Example, Origin
+
+ORIGIN = Origin("train.jsonl", 41)
 
 USER, ASSISTANT = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 
@@ -296,3 +302,42 @@ def test_named_type_is_checked():
 def test_parse_rows_separates_skips():
     nouns, skips = parse_rows(rows_of({"text": "a"}, {"text": ""}), "text")
     assert [n.origin.line for n in nouns] == [1] and [s.origin.line for s in skips] == [2]
+
+
+@pytest.mark.parametrize("name", ["weight", "train", "trainable", "loss"])
+def test_flags_of_other_tools_leave_a_turn_out_of_the_loss_like_weight(name, tokenizer_of):
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "bad", name: False},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "good", name: 1},
+    ]
+    messages = parse_messages(turns, ORIGIN, "messages")
+    assert [m.get("weight") for m in messages] == [None, 0, None, 1]
+    assert not any(name in m for m in messages for name in ("train", "trainable", "loss"))
+    (draft,) = draft_example(tokenizer_of("chatml"), Example(ORIGIN, messages=messages), "assistant")
+    assert [draft.text[a:b] for a, b in draft.spans] == ["good<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"train": "no"}, r"`messages\[0\]` has train str \"no\"; expected true or 1"),
+        ({"weight": 0.5}, r"has weight float 0\.5; expected true or 1"),
+        ({"train": False, "weight": 1}, r"is both trained and not \(weight: 1, train: False\)"),
+        ({"reasoning": ["x"]}, r"has reasoning list .*; expected text"),
+        ({"reasoning": "x", "thinking": "y"}, "has different texts in reasoning and thinking"),
+        ({"content": None}, r"`messages\[0\]` \(assistant\) has no content; expected text"),
+    ],
+)
+def test_a_malformed_turn_is_named(more, message):
+    with pytest.raises(DataError, match=message):
+        parse_messages([{"role": "assistant", "content": "x", **more}], ORIGIN, "messages")
+
+
+@pytest.mark.parametrize("role", ["system", "user", "tool", "assistant"])
+def test_a_turn_without_content_is_named_with_file_and_line(role, write_jsonl):
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": role, "content": None}]}]
+    keys = DatasetKeys(path=str(write_jsonl(rows)))
+    with pytest.raises(DataError, match=rf"train\.jsonl:1: `messages\[1\]` \({role}\) has no content"):
+        read_nouns([keys], "sft")

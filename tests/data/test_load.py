@@ -4,7 +4,8 @@ import pytest
 
 from posttrain.config.stages import DPOKeys, GRPOKeys, SFTKeys
 from posttrain.data.dataset import origin, sequences
-from posttrain.data.load import load_kto, load_preference, load_prompts, load_sft, read_nouns
+from posttrain.data.load import DROPPED, REWRITTEN, load_kto, load_preference, load_prompts, load_sft, read_nouns
+from posttrain.data.parse import IDENTICAL
 from posttrain.data.render import draft_example, tokenize
 from posttrain.errors import DataError
 from posttrain.types import Example, Origin
@@ -151,8 +152,7 @@ def test_notes_say_what_was_handled_specially(write_jsonl, tokenizer_of):
     think = "<think>\nx\n</think>\n\ny"
     path = write_jsonl([{"messages": chat("a", think)["messages"] + chat("b", think)["messages"]}])
     data = load_sft(sft(path), tokenizer_of("qwen3"))
-    (note,) = data.summary.sources[0].notes
-    assert note.startswith("earlier turns as the template rewrites them")
+    assert data.summary.sources[0].notes == {DROPPED: 1, REWRITTEN: 1}
     text = write_jsonl([{"prompt": "The answer is ", "completion": "Paris"}], "text.jsonl")
     assert next(iter(load_sft(sft(text), tokenizer_of("raw")).summary.sources[0].notes)).startswith(
         "prompt and answer tokenised apart"
@@ -166,3 +166,21 @@ def test_nouns_and_row_access(write_jsonl, tokenizer_of):
     assert [noun.label for noun in read_nouns(keys.datasets, "kto")] == [True, False]
     row = load_preference(keys, tokenizer_of("raw")).rows[0]
     assert sequences(row) == row and isinstance(origin(row), Origin) and origin(row).line == 1
+
+
+def test_a_pair_that_is_equal_after_truncation_counts_as_identical(write_jsonl, tokenizer_of):
+    long = "a" * 200
+    rows = [
+        {"prompt": "ok", "chosen": f"{long}X", "rejected": f"{long}Y"},
+        {"prompt": "ok", "chosen": "yes", "rejected": "no"},
+    ]
+    keys = DPOKeys(base_model="x", datasets=[{"path": str(write_jsonl(rows))}], sequence_len=64, overflow="truncate")
+    data = load_preference(keys, tokenizer_of("raw"))
+    assert len(data) == 1 and data.summary.sources[0].skipped[IDENTICAL].lines == (1,)
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions", "self"])
+def test_a_column_that_a_reward_could_not_be_given_is_refused_when_read(write_jsonl, name):
+    path = write_jsonl([{"prompt": "a"}, {"prompt": "b", name: 1}])
+    with pytest.raises(DataError, match=rf"train\.jsonl:2: the column `{name}` has the name of a reward"):
+        read_nouns(GRPOKeys(base_model="x", datasets=[{"path": str(path)}], reward_funcs=["r"]).datasets, "grpo")

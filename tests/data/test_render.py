@@ -3,7 +3,7 @@
 import pytest
 
 from posttrain.data.render import draft_example, draft_labelled, draft_pair, draft_prompt, tokenize
-from posttrain.data.template import end_of_turn, render_chat, template_digest, use_template
+from posttrain.data.template import end_of_turn, render_text, template_digest, use_template
 from posttrain.errors import DataError
 from posttrain.types import Example, LabelledCompletion, Origin, PreferencePair, Prompt
 
@@ -141,10 +141,10 @@ def test_turns_of_weight_zero_are_not_trained(tokenizer_of, family):
 
 def test_a_template_that_cannot_be_followed_is_refused_with_what_to_do(tokenizer_of):
     tokenizer = tokenizer_of("chatml")
-    # Earlier answers are cut by a rule that depends on their length, so no stand-in renders like them.
+    # Earlier texts are followed by their length, so no stand-in renders like them.
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
-        "{{ m.content if loop.last else m.content[:3] + (m.content | length | string) }}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{{ m.content if loop.last else m.content + (m.content | length | string) }}{{ '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     messages = (user("ab"), assistant("I am fine"), user("cd"), assistant("Yes"))
@@ -176,7 +176,7 @@ def test_given_template_is_used_and_changes_the_digest(tokenizer_of, tmp_path):
     (tmp_path / "mine.jinja").write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
     use_template(tokenizer, str(tmp_path / "mine.jinja"))
     assert template_digest(tokenizer) != before
-    assert tokenizer.decode(render_chat(tokenizer, [user("Hello")], (), False)) == "Hello<|im_end|>"
+    assert render_text(tokenizer, [user("Hello")]) == "Hello<|im_end|>"
     assert end_of_turn(tokenizer) == "<|im_end|>"
     with pytest.raises(DataError, match="chat_template: no such file"):
         use_template(tokenizer, str(tmp_path / "other.jinja"))

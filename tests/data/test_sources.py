@@ -7,7 +7,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from posttrain.config.stages import DatasetKeys
+from posttrain.config.stages import DatasetKeys, SFTKeys
+from posttrain.data.load import INVENTED, load_sft
 from posttrain.data.sources import content_digest, read_rows, read_source
 from posttrain.errors import DataError
 
@@ -40,7 +41,7 @@ def test_origin_names_the_line_and_blank_lines_are_counted(tmp_path):
 
 
 def test_limit_and_renamed_columns(write_jsonl):
-    path = write_jsonl([{"question": str(i), "prompt": "old"} for i in range(5)])
+    path = write_jsonl([{"question": str(i), "prompt": None} for i in range(5)])
     assert rows_of(path, limit=2, columns={"prompt": "question"}) == [{"prompt": "0"}, {"prompt": "1"}]
 
 
@@ -106,3 +107,37 @@ def test_unreachable_hub_is_one_line(monkeypatch):
     with pytest.raises(DataError, match=r"^some/dataset: not a local file, and the hub could not give it") as caught:
         read_rows(DatasetKeys(path="some/dataset"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_swap_of_columns_swaps(write_jsonl):
+    path = write_jsonl([{"prompt": "q", "chosen": "bad", "rejected": "good"}])
+    rows = read_rows(DatasetKeys(path=str(path), columns={"chosen": "rejected", "rejected": "chosen"}))
+    assert rows[0][1] == {"prompt": "q", "chosen": "good", "rejected": "bad"}
+
+
+def test_a_column_that_would_be_overwritten_is_an_error(write_jsonl):
+    path = write_jsonl([{"question": "q"}, {"question": "q", "prompt": "old"}])
+    with pytest.raises(DataError, match=r"train\.jsonl:2: `columns: \{prompt: question\}` would overwrite .*`prompt`"):
+        read_rows(DatasetKeys(path=str(path), columns={"prompt": "question"}))
+    renamed = DatasetKeys(path=str(path), columns={"prompt": "question", "old_prompt": "prompt"})
+    assert read_rows(renamed)[1][1] == {"prompt": "q", "old_prompt": "old"}
+    with pytest.raises(DataError, match="reads `question` under two names"):
+        read_rows(DatasetKeys(path=str(path), columns={"prompt": "question", "text": "question"}))
+
+
+def test_nulls_invented_by_nested_parquet_are_dropped_and_counted(tmp_path, tokenizer_of):
+    calls = [
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+        for name, arguments in (("f", {"a": 1}), ("g", {"b": "x"}))
+    ]
+    rows = [{"messages": [{"role": "user", "content": "q"}, turn], "facts": {"kept": None}} for turn in calls]
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    keys = DatasetKeys(path=str(path))
+    read = read_source(keys)
+    assert read.invented_nulls == 2
+    arguments = [row["messages"][1]["tool_calls"][0]["function"]["arguments"] for _, row in read.rows]
+    assert arguments == [{"a": 1}, {"b": "x"}]
+    assert read.rows[0][1]["facts"] == {"kept": None}
+    data = load_sft(SFTKeys(base_model="x", datasets=[keys]), tokenizer_of("qwen3"))
+    assert data.summary.sources[0].notes[INVENTED] == 2

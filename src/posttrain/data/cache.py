@@ -29,6 +29,7 @@ _FILES = ("rows.npz", "extras.json")
 _CODE = (
     "cache.py",
     "formats.py",
+    "forms.py",
     "load.py",
     "messages.py",
     "parse.py",

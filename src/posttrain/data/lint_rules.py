@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from posttrain.data import overlap
 from posttrain.data.formats import Noun, StageKind
+from posttrain.data.forms import fit
 from posttrain.data.lint_input import (
     CODE_GOLD_ROWS,
     DECODED_ROWS,
@@ -104,10 +105,15 @@ def _conversations(given: LintInput) -> list[Noun]:
     return spread([noun for noun in given.nouns if messages_of(noun)], SAMPLED_ROWS)
 
 
+def _rendered(given: LintInput, noun: Noun) -> str:
+    fitted = fit(given.tokenizer, messages_of(noun), noun.tools, isinstance(noun, Prompt))
+    return render_text(given.tokenizer, fitted.messages, fitted.tools)
+
+
 def _round_trip(given: LintInput) -> Iterator[Offence]:
     """White space is not compared: some decoders move it."""
     for noun in _conversations(given):
-        text = render_text(given.tokenizer, messages_of(noun), noun.tools)
+        text = _rendered(given, noun)
         ids = given.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if "".join(given.tokenizer.decode(ids).split()) != "".join(text.split()):
             yield noun.origin, "decoding the row's tokens gives another text"
@@ -121,7 +127,7 @@ def _drift(given: LintInput) -> Iterator[Offence]:
             theirs = render_with(given.own_template, given.tokenizer, messages_of(noun), noun.tools)
         except DataError:
             theirs = None
-        if theirs != render_text(given.tokenizer, messages_of(noun), noun.tools):
+        if theirs != _rendered(given, noun):
             yield noun.origin, "the tokenizer's own template renders this row differently"
 
 

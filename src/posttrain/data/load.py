@@ -14,7 +14,7 @@ from posttrain.config.stages import DatasetKeys, DPOKeys, GRPOKeys, SFTKeys, Tra
 from posttrain.data import cache, render
 from posttrain.data.dataset import Dataset, DataSummary, Skipped, SourceSummary, length_percentiles
 from posttrain.data.formats import Noun, StageKind, detect, parse_rows
-from posttrain.data.parse import unpair
+from posttrain.data.parse import IDENTICAL, unpair
 from posttrain.data.render import Draft
 from posttrain.data.sources import Source, content_digest, read_source, short_path
 from posttrain.data.template import template_digest, use_template
@@ -27,8 +27,10 @@ NOTHING_LEFT = "nothing left to train after truncation"
 NOTHING = "nothing to train"
 TRUNCATED = "truncated to sequence_len"
 BLANK = "blank lines"
+INVENTED = "rows with null fields that nested Parquet types had added, taken out"
 IN_PIECES = "prompt and answer tokenised apart (a token would have straddled the edge)"
-REWRITTEN = "earlier turns as the template rewrites them (it may remove their thinking)"
+DROPPED = "earlier turns whose thinking the template leaves out"
+REWRITTEN = "turns as the template writes them inside the conversation, otherwise than alone"
 
 PreferenceRow = tuple[TokenSeq, TokenSeq]
 LabelledRow = tuple[TokenSeq, bool]
@@ -218,6 +220,8 @@ def _load_source(plan: Plan, source: DatasetKeys, tokenizer: Any) -> tuple[_Gath
     tokenized = render.tokenize(tokenizer, [draft for group in drafts for draft in group])
     part.notes[IN_PIECES] = tokenized.split
     part.notes[REWRITTEN] = sum(draft.rewritten for group in drafts for draft in group)
+    part.notes[DROPPED] = sum(draft.dropped for group in drafts for draft in group)
+    part.notes[INVENTED] = read.invented_nulls
     part.notes[BLANK] = len(read.blank_lines)
     seqs = iter(tokenized.seqs)
     for noun, group in zip(nouns, drafts, strict=True):
@@ -247,7 +251,9 @@ def _keep(plan: Plan, part: _Gathered, noun: Noun, seqs: tuple[TokenSeq, ...]) -
         seqs = tuple(_cut(seq, plan.limit, from_start=not plan.trains) for seq in seqs)
         if plan.trains and not all(seq.num_loss_tokens for seq in seqs):
             return part.skip(NOTHING_LEFT, noun.origin)
-        part.notes[TRUNCATED] += 1
+    if len(seqs) == 2 and seqs[0].ids == seqs[1].ids:
+        return part.skip(IDENTICAL, noun.origin)
+    part.notes[TRUNCATED] += longest > plan.limit
     part.kept.append(seqs)
     part.rows.append(plan.build(noun, seqs))
 

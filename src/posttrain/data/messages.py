@@ -32,6 +32,11 @@ ROLES = {
 }
 """Role as written → OpenAI's; `function_call` becomes an assistant turn with `tool_calls`."""
 
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""What files call an assistant's thinking where it is a field of its own; the first name is ours."""
+FLAGS = ("weight", "train", "trainable", "loss")
+"""What files call the flag that a turn is trained; the first name is ours."""
+
 
 def parse_messages(value: Any, origin: Origin, column: str) -> tuple[Message, ...]:
     """A list of messages (or one, or its JSON text). Raises: DataError."""
@@ -54,7 +59,7 @@ def parse_tools(value: Any, origin: Origin) -> tuple[Mapping[str, Any], ...]:
         raise DataError(
             f"{origin}: `tools` is {describe(value)}; expected a list of JSON schemas, or that list as JSON text"
         )
-    return tuple(_without_none(tool) for tool in value)
+    return tuple(value)
 
 
 def parse_json(text: str, origin: Origin, column: str) -> Any:
@@ -75,29 +80,59 @@ def describe(value: Any) -> str:
 def _message(item: Any, origin: Origin, where: str) -> Message:
     if not isinstance(item, Mapping):
         raise DataError(f"{origin}: `{where}` is {describe(item)}; expected an object with role and content")
-    fields = _without_none(item)
+    fields = {name: value for name, value in item.items() if value is not None}
     written = fields.pop("from", None) if "role" not in fields else fields.pop("role")
     role = ROLES.get(written) if isinstance(written, str) else None
     if role is None:
         known = ", ".join(sorted(ROLES))
         raise DataError(f"{origin}: `{where}` has role {describe(written)}; expected one of {known}")
-    content = _content(fields.pop("value", None) if "content" not in fields else fields.pop("content"), origin, where)
+    content = fields.pop("value", None) if "content" not in fields else fields.pop("content")
     if role == "function_call":
-        return {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": _calls(parse_json(content, origin, where), origin, where),
-            **fields,
-        }
+        called = parse_json(_content(content, origin, where), origin, where)
+        role, content, fields["tool_calls"] = "assistant", None, called
+    fields |= _flag(fields, origin, where) | _reasoning(fields, origin, where)
     if "tool_calls" in fields:
         fields["tool_calls"] = _calls(fields["tool_calls"], origin, where)
-    return {"role": role, "content": content, **fields}
+    fields = {name: value for name, value in fields.items() if name != "tool_calls" or value}
+    if content is None and role == "assistant" and ("tool_calls" in fields or REASONING[0] in fields):
+        content = ""
+    if content is None:
+        raise DataError(
+            f'{origin}: `{where}` ({role}) has no content; expected text (an empty turn is written as ""), '
+            "or, in an assistant turn, tool_calls"
+        )
+    return {"role": role, "content": _content(content, origin, where), **fields}
+
+
+def _flag(fields: dict[str, Any], origin: Origin, where: str) -> dict[str, Any]:
+    """`weight`, whatever the file calls it: 0 leaves the turn out of the loss. Takes the other names out of `fields`."""
+    given = {name: fields.pop(name) for name in FLAGS if name in fields}
+    for name, value in given.items():
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise DataError(
+                f"{origin}: `{where}` has {name} {describe(value)}; expected true or 1 (trained), or false or 0"
+            )
+    if len(set(map(int, given.values()))) > 1:
+        raise DataError(
+            f"{origin}: `{where}` is both trained and not ({', '.join(f'{n}: {v}' for n, v in given.items())}); keep one flag"
+        )
+    return {FLAGS[0]: int(next(iter(given.values())))} if given else {}
+
+
+def _reasoning(fields: dict[str, Any], origin: Origin, where: str) -> dict[str, Any]:
+    """`reasoning_content`, whatever the file calls it. Takes the other names out of `fields`."""
+    given = {name: fields.pop(name) for name in REASONING if name in fields}
+    for name, value in given.items():
+        if not isinstance(value, str):
+            raise DataError(f"{origin}: `{where}` has {name} {describe(value)}; expected text")
+    texts = {value for value in given.values() if value}
+    if len(texts) > 1:
+        raise DataError(f"{origin}: `{where}` has different texts in {' and '.join(given)}; expected one of them")
+    return {REASONING[0]: texts.pop()} if texts else {}
 
 
 def _content(value: Any, origin: Origin, where: str) -> str:
-    """Text; parts of type text are joined. An absent content is legal beside tool calls and empty otherwise."""
-    if value is None:
-        return ""
+    """Text; parts of type text are joined."""
     if isinstance(value, str):
         return value
     if isinstance(value, (list, tuple)):
@@ -124,19 +159,10 @@ def _call(call: Any, origin: Origin, where: str) -> Mapping[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise DataError(f"{origin}: `{where}` has the tool call {describe(call)}; expected {{name, arguments}}")
-    arguments = function.get("arguments", {})
+    arguments = function.get("arguments")
+    if arguments is None:
+        arguments = {}
     if isinstance(arguments, str):
         arguments = parse_json(arguments, origin, f"{where}.tool_calls.arguments") if arguments.strip() else {}
     rest = {key: call[key] for key in ("id",) if call.get(key) is not None}
     return {"type": "function", "function": {"name": function["name"], "arguments": arguments}, **rest}
-
-
-def _without_none(item: Mapping[str, Any]) -> dict[str, Any]:
-    """Parquet gives every struct all fields: those that are null were absent."""
-    return {key: _plain(value) for key, value in item.items() if value is not None}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return _without_none(value)
-    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value

@@ -102,6 +102,10 @@ def parse_kto(row: Fields, origin: Origin) -> LabelledCompletion | Skip:
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
+RESERVED_COLUMNS = {"prompts", "completions", "self"}
+"""What a reward is called with beside the columns, so no column can have these names."""
+
+
 def parse_prompt(row: Fields, origin: Origin) -> Prompt:
     """`prompt` (text or messages), or `messages`; every other column but `tools` goes to the reward functions."""
     column = "prompt" if row.get("prompt") is not None else "messages"
@@ -118,6 +122,11 @@ def parse_prompt(row: Fields, origin: Origin) -> Prompt:
             "remove that turn (its text can be a column of its own, such as `answer`)"
         )
     columns = {key: value for key, value in row.items() if key not in (column, "tools")}
+    for name in RESERVED_COLUMNS & set(columns):
+        raise DataError(
+            f"{origin}: the column `{name}` has the name of a reward function's own argument; expected another one; "
+            f"rename it (`columns: {{my_{name}: {name}}}`)"
+        )
     return Prompt(origin, prompt, columns, parse_tools(row.get("tools"), origin))
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
+from posttrain.data.forms import fit
 from posttrain.data.spans import assistant_spans
 from posttrain.data.template import Span, render_text
 from posttrain.errors import DataError
@@ -22,13 +23,17 @@ _CHUNK = 2048
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A row as text. `bos` says that the tokenizer's own BOS goes first (a chat template writes its own)."""
+    """A row as text. `bos` says that the tokenizer's own BOS goes first (a chat template writes its own).
+
+    `rewritten` counts turns that the template writes otherwise than alone, `dropped` those whose thinking it leaves out.
+    """
 
     text: str
     spans: tuple[Span, ...]
     origin: Origin
     bos: bool
     rewritten: int = 0
+    dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +69,15 @@ def draft_prompt(tokenizer: Any, prompt: Prompt) -> list[Draft]:
     if isinstance(prompt.prompt, str):
         return [Draft(prompt.prompt, (), prompt.origin, bos=True)]
     with _naming(prompt.origin):
-        return [Draft(render_text(tokenizer, prompt.prompt, prompt.tools, True), (), prompt.origin, bos=False)]
+        fitted = fit(tokenizer, prompt.prompt, prompt.tools, True)
+        text = render_text(tokenizer, fitted.messages, fitted.tools, True)
+    return [Draft(text, (), prompt.origin, bos=False, dropped=fitted.dropped)]
+
+
+def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
+    """Ids of a conversation that is to be answered. The template writes the BOS, so the tokenizer adds none. Raises: DataError."""
+    fitted = fit(tokenizer, messages, (), True)
+    return tuple(_ids(tokenizer, [render_text(tokenizer, fitted.messages, (), True)])[0])
 
 
 def tokenize(tokenizer: Any, drafts: Sequence[Draft]) -> Tokenized:
@@ -110,16 +123,18 @@ def _draft_text(tokenizer: Any, prompt: str, completion: str, origin: Origin, al
 
 def _draft_whole(tokenizer: Any, example: Example) -> Draft:
     with _naming(example.origin):
-        text = render_text(tokenizer, example.messages, example.tools)
-    return Draft(text, ((0, len(text)),), example.origin, bos=False)
+        fitted = fit(tokenizer, example.messages, example.tools)
+        text = render_text(tokenizer, fitted.messages, fitted.tools)
+    return Draft(text, ((0, len(text)),), example.origin, bos=False, dropped=fitted.dropped)
 
 
 def _draft_chat(
     tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any], turns: Sequence[int], origin: Origin
 ) -> Draft:
     with _naming(origin):
-        found = assistant_spans(tokenizer, messages, tools, turns)
-    return Draft(found.text, found.spans, origin, bos=False, rewritten=found.rewritten)
+        fitted = fit(tokenizer, messages, tools)
+        found = assistant_spans(tokenizer, fitted.messages, fitted.tools, turns)
+    return Draft(found.text, found.spans, origin, bos=False, rewritten=found.rewritten, dropped=fitted.dropped)
 
 
 def _draft_answer(tokenizer: Any, prompt: Text, answer: Text, tools: Sequence[Any], origin: Origin) -> Draft:

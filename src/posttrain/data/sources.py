@@ -28,11 +28,15 @@ _BLANK = object()
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The rows of one dataset entry. `blank_lines` were skipped; `digest` covers the contents read."""
+    """The rows of one dataset entry. `blank_lines` were skipped; `digest` covers the contents read.
+
+    `invented_nulls` counts rows from which nulls were taken that Arrow's nested types had put there.
+    """
 
     rows: list[Row]
     blank_lines: tuple[Origin, ...]
     digest: str
+    invented_nulls: int = 0
 
 
 def read_rows(source: DatasetKeys) -> list[Row]:
@@ -44,9 +48,9 @@ def read_source(source: DatasetKeys) -> Source:
     """Rows with renamed columns, cut to `limit`. Raises: DataError, with file and line where there is one."""
     if not is_local(source.path):
         rows = _read_hub(source)
-        return Source(
-            _rename(rows, source), (), digest_bytes(repr([r for _, r in rows]).encode("utf-8", "surrogatepass"))
-        )
+        digest = digest_bytes(repr([r for _, r in rows]).encode("utf-8", "surrogatepass"))
+        rows, nulls = _without_invented_nulls(_rename(rows, source))
+        return Source(rows, (), digest, nulls)
     path = _checked(source.path)
     blank: list[Origin] = []
     rows = []
@@ -63,7 +67,10 @@ def read_source(source: DatasetKeys) -> Source:
         raise DataError(
             f"{short_path(path)}: no rows in this file ({len(blank)} blank lines); expected at least one row"
         )
-    return Source(_rename(rows, source), tuple(blank), digest_file(path))
+    rows, nulls = _rename(rows, source), 0
+    if path.suffix.lower() == ".parquet":
+        rows, nulls = _without_invented_nulls(rows)
+    return Source(rows, tuple(blank), digest_file(path), nulls)
 
 
 def content_digest(source: DatasetKeys) -> str:
@@ -105,6 +112,8 @@ def _names(folder: Path) -> list[str]:
 
 
 def _rename(rows: list[Row], source: DatasetKeys) -> list[Row]:
+    """All at once, so that two columns can be swapped. Raises: DataError where a column would be lost."""
+    names = {theirs: ours for ours, theirs in source.columns.items()}
     for ours, theirs in source.columns.items():
         if rows and not any(theirs in row for _, row in rows):
             found = ", ".join(f"`{name}`" for name in rows[0][1])
@@ -112,10 +121,44 @@ def _rename(rows: list[Row], source: DatasetKeys) -> list[Row]:
                 f"{source.path}: `columns: {{{ours}: {theirs}}}` names a column that no row has; found {found}; "
                 "write it as our name → the file's name"
             )
-        for _, row in rows:
-            if theirs in row:
-                row[ours] = row.pop(theirs)
-    return rows
+    if len(names) < len(source.columns):
+        twice = next(theirs for theirs in names if list(source.columns.values()).count(theirs) > 1)
+        raise DataError(f"{source.path}: `columns` reads `{twice}` under two names; expected one of them")
+    for origin, row in rows if names else ():
+        present = {name for name, value in row.items() if value is not None}
+        lost = next((ours for theirs, ours in names.items() if {theirs, ours} <= present and ours not in names), None)
+        if lost is not None:
+            raise DataError(
+                f"{origin}: `columns: {{{lost}: {source.columns[lost]}}}` would overwrite the row's own `{lost}`; "
+                f"rename that one too (`columns: {{old_{lost}: {lost}}}`), or take it out"
+            )
+    return [(origin, _renamed(row, names)) for origin, row in rows]
+
+
+def _renamed(row: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    kept = {name: value for name, value in row.items() if name not in names}
+    return kept | {names[name]: value for name, value in row.items() if name in names}
+
+
+def _without_invented_nulls(rows: list[Row]) -> tuple[list[Row], int]:
+    """Conversations and tools without null fields: Arrow gives every struct of a column the fields of all of them."""
+    kept = [
+        (origin, {name: _bare(value) if _is_nested(name, value) else value for name, value in row.items()})
+        for origin, row in rows
+    ]
+    return kept, sum(before[1] != after[1] for before, after in zip(rows, kept, strict=True))
+
+
+def _is_nested(name: str, value: Any) -> bool:
+    if not isinstance(value, list) or not value or not all(isinstance(part, dict) for part in value):
+        return False
+    return name == "tools" or all("role" in part or "from" in part for part in value)
+
+
+def _bare(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _bare(inner) for name, inner in value.items() if inner is not None}
+    return [_bare(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _json_type(value: Any) -> str:

@@ -2,7 +2,8 @@
 
 Three ways, tried in this order; each is exact or not taken:
 1. `{% generation %}` markers of the template;
-2. prefixes: the turn begins where the conversation before it, with a generation prompt, ends;
+2. prefixes: the turn begins where the conversation before it, with a generation prompt, ends, counted from the start of
+   the text or, for templates that move text about (Mistral: the tools), from the end of the message before;
 3. a stand-in: the turn's content is replaced by a unique word; what stands before and after it must be found unchanged
    in the real rendering. This is for templates that rewrite earlier turns (Qwen3 removes their thinking).
 A span ends after the end-of-turn token; the newline behind it is never generated, so it is not trained.
@@ -10,7 +11,7 @@ A span ends after the end-of-turn token; the newline behind it is never generate
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from posttrain.data.template import (
     added_tokens,
     end_of_turn,
     has_generation_markers,
+    last_tail,
     render_marked,
     render_text,
     template_text,
@@ -27,6 +29,7 @@ from posttrain.errors import DataError
 from posttrain.types import Message
 
 _STAND_IN = "posttrainstandin7f3a"
+_ANSWER = {"role": "assistant", "content": _STAND_IN}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +52,13 @@ def assistant_spans(tokenizer: Any, messages: Sequence[Message], tools: Sequence
             ]
             return Spans(text, tuple(wanted))
     text = render_text(tokenizer, messages, tools)
+    conversation = _Conversation(tokenizer, messages, tools, text)
     spans: list[Span] = []
     rewritten = 0
     for turn in turns:
-        span = _by_prefix(tokenizer, text, messages, tools, turn)
+        span = conversation.by_prefix(turn)
         if span is None:
-            span = _by_stand_in(tokenizer, text, messages, tools, turn)
+            span = conversation.by_stand_in(turn)
             rewritten += 1
         if span is None or (spans and span[0] < spans[-1][1]):
             raise DataError(
@@ -65,32 +69,92 @@ def assistant_spans(tokenizer: Any, messages: Sequence[Message], tools: Sequence
     return Spans(text, tuple(spans), rewritten)
 
 
-def _by_prefix(tokenizer: Any, text: str, messages: Sequence[Message], tools: Sequence[Any], turn: int) -> Span | None:
-    before = _try_render(tokenizer, messages[:turn], tools, True)
-    if before is None or not text.startswith(before):
-        return None
-    last = turn + 1 == len(messages)
-    through = text if last else _try_render(tokenizer, messages[: turn + 1], tools, False)
-    if through is None or not text.startswith(through) or len(through) < len(before):
-        return None
-    return len(before), _trim(tokenizer, text, len(before), len(through))
+@dataclass(frozen=True, slots=True)
+class _Anchor:
+    """A place in the real rendering that is found again in others: its start, or the end of a message's text (`message`)."""
+
+    at: int
+    message: int | None = None
 
 
-def _by_stand_in(
-    tokenizer: Any, text: str, messages: Sequence[Message], tools: Sequence[Any], turn: int
-) -> Span | None:
-    stand_in = {"role": "assistant", "content": _STAND_IN}
-    shown = _try_render(tokenizer, [*messages[:turn], stand_in, *messages[turn + 1 :]], tools, False)
-    if shown is None or shown.count(_STAND_IN) != 1 or _STAND_IN in text:
+@dataclass(frozen=True, slots=True)
+class _Conversation:
+    tokenizer: Any
+    messages: Sequence[Message]
+    tools: Sequence[Any]
+    text: str
+
+    def by_prefix(self, turn: int) -> Span | None:
+        for anchor, start in self._starts(turn):
+            last = turn + 1 == len(self.messages)
+            through = self.text[anchor.at :] if last else self._behind(anchor, self.messages[: turn + 1], False)
+            if through is None or not self.text.startswith(through, anchor.at):
+                continue
+            end = anchor.at + len(through)
+            if end >= start:
+                return start, _trim(self.tokenizer, self.text, start, end)
         return None
-    before, _, after = shown.partition(_STAND_IN)
-    if not (text.startswith(before) and text.endswith(after) and len(before) + len(after) <= len(text)):
-        return None
-    prompt = _try_render(tokenizer, messages[:turn], tools, True)
-    start = len(prompt) if prompt is not None and before.startswith(prompt) else len(before)
-    end = len(text) - len(after)
-    token = end_of_turn(tokenizer)
-    return start, end + len(token) if token and after.startswith(token) else _trim(tokenizer, text, start, end)
+
+    def by_stand_in(self, turn: int) -> Span | None:
+        cut = self._cut([*self.messages[:turn], _ANSWER, *self.messages[turn + 1 :]])
+        if cut is None:
+            return None
+        before, after = cut
+        start = next((start for _, start in self._starts(turn) if start <= len(before)), len(before))
+        end = len(self.text) - len(after)
+        token = end_of_turn(self.tokenizer)
+        if token and after.startswith(token):
+            return start, end + len(token)
+        return start, _trim(self.tokenizer, self.text, start, end)
+
+    def _starts(self, turn: int) -> Iterator[tuple[_Anchor, int]]:
+        """Where the text may begin that the model writes: where a generation prompt ends, else where an answer would begin."""
+        for anchor in self._anchors(turn):
+            prompt = self._behind(anchor, self.messages[:turn], True)
+            if prompt is not None and self.text.startswith(prompt, anchor.at):
+                yield anchor, anchor.at + len(prompt)
+        answered = self._try_render([*self.messages[:turn], _ANSWER], False)
+        if answered is not None and answered.count(_STAND_IN) == 1:
+            before = answered.partition(_STAND_IN)[0]
+            if self.text.startswith(before):
+                yield _Anchor(0), len(before)
+
+    def _anchors(self, turn: int) -> Iterator[_Anchor]:
+        """The start of the text; then the end of the message before, for templates that write earlier ones otherwise."""
+        yield _Anchor(0)
+        if not turn or _STAND_IN in self.text:
+            return
+        marked = self._marked(turn - 1)
+        cut = self._cut([*self.messages[: turn - 1], marked, *self.messages[turn:]])
+        if cut is not None and len(cut[0]) + len(cut[1]) == len(self.text):
+            yield _Anchor(len(cut[0]), turn - 1)
+
+    def _behind(self, anchor: _Anchor, messages: Sequence[Message], prompt: bool) -> str | None:
+        """What the rendering of `messages` holds behind the anchor."""
+        if anchor.message is None:
+            return self._try_render(messages, prompt)
+        marked = [self._marked(i) if i == anchor.message else m for i, m in enumerate(messages)]
+        shown = self._try_render(marked, prompt)
+        return shown.partition(_STAND_IN)[2] if shown is not None and shown.count(_STAND_IN) == 1 else None
+
+    def _marked(self, number: int) -> Message:
+        return {**self.messages[number], "content": f"{self.messages[number]['content']}{_STAND_IN}"}
+
+    def _cut(self, messages: Sequence[Message]) -> tuple[str, str] | None:
+        """What a rendering with one stand-in holds before and behind it, if the real one begins and ends so."""
+        shown = self._try_render(messages, False)
+        if shown is None or shown.count(_STAND_IN) != 1 or _STAND_IN in self.text:
+            return None
+        before, _, after = shown.partition(_STAND_IN)
+        fits = self.text.startswith(before) and self.text.endswith(after) and len(before) + len(after) <= len(self.text)
+        return (before, after) if fits else None
+
+    def _try_render(self, messages: Sequence[Message], prompt: bool) -> str | None:
+        """A part of a conversation, or `None` where the template refuses it (some want a user turn first)."""
+        try:
+            return render_text(self.tokenizer, messages, self.tools, prompt)
+        except DataError:
+            return None
 
 
 def _with_end(tokenizer: Any, text: str, span: Span) -> Span:
@@ -104,14 +168,9 @@ def _with_end(tokenizer: Any, text: str, span: Span) -> Span:
 
 
 def _trim(tokenizer: Any, text: str, start: int, end: int) -> int:
-    """`end` without the white space behind the last token, if that token is one the tokenizer knows as a whole."""
+    """`end` without what stands behind the end of turn: white space, and what a template writes behind the last turn."""
+    tail, token = last_tail(tokenizer), end_of_turn(tokenizer)
+    if token and end == len(text) and text.endswith(tail) and len(tail) <= end - start:
+        return end - len(tail) + tail.index(token) + len(token)
     bare = start + len(text[start:end].rstrip())
     return bare if text[start:bare].endswith(added_tokens(tokenizer)) else end
-
-
-def _try_render(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any], prompt: bool) -> str | None:
-    """A part of a conversation, or `None` where the template refuses it (some want a user turn first)."""
-    try:
-        return render_text(tokenizer, messages, tools, prompt)
-    except DataError:
-        return None

@@ -5,6 +5,7 @@ Text, not ids, is what the loss mask is derived from (`spans`), so rendering and
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -19,6 +20,7 @@ from posttrain.types import Message
 
 Span = tuple[int, int]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MOST_CHARACTERS = 1 << 20
 _PROBE = ({"role": "user", "content": "posttrain-question"}, {"role": "assistant", "content": "posttrain-answer"})
 
 
@@ -61,6 +63,18 @@ def render_text(
     return _render(tokenizer, messages, tools, add_generation_prompt, False)[0]
 
 
+def render_shape(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any], add_generation_prompt: bool) -> str:
+    """`render_text` of a conversation whose texts are stand-ins: one of few shapes, so it is remembered. Raises: DataError."""
+    given = json.dumps([list(messages), list(tools)], default=str)
+    return _shape(template_text(tokenizer, tools), _special_items(tokenizer), given, add_generation_prompt)
+
+
+@lru_cache(maxsize=1024)
+def _shape(template: str, special: tuple[tuple[str, Any], ...], given: str, prompt: bool) -> str:
+    messages, tools = json.loads(given)
+    return _run(template, messages, tools or None, prompt, False, dict(special))[0]
+
+
 def render_with(template: str, tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
     """The same under another template. Raises: DataError."""
     return _run(template, messages, list(tools) or None, False, False, dict(_special_items(tokenizer)))[0]
@@ -71,19 +85,17 @@ def render_marked(tokenizer: Any, messages: Sequence[Message], tools: Sequence[A
     return _render(tokenizer, messages, tools, False, True)
 
 
-def render_chat(
-    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] = (), add_generation_prompt: bool = True
-) -> tuple[int, ...]:
-    """Ids of a rendered conversation. The template writes the BOS, so the tokenizer adds none."""
-    text = render_text(tokenizer, messages, tools, add_generation_prompt)
-    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
 def end_of_turn(tokenizer: Any) -> str:
     """The token that ends an assistant turn, or "" where the template has none."""
+    tail = last_tail(tokenizer).lstrip()
+    return next((token for token in added_tokens(tokenizer) if tail.startswith(token)), "")
+
+
+def last_tail(tokenizer: Any) -> str:
+    """What the template writes behind the text of a conversation's last turn: `<|end|>`, a newline, EOS …"""
     if not tokenizer.chat_template:
         return ""
-    return _probe_end(template_text(tokenizer), _special_items(tokenizer), added_tokens(tokenizer))
+    return _probe_tail(template_text(tokenizer), _special_items(tokenizer))
 
 
 def added_tokens(tokenizer: Any) -> tuple[str, ...]:
@@ -97,13 +109,13 @@ def _added(tokenizer: Any, _length: int) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=16)
-def _probe_end(template: str, special: tuple[tuple[str, Any], ...], added: tuple[str, ...]) -> str:
+def _probe_tail(template: str, special: tuple[tuple[str, Any], ...]) -> str:
     try:
         text = _run(template, _PROBE, None, False, False, dict(special))[0]
     except DataError:
         return ""
-    _, _, tail = text.rpartition(_PROBE[1]["content"])
-    return next((token for token in added if tail.lstrip().startswith(token)), "")
+    _, found, tail = text.rpartition(_PROBE[1]["content"])
+    return tail if found else ""
 
 
 def _special_items(tokenizer: Any) -> tuple[tuple[str, Any], ...]:
@@ -132,8 +144,21 @@ def _run(
             add_generation_prompt=prompt,
             **special,
         )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # noqa: BLE001 - a template is its author's program, and fails as it likes
         raise DataError(
-            f"the chat template refuses this conversation: {error}; change the row, or set `chat_template`"
+            f"the chat template refuses this conversation: {_complaint(error)}; change the row, or set `chat_template`"
         ) from None
+    if len(texts[0]) > _MOST_CHARACTERS + 64 * len(str(plain)) + 64 * len(str(tools)):
+        raise DataError(
+            f"the chat template writes {len(texts[0]):,} characters for this conversation of {len(str(plain)):,}; "
+            "expected about as many as it is given; set another `chat_template`"
+        )
     return texts[0], [(int(a), int(b)) for a, b in spans[0]] if marked else []
+
+
+def _complaint(error: Exception) -> str:
+    if isinstance(error, jinja2.TemplateError | ValueError | TypeError | KeyError | AttributeError):
+        return " ".join(str(error).split())
+    return {RecursionError: "it calls itself without end", MemoryError: "it writes more than the memory holds"}.get(
+        type(error), " ".join(f"{type(error).__name__}: {error}".split())
+    )

@@ -9,7 +9,8 @@ from typing import Any
 
 from posttrain.config.pipeline import SuiteKeys
 from posttrain.config.stages import ModelKeys
-from posttrain.data.template import render_chat
+from posttrain.data.messages import parse_messages
+from posttrain.data.render import chat_ids
 from posttrain.evals.run import Evaluator, decoding_of
 from posttrain.evals.suite import Suite
 from posttrain.evidence import EvalReport, ItemRecord
@@ -18,7 +19,7 @@ from posttrain.models.generation import stop_token_ids
 from posttrain.models.load import load_policy, load_tokenizer
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.sampling import request_seed
-from posttrain.types import Text
+from posttrain.types import Origin, Text
 
 _ROWS = 128
 """Completions decoded at once: evals hold no gradients, so there is room for more than in training."""
@@ -36,7 +37,7 @@ class TokenizerCodec:
         if isinstance(prompt, str) or not getattr(self.tokenizer, "chat_template", None):
             text = prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
             return tuple(self.tokenizer(text)["input_ids"])
-        return tuple(render_chat(self.tokenizer, prompt, (), add_generation_prompt=True))
+        return chat_ids(self.tokenizer, parse_messages(prompt, Origin("prompt", 1), "messages"))
 
     def encode_answer(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
