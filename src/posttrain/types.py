@@ -1,4 +1,4 @@
-"""The nouns that travel between packages: frozen, plain Python, no torch.
+"""The nouns that travel between packages: frozen, plain Python and numpy, no torch.
 
 Dimension letters: B rows, T positions, N packed tokens, V vocabulary, G group, P prompts.
 """
@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 Message = Mapping[str, Any]
 """An OpenAI message: `role`, `content` and, where used, `tool_calls`, `tool_call_id`, `name`."""
@@ -186,6 +188,57 @@ class Completion:
     logp: tuple[float, ...]
     finish: Finish
     policy_version: int
+
+
+STREAMS: Mapping[str, type[np.generic]] = {
+    "behavior_logp": np.float32,
+    "advantage": np.float32,
+    "old_logp": np.float32,
+    "ref_logp": np.float32,
+    "teacher_logp": np.float32,
+    "value": np.float32,
+    "policy_version": np.int32,
+}
+"""What a `Sample` can say of each trained token, and how it is kept."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """A sequence with what the losses read of each of its trained tokens: one completion, or several turns.
+
+    ids: int32; loss_mask: bool, as long as ids. A stream has one value per trained token, in order; None where nobody
+    asked for it. `behavior_logp` is what sampled the token, `old_logp` the trainer's at the same weights (None: the
+    sampler's are the trainer's own), `policy_version` the weights it was sampled from. Log-probs in nats.
+
+    Example: a prompt (5, 6) answered by (7, 8, 9) at version 4, with a reward above the group's: ids 5 6 7 8 9,
+    loss_mask F F T T T, behavior_logp −0.1 −2.0 −0.7, advantage 0.5 0.5 0.5, policy_version 4 4 4.
+    """
+
+    ids: np.ndarray
+    loss_mask: np.ndarray
+    behavior_logp: np.ndarray | None = None
+    advantage: np.ndarray | None = None
+    old_logp: np.ndarray | None = None
+    ref_logp: np.ndarray | None = None
+    teacher_logp: np.ndarray | None = None
+    value: np.ndarray | None = None
+    policy_version: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        assert len(self.ids) == len(self.loss_mask), (len(self.ids), len(self.loss_mask))
+        assert not self.loss_mask[0], "the first token of a sequence has no context and is never trained"
+        for name in STREAMS:
+            stream = getattr(self, name)
+            assert stream is None or len(stream) == self.num_loss_tokens, (name, len(stream), self.num_loss_tokens)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Trained tokens."""
+        return int(self.loss_mask.sum())
+
+    def constant(self, value: float) -> np.ndarray:
+        """A stream with one value at every trained token; takes the memory of one."""
+        return np.broadcast_to(np.float32(value), (self.num_loss_tokens,))
 
 
 @dataclass(frozen=True, slots=True)
