@@ -1,0 +1,105 @@
+"""A policy's weights on their way to somebody else: named tensors, one at a time, never the whole model at once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from posttrain.models.policy import Policy
+
+Only = Literal["adapter", "trained", "all"]
+NamedTensors = Iterator[tuple[str, torch.Tensor]]
+
+
+def named_weights(policy: Policy, only: Only) -> NamedTensors:
+    """Under the names of the given base's file (`adapter`: under those of an adapter's file, as PEFT writes it).
+
+    `adapter` are the adapter's own tensors, `trained` what has gradients, `all` the whole model, an adapter added to its
+    weights module by module. A sharded tensor is gathered when it is its turn: all ranks iterate together.
+    """
+    if only == "adapter":
+        return _adapter(policy)
+    return _whole(policy) if only == "all" else _trained(policy)
+
+
+def _adapter(policy: Policy) -> NamedTensors:
+    from peft import get_peft_model_state_dict
+
+    assert policy.has_adapter, "only='adapter' needs one"
+    for name, tensor in get_peft_model_state_dict(policy.model).items():  # pyright: ignore[reportArgumentType]
+        yield name, _full(tensor)
+
+
+def _trained(policy: Policy) -> NamedTensors:
+    for name, parameter in policy.trainable():
+        yield _plain(name), _full(parameter)
+
+
+def _whole(policy: Policy) -> NamedTensors:
+    """Tied tensors come once, under their first name, as in a file."""
+    base: Any = policy.base
+    adapted = dict(_adapted(base)) if policy.has_adapter else {}
+    inside = tuple(f"{name}." for name in adapted)
+    seen: set[int] = set()
+    for name, tensor in [*base.named_parameters(), *_saved_buffers(base)]:
+        if id(tensor) in seen or name.startswith(inside):
+            continue
+        seen.add(id(tensor))
+        yield name, _full(tensor)
+    for name, module in adapted.items():
+        yield from _merged(name, module)
+
+
+def _adapted(base: Any) -> Iterator[tuple[str, Any]]:
+    """The outermost modules that an adapter changed: layers with low-rank parts, and copies that are trained whole."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    outer = "\0"
+    for name, module in base.named_modules():
+        if not name.startswith(outer) and isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            outer = f"{name}."
+            yield name, module
+
+
+def _merged(name: str, module: Any) -> NamedTensors:
+    """The tensors of one adapted module with the adapter added; a copy of it is merged, and the module is as before."""
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        trained: Any = module
+        inner: Any = trained.modules_to_save[trained.active_adapters[0]]
+    else:
+        merged: Any = copy.deepcopy(module)
+        merged.merge(safe_merge=True)
+        inner = merged.get_base_layer()
+    for key, tensor in inner.named_parameters():
+        yield f"{name}.{key}", _full(_dequantized(tensor))
+
+
+def _dequantized(tensor: torch.Tensor) -> torch.Tensor:
+    state: Any = getattr(tensor, "quant_state", None)
+    if state is None:
+        return tensor
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(tensor.data, state)
+
+
+def _saved_buffers(base: Any) -> list[tuple[str, torch.Tensor]]:
+    """Buffers that are part of the model's file."""
+    kept = base.state_dict().keys()
+    return [(name, buffer) for name, buffer in base.named_buffers() if name in kept]
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("base_model.model.")
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    whole: Any = tensor.detach()
+    return whole.full_tensor() if hasattr(whole, "full_tensor") else whole
