@@ -33,7 +33,7 @@ OTHER_SLOTS = ("fmt.think_tags", "fmt.markdown_heading", "fmt.answer_label", "fm
 NO_ALGEBRA = ("eq.radical.spacing", "eq.pi.symbol", "eq.wrap.equals", "eq.choice.parens")
 REFUSED: dict[str, frozenset[str]] = {
     "boxed": frozenset(STRICT + OTHER_SLOTS + NO_ALGEBRA),
-    "math_equivalence": frozenset(STRICT + OTHER_SLOTS),
+    "math_equivalence": frozenset(STRICT + OTHER_SLOTS) - {"eq.radical.latex"},
     "number": frozenset((*STRICT, *NO_ALGEBRA, "eq.wrap.boxed", "fmt.chain_of_thought", "fmt.markdown_heading", "fmt.multiline_latex", "fmt.trailing_prose")),
 }  # fmt: skip
 """Reward → right answers of reward-doctor's corpus that it refuses: docs/rewards.md gives the reason of each."""

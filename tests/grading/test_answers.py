@@ -152,6 +152,7 @@ HOSTILE = {
     "comments": "<!--" * 100_000,
     "claims": r"\boxed{42}" + "answer is 42 " * 80_000,
     "answers": "answer is 4 " * 80_000,
+    "a gap": "answer is 4" + " " * 500_000 + "b\nanswer is 4" + "*" * 500_000 + ".b",
     "hashes": "\n####" * 200_000,
     "surrogates": "\ud800" * 1000,
     "huge decimal": "\\boxed{1e999}",

@@ -1,6 +1,7 @@
 import pytest
 
-from posttrain.grading.numbers import normalise, parse_quantity, same_answer
+from posttrain.grading.equality import same_answer
+from posttrain.grading.numbers import normalise, parse_quantity
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 import pytest
 
-from posttrain.grading.symbolic import math_equal
+from posttrain.grading.equality import math_equal
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ import re
 from collections import deque
 from collections.abc import Callable
 
-from posttrain.grading.numbers import normalise, parse_quantity, same_answer, same_quantity
+from posttrain.grading.equality import equal_values, same_answer
+from posttrain.grading.numbers import normalise, parse_quantity, same_quantity
 from posttrain.grading.slots import Slot, boxes, later_claims, lines, taken_back, think_tags, visible, without_comments
-from posttrain.grading.symbolic import math_equal
 
 Same = Callable[[str, str], bool]
 _MAX_REFERENCE_CHARS = 100_000
 # An answer given more often, or followed by more text than this, is a loop and not an answer.
-_MAX_SLOTS, _MAX_TAIL_CHARS = 32, 20_000
+_MAX_SLOTS, _MAX_TAIL_CHARS, _MAX_PROSE_CHARS = 32, 20_000, 300
 
 
 def reference_answer(target: str) -> str:
@@ -53,9 +53,26 @@ def is_boxed(text: str, target: str, same: Same = same_answer) -> bool:
     return len(slots) <= _MAX_SLOTS and _one_answer(shown or "", said, reference_answer(target), same)
 
 
-def is_number(text: str, target: str) -> bool:
+def is_number(text: str, target: str, same: Same = same_answer) -> bool:
     """Whether the answer behind `####` or `Answer:` is `target`, or the whole visible text is."""
-    return _in_line(text, reference_answer(target), same_answer)
+    return _in_line(text, reference_answer(target), same)
+
+
+_IN_PROSE = re.compile(r"([^A-Za-z]{1,80}?)\**[,;]?\s+\(?[A-Za-z][^0-9%=]{0,200}")
+_HEDGE = re.compile(
+    r"\b(?:or|and|not|to|percent|times|hundred|thousand|million|billion|half|dozen)\b|n't", re.IGNORECASE
+)
+
+
+def same_in_prose(answer: str, reference: str) -> bool:
+    """`equal_values`, and a number at the start of a sentence that has no other: `$18 per day` for `18`."""
+    if equal_values(answer, reference):
+        return True
+    match = _IN_PROSE.fullmatch(answer.strip()[:_MAX_PROSE_CHARS])
+    wanted = parse_quantity(normalise(reference), lowest_terms=False)
+    if match is None or wanted is None or (wanted.unit and not wanted.is_measured) or _HEDGE.search(answer):
+        return False
+    return equal_values(match[1], str(wanted.value))
 
 
 def _in_line(text: str, reference: str, same: Same) -> bool:
@@ -67,24 +84,30 @@ def _in_line(text: str, reference: str, same: Same) -> bool:
 
 
 _LETTER = re.compile(r"\(?([A-Z])\)?[.:]?")
+_LETTER_ANYHOW = re.compile(
+    r"[\[(*]*([A-Za-z])[\])*.:]*"  # b, (b), **B**
+    r"|[\[(*]*([A-Z])(?:[\])*.:,]+|\s+[-–—])\s*(?!.*\b(?:[B-HJ-Z]\b|A\b(?![ ]\w)|or\b|not\b|and\b)).*",  # (B) Paris, B: 12
+    re.DOTALL,
+)
 
 
-def _same_letter(answer: str, reference: str) -> bool:
+def same_letter(answer: str, reference: str) -> bool:
     got, wanted = _LETTER.fullmatch(normalise(answer)), _LETTER.fullmatch(normalise(reference))
     return got is not None and wanted is not None and got.group(1) == wanted.group(1)
 
 
-def is_choice(text: str, target: str) -> bool:
+def same_letter_anyhow(answer: str, reference: str) -> bool:
+    """The letter in either case, with the text of its option or without."""
+    got, wanted = _LETTER_ANYHOW.fullmatch(normalise(answer)), _LETTER_ANYHOW.fullmatch(normalise(reference))
+    return got is not None and wanted is not None and (got[1] or got[2]).upper() == (wanted[1] or wanted[2]).upper()
+
+
+def is_choice(text: str, target: str, same: Same = same_letter) -> bool:
     """Whether the one letter chosen (boxed, behind `Answer:`, or all there is) is `target`."""
     shown = answer_text(text)
     if shown is not None and "\\boxed" in shown:
-        return is_boxed(text, target, _same_letter)
-    return _in_line(text, reference_answer(target), _same_letter)
-
-
-def is_math_equal(text: str, target: str) -> bool:
-    r"""`is_boxed` with equality of formulas: `\boxed{2\sqrt{3}}` for `\sqrt{12}`."""
-    return is_boxed(text, target, math_equal)
+        return is_boxed(text, target, same)
+    return _in_line(text, reference_answer(target), same)
 
 
 def is_exact(text: str, target: str) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from posttrain.files import digest_json, file_digests
 from posttrain.grading import answers
+from posttrain.grading.equality import equal_values
 from posttrain.grading.schema import NotJsonError, check_schema, conforms, read_json_text, same_json
 
 Scorer = Callable[[str, str | None, Mapping[str, Any]], float | None]
@@ -61,11 +62,11 @@ def _json_schema(text: str, target: str | None, columns: Mapping[str, Any]) -> f
 
 
 SCORERS: dict[str, Scorer] = {
-    "boxed": _against_target(answers.is_boxed),
-    "number": _against_target(answers.is_number),
+    "boxed": _against_target(partial(answers.is_boxed, same=equal_values)),
+    "number": _against_target(partial(answers.is_number, same=answers.same_in_prose)),
     "last_number": _against_target(answers.is_last_number),
-    "math": _against_target(answers.is_math_equal),
-    "choice": _against_target(answers.is_choice),
+    "math": _against_target(partial(answers.is_boxed, same=equal_values)),
+    "choice": _against_target(partial(answers.is_choice, same=answers.same_letter_anyhow)),
     "exact": _against_target(answers.is_exact),
     "contains": _against_target(_contains),
     "regex": _regex,

@@ -13,7 +13,6 @@ _COMMENTS = re.compile(r"^[ \t]*%[^\n]*", re.MULTILINE)
 _BRACES = re.compile(r"(?P<box>\\boxed\s*\{)|(?P<bare>\\boxed(?![A-Za-z]))|(?P<escaped>\\.)|(?P<brace>[{}])", re.DOTALL)
 _HASHES = re.compile(r"####[ \t]*([^\n]*)")
 _ANSWER = re.compile(r"\banswer(?:[ \t]+is|[ \t]*\*{0,2}[:=])[ \t:*]*([^\n]*)", re.IGNORECASE)
-
 # The words right before a slot that turn it into its opposite, or into one of several.
 _DENIED_BEFORE = re.compile(r"(?:\bnot|n't|≠|\\neq?|\bnever|\bexcept|\bor|\bthan|\bunlike)\W*$", re.IGNORECASE)
 # What takes an answer back once it was given.
@@ -122,11 +121,19 @@ def _unwrap(text: str, start: int, end: int, closing_of: dict[int, int]) -> str:
 
 
 def lines(text: str) -> list[Slot]:
-    """What follows `####`, or else `Answer:` or `the answer is`, up to the end of its line."""
+    """What follows `####`, or else `Answer:` or `the answer is`, up to the end of its line, without bold marks around it."""
     for pattern in (_HASHES, _ANSWER):
-        if found := [Slot(m.start(), m.end(), m.group(1)) for m in pattern.finditer(text) if m.group(1).strip()]:
+        found = [Slot(m.start(), m.end(), _without_bold(m.group(1))) for m in pattern.finditer(text)]
+        if found := [slot for slot in found if slot.content.strip()]:
             return found
     return []
+
+
+def _without_bold(text: str) -> str:
+    """`18` of `**18**.`, and of `18**` where the line began in bold."""
+    text = text.strip(" \t*")
+    inner = text.rstrip(".!,;:")
+    return inner.rstrip(" *") if inner.endswith("*") else text
 
 
 def taken_back(text: str, slots: list[Slot]) -> bool:

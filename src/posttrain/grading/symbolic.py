@@ -1,55 +1,48 @@
-"""Equality of small formulas by evaluating both at fixed points: enough for `2\\sqrt{3}` or `x(x+1)`, and always cheap.
-
-No algebra system. Everything is a float, so no input can make it compute a huge integer.
-"""
+r"""The value of a small formula at fixed points, and whether two formulas have the same. No algebra system."""
 
 from __future__ import annotations
 
-import cmath
-import math
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
+from fractions import Fraction
 
-from posttrain.grading.numbers import (
-    is_plain_number,
-    normalise,
-    parse_quantity,
-    same_answer,
-    same_quantity,
-    same_sequence,
-    split_sequence,
-)
+from posttrain.grading.arithmetic import Arithmetic, UnreadableError, Value, close, mp
 
 _MAX_CHARS, _MAX_DEPTH = 400, 40
-_POINTS = (0.7390851332, 1.3247179572, 2.2360679775, 0.1839286755)
-_TOLERANCE = 1e-9
-_LARGEST = 1e12  # beyond it a float does not tell neighbouring integers apart
+_NUM_POINTS, _NUM_NEGATIVE = 5, 3
 _TOKEN = re.compile(
-    r"\s*(?:(?P<number>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)|(?P<command>\\[A-Za-z]+)|(?P<letter>[A-Za-zπ])|(?P<sign>[-+*/^(){}\[\]·×√]))"
+    r"\s*(?:(?P<number>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)|(?P<command>\\[A-Za-z]+)"
+    r"|(?P<word>(?:sqrt|arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|ln|log|exp|pi|binom)(?![A-Za-z]))"
+    r"|(?P<letter>[A-Za-zπ])|(?P<sign>[-+*/^(){}\[\]|!_·×÷√°]))"
 )
-_FUNCTIONS: dict[str, Callable[[complex], complex]] = {
-    "\\sqrt": cmath.sqrt, "√": cmath.sqrt, "\\sin": cmath.sin, "\\cos": cmath.cos, "\\tan": cmath.tan, "\\ln": cmath.log,
-    "\\log": cmath.log10, "\\exp": cmath.exp, "\\arctan": cmath.atan, "\\arcsin": cmath.asin, "\\arccos": cmath.acos,
-}  # fmt: skip
-_CONSTANTS: dict[str, complex] = {"\\pi": math.pi, "π": math.pi, "e": math.e, "i": 1j}
-_PRODUCTS = ("*", "·", "×", "\\cdot", "\\times")
+_ALIASES = {"π": "\\pi", "√": "\\sqrt", "·": "*", "×": "*", "\\cdot": "*", "\\times": "*", "÷": "/", "\\div": "/", "\\lg": "\\log",
+            "\\tbinom": "\\binom", "\\dbinom": "\\binom", "\\vert": "|", "\\lvert": "|", "\\rvert": "|", "\\mid": "|",
+            "\\lbrack": "[", "\\rbrack": "]", "°": "\\circ"}  # fmt: skip
+_GREEK = frozenset(
+    f"\\{name}"
+    for name in re.findall(
+        r"\S+",
+        "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau phi varphi chi psi "
+        "omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega",
+    )
+)
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
-
-
-class _UnreadableError(Exception):
-    """The text is no formula that this module knows."""
+_ARCS = ("arcsin", "arccos", "arctan")
+_FUNCTIONS = frozenset(f"\\{name}" for name in ("sin", "cos", "tan", "cot", "sec", "csc", *_ARCS, "ln", "log", "exp"))
+_INVERSES = {"\\sin": "\\arcsin", "\\cos": "\\arccos", "\\tan": "\\arctan"}
 
 
 class _Formula:
     """Recursive descent that computes as it reads, with the variables at one point."""
 
     def __init__(self, tokens: list[str], point: int) -> None:
-        self.tokens, self.point, self.index, self.depth = tokens, point, 0, 0
+        self.tokens, self.point, self.index, self.depth, self.num_open_bars = list(tokens), point, 0, 0, 0
+        self.arithmetic = Arithmetic()
 
-    def value(self) -> complex:
+    def value(self) -> Value:
         result = self.total()
         if self.index != len(self.tokens):
-            raise _UnreadableError
+            raise UnreadableError
         return result
 
     def peek(self) -> str:
@@ -58,82 +51,183 @@ class _Formula:
     def take(self) -> str:
         token = self.peek()
         if not token:
-            raise _UnreadableError
+            raise UnreadableError
         self.index += 1
         return token
 
-    def total(self) -> complex:
+    def total(self) -> Value:
         self.depth += 1
         if self.depth > _MAX_DEPTH:
-            raise _UnreadableError
-        sign = -1 if self.peek() == "-" else 1
-        if self.peek() in ("+", "-"):
-            self.take()
-        result = sign * self.product()
+            raise UnreadableError
+        result = self.product()
         while self.peek() in ("+", "-"):
             sign = -1 if self.take() == "-" else 1
-            result += sign * self.product()
+            result = self.arithmetic.apply(lambda a, b, sign=sign: a + sign * b, result, self.product())
         self.depth -= 1
         return result
 
-    def product(self) -> complex:
-        result = self.power()
+    def product(self) -> Value:
+        result = self.signed()
         while token := self.peek():
-            if token in _PRODUCTS:
+            if token == "*":
                 self.take()
-                result *= self.power()
+                result = self.arithmetic.apply(lambda a, b: a * b, result, self.signed())
             elif token == "/":
                 self.take()
-                result /= self.power()
-            elif token in "+-)]}^":
+                result = self.arithmetic.apply(lambda a, b: a / b, result, self.signed())
+            elif token in "+-)]}^_" or (token == "|" and self.num_open_bars):
                 break
-            elif token[0].isdigit() or token[0] == ".":
-                raise _UnreadableError  # "2 3" is no product
+            elif _is_number(token):
+                raise UnreadableError  # "2 3" is no product
             else:
-                result *= self.power()
+                result = self.arithmetic.apply(lambda a, b: a * b, result, self.power())
         return result
 
-    def power(self) -> complex:
-        base = self.atom()
-        if self.peek() != "^":
-            return base
-        self.take()
-        return base ** (self.group() if self.peek() == "{" else self.atom())
+    def signed(self) -> Value:
+        if self.peek() not in ("+", "-"):
+            return self.power()
+        sign = -1 if self.take() == "-" else 1
+        return sign * self.power()
 
-    def group(self) -> complex:
+    def power(self) -> Value:
+        base = self.atom()
+        while self.peek() == "!":
+            self.take()
+            base = self.arithmetic.factorial(base)
+        if self.peek() != "^":
+            return self.degrees(base) if self.peek() == "\\circ" else base
+        self.take()
+        if self.tokens[self.index : self.index + 3] == ["{", "\\circ", "}"]:
+            self.index += 1
+            base = self.degrees(base)
+            self.index += 1
+            return base
+        return self.degrees(base) if self.peek() == "\\circ" else self.arithmetic.power(base, self.exponent())
+
+    def degrees(self, value: Value) -> Value:
+        self.take()
+        return self.arithmetic.checked(self.arithmetic.inexact(value) * mp().pi / 180)
+
+    def exponent(self) -> Value:
+        if self.peek() in ("+", "-"):
+            return (-1 if self.take() == "-" else 1) * self.atom()
+        return self.atom()
+
+    def group(self) -> Value:
         closing = _CLOSING.get(self.take())
         if closing is None:
-            raise _UnreadableError
+            raise UnreadableError
+        bars, self.num_open_bars = self.num_open_bars, 0
         result = self.total()
+        self.num_open_bars = bars
         if self.take() != closing:
-            raise _UnreadableError
+            raise UnreadableError
         return result
 
-    def atom(self) -> complex:
+    def atom(self) -> Value:
         token = self.peek()
         if token in _CLOSING:
             return self.group()
         self.take()
+        if token == "|":
+            return self.absolute()
         if token == "\\frac":
-            return self.argument() / self.argument()
+            return self.fraction()
+        if token == "\\binom":
+            return self.arithmetic.binomial(self.argument(), self.argument())
+        if token == "\\sqrt":
+            return self.root()
         if token in _FUNCTIONS:
             return self.function(token)
-        if token in _CONSTANTS:
-            return _CONSTANTS[token]
-        if token[0].isdigit() or token[0] == ".":
-            return float(token)
-        if token.isalpha():
-            return _POINTS[(ord(token) + self.point) % len(_POINTS)] + ord(token) / 64
-        raise _UnreadableError
+        if token in ("\\pi", "e", "i"):
+            return {"\\pi": +mp().pi, "e": +mp().e, "i": mp().mpc(0, 1)}[token]
+        if _is_number(token):
+            return self.number(token)
+        if token.isalpha() or token in _GREEK:
+            return self.variable(token)
+        raise UnreadableError
 
-    def argument(self) -> complex:
-        return self.group() if self.peek() == "{" else self.atom()
+    def absolute(self) -> Value:
+        self.num_open_bars += 1
+        inside = self.total()
+        self.num_open_bars -= 1
+        if self.take() != "|":
+            raise UnreadableError
+        return abs(inside)
 
-    def function(self, token: str) -> complex:
-        if token == "\\sqrt" and self.peek() == "[":
-            root = self.group()
-            return self.argument() ** (1 / root)
-        return _FUNCTIONS[token](self.argument())
+    def fraction(self) -> Value:
+        return self.arithmetic.apply(lambda a, b: a / b, self.argument(), self.argument())
+
+    def number(self, token: str) -> Value:
+        value = self.arithmetic.checked(Fraction(token.replace(",", "").rstrip(".")))
+        if self.peek() != "\\frac" or value.denominator != 1:
+            return value
+        self.take()
+        start = self.index
+        part = self.fraction()
+        in_digits = all(_is_number(token) or token in "{}" for token in self.tokens[start : self.index])
+        is_mixed = in_digits and isinstance(part, Fraction) and 0 < part < 1  # 2\\frac{1}{2}, but not 2\\frac{x}{3}
+        return self.arithmetic.apply(lambda a, b: a + b if is_mixed else a * b, value, part)
+
+    def argument(self) -> Value:
+        """A group, or one character, as TeX takes it: `\\frac12`, `\\sqrt2`."""
+        token = self.peek()
+        if token.isdigit() and len(token) > 1:
+            self.tokens[self.index : self.index + 1] = [token[0], token[1:]]
+        return self.group() if token in _CLOSING else self.atom()
+
+    def root(self) -> Value:
+        degree = self.group() if self.peek() == "[" else Fraction(2)
+        return self.arithmetic.power(self.argument(), self.arithmetic.apply(lambda a, b: a / b, Fraction(1), degree))
+
+    def function(self, name: str) -> Value:
+        """`\\log_2 3`, `\\sin^2 x`, `\\sin^{-1} x`, and an argument without brackets: `\\sin 2x`."""
+        base = power = None
+        while self.peek() in ("_", "^"):
+            if self.take() == "_":
+                base = self.argument()
+            else:
+                power = self.exponent()
+        if power == -1 and name in _INVERSES:
+            name, power = _INVERSES[name], None
+        result = self.arithmetic.function(name, self.bare_argument())
+        if base is not None:
+            if name != "\\log":
+                raise UnreadableError
+            result = self.arithmetic.apply(lambda a, b: a / b, result, self.arithmetic.function(name, base))
+        return result if power is None else self.arithmetic.power(result, power)
+
+    def bare_argument(self) -> Value:
+        if self.peek() in _CLOSING:
+            return self.group()
+        result = self.signed()
+        while (token := self.peek()) and (token.isalpha() or token in _GREEK or token in ("\\pi", "\\sqrt", "\\frac")):
+            result = self.arithmetic.apply(lambda a, b: a * b, result, self.power())
+        return result
+
+    def variable(self, name: str) -> Value:
+        if self.peek() == "_":
+            self.take()
+            start, depth = self.index, 0
+            while True:
+                depth += {"{": 1, "}": -1}.get(self.take(), 0)
+                if depth <= 0:
+                    break
+            name += "".join(token for token in self.tokens[start : self.index] if token not in "{}")
+        return _at_point(name, self.point)
+
+
+def _is_number(token: str) -> bool:
+    return token[0].isdigit() or (token[0] == "." and len(token) > 1)
+
+
+def _at_point(name: str, point: int) -> Fraction:
+    """Between 0.1 and 3; at the last points some variables are negative."""
+    mixed = sum(ord(c) * 7919 ** (place + 1) for place, c in enumerate(name)) + 104_729 * (point + 1) * (
+        ord(name[-1]) + point
+    )
+    value = Fraction(mixed % 3001 + 101, 1009)
+    return -value if point >= _NUM_POINTS and (mixed + point) % 2 else value
 
 
 def _tokens(text: str) -> list[str] | None:
@@ -141,51 +235,46 @@ def _tokens(text: str) -> list[str] | None:
     while position < len(text):
         match = _TOKEN.match(text, position)
         if match is None:
-            return None
-        tokens.append(match.group(match.lastgroup or 0).strip())
+            return None if text[position:].strip() else tokens
+        token = match.group(match.lastgroup or 0)
+        token = "\\" + token if match.lastgroup == "word" else token
+        tokens.append(_ALIASES.get(token, token))
         position = match.end()
     return tokens
 
 
-def _values(text: str) -> list[complex] | None:
-    tokens = _tokens(text) if 0 < len(text) <= _MAX_CHARS else None
-    if not tokens:
+def _values(tokens: list[str], num_points: int) -> Iterator[Value]:
+    for point in range(num_points):
+        try:
+            yield _Formula(tokens, point).value()
+        except (UnreadableError, ArithmeticError, ValueError, TypeError):
+            return
+
+
+def _point_by_point(left: str, right: str) -> Iterator[tuple[Value, Value]] | None:
+    """Both formulas at each point; None where one of them cannot be read."""
+    tokens = [_tokens(text) if 0 < len(text) <= _MAX_CHARS else None for text in (left, right)]
+    if not tokens[0] or not tokens[1]:
         return None
-    try:
-        values = [_Formula(tokens, point).value() for point in range(len(_POINTS))]
-    except (_UnreadableError, ArithmeticError, ValueError):
-        return None
-    usable = all(cmath.isfinite(value) and abs(value) < _LARGEST for value in values)
-    return values if usable else None
+    num = _NUM_POINTS + (_NUM_NEGATIVE if "|" in tokens[0] + tokens[1] else 0)
+    values = [list(_values(side, num)) for side in tokens if side]
+    return zip(*values, strict=True) if all(len(side) == num for side in values) else None
 
 
-def _without_left_side(text: str, reference: str) -> str:
-    """`x=…` without its `x=`, where the reference has no equals sign: naming the unknown is no claim of its own."""
-    name, equals, value = text.partition("=")
-    return value.strip() if equals and "=" not in reference and re.fullmatch(r"[A-Za-z]\s*", name) else text
+def same_value(left: str, right: str) -> bool:
+    """Whether two formulas have the same value wherever they are looked at."""
+    pairs = _point_by_point(left, right)
+    return pairs is not None and all(close(a, b) for a, b in pairs)
 
 
-def math_equal(answer: str, reference: str) -> bool:
-    """`same_answer`, and for references that are formulas also equality as formulas.
-
-    A reference that is a plain number takes a plain number only: `\\sqrt{1764}` is not yet 42.
-    """
-    if same_answer(answer, reference):
-        return True
-    wanted = normalise(reference)
-    got = _without_left_side(normalise(answer), wanted)
-    number = parse_quantity(wanted, lowest_terms=False)
-    if number is not None and is_plain_number(number):
-        quantity = parse_quantity(got)
-        return quantity is not None and same_quantity(quantity, number)
-    if split_sequence(wanted) is not None:
-        return same_sequence(got, wanted, math_equal)
-    if got.count("=") == wanted.count("=") == 1:
-        return all(math_equal(a, b) for a, b in zip(got.split("="), wanted.split("="), strict=True))
-    # A reference is the simplified form; something much longer is the question handed back.
-    if len(got) > 3 * len(wanted) + 30:
+def same_zeros(left: str, right: str) -> bool:
+    """Whether one formula is a constant times the other, and neither is zero: `2x-4` and `x-2`."""
+    pairs = _point_by_point(left, right)
+    if pairs is None:
         return False
-    left, right = _values(got), _values(wanted)
-    if left is None or right is None:
-        return False
-    return all(abs(a - b) <= _TOLERANCE * max(1.0, abs(a), abs(b)) for a, b in zip(left, right, strict=True))
+    ratios: list[Value] = []
+    for a, b in pairs:
+        if not a or not b:
+            return False
+        ratios.append(Arithmetic().apply(lambda x, y: x / y, a, b))
+    return all(close(ratio, ratios[0]) for ratio in ratios[1:])

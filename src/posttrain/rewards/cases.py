@@ -10,8 +10,8 @@ from typing import Any
 
 from posttrain.files import digest_json
 from posttrain.grading.answers import is_boxed, is_last_number, last_number, reference_answer
-from posttrain.grading.numbers import normalise, parse_quantity, same_quantity
-from posttrain.grading.symbolic import math_equal
+from posttrain.grading.equality import equal_values
+from posttrain.grading.numbers import normalise, parse_quantity
 from posttrain.rewards.library import REWARDS, golds_of
 from posttrain.types import Prompt
 
@@ -99,11 +99,8 @@ def function_name(columns: Mapping[str, Any]) -> str:
 
 
 def same_meaning(one: str, other: str) -> bool:
-    """Whether a lenient reading takes the two for the same answer: 0.5 and 1/2, 5 and 5 cm, √12 and 2√3."""
-    a, b = (parse_quantity(normalise(text), lowest_terms=False) for text in (one, other))
-    if a is not None and b is not None:
-        return same_quantity(a, b) or same_quantity(b, a)
-    return normalise(one) == normalise(other) or math_equal(one, other)
+    """Whether an eval takes the two for the same answer: 0.5 and 1/2, 5 and 5 cm, √12 and 2√3."""
+    return equal_values(one, other) or equal_values(other, one)
 
 
 def _wrong_for(index: int, golds: Sequence[str | None], columns: Mapping[str, Any]) -> str | None:
@@ -128,7 +125,7 @@ def cases_digest(cases: Sequence[Case], samples: Sequence[Sample]) -> str:
 
 def surely_wrong(text: str, gold: str) -> bool:
     """Whether an independent, lenient reading finds no trace of the gold: then the completion is a natural wrong answer."""
-    if is_boxed(text, gold) or is_last_number(text, gold):
+    if is_boxed(text, gold, equal_values) or is_last_number(text, gold):
         return False
     number = parse_quantity(normalise(gold), lowest_terms=False)
     if number is None:

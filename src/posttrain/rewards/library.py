@@ -6,14 +6,15 @@ against. A completion is a string, or a message list of which the last assistant
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from posttrain.grading import answers
 from posttrain.grading.code import extract_code, run_tests
+from posttrain.grading.equality import equal_values, math_equal, same_answer
 from posttrain.grading.sandbox import Limits
 from posttrain.grading.schema import check_schema, read_json_text
 from posttrain.grading.scorers import score_json
@@ -68,19 +69,24 @@ def _accuracy(check: Callable[[str, str], bool], completions: Sequence[Any], col
     ]
 
 
-def boxed(prompts: list[Any], completions: list[Any], **columns: Any) -> Scores:
+# `strict: false` judges as the eval scorer of the same name does: every way to write the value counts.
+
+
+def boxed(prompts: list[Any], completions: list[Any], *, strict: bool = True, **columns: Any) -> Scores:
     r"""1 if every `\boxed{…}` outside the reasoning is the reference answer, else 0."""
-    return _accuracy(answers.is_boxed, completions, columns)
+    return _accuracy(partial(answers.is_boxed, same=same_answer if strict else equal_values), completions, columns)
 
 
-def number(prompts: list[Any], completions: list[Any], **columns: Any) -> Scores:
+def number(prompts: list[Any], completions: list[Any], *, strict: bool = True, **columns: Any) -> Scores:
     """1 if the answer behind `####` or `Answer:` is the reference, else 0."""
-    return _accuracy(answers.is_number, completions, columns)
+    same = same_answer if strict else answers.same_in_prose
+    return _accuracy(partial(answers.is_number, same=same), completions, columns)
 
 
-def choice(prompts: list[Any], completions: list[Any], **columns: Any) -> Scores:
+def choice(prompts: list[Any], completions: list[Any], *, strict: bool = True, **columns: Any) -> Scores:
     """1 if the one letter A-Z chosen is the reference, else 0."""
-    return _accuracy(answers.is_choice, completions, columns)
+    same = answers.same_letter if strict else answers.same_letter_anyhow
+    return _accuracy(partial(answers.is_choice, same=same), completions, columns)
 
 
 def exact(prompts: list[Any], completions: list[Any], **columns: Any) -> Scores:
@@ -88,15 +94,17 @@ def exact(prompts: list[Any], completions: list[Any], **columns: Any) -> Scores:
     return _accuracy(answers.is_exact, completions, columns)
 
 
-def math_equivalence(prompts: list[Any], completions: list[Any], *, backend: str = "own", **columns: Any) -> Scores:
+def math_equivalence(
+    prompts: list[Any], completions: list[Any], *, backend: str = "own", strict: bool = True, **columns: Any
+) -> Scores:
     r"""1 if every `\boxed{…}` is mathematically the reference, else 0. `backend: math_verify` needs the extra `[math]`."""
     if backend == "own":
-        return _accuracy(answers.is_math_equal, completions, columns)
+        return _accuracy(partial(answers.is_boxed, same=math_equal if strict else equal_values), completions, columns)
     if backend != "math_verify":
         raise ValueError(f"backend={backend!r}: expected 'own' or 'math_verify'")
     from posttrain.rewards.math_verify import verified  # an extra, and slow to import
 
-    return _accuracy(functools.partial(answers.is_boxed, same=verified), completions, columns)
+    return _accuracy(partial(answers.is_boxed, same=verified), completions, columns)
 
 
 def think_format(prompts: list[Any], completions: list[Any], **columns: Any) -> Scores:
