@@ -1,10 +1,11 @@
 """Loss masks: what is trained, read off as text, for the templates of real model families."""
 
 import pytest
+from transformers import AutoTokenizer
 
-from posttrain.data.render import draft_example, draft_labelled, draft_pair, draft_prompt, tokenize
+from posttrain.data.render import chat_ids, draft_example, draft_labelled, draft_pair, draft_prompt, tokenize
 from posttrain.data.template import end_of_turn, render_text, template_digest, use_template
-from posttrain.errors import DataError
+from posttrain.errors import ConfigError, DataError
 from posttrain.types import Example, LabelledCompletion, Origin, PreferencePair, Prompt
 
 ORIGIN = Origin("train.jsonl", 41)
@@ -178,7 +179,7 @@ def test_given_template_is_used_and_changes_the_digest(tokenizer_of, tmp_path):
     assert template_digest(tokenizer) != before
     assert render_text(tokenizer, [user("Hello")]) == "Hello<|im_end|>"
     assert end_of_turn(tokenizer) == "<|im_end|>"
-    with pytest.raises(DataError, match="chat_template: no such file"):
+    with pytest.raises(ConfigError, match="chat_template: no such file"):
         use_template(tokenizer, str(tmp_path / "other.jinja"))
 
 
@@ -262,3 +263,49 @@ def test_text_prompts_are_tokenised_with_bos_and_without_eos(tokenizer_of):
 def test_unpaired_surrogates_are_named(tokenizer_of):
     with pytest.raises(DataError, match=r"^train\.jsonl:41: the text holds an unpaired surrogate \(\\ud800\)"):
         render_example(tokenizer_of("raw"), Example(ORIGIN, completion="a\ud800b"))
+
+
+SWITCHED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '/think ' if enable_thinking and m.role == 'user' }}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{{ '' if enable_thinking else '<think></think>' }}{% endif %}"
+)
+
+
+def test_chat_template_kwargs_reach_data_rollouts_evals_and_what_is_exported(tokenizer_of, tmp_path):
+    tokenizer = tokenizer_of("raw")
+    tokenizer.chat_template = SWITCHED
+    question = (user("Hello"),)
+    without = tokenizer.decode(render_prompt(tokenizer, Prompt(ORIGIN, question)))
+    for _ in range(2):  # a loader sets them again on a tokenizer that was loaded with them
+        use_template(tokenizer, None, {"enable_thinking": True})
+    assert tokenizer.chat_template.count("set enable_thinking") == 1
+    asked = tokenizer.decode(render_prompt(tokenizer, Prompt(ORIGIN, question)))
+    assert asked == "<|im_start|>user\n/think Hello<|im_end|>\n<|im_start|>assistant\n" != without
+    assert tokenizer.decode(chat_ids(tokenizer, question)) == asked
+    row = render_example(tokenizer, Example(ORIGIN, messages=(*question, assistant("fine"))))
+    assert tokenizer.decode(row.ids).startswith(asked) and trained(tokenizer, row) == ["fine<|im_end|>"]
+    tokenizer.save_pretrained(tmp_path)
+    exported = AutoTokenizer.from_pretrained(tmp_path)
+    assert exported.apply_chat_template(list(question), tokenize=False, add_generation_prompt=True) == asked
+    assert "/think" not in exported.apply_chat_template(list(question), tokenize=False, enable_thinking=False)
+
+
+OVERFLOWING = {
+    "calls itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "too deep to compile": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "writes without end": "{% for m in messages %}{{ m.content * 9999999 }}{% endfor %}",
+    "too large a range": "{% for i in range(10 ** 9) %}x{% endfor %}",
+    "divides by zero": "{{ 1 // 0 }}",
+    "no such index": "{{ messages[7].content }}",
+}
+
+
+@pytest.mark.parametrize("case", OVERFLOWING)
+def test_a_template_that_overflows_is_refused_when_the_data_is_loaded_in_one_line(case, tokenizer_of):
+    tokenizer = tokenizer_of("raw")
+    tokenizer.chat_template = OVERFLOWING[case]
+    with pytest.raises(
+        DataError, match=r"^train\.jsonl:41: the chat template (refuses|writes [\d,]+ characters)"
+    ) as caught:
+        render_example(tokenizer, Example(ORIGIN, messages=(user("a"), assistant("b"))))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400

@@ -42,6 +42,7 @@ class ModelKeys(Keys):
     revision: str | None = knob(None, "Revision (branch, tag or commit) of a hub model.", also="model_revision (Axolotl, LLaMA-Factory, TRL)", example="main")
     trust_remote_code: bool = knob(False, "Run code shipped with the model.")
     chat_template: str | None = knob(None, "A Jinja file; null keeps the tokenizer's own template.", also="chat_template_path (TRL), chat_template_jinja (Axolotl)", example="./chat.jinja")
+    chat_template_kwargs: dict[str, Any] = knob({}, "Values for variables of the chat template, such as `enable_thinking`; they become its defaults, in every rendering and in what is exported.", example={"enable_thinking": False})
     adapter: Literal["none", "lora", "qlora"] = knob("none", "Train all weights, a LoRA adapter, or a LoRA adapter on a 4-bit base.", also="finetuning_type (LLaMA-Factory), use_peft (TRL)")
     load_in_4bit: bool = knob(False, "Quantise the frozen base to 4 bits; implied by `adapter: qlora`.", also="quantization_bit (LLaMA-Factory)")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = knob("nf4", "4-bit data type.")

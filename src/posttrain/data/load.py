@@ -173,7 +173,7 @@ def _overflow(keys: TrainKeys, **more: Any) -> dict[str, Any]:
 
 def _load(plan: Plan, keys: TrainKeys, tokenizer: Any, given: Sequence[DatasetKeys] | None) -> Dataset[Any]:
     sources = list(keys.datasets if given is None else given)
-    use_template(tokenizer, keys.chat_template)
+    use_template(tokenizer, keys.chat_template, keys.chat_template_kwargs)
     weights = tuple(source.weight for source in sources)
     key = _cache_key(plan, sources, tokenizer)
     found, status = cache.lookup(key)

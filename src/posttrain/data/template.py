@@ -9,11 +9,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from posttrain.config.chat_template import chat_template
 from posttrain.errors import DataError
 from posttrain.files import digest_json
 from posttrain.types import Message
@@ -24,14 +24,12 @@ _MOST_CHARACTERS = 1 << 20
 _PROBE = ({"role": "user", "content": "posttrain-question"}, {"role": "assistant", "content": "posttrain-answer"})
 
 
-def use_template(tokenizer: Any, path: str | None) -> None:
-    """Give `tokenizer` the Jinja file at `path`, so that it is saved with the model. `None` keeps the tokenizer's own."""
-    if path is None:
-        return
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise DataError(f"chat_template: no such file {path}; expected a Jinja file, relative to the YAML")
-    tokenizer.chat_template = file.read_text(encoding="utf-8")
+def use_template(tokenizer: Any, path: str | None, kwargs: Mapping[str, Any] | None = None) -> None:
+    """Give `tokenizer` the Jinja file at `path` (None keeps its own) and `kwargs` as the template's defaults.
+
+    It is saved with the model. Raises: ConfigError.
+    """
+    tokenizer.chat_template = chat_template(tokenizer.chat_template, path, kwargs or {})
 
 
 def template_text(tokenizer: Any, tools: Sequence[Any] = ()) -> str:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.config import hub
+from posttrain.config.chat_template import chat_template
 from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
 from posttrain.models import attention, generation
@@ -59,8 +60,7 @@ def load_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerBase:
         raise ModelError(
             f"base_model: {keys.base_model} has no tokenizer that loads: {str(error).splitlines()[0]}"
         ) from error
-    if keys.chat_template is not None:
-        tokenizer.chat_template = Path(keys.chat_template).read_text(encoding="utf-8")
+    tokenizer.chat_template = chat_template(tokenizer.chat_template, keys.chat_template, keys.chat_template_kwargs)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{keys.base_model}: the tokenizer has no eos_token; a model could never learn to stop")
     if tokenizer.pad_token_id is None:

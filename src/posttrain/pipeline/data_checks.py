@@ -29,23 +29,27 @@ class DataChecks:
 
     def check_stages(self, keys: PipelineKeys, suites: Suites) -> None:
         """Raises: DataError for what must not be trained on; ConfigError for a lint that does not exist."""
-        template = None
+        template: str | None = None
+        kwargs: dict[str, Any] = {}
         for stage in keys.stages:
             # A stage without a template of its own renders with the one that the stage before it was saved with.
+            kwargs = {**({} if stage.keys.chat_template else kwargs), **stage.keys.chat_template_kwargs}
             template = stage.keys.chat_template or template
-            self._report(stage.keys, suites, template).raise_if_refused()
+            self._report(stage.keys, suites, template, kwargs).raise_if_refused()
 
     def check_stage(self, keys: TrainKeys, suites: Suites, folder: Path | None) -> None:
         """The same for one stage as it is about to run; writes `lint.json` into `folder`. Raises: DataError, ConfigError."""
-        report = self._report(keys, suites, keys.chat_template)
+        report = self._report(keys, suites, keys.chat_template, keys.chat_template_kwargs)
         if folder is not None:
             write_json(folder / "lint.json", report.to_json())
         report.raise_if_refused()
 
-    def _report(self, keys: TrainKeys, suites: Suites, template: str | None) -> LintReport:
+    def _report(self, keys: TrainKeys, suites: Suites, template: str | None, kwargs: Mapping[str, Any]) -> LintReport:
         name = digest_json({key: value for key, value in to_data(keys).items() if key != "base_model"})
         if name not in self._done:
-            self._done[name] = lint_keys(keys.model_copy(update={"chat_template": template}), suites)
+            self._done[name] = lint_keys(
+                keys.model_copy(update={"chat_template": template, "chat_template_kwargs": kwargs}), suites
+            )
             for line in self._done[name].lines():
                 self._say(f"lint {kind_of(keys)}: {line}")
         return self._done[name]

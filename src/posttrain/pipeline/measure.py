@@ -63,5 +63,5 @@ def _stored(folder: Path, suites: Sequence[str], split: str) -> Reports:
 def model_keys(keys: PipelineKeys, model: str) -> ModelKeys:
     """How a model of this pipeline is loaded to be scored."""
     first = keys.stages[0].keys
-    how = ("trust_remote_code", "chat_template", "bf16", "device")
+    how = ("trust_remote_code", "chat_template", "chat_template_kwargs", "bf16", "device")
     return ModelKeys(base_model=model, **{name: getattr(first, name) for name in how})

@@ -155,7 +155,9 @@ def _measured(
 def _loading(config: Mapping[str, Any]) -> dict[str, Any]:
     """How the run loaded its models, from its resolved config."""
     (first,) = config["stages"][0].values()
-    how = {name: first[name] for name in ("trust_remote_code", "bf16", "device")}
+    how = {
+        name: first[name] for name in ("trust_remote_code", "chat_template_kwargs", "bf16", "device") if name in first
+    }
     template = first.get("chat_template")
     return how | ({"chat_template": template} if template and Path(template).exists() else {})
 
@@ -270,7 +272,10 @@ def _only_training(keys: PipelineKeys, chain: list[Manifest], folder: Path) -> P
 def _equivalent(version: Version, model: Path, keys: PipelineKeys, margin: float) -> Iterator[Check]:
     """Two one-sided tests: neither model is worse than the other by `margin` or more."""
     first = keys.stages[0].keys
-    how = {name: getattr(first, name) for name in ("trust_remote_code", "bf16", "device", "chat_template")}
+    how = {
+        name: getattr(first, name)
+        for name in ("trust_remote_code", "bf16", "device", "chat_template", "chat_template_kwargs")
+    }
     for name, stored in _judged_reports(version).items():
         again = _measured(version, name, stored, how, model, "retrained")
         if again is None or again.suite_digest != stored.suite_digest:
