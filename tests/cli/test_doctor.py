@@ -34,6 +34,16 @@ def by_name(findings):
     return {finding.name: finding for finding in findings}
 
 
+def test_the_doctor_says_whether_the_sandbox_filters_system_calls(monkeypatch):
+    from posttrain.grading import sandbox as ours
+
+    monkeypatch.setattr(ours, "isolation", lambda: "namespaces")
+    for program, status, words in ((b"x", "ok", "are refused"), (b"", "note", "no system-call filter")):
+        monkeypatch.setattr(ours, "call_filter", lambda program=program: program)
+        (finding,) = sandbox()
+        assert finding.status == status and words in finding.text
+
+
 def test_what_the_tests_run_on_is_sound():
     findings = [finding for check in (python, packages, machine, torch, sandbox, cache) for finding in check()]
     assert [finding for finding in findings if finding.status == "broken"] == []

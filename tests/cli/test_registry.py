@@ -20,11 +20,11 @@ def report(model, good):
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def invoke(*arguments):
+    def invoke(*arguments, code=0):
         result = CliRunner().invoke(app, list(arguments))
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
-        assert result.exit_code == 0, result.output
+        assert result.exit_code == code, result.output
         return result.output
 
     return invoke
@@ -101,4 +101,5 @@ def test_the_card_is_printed(run, gated):
 
 
 def test_a_mirror_that_is_down_is_reported_and_costs_nothing(run, gated):
-    assert run("mirror", "http://127.0.0.1:9").startswith("0 events sent; 2 wait: ConnectionRefusedError")
+    said = run("mirror", "http://127.0.0.1:9", code=75)
+    assert said.startswith("0 events sent; 2 wait: ConnectionRefusedError")

@@ -69,7 +69,7 @@ def test_no_environment_and_no_open_files():
 def test_namespaces_hide_files_network_and_processes(tmp_path):
     (tmp_path / "gold.json").write_text("[42]")
     assert "FileNotFoundError" in one(f"def f(): return open({str(tmp_path / 'gold.json')!r}).read()").reason
-    assert "OSError" in one("import socket\ndef f(): socket.create_connection(('127.0.0.1', 9), 1)").reason
+    assert "PermissionError" in one("import socket\ndef f(): socket.create_connection(('127.0.0.1', 9), 1)").reason
     assert one(
         "import os\ndef f(): return [os.getpid(), os.path.exists('/proc/self'), os.getuid() == 0 and os.geteuid() != 0]"
     ).value == [1, False, False]

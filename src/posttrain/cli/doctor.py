@@ -202,15 +202,18 @@ def four_bits() -> Iterator[Finding]:
 
 
 def sandbox() -> Iterator[Finding]:
-    from posttrain.grading.sandbox import isolation
+    from posttrain.grading.sandbox import call_filter, isolation
 
-    level = isolation()
+    level, filtered = isolation(), bool(call_filter())
     texts = {
         "namespaces": "code rewards run in namespaces of their own: no network, no files of yours",
         "uid": "code rewards run under another uid with limits; network and world-readable files are within their reach",
         "limits": "code rewards run with limits only, as you: do not let untrusted models write code here",
     }
-    yield Finding("sandbox", "ok" if level == "namespaces" else "note", texts[level])
+    calls = "; system calls for keys, uncounted memory and other networks are refused"
+    missing = "; no system-call filter here, so a hole in the kernel is within reach"
+    status = "ok" if level == "namespaces" and filtered else "note"
+    yield Finding("sandbox", status, texts[level] + (calls if filtered else missing))
 
 
 def cache() -> Iterator[Finding]:

@@ -8,6 +8,7 @@ Everything here is open to the code it runs. That is why it holds no expected va
 
 import builtins
 import ctypes
+import errno
 import json
 import os
 import platform
@@ -19,7 +20,10 @@ from typing import Any
 _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 _MNT_DETACH = 2
-_PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 24, 38
+_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 22, 24, 38
+_SECCOMP_MODE_FILTER = 2
+_KEYCTL, _KEYCTL_JOIN_SESSION_KEYRING = {"x86_64": 250, "aarch64": 219}, 1
+_MAX_FILES = 1000
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/lib32", "/bin")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -63,7 +67,7 @@ def _make_root(request: dict[str, Any]) -> None:
     base = request["folder"]
     root = base + "/jail"
     _mount("none", "/", "none", _MS_REC | _MS_PRIVATE)
-    _mount("tmpfs", base, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755")
+    _mount("tmpfs", base, "tmpfs", _MS_NOSUID | _MS_NODEV, f"size=1m,nr_inodes={_MAX_FILES},mode=755")
     os.mkdir(root)
     for folder in dict.fromkeys((*_SYSTEM_FOLDERS, *request["prefixes"])):
         if not os.path.isdir(folder):
@@ -78,7 +82,7 @@ def _make_root(request: dict[str, Any]) -> None:
             )
     for folder, size in (("/tmp", request["file_bytes"]), ("/dev", 4096)):
         os.makedirs(root + folder, exist_ok=True)
-        _mount("tmpfs", root + folder, "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={size},mode=1777")
+        _mount("tmpfs", root + folder, "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={size},nr_inodes={_MAX_FILES},mode=1777")
     open(root + "/dev/null", "w").close()  # a plain file: no device can be made here
     os.chmod(root + "/dev/null", 0o666)
     _mount("none", base, "none", _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV)
@@ -127,6 +131,27 @@ def _limit(request: dict[str, Any]) -> None:
         resource.setrlimit(name, (value, value))
 
 
+def _leave_keyring() -> None:
+    """A session keyring of its own: the one of the run may hold the user's keys, and belongs to no namespace."""
+    number = _KEYCTL.get(platform.machine())
+    if number is not None and _libc.syscall(number, _KEYCTL_JOIN_SESSION_KEYRING, None) < 0:
+        reason = ctypes.get_errno()
+        if reason not in (errno.ENOSYS, errno.EPERM):  # there are no keys, or nobody here may ask for them
+            raise OSError(reason, "keyctl")
+
+
+class _Program(ctypes.Structure):
+    """`struct sock_fprog`."""
+
+    _fields_ = (("num_lines", ctypes.c_ushort), ("lines", ctypes.c_char_p))
+
+
+def _filter_calls(program: bytes) -> None:
+    """From here on the kernel refuses what `syscall_filter.py` lists."""
+    _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    _call("prctl", _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(_Program(len(program) // 8, program)), 0, 0)
+
+
 def _confine(request: dict[str, Any]) -> None:
     _die_with_parent()
     if request["level"] == "namespaces":
@@ -139,7 +164,10 @@ def _confine(request: dict[str, Any]) -> None:
         os.chdir(request["folder"])
     if request["level"] != "limits":
         _drop_privileges(request)
+    _leave_keyring()
     _limit(request)
+    if request["filter"]:
+        _filter_calls(bytes.fromhex(request["filter"]))
 
 
 # --- running -------------------------------------------------------------------------------------------------------
