@@ -23,6 +23,7 @@ MORE = {
     "dpo": ("dpo", {}),
     "dpo with an adapter": ("dpo", LORA),
     "dpo with a frozen copy": ("dpo", {"precompute_ref_log_probs": False}),
+    "dpo, compared over the step": ("dpo", {"loss_type": "aot_unpaired"}),
     "kto": ("dpo", {"loss_type": "kto", "data": "kto"}),
     "grpo": ("grpo", {"eval": "dev-prompts", "eval_steps": 2}),
     "grpo with kl": ("grpo", {"beta": 0.1, "num_iterations": 2}),

@@ -15,16 +15,18 @@ from posttrain.objectives.preference import (
     PREFERENCE_LOSSES,
     LabelledInputs,
     PairInputs,
+    Pairs,
+    Partners,
     PreferenceSpec,
     kto_loss,
     kto_reference_point,
+    partners_over,
     preference_loss,
 )
 from posttrain.objectives.reduce import Normalizer
 from posttrain.types import Ratio
 
 PAIRED = [name for name, row in PREFERENCE_LOSSES.items() if not row.unpaired]
-SPLITTABLE = [name for name in PAIRED if not PREFERENCE_LOSSES[name].batch_dependent]
 MARGIN = [name for name in PAIRED if name not in ("sft", "aot", "aot_unpaired")]
 
 CHOSEN, REJECTED = [-12.0, -3.5, -20.0], [-14.0, -3.0, -9.0]
@@ -93,7 +95,20 @@ def _tensor(values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _inputs():
+def _with_partners(name, inputs):
+    """The inputs as a whole step of their own."""
+    if PREFERENCE_LOSSES[name].partners is None:
+        return inputs
+    references = (inputs.ref_chosen_logp_P, inputs.ref_rejected_logp_P)
+    step = Pairs(inputs.chosen_logp_P, inputs.rejected_logp_P, *references)
+    return replace(inputs, partners=partners_over(step, name))
+
+
+def _inputs(name="sigmoid"):
+    return _with_partners(name, _bare_inputs())
+
+
+def _bare_inputs():
     return PairInputs(
         chosen_logp_P=_tensor(CHOSEN).requires_grad_(),
         rejected_logp_P=_tensor(REJECTED).requires_grad_(),
@@ -123,7 +138,7 @@ OPTIONS = {
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("name", PAIRED)
 def test_oracle(name, option):
-    spec, inputs = _spec(name, **OPTIONS[option]), _inputs()
+    spec, inputs = _spec(name, **OPTIONS[option]), _inputs(name)
     loss = preference_loss(inputs, spec, NORM).loss
     assert loss.item() == pytest.approx(_oracle(name, spec, CHOSEN, REJECTED), rel=1e-12)
     leaves = [inputs.chosen_logp_P, inputs.rejected_logp_P]
@@ -167,13 +182,14 @@ def _equal_inputs(logp=-5.0, dtype=torch.float64):
 
 @pytest.mark.parametrize("name", AT_ZERO)
 def test_value_when_the_policy_is_its_reference(name):
-    loss = preference_loss(_equal_inputs(), _spec(name), Normalizer(tokens=6, sequences=2)).loss
+    inputs = _with_partners(name, _equal_inputs())
+    loss = preference_loss(inputs, _spec(name), Normalizer(tokens=6, sequences=2)).loss
     assert loss.item() == pytest.approx(AT_ZERO[name], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "robust", "sigmoid_norm", "aot", "aot_unpaired", "cpo"])
 def test_beta_zero_is_ln_two(name):
-    loss = preference_loss(_inputs(), _spec(name, beta=0.0, cpo_alpha=0.0), Normalizer(25, 3)).loss
+    loss = preference_loss(_inputs(name), _spec(name, beta=0.0, cpo_alpha=0.0), Normalizer(25, 3)).loss
     assert loss.item() == pytest.approx(math.log(2), rel=1e-15)
 
 
@@ -217,18 +233,17 @@ def test_margins_of_500_stay_finite(name, margin, beta, dtype):
     chosen = torch.tensor([min(margin, 0.0)], dtype=dtype, requires_grad=True)
     rejected = torch.tensor([min(-margin, 0.0)], dtype=dtype, requires_grad=True)
     zero, one = torch.zeros(1, dtype=dtype), torch.ones(1, dtype=torch.int64)
-    terms = preference_loss(
-        PairInputs(chosen, rejected, one, one, zero, zero), _spec(name, beta=beta), Normalizer(1, 1)
-    )
+    inputs = _with_partners(name, PairInputs(chosen, rejected, one, one, zero, zero))
+    terms = preference_loss(inputs, _spec(name, beta=beta), Normalizer(1, 1))
     terms.loss.backward()
     assert terms.loss.isfinite()
     for leaf in (chosen, rejected):
         assert leaf.grad is None or leaf.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", SPLITTABLE)
+@pytest.mark.parametrize("name", PAIRED)
 def test_splitting_and_permuting_change_nothing(name):
-    spec, inputs = _spec(name, rpo_alpha=0.2), _inputs()
+    spec, inputs = _spec(name, rpo_alpha=0.2), _inputs(name)
     whole = preference_loss(inputs, spec, NORM)
     parts = [preference_loss(_select(inputs, keep), spec, NORM) for keep in ([2, 0], [1])]
     loss = parts[0].loss + parts[1].loss
@@ -241,18 +256,33 @@ def test_splitting_and_permuting_change_nothing(name):
 
 
 def _select(inputs, keep):
-    return PairInputs(*(getattr(inputs, name)[keep] for name in PairInputs.__slots__))
+    """Some pairs of a step, with what they are compared with over the whole of it."""
+    *tensors, partners = (getattr(inputs, name) for name in PairInputs.__slots__)
+    if partners is not None:
+        partners = Partners(partners.of_better[keep], partners.of_worse[keep])
+    return PairInputs(*(tensor[keep] for tensor in tensors), partners)
 
 
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
-def test_aot_depends_on_the_micro_batch_and_says_so(name):
-    spec, inputs = _spec(name), _inputs()
-    whole = preference_loss(inputs, spec, NORM).loss
-    parts = sum(preference_loss(_select(inputs, [i]), spec, NORM).loss for i in range(3))
-    assert PREFERENCE_LOSSES[name].batch_dependent
-    assert (parts - whole).abs().item() > 1e-4
-    reordered = preference_loss(_select(inputs, [2, 0, 1]), spec, NORM).loss
-    assert reordered.item() == pytest.approx(whole.item(), rel=1e-14)
+@pytest.mark.parametrize("order", [[2, 0, 1], [1, 2, 0]])
+def test_aot_does_not_depend_on_the_order_of_the_step(name, order):
+    spec, whole = _spec(name), _inputs(name)
+    reordered = _with_partners(name, replace(_select(whole, order), partners=None))
+    for leaf in (whole.chosen_logp_P, whole.rejected_logp_P):
+        one, other = (torch.autograd.grad(preference_loss(x, spec, NORM).loss, leaf)[0] for x in (whole, reordered))
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-15)
+
+
+def test_equal_values_have_partners_of_their_own():
+    same = torch.zeros(3, dtype=torch.float64)
+    partners = partners_over(Pairs(same, same, _tensor([0.0, 1.0, 2.0]), same), "aot")
+    assert partners.of_better.tolist() == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_aot_without_the_step_it_compares_over_is_refused(name):
+    with pytest.raises(AssertionError, match="compares over the step"):
+        preference_loss(replace(_inputs(name), partners=None), _spec(name), NORM)
 
 
 def test_losses_without_a_reference_do_not_read_one():

@@ -5,6 +5,7 @@ is the whole step, where both normalise alike; docs/algorithms.md says where the
 """
 
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,14 @@ import torch
 
 from posttrain.objectives.advantages import AdvantageSpec, as_rewards, compute_advantages, soft_overlong_penalty
 from posttrain.objectives.policy import PolicyInputs, PolicySpec, policy_loss
-from posttrain.objectives.preference import PREFERENCE_LOSSES, PairInputs, PreferenceSpec, preference_loss
+from posttrain.objectives.preference import (
+    PREFERENCE_LOSSES,
+    PairInputs,
+    Pairs,
+    PreferenceSpec,
+    partners_over,
+    preference_loss,
+)
 from posttrain.objectives.reduce import Normalizer
 
 pytestmark = pytest.mark.slow
@@ -187,6 +195,9 @@ def _our_preference_loss(spec):
     new, lengths = (NEW * MASK).requires_grad_(), torch.tensor(LENGTHS)
     sums, ref = new.sum(1), (REF * MASK).sum(1)
     inputs = PairInputs(sums[:2], sums[2:], lengths[:2], lengths[2:], ref[:2], ref[2:])
+    if PREFERENCE_LOSSES[spec.loss_type].partners:
+        step = Pairs(sums[:2], sums[2:], ref[:2], ref[2:])
+        inputs = replace(inputs, partners=partners_over(step, spec.loss_type))
     terms = preference_loss(inputs, spec, Normalizer(tokens=sum(LENGTHS[:2]), sequences=2))
     (gradient,) = torch.autograd.grad(terms.loss, new)
     return terms.loss.detach(), gradient, {name: ratio.value for name, ratio in terms.metrics.items()}

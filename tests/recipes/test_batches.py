@@ -42,6 +42,18 @@ def test_any_step_can_be_asked_for_in_any_order(packing):
     assert [backward.step(number) for number in reversed(range(30))] == expected[::-1]
 
 
+def test_a_last_step_with_too_few_rows_is_folded_into_the_one_before():
+    """Seven rows, two a step: the last one joins the third step, and nothing is lost."""
+    data = Dataset(list(range(1, 8)), DataSummary((), ""), "", (7,), (None,))
+    keys = SFTKeys(base_model="m", datasets=[{"path": "x.jsonl"}], per_device_train_batch_size=2, num_train_epochs=2)
+    made = Schedule.of(data, keys, SingleProcess(), size=lambda row: row, least_rows=2)
+    assert made.total_steps(keys) == 6
+    for epoch in range(2):
+        steps = [made.step(3 * epoch + n) for n in range(3)]
+        assert [[len(micro) for micro in step] for step in steps] == [[2], [2], [2, 1]]
+        assert sorted(row for step in steps for row in flat(step)) == list(range(1, 8))
+
+
 def test_part_of_an_epoch_and_the_epoch_that_is_logged():
     made, keys = schedule(list(range(1, 9)), num_train_epochs=1.5)
     assert made.total_steps(keys) == 6

@@ -49,6 +49,17 @@ class PreferenceSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Partners:
+    """What each pair is compared with by a loss on distributions: the value of its rank on the other side of the step.
+
+    `of_better` belongs to what is to dominate, `of_worse` to what is to be dominated. Constants. Shapes: [P].
+    """
+
+    of_better: Tensor
+    of_worse: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Pairs:
     """What a row sees. Shapes: all [P]."""
 
@@ -56,6 +67,7 @@ class Pairs:
     rejected: Tensor
     ref_chosen: Tensor
     ref_rejected: Tensor
+    partners: Partners | None = None
 
     @property
     def a(self) -> Tensor:
@@ -122,16 +134,37 @@ def sppo_hard(pairs: Pairs, spec: PreferenceSpec) -> Tensor:
 def aot(pairs: Pairs, spec: PreferenceSpec) -> Tensor:
     """−logσ(β·(sort(w − l) − sort(ref w − ref l))): policy margins dominate the reference's as a distribution.
 
-    Source: AOT, arXiv 2406.05882 sec. 3. Sorts over the micro-batch, so unlike all other rows it depends on how the step is split.
+    Source: AOT, arXiv 2406.05882 sec. 3; sorted over the whole step.
     """
-    margins = (pairs.chosen - pairs.rejected).sort().values
-    ref_margins = (pairs.ref_chosen - pairs.ref_rejected).sort().values
-    return _smoothed(spec.beta * (margins - ref_margins), spec.label_smoothing)
+    assert pairs.partners is not None, "aot compares over the step: give partners_over"
+    return _smoothed(spec.beta * (pairs.chosen - pairs.rejected - pairs.partners.of_better), spec.label_smoothing)
+
+
+def margins_and_reference(step: Pairs) -> Partners:
+    margins, ref_margins = step.chosen - step.rejected, step.ref_chosen - step.ref_rejected
+    return Partners(_same_rank(margins, ref_margins), _same_rank(ref_margins, margins))
 
 
 def aot_unpaired(pairs: Pairs, spec: PreferenceSpec) -> Tensor:
-    """−logσ(β·(sort(a) − sort(b))). Source and batch dependence as `aot`."""
-    return _smoothed(spec.beta * (pairs.a.sort().values - pairs.b.sort().values), spec.label_smoothing)
+    """−logσ(β·(sort(a) − sort(b))). Source as `aot`.
+
+    A term has its a in one pair and its b in another. Each pair takes half of the value of both its terms, and of both the
+    whole gradient in what is its own.
+    """
+    assert pairs.partners is not None, "aot_unpaired compares over the step: give partners_over"
+    by_a = _smoothed(spec.beta * (pairs.a - pairs.partners.of_better), spec.label_smoothing)
+    by_b = _smoothed(spec.beta * (pairs.partners.of_worse - pairs.b), spec.label_smoothing)
+    return (by_a + by_b) - 0.5 * (by_a + by_b).detach()
+
+
+def chosen_and_rejected(step: Pairs) -> Partners:
+    return Partners(_same_rank(step.a, step.b), _same_rank(step.b, step.a))
+
+
+def _same_rank(own: Tensor, other: Tensor) -> Tensor:
+    """For each of `own` the one of the same rank among `other`; equal values rank in order."""
+    rank = own.argsort(stable=True).argsort(stable=True)
+    return other.sort(stable=True).values[rank].detach()
 
 
 def apo_zero(pairs: Pairs, spec: PreferenceSpec) -> Tensor:
@@ -177,7 +210,7 @@ class PreferenceRow:
     """A loss of the family.
 
     nll: weight of the token-mean −log π(chosen) that belongs to the loss. smooths: whether label_smoothing means something.
-    batch_dependent: the value of a pair depends on the other pairs of its micro-batch.
+    partners: for a loss on distributions, what the pairs of a whole step are compared with.
     """
 
     pair: Callable[[Pairs, PreferenceSpec], Tensor]
@@ -186,7 +219,7 @@ class PreferenceRow:
     nll: Callable[[PreferenceSpec], float] = lambda spec: 0.0
     smooths: bool = False
     divides_by_beta: bool = False
-    batch_dependent: bool = False
+    partners: Callable[[Pairs], Partners] | None = None
     unpaired: bool = False
 
 
@@ -199,8 +232,8 @@ PREFERENCE_LOSSES: dict[str, PreferenceRow] = {
     "nca_pair": PreferenceRow(nca_pair),
     "bco_pair": PreferenceRow(bco_pair),
     "sppo_hard": PreferenceRow(sppo_hard, divides_by_beta=True),
-    "aot": PreferenceRow(aot, smooths=True, batch_dependent=True),
-    "aot_unpaired": PreferenceRow(aot_unpaired, smooths=True, batch_dependent=True),
+    "aot": PreferenceRow(aot, smooths=True, partners=margins_and_reference),
+    "aot_unpaired": PreferenceRow(aot_unpaired, smooths=True, partners=chosen_and_rejected),
     "apo_zero": PreferenceRow(apo_zero),
     "apo_down": PreferenceRow(apo_down),
     "discopop": PreferenceRow(discopop),
@@ -215,7 +248,10 @@ PREFERENCE_LOSSES: dict[str, PreferenceRow] = {
 
 @dataclass(frozen=True, slots=True)
 class PairInputs:
-    """One micro-batch of P pairs: log-probs summed over the trained tokens, and how many tokens those are."""
+    """One micro-batch of P pairs: log-probs summed over the trained tokens, and how many tokens those are.
+
+    `partners` are this micro-batch's of `partners_over` the step, for the losses that have them.
+    """
 
     chosen_logp_P: Tensor
     rejected_logp_P: Tensor
@@ -223,6 +259,14 @@ class PairInputs:
     rejected_tokens_P: Tensor
     ref_chosen_logp_P: Tensor | None = None
     ref_rejected_logp_P: Tensor | None = None
+    partners: Partners | None = None
+
+
+def partners_over(step: Pairs, loss_type: str) -> Partners:
+    """What each pair of a whole optimizer step is compared with by a loss on distributions."""
+    over = PREFERENCE_LOSSES[loss_type].partners
+    assert over is not None, f"{loss_type} looks at each pair alone"
+    return over(step)
 
 
 def preference_loss(inputs: PairInputs, spec: PreferenceSpec, norm: Normalizer) -> LossTerms:
@@ -255,7 +299,8 @@ def _sums(inputs: PairInputs, row: PreferenceRow) -> Pairs:
     assert inputs.ref_chosen_logp_P is not None and inputs.ref_rejected_logp_P is not None, (
         "this loss needs a reference"
     )
-    return Pairs(inputs.chosen_logp_P, inputs.rejected_logp_P, inputs.ref_chosen_logp_P, inputs.ref_rejected_logp_P)
+    references = (inputs.ref_chosen_logp_P, inputs.ref_rejected_logp_P)
+    return Pairs(inputs.chosen_logp_P, inputs.rejected_logp_P, *references, inputs.partners)
 
 
 def _length_means(sums: Pairs, inputs: PairInputs) -> Pairs:

@@ -33,11 +33,15 @@ class Schedule(Generic[T]):
     rows_per_micro: int
     tokens_per_micro: int | None
     size: Callable[[T], int]
-    _plans: dict[int, list[list[int]]] = field(default_factory=dict, repr=False, compare=False)
+    least_rows: int = 1
+    """A last step of an epoch with fewer rows is folded into the one before it."""
+    _plans: dict[int, list[list[list[int]]]] = field(default_factory=dict, repr=False, compare=False)
     _steps: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, data: Dataset[T], keys: TrainKeys, topology: Topology, size: Callable[[T], int]) -> Schedule[T]:
+    def of(
+        cls, data: Dataset[T], keys: TrainKeys, topology: Topology, size: Callable[[T], int], least_rows: int = 1
+    ) -> Schedule[T]:
         packing = getattr(keys, "packing", False)
         return cls(
             data=data,
@@ -46,6 +50,7 @@ class Schedule(Generic[T]):
             rows_per_micro=keys.per_device_train_batch_size,
             tokens_per_micro=keys.per_device_train_batch_size * keys.sequence_len if packing else None,
             size=size,
+            least_rows=least_rows,
         )
 
     def total_steps(self, keys: TrainKeys) -> int:
@@ -63,14 +68,13 @@ class Schedule(Generic[T]):
 
     def steps_in(self, epoch: int) -> int:
         if epoch not in self._steps:
-            self._steps[epoch] = math.ceil(len(self._epoch(epoch)) / self.micro_per_step)
+            self._steps[epoch] = len(self._epoch(epoch))
         return self._steps[epoch]
 
     def step(self, number: int) -> list[list[T]]:
         """The micro-batches of optimizer step `number`, counted from 0, over all ranks."""
         epoch, first = self.locate(number)
-        micros = self._epoch(epoch)[first * self.micro_per_step : (first + 1) * self.micro_per_step]
-        return [[self.data.rows[index] for index in micro] for micro in micros]
+        return [[self.data.rows[index] for index in micro] for micro in self._epoch(epoch)[first]]
 
     def locate(self, number: int) -> tuple[int, int]:
         """Epoch and step within it."""
@@ -85,13 +89,19 @@ class Schedule(Generic[T]):
         epoch, first = self.locate(number)
         return epoch + (first + 1) / self.steps_in(epoch)
 
-    def _epoch(self, epoch: int) -> list[list[int]]:
-        """The epoch's micro-batches as row indices; the last two epochs asked for are kept."""
+    def _epoch(self, epoch: int) -> list[list[list[int]]]:
+        """The epoch's steps, each its micro-batches as row indices; the last two epochs asked for are kept."""
         if epoch not in self._plans:
             if len(self._plans) == 2:
                 del self._plans[next(iter(self._plans))]
-            self._plans[epoch] = self._plan(epoch)
+            self._plans[epoch] = self._steps_of(self._plan(epoch))
         return self._plans[epoch]
+
+    def _steps_of(self, micros: list[list[int]]) -> list[list[list[int]]]:
+        steps = [micros[i : i + self.micro_per_step] for i in range(0, len(micros), self.micro_per_step)]
+        if len(steps) > 1 and sum(len(micro) for micro in steps[-1]) < self.least_rows:
+            steps[-2:] = [steps[-2] + steps[-1]]
+        return steps
 
     def _plan(self, epoch: int) -> list[list[int]]:
         order = self.data.order(self.seed, epoch)

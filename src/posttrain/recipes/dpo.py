@@ -7,6 +7,7 @@ training, or a frozen copy. Which one, and what it costs, is logged.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ import torch
 from posttrain.config.stages import DPOKeys
 from posttrain.data.dataset import Dataset
 from posttrain.data.load import load_kto, load_preference
-from posttrain.models.batch import pack
+from posttrain.errors import ConfigError, DataError
+from posttrain.models.batch import Batch, pack
 from posttrain.models.load import load_policy, load_tokenizer
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
@@ -22,9 +24,12 @@ from posttrain.objectives.preference import (
     PREFERENCE_LOSSES,
     LabelledInputs,
     PairInputs,
+    Pairs,
+    Partners,
     PreferenceSpec,
     kto_loss,
     kto_reference_point,
+    partners_over,
     preference_loss,
 )
 from posttrain.objectives.reduce import Normalizer, segment_sum
@@ -41,6 +46,7 @@ from posttrain.types import Ratio, TokenSeq
 
 Pair = tuple[TokenSeq, TokenSeq]
 Labelled = tuple[TokenSeq, bool]
+_LEAST_KTO_ROWS = 2
 MicroLoss = Callable[[list[Any]], LossTerms]
 
 
@@ -53,6 +59,9 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
     data: Dataset[Any] = load(keys, tokenizer)
     held_out: Dataset[Any] | None = load(keys, tokenizer, sources=keys.eval_datasets) if keys.eval_datasets else None
     stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
+    schedule = Schedule.of(data, keys, topology, size=_num_tokens, least_rows=_LEAST_KTO_ROWS if family.unpaired else 1)
+    if family.unpaired:
+        _check_others_to_compare_with(schedule, held_out)
     policy = load_policy(keys, tokenizer=tokenizer).without_dropout()
     if family.needs_reference and not Reference.is_precomputed(policy, keys):
         policy.freeze_reference()
@@ -60,7 +69,6 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
     policy.distribute(topology)
     optimizer = make_optimizer(policy, keys)
 
-    schedule = Schedule.of(data, keys, topology, size=_num_tokens)
     total_steps = schedule.total_steps(keys)
     # Before any step, and before a checkpoint is loaded: the reference is the given model, not the resumed one.
     last_data = total_steps + stage.guard.controls.skipped
@@ -98,34 +106,78 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
     return stage.done(state)
 
 
+def _check_others_to_compare_with(schedule: Schedule[Labelled], held_out: Dataset[Labelled] | None) -> None:
+    """KTO's z is measured on answers to other prompts. Raises: ConfigError, DataError where a step has none."""
+    if schedule.micro_per_step * schedule.rows_per_micro < _LEAST_KTO_ROWS:
+        raise ConfigError(
+            "loss_type: kto with one row per optimizer step (per_device_train_batch_size × gradient_accumulation_steps × "
+            "processes = 1): its reference point is measured on the answers of the step's other rows; raise "
+            "per_device_train_batch_size or gradient_accumulation_steps"
+        )
+    for name, data in (("datasets", schedule.data), ("eval_datasets", held_out)):
+        if data is not None and len(data) < _LEAST_KTO_ROWS:
+            raise DataError(f"{name}: loss_type: kto needs at least {_LEAST_KTO_ROWS} rows, got {len(data)}; add some")
+
+
 def _step_loss(
     policy: Policy, reference: Reference | None, micros: Sequence[list[Any]], spec: PreferenceSpec, stage: Stage
 ) -> MicroLoss:
     """The loss of one optimizer step as a function of a micro-batch; what it is divided by is fixed here."""
     rows = flat(micros)
-    if PREFERENCE_LOSSES[spec.loss_type].unpaired:
+    family = PREFERENCE_LOSSES[spec.loss_type]
+    if family.unpaired:
         assert reference is not None, "kto needs a reference"
         norm = Normalizer(tokens=0, sequences=len(rows))
         z = _kto_reference_point(policy, reference, micros, stage)
         return lambda micro: labelled_loss(policy, reference, micro, z, spec, norm)
     norm = Normalizer(tokens=sum(chosen.num_loss_tokens for chosen, _ in rows), sequences=len(rows))
-    return lambda micro: pair_loss(policy, reference, micro, spec, norm)
+    partners = _step_partners(policy, reference, micros, spec, stage) if family.partners else {}
+    return lambda micro: pair_loss(policy, reference, micro, spec, norm, partners.get(id(micro)))
 
 
 def pair_loss(
-    policy: Policy, reference: Reference | None, rows: list[Pair], spec: PreferenceSpec, norm: Normalizer
-) -> LossTerms:
+    policy: Policy, reference: Reference | None, rows: list[Pair], spec: PreferenceSpec, norm: Normalizer,
+    partners: Partners | None = None,
+) -> LossTerms:  # fmt: skip
     """This micro-batch's share of the step's loss. Chosen and rejected attend to one copy of their prompt."""
     batch = pack(rows)
     scores = policy.score(batch)
-    logp_S = segment_sum(scores.logp_M, batch.seq_M.to(scores.logp_M.device), batch.num_sequences)
+    inputs = replace(_pair_inputs(scores.logp_M, batch, rows, reference), partners=partners)
+    return policy.with_aux_loss(preference_loss(inputs, spec, norm), scores, share=len(rows) / norm.sequences)
+
+
+def _pair_inputs(logp_M: torch.Tensor, batch: Batch, rows: list[Pair], reference: Reference | None) -> PairInputs:
+    logp_S = segment_sum(logp_M, batch.seq_M.to(logp_M.device), batch.num_sequences)
     ref_S = None if reference is None else reference.logp(rows, batch)
     lengths_S = batch.lengths_S().to(logp_S)
-    inputs = PairInputs(
+    return PairInputs(
         logp_S[0::2], logp_S[1::2], lengths_S[0::2], lengths_S[1::2],
         None if ref_S is None else ref_S[0::2], None if ref_S is None else ref_S[1::2],
     )  # fmt: skip
-    return policy.with_aux_loss(preference_loss(inputs, spec, norm), scores, share=len(rows) / norm.sequences)
+
+
+@torch.no_grad()
+def _step_partners(
+    policy: Policy, reference: Reference | None, micros: Sequence[list[Pair]], spec: PreferenceSpec, stage: Stage
+) -> dict[int, Partners]:
+    """What the pairs of each micro-batch are compared with, by the identity of its list, which lives as long as the step."""
+    policy.model.eval()
+    places = {id(rows): place for place, rows in enumerate(micros)}
+    mine: dict[int, list[list[float]]] = {}
+    for micro in for_rank(micros, stage.topology):
+        batch = pack(micro.rows)
+        inputs = _pair_inputs(policy.score(batch).logp_M, batch, micro.rows, reference)
+        assert inputs.ref_chosen_logp_P is not None and inputs.ref_rejected_logp_P is not None
+        references = (inputs.ref_chosen_logp_P, inputs.ref_rejected_logp_P)
+        columns = torch.stack([inputs.chosen_logp_P, inputs.rejected_logp_P, *references], 1)
+        mine[places[id(micro.rows)]] = columns.tolist()
+    known = {place: values for rank in stage.topology.gather(mine) for place, values in rank.items()}
+    table = torch.tensor([pair for place in range(len(micros)) for pair in known[place]])
+    chosen, rejected, ref_chosen, ref_rejected = table.to(policy.placement.device).unbind(1)
+    partners = partners_over(Pairs(chosen, rejected, ref_chosen, ref_rejected), spec.loss_type)
+    sizes = [len(rows) for rows in micros]
+    dealt = zip(micros, partners.of_better.split(sizes), partners.of_worse.split(sizes), strict=True)
+    return {id(rows): Partners(better, worse) for rows, better, worse in dealt}
 
 
 def labelled_loss(
@@ -161,9 +213,9 @@ def mismatched(sequences: Sequence[TokenSeq]) -> list[TokenSeq]:
 
 
 def _join(prompt: TokenSeq, completion: TokenSeq) -> TokenSeq:
-    ids = prompt.ids[: prompt.loss_mask.index(True)]
-    answer = completion.ids[completion.loss_mask.index(True) :]
-    return TokenSeq(ids + answer, (False,) * len(ids) + (True,) * len(answer))
+    """What is not trained in the completion (the turns of others in a conversation) is no part of z either."""
+    ids, first = prompt.ids[: prompt.loss_mask.index(True)], completion.loss_mask.index(True)
+    return TokenSeq(ids + completion.ids[first:], (False,) * len(ids) + completion.loss_mask[first:])
 
 
 @torch.no_grad()
