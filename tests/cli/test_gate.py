@@ -25,8 +25,9 @@ def run(tmp_path, monkeypatch):
     return invoke
 
 
-def save(folder, model, good, n=1000, suite="heldout"):
-    items = tuple(ItemRecord(f"q{row}", f"p{row}", (float(row < good),)) for row in range(n))
+def save(folder, model, good, n=1000, suite="heldout", first=0):
+    """`good` items right from row `first` on."""
+    items = tuple(ItemRecord(f"q{row}", f"p{row}", (float(first <= row < first + good),)) for row in range(n))
     EvalReport(suite, "gate", "sha256:suite", model, "exact", items).save(folder / suite)
 
 
@@ -37,17 +38,34 @@ def spec(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("good", "verdict"), [(700, Verdict.PASS), (500, Verdict.FAIL), (601, Verdict.PASS), (560, Verdict.INCONCLUSIVE)]
+    ("good", "first", "verdict"),
+    [
+        (700, 0, Verdict.PASS),
+        (500, 0, Verdict.FAIL),
+        (601, 0, Verdict.PASS),
+        (560, 440, Verdict.INCONCLUSIVE),  # the models differ on nearly all items, far more than was planned for
+    ],
 )
-def test_the_exit_code_is_the_verdict(run, spec, tmp_path, good, verdict):
-    n = 1000 if verdict is not Verdict.INCONCLUSIVE else 100
-    scale = n / 1000
-    save(tmp_path / "a", "model-a", int(good * scale), n)
-    save(tmp_path / "b", "model-b", int(500 * scale), n)
+def test_the_exit_code_is_the_verdict(run, spec, tmp_path, good, first, verdict):
+    save(tmp_path / "a", "model-a", good, first=first)
+    save(tmp_path / "b", "model-b", 500)
     result = run("a", "b", spec)
     assert result.exit_code == verdict.exit_code
     assert result.output.splitlines()[-1].startswith(verdict.value)
     assert "heldout" in result.output
+
+
+def test_by_hand_a_gate_that_could_not_decide_is_refused_as_in_a_pipeline_and_is_no_look(run, tmp_path):
+    (tmp_path / "gate.yaml").write_text("primary: [{suite: heldout, min_delta: 0.05}]\nlooks: 1\n")
+    for n in (100, 1000):
+        save(tmp_path / "a", "model-a", n, n)
+        save(tmp_path / "b", "model-b", 0, n)
+        arguments = ("a", "b", "--spec=gate.yaml", "--registry=registry")
+        if n == 100:
+            with pytest.raises(GateError, match=r"100 items, and min_delta 0\.05 needs 591"):
+                run(*arguments)
+        else:
+            assert run(*arguments).exit_code == 0
 
 
 def test_invalid_is_three(run, spec, tmp_path):
@@ -102,8 +120,8 @@ def test_wrong_usage_is_an_error_of_the_user(run, spec, tmp_path):
 )
 def test_codes_of_the_whole_command_do_not_collide(run, spec, tmp_path, arguments, code):
     """Click's own usage error is 2, which is INCONCLUSIVE here."""
-    save(tmp_path / "a", "model-a", 16, 20)
-    save(tmp_path / "b", "model-b", 10, 20)
+    save(tmp_path / "a", "model-a", 560, first=440)
+    save(tmp_path / "b", "model-b", 500)
     with pytest.raises(SystemExit) as stopped:
         main(["gate", *arguments])
     assert stopped.value.code == code

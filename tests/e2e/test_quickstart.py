@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from posttrain.cli.app import main
-from posttrain.gate import tango
+from posttrain.gate import exact
 from posttrain.gate.pairing import pair
 from posttrain.report.records import load_run
 
@@ -43,8 +43,7 @@ def gain(models, candidate, baseline, suite):
     assert pairs.binary
     assert len(pairs.differences) >= 1000
     good, bad = pairs.discordant
-    low, high = tango.interval(good, bad, len(pairs.differences))
-    return float(low), float(high)
+    return exact.interval(good, bad, len(pairs.differences))
 
 
 @pytest.mark.slow

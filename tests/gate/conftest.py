@@ -1,8 +1,13 @@
+import importlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from posttrain.evidence import EvalReport, ItemRecord
+
+BENCH = Path(__file__).parents[2] / "bench" / "gate"
 
 
 def _report(
@@ -39,3 +44,10 @@ def binary_pair(report) -> Callable[..., tuple[EvalReport, EvalReport]]:
         return report(candidate, "model-c", suite=suite), report(baseline, "model-b", suite=suite)
 
     return build
+
+
+@pytest.fixture
+def bench(monkeypatch) -> Callable[[str], ModuleType]:
+    """A module of `bench/gate`, by name; its enumerations stay cached between tests."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module

@@ -1,10 +1,9 @@
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from posttrain.errors import GateError
-from posttrain.gate import mcnemar
+from posttrain.gate import exact
 from posttrain.gate.aa import aa_check
 
 
@@ -46,14 +45,10 @@ def test_sampled_answers_may_change_as_long_as_their_mean_does_not(report):
     assert not worse.passed
 
 
-def test_a_sound_sampled_suite_is_blocked_as_rarely_as_said(report):
-    """2,000 A/A checks on 100 items: a false alarm in at most 1 %, plus three standard errors."""
-    rng = np.random.default_rng(0)
-    draws = rng.random((2000, 2, 100)) < 0.5
-    differs = []
-    for left, right in draws:
-        good, bad = int((left & ~right).sum()), int((right & ~left).sum())
-        differs.append(mcnemar.p_value(max(good, bad), min(good, bad)) < 0.005)
-    assert np.mean(differs) <= 0.01 + 3 * (0.01 * 0.99 / 2000) ** 0.5
-    left, right = (sampled(report, side.astype(int).tolist()) for side in draws[0])
-    assert aa_check(left, right).differs is differs[0]
+def test_a_sound_sampled_suite_is_blocked_as_rarely_as_said(report, bench):
+    """All outcomes of 60 items: both directions at half of the 1 %, at every share of items that change."""
+    first, shares = bench("enumeration").first_passing(60, 0.0, 0.005), bench("enumeration").all_shares(0.0)
+    assert 0.005 < 2 * exact.probability(first, 60, 0.0, shares).max() <= 0.01
+    for good in (first[20], first[20] - 1):
+        scores = [1] * good + [0] * (20 - good) + [1] * 40, [0] * good + [1] * (20 - good) + [1] * 40
+        assert aa_check(*(sampled(report, side) for side in scores)).differs is bool(good == first[20])

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from posttrain.gate import tango
-from posttrain.gate.distributions import normal_quantile
+from posttrain.gate import exact
 from posttrain.gate.power import (
     MIN_ITEMS,
     assumed_effect,
@@ -13,6 +12,7 @@ from posttrain.gate.power import (
     detectable,
     needed_items,
     needed_items_for_variance,
+    zero_loss_items,
 )
 
 
@@ -22,14 +22,24 @@ def test_wald_numbers_worked_by_hand():
     assert needed_items_for_variance(-0.02, 0.05, 0.9, 0.2) == 4282
 
 
-@pytest.mark.parametrize(("line", "discordance"), [(-0.05, 0.2), (-0.03, 0.06), (-0.02, 0.01), (0.05, 0.2), (0.1, 0.4)])
-def test_planned_items_give_the_planned_power(line, discordance):
-    n = needed_items(line, 0.05, 0.8, discordance)
-    effect = assumed_effect(line)
-    rates = [(discordance + effect) / 2, (discordance - effect) / 2, 1 - discordance]
-    counts = np.random.default_rng(0).multinomial(n, rates, size=20_000)
-    power = np.mean(tango.score_z(counts[:, 0], counts[:, 1], n, line) > normal_quantile(0.95))
-    assert 0.77 < power < 0.9
+@pytest.mark.parametrize(
+    ("line", "discordance"), [(-0.1, 0.2), (-0.05, 0.1), (0.1, 0.4), pytest.param(-0.05, 0.2, marks=pytest.mark.slow)]
+)
+def test_planned_items_give_the_planned_power(bench, line, discordance):
+    """Against the enumeration of the test that decides; a few items fewer do not."""
+    n, effect = needed_items(line, 0.05, 0.8, discordance), assumed_effect(line)
+
+    def enumerated(n):
+        first = bench("enumeration").first_passing(n, line, 0.05)
+        return exact.probability(first, n, effect, np.array([discordance]))[0]
+
+    assert 0.795 < enumerated(n) < 0.83
+    assert enumerated(n - 12) < enumerated(n)
+
+
+def test_no_loss_among_59_items_excludes_5_points():
+    assert [zero_loss_items(margin, 0.05) for margin in (0.05, 0.02, 0.1)] == [59, 149, 29]
+    assert zero_loss_items(1.0, 0.05) == 1
 
 
 def test_fewer_items_for_wider_margins_and_more_for_more_power():

@@ -8,7 +8,7 @@ def test_the_table_shows_every_number_that_decided(binary_pair):
     verdict = decide(spec, *sides)
     lines = render(verdict).splitlines()
     test = verdict.tests[1]
-    for shown in ("primary", "heldout", "tango", "1000", "+0.1500", f"[{test.low:+.4f}, {test.high:+.4f}]", f"{test.bound:+.4f}", "+0.0500", "PASS"):  # fmt: skip
+    for shown in ("primary", "heldout", "exact", "1000", "+0.1500", f"[{test.low:+.4f}, {test.high:+.4f}]", f"{test.bound:+.4f}", "+0.0500", "PASS"):  # fmt: skip
         assert shown in lines[3]
     assert lines[-1] == "PASS: all 2 tests cleared their line (alpha 0.05)"
     assert len({line.index("verdict") if "verdict" in line else line.index("PASS") for line in lines[0:4:3]}) == 1

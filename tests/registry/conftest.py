@@ -56,7 +56,7 @@ def lineage_fixture() -> Callable[..., list[Manifest]]:
 
 def passing(candidate: str, baseline: str, verdict: Verdict = Verdict.PASS) -> GateVerdict:
     test = TestResult(
-        "primary", "heldout", "tango", 1000, 1000, 0.4, 0.5, 0.1, 0.07, 0.13, 0.075, 0.05, 0.001, verdict, "as measured",
+        "primary", "heldout", "exact", 1000, 1000, 0.4, 0.5, 0.1, 0.07, 0.13, 0.075, 0.05, 0.001, verdict, "as measured",
         (150, 50),
     )  # fmt: skip
     return GateVerdict(verdict, "as measured", candidate, baseline, digest_bytes(b"spec"), 0.05, (test,))

@@ -99,17 +99,24 @@ def aa(
 
 def _judge(candidate: Path, baseline: Path, spec_path: Path, out: Path | None, registry: Path | None) -> GateVerdict:
     from posttrain.config.load import load_gate
-    from posttrain.gate import GateSpec, decide, load_reports, save_verdict
+    from posttrain.gate import GateSpec, decide, load_reports, plan, save_verdict
 
     spec = GateSpec.from_keys(load_gate(spec_path))
     left, right = load_reports(candidate, spec.split), load_reports(baseline, spec.split)
     ours, theirs = ({suite: report for suite, (_, report) in side.items()} for side in (left, right))
+    if all(suite in side for suite in spec.suites for side in (ours, theirs)):  # else the verdict says which is missing
+        plan(spec, {suite: _size(ours[suite]) for suite in spec.suites})
     look = 1 if spec.looks == 0 else _look(registry, spec.suites, (ours, theirs))
     verdict = decide(spec, ours, theirs, look=look)
     if out is not None:
         our_paths, their_paths = ({suite: path for suite, (path, _) in side.items()} for side in (left, right))
         save_verdict(out, verdict, spec, our_paths, their_paths, look=look)
     return verdict
+
+
+def _size(report: EvalReport) -> tuple[int, int]:
+    """Number of items and of clusters."""
+    return len(report.items), len({item.cluster for item in report.items if item.cluster is not None})
 
 
 def _look(registry: Path | None, suites: Sequence[str], reports: Sequence[Mapping[str, EvalReport]]) -> int:

@@ -86,7 +86,7 @@ def _difference(first: EvalReport, second: EvalReport, alpha: float) -> tuple[fl
     found = False
     for candidate, baseline in ((first, other), (other, first)):
         pairs = pair(candidate, baseline, first.split)
-        bound = measure(choose(pairs, 0.0), pairs, 0.0, alpha / 2).bound
+        bound = measure(choose(pairs), pairs, 0.0, alpha / 2).bound
         constant = math.isnan(bound) and float(pairs.differences.mean()) > 0.0
         found = found or bound > 0.0 or constant
     return float(pair(other, first, first.split).differences.mean()), found

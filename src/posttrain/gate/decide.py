@@ -12,12 +12,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
+
 from posttrain.errors import GateError
 from posttrain.evidence import EvalReport, GateVerdict, TestResult, Verdict
 from posttrain.gate.limits import check_limits, errors_as_wrong
-from posttrain.gate.measure import Measurement, Method, choose, measure
+from posttrain.gate.measure import EXACT, Measurement, Method, choose, measure
 from posttrain.gate.pairing import PairingError, Pairs, pair
-from posttrain.gate.power import MIN_CLUSTERS, MIN_ITEMS, design_effect, detectable, needed_items
+from posttrain.gate.power import (
+    MIN_CLUSTERS,
+    MIN_ITEMS,
+    design_effect,
+    detectable,
+    needed_items,
+    zero_loss_items,
+)
 from posttrain.gate.spec import GateSpec, Guard, Primary
 
 Reports = Mapping[str, EvalReport]
@@ -119,7 +128,7 @@ def _judge(spec: GateSpec, test: Guard | Primary, alpha: float, candidate: Repor
         pairs = pair(ours, baseline[test.suite], spec.split)
     except PairingError as broken:
         return _invalid(test, str(broken))
-    method = choose(pairs, test.line)
+    method = choose(pairs)
     found = measure(method, pairs, test.line, alpha)
     verdict, reason = _verdict(spec, test, alpha, pairs, method, found)
     return TestResult(
@@ -152,6 +161,8 @@ def _verdict(
         return Verdict.INCONCLUSIVE, f"{pairs.num_clusters} clusters, fewer than {MIN_CLUSTERS}"
     if math.isnan(found.bound):
         return Verdict.INCONCLUSIVE, "all differences are equal, so nothing says how much they vary"
+    if unseen := _unseen_losses(test, alpha, pairs, method):
+        return Verdict.INCONCLUSIVE, unseen
     if found.bound > test.line:
         return Verdict.PASS, f"bound {found.bound:+.4f} clears {test.line:+.4f}"
     if found.high <= test.line:
@@ -166,6 +177,23 @@ def _verdict(
     return (
         Verdict.INCONCLUSIVE,
         f"bound {found.bound:+.4f} does not clear {test.line:+.4f}; {num_items} items, {needed} needed",
+    )
+
+
+def _unseen_losses(test: Guard | Primary, alpha: float, pairs: Pairs, method: Method) -> str:
+    """Why a t test or bootstrap on few non-zero differences says too little: rare losses that it cannot have seen ("" if not)."""
+    if method is EXACT:
+        return ""
+    nonzero = int(np.count_nonzero(pairs.differences))
+    distance = float(pairs.differences.mean()) - test.line
+    distance = min(distance, -test.line) if test.line < 0 else distance
+    units = len(pairs.differences) if pairs.clusters is None else pairs.num_clusters
+    if nonzero >= MIN_ITEMS or distance <= 0.0 or units >= (needed := zero_loss_items(distance, alpha)):
+        return ""
+    kind = "items" if pairs.clusters is None else "clusters"
+    return (
+        f"only {nonzero} differences are not zero, so nothing says how rare losses are: {needed} {kind} without any would exclude "
+        f"{distance:.4g}, and there are {units}"
     )
 
 

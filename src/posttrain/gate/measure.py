@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from posttrain.gate import mcnemar, tango
-from posttrain.gate.distributions import normal_cdf
+from posttrain.gate import exact
 from posttrain.gate.paired import fit_bootstrap, fit_t
 from posttrain.gate.pairing import Pairs
 from posttrain.gate.power import needed_items, needed_items_for_variance
@@ -41,22 +40,12 @@ class Method:
     needed: Callable[[float, float, float, float, float], int]
 
 
-def _tango(pairs: Pairs, line: float, alpha: float) -> Measurement:
+def _exact(pairs: Pairs, line: float, alpha: float) -> Measurement:
     good, bad = pairs.discordant
     n = len(pairs.differences)
-    low, high = tango.interval(good, bad, n)
-    bound = float(tango.lower_bound(good, bad, n, alpha))
-    p = 1.0 - normal_cdf(float(tango.score_z(good, bad, n, line)))
-    return Measurement(float(low), float(high), bound, p, (good + bad) / n)
-
-
-def _mcnemar(pairs: Pairs, line: float, alpha: float) -> Measurement:
-    assert line == 0.0
-    good, bad = pairs.discordant
-    n = len(pairs.differences)
-    low, high = tango.interval(good, bad, n)
-    bound = mcnemar.lower_bound(good, bad, n, alpha)
-    return Measurement(float(low), float(high), bound, mcnemar.p_value(good, bad), (good + bad) / n)
+    low, high = exact.interval(good, bad, n)
+    bound = exact.lower_bound(good, bad, n, alpha)
+    return Measurement(low, high, bound, exact.p_value(good, bad, n, line, alpha), (good + bad) / n)
 
 
 def _t_and_bootstrap(pairs: Pairs, line: float, alpha: float) -> Measurement:
@@ -81,8 +70,7 @@ def _needed_t(line: float, alpha: float, power: float, discordance: float, sprea
     return needed_items_for_variance(line, alpha, power, max(discordance, spread))
 
 
-TANGO = Method("tango", _tango, _needed_binary)
-MCNEMAR = Method("mcnemar", _mcnemar, _needed_binary)
+EXACT = Method("exact", _exact, _needed_binary)
 PAIRED = Method("paired t + BCa", _t_and_bootstrap, _needed_t)
 CLUSTERED = Method("clustered t + BCa", _t_and_bootstrap, _needed_t)
 
@@ -93,10 +81,8 @@ def measure(method: Method, pairs: Pairs, line: float, alpha: float) -> Measurem
     return Measurement(*(round(getattr(found, name), _DECIMALS) for name in Measurement.__slots__))
 
 
-def choose(pairs: Pairs, line: float) -> Method:
-    """Binary, one sample, unclustered: Tango, or exact McNemar on the line 0; anything else t and bootstrap."""
+def choose(pairs: Pairs) -> Method:
+    """Binary, one sample, unclustered: the exact test; anything else t and bootstrap."""
     if pairs.clusters is not None:
         return CLUSTERED
-    if not pairs.binary:
-        return PAIRED
-    return MCNEMAR if line == 0.0 else TANGO
+    return EXACT if pairs.binary else PAIRED

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
+from posttrain.gate import exact
 from posttrain.gate.distributions import normal_quantile
-from posttrain.gate.tango import null_bad_rate
 
 MIN_ITEMS = 30
 MIN_CLUSTERS = 20
@@ -17,24 +18,41 @@ def assumed_effect(line: float) -> float:
     """True difference a test is planned at: none for a guard, twice `min_delta` for a primary."""
     if line < 0.0:
         return 0.0
-    return min(2.0 * line, 1.0) if line > 0.0 else UNSTATED_GAIN
+    if line == 0.0:
+        return UNSTATED_GAIN
+    return min(2.0 * line, 1.0) if line < 1.0 else 2.0 * line
 
 
+@lru_cache(maxsize=256)
 def needed_items(line: float, alpha: float, power: float, discordance: float) -> int:
-    """Items at which Tango's test clears `line` with `power`, when `discordance` of the items differ.
+    """Items from which the exact test clears `line` with `power`, when `discordance` of the items differ.
 
-    Scores in [0, 1] that are not binary vary no more than this, so it holds for them too.
-    Source: asymptotic power of a score test; the null variance is Tango's constrained one.
+    To a thousandth of it: the power of a discrete test rises in small teeth. Never fewer than a t test needs at this variance:
+    with a large effect all discordance would be gains and their variance small, and scores in [0, 1] that are not binary may vary so.
     """
     effect = assumed_effect(line)
     share = max(discordance, effect)
-    good, bad = (share + effect) / 2.0, (share - effect) / 2.0
-    null_sd = math.sqrt(2.0 * float(null_bad_rate(good, bad, 1.0, line)) + line * (1.0 - line))
-    true_sd = math.sqrt(share - effect**2)
-    root = (normal_quantile(1.0 - alpha) * null_sd + normal_quantile(power) * true_sd) / (effect - line)
-    plain = needed_items_for_variance(line, alpha, power, share)
-    # With a large effect all discordance would be gains and their variance small; do not count on it.
-    return max(plain, math.ceil(root**2))
+    least = needed_items_for_variance(line, alpha, power, share)
+    if share > 1.0 or line <= -1.0:  # not a difference of two rates
+        return least
+
+    def clears(n: int) -> bool:
+        return exact.power(n, line, alpha, effect, share) >= power
+
+    if clears(least):
+        return least
+    low, high = least, math.ceil(1.05 * least)
+    while not clears(high):
+        low, high = high, math.ceil(1.2 * high)
+    while high - low > max(1, high // 1000):
+        middle = (low + high) // 2
+        low, high = (low, middle) if clears(middle) else (middle, high)
+    return high
+
+
+def zero_loss_items(margin: float, alpha: float) -> int:
+    """Items of which none was lost that exclude losing a share of `margin`: the smallest n with (1 - margin)^n ≤ alpha."""
+    return 1 if margin >= 1.0 else math.ceil(math.log(alpha) / math.log1p(-margin))
 
 
 def needed_items_for_variance(line: float, alpha: float, power: float, variance: float) -> int:

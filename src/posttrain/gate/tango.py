@@ -1,12 +1,10 @@
-"""Tango's score test for the difference of two paired proportions, and its intervals by inversion.
+"""Tango's score for the difference of two paired proportions, and its bound: what orders the outcomes of the exact test.
 
 Counts: `good` items only the candidate got right, `bad` items only the baseline got right, `n` all items. Every
 function broadcasts over arrays. Source: Tango, Statistics in Medicine 17 (1998) 891-908.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,9 +45,3 @@ def lower_bound(good: npt.ArrayLike, bad: npt.ArrayLike, n: npt.ArrayLike, alpha
         rejected = score_z(g, b, n_, middle) > critical
         low, high = np.where(rejected, middle, low), np.where(rejected, high, middle)
     return low
-
-
-def interval(good: npt.ArrayLike, bad: npt.ArrayLike, n: npt.ArrayLike, level: float = 0.95) -> tuple[Any, Any]:
-    """Two-sided interval of the difference, as (low, high)."""
-    tail = (1.0 - level) / 2.0
-    return lower_bound(good, bad, n, tail), -lower_bound(bad, good, n, tail)
