@@ -108,6 +108,12 @@ def model_dir(tmp_path_factory):
     return make
 
 
+@pytest.fixture
+def make_local_model(tmp_path_factory):
+    """`make_local_model("llama", hidden_size=256)`: the folder of a model of that architecture with these changes."""
+    return lambda architecture, **changes: make_model(tmp_path_factory.mktemp("own"), architecture, **changes)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()

@@ -102,7 +102,9 @@ def _target(device: str) -> Target:
 def _memory(shape: Any, kind: str, keys: dict[str, Any], target: Target) -> Any:
     from posttrain.planner import Workload, estimate_memory
 
-    return estimate_memory(shape, Workload.from_keys(kind, keys, device_has_bf16=target.has_bf16))
+    return estimate_memory(
+        shape, Workload.from_keys(kind, keys, device_has_bf16=target.has_bf16, on_cpu=target.device.name == "cpu")
+    )
 
 
 def _memory_lines(kind: str, memory: Any, base_model: str, target: Target) -> list[str]:

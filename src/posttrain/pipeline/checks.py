@@ -113,7 +113,7 @@ def check_memory(keys: PipelineKeys) -> None:
     for stage in keys.stages:
         has_bf16 = placement.autocast_dtype is not None
         estimate = estimate_memory(
-            shape, Workload.from_keys(stage.kind, stage.keys.model_dump(), device_has_bf16=has_bf16)
+            shape, Workload.from_keys(stage.kind, stage.keys.model_dump(), device_has_bf16=has_bf16, on_cpu=True)
         )
         if cannot_fit(estimate, available):
             raise ConfigError(f"{stage.kind}: {shortfall(estimate, available, keys.base_model)}")

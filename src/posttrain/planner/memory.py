@@ -5,6 +5,7 @@ An estimate: it counts tensors, not the allocator. It leans to the high side, so
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,10 +20,22 @@ _BYTES_NF4, _BYTES_NF4_DOUBLE = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256)
 _BYTES_MASTER = 4
 _BYTES_GRADIENT = 4
 _BYTES_OPTIMIZER = {"adamw": 8, "adamw_8bit": 2.07}
-# Logits, their log-softmax and the gradient, in float32, of one tile: the head never holds more than that.
-_LOGIT_COPIES = 3
-_TILE_BYTES, _MIN_TILE_ROWS = 512 << 20, 64
-_DEPENDS_ON_DATA = ("activations", "logits", "kv_cache")
+# float32 logits of one tile and what their gradient is made in; a soft cap and an entropy bonus make two more of each.
+_TILES, _TILES_CURVED = 2, 4
+_TILE_BYTES, _TILE_BYTES_CPU, _MIN_TILE_ROWS = 512 << 20, 64 << 20, 64
+_MERGE_PROBE = 64
+_CACHE_GROWTH = 65
+MOST_COPIED = 256 << 20
+"""Bytes of a model up to which decoding adds a LoRA adapter to a copy of its matrices."""
+_PHASES = {
+    "training": ("autocast", "gradients", "activations", "logits"),
+    "rollout": ("autocast", "decode_weights", "kv_cache", "prefill"),
+    "saving": ("checkpoint",),
+    "export": ("merge",),
+}
+"""What is held while a stage does this, beside what it always holds."""
+_DEPENDS_ON_DATA = ("activations", "logits", "kv_cache", "prefill")
+_WITHOUT_REFERENCE = ("simpo", "cpo", "orpo", "sft")
 _RUNTIME_BYTES = int(0.6 * GIB)
 _MARGIN = 1.05
 
@@ -42,34 +55,67 @@ class Workload:
     optim: str = "adamw"
     sequence_len: int = 2048
     per_device_train_batch_size: int = 8
-    precompute_ref_log_probs: bool = False
+    precompute_ref_log_probs: bool | str = "auto"
     beta: float = 0.0
+    entropy_coef: float = 0.0
     loss_type: str = ""
+    save_steps: int = 0
     rollout_batch_size: int = 0
+    num_generations: int = 1
+    max_completion_length: int = 0
+    on_cpu: bool = False
 
     @classmethod
-    def from_keys(cls, kind: str, keys: Mapping[str, Any], *, device_has_bf16: bool) -> Workload:
+    def from_keys(cls, kind: str, keys: Mapping[str, Any], *, device_has_bf16: bool, on_cpu: bool) -> Workload:
         """From the dumped keys of a stage; `bf16: auto` is decided by the device."""
         known: dict[str, Any] = {name: keys[name] for name in cls.__dataclass_fields__ if name in keys}
         bf16 = device_has_bf16 if keys.get("bf16", "auto") == "auto" else bool(keys["bf16"])
-        known |= {"kind": kind, "bf16": bf16}
+        known |= {"kind": kind, "bf16": bf16, "on_cpu": on_cpu}
         return cls(**known)
 
     def longest(self, shape: ModelShape) -> int:
         """Longest sequence in tokens; no model sees more than it has positions."""
         return min(self.sequence_len, shape.max_positions or self.sequence_len)
 
+    def completion(self, shape: ModelShape) -> int:
+        """Longest completion of RL, in tokens."""
+        return min(self.max_completion_length, self.longest(shape))
+
     def tokens(self, shape: ModelShape) -> int:
-        """Tokens of a micro-batch at its longest; a preference row is two sequences."""
-        return self.per_device_train_batch_size * self.longest(shape) * (2 if self.kind == "dpo" else 1)
+        """Tokens of a micro-batch at its longest; a preference pair is two sequences, a group of RL has one prompt."""
+        rows, longest, completion = self.per_device_train_batch_size, self.longest(shape), self.completion(shape)
+        if self.kind == "grpo":
+            return rows * completion + math.ceil(rows / self.num_generations) * (longest - completion)
+        return rows * longest * (2 if self.kind == "dpo" and self.loss_type != "kto" else 1)
+
+    def scored_tokens(self, shape: ModelShape) -> int:
+        """Tokens of a micro-batch that may need logits."""
+        scored = self.per_device_train_batch_size * self.completion(shape)
+        return scored if self.kind == "grpo" else self.tokens(shape)
+
+    def family(self, shape: ModelShape) -> int:
+        """Tokens of the sequences that share a prompt within a micro-batch, at their longest."""
+        if self.kind == "grpo":
+            members = min(self.num_generations, self.per_device_train_batch_size)
+            return self.longest(shape) + (members - 1) * self.completion(shape)
+        return self.tokens(shape) // self.per_device_train_batch_size
+
+    def prompts(self) -> int:
+        """Different prompts among the completions that are decoded at once."""
+        return math.ceil(self.rollout_batch_size / self.num_generations)
 
     @property
     def has_reference(self) -> bool:
-        """Whether a frozen copy is held; with an adapter the reference is the model with the adapter off."""
-        if self.adapter != "none" or self.precompute_ref_log_probs:
+        """Whether a frozen copy is held; with an adapter the reference is the model with the adapter off.
+
+        `auto` computes the log-probs of pairs once where the alternative is a copy; those of KTO cannot be known before.
+        """
+        if self.adapter != "none":
             return False
-        free = {"simpo", "cpo", "orpo", "sft"}
-        return (self.kind == "dpo" and self.loss_type not in free) or (self.kind == "grpo" and self.beta > 0)
+        if self.kind == "dpo":
+            kept = self.loss_type != "kto" and bool(self.precompute_ref_log_probs)
+            return self.loss_type not in _WITHOUT_REFERENCE and not kept
+        return self.kind == "grpo" and self.beta > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +130,21 @@ class MemoryPlan:
     @property
     def total_bytes(self) -> int:
         """With rows as long as `sequence_len`."""
-        return int(sum(self.parts.values()) * _MARGIN)
+        return int(self._peak(self.parts) * _MARGIN)
 
     @property
     def floor_bytes(self) -> int:
         """What no data, however short, makes smaller."""
-        return sum(size for name, size in self.parts.items() if name not in _DEPENDS_ON_DATA)
+        return self._peak({name: size for name, size in self.parts.items() if name not in _DEPENDS_ON_DATA})
+
+    def _peak(self, parts: Mapping[str, int]) -> int:
+        """What is always held, and the most that a phase adds; phases follow each other."""
+        # With save_steps, a thread writes the copies of a checkpoint while the run goes on.
+        passing = {name for names in _PHASES.values() for name in names} - (
+            {"checkpoint"} if self.workload.save_steps else set[str]()
+        )
+        always = sum(size for name, size in parts.items() if name not in passing)
+        return always + max(sum(parts.get(name, 0) for name in passing.intersection(p)) for p in _PHASES.values())
 
 
 def estimate_memory(shape: ModelShape, workload: Workload) -> MemoryPlan:
@@ -97,19 +152,23 @@ def estimate_memory(shape: ModelShape, workload: Workload) -> MemoryPlan:
     trained = (
         shape.num_params if workload.adapter == "none" else adapter_params(shape, workload.lora_r, workload.lora_target)
     )
-    training = {
-        "gradients": trained * _BYTES_GRADIENT,
-        "optimizer": int(trained * _BYTES_OPTIMIZER[workload.optim]),
-        "activations": _activation_bytes(shape, workload),
-        "logits": _LOGIT_COPIES * _tile_bytes(shape, workload),
-    }
-    rollout = {"kv_cache": _kv_bytes(shape, workload)} if workload.rollout_batch_size else {}
+    optimizer = int(trained * _BYTES_OPTIMIZER[workload.optim])
     parts = {
         "weights": _weight_bytes(shape, workload),
         "adapter": trained * _BYTES_MASTER if workload.adapter != "none" else 0,
-        "reference": shape.num_params * shape.stored_bytes if workload.has_reference else 0,
-        **training,
-        **rollout,
+        # A copy of the trained model, whatever the dtype of its file.
+        "reference": shape.num_params * _BYTES_MASTER if workload.has_reference else 0,
+        "autocast": _autocast_bytes(shape, workload),
+        "gradients": trained * _BYTES_GRADIENT,
+        "optimizer": optimizer,
+        "activations": _activation_bytes(shape, workload),
+        "logits": _logit_bytes(shape, workload),
+        # Copies are made on the host.
+        "checkpoint": trained * _BYTES_MASTER + optimizer if workload.on_cpu else 0,
+        "decode_weights": _decode_weight_bytes(shape, workload),
+        "kv_cache": _kv_bytes(shape, workload),
+        "prefill": _prefill_bytes(shape, workload),
+        "merge": _merge_bytes(shape, workload),
         "runtime": _RUNTIME_BYTES,
     }
     return MemoryPlan({name: size for name, size in parts.items() if size}, shape, workload, trained)
@@ -145,24 +204,74 @@ def _weight_bytes(shape: ModelShape, workload: Workload) -> int:
     return int(shape.linear_params * packed + (shape.num_params - shape.linear_params) * shape.stored_bytes)
 
 
+def _autocast_bytes(shape: ModelShape, workload: Workload) -> int:
+    """The bf16 copies of float32 matrices that autocast makes and the backward pass needs."""
+    if not workload.bf16 or (workload.adapter != "none" and (workload.load_in_4bit or shape.stored_bytes == 2)):
+        return 0
+    return 2 * (shape.linear_params + shape.vocab * shape.hidden)
+
+
 def _activation_bytes(shape: ModelShape, workload: Workload) -> int:
-    """What the backward pass needs of each token: per layer two norms, attention and the MLP, without a score matrix."""
-    attention = (3 * shape.num_heads + 4 * shape.num_kv_heads) * shape.head_dim
+    """What the backward pass needs of each token, without a score matrix unless a soft cap needs one.
+
+    A norm keeps its input and its output, in float32, and if it is trained the normalised input too. The input of a
+    layer is the first norm's. With checkpointing a layer at a time is computed again, once the logits are gone.
+    """
+    per_norm = (3 if workload.adapter == "none" else 2) * shape.hidden * 4
+    attention = 3 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
+    scores = 2 * shape.num_heads * workload.family(shape) * 4 if shape.attention_softcap else 0
     mlp = 4 * shape.intermediate * max(1, shape.experts_per_token)
-    per_layer = (6 * shape.hidden + attention + mlp) * _bytes_per_value(workload)
-    kept = shape.hidden * _bytes_per_value(workload)
-    per_token = shape.num_layers * kept + per_layer if workload.gradient_checkpointing else shape.num_layers * per_layer
-    return workload.tokens(shape) * per_token
+    casts = 2 * shape.hidden if workload.bf16 else 0
+    per_layer = shape.norms_per_layer * per_norm + scores + (attention + mlp + casts) * _bytes_per_value(workload)
+    tokens = workload.tokens(shape)
+    if not workload.gradient_checkpointing:
+        return tokens * (shape.num_layers * per_layer + per_norm)
+    kept = tokens * (shape.num_layers * shape.hidden * 4 + per_norm)
+    return kept + max(0, tokens * per_layer - _logit_bytes(shape, workload))
 
 
-def _tile_bytes(shape: ModelShape, workload: Workload) -> int:
+def _logit_bytes(shape: ModelShape, workload: Workload) -> int:
+    """The head computes no more than one tile of logits at once; its gradient is made beside them."""
     row = 4 * shape.vocab
-    return min(workload.tokens(shape) * row, max(_MIN_TILE_ROWS * row, _TILE_BYTES))
+    most = max(_MIN_TILE_ROWS * row, _TILE_BYTES_CPU if workload.on_cpu else _TILE_BYTES)
+    curved = shape.logit_softcap or workload.entropy_coef > 0
+    gradient = shape.vocab * shape.hidden * (6 if workload.bf16 else 4) if workload.adapter == "none" else 0
+    return (_TILES_CURVED if curved else _TILES) * min(workload.scored_tokens(shape) * row, most) + gradient
+
+
+def _decode_weight_bytes(shape: ModelShape, workload: Workload) -> int:
+    copied = (
+        workload.adapter == "lora" and shape.decodes_by_weights and shape.num_params * shape.stored_bytes <= MOST_COPIED
+    )
+    return shape.linear_params * shape.stored_bytes if copied and workload.rollout_batch_size else 0
 
 
 def _kv_bytes(shape: ModelShape, workload: Workload) -> int:
-    """The embedded engine's preallocated cache, at its longest."""
-    return workload.rollout_batch_size * workload.longest(shape) * shape.kv_bytes_per_token(_bytes_per_value(workload))
+    """Keys and values of the completions that are decoded at once, and of their prompts, each held once."""
+    prompts = workload.prompts() * (workload.longest(shape) - workload.completion(shape))
+    return (_cached_completions(shape, workload) + prompts) * shape.kv_bytes_per_token(_bytes_per_value(workload))
+
+
+def _cached_completions(shape: ModelShape, workload: Workload) -> int:
+    """Places for tokens of completions: all rows are as wide as the longest, and grow by so many places at a time."""
+    return workload.rollout_batch_size * math.ceil(workload.completion(shape) / _CACHE_GROWTH) * _CACHE_GROWTH
+
+
+def _prefill_bytes(shape: ModelShape, workload: Workload) -> int:
+    """The widest point of a forward over all prompts at once, less the cache of completions, which comes after it."""
+    prompts = workload.prompts() * (workload.longest(shape) - workload.completion(shape))
+    per_token = 3 * shape.intermediate * max(1, shape.experts_per_token) * _bytes_per_value(workload)
+    widest = prompts * (per_token + 4 * shape.hidden * 4)
+    later = _cached_completions(shape, workload) * shape.kv_bytes_per_token(_bytes_per_value(workload))
+    return max(0, widest - later)
+
+
+def _merge_bytes(shape: ModelShape, workload: Workload) -> int:
+    """The base once more, each matrix beside its merged one, and the logits that prove the merge; on the host."""
+    if workload.adapter == "none" or not workload.on_cpu:
+        return 0
+    size = 4 if workload.load_in_4bit else shape.stored_bytes
+    return (shape.num_params + shape.linear_params) * size + 4 * _MERGE_PROBE * shape.vocab * 4
 
 
 # --- does it fit? --------------------------------------------------------------------------------------------------

@@ -8,6 +8,10 @@ from typing import Any
 
 from posttrain.errors import ModelError
 
+_SANDWICHED = ("gemma2", "gemma3", "glm4")
+"""Model types with a norm behind attention and MLP as well as before."""
+DECODED_BY_WEIGHTS = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose decode step adds a LoRA adapter to a copy of the matrices."""
 _REQUIRED = ("hidden_size", "num_hidden_layers", "vocab_size")
 
 
@@ -30,6 +34,10 @@ class ModelShape:
     experts_per_token: int = 0
     stored_bytes: int = 2
     max_positions: int = 0
+    norms_per_layer: int = 2
+    attention_softcap: bool = False
+    logit_softcap: bool = False
+    decodes_by_weights: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -61,6 +69,10 @@ class ModelShape:
             if str(values.get("dtype") or values.get("torch_dtype") or "").endswith(("float16", "bfloat16"))
             else 4,
             max_positions=int(values.get("max_position_embeddings") or 0),
+            norms_per_layer=4 if str(values.get("model_type", "")).startswith(_SANDWICHED) else 2,
+            decodes_by_weights=values.get("model_type") in DECODED_BY_WEIGHTS,
+            attention_softcap=bool(values.get("attn_logit_softcapping")),
+            logit_softcap=bool(values.get("final_logit_softcapping")),
         )
 
     @property
@@ -89,7 +101,7 @@ class ModelShape:
 
     @property
     def num_params(self) -> int:
-        norms = self.num_layers * 2 * self.hidden + self.hidden
+        norms = self.num_layers * self.norms_per_layer * self.hidden + self.hidden
         router = self.num_layers * self.hidden * self.num_experts
         return self.linear_params + self.embedding_params + norms + router
 
