@@ -213,8 +213,10 @@ def train_half_seconds(size: Size, num_steps: int) -> list[float]:
 
     rng, clock = random.Random(SEED), Clock(num_steps, "time/train_s")
     rows = [{"prompt": text(rng, PROMPT)} for _ in range(size.batch)]
-    original = grpo.make_engine
+    original = grpo.make_engine, grpo.sync_engine
     grpo.make_engine = recorded_engine(size.length)
+    # Recorded completions leave a canary nothing to decode.
+    grpo.sync_engine = lambda engine, policy, version: engine.sync(version)
     reward = str(Path(__file__).parent / "rewards.py") + ":vowels"
     try:
         run(
@@ -222,7 +224,7 @@ def train_half_seconds(size: Size, num_steps: int) -> list[float]:
             num_generations=size.group, max_completion_length=size.length, per_device_train_batch_size=size.batch * size.group,
         )  # fmt: skip
     finally:
-        grpo.make_engine = original
+        grpo.make_engine, grpo.sync_engine = original
     return clock.seconds
 
 

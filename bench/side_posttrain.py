@@ -66,6 +66,8 @@ def train(row: Row, job: Mapping[str, Any], turns: Turns) -> None:
     extra_seconds = charge_reference_pass(dpo, job["max_steps"]) if row.task == "dpo" else lambda: 0.0
     if row.task == "grpo_train":
         grpo.make_engine = replaying_engine(job)
+        # Recorded completions leave a canary nothing to decode.
+        grpo.sync_engine = lambda engine, policy, version: engine.sync(version)
     sink = TurnSink(row, turns, extra_seconds)
     recipe = {"sft": sft, "dpo": dpo}.get(row.task, grpo)
     keys = keys_of(row, job)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from posttrain.types import Completion, Request, SamplingParams
@@ -19,6 +19,11 @@ class Engine(Protocol):
         """The version of the weights that the next token will be sampled from."""
         ...
 
+    @property
+    def dtype(self) -> str:
+        """What it computes in: `float32`, `bfloat16` or `float16`."""
+        ...
+
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """One completion per request, in order."""
         ...
@@ -28,7 +33,7 @@ class Engine(Protocol):
         ...
 
     def sync(self, version: int) -> None:
-        """Take the policy's present weights as `version`. Raises: EngineError if a canary shows they did not arrive."""
+        """Take the policy's present weights as `version`."""
         ...
 
 
@@ -100,4 +105,9 @@ class Topology(Protocol):
 
     def load_optimizer_state(self, model: Any, optimizer: Any, state: dict[str, Any]) -> None: ...
 
-    def load_state(self, model: Any, state: dict[str, Any]) -> None: ...
+    def load_state(self, model: Any, state: dict[str, Any], optional: Collection[str] = ()) -> None:
+        """Fill `model` from `state`; of its names only the `optional` ones may be missing there.
+
+        Raises: ModelError naming what is missing, and what the model does not have.
+        """
+        ...

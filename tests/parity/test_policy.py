@@ -39,6 +39,8 @@ class Replay(EmbeddedEngine):
     recorded: dict[tuple[int, ...], list[tuple[int, ...]]]
 
     def generate(self, requests, params):
+        if any(request.prompt_ids not in self.recorded for request in requests):
+            return super().generate(requests, params)
         left = {prompt: list(completions) for prompt, completions in self.recorded.items()}
         ids = [left[request.prompt_ids].pop(0) for request in requests]
         scored = self.score([(r.prompt_ids + c, len(r.prompt_ids)) for r, c in zip(requests, ids, strict=True)])

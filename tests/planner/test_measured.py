@@ -16,7 +16,7 @@ from posttrain.models.load import load_policy
 from posttrain.objectives.preference import PREFERENCE_LOSSES
 from posttrain.planner import ModelShape, Workload, estimate_memory, memory, shape
 from posttrain.recipes.optim import make_optimizer
-from posttrain.recipes.stage import Progress, Stage
+from posttrain.recipes.stage import Stage
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.types import Request, SamplingParams, TokenSeq
 
@@ -88,7 +88,8 @@ def planned_and_measured(folder, run_folder, completion=COMPLETION, **options):
     found["optimizer"] = (planned("optimizer"), allocated(optimizer.step)[1])
     optimizer.zero_grad()
     stage = Stage("grpo", run_folder, keys, SingleProcess())
-    found["checkpoint"] = (planned("checkpoint"), allocated(lambda: stage.save(policy, optimizer, Progress()))[0])
+    state = stage.resume(policy, optimizer, 1)
+    found["checkpoint"] = (planned("checkpoint"), allocated(lambda: stage.checkpoints.save(state))[0])
     stage.close()
     engine = EmbeddedEngine(policy, stop_token_ids=(), batch_size=16)
     requests = [Request(prompt, seed) for prompt in [ids(PROMPT) for _ in range(4)] for seed in range(4)]

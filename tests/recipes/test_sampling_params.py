@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from posttrain.recipes import grpo
 from posttrain.recipes.certify import certify
 from posttrain.recipes.engine import greedy, sampling_params
 from posttrain.rollout.embedded import EmbeddedEngine
@@ -23,7 +24,7 @@ def asked(monkeypatch):
         return generate(engine, requests, params)
 
     monkeypatch.setattr(EmbeddedEngine, "generate", recording)
-    monkeypatch.setattr(EmbeddedEngine, "sync", lambda engine, version: None)
+    monkeypatch.setattr(grpo, "sync_engine", lambda engine, policy, version: engine.sync(version))
     return seen
 
 

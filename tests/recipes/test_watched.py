@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from posttrain.errors import EngineError
 from posttrain.health.history import History
 from posttrain.health.rules import RULES
 from posttrain.types import StepReport
@@ -156,7 +157,8 @@ def test_sampler_and_trainer_are_compared_where_they_have_the_same_weights(train
     assert peaks[1] > rows[1]["importance_ratio/mean"]
 
 
-def test_weights_that_did_not_arrive_show_as_a_mismatch(train, tmp_path, monkeypatch):
+@pytest.fixture
+def stale_engine(monkeypatch):
     """The engine keeps sampling from the weights of the start."""
     import copy
 
@@ -172,6 +174,17 @@ def test_weights_that_did_not_arrive_show_as_a_mismatch(train, tmp_path, monkeyp
         return EmbeddedEngine(frozen, stop_token_ids=tuple(engine._stop_token_ids), batch_size=8)
 
     monkeypatch.setattr(grpo, "make_engine", stale)
+
+
+def test_a_run_whose_weights_do_not_arrive_at_the_engine_stops(train, stale_engine):
+    with pytest.raises(EngineError, match=r"after the sync to policy version [12] .* it decodes with other weights"):
+        train("grpo", learning_rate=1e-2, max_steps=6)
+
+
+def test_weights_that_drift_below_what_the_canary_sees_show_as_a_mismatch(train, stale_engine, monkeypatch):
+    from posttrain.recipes import grpo
+
+    monkeypatch.setattr(grpo, "sync_engine", lambda engine, policy, version: engine.sync(version))
     folder = train("grpo", learning_rate=1e-2, max_steps=6)
     found = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     assert "sampler_mismatch" in {event.get("rule") for event in found}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from posttrain.errors import ModelError
 from posttrain.protocols import Topology
 
 T = TypeVar("T")
@@ -51,7 +52,8 @@ class SingleProcess:
     def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
 
-    def load_state(self, model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    def load_state(self, model: nn.Module, state: dict[str, torch.Tensor], optional: Collection[str] = ()) -> None:
+        _check_names(model, state, optional)
         model.load_state_dict(state, strict=False)
 
     def full_optimizer_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -117,9 +119,10 @@ class ProcessGroup:
     def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
         return {name: _whole(tensor.detach()) for name, tensor in model.state_dict().items()}
 
-    def load_state(self, model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    def load_state(self, model: nn.Module, state: dict[str, torch.Tensor], optional: Collection[str] = ()) -> None:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+        _check_names(model, state, optional)
         if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
             model.load_state_dict(state, strict=False)
             return
@@ -150,6 +153,26 @@ class ProcessGroup:
         for name, parameter in zip(names, _parameters(optimizer), strict=True):
             if parameter in optimizer.state:
                 yield name, optimizer.state[parameter]
+
+
+def _check_names(model: nn.Module, state: Mapping[str, Any], optional: Collection[str]) -> None:
+    """Raises: ModelError unless `state` has every name of the model but `optional` and tied ones, and no other."""
+    own = model.state_dict(keep_vars=True)
+    # A tied weight has several names, and one of them fills it.
+    filled = {id(tensor) for name, tensor in own.items() if name in state}
+    missing = sorted(
+        n for n, tensor in own.items() if n not in state and n not in optional and id(tensor) not in filled
+    )
+    unexpected = sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        raise ModelError(
+            f"weights and model do not fit: {len(missing)} of the model's {len(own)} are missing ({_some(missing)}), "
+            f"{len(unexpected)} are not the model's ({_some(unexpected)}); they were written by another model, adapter or version"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "") if names else "none"
 
 
 def _whole(value: Any) -> Any:

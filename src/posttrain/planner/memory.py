@@ -195,13 +195,18 @@ def _bytes_per_value(workload: Workload) -> int:
 
 
 def _weight_bytes(shape: ModelShape, workload: Workload) -> int:
-    """Trained weights are float32 masters; frozen ones keep their own type, or 4 bits in the linear modules."""
+    """Trained weights are float32 masters; frozen ones have the type that is computed in, or 4 bits in the linear modules."""
     if workload.adapter == "none":
         return shape.num_params * _BYTES_MASTER
     if not workload.load_in_4bit:
-        return shape.num_params * shape.stored_bytes
+        return shape.num_params * _frozen_bytes(shape, workload)
     packed = _BYTES_NF4_DOUBLE if workload.bnb_4bit_use_double_quant else _BYTES_NF4
-    return int(shape.linear_params * packed + (shape.num_params - shape.linear_params) * shape.stored_bytes)
+    return int(shape.linear_params * packed + (shape.num_params - shape.linear_params) * _frozen_bytes(shape, workload))
+
+
+def _frozen_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Of a value of a frozen base: as in its file under autocast, else float32."""
+    return shape.stored_bytes if workload.bf16 else 4
 
 
 def _autocast_bytes(shape: ModelShape, workload: Workload) -> int:
@@ -240,10 +245,10 @@ def _logit_bytes(shape: ModelShape, workload: Workload) -> int:
 
 
 def _decode_weight_bytes(shape: ModelShape, workload: Workload) -> int:
-    copied = (
-        workload.adapter == "lora" and shape.decodes_by_weights and shape.num_params * shape.stored_bytes <= MOST_COPIED
-    )
-    return shape.linear_params * shape.stored_bytes if copied and workload.rollout_batch_size else 0
+    """The matrices with the adapter added, which decoding multiplies with; not under autocast."""
+    size = _frozen_bytes(shape, workload)
+    copied = workload.adapter == "lora" and not workload.bf16 and shape.num_params * size <= MOST_COPIED
+    return shape.linear_params * size if copied and shape.decodes_by_weights and workload.rollout_batch_size else 0
 
 
 def _kv_bytes(shape: ModelShape, workload: Workload) -> int:

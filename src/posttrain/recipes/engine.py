@@ -1,12 +1,15 @@
-"""The engine that a stage samples with, and how it samples."""
+"""The engine that a stage samples with, how it samples, and the proof that it samples from the weights in training."""
 
 from __future__ import annotations
+
+from functools import partial
 
 from posttrain.config.stages import GRPOKeys, TrainKeys
 from posttrain.models.generation import stop_token_ids
 from posttrain.models.policy import Policy
-from posttrain.protocols import Topology
-from posttrain.rollout.embedded import EmbeddedEngine
+from posttrain.protocols import Engine, Topology
+from posttrain.rollout.canary import TOLERANCE, check_arrival
+from posttrain.rollout.embedded import EmbeddedEngine, score_sequences
 from posttrain.rollout.replica import replicate
 from posttrain.types import SamplingParams
 
@@ -33,3 +36,12 @@ def sampling_params(keys: GRPOKeys) -> SamplingParams:
 def greedy(params: SamplingParams) -> SamplingParams:
     """The same with the most likely token every time: how a stage is validated."""
     return SamplingParams(params.max_tokens, 0.0, stop_token_ids=params.stop_token_ids, stop=params.stop)
+
+
+def sync_engine(engine: Engine, policy: Policy, version: int) -> None:
+    """Bring the engine to the weights of the trained policy, as `version`. All ranks call it.
+
+    Raises: EngineError if a canary shows that they did not arrive.
+    """
+    engine.sync(version)
+    check_arrival(engine, partial(score_sequences, policy), TOLERANCE[engine.dtype])

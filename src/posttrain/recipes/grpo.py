@@ -26,7 +26,7 @@ from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import LossTerms, spec_from
 from posttrain.protocols import Topology
 from posttrain.recipes.batches import MicroBatch, fill_with_groups, split_groups
-from posttrain.recipes.engine import greedy, make_engine, sampling_params
+from posttrain.recipes.engine import greedy, make_engine, sampling_params, sync_engine
 from posttrain.recipes.experience import Collector, Group, Trajectory, teaches
 from posttrain.recipes.live_checks import LiveChecks
 from posttrain.recipes.metrics import StepMetrics
@@ -80,7 +80,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
             generation, position = divmod(step, steps_per_batch)
             experience = state.experience
             if experience is None or experience.generation != generation:
-                engine.sync(version=step)
+                sync_engine(engine, policy, version=step)
                 experience = state.experience = collector.collect(generation, experience, stage.guard.controls)
                 stage.run.event("rollouts", step + 1, {"generation": generation, "prompts": collector.ledger})
                 experience.metrics.update(live.if_due(step, collector.latest))
@@ -206,7 +206,7 @@ def _validate(
         return {}
 
     # Under ranks the engine samples from a copy, which is as old as the last generation batch.
-    engine.sync(version=state.step)
+    sync_engine(engine, state.policy, version=state.step)
     decode = decoder(engine.policy.tokenizer)
     completions = sample_groups(engine, rows.rows, 1, greedy(sampling_params(keys)), (keys.seed,), range(len(rows)))
     totals = [r.reward.total for g in score_groups(rows.rows, completions, decode, score) for r in g.rollouts]

@@ -103,7 +103,8 @@ class Checkpoints:
                 "run with the version that began it, or start it anew in another output_dir"
             )
         model, optimizer = state.policy.model, state.optimizer
-        self._topology.load_state(model, load_file(ref.path / "weights.safetensors"))
+        frozen = model.state_dict().keys() - {name for name, _ in state.policy.trainable()}
+        self._topology.load_state(model, load_file(ref.path / "weights.safetensors"), optional=frozen)
         tensors = load_file(ref.path / "optimizer.safetensors")
         self._topology.load_optimizer_state(model, optimizer, unflatten(tensors, record["scalars"]))
         return record

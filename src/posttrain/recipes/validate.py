@@ -12,7 +12,7 @@ from posttrain.evals.run import Evaluator
 from posttrain.evals.suite import Suite, load_suite
 from posttrain.models.policy import Policy
 from posttrain.protocols import Topology
-from posttrain.recipes.engine import make_engine
+from posttrain.recipes.engine import make_engine, sync_engine
 from posttrain.recipes.evaluate import TokenizerCodec
 from posttrain.recipes.stage import Stage
 from posttrain.recipes.train_state import TrainState
@@ -79,8 +79,8 @@ def goodness(metrics: dict[str, float]) -> float:
 class SuiteScore:
     """The dev split of `keys.eval_suite`, answered greedily by the weights in training."""
 
-    def __init__(self, suite: Suite, keys: TrainKeys, engine: EmbeddedEngine) -> None:
-        self._suite, self._engine = suite, engine
+    def __init__(self, suite: Suite, keys: TrainKeys, engine: EmbeddedEngine, policy: Policy) -> None:
+        self._suite, self._engine, self._policy = suite, engine, policy
         longest = getattr(keys, "max_completion_length", _LONGEST_ANSWER)
         self._keys = SuiteKeys(path=str(suite.path), max_tokens=longest)
 
@@ -93,10 +93,10 @@ class SuiteScore:
             return None
         suite = load_suite("eval_suite", Path(keys.eval_suite))
         suite = replace(suite, items=suite.on(_DEV)[: keys.eval_suite_limit])
-        return cls(suite, keys, engine or make_engine(policy, keys, topology))
+        return cls(suite, keys, engine or make_engine(policy, keys, topology), policy)
 
     def measure(self, step: int) -> dict[str, float]:
         # Under ranks the engine samples from a copy, which must be brought up to date.
-        self._engine.sync(version=step)
+        sync_engine(self._engine, self._policy, version=step)
         evaluator = Evaluator(self._engine, TokenizerCodec(self._engine.policy.tokenizer), "in training", request_seed)
         return {"eval_score": evaluator.run(self._suite, self._keys, _DEV).mean}
