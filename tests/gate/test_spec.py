@@ -33,9 +33,10 @@ def test_from_config_keys_with_every_key_carried_over():
     assert GateSpec.from_keys(keys) == GateSpec(guards, primary, 0.01, 0.9, 0.3, 0.2, "verdict", 4)
 
 
-def test_from_any_object_with_the_attributes():
+def test_a_key_that_is_missing_takes_no_default():
     plain = SimpleNamespace(guards=[], primary=[SimpleNamespace(suite="heldout", min_delta=0.1)], alpha=0.02)
-    assert GateSpec.from_keys(plain) == GateSpec((), (Primary("heldout", 0.1),), alpha=0.02)
+    with pytest.raises(AttributeError, match="discordance"):
+        GateSpec.from_keys(plain)
 
 
 def test_digest_covers_the_rules_and_not_the_flow():

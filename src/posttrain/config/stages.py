@@ -108,10 +108,14 @@ class TrainKeys(ModelKeys):
             return {"load_in_4bit": True, **values}
         return values
 
+    @property
+    def pulls_to_a_reference(self) -> bool:
+        return False
+
     @model_validator(mode="after")
     def _pull_can_be_raised(self) -> TrainKeys:
         raising = [rule for rule, change in self.health.items() if change.get("action") == "raise_beta"]
-        if raising and (not getattr(self, "beta", 0.0) or getattr(self, "loss_type", None) in WITHOUT_REFERENCE):
+        if raising and not self.pulls_to_a_reference:
             raise ValueError(
                 f"health.{raising[0]}.action: raise_beta needs a pull to a reference, and this stage has none; set beta "
                 "above 0 and a loss_type with a reference, or use lower_learning_rate"
@@ -166,6 +170,10 @@ class DPOKeys(TrainKeys):
     undesirable_weight: float = knob(1.0, "KTO: weight of undesirable rows.", ge=0, also="kto_undesirable_weight (Axolotl), kto_rejected_weight (LLaMA-Factory)")
     precompute_ref_log_probs: bool | Literal["auto"] = knob("auto", "Score all rows under the reference once, before training, and keep the log-probs. `auto`: for full fine-tuning, where a frozen copy is the alternative; an adapter is simply switched off.")
 
+    @property
+    def pulls_to_a_reference(self) -> bool:
+        return self.beta > 0 and self.loss_type not in WITHOUT_REFERENCE
+
 
 GRPOLoss = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "gspo", "rloo", "reinforce_pp"]
 
@@ -219,6 +227,10 @@ class GRPOKeys(TrainKeys):
     rollout_batch_size: int = knob(64, "Completions decoded at once.", ge=1)
     reward_check: Literal["require", "off"] = knob("require", "`off` trains without a reward certificate, and what it makes cannot be promoted.")
     reward_check_steps: int = knob(50, "Steps between checks of the rewards on live samples and canary prompts; 0 is off.", ge=0)
+
+    @property
+    def pulls_to_a_reference(self) -> bool:
+        return self.beta > 0
 
     @model_validator(mode="after")
     def _one_weight_per_reward(self) -> GRPOKeys:

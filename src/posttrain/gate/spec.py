@@ -115,15 +115,14 @@ class GateSpec:
 
     @classmethod
     def from_keys(cls, keys: Any) -> GateSpec:
-        """From a config object with the same attributes (`GateKeys`); attributes it lacks take their default."""
-        plain = {name: getattr(keys, name) for name in cls.__slots__ if hasattr(keys, name) and name not in _NESTED}
-        if getattr(keys, "on_inconclusive", "stop") == "extend":
-            plain["rounds"] = 2
-        if hasattr(keys, "limits"):
-            plain["limits"] = Limits(**{name: getattr(keys.limits, name) for name in Limits.__slots__})
-        guards = (Guard(row.suite, row.margin, getattr(row, "discordance", None)) for row in keys.guards)
-        primary = (Primary(row.suite, row.min_delta, getattr(row, "discordance", None)) for row in keys.primary)
-        return cls(guards=tuple(guards), primary=tuple(primary), **plain)
+        """From a config object with the same attributes (`GateKeys`)."""
+        return cls(
+            guards=tuple(Guard(row.suite, row.margin, row.discordance) for row in keys.guards),
+            primary=tuple(Primary(row.suite, row.min_delta, row.discordance) for row in keys.primary),
+            alpha=keys.alpha, power=keys.power, discordance=keys.discordance, icc=keys.icc, split=keys.split,
+            looks=keys.looks, rounds=2 if keys.on_inconclusive == "extend" else 1,
+            limits=Limits(**{name: getattr(keys.limits, name) for name in Limits.__slots__}),
+        )  # fmt: skip
 
     def alpha_at(self, look: int) -> float:
         """Alpha of one round of the `look`-th look, counted from 1.

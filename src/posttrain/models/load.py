@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from posttrain.config import hub
 from posttrain.config.chat_template import chat_template
-from posttrain.config.stages import ModelKeys
+from posttrain.config.stages import ModelKeys, TrainKeys
 from posttrain.errors import ModelError
 from posttrain.models import attention, generation
 from posttrain.models.adapters import attach_adapter
@@ -81,7 +81,7 @@ def load_policy(keys: ModelKeys, *, tokenizer: PreTrainedTokenizerBase | None = 
         log.warning("%s: its attention does not fit the ragged layout; sequences are run one by one", keys.base_model)
     adapted: Any = model
     if trainable and keys.adapter != "none":
-        torch.manual_seed(getattr(keys, "seed", 0))
+        torch.manual_seed(keys.seed if isinstance(keys, TrainKeys) else 0)
         adapted = attach_adapter(model, keys)
     elif not trainable:
         model.requires_grad_(False)

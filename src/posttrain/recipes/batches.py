@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from posttrain.config.stages import TrainKeys
+from posttrain.config.stages import SFTKeys, TrainKeys
 from posttrain.data.dataset import Dataset
 from posttrain.errors import DataError
 from posttrain.protocols import Topology
@@ -42,7 +42,7 @@ class Schedule(Generic[T]):
     def of(
         cls, data: Dataset[T], keys: TrainKeys, topology: Topology, size: Callable[[T], int], least_rows: int = 1
     ) -> Schedule[T]:
-        packing = getattr(keys, "packing", False)
+        packing = isinstance(keys, SFTKeys) and keys.packing
         return cls(
             data=data,
             seed=keys.seed,

@@ -18,7 +18,8 @@ _ROWS = 64
 
 def make_engine(policy: Policy, keys: TrainKeys, topology: Topology) -> EmbeddedEngine:
     """An engine on the policy's own weights; on a whole copy of them where the policy is to be sharded."""
-    stops, rows = stop_token_ids(policy.base, policy.tokenizer), getattr(keys, "rollout_batch_size", _ROWS)
+    stops = stop_token_ids(policy.base, policy.tokenizer)
+    rows = keys.rollout_batch_size if isinstance(keys, GRPOKeys) else _ROWS
     if topology.world_size == 1:
         return EmbeddedEngine(policy, stop_token_ids=stops, batch_size=rows)
     copy, refresh = replicate(policy, topology)
