@@ -108,6 +108,12 @@ def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_answer(n, c, k):
     assert pass_at_k(n, c, k) == pytest.approx(sum(any(s) for s in subsets) / len(subsets))
 
 
+@pytest.mark.parametrize(("n", "c", "k"), [(1, 0, 2), (1, 1, 2), (0, 0, 1), (3, 2, 5), (3, 1, 0), (3, 4, 1)])
+def test_pass_at_k_of_fewer_samples_than_k_is_refused_and_never_one(n, c, k):
+    with pytest.raises(EvalError, match=f"pass@{k} .*at least k samples"):
+        pass_at_k(n, c, k)
+
+
 def test_pass_at_ks_goes_up_to_the_number_of_samples():
     report = EvalReport(
         "s", "gate", "d", "m", "exact", (ItemRecord("a", "p", (1.0, 0.0, 0.0, 0.0)), ItemRecord("b", "p", (0.0,) * 4))

@@ -70,8 +70,9 @@ def test_json_against_schema_and_reference():
     assert score("json_schema", '{"n": 1}', schema=schema) == 1.0
     assert score("json_schema", '{"n": 1, "m": 2}', schema=schema) == 0.0
     assert score("json_schema", '{"n": 1}', schema=schema, answer='{"n": 2}') == 0.0
-    with pytest.raises(ValueError, match="not supported"):
-        score("json_schema", "1", schema={"$ref": "#"})
+    assert score("json_schema", '{"n": 1, "m": 2}', schema=schema, options={"strict": False}) == 1.0
+    with pytest.raises(ValueError, match="outside the schema"):
+        score("json_schema", "1", schema={"$ref": "https://example.org/schema"})
 
 
 def test_code_is_run_against_hidden_tests():

@@ -139,7 +139,14 @@ def prompt_digest(item: Item) -> str:
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is right. Source: Chen et al. 2021, arXiv 2107.03374 eq. 1."""
+    """Unbiased estimate of the chance that one of k samples is right. Source: Chen et al. 2021, arXiv 2107.03374 eq. 1.
+
+    Raises: EvalError for fewer than k samples: they say nothing about k.
+    """
+    if not 0 <= num_correct <= num_samples or not 1 <= k <= num_samples:
+        raise EvalError(
+            f"pass@{k} of {num_correct} right in {num_samples} samples: needs at least k samples; raise num_samples or lower k"
+        )
     if num_samples - num_correct < k:
         return 1.0
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)

@@ -1,7 +1,6 @@
-"""Strict JSON and a subset of JSON Schema, so that a schema-valid answer is not filler.
+"""Strict JSON, and JSON Schema by the `jsonschema` library.
 
-Stricter than the standard on purpose: a duplicate key, NaN or Infinity is no JSON, and an object with `properties`
-takes no other keys unless `additionalProperties` says so.
+Stricter than Python's reader on purpose: a duplicate key, NaN or Infinity is no JSON.
 """
 
 from __future__ import annotations
@@ -9,8 +8,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, cast
+from urllib.parse import unquote
 
 _MAX_CHARS = 200_000
 _MAX_DEPTH = 40
@@ -76,103 +77,147 @@ def same_json(got: Any, expected: Any) -> bool:
     return bool(got == expected)
 
 
-# --- the keywords --------------------------------------------------------------------------------------------------
+# --- schemas -------------------------------------------------------------------------------------------------------
 
-_TYPES: dict[str, Callable[[Any], bool]] = {
-    "object": lambda v: isinstance(v, dict),
-    "array": lambda v: isinstance(v, list),
-    "string": lambda v: isinstance(v, str),
-    "integer": lambda v: isinstance(v, int) and not isinstance(v, bool),
-    "number": lambda v: isinstance(v, (int, float)) and not isinstance(v, bool),
-    "boolean": lambda v: isinstance(v, bool),
-    "null": lambda v: v is None,
+_MAX_PATTERN_CHARS = 10_000
+_OF_VALUES = ("items", "prefixItems", "additionalItems", "contains", "additionalProperties")
+_IN_PLACE = ("allOf", "anyOf", "oneOf", "if", "then", "else")
+_MAPPINGS = {
+    "properties": True,
+    "patternProperties": True,
+    "$defs": False,
+    "definitions": False,
+    "dependentSchemas": False,
 }
-Schema = Mapping[str, Any]
-
-
-def _is_type(value: Any, names: Any, _: Schema) -> bool:
-    return any(_TYPES[name](value) for name in ([names] if isinstance(names, str) else names))
-
-
-def _object(value: Any, properties: Any, schema: Schema) -> bool:
-    if not isinstance(value, dict):
-        return True
-    items = cast("dict[str, Any]", value)
-    extra = schema.get("additionalProperties", False)
-    for key, item in items.items():
-        rule = properties.get(key, extra)
-        if rule is False or (rule is not True and not conforms(item, rule)):
-            return False
-    return True
-
-
-def _length_rule(of: type, at_least: bool) -> Callable[[Any, Any, Schema], bool]:
-    def rule(value: Any, bound: Any, _: Schema) -> bool:
-        return not isinstance(value, of) or (len(value) >= bound if at_least else len(value) <= bound)
-
-    return rule
-
-
-def _number_rule(holds: Callable[[Any, Any], bool]) -> Callable[[Any, Any, Schema], bool]:
-    return lambda value, bound, _: not _TYPES["number"](value) or holds(value, bound)
-
-
-def _unique_items(value: Any, wanted: Any, _: Schema) -> bool:
-    if not wanted or not isinstance(value, list):
-        return True
-    texts = [json.dumps(item, sort_keys=True) for item in cast("list[Any]", value)]
-    return len(set(texts)) == len(texts)
-
-
-_KEYWORDS: dict[str, Callable[[Any, Any, Schema], bool]] = {
-    "type": _is_type,
-    "enum": lambda v, options, _: any(same_json(v, option) for option in options),
-    "const": lambda v, expected, _: same_json(v, expected),
-    "properties": _object,
-    "additionalProperties": lambda v, _, schema: "properties" in schema or _object(v, {}, schema),
-    "required": lambda v, names, _: not isinstance(v, dict) or all(name in v for name in names),
-    "items": lambda v, rule, _: not isinstance(v, list) or all(conforms(item, rule) for item in cast("list[Any]", v)),
-    "uniqueItems": _unique_items,
-    "minItems": _length_rule(list, True),
-    "maxItems": _length_rule(list, False),
-    "minLength": _length_rule(str, True),
-    "maxLength": _length_rule(str, False),
-    "minProperties": _length_rule(dict, True),
-    "maxProperties": _length_rule(dict, False),
-    "minimum": _number_rule(lambda v, bound: v >= bound),
-    "maximum": _number_rule(lambda v, bound: v <= bound),
-    "exclusiveMinimum": _number_rule(lambda v, bound: v > bound),
-    "exclusiveMaximum": _number_rule(lambda v, bound: v < bound),
-    "pattern": lambda v, pattern, _: not isinstance(v, str) or re.search(pattern, v[:10_000]) is not None,
-    "anyOf": lambda v, rules, _: any(conforms(v, rule) for rule in rules),
-    "allOf": lambda v, rules, _: all(conforms(v, rule) for rule in rules),
-    "oneOf": lambda v, rules, _: sum(conforms(v, rule) for rule in rules) == 1,
-    "not": lambda v, rule, _: not conforms(v, rule),
-}
-_SILENT = frozenset(("$schema", "$id", "title", "description", "default", "examples", "format"))
+"""Keywords that hold schemas by name, and whether these describe values of their own."""
 
 
 def check_schema(schema: Any) -> None:
-    """Raises: ValueError for a schema this module would not apply in full."""
-    if isinstance(schema, bool):
-        return
-    if not isinstance(schema, Mapping):
+    """Raises: ValueError for what is no JSON Schema, or refers to something outside it."""
+    _validator(_text(schema), False)
+
+
+def conforms(value: Any, schema: Any, *, strict: bool = False) -> bool:
+    """Whether a parsed value fits the schema, by the `jsonschema` library: drafts 4 to 2020-12, 2020-12 without a `$schema`.
+
+    `strict`: an object takes no keys but those its schema names, and 3.0 is no integer. Formats are not checked, a
+    text of more than 10,000 characters fits no pattern. Raises: ValueError for what is no schema.
+    """
+    try:
+        return _validator(_text(schema), strict).is_valid(value)
+    except RecursionError:
+        raise ValueError("the schema refers to itself without end") from None
+
+
+def _text(schema: Any) -> str:
+    if not isinstance(schema, (bool, dict)):
         raise ValueError(f"schema is {type(schema).__name__}, expected an object")
-    table = cast("Schema", schema)
-    if unknown := sorted(set(table) - set(_KEYWORDS) - _SILENT):
-        raise ValueError(f"schema keyword {unknown[0]!r} is not supported; use {', '.join(sorted(_KEYWORDS))}")
-    names = table.get("type", [])
-    if bad := [name for name in ([names] if isinstance(names, str) else names) if name not in _TYPES]:
-        raise ValueError(f"schema type {bad[0]!r} is unknown; expected one of {', '.join(_TYPES)}")
-    nested = [*table.get("properties", {}).values(), *(table[key] for key in ("items", "not") if key in table)]
-    nested += [rule for key in ("anyOf", "allOf", "oneOf") for rule in table.get(key, [])]
-    for rule in [*nested, table.get("additionalProperties", False)]:
-        check_schema(rule)
+    return json.dumps(schema)
 
 
-def conforms(value: Any, schema: Any) -> bool:
-    """Whether a parsed value fits a schema that `check_schema` accepted."""
-    if isinstance(schema, bool):
+@lru_cache(256)
+def _validator(text: str, strict: bool) -> Any:
+    from jsonschema import Draft202012Validator, exceptions, validators  # slow to import
+    from referencing import Registry
+
+    schema = json.loads(text)
+    base = validators.validator_for(schema, default=Draft202012Validator)
+    try:
+        base.check_schema(schema)
+    except exceptions.SchemaError as error:
+        raise ValueError(f"no JSON Schema, at {error.json_path}: {error.message}") from None
+    _check_references(schema, schema)
+    keywords: dict[str, Any] = {"pattern": _pattern, "uniqueItems": _unique_items}
+    checker = base.TYPE_CHECKER
+    if strict:
+        keywords["unevaluatedProperties"] = Draft202012Validator.VALIDATORS["unevaluatedProperties"]
+        checker = checker.redefine("integer", _is_integer)
+        schema = _closed(schema, schema, is_value=True)
+    # The empty registry: a schema is not to make the grader read the network.
+    library: Any = validators
+    registry: Any = Registry
+    return library.extend(base, keywords, type_checker=checker)(schema, registry=registry())
+
+
+def _check_references(part: Any, root: Any) -> None:
+    if isinstance(part, list):
+        for item in cast("list[Any]", part):
+            _check_references(item, root)
+    elif isinstance(part, dict):
+        table = cast("dict[str, Any]", part)
+        if isinstance(reference := table.get("$ref"), str):
+            _referred(reference, root)
+        for item in table.values():
+            _check_references(item, root)
+
+
+def _referred(reference: str, root: Any) -> Any:
+    """What `#/$defs/Name` stands for; None for an anchor. Raises: ValueError."""
+    if not reference.startswith("#"):
+        raise ValueError(f"$ref {reference!r} is outside the schema; expected #/$defs/…")
+    part = root
+    for name in reference[1:].split("/")[1:]:
+        name = unquote(name).replace("~1", "/").replace("~0", "~")
+        try:
+            part = part[int(name) if isinstance(part, list) else name]
+        except (KeyError, IndexError, ValueError, TypeError):
+            raise ValueError(f"$ref {reference!r} refers to nothing in the schema") from None
+    return part if reference == "#" or reference.startswith("#/") else None
+
+
+def _closed(schema: Any, root: Any, *, is_value: bool) -> Any:
+    """The schema with its objects closed. Parts of one object (`allOf` …) are closed together, where the object is described."""
+    if isinstance(schema, list):
+        return [_closed(item, root, is_value=is_value) for item in cast("list[Any]", schema)]
+    if not isinstance(schema, dict):
         return schema
-    table = cast("Schema", schema)
-    return all(rule(value, table[key], table) for key, rule in _KEYWORDS.items() if key in table)
+    closed: dict[str, Any] = {}
+    for key, part in cast("dict[str, Any]", schema).items():
+        if key in _MAPPINGS and isinstance(part, dict):
+            named = cast("dict[str, Any]", part)
+            closed[key] = {name: _closed(rule, root, is_value=_MAPPINGS[key]) for name, rule in named.items()}
+        elif key in _OF_VALUES or key in _IN_PLACE:
+            closed[key] = _closed(part, root, is_value=key in _OF_VALUES)
+        else:
+            closed[key] = part
+    if not (is_value and _names_properties(closed, root, frozenset())):
+        return closed
+    if "$ref" in closed:  # older drafts ignore what stands beside it
+        closed["allOf"] = [*closed.get("allOf", []), {"$ref": closed.pop("$ref")}]
+    return {"unevaluatedProperties": False} | closed
+
+
+def _names_properties(schema: Any, root: Any, seen: frozenset[str]) -> bool:
+    if not isinstance(schema, dict):
+        return False
+    table = cast("dict[str, Any]", schema)
+    reference = table.get("$ref")
+    parts: list[Any] = []
+    for key in _IN_PLACE:
+        if key in table:
+            parts += table[key] if key.endswith("Of") else [table[key]]
+    if isinstance(reference, str) and reference not in seen:
+        parts.append(_referred(reference, root))
+        seen |= {reference}
+    return "properties" in table or any(_names_properties(part, root, seen) for part in parts)
+
+
+def _is_integer(checker: Any, value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _pattern(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[Any]:
+    from jsonschema import ValidationError
+
+    if isinstance(value, str) and (len(value) > _MAX_PATTERN_CHARS or not re.search(pattern, value)):
+        yield ValidationError(f"does not match {pattern!r}")
+
+
+def _unique_items(validator: Any, wanted: bool, value: Any, schema: Any) -> Iterator[Any]:
+    """The library's own takes quadratic time on mixed items."""
+    from jsonschema import ValidationError
+
+    if wanted and isinstance(value, list):
+        texts = [json.dumps(item, sort_keys=True) for item in cast("list[Any]", value)]
+        if len(set(texts)) < len(texts):
+            yield ValidationError("has items that are equal")

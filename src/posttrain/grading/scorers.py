@@ -11,7 +11,7 @@ from typing import Any
 from posttrain.files import digest_json, file_digests
 from posttrain.grading import answers
 from posttrain.grading.equality import equal_values
-from posttrain.grading.schema import NotJsonError, check_schema, conforms, read_json_text, same_json
+from posttrain.grading.schema import NotJsonError, conforms, read_json_text, same_json
 
 Scorer = Callable[[str, str | None, Mapping[str, Any]], float | None]
 """(completion, target, the item's other columns) → score, or None when the item has nothing to score against."""
@@ -40,25 +40,24 @@ def _regex(text: str, target: str | None, columns: Mapping[str, Any]) -> float |
         return None
 
 
-def score_json(text: str, schema: Any, expected: Any = None) -> bool:
+def score_json(text: str, schema: Any, expected: Any = None, *, strict: bool = False) -> bool:
     """Whether the visible text is one JSON value that fits `schema` and, where given, equals `expected`."""
     try:
         value = read_json_text(answers.visible(text) or "")
     except NotJsonError:
         return False
-    return conforms(value, schema) and (expected is None or same_json(value, expected))
+    return conforms(value, schema, strict=strict) and (expected is None or same_json(value, expected))
 
 
 def _json_schema(text: str, target: str | None, columns: Mapping[str, Any]) -> float | None:
-    """The schema is the column `schema`, with `target` the expected value; or the target itself."""
+    """The schema is the column `schema`, with `target` the expected value; or the target itself. The column `strict` closes objects."""
     try:
         schema = columns.get("schema", target)
         schema = read_json_text(schema) if isinstance(schema, str) else schema
-        check_schema(schema)
         expected = read_json_text(target) if target and "schema" in columns else None
-    except (NotJsonError, ValueError, TypeError, AttributeError):
+        return float(score_json(text, schema, expected, strict=columns.get("strict") is True))
+    except ValueError:  # no schema, or no JSON
         return None
-    return float(score_json(text, schema, expected))
 
 
 SCORERS: dict[str, Scorer] = {

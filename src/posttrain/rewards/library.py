@@ -117,15 +117,20 @@ def clean(prompts: list[Any], completions: list[Any], **columns: Any) -> Scores:
     return [float(answers.is_clean(text_of(completion))) for completion in completions]
 
 
-def json_schema(prompts: list[Any], completions: list[Any], schema: list[Any], **columns: Any) -> Scores:
-    """1 if the answer is one JSON value that fits `schema` and, where a row has a reference, equals it; else 0."""
+def json_schema(
+    prompts: list[Any], completions: list[Any], schema: list[Any], *, strict: bool = True, **columns: Any
+) -> Scores:
+    """1 if the answer is one JSON value that fits `schema` and, where a row has a reference, equals it; else 0.
+
+    `strict`: no keys but those the schema names, and no 3.0 for an integer.
+    """
     golds = golds_of(columns, len(completions))
     scores: Scores = []
     for completion, rule, gold in zip(completions, schema, golds, strict=True):
         rule = read_json_text(rule) if isinstance(rule, str) else rule
         check_schema(rule)
         expected = read_json_text(gold) if gold is not None else None
-        scores.append(float(score_json(text_of(completion), rule, expected)))
+        scores.append(float(score_json(text_of(completion), rule, expected, strict=strict)))
     return scores
 
 
