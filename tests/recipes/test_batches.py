@@ -1,9 +1,11 @@
+import random
+
 import pytest
 
 from posttrain.config.stages import SFTKeys
 from posttrain.data.dataset import Dataset, DataSummary
 from posttrain.distributed.topology import SingleProcess
-from posttrain.recipes.batches import Schedule, fill_by_tokens, fill_with_groups, flat, for_rank, split_groups
+from posttrain.recipes.batches import Schedule, best_fit, fill_by_tokens, fill_with_groups, flat, for_rank, split_groups
 
 
 class Rank:
@@ -64,6 +66,48 @@ def test_filling_by_tokens_splits_and_drops_nothing():
     sizes = [5, 4, 1, 9, 3, 3, 3, 3]
     filled = fill_by_tokens(range(8), sizes.__getitem__, 10)
     assert filled == [[0, 1, 2], [3], [4, 5, 6], [7]]
+
+
+def lognormal(count, sequence_len=1024):
+    draw = random.Random(7)
+    return [min(sequence_len, max(8, round(draw.lognormvariate(5.5, 0.9)))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("per_device", [1, 4])
+def test_packing_uses_its_places_on_lognormal_lengths(per_device):
+    sizes, budget = lognormal(5000), per_device * 1024
+    made, _ = schedule(sizes, packing=True, sequence_len=1024, per_device_train_batch_size=per_device)
+    micros = flat([made.step(step) for step in range(made.steps_in(0))])
+    assert all(sum(micro) <= budget for micro in micros)
+    assert sorted(flat(micros)) == sorted(sizes)
+    assert sum(map(sum, micros)) / (len(micros) * budget) >= 0.99
+
+
+def test_packing_is_a_function_of_seed_and_epoch_and_a_window_keeps_the_order_of_the_epoch():
+    sizes = lognormal(400)
+    options = {"packing": True, "sequence_len": 1024, "per_device_train_batch_size": 1}
+    first, again, other = (schedule(sizes, **options, seed=seed)[0] for seed in (1, 1, 2))
+    steps = first.steps_in(0)
+    assert [first.step(n) for n in range(steps)] == [again.step(n) for n in range(steps)]
+    assert [first.step(n) for n in range(steps)] != [first.step(steps + n) for n in range(steps)]
+    assert [first.step(n) for n in range(steps)] != [other.step(n) for n in range(steps)]
+    windowed, _ = schedule(sizes, **options, seed=1, packing_window=100)
+    order = windowed.data.order(1, 0)
+    packed = [flat(windowed.step(n)) for n in range(windowed.steps_in(0))]
+    seen = 0
+    for at in range(0, 400, 100):
+        window = sorted(sizes[i] for i in order[at : at + 100])
+        taken = []
+        while len(taken) < 100:
+            taken += packed[seen]
+            seen += 1
+        assert sorted(taken) == window
+
+
+def test_best_fit_puts_each_row_where_it_leaves_least():
+    sizes = [5, 4, 1, 9, 3, 3, 3, 3]
+    assert best_fit(range(8), sizes.__getitem__, 10) == [[2, 3], [0, 1], [4, 5, 6], [7]]
+    assert best_fit([1, 0], [12, 3].__getitem__, 10) == [[0], [1]]
 
 
 @pytest.mark.parametrize("num_micros", [1, 2, 3, 4])

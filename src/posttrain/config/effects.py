@@ -37,6 +37,7 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(TrainKeys, ("min_lr_ratio",), lambda k: k.lr_scheduler_type == "constant", "lr_scheduler_type is constant"),
     NoEffect(TrainKeys, ("eval_suite_limit",), lambda k: k.eval_suite is None, "there is no eval_suite"),
     NoEffect(SFTKeys, ("eval_steps", "load_best_model_at_end"), lambda k: not k.eval_datasets and not k.eval_suite, "there are no eval_datasets and no eval_suite"),
+    NoEffect(SFTKeys, ("packing_window",), lambda k: not k.packing, "packing is false"),
     NoEffect(DPOKeys, ("eval_steps", "load_best_model_at_end"), lambda k: not k.eval_datasets and not k.eval_suite, "there are no eval_datasets and no eval_suite"),
     NoEffect(DPOKeys, ("label_smoothing",), _loss_is_not("sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired", "cpo", "simpo"), "loss_type does not use it"),
     NoEffect(DPOKeys, ("discopop_tau",), _loss_is_not("discopop"), "loss_type is not discopop"),

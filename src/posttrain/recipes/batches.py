@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -33,6 +35,7 @@ class Schedule(Generic[T]):
     rows_per_micro: int
     tokens_per_micro: int | None
     size: Callable[[T], int]
+    packing_window: int | None = None
     least_rows: int = 1
     """A last step of an epoch with fewer rows is folded into the one before it."""
     _plans: dict[int, list[list[list[int]]]] = field(default_factory=dict, repr=False, compare=False)
@@ -49,6 +52,7 @@ class Schedule(Generic[T]):
             micro_per_step=keys.gradient_accumulation_steps * topology.world_size,
             rows_per_micro=keys.per_device_train_batch_size,
             tokens_per_micro=keys.per_device_train_batch_size * keys.sequence_len if packing else None,
+            packing_window=keys.packing_window if isinstance(keys, SFTKeys) else None,
             size=size,
             least_rows=least_rows,
         )
@@ -107,7 +111,38 @@ class Schedule(Generic[T]):
         order = self.data.order(self.seed, epoch)
         if self.tokens_per_micro is None:
             return [order[i : i + self.rows_per_micro] for i in range(0, len(order), self.rows_per_micro)]
-        return fill_by_tokens(order, lambda index: self.size(self.data.rows[index]), self.tokens_per_micro)
+        window = self.packing_window or max(1, len(order))
+        packed: list[list[int]] = []
+        for at in range(0, len(order), window):
+            bins = best_fit(
+                order[at : at + window], lambda index: self.size(self.data.rows[index]), self.tokens_per_micro
+            )
+            # The first bins hold the long rows and the last ones what is left over: no stretch of steps should.
+            random.Random(f"{self.seed}/packing/{epoch}/{at}").shuffle(bins)
+            packed += bins
+        return packed
+
+
+def best_fit(order: Sequence[int], size: Callable[[int], int], budget: int) -> list[list[int]]:
+    """Rows in micro-batches of at most `budget` tokens: the longest first, each where it leaves least; within one, in order.
+
+    Nothing is split or dropped; a row above the budget is alone. Source: best-fit decreasing, as in arXiv 2404.10830.
+    """
+    place = {index: at for at, index in enumerate(order)}
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, bin), ascending
+    for index in sorted(order, key=lambda index: (-size(index), place[index])):
+        tokens = size(index)
+        fit = bisect.bisect_left(room, (tokens, 0))
+        if fit < len(room):
+            left, number = room.pop(fit)
+        else:
+            left, number = budget, len(bins)
+            bins.append([])
+        bins[number].append(index)
+        if left > tokens:
+            bisect.insort(room, (left - tokens, number))
+    return [sorted(rows, key=place.__getitem__) for rows in bins]
 
 
 def fill_by_tokens(order: Sequence[int], size: Callable[[int], int], budget: int) -> list[list[int]]:
