@@ -79,7 +79,7 @@ def make_tokenizer():
 def make_model(folder: Path, architecture: str, **changes) -> Path:
     """A randomly initialised model with its tokenizer, as `save_pretrained` writes them."""
     torch.manual_seed(1)
-    config = AutoConfig.for_model(architecture, **{**SHAPE, **ARCHITECTURES[architecture], **changes})
+    config = AutoConfig.for_model(architecture, **{**SHAPE, **ARCHITECTURES.get(architecture, {}), **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -106,6 +106,11 @@ def model_dir(tmp_path_factory):
         return made[architecture]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_model_in():
+    return make_model
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 
 from posttrain.errors import ModelError
 from posttrain.models import attention
-from posttrain.models.attention import merge, ragged_attention, tree_mask
+from posttrain.models.attention import Window, merge, ragged_attention, tree_mask
 from posttrain.models.batch import Layout, Tree, pack
 from posttrain.types import TokenSeq
 
@@ -22,7 +22,7 @@ def test_the_mask_of_a_tree_by_hand():
 def test_a_window_counts_positions_not_packed_places():
     """Window 2: a token sees itself and the one before. Branch b's first token follows the prefix's last."""
     seen = [[0], [0, 1], [1, 2], [1, 3], [3, 4]]
-    mask = tree_mask(Tree(0, 2, (3, 5)), 2, torch.device("cpu"))
+    mask = tree_mask(Tree(0, 2, (3, 5)), Window(2), torch.device("cpu"))
     assert [row.nonzero()[:, 0].tolist() for row in mask] == seen
 
 
@@ -43,7 +43,9 @@ def _by_mask(query, key, value, layout, window=None, softcap=None):
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     mask = torch.zeros(query.shape[2], query.shape[2], dtype=torch.bool)
     for tree in layout.trees:
-        mask[tree.start : tree.stop, tree.start : tree.stop] = tree_mask(tree, window, mask.device)
+        mask[tree.start : tree.stop, tree.start : tree.stop] = tree_mask(
+            tree, None if window is None else Window(window), mask.device
+        )
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap

@@ -35,9 +35,31 @@ class KVStore(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """How far back a layer attends: over `size` tokens, or (`chunked`) to the start of the chunk of that size."""
+
+    size: int
+    chunked: bool = False
+
+    def reach(self, position: torch.Tensor) -> torch.Tensor:
+        """Tokens that the token at each position attends to, itself included."""
+        return position % self.size + 1 if self.chunked else torch.full_like(position, self.size)
+
+
+def window_of(module: Any, sliding_window: int | None) -> Window | None:
+    """The window of an attention layer. Chunks are not handed to the attention function: the config has them."""
+    config: Any = getattr(module, "config", None)
+    chunk: int | None = getattr(config, "attention_chunk_size", None)
+    layer_types = getattr(config, "layer_types", None)
+    if chunk and (layer_types is None or layer_types[module.layer_idx] == "chunked_attention"):
+        return Window(chunk, chunked=True)
+    return None if sliding_window is None else Window(sliding_window)
+
+
+@dataclass(frozen=True, slots=True)
 class AttendOptions:
     scale: float
-    window: int | None
+    window: Window | None
     softcap: float | None
 
 
@@ -67,7 +89,7 @@ def ragged_attention(
         raise ModelError(f"ragged attention takes one row of packed tokens, got {query.shape[0]} rows")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     query, key, value = _same_dtype(query, key, value)
-    window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+    window, softcap = window_of(module, kwargs.get("sliding_window")), kwargs.get("softcap")
     if kv_store is not None and layout is None:
         options = AttendOptions(scale, window, softcap)
         return kv_store.attend(module.layer_idx, query, key, value, options).transpose(1, 2), None  # pyright: ignore[reportArgumentType]
@@ -75,7 +97,7 @@ def ragged_attention(
         kv_store.keep(module.layer_idx, key, value)  # pyright: ignore[reportArgumentType]
     layout = layout or Layout((Tree(0, query.shape[2]),))
     longest = max((_depth(tree) for tree in layout.trees), default=0)
-    if dropout or softcap is not None or (window is not None and longest > window):
+    if dropout or softcap is not None or (window is not None and longest > window.size):
         out = _dense_attention(query, key, value, layout, scale, window, softcap, dropout)
     elif query.device.type == "cpu":
         out = _TreeAttention.apply(query, key, value, layout, scale)
@@ -189,7 +211,7 @@ def merge(
 
 def _dense_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float,
-    window: int | None, softcap: float | None, dropout: float,
+    window: Window | None, softcap: float | None, dropout: float,
 ) -> torch.Tensor:  # fmt: skip
     """Each tree by itself with an explicit mask: windows, soft caps, dropout, and devices without the flash kernel."""
     groups = query.shape[1] // key.shape[1]
@@ -211,7 +233,7 @@ def _dense_attention(
     return torch.cat(parts, dim=2)
 
 
-def tree_mask(tree: Tree, window: int | None, device: torch.device) -> torch.Tensor:
+def tree_mask(tree: Tree, window: Window | None, device: torch.device) -> torch.Tensor:
     """[L, L] bool: True where a token of the tree (row) attends to another (column)."""
     prefix = tree.split - tree.start
     branch = torch.zeros(tree.stop - tree.start, dtype=torch.long, device=device)
@@ -221,4 +243,4 @@ def tree_mask(tree: Tree, window: int | None, device: torch.device) -> torch.Ten
         branch[own] = number
         position[own] = torch.arange(prefix, prefix + end - begin, device=device)
     mask = ((branch[None] == 0) | (branch[None] == branch[:, None])) & (position[None] <= position[:, None])
-    return mask if window is None else mask & (position[:, None] - position[None] < window)
+    return mask if window is None else mask & (position[:, None] - position[None] < window.reach(position)[:, None])

@@ -5,8 +5,9 @@ Knows nothing of losses: it says which token is where, what it attends to and wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 
@@ -88,6 +89,48 @@ def pack(families: Sequence[Sequence[TokenSeq]]) -> Batch:
     for family in families:
         packer.add(family)
     return packer.batch()
+
+
+def split_by_length(batch: Batch, key: Callable[[int], Hashable]) -> list[tuple[Batch, torch.Tensor | None]]:
+    """The sequences of a batch apart by `key(inputs of the sequence)`, each part with the places of its scored tokens.
+
+    A prefix goes with each part that continues it. One part is the batch itself, and None stands for all its places.
+    """
+    chosen: dict[Hashable, list[tuple[Tree, tuple[int, int], int]]] = {}
+    number = 0
+    for tree in batch.layout.trees:
+        for begin, end in list(tree.branches()) or [(tree.split, tree.split)]:
+            length = tree.split - tree.start + end - begin
+            chosen.setdefault(key(length), []).append((tree, (begin, end), number))
+            number += 1
+    if len(chosen) <= 1:
+        return [(batch, None)]
+    return [_part(batch, members) for members in chosen.values()]
+
+
+def _part(batch: Batch, members: Sequence[tuple[Tree, tuple[int, int], int]]) -> tuple[Batch, torch.Tensor]:
+    """The batch of some of the sequences, given as tree, branch and number."""
+    device = batch.input_ids_N.device
+    taken: list[int] = []
+    trees: list[Tree] = []
+    for tree, group in groupby(members, key=lambda member: member[0]):
+        start = len(taken)
+        taken += range(tree.start, tree.split)
+        split, ends = len(taken), list[int]()
+        for _, (begin, end), _ in group:
+            taken += range(begin, end)
+            ends.append(len(taken))
+        trees.append(Tree(start, split, tuple(ends) if tree.ends else ()))
+    numbers = torch.tensor([number for _, _, number in members], device=device)
+    places = torch.isin(batch.seq_M, numbers).nonzero()[:, 0]
+    taken_N = torch.tensor(taken, dtype=torch.long, device=device)
+    where = torch.zeros(batch.input_ids_N.numel(), dtype=torch.long, device=device)
+    where[taken_N] = torch.arange(len(taken), device=device)
+    part = Batch(
+        batch.input_ids_N[taken_N], batch.position_ids_N[taken_N], Layout(tuple(trees)), where[batch.source_M[places]],
+        batch.target_M[places], torch.searchsorted(numbers, batch.seq_M[places]), len(members),
+    )  # fmt: skip
+    return part, places
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear, rms_norm, silu
 
-from posttrain.models.attention import AttendOptions, KVStore
+from posttrain.models.attention import AttendOptions, KVStore, window_of
 from posttrain.models.policy import Policy
 
 FAMILIES: dict[str, Callable[[Any], int | None]] = {
@@ -54,9 +54,12 @@ class _LlamaStep:
     def __init__(self, policy: Policy) -> None:
         self._model: Any = policy.base.get_decoder()
         self._head: Any = policy.base.get_output_embeddings()
-        window_of = FAMILIES[policy.base.config.model_type]
+        sliding_window = FAMILIES[policy.base.config.model_type]
         attentions = [layer.self_attn for layer in self._model.layers]
-        self._options = [AttendOptions(attention.scaling, window_of(attention), None) for attention in attentions]
+        self._options = [
+            AttendOptions(attention.scaling, window_of(attention, sliding_window(attention)), None)
+            for attention in attentions
+        ]
         size = sum(parameter.numel() * parameter.element_size() for parameter in policy.base.parameters())
         project = _projection if size <= _MOST_COPIED else lambda module: module
         self._qkv = [[project(layer.q_proj), project(layer.k_proj), project(layer.v_proj)] for layer in attentions]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from posttrain.errors import ModelError
 from posttrain.models.batch import Batch
 from posttrain.models.device import Placement
+from posttrain.models.lengths import by_encoding, forget_lengths
 from posttrain.objectives.logprobs import chunked_logprobs, token_entropy, token_logprobs
 from posttrain.objectives.terms import LossTerms
 from posttrain.protocols import Topology
@@ -90,9 +92,23 @@ class Policy:
         with self.placement.autocast():
             if not self.ragged:
                 return _score_one_by_one(self, batch, temperature, entropy)
-            if self._head_is_plain:
-                return self._score_hidden(batch, temperature, entropy)
-            output = self._forward(self.model, batch, logits_to_keep=batch.source_M)
+            scores, places = list[Scores](), list[torch.Tensor]()
+            for part, places_of_part in by_encoding(self.base, batch):
+                scores.append(self._score_together(part, temperature, entropy))
+                if places_of_part is None:
+                    return scores[0]
+                places.append(places_of_part)
+        if self.sharded:
+            raise ModelError(
+                "a micro-batch has sequences on both sides of the length at which this model's rotary embedding changes, which "
+                "a model sharded over ranks cannot run apart; set per_device_train_batch_size: 1, or sequence_len to that length"
+            )
+        return _joined(scores, torch.cat(places).argsort())
+
+    def _score_together(self, batch: Batch, temperature: float, entropy: bool) -> Scores:
+        if self._head_is_plain:
+            return self._score_hidden(batch, temperature, entropy)
+        output = self._forward(self.model, batch, logits_to_keep=batch.source_M)
         return _from_logits(output.logits[0], batch.target_M, temperature, entropy, self._aux_loss(output))
 
     def reference_logp(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
@@ -178,14 +194,20 @@ def _score_one_by_one(policy: Policy, batch: Batch, temperature: float, entropy:
     """For models the ragged layout is not exact for: each sequence alone, its prefix included, nothing padded."""
     parts: list[Scores] = []
     for ids, sources, targets in _sequences(batch):
+        forget_lengths(policy.base)
         output = policy.model(input_ids=ids[None], use_cache=False, logits_to_keep=sources)
         parts.append(_from_logits(output.logits[0], targets, temperature, entropy, policy._aux_loss(output)))
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[Scores], order_M: torch.Tensor | slice = slice(None)) -> Scores:
+    """The scores of parts that were run apart, put in order."""
     entropies = [part.entropy_M for part in parts if part.entropy_M is not None]
     losses = [part.aux_loss for part in parts if part.aux_loss is not None]
     return Scores(
-        torch.cat([part.logp_M for part in parts]),
-        torch.cat(entropies) if entropies else None,
-        torch.cat([part.top1_M for part in parts]),
+        torch.cat([part.logp_M for part in parts])[order_M],
+        torch.cat(entropies)[order_M] if entropies else None,
+        torch.cat([part.top1_M for part in parts])[order_M],
         torch.stack(losses).mean() if losses else None,
     )
 

@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
 from posttrain.errors import ModelError
 from posttrain.models import attention
 from posttrain.models.batch import pack
+from posttrain.models.lengths import by_encoding, forget_lengths, length_rule, rope_parameters
 from posttrain.types import TokenSeq
 
 _LONGEST = 40
+_BOUNDARY = 16
+"""What every length that a config names is scaled down to, so that the probe crosses it."""
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
 @torch.no_grad()
 def ragged_is_exact(model: PreTrainedModel) -> bool:
     """True if packed documents and shared prefixes give the logits of single runs, and no document sees another.
 
-    Models with state-space or linear attention, or attention terms the layout cannot express, answer False. Windows
-    shorter than the probe are exercised by it; longer ones are masked by the same code.
+    Models with state-space or linear attention, or attention terms the layout cannot express, answer False. What starts
+    only at a length beyond the probe (a window, a chunk, other rotary frequencies) is asked of a small random model of
+    the same config with those lengths scaled down; where that cannot be made, the answer is False.
     """
+    text = model.config.get_text_config()
+    if not set(getattr(text, "layer_types", None) or ()) <= _LAYER_TYPES or not _agrees(model):
+        return False
+    if not _boundaries(text):
+        return True
+    try:
+        small = _scaled_down(model)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return False
+    return _agrees(small)
+
+
+def _agrees(model: PreTrainedModel) -> bool:
     original = model.config._attn_implementation or "eager"
     families = _probe(model.config.get_text_config().vocab_size)
     try:
@@ -42,6 +63,65 @@ def ragged_is_exact(model: PreTrainedModel) -> bool:
     return equal and isolated
 
 
+def _boundaries(text: Any) -> dict[str, int]:
+    """Lengths by key at which attention begins to differ, where the model's own probe does not cross them."""
+    names = ("sliding_window", "attention_chunk_size", "floor_scale")
+    found = {name: getattr(text, name, None) for name in names}
+    rule = length_rule(text)
+    found["rope"] = None if rule is None else rule.boundary
+    return {name: size for name, size in found.items() if size and size >= _LONGEST // 2}
+
+
+def _scaled_down(model: PreTrainedModel) -> PreTrainedModel:
+    """A small random model of the same class: the first layer of each kind, few heads and experts, short boundaries."""
+    config: Any = copy.deepcopy(model.config)
+    if _is_quantized(model):
+        del config.quantization_config
+    text: Any = config.get_text_config()
+    for name in _boundaries(text):
+        if name != "rope":
+            setattr(text, name, _BOUNDARY if name != "sliding_window" else _BOUNDARY // 2)
+    _scale_rope(text)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    grouped = text.num_key_value_heads < text.num_attention_heads
+    sizes = {
+        "num_hidden_layers": _layers_of_each_type(text), "num_attention_heads": 4, "num_key_value_heads": 2 if grouped else 4,
+        "hidden_size": 4 * head_dim, "intermediate_size": 8 * head_dim, "intermediate_size_mlp": 8 * head_dim,
+        "moe_intermediate_size": 4 * head_dim, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "vocab_size": 256, "pad_token_id": None,
+        # Weights of this size make attention uneven: what a token attends to must move its logits.
+        "initializer_range": (4 * head_dim) ** -0.5,
+    }  # fmt: skip
+    for name, size in sizes.items():
+        present: Any = getattr(text, name, None)
+        if present is not None:
+            setattr(text, name, size if size is None or isinstance(size, float) else min(size, present))
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[: text.num_hidden_layers]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return type(model)._from_config(config, dtype=torch.float32).eval()
+
+
+def _scale_rope(text: Any) -> None:
+    rule = length_rule(text)
+    if rule is None:
+        return
+    for rope in rope_parameters(text):
+        if "original_max_position_embeddings" in rope:
+            rope["original_max_position_embeddings"] = _BOUNDARY
+    if getattr(text, "original_max_position_embeddings", None):
+        text.original_max_position_embeddings = _BOUNDARY
+    # With `dynamic` this is the boundary itself; with others its ratio to the original says how far to stretch.
+    text.max_position_embeddings = max(1, text.max_position_embeddings // rule.boundary) * _BOUNDARY
+
+
+def _layers_of_each_type(text: Any) -> int:
+    types = list(getattr(text, "layer_types", None) or ())
+    last = max((types.index(kind) for kind in set(types)), default=0)
+    return max(2, last + 1)
+
+
 def _is_quantized(model: PreTrainedModel) -> bool:
     return getattr(model, "quantization_method", None) is not None
 
@@ -54,7 +134,9 @@ def _probe(vocab: int) -> list[list[TokenSeq]]:
 
     prefix = ids(9)
     family = [prefix + ids(6), prefix + ids(_LONGEST - 9)]
-    return [[_seq(ids(12))], [_seq(branch) for branch in family], [_seq(ids(7))]]
+    # Inputs are a token less: just below the boundary, at it, and above it.
+    edges = [[_seq(ids(_BOUNDARY + 1 + beyond))] for beyond in (-1, 0, 1)]
+    return [[_seq(ids(12))], [_seq(branch) for branch in family], [_seq(ids(7))], *edges]
 
 
 def _seq(ids: tuple[int, ...]) -> TokenSeq:
@@ -66,17 +148,23 @@ def _other_tokens(sequence: TokenSeq) -> TokenSeq:
 
 
 def _single(model: PreTrainedModel, sequence: TokenSeq) -> torch.Tensor:
-    ids = torch.tensor([sequence.ids], device=model.device)
-    return model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    ids = torch.tensor([sequence.ids[:-1]], device=model.device)
+    forget_lengths(model)
+    return model(input_ids=ids, use_cache=False).logits[0].float()
 
 
 def _packed(model: PreTrainedModel, families: list[list[TokenSeq]]) -> torch.Tensor:
     batch = pack(families).to(model.device)
-    output = model(
-        input_ids=batch.input_ids_N[None],
-        position_ids=batch.position_ids_N[None],
-        logits_to_keep=batch.source_M,
-        use_cache=False,
-        layout=batch.layout,
-    )
-    return output.logits[0].float()
+    logits: list[torch.Tensor] = []
+    order: list[torch.Tensor] = []
+    for part, places in by_encoding(model, batch):
+        output = model(
+            input_ids=part.input_ids_N[None],
+            position_ids=part.position_ids_N[None],
+            logits_to_keep=part.source_M,
+            use_cache=False,
+            layout=part.layout,
+        )
+        logits.append(output.logits[0].float())
+        order.append(torch.arange(len(batch.source_M), device=model.device) if places is None else places)
+    return torch.cat(logits)[torch.cat(order).argsort()]

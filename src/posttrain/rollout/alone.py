@@ -3,33 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
+from posttrain.models.lengths import forget_lengths
 from posttrain.models.policy import Policy
-from posttrain.rollout.sampling import StopTest, sample, uniforms
-from posttrain.types import Completion, Finish, Request, SamplingParams
+from posttrain.rollout.sampling import StopTest, sample
+from posttrain.types import Finish, Request, SamplingParams
 
 
-def generate_alone(
-    policy: Policy, requests: Sequence[Request], params: SamplingParams, stop_ids: frozenset[int],
-    should_stop: StopTest | None, version: int,
-) -> list[Completion]:  # fmt: skip
+@dataclass
+class Row:
+    """A completion under way: its random numbers, what was sampled so far, and how it ended."""
+
+    request: Request
+    uniform: np.ndarray
+    ids: list[int] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    finish: Finish | None = None
+
+    @property
+    def sequence(self) -> tuple[int, ...]:
+        return (*self.request.prompt_ids, *self.ids)
+
+    def take(self, token: int, logp: float, ends: Ends) -> None:
+        """The next token; afterwards `finish` says whether it was the last."""
+        self.ids.append(token)
+        self.logp.append(logp)
+        if token in ends.stop_ids or (ends.should_stop is not None and ends.should_stop(self.ids)):
+            self.finish = "stop"
+        elif len(self.ids) >= ends.max_tokens:
+            self.finish = "length"
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What ends a completion."""
+
+    max_tokens: int
+    stop_ids: frozenset[int]
+    should_stop: StopTest | None
+
+
+def finish_alone(policy: Policy, rows: Sequence[Row], params: SamplingParams, ends: Ends) -> None:
     """Slow and plain: the whole sequence is run again for each token, which is right for every architecture."""
-    completions: list[Completion] = []
-    for request in requests:
-        uniform = torch.from_numpy(uniforms(request.seed, params.max_tokens))
-        ids: list[int] = []
-        logp: list[float] = []
-        finish: Finish = "length"
-        while len(ids) < params.max_tokens:
-            sequence = torch.tensor([(*request.prompt_ids, *ids)], device=policy.placement.device)
+    for row in rows:
+        while row.finish is None:
+            sequence = torch.tensor([row.sequence], device=policy.placement.device)
+            forget_lengths(policy.base)
             logits_1V = policy.model(input_ids=sequence, use_cache=False, logits_to_keep=1).logits[0]
-            token_1, logp_1 = sample(logits_1V, uniform[len(ids) : len(ids) + 1].to(logits_1V.device), params)
-            ids.append(int(token_1))
-            logp.append(float(logp_1))
-            if ids[-1] in stop_ids or (should_stop is not None and should_stop(ids)):
-                finish = "stop"
-                break
-        completions.append(Completion(tuple(ids), tuple(logp), finish, version))
-    return completions
+            uniform_1 = torch.from_numpy(row.uniform[len(row.ids) : len(row.ids) + 1]).to(logits_1V.device)
+            token_1, logp_1 = sample(logits_1V, uniform_1, params)
+            row.take(int(token_1), float(logp_1), ends)

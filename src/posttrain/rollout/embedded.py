@@ -8,34 +8,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from posttrain.errors import EngineError
 from posttrain.models.batch import pack
 from posttrain.models.decode import decode_step
+from posttrain.models.lengths import LengthRule, forget_lengths, length_rule
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
-from posttrain.rollout.alone import generate_alone
+from posttrain.rollout.alone import Ends, Row, finish_alone
 from posttrain.rollout.kv import PromptKV, RowCache
-from posttrain.rollout.sampling import StopTest, sample, stop_test, uniforms
-from posttrain.types import Completion, Finish, Request, SamplingParams, TokenSeq
+from posttrain.rollout.sampling import sample, stop_test, uniforms
+from posttrain.types import Completion, Request, SamplingParams, TokenSeq
 
 _SCORED_AT_ONCE = 8192
 """Tokens."""
-
-
-@dataclass
-class _Row:
-    """A completion under way."""
-
-    index: int
-    request: Request
-    uniform: np.ndarray
-    ids: list[int] = field(default_factory=list)
-    logp: list[float] = field(default_factory=list)
 
 
 class EmbeddedEngine:
@@ -78,20 +66,42 @@ class EmbeddedEngine:
                 raise EngineError(
                     f"request {number} has an empty prompt; expected at least one token (a BOS, for example)"
                 )
+        rows = [Row(request, uniforms(request.seed, params.max_tokens)) for request in requests]
         should_stop = stop_test(params.stop, decoder(self._policy.tokenizer, special=True))
+        ends = Ends(params.max_tokens, self._stop_token_ids | set(params.stop_token_ids), should_stop)
         was_training = self._policy.model.training
         self._policy.model.eval()
         try:
             with self._policy.placement.autocast():
-                if not self._policy.ragged:
-                    return generate_alone(
-                        self._policy, requests, params, self._stops(params), should_stop, self._version
-                    )
-                return _Decoding(self._policy, requests, params, self._stops(params), should_stop, self._version).run(
-                    self._batch_size
-                )
+                self._finish(rows, params, ends)
         finally:
             self._policy.model.train(was_training)
+        return [Completion(tuple(row.ids), tuple(row.logp), row.finish, self._version) for row in rows if row.finish]
+
+    def _finish(self, rows: Sequence[Row], params: SamplingParams, ends: Ends) -> None:
+        """Sample each row to its end, in rows that are encoded alike."""
+        policy, rule = self._policy, length_rule(self._policy.base.config)
+        if not policy.ragged:
+            finish_alone(policy, rows, params, ends)
+        elif rule is None:
+            _Decoding(policy, rows, params, ends).run(self._batch_size)
+        else:
+            short = [row for row in rows if len(row.sequence) <= rule.boundary]
+            _Decoding(policy, short, params, ends, longest=rule.boundary).run(self._batch_size)
+            # Those that outgrew the boundary are encoded anew.
+            long = [row for row in rows if row.finish is None]
+            if rule.each:
+                finish_alone(policy, long, params, ends)
+            else:
+                _Decoding(policy, long, params, ends).run(self._batch_size)
+        if rule is not None:
+            self._score_anew([row for row in rows if _changed_encoding(row, rule)], params)
+
+    def _score_anew(self, rows: Sequence[Row], params: SamplingParams) -> None:
+        """Log-probs of whole sequences as the trainer encodes them, for rows whose first tokens were encoded otherwise."""
+        sequences = [(row.sequence, len(row.request.prompt_ids)) for row in rows]
+        for row, logp in zip(rows, self.score(sequences, params.temperature or 1.0), strict=True):
+            row.logp = logp
 
     def score(self, sequences: Sequence[tuple[Sequence[int], int]], temperature: float = 1.0) -> list[list[float]]:
         """Log-probs of `ids[start:]` of each sequence."""
@@ -103,42 +113,37 @@ class EmbeddedEngine:
             self._refresh()
         self._version = version
 
-    def _stops(self, params: SamplingParams) -> frozenset[int]:
-        return self._stop_token_ids | set(params.stop_token_ids)
-
 
 class _Decoding:
-    """One call of `generate`."""
+    """Samples rows until they end, or would be longer than `longest` inputs."""
 
     def __init__(
-        self, policy: Policy, requests: Sequence[Request], params: SamplingParams,
-        stop_ids: frozenset[int], should_stop: StopTest | None, version: int,
-    ) -> None:  # fmt: skip
-        self._policy, self._params, self._stop_ids = policy, params, stop_ids
-        self._should_stop, self._version = should_stop, version
+        self, policy: Policy, rows: Sequence[Row], params: SamplingParams, ends: Ends, longest: int | None = None
+    ) -> None:
+        forget_lengths(policy.base)
+        self._policy, self._params, self._ends, self._longest = policy, params, ends, longest
         self._device = policy.placement.device
-        self._waiting = deque(_Row(i, r, uniforms(r.seed, params.max_tokens)) for i, r in enumerate(requests))
-        self._rows: list[_Row] = []
+        self._waiting = deque(rows)
+        self._rows: list[Row] = []
         self._cache = RowCache(self._device)
         self._prompts: dict[tuple[int, ...], tuple[PromptKV, torch.Tensor]] = {}
-        self._done: list[Completion | None] = [None] * len(requests)
         self._decode = decode_step(policy)
 
-    def run(self, batch_size: int) -> list[Completion]:
+    def run(self, batch_size: int) -> None:
         while self._waiting or self._rows:
             while self._waiting and len(self._rows) < batch_size:
                 self._admit(batch_size - len(self._rows))
             if self._rows:
                 self._step()
-        return [completion for completion in self._done if completion is not None]
 
     def _admit(self, free: int) -> None:
-        """Start waiting requests: prefill the prompts that are new, sample each row's first token."""
+        """Start waiting rows: prefill what they begin with where that is new, sample each row's next token."""
         rows = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
-        self._prefill([row.request.prompt_ids for row in rows])
-        logits_RV = torch.stack([self._prompts[row.request.prompt_ids][1] for row in rows])
-        for row in rows:
-            self._cache.add_row(self._prompts[row.request.prompt_ids][0])
+        prompts = [row.sequence for row in rows]
+        self._prefill(prompts)
+        logits_RV = torch.stack([self._prompts[prompt][1] for prompt in prompts])
+        for prompt in prompts:
+            self._cache.add_row(self._prompts[prompt][0])
         self._rows += rows
         self._extend(rows, logits_RV)
         self._forget_prompts()
@@ -165,31 +170,30 @@ class _Decoding:
         positions_R = torch.tensor(self._cache.positions(), device=self._device)
         self._extend(self._rows, self._decode(ids_R, positions_R, self._cache))
 
-    def _extend(self, rows: Sequence[_Row], logits_RV: torch.Tensor) -> None:
+    def _extend(self, rows: Sequence[Row], logits_RV: torch.Tensor) -> None:
         """Sample the next token of each row and retire those that are finished."""
         uniform_R = torch.tensor([row.uniform[len(row.ids)] for row in rows], device=self._device)
         ids_R, logp_R = sample(logits_RV, uniform_R, self._params)
         for row, token, logp in zip(list(rows), ids_R.tolist(), logp_R.tolist(), strict=True):
-            row.ids.append(token)
-            row.logp.append(logp)
-            finish = self._finish(row)
-            if finish is not None:
-                self._done[row.index] = Completion(tuple(row.ids), tuple(row.logp), finish, self._version)
+            row.take(token, logp, self._ends)
         for place in reversed(range(len(self._rows))):
-            if self._done[self._rows[place].index] is not None:
+            if self._is_over(self._rows[place]):
                 self._cache.drop_row(place)
                 self._rows[place] = self._rows[-1]
                 self._rows.pop()
 
-    def _finish(self, row: _Row) -> Finish | None:
-        if row.ids[-1] in self._stop_ids or (self._should_stop is not None and self._should_stop(row.ids)):
-            return "stop"
-        return "length" if len(row.ids) >= self._params.max_tokens else None
+    def _is_over(self, row: Row) -> bool:
+        return row.finish is not None or (self._longest is not None and len(row.sequence) > self._longest)
 
     def _forget_prompts(self) -> None:
-        """Prompts that no waiting request needs any more live on only in the rows that use them."""
-        needed = {row.request.prompt_ids for row in self._waiting}
+        """Prompts that no waiting row needs any more live on only in the rows that use them."""
+        needed = {row.sequence for row in self._waiting}
         self._prompts = {prompt: kept for prompt, kept in self._prompts.items() if prompt in needed}
+
+
+def _changed_encoding(row: Row, rule: LengthRule) -> bool:
+    """Whether the first token was sampled from another encoding than the last, which is the trainer's."""
+    return rule.encoding(len(row.request.prompt_ids)) != rule.encoding(len(row.sequence) - 1)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from posttrain.models.attention import AttendOptions
+from posttrain.models.attention import AttendOptions, Window
 
 _GROWTH = 64
 
@@ -126,7 +126,7 @@ class RowCache:
         num_kv, num_rows, width = key.shape[1:]
         self._write(layer, key, value)
         step = self._step
-        window = options.window if options.window is not None and max(step.positions) >= options.window else None
+        window = options.window if options.window is not None and max(step.positions) >= options.window.size else None
         # The query heads of one kv head act as so many query positions: no head is repeated.
         query_HRG = query[0].view(num_kv, -1, num_rows, width).transpose(1, 2)
         own_k, own_v = (cache[layer][:num_rows, :, : step.longest] for cache in (self._keys, self._values))
@@ -139,7 +139,7 @@ class RowCache:
         return out_R.reshape(num_rows, -1, out_R.shape[-1]).transpose(0, 1)[None]
 
     def _attend_prompts(
-        self, layer: int, query_HRG: torch.Tensor, window: int | None, options: AttendOptions
+        self, layer: int, query_HRG: torch.Tensor, window: Window | None, options: AttendOptions
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Each row to its prompt; rows of one prompt together. Shapes: [Hkv, R, G, D] → the same, and [Hkv, R, G]."""
         step = self._step
@@ -167,25 +167,26 @@ class RowCache:
         self._keys[layer][rows, :, columns] = key[0].transpose(0, 1)
         self._values[layer][rows, :, columns] = value[0].transpose(0, 1)
 
-    def _own_mask(self, num_rows: int, longest: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    def _own_mask(self, num_rows: int, longest: int, window: Window | None, dtype: torch.dtype) -> torch.Tensor:
         mask = self._mask[:num_rows, None, None, :longest]
         if window is not None:
             age = (
                 torch.tensor(self.lengths, device=mask.device)[:, None] - 1 - torch.arange(longest, device=mask.device)
             )
-            mask = mask.masked_fill(age[:, None, None] >= window, -torch.inf)
+            reach = window.reach(torch.tensor(self._step.positions, device=mask.device))
+            mask = mask.masked_fill(age[:, None, None] >= reach[:, None, None, None], -torch.inf)
         return mask.to(dtype)
 
     def _prompt_mask(
-        self, prompt: PromptKV, first: int, count: int, group: int, window: int | None, dtype: torch.dtype
+        self, prompt: PromptKV, first: int, count: int, group: int, window: Window | None, dtype: torch.dtype
     ) -> torch.Tensor | None:
         """None unless a window hides part of the prompt. Shape: [1, 1, rows × queries, P]."""
         if window is None:
             return None
         order = range(self.num_rows) if self._step.order is None else self._step.order.tolist()
         positions = torch.tensor([self._step.positions[order[place]] for place in range(first, first + count)])
-        age = (positions[:, None] - torch.arange(prompt.length)).to(self._mask.device)
-        mask = torch.zeros(age.shape, dtype=dtype, device=age.device).masked_fill(age >= window, -torch.inf)
+        hidden = positions[:, None] - torch.arange(prompt.length) >= window.reach(positions)[:, None]
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf).to(self._mask.device)
         return mask.repeat_interleave(group, 0)[None, None]
 
     def _resize(self, rows: int, columns: int) -> None:
