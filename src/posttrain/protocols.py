@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from posttrain.types import Completion, Request, SamplingParams
+import numpy as np
+
+from posttrain.types import Completion, Request, Sample, SamplingParams
 
 T = TypeVar("T")
 
@@ -34,6 +36,14 @@ class Engine(Protocol):
 
     def sync(self, version: int) -> None:
         """Take the policy's present weights as `version`."""
+        ...
+
+
+class Scorer(Protocol):
+    """Says how likely samples are under some model: the trainer, a reference, a teacher."""
+
+    def logp(self, groups: Sequence[Sequence[Sample]]) -> list[np.ndarray]:
+        """Log-probs (nats, float32) of the trained tokens of each sample, in order; samples of a group share their beginning."""
         ...
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
@@ -235,6 +235,11 @@ class Sample:
     def num_loss_tokens(self) -> int:
         """Trained tokens."""
         return int(self.loss_mask.sum())
+
+    def untrained(self) -> Sample:
+        """The same ids with nothing to learn from; it still counts as a sequence."""
+        empty = {name: None if getattr(self, name) is None else getattr(self, name)[:0] for name in STREAMS}
+        return replace(self, loss_mask=np.zeros_like(self.loss_mask), **empty)
 
     def constant(self, value: float) -> np.ndarray:
         """A stream with one value at every trained token; takes the memory of one."""

@@ -111,7 +111,7 @@ def _tensor(rows):
 def _inputs(on_policy=False):
     return PolicyInputs(
         policy_logp_M=_tensor(NEW).requires_grad_(),
-        advantage_S=torch.tensor(ADVANTAGE, dtype=torch.float64),
+        advantage_M=torch.tensor(ADVANTAGE, dtype=torch.float64).repeat_interleave(torch.tensor(LENGTHS)),
         seq_M=torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS)),
         num_sequences=4,
         old_logp_M=None if on_policy else _tensor(OLD),
@@ -214,10 +214,10 @@ def _select(inputs, keep):
     index = torch.cat([(inputs.seq_M == s).nonzero().squeeze(1) for s in keep])
     pick = {
         name: None if getattr(inputs, name) is None else getattr(inputs, name)[index]
-        for name in ("policy_logp_M", "old_logp_M", "ref_logp_M", "behavior_logp_M", "entropy_M")
+        for name in ("policy_logp_M", "advantage_M", "old_logp_M", "ref_logp_M", "behavior_logp_M", "entropy_M")
     }
     seq_M = torch.repeat_interleave(torch.arange(len(keep)), torch.tensor([LENGTHS[s] for s in keep]))
-    return PolicyInputs(advantage_S=inputs.advantage_S[keep], seq_M=seq_M, num_sequences=len(keep), **pick)
+    return PolicyInputs(seq_M=seq_M, num_sequences=len(keep), **pick)
 
 
 @pytest.mark.parametrize("split", [[[0], [1], [2], [3]], [[0, 1, 2], [3]], [[3, 1], [2, 0]]])
@@ -289,7 +289,7 @@ def test_runaway_token_stays_finite():
 
 def test_all_masked_is_zero():
     none = torch.zeros(0, dtype=torch.float64, requires_grad=True)
-    inputs = PolicyInputs(none, torch.zeros(2), torch.zeros(0, dtype=torch.int64), 2)
+    inputs = PolicyInputs(none, torch.zeros(0), torch.zeros(0, dtype=torch.int64), 2)
     for loss_type in POLICY_LOSSES:
         loss = policy_loss(inputs, _spec(loss_type), Normalizer(0, 2, 8)).loss
         assert loss.item() == 0

@@ -99,7 +99,7 @@ def _our_policy_loss(spec, on_policy):
     new = NEW[flat].requires_grad_()
     inputs = PolicyInputs(
         policy_logp_M=new,
-        advantage_S=ADVANTAGE,
+        advantage_M=ADVANTAGE.repeat_interleave(torch.tensor(LENGTHS)),
         seq_M=torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS)),
         num_sequences=4,
         old_logp_M=None if on_policy else OLD[flat],

@@ -201,8 +201,7 @@ def test_raise_group_size(train):
         train("grpo", **all_wrong("log", **options)),
     )
     sizes = [
-        [[len(group) for group in state(f, step)["experience"]["groups"]] for step in (1, 2, 3, 4)]
-        for f in (folder, silent)
+        [saved(f, step, "experience")["group_sizes_P"].tolist() for step in (1, 2, 3, 4)] for f in (folder, silent)
     ]
     assert sizes[0] == [[4, 4], [4, 4], [8, 8], [8, 8]]
     assert sizes[1] == [[4, 4]] * 4

@@ -156,10 +156,10 @@ def test_a_group_split_over_micro_batches_gives_the_losses_of_the_whole_one(vari
 
 
 def test_training_and_scoring_take_no_more_completions_at_once_than_the_micro_batch(train, monkeypatch):
-    from posttrain.recipes import experience, grpo
+    from posttrain.recipes import grpo, scorers
 
     sizes = []
-    for module in (experience, grpo):
+    for module in (scorers, grpo):
         original = module.pack
         monkeypatch.setattr(
             module, "pack", lambda families, pack=original: sizes.append(sum(map(len, families))) or pack(families)

@@ -54,7 +54,7 @@ def faulty(monkeypatch):
 def _key(row):
     """What a row of SFT, a pair, or a group of rollouts is about: its prompt."""
     first = row[0] if isinstance(row, tuple) else row
-    return first.ids[: first.start] if hasattr(first, "start") else first.ids
+    return first.ids if isinstance(first.ids, tuple) else tuple(first.ids[~first.loss_mask].tolist())
 
 
 @pytest.mark.parametrize("kind", ["sft", "grpo", "dpo"])

@@ -9,9 +9,10 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+import numpy as np
 import torch
 
-from posttrain.types import Counts, TokenSeq
+from posttrain.types import Counts, Sample, TokenSeq
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def count(sequences: Iterable[TokenSeq]) -> Counts:
     return Counts(tokens=sum(lengths), sequences=len(lengths))
 
 
-def pack(families: Sequence[Sequence[TokenSeq]]) -> Batch:
+def pack(families: Sequence[Sequence[TokenSeq | Sample]]) -> Batch:
     """Lay out families of sequences (a document alone, a preference pair, the completions of one prompt).
 
     The longest common prefix of a family is stored and computed once. The last token of a sequence predicts nothing
@@ -144,6 +145,10 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     return length
 
 
+def _listed(values: Sequence[int] | np.ndarray) -> Sequence[int]:
+    return values.tolist() if isinstance(values, np.ndarray) else values
+
+
 class _Packer:
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -154,12 +159,12 @@ class _Packer:
         self.owners: list[int] = []
         self.num_sequences = 0
 
-    def add(self, family: Sequence[TokenSeq]) -> None:
-        inputs = [sequence.ids[:-1] for sequence in family]
+    def add(self, family: Sequence[TokenSeq | Sample]) -> None:
+        inputs = [_listed(sequence.ids)[:-1] for sequence in family]
         shared = common_prefix(inputs) if len(family) > 1 else 0
         if shared == 0:
-            for sequence in family:
-                self._add_document(sequence)
+            for sequence, ids in zip(family, inputs, strict=True):
+                self._add_document(sequence, ids)
             return
         start = len(self.ids)
         self._extend(inputs[0][:shared], first_position=0)
@@ -171,9 +176,9 @@ class _Packer:
             self._score(sequence, lambda t, begin=begin: start + t if t < shared else begin + t - shared)
         self.trees.append(Tree(start, start + shared, tuple(ends)))
 
-    def _add_document(self, sequence: TokenSeq) -> None:
+    def _add_document(self, sequence: TokenSeq | Sample, ids: Sequence[int]) -> None:
         start = len(self.ids)
-        self._extend(sequence.ids[:-1], first_position=0)
+        self._extend(ids, first_position=0)
         self._score(sequence, lambda t: start + t)
         self.trees.append(Tree(start, len(self.ids)))
 
@@ -181,9 +186,9 @@ class _Packer:
         self.ids.extend(ids)
         self.positions.extend(range(first_position, first_position + len(ids)))
 
-    def _score(self, sequence: TokenSeq, place) -> None:
+    def _score(self, sequence: TokenSeq | Sample, place) -> None:
         """Register the trained tokens; `place(t)` is the packed position of token t."""
-        for t, (token, trained) in enumerate(zip(sequence.ids, sequence.loss_mask, strict=True)):
+        for t, (token, trained) in enumerate(zip(_listed(sequence.ids), _listed(sequence.loss_mask), strict=True)):
             if trained and t > 0:
                 self.sources.append(place(t - 1))
                 self.targets.append(token)

@@ -61,7 +61,7 @@ class PolicyInputs:
     """
 
     policy_logp_M: Tensor
-    advantage_S: Tensor
+    advantage_M: Tensor
     seq_M: Tensor
     num_sequences: int
     old_logp_M: Tensor | None = None
@@ -77,7 +77,7 @@ def policy_loss(inputs: PolicyInputs, spec: PolicySpec, norm: Normalizer) -> Los
     level = row.ratio or spec.importance_sampling_level
     logp_M, seq_M = inputs.policy_logp_M, inputs.seq_M
     lengths_S = segment_lengths(seq_M, inputs.num_sequences)
-    advantage_M = inputs.advantage_S.to(logp_M.dtype)[seq_M]
+    advantage_M = inputs.advantage_M.to(logp_M.dtype)
 
     ratio_M = RATIOS[level](log_ratios(logp_M, inputs.old_logp_M), seq_M, inputs.num_sequences)
     term_M = surrogate.term(ratio_M, advantage_M, logp_M, spec)

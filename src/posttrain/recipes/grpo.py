@@ -6,10 +6,11 @@ optimizer steps, `num_iterations` times over. Which member of the family it is, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 
 from posttrain.config.stages import GRPOKeys
@@ -26,14 +27,15 @@ from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import LossTerms, spec_from
 from posttrain.protocols import Topology
 from posttrain.recipes.batches import MicroBatch, fill_with_groups, split_groups
+from posttrain.recipes.collector import Collected, Collector, teaches
 from posttrain.recipes.engine import greedy, make_engine, sampling_params, sync_engine
-from posttrain.recipes.experience import Collector, Group, Trajectory, teaches
 from posttrain.recipes.live_checks import LiveChecks
 from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import learning_rate, make_optimizer, update
 from posttrain.recipes.prompts import PromptStream
 from posttrain.recipes.replay import ReplayedRewards
 from posttrain.recipes.run_folder import StageResult
+from posttrain.recipes.scorers import PolicyScorer, ReferenceScorer
 from posttrain.recipes.stage import Stage
 from posttrain.recipes.steering import steered
 from posttrain.recipes.train_state import TrainState
@@ -41,7 +43,8 @@ from posttrain.recipes.validate import SuiteScore, Validation
 from posttrain.rewards.workers import MAX_UNSCORED, RewardPool
 from posttrain.rollout.collect import ScoreRewards, sample_groups, score_groups
 from posttrain.rollout.embedded import EmbeddedEngine
-from posttrain.types import Ratio
+from posttrain.rollout.experience import Group
+from posttrain.types import Ratio, Sample
 
 EMPTY_STEP = "empty_step"
 """Logged in place of a loss where a step had nothing to learn from."""
@@ -71,20 +74,24 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     ) as rewards:
         score = ReplayedRewards(stage, partial(rewards.score, max_unscored=MAX_UNSCORED), state)
         stream = PromptStream(data, keys.seed, state.solved)
-        collector = Collector(keys, engine.policy, engine, score, topology, stream)
+        how = (keys.temperature, keys.per_device_train_batch_size)
+        trainer, reference = PolicyScorer(policy, *how), ReferenceScorer(policy, *how)
+        collector = Collector(keys, engine, decoder(tokenizer), score, stream, trainer, reference, topology)
         live = LiveChecks(keys, stage, rewards, engine, data)
         validation = Validation(stage, state, partial(_validate, engine, score, held_out, keys, state), suite)
 
         for step in range(state.step, total_steps):
             stage.begin_step(step)
             generation, position = divmod(step, steps_per_batch)
-            experience = state.experience
+            experience, rollout_s = state.experience, 0.0
             if experience is None or experience.generation != generation:
                 sync_engine(engine, policy, version=step)
-                experience = state.experience = collector.collect(generation, experience, stage.guard.controls)
-                stage.run.event("rollouts", step + 1, {"generation": generation, "prompts": collector.ledger})
-                experience.metrics.update(live.if_due(step, collector.latest))
-                _show_sample(collector, stage, step + 1)
+                collected = collector.collect(generation, experience, stage.guard.controls)
+                experience, rollout_s = collected.experience, collected.wall_s
+                state.experience = experience
+                stage.run.event("rollouts", step + 1, {"generation": generation, "prompts": dict(collected.ledger)})
+                experience.metrics.update(live.if_due(step, collected.groups))
+                _show_sample(collected, stage, step + 1)
             fresh = position == 0
 
             groups = experience.part(position % keys.steps_per_generation, keys.steps_per_generation)
@@ -110,7 +117,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
                 state.empty_steps += 1
 
             state.step = step + 1
-            values |= stage.times(rollout_s=collector.wall_s if fresh else 0.0)
+            values |= stage.times(rollout_s=rollout_s)
             values |= validation.if_due(state.step, total_steps)
             best = validation.best_score(state.step)
             stage.finish_step(state, values, state.step == total_steps, best)
@@ -123,24 +130,23 @@ def loss(
     policy: Policy, groups: Sequence[Group], spec: PolicySpec, norm: Normalizer, keys: GRPOKeys, *, on_policy: bool
 ) -> LossTerms:
     """This micro-batch's share of the step's loss. The completions of a group attend to one copy of their prompt."""
-    batch = pack([[trajectory.as_seq() for trajectory in group] for group in groups])
-    flat = [trajectory for group in groups for trajectory in group]
+    batch = pack(groups)
+    samples = [sample for group in groups for sample in group]
     scores = policy.score(batch, temperature=keys.temperature, entropy=True)
     device = scores.logp_M.device
     entropy_M = scores.entropy_M if spec.entropy_coef else _detached(scores.entropy_M)
-    old_logp_M = None if on_policy else _per_token(flat, lambda trajectory: trajectory.old_logp, device)
+    old = "behavior_logp" if samples[0].old_logp is None else "old_logp"
+    old_logp_M = None if on_policy else stream(samples, old, device)
     # Where the old log-probs are the sampler's own, comparing the two says nothing.
     compared = on_policy or keys.importance_sampling_correction != "off"
     inputs = PolicyInputs(
         policy_logp_M=scores.logp_M,
-        advantage_S=torch.tensor([trajectory.advantage for trajectory in flat], device=device),
+        advantage_M=stream(samples, "advantage", device),
         seq_M=batch.seq_M.to(device),
         num_sequences=batch.num_sequences,
         old_logp_M=old_logp_M,
-        ref_logp_M=None
-        if flat[0].ref_logp is None
-        else _per_token(flat, lambda trajectory: trajectory.ref_logp, device),
-        behavior_logp_M=_per_token(flat, lambda trajectory: trajectory.behavior_logp, device) if compared else None,
+        ref_logp_M=None if samples[0].ref_logp is None else stream(samples, "ref_logp", device),
+        behavior_logp_M=stream(samples, "behavior_logp", device) if compared else None,
         entropy_M=entropy_M,
     )
     terms = policy_loss(inputs, _without_kl(spec) if keys.kl_in_reward else spec, norm)
@@ -172,14 +178,14 @@ def _micro_batches(
 
 def _normalizer(groups: Sequence[Group], keys: GRPOKeys) -> Normalizer:
     """Counted over the whole step, before it is dealt to the ranks."""
-    tokens, sequences = sum(t.num_tokens for group in groups for t in group), sum(len(group) for group in groups)
+    tokens, sequences = sum(s.num_loss_tokens for group in groups for s in group), sum(len(group) for group in groups)
     return Normalizer(float(tokens), float(sequences), max_tokens=keys.max_completion_length)
 
 
-def _per_token(
-    trajectories: Sequence[Trajectory], values: Callable[[Trajectory], Sequence[float] | None], device: torch.device
-) -> torch.Tensor:
-    return torch.tensor([value for t in trajectories if not t.masked for value in values(t) or ()], device=device)
+def stream(samples: Sequence[Sample], name: str, device: torch.device) -> torch.Tensor:
+    """One stream of all samples, end to end. Shape: [M]."""
+    values = [getattr(sample, name) for sample in samples]
+    return torch.from_numpy(np.concatenate(values)).to(device)
 
 
 def _detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -214,9 +220,9 @@ def _validate(
     return {"eval_reward": sum(scored) / len(scored)}
 
 
-def _show_sample(collector: Collector, stage: Stage, step: int) -> None:
-    if collector.latest:
-        group = collector.latest[0]
+def _show_sample(collected: Collected, stage: Stage, step: int) -> None:
+    if collected.groups:
+        group = collected.groups[0]
         rollout = group.rollouts[0]
         prompt = (
             group.prompt.prompt if isinstance(group.prompt.prompt, str) else str(group.prompt.prompt[-1]["content"])

@@ -7,9 +7,7 @@ from torch import Tensor
 
 from posttrain.objectives.advantages import combine, mean_std
 from posttrain.rewards.library import REWARDS
-
-Bounds = tuple[tuple[float, float] | None, ...]
-"""Lowest and highest value of each reward function; None while it has scored nothing."""
+from posttrain.rollout.experience import Bounds
 
 _TINY = 1e-9
 

@@ -1,6 +1,7 @@
 """What a loop carries from step to step, and how it goes to disk and comes back.
 
-A checkpoint holds `weights.safetensors` (what is trained), `optimizer.safetensors` and `state.json` (the rest).
+A checkpoint holds `weights.safetensors` (what is trained), `optimizer.safetensors`, in RL `experience.safetensors` (the
+samples of the generation batch in hand), and `state.json` (the rest).
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from posttrain.checkpoint.store import CheckpointStore
@@ -21,14 +25,15 @@ from posttrain.errors import CheckpointError
 from posttrain.files import read_json, write_json
 from posttrain.models.policy import Policy
 from posttrain.protocols import Topology
-from posttrain.recipes.experience import Experience
 from posttrain.recipes.guard import Guard
 from posttrain.recipes.prompts import Solved
 from posttrain.recipes.run_folder import RunFolder
+from posttrain.rollout.experience import Arrays, Experience, to_arrays
 from posttrain.types import CheckpointRef
 
-FORMAT = 3
+FORMAT = 4
 """Raised when a checkpoint of before could not be gone on with."""
+_EXPERIENCE = "experience.safetensors"
 
 
 @dataclass
@@ -57,17 +62,17 @@ class TrainState:
             "format": FORMAT, "step": self.step, "empty_steps": self.empty_steps, "tokens": self.tokens,
             "wall_s": self.wall_s,
             "validated": dict(self.validated), "best": self.best, "guard": self.guard.to_json(),
-            "experience": None if self.experience is None else self.experience.to_json(),
+            "experience": None if self.experience is None else self.experience.header(),
             "solved": {str(row): list(seen) for row, seen in sorted(self.solved.items())},
         }  # fmt: skip
 
-    def restore(self, record: Mapping[str, Any]) -> None:
+    def restore(self, record: Mapping[str, Any], experience: Mapping[str, np.ndarray]) -> None:
         self.step, self.empty_steps = record["step"], record["empty_steps"]
         self.tokens, self.wall_s = record["tokens"], record["wall_s"]
         self.validated, self.best = dict(record["validated"]), record["best"] and tuple(record["best"])
         self.guard.restore(record["guard"])
-        experience = record["experience"]
-        self.experience = None if experience is None else Experience.from_json(experience)
+        header = record["experience"]
+        self.experience = None if header is None else Experience.of(header, experience)
         self.solved = {int(row): (float(rate), bool(equal)) for row, (rate, equal) in record["solved"].items()}
 
 
@@ -89,7 +94,8 @@ class Checkpoints:
 
     def load(self, ref: CheckpointRef, state: TrainState) -> None:
         """Fill `state` from a checkpoint. Raises: CheckpointError for one of another format."""
-        state.restore(self._load_tensors(ref, state))
+        record = self._load_tensors(ref, state)
+        state.restore(record, load_arrays(ref.path / _EXPERIENCE) if record["experience"] is not None else {})
 
     def load_best(self, step: int, state: TrainState) -> None:
         """The weights of an earlier step, and what held them; the run's own count of steps stays."""
@@ -129,7 +135,8 @@ class Checkpoints:
         if self._topology.is_main:
             state.best = self.store.best()
             record = state.to_json() | {"scalars": scalars}
-            self._writing = self._writer.submit(self._write, state.step, weights, tensors, record)
+            experience = None if state.experience is None else to_arrays(state.experience.groups)
+            self._writing = self._writer.submit(self._write, state.step, weights, tensors, experience, record)
             if wait:
                 self.flush()
         self._topology.barrier()
@@ -149,11 +156,14 @@ class Checkpoints:
         step: int,
         weights: Mapping[str, torch.Tensor],
         tensors: dict[str, torch.Tensor],
+        experience: Arrays | None,
         record: Mapping[str, Any],
     ) -> tuple[int, dict[str, Any]]:
         def fill(folder: Path) -> None:
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "weights.safetensors")
             save_file(tensors, folder / "optimizer.safetensors")
+            if experience is not None:
+                save_arrays(experience, folder / _EXPERIENCE)
             write_json(folder / "state.json", record)
 
         started = time.monotonic()

@@ -8,23 +8,46 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from posttrain.types import STREAMS, Sample
 
 Group = tuple[Sample, ...]
+Bounds = tuple[tuple[float, float] | None, ...]
+"""Lowest and highest value of each reward function; None while it has scored nothing."""
 Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """The groups of one generation batch, of all ranks in the order of their prompts; where the prompts go on from."""
+    """The groups of one generation batch, of all ranks in the order of their prompts; where the prompts go on from.
+
+    `reward_bounds` are those of the run so far.
+    """
 
     generation: int
     next_prompt: int
     groups: tuple[Group, ...]
-    metrics: Mapping[str, float]
+    metrics: dict[str, float]
+    reward_bounds: Bounds
+
+    def part(self, index: int, num_parts: int) -> list[Group]:
+        """The groups of one of `steps_per_generation` optimizer steps; parts differ by one group at most."""
+        size, longer = divmod(len(self.groups), num_parts)
+        start = index * size + min(index, longer)
+        return list(self.groups[start : start + size + (index < longer)])
+
+    def header(self) -> dict[str, Any]:
+        """What is not in `to_arrays`."""
+        names = ("generation", "next_prompt", "metrics", "reward_bounds")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def of(cls, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Experience:
+        bounds = tuple(None if pair is None else (pair[0], pair[1]) for pair in header["reward_bounds"])
+        return cls(header["generation"], header["next_prompt"], from_arrays(arrays), dict(header["metrics"]), bounds)
 
 
 def to_arrays(groups: Sequence[Group]) -> Arrays:

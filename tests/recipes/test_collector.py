@@ -10,10 +10,13 @@ from posttrain.data.load import load_prompts
 from posttrain.distributed.topology import SingleProcess
 from posttrain.health.controls import Controls
 from posttrain.models.load import load_policy, load_tokenizer
+from posttrain.models.text import decoder
+from posttrain.recipes.collector import Collector
 from posttrain.recipes.engine import make_engine
-from posttrain.recipes.experience import Collector, Experience
 from posttrain.recipes.prompts import PromptStream
+from posttrain.recipes.scorers import PolicyScorer, ReferenceScorer
 from posttrain.report.build import build_report
+from posttrain.rollout.experience import Experience, to_arrays
 from posttrain.types import RewardBreakdown
 
 GROUP = 4
@@ -40,13 +43,14 @@ def collector(runner, model_dir, data_dir):
 
         engine = make_engine(policy, keys, topology)
         stream = PromptStream(load_prompts(keys, tokenizer), keys.seed, {})
-        return Collector(keys, engine.policy, engine, score, topology, stream)
+        scorers = (Scores(policy, keys.temperature, 4) for Scores in (PolicyScorer, ReferenceScorer))
+        return Collector(keys, engine, decoder(tokenizer), score, stream, *scorers, topology)
 
     return make
 
 
 def advantages_of(experience):
-    return [[trajectory.advantage for trajectory in group] for group in experience.groups]
+    return [[float(sample.advantage[0]) for sample in group] for group in experience.groups]
 
 
 def by_hand(rewards, eps=1e-4):
@@ -62,25 +66,29 @@ REWARDS = [1.0, None, 0.0, 1.0, None, None, None, None]
 
 def test_an_unscored_completion_has_no_advantage_under_overlong_shaping(collector):
     """A cache of the whole length: each token costs 1/6."""
-    experience = collector(lambda call, item: REWARDS[item], soft_overlong_cache=6).collect(0, None, Controls())
+    experience = (
+        collector(lambda call, item: REWARDS[item], soft_overlong_cache=6).collect(0, None, Controls()).experience
+    )
     for place, (group, found) in enumerate(zip(experience.groups, advantages_of(experience), strict=True)):
         shaped = [
-            None if reward is None else reward - (len(t.ids) - t.start) / 6
+            None if reward is None else reward - t.num_loss_tokens / 6
             for reward, t in zip(REWARDS[place * GROUP : (place + 1) * GROUP], group, strict=True)
         ]
-        assert found == pytest.approx(by_hand(shaped), abs=1e-9)
+        assert found == pytest.approx(by_hand(shaped), abs=1e-7)
     assert experience.metrics["frac_unscored"] == 5 / 8
 
 
 def test_an_unscored_completion_has_no_advantage_with_the_kl_in_the_reward(collector, runner, model_dir, data_dir):
     made = collector(lambda call, item: REWARDS[item], beta=0.5, kl_in_reward=True, moved=0.05)
-    experience = made.collect(0, None, Controls())
+    experience = made.collect(0, None, Controls()).experience
     keys = runner.keys_of("grpo", model_dir("qwen3"), data_dir)
     given = make_engine(load_policy(keys, trainable=False), keys, SingleProcess())
     for place, (group, found) in enumerate(zip(experience.groups, advantages_of(experience), strict=True)):
         kls = [
             sum(t.behavior_logp) - sum(logp)
-            for t, logp in zip(group, given.score([(t.ids, t.start) for t in group]), strict=True)
+            for t, logp in zip(
+                group, given.score([(t.ids.tolist(), len(t.ids) - t.num_loss_tokens) for t in group]), strict=True
+            )
         ]
         rewards = REWARDS[place * GROUP : (place + 1) * GROUP]
         shaped = [None if r is None else r - 0.5 * kl for r, kl in zip(rewards, kls, strict=True)]
@@ -90,22 +98,25 @@ def test_an_unscored_completion_has_no_advantage_with_the_kl_in_the_reward(colle
 
 
 def test_a_batch_whose_completions_are_all_right_counts_as_mastered(collector):
-    experience = collector(lambda call, item: 1.0).collect(0, None, Controls())
+    experience = collector(lambda call, item: 1.0).collect(0, None, Controls()).experience
     assert experience.metrics["frac_reward_zero_std"] == 1.0
     assert experience.metrics["frac_reward_all_right"] == 1.0
     assert experience.metrics["frac_reward_all_wrong"] == 0.0
-    assert collector(lambda call, item: 0.0).collect(0, None, Controls()).metrics["frac_reward_all_wrong"] == 1.0
+    assert (
+        collector(lambda call, item: 0.0).collect(0, None, Controls()).experience.metrics["frac_reward_all_wrong"]
+        == 1.0
+    )
 
 
 def test_a_mastered_batch_is_known_by_the_best_of_the_run_after_a_resume(collector):
     """An own reward: the second batch is all at 3, the best of the first."""
     made = collector(lambda call, item: 3.0 if call else float(item % 4))
     made._keys = made._keys.model_copy(update={"reward_funcs": ["own.py:fn"]})
-    first = made.collect(0, None, Controls())
+    first = made.collect(0, None, Controls()).experience
     assert first.reward_bounds == ((0.0, 3.0),)
-    resumed = Experience.from_json(json.loads(json.dumps(first.to_json())))
-    assert resumed == first
-    assert made.collect(1, resumed, Controls()).metrics["frac_reward_all_right"] == 1.0
+    resumed = Experience.of(json.loads(json.dumps(first.header())), to_arrays(first.groups))
+    assert resumed.header() == first.header()
+    assert made.collect(1, resumed, Controls()).experience.metrics["frac_reward_all_right"] == 1.0
 
 
 def test_dynamic_sampling_does_not_resample_mastered_prompts_for_ever(collector):
@@ -113,20 +124,21 @@ def test_dynamic_sampling_does_not_resample_mastered_prompts_for_ever(collector)
     made = collector(lambda call, item: 1.0, dynamic_sampling=True, dynamic_sampling_max_rounds=3)
     experience, rounds = None, []
     for generation in range(3):
-        experience = made.collect(generation, experience, Controls())
+        collected = made.collect(generation, experience, Controls())
+        experience = collected.experience
         rounds.append(experience.metrics["sampling/rounds"])
         assert experience.metrics["frac_reward_all_right"] == 1.0
-        assert made.ledger["trained"] == []
+        assert collected.ledger["trained"] == []
     assert rounds == [3, 1, 1]
     hard = collector(lambda call, item: 0.0, dynamic_sampling=True, dynamic_sampling_max_rounds=3)
-    experience = hard.collect(0, None, Controls())
-    assert hard.collect(1, experience, Controls()).metrics["sampling/rounds"] == 3
+    experience = hard.collect(0, None, Controls()).experience
+    assert hard.collect(1, experience, Controls()).experience.metrics["sampling/rounds"] == 3
 
 
 def test_dynamic_sampling_says_what_became_of_all_that_was_sampled(collector):
     """Of each round's prompts the first group is mixed, the other all right: the mixed ones are kept, and half were mastered."""
     made = collector(lambda call, item: float(item > 0), dynamic_sampling=True, num_prompts_per_step=2)
-    metrics = made.collect(0, None, Controls()).metrics
+    metrics = made.collect(0, None, Controls()).experience.metrics
     assert metrics["frac_reward_zero_std"] == 0.0
     assert metrics["frac_reward_all_right"] == pytest.approx(1 / 3)
 

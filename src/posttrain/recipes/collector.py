@@ -1,0 +1,300 @@
+"""Makes a generation batch: completions with their log-probs and advantages, ready to be trained on, once or several times."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from posttrain.config.stages import GRPOKeys
+from posttrain.health.controls import Controls
+from posttrain.objectives.advantages import AdvantageSpec, as_rewards, compute_advantages, soft_overlong_penalty
+from posttrain.objectives.policy import advantage_estimator_of
+from posttrain.objectives.spec import PolicySpec
+from posttrain.objectives.terms import spec_from
+from posttrain.protocols import Engine, Scorer, Topology
+from posttrain.recipes.engine import sampling_params
+from posttrain.recipes.prompts import PromptStream
+from posttrain.recipes.reward_range import judging_weights, shares, stated_bounds, widened
+from posttrain.recipes.steering import steered
+from posttrain.rewards.resolve import reward_names
+from posttrain.rollout.collect import ScoreRewards, sample_groups, score_groups
+from posttrain.rollout.experience import Bounds, Experience, Group
+from posttrain.types import Rollout, RolloutGroup, Sample
+
+Decode = Callable[[Sequence[int]], str]
+
+
+def teaches(group: Group, spec: PolicySpec, keys: GRPOKeys) -> bool:
+    """Whether a group moves the weights: by an advantage, or by a term that needs none."""
+    pulled = spec.entropy_coef > 0 or (spec.beta > 0 and not keys.kl_in_reward)
+    return any(s.num_loss_tokens and (pulled or (s.advantage is not None and s.advantage.any())) for s in group)
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """A generation batch with what was seen of it: this rank's groups with their texts, the prompts' ledger, seconds."""
+
+    experience: Experience
+    groups: tuple[RolloutGroup, ...]
+    ledger: Mapping[str, list[int]]
+    wall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """One prompt's group on its way to all ranks: samples without advantage, a row of rewards for each, how each ended."""
+
+    number: int
+    samples: Group
+    rewards: list[list[float | None]]
+    lengths: list[int]
+    truncated: list[bool]
+    kl: list[float]
+
+
+@dataclass(slots=True)
+class _Sampled:
+    """The rounds of one generation batch: this rank's groups by the numbers of their prompts, and what holds for all ranks."""
+
+    reward_bounds: Bounds
+    kept: list[tuple[int, RolloutGroup]] = field(default_factory=list[tuple[int, RolloutGroup]])
+    let_go: list[tuple[int, RolloutGroup]] = field(default_factory=list[tuple[int, RolloutGroup]])
+    shares: dict[str, float] = field(default_factory=dict[str, float])
+    issued: list[int] = field(default_factory=list[int])
+    passed_over: list[int] = field(default_factory=list[int])
+    rounds: int = 0
+    next_prompt: int = 0
+
+    @property
+    def of_this_rank(self) -> list[tuple[int, RolloutGroup]]:
+        return self.kept + self.let_go
+
+
+class Collector:
+    """Makes experience: samples, scores, computes advantages over all ranks. `reference` is asked only where beta is used."""
+
+    def __init__(
+        self, keys: GRPOKeys, engine: Engine, decode: Decode, score: ScoreRewards, prompts: PromptStream,
+        trainer: Scorer, reference: Scorer, topology: Topology,
+    ) -> None:  # fmt: skip
+        self._keys, self._engine, self._decode, self._score = keys, engine, decode, score
+        self._prompts, self._trainer, self._reference, self._topology = prompts, trainer, reference, topology
+        self._controls = Controls()
+        self._weights = list(keys.reward_weights or [1.0] * len(keys.reward_funcs))
+        self._names = reward_names(keys.reward_funcs)
+
+    def collect(self, generation: int, previous: Experience | None, controls: Controls) -> Collected:
+        """Generation batch number `generation`, from where the run's endless shuffled prompts were left by the `previous` one."""
+        started = time.monotonic()
+        self._controls = controls
+        sampled = self._sampled(generation, previous)
+        # In the order of one process: how groups are split over the steps of a batch must not depend on the ranks.
+        made = sorted(
+            (one for rank in self._topology.gather(self._made(sampled.kept)) for one in rank),
+            key=lambda one: one.number,
+        )
+        rewards_BK = as_rewards([row for one in made for row in one.rewards])
+        group_B = torch.arange(len(rewards_BK)) // self._num_generations
+        advantages = compute_advantages(rewards_BK, group_B, self._advantage_spec(rewards_BK.shape[1]))
+        groups = _with_advantages(made, advantages.advantage_B.tolist())
+        # Every prompt group is issued once and either trained on or let go; counted along the surviving weights.
+        objective = steered(spec_from(PolicySpec, self._keys), controls)
+        trained = [one.number for one, group in zip(made, groups, strict=True) if teaches(group, objective, self._keys)]
+        ledger = {"issued": sampled.issued, "trained": trained, "passed_over": sampled.passed_over}
+        metrics = _metrics(made, self._names, rewards_BK, advantages.reward_B, advantages.zero_std_P) | sampled.shares
+        if self._keys.dynamic_sampling:
+            metrics["sampling/rounds"] = float(sampled.rounds)
+        if controls.resample:
+            metrics["sampling/passed_over"] = float(len(sampled.passed_over))
+        experience = Experience(generation, sampled.next_prompt, groups, metrics, sampled.reward_bounds)
+        shown = tuple(group for _, group in sampled.kept)
+        return Collected(experience, shown, ledger, time.monotonic() - started)
+
+    def _advantage_spec(self, num_columns: int) -> AdvantageSpec:
+        """Shaping columns come after the reward functions and weigh 1; some losses are defined with their own baseline."""
+        spec = spec_from(AdvantageSpec, self._keys)
+        weights = self._weights + [1.0] * (num_columns - len(self._weights))
+        estimator = advantage_estimator_of(self._keys.loss_type, spec.advantage_estimator)
+        return replace(spec, reward_weights=weights, advantage_estimator=estimator)
+
+    # --- sampling ----------------------------------------------------------------------------------------------
+
+    def _sampled(self, generation: int, previous: Experience | None) -> _Sampled:
+        """This rank's groups. With dynamic sampling, groups without a difference in reward are replaced by new prompts."""
+        keys, wanted = self._keys, self._keys.num_prompts_per_step
+        # After a rollback the prompts of the abandoned steps are passed over.
+        shift = math.ceil(self._controls.skipped / (keys.steps_per_generation * keys.num_iterations)) * wanted
+        cursor, total = (previous.next_prompt if previous else 0) + shift, 0
+        bounds = previous.reward_bounds if previous else stated_bounds(keys.reward_funcs)
+        # Prompts that are mastered are not asked for round after round: once a whole batch of them was, one round must do.
+        mastered = previous is not None and previous.metrics["frac_reward_all_right"] == 1.0
+        sampled = _Sampled(reward_bounds=bounds)
+        while True:
+            numbers, following = self._prompts.next(cursor, wanted - total, resample=self._controls.resample)
+            sampled.issued += numbers
+            sampled.passed_over += [number for number in range(cursor, following) if number not in set(numbers)]
+            cursor = following
+            mine = self._topology.shard(numbers)
+            for pair in zip(mine, self._rollout(generation, mine), strict=True):
+                keep = not keys.dynamic_sampling or _has_spread(pair[1])
+                (sampled.kept if keep else sampled.let_go).append(pair)
+            sampled.rounds += 1
+            self._judge(sampled, bounds)
+            total = sum(self._topology.gather(len(sampled.kept)))
+            done = total >= wanted or sampled.rounds >= keys.dynamic_sampling_max_rounds or not keys.dynamic_sampling
+            if done or (mastered and sampled.shares["frac_reward_all_right"] == 1.0):
+                break
+        seen = [note for pair in sampled.of_this_rank if (note := self._prompts.note(*pair)) is not None]
+        self._prompts.learn([note for rank in self._topology.gather(seen) for note in rank])
+        if total == 0:
+            # Nothing to learn from: go on with what there is, which the zero-spread metrics then show.
+            sampled.kept = sampled.let_go[: max(1, wanted // self._topology.world_size)]
+        sampled.next_prompt = cursor - shift
+        return sampled
+
+    def _judge(self, sampled: _Sampled, bounds: Bounds) -> None:
+        """What the rewards say of all that was sampled, on all ranks, whether it is kept or not."""
+        mine = [_parts(rollout) for _, group in sampled.of_this_rank for rollout in group.rollouts]
+        rewards_BK = as_rewards([row for rows in self._topology.gather(mine) for row in rows])
+        sampled.reward_bounds = widened(bounds, rewards_BK)
+        group_B = torch.arange(len(rewards_BK)) // self._num_generations
+        weights = judging_weights(self._keys.reward_funcs, self._weights)
+        sampled.shares = shares(rewards_BK, group_B, sampled.reward_bounds, weights)
+
+    def _rollout(self, generation: int, numbers: Sequence[int]) -> list[RolloutGroup]:
+        rows = [self._prompts(number) for number in numbers]
+        if not rows:
+            return []
+        completions = sample_groups(
+            self._engine, rows, self._num_generations, sampling_params(self._keys),
+            (self._controls.seed(self._keys.seed), generation), numbers,
+        )  # fmt: skip
+        return score_groups(rows, completions, self._decode, self._score)
+
+    @property
+    def _num_generations(self) -> int:
+        return self._keys.num_generations * self._controls.group_scale
+
+    # --- samples and rewards -----------------------------------------------------------------------------------
+
+    def _made(self, numbered: Sequence[tuple[int, RolloutGroup]]) -> list[_Made]:
+        """This rank's groups, scored by whoever the objective asks."""
+        keys = self._keys
+        version = self._engine.policy_version
+        unmasked = [tuple(_sample(group, rollout, version) for rollout in group.rollouts) for _, group in numbered]
+        wants_reference = keys.beta > 0
+        references = self._reference.logp(unmasked) if wants_reference else [None] * _count(unmasked)
+        # The embedded engine's log-probs are the trainer's own; another sampler's are corrected for.
+        corrected = keys.importance_sampling_correction != "off"
+        olds = self._trainer.logp(unmasked) if corrected else [None] * _count(unmasked)
+        scored = iter(zip(olds, references, strict=True))
+        return [
+            self._one(number, group, samples, [next(scored) for _ in samples])
+            for (number, group), samples in zip(numbered, unmasked, strict=True)
+        ]
+
+    def _one(
+        self, number: int, group: RolloutGroup, samples: Group,
+        scored: Sequence[tuple[np.ndarray | None, np.ndarray | None]],
+    ) -> _Made:  # fmt: skip
+        keys, rows = self._keys, [_parts(rollout) for rollout in group.rollouts]
+        lengths = [len(rollout.completion.ids) for rollout in group.rollouts]
+        truncated = [rollout.completion.finish == "length" for rollout in group.rollouts]
+        if keys.soft_overlong_cache:
+            longest, cache = keys.max_completion_length, keys.soft_overlong_cache
+            _append(rows, [soft_overlong_penalty(length, longest, cache) for length in lengths])
+        kls: list[float] = []
+        if keys.kl_in_reward and keys.beta:
+            # k1, summed over each completion.
+            kls = [_total(s.behavior_logp) - _total(ref) for s, (_, ref) in zip(samples, scored, strict=True)]
+            _append(rows, [-keys.beta * self._controls.beta_scale * kl for kl in kls])
+        kept = tuple(
+            sample.untrained() if keys.mask_truncated_completions and cut
+            else replace(sample, old_logp=old, ref_logp=None if keys.kl_in_reward else ref)
+            for sample, (old, ref), cut in zip(samples, scored, truncated, strict=True)
+        )  # fmt: skip
+        return _Made(number, kept, rows, lengths, truncated, kls)
+
+
+def _count(groups: Sequence[Group]) -> int:
+    return sum(len(group) for group in groups)
+
+
+def _sample(group: RolloutGroup, rollout: Rollout, version: int) -> Sample:
+    ids = np.array((*group.prompt_ids, *rollout.completion.ids), np.int32)
+    mask = np.arange(len(ids)) >= len(group.prompt_ids)
+    logp = np.array(rollout.completion.logp, np.float32)
+    return Sample(ids, mask, logp, policy_version=np.broadcast_to(np.int32(version), logp.shape))
+
+
+def _with_advantages(made: Sequence[_Made], advantages: Sequence[float]) -> tuple[Group, ...]:
+    each = iter(advantages)
+    return tuple(
+        tuple(replace(sample, advantage=sample.constant(next(each))) for sample in one.samples) for one in made
+    )
+
+
+def _total(logp: np.ndarray | None) -> float:
+    assert logp is not None
+    return sum(logp.tolist())
+
+
+def _metrics(
+    made: Sequence[_Made], names: Sequence[str], rewards_BK: torch.Tensor, reward_B: torch.Tensor,
+    zero_std_P: torch.Tensor,
+) -> dict[str, float]:  # fmt: skip
+    """Under TRL's names; over all ranks."""
+    lengths = [length for one in made for length in one.lengths]
+    ended = [n for one in made for n, cut in zip(one.lengths, one.truncated, strict=True) if not cut]
+    kls = [kl for one in made for kl in one.kl]
+    scored_B = reward_B[~reward_B.isnan()]
+    metrics = {
+        "reward": float(scored_B.mean()),
+        "reward_std": _std(scored_B),
+        "frac_reward_zero_std": float(zero_std_P.double().mean()),
+        "frac_unscored": float(reward_B.isnan().double().mean()),
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": 1.0 - len(ended) / len(lengths),
+    }
+    if ended:
+        metrics |= {
+            "completions/mean_terminated_length": sum(ended) / len(ended),
+            "completions/min_terminated_length": float(min(ended)),
+            "completions/max_terminated_length": float(max(ended)),
+        }
+    if kls:
+        metrics |= {"kl_in_reward": sum(kls) / len(kls), "kl": sum(kls) / sum(lengths)}
+    for name, column in zip(names, rewards_BK.unbind(1), strict=False):
+        scored = column[~column.isnan()]
+        metrics[f"rewards/{name}/mean"] = float(scored.mean())
+        metrics[f"rewards/{name}/std"] = _std(scored)
+    return metrics
+
+
+def _std(values: torch.Tensor) -> float:
+    """Sample std: 0 of a single value; NaN, which is written as null, of none."""
+    return math.nan if not values.numel() else float(values.std()) if values.numel() > 1 else 0.0
+
+
+def _parts(rollout: Rollout) -> list[float | None]:
+    """Reward per function; a completion that could not be scored counts in none of them."""
+    parts = list(rollout.reward.parts.values())
+    return [None] * len(parts) if rollout.status == "unscored" else parts
+
+
+def _append(rows: list[list[float | None]], values: Sequence[float]) -> None:
+    """A column of shaping. A completion that could not be scored has none: shaping alone would make it count as scored."""
+    for row, value in zip(rows, values, strict=True):
+        row.append(None if all(part is None for part in row) else value)
+
+
+def _has_spread(group: RolloutGroup) -> bool:
+    totals = {round(rollout.reward.total, 9) for rollout in group.rollouts if rollout.reward.total is not None}
+    return len(totals) > 1

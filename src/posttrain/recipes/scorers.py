@@ -1,0 +1,51 @@
+"""Who says how likely a sample is: the trainer, the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from posttrain.models.batch import Batch, pack
+from posttrain.models.policy import Policy
+from posttrain.recipes.batches import fill_with_groups, split_groups
+from posttrain.types import Sample
+
+
+@dataclass(frozen=True)
+class PolicyScorer:
+    """A `Scorer`: the policy's present weights, at the temperature that training uses, `at_once` samples at a time."""
+
+    policy: Policy
+    temperature: float
+    at_once: int
+
+    def logp(self, groups: Sequence[Sequence[Sample]]) -> list[np.ndarray]:
+        return _scored(
+            groups, self.at_once, lambda batch: self.policy.score(batch, temperature=self.temperature).logp_M
+        )
+
+
+@dataclass(frozen=True)
+class ReferenceScorer:
+    """A `Scorer`: the given starting model, with the adapter off or from its frozen copy."""
+
+    policy: Policy
+    temperature: float
+    at_once: int
+
+    def logp(self, groups: Sequence[Sequence[Sample]]) -> list[np.ndarray]:
+        return _scored(groups, self.at_once, lambda batch: self.policy.reference_logp(batch, self.temperature))
+
+
+@torch.no_grad()
+def _scored(
+    groups: Sequence[Sequence[Sample]], at_once: int, score: Callable[[Batch], torch.Tensor]
+) -> list[np.ndarray]:
+    found: list[np.ndarray] = []
+    for micro in fill_with_groups(split_groups(groups, at_once), at_once):
+        batch = pack(micro)
+        found += [logp.float().cpu().numpy() for logp in score(batch).split(batch.lengths_S().tolist())]
+    return found
