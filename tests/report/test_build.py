@@ -11,6 +11,9 @@ import pytest
 from posttrain.errors import DataError
 from posttrain.evidence import EvalReport, Verdict
 from posttrain.report.build import build_report
+from posttrain.report.records import load_run
+from posttrain.report.summary import summary_of
+from posttrain.report.tables import before_after
 
 _VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -258,6 +261,30 @@ def test_running_and_failed_runs_say_so(own_run):
     for status, sentence in (("running", "The run has not finished"), ("error", "The run stopped with an error")):
         (own_run / "pipeline.json").write_text(json.dumps(pipeline | {"status": status}))
         assert sentence in _page(own_run)[1]
+
+
+def second_generation(run):
+    """The run as one that was judged against the champion of an earlier one; only the gate's suite was measured on it."""
+    champion = EvalReport.load(run / "evals" / "02-dpo" / "heldout-gate")
+    replace(champion, model_digest="sha256:champion").save(run / "evals" / "word-problems-v1" / "heldout-gate")
+    path = run / "gates" / "03" / "verdict.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"baseline_digest": "sha256:champion"}))
+
+
+def test_from_the_second_generation_on_the_table_shows_what_the_gate_compared_champion_first(own_run):
+    second_generation(own_run)
+    run = load_run(own_run)
+    assert run.models == ["word-problems-v1", "base", "01-sft", "02-dpo", "03-grpo"]
+    rows = {row.suite: row for row in before_after(run)}
+    assert rows["heldout"].compared == ("word-problems-v1", "03-grpo")
+    assert rows["heldout"].change.mean == pytest.approx(
+        rows["heldout"].scores[-1].mean - rows["heldout"].scores[0].mean
+    )
+    assert rows["format"].compared == ("base", "03-grpo")
+    assert "word-problems-v1 → 03-grpo" in _page(own_run)[1] and "base → 03-grpo" in _page(own_run)[1]
+    header, heldout, format_ = summary_of(run).splitlines()[:3]
+    assert header.split()[1] == "word-problems-v1" and "word-problems-v1 → 03-grpo (95 % interval)" in header
+    assert "(base → 03-grpo)" in format_ and "→" not in heldout
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

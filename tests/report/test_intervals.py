@@ -2,12 +2,16 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
 from posttrain.evidence import EvalReport, ItemRecord
+from posttrain.gate import exact
+from posttrain.gate.measure import choose, measure
+from posttrain.gate.pairing import pair
 from posttrain.report.intervals import difference_interval, score_interval, t_interval, wilson
 
 
@@ -55,9 +59,32 @@ def test_clusters_widen_the_interval():
 
 def test_a_difference_is_paired_by_item():
     before, after = _report([0.0, 1.0, 0.0, 1.0]), _report([1.0, 1.0, 0.0, 1.0])
-    assert difference_interval(before, after) == t_interval([1.0, 0.0, 0.0, 0.0])
+    difference = difference_interval(before, after)
+    assert (difference.mean, difference.num_items) == (0.25, 4)
+    assert (difference.low, difference.high) == pytest.approx(exact.interval(1, 0, 4), abs=1e-9)
     assert difference_interval(before, _report([1.0, 1.0])) is None
     assert difference_interval(before, _report([1.0, 1.0, 0.0, 1.0], suite="other")) is None
+
+
+def test_no_difference_seen_has_an_interval_that_is_not_zero_wide():
+    """400 equal items exclude a loss or a gain of a point, and not of nothing."""
+    change = difference_interval(_report([1.0] * 400), _report([1.0] * 400))
+    assert change.mean == 0.0
+    assert -0.011 < change.low < -0.005 and 0.005 < change.high < 0.011
+
+
+def test_the_change_of_graded_scores_has_the_interval_of_the_gate():
+    draw = random.Random(3)
+    before, after = ([draw.random() for _ in range(60)] for _ in range(2))
+    change = difference_interval(_report(before), _report(after))
+    pairs = pair(_report(after), replace(_report(before), model_digest="other"), "gate")
+    found = measure(choose(pairs), pairs, -0.2, 0.05)
+    assert (change.low, change.high) == (found.low, found.high)
+
+
+def test_an_item_without_a_score_leaves_the_change_without_an_interval():
+    change = difference_interval(_report([1.0, 0.0]), _report([(), 1.0]))
+    assert math.isnan(change.mean) and math.isnan(change.low)
 
 
 def test_one_item_has_no_interval():

@@ -71,6 +71,7 @@ def p_value(good: int, bad: int, n: int, line: float, alpha: float) -> float:
     return _tail(good, bad, n, alpha).p_value(line)
 
 
+@lru_cache(maxsize=1024)
 def lower_bound(good: int, bad: int, n: int, alpha: float) -> float:
     """One-sided 1 - alpha lower bound: the largest difference that is excluded."""
     tail = _tail(good, bad, n, alpha)

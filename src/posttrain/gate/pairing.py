@@ -46,14 +46,19 @@ def pair(candidate: EvalReport, baseline: EvalReport, split: str) -> Pairs:
     _same_measurement(candidate, baseline, split)
     left, right = _by_id(candidate, "candidate"), _by_id(baseline, "baseline")
     _same_items(left, right)
-    ids = sorted(left)
-    clusters, num_clusters = _clusters([left[name].cluster for name in ids])
+    return pair_items(left, right)
+
+
+def pair_items(candidate: Mapping[str, ItemRecord], baseline: Mapping[str, ItemRecord]) -> Pairs:
+    """Pair records that are known to be of the same items, by item id."""
+    ids = sorted(candidate)
+    clusters, num_clusters = _clusters([candidate[name].cluster for name in ids])
     return Pairs(
-        candidate=np.array([left[name].score for name in ids], dtype=np.float64),
-        baseline=np.array([right[name].score for name in ids], dtype=np.float64),
+        candidate=np.array([candidate[name].score for name in ids], dtype=np.float64),
+        baseline=np.array([baseline[name].score for name in ids], dtype=np.float64),
         clusters=clusters,
         num_clusters=num_clusters,
-        binary=all(_is_binary(side[name]) for side in (left, right) for name in ids),
+        binary=all(_is_binary(side[name]) for side in (candidate, baseline) for name in ids),
     )
 
 

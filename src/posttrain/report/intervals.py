@@ -1,7 +1,4 @@
-"""Intervals for what is shown: Wilson for a share of right answers, Student's t for any other mean.
-
-The gate's verdict has its own tests; these only draw uncertainty beside a number.
-"""
+"""Intervals for what is shown: Wilson for a share of right answers, Student's t for any other mean, the gate's for a change."""
 
 from __future__ import annotations
 
@@ -12,7 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from posttrain.evidence import EvalReport, ItemRecord
+from posttrain.gate.measure import choose, measure
 from posttrain.gate.paired import fit_t
+from posttrain.gate.pairing import pair_items
 
 _Z95 = 1.959963984540054
 
@@ -59,11 +58,19 @@ def score_interval(report: EvalReport) -> Interval:
 
 
 def difference_interval(baseline: EvalReport, candidate: EvalReport) -> Interval | None:
-    """Candidate - baseline, paired by item; None unless both scored the same items of the same suite."""
-    before = {item.id: item for item in baseline.items}
-    if baseline.suite_digest != candidate.suite_digest or before.keys() != {item.id for item in candidate.items}:
+    """Candidate - baseline, paired by item, with the interval that the gate's test has for them.
+
+    None unless both scored the same items of the same suite.
+    """
+    before, after = ({item.id: item for item in report.items} for report in (baseline, candidate))
+    if baseline.suite_digest != candidate.suite_digest or before.keys() != after.keys():
         return None
-    return _over_clusters(candidate.items, lambda item: item.score - before[item.id].score)
+    pairs = pair_items(after, before)
+    mean = float(pairs.differences.mean())
+    if math.isnan(mean):  # an item that ended in an error has no score
+        return Interval(mean, math.nan, math.nan, len(before))
+    found = measure(choose(pairs), pairs, 0.0, 0.05)
+    return Interval(mean, found.low, found.high, len(before))
 
 
 def _over_clusters(items: Sequence[ItemRecord], value: Callable[[ItemRecord], float]) -> Interval:

@@ -80,9 +80,28 @@ class RunRecord:
 
     @property
     def models(self) -> list[str]:
-        """Models that were evaluated, in the order in which they came to be."""
-        order = {"base": -1} | {stage.name: place for place, stage in enumerate(self.stages)}
-        return sorted(self.evals, key=lambda name: (order.get(name, len(order)), name))
+        """Models that were evaluated: what the last verdict was against, other models from before the run, then the stages'."""
+        stages = {stage.name: place for place, stage in enumerate(self.stages)}
+        known = stages | {"base": -2} | dict.fromkeys(self._judged("baseline_digest"), -3)
+        return sorted(self.evals, key=lambda name: (known.get(name, -1), name))
+
+    def compared(self, key: EvalKey) -> tuple[str, str] | None:
+        """The two models between which a suite's change is shown: those of the last verdict, where both were evaluated on it.
+
+        Else the first of `models`, and the last stage's. None if there is only one.
+        """
+        present = [model for model in self.models if key in self.evals[model]]
+        judged = [model for model in self._judged("candidate_digest") if model in present]
+        stages = [stage.name for stage in self.stages if stage.name in present]
+        last = [*present, *stages, *judged][-1]
+        return None if last == present[0] else (present[0], last)
+
+    def _judged(self, side: str) -> list[str]:
+        """Models that are the candidate or the baseline of the last verdict, by digest."""
+        digest = self.final_gate.verdict.get(side) if self.final_gate is not None else None
+        return sorted(
+            name for name, suites in self.evals.items() if digest in {r.model_digest for r in suites.values()}
+        )
 
     @property
     def suites(self) -> list[EvalKey]:

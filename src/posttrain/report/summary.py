@@ -18,10 +18,12 @@ def summary_of(run: RunRecord) -> str:
     lines: list[str] = []
     rows = before_after(run)
     if rows:
-        table = [["suite", *run.models, "change (95 % interval)"]]
+        usual = next((row.compared for row in rows if row.compared), ())
+        table = [["suite", *run.models, f"change {' → '.join(usual)} (95 % interval)" if usual else "change"]]
         for row in rows:
             scores = [words.with_interval(score, row.share) if score else "–" for score in row.scores]
-            table.append([f"{row.suite}/{row.split}", *scores, words.change(row.change, row.share)])
+            others = "" if row.compared in (None, usual) else f"   ({' → '.join(row.compared)})"
+            table.append([f"{row.suite}/{row.split}", *scores, words.change(row.change, row.share) + others])
         lines += [*_aligned(table), ""]
     gate = run.final_gate
     if gate is not None:

@@ -22,13 +22,14 @@ _CLIP_CHARS = 1200
 
 @dataclass(frozen=True, slots=True)
 class SuiteRow:
-    """One suite: each model's score (None where it was not evaluated) and the change from first to last."""
+    """One suite: each model's score (None where it was not evaluated), and the change between the two that are compared."""
 
     suite: str
     split: str
     num_items: int
     share: bool
     scores: tuple[Interval | None, ...]
+    compared: tuple[str, str] | None
     change: Interval | None
 
 
@@ -76,15 +77,18 @@ def before_after(run: RunRecord) -> list[SuiteRow]:
 
 
 def _suite_row(run: RunRecord, key: EvalKey) -> SuiteRow:
-    reports = [run.evals[model].get(key) for model in run.models]
-    present = [report for report in reports if report is not None]
+    reports = {model: run.evals[model].get(key) for model in run.models}
+    present = [report for report in reports.values() if report is not None]
+    compared = run.compared(key)
+    first, last = (run.evals[model][key] for model in compared) if compared else (present[-1], present[-1])
     return SuiteRow(
         suite=key[0],
         split=key[1],
-        num_items=len(present[-1].items),
+        num_items=len(last.items),
         share=words.is_share(*present),
-        scores=tuple(None if report is None else score_interval(report) for report in reports),
-        change=difference_interval(present[0], present[-1]) if len(present) > 1 else None,
+        scores=tuple(None if report is None else score_interval(report) for report in reports.values()),
+        compared=compared,
+        change=difference_interval(first, last) if compared else None,
     )
 
 
@@ -137,14 +141,11 @@ def headline(run: RunRecord) -> str:
             )
         )
     elif shown := [row for row in rows if row.change is not None]:
-        first = shown[0]
-        known = [score for score in first.scores if score is not None]
-        assert first.change is not None
-        parts.append(
-            words.gain_sentence(
-                first.suite, known[0].mean, known[-1].mean, first.change.low, first.change.high, first.share
-            )
-        )
+        row = shown[0]
+        assert row.change is not None and row.compared is not None
+        means = {model: score.mean for model, score in zip(run.models, row.scores, strict=True) if score is not None}
+        before, after = (means[model] for model in row.compared)
+        parts.append(words.gain_sentence(row.suite, before, after, row.change.low, row.change.high, row.share))
     elif gate is None:
         parts.append("No model was compared with another, so this run says nothing about improvement.")
     if run.registered:
@@ -169,12 +170,12 @@ def _main_test(gate: GateRecord | None) -> Mapping[str, Any] | None:
 
 
 def paired_samples(run: RunRecord) -> list[PairedSample]:
-    """A few items the last model answers better than the first, worse, and still wrong; the same ones every time."""
+    """A few items that the second of the compared models answers better than the first, worse, and still wrong; always the same."""
     shown: list[PairedSample] = []
     main = _main_test(run.final_gate) or {}
     for key in sorted(run.suites, key=lambda key: key[0] != main.get("suite")):
-        having = [run.evals[model][key] for model in run.models if key in run.evals[model]]
-        if len(having) > 1 and words.is_share(*having):
+        having = [run.evals[model][key] for model in run.compared(key) or ()]
+        if having and words.is_share(*having):
             prompts = _prompts(run, key[0])
             shown = list(_pairs(having[0], having[-1], prompts))
         if shown:

@@ -67,13 +67,15 @@ def gain_sentence(
     """What happened on one suite, with the interval in words."""
     unit = " points" if share else ""
     moved = after - before
-    verb = "rose" if moved > 0 else "fell" if moved < 0 else "stayed"
-    start = f"On “{suite}” the score {verb} from {score(before, share)} to {score(after, share)}"
+    old, new = score(before, share), score(after, share)
+    verb = f"stayed at {new}" if old == new else f"{'rose' if moved > 0 else 'fell'} from {old} to {new}"
+    start = f"On “{suite}” the score {verb}"
     if low is None or high is None or math.isnan(low) or math.isnan(high):
         return f"{start} (no interval: too few items)."
     span = f"with 95 % confidence the true change lies between {points(low, share)} and {points(high, share)}{unit}"
     doubt = "; an interval that contains zero does not show a change" if low <= 0 <= high else ""
-    return f"{start}, a change of {points(moved, share)}{unit}; {span}{doubt}."
+    change = "" if old == new else f", a change of {points(moved, share)}{unit}"
+    return f"{start}{change}; {span}{doubt}."
 
 
 def duration(seconds: float | None) -> str:
