@@ -43,6 +43,10 @@ class ChangedInputsError(PosttrainError, RuntimeError):
     """The inputs of a finished or started run changed, and nobody said what to do about it."""
 
 
+class DamagedFileError(PosttrainError, ValueError):
+    """A file of a run or registry that is not what was written there."""
+
+
 class EvalError(PosttrainError, ValueError):
     """A suite that cannot be read or scored."""
 

@@ -10,11 +10,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from posttrain.errors import DataError
+from posttrain.errors import DamagedFileError, DataError, PosttrainError
+
+T = TypeVar("T")
 
 _CHUNK_BYTES = 1 << 20
 JSON_PER_LINE = "one JSON object per line"
@@ -145,6 +148,31 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise _RepeatedKeyError(json.dumps(next(name for name in names if names.count(name) > 1)))
     return found
+
+
+def read_record(path: Path, build: Callable[[Any], T], go_on: str) -> T:
+    """What `build` makes of the JSON in `path`. Raises: as `named_if_damaged` does."""
+    with named_if_damaged(path, go_on):
+        return build(read_json(path))
+
+
+@contextmanager
+def named_if_damaged(path: Path, go_on: str) -> Generator[None]:
+    """Around reading a file of ours: what is not as it was written is said in one line, with how to go on.
+
+    Raises: DamagedFileError; a PosttrainError from inside as it is.
+    """
+    try:
+        yield
+    except PosttrainError:
+        raise
+    except OSError as error:
+        raise DamagedFileError(f"{path} cannot be read: {error.strerror or error}; {go_on}") from error
+    except KeyError as error:
+        raise DamagedFileError(f"{path} is damaged: {error.args[0]} is missing; {go_on}") from error
+    except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise DamagedFileError(f"{path} is damaged: {why}; {go_on}") from error
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> Mapping[str, str]:

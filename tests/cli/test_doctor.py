@@ -21,7 +21,9 @@ from posttrain.cli.doctor_run import check_run, durable
 from posttrain.cli.doctor_surface import SURFACE, Use, missing, surface
 from posttrain.cli.findings import Finding
 from posttrain.files import write_json
-from posttrain.registry.manifest import code_digest, environment_pins
+from posttrain.pipeline.pins import versions
+from posttrain.pipeline.state import RunState
+from posttrain.registry.manifest import environment_pins
 
 
 def run(*argv):
@@ -134,7 +136,7 @@ def made(tmp_path, data_dir):
         f"name: sums\nbase_model: ./base\nstages: [{{ sft: {{ datasets: [{{ path: {data_dir / 'sft.jsonl'} }}] }} }}]\n"
     )
     (tmp_path / "base").mkdir()
-    write_json(tmp_path / "pipeline.json", {"pins": {"code": code_digest(posttrain.__path__[0])}})
+    RunState("sums", versions("sft")).save(tmp_path)
     write_json(tmp_path / "environment.json", environment_pins())
     return tmp_path
 
@@ -146,7 +148,7 @@ def test_a_run_of_this_machine_can_go_on(made):
 
 
 def test_what_moved_since_the_run_is_named(made):
-    write_json(made / "pipeline.json", {"pins": {"code": "sha256:older"}})
+    RunState("sums", versions("sft") | {"posttrain": "0.0.9", "numbers.sft": "0"}).save(made)
     pins = environment_pins()
     packages_then = pins["packages"] | {"torch": "1.0", "left-alone": "3"}
     write_json(made / "environment.json", pins | {"python": "3.9.0", "packages": packages_then})

@@ -94,7 +94,7 @@ def test_an_override_for_a_stage_that_is_not_there(write, pipeline_text):
     [
         ("name: word-problems\nbase", "nam: x\nbase", "train.yaml:1: nam: unknown key; did you mean name?"),
         ("name: word-problems\nbase", "base", "train.yaml:1: name: missing; every pipeline configuration needs it; e.g. name: word-problems"),
-        ("name: word-problems\nbase", "name: ../up\nbase", "train.yaml:1: name: got '../up', expected a string"),
+        ("name: word-problems\nbase", "name: ../up\nbase", "train.yaml:1: name: got '../up', expected letters, digits, spaces and . _ -"),
         ("./base", "./bse", "train.yaml:2: base_model: ./bse does not exist in"),
         ("base_model: ./base", "seed: 1", "train.yaml:1: base_model: missing; every pipeline configuration needs it"),
         ("evals/format.jsonl", "evals/frmat.jsonl", "train.yaml:3: evals.format.path: evals/frmat.jsonl does not exist in evals; did you mean format.jsonl?"),

@@ -109,8 +109,8 @@ class Project:
     def run(self, *sets: str, on_change="refuse") -> Outcome:
         """Run in this process. What it said is in `said`."""
         self.said.clear()
-        keys = load_pipeline(self.path, sets).keys
-        return run_pipeline(keys, SingleProcess(), on_change=on_change, watch=Watch(say=self.said.append))
+        loaded, watch = load_pipeline(self.path, sets), Watch(say=self.said.append)
+        return run_pipeline(loaded.keys, SingleProcess(), on_change=on_change, watch=watch, project=loaded.project)
 
     def command(self, *options: str) -> int:
         """Exit code of `posttrain run`, called in this process."""

@@ -1,11 +1,17 @@
 """Inputs that changed since the last start: refused with a list, run again from there, or run elsewhere."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from posttrain.errors import ChangedInputsError
+import posttrain
+from posttrain import numerics
+from posttrain.errors import ChangedInputsError, RewardError
 from posttrain.files import file_digests, read_json
 from posttrain.pipeline.pins import changes, pins_of
 from posttrain.pipeline.state import RunState
@@ -48,6 +54,11 @@ def changed(copied):
     copied.values = json.loads(before)
 
 
+SFT = {"sft": {"datasets": [{"path": "sft.jsonl"}], "max_steps": 1}}
+GRPO = {
+    "datasets": [{"path": "prompts.jsonl"}], "max_steps": 1, "num_generations": 4, "num_prompts_per_step": 2,
+    "max_completion_length": 6, "temperature": 2.0, "per_device_train_batch_size": 8,
+}  # fmt: skip
 WHAT = {
     "data": ("stages.2.dpo.data.pairs.jsonl", [2, 3]),
     "key": ("stages.2.dpo.keys", [2, 3]),
@@ -173,6 +184,128 @@ def test_a_project_that_was_moved_is_the_same_project(copied, tmp_path):
     (moved.folder / "pairs.jsonl").write_text(text.replace("No 7", "Nope"))
     with pytest.raises(ChangedInputsError, match=r"data\.pairs\.jsonl"):
         moved.run()
+
+
+def test_what_moved_lists_no_paths_of_a_project_that_was_moved(copied, tmp_path):
+    moved = type(copied)(tmp_path / "elsewhere", json.loads(json.dumps(copied.values)))
+    shutil.copytree(copied.folder, moved.folder)
+    moved.values["stages"][1]["dpo"]["learning_rate"] = 2e-4
+    with pytest.raises(ChangedInputsError) as refusal:
+        moved.run()
+    listed = [line for line in str(refusal.value).splitlines() if line.startswith("  - ")]
+    assert listed == ["  - stages.2.dpo.learning_rate: 0.0001 → 0.0002"]
+
+
+# --- what a finished stage made ------------------------------------------------------------------------------------
+
+DAMAGE = {
+    "flipped": ("stages/01-sft/model/model.safetensors", "has been changed"),
+    "tokenizer": ("stages/02-dpo/model/tokenizer.json", "has been changed"),
+    "result": ("stages/02-dpo/result.json", "is gone"),
+    "model": ("stages/03-grpo/model", "is gone"),
+    "added": ("stages/01-sft/model/notes.txt", "was added afterwards"),
+}
+
+
+def damage(path, how):
+    if how in ("result", "model"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif how == "added":
+        path.write_text("by hand")
+    else:
+        body = bytearray(path.read_bytes())
+        body[len(body) // 2] ^= 1
+        path.write_bytes(body)
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_finished_stage_is_looked_at_before_it_is_used_again(copied, how):
+    name, what = DAMAGE[how]
+    digests = {entry.index: entry.output_digest for entry in copied.state.stages}
+    damage(copied.out / name, how)
+    with pytest.raises(ChangedInputsError, match=r"--on-change rerun, which runs this stage again") as refusal:
+        copied.run()
+    assert f"{copied.out / name}" in str(refusal.value)
+    assert what in str(refusal.value)
+    copied.run(on_change="rerun")
+    stage = next(entry for entry in copied.state.stages if name.startswith(entry.folder))
+    assert (stage.status, copied.state.stage(stage.index).attempt) == ("damaged", 2)
+    assert {index: copied.state.stage(index).output_digest for index in digests} == digests, "made again, bit for bit"
+    assert sum("not run again" in line for line in copied.said) == 2
+
+
+def test_a_lost_pipeline_json_costs_no_finished_stage_and_mixes_no_inputs(copied):
+    digests = [copied.state.stage(index).output_digest for index in (1, 2, 3)]
+    (copied.out / "pipeline.json").unlink()
+    copied.run("dpo.learning_rate=2e-4")
+    assert [entry.folder for entry in copied.state.stages] == ["stages/01-sft", "stages/02-dpo-2", "stages/03-grpo-2"]
+    assert [entry.output_digest == old for entry, old in zip(copied.state.stages, digests, strict=True)] == [
+        True,
+        False,
+        False,
+    ]
+
+
+# --- versions ------------------------------------------------------------------------------------------------------
+
+
+def test_a_comment_in_our_own_source_changes_no_pin(monkeypatch, tmp_path):
+    """The source is copied, every file gets a comment, and the pins are taken by a process that imports the copy."""
+    package = Path(posttrain.__file__).parent
+    shutil.copytree(package, tmp_path / "posttrain", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (tmp_path / "posttrain").rglob("*.py"):
+        path.write_text(path.read_text() + "\n# a comment\n")
+    code = (
+        "import json; from posttrain.pipeline.pins import versions; from posttrain.rewards.resolve import reward_digest; "
+        "from posttrain.grading.scorers import scorer_digest; "
+        "print(json.dumps([versions('grpo'), reward_digest(['number']), scorer_digest('number')]))"
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            check=False,
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+        for path in (str(package.parent), str(tmp_path))
+    ]
+    assert said[0].stdout == said[1].stdout != "", said[1].stderr
+
+
+def test_an_upgrade_lists_what_could_differ_and_a_person_may_keep_what_is_done(copied, monkeypatch):
+    reasons = {**numerics.REVISIONS, "dpo": ("the numbers of 0.1", "the KL is summed in float64")}
+    monkeypatch.setattr(numerics, "REVISIONS", reasons)
+    monkeypatch.setattr(posttrain, "__version__", "9.9")
+    stages = copied.state.stages
+    with pytest.raises(ChangedInputsError) as refusal:
+        copied.run()
+    text = str(refusal.value)
+    assert "numbers.dpo: 1 → 2 (other numbers in dpo: the KL is summed in float64)" in text
+    assert "posttrain: 0.1.0 → 9.9" in text
+    assert "--on-change keep lets finished stages stay as they were made" in text
+    copied.run(on_change="keep")
+    assert [entry.output_digest for entry in copied.state.stages] == [entry.output_digest for entry in stages]
+    (word,) = copied.state.kept
+    assert word.by and word.at and any(line.startswith("numbers.dpo") for line in word.changed)
+    copied.run()
+    assert sum("not run again" in line for line in copied.said) == 3, "the word is remembered"
+
+
+def test_keep_is_no_word_on_data(changed):
+    with pytest.raises(ChangedInputsError, match="--on-change keep is for versions alone"):
+        changed("data").run(on_change="keep")
+
+
+def test_inputs_that_nothing_has_used_yet_may_change_freely(project):
+    """The first start is refused in its second stage; the corrected one goes on."""
+    run = project([SFT, {"grpo": {**GRPO, "reward_check": "require", "reward_funcs": ["rewards.py:is_in"]}}], evals={})
+    with pytest.raises(RewardError):
+        run.run()
+    run.values["stages"][1]["grpo"] |= {"reward_check": "off", "max_steps": 1}
+    assert run.run().status == "done"
+    assert any("nothing has used yet" in line for line in run.said)
+    assert sum("not run again" in line for line in run.said) == 1
 
 
 def test_the_command_says_what_changed_and_exits_64(changed, capsys):

@@ -159,7 +159,7 @@ def test_data_with_the_prompts_of_a_suite_is_refused(project):
             file.write(json.dumps({"messages": [*row["messages"], {"role": "assistant", "content": "Yes."}]}) + "\n")
     with pytest.raises(DataError, match=r"contamination: 3 rows \(11\.1%, refused above 1%\)"):
         run.run()
-    assert run.state.status == "error"
+    assert not run.out.exists(), "a start that is refused leaves nothing behind"
 
 
 def test_the_data_of_a_later_stage_is_read_before_the_first_stage_runs(project):

@@ -1,11 +1,13 @@
 """An inconclusive verdict that waits for a person, and what the person's decision does."""
 
+import json
+
 import pytest
 
 from posttrain.cli.app import main
 from posttrain.errors import GateError
 from posttrain.files import read_json, write_json
-from posttrain.pipeline.escalation import decide_pending
+from posttrain.pipeline.escalation import decide_pending, decisions
 
 SLOW = {"datasets": [{"path": "sft.jsonl"}], "learning_rate": 1e-6, "max_steps": 1}
 ASKED = {"baseline": "alias:champion", "primary": [{"suite": "yes"}], "on_inconclusive": "escalate"}
@@ -99,7 +101,37 @@ def test_only_a_verdict_that_waits_is_decided_and_only_with_a_name_and_a_reason(
 def test_a_decision_on_another_verdict_does_not_count(waiting):
     run = waiting()
     decide_pending(run.out, accepted=True, by="Ada", reason="x")
-    path = run.out / "gates/final/decision.json"
-    write_json(path, read_json(path) | {"verdict_digest": "sha256:other"})
-    with pytest.raises(GateError, match="delete the file"):
-        run.run()
+    path = run.out / "decisions.jsonl"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"verdict_digest": "sha256:other"}) + "\n")
+    assert run.command() == 4, "it still waits"
+
+
+def test_a_rejection_ends_the_run_whatever_the_champion_is(make_project, tmp_path):
+    """Two runs wait on one registry; one is accepted, which moves the champion, then the other is rejected."""
+    runs = []
+    for name, rate in (("first", 1e-6), ("second", 2e-6)):
+        stage = {"sft": {**SLOW, "learning_rate": rate}}
+        register = {"name": "yes", "registry": str(tmp_path / "registry")}
+        runs.append(make_project(tmp_path / name, [stage], gate=ASKED, register=register))
+        assert runs[-1].command() == 4
+    first, second = runs
+    assert decide(first, "--accept", "--by", "Ada", "--reason", "safe") == 0
+    assert first.command() == 0
+    assert decide(second, "--reject", "--by", "Eve", "--reason", "rude answers") == 0
+    for _ in range(2):
+        assert second.command() == 1
+        assert (second.state.status, second.state.reason) == ("failed", "rejected by Eve: rude answers")
+        assert not (second.out / "pending.json").exists(), "nobody is asked again"
+    assert decide(second, "--accept", "--by", "Eve", "--reason", "x") == 64
+
+
+def test_decisions_are_only_added_to(waiting):
+    run = waiting()
+    decide_pending(run.out, accepted=True, by="Ada", reason="safe")
+    before = (run.out / "decisions.jsonl").read_text()
+    (run.out / "gates/final").rename(run.out / "gates/elsewhere")
+    run.values["gate"] = {**ASKED, "power": 0.7}
+    run.run(on_change="rerun")
+    decide_pending(run.out, accepted=False, by="Eve", reason="no")
+    assert (run.out / "decisions.jsonl").read_text().startswith(before)
+    assert [(decision.by, decision.accepted) for _, decision in decisions(run.out)] == [("Ada", True), ("Eve", False)]

@@ -56,7 +56,15 @@ def test_the_registered_model_verifies_offline(promoted):
     assert [manifest.stage for manifest in book.chain("yes", 1)] == ["sft", "dpo"]
     assert verified.num_files > 0
     manifest = book.chain("yes", 1)[0]
-    assert {"model", "config", "code", "environment", "data.sft.jsonl", "suite.evals.yes"} <= manifest.inputs.keys()
+    assert {
+        "model",
+        "config",
+        "posttrain",
+        "numbers.sft",
+        "environment",
+        "data.sft.jsonl",
+        "suite.evals.yes",
+    } <= manifest.inputs.keys()
     book.close()
 
 
@@ -99,7 +107,7 @@ def test_a_worse_candidate_does_not_take_the_alias(second):
 def test_a_run_with_findings_is_registered_but_held(project):
     health = {"gradient_spike": {"times": 0.001, "after": 1, "at_least": 0.0}}
     run = project([{"sft": {**SFT, "health": health}}], gate=NOT_WORSE, register={"name": "yes"})
-    assert run.command() == 0
+    assert run.command() == 5
     assert run.state.stages[0].held == ("gradient_spike",)
     assert champion(run) is None
     assert run.state.registered["alias"] is None
@@ -151,8 +159,12 @@ def test_a_hackable_reward_stops_the_run_before_rl(project):
     assert message.startswith("the rewards did not pass their check, so RL does not start:")
     assert "earn more than a wrong answer" in message
     assert read_json(run.out / "stages/02-grpo/certificate.json")["verdict"] == "fail"
-    assert (run.state.status, run.state.stage(2).status) == ("error", "running")
+    assert (run.state.status, run.state.stage(2)) == ("error", None)
     assert not (run.out / "stages/02-grpo/metrics.jsonl").exists()
+    (run.folder / "rewards.py").write_text((run.folder / "rewards.py").read_text().replace("def is_in", "def was_in"))
+    run.values["stages"][1]["grpo"] = {**GRPO, "max_steps": 1, "reward_funcs": ["number"]}
+    assert run.run().status == "done", "what refused to start has pinned nothing: the corrected start needs no word"
+    assert [entry.folder for entry in run.state.stages] == ["stages/01-sft", "stages/02-grpo"]
 
 
 def test_a_baseline_may_be_a_stage_or_a_folder(project, model_dir):

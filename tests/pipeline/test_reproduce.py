@@ -78,9 +78,9 @@ def test_data_that_changed_or_went_is_named_and_nothing_is_trained(version, prom
 
 
 @pytest.mark.parametrize(("notes", "weights"), [([], "differs"), ([Check("pin code", "note", "")], "note")])
-def test_where_bytes_cannot_be_equal_the_scores_are_tested_for_equivalence(version, notes, weights):
+def test_where_bytes_cannot_be_equal_the_scores_are_tested_for_equivalence(version, promoted, notes, weights):
     """Another seed stands for another machine."""
-    keys = load_pipeline(version.export("config", "config.yaml"), ["seed=7"]).keys
+    keys = load_pipeline(version.config(), ["seed=7"], project=promoted.folder).keys
     checks = list(reproduce._retrained(version, keys, version.chain, notes, 0.4))
     assert found(checks) == {"weights of sft": weights, "weights of dpo": weights, "scores on yes": "same"}
     assert exit_code(checks) == (0 if notes else 1)
@@ -98,3 +98,31 @@ def test_a_scratch_folder_must_be_empty(promoted, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     assert command(promoted, 0, "--out", str(tmp_path)) == 64
     assert "expected a new or an empty one" in capsys.readouterr().err
+
+
+def test_a_project_that_was_moved_is_reproduced_and_its_run_found_healthy(promoted, tmp_path, capsys):
+    """The whole project under another name; and the registry alone elsewhere, with `--project` for the rest."""
+    aside, moved = promoted.folder.with_name("aside"), tmp_path / "moved"
+    shutil.copytree(promoted.folder, moved)
+    promoted.folder.rename(aside)
+    try:
+        assert not any(str(promoted.folder) in path.read_text() for path in (moved / "runs/yes").rglob("config.yaml"))
+        registry = ["--registry", str(moved / "registry")]
+        assert call("reproduce", "yes@1", "--level", "2", *registry) == 0
+        assert "same     weights of dpo" in capsys.readouterr().out
+        call("doctor", str(moved / "runs/yes"))
+        said = capsys.readouterr().out
+        assert "config.yaml: a valid pipeline for this version" in said
+        shutil.move(moved / "registry", tmp_path / "elsewhere")
+        registry = ["--registry", str(tmp_path / "elsewhere")]
+        assert call("reproduce", "yes@1", "--level", "2", *registry) == 2
+        assert "--project DIR names another place" in capsys.readouterr().out
+        assert call("reproduce", "yes@1", "--level", "2", *registry, "--project", str(moved)) == 0
+    finally:
+        aside.rename(promoted.folder)
+
+
+def call(*words):
+    with pytest.raises(SystemExit) as caught:
+        main(list(words))
+    return caught.value.code

@@ -6,7 +6,7 @@ import pytest
 
 from posttrain.errors import RegistryError
 from posttrain.files import digest_bytes
-from posttrain.registry import Manifest, check_chain, code_digest, environment_pins
+from posttrain.registry import Manifest, check_chain, environment_pins
 
 
 def test_a_chain_holds_and_each_link_is_its_digest(lineage, model):
@@ -44,15 +44,3 @@ def test_environment_pins_are_those_of_this_process():
     assert pins["packages"] == {"numpy": metadata.version("numpy")}
     assert environment_pins()["packages"]["numpy"] == metadata.version("numpy")
     assert pins["cpu"]["model"] or pins["machine"]
-
-
-def test_code_digest_follows_source_and_nothing_else(tmp_path):
-    (tmp_path / "__pycache__").mkdir()
-    (tmp_path / "a.py").write_text("x = 1\n")
-    before = code_digest(tmp_path)
-    (tmp_path / "__pycache__" / "a.cpython-311.pyc").write_bytes(b"compiled")
-    assert code_digest(tmp_path) == before
-    (tmp_path / "a.py").write_text("x = 2\n")
-    assert code_digest(tmp_path) != before
-    with pytest.raises(RegistryError, match="got no source files"):
-        code_digest(tmp_path / "__pycache__")

@@ -45,11 +45,14 @@ def doctor(
         Path | None,
         typer.Argument(metavar="[RUN_OR_YAML]", help="A run's folder, or a YAML, to hold against this machine."),
     ] = None,
+    project: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the project lies by now, if it was moved.")
+    ] = None,
 ) -> None:
     """Check this machine and its packages, and whether RUN_OR_YAML can run or go on here. Exit code 1 if something is broken."""
     findings = [finding for check in CHECKS for finding in _tried(check)]
     if target is not None:
-        findings += _tried(lambda: check_target(target))
+        findings += _tried(lambda: check_target(target, project))
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         typer.echo(f"{finding.status:<6}  {finding.name:<{width}}  {finding.text}")

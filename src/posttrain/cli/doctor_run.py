@@ -14,14 +14,14 @@ from posttrain.errors import ConfigError, PosttrainError
 from posttrain.files import write_atomic
 
 
-def check_target(target: Path) -> Iterator[Finding]:
-    """A run's folder or a YAML. Raises: ConfigError if it is neither."""
+def check_target(target: Path, project: Path | None = None) -> Iterator[Finding]:
+    """A run's folder or a YAML, the paths of which start from `project` if it is given. Raises: ConfigError if it is neither."""
     if not target.exists():
         raise ConfigError(f"{target}: no such folder or file; expected the folder of a run, or a YAML")
     if target.is_dir():
-        yield from check_run(target)
+        yield from check_run(target, project)
     else:
-        yield _readable(target)
+        yield _readable(target, project)
 
 
 def durable(folder: Path) -> Finding:
@@ -41,13 +41,11 @@ def durable(folder: Path) -> Finding:
     return Finding("crash-safe writes", "ok" if good else "broken", text)
 
 
-def check_run(folder: Path) -> Iterator[Finding]:
+def check_run(folder: Path, project: Path | None = None) -> Iterator[Finding]:
     """Whether this version can read the run's configuration, and what moved since the run was made."""
-    yield _readable(folder / "config.yaml")
+    yield _readable(folder / "config.yaml", project)
     yield durable(folder)
-    recorded = folder / "pipeline.json"
-    if recorded.exists():
-        yield from _compared_code(recorded)
+    yield from _compared_versions(folder)
     pins = folder / "environment.json"
     if pins.exists():
         yield from _compared_environment(pins)
@@ -55,7 +53,7 @@ def check_run(folder: Path) -> Iterator[Finding]:
         yield Finding("run versions", "note", f"{pins} is not there: the run recorded no package versions")
 
 
-def _readable(path: Path) -> Finding:
+def _readable(path: Path, project: Path | None) -> Finding:
     from posttrain.config.load import detect, load_stage
     from posttrain.config.load_pipeline import load_pipeline
 
@@ -65,7 +63,7 @@ def _readable(path: Path) -> Finding:
         )
     try:
         kind = detect(path)
-        loaded = load_pipeline(path) if kind == "pipeline" else load_stage(kind, path)
+        loaded = load_pipeline(path, project=project) if kind == "pipeline" else load_stage(kind, path, project=project)
     except PosttrainError as error:
         return Finding("run config", "broken", "; ".join(str(error).splitlines()))
     moved = [note for note in loaded.notes if "since schema" in note]
@@ -74,16 +72,23 @@ def _readable(path: Path) -> Finding:
     return Finding("run config", "ok", f"{path}: a valid {kind} for this version")
 
 
-def _compared_code(recorded: Path) -> Iterator[Finding]:
-    import posttrain
-    from posttrain.files import read_json
-    from posttrain.registry.manifest import code_digest
+def _compared_versions(folder: Path) -> Iterator[Finding]:
+    """What computes, as the run pinned it and as it is now."""
+    from posttrain.pipeline.pins import changes, is_version, versions
+    from posttrain.pipeline.state import RunState
 
-    before = read_json(recorded).get("pins", {}).get("code")
-    now = code_digest(Path(posttrain.__file__).parent)
-    same = before == now
-    text = "the posttrain that made the run" if same else "posttrain has changed since: a start asks for --on-change"
-    yield Finding("run code", "ok" if same else "note", text)
+    try:
+        state = RunState.load(folder)
+    except PosttrainError as error:
+        yield Finding("run state", "broken", str(error))
+        return
+    if state is None:
+        return
+    before = {name: value for name, value in state.pins.items() if is_version(name)}
+    kinds = {name.partition(".")[2] for name in before if name.startswith("numbers.")}
+    moved = changes(before, {name: value for kind in kinds for name, value in versions(kind).items()})
+    text = f"{'; '.join(moved)}: a start asks for --on-change" if moved else "what computes is what made the run"
+    yield Finding("run code", "note" if moved else "ok", text)
 
 
 def _compared_environment(pins: Path) -> Iterator[Finding]:

@@ -20,6 +20,10 @@ def reproduce(
         ),
     ] = 0,
     registry: Annotated[Path, typer.Option(help="Folder of the registry.")] = Path("registry"),
+    project: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the project lies by now; default: where the registry says."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Scratch folder to keep; default: one that is removed.")] = None,
 ) -> None:
     """Repeat a registered version. Exit code: 0 the same, 1 something differs, 2 something is missing to say so."""
@@ -32,7 +36,7 @@ def reproduce(
         from posttrain.pipeline.reproduce import LEVELS, Version, exit_code
 
         scratch = (out or Path(removed)).resolve()
-        version = Version(book, book.resolve(ref), scratch, lambda line: typer.echo(line, err=True))
+        version = Version(book, book.resolve(ref), scratch, lambda line: typer.echo(line, err=True), project)
         checks = []
         for check in LEVELS[level](version):
             checks.append(check)

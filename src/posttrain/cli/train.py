@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from posttrain.config.pipeline import PipelineKeys
     from posttrain.pipeline.run import Outcome
 
-OnChange = Literal["refuse", "rerun", "new-run"]
+OnChange = Literal["refuse", "rerun", "keep", "new-run"]
 Config = Annotated[Path, typer.Argument(help="The YAML.", show_default=False)]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated.")]
 Change = Annotated[OnChange, typer.Option("--on-change", help="What to do if inputs changed since the last start.")]
@@ -67,7 +67,8 @@ def _run(keys: PipelineKeys, loaded: LoadedPipeline | LoadedStage, on_change: On
 
     with topology() as ranks:
         try:
-            outcome = run_pipeline(keys, ranks, on_change=on_change, watch=live_watch(console, ranks.is_main))
+            watch = live_watch(console, ranks.is_main)
+            outcome = run_pipeline(keys, ranks, on_change=on_change, watch=watch, project=loaded.project)
         except StoppedPolitely as stopped:
             console.print(str(stopped))
             raise typer.Exit(EXIT_STOPPED) from stopped

@@ -27,9 +27,11 @@ from posttrain.config.settings import (
     dotted,
     parse_overrides,
     read_settings,
+    take_project,
 )
 from posttrain.config.stages import STAGE_KEYS, DPOKeys, GRPOKeys, SFTKeys, TrainKeys
 from posttrain.config.yaml_lines import KeyPath
+from posttrain.names import name_of
 
 Kind = Literal["sft", "dpo", "grpo"]
 
@@ -41,6 +43,7 @@ class LoadedStage:
     kind: Kind
     keys: TrainKeys
     path: Path
+    project: Path
     provenance: dict[str, str]
     notes: tuple[str, ...] = ()
 
@@ -51,13 +54,15 @@ class LoadedPipeline:
 
     keys: PipelineKeys
     path: Path
+    project: Path
     provenance: dict[str, str]
     notes: tuple[str, ...] = ()
 
 
 def load_stage(
-    kind: Kind, path: Path | None, overrides: Sequence[str] = (), given: Mapping[str, Any] | None = None
-) -> LoadedStage:
+    kind: Kind, path: Path | None, overrides: Sequence[str] = (), given: Mapping[str, Any] | None = None,
+    *, project: Path | None = None,
+) -> LoadedStage:  # fmt: skip
     """From a YAML, from Python values (`given`, which stand above the YAML), or both.
 
     Raises: ConfigError naming everything that is wrong, one line each.
@@ -65,6 +70,7 @@ def load_stage(
     problems, notes = Problems(), list[str]()
     settings = read_settings(Path(path))[0] if path is not None else Settings({}, {}, Origin("argument", "argument"))
     path = Path(path) if path is not None else Path(f"{kind}.yaml")
+    folder = take_project(settings, path, problems, project)
     for name, value in (given or {}).items():
         settings.put((name,), value, Origin("argument", "argument"))
     model = STAGE_KEYS[kind]
@@ -78,19 +84,19 @@ def load_stage(
         if steps:
             set_key(settings, steps, override, model, problems, notes)
     settings.fill(("output_dir",), f"runs/{path.stem}")
-    keys = build(model, settings, kind, path.parent, problems, notes)
+    keys = build(model, settings, kind, folder, problems, notes)
     if keys is not None:
         check_stage(keys, settings, problems, notes)
     problems.raise_if_any()
     assert keys is not None
-    return LoadedStage(kind, keys, path, provenance(keys, settings), tuple(notes))
+    return LoadedStage(kind, keys, path, folder, provenance(keys, settings), tuple(notes))
 
 
 def as_pipeline(loaded: LoadedStage) -> PipelineKeys:
     """A single stage as the pipeline that runs it."""
     keys = STAGE_IN_PIPELINE[loaded.kind].model_validate(loaded.keys.model_dump(by_alias=True))
     return PipelineKeys(
-        name=loaded.path.stem, base_model=keys.base_model, stages=[Stage(kind=loaded.kind, keys=keys)],
+        name=name_of(loaded.path.stem), base_model=keys.base_model, stages=[Stage(kind=loaded.kind, keys=keys)],
         output_dir=keys.output_dir, seed=keys.seed,
     )  # fmt: skip
 
@@ -99,13 +105,14 @@ def load_gate(path: Path) -> GateKeys:
     """A gate spec: its keys at the top of the file, or under `gate` of a pipeline. Raises: ConfigError."""
     path, problems = Path(path), Problems()
     settings, _ = read_settings(path)
+    folder = take_project(settings, path, problems)
     migrate(settings, [PipelineKeys if "gate" in settings.values else GateKeys], problems)
     if isinstance(settings.values.get("gate"), dict):
         settings = settings.below(("gate",))
     elif "stages" in settings.values:
         problems.add(settings.home, "gate", "missing; this pipeline has no gate at its top")
         problems.raise_if_any()
-    keys = build(GateKeys, settings, "gate", path.parent, problems, [])
+    keys = build(GateKeys, settings, "gate", folder, problems, [])
     problems.raise_if_any()
     assert keys is not None
     return keys

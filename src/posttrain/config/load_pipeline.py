@@ -15,7 +15,7 @@ from posttrain.config.migrate import migrate
 from posttrain.config.pipeline import STAGE_IN_PIPELINE, PipelineKeys, Stage, StageKind
 from posttrain.config.resolved import PIPELINE_DECIDES
 from posttrain.config.schema import did_you_mean, keys_of
-from posttrain.config.settings import Override, Problems, Settings, parse_overrides, read_settings
+from posttrain.config.settings import Override, Problems, Settings, parse_overrides, read_settings, take_project
 from posttrain.config.stages import TrainKeys
 from posttrain.config.yaml_lines import KeyPath
 
@@ -23,10 +23,14 @@ _OWN = frozenset(keys_of(PipelineKeys))
 _HANDED_DOWN = (frozenset(keys_of(TrainKeys)) - _OWN) | {"seed"}
 
 
-def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> LoadedPipeline:
-    """Raises: ConfigError naming everything that is wrong, one line each."""
+def load_pipeline(path: Path, overrides: Sequence[str] = (), *, project: Path | None = None) -> LoadedPipeline:
+    """Relative paths start from `project`, else from where the YAML says, else from its folder.
+
+    Raises: ConfigError naming everything that is wrong, one line each.
+    """
     path, problems, notes = Path(path), Problems(), list[str]()
     top, nulls = read_settings(path)
+    folder = take_project(top, path, problems, project)
     if "stages" not in top.values:
         advice = "a pipeline is a list of stages; a single stage runs with `posttrain sft`, `dpo` or `grpo`"
         problems.add(top.home, "stages", f"missing; {advice}")
@@ -35,7 +39,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> LoadedPipeline:
     notes += translate(top, TrainKeys, problems)
     _open_suites(top)
     _fill_registry(top)
-    draft = Draft(top, _read_stages(top, nulls, problems, notes), path.parent, problems, notes)
+    draft = Draft(top, _read_stages(top, nulls, problems, notes), folder, problems, notes)
     _override(draft, parse_overrides(overrides, problems))
     for stage in draft.stages:
         _build_stage(draft, stage)
@@ -46,7 +50,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> LoadedPipeline:
     keys = _build_pipeline(draft)
     problems.raise_if_any()
     assert keys is not None
-    return LoadedPipeline(keys, path, _provenance(keys, draft), tuple(dict.fromkeys(notes)))
+    return LoadedPipeline(keys, path, folder, _provenance(keys, draft), tuple(dict.fromkeys(notes)))
 
 
 def _open_suites(top: Settings) -> None:

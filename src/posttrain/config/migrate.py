@@ -13,9 +13,9 @@ from typing import Any
 
 from posttrain.config.knob import Keys
 from posttrain.config.pipeline import STAGE_IN_PIPELINE, OnFailKeys, PipelineKeys
-from posttrain.config.resolved import SCHEMA, SCHEMA_KEY, to_data
+from posttrain.config.resolved import SCHEMA, SCHEMA_KEY, project_data, to_data
 from posttrain.config.schema import annotation_below, group_in, show
-from posttrain.config.settings import Problems, Settings, dotted, read_settings
+from posttrain.config.settings import PROJECT_KEY, Problems, Settings, dotted, read_settings
 from posttrain.config.stages import TrainKeys
 from posttrain.config.yaml_lines import KeyPath
 
@@ -156,18 +156,21 @@ def renamed(key: str, groups: Sequence[type[Keys]], table: Sequence[Migration] =
 # --- what moved since a run was started ----------------------------------------------------------------------------
 
 
-def drift(path: Path, keys: Keys, table: Sequence[Migration] = MIGRATIONS) -> list[str]:
+def drift(path: Path, keys: Keys, table: Sequence[Migration] = MIGRATIONS, *, project: Path | None = None) -> list[str]:
     """What differs between the configuration written at `path` and `keys`, one line a key; old names are read as now.
+
+    Paths below `project` are compared relative to it, as they are stored.
 
     Raises: ConfigError if the file cannot be read.
     """
     settings, nulls = read_settings(path)
+    settings.values.pop(PROJECT_KEY, None)
     problems = Problems()
     notes = migrate(
         settings, [PipelineKeys, TrainKeys] if isinstance(keys, PipelineKeys) else [type(keys)], problems, table
     )
     before = dict(_leaves(settings.values, ())) | dict.fromkeys(nulls)
-    now = dict(_leaves(to_data(keys), ()))
+    now = dict(_leaves(to_data(keys) if project is None else project_data(keys, project.resolve()), ()))
     lines = [f"{dotted(at)}: {change}" for at, change in _changed(before, now)]
     return [*notes, *lines]
 

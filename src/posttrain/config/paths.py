@@ -94,6 +94,19 @@ def resolve_paths(settings: Settings, model: type[Keys], folder: Path, problems:
         holder[path[-1]] = resolved
 
 
+def make_relative(values: dict[str, Any], model: type[Keys], project: Path) -> None:
+    """Write the paths in `values` that lie below `project` relative to it, in place: `./data/sft.jsonl`."""
+    below = f"{project}/"
+    for path, value, _ in list(_paths_in(values, model, ())):
+        holder: Any = values
+        for step in path[:-1]:
+            holder = holder[step]
+        if f"{value}/" == below:
+            holder[path[-1]] = "."
+        elif value.startswith(below):
+            holder[path[-1]] = f"./{value.removeprefix(below)}"
+
+
 def _paths_in(value: Any, annotation: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str, Callable[[str, Path], str]]]:
     group = group_in(annotation)
     if isinstance(value, list):

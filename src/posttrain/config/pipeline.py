@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from posttrain.config.knob import Keys, knob
 from posttrain.config.stages import DPOKeys, GRPOKeys, SFTKeys
+from posttrain.names import FREE, STRICT, NameRule, kept_alias
 
 StageKind = Literal["sft", "dpo", "grpo"]
+
+
+def _checked(rule: NameRule, value: str) -> str:
+    if reason := rule.against(value):
+        raise ValueError(reason)
+    return value
 
 
 # fmt: off
@@ -75,6 +82,19 @@ class GateKeys(Keys):
     on_fail: OnFailKeys | Literal["stop"] = knob("stop", "`stop`, or `{retry: STAGE, times: N, with: {…}}` to run a stage again with changed keys.")
     on_inconclusive: Literal["stop", "continue", "extend", "escalate"] = knob("stop", "`continue` lets later stages run; `extend` judges once more with the items of the split `reserve`; `escalate` waits for a person (`posttrain gate decide`).")
 
+    @field_validator("split")
+    @classmethod
+    def _split_is_a_name(cls, split: str) -> str:
+        return _checked(FREE, split)
+
+    @field_validator("baseline")
+    @classmethod
+    def _alias_is_a_name(cls, baseline: str) -> str:
+        kind, _, alias = baseline.partition(":")
+        if kind == "alias":
+            _checked(STRICT, alias)
+        return baseline
+
     @model_validator(mode="after")
     def _says_something(self) -> GateKeys:
         if not self.guards and not self.primary:
@@ -88,6 +108,18 @@ class RegisterKeys(Keys):
     name: str = knob(..., "Name of the registered model.", example="word-problems")
     alias: str = knob("champion", "Alias to promote to.")
     registry: str = knob("registry", "Folder of the registry, relative to the YAML.")
+
+    @field_validator("name", "alias")
+    @classmethod
+    def _is_a_name(cls, name: str) -> str:
+        return _checked(STRICT, name)
+
+    @field_validator("alias")
+    @classmethod
+    def _can_be_set(cls, alias: str) -> str:
+        if reason := kept_alias(alias):
+            raise ValueError(reason)
+        return alias
 
 
 class SFTStageKeys(SFTKeys):
@@ -120,7 +152,7 @@ class Stage(Keys):
 class PipelineKeys(Keys):
     """A whole pipeline."""
 
-    name: str = knob(..., "Name of the run: letters, digits, spaces and . _ -", pattern=r"^\w[\w .-]*$", example="word-problems")
+    name: str = knob(..., "Name of the run: letters, digits, spaces and . _ -, at most 100.", example="word-problems")
     base_model: str = knob(..., "Where the first stage starts: a local folder or a hub id.", also="model_name_or_path (TRL, LLaMA-Factory)", example="./base")
     stages: list[Stage] = knob(..., "The stages in order; each starts from the one before.", min_length=1, example=[{"sft": {"datasets": [{"path": "data/sft.jsonl"}]}}])
     evals: dict[str, SuiteKeys] = knob({}, "Suites by name: `NAME: path` or `NAME: {path, num_samples, …}`.", example={"heldout": "evals/heldout.jsonl"})
@@ -130,3 +162,15 @@ class PipelineKeys(Keys):
     allow_raw_base: bool = knob(False, "Let DPO or RL start on a base that was never tuned to answer.")
     output_dir: str = knob("", "Folder of the run, relative to the YAML; empty means `runs/NAME` with the name of the pipeline.", example="runs/first")
     seed: int = knob(42, "Every random choice follows from this seed; handed down to the stages.", ge=0)
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_name(cls, name: str) -> str:
+        return _checked(FREE, name)
+
+    @field_validator("evals")
+    @classmethod
+    def _suites_have_names(cls, evals: dict[str, SuiteKeys]) -> dict[str, SuiteKeys]:
+        for name in evals:
+            _checked(FREE, name)
+        return evals

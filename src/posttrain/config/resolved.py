@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from posttrain.config.knob import Keys
-from posttrain.config.pipeline import PipelineKeys
+from posttrain.config.paths import make_relative
+from posttrain.config.pipeline import STAGE_IN_PIPELINE, PipelineKeys
 from posttrain.config.schema import keys_of
+from posttrain.config.settings import PROJECT_KEY
 from posttrain.config.stages import TrainKeys
 from posttrain.config.yaml_lines import KeyPath, dump_yaml
 
@@ -21,9 +25,48 @@ PIPELINE_DECIDES = ("base_model", "output_dir")
 """Keys that a stage has when it is alone, and that a pipeline sets for its stages."""
 
 
-def resolved_yaml(keys: Keys) -> str:
-    """YAML of every key with the schema it is written in, which loads again to an equal object."""
-    return dump_yaml({SCHEMA_KEY: SCHEMA, **to_data(keys)})
+def resolved_yaml(keys: Keys, project: Path | None = None, folder: Path | None = None) -> str:
+    """YAML of every key with the schema it is written in, which loads again to an equal object.
+
+    Paths below `project` are written relative to it, and where it lies from the YAML's `folder`, so both can be moved.
+    """
+    if project is None or folder is None:
+        return dump_yaml({SCHEMA_KEY: SCHEMA, **to_data(keys)})
+    root, place = project.resolve(), folder.resolve()
+    where = os.path.relpath(root, place) if place.is_relative_to(root) else str(root)
+    return dump_yaml({SCHEMA_KEY: SCHEMA, PROJECT_KEY: where, **project_data(keys, root)})
+
+
+def project_data(keys: Keys, project: Path) -> dict[str, Any]:
+    """`to_data` with the paths below `project` relative to it."""
+    data = to_data(keys)
+    if not isinstance(keys, PipelineKeys):
+        make_relative(data, type(keys), project)
+        _relative_changes(data, type(keys), project)
+        return data
+    kinds = [stage.kind for stage in keys.stages]
+    for entry in data["stages"]:
+        ((kind, body),) = entry.items()
+        make_relative(body, STAGE_IN_PIPELINE[kind], project)
+        _relative_changes(body, STAGE_IN_PIPELINE[kind], project)
+    make_relative(data, PipelineKeys, project)
+    retried = _retry(data)
+    if retried is not None:
+        kind = retried if isinstance(retried, str) else kinds[retried - 1]
+        _relative_changes(data, STAGE_IN_PIPELINE[kind], project)
+    return data
+
+
+def _retry(data: Mapping[str, Any]) -> str | int | None:
+    """The stage that the gate in `data` loops back to."""
+    on_fail = (data.get("gate") or {}).get("on_fail")
+    return on_fail["retry"] if isinstance(on_fail, dict) else None
+
+
+def _relative_changes(data: Mapping[str, Any], model: type[Keys], project: Path) -> None:
+    """The paths among the keys that a loop-back changes, in place."""
+    if _retry(data) is not None:
+        make_relative(data["gate"]["on_fail"]["with"], model, project)
 
 
 def to_data(keys: Keys) -> dict[str, Any]:

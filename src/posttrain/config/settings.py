@@ -134,6 +134,23 @@ def read_settings(path: Path) -> tuple[Settings, frozenset[KeyPath]]:
     return Settings(document.data, origins, home), document.nulls
 
 
+PROJECT_KEY = "project"
+"""Of a stored configuration: the folder that its relative paths start from, itself relative to the YAML."""
+
+
+def take_project(settings: Settings, path: Path, problems: Problems, named: Path | None = None) -> Path:
+    """The folder that relative paths start from: that of the YAML, unless the YAML, or `named`, says another."""
+    origin, value = settings.origin((PROJECT_KEY,)), settings.values.pop(PROJECT_KEY, None)
+    if named is None and value is not None and not isinstance(value, str):
+        problems.add(origin, PROJECT_KEY, f"got {value!r}, expected a folder")
+        value = None
+    folder = named if named is not None else path.parent / (value or "")
+    if not folder.is_dir():
+        problems.add(origin, PROJECT_KEY, f"{folder} is not there; name the project's new place with --project DIR")
+        problems.raise_if_any()  # no path in it could be found
+    return folder
+
+
 def _copied(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}

@@ -13,11 +13,13 @@ from typing import Any
 
 from posttrain.errors import GateError
 from posttrain.evidence import EvalReport, GateVerdict, TestResult, Verdict
-from posttrain.files import read_json, write_folder, write_json
+from posttrain.files import read_record, write_folder, write_json
 from posttrain.gate.decide import decide
 from posttrain.gate.spec import GateSpec
 
 _NUMBERS = ("baseline_mean", "candidate_mean", "estimate", "low", "high", "bound", "line", "p_value")
+
+_GO_ON = "put a copy of it back, or move {folder} away and judge again: the verdict follows from the stored items"
 
 
 def load_reports(folder: Path, split: str) -> dict[str, tuple[Path, EvalReport]]:
@@ -84,23 +86,37 @@ def load_verdict(folder: Path) -> GateVerdict:
     path = Path(folder) / "verdict.json"
     if not path.exists():
         raise GateError(f"{path}: no verdict here; `posttrain gate A B --spec … --out {folder}` writes one")
-    record = read_json(path)
-    expected = record.pop("digest", None)
-    verdict = verdict_from_json(record)
+    verdict, expected = read_record(path, _verdict_and_digest, _GO_ON.format(folder=folder))
     if verdict.digest != expected:
-        raise GateError(f"{path}: has been changed (got {verdict.digest}, expected {expected})")
+        why = f"has been changed (got {verdict.digest}, expected {expected})"
+        raise GateError(f"{path}: {why}; {_GO_ON.format(folder=folder)}")
     return verdict
 
 
+def _verdict_and_digest(record: dict[str, Any]) -> tuple[GateVerdict, str]:
+    expected = record.pop("digest")
+    return verdict_from_json(record), expected
+
+
 def load_spec(folder: Path) -> GateSpec:
-    return GateSpec.from_mapping(read_json(Path(folder) / "spec.json"))
+    """Raises: DamagedFileError."""
+    return read_record(Path(folder) / "spec.json", GateSpec.from_mapping, _GO_ON.format(folder=folder))
+
+
+def load_evidence(folder: Path) -> dict[str, Any]:
+    """Which look it was, and where the reports are. Raises: DamagedFileError."""
+
+    def checked(record: dict[str, Any]) -> dict[str, Any]:
+        return {"look": int(record["look"]), "reports": dict(record["reports"])}
+
+    return read_record(Path(folder) / "evidence.json", checked, _GO_ON.format(folder=folder))
 
 
 def recompute(folder: Path) -> GateVerdict:
     """Decide again from the stored items alone. Raises: GateError if they changed or the verdict differs."""
     folder = Path(folder)
     stored, spec = load_verdict(folder), load_spec(folder)
-    evidence = read_json(folder / "evidence.json")
+    evidence = load_evidence(folder)
     sides: dict[str, dict[str, EvalReport]] = {"candidate": {}, "baseline": {}}
     for suite, entry in evidence["reports"].items():
         for side, reports in sides.items():

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from posttrain.files import digest_json, file_digests
+from posttrain.files import digest_json
 from posttrain.grading import answers
 from posttrain.grading.equality import equal_values
 from posttrain.grading.schema import NotJsonError, conforms, read_json_text, same_json
+from posttrain.numerics import revision
 
 Scorer = Callable[[str, str | None, Mapping[str, Any]], float | None]
 """(completion, target, the item's other columns) → score, or None when the item has nothing to score against."""
@@ -75,15 +75,13 @@ SCORERS: dict[str, Scorer] = {
 }
 
 
-@cache
 def grading_digest() -> str:
-    """Digest of the source of this package."""
-    sources = file_digests(Path(__file__).parent, ignore=())
-    return digest_json({name: digest for name, digest in sources.items() if name.endswith(".py")})
+    """Digest of the numbers of this package."""
+    return digest_json(["grading", revision("grading")])
 
 
 def scorer_digest(name: str) -> str:
-    """Digest of a scorer: its name and the code of the grading package. Raises: KeyError for an unknown name."""
+    """Digest of a scorer: its name and the numbers of the grading package. Raises: KeyError for an unknown name."""
     if name not in SCORERS:
         raise KeyError(f"scorer {name!r} is unknown; expected one of {', '.join(SCORERS)}")
     return digest_json([name, grading_digest()])

@@ -56,10 +56,9 @@ def load_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             keys.base_model, revision=keys.revision, trust_remote_code=keys.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"base_model: {keys.base_model} has no tokenizer that loads: {str(error).splitlines()[0]}"
-        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # what a damaged file comes to
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"base_model: {keys.base_model} has no tokenizer that loads: {why}") from error
     tokenizer.chat_template = chat_template(tokenizer.chat_template, keys.chat_template, keys.chat_template_kwargs)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{keys.base_model}: the tokenizer has no eos_token; a model could never learn to stop")

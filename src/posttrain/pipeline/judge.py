@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import count, takewhile
 from pathlib import Path
 
 from posttrain.config.pipeline import GateKeys, PipelineKeys
 from posttrain.errors import ConfigError, GateError
 from posttrain.evidence import GateVerdict, RegistryEntry, Verdict
-from posttrain.files import read_json
 from posttrain.gate.aa import aa_check
 from posttrain.gate.decide import decide
-from posttrain.gate.folder import load_spec, load_verdict, save_verdict
+from posttrain.gate.folder import load_evidence, load_spec, load_verdict, save_verdict
 from posttrain.gate.render import render
 from posttrain.gate.selection import promising
 from posttrain.gate.spec import SELECTION_SPLIT, GateSpec
 from posttrain.models.export import model_digest
+from posttrain.names import PREVIOUS
 from posttrain.pipeline import selection
 from posttrain.pipeline.escalation import decision_on
 from posttrain.pipeline.measure import Evals, Reports
 from posttrain.pipeline.state import GateEntry, RunState, Selection, StageEntry
 from posttrain.protocols import Topology
+from posttrain.registry.promotion import CHAMPION
 from posttrain.registry.registry import Registry
 
 Model = tuple[str, str]
@@ -62,7 +64,7 @@ class Judge:
         if settled is not None:
             self.say(f"gate: {settled.verdict}, judged before and promoted")
             return state.with_gate(settled), Verdict(settled.verdict)
-        spec, baseline = self._spec(gate), self._baseline(gate, state)
+        spec, baseline = self._spec(gate), self._baseline_for(state, index, gate, entry)
         self._check_itself(gate, spec, baseline)
         state, verdict = self._round(state, index, entry, spec, baseline)
         if verdict is Verdict.INCONCLUSIVE and gate.on_inconclusive == "extend":
@@ -104,10 +106,21 @@ class Judge:
     def _baseline(self, gate: GateKeys, state: RunState) -> Model:
         return baseline_of(gate, self.keys, state, self.folder)
 
+    def _baseline_for(self, state: RunState, index: int, gate: GateKeys, entry: StageEntry) -> Model:
+        """The baseline; where this run's model holds the alias by now, and its verdict was moved away, the one before."""
+        kind, _, alias = gate.baseline.partition(":")
+        known = state.gate(self.after(index), entry.output_digest)
+        holder = _holder(alias, self.keys) if kind == "alias" and known is not None else None
+        if holder is None or holder.digest != entry.output_digest:
+            return self._baseline(gate, state)
+        before = PREVIOUS if alias == CHAMPION else f"{alias}.{PREVIOUS}"
+        return self._baseline(gate.model_copy(update={"baseline": f"alias:{before}"}), state)
+
     def _settled(self, state: RunState, index: int, gate: GateKeys, entry: StageEntry) -> GateEntry | None:
         """The verdict by which this model was promoted: it is not judged again, against itself."""
         model = entry.output_digest
-        known = state.gate(self.after(index), model)
+        about = (e for e in _on_disk(self.after(index), state, self.folder) if e.candidate == model)
+        known = next(about, None)
         if known is None or not stands(self.folder, known):
             return None
         spec = self._spec(gate)
@@ -191,19 +204,44 @@ def stands(folder: Path, gate: GateEntry) -> bool:
 
 def decide_once(asked: Question, keys: PipelineKeys, state: RunState, folder: Path) -> tuple[RunState, Verdict, str]:
     """Judge, or return the verdict given before on the same two models: no second look at the same items."""
-    for known in reversed(state.gates):
-        if (known.after, known.candidate, known.baseline) == (asked.after, *asked.digests):
-            verdict = load_verdict(folder / known.folder)
-            if asked.is_answered_by(verdict):
-                return state.with_gate(known), verdict.verdict, render(verdict)
+    for known in _given(asked, state, folder):
+        verdict = load_verdict(folder / known.folder)
+        if asked.is_answered_by(verdict):
+            return state.with_gate(known), verdict.verdict, render(verdict)
     spec, look = asked.spec, _look(asked, keys, state, folder)
     verdict = decide(spec, asked.candidate, asked.baseline, look=look)
-    number = 1 + sum(entry.after == asked.after for entry in state.gates)
-    name = f"gates/{asked.after}" + ("" if number == 1 else f"-{number}")
+    name = next(name for name in _names(asked.after) if not (folder / name).exists())
     ours, theirs = ({suite: place / f"{suite}-{spec.split}" for suite in spec.suites} for place in asked.places)
     save_verdict(folder / name, verdict, spec, ours, theirs, look=look)
     record = GateEntry(asked.after, name, verdict.verdict.value, *asked.digests, attempt=asked.attempt)
     return state.with_gate(record), verdict.verdict, "\n".join([render(verdict), *_looks_in_words(spec, look)])
+
+
+def _names(after: int | str) -> Iterator[str]:
+    """Folders of the verdicts after one stage: `gates/final`, `gates/final-2`, …"""
+    return (f"gates/{after}" + ("" if number == 1 else f"-{number}") for number in count(1))
+
+
+def _on_disk(after: int | str, state: RunState, folder: Path) -> Iterator[GateEntry]:
+    """The verdicts after a stage, newest first; then those that the state does not know, written just before a kill."""
+    noted = [entry for entry in reversed(state.gates) if (folder / entry.folder).exists()]
+    yield from (entry for entry in noted if entry.after == after)
+    present = takewhile(lambda name: (folder / name).exists(), _names(after))
+    for name in sorted(set(present) - {entry.folder for entry in noted}, reverse=True):
+        verdict = load_verdict(folder / name)
+        yield GateEntry(
+            after, name, verdict.verdict.value, verdict.candidate_digest, verdict.baseline_digest, attempt=1
+        )
+
+
+def _given(asked: Question, state: RunState, folder: Path) -> Iterator[GateEntry]:
+    """Verdicts on these two models, newest first."""
+    known = _on_disk(asked.after, state, folder)
+    return (
+        replace(e, attempt=asked.attempt) if e not in state.gates else e
+        for e in known
+        if (e.candidate, e.baseline) == asked.digests
+    )
 
 
 def _look(asked: Question, keys: PipelineKeys, state: RunState, folder: Path) -> int:
@@ -213,8 +251,10 @@ def _look(asked: Question, keys: PipelineKeys, state: RunState, folder: Path) ->
     """
     pairs: set[tuple[str, str]] = set()
     for entry in state.gates:
+        if not (folder / entry.folder).exists():
+            continue  # moved away because it was damaged
         verdict = load_verdict(folder / entry.folder)
-        look = int(read_json(folder / entry.folder / "evidence.json")["look"])
+        look = load_evidence(folder / entry.folder)["look"]
         pair = (entry.candidate, entry.baseline)
         first_round = load_spec(folder / entry.folder).extended.digest == asked.spec.digest
         if first_round and (entry.after, *pair) == (asked.after, *asked.digests):

@@ -1,8 +1,12 @@
-"""What a run depends on, as digests: base weights, data, rewards, suites, keys, code. A change is noticed and named."""
+"""What a run depends on, by name: base weights, data, rewards, suites, keys, and the versions and numbers that compute.
+
+A change is noticed and named. The text of the source is no pin: see `posttrain.numerics`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +15,13 @@ import torch
 import posttrain
 from posttrain.config.migrate import drift
 from posttrain.config.pipeline import PipelineKeys
-from posttrain.config.resolved import to_data
+from posttrain.config.resolved import SCHEMA, to_data
 from posttrain.config.stages import DatasetKeys, GRPOKeys, TrainKeys
 from posttrain.errors import ConfigError
 from posttrain.files import digest_file, digest_json
 from posttrain.models.export import source_digest
-from posttrain.registry.manifest import code_digest, environment_pins
+from posttrain.numerics import changes_between, revision
+from posttrain.registry.manifest import MODEL, environment_pins
 from posttrain.rewards.resolve import reward_digest
 
 _HOW_IT_IS_WATCHED = {
@@ -31,13 +36,17 @@ _HOW_IT_IS_WATCHED = {
     "lint",
 }
 """Keys that cannot change a stage's weights."""
+_VERSION, _SCHEMA, _NUMBERS, _PACKAGE = "posttrain", "schema", "numbers.", "package."
+_PACKAGES = ("torch", "transformers", "tokenizers", "jinja2", "peft", "bitsandbytes")
+"""Those that render, tokenise and compute."""
 
 
 def pins_of(keys: PipelineKeys) -> dict[str, str]:
-    """Name → digest of everything the run takes in."""
-    pins = {"base_model": source_digest(keys.base_model), "code": code_digest(Path(posttrain.__file__).parent)}
+    """Name → digest, version or revision of everything the run takes in."""
+    pins = {"base_model": source_digest(keys.base_model)}
     for number, stage in enumerate(keys.stages, start=1):
         place = f"stages.{number}.{stage.kind}"
+        pins |= versions(stage.kind)
         pins[f"{place}.keys"] = digest_json(training_keys(stage.keys))
         pins |= {f"{place}.{name}": digest for name, digest in data_pins(stage.keys).items()}
     for name, suite in keys.evals.items():
@@ -45,6 +54,24 @@ def pins_of(keys: PipelineKeys) -> dict[str, str]:
     if keys.gate is not None:
         pins["gate"] = digest_json(_by_name(to_data(keys.gate)))
     return pins
+
+
+def versions(kind: str) -> dict[str, str]:
+    """What computes a stage of this kind: versions of posttrain, its keys and packages, and the revision of its numbers."""
+    packages = {f"{_PACKAGE}{name}": version for name in _PACKAGES if (version := _installed(name))}
+    return {_VERSION: posttrain.__version__, _SCHEMA: str(SCHEMA), f"{_NUMBERS}{kind}": revision(kind), **packages}
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def is_version(name: str) -> bool:
+    """Whether a pin is about what computes, not about what the user gave."""
+    return name in (_VERSION, _SCHEMA) or name.startswith((_NUMBERS, _PACKAGE))
 
 
 def training_keys(keys: TrainKeys) -> dict[str, Any]:
@@ -78,10 +105,12 @@ def data_pins(keys: TrainKeys) -> dict[str, str]:
     return pins
 
 
-def stage_input(keys: TrainKeys, parent_digest: str) -> str:
-    """Digest of all that a stage's result follows from. A finished stage with the same one is not run again."""
-    code = code_digest(Path(posttrain.__file__).parent)
-    return digest_json({"keys": training_keys(keys), "data": data_pins(keys), "parent": parent_digest, "code": code})
+def stage_inputs(kind: str, keys: TrainKeys, parent_digest: str) -> dict[str, str]:
+    """All that a stage's result follows from, as it is on disk at this moment.
+
+    A finished stage whose inputs have the same digest is not run again.
+    """
+    return {MODEL: parent_digest, "keys": digest_json(training_keys(keys)), **data_pins(keys), **versions(kind)}
 
 
 def environment() -> dict[str, Any]:
@@ -89,11 +118,13 @@ def environment() -> dict[str, Any]:
     return environment_pins() | {"threads": torch.get_num_threads()}
 
 
-def what_moved(folder: Path, keys: PipelineKeys, before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What moved since the run in `folder` was started, a line each; keys by name and value, not by their digest."""
+def what_moved(
+    config: Path, keys: PipelineKeys, before: Mapping[str, str], now: Mapping[str, str], project: Path | None = None
+) -> list[str]:
+    """What moved since `config` was written, a line each; keys by name and value, not by their digest."""
     moved = changes(before, now)
     try:
-        named = [line for line in drift(folder / "config.yaml", keys) if not _only_watched(line)]
+        named = [line for line in drift(config, keys, project=project) if not _only_watched(line)]
     except ConfigError:
         named = []
     if not named:
@@ -113,8 +144,22 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
         if old != new:
-            lines.append(f"{name}: {_short(old)} → {_short(new)}")
+            lines.append(f"{name}: {_short(old)} → {_short(new)}{_could_differ(name, old, new)}")
     return lines
+
+
+def _could_differ(name: str, old: str | None, new: str | None) -> str:
+    """What another version may compute otherwise, as the end of its line."""
+    if name.startswith(_NUMBERS):
+        kind = name.removeprefix(_NUMBERS)
+        return f" (other numbers in {kind}: {changes_between(kind, old, new) or 'this version does not know which'})"
+    if name.startswith(_PACKAGE):
+        return " (may round, render or tokenise otherwise)"
+    return (
+        " (the lines on numbers say what it computes otherwise; none: nothing that is known)"
+        if name == _VERSION
+        else ""
+    )
 
 
 def _source(source: DatasetKeys) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
+from posttrain.config.draft import StageKeys
 from posttrain.config.load_pipeline import load_pipeline
 from posttrain.config.pipeline import PipelineKeys, Stage, SuiteKeys
 from posttrain.config.resolved import apply_changes
@@ -23,7 +24,8 @@ from posttrain.gate.decide import decide
 from posttrain.gate.folder import load_verdict, recompute, verdict_from_json
 from posttrain.gate.spec import GateSpec, Guard
 from posttrain.models.device import place
-from posttrain.pipeline.pins import environment, pins_of
+from posttrain.models.export import source_digest
+from posttrain.pipeline.pins import environment, is_version, stage_inputs
 from posttrain.pipeline.run import Watch, run_pipeline
 from posttrain.pipeline.state import RunState
 from posttrain.recipes.evaluate import evaluate
@@ -50,16 +52,29 @@ class Check:
 
 @dataclass(frozen=True)
 class Version:
-    """A registered version and the scratch folder it is repeated in."""
+    """A registered version, the scratch folder it is repeated in, and the project that it was made from."""
 
     book: Registry
     entry: RegistryEntry
     scratch: Path
     say: Callable[[str], None]
+    project: Path | None = None
 
     def export(self, role: str, name: str | None = None) -> Path | None:
         """The evidence of a role in the scratch folder."""
         return self.book.export(self.entry.name, self.entry.version, role, self.scratch / (name or role))
+
+    def config(self) -> Path | None:
+        """The configuration it was registered with."""
+        return self.export("config", "config.yaml")
+
+    def root(self, config: Mapping[str, Any]) -> Path:
+        """Where the relative paths of that configuration start: as named, else where this registry lies as it says."""
+        if self.project is not None:
+            return self.project
+        said, place = Path(config["register"]["registry"]), self.book.folder.resolve()
+        inside = not said.is_absolute() and ".." not in said.parts and place.parts[-len(said.parts) :] == said.parts
+        return place.parents[len(said.parts) - 1] if inside and said.parts else Path.cwd()
 
     @property
     def chain(self) -> list[Manifest]:
@@ -103,11 +118,12 @@ def repeat_verdict(version: Version) -> Iterator[Check]:
 
 def repeat_answers(version: Version) -> Iterator[Check]:
     """Score the stored weights again, item by item."""
-    config = version.export("config", "config.yaml")
-    if config is None:
+    path = version.config()
+    if path is None:
         yield Check("answers", "missing", "no config was registered with this version")
         return
-    how, same = _loading(yaml.safe_load(config.read_text(encoding="utf-8"))), _environment_checks(version)
+    config = _read(path)
+    how, same = _loading(config, version.root(config)), _environment_checks(version)
     yield from same
     for suite, stored in _judged_reports(version).items():
         yield _answers(version, suite, stored, how, "; ".join(check.detail for check in same))
@@ -152,14 +168,18 @@ def _measured(
     return evaluate(loading, [(load_suite(name, file), keys)], like.split, version.scratch / where)[name]
 
 
-def _loading(config: Mapping[str, Any]) -> dict[str, Any]:
+def _read(config: Path) -> Mapping[str, Any]:
+    return yaml.safe_load(config.read_text(encoding="utf-8"))
+
+
+def _loading(config: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """How the run loaded its models, from its resolved config."""
     (first,) = config["stages"][0].values()
     how = {
         name: first[name] for name in ("trust_remote_code", "chat_template_kwargs", "bf16", "device") if name in first
     }
-    template = first.get("chat_template")
-    return how | ({"chat_template": template} if template and Path(template).exists() else {})
+    template = root / (first["chat_template"] or "no template")
+    return how | ({"chat_template": str(template)} if template.is_file() else {})
 
 
 def _environment_checks(version: Version) -> list[Check]:
@@ -189,17 +209,19 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def repeat_training(version: Version, margin: float = MARGIN) -> Iterator[Check]:
     """Train again from the pins, in the scratch folder: the same bytes, or else equivalent scores."""
-    config, chain = version.export("config", "config.yaml"), version.chain
-    try:
-        keys = None if config is None else load_pipeline(config).keys
-        pins = {} if keys is None else pins_of(keys)
-    except (PosttrainError, OSError) as error:
-        yield Check("pins", "missing", f"what the run was made from is not where it was: {error}")
-        return
-    if keys is None:
+    config, chain = version.config(), version.chain
+    if config is None:
         yield Check("pins", "missing", "no config was registered with this version")
         return
-    moved = list(_moved_pins(chain, pins))
+    root = version.root(_read(config))
+    try:
+        keys = load_pipeline(config, project=root).keys
+        moved = list(_moved_pins(keys, chain))
+    except (PosttrainError, OSError) as error:
+        lines = "; ".join(str(error).splitlines())
+        hint = f"looked in {root}; --project DIR names another place"
+        yield Check("pins", "missing", f"what the run was made from is not where it was: {lines}; {hint}")
+        return
     yield from moved
     if any(check.found == "missing" for check in moved):
         return
@@ -212,18 +234,26 @@ def repeat_training(version: Version, margin: float = MARGIN) -> Iterator[Check]
     yield from _retrained(version, keys, chain, notes, margin)
 
 
-def _moved_pins(chain: list[Manifest], pins: Mapping[str, str]) -> Iterator[Check]:
-    """Inputs that are not those of the manifests. Other code may still train the same; other data may not."""
-    now = {"base_model": pins["base_model"], "code": pins["code"]} | dict(pins)
-    recorded = {"base_model": chain[0].inputs[MODEL], "code": chain[0].inputs.get("code", "absent")}
-    for index, manifest in enumerate(chain, start=1):
-        place_ = f"stages.{index}.{manifest.stage}."
-        own = {name for name in now if name.startswith(place_)}
-        recorded |= {name: manifest.inputs.get(name.removeprefix(place_), "absent") for name in own}
-    for name, digest in recorded.items():
-        if now[name] != digest:
-            found: Found = "note" if name == "code" else "missing"
-            yield Check(f"pin {name}", found, f"recorded {digest}, now {now[name]}")
+def _moved_pins(keys: PipelineKeys, chain: list[Manifest]) -> Iterator[Check]:
+    """Inputs that are not those of the manifests. Other versions may still train the same; other data may not."""
+    moved: dict[str, Check] = {}
+    for index, (stage, manifest) in enumerate(zip(keys.stages, chain, strict=False), start=1):
+        parent = source_digest(keys.base_model) if index == 1 else manifest.inputs[MODEL]
+        now = stage_inputs(stage.kind, _as_trained(stage, manifest), parent)
+        for name, value in now.items():
+            recorded = manifest.inputs.get(name, "absent")
+            what = (
+                name if is_version(name) else "base_model" if name == MODEL else f"stages.{index}.{stage.kind}.{name}"
+            )
+            found: Found = "note" if is_version(name) else "missing"
+            if recorded != value:
+                moved[what] = Check(f"pin {what}", found, f"recorded {recorded}, now {value}")
+    yield from moved.values()
+
+
+def _as_trained(stage: Stage, manifest: Manifest) -> StageKeys:
+    """The keys of a stage with what a loop-back changed."""
+    return apply_changes(stage.keys, manifest.details.get("changed", {}))
 
 
 def _retrained(
@@ -254,7 +284,7 @@ def _only_training(keys: PipelineKeys, chain: list[Manifest], folder: Path) -> P
     stages = [
         Stage(
             kind=stage.kind,
-            keys=apply_changes(stage.keys, manifest.details.get("changed", {})).model_copy(update=quiet),
+            keys=_as_trained(stage, manifest).model_copy(update=quiet),
         )
         for stage, manifest in zip(keys.stages, chain, strict=False)
     ]

@@ -6,31 +6,26 @@ go on, loop back or stop; at the end register and promote.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from functools import partial
-from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from posttrain.checkpoint.lock import run_lock
 from posttrain.checkpoint.store import sweep
-from posttrain.config.pipeline import GateKeys, PipelineKeys, Stage
-from posttrain.config.resolved import apply_changes, resolved_yaml
-from posttrain.config.stages import GRPOKeys, TrainKeys
-from posttrain.errors import ChangedInputsError, PosttrainError
+from posttrain.config.pipeline import GateKeys, PipelineKeys
+from posttrain.config.resolved import resolved_yaml
+from posttrain.errors import PosttrainError
 from posttrain.evidence import Verdict
 from posttrain.files import write_atomic, write_json
 from posttrain.pipeline import lineage, selection
 from posttrain.pipeline.checks import check_all
-from posttrain.pipeline.data_checks import DataChecks
-from posttrain.pipeline.escalation import PENDING_FILE, decision_on, wait_for_person
+from posttrain.pipeline.data_checks import DataChecks, Suites
+from posttrain.pipeline.escalation import PENDING_FILE, decision_on, rejection_of, wait_for_person
 from posttrain.pipeline.judge import Judge, is_promoted
 from posttrain.pipeline.measure import Evals
-from posttrain.pipeline.pins import changes, environment, pins_of, stage_input, training_keys, what_moved
+from posttrain.pipeline.opening import OnChange, fresh, state_to_go_on_from
+from posttrain.pipeline.pins import environment, pins_of
 from posttrain.pipeline.state import (
     DONE,
     ERROR,
@@ -43,32 +38,16 @@ from posttrain.pipeline.state import (
     RunState,
     StageEntry,
 )  # fmt: skip
-from posttrain.protocols import MetricSink, Topology
-from posttrain.recipes.certify import certified_before, certify, require
-from posttrain.recipes.kinds import LOOPS
-from posttrain.recipes.run_folder import StageResult
-from posttrain.recipes.stage import Stage as StageRun
-from posttrain.recipes.stage import run_recipe
+from posttrain.pipeline.train import Place, Stages, Watch
+from posttrain.protocols import Topology
 from posttrain.recipes.stop import StopFlag, StoppedPolitely
-from posttrain.tracking.mlflow_mirror import MlflowSink
-from posttrain.tracking.prometheus import PrometheusSink
 
-log = logging.getLogger(__name__)
-
-OnChange = Literal["refuse", "rerun", "new-run"]
-
-
-@dataclass(frozen=True)
-class Watch:
-    """How a run is shown: sinks beside `metrics.jsonl`, and progress of evals."""
-
-    sinks: Callable[[str, int], Sequence[MetricSink]] = lambda kind, total: ()
-    evals: Callable[[str, int, int], None] | None = None
-    say: Callable[[str], None] = log.info
-
+__all__ = ["Outcome", "Watch", "run_pipeline"]
 
 EXIT_PENDING = 4
 """Exit code of a run whose verdict waits for a person."""
+EXIT_NOT_PROMOTED = 5
+"""Exit code of a run that passed its gate and was registered, and was refused the alias."""
 
 
 @dataclass(frozen=True)
@@ -80,45 +59,62 @@ class Outcome:
     folder: Path
     model_dir: Path | None
     verdict: Verdict | None
+    promoted: bool | None = None
+    """Whether the model took its alias; None where none was asked for."""
 
     @property
     def exit_code(self) -> int:
         if self.status == PENDING:
             return EXIT_PENDING
+        if self.promoted is False:
+            return EXIT_NOT_PROMOTED
         return 0 if self.verdict is None else self.verdict.exit_code
 
 
 def run_pipeline(
-    keys: PipelineKeys, topology: Topology, *, on_change: OnChange = "refuse", watch: Watch | None = None
-) -> Outcome:
-    """Run, or go on with, the pipeline in `keys.output_dir`. Raises: PosttrainError; StoppedPolitely after a signal."""
+    keys: PipelineKeys, topology: Topology, *, on_change: OnChange = "refuse", watch: Watch | None = None,
+    project: Path | None = None,
+) -> Outcome:  # fmt: skip
+    """Run, or go on with, the pipeline in `keys.output_dir`; paths below `project` are stored relative to it.
+
+    Raises: PosttrainError; StoppedPolitely after a signal.
+    """
+    watch = watch or Watch()
+    suites, data = check_all(keys), DataChecks(watch.say)
+    # Before the folder is made and anything is pinned: a start that is refused leaves nothing behind.
+    data.check_stages(keys, suites)
     folder = Path(keys.output_dir)
     if on_change == "new-run":
-        folder = _fresh(folder, pins_of(keys))
+        folder = fresh(folder, pins_of(keys))
         keys = keys.model_copy(update={"output_dir": str(folder)})
+    place = Place(keys, folder, project)
     if not topology.is_main:
-        return _Run(keys, folder, topology, watch or Watch()).run(on_change)
+        return _Run(place, topology, watch, suites, data, on_change).run()
     with run_lock(folder):
-        return _Run(keys, folder, topology, watch or Watch()).run(on_change)
+        return _Run(place, topology, watch, suites, data, on_change).run()
 
 
 class _Run:
-    def __init__(self, keys: PipelineKeys, folder: Path, topology: Topology, watch: Watch) -> None:
-        self.keys, self.folder, self.topology, self.watch = keys, folder, topology, watch
-        self.state = RunState(keys.name, {})
+    def __init__(
+        self, place: Place, topology: Topology, watch: Watch, suites: Suites, data: DataChecks, on_change: OnChange
+    ) -> None:
+        self.place, self.keys, self.folder = place, place.keys, place.folder
+        self.topology, self.watch, self.suites = topology, watch, suites
+        self.on_change: OnChange = on_change
+        self.state = RunState(self.keys.name, {})
         self.stop = StopFlag()
-        self.evals = Evals(keys, folder, topology, watch.say, self._shown, self._stop_if_asked)
-        self.judge = Judge(keys, folder, self.evals, topology, watch.say)
-        self.data = DataChecks(watch.say)
+        self.evals = Evals(self.keys, self.folder, topology, watch.say, self._shown, self._stop_if_asked, suites)
+        self.judge = Judge(self.keys, self.folder, self.evals, topology, watch.say)
+        self.stages = Stages(
+            place, topology, watch, data, self.stop, self._save, self._stop_if_asked, rerun=on_change == "rerun"
+        )
 
-    def run(self, on_change: OnChange) -> Outcome:
-        self.evals.suites = check_all(self.keys)
-        self.state = self._opened(on_change)
+    def run(self) -> Outcome:
+        self.state = self._opened()
         with self.stop.listening():
             try:
-                self.data.check_stages(self.keys, self.evals.suites)
                 self._measure("base", self.keys.base_model)
-                outcome = self._stages()
+                outcome = self._walk()
             except StoppedPolitely as stopped:
                 self._save(status=STOPPED, reason=str(stopped))
                 raise
@@ -128,47 +124,41 @@ class _Run:
                 raise
         return outcome
 
-    # --- start -----------------------------------------------------------------------------------------------------
-
-    def _opened(self, on_change: OnChange) -> RunState:
-        """The state to go on from. Raises: ChangedInputsError if inputs moved and nobody said what to do."""
-        pins = pins_of(self.keys)
-        state = self.topology.broadcast(RunState.load(self.folder) if self.topology.is_main else None)
-        if state is None:
-            state = RunState(self.keys.name, pins)
-        elif changes(state.pins, pins):
-            listed = "\n".join(f"  - {line}" for line in what_moved(self.folder, self.keys, state.pins, pins))
-            if on_change == "refuse":
-                raise ChangedInputsError(
-                    f"{self.folder} was started with other inputs:\n{listed}\n"
-                    "--on-change rerun runs again what depends on them; --on-change new-run leaves this run as it is"
-                )
-            self.watch.say(f"inputs changed, running again what depends on them:\n{listed}")
-            state = replace(state, pins=pins, retries={}, changes={}, registered=None)
+    def _opened(self) -> RunState:
+        """The state to go on from, and the folder in order. Raises: ChangedInputsError, DamagedFileError."""
+        pins, main = pins_of(self.keys), self.topology.is_main
+        state = RunState(self.keys.name, pins)
+        if main:
+            state = state_to_go_on_from(
+                self.folder, self.keys, pins, self.on_change, self.watch.say, self.place.project
+            )
+        state = self.topology.broadcast(state)
         state = replace(state, status=RUNNING, reason="")
-        if self.topology.is_main:
+        if main:
             for place in (self.folder, *self.folder.glob("*/"), *self.folder.glob("*/*/")):
                 sweep(place)
-            write_atomic(self.folder / "config.yaml", resolved_yaml(self.keys))
+            write_atomic(self.folder / "config.yaml", resolved_yaml(self.keys, self.place.project, self.folder))
             write_json(self.folder / "environment.json", environment())
             state.save(self.folder)
         return state
 
     # --- stages ----------------------------------------------------------------------------------------------------
 
-    def _stages(self) -> Outcome:
+    def _walk(self) -> Outcome:
         """Walk the stages; a loop-back sets the place back."""
         index, num_stages = 1, len(self.keys.stages)
         verdict: Verdict | None = None
         while index <= num_stages:
             stage = self.keys.stages[index - 1]
-            entry = self._train(index, stage)
+            self.state, entry = self.stages.made(self.state, index, self.suites)
             model = self.folder / entry.folder / "model"
             self._measure(entry.folder.removeprefix("stages/"), str(model))
             gate = selection.gate_after(self.keys, index)
             if gate is None:
                 index += 1
                 continue
+            if rejected := self._rejected(entry):
+                return self._finish(FAILED, rejected, index, Verdict.FAIL)
             onward, verdict = self._chosen(index, gate, entry)
             if onward is not None:
                 index = onward
@@ -234,99 +224,38 @@ class _Run:
                     self.watch.say(f"gate: INCONCLUSIVE, {reason}")
         return self.topology.broadcast((verdict, reason))
 
+    def _rejected(self, entry: StageEntry) -> str:
+        """By whom and why this very model was rejected, whatever it was compared with; nothing if it was not."""
+        found = None
+        if self.topology.is_main:
+            found = rejection_of(self.folder, entry.output_digest)
+            if found is not None:
+                (self.folder / PENDING_FILE).unlink(missing_ok=True)
+        found = self.topology.broadcast(found)
+        return "" if found is None else f"rejected by {found.by}: {found.reason}"
+
     def _measure(self, name: str, model: str) -> None:
         """Score a model on all suites, on the splits that no verdict is kept for where something is chosen."""
         self._stop_if_asked(f"the evals of {name}")
         for split, suites in selection.splits_between(self.keys, self.evals.suites).items():
             self.evals.measure(name, model, suites, split)
 
-    def _train(self, index: int, stage: Stage) -> StageEntry:
-        """Run a stage, or take over its finished result. All ranks call it."""
-        parent = self._model_before(index)
-        keys = apply_changes(stage.keys, self.state.changes.get(str(index), {}))
-        keys = keys.model_copy(update={"base_model": parent, "seed": keys.seed})
-        input_digest = stage_input(keys, self._digest_before(index))
-        entry = self.state.attempt(index, input_digest)
-        if entry is not None:
-            if entry != self.state.stage(index):
-                self._save(self.state.with_stage(entry))
-            if entry.status == DONE:
-                self.watch.say(f"{stage.kind}: done before with the same inputs, not run again")
-                return entry
-        else:
-            attempt = 1 + self.state.attempts(index)
-            folder = f"stages/{index:02d}-{stage.kind}" + ("" if attempt == 1 else f"-{attempt}")
-            entry = StageEntry(
-                index,
-                stage.kind,
-                attempt,
-                folder,
-                RUNNING,
-                input_digest,
-                _now(),
-                changed=dict(self.state.changes.get(str(index), {})),
-            )
-            self._save(self.state.with_stage(entry))
-        self._stop_if_asked(stage.kind)
-        beside = self.folder / entry.folder if self.topology.is_main else None
-        self.data.check_stage(keys, self.evals.suites, beside)
-        if isinstance(keys, GRPOKeys):
-            self._certify(keys, self.folder / entry.folder)
-        self.watch.say(f"{stage.kind}: {Path(parent).name if index > 1 else parent} → {self.folder / entry.folder}")
-        result = self._recipe(stage.kind, keys, self.folder / entry.folder)
-        done = replace(
-            entry, status=DONE, wall_s=result.wall_s, tokens=result.tokens, steps=result.steps,
-            output_digest=result.model_digest, held=result.held,
-        )  # fmt: skip
-        self._save(self.state.with_stage(done))
-        return done
-
-    def _recipe(self, kind: str, keys: TrainKeys, folder: Path) -> StageResult:
-        if (folder / "result.json").exists():
-            # Killed between the end of the stage and the note of it.
-            return StageResult.load(folder)
-        if self.topology.is_main:
-            write_atomic(folder / "config.yaml", resolved_yaml(keys))
-
-        def begun() -> StageRun:
-            return StageRun(kind, folder, keys, self.topology, watchers=partial(self._sinks, keys), stop=self.stop)
-
-        return run_recipe(LOOPS[kind], keys, begun)
-
-    def _sinks(self, keys: TrainKeys, kind: str, total_steps: int) -> list[MetricSink]:
-        """The live view, and the mirrors that are asked for."""
-        sinks = list(self.watch.sinks(kind, total_steps))
-        if keys.mlflow is not None:
-            run_key = f"{self.folder.resolve()}/{kind}"
-            sinks.append(MlflowSink(keys.mlflow, self.keys.name, run_key, params=training_keys(keys)))
-        if keys.prometheus_port is not None:
-            sinks.append(PrometheusSink(keys.prometheus_port, stage=kind))
-        return sinks
-
-    def _certify(self, keys: GRPOKeys, folder: Path) -> None:
-        """No RL on rewards that did not pass their check. Raises: RewardError."""
-        if keys.reward_check == "off":
-            self.watch.say("grpo: reward_check is off: the model of this run can be trained but not promoted")
-            return
-        if self.topology.is_main:
-            path = folder / "certificate.json"
-            earlier = certified_before(keys, path)
-            certificate = earlier or certify(keys, path)
-            self.watch.say(f"rewards: {certificate.verdict}" + (", checked before" if earlier else ""))
-            require(certificate)
-        self.topology.barrier()
-
     # --- end -------------------------------------------------------------------------------------------------------
 
     def _promoted(self, index: int, verdict: Verdict | None) -> Outcome:
-        """Register and promote what passed; a held run is registered but not promoted."""
-        if self.keys.register_ is not None and verdict is Verdict.PASS and self.topology.is_main:
-            if not is_promoted(self.state, self._digest_before(index + 1)):
-                self._save(registered=lineage.register(self.keys, self.state, self.folder, index))
+        """Register and promote what passed; what is held, or refused the alias, is registered alone."""
+        if self.keys.register_ is None or verdict is not Verdict.PASS:
+            return self._finish(PASSED if verdict is Verdict.PASS else DONE, "", index, verdict)
+        if self.topology.is_main:
+            if not is_promoted(self.state, self.place.digest_before(self.state, index + 1)):
+                self._save(registered=lineage.register(self.place, self.state, index))
             assert self.state.registered is not None
             self.watch.say(self.state.registered["message"])
         self.state = self.topology.broadcast(self.state)
-        return self._finish(PASSED if verdict is Verdict.PASS else DONE, "", index, verdict)
+        assert self.state.registered is not None, "rank 0 registered it"
+        promoted = self.state.registered["alias"] is not None
+        reason = "" if promoted else self.state.registered["message"]
+        return replace(self._finish(PASSED, reason, index, verdict), promoted=promoted)
 
     def _finish(self, status: str, reason: str, index: int, verdict: Verdict | None) -> Outcome:
         self._save(replace(self.state, status=status, reason=reason))
@@ -347,29 +276,7 @@ class _Run:
         if self.topology.world_size == 1:
             self._stop_if_asked(f"the end of suite {suite}")
 
-    def _model_before(self, index: int) -> str:
-        entry = self.state.stage(index - 1)
-        return self.keys.base_model if entry is None else str(self.folder / entry.folder / "model")
-
-    def _digest_before(self, index: int) -> str:
-        entry = self.state.stage(index - 1)
-        return self.state.pins["base_model"] if entry is None else entry.output_digest
-
     def _save(self, state: RunState | None = None, **changes: Any) -> None:
         self.state = replace(state or self.state, **changes)
         if self.topology.is_main:
             self.state.save(self.folder)
-
-
-def _fresh(folder: Path, pins: Mapping[str, str]) -> Path:
-    """The first of `folder`, `folder-2`, `folder-3` … that holds no run, or the run with these inputs, to go on with."""
-    for number in count(1):
-        place = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
-        state = RunState.load(place)
-        if state is None or not changes(state.pins, pins):
-            return place
-    raise AssertionError("count never ends")
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

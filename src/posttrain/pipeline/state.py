@@ -7,16 +7,26 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from posttrain.files import read_json, write_json
+from posttrain.files import digest_json, read_record, write_json
 
 RUNNING, PASSED, FAILED, INCONCLUSIVE, DONE, STOPPED = "running", "passed", "failed", "inconclusive", "done", "stopped"
 ERROR = "error"
 PENDING = "pending"
+DAMAGED = "damaged"
+"""Of a stage whose files are no longer what it made: another attempt stands in for it."""
+
+
+STATE_FILE = "pipeline.json"
+_SEAL = "digest"
 
 
 @dataclass(frozen=True, slots=True)
 class StageEntry:
-    """One attempt at a stage. `changed` are the keys a loop-back changed."""
+    """One attempt at a stage. `changed` are the keys a loop-back changed.
+
+    `inputs` are what it took, by name, and `input_digest` is the digest of them; `accepted` are digests of other inputs that
+    a person let it stand for. `files` are what it made, relative to its folder.
+    """
 
     index: int
     kind: str
@@ -31,6 +41,19 @@ class StageEntry:
     output_digest: str = ""
     changed: Mapping[str, Any] = field(default_factory=dict)
     held: tuple[str, ...] = ()
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    environment: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
+    accepted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A person's word that what is finished stays, though `changed` (versions, numbers) would make it anew."""
+
+    at: str
+    by: str
+    changed: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +91,7 @@ class RunState:
     retries: Mapping[str, int] = field(default_factory=dict)
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     registered: Mapping[str, Any] | None = None
+    kept: tuple[Kept, ...] = ()
 
     def stage(self, index: int) -> StageEntry | None:
         """The newest attempt at a stage."""
@@ -75,8 +99,9 @@ class RunState:
         return entries[-1] if entries else None
 
     def attempt(self, index: int, input_digest: str) -> StageEntry | None:
-        """The attempt at a stage that had these inputs."""
-        found = [entry for entry in self.stages if (entry.index, entry.input_digest) == (index, input_digest)]
+        """The attempt at a stage that had these inputs, or was accepted for them."""
+        usable = [entry for entry in self.stages if entry.index == index and entry.status != DAMAGED]
+        found = [entry for entry in usable if input_digest in (entry.input_digest, *entry.accepted)]
         return found[-1] if found else None
 
     def attempts(self, index: int) -> int:
@@ -103,15 +128,31 @@ class RunState:
         return replace(self, selections=(*(s for s in self.selections if s != made), made))
 
     def save(self, folder: Path) -> None:
-        write_json(folder / "pipeline.json", asdict(self))
+        record = asdict(self)
+        write_json(folder / STATE_FILE, record | {_SEAL: digest_json(record)})
 
     @classmethod
     def load(cls, folder: Path) -> RunState | None:
-        path = folder / "pipeline.json"
+        """None where no run is. Raises: DamagedFileError if the file is not what `save` wrote."""
+        path = folder / STATE_FILE
         if not path.exists():
             return None
-        record = read_json(path)
-        record["stages"] = tuple(StageEntry(**entry | {"held": tuple(entry["held"])}) for entry in record["stages"])
+        go_on = (
+            f"put a copy of it back, or move it away (mv {path} {path}.damaged) and start again: finished stages with the "
+            "same inputs are taken over"
+        )
+        return read_record(path, cls._from_json, go_on)
+
+    @classmethod
+    def _from_json(cls, record: dict[str, Any]) -> RunState:
+        seal = record.pop(_SEAL)
+        if digest_json(record) != seal:
+            raise ValueError("its contents are not those it was written with")
+        record["stages"] = tuple(
+            StageEntry(**entry | {name: tuple(entry[name]) for name in ("held", "accepted")})
+            for entry in record["stages"]
+        )
         record["selections"] = tuple(Selection(**entry) for entry in record["selections"])
         record["gates"] = tuple(GateEntry(**entry) for entry in record["gates"])
+        record["kept"] = tuple(Kept(**entry | {"changed": tuple(entry["changed"])}) for entry in record["kept"])
         return cls(**record)

@@ -9,7 +9,7 @@ from typing import Any
 from posttrain.config.stages import GRPOKeys
 from posttrain.data.load import load_prompts
 from posttrain.errors import RewardError
-from posttrain.files import read_json
+from posttrain.files import read_record
 from posttrain.models.generation import stop_token_ids
 from posttrain.models.load import load_policy, load_tokenizer
 from posttrain.recipes.engine import sampling_params
@@ -60,9 +60,14 @@ def certified_before(keys: GRPOKeys, path: Path) -> Certificate | None:
     """The certificate of an earlier start of the same stage at `path`, if these rewards may start on it."""
     if not path.exists():
         return None
-    found = Certificate.from_json(read_json(path))
+    found = read_certificate(path)
     rewards = reward_digest(keys.reward_funcs, keys.reward_kwargs, keys.reward_weights)
     return found if found.matches(rewards) else None
+
+
+def read_certificate(path: Path) -> Certificate:
+    """Raises: DamagedFileError."""
+    return read_record(path, Certificate.from_json, f"delete {path} and start again: the rewards are checked anew")
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
@@ -89,7 +94,7 @@ def require(certificate: Certificate) -> None:
 def require_match(folder: Path, rewards: RewardPool) -> None:
     """Raises: RewardError unless the certificate in the stage's folder, if it has one, is for exactly these rewards."""
     path = folder / "certificate.json"
-    certified = Certificate.from_json(read_json(path)).reward_digest if path.exists() else rewards.digest
+    certified = read_certificate(path).reward_digest if path.exists() else rewards.digest
     if certified != rewards.digest:
         raise RewardError(
             f"{path} is for rewards {certified[:19]}, those of this run are {rewards.digest[:19]}: a reward file, its "

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from posttrain.data.dataset import Dataset, sequences
-from posttrain.files import read_json, write_json
+from posttrain.files import read_record, write_json
 from posttrain.protocols import MetricSink
 from posttrain.tracking.jsonl import EVENTS, JsonlSink, read_jsonl
 from posttrain.tracking.multi import MultiSink
@@ -52,9 +53,14 @@ class StageResult:
 
     @classmethod
     def load(cls, folder: Path) -> StageResult:
-        record = read_json(folder / "result.json")
+        """Raises: DamagedFileError."""
+        go_on = f"delete {folder / 'result.json'} and start again: the stage ends anew from its last checkpoint"
+        return read_record(folder / "result.json", partial(cls._from_json, folder), go_on)
+
+    @classmethod
+    def _from_json(cls, folder: Path, record: dict[str, Any]) -> StageResult:
         record |= {"folder": folder, "model_dir": folder / "model", "held": tuple(record["held"])}
-        record["rollbacks"] = tuple(record.get("rollbacks", ()))
+        record["rollbacks"] = tuple(record["rollbacks"])
         return cls(**record)
 
 

@@ -3,7 +3,7 @@
 Knows nothing of how a verdict was reached, only what it is about.
 """
 
-from posttrain.registry.manifest import Manifest, check_chain, code_digest, environment_pins
+from posttrain.registry.manifest import Manifest, check_chain, environment_pins
 from posttrain.registry.registry import Registry, Verification
 from posttrain.registry.rows import Event
 from posttrain.registry.store import ContentStore
@@ -15,6 +15,5 @@ __all__ = [
     "Registry",
     "Verification",
     "check_chain",
-    "code_digest",
     "environment_pins",
 ]

@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import RegistryError
-from posttrain.files import digest_file, digest_json
+from posttrain.files import digest_json
 
 MODEL = "model"
 """Name of the model among inputs (what the stage started from) and outputs (what it made)."""
 CERTIFICATE = "certificate"
 RL_STAGES = frozenset({"grpo"})
 """Stages whose model takes an alias only with a passing reward certificate among their inputs."""
-_CODE_SUFFIXES = frozenset({".py", ".j2", ".css", ".json", ".yaml"})
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One stage. Usual inputs beside `model`: tokenizer, template, data, config, code, environment, suite, certificate.
+    """One stage. Usual inputs beside `model`: tokenizer, template, data, config, versions, environment, suite, certificate.
 
     `details` are for people (learning rate, tokens, wall time, command); they are part of the digest too.
     """
@@ -94,12 +93,3 @@ def _cpu() -> dict[str, Any]:
     model, flags = (found.group(1) if found else "" for found in fields.values())
     vector = sorted(flag for flag in flags.split() if flag.startswith(("avx", "sse4", "fma", "amx")))
     return {"model": model or platform.processor(), "instructions": vector}
-
-
-def code_digest(folder: Path) -> str:
-    """Digest of a package's source files: what would run, not what was compiled from it."""
-    folder = Path(folder)
-    paths = sorted(path for path in folder.rglob("*") if path.suffix in _CODE_SUFFIXES and path.is_file())
-    if not paths:
-        raise RegistryError(f"{folder}: got no source files, expected a package folder")
-    return digest_json({path.relative_to(folder).as_posix(): digest_file(path) for path in paths})

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from posttrain.errors import MissingExtraError
-from posttrain.registry.promotion import CHAMPION, HOLD, PREVIOUS
+from posttrain.names import PREVIOUS
+from posttrain.registry.promotion import CHAMPION, HOLD
 from posttrain.registry.registry import Registry
 from posttrain.registry.rows import Event
 from posttrain.uris import refuse_secret, without_secrets

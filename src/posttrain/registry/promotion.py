@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from posttrain.evidence import Decision, GateVerdict, Verdict
+from posttrain.names import STRICT, kept_alias
 from posttrain.registry.manifest import CERTIFICATE, MODEL, RL_STAGES, Manifest
 
 HOLD = "hold"
@@ -14,17 +14,12 @@ HOLD = "hold"
 DECISION = "decision"
 """Role of what a person decided on an inconclusive verdict, among a version's records."""
 CHAMPION = "champion"
-PREVIOUS = "previous"
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 
 
 def bad_name(what: str, value: str) -> str:
     """Why `value` cannot name a model or an alias ("" if it can)."""
-    if not _NAME.fullmatch(value):
-        return f"got {what} {value!r}, expected a letter followed by letters, digits, '.', '_' or '-'"
-    if what == "alias" and (value == PREVIOUS or value.endswith(f".{PREVIOUS}")):
-        return f"alias {value!r} is kept by the registry itself: roll back to move it"
-    return ""
+    reason = STRICT.against(value) or (kept_alias(value) if what == "alias" else "")
+    return reason.replace("got ", f"got {what} ", 1)
 
 
 def against_verdict(verdict: GateVerdict, digest: str, decision: Decision | None = None) -> str:

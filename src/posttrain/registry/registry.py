@@ -11,9 +11,10 @@ from typing import Any
 from posttrain.errors import RegistryError
 from posttrain.evidence import Decision, GateVerdict, RegistryEntry
 from posttrain.files import digest_file, write_atomic
+from posttrain.names import PREVIOUS
 from posttrain.registry import looks, promotion
 from posttrain.registry.manifest import MODEL, Manifest, check_chain
-from posttrain.registry.promotion import CHAMPION, DECISION, HOLD, PREVIOUS
+from posttrain.registry.promotion import CHAMPION, DECISION, HOLD
 from posttrain.registry.rows import Rows, now
 from posttrain.registry.schema import connect, writing
 from posttrain.registry.store import ContentStore

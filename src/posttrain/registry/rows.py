@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from posttrain.registry.promotion import CHAMPION, HOLD, PREVIOUS
+from posttrain.names import PREVIOUS
+from posttrain.registry.promotion import CHAMPION, HOLD
 from posttrain.registry.schema import writing
 
 
@@ -78,7 +79,7 @@ class Rows:
         self._db.execute("INSERT OR IGNORE INTO objects VALUES (?, ?, ?, ?, ?)", values)
 
     def event(self, action: str, name: str, version: int, details: Mapping[str, Any], actor: str | None) -> None:
-        values = (now(), actor or _user(), action, name, version, json.dumps(details, sort_keys=True))
+        values = (now(), actor or user(), action, name, version, json.dumps(details, sort_keys=True))
         self._db.execute("INSERT INTO events VALUES (NULL, ?, ?, ?, ?, ?, ?)", values)
 
     def events(self, name: str | None = None, after: int = 0) -> list[Event]:
@@ -101,7 +102,8 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _user() -> str:
+def user() -> str:
+    """The user of this process."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container whose uid has no name

@@ -204,6 +204,7 @@ def _gates(folder: Path, pipeline: Mapping[str, Any], problems: list[str]) -> tu
             for path in sorted((folder / "gates").glob("*/verdict.json"))
         ]
     gates: list[GateRecord] = []
+    decided = {line.get("verdict_digest"): line for line in _try(folder / "decisions.jsonl", read_jsonl, [], problems)}
     for entry in entries:
         where = folder / str(entry.get("folder") or "missing")
         verdict = _mapping(_try(where / "verdict.json", read_json, {}, problems)) or {
@@ -211,7 +212,7 @@ def _gates(folder: Path, pipeline: Mapping[str, Any], problems: list[str]) -> tu
             "tests": [],
         }
         verdict = {"reason": "", **verdict, "tests": [_test(test) for test in verdict.get("tests") or []]}
-        if decision := _mapping(_try(where / "decision.json", read_json, {}, problems)):
+        if decision := decided.get(verdict.get("digest")):
             verdict |= _decided(verdict, decision)
         if verdict.get("verdict"):
             gates.append(

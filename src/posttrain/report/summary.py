@@ -29,9 +29,8 @@ def summary_of(run: RunRecord) -> str:
     if gate is not None:
         lines.append(f"gate      {words.verdict_of(gate.verdict)}: {gate.verdict.get('reason', '')}".rstrip(": "))
     if run.registered:
-        lines.append(
-            f"registry  {run.registered.get('name')} v{run.registered.get('version')} → {run.registered.get('alias')}"
-        )
+        named = f"{run.registered.get('name')} v{run.registered.get('version')}"
+        lines.append(f"registry  {named}{words.alias_of(run.registered, ' → {}')}")
     return "\n".join([*lines, headline(run)])
 
 

@@ -150,7 +150,7 @@ def headline(run: RunRecord) -> str:
         parts.append("No model was compared with another, so this run says nothing about improvement.")
     if run.registered:
         parts.append(
-            f"It is registered as “{run.registered.get('name')}” version {run.registered.get('version')}, alias “{run.registered.get('alias')}”."
+            f"It is registered as “{run.registered.get('name')}” version {run.registered.get('version')}{words.alias_of(run.registered)}."
         )
     return " ".join(parts)
 

@@ -97,3 +97,9 @@ def short_digest(digest: Any) -> str:
 
 def verdict_of(verdict: Mapping[str, Any]) -> str:
     return str(verdict.get("verdict") or "")
+
+
+def alias_of(registered: Mapping[str, Any], arrow: str = ", alias “{}”") -> str:
+    """What a registered version was promoted to, or why it was not."""
+    alias = registered.get("alias")
+    return arrow.format(alias) if alias else f", not promoted: {registered.get('refused') or 'no reason recorded'}"

@@ -19,8 +19,9 @@ from types import ModuleType
 from typing import Any
 
 from posttrain.errors import ConfigError, RewardError
-from posttrain.files import digest_file, digest_json, file_digests
+from posttrain.files import digest_file, digest_json
 from posttrain.grading.scorers import grading_digest
+from posttrain.numerics import revision
 from posttrain.rewards.library import REWARDS
 
 
@@ -261,7 +262,7 @@ def reward_digest(
     weights: Sequence[float] | None = None,
     folder: Path | None = None,
 ) -> str:
-    """Digest of what decides a reward: source of the files and their neighbours, library and grading code, versions, options.
+    """Digest of what decides a reward: source of the files and their neighbours, numbers of library and graders, versions, options.
 
     Nothing is executed. What a reward reads from disk or network is not seen.
     """
@@ -277,17 +278,12 @@ def reward_digest(
                 imported |= {name.split(".")[0] for name in _imported(tree)}
         elif options.get(spec, {}).get("backend") == "math_verify":
             imported |= {"math_verify", "latex2sympy2_extended", "sympy"}
-    own = {
-        k: v
-        for k, v in file_digests(Path(__file__).parent).items()
-        if k in ("library.py", "math_verify.py", "resolve.py")
-    }
     names = reward_names(specs)
     return digest_json(
         {
             "rewards": [(split_spec(spec) or ("", spec))[1] for spec in specs],
             "sources": sources,
-            "library": [own, grading_digest()],
+            "library": [revision("rewards"), grading_digest()],
             "versions": dependency_versions(imported),
             "python": platform.python_version_tuple()[:2],
             "weights": [float(w) for w in weights] if weights is not None else [1.0] * len(specs),

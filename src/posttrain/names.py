@@ -1,0 +1,54 @@
+"""What may be a name: each becomes part of a file's name, and some go to other tools.
+
+One rule per noun, in words too, so that a message can say it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+PREVIOUS = "previous"
+_MOST = 100
+_MOST_BYTES = 200
+"""A file's name may have 255, and ours get an end (`-gate`, `-2`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class NameRule:
+    pattern: re.Pattern[str]
+    words: str
+
+    def against(self, value: str) -> str:
+        """Why `value` cannot be such a name, or nothing."""
+        if not self.pattern.fullmatch(value):
+            shown = value if len(value) <= 60 else f"{value[:59]}…"
+            return f"got {shown!r}, expected {self.words}"
+        if len(value) > _MOST or len(value.encode("utf-8", "surrogatepass")) > _MOST_BYTES:
+            size = f"{len(value)} characters, {len(value.encode('utf-8', 'surrogatepass'))} bytes"
+            return f"got a name of {size}, expected at most {_MOST} characters and {_MOST_BYTES} bytes"
+        return ""
+
+
+FREE = NameRule(
+    re.compile(r"\w(?:[\w .-]*[\w.-])?"),
+    "letters, digits, spaces and . _ - with a letter, a digit or _ first and no space last: it becomes the name of a folder",
+)
+"""Of a run, a suite, a split."""
+STRICT = NameRule(
+    re.compile(r"[A-Za-z][A-Za-z0-9_.-]*"), "a letter of a to z followed by such letters, digits, '.', '_' or '-'"
+)
+"""Of a registered model or an alias, which other tools take over."""
+
+
+def kept_alias(value: str) -> str:
+    """Why `value` is no alias that a user can set, or nothing."""
+    if value == PREVIOUS or value.endswith(f".{PREVIOUS}"):
+        return f"got {value!r}, which is kept by the registry itself, for the holder before: roll back to move it"
+    return ""
+
+
+def name_of(text: str) -> str:
+    """A free name made of any text, such as the name of a file."""
+    kept = re.sub(r"[^\w .-]", "_", text)[:_MOST]
+    return kept.strip(" .-") or "run"

@@ -1,0 +1,31 @@
+"""Which numbers this version computes: what a run pins instead of the text of the source.
+
+A change that makes any row compute other numbers for the same inputs (a loss, a sampler, a schedule, a score) adds an entry to
+its row, in the words that a reader of an upgrade is told. `tests/test_numerics.py` recomputes golden values of every row and
+fails until that is done. A comment, a message or a refactoring adds none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+REVISIONS: Mapping[str, tuple[str, ...]] = {
+    "sft": ("the numbers of 0.1",),
+    "dpo": ("the numbers of 0.1",),
+    "grpo": ("the numbers of 0.1",),
+    "grading": ("the scores of 0.1",),
+    "rewards": ("the library of 0.1",),
+}
+"""What computes → what each of its revisions changed, oldest first. The last one is in force."""
+
+
+def revision(what: str) -> str:
+    """The revision in force, counted from 1."""
+    return str(len(REVISIONS[what]))
+
+
+def changes_between(what: str, old: str | None, new: str | None) -> str:
+    """What the revisions after `old` up to `new` changed, or nothing where this version does not know."""
+    known = REVISIONS.get(what, ())
+    first, last = (int(text) if text is not None and text.isdecimal() else 0 for text in (old, new))
+    return "; ".join(known[first:last])

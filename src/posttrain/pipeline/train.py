@@ -1,0 +1,191 @@
+"""The stages of a run: each is run, or what an earlier start made of it is taken over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+from posttrain.config.pipeline import PipelineKeys, Stage
+from posttrain.config.resolved import apply_changes, resolved_yaml
+from posttrain.config.stages import GRPOKeys, TrainKeys
+from posttrain.errors import ChangedInputsError
+from posttrain.files import digest_json, write_atomic
+from posttrain.pipeline.data_checks import DataChecks, Suites
+from posttrain.pipeline.pins import environment, stage_inputs, training_keys
+from posttrain.pipeline.state import DAMAGED, DONE, RUNNING, RunState, StageEntry
+from posttrain.pipeline.taken_over import begin, belongs_to, damage, damaged_error, files_made, model_of
+from posttrain.protocols import MetricSink, Topology
+from posttrain.recipes.certify import certified_before, certify, require
+from posttrain.recipes.kinds import LOOPS
+from posttrain.recipes.run_folder import StageResult
+from posttrain.recipes.stage import Stage as StageRun
+from posttrain.recipes.stage import run_recipe
+from posttrain.recipes.stop import StopFlag
+from posttrain.registry.rows import now
+from posttrain.tracking.mlflow_mirror import MlflowSink
+from posttrain.tracking.prometheus import PrometheusSink
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How a run is shown: sinks beside `metrics.jsonl`, and progress of evals."""
+
+    sinks: Callable[[str, int], Sequence[MetricSink]] = lambda kind, total: ()
+    evals: Callable[[str, int, int], None] | None = None
+    say: Callable[[str], None] = log.info
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is: its keys, its folder, and the project that its paths are stored relative to."""
+
+    keys: PipelineKeys
+    folder: Path
+    project: Path | None = None
+
+    def model_before(self, state: RunState, index: int) -> str:
+        entry = state.stage(index - 1)
+        return self.keys.base_model if entry is None else str(self.folder / entry.folder / "model")
+
+    def digest_before(self, state: RunState, index: int) -> str:
+        entry = state.stage(index - 1)
+        return state.pins["base_model"] if entry is None else entry.output_digest
+
+
+@dataclass
+class Stages:
+    """Runs the stages of one run. All ranks call it. `save` keeps a state, `before` may stop; with `rerun`, what is
+    damaged is run again."""
+
+    place: Place
+    topology: Topology
+    watch: Watch
+    data: DataChecks
+    stop: StopFlag
+    save: Callable[[RunState], None]
+    before: Callable[[str], None]
+    rerun: bool
+    _intact: set[str] = field(default_factory=set)
+
+    def made(self, state: RunState, index: int, suites: Suites) -> tuple[RunState, StageEntry]:
+        """The finished stage, and the state that says so. Raises: ChangedInputsError, PosttrainError."""
+        stage = self.place.keys.stages[index - 1]
+        keys = self._keys(state, index, stage)
+        inputs = stage_inputs(stage.kind, keys, self.place.digest_before(state, index))
+        entry = state.attempt(index, digest_json(inputs))
+        if entry is not None and entry.status == DONE:
+            if lines := self._damage(entry):
+                if not self.rerun:
+                    raise damaged_error(stage.kind, lines)
+                self.watch.say(f"{stage.kind}: not as it was made, so it is run again: {'; '.join(lines)}")
+                state, entry = state.with_stage(replace(entry, status=DAMAGED)), None
+                self.save(state)
+            else:
+                self.watch.say(f"{stage.kind}: done before with the same inputs, not run again")
+                return self._newest(state, entry), entry
+        self.before(stage.kind)
+        entry = entry or self._new(state, index, stage.kind, inputs)
+        folder = self.place.folder / entry.folder
+        self.data.check_stage(keys, suites, folder if self.topology.is_main else None)
+        if isinstance(keys, GRPOKeys):
+            self._certify(keys, folder)
+        if self.topology.is_main:
+            begin(folder, inputs)
+        state = self._newest(state, entry)
+        base = self.place.keys.base_model
+        self.watch.say(f"{stage.kind}: {base if index == 1 else Path(keys.base_model).name} → {folder}")
+        done = self._finished(entry, self._recipe(stage.kind, keys, folder), folder)
+        state = state.with_stage(done)
+        self.save(state)
+        return state, done
+
+    def _keys(self, state: RunState, index: int, stage: Stage) -> TrainKeys:
+        keys = apply_changes(stage.keys, state.changes.get(str(index), {}))
+        return keys.model_copy(update={"base_model": self.place.model_before(state, index), "seed": keys.seed})
+
+    def _newest(self, state: RunState, entry: StageEntry) -> RunState:
+        if entry == state.stage(entry.index):
+            return state
+        state = state.with_stage(entry)
+        self.save(state)
+        return state
+
+    def _new(self, state: RunState, index: int, kind: str, inputs: dict[str, str]) -> StageEntry:
+        """The next attempt at a stage, in a folder that holds nothing made from other inputs."""
+        for attempt in count(1 + state.attempts(index)):
+            folder = f"stages/{index:02d}-{kind}" + ("" if attempt == 1 else f"-{attempt}")
+            if self.topology.broadcast(belongs_to(self.place.folder / folder, inputs)):
+                break
+        return StageEntry(
+            index, kind, attempt, folder, RUNNING, digest_json(inputs), now(), inputs=inputs,
+            changed=dict(state.changes.get(str(index), {})), environment=digest_json(environment()),
+        )  # fmt: skip
+
+    def _damage(self, entry: StageEntry) -> list[str]:
+        """What of a finished stage is not as it was made; each is looked at once per start, by rank 0."""
+        if entry.folder in self._intact:
+            return []
+        lines = self.topology.broadcast(
+            damage(self.place.folder / entry.folder, entry) if self.topology.is_main else []
+        )
+        if not lines:
+            self._intact.add(entry.folder)
+        return lines
+
+    def _finished(self, entry: StageEntry, result: StageResult, folder: Path) -> StageEntry:
+        """The entry of a stage that has ended. Raises: ChangedInputsError if the model it started from moved meanwhile."""
+        if result.parent_digest != entry.inputs["model"]:
+            raise ChangedInputsError(
+                f"{entry.kind}: the model it starts from changed while it ran: {entry.inputs['model']} at the start, "
+                f"{result.parent_digest} at the end; put it back, move {folder} away, and start again"
+            )
+        files = self.topology.broadcast(files_made(folder) if self.topology.is_main else {})
+        if model_of(files) != result.model_digest:
+            path = folder / "model"
+            raise damaged_error(entry.kind, [f"{path} is {model_of(files)}, it was written as {result.model_digest}"])
+        self._intact.add(entry.folder)
+        return replace(
+            entry, status=DONE, wall_s=result.wall_s, tokens=result.tokens, steps=result.steps,
+            output_digest=result.model_digest, held=result.held, files=files,
+        )  # fmt: skip
+
+    def _recipe(self, kind: str, keys: TrainKeys, folder: Path) -> StageResult:
+        if (folder / "result.json").exists():
+            # Killed between the end of the stage and the note of it.
+            return StageResult.load(folder)
+        if self.topology.is_main:
+            write_atomic(folder / "config.yaml", resolved_yaml(keys, self.place.project, folder))
+
+        def begun() -> StageRun:
+            return StageRun(kind, folder, keys, self.topology, watchers=partial(self._sinks, keys), stop=self.stop)
+
+        return run_recipe(LOOPS[kind], keys, begun)
+
+    def _sinks(self, keys: TrainKeys, kind: str, total_steps: int) -> list[MetricSink]:
+        """The live view, and the mirrors that are asked for."""
+        sinks = list(self.watch.sinks(kind, total_steps))
+        if keys.mlflow is not None:
+            run_key = f"{self.place.folder.resolve()}/{kind}"
+            sinks.append(MlflowSink(keys.mlflow, self.place.keys.name, run_key, params=training_keys(keys)))
+        if keys.prometheus_port is not None:
+            sinks.append(PrometheusSink(keys.prometheus_port, stage=kind))
+        return sinks
+
+    def _certify(self, keys: GRPOKeys, folder: Path) -> None:
+        """No RL on rewards that did not pass their check. Raises: RewardError."""
+        if keys.reward_check == "off":
+            self.watch.say("grpo: reward_check is off: the model of this run can be trained but not promoted")
+            return
+        if self.topology.is_main:
+            path = folder / "certificate.json"
+            earlier = certified_before(keys, path)
+            certificate = earlier or certify(keys, path)
+            self.watch.say(f"rewards: {certificate.verdict}" + (", checked before" if earlier else ""))
+            require(certificate)
+        self.topology.barrier()
