@@ -214,17 +214,22 @@ def test_big_texts_and_surrogates_pass_through(folder):
         assert [s.total for s in pool.score(["p"] * 2, ["a" * 3_000_000, "\ud800"])] == [3_000_000, 1]
 
 
-def test_workers_die_with_the_process_that_started_them(folder):
+@pytest.mark.parametrize("reward", ["forever", "daemon"])
+def test_workers_and_what_they_started_die_with_the_process_that_started_them(folder, tmp_path, reward):
     program = (
         "import os, sys, threading, time\nfrom pathlib import Path\nfrom posttrain.rewards.workers import RewardPool\n"
-        f"pool = RewardPool(['r.py:forever'], timeout_s=100, folder=Path({str(folder)!r}))\npool.__enter__()\n"
-        "print(pool._workers[0].process.supervisor.pid, flush=True)\nthreading.Timer(0.3, lambda: os.kill(os.getpid(), 9)).start()\npool.score(['p'], ['c'])"
+        f"pool = RewardPool(['r.py:{reward}'], timeout_s=100, folder=Path({str(folder)!r}))\npool.__enter__()\n"
+        f"Path({str(tmp_path)!r}, str(pool._workers[0].process.supervisor.pid)).touch()\n"
+        f"Path({str(tmp_path)!r}, str(pool._workers[0].process.pid)).touch()\n"
+        f"threading.Timer(1.0, lambda: os.kill(os.getpid(), 9)).start()\npool.score([{str(tmp_path)!r}], ['c'])\ntime.sleep(100)"
     )
-    worker = int(subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True).stdout)
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and is_alive(worker):
+    subprocess.run([sys.executable, "-c", program], check=False, capture_output=True)
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    assert len(pids) == (3 if reward == "daemon" else 2)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(map(is_alive, pids)):
         time.sleep(0.1)
-    assert not is_alive(worker)
+    assert not any(map(is_alive, pids))
 
 
 @pytest.mark.parametrize("text", ["clear", "pop", "prompts"])

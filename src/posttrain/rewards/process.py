@@ -54,19 +54,19 @@ class RewardProcess:
         os.set_blocking(self.answer_fd, False)
         self.ready = False
         self._buffer, self._num_asked = b"", 0
-        self._pid = self.supervisor.pid
+        self.pid = self.supervisor.pid
         self.start_clock(START_TIMEOUT_S)
         self._send(pickle.dumps(setup))
 
     # --- clock -----------------------------------------------------------------------------------------------------
 
     def start_clock(self, limit_s: float) -> None:
-        self._queued_s = _queued_s(self._pid)
+        self._queued_s = _queued_s(self.pid)
         self.deadline = time.monotonic() + limit_s
 
     def is_late(self) -> bool:
         """Whether the deadline is past. Time in which the process waited for a CPU does not count."""
-        queued_s = _queued_s(self._pid)
+        queued_s = _queued_s(self.pid)
         self.deadline += queued_s - self._queued_s
         self._queued_s = queued_s
         return time.monotonic() >= self.deadline
@@ -114,7 +114,7 @@ class RewardProcess:
         return cast("dict[str, Any]", answer)
 
     def became_ready(self, pid: int) -> None:
-        self.ready, self._pid = True, pid
+        self.ready, self.pid = True, pid
 
     # --- end -------------------------------------------------------------------------------------------------------
 
