@@ -184,3 +184,43 @@ def test_a_saved_adapter_names_its_targets(policy_of, tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_modules"] == ["q_proj"]
     assert (config["r"], config["lora_alpha"]) == (4, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_modules_to_save": ["lm_hed"]}, r"lora_modules_to_save: 'lm_hed' is no module of .*it has .*lm_head"),
+        ({"rank_pattern": {"qproj": 2}}, "rank_pattern: 'qproj' matches no adapted module; adapted are down_proj"),
+        ({"alpha_pattern": {"lm_head": 2}}, "alpha_pattern: 'lm_head' matches no adapted module"),
+        ({"rank_pattern": {"k_proj": 2}, "lora_target": ["q_proj"]}, "'k_proj' matches no adapted module; .* q_proj"),
+    ],
+)
+def test_what_matches_nothing_in_the_adapters_keys_is_an_error(options, message, policy_of):
+    with pytest.raises(ModelError, match=message):
+        policy_of("llama", adapter="lora", lora_r=4, **options)
+
+
+@pytest.mark.parametrize("target", [r".*(head|q_proj)", ["q_proj", "lm_head"], ["embed_tokens", "v_proj"]])
+def test_an_adapter_on_a_tied_head_is_refused_before_training(target, policy_of):
+    with pytest.raises(ModelError, match="reaches .*embedding and head share one weight"):
+        policy_of("qwen3", adapter="lora", lora_r=4, lora_target=target)
+
+
+@pytest.mark.parametrize("target", [r".*(head|q_proj)", ["q_proj", "lm_head"]])
+def test_an_untied_head_may_be_adapted(target, policy_of, tmp_path, keys_of):
+    from posttrain.models.export import save_policy
+
+    policy = move(policy_of("llama", adapter="lora", lora_r=4, lora_target=target))
+    assert any("lm_head" in name for name, _ in policy.trainable())
+    keys = keys_of("llama", adapter="lora", lora_r=4, lora_target=target)
+    assert save_policy(policy, tmp_path / "model", keys).relative < 1e-4
+
+
+@pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_embedding_and_head_are_trained_whole_and_stay_tied(saved, architecture, policy_of, keys_of, tmp_path):
+    from posttrain.models.export import save_policy
+
+    options = {"adapter": "lora", "lora_r": 4, "lora_target": ["q_proj"], "lora_modules_to_save": [saved]}
+    policy = move(policy_of(architecture, **options))
+    assert save_policy(policy, tmp_path / "model", keys_of(architecture, **options)).relative < 1e-4

@@ -61,6 +61,7 @@ def test_every_family_trains_an_adapter_from_a_bf16_file(
     target = {"lora_target": ["q_proj", "v_proj"]} if architecture != "mamba" else {"lora_target": ["in_proj"]}
     keys = keys_of(architecture, **options, **target)
     policy = load_policy(keys.model_copy(update={"base_model": str(bf16_dir(architecture))}))
+    assert policy.ragged == (architecture in RAGGED)
     policy.model.train()
     scores = policy.score(pack(families))
     assert scores.logp_M.dtype == torch.float32

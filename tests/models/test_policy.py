@@ -96,7 +96,9 @@ def test_the_router_loss_of_a_mixture_of_experts_is_added_by_share(policy_of, fa
     assert scores.aux_loss is not None
     with torch.no_grad():
         ids = torch.tensor([families[0][0].ids[:-1]])
-        expected = policy.base(ids, position_ids=torch.arange(ids.shape[1])[None], use_cache=False).aux_loss
+        expected = policy.base(
+            ids, position_ids=torch.arange(ids.shape[1])[None], use_cache=False, output_router_logits=True
+        ).aux_loss
     alone = policy.score(pack([families[0]]))
     torch.testing.assert_close(alone.aux_loss, expected, atol=1e-5, rtol=1e-5)
     terms = policy.with_aux_loss(LossTerms(torch.tensor(2.0), {}), alone, share=0.25)

@@ -157,7 +157,16 @@ def ledger(folder):
 
 def test_every_choice_that_decides_what_is_computed_is_in_a_row():
     """Of RL, where state is carried: each value of each key with choices, but for where and how a model is loaded."""
-    elsewhere = {"overflow", "device", "merge_onto", "bnb_4bit_quant_type", "reward_check", "adapter", "optim"}
+    elsewhere = {
+        "overflow",
+        "device",
+        "merge_onto",
+        "save_dtype",
+        "bnb_4bit_quant_type",
+        "reward_check",
+        "adapter",
+        "optim",
+    }
     used = {}
     for kind, options in ROWS.values():
         if kind == "grpo":

@@ -5,6 +5,7 @@ Names are those of the flat YAML form where it has one, and TRL's elsewhere. No 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,15 @@ WITHOUT_REFERENCE = frozenset({"simpo", "cpo", "orpo", "sft"})
 """Preference losses whose beta pulls to no reference."""
 
 
+INITS_WITH_INPUTS = {
+    "eva": "it needs activations on training rows, which are not collected here",
+    "corda": "it needs covariances of activations, which are not collected here",
+    "lora_ga": "it needs gradients on training rows, which are not collected here",
+    "loftq": "it needs a quantiser of its own; use adapter: qlora with init_lora_weights: true",
+}
+"""Inits of PEFT that take more than the weights. PEFT itself starts some of them as something else, in silence."""
+
+
 class ModelKeys(Keys):
     """Which weights, and what of them is trained."""
 
@@ -54,13 +64,25 @@ class ModelKeys(Keys):
     lora_modules_to_save: list[str] = knob([], "Modules trained in full beside the adapter.", also="additional_target (LLaMA-Factory)", example=["lm_head"])
     use_rslora: bool = knob(False, "Scale by alpha / sqrt(r).", also="peft_use_rslora (Axolotl)")
     use_dora: bool = knob(False, "Weight-decomposed LoRA.", also="peft_use_dora (Axolotl)")
-    init_lora_weights: bool | str = knob(True, "Initialisation of the adapter, as in PEFT.", also="peft_init_lora_weights (Axolotl)")
+    init_lora_weights: bool | str = knob(True, "Initialisation of the adapter, as in PEFT: true, false, gaussian, orthogonal, pissa, pissa_niter_N, olora or mica.", also="peft_init_lora_weights (Axolotl)")
     rank_pattern: dict[str, int] = knob({}, "Rank where it differs from lora_r: module name or pattern → rank.", also="lora_rank_pattern (Axolotl)", example={"q_proj": 8})
     alpha_pattern: dict[str, int] = knob({}, "Alpha where it differs from lora_alpha: module name or pattern → alpha.", also="lora_alpha_pattern (Axolotl)", example={"q_proj": 16})
     merge_onto: Literal["dequantized", "original"] = knob("dequantized", "Base that a QLoRA adapter is merged onto: the 4-bit weights it was trained on, or the original ones.")
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "Dtype of the exported model; `auto` is that of the base's file.")
     bf16: bool | Literal["auto"] = knob("auto", "bfloat16 autocast, with float32 masters where trained; `auto` is on for a GPU that has it, and on a CPU only for an adapter on a bf16 file where the CPU has bf16 units. Without it, adapters and their base are float32.")
     gradient_checkpointing: bool = knob(False, "Recompute activations in the backward pass: less memory, more time.", also="disable_gradient_checkpointing (LLaMA-Factory)")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "Where to run; `auto` takes a GPU when there is one.")
+
+
+    @model_validator(mode="after")
+    def _init_is_one_we_have(self) -> ModelKeys:
+        init = self.init_lora_weights
+        if isinstance(init, bool) or re.fullmatch(r"gaussian|orthogonal|pissa(_niter_\d+)?|olora|mica", init):
+            return self
+        reason = INITS_WITH_INPUTS.get(init.partition("_")[0] if init.startswith("corda") else init, "no such init")
+        raise ValueError(
+            f"init_lora_weights: {init}: {reason}; use true, false, gaussian, orthogonal, pissa, pissa_niter_N, olora or mica"
+        )
 
 
 class TrainKeys(ModelKeys):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
 import logging
+import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -23,11 +29,16 @@ log = logging.getLogger(__name__)
 ATTENTION_NAMES = re.compile(r"(q_proj|k_proj|v_proj|o_proj|qkv_proj|query_key_value|c_attn|Wqkv|out_proj|dense)$")
 
 
-def attach_adapter(model: PreTrainedModel, keys: ModelKeys) -> PeftModel:
-    """A fresh LoRA adapter on a frozen base; a no-op until it is trained."""
+def attach_adapter(model: PreTrainedModel, keys: ModelKeys) -> tuple[PeftModel, bool]:
+    """A fresh LoRA adapter on a frozen base, and whether its init moved a part of the base into it.
+
+    With the adapter the model is what it was; without it too, unless the init moved something.
+    Raises: ModelError for whatever in the adapter's keys matches nothing, or cannot be trained and merged.
+    """
     from peft import LoraConfig, TaskType, get_peft_model
 
     matches = check_targets(model, keys.lora_target)
+    saved = check_saved(model, keys)
     total = sum(matches.values())
     log.info("adapter: %d modules (%s)", total, ", ".join(f"{name} ×{count}" for name, count in matches.items()))
     config = LoraConfig(
@@ -37,14 +48,61 @@ def attach_adapter(model: PreTrainedModel, keys: ModelKeys) -> PeftModel:
         lora_dropout=keys.lora_dropout,
         target_modules=_targets_in(_linear_names(model), keys.lora_target),
         target_parameters=_expert_targets(model, keys) or None,
-        modules_to_save=keys.lora_modules_to_save or None,
+        modules_to_save=saved or None,
+        ensure_weight_tying=_is_tied(model) and bool({name.rsplit(".", 1)[-1] for name in saved} & _ends_of(model)),
         use_rslora=keys.use_rslora,
         use_dora=keys.use_dora,
         init_lora_weights=keys.init_lora_weights,  # pyright: ignore[reportArgumentType]
         rank_pattern=dict(keys.rank_pattern),
         alpha_pattern=dict(keys.alpha_pattern),
     )
-    return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+    # PEFT's own default, and none at all, leave the base alone by definition.
+    before = [] if isinstance(keys.init_lora_weights, bool) else [(p, _fingerprint(p)) for p in model.parameters()]
+    try:
+        adapted: Any = get_peft_model(model, config)
+    except (ValueError, TypeError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"PEFT refuses this adapter (init_lora_weights: {keys.init_lora_weights}, lora_target: {keys.lora_target}): "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    _check_patterns(adapted, keys)
+    present = {id(parameter) for parameter in adapted.parameters()}
+    moved = any(id(p) not in present or _fingerprint(p) != digest for p, digest in before)
+    if moved and (keys.use_dora or keys.load_in_4bit):
+        other = "use_dora: true" if keys.use_dora else "a base in 4 bits"
+        raise ModelError(
+            f"init_lora_weights: {keys.init_lora_weights} moves a part of the base into the adapter, which with {other} "
+            "cannot be taken apart again at the export; set init_lora_weights: true"
+        )
+    return adapted, moved
+
+
+def _fingerprint(parameter: torch.Tensor) -> bytes:
+    raw = parameter.detach().cpu().contiguous().view(torch.uint8)
+    return hashlib.blake2b(raw.numpy().data).digest()
+
+
+def subtract_start(folder: Path, start: Mapping[str, torch.Tensor]) -> None:
+    """Make a saved adapter fit the base as it was given, where its init had moved s·B₀A₀ out of the base.
+
+    What training changed is s·BA − s·B₀A₀, a plain LoRA of twice the rank: A over A₀, and B beside −B₀.
+    """
+    path = folder / "adapter_model.safetensors"
+    weights = load_file(path)
+    first = {name.replace(".default.", "."): tensor.cpu() for name, tensor in start.items()}
+    for name, tensor in weights.items():
+        if ".lora_A." in name or ".lora_embedding_A" in name:
+            weights[name] = torch.cat([tensor, first[name]], 0)
+        elif ".lora_B." in name or ".lora_embedding_B" in name:
+            weights[name] = torch.cat([tensor, -first[name]], 1)
+    save_file(weights, path, metadata={"format": "pt"})
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    # Twice the rank at the same scale, which is alpha / r, or alpha / sqrt(r).
+    scale = math.sqrt(2) if config["use_rslora"] else 2
+    config |= {"init_lora_weights": True, "r": 2 * config["r"], "lora_alpha": scale * config["lora_alpha"]}
+    config["rank_pattern"] = {name: 2 * rank for name, rank in config["rank_pattern"].items()}
+    config["alpha_pattern"] = {name: scale * alpha for name, alpha in config["alpha_pattern"].items()}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def check_targets(model: PreTrainedModel, target: list[str] | str) -> Mapping[str, int]:
@@ -55,6 +113,8 @@ def check_targets(model: PreTrainedModel, target: list[str] | str) -> Mapping[st
     names = _linear_names(model)
     if target == "all-linear":
         return {"all-linear": len(names)}
+    _refuse_tied(model, target)
+    names += [] if _is_tied(model) else [n for n, m in model.named_modules() if m is model.get_output_embeddings()]
     if not isinstance(target, str):
         names += _expert_names(model)
     entries = [target] if isinstance(target, str) else target
@@ -75,6 +135,53 @@ def check_targets(model: PreTrainedModel, target: list[str] | str) -> Mapping[st
             "lora_target leaves out the attention projections (%s); that usually learns less", ", ".join(entries)
         )
     return matches
+
+
+def check_saved(model: PreTrainedModel, keys: ModelKeys) -> list[str]:
+    """`lora_modules_to_save`, each of which must be a module. Raises: ModelError naming the one that is not."""
+    names = [name for name, _ in model.named_modules() if name]
+    for entry in keys.lora_modules_to_save:
+        if not any(_named(name, entry) for name in names):
+            known = ", ".join(sorted({last for name in names if not (last := name.rsplit(".", 1)[-1]).isdigit()}))
+            raise ModelError(f"lora_modules_to_save: {entry!r} is no module of {type(model).__name__}; it has {known}")
+    return list(keys.lora_modules_to_save)
+
+
+def _check_patterns(adapted: Any, keys: ModelKeys) -> None:
+    """Raises: ModelError for a `rank_pattern` or `alpha_pattern` that no adapted module matches, as PEFT matches it."""
+    tuner = adapted.base_model
+    names = [*tuner.targeted_module_names, *tuner.targeted_parameter_names]
+    for key, patterns in (("rank_pattern", keys.rank_pattern), ("alpha_pattern", keys.alpha_pattern)):
+        for pattern in patterns:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+                raise ModelError(f"{key}: {pattern!r} matches no adapted module; adapted are {known}")
+
+
+def _refuse_tied(model: PreTrainedModel, target: list[str] | str) -> None:
+    """Raises: ModelError if an adapter would stand on a head that shares its weights with the embedding."""
+    if not _is_tied(model):
+        return
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    for name in (name for name, module in model.named_modules() if module in ends):
+        hits = re.fullmatch(target, name) if isinstance(target, str) else any(_named(name, entry) for entry in target)
+        if hits:
+            raise ModelError(
+                f"lora_target: {target!r} reaches {name}, and embedding and head share one weight here: an update of one "
+                "cannot be merged without changing the other; leave it out, or train it whole with lora_modules_to_save"
+            )
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    return head is not None and head.weight is embedding.weight
+
+
+def _ends_of(model: PreTrainedModel) -> set[str]:
+    """Last names of the embedding and the head."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module in ends}
 
 
 def _linear_names(model: PreTrainedModel) -> list[str]:
@@ -123,5 +230,8 @@ def dequantized_weights(model: PreTrainedModel | PeftModel) -> dict[str, torch.T
         if isinstance(module, Linear4bit):
             clean = name.removesuffix(".base_layer")
             packed: Any = module.weight
-            weights[clean] = dequantize_4bit(packed.data, packed.quant_state).float()
+            # The product unpacks into its input's dtype, not into that of the file.
+            state = copy.copy(packed.quant_state)
+            state.dtype = torch.float32
+            weights[clean] = dequantize_4bit(packed.data, state)
     return weights

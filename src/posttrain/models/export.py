@@ -6,19 +6,29 @@ import copy
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
 from posttrain.files import digest_tree, read_json, write_folder
-from posttrain.models import attention, generation
-from posttrain.models.adapters import dequantized_weights
+from posttrain.models import generation
+from posttrain.models.adapters import dequantized_weights, subtract_start
+from posttrain.models.load import load_base, load_config, load_tokenizer, read_model, stored_dtype
 from posttrain.models.policy import Policy
+from posttrain.models.proof import (
+    HALF_ROUNDING,
+    QUANTISATION,
+    ROUNDING,
+    ExportReport,
+    compared,
+    compared_folder,
+    probe_logits,
+    relative_difference,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,65 +43,90 @@ _OF_THE_PROCESS = frozenset({"local_files_only", "is_local", "name_or_path"})
 """Keys that would give the same model another digest when it was made offline, or elsewhere."""
 
 
-@dataclass(frozen=True, slots=True)
-class MergeReport:
-    """How far the merged model is from base plus adapter, on real tokens."""
-
-    max_logit_difference: float
-    max_logit: float
-    base: str
-
-    @property
-    def relative(self) -> float:
-        return self.max_logit_difference / max(self.max_logit, 1e-6)
-
-
 def save_policy(
-    policy: Policy, folder: Path, keys: ModelKeys, *, state: Mapping[str, torch.Tensor] | None = None
-) -> MergeReport | None:
+    policy: Policy, folder: Path, keys: ModelKeys, *,
+    state: Mapping[str, torch.Tensor] | None = None, logits: torch.Tensor | None = None,
+) -> ExportReport:  # fmt: skip
     """Write `folder`: the whole model, merged where it was trained as an adapter, then also `folder/../adapter`.
 
-    `state` is the gathered state of a sharded model. Raises: ModelError if the merged model is not the trained one.
+    `state` and `logits` are the gathered state and `probe_logits` of a sharded model, which only all ranks can compute.
+    Raises: ModelError if what is written is not the trained model.
     """
-    if not policy.has_adapter:
-        _save(policy.base, policy.tokenizer, folder, {"base_digest": source_digest(policy.source)}, state=state)
-        return None
-    adapter_folder = folder.parent / "adapter"
+    trained = probe_logits(policy.model) if logits is None else logits
+    keys = keys.model_copy(update={"base_model": policy.source})
     record = {"base_digest": source_digest(policy.source)}
+    if not policy.has_adapter:
+        report = compared(trained, trained, "", ROUNDING)
+        return _save(policy.base, policy.tokenizer, folder, record, keys, trained, report, state)
+    adapter_folder = folder.parent / "adapter"
     write_folder(adapter_folder, lambda temporary: _save_adapter(policy, temporary, record, state))
-    merged, report = merge(policy.source, adapter_folder, keys, trained=policy)
-    _save(merged, policy.tokenizer, folder, record | {"merged_onto": report.base})
-    return report
+    merged, report = merge(policy.source, adapter_folder, keys, policy=policy, trained=trained)
+    return _save(merged, policy.tokenizer, folder, record | {"merged_onto": report.base}, keys, trained, report)
 
 
 def _save_adapter(
     policy: Policy, folder: Path, record: Mapping[str, Any], state: Mapping[str, torch.Tensor] | None
 ) -> None:
     options: dict[str, Any] = {} if state is None else {"state_dict": dict(state)}
-    policy.model.save_pretrained(str(folder), **options)  # pyright: ignore[reportArgumentType]
+    # "auto" would look the base up on the hub, or ask on stdin whether to run its code.
+    policy.model.save_pretrained(str(folder), save_embedding_layers=False, **options)  # pyright: ignore
+    if policy.start is not None:
+        subtract_start(folder, policy.start)
     _save_tokenizer(policy.tokenizer, folder)
     (folder / PROVENANCE).write_text(json.dumps(dict(record), indent=2))
 
 
 def _save(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, record: Mapping[str, Any],
-    state: Mapping[str, torch.Tensor] | None = None,
-) -> None:  # fmt: skip
+    keys: ModelKeys, trained: torch.Tensor, report: ExportReport, state: Mapping[str, torch.Tensor] | None = None,
+) -> ExportReport:  # fmt: skip
+    """Write the folder in `save_dtype`, read it back as transformers does, and compare it with the trained policy."""
     generation.complete(model, tokenizer, str(folder))
+    dtype = saved_dtype(keys)
+    proven: list[ExportReport] = []
 
     def fill(temporary: Path) -> None:
         saved = copy.copy(model.config)
         model.config._attn_implementation_internal = None
         model.config.use_cache = True
         try:
-            model.save_pretrained(str(temporary), state_dict=None if state is None else dict(state))
+            model.save_pretrained(str(temporary), state_dict=_cast(state or model.state_dict(), dtype))
         finally:
             model.config._attn_implementation_internal = saved._attn_implementation_internal
             model.config.use_cache = False
+        _name_dtype(temporary / "config.json", dtype)
         _save_tokenizer(tokenizer, temporary)
         (temporary / PROVENANCE).write_text(json.dumps(dict(record), indent=2))
+        written = probe_logits(
+            read_model(keys.model_copy(update={"base_model": str(temporary), "revision": None}), dtype)
+        )
+        proven.append(compared_folder(trained, written, report, dtype))
 
     write_folder(folder, fill)
+    return proven[0]
+
+
+def saved_dtype(keys: ModelKeys) -> torch.dtype:
+    """The dtype that the exported model is written in: `save_dtype`, by default the base's own."""
+    return stored_dtype(load_config(keys)) if keys.save_dtype == "auto" else getattr(torch, keys.save_dtype)
+
+
+def _cast(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The floating tensors in `dtype`; tied ones stay one tensor, so that they are written once."""
+    done: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            done.setdefault((tensor.data_ptr(), tensor.shape), tensor.to(dtype))
+    return {name: done.get((tensor.data_ptr(), tensor.shape), tensor) for name, tensor in state.items()}
+
+
+def _name_dtype(path: Path, dtype: torch.dtype) -> None:
+    """A config's dtype is that of the file, not of the float32 masters that were trained."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        if "dtype" in part:
+            part["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -119,47 +154,45 @@ def was_tuned_by_us(source: str) -> bool:
 
 
 def merge(
-    base: str, adapter: Path, keys: ModelKeys, *, trained: Policy | None = None
-) -> tuple[PreTrainedModel, MergeReport]:
-    """Base plus adapter as one model, compared with the adapter in place on real logits before it is returned.
+    base: str, adapter: Path, keys: ModelKeys, *, policy: Policy | None = None, trained: torch.Tensor | None = None
+) -> tuple[PreTrainedModel, ExportReport]:
+    """Base plus adapter as one float32 model, compared with the trained policy's logits before it is returned.
 
-    A QLoRA adapter goes onto the dequantised weights it was trained on, or onto the original ones (`merge_onto`).
-    Raises: ModelError if the adapter was made for another base, or if the two differ by more than rounding.
+    Without a policy, it is compared with the base as it was trained on, the saved adapter in place. A QLoRA adapter goes
+    onto the dequantised weights it was trained on, or onto the original ones (`merge_onto`), which differ by what
+    quantising lost. Raises: ModelError if the adapter was made for another base, or if the two differ by more than they may.
     """
     check_base(adapter, Path(base))
-    attention.register()
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=None if keys.load_in_4bit else "auto")
-    onto = "base"
-    if keys.load_in_4bit:
-        onto = keys.merge_onto
-        model = model.float()
-        if onto == "dequantized":
-            _load_dequantized(model, base, keys, trained)
-    adapted = load_adapter(model, adapter).eval()
-    probe = torch.arange(1, min(65, model.config.get_text_config().vocab_size))[None]
-    with torch.no_grad():
-        before = adapted(input_ids=probe, use_cache=False).logits.float()
-        merged: Any = adapted.merge_and_unload(safe_merge=True)
-        after = merged(input_ids=probe, use_cache=False).logits.float()
-    report = MergeReport(float((before - after).abs().max()), float(before.abs().max()), onto)
-    tolerance = 1e-4 if next(merged.parameters()).dtype == torch.float32 else 3e-2
-    if not report.relative <= tolerance:
-        raise ModelError(
-            f"merging {adapter} onto {base} changes the logits by {report.max_logit_difference:.2e} of {report.max_logit:.2e}, "
-            f"more than rounding ({tolerance:.0e} relative); the adapter is kept, the merged model is not"
-        )
-    return merged, report
+    keys = keys.model_copy(update={"base_model": base})
+    onto = keys.merge_onto if keys.load_in_4bit else "base"
+    quantised: Any = None if policy is None else policy.model
+    if keys.load_in_4bit and policy is None:
+        quantised = load_adapter(load_base(keys, trainable=False)[0], adapter)
+        trained = probe_logits(quantised)
+    model = read_model(keys, torch.float32)
+    bound = ROUNDING
+    if onto == "dequantized":
+        _load_dequantized(model, quantised)
+    elif onto == "original":
+        # Training did not undo what quantising did to the base: the merged model may be off by as much, and some more.
+        with quantised.disable_adapter():
+            bound = QUANTISATION * relative_difference(probe_logits(model), probe_logits(quantised))
+    elif policy is not None and policy.start is not None and policy.placement.autocast_dtype is not None:
+        bound = HALF_ROUNDING  # what its init left of the base was rounded to the base's own dtype
+    adapted = load_adapter(model, adapter)
+    trained = probe_logits(adapted) if trained is None else trained
+    merged: Any = adapted.merge_and_unload(safe_merge=True)
+    return merged, compared(trained, probe_logits(merged), onto, bound)
 
 
-def merge_into(folder: Path, base: str, adapter: Path, keys: ModelKeys) -> MergeReport:
+def merge_into(folder: Path, base: str, adapter: Path, keys: ModelKeys) -> ExportReport:
     """`merge`, written to `folder` with the adapter's tokenizer, or the base's where the adapter has none."""
-    from posttrain.models.load import load_tokenizer
-
     merged, report = merge(base, adapter, keys)
+    keys = keys.model_copy(update={"base_model": base})
     source = str(adapter) if (adapter / "tokenizer_config.json").exists() else base
     tokenizer = load_tokenizer(keys.model_copy(update={"base_model": source, "chat_template": None}))
-    _save(merged, tokenizer, folder, {"base_digest": source_digest(base), "merged_onto": report.base})
-    return report
+    record = {"base_digest": source_digest(base), "merged_onto": report.base}
+    return _save(merged, tokenizer, folder, record, keys, probe_logits(merged), report)
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
@@ -192,15 +225,10 @@ def check_base(adapter: Path, base: Path) -> None:
         )
 
 
-def _load_dequantized(model: PreTrainedModel, base: str, keys: ModelKeys, trained: Policy | None) -> None:
+def _load_dequantized(model: PreTrainedModel, quantised: Any) -> None:
     """Replace the linears by what the 4-bit model really computes with."""
-    if trained is None:
-        from posttrain.models.load import load_policy
-
-        trained = load_policy(keys.model_copy(update={"base_model": base}), trainable=False)
-    weights = dequantized_weights(trained.model)
     modules = dict(model.named_modules())
     with torch.no_grad():
-        for name, weight in weights.items():
+        for name, weight in dequantized_weights(quantised).items():
             module: Any = modules[name]
             module.weight.copy_(weight.reshape(module.weight.shape))

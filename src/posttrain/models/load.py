@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -73,21 +74,27 @@ def load_policy(keys: ModelKeys, *, tokenizer: PreTrainedTokenizerBase | None = 
     attention.register()
     model, placement = load_base(keys, trainable=trainable)
     generation.complete(model, tokenizer, keys.base_model)
-    ragged = ragged_is_exact(model)
+    # A base in 4 bits is float32 in its norms alone, so only autocast makes one dtype of it.
+    with placement.autocast() if keys.load_in_4bit else nullcontext():
+        ragged = ragged_is_exact(model)
     if ragged:
         model.set_attn_implementation(attention.NAME)
     else:
         log.warning("%s: its attention does not fit the ragged layout; sequences are run one by one", keys.base_model)
     adapted: Any = model
+    moved = False
     if trainable and keys.adapter != "none":
         torch.manual_seed(keys.seed if isinstance(keys, TrainKeys) else 0)
-        adapted = attach_adapter(model, keys)
+        adapted, moved = attach_adapter(model, keys)
     elif not trainable:
         model.requires_grad_(False)
     if trainable and keys.gradient_checkpointing:
         adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     adapted.eval()
-    return Policy(adapted, tokenizer, placement, ragged=ragged, source=keys.base_model)
+    policy = Policy(adapted, tokenizer, placement, ragged=ragged, source=keys.base_model)
+    if moved:
+        policy.start = {name: parameter.detach().clone() for name, parameter in policy.trainable()}
+    return policy
 
 
 def load_base(keys: ModelKeys, *, trainable: bool) -> tuple[PreTrainedModel, Placement]:
@@ -102,9 +109,6 @@ def load_base(keys: ModelKeys, *, trainable: bool) -> tuple[PreTrainedModel, Pla
     # Quantised from the file's own dtype wherever it runs, so that the same adapter has the same base.
     model = read_model(keys, stored if keys.load_in_4bit else dtype, **options)
     model.config.use_cache = False
-    text = model.config.get_text_config()
-    if getattr(text, "router_aux_loss_coef", 0):
-        text.output_router_logits = True
     if keys.load_in_4bit:
         _prepare_4bit(model, dtype)
     if stored != torch.float32 and not (trainable and keys.adapter == "none"):

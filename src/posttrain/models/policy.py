@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -47,6 +47,9 @@ class Policy:
     ragged: bool
     source: str
     sharded: bool = False
+    start: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
+    """What is trained, as it was at the start, where the model without its adapter is not that start."""
+    _start: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
     _reference: PreTrainedModel | None = field(default=None, repr=False)
 
     @property
@@ -63,6 +66,8 @@ class Policy:
         """Shard the parameters over the ranks; with one process nothing changes."""
         self.model = topology.wrap(self.model)
         self.sharded = topology.world_size > 1
+        if self.start is not None:
+            self._start = {name: parameter.detach().clone() for name, parameter in self.trainable()}
         return self
 
     def without_dropout(self) -> Policy:
@@ -108,7 +113,7 @@ class Policy:
     def _score_together(self, batch: Batch, temperature: float, entropy: bool) -> Scores:
         if self._head_is_plain:
             return self._score_hidden(batch, temperature, entropy)
-        output = self._forward(self.model, batch, logits_to_keep=batch.source_M)
+        output = self._forward(self.model, batch, logits_to_keep=batch.source_M, **self._router_options)
         return _from_logits(output.logits[0], batch.target_M, temperature, entropy, self._aux_loss(output))
 
     def reference_logp(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
@@ -118,7 +123,11 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, the policy is its own starting point: adapter off, or the frozen copy."""
+        """Inside, the policy is its own starting point: adapter off, adapter as it started, or the frozen copy."""
+        if self.start is not None:
+            with self._started():
+                yield
+            return
         if self.has_adapter:
             with cast("PeftModel", self.model).disable_adapter():
                 yield
@@ -129,6 +138,20 @@ class Policy:
             yield
         finally:
             self.model = trained
+
+    @contextmanager
+    def _started(self) -> Iterator[None]:
+        """Inside, what is trained has its starting values (after `distribute`: this rank's share of them)."""
+        start = self._start or self.start
+        assert start is not None
+        trained = {name: parameter.data for name, parameter in self.trainable()}
+        try:
+            for name, parameter in self.trainable():
+                parameter.data = start[name]
+            yield
+        finally:
+            for name, parameter in self.trainable():
+                parameter.data = trained[name]
 
     def freeze_reference(self) -> int:
         """Keep the present weights as the reference. Returns the bytes it costs: none with an adapter.
@@ -174,7 +197,12 @@ class Policy:
     @property
     def _wants_aux_loss(self) -> bool:
         config = self.base.config.get_text_config()
-        return bool(getattr(config, "router_aux_loss_coef", 0)) and bool(getattr(config, "output_router_logits", False))
+        return bool(getattr(config, "router_aux_loss_coef", 0)) and hasattr(config, "output_router_logits")
+
+    @property
+    def _router_options(self) -> dict[str, bool]:
+        """Asked for call by call: the config is exported, and is to be as it was given."""
+        return {"output_router_logits": True} if self._wants_aux_loss else {}
 
     def _aux_loss(self, output: Any) -> torch.Tensor | None:
         loss = getattr(output, "aux_loss", None)
@@ -195,7 +223,7 @@ def _score_one_by_one(policy: Policy, batch: Batch, temperature: float, entropy:
     parts: list[Scores] = []
     for ids, sources, targets in _sequences(batch):
         forget_lengths(policy.base)
-        output = policy.model(input_ids=ids[None], use_cache=False, logits_to_keep=sources)
+        output = policy.model(input_ids=ids[None], use_cache=False, logits_to_keep=sources, **policy._router_options)
         parts.append(_from_logits(output.logits[0], targets, temperature, entropy, policy._aux_loss(output)))
     return _joined(parts)
 

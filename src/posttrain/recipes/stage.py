@@ -6,6 +6,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from posttrain.checkpoint.store import CheckpointStore, check_writable, disk_err
 from posttrain.config.stages import TrainKeys
 from posttrain.models.export import model_digest, save_policy, source_digest
 from posttrain.models.policy import Policy
+from posttrain.models.proof import probe_logits
 from posttrain.protocols import Topology
 from posttrain.recipes.guard import Guard
 from posttrain.recipes.rollback import RolledBack, restore_best
@@ -109,13 +111,13 @@ class Stage:
         """Export the model and write `result.json`. All ranks call it."""
         policy, guard = state.policy, self.guard
         whole = self.topology.full_state(policy.model) if policy.sharded else None
+        # All ranks compute it together where each holds a part of the model.
+        logits = probe_logits(policy.model) if policy.sharded else None
         model_dir = self.folder / "model"
         if self.topology.is_main:
             with disk_errors(self.folder):
-                report = save_policy(policy, model_dir, self.keys, state=whole)
-            if report is not None:
-                merge = {"max_logit_difference": report.max_logit_difference, "base": report.base}
-                self.run.event("merge", state.step, merge)
+                report = save_policy(policy, model_dir, self.keys, state=whole, logits=logits)
+            self.run.event("export", state.step, asdict(report))
         self.topology.barrier()
         result = StageResult(
             kind=self.kind, folder=self.folder, model_dir=model_dir, model_digest=model_digest(model_dir),
