@@ -202,7 +202,7 @@ def test_what_matches_nothing_in_the_adapters_keys_is_an_error(options, message,
 
 @pytest.mark.parametrize("target", [r".*(head|q_proj)", ["q_proj", "lm_head"], ["embed_tokens", "v_proj"]])
 def test_an_adapter_on_a_tied_head_is_refused_before_training(target, policy_of):
-    with pytest.raises(ModelError, match="reaches .*embedding and head share one weight"):
+    with pytest.raises(ModelError, match=r"reaches .*embedding and head share one weight"):
         policy_of("qwen3", adapter="lora", lora_r=4, lora_target=target)
 
 

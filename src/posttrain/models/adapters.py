@@ -46,7 +46,7 @@ def attach_adapter(model: PreTrainedModel, keys: ModelKeys) -> tuple[PeftModel, 
         r=keys.lora_r,
         lora_alpha=keys.lora_alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=keys.lora_dropout,
-        target_modules=_targets_in(_linear_names(model), keys.lora_target),
+        target_modules=_targets_in(_linear_names(model, keys.lora_target), keys.lora_target),
         target_parameters=_expert_targets(model, keys) or None,
         modules_to_save=saved or None,
         ensure_weight_tying=_is_tied(model) and bool({name.rsplit(".", 1)[-1] for name in saved} & _ends_of(model)),
@@ -110,11 +110,10 @@ def check_targets(model: PreTrainedModel, target: list[str] | str) -> Mapping[st
 
     Raises: ModelError naming the entry that matches nothing, with the module names there are.
     """
-    names = _linear_names(model)
+    _refuse_tied(model, target)
+    names = _linear_names(model, target)
     if target == "all-linear":
         return {"all-linear": len(names)}
-    _refuse_tied(model, target)
-    names += [] if _is_tied(model) else [n for n, m in model.named_modules() if m is model.get_output_embeddings()]
     if not isinstance(target, str):
         names += _expert_names(model)
     entries = [target] if isinstance(target, str) else target
@@ -142,7 +141,8 @@ def check_saved(model: PreTrainedModel, keys: ModelKeys) -> list[str]:
     names = [name for name, _ in model.named_modules() if name]
     for entry in keys.lora_modules_to_save:
         if not any(_named(name, entry) for name in names):
-            known = ", ".join(sorted({last for name in names if not (last := name.rsplit(".", 1)[-1]).isdigit()}))
+            last = {name.rsplit(".", 1)[-1] for name in names}
+            known = ", ".join(sorted(str(name) for name in last if not name.isdigit()))
             raise ModelError(f"lora_modules_to_save: {entry!r} is no module of {type(model).__name__}; it has {known}")
     return list(keys.lora_modules_to_save)
 
@@ -184,9 +184,9 @@ def _ends_of(model: PreTrainedModel) -> set[str]:
     return {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module in ends}
 
 
-def _linear_names(model: PreTrainedModel) -> list[str]:
-    """Adaptable modules, the output head left out as PEFT's `all-linear` does."""
-    head = model.get_output_embeddings()
+def _linear_names(model: PreTrainedModel, target: list[str] | str) -> list[str]:
+    """Adaptable modules; the output head only where it is named, as PEFT's `all-linear` leaves it out."""
+    head = model.get_output_embeddings() if target == "all-linear" else None
     return [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
     ]

@@ -202,7 +202,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
 
     adapted = PeftModel.from_pretrained(model, str(adapter))
     saved = load_file(str(adapter / "adapter_model.safetensors"))
-    expected = get_peft_model_state_dict(adapted)  # pyright: ignore[reportArgumentType]
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)  # pyright: ignore[reportArgumentType]
     missing, unexpected = sorted(expected.keys() - saved.keys()), sorted(saved.keys() - expected.keys())
     if missing or unexpected:
         raise ModelError(
