@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from posttrain.errors import ModelError
+from posttrain.models.lengths import forget_lengths
 
 _PROBE_TOKENS = 64
 ROUNDING, HALF_ROUNDING = 1e-4, 0.1
@@ -52,6 +53,7 @@ def probe_logits(model: Any) -> torch.Tensor:
         # The eager path is the model's definition; torch's fused attention silently leaves soft caps out.
         base.set_attn_implementation("eager")
         model.eval()
+        forget_lengths(base)
         with _in_float32(model):
             return model(input_ids=ids.to(base.device), use_cache=False).logits[0].float().cpu()
     finally:
