@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from posttrain.models import attention, generation
 from posttrain.models.adapters import attach_adapter
 from posttrain.models.device import Placement, has_bf16, place, weight_dtype
 from posttrain.models.policy import Policy
+from posttrain.models.proof import in_float32
 from posttrain.models.selfcheck import ragged_is_exact
 
 log = logging.getLogger(__name__)
@@ -74,8 +74,8 @@ def load_policy(keys: ModelKeys, *, tokenizer: PreTrainedTokenizerBase | None = 
     attention.register()
     model, placement = load_base(keys, trainable=trainable)
     generation.complete(model, tokenizer, keys.base_model)
-    # A base in 4 bits is float32 in its norms alone, so only autocast makes one dtype of it.
-    with placement.autocast() if keys.load_in_4bit else nullcontext():
+    # Whether the layout fits is no question of rounding, which in bf16 sends a token to another expert.
+    with in_float32(model):
         ragged = ragged_is_exact(model)
     if ragged:
         model.set_attn_implementation(attention.NAME)

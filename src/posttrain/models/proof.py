@@ -54,7 +54,7 @@ def probe_logits(model: Any) -> torch.Tensor:
         base.set_attn_implementation("eager")
         model.eval()
         forget_lengths(base)
-        with _in_float32(model):
+        with in_float32(model):
             return model(input_ids=ids.to(base.device), use_cache=False).logits[0].float().cpu()
     finally:
         base.set_attn_implementation(attention)
@@ -62,7 +62,7 @@ def probe_logits(model: Any) -> torch.Tensor:
 
 
 @contextmanager
-def _in_float32(model: Any) -> Iterator[None]:
+def in_float32(model: Any) -> Iterator[None]:
     """Half-precision weights are lifted while their own module runs: the memory of one layer, and nothing is rounded."""
     held: dict[int, tuple[torch.nn.Parameter, torch.Tensor]] = {}
 
