@@ -35,6 +35,14 @@ def notes(write, kind, lines):
         ),
         ("grpo", "num_train_epochs: 2", "num_train_epochs: no effect, because max_steps decides"),
         ("grpo", "sapo_temperature_pos: 2", "sapo_temperature_pos: no effect, because loss_type is not sapo"),
+        (
+            "grpo",
+            "epsilon_high: 0.3",
+            "epsilon_high: no effect, because each generation batch is trained on in one step",
+        ),
+        ("grpo", "loss_type: rloo\nadvantage_eps: 1", "advantage_eps: no effect, because leave-one-out advantages"),
+        ("grpo", "loss_type: reinforce_pp\nscale_rewards: none", "scale_rewards: no effect, because only"),
+        ("grpo", "loss_type: gspo\nimportance_sampling_level: token", "importance_sampling_level: no effect, because"),
     ],
 )
 def test_a_key_that_does_nothing_is_noted(write, kind, lines, expected):
@@ -61,3 +69,16 @@ def test_a_key_that_works_is_not(write, kind, lines):
 @pytest.mark.parametrize("row", NO_EFFECT, ids=lambda row: "-".join(row.keys))
 def test_rows_name_keys_of_their_model(row):
     assert set(row.keys) <= set(keys_of(row.model))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "multi_objective_aggregation: normalize_then_sum",
+        "loss_type: reinforce_pp\nadvantage_eps: 1",
+        "loss_type: cispo\nepsilon_high: 4\nnum_iterations: 2",
+    ],
+)
+def test_a_key_that_acts_is_not_noted(write, lines):
+    """One reward normalised first is still whitened over the batch; a whitened advantage is divided whatever scale_rewards is."""
+    assert not [note for note in notes(write, "grpo", lines) if "no effect" in note]

@@ -29,6 +29,18 @@ def _loss_is_not(*names: str) -> Callable[[Any], bool]:
     return lambda keys: keys.loss_type not in names
 
 
+def _loss_is(*names: str) -> Callable[[Any], bool]:
+    return lambda keys: keys.loss_type in names
+
+
+def _estimator(keys: GRPOKeys) -> str:
+    return keys.loss_type if keys.loss_type in ("rloo", "reinforce_pp") else keys.advantage_estimator
+
+
+def _is_scaled_by_group(keys: GRPOKeys) -> bool:
+    return _estimator(keys) == "group" and keys.multi_objective_aggregation == "sum_then_normalize"
+
+
 NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(TrainKeys, _LORA, lambda k: k.adapter == "none", "adapter is none; set adapter: lora or qlora"),
     NoEffect(TrainKeys, _QUANT, lambda k: not k.load_in_4bit, "the base is not in 4 bits; set adapter: qlora"),
@@ -51,8 +63,15 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(GRPOKeys, ("dynamic_sampling_max_rounds",), lambda k: not k.dynamic_sampling, "dynamic_sampling is false"),
     NoEffect(GRPOKeys, ("sapo_temperature_pos", "sapo_temperature_neg"), _loss_is_not("sapo"), "loss_type is not sapo"),
     NoEffect(GRPOKeys, ("importance_sampling_cap",), lambda k: k.importance_sampling_correction == "off", "importance_sampling_correction is off"),
-    NoEffect(GRPOKeys, ("multi_objective_aggregation",), lambda k: len(k.reward_funcs) == 1, "there is one reward function"),
-    NoEffect(GRPOKeys, ("advantage_eps",), lambda k: k.scale_rewards == "none", "scale_rewards is none, so nothing is divided"),
+    NoEffect(GRPOKeys, ("advantage_estimator",), _loss_is("rloo", "reinforce_pp"), "loss_type brings its own"),
+    NoEffect(GRPOKeys, ("scale_rewards",), lambda k: not _is_scaled_by_group(k), "only advantage_estimator: group with sum_then_normalize is scaled by it"),
+    NoEffect(GRPOKeys, ("advantage_eps",), lambda k: _is_scaled_by_group(k) and k.scale_rewards == "none", "scale_rewards is none, so nothing is divided"),
+    NoEffect(GRPOKeys, ("advantage_eps",), lambda k: _estimator(k) == "rloo", "leave-one-out advantages are not divided"),
+    NoEffect(GRPOKeys, ("epsilon",), _loss_is("cispo", "sapo"), "loss_type does not use it"),
+    NoEffect(GRPOKeys, ("epsilon_high",), _loss_is("sapo"), "loss_type does not use it"),
+    NoEffect(GRPOKeys, ("delta",), _loss_is("cispo", "sapo"), "loss_type does not use it"),
+    NoEffect(GRPOKeys, ("importance_sampling_level",), _loss_is("gspo", "rloo"), "loss_type brings its own ratio"),
+    NoEffect(GRPOKeys, ("epsilon", "epsilon_high", "delta"), lambda k: k.steps_per_generation * k.num_iterations == 1, "each generation batch is trained on in one step, so the importance ratio is 1; see steps_per_generation and num_iterations"),
 )  # fmt: skip
 """Which keys need which others."""
 

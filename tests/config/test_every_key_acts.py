@@ -1,0 +1,256 @@
+"""Every key of a stage acts: given a second value, in the smallest run where it applies, something recorded differs.
+
+Recorded are metrics, events, data summary, files, weights, and how the stage ends. What a key cannot change here is in
+`ELSEWHERE`, by name and with the reason.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from posttrain.config.stages import STAGE_KEYS, TrainKeys
+from posttrain.errors import PosttrainError
+
+ELSEWHERE = {
+    "revision": "a hub model's; tests/config/test_hub.py",
+    "trust_remote_code": "the same model, with or without code of its own; tests/models/test_load.py",
+    "device": "the same numbers on another device",
+    "gradient_checkpointing": "memory for time, with the same numbers; tests/models/test_policy.py",
+    "output_dir": "where the folder is; tests/cli/test_app.py",
+    "lint": "asked before a stage is run; tests/data/test_lint.py",
+    "mlflow": "a mirror; tests/tracking/test_mlflow_mirror.py",
+    "prometheus_port": "a mirror; tests/tracking/test_prometheus.py",
+    "allow_raw_base": "what a pipeline may start on; tests/pipeline/test_checks.py",
+    "precompute_ref_log_probs": "memory for time, with the same numbers; tests/recipes/test_loops.py",
+    "reward_timeout_s": "a deadline; tests/rewards/test_workers.py",
+    "reward_workers": "how many score at once; tests/rewards/test_workers.py",
+    "importance_sampling_cap": "binds where sampler and trainer disagree, which they do not here; tests/objectives/test_ratios.py",
+    "rollout_batch_size": "a completion does not depend on its company; tests/rollout/test_contract.py",
+    "reward_check": "whether a pipeline certifies; tests/pipeline/test_run.py",
+}
+"""Key → why no run here can show it, and which test does."""
+
+LORA = {"adapter": "lora", "lora_r": 8}
+QLORA = {"adapter": "qlora", "lora_r": 8}
+DEV = {"eval_datasets": [{"path": "DATA/dev-sft.jsonl"}]}
+KTO = {"loss_type": "kto", "datasets": [{"path": "DATA/kto.jsonl"}]}
+OFF_POLICY = {"num_iterations": 2, "learning_rate": 3e-2}
+TWO = {"reward_funcs": ["DATA/rewards.py:spread", "DATA/rewards.py:last_digit"]}
+SPIKE = {"times": 0.0, "after": 1, "at_least": 0.0}
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A key's second value, and what a run needs so that the key applies."""
+
+    key: str
+    second: Any
+    base: dict[str, Any] = field(default_factory=dict)
+
+
+FLIPS = {
+    "sft": [
+        Flip("base_model", "MODEL:llama"),
+        Flip("chat_template", "DATA/other.jinja"),
+        Flip("chat_template_kwargs", {"loud": True}, {"chat_template": "DATA/other.jinja"}),
+        Flip("adapter", "lora"),
+        Flip("load_in_4bit", True),
+        Flip("bnb_4bit_quant_type", "fp4", QLORA),
+        Flip("bnb_4bit_use_double_quant", False, QLORA),
+        Flip("lora_r", 4, LORA),
+        Flip("lora_alpha", 64, LORA),
+        Flip("lora_dropout", 0.5, LORA),
+        Flip("lora_target", ["q_proj"], LORA),
+        Flip("lora_modules_to_save", ["lm_head"], LORA | {"base_model": "MODEL:llama"}),
+        Flip("use_rslora", True, LORA),
+        Flip("use_dora", True, LORA),
+        Flip("init_lora_weights", "gaussian", LORA),
+        Flip("rank_pattern", {"q_proj": 2}, LORA),
+        Flip("alpha_pattern", {"q_proj": 64}, LORA),
+        Flip("merge_onto", "original", QLORA),
+        Flip("bf16", True),
+        Flip("datasets", [{"path": "DATA/dev-sft.jsonl"}]),
+        Flip("eval_datasets", DEV["eval_datasets"]),
+        Flip("seed", 8),
+        Flip("sequence_len", 34),
+        Flip("overflow", "truncate", {"sequence_len": 34}),
+        Flip("per_device_train_batch_size", 2),
+        Flip("gradient_accumulation_steps", 2),
+        Flip("num_train_epochs", 2, {"max_steps": -1}),
+        Flip("max_steps", 2),
+        Flip("learning_rate", 1e-4),
+        Flip("lr_scheduler_type", "linear"),
+        Flip("min_lr_ratio", 0.5),
+        Flip("warmup_ratio", 0.5),
+        Flip("warmup_steps", 2),
+        Flip("optim", "adamw_8bit"),
+        Flip("adam_beta1", 0.5),
+        Flip("adam_beta2", 0.9),
+        Flip("adam_epsilon", 1e-2),
+        Flip("weight_decay", 0.5),
+        Flip("max_grad_norm", 1e-3),
+        Flip("logging_steps", 2),
+        Flip("eval_suite", "DATA/suite.jsonl"),
+        Flip("eval_suite_limit", 1, {"eval_suite": "DATA/suite.jsonl"}),
+        Flip("eval_steps", 1, DEV),
+        Flip("save_steps", 1),
+        Flip("save_total_limit", 1, {"save_steps": 1}),
+        Flip("save_keep_every", 1, {"save_steps": 1, "save_total_limit": 1}),
+        Flip("load_best_model_at_end", True, DEV | {"eval_steps": 1, "learning_rate": 0.5}),
+        Flip("health", {"gradient_spike": SPIKE | {"action": "hold"}}),
+        Flip("health_rollbacks", 0, {"health": {"gradient_spike": SPIKE | {"action": "rollback"}}}),
+        Flip("train_on", "all"),
+        Flip("loss_type", "dft"),
+        Flip("packing_window", 1, {"packing": True, "sequence_len": 100, "per_device_train_batch_size": 2}),
+        Flip("packing", True, {"sequence_len": 100, "per_device_train_batch_size": 2}),
+    ],
+    "dpo": [
+        Flip("loss_type", "ipo"),
+        Flip("beta", 0.5),
+        Flip("label_smoothing", 0.2),
+        Flip("discopop_tau", 0.5, {"loss_type": "discopop"}),
+        Flip("simpo_gamma", 1.5, {"loss_type": "simpo"}),
+        Flip("cpo_alpha", 0.2, {"loss_type": "cpo"}),
+        Flip("rpo_alpha", 0.5),
+        Flip("desirable_weight", 2.0, KTO),
+        Flip("undesirable_weight", 2.0, KTO),
+    ],
+    "grpo": [
+        Flip("reward_funcs", ["DATA/rewards.py:last_digit"]),
+        Flip("reward_weights", [1.0, 0.1], TWO),
+        Flip("reward_kwargs", {"soft_overlong": {"max_length": 4, "cache": 4}}, {"reward_funcs": ["soft_overlong"]}),
+        Flip("multi_objective_aggregation", "normalize_then_sum", TWO),
+        Flip("num_generations", 3),
+        Flip("num_prompts_per_step", 4),
+        Flip("steps_per_generation", 2),
+        Flip("num_iterations", 2),
+        Flip("max_completion_length", 3),
+        Flip("temperature", 0.5),
+        Flip("top_p", 0.5),
+        Flip("top_k", 3),
+        Flip("min_p", 0.5),
+        Flip("stop", list("abcdefghijklmnopqrstuvwxyz ")),
+        Flip("loss_type", "grpo", {"num_prompts_per_step": 3, "stop": list("aeiou ")}),
+        Flip("beta", 0.5),
+        Flip("kl_estimator", "k1", {"beta": 0.5}),
+        Flip("kl_in_reward", True, {"beta": 0.5}),
+        Flip("use_bias_correction_kl", False, {"beta": 0.5} | OFF_POLICY),
+        Flip("epsilon", 0.001, OFF_POLICY),
+        Flip("epsilon_high", 0.001, OFF_POLICY),
+        Flip("delta", 1.3, OFF_POLICY),
+        Flip("importance_sampling_level", "sequence", OFF_POLICY),
+        Flip("scale_rewards", "none"),
+        Flip("advantage_estimator", "rloo"),
+        Flip("advantage_eps", 1.0),
+        Flip("sapo_temperature_pos", 2.0, {"loss_type": "sapo"}),
+        Flip("sapo_temperature_neg", 2.0, {"loss_type": "sapo"}),
+        Flip("mask_truncated_completions", True),
+        Flip("kl_target", 1e-6, {"beta": 0.1, "learning_rate": 1e-2}),
+        Flip("entropy_coef", 0.1),
+        Flip("entropy_target", 50.0),
+        Flip("dynamic_sampling", True, {"reward_funcs": ["DATA/rewards.py:last_digit"]}),
+        Flip(
+            "dynamic_sampling_max_rounds", 1, {"reward_funcs": ["DATA/rewards.py:constant"], "dynamic_sampling": True}
+        ),
+        Flip("soft_overlong_cache", 3, {"stop": list("aeiou ")}),
+        Flip("importance_sampling_correction", "token_truncate"),
+        Flip("reward_check_steps", 1, {"reward_funcs": ["DATA/rewards.py:last_digit"]}),
+    ],
+}
+"""Stage → its flips. What every stage has is flipped under SFT, the shortest of them."""
+
+QUICK = {
+    "sft": ("min_lr_ratio", "load_in_4bit", "train_on"),
+    "dpo": ("label_smoothing",),
+    "grpo": ("stop", "scale_rewards", "soft_overlong_cache"),
+}
+CASES = [
+    pytest.param(kind, flip, id=f"{kind}-{flip.key}", marks=() if flip.key in QUICK[kind] else pytest.mark.slow)
+    for kind, flips in FLIPS.items()
+    for flip in flips
+]
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}{{ ' !' if loud else ':' }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{{ ' !' if loud else ':' }}\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", STAGE_KEYS)
+def test_every_key_of_the_schema_is_flipped_or_listed(kind):
+    keys = set(STAGE_KEYS[kind].model_fields) - (set() if kind == "sft" else set(TrainKeys.model_fields))
+    flipped = [flip.key for flip in FLIPS[kind]]
+    assert len(set(flipped)) == len(flipped)
+    assert set(flipped) & ELSEWHERE.keys() == set()
+    missing = keys - set(flipped) - ELSEWHERE.keys()
+    assert missing == set(), f"give each a Flip, or a reason in ELSEWHERE: {sorted(missing)}"
+    assert set(flipped) <= keys
+
+
+def test_what_is_listed_is_a_key():
+    assert ELSEWHERE.keys() <= {key for model in STAGE_KEYS.values() for key in model.model_fields}
+
+
+@pytest.fixture(scope="module")
+def record(runner, model_dir, data_dir, tmp_path_factory):
+    """`record(kind, options)` is all that a run with these options leaves; runs are made once."""
+    folder, made = tmp_path_factory.mktemp("flips"), {}
+    for path in data_dir.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "other.jinja").write_text(TEMPLATE)
+    rows = [{"id": str(n), "prompt": f"{n}", "target": "e", "scorer": "contains", "split": "dev"} for n in range(3)]
+    (folder / "suite.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    usual = {"sft": "sft", "dpo": "pairs", "grpo": "prompts"}
+
+    def placed(value):
+        text = json.dumps(value).replace("DATA/", f"{folder}/")
+        for architecture in ("llama", "qwen3"):
+            text = text.replace(f"MODEL:{architecture}", str(model_dir(architecture)))
+        return json.loads(text)
+
+    def make(kind, options):
+        name = hashlib.sha256(json.dumps([kind, options], sort_keys=True).encode()).hexdigest()[:12]
+        if name not in made:
+            values = runner.COMMON | {"max_steps": 3} | runner.OWN[kind]
+            values |= {"base_model": "MODEL:qwen3", "datasets": [{"path": f"DATA/{usual[kind]}.jsonl"}]}
+            if kind == "grpo":
+                values["reward_funcs"] = ["DATA/rewards.py:spread"]
+            try:
+                keys = STAGE_KEYS[kind].model_validate(placed(values | options))
+                runner.run_stage(kind, folder / name, keys)
+                made[name] = recorded(runner, folder / name)
+            except (PosttrainError, ValueError) as error:
+                made[name] = f"{type(error).__name__}: {str(error).replace(name, '')}"
+        return made[name]
+
+    return make
+
+
+def recorded(runner, folder):
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    result = json.loads((folder / "result.json").read_text())
+    return {
+        "metrics": runner.rows(folder),
+        "events": [[e["kind"], e["step"], e.get("rule"), e.get("action")] for e in events],
+        "result": {name: value for name, value in result.items() if name != "wall_s"},
+        "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and "rewards" not in path.parts),
+        "weights": {name: tensor.double().sum().item() for name, tensor in runner.weights(folder).items()},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "flip"), CASES)
+def test_a_second_value_changes_what_is_recorded(kind, flip, record):
+    first, second = record(kind, flip.base), record(kind, flip.base | {flip.key: flip.second})
+    assert not isinstance(first, str) or flip.key == "health_rollbacks", first
+    assert first != second
+
+
+def test_the_record_of_equal_runs_is_equal(runner, model_dir, data_dir, tmp_path):
+    """Else a difference would say nothing."""
+    for name in ("one", "two"):
+        keys = runner.keys_of("grpo", model_dir("qwen3"), data_dir, max_steps=2, reward_funcs=["last_digit"])
+        runner.run_stage("grpo", tmp_path / name, keys)
+    assert recorded(runner, tmp_path / "one") == recorded(runner, tmp_path / "two")
