@@ -1,5 +1,6 @@
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from posttrain.evals.run import Evaluator, pass_at_k, pass_at_ks
 from posttrain.evals.suite import load_suite
 from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.models.load import load_policy
-from posttrain.recipes.evaluate import TokenizerCodec, evaluate
+from posttrain.recipes.evaluate import TokenizerCodec, evaluate, score_in_workers
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.sampling import request_seed
 
@@ -94,6 +95,77 @@ def test_choices_are_ranked_by_the_likelihood_of_the_whole_answer(evaluator, sui
     report = evaluator.run(*suite(rows), "gate")
     assert [item.completions[0] for item in report.items] == best
     assert [item.scores for item in report.items] == [(float(options[n % 3] == b),) for n, b in enumerate(best)]
+
+
+def test_acc_and_acc_norm_are_those_of_lm_eval(evaluator, suite, model_dir, tokenizer):
+    """acc: the largest sum of log-probs; acc_norm: of that divided by the characters of the choice, its leading space aside."""
+    options = [" one", " two and rather more than that", " 3"]
+    model = AutoModelForCausalLM.from_pretrained(model_dir("qwen3"), dtype=torch.float32)
+
+    def logp(prompt, answer):
+        whole, start = tokenizer(prompt + answer)["input_ids"], len(tokenizer(prompt)["input_ids"])
+        with torch.no_grad():
+            logits = model(torch.tensor([whole])).logits[0, start - 1 : -1].log_softmax(-1)
+        return float(logits.gather(-1, torch.tensor(whole[start:])[:, None]).sum())
+
+    prompts, found = [f"{n} times two is" for n in range(6)], {}
+    for scorer, length in (
+        ("acc", lambda answer: 1),
+        ("choices", lambda answer: 1),
+        ("acc_norm", lambda answer: len(answer) - 1),
+    ):
+        best = [max(range(3), key=lambda i, p=p, of=length: logp(p, options[i]) / of(options[i])) for p in prompts]
+        rows = [
+            {"id": str(n), "prompt": p, "choices": options, "target": n % 3, "scorer": scorer}
+            for n, p in enumerate(prompts)
+        ]
+        report = evaluator.run(*suite(rows, name=scorer), "gate")
+        assert [item.completions[0] for item in report.items] == [options[i] for i in best]
+        assert [item.scores for item in report.items] == [(float(n % 3 == i),) for n, i in enumerate(best)]
+        found[scorer] = best
+    assert found["acc"] == found["choices"] != found["acc_norm"]
+
+
+def test_a_choice_is_cut_from_the_whole_text_as_lm_eval_does(evaluator, tokenizer):
+    for prompt, choice in (("2 times two is", " four"), ("2 times two is ", "four"), ("Answer:", " B"), ("x", "y")):
+        ids, start = evaluator.codec.encode_choice(prompt, choice)
+        assert list(ids) == tokenizer(prompt + choice)["input_ids"]
+        assert start == min(len(tokenizer(prompt.rstrip())["input_ids"]), len(ids) - 1)
+
+
+OWN = """
+import time
+
+def length(prompts, completions, target, bonus, **columns):
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [len(text) + float(target[i]) + bonus[i] for i, text in enumerate(texts)]
+
+def fails(completions, target, **columns):
+    if "2" in target: raise KeyError("no")
+    return [1.0 for _ in completions]
+
+def silent(completions, **columns):
+    return [None for _ in completions]
+"""
+
+
+def test_a_scorer_of_ones_own_is_a_function_with_the_signature_of_a_reward(evaluator, suite, tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    ours = replace(evaluator, score_own=score_in_workers)
+    rows = [row | {"scorer": "own.py:length", "target": n, "bonus": 100} for n, row in enumerate(items())]
+    rows[0] = {"id": "i0", "prompt": "What is 0?", "scorer": "own.py:length", "target": 0, "bonus": 100}
+    report = ours.run(*suite(rows, num_samples=2, temperature=1.0), "gate")
+    for n, item in enumerate(report.items):
+        assert item.scores == tuple(len(text) + n + 100.0 for text in item.completions)
+    assert report.scorer == "own.py:length"
+    failed = ours.run(*suite([row | {"scorer": "own.py:fails"} for row in rows], name="f"), "gate")
+    assert [item.scores for item in failed.items] == [(1.0,), (1.0,), (0.0,), (1.0,)]
+    assert [bool(item.error) for item in failed.items] == [False, False, True, False]
+    assert "KeyError" in failed.items[2].error
+    with pytest.raises(EvalError, match=r"suite item i0: scorer 'own\.py:silent' could not score it"):
+        ours.run(*suite([row | {"scorer": "own.py:silent"} for row in rows], name="n"), "gate")
+    with pytest.raises(EvalError, match="no process to run it in"):
+        evaluator.run(*suite(rows, name="w"), "gate")
 
 
 def test_an_item_that_cannot_be_scored_is_an_error_that_names_it(evaluator, suite):

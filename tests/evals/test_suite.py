@@ -3,7 +3,7 @@ import json
 import pytest
 
 from posttrain.errors import EvalError
-from posttrain.evals.suite import CHOICES, load_suite
+from posttrain.evals.suite import CHOICES, load_suite, suite_file_digest
 
 GOOD = {"id": "a", "prompt": "1+1=", "target": "2", "scorer": "exact"}
 
@@ -49,6 +49,19 @@ BAD = {
     "target no choice": (
         '{"id": "a", "prompt": "x", "choices": ["y", "z"], "target": "w"}\n',
         "`target` must be one of them",
+    ),
+    "index beyond": (
+        '{"id": "a", "prompt": "x", "choices": ["y", "z"], "target": 2}\n',
+        "`target` must be one of them or an index from 0 to 1, found 2",
+    ),
+    "choices alike": (
+        '{"id": "a", "prompt": "x", "choices": ["y", "y"], "target": 0}\n',
+        r"suite\.jsonl:1: `choices` needs at least two texts that differ",
+    ),
+    "choices of numbers": ('{"id": "a", "prompt": "x", "choices": [1, 2], "target": 1}\n', "needs at least two texts"),
+    "no scorer file": (
+        '{"id": "a", "prompt": "x", "scorer": "no.py:f"}\n',
+        r"suite\.jsonl: scorer 'no\.py:f': no file .*relative to its suite",
     ),
     "empty": ("\n\n", "is empty; expected one JSON object per line"),
 }
@@ -97,3 +110,38 @@ def test_the_digest_follows_items_scorer_and_decoding(suite):
 def test_choices_need_no_scorer(suite):
     made = suite({"id": "a", "prompt": "x", "choices": ["y", "z"], "target": "y"})
     assert made.scorer == CHOICES
+
+
+@pytest.mark.parametrize("scorer", [None, "choices", "acc", "acc_norm"])
+def test_an_integer_target_is_an_index(scorer, suite):
+    row = {"id": "a", "prompt": "x", "choices": ["7", "1", "0"], "scorer": scorer}
+    assert [suite(row | {"target": target}).items[0].target for target in (0, 2, "0", "1")] == ["7", "0", "0", "1"]
+    for target in (True, -1, 3, 0.0, None, ["7"]):
+        with pytest.raises(EvalError, match="must be one of them or an index"):
+            suite(row | {"target": target})
+
+
+@pytest.mark.parametrize(
+    ("target", "text"), [({"a": [1, None]}, '{"a": [1, null]}'), ([1], "[1]"), (True, "true"), (7, "7"), (0.5, "0.5")]
+)
+def test_a_target_that_is_no_text_is_read_as_json(target, text, suite):
+    assert suite({"id": "a", "prompt": "x", "target": target}).items[0].target == text
+
+
+def test_the_digest_follows_an_own_scorer_and_what_it_imports(suite, tmp_path):
+    (tmp_path / "scorers.py").write_text(
+        "import helper\ndef half(completions, **columns): return [0.5 for _ in completions]\n"
+    )
+    (tmp_path / "helper.py").write_text("x = 1\n")
+    row = GOOD | {"scorer": "scorers.py:half"}
+    first = suite(row).digest("gate", {})
+    assert suite(row).digest("gate", {}) == first
+    pinned = suite_file_digest(tmp_path / "suite.jsonl")
+    (tmp_path / "helper.py").write_text("x = 2\n")
+    assert suite(row).digest("gate", {}) != first
+    assert suite_file_digest(tmp_path / "suite.jsonl") != pinned
+    with pytest.raises(EvalError, match=r"scorer 'scorers\.py:halve': .* defines _, half, helper"):
+        suite(GOOD | {"scorer": "scorers.py:halve"})
+    (tmp_path / "scorers.py").write_text("def half(:\n")
+    with pytest.raises(EvalError, match=r"scorers\.py:1: the file is not valid Python"):
+        suite(row)

@@ -47,7 +47,7 @@ def test_a_missing_column_is_named_with_those_present(write, tmp_path):
     [
         ("def g(completions): pass", "no function 'f' \\(defined there: g\\)"),
         ("def ff(completions): pass", "did you mean 'ff'"),
-        ("def f(:", r"r\.py:1: the reward file is not valid Python"),
+        ("def f(:", r"r\.py:1: the file is not valid Python"),
         (
             "import os\nimport no_such_module\ndef f(completions): pass",
             r"r\.py:2: importing the reward file raised ModuleNotFoundError",

@@ -11,10 +11,11 @@ from typing import Any, Protocol
 
 from posttrain.config.pipeline import SuiteKeys
 from posttrain.errors import EvalError
-from posttrain.evals.suite import CHOICES, Item, Suite
+from posttrain.evals.suite import RANKINGS, Item, Suite
 from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.files import digest_json
 from posttrain.grading.scorers import SCORERS
+from posttrain.grading.source import split_spec
 from posttrain.protocols import Engine
 from posttrain.types import Completion, Request, SamplingParams, Text
 
@@ -26,9 +27,21 @@ class Codec(Protocol):
 
     def encode_prompt(self, prompt: Text) -> tuple[int, ...]: ...
 
-    def encode_answer(self, text: str) -> tuple[int, ...]: ...
+    def encode_choice(self, prompt: Text, choice: str) -> tuple[tuple[int, ...], int]:
+        """The ids of prompt and choice, and where the choice begins."""
+        ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
+
+
+OwnScorer = Callable[[Suite, Sequence[Item], Sequence[str]], Sequence[tuple[float | None, str | None]]]
+"""A suite whose scorer is a user's function, items, one completion of each → score and, where it failed, why."""
+
+
+def _no_workers(suite: Suite) -> Sequence[tuple[float | None, str | None]]:
+    raise EvalError(
+        f"suite {suite.name}: scorer {suite.scorer!r} is a file; this evaluator has no process to run it in"
+    )
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,7 @@ class Evaluator:
     model_digest: str
     seed_of: Callable[..., int]
     progress: Callable[[str, int, int], None] = field(default=lambda name, done, total: None)
+    score_own: OwnScorer = field(default=lambda suite, items, texts: _no_workers(suite))
     _greedy: dict[tuple[tuple[int, ...], int], Completion] = field(default_factory=dict, repr=False)
 
     def run(
@@ -63,7 +77,7 @@ class Evaluator:
             random.Random(order).shuffle(waiting)
         for start in range(0, len(waiting), _ITEMS_PER_CALL):
             part = waiting[start : start + _ITEMS_PER_CALL]
-            made = self._ranked(part) if suite.scorer == CHOICES else self._sampled(part, keys)
+            made = self._ranked(part) if suite.scorer in RANKINGS else self._sampled(part, keys, suite)
             records |= {record.id: record for record in made}
             self.progress(suite.name, len(records), len(items))
         decoding = decoding_of(keys)
@@ -73,7 +87,7 @@ class Evaluator:
             wall_s=time.monotonic() - started,
         )  # fmt: skip
 
-    def _sampled(self, items: Sequence[Item], keys: SuiteKeys) -> Iterator[ItemRecord]:
+    def _sampled(self, items: Sequence[Item], keys: SuiteKeys, suite: Suite) -> Iterator[ItemRecord]:
         params = SamplingParams(max_tokens=keys.max_tokens, temperature=keys.temperature)
         requests = [
             Request(self.codec.encode_prompt(item.prompt), self.seed_of("eval", keys.seed, item.id, sample))
@@ -81,8 +95,18 @@ class Evaluator:
             for sample in range(keys.num_samples)
         ]
         completions = self._generate(requests, params)
+        texts = [self.codec.decode(completion.ids) for completion in completions]
+        each = [item for item in items for _ in range(keys.num_samples)]
+        if split_spec(suite.scorer):
+            scores = self.score_own(suite, each, texts)
+        else:
+            scores = [
+                (SCORERS[item.scorer](text, item.target, item.columns), None)
+                for item, text in zip(each, texts, strict=True)
+            ]
         for index, item in enumerate(items):
-            yield self._record(item, completions[index * keys.num_samples : (index + 1) * keys.num_samples])
+            part = slice(index * keys.num_samples, (index + 1) * keys.num_samples)
+            yield _record(item, completions[part], texts[part], scores[part])
 
     def _generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """Greedy answers follow from the prompt alone: suites that ask the same thing share them."""
@@ -96,32 +120,32 @@ class Evaluator:
         self._greedy.update(zip(new, self.engine.generate(list(new.values()), params), strict=True))
         return [self._greedy[r.prompt_ids, params.max_tokens] for r in requests]
 
-    def _record(self, item: Item, completions: Sequence[Completion]) -> ItemRecord:
-        texts = tuple(self.codec.decode(completion.ids) for completion in completions)
-        scores = [SCORERS[item.scorer](text, item.target, item.columns) for text in texts]
-        if any(score is None for score in scores):
-            raise EvalError(
-                f"suite item {item.id}: scorer {item.scorer!r} could not score it; is its target of the right kind? ({item.target!r})"
-            )
-        return ItemRecord(
-            id=item.id, prompt_digest=prompt_digest(item), scores=tuple(float(score) for score in scores if score is not None),
-            cluster=item.cluster, completions=texts, finishes=tuple(c.finish for c in completions),
-            num_tokens=tuple(len(c.ids) for c in completions),
-        )  # fmt: skip
-
     def _ranked(self, items: Sequence[Item]) -> Iterator[ItemRecord]:
-        """The choice with the highest log-prob wins; ties go to the first, as in lm-eval."""
-        prompts = [self.codec.encode_prompt(item.prompt) for item in items]
-        sequences = [
-            ((*prompt, *self.codec.encode_answer(choice)), len(prompt))
-            for item, prompt in zip(items, prompts, strict=True)
-            for choice in item.choices
-        ]
+        """The choice that ranks highest wins; ties go to the first, as in lm-eval."""
+        sequences = [self.codec.encode_choice(item.prompt, choice) for item in items for choice in item.choices]
         logps = iter([sum(values) for values in self.engine.score(sequences)])
         for item in items:
-            totals = [next(logps) for _ in item.choices]
-            best = item.choices[max(range(len(totals)), key=totals.__getitem__)]
+            ranks = [RANKINGS[item.scorer](next(logps), choice) for choice in item.choices]
+            best = item.choices[max(range(len(ranks)), key=ranks.__getitem__)]
             yield ItemRecord(item.id, prompt_digest(item), (float(best == item.target),), item.cluster, (best,))
+
+
+def _record(
+    item: Item,
+    completions: Sequence[Completion],
+    texts: Sequence[str],
+    scores: Sequence[tuple[float | None, str | None]],
+) -> ItemRecord:
+    """An own scorer that fails on a completion scores it 0, and the item keeps the reason. Raises: EvalError."""
+    if any(score is None and reason is None for score, reason in scores):
+        raise EvalError(
+            f"suite item {item.id}: scorer {item.scorer!r} could not score it; is its target of the right kind? ({item.target!r})"
+        )
+    return ItemRecord(
+        id=item.id, prompt_digest=prompt_digest(item), scores=tuple(float(score or 0.0) for score, _ in scores),
+        cluster=item.cluster, completions=tuple(texts), finishes=tuple(c.finish for c in completions),
+        num_tokens=tuple(len(c.ids) for c in completions), error=next((reason for _, reason in scores if reason), None),
+    )  # fmt: skip
 
 
 def decoding_of(keys: SuiteKeys) -> dict[str, Any]:

@@ -6,18 +6,27 @@ every other column is handed to the scorer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import DataError, EvalError
-from posttrain.files import canonical_json, digest_json, read_json_lines
+from posttrain.errors import ConfigError, DataError, EvalError
+from posttrain.files import canonical_json, digest_file, digest_json, read_json_lines
 from posttrain.grading.scorers import SCORERS, scorer_digest
+from posttrain.grading.source import defined_names, dependency_versions, parse_source, source_of, split_spec
 from posttrain.types import Text
 
 CHOICES = "choices"
-"""The scorer of items that rank their choices by likelihood instead of sampling an answer."""
+"""The scorer of items with choices that name none."""
+RANKINGS: dict[str, Callable[[float, str], float]] = {
+    CHOICES: lambda logp, choice: logp,
+    "acc": lambda logp, choice: logp,
+    "acc_norm": lambda logp, choice: logp / max(len(choice.lstrip()), 1),
+}
+"""Scorer → what a choice is ranked by, instead of sampling an answer. Source: lm-eval's `multiple_choice`; its length is in characters,
+without the space that parts prompt and choice."""
 _KNOWN = {"id", "prompt", "messages", "target", "choices", "scorer", "split", "cluster"}
 
 
@@ -66,8 +75,15 @@ class Suite:
     def digest(self, split: str, decoding: Mapping[str, Any]) -> str:
         """Digest of what a score on this split means: items, scorer code, decoding."""
         lines = [canonical_json(item.to_json()) for item in self.on(split)]
-        scorer = CHOICES if self.scorer == CHOICES else scorer_digest(self.scorer)
-        return digest_json([self.name, split, lines, scorer, dict(decoding)])
+        return digest_json([self.name, split, lines, self.scorer_digest(), dict(decoding)])
+
+    def scorer_digest(self) -> str:
+        if self.scorer in RANKINGS:
+            return self.scorer
+        if own := split_spec(self.scorer):
+            digests, modules = source_of(self.path.parent / own[0])
+            return digest_json([own[1], digests, dependency_versions(modules)])
+        return scorer_digest(self.scorer)
 
 
 def load_suite(name: str, path: Path) -> Suite:
@@ -96,7 +112,30 @@ def load_suite(name: str, path: Path) -> Suite:
         raise EvalError(
             f"{path.name}: items use several scorers ({', '.join(sorted(scorers))}); make one suite of each"
         )
+    _check_own_scorer(items[0].scorer, path)
     return Suite(name, path, tuple(items))
+
+
+def suite_file_digest(path: Path) -> str:
+    """Digest of the file, and of its own scorer with all that this is made of. Raises: EvalError."""
+    suite = load_suite(path.stem, path)
+    digest = digest_file(path)
+    return digest_json([digest, suite.scorer_digest()]) if split_spec(suite.scorer) else digest
+
+
+def _check_own_scorer(scorer: str, path: Path) -> None:
+    own = split_spec(scorer)
+    if own is None:
+        return
+    file = path.parent / own[0]
+    if not file.is_file():
+        raise EvalError(f"{path.name}: scorer {scorer!r}: no file {file}; a scorer's path is relative to its suite")
+    try:
+        defined = defined_names(parse_source(file))
+    except ConfigError as error:
+        raise EvalError(f"{path.name}: scorer {scorer!r}: {error}") from None
+    if own[1] not in defined:
+        raise EvalError(f"{path.name}: scorer {scorer!r}: {file} defines {', '.join(sorted(defined)) or 'nothing'}")
 
 
 def _parse(row: Mapping[str, Any], where: str) -> Item:
@@ -109,15 +148,37 @@ def _parse(row: Mapping[str, Any], where: str) -> Item:
         raise EvalError(
             f"{where}: expected `prompt` (text) or `messages` (a list of role and content), found {type(prompt).__name__}"
         )
-    choices = tuple(row.get("choices") or ())
+    choices = row.get("choices") or ()
     scorer = row.get("scorer") or (CHOICES if choices else "exact")
-    if scorer != CHOICES and scorer not in SCORERS:
-        raise EvalError(f"{where}: scorer {scorer!r} is unknown; expected one of {', '.join([*SCORERS, CHOICES])}")
+    if not isinstance(scorer, str) or not (scorer in RANKINGS or scorer in SCORERS or split_spec(scorer)):
+        known = ", ".join([*SCORERS, *RANKINGS])
+        raise EvalError(f"{where}: scorer {scorer!r} is unknown; expected one of {known}, or file.py:function")
     target = row.get("target")
-    if scorer == CHOICES and (len(choices) < 2 or target not in choices):
-        raise EvalError(f"{where}: `choices` needs at least two texts, and `target` must be one of them")
+    target = _right_choice(choices, target, where) if scorer in RANKINGS else _target_text(target)
     return Item(
-        id=row["id"], prompt=prompt, target=None if target is None else str(target), scorer=scorer,
-        split=str(row.get("split", "gate")), cluster=row.get("cluster"), choices=choices,
+        id=row["id"], prompt=prompt, target=target, scorer=scorer,
+        split=str(row.get("split", "gate")), cluster=row.get("cluster"), choices=tuple(choices),
         columns={key: value for key, value in row.items() if key not in _KNOWN},
     )  # fmt: skip
+
+
+def _right_choice(choices: Any, target: Any, where: str) -> str:
+    """The text of the right choice; an integer is its index, from 0, as in lm-eval."""
+    texts = isinstance(choices, list) and all(isinstance(choice, str) and choice for choice in choices)
+    if not texts or len(choices) < 2 or len(set(choices)) < len(choices):
+        raise EvalError(f"{where}: `choices` needs at least two texts that differ, found {choices!r}")
+    if type(target) is int and 0 <= target < len(choices):
+        return str(choices[target])
+    if isinstance(target, str) and target in choices:
+        return target
+    last = len(choices) - 1
+    raise EvalError(
+        f"{where}: of `choices`, `target` must be one of them or an index from 0 to {last}, found {target!r}"
+    )
+
+
+def _target_text(target: Any) -> str | None:
+    """Text and numbers as they stand, all else as JSON: it is what `json_schema` compares with."""
+    if target is None or isinstance(target, str):
+        return target
+    return json.dumps(target) if isinstance(target, (bool, list, dict)) else str(target)

@@ -18,6 +18,7 @@ from posttrain.config.pipeline import PipelineKeys
 from posttrain.config.resolved import SCHEMA, to_data
 from posttrain.config.stages import DatasetKeys, GRPOKeys, TrainKeys
 from posttrain.errors import ConfigError
+from posttrain.evals.suite import suite_file_digest
 from posttrain.files import digest_file, digest_json
 from posttrain.models.export import source_digest
 from posttrain.numerics import changes_between, revision
@@ -50,7 +51,9 @@ def pins_of(keys: PipelineKeys) -> dict[str, str]:
         pins[f"{place}.keys"] = digest_json(training_keys(stage.keys))
         pins |= {f"{place}.{name}": digest for name, digest in data_pins(stage.keys).items()}
     for name, suite in keys.evals.items():
-        pins[f"evals.{name}"] = digest_json([_by_name(suite.model_dump(mode="json")), digest_file(Path(suite.path))])
+        pins[f"evals.{name}"] = digest_json(
+            [_by_name(suite.model_dump(mode="json")), suite_file_digest(Path(suite.path))]
+        )
     if keys.gate is not None:
         pins["gate"] = digest_json(_by_name(to_data(keys.gate)))
     return pins
@@ -99,7 +102,7 @@ def data_pins(keys: TrainKeys) -> dict[str, str]:
     if isinstance(keys, GRPOKeys):
         pins["rewards"] = reward_digest(keys.reward_funcs, keys.reward_kwargs, keys.reward_weights)
     if keys.eval_suite is not None:
-        pins["eval_suite"] = digest_file(Path(keys.eval_suite))
+        pins["eval_suite"] = suite_file_digest(Path(keys.eval_suite))
     if keys.chat_template is not None:
         pins["chat_template"] = digest_file(Path(keys.chat_template))
     return pins

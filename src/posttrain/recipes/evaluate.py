@@ -12,11 +12,12 @@ from posttrain.config.stages import ModelKeys
 from posttrain.data.messages import parse_messages
 from posttrain.data.render import chat_ids
 from posttrain.evals.run import Evaluator, decoding_of
-from posttrain.evals.suite import Suite
+from posttrain.evals.suite import Item, Suite
 from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.models.export import source_digest
 from posttrain.models.generation import stop_token_ids
 from posttrain.models.load import load_policy, load_tokenizer
+from posttrain.rewards.workers import RewardPool
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.sampling import request_seed
 from posttrain.types import Origin, Text
@@ -39,8 +40,14 @@ class TokenizerCodec:
             return tuple(self.tokenizer(text)["input_ids"])
         return chat_ids(self.tokenizer, parse_messages(prompt, Origin("prompt", 1), "messages"))
 
-    def encode_answer(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def encode_choice(self, prompt: Text, choice: str) -> tuple[tuple[int, ...], int]:
+        """Text is encoded as one and cut where the prompt alone ends, as in lm-eval; behind a chat stands the choice by itself."""
+        if isinstance(prompt, str):
+            start = len(self.encode_prompt(prompt.rstrip() or prompt))
+            whole = self.encode_prompt(prompt + choice)
+            return whole, min(start, len(whole) - 1)
+        ids = self.encode_prompt(prompt)
+        return (*ids, *self.tokenizer(choice, add_special_tokens=False)["input_ids"]), len(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -99,8 +106,25 @@ def _evaluator(model: ModelKeys, digest: str, progress: Shown | None, rows: int)
     policy = load_policy(model, tokenizer=load_tokenizer(model), trainable=False)
     engine = EmbeddedEngine(policy, stop_token_ids=stop_token_ids(policy.base, policy.tokenizer), batch_size=rows)
     return Evaluator(
-        engine, TokenizerCodec(policy.tokenizer), digest, request_seed, progress or (lambda name, done, total: None)
-    )
+        engine, TokenizerCodec(policy.tokenizer), digest, request_seed, progress or (lambda name, done, total: None),
+        score_own=score_in_workers,
+    )  # fmt: skip
+
+
+def score_in_workers(
+    suite: Suite, items: Sequence[Item], texts: Sequence[str]
+) -> Sequence[tuple[float | None, str | None]]:
+    """The suite's own scorer, a function with the signature of a reward, on one completion of each item. `target` is a column."""
+    names = dict.fromkeys(name for item in items for name in item.columns)
+    columns: dict[str, list[Any]] = {name: [item.columns.get(name) for item in items] for name in names}
+    columns["target"] = [item.target for item in items]
+    prompts = [item.prompt if isinstance(item.prompt, str) else [dict(m) for m in item.prompt] for item in items]
+    completions: list[Any] = [
+        text if isinstance(item.prompt, str) else [{"role": "assistant", "content": text}]
+        for item, text in zip(items, texts, strict=True)
+    ]
+    with RewardPool([suite.scorer], folder=suite.path.parent) as pool:
+        return [(found.total, found.error) for found in pool.score(prompts, completions, columns)]
 
 
 def _stored(folder: Path) -> EvalReport | None:

@@ -13,7 +13,7 @@ from posttrain.evals.suite import Suite, load_suite
 from posttrain.models.policy import Policy
 from posttrain.protocols import Topology
 from posttrain.recipes.engine import make_engine, sync_engine
-from posttrain.recipes.evaluate import TokenizerCodec
+from posttrain.recipes.evaluate import TokenizerCodec, score_in_workers
 from posttrain.recipes.stage import Stage
 from posttrain.recipes.train_state import TrainState
 from posttrain.rollout.embedded import EmbeddedEngine
@@ -98,5 +98,6 @@ class SuiteScore:
     def measure(self, step: int) -> dict[str, float]:
         # Under ranks the engine samples from a copy, which must be brought up to date.
         sync_engine(self._engine, self._policy, version=step)
-        evaluator = Evaluator(self._engine, TokenizerCodec(self._engine.policy.tokenizer), "in training", request_seed)
+        codec = TokenizerCodec(self._engine.policy.tokenizer)
+        evaluator = Evaluator(self._engine, codec, "in training", request_seed, score_own=score_in_workers)
         return {"eval_score": evaluator.run(self._suite, self._keys, _DEV).mean}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import functools
 import importlib.metadata
@@ -19,8 +18,9 @@ from types import ModuleType
 from typing import Any
 
 from posttrain.errors import ConfigError, RewardError
-from posttrain.files import digest_file, digest_json
+from posttrain.files import digest_json
 from posttrain.grading.scorers import grading_digest
+from posttrain.grading.source import defined_names, dependency_versions, parse_source, source_of, split_spec
 from posttrain.numerics import revision
 from posttrain.rewards.library import REWARDS
 
@@ -57,12 +57,6 @@ class RewardFunction:
 
 async def _awaited(value: Any) -> Any:
     return await value
-
-
-def split_spec(spec: str) -> tuple[str, str] | None:
-    """(path, function) of `file.py:function`; None for a library name."""
-    path, colon, function = spec.rpartition(":")
-    return (path, function) if colon and path.endswith(".py") else None
 
 
 def reward_names(specs: Sequence[str]) -> list[str]:
@@ -102,34 +96,14 @@ def check_spec(spec: str, folder: Path | None = None) -> None:
             )
         return
     file = _file_of(spec, parts[0], folder)
-    tree = _parse(file)
-    defined = _defined_names(tree)
+    tree = parse_source(file)
+    defined = defined_names(tree)
     if parts[1] not in defined:
         near = get_close_matches(parts[1], defined, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
             f"{file}: no function {parts[1]!r}{hint} (defined there: {', '.join(sorted(defined)) or 'nothing'})"
         )
-
-
-def _parse(file: Path) -> ast.Module:
-    try:
-        return ast.parse(file.read_bytes(), str(file))
-    except (SyntaxError, ValueError) as error:
-        line, reason = getattr(error, "lineno", 0) or 0, getattr(error, "msg", error)
-        raise ConfigError(f"{file}:{line}: the reward file is not valid Python: {reason}") from None
-
-
-def _defined_names(tree: ast.Module) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            names.add(node.name)
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
-    return names
 
 
 def _load_module(file: Path) -> ModuleType:
@@ -219,43 +193,6 @@ def _bind(
 # --- digest --------------------------------------------------------------------------------------------------------
 
 
-def _local_sources(file: Path) -> dict[Path, ast.Module]:
-    """The reward file and the neighbours it imports, directly or not."""
-    trees: dict[Path, ast.Module] = {}
-    queue = [file]
-    while queue:
-        path = queue.pop()
-        if path in trees:
-            continue
-        trees[path] = _parse(path)
-        for name in _imported(trees[path]):
-            base = file.parent / Path(*name.split("."))
-            queue += [p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file()]
-    return trees
-
-
-def _imported(tree: ast.Module) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module or "")
-            names |= {f"{node.module}.{alias.name}" if node.module else alias.name for alias in node.names}
-    return names - {""}
-
-
-@functools.cache
-def _distributions() -> Mapping[str, list[str]]:
-    return importlib.metadata.packages_distributions()
-
-
-def dependency_versions(modules: set[str]) -> dict[str, str]:
-    """Versions of the installed distributions that provide these top-level modules."""
-    found = {name for module in modules for name in _distributions().get(module, [])}
-    return {name: importlib.metadata.version(name) for name in sorted(found) if name != "posttrain"}
-
-
 def reward_digest(
     specs: Sequence[str],
     kwargs: Mapping[str, Mapping[str, Any]] | None = None,
@@ -272,10 +209,9 @@ def reward_digest(
     for spec in specs:
         check_spec(spec, folder)
         if parts := split_spec(spec):
-            file = _file_of(spec, parts[0], folder)
-            for path, tree in _local_sources(file).items():
-                sources[path.relative_to(file.parent).as_posix()] = digest_file(path)
-                imported |= {name.split(".")[0] for name in _imported(tree)}
+            digests, modules = source_of(_file_of(spec, parts[0], folder))
+            sources |= digests
+            imported |= modules
         elif options.get(spec, {}).get("backend") == "math_verify":
             imported |= {"math_verify", "latex2sympy2_extended", "sympy"}
     names = reward_names(specs)
