@@ -99,16 +99,20 @@ class Policy:
                 return _score_one_by_one(self, batch, temperature, entropy)
             scores, places = list[Scores](), list[torch.Tensor]()
             for part, places_of_part in by_encoding(self.base, batch):
-                scores.append(self._score_together(part, temperature, entropy))
                 if places_of_part is None:
-                    return scores[0]
+                    return self._score_together(part, temperature, entropy)
+                self._check_whole()
+                scores.append(self._score_together(part, temperature, entropy))
                 places.append(places_of_part)
+        return _joined(scores, torch.cat(places).argsort())
+
+    def _check_whole(self) -> None:
+        """Raises: ModelError where the model is sharded: ranks must call it equally often."""
         if self.sharded:
             raise ModelError(
                 "a micro-batch has sequences on both sides of the length at which this model's rotary embedding changes, which "
                 "a model sharded over ranks cannot run apart; set per_device_train_batch_size: 1, or sequence_len to that length"
             )
-        return _joined(scores, torch.cat(places).argsort())
 
     def _score_together(self, batch: Batch, temperature: float, entropy: bool) -> Scores:
         if self._head_is_plain:

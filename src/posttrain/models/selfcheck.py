@@ -17,6 +17,7 @@ from posttrain.types import TokenSeq
 _LONGEST = 40
 _BOUNDARY = 16
 """What every length that a config names is scaled down to, so that the probe crosses it."""
+_ORIGINAL = "original_max_position_embeddings"
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
@@ -65,10 +66,12 @@ def _agrees(model: PreTrainedModel) -> bool:
 
 def _boundaries(text: Any) -> dict[str, int]:
     """Lengths by key at which attention begins to differ, where the model's own probe does not cross them."""
-    names = ("sliding_window", "attention_chunk_size", "floor_scale")
-    found = {name: getattr(text, name, None) for name in names}
+    found: dict[str, Any] = {
+        name: getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size", "floor_scale")
+    }
     rule = length_rule(text)
-    found["rope"] = None if rule is None else rule.boundary
+    originals = [rope.get(_ORIGINAL) for rope in rope_parameters(text)]
+    found["rope"] = max((size for size in (*originals, rule and rule.boundary) if size), default=None)
     return {name: size for name, size in found.items() if size and size >= _LONGEST // 2}
 
 
@@ -78,24 +81,25 @@ def _scaled_down(model: PreTrainedModel) -> PreTrainedModel:
     if _is_quantized(model):
         del config.quantization_config
     text: Any = config.get_text_config()
-    for name in _boundaries(text):
-        if name != "rope":
-            setattr(text, name, _BOUNDARY if name != "sliding_window" else _BOUNDARY // 2)
-    _scale_rope(text)
+    for name, size in _boundaries(text).items():
+        if name == "rope":
+            _scale_rope(text, size)
+        else:
+            setattr(text, name, _BOUNDARY // 2 if name == "sliding_window" else _BOUNDARY)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    grouped = text.num_key_value_heads < text.num_attention_heads
+    grouped = getattr(text, "num_key_value_heads", text.num_attention_heads) < text.num_attention_heads
     sizes = {
         "num_hidden_layers": _layers_of_each_type(text), "num_attention_heads": 4, "num_key_value_heads": 2 if grouped else 4,
         "hidden_size": 4 * head_dim, "intermediate_size": 8 * head_dim, "intermediate_size_mlp": 8 * head_dim,
         "moe_intermediate_size": 4 * head_dim, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
-        "vocab_size": 256, "pad_token_id": None,
+        "vocab_size": 256, "pad_token_id": 0,
         # Weights of this size make attention uneven: what a token attends to must move its logits.
         "initializer_range": (4 * head_dim) ** -0.5,
     }  # fmt: skip
     for name, size in sizes.items():
         present: Any = getattr(text, name, None)
         if present is not None:
-            setattr(text, name, size if size is None or isinstance(size, float) else min(size, present))
+            setattr(text, name, size if isinstance(size, float) else min(size, present))
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[: text.num_hidden_layers]
     with torch.random.fork_rng(devices=[]):
@@ -103,17 +107,14 @@ def _scaled_down(model: PreTrainedModel) -> PreTrainedModel:
         return type(model)._from_config(config, dtype=torch.float32).eval()
 
 
-def _scale_rope(text: Any) -> None:
-    rule = length_rule(text)
-    if rule is None:
-        return
+def _scale_rope(text: Any, boundary: int) -> None:
     for rope in rope_parameters(text):
-        if "original_max_position_embeddings" in rope:
-            rope["original_max_position_embeddings"] = _BOUNDARY
-    if getattr(text, "original_max_position_embeddings", None):
-        text.original_max_position_embeddings = _BOUNDARY
+        if _ORIGINAL in rope:
+            rope[_ORIGINAL] = _BOUNDARY
+    if getattr(text, _ORIGINAL, None):
+        setattr(text, _ORIGINAL, _BOUNDARY)
     # With `dynamic` this is the boundary itself; with others its ratio to the original says how far to stretch.
-    text.max_position_embeddings = max(1, text.max_position_embeddings // rule.boundary) * _BOUNDARY
+    text.max_position_embeddings = max(1, text.max_position_embeddings // boundary) * _BOUNDARY
 
 
 def _layers_of_each_type(text: Any) -> int:
