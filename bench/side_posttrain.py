@@ -30,7 +30,8 @@ class TurnSink:
             tokens = round(metrics["completions/mean_length"] * self._row.num_prompts * workload.GROUP)
         else:
             tokens, self._tokens = round(metrics["num_tokens"] - self._tokens), metrics["num_tokens"]
-        self._turns.step_done(tokens, metrics["loss"], metrics.get("epoch", 0.0), self._extra_seconds())
+        # A step that no group gives a gradient to has no loss here; TRL logs 0.
+        self._turns.step_done(tokens, metrics.get("loss", 0.0), metrics.get("epoch", 0.0), self._extra_seconds())
 
     def event(self, kind: str, step: int, details: Mapping[str, Any]) -> None:
         pass

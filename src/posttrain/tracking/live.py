@@ -22,6 +22,7 @@ Column = tuple[str, str, str]
 """Label, metric name (TRL's), format."""
 
 _SHARED: tuple[Column, ...] = (("lr", "learning_rate", ".1e"), ("grad", "grad_norm", ".2f"))
+_OF_AN_UPDATE = frozenset({"loss", "learning_rate", "grad_norm"})
 COLUMNS: dict[str, tuple[Column, ...]] = {
     "sft": (("loss", "loss", ".3f"), ("entropy", "entropy", ".2f"), ("accuracy", "mean_token_accuracy", ".3f"), ("eval_loss", "eval_loss", ".3f"), *_SHARED),
     "dpo": (("loss", "loss", ".3f"), ("accuracy", "rewards/accuracies", ".2f"), ("margin", "rewards/margins", ".3f"), ("eval_loss", "eval_loss", ".3f"), *_SHARED),
@@ -66,7 +67,9 @@ class LiveView:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._step = step
-        self._metrics.update(metrics)
+        # What was sampled stays until the next rollouts; an update that was not made must not show the one before it.
+        kept = {name: value for name, value in self._metrics.items() if name not in _OF_AN_UPDATE}
+        self._metrics = {**kept, **metrics}
         self._recent.append((step, self._clock(), _as_float(metrics.get("num_tokens"))))
         if self._live is not None:
             self._live.update(self._panel())
