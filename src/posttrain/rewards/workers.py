@@ -116,10 +116,10 @@ class _Call:
     def answered(self, task: _Task, answer: Mapping[str, Any]) -> None:
         if broken := answer.get("column") or answer.get("count"):
             raise RewardError(broken)
+        self.answered_before.add(task.function)
         if "failed" in answer:
             self.failed(task, answer["failed"])
             return
-        self.answered_before.add(task.function)
         for item, value, reason in zip(task.items, answer["values"], answer["reasons"], strict=True):
             self.values[task.function][item] = value
             if reason is not None:
