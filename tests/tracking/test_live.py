@@ -44,7 +44,10 @@ def test_a_step_without_an_update_does_not_show_the_one_before_it():
     view, stream, _ = _view("grpo", 10)
     view.log(1, {"loss": 0.1, "learning_rate": 1e-4, "grad_norm": 0.5, "reward": 0.25})
     view.log(2, {"empty_step": 1.0})
-    assert stream.getvalue().splitlines() == ["grpo 1/10 reward 0.250 lr 1.0e-04 grad 0.50", "grpo 2/10 reward 0.250"]
+    assert stream.getvalue().splitlines() == [
+        "grpo 1/10 reward 0.250 lr 1.0e-04 grad 0.50",
+        "grpo 2/10 reward 0.250 eta 0:00",
+    ]
 
 
 def test_findings_are_shown_and_a_sample_is_not_printed_on_every_step():
