@@ -29,8 +29,10 @@ log = logging.getLogger(__name__)
 ATTENTION_NAMES = re.compile(r"(q_proj|k_proj|v_proj|o_proj|qkv_proj|query_key_value|c_attn|Wqkv|out_proj|dense)$")
 
 
-def attach_adapter(model: PreTrainedModel, keys: ModelKeys) -> tuple[PeftModel, bool]:
+def attach_adapter(model: PreTrainedModel, keys: ModelKeys, *, grown: bool = False) -> tuple[PeftModel, bool]:
     """A fresh LoRA adapter on a frozen base, and whether its init moved a part of the base into it.
+
+    Where the embedding has `grown`, embedding and head are trained and saved whole.
 
     With the adapter the model is what it was; without it too, unless the init moved something.
     Raises: ModelError for whatever in the adapter's keys matches nothing, or cannot be trained and merged.
@@ -38,7 +40,7 @@ def attach_adapter(model: PreTrainedModel, keys: ModelKeys) -> tuple[PeftModel, 
     from peft import LoraConfig, TaskType, get_peft_model
 
     matches = check_targets(model, keys.lora_target)
-    saved = check_saved(model, keys)
+    saved = sorted({*check_saved(model, keys), *(_ends_of(model) if grown else ())})
     total = sum(matches.values())
     log.info("adapter: %d modules (%s)", total, ", ".join(f"{name} ×{count}" for name, count in matches.items()))
     config = LoraConfig(
@@ -66,6 +68,9 @@ def attach_adapter(model: PreTrainedModel, keys: ModelKeys) -> tuple[PeftModel, 
             f"{' '.join(str(error).split())}"
         ) from error
     _check_patterns(adapted, keys)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # also what is trained whole, which PEFT leaves in the base's dtype
     present = {id(parameter) for parameter in adapted.parameters()}
     moved = any(id(p) not in present or _fingerprint(p) != digest for p, digest in before)
     if moved and (keys.use_dora or keys.load_in_4bit):

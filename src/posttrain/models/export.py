@@ -29,6 +29,7 @@ from posttrain.models.proof import (
     probe_logits,
     relative_difference,
 )
+from posttrain.models.vocabulary import grow
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -166,10 +167,14 @@ def merge(
     keys = keys.model_copy(update={"base_model": base})
     onto = keys.merge_onto if keys.load_in_4bit else "base"
     quantised: Any = None if policy is None else policy.model
+    tokenizer = adapter_tokenizer(base, adapter, keys) if policy is None else policy.tokenizer
     if keys.load_in_4bit and policy is None:
-        quantised = load_adapter(load_base(keys, trainable=False)[0], adapter)
+        quantised = load_base(keys, trainable=False)[0]
+        grow(quantised, tokenizer, keys)
+        quantised = load_adapter(quantised, adapter)
         trained = probe_logits(quantised)
     model = read_model(keys, torch.float32)
+    grow(model, tokenizer, keys)
     bound = ROUNDING
     if onto == "dequantized":
         _load_dequantized(model, quantised)
@@ -189,10 +194,15 @@ def merge_into(folder: Path, base: str, adapter: Path, keys: ModelKeys) -> Expor
     """`merge`, written to `folder` with the adapter's tokenizer, or the base's where the adapter has none."""
     merged, report = merge(base, adapter, keys)
     keys = keys.model_copy(update={"base_model": base})
-    source = str(adapter) if (adapter / "tokenizer_config.json").exists() else base
-    tokenizer = load_tokenizer(keys.model_copy(update={"base_model": source, "chat_template": None}))
+    tokenizer = adapter_tokenizer(base, adapter, keys)
     record = {"base_digest": source_digest(base), "merged_onto": report.base}
     return _save(merged, tokenizer, folder, record, keys, probe_logits(merged), report)
+
+
+def adapter_tokenizer(base: str, adapter: Path, keys: ModelKeys) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with an adapter, or the base's where it has none."""
+    source = str(adapter) if (adapter / "tokenizer_config.json").exists() else base
+    return load_tokenizer(keys.model_copy(update={"base_model": source, "chat_template": None}))
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:

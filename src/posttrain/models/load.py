@@ -20,6 +20,7 @@ from posttrain.models.device import Placement, has_bf16, place, weight_dtype
 from posttrain.models.policy import Policy
 from posttrain.models.proof import in_float32
 from posttrain.models.selfcheck import ragged_is_exact
+from posttrain.models.vocabulary import add_tokens, grow
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ def load_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerBase:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"base_model: {keys.base_model} has no tokenizer that loads: {why}") from error
     tokenizer.chat_template = chat_template(tokenizer.chat_template, keys.chat_template, keys.chat_template_kwargs)
+    add_tokens(tokenizer, keys.added_tokens)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{keys.base_model}: the tokenizer has no eos_token; a model could never learn to stop")
     if tokenizer.pad_token_id is None:
@@ -73,6 +75,7 @@ def load_policy(keys: ModelKeys, *, tokenizer: PreTrainedTokenizerBase | None = 
     tokenizer = tokenizer or load_tokenizer(keys)
     attention.register()
     model, placement = load_base(keys, trainable=trainable)
+    grown = grow(model, tokenizer, keys)
     generation.complete(model, tokenizer, keys.base_model)
     # Whether the layout fits is no question of rounding, which in bf16 sends a token to another expert.
     with in_float32(model):
@@ -85,7 +88,7 @@ def load_policy(keys: ModelKeys, *, tokenizer: PreTrainedTokenizerBase | None = 
     moved = False
     if trainable and keys.adapter != "none":
         torch.manual_seed(keys.seed if isinstance(keys, TrainKeys) else 0)
-        adapted, moved = attach_adapter(model, keys)
+        adapted, moved = attach_adapter(model, keys, grown=grown)
     elif not trainable:
         model.requires_grad_(False)
     if trainable and keys.gradient_checkpointing:

@@ -9,12 +9,14 @@ from typing import Any
 from posttrain.config.pipeline import PipelineKeys, SuiteKeys
 from posttrain.config.resolved import to_data
 from posttrain.config.stages import TrainKeys
+from posttrain.data.dataset import sequences
 from posttrain.data.lint import LintReport, lint_stage
 from posttrain.data.lint_input import text_of
 from posttrain.data.load import LOADERS, kind_of
 from posttrain.evals.suite import Suite
 from posttrain.files import digest_json, write_json
-from posttrain.models.load import load_tokenizer
+from posttrain.models.load import load_config, load_tokenizer
+from posttrain.models.vocabulary import check_ids
 from posttrain.recipes.golds import gold_check
 
 Suites = Mapping[str, tuple[Suite, SuiteKeys]]
@@ -59,10 +61,15 @@ def lint_keys(keys: TrainKeys, suites: Suites) -> LintReport:
     """Lint one stage's data against the suites, and for RL with its own rewards. Raises: DataError, ConfigError, RewardError."""
     tokenizer: Any = load_tokenizer(keys.model_copy(update={"chat_template": None}))
     own_template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    load = LOADERS[kind_of(keys)]
+    data = load(keys, tokenizer)
+    held_out = load(keys, tokenizer, sources=keys.eval_datasets).rows if keys.eval_datasets else ()
+    rows = load_config(keys).get_text_config().vocab_size
+    check_ids(keys, tokenizer, rows, (sequence for row in (*data.rows, *held_out) for sequence in sequences(row)))
     return lint_stage(
         keys,
         tokenizer,
-        LOADERS[kind_of(keys)](keys, tokenizer),
+        data,
         suites={name: [text_of(item.prompt) for item in suite.items] for name, (suite, _) in suites.items()},
         check_golds=gold_check(keys),
         own_template=own_template,

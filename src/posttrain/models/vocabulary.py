@@ -1,0 +1,54 @@
+"""Tokens that the embedding has no row for: named before training, or given rows (`added_tokens`)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import AddedToken, PreTrainedModel
+
+from posttrain.config.stages import ModelKeys
+from posttrain.errors import DataError
+from posttrain.types import TokenSeq
+
+log = logging.getLogger(__name__)
+
+
+def add_tokens(tokenizer: Any, tokens: Iterable[str]) -> None:
+    """Make each of `tokens` one token wherever it stands; those that the tokenizer has stay as they are."""
+    known = tokenizer.get_vocab()
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens if token not in known])
+
+
+def check_ids(keys: ModelKeys, tokenizer: Any, rows: int, sequences: Iterable[TokenSeq]) -> None:
+    """Raises: DataError naming the tokens of the data that an embedding of so many `rows` lacks, and where one stands."""
+    if keys.added_tokens:
+        return  # every token of the tokenizer gets a row
+    beyond: dict[int, TokenSeq] = {}
+    for sequence in sequences:
+        if max(sequence.ids, default=0) >= rows:
+            beyond |= {token: beyond.get(token, sequence) for token in sequence.ids if token >= rows}
+    if beyond:
+        names = [str(tokenizer.convert_ids_to_tokens(token)) for token in sorted(beyond)]
+        raise DataError(
+            f"{beyond[min(beyond)].origin}: the tokenizer gives {names[0]!r} the id {min(beyond)}, and the embedding has only "
+            f"{rows} rows; set added_tokens: {names}, which gives it more, or take the tokenizer that belongs to the model"
+        )
+
+
+def grow(model: PreTrainedModel, tokenizer: Any, keys: ModelKeys) -> bool:
+    """With `added_tokens`, give every token a row: the mean of the rows there are. Returns whether any was added."""
+    rows = max(tokenizer.get_vocab().values()) + 1
+    embedding: Any = model.get_input_embeddings()
+    present = embedding.weight.shape[0]
+    if not keys.added_tokens or rows <= present:
+        return False
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    with torch.no_grad():
+        for tensor in (t for end in ends for t in (end.weight, getattr(end, "bias", None)) if t is not None):
+            tensor[present:] = tensor[:present].float().mean(0).to(tensor.dtype)
+    log.info("embedding: %d rows added to %d, each the mean of those", rows - present, present)
+    return True
