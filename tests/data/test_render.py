@@ -309,3 +309,23 @@ def test_a_template_that_overflows_is_refused_when_the_data_is_loaded_in_one_lin
     ) as caught:
         render_example(tokenizer, Example(ORIGIN, messages=(user("a"), assistant("b"))))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("answer", ["Paris", " Paris", "Paris is the capital", "42"])
+@pytest.mark.parametrize("asked", ["The answer is ", "The answer is", "Question: "])
+def test_a_prompt_that_ends_in_a_space_gains_no_second_one_under_sentencepiece(tokenizer_of, asked, answer):
+    tokenizer = tokenizer_of("gemma")
+    seq = render_example(tokenizer, Example(ORIGIN, prompt=asked, completion=answer))
+    assert tokenizer.decode(seq.ids, skip_special_tokens=True) == f"{asked}{answer}"
+    assert trained(tokenizer, seq)[-1].lstrip() == f"{answer.lstrip()}<eos>"
+    prompt = render_prompt(tokenizer, Prompt(ORIGIN, asked))
+    assert seq.ids[: len(prompt)] == prompt and seq.loss_mask.index(True) == len(prompt)
+
+
+def test_chat_answers_gain_no_space_under_sentencepiece(tokenizer_of):
+    tokenizer = tokenizer_of("gemma")
+    messages = (user("Hello"), assistant("Yes"), user("No"), assistant("42"))
+    seq = render_example(tokenizer, Example(ORIGIN, messages=messages))
+    assert "model\nYes<end_of_turn>" in tokenizer.decode(seq.ids) and "model\n42<end_of_turn>" in tokenizer.decode(
+        seq.ids
+    )

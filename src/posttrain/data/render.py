@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from posttrain.data.forms import fit
 from posttrain.data.spans import assistant_spans
-from posttrain.data.template import Span, render_text
+from posttrain.data.template import Span, added_tokens, render_text
 from posttrain.errors import DataError
 from posttrain.types import Example, LabelledCompletion, Message, Origin, PreferencePair, Prompt, Text, TokenSeq
 
@@ -204,13 +204,35 @@ def _token_at(encoding: Any, text: str, cut: int) -> int | None:
 
 def _in_pieces(tokenizer: Any, draft: Draft) -> tuple[list[int], list[Span]]:
     cuts = sorted({0, len(draft.text), *(edge for span in draft.spans for edge in span)})
-    pieces = [draft.text[a:b] for a, b in pairwise(cuts)]
     ids: list[int] = []
     at = {0: 0}
-    for cut, piece in zip(cuts[1:], _ids(tokenizer, pieces), strict=True):
-        ids += piece
+    for start, cut in pairwise(cuts):
+        ids += _continuation(tokenizer, draft.text[:start], draft.text[start:cut])
         at[cut] = len(ids)
     return ids, [(at[start], at[end]) for start, end in draft.spans]
+
+
+_CONTEXTS = ("\n", ".", "a")
+
+
+def _continuation(tokenizer: Any, before: str, piece: str) -> list[int]:
+    """Ids of `piece` as it goes on behind `before`.
+
+    SentencePiece tokenizers put a space before every text, which must not come between the two; so the piece is tokenised
+    behind a context, whose tokens are taken off again. Behind an added token they do put one, alone as in a whole text.
+    """
+    alone = _ids(tokenizer, [piece])[0]
+    if not before or before.endswith(added_tokens(tokenizer)) or not _adds_a_space(tokenizer):
+        return alone
+    for context in _CONTEXTS:
+        first, both = _ids(tokenizer, [context, context + piece])
+        if both[: len(first)] == first and len(both) > len(first):
+            return both[len(first) :]
+    return alone
+
+
+def _adds_a_space(tokenizer: Any) -> bool:
+    return tokenizer.convert_ids_to_tokens(_ids(tokenizer, ["a"])[0])[0].startswith("▁")
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[Any]:
