@@ -1,11 +1,13 @@
 import io
 import shutil
+import sys
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.cli.app import main
+from posttrain.cli.chat import Conversation
 
 
 def run(*argv):
@@ -89,3 +91,12 @@ def test_a_base_without_a_template_goes_on_with_the_text(pipe, model_dir, tmp_pa
 def test_a_conversation_beyond_the_window_is_refused(model_dir, capsys):
     assert run("chat", model_dir("qwen3"), "--prompt", "why " * 600) == 64
     assert "the model's window is 512; /reset starts over" in capsys.readouterr().err
+
+
+def test_escape_codes_of_an_answer_never_reach_a_terminal(model_dir, monkeypatch, capsys):
+    monkeypatch.setattr(Conversation, "answer", lambda self, text: "\x1b[2Jgone\x9b1m\tkept\n")
+    folder = model_dir("qwen3")
+    for terminal, shown in ((True, "\\x1b[2Jgone\\x9b1m\tkept\n\n"), (False, "gone\x9b1m\tkept\n\n")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        assert run("chat", folder, "--prompt", "x") == 0
+        assert capsys.readouterr().out == shown

@@ -125,3 +125,18 @@ def test_errors_are_one_line(folder, capsys, arguments, message):
     (folder / "empty.jsonl").write_text("")
     code, _, err = run(capsys, *arguments)
     assert code == 64 and message in err and "Traceback" not in err
+
+
+def test_escape_codes_of_the_data_never_reach_the_terminal(folder, capsys):
+    evil = "\x1b]0;owned\x07\x1b[31mred\x9b2J\rover"
+    rows = [chat(evil, f"answer {evil}"), {**chat("2+2?", "4"), evil: 1}]
+    (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, out, _ = run(capsys, "sft.yaml")
+    assert "\\x1b]0;owned\\x07" in out
+    assert not set(out) & {chr(code) for code in (*range(9), *range(11, 32), *range(127, 160))}
+    (folder / "prompts.jsonl").write_text(json.dumps({evil: 1}) + "\n")
+    (folder / "grpo.yaml").write_text(
+        "base_model: ./base\ndatasets: [{ path: prompts.jsonl }]\nreward_funcs: [exact]\n"
+    )
+    code, _, err = run(capsys, "grpo.yaml")
+    assert code == 64 and "\\x1b]0" in err and "\x1b" not in err

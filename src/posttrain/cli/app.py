@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import posttrain
+from posttrain.cli.terminal import printable
 from posttrain.errors import PosttrainError
 from posttrain.uris import without_secrets
 
@@ -148,7 +149,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _message(error: PosttrainError) -> str:
-    text = without_secrets(str(error))
+    text = printable(without_secrets(str(error)))
     lines = text.splitlines()
     return f"error: {text}" if len(lines) <= 1 else "error:\n" + "\n".join(f"  {line}" for line in lines)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from posttrain.cli.terminal import printable
 from posttrain.errors import ModelError
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def chat(
             talk.reset()
             continue
         try:
-            typer.echo(talk.answer(line))
+            answer = talk.answer(line)
+            typer.echo(printable(answer) if sys.stdout.isatty() else answer)
         except _TooLong as error:
             if prompt is not None or not sys.stdin.isatty():
                 raise

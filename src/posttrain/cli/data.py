@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from posttrain.cli.terminal import printable
 from posttrain.errors import ConfigError
 
 
@@ -69,7 +70,7 @@ def _show_stage(console: Console, title: str, keys: Any, suites: dict[str, str],
     loaded = load(keys, tokenizer)
     console.rule(title) if console.is_terminal else console.print(f"== {title}")
     for source in loaded.summary.sources:
-        console.print(Text(f"{source.path}: {source.format}"))
+        console.print(_text(f"{source.path}: {source.format}"))
     for row in loaded.rows[:examples]:
         _show_row(console, tokenizer, row)
     summaries = list(loaded.summary.sources)
@@ -77,15 +78,15 @@ def _show_stage(console: Console, title: str, keys: Any, suites: dict[str, str],
         summaries += load(keys, tokenizer, sources=keys.eval_datasets).summary.sources
     console.print(_lengths(summaries))
     for line in _skips(summaries):
-        console.print(Text(line))
-    console.print(Text(f"cache: {loaded.summary.cache}", style="dim"))
+        console.print(_text(line))
+    console.print(_text(f"cache: {loaded.summary.cache}", style="dim"))
     prompts = {name: suite_prompts(path) for name, path in suites.items()}
     report = lint_stage(
         keys, tokenizer, loaded, suites=prompts, check_golds=gold_check(keys), gold_rows=None, own_template=own_template
     )
-    console.print(Text("lint: nothing found" if not report.findings else "lint:"))
+    console.print(_text("lint: nothing found" if not report.findings else "lint:"))
     for finding in report.findings:
-        console.print(Text(f"  {finding.line()}", style="red" if finding.refuses else "yellow"))
+        console.print(_text(f"  {finding.line()}", style="red" if finding.refuses else "yellow"))
     return report
 
 
@@ -94,15 +95,20 @@ def _show_row(console: Console, tokenizer: Any, row: Any) -> None:
     from posttrain.data.dataset import sequences
 
     for seq in sequences(row):
-        text = Text(f"{seq.origin} · {len(seq.ids)} tokens, {seq.num_loss_tokens} trained\n", style="dim")
+        text = _text(f"{seq.origin} · {len(seq.ids)} tokens, {seq.num_loss_tokens} trained\n", style="dim")
         for trained, ids in _stretches(seq.ids, seq.loss_mask):
-            piece = tokenizer.decode(ids)
+            piece = printable(tokenizer.decode(ids))
             if not console.is_terminal and trained:
                 piece = f"⟦{piece}⟧"
             text.append(piece, style="green not dim" if trained else "not dim")
         console.print(text)
     if not hasattr(row, "ids") and hasattr(row[0], "columns"):
-        console.print(Text(f"columns for the rewards: {dict(row[0].columns)}", style="dim"))
+        console.print(_text(f"columns for the rewards: {dict(row[0].columns)}", style="dim"))
+
+
+def _text(shown: str, style: str = "") -> Text:
+    """Text of the data on its way to a terminal."""
+    return Text(printable(shown), style)
 
 
 def _stretches(ids: tuple[int, ...], mask: tuple[bool, ...]) -> Iterator[tuple[bool, list[int]]]:
@@ -120,7 +126,9 @@ def _lengths(summaries: list[Any]) -> Table:
     )
     for s in summaries:
         lengths = [f"{s.lengths[name]:,}" for name in ("p50", "p90", "p99", "max")]
-        table.add_row(s.path, f"{s.rows_kept:,}", f"{s.rows_read:,}", f"{s.tokens:,}", f"{s.loss_tokens:,}", *lengths)
+        table.add_row(
+            printable(s.path), f"{s.rows_kept:,}", f"{s.rows_read:,}", f"{s.tokens:,}", f"{s.loss_tokens:,}", *lengths
+        )
     return table
 
 
@@ -136,5 +144,5 @@ def _write_clean(console: Console, report: Any, keys: Any, folder: Path) -> None
     from posttrain.data.lint import write_clean
 
     for cleaned in write_clean(report, keys.datasets, folder):
-        console.print(Text(f"wrote {cleaned.path}: {cleaned.num_kept:,} rows, {cleaned.num_removed:,} taken out"))
-    console.print(Text(f"wrote {folder / 'removed.json'}"))
+        console.print(_text(f"wrote {cleaned.path}: {cleaned.num_kept:,} rows, {cleaned.num_removed:,} taken out"))
+    console.print(_text(f"wrote {folder / 'removed.json'}"))
