@@ -29,10 +29,11 @@ _THINKING = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """Messages and tools as the template wants them; `dropped` counts turns whose thinking it leaves out."""
+    """Messages and tools as the template wants them, and rendered; `dropped` counts turns whose thinking it leaves out."""
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...]
+    text: str
     dropped: int
 
 
@@ -59,7 +60,7 @@ def fit(tokenizer: Any, messages: Sequence[Message], tools: Tools, add_generatio
         missing |= _missing_texts(texts, missing, rendered)
         wanted = sorted(place for place in missing if not texts.optional[place])
         if not wanted:
-            return Fitted(tuple(asked), tuple(offered), len(missing))
+            return Fitted(tuple(asked), tuple(offered), rendered, len(missing))
         lost = wanted if not lost or len(wanted) < len(lost) else lost
     if not lost:
         assert refused is not None, "a form is either rendered or refused"

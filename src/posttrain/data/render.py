@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from posttrain.data.forms import fit
 from posttrain.data.spans import assistant_spans
-from posttrain.data.template import Span, added_tokens, render_text
+from posttrain.data.template import Span, added_tokens
 from posttrain.errors import DataError
 from posttrain.types import Example, LabelledCompletion, Message, Origin, PreferencePair, Prompt, Text, TokenSeq
 
@@ -70,14 +70,12 @@ def draft_prompt(tokenizer: Any, prompt: Prompt) -> list[Draft]:
         return [Draft(prompt.prompt, (), prompt.origin, bos=True)]
     with _naming(prompt.origin):
         fitted = fit(tokenizer, prompt.prompt, prompt.tools, True)
-        text = render_text(tokenizer, fitted.messages, fitted.tools, True)
-    return [Draft(text, (), prompt.origin, bos=False, dropped=fitted.dropped)]
+    return [Draft(fitted.text, (), prompt.origin, bos=False, dropped=fitted.dropped)]
 
 
 def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
     """Ids of a conversation that is to be answered. The template writes the BOS, so the tokenizer adds none. Raises: DataError."""
-    fitted = fit(tokenizer, messages, (), True)
-    return tuple(_ids(tokenizer, [render_text(tokenizer, fitted.messages, (), True)])[0])
+    return tuple(_ids(tokenizer, [fit(tokenizer, messages, (), True).text])[0])
 
 
 def tokenize(tokenizer: Any, drafts: Sequence[Draft]) -> Tokenized:
@@ -124,8 +122,7 @@ def _draft_text(tokenizer: Any, prompt: str, completion: str, origin: Origin, al
 def _draft_whole(tokenizer: Any, example: Example) -> Draft:
     with _naming(example.origin):
         fitted = fit(tokenizer, example.messages, example.tools)
-        text = render_text(tokenizer, fitted.messages, fitted.tools)
-    return Draft(text, ((0, len(text)),), example.origin, bos=False, dropped=fitted.dropped)
+    return Draft(fitted.text, ((0, len(fitted.text)),), example.origin, bos=False, dropped=fitted.dropped)
 
 
 def _draft_chat(
@@ -133,7 +130,7 @@ def _draft_chat(
 ) -> Draft:
     with _naming(origin):
         fitted = fit(tokenizer, messages, tools)
-        found = assistant_spans(tokenizer, fitted.messages, fitted.tools, turns)
+        found = assistant_spans(tokenizer, fitted, turns)
     return Draft(found.text, found.spans, origin, bos=False, rewritten=found.rewritten, dropped=fitted.dropped)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from posttrain.data.forms import Fitted
 from posttrain.data.template import (
     Span,
     added_tokens,
@@ -41,17 +42,17 @@ class Spans:
     rewritten: int = 0
 
 
-def assistant_spans(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any], turns: Sequence[int]) -> Spans:
-    """The spans of `messages[i]` for i in `turns`. Raises: DataError if they cannot be told exactly."""
+def assistant_spans(tokenizer: Any, fitted: Fitted, turns: Sequence[int]) -> Spans:
+    """The spans of `fitted.messages[i]` for i in `turns`. Raises: DataError if they cannot be told exactly."""
+    messages, tools, text = fitted.messages, fitted.tools, fitted.text
     if has_generation_markers(template_text(tokenizer, tools)):
-        text, marked = render_marked(tokenizer, messages, tools)
+        _, marked = render_marked(tokenizer, messages, tools)
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         if len(marked) == len(answers):
             wanted = [
                 _with_end(tokenizer, text, span) for i, span in zip(answers, marked, strict=True) if i in set(turns)
             ]
             return Spans(text, tuple(wanted))
-    text = render_text(tokenizer, messages, tools)
     conversation = _Conversation(tokenizer, messages, tools, text)
     spans: list[Span] = []
     rewritten = 0
