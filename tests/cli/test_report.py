@@ -45,7 +45,7 @@ def _run(verb, *arguments):
 def test_report_writes_the_page_and_prints_the_table(run_folder):
     folder = run_folder("a")
     lines = _run(report, folder).output.splitlines()
-    assert lines[1].startswith("heldout/gate  25.0 % (14.2–40.2)  75.0 % (59.8–85.8)  +50.0 (+33.8 to +66.2)")
+    assert lines[1].startswith("heldout/gate  25.0 % (14.2–40.2)  75.0 % (59.8–85.8)  +50.0 (+33.6 to +66.2)")
     assert lines[-1] == f"report    {folder / 'report.html'}"
     assert "On “heldout” the score rose from 25.0 % to 75.0 %" in (folder / "report.html").read_text()
 

@@ -57,7 +57,7 @@ def finished(finished_run):
 
 def test_nothing_is_loaded_from_elsewhere(finished):
     page, _, html = finished
-    assert page.urls and all(url.startswith("data:image/svg+xml;base64,") for url in page.urls)
+    assert page.urls and all(url.startswith(("data:image/svg+xml;base64,", "#")) for url in page.urls)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert "@import" not in html and "url(" not in html
     assert "default-src 'none'" in html
@@ -140,6 +140,26 @@ def test_looks_actions_and_the_total(finished):
     assert "together 5.4 min 1 756 000 220 and 20 s of evaluation" in text.replace("\u202f", " ")
 
 
+def test_contents_link_to_every_section_and_every_table_has_a_caption(finished):
+    page, _, html = finished
+    targets = re.findall(r'<a href="#([^"]+)"', html)
+    assert len(targets) >= 10 and set(targets) == set(re.findall(r'<h2 id="([^"]+)"', html))
+    assert page.tags.count("table") == page.tags.count("caption")
+
+
+def test_limits_are_a_list_beside_the_table_of_tests(own_run):
+    path = own_run / "gates" / "03" / "verdict.json"
+    verdict = json.loads(path.read_text())
+    limit = verdict["tests"][0] | {
+        "role": "limit",
+        "baseline_mean": 12.0,
+        "reason": "answers have 12.0 tokens on average",
+    }
+    path.write_text(json.dumps(verdict | {"tests": [*verdict["tests"], limit]}))
+    _, text, _ = _page(own_run)
+    assert "limit on format: answers have 12.0 tokens on average" in text and "1200.0 %" not in text
+
+
 def test_the_page_is_small_enough_to_send(finished):
     assert len(finished[2].encode()) < 300_000
 
@@ -179,7 +199,7 @@ def test_hostile_text_stays_text(own_run):
     page, text, html = _page(own_run)
     assert "<script>" not in html and "&lt;script&gt;" in html
     assert '"><img src=http://x/>' in text
-    assert all(url.startswith("data:") for url in page.urls)
+    assert all(url.startswith(("data:", "#")) for url in page.urls)
 
 
 def test_a_held_promotion_is_said(own_run):

@@ -35,25 +35,40 @@ def render(run: RunRecord) -> str:
 def _context(run: RunRecord) -> dict[str, Any]:
     rows = tables.before_after(run)
     shares = {row.suite: row.share for row in rows}
+    pairs, masks = tables.paired_samples(run), tables.mask_examples(run)
+    data, certificates = checks.data_rows(run), checks.certificate_views(run)
+    curves = [
+        (stage, charts.learning_curves(stage.kind, stage.metrics, [int(f["step"]) for f in stage.findings]))
+        for stage in run.stages
+    ]
+    samples = [(stage, tables.training_samples(stage)) for stage in run.stages if stage.samples]
+    contents = [
+        ("scores", "Before and after", rows), ("gate", "The gate", run.gates), ("costs", "Cost and gain", run.stages),
+        ("data", "The data", data or checks.lint_rows(run)), ("health", "Health", True),
+        *((f"certificate-{place}", f"Reward certificate {view.stage}", True) for place, view in enumerate(certificates, 1)),
+        ("curves", "Learning curves", any(drawn for _, drawn in curves)), ("answers", "Same questions", pairs),
+        ("samples", "Answers while training", samples), ("masks", "What was trained on", masks), ("origin", "Where it comes from", True),
+    ]  # fmt: skip
     return {
         "run": run,
+        "contents": contents,
         "headline": tables.headline(run),
         "verdict": words.verdict_of(run.final_gate.verdict) if run.final_gate else "",
         "rows": rows,
         "shares": shares,
         "costs": tables.costs(run),
-        "gates": [(gate, charts.forest(gate.verdict.get("tests") or [], shares)) for gate in run.gates],
-        "curves": [
-            (stage, charts.learning_curves(stage.kind, stage.metrics, [int(f["step"]) for f in stage.findings]))
-            for stage in run.stages
+        "gates": [
+            (gate, charts.forests(gate.verdict.get("tests") or [], shares), tables.tests_by_unit(gate, shares))
+            for gate in run.gates
         ],
-        "masks": tables.mask_examples(run),
-        "pairs": tables.paired_samples(run),
-        "training_samples": [(stage, tables.training_samples(stage)) for stage in run.stages if stage.samples],
+        "curves": curves,
+        "masks": masks,
+        "pairs": pairs,
+        "training_samples": samples,
         "findings": tables.findings(run),
         "watched": any(stage.metrics for stage in run.stages),
-        "certificates": checks.certificate_views(run),
-        "data": checks.data_rows(run),
+        "certificates": certificates,
+        "data": data,
         "lint": checks.lint_rows(run),
         "linted": any(stage.lint for stage in run.stages),
         "total": tables.total(run),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import matplotlib
@@ -16,10 +18,18 @@ from matplotlib.figure import Figure
 from posttrain.report import words
 
 _BLUE, _ORANGE, _RED, _GREY = "#1f5fa8", "#c75b12", "#b3261e", "#767676"
+_GRID = "#e4e4e4"
 _VERDICT_COLOR = {"PASS": "#1b6e3c", "FAIL": _RED}
 _MAX_POINTS = 1000
 _FONTS = re.compile(r"font-family: [^;\"]+")
+_TAG = re.compile(r"<[^>]+>")
+_THROUGHPUT = "tokens_per_second"
 _LONG_NUMBER = re.compile(r"(?<![\w#.])-?\d+\.\d{2,}(?![\w.])")
+_DARK = {
+    _BLUE: "#7fb2ee", _ORANGE: "#f0a06a", _RED: "#ff8a80", _GREY: "#a6a6ad", "#1b6e3c": "#6cc48f", _GRID: "#34343a",
+    "#000000": "#e8e8ea",
+}  # fmt: skip
+"""Every colour of a chart, and what stands for it where the reader's screen is dark."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +43,20 @@ class Panel:
 
 _LOSS = Panel("Loss", "How surprised the model is by the training answers; lower is better.", ("loss", "eval_loss"))
 _GRAD = Panel("Gradient norm", "Size of each update before clipping; spikes are a warning.", ("grad_norm",))
+_PREFERENCE_LOSS = Panel(
+    "Loss",
+    "How far the model is from preferring the chosen answers; ln 2 = 0.69 is no preference, lower is better.",
+    ("loss", "eval_loss"),
+)
+_RUNNING = (
+    Panel("Learning rate", "Size of a step: warm-up, then decay.", ("learning_rate",)),
+    Panel("Throughput", "Tokens per second, with evaluation and saving.", (_THROUGHPUT,)),
+)
+"""What every stage shows."""
 PANELS: dict[str, tuple[Panel, ...]] = {
     "sft": (_LOSS, Panel("Token accuracy", "Share of trained tokens the model would have chosen itself.", ("mean_token_accuracy", "eval_mean_token_accuracy")), _GRAD),
     "dpo": (
-        _LOSS,
+        _PREFERENCE_LOSS,
         Panel("Preference accuracy", "Share of pairs whose chosen answer gained more than the rejected one.", ("rewards/accuracies", "eval_rewards/accuracies")),
         Panel("Implicit rewards", "Gain over the starting model; chosen should rise, rejected should fall.", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
         Panel("Log-probabilities", "If that of chosen answers falls far, the model is unlearning them.", ("logps/chosen", "logps/rejected")),
@@ -64,25 +84,39 @@ class Chart:
 
 
 def learning_curves(kind: str, metrics: Sequence[Mapping[str, Any]], finding_steps: Sequence[int] = ()) -> list[Chart]:
-    panels = PANELS.get(kind, (_LOSS, _GRAD))
-    return [chart for panel in panels if (chart := _curve(panel, metrics, finding_steps)) is not None]
+    panels = (*PANELS.get(kind, (_LOSS, _GRAD)), *_RUNNING)
+    rows = _with_throughput(metrics)
+    return [chart for panel in panels if (chart := _curve(panel, rows, finding_steps)) is not None]
 
 
-def forest(tests: Sequence[Mapping[str, Any]], shares: Mapping[str, bool]) -> Chart | None:
-    """One row per test: the paired difference, its 95 % interval, and the line that its bound must clear."""
-    rows = [
-        test
-        for test in tests
-        if test.get("estimate") is not None and test.get("low") is not None and test.get("high") is not None
-    ]
-    if not rows:
-        return None
+def _with_throughput(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Tokens per second since the row before, from the running count of tokens and the clock."""
+    rows = list(metrics[:1])
+    for before, row in pairwise(metrics):
+        tokens, seconds = (_difference(before, row, name) for name in ("num_tokens", "time"))
+        rows.append({**row, _THROUGHPUT: tokens / seconds} if tokens > 0 and seconds > 0 else row)
+    return rows
+
+
+def _difference(before: Mapping[str, Any], row: Mapping[str, Any], name: str) -> float:
+    """NaN where either row lacks it."""
+    return float(row.get(name, math.nan)) - float(before.get(name, math.nan))
+
+
+def forests(tests: Sequence[Mapping[str, Any]], shares: Mapping[str, bool]) -> list[Chart]:
+    """One row per test: the paired difference, its 95 % interval, and the line that its bound must clear. A chart per unit."""
+    rows = [test for test in tests if all(test.get(name) is not None for name in ("estimate", "low", "high"))]
+    units = [[test for test in rows if shares.get(test["suite"], True) is share] for share in (True, False)]
+    return [_forest(rows, share) for rows, share in zip(units, (True, False), strict=True) if rows]
+
+
+def _forest(rows: Sequence[Mapping[str, Any]], share: bool) -> Chart:
     height = 0.9 + 0.55 * len(rows)
     axes = _axes(7.2, height, left=0.2)
     axes.axvline(0, color=_GREY, linewidth=1)
     for place, test in enumerate(rows):
         color = _VERDICT_COLOR.get(str(test.get("verdict")), _GREY)
-        factor = 100 if shares.get(test["suite"], True) else 1
+        factor = 100 if share else 1
         low, high, estimate = factor * test["low"], factor * test["high"], factor * test["estimate"]
         axes.plot([low, high], [place, place], color=color, linewidth=2.5, solid_capstyle="butt")
         axes.plot([estimate], [place], marker="o", color=color, markersize=7)
@@ -96,14 +130,10 @@ def forest(tests: Sequence[Mapping[str, Any]], shares: Mapping[str, bool]) -> Ch
             )
     axes.set_yticks(range(len(rows)), [f"{test['suite']} ({test['role']})" for test in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    unit = (
-        "percentage points"
-        if all(shares.get(test["suite"], True) for test in rows)
-        else "score units (shares in points)"
-    )
+    unit = "percentage points" if share else "score units"
     axes.set_xlabel(f"change, candidate minus baseline, {unit}")
     _tidy(axes)
-    alt = "; ".join(_row_in_words(test, shares.get(test["suite"], True)) for test in rows)
+    alt = "; ".join(_row_in_words(test, share) for test in rows)
     return Chart(_data_uri(axes.figure), f"Paired differences with 95 % intervals: {alt}")
 
 
@@ -117,7 +147,8 @@ def _curve(panel: Panel, metrics: Sequence[Mapping[str, Any]], finding_steps: Se
     series = {name: points for name, points in series.items() if points}
     if not series:
         return None
-    axes = _axes(4.2, 2.5, left=0.15)
+    legend = 0.2 * len(series) if len(series) > 1 else 0.0  # above the curves, where it hides none
+    axes = _axes(4.2, 2.5 + legend, left=0.17, above=0.12 + legend)
     for (name, points), color in zip(series.items(), (_BLUE, _ORANGE, _GREY), strict=False):
         steps, values = [p[0] for p in points], [p[1] for p in points]
         axes.plot(
@@ -129,8 +160,10 @@ def _curve(panel: Panel, metrics: Sequence[Mapping[str, Any]], finding_steps: Se
     for step in finding_steps:
         axes.axvline(step, color=_RED, linewidth=0.8, linestyle=":")
     if len(series) > 1:
-        axes.legend(frameon=False, fontsize=8)
-    axes.set_xlabel("step", fontsize=9)
+        axes.legend(
+            frameon=False, fontsize=10, loc="lower left", bbox_to_anchor=(-0.02, 1.0), borderaxespad=0, labelspacing=0.2
+        )
+    axes.set_xlabel("step", fontsize=10)
     _tidy(axes)
     alt = "; ".join(
         f"{name}: {points[0][1]:.4g} at step {points[0][0]}, {points[-1][1]:.4g} at step {points[-1][0]}"
@@ -140,7 +173,8 @@ def _curve(panel: Panel, metrics: Sequence[Mapping[str, Any]], finding_steps: Se
 
 
 def _around(value: float) -> tuple[float, float]:
-    return min(0.0, value) - 0.05, max(1.0, value) + 0.05
+    low, high = min(0.0, value), max(1.0, value)
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
@@ -149,18 +183,18 @@ def _points(metrics: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, 
     return points if stride == 1 else points[::stride] + points[-1:]
 
 
-def _axes(width: float, height: float, left: float) -> Any:
+def _axes(width: float, height: float, left: float, above: float = 0.12) -> Any:
     """One pair of axes with fixed margins: an automatic layout draws everything several times."""
-    figure = Figure(figsize=(width, height))
-    bottom, top = 0.5 / height, 1 - 0.12 / height
-    return figure.add_axes((left, bottom, 0.97 - left, top - bottom))
+    figure = Figure(figsize=(width, height), facecolor="none")
+    bottom, top = 0.5 / height, 1 - above / height
+    return figure.add_axes((left, bottom, 0.97 - left, top - bottom), facecolor="none")
 
 
 def _tidy(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x", color="#e4e4e4", linewidth=0.6)
+    axes.grid(axis="x", color=_GRID, linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.tick_params(labelsize=9)
+    axes.tick_params(labelsize=10)
 
 
 def _data_uri(figure: Figure) -> str:
@@ -168,7 +202,21 @@ def _data_uri(figure: Figure) -> str:
     # A fixed salt and no date: the same run gives the same bytes. Text stays text, in the reader's own font.
     with matplotlib.rc_context({"svg.hashsalt": "posttrain", "svg.fonttype": "none", "font.family": "sans-serif"}):
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    # A tenth of a point is finer than a screen shows, and six digits are most of the bytes.
-    small = _LONG_NUMBER.sub(lambda match: f"{float(match[0]):.1f}", buffer.getvalue().decode("utf-8"))
-    small = _FONTS.sub("font-family: sans-serif", small)
+    small = _FONTS.sub("font-family: sans-serif", buffer.getvalue().decode("utf-8"))
+    # A tenth of a point is finer than a screen shows, and six digits are most of the bytes. Only in tags: text is tick labels.
+    small = _TAG.sub(lambda tag: _LONG_NUMBER.sub(lambda match: f"{float(match[0]):.1f}", tag[0]), small)
+    small = _with_dark_mode(small)
     return "data:image/svg+xml;base64," + base64.b64encode(small.encode("utf-8")).decode("ascii")
+
+
+def _with_dark_mode(svg: str) -> str:
+    """Colours as variables that the reader's colour scheme sets: an image knows nothing of the page's style."""
+    names = {color: f"--c{place}" for place, color in enumerate(_DARK)}
+    for color, name in names.items():
+        svg = svg.replace(color, f"var({name})")
+    light, dark = (
+        "".join(f"{name}:{color};" for name, color in zip(names.values(), colors, strict=True))
+        for colors in (_DARK, _DARK.values())
+    )
+    style = f"svg{{{light}}}text{{fill:var({names['#000000']})}}@media (prefers-color-scheme: dark){{svg{{{dark}}}}}"
+    return svg.replace("</defs>", f"<style>{style}</style></defs>", 1)

@@ -169,6 +169,13 @@ def _main_test(gate: GateRecord | None) -> Mapping[str, Any] | None:
     return min(tests, key=lambda test: test.get("role") != "primary", default=None)
 
 
+def tests_by_unit(gate: GateRecord, shares: Mapping[str, bool]) -> list[tuple[bool, list[Mapping[str, Any]]]]:
+    """The tests on shares (True), then those in score units: a table has one unit. Limits are no tests: they have a list."""
+    tests = [test for test in gate.verdict.get("tests") or [] if test.get("role") != "limit"]
+    units = [(unit, [test for test in tests if shares.get(test["suite"], True) is unit]) for unit in (True, False)]
+    return [(unit, found) for unit, found in units if found]
+
+
 def paired_samples(run: RunRecord) -> list[PairedSample]:
     """A few items that the second of the compared models answers better than the first, worse, and still wrong; always the same."""
     shown: list[PairedSample] = []
