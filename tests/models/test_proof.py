@@ -153,3 +153,40 @@ def test_onto_the_original_base_the_difference_is_bounded_by_what_quantising_did
     monkeypatch.setattr("posttrain.models.export.QUANTISATION", 1e-3)
     with pytest.raises(ModelError, match="onto the original weights changes the logits"):
         save_policy(policy, tmp_path / "again/model", keys)
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_a_model_with_code_of_its_own_is_exported_without_a_question(
+    adapter, model_dir, keys_of, tmp_path, monkeypatch
+):
+    base = tmp_path / "own"
+    shutil.copytree(model_dir("llama"), base)
+    (base / "modeling_own.py").write_text(OWN_CODE)
+    config = json.loads((base / "config.json").read_text()) | {"model_type": "own_llama", "architectures": ["OwnModel"]}
+    config["auto_map"] = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    (base / "config.json").write_text(json.dumps(config))
+
+    def asked(*_):
+        raise AssertionError("asked on stdin")
+
+    monkeypatch.setattr("builtins.input", asked)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    keys = keys_of("llama", adapter=adapter, lora_r=4, trust_remote_code=True).model_copy(
+        update={"base_model": str(base)}
+    )
+    policy = moved(load_policy(keys))
+    assert type(policy.base).__name__ == "OwnModel"
+    assert save_policy(policy, tmp_path / "out/model", keys).relative < 1e-4
