@@ -272,11 +272,10 @@ def _prefill_bytes(shape: ModelShape, workload: Workload) -> int:
 
 
 def _merge_bytes(shape: ModelShape, workload: Workload) -> int:
-    """The base once more, each matrix beside its merged one, and the logits that prove the merge; on the host."""
+    """The base once more in float32, each matrix beside its merged one, and the logits that prove the merge; on the host."""
     if workload.adapter == "none" or not workload.on_cpu:
         return 0
-    size = 4 if workload.load_in_4bit else shape.stored_bytes
-    return (shape.num_params + shape.linear_params) * size + 4 * _MERGE_PROBE * shape.vocab * 4
+    return (shape.num_params + shape.linear_params) * 4 + 4 * _MERGE_PROBE * shape.vocab * 4
 
 
 # --- does it fit? --------------------------------------------------------------------------------------------------
