@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +38,19 @@ def test_our_box_reward_passes_its_own_check():
     assert certificate.matches(certificate.reward_digest) and not certificate.matches("sha256:other")
     again = Certificate.from_json(json.loads(json.dumps(certificate.to_json())))
     assert again == certificate and again.digest == certificate.digest
+
+
+def test_the_reward_of_the_quickstart_passes_its_check():
+    folder = Path(__file__).parents[2] / "examples" / "quickstart"
+    certificate = certify(["rewards.py:correct"], prompts(["11", "-14", "17", "42"]), folder=folder)
+    assert certificate.verdict == "pass", certificate.failures
+    assert certificate.measures["false_passes"] == 0
+
+
+def test_a_reward_as_lenient_as_an_eval_is_refused_for_what_it_leaves_to_the_reader():
+    certificate = certify(["boxed"], prompts(["11", "-14", "17"]), kwargs={"boxed": {"strict": False}})
+    assert certificate.verdict == "fail"
+    assert any(failure.startswith("unevaluated expression") for failure in certificate.failures)
 
 
 def test_a_naive_reward_is_refused_with_its_holes_named(tmp_path):

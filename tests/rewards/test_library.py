@@ -98,6 +98,22 @@ def test_a_loop_in_generated_code_is_zero_and_never_unscored(tests):
         assert [worker.process.supervisor.pid for worker in pool._workers] == workers  # none was killed
 
 
+def test_hostile_answers_are_scored_without_killing_the_worker():
+    answers = ["9^{9^{9}}", "9^{\\frac{9^9}{1}}", "((((2^{50})^{50})^{50})^{50})^{50}", "10^{999999999}", "1e999999999", "99999999!", "(a+b+c)^{50}", "\\sqrt[1/9^9]{9}"]  # fmt: skip
+    answers += ["9^{" * 300_000, "9" * 1_000_000, "(" * 1_000_000, "\\boxed{" * 100_000]
+    specs, backend = (
+        ["boxed", "math_equivalence", "number", "choice", "exact"],
+        {"math_equivalence": {"backend": "math_verify"}},
+    )
+    with RewardPool(specs, kwargs=backend) as pool:
+        workers = [worker.process.pid for worker in pool._workers]
+        found = pool.score(
+            ["p"] * len(answers), [f"\\boxed{{{answer}}}" for answer in answers], {"answer": ["x^2+1"] * len(answers)}
+        )
+        assert [b.total for b in found] == [0.0] * len(answers), [b.error for b in found]
+        assert [worker.process.pid for worker in pool._workers] == workers
+
+
 def test_soft_overlong_is_dapos_equation_13():
     """L_max 10, cache 4: 0 up to 6, -(L - 6) / 4 up to 10, then -1."""
     lengths = [5, 6, 7, 8, 10, 50]
