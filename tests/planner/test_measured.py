@@ -95,8 +95,7 @@ def planned_and_measured(folder, run_folder, completion=COMPLETION, **options):
     requests = [Request(prompt, seed) for prompt in [ids(PROMPT) for _ in range(4)] for seed in range(4)]
     rollout = allocated(lambda: engine.generate(requests, SamplingParams(completion)))[0]
     found["rollout"] = (planned("autocast", "decode_weights", "kv_cache", "prefill"), rollout)
-    if keys.adapter != "none":
-        found["merge"] = (planned("merge"), allocated(lambda: save_policy(policy, run_folder / "model", keys))[0])
+    found["export"] = (planned("export"), allocated(lambda: save_policy(policy, run_folder / "model", keys))[0])
     return found
 
 

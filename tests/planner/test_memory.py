@@ -118,7 +118,7 @@ def test_the_reference_is_a_float32_copy_whatever_the_file_holds():
 
 
 def test_phases_follow_each_other_and_only_the_largest_counts():
-    """At the end a merge holds the base twice; training is over then. Checkpoints are copies on the host."""
+    """At the end a merge holds the model several times; training is over then. Checkpoints are copies on the host."""
     lora = Workload(kind="grpo", adapter="lora", on_cpu=True, rollout_batch_size=8, max_completion_length=64)
     parts = estimate_memory(TINY, lora).parts
     always = sum(parts[name] for name in ("weights", "adapter", "optimizer", "runtime"))
@@ -126,12 +126,12 @@ def test_phases_follow_each_other_and_only_the_largest_counts():
         parts["gradients"] + parts["activations"] + parts["logits"],
         parts["kv_cache"] + parts["prefill"],
         parts["checkpoint"],
-        parts["merge"],
+        parts["export"],
     ]
     for change, beside in (({}, 0), ({"save_steps": 10}, parts["checkpoint"])):
         plan = estimate_memory(TINY, replace(lora, **change))
         assert plan.total_bytes == int((always + beside + max(phases)) * 1.05)
-    assert not {"checkpoint", "merge"} & estimate_memory(TINY, replace(lora, on_cpu=False)).parts.keys()
+    assert not {"checkpoint", "export"} & estimate_memory(TINY, replace(lora, on_cpu=False)).parts.keys()
 
 
 def test_a_micro_batch_of_rl_holds_its_completions_and_their_prompts_once():

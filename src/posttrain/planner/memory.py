@@ -23,7 +23,7 @@ _BYTES_OPTIMIZER = {"adamw": 8, "adamw_8bit": 2.07}
 # float32 logits of one tile and what their gradient is made in; a soft cap and an entropy bonus make two more of each.
 _TILES, _TILES_CURVED = 2, 4
 _TILE_BYTES, _TILE_BYTES_CPU, _MIN_TILE_ROWS = 512 << 20, 64 << 20, 64
-_MERGE_PROBE = 64
+_EXPORT_PROBE = 64
 _CACHE_GROWTH = 65
 MOST_COPIED = 256 << 20
 """Bytes of a model up to which decoding adds a LoRA adapter to a copy of its matrices."""
@@ -31,7 +31,7 @@ _PHASES = {
     "training": ("autocast", "gradients", "activations", "logits"),
     "rollout": ("autocast", "decode_weights", "kv_cache", "prefill"),
     "saving": ("checkpoint",),
-    "export": ("merge",),
+    "export": ("export",),
 }
 """What is held while a stage does this, beside what it always holds."""
 _DEPENDS_ON_DATA = ("activations", "logits", "kv_cache", "prefill")
@@ -63,6 +63,7 @@ class Workload:
     rollout_batch_size: int = 0
     num_generations: int = 1
     max_completion_length: int = 0
+    save_dtype: str = "auto"
     on_cpu: bool = False
 
     @classmethod
@@ -168,7 +169,7 @@ def estimate_memory(shape: ModelShape, workload: Workload) -> MemoryPlan:
         "decode_weights": _decode_weight_bytes(shape, workload),
         "kv_cache": _kv_bytes(shape, workload),
         "prefill": _prefill_bytes(shape, workload),
-        "merge": _merge_bytes(shape, workload),
+        "export": _export_bytes(shape, workload),
         "runtime": _RUNTIME_BYTES,
     }
     return MemoryPlan({name: size for name, size in parts.items() if size}, shape, workload, trained)
@@ -271,11 +272,14 @@ def _prefill_bytes(shape: ModelShape, workload: Workload) -> int:
     return max(0, widest - later)
 
 
-def _merge_bytes(shape: ModelShape, workload: Workload) -> int:
-    """The base once more in float32, each matrix beside its merged one, and the logits that prove the merge; on the host."""
-    if workload.adapter == "none" or not workload.on_cpu:
+def _export_bytes(shape: ModelShape, workload: Workload) -> int:
+    """What is written is read back, in the dtype it is cast to; a merge also holds the base and each merged matrix."""
+    if not workload.on_cpu:
         return 0
-    return (shape.num_params + shape.linear_params) * 4 + 4 * _MERGE_PROBE * shape.vocab * 4
+    size = {"auto": shape.stored_bytes, "float32": 4}.get(workload.save_dtype, 2)
+    written = shape.num_params * size * (1 if size == 4 else 2)
+    merged = (shape.num_params + shape.linear_params) * 4 if workload.adapter != "none" else 0
+    return written + merged + 4 * _EXPORT_PROBE * shape.vocab * 4
 
 
 # --- does it fit? --------------------------------------------------------------------------------------------------
