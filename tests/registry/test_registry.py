@@ -7,6 +7,7 @@ import pytest
 from posttrain.errors import RegistryError
 from posttrain.evidence import Decision, Verdict
 from posttrain.files import digest_bytes, digest_json, digest_tree, write_json
+from posttrain.registry import Registry
 
 
 @pytest.fixture
@@ -292,6 +293,23 @@ def test_rollback_to_a_held_version_is_refused(registry, add, passing, base):
 
 
 # --- verify ---
+
+
+def test_a_hold_that_comes_while_the_bytes_are_read_stops_the_rollback(registry, add, passing, base, monkeypatch):
+    promoted(registry, add, passing, base, "ab")
+    real = registry.verify
+
+    def slow(name, version):
+        done = real(name, version)
+        other = Registry(registry.folder)
+        other.tag(name, version, "hold", "wrong units")
+        other.close()
+        return done
+
+    monkeypatch.setattr(registry, "verify", slow)
+    with pytest.raises(RegistryError, match=r"words@1 is on hold \(wrong units\)"):
+        registry.rollback("words", "champion", "slow answers")
+    assert registry.holder("words", "champion").version == 2
 
 
 def flip(path):

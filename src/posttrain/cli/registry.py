@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +21,7 @@ app = typer.Typer(name="registry", help="Versions, lineage and promotion.", no_a
 
 Folder = Annotated[Path, typer.Option("--registry", help="Folder of the registry.")]
 Ref = Annotated[str, typer.Argument(metavar="REF", help="NAME@VERSION, NAME@ALIAS or alias:ALIAS.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of lines for people.")]
 Alias = Annotated[str, typer.Option(help="Alias to move.")]
 _DEFAULT = Path("registry")
 EXIT_WAITING = 75
@@ -26,11 +29,17 @@ EXIT_WAITING = 75
 
 @app.command("list")
 def list_(
-    name: Annotated[str | None, typer.Argument(help="Only this model.")] = None, registry: Folder = _DEFAULT
+    name: Annotated[str | None, typer.Argument(help="Only this model.")] = None,
+    registry: Folder = _DEFAULT,
+    as_json: AsJson = False,
 ) -> None:
     """One line per version."""
     with open_registry(registry) as book:
-        for entry in book.entries(name):
+        entries = book.entries(name)
+        if as_json:
+            _echo_json([_record(entry) for entry in entries])
+            return
+        for entry in entries:
             typer.echo(_line(entry))
 
 
@@ -39,14 +48,18 @@ def show(
     ref: Ref,
     registry: Folder = _DEFAULT,
     card: Annotated[bool, typer.Option("--card", help="Print the model card.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """A version: its folder, its lineage and what happened to it."""
     with open_registry(registry) as book:
-        entry = book.resolve(ref)
+        entry = book.find(ref)
         if card:
             from posttrain.registry.card import model_card
 
             typer.echo(model_card(book, entry.name, entry.version))
+            return
+        if as_json:
+            _echo_json(_history(book, entry))
             return
         typer.echo(f"{_line(entry)}\n  path  {entry.path}")
         for manifest in book.chain(entry.name, entry.version):
@@ -63,11 +76,14 @@ def show(
 
 
 @app.command()
-def verify(ref: Ref, registry: Folder = _DEFAULT) -> None:
+def verify(ref: Ref, registry: Folder = _DEFAULT, as_json: AsJson = False) -> None:
     """Walk the manifests and check every stored byte, offline."""
     with open_registry(registry) as book:
-        entry = book.resolve(ref)
+        entry = book.find(ref)
         done = book.verify(entry.name, entry.version)
+        if as_json:
+            _echo_json(asdict(done))
+            return
         typer.echo(
             f"{entry.name}@{entry.version}: {done.num_files} files and {done.num_manifests} manifests are intact"
         )
@@ -88,7 +104,7 @@ def promote(
     from posttrain.gate import recompute, verdict_from_json
 
     with open_registry(registry) as book:
-        entry = book.resolve(ref)
+        entry = book.find(ref)
         stored = book.verdict_record(entry.name, entry.version)
         if verdict is None and stored is None:
             raise RegistryError(
@@ -117,7 +133,7 @@ def rollback(
 def hold(ref: Ref, reason: Annotated[str, typer.Option(help="Why.")], registry: Folder = _DEFAULT) -> None:
     """Keep a version from being promoted."""
     with open_registry(registry) as book:
-        entry = book.resolve(ref)
+        entry = book.find(ref)
         book.tag(entry.name, entry.version, "hold", reason)
         typer.echo(_line(book.show(entry.name, entry.version)))
 
@@ -126,7 +142,7 @@ def hold(ref: Ref, reason: Annotated[str, typer.Option(help="Why.")], registry: 
 def release(ref: Ref, registry: Folder = _DEFAULT) -> None:
     """Take the hold off a version."""
     with open_registry(registry) as book:
-        entry = book.resolve(ref)
+        entry = book.find(ref)
         book.untag(entry.name, entry.version, "hold")
         typer.echo(_line(book.show(entry.name, entry.version)))
 
@@ -152,7 +168,7 @@ def mirror(
 def open_registry(folder: Path) -> Iterator[Registry]:
     from posttrain.registry import Registry
 
-    if not (folder / "registry.sqlite").exists():
+    if not (folder / "registry.sqlite").exists() and not (folder / "objects").exists():
         raise RegistryError(
             f"{folder}: got no registry here; name its folder with --registry, or register a model first"
         )
@@ -167,3 +183,21 @@ def _line(entry: RegistryEntry) -> str:
     aliases = f"  [{', '.join(entry.aliases)}]" if entry.aliases else ""
     tags = "".join(f"  {key}: {value}" for key, value in entry.tags.items())
     return f"{entry.name}@{entry.version}  {entry.digest}{aliases}{tags}"
+
+
+def _record(entry: RegistryEntry) -> dict[str, Any]:
+    """A version as JSON data, with the absolute folder to load it from."""
+    fields = {"name": entry.name, "version": entry.version, "digest": entry.digest, "path": str(entry.path.resolve())}
+    return fields | {"aliases": list(entry.aliases), "tags": dict(entry.tags)}
+
+
+def _history(book: Registry, entry: RegistryEntry) -> dict[str, Any]:
+    """A version with its lineage, its verdict and what happened to it."""
+    chain = [manifest.to_json() | {"digest": manifest.digest} for manifest in book.chain(entry.name, entry.version)]
+    events = [asdict(event) for event in book.rows.events(entry.name) if event.version == entry.version]
+    verdict = book.verdict_record(entry.name, entry.version)
+    return _record(entry) | {"lineage": chain, "verdict": verdict, "events": events}
+
+
+def _echo_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -108,6 +108,7 @@ class RegisterKeys(Keys):
     name: str = knob(..., "Name of the registered model.", example="word-problems")
     alias: str = knob("champion", "Alias to promote to.")
     registry: str = knob("registry", "Folder of the registry, relative to the YAML.")
+    license: str | None = knob(None, "Licence of the model, for its card; null takes what the model card of a local base says.", example="apache-2.0")
 
     @field_validator("name", "alias")
     @classmethod
@@ -153,7 +154,7 @@ class PipelineKeys(Keys):
     """A whole pipeline."""
 
     name: str = knob(..., "Name of the run: letters, digits, spaces and . _ -, at most 100.", example="word-problems")
-    base_model: str = knob(..., "Where the first stage starts: a local folder or a hub id.", also="model_name_or_path (TRL, LLaMA-Factory)", example="./base")
+    base_model: str = knob(..., "Where the first stage starts: a local folder, a hub id, or a version of the registry (`NAME@ALIAS`, `NAME@3`, `alias:NAME`).", also="model_name_or_path (TRL, LLaMA-Factory)", example="./base")
     stages: list[Stage] = knob(..., "The stages in order; each starts from the one before.", min_length=1, example=[{"sft": {"datasets": [{"path": "data/sft.jsonl"}]}}])
     evals: dict[str, SuiteKeys] = knob({}, "Suites by name: `NAME: path` or `NAME: {path, num_samples, …}`.", example={"heldout": "evals/heldout.jsonl"})
     gate: GateKeys | None = knob(None, "The gate after the last stage.")

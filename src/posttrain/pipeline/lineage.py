@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ def manifests(place: Place, state: RunState, last: int, decision: Decision | Non
         entry = state.stage(index)
         assert entry is not None, "the stages before the last one ran"
         inputs = {**entry.inputs, "config": entry.input_digest, "environment": entry.environment, **suites}
+        if index == 1 and place.parent is not None:
+            inputs["parent"] = place.parent.manifest
         checked = place.keys.stages[index - 1].keys.model_dump().get("reward_check") == "require"
         if entry.kind == "grpo" and checked and (certificate := certificate_of(place.folder / entry.folder)):
             inputs[CERTIFICATE] = digest_json(certificate)
@@ -43,9 +46,34 @@ def _details(place: Place, state: RunState, entry: StageEntry) -> dict[str, Any]
     keys = place.keys.stages[entry.index - 1].keys
     details = {"steps": entry.steps, "tokens": entry.tokens, "wall_s": round(entry.wall_s, 1), "attempt": entry.attempt,
                "learning_rate": keys.learning_rate, "changed": dict(entry.changed)}  # fmt: skip
+    details["base_model"] = place.parent.version if place.parent else _public_name(place.keys.base_model)
+    details["datasets"] = [_public_name(source.path) for source in keys.datasets]
+    if place.keys.register_ is not None and (
+        licence := place.keys.register_.license or licence_of(place.keys.base_model)
+    ):
+        details["license"] = licence
+    if entry.index == 1 and place.parent is not None:
+        details["parent_version"] = place.parent.version
     if entry.accepted:
         details["kept"] = [f"{word.at} {word.by}: {'; '.join(word.changed)}" for word in state.kept]
     return details
+
+
+def _public_name(path: str) -> str:
+    """A hub id, or the last part of a local path: where it lay is nobody's business."""
+    return Path(path).name if Path(path).is_absolute() else path
+
+
+def licence_of(base_model: str) -> str:
+    """What the model card of a local base says about its licence, or nothing."""
+    card = Path(base_model) / "README.md"
+    found = (
+        re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        if card.is_file()
+        else None
+    )
+    stated = re.search(r"^license:\s*(\S+)\s*$", found.group(1), re.MULTILINE) if found else None
+    return stated.group(1) if stated else ""
 
 
 def certificate_of(stage_folder: Path) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from posttrain.pipeline import lineage, selection
 from posttrain.pipeline.checks import check_all
 from posttrain.pipeline.data_checks import DataChecks, Suites
 from posttrain.pipeline.escalation import PENDING_FILE, decision_on, rejection_of, wait_for_person
+from posttrain.pipeline.generation import check_can_be_promoted, from_version
 from posttrain.pipeline.judge import Judge, is_promoted
 from posttrain.pipeline.measure import Evals
 from posttrain.pipeline.opening import OnChange, fresh, state_to_go_on_from
@@ -80,14 +81,17 @@ def run_pipeline(
     Raises: PosttrainError; StoppedPolitely after a signal.
     """
     watch = watch or Watch()
+    earlier = RunState.load(Path(keys.output_dir)) if on_change != "new-run" else None
+    keys, parent = from_version(keys, earlier)
     suites, data = check_all(keys), DataChecks(watch.say)
+    check_can_be_promoted(keys, earlier)
     # Before the folder is made and anything is pinned: a start that is refused leaves nothing behind.
     data.check_stages(keys, suites)
     folder = Path(keys.output_dir)
     if on_change == "new-run":
         folder = fresh(folder, pins_of(keys))
         keys = keys.model_copy(update={"output_dir": str(folder)})
-    place = Place(keys, folder, project)
+    place = Place(keys, folder, project, parent)
     if not topology.is_main:
         return _Run(place, topology, watch, suites, data, on_change).run()
     with run_lock(folder):
@@ -133,7 +137,7 @@ class _Run:
                 self.folder, self.keys, pins, self.on_change, self.watch.say, self.place.project
             )
         state = self.topology.broadcast(state)
-        state = replace(state, status=RUNNING, reason="")
+        state = replace(state, status=RUNNING, reason="", parent=self.place.parent)
         if main:
             for place in (self.folder, *self.folder.glob("*/"), *self.folder.glob("*/*/")):
                 sweep(place)

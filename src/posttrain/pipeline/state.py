@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,15 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
+class Parent:
+    """The registered version that a run starts from: how the YAML named it, which it was, and its manifest."""
+
+    ref: str
+    version: str
+    manifest: str
+
+
+@dataclass(frozen=True, slots=True)
 class GateEntry:
     """A verdict; `candidate` is the digest it is about."""
 
@@ -92,6 +101,7 @@ class RunState:
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     registered: Mapping[str, Any] | None = None
     kept: tuple[Kept, ...] = ()
+    parent: Parent | None = None
 
     def stage(self, index: int) -> StageEntry | None:
         """The newest attempt at a stage."""
@@ -148,11 +158,20 @@ class RunState:
         seal = record.pop(_SEAL)
         if digest_json(record) != seal:
             raise ValueError("its contents are not those it was written with")
-        record["stages"] = tuple(
-            StageEntry(**entry | {name: tuple(entry[name]) for name in ("held", "accepted")})
-            for entry in record["stages"]
-        )
-        record["selections"] = tuple(Selection(**entry) for entry in record["selections"])
-        record["gates"] = tuple(GateEntry(**entry) for entry in record["gates"])
-        record["kept"] = tuple(Kept(**entry | {"changed": tuple(entry["changed"])}) for entry in record["kept"])
-        return cls(**record)
+        # What an older version did not write yet has its default.
+        return cls(**{name: _BUILD[name](value) if name in _BUILD else value for name, value in record.items()})
+
+
+def _each(kind: type[Any], *tuples: str) -> Callable[[list[dict[str, Any]]], tuple[Any, ...]]:
+    """Entries of one kind from their JSON; `tuples` are fields that JSON has as lists."""
+    return lambda rows: tuple(kind(**row | {name: tuple(row[name]) for name in tuples if name in row}) for row in rows)
+
+
+_BUILD: Mapping[str, Callable[[Any], Any]] = {
+    "stages": _each(StageEntry, "held", "accepted"),
+    "gates": _each(GateEntry),
+    "selections": _each(Selection),
+    "kept": _each(Kept, "changed"),
+    "parent": lambda row: None if row is None else Parent(**row),
+}
+"""How fields of `RunState` come back from JSON."""

@@ -16,7 +16,7 @@ from posttrain.errors import ChangedInputsError
 from posttrain.files import digest_json, write_atomic
 from posttrain.pipeline.data_checks import DataChecks, Suites
 from posttrain.pipeline.pins import environment, stage_inputs, training_keys
-from posttrain.pipeline.state import DAMAGED, DONE, RUNNING, RunState, StageEntry
+from posttrain.pipeline.state import DAMAGED, DONE, RUNNING, Parent, RunState, StageEntry
 from posttrain.pipeline.taken_over import begin, belongs_to, damage, damaged_error, files_made, model_of
 from posttrain.protocols import MetricSink, Topology
 from posttrain.recipes.certify import certified_before, certify, require
@@ -48,6 +48,7 @@ class Place:
     keys: PipelineKeys
     folder: Path
     project: Path | None = None
+    parent: Parent | None = None
 
     def model_before(self, state: RunState, index: int) -> str:
         entry = state.stage(index - 1)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.registry.manifest import MODEL, Manifest
+from posttrain.registry.promotion import DECISION
 from posttrain.registry.registry import Registry
 
 _TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -30,6 +31,9 @@ def model_card(registry: Registry, name: str, version: int) -> str:
         chain=[manifest.to_json() | {"digest": manifest.digest, "settings": _settings(manifest)} for manifest in chain],
         verdict=verdict,
         certificates=registry.records(name, version, "certificate"),
+        decisions=_decisions(chain, registry.records(name, version, DECISION)),
+        datasets=_datasets(chain),
+        licence=_detail(chain, "license"),
         base=_detail(chain, "base_model") or chain[0].inputs[MODEL],
         command=_detail(chain, "command"),
     )
@@ -38,6 +42,16 @@ def model_card(registry: Registry, name: str, version: int) -> str:
 def _detail(chain: list[Manifest], key: str) -> Any:
     """The last stage that says it wins."""
     return next((manifest.details[key] for manifest in reversed(chain) if manifest.details.get(key)), None)
+
+
+def _decisions(chain: list[Manifest], records: list[Any]) -> list[Any]:
+    """What people decided on this version: those in its lineage, and those it was promoted by."""
+    stated = [manifest.details["decision"] for manifest in chain if "decision" in manifest.details]
+    return [*stated, *(record for record in records if record not in stated)]
+
+
+def _datasets(chain: list[Manifest]) -> list[str]:
+    return sorted({str(data) for manifest in chain for data in manifest.details.get("datasets", ())})
 
 
 def _settings(manifest: Manifest) -> str:
@@ -50,17 +64,17 @@ def _settings(manifest: Manifest) -> str:
 def _front_matter(name: str, chain: list[Manifest], verdict: Mapping[str, Any] | None) -> str:
     import yaml
 
-    datasets = sorted({str(data) for manifest in chain for data in manifest.details.get("datasets", ())})
     fields: dict[str, Any] = {
         "base_model": _detail(chain, "base_model"),
         "license": _detail(chain, "license"),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "datasets": datasets,
+        "datasets": _datasets(chain),
         "tags": ["posttrain", *dict.fromkeys(manifest.stage for manifest in chain)],
         "model-index": [{"name": name, "results": _results(verdict)}] if verdict else None,
     }
-    return yaml.safe_dump({key: value for key, value in fields.items() if value}, sort_keys=False).strip()
+    stated = {key: value for key, value in fields.items() if value}
+    return yaml.safe_dump(stated, sort_keys=False).strip()  # pyright: ignore[reportUnknownMemberType]
 
 
 def _results(verdict: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ class Registry:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.store = ContentStore(self.folder)
-        self._db = connect(self.folder / "registry.sqlite")
+        self._db = connect(self.folder / "registry.sqlite", new=self.store.is_empty)
         self.rows = Rows(self._db)
 
     def close(self) -> None:
@@ -123,6 +123,18 @@ class Registry:
         return [self._entry(row) for row in rows.fetchall()]
 
     def resolve(self, ref: str, name: str | None = None) -> RegistryEntry:
+        """`find`, with the model's folder ready to load. Raises: RegistryError also if its files are gone."""
+        found = self.find(ref, name)
+        if missing := self.store.missing(found.digest):
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise RegistryError(
+                f"{found.name}@{found.version} cannot be loaded: {missing[0]}{more} is gone from {self.folder / 'objects'}; "
+                "restore it from a copy"
+            )
+        self._checkout(found.digest)
+        return found
+
+    def find(self, ref: str, name: str | None = None) -> RegistryEntry:
         """`name@3`, `name@champion`, or `alias:champion` (of `name`, or of the only model that has it).
 
         Raises: RegistryError if it names nothing, or more than one.
@@ -140,7 +152,6 @@ class Registry:
             found = self.show(model, int(which)) if which.isdecimal() else self.holder(model, which)
         if found is None:
             raise RegistryError(f"{ref} names nothing in {self.folder}: nothing has been promoted to it")
-        self._checkout(found.digest)
         return found
 
     def holder(self, name: str, alias: str) -> RegistryEntry | None:
@@ -309,9 +320,7 @@ class Registry:
             raise RegistryError(
                 f"{name}: {alias} is at version {bad}, expected {expected_version}; nothing was changed"
             )
-        hold = self.rows.tags(name, target).get(HOLD)
-        if hold is not None:
-            raise RegistryError(f"{name}@{target} is on hold ({hold}): release it before rolling back to it")
+        self._refuse_held(name, target)
         self.verify(name, target)
         with writing(self._db):
             latest = self.rows.alias_row(name, alias)
@@ -319,12 +328,18 @@ class Registry:
                 raise RegistryError(
                     f"{name}: {alias} moved while its previous version was checked; nothing was changed"
                 )
+            self._refuse_held(name, target)  # a hold may have come while the bytes were read
             before = self.rows.holder_before(name, alias, target)
             self.rows.set_alias(name, alias, target, before, int(row["epoch"]) + 1, None)
             self.rows.set_tag(name, bad, HOLD, reason)
             details = {"alias": alias, "from": bad, "epoch": int(row["epoch"]) + 1, "reason": reason}
             self.rows.event("rollback", name, target, details, actor)
         return self.show(name, target)
+
+    def _refuse_held(self, name: str, target: int) -> None:
+        hold = self.rows.tags(name, target).get(HOLD)
+        if hold is not None:
+            raise RegistryError(f"{name}@{target} is on hold ({hold}): release it before rolling back to it")
 
     def tag(self, name: str, version: int, key: str, value: str, *, actor: str | None = None) -> None:
         """Label a version. The tag `hold` keeps it from being promoted."""

@@ -8,6 +8,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from posttrain.errors import RegistryError
+
 _TABLES = """
 CREATE TABLE IF NOT EXISTS versions (
     name TEXT NOT NULL, version INTEGER NOT NULL, digest TEXT NOT NULL, manifest TEXT NOT NULL, verdict TEXT,
@@ -40,16 +42,38 @@ CREATE TRIGGER IF NOT EXISTS events_keep BEFORE DELETE ON events BEGIN SELECT RA
 _BUSY_S = 30.0
 
 
-def connect(path: Path) -> sqlite3.Connection:
-    """Open, creating the tables if they are not there. Every commit is on disk before it returns."""
+def connect(path: Path, *, new: bool) -> sqlite3.Connection:
+    """Open, creating the tables where the registry is `new`. Every commit is on disk before it returns.
+
+    Raises: RegistryError if the file is not what SQLite wrote, or is gone from a registry that is not new.
+    """
+    go_on = f"put a copy of {path} back; the objects beside it are as they were"
+    if not new and not (path.exists() and path.stat().st_size):
+        raise RegistryError(
+            f"{path} is {'empty' if path.exists() else 'gone'}, and there are objects beside it; {go_on}"
+        )
     db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
+    try:
+        found = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])  # before anything is written
+        if found == "ok":
+            _prepare(db)
+            return db
+    except sqlite3.OperationalError as error:
+        db.close()
+        raise RegistryError(f"{path} cannot be opened: {error}; make it readable, or wait for who holds it") from error
+    except sqlite3.DatabaseError as error:
+        found = str(error)
+    db.close()
+    raise RegistryError(f"{path} is damaged: {found.splitlines()[-1]}; {go_on}")
+
+
+def _prepare(db: sqlite3.Connection) -> None:
     db.row_factory = sqlite3.Row
     _use_wal(db)
     db.execute("PRAGMA synchronous = FULL")
     db.execute("PRAGMA foreign_keys = ON")
     if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'events_keep'").fetchone():
         db.executescript(f"BEGIN IMMEDIATE; {_TABLES} COMMIT;")
-    return db
 
 
 def _use_wal(db: sqlite3.Connection) -> None:

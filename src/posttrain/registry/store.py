@@ -108,6 +108,15 @@ class ContentStore:
         """Raises: RegistryError, naming `what`, if the object is missing or a byte of it has changed."""
         self._check(digest, what)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was ever put into it."""
+        return next(self._objects.glob("??/*"), None) is None
+
+    def missing(self, digest: str) -> list[str]:
+        """Files of a tree whose contents are not there. Raises: RegistryError if the list of files itself is damaged."""
+        return sorted(name for name, content in self.tree(digest).items() if not self.has(content))
+
     def verify(self, digest: str) -> int:
         """Check every byte of a tree; the number of its files. Raises: RegistryError naming the file that is damaged."""
         files = self.tree(digest)
