@@ -38,7 +38,8 @@ def grpo(config: str | Path | None = None, *, show: bool = True, **keys: Any) ->
 def run_pipeline(config: str | Path, *, show: bool = True, **keys: Any) -> Run:
     """A whole pipeline from its YAML; `keys` are overrides, a stage's keys as a dict: `grpo={"max_steps": 20}`."""
     overrides = [f"{name}={_text(value)}" for name, value in _flat(keys)]
-    return _run(load_pipeline(Path(config), overrides).keys, show)
+    loaded = load_pipeline(Path(config), overrides)
+    return _run(loaded.keys, show, loaded.project)
 
 
 def evaluate(
@@ -75,10 +76,10 @@ def _stage(kind: Kind, config: str | Path | None, keys: Mapping[str, Any], show:
     folder = Path(config).parent if config else Path()
     values = as_keys(keys, (folder / "runs" / INPUTS).resolve())
     loaded = load_stage(kind, Path(config) if config else None, given=values)
-    return _run(as_pipeline(loaded), show)
+    return _run(as_pipeline(loaded), show, loaded.project)
 
 
-def _run(keys: PipelineKeys, show: bool) -> Run:
+def _run(keys: PipelineKeys, show: bool, project: Path) -> Run:
     from rich.console import Console
 
     from posttrain.distributed.topology import topology
@@ -89,7 +90,7 @@ def _run(keys: PipelineKeys, show: bool) -> Run:
         setup_logging(Console(stderr=True))
     with topology() as ranks:
         watch = live_watch(Console(stderr=True), ranks.is_main) if show else Watch(say=lambda text: None)
-        outcome = run_pipeline(keys, ranks, watch=watch)
+        outcome = run_pipeline(keys, ranks, watch=watch, project=project)
     return Run(outcome.folder, outcome.status, outcome.verdict, outcome.model_dir, outcome.reason)
 
 
