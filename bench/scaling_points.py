@@ -216,7 +216,7 @@ def train_half_seconds(size: Size, num_steps: int) -> list[float]:
     original = grpo.make_engine, grpo.sync_engine
     grpo.make_engine = recorded_engine(size.length)
     # Recorded completions leave a canary nothing to decode.
-    grpo.sync_engine = lambda engine, policy, version: engine.sync(version)
+    grpo.sync_engine = lambda engine, policy, version: {"sync/moved_bytes": float(engine.update(policy, version))}
     reward = str(Path(__file__).parent / "rewards.py") + ":vowels"
     try:
         run(
@@ -244,16 +244,13 @@ def recorded_engine(length: int) -> Callable[..., Any]:
             if prompt not in self.kept:
                 rng = random.Random(str(prompt))
                 group = sum(request.prompt_ids == prompt for request in requests)
-                ids = [tuple(self.policy.tokenizer(text(rng, length))["input_ids"]) for _ in range(group)]
+                ids = [tuple(self._policy.tokenizer(text(rng, length))["input_ids"]) for _ in range(group)]
                 logps = self.score([(prompt + one, len(prompt)) for one in ids])
                 self.kept[prompt] = [Completion(i, tuple(p), "length", 0) for i, p in zip(ids, logps, strict=True)]
             return self.kept[prompt]
 
-        def sync(self, version: int) -> None:
-            self._version = version
-
-    def make(policy: Any, keys: Any, topology: Any) -> Any:
-        engine = Recorded(policy, stop_token_ids=())
+    def make(source: Any, *rest: Any, **options: Any) -> Any:
+        engine = Recorded(source.policy, stop_token_ids=())
         engine.kept = {}
         return engine
 
@@ -281,7 +278,7 @@ def rollout_seconds(size: Size, num_steps: int) -> list[float]:
         # The first call warms up; a few tokens are enough for that.
         params = SamplingParams(size.length if step else 4, 1.0)
         start = time.perf_counter()
-        engine.generate(requests, params)
+        list(engine.generate(requests, params))
         seconds.append(time.perf_counter() - start)
     return seconds[1:]
 

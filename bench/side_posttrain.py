@@ -68,7 +68,7 @@ def train(row: Row, job: Mapping[str, Any], turns: Turns) -> None:
     if row.task == "grpo_train":
         grpo.make_engine = replaying_engine(job)
         # Recorded completions leave a canary nothing to decode.
-        grpo.sync_engine = lambda engine, policy, version: engine.sync(version)
+        grpo.sync_engine = lambda engine, policy, version: {"sync/moved_bytes": float(engine.update(policy, version))}
     sink = TurnSink(row, turns, extra_seconds)
     recipe = {"sft": sft, "dpo": dpo}.get(row.task, grpo)
     keys = keys_of(row, job)
@@ -104,15 +104,12 @@ def replaying_engine(job: Mapping[str, Any]) -> Callable[..., Any]:
             left = {prompt: iter(self.kept[prompt]) for prompt in {request.prompt_ids for request in requests}}
             return [next(left[request.prompt_ids]) for request in requests]
 
-        def sync(self, version: int) -> None:
-            self._version = version
-
-    def make(policy: Any, keys: Any, topology: Any) -> EmbeddedEngine:
-        engine = Replay(policy, stop_token_ids=())
+    def make(source: Any, *rest: Any, **options: Any) -> EmbeddedEngine:
+        engine = Replay(source.policy, stop_token_ids=())
         engine.kept = {}
         import torch
 
-        for prompt, completions in recorded(job, policy.tokenizer):
+        for prompt, completions in recorded(job, source.policy.tokenizer):
             with torch.no_grad():
                 logps = engine.score([(prompt + ids, len(prompt)) for ids in completions])
             engine.kept[prompt] = [
@@ -132,16 +129,15 @@ def recorded(job: Mapping[str, Any], tokenizer: Any) -> list[tuple[tuple[int, ..
 def roll_out(row: Row, job: Mapping[str, Any], turns: Turns) -> None:
     """The engine of the recipe, given the prompts of one generation batch after the other."""
     from posttrain.data.load import load_prompts
-    from posttrain.distributed.topology import SingleProcess
     from posttrain.models.load import load_policy, load_tokenizer
-    from posttrain.recipes.engine import make_engine
+    from posttrain.recipes.engines import EngineSource, make_engine
     from posttrain.rollout.collect import sample_groups
     from posttrain.types import SamplingParams
 
     keys = keys_of(row, job)
     tokenizer = load_tokenizer(keys)
     policy = load_policy(keys, tokenizer=tokenizer).without_dropout()
-    engine = make_engine(policy, keys, SingleProcess())
+    engine = make_engine(EngineSource(keys, policy), rows=keys.rollout_batch_size)
     prompts = load_prompts(keys, tokenizer).rows
     params = SamplingParams(keys.max_completion_length, keys.temperature)
     for step in range(job["max_steps"]):

@@ -44,14 +44,14 @@ def stale_engine() -> None:
     """The engine samples from a copy of the starting weights that no sync refreshes."""
     make = grpo.make_engine
 
-    def of_a_copy(policy: Any, keys: Any, topology: Any) -> Any:
-        stale = copy.copy(policy)
-        stale.model = copy.deepcopy(policy.model)
-        return make(stale, keys, topology)
+    def of_a_copy(source: Any, *rest: Any, **options: Any) -> Any:
+        stale = copy.copy(source.policy)
+        stale.model = copy.deepcopy(source.policy.model)
+        return make(replace(source, policy=stale), *rest, **options)
 
     grpo.make_engine = of_a_copy
     # The canary would end the run at its second sync; here the health rule is what is asked.
-    grpo.sync_engine = lambda engine, policy, version: engine.sync(version)
+    grpo.sync_engine = lambda engine, policy, version: {"sync/moved_bytes": float(engine.update(policy, version))}
 
 
 def frozen() -> None:

@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from posttrain.types import Completion, Request, Sample, SamplingParams
+from posttrain.types import Completion, EngineInfo, Request, Sample, SamplingParams
 
 T = TypeVar("T")
 
 
+class Weights(Protocol):
+    """A trained policy as an engine asks for it: named tensors, one at a time. All ranks iterate together."""
+
+    @property
+    def has_adapter(self) -> bool: ...
+
+    def weights(self, only: Literal["adapter", "trained", "all"]) -> Iterator[tuple[str, Any]]:
+        """Under the names of the given base's file; `adapter` under those of an adapter's file, as PEFT writes it."""
+        ...
+
+    def adapter_config(self) -> dict[str, Any]:
+        """`adapter_config.json`, as PEFT writes it."""
+        ...
+
+
 @runtime_checkable
 class Engine(Protocol):
-    """Samples completions. Speaks token ids; the strings that end a completion are all it knows of text."""
+    """Samples completions. Speaks token ids; the strings that end a completion are all it knows of text.
+
+    Tokenizer, policy and reference are nothing an engine has: who needs them is given them.
+    """
 
     @property
     def policy_version(self) -> int:
         """The version of the weights that the next token will be sampled from."""
         ...
 
-    @property
-    def dtype(self) -> str:
-        """What it computes in: `float32`, `bfloat16` or `float16`."""
-        ...
+    def describe(self) -> EngineInfo: ...
 
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
-        """One completion per request, in order."""
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[Completion]:
+        """One completion per request, in the order in which they end. Raises: EngineError, for an empty prompt before any work."""
         ...
 
     def score(self, sequences: Sequence[tuple[Sequence[int], int]], temperature: float = 1.0) -> list[list[float]]:
         """Log-probs of `ids[start:]` for each `(ids, start)`, under the weights of `policy_version`."""
         ...
 
-    def sync(self, version: int) -> None:
-        """Take the policy's present weights as `version`."""
+    def update(self, weights: Weights, version: int) -> int:
+        """Take these weights as `version`. Returns the bytes that were moved. All ranks call it."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what it holds; no other call follows."""
         ...
 
 

@@ -6,7 +6,7 @@ Dimension letters: B rows, T positions, N packed tokens, V vocabulary, G group, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -180,14 +180,37 @@ Finish = Literal["stop", "length", "aborted"]
 class Completion:
     """Sampled ids (the end-of-sequence token included), with the sampler's log-prob of each.
 
-    `logp` is under the temperature-scaled distribution before top-p, top-k and min-p cut it, which is what a trainer
-    computes for the same tokens.
+    What `logp` is the log-prob of, `EngineInfo.logprobs` says.
     """
 
     ids: tuple[int, ...]
     logp: tuple[float, ...]
     finish: Finish
     policy_version: int
+    request: int = 0
+    """Place of its request among those that were asked together."""
+
+
+def in_order(completions: Iterable[Completion]) -> list[Completion]:
+    """Completions in the order of their requests."""
+    return sorted(completions, key=lambda completion: completion.request)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine says of itself.
+
+    `logprobs`: `uncut` log-probs are those of the temperature-scaled distribution before top-p, top-k and min-p cut it,
+    which is what a trainer computes; `processed` ones are those after the cut, which is what the token was drawn from.
+    `exact_resume`: whether a run that is stopped and started samples what it would have sampled.
+    """
+
+    name: str
+    version: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    logprobs: Literal["uncut", "processed"]
+    seed_bits: int
+    exact_resume: bool
 
 
 STREAMS: Mapping[str, type[np.generic]] = {

@@ -194,7 +194,7 @@ def test_pass_at_ks_goes_up_to_the_number_of_samples():
 
 
 def test_what_was_measured_is_not_measured_again(suite, model_dir, tmp_path, monkeypatch):
-    from posttrain.recipes import evaluate as module
+    from posttrain.recipes import engines as module
 
     keys, made = ModelKeys(base_model=str(model_dir("qwen3"))), suite(items())
     loads, original = [], module.load_policy

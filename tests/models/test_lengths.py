@@ -11,7 +11,7 @@ from posttrain.models.lengths import forget_lengths
 from posttrain.models.load import load_policy
 from posttrain.models.selfcheck import ragged_is_exact
 from posttrain.rollout.embedded import EmbeddedEngine, score_sequences
-from posttrain.types import Request, SamplingParams, TokenSeq
+from posttrain.types import Request, SamplingParams, TokenSeq, in_order
 
 BOUNDARY = 64
 LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": BOUNDARY, "factor": 4.0, "rope_theta": 10000.0}
@@ -129,14 +129,14 @@ def test_completions_that_reach_or_cross_the_boundary_have_the_trainers_log_prob
     # The last inputs are prompt + 11.
     lengths = (BOUNDARY - 12, BOUNDARY - 11, BOUNDARY - 10, 20, BOUNDARY - 1, BOUNDARY, BOUNDARY + 1, 90)
     requests = [Request(ids(n, seed=2), n) for n in lengths]
-    together = engine.generate(requests, params)
+    together = in_order(engine.generate(requests, params))
     single = SingleRuns(policy)
     for request, completion in zip(requests, together, strict=True):
         assert len(completion.ids) == 12
         sequence = request.prompt_ids + completion.ids
         [scored] = score_sequences(policy, [(sequence, len(request.prompt_ids))], 0.9)
         assert completion.logp == pytest.approx(scored, abs=3e-4)
-        [alone] = engine.generate([request], params)
+        [alone] = in_order(engine.generate([request], params))
         assert alone.ids == completion.ids
         assert alone.logp == pytest.approx(completion.logp, abs=1e-4)
         # The last token is sampled from the encoding of all before it.

@@ -71,8 +71,8 @@ def both(ours, theirs, rows, recorded, tmp_path, monkeypatch):
     exec(REWARD, namespace)
     data = rows["grpo"][: 6 * PROMPTS]
 
-    def engine(policy, keys, topology):
-        made = Replay(policy, stop_token_ids=())
+    def engine(source, *rest, **options):
+        made = Replay(source.policy, stop_token_ids=())
         made.recorded = dict(recorded.values())
         return made
 

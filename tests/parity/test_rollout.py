@@ -10,7 +10,7 @@ from posttrain.config.stages import ModelKeys
 from posttrain.models.generation import stop_token_ids
 from posttrain.models.load import load_policy
 from posttrain.rollout.embedded import EmbeddedEngine
-from posttrain.types import Request, SamplingParams
+from posttrain.types import Request, SamplingParams, in_order
 
 FAMILIES = ["qwen3", "llama", "mistral", "gemma2", "gemma3_text"]
 LONGEST = 24
@@ -37,8 +37,10 @@ def _fresh_logp(model, prompt, completion, temperature=1.0):
 def test_greedy_tokens_are_those_of_generate(model_dir, family):
     folder = model_dir(family)
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    completions = _engine(folder).generate(
-        [Request(prompt, seed=0) for prompt in _prompts()], SamplingParams(LONGEST, temperature=0.0)
+    completions = in_order(
+        _engine(folder).generate(
+            [Request(prompt, seed=0) for prompt in _prompts()], SamplingParams(LONGEST, temperature=0.0)
+        )
     )
     for prompt, completion in zip(_prompts(), completions, strict=True):
         ids = torch.tensor([prompt])
@@ -55,7 +57,7 @@ def test_captured_logprobs_are_those_of_a_fresh_forward(model_dir, family):
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     engine = _engine(folder, batch_size=4)
     requests = [Request(prompt, seed=10 * i + j) for i, prompt in enumerate(_prompts()) for j in range(3)]
-    completions = engine.generate(requests, SamplingParams(LONGEST, temperature=0.8))
+    completions = in_order(engine.generate(requests, SamplingParams(LONGEST, temperature=0.8)))
     assert len({completion.ids for completion in completions}) == len(requests)
     for request, completion in zip(requests, completions, strict=True):
         expected = _fresh_logp(plain, request.prompt_ids, completion.ids, temperature=0.8)
@@ -67,9 +69,9 @@ def test_a_completion_does_not_depend_on_its_batch(model_dir, family):
     requests = [Request(prompt, seed=7 * i + j) for i, prompt in enumerate(_prompts()) for j in range(3)]
     params = SamplingParams(LONGEST, temperature=1.0, top_p=0.95)
     folder = model_dir(family)
-    together = _engine(folder).generate(requests, params)
-    backwards = _engine(folder, batch_size=5).generate(requests[::-1], params)[::-1]
-    alone = [_engine(folder).generate([request], params)[0] for request in requests[:4]]
+    together = in_order(_engine(folder).generate(requests, params))
+    backwards = in_order(_engine(folder, batch_size=5).generate(requests[::-1], params))[::-1]
+    alone = [in_order(_engine(folder).generate([request], params))[0] for request in requests[:4]]
     assert [c.ids for c in together] == [c.ids for c in backwards]
     assert [c.ids for c in together[:4]] == [c.ids for c in alone]
     for one, other in zip(together, backwards, strict=True):

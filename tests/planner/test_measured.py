@@ -18,7 +18,7 @@ from posttrain.planner import ModelShape, Workload, estimate_memory, memory, sha
 from posttrain.recipes.optim import make_optimizer
 from posttrain.recipes.stage import Stage
 from posttrain.rollout.embedded import EmbeddedEngine
-from posttrain.types import Request, SamplingParams, TokenSeq
+from posttrain.types import Request, SamplingParams, TokenSeq, in_order
 
 MODELS = {
     "qwen3": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "vocab_size": 4096},
@@ -93,7 +93,7 @@ def planned_and_measured(folder, run_folder, completion=COMPLETION, **options):
     stage.close()
     engine = EmbeddedEngine(policy, stop_token_ids=(), batch_size=16)
     requests = [Request(prompt, seed) for prompt in [ids(PROMPT) for _ in range(4)] for seed in range(4)]
-    rollout = allocated(lambda: engine.generate(requests, SamplingParams(completion)))[0]
+    rollout = allocated(lambda: in_order(engine.generate(requests, SamplingParams(completion))))[0]
     found["rollout"] = (planned("autocast", "decode_weights", "kv_cache", "prefill"), rollout)
     found["export"] = (planned("export"), allocated(lambda: save_policy(policy, run_folder / "model", keys))[0])
     return found

@@ -12,7 +12,7 @@ from posttrain.health.controls import Controls
 from posttrain.models.load import load_policy, load_tokenizer
 from posttrain.models.text import decoder
 from posttrain.recipes.collector import Collector
-from posttrain.recipes.engine import make_engine
+from posttrain.recipes.engines import EngineSource, make_engine
 from posttrain.recipes.prompts import PromptStream
 from posttrain.recipes.scorers import PolicyScorer, ReferenceScorer
 from posttrain.report.build import build_report
@@ -41,7 +41,7 @@ def collector(runner, model_dir, data_dir):
             values = [rewards(len(calls) - 1, item) for item in range(len(completions))]
             return [RewardBreakdown(value, {"boxed": value}) for value in values]
 
-        engine = make_engine(policy, keys, topology)
+        engine = make_engine(EngineSource(keys, policy), topology)
         stream = PromptStream(load_prompts(keys, tokenizer), keys.seed, {})
         scorers = (Scores(policy, keys.temperature, 4) for Scores in (PolicyScorer, ReferenceScorer))
         return Collector(keys, engine, decoder(tokenizer), score, stream, *scorers, topology)
@@ -82,7 +82,7 @@ def test_an_unscored_completion_has_no_advantage_with_the_kl_in_the_reward(colle
     made = collector(lambda call, item: REWARDS[item], beta=0.5, kl_in_reward=True, moved=0.05)
     experience = made.collect(0, None, Controls()).experience
     keys = runner.keys_of("grpo", model_dir("qwen3"), data_dir)
-    given = make_engine(load_policy(keys, trainable=False), keys, SingleProcess())
+    given = make_engine(EngineSource(keys))
     for place, (group, found) in enumerate(zip(experience.groups, advantages_of(experience), strict=True)):
         kls = [
             sum(t.behavior_logp) - sum(logp)

@@ -29,9 +29,8 @@ def rows(data_dir, tmp_path, count):
 def test_z_of_conversations_is_the_mean_over_their_trained_tokens(train, runner, data_dir, tmp_path, model_dir):
     """After one step z is what loops over the exchanged rows give, with the turns of the user left out."""
     from posttrain.data.load import load_kto
-    from posttrain.distributed.topology import SingleProcess
     from posttrain.models.load import load_policy
-    from posttrain.recipes.engine import make_engine
+    from posttrain.recipes.engines import EngineSource, make_engine
 
     def row(n):
         prompt = [{"role": "user", "content": f"What is {n} plus 2?"}]
@@ -49,9 +48,7 @@ def test_z_of_conversations_is_the_mean_over_their_trained_tokens(train, runner,
     data = load_kto(keys, load_policy(keys, trainable=False).tokenizer)
     order = [data.rows[index][0] for index in data.order(keys.seed, 1)]
     engines = [
-        make_engine(
-            load_policy(keys.model_copy(update={"base_model": str(base)}), trainable=False), keys, SingleProcess()
-        )
+        make_engine(EngineSource(keys.model_copy(update={"base_model": str(base)})))
         for base in (after_one, model_dir("qwen3"))
     ]
     total = 0.0

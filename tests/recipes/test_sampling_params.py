@@ -6,7 +6,7 @@ import pytest
 
 from posttrain.recipes import grpo
 from posttrain.recipes.certify import certify
-from posttrain.recipes.engine import greedy, sampling_params
+from posttrain.recipes.engines import greedy, sampling_params
 from posttrain.rollout.embedded import EmbeddedEngine
 
 KEYS = {
@@ -24,7 +24,9 @@ def asked(monkeypatch):
         return generate(engine, requests, params)
 
     monkeypatch.setattr(EmbeddedEngine, "generate", recording)
-    monkeypatch.setattr(grpo, "sync_engine", lambda engine, policy, version: engine.sync(version))
+    monkeypatch.setattr(
+        grpo, "sync_engine", lambda engine, policy, version: {"sync/moved_bytes": float(engine.update(policy, version))}
+    )
     return seen
 
 

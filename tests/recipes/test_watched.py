@@ -167,10 +167,10 @@ def stale_engine(monkeypatch):
 
     original = grpo.make_engine
 
-    def stale(trained, keys, topology):
-        engine = original(trained, keys, topology)
-        frozen = copy.copy(trained)
-        frozen.model = copy.deepcopy(trained.model)
+    def stale(source, *rest, **options):
+        engine = original(source, *rest, **options)
+        frozen = copy.copy(source.policy)
+        frozen.model = copy.deepcopy(source.policy.model)
         return EmbeddedEngine(frozen, stop_token_ids=tuple(engine._stop_token_ids), batch_size=8)
 
     monkeypatch.setattr(grpo, "make_engine", stale)
@@ -184,7 +184,9 @@ def test_a_run_whose_weights_do_not_arrive_at_the_engine_stops(train, stale_engi
 def test_weights_that_drift_below_what_the_canary_sees_show_as_a_mismatch(train, stale_engine, monkeypatch):
     from posttrain.recipes import grpo
 
-    monkeypatch.setattr(grpo, "sync_engine", lambda engine, policy, version: engine.sync(version))
+    monkeypatch.setattr(
+        grpo, "sync_engine", lambda engine, policy, version: {"sync/moved_bytes": float(engine.update(policy, version))}
+    )
     folder = train("grpo", learning_rate=1e-2, max_steps=6)
     found = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     assert "sampler_mismatch" in {event.get("rule") for event in found}

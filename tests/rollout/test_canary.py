@@ -11,6 +11,7 @@ from posttrain.errors import EngineError
 from posttrain.models.load import load_policy
 from posttrain.rollout.canary import TOLERANCE, check_arrival
 from posttrain.rollout.embedded import EmbeddedEngine, score_sequences
+from posttrain.rollout.replica import replica
 
 
 @pytest.fixture
@@ -30,31 +31,28 @@ def move(policy, scale=1.1):
             parameter.mul_(scale)
 
 
-def check(engine, policy, tolerance=TOLERANCE["float32"]):
-    return check_arrival(engine, partial(score_sequences, policy), tolerance)
+def check(engine, policy):
+    return check_arrival(engine, partial(score_sequences, policy))
 
 
 def test_an_engine_that_nothing_arrives_at_is_refused(policy):
     """It agrees with itself to rounding, so only the trainer's own log-probs can tell."""
     stale = EmbeddedEngine(copy_of(policy), stop_token_ids=())
-    stale.sync(1)
+    stale.update(policy, 1)
     assert check(stale, policy) < 1e-4
     move(policy)
-    stale.sync(2)
-    assert check_arrival(stale, stale.score, TOLERANCE["float32"]) < 1e-4
+    stale.update(policy, 2)
+    assert check_arrival(stale, stale.score) < 1e-4
     with pytest.raises(EngineError, match=r"after the sync to policy version 2 .* it decodes with other weights"):
         check(stale, policy)
 
 
 def test_an_engine_that_shares_the_weights_or_gets_them_passes(policy):
     shared = EmbeddedEngine(policy, stop_token_ids=())
-    replica = copy_of(policy)
-    copied = EmbeddedEngine(
-        replica, stop_token_ids=(), refresh=lambda: replica.model.load_state_dict(policy.model.state_dict())
-    )
+    copied = EmbeddedEngine(replica(policy), stop_token_ids=(), shares_weights=False)
     for version in (1, 2):
         for engine in (shared, copied):
-            engine.sync(version)
+            engine.update(policy, version)
             assert check(engine, policy) < 1e-4
         move(policy)
 
@@ -92,5 +90,5 @@ def test_the_tolerance_is_that_of_the_dtype_the_engine_computes_in(options, dtyp
     keys = SFTKeys(base_model=str(model_dir("qwen3")), datasets=[{"path": "unused.jsonl"}], **options)
     policy = load_policy(keys)
     engine = EmbeddedEngine(policy, stop_token_ids=())
-    assert engine.dtype == dtype
-    assert check(engine, policy, TOLERANCE[engine.dtype]) <= TOLERANCE[dtype]
+    assert engine.describe().dtype == dtype
+    assert check(engine, policy) <= TOLERANCE[dtype]

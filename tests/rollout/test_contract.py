@@ -6,7 +6,7 @@ import torch
 from posttrain.errors import EngineError
 from posttrain.protocols import Engine
 from posttrain.rollout.embedded import EmbeddedEngine
-from posttrain.types import Request, SamplingParams
+from posttrain.types import Request, SamplingParams, in_order
 
 ENGINES = {
     "ragged": "qwen3",
@@ -37,10 +37,10 @@ def test_it_is_an_engine(engine):
 def test_one_completion_per_request_in_order(engine):
     params = SamplingParams(max_tokens=5)
     requests = ask()
-    together = engine.generate(requests, params)
+    together = in_order(engine.generate(requests, params))
     assert len(together) == len(requests)
     for request, completion in zip(requests, together, strict=True):
-        [alone] = engine.generate([request], params)
+        [alone] = in_order(engine.generate([request], params))
         assert alone.ids == completion.ids
         assert alone.logp == pytest.approx(completion.logp, abs=1e-5)
 
@@ -48,8 +48,8 @@ def test_one_completion_per_request_in_order(engine):
 def test_a_completion_does_not_depend_on_its_company(engine):
     params = SamplingParams(max_tokens=6, temperature=0.8, top_p=0.95)
     requests = ask(seeds=(3,))
-    forward = engine.generate(requests, params)
-    backward = engine.generate(requests[::-1], params)[::-1]
+    forward = in_order(engine.generate(requests, params))
+    backward = in_order(engine.generate(requests[::-1], params))[::-1]
     for a, b in zip(forward, backward, strict=True):
         assert a.ids == b.ids
         assert a.logp == pytest.approx(b.logp, abs=1e-5)
@@ -58,14 +58,14 @@ def test_a_completion_does_not_depend_on_its_company(engine):
 def test_seeds_decide_and_differ(engine):
     params = SamplingParams(max_tokens=6)
     requests = [Request(PROMPTS[0], seed) for seed in range(6)]
-    first, second = engine.generate(requests, params), engine.generate(requests, params)
+    first, second = in_order(engine.generate(requests, params)), in_order(engine.generate(requests, params))
     assert [c.ids for c in first] == [c.ids for c in second]
     assert len({c.ids for c in first}) > 3
 
 
 def test_greedy_takes_the_most_likely_token_of_a_single_run(engine, shared_policy):
     policy = engine._policy
-    [completion] = engine.generate([Request(PROMPTS[2], 0)], SamplingParams(max_tokens=8, temperature=0.0))
+    [completion] = in_order(engine.generate([Request(PROMPTS[2], 0)], SamplingParams(max_tokens=8, temperature=0.0)))
     ids = list(PROMPTS[2])
     for token in completion.ids:
         with torch.no_grad():
@@ -78,7 +78,7 @@ def test_greedy_takes_the_most_likely_token_of_a_single_run(engine, shared_polic
 def test_log_probs_are_those_of_score(engine, temperature):
     params = SamplingParams(max_tokens=9, temperature=temperature, top_k=20, top_p=0.9, min_p=0.01)
     requests = ask(seeds=(4,))
-    completions = engine.generate(requests, params)
+    completions = in_order(engine.generate(requests, params))
     sequences = [(r.prompt_ids + c.ids, len(r.prompt_ids)) for r, c in zip(requests, completions, strict=True)]
     for completion, scored in zip(completions, engine.score(sequences, temperature), strict=True):
         assert completion.logp == pytest.approx(scored, abs=2e-4)
@@ -87,26 +87,30 @@ def test_log_probs_are_those_of_score(engine, temperature):
 
 def test_a_stop_token_ends_and_is_kept(engine):
     params = SamplingParams(max_tokens=8)
-    [free] = engine.generate([Request(PROMPTS[0], 1)], params)
+    [free] = in_order(engine.generate([Request(PROMPTS[0], 1)], params))
     stop = free.ids[3]
-    [stopped] = engine.generate([Request(PROMPTS[0], 1)], SamplingParams(max_tokens=8, stop_token_ids=(stop,)))
+    [stopped] = in_order(
+        engine.generate([Request(PROMPTS[0], 1)], SamplingParams(max_tokens=8, stop_token_ids=(stop,)))
+    )
     assert stopped.ids == free.ids[: free.ids.index(stop) + 1]
     assert stopped.finish == "stop"
     assert len(stopped.logp) == len(stopped.ids)
 
 
 def test_the_engines_own_stop_tokens_end_too(engine):
-    [free] = engine.generate([Request(PROMPTS[0], 1)], SamplingParams(max_tokens=8))
+    [free] = in_order(engine.generate([Request(PROMPTS[0], 1)], SamplingParams(max_tokens=8)))
     stopping = EmbeddedEngine(engine._policy, stop_token_ids=(free.ids[2],))
-    [stopped] = stopping.generate([Request(PROMPTS[0], 1)], SamplingParams(max_tokens=8))
+    [stopped] = in_order(stopping.generate([Request(PROMPTS[0], 1)], SamplingParams(max_tokens=8)))
     assert stopped.ids == free.ids[: free.ids.index(free.ids[2]) + 1]
 
 
 def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(engine):
-    decode = engine.policy.tokenizer.decode
-    [free] = engine.generate([Request(PROMPTS[0], 1)], SamplingParams(max_tokens=16))
+    decode = engine._policy.tokenizer.decode
+    [free] = in_order(engine.generate([Request(PROMPTS[0], 1)], SamplingParams(max_tokens=16)))
     text = decode(list(free.ids[4:6]))
-    [ended] = engine.generate([Request(PROMPTS[0], 1)], SamplingParams(max_tokens=16, stop=("never said", text)))
+    [ended] = in_order(
+        engine.generate([Request(PROMPTS[0], 1)], SamplingParams(max_tokens=16, stop=("never said", text)))
+    )
     assert ended.finish == "stop"
     assert ended.ids == free.ids[: len(ended.ids)]
     assert text in decode(list(ended.ids))
@@ -117,15 +121,15 @@ def test_a_stop_string_that_is_a_special_token_matches(engine, tokenizer):
     """It is no token that the engine stops at by itself, and it is left out of the text that rewards see."""
     special = tokenizer.convert_tokens_to_ids("<|im_start|>")
     asked = [Request((special, 7, special), seed) for seed in range(200)]
-    free = engine.generate(asked, SamplingParams(max_tokens=12, top_k=60))
+    free = in_order(engine.generate(asked, SamplingParams(max_tokens=12, top_k=60)))
     hit = next(n for n, completion in enumerate(free) if special in completion.ids[:-1])
-    [ended] = engine.generate([asked[hit]], SamplingParams(max_tokens=12, top_k=60, stop=("<|im_start|>",)))
+    [ended] = in_order(engine.generate([asked[hit]], SamplingParams(max_tokens=12, top_k=60, stop=("<|im_start|>",))))
     assert ended.ids == free[hit].ids[: free[hit].ids.index(special) + 1]
     assert ended.finish == "stop"
 
 
 def test_max_tokens_ends_with_length(engine):
-    for completion in engine.generate(ask(), SamplingParams(max_tokens=1)):
+    for completion in in_order(engine.generate(ask(), SamplingParams(max_tokens=1))):
         assert (len(completion.ids), completion.finish) == (1, "length")
 
 
@@ -133,26 +137,26 @@ def test_rows_of_different_lengths_leave_and_others_take_their_places(engine):
     """More requests than places, ending at different times by stop tokens."""
     params = SamplingParams(max_tokens=12, stop_token_ids=tuple(range(0, 288, 4)))
     requests = ask(seeds=range(3))
-    together = engine.generate(requests, params)
+    together = in_order(engine.generate(requests, params))
     assert len({len(c.ids) for c in together}) > 2
     for request, completion in zip(requests, together, strict=True):
-        [alone] = engine.generate([request], params)
+        [alone] = in_order(engine.generate([request], params))
         assert alone.ids == completion.ids
 
 
 def test_an_empty_prompt_is_an_error_that_names_it(engine):
     with pytest.raises(EngineError, match="request 1 has an empty prompt"):
-        engine.generate([Request((5,), 0), Request((), 0)], SamplingParams(max_tokens=2))
+        in_order(engine.generate([Request((5,), 0), Request((), 0)], SamplingParams(max_tokens=2)))
 
 
 def test_no_requests_no_completions(engine):
-    assert engine.generate([], SamplingParams(max_tokens=2)) == []
+    assert in_order(engine.generate([], SamplingParams(max_tokens=2))) == []
 
 
 def test_a_sync_sets_the_version_that_completions_carry(engine):
-    engine.sync(7)
+    engine.update(engine._policy, 7)
     assert engine.policy_version == 7
-    [completion] = engine.generate([Request((5,), 0)], SamplingParams(max_tokens=1))
+    [completion] = in_order(engine.generate([Request((5,), 0)], SamplingParams(max_tokens=1)))
     assert completion.policy_version == 7
 
 

@@ -2,10 +2,12 @@ import pytest
 import torch
 
 from posttrain.config.stages import SFTKeys
+from posttrain.errors import EngineError
 from posttrain.models import decode
 from posttrain.models.load import load_policy
 from posttrain.rollout.embedded import EmbeddedEngine
-from posttrain.types import Request, SamplingParams
+from posttrain.rollout.replica import replica
+from posttrain.types import Request, SamplingParams, in_order
 
 
 def test_the_prompt_of_a_group_is_prefilled_once(shared_policy):
@@ -15,7 +17,7 @@ def test_the_prompt_of_a_group_is_prefilled_once(shared_policy):
     hook = embedding.register_forward_hook(lambda module, args, output: lengths.append(args[0].numel()))
     prompt = tuple(range(40, 60))
     engine = EmbeddedEngine(policy, stop_token_ids=(), batch_size=3)
-    engine.generate([Request(prompt, seed) for seed in range(6)], SamplingParams(max_tokens=3))
+    in_order(engine.generate([Request(prompt, seed) for seed in range(6)], SamplingParams(max_tokens=3)))
     hook.remove()
     # The prompt, then six completions of two further tokens each, three at a time.
     assert lengths == [len(prompt)] + [3] * 4
@@ -26,9 +28,9 @@ def test_the_fast_decode_step_computes_what_the_modules_compute(shared_policy, m
     policy = shared_policy(family)
     requests = [Request(tuple(range(9, 9 + 3 * n)), n) for n in (1, 2, 2, 7)]
     params = SamplingParams(max_tokens=24)
-    fast = EmbeddedEngine(policy, stop_token_ids=()).generate(requests, params)
+    fast = in_order(EmbeddedEngine(policy, stop_token_ids=()).generate(requests, params))
     monkeypatch.delitem(decode.FAMILIES, family)
-    slow = EmbeddedEngine(policy, stop_token_ids=()).generate(requests, params)
+    slow = in_order(EmbeddedEngine(policy, stop_token_ids=()).generate(requests, params))
     assert [c.ids for c in fast] == [c.ids for c in slow]
     for one, other in zip(fast, slow, strict=True):
         assert one.logp == pytest.approx(other.logp, abs=1e-5)
@@ -40,7 +42,9 @@ def test_more_completions_than_places_start_one_by_one_as_places_fall_free(share
     requests = [Request(prompts[i % 4], i) for i in range(9)]
     wide = EmbeddedEngine(shared_policy("qwen3"), stop_token_ids=(), batch_size=64)
     params = SamplingParams(max_tokens=70)
-    assert [c.ids for c in engine.generate(requests, params)] == [c.ids for c in wide.generate(requests, params)]
+    assert [c.ids for c in in_order(engine.generate(requests, params))] == [
+        c.ids for c in in_order(wide.generate(requests, params))
+    ]
 
 
 def test_generating_leaves_the_mode_of_the_model_and_no_gradient(shared_policy):
@@ -48,7 +52,7 @@ def test_generating_leaves_the_mode_of_the_model_and_no_gradient(shared_policy):
     engine = EmbeddedEngine(policy, stop_token_ids=())
     for mode in (True, False):
         policy.model.train(mode)
-        engine.generate([Request((5,), 0)], SamplingParams(max_tokens=2))
+        in_order(engine.generate([Request((5,), 0)], SamplingParams(max_tokens=2)))
         assert policy.model.training is mode
     assert all(p.grad is None for p in policy.model.parameters())
 
@@ -65,7 +69,7 @@ def test_dropout_is_off_while_sampling(model_dir):
     policy.model.train()
     engine = EmbeddedEngine(policy, stop_token_ids=())
     requests = [Request((5, 6, 7), seed) for seed in range(3)]
-    first, second = (engine.generate(requests, SamplingParams(max_tokens=6)) for _ in range(2))
+    first, second = (in_order(engine.generate(requests, SamplingParams(max_tokens=6))) for _ in range(2))
     assert first == second
     policy.model.eval()
     for completion, scored in zip(first, engine.score([((5, 6, 7, *c.ids), 3) for c in first]), strict=True):
@@ -83,7 +87,7 @@ def test_an_adapter_is_added_to_its_weights_once_where_that_is_the_same(model_di
     calls = []
     policy.base.get_decoder().layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
     engine = EmbeddedEngine(policy, stop_token_ids=())
-    [completion] = engine.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=12))
+    [completion] = in_order(engine.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=12)))
     assert len(calls) == passes
     assert completion.logp == pytest.approx(engine.score([((5, 6, 7, *completion.ids), 3)])[0], abs=1e-5)
 
@@ -93,39 +97,66 @@ def test_a_large_model_is_not_copied_to_add_its_adapter(model_dir, monkeypatch):
     policy = _own_policy(model_dir, adapter="lora", lora_r=4)
     calls = []
     policy.base.get_decoder().layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
-    EmbeddedEngine(policy, stop_token_ids=()).generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=12))
+    in_order(EmbeddedEngine(policy, stop_token_ids=()).generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=12)))
     assert len(calls) == 12
 
 
 def test_sampling_follows_the_weights_as_they_change(model_dir):
     policy = _own_policy(model_dir)
     engine = EmbeddedEngine(policy, stop_token_ids=())
-    [before] = engine.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=6))
+    [before] = in_order(engine.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=6)))
     with torch.no_grad():
         for _, parameter in policy.trainable():
             parameter.mul_(1.1)
-    engine.sync(1)
-    [after] = engine.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=6))
+    engine.update(engine._policy, 1)
+    [after] = in_order(engine.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=6)))
     assert before.logp != after.logp
     assert after.logp == pytest.approx(engine.score([((5, 6, 7, *after.ids), 3)])[0], abs=2e-4)
 
 
-def test_a_copy_is_refreshed_at_every_sync(model_dir):
-    policy, calls = _own_policy(model_dir), []
-    engine = EmbeddedEngine(policy, stop_token_ids=(), refresh=lambda: calls.append(engine.policy_version))
-    engine.sync(1)
-    engine.sync(2)
-    assert calls == [0, 1]
+def test_an_update_fills_a_copy_and_says_how_much_it_moved(model_dir):
+    policy = _own_policy(model_dir, adapter="lora", lora_r=4)
+    engine = EmbeddedEngine(replica(policy), stop_token_ids=(), shares_weights=False)
+    with torch.no_grad():
+        for _, parameter in policy.trainable():
+            parameter.add_(0.05)
+    assert engine.update(policy, 3) == sum(p.numel() * p.element_size() for _, p in policy.trainable())
+    [completion] = engine.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=6))
+    shared = EmbeddedEngine(policy, stop_token_ids=())
+    assert shared.update(policy, 3) == 0
+    [same] = shared.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=6))
+    assert (same.ids, same.policy_version) == (completion.ids, 3)
+    assert same.logp == pytest.approx(completion.logp, abs=1e-5)
+
+
+def test_an_update_of_another_policy_is_refused(model_dir):
+    engine = EmbeddedEngine(replica(_own_policy(model_dir)), stop_token_ids=(), shares_weights=False)
+    with pytest.raises(EngineError, match=r"the weights hold .* which the engine's copy does not"):
+        engine.update(_own_policy(model_dir, adapter="lora", lora_r=4), 1)
+
+
+def test_completions_come_in_the_order_in_which_they_end(model_dir):
+    engine = EmbeddedEngine(_own_policy(model_dir), stop_token_ids=(), batch_size=2)
+    stops = [Request((5, 6), 1), Request((7, 8), 2), Request((9, 3), 3)]
+    whole = in_order(engine.generate(stops, SamplingParams(max_tokens=9)))
+    early = next(i for i in range(1, 9) if whole[1].ids[i] not in (*whole[0].ids[: i + 1], *whole[1].ids[:i]))
+    params = SamplingParams(max_tokens=9, stop_token_ids=(whole[1].ids[early],))
+    ended = [completion.request for completion in engine.generate(stops, params)]
+    assert ended[0] == 1 and sorted(ended) == [0, 1, 2]
+    # Whoever takes the first one may compute with gradients before the next is made.
+    taken = engine.generate(stops, params)
+    next(taken)
+    assert torch.is_grad_enabled()
 
 
 def test_bf16_decoding_agrees_with_bf16_scoring(model_dir):
     engine = EmbeddedEngine(_own_policy(model_dir, bf16=True), stop_token_ids=())
-    engine.sync(1)
-    [completion] = engine.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=12))
+    engine.update(engine._policy, 1)
+    [completion] = in_order(engine.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=12)))
     assert completion.logp == pytest.approx(engine.score([((5, 6, 7, *completion.ids), 3)])[0], abs=0.2)
 
 
 def test_a_quantised_policy_with_an_adapter_samples_what_it_scores(model_dir):
     engine = EmbeddedEngine(_own_policy(model_dir, adapter="qlora", load_in_4bit=True, lora_r=4), stop_token_ids=())
-    [completion] = engine.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=12))
+    [completion] = in_order(engine.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=12)))
     assert completion.logp == pytest.approx(engine.score([((5, 6, 7, *completion.ids), 3)])[0], abs=2e-3)

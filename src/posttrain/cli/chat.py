@@ -98,15 +98,14 @@ class Conversation:
 
 
 def _load(keys: Any, params: SamplingParams, system: str | None, seed: int) -> Conversation:
-    from posttrain.models.generation import stop_token_ids
     from posttrain.models.load import load_policy
     from posttrain.pipeline.show import quiet_libraries
+    from posttrain.recipes.engines import EngineSource, make_engine
     from posttrain.recipes.evaluate import TokenizerCodec
-    from posttrain.rollout.embedded import EmbeddedEngine
 
     quiet_libraries()
     policy = load_policy(keys, trainable=False)
-    engine = EmbeddedEngine(policy, stop_token_ids=stop_token_ids(policy.base, policy.tokenizer), batch_size=1)
+    engine = make_engine(EngineSource(keys, policy), rows=1)
     window = getattr(policy.base.config.get_text_config(), "max_position_embeddings", None)
     return Conversation(engine, TokenizerCodec(policy.tokenizer), params, window, system, seed)
 

@@ -17,7 +17,7 @@ from posttrain.files import digest_json
 from posttrain.grading.scorers import SCORERS
 from posttrain.grading.source import split_spec
 from posttrain.protocols import Engine
-from posttrain.types import Completion, Request, SamplingParams, Text
+from posttrain.types import Completion, Request, SamplingParams, Text, in_order
 
 _ITEMS_PER_CALL = 256
 
@@ -111,13 +111,13 @@ class Evaluator:
     def _generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """Greedy answers follow from the prompt alone: suites that ask the same thing share them."""
         if params.temperature > 0:
-            return self.engine.generate(requests, params)
+            return in_order(self.engine.generate(requests, params))
         new = {
             (r.prompt_ids, params.max_tokens): r
             for r in requests
             if (r.prompt_ids, params.max_tokens) not in self._greedy
         }
-        self._greedy.update(zip(new, self.engine.generate(list(new.values()), params), strict=True))
+        self._greedy.update(zip(new, in_order(self.engine.generate(list(new.values()), params)), strict=True))
         return [self._greedy[r.prompt_ids, params.max_tokens] for r in requests]
 
     def _ranked(self, items: Sequence[Item]) -> Iterator[ItemRecord]:

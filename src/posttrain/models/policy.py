@@ -15,6 +15,7 @@ from posttrain.errors import ModelError
 from posttrain.models.batch import Batch
 from posttrain.models.device import Placement
 from posttrain.models.lengths import by_encoding, forget_lengths
+from posttrain.models.weights import NamedTensors, Only, named_weights
 from posttrain.objectives.logprobs import chunked_logprobs, token_entropy, token_logprobs
 from posttrain.objectives.terms import LossTerms
 from posttrain.protocols import Topology
@@ -87,6 +88,15 @@ class Policy:
         coefficient = self.base.config.get_text_config().router_aux_loss_coef
         metrics = terms.metrics | {"aux_loss": Ratio(float(scores.aux_loss.detach()) * share, share)}
         return LossTerms(terms.loss + coefficient * share * scores.aux_loss, metrics)
+
+    def weights(self, only: Only) -> NamedTensors:
+        """See `named_weights`."""
+        return named_weights(self, only)
+
+    def adapter_config(self) -> dict[str, Any]:
+        """`adapter_config.json`, as PEFT writes it."""
+        config: Any = cast("PeftModel", self.model).peft_config["default"]
+        return {**config.to_dict(), "inference_mode": True}
 
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

@@ -36,7 +36,7 @@ def _adapter(policy: Policy) -> NamedTensors:
 
 def _trained(policy: Policy) -> NamedTensors:
     for name, parameter in policy.trainable():
-        yield _plain(name), _full(parameter)
+        yield trained_name(name), _full(parameter)
 
 
 def _whole(policy: Policy) -> NamedTensors:
@@ -96,7 +96,8 @@ def _saved_buffers(base: Any) -> list[tuple[str, torch.Tensor]]:
     return [(name, buffer) for name, buffer in base.named_buffers() if name in kept]
 
 
-def _plain(name: str) -> str:
+def trained_name(name: str) -> str:
+    """A parameter's name in the base, whatever wraps it."""
     return name.removeprefix("base_model.model.")
 
 

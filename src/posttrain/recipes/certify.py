@@ -10,16 +10,14 @@ from posttrain.config.stages import GRPOKeys
 from posttrain.data.load import load_prompts
 from posttrain.errors import RewardError
 from posttrain.files import read_record
-from posttrain.models.generation import stop_token_ids
-from posttrain.models.load import load_policy, load_tokenizer
-from posttrain.recipes.engine import sampling_params
+from posttrain.models.load import load_tokenizer
+from posttrain.recipes.engines import EngineSource, make_engine, sampling_params
 from posttrain.rewards.cases import Sample, cases_of
 from posttrain.rewards.certificate import Certificate, check_rewards
 from posttrain.rewards.resolve import reward_digest
 from posttrain.rewards.workers import RewardPool
 from posttrain.rewards.written import write
 from posttrain.rollout.collect import sample_groups
-from posttrain.rollout.embedded import EmbeddedEngine
 
 _NUM_CASES = 50
 _NUM_SAMPLES = 200
@@ -35,10 +33,7 @@ def certify(keys: GRPOKeys, path: Path) -> Certificate:
     tokenizer = load_tokenizer(keys)
     rows = load_prompts(keys, tokenizer, sources=keys.eval_datasets or None).rows
     cases = cases_of([prompt for prompt, _ in rows], limit=_NUM_CASES)
-    policy = load_policy(keys.model_copy(update={"adapter": "none"}), tokenizer=tokenizer, trainable=False)
-    engine = EmbeddedEngine(
-        policy, stop_token_ids=stop_token_ids(policy.base, tokenizer), batch_size=keys.rollout_batch_size
-    )
+    engine = make_engine(EngineSource(keys.model_copy(update={"adapter": "none"})), rows=keys.rollout_batch_size)
     chosen = rows[: min(len(cases), max(1, _NUM_SAMPLES // keys.num_generations))]
     groups = sample_groups(
         engine, chosen, keys.num_generations, sampling_params(keys), (keys.seed, -1), range(len(chosen))

@@ -17,7 +17,7 @@ from posttrain.objectives.policy import advantage_estimator_of
 from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import spec_from
 from posttrain.protocols import Engine, Scorer, Topology
-from posttrain.recipes.engine import sampling_params
+from posttrain.recipes.engines import sampling_params
 from posttrain.recipes.prompts import PromptStream
 from posttrain.recipes.reward_range import judging_weights, shares, stated_bounds, widened
 from posttrain.recipes.steering import steered

@@ -15,10 +15,9 @@ from posttrain.evals.run import Evaluator, decoding_of
 from posttrain.evals.suite import Item, Suite
 from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.models.export import source_digest
-from posttrain.models.generation import stop_token_ids
-from posttrain.models.load import load_policy, load_tokenizer
+from posttrain.models.load import load_tokenizer
+from posttrain.recipes.engines import EngineSource, make_engine
 from posttrain.rewards.workers import RewardPool
-from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.sampling import request_seed
 from posttrain.types import Origin, Text
 
@@ -103,11 +102,10 @@ def _known(suite: Suite, keys: SuiteKeys, split: str, model_digest: str, folder:
 
 
 def _evaluator(model: ModelKeys, digest: str, progress: Shown | None, rows: int) -> Evaluator:
-    policy = load_policy(model, tokenizer=load_tokenizer(model), trainable=False)
-    engine = EmbeddedEngine(policy, stop_token_ids=stop_token_ids(policy.base, policy.tokenizer), batch_size=rows)
+    engine = make_engine(EngineSource(model), rows=rows)
     return Evaluator(
-        engine, TokenizerCodec(policy.tokenizer), digest, request_seed, progress or (lambda name, done, total: None),
-        score_own=score_in_workers,
+        engine, TokenizerCodec(load_tokenizer(model)), digest, request_seed,
+        progress or (lambda name, done, total: None), score_own=score_in_workers,
     )  # fmt: skip
 
 

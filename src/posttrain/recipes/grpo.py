@@ -25,10 +25,10 @@ from posttrain.objectives.ratios import bounded_exp
 from posttrain.objectives.reduce import Normalizer
 from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import LossTerms, spec_from
-from posttrain.protocols import Topology
+from posttrain.protocols import Engine, Topology
 from posttrain.recipes.batches import MicroBatch, fill_with_groups, split_groups
-from posttrain.recipes.collector import Collected, Collector, teaches
-from posttrain.recipes.engine import greedy, make_engine, sampling_params, sync_engine
+from posttrain.recipes.collector import Collected, Collector, Decode, teaches
+from posttrain.recipes.engines import EngineSource, greedy, make_engine, sampling_params, sync_engine
 from posttrain.recipes.live_checks import LiveChecks
 from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import learning_rate, make_optimizer, update
@@ -42,7 +42,6 @@ from posttrain.recipes.train_state import TrainState
 from posttrain.recipes.validate import SuiteScore, Validation
 from posttrain.rewards.workers import MAX_UNSCORED, RewardPool
 from posttrain.rollout.collect import ScoreRewards, sample_groups, score_groups
-from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.experience import Group
 from posttrain.types import Ratio, Sample
 
@@ -57,10 +56,11 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     data = load_prompts(keys, tokenizer)
     held_out = load_prompts(keys, tokenizer, sources=keys.eval_datasets) if keys.eval_datasets else None
     stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
+    decode = decoder(tokenizer)
     policy = load_policy(keys, tokenizer=tokenizer).without_dropout()
     if keys.beta:
         policy.freeze_reference()
-    engine = make_engine(policy, keys, topology)
+    engine = make_engine(EngineSource(keys, policy), topology, rows=keys.rollout_batch_size)
     suite = SuiteScore.of(policy, keys, topology, engine)
     policy.distribute(topology)
     optimizer = make_optimizer(policy, keys)
@@ -76,21 +76,21 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
         stream = PromptStream(data, keys.seed, state.solved)
         how = (keys.temperature, keys.per_device_train_batch_size)
         trainer, reference = PolicyScorer(policy, *how), ReferenceScorer(policy, *how)
-        collector = Collector(keys, engine, decoder(tokenizer), score, stream, trainer, reference, topology)
-        live = LiveChecks(keys, stage, rewards, engine, data)
-        validation = Validation(stage, state, partial(_validate, engine, score, held_out, keys, state), suite)
+        collector = Collector(keys, engine, decode, score, stream, trainer, reference, topology)
+        live = LiveChecks(keys, stage, rewards, engine, tokenizer, data)
+        validation = Validation(stage, state, partial(_validate, engine, decode, score, held_out, keys, state), suite)
 
         for step in range(state.step, total_steps):
             stage.begin_step(step)
             generation, position = divmod(step, steps_per_batch)
             experience, rollout_s = state.experience, 0.0
             if experience is None or experience.generation != generation:
-                sync_engine(engine, policy, version=step)
+                synced = sync_engine(engine, policy, version=step)
                 collected = collector.collect(generation, experience, stage.guard.controls)
                 experience, rollout_s = collected.experience, collected.wall_s
                 state.experience = experience
                 stage.run.event("rollouts", step + 1, {"generation": generation, "prompts": dict(collected.ledger)})
-                experience.metrics.update(live.if_due(step, collected.groups))
+                experience.metrics.update(synced | live.if_due(step, collected.groups))
                 _show_sample(collected, stage, step + 1)
             fresh = position == 0
 
@@ -205,7 +205,12 @@ def _total_steps(keys: GRPOKeys, num_prompts: int) -> int:
 
 @torch.no_grad()
 def _validate(
-    engine: EmbeddedEngine, score: ScoreRewards, rows: Dataset[PromptRow] | None, keys: GRPOKeys, state: TrainState
+    engine: Engine,
+    decode: Decode,
+    score: ScoreRewards,
+    rows: Dataset[PromptRow] | None,
+    keys: GRPOKeys,
+    state: TrainState,
 ) -> dict[str, float]:
     """Mean reward of greedy answers to the held-out prompts."""
     if rows is None:
@@ -213,7 +218,6 @@ def _validate(
 
     # Under ranks the engine samples from a copy, which is as old as the last generation batch.
     sync_engine(engine, state.policy, version=state.step)
-    decode = decoder(engine.policy.tokenizer)
     completions = sample_groups(engine, rows.rows, 1, greedy(sampling_params(keys)), (keys.seed,), range(len(rows)))
     totals = [r.reward.total for g in score_groups(rows.rows, completions, decode, score) for r in g.rollouts]
     scored = [total for total in totals if total is not None]

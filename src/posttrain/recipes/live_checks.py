@@ -13,14 +13,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from posttrain.config.stages import GRPOKeys
 from posttrain.data.dataset import Dataset
 from posttrain.data.load import PromptRow
 from posttrain.files import digest_json
 from posttrain.models.text import decoder
+from posttrain.protocols import Engine
 from posttrain.recipes.certify import require_match, token_ids
-from posttrain.recipes.engine import sampling_params
+from posttrain.recipes.engines import sampling_params
 from posttrain.recipes.stage import Stage
 from posttrain.rewards.battery import find_deciding, learn_form, measure_separation, run_mutations
 from posttrain.rewards.canaries import impossible
@@ -28,7 +30,6 @@ from posttrain.rewards.cases import AnswerForm, Case, Sample, Setting, cases_of,
 from posttrain.rewards.check import TINY, Check, Thresholds
 from posttrain.rewards.workers import RewardPool
 from posttrain.rollout.collect import sample_groups
-from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.sampling import request_seed
 from posttrain.types import Prompt, RolloutGroup
 
@@ -53,12 +54,18 @@ class LiveChecks:
     """`if_due` after every generation batch; all ranks call it, the main one works."""
 
     def __init__(
-        self, keys: GRPOKeys, stage: Stage, rewards: RewardPool, engine: EmbeddedEngine, data: Dataset[PromptRow]
+        self,
+        keys: GRPOKeys,
+        stage: Stage,
+        rewards: RewardPool,
+        engine: Engine,
+        tokenizer: Any,
+        data: Dataset[PromptRow],
     ) -> None:
         require_match(stage.folder, rewards)
         self._keys, self._stage, self._rewards, self._engine, self._data = keys, stage, rewards, engine, data
-        self._decode = decoder(engine.policy.tokenizer)
-        self._tokenize = partial(token_ids, engine.policy.tokenizer)
+        self._decode = decoder(tokenizer)
+        self._tokenize = partial(token_ids, tokenizer)
 
     def if_due(self, step: int, groups: Sequence[RolloutGroup]) -> dict[str, float]:
         """`reward_check/…` if the step that begins with `groups` is one of every `reward_check_steps`."""

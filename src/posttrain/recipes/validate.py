@@ -11,12 +11,11 @@ from posttrain.config.stages import GRPOKeys, TrainKeys
 from posttrain.evals.run import Evaluator
 from posttrain.evals.suite import Suite, load_suite
 from posttrain.models.policy import Policy
-from posttrain.protocols import Topology
-from posttrain.recipes.engine import make_engine, sync_engine
+from posttrain.protocols import Engine, Topology
+from posttrain.recipes.engines import EngineSource, make_engine, sync_engine
 from posttrain.recipes.evaluate import TokenizerCodec, score_in_workers
 from posttrain.recipes.stage import Stage
 from posttrain.recipes.train_state import TrainState
-from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.sampling import request_seed
 
 _DEV = "dev"
@@ -79,25 +78,23 @@ def goodness(metrics: dict[str, float]) -> float:
 class SuiteScore:
     """The dev split of `keys.eval_suite`, answered greedily by the weights in training."""
 
-    def __init__(self, suite: Suite, keys: TrainKeys, engine: EmbeddedEngine, policy: Policy) -> None:
+    def __init__(self, suite: Suite, keys: TrainKeys, engine: Engine, policy: Policy) -> None:
         self._suite, self._engine, self._policy = suite, engine, policy
         longest = keys.max_completion_length if isinstance(keys, GRPOKeys) else _LONGEST_ANSWER
         self._keys = SuiteKeys(path=str(suite.path), max_tokens=longest)
 
     @classmethod
-    def of(
-        cls, policy: Policy, keys: TrainKeys, topology: Topology, engine: EmbeddedEngine | None = None
-    ) -> SuiteScore | None:
+    def of(cls, policy: Policy, keys: TrainKeys, topology: Topology, engine: Engine | None = None) -> SuiteScore | None:
         """None where no suite is asked for. Before the policy is sharded. Raises: EvalError without a dev split."""
         if keys.eval_suite is None:
             return None
         suite = load_suite("eval_suite", Path(keys.eval_suite))
         suite = replace(suite, items=suite.on(_DEV)[: keys.eval_suite_limit])
-        return cls(suite, keys, engine or make_engine(policy, keys, topology), policy)
+        return cls(suite, keys, engine or make_engine(EngineSource(keys, policy), topology), policy)
 
     def measure(self, step: int) -> dict[str, float]:
         # Under ranks the engine samples from a copy, which must be brought up to date.
         sync_engine(self._engine, self._policy, version=step)
-        codec = TokenizerCodec(self._engine.policy.tokenizer)
+        codec = TokenizerCodec(self._policy.tokenizer)
         evaluator = Evaluator(self._engine, codec, "in training", request_seed, score_own=score_in_workers)
         return {"eval_score": evaluator.run(self._suite, self._keys, _DEV).mean}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,8 +15,9 @@ from posttrain.types import Finish, Request, SamplingParams
 
 @dataclass
 class Row:
-    """A completion under way: its random numbers, what was sampled so far, and how it ended."""
+    """A completion under way: the place of its request, its random numbers, what was sampled so far, and how it ended."""
 
+    place: int
     request: Request
     uniform: np.ndarray
     ids: list[int] = field(default_factory=list)
@@ -47,13 +47,12 @@ class Ends:
     should_stop: StopTest | None
 
 
-def finish_alone(policy: Policy, rows: Sequence[Row], params: SamplingParams, ends: Ends) -> None:
+def finish_alone(policy: Policy, row: Row, params: SamplingParams, ends: Ends) -> None:
     """Slow and plain: the whole sequence is run again for each token, which is right for every architecture."""
-    for row in rows:
-        while row.finish is None:
-            sequence = torch.tensor([row.sequence], device=policy.placement.device)
-            forget_lengths(policy.base)
-            logits_1V = policy.model(input_ids=sequence, use_cache=False, logits_to_keep=1).logits[0]
-            uniform_1 = torch.from_numpy(row.uniform[len(row.ids) : len(row.ids) + 1]).to(logits_1V.device)
-            token_1, logp_1 = sample(logits_1V, uniform_1, params)
-            row.take(int(token_1), float(logp_1), ends)
+    while row.finish is None:
+        sequence = torch.tensor([row.sequence], device=policy.placement.device)
+        forget_lengths(policy.base)
+        logits_1V = policy.model(input_ids=sequence, use_cache=False, logits_to_keep=1).logits[0]
+        uniform_1 = torch.from_numpy(row.uniform[len(row.ids) : len(row.ids) + 1]).to(logits_1V.device)
+        token_1, logp_1 = sample(logits_1V, uniform_1, params)
+        row.take(int(token_1), float(logp_1), ends)

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 
 from posttrain.errors import EngineError
 from posttrain.protocols import Engine
-from posttrain.types import Request, SamplingParams
+from posttrain.types import Request, SamplingParams, in_order
 
-Scorer = Callable[[Sequence[tuple[Sequence[int], int]]], list[list[float]]]
+ScoreIds = Callable[[Sequence[tuple[Sequence[int], int]]], list[list[float]]]
 """Log-probs of `ids[start:]` for each `(ids, start)`, as `Engine.score` gives them."""
 
 TOLERANCE = {"float32": 2e-3, "float16": 5e-2, "bfloat16": 0.2}
@@ -20,12 +20,13 @@ _PROMPT = tuple(range(1, 9))
 _COMPLETIONS = 4
 
 
-def check_arrival(engine: Engine, trainer: Scorer, tolerance: float) -> float:
-    """Decode canaries, score them by the trainer. Returns the largest gap in nats. Raises: EngineError beyond `tolerance`."""
+def check_arrival(engine: Engine, trainer: ScoreIds) -> float:
+    """Decode canaries, score them by the trainer. Returns the largest gap in nats. Raises: EngineError beyond the dtype's rounding."""
+    tolerance = TOLERANCE[engine.describe().dtype]
     version = engine.policy_version
     # The first token comes from the prefill, the second from a decode step; not all end at the first.
     requests = [Request(_PROMPT, seed=version + number) for number in range(_COMPLETIONS)]
-    sampled = engine.generate(requests, SamplingParams(max_tokens=2, temperature=1.0))
+    sampled = in_order(engine.generate(requests, SamplingParams(max_tokens=2, temperature=1.0)))
     expected = trainer([(_PROMPT + completion.ids, len(_PROMPT)) for completion in sampled])
     pairs = [zip(completion.logp, scored, strict=True) for completion, scored in zip(sampled, expected, strict=True)]
     gap = max(abs(a - b) for pair in pairs for a, b in pair)

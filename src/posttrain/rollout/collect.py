@@ -7,7 +7,17 @@ from typing import Any, Protocol
 
 from posttrain.protocols import Engine
 from posttrain.rollout.sampling import request_seed
-from posttrain.types import Completion, Prompt, Request, RewardBreakdown, Rollout, RolloutGroup, SamplingParams, Text
+from posttrain.types import (
+    Completion,
+    Prompt,
+    Request,
+    RewardBreakdown,
+    Rollout,
+    RolloutGroup,
+    SamplingParams,
+    Text,
+    in_order,
+)
 
 PromptRow = tuple[Prompt, tuple[int, ...]]
 
@@ -28,7 +38,7 @@ def sample_groups(
         for (_, ids), number in zip(rows, numbers, strict=True)
         for sample in range(num_generations)
     ]
-    completions = engine.generate(requests, params)
+    completions = in_order(engine.generate(requests, params))
     return [completions[i : i + num_generations] for i in range(0, len(completions), num_generations)]
 
 

@@ -7,111 +7,132 @@ their places. Speaks token ids; stop strings are all it knows of text.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
+import posttrain
 from posttrain.errors import EngineError
 from posttrain.models.batch import pack
 from posttrain.models.decode import decode_step
 from posttrain.models.lengths import LengthRule, forget_lengths, length_rule
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
+from posttrain.protocols import Weights
 from posttrain.rollout.alone import Ends, Row, finish_alone
 from posttrain.rollout.kv import PromptKV, RowCache
+from posttrain.rollout.replica import receive
 from posttrain.rollout.sampling import sample, stop_test, uniforms
-from posttrain.types import Completion, Request, SamplingParams, TokenSeq
+from posttrain.types import Completion, EngineInfo, Request, SamplingParams, TokenSeq
 
 _SCORED_AT_ONCE = 8192
 """Tokens."""
 
 
 class EmbeddedEngine:
-    """Decodes at most `batch_size` completions at once from `policy`, whose weights it shares."""
+    """Decodes at most `batch_size` completions at once from `policy`, in this process.
+
+    `shares_weights` where `policy` is the one that is trained; else it is a copy, which an update fills.
+    """
 
     def __init__(
-        self,
-        policy: Policy,
-        *,
-        stop_token_ids: Sequence[int],
-        batch_size: int = 64,
-        refresh: Callable[[], None] | None = None,
+        self, policy: Policy, *, stop_token_ids: Sequence[int], batch_size: int = 64, shares_weights: bool = True
     ) -> None:
-        """`refresh` brings `policy` up to date at a sync where it is a copy of the one that is trained."""
         self._policy = policy
-        self._refresh = refresh
         self._stop_token_ids = frozenset(stop_token_ids)
         self._batch_size = batch_size
+        self._shares_weights = shares_weights
         self._version = 0
-
-    @property
-    def policy(self) -> Policy:
-        """What it samples from: the trained policy itself, or a whole copy of it where that one is sharded."""
-        return self._policy
 
     @property
     def policy_version(self) -> int:
         return self._version
 
-    @property
-    def dtype(self) -> str:
+    def describe(self) -> EngineInfo:
         computed = self._policy.placement.autocast_dtype or self._policy.base.dtype
-        return str(computed).removeprefix("torch.")
+        dtype: Any = str(computed).removeprefix("torch.")
+        return EngineInfo("embedded", posttrain.__version__, dtype, "uncut", seed_bits=64, exact_resume=True)
 
-    @torch.no_grad()
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
-        """One completion per request, in order. No dropout; the same tokens whatever else is in the batch."""
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[Completion]:
+        """No dropout; the same tokens whatever else is in the batch."""
         for number, request in enumerate(requests):
             if not request.prompt_ids:
                 raise EngineError(
                     f"request {number} has an empty prompt; expected at least one token (a BOS, for example)"
                 )
-        rows = [Row(request, uniforms(request.seed, params.max_tokens)) for request in requests]
+        rows = [Row(place, r, uniforms(r.seed, params.max_tokens)) for place, r in enumerate(requests)]
         should_stop = stop_test(params.stop, decoder(self._policy.tokenizer, special=True))
         ends = Ends(params.max_tokens, self._stop_token_ids | set(params.stop_token_ids), should_stop)
+        return self._completions(rows, params, ends)
+
+    def score(self, sequences: Sequence[tuple[Sequence[int], int]], temperature: float = 1.0) -> list[list[float]]:
+        return score_sequences(self._policy, sequences, temperature)
+
+    def update(self, weights: Weights, version: int) -> int:
+        moved = 0 if self._shares_weights else receive(self._policy, weights)
+        self._version = version
+        return moved
+
+    def close(self) -> None:
+        pass
+
+    def _completions(self, rows: Sequence[Row], params: SamplingParams, ends: Ends) -> Iterator[Completion]:
         was_training = self._policy.model.training
         self._policy.model.eval()
         try:
-            with self._policy.placement.autocast():
-                self._finish(rows, params, ends)
+            for row in self._finished(rows, params, ends):
+                assert row.finish is not None, "only what has ended is handed out"
+                yield Completion(tuple(row.ids), tuple(row.logp), row.finish, self._version, row.place)
         finally:
             self._policy.model.train(was_training)
-        return [Completion(tuple(row.ids), tuple(row.logp), row.finish, self._version) for row in rows if row.finish]
 
-    def _finish(self, rows: Sequence[Row], params: SamplingParams, ends: Ends) -> None:
-        """Sample each row to its end, in rows that are encoded alike."""
-        policy, rule = self._policy, length_rule(self._policy.base.config)
-        if not policy.ragged:
-            finish_alone(policy, rows, params, ends)
+    def _finished(self, rows: Sequence[Row], params: SamplingParams, ends: Ends) -> Iterator[Row]:
+        """Each row when it has ended; rows are sampled together with those that are encoded alike."""
+        rule = length_rule(self._policy.base.config)
+        if not self._policy.ragged:
+            yield from self._alone(rows, params, ends)
         elif rule is None:
-            _Decoding(policy, rows, params, ends).run(self._batch_size)
+            yield from self._together(rows, params, ends)
         else:
             short = [row for row in rows if len(row.sequence) <= rule.boundary]
-            _Decoding(policy, short, params, ends, longest=rule.boundary).run(self._batch_size)
+            for _ in self._together(short, params, ends, longest=rule.boundary):
+                pass
             # Those that outgrew the boundary are encoded anew.
             long = [row for row in rows if row.finish is None]
-            if rule.each:
-                finish_alone(policy, long, params, ends)
-            else:
-                _Decoding(policy, long, params, ends).run(self._batch_size)
-        if rule is not None:
+            for _ in self._alone(long, params, ends) if rule.each else self._together(long, params, ends):
+                pass
             self._score_anew([row for row in rows if _changed_encoding(row, rule)], params)
+            yield from rows
+
+    def _together(
+        self, rows: Sequence[Row], params: SamplingParams, ends: Ends, longest: int | None = None
+    ) -> Iterator[Row]:
+        with self._computing():
+            decoding = _Decoding(self._policy, rows, params, ends, longest)
+        while decoding.is_busy:
+            # Not around the yield: whoever takes the rows must not compute in our context.
+            with self._computing():
+                ended = decoding.advance(self._batch_size)
+            yield from ended
+
+    def _alone(self, rows: Sequence[Row], params: SamplingParams, ends: Ends) -> Iterator[Row]:
+        for row in rows:
+            with self._computing():
+                finish_alone(self._policy, row, params, ends)
+            yield row
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        with torch.no_grad(), self._policy.placement.autocast():
+            yield
 
     def _score_anew(self, rows: Sequence[Row], params: SamplingParams) -> None:
         """Log-probs of whole sequences as the trainer encodes them, for rows whose first tokens were encoded otherwise."""
         sequences = [(row.sequence, len(row.request.prompt_ids)) for row in rows]
         for row, logp in zip(rows, self.score(sequences, params.temperature or 1.0), strict=True):
             row.logp = logp
-
-    def score(self, sequences: Sequence[tuple[Sequence[int], int]], temperature: float = 1.0) -> list[list[float]]:
-        """Log-probs of `ids[start:]` of each sequence."""
-        return score_sequences(self._policy, sequences, temperature)
-
-    def sync(self, version: int) -> None:
-        """The weights are the policy's own, or a copy of them that is refreshed now."""
-        if self._refresh is not None:
-            self._refresh()
-        self._version = version
 
 
 class _Decoding:
@@ -129,12 +150,18 @@ class _Decoding:
         self._prompts: dict[tuple[int, ...], tuple[PromptKV, torch.Tensor]] = {}
         self._decode = decode_step(policy)
 
-    def run(self, batch_size: int) -> None:
-        while self._waiting or self._rows:
-            while self._waiting and len(self._rows) < batch_size:
-                self._admit(batch_size - len(self._rows))
-            if self._rows:
-                self._step()
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._waiting or self._rows)
+
+    def advance(self, batch_size: int) -> list[Row]:
+        """One token for every row there is room for; the rows that ended with it."""
+        self._ended: list[Row] = []
+        while self._waiting and len(self._rows) < batch_size:
+            self._admit(batch_size - len(self._rows))
+        if self._rows:
+            self._step()
+        return self._ended
 
     def _admit(self, free: int) -> None:
         """Start waiting rows: prefill what they begin with where that is new, sample each row's next token."""
@@ -178,6 +205,7 @@ class _Decoding:
             row.take(token, logp, self._ends)
         for place in reversed(range(len(self._rows))):
             if self._is_over(self._rows[place]):
+                self._ended += [self._rows[place]] if self._rows[place].finish is not None else []
                 self._cache.drop_row(place)
                 self._rows[place] = self._rows[-1]
                 self._rows.pop()

@@ -1,21 +1,34 @@
-"""A whole copy of a sharded policy's weights, for sampling; refreshed at every sync."""
+"""A whole copy of a sharded policy, for sampling; an update fills it tensor by tensor."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
+import torch
+
+from posttrain.errors import EngineError
 from posttrain.models.policy import Policy
-from posttrain.protocols import Topology
+from posttrain.models.weights import trained_name
+from posttrain.protocols import Weights
 
 
-def replicate(policy: Policy, topology: Topology) -> tuple[Policy, Callable[[], None]]:
-    """A copy made before the policy is sharded, and a function that brings it up to date. All ranks call both."""
+def replica(policy: Policy) -> Policy:
+    """A copy made before the policy is sharded. All ranks call it."""
     whole = copy.copy(policy)
     whole.model = copy.deepcopy(policy.model)
-    whole.model.requires_grad_(False)
+    return whole
 
-    def refresh() -> None:
-        topology.load_state(whole.model, topology.full_state(policy.model))
 
-    return whole, refresh
+@torch.no_grad()
+def receive(policy: Policy, weights: Weights) -> int:
+    """Copy what is trained into `policy`. Returns the bytes. Raises: EngineError if the names are not its own."""
+    waiting = {trained_name(name): parameter for name, parameter in policy.trainable()}
+    moved = 0
+    for name, tensor in weights.weights("trained"):
+        if name not in waiting:
+            raise EngineError(f"the weights hold {name}, which the engine's copy does not")
+        waiting.pop(name).copy_(tensor)
+        moved += tensor.numel() * tensor.element_size()
+    if waiting:
+        raise EngineError(f"the weights lack {', '.join(sorted(waiting)[:3])} ({len(waiting)} in all)")
+    return moved
