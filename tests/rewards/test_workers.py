@@ -299,7 +299,8 @@ def test_too_many_unscored_is_an_error_with_counts_and_reasons(bad):
     bad.score([], [], max_unscored=MAX_UNSCORED)
     bad.score(["p"] * 10, ["a"] * 9 + ["raise"], max_unscored=MAX_UNSCORED)
     with pytest.raises(
-        RewardError, match=r"2 of 10 completions are unscored; at most 10% may be.*bad: raised ValueError: not this one"
+        RewardError,
+        match=r"2 of 10 completions are unscored already; at most 10% may be.*bad: raised ValueError: not this one",
     ):
         bad.score(["p"] * 10, ["a"] * 8 + ["raise"] * 2, max_unscored=MAX_UNSCORED)
     with pytest.raises(RewardError, match="every reward returned None"):

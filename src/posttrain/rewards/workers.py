@@ -111,7 +111,7 @@ class _Call:
     def _give_up_if_hopeless(self) -> None:
         """Raises: RewardError once more completions are unscored than may be; the rest could take hours to time out."""
         errors = [next(filter(None, reasons), None) for reasons in zip(*self.reasons, strict=True)]
-        _refuse_unscored([error for error in errors if error], len(errors), self.max_unscored)
+        _refuse_unscored([error for error in errors if error], len(errors), self.max_unscored, already=" already")
 
     def answered(self, task: _Task, answer: Mapping[str, Any]) -> None:
         if broken := answer.get("column") or answer.get("count"):
@@ -346,11 +346,11 @@ def _look_at_start(process: RewardProcess) -> None:
         )
 
 
-def _refuse_unscored(errors: Sequence[str], num: int, limit: float) -> None:
+def _refuse_unscored(errors: Sequence[str], num: int, limit: float, already: str = "") -> None:
     """Raises: RewardError when more than `limit` of `num` completions are unscored, with the first reasons."""
     if len(errors) <= limit * num:
         return
     raise RewardError(
-        f"{len(errors)} of {num} completions are unscored; at most {limit:.0%} may be. "
+        f"{len(errors)} of {num} completions are unscored{already}; at most {limit:.0%} may be. "
         f"First reasons: {' | '.join(list(dict.fromkeys(errors))[:3])}. Fix the reward, or raise reward_timeout_s if it is slow"
     )
