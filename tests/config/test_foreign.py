@@ -1,7 +1,11 @@
+import dataclasses
+import re
+
 import pytest
+from trl import DPOConfig, GRPOConfig, ModelConfig, SFTConfig
 
 from posttrain.config import load_stage
-from posttrain.config.foreign import CONVERTED_NAMES, CONVERTED_VALUES, NO_COUNTERPART, foreign_names
+from posttrain.config.foreign import CONVERTED_NAMES, CONVERTED_VALUES, NO_COUNTERPART, foreign_names, unknown_key
 from posttrain.config.schema import keys_of
 from posttrain.config.stages import STAGE_KEYS, DatasetKeys
 from posttrain.errors import ConfigError
@@ -35,6 +39,7 @@ def load(write, line, kind="sft"):
         ("sft", "lora_target_linear: true", "lora_target", "all-linear"),
         ("sft", "train_on_inputs: false", "train_on", "assistant"),
         ("sft", "roles_to_train: [assistant]", "train_on", "assistant"),
+        ("sft", "use_dft_loss: true", "loss_type", "dft"),
         ("sft", "assistant_only_loss: false", "train_on", "all"),
         ("sft", "excess_length_strategy: raise", "overflow", "error"),
         ("sft", "disable_gradient_checkpointing: false", "gradient_checkpointing", True),
@@ -103,3 +108,95 @@ def test_no_name_is_both_read_and_refused():
 def test_no_foreign_name_is_lost_to_ambiguity(model):
     names = [other.name for info in keys_of(model).values() for other in info.also]
     assert sorted(names) == sorted(foreign_names(model))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "adapter: lora\nlora_target_linear: true\nlora_target_modules: [q_proj]",
+        "sequence_len: 8\ncutoff_len: 512",
+        "roles_to_train: [user, assistant]",
+    ],
+)
+def test_a_refused_foreign_name_is_refused_once(write, line):
+    with pytest.raises(ConfigError) as caught:
+        load(write, line)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+OF_OTHER_TOOLS = {
+    "sft": [field.name for config in (SFTConfig, ModelConfig) for field in dataclasses.fields(config)],
+    "dpo": [field.name for config in (DPOConfig, ModelConfig) for field in dataclasses.fields(config)],
+    "grpo": [field.name for config in (GRPOConfig, ModelConfig) for field in dataclasses.fields(config)],
+}
+NAMES_SEEN = [
+    "adam_eps",
+    "auto_find_batch_size",
+    "dataset_prepared_path",
+    "dataset_processes",
+    "eval_sample_packing",
+    "evals_per_epoch",
+    "flash_attn",
+    "gpu_memory_limit",
+    "gradient_checkpointing_kwargs",
+    "hub_model_id",
+    "hub_strategy",
+    "include_num_input_tokens_seen",
+    "lisa_n_layers",
+    "lisa_step_interval",
+    "load_best_model_at_end",
+    "loraplus_lr_ratio",
+    "lora_fan_in_fan_out",
+    "lora_mlp_kernel",
+    "lora_model_dir",
+    "lora_o_kernel",
+    "lora_qkv_kernel",
+    "max_samples",
+    "mix_strategy",
+    "neat_packing",
+    "neftune_noise_alpha",
+    "oft_target",
+    "oft_rank",
+    "overwrite_cache",
+    "pissa_init",
+    "preprocessing_num_workers",
+    "reinit_weights",
+    "relora_steps",
+    "report_to",
+    "rope_scaling",
+    "s2_attention",
+    "sample_packing_eff_est",
+    "save_only_model",
+    "save_safetensors",
+    "saves_per_epoch",
+    "shuffle_merged_datasets",
+    "special_tokens",
+    "streaming",
+    "tokenized_path",
+    "trust_remote_code",
+    "unfrozen_parameters",
+    "upcast_layernorm",
+    "use_badam",
+    "use_dft_loss",
+    "use_galore",
+    "use_unsloth",
+    "val_size",
+    "wandb_name",
+    "weight_decay",
+    "xformers_attention",
+]
+"""Of configurations of Axolotl and LLaMA-Factory."""
+MEANS_THE_SAME = {
+    "adam_eps": "adam_epsilon",
+    "vllm_importance_sampling_correction": "importance_sampling_correction",
+}
+"""Name of another tool → the key that is suggested for it, which a person has found to mean the same."""
+
+
+@pytest.mark.parametrize("kind", STAGE_KEYS)
+def test_no_name_of_another_tool_is_taken_for_a_typo_of_a_key_that_means_something_else(kind):
+    model = STAGE_KEYS[kind]
+    unknown = [n for n in (*OF_OTHER_TOOLS[kind], *NAMES_SEEN) if n not in keys_of(model) | foreign_names(model)]
+    assert len(unknown) > 100, "the walk sees the names of the other tools"
+    suggested = {n: re.findall(r"did you mean (\w+)", unknown_key(n, kind, [model])) for n in unknown}
+    assert {n: keys[0] for n, keys in suggested.items() if keys}.items() <= MEANS_THE_SAME.items()

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from posttrain.config import describe, detect, load_gate, load_stage
-from posttrain.config.stages import SFTKeys
+from posttrain.config.stages import ROW_TYPES, STAGE_KEYS, SFTKeys
+from posttrain.data.formats import FORMATS
 from posttrain.errors import ConfigError
 
 MINIMAL = "base_model: ./base\ndatasets: [{path: sft_data.jsonl}]\n"
@@ -246,3 +247,35 @@ def test_what_a_yaml_is_for_shows_in_its_keys(write, text, kind):
 
 def test_a_path_given_as_text_is_taken(folder):
     assert load_stage("sft", str(folder / "train.yaml")).path == Path(folder / "train.yaml")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "expected"),
+    [
+        ("grpo", MINIMAL, "if this is meant as sft: posttrain sft train.yaml"),
+        ("dpo", MINIMAL.replace("jsonl}", "jsonl, type: chat}"), "if this is meant as sft: posttrain sft train.yaml"),
+        ("sft", GRPO, "if this is meant as grpo: posttrain grpo train.yaml"),
+        ("sft", MINIMAL + "rpo_alpha: 1\n", "if this is meant as dpo: posttrain dpo train.yaml"),
+    ],
+)
+def test_the_yaml_of_another_stage_is_told_by_its_verb(write, kind, text, expected):
+    assert f"train.yaml: {expected}" in refusal(kind, write(text))
+
+
+@pytest.mark.parametrize("kind", STAGE_KEYS)
+def test_a_typo_alone_sends_nobody_to_another_verb(write, kind):
+    text = MINIMAL + ("reward_funcs: [a]\n" if kind == "grpo" else "")
+    assert "if this is meant" not in refusal(kind, write(text + "lerning_rate: 1\n"))
+
+
+def test_rows_of_another_stage_are_refused_at_their_line(write):
+    text = "base_model: ./base\ndatasets:\n  - {path: sft_data.jsonl}\n  - {path: sft_data.jsonl, type: chat}\n"
+    assert "train.yaml:4: datasets.2.type: chat is not for dpo, which takes preference or kto" in refusal(
+        "dpo", write(text)
+    )
+
+
+def test_the_row_types_of_a_stage_are_those_of_the_formats():
+    for kind, types in ROW_TYPES.items():
+        stages = {"dpo": {"dpo", "kto"}}.get(kind, {kind})
+        assert set(types) == {name for name, form in FORMATS.items() if stages & set(form.stages)}

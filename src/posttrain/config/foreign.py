@@ -13,7 +13,7 @@ from typing import Any
 from posttrain.config.knob import Keys
 from posttrain.config.migrate import renamed
 from posttrain.config.pipeline import GateKeys, PipelineKeys, RegisterKeys, SuiteKeys
-from posttrain.config.schema import KeyInfo, did_you_mean, keys_of, show
+from posttrain.config.schema import CLOSE_KEYS, KeyInfo, did_you_mean, keys_of, show
 from posttrain.config.settings import Problems, Settings
 from posttrain.config.stages import STAGE_KEYS, DatasetKeys
 
@@ -30,6 +30,7 @@ CONVERTED_NAMES: dict[str, Reading] = {
     "use_peft": {True: "lora", False: "none"},
     "quantization_bit": {4: True},
     "lora_target_linear": {True: "all-linear"},
+    "use_dft_loss": {True: "dft", False: "nll"},
     "assistant_only_loss": {True: "assistant", False: "all"},
     "train_on_inputs": {True: "all", False: "assistant"},
     "train_on_prompt": {True: "all", False: "assistant"},
@@ -120,9 +121,34 @@ NO_COUNTERPART: dict[str, tuple[str, str]] = {
     "group_by_length": ("Axolotl, TRL", "nothing is padded, so rows need no sorting; leave it out"),
     "pad_to_sequence_len": ("Axolotl", "nothing is padded; leave it out"),
     "ref_model": ("LLaMA-Factory", "the reference is the model the stage starts from; leave it out"),
+    "save_only_model": ("Axolotl, LLaMA-Factory, TRL", "a checkpoint holds what a resume needs, and model/ is the model alone; save_total_limit says how many are kept"),
+    "bnb_4bit_quant_storage": ("TRL", "it is for sharding a 4-bit base, which is not done here; leave it out"),
+    "dtype": ("TRL", "bf16 says how it is computed, save_dtype how the model is saved"),
+    "entropy_coef_delta": ("TRL", "entropy_target steers the entropy bonus"),
+    "entropy_coef_max": ("TRL", "entropy_target steers the entropy bonus"),
+    "entropy_coef_min": ("TRL", "entropy_target steers the entropy bonus"),
+    "eval_accumulation_steps": ("LLaMA-Factory, TRL", "nothing is gathered while validating; leave it out"),
+    "eval_packing": ("TRL", "nothing is padded in validation; leave it out"),
+    "gradient_checkpointing_kwargs": ("Axolotl, LLaMA-Factory, TRL", "gradient_checkpointing: true is all there is to say"),
+    "hub_revision": ("TRL", "nothing is pushed; revision is that of the base model that is read"),
+    "hub_model_id": ("Axolotl, LLaMA-Factory, TRL", "nothing is pushed; register: names the model in the registry"),
+    "push_to_hub": ("LLaMA-Factory, TRL", "nothing is pushed; register: names the model in the registry"),
+    "label_smoothing_factor": ("LLaMA-Factory, TRL", "token targets are not smoothed; label_smoothing of dpo is about flipped pairs"),
+    "ld_alpha": ("TRL", "there is no length-desensitised loss; the losses are in docs/algorithms.md"),
+    "logging_first_step": ("LLaMA-Factory, TRL", "set logging_steps: 1 to log every step"),
+    "logging_strategy": ("LLaMA-Factory, TRL", "logging_steps counts steps; leave it out"),
+    "num_generations_eval": ("TRL", "RL is validated on eval_suite; num_samples of a suite says how many answers each item gets"),
+    "pad_token": ("TRL", "nothing is padded; leave it out"),
+    "eos_token": ("TRL", "a turn ends with the token that the chat template writes behind an answer; leave it out"),
+    "per_device_eval_batch_size": ("LLaMA-Factory, TRL", "validation makes its own batches; leave it out"),
+    "reinit_weights": ("Axolotl", "training starts from the weights of base_model; leave it out"),
+    "oft_target": ("LLaMA-Factory", "adapters are LoRA; set lora_target"),
+    "lora_target_parameters": ("TRL", "adapters are on modules; set lora_target"),
+    "lora_task_type": ("TRL", "every model here is a causal LM; leave it out"),
+    "vllm_importance_sampling_clip_min": ("TRL", "weights are only capped; set importance_sampling_cap"),
     "sync_ref_model": ("TRL", "the reference is the model the stage starts from and stays; leave it out"),
 }  # fmt: skip
-"""Known names that are refused: whose they are, and what to do instead."""
+"""Known names that are refused: whose they are, and what to do instead. Names that are near ours and mean something else are here too."""
 
 
 @cache
@@ -154,6 +180,7 @@ def _translate_name(settings: Settings, name: str, info: KeyInfo, problems: Prob
     if info.name in settings.values:
         other = settings.origin((info.name,)).where
         problems.add(origin, settings.name((name,)), f"{owner}, which is set too ({other}); keep {info.name}")
+        settings.put((name,), None, origin)  # it has been said what is wrong with it
         return []
     reading = CONVERTED_NAMES.get(name)
     try:
@@ -161,6 +188,7 @@ def _translate_name(settings: Settings, name: str, info: KeyInfo, problems: Prob
     except (KeyError, TypeError):
         text = f"{owner}; its value {show(value)} has no counterpart; set {info.name}: {info.type}"
         problems.add(origin, settings.name((name,)), text)
+        settings.put((name,), None, origin)
         return []
     settings.rename(name, info.name, ours)
     value_text = "" if reading is None else f": {show(ours)}"
@@ -214,7 +242,7 @@ def unknown_key(key: str, kind: str, models: Sequence[type[Keys]]) -> str:
     if key in NO_COUNTERPART:
         tools, advice = NO_COUNTERPART[key]
         return f"{key} is {_possessive(tools.split(', '))} key and has no counterpart here; {advice}"
-    close = did_you_mean(key, names)
+    close = did_you_mean(key, names, cutoff=CLOSE_KEYS)
     if not close and len(names) <= _FEW_NAMES:
         return "unknown key; valid: " + ", ".join(names)
     return "unknown key" + (close or "; `posttrain explain` lists the keys")

@@ -29,7 +29,7 @@ from posttrain.config.settings import (
     read_settings,
     take_project,
 )
-from posttrain.config.stages import STAGE_KEYS, DPOKeys, GRPOKeys, SFTKeys, TrainKeys
+from posttrain.config.stages import ROW_TYPES, STAGE_KEYS, DPOKeys, GRPOKeys, SFTKeys, TrainKeys
 from posttrain.config.yaml_lines import KeyPath
 from posttrain.names import name_of
 
@@ -84,9 +84,12 @@ def load_stage(
         if steps:
             set_key(settings, steps, override, model, problems, notes)
     settings.fill(("output_dir",), f"runs/{path.stem}")
+    marked = marked_kind(settings.values) or ("sft" if kind == "grpo" else kind)
     keys = build(model, settings, kind, folder, problems, notes)
     if keys is not None:
         check_stage(keys, settings, problems, notes)
+    if problems.found and marked != kind:
+        problems.add(Origin(str(path), path.name), "", f"if this is meant as {marked}: posttrain {marked} {path}")
     problems.raise_if_any()
     assert keys is not None
     return LoadedStage(kind, keys, path, folder, provenance(keys, settings), tuple(notes))
@@ -121,14 +124,19 @@ def load_gate(path: Path) -> GateKeys:
 def detect(path: Path) -> Literal["pipeline", "sft", "dpo", "grpo"]:
     """What a YAML is for, by its keys: a pipeline has `stages`, RL has rewards, preference optimisation its pairs."""
     values = read_settings(Path(path))[0].values
-    if "stages" in values:
-        return "pipeline"
+    return "pipeline" if "stages" in values else marked_kind(values) or "sft"
+
+
+def marked_kind(values: Mapping[str, Any]) -> Kind | None:
+    """The only kind that takes one of these keys, or one of these types of data; None where all of them could be meant."""
     names, sources = set(values), values.get("datasets")
     types = {entry.get("type") for entry in sources if isinstance(entry, dict)} if isinstance(sources, list) else set()
     sft, dpo, grpo = ({*keys_of(model), *foreign_names(model)} for model in (SFTKeys, DPOKeys, GRPOKeys))
-    if names & (grpo - dpo - sft) or "prompt" in types:
+    if names & (grpo - dpo - sft) or types.intersection(ROW_TYPES["grpo"]):
         return "grpo"
-    return "dpo" if names & (dpo - sft) or types & {"preference", "kto"} else "sft"
+    if names & (dpo - sft) or types.intersection(ROW_TYPES["dpo"]):
+        return "dpo"
+    return "sft" if names & (sft - dpo - grpo) or types.intersection(ROW_TYPES["sft"]) else None
 
 
 def describe(loaded: LoadedStage | LoadedPipeline) -> list[tuple[str, Any, str]]:
@@ -180,16 +188,27 @@ def set_key(
 
 
 def check_stage(keys: TrainKeys, settings: Settings, problems: Problems, notes: list[str]) -> None:
-    """What no single key can say: options of rewards that are not used, keys without effect."""
+    """What no single key can say: options of rewards that are not used, keys without effect, rows of another stage."""
     was_set = {path[0] for path in settings.origins if len(path) == 1}
     notes += [
         settings.prefix.rstrip(".") + ": " * bool(settings.prefix) + note
         for note in without_effect(keys, was_set.__contains__)
     ]
+    _check_types(keys, settings, problems)
     if isinstance(keys, GRPOKeys):
         names = [*keys.reward_funcs, *(entry.rpartition(":")[2] for entry in keys.reward_funcs if ":" in entry)]
         for name in keys.reward_kwargs:
             if name not in names:
                 path = ("reward_kwargs", name)
                 text = f"no such entry in reward_funcs{did_you_mean(name, names)}"
+                problems.add(settings.origin(path), settings.name(path), text)
+
+
+def _check_types(keys: TrainKeys, settings: Settings, problems: Problems) -> None:
+    kind = next(kind for kind, model in STAGE_KEYS.items() if isinstance(keys, model))
+    for group, sources in (("datasets", keys.datasets), ("eval_datasets", keys.eval_datasets)):
+        for place, source in enumerate(sources):
+            if source.type not in ("auto", *ROW_TYPES[kind]):
+                path = (group, place, "type")
+                text = f"{source.type} is not for {kind}, which takes {' or '.join(ROW_TYPES[kind])}"
                 problems.add(settings.origin(path), settings.name(path), text)

@@ -10,7 +10,7 @@ from posttrain.config.check import build
 from posttrain.config.check_gates import check_gates
 from posttrain.config.draft import Draft, StageDraft
 from posttrain.config.foreign import foreign_names, translate
-from posttrain.config.load import LoadedPipeline, check_stage, provenance, set_key
+from posttrain.config.load import LoadedPipeline, check_stage, marked_kind, provenance, set_key
 from posttrain.config.migrate import migrate
 from posttrain.config.pipeline import STAGE_IN_PIPELINE, PipelineKeys, Stage, StageKind
 from posttrain.config.resolved import PIPELINE_DECIDES
@@ -32,8 +32,10 @@ def load_pipeline(path: Path, overrides: Sequence[str] = (), *, project: Path | 
     top, nulls = read_settings(path)
     folder = take_project(top, path, problems, project)
     if "stages" not in top.values:
-        advice = "a pipeline is a list of stages; a single stage runs with `posttrain sft`, `dpo` or `grpo`"
-        problems.add(top.home, "stages", f"missing; {advice}")
+        verb = marked_kind(top.values) or "sft"
+        problems.add(
+            top.home, "stages", f"missing; a pipeline is a list of stages; did you mean posttrain {verb} {path}?"
+        )
         problems.raise_if_any()
     notes += migrate(top, [PipelineKeys, TrainKeys], problems)
     notes += translate(top, TrainKeys, problems)

@@ -19,6 +19,8 @@ from posttrain.config.knob import Keys
 from posttrain.config.yaml_lines import KeyPath
 
 _CLOSE, _AS_CLOSE = 0.6, 0.15
+CLOSE_KEYS = 0.75
+"""Keys are long and share words: what is less alike is mostly another key of another tool."""
 _ALSO = re.compile(r"(\w+)(?: \(([^)]*)\))?")
 _BOUNDS = ((Gt, ">", "gt"), (Ge, "≥", "ge"), (Lt, "<", "lt"), (Le, "≤", "le"))
 
@@ -176,10 +178,10 @@ def _number(value: float) -> str:
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}" if mark else text
 
 
-def nearest(name: str, names: Iterable[str]) -> list[str]:
+def nearest(name: str, names: Iterable[str], cutoff: float = _CLOSE) -> list[str]:
     """At most three of `names` that `name` may have been meant for, the best first."""
     by_folded = {_folded(other): other for other in names}
-    close = difflib.get_close_matches(_folded(name), list(by_folded), n=3, cutoff=_CLOSE)
+    close = difflib.get_close_matches(_folded(name), list(by_folded), n=3, cutoff=cutoff)
     likeness = {other: difflib.SequenceMatcher(None, other, _folded(name)).ratio() for other in close}
     best = max(likeness.values(), default=0.0)
     return [by_folded[other] for other in close if likeness[other] > best - _AS_CLOSE]
@@ -189,7 +191,7 @@ def _folded(name: str) -> str:
     return name.lower().replace("-", "_")
 
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
+def did_you_mean(name: str, names: Iterable[str], cutoff: float = _CLOSE) -> str:
     """`; did you mean a or b?`, or nothing."""
-    close = nearest(name, names)
+    close = nearest(name, names, cutoff)
     return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -14,6 +14,12 @@ from pydantic import model_validator
 from posttrain.config.knob import Keys, knob
 
 DatasetType = Literal["auto", "chat", "sharegpt", "alpaca", "completion", "text", "preference", "kto", "prompt"]
+ROW_TYPES = {
+    "sft": ("chat", "sharegpt", "alpaca", "completion", "text"),
+    "dpo": ("preference", "kto"),
+    "grpo": ("prompt",),
+}
+"""Stage kind → the types of rows it takes."""
 
 
 # fmt: off
@@ -167,7 +173,7 @@ class SFTKeys(TrainKeys):
     """Supervised fine-tuning."""
 
     train_on: Literal["assistant", "last", "all"] = knob("assistant", "Which tokens of a conversation are trained: every assistant turn, the last one, or all.", also="roles_to_train (Axolotl), train_on_inputs (Axolotl), train_on_prompt (LLaMA-Factory), mask_history (LLaMA-Factory), assistant_only_loss (TRL)")
-    loss_type: Literal["nll", "dft"] = knob("nll", "Token cross-entropy, or dynamic fine-tuning (arXiv 2508.05629), which weighs it by the token's probability.")
+    loss_type: Literal["nll", "dft"] = knob("nll", "Token cross-entropy, or dynamic fine-tuning (arXiv 2508.05629), which weighs it by the token's probability.", also="use_dft_loss (LLaMA-Factory)")
     packing: bool = knob(False, "Fill micro-batches by tokens (per_device_train_batch_size × sequence_len, best fit) instead of by rows.", also="sample_packing (Axolotl), neat_packing (LLaMA-Factory)")
     packing_window: int | None = knob(None, "Rows of the epoch's order among which packing looks for what fits (best fit); null takes the whole epoch.", ge=1, example=10_000)
 
