@@ -9,17 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from posttrain.errors import ModelError
+from posttrain.models.adapters import load_adapter
 from posttrain.models.batch import pack
-from posttrain.models.export import (
-    check_base,
-    load_adapter,
-    merge,
-    model_digest,
-    save_policy,
-    source_digest,
-    was_tuned_by_us,
-)
+from posttrain.models.export import merge, save_policy
 from posttrain.models.load import load_policy
+from posttrain.models.provenance import check_base, model_digest, source_digest, was_tuned_by_us
 from posttrain.types import TokenSeq
 
 WITHOUT_US = """

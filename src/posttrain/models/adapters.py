@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import logging
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -85,29 +83,6 @@ def attach_adapter(model: PreTrainedModel, keys: ModelKeys, *, grown: bool = Fal
 def _fingerprint(parameter: torch.Tensor) -> bytes:
     raw = parameter.detach().cpu().contiguous().view(torch.uint8)
     return hashlib.blake2b(raw.numpy().data).digest()
-
-
-def subtract_start(folder: Path, start: Mapping[str, torch.Tensor]) -> None:
-    """Make a saved adapter fit the base as it was given, where its init had moved s·B₀A₀ out of the base.
-
-    What training changed is s·BA − s·B₀A₀, a plain LoRA of twice the rank: A over A₀, and B beside −B₀.
-    """
-    path = folder / "adapter_model.safetensors"
-    weights = load_file(path)
-    first = {name.replace(".default.", "."): tensor.cpu() for name, tensor in start.items()}
-    for name, tensor in weights.items():
-        if ".lora_A." in name or ".lora_embedding_A" in name:
-            weights[name] = torch.cat([tensor, first[name]], 0)
-        elif ".lora_B." in name or ".lora_embedding_B" in name:
-            weights[name] = torch.cat([tensor, -first[name]], 1)
-    save_file(weights, path, metadata={"format": "pt"})
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    # Twice the rank at the same scale, which is alpha / r, or alpha / sqrt(r).
-    scale = math.sqrt(2) if config["use_rslora"] else 2
-    config |= {"init_lora_weights": True, "r": 2 * config["r"], "lora_alpha": scale * config["lora_alpha"]}
-    config["rank_pattern"] = {name: 2 * rank for name, rank in config["rank_pattern"].items()}
-    config["alpha_pattern"] = {name: scale * alpha for name, alpha in config["alpha_pattern"].items()}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def check_targets(model: PreTrainedModel, target: list[str] | str) -> Mapping[str, int]:
@@ -240,3 +215,19 @@ def dequantized_weights(model: PreTrainedModel | PeftModel) -> dict[str, torch.T
             state.dtype = torch.float32
             weights[clean] = dequantize_4bit(packed.data, state)
     return weights
+
+
+def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    """Attach a saved adapter. Raises: ModelError if its weights do not fill the adapter (PEFT only warns)."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    adapted = PeftModel.from_pretrained(model, str(adapter))
+    saved = load_file(str(adapter / "adapter_model.safetensors"))
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)  # pyright: ignore[reportArgumentType]
+    missing, unexpected = sorted(expected.keys() - saved.keys()), sorted(saved.keys() - expected.keys())
+    if missing or unexpected:
+        raise ModelError(
+            f"{adapter}: adapter and model do not fit: {len(missing)} weights missing ({', '.join(missing[:3])}), "
+            f"{len(unexpected)} unexpected ({', '.join(unexpected[:3])}); was it trained on another base?"
+        )
+    return adapted  # pyright: ignore[reportReturnType]

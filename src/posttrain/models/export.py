@@ -7,16 +7,15 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.config.stages import ModelKeys
-from posttrain.errors import ModelError
-from posttrain.files import digest_tree, read_json, write_folder
+from posttrain.files import write_folder
 from posttrain.models import generation
-from posttrain.models.adapters import dequantized_weights, subtract_start
+from posttrain.models.adapters import dequantized_weights, load_adapter
 from posttrain.models.load import load_base, load_config, load_tokenizer, read_model, stored_dtype
 from posttrain.models.policy import Policy
 from posttrain.models.proof import (
@@ -29,16 +28,11 @@ from posttrain.models.proof import (
     probe_logits,
     relative_difference,
 )
+from posttrain.models.provenance import PROVENANCE, check_base, source_digest
+from posttrain.models.ranks import subtract_start
 from posttrain.models.vocabulary import grow
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
 log = logging.getLogger(__name__)
-
-PROVENANCE = "posttrain.json"
-"""Beside the weights: what they were made from, by digest. It names no path, so the same model is the same anywhere."""
-
 
 _OF_THE_PROCESS = frozenset({"local_files_only", "is_local", "name_or_path"})
 """Keys that would give the same model another digest when it was made offline, or elsewhere."""
@@ -139,21 +133,6 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def model_digest(folder: Path) -> str:
-    """Digest of a model folder: weights, config, tokenizer, template and our record of what it was made from."""
-    return digest_tree(folder)
-
-
-def source_digest(source: str) -> str:
-    """Digest of a local base model; a hub id stands for itself."""
-    return model_digest(Path(source)) if Path(source).is_dir() else f"hub:{source}"
-
-
-def was_tuned_by_us(source: str) -> bool:
-    """Whether our record says that a stage made this model."""
-    return (Path(source) / PROVENANCE).is_file()
-
-
 def merge(
     base: str, adapter: Path, keys: ModelKeys, *, policy: Policy | None = None, trained: torch.Tensor | None = None
 ) -> tuple[PreTrainedModel, ExportReport]:
@@ -203,36 +182,6 @@ def adapter_tokenizer(base: str, adapter: Path, keys: ModelKeys) -> PreTrainedTo
     """The tokenizer saved with an adapter, or the base's where it has none."""
     source = str(adapter) if (adapter / "tokenizer_config.json").exists() else base
     return load_tokenizer(keys.model_copy(update={"base_model": source, "chat_template": None}))
-
-
-def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """Attach a saved adapter. Raises: ModelError if its weights do not fill the adapter (PEFT only warns)."""
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    adapted = PeftModel.from_pretrained(model, str(adapter))
-    saved = load_file(str(adapter / "adapter_model.safetensors"))
-    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)  # pyright: ignore[reportArgumentType]
-    missing, unexpected = sorted(expected.keys() - saved.keys()), sorted(saved.keys() - expected.keys())
-    if missing or unexpected:
-        raise ModelError(
-            f"{adapter}: adapter and model do not fit: {len(missing)} weights missing ({', '.join(missing[:3])}), "
-            f"{len(unexpected)} unexpected ({', '.join(unexpected[:3])}); was it trained on another base?"
-        )
-    return adapted  # pyright: ignore[reportReturnType]
-
-
-def check_base(adapter: Path, base: Path) -> None:
-    """Raises: ModelError if the adapter's record names other base weights than these."""
-    record_path = adapter / PROVENANCE
-    if not record_path.exists() or not base.is_dir():
-        return
-    recorded = read_json(record_path).get("base_digest")
-    if recorded and recorded != (found := model_digest(base)):
-        raise ModelError(
-            f"{adapter} was trained on a base with digest {recorded[:19]}…, but {base} has {found[:19]}…; "
-            "give the base it was trained on"
-        )
 
 
 def _load_dequantized(model: PreTrainedModel, quantised: Any) -> None:

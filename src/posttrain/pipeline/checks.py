@@ -16,8 +16,8 @@ from posttrain.gate.decide import plan
 from posttrain.gate.spec import RESERVE_SPLIT, SELECTION_SPLIT
 from posttrain.health.rules import rules_for
 from posttrain.models.device import place
-from posttrain.models.export import was_tuned_by_us
 from posttrain.models.load import load_config, load_tokenizer, missing_chat_template, model_shape
+from posttrain.models.provenance import was_tuned_by_us
 from posttrain.objectives.preference import PreferenceSpec
 from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import spec_from

@@ -10,7 +10,7 @@ from pathlib import Path
 from posttrain.config.pipeline import PipelineKeys, RegisterKeys, Stage
 from posttrain.errors import ConfigError
 from posttrain.evidence import RegistryEntry
-from posttrain.models.export import source_digest
+from posttrain.models.provenance import source_digest
 from posttrain.pipeline.state import Parent, RunState
 from posttrain.registry.registry import Registry
 

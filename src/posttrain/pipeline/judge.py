@@ -16,7 +16,7 @@ from posttrain.gate.folder import load_evidence, load_spec, load_verdict, save_v
 from posttrain.gate.render import render
 from posttrain.gate.selection import promising
 from posttrain.gate.spec import SELECTION_SPLIT, GateSpec
-from posttrain.models.export import model_digest
+from posttrain.models.provenance import model_digest
 from posttrain.names import PREVIOUS
 from posttrain.pipeline import selection
 from posttrain.pipeline.escalation import decision_on

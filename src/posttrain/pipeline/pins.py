@@ -20,7 +20,7 @@ from posttrain.config.stages import DatasetKeys, GRPOKeys, TrainKeys
 from posttrain.errors import ConfigError
 from posttrain.evals.suite import suite_file_digest
 from posttrain.files import digest_file, digest_json
-from posttrain.models.export import source_digest
+from posttrain.models.provenance import source_digest
 from posttrain.numerics import changes_between, revision
 from posttrain.registry.manifest import MODEL, environment_pins
 from posttrain.rewards.resolve import reward_digest

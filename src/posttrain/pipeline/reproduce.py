@@ -24,7 +24,7 @@ from posttrain.gate.decide import decide
 from posttrain.gate.folder import load_verdict, recompute, verdict_from_json
 from posttrain.gate.spec import GateSpec, Guard
 from posttrain.models.device import place
-from posttrain.models.export import source_digest
+from posttrain.models.provenance import source_digest
 from posttrain.pipeline.pins import environment, is_version, stage_inputs
 from posttrain.pipeline.run import Watch, run_pipeline
 from posttrain.pipeline.state import RunState

@@ -14,8 +14,8 @@ from posttrain.data.render import chat_ids
 from posttrain.evals.run import Evaluator, decoding_of
 from posttrain.evals.suite import Item, Suite
 from posttrain.evidence import EvalReport, ItemRecord
-from posttrain.models.export import source_digest
 from posttrain.models.load import load_tokenizer
+from posttrain.models.provenance import source_digest
 from posttrain.recipes.engines import EngineSource, make_engine
 from posttrain.rewards.workers import RewardPool
 from posttrain.rollout.sampling import request_seed

@@ -14,9 +14,10 @@ import torch
 
 from posttrain.checkpoint.store import CheckpointStore, check_writable, disk_errors, sweep
 from posttrain.config.stages import TrainKeys
-from posttrain.models.export import model_digest, save_policy, source_digest
+from posttrain.models.export import save_policy
 from posttrain.models.policy import Policy
 from posttrain.models.proof import probe_logits
+from posttrain.models.provenance import model_digest, source_digest
 from posttrain.protocols import Topology
 from posttrain.recipes.guard import Guard
 from posttrain.recipes.rollback import RolledBack, restore_best

@@ -1,0 +1,39 @@
+"""Which weights a folder holds and what they were made from, by digest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from posttrain.errors import ModelError
+from posttrain.files import digest_tree, read_json
+
+PROVENANCE = "posttrain.json"
+"""Beside the weights: what they were made from, by digest. It names no path, so the same model is the same anywhere."""
+
+
+def model_digest(folder: Path) -> str:
+    """Digest of a model folder: weights, config, tokenizer, template and our record of what it was made from."""
+    return digest_tree(folder)
+
+
+def source_digest(source: str) -> str:
+    """Digest of a local base model; a hub id stands for itself."""
+    return model_digest(Path(source)) if Path(source).is_dir() else f"hub:{source}"
+
+
+def was_tuned_by_us(source: str) -> bool:
+    """Whether our record says that a stage made this model."""
+    return (Path(source) / PROVENANCE).is_file()
+
+
+def check_base(adapter: Path, base: Path) -> None:
+    """Raises: ModelError if the adapter's record names other base weights than these."""
+    record_path = adapter / PROVENANCE
+    if not record_path.exists() or not base.is_dir():
+        return
+    recorded = read_json(record_path).get("base_digest")
+    if recorded and recorded != (found := model_digest(base)):
+        raise ModelError(
+            f"{adapter} was trained on a base with digest {recorded[:19]}…, but {base} has {found[:19]}…; "
+            "give the base it was trained on"
+        )
