@@ -39,6 +39,7 @@ DEV = {"eval_datasets": [{"path": "DATA/dev-sft.jsonl"}]}
 KTO = {"loss_type": "kto", "datasets": [{"path": "DATA/kto.jsonl"}]}
 OFF_POLICY = {"num_iterations": 2, "learning_rate": 3e-2}
 TWO = {"reward_funcs": ["DATA/rewards.py:spread", "DATA/rewards.py:last_digit"]}
+PTX = {"ptx_datasets": [{"path": "DATA/sft.jsonl"}]}
 SPIKE = {"times": 0.0, "after": 1, "at_least": 0.0}
 
 
@@ -56,6 +57,8 @@ FLIPS = {
         Flip("base_model", "MODEL:llama"),
         Flip("chat_template", "DATA/other.jinja"),
         Flip("chat_template_kwargs", {"loud": True}, {"chat_template": "DATA/other.jinja"}),
+        Flip("added_tokens", ["<|never seen|>"]),
+        Flip("save_dtype", "bfloat16"),
         Flip("adapter", "lora"),
         Flip("load_in_4bit", True),
         Flip("bnb_4bit_quant_type", "fp4", QLORA),
@@ -123,6 +126,10 @@ FLIPS = {
         Flip("reward_weights", [1.0, 0.1], TWO),
         Flip("reward_kwargs", {"soft_overlong": {"max_length": 4, "cache": 4}}, {"reward_funcs": ["soft_overlong"]}),
         Flip("multi_objective_aggregation", "normalize_then_sum", TWO),
+        Flip("kl_reduction", "sequence_sum_mean", {"beta": 0.5, "num_iterations": 2, "learning_rate": 3e-2}),
+        Flip("ptx_datasets", [{"path": "DATA/sft.jsonl"}]),
+        Flip("ptx_coef", 0.5, PTX),
+        Flip("ptx_rows_per_step", 3, PTX),
         Flip("num_generations", 3),
         Flip("num_prompts_per_step", 4),
         Flip("steps_per_generation", 2),

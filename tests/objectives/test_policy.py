@@ -287,6 +287,24 @@ def test_runaway_token_stays_finite():
         assert loss.isfinite() and gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("kl_reduction", ["token_mean", "sequence_sum_mean"])
+def test_the_kl_has_a_reduction_of_its_own(kl_reduction):
+    """Loss and gradient are those of the two streams apart, added up."""
+    spec = _spec("grpo", beta=0.3, use_bias_correction_kl=False)
+    whole, apart = _inputs(), _inputs()
+    together = policy_loss(whole, replace(spec, kl_reduction=kl_reduction), NORM).loss
+    logp_M, ref_M = apart.policy_logp_M, apart.ref_logp_M
+    kl_M = torch.exp(ref_M - logp_M) - (ref_M - logp_M) - 1
+    divisor = {"token_mean": NORM.tokens, "sequence_sum_mean": NORM.sequences}[kl_reduction]
+    expected = policy_loss(apart, replace(spec, beta=0.0), NORM).loss + 0.3 * kl_M.sum() / divisor
+    assert together.item() == pytest.approx(expected.item(), rel=1e-12)
+    [found], [wanted] = torch.autograd.grad(together, whole.policy_logp_M), torch.autograd.grad(expected, logp_M)
+    assert found.tolist() == pytest.approx(wanted.tolist(), rel=1e-12)
+    # Naming the loss's own reduction changes nothing, to the bit.
+    own = replace(spec, kl_reduction="sequence_mean_of_token_mean")
+    assert policy_loss(_inputs(), own, NORM).loss.item() == policy_loss(_inputs(), spec, NORM).loss.item()
+
+
 def test_all_masked_is_zero():
     none = torch.zeros(0, dtype=torch.float64, requires_grad=True)
     inputs = PolicyInputs(none, torch.zeros(0), torch.zeros(0, dtype=torch.int64), 2)

@@ -17,7 +17,7 @@ import cloudpickle
 from posttrain.errors import ConfigError, DataError
 from posttrain.files import digest_bytes, digest_json, write_atomic
 
-_DATA_KEYS = ("datasets", "eval_datasets")
+_DATA_KEYS = ("datasets", "eval_datasets", "ptx_datasets")
 
 
 def as_keys(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class NoEffect:
 _LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target", "lora_modules_to_save", "use_rslora", "use_dora",
          "init_lora_weights", "rank_pattern", "alpha_pattern")  # fmt: skip
 _QUANT = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "merge_onto")
-_KL = ("kl_estimator", "kl_in_reward", "use_bias_correction_kl")
+_KL = ("kl_estimator", "kl_reduction", "kl_in_reward", "use_bias_correction_kl")
 
 
 def _loss_is_not(*names: str) -> Callable[[Any], bool]:
@@ -59,6 +59,8 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(DPOKeys, ("beta",), lambda k: k.loss_type == "sft", "loss_type is sft"),
     NoEffect(DPOKeys, ("precompute_ref_log_probs",), lambda k: k.loss_type in ("simpo", "cpo", "orpo", "sft"), "loss_type has no reference"),
     NoEffect(GRPOKeys, _KL, lambda k: k.beta == 0, "beta is 0, so there is no KL to the reference"),
+    NoEffect(GRPOKeys, ("kl_reduction",), lambda k: k.kl_in_reward and k.beta > 0, "the KL is in the reward"),
+    NoEffect(GRPOKeys, ("ptx_coef", "ptx_rows_per_step"), lambda k: not k.ptx_datasets, "there are no ptx_datasets"),
     NoEffect(GRPOKeys, ("use_bias_correction_kl",), lambda k: k.kl_in_reward and k.beta > 0, "the KL is in the reward"),
     NoEffect(GRPOKeys, ("dynamic_sampling_max_rounds",), lambda k: not k.dynamic_sampling, "dynamic_sampling is false"),
     NoEffect(GRPOKeys, ("sapo_temperature_pos", "sapo_temperature_neg"), _loss_is_not("sapo"), "loss_type is not sapo"),

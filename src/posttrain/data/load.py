@@ -53,15 +53,18 @@ class Plan:
     limit_name: str = "sequence_len"
 
 
-def load_sft(keys: SFTKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None) -> Dataset[TokenSeq]:
-    """Raises: DataError. `sources` replaces `keys.datasets`, as for `keys.eval_datasets`."""
+def load_sft(
+    keys: SFTKeys | GRPOKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None
+) -> Dataset[TokenSeq]:
+    """Raises: DataError. `sources` replaces `keys.datasets`, as for `keys.eval_datasets`; in RL they are `keys.ptx_datasets`."""
+    train_on = keys.train_on if isinstance(keys, SFTKeys) else "assistant"
     plan = Plan(
         "sft",
-        lambda tok, noun: render.draft_example(tok, noun, keys.train_on),
+        lambda tok, noun: render.draft_example(tok, noun, train_on),
         build=lambda _, seqs: seqs[0],
         extra=lambda row: None,
         restore=lambda seqs, extra, origin: seqs[0],
-        **_overflow(keys, train_on=keys.train_on),
+        **_overflow(keys, train_on=train_on),
     )
     return _load(plan, keys, tokenizer, sources)
 

@@ -1,5 +1,8 @@
 """Policy-gradient objectives: a loss is a row, ratio × surrogate × reduction, and `policy_loss` reads in that order.
 
+It is the sum of two token streams: `rl` (surrogate × advantage) and `kl` (to a reference), each reduced and divided on its own;
+`kl` by the row's reduction unless `kl_reduction` names another. The third one, `ce`, is `sft_loss`.
+
 Ragged: per-token tensors hold the M trained tokens of S sequences, those of a sequence contiguous and in order.
 Knows nothing of models, rewards or how advantages came about.
 """
@@ -85,10 +88,14 @@ def policy_loss(inputs: PolicyInputs, spec: PolicySpec, norm: Normalizer) -> Los
     if weight_M is not None:
         term_M = weight_M * term_M
     kl_M = _kl(inputs, spec, ratio_M)
-    if kl_M is not None:
+    kl_reduction = spec.kl_reduction or row.reduction
+    if kl_M is not None and kl_reduction == row.reduction:
         # After the correction, as in TRL: a token the sampler disagrees on is still held to the reference.
         term_M = term_M + spec.beta * kl_M
-    loss = policy = REDUCTIONS[row.reduction](term_M, seq_M, lengths_S, norm)
+    loss = REDUCTIONS[row.reduction](term_M, seq_M, lengths_S, norm)
+    if kl_M is not None and kl_reduction != row.reduction:
+        loss = loss + spec.beta * REDUCTIONS[kl_reduction](kl_M, seq_M, lengths_S, norm)
+    policy = loss
     if spec.entropy_coef:
         assert inputs.entropy_M is not None, "entropy_coef needs entropy_M"
         loss = loss - spec.entropy_coef * token_mean(inputs.entropy_M, norm)

@@ -21,6 +21,7 @@ class PolicySpec:
     delta: float | None = None
     beta: float = 0.0
     kl_estimator: str = "k3"
+    kl_reduction: str | None = None
     use_bias_correction_kl: bool = True
     entropy_coef: float = 0.0
     sapo_temperature_pos: float = 1.0

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from posttrain.config.pipeline import GateKeys, PipelineKeys, SuiteKeys
-from posttrain.config.stages import SFTKeys
+from posttrain.config.stages import GRPOKeys, SFTKeys
 from posttrain.data.lint import limits_of
 from posttrain.data.load import kind_of, read_nouns
 from posttrain.errors import ConfigError
@@ -53,6 +53,8 @@ def check_all(keys: PipelineKeys) -> dict[str, tuple[Suite, SuiteKeys]]:
             spec_from(OBJECTIVES[stage.kind], stage.keys)
         for sources in filter(None, (stage.keys.datasets, stage.keys.eval_datasets)):
             read_nouns(sources, kind_of(stage.keys))
+        if isinstance(stage.keys, GRPOKeys) and stage.keys.ptx_datasets:
+            read_nouns(stage.keys.ptx_datasets, "sft")
     suites = {name: (load_suite(name, Path(suite.path)), suite) for name, suite in keys.evals.items()}
     for gate in gates_of(keys):
         for line in plan_gate(keys, gate, suites):

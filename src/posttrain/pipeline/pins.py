@@ -95,7 +95,7 @@ def _by_name(value: Any) -> Any:
 def data_pins(keys: TrainKeys) -> dict[str, str]:
     """Digests of the files a stage reads."""
     pins: dict[str, str] = {}
-    for source in (*keys.datasets, *keys.eval_datasets):
+    for source in (*keys.datasets, *keys.eval_datasets, *(keys.ptx_datasets if isinstance(keys, GRPOKeys) else ())):
         name = f"data.{Path(source.path).name}"
         # Files of one name in several folders are told apart by their place in the list.
         pins[name if name not in pins else f"{name}#{len(pins) + 1}"] = _source(source)

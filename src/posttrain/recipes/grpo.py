@@ -15,7 +15,7 @@ import torch
 
 from posttrain.config.stages import GRPOKeys
 from posttrain.data.dataset import Dataset
-from posttrain.data.load import PromptRow, load_prompts
+from posttrain.data.load import PromptRow, load_prompts, load_sft
 from posttrain.models.batch import pack
 from posttrain.models.load import load_policy, load_tokenizer
 from posttrain.models.policy import Policy
@@ -33,6 +33,7 @@ from posttrain.recipes.live_checks import LiveChecks
 from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import learning_rate, make_optimizer, update
 from posttrain.recipes.prompts import PromptStream
+from posttrain.recipes.ptx import PtxRows, ptx_loss, ptx_micro_batches, ptx_norm
 from posttrain.recipes.replay import ReplayedRewards
 from posttrain.recipes.run_folder import StageResult
 from posttrain.recipes.scorers import PolicyScorer, ReferenceScorer
@@ -55,6 +56,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     tokenizer = load_tokenizer(keys)
     data = load_prompts(keys, tokenizer)
     held_out = load_prompts(keys, tokenizer, sources=keys.eval_datasets) if keys.eval_datasets else None
+    ptx = PtxRows(load_sft(keys, tokenizer, sources=keys.ptx_datasets), keys) if keys.ptx_datasets else None
     stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
     decode = decoder(tokenizer)
     policy = load_policy(keys, tokenizer=tokenizer).without_dropout()
@@ -98,6 +100,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
             norm, objective = _normalizer(groups, keys), steered(spec, stage.guard.controls)
             metrics = StepMetrics()
             micros = _micro_batches(groups, objective, keys, topology)
+            supervised = ptx.of_step(step) if ptx else []
             policy.model.train()
             for micro in micros:
                 # The first step of a batch is on-policy: the ratio is 1 by definition, not by subtraction.
@@ -106,8 +109,12 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
                 if not micro.idle:
                     metrics.add(terms.metrics)
                     metrics.add_share("loss", float(terms.loss.detach()))
+            for micro in ptx_micro_batches(supervised, keys, topology):
+                terms = ptx_loss(policy, micro.rows, ptx_norm(supervised), keys.ptx_coef)
+                (terms.loss * (0.0 if micro.idle else topology.world_size)).backward()
+                metrics.add({} if micro.idle else terms.metrics)
             values = metrics.reduced(topology) | (experience.metrics if fresh else {})
-            if micros:
+            if micros or supervised:
                 lr = learning_rate(step, total_steps, keys) * stage.guard.controls.lr_scale
                 values |= update(policy, optimizer, stage, lr, values, step + 1)
                 state.tokens += int(norm.tokens)

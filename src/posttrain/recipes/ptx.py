@@ -1,0 +1,52 @@
+"""Supervised rows beside the rollouts of RL: which of them a step takes, and their share of its loss.
+
+Source: PPO-ptx, arXiv 2203.02155 eq. 2. A cross-entropy stream of its own: divided by its own tokens, so that neither the
+rollouts' gradient nor its own depends on how many tokens the other one has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from posttrain.config.stages import GRPOKeys
+from posttrain.data.dataset import Dataset
+from posttrain.models.batch import count, pack
+from posttrain.models.policy import Policy
+from posttrain.objectives.reduce import Normalizer
+from posttrain.objectives.sft import sft_loss
+from posttrain.objectives.terms import LossTerms
+from posttrain.protocols import Topology
+from posttrain.recipes.batches import MicroBatch, for_rank
+from posttrain.types import TokenSeq
+
+
+class PtxRows:
+    """An endless row of supervised rows, shuffled by (seed, epoch); a step's are a function of its number."""
+
+    def __init__(self, data: Dataset[TokenSeq], keys: GRPOKeys) -> None:
+        self._data, self._keys = data, keys
+
+    def of_step(self, step: int) -> list[TokenSeq]:
+        first = step * self._keys.ptx_rows_per_step
+        return [self._row(number) for number in range(first, first + self._keys.ptx_rows_per_step)]
+
+    def _row(self, number: int) -> TokenSeq:
+        epoch, place = divmod(number, len(self._data))
+        return self._data.rows[self._data.order(self._keys.seed, epoch)[place]]
+
+
+def ptx_micro_batches(rows: Sequence[TokenSeq], keys: GRPOKeys, topology: Topology) -> list[MicroBatch[TokenSeq]]:
+    """This rank's, `per_device_train_batch_size` rows at a time, as many on every rank."""
+    size = keys.per_device_train_batch_size
+    return for_rank([list(rows[i : i + size]) for i in range(0, len(rows), size)], topology)
+
+
+def ptx_loss(policy: Policy, rows: Sequence[TokenSeq], norm: Normalizer, coef: float) -> LossTerms:
+    """This micro-batch's share, weighted. Metric: ptx_loss (nats per token, unweighted)."""
+    terms = sft_loss(policy.score(pack([[row] for row in rows])).logp_M, norm)
+    return LossTerms(coef * terms.loss, {"ptx_loss": terms.metrics["loss"]})
+
+
+def ptx_norm(rows: Sequence[TokenSeq]) -> Normalizer:
+    """Counted over the step's supervised rows alone."""
+    return Normalizer.of(count(rows))
