@@ -60,6 +60,7 @@ FLIPS = {
         Flip("added_tokens", ["<|never seen|>"]),
         Flip("save_dtype", "bfloat16"),
         Flip("adapter", "lora"),
+        Flip("adapter_start", "continue", LORA),
         Flip("load_in_4bit", True),
         Flip("bnb_4bit_quant_type", "fp4", QLORA),
         Flip("bnb_4bit_use_double_quant", False, QLORA),

@@ -75,15 +75,11 @@ def _keys(adapter: Path, base: str | None, load_in_4bit: bool | None) -> ModelKe
 
 
 def _of_stage(adapter: Path) -> ModelKeys | None:
-    """The keys of the stage that this is the adapter of, if it is one of ours in its place."""
-    from posttrain.config.load import detect, load_stage
-    from posttrain.config.stages import ModelKeys
+    """How the base under this adapter loads, if it is that of one of our stages in its place."""
+    from posttrain.config.load import detect
+    from posttrain.models.continued import ADAPTER, base_keys, stage_keys
 
     path = adapter.resolve().parent / "config.yaml"
-    if adapter.resolve().name != "adapter" or not path.is_file():
+    if adapter.resolve().name != ADAPTER or not path.is_file() or detect(path) == "pipeline":
         return None
-    kind = detect(path)
-    if kind == "pipeline":
-        return None
-    keys = load_stage(kind, path).keys
-    return ModelKeys.model_validate({name: getattr(keys, name) for name in ModelKeys.model_fields})
+    return base_keys(stage_keys(path.parent))

@@ -19,8 +19,9 @@ class NoEffect:
     why: str
 
 
-_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target", "lora_modules_to_save", "use_rslora", "use_dora",
-         "init_lora_weights", "rank_pattern", "alpha_pattern")  # fmt: skip
+_SHAPE = ("lora_r", "lora_alpha", "lora_target", "lora_modules_to_save", "use_rslora", "use_dora", "init_lora_weights",
+          "rank_pattern", "alpha_pattern")  # fmt: skip
+_LORA = (*_SHAPE, "lora_dropout", "adapter_start")
 _QUANT = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "merge_onto")
 _KL = ("kl_estimator", "kl_reduction", "kl_in_reward", "use_bias_correction_kl")
 
@@ -43,6 +44,7 @@ def _is_scaled_by_group(keys: GRPOKeys) -> bool:
 
 NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(TrainKeys, _LORA, lambda k: k.adapter == "none", "adapter is none; set adapter: lora or qlora"),
+    NoEffect(TrainKeys, _SHAPE, lambda k: k.adapter != "none" and k.adapter_start == "continue", "adapter_start is continue, and the adapter keeps the form that it was begun with"),
     NoEffect(TrainKeys, _QUANT, lambda k: not k.load_in_4bit, "the base is not in 4 bits; set adapter: qlora"),
     NoEffect(TrainKeys, ("num_train_epochs",), lambda k: k.max_steps > 0, "max_steps decides; set max_steps: -1 to count epochs"),
     NoEffect(TrainKeys, ("warmup_ratio",), lambda k: k.warmup_steps > 0, "warmup_steps decides"),

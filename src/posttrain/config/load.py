@@ -29,7 +29,7 @@ from posttrain.config.settings import (
     read_settings,
     take_project,
 )
-from posttrain.config.stages import ROW_TYPES, STAGE_KEYS, DPOKeys, GRPOKeys, SFTKeys, TrainKeys
+from posttrain.config.stages import ROW_TYPES, STAGE_KEYS, DPOKeys, GRPOKeys, ModelKeys, SFTKeys, TrainKeys
 from posttrain.config.yaml_lines import KeyPath
 from posttrain.names import name_of
 
@@ -93,6 +93,18 @@ def load_stage(
     problems.raise_if_any()
     assert keys is not None
     return LoadedStage(kind, keys, path, folder, provenance(keys, settings), tuple(notes))
+
+
+def load_model_keys(path: Path) -> ModelKeys:
+    """How the stage whose keys stand in `path` loaded its model, whatever became of its data. Raises: ConfigError."""
+    problems, (settings, _) = Problems(), read_settings(Path(path))
+    folder = take_project(settings, Path(path), problems)
+    migrate(settings, [TrainKeys], problems)
+    settings.values = {name: value for name, value in settings.values.items() if name in keys_of(ModelKeys)}
+    keys = build(ModelKeys, settings, "stage", folder, problems, [])
+    problems.raise_if_any()
+    assert keys is not None
+    return keys
 
 
 def as_pipeline(loaded: LoadedStage) -> PipelineKeys:

@@ -61,6 +61,7 @@ class ModelKeys(Keys):
     chat_template_kwargs: dict[str, Any] = knob({}, "Values for variables of the chat template, such as `enable_thinking`; they become its defaults, in every rendering and in what is exported.", example={"enable_thinking": False})
     added_tokens: list[str] = knob([], "Tokens to add where the tokenizer lacks them; all of its tokens beyond the embedding get rows, each the mean of those there are. With an adapter, embedding and head are then trained and saved whole.", example=["<tool>"])
     adapter: Literal["none", "lora", "qlora"] = knob("none", "Train all weights, a LoRA adapter, or a LoRA adapter on a 4-bit base.", also="finetuning_type (LLaMA-Factory), use_peft (TRL)")
+    adapter_start: Literal["fresh", "continue"] = knob("fresh", "A new adapter on the model that the stage starts from, or the adapter of the stage before trained on, without a merge in between: its base stays, and its starting values are the reference.")
     load_in_4bit: bool = knob(False, "Quantise the frozen base to 4 bits; implied by `adapter: qlora`.", also="quantization_bit (LLaMA-Factory)")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = knob("nf4", "4-bit data type.")
     bnb_4bit_use_double_quant: bool = knob(True, "Quantise the quantisation constants too (double quantisation).", also="use_bnb_nested_quant (TRL), double_quantization (LLaMA-Factory)")

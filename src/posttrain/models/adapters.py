@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
+from posttrain.models.ranks import WEIGHTS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -66,9 +67,7 @@ def attach_adapter(model: PreTrainedModel, keys: ModelKeys, *, grown: bool = Fal
             f"{' '.join(str(error).split())}"
         ) from error
     _check_patterns(adapted, keys)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # also what is trained whole, which PEFT leaves in the base's dtype
+    _train_in_float32(adapted)
     present = {id(parameter) for parameter in adapted.parameters()}
     moved = any(id(p) not in present or _fingerprint(p) != digest for p, digest in before)
     if moved and (keys.use_dora or keys.load_in_4bit):
@@ -219,10 +218,35 @@ def dequantized_weights(model: PreTrainedModel | PeftModel) -> dict[str, torch.T
 
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     """Attach a saved adapter. Raises: ModelError if its weights do not fill the adapter (PEFT only warns)."""
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
 
     adapted = PeftModel.from_pretrained(model, str(adapter))
-    saved = load_file(str(adapter / "adapter_model.safetensors"))
+    _check_filled(adapted, load_file(adapter / WEIGHTS), adapter)
+    return adapted
+
+
+def continue_adapter(model: PreTrainedModel, adapter: Path, dropout: float) -> PeftModel:
+    """A saved adapter on its frozen base, to be trained on. Raises: ModelError if its weights do not fill it."""
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    config: Any = LoraConfig.from_pretrained(str(adapter))
+    # What any other init would compute is overwritten below.
+    config.inference_mode, config.init_lora_weights, config.lora_dropout = False, True, dropout
+    adapted: Any = get_peft_model(model, config)
+    _train_in_float32(adapted)
+    saved = load_file(adapter / WEIGHTS)
+    _check_filled(adapted, saved, adapter)
+    try:
+        set_peft_model_state_dict(adapted, saved)
+    except RuntimeError as error:
+        raise ModelError(f"{adapter} does not fit its base: {' '.join(str(error).split())}") from error
+    log.info("adapter: %s, trained on", adapter)
+    return adapted
+
+
+def _check_filled(adapted: PeftModel, saved: Mapping[str, torch.Tensor], adapter: Path) -> None:
+    from peft import get_peft_model_state_dict
+
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)  # pyright: ignore[reportArgumentType]
     missing, unexpected = sorted(expected.keys() - saved.keys()), sorted(saved.keys() - expected.keys())
     if missing or unexpected:
@@ -230,4 +254,10 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
             f"{adapter}: adapter and model do not fit: {len(missing)} weights missing ({', '.join(missing[:3])}), "
             f"{len(unexpected)} unexpected ({', '.join(unexpected[:3])}); was it trained on another base?"
         )
-    return adapted  # pyright: ignore[reportReturnType]
+
+
+def _train_in_float32(adapted: Any) -> None:
+    """Also what is trained whole, which PEFT leaves in the base's dtype."""
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()

@@ -16,6 +16,7 @@ from posttrain.config.stages import ModelKeys
 from posttrain.files import write_folder
 from posttrain.models import generation
 from posttrain.models.adapters import dequantized_weights, load_adapter
+from posttrain.models.continued import ADAPTER, OF_THE_BASE
 from posttrain.models.load import load_base, load_config, load_tokenizer, read_model, stored_dtype
 from posttrain.models.policy import Policy
 from posttrain.models.proof import (
@@ -48,14 +49,15 @@ def save_policy(
     Raises: ModelError if what is written is not the trained model.
     """
     trained = probe_logits(policy.model) if logits is None else logits
-    keys = keys.model_copy(update={"base_model": policy.source})
-    record = {"base_digest": source_digest(policy.source)}
+    under, record = policy.under, {"base_digest": source_digest(policy.source)}
+    keys = keys.model_copy(update={name: getattr(under, name) for name in OF_THE_BASE})
     if not policy.has_adapter:
         report = compared(trained, trained, "", ROUNDING)
         return _save(policy.base, policy.tokenizer, folder, record, keys, trained, report, state)
-    adapter_folder = folder.parent / "adapter"
-    write_folder(adapter_folder, lambda temporary: _save_adapter(policy, temporary, record, state))
-    merged, report = merge(policy.source, adapter_folder, keys, policy=policy, trained=trained)
+    adapter = folder.parent / ADAPTER
+    of_base = record if under.base_model == policy.source else {"base_digest": source_digest(under.base_model)}
+    write_folder(adapter, lambda temporary: _save_adapter(policy, temporary, of_base, state))
+    merged, report = merge(under.base_model, adapter, keys, policy=policy, trained=trained)
     return _save(merged, policy.tokenizer, folder, record | {"merged_onto": report.base}, keys, trained, report)
 
 
@@ -65,7 +67,8 @@ def _save_adapter(
     options: dict[str, Any] = {} if state is None else {"state_dict": dict(state)}
     # "auto" would look the base up on the hub, or ask on stdin whether to run its code.
     policy.model.save_pretrained(str(folder), save_embedding_layers=False, **options)  # pyright: ignore
-    if policy.start is not None:
+    if policy.base_moved:
+        assert policy.start is not None
         subtract_start(folder, policy.start)
     _save_tokenizer(policy.tokenizer, folder)
     (folder / PROVENANCE).write_text(json.dumps(dict(record), indent=2))
@@ -161,7 +164,7 @@ def merge(
         # Training did not undo what quantising did to the base: the merged model may be off by as much, and some more.
         with quantised.disable_adapter():
             bound = QUANTISATION * relative_difference(probe_logits(model), probe_logits(quantised))
-    elif policy is not None and policy.start is not None and policy.placement.autocast_dtype is not None:
+    elif policy is not None and policy.base_moved and policy.placement.autocast_dtype is not None:
         bound = HALF_ROUNDING  # what its init left of the base was rounded to the base's own dtype
     adapted = load_adapter(model, adapter)
     trained = probe_logits(adapted) if trained is None else trained

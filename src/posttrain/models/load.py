@@ -15,7 +15,8 @@ from posttrain.config.chat_template import chat_template
 from posttrain.config.stages import ModelKeys, TrainKeys
 from posttrain.errors import ModelError
 from posttrain.models import attention, generation
-from posttrain.models.adapters import attach_adapter
+from posttrain.models.adapters import attach_adapter, continue_adapter
+from posttrain.models.continued import adapter_before, base_keys
 from posttrain.models.device import Placement, has_bf16, place, weight_dtype
 from posttrain.models.policy import Policy
 from posttrain.models.proof import in_float32
@@ -74,8 +75,11 @@ def load_policy(keys: ModelKeys, *, tokenizer: PreTrainedTokenizerBase | None = 
     """The model that a stage trains or an eval scores, in the precision that `device.weight_dtype` chooses."""
     tokenizer = tokenizer or load_tokenizer(keys)
     attention.register()
-    model, placement = load_base(keys, trainable=trainable)
-    grown = grow(model, tokenizer, keys)
+    with_adapter = trainable and keys.adapter != "none"
+    # Under an adapter that is trained on lies the base that it was begun on.
+    under = base_keys(keys) if with_adapter else keys
+    model, placement = load_base(under, trainable=trainable)
+    grown = grow(model, tokenizer, under)
     generation.complete(model, tokenizer, keys.base_model)
     # Whether the layout fits is no question of rounding, which in bf16 sends a token to another expert.
     with in_float32(model):
@@ -86,7 +90,9 @@ def load_policy(keys: ModelKeys, *, tokenizer: PreTrainedTokenizerBase | None = 
         log.warning("%s: its attention does not fit the ragged layout; sequences are run one by one", keys.base_model)
     adapted: Any = model
     moved = False
-    if trainable and keys.adapter != "none":
+    if with_adapter and keys.adapter_start == "continue":
+        adapted = continue_adapter(model, adapter_before(keys), keys.lora_dropout)
+    elif with_adapter:
         torch.manual_seed(keys.seed if isinstance(keys, TrainKeys) else 0)
         adapted, moved = attach_adapter(model, keys, grown=grown)
     elif not trainable:
@@ -94,8 +100,8 @@ def load_policy(keys: ModelKeys, *, tokenizer: PreTrainedTokenizerBase | None = 
     if trainable and keys.gradient_checkpointing:
         adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     adapted.eval()
-    policy = Policy(adapted, tokenizer, placement, ragged=ragged, source=keys.base_model)
-    if moved:
+    policy = Policy(adapted, tokenizer, placement, ragged=ragged, source=keys.base_model, under=under, base_moved=moved)
+    if moved or under is not keys:
         policy.start = {name: parameter.detach().clone() for name, parameter in policy.trainable()}
     return policy
 

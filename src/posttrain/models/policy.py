@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
 from posttrain.models.batch import Batch
 from posttrain.models.device import Placement
@@ -40,13 +41,19 @@ class Scores:
 
 @dataclass
 class Policy:
-    """A model with its tokenizer. `ragged` says whether packed sequences are exact for it."""
+    """A model with its tokenizer. `ragged` says whether packed sequences are exact for it.
+
+    `source` is the model that it started from. `under` is how the weights under its adapter load: `source`, or the base of
+    the adapter that is trained on. `base_moved` says that the adapter's init moved a part of that base into it.
+    """
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     placement: Placement
     ragged: bool
     source: str
+    under: ModelKeys
+    base_moved: bool = False
     sharded: bool = False
     start: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
     """What is trained, as it was at the start, where the model without its adapter is not that start."""

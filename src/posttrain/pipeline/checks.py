@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from posttrain.config.pipeline import GateKeys, PipelineKeys, SuiteKeys
-from posttrain.config.stages import GRPOKeys, SFTKeys
+from posttrain.config.stages import GRPOKeys, SFTKeys, TrainKeys
 from posttrain.data.lint import limits_of
 from posttrain.data.load import kind_of, read_nouns
 from posttrain.errors import ConfigError
@@ -15,6 +15,7 @@ from posttrain.evals.suite import Suite, load_suite
 from posttrain.gate.decide import plan
 from posttrain.gate.spec import RESERVE_SPLIT, SELECTION_SPLIT
 from posttrain.health.rules import rules_for
+from posttrain.models.continued import base_keys, is_continued
 from posttrain.models.device import place
 from posttrain.models.load import load_config, load_tokenizer, missing_chat_template, model_shape
 from posttrain.models.provenance import was_tuned_by_us
@@ -36,6 +37,7 @@ def check_all(keys: PipelineKeys) -> dict[str, tuple[Suite, SuiteKeys]]:
     """Everything that can be known before the first step. Returns the suites. Raises: PosttrainError."""
     check_memory(keys)
     check_order(keys)
+    check_adapters(keys)
     if keys.gate is not None and keys.stages[-1].keys.gate is not None:
         raise ConfigError(
             "gate: the last stage has a gate of its own, so two verdicts would stand after it; keep one of them"
@@ -103,6 +105,26 @@ def check_order(keys: PipelineKeys) -> None:
     log.warning(
         "%s has a chat template but no record of ours; taken as tuned, %s starts on it", keys.base_model, first.kind
     )
+
+
+def check_adapters(keys: PipelineKeys) -> None:
+    """Raises: ConfigError, ModelError where a stage would train on an adapter that the stage before does not leave."""
+    before: TrainKeys | None = None
+    for number, stage in enumerate(keys.stages, start=1):
+        name = f"stages.{number}.adapter_start: continue"
+        if before is None:
+            base_keys(stage.keys)
+        elif is_continued(stage.keys) and before.adapter == "none":
+            raise ConfigError(
+                f"{name}: stage {number - 1} trains all weights, so there is no adapter to train on; set adapter_start: fresh, "
+                f"or adapter: {stage.keys.adapter} for stage {number - 1} too"
+            )
+        elif is_continued(stage.keys) and before.load_in_4bit != stage.keys.load_in_4bit:
+            raise ConfigError(
+                f"{name}: stage {number - 1} has adapter: {before.adapter}, this one adapter: {stage.keys.adapter}; an adapter is "
+                "trained on over the base in the precision that it was begun in; set both the same, or adapter_start: fresh"
+            )
+        before = stage.keys
 
 
 def check_memory(keys: PipelineKeys) -> None:

@@ -46,6 +46,7 @@ class Workload:
 
     kind: str = "sft"
     adapter: str = "none"
+    adapter_start: str = "fresh"
     load_in_4bit: bool = False
     bnb_4bit_use_double_quant: bool = True
     lora_r: int = 16
@@ -157,8 +158,7 @@ def estimate_memory(shape: ModelShape, workload: Workload) -> MemoryPlan:
     parts = {
         "weights": _weight_bytes(shape, workload),
         "adapter": trained * _BYTES_MASTER if workload.adapter != "none" else 0,
-        # A copy of the trained model, whatever the dtype of its file.
-        "reference": shape.num_params * _BYTES_MASTER if workload.has_reference else 0,
+        "reference": _reference_bytes(shape, workload, trained),
         "autocast": _autocast_bytes(shape, workload),
         "gradients": trained * _BYTES_GRADIENT,
         "optimizer": optimizer,
@@ -173,6 +173,13 @@ def estimate_memory(shape: ModelShape, workload: Workload) -> MemoryPlan:
         "runtime": _RUNTIME_BYTES,
     }
     return MemoryPlan({name: size for name, size in parts.items() if size}, shape, workload, trained)
+
+
+def _reference_bytes(shape: ModelShape, workload: Workload, trained: int) -> int:
+    """A float32 copy of the trained model, or of the adapter that is trained on as it started."""
+    if workload.adapter != "none" and workload.adapter_start == "continue":
+        return trained * _BYTES_MASTER
+    return shape.num_params * _BYTES_MASTER if workload.has_reference else 0
 
 
 def adapter_params(shape: ModelShape, rank: int, target: Sequence[str] | str) -> int:

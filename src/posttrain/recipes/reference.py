@@ -41,10 +41,8 @@ class Reference:
             log.info("reference: log-probs of %d rows computed once; no second copy of the model", len(kept))
             return cls(policy, kept)
         size = policy.freeze_reference()
-        log.info(
-            "reference: %s",
-            f"a frozen copy, {size / 1e6:.0f} MB" if size else "the same weights with the adapter off, no memory",
-        )
+        adapter = "with the adapter off" if policy.start is None else "with the adapter as it started"
+        log.info("reference: %s", f"a frozen copy, {size / 1e6:.0f} MB" if size else f"the same weights {adapter}")
         return cls(policy, None)
 
     def logp(self, rows: Sequence[Any], batch: Batch) -> torch.Tensor:
