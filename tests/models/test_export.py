@@ -131,6 +131,14 @@ def test_qlora_merges_onto_the_base_it_names(onto, keys_of, tmp_path):
         assert 2e-3 < difference < 2.0
 
 
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+def test_dora_of_a_bf16_file_is_proven_and_merged(adapter, bf16_dir, keys_of, tmp_path):
+    """DoRA takes the norm of the base's weights: in the precision of the proof, not in that of the file."""
+    keys = keys_of("llama", adapter=adapter, load_in_4bit=adapter == "qlora", lora_r=4, use_dora=True, bf16=True)
+    keys = keys.model_copy(update={"base_model": str(bf16_dir("llama"))})
+    assert save_policy(moved(load_policy(keys)), tmp_path / "model", keys).relative < 1e-4
+
+
 def test_merging_again_without_the_trained_policy_gives_the_same_weights(keys_of, tmp_path):
     keys = keys_of("llama", adapter="qlora", load_in_4bit=True, lora_r=4)
     save_policy(moved(load_policy(keys)), tmp_path / "model", keys)

@@ -78,20 +78,21 @@ def in_float32(model: Any) -> Iterator[None]:
                 parameter.data = held.pop(id(parameter))[1]
 
     quantised = [module for module in model.modules() if hasattr(module, "compute_dtype")]
-    dtypes = [module.compute_dtype for module in quantised]
+    # What a 4-bit layer computes in, and what it unpacks to for those who ask for its weights (DoRA's norm).
+    dtypes = [(module.compute_dtype, module.weight.quant_state.dtype) for module in quantised]
     hooks = [module.register_forward_pre_hook(lift) for module in model.modules()]
     hooks += [module.register_forward_hook(lower) for module in model.modules()]
     try:
         for module in quantised:
-            module.compute_dtype = torch.float32
+            module.compute_dtype = module.weight.quant_state.dtype = torch.float32
         yield
     finally:
         for hook in hooks:
             hook.remove()
         for parameter, data in held.values():
             parameter.data = data
-        for module, dtype in zip(quantised, dtypes, strict=True):
-            module.compute_dtype = dtype
+        for module, given in zip(quantised, dtypes, strict=True):
+            module.compute_dtype, module.weight.quant_state.dtype = given
 
 
 def _own_parameters(module: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
