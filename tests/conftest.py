@@ -48,6 +48,10 @@ ARCHITECTURES = {
     },
     "gemma3_text": {"sliding_window": 6, "query_pre_attn_scalar": 32},
     "qwen3_moe": EXPERTS,
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 128, "attention_chunk_size": 512},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
     "mamba": {"state_size": 8, "use_mambapy": False},
     "gpt_oss": {
         "sliding_window": 128,

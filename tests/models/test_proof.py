@@ -46,6 +46,17 @@ def test_the_proof_is_in_float32_also_for_a_bf16_base(architecture, adapter, bf1
     assert float((exported - probe_logits(policy.model)).abs().max()) == pytest.approx(report.cast_difference, rel=1e-3)
 
 
+@pytest.mark.parametrize("architecture", ["mixtral", "llama4_text", "lfm2", "gpt2"])
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+def test_default_targets_on_a_bf16_file_are_proven_where_modules_read_each_others_weights(
+    architecture, adapter, bf16_keys, tmp_path
+):
+    """Experts, a router that is a linear by class, a convolution's weight read from outside, matrices held transposed."""
+    keys = bf16_keys(architecture, adapter=adapter, load_in_4bit=adapter == "qlora", lora_r=4, bf16=True)
+    policy = moved(load_policy(keys), std=0.02)
+    assert save_policy(policy, tmp_path / "model", keys).relative < 1e-4
+
+
 @pytest.mark.parametrize(("save_dtype", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])
 def test_a_full_fine_tune_of_a_bf16_base_exports_bf16_unless_told(save_dtype, expected, bf16_keys, tmp_path):
     keys = bf16_keys("qwen3", save_dtype=save_dtype)

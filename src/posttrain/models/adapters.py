@@ -49,6 +49,7 @@ def attach_adapter(model: PreTrainedModel, keys: ModelKeys, *, grown: bool = Fal
         lora_dropout=keys.lora_dropout,
         target_modules=_targets_in(_linear_names(model, keys.lora_target), keys.lora_target),
         target_parameters=_expert_targets(model, keys) or None,
+        exclude_modules=_odd_linears(model) or None,
         modules_to_save=saved or None,
         ensure_weight_tying=_is_tied(model) and bool({name.rsplit(".", 1)[-1] for name in saved} & _ends_of(model)),
         use_rslora=keys.use_rslora,
@@ -166,9 +167,17 @@ def _ends_of(model: PreTrainedModel) -> set[str]:
 def _linear_names(model: PreTrainedModel, target: list[str] | str) -> list[str]:
     """Adaptable modules; the output head only where it is named, as PEFT's `all-linear` leaves it out."""
     head = model.get_output_embeddings() if target == "all-linear" else None
-    return [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
-    ]
+    return [name for name, module in model.named_modules() if _is_linear(module) and module is not head]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether its forward is x·W, which PEFT adds to: a router that is a linear by class answers with scores and choices."""
+    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    return plain or (isinstance(module, nn.Linear) and hasattr(module, "compute_dtype"))
+
+
+def _odd_linears(model: PreTrainedModel) -> list[str]:
+    return [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and not _is_linear(module)]
 
 
 def _expert_names(model: PreTrainedModel) -> list[str]:

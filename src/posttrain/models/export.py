@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from posttrain.config.stages import ModelKeys
 from posttrain.files import write_folder
@@ -193,4 +194,5 @@ def _load_dequantized(model: PreTrainedModel, quantised: Any) -> None:
     with torch.no_grad():
         for name, weight in dequantized_weights(quantised).items():
             module: Any = modules[name]
-            module.weight.copy_(weight.reshape(module.weight.shape))
+            # GPT-2's linears hold their matrix the other way round, and 4 bits turn it.
+            module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)

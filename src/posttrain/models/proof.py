@@ -63,19 +63,22 @@ def probe_logits(model: Any) -> torch.Tensor:
 
 @contextmanager
 def in_float32(model: Any) -> Iterator[None]:
-    """Half-precision weights are lifted while their own module runs: the memory of one layer, and nothing is rounded."""
-    held: dict[int, tuple[torch.nn.Parameter, torch.Tensor]] = {}
+    """Half-precision weights are lifted while their layer runs: the memory of one layer, and nothing is rounded.
+
+    A layer's are lifted together, for its modules read each other's weights (convolutions, PEFT's experts and DoRA).
+    """
+    lifted: dict[int, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
+    layers = {id(layer) for part in model.modules() if isinstance(part, torch.nn.ModuleList) for layer in part}
 
     def lift(module: torch.nn.Module, _: Any) -> None:
-        for parameter in _own_parameters(module):
-            if parameter.dtype in (torch.bfloat16, torch.float16) and id(parameter) not in held:
-                held[id(parameter)] = (parameter, parameter.data)
-                parameter.data = parameter.data.float()
+        found = module.parameters(recurse=id(module) in layers)
+        lifted[id(module)] = [(p, p.data) for p in found if p.dtype in (torch.bfloat16, torch.float16)]
+        for parameter, data in lifted[id(module)]:
+            parameter.data = data.float()
 
     def lower(module: torch.nn.Module, _: Any, __: Any) -> None:
-        for parameter in _own_parameters(module):
-            if id(parameter) in held:
-                parameter.data = held.pop(id(parameter))[1]
+        for parameter, data in lifted.pop(id(module), ()):
+            parameter.data = data
 
     quantised = [module for module in model.modules() if hasattr(module, "compute_dtype")]
     # What a 4-bit layer computes in, and what it unpacks to for those who ask for its weights (DoRA's norm).
@@ -89,17 +92,10 @@ def in_float32(model: Any) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-        for parameter, data in held.values():
+        for parameter, data in (pair for pairs in lifted.values() for pair in pairs):
             parameter.data = data
         for module, given in zip(quantised, dtypes, strict=True):
             module.compute_dtype, module.weight.quant_state.dtype = given
-
-
-def _own_parameters(module: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
-    """A module's parameters without its children's; those that PEFT parametrises for a call are still its own."""
-    yield from module.parameters(recurse=False)
-    for holder in getattr(module, "parametrizations", {}).values():
-        yield from holder.parameters()
 
 
 def compared(trained: torch.Tensor, found: torch.Tensor, base: str, bound: float) -> ExportReport:
