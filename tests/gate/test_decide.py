@@ -157,7 +157,7 @@ def test_few_non_zero_differences_need_the_items_at_which_no_seen_loss_excludes_
     verdict, test = one(GUARD, *quarters(report, gains=1, losses=1, n=n))
     assert test.bound > test.line
     assert verdict.verdict is expected
-    assert ("only 2 differences are not zero" in verdict.reason) is (expected is Verdict.INCONCLUSIVE)
+    assert ("only 2 items differ" in verdict.reason) is (expected is Verdict.INCONCLUSIVE)
 
 
 def test_few_gains_of_few_items_are_no_proof_of_a_gain(report):
@@ -174,6 +174,14 @@ def test_few_non_zero_differences_are_counted_against_the_clusters(report):
     verdict, test = one(GUARD, *pair)
     assert test.bound > test.line and verdict.verdict is Verdict.INCONCLUSIVE
     assert "59 clusters without any" in verdict.reason and "there are 30" in verdict.reason
+
+
+def test_what_differs_in_few_clusters_is_few_however_many_items_they_have(report):
+    """40 gains, all in 4 of 30 topics: a candidate that loses every twentieth topic whole may not show one."""
+    names = [f"topic{row // 10}" for row in range(300)]
+    verdict, test = one(GUARD, *quarters(report, gains=40, losses=0, n=300, names=names))
+    assert test.bound > test.line and verdict.verdict is Verdict.INCONCLUSIVE
+    assert "only 4 clusters differ" in verdict.reason and "59 clusters without any" in verdict.reason
 
 
 def test_many_non_zero_differences_of_few_items_are_judged_by_their_spread(report):

@@ -18,6 +18,7 @@ from posttrain.errors import GateError
 from posttrain.evidence import EvalReport, GateVerdict, TestResult, Verdict
 from posttrain.gate.limits import check_limits, errors_as_wrong
 from posttrain.gate.measure import EXACT, Measurement, Method, choose, measure
+from posttrain.gate.paired import cluster_sums
 from posttrain.gate.pairing import PairingError, Pairs, pair
 from posttrain.gate.power import (
     MIN_CLUSTERS,
@@ -30,6 +31,7 @@ from posttrain.gate.power import (
 from posttrain.gate.spec import GateSpec, Guard, Primary
 
 Reports = Mapping[str, EvalReport]
+_EQUAL = 1e-12  # sums of differences that cancel, up to rounding
 _WORST_FIRST = (Verdict.INVALID, Verdict.FAIL, Verdict.INCONCLUSIVE)
 
 
@@ -184,15 +186,17 @@ def _unseen_losses(test: Guard | Primary, alpha: float, pairs: Pairs, method: Me
     """Why a t test or bootstrap on few non-zero differences says too little: rare losses that it cannot have seen ("" if not)."""
     if method is EXACT:
         return ""
-    nonzero = int(np.count_nonzero(pairs.differences))
+    kind, units, least = "items", len(pairs.differences), MIN_ITEMS
+    if pairs.clusters is not None:
+        kind, units, least = "clusters", pairs.num_clusters, MIN_CLUSTERS
+    sums, _ = cluster_sums(pairs.differences, pairs.clusters)
+    differ = int(np.count_nonzero(np.abs(sums) > _EQUAL))
     distance = float(pairs.differences.mean()) - test.line
     distance = min(distance, -test.line) if test.line < 0 else distance
-    units = len(pairs.differences) if pairs.clusters is None else pairs.num_clusters
-    if nonzero >= MIN_ITEMS or distance <= 0.0 or units >= (needed := zero_loss_items(distance, alpha)):
+    if differ >= least or distance <= 0.0 or units >= (needed := zero_loss_items(distance, alpha)):
         return ""
-    kind = "items" if pairs.clusters is None else "clusters"
     return (
-        f"only {nonzero} differences are not zero, so nothing says how rare losses are: {needed} {kind} without any would exclude "
+        f"only {differ} {kind} differ, so nothing says how rare losses are: {needed} {kind} without any would exclude "
         f"{distance:.4g}, and there are {units}"
     )
 
