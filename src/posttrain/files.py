@@ -56,6 +56,19 @@ def digest_tree(folder: Path, *, ignore: Iterable[str] = ()) -> str:
     return digest_json(file_digests(folder, ignore=ignore))
 
 
+def neighbours(path: Path, *suffixes: str) -> str:
+    """What stands where `path` was looked for, to end a message with."""
+    if not path.parent.is_dir():
+        return f" (nor is there a folder {path.parent})"
+    names = sorted(p.name for p in path.parent.iterdir() if p.suffix in suffixes)
+    return f"; {path.parent}/ has {', '.join(names[:5])}{' …' * (len(names) > 5)}" if names else ""
+
+
+def size_text(num_bytes: float) -> str:
+    """A number of bytes for a reader: `6.1 GiB`, `0.4 MiB`."""
+    return f"{num_bytes / (1 << 30):.1f} GiB" if num_bytes >= 1 << 28 else f"{num_bytes / (1 << 20):.1f} MiB"
+
+
 def fsync_dir(folder: Path) -> None:
     """Make renames in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -8,7 +8,7 @@ import typer
 
 import posttrain
 from posttrain.cli import app as app_module
-from posttrain.cli.app import VERBS, available_verbs, load_verb, main
+from posttrain.cli.app import OTHER_WORDS, VERBS, available_verbs, load_verb, main
 from posttrain.errors import DataError, TrainingError
 
 
@@ -149,3 +149,50 @@ def test_the_installed_command_runs():
     assert done.returncode == 64
     assert done.stderr.startswith("error: nothing_like_it: no such key")
     assert isinstance(app_module.app, typer.Typer)
+
+
+@pytest.mark.parametrize("word", OTHER_WORDS)
+def test_a_verb_by_another_name_is_answered_with_ours(capsys, word):
+    assert word not in VERBS
+    assert run(word, "--nonsense") == 64
+    answer = capsys.readouterr().err
+    assert f"No such command '{word}'; " in answer
+    assert any(
+        re.search(rf"\b{verb}\b", answer.partition("; ")[2]) for verb in (*VERBS, "--version", "--help", "grpo", "base")
+    )
+
+
+def complete(words):
+    """What the shell is told for the last word, and which heavy packages that loaded."""
+    environment = dict(
+        os.environ,
+        PYTHONPATH=os.pathsep.join(sys.path),
+        COMP_WORDS=words,
+        COMP_CWORD=str(len(words.split(" ")) - 1),
+        _POSTTRAIN_COMPLETE="complete_bash",
+    )
+    code = (
+        "import sys; from posttrain.cli.app import main\n"
+        "try:\n    main([])\nfinally:\n    print('LOADED', [n for n in ('torch', 'transformers') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    *offered, loaded = done.stdout.splitlines()
+    return offered, loaded
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("posttrain re", ["rewards", "reproduce", "registry", "report"]),
+        ("posttrain sft --on", ["--on-change"]),
+        ("posttrain registry l", ["list"]),
+        ("posttrain sft x.yaml --on-change re", ["refuse", "rerun"]),
+    ],
+)
+def test_the_shell_completes_verbs_and_their_options_without_torch(words, expected):
+    assert complete(words) == (expected, "LOADED []")
+
+
+def test_completion_can_be_shown_for_a_shell(capsys):
+    assert run("--show-completion", "bash") == 0
+    assert "_POSTTRAIN_COMPLETE=complete_bash" in capsys.readouterr().out

@@ -102,10 +102,8 @@ def test_refused_data_exits_with_64_and_can_be_cleaned(folder, capsys):
     (folder / "suite.jsonl").write_text('{"id": "1", "prompt": "2+3?"}\n')
     code, out, err = run(capsys, "pipeline.yaml", "--stage", "sft")
     assert code == 64 and "contamination: 1 rows" in out
-    assert (
-        err.startswith("error: the data is refused: contamination: 1 rows")
-        and "sft.jsonl:2 holds a prompt of suite heldout" in err
-    )
+    assert "sft.jsonl:2 holds a prompt of suite heldout" in out
+    assert err.startswith("error: the data is refused: contamination above the limit; fix the rows listed under lint")
     code, out, _ = run(capsys, "pipeline.yaml", "--stage", "sft", "--write-clean", "clean")
     assert code == 0 and "sft.jsonl: 1 rows, 3 taken out" in out
     kept = [json.loads(line) for line in (folder / "clean" / "sft.jsonl").read_text().splitlines()]
@@ -117,7 +115,7 @@ def test_refused_data_exits_with_64_and_can_be_cleaned(folder, capsys):
     ("arguments", "message"),
     [
         (["sft.yaml", "--set", "datasets.1.path=empty.jsonl"], "empty.jsonl: the file is empty"),
-        (["sft.yaml", "--stage", "ppo"], "--stage ppo: expected one of sft, dpo, grpo"),
+        (["sft.yaml", "--stage", "ppo"], "--stage ppo: expected one of sft, dpo, kto, grpo"),
         (["sft.yaml", "--set", "base_model=./nothing"], "./nothing"),
     ],
 )

@@ -132,7 +132,7 @@ def test_wrong_usage_says_what_to_do(suite, model_dir, tmp_path, capsys):
     expected = {
         ("./nowhere", "--suite", suite): "./nowhere: no such folder",
         (model, "--suite", suite, "--suite", twin): "would both be suite 'sums'",
-        (model, "--suite", suite, "--split", "dev"): "no items with split 'dev'; it has gate",
+        (model, "--suite", suite, "--split", "dev"): "no items with split 'dev'; it has 6 on gate",
         (model,): "got no suite",
         (model, "--suite", suite, "--model", model): "expected a YAML first",
         (

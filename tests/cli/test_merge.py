@@ -84,6 +84,8 @@ def test_another_base_is_refused(adapter, model_dir, tmp_path, capsys):
 
 def test_wrong_usage_says_what_to_do(adapter, model_dir, tmp_path, capsys):
     assert run("merge", model_dir("qwen3"), "--out", tmp_path / "merged") == 64
+    assert "is a whole model: there is nothing to merge" in capsys.readouterr().err
+    assert run("merge", tmp_path, "--out", tmp_path / "merged") == 64
     assert "has no adapter_config.json" in capsys.readouterr().err
     assert run("merge", adapter, "--out", tmp_path / "merged", "--onto", "original") == 64
     assert "--onto original is about a 4-bit base" in capsys.readouterr().err

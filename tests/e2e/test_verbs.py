@@ -1,6 +1,7 @@
 """`posttrain sft|dpo|grpo CONFIG` with the flat YAML as users write it, on a tiny local model in 4 bits."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -67,7 +68,9 @@ def test_the_verbatim_yaml_trains_a_4_bit_adapter_and_the_result_is_a_plain_mode
     base = model_dir("qwen3")
     assert call(verb, path, *sets(f"base_model={base}", *FEW[verb])) == 0
     captured = capsys.readouterr()
-    assert "lora_alpha" in captured.err, "the resolved keys are printed, with where each came from"
+    assert "lora_alpha" in captured.err, "what was set is printed, with where it came from"
+    assert "weight_decay" not in captured.err and re.search(r"\d+ defaults: --verbose", captured.err)
+    assert "Loading weights" not in captured.err, "no bars of the libraries"
     out = path.parent / "runs" / "first"
     run = load_run(out)
     assert run.problems == ()

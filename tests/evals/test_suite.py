@@ -86,9 +86,9 @@ def test_a_suite_has_one_scorer(suite):
 
 
 def test_a_missing_file_and_a_missing_split(suite, tmp_path):
-    with pytest.raises(EvalError, match=r"evals\.s: cannot read .*nowhere\.jsonl"):
+    with pytest.raises(EvalError, match=r"evals\.s: .*nowhere\.jsonl: no such file"):
         load_suite("s", tmp_path / "nowhere.jsonl")
-    with pytest.raises(EvalError, match="no items with split 'dev'; it has gate"):
+    with pytest.raises(EvalError, match="no items with split 'dev'; it has 1 on gate"):
         suite(GOOD).on("dev")
 
 

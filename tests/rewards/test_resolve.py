@@ -45,7 +45,7 @@ def test_a_missing_column_is_named_with_those_present(write, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("def g(completions): pass", "no function 'f' \\(defined there: g\\)"),
+        ("def g(completions): pass", "no function 'f' \\(it defines g\\)"),
         ("def ff(completions): pass", "did you mean 'ff'"),
         ("def f(:", r"r\.py:1: the file is not valid Python"),
         (

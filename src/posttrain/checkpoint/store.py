@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from posttrain.errors import CheckpointError
-from posttrain.files import digest_file, digest_json, fsync_dir, read_json, write_folder, write_json
+from posttrain.files import digest_file, digest_json, fsync_dir, read_json, size_text, write_folder, write_json
 from posttrain.types import CheckpointRef
 
 log = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ def check_writable(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise CheckpointError(
-            f"{folder}: {free / 1e9:.1f} GB free, a checkpoint needs {needed_bytes / 1e9:.1f} GB; free some space or move output_dir"
+            f"{folder}: {size_text(free)} free, a checkpoint needs {size_text(needed_bytes)}; free some space or move output_dir"
         )
 
 

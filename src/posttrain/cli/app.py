@@ -54,7 +54,29 @@ VERBS: dict[str, tuple[str, str, str]] = {
 }
 """Verb → module, attribute (a function or a typer app), one line for `--help`."""
 
-# ClickException, by way of a public name: typer carries its own copy of click from 0.26 on.
+_TRAIN = "to train: sft, dpo or grpo for a single stage, run for a pipeline"
+_MEASURE = "to score a model: eval; to judge one against another: gate"
+_ASK = "to talk to a model: chat; for its answers to a whole suite: eval"
+_CHECK = "for a YAML's data: data; for its rewards: rewards check; for this machine: doctor"
+_VERSIONS = "it stands under registry: posttrain registry --help"
+OTHER_WORDS: dict[str, str] = {
+    "train": _TRAIN, "fit": _TRAIN, "finetune": _TRAIN, "fine-tune": _TRAIN, "tune": _TRAIN, "start": _TRAIN, "resume": f"{_TRAIN}; started again, it goes on",
+    "pretrain": "training starts from a base model that is there", "kto": "KTO is a loss of dpo: loss_type: kto", "orpo": "ORPO is a loss of dpo: loss_type: orpo",
+    "simpo": "SimPO is a loss of dpo: loss_type: simpo", "rl": "RL is grpo, whatever its loss_type", "rlhf": "RL is grpo, whatever its loss_type",
+    "ppo": "RL is grpo, whatever its loss_type", "rloo": "RLOO is a loss of grpo: loss_type: rloo", "rlvr": "RL is grpo, whatever its loss_type",
+    "evaluate": _MEASURE, "score": _MEASURE, "test": _MEASURE, "benchmark": _MEASURE, "judge": _MEASURE,
+    "generate": _ASK, "infer": _ASK, "inference": _ASK, "predict": _ASK, "sample": _ASK, "ask": _ASK,
+    "serve": "nothing is served here: any server loads the stage's model/ folder; to talk to it: chat",
+    "check": _CHECK, "validate": _CHECK, "lint": _CHECK, "preview": _CHECK, "preprocess": f"data is read where it is used; {_CHECK}",
+    "list": _VERSIONS, "ls": _VERSIONS, "promote": _VERSIONS, "rollback": _VERSIONS, "verify": _VERSIONS, "register": _VERSIONS,
+    "compare": "two runs: diff; two models: gate", "export": "a stage's model/ folder is what transformers loads; for an adapter: merge",
+    "keys": "explain, without a key, lists them all", "config": "explain, without a key, lists the keys", "init": "copy examples/own-model and change its YAML",
+    "help": "posttrain --help, or posttrain VERB --help", "version": "posttrain --version",
+}  # fmt: skip
+"""What people type for a verb that is called otherwise → what to type."""
+
+# UsageError and ClickException, by way of a public name: typer carries its own copy of click from 0.26 on.
+_UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 _ClickException = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
 
 
@@ -90,6 +112,8 @@ class LazyGroup(TyperGroup):
         return TyperCommand(name=cmd_name, help=VERBS[cmd_name][2])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        if args and args[0] in OTHER_WORDS and args[0] not in VERBS:
+            raise _UsageError(f"No such command '{args[0]}'; {OTHER_WORDS[args[0]]}.", ctx)
         self.commands = {verb: self.get_command(ctx, verb) for verb in available_verbs()}  # for "did you mean"
         name, command, rest = super().resolve_command(ctx, args)
         return name, load_verb(name) if name is not None else command, rest
@@ -98,7 +122,7 @@ class LazyGroup(TyperGroup):
 app = typer.Typer(
     name="posttrain",
     cls=LazyGroup,
-    add_completion=False,
+    add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from posttrain.cli.terminal import printable
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, DataError
 
 
 def data(
@@ -35,22 +35,22 @@ def data(
         if write_clean is not None:
             folder = write_clean / f"{number}-{kind}" if len(stages) > 1 else write_clean
             _write_clean(console, report, keys, folder)
-    if write_clean is None:
-        for report in reports:
-            report.raise_if_refused()
+    refusing = dict.fromkeys(finding.rule for report in reports for finding in report.findings if finding.refuses)
+    if write_clean is None and refusing:
+        raise DataError(
+            f"the data is refused: {', '.join(refusing)} above the limit; fix the rows listed under lint, or write a clean "
+            "set with --write-clean DIR, or change a limit under `lint:`"
+        )
 
 
 def _stages(config: Path, stage: str | None, overrides: list[str]) -> tuple[list[tuple[str, Any]], dict[str, str]]:
     """(kind, keys) of every stage asked for, and the suites' paths by name."""
-    from posttrain.config import detect, load_pipeline, load_stage
-    from posttrain.config.stages import STAGE_KEYS
+    from posttrain.cli.stage import kind_in
+    from posttrain.config import load_pipeline, load_stage
 
-    if stage is not None and stage not in STAGE_KEYS:
-        raise ConfigError(f"--stage {stage}: expected one of {', '.join(STAGE_KEYS)}")
-    found = detect(config)
-    if found != "pipeline":
-        kind = stage or found
-        return [(kind, load_stage(kind, config, overrides).keys)], {}  # type: ignore[arg-type]
+    kind = kind_in(config, stage, overrides)
+    if kind != "pipeline":
+        return [(kind, load_stage(kind, config, overrides).keys)], {}
     keys = load_pipeline(config, overrides).keys
     stages = [(s.kind, s.keys) for s in keys.stages if stage in (None, s.kind)]
     if not stages:

@@ -31,6 +31,10 @@ def merge(
     from posttrain.cli.model import is_adapter
 
     if not is_adapter(adapter):
+        beside = adapter.parent / "adapter"
+        if (adapter / "config.json").is_file():
+            its = f"; its adapter is {beside}" if is_adapter(beside) else ""
+            raise ModelError(f"{adapter} is a whole model: there is nothing to merge{its}")
         raise ModelError(f"{adapter} has no adapter_config.json; expected the folder of a PEFT adapter")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} is there already; give a new folder, nothing is overwritten")

@@ -13,16 +13,13 @@ if TYPE_CHECKING:
 
 def model_keys(model: str) -> ModelKeys:
     """Keys to load `model` with. Raises: ModelError for a folder that is not there, or that holds only an adapter."""
-    from posttrain.config.stages import ModelKeys, looks_local
+    from posttrain.config.stages import ModelKeys, is_an_adapter, looks_local
 
     folder = Path(model).expanduser()
     if looks_local(model) and not folder.is_dir():
         raise ModelError(f"{model}: no such folder; expected a model folder with config.json, or a hub id")
     if is_adapter(folder) and not (folder / "config.json").exists():
-        raise ModelError(
-            f"{model} is an adapter, not a model; merge it first: posttrain merge {model} --out DIR "
-            "(a finished stage has its merged model beside it, in `model`)"
-        )
+        raise ModelError(is_an_adapter(model))
     return ModelKeys(base_model=str(folder) if folder.is_dir() else model)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from posttrain.errors import ConfigError, ModelError
+from posttrain.files import size_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ def plan(
     shape = ModelShape.from_config(read_model_config(base_model))
     target = _target(device)
     typer.echo(
-        f"{base_model}: {shape.num_params / 1e6:,.1f}M parameters; on {target.where}, {_gib(target.free_bytes)} free"
+        f"{base_model}: {shape.num_params / 1e6:,.1f}M parameters; on {target.where}, {size_text(target.free_bytes)} free"
     )
     refused = False
     for kind, keys in stages:
@@ -71,14 +72,11 @@ def read_model_config(base_model: str) -> dict[str, Any]:
 
 def _stages(config: Path, stage: str | None, overrides: list[str]) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
     """The base model, and (kind, keys) of every stage asked for."""
-    from posttrain.config import detect, load_pipeline, load_stage
-    from posttrain.config.stages import STAGE_KEYS
+    from posttrain.cli.stage import kind_in
+    from posttrain.config import load_pipeline, load_stage
 
-    if stage is not None and stage not in STAGE_KEYS:
-        raise ConfigError(f"--stage {stage}: expected one of {', '.join(STAGE_KEYS)}")
-    found = detect(config)
-    if found != "pipeline":
-        kind: Any = stage or found
+    kind = kind_in(config, stage, overrides)
+    if kind != "pipeline":
         keys = load_stage(kind, config, overrides).keys
         return keys.base_model, [(kind, keys.model_dump())]
     pipeline = load_pipeline(config, overrides).keys
@@ -111,12 +109,14 @@ def _memory_lines(kind: str, memory: Any, base_model: str, target: Target) -> li
     from posttrain.planner import fits, shortfall
 
     longest = memory.workload.longest(memory.shape)
-    parts = ", ".join(f"{name} {_gib(size)}" for name, size in sorted(memory.parts.items(), key=lambda part: -part[1]))
+    parts = ", ".join(
+        f"{name} {size_text(size)}" for name, size in sorted(memory.parts.items(), key=lambda part: -part[1])
+    )
     share = memory.trained_params / memory.shape.num_params
     lines = [
         "",
         f"{kind}  trains {memory.trained_params / 1e6:,.1f}M parameters ({share:.1%})",
-        f"  memory  {_gib(memory.floor_bytes)} whatever the data, up to {_gib(memory.total_bytes)} with rows of {longest} tokens",
+        f"  memory  {size_text(memory.floor_bytes)} whatever the data, up to {size_text(memory.total_bytes)} with rows of {longest} tokens",
         f"          {parts}",
     ]
     return [
@@ -202,7 +202,3 @@ def _seconds(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds * 1000:.0f} ms"
-
-
-def _gib(size: float) -> str:
-    return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 28 else f"{size / (1 << 20):.1f} MiB"

@@ -7,59 +7,77 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from posttrain.errors import ConfigError
+
 if TYPE_CHECKING:
     from posttrain.config.load import LoadedPipeline, LoadedStage
     from posttrain.config.pipeline import PipelineKeys
     from posttrain.pipeline.run import Outcome
 
 OnChange = Literal["refuse", "rerun", "keep", "new-run"]
+Shown = Literal["none", "set", "all"]
 Config = Annotated[Path, typer.Argument(help="The YAML.", show_default=False)]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated.")]
 Change = Annotated[OnChange, typer.Option("--on-change", help="What to do if inputs changed since the last start.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not print the resolved keys.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no keys before the run.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print the keys that have their defaults too.")]
 
 
-def run(config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False) -> None:
+def _shown(quiet: bool, verbose: bool) -> Shown:
+    if quiet and verbose:
+        raise ConfigError("--quiet prints no keys and --verbose all of them; give one of them")
+    return "none" if quiet else "all" if verbose else "set"
+
+
+def run(
+    config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False, verbose: Verbose = False
+) -> None:
     """Run a pipeline: stages, evals, gates, registry. Started again, it goes on."""
     from posttrain.config.load_pipeline import load_pipeline
 
     loaded = load_pipeline(config, set_ or [])
-    _run(loaded.keys, loaded, on_change, quiet)
+    _run(loaded.keys, loaded, on_change, _shown(quiet, verbose))
 
 
-def sft(config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False) -> None:
+def sft(
+    config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False, verbose: Verbose = False
+) -> None:
     """Run one stage of supervised fine-tuning."""
-    _single("sft", config, set_, on_change, quiet)
+    _single("sft", config, set_, on_change, _shown(quiet, verbose))
 
 
-def dpo(config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False) -> None:
+def dpo(
+    config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False, verbose: Verbose = False
+) -> None:
     """Run one stage of preference optimisation."""
-    _single("dpo", config, set_, on_change, quiet)
+    _single("dpo", config, set_, on_change, _shown(quiet, verbose))
 
 
-def grpo(config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False) -> None:
+def grpo(
+    config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False, verbose: Verbose = False
+) -> None:
     """Run one stage of RL with verifiable rewards."""
-    _single("grpo", config, set_, on_change, quiet)
+    _single("grpo", config, set_, on_change, _shown(quiet, verbose))
 
 
 def _single(
-    kind: Literal["sft", "dpo", "grpo"], config: Path, set_: list[str] | None, on_change: OnChange, quiet: bool
+    kind: Literal["sft", "dpo", "grpo"], config: Path, set_: list[str] | None, on_change: OnChange, shown: Shown
 ) -> None:
     from posttrain.config.load import as_pipeline, load_stage
 
     loaded = load_stage(kind, config, set_ or [])
-    _run(as_pipeline(loaded), loaded, on_change, quiet)
+    _run(as_pipeline(loaded), loaded, on_change, shown)
 
 
-def _run(keys: PipelineKeys, loaded: LoadedPipeline | LoadedStage, on_change: OnChange, quiet: bool) -> None:
+def _run(keys: PipelineKeys, loaded: LoadedPipeline | LoadedStage, on_change: OnChange, shown: Shown) -> None:
     from rich.console import Console
 
     from posttrain.pipeline.show import live_watch, setup_logging, show_keys
 
     console = Console(stderr=True)
     setup_logging(console)
-    if not quiet:
-        show_keys(loaded, console)
+    if shown != "none":
+        show_keys(loaded, console, defaults=shown == "all")
     # Only now torch: a typo in the YAML is answered at once.
     from posttrain.distributed.topology import topology
     from posttrain.pipeline.run import run_pipeline

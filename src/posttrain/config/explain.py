@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from posttrain.config.foreign import NO_COUNTERPART, foreign_names
@@ -16,7 +16,7 @@ from posttrain.config.pipeline import (
     RegisterKeys,
     SuiteKeys,
 )
-from posttrain.config.schema import ForeignName, KeyInfo, did_you_mean, keys_of
+from posttrain.config.schema import CLOSE_KEYS, ForeignName, KeyInfo, did_you_mean, keys_of, nearest
 from posttrain.config.stages import STAGE_KEYS, DatasetKeys
 from posttrain.errors import ConfigError
 
@@ -32,6 +32,9 @@ GROUPS: Mapping[str, type[Keys]] = {
     "register": RegisterKeys,
 }
 """Where keys stand: the three stages, the pipeline, and the groups inside them."""
+
+_FAR = 0.4
+"""How alike a name must be to be the nearest where none is close."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,5 +124,20 @@ def _unknown(key: str) -> str:
         tools, advice = NO_COUNTERPART[key]
         return f"{key}: a key of {tools.replace(', ', ' and ')} without a counterpart here; {advice}"
     names = {name for model in GROUPS.values() for name in (*keys_of(model), *foreign_names(model))}
-    close = did_you_mean(key.rpartition(".")[2], sorted(names))
-    return f"{key}: no such key{close or '; `posttrain explain` without a key lists them all'}"
+    name = key.rpartition(".")[2]
+    close = did_you_mean(name, sorted(names), cutoff=CLOSE_KEYS)
+    return f"{key}: no such key{close or _about(name, names) + '; `posttrain explain` without a key lists them all'}"
+
+
+def _about(word: str, names: Iterable[str]) -> str:
+    """The keys that speak of `word`, for want of one that is called nearly so."""
+    told = {
+        info.name: f"{info.name} {info.meaning}".lower()
+        for model in GROUPS.values()
+        for info in keys_of(model).values()
+    }
+    about = [name for name, text in told.items() if word.lower() in text]
+    if about:
+        return f"; keys about it: {', '.join(about[:6])}{' …' * (len(about) > 6)}"
+    far = nearest(word, sorted(names), _FAR)
+    return f"; the nearest is {far[0]}" if far else ""

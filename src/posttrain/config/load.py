@@ -34,6 +34,8 @@ from posttrain.config.yaml_lines import KeyPath
 from posttrain.names import name_of
 
 Kind = Literal["sft", "dpo", "grpo"]
+STAGES: Mapping[str, Kind] = {"sft": "sft", "dpo": "dpo", "kto": "dpo", "grpo": "grpo"}
+"""What a user may call a stage → its kind."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -317,6 +317,14 @@ STAGE_KEYS: dict[str, type[TrainKeys]] = {"sft": SFTKeys, "dpo": DPOKeys, "grpo"
 LOCAL_SUFFIXES = frozenset({".jsonl", ".json", ".parquet", ".csv", ".jinja", ".jinja2", ".j2", ".gz", ".zst", ".arrow", ".txt"})
 
 
+def is_an_adapter(folder: str) -> str:
+    """Why the folder of an adapter is no model, and what to do."""
+    return (
+        f"{folder} is an adapter, not a model; merge it first: posttrain merge {folder} --out DIR "
+        "(a finished stage has its merged model beside it, in `model`)"
+    )
+
+
 def looks_local(path: str) -> bool:
     """Whether `path` can only be a file or folder: `./x`, `/x`, `~/x`, `data.jsonl`."""
     return path.startswith((".", "/", "~")) or Path(path).suffix.lower() in LOCAL_SUFFIXES

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from posttrain.errors import ConfigError
+from posttrain.files import neighbours
 
 KeyPath = tuple[str | int, ...]
 """Where a value stands: `("datasets", 0, "path")`. Places in lists count from 0 here."""
@@ -112,18 +113,11 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file{_closest_yaml(path)}") from None
+        raise ConfigError(f"{path}: no such file{neighbours(path, '.yaml', '.yml')}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text at byte {error.start}; save the file as UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _closest_yaml(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f" (nor is there a folder {path.parent})"
-    names = sorted(p.name for p in path.parent.iterdir() if p.suffix in {".yaml", ".yml"})
-    return f"; {path.parent}/ has {', '.join(names[:5])}" if names else ""
 
 
 def _compose(text: str, name: str) -> yaml.Node | None:
@@ -134,13 +128,27 @@ def _compose(text: str, name: str) -> yaml.Node | None:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        hint = "; indent with spaces, not tabs" if "'\\t'" in str(error.problem) else ""
+        hint = _hint(str(error.problem), text, mark.line if mark else 0)
         context = f" ({error.context})" if error.context else ""
         raise ConfigError(f"{where}: broken YAML: {error.problem}{context}{hint}") from None
     except RecursionError:
         raise ConfigError(f"{name}: nested too deeply to be a configuration") from None
     finally:
         loader.dispose()
+
+
+def _hint(problem: str, text: str, line: int) -> str:
+    """What was probably done, where the parser's words do not say it. `line` counts from 0."""
+    if "'\\t'" in problem:
+        return "; indent with spaces, not tabs"
+    above = [n for n, content in enumerate(text.splitlines()[:line]) if content.split("#")[0].strip()]
+    if problem == "mapping values are not allowed here" and above:
+        here, before = (text.splitlines()[n] for n in (line, above[-1]))
+        if len(here) - len(here.lstrip()) > len(before) - len(before.lstrip()):
+            return f"; line {line + 1} is indented deeper than line {above[-1] + 1}, which has its value: indent both alike"
+    if problem == "could not find expected ':'":
+        return "; write `key: value`, with a space behind the colon"
+    return ""
 
 
 def _refuse_control_characters(text: str, name: str) -> None:

@@ -111,6 +111,13 @@ def detect(rows: Sequence[Row], stage: StageKind, named: str = "auto") -> Detect
     )
 
 
+def stage_of(columns: Iterable[str]) -> StageKind:
+    """The stage that these columns are most likely for; sft where nothing is known of them."""
+    scores = {name: form.score(columns) for name, form in FORMATS.items()}
+    best = max(scores, key=lambda name: scores[name])
+    return FORMATS[best].stages[0] if scores[best] else "sft"
+
+
 def parse_rows(rows: Sequence[Row], name: str) -> tuple[list[Noun], list[parse.Skip]]:
     """Raises: DataError at the first malformed row."""
     nouns: list[Noun] = []

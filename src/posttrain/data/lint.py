@@ -64,17 +64,17 @@ class LintReport:
                 rows.setdefault(origin, []).append(f"{finding.rule}: {detail}")
         return rows
 
-    def lines(self) -> list[str]:
-        return [finding.line() for finding in self.findings]
+    def notes(self) -> list[str]:
+        """What is worth knowing; what refuses the data is said by `raise_if_refused`."""
+        return [finding.line() for finding in self.findings if not finding.refuses]
 
     def raise_if_refused(self) -> None:
         """Raises: DataError listing the rules above their threshold."""
         bad = [finding.line() for finding in self.findings if finding.refuses]
         if bad:
-            raise DataError(
-                "the data is refused: " + " | ".join(bad) + "; fix the rows, or write a clean set with "
-                "`posttrain data CONFIG --write-clean DIR`, or change a limit under `lint:`"
-            )
+            advice = "fix the rows, or write a clean set with `posttrain data CONFIG --write-clean DIR`, or change a limit under `lint:`"
+            one = f"the data is refused: {bad[0]}; {advice}"
+            raise DataError(one if len(bad) == 1 else "\n".join(["the data is refused:", *bad, advice]))
 
     def to_json(self) -> dict[str, Any]:
         rows = [

@@ -7,13 +7,14 @@ every other column is handed to the scorer.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from posttrain.errors import ConfigError, DataError, EvalError
-from posttrain.files import canonical_json, digest_file, digest_json, read_json_lines
+from posttrain.files import canonical_json, digest_file, digest_json, neighbours, read_json_lines
 from posttrain.grading.scorers import SCORERS, scorer_digest
 from posttrain.grading.source import defined_names, dependency_versions, parse_source, source_of, split_spec
 from posttrain.types import Text
@@ -63,7 +64,8 @@ class Suite:
         """The items of a split, or of several: `gate+reserve`. Raises: EvalError if there are none."""
         items = tuple(item for item in self.items if item.split in split.split("+"))
         if not items:
-            known = ", ".join(sorted({item.split for item in self.items}))
+            counts = Counter(item.split for item in self.items)
+            known = ", ".join(f"{count} on {name}" for name, count in sorted(counts.items()))
             raise EvalError(f"{self.path}: no items with split {split!r}; it has {known}")
         return items
 
@@ -92,8 +94,10 @@ def load_suite(name: str, path: Path) -> Suite:
     seen: dict[str, int] = {}
     try:
         rows = list(read_json_lines(path))
+    except FileNotFoundError:
+        raise EvalError(f"evals.{name}: {path}: no such file{neighbours(path, '.jsonl')}") from None
     except OSError as error:
-        raise EvalError(f"evals.{name}: cannot read {path}: {error}") from error
+        raise EvalError(f"evals.{name}: {path} cannot be read: {error.strerror}") from error
     except DataError as error:
         raise EvalError(f"evals.{name}: {error}") from None
     for number, row in rows:

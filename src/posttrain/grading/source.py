@@ -38,6 +38,11 @@ def defined_names(tree: ast.Module) -> set[str]:
     return names
 
 
+def own_functions(tree: ast.Module) -> list[str]:
+    """What stands at the top of the file itself and can be called: no imports, no variables."""
+    return [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+
+
 def _local_sources(file: Path) -> dict[Path, ast.Module]:
     """The file and the neighbours it imports, directly or not."""
     trees: dict[Path, ast.Module] = {}

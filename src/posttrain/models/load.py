@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from posttrain.config import hub
 from posttrain.config.chat_template import chat_template
-from posttrain.config.stages import ModelKeys, TrainKeys
+from posttrain.config.stages import ModelKeys, TrainKeys, is_an_adapter
 from posttrain.errors import ModelError
 from posttrain.models import attention, generation
 from posttrain.models.adapters import attach_adapter, continue_adapter
@@ -30,6 +30,8 @@ def load_config(keys: ModelKeys) -> Any:
     """The model's transformers config. Raises: ModelError in one line if it is not there or not reachable."""
     source = keys.base_model
     if Path(source).is_dir() and not (Path(source) / "config.json").exists():
+        if (Path(source) / "adapter_config.json").exists():
+            raise ModelError(f"base_model: {is_an_adapter(source)}")
         raise ModelError(f"base_model: {source} has no config.json; expected a Hugging Face model folder")
     _refuse_pickles(Path(source))
     offline = "" if Path(source).is_dir() else hub.prepare()
@@ -38,9 +40,17 @@ def load_config(keys: ModelKeys) -> Any:
     except (OSError, ValueError) as error:
         reason = offline or str(error).strip().splitlines()[0]
         raise ModelError(
-            f"base_model: {source} is not a local folder and could not be fetched from the hub ({reason}); "
-            "give a local folder, or connect to the hub and log in if the model is gated"
+            f"base_model: {source}/config.json cannot be read: {reason}"
+            if Path(source).is_dir()
+            else not_fetched(source, reason)
         ) from error
+
+
+def not_fetched(source: str, reason: str) -> str:
+    return (
+        f"base_model: {source} is not a local folder and could not be fetched from the hub ({reason}); "
+        "give a local folder, or connect to the hub and log in if the model is gated"
+    )
 
 
 def _refuse_pickles(folder: Path) -> None:
@@ -55,13 +65,22 @@ def _refuse_pickles(folder: Path) -> None:
 
 def load_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerBase:
     """The tokenizer, with the given chat template if there is one and a pad token for tools that want one."""
+    local = Path(keys.base_model).is_dir()
+    offline = "" if local else hub.prepare()
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             keys.base_model, revision=keys.revision, trust_remote_code=keys.trust_remote_code
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # what a damaged file comes to
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+        why = offline or (str(error).splitlines() or [type(error).__name__])[0]
+        if not local:
+            raise ModelError(not_fetched(keys.base_model, why)) from error
         raise ModelError(f"base_model: {keys.base_model} has no tokenizer that loads: {why}") from error
+    if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()):
+        raise ModelError(  # what transformers makes of a folder without these files
+            f"base_model: {keys.base_model} has no tokenizer: its config.json is there, tokenizer.json and "
+            "tokenizer_config.json are not; copy them from where the model came from"
+        )
     tokenizer.chat_template = chat_template(tokenizer.chat_template, keys.chat_template, keys.chat_template_kwargs)
     add_tokens(tokenizer, keys.added_tokens)
     if tokenizer.eos_token_id is None:

@@ -75,6 +75,8 @@ def plan_gate(keys: PipelineKeys, gate: GateKeys, suites: Mapping[str, tuple[Sui
     """
     sizes = {name: suite.sizes(gate.split) for name, (suite, _) in suites.items()}
     spec = spec_of(keys, gate, suites)
+    for name in spec.suites:
+        suites[name][0].on(gate.split)  # a split that is not there is said with those that are
     lines = plan(spec, {name: size for name, size in sizes.items() if size[0]})
     if spec.spend:
         lines.append(

@@ -52,7 +52,7 @@ class DataChecks:
             self._done[name] = lint_keys(
                 keys.model_copy(update={"chat_template": template, "chat_template_kwargs": kwargs}), suites
             )
-            for line in self._done[name].lines():
+            for line in self._done[name].notes():
                 self._say(f"lint {kind_of(keys)}: {line}")
         return self._done[name]
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from posttrain.pipeline.run import Watch
@@ -40,14 +41,23 @@ def quiet_libraries() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def show_keys(loaded: Any, console: Console) -> None:
-    """Every key that was set, by whom; then how many are defaults. `--quiet` leaves it out."""
+def show_keys(loaded: Any, console: Console, *, defaults: bool) -> None:
+    """Every key that was set, by whom; then the defaults, or how many there are."""
     from posttrain.config.load import describe
+    from posttrain.config.schema import show
 
     table = Table("key", "value", "from", box=None, header_style="dim", pad_edge=False)
-    for key, value, origin in describe(loaded):
-        table.add_row(key, str(value), origin, style="dim" if origin == "default" else "")
+    rows = describe(loaded)
+    kept = [row for row in rows if defaults or row[2] != "default"]
+    for key, value, origin in kept:
+        table.add_row(Text(key), Text(show(value)), Text(origin), style="dim" if origin == "default" else "")
     console.print(table)
+    if len(kept) < len(rows):
+        console.print(
+            f"{len(rows) - len(kept)} defaults: --verbose shows them, the run's config.yaml has them",
+            style="dim",
+            highlight=False,
+        )
     for note in loaded.notes:
         console.print(f"note: {note}", markup=False)
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from posttrain.files import size_text
 from posttrain.planner.shape import ModelShape
 
 GIB = float(1 << 30)
@@ -306,12 +307,12 @@ def shortfall(plan: MemoryPlan, available: int, model: str, where: str = "this m
     """One clear line: what it needs, what there is, and the smallest change that would fit."""
     certain = cannot_fit(plan, available)
     largest = sorted(plan.parts.items(), key=lambda part: -part[1])[:3]
-    shares = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
+    shares = ", ".join(f"{name} {size_text(size)}" for name, size in largest)
     says, needs = ("does not fit", plan.floor_bytes) if certain else ("may not fit", plan.total_bytes)
     how = "whatever the data" if certain else "when rows are as long as sequence_len"
     return (
-        f"{model} ({plan.shape.num_params / 1e9:.1f}B) {says}: {_method(plan.workload)} needs {needs / GIB:.1f} GiB {how} "
-        f"({shares}) and {where} has {available / GIB:.1f} GiB free; {_remedy(plan, available)}"
+        f"{model} ({plan.shape.num_params / 1e9:.1f}B) {says}: {_method(plan.workload)} needs {size_text(needs)} {how} "
+        f"({shares}) and {where} has {size_text(available)} free; {_remedy(plan, available)}"
     )
 
 
@@ -345,5 +346,5 @@ def _remedy(plan: MemoryPlan, available: int) -> str:
             named = [name for name in named if not ("adapter" in change and name.startswith("adapter"))] + [text]
             best = smaller
         if fits(best, available):
-            return f"it would fit with {', '.join(named)} ({best.total_bytes / GIB:.1f} GiB)"
-    return f"no setting makes it fit (at least {best.total_bytes / GIB:.1f} GiB): use a smaller base_model or a larger machine"
+            return f"it would fit with {', '.join(named)} ({size_text(best.total_bytes)})"
+    return f"no setting makes it fit (at least {size_text(best.total_bytes)}): use a smaller base_model or a larger machine"

@@ -20,7 +20,14 @@ from typing import Any
 from posttrain.errors import ConfigError, RewardError
 from posttrain.files import digest_json
 from posttrain.grading.scorers import grading_digest
-from posttrain.grading.source import defined_names, dependency_versions, parse_source, source_of, split_spec
+from posttrain.grading.source import (
+    defined_names,
+    dependency_versions,
+    own_functions,
+    parse_source,
+    source_of,
+    split_spec,
+)
 from posttrain.numerics import revision
 from posttrain.rewards.library import REWARDS
 
@@ -99,11 +106,10 @@ def check_spec(spec: str, folder: Path | None = None) -> None:
     tree = parse_source(file)
     defined = defined_names(tree)
     if parts[1] not in defined:
-        near = get_close_matches(parts[1], defined, 1)
+        own = own_functions(tree)
+        near = get_close_matches(parts[1], own, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(
-            f"{file}: no function {parts[1]!r}{hint} (defined there: {', '.join(sorted(defined)) or 'nothing'})"
-        )
+        raise ConfigError(f"{file}: no function {parts[1]!r}{hint} (it defines {', '.join(own) or 'no function'})")
 
 
 def _load_module(file: Path) -> ModuleType:

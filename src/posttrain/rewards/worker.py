@@ -153,7 +153,10 @@ def _answer(function: RewardFunction, request: dict[str, Any]) -> dict[str, Any]
             return {"failed": f"changed its input {name!r} in place ({function.where}); work on a copy: list({name})"}
     if values is None or len(values) != expected:
         got = f"{len(values)} values" if values is not None else f"{type(result).__name__}"
-        return {"count": f"{function.where}: reward {function.name!r} returned {got} for {expected} completions"}
+        wanted = "expected a list with one number or None per completion"
+        return {
+            "count": f"{function.where}: reward {function.name!r} returned {got} for {expected} completions; {wanted}"
+        }
     checked = [_number(value) for value in values]
     return {"values": [value for value, _ in checked], "reasons": [reason for _, reason in checked]}
 
