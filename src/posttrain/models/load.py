@@ -18,6 +18,7 @@ from posttrain.models import attention, generation
 from posttrain.models.adapters import attach_adapter, continue_adapter
 from posttrain.models.continued import adapter_before, base_keys
 from posttrain.models.device import Placement, has_bf16, place, weight_dtype
+from posttrain.models.exact import refuse_unless_exact
 from posttrain.models.policy import Policy
 from posttrain.models.proof import in_float32
 from posttrain.models.selfcheck import ragged_is_exact
@@ -90,8 +91,13 @@ def load_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_policy(keys: ModelKeys, *, tokenizer: PreTrainedTokenizerBase | None = None, trainable: bool = True) -> Policy:
-    """The model that a stage trains or an eval scores, in the precision that `device.weight_dtype` chooses."""
+def load_policy(
+    keys: ModelKeys, *, tokenizer: PreTrainedTokenizerBase | None = None, trainable: bool = True, exact: bool = False
+) -> Policy:
+    """The model that a stage trains or an eval scores, in the precision that `device.weight_dtype` chooses.
+
+    `exact`: see `Policy`. Raises: ModelError where that is not to be had.
+    """
     tokenizer = tokenizer or load_tokenizer(keys)
     attention.register()
     with_adapter = trainable and keys.adapter != "none"
@@ -103,6 +109,8 @@ def load_policy(keys: ModelKeys, *, tokenizer: PreTrainedTokenizerBase | None = 
     # Whether the layout fits is no question of rounding, which in bf16 sends a token to another expert.
     with in_float32(model):
         ragged = ragged_is_exact(model)
+    if exact:
+        refuse_unless_exact(model, ragged)
     if ragged:
         model.set_attn_implementation(attention.NAME)
     else:
@@ -119,7 +127,9 @@ def load_policy(keys: ModelKeys, *, tokenizer: PreTrainedTokenizerBase | None = 
     if trainable and keys.gradient_checkpointing:
         adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     adapted.eval()
-    policy = Policy(adapted, tokenizer, placement, ragged=ragged, source=keys.base_model, under=under, base_moved=moved)
+    policy = Policy(
+        adapted, tokenizer, placement, ragged=ragged, source=keys.base_model, under=under, base_moved=moved, exact=exact
+    )
     if moved or under is not keys:
         policy.start = {name: parameter.detach().clone() for name, parameter in policy.trainable()}
     return policy

@@ -15,6 +15,7 @@ from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
 from posttrain.models.batch import Batch
 from posttrain.models.device import Placement
+from posttrain.models.exact import score_tiles, value_of
 from posttrain.models.lengths import by_encoding, forget_lengths
 from posttrain.models.weights import NamedTensors, Only, named_weights
 from posttrain.objectives.logprobs import chunked_logprobs, token_entropy, token_logprobs
@@ -44,7 +45,8 @@ class Policy:
     """A model with its tokenizer. `ragged` says whether packed sequences are exact for it.
 
     `source` is the model that it started from. `under` is how the weights under its adapter load: `source`, or the base of
-    the adapter that is trained on. `base_moved` says that the adapter's init moved a part of that base into it.
+    the adapter that is trained on. `base_moved` says that the adapter's init moved a part of that base into it. `exact` says
+    that a token's scores are the same to the bit whatever they are computed with (`models/exact.py`).
     """
 
     model: PreTrainedModel | PeftModel
@@ -55,6 +57,7 @@ class Policy:
     under: ModelKeys
     base_moved: bool = False
     sharded: bool = False
+    exact: bool = False
     start: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
     """What is trained, as it was at the start, where the model without its adapter is not that start."""
     _start: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
@@ -72,6 +75,8 @@ class Policy:
 
     def distribute(self, topology: Topology) -> Policy:
         """Shard the parameters over the ranks; with one process nothing changes."""
+        if self.exact and topology.world_size > 1:
+            raise ModelError(f"rollout.exact: true with {topology.world_size} processes; expected one: set it to false")
         self.model = topology.wrap(self.model)
         self.sharded = topology.world_size > 1
         if self.start is not None:
@@ -112,15 +117,23 @@ class Policy:
         """Scores of the batch's trained tokens; logits are computed at those positions only."""
         batch = batch.to(self.placement.device)
         with self.placement.autocast():
-            if not self.ragged:
-                return _score_one_by_one(self, batch, temperature, entropy)
-            scores, places = list[Scores](), list[torch.Tensor]()
-            for part, places_of_part in by_encoding(self.base, batch):
-                if places_of_part is None:
-                    return self._score_together(part, temperature, entropy)
-                self._check_whole()
-                scores.append(self._score_together(part, temperature, entropy))
-                places.append(places_of_part)
+            if not self.exact:
+                return self._score(batch, temperature, entropy)
+            values = Scores(*score_tiles(self.model, batch, temperature, entropy))
+            if not torch.is_grad_enabled():
+                return values
+            return _with_gradient(values, self._score(batch, temperature, entropy))
+
+    def _score(self, batch: Batch, temperature: float, entropy: bool) -> Scores:
+        if not self.ragged:
+            return _score_one_by_one(self, batch, temperature, entropy)
+        scores, places = list[Scores](), list[torch.Tensor]()
+        for part, places_of_part in by_encoding(self.base, batch):
+            if places_of_part is None:
+                return self._score_together(part, temperature, entropy)
+            self._check_whole()
+            scores.append(self._score_together(part, temperature, entropy))
+            places.append(places_of_part)
         return _joined(scores, torch.cat(places).argsort())
 
     def _check_whole(self) -> None:
@@ -237,6 +250,14 @@ def _from_logits(
     return Scores(
         token_logprobs(logits_MV, target_M, temperature), entropy_M, logits_MV.argmax(-1) == target_M, aux_loss
     )
+
+
+def _with_gradient(values: Scores, slopes: Scores) -> Scores:
+    """The exact values, with the gradients that the ordinary kernels have for them."""
+    entropy_M = None
+    if values.entropy_M is not None:
+        entropy_M = value_of(values.entropy_M, slopes.entropy_M)
+    return Scores(value_of(values.logp_M, slopes.logp_M), entropy_M, values.top1_M, slopes.aux_loss)
 
 
 def _score_one_by_one(policy: Policy, batch: Batch, temperature: float, entropy: bool) -> Scores:

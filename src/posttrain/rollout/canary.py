@@ -15,14 +15,15 @@ ScoreIds = Callable[[Sequence[tuple[Sequence[int], int]]], list[list[float]]]
 """Log-probs of `ids[start:]` for each `(ids, start)`, as `Engine.score` gives them."""
 
 TOLERANCE = {"float32": 2e-3, "float16": 5e-2, "bfloat16": 0.2}
-"""Nats that the rounding of an engine's dtype can move a log-prob."""
+"""Nats that the rounding of an engine's dtype can move a log-prob; none where the engine's are the trainer's to the bit."""
 _PROMPT = tuple(range(1, 9))
 _COMPLETIONS = 4
 
 
 def check_arrival(engine: Engine, trainer: ScoreIds) -> float:
     """Decode canaries, score them by the trainer. Returns the largest gap in nats. Raises: EngineError beyond the dtype's rounding."""
-    tolerance = TOLERANCE[engine.describe().dtype]
+    info = engine.describe()
+    tolerance = 0.0 if info.exact_logprobs else TOLERANCE[info.dtype]
     version = engine.policy_version
     # The first token comes from the prefill, the second from a decode step; not all end at the first.
     requests = [Request(_PROMPT, seed=version + number) for number in range(_COMPLETIONS)]
@@ -34,5 +35,10 @@ def check_arrival(engine: Engine, trainer: ScoreIds) -> float:
         raise EngineError(
             f"after the sync to policy version {version} the engine's log-probs differ from the trainer's by {gap:.2e} "
             f"(tolerance {tolerance:.0e}): it decodes with other weights"
+            + (
+                ", or this machine's kernels round by a token's place; set rollout.exact: false"
+                if info.exact_logprobs
+                else ""
+            )
         )
     return gap

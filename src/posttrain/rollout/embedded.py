@@ -22,9 +22,10 @@ from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
 from posttrain.protocols import Weights
 from posttrain.rollout.alone import Ends, Row, finish_alone
+from posttrain.rollout.exact import ExactRows
 from posttrain.rollout.kv import PromptKV, RowCache
 from posttrain.rollout.replica import receive
-from posttrain.rollout.sampling import sample, stop_test, uniforms
+from posttrain.rollout.sampling import sample, sample_scored, stop_test, uniforms
 from posttrain.types import Completion, EngineInfo, Request, SamplingParams, TokenSeq
 
 _SCORED_AT_ONCE = 8192
@@ -53,7 +54,9 @@ class EmbeddedEngine:
     def describe(self) -> EngineInfo:
         computed = self._policy.placement.autocast_dtype or self._policy.base.dtype
         dtype: Any = str(computed).removeprefix("torch.")
-        return EngineInfo("embedded", posttrain.__version__, dtype, "uncut", seed_bits=64, exact_resume=True)
+        return EngineInfo(
+            "embedded", posttrain.__version__, dtype, "uncut", seed_bits=64, exact_resume=True, exact_logprobs=self._policy.exact,
+        )  # fmt: skip
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[Completion]:
         """No dropout; the same tokens whatever else is in the batch."""
@@ -135,6 +138,36 @@ class EmbeddedEngine:
             row.logp = logp
 
 
+class CachedRows:
+    """Rows on the K/V cache, with their logits."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy, self._device = policy, policy.placement.device
+        self._cache = RowCache(self._device)
+        self._decode = decode_step(policy)
+        self.add_row, self.drop_row = self._cache.add_row, self._cache.drop_row
+
+    def prefill(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[PromptKV, torch.Tensor]]:
+        """Each prompt with the logits of what follows it, [V]."""
+        # `pack` leaves out a sequence's last token, which predicts nothing in training; here it predicts the answer.
+        batch = pack([[TokenSeq((*prompt, 0), (False,) * (len(prompt) + 1))] for prompt in prompts]).to(self._device)
+        kept = [PromptKV(len(prompt)) for prompt in prompts]
+        self._cache.expect([(kv, tree.start, tree.split) for kv, tree in zip(kept, batch.layout.trees, strict=True)])
+        last = torch.tensor([tree.split - 1 for tree in batch.layout.trees], device=self._device)
+        output = self._policy.model(
+            input_ids=batch.input_ids_N[None], position_ids=batch.position_ids_N[None],
+            logits_to_keep=last, use_cache=False, layout=batch.layout, kv_store=self._cache,
+        )  # fmt: skip
+        return list(zip(kept, output.logits[0], strict=True))
+
+    def step(self, ids: Sequence[int]) -> torch.Tensor:
+        """One more token in each row → logits of what follows it, [R, V]."""
+        self._cache.begin_step()
+        ids_R = torch.tensor(ids, device=self._device)
+        positions_R = torch.tensor(self._cache.positions(), device=self._device)
+        return self._decode(ids_R, positions_R, self._cache)
+
+
 class _Decoding:
     """Samples rows until they end, or would be longer than `longest` inputs."""
 
@@ -146,9 +179,9 @@ class _Decoding:
         self._device = policy.placement.device
         self._waiting = deque(rows)
         self._rows: list[Row] = []
-        self._cache = RowCache(self._device)
-        self._prompts: dict[tuple[int, ...], tuple[PromptKV, torch.Tensor]] = {}
-        self._decode = decode_step(policy)
+        self._running: Any = ExactRows(policy, params) if policy.exact else CachedRows(policy)
+        self._sample = sample_scored if policy.exact else sample
+        self._prompts: dict[tuple[int, ...], tuple[Any, torch.Tensor]] = {}
 
     @property
     def is_busy(self) -> bool:
@@ -168,45 +201,31 @@ class _Decoding:
         rows = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
         prompts = [row.sequence for row in rows]
         self._prefill(prompts)
-        logits_RV = torch.stack([self._prompts[prompt][1] for prompt in prompts])
+        scores_RV = torch.stack([self._prompts[prompt][1] for prompt in prompts])
         for prompt in prompts:
-            self._cache.add_row(self._prompts[prompt][0])
+            self._running.add_row(self._prompts[prompt][0])
         self._rows += rows
-        self._extend(rows, logits_RV)
+        self._extend(rows, scores_RV)
         self._forget_prompts()
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> None:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompts]
-        if not new:
-            return
-        # `pack` leaves out a sequence's last token, which predicts nothing in training; here it predicts the answer.
-        batch = pack([[TokenSeq((*prompt, 0), (False,) * (len(prompt) + 1))] for prompt in new]).to(self._device)
-        kept = [PromptKV(len(prompt)) for prompt in new]
-        self._cache.expect([(kv, tree.start, tree.split) for kv, tree in zip(kept, batch.layout.trees, strict=True)])
-        last = torch.tensor([tree.split - 1 for tree in batch.layout.trees], device=self._device)
-        output = self._policy.model(
-            input_ids=batch.input_ids_N[None], position_ids=batch.position_ids_N[None],
-            logits_to_keep=last, use_cache=False, layout=batch.layout, kv_store=self._cache,
-        )  # fmt: skip
-        for prompt, kv, logits_V in zip(new, kept, output.logits[0], strict=True):
-            self._prompts[prompt] = (kv, logits_V)
+        if new:
+            self._prompts.update(zip(new, self._running.prefill(new), strict=True))
 
     def _step(self) -> None:
-        self._cache.begin_step()
-        ids_R = torch.tensor([row.ids[-1] for row in self._rows], device=self._device)
-        positions_R = torch.tensor(self._cache.positions(), device=self._device)
-        self._extend(self._rows, self._decode(ids_R, positions_R, self._cache))
+        self._extend(self._rows, self._running.step([row.ids[-1] for row in self._rows]))
 
-    def _extend(self, rows: Sequence[Row], logits_RV: torch.Tensor) -> None:
+    def _extend(self, rows: Sequence[Row], scores_RV: torch.Tensor) -> None:
         """Sample the next token of each row and retire those that are finished."""
         uniform_R = torch.tensor([row.uniform[len(row.ids)] for row in rows], device=self._device)
-        ids_R, logp_R = sample(logits_RV, uniform_R, self._params)
+        ids_R, logp_R = self._sample(scores_RV, uniform_R, self._params)
         for row, token, logp in zip(list(rows), ids_R.tolist(), logp_R.tolist(), strict=True):
             row.take(token, logp, self._ends)
         for place in reversed(range(len(self._rows))):
             if self._is_over(self._rows[place]):
                 self._ended += [self._rows[place]] if self._rows[place].finish is not None else []
-                self._cache.drop_row(place)
+                self._running.drop_row(place)
                 self._rows[place] = self._rows[-1]
                 self._rows.pop()
 

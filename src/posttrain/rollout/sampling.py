@@ -40,7 +40,21 @@ def sample(
         return ids_R, logp_RV.gather(-1, ids_R.unsqueeze(-1)).squeeze(-1)
     if params.temperature != 1.0:
         logits_RV = logits_RV / params.temperature
-    whole_RV = probs_RV = torch.softmax(logits_RV, -1)
+    whole_RV = torch.softmax(logits_RV, -1)
+    ids_R1 = _draw(whole_RV, uniform_R, params)
+    return ids_R1.squeeze(-1), whole_RV.gather(-1, ids_R1).squeeze(-1).log()
+
+
+def sample_scored(
+    logp_RV: torch.Tensor, uniform_R: torch.Tensor, params: SamplingParams
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `sample`, from log-probs that the temperature is in already: what is reported is an entry of what was given."""
+    ids_R1 = _draw(logp_RV.exp(), uniform_R, params) if params.temperature else logp_RV.argmax(-1, keepdim=True)
+    return ids_R1.squeeze(-1), logp_RV.gather(-1, ids_R1).squeeze(-1)
+
+
+def _draw(probs_RV: torch.Tensor, uniform_R: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Token ids, [R, 1], by inverting the cumulative distribution of what is not cut off."""
     if params.top_k or params.top_p < 1 or params.min_p > 0:
         probs_RV = cut(probs_RV, params)
     cdf_RV = probs_RV.cumsum(-1)
@@ -48,8 +62,7 @@ def sample(
     # uniform number next to 1 would round up to it.
     total_R = cdf_RV[:, -1]
     level_R = torch.minimum(uniform_R.to(cdf_RV.dtype) * total_R, torch.nextafter(total_R, torch.zeros_like(total_R)))
-    ids_R = torch.searchsorted(cdf_RV, level_R.unsqueeze(-1), right=True)
-    return ids_R.squeeze(-1), whole_RV.gather(-1, ids_R).squeeze(-1).log()
+    return torch.searchsorted(cdf_RV, level_R.unsqueeze(-1), right=True)
 
 
 def cut(probs_RV: torch.Tensor, params: SamplingParams) -> torch.Tensor:
