@@ -26,7 +26,11 @@ def notes(write, kind, lines):
             "num_train_epochs: no effect, because max_steps decides; set max_steps: -1",
         ),
         ("sft", "warmup_ratio: 0.1\nwarmup_steps: 5", "warmup_ratio: no effect, because warmup_steps decides"),
-        ("sft", "eval_steps: 5", "eval_steps: no effect, because there are no eval_datasets and no eval_suite"),
+        (
+            "sft",
+            "eval_steps: 5",
+            "eval_steps: no effect, because there are no eval_datasets, no val_size and no eval_suite",
+        ),
         ("dpo", "loss_type: ipo\nsimpo_gamma: 1", "simpo_gamma: no effect, because loss_type is not simpo"),
         (
             "grpo",

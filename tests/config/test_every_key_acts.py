@@ -78,6 +78,8 @@ FLIPS = {
         Flip("bf16", True),
         Flip("datasets", [{"path": "DATA/dev-sft.jsonl"}]),
         Flip("eval_datasets", DEV["eval_datasets"]),
+        Flip("val_size", 4),
+        Flip("special_tokens", {"eos_token": "<|endoftext|>"}),
         Flip("seed", 8),
         Flip("sequence_len", 34),
         Flip("overflow", "truncate", {"sequence_len": 34}),

@@ -31,6 +31,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "dpo": ("posttrain.cli.train", "dpo", "Run one stage of preference optimisation."),
     "grpo": ("posttrain.cli.train", "grpo", "Run one stage of RL with verifiable rewards."),
     "plan": ("posttrain.cli.plan", "plan", "Say what a run needs in memory and time before it starts."),
+    "import": ("posttrain.cli.import_", "import_", "Write another tool's configuration as a YAML of ours."),
     "data": (
         "posttrain.cli.data",
         "data",

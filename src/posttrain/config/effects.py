@@ -34,6 +34,10 @@ def _loss_is(*names: str) -> Callable[[Any], bool]:
     return lambda keys: keys.loss_type in names
 
 
+def _has_nothing_to_measure(keys: TrainKeys) -> bool:
+    return not keys.eval_datasets and not keys.val_size and not keys.eval_suite
+
+
 def _estimator(keys: GRPOKeys) -> str:
     return keys.loss_type if keys.loss_type in ("rloo", "reinforce_pp") else keys.advantage_estimator
 
@@ -50,9 +54,9 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(TrainKeys, ("warmup_ratio",), lambda k: k.warmup_steps > 0, "warmup_steps decides"),
     NoEffect(TrainKeys, ("min_lr_ratio",), lambda k: k.lr_scheduler_type == "constant", "lr_scheduler_type is constant"),
     NoEffect(TrainKeys, ("eval_suite_limit",), lambda k: k.eval_suite is None, "there is no eval_suite"),
-    NoEffect(SFTKeys, ("eval_steps", "load_best_model_at_end"), lambda k: not k.eval_datasets and not k.eval_suite, "there are no eval_datasets and no eval_suite"),
+    NoEffect(SFTKeys, ("eval_steps", "load_best_model_at_end"), _has_nothing_to_measure, "there are no eval_datasets, no val_size and no eval_suite"),
     NoEffect(SFTKeys, ("packing_window",), lambda k: not k.packing, "packing is false"),
-    NoEffect(DPOKeys, ("eval_steps", "load_best_model_at_end"), lambda k: not k.eval_datasets and not k.eval_suite, "there are no eval_datasets and no eval_suite"),
+    NoEffect(DPOKeys, ("eval_steps", "load_best_model_at_end"), _has_nothing_to_measure, "there are no eval_datasets, no val_size and no eval_suite"),
     NoEffect(DPOKeys, ("label_smoothing",), _loss_is_not("sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired", "cpo", "simpo"), "loss_type does not use it"),
     NoEffect(DPOKeys, ("discopop_tau",), _loss_is_not("discopop"), "loss_type is not discopop"),
     NoEffect(DPOKeys, ("simpo_gamma",), _loss_is_not("simpo"), "loss_type is not simpo"),

@@ -80,8 +80,6 @@ NO_COUNTERPART: dict[str, tuple[str, str]] = {
     "dataset_dir": ("LLaMA-Factory", "name the files themselves: datasets: [{path: ./data.jsonl}]"),
     "eval_dataset": ("LLaMA-Factory", "name the files themselves: eval_datasets: [{path: ./dev.jsonl}]"),
     "dataset_name": ("TRL", "write datasets: [{path: NAME}]"),
-    "val_set_size": ("Axolotl", "split the data once and name the held-out file in eval_datasets"),
-    "val_size": ("LLaMA-Factory", "split the data once and name the held-out file in eval_datasets"),
     "max_samples": ("LLaMA-Factory", "set limit inside the entry of datasets"),
     "mix_strategy": ("LLaMA-Factory", "set weight inside the entries of datasets"),
     "interleave_probs": ("LLaMA-Factory", "set weight inside the entries of datasets"),

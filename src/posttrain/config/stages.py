@@ -35,6 +35,7 @@ class DatasetKeys(Keys):
     name: str | None = knob(None, "Configuration of a hub dataset.", example="main")
     weight: float | None = knob(None, "Relative share in a weighted mixture; null takes every row once.", gt=0, example=0.5)
     limit: int | None = knob(None, "Use only so many rows, from the start of the file.", ge=1, example=1000)
+    prompt_format: list[str] = knob([], "Write the prompt as plain text from other columns: `### Q: {question}`; of several, the first whose columns a row has and that are not empty. The row is then a `completion` (or `prompt`), without the chat template.", example=["### Question:\n{question}\n\n### Answer:\n"])
     columns: dict[str, str] = knob({}, "Rename columns: our name → the file's name.", also="field_messages (Axolotl)", example={"messages": "conversations"})
 
 
@@ -60,6 +61,7 @@ class ModelKeys(Keys):
     chat_template: str | None = knob(None, "A Jinja file; null keeps the tokenizer's own template.", also="chat_template_path (TRL), chat_template_jinja (Axolotl)", example="./chat.jinja")
     chat_template_kwargs: dict[str, Any] = knob({}, "Values for variables of the chat template, such as `enable_thinking`; they become its defaults, in every rendering and in what is exported.", example={"enable_thinking": False})
     added_tokens: list[str] = knob([], "Tokens to add where the tokenizer lacks them; all of its tokens beyond the embedding get rows, each the mean of those there are. With an adapter, embedding and head are then trained and saved whole.", example=["<tool>"])
+    special_tokens: dict[Literal["bos_token", "eos_token", "unk_token"], str] = knob({}, "Which tokens the tokenizer uses as beginning, end and unknown, where they are others than its own; each must be a token of it (or in added_tokens).", example={"eos_token": "<|im_end|>"})
     adapter: Literal["none", "lora", "qlora"] = knob("none", "Train all weights, a LoRA adapter, or a LoRA adapter on a 4-bit base.", also="finetuning_type (LLaMA-Factory), use_peft (TRL)")
     adapter_start: Literal["fresh", "continue"] = knob("fresh", "A new adapter on the model that the stage starts from, or the adapter of the stage before trained on, without a merge in between: its base stays, and its starting values are the reference.")
     load_in_4bit: bool = knob(False, "Quantise the frozen base to 4 bits; implied by `adapter: qlora`.", also="quantization_bit (LLaMA-Factory)")
@@ -98,6 +100,7 @@ class TrainKeys(ModelKeys):
 
     datasets: list[DatasetKeys] = knob(..., "Where the rows come from.", min_length=1, example=[{"path": "./data.jsonl"}])
     eval_datasets: list[DatasetKeys] = knob([], "Rows for the validation loss.", also="test_datasets (Axolotl)", example=[{"path": "./dev.jsonl"}])
+    val_size: float = knob(0.0, "Rows of datasets to hold out for the validation loss, chosen by the digest of their content: a share below 1, else so many.", ge=0, also="val_set_size (Axolotl)", example=0.05)
     output_dir: str = knob("", "Folder of the run, relative to the YAML; empty means `runs/NAME` with the name of the YAML.", example="runs/first")
     seed: int = knob(42, "Every random choice follows from this seed.", ge=0)
     sequence_len: int = knob(2048, "Longest sequence in tokens.", ge=8, also="cutoff_len (LLaMA-Factory), max_length (TRL), max_seq_length (TRL), max_seq_len (torchtune)")
@@ -137,6 +140,14 @@ class TrainKeys(ModelKeys):
         if isinstance(values, dict) and values.get("adapter") == "qlora":
             return {"load_in_4bit": True, **values}
         return values
+
+    @model_validator(mode="after")
+    def _held_out_rows_come_from_one_place(self) -> TrainKeys:
+        if self.val_size and self.eval_datasets:
+            raise ValueError("val_size and eval_datasets both name rows for the validation loss; keep one")
+        if self.val_size > 1 and not self.val_size.is_integer():
+            raise ValueError(f"val_size: {self.val_size} is neither a share below 1 nor a number of rows")
+        return self
 
     @property
     def pulls_to_a_reference(self) -> bool:

@@ -54,7 +54,7 @@ FORMATS: dict[str, Format] = {
     "preference": Format(
         ("dpo", "kto"), (("chosen", "rejected"),), parse.parse_preference, ("prompt", "conversations", "tools")
     ),
-    "kto": Format(("kto",), (("prompt", "completion", "label"),), parse.parse_kto, ("tools",)),
+    "kto": Format(("kto",), (("prompt", "completion", "label"), ("messages", "label")), parse.parse_kto, ("tools",)),
     "prompt": Format(("grpo",), (("prompt",), ("messages",)), parse.parse_prompt, ("tools",)),
 }
 """Name → format. Where two score alike, the earlier one is taken."""

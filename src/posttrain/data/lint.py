@@ -218,7 +218,7 @@ def write_clean(report: LintReport, sources: Sequence[DatasetKeys], folder: Path
     written: list[tuple[Cleaned, str]] = []
     removed: dict[str, list[str]] = {}
     for number, source in enumerate(sources, start=1):
-        rows = read_rows(source.model_copy(update={"columns": {}}))
+        rows = read_rows(source.model_copy(update={"columns": {}, "prompt_format": []}))
         kept = [row for origin, row in rows if origin not in removable]
         if not kept:
             raise DataError(

@@ -91,12 +91,20 @@ def parse_kto(row: Fields, origin: Origin) -> LabelledCompletion | Skip:
     label = LABELS.get(str(row.get("label")).strip().lower())
     if label is None:
         raise DataError(f"{origin}: `label` is {describe(row.get('label'))}; expected true (desirable) or false")
-    prompt, completion = _text_or_messages(row, "prompt", origin), _text_or_messages(row, "completion", origin)
+    prompt, completion = _labelled_texts(row, origin)
     if not isinstance(prompt, str) or not isinstance(completion, str):
         prompt, completion = _both_messages(prompt, completion, "completion", origin)
     if _is_empty(completion):
         return Skip(origin, EMPTY)
     return LabelledCompletion(origin, prompt, completion, label, parse_tools(row.get("tools"), origin))
+
+
+def _labelled_texts(row: Fields, origin: Origin) -> tuple[Text, Text]:
+    """`prompt` and `completion`, or `messages`, whose last turn is the completion."""
+    if row.get("completion") is not None or row.get("messages") is None:
+        return _text_or_messages(row, "prompt", origin), _text_or_messages(row, "completion", origin)
+    messages = parse_messages(row["messages"], origin, "messages")
+    return messages[:-1], messages[-1:]
 
 
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}

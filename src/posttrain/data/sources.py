@@ -16,6 +16,7 @@ from typing import Any
 
 from posttrain.config import hub
 from posttrain.config.stages import DatasetKeys
+from posttrain.data.prompt_format import write_prompts
 from posttrain.errors import DataError
 from posttrain.files import JSON_PER_LINE, decode_utf8, digest_bytes, digest_file, parse_json, read_lines
 from posttrain.types import Origin
@@ -49,7 +50,7 @@ def read_source(source: DatasetKeys) -> Source:
     if not is_local(source.path):
         rows = _read_hub(source)
         digest = digest_bytes(repr([r for _, r in rows]).encode("utf-8", "surrogatepass"))
-        rows, nulls = _without_invented_nulls(_rename(rows, source))
+        rows, nulls = _without_invented_nulls(write_prompts(_rename(rows, source), source))
         return Source(rows, (), digest, nulls)
     path = _checked(source.path)
     blank: list[Origin] = []
@@ -67,7 +68,7 @@ def read_source(source: DatasetKeys) -> Source:
         raise DataError(
             f"{short_path(path)}: no rows in this file ({len(blank)} blank lines); expected at least one row"
         )
-    rows, nulls = _rename(rows, source), 0
+    rows, nulls = write_prompts(_rename(rows, source), source), 0
     if path.suffix.lower() == ".parquet":
         rows, nulls = _without_invented_nulls(rows)
     return Source(rows, tuple(blank), digest_file(path), nulls)

@@ -22,7 +22,7 @@ from posttrain.models.exact import refuse_unless_exact
 from posttrain.models.policy import Policy
 from posttrain.models.proof import in_float32
 from posttrain.models.selfcheck import ragged_is_exact
-from posttrain.models.vocabulary import add_tokens, grow
+from posttrain.models.vocabulary import add_tokens, grow, name_tokens
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ def load_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerBase:
         )
     tokenizer.chat_template = chat_template(tokenizer.chat_template, keys.chat_template, keys.chat_template_kwargs)
     add_tokens(tokenizer, keys.added_tokens)
+    name_tokens(tokenizer, keys.special_tokens)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{keys.base_model}: the tokenizer has no eos_token; a model could never learn to stop")
     if tokenizer.pad_token_id is None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from transformers import AddedToken, PreTrainedModel
 
 from posttrain.config.stages import ModelKeys
-from posttrain.errors import DataError
+from posttrain.errors import DataError, ModelError
 from posttrain.types import TokenSeq
 
 log = logging.getLogger(__name__)
@@ -20,6 +20,18 @@ def add_tokens(tokenizer: Any, tokens: Iterable[str]) -> None:
     """Make each of `tokens` one token wherever it stands; those that the tokenizer has stay as they are."""
     known = tokenizer.get_vocab()
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens if token not in known])
+
+
+def name_tokens(tokenizer: Any, names: Mapping[str, str]) -> None:
+    """Set the tokenizer's `bos_token`, `eos_token` and `unk_token`. Raises: ModelError for text that is no token of it."""
+    known = tokenizer.get_vocab()
+    for name, token in names.items():
+        if token not in known:
+            raise ModelError(
+                f"special_tokens.{name}: the tokenizer has no token {token!r}; name one that it has, or add it with "
+                f"added_tokens: [{token!r}]"
+            )
+        setattr(tokenizer, name, token)
 
 
 def check_ids(keys: ModelKeys, tokenizer: Any, rows: int, sequences: Iterable[TokenSeq]) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from posttrain.config.stages import DPOKeys
 from posttrain.data.dataset import Dataset
+from posttrain.data.held_out import load_with_held_out
 from posttrain.data.load import load_kto, load_preference
 from posttrain.errors import ConfigError, DataError
 from posttrain.models.batch import Batch, pack
@@ -55,9 +56,8 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
     topology, spec = stage.topology, spec_from(PreferenceSpec, keys)
     family = PREFERENCE_LOSSES[keys.loss_type]
     tokenizer = load_tokenizer(keys)
-    load = load_kto if family.unpaired else load_preference
-    data: Dataset[Any] = load(keys, tokenizer)
-    held_out: Dataset[Any] | None = load(keys, tokenizer, sources=keys.eval_datasets) if keys.eval_datasets else None
+    load: Callable[..., Dataset[Any]] = load_kto if family.unpaired else load_preference
+    data, held_out = load_with_held_out(load, keys, tokenizer)
     stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
     schedule = Schedule.of(data, keys, topology, size=_num_tokens, least_rows=_LEAST_KTO_ROWS if family.unpaired else 1)
     if family.unpaired:

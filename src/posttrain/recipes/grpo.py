@@ -15,6 +15,7 @@ import torch
 
 from posttrain.config.stages import GRPOKeys
 from posttrain.data.dataset import Dataset
+from posttrain.data.held_out import load_with_held_out
 from posttrain.data.load import PromptRow, load_prompts, load_sft
 from posttrain.models.batch import pack
 from posttrain.models.load import load_policy, load_tokenizer
@@ -54,8 +55,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     """Train `keys.base_model` on the prompts in `keys.datasets`; the result is in `stage.folder`."""
     topology, spec = stage.topology, spec_from(PolicySpec, keys)
     tokenizer = load_tokenizer(keys)
-    data = load_prompts(keys, tokenizer)
-    held_out = load_prompts(keys, tokenizer, sources=keys.eval_datasets) if keys.eval_datasets else None
+    data, held_out = load_with_held_out(load_prompts, keys, tokenizer)
     ptx = PtxRows(load_sft(keys, tokenizer, sources=keys.ptx_datasets), keys) if keys.ptx_datasets else None
     stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
     decode = decoder(tokenizer)

@@ -9,6 +9,7 @@ import torch
 
 from posttrain.config.stages import SFTKeys
 from posttrain.data.dataset import Dataset
+from posttrain.data.held_out import load_with_held_out
 from posttrain.data.load import load_sft
 from posttrain.models.batch import count, pack
 from posttrain.models.load import load_policy, load_tokenizer
@@ -30,8 +31,7 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
     """Train `keys.base_model` on `keys.datasets`; the result is in `stage.folder`."""
     topology = stage.topology
     tokenizer = load_tokenizer(keys)
-    data = load_sft(keys, tokenizer)
-    held_out = load_sft(keys, tokenizer, sources=keys.eval_datasets) if keys.eval_datasets else None
+    data, held_out = load_with_held_out(load_sft, keys, tokenizer)
     stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
     policy = load_policy(keys, tokenizer=tokenizer)
     suite = SuiteScore.of(policy, keys, topology)

@@ -1,0 +1,58 @@
+"""Writes docs/import.md from the importers' tables: `python docs/make_import.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from posttrain.config.importers.fates import Row, Tool
+from posttrain.config.importers.read import TOOLS
+
+TARGET = Path(__file__).with_name("import.md")
+
+HEAD = """\
+# Coming from another tool
+
+`posttrain import FILE [-o OUT]` reads a configuration of Axolotl, LLaMA-Factory or TRL and writes a YAML of ours with a comment per
+key. FILE is a YAML, or a script that holds the tool's command (`trl sft --model_name_or_path …`, `accelerate launch dpo.py --…`,
+`llamafactory-cli train x.yaml`). `posttrain sft FILE` takes such a YAML in place, prints the notes and runs.
+
+```
+posttrain import axolotl.yaml -o train.yaml
+posttrain plan train.yaml
+posttrain sft train.yaml
+```
+
+- The tool is told by its keys (`--tool` names it), the stage by `rl`, `stage`, `loss_type`, `reward_funcs` or the script (`--stage` names it).
+- A key that asks for nothing (null, false, 0) is no obstacle. What the tool does where its file is silent, and we would not, is written
+  out, with a comment.
+- A key that changes what is learned and cannot be had here is refused, and so is a key that no table knows. Every refusal
+  is listed with what to do; nothing is written then, and the exit code is 64.
+- LLaMA-Factory's data names are looked up in `dataset_info.json`, in `dataset_dir` beside the file, above it, or where the command
+  is started. A chat template by name is taken where the model's own tokenizer carries that format; others are refused.
+
+Each table below says what becomes of a key. *Together* means that it is read with others.
+"""
+
+
+def render() -> str:
+    """The whole page."""
+    return "\n".join([HEAD, *(line for tool in TOOLS.values() for line in _section(tool))]) + "\n"
+
+
+def _section(tool: Tool) -> list[str]:
+    rows = [f"| `{key}` | {_fate(row)} | {_what(row)} |" for key, row in sorted(tool.rows.items())]
+    return [f"\n## {tool.name}\n", "| Key | Fate | What |", "|---|---|---|", *rows]
+
+
+def _fate(row: Row) -> str:
+    return "mapped, together" if row.joint else row.fate
+
+
+def _what(row: Row) -> str:
+    ours = f"`{row.to}`" if row.to else ""
+    todo = row.todo if row.fate == "refused" else ""
+    return "; ".join(part for part in (ours, row.why, todo) if part).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    TARGET.write_text(render(), encoding="utf-8")

@@ -1,0 +1,37 @@
+"""`posttrain import FILE`: another tool's configuration as a YAML of ours, with a comment per key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def import_(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A YAML of Axolotl, LLaMA-Factory or TRL, or a script with their command.", show_default=False
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Where to write; - prints it. Left out: NAME.posttrain.yaml beside FILE."),
+    ] = None,
+    tool: Annotated[
+        str | None, typer.Option(help="axolotl, llamafactory or trl; found from the keys if left out.")
+    ] = None,
+    stage: Annotated[str | None, typer.Option(help="sft, dpo or grpo, where the file does not say it.")] = None,
+) -> None:
+    """Write another tool's configuration as ours. Exit code 64 if a key changes what is learned and cannot be had here."""
+    from posttrain.config.importers.convert import import_file
+
+    target = out or file.with_name(f"{file.stem}.posttrain.yaml")
+    imported = import_file(file, None if str(out) == "-" else target, tool, stage)
+    if str(out) == "-":
+        typer.echo(imported.text, nl=False)
+        return
+    for note in imported.notes:
+        typer.echo(note, err=True)
+    typer.echo(f"wrote {target}; next: posttrain plan {target}, then posttrain {imported.kind} {target}")

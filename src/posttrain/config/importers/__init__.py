@@ -1,0 +1,1 @@
+"""Configurations of other tools, read as ours: one file of rows per tool, one walk over them."""

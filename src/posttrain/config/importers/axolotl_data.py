@@ -1,0 +1,273 @@
+"""Axolotl's `datasets`, `test_datasets` and `chat_template`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from posttrain.config.importers.fates import Draft, is_off
+from posttrain.config.importers.paths import local_file
+from posttrain.config.importers.templates import named_template
+
+_INTRO = "Below is an instruction that describes a task"
+_TASK = "Write a response that appropriately completes the request."
+ALPACA_FORMATS = [
+    f"{_INTRO}, paired with an input that provides further context. {_TASK}\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+    f"{_INTRO}. {_TASK}\n\n### Instruction:\n{{instruction}}\n\n### Response:\n",
+]
+"""The text that Axolotl writes an alpaca row in: with an input, and without."""
+
+_FILE_TYPES = ("json", "jsonl", "csv", "parquet", "text", "arrow")
+_KNOWN = frozenset({"path", "type", "split", "name", "data_files", "ds_type", "field", "field_messages", "message_property_mappings", "message_field_role",
+                    "message_field_content", "message_field_training", "roles", "roles_to_train", "train_on_eos", "chat_template", "chat_template_jinja", "field_tools",
+                    "field_thinking", "template_thinking_key", "train_on_inputs", "field_chosen", "field_rejected", "conversation", "text_column"})  # fmt: skip
+_HARMLESS = frozenset({"trust_remote_code", "preprocess_shards", "shards_idx", "split_thinking", "streaming"})
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+}
+_FLAGS = ("weight", "train", "trainable", "loss", "training")
+_TAKE_OUT = "take it out, or change the data once"
+
+
+def read_datasets(draft: Draft) -> None:
+    """`datasets` and what decides which of their tokens are trained."""
+    entries = [e for key in ("datasets",) for e in draft.source.get(key) or []]
+    if not entries and "pretraining_dataset" not in draft.source:
+        draft.refuse("datasets", "missing: a run needs rows", "name the data")
+        return
+    for key, ours in (("datasets", "datasets"), ("test_datasets", "eval_datasets")):
+        read = [
+            one
+            for place, entry in enumerate(draft.source.get(key) or [])
+            for one in _entry(draft, entry, f"{key}.{place + 1}")
+        ]
+        if read:
+            draft.put(ours, read, key)
+    if draft.kind == "sft":
+        _trained(draft, entries)
+
+
+def _entry(draft: Draft, entry: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(entry, Mapping):
+        draft.refuse(where, f"{entry!r} is no mapping", "write it as {path: …, type: …}")
+        return []
+    for key, value in entry.items():
+        if key not in _KNOWN | _HARMLESS and not is_off(value):
+            draft.refuse(f"{where}.{key}", f"{value}: it has no counterpart here and may change the rows", _TAKE_OUT)
+    ours = {**_rows(draft, entry, where), **({"name": entry["name"]} if entry.get("name") else {})}
+    split = entry.get("split")
+    if split and split != "train":
+        ours["split"] = split
+    return [{"path": path, **ours} for path in _paths(draft, entry, where)]
+
+
+def _paths(draft: Draft, entry: Mapping[str, Any], where: str) -> list[str]:
+    path, files = str(entry.get("path") or ""), entry.get("data_files") or []
+    files = [files] if isinstance(files, str) else list(files)
+    if not path and not files:
+        draft.refuse(f"{where}.path", "missing", "name the file or hub dataset")
+    if path in _FILE_TYPES and files:
+        return [local_file(draft, str(file)) for file in files]
+    if files:
+        draft.refuse(
+            f"{where}.data_files",
+            f"{files[0]}: single files of a hub dataset are not chosen here",
+            "download the file and name it as path",
+        )
+    if "://" in path:
+        draft.refuse(f"{where}.path", f"{path}: data is read from files and the hub", "download it and name the file")
+    return [local_file(draft, path)] if path else []
+
+
+def _rows(draft: Draft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Format and columns of one entry."""
+    kind = entry.get("type")
+    if isinstance(kind, Mapping):
+        return _own_prompt(draft, kind, where)
+    reader = _READERS.get((draft.kind, str(kind)))
+    if reader is None:
+        known = ", ".join(name for stage, name in _READERS if stage == draft.kind)
+        draft.refuse(
+            f"{where}.type",
+            f"{kind}: a prompt style that is not known here",
+            f"known are {known}; or write the prompts into the data (type: completion here)",
+        )
+        return {}
+    return reader(draft, entry, where)
+
+
+def _alpaca(draft: Draft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    return {"type": "completion", "prompt_format": ALPACA_FORMATS, "columns": {"completion": "output"}}
+
+
+def _chat(draft: Draft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    field = entry.get("field_messages") or "messages"
+    _check_messages(draft, entry, where)
+    columns = {} if field == "messages" else {"messages": field}
+    tools = entry.get("field_tools")
+    if tools and tools != "tools":
+        columns["tools"] = tools
+    return {"type": "chat", **({"columns": columns} if columns else {})}
+
+
+def _check_messages(draft: Draft, entry: Mapping[str, Any], where: str) -> None:
+    """Names inside a message that our reader knows; others are refused."""
+    mapped = dict(entry.get("message_property_mappings") or {})
+    mapped.setdefault("role", entry.get("message_field_role") or "role")
+    mapped.setdefault("content", entry.get("message_field_content") or "content")
+    known = {"role": ("role", "from"), "content": ("content", "value"), "tool_calls": ("tool_calls",), "name": ("name",),
+             "tool_call_id": ("tool_call_id",), "reasoning_content": ("reasoning_content", "reasoning", "thinking"), "weight": _FLAGS}  # fmt: skip
+    for ours, theirs in mapped.items():
+        if theirs not in known.get(ours, ()):
+            draft.refuse(f"{where}.message_property_mappings", f"{ours}: {theirs} is no name that is read inside a message",
+                         f"rename it in the data to {known.get(ours, (ours,))[0]}")  # fmt: skip
+    thinking = entry.get("field_thinking")
+    if thinking and thinking not in ("reasoning_content", "reasoning", "thinking"):
+        draft.refuse(
+            f"{where}.field_thinking", f"{thinking}: not read as thinking here", "rename it to reasoning_content"
+        )
+    flag = entry.get("message_field_training")
+    if flag and flag not in _FLAGS[:-1]:
+        draft.refuse(f"{where}.message_field_training", f"{flag}: not read as a flag here", "rename it to train")
+    for ours, written in (entry.get("roles") or {}).items():
+        odd = [name for name in written if _ROLES.get(name) != _ROLES.get(ours, ours)]
+        if odd:
+            draft.refuse(f"{where}.roles", f"{odd[0]} as {ours}: no role that is known here", "rename it in the data")
+
+
+def _text(draft: Draft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    field = entry.get("field") or "text"
+    draft.change(
+        f"{where}.type",
+        "completion: a text longer than sequence_len is cut there, and not split into several rows; split long texts once",
+    )
+    return {"type": "text", **({} if field == "text" else {"columns": {"text": field}})}
+
+
+def _pair(draft: Draft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    columns = {"prompt": entry.get("field_messages") or "messages"}
+    for ours in ("chosen", "rejected"):
+        field = entry.get(f"field_{ours}") or ours
+        if field != ours:
+            columns[ours] = field
+    _check_messages(draft, entry, where)
+    return {"type": "preference", "columns": columns}
+
+
+def _whole_pairs(draft: Draft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    return {"type": "preference"}
+
+
+_READERS: dict[tuple[str, str], Any] = {
+    ("sft", "alpaca"): _alpaca,
+    ("sft", "chat_template"): _chat,
+    ("sft", "completion"): _text,
+    ("dpo", "chat_template.default"): _pair,
+    ("dpo", "chat_template.argilla_chat"): _whole_pairs,
+    ("dpo", "chat_template.argilla"): _whole_pairs,
+}
+"""Stage and Axolotl's `type` → how its rows are written here."""
+
+
+def _own_prompt(draft: Draft, style: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A prompt style of the user's: a format with {instruction} and {input}."""
+    if draft.kind != "sft":
+        draft.refuse(
+            f"{where}.type",
+            "a prompt style of one's own for preferences",
+            "write prompt, chosen and rejected into the data",
+        )
+        return {}
+    fields = {name: style.get(f"field_{name}") or name for name in ("instruction", "input", "output", "system")}
+    with_input = style.get("format")
+    without = style.get("no_input_format") or with_input
+    if not with_input:
+        draft.refuse(f"{where}.type", "a prompt style without a format", "write format: '{instruction}'")
+        return {}
+    system = _system(style)
+    formats = [system + _with_columns(text, fields) for text in dict.fromkeys((with_input, without))]
+    return {"type": "completion", "prompt_format": formats, "columns": {"completion": fields["output"]}}
+
+
+def _system(style: Mapping[str, Any]) -> str:
+    text = style.get("system_prompt") or ""
+    return (
+        (style.get("system_format") or "{system}").replace("{system}", text).replace("{", "{{").replace("}", "}}")
+        if text
+        else ""
+    )
+
+
+def _with_columns(text: str, fields: Mapping[str, str]) -> str:
+    """The file's column for each name in braces; other braces are text."""
+    escaped = text.replace("{", "{{").replace("}", "}}")
+    for name, column in fields.items():
+        escaped = escaped.replace("{{" + name + "}}", "{" + column + "}")
+    return escaped
+
+
+def _trained(draft: Draft, entries: list[Any]) -> None:
+    """`train_on_inputs`, `roles_to_train` and `train_on_eos`, of the file and of its entries."""
+    entries = [entry for entry in entries if isinstance(entry, Mapping)]
+    chats = [entry.get("type") == "chat_template" for entry in entries]
+    inputs = draft.source.get("train_on_inputs")
+    if inputs and any(chats) and not all(chats):
+        draft.refuse(
+            "train_on_inputs",
+            "true with conversations and texts: it is for the texts only there",
+            "train them in two stages",
+        )
+    elif inputs and not any(chats):
+        draft.put("train_on", "all", "train_on_inputs")
+    elif "train_on_inputs" in draft.source:
+        why = "roles_to_train decides for conversations" if inputs else "only answers are trained here too"
+        draft.leave("train_on_inputs", why)
+    for where, holder in (("", draft.source), *((f"datasets.{n + 1}.", entry) for n, entry in enumerate(entries))):
+        roles, eos = holder.get("roles_to_train"), holder.get("train_on_eos")
+        if roles is not None and set(roles) - {"assistant", "gpt", "model"}:
+            draft.refuse(
+                f"{where}roles_to_train",
+                f"{roles}: only the assistant's turns are trained here, or all",
+                "set [assistant]",
+            )
+        elif roles is not None:
+            draft.put("train_on", "assistant", f"{where}roles_to_train")
+        if eos not in (None, "turn"):
+            draft.refuse(
+                f"{where}train_on_eos",
+                f"{eos}: every trained turn is trained through its end, and no other",
+                "set turn",
+            )
+        elif eos is not None:
+            draft.leave(f"{where}train_on_eos", "turn: so it is here")
+
+
+def read_template(draft: Draft) -> None:
+    """`chat_template` and `chat_template_jinja`, of the file and of its entries."""
+    entries = [entry for entry in draft.source.get("datasets") or [] if isinstance(entry, Mapping)]
+    given = [("", draft.source), *((f"datasets.{n + 1}.", entry) for n, entry in enumerate(entries))]
+    chat = draft.kind != "sft" or any(entry.get("type") == "chat_template" for entry in entries)
+    for where, holder in given:
+        name, jinja = holder.get("chat_template"), holder.get("chat_template_jinja")
+        if not chat and (name or jinja):
+            draft.leave(f"{where}chat_template", "no rows are conversations, so no row is rendered by it")
+        elif jinja:
+            _jinja(draft, f"{where}chat_template_jinja", str(jinja))
+        elif name == "jinja":
+            draft.refuse(f"{where}chat_template", "jinja: without chat_template_jinja", "set chat_template: FILE")
+        elif name:
+            named_template(draft, f"{where}chat_template", str(name))
+
+
+def _jinja(draft: Draft, key: str, text: str) -> None:
+    if "{" in text or "\n" in text:
+        draft.refuse(key, "a template written into the YAML", "save it as a Jinja file and name that")
+    else:
+        draft.put("chat_template", local_file(draft, text), key)

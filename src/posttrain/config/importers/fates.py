@@ -1,0 +1,264 @@
+"""What becomes of a key of another tool, and the walk that gives every key of a file its fate.
+
+A key that no row knows is refused: it may change what is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from posttrain.config.schema import arms, did_you_mean, keys_of, show
+from posttrain.config.stages import STAGE_KEYS
+from posttrain.config.yaml_lines import plain_scalar
+from posttrain.errors import ConfigError
+
+Kind = Literal["sft", "dpo", "grpo"]
+Fate = Literal["mapped", "left out", "changed", "refused"]
+Reading = Mapping[Any, Any] | Callable[[Any], Any]
+"""Their value → ours; raises KeyError, TypeError or ValueError for a value without a counterpart."""
+
+OFF = (None, False, 0, "", "none", "None", "null", "no", "false", "False", [], {})
+"""Values under which a feature is not asked for."""
+_LONGEST_VALUE = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The fate of one key.
+
+    `to` is our key. `why` is the reason for what is left out, changed or refused; `todo` what the user can do instead.
+    `read` turns the value into ours. A `joint` row is read together with others, by its tool's `finish`. `off` are
+    further values of a refused key that ask for nothing.
+    """
+
+    fate: Fate
+    to: str = ""
+    why: str = ""
+    todo: str = ""
+    read: Reading | None = None
+    joint: bool = False
+    off: tuple[Any, ...] = ()
+
+
+def to(key: str, read: Reading | None = None, why: str = "", todo: str = "") -> Row:
+    """The key is `key` here."""
+    return Row("mapped", key, why, todo or f"set {key} in a YAML of ours", read)
+
+
+def joint(key: str, why: str = "", todo: str = "") -> Row:
+    """The key has its part in `key`, together with others."""
+    return Row("mapped", key, why, todo, joint=True)
+
+
+def left(why: str) -> Row:
+    """The key changes nothing that is learned."""
+    return Row("left out", why=why)
+
+
+def changed(why: str, off: tuple[Any, ...] = ()) -> Row:
+    """The key's work is done in another way here."""
+    return Row("changed", why=why, off=off)
+
+
+def refused(why: str, todo: str, off: tuple[Any, ...] = ()) -> Row:
+    """The key changes what is learned and cannot be had here, unless its value asks for nothing."""
+    return Row("refused", why=why, todo=todo, off=off)
+
+
+def rows(row: Row, *keys: str) -> dict[str, Row]:
+    """The same fate for several keys."""
+    return dict.fromkeys(keys, row)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A key that stops the import: what it is, why, and what to do."""
+
+    key: str
+    why: str
+    todo: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.why}; {self.todo}"
+
+
+@dataclass(slots=True)
+class Draft:
+    """A configuration of ours as it grows: `keys`, and for each the notes on where it came from.
+
+    `source` is their file as read (null keys taken out), `home` the folders its relative paths may start from.
+    """
+
+    tool: str
+    kind: Kind
+    source: Mapping[str, Any]
+    home: tuple[Path, ...]
+    keys: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    came_from: dict[str, str] = field(default_factory=dict)
+    other: list[tuple[str, str]] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+
+    def put(self, ours: str, value: Any, key: str, note: str = "") -> None:
+        """Set our key from theirs. A second, different value for it is refused."""
+        info = keys_of(STAGE_KEYS[self.kind])[ours]
+        value = _as_number(value, info.annotation)
+        if ours in self.keys and self.keys[ours] != value:
+            text = f"{show(value)} stands against {ours}: {show(self.keys[ours])} from {self.came_from[ours]}"
+            self.refuse(key, text, "keep one of the two")
+            return
+        default = "" if info.required or show(value) != info.default else "the default here"
+        text = "; ".join(part for part in (f"mapped from {key}", note, default) if part)
+        self.keys[ours] = value
+        self.came_from[ours] = key
+        self.notes.setdefault(ours, []).append(text)
+
+    def assume(self, ours: str, value: Any) -> None:
+        """What the tool does where its file says nothing, and we would not."""
+        if ours not in self.keys and ours in keys_of(STAGE_KEYS[self.kind]):
+            self.keys[ours] = value
+            self.came_from[ours] = f"{self.tool}'s default"
+            self.notes[ours] = [f"{self.tool}'s default; here it is {keys_of(STAGE_KEYS[self.kind])[ours].default}"]
+
+    def leave(self, key: str, why: str) -> None:
+        self.other.append((key, f"left out because {why}"))
+
+    def change(self, key: str, why: str) -> None:
+        self.other.append((key, f"changed because {why}"))
+
+    def refuse(self, key: str, why: str, todo: str) -> None:
+        self.refusals.append(Refusal(key, why, todo))
+
+    def asks(self, key: str) -> bool:
+        """Whether their file switches `key` on."""
+        return not is_off(self.source.get(key))
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """Another tool: its keys and their fates, what it does where nothing is said, and how its stage is told.
+
+    `stage` returns the kind, or the refusal of a method we lack. `finish` reads what several keys say together.
+    `marks` are keys by which a file of this tool is known.
+    """
+
+    name: str
+    rows: Mapping[str, Row]
+    stage: Callable[[Mapping[str, Any]], Kind | Refusal]
+    finish: Callable[[Draft], None]
+    marks: frozenset[str]
+    defaults: Callable[[Draft], Mapping[str, Any]] = lambda draft: {}
+    unless_foreign: Sequence[str] = ()
+
+
+def is_off(value: Any) -> bool:
+    return any(value == off and isinstance(value, bool) == isinstance(off, bool) for off in (*OFF, 0.0))
+
+
+def convert(
+    tool: Tool, source: Mapping[str, Any], nulls: Sequence[str], home: tuple[Path, ...], kind: Kind | None = None
+) -> Draft:
+    """Every key of `source` with its fate. Refusals are in the draft."""
+    stage = tool.stage(source) if kind is None else kind
+    draft = Draft(tool.name, "sft" if isinstance(stage, Refusal) else stage, source, home)
+    if isinstance(stage, Refusal):
+        draft.refusals.append(stage)
+        return draft
+    for key in nulls:
+        draft.leave(key, "it is unset, so the default applies")
+    for key, value in source.items():
+        row = tool.rows.get(key)
+        if row is None:
+            close = did_you_mean(key, tool.rows)
+            todo = (
+                f"take it out if nothing that is learned depends on it, else set what it does in a YAML of ours{close}"
+            )
+            draft.refuse(key, f"no key of {tool.name}'s that is known here; it may change what is learned", todo)
+        elif not row.joint:
+            _follow(row, key, value, draft)
+    tool.finish(draft)
+    for ours, value in tool.defaults(draft).items():
+        draft.assume(ours, value)
+    return draft
+
+
+def _follow(row: Row, key: str, value: Any, draft: Draft) -> None:
+    if row.fate in ("changed", "refused") and (is_off(value) or value in row.off):
+        draft.leave(key, f"{show_short(value)} asks for nothing that is not so here")
+    elif row.fate == "left out":
+        draft.leave(key, row.why)
+    elif row.fate == "changed":
+        draft.change(key, row.why)
+    elif row.fate == "refused":
+        draft.refuse(key, f"{show_short(value)}: {row.why}", row.todo)
+    elif row.to not in keys_of(STAGE_KEYS[draft.kind]):
+        draft.leave(key, f"it plays no part in {draft.kind}")
+    else:
+        _map(row, key, value, draft)
+
+
+def _map(row: Row, key: str, value: Any, draft: Draft) -> None:
+    try:
+        ours = value if row.read is None else _read(row.read, value)
+    except (KeyError, TypeError, ValueError):
+        draft.refuse(key, f"{show_short(value)} has no counterpart here", row.todo)
+        return
+    note = row.why if show(ours) == show(value) else "; ".join(filter(None, (f"{show_short(value)} there", row.why)))
+    draft.put(row.to, ours, key, note)
+
+
+def _read(reading: Reading, value: Any) -> Any:
+    return reading(value) if callable(reading) else reading[value]
+
+
+def _as_number(value: Any, annotation: Any) -> Any:
+    """Text that is a number, where a number is expected: YAML 1.1 reads `2e-5` as text."""
+    kinds = arms(annotation)
+    if isinstance(value, str) and str not in kinds and {int, float} & set(kinds):
+        value = plain_scalar(value)
+    if isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
+        value = int(value)
+    return value
+
+
+def number(value: Any) -> float:
+    """Raises: ValueError."""
+    return float(plain_scalar(value)) if isinstance(value, str) else float(value)
+
+
+def flag(value: Any) -> bool:
+    """Raises: KeyError."""
+    return {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}[str(value).lower()]
+
+
+def one_of(*values: str) -> Reading:
+    """Values that are the same here."""
+    return {value: value for value in values}
+
+
+def choices(key: str, kind: Kind) -> tuple[str, ...]:
+    return tuple(
+        choice for arm in arms(keys_of(STAGE_KEYS[kind])[key].annotation) for choice in get_args(arm) or () if choice
+    )
+
+
+def names(value: Any) -> list[str]:
+    """A list, or names with commas or blanks between them."""
+    if isinstance(value, str):
+        return [part for part in value.replace(",", " ").split() if part]
+    return [str(part) for part in value]
+
+
+def show_short(value: Any) -> str:
+    text = show(value)
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
+
+
+def raise_if_refused(draft: Draft, place: Path) -> None:
+    """Raises: ConfigError with a line per refusal."""
+    if draft.refusals:
+        lines = [f"{place}: {refusal}" for refusal in draft.refusals]
+        raise ConfigError("\n".join(dict.fromkeys(lines)))

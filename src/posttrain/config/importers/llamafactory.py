@@ -1,0 +1,293 @@
+"""LLaMA-Factory's YAML: the fate of every key. Data names are looked up in `dataset_info.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from posttrain.config.importers.fates import (
+    Draft,
+    Kind,
+    Refusal,
+    Row,
+    Tool,
+    changed,
+    flag,
+    joint,
+    left,
+    names,
+    refused,
+    rows,
+    to,
+)
+from posttrain.config.importers.llamafactory_data import read_datasets
+from posttrain.config.importers.templates import named_template
+from posttrain.config.importers.values import (
+    GENERATION,
+    KERNELS,
+    LOADING,
+    MEMORY,
+    OWN_LOOP,
+    PADDING,
+    PROCESSES,
+    SAVING,
+    TRACKING,
+    TRAINER,
+    adapter_defaults,
+    cadence,
+    warmup,
+)
+
+_OTHER = "train with LLaMA-Factory"
+_WEIGHTS = "take it out to train all weights, or set finetuning_type: lora"
+_OPTIMIZER = "take it out to train with AdamW, or " + _OTHER
+_IMAGES = "it is about images, video and audio, and rows are text here"
+
+ROWS: dict[str, Row] = {
+    **TRAINER,
+    **rows(left(TRACKING), "plot_loss", "use_swanlab", "swanlab_project", "swanlab_workspace", "swanlab_run_name", "swanlab_mode", "swanlab_api_key", "swanlab_logdir",
+           "swanlab_lark_webhook_url", "swanlab_lark_secret", "include_effective_tokens_per_second", "print_param_status", "wandb_project", "trackio_project"),
+    **rows(left(LOADING), "overwrite_cache", "buffer_size", "tokenized_path", "cache_dir", "preprocessing_batch_size", "preprocessing_num_workers", "media_dir", "data_shared_file_system"),
+    **rows(left(KERNELS), "flash_attn", "enable_liger_kernel", "use_unsloth", "use_unsloth_gc", "use_v1_kernels", "use_kernels", "use_kv_cache", "fused_linear_cross_entropy"),
+    **rows(left(MEMORY), "low_cpu_mem_usage", "use_reentrant_gc", "upcast_layernorm", "upcast_lmhead_output", "offload_folder", "use_kt", "kt_config", "kt_cpu_activation",
+           "kt_mode", "kt_optimize_rule", "kt_maxlen", "kt_use_cuda_graph", "kt_force_think", "cpu_infer", "chunk_size", "mode", "ref_model_quantization_bit_hint"),
+    **rows(left(PROCESSES), "ray_num_workers", "sequence_parallel_size", "sequence_parallel_mode", "use_mca", "master_addr", "master_port"),
+    **rows(left(GENERATION), "eval_num_beams", "predict_with_generate", "compute_accuracy", "eval_on_each_dataset", "do_sample", "temperature", "top_p", "top_k", "num_beams",
+           "max_length", "max_new_tokens", "repetition_penalty", "length_penalty", "skip_special_tokens", "infer_backend", "infer_dtype", "vllm_maxlen", "vllm_gpu_util",
+           "vllm_enforce_eager", "vllm_max_lora_rank", "vllm_config", "sglang_maxlen", "sglang_mem_fraction", "sglang_tp_size", "sglang_config", "sglang_lora_backend",
+           "per_device_eval_batch_size", "generation_max_length", "generation_num_beams", "task", "task_dir", "lang", "n_shot", "save_dir", "default_system_hint", "enable_thinking_hint"),
+    **rows(left(_IMAGES), "image_max_pixels", "image_min_pixels", "image_do_pan_and_scan", "crop_to_patches", "video_max_pixels", "video_min_pixels", "video_fps", "video_maxlen",
+           "use_audio_in_video", "audio_sampling_rate", "freeze_vision_tower", "freeze_multi_modal_projector"),
+    **rows(left(SAVING), "export_dir", "export_size", "export_device", "export_quantization_bit", "export_quantization_dataset", "export_quantization_nsamples",
+           "export_quantization_maxlen", "export_legacy_format", "export_hub_model_id", "ms_hub_token", "om_hub_token", "pissa_convert"),
+    **rows(left("the tokenizer of the model's folder is used"), "use_fast_tokenizer"),
+    "ignore_pad_token_for_loss": left(PADDING),
+    "model_name_or_path": to("base_model"),
+    "model_revision": to("revision"),
+    "adapter_name_or_path": refused("a stage does not start from an adapter", "merge it first (`posttrain merge`) and name the merged folder as base_model"),
+    **rows(left("it is read with adapter_name_or_path only"), "adapter_folder", "create_new_adapter"),
+    "stage": joint("loss_type"),
+    "finetuning_type": joint("adapter"),
+    "template": joint("chat_template"),
+    "dataset": joint("datasets"),
+    "eval_dataset": joint("eval_datasets"),
+    "dataset_dir": joint("datasets"),
+    "max_samples": joint("datasets"),
+    "mix_strategy": joint("datasets"),
+    "interleave_probs": joint("datasets"),
+    "cutoff_len": to("sequence_len"),
+    "val_size": to("val_size"),
+    "streaming": refused("rows are not streamed here", "take it out: the rows are read whole"),
+    "packing": joint("packing"),
+    "neat_packing": joint("packing"),
+    "train_on_prompt": joint("train_on"),
+    "mask_history": joint("train_on"),
+    "tool_format": refused("tools are written by the chat template", "take it out if the template writes them as you wish"),
+    "default_system": refused("no system message is added to rows", "write it into the rows"),
+    "enable_thinking": joint("chat_template"),
+    "preserve_thinking": refused("the chat template decides which thinking is kept", "take it out"),
+    "disable_shuffling": refused("rows are always shuffled here", "take it out"),
+    "lora_rank": to("lora_r"),
+    "lora_alpha": to("lora_alpha"),
+    "lora_dropout": to("lora_dropout"),
+    "lora_target": joint("lora_target"),
+    "additional_target": to("lora_modules_to_save", names),
+    "use_rslora": to("use_rslora", flag),
+    "use_dora": to("use_dora", flag),
+    "pissa_init": joint("init_lora_weights"),
+    "pissa_iter": joint("init_lora_weights"),
+    "loraplus_lr_ratio": refused("both matrices of the adapter have one learning rate here (no LoRA+)", "take it out"),
+    "loraplus_lr_embedding": left("it is read with loraplus_lr_ratio only"),
+    "quantization_bit": joint("adapter"),
+    "quantization_method": refused("only bitsandbytes quantises here", "set bnb", ("bnb", "bitsandbytes")),
+    "quantization_type": to("bnb_4bit_quant_type"),
+    "double_quantization": to("bnb_4bit_use_double_quant", flag),
+    "quantization_device_map": left(MEMORY),
+    **rows(refused("training in 8-bit floats gives other numbers", "take it out to train in bfloat16"), "fp8"),
+    **rows(left("it is read with fp8 only"), "fp8_backend", "fp8_enable_fsdp_float8_all_gather"),
+    "pure_bf16": changed("what is trained keeps float32 masters, and computes in bfloat16"),
+    "bf16": to("bf16", flag),
+    "disable_gradient_checkpointing": joint("gradient_checkpointing"),
+    "gradient_checkpointing": joint("gradient_checkpointing"),
+    "learning_rate": TRAINER["learning_rate"],
+    "freeze_language_model": refused("parameters are not frozen by name here", _WEIGHTS),
+    **rows(left("it is read with finetuning_type: freeze only"), "freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
+    **rows(left("it is read with finetuning_type: oft only"), "oft_rank", "oft_block_size", "oft_target", "module_dropout"),
+    "use_llama_pro": refused("layers are not added to a model here", _WEIGHTS),
+    "mixture_of_depths": refused("a model's architecture is not changed here", "take it out"),
+    "shift_attn": refused("shifted sparse attention gives other numbers than attention does", "take it out"),
+    "rope_scaling": refused("positions are encoded as the model's config says", "write it into the config.json of a copy of the model"),
+    "moe_aux_loss_coef": refused("the routers' loss has the weight that the model's config gives it", "set router_aux_loss_coef in the config.json of a copy"),
+    "train_from_scratch": refused("training starts from the weights of base_model", _OTHER),
+    "resize_vocab": changed("only tokens that are added get rows"),
+    "split_special_tokens": refused("special tokens in texts are not taken apart", "take it out"),
+    "add_tokens": to("added_tokens", names),
+    "add_special_tokens": to("added_tokens", names),
+    "new_special_tokens_config": refused("added tokens start as the mean of the others", "set add_tokens"),
+    "init_special_tokens": changed("added tokens start as the mean of the others", ("noise_init",)),
+    "kt_weight_path": refused("weights that are stored in another form are not read", "name a base_model in 16 bits"),
+    "kt_non_expert_weight_path": refused("weights that are stored in another form are not read", "name a base_model in 16 bits"),
+    **rows(refused("there is no such optimizer here", _OPTIMIZER), "use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon"),
+    **rows(left("it is read with use_galore only"), "galore_target", "galore_rank", "galore_update_interval", "galore_scale", "galore_proj_type", "galore_layerwise"),
+    **rows(left("it is read with use_apollo only"), "apollo_target", "apollo_rank", "apollo_update_interval", "apollo_scale", "apollo_proj", "apollo_proj_type", "apollo_layerwise",
+           "apollo_scale_front"),
+    **rows(left("it is read with use_badam only"), "badam_mode", "badam_start_block", "badam_switch_mode", "badam_switch_interval", "badam_update_ratio", "badam_mask_mode", "badam_verbose"),
+    "use_dft_loss": joint("loss_type"),
+    **rows(refused("another objective than cross-entropy and DFT", "take it out, or " + _OTHER), "use_asft_loss", "use_eaft_loss"),
+    "asft_alpha": left("it is read with use_asft_loss only"),
+    "eaft_alpha": left("it is read with use_eaft_loss only"),
+    "pref_beta": to("beta"),
+    "pref_loss": joint("loss_type"),
+    "pref_ftx": to("rpo_alpha"),
+    "pref_bco_weight": refused("a classifier's loss (BCO) is not added to DPO's", "take it out"),
+    "dpo_label_smoothing": to("label_smoothing"),
+    "simpo_gamma": to("simpo_gamma"),
+    "kto_chosen_weight": to("desirable_weight"),
+    "kto_rejected_weight": to("undesirable_weight"),
+    "ld_alpha": refused("lengths are not weighed (LD-DPO) here", "take it out"),
+    "ref_model": refused("the reference is the model the stage starts from", "take it out"),
+    **rows(left("it is read with ref_model only"), "ref_model_adapters", "ref_model_quantization_bit"),
+    "reward_model": refused("reward models are neither trained nor asked here", _OTHER),
+    **rows(left("it is read with reward_model only"), "reward_model_adapters", "reward_model_quantization_bit", "reward_model_type"),
+    **rows(left("it is read with stage: ppo only"), "ppo_buffer_size", "ppo_epochs", "ppo_score_norm", "ppo_target", "ppo_whiten_rewards"),
+    "warmup_steps": joint("warmup_steps"),
+    "save_steps": joint("save_steps"),
+    "save_strategy": joint("save_steps"),
+    "eval_steps": joint("eval_steps"),
+    "eval_strategy": joint("eval_steps"),
+    "evaluation_strategy": joint("eval_steps"),
+    **rows(left(OWN_LOOP), "early_stopping_steps_hint"),
+}  # fmt: skip
+
+_LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
+
+
+def stage(source: Mapping[str, Any]) -> Kind | Refusal:
+    asked = source.get("stage", "sft")
+    known: dict[str, Kind] = {"sft": "sft", "dpo": "dpo", "kto": "dpo"}
+    if asked in known:
+        return known[asked]
+    why = {"pt": "pre-training on running text", "rm": "reward models", "ppo": "PPO with a reward model"}.get(
+        asked, "it"
+    )
+    return Refusal("stage", f"{asked}: {why} is not done here", f"set stage: sft, dpo or kto, or {_OTHER}")
+
+
+def finish(draft: Draft) -> None:
+    _adapter(draft)
+    read_datasets(draft)
+    _template(draft)
+    _trained(draft)
+    _loss(draft)
+    _memory(draft)
+    warmup(draft)
+    best = draft.asks("load_best_model_at_end")
+    cadence(draft, "save", "save_steps", best)
+    cadence(draft, "eval", "eval_steps", best)
+
+
+def _adapter(draft: Draft) -> None:
+    kind, bits = draft.source.get("finetuning_type", "lora"), draft.source.get("quantization_bit")
+    if kind not in ("lora", "full"):
+        draft.refuse("finetuning_type", f"{kind}: weights are trained whole or by LoRA here", "set lora or full")
+        return
+    if bits not in (None, 4):
+        draft.refuse("quantization_bit", f"{bits}: the frozen base is kept in 4 bits or in 16", "set 4, or take it out")
+    adapter = "none" if kind == "full" else "qlora" if bits == 4 else "lora"
+    key = "finetuning_type" if "finetuning_type" in draft.source else "LLaMA-Factory's default"
+    draft.put("adapter", adapter, key, f"{kind} there" if adapter != kind else "")
+    if bits == 4:
+        draft.leave("quantization_bit", "adapter: qlora says it")
+    target = draft.source.get("lora_target", "all")
+    if adapter != "none":
+        text = target if isinstance(target, list) else names(target)
+        draft.put(
+            "lora_target",
+            "all-linear" if text == ["all"] else text,
+            "lora_target",
+            "all there" if text == ["all"] else "",
+        )
+    elif "lora_target" in draft.source:
+        draft.leave("lora_target", "there is no adapter")
+    _pissa(draft, adapter)
+
+
+def _pissa(draft: Draft, adapter: str) -> None:
+    if draft.asks("pissa_init") and adapter != "none":
+        rounds = draft.source.get("pissa_iter", 16)
+        draft.put("init_lora_weights", "pissa" if rounds == -1 else f"pissa_niter_{rounds}", "pissa_init")
+    elif "pissa_init" in draft.source:
+        draft.leave("pissa_init", "it is off")
+    if "pissa_iter" in draft.source:
+        draft.leave("pissa_iter", "it is read with pissa_init only, and then stands in init_lora_weights")
+
+
+def _template(draft: Draft) -> None:
+    name, thinking = draft.source.get("template"), draft.source.get("enable_thinking")
+    if thinking is not None:
+        draft.put("chat_template_kwargs", {"enable_thinking": thinking}, "enable_thinking")
+    if name is None:
+        draft.change("template", "none is named, so the tokenizer's own is used")
+    else:
+        named_template(draft, "template", str(name))
+
+
+def _trained(draft: Draft) -> None:
+    for key, ours in (("train_on_prompt", "all"), ("mask_history", "last")):
+        if draft.asks(key) and draft.kind == "sft":
+            draft.put("train_on", ours, key)
+        elif key in draft.source:
+            draft.leave(key, "it is off" if not draft.asks(key) else f"it plays no part in {draft.kind}")
+    for key in ("packing", "neat_packing"):
+        if draft.asks(key) and draft.kind == "sft":
+            note = (
+                "" if key == "neat_packing" or draft.asks("neat_packing") else "packed rows never see each other here"
+            )
+            draft.put("packing", True, key, note)
+        elif key in draft.source:
+            draft.leave(key, "it is off" if not draft.asks(key) else f"it plays no part in {draft.kind}")
+
+
+def _loss(draft: Draft) -> None:
+    asked, loss = draft.source.get("stage", "sft"), draft.source.get("pref_loss", "sigmoid")
+    if asked == "kto":
+        draft.put("loss_type", "kto", "stage")
+    elif asked == "dpo" and loss not in _LOSSES:
+        draft.refuse("pref_loss", f"{loss} has no counterpart here", "set one of " + ", ".join(_LOSSES))
+    elif asked == "dpo":
+        draft.put("loss_type", _LOSSES[loss], "pref_loss" if "pref_loss" in draft.source else "stage")
+    elif "stage" in draft.source:
+        draft.leave("stage", "sft: it is run by `posttrain sft`")
+    if asked != "dpo" and "pref_loss" in draft.source:
+        draft.leave("pref_loss", f"it plays no part in {asked}")
+    if draft.asks("use_dft_loss") and draft.kind == "sft":
+        draft.put("loss_type", "dft", "use_dft_loss")
+    elif "use_dft_loss" in draft.source:
+        draft.leave("use_dft_loss", "it is off")
+
+
+def _memory(draft: Draft) -> None:
+    off = draft.asks("disable_gradient_checkpointing")
+    if off or "disable_gradient_checkpointing" in draft.source:
+        draft.put("gradient_checkpointing", not off, "disable_gradient_checkpointing")
+    elif "gradient_checkpointing" in draft.source:
+        draft.put("gradient_checkpointing", flag(draft.source["gradient_checkpointing"]), "gradient_checkpointing")
+        return
+    if "gradient_checkpointing" in draft.source:
+        draft.leave("gradient_checkpointing", "disable_gradient_checkpointing decides")
+
+
+def defaults(draft: Draft) -> Mapping[str, Any]:
+    """What LLaMA-Factory does where its file is silent."""
+    return {
+        "overflow": "truncate", "learning_rate": 5e-5, "num_train_epochs": 3.0, "lr_scheduler_type": "linear",
+        "per_device_train_batch_size": 8, "gradient_checkpointing": True, "bf16": False, "beta": 0.1,
+        **adapter_defaults(draft, 8, lambda rank: 2 * rank),
+    }  # fmt: skip
+
+
+LLAMAFACTORY = Tool(
+    "LLaMA-Factory", ROWS, stage, finish,
+    frozenset({"finetuning_type", "template", "cutoff_len", "stage", "dataset_dir", "do_train", "plot_loss", "overwrite_cache", "pref_beta", "lora_rank"}),
+    defaults,
+)  # fmt: skip

@@ -1,0 +1,157 @@
+"""Values that several tools share: optimizers, schedules, and reasons that hold for all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from posttrain.config.importers.fates import Draft, Reading, Row, changed, left, number, refused, rows, to
+
+OPTIMIZERS = {
+    **dict.fromkeys(
+        ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_xla", "paged_adamw",
+         "paged_adamw_32bit", "AdamW", "torch.optim.AdamW"), "adamw"),
+    **dict.fromkeys(
+        ("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit", "ao_adamw_8bit", "paged_adamw_8bit", "adamw_torch_4bit",
+         "ao_adamw_4bit", "bitsandbytes.optim.PagedAdamW8bit", "bitsandbytes.optim.AdamW8bit", "torchao.optim.AdamW8bit"),
+        "adamw_8bit"),
+}  # fmt: skip
+"""Their optimizer → ours. Paging, fusing and where the states lie change no number; states of 4 bits are kept in 8."""
+
+SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+    "warmup_stable_decay": "wsd",
+    "cosine_with_min_lr": "cosine",
+}
+OVERFLOW = {"drop": "drop", "truncate": "truncate", "raise": "error"}
+GRADIENT_CHECKPOINTING: Reading = {
+    True: True, False: False, "true": True, "false": False, "offload": True, "offload_disk": True, "unsloth": True,
+}  # fmt: skip
+BF16 = {"auto": "auto", True: True, False: False, "full": True, "true": True, "false": False}
+
+MEMORY = "it says where numbers lie or how they are computed, and not which"
+PROCESSES = "torchrun starts the processes here, and FSDP2 shards; which process holds what changes no number"
+TRACKING = "every run writes metrics.jsonl; who else is told of them changes nothing that is learned"
+LOADING = "it says how fast rows are read, and not which"
+SAVING = "it says what is written down, and not what is learned"
+PADDING = "nothing is padded here"
+HUB = "nothing is uploaded by a run; push the finished model folder yourself"
+KERNELS = "attention and kernels are chosen for the machine here"
+GENERATION = "it is about answers while validating, not about training"
+OWN_LOOP = "it belongs to their training loop; ours is the same for every run"
+
+_SET = "set it in a YAML of ours if a stage here has it, or train with the other tool"
+_NO_LOSS = "take it out to train with plain cross-entropy, or train with the other tool"
+_NO_FREEZE = "train all weights (take it out), or use adapter: lora with lora_target"
+
+TRAINER: dict[str, Row] = {
+    **rows(left(TRACKING), "report_to", "run_name", "logging_dir", "logging_first_step", "logging_strategy", "logging_nan_inf_filter",
+           "log_level", "log_level_replica", "log_on_each_node", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
+           "include_num_input_tokens_seen", "include_tokens_per_second", "disable_tqdm", "skip_memory_metrics", "log_completions",
+           "num_completions_to_print", "wandb_log_unique_prompts", "wandb_entity", "wandb_project", "wandb_run_group",
+           "log_unique_prompts", "log_completions_hub_repo"),
+    **rows(left(LOADING), "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers",
+           "dataset_num_proc", "preprocessing_num_workers", "remove_unused_columns", "dataset_text_field_num_proc", "preprocessing_batch_size"),
+    **rows(left(SAVING), "save_only_model", "save_safetensors", "save_on_each_node", "overwrite_output_dir", "enable_jit_checkpoint",
+           "save_total_limit_best", "include_for_metrics", "eval_on_start", "eval_delay", "eval_accumulation_steps", "prediction_loss_only",
+           "batch_eval_metrics", "include_inputs_for_metrics", "per_device_eval_batch_size", "eval_batch_size", "restore_callback_states_from_checkpoint"),
+    **rows(left(HUB), "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision",
+           "push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token", "push_dataset_to_hub", "hf_hub_token", "hf_use_auth_token"),
+    **rows(left(PROCESSES), "deepspeed", "fsdp", "fsdp_config", "fsdp_version", "fsdp_min_num_params", "fsdp_transformer_layer_cls_to_wrap",
+           "ddp_timeout", "ddp_backend", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "local_rank", "accelerator_config",
+           "parallelism_config", "average_tokens_across_devices", "use_cpu", "no_cuda", "use_mps_device", "ray_scope", "ray_run_name", "ray_storage_path",
+           "ray_num_workers", "resources_per_worker", "placement_strategy", "ray_init_kwargs", "ds3_gather_for_generation"),
+    **rows(left(MEMORY), "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps", "gradient_checkpointing_kwargs",
+           "use_cache", "torchdynamo", "activation_offloading", "low_cpu_mem_usage", "device_map", "max_memory", "use_reentrant_gc"),
+    **rows(left(KERNELS), "attn_implementation", "use_liger_kernel", "use_liger_loss", "liger_kernel_config", "flash_attn", "use_flash_attention_2"),
+    **rows(left(OWN_LOOP), "do_train", "do_eval", "do_predict", "past_index", "label_names", "full_determinism", "jit_mode_eval", "debug", "tpu_num_cores",
+           "ignore_data_skip", "dataloader_drop_last", "split_batches", "half_precision_backend", "fp16_backend", "fp16_opt_level", "use_legacy_prediction_loop",
+           "auto_find_batch_size", "disable_dropout", "data_seed", "optim_target_modules_verbose", "train_sampling_strategy"),
+    "resume_from_checkpoint": left("a run that is started again goes on by itself"),
+    "group_by_length": changed("rows come in a shuffled order here; nothing is padded, so sorting them by length saves nothing"),
+    "length_column_name": left("rows are not sorted by length here"),
+    "learning_rate": to("learning_rate", number),
+    "num_train_epochs": to("num_train_epochs"),
+    "gradient_accumulation_steps": to("gradient_accumulation_steps"),
+    "per_device_train_batch_size": to("per_device_train_batch_size"),
+    "weight_decay": to("weight_decay", number),
+    "adam_beta1": to("adam_beta1"),
+    "adam_beta2": to("adam_beta2"),
+    "adam_epsilon": to("adam_epsilon", number),
+    "max_grad_norm": to("max_grad_norm"),
+    "max_steps": to("max_steps", lambda value: -1 if number(value) <= 0 else int(number(value))),
+    "lr_scheduler_type": to("lr_scheduler_type", SCHEDULES, todo="set lr_scheduler_type: cosine, linear, constant or wsd"),
+    "warmup_ratio": to("warmup_ratio"),
+    "optim": to("optim", OPTIMIZERS, todo="set optim: adamw or adamw_8bit"),
+    "optim_args": refused("options of an optimizer are not passed on", "set adam_beta1, adam_beta2, adam_epsilon or weight_decay"),
+    "optim_target_modules": refused("it trains these modules by another optimizer", "take it out, or set adapter: lora"),
+    "logging_steps": to("logging_steps", lambda value: max(1, int(number(value)))),
+    "seed": to("seed"),
+    "output_dir": to("output_dir"),
+    "bf16": to("bf16", BF16),
+    "fp16": changed("there is no float16 training here: bf16: auto takes bfloat16 where the machine has it, and float32 elsewhere"),
+    "bf16_full_eval": left(GENERATION),
+    "fp16_full_eval": left(GENERATION),
+    "gradient_checkpointing": to("gradient_checkpointing", GRADIENT_CHECKPOINTING),
+    "trust_remote_code": to("trust_remote_code"),
+    "label_smoothing_factor": refused("cross-entropy is not smoothed here", _NO_LOSS),
+    "neftune_noise_alpha": refused("noise on the embeddings (NEFTune) is not added here", "take it out, or train with the other tool"),
+    "load_best_model_at_end": to("load_best_model_at_end"),
+    "metric_for_best_model": refused("the best checkpoint is that of the lowest validation loss here", "set eval_loss, or take it out", ("loss", "eval_loss")),
+    "greater_is_better": refused("the best checkpoint is that of the lowest validation loss here", "take it out"),
+    "early_stopping_patience": refused("a run is not stopped early here", "set max_steps, or load_best_model_at_end: true, which ends with the best checkpoint"),
+    "early_stopping_steps": refused("a run is not stopped early here", "set max_steps, or load_best_model_at_end: true"),
+    "lr_scheduler_kwargs": refused("options of a schedule are not passed on", "set min_lr_ratio, warmup_steps or lr_scheduler_type"),
+    "save_total_limit": to("save_total_limit"),
+    "stop_at_max_steps": left(OWN_LOOP),
+}  # fmt: skip
+"""Keys of transformers' TrainingArguments, which most tools pass on."""
+
+
+def warmup(draft: Draft, key: str = "warmup_steps") -> None:
+    """Below 1 it is a share of the steps, as in transformers."""
+    value = draft.source.get(key)
+    if value is None:
+        return
+    amount = number(value)
+    if 0 < amount < 1:
+        draft.put("warmup_ratio", amount, key, "below 1 it is a share of the steps")
+    else:
+        draft.put("warmup_steps", int(amount), key)
+
+
+def cadence(draft: Draft, what: str, ours: str, needs: bool) -> None:
+    """`save_steps` and `eval_steps`, or how often per epoch. `needs` says that the result depends on it."""
+    steps, strategy, per_epoch = f"{what}_steps", f"{what}_strategy", f"{what}s_per_epoch"
+    chosen = str(draft.source.get(strategy) or draft.source.get("evaluation_strategy") or "steps")
+    value = draft.source.get(steps)
+    if strategy in draft.source:
+        draft.leave(strategy, f"{ours} says when, and at the end it is always done")
+    if per_epoch in draft.source:
+        _when(draft, per_epoch, needs, "an epoch's steps are known only with the data")
+    if value is None or chosen in ("no", "epoch", "best"):
+        if chosen in ("epoch", "best") and needs:
+            draft.refuse(strategy, f"{chosen}: the best checkpoint depends on when is measured", f"set {steps}")
+        if value is not None:
+            draft.leave(steps, f"{strategy} is {chosen}")
+    elif 0 < number(value) < 1:
+        _when(draft, steps, needs, "a share of the steps is known only with the data")
+    else:
+        draft.put(ours, max(0, int(number(value))), steps)
+
+
+def _when(draft: Draft, key: str, needs: bool, why: str) -> None:
+    if needs and draft.asks(key):
+        draft.refuse(key, f"{draft.source[key]}: {why}, and the best checkpoint depends on it", "set it in steps")
+    else:
+        draft.leave(key, f"{why}; it is done at the end in any case, and nothing that is learned depends on it")
+
+
+def adapter_defaults(draft: Draft, rank: int, alpha: Any, dropout: float = 0.0) -> dict[str, Any]:
+    """Rank, alpha and dropout where there is an adapter and nothing is said of them."""
+    if draft.keys.get("adapter", "none") == "none":
+        return {}
+    scale = alpha(draft.keys.get("lora_r", rank)) if callable(alpha) else alpha
+    return {"lora_r": rank, "lora_alpha": scale, "lora_dropout": dropout}

@@ -1,0 +1,49 @@
+"""A draft as YAML of ours, with a comment per key: where it came from, and what became of the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.importers.fates import Draft
+from posttrain.config.paths import make_relative
+from posttrain.config.schema import keys_of
+from posttrain.config.stages import STAGE_KEYS
+from posttrain.config.yaml_lines import dump_yaml
+
+_WIDTH = 118
+
+
+def to_yaml(draft: Draft, source: Path, folder: Path) -> str:
+    """The YAML, to stand in `folder`: paths of files are written relative to it."""
+    model = STAGE_KEYS[draft.kind]
+    data: dict[str, Any] = {key: draft.keys[key] for key in keys_of(model) if key in draft.keys}
+    make_relative(data, model, folder.resolve())
+    lines = [f"# {draft.tool}'s {source.name}, as `posttrain {draft.kind}` reads it."]
+    for key, value in data.items():
+        text = dump_yaml({key: value}).rstrip("\n")
+        comment = "; ".join(draft.notes[key])
+        if "\n" in text or len(text) + len(comment) + 4 > _WIDTH:
+            lines += [f"# {comment}", text]
+        else:
+            lines.append(f"{text}  # {comment}")
+    if draft.other:
+        lines += ["", "# The other keys of the file:"]
+        lines += [f"# {key}: {_one_line(text)}" for key, text in draft.other]
+    return "\n".join(lines) + "\n"
+
+
+def notes(draft: Draft) -> list[str]:
+    """What a reader should look at: what is changed, and the tool's defaults that are not ours."""
+    changed = [f"{key}: {text}" for key, text in draft.other if text.startswith("changed")]
+    assumed = [
+        f"{key}: {draft.keys[key]} ({text})"
+        for key, texts in draft.notes.items()
+        for text in texts
+        if "'s default;" in text
+    ]
+    return changed + assumed
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ")

@@ -1,0 +1,215 @@
+"""Files of other tools, all the way to a YAML that the strict loader takes."""
+
+import json
+
+import pytest
+
+from posttrain.config import load_stage
+from posttrain.config.importers.convert import import_file
+from posttrain.config.importers.read import TOOLS, read_foreign
+from posttrain.errors import ConfigError
+
+AXOLOTL = """\
+base_model: NousResearch/Llama-3.2-1B
+datasets: [{path: teknium/GPT4-LLM-Cleaned, type: alpaca}]
+val_set_size: 0.1
+adapter: qlora
+load_in_4bit: true
+load_in_8bit: false
+lora_r: 32
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_linear: true
+sequence_len: 2048
+sample_packing: true
+micro_batch_size: 2
+gradient_accumulation_steps: 4
+num_epochs: 1
+optimizer: adamw_bnb_8bit
+lr_scheduler: cosine
+learning_rate: 2e-4
+warmup_steps: 10
+wandb_project:
+bf16: auto
+flash_attention: true
+"""
+LLAMAFACTORY = """\
+model_name_or_path: Qwen/Qwen3-8B
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+dataset: mine
+template: qwen3
+cutoff_len: 1024
+learning_rate: 1.0e-4
+"""
+TRL_COMMAND = """\
+#!/bin/bash
+export A=b
+accelerate launch --num_processes 2 trl/scripts/dpo.py \\
+    --model_name_or_path Qwen/Qwen2-0.5B-Instruct \\
+    --dataset_name trl-lib/ultrafeedback_binarized \\
+    --learning_rate 5e-7 --per_device_train_batch_size=2 \\
+    --use_peft --lora_target_modules q_proj v_proj --beta 0.2
+"""
+
+
+@pytest.fixture
+def imported(tmp_path):
+    def run(text, name="theirs.yaml", **options):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / "mine.json").write_text("[]")
+        (tmp_path / "data" / "pairs.json").write_text("[]")
+        info = {
+            "mine": {"file_name": "mine.json", "columns": {"prompt": "q", "response": "a"}},
+            "pairs": {"file_name": "pairs.json", "ranking": True, "formatting": "sharegpt"},
+        }
+        (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+        (tmp_path / name).write_text(text)
+        out = tmp_path / "ours.yaml"
+        made = import_file(tmp_path / name, out, **options)
+        return made, load_stage(made.kind, out)
+
+    return run
+
+
+def test_an_axolotl_yaml_becomes_one_that_the_loader_takes(imported):
+    made, loaded = imported(AXOLOTL)
+    keys = loaded.keys
+    assert made.kind == "sft"
+    assert (keys.adapter, keys.lora_r, keys.lora_target) == ("qlora", 32, "all-linear")
+    assert (keys.per_device_train_batch_size, keys.gradient_accumulation_steps, keys.packing) == (2, 4, True)
+    assert (keys.optim, keys.val_size, keys.warmup_steps) == ("adamw_8bit", 0.1, 10)
+    assert not [note for note in loaded.notes if "read as" in note]
+
+
+def test_an_alpaca_row_is_written_as_axolotl_writes_it(imported):
+    source = imported(AXOLOTL)[1].keys.datasets[0]
+    assert source.type == "completion"
+    with_input, without = source.prompt_format
+    assert with_input.endswith("### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n")
+    assert without.endswith("request.\n\n### Instruction:\n{instruction}\n\n### Response:\n")
+
+
+def test_every_key_of_the_file_stands_in_the_comments(imported):
+    text = imported(AXOLOTL)[0].text
+    for line in AXOLOTL.splitlines():
+        key = line.partition(":")[0]
+        assert f"from {key}" in text or f"# {key}: " in text, key
+
+
+def test_the_comments_say_each_fate(imported):
+    text = imported(AXOLOTL)[0].text
+    assert "learning_rate: 0.0002  # mapped from learning_rate" in text
+    assert "bf16: auto  # mapped from bf16; the default here" in text
+    assert "# wandb_project: left out because it is unset, so the default applies" in text
+    assert "# flash_attention: left out because attention and kernels are chosen for the machine here" in text
+    assert "# load_in_8bit: left out because false asks for nothing" in text
+
+
+def test_llamafactory_data_is_looked_up_and_its_defaults_are_written_out(imported):
+    made, loaded = imported(LLAMAFACTORY)
+    assert loaded.keys.datasets[0].columns == {"instruction": "q", "output": "a"}
+    assert loaded.keys.datasets[0].path.endswith("data/mine.json")
+    assert "path: ./data/mine.json" in made.text
+    assert (loaded.keys.lora_alpha, loaded.keys.overflow, loaded.keys.num_train_epochs) == (16, "truncate", 3.0)
+    assert any("LLaMA-Factory's default" in note for note in made.notes)
+
+
+def test_a_trl_command_line_is_read_from_a_script(imported):
+    made, loaded = imported(TRL_COMMAND, "run.sh")
+    assert made.kind == "dpo"
+    assert (loaded.keys.beta, loaded.keys.learning_rate, loaded.keys.lora_target) == (0.2, 5e-7, ["q_proj", "v_proj"])
+    assert (loaded.keys.lora_dropout, loaded.keys.num_train_epochs) == (0.05, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [("", "sft"), ("rl: dpo", "dpo"), ("rl: kto", "dpo"), ("reward_model: false", "sft"), ("rl: false", "sft")],
+)
+def test_the_stage_comes_from_the_keys(tmp_path, line, kind):
+    (tmp_path / "a.yaml").write_text(AXOLOTL + line + "\n")
+    assert read_foreign(tmp_path / "a.yaml").convert().kind == kind
+
+
+@pytest.mark.parametrize(
+    ("line", "refusal"),
+    [
+        ("reward_model: true", "reward_model: true: reward models are not trained here; train with Axolotl"),
+        ("rl: ppo", "rl: ppo: no such method here; set rl: dpo"),
+        (
+            "processor_type: AutoProcessor",
+            "processor_type: AutoProcessor: images, audio and video are not trained here; name",
+        ),
+        ("neftune_noise_alpha: 5", "neftune_noise_alpha: 5: noise on the embeddings"),
+        (
+            "lora_model_dir: ./before",
+            "lora_model_dir: ./before: a stage does not start from an adapter; merge it first",
+        ),
+        (
+            "no_such_key: 3",
+            "no_such_key: no key of Axolotl's that is known here; it may change what is learned; take it out",
+        ),
+        (
+            "chat_template: chatml\ntest_datasets: [{path: a/b, type: nonsense}]",
+            "test_datasets.1.type: nonsense: a prompt style",
+        ),
+        ("plugins: [axolotl.integrations.kd.KDPlugin]", "plugins: axolotl.integrations.kd.KDPlugin: what it does"),
+    ],
+)
+def test_what_changes_what_is_learned_is_refused_with_what_to_do(tmp_path, line, refusal):
+    (tmp_path / "a.yaml").write_text(AXOLOTL + line + "\n")
+    with pytest.raises(ConfigError) as caught:
+        import_file(tmp_path / "a.yaml", tmp_path / "ours.yaml")
+    assert refusal in str(caught.value)
+    assert not (tmp_path / "ours.yaml").exists()
+
+
+@pytest.mark.parametrize("off", ["null", "false", "0", "0.0", "''", "[]"])
+def test_a_key_that_asks_for_nothing_is_no_obstacle(imported, off):
+    made, _ = imported(AXOLOTL + f"neftune_noise_alpha: {off}\nlora_model_dir: {off}\nrelora: {off}\n")
+    assert "# relora: left out" in made.text
+
+
+def test_two_keys_that_contradict_each_other_are_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text(AXOLOTL + "dpo_beta: 0.1\nrl_beta: 0.2\nrl: dpo\n")
+    with pytest.raises(ConfigError, match=r"rl_beta: 0.2 stands against beta: 0.1 from dpo_beta; keep one"):
+        import_file(tmp_path / "a.yaml", None)
+
+
+def test_preferences_for_another_stage_are_refused(imported):
+    with pytest.raises(ConfigError, match="it holds preferences and the stage is sft"):
+        imported(LLAMAFACTORY.replace("dataset: mine", "dataset: pairs"))
+
+
+def test_names_without_dataset_info_are_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text(LLAMAFACTORY + "dataset_dir: nowhere\n")
+    with pytest.raises(ConfigError, match=r"names in nowhere/dataset_info.json, which was not found"):
+        import_file(tmp_path / "a.yaml", None)
+
+
+def test_a_template_by_name_needs_a_model_that_carries_it(imported):
+    assert any("qwen3 is the format" in note for note in imported(LLAMAFACTORY)[0].notes)
+    with pytest.raises(
+        ConfigError, match="template: llama3: a template by name, and Qwen3-8B is not known to carry it"
+    ):
+        imported(LLAMAFACTORY.replace("template: qwen3", "template: llama3"))
+
+
+def test_a_file_of_no_tool_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("some: thing\n")
+    with pytest.raises(ConfigError, match="no key says which tool it is for"):
+        import_file(tmp_path / "a.yaml", None)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_the_tool_is_told_by_its_keys(tmp_path, tool):
+    texts = {
+        "axolotl": AXOLOTL,
+        "llamafactory": LLAMAFACTORY,
+        "trl": "model_name_or_path: a/b\ndataset_name: c/d\nmax_length: 9\n",
+    }
+    (tmp_path / "a.yaml").write_text(texts[tool])
+    assert read_foreign(tmp_path / "a.yaml").tool is TOOLS[tool]

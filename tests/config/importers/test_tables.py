@@ -1,0 +1,31 @@
+"""What holds of every tool's table."""
+
+import pytest
+
+from posttrain.config.importers.read import TOOLS
+from posttrain.config.schema import keys_of
+from posttrain.config.stages import STAGE_KEYS
+
+ROWS = [(tool, key, row) for tool in TOOLS.values() for key, row in tool.rows.items()]
+OURS = {key for model in STAGE_KEYS.values() for key in keys_of(model)}
+
+
+def test_no_key_is_called_without_effect_without_a_line_on_why():
+    silent = [
+        f"{tool.name} {key}" for tool, key, row in ROWS if row.fate in ("left out", "changed") and len(row.why) < 10
+    ]
+    assert silent == []
+
+
+def test_every_refusal_says_why_and_what_to_do():
+    silent = [f"{tool.name} {key}" for tool, key, row in ROWS if row.fate == "refused" and not (row.why and row.todo)]
+    assert silent == []
+
+
+def test_what_is_mapped_is_mapped_to_a_key_of_ours():
+    assert [f"{tool.name} {key}" for tool, key, row in ROWS if row.fate == "mapped" and row.to not in OURS] == []
+
+
+@pytest.mark.parametrize("tool", TOOLS.values(), ids=lambda tool: tool.name)
+def test_the_marks_of_a_tool_are_keys_of_it(tool):
+    assert tool.marks <= tool.rows.keys()
