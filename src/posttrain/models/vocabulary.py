@@ -22,7 +22,7 @@ def add_tokens(tokenizer: Any, tokens: Iterable[str]) -> None:
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens if token not in known])
 
 
-def name_tokens(tokenizer: Any, names: Mapping[str, str]) -> None:
+def name_tokens(tokenizer: Any, names: Mapping[Any, str]) -> None:
     """Set the tokenizer's `bos_token`, `eos_token` and `unk_token`. Raises: ModelError for text that is no token of it."""
     known = tokenizer.get_vocab()
     for name, token in names.items():

@@ -192,7 +192,7 @@ def _own_prompt(draft: Draft, style: Mapping[str, Any], where: str) -> dict[str,
         draft.refuse(f"{where}.type", "a prompt style without a format", "write format: '{instruction}'")
         return {}
     system = _system(style)
-    formats = [system + _with_columns(text, fields) for text in dict.fromkeys((with_input, without))]
+    formats = [system + _with_columns(text, fields) for text in dict.fromkeys((str(with_input), str(without)))]
     return {"type": "completion", "prompt_format": formats, "columns": {"completion": fields["output"]}}
 
 
