@@ -20,14 +20,11 @@ from posttrain.models.provenance import model_digest
 from posttrain.names import PREVIOUS
 from posttrain.pipeline import selection
 from posttrain.pipeline.escalation import decision_on
-from posttrain.pipeline.measure import Evals, Reports
+from posttrain.pipeline.measure import Evals, Model, Reports
 from posttrain.pipeline.state import GateEntry, RunState, Selection, StageEntry
 from posttrain.protocols import Topology
 from posttrain.registry.promotion import CHAMPION
 from posttrain.registry.registry import Registry
-
-Model = tuple[str, str]
-"""The name of a model's eval folder, and where the model is."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +46,9 @@ class Judge:
         """Whether this stage's model is worth a verdict, by the dev split alone."""
         if self._settled(state, index, gate, entry) is not None:
             return state, True
-        spec, (name, model) = self._spec(gate), self._candidate(entry)
-        ours = self.evals.measure(name, model, spec.suites, SELECTION_SPLIT)
-        theirs = self.evals.measure(*self._baseline(gate, state), spec.suites, SELECTION_SPLIT)
+        spec = self._spec(gate)
+        ours = self.evals.measure(self._candidate(entry), spec.suites, SELECTION_SPLIT)
+        theirs = self.evals.measure(self._baseline(gate, state), spec.suites, SELECTION_SPLIT)
         good, reason = promising(spec, ours, theirs, SELECTION_SPLIT)
         self.say(f"on {SELECTION_SPLIT}: {reason}: {'on to the verdict' if good else 'not good enough'}")
         return state.with_selection(
@@ -76,11 +73,11 @@ class Judge:
         self, state: RunState, index: int, entry: StageEntry, spec: GateSpec, baseline: Model
     ) -> tuple[RunState, Verdict]:
         candidate = self._candidate(entry)
-        ours = self.evals.measure(*candidate, spec.suites, spec.split)
-        theirs = self.evals.measure(*baseline, spec.suites, spec.split)
+        ours = self.evals.measure(candidate, spec.suites, spec.split)
+        theirs = self.evals.measure(baseline, spec.suites, spec.split)
         verdict = Verdict.INVALID  # what rank 0 says counts
         if self.topology.is_main:
-            places = self.folder / "evals" / candidate[0], self.folder / "evals" / baseline[0]
+            places = self.folder / "evals" / candidate.name, self.folder / "evals" / baseline.name
             asked = Question(spec, self.after(index), entry.attempt, ours, theirs, places)
             state, verdict, table = decide_once(asked, self.keys, state, self.folder)
             self.say(table)
@@ -88,9 +85,9 @@ class Judge:
 
     def _check_itself(self, gate: GateKeys, spec: GateSpec, baseline: Model) -> None:
         """The A/A check of the baseline. Raises: GateError if it differs from itself."""
-        first = self.evals.measure(*baseline, spec.suites, spec.split) if gate.aa else {}
+        first = self.evals.measure(baseline, spec.suites, spec.split) if gate.aa else {}
         for number in range(1, gate.aa + 1):
-            second = self.evals.again(*baseline, spec.suites, spec.split, number)
+            second = self.evals.again(baseline, spec.suites, spec.split, number)
             results = [aa_check(first[n], second[n], comparisons=gate.aa * len(spec.suites)) for n in spec.suites]
             for result in results:
                 self.say(result.words)
@@ -101,7 +98,7 @@ class Judge:
         return selection.spec_of(self.keys, gate, self.evals.suites)
 
     def _candidate(self, entry: StageEntry) -> Model:
-        return entry.folder.removeprefix("stages/"), str(self.folder / entry.folder / "model")
+        return made_by(entry, self.folder)
 
     def _baseline(self, gate: GateKeys, state: RunState) -> Model:
         return baseline_of(gate, self.keys, state, self.folder)
@@ -156,25 +153,32 @@ class Question:
         return verdict.spec_digest == self.spec.digest and dict(verdict.report_digests) == digests
 
 
-def baseline_of(gate: GateKeys, keys: PipelineKeys, state: RunState, folder: Path) -> tuple[str, str]:
-    """Name for its eval folder, and the model. Without a holder of the alias it is the base.
+def baseline_of(gate: GateKeys, keys: PipelineKeys, state: RunState, folder: Path) -> Model:
+    """The model that a gate's `baseline` names. Without a holder of the alias it is the base.
 
     Raises: ConfigError for a reference to something that is not there.
     """
     kind, _, name = gate.baseline.partition(":")
+    base = Model("base", keys.base_model, state.pins["base_model"])
     if kind == "alias":
         holder = _holder(name, keys)
-        return ("base", keys.base_model) if holder is None else (f"{holder.name}-v{holder.version}", str(holder.path))
+        return base if holder is None else Model(f"{holder.name}-v{holder.version}", str(holder.path), holder.digest)
     if gate.baseline == "stage:base":
-        return "base", keys.base_model
+        return base
     if kind == "stage":
         entry = state.stage(int(name)) if name.isdigit() else None
         if entry is None:
             raise ConfigError(
                 f"gate.baseline: {gate.baseline}: no such stage has run; expected stage:base or stage:1 … stage:{len(keys.stages)}"
             )
-        return entry.folder.removeprefix("stages/"), str(folder / entry.folder / "model")
-    return f"model-{model_digest(Path(gate.baseline))[7:19]}", gate.baseline
+        return made_by(entry, folder)
+    digest = model_digest(Path(gate.baseline))
+    return Model(f"model-{digest[7:19]}", gate.baseline, digest)
+
+
+def made_by(entry: StageEntry, folder: Path) -> Model:
+    """The model of a finished stage."""
+    return Model(entry.folder.removeprefix("stages/"), str(folder / entry.folder / "model"), entry.output_digest)
 
 
 def _holder(alias: str, keys: PipelineKeys) -> RegistryEntry | None:

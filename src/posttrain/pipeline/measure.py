@@ -5,16 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from posttrain.config.pipeline import PipelineKeys, SuiteKeys
 from posttrain.config.stages import ModelKeys
+from posttrain.errors import ChangedInputsError
 from posttrain.evals.suite import Suite
 from posttrain.evidence import EvalReport
+from posttrain.models.export import source_digest
 from posttrain.protocols import Topology
 from posttrain.recipes.evaluate import evaluate, summary
 
 Suites = Mapping[str, tuple[Suite, SuiteKeys]]
 Reports = Mapping[str, EvalReport]
+
+
+class Model(NamedTuple):
+    """A model that a run measures: the name of its eval folder, where it is, and what it was when the run took it in."""
+
+    name: str
+    path: str
+    digest: str
 
 
 @dataclass
@@ -30,25 +41,32 @@ class Evals:
     suites: Suites = field(default_factory=dict)
     _announced: set[tuple[str, str]] = field(default_factory=set)
 
-    def measure(self, name: str, model: str, suites: Sequence[str], split: str) -> Reports:
-        """Reports by suite, under `evals/<name>/`."""
+    def measure(self, model: Model, suites: Sequence[str], split: str) -> Reports:
+        """Reports by suite, under `evals/<name>/`. Raises: ChangedInputsError if the model is not what it was."""
+        name = model.name
         self.before(f"the evals of {name}")
         folder = self.folder / "evals" / name
         if suites and self.topology.is_main:
-            reports = evaluate(model_keys(self.keys, model), self._of(suites), split, folder, self.shown)
+            check_same(model)
+            reports = evaluate(
+                model_keys(self.keys, model.path), self._of(suites), split, folder, self.shown, digest=model.digest
+            )
             if (name, split) not in self._announced:
                 self.say(f"evals of {name}: {summary(reports)}")
             self._announced.add((name, split))
         self.topology.barrier()
         return _stored(folder, suites, split)
 
-    def again(self, name: str, model: str, suites: Sequence[str], split: str, number: int) -> Reports:
+    def again(self, model: Model, suites: Sequence[str], split: str, number: int) -> Reports:
         """The same with another batch order and another seed, under `aa/`: an A/A check compares the two."""
-        self.before(f"A/A check {number} of {name}")
-        folder = self.folder / "aa" / f"{name}-{number}"
+        self.before(f"A/A check {number} of {model.name}")
+        folder = self.folder / "aa" / f"{model.name}-{number}"
         if self.topology.is_main:
             varied = [(suite, keys.model_copy(update={"seed": keys.seed + number})) for suite, keys in self._of(suites)]
-            evaluate(model_keys(self.keys, model), varied, split, folder, self.shown, order=number)
+            check_same(model)
+            evaluate(
+                model_keys(self.keys, model.path), varied, split, folder, self.shown, order=number, digest=model.digest
+            )
         self.topology.barrier()
         return _stored(folder, suites, split)
 
@@ -58,6 +76,16 @@ class Evals:
 
 def _stored(folder: Path, suites: Sequence[str], split: str) -> Reports:
     return {name: EvalReport.load(folder / f"{name}-{split}") for name in suites}
+
+
+def check_same(model: Model) -> None:
+    """No score under the name of another model. Raises: ChangedInputsError."""
+    now = source_digest(model.path)
+    if now != model.digest:
+        became = f"it is {now} by now" if Path(model.path).is_dir() else "it is gone by now"
+        raise ChangedInputsError(
+            f"{model.path} changed while the run was under way: it was {model.digest}, {became}; put it back and start again"
+        )
 
 
 def model_keys(keys: PipelineKeys, model: str) -> ModelKeys:

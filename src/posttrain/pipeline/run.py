@@ -6,6 +6,7 @@ go on, loop back or stop; at the end register and promote.
 
 from __future__ import annotations
 
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +24,8 @@ from posttrain.pipeline.checks import check_all
 from posttrain.pipeline.data_checks import DataChecks, Suites
 from posttrain.pipeline.escalation import PENDING_FILE, decision_on, rejection_of, wait_for_person
 from posttrain.pipeline.generation import check_can_be_promoted, from_version
-from posttrain.pipeline.judge import Judge, is_promoted
-from posttrain.pipeline.measure import Evals
+from posttrain.pipeline.judge import Judge, is_promoted, made_by
+from posttrain.pipeline.measure import Evals, Model
 from posttrain.pipeline.opening import OnChange, fresh, state_to_go_on_from
 from posttrain.pipeline.pins import environment, pins_of
 from posttrain.pipeline.state import (
@@ -117,7 +118,7 @@ class _Run:
         self.state = self._opened()
         with self.stop.listening():
             try:
-                self._measure("base", self.keys.base_model)
+                self._measure(Model("base", self.keys.base_model, self.state.pins["base_model"]))
                 outcome = self._walk()
             except StoppedPolitely as stopped:
                 self._save(status=STOPPED, reason=str(stopped))
@@ -137,7 +138,7 @@ class _Run:
                 self.folder, self.keys, pins, self.on_change, self.watch.say, self.place.project
             )
         state = self.topology.broadcast(state)
-        state = replace(state, status=RUNNING, reason="", parent=self.place.parent)
+        state = replace(state, status=RUNNING, reason="", parent=self.place.parent, id=state.id or uuid.uuid4().hex)
         if main:
             for place in (self.folder, *self.folder.glob("*/"), *self.folder.glob("*/*/")):
                 sweep(place)
@@ -155,8 +156,7 @@ class _Run:
         while index <= num_stages:
             stage = self.keys.stages[index - 1]
             self.state, entry = self.stages.made(self.state, index, self.suites)
-            model = self.folder / entry.folder / "model"
-            self._measure(entry.folder.removeprefix("stages/"), str(model))
+            self._measure(made_by(entry, self.folder))
             gate = selection.gate_after(self.keys, index)
             if gate is None:
                 index += 1
@@ -238,11 +238,11 @@ class _Run:
         found = self.topology.broadcast(found)
         return "" if found is None else f"rejected by {found.by}: {found.reason}"
 
-    def _measure(self, name: str, model: str) -> None:
+    def _measure(self, model: Model) -> None:
         """Score a model on all suites, on the splits that no verdict is kept for where something is chosen."""
-        self._stop_if_asked(f"the evals of {name}")
+        self._stop_if_asked(f"the evals of {model.name}")
         for split, suites in selection.splits_between(self.keys, self.evals.suites).items():
-            self.evals.measure(name, model, suites, split)
+            self.evals.measure(model, suites, split)
 
     # --- end -------------------------------------------------------------------------------------------------------
 

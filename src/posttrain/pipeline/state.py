@@ -90,6 +90,8 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class RunState:
+    """`id` is drawn when the run begins and stays with it wherever its folder is moved: mirrors know the run by it."""
+
     name: str
     pins: Mapping[str, str]
     status: str = RUNNING
@@ -102,6 +104,7 @@ class RunState:
     registered: Mapping[str, Any] | None = None
     kept: tuple[Kept, ...] = ()
     parent: Parent | None = None
+    id: str = ""
 
     def stage(self, index: int) -> StageEntry | None:
         """The newest attempt at a stage."""

@@ -101,7 +101,7 @@ class Stages:
         state = self._newest(state, entry)
         base = self.place.keys.base_model
         self.watch.say(f"{stage.kind}: {base if index == 1 else Path(keys.base_model).name} → {folder}")
-        done = self._finished(entry, self._recipe(stage.kind, keys, folder), folder)
+        done = self._finished(entry, self._recipe(stage.kind, keys, folder, state.id), folder)
         state = state.with_stage(done)
         self.save(state)
         return state, done
@@ -156,7 +156,7 @@ class Stages:
             output_digest=result.model_digest, held=result.held, files=files,
         )  # fmt: skip
 
-    def _recipe(self, kind: str, keys: TrainKeys, folder: Path) -> StageResult:
+    def _recipe(self, kind: str, keys: TrainKeys, folder: Path, run_id: str) -> StageResult:
         if (folder / "result.json").exists():
             # Killed between the end of the stage and the note of it.
             return StageResult.load(folder)
@@ -164,18 +164,19 @@ class Stages:
             write_atomic(folder / "config.yaml", resolved_yaml(keys, self.place.project, folder))
 
         def begun() -> StageRun:
-            return StageRun(kind, folder, keys, self.topology, watchers=partial(self._sinks, keys), stop=self.stop)
+            watchers = partial(self._sinks, keys, folder.name, run_id)
+            return StageRun(kind, folder, keys, self.topology, watchers=watchers, stop=self.stop)
 
         return run_recipe(LOOPS[kind], keys, begun)
 
-    def _sinks(self, keys: TrainKeys, kind: str, total_steps: int) -> list[MetricSink]:
-        """The live view, and the mirrors that are asked for."""
+    def _sinks(self, keys: TrainKeys, stage: str, run_id: str, kind: str, total_steps: int) -> list[MetricSink]:
+        """The live view, and the mirrors that are asked for; they know a stage by its folder's name, `03-grpo-2`."""
         sinks = list(self.watch.sinks(kind, total_steps))
         if keys.mlflow is not None:
-            run_key = f"{self.place.folder.resolve()}/{kind}"
-            sinks.append(MlflowSink(keys.mlflow, self.place.keys.name, run_key, params=training_keys(keys)))
+            name = self.place.keys.name
+            sinks.append(MlflowSink(keys.mlflow, name, f"{run_id}/{stage}", training_keys(keys), run_name=stage))
         if keys.prometheus_port is not None:
-            sinks.append(PrometheusSink(keys.prometheus_port, stage=kind))
+            sinks.append(PrometheusSink(keys.prometheus_port, stage=stage))
         return sinks
 
     def _certify(self, keys: GRPOKeys, folder: Path) -> None:

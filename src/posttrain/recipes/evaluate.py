@@ -60,13 +60,14 @@ def evaluate(
     progress: Shown | None = None,
     *,
     order: int = 0,
+    digest: str | None = None,
 ) -> dict[str, EvalReport]:
     """Reports by suite, written to `folder/<suite>-<split>/`. The model is loaded only if one is missing there.
 
     Of a split such as `gate+reserve` only what the report on `gate` does not hold yet is measured. Another `order` asks
-    in another order and in smaller batches.
+    in another order and in smaller batches. `digest` is the model's, where it is known.
     """
-    digest = source_digest(model.base_model)
+    digest = digest or source_digest(model.base_model)
     reports: dict[str, EvalReport] = {}
     missing: list[tuple[Suite, SuiteKeys]] = []
     for suite, keys in suites:

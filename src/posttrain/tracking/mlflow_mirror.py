@@ -34,21 +34,24 @@ Message = tuple[str, tuple[Any, ...]]
 
 
 class MlflowSink:
-    """Mirrors to `uri` (a server, or `sqlite:///file.db`); `run_key` finds the same run again after a restart.
+    """Mirrors to `uri` (a server, or `sqlite:///file.db`); `run_key` finds the same run again after a restart. It is shown
+    as `run_name`, or else as its key.
 
     Credentials come from MLflow's own environment variables. Raises: MissingExtraError if MLflow is not installed,
     ConfigError for a URI with a password.
     """
 
     def __init__(
-        self, uri: str, experiment: str, run_key: str, params: Mapping[str, Any] | None = None, queue_size: int = 1000
-    ) -> None:
+        self, uri: str, experiment: str, run_key: str, params: Mapping[str, Any] | None = None, queue_size: int = 1000,
+        *, run_name: str = "",
+    ) -> None:  # fmt: skip
         refuse_secret(uri)
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         _require_mlflow()
         # Two counters, one per thread: `+=` on a shared one could lose a count.
         self._num_refused = self._num_unsent = 0
         self._uri, self._experiment, self._run_key = uri, experiment, _quoted(run_key)
+        self._run_name = run_name or self._run_key
         self._queue: queue.Queue[Message | None] = queue.Queue(maxsize=queue_size)
         self._closing = threading.Event()
         self._run_id = ""
@@ -136,7 +139,7 @@ class MlflowSink:
         run = (
             same[0]
             if same
-            else client.create_run(experiment_id, tags={_RUN_TAG: self._run_key}, run_name=self._run_key)
+            else client.create_run(experiment_id, tags={_RUN_TAG: self._run_key}, run_name=self._run_name)
         )
         if same:
             client.update_run(run.info.run_id, status="RUNNING")
