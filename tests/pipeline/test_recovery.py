@@ -20,7 +20,7 @@ from posttrain.recipes.stop import StoppedPolitely
 from posttrain.registry.registry import Registry
 from posttrain.report.records import load_run
 
-TIMES = {"step_time", "time", "time/rollout_s", "time/train_s", "tokens_per_s", "memory_bytes", "sync/wall_s"}
+TIMES = {"step_time", "time", "time/rollout_s", "time/train_s", "tokens_per_s", "memory_peak_bytes", "sync/wall_s"}
 """What a metric line says of the clock and the machine."""
 
 

@@ -50,6 +50,15 @@ def test_a_broken_newest_checkpoint_is_skipped_and_the_end_is_the_same(train, ru
     assert runner.rows(tmp_path / "run") == runner.rows(train("sft", name="straight", save_steps=1))
 
 
+def test_every_logged_step_has_the_peak_of_memory(train, tmp_path):
+    train("sft", name="run")
+    peaks = [
+        row["memory_peak_bytes"] for row in map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    ]
+    assert peaks == sorted(peaks)
+    assert all(10**8 < peak < 10**11 for peak in peaks), "bytes: an interpreter with torch is some hundred MB"
+
+
 def test_the_first_signal_is_a_wish_and_the_second_an_end():
     flag = StopFlag()
     before = signal.getsignal(signal.SIGTERM)

@@ -31,14 +31,16 @@ def test_charts_follow_the_readers_colour_scheme():
     assert "var(--c0)" in drawn and not re.findall(r"(?:fill|stroke): #", drawn)
 
 
-def test_every_kind_shows_learning_rate_and_throughput():
+def test_every_kind_shows_learning_rate_throughput_and_memory():
     rows = [
-        {"step": n, "loss": 1.0 / n, "learning_rate": 0.1, "time": 2.0 * n, "num_tokens": 500.0 * n} for n in (1, 2, 3)
-    ]
+        {"step": n, "loss": 1.0 / n, "learning_rate": 0.1, "time": 2.0 * n, "num_tokens": 500.0 * n,
+         "memory_peak_bytes": 100.0 * n * 2**20} for n in (1, 2, 3)
+    ]  # fmt: skip
     for kind in ("sft", "dpo", "grpo"):
         drawn = {chart.title: chart for chart in charts.learning_curves(kind, rows)}
-        assert {"Learning rate", "Throughput"} <= drawn.keys()
+        assert {"Learning rate", "Throughput", "Memory"} <= drawn.keys()
         assert "250 at step 3" in drawn["Throughput"].alt
+        assert "300 at step 3" in drawn["Memory"].alt
 
 
 def test_the_loss_of_preferences_has_its_own_words():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -62,3 +64,11 @@ def weight_dtype(keys: ModelKeys, placement: Placement, stored: torch.dtype, *, 
     kind = placement.device.type
     native = has_bf16(kind) if stored == torch.bfloat16 else kind == "cuda"
     return stored if native else torch.float32
+
+
+def peak_memory_bytes() -> float:
+    """The most memory that this process has held so far: of its GPU where it has one in use, else of the machine."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return float(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak if sys.platform == "darwin" else peak * 1024)

@@ -14,6 +14,7 @@ import torch
 
 from posttrain.checkpoint.store import CheckpointStore, check_writable, disk_errors, sweep
 from posttrain.config.stages import TrainKeys
+from posttrain.models.device import peak_memory_bytes
 from posttrain.models.export import save_policy
 from posttrain.models.policy import Policy
 from posttrain.models.proof import probe_logits
@@ -97,7 +98,7 @@ class Stage:
         metrics["step_time"] = time.monotonic() - self._step_started
         step = state.step
         if step % self.keys.logging_steps == 0 or last:
-            self.run.log(step, metrics | {"num_tokens": float(state.tokens)})
+            self.run.log(step, metrics | {"num_tokens": float(state.tokens), "memory_peak_bytes": peak_memory_bytes()})
         self.guard.observe(step, metrics)
         stopping = self.topology.sum([float(self.stop.is_set)])[0] > 0
         due = self.keys.save_steps > 0 and step % self.keys.save_steps == 0
