@@ -209,24 +209,39 @@ class Policy:
 
     @property
     def _head_is_plain(self) -> bool:
-        """Whether logits are hidden states times one matrix, so that they need never exist all at once.
-
-        Not under FSDP, where only the root module knows how to gather the head.
-        """
+        """Whether logits are hidden states times one matrix, so that they need never exist all at once."""
         config = self.base.config.get_text_config()
         scaled = any(getattr(config, name, None) not in (None, 1.0) for name in ("logit_scale", "logits_scaling"))
         plain = type(self.base.get_output_embeddings()) is torch.nn.Linear
-        return plain and not (self.sharded or scaled or self._wants_aux_loss)
+        # A cap on the logits would be put on what a sharded model gives in their place.
+        return plain and not (scaled or self._wants_aux_loss or (self.sharded and self._softcap is not None))
+
+    @property
+    def _softcap(self) -> float | None:
+        return getattr(self.base.config.get_text_config(), "final_logit_softcapping", None)
 
     def _score_hidden(self, batch: Batch, temperature: float, entropy: bool) -> Scores:
-        head: Any = self.base.get_output_embeddings()
-        hidden_ND = self._forward(self.base.get_decoder(), batch).last_hidden_state[0]
-        softcap = getattr(self.base.config.get_text_config(), "final_logit_softcapping", None)
+        hidden_MD, head = self._hidden(batch), cast("torch.nn.Linear", self.base.get_output_embeddings())
         scores = chunked_logprobs(
-            hidden_ND[batch.source_M], head.weight, batch.target_M,
-            temperature=temperature, bias=head.bias, softcap=softcap, with_entropy=entropy,
+            hidden_MD, head.weight, batch.target_M,
+            temperature=temperature, bias=head.bias, softcap=self._softcap, with_entropy=entropy,
         )  # fmt: skip
         return Scores(*scores)
+
+    def _hidden(self, batch: Batch) -> torch.Tensor:
+        """What the head is applied to, at the scored positions. Shape: [M, D].
+
+        Only the root of a sharded model gathers the head; so the root is run with the head left out, and what it gathered
+        stays until the backward.
+        """
+        if not self.sharded:
+            return self._forward(self.base.get_decoder(), batch).last_hidden_state[0][batch.source_M]
+        head: Any = self.base.get_output_embeddings()
+        head.forward = lambda hidden: hidden
+        try:
+            return self._forward(self.model, batch, logits_to_keep=batch.source_M).logits[0]
+        finally:
+            del head.forward
 
     @property
     def _wants_aux_loss(self) -> bool:

@@ -1,0 +1,61 @@
+"""Sharded, the head never makes [tokens × vocabulary] either, and what comes out is what one process computes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import json, sys, torch
+from posttrain.config.stages import SFTKeys
+from posttrain.distributed.topology import topology
+from posttrain.models import policy as module
+from posttrain.models.batch import pack
+from posttrain.models.load import load_policy
+from posttrain.types import TokenSeq
+
+torch.set_num_threads(1)
+found = {}
+with topology() as ranks:
+    for name, folder in json.loads(sys.argv[1]).items():
+        made = load_policy(SFTKeys(base_model=folder, datasets=[{"path": "x"}], bf16=False, device="cpu"))
+        made.distribute(ranks)
+        plain, module._from_logits = module._from_logits, None  # whoever makes plain logits calls it
+        rng = torch.Generator().manual_seed(0)
+        rows = [tuple(torch.randint(1, 200, (n,), generator=rng).tolist()) for n in (9, 5, 12)]
+        batch = pack([[TokenSeq(ids, (False, *[True] * (len(ids) - 1)))] for ids in rows])
+        scores = made.score(batch, entropy=True)
+        (scores.logp_M.sum() + scores.entropy_M.sum()).backward()
+        module._from_logits = plain
+        norm = ranks.clip_grad_norm([p for _, p in made.trainable()], 0.0)
+        with torch.no_grad():
+            again = made.score(batch).logp_M
+        found[name] = [scores.logp_M.tolist(), scores.entropy_M.tolist(), norm, float((again - scores.logp_M).abs().max())]
+    if ranks.is_main:
+        print("FOUND" + json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("architectures", [["llama", "qwen3"]])
+def test_two_ranks_score_through_the_chunked_head_as_one_process_does(architectures, model_dir, tmp_path):
+    script = tmp_path / "score.py"
+    script.write_text(SCRIPT)
+    folders = json.dumps({name: str(model_dir(name)) for name in architectures})
+
+    def scores(*launcher):
+        done = subprocess.run(
+            [sys.executable, *launcher, str(script), folders], capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
+        return json.loads(line.removeprefix("FOUND"))
+
+    one = scores()
+    two = scores("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    for name in architectures:
+        for a, b in zip(one[name][:2], two[name][:2], strict=True):
+            assert b == pytest.approx(a, abs=1e-5)
+        # Both ranks score the same rows; FSDP averages their gradients.
+        assert two[name][2] == pytest.approx(one[name][2], rel=1e-4)
+        assert two[name][3] < 1e-5
