@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
-
-if TYPE_CHECKING:
-    from posttrain.models.policy import Policy
 
 Only = Literal["adapter", "trained", "all"]
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
 
 
-def named_weights(policy: Policy, only: Only) -> NamedTensors:
+class Trained(Protocol):
+    """A policy, as far as its weights go."""
+
+    @property
+    def base(self) -> Any: ...
+    @property
+    def has_adapter(self) -> bool: ...
+    @property
+    def model(self) -> Any: ...
+    def trainable(self) -> list[tuple[str, torch.nn.Parameter]]: ...
+
+
+def named_weights(policy: Trained, only: Only) -> NamedTensors:
     """Under the names of the given base's file (`adapter`: under those of an adapter's file, as PEFT writes it).
 
     `adapter` are the adapter's own tensors, `trained` what has gradients, `all` the whole model, an adapter added to its
@@ -26,7 +35,7 @@ def named_weights(policy: Policy, only: Only) -> NamedTensors:
     return _whole(policy) if only == "all" else _trained(policy)
 
 
-def _adapter(policy: Policy) -> NamedTensors:
+def _adapter(policy: Trained) -> NamedTensors:
     from peft import get_peft_model_state_dict
 
     assert policy.has_adapter, "only='adapter' needs one"
@@ -34,12 +43,12 @@ def _adapter(policy: Policy) -> NamedTensors:
         yield name, _full(tensor)
 
 
-def _trained(policy: Policy) -> NamedTensors:
+def _trained(policy: Trained) -> NamedTensors:
     for name, parameter in policy.trainable():
         yield trained_name(name), _full(parameter)
 
 
-def _whole(policy: Policy) -> NamedTensors:
+def _whole(policy: Trained) -> NamedTensors:
     """Tied tensors come once, under their first name, as in a file."""
     base: Any = policy.base
     adapted = dict(_adapted(base)) if policy.has_adapter else {}
