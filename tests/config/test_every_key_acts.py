@@ -28,6 +28,8 @@ ELSEWHERE = {
     "reward_timeout_s": "a deadline; tests/rewards/test_workers.py",
     "reward_workers": "how many score at once; tests/rewards/test_workers.py",
     "importance_sampling_cap": "binds where sampler and trainer disagree, which they do not here; tests/objectives/test_ratios.py",
+    "allow_uncorrected": "with another engine than ours; tests/config/test_rollout.py",
+    "rollout": "another engine; each of its keys: tests/recipes/test_engines.py",
     "rollout_batch_size": "a completion does not depend on its company; tests/rollout/test_contract.py",
     "reward_check": "whether a pipeline certifies; tests/pipeline/test_run.py",
 }

@@ -1,26 +1,52 @@
-"""What every engine must do. An engine is one row of `ENGINES`."""
+"""What every engine must do. An engine is one row of `ENGINES`; `make(stops)` makes it with stop tokens of its own."""
+
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from posttrain.errors import EngineError
 from posttrain.protocols import Engine
-from posttrain.rollout.embedded import EmbeddedEngine
+from posttrain.rollout.embedded import EmbeddedEngine, score_sequences
 from posttrain.types import Request, SamplingParams, in_order
 
 ENGINES = {
-    "ragged": "qwen3",
-    "ragged with windows": "mistral",
-    "ragged with windows and soft caps": "gemma2",
-    "ragged with experts": "qwen3_moe",
-    "one by one": "mamba",
-    "one by one with sinks": "gpt_oss",
+    "ragged": ("qwen3", "embedded"),
+    "ragged with windows": ("mistral", "embedded"),
+    "ragged with windows and soft caps": ("gemma2", "embedded"),
+    "ragged with experts": ("qwen3_moe", "embedded"),
+    "one by one": ("mamba", "embedded"),
+    "one by one with sinks": ("gpt_oss", "embedded"),
+    "vllm": ("qwen3", "vllm"),
 }
+NEEDS_VLLM = (
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make setup-vllm"),
+    pytest.mark.xdist_group("vllm"),
+)
+ROWS = [pytest.param(row, id=name, marks=() if row[1] == "embedded" else NEEDS_VLLM) for name, row in ENGINES.items()]
 
 
-@pytest.fixture(params=ENGINES)
-def engine(request, shared_policy):
-    return EmbeddedEngine(shared_policy(ENGINES[request.param]), stop_token_ids=(), batch_size=3)
+@pytest.fixture(params=ROWS)
+def row(request):
+    return request.param
+
+
+@pytest.fixture
+def policy(row, shared_policy):
+    return shared_policy(row[0])
+
+
+@pytest.fixture
+def make(row, policy, request):
+    def embedded(stops):
+        return EmbeddedEngine(policy, stop_token_ids=stops, batch_size=3)
+
+    return embedded if row[1] == "embedded" else request.getfixturevalue(f"make_{row[1]}")
+
+
+@pytest.fixture
+def engine(make):
+    return make(())
 
 
 PROMPTS = [(5, 9, 40, 41, 42), (7,), tuple(range(60, 73)), (5, 9, 40, 41, 43)]
@@ -63,8 +89,7 @@ def test_seeds_decide_and_differ(engine):
     assert len({c.ids for c in first}) > 3
 
 
-def test_greedy_takes_the_most_likely_token_of_a_single_run(engine, shared_policy):
-    policy = engine._policy
+def test_greedy_takes_the_most_likely_token_of_a_single_run(engine, policy):
     [completion] = in_order(engine.generate([Request(PROMPTS[2], 0)], SamplingParams(max_tokens=8, temperature=0.0)))
     ids = list(PROMPTS[2])
     for token in completion.ids:
@@ -75,14 +100,21 @@ def test_greedy_takes_the_most_likely_token_of_a_single_run(engine, shared_polic
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probs_are_those_of_score(engine, temperature):
-    params = SamplingParams(max_tokens=9, temperature=temperature, top_k=20, top_p=0.9, min_p=0.01)
+def test_log_probs_are_those_of_the_trainer(engine, policy, temperature):
+    """After a cut only where they are said to be those before it."""
+    cuts = {"top_k": 20, "top_p": 0.9, "min_p": 0.01} if engine.describe().logprobs == "uncut" else {}
     requests = ask(seeds=(4,))
-    completions = in_order(engine.generate(requests, params))
+    completions = in_order(engine.generate(requests, SamplingParams(max_tokens=9, temperature=temperature, **cuts)))
     sequences = [(r.prompt_ids + c.ids, len(r.prompt_ids)) for r, c in zip(requests, completions, strict=True)]
-    for completion, scored in zip(completions, engine.score(sequences, temperature), strict=True):
+    for completion, scored in zip(completions, score_sequences(policy, sequences, temperature), strict=True):
         assert completion.logp == pytest.approx(scored, abs=2e-4)
         assert max(completion.logp) < 0
+
+
+def test_scores_are_those_of_the_trainer(engine, policy):
+    sequences = [((*prompt, 7, 9), len(prompt)) for prompt in PROMPTS]
+    for found, expected in zip(engine.score(sequences), score_sequences(policy, sequences), strict=True):
+        assert found == pytest.approx(expected, abs=2e-4)
 
 
 def test_a_stop_token_ends_and_is_kept(engine):
@@ -97,15 +129,15 @@ def test_a_stop_token_ends_and_is_kept(engine):
     assert len(stopped.logp) == len(stopped.ids)
 
 
-def test_the_engines_own_stop_tokens_end_too(engine):
+def test_the_engines_own_stop_tokens_end_too(engine, make):
     [free] = in_order(engine.generate([Request(PROMPTS[0], 1)], SamplingParams(max_tokens=8)))
-    stopping = EmbeddedEngine(engine._policy, stop_token_ids=(free.ids[2],))
+    stopping = make((free.ids[2],))
     [stopped] = in_order(stopping.generate([Request(PROMPTS[0], 1)], SamplingParams(max_tokens=8)))
     assert stopped.ids == free.ids[: free.ids.index(free.ids[2]) + 1]
 
 
-def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(engine):
-    decode = engine._policy.tokenizer.decode
+def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(engine, policy):
+    decode = policy.tokenizer.decode
     [free] = in_order(engine.generate([Request(PROMPTS[0], 1)], SamplingParams(max_tokens=16)))
     text = decode(list(free.ids[4:6]))
     [ended] = in_order(
@@ -153,8 +185,8 @@ def test_no_requests_no_completions(engine):
     assert in_order(engine.generate([], SamplingParams(max_tokens=2))) == []
 
 
-def test_a_sync_sets_the_version_that_completions_carry(engine):
-    engine.update(engine._policy, 7)
+def test_a_sync_sets_the_version_that_completions_carry(engine, policy):
+    engine.update(policy, 7)
     assert engine.policy_version == 7
     [completion] = in_order(engine.generate([Request((5,), 0)], SamplingParams(max_tokens=1)))
     assert completion.policy_version == 7

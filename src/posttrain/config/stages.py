@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from posttrain.config.knob import Keys, knob
+from posttrain.config.rollout import RolloutKeys
 
 DatasetType = Literal["auto", "chat", "sharegpt", "alpaca", "completion", "text", "preference", "kto", "prompt"]
 ROW_TYPES = {
@@ -268,15 +269,35 @@ class GRPOKeys(TrainKeys):
     dynamic_sampling: bool = knob(False, "Replace groups whose rewards are all equal by freshly sampled ones (DAPO).")
     dynamic_sampling_max_rounds: int = knob(4, "Refill rounds before the step goes on with fewer groups.", ge=1)
     soft_overlong_cache: int = knob(0, "Length in tokens of DAPO's soft overlong penalty before max_completion_length; 0 is off.", ge=0)
-    importance_sampling_correction: Literal["off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = knob("off", "Correction between sampler and trainer log-probs; the embedded engine needs none.", also="vllm_importance_sampling_mode (TRL)")
+    importance_sampling_correction: Literal["auto", "off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = knob("auto", "Correction between sampler and trainer log-probs; `auto` is off for the embedded engine, which needs none, and token_truncate for any other.", also="vllm_importance_sampling_mode (TRL)")
+    allow_uncorrected: bool = knob(False, "Let importance_sampling_correction be off with an engine whose log-probs are not the trainer's.")
     importance_sampling_cap: float = knob(3.0, "Upper bound of the weights of importance_sampling_correction.", gt=1, also="vllm_importance_sampling_cap (TRL), vllm_importance_sampling_clip_max (TRL)")
     rollout_batch_size: int = knob(64, "Completions decoded at once.", ge=1)
+    rollout: RolloutKeys = knob(RolloutKeys(), "The engine that samples, and how it is started.", example={"engine": "vllm"})
     reward_check: Literal["require", "off"] = knob("require", "`off` trains without a reward certificate, and what it makes cannot be promoted.")
     reward_check_steps: int = knob(50, "Steps between checks of the rewards on live samples and canary prompts; 0 is off.", ge=0)
 
     @property
     def pulls_to_a_reference(self) -> bool:
         return self.beta > 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _correction_is_chosen(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("importance_sampling_correction", "auto") == "auto":
+            chosen = "token_truncate" if _samples_with(values.get("rollout")) != "embedded" else "off"
+            return {**values, "importance_sampling_correction": chosen}
+        return values
+
+    @model_validator(mode="after")
+    def _correction_is_wanted(self) -> GRPOKeys:
+        uncorrected = self.rollout.engine != "embedded" and self.importance_sampling_correction == "off"
+        if uncorrected and not self.allow_uncorrected:
+            raise ValueError(
+                f"importance_sampling_correction: off with rollout.engine: {self.rollout.engine}, whose log-probs are not the "
+                "trainer's; leave it at auto (token_truncate), or set allow_uncorrected: true beside it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_weight_per_reward(self) -> GRPOKeys:
@@ -319,6 +340,13 @@ class GRPOKeys(TrainKeys):
                 f"steps_per_generation={self.steps_per_generation}; groups are not split over optimizer steps"
             )
         return self
+
+
+def _samples_with(rollout: Any) -> str:
+    """The engine that keys name which are not validated yet."""
+    if isinstance(rollout, RolloutKeys):
+        return rollout.engine
+    return str(rollout.get("engine", "embedded")) if isinstance(rollout, dict) else "embedded"
 
 
 STAGE_KEYS: dict[str, type[TrainKeys]] = {"sft": SFTKeys, "dpo": DPOKeys, "grpo": GRPOKeys}

@@ -21,6 +21,18 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return tuple(sorted({int(token) for token in ends if token is not None}))
 
 
+def stored_stop_token_ids(
+    source: str, revision: str | None, model_config: Any, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """The same for a model that is not loaded; `model_config` is its config."""
+    try:
+        config = GenerationConfig.from_pretrained(source, revision=revision)
+    except OSError:
+        config = GenerationConfig.from_model_config(model_config)
+    ends: list[Any] = [*_ends(config), tokenizer.eos_token_id, end_of_turn_id(tokenizer)]
+    return tuple(sorted({int(token) for token in ends if token is not None}))
+
+
 def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Give the model's generation config all stop tokens, and make it one that transformers saves.
 
@@ -39,7 +51,10 @@ def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: s
 
 
 def _configured(model: PreTrainedModel) -> list[int]:
-    config: Any = model.generation_config
+    return _ends(model.generation_config)
+
+
+def _ends(config: Any) -> list[int]:
     ends = None if config is None else config.eos_token_id
     return ends if isinstance(ends, list) else [] if ends is None else [ends]
 

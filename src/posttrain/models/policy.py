@@ -108,7 +108,8 @@ class Policy:
     def adapter_config(self) -> dict[str, Any]:
         """`adapter_config.json`, as PEFT writes it."""
         config: Any = cast("PeftModel", self.model).peft_config["default"]
-        return {**config.to_dict(), "inference_mode": True}
+        values: dict[str, Any] = {**config.to_dict(), "inference_mode": True}
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
 
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

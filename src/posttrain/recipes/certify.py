@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,12 @@ def certify(keys: GRPOKeys, path: Path) -> Certificate:
     tokenizer = load_tokenizer(keys)
     rows = load_prompts(keys, tokenizer, sources=keys.eval_datasets or None).rows
     cases = cases_of([prompt for prompt, _ in rows], limit=_NUM_CASES)
-    engine = make_engine(EngineSource(keys.model_copy(update={"adapter": "none"})), rows=keys.rollout_batch_size)
     chosen = rows[: min(len(cases), max(1, _NUM_SAMPLES // keys.num_generations))]
-    groups = sample_groups(
-        engine, chosen, keys.num_generations, sampling_params(keys), (keys.seed, -1), range(len(chosen))
-    )
+    source = EngineSource(keys.model_copy(update={"adapter": "none"}))
+    with closing(make_engine(source, keys=keys.rollout, rows=keys.rollout_batch_size)) as engine:
+        groups = sample_groups(
+            engine, chosen, keys.num_generations, sampling_params(keys), (keys.seed, -1), range(len(chosen))
+        )
     samples = [
         Sample(case, str(tokenizer.decode(list(completion.ids), skip_special_tokens=True)))
         for case, group in enumerate(groups)

@@ -211,7 +211,10 @@ class Collector:
         kls: list[float] = []
         if keys.kl_in_reward and keys.beta:
             # k1, summed over each completion.
-            kls = [_total(s.behavior_logp) - _total(ref) for s, (_, ref) in zip(samples, scored, strict=True)]
+            kls = [
+                _total(s.behavior_logp if old is None else old) - _total(ref)
+                for s, (old, ref) in zip(samples, scored, strict=True)
+            ]
             _append(rows, [-keys.beta * self._controls.beta_scale * kl for kl in kls])
         kept = tuple(
             sample.untrained() if keys.mask_truncated_completions and cut

@@ -7,15 +7,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+from transformers import PreTrainedTokenizerBase
+
+from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import GRPOKeys, ModelKeys
 from posttrain.distributed.topology import SingleProcess
-from posttrain.models.generation import stop_token_ids
-from posttrain.models.load import load_policy
+from posttrain.errors import ConfigError
+from posttrain.models.device import place, weight_dtype
+from posttrain.models.generation import stop_token_ids, stored_stop_token_ids
+from posttrain.models.load import load_config, load_policy, load_tokenizer, stored_dtype
 from posttrain.models.policy import Policy
+from posttrain.models.text import decoder
 from posttrain.protocols import Engine, Topology
 from posttrain.rollout.canary import check_arrival
 from posttrain.rollout.embedded import EmbeddedEngine, score_sequences
 from posttrain.rollout.replica import replica
+from posttrain.rollout.vllm.adapter import served_rank
+from posttrain.rollout.vllm.engine import VLLMEngine
+from posttrain.rollout.vllm.options import VLLMOptions
 from posttrain.types import SamplingParams
 
 _ROWS = 64
@@ -30,24 +39,75 @@ class EngineSource:
     policy: Policy | None = None
 
 
-def _embedded(source: EngineSource, rows: int, topology: Topology) -> Engine:
+@dataclass(frozen=True)
+class _Ask:
+    """An engine to be made: what from, how, how many completions at once, among which ranks."""
+
+    source: EngineSource
+    keys: RolloutKeys
+    rows: int
+    topology: Topology
+
+
+def _embedded(ask: _Ask) -> Engine:
     """On the policy's own weights; on a whole copy of them where the policy is to be sharded."""
+    source = ask.source
     policy = source.policy or load_policy(source.model, trainable=False)
-    stops, shares = stop_token_ids(policy.base, policy.tokenizer), topology.world_size == 1 or source.policy is None
+    stops, shares = stop_token_ids(policy.base, policy.tokenizer), ask.topology.world_size == 1 or source.policy is None
     return EmbeddedEngine(
-        policy if shares else replica(policy), stop_token_ids=stops, batch_size=rows, shares_weights=shares
+        policy if shares else replica(policy), stop_token_ids=stops, batch_size=ask.rows, shares_weights=shares
     )
 
 
-ENGINES: Mapping[str, Callable[[EngineSource, int, Topology], Engine]] = {"embedded": _embedded}
-"""Name → an engine on a source."""
+def _vllm(ask: _Ask) -> Engine:
+    """In this process, from the folder that the policy was made from; an update brings it what was trained since."""
+    if ask.topology.world_size > 1:
+        raise ConfigError(
+            f"rollout.engine: vllm samples in the training process, and there are {ask.topology.world_size} of them; "
+            "set rollout.engine: embedded, or train in one process"
+        )
+    model = ask.source.model
+    if model.added_tokens:
+        raise ConfigError(
+            "rollout.engine: vllm starts from base_model as it is, which has no rows for added_tokens; train them in an "
+            "SFT stage first, or set rollout.engine: embedded"
+        )
+    tokenizer = ask.source.policy.tokenizer if ask.source.policy else load_tokenizer(model)
+    return VLLMEngine(_vllm_options(ask, tokenizer), decoder(tokenizer, special=True))
+
+
+def _vllm_options(ask: _Ask, tokenizer: PreTrainedTokenizerBase) -> VLLMOptions:
+    model, keys, policy = ask.source.model, ask.keys, ask.source.policy
+    config = load_config(model)
+    placement = policy.placement if policy else place(model)
+    held = policy.base.dtype if policy else weight_dtype(model, placement, stored_dtype(config), trainable=False)
+    computed = str(placement.autocast_dtype or held).removeprefix("torch.")
+    return VLLMOptions(
+        model=model.base_model,
+        stop_token_ids=stored_stop_token_ids(model.base_model, model.revision, config, tokenizer),
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        device=placement.device.type,
+        dtype=computed if keys.dtype == "auto" else keys.dtype,
+        max_num_seqs=ask.rows,
+        max_model_len=keys.max_model_len,
+        memory_gib=keys.memory_gib,
+        tensor_parallel_size=keys.tensor_parallel_size,
+        enforce_eager=keys.enforce_eager,
+        lora_rank=served_rank(model) if policy else None,
+    )
+
+
+ENGINES: Mapping[str, Callable[[_Ask], Engine]] = {"embedded": _embedded, "vllm": _vllm}
+"""`rollout.engine` → an engine on a source."""
 
 
 def make_engine(
-    source: EngineSource, topology: Topology | None = None, *, name: str = "embedded", rows: int = _ROWS
+    source: EngineSource, topology: Topology | None = None, *, keys: RolloutKeys | None = None, rows: int = _ROWS
 ) -> Engine:
     """The engine that a stage, an eval, a certificate or a chat samples with. Where the policy is sharded, before that is done."""
-    return ENGINES[name](source, rows, topology or SingleProcess())
+    ask = _Ask(source, keys or RolloutKeys(), rows, topology or SingleProcess())
+    return ENGINES[ask.keys.engine](ask)
 
 
 def sampling_params(keys: GRPOKeys) -> SamplingParams:

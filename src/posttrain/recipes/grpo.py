@@ -62,7 +62,9 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     policy = load_policy(keys, tokenizer=tokenizer).without_dropout()
     if keys.beta:
         policy.freeze_reference()
-    engine = make_engine(EngineSource(keys, policy), topology, rows=keys.rollout_batch_size)
+    engine = stage.until_done(
+        make_engine(EngineSource(keys, policy), topology, keys=keys.rollout, rows=keys.rollout_batch_size)
+    )
     suite = SuiteScore.of(policy, keys, topology, engine)
     policy.distribute(topology)
     optimizer = make_optimizer(policy, keys)

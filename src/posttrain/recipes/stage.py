@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -30,6 +30,14 @@ from posttrain.rollout.sampling import request_seed
 log = logging.getLogger(__name__)
 
 
+class Closes(Protocol):
+    def close(self) -> None: ...
+
+
+Part = TypeVar("Part", bound=Closes)
+"""Something that a stage has to let go of."""
+
+
 class Stage:
     """The surroundings of one loop. A loop calls `resume`, then `begin_step` and `finish_step`, then `done`."""
 
@@ -43,8 +51,14 @@ class Stage:
         store = CheckpointStore(folder / "checkpoints", keys.save_total_limit, keys.save_keep_every)
         self.checkpoints = Checkpoints(store, topology, self.run)
         self.guard = Guard(kind, keys, self.run, store, topology, settle=self.checkpoints.flush)
+        self._open: list[Closes] = []
         self._started = time.monotonic()
         self._step_started = self._started
+
+    def until_done(self, part: Part) -> Part:
+        """`part`, closed with the stage, however that ends."""
+        self._open.append(part)
+        return part
 
     def resume(self, policy: Policy, optimizer: torch.optim.Optimizer, total_steps: int) -> TrainState:
         """Where to go on: the newest valid checkpoint, or the beginning. Cuts the metrics back to it.
@@ -133,6 +147,8 @@ class Stage:
         return result
 
     def close(self) -> None:
+        while self._open:
+            self._open.pop().close()
         self.checkpoints.close()
         self.run.close()
 

@@ -1,0 +1,21 @@
+"""The keys of the engine that samples in RL."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from posttrain.config.knob import Keys, knob
+
+# fmt: off
+# One key a line, as in `stages`.
+
+
+class RolloutKeys(Keys):
+    """Which engine samples, and how it is started; all but `engine` are for vLLM, under its own names where it has one."""
+
+    engine: Literal["embedded", "vllm"] = knob("embedded", "What samples: our own engine, on the weights in training; or vLLM in this process (pip install 'posttrain[vllm]').", also="use_vllm (TRL)")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "Dtype that vLLM computes in; `auto` is the trainer's.")
+    max_model_len: int | None = knob(None, "Longest prompt and answer together, in tokens; null is as long as model and memory allow.", ge=2, also="vllm_max_model_length (TRL)", example=4096)
+    memory_gib: float | None = knob(None, "GiB for vLLM's keys and values; null takes 1 on a CPU, 8 on a GPU.", gt=0, example=4.0)
+    tensor_parallel_size: int = knob(1, "Processes that vLLM splits the model over.", ge=1, also="vllm_tensor_parallel_size (TRL)")
+    enforce_eager: bool = knob(False, "Let vLLM compile nothing; on a CPU it never does.")

