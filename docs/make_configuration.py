@@ -88,6 +88,7 @@ Where several reach the same key, the one that names the fewest stages wins.
 MEANINGS = {
     "pipeline": "Keys of a pipeline; the model and training keys may stand here too.",
     "datasets": "An entry of `datasets` or `eval_datasets`.",
+    "rollout": "The engine that samples, in a `grpo` stage; docs/rollout-engines.md compares them.",
     "evals": "An entry of `evals`; `NAME: path` is short for `NAME: {path: path}`.",
     "gate": "A gate, at the top of a pipeline, inside a stage, or in a file for `posttrain gate --spec`.",
     "gate.guards": "An entry of `guards`.",

@@ -19,6 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 import posttrain
 from posttrain.cli.terminal import printable
 from posttrain.errors import PosttrainError
+from posttrain.rollout.vllm.options import torchvision_misfit
 from posttrain.uris import without_secrets
 
 EXIT_USAGE = 64
@@ -140,6 +141,9 @@ def _root(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
 ) -> None:
     """From an open-weight base model to an evaluated, gated, registered, servable one."""
+    misfit = torchvision_misfit()
+    if misfit:
+        typer.echo(misfit, err=True)
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
 

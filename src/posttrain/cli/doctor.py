@@ -204,6 +204,17 @@ def four_bits() -> Iterator[Finding]:
     )
 
 
+def vllm() -> Iterator[Finding]:
+    from posttrain.rollout.vllm.options import installed, torchvision_misfit
+
+    misfit = torchvision_misfit()
+    if misfit:
+        yield Finding("torchvision", "broken", misfit)
+    version = installed()
+    advice = "not installed: pip install 'posttrain[vllm]', or make setup-vllm, for rollout.engine: vllm"
+    yield Finding("vllm", "note" if version is None else "ok", version or advice)
+
+
 def sandbox() -> Iterator[Finding]:
     from posttrain.grading.sandbox import call_filter, isolation
 
@@ -238,6 +249,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     surface,
     attention,
     four_bits,
+    vllm,
     sandbox,
     cache,
 )

@@ -16,6 +16,7 @@ from posttrain.config.pipeline import (
     RegisterKeys,
     SuiteKeys,
 )
+from posttrain.config.rollout import RolloutKeys
 from posttrain.config.schema import CLOSE_KEYS, ForeignName, KeyInfo, did_you_mean, keys_of, nearest
 from posttrain.config.stages import STAGE_KEYS, DatasetKeys
 from posttrain.errors import ConfigError
@@ -24,6 +25,7 @@ GROUPS: Mapping[str, type[Keys]] = {
     **STAGE_KEYS,
     "pipeline": PipelineKeys,
     "datasets": DatasetKeys,
+    "rollout": RolloutKeys,
     "evals": SuiteKeys,
     "gate": GateKeys,
     "gate.guards": GuardKeys,

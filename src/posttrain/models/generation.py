@@ -26,7 +26,7 @@ def stored_stop_token_ids(
 ) -> tuple[int, ...]:
     """The same for a model that is not loaded; `model_config` is its config."""
     try:
-        config = GenerationConfig.from_pretrained(source, revision=revision)
+        config = GenerationConfig.from_pretrained(source, revision=revision or "main")
     except OSError:
         config = GenerationConfig.from_model_config(model_config)
     ends: list[Any] = [*_ends(config), tokenizer.eos_token_id, end_of_turn_id(tokenizer)]

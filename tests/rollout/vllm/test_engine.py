@@ -1,8 +1,6 @@
 """vLLM in this process: what its log-probs are, what arrives at it, and what is refused."""
 
 import copy
-from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -10,13 +8,11 @@ import torch
 
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import SFTKeys
-from posttrain.errors import EngineError, MissingExtraError
+from posttrain.errors import EngineError
 from posttrain.models.load import load_policy
 from posttrain.recipes.engines import EngineSource, make_engine, sync_engine
 from posttrain.rollout.embedded import score_sequences
 from posttrain.rollout.sampling import cut
-from posttrain.rollout.vllm import engine as engine_module
-from posttrain.rollout.vllm import options as options_module
 from posttrain.types import Request, SamplingParams, in_order
 
 pytestmark = [
@@ -222,20 +218,3 @@ def test_a_dead_engine_is_a_typed_error_and_is_not_asked_again(vllm_engine, monk
     vllm_engine._engine.abort_request([f"posttrain-{n}" for n in range(10_000)])
     with pytest.raises(EngineError, match=r"vLLM ended before .* the run goes on from its checkpoint"):
         in_order(engine.generate([Request((5,), 0)], SamplingParams(max_tokens=2)))
-
-
-def test_without_vllm_the_extra_is_named(monkeypatch, vllm_engine):
-    monkeypatch.setattr(options_module, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"rollout.engine: vllm needs vLLM; pip install 'posttrain\[vllm\]'"):
-        engine_module.VLLMEngine(replace(vllm_engine._options), partial(str))
-
-
-@pytest.mark.parametrize(
-    ("vision", "fits"), [("0.28.0", False), ("0.28.0+cpu", True), ("0.28.0+cu130", False), (None, True)]
-)
-def test_a_torchvision_of_another_build_is_named_in_one_line(vision, fits, monkeypatch):
-    versions = {"torch": "2.13.0+cpu", "torchvision": vision}
-    monkeypatch.setattr(options_module, "_version", versions.get)
-    line = options_module.torchvision_misfit()
-    assert (line == "") == fits
-    assert "\n" not in line

@@ -1,4 +1,5 @@
 """vLLM in this process: token ids in, ids and log-probs out, weights through vLLM's own transfer protocol."""
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 

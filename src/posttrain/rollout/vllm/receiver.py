@@ -3,6 +3,7 @@
 Each update is a layerwise reload. A plain `load_weights` fails half-way where layers were packed for the CPU.
 Imported by vLLM alone.
 """
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ class Receiver(WeightTransferEngine):
 
     def receive_weights(self, update_info: Update) -> None:
         tensors: Iterable[tuple[str, torch.Tensor]] = update_info.tensors
-        self.model.load_weights(iter(tensors))
+        model: Any = self.model
+        model.load_weights(iter(tensors))
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
