@@ -91,7 +91,6 @@ def test_qlora_implies_4_bits_and_says_why(write):
         ("pref_beta: 0.1", "train.yaml:3: pref_beta is a dpo key; this is sft"),
         ("evals: {}", "train.yaml:3: evals is a pipeline key; it stands at the top of a YAML for `posttrain run`"),
         ("weight: 2", "train.yaml:3: weight: unknown key; it belongs inside an entry of datasets"),
-        ("val_set_size: 0.1", "train.yaml:3: val_set_size is Axolotl's key and has no counterpart here; split the data once"),
         ("adapter: qlora\nload_in_4bit: false", "load_in_4bit: false contradicts adapter: qlora"),
         ("load_in_4bit: true", "train.yaml:3: load_in_4bit: true with adapter: none would train nothing; set adapter: qlora"),
     ],

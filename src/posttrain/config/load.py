@@ -13,6 +13,7 @@ from typing import Any, Literal
 from posttrain.config.check import build
 from posttrain.config.effects import without_effect
 from posttrain.config.foreign import foreign_names, translate
+from posttrain.config.importers.flat import in_place, kind_of, whose
 from posttrain.config.knob import Keys
 from posttrain.config.migrate import migrate
 from posttrain.config.pipeline import STAGE_IN_PIPELINE, GateKeys, PipelineKeys, Stage
@@ -70,9 +71,12 @@ def load_stage(
     Raises: ConfigError naming everything that is wrong, one line each.
     """
     problems, notes = Problems(), list[str]()
-    settings = read_settings(Path(path))[0] if path is not None else Settings({}, {}, Origin("argument", "argument"))
+    nothing = Settings({}, {}, Origin("argument", "argument"))
+    settings, nulls = read_settings(Path(path)) if path is not None else (nothing, frozenset())
     path = Path(path) if path is not None else Path(f"{kind}.yaml")
     folder = take_project(settings, path, problems, project)
+    settings, said = in_place(settings, nulls, kind, path, problems)
+    notes += said
     for name, value in (given or {}).items():
         settings.put((name,), value, Origin("argument", "argument"))
     model = STAGE_KEYS[kind]
@@ -138,7 +142,10 @@ def load_gate(path: Path) -> GateKeys:
 def detect(path: Path) -> Literal["pipeline", "sft", "dpo", "grpo"]:
     """What a YAML is for, by its keys: a pipeline has `stages`, RL has rewards, preference optimisation its pairs."""
     values = read_settings(Path(path))[0].values
-    return "pipeline" if "stages" in values else marked_kind(values) or "sft"
+    if "stages" in values:
+        return "pipeline"
+    tool = whose(values)
+    return kind_of(values, tool) if tool else marked_kind(values) or "sft"
 
 
 def marked_kind(values: Mapping[str, Any]) -> Kind | None:

@@ -35,6 +35,18 @@ def _existing(path: str, folder: Path) -> str:
     raise _PathError(f"{path} does not exist{_where_else(path, local, folder)}")
 
 
+TEMPLATES = Path(__file__).with_name("templates")
+"""Chat templates that have a name here: `llama3` is `llama3.jinja` in it."""
+
+
+def _template(path: str, folder: Path) -> str:
+    """A Jinja file, or a template by name."""
+    named = TEMPLATES / f"{path}.jinja"
+    if path.isidentifier() and named.is_file() and not (folder / path).exists():
+        return str(named)
+    return _existing(path, folder)
+
+
 def _where_else(path: str, local: Path, folder: Path) -> str:
     if not local.parent.is_dir():
         return f": there is no folder {local.parent}"
@@ -66,7 +78,7 @@ def _baseline(reference: str, folder: Path) -> str:
 
 PATH_RULES: tuple[tuple[type[Keys], str, Callable[[str, Path], str]], ...] = (
     (ModelKeys, "base_model", _existing_or_hub),
-    (ModelKeys, "chat_template", _existing),
+    (ModelKeys, "chat_template", _template),
     (DatasetKeys, "path", _existing_or_hub),
     (TrainKeys, "output_dir", _output),
     (TrainKeys, "eval_suite", _existing),
@@ -101,7 +113,9 @@ def make_relative(values: dict[str, Any], model: type[Keys], project: Path) -> N
         holder: Any = values
         for step in path[:-1]:
             holder = holder[step]
-        if f"{value}/" == below:
+        if Path(value).parent == TEMPLATES:
+            holder[path[-1]] = Path(value).stem
+        elif f"{value}/" == below:
             holder[path[-1]] = "."
         elif value.startswith(below):
             holder[path[-1]] = f"./{value.removeprefix(below)}"

@@ -59,7 +59,7 @@ class ModelKeys(Keys):
     base_model: str = knob(..., "A local folder or a hub id of any transformers causal LM.", also="model_name_or_path (TRL, LLaMA-Factory)", example="Qwen/Qwen3-8B")
     revision: str | None = knob(None, "Revision (branch, tag or commit) of a hub model.", also="model_revision (Axolotl, LLaMA-Factory, TRL)", example="main")
     trust_remote_code: bool = knob(False, "Run code shipped with the model.")
-    chat_template: str | None = knob(None, "A Jinja file; null keeps the tokenizer's own template.", also="chat_template_path (TRL), chat_template_jinja (Axolotl)", example="./chat.jinja")
+    chat_template: str | None = knob(None, "A Jinja file, or `llama3` or `gemma` for the plain format of that name; null keeps the tokenizer's own template.", also="chat_template_path (TRL), chat_template_jinja (Axolotl)", example="./chat.jinja")
     chat_template_kwargs: dict[str, Any] = knob({}, "Values for variables of the chat template, such as `enable_thinking`; they become its defaults, in every rendering and in what is exported.", example={"enable_thinking": False})
     added_tokens: list[str] = knob([], "Tokens to add where the tokenizer lacks them; all of its tokens beyond the embedding get rows, each the mean of those there are. With an adapter, embedding and head are then trained and saved whole.", example=["<tool>"])
     special_tokens: dict[Literal["bos_token", "eos_token", "unk_token"], str] = knob({}, "Which tokens the tokenizer uses as beginning, end and unknown, where they are others than its own; each must be a token of it (or in added_tokens).", example={"eos_token": "<|im_end|>"})

@@ -193,9 +193,9 @@ def test_names_without_dataset_info_are_refused(tmp_path):
 def test_a_template_by_name_needs_a_model_that_carries_it(imported):
     assert any("qwen3 is the format" in note for note in imported(LLAMAFACTORY)[0].notes)
     with pytest.raises(
-        ConfigError, match="template: llama3: a template by name, and Qwen3-8B is not known to carry it"
+        ConfigError, match="template: mistral: a template by name, and Qwen3-8B is not known to carry it"
     ):
-        imported(LLAMAFACTORY.replace("template: qwen3", "template: llama3"))
+        imported(LLAMAFACTORY.replace("template: qwen3", "template: mistral"))
 
 
 def test_a_file_of_no_tool_is_refused(tmp_path):
@@ -213,3 +213,32 @@ def test_the_tool_is_told_by_its_keys(tmp_path, tool):
     }
     (tmp_path / "a.yaml").write_text(texts[tool])
     assert read_foreign(tmp_path / "a.yaml").tool is TOOLS[tool]
+
+
+@pytest.mark.parametrize("line", ["", "no_such_key: 3\n"])
+def test_a_file_of_another_tool_is_run_in_place(tmp_path, line):
+    (tmp_path / "a.yaml").write_text(AXOLOTL + line)
+    if line:
+        with pytest.raises(ConfigError, match=r"a.yaml:\d+: no_such_key: no key of Axolotl's that is known here"):
+            load_stage("sft", tmp_path / "a.yaml")
+        return
+    loaded = load_stage("sft", tmp_path / "a.yaml", ["learning_rate=1e-5"])
+    out = tmp_path / "ours.yaml"
+    import_file(tmp_path / "a.yaml", out)
+    written = load_stage("sft", out, ["learning_rate=1e-5"])
+    assert loaded.keys.model_dump(exclude={"output_dir"}) == written.keys.model_dump(exclude={"output_dir"})
+    assert "per_device_train_batch_size: mapped from micro_batch_size" in loaded.notes
+    assert loaded.provenance["per_device_train_batch_size"] == "a.yaml:13"
+
+
+def test_a_file_for_another_stage_says_which(tmp_path):
+    (tmp_path / "a.yaml").write_text(AXOLOTL.replace("type: alpaca", "type: chat_template.default") + "rl: dpo\n")
+    with pytest.raises(ConfigError, match="this Axolotl file is for dpo; run posttrain dpo"):
+        load_stage("sft", tmp_path / "a.yaml")
+
+
+def test_parameters_of_experts_are_named_among_the_modules(imported):
+    text = AXOLOTL.replace(
+        "lora_target_linear: true", "lora_target_modules: [q_proj]\nlora_target_parameters: [mlp.experts.gate_up_proj]"
+    )
+    assert imported(text)[1].keys.lora_target == ["q_proj", "mlp.experts.gate_up_proj"]

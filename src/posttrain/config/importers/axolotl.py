@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from posttrain.config.importers.axolotl_data import read_datasets, read_template
+from posttrain.config.importers.axolotl_rules import OTHER, defaults, finish, stage
 from posttrain.config.importers.fates import (
-    Draft,
-    Kind,
-    Refusal,
     Row,
     Tool,
     changed,
     flag,
-    is_off,
     joint,
     left,
-    number,
     refused,
     rows,
     to,
@@ -39,16 +31,9 @@ from posttrain.config.importers.values import (
     SCHEDULES,
     TRACKING,
     TRAINER,
-    adapter_defaults,
-    cadence,
-    warmup,
 )
 
-_OTHER = "train with Axolotl"
 _LORA = "take it out to train the adapter as PEFT starts it, or train with Axolotl"
-_HARMLESS_PLUGINS = ("CutCrossEntropyPlugin", "LigerPlugin", "KernelsPlugin", "ExpertParallelPlugin", "SwanLabPlugin", "NemoGymTrackingPlugin",
-                     "MegatronCorePlugin", "DenseMLPPlugin")  # fmt: skip
-_QUANT = {"nf4": "nf4", "fp4": "fp4"}
 
 ROWS: dict[str, Row] = {
     **TRAINER,
@@ -140,7 +125,7 @@ ROWS: dict[str, Row] = {
     "lora_dropout": to("lora_dropout"),
     "lora_target_modules": joint("lora_target"),
     "lora_target_linear": joint("lora_target"),
-    "lora_target_parameters": refused("an adapter on single parameters (fused experts) is not made here", "name modules in lora_target_modules"),
+    "lora_target_parameters": joint("lora_target", "parameters of fused experts stand in lora_target too"),
     "lora_modules_to_save": to("lora_modules_to_save"),
     "lora_fan_in_fan_out": left("PEFT finds the layout of a layer by itself"),
     "peft_use_rslora": to("use_rslora", flag),
@@ -171,8 +156,8 @@ ROWS: dict[str, Row] = {
     **rows(refused("layers are not frozen by turns (LISA) here", "use adapter: lora"), "lisa_n_layers", "lisa_step_interval", "lisa_layers_attr"),
     "spectrum_top_fraction": refused("parameters are not frozen by name here", "use adapter: lora"),
     "spectrum_model_name": left("it is read with spectrum_top_fraction only"),
-    "llama_pro": refused("layers are not added to a model here", _OTHER),
-    "reinit_weights": refused("training starts from the weights of base_model", _OTHER),
+    "llama_pro": refused("layers are not added to a model here", OTHER),
+    "reinit_weights": refused("training starts from the weights of base_model", OTHER),
     "model_config": joint("base_model", todo="write it into the config.json of a copy of the model"),
     "overrides_of_model_config": refused("the model's config is taken as it is", "write it into the config.json of a copy of the model"),
     "overrides_of_model_kwargs": refused("the model is loaded in one way here", "take it out"),
@@ -196,11 +181,11 @@ ROWS: dict[str, Row] = {
     "processor_type": refused("images, audio and video are not trained here", "name a text-only model and data"),
     **rows(left("it is about images"), "image_size", "image_resize_algorithm"),
     "plugins": joint("datasets"),
-    **rows(refused("another objective than cross-entropy, preferences or rewards", _OTHER), "diffusion", "ebft", "kd_trainer", "gdpo", "center_rewards_coefficient", "use_dynamic_finetuning"),
+    **rows(refused("another objective than cross-entropy, preferences or rewards", OTHER), "diffusion", "ebft", "kd_trainer", "gdpo", "center_rewards_coefficient", "use_dynamic_finetuning"),
     **rows(left("it is read with kd_trainer only"), "kd_ce_alpha", "kd_alpha", "kd_temperature", "kd_beta", "kd_zscore_base_temp", "kd_top_k_before_softmax", "kd_normalize_topk"),
-    "num_labels": refused("classification and reward models are not trained here", _OTHER),
-    "reward_model": refused("reward models are not trained here", _OTHER),
-    "process_reward_model": refused("reward models are not trained here", _OTHER),
+    "num_labels": refused("classification and reward models are not trained here", OTHER),
+    "reward_model": refused("reward models are not trained here", OTHER),
+    "process_reward_model": refused("reward models are not trained here", OTHER),
     "rl": joint("loss_type"),
     "trl": joint("reward_funcs"),
     "vllm": left("rollouts use the embedded engine, which samples from the policy's own weights"),
@@ -229,206 +214,6 @@ ROWS: dict[str, Row] = {
     "eval_strategy": joint("eval_steps"),
     "evaluation_strategy": joint("eval_steps"),
 }  # fmt: skip
-
-_PREFERENCES = {"dpo": "sigmoid", "ipo": "ipo", "kto": "kto", "orpo": "orpo", "simpo": "simpo"}
-_DPO_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "apo_zero", "apo_down", "discopop", "sigmoid_norm")  # fmt: skip
-
-
-def stage(source: Mapping[str, Any]) -> Kind | Refusal:
-    rl = source.get("rl")
-    if source.get("reward_model") or source.get("process_reward_model"):
-        key = "reward_model" if source.get("reward_model") else "process_reward_model"
-        return Refusal(key, "true: reward models are not trained here", _OTHER)
-    if is_off(rl):
-        return "sft"
-    if rl in _PREFERENCES:
-        return "dpo"
-    if rl == "grpo":
-        return "grpo"
-    return Refusal("rl", f"{rl}: no such method here", "set rl: dpo, ipo, kto, orpo, simpo or grpo, or " + _OTHER)
-
-
-def finish(draft: Draft) -> None:
-    _method(draft)
-    read_datasets(draft)
-    read_template(draft)
-    warmup(draft)
-    _batch(draft)
-    _adapter(draft)
-    _model(draft)
-    _training(draft)
-    best = draft.asks("load_best_model_at_end")
-    cadence(draft, "save", "save_steps", best)
-    cadence(draft, "eval", "eval_steps", best)
-
-
-def _method(draft: Draft) -> None:
-    rl, source = draft.source.get("rl"), draft.source
-    if draft.kind == "dpo":
-        loss = _PREFERENCES[str(rl)]
-        asked = source.get("dpo_loss_type")
-        if asked is not None and rl == "dpo":
-            loss = asked[0] if isinstance(asked, list) and len(asked) == 1 else asked
-        if isinstance(loss, str) and loss in (*_DPO_LOSSES, *_PREFERENCES.values()):
-            draft.put("loss_type", loss, "rl")
-        else:
-            draft.refuse("dpo_loss_type", f"{loss} has no counterpart here", "set one of " + ", ".join(_DPO_LOSSES))
-    elif "rl" in source and is_off(rl):
-        draft.leave("rl", "it is supervised fine-tuning")
-    if draft.kind == "grpo":
-        _grpo(draft)
-    elif "trl" in source:
-        draft.leave("trl", f"it plays no part in {draft.kind}")
-
-
-_GRPO: dict[str, Any] = {
-    "beta": "beta", "num_generations": "num_generations", "max_completion_length": "max_completion_length", "temperature": "temperature",
-    "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "epsilon": "epsilon", "epsilon_high": "epsilon_high", "delta": "delta", "loss_type": "loss_type",
-    "num_iterations": "num_iterations", "reward_weights": "reward_weights", "mask_truncated_completions": "mask_truncated_completions",
-    "importance_sampling_level": "importance_sampling_level",
-}  # fmt: skip
-_GRPO_LEFT = ("use_vllm", "log_completions", "use_liger_loss", "ref_model_mixup_alpha", "ref_model_sync_steps", "num_completions_to_print", "generation_batch_size_hint",
-              "rollout_func")  # fmt: skip
-
-
-def _grpo(draft: Draft) -> None:
-    trl = draft.source.get("trl") or {}
-    funcs = trl.get("reward_funcs")
-    if not funcs:
-        draft.refuse("trl.reward_funcs", "missing: RL needs a reward", "name reward functions, as file.py:function")
-    else:
-        files = [_reward(str(name)) for name in funcs]
-        draft.put("reward_funcs", files, "trl.reward_funcs", "module.function there, file.py:function here")
-    for key, value in trl.items():
-        if value is None or key in ("reward_funcs",):
-            continue
-        if key in _GRPO:
-            draft.put(_GRPO[key], value, f"trl.{key}")
-        elif key == "scale_rewards":
-            draft.put("scale_rewards", {True: "group", False: "none"}.get(value, value), f"trl.{key}")
-        elif key in _GRPO_LEFT or key.startswith("vllm_"):
-            draft.leave(
-                f"trl.{key}", "it says where completions are sampled or logged; the embedded engine samples here"
-            )
-        elif not is_off(value):
-            draft.refuse(f"trl.{key}", f"{value}: it has no counterpart here", "take it out")
-    draft.assume("loss_type", "bnpo")
-    draft.assume("beta", 0.0)
-
-
-def _reward(name: str) -> str:
-    module, _, function = name.rpartition(".")
-    return f"{module.replace('.', '/')}.py:{function}" if module else name
-
-
-def _batch(draft: Draft) -> None:
-    total = draft.source.get("batch_size")
-    if not total:
-        return
-    micro = draft.source.get("micro_batch_size", 1)
-    if "gradient_accumulation_steps" in draft.source:
-        draft.leave("batch_size", "micro_batch_size and gradient_accumulation_steps say it")
-    elif total % micro:
-        draft.refuse(
-            "batch_size", f"{total} is no multiple of micro_batch_size {micro}", "set gradient_accumulation_steps"
-        )
-    else:
-        draft.put("gradient_accumulation_steps", total // micro, "batch_size", "batch_size / micro_batch_size")
-
-
-def _adapter(draft: Draft) -> None:
-    modules, linear = draft.source.get("lora_target_modules"), draft.source.get("lora_target_linear")
-    if draft.keys.get("adapter", "none") == "none":
-        for key in ("lora_target_modules", "lora_target_linear", "bnb_config_kwargs"):
-            if key in draft.source:
-                draft.leave(key, "there is no adapter")
-        return
-    if linear:
-        draft.put("lora_target", "all-linear", "lora_target_linear")
-        if modules:
-            draft.change("lora_target_modules", "lora_target_linear takes every linear layer, these among them")
-    elif modules:
-        text = (
-            modules[0] if isinstance(modules, list) and len(modules) == 1 and not modules[0].isidentifier() else modules
-        )
-        draft.put("lora_target", "all-linear" if text in ("all-linear", "all_linear") else text, "lora_target_modules")
-        if "lora_target_linear" in draft.source:
-            draft.leave("lora_target_linear", "false: the modules are named")
-    elif "lora_target_parameters" not in draft.source:
-        draft.refuse(
-            "lora_target_modules",
-            "missing: PEFT then takes modules that depend on the family",
-            "set lora_target_linear: true or name them",
-        )
-    for key, value in (draft.source.get("bnb_config_kwargs") or {}).items():
-        if key in ("bnb_4bit_use_double_quant", "bnb_4bit_quant_type"):
-            draft.put(key, value, f"bnb_config_kwargs.{key}")
-        elif key in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"):
-            draft.leave(f"bnb_config_kwargs.{key}", "bf16 says in which type is computed")
-        elif not is_off(value):
-            draft.refuse(f"bnb_config_kwargs.{key}", f"{value}: it has no counterpart here", "take it out")
-
-
-def _model(draft: Draft) -> None:
-    for key in ("tokenizer_config", "base_model_config"):
-        other = draft.source.get(key)
-        if other is None:
-            continue
-        if other == draft.source.get("base_model"):
-            draft.leave(key, "it is the model's own")
-        else:
-            draft.refuse(key, f"{other}: config and tokenizer are those of base_model", "put both into one folder")
-    config = draft.source.get("model_config")
-    if config == {"output_router_logits": True}:
-        draft.leave("model_config", "the routers' balancing loss of a mixture of experts is always trained here")
-    elif config:
-        draft.refuse("model_config", "the model's config is taken as it is", "write it into the config.json of a copy")
-    tokens = draft.source.get("special_tokens") or {}
-    kept = {name: token for name, token in tokens.items() if token and name in ("bos_token", "eos_token", "unk_token")}
-    if tokens.get("pad_token"):
-        draft.leave("special_tokens.pad_token", "nothing is padded here")
-    if tokens.get("additional_special_tokens"):
-        draft.put("added_tokens", tokens["additional_special_tokens"], "special_tokens.additional_special_tokens")
-    if kept:
-        draft.put("special_tokens", kept, "special_tokens")
-    elif "special_tokens" in draft.source and not tokens:
-        draft.leave("special_tokens", "it is empty")
-    for name in draft.source.get("plugins") or []:
-        if str(name).rpartition(".")[2] in _HARMLESS_PLUGINS:
-            draft.leave(f"plugins {name}", "it makes the same numbers faster or in less memory")
-        else:
-            draft.refuse("plugins", f"{name}: what it does to training is not known here", "take it out, or " + _OTHER)
-
-
-def _training(draft: Draft) -> None:
-    if "shuffle_merged_datasets" in draft.source:
-        if draft.source["shuffle_merged_datasets"]:
-            draft.leave("shuffle_merged_datasets", "rows are always shuffled here")
-        else:
-            draft.refuse("shuffle_merged_datasets", "false: rows are always shuffled here", "take it out")
-    if "eta_min" in draft.source:
-        floor, peak = number(draft.source["eta_min"]), draft.keys.get("learning_rate")
-        if draft.source.get("optimizer") in OPTIMIZERS:
-            draft.leave("eta_min", "Axolotl's cosine does not read it")
-        elif peak:
-            draft.put("min_lr_ratio", floor / number(peak), "eta_min")
-    if "adam_eps" in draft.source:
-        draft.leave("adam_eps", "Axolotl reads adam_epsilon, and ignores this name")
-
-
-def defaults(draft: Draft) -> Mapping[str, Any]:
-    """What Axolotl does where its file is silent."""
-    filled: dict[str, Any] = {"per_device_train_batch_size": 1, **adapter_defaults(draft, 8, 8)}
-    if not {"warmup_steps", "warmup_ratio"} & set(draft.keys):
-        filled["warmup_ratio"] = 0.03
-    if draft.kind == "sft":
-        filled["lr_scheduler_type"] = "cosine"
-    if draft.kind == "dpo":
-        filled |= {"lr_scheduler_type": "cosine", "beta": 0.1, "loss_type": "sigmoid"}
-    if draft.kind == "grpo":
-        filled["lr_scheduler_type"] = "cosine"
-    return filled
-
 
 AXOLOTL = Tool(
     "Axolotl", ROWS, stage, finish,

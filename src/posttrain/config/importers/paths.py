@@ -14,3 +14,9 @@ def local_file(draft: Draft, path: str) -> str:
         if path and found.exists():
             return str(found.resolve())
     return path
+
+
+def reward_file(draft: Draft, name: str) -> str:
+    """`rewards.correct` there is `rewards.py:correct` here, from where it may stand; a plain name stays."""
+    module, _, function = name.rpartition(".")
+    return f"{local_file(draft, module.replace('.', '/') + '.py')}:{function}" if module else name

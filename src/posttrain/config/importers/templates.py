@@ -50,6 +50,8 @@ OWN: tuple[tuple[str, str], ...] = (
     (r"mimo.*", r"mimo"),
 )  # fmt: skip
 """A name, as pattern, and the models that carry the format, as pattern of their name."""
+BUILT_IN = {"llama3": "llama3", "gemma": "gemma", "gemma2": "gemma"}
+"""A name → the template of that format here."""
 TOKENIZERS_OWN = ("tokenizer_default", "default", "auto", "")
 _ADVICE = "save the template as a Jinja file and set chat_template: FILE"
 
@@ -58,6 +60,9 @@ def named_template(draft: Draft, key: str, name: str) -> None:
     """Read a template by name as the tokenizer's own where the model carries that format; else refuse it."""
     if name in TOKENIZERS_OWN:
         draft.leave(key, f"{name or 'it is empty'}: the tokenizer's own template is the default here")
+        return
+    if name in BUILT_IN:
+        draft.put("chat_template", BUILT_IN[name], key, "the plain format of that name")
         return
     model = str(draft.keys.get("base_model", "")).rpartition("/")[2]
     if name.startswith("tokenizer_default_fallback_"):

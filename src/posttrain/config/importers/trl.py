@@ -22,7 +22,7 @@ from posttrain.config.importers.fates import (
     rows,
     to,
 )
-from posttrain.config.importers.paths import local_file
+from posttrain.config.importers.paths import local_file, reward_file
 from posttrain.config.importers.values import (
     GENERATION,
     LOADING,
@@ -154,7 +154,6 @@ ROWS: dict[str, Row] = {
     "evaluation_strategy": joint("eval_steps"),
 }  # fmt: skip
 _LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
-_REWARDS = {"accuracy_reward": "math_verify"}
 
 
 def stage(source: Mapping[str, Any]) -> Kind | Refusal:
@@ -301,12 +300,7 @@ def _sampling(draft: Draft) -> None:
             "write it as a function in a file and name file.py:function, or take one of docs/rewards.md",
         )
     else:
-        files = [f"{name.rpartition('.')[0].replace('.', '/')}.py:{name.rpartition('.')[2]}" for name in listed]
-        draft.put(
-            "reward_funcs",
-            [local_file(draft, file.partition(":")[0]) + ":" + file.partition(":")[2] for file in files],
-            "reward_funcs",
-        )
+        draft.put("reward_funcs", [reward_file(draft, name) for name in listed], "reward_funcs")
     rows_per_step = draft.source.get("per_device_train_batch_size", 8) * draft.source.get(
         "gradient_accumulation_steps", 1
     )
