@@ -12,6 +12,7 @@ from posttrain.config.knob import Keys
 from posttrain.config.schema import keys_of
 from posttrain.config.settings import Origin, Problems, Settings
 from posttrain.config.stages import STAGE_KEYS
+from posttrain.config.yaml_lines import KeyPath
 
 _FOREIGN_KEYS = 3
 """So many keys that are not ours make a file another tool's; fewer are slips in a file of ours."""
@@ -48,7 +49,7 @@ def in_place(
     for refusal in draft.refusals:
         problems.add(settings.origin((refusal.key.partition(".")[0],)), refusal.key, f"{refusal.why}; {refusal.todo}")
     problems.raise_if_any()
-    origins = {(ours,): _origin(settings, draft, ours) for ours in draft.keys}
+    origins: dict[KeyPath, Origin] = {(ours,): _origin(settings, draft, ours) for ours in draft.keys}
     return Settings(dict(draft.keys), origins, settings.home), _notes(draft)
 
 
