@@ -72,6 +72,24 @@ def test_the_canary_sees_what_only_decoding_computes_with(policy, monkeypatch):
         check(engine, policy)
 
 
+def test_a_single_token_that_rounding_sends_to_another_expert_does_not_ring(policy):
+    """In bf16 a router of near ties chooses otherwise for a token here and there; other weights move every token."""
+    engine = EmbeddedEngine(policy, stop_token_ids=())
+
+    def off_by(gap, completions):
+        def trainer(sequences):
+            scored = score_sequences(policy, sequences)
+            return [[logp + (gap if i < completions else 0.0) for logp in row] for i, row in enumerate(scored)]
+
+        return trainer
+
+    assert check_arrival(engine, off_by(0.5, 1)) < 1e-4
+    with pytest.raises(EngineError, match="it decodes with other weights"):
+        check_arrival(engine, off_by(0.5, 3))
+    with pytest.raises(EngineError, match="it decodes with other weights"):
+        check_arrival(engine, off_by(float("nan"), 4))
+
+
 def test_dropout_does_not_ring(model_dir):
     keys = SFTKeys(
         base_model=str(model_dir("qwen3")), datasets=[{"path": "x.jsonl"}], adapter="lora", lora_r=4, lora_dropout=0.5
