@@ -86,7 +86,7 @@ def _in_line(text: str, reference: str, same: Same) -> bool:
 _LETTER = re.compile(r"\(?([A-Z])\)?[.:]?")
 _LETTER_ANYHOW = re.compile(
     r"[\[(*]*([A-Za-z])[\])*.:]*"  # b, (b), **B**
-    r"|[\[(*]*([A-Z])(?:[\])*.:,]+|\s+[-–—])\s*(?!.*\b(?:[B-HJ-Z]\b|A\b(?![ ]\w)|or\b|not\b|and\b)).*",  # (B) Paris, B: 12
+    r"|[\[(*]*([A-Z])(?:[\])*.:,]+|\s+[-–—]|\s+(?=\())\s*(?!.*\b(?:[B-HJ-Z]\b|A\b(?![ ]\w)|or\b|not\b|and\b)).*",  # (B) Paris, B: 12, B (Paris)
     re.DOTALL,
 )
 

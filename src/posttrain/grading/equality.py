@@ -83,7 +83,7 @@ def _as_number(answer: str, reference: str, stance: Stance) -> bool | None:
     if wanted is None or (stance.formulas and not is_plain_number(wanted)) or _DIMENSIONS.fullmatch(reference):
         return None
     if stance.lenient and _POWER.fullmatch(answer) and not wanted.unit:
-        return same_value(answer, reference)
+        return same_value(answer, str(wanted.value))
     got = parse_quantity(answer, lowest_terms=not stance.lenient)
     if got is None:
         return False

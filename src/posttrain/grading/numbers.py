@@ -16,7 +16,7 @@ MAX_ANSWER_CHARS = 2000
 
 _CHARACTERS: dict[int, str] = (
     {ord(c): "" for c in "\u200b\u200c\u200d\u2060\ufeff"}
-    | {ord("−"): "-", ord("\uff0d"): "-", ord("\uff0e"): ".", ord("％"): "%"}
+    | {ord("−"): "-", ord("\u2011"): "-", ord("\uff0d"): "-", ord("\uff0e"): ".", ord("％"): "%"}
     | {0xFF10 + digit: str(digit) for digit in range(10)}
     | {ord("∅"): "\\emptyset", ord("∞"): "\\infty", ord("∪"): "\\cup ", ord("≤"): "\\le ", ord("≥"): "\\ge "}
     | {ord("±"): "\\pm ", ord("≠"): "\\ne ", ord("∈"): "\\in "}

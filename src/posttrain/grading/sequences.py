@@ -107,7 +107,7 @@ def matrix(text: str) -> Matrix | None:
     match = _MATRIX.fullmatch(text)
     if match is None:
         return None
-    rows = [row for row in re.split(r"\\\\|\\cr(?![A-Za-z])", match[2]) if row.strip()]
+    rows = [row for row in re.split(r"\\\\(?:\*|\s*\[[0-9.]+\s*[a-z]{2}\])?|\\cr(?![A-Za-z])", match[2]) if row.strip()]
     cells = tuple(tuple(cell.strip() for cell in row.split("&")) for row in rows)
     return Matrix(match[1][0] in "vV", cells) if sum(map(len, cells)) <= _MAX_ELEMENTS else None
 
