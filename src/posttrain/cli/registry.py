@@ -62,6 +62,9 @@ def show(
             _echo_json(_history(book, entry))
             return
         typer.echo(f"{_line(entry)}\n  path  {entry.path}")
+        if (adapter := book.adapter(entry.name, entry.version)) is not None:
+            base = book.chain(entry.name, entry.version)[0].inputs["model"]
+            typer.echo(f"  adapter_total  {adapter}  (PEFT loads it onto the base {base})")
         for manifest in book.chain(entry.name, entry.version):
             typer.echo(f"  {manifest.stage}  {manifest.digest}")
             for what, digest in sorted(manifest.inputs.items()):
@@ -196,7 +199,9 @@ def _history(book: Registry, entry: RegistryEntry) -> dict[str, Any]:
     chain = [manifest.to_json() | {"digest": manifest.digest} for manifest in book.chain(entry.name, entry.version)]
     events = [asdict(event) for event in book.rows.events(entry.name) if event.version == entry.version]
     verdict = book.verdict_record(entry.name, entry.version)
-    return _record(entry) | {"lineage": chain, "verdict": verdict, "events": events}
+    adapter = book.adapter(entry.name, entry.version)
+    offered = {"adapter_total": None if adapter is None else str(adapter.resolve())}
+    return _record(entry) | offered | {"lineage": chain, "verdict": verdict, "events": events}
 
 
 def _echo_json(value: Any) -> None:

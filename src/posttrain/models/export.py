@@ -71,7 +71,7 @@ def _save_adapter(
     if policy.base_moved:
         assert policy.start is not None
         subtract_start(folder, policy.start)
-    _save_tokenizer(policy.tokenizer, folder)
+    save_tokenizer(policy.tokenizer, folder)
     (folder / PROVENANCE).write_text(json.dumps(dict(record), indent=2))
 
 
@@ -94,7 +94,7 @@ def _save(
             model.config._attn_implementation_internal = saved._attn_implementation_internal
             model.config.use_cache = False
         _name_dtype(temporary / "config.json", dtype)
-        _save_tokenizer(tokenizer, temporary)
+        save_tokenizer(tokenizer, temporary)
         (temporary / PROVENANCE).write_text(json.dumps(dict(record), indent=2))
         written = probe_logits(
             read_model(keys.model_copy(update={"base_model": str(temporary), "revision": None}), dtype)
@@ -128,7 +128,7 @@ def _name_dtype(path: Path, dtype: torch.dtype) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """As transformers writes it, less what it remembers of how this process happened to load it."""
     tokenizer.save_pretrained(str(folder))
     path = folder / "tokenizer_config.json"

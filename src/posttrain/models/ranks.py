@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,37 @@ from safetensors.torch import load_file, save_file
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """Files of an adapter, as PEFT names them."""
+
+_PARTS = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
+"""How the file names the two factors, of a linear layer and of an embedding."""
+
+
+def split(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, tuple[str, str]], dict[str, torch.Tensor]]:
+    """The names of the two factors of each module in an adapter's file, and what is saved whole beside them."""
+    pairs = {
+        name.removesuffix(a): (name, name.removesuffix(a) + b)
+        for name in tensors
+        for a, b in _PARTS
+        if name.endswith(a)
+    }
+    factors = {name for pair in pairs.values() for name in pair}
+    return pairs, {name: tensor for name, tensor in tensors.items() if name not in factors}
+
+
+def side_by_side(
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor]], experts: int, rank: int
+) -> tuple[torch.Tensor, ...]:
+    """A over A and B beside B, filled up with zeros to `rank`: B·A is then the sum of the parts' products, exactly.
+
+    The factors of all experts of a layer stand in one pair: A with the expert outermost, B with it innermost.
+    """
+    upper = [a.reshape(experts, -1, a.shape[1]) for a, _ in parts]
+    lower = [b.reshape(b.shape[0], -1, experts) for _, b in parts]
+    missing = rank - sum(a.shape[1] for a in upper)
+    if missing:
+        upper.append(upper[0].new_zeros(experts, missing, upper[0].shape[2]))
+        lower.append(lower[0].new_zeros(lower[0].shape[0], missing, experts))
+    return torch.cat(upper, 1).flatten(0, 1).contiguous(), torch.cat(lower, 1).flatten(1).contiguous()
 
 
 def subtract_start(folder: Path, start: Mapping[str, torch.Tensor]) -> None:

@@ -12,9 +12,10 @@ from posttrain.files import digest_json, read_record, write_atomic
 from posttrain.pipeline.escalation import DECISIONS_FILE, decision_on
 from posttrain.pipeline.judge import last_verdict
 from posttrain.pipeline.state import RunState, StageEntry
+from posttrain.pipeline.taken_over import adapter_total_of
 from posttrain.pipeline.train import Place
 from posttrain.registry.card import model_card
-from posttrain.registry.manifest import CERTIFICATE, MODEL, Manifest
+from posttrain.registry.manifest import ADAPTER_TOTAL, CERTIFICATE, MODEL, Manifest
 from posttrain.registry.registry import Registry
 
 
@@ -37,7 +38,9 @@ def manifests(place: Place, state: RunState, last: int, decision: Decision | Non
         details = _details(place, state, entry)
         if index == last and decision is not None:
             details["decision"] = decision.to_json()
-        manifest = Manifest(entry.kind, inputs, {MODEL: entry.output_digest}, details=details)
+        adapter = adapter_total_of(entry.files)
+        outputs = {MODEL: entry.output_digest, **({ADAPTER_TOTAL: adapter} if adapter else {})}
+        manifest = Manifest(entry.kind, inputs, outputs, details=details)
         chain.append(manifest.after(chain[-1]) if chain else manifest)
     return chain
 
@@ -95,7 +98,7 @@ def register(place: Place, state: RunState, last: int) -> dict[str, Any]:
     registry = Registry(Path(target.registry))
     try:
         entry = registry.register(
-            target.name, folder / final.folder / "model", chain, verdict, certificates, evidence=_evidence(place)
+            target.name, folder / final.folder / "model", chain, verdict, certificates, evidence=_evidence(place, final)
         )
         held = sorted({rule for stage in stages for rule in stage.held})
         if held:
@@ -113,12 +116,14 @@ def register(place: Place, state: RunState, last: int) -> dict[str, Any]:
         registry.close()
 
 
-def _evidence(place: Place) -> dict[str, Path]:
+def _evidence(place: Place, final: StageEntry) -> dict[str, Path]:
     """What is kept with a version beside the model, by role."""
     folder = place.folder
     found = {"evals": folder / "evals", "gates": folder / "gates", "config": folder / "config.yaml"}
     found["environment"] = folder / "environment.json"
     found |= {f"suite.{name}": Path(suite.path) for name, suite in place.keys.evals.items()}
+    if adapter_total_of(final.files):
+        found[ADAPTER_TOTAL] = folder / final.folder / ADAPTER_TOTAL
     if (decided := folder / DECISIONS_FILE).exists():
         found["decisions"] = decided
     return found

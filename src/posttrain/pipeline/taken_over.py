@@ -7,9 +7,11 @@ from pathlib import Path
 
 from posttrain.errors import ChangedInputsError
 from posttrain.files import digest_file, digest_json, file_digests, read_record, write_json
+from posttrain.models.continued import ADAPTER
+from posttrain.models.total import ADAPTER_TOTAL
 from posttrain.pipeline.state import StageEntry
 
-_MADE = ("model", "adapter", "adapter_total", "result.json", "certificate.json")
+_MADE = ("model", ADAPTER, ADAPTER_TOTAL, "result.json", "certificate.json")
 """What later stages, evals, the gate and the registry read of a stage."""
 _INPUTS = "inputs.json"
 _MOST = 5
@@ -28,7 +30,17 @@ def files_made(stage: Path) -> dict[str, str]:
 
 def model_of(files: Mapping[str, str]) -> str:
     """Digest of the model folder among the files of a stage."""
-    return digest_json({name.removeprefix("model/"): d for name, d in files.items() if name.startswith("model/")})
+    return digest_json(_inside("model", files))
+
+
+def adapter_total_of(files: Mapping[str, str]) -> str:
+    """Digest of the adapter for the given base among the files of a stage; empty where there is none."""
+    found = _inside(ADAPTER_TOTAL, files)
+    return digest_json(found) if found else ""
+
+
+def _inside(folder: str, files: Mapping[str, str]) -> dict[str, str]:
+    return {name.removeprefix(f"{folder}/"): d for name, d in files.items() if name.startswith(f"{folder}/")}
 
 
 def damage(stage: Path, entry: StageEntry) -> list[str]:

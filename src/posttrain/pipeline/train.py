@@ -14,6 +14,8 @@ from posttrain.config.resolved import apply_changes, resolved_yaml
 from posttrain.config.stages import GRPOKeys, TrainKeys
 from posttrain.errors import ChangedInputsError
 from posttrain.files import digest_json, write_atomic
+from posttrain.models.continued import base_keys, is_continued
+from posttrain.models.total import MergedBefore
 from posttrain.pipeline.data_checks import DataChecks, Suites
 from posttrain.pipeline.pins import environment, stage_inputs, training_keys
 from posttrain.pipeline.state import DAMAGED, DONE, RUNNING, Parent, RunState, StageEntry
@@ -101,7 +103,7 @@ class Stages:
         state = self._newest(state, entry)
         base = self.place.keys.base_model
         self.watch.say(f"{stage.kind}: {base if index == 1 else Path(keys.base_model).name} → {folder}")
-        done = self._finished(entry, self._recipe(stage.kind, keys, folder, state.id), folder)
+        done = self._finished(entry, self._recipe(state, stage.kind, keys, entry), folder)
         state = state.with_stage(done)
         self.save(state)
         return state, done
@@ -109,6 +111,18 @@ class Stages:
     def _keys(self, state: RunState, index: int, stage: Stage) -> TrainKeys:
         keys = apply_changes(stage.keys, state.changes.get(str(index), {}))
         return keys.model_copy(update={"base_model": self.place.model_before(state, index), "seed": keys.seed})
+
+    def _merged_before(self, state: RunState, index: int) -> MergedBefore | None:
+        """The stage whose merged model the adapter of stage `index` was begun on, where that is not the given base."""
+        stages = self.place.keys.stages
+        while index > 1 and is_continued(self._keys(state, index, stages[index - 1])):
+            index -= 1
+        entry = state.stage(index - 1)
+        if entry is None:
+            return None
+        folder = self.place.folder / entry.folder
+        total = StageResult.load(folder).adapter_total
+        return MergedBefore(folder, base_keys(self._keys(state, 1, stages[0])), "" if total is None else total.refused)
 
     def _newest(self, state: RunState, entry: StageEntry) -> RunState:
         if entry == state.stage(entry.index):
@@ -156,7 +170,8 @@ class Stages:
             output_digest=result.model_digest, held=result.held, files=files,
         )  # fmt: skip
 
-    def _recipe(self, kind: str, keys: TrainKeys, folder: Path, run_id: str) -> StageResult:
+    def _recipe(self, state: RunState, kind: str, keys: TrainKeys, entry: StageEntry) -> StageResult:
+        folder = self.place.folder / entry.folder
         if (folder / "result.json").exists():
             # Killed between the end of the stage and the note of it.
             return StageResult.load(folder)
@@ -164,8 +179,9 @@ class Stages:
             write_atomic(folder / "config.yaml", resolved_yaml(keys, self.place.project, folder))
 
         def begun() -> StageRun:
-            watchers = partial(self._sinks, keys, folder.name, run_id)
-            return StageRun(kind, folder, keys, self.topology, watchers=watchers, stop=self.stop)
+            watchers = partial(self._sinks, keys, folder.name, state.id)
+            before = self._merged_before(state, entry.index)
+            return StageRun(kind, folder, keys, self.topology, watchers, self.stop, before)
 
         return run_recipe(LOOPS[kind], keys, begun)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 from posttrain.data.dataset import Dataset, sequences
 from posttrain.files import read_record, write_json
+from posttrain.models.total import TotalReport
 from posttrain.protocols import MetricSink
 from posttrain.tracking.jsonl import EVENTS, JsonlSink, read_jsonl
 from posttrain.tracking.multi import MultiSink
@@ -41,12 +42,16 @@ class StageResult:
     held: tuple[str, ...] = ()
     rollbacks: tuple[Mapping[str, Any], ...] = ()
     """What the run was rolled back for and recovered from; it does not hold promotion."""
+    adapter_total: TotalReport | None = None
+    """The adapter for the given base, of a stage that trained one."""
 
     def to_json(self) -> dict[str, Any]:
         record = {
             name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("folder", "model_dir")
         }
-        return record | {"metrics": dict(self.metrics), "held": list(self.held), "rollbacks": list(self.rollbacks)}
+        total = None if self.adapter_total is None else asdict(self.adapter_total)
+        record |= {"held": list(self.held), "rollbacks": list(self.rollbacks), "adapter_total": total}
+        return record | {"metrics": dict(self.metrics)}
 
     def save(self) -> None:
         write_json(self.folder / "result.json", self.to_json())
@@ -61,6 +66,8 @@ class StageResult:
     def _from_json(cls, folder: Path, record: dict[str, Any]) -> StageResult:
         record |= {"folder": folder, "model_dir": folder / "model", "held": tuple(record["held"])}
         record["rollbacks"] = tuple(record["rollbacks"])
+        if total := record.get("adapter_total"):
+            record["adapter_total"] = TotalReport(**{**total, "rounded": tuple(total["rounded"])})
         return cls(**record)
 
 

@@ -19,6 +19,7 @@ from posttrain.models.export import save_policy
 from posttrain.models.policy import Policy
 from posttrain.models.proof import probe_logits
 from posttrain.models.provenance import model_digest, source_digest
+from posttrain.models.total import ADAPTER_TOTAL, MergedBefore, TotalReport, write_total
 from posttrain.protocols import Topology
 from posttrain.recipes.guard import Guard
 from posttrain.recipes.rollback import RolledBack, restore_best
@@ -43,8 +44,9 @@ class Stage:
 
     def __init__(
         self, kind: str, folder: Path, keys: TrainKeys, topology: Topology,
-        watchers: Watchers | None = None, stop: StopFlag | None = None,
+        watchers: Watchers | None = None, stop: StopFlag | None = None, merged_before: MergedBefore | None = None,
     ) -> None:  # fmt: skip
+        self._merged_before = merged_before
         self.kind, self.folder, self.keys, self.topology = kind, folder, keys, topology
         self.stop = stop or StopFlag()
         self.run = RunFolder(folder, kind, topology.is_main, watchers)
@@ -128,19 +130,25 @@ class Stage:
         policy, guard = state.policy, self.guard
         whole = self.topology.full_state(policy.model) if policy.sharded else None
         # All ranks compute it together where each holds a part of the model.
-        logits = probe_logits(policy.model) if policy.sharded else None
+        logits = probe_logits(policy.model)
         model_dir = self.folder / "model"
+        total: TotalReport | None = None
         if self.topology.is_main:
             with disk_errors(self.folder):
                 report = save_policy(policy, model_dir, self.keys, state=whole, logits=logits)
+                if policy.has_adapter:
+                    total = write_total(policy, self.folder, self.keys, logits, self._merged_before)
             self.run.event("export", state.step, asdict(report))
-        self.topology.barrier()
+        total = self.topology.broadcast(total)
         result = StageResult(
             kind=self.kind, folder=self.folder, model_dir=model_dir, model_digest=model_digest(model_dir),
             parent_digest=source_digest(policy.source), steps=state.step - state.empty_steps, tokens=state.tokens, wall_s=state.wall_s,
             metrics=dict(state.validated), held=tuple(guard.held),
-            rollbacks=tuple(rollback.to_json() for rollback in guard.rollbacks),
+            rollbacks=tuple(rollback.to_json() for rollback in guard.rollbacks), adapter_total=total,
         )  # fmt: skip
+        if total is not None and self.topology.is_main:
+            self.run.event(ADAPTER_TOTAL, state.step, asdict(total))
+            (log.warning if total.refused or total.rounded else log.info)("%s", total)
         if self.topology.is_main:
             result.save()
         self.close()

@@ -16,6 +16,8 @@ from posttrain.files import digest_json
 
 MODEL = "model"
 """Name of the model among inputs (what the stage started from) and outputs (what it made)."""
+ADAPTER_TOTAL = "adapter_total"
+"""Name, among outputs and in a version's evidence, of one adapter for the base that the whole lineage started from."""
 CERTIFICATE = "certificate"
 RL_STAGES = frozenset({"grpo"})
 """Stages whose model takes an alias only with a passing reward certificate among their inputs."""

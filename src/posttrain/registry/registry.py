@@ -13,11 +13,14 @@ from posttrain.evidence import Decision, GateVerdict, RegistryEntry
 from posttrain.files import digest_file, write_atomic
 from posttrain.names import PREVIOUS
 from posttrain.registry import looks, promotion
-from posttrain.registry.manifest import MODEL, Manifest, check_chain
+from posttrain.registry.manifest import ADAPTER_TOTAL, MODEL, Manifest, check_chain
 from posttrain.registry.promotion import CHAMPION, DECISION, HOLD
 from posttrain.registry.rows import Rows, now
 from posttrain.registry.schema import connect, writing
 from posttrain.registry.store import ContentStore
+
+_READY_TO_LOAD = {"model": "models", ADAPTER_TOTAL: "adapters"}
+"""Role of a stored tree → the folder in which it lies ready to load, by digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,7 @@ class Verification:
 
 
 class Registry:
-    """A folder: `registry.sqlite`, `objects/` and `models/<sha256>/`, the last ready to load."""
+    """A folder: `registry.sqlite`, `objects/`, and `models/<sha256>/` and `adapters/<sha256>/`, ready to load."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
@@ -78,7 +81,9 @@ class Registry:
             objects.append(("verdict", "file", self.store.put_json(verdict.to_json())))
         for role, path in (evidence or {}).items():
             objects.append((role, "tree" if Path(path).is_dir() else "file", self.store.put(path)))
-        self._checkout(digest)
+        for role, kind, content in objects:
+            if role in _READY_TO_LOAD and kind == "tree":
+                self._checkout(content, _READY_TO_LOAD[role])
         version = self._insert(name, digest, manifests[-1], verdict, objects, actor)
         return self.show(name, version)
 
@@ -131,8 +136,13 @@ class Registry:
                 f"{found.name}@{found.version} cannot be loaded: {missing[0]}{more} is gone from {self.folder / 'objects'}; "
                 "restore it from a copy"
             )
-        self._checkout(found.digest)
+        self._checkout(found.digest, "models")
         return found
+
+    def adapter(self, name: str, version: int) -> Path | None:
+        """A folder that PEFT loads onto the base that the version's lineage started from; None where it has none."""
+        digest = self.evidence(name, version).get(ADAPTER_TOTAL, ("", ""))[1]
+        return self._checkout(digest, _READY_TO_LOAD[ADAPTER_TOTAL]) if digest else None
 
     def find(self, ref: str, name: str | None = None) -> RegistryEntry:
         """`name@3`, `name@champion`, or `alias:champion` (of `name`, or of the only model that has it).
@@ -226,12 +236,13 @@ class Registry:
             try:
                 if row["kind"] == "tree":
                     num_files += self.store.verify(row["digest"])
+                    if row["role"] in _READY_TO_LOAD:
+                        self._verify_checkout(row["digest"], self._place(row["digest"], _READY_TO_LOAD[row["role"]]))
                 else:
                     self.store.verify_object(row["digest"], row["role"])
                     num_files += 1
             except RegistryError as error:
                 raise RegistryError(f"{where} {row['role']}: {error}") from error
-        self._verify_checkout(entry)
         return Verification(name, version, len(chain), num_files)
 
     # --- aliases ---
@@ -377,29 +388,29 @@ class Registry:
     # --- folders ready to load ---
 
     def _model_path(self, digest: str) -> Path:
-        return self.folder / "models" / digest.removeprefix("sha256:")
+        return self._place(digest, "models")
 
-    def _checkout(self, digest: str) -> None:
-        path = self._model_path(digest)
-        if not path.exists():
-            self.store.materialize(digest, path)
+    def _place(self, digest: str, kind: str) -> Path:
+        return self.folder / kind / digest.removeprefix("sha256:")
 
-    def _verify_checkout(self, entry: RegistryEntry) -> None:
+    def _checkout(self, digest: str, kind: str) -> Path:
+        path = self._place(digest, kind)
+        return path if path.exists() else self.store.materialize(digest, path)
+
+    def _verify_checkout(self, tree: str, folder: Path) -> None:
         """The folder that is loaded must hold what the store holds; a hard link to it does."""
-        if not entry.path.exists():
+        if not folder.exists():
             return
-        files = self.store.tree(entry.digest)
+        files = self.store.tree(tree)
         for name, digest in files.items():
-            path = entry.path / name
+            path = folder / name
             same = path.exists() and (path.samefile(self.store.object_path(digest)) or digest_file(path) == digest)
             if not same:
-                raise RegistryError(
-                    f"{path}: is not the registered {digest}; delete {entry.path}, it will be written anew"
-                )
-        extra = sorted(p.relative_to(entry.path).as_posix() for p in entry.path.rglob("*") if p.is_file())
+                raise RegistryError(f"{path}: is not the registered {digest}; delete {folder}, it will be written anew")
+        extra = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
         if extra != sorted(files):
             added = ", ".join(sorted(set(extra) - set(files)))
-            raise RegistryError(f"{entry.path}: has files that were not registered: {added}; delete them")
+            raise RegistryError(f"{folder}: has files that were not registered: {added}; delete them")
 
     @staticmethod
     def _refuse(reason: str, where: str = "refused") -> None:
