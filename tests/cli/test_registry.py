@@ -103,3 +103,19 @@ def test_the_card_is_printed(run, gated):
 def test_a_mirror_that_is_down_is_reported_and_costs_nothing(run, gated):
     said = run("mirror", "http://127.0.0.1:9", code=75)
     assert said.startswith("0 events sent; 2 wait: ConnectionRefusedError")
+
+
+def test_show_names_the_adapter_for_the_given_base(run, gated, tmp_path):
+    adapter = tmp_path / "adapter_total"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    made = {"model": digest_tree(tmp_path / "model-a"), "adapter_total": digest_tree(adapter)}
+    book = Registry(tmp_path / "registry")
+    book.register(
+        "low", tmp_path / "model-a", Manifest("sft", {"model": BASE}, made), evidence={"adapter_total": adapter}
+    )
+    book.close()
+    (line,) = [line for line in run("show", "low@1").splitlines() if "adapter_total" in line]
+    assert f"adapters/{made['adapter_total'].removeprefix('sha256:')}" in line
+    assert BASE in line
+    assert "adapter_total" not in run("show", "words@1")

@@ -58,6 +58,10 @@ def test_sft_dpo_dpo_leave_one_adapter_for_the_given_base_registered_and_promote
     )
     metrics = [json.loads(line) for line in (stages[2] / "metrics.jsonl").read_text().splitlines()]
     assert metrics[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+    from posttrain.cli.doctor_run import check_run
+
+    (found,) = [finding for finding in check_run(made.out) if finding.name == "run adapter"]
+    assert (found.status, "rank 8 for the given base" in found.text) == ("ok", True)
     book = made.registry()
     try:
         chain = book.chain("yes", 1)

@@ -46,11 +46,32 @@ def check_run(folder: Path, project: Path | None = None) -> Iterator[Finding]:
     yield _readable(folder / "config.yaml", project)
     yield durable(folder)
     yield from _compared_versions(folder)
+    yield from _adapters(folder)
     pins = folder / "environment.json"
     if pins.exists():
         yield from _compared_environment(pins)
     else:
         yield Finding("run versions", "note", f"{pins} is not there: the run recorded no package versions")
+
+
+def _adapters(folder: Path) -> Iterator[Finding]:
+    """What the newest LoRA stage left for the base that the run was given."""
+    from posttrain.models.total import ADAPTER_TOTAL
+    from posttrain.recipes.run_folder import StageResult
+
+    for path in sorted(folder.glob("stages/*/result.json"), reverse=True):
+        total = StageResult.load(path.parent).adapter_total
+        if total is None:
+            continue
+        if total.refused:
+            yield Finding("run adapter", "note", f"{path.parent.name}: {total}")
+        elif (place := path.parent / ADAPTER_TOTAL).is_dir():
+            yield Finding("run adapter", "ok", f"{place}: {total}")
+        else:
+            yield Finding(
+                "run adapter", "broken", f"{place} is gone; put it back from a copy, or start with --on-change rerun"
+            )
+        return
 
 
 def _readable(path: Path, project: Path | None) -> Finding:

@@ -28,8 +28,9 @@ from posttrain.models.provenance import source_digest
 from posttrain.pipeline.pins import environment, is_version, stage_inputs
 from posttrain.pipeline.run import Watch, run_pipeline
 from posttrain.pipeline.state import RunState
+from posttrain.pipeline.taken_over import adapter_total_of
 from posttrain.recipes.evaluate import evaluate
-from posttrain.registry.manifest import MODEL, Manifest
+from posttrain.registry.manifest import ADAPTER_TOTAL, MODEL, Manifest
 from posttrain.registry.registry import Registry
 
 Found = Literal["same", "differs", "missing", "note"]
@@ -272,6 +273,11 @@ def _retrained(
         text = entry.output_digest if same else f"recorded {manifest.outputs[MODEL]}, now {entry.output_digest}"
         expected = bool(notes)
         yield Check(f"weights of {manifest.stage}", "same" if same else "note" if expected else "differs", text)
+        if recorded := manifest.outputs.get(ADAPTER_TOTAL):
+            now = adapter_total_of(entry.files)
+            text = now if now == recorded else f"recorded {recorded}, now {now or 'absent'}"
+            found: Found = "same" if now == recorded else "note" if expected else "differs"
+            yield Check(f"{ADAPTER_TOTAL} of {manifest.stage}", found, text)
     last = made[-1]
     assert last is not None, "a version has at least one stage"
     if not equal:
