@@ -100,14 +100,14 @@ def child(kind: str, steps: int, folder: Path, samples: Path) -> None:
     """Run one stage in this process and write what the sink saw."""
     from rich.console import Console
 
-    from posttrain.config.stages import STAGE_KEYS
+    from posttrain.config.kinds import STAGE_KINDS
     from posttrain.distributed.topology import SingleProcess
     from posttrain.recipes.kinds import LOOPS
     from posttrain.recipes.stage import Stage
     from posttrain.tracking.live import LiveView
 
     fill_interned()
-    keys = STAGE_KEYS[kind].model_validate(BASE | OWN[kind] | {
+    keys = STAGE_KINDS[kind].keys.model_validate(BASE | OWN[kind] | {
         "base_model": str(tiny_model()), "max_steps": steps,
         "datasets": [{"path": str(rows_file(kind, "train", 400))}],
         "eval_datasets": [{"path": str(rows_file(kind, "dev", 16))}],

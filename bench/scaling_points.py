@@ -124,14 +124,15 @@ def text(rng: random.Random, num_tokens: int) -> str:
 @contextmanager
 def stage_of(kind: str, size: Size, rows: Sequence[Mapping[str, str]], num_steps: int, sink: Any, **own: Any) -> Iterator[Any]:  # fmt: skip
     """The keys and the stage of a run on these rows."""
-    from posttrain.config.stages import STAGE_KEYS, DatasetKeys
+    from posttrain.config.kinds import STAGE_KINDS
+    from posttrain.config.stages import DatasetKeys
     from posttrain.distributed.topology import SingleProcess
     from posttrain.recipes.stage import Stage
 
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        keys = STAGE_KEYS[kind](
+        keys = STAGE_KINDS[kind].keys(
             base_model=str(workload.model_dir(size.model)), datasets=[DatasetKeys(path=str(data))], device="cpu", bf16=False, seed=SEED,
             sequence_len=4096, learning_rate=1e-9, lr_scheduler_type="constant", max_steps=num_steps + 1, **own,
         )  # fmt: skip

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from posttrain.config.explain import GROUPS
 from posttrain.config.foreign import CONVERTED_VALUES, NO_COUNTERPART
+from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.knob import Keys
 from posttrain.config.schema import KeyInfo, keys_of, show
-from posttrain.config.stages import STAGE_KEYS, ModelKeys, TrainKeys
+from posttrain.config.stages import ModelKeys, TrainKeys
 
 TARGET = Path(__file__).with_name("configuration.md")
 
@@ -107,9 +108,11 @@ def render() -> str:
     )
     training = [info for name, info in keys_of(TrainKeys).items() if name not in keys_of(ModelKeys)]
     parts += _section("Training keys (every stage)", "Defaults are those of `sft`.", training)
-    for kind, model in STAGE_KEYS.items():
+    for kind, row in STAGE_KINDS.items():
         parts += _section(
-            f"`{kind}`", _first_line(model) + " Keys that every stage has stand here where they differ.", _own(model)
+            f"`{kind}`",
+            _first_line(row.keys) + " Keys that every stage has stand here where they differ.",
+            _own(row.keys),
         )
     for place, meaning in MEANINGS.items():
         parts += _section(f"`{place}`", meaning, keys_of(GROUPS[place]).values())

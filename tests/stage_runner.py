@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from posttrain.config.stages import STAGE_KEYS
+from posttrain.config.kinds import STAGE_KINDS
 from posttrain.distributed.topology import topology
 from posttrain.recipes.kinds import LOOPS
 from posttrain.recipes.stage import Stage, run_recipe
@@ -33,7 +33,7 @@ def keys_of(kind: str, model: Path, data: Path, **options):
     values.setdefault("datasets", [{"path": str(data / f"{FILES[kind]}.jsonl")}])
     if kind == "grpo":
         values["reward_funcs"] = [f"{data / 'rewards.py'}:{name}" for name in values["reward_funcs"]]
-    return STAGE_KEYS[kind].model_validate({"base_model": str(model), **values})
+    return STAGE_KINDS[kind].keys.model_validate({"base_model": str(model), **values})
 
 
 class StopAfter:

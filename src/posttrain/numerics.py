@@ -20,8 +20,8 @@ REVISIONS: Mapping[str, tuple[str, ...]] = {
 
 
 def revision(what: str) -> str:
-    """The revision in force, counted from 1."""
-    return str(len(REVISIONS[what]))
+    """The revision in force, counted from 1; 0 for what has no row, such as a stage kind of the user's own."""
+    return str(len(REVISIONS.get(what, ())))
 
 
 def changes_between(what: str, old: str | None, new: str | None) -> str:

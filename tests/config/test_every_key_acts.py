@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from posttrain.config.stages import STAGE_KEYS, TrainKeys
+from posttrain.config.kinds import STAGE_KINDS
+from posttrain.config.stages import TrainKeys
 from posttrain.errors import PosttrainError
 
 ELSEWHERE = {
@@ -191,9 +192,9 @@ TEMPLATE = (
 )
 
 
-@pytest.mark.parametrize("kind", STAGE_KEYS)
+@pytest.mark.parametrize("kind", STAGE_KINDS)
 def test_every_key_of_the_schema_is_flipped_or_listed(kind):
-    keys = set(STAGE_KEYS[kind].model_fields) - (set() if kind == "sft" else set(TrainKeys.model_fields))
+    keys = set(STAGE_KINDS[kind].keys.model_fields) - (set() if kind == "sft" else set(TrainKeys.model_fields))
     flipped = [flip.key for flip in FLIPS[kind]]
     assert len(set(flipped)) == len(flipped)
     assert set(flipped) & ELSEWHERE.keys() == set()
@@ -203,7 +204,7 @@ def test_every_key_of_the_schema_is_flipped_or_listed(kind):
 
 
 def test_what_is_listed_is_a_key():
-    assert ELSEWHERE.keys() <= {key for model in STAGE_KEYS.values() for key in model.model_fields}
+    assert ELSEWHERE.keys() <= {key for row in STAGE_KINDS.values() for key in row.keys.model_fields}
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +232,7 @@ def record(runner, model_dir, data_dir, tmp_path_factory):
             if kind == "grpo":
                 values["reward_funcs"] = ["DATA/rewards.py:spread"]
             try:
-                keys = STAGE_KEYS[kind].model_validate(placed(values | options))
+                keys = STAGE_KINDS[kind].keys.model_validate(placed(values | options))
                 runner.run_stage(kind, folder / name, keys)
                 made[name] = recorded(runner, folder / name)
             except (PosttrainError, ValueError) as error:

@@ -1,6 +1,6 @@
 import pytest
 
-from posttrain.config.explain import GROUPS, all_keys, explain
+from posttrain.config.explain import all_keys, explain, groups
 from posttrain.config.schema import ForeignName, keys_of
 from posttrain.errors import ConfigError
 
@@ -47,9 +47,9 @@ def test_an_unknown_key_names_the_nearest(key, expected):
     assert str(caught.value).startswith(expected)
 
 
-@pytest.mark.parametrize("place", GROUPS)
+@pytest.mark.parametrize("place", groups())
 def test_every_key_of_every_place_is_explained(place):
-    assert all_keys()[place] == tuple(keys_of(GROUPS[place]))
+    assert all_keys()[place] == tuple(keys_of(groups()[place]))
     for name in all_keys()[place]:
         explanation = explain(f"{place}.{name}")
         assert explanation.meaning

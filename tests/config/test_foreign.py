@@ -6,8 +6,9 @@ from trl import DPOConfig, GRPOConfig, ModelConfig, SFTConfig
 
 from posttrain.config import load_stage
 from posttrain.config.foreign import CONVERTED_NAMES, CONVERTED_VALUES, NO_COUNTERPART, foreign_names, unknown_key
+from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.schema import keys_of
-from posttrain.config.stages import STAGE_KEYS, DatasetKeys
+from posttrain.config.stages import DatasetKeys
 from posttrain.errors import ConfigError
 
 MINIMAL = "base_model: ./base\ndatasets: [{path: sft_data.jsonl}]\n"
@@ -95,7 +96,7 @@ def test_what_cannot_be_read_says_why(write, line, expected):
 
 
 def test_no_name_is_both_read_and_refused():
-    models = [*STAGE_KEYS.values(), DatasetKeys]
+    models = [*(row.keys for row in STAGE_KINDS.values()), DatasetKeys]
     ours = {name for model in models for name in keys_of(model)}
     read = {name for model in models for name in foreign_names(model)}
     assert not read & set(NO_COUNTERPART)
@@ -104,7 +105,7 @@ def test_no_name_is_both_read_and_refused():
     assert set(CONVERTED_VALUES) <= ours
 
 
-@pytest.mark.parametrize("model", [*STAGE_KEYS.values(), DatasetKeys])
+@pytest.mark.parametrize("model", [*(row.keys for row in STAGE_KINDS.values()), DatasetKeys])
 def test_no_foreign_name_is_lost_to_ambiguity(model):
     names = [other.name for info in keys_of(model).values() for other in info.also]
     assert sorted(names) == sorted(foreign_names(model))
@@ -193,9 +194,9 @@ MEANS_THE_SAME = {
 """Name of another tool → the key that is suggested for it, which a person has found to mean the same."""
 
 
-@pytest.mark.parametrize("kind", STAGE_KEYS)
+@pytest.mark.parametrize("kind", STAGE_KINDS)
 def test_no_name_of_another_tool_is_taken_for_a_typo_of_a_key_that_means_something_else(kind):
-    model = STAGE_KEYS[kind]
+    model = STAGE_KINDS[kind].keys
     unknown = [n for n in (*OF_OTHER_TOOLS[kind], *NAMES_SEEN) if n not in keys_of(model) | foreign_names(model)]
     assert len(unknown) > 100, "the walk sees the names of the other tools"
     suggested = {n: re.findall(r"did you mean (\w+)", unknown_key(n, kind, [model])) for n in unknown}

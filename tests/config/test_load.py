@@ -1,10 +1,12 @@
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from posttrain.config import describe, detect, load_gate, load_stage
-from posttrain.config.stages import ROW_TYPES, STAGE_KEYS, SFTKeys
+from posttrain.config.kinds import STAGE_KINDS
+from posttrain.config.stages import ROWS_OF_TYPE, DatasetKeys, SFTKeys
 from posttrain.data.formats import FORMATS
 from posttrain.errors import ConfigError
 
@@ -261,7 +263,7 @@ def test_the_yaml_of_another_stage_is_told_by_its_verb(write, kind, text, expect
     assert f"train.yaml: {expected}" in refusal(kind, write(text))
 
 
-@pytest.mark.parametrize("kind", STAGE_KEYS)
+@pytest.mark.parametrize("kind", STAGE_KINDS)
 def test_a_typo_alone_sends_nobody_to_another_verb(write, kind):
     text = MINIMAL + ("reward_funcs: [a]\n" if kind == "grpo" else "")
     assert "if this is meant" not in refusal(kind, write(text + "lerning_rate: 1\n"))
@@ -274,7 +276,6 @@ def test_rows_of_another_stage_are_refused_at_their_line(write):
     )
 
 
-def test_the_row_types_of_a_stage_are_those_of_the_formats():
-    for kind, types in ROW_TYPES.items():
-        stages = {"dpo": {"dpo", "kto"}}.get(kind, {kind})
-        assert set(types) == {name for name, form in FORMATS.items() if stages & set(form.stages)}
+def test_every_row_format_is_a_type_of_dataset_and_gives_rows():
+    types = set(get_args(DatasetKeys.model_fields["type"].annotation)) - {"auto"}
+    assert set(FORMATS) == types == set(ROWS_OF_TYPE)

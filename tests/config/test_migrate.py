@@ -6,7 +6,7 @@ import pytest
 
 from posttrain.config import load_pipeline, load_stage, resolved_yaml
 from posttrain.config.migrate import MIGRATIONS, Migration, drift, migrate, renamed
-from posttrain.config.pipeline import STAGE_IN_PIPELINE, GateKeys, OnFailKeys, PipelineKeys
+from posttrain.config.pipeline import GateKeys, OnFailKeys, PipelineKeys, in_pipeline
 from posttrain.config.resolved import SCHEMA
 from posttrain.config.schema import keys_of
 from posttrain.config.settings import Problems, read_settings
@@ -151,8 +151,8 @@ def test_the_loader_reads_old_names_and_notes_them(write, monkeypatch):
 
 def test_the_unknown_key_that_was_one_once_is_explained():
     assert renamed("lr", [SFTKeys], TABLE) == "lr is now learning_rate since schema 1: it has TRL's name"
-    assert renamed("fancy", [STAGE_IN_PIPELINE["sft"]], TABLE).startswith("fancy is gone since schema 2")
-    assert renamed("fancy", [STAGE_IN_PIPELINE["dpo"]], TABLE) == ""
+    assert renamed("fancy", [in_pipeline("sft")], TABLE).startswith("fancy is gone since schema 2")
+    assert renamed("fancy", [in_pipeline("dpo")], TABLE) == ""
 
 
 def test_the_rows_that_ship_are_in_order_and_lead_to_keys_that_exist():

@@ -2,6 +2,7 @@ from typing import Any, Literal
 
 import pytest
 
+from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.knob import Keys, knob
 from posttrain.config.pipeline import GateKeys, PipelineKeys
 from posttrain.config.schema import (
@@ -14,7 +15,7 @@ from posttrain.config.schema import (
     show,
     type_text,
 )
-from posttrain.config.stages import STAGE_KEYS, DatasetKeys, GRPOKeys
+from posttrain.config.stages import DatasetKeys, GRPOKeys
 
 
 @pytest.mark.parametrize(
@@ -85,9 +86,9 @@ def test_the_nearest_names_come_first_and_far_ones_not_at_all():
     assert did_you_mean("lerning_rate", names) == "; did you mean learning_rate?"
 
 
-@pytest.mark.parametrize("kind", STAGE_KEYS)
+@pytest.mark.parametrize("kind", STAGE_KINDS)
 def test_every_key_has_a_meaning_and_a_helpful_example(kind):
-    for info in keys_of(STAGE_KEYS[kind]).values():
+    for info in keys_of(STAGE_KINDS[kind].keys).values():
         assert info.meaning, info.name
         assert info.type != "any value", info.name
         assert not info.required or info.example, info.name

@@ -1,7 +1,8 @@
 import pytest
 from pydantic import ValidationError
 
-from posttrain.config.stages import STAGE_KEYS, GRPOKeys, SFTKeys, looks_local, resolve_path
+from posttrain.config.kinds import STAGE_KINDS
+from posttrain.config.stages import GRPOKeys, SFTKeys, looks_local, resolve_path
 
 REQUIRED = {"base_model": "x", "datasets": [{"path": "y"}]}
 
@@ -23,9 +24,9 @@ def test_defaults_are_not_shared_between_objects():
     assert second.rank_pattern == {}
 
 
-@pytest.mark.parametrize("kind", STAGE_KEYS)
+@pytest.mark.parametrize("kind", STAGE_KINDS)
 def test_required_keys_are_few(kind):
-    required = {name for name, field in STAGE_KEYS[kind].model_fields.items() if field.is_required()}
+    required = {name for name, field in STAGE_KINDS[kind].keys.model_fields.items() if field.is_required()}
     assert required == {"base_model", "datasets"} | ({"reward_funcs"} if kind == "grpo" else set())
 
 
@@ -65,9 +66,9 @@ RAISES = {"health": {"loss_divergence": {"action": "raise_beta"}}}
 )
 def test_raise_beta_needs_a_pull_to_a_reference(kind, options):
     with pytest.raises(ValidationError, match=r"health.loss_divergence.action: raise_beta needs a pull to a reference"):
-        STAGE_KEYS[kind](**REQUIRED, **options, **RAISES)
-    assert STAGE_KEYS["dpo"](**REQUIRED, **RAISES).beta == 0.1
-    assert STAGE_KEYS["grpo"](**REQUIRED, reward_funcs=["a"], beta=0.01, **RAISES).health == RAISES["health"]
+        STAGE_KINDS[kind].keys(**REQUIRED, **options, **RAISES)
+    assert STAGE_KINDS["dpo"].keys(**REQUIRED, **RAISES).beta == 0.1
+    assert STAGE_KINDS["grpo"].keys(**REQUIRED, reward_funcs=["a"], beta=0.01, **RAISES).health == RAISES["health"]
 
 
 def test_a_kl_target_steers_a_beta_that_is_there():

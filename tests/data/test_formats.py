@@ -44,7 +44,7 @@ SAME_CONVERSATION = {
 @pytest.mark.parametrize("case", SAME_CONVERSATION)
 def test_every_spelling_of_a_conversation_is_the_same(case):
     row = SAME_CONVERSATION[case]
-    detection = detect(rows_of(row), "sft")
+    detection = detect(rows_of(row), "examples")
     assert detection.name == case.split()[0]
     assert parse_one(detection.name, row).messages == (USER, ASSISTANT)
 
@@ -118,7 +118,7 @@ PREFERENCES = {
 
 @pytest.mark.parametrize("case", PREFERENCES)
 def test_every_spelling_of_a_pair_is_the_same(case):
-    pair = parse_one(detect(rows_of(PREFERENCES[case]), "dpo").name, PREFERENCES[case])
+    pair = parse_one(detect(rows_of(PREFERENCES[case]), "pairs").name, PREFERENCES[case])
     assert (pair.prompt, pair.chosen, pair.rejected) == (
         (USER,),
         (ASSISTANT,),
@@ -149,7 +149,7 @@ def test_kto_labels_and_unpairing():
 
 def test_prompts_keep_all_other_columns():
     for row in ({"prompt": "2+2?", "answer": 4, "level": "easy"}, {"messages": [USER], "answer": 4, "level": "easy"}):
-        assert detect(rows_of(row), "grpo").name == "prompt"
+        assert detect(rows_of(row), "prompts").name == "prompt"
         assert parse_one("prompt", row).columns == {"answer": 4, "level": "easy"}
 
 
@@ -260,7 +260,9 @@ def test_malformed_rows_are_errors(case):
 
 
 def test_detection_says_why_and_what_is_ignored():
-    detection = detect(rows_of({"messages": [USER, ASSISTANT], "source": "x"}, {"messages": [USER, ASSISTANT]}), "sft")
+    detection = detect(
+        rows_of({"messages": [USER, ASSISTANT], "source": "x"}, {"messages": [USER, ASSISTANT]}), "examples"
+    )
     assert str(detection) == "chat (column `messages` in all 2 rows; columns not read: source)"
 
 
@@ -269,17 +271,17 @@ def test_mixture_names_the_first_offender_and_both_formats():
         {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b"}, {"messages": [USER, ASSISTANT]}
     )
     with pytest.raises(DataError, match=r"train\.jsonl:3: this row is chat .* from train\.jsonl:1 on are completion"):
-        detect(rows, "sft")
+        detect(rows, "examples")
 
 
 WRONG_COLUMNS = [
-    ("sft", {"question": "a", "answer": "b"}, r"`answer`, `question`; expected for sft one of: chat: `messages`.*`columns: \{instruction: question, output: answer\}`"),
-    ("sft", {"body": "a"}, r"`columns: \{text: body\}` \(then the format is text\)"),
-    ("grpo", {"question": "a", "answer": "b"}, r"`columns: \{prompt: question\}`"),
-    ("sft", {"prompt": "a", "chosen": "b", "rejected": "c"}, r"This is the preference format, which is for dpo and kto"),
-    ("dpo", {"prompt": "a", "completion": "b", "label": True}, r"This is the kto format: set `loss_type: kto`"),
-    ("dpo", {"messages": [USER, ASSISTANT]}, r"This is the chat format, which is for sft"),
-    ("sft", {"x": 1}, r"`columns: \{messages: <your column>\}`"),
+    ("examples", {"question": "a", "answer": "b"}, r"`answer`, `question`; expected for examples one of: chat: `messages`.*`columns: \{instruction: question, output: answer\}`"),
+    ("examples", {"body": "a"}, r"`columns: \{text: body\}` \(then the format is text\)"),
+    ("prompts", {"question": "a", "answer": "b"}, r"`columns: \{prompt: question\}`"),
+    ("examples", {"prompt": "a", "chosen": "b", "rejected": "c"}, r"This is the preference format, which is for pairs and labels"),
+    ("pairs", {"prompt": "a", "completion": "b", "label": True}, r"This is the kto format: set `loss_type: kto`"),
+    ("pairs", {"messages": [USER, ASSISTANT]}, r"This is the chat format, which is for examples"),
+    ("examples", {"x": 1}, r"`columns: \{messages: <your column>\}`"),
 ]  # fmt: skip
 
 
@@ -290,13 +292,13 @@ def test_wrong_columns_say_found_expected_and_fix(stage, row, message):
 
 
 def test_named_type_is_checked():
-    with pytest.raises(DataError, match=r"`type: chat` is not for dpo; expected one of preference"):
-        detect(rows_of({"messages": [USER]}), "dpo", "chat")
+    with pytest.raises(DataError, match=r"`type: chat` is not for pairs; expected one of preference"):
+        detect(rows_of({"messages": [USER]}), "pairs", "chat")
     with pytest.raises(DataError, match=r"train\.jsonl:2: found columns `body`; expected `text` for `type: text`"):
-        detect(rows_of({"text": "a"}, {"body": "b"}), "sft", "text")
+        detect(rows_of({"text": "a"}, {"body": "b"}), "examples", "text")
     both = {"text": "a", "messages": [USER, ASSISTANT]}
-    assert detect(rows_of(both), "sft").name == "chat"
-    assert detect(rows_of(both), "sft", "text").name == "text"
+    assert detect(rows_of(both), "examples").name == "chat"
+    assert detect(rows_of(both), "examples", "text").name == "text"
 
 
 def test_parse_rows_separates_skips():
@@ -340,4 +342,4 @@ def test_a_turn_without_content_is_named_with_file_and_line(role, write_jsonl):
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": role, "content": None}]}]
     keys = DatasetKeys(path=str(write_jsonl(rows)))
     with pytest.raises(DataError, match=rf"train\.jsonl:1: `messages\[1\]` \({role}\) has no content"):
-        read_nouns([keys], "sft")
+        read_nouns([keys], "examples")

@@ -79,7 +79,7 @@ def test_sound_data_of_every_stage_has_no_findings(tokenizer):
         sft_input(tokenizer, chats, suites=suites, eval_nouns=[chat(1, "Who are you?", "me")]),
         LintInput("dpo", pairs, [render_pair(tokenizer, p) for p in pairs], tokenizer, 512, suites=suites),
         LintInput("kto", labelled, [(render_labelled(tokenizer, r),) for r in labelled], tokenizer, 512),
-        LintInput("grpo", prompts, [], tokenizer, 512, check_golds=lambda asked: [None] * len(asked)),
+        LintInput("prompts", prompts, [], tokenizer, 512, check_golds=lambda asked: [None] * len(asked)),
     ]
     for given in inputs:
         report = lint(given)
@@ -191,7 +191,7 @@ def test_pairs_alike_contradictory_and_biased(tokenizer):
 def test_golds_that_are_missing_or_unreadable(tokenizer):
     nouns = [*sound_prompts(3), Prompt(at(4), "What?", {"answer": " "}), Prompt(at(5), "Why?", {})]
     given = LintInput(
-        "grpo",
+        "prompts",
         nouns,
         [],
         tokenizer,
@@ -200,9 +200,9 @@ def test_golds_that_are_missing_or_unreadable(tokenizer):
     )
     assert fired(given, "gold_missing") == [4, 5]
     assert fired(given, "gold_unreadable") == [2]
-    assert fired(LintInput("grpo", [Prompt(at(1), "Write a poem", {})], [], tokenizer, 512), "gold_missing") == []
+    assert fired(LintInput("prompts", [Prompt(at(1), "Write a poem", {})], [], tokenizer, 512), "gold_missing") == []
     zero = [Prompt(at(1), "1-1?", {"answer": 0}), Prompt(at(2), "is it?", {"answer": False})]
-    assert fired(LintInput("grpo", zero, [], tokenizer, 512), "gold_missing") == []
+    assert fired(LintInput("prompts", zero, [], tokenizer, 512), "gold_missing") == []
 
 
 def test_thresholds_refuse_and_can_be_changed(tokenizer):

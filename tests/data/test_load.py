@@ -162,8 +162,8 @@ def test_notes_say_what_was_handled_specially(write_jsonl, tokenizer_of):
 def test_nouns_and_row_access(write_jsonl, tokenizer_of):
     path = write_jsonl([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     keys = DPOKeys(base_model="x", datasets=[{"path": str(path)}])
-    assert [noun.chosen for noun in read_nouns(keys.datasets, "dpo")] == ["b"]
-    assert [noun.label for noun in read_nouns(keys.datasets, "kto")] == [True, False]
+    assert [noun.chosen for noun in read_nouns(keys.datasets, "pairs")] == ["b"]
+    assert [noun.label for noun in read_nouns(keys.datasets, "labels")] == [True, False]
     row = load_preference(keys, tokenizer_of("raw")).rows[0]
     assert sequences(row) == row and isinstance(origin(row), Origin) and origin(row).line == 1
 
@@ -183,4 +183,4 @@ def test_a_pair_that_is_equal_after_truncation_counts_as_identical(write_jsonl, 
 def test_a_column_that_a_reward_could_not_be_given_is_refused_when_read(write_jsonl, name):
     path = write_jsonl([{"prompt": "a"}, {"prompt": "b", name: 1}])
     with pytest.raises(DataError, match=rf"train\.jsonl:2: the column `{name}` has the name of a reward"):
-        read_nouns(GRPOKeys(base_model="x", datasets=[{"path": str(path)}], reward_funcs=["r"]).datasets, "grpo")
+        read_nouns(GRPOKeys(base_model="x", datasets=[{"path": str(path)}], reward_funcs=["r"]).datasets, "prompts")

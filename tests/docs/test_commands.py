@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from posttrain.cli.app import VERBS, load_verb
+from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.pipeline import GateKeys, PipelineKeys
-from posttrain.config.stages import STAGE_KEYS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")]
@@ -100,7 +100,7 @@ def keys_of(block):
 
 
 TOP = set(PipelineKeys.model_fields) | {field.alias for field in PipelineKeys.model_fields.values() if field.alias}
-STAGE = {name for model in STAGE_KEYS.values() for name in model.model_fields} | {"gate"}
+STAGE = {name for row in STAGE_KINDS.values() for name in row.keys.model_fields} | {"gate"}
 CONFIGS = [
     (page, block)
     for page in PAGES
@@ -118,4 +118,4 @@ def test_keys_of_yaml_that_is_shown_exist(page, block):
     assert sorted(set(shown) - TOP - STAGE) == []
     for stage in shown.get("stages") or []:
         for kind, keys in stage.items():
-            assert kind in STAGE_KEYS and sorted(set(keys) - set(STAGE_KEYS[kind].model_fields) - {"gate"}) == []
+            assert kind in STAGE_KINDS and sorted(set(keys) - set(STAGE_KINDS[kind].keys.model_fields) - {"gate"}) == []

@@ -61,10 +61,10 @@ def test_a_run_is_judged_by_the_rules_of_its_stage(bench):
 
 
 def test_every_case_says_keys_that_exist_and_acts_on_nothing(bench, tmp_path):
-    from posttrain.config.stages import STAGE_KEYS
+    from posttrain.config.kinds import STAGE_KINDS
 
     _, cases = bench
     for case in cases.CASES:
-        keys = STAGE_KEYS[case.kind].model_validate(cases.values_of(case, 3, tmp_path))
+        keys = STAGE_KINDS[case.kind].keys.model_validate(cases.values_of(case, 3, tmp_path))
         assert {rule.action for rule in rules_for(case.kind, keys.health)} == {"log"}
         assert math.isfinite(keys.learning_rate)

@@ -7,7 +7,8 @@ import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from posttrain.config.stages import GRPOKeys
+from posttrain.config.kinds import STAGE_KINDS
+from posttrain.config.stages import WITHOUT_REFERENCE, GRPOKeys
 from posttrain.distributed.topology import SingleProcess
 from posttrain.models import decode
 from posttrain.models.batch import pack
@@ -55,7 +56,9 @@ def planned_and_measured(folder, run_folder, completion=COMPLETION, **options):
         max_completion_length=completion, beta=0.1, save_steps=1, **options,
     )  # fmt: skip
     sizes = ModelShape.from_config(json.loads((folder / "config.json").read_text()))
-    workload = Workload.from_keys("grpo", keys.model_dump(), device_has_bf16=False, on_cpu=True)
+    workload = Workload.from_keys(
+        keys.model_dump(), **STAGE_KINDS["grpo"].demands(keys), device_has_bf16=False, on_cpu=True
+    )
     plan = estimate_memory(sizes, workload).parts
 
     def planned(*names):
@@ -132,9 +135,7 @@ def test_the_planner_knows_up_to_which_size_decoding_copies_weights():
 
 
 def test_the_planner_knows_which_losses_need_no_reference():
-    assert {name for name, row in PREFERENCE_LOSSES.items() if not row.needs_reference} == set(
-        memory._WITHOUT_REFERENCE
-    )
+    assert {name for name, row in PREFERENCE_LOSSES.items() if not row.needs_reference} == WITHOUT_REFERENCE
 
 
 @pytest.mark.parametrize("variant", ["full", "lora"])

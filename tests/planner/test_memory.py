@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from posttrain.config.kinds import STAGE_KINDS
 from posttrain.errors import ModelError
 from posttrain.planner import ModelShape, Workload, available_bytes, cannot_fit, estimate_memory, fits, shortfall
 from posttrain.planner.memory import adapter_params
@@ -96,30 +97,43 @@ def test_qlora_weights_take_half_a_byte_in_the_linear_modules():
     )  # bits a parameter that double quantisation saves (paper: 0.37)
 
 
-@pytest.mark.parametrize(("workload", "held"), [
-    (Workload(kind="dpo", loss_type="sigmoid"), False),
-    (Workload(kind="dpo", loss_type="sigmoid", precompute_ref_log_probs=False), True),
-    (Workload(kind="dpo", loss_type="kto"), True),
-    (Workload(kind="dpo", loss_type="kto", precompute_ref_log_probs=True), True),
-    (Workload(kind="dpo", loss_type="kto", adapter="lora"), False),
-    (Workload(kind="dpo", loss_type="sigmoid", adapter="lora"), False),
-    (Workload(kind="dpo", loss_type="sigmoid", precompute_ref_log_probs=True), False),
-    (Workload(kind="dpo", loss_type="simpo"), False),
-    (Workload(kind="grpo", beta=0.0), False),
-    (Workload(kind="grpo", beta=0.04), True),
+def workload(kind, **keys):
+    rewards = {"reward_funcs": ["exact_match"]} if STAGE_KINDS[kind].rewarded else {}
+    made = STAGE_KINDS[kind].keys(base_model="m", datasets=[{"path": "d.jsonl"}], **rewards, **keys)
+    demands = STAGE_KINDS[kind].demands(made)
+    return Workload.from_keys(made.model_dump(), **demands, device_has_bf16=False, on_cpu=False)
+
+
+@pytest.mark.parametrize(("kind", "keys", "held"), [
+    ("sft", {}, False),
+    ("dpo", {"loss_type": "sigmoid"}, False),
+    ("dpo", {"loss_type": "sigmoid", "precompute_ref_log_probs": False}, True),
+    ("dpo", {"loss_type": "kto"}, True),
+    ("dpo", {"loss_type": "kto", "precompute_ref_log_probs": True}, True),
+    ("dpo", {"loss_type": "kto", "adapter": "lora"}, False),
+    ("dpo", {"loss_type": "sigmoid", "adapter": "lora"}, False),
+    ("dpo", {"loss_type": "sigmoid", "precompute_ref_log_probs": True}, False),
+    ("dpo", {"loss_type": "simpo"}, False),
+    ("grpo", {"beta": 0.0}, False),
+    ("grpo", {"beta": 0.04}, True),
 ])  # fmt: skip
-def test_a_frozen_copy_is_counted_only_where_one_is_held(workload, held):
-    assert ("reference" in estimate_memory(TINY, workload).parts) == held
+def test_a_frozen_copy_is_counted_only_where_one_is_held(kind, keys, held):
+    assert ("reference" in estimate_memory(TINY, workload(kind, **keys)).parts) == held
+
+
+def test_pairs_are_two_sequences_a_row_and_labels_one():
+    one = workload("sft").tokens(TINY)
+    assert [workload("dpo", **keys).tokens(TINY) for keys in ({}, {"loss_type": "kto"})] == [2 * one, one]
 
 
 def test_the_reference_is_a_float32_copy_whatever_the_file_holds():
-    kto = estimate_memory(replace(QWEN3_8B, stored_bytes=2), Workload(kind="dpo", loss_type="kto"))
+    kto = estimate_memory(replace(QWEN3_8B, stored_bytes=2), workload("dpo", loss_type="kto"))
     assert kto.parts["reference"] == kto.parts["weights"] == 4 * QWEN3_8B.num_params
 
 
 def test_phases_follow_each_other_and_only_the_largest_counts():
     """At the end a merge holds the model several times; training is over then. Checkpoints are copies on the host."""
-    lora = Workload(kind="grpo", adapter="lora", on_cpu=True, rollout_batch_size=8, max_completion_length=64)
+    lora = Workload(samples=True, adapter="lora", on_cpu=True, rollout_batch_size=8, max_completion_length=64)
     parts = estimate_memory(TINY, lora).parts
     always = sum(parts[name] for name in ("weights", "adapter", "optimizer", "runtime"))
     phases = [
@@ -136,7 +150,7 @@ def test_phases_follow_each_other_and_only_the_largest_counts():
 
 def test_a_micro_batch_of_rl_holds_its_completions_and_their_prompts_once():
     """128 tokens, 32 of them the completion: of a group of 8, four completions are 4·32 + 96, sixteen are 16·32 + 2·96."""
-    rl = Workload(kind="grpo", sequence_len=128, max_completion_length=32, num_generations=8)
+    rl = Workload(samples=True, sequence_len=128, max_completion_length=32, num_generations=8)
     tokens = [replace(rl, per_device_train_batch_size=size).tokens(TINY) for size in (1, 4, 16)]
     assert tokens == [128, 224, 704]
 
@@ -154,7 +168,7 @@ def test_the_flat_yaml_of_8b_does_not_fit_a_small_machine_and_the_line_says_so()
         "adapter": "qlora", "load_in_4bit": True, "lora_r": 16, "lora_target": ["q_proj", "k_proj", "v_proj", "o_proj"],
         "sequence_len": 4096, "gradient_checkpointing": True, "bf16": True, "per_device_train_batch_size": 8, "learning_rate": 1e-4,
     }  # fmt: skip
-    plan = estimate_memory(QWEN3_8B, Workload.from_keys("sft", keys, device_has_bf16=False, on_cpu=False))
+    plan = estimate_memory(QWEN3_8B, Workload.from_keys(keys, device_has_bf16=False, on_cpu=False))
     assert (
         cannot_fit(plan, 4 * GIB)
         and not fits(plan, 16 * GIB)
@@ -196,8 +210,8 @@ def test_frozen_weights_keep_the_type_they_were_saved_in():
 
 
 def test_bf16_auto_is_the_devices_choice():
-    assert Workload.from_keys("sft", {"bf16": "auto"}, device_has_bf16=False, on_cpu=False).bf16 is False
-    assert Workload.from_keys("sft", {"bf16": "auto"}, device_has_bf16=True, on_cpu=False).bf16 is True
+    assert Workload.from_keys({"bf16": "auto"}, device_has_bf16=False, on_cpu=False).bf16 is False
+    assert Workload.from_keys({"bf16": "auto"}, device_has_bf16=True, on_cpu=False).bf16 is True
 
 
 def test_the_container_limit_counts(tmp_path):

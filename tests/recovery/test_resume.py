@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from posttrain.config.stages import STAGE_KEYS, GRPOKeys
+from posttrain.config.kinds import STAGE_KINDS
+from posttrain.config.stages import GRPOKeys
 from posttrain.objectives.advantages import ADVANTAGES
 from posttrain.objectives.kl import KL_ESTIMATORS
 from posttrain.objectives.policy import POLICY_LOSSES
@@ -33,7 +34,7 @@ PAIRED_WITH = {"qlora": {"lora_r": 4}, "lora": {"lora_r": 4, "lora_dropout": 0.2
 
 def choices(kind, key):
     """The values that a key may have, from its type."""
-    return typing.get_args(STAGE_KEYS[kind].model_fields[key].annotation)
+    return typing.get_args(STAGE_KINDS[kind].keys.model_fields[key].annotation)
 
 
 def together(**tables):

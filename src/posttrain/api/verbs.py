@@ -8,7 +8,7 @@ from typing import Any
 
 from posttrain.api.inputs import as_keys
 from posttrain.api.run import Run
-from posttrain.config.load import Kind, as_pipeline, load_gate, load_stage
+from posttrain.config.load import as_pipeline, load_gate, load_stage
 from posttrain.config.load_pipeline import load_pipeline
 from posttrain.config.pipeline import PipelineKeys, SuiteKeys
 from posttrain.config.stages import ModelKeys
@@ -72,7 +72,7 @@ def judge(
     return decide(rules, candidate, baseline)
 
 
-def _stage(kind: Kind, config: str | Path | None, keys: Mapping[str, Any], show: bool) -> Run:
+def _stage(kind: str, config: str | Path | None, keys: Mapping[str, Any], show: bool) -> Run:
     folder = Path(config).parent if config else Path()
     values = as_keys(keys, (folder / "runs" / INPUTS).resolve())
     loaded = load_stage(kind, Path(config) if config else None, given=values)

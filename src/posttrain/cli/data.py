@@ -60,13 +60,13 @@ def _stages(config: Path, stage: str | None, overrides: list[str]) -> tuple[list
 
 def _show_stage(console: Console, title: str, keys: Any, suites: dict[str, str], examples: int) -> Any:
     from posttrain.data.lint import lint_stage, suite_prompts
-    from posttrain.data.load import LOADERS, kind_of
+    from posttrain.data.load import LOADERS
     from posttrain.models.load import load_tokenizer
     from posttrain.recipes.golds import gold_check
 
     tokenizer = load_tokenizer(keys.model_copy(update={"chat_template": None}))
     own_template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-    load = LOADERS[kind_of(keys)]
+    load = LOADERS[keys.row_kind]
     loaded = load(keys, tokenizer)
     console.rule(title) if console.is_terminal else console.print(f"== {title}")
     for source in loaded.summary.sources:

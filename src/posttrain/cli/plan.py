@@ -29,7 +29,7 @@ def plan(
     tokens: Annotated[
         int, typer.Option(min=0, help="Mean tokens of a row (RL: of a prompt and of an answer); 0 takes the longest.")
     ] = 0,
-    stage: Annotated[str | None, typer.Option(help="sft, dpo or grpo; found from the keys if left out.")] = None,
+    stage: Annotated[str | None, typer.Option(help="Kind of stage; found from the keys if left out.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key.")] = None,
 ) -> None:
     """Estimate memory and step time from the model's config.json. Exit code 1 if a stage cannot fit."""
@@ -47,7 +47,7 @@ def plan(
         refused = refused or cannot_fit(memory, target.free_bytes)
         for line in [
             *_memory_lines(kind, memory, base_model, target),
-            *_time_lines(shape, kind, keys, target, devices, tokens),
+            *_time_lines(shape, memory.workload, keys.model_dump(), target, devices, tokens),
         ]:
             typer.echo(line)
     raise typer.Exit(1 if refused else 0)
@@ -70,7 +70,7 @@ def read_model_config(base_model: str) -> dict[str, Any]:
     return json.loads(Path(path).read_text())
 
 
-def _stages(config: Path, stage: str | None, overrides: list[str]) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
+def _stages(config: Path, stage: str | None, overrides: list[str]) -> tuple[str, list[tuple[str, Any]]]:
     """The base model, and (kind, keys) of every stage asked for."""
     from posttrain.cli.stage import kind_in
     from posttrain.config import load_pipeline, load_stage
@@ -78,9 +78,9 @@ def _stages(config: Path, stage: str | None, overrides: list[str]) -> tuple[str,
     kind = kind_in(config, stage, overrides)
     if kind != "pipeline":
         keys = load_stage(kind, config, overrides).keys
-        return keys.base_model, [(kind, keys.model_dump())]
+        return keys.base_model, [(kind, keys)]
     pipeline = load_pipeline(config, overrides).keys
-    return pipeline.base_model, [(s.kind, s.keys.model_dump()) for s in pipeline.stages if stage in (None, s.kind)]
+    return pipeline.base_model, [(s.kind, s.keys) for s in pipeline.stages if stage in (None, s.kind)]
 
 
 def _target(device: str) -> Target:
@@ -97,12 +97,17 @@ def _target(device: str) -> Target:
     return Target(row, int(row.memory_use * row.memory_bytes), f"one {device}", True)
 
 
-def _memory(shape: Any, kind: str, keys: dict[str, Any], target: Target) -> Any:
+def _memory(shape: Any, kind: str, keys: Any, target: Target) -> Any:
+    from posttrain.config.kinds import STAGE_KINDS
     from posttrain.planner import Workload, estimate_memory
 
-    return estimate_memory(
-        shape, Workload.from_keys(kind, keys, device_has_bf16=target.has_bf16, on_cpu=target.device.name == "cpu")
+    workload = Workload.from_keys(
+        keys.model_dump(),
+        **STAGE_KINDS[kind].demands(keys),
+        device_has_bf16=target.has_bf16,
+        on_cpu=target.device.name == "cpu",
     )
+    return estimate_memory(shape, workload)
 
 
 def _memory_lines(kind: str, memory: Any, base_model: str, target: Target) -> list[str]:
@@ -127,27 +132,29 @@ def _memory_lines(kind: str, memory: Any, base_model: str, target: Target) -> li
     ]
 
 
-def _time_lines(shape: Any, kind: str, keys: dict[str, Any], target: Target, devices: int, mean: int) -> list[str]:
-    if kind == "grpo":
-        return _rl_lines(shape, keys, target, devices, mean)
+def _time_lines(shape: Any, workload: Any, keys: dict[str, Any], target: Target, devices: int, mean: int) -> list[str]:
+    if workload.samples:
+        return _sampling_lines(shape, workload, keys, target, devices, mean)
     from posttrain.planner.steptime import logp_s, train_s
 
     length = _row_tokens(shape, keys, mean)
-    rows = keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"] * (2 if kind == "dpo" else 1)
+    rows = keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"] * (2 if workload.pairs else 1)
     tokens = rows * length
     seconds = train_s(shape, target.device, tokens, length, recompute=keys["gradient_checkpointing"])
-    if kind == "dpo":
+    if workload.scores_reference:
         seconds += logp_s(shape, target.device, tokens)
     return [
         f"  time    {_bound(mean)} {_seconds(seconds)} a step ({tokens:,} tokens){_in_all(seconds, keys['max_steps'])}"
     ]
 
 
-def _rl_lines(shape: Any, keys: dict[str, Any], target: Target, devices: int, mean: int) -> list[str]:
+def _sampling_lines(
+    shape: Any, workload: Any, keys: dict[str, Any], target: Target, devices: int, mean: int
+) -> list[str]:
     from posttrain.planner import best_split, step_time
 
     traffic = _traffic(shape, keys, mean)
-    scoring = 1 if keys["beta"] > 0 else 0
+    scoring = int(workload.scores_reference)
     times = step_time(
         shape, target.device, traffic, rollout_devices=devices, train_devices=devices, scoring_models=scoring,
         recompute=keys["gradient_checkpointing"], batch_limit=keys["rollout_batch_size"] if target.where.startswith("this") else 1e9,

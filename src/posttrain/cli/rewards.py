@@ -12,7 +12,7 @@ import typer
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
-    from posttrain.config.stages import GRPOKeys
+    from posttrain.config.stages import RLKeys
     from posttrain.rewards.cases import Case, Sample
     from posttrain.rewards.certificate import Certificate
 
@@ -26,7 +26,7 @@ def _root() -> None:
 
 @rewards.command()
 def check(
-    config: Annotated[Path, typer.Argument(help="YAML of a grpo stage.")],
+    config: Annotated[Path, typer.Argument(help="YAML of an RL stage.")],
     samples: Annotated[
         Path | None, typer.Option(help="JSONL of {index or prompt, completion}, written by the starting policy.")
     ] = None,
@@ -39,10 +39,10 @@ def check(
 ) -> None:
     """Check the rewards of CONFIG. Exit code: 0 passed (or partial), 1 failed, 64 wrong usage."""
     from posttrain.config.load import load_stage
-    from posttrain.config.stages import GRPOKeys
+    from posttrain.config.stages import RLKeys
 
-    keys = load_stage("grpo", config, overrides or []).keys
-    assert isinstance(keys, GRPOKeys)
+    keys = load_stage(_rewarded_kind(config), config, overrides or []).keys
+    assert isinstance(keys, RLKeys)
     path = out or Path(keys.output_dir) / "certificate.json"
     if policy:
         from posttrain.recipes.certify import certify
@@ -55,7 +55,17 @@ def check(
     raise typer.Exit(1 if certificate.verdict == "fail" else 0)
 
 
-def _check(keys: GRPOKeys, samples: Path | None, limit: int, path: Path) -> Certificate:
+def _rewarded_kind(config: Path) -> str:
+    """The kind of `config` where that has rewards, else the first that has, whose keys then say what is missing."""
+    from posttrain.config.kinds import STAGE_KINDS
+    from posttrain.config.load import detect
+
+    rewarded = [row.name for row in STAGE_KINDS.values() if row.rewarded]
+    found = detect(config)
+    return found if found in rewarded else rewarded[0]
+
+
+def _check(keys: RLKeys, samples: Path | None, limit: int, path: Path) -> Certificate:
     from posttrain.rewards.certificate import check_rewards
     from posttrain.rewards.workers import RewardPool
     from posttrain.rewards.written import write
@@ -70,7 +80,7 @@ def _check(keys: GRPOKeys, samples: Path | None, limit: int, path: Path) -> Cert
     return certificate
 
 
-def read_cases(keys: GRPOKeys, limit: int) -> tuple[Case, ...]:
+def read_cases(keys: RLKeys, limit: int) -> tuple[Case, ...]:
     """Prompts of eval_datasets where there are any, else of datasets, spread evenly. Raises: DataError."""
     from posttrain.data.formats import detect, parse_rows
     from posttrain.data.sources import read_rows
@@ -79,7 +89,7 @@ def read_cases(keys: GRPOKeys, limit: int) -> tuple[Case, ...]:
     prompts: list[Any] = []
     for source in keys.eval_datasets or keys.datasets:
         rows = read_rows(source)
-        prompts += parse_rows(rows, detect(rows, "grpo", source.type).name)[0]
+        prompts += parse_rows(rows, detect(rows, "prompts", source.type).name)[0]
     stride = max(1, len(prompts) // limit)
     return cases_of(prompts[::stride], limit)
 

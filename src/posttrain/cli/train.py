@@ -60,9 +60,7 @@ def grpo(
     _single("grpo", config, set_, on_change, _shown(quiet, verbose))
 
 
-def _single(
-    kind: Literal["sft", "dpo", "grpo"], config: Path, set_: list[str] | None, on_change: OnChange, shown: Shown
-) -> None:
+def _single(kind: str, config: Path, set_: list[str] | None, on_change: OnChange, shown: Shown) -> None:
     from posttrain.config.load import as_pipeline, load_stage
 
     loaded = load_stage(kind, config, set_ or [])

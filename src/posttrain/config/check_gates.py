@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from posttrain.config.check import build
-from posttrain.config.draft import Draft, StageDraft
+from posttrain.config.draft import PipelineDraft, StageDraft
 from posttrain.config.foreign import translate
-from posttrain.config.pipeline import STAGE_IN_PIPELINE
+from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.resolved import PIPELINE_DECIDES
 from posttrain.config.schema import did_you_mean
 from posttrain.config.settings import Settings
 
 
-def check_gates(draft: Draft) -> None:
+def check_gates(draft: PipelineDraft) -> None:
     """Check every gate; the changes of `on_fail.with` are resolved in place. Shapes are the key models' business."""
     for settings, place in _gates(draft):
         _check_suites(draft, settings)
@@ -23,7 +23,7 @@ def check_gates(draft: Draft) -> None:
     _check_needs_gate(draft)
 
 
-def _gates(draft: Draft) -> Iterator[tuple[Settings, int]]:
+def _gates(draft: PipelineDraft) -> Iterator[tuple[Settings, int]]:
     """The settings that hold a gate, with the place of the last stage before it."""
     for stage in draft.stages:
         if isinstance(stage.settings.values.get("gate"), dict):
@@ -32,7 +32,7 @@ def _gates(draft: Draft) -> Iterator[tuple[Settings, int]]:
         yield draft.top, max((stage.place for stage in draft.stages), default=0)
 
 
-def _check_suites(draft: Draft, settings: Settings) -> None:
+def _check_suites(draft: PipelineDraft, settings: Settings) -> None:
     suites = draft.top.values.get("evals", {})
     for role in ("guards", "primary"):
         tests = settings.values["gate"].get(role)
@@ -45,7 +45,7 @@ def _check_suites(draft: Draft, settings: Settings) -> None:
                 draft.problems.add(settings.origin(path), settings.name(path), text)
 
 
-def _check_baseline(draft: Draft, settings: Settings, place: int) -> None:
+def _check_baseline(draft: PipelineDraft, settings: Settings, place: int) -> None:
     path = ("gate", "baseline")
     baseline = settings.values["gate"].get("baseline")
     if not isinstance(baseline, str) or not baseline.startswith("stage:"):
@@ -56,10 +56,10 @@ def _check_baseline(draft: Draft, settings: Settings, place: int) -> None:
         draft.problems.add(settings.origin(path), settings.name(path), text)
 
 
-def _check_retry(draft: Draft, settings: Settings, place: int) -> None:
+def _check_retry(draft: PipelineDraft, settings: Settings, place: int) -> None:
     on_fail = settings.values["gate"].get("on_fail")
     retry = on_fail.get("retry") if isinstance(on_fail, dict) else None
-    if isinstance(retry, bool) or not (isinstance(retry, int) or retry in list(STAGE_IN_PIPELINE)):
+    if isinstance(retry, bool) or not (isinstance(retry, int) or retry in list(STAGE_KINDS)):
         return
     before = [stage for stage in draft.stages if stage.place <= place]
     found = [stage for stage in before if retry in (stage.kind, stage.place)]
@@ -71,7 +71,7 @@ def _check_retry(draft: Draft, settings: Settings, place: int) -> None:
     draft.problems.add(settings.origin(path), settings.name(path), f"{why}; there are {', '.join(map(str, before))}")
 
 
-def _check_changes(draft: Draft, target: StageDraft, settings: Settings) -> None:
+def _check_changes(draft: PipelineDraft, target: StageDraft, settings: Settings) -> None:
     """Check the changes of a retry as keys of the stage that they change."""
     on_fail: dict[str, Any] = settings.values["gate"]["on_fail"]
     if not isinstance(on_fail.get("with"), dict):
@@ -89,7 +89,7 @@ def _check_changes(draft: Draft, target: StageDraft, settings: Settings) -> None
     on_fail["with"] = {name: changes.values[name] for name in names}
 
 
-def _check_needs_gate(draft: Draft) -> None:
+def _check_needs_gate(draft: PipelineDraft) -> None:
     values, problems = draft.top.values, draft.problems
     gated = [stage for stage in draft.stages if "gate" in stage.settings.values]
     if values.get("stop_when") == "gate_passes" and not gated and "gate" not in values:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.config.pipeline import STAGE_IN_PIPELINE, DPOStageKeys, GRPOStageKeys, SFTStageKeys, StageKind
+from posttrain.config.pipeline import StageKeys, in_pipeline
 from posttrain.config.settings import Problems, Settings
-
-StageKeys = SFTStageKeys | DPOStageKeys | GRPOStageKeys
 
 
 @dataclass(slots=True)
@@ -16,20 +14,20 @@ class StageDraft:
     """A stage: its place (from 1), its settings, and its keys once they are valid."""
 
     place: int
-    kind: StageKind
+    kind: str
     settings: Settings
     keys: StageKeys | None = None
 
     @property
     def model(self) -> type[StageKeys]:
-        return STAGE_IN_PIPELINE[self.kind]
+        return in_pipeline(self.kind)
 
     def __str__(self) -> str:
         return f"{self.place} {self.kind}"
 
 
 @dataclass(slots=True)
-class Draft:
+class PipelineDraft:
     """A pipeline: its top, the stages that could be read, and what is to be said about it."""
 
     top: Settings

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from posttrain.config.foreign import NO_COUNTERPART, foreign_names
+from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.knob import Keys
 from posttrain.config.pipeline import (
     GateKeys,
@@ -18,11 +19,10 @@ from posttrain.config.pipeline import (
 )
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.schema import CLOSE_KEYS, ForeignName, KeyInfo, did_you_mean, keys_of, nearest
-from posttrain.config.stages import STAGE_KEYS, DatasetKeys
+from posttrain.config.stages import DatasetKeys
 from posttrain.errors import ConfigError
 
 GROUPS: Mapping[str, type[Keys]] = {
-    **STAGE_KEYS,
     "pipeline": PipelineKeys,
     "datasets": DatasetKeys,
     "rollout": RolloutKeys,
@@ -33,7 +33,13 @@ GROUPS: Mapping[str, type[Keys]] = {
     "gate.on_fail": OnFailKeys,
     "register": RegisterKeys,
 }
-"""Where keys stand: the three stages, the pipeline, and the groups inside them."""
+"""Where keys stand besides the stages: the pipeline, and the groups inside it."""
+
+
+def groups() -> dict[str, type[Keys]]:
+    """Where keys stand: the stages of every kind, and the rest."""
+    return {**{row.name: row.keys for row in STAGE_KINDS.values()}, **GROUPS}
+
 
 _FAR = 0.4
 """How alike a name must be to be the nearest where none is close."""
@@ -78,14 +84,14 @@ class Explanation:
     @property
     def stages(self) -> tuple[str, ...]:
         """The stage kinds that take the key."""
-        return tuple(stage for stage in STAGE_KEYS if stage in self.defaults)
+        return tuple(stage for stage in STAGE_KINDS if stage in self.defaults)
 
 
 def explain(key: str) -> Explanation:
     """Explain a key by its name, its place and name (`gate.alpha`), or another tool's name. Raises: ConfigError."""
     place, _, name = key.rpartition(".")
     name = _own_name(name)
-    found = [(group, keys_of(model)[name]) for group, model in GROUPS.items() if name in keys_of(model)]
+    found = [(group, keys_of(model)[name]) for group, model in groups().items() if name in keys_of(model)]
     if place:
         found = [(group, info) for group, info in found if group == place or group.rpartition(".")[2] == place]
     if not found:
@@ -95,13 +101,13 @@ def explain(key: str) -> Explanation:
 
 def all_keys() -> dict[str, tuple[str, ...]]:
     """The names of the keys by place."""
-    return {place: tuple(keys_of(model)) for place, model in GROUPS.items()}
+    return {place: tuple(keys_of(model)) for place, model in groups().items()}
 
 
 def _own_name(name: str) -> str:
-    if any(name in keys_of(model) for model in GROUPS.values()):
+    if any(name in keys_of(model) for model in groups().values()):
         return name
-    return next((foreign_names(m)[name].name for m in GROUPS.values() if name in foreign_names(m)), name)
+    return next((foreign_names(m)[name].name for m in groups().values() if name in foreign_names(m)), name)
 
 
 def _uses(found: list[tuple[str, KeyInfo]]) -> list[Use]:
@@ -125,7 +131,7 @@ def _unknown(key: str) -> str:
     if key in NO_COUNTERPART:
         tools, advice = NO_COUNTERPART[key]
         return f"{key}: a key of {tools.replace(', ', ' and ')} without a counterpart here; {advice}"
-    names = {name for model in GROUPS.values() for name in (*keys_of(model), *foreign_names(model))}
+    names = {name for model in groups().values() for name in (*keys_of(model), *foreign_names(model))}
     name = key.rpartition(".")[2]
     close = did_you_mean(name, sorted(names), cutoff=CLOSE_KEYS)
     return f"{key}: no such key{close or _about(name, names) + '; `posttrain explain` without a key lists them all'}"
@@ -135,7 +141,7 @@ def _about(word: str, names: Iterable[str]) -> str:
     """The keys that speak of `word`, for want of one that is called nearly so."""
     told = {
         info.name: f"{info.name} {info.meaning}".lower()
-        for model in GROUPS.values()
+        for model in groups().values()
         for info in keys_of(model).values()
     }
     about = [name for name, text in told.items() if word.lower() in text]

@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.knob import Keys
 from posttrain.config.migrate import renamed
 from posttrain.config.pipeline import GateKeys, PipelineKeys, RegisterKeys, SuiteKeys
 from posttrain.config.schema import CLOSE_KEYS, KeyInfo, did_you_mean, keys_of, show
 from posttrain.config.settings import Problems, Settings
-from posttrain.config.stages import STAGE_KEYS, DatasetKeys
+from posttrain.config.stages import DatasetKeys
 
 Reading = Mapping[Any, Any] | Callable[[Any], Any]
 """Their value → ours: a table, or a function that raises KeyError for what has no counterpart."""
@@ -233,7 +234,7 @@ def unknown_key(key: str, kind: str, models: Sequence[type[Keys]]) -> str:
     names = [name for model in models for name in keys_of(model)]
     if change := renamed(key, models):
         return change
-    if kind in STAGE_KEYS or kind == "pipeline":
+    if kind in STAGE_KINDS or kind == "pipeline":
         elsewhere = _elsewhere(key, kind)
         if elsewhere:
             return elsewhere
@@ -248,9 +249,9 @@ def unknown_key(key: str, kind: str, models: Sequence[type[Keys]]) -> str:
 
 def _elsewhere(key: str, kind: str) -> str:
     """Where `key` would be valid."""
-    stages = [stage for stage, keys in STAGE_KEYS.items() if stage != kind and _takes(keys, key)]
+    stages = [stage for stage, row in STAGE_KINDS.items() if stage != kind and _takes(row.keys, key)]
     if stages:
-        here = f"this is {kind}" if kind in STAGE_KEYS else f"put it inside the {stages[0]} stage"
+        here = f"this is {kind}" if kind in STAGE_KINDS else f"put it inside the {stages[0]} stage"
         return f"{key} is a {' and '.join(stages)} key; {here}"
     if kind != "pipeline" and key in keys_of(PipelineKeys):
         return f"{key} is a pipeline key; it stands at the top of a YAML for `posttrain run`"

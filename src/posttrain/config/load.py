@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from posttrain.config.check import build
 from posttrain.config.effects import without_effect
 from posttrain.config.foreign import foreign_names, translate
 from posttrain.config.importers.flat import in_place, kind_of, whose
+from posttrain.config.kinds import STAGE_KINDS, StageKind, stage_kind
 from posttrain.config.knob import Keys
 from posttrain.config.migrate import migrate
-from posttrain.config.pipeline import STAGE_IN_PIPELINE, GateKeys, PipelineKeys, Stage
+from posttrain.config.pipeline import ConfiguredStage, GateKeys, PipelineKeys, in_pipeline
 from posttrain.config.resolved import leaves
 from posttrain.config.schema import did_you_mean, keys_of
 from posttrain.config.settings import (
@@ -30,20 +31,16 @@ from posttrain.config.settings import (
     read_settings,
     take_project,
 )
-from posttrain.config.stages import ROW_TYPES, STAGE_KEYS, DPOKeys, GRPOKeys, ModelKeys, SFTKeys, TrainKeys
+from posttrain.config.stages import ModelKeys, RLKeys, TrainKeys
 from posttrain.config.yaml_lines import KeyPath
 from posttrain.names import name_of
-
-Kind = Literal["sft", "dpo", "grpo"]
-STAGES: Mapping[str, Kind] = {"sft": "sft", "dpo": "dpo", "kto": "dpo", "grpo": "grpo"}
-"""What a user may call a stage → its kind."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedStage:
     """A single stage as it will run. `provenance` says of every key `default`, `file:line` or `--set`."""
 
-    kind: Kind
+    kind: str
     keys: TrainKeys
     path: Path
     project: Path
@@ -63,7 +60,7 @@ class LoadedPipeline:
 
 
 def load_stage(
-    kind: Kind, path: Path | None, overrides: Sequence[str] = (), given: Mapping[str, Any] | None = None,
+    kind: str, path: Path | None, overrides: Sequence[str] = (), given: Mapping[str, Any] | None = None,
     *, project: Path | None = None,
 ) -> LoadedStage:  # fmt: skip
     """From a YAML, from Python values (`given`, which stand above the YAML), or both.
@@ -79,7 +76,7 @@ def load_stage(
     notes += said
     for name, value in (given or {}).items():
         settings.put((name,), value, Origin("argument", "argument"))
-    model = STAGE_KEYS[kind]
+    model = stage_kind(kind).keys
     if "stages" in settings.values:
         problems.add(settings.origin(("stages",)), "stages", f"this is a pipeline; run it with `posttrain run {path}`")
         problems.raise_if_any()
@@ -90,10 +87,10 @@ def load_stage(
         if steps:
             set_key(settings, steps, override, model, problems, notes)
     settings.fill(("output_dir",), f"runs/{path.stem}")
-    marked = marked_kind(settings.values) or ("sft" if kind == "grpo" else kind)
+    marked = marked_kind(settings.values) or (next(iter(STAGE_KINDS)) if stage_kind(kind).rewarded else kind)
     keys = build(model, settings, kind, folder, problems, notes)
     if keys is not None:
-        check_stage(keys, settings, problems, notes)
+        check_stage(kind, keys, settings, problems, notes)
     if problems.found and marked != kind:
         problems.add(Origin(str(path), path.name), "", f"if this is meant as {marked}: posttrain {marked} {path}")
     problems.raise_if_any()
@@ -115,9 +112,9 @@ def load_model_keys(path: Path) -> ModelKeys:
 
 def as_pipeline(loaded: LoadedStage) -> PipelineKeys:
     """A single stage as the pipeline that runs it."""
-    keys = STAGE_IN_PIPELINE[loaded.kind].model_validate(loaded.keys.model_dump(by_alias=True))
+    keys = in_pipeline(loaded.kind).model_validate(loaded.keys.model_dump(by_alias=True))
     return PipelineKeys(
-        name=name_of(loaded.path.stem), base_model=keys.base_model, stages=[Stage(kind=loaded.kind, keys=keys)],
+        name=name_of(loaded.path.stem), base_model=keys.base_model, stages=[ConfiguredStage(kind=loaded.kind, keys=keys)],
         output_dir=keys.output_dir, seed=keys.seed,
     )  # fmt: skip
 
@@ -139,25 +136,34 @@ def load_gate(path: Path) -> GateKeys:
     return keys
 
 
-def detect(path: Path) -> Literal["pipeline", "sft", "dpo", "grpo"]:
-    """What a YAML is for, by its keys: a pipeline has `stages`, RL has rewards, preference optimisation its pairs."""
+def detect(path: Path) -> str:
+    """What a YAML is for: a pipeline has `stages`; else the kind that takes most of its keys and reads most of its data.
+
+    Among equals the first in the table.
+    """
     values = read_settings(Path(path))[0].values
     if "stages" in values:
         return "pipeline"
     tool = whose(values)
-    return kind_of(values, tool) if tool else marked_kind(values) or "sft"
+    return kind_of(values, tool) if tool else marked_kind(values) or next(iter(STAGE_KINDS))
 
 
-def marked_kind(values: Mapping[str, Any]) -> Kind | None:
-    """The only kind that takes one of these keys, or one of these types of data; None where all of them could be meant."""
+def marked_kind(values: Mapping[str, Any]) -> str | None:
+    """The kind that takes most of these keys and types of data, the first among equals; None where all could be meant."""
     names, sources = set(values), values.get("datasets")
-    types = {entry.get("type") for entry in sources if isinstance(entry, dict)} if isinstance(sources, list) else set()
-    sft, dpo, grpo = ({*keys_of(model), *foreign_names(model)} for model in (SFTKeys, DPOKeys, GRPOKeys))
-    if names & (grpo - dpo - sft) or types.intersection(ROW_TYPES["grpo"]):
-        return "grpo"
-    if names & (dpo - sft) or types.intersection(ROW_TYPES["dpo"]):
-        return "dpo"
-    return "sft" if names & (sft - dpo - grpo) or types.intersection(ROW_TYPES["sft"]) else None
+    names |= (
+        {f"type {entry.get('type')}" for entry in sources if isinstance(entry, dict)}
+        if isinstance(sources, list)
+        else set()
+    )
+    taken = {name: names & _marks(row) for name, row in STAGE_KINDS.items()}
+    if all(marks == set.intersection(*taken.values()) for marks in taken.values()):
+        return None
+    return max(taken, key=lambda name: len(taken[name]))
+
+
+def _marks(row: StageKind) -> set[str]:
+    return {*keys_of(row.keys), *foreign_names(row.keys), *(f"type {name}" for name in row.types)}
 
 
 def describe(loaded: LoadedStage | LoadedPipeline) -> list[tuple[str, Any, str]]:
@@ -181,7 +187,7 @@ def _came_from(path: KeyPath, value: Any, settings: Settings) -> str:
 def _steps_in_stage(kind: str, override: Override, problems: Problems) -> Sequence[str]:
     """The steps below the stage; `grpo.learning_rate` is `learning_rate` for a grpo stage."""
     head, *rest = override.steps
-    if head not in STAGE_KEYS or head in keys_of(STAGE_KEYS[kind]):
+    if head not in STAGE_KINDS or head in keys_of(STAGE_KINDS[kind].keys):
         return override.steps
     if head != kind or not rest:
         text = f"this is {kind}, not {head}" if head != kind else f"name a key of the {kind} stage"
@@ -208,15 +214,15 @@ def set_key(
     apply_override(settings, steps, override, problems)
 
 
-def check_stage(keys: TrainKeys, settings: Settings, problems: Problems, notes: list[str]) -> None:
+def check_stage(kind: str, keys: TrainKeys, settings: Settings, problems: Problems, notes: list[str]) -> None:
     """What no single key can say: options of rewards that are not used, keys without effect, rows of another stage."""
     was_set = {path[0] for path in settings.origins if len(path) == 1}
     notes += [
         settings.prefix.rstrip(".") + ": " * bool(settings.prefix) + note
         for note in without_effect(keys, was_set.__contains__)
     ]
-    _check_types(keys, settings, problems)
-    if isinstance(keys, GRPOKeys):
+    _check_types(kind, keys, settings, problems)
+    if isinstance(keys, RLKeys):
         names = [*keys.reward_funcs, *(entry.rpartition(":")[2] for entry in keys.reward_funcs if ":" in entry)]
         for name in keys.reward_kwargs:
             if name not in names:
@@ -225,11 +231,11 @@ def check_stage(keys: TrainKeys, settings: Settings, problems: Problems, notes: 
                 problems.add(settings.origin(path), settings.name(path), text)
 
 
-def _check_types(keys: TrainKeys, settings: Settings, problems: Problems) -> None:
-    kind = next(kind for kind, model in STAGE_KEYS.items() if isinstance(keys, model))
+def _check_types(kind: str, keys: TrainKeys, settings: Settings, problems: Problems) -> None:
+    types = stage_kind(kind).types
     for group, sources in (("datasets", keys.datasets), ("eval_datasets", keys.eval_datasets)):
         for place, source in enumerate(sources):
-            if source.type not in ("auto", *ROW_TYPES[kind]):
+            if source.type not in ("auto", *types):
                 path = (group, place, "type")
-                text = f"{source.type} is not for {kind}, which takes {' or '.join(ROW_TYPES[kind])}"
+                text = f"{source.type} is not for {kind}, which takes {' or '.join(types)}"
                 problems.add(settings.origin(path), settings.name(path), text)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from posttrain.config.check import build
 from posttrain.config.check_gates import check_gates
-from posttrain.config.draft import Draft, StageDraft
+from posttrain.config.draft import PipelineDraft, StageDraft
 from posttrain.config.foreign import foreign_names, translate
+from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.load import LoadedPipeline, check_stage, marked_kind, provenance, set_key
 from posttrain.config.migrate import migrate
-from posttrain.config.pipeline import STAGE_IN_PIPELINE, PipelineKeys, Stage, StageKind
+from posttrain.config.pipeline import ConfiguredStage, PipelineKeys
 from posttrain.config.resolved import PIPELINE_DECIDES
 from posttrain.config.schema import did_you_mean, keys_of
 from posttrain.config.settings import Override, Problems, Settings, parse_overrides, read_settings, take_project
@@ -32,7 +33,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = (), *, project: Path | 
     top, nulls = read_settings(path)
     folder = take_project(top, path, problems, project)
     if "stages" not in top.values:
-        verb = marked_kind(top.values) or "sft"
+        verb = marked_kind(top.values) or next(iter(STAGE_KINDS))
         problems.add(
             top.home, "stages", f"missing; a pipeline is a list of stages; did you mean posttrain {verb} {path}?"
         )
@@ -41,7 +42,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = (), *, project: Path | 
     notes += translate(top, TrainKeys, problems)
     _open_suites(top)
     _fill_registry(top)
-    draft = Draft(top, _read_stages(top, nulls, problems, notes), folder, problems, notes)
+    draft = PipelineDraft(top, _read_stages(top, nulls, problems, notes), folder, problems, notes)
     _override(draft, parse_overrides(overrides, problems))
     for stage in draft.stages:
         _build_stage(draft, stage)
@@ -86,7 +87,7 @@ def _read_stages(top: Settings, nulls: frozenset[KeyPath], problems: Problems, n
 
 def _read_stage(top: Settings, place: int, entry: Any, problems: Problems, notes: list[str]) -> StageDraft | None:
     path: KeyPath = ("stages", place)
-    kinds = ", ".join(STAGE_IN_PIPELINE)
+    kinds = ", ".join(STAGE_KINDS)
     if not isinstance(entry, dict) or len(entry) != 1:
         got = f"a mapping with {', '.join(entry)}" if isinstance(entry, dict) and entry else repr(entry)
         problems.add(
@@ -94,8 +95,8 @@ def _read_stage(top: Settings, place: int, entry: Any, problems: Problems, notes
         )
         return None
     ((kind, body),) = entry.items()
-    if kind not in STAGE_IN_PIPELINE:
-        text = f"no such stage: {kind}; expected one of {kinds}{did_you_mean(kind, STAGE_IN_PIPELINE)}"
+    if kind not in STAGE_KINDS:
+        text = f"no such stage: {kind}; expected one of {kinds}{did_you_mean(kind, STAGE_KINDS)}"
         problems.add(top.origin((*path, kind)), top.name(path), text)
         return None
     if not isinstance(body, dict):
@@ -109,7 +110,7 @@ def _read_stage(top: Settings, place: int, entry: Any, problems: Problems, notes
             text = "the pipeline decides it; set it at the top (each stage starts from the one before)"
             problems.add(settings.origin((key,)), settings.name((key,)), text)
             del settings.values[key]
-    draft = StageDraft(place + 1, cast(StageKind, kind), settings)
+    draft = StageDraft(place + 1, kind, settings)
     notes += translate(settings, draft.model, problems)
     return draft
 
@@ -117,7 +118,7 @@ def _read_stage(top: Settings, place: int, entry: Any, problems: Problems, notes
 # --- overrides -----------------------------------------------------------------------------------------------------
 
 
-def _override(draft: Draft, overrides: Sequence[Override]) -> None:
+def _override(draft: PipelineDraft, overrides: Sequence[Override]) -> None:
     """Apply `--set`: first what names all stages, then a kind, then a single stage, so that the closest wins."""
     for override in sorted(overrides, key=_reach):
         head, *rest = override.steps
@@ -125,7 +126,7 @@ def _override(draft: Draft, overrides: Sequence[Override]) -> None:
             _override_top(draft, override)
             continue
         chosen = _stages_named(draft, override)
-        steps = rest if head in STAGE_IN_PIPELINE else rest[1:]
+        steps = rest if head in STAGE_KINDS else rest[1:]
         if chosen and steps and steps[0] in PIPELINE_DECIDES:
             draft.problems.add(override.origin, steps[0], f"the pipeline decides it; use --set {steps[0]}=…")
             continue
@@ -140,10 +141,10 @@ def _reach(override: Override) -> int:
     """0: the top, or every stage; 1: the stages of a kind; 2: one stage."""
     if override.steps[0] == "stages":
         return 2
-    return 1 if override.steps[0] in STAGE_IN_PIPELINE else 0
+    return 1 if override.steps[0] in STAGE_KINDS else 0
 
 
-def _override_top(draft: Draft, override: Override) -> None:
+def _override_top(draft: PipelineDraft, override: Override) -> None:
     top, head = draft.top, override.steps[0]
     key = foreign_names(TrainKeys)[head].name if head in foreign_names(TrainKeys) else head
     model = PipelineKeys if key in _OWN else TrainKeys
@@ -154,7 +155,7 @@ def _override_top(draft: Draft, override: Override) -> None:
             stage.settings.values.pop(key, None)
 
 
-def _stages_named(draft: Draft, override: Override) -> list[StageDraft]:
+def _stages_named(draft: PipelineDraft, override: Override) -> list[StageDraft]:
     head, *rest = override.steps
     have = ", ".join(map(str, draft.stages))
     if head != "stages":
@@ -172,7 +173,7 @@ def _stages_named(draft: Draft, override: Override) -> list[StageDraft]:
 # --- stages and the whole ------------------------------------------------------------------------------------------
 
 
-def _build_stage(draft: Draft, stage: StageDraft) -> None:
+def _build_stage(draft: PipelineDraft, stage: StageDraft) -> None:
     settings, top = stage.settings, draft.top
     handed = [key for key in top.values if key in _HANDED_DOWN and key not in settings.values]
     settings.take(top, handed, shared=True)
@@ -182,23 +183,23 @@ def _build_stage(draft: Draft, stage: StageDraft) -> None:
         settings.values["base_model"] = "missing"  # said once, for the pipeline
     stage.keys = build(stage.model, settings, stage.kind, draft.folder, draft.problems, draft.notes)
     if stage.keys is not None:
-        check_stage(stage.keys, settings, draft.problems, draft.notes)
+        check_stage(stage.kind, stage.keys, settings, draft.problems, draft.notes)
 
 
-def _build_pipeline(draft: Draft) -> PipelineKeys | None:
+def _build_pipeline(draft: PipelineDraft) -> PipelineKeys | None:
     own = [key for key in draft.top.values if key not in _HANDED_DOWN or key in _OWN]
     settings = Settings({}, {}, draft.top.home)
     settings.take(draft.top, own)
     name = settings.values.get("name")
     if isinstance(name, str):
         settings.fill(("output_dir",), f"runs/{name}")
-    stages = [Stage(kind=stage.kind, keys=stage.keys) for stage in draft.stages if stage.keys is not None]
+    stages = [ConfiguredStage(kind=stage.kind, keys=stage.keys) for stage in draft.stages if stage.keys is not None]
     # Where no stage is valid, the rest is still checked; what is built then is never returned.
-    settings.values["stages"] = stages or [Stage.model_construct(kind="sft", keys=None)]
+    settings.values["stages"] = stages or [ConfiguredStage.model_construct(kind="", keys=None)]
     return build(PipelineKeys, settings, "pipeline", draft.folder, draft.problems, draft.notes)
 
 
-def _provenance(keys: PipelineKeys, draft: Draft) -> dict[str, str]:
+def _provenance(keys: PipelineKeys, draft: PipelineDraft) -> dict[str, str]:
     found = provenance(keys, draft.top)
     for stage in draft.stages:
         own = provenance(stage.keys, stage.settings) if stage.keys is not None else {}

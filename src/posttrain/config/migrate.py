@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.knob import Keys
-from posttrain.config.pipeline import STAGE_IN_PIPELINE, OnFailKeys, PipelineKeys
+from posttrain.config.pipeline import OnFailKeys, PipelineKeys, in_pipeline, kinds_in_pipeline
 from posttrain.config.resolved import SCHEMA, SCHEMA_KEY, project_data, to_data
 from posttrain.config.schema import annotation_below, group_in, show
 from posttrain.config.settings import PROJECT_KEY, Problems, Settings, dotted, read_settings
@@ -68,7 +69,7 @@ class _Walk:
         for key in list(values):
             below = [annotation_below(group, key) for group in groups]
             if OnFailKeys in groups and key == "with":
-                self.group(values[key], list(STAGE_IN_PIPELINE.values()), (*path, key))
+                self.group(values[key], kinds_in_pipeline(), (*path, key))
             elif PipelineKeys in groups and key == "stages":
                 self._stages(values[key], (*path, key))
             else:
@@ -78,8 +79,8 @@ class _Walk:
         for place, entry in enumerate(entries if isinstance(entries, list) else ()):
             bodies: Any = entry.items() if isinstance(entry, dict) else ()
             for kind, body in bodies:
-                if kind in STAGE_IN_PIPELINE:
-                    self.group(body, [STAGE_IN_PIPELINE[kind]], (*path, place, kind))
+                if kind in STAGE_KINDS:
+                    self.group(body, [in_pipeline(kind)], (*path, place, kind))
 
     def _value(self, value: Any, annotation: Any, path: KeyPath) -> None:
         group = group_in(annotation)

@@ -11,7 +11,7 @@ from posttrain.config.knob import Keys
 from posttrain.config.pipeline import GateKeys, PipelineKeys, RegisterKeys, SuiteKeys
 from posttrain.config.schema import annotation_below, did_you_mean, group_in, keys_of
 from posttrain.config.settings import Problems, Settings
-from posttrain.config.stages import DatasetKeys, GRPOKeys, ModelKeys, TrainKeys, looks_local, resolve_path
+from posttrain.config.stages import DatasetKeys, ModelKeys, RLKeys, TrainKeys, looks_local, resolve_path
 from posttrain.config.yaml_lines import KeyPath
 
 
@@ -82,7 +82,7 @@ PATH_RULES: tuple[tuple[type[Keys], str, Callable[[str, Path], str]], ...] = (
     (DatasetKeys, "path", _existing_or_hub),
     (TrainKeys, "output_dir", _output),
     (TrainKeys, "eval_suite", _existing),
-    (GRPOKeys, "reward_funcs", _reward),
+    (RLKeys, "reward_funcs", _reward),
     (PipelineKeys, "base_model", _existing_or_hub),
     (PipelineKeys, "output_dir", _output),
     (SuiteKeys, "path", _existing),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, cast
 
-from pydantic import field_validator, model_validator
+from pydantic import SerializeAsAny, field_validator, model_validator
 
+from posttrain.config.kinds import STAGE_KINDS, stage_kind
 from posttrain.config.knob import Keys, knob
-from posttrain.config.stages import DPOKeys, GRPOKeys, SFTKeys
+from posttrain.config.stages import TrainKeys
 from posttrain.names import FREE, STRICT, NameRule, kept_alias
-
-StageKind = Literal["sft", "dpo", "grpo"]
 
 
 def _checked(rule: NameRule, value: str) -> str:
@@ -52,9 +52,16 @@ class PrimaryKeys(Keys):
 class OnFailKeys(Keys):
     """Loop back instead of promoting."""
 
-    retry: StageKind | int = knob(..., "Stage to run again: its kind, or its place counted from 1.", example="sft")
+    retry: str | int = knob(..., "Stage to run again: its kind, or its place counted from 1.", example="sft")
     times: int = knob(1, "At most so many times.", ge=1)
     with_: dict[str, Any] = knob({}, "Keys of that stage to change for the retry.", alias="with", example={"num_train_epochs": 3})
+
+    @field_validator("retry")
+    @classmethod
+    def _is_a_kind(cls, retry: str | int) -> str | int:
+        if isinstance(retry, str) and retry not in STAGE_KINDS:
+            raise ValueError(f"got {retry!r}, expected one of {', '.join(STAGE_KINDS)} or an integer")
+        return retry
 
 
 class LimitKeys(Keys):
@@ -123,31 +130,25 @@ class RegisterKeys(Keys):
         return alias
 
 
-class SFTStageKeys(SFTKeys):
+class StageKeys(TrainKeys):
+    """What a stage has besides when it stands in a pipeline.
+
+    Every model key may stand at the top of the pipeline (it is handed down) or in a stage (which wins).
+    """
+
     gate: GateKeys | None = knob(None, "A gate after this stage.")
 
 
-class DPOStageKeys(DPOKeys):
-    gate: GateKeys | None = knob(None, "A gate after this stage.")
-
-
-class GRPOStageKeys(GRPOKeys):
-    gate: GateKeys | None = knob(None, "A gate after this stage.")
-
-
-STAGE_IN_PIPELINE: dict[str, type[SFTStageKeys] | type[DPOStageKeys] | type[GRPOStageKeys]] = {
-    "sft": SFTStageKeys,
-    "dpo": DPOStageKeys,
-    "grpo": GRPOStageKeys,
-}
-"""Every model key may stand at the top of the pipeline (it is handed down) or in a stage (which wins)."""
-
-
-class Stage(Keys):
+class ConfiguredStage(Keys):
     """A stage as it is run: its kind and its keys."""
 
-    kind: StageKind
-    keys: SFTStageKeys | DPOStageKeys | GRPOStageKeys
+    kind: str
+    keys: SerializeAsAny[StageKeys]
+
+    @field_validator("kind")
+    @classmethod
+    def _is_a_kind(cls, kind: str) -> str:
+        return stage_kind(kind).name
 
 
 class PipelineKeys(Keys):
@@ -155,7 +156,7 @@ class PipelineKeys(Keys):
 
     name: str = knob(..., "Name of the run: letters, digits, spaces and . _ -, at most 100.", example="word-problems")
     base_model: str = knob(..., "Where the first stage starts: a local folder, a hub id, or a version of the registry (`NAME@ALIAS`, `NAME@3`, `alias:NAME`).", also="model_name_or_path (TRL, LLaMA-Factory)", example="./base")
-    stages: list[Stage] = knob(..., "The stages in order; each starts from the one before.", min_length=1, example=[{"sft": {"datasets": [{"path": "data/sft.jsonl"}]}}])
+    stages: list[ConfiguredStage] = knob(..., "The stages in order; each starts from the one before.", min_length=1, example=[{"sft": {"datasets": [{"path": "data/sft.jsonl"}]}}])
     evals: dict[str, SuiteKeys] = knob({}, "Suites by name: `NAME: path` or `NAME: {path, num_samples, …}`.", example={"heldout": "evals/heldout.jsonl"})
     gate: GateKeys | None = knob(None, "The gate after the last stage.")
     register_: RegisterKeys | None = knob(None, "Where a model that passed is registered.", alias="register")
@@ -175,3 +176,23 @@ class PipelineKeys(Keys):
         for name in evals:
             _checked(FREE, name)
         return evals
+
+
+# fmt: on
+
+
+def in_pipeline(kind: str) -> type[StageKeys]:
+    """The keys of a stage of this kind in a pipeline. Raises: ConfigError if there is no such kind."""
+    return _with_gate(stage_kind(kind).keys)
+
+
+def kinds_in_pipeline() -> list[type[StageKeys]]:
+    """Those of every kind."""
+    return [in_pipeline(kind) for kind in STAGE_KINDS]
+
+
+@cache
+def _with_gate(keys: type[TrainKeys]) -> type[StageKeys]:
+    name = f"{keys.__name__.removesuffix('Keys')}StageKeys"
+    bases: tuple[Any, ...] = (keys, StageKeys)
+    return cast("type[StageKeys]", type(name, bases, {"__doc__": keys.__doc__, "__module__": __name__}))

@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 
 from posttrain.config.knob import Keys
 from posttrain.config.paths import make_relative
-from posttrain.config.pipeline import STAGE_IN_PIPELINE, PipelineKeys
+from posttrain.config.pipeline import PipelineKeys, in_pipeline
 from posttrain.config.schema import keys_of
 from posttrain.config.settings import PROJECT_KEY
 from posttrain.config.stages import TrainKeys
 from posttrain.config.yaml_lines import KeyPath, dump_yaml
 
-Stage = TypeVar("Stage", bound=TrainKeys)
+KeysT = TypeVar("KeysT", bound=TrainKeys)
 
 SCHEMA = 1
 """Version of the keys. What changed with each is in the table of `migrate.py`."""
@@ -47,13 +47,13 @@ def project_data(keys: Keys, project: Path) -> dict[str, Any]:
     kinds = [stage.kind for stage in keys.stages]
     for entry in data["stages"]:
         ((kind, body),) = entry.items()
-        make_relative(body, STAGE_IN_PIPELINE[kind], project)
-        _relative_changes(body, STAGE_IN_PIPELINE[kind], project)
+        make_relative(body, in_pipeline(kind), project)
+        _relative_changes(body, in_pipeline(kind), project)
     make_relative(data, PipelineKeys, project)
     retried = _retry(data)
     if retried is not None:
         kind = retried if isinstance(retried, str) else kinds[retried - 1]
-        _relative_changes(data, STAGE_IN_PIPELINE[kind], project)
+        _relative_changes(data, in_pipeline(kind), project)
     return data
 
 
@@ -107,7 +107,7 @@ def _opened(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, Any]]:
         yield path, value
 
 
-def apply_changes(keys: Stage, changes: Mapping[str, Any]) -> Stage:
+def apply_changes(keys: KeysT, changes: Mapping[str, Any]) -> KeysT:
     """`keys` with `changes` (of `on_fail.with`, checked at load), validated as a whole."""
     present = keys.model_dump(by_alias=True)
     if "adapter" in changes:

@@ -6,6 +6,7 @@ Names are those of the flat YAML form where it has one, and TRL's elsewhere. No 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +16,21 @@ from posttrain.config.knob import Keys, knob
 from posttrain.config.rollout import RolloutKeys
 
 DatasetType = Literal["auto", "chat", "sharegpt", "alpaca", "completion", "text", "preference", "kto", "prompt"]
-ROW_TYPES = {
-    "sft": ("chat", "sharegpt", "alpaca", "completion", "text"),
-    "dpo": ("preference", "kto"),
-    "grpo": ("prompt",),
+
+RowKind = Literal["examples", "pairs", "labels", "prompts"]
+"""What a row of training data is: an answer to imitate, a better and a worse answer, an answer with a label, a prompt."""
+
+ROWS_OF_TYPE: Mapping[str, tuple[RowKind, ...]] = {
+    "chat": ("examples",),
+    "sharegpt": ("examples",),
+    "alpaca": ("examples",),
+    "completion": ("examples",),
+    "text": ("examples",),
+    "preference": ("pairs", "labels"),
+    "kto": ("labels",),
+    "prompt": ("prompts",),
 }
-"""Stage kind → the types of rows it takes."""
+"""Row format → the kinds of rows it can give."""
 
 
 # fmt: off
@@ -151,13 +161,29 @@ class TrainKeys(ModelKeys):
         return self
 
     @property
-    def pulls_to_a_reference(self) -> bool:
+    def row_kind(self) -> RowKind:
+        """What its rows are."""
+        return "examples"
+
+    @property
+    def may_start_raw(self) -> bool:
+        """Whether it may start on a base that was never tuned to answer."""
+        return True
+
+    @property
+    def pull(self) -> float:
+        """Weight of the pull to the reference; 0 without one."""
+        return 0.0
+
+    @property
+    def holds_reference(self) -> bool:
+        """Whether full fine-tuning keeps a frozen copy of the model that it starts from."""
         return False
 
     @model_validator(mode="after")
     def _pull_can_be_raised(self) -> TrainKeys:
         raising = [rule for rule, change in self.health.items() if change.get("action") == "raise_beta"]
-        if raising and not self.pulls_to_a_reference:
+        if raising and not self.pull:
             raise ValueError(
                 f"health.{raising[0]}.action: raise_beta needs a pull to a reference, and this stage has none; set beta "
                 "above 0 and a loss_type with a reference, or use lower_learning_rate"
@@ -182,13 +208,18 @@ class TrainKeys(ModelKeys):
         return self
 
 
-class SFTKeys(TrainKeys):
-    """Supervised fine-tuning."""
+class ExampleKeys(TrainKeys):
+    """What stages have that imitate the answers of their rows."""
 
     train_on: Literal["assistant", "last", "all"] = knob("assistant", "Which tokens of a conversation are trained: every assistant turn, the last one, or all.", also="roles_to_train (Axolotl), train_on_inputs (Axolotl), train_on_prompt (LLaMA-Factory), mask_history (LLaMA-Factory), assistant_only_loss (TRL)")
-    loss_type: Literal["nll", "dft"] = knob("nll", "Token cross-entropy, or dynamic fine-tuning (arXiv 2508.05629), which weighs it by the token's probability.", also="use_dft_loss (LLaMA-Factory)")
     packing: bool = knob(False, "Fill micro-batches by tokens (per_device_train_batch_size × sequence_len, best fit) instead of by rows.", also="sample_packing (Axolotl), neat_packing (LLaMA-Factory)")
     packing_window: int | None = knob(None, "Rows of the epoch's order among which packing looks for what fits (best fit); null takes the whole epoch.", ge=1, example=10_000)
+
+
+class SFTKeys(ExampleKeys):
+    """Supervised fine-tuning."""
+
+    loss_type: Literal["nll", "dft"] = knob("nll", "Token cross-entropy, or dynamic fine-tuning (arXiv 2508.05629), which weighs it by the token's probability.", also="use_dft_loss (LLaMA-Factory)")
 
 
 PreferenceLoss = Literal[
@@ -214,26 +245,28 @@ class DPOKeys(TrainKeys):
     precompute_ref_log_probs: bool | Literal["auto"] = knob("auto", "Score all rows under the reference once, before training, and keep the log-probs. `auto`: for full fine-tuning, where a frozen copy is the alternative; an adapter is simply switched off.")
 
     @property
-    def pulls_to_a_reference(self) -> bool:
-        return self.beta > 0 and self.loss_type not in WITHOUT_REFERENCE
+    def row_kind(self) -> RowKind:
+        return "labels" if self.loss_type == "kto" else "pairs"
+
+    @property
+    def may_start_raw(self) -> bool:
+        return self.allow_raw_base
+
+    @property
+    def pull(self) -> float:
+        return 0.0 if self.loss_type in WITHOUT_REFERENCE else self.beta
+
+    @property
+    def holds_reference(self) -> bool:
+        """`auto` computes the log-probs of pairs once where the alternative is a copy; those of KTO cannot be known before."""
+        kept = self.row_kind == "pairs" and bool(self.precompute_ref_log_probs)
+        return self.loss_type not in WITHOUT_REFERENCE and not kept
 
 
-GRPOLoss = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "gspo", "rloo", "reinforce_pp"]
-
-
-class GRPOKeys(TrainKeys):
-    """RL with verifiable rewards: GRPO and its family."""
+class SamplingKeys(TrainKeys):
+    """What stages have that train on completions of the policy itself."""
 
     allow_raw_base: bool = knob(False, "Start on a base that was never tuned to answer.")
-    learning_rate: float = knob(1e-6, "Peak learning rate.", gt=0, also="lr", example=1e-6)
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "wsd"] = knob("constant", "Shape of the schedule after the warmup; `wsd` holds, then decays over the last fifth.", also="lr_scheduler (Axolotl)")
-    max_steps: int = knob(200, "Optimizer steps; -1 lets num_train_epochs decide.", ge=-1)
-    reward_funcs: list[str] = knob(..., "Reward functions: `file.py:function` relative to the YAML, or a name of the library.", min_length=1, example=["rewards.py:correct"])
-    reward_weights: list[float] | None = knob(None, "Weight of each reward function; null means 1 each.", example=[1.0, 0.5])
-    reward_kwargs: dict[str, dict[str, Any]] = knob({}, "Options of library rewards: name in reward_funcs → its options.")
-    reward_timeout_s: float = knob(10.0, "Deadline of one completion's reward; later is unscored.", gt=0)
-    reward_workers: int = knob(1, "Worker processes that score.", ge=1)
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = knob("sum_then_normalize", "Add the rewards, then normalise; or normalise each first (GDPO).")
     num_generations: int = knob(8, "Completions per prompt (G).", ge=2, also="group_size")
     num_prompts_per_step: int = knob(8, "Prompts per generation batch, over all processes.", ge=1)
     steps_per_generation: int = knob(1, "Optimizer steps that one generation batch is split into.", ge=1)
@@ -244,8 +277,79 @@ class GRPOKeys(TrainKeys):
     top_k: int = knob(0, "Top-k sampling; 0 is off.", ge=0)
     min_p: float = knob(0.0, "Min-p sampling; 0 is off.", ge=0, le=1)
     stop: list[str] = knob([], "Strings that end a completion.", example=["</answer>"])
-    loss_type: GRPOLoss = knob("dapo", "Surrogate of a token and how tokens add up to a loss.")
+    rollout_batch_size: int = knob(64, "Completions decoded at once.", ge=1)
+    rollout: RolloutKeys = knob(RolloutKeys(), "The engine that samples, and how it is started.", example={"engine": "vllm"})
+
+    @property
+    def row_kind(self) -> RowKind:
+        return "prompts"
+
+    @property
+    def may_start_raw(self) -> bool:
+        return self.allow_raw_base
+
+    @model_validator(mode="after")
+    def _prompts_split_evenly(self) -> SamplingKeys:
+        if self.num_prompts_per_step % self.steps_per_generation:
+            raise ValueError(
+                f"num_prompts_per_step={self.num_prompts_per_step} is not divisible by "
+                f"steps_per_generation={self.steps_per_generation}; groups are not split over optimizer steps"
+            )
+        return self
+
+
+class RLKeys(SamplingKeys):
+    """What stages have whose completions are rewarded."""
+
+    reward_funcs: list[str] = knob(..., "Reward functions: `file.py:function` relative to the YAML, or a name of the library.", min_length=1, example=["rewards.py:correct"])
+    reward_weights: list[float] | None = knob(None, "Weight of each reward function; null means 1 each.", example=[1.0, 0.5])
+    reward_kwargs: dict[str, dict[str, Any]] = knob({}, "Options of library rewards: name in reward_funcs → its options.")
+    reward_timeout_s: float = knob(10.0, "Deadline of one completion's reward; later is unscored.", gt=0)
+    reward_workers: int = knob(1, "Worker processes that score.", ge=1)
     beta: float = knob(0.0, "Weight of the KL to the reference; 0 keeps no reference.", ge=0)
+    kl_target: float | None = knob(None, "Steer beta, from its value on, so that the KL to the reference stays near so many nats per token.", gt=0, example=0.05)
+    entropy_coef: float = knob(0.0, "Weight of an entropy bonus.", ge=0)
+    entropy_target: float | None = knob(None, "Steer an entropy bonus, besides entropy_coef, that grows while the entropy is below so many nats per token.", gt=0, example=0.2)
+    reward_check: Literal["require", "off"] = knob("require", "`off` trains without a reward certificate, and what it makes cannot be promoted.")
+    reward_check_steps: int = knob(50, "Steps between checks of the rewards on live samples and canary prompts; 0 is off.", ge=0)
+    ptx_datasets: list[DatasetKeys] = knob([], "Supervised rows that are trained on beside the rollouts, so that what they teach is not unlearned (PPO-ptx, arXiv 2203.02155 eq. 2).", also="pretrain_data (OpenRLHF)", example=[{"path": "data/sft.jsonl"}])
+    ptx_coef: float = knob(0.05, "Weight of the token-mean cross-entropy of ptx_datasets, divided by its own tokens.", ge=0)
+    ptx_rows_per_step: int = knob(8, "Rows of ptx_datasets in an optimizer step, over all processes.", ge=1)
+
+    @property
+    def pull(self) -> float:
+        return self.beta
+
+    @property
+    def holds_reference(self) -> bool:
+        return self.beta > 0
+
+    @model_validator(mode="after")
+    def _one_weight_per_reward(self) -> RLKeys:
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"reward_weights has {len(self.reward_weights)} entries for {len(self.reward_funcs)} reward_funcs; give one each"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kl_can_be_steered(self) -> RLKeys:
+        if self.kl_target is not None and not self.beta:
+            raise ValueError("kl_target steers beta, which is 0 (no reference is kept); set beta to its starting value, e.g. 0.01")
+        return self
+
+
+GRPOLoss = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "gspo", "rloo", "reinforce_pp"]
+
+
+class GRPOKeys(RLKeys):
+    """RL with verifiable rewards: GRPO and its family."""
+
+    learning_rate: float = knob(1e-6, "Peak learning rate.", gt=0, also="lr", example=1e-6)
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "wsd"] = knob("constant", "Shape of the schedule after the warmup; `wsd` holds, then decays over the last fifth.", also="lr_scheduler (Axolotl)")
+    max_steps: int = knob(200, "Optimizer steps; -1 lets num_train_epochs decide.", ge=-1)
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = knob("sum_then_normalize", "Add the rewards, then normalise; or normalise each first (GDPO).")
+    loss_type: GRPOLoss = knob("dapo", "Surrogate of a token and how tokens add up to a loss.")
     kl_estimator: Literal["k1", "k2", "k3"] = knob("k3", "Estimator of the KL that beta weighs (Schulman 2020).")
     kl_reduction: Literal["token_mean", "sequence_mean_of_token_mean", "sequence_sum_over_constant", "sequence_sum_mean"] | None = knob(None, "How the KL in the loss adds up over tokens; null takes the reduction of loss_type.", example="token_mean")
     kl_in_reward: bool = knob(False, "Put the KL that beta weighs into the reward instead of the loss.")
@@ -260,26 +364,12 @@ class GRPOKeys(TrainKeys):
     sapo_temperature_pos: float = knob(1.0, "SAPO's temperature for positive advantages.", gt=0)
     sapo_temperature_neg: float = knob(1.05, "SAPO's temperature for negative advantages.", gt=0)
     mask_truncated_completions: bool = knob(False, "Leave truncated completions out of the loss.")
-    kl_target: float | None = knob(None, "Steer beta, from its value on, so that the KL to the reference stays near so many nats per token.", gt=0, example=0.05)
-    entropy_coef: float = knob(0.0, "Weight of an entropy bonus.", ge=0)
-    entropy_target: float | None = knob(None, "Steer an entropy bonus, besides entropy_coef, that grows while the entropy is below so many nats per token.", gt=0, example=0.2)
-    ptx_datasets: list[DatasetKeys] = knob([], "Supervised rows that are trained on beside the rollouts, so that what they teach is not unlearned (PPO-ptx, arXiv 2203.02155 eq. 2).", also="pretrain_data (OpenRLHF)", example=[{"path": "data/sft.jsonl"}])
-    ptx_coef: float = knob(0.05, "Weight of the token-mean cross-entropy of ptx_datasets, divided by its own tokens.", ge=0)
-    ptx_rows_per_step: int = knob(8, "Rows of ptx_datasets in an optimizer step, over all processes.", ge=1)
     dynamic_sampling: bool = knob(False, "Replace groups whose rewards are all equal by freshly sampled ones (DAPO).")
     dynamic_sampling_max_rounds: int = knob(4, "Refill rounds before the step goes on with fewer groups.", ge=1)
     soft_overlong_cache: int = knob(0, "Length in tokens of DAPO's soft overlong penalty before max_completion_length; 0 is off.", ge=0)
     importance_sampling_correction: Literal["auto", "off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = knob("auto", "Correction between sampler and trainer log-probs; `auto` is off for the embedded engine, which needs none, and token_truncate for any other.", also="vllm_importance_sampling_mode (TRL)")
     allow_uncorrected: bool = knob(False, "Let importance_sampling_correction be off with an engine whose log-probs are not the trainer's.")
     importance_sampling_cap: float = knob(3.0, "Upper bound of the weights of importance_sampling_correction.", gt=1, also="vllm_importance_sampling_cap (TRL), vllm_importance_sampling_clip_max (TRL)")
-    rollout_batch_size: int = knob(64, "Completions decoded at once.", ge=1)
-    rollout: RolloutKeys = knob(RolloutKeys(), "The engine that samples, and how it is started.", example={"engine": "vllm"})
-    reward_check: Literal["require", "off"] = knob("require", "`off` trains without a reward certificate, and what it makes cannot be promoted.")
-    reward_check_steps: int = knob(50, "Steps between checks of the rewards on live samples and canary prompts; 0 is off.", ge=0)
-
-    @property
-    def pulls_to_a_reference(self) -> bool:
-        return self.beta > 0
 
     @model_validator(mode="before")
     @classmethod
@@ -297,20 +387,6 @@ class GRPOKeys(TrainKeys):
                 f"importance_sampling_correction: off with rollout.engine: {self.rollout.engine}, whose log-probs are not the "
                 "trainer's; leave it at auto (token_truncate), or set allow_uncorrected: true beside it"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _one_weight_per_reward(self) -> GRPOKeys:
-        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
-            raise ValueError(
-                f"reward_weights has {len(self.reward_weights)} entries for {len(self.reward_funcs)} reward_funcs; give one each"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _kl_can_be_steered(self) -> GRPOKeys:
-        if self.kl_target is not None and not self.beta:
-            raise ValueError("kl_target steers beta, which is 0 (no reference is kept); set beta to its starting value, e.g. 0.01")
         return self
 
     @model_validator(mode="after")
@@ -332,25 +408,12 @@ class GRPOKeys(TrainKeys):
             )
         return self
 
-    @model_validator(mode="after")
-    def _prompts_split_evenly(self) -> GRPOKeys:
-        if self.num_prompts_per_step % self.steps_per_generation:
-            raise ValueError(
-                f"num_prompts_per_step={self.num_prompts_per_step} is not divisible by "
-                f"steps_per_generation={self.steps_per_generation}; groups are not split over optimizer steps"
-            )
-        return self
-
 
 def _samples_with(rollout: Any) -> str:
     """The engine that keys name which are not validated yet."""
     if isinstance(rollout, RolloutKeys):
         return rollout.engine
     return str(rollout.get("engine", "embedded")) if isinstance(rollout, dict) else "embedded"
-
-
-STAGE_KEYS: dict[str, type[TrainKeys]] = {"sft": SFTKeys, "dpo": DPOKeys, "grpo": GRPOKeys}
-"""Verb and pipeline key → the keys it takes."""
 
 
 LOCAL_SUFFIXES = frozenset({".jsonl", ".json", ".parquet", ".csv", ".jinja", ".jinja2", ".j2", ".gz", ".zst", ".arrow", ".txt"})

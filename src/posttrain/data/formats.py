@@ -1,4 +1,4 @@
-"""The table of row formats: which columns tell them, which stages take them, and how a row becomes a noun.
+"""The table of row formats: which columns tell them, which rows they give, and how a row becomes a noun.
 
 Detection looks at every row, so a mixture is found and refused at its first odd line.
 """
@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from posttrain.config.stages import ROWS_OF_TYPE, RowKind
 from posttrain.data import parse
 from posttrain.data.sources import Row
 from posttrain.errors import DataError
 from posttrain.types import Example, LabelledCompletion, Origin, PreferencePair, Prompt
 
-StageKind = Literal["sft", "dpo", "kto", "grpo"]
 FormatName = Literal["chat", "sharegpt", "alpaca", "completion", "text", "preference", "kto", "prompt"]
 Noun = Example | PreferencePair | LabelledCompletion | Prompt
 
@@ -24,7 +24,7 @@ Noun = Example | PreferencePair | LabelledCompletion | Prompt
 class Format:
     """`needs` are alternative sets of columns; `also` are further columns that are read."""
 
-    stages: tuple[StageKind, ...]
+    rows: tuple[RowKind, ...]
     needs: tuple[tuple[str, ...], ...]
     parse: Callable[[Mapping[str, Any], Origin], Noun | parse.Skip]
     also: tuple[str, ...] = ()
@@ -44,18 +44,26 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "chat": Format(("sft",), (("messages",),), parse.parse_chat, ("tools",)),
-    "sharegpt": Format(("sft",), (("conversations",),), parse.parse_sharegpt, ("system", "tools")),
+    "chat": Format(ROWS_OF_TYPE["chat"], (("messages",),), parse.parse_chat, ("tools",)),
+    "sharegpt": Format(ROWS_OF_TYPE["sharegpt"], (("conversations",),), parse.parse_sharegpt, ("system", "tools")),
     "alpaca": Format(
-        ("sft",), (("instruction", "output"),), parse.parse_alpaca, ("input", "system", "history", "tools")
+        ROWS_OF_TYPE["alpaca"],
+        (("instruction", "output"),),
+        parse.parse_alpaca,
+        ("input", "system", "history", "tools"),
     ),
-    "completion": Format(("sft",), (("prompt", "completion"),), parse.parse_completion, ("tools",)),
-    "text": Format(("sft",), (("text",),), parse.parse_text),
+    "completion": Format(ROWS_OF_TYPE["completion"], (("prompt", "completion"),), parse.parse_completion, ("tools",)),
+    "text": Format(ROWS_OF_TYPE["text"], (("text",),), parse.parse_text),
     "preference": Format(
-        ("dpo", "kto"), (("chosen", "rejected"),), parse.parse_preference, ("prompt", "conversations", "tools")
+        ROWS_OF_TYPE["preference"],
+        (("chosen", "rejected"),),
+        parse.parse_preference,
+        ("prompt", "conversations", "tools"),
     ),
-    "kto": Format(("kto",), (("prompt", "completion", "label"), ("messages", "label")), parse.parse_kto, ("tools",)),
-    "prompt": Format(("grpo",), (("prompt",), ("messages",)), parse.parse_prompt, ("tools",)),
+    "kto": Format(
+        ROWS_OF_TYPE["kto"], (("prompt", "completion", "label"), ("messages", "label")), parse.parse_kto, ("tools",)
+    ),
+    "prompt": Format(ROWS_OF_TYPE["prompt"], (("prompt",), ("messages",)), parse.parse_prompt, ("tools",)),
 }
 """Name → format. Where two score alike, the earlier one is taken."""
 
@@ -87,16 +95,16 @@ class Detection:
         return f"{self.name} ({self.why}{ignored})"
 
 
-def detect(rows: Sequence[Row], stage: StageKind, named: str = "auto") -> Detection:
-    """The one format of all `rows` for `stage`. Raises: DataError on wrong columns, a wrong `type` or a mixture."""
+def detect(rows: Sequence[Row], kind: RowKind, named: str = "auto") -> Detection:
+    """The one format of all `rows` for `kind`. Raises: DataError on wrong columns, a wrong `type` or a mixture."""
     if named != "auto":
-        return _check_named(rows, stage, named)
+        return _check_named(rows, kind, named)
     found: dict[frozenset[str], str] = {}
     first: tuple[str, Origin] | None = None
     for origin, row in rows:
         columns = frozenset(name for name, value in row.items() if value is not None)
         if columns not in found:
-            found[columns] = _best(columns, stage, origin)
+            found[columns] = _best(columns, kind, origin)
         name = found[columns]
         if first is None:
             first = (name, origin)
@@ -111,11 +119,11 @@ def detect(rows: Sequence[Row], stage: StageKind, named: str = "auto") -> Detect
     )
 
 
-def stage_of(columns: Iterable[str]) -> StageKind:
-    """The stage that these columns are most likely for; sft where nothing is known of them."""
+def rows_of(columns: Iterable[str]) -> RowKind:
+    """What rows with these columns most likely are; examples where nothing is known of them."""
     scores = {name: form.score(columns) for name, form in FORMATS.items()}
     best = max(scores, key=lambda name: scores[name])
-    return FORMATS[best].stages[0] if scores[best] else "sft"
+    return FORMATS[best].rows[0] if scores[best] else "examples"
 
 
 def parse_rows(rows: Sequence[Row], name: str) -> tuple[list[Noun], list[parse.Skip]]:
@@ -132,35 +140,33 @@ def parse_rows(rows: Sequence[Row], name: str) -> tuple[list[Noun], list[parse.S
     return nouns, skips
 
 
-def _best(columns: frozenset[str], stage: StageKind, origin: Origin) -> str:
-    scores = {name: fmt.score(columns) for name, fmt in FORMATS.items() if stage in fmt.stages}
+def _best(columns: frozenset[str], kind: RowKind, origin: Origin) -> str:
+    scores = {name: fmt.score(columns) for name, fmt in FORMATS.items() if kind in fmt.rows}
     name = max(scores, key=lambda candidate: scores[candidate])
     if scores[name]:
         return name
     shown = ", ".join(f"`{column}`" for column in sorted(columns)) or "none"
     expected = "; ".join(f"{name}: {FORMATS[name].shape}" for name in scores)
-    raise DataError(
-        f"{origin}: found columns {shown}; expected for {stage} one of: {expected}. {_hint(columns, stage)}"
-    )
+    raise DataError(f"{origin}: found columns {shown}; expected for {kind} one of: {expected}. {_hint(columns, kind)}")
 
 
-def _hint(columns: frozenset[str], stage: StageKind) -> str:
+def _hint(columns: frozenset[str], kind: RowKind) -> str:
     """What to write so that these columns are understood."""
-    scores = {name: fmt.score(columns) for name, fmt in FORMATS.items() if stage not in fmt.stages}
+    scores = {name: fmt.score(columns) for name, fmt in FORMATS.items() if kind not in fmt.rows}
     other = max(scores, key=lambda candidate: scores[candidate])
     if scores[other]:
-        if stage == "dpo" and other == "kto":
+        if kind == "pairs" and other == "kto":
             return "This is the kto format: set `loss_type: kto`"
-        return f"This is the {other} format, which is for {' and '.join(FORMATS[other].stages)}"
+        return f"This is the {other} format, which is for {' and '.join(FORMATS[other].rows)}"
     for name, fmt in FORMATS.items():
-        if stage not in fmt.stages:
+        if kind not in fmt.rows:
             continue
         for needed in fmt.needs:
             renames = {ours: _alias(ours, columns) for ours in needed if ours not in columns}
             if all(renames.values()) and len(set(renames.values())) == len(renames):
                 pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in renames.items())
                 return f"Name them with `columns: {{{pairs}}}` (then the format is {name})"
-    first = next(fmt for fmt in FORMATS.values() if stage in fmt.stages).needs[0][0]
+    first = next(fmt for fmt in FORMATS.values() if kind in fmt.rows).needs[0][0]
     return f"Name them with `columns: {{{first}: <your column>}}`"
 
 
@@ -169,21 +175,21 @@ def _alias(ours: str, columns: frozenset[str]) -> str | None:
     return next((lowered[other] for other in (ours, *ALIASES.get(ours, ())) if other in lowered), None)
 
 
-def _check_named(rows: Sequence[Row], stage: StageKind, named: str) -> Detection:
+def _check_named(rows: Sequence[Row], kind: RowKind, named: str) -> Detection:
     fmt = FORMATS[named]
     origin, row = rows[0]
-    if stage not in fmt.stages:
-        takes = ", ".join(name for name, other in FORMATS.items() if stage in other.stages)
-        extra = "; with `loss_type: kto` it is" if stage == "dpo" and "kto" in fmt.stages else ""
+    if kind not in fmt.rows:
+        takes = ", ".join(name for name, other in FORMATS.items() if kind in other.rows)
+        extra = "; with `loss_type: kto` it is" if kind == "pairs" and "labels" in fmt.rows else ""
         raise DataError(
-            f"{origin.path}: `type: {named}` is not for {stage}{extra}; expected one of {takes}, or `type: auto`"
+            f"{origin.path}: `type: {named}` is not for {kind}{extra}; expected one of {takes}, or `type: auto`"
         )
     for origin, row in rows:
         columns = frozenset(name for name, value in row.items() if value is not None)
         if not fmt.score(columns):
             shown = ", ".join(f"`{column}`" for column in sorted(columns)) or "none"
             raise DataError(
-                f"{origin}: found columns {shown}; expected {fmt.shape} for `type: {named}`. {_hint(columns, stage)}"
+                f"{origin}: found columns {shown}; expected {fmt.shape} for `type: {named}`. {_hint(columns, kind)}"
             )
     return Detection(named, "named in the config", _ignored(rows, named))
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.stages import DatasetKeys, SFTKeys, TrainKeys
+from posttrain.config.stages import DatasetKeys, ExampleKeys, TrainKeys
 from posttrain.data.dataset import Dataset, sequences
 from posttrain.data.lint_input import GOLD_ROWS, LintInput, text_of
 from posttrain.data.lint_rules import RULES, Action, Offence
-from posttrain.data.load import kind_of, read_nouns
+from posttrain.data.load import read_nouns
 from posttrain.data.messages import parse_messages
 from posttrain.data.sources import read_rows
 from posttrain.errors import ConfigError, DataError
@@ -136,7 +136,7 @@ def lint(given: LintInput, changes: Mapping[str, Mapping[str, Any]] | None = Non
     num_rows = given.num_rows
     findings = []
     for name, rule in RULES.items():
-        if given.stage not in rule.stages or name not in limits:
+        if given.row_kind not in rule.rows or name not in limits:
             continue
         offences = tuple(dict(rule.check(given)).items())
         share = len(offences) / max(1, num_rows if rule.looks_at is None else len(rule.looks_at(given)))
@@ -160,20 +160,19 @@ def lint_stage(
     own_template: str | None = None,
 ) -> LintReport:
     """Lint what a stage would train on: `dataset` is what its loader gave for `keys`. Raises: DataError, ConfigError."""
-    kind = kind_of(keys)
     skipped: dict[str, list[Origin]] = {}
     for source in dataset.summary.sources:
         for reason, rows in source.skipped.items():
             skipped.setdefault(reason, []).extend(Origin(source.path, line) for line in rows.lines)
     return lint(
         LintInput(
-            stage=kind,
-            nouns=read_nouns(keys.datasets, kind),
+            row_kind=keys.row_kind,
+            nouns=read_nouns(keys.datasets, keys.row_kind),
             rendered=[sequences(row) for row in dataset],
             tokenizer=tokenizer,
             sequence_len=keys.sequence_len,
-            train_on=keys.train_on if isinstance(keys, SFTKeys) else "assistant",
-            eval_nouns=read_nouns(keys.eval_datasets, kind),
+            train_on=keys.train_on if isinstance(keys, ExampleKeys) else "assistant",
+            eval_nouns=read_nouns(keys.eval_datasets, keys.row_kind),
             suites=suites or {},
             skipped=skipped,
             check_golds=check_golds,

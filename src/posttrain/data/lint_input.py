@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from posttrain.config.stages import RowKind
 from posttrain.data import overlap, render
-from posttrain.data.formats import Noun, StageKind
+from posttrain.data.formats import Noun
 from posttrain.types import Example, LabelledCompletion, Message, Origin, PreferencePair, Prompt, Text, TokenSeq
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ class LintInput:
     another one is used.
     """
 
-    stage: StageKind
+    row_kind: RowKind
     nouns: Sequence[Noun]
     rendered: Sequence[tuple[TokenSeq, ...]]
     tokenizer: Any

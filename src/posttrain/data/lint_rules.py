@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from posttrain.config.stages import RowKind
 from posttrain.data import overlap
-from posttrain.data.formats import Noun, StageKind
+from posttrain.data.formats import Noun
 from posttrain.data.forms import fit
 from posttrain.data.lint_input import (
     CODE_GOLD_ROWS,
@@ -52,7 +53,7 @@ class Rule:
     """
 
     meaning: str
-    stages: tuple[StageKind, ...]
+    rows: tuple[RowKind, ...]
     action: Action
     limit: float
     removable: bool
@@ -321,8 +322,8 @@ def _is_blank(value: Any) -> bool:
     )
 
 
-_ALL: tuple[StageKind, ...] = ("sft", "dpo", "kto", "grpo")
-_TRAINED: tuple[StageKind, ...] = ("sft", "dpo", "kto")
+_ALL: tuple[RowKind, ...] = ("examples", "pairs", "labels", "prompts")
+_TRAINED: tuple[RowKind, ...] = ("examples", "pairs", "labels")
 
 RULES: dict[str, Rule] = {
     "duplicate": Rule("the same row again", _ALL, "refuse", 0.5, True, _duplicates),
@@ -339,10 +340,10 @@ RULES: dict[str, Rule] = {
     "truncated": Rule("the answer is cut by sequence_len", _TRAINED, "refuse", 0.2, True, _truncated),
     "unfinished": Rule("the answer was cut before it came here", _TRAINED, "warn", 0.0, True, _unfinished),
     "length_outlier": Rule("far longer or shorter than the others", _ALL, "warn", 0.0, False, _length_outliers),
-    "pair_alike": Rule("chosen and rejected are alike", ("dpo",), "refuse", 0.2, True, _pair_alike),
-    "contradiction": Rule("preferences contradict", ("dpo", "kto"), "refuse", 0.05, True, _pair_contradicts),
-    "length_bias": Rule("length alone tells chosen from rejected", ("dpo",), "warn", 0.0, False, _pair_length),
-    "gold_missing": Rule("no gold answer", ("grpo",), "refuse", 0.05, True, _gold_missing),
-    "gold_unreadable": Rule("the rewards do not know the gold answer as right", ("grpo",), "refuse", 0.05, True, _gold_unreadable, _with_golds),
+    "pair_alike": Rule("chosen and rejected are alike", ("pairs",), "refuse", 0.2, True, _pair_alike),
+    "contradiction": Rule("preferences contradict", ("pairs", "labels"), "refuse", 0.05, True, _pair_contradicts),
+    "length_bias": Rule("length alone tells chosen from rejected", ("pairs",), "warn", 0.0, False, _pair_length),
+    "gold_missing": Rule("no gold answer", ("prompts",), "refuse", 0.05, True, _gold_missing),
+    "gold_unreadable": Rule("the rewards do not know the gold answer as right", ("prompts",), "refuse", 0.05, True, _gold_unreadable, _with_golds),
 }  # fmt: skip
 """Name → lint. `limit` and `action` are the defaults of the key `lint`."""

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from posttrain.config.stages import DatasetKeys, DPOKeys, GRPOKeys, SFTKeys, TrainKeys
+from posttrain.config.stages import DatasetKeys, ExampleKeys, RowKind, SamplingKeys, TrainKeys
 from posttrain.data import cache, render
 from posttrain.data.dataset import Dataset, DataSummary, Skipped, SourceSummary, length_percentiles
-from posttrain.data.formats import Noun, StageKind, detect, parse_rows
+from posttrain.data.formats import Noun, detect, parse_rows
 from posttrain.data.parse import IDENTICAL, unpair
 from posttrain.data.render import Draft
 from posttrain.data.sources import Source, content_digest, read_source, short_path
@@ -32,7 +32,7 @@ IN_PIECES = "prompt and answer tokenised apart (a token would have straddled the
 DROPPED = "earlier turns whose thinking the template leaves out"
 REWRITTEN = "turns as the template writes them inside the conversation, otherwise than alone"
 
-PreferenceRow = tuple[TokenSeq, TokenSeq]
+PairRow = tuple[TokenSeq, TokenSeq]
 LabelledRow = tuple[TokenSeq, bool]
 PromptRow = tuple[Prompt, tuple[int, ...]]
 
@@ -41,7 +41,7 @@ PromptRow = tuple[Prompt, tuple[int, ...]]
 class Plan:
     """How one stage's rows are made. `extra` and `restore` take a row to JSON and back, for the cache."""
 
-    stage: StageKind
+    kind: RowKind
     draft: Callable[[Any, Any], list[Draft]]
     build: Callable[[Any, tuple[TokenSeq, ...]], Any]
     extra: Callable[[Any], Any]
@@ -53,13 +53,11 @@ class Plan:
     limit_name: str = "sequence_len"
 
 
-def load_sft(
-    keys: SFTKeys | GRPOKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None
-) -> Dataset[TokenSeq]:
+def load_sft(keys: TrainKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None) -> Dataset[TokenSeq]:
     """Raises: DataError. `sources` replaces `keys.datasets`, as for `keys.eval_datasets`; in RL they are `keys.ptx_datasets`."""
-    train_on = keys.train_on if isinstance(keys, SFTKeys) else "assistant"
+    train_on = keys.train_on if isinstance(keys, ExampleKeys) else "assistant"
     plan = Plan(
-        "sft",
+        "examples",
         lambda tok, noun: render.draft_example(tok, noun, train_on),
         build=lambda _, seqs: seqs[0],
         extra=lambda row: None,
@@ -69,12 +67,10 @@ def load_sft(
     return _load(plan, keys, tokenizer, sources)
 
 
-def load_preference(
-    keys: DPOKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None
-) -> Dataset[PreferenceRow]:
+def load_preference(keys: TrainKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None) -> Dataset[PairRow]:
     """Rows (chosen, rejected), each with its prompt. Raises: DataError."""
     plan = Plan(
-        "dpo",
+        "pairs",
         render.draft_pair,
         build=lambda _, seqs: (seqs[0], seqs[1]),
         extra=lambda row: None,
@@ -84,10 +80,10 @@ def load_preference(
     return _load(plan, keys, tokenizer, sources)
 
 
-def load_kto(keys: DPOKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None) -> Dataset[LabelledRow]:
+def load_kto(keys: TrainKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None) -> Dataset[LabelledRow]:
     """Rows (sequence, desirable); a preference pair gives two, chosen first. Raises: DataError."""
     plan = Plan(
-        "kto",
+        "labels",
         render.draft_labelled,
         build=lambda noun, seqs: (seqs[0], noun.label),
         extra=lambda row: row[1],
@@ -97,7 +93,9 @@ def load_kto(keys: DPOKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | Non
     return _load(plan, keys, tokenizer, sources)
 
 
-def load_prompts(keys: GRPOKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None) -> Dataset[PromptRow]:
+def load_prompts(
+    keys: SamplingKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None
+) -> Dataset[PromptRow]:
     """Rows (prompt, its ids), at most sequence_len - max_completion_length long; truncation keeps the end.
 
     Raises: DataError.
@@ -109,7 +107,7 @@ def load_prompts(keys: GRPOKeys, tokenizer: Any, sources: Sequence[DatasetKeys] 
             f"{keys.max_completion_length}; raise sequence_len or lower max_completion_length"
         )
     plan = Plan(
-        "grpo",
+        "prompts",
         render.draft_prompt,
         build=lambda noun, seqs: (noun, seqs[0].ids),
         extra=lambda row: [row[0].prompt, dict(row[0].columns), list(row[0].tools)],
@@ -127,29 +125,22 @@ def load_prompts(keys: GRPOKeys, tokenizer: Any, sources: Sequence[DatasetKeys] 
     return _load(plan, keys, tokenizer, sources)
 
 
-def kind_of(keys: TrainKeys) -> StageKind:
-    """Which rows a stage's keys ask for."""
-    if isinstance(keys, DPOKeys):
-        return "kto" if keys.loss_type == "kto" else "dpo"
-    return "grpo" if isinstance(keys, GRPOKeys) else "sft"
-
-
-LOADERS: dict[StageKind, Callable[..., Dataset[Any]]] = {
-    "sft": load_sft,
-    "dpo": load_preference,
-    "kto": load_kto,
-    "grpo": load_prompts,
+LOADERS: dict[RowKind, Callable[..., Dataset[Any]]] = {
+    "examples": load_sft,
+    "pairs": load_preference,
+    "labels": load_kto,
+    "prompts": load_prompts,
 }
 """Kind of rows → its entry point."""
 
 
-def read_nouns(sources: Sequence[DatasetKeys], stage: StageKind) -> list[Noun]:
+def read_nouns(sources: Sequence[DatasetKeys], kind: RowKind) -> list[Noun]:
     """The parsed rows, unrendered (for lint and for showing). Raises: DataError."""
     nouns: list[Noun] = []
     for source in sources:
         rows = read_source(source).rows
-        found = detect(rows, stage, source.type)
-        nouns += _expanded(parse_rows(rows, found.name)[0], stage)
+        found = detect(rows, kind, source.type)
+        nouns += _expanded(parse_rows(rows, found.name)[0], kind)
     return nouns
 
 
@@ -213,12 +204,12 @@ def _dataset(
 
 def _load_source(plan: Plan, source: DatasetKeys, tokenizer: Any) -> tuple[_Gathered, SourceSummary]:
     read = read_source(source)
-    found = detect(read.rows, plan.stage, source.type)
+    found = detect(read.rows, plan.kind, source.type)
     parsed, skips = parse_rows(read.rows, found.name)
     part = _Gathered()
     for skip in skips:
         part.skip(skip.reason, skip.origin)
-    nouns = _expanded(parsed, plan.stage)
+    nouns = _expanded(parsed, plan.kind)
     drafts = [plan.draft(tokenizer, noun) for noun in nouns]
     tokenized = render.tokenize(tokenizer, [draft for group in drafts for draft in group])
     part.notes[IN_PIECES] = tokenized.split
@@ -232,8 +223,8 @@ def _load_source(plan: Plan, source: DatasetKeys, tokenizer: Any) -> tuple[_Gath
     return part, _summary(source, read, str(found), part)
 
 
-def _expanded(nouns: list[Noun], stage: StageKind) -> list[Noun]:
-    if stage != "kto":
+def _expanded(nouns: list[Noun], kind: RowKind) -> list[Noun]:
+    if kind != "labels":
         return nouns
     return [row for noun in nouns for row in (unpair(noun) if isinstance(noun, PreferencePair) else (noun,))]
 
@@ -304,7 +295,7 @@ def _refuse_nothing(summaries: Sequence[SourceSummary]) -> None:
 def _cache_key(plan: Plan, sources: Sequence[DatasetKeys], tokenizer: Any) -> cache.CacheKey:
     asked = [source.model_dump(exclude={"weight"}) for source in sources]
     return cache.CacheKey(
-        place=[plan.stage, [source.path for source in sources]],
+        place=[plan.kind, [source.path for source in sources]],
         contents=digest_json([content_digest(source) for source in sources]),
         template=template_digest(tokenizer),
         tokenizer=cache.tokenizer_digest(tokenizer),

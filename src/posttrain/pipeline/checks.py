@@ -6,10 +6,11 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from posttrain.config.kinds import stage_kind
 from posttrain.config.pipeline import GateKeys, PipelineKeys, SuiteKeys
-from posttrain.config.stages import GRPOKeys, SFTKeys, TrainKeys
+from posttrain.config.stages import RLKeys, TrainKeys
 from posttrain.data.lint import limits_of
-from posttrain.data.load import kind_of, read_nouns
+from posttrain.data.load import read_nouns
 from posttrain.errors import ConfigError
 from posttrain.evals.suite import Suite, load_suite
 from posttrain.gate.decide import plan
@@ -19,18 +20,14 @@ from posttrain.models.continued import base_keys, is_continued
 from posttrain.models.device import place
 from posttrain.models.load import load_config, load_tokenizer, missing_chat_template, model_shape
 from posttrain.models.provenance import was_tuned_by_us
-from posttrain.objectives.preference import PreferenceSpec
-from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import spec_from
 from posttrain.pipeline.selection import spec_of, without_dev
 from posttrain.planner.machine import available_bytes
 from posttrain.planner.memory import Workload, cannot_fit, estimate_memory, fits, shortfall
 from posttrain.planner.shape import ModelShape
+from posttrain.recipes.kinds import OBJECTIVES
 
 log = logging.getLogger(__name__)
-
-OBJECTIVES: Mapping[str, type[PreferenceSpec | PolicySpec]] = {"dpo": PreferenceSpec, "grpo": PolicySpec}
-"""What refuses combinations of keys that a stage's loss is not defined for."""
 
 
 def check_all(keys: PipelineKeys) -> dict[str, tuple[Suite, SuiteKeys]]:
@@ -54,9 +51,9 @@ def check_all(keys: PipelineKeys) -> dict[str, tuple[Suite, SuiteKeys]]:
         if stage.kind in OBJECTIVES:
             spec_from(OBJECTIVES[stage.kind], stage.keys)
         for sources in filter(None, (stage.keys.datasets, stage.keys.eval_datasets)):
-            read_nouns(sources, kind_of(stage.keys))
-        if isinstance(stage.keys, GRPOKeys) and stage.keys.ptx_datasets:
-            read_nouns(stage.keys.ptx_datasets, "sft")
+            read_nouns(sources, stage.keys.row_kind)
+        if isinstance(stage.keys, RLKeys) and stage.keys.ptx_datasets:
+            read_nouns(stage.keys.ptx_datasets, "examples")
     suites = {name: (load_suite(name, Path(suite.path)), suite) for name, suite in keys.evals.items()}
     for gate in gates_of(keys):
         for line in plan_gate(keys, gate, suites):
@@ -94,7 +91,7 @@ def plan_gate(keys: PipelineKeys, gate: GateKeys, suites: Mapping[str, tuple[Sui
 def check_order(keys: PipelineKeys) -> None:
     """Raises: ConfigError if preference optimisation or RL would start on a raw base."""
     first = keys.stages[0]
-    if isinstance(first.keys, SFTKeys) or keys.allow_raw_base or first.keys.allow_raw_base:
+    if first.keys.may_start_raw or keys.allow_raw_base:
         return
     if was_tuned_by_us(keys.base_model):
         return
@@ -138,9 +135,9 @@ def check_memory(keys: PipelineKeys) -> None:
         return
     for stage in keys.stages:
         has_bf16 = placement.autocast_dtype is not None
-        estimate = estimate_memory(
-            shape, Workload.from_keys(stage.kind, stage.keys.model_dump(), device_has_bf16=has_bf16, on_cpu=True)
-        )
+        demands = stage_kind(stage.kind).demands(stage.keys)
+        workload = Workload.from_keys(stage.keys.model_dump(), **demands, device_has_bf16=has_bf16, on_cpu=True)
+        estimate = estimate_memory(shape, workload)
         if cannot_fit(estimate, available):
             raise ConfigError(f"{stage.kind}: {shortfall(estimate, available, keys.base_model)}")
         if not fits(estimate, available):

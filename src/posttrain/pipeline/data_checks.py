@@ -12,7 +12,7 @@ from posttrain.config.stages import TrainKeys
 from posttrain.data.dataset import sequences
 from posttrain.data.lint import LintReport, lint_stage
 from posttrain.data.lint_input import text_of
-from posttrain.data.load import LOADERS, kind_of
+from posttrain.data.load import LOADERS
 from posttrain.evals.suite import Suite
 from posttrain.files import digest_json, write_json
 from posttrain.models.load import load_config, load_tokenizer
@@ -53,7 +53,7 @@ class DataChecks:
                 keys.model_copy(update={"chat_template": template, "chat_template_kwargs": kwargs}), suites
             )
             for line in self._done[name].notes():
-                self._say(f"lint {kind_of(keys)}: {line}")
+                self._say(f"lint {keys.row_kind}: {line}")
         return self._done[name]
 
 
@@ -61,7 +61,7 @@ def lint_keys(keys: TrainKeys, suites: Suites) -> LintReport:
     """Lint one stage's data against the suites, and for RL with its own rewards. Raises: DataError, ConfigError, RewardError."""
     tokenizer: Any = load_tokenizer(keys.model_copy(update={"chat_template": None}))
     own_template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-    load = LOADERS[kind_of(keys)]
+    load = LOADERS[keys.row_kind]
     data = load(keys, tokenizer)
     held_out = load(keys, tokenizer, sources=keys.eval_datasets).rows if keys.eval_datasets else ()
     rows = load_config(keys).get_text_config().vocab_size

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from posttrain.config.pipeline import PipelineKeys, RegisterKeys, Stage
+from posttrain.config.pipeline import ConfiguredStage, PipelineKeys, RegisterKeys
 from posttrain.errors import ConfigError
 from posttrain.evidence import RegistryEntry
 from posttrain.models.provenance import source_digest
@@ -41,7 +41,7 @@ def from_version(keys: PipelineKeys, state: RunState | None) -> tuple[PipelineKe
 
 
 def _started_from(keys: PipelineKeys, model: str) -> PipelineKeys:
-    stages = [Stage(kind=s.kind, keys=s.keys.model_copy(update={"base_model": model})) for s in keys.stages]
+    stages = [ConfiguredStage(kind=s.kind, keys=s.keys.model_copy(update={"base_model": model})) for s in keys.stages]
     return keys.model_copy(update={"base_model": model, "stages": stages})
 
 

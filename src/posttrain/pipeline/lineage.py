@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.stages import RLKeys
 from posttrain.errors import RegistryError
 from posttrain.evidence import Decision
 from posttrain.files import digest_json, read_record, write_atomic
@@ -32,15 +33,16 @@ def manifests(place: Place, state: RunState, last: int, decision: Decision | Non
         inputs = {**entry.inputs, "config": entry.input_digest, "environment": entry.environment, **suites}
         if index == 1 and place.parent is not None:
             inputs["parent"] = place.parent.manifest
-        checked = place.keys.stages[index - 1].keys.model_dump().get("reward_check") == "require"
-        if entry.kind == "grpo" and checked and (certificate := certificate_of(place.folder / entry.folder)):
+        keys = place.keys.stages[index - 1].keys
+        rewarded = isinstance(keys, RLKeys)
+        if rewarded and keys.reward_check == "require" and (certificate := certificate_of(place.folder / entry.folder)):
             inputs[CERTIFICATE] = digest_json(certificate)
         details = _details(place, state, entry)
         if index == last and decision is not None:
             details["decision"] = decision.to_json()
         adapter = adapter_total_of(entry.files)
         outputs = {MODEL: entry.output_digest, **({ADAPTER_TOTAL: adapter} if adapter else {})}
-        manifest = Manifest(entry.kind, inputs, outputs, details=details)
+        manifest = Manifest(entry.kind, inputs, outputs, details=details, rewarded=rewarded)
         chain.append(manifest.after(chain[-1]) if chain else manifest)
     return chain
 

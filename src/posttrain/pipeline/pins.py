@@ -16,7 +16,7 @@ import posttrain
 from posttrain.config.migrate import drift
 from posttrain.config.pipeline import PipelineKeys
 from posttrain.config.resolved import SCHEMA, to_data
-from posttrain.config.stages import DatasetKeys, GRPOKeys, TrainKeys
+from posttrain.config.stages import DatasetKeys, RLKeys, TrainKeys
 from posttrain.errors import ConfigError
 from posttrain.evals.suite import suite_file_digest
 from posttrain.files import digest_file, digest_json
@@ -95,11 +95,11 @@ def _by_name(value: Any) -> Any:
 def data_pins(keys: TrainKeys) -> dict[str, str]:
     """Digests of the files a stage reads."""
     pins: dict[str, str] = {}
-    for source in (*keys.datasets, *keys.eval_datasets, *(keys.ptx_datasets if isinstance(keys, GRPOKeys) else ())):
+    for source in (*keys.datasets, *keys.eval_datasets, *(keys.ptx_datasets if isinstance(keys, RLKeys) else ())):
         name = f"data.{Path(source.path).name}"
         # Files of one name in several folders are told apart by their place in the list.
         pins[name if name not in pins else f"{name}#{len(pins) + 1}"] = _source(source)
-    if isinstance(keys, GRPOKeys):
+    if isinstance(keys, RLKeys):
         pins["rewards"] = reward_digest(keys.reward_funcs, keys.reward_kwargs, keys.reward_weights)
     if keys.eval_suite is not None:
         pins["eval_suite"] = suite_file_digest(Path(keys.eval_suite))

@@ -12,7 +12,7 @@ import yaml
 
 from posttrain.config.draft import StageKeys
 from posttrain.config.load_pipeline import load_pipeline
-from posttrain.config.pipeline import PipelineKeys, Stage, SuiteKeys
+from posttrain.config.pipeline import ConfiguredStage, PipelineKeys, SuiteKeys
 from posttrain.config.resolved import apply_changes
 from posttrain.config.stages import ModelKeys
 from posttrain.distributed.topology import SingleProcess
@@ -252,7 +252,7 @@ def _moved_pins(keys: PipelineKeys, chain: list[Manifest]) -> Iterator[Check]:
     yield from moved.values()
 
 
-def _as_trained(stage: Stage, manifest: Manifest) -> StageKeys:
+def _as_trained(stage: ConfiguredStage, manifest: Manifest) -> StageKeys:
     """The keys of a stage with what a loop-back changed."""
     return apply_changes(stage.keys, manifest.details.get("changed", {}))
 
@@ -288,7 +288,7 @@ def _only_training(keys: PipelineKeys, chain: list[Manifest], folder: Path) -> P
     """The stages of the chain with what loop-backs changed, nothing measured, judged, mirrored or registered."""
     quiet = {"gate": None, "mlflow": None, "prometheus_port": None}
     stages = [
-        Stage(
+        ConfiguredStage(
             kind=stage.kind,
             keys=_as_trained(stage, manifest).model_copy(update=quiet),
         )

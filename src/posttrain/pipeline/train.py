@@ -9,9 +9,9 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-from posttrain.config.pipeline import PipelineKeys, Stage
+from posttrain.config.pipeline import ConfiguredStage, PipelineKeys
 from posttrain.config.resolved import apply_changes, resolved_yaml
-from posttrain.config.stages import GRPOKeys, TrainKeys
+from posttrain.config.stages import RLKeys, TrainKeys
 from posttrain.errors import ChangedInputsError
 from posttrain.files import digest_json, write_atomic
 from posttrain.models.continued import base_keys, is_continued
@@ -24,8 +24,7 @@ from posttrain.protocols import MetricSink, Topology
 from posttrain.recipes.certify import certified_before, certify, require
 from posttrain.recipes.kinds import LOOPS
 from posttrain.recipes.run_folder import StageResult
-from posttrain.recipes.stage import Stage as StageRun
-from posttrain.recipes.stage import run_recipe
+from posttrain.recipes.stage import Stage, run_recipe
 from posttrain.recipes.stop import StopFlag
 from posttrain.registry.rows import now
 from posttrain.tracking.mlflow_mirror import MlflowSink
@@ -96,8 +95,8 @@ class Stages:
         entry = entry or self._new(state, index, stage.kind, inputs)
         folder = self.place.folder / entry.folder
         self.data.check_stage(keys, suites, folder if self.topology.is_main else None)
-        if isinstance(keys, GRPOKeys):
-            self._certify(keys, folder)
+        if isinstance(keys, RLKeys):
+            self._certify(stage.kind, keys, folder)
         if self.topology.is_main:
             begin(folder, inputs)
         state = self._newest(state, entry)
@@ -108,7 +107,7 @@ class Stages:
         self.save(state)
         return state, done
 
-    def _keys(self, state: RunState, index: int, stage: Stage) -> TrainKeys:
+    def _keys(self, state: RunState, index: int, stage: ConfiguredStage) -> TrainKeys:
         keys = apply_changes(stage.keys, state.changes.get(str(index), {}))
         return keys.model_copy(update={"base_model": self.place.model_before(state, index), "seed": keys.seed})
 
@@ -178,10 +177,10 @@ class Stages:
         if self.topology.is_main:
             write_atomic(folder / "config.yaml", resolved_yaml(keys, self.place.project, folder))
 
-        def begun() -> StageRun:
+        def begun() -> Stage:
             watchers = partial(self._sinks, keys, folder.name, state.id)
             before = self._merged_before(state, entry.index)
-            return StageRun(kind, folder, keys, self.topology, watchers, self.stop, before)
+            return Stage(kind, folder, keys, self.topology, watchers, self.stop, before)
 
         return run_recipe(LOOPS[kind], keys, begun)
 
@@ -195,10 +194,10 @@ class Stages:
             sinks.append(PrometheusSink(keys.prometheus_port, stage=stage))
         return sinks
 
-    def _certify(self, keys: GRPOKeys, folder: Path) -> None:
+    def _certify(self, kind: str, keys: RLKeys, folder: Path) -> None:
         """No RL on rewards that did not pass their check. Raises: RewardError."""
         if keys.reward_check == "off":
-            self.watch.say("grpo: reward_check is off: the model of this run can be trained but not promoted")
+            self.watch.say(f"{kind}: reward_check is off: the model of this run can be trained but not promoted")
             return
         if self.topology.is_main:
             path = folder / "certificate.json"

@@ -36,16 +36,22 @@ _PHASES = {
 }
 """What is held while a stage does this, beside what it always holds."""
 _DEPENDS_ON_DATA = ("activations", "logits", "kv_cache", "prefill")
-_WITHOUT_REFERENCE = ("simpo", "cpo", "orpo", "sft")
 _RUNTIME_BYTES = int(0.6 * GIB)
 _MARGIN = 1.05
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """The keys of a stage that decide its memory, under the names the configuration uses."""
+    """What decides the memory of a stage: its traits, and its keys under the names the configuration uses.
 
-    kind: str = "sft"
+    `samples`: trains on completions of its own, which share their prompts; `pairs`: a row is two sequences;
+    `holds_reference`: full fine-tuning keeps a frozen copy; `scores_reference`: each row is scored under the reference too.
+    """
+
+    samples: bool = False
+    pairs: bool = False
+    holds_reference: bool = False
+    scores_reference: bool = False
     adapter: str = "none"
     adapter_start: str = "fresh"
     load_in_4bit: bool = False
@@ -57,10 +63,7 @@ class Workload:
     optim: str = "adamw"
     sequence_len: int = 2048
     per_device_train_batch_size: int = 8
-    precompute_ref_log_probs: bool | str = "auto"
-    beta: float = 0.0
     entropy_coef: float = 0.0
-    loss_type: str = ""
     save_steps: int = 0
     rollout_batch_size: int = 0
     num_generations: int = 1
@@ -69,11 +72,11 @@ class Workload:
     on_cpu: bool = False
 
     @classmethod
-    def from_keys(cls, kind: str, keys: Mapping[str, Any], *, device_has_bf16: bool, on_cpu: bool) -> Workload:
-        """From the dumped keys of a stage; `bf16: auto` is decided by the device."""
+    def from_keys(cls, keys: Mapping[str, Any], *, device_has_bf16: bool, on_cpu: bool, **traits: bool) -> Workload:
+        """From the dumped keys of a stage and its traits; `bf16: auto` is decided by the device."""
         known: dict[str, Any] = {name: keys[name] for name in cls.__dataclass_fields__ if name in keys}
         bf16 = device_has_bf16 if keys.get("bf16", "auto") == "auto" else bool(keys["bf16"])
-        known |= {"kind": kind, "bf16": bf16, "on_cpu": on_cpu}
+        known |= {"bf16": bf16, "on_cpu": on_cpu, **traits}
         return cls(**known)
 
     def longest(self, shape: ModelShape) -> int:
@@ -87,18 +90,18 @@ class Workload:
     def tokens(self, shape: ModelShape) -> int:
         """Tokens of a micro-batch at its longest; a preference pair is two sequences, a group of RL has one prompt."""
         rows, longest, completion = self.per_device_train_batch_size, self.longest(shape), self.completion(shape)
-        if self.kind == "grpo":
+        if self.samples:
             return rows * completion + math.ceil(rows / self.num_generations) * (longest - completion)
-        return rows * longest * (2 if self.kind == "dpo" and self.loss_type != "kto" else 1)
+        return rows * longest * (2 if self.pairs else 1)
 
     def scored_tokens(self, shape: ModelShape) -> int:
         """Tokens of a micro-batch that may need logits."""
         scored = self.per_device_train_batch_size * self.completion(shape)
-        return scored if self.kind == "grpo" else self.tokens(shape)
+        return scored if self.samples else self.tokens(shape)
 
     def family(self, shape: ModelShape) -> int:
         """Tokens of the sequences that share a prompt within a micro-batch, at their longest."""
-        if self.kind == "grpo":
+        if self.samples:
             members = min(self.num_generations, self.per_device_train_batch_size)
             return self.longest(shape) + (members - 1) * self.completion(shape)
         return self.tokens(shape) // self.per_device_train_batch_size
@@ -109,16 +112,8 @@ class Workload:
 
     @property
     def has_reference(self) -> bool:
-        """Whether a frozen copy is held; with an adapter the reference is the model with the adapter off.
-
-        `auto` computes the log-probs of pairs once where the alternative is a copy; those of KTO cannot be known before.
-        """
-        if self.adapter != "none":
-            return False
-        if self.kind == "dpo":
-            kept = self.loss_type != "kto" and bool(self.precompute_ref_log_probs)
-            return self.loss_type not in _WITHOUT_REFERENCE and not kept
-        return self.kind == "grpo" and self.beta > 0
+        """Whether a frozen copy is held; with an adapter the reference is the model with the adapter off."""
+        return self.holds_reference and self.adapter == "none"
 
 
 @dataclass(frozen=True, slots=True)

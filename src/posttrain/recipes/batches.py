@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from posttrain.config.stages import SFTKeys, TrainKeys
+from posttrain.config.stages import ExampleKeys, TrainKeys
 from posttrain.data.dataset import Dataset
 from posttrain.errors import DataError
 from posttrain.protocols import Topology
@@ -45,14 +45,14 @@ class Schedule(Generic[T]):
     def of(
         cls, data: Dataset[T], keys: TrainKeys, topology: Topology, size: Callable[[T], int], least_rows: int = 1
     ) -> Schedule[T]:
-        packing = isinstance(keys, SFTKeys) and keys.packing
+        packing = isinstance(keys, ExampleKeys) and keys.packing
         return cls(
             data=data,
             seed=keys.seed,
             micro_per_step=keys.gradient_accumulation_steps * topology.world_size,
             rows_per_micro=keys.per_device_train_batch_size,
             tokens_per_micro=keys.per_device_train_batch_size * keys.sequence_len if packing else None,
-            packing_window=keys.packing_window if isinstance(keys, SFTKeys) else None,
+            packing_window=keys.packing_window if isinstance(keys, ExampleKeys) else None,
             size=size,
             least_rows=least_rows,
         )

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.stages import GRPOKeys
+from posttrain.config.stages import RLKeys
 from posttrain.data.load import load_prompts
 from posttrain.errors import RewardError
 from posttrain.files import read_record
@@ -25,7 +25,7 @@ _NUM_SAMPLES = 200
 _PIECE = 10_000
 
 
-def certify(keys: GRPOKeys, path: Path) -> Certificate:
+def certify(keys: RLKeys, path: Path) -> Certificate:
     """Check the rewards as training will call them, with completions of the starting policy; write `path`.
 
     On the held-out prompts where there are any. The samples are groups of the size that training will use, so that
@@ -53,7 +53,7 @@ def certify(keys: GRPOKeys, path: Path) -> Certificate:
     return certificate
 
 
-def certified_before(keys: GRPOKeys, path: Path) -> Certificate | None:
+def certified_before(keys: RLKeys, path: Path) -> Certificate | None:
     """The certificate of an earlier start of the same stage at `path`, if these rewards may start on it."""
     if not path.exists():
         return None

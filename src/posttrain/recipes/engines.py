@@ -10,7 +10,7 @@ from functools import partial
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.config.rollout import RolloutKeys
-from posttrain.config.stages import GRPOKeys, ModelKeys
+from posttrain.config.stages import ModelKeys, SamplingKeys
 from posttrain.distributed.topology import SingleProcess
 from posttrain.errors import ConfigError
 from posttrain.models.device import place, weight_dtype
@@ -110,7 +110,7 @@ def make_engine(
     return ENGINES[ask.keys.engine](ask)
 
 
-def sampling_params(keys: GRPOKeys) -> SamplingParams:
+def sampling_params(keys: SamplingKeys) -> SamplingParams:
     """How an RL stage samples: for training, for its certificate, and for its checks while it runs."""
     return SamplingParams(
         max_tokens=keys.max_completion_length, temperature=keys.temperature, top_p=keys.top_p, top_k=keys.top_k,

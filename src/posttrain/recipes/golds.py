@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from posttrain.config.stages import GRPOKeys, TrainKeys
+from posttrain.config.stages import RLKeys, TrainKeys
 from posttrain.rewards.battery import find_deciding, learn_form
 from posttrain.rewards.cases import AnswerForm, Case, candidate_forms, cases_of
 from posttrain.rewards.check import TINY, Check, Thresholds
@@ -19,12 +19,12 @@ _RETRIED = 200
 
 def gold_check(keys: TrainKeys) -> Callable[[Sequence[Prompt]], list[str | None]] | None:
     """What lint asks about the golds of a stage; None without rewards, or where `reward_check: off` trusts them blindly."""
-    if not isinstance(keys, GRPOKeys) or keys.reward_check == "off":
+    if not isinstance(keys, RLKeys) or keys.reward_check == "off":
         return None
     return partial(unreadable_golds, keys)
 
 
-def unreadable_golds(keys: GRPOKeys, prompts: Sequence[Prompt]) -> list[str | None]:
+def unreadable_golds(keys: RLKeys, prompts: Sequence[Prompt]) -> list[str | None]:
     """Of each prompt why its gold answer, written in the task's answer slot, does not earn the full reward; None if it does.
 
     Prompts without a gold answer, and rewards that do not look at it, give None. Another form of the slot is tried on

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from posttrain.config.stages import GRPOKeys
+from posttrain.config.stages import RLKeys
 from posttrain.data.dataset import Dataset
 from posttrain.models.batch import count, pack
 from posttrain.models.policy import Policy
@@ -23,7 +23,7 @@ from posttrain.types import TokenSeq
 class PtxRows:
     """An endless row of supervised rows, shuffled by (seed, epoch); a step's are a function of its number."""
 
-    def __init__(self, data: Dataset[TokenSeq], keys: GRPOKeys) -> None:
+    def __init__(self, data: Dataset[TokenSeq], keys: RLKeys) -> None:
         self._data, self._keys = data, keys
 
     def of_step(self, step: int) -> list[TokenSeq]:
@@ -35,7 +35,7 @@ class PtxRows:
         return self._data.rows[self._data.order(self._keys.seed, epoch)[place]]
 
 
-def ptx_micro_batches(rows: Sequence[TokenSeq], keys: GRPOKeys, topology: Topology) -> list[MicroBatch[TokenSeq]]:
+def ptx_micro_batches(rows: Sequence[TokenSeq], keys: RLKeys, topology: Topology) -> list[MicroBatch[TokenSeq]]:
     """This rank's, `per_device_train_batch_size` rows at a time, as many on every rank."""
     size = keys.per_device_train_batch_size
     return for_rank([list(rows[i : i + size]) for i in range(0, len(rows), size)], topology)

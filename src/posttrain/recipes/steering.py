@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from posttrain.config.stages import DPOKeys, GRPOKeys, TrainKeys
+from posttrain.config.stages import RLKeys, TrainKeys
 from posttrain.health.controls import Controls
 from posttrain.objectives.kl import AdaptiveEntropy, AdaptiveKL
 from posttrain.objectives.preference import PreferenceSpec
@@ -18,7 +18,7 @@ Spec = TypeVar("Spec", PreferenceSpec, PolicySpec)
 
 def first_controls(keys: TrainKeys) -> Controls:
     """Those of a run that begins: controllers that the keys ask for are on from the first step."""
-    if not isinstance(keys, GRPOKeys):
+    if not isinstance(keys, RLKeys):
         return Controls()
     return Controls(kl_target=keys.kl_target, entropy_target=keys.entropy_target)
 
@@ -33,7 +33,7 @@ def steered(spec: Spec, controls: Controls) -> Spec:
 
 def moved(controls: Controls, keys: TrainKeys, metrics: Mapping[str, float]) -> Controls:
     """The controls after a step with these metrics."""
-    beta = keys.beta if isinstance(keys, DPOKeys | GRPOKeys) else 0.0
+    beta = keys.pull
     if controls.kl_target is not None and beta and "kl" in metrics:
         controller = AdaptiveKL(beta * controls.beta_scale, controls.kl_target).update(metrics["kl"])
         # A controller that an alarm switched on never pulls less than was configured.

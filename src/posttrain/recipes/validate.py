@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from posttrain.config.pipeline import SuiteKeys
-from posttrain.config.stages import GRPOKeys, TrainKeys
+from posttrain.config.stages import SamplingKeys, TrainKeys
 from posttrain.evals.run import Evaluator
 from posttrain.evals.suite import Suite, load_suite
 from posttrain.models.policy import Policy
@@ -80,7 +80,7 @@ class SuiteScore:
 
     def __init__(self, suite: Suite, keys: TrainKeys, engine: Engine, policy: Policy) -> None:
         self._suite, self._engine, self._policy = suite, engine, policy
-        longest = keys.max_completion_length if isinstance(keys, GRPOKeys) else _LONGEST_ANSWER
+        longest = keys.max_completion_length if isinstance(keys, SamplingKeys) else _LONGEST_ANSWER
         self._keys = SuiteKeys(path=str(suite.path), max_tokens=longest)
 
     @classmethod

@@ -6,7 +6,7 @@ import platform
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,16 @@ MODEL = "model"
 ADAPTER_TOTAL = "adapter_total"
 """Name, among outputs and in a version's evidence, of one adapter for the base that the whole lineage started from."""
 CERTIFICATE = "certificate"
-RL_STAGES = frozenset({"grpo"})
-"""Stages whose model takes an alias only with a passing reward certificate among their inputs."""
+_ONCE_REWARDED = frozenset({"grpo"})
+"""Stages that earned rewards when manifests did not say so themselves."""
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """One stage. Usual inputs beside `model`: tokenizer, template, data, config, versions, environment, suite, certificate.
 
-    `details` are for people (learning rate, tokens, wall time, command); they are part of the digest too.
+    `details` are for people (learning rate, tokens, wall time, command); they are part of the digest too. A model whose
+    stage was `rewarded` takes an alias only with a passing reward certificate among the inputs.
     """
 
     stage: str
@@ -35,13 +36,19 @@ class Manifest:
     outputs: Mapping[str, str]
     parent: str | None = None
     details: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    rewarded: bool | None = None
+
+    @property
+    def needs_certificate(self) -> bool:
+        return self.stage in _ONCE_REWARDED if self.rewarded is None else self.rewarded
 
     @property
     def digest(self) -> str:
         return digest_json(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without what it does not say, so that the digest of an older manifest stays what it was."""
+        return {name: value for name, value in asdict(self).items() if name != "rewarded" or value is not None}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Manifest:
@@ -49,7 +56,7 @@ class Manifest:
 
     def after(self, parent: Manifest) -> Manifest:
         """The same stage, chained to the one before it."""
-        return Manifest(self.stage, self.inputs, self.outputs, parent.digest, self.details)
+        return replace(self, parent=parent.digest)
 
 
 def check_chain(chain: Sequence[Manifest]) -> None:

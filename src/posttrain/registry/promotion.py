@@ -7,7 +7,7 @@ from typing import Any
 
 from posttrain.evidence import Decision, GateVerdict, Verdict
 from posttrain.names import STRICT, kept_alias
-from posttrain.registry.manifest import CERTIFICATE, MODEL, RL_STAGES, Manifest
+from posttrain.registry.manifest import CERTIFICATE, MODEL, Manifest
 
 HOLD = "hold"
 """Tag of a version that must not be promoted; its value says why."""
@@ -63,7 +63,7 @@ def against_baseline(
 def against_rewards(chain: Sequence[Manifest], has: Callable[[str], bool], load: Callable[[str], Any]) -> str:
     """Why the rewards of an RL stage are not proven ("" if they are, or there was no RL)."""
     for manifest in chain:
-        if manifest.stage not in RL_STAGES:
+        if not manifest.needs_certificate:
             continue
         digest = manifest.inputs.get(CERTIFICATE)
         if digest is None:

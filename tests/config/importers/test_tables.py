@@ -3,11 +3,11 @@
 import pytest
 
 from posttrain.config.importers.read import TOOLS
+from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.schema import keys_of
-from posttrain.config.stages import STAGE_KEYS
 
 ROWS = [(tool, key, row) for tool in TOOLS.values() for key, row in tool.rows.items()]
-OURS = {key for model in STAGE_KEYS.values() for key in keys_of(model)}
+OURS = {key for row in STAGE_KINDS.values() for key in keys_of(row.keys)}
 
 
 def test_no_key_is_called_without_effect_without_a_line_on_why():

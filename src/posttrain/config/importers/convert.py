@@ -9,8 +9,8 @@ from typing import Any, cast
 from posttrain.config.importers.fates import Kind, raise_if_refused
 from posttrain.config.importers.read import read_foreign
 from posttrain.config.importers.write import notes, to_yaml
+from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.load import load_stage
-from posttrain.config.stages import STAGE_KEYS
 from posttrain.errors import ConfigError
 from posttrain.files import write_atomic
 
@@ -27,8 +27,8 @@ class Imported:
 
 def import_file(path: Path, out: Path | None, tool: str | None = None, stage: str | None = None) -> Imported:
     """Convert the file and write it to `out`, if there is one. Raises: ConfigError naming each key that is refused."""
-    if stage is not None and stage not in STAGE_KEYS:
-        raise ConfigError(f"--stage {stage}: expected one of {', '.join(STAGE_KEYS)}")
+    if stage is not None and stage not in STAGE_KINDS:
+        raise ConfigError(f"--stage {stage}: expected one of {', '.join(STAGE_KINDS)}")
     draft = read_foreign(path, tool).convert(cast("Kind | None", stage))
     raise_if_refused(draft, path)
     folder = (out or path).resolve().parent

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.schema import arms, did_you_mean, keys_of, show
-from posttrain.config.stages import STAGE_KEYS
 from posttrain.config.yaml_lines import plain_scalar
 from posttrain.errors import ConfigError
 
@@ -104,7 +104,7 @@ class Draft:
 
     def put(self, ours: str, value: Any, key: str, note: str = "") -> None:
         """Set our key from theirs. A second, different value for it is refused."""
-        info = keys_of(STAGE_KEYS[self.kind])[ours]
+        info = keys_of(STAGE_KINDS[self.kind].keys)[ours]
         value = _as_number(value, info.annotation)
         if ours in self.keys and self.keys[ours] != value:
             text = f"{show(value)} stands against {ours}: {show(self.keys[ours])} from {self.came_from[ours]}"
@@ -118,10 +118,12 @@ class Draft:
 
     def assume(self, ours: str, value: Any) -> None:
         """What the tool does where its file says nothing, and we would not."""
-        if ours not in self.keys and ours in keys_of(STAGE_KEYS[self.kind]):
+        if ours not in self.keys and ours in keys_of(STAGE_KINDS[self.kind].keys):
             self.keys[ours] = value
             self.came_from[ours] = f"{self.tool}'s default"
-            self.notes[ours] = [f"{self.tool}'s default; here it is {keys_of(STAGE_KEYS[self.kind])[ours].default}"]
+            self.notes[ours] = [
+                f"{self.tool}'s default; here it is {keys_of(STAGE_KINDS[self.kind].keys)[ours].default}"
+            ]
 
     def leave(self, key: str, why: str) -> None:
         self.other.append((key, f"left out because {why}"))
@@ -194,7 +196,7 @@ def _follow(row: Row, key: str, value: Any, draft: Draft) -> None:
         draft.change(key, row.why)
     elif row.fate == "refused":
         draft.refuse(key, f"{show_short(value)}: {row.why}", row.todo)
-    elif row.to not in keys_of(STAGE_KEYS[draft.kind]):
+    elif row.to not in keys_of(STAGE_KINDS[draft.kind].keys):
         draft.leave(key, f"it plays no part in {draft.kind}")
     else:
         _map(row, key, value, draft)
@@ -241,7 +243,10 @@ def one_of(*values: str) -> Reading:
 
 def choices(key: str, kind: Kind) -> tuple[str, ...]:
     return tuple(
-        choice for arm in arms(keys_of(STAGE_KEYS[kind])[key].annotation) for choice in get_args(arm) or () if choice
+        choice
+        for arm in arms(keys_of(STAGE_KINDS[kind].keys)[key].annotation)
+        for choice in get_args(arm) or ()
+        if choice
     )
 
 

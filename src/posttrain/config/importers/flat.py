@@ -8,10 +8,10 @@ from typing import Any
 
 from posttrain.config.importers.fates import Draft, Kind, Tool
 from posttrain.config.importers.read import Foreign, tool_of
+from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.knob import Keys
 from posttrain.config.schema import keys_of
 from posttrain.config.settings import Origin, Problems, Settings
-from posttrain.config.stages import STAGE_KEYS
 from posttrain.config.yaml_lines import KeyPath
 
 _FOREIGN_KEYS = 3
@@ -23,8 +23,8 @@ def whose(values: Mapping[str, Any]) -> Tool | None:
     tool = tool_of(values)
     if tool is None:
         return None
-    ours = {name for model in STAGE_KEYS.values() for name in (*keys_of(model), *_names_read(model))}
-    strange = [key for key in values if not any(key in keys_of(model) for model in STAGE_KEYS.values())]
+    ours = {name for row in STAGE_KINDS.values() for name in (*keys_of(row.keys), *_names_read(row.keys))}
+    strange = [key for key in values if not any(key in keys_of(row.keys) for row in STAGE_KINDS.values())]
     theirs_alone = [key for key in strange if key in tool.rows and key not in ours]
     ours_alone = [key for key in values if key not in strange and key not in tool.rows]
     return tool if len(strange) >= _FOREIGN_KEYS and theirs_alone and not ours_alone else None

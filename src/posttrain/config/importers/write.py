@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config.importers.fates import Draft
+from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.paths import make_relative
 from posttrain.config.schema import keys_of
-from posttrain.config.stages import STAGE_KEYS
 from posttrain.config.yaml_lines import dump_yaml
 
 _WIDTH = 118
@@ -16,7 +16,7 @@ _WIDTH = 118
 
 def to_yaml(draft: Draft, source: Path, folder: Path) -> str:
     """The YAML, to stand in `folder`: paths of files are written relative to it."""
-    model = STAGE_KEYS[draft.kind]
+    model = STAGE_KINDS[draft.kind].keys
     data: dict[str, Any] = {key: draft.keys[key] for key in keys_of(model) if key in draft.keys}
     make_relative(data, model, folder.resolve())
     lines = [f"# {draft.tool}'s {source.name}, as `posttrain {draft.kind}` reads it."]

@@ -1,0 +1,91 @@
+"""The kinds of stages. A new one is a row here, a row in `posttrain.recipes.kinds`, its keys and its loop.
+
+Everyone else asks a row for its traits, or its keys for what depends on their values; nobody asks for a name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from posttrain.config.schema import did_you_mean
+from posttrain.config.stages import ROWS_OF_TYPE, DPOKeys, GRPOKeys, RLKeys, RowKind, SamplingKeys, SFTKeys, TrainKeys
+from posttrain.errors import ConfigError
+
+Teacher = Literal["examples", "pairs", "samples"]
+"""What a kind learns from: answers of its rows, which of two answers is better, or completions of the policy itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageKind:
+    """One row. `name` is the verb and the key in a pipeline; `rows` are what its keys may ask for, `also`
+    other names that a user may give it."""
+
+    name: str
+    keys: type[TrainKeys]
+    help: str
+    rows: tuple[RowKind, ...]
+    also: tuple[str, ...] = ()
+
+    @property
+    def pairs(self) -> bool:
+        """Whether it learns which of two answers is better."""
+        return "pairs" in self.rows
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Row formats that give rows it reads."""
+        return tuple(name for name, rows in ROWS_OF_TYPE.items() if set(rows) & set(self.rows))
+
+    @property
+    def samples(self) -> bool:
+        """Whether it trains on completions of the policy itself."""
+        return issubclass(self.keys, SamplingKeys)
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether its completions earn rewards, which need a certificate."""
+        return issubclass(self.keys, RLKeys)
+
+    @property
+    def learns_from(self) -> Teacher:
+        return "samples" if self.samples else "pairs" if self.pairs else "examples"
+
+    def demands(self, keys: TrainKeys) -> dict[str, bool]:
+        """What a plan of memory and time must know of the kind, by the names that the planner uses."""
+        return {
+            "samples": self.samples,
+            "pairs": keys.row_kind == "pairs",
+            "holds_reference": keys.holds_reference,
+            "scores_reference": keys.pull > 0,
+        }
+
+
+STAGE_KINDS: dict[str, StageKind] = {
+    row.name: row
+    for row in (
+        StageKind("sft", SFTKeys, "Run one stage of supervised fine-tuning.", ("examples",)),
+        StageKind("dpo", DPOKeys, "Run one stage of preference optimisation.", ("pairs", "labels"), ("kto",)),
+        StageKind("grpo", GRPOKeys, "Run one stage of RL with verifiable rewards.", ("prompts",)),
+    )
+}
+"""Name → row. A program may add rows of its own before it loads a configuration."""
+
+
+def kinds_by_name() -> dict[str, str]:
+    """What a user may call a kind → its name."""
+    return {called: row.name for row in STAGE_KINDS.values() for called in (row.name, *row.also)}
+
+
+def kind_reading(rows: RowKind) -> str:
+    """The first kind that reads such rows."""
+    return next(row.name for row in STAGE_KINDS.values() if rows in row.rows)
+
+
+def stage_kind(name: str) -> StageKind:
+    """Raises: ConfigError if there is no such kind."""
+    if name not in STAGE_KINDS:
+        raise ConfigError(
+            f"no such stage: {name}; expected one of {', '.join(STAGE_KINDS)}{did_you_mean(name, list(STAGE_KINDS))}"
+        )
+    return STAGE_KINDS[name]
