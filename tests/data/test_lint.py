@@ -59,7 +59,7 @@ def sound_prompts(count=10):
 
 def sft_input(tokenizer, nouns, **more):
     rendered = more.pop("rendered", None) or [(render_example(tokenizer, noun),) for noun in nouns]
-    return LintInput("sft", nouns, rendered, tokenizer, more.pop("sequence_len", 512), **more)
+    return LintInput("examples", nouns, rendered, tokenizer, more.pop("sequence_len", 512), **more)
 
 
 def fired(given, rule):
@@ -77,8 +77,8 @@ def test_sound_data_of_every_stage_has_no_findings(tokenizer):
     suites = {"heldout": ["What is the capital of Peru, which city is it, and how large is it today?"]}
     inputs = [
         sft_input(tokenizer, chats, suites=suites, eval_nouns=[chat(1, "Who are you?", "me")]),
-        LintInput("dpo", pairs, [render_pair(tokenizer, p) for p in pairs], tokenizer, 512, suites=suites),
-        LintInput("kto", labelled, [(render_labelled(tokenizer, r),) for r in labelled], tokenizer, 512),
+        LintInput("pairs", pairs, [render_pair(tokenizer, p) for p in pairs], tokenizer, 512, suites=suites),
+        LintInput("labels", labelled, [(render_labelled(tokenizer, r),) for r in labelled], tokenizer, 512),
         LintInput("prompts", prompts, [], tokenizer, 512, check_golds=lambda asked: [None] * len(asked)),
     ]
     for given in inputs:
@@ -172,7 +172,7 @@ def test_length_outliers(tokenizer):
 
 
 def dpo_input(tokenizer, nouns):
-    return LintInput("dpo", nouns, [render_pair(tokenizer, noun) for noun in nouns], tokenizer, 512)
+    return LintInput("pairs", nouns, [render_pair(tokenizer, noun) for noun in nouns], tokenizer, 512)
 
 
 def test_pairs_alike_contradictory_and_biased(tokenizer):
@@ -185,7 +185,7 @@ def test_pairs_alike_contradictory_and_biased(tokenizer):
     assert fired(dpo_input(tokenizer, longer), "length_bias") == list(range(1, 25))
     labels = [LabelledCompletion(at(1), "Q?", " Yes", True), LabelledCompletion(at(2), "Q?", " yes", False)]
     rendered = [(render_labelled(tokenizer, row),) for row in labels]
-    assert fired(LintInput("kto", labels, rendered, tokenizer, 512), "contradiction") == [2]
+    assert fired(LintInput("labels", labels, rendered, tokenizer, 512), "contradiction") == [2]
 
 
 def test_golds_that_are_missing_or_unreadable(tokenizer):
@@ -292,7 +292,7 @@ def test_answers_that_were_cut_before_they_came_here(tokenizer):
     assert fired(dpo_input(tokenizer, pairs), "unfinished") == [2]
     labelled = [LabelledCompletion(at(1), "Q?", "<think>", False), LabelledCompletion(at(2), "Q?", "<think>", True)]
     rendered = [(render_labelled(tokenizer, row),) for row in labelled]
-    assert fired(LintInput("kto", labelled, rendered, tokenizer, 512), "unfinished") == [2]
+    assert fired(LintInput("labels", labelled, rendered, tokenizer, 512), "unfinished") == [2]
 
 
 def test_every_rule_is_tested():

@@ -2,9 +2,11 @@
 
 import math
 import re
+from typing import get_args
 
 import pytest
 
+from posttrain.config.kinds import LearnsFrom
 from posttrain.errors import ConfigError
 from posttrain.health.monitor import Monitor
 from posttrain.health.rules import ACTIONS, RULES, rules_for
@@ -147,7 +149,7 @@ def test_the_table_is_sound():
     names = [rule.name for rule in RULES]
     assert len(set(names)) == len(names)
     for rule in RULES:
-        assert rule.action in ACTIONS and rule.kinds <= {"sft", "dpo", "grpo"}
+        assert rule.action in ACTIONS and set(rule.learns_from) <= set(get_args(LearnsFrom))
         assert rule.advice.endswith(".") and not rule.message.endswith(".")
 
 

@@ -12,7 +12,7 @@ from posttrain.config.schema import did_you_mean
 from posttrain.config.stages import ROWS_OF_TYPE, DPOKeys, GRPOKeys, RLKeys, RowKind, SamplingKeys, SFTKeys, TrainKeys
 from posttrain.errors import ConfigError
 
-Teacher = Literal["examples", "pairs", "samples"]
+LearnsFrom = Literal["examples", "pairs", "samples"]
 """What a kind learns from: answers of its rows, which of two answers is better, or completions of the policy itself."""
 
 
@@ -48,7 +48,7 @@ class StageKind:
         return issubclass(self.keys, RLKeys)
 
     @property
-    def learns_from(self) -> Teacher:
+    def learns_from(self) -> LearnsFrom:
         return "samples" if self.samples else "pairs" if self.pairs else "examples"
 
     def demands(self, keys: TrainKeys) -> dict[str, bool]:

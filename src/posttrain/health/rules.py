@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from posttrain.config.kinds import LearnsFrom, stage_kind
 from posttrain.errors import ConfigError
 from posttrain.health import checks
 from posttrain.health.checks import Evidence
@@ -35,21 +36,23 @@ HOLDING = frozenset({"evaluate", "hold"})
 """Actions after which a model is not promoted."""
 
 _DEFAULT_ACTION = {Severity.INFO: "log", Severity.SOFT: "evaluate", Severity.HARD: "rollback"}
-_RL_ONLY = frozenset({"resample", "raise_group_size", "raise_entropy"})
+_SAMPLING_ONLY = frozenset({"resample", "raise_group_size", "raise_entropy"})
 
-ALL_KINDS = frozenset({"sft", "dpo", "grpo"})
-_SFT, _DPO, _RL = frozenset({"sft"}), frozenset({"dpo"}), frozenset({"grpo"})
+_IMITATING: tuple[LearnsFrom, ...] = ("examples",)
+_COMPARING: tuple[LearnsFrom, ...] = ("pairs",)
+_SAMPLING: tuple[LearnsFrom, ...] = ("samples",)
+_ALL = (*_IMITATING, *_COMPARING, *_SAMPLING)
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row. `message` is formatted with the evidence (`/` in a name becomes `_`); `advice` says what to change.
+    """One row, for the kinds of stages that learn from one of `learns_from`. `message` is formatted with the evidence (`/` in a name becomes `_`); `advice` says what to change.
 
     An `early` rule needs only what is known before the update, and is judged before it is made.
     """
 
     name: str
-    kinds: frozenset[str]
+    learns_from: tuple[LearnsFrom, ...]
     check: Callable[..., Evidence | None]
     thresholds: Mapping[str, float]
     severity: Severity
@@ -60,60 +63,60 @@ class Rule:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("nonfinite", ALL_KINDS, checks.nonfinite, {}, Severity.HARD, "rollback",
+    Rule("nonfinite", _ALL, checks.nonfinite, {}, Severity.HARD, "rollback",
          "a metric is not a number", "Lower learning_rate, set max_grad_norm, and look at the rows of this step.", early=True),
-    Rule("zero_gradient", ALL_KINDS, checks.zero_gradient, {"steps": 5, "at_most": 1e-12}, Severity.HARD, "rollback",
+    Rule("zero_gradient", _ALL, checks.zero_gradient, {"steps": 5, "at_most": 1e-12}, Severity.HARD, "rollback",
          "the gradient was zero for {steps:.0f} steps in a row", "Check the loss mask and that something is trainable (adapter, lora_target)."),
-    Rule("policy_not_moving", ALL_KINDS, checks.policy_not_moving, {"steps": 5, "at_most": 0.0}, Severity.HARD, "rollback",
+    Rule("policy_not_moving", _ALL, checks.policy_not_moving, {"steps": 5, "at_most": 0.0}, Severity.HARD, "rollback",
          "the weights did not change for {steps:.0f} steps although there was a gradient of norm {grad_norm:.3g}",
          "Check that the optimizer holds the adapter's parameters, and that learning_rate is not lost in bf16 rounding."),
-    Rule("gradient_spike", ALL_KINDS, checks.gradient_spike, {"times": 5, "after": 16, "at_least": 1.0}, Severity.SOFT, "evaluate",
+    Rule("gradient_spike", _ALL, checks.gradient_spike, {"times": 5, "after": 16, "at_least": 1.0}, Severity.SOFT, "evaluate",
          "gradient norm {grad_norm:.3g} against at most {largest:.3g} before", "Look at the rows of this step; lower max_grad_norm or learning_rate.", early=True),
-    Rule("loss_divergence", _SFT | _DPO, checks.loss_divergence, {"steps": 5, "times": 1.5, "nats": 0.5}, Severity.SOFT, "evaluate",
+    Rule("loss_divergence", _IMITATING + _COMPARING, checks.loss_divergence, {"steps": 5, "times": 1.5, "nats": 0.5}, Severity.SOFT, "evaluate",
          "the loss is {loss:.3f}, up from {start:.3f} at the start", "Lower learning_rate, or give it a warmup.", early=True),
-    Rule("updates_skipped", ALL_KINDS, checks.updates_skipped, {"steps": 10}, Severity.HARD, "rollback",
+    Rule("updates_skipped", _ALL, checks.updates_skipped, {"steps": 10}, Severity.HARD, "rollback",
          "the updates of {steps:.0f} steps in a row were thrown away", "See the findings before this one: what skips every step is no single bad batch."),
-    Rule("zero_loss", _SFT, checks.zero_loss, {"steps": 3, "at_most": 1e-6}, Severity.SOFT, "evaluate",
+    Rule("zero_loss", _IMITATING, checks.zero_loss, {"steps": 3, "at_most": 1e-6}, Severity.SOFT, "evaluate",
          "the loss was {loss:.1e} for {steps:.0f} steps", "Nothing is left to learn or nothing is trained: see the masks with `posttrain data`."),
-    Rule("masked_out", _SFT, checks.masked_out, {}, Severity.SOFT, "evaluate",
+    Rule("masked_out", _IMITATING, checks.masked_out, {}, Severity.SOFT, "evaluate",
          "a step had no trained token", "See the masks with `posttrain data`; check train_on and the chat template.", early=True),
-    Rule("overfitting", _SFT, checks.overfitting, {"evals": 2, "rise": 0.2}, Severity.SOFT, "evaluate",
+    Rule("overfitting", _IMITATING, checks.overfitting, {"evals": 2, "rise": 0.2}, Severity.SOFT, "evaluate",
          "validation loss {eval_loss:.3f} keeps rising from its best {best:.3f}", "Train fewer epochs, or set load_best_model_at_end."),
-    Rule("margins_run_away", _DPO, checks.margins_run_away, {"steps": 10, "share": 0.5, "nats": 20.0}, Severity.SOFT, "evaluate",
+    Rule("margins_run_away", _COMPARING, checks.margins_run_away, {"steps": 10, "share": 0.5, "nats": 20.0}, Severity.SOFT, "evaluate",
          "chosen answers fell to log-prob {logps_chosen:.1f} from {start:.1f} while the margins grow", "Beta is too low: raise beta, lower learning_rate, or add rpo_alpha."),
-    Rule("preference_not_learned", _DPO, checks.preference_not_learned, {"steps": 30, "after": 60, "accuracy": 0.53, "gain": 0.01}, Severity.SOFT, "evaluate",
+    Rule("preference_not_learned", _COMPARING, checks.preference_not_learned, {"steps": 30, "after": 60, "accuracy": 0.53, "gain": 0.01}, Severity.SOFT, "evaluate",
          "the loss stays at {loss:.3f} and only {rewards_accuracies:.0%} of the pairs are ordered", "Beta is too high or learning_rate too low; or the pairs contradict each other."),
-    Rule("entropy_collapse", _RL, checks.entropy_collapse, {"steps": 10, "floor": 0.01, "share": 0.1, "mastered": 0.5}, Severity.SOFT, "evaluate",
+    Rule("entropy_collapse", _SAMPLING, checks.entropy_collapse, {"steps": 10, "floor": 0.01, "share": 0.1, "mastered": 0.5}, Severity.SOFT, "evaluate",
          "entropy fell to {entropy:.4f} nats from {start:.3f}", "Raise epsilon_high, entropy_coef or temperature; lower learning_rate."),
-    Rule("entropy_explosion", _RL, checks.entropy_explosion, {"steps": 5, "times": 2.0, "nats": 1.0}, Severity.SOFT, "evaluate",
+    Rule("entropy_explosion", _SAMPLING, checks.entropy_explosion, {"steps": 5, "times": 2.0, "nats": 1.0}, Severity.SOFT, "evaluate",
          "entropy rose to {entropy:.2f} nats from {start:.2f}", "Lower learning_rate or entropy_coef; raise beta."),
-    Rule("kl_drift", _RL, checks.kl_drift, {"steps": 5, "limit": 0.5}, Severity.SOFT, "evaluate",
+    Rule("kl_drift", _SAMPLING, checks.kl_drift, {"steps": 5, "limit": 0.5}, Severity.SOFT, "evaluate",
          "KL to the reference is {kl:.3f} nats per token", "Raise beta, lower learning_rate, or do fewer num_iterations."),
-    Rule("advantage_collapse", _RL, checks.advantage_collapse, {"steps": 10, "limit": 0.95, "mastered": 0.5}, Severity.SOFT, "evaluate",
+    Rule("advantage_collapse", _SAMPLING, checks.advantage_collapse, {"steps": 10, "limit": 0.95, "mastered": 0.5}, Severity.SOFT, "evaluate",
          "{frac_reward_zero_std:.0%} of the groups have equal rewards and teach nothing", "Choose prompts that are sometimes solved, raise num_generations, or set dynamic_sampling."),
-    Rule("all_wrong", _RL, checks.all_wrong, {"steps": 10, "limit": 0.9}, Severity.SOFT, "resample",
+    Rule("all_wrong", _SAMPLING, checks.all_wrong, {"steps": 10, "limit": 0.9}, Severity.SOFT, "resample",
          "in {frac_reward_all_wrong:.0%} of the groups every answer is wrong", "Choose easier prompts, raise num_generations, or train SFT longer first."),
-    Rule("mastered_prompts", _RL, checks.mastered_prompts, {"steps": 10, "limit": 0.9}, Severity.INFO, "log",
+    Rule("mastered_prompts", _SAMPLING, checks.mastered_prompts, {"steps": 10, "limit": 0.9}, Severity.INFO, "log",
          "in {frac_reward_all_right:.0%} of the groups every answer is right: these prompts are learned", "Stop here, or add harder prompts."),
-    Rule("reward_falls", _RL, checks.reward_falls, {"steps": 10, "stds": 0.75}, Severity.SOFT, "evaluate",
+    Rule("reward_falls", _SAMPLING, checks.reward_falls, {"steps": 10, "stds": 0.75}, Severity.SOFT, "evaluate",
          "reward fell to {reward:.3f} from {start:.3f}", "Check the reward's sign with `posttrain rewards check`; lower learning_rate."),
-    Rule("reward_without_score", _RL, checks.reward_without_score, {"evals": 4, "reward_gain": 0.15, "score_gain": 0.0}, Severity.SOFT, "evaluate",
+    Rule("reward_without_score", _SAMPLING, checks.reward_without_score, {"evals": 4, "reward_gain": 0.15, "score_gain": 0.0}, Severity.SOFT, "evaluate",
          "reward rose by {reward_gain:.3f} while the held-out score changed by {score_gain:+.3f} at best", "The reward is being gamed: read the samples, and run `posttrain rewards check`."),
-    Rule("length_spiral", _RL, checks.length_spiral, {"steps": 10, "times": 3.0, "tokens": 64.0}, Severity.SOFT, "evaluate",
+    Rule("length_spiral", _SAMPLING, checks.length_spiral, {"steps": 10, "times": 3.0, "tokens": 64.0}, Severity.SOFT, "evaluate",
          "answers grew to {completions_mean_length:.0f} tokens from {start:.0f}", "Set soft_overlong_cache, use loss_type dr_grpo, or check that the reward does not pay for length."),
-    Rule("truncation_spiral", _RL, checks.truncation_spiral, {"steps": 5, "limit": 0.3, "rise": 0.2}, Severity.SOFT, "evaluate",
+    Rule("truncation_spiral", _SAMPLING, checks.truncation_spiral, {"steps": 5, "limit": 0.3, "rise": 0.2}, Severity.SOFT, "evaluate",
          "{completions_clipped_ratio:.0%} of the answers hit the length limit", "Raise max_completion_length, or set mask_truncated_completions or soft_overlong_cache."),
-    Rule("clip_fraction", _RL, checks.clip_fraction, {"steps": 5, "limit": 0.3}, Severity.SOFT, "evaluate",
+    Rule("clip_fraction", _SAMPLING, checks.clip_fraction, {"steps": 5, "limit": 0.3}, Severity.SOFT, "evaluate",
          "{clip_ratio_region_mean:.0%} of the tokens are clipped", "Lower learning_rate, or do fewer num_iterations or steps_per_generation."),
-    Rule("ratio_tails", _RL, checks.ratio_tails, {"steps": 3, "limit": 20.0}, Severity.SOFT, "evaluate",
+    Rule("ratio_tails", _SAMPLING, checks.ratio_tails, {"steps": 3, "limit": 20.0}, Severity.SOFT, "evaluate",
          "a token's probability changed {importance_ratio_max:.0f}-fold within a step", "Lower learning_rate; set delta (two-sided clipping)."),
-    Rule("sampler_mismatch", _RL, checks.sampler_mismatch, {"steps": 3, "limit": 0.05}, Severity.SOFT, "evaluate",
+    Rule("sampler_mismatch", _SAMPLING, checks.sampler_mismatch, {"steps": 3, "limit": 0.05}, Severity.SOFT, "evaluate",
          "sampler and trainer disagree by {sampling_sampling_logp_difference_mean:.3f} nats per token", "The engine may hold old weights or another precision; set importance_sampling_correction."),
-    Rule("live_false_passes", _RL, checks.live_false_passes, {"limit": 0.01}, Severity.SOFT, "evaluate",
+    Rule("live_false_passes", _SAMPLING, checks.live_false_passes, {"limit": 0.01}, Severity.SOFT, "evaluate",
          "{reward_check_false_pass_rate:.1%} of the known cheats, in the form of this run's best answers, are paid", "The reward has a hole that the policy can reach: see the reward_check event, and run `posttrain rewards check`."),
-    Rule("canary_paid", _RL, checks.canary_paid, {"limit": 0.1}, Severity.SOFT, "evaluate",
+    Rule("canary_paid", _SAMPLING, checks.canary_paid, {"limit": 0.1}, Severity.SOFT, "evaluate",
          "{reward_check_canary_paid_rate:.0%} of the answers to prompts without a right answer are paid", "The reward does not pay for being right: read the samples, and run `posttrain rewards check`."),
-    Rule("rollout_starvation", _RL, checks.rollout_starvation, {"steps": 10, "limit": 0.9}, Severity.INFO, "log",
+    Rule("rollout_starvation", _SAMPLING, checks.rollout_starvation, {"steps": 10, "limit": 0.9}, Severity.INFO, "log",
          "the trainer waits {trainer_idle:.0%} of each step for rollouts", "Give rollouts more: a larger rollout_batch_size, more engines; see `posttrain plan`."),
 )  # fmt: skip
 """Defaults are conservative: a healthy run should stay silent."""
@@ -128,7 +131,7 @@ def rules_for(kind: str, changes: Mapping[str, Mapping[str, Any]] | None = None)
     for name in changes:
         if name not in {rule.name for rule in RULES}:
             raise ConfigError(f"health.{name}: no such rule{_nearest(name, [rule.name for rule in RULES])}")
-    rows = [(rule, changes.get(rule.name, {})) for rule in RULES if kind in rule.kinds]
+    rows = [(rule, changes.get(rule.name, {})) for rule in RULES if stage_kind(kind).learns_from in rule.learns_from]
     return tuple(_changed(rule, change, kind) for rule, change in rows if change.get("enabled", True))
 
 
@@ -157,7 +160,7 @@ def _changed(rule: Rule, change: Mapping[str, Any], kind: str) -> Rule:
 
 def _check_action(rule: Rule, action: Any, kind: str) -> None:
     """Raises: ConfigError for an action that does not exist, or that this rule or stage cannot carry out."""
-    known = [name for name in ACTIONS if kind == "grpo" or name not in _RL_ONLY]
+    known = [name for name in ACTIONS if stage_kind(kind).samples or name not in _SAMPLING_ONLY]
     if action not in known:
         raise ConfigError(f"health.{rule.name}.action: got {action!r}, expected one of {', '.join(known)}")
     if action == "skip_step" and not rule.early:

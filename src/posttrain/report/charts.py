@@ -15,6 +15,7 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from posttrain.config.kinds import STAGE_KINDS, LearnsFrom
 from posttrain.report import words
 
 _BLUE, _ORANGE, _RED, _GREY = "#1f5fa8", "#c75b12", "#b3261e", "#767676"
@@ -55,15 +56,15 @@ _RUNNING = (
     Panel("Memory", "The most that the process has held so far, in MiB.", (_MEMORY,)),
 )
 """What every stage shows."""
-PANELS: dict[str, tuple[Panel, ...]] = {
-    "sft": (_LOSS, Panel("Token accuracy", "Share of trained tokens the model would have chosen itself.", ("mean_token_accuracy", "eval_mean_token_accuracy")), _GRAD),
-    "dpo": (
+PANELS: dict[LearnsFrom, tuple[Panel, ...]] = {
+    "examples": (_LOSS, Panel("Token accuracy", "Share of trained tokens the model would have chosen itself.", ("mean_token_accuracy", "eval_mean_token_accuracy")), _GRAD),
+    "pairs": (
         _PREFERENCE_LOSS,
         Panel("Preference accuracy", "Share of pairs whose chosen answer gained more than the rejected one.", ("rewards/accuracies", "eval_rewards/accuracies")),
         Panel("Implicit rewards", "Gain over the starting model; chosen should rise, rejected should fall.", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
         Panel("Log-probabilities", "If that of chosen answers falls far, the model is unlearning them.", ("logps/chosen", "logps/rejected")),
     ),
-    "grpo": (
+    "samples": (
         Panel("Reward", "Mean score of the sampled answers; higher is better.", ("reward", "reward_std")),
         Panel("Entropy", "How varied the sampling is; near zero the model has stopped exploring.", ("entropy",)),
         Panel("Distance to the start", "KL divergence from the reference model.", ("kl",)),
@@ -72,7 +73,9 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("Groups without signal", "Share of prompts whose answers all scored the same; they teach nothing.", ("frac_reward_zero_std",)),
     ),
 }  # fmt: skip
-"""What is drawn for each kind of stage; a panel none of whose metrics was logged is left out."""
+"""What is drawn, by what a stage learns from; a panel none of whose metrics was logged is left out."""
+_UNKNOWN = (_LOSS, _GRAD)
+"""Of a stage whose kind this version does not know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +89,7 @@ class Chart:
 
 
 def learning_curves(kind: str, metrics: Sequence[Mapping[str, Any]], finding_steps: Sequence[int] = ()) -> list[Chart]:
-    panels = (*PANELS.get(kind, (_LOSS, _GRAD)), *_RUNNING)
+    panels = (*(PANELS[STAGE_KINDS[kind].learns_from] if kind in STAGE_KINDS else _UNKNOWN), *_RUNNING)
     rows = _with_memory(_with_throughput(metrics))
     return [chart for panel in panels if (chart := _curve(panel, rows, finding_steps)) is not None]
 

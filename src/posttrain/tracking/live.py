@@ -18,20 +18,22 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from posttrain.config.kinds import LearnsFrom, stage_kind
+
 Column = tuple[str, str, str]
 """Label, metric name (TRL's), format."""
 
 _SHARED: tuple[Column, ...] = (("lr", "learning_rate", ".1e"), ("grad", "grad_norm", ".2f"))
 _OF_AN_UPDATE = frozenset({"loss", "learning_rate", "grad_norm"})
-COLUMNS: dict[str, tuple[Column, ...]] = {
-    "sft": (("loss", "loss", ".3f"), ("entropy", "entropy", ".2f"), ("accuracy", "mean_token_accuracy", ".3f"), ("eval_loss", "eval_loss", ".3f"), *_SHARED),
-    "dpo": (("loss", "loss", ".3f"), ("accuracy", "rewards/accuracies", ".2f"), ("margin", "rewards/margins", ".3f"), ("eval_loss", "eval_loss", ".3f"), *_SHARED),
-    "grpo": (
+COLUMNS: dict[LearnsFrom, tuple[Column, ...]] = {
+    "examples": (("loss", "loss", ".3f"), ("entropy", "entropy", ".2f"), ("accuracy", "mean_token_accuracy", ".3f"), ("eval_loss", "eval_loss", ".3f"), *_SHARED),
+    "pairs": (("loss", "loss", ".3f"), ("accuracy", "rewards/accuracies", ".2f"), ("margin", "rewards/margins", ".3f"), ("eval_loss", "eval_loss", ".3f"), *_SHARED),
+    "samples": (
         ("reward", "reward", ".3f"), ("std", "reward_std", ".3f"), ("entropy", "entropy", ".2f"), ("kl", "kl", ".4f"),
         ("length", "completions/mean_length", ".0f"), ("truncated", "completions/clipped_ratio", ".2f"), *_SHARED,
     ),
 }  # fmt: skip
-"""What each kind of stage shows; a metric that was not logged is left out."""
+"""What a stage shows, by what it learns from; a metric that was not logged is left out."""
 
 _EVENTS_SHOWN = {"finding", "notice", "checkpoint", "eval", "action", "rollback"}
 _KEPT = {"finding", "action", "rollback"}
@@ -51,7 +53,7 @@ class LiveView:
         self._total_steps = total_steps
         self._console = console or Console(stderr=True)
         self._clock = clock
-        self._columns = COLUMNS.get(kind, COLUMNS["sft"])
+        self._columns = COLUMNS[stage_kind(kind).learns_from]
         # (step, seconds, tokens): speed is measured over these, so a resumed run starts afresh.
         self._recent: deque[tuple[int, float, float | None]] = deque(maxlen=_RECENT_STEPS)
         self._started = clock()

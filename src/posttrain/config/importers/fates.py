@@ -15,7 +15,7 @@ from posttrain.config.schema import arms, did_you_mean, keys_of, show
 from posttrain.config.yaml_lines import plain_scalar
 from posttrain.errors import ConfigError
 
-Kind = Literal["sft", "dpo", "grpo"]
+Kind = str
 Fate = Literal["mapped", "left out", "changed", "refused"]
 Reading = Mapping[Any, Any] | Callable[[Any], Any]
 """Their value → ours; raises KeyError, TypeError or ValueError for a value without a counterpart."""
