@@ -92,7 +92,7 @@ MISTAKES = [
     ("sft pairs.yaml -q", "This is the preference format, which is for dpo", ""),
     ("dpo chat.yaml", "chat is not for dpo, which takes preference or kto", "learning_rate"),
     ("dpo chat.yaml", "posttrain sft chat.yaml", ""),
-    ("dpo sft.yaml -q --set allow_raw_base=true", "expected for dpo", ""),
+    ("dpo sft.yaml -q --set allow_raw_base=true", "expected for pairs", ""),
     ("grpo chat.yaml", "posttrain sft chat.yaml", ""),
     ("grpo sft.yaml", "posttrain sft sft.yaml", ""),
     ("run sft.yaml", "did you mean posttrain sft sft.yaml?", ""),

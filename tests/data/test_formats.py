@@ -278,9 +278,9 @@ WRONG_COLUMNS = [
     ("examples", {"question": "a", "answer": "b"}, r"`answer`, `question`; expected for examples one of: chat: `messages`.*`columns: \{instruction: question, output: answer\}`"),
     ("examples", {"body": "a"}, r"`columns: \{text: body\}` \(then the format is text\)"),
     ("prompts", {"question": "a", "answer": "b"}, r"`columns: \{prompt: question\}`"),
-    ("examples", {"prompt": "a", "chosen": "b", "rejected": "c"}, r"This is the preference format, which is for pairs and labels"),
+    ("examples", {"prompt": "a", "chosen": "b", "rejected": "c"}, r"This is the preference format, which is for dpo"),
     ("pairs", {"prompt": "a", "completion": "b", "label": True}, r"This is the kto format: set `loss_type: kto`"),
-    ("pairs", {"messages": [USER, ASSISTANT]}, r"This is the chat format, which is for examples"),
+    ("pairs", {"messages": [USER, ASSISTANT]}, r"This is the chat format, which is for sft"),
     ("examples", {"x": 1}, r"`columns: \{messages: <your column>\}`"),
 ]  # fmt: skip
 

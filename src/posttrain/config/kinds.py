@@ -82,6 +82,11 @@ def kind_reading(rows: RowKind) -> str:
     return next(row.name for row in STAGE_KINDS.values() if rows in row.rows)
 
 
+def kinds_with(type_: str) -> list[str]:
+    """The kinds that take rows of this format."""
+    return [row.name for row in STAGE_KINDS.values() if type_ in row.types]
+
+
 def stage_kind(name: str) -> StageKind:
     """Raises: ConfigError if there is no such kind."""
     if name not in STAGE_KINDS:

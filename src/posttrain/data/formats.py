@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from posttrain.config.kinds import kinds_with
 from posttrain.config.stages import ROWS_OF_TYPE, RowKind
 from posttrain.data import parse
 from posttrain.data.sources import Row
@@ -157,7 +158,7 @@ def _hint(columns: frozenset[str], kind: RowKind) -> str:
     if scores[other]:
         if kind == "pairs" and other == "kto":
             return "This is the kto format: set `loss_type: kto`"
-        return f"This is the {other} format, which is for {' and '.join(FORMATS[other].rows)}"
+        return f"This is the {other} format, which is for {' and '.join(kinds_with(other))}"
     for name, fmt in FORMATS.items():
         if kind not in fmt.rows:
             continue
