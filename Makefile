@@ -29,6 +29,13 @@ setup-vllm: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/posttrain run examples/quickstart/pipeline.yaml --quiet
 	$(BIN)/posttrain registry list --registry examples/quickstart/registry
+	@echo
+	@echo "Next, in this shell:"
+	@echo "  . $(BIN)/activate && cd examples/quickstart"
+	@echo "  posttrain chat runs/word-problems/stages/03-grpo/model --temperature 0 --prompt 'Tom has 34 pens and gets 12 more. How many?'"
+	@echo "  posttrain data pipeline.yaml --stage sft --examples 1"
+	@echo "  posttrain registry verify word-problems@champion"
+	@echo "The report is runs/word-problems/report.html; your own model, data and reward: examples/own-model/README.md"
 
 reward-hacking: $(STAMP)
 	POSTTRAIN=$(CURDIR)/$(BIN)/posttrain PYTHON=$(CURDIR)/$(BIN)/python examples/reward-hacking/run.sh

@@ -195,3 +195,15 @@ def test_the_shell_completes_verbs_and_their_options_without_torch(words, expect
 def test_completion_can_be_shown_for_a_shell(capsys):
     assert run("--show-completion", "bash") == 0
     assert "_POSTTRAIN_COMPLETE=complete_bash" in capsys.readouterr().out
+
+
+def test_no_verb_shows_the_bars_of_the_libraries():
+    code = (
+        "from posttrain.cli.app import main\n"
+        "try:\n    main(['--version'])\n"
+        "finally:\n    import transformers.utils.logging as t; print('BARS', t.is_progress_bar_enabled())"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_PROGRESS_BARS")}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.splitlines()[-1] == "BARS False", done.stderr

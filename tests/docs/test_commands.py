@@ -119,3 +119,11 @@ def test_keys_of_yaml_that_is_shown_exist(page, block):
     for stage in shown.get("stages") or []:
         for kind, keys in stage.items():
             assert kind in STAGE_KINDS and sorted(set(keys) - set(STAGE_KINDS[kind].keys.model_fields) - {"gate"}) == []
+
+
+def test_the_demo_ends_with_commands_that_exist():
+    demo = (ROOT / "Makefile").read_text().partition("\ndemo:")[2].partition("\n\n")[0]
+    shown = re.findall(r'@echo "  (.*)"', demo)
+    assert shown[0] == ". $(BIN)/activate && cd examples/quickstart"
+    assert len(shown) > 2
+    assert [(line, wrong) for line in shown[1:] if (wrong := problem(line))] == []

@@ -157,6 +157,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(argv: list[str]) -> int:
+    for libraries in ("HF_HUB", "HF_DATASETS"):  # read when they are imported, which a verb does
+        os.environ.setdefault(f"{libraries}_DISABLE_PROGRESS_BARS", "1")
     command = typer.main.get_command(app)
     try:
         result = command.main(args=argv, prog_name="posttrain", standalone_mode=False)
