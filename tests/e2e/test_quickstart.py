@@ -13,6 +13,7 @@ from posttrain.gate.pairing import pair
 from posttrain.report.records import load_run
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
+README = QUICKSTART.parents[1] / "README.md"
 NON_INFERIOR = 0.05
 
 
@@ -96,3 +97,6 @@ def test_cut_short_it_still_goes_all_the_way(quickstart, capsys):
     assert "01-sft" in report.read_text()
     for text in ("heldout/gate", "registry  word-problems v1 → champion", f"report  {report}"):
         assert text in output
+    with pytest.raises(SystemExit):
+        main(["registry", "verify", "word-problems@champion", "--registry", str(quickstart / "registry")])
+    assert capsys.readouterr().out in README.read_text(), "the README shows the number of files of a shortened run"
