@@ -208,3 +208,21 @@ def test_a_loss_that_is_not_defined_is_refused_before_the_first_stage_runs(proje
     with pytest.raises(ConfigError, match=message):
         run.run()
     assert not run.out.joinpath("stages").exists()
+
+
+def test_an_adapter_on_a_bf16_file_is_planned_in_bf16_where_the_cpu_has_it(make_local_model, project, monkeypatch):
+    from posttrain.config.load_pipeline import load_pipeline
+    from posttrain.pipeline import checks
+
+    base = make_local_model("llama")
+    config = json.loads((base / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (base / "config.json").write_text(json.dumps(config))
+    made = project([{"sft": {"datasets": [{"path": "sft.jsonl"}]}}], adapter="lora", base_model=str(base))
+    keys, planned = load_pipeline(made.path).keys, []
+    real = checks.estimate_memory
+    monkeypatch.setattr(checks, "estimate_memory", lambda *given: planned.append(real(*given)) or planned[-1])
+    for native in (False, True):
+        monkeypatch.setattr("posttrain.models.device.has_bf16", lambda kind, native=native: native)
+        checks.check_memory(keys)
+    assert [plan.workload.bf16 for plan in planned] == [False, True]
+    assert planned[1].parts["weights"] * 2 == planned[0].parts["weights"]

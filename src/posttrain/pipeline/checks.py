@@ -18,7 +18,7 @@ from posttrain.gate.spec import RESERVE_SPLIT, SELECTION_SPLIT
 from posttrain.health.rules import rules_for
 from posttrain.models.continued import base_keys, is_continued
 from posttrain.models.device import place
-from posttrain.models.load import load_config, load_tokenizer, missing_chat_template, model_shape
+from posttrain.models.load import load_config, load_tokenizer, missing_chat_template, model_shape, stored_dtype
 from posttrain.models.provenance import was_tuned_by_us
 from posttrain.objectives.terms import spec_from
 from posttrain.pipeline.selection import spec_of, without_dev
@@ -129,11 +129,13 @@ def check_adapters(keys: PipelineKeys) -> None:
 def check_memory(keys: PipelineKeys) -> None:
     """Raises: ConfigError, in one line, for the first stage that cannot fit, whatever its data."""
     available = available_bytes()
-    shape = ModelShape.from_config(model_shape(load_config(keys.stages[0].keys)))
-    placement = place(keys.stages[0].keys)
-    if available is None or placement.device.type != "cpu":
+    config = load_config(keys.stages[0].keys)
+    shape, stored = ModelShape.from_config(model_shape(config)), stored_dtype(config)
+    if available is None or place(keys.stages[0].keys).device.type != "cpu":
         return
     for stage in keys.stages:
+        # As it will be loaded: a CPU with bf16 units holds the frozen base of an adapter in the bf16 of its file.
+        placement = place(stage.keys, stored if stage.keys.adapter != "none" else None)
         has_bf16 = placement.autocast_dtype is not None
         demands = stage_kind(stage.kind).demands(stage.keys)
         workload = Workload.from_keys(stage.keys.model_dump(), **demands, device_has_bf16=has_bf16, on_cpu=True)
