@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from posttrain.config.explain import GROUPS
-from posttrain.config.foreign import CONVERTED_VALUES, NO_COUNTERPART
+from posttrain.config.foreign import CONVERTED_VALUES
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.knob import Keys
 from posttrain.config.schema import KeyInfo, keys_of, show
@@ -151,13 +151,11 @@ def _other_tools() -> list[str]:
         f"| `{key}` | {', '.join(f'`{show(theirs)}` → `{show(ours)}`' for theirs, ours in readings.items())} |"
         for key, readings in CONVERTED_VALUES.items()
     ]
-    refused = [f"| `{name}` | {tools} | {advice} |" for name, (tools, advice) in NO_COUNTERPART.items()]
     return [
         "\n## Other tools' names\n",
         "The names under *Also called* are read as ours, with a note. These values are read as ours too:\n",
         *("| Key | Read as |", "|---|---|", *values),
-        "\nThese names are refused, with what to do instead:\n",
-        *("| Name | Tool | Instead |", "|---|---|---|", *refused),
+        "\nWhat becomes of every other key of Axolotl, LLaMA-Factory and TRL stands in [coming from another tool](import.md).",
     ]
 
 

@@ -72,6 +72,7 @@ FLIPS = {
         Flip("lora_dropout", 0.5, LORA),
         Flip("lora_target", ["q_proj"], LORA),
         Flip("lora_modules_to_save", ["lm_head"], LORA | {"base_model": "MODEL:llama"}),
+        Flip("loraplus_lr_ratio", 16, LORA),
         Flip("use_rslora", True, LORA),
         Flip("use_dora", True, LORA),
         Flip("init_lora_weights", "gaussian", LORA),

@@ -38,7 +38,7 @@ def test_a_place_narrows_it_down(key, places):
         ("lerning_rate", "lerning_rate: no such key; did you mean learning_rate?"),
         ("zzz", "zzz: no such key; `posttrain explain` without a key lists them all"),
         ("gate.lora_r", "gate.lora_r: no such key"),
-        ("val_set_size", "val_set_size: a key of Axolotl without a counterpart here; split the data once"),
+        ("relora", "relora: a key of Axolotl without a counterpart here; ReLoRA merges the adapter while it trains"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(key, expected):

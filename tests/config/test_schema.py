@@ -49,7 +49,10 @@ def test_values_are_shown_as_one_writes_them(value, text):
         (list[str] | str, "a list of strings or a string"),
         (dict[str, int], "a mapping of names to integers"),
         (dict[str, dict[str, Any]], "a mapping of names to mappings"),
-        (list[DatasetKeys], "a list of mappings with path, type, split, name, weight, limit, columns"),
+        (
+            list[DatasetKeys],
+            "a list of mappings with path, type, split, name, weight, limit, prompt_format, data_files, columns",
+        ),
     ],
 )
 def test_types_in_words(annotation, text):

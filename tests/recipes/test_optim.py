@@ -3,7 +3,8 @@ import torch
 from transformers import get_scheduler
 
 from posttrain.config.stages import SFTKeys
-from posttrain.recipes.optim import learning_rate
+from posttrain.models.load import load_policy
+from posttrain.recipes.optim import learning_rate, make_optimizer
 
 
 def keys(**options):
@@ -53,3 +54,14 @@ def test_a_ratio_of_warmup_rounds_up_and_a_floor_is_kept():
 def test_weight_decay_is_on_matrices_only_and_8_bit_adam_trains(train, runner):
     plain, eight = (train("sft", name=optim, optim=optim, weight_decay=0.1) for optim in ("adamw", "adamw_8bit"))
     assert runner.losses(eight) == pytest.approx(runner.losses(plain), rel=0.05)
+
+
+def test_lora_plus_trains_the_b_matrices_faster(model_dir):
+    keys = SFTKeys(
+        base_model=str(model_dir("qwen3")), datasets=[{"path": "x.jsonl"}], adapter="lora", loraplus_lr_ratio=16
+    )
+    policy = load_policy(keys)
+    faster = [group for group in make_optimizer(policy, keys).param_groups if "lr_ratio" in group]
+    expected = {id(p) for name, p in policy.trainable() if ".lora_B." in name}
+    assert [group["lr_ratio"] for group in faster] == [16]
+    assert {id(p) for p in faster[0]["params"]} == expected

@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from posttrain.config.importers.fates import Row
+from posttrain.config.importers.read import TOOLS
+from posttrain.config.importers.values import OPTIMIZERS, OVERFLOW, SCHEDULES
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.knob import Keys
 from posttrain.config.migrate import renamed
@@ -49,22 +52,17 @@ CONVERTED_NAMES: dict[str, Reading] = {
 }
 """Foreign name → how its values read under our key; names that are not here are plain renames."""
 
+
+def _others(readings: Mapping[str, str]) -> dict[str, str]:
+    return {theirs: ours for theirs, ours in readings.items() if theirs != ours}
+
+
 CONVERTED_VALUES: dict[str, dict[Any, Any]] = {
     "adapter": {"full": "none"},
     "lora_target": {"all": "all-linear"},
-    "overflow": {"raise": "error"},
-    "optim": {
-        "adamw_torch": "adamw",
-        "adamw_torch_fused": "adamw",
-        "adamw_hf": "adamw",
-        "adamw_bnb_8bit": "adamw_8bit",
-        "paged_adamw_8bit": "adamw_8bit",
-    },
-    "lr_scheduler_type": {
-        "constant_with_warmup": "constant",
-        "warmup_stable_decay": "wsd",
-        "cosine_with_min_lr": "cosine",
-    },
+    "overflow": _others(OVERFLOW),
+    "optim": _others(OPTIMIZERS),
+    "lr_scheduler_type": _others(SCHEDULES),
     "loss_type": {"kto_pair": "kto"},
     "scale_rewards": {True: "group", False: "none"},
     "type": {"chat_template": "chat", "chat_template.default": "preference", "openai": "chat"},
@@ -72,82 +70,6 @@ CONVERTED_VALUES: dict[str, dict[Any, Any]] = {
 """Our key → other tools' values for it."""
 
 _FEW_NAMES = 12
-_NO_GPU_SWITCH = "attention, kernels and device are chosen for the machine; leave it out"
-_SINGLE_VERB = "the verb or the pipeline says which stage runs; leave it out"
-_TRACKING = "every run writes metrics.jsonl; leave it out"
-
-NO_COUNTERPART: dict[str, tuple[str, str]] = {
-    "dataset": ("LLaMA-Factory", "name the files themselves: datasets: [{path: ./data.jsonl}]"),
-    "dataset_dir": ("LLaMA-Factory", "name the files themselves: datasets: [{path: ./data.jsonl}]"),
-    "eval_dataset": ("LLaMA-Factory", "name the files themselves: eval_datasets: [{path: ./dev.jsonl}]"),
-    "dataset_name": ("TRL", "write datasets: [{path: NAME}]"),
-    "max_samples": ("LLaMA-Factory", "set limit inside the entry of datasets"),
-    "mix_strategy": ("LLaMA-Factory", "set weight inside the entries of datasets"),
-    "interleave_probs": ("LLaMA-Factory", "set weight inside the entries of datasets"),
-    "fraction": ("TRL", "limit takes the first rows, weight sets the share in a mixture"),
-    "ds_type": ("Axolotl", "the file's suffix says how it is read; type says what its rows are"),
-    "field": ("Axolotl", "rename columns with columns: {text: NAME}"),
-    "template": ("LLaMA-Factory", "the tokenizer's own chat template is used; chat_template takes a Jinja file"),
-    "batch_size": ("Axolotl, torchtune", "it means different things; set per_device_train_batch_size and gradient_accumulation_steps"),
-    "generation_batch_size": ("TRL", "set num_prompts_per_step; a batch is num_prompts_per_step × num_generations completions"),
-    "max_prompt_length": ("TRL", "sequence_len limits the prompt with its completion"),
-    "load_in_8bit": ("Axolotl, TRL", "set load_in_4bit: true with adapter: qlora, or neither"),
-    "fp16": ("Axolotl, LLaMA-Factory, TRL", "bf16 or fp32 only: set bf16: true or bf16: false"),
-    "pure_bf16": ("LLaMA-Factory", "set bf16: true; what is trained keeps fp32 masters"),
-    "stage": ("LLaMA-Factory", _SINGLE_VERB),
-    "rl": ("Axolotl", _SINGLE_VERB),
-    "do_train": ("LLaMA-Factory", _SINGLE_VERB),
-    "model_type": ("Axolotl", "it is read from the model; leave it out"),
-    "tokenizer_type": ("Axolotl", "it is read from the model; leave it out"),
-    "attn_implementation": ("Axolotl, TRL", _NO_GPU_SWITCH),
-    "flash_attention": ("Axolotl", _NO_GPU_SWITCH),
-    "flash_attn": ("LLaMA-Factory", _NO_GPU_SWITCH),
-    "tf32": ("Axolotl", _NO_GPU_SWITCH),
-    "use_liger_kernel": ("TRL", _NO_GPU_SWITCH),
-    "use_vllm": ("TRL", "rollouts use the embedded engine; leave it out"),
-    "report_to": ("LLaMA-Factory, TRL", _TRACKING),
-    "plot_loss": ("LLaMA-Factory", "the report has the curves; leave it out"),
-    "wandb_project": ("Axolotl", _TRACKING),
-    "overwrite_output_dir": ("LLaMA-Factory", "a run continues where it stopped; name another output_dir for a new one"),
-    "resume_from_checkpoint": ("Axolotl, LLaMA-Factory", "a run started again continues by itself; leave it out"),
-    "auto_resume_from_checkpoints": ("Axolotl", "a run started again continues by itself; leave it out"),
-    "saves_per_epoch": ("Axolotl", "set save_steps"),
-    "evals_per_epoch": ("Axolotl", "set eval_steps"),
-    "eval_strategy": ("LLaMA-Factory, TRL", "set eval_steps; 0 validates at the end only"),
-    "save_strategy": ("LLaMA-Factory, TRL", "set save_steps; 0 saves at the end only"),
-    "deepspeed": ("Axolotl, LLaMA-Factory", "several processes are started with torchrun and shard by FSDP2; leave it out"),
-    "fsdp_config": ("Axolotl, LLaMA-Factory", "several processes are started with torchrun and shard by FSDP2; leave it out"),
-    "group_by_length": ("Axolotl, TRL", "nothing is padded, so rows need no sorting; leave it out"),
-    "pad_to_sequence_len": ("Axolotl", "nothing is padded; leave it out"),
-    "ref_model": ("LLaMA-Factory", "the reference is the model the stage starts from; leave it out"),
-    "save_only_model": ("Axolotl, LLaMA-Factory, TRL", "a checkpoint holds what a resume needs, and model/ is the model alone; save_total_limit says how many are kept"),
-    "bnb_4bit_quant_storage": ("TRL", "it is for sharding a 4-bit base, which is not done here; leave it out"),
-    "dtype": ("TRL", "bf16 says how it is computed, save_dtype how the model is saved"),
-    "entropy_coef_delta": ("TRL", "entropy_target steers the entropy bonus"),
-    "entropy_coef_max": ("TRL", "entropy_target steers the entropy bonus"),
-    "entropy_coef_min": ("TRL", "entropy_target steers the entropy bonus"),
-    "eval_accumulation_steps": ("LLaMA-Factory, TRL", "nothing is gathered while validating; leave it out"),
-    "eval_packing": ("TRL", "nothing is padded in validation; leave it out"),
-    "gradient_checkpointing_kwargs": ("Axolotl, LLaMA-Factory, TRL", "gradient_checkpointing: true is all there is to say"),
-    "hub_revision": ("TRL", "nothing is pushed; revision is that of the base model that is read"),
-    "hub_model_id": ("Axolotl, LLaMA-Factory, TRL", "nothing is pushed; register: names the model in the registry"),
-    "push_to_hub": ("LLaMA-Factory, TRL", "nothing is pushed; register: names the model in the registry"),
-    "label_smoothing_factor": ("LLaMA-Factory, TRL", "token targets are not smoothed; label_smoothing of dpo is about flipped pairs"),
-    "ld_alpha": ("TRL", "there is no length-desensitised loss; the losses are in docs/algorithms.md"),
-    "logging_first_step": ("LLaMA-Factory, TRL", "set logging_steps: 1 to log every step"),
-    "logging_strategy": ("LLaMA-Factory, TRL", "logging_steps counts steps; leave it out"),
-    "num_generations_eval": ("TRL", "RL is validated on eval_suite; num_samples of a suite says how many answers each item gets"),
-    "pad_token": ("TRL", "nothing is padded; leave it out"),
-    "eos_token": ("TRL", "a turn ends with the token that the chat template writes behind an answer; leave it out"),
-    "per_device_eval_batch_size": ("LLaMA-Factory, TRL", "validation makes its own batches; leave it out"),
-    "reinit_weights": ("Axolotl", "training starts from the weights of base_model; leave it out"),
-    "oft_target": ("LLaMA-Factory", "adapters are LoRA; set lora_target"),
-    "lora_target_parameters": ("TRL", "adapters are on modules; set lora_target"),
-    "lora_task_type": ("TRL", "every model here is a causal LM; leave it out"),
-    "vllm_importance_sampling_clip_min": ("TRL", "weights are only capped; set importance_sampling_cap"),
-    "sync_ref_model": ("TRL", "the reference is the model the stage starts from and stays; leave it out"),
-}  # fmt: skip
-"""Known names that are refused: whose they are, and what to do instead. Names that are near ours and mean something else are here too."""
 
 
 @cache
@@ -159,6 +81,62 @@ def foreign_names(model: type[Keys]) -> dict[str, KeyInfo]:
         for other in info.also:
             owners.setdefault(other.name, []).append(info)
     return {name: infos[0] for name, infos in owners.items() if len(infos) == 1 and name not in keys}
+
+
+_NEAR_OURS: dict[str, tuple[str, str]] = {
+    "dataset": ("LLaMA-Factory", "name the files themselves: datasets: [{path: ./data.jsonl}]"),
+    "dataset_name": ("TRL", "write datasets: [{path: NAME}]"),
+    "max_samples": ("LLaMA-Factory", "set limit inside the entry of datasets"),
+    "fraction": ("TRL", "limit takes the first rows, weight sets the share in a mixture"),
+    "ds_type": ("Axolotl", "the file's suffix says how it is read; type says what its rows are"),
+    "field": ("Axolotl", "rename columns with columns: {text: NAME}"),
+    "template": ("LLaMA-Factory", "the tokenizer's own chat template is used; chat_template takes a Jinja file"),
+    "batch_size": ("Axolotl, torchtune", "it means different things; set per_device_train_batch_size and gradient_accumulation_steps"),
+    "generation_batch_size": ("TRL", "set num_prompts_per_step; a batch is num_prompts_per_step × num_generations completions"),
+    "fp16": ("Axolotl, LLaMA-Factory, TRL", "bf16 or fp32 only: set bf16: true or bf16: false"),
+    "saves_per_epoch": ("Axolotl", "set save_steps"),
+    "evals_per_epoch": ("Axolotl", "set eval_steps"),
+    "entropy_coef_delta": ("TRL", "entropy_target steers the entropy bonus"),
+    "entropy_coef_max": ("TRL", "entropy_target steers the entropy bonus"),
+    "entropy_coef_min": ("TRL", "entropy_target steers the entropy bonus"),
+    "hub_revision": ("TRL", "nothing is pushed; revision is that of the base model that is read"),
+    "hub_model_id": ("Axolotl, LLaMA-Factory, TRL", "nothing is pushed; register: names the model in the registry"),
+    "push_to_hub": ("LLaMA-Factory, TRL", "nothing is pushed; register: names the model in the registry"),
+    "label_smoothing_factor": ("LLaMA-Factory, TRL", "token targets are not smoothed; label_smoothing of dpo is about flipped pairs"),
+    "logging_first_step": ("LLaMA-Factory, TRL", "set logging_steps: 1 to log every step"),
+    "logging_strategy": ("LLaMA-Factory, TRL", "logging_steps counts steps; leave it out"),
+    "num_generations_eval": ("TRL", "RL is validated on eval_suite; num_samples of a suite says how many answers each item gets"),
+    "eos_token": ("TRL", "a turn ends with the token that the chat template writes; special_tokens: {eos_token: …} names another for plain texts"),
+    "oft_target": ("LLaMA-Factory", "adapters are LoRA; set lora_target"),
+    "lora_target_parameters": ("TRL", "name the parameters in lora_target"),
+    "vllm_importance_sampling_clip_min": ("TRL", "weights are only capped; set importance_sampling_cap"),
+}  # fmt: skip
+"""Names that are near ours and mean something else, or that are written in another way here: whose they are, and what to do."""
+
+
+def _no_counterpart() -> dict[str, tuple[str, str]]:
+    ours = {
+        name
+        for model in (*(kind.keys for kind in STAGE_KINDS.values()), DatasetKeys)
+        for name in (*keys_of(model), *foreign_names(model))
+    }
+    found: dict[str, tuple[str, str]] = {}
+    for tool in TOOLS.values():
+        for key, row in tool.rows.items():
+            if key not in ours:
+                tools = f"{found[key][0]}, {tool.name}" if key in found else tool.name
+                found[key] = (tools, found[key][1] if key in found else _advice(row))
+    return found | _NEAR_OURS
+
+
+def _advice(row: Row) -> str:
+    if row.fate == "mapped":
+        return f"set {row.to}"
+    return f"{row.why}; {row.todo if row.fate == 'refused' else 'leave it out'}"
+
+
+NO_COUNTERPART = _no_counterpart()
+"""Other tools' keys that are read under no name of ours: whose they are, and what to do instead. From the importers' tables."""
 
 
 def translate(settings: Settings, model: type[Keys], problems: Problems) -> list[str]:

@@ -47,6 +47,7 @@ class DatasetKeys(Keys):
     weight: float | None = knob(None, "Relative share in a weighted mixture; null takes every row once.", gt=0, example=0.5)
     limit: int | None = knob(None, "Use only so many rows, from the start of the file.", ge=1, example=1000)
     prompt_format: list[str] = knob([], "Write the prompt as plain text from other columns: `### Q: {question}`; of several, the first whose columns a row has and that are not empty. The row is then a `completion` (or `prompt`), without the chat template.", example=["### Question:\n{question}\n\n### Answer:\n"])
+    data_files: list[str] = knob([], "Files of a hub dataset to read, where not all of its split.", example=["data/part-1.jsonl"])
     columns: dict[str, str] = knob({}, "Rename columns: our name → the file's name.", also="field_messages (Axolotl)", example={"messages": "conversations"})
 
 
@@ -83,6 +84,7 @@ class ModelKeys(Keys):
     lora_dropout: float = knob(0.0, "Dropout on the adapter's input while training.", ge=0, lt=1)
     lora_target: list[str] | str = knob("all-linear", "Module names, `all-linear`, or a regular expression; every entry must match.", also="lora_target_modules (Axolotl, TRL), lora_target_linear (Axolotl)", example=["q_proj", "v_proj"])
     lora_modules_to_save: list[str] = knob([], "Modules trained in full beside the adapter.", also="additional_target (LLaMA-Factory)", example=["lm_head"])
+    loraplus_lr_ratio: float = knob(1.0, "Learning rate of the adapter's B matrices over that of A and all else (LoRA+, arXiv 2402.12354).", gt=0, example=16)
     use_rslora: bool = knob(False, "Scale by alpha / sqrt(r).", also="peft_use_rslora (Axolotl)")
     use_dora: bool = knob(False, "Weight-decomposed LoRA.", also="peft_use_dora (Axolotl)")
     init_lora_weights: bool | str = knob(True, "Initialisation of the adapter, as in PEFT: true, false, gaussian, orthogonal, pissa, pissa_niter_N, olora or mica.", also="peft_init_lora_weights (Axolotl)")

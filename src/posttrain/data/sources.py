@@ -249,7 +249,9 @@ def _read_hub(source: DatasetKeys) -> list[Row]:
 
     client.HF_HUB_OFFLINE = client.HF_HUB_OFFLINE or bool(offline)
     try:
-        table = datasets.load_dataset(source.path, source.name, split=source.split)
+        table = datasets.load_dataset(
+            source.path, source.name, split=source.split, data_files=list(source.data_files) or None
+        )
     except Exception as error:  # noqa: BLE001 - the hub's client: each HTTP library has errors of its own
         raise DataError(
             f"{source.path}: not a local file, and the hub could not give it ({offline or _first_line(error)}); "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -14,10 +15,16 @@ from posttrain.recipes.stage import Stage
 
 
 def make_optimizer(policy: Policy, keys: TrainKeys) -> torch.optim.Optimizer:
-    """AdamW over the trained weights; weight decay on matrices only."""
-    matrices = [p for _, p in policy.trainable() if p.ndim >= 2]
+    """AdamW over the trained weights; weight decay on matrices only, and LoRA+'s learning rate for the adapter's B."""
+    faster = [p for name, p in policy.trainable() if p.ndim >= 2 and keys.loraplus_lr_ratio != 1 and ".lora_B." in name]
+    known = {id(p) for p in faster}
+    matrices = [p for _, p in policy.trainable() if p.ndim >= 2 and id(p) not in known]
     others = [p for _, p in policy.trainable() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": keys.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": keys.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+        {"params": faster, "weight_decay": keys.weight_decay, "lr_ratio": keys.loraplus_lr_ratio},
+    ]
     options = {"lr": keys.learning_rate, "betas": (keys.adam_beta1, keys.adam_beta2), "eps": keys.adam_epsilon}
     groups = [group for group in groups if group["params"]]
     if keys.optim == "adamw_8bit":
@@ -65,7 +72,7 @@ def update(
         optimizer.zero_grad(set_to_none=True)
         return report | {"skipped_step": 1.0}
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
     # The last trained tensor (a norm, the head, an adapter's B) has a gradient whatever the tokens of the step are.
     probe = parameters[-1]
     before = probe.detach().clone()

@@ -242,3 +242,13 @@ def test_parameters_of_experts_are_named_among_the_modules(imported):
         "lora_target_linear: true", "lora_target_modules: [q_proj]\nlora_target_parameters: [mlp.experts.gate_up_proj]"
     )
     assert imported(text)[1].keys.lora_target == ["q_proj", "mlp.experts.gate_up_proj"]
+
+
+def test_the_constant_schedule_has_no_warmup_there(imported):
+    keys = imported(AXOLOTL.replace("lr_scheduler: cosine", "lr_scheduler: constant"))[1].keys
+    assert (keys.lr_scheduler_type, keys.warmup_steps, keys.warmup_ratio) == ("constant", 0, 0.0)
+
+
+def test_single_files_of_a_hub_dataset_are_kept(imported):
+    text = AXOLOTL.replace("type: alpaca}", "type: alpaca, data_files: [a.jsonl]}")
+    assert imported(text)[1].keys.datasets[0].data_files == ["a.jsonl"]

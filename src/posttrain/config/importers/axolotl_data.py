@@ -62,6 +62,9 @@ def _entry(draft: Draft, entry: Any, where: str) -> list[dict[str, Any]]:
         if key not in _KNOWN | _HARMLESS and not is_off(value):
             draft.refuse(f"{where}.{key}", f"{value}: it has no counterpart here and may change the rows", _TAKE_OUT)
     ours = {**_rows(draft, entry, where), **({"name": entry["name"]} if entry.get("name") else {})}
+    files = entry.get("data_files")
+    if files and str(entry.get("path")) not in _FILE_TYPES:
+        ours["data_files"] = [files] if isinstance(files, str) else list(files)
     split = entry.get("split")
     if split and split != "train":
         ours["split"] = split
@@ -75,12 +78,6 @@ def _paths(draft: Draft, entry: Mapping[str, Any], where: str) -> list[str]:
         draft.refuse(f"{where}.path", "missing", "name the file or hub dataset")
     if path in _FILE_TYPES and files:
         return [local_file(draft, str(file)) for file in files]
-    if files:
-        draft.refuse(
-            f"{where}.data_files",
-            f"{files[0]}: single files of a hub dataset are not chosen here",
-            "download the file and name it as path",
-        )
     if "://" in path:
         draft.refuse(f"{where}.path", f"{path}: data is read from files and the hub", "download it and name the file")
     return [local_file(draft, path)] if path else []

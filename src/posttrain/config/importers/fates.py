@@ -125,6 +125,12 @@ class Draft:
                 f"{self.tool}'s default; here it is {keys_of(STAGE_KINDS[self.kind].keys)[ours].default}"
             ]
 
+    def drop(self, ours: str, why: str) -> None:
+        """Take back a key of ours, if it is set."""
+        if ours in self.keys:
+            del self.keys[ours], self.notes[ours]
+            self.leave(self.came_from.pop(ours), why)
+
     def leave(self, key: str, why: str) -> None:
         self.other.append((key, f"left out because {why}"))
 

@@ -113,6 +113,13 @@ TRAINER: dict[str, Row] = {
 def warmup(draft: Draft, key: str = "warmup_steps") -> None:
     """Below 1 it is a share of the steps, as in transformers."""
     value = draft.source.get(key)
+    if "constant" in (draft.source.get("lr_scheduler"), draft.source.get("lr_scheduler_type")):
+        # transformers' `constant` has no warmup, whatever is asked for; ours has the one that is.
+        draft.drop("warmup_ratio", "lr_scheduler constant has no warmup there")
+        if value is not None:
+            draft.leave(key, "lr_scheduler constant has no warmup there")
+        draft.put("warmup_ratio", 0.0, "lr_scheduler", "no warmup there")
+        return
     if value is None:
         return
     amount = number(value)
