@@ -115,6 +115,19 @@ def test_exact_in_bf16_in_4_bits_and_with_dora(options, model_dir, recorded):
     assert unequal == 0
 
 
+def test_exact_where_heads_are_no_whole_number_of_cache_lines(make_local_model, recorded):
+    odd = {
+        "hidden_size": 60,
+        "intermediate_size": 132,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 22,
+    }
+    unequal, rows = unequal_rows(exact_policy(make_local_model("llama", **odd)), ragged_groups(20), recorded)
+    assert rows >= 20
+    assert unequal == 0
+
+
 def test_values_are_the_models_and_gradients_are_the_ordinary_ones(model_dir):
     exact = exact_policy(model_dir("gemma2"))
     requests = ragged_groups(7)
@@ -204,6 +217,18 @@ def test_frequencies_that_depend_on_length_are_refused(make_local_model):
         exact_policy(make_local_model("llama", rope_parameters=rope))
 
 
+@pytest.mark.parametrize(
+    ("changes", "options", "width"),
+    [
+        ({"intermediate_size": 130}, {}, r"down_proj has 130"),
+        ({}, {"adapter": "lora", "lora_r": 6}, r"lora_B.default has 6"),
+    ],
+)
+def test_inputs_whose_place_in_memory_moves_the_rounding_are_refused(changes, options, width, make_local_model):
+    with pytest.raises(ModelError, match=rf"{width} inputs, no multiple of 4"):
+        exact_policy(make_local_model("llama", **changes), **options)
+
+
 class TwoProcesses(SingleProcess):
     world_size = 2
 
@@ -211,3 +236,28 @@ class TwoProcesses(SingleProcess):
 def test_a_policy_that_is_to_be_sharded_is_refused(model_dir):
     with pytest.raises(ModelError, match=r"rollout\.exact: true with 2 processes"):
         exact_policy(model_dir("qwen3")).distribute(TwoProcesses())
+
+
+@pytest.fixture
+def exact_run(train, runner):
+    """The logged steps of a short GRPO run."""
+    return lambda **options: runner.rows(train("grpo", max_steps=4, **options))
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_in_a_run_sampler_and_trainer_differ_by_nothing(adapter, exact_run):
+    correction = {"importance_sampling_correction": "token_truncate"}
+    exact = exact_run(adapter=adapter, rollout={"exact": True}, **correction)
+    assert [step["sync/canary_gap"] for step in exact] == [0.0] * 4
+    assert [step["sampling/sampling_logp_difference/mean"] for step in exact] == [0.0] * 4
+    assert [step["sampling/importance_sampling_ratio/mean"] for step in exact] == [1.0] * 4
+    ordinary = exact_run(adapter=adapter, **correction)
+    assert max(step["sync/canary_gap"] for step in ordinary) > 0.0
+
+
+def test_the_ratio_of_weights_that_did_not_move_is_exactly_1(exact_run):
+    """Its first pass is 1 by definition; this is the second, which divides what the trainer finds by what was sampled."""
+    steps = exact_run(rollout={"exact": True}, num_iterations=2, learning_rate=1e-30)
+    ratios = [step["importance_ratio/max"] for step in steps if "importance_ratio/max" in step]
+    assert ratios
+    assert set(ratios) == {1.0}

@@ -29,6 +29,8 @@ TILE_ROWS: Mapping[str, int] = {
     "qwen3_moe": 1,
 }
 """Model types that this is tested for, and the tokens of a tile."""
+_MULTIPLE = 4
+"""Float32 numbers of 16 bytes. Kernels for small products round otherwise where a row does not begin at such an address."""
 FILLER = 0
 """The place in a `TokenStore` of the rows that only fill a tile."""
 
@@ -42,10 +44,24 @@ def refuse_unless_exact(model: Any, ragged: bool) -> None:
     elif length_rule(model.config) is not None:
         reason = f"the rotary embedding of this {kind} changes with the length of a sequence"
     elif device != "cpu":
-        reason = f"the model is on {device}, and only a CPU's kernels are known to round alike; or set use_cpu: true"
+        reason = f"the model is on {device}, and it is tested on CPUs alone"
+    elif uneven := _uneven_inputs(model):
+        name, width = uneven
+        reason = (
+            f"{name} has {width} inputs, no multiple of {_MULTIPLE}, so that its rounding depends on a row's place in memory "
+            f"(of a LoRA adapter that is lora_r)"
+        )
     else:
         return
     raise ModelError(f"rollout.exact: true: {reason}; set rollout.exact: false")
+
+
+def _uneven_inputs(model: Any) -> tuple[str, int] | None:
+    """A linear whose rows of inputs do not all begin alike in memory, where a tile has several."""
+    if TILE_ROWS[model.config.get_text_config().model_type] == 1:
+        return None
+    linears = ((name, m.in_features) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear))
+    return next(((name, width) for name, width in linears if width % _MULTIPLE), None)
 
 
 class TokenStore:
@@ -77,6 +93,8 @@ class TokenStore:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttendOptions
     ) -> torch.Tensor:
         """Shapes: query [1, Hq, R, D], key and value [1, Hkv, R, D] → [1, Hq, R, D]."""
+        out_width = value.shape[-1]
+        query, key, value = (_aligned(tensor) for tensor in (query, key, value))
         keys, values = self._write(layer, key, value)
         num_kv, rows, width = key.shape[1:]
         batch = num_kv * rows
@@ -98,7 +116,8 @@ class TokenStore:
             total += weight.sum(-1, keepdim=True)
             out += weight.to(values.dtype) @ values[:, place_RB].view(batch, BLOCK, -1)
         out = (out / total).to(value.dtype)
-        return out.view(num_kv, rows, -1, out.shape[-1]).transpose(1, 2).reshape(1, -1, rows, out.shape[-1])
+        out = out.view(num_kv, rows, -1, out.shape[-1])[..., :out_width]
+        return out.transpose(1, 2).reshape(1, -1, rows, out_width)
 
     def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if layer == len(self._keys):
@@ -117,6 +136,11 @@ class TokenStore:
                 hidden_RK |= age_RK >= window.reach(self._positions_R)[:, None]
             self._hidden[window] = hidden_RK
         return self._hidden[window]
+
+
+def _aligned(heads: torch.Tensor) -> torch.Tensor:
+    """Heads whose width is a whole number of cache lines, zeros behind: a product's kernel depends on where in memory it begins."""
+    return torch.nn.functional.pad(heads, (0, -heads.shape[-1] % 32))
 
 
 class TiledForward:

@@ -110,8 +110,6 @@ def load_policy(
     # Whether the layout fits is no question of rounding, which in bf16 sends a token to another expert.
     with in_float32(model):
         ragged = ragged_is_exact(model)
-    if exact:
-        refuse_unless_exact(model, ragged)
     if ragged:
         model.set_attn_implementation(attention.NAME)
     else:
@@ -128,6 +126,8 @@ def load_policy(
     if trainable and keys.gradient_checkpointing:
         adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     adapted.eval()
+    if exact:
+        refuse_unless_exact(adapted, ragged)
     policy = Policy(
         adapted, tokenizer, placement, ragged=ragged, source=keys.base_model, under=under, base_moved=moved, exact=exact
     )
