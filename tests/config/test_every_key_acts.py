@@ -30,7 +30,6 @@ ELSEWHERE = {
     "reward_workers": "how many score at once; tests/rewards/test_workers.py",
     "importance_sampling_cap": "binds where sampler and trainer disagree, which they do not here; tests/objectives/test_ratios.py",
     "allow_uncorrected": "with another engine than ours; tests/config/test_rollout.py",
-    "rollout": "another engine; each of its keys: tests/recipes/test_engines.py",
     "rollout_batch_size": "a completion does not depend on its company; tests/rollout/test_contract.py",
     "reward_check": "whether a pipeline certifies; tests/pipeline/test_run.py",
 }
@@ -171,6 +170,8 @@ FLIPS = {
         ),
         Flip("soft_overlong_cache", 3, {"stop": list("aeiou ")}),
         Flip("importance_sampling_correction", "token_truncate"),
+        # Of its other keys, which are another engine's: tests/recipes/test_engines.py.
+        Flip("rollout", {"exact": True}),
         Flip("reward_check_steps", 1, {"reward_funcs": ["DATA/rewards.py:last_digit"]}),
     ],
 }
@@ -179,7 +180,7 @@ FLIPS = {
 QUICK = {
     "sft": ("min_lr_ratio", "load_in_4bit", "train_on"),
     "dpo": ("label_smoothing",),
-    "grpo": ("stop", "scale_rewards", "soft_overlong_cache"),
+    "grpo": ("stop", "scale_rewards", "soft_overlong_cache", "rollout"),
 }
 CASES = [
     pytest.param(kind, flip, id=f"{kind}-{flip.key}", marks=() if flip.key in QUICK[kind] else pytest.mark.slow)

@@ -28,3 +28,8 @@ def test_the_correction_follows_the_engine(options, chosen):
 def test_another_engine_is_not_left_uncorrected_unasked():
     with pytest.raises(ValueError, match=r"off with rollout.engine: vllm, .* set allow_uncorrected: true beside it"):
         GRPOKeys.model_validate(BASE | {"rollout": {"engine": "vllm"}, "importance_sampling_correction": "off"})
+
+
+def test_exact_log_probs_are_the_embedded_engines_alone():
+    with pytest.raises(ValueError, match=r"rollout.exact: true with rollout.engine: vllm; .* set exact: false"):
+        GRPOKeys.model_validate(BASE | {"rollout": {"engine": "vllm", "exact": True}})

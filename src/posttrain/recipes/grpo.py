@@ -59,7 +59,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     ptx = PtxRows(load_sft(keys, tokenizer, sources=keys.ptx_datasets), keys) if keys.ptx_datasets else None
     stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
     decode = decoder(tokenizer)
-    policy = load_policy(keys, tokenizer=tokenizer).without_dropout()
+    policy = load_policy(keys, tokenizer=tokenizer, exact=keys.rollout.exact).without_dropout()
     if keys.beta:
         policy.freeze_reference()
     engine = stage.until_done(
