@@ -5,7 +5,7 @@ from importlib import metadata
 import pytest
 
 from posttrain.errors import RegistryError
-from posttrain.files import digest_bytes
+from posttrain.files import digest_bytes, digest_json
 from posttrain.registry import Manifest, check_chain, environment_pins
 
 
@@ -44,3 +44,17 @@ def test_environment_pins_are_those_of_this_process():
     assert pins["packages"] == {"numpy": metadata.version("numpy")}
     assert environment_pins()["packages"]["numpy"] == metadata.version("numpy")
     assert pins["cpu"]["model"] or pins["machine"]
+
+
+def test_a_manifest_from_before_it_said_so_keeps_its_digest_and_needs_a_certificate_if_it_was_grpo():
+    """The digest is of the record as it was stored, without `rewarded`."""
+    record = {"stage": "grpo", "inputs": {"model": "a"}, "outputs": {"model": "b"}, "parent": None, "details": {}}
+    stored = Manifest.from_json(record)
+    assert stored.to_json() == record and stored.digest == digest_json(record)
+    assert stored.needs_certificate and not Manifest.from_json(record | {"stage": "sft"}).needs_certificate
+
+
+@pytest.mark.parametrize("rewarded", [True, False])
+def test_a_manifest_says_itself_whether_its_model_needs_a_certificate(rewarded):
+    made = Manifest("ppo", {"model": "a"}, {"model": "b"}, rewarded=rewarded)
+    assert Manifest.from_json(made.to_json()) == made and made.needs_certificate is rewarded

@@ -88,9 +88,15 @@ def available_verbs() -> list[str]:
 
 
 def load_verb(verb: str) -> Any:
-    """Import a verb and build its command."""
-    module, attribute, help_text = VERBS[verb]
-    target = getattr(importlib.import_module(module), attribute)
+    """Import a verb and build its command; a kind of stage without a row is a verb too."""
+    if verb in VERBS:
+        module, attribute, help_text = VERBS[verb]
+        target = getattr(importlib.import_module(module), attribute)
+    else:
+        from posttrain.cli.train import stage_verb
+
+        target = stage_verb(verb)
+        help_text = target.__doc__
     if isinstance(target, typer.Typer):
         command = typer.main.get_command(target)
     else:
@@ -101,6 +107,12 @@ def load_verb(verb: str) -> Any:
     return command
 
 
+def _is_a_kind(name: str) -> bool:
+    from posttrain.config.kinds import STAGE_KINDS
+
+    return name in STAGE_KINDS
+
+
 class LazyGroup(TyperGroup):
     """Lists the verbs from the table; imports the one that is called."""
 
@@ -108,10 +120,10 @@ class LazyGroup(TyperGroup):
         return available_verbs()
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """A verb by its line of help only."""
-        if cmd_name not in available_verbs():
-            return None
-        return TyperCommand(name=cmd_name, help=VERBS[cmd_name][2])
+        """A verb by its line of help only; a kind of stage that has no row among the verbs as it is."""
+        if cmd_name in available_verbs():
+            return TyperCommand(name=cmd_name, help=VERBS[cmd_name][2])
+        return load_verb(cmd_name) if _is_a_kind(cmd_name) else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         if args and args[0] in OTHER_WORDS and args[0] not in VERBS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -58,6 +59,19 @@ def grpo(
 ) -> None:
     """Run one stage of RL with verifiable rewards."""
     _single("grpo", config, set_, on_change, _shown(quiet, verbose))
+
+
+def stage_verb(kind: str) -> Callable[..., None]:
+    """The verb of a kind of stage. Raises: ConfigError if there is no such kind."""
+    from posttrain.config.kinds import stage_kind
+
+    def verb(
+        config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False, verbose: Verbose = False
+    ) -> None:
+        _single(kind, config, set_, on_change, _shown(quiet, verbose))
+
+    verb.__doc__ = stage_kind(kind).help
+    return verb
 
 
 def _single(kind: str, config: Path, set_: list[str] | None, on_change: OnChange, shown: Shown) -> None:
