@@ -47,6 +47,8 @@ class EvalReport:
     items: tuple[ItemRecord, ...]
     decoding: Mapping[str, Any] = field(default_factory=dict[str, Any])
     wall_s: float = 0.0
+    engine: str = ""
+    """Name and version of what sampled the answers; empty for the embedded engine."""
 
     @property
     def mean(self) -> float:
@@ -59,7 +61,8 @@ class EvalReport:
 
     def _header(self) -> dict[str, Any]:
         names = ("suite", "split", "suite_digest", "model_digest", "scorer")
-        return {name: getattr(self, name) for name in names} | {"decoding": dict(self.decoding)}
+        header = {name: getattr(self, name) for name in names} | {"decoding": dict(self.decoding)}
+        return header | ({"engine": self.engine} if self.engine else {})
 
     def save(self, folder: Path) -> None:
         """Write `report.json` and `items.jsonl` into `folder`, all or nothing."""

@@ -1,13 +1,32 @@
 """From the keys of a stage to the engine that it samples with."""
 
+import json
+from dataclasses import replace
+from importlib.util import find_spec
+
 import pytest
 
+from posttrain.config.pipeline import SuiteKeys
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import GRPOKeys
 from posttrain.distributed.topology import SingleProcess
 from posttrain.errors import ConfigError
+from posttrain.evals.suite import load_suite
+from posttrain.evidence import EvalReport
+from posttrain.gate.pairing import PairingError, pair
 from posttrain.models.load import load_tokenizer
-from posttrain.recipes.engines import EngineSource, _Ask, _vllm_options, make_engine
+from posttrain.recipes.engines import EngineSource, _Ask, _vllm_options, make_engine, named_engine
+from posttrain.recipes.evaluate import evaluate
+
+NEEDS_VLLM = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make setup-vllm")
+
+
+@pytest.fixture
+def in_process():
+    """vLLM looks at a model's class in a process of its own, which imports everything once more."""
+    import vllm.model_executor.models.registry as registry
+
+    registry._run_in_subprocess = lambda look: look()
 
 
 @pytest.fixture
@@ -62,3 +81,39 @@ def test_several_processes_do_not_each_hold_a_vllm(keys):
 
     with pytest.raises(ConfigError, match="samples in the training process, and there are 2 of them"):
         make_engine(EngineSource(keys()), Two(), keys=RolloutKeys(engine="vllm"))
+
+
+def test_an_eval_names_its_engine_unless_it_is_ours():
+    assert named_engine(RolloutKeys()) == ""
+
+
+@NEEDS_VLLM
+@pytest.mark.xdist_group("vllm")
+def test_a_report_of_another_engine_is_measured_anew_and_never_compared(keys, tmp_path, in_process):
+    rows = [
+        {"id": str(n), "prompt": f"{n} and", "target": "e", "scorer": "contains", "split": "gate"} for n in range(3)
+    ]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suites = [(load_suite("s", tmp_path / "s.jsonl"), SuiteKeys(path=str(tmp_path / "s.jsonl"), max_tokens=4))]
+    ours = evaluate(keys(), suites, "gate", tmp_path / "evals")["s"]
+    vllm = RolloutKeys(engine="vllm", memory_gib=0.1)
+    theirs = evaluate(keys(), suites, "gate", tmp_path / "evals", rollout=vllm)["s"]
+    assert (ours.engine, theirs.engine) == ("", named_engine(vllm))
+    assert [item.completions for item in ours.items] == [item.completions for item in theirs.items]
+    assert EvalReport.load(tmp_path / "evals" / "s-gate") == theirs
+    with pytest.raises(PairingError, match=r"engine differs: candidate vllm 0\..*, baseline embedded"):
+        pair(replace(theirs, model_digest="another"), ours, "gate")
+
+
+@NEEDS_VLLM
+@pytest.mark.xdist_group("vllm")
+def test_a_stage_samples_with_vllm_and_trains_on_it(train, in_process):
+    folder = train("grpo", rollout={"engine": "vllm", "memory_gib": 0.1}, max_steps=3, eval_steps=2, top_p=0.9)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["sync/moved_bytes"] > 0
+        assert row["sync/canary_gap"] < 1e-4
+    # With a cut, what a token was drawn from is not what the trainer computes.
+    assert rows[0]["sampling/sampling_logp_difference/mean"] > 1e-3
+    assert rows[0]["sampling/importance_sampling_ratio/mean"] < 1

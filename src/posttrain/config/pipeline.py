@@ -9,6 +9,7 @@ from pydantic import SerializeAsAny, field_validator, model_validator
 
 from posttrain.config.kinds import STAGE_KINDS, stage_kind
 from posttrain.config.knob import Keys, knob
+from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import TrainKeys
 from posttrain.names import FREE, STRICT, NameRule, kept_alias
 
@@ -158,6 +159,7 @@ class PipelineKeys(Keys):
     base_model: str = knob(..., "Where the first stage starts: a local folder, a hub id, or a version of the registry (`NAME@ALIAS`, `NAME@3`, `alias:NAME`).", also="model_name_or_path (TRL, LLaMA-Factory)", example="./base")
     stages: list[ConfiguredStage] = knob(..., "The stages in order; each starts from the one before.", min_length=1, example=[{"sft": {"datasets": [{"path": "data/sft.jsonl"}]}}])
     evals: dict[str, SuiteKeys] = knob({}, "Suites by name: `NAME: path` or `NAME: {path, num_samples, …}`.", example={"heldout": "evals/heldout.jsonl"})
+    eval_rollout: RolloutKeys = knob(RolloutKeys(), "The engine that answers the suites; keys as those of `rollout` in a grpo stage. Reports of two engines are never compared.", example={"engine": "vllm"})
     gate: GateKeys | None = knob(None, "The gate after the last stage.")
     register_: RegisterKeys | None = knob(None, "Where a model that passed is registered.", alias="register")
     stop_when: Literal["end", "gate_passes"] = knob("end", "`gate_passes` judges every stage and ends at the first that passes.")

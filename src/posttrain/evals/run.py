@@ -17,7 +17,7 @@ from posttrain.files import digest_json
 from posttrain.grading.scorers import SCORERS
 from posttrain.grading.source import split_spec
 from posttrain.protocols import Engine
-from posttrain.types import Completion, Request, SamplingParams, Text, in_order
+from posttrain.types import Completion, EngineInfo, Request, SamplingParams, Text, in_order
 
 _ITEMS_PER_CALL = 256
 
@@ -84,7 +84,7 @@ class Evaluator:
         return EvalReport(
             suite=suite.name, split=split, suite_digest=suite.digest(split, decoding), model_digest=self.model_digest,
             scorer=suite.scorer, items=tuple(records[item.id] for item in items), decoding=decoding,
-            wall_s=time.monotonic() - started,
+            wall_s=time.monotonic() - started, engine=named(self.engine.describe()),
         )  # fmt: skip
 
     def _sampled(self, items: Sequence[Item], keys: SuiteKeys, suite: Suite) -> Iterator[ItemRecord]:
@@ -146,6 +146,11 @@ def _record(
         cluster=item.cluster, completions=tuple(texts), finishes=tuple(c.finish for c in completions),
         num_tokens=tuple(len(c.ids) for c in completions), error=next((reason for _, reason in scores if reason), None),
     )  # fmt: skip
+
+
+def named(engine: EngineInfo) -> str:
+    """As a report names it."""
+    return "" if engine.name == "embedded" else f"{engine.name} {engine.version}"
 
 
 def decoding_of(keys: SuiteKeys) -> dict[str, Any]:

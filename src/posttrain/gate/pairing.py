@@ -70,6 +70,9 @@ def _same_measurement(candidate: EvalReport, baseline: EvalReport, split: str) -
     ):
         if left != right:
             raise PairingError(f"{what} differs: candidate {left}, baseline {right}; evaluate both on the same suite")
+    if candidate.engine != baseline.engine:
+        engines = f"candidate {candidate.engine or 'embedded'}, baseline {baseline.engine or 'embedded'}"
+        raise PairingError(f"engine differs: {engines}; evaluate both with the same one (eval_rollout)")
     if candidate.split != split:
         raise PairingError(f"reports are on split {candidate.split!r}, the gate decides on {split!r}")
     if candidate.model_digest == baseline.model_digest:

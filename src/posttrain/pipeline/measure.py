@@ -49,7 +49,13 @@ class Evals:
         if suites and self.topology.is_main:
             check_same(model)
             reports = evaluate(
-                model_keys(self.keys, model.path), self._of(suites), split, folder, self.shown, digest=model.digest
+                model_keys(self.keys, model.path),
+                self._of(suites),
+                split,
+                folder,
+                self.shown,
+                digest=model.digest,
+                rollout=self.keys.eval_rollout,
             )
             if (name, split) not in self._announced:
                 self.say(f"evals of {name}: {summary(reports)}")
@@ -65,7 +71,14 @@ class Evals:
             varied = [(suite, keys.model_copy(update={"seed": keys.seed + number})) for suite, keys in self._of(suites)]
             check_same(model)
             evaluate(
-                model_keys(self.keys, model.path), varied, split, folder, self.shown, order=number, digest=model.digest
+                model_keys(self.keys, model.path),
+                varied,
+                split,
+                folder,
+                self.shown,
+                order=number,
+                digest=model.digest,
+                rollout=self.keys.eval_rollout,
             )
         self.topology.barrier()
         return _stored(folder, suites, split)

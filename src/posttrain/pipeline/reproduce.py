@@ -14,6 +14,7 @@ from posttrain.config.draft import StageKeys
 from posttrain.config.load_pipeline import load_pipeline
 from posttrain.config.pipeline import ConfiguredStage, PipelineKeys, SuiteKeys
 from posttrain.config.resolved import apply_changes
+from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import ModelKeys
 from posttrain.distributed.topology import SingleProcess
 from posttrain.errors import PosttrainError
@@ -166,7 +167,9 @@ def _measured(
         return None
     keys = SuiteKeys(path=str(file), **like.decoding)
     loading = ModelKeys(base_model=str(model), **how)
-    return evaluate(loading, [(load_suite(name, file), keys)], like.split, version.scratch / where)[name]
+    engine = RolloutKeys.model_validate({"engine": like.engine.partition(" ")[0] or "embedded"})
+    suites = [(load_suite(name, file), keys)]
+    return evaluate(loading, suites, like.split, version.scratch / where, rollout=engine)[name]
 
 
 def _read(config: Path) -> Mapping[str, Any]:

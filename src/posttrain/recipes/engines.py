@@ -24,7 +24,7 @@ from posttrain.rollout.embedded import EmbeddedEngine, score_sequences
 from posttrain.rollout.replica import replica
 from posttrain.rollout.vllm.adapter import served_rank
 from posttrain.rollout.vllm.engine import VLLMEngine
-from posttrain.rollout.vllm.options import VLLMOptions
+from posttrain.rollout.vllm.options import VLLMOptions, require_vllm
 from posttrain.types import SamplingParams
 
 _ROWS = 64
@@ -108,6 +108,11 @@ def make_engine(
     """The engine that a stage, an eval, a certificate or a chat samples with. Where the policy is sharded, before that is done."""
     ask = _Ask(source, keys or RolloutKeys(), rows, topology or SingleProcess())
     return ENGINES[ask.keys.engine](ask)
+
+
+def named_engine(keys: RolloutKeys) -> str:
+    """As an eval report names what `make_engine` makes of these keys. Raises: MissingExtraError."""
+    return "" if keys.engine == "embedded" else f"{keys.engine} {require_vllm()}"
 
 
 def sampling_params(keys: SamplingKeys) -> SamplingParams:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from posttrain.config.pipeline import SuiteKeys
+from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import ModelKeys
 from posttrain.data.messages import parse_messages
 from posttrain.data.render import chat_ids
@@ -16,7 +18,8 @@ from posttrain.evals.suite import Item, Suite
 from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.models.load import load_tokenizer
 from posttrain.models.provenance import source_digest
-from posttrain.recipes.engines import EngineSource, make_engine
+from posttrain.protocols import Engine
+from posttrain.recipes.engines import EngineSource, make_engine, named_engine
 from posttrain.rewards.workers import RewardPool
 from posttrain.rollout.sampling import request_seed
 from posttrain.types import Origin, Text
@@ -61,30 +64,31 @@ def evaluate(
     *,
     order: int = 0,
     digest: str | None = None,
+    rollout: RolloutKeys | None = None,
 ) -> dict[str, EvalReport]:
     """Reports by suite, written to `folder/<suite>-<split>/`. The model is loaded only if one is missing there.
 
     Of a split such as `gate+reserve` only what the report on `gate` does not hold yet is measured. Another `order` asks
-    in another order and in smaller batches. `digest` is the model's, where it is known.
+    in another order and in smaller batches. `digest` is the model's, where it is known; `rollout` the engine that answers, ours where none is named.
     """
-    digest = digest or source_digest(model.base_model)
+    digest, rollout = digest or source_digest(model.base_model), rollout or RolloutKeys()
+    engine = named_engine(rollout)
     reports: dict[str, EvalReport] = {}
     missing: list[tuple[Suite, SuiteKeys]] = []
     for suite, keys in suites:
         report = _stored(folder / f"{suite.name}-{split}")
-        if report is not None and (report.model_digest, report.suite_digest) == (
-            digest,
-            suite.digest(split, decoding_of(keys)),
-        ):
+        if report is not None and _is_of(report, digest, suite.digest(split, decoding_of(keys)), engine):
             reports[suite.name] = report
         else:
             missing.append((suite, keys))
     if missing:
-        evaluator = _evaluator(model, digest, progress, _ROWS if not order else _ROWS // 4)
-        for suite, keys in missing:
-            known = _known(suite, keys, split, digest, folder)
-            reports[suite.name] = evaluator.run(suite, keys, split, known=known, order=order)
-            reports[suite.name].save(folder / f"{suite.name}-{split}")
+        rows = _ROWS if not order else _ROWS // 4
+        with closing(make_engine(EngineSource(model), keys=rollout, rows=rows)) as sampler:
+            evaluator = _evaluator(sampler, model, digest, progress)
+            for suite, keys in missing:
+                known = _known(suite, keys, split, folder, (digest, engine))
+                reports[suite.name] = evaluator.run(suite, keys, split, known=known, order=order)
+                reports[suite.name].save(folder / f"{suite.name}-{split}")
     return {suite.name: reports[suite.name] for suite, _ in suites}
 
 
@@ -92,18 +96,22 @@ def summary(reports: Mapping[str, EvalReport]) -> str:
     return ", ".join(f"{name} {report.mean:.3f}" for name, report in reports.items())
 
 
-def _known(suite: Suite, keys: SuiteKeys, split: str, model_digest: str, folder: Path) -> dict[str, ItemRecord]:
-    """Records of the first of several splits, if this model was measured on it as it is now."""
+def _is_of(report: EvalReport, model_digest: str, suite_digest: str, engine: str) -> bool:
+    return (report.model_digest, report.suite_digest, report.engine) == (model_digest, suite_digest, engine)
+
+
+def _known(suite: Suite, keys: SuiteKeys, split: str, folder: Path, measured: tuple[str, str]) -> dict[str, ItemRecord]:
+    """Records of the first of several splits, if this model was measured on it as it is now, by this engine."""
     first = split.split("+")[0]
     report = _stored(folder / f"{suite.name}-{first}") if first != split else None
     if report is None:
         return {}
-    same = (report.model_digest, report.suite_digest) == (model_digest, suite.digest(first, decoding_of(keys)))
+    model_digest, engine = measured
+    same = _is_of(report, model_digest, suite.digest(first, decoding_of(keys)), engine)
     return {item.id: item for item in report.items} if same else {}
 
 
-def _evaluator(model: ModelKeys, digest: str, progress: Shown | None, rows: int) -> Evaluator:
-    engine = make_engine(EngineSource(model), rows=rows)
+def _evaluator(engine: Engine, model: ModelKeys, digest: str, progress: Shown | None) -> Evaluator:
     return Evaluator(
         engine, TokenizerCodec(load_tokenizer(model)), digest, request_seed,
         progress or (lambda name, done, total: None), score_own=score_in_workers,
