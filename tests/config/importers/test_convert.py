@@ -156,6 +156,10 @@ def test_the_stage_comes_from_the_keys(tmp_path, line, kind):
             "chat_template: chatml\ntest_datasets: [{path: a/b, type: nonsense}]",
             "test_datasets.1.type: nonsense: a prompt style",
         ),
+        (
+            "test_datasets: [{path: a/b, type: chat_template, split_thinking: true}]",
+            "test_datasets.1.split_thinking: True: it has",
+        ),
         ("plugins: [axolotl.integrations.kd.KDPlugin]", "plugins: axolotl.integrations.kd.KDPlugin: what it does"),
     ],
 )

@@ -22,7 +22,7 @@ _FILE_TYPES = ("json", "jsonl", "csv", "parquet", "text", "arrow")
 _KNOWN = frozenset({"path", "type", "split", "name", "data_files", "ds_type", "field", "field_messages", "message_property_mappings", "message_field_role",
                     "message_field_content", "message_field_training", "roles", "roles_to_train", "train_on_eos", "chat_template", "chat_template_jinja", "field_tools",
                     "field_thinking", "template_thinking_key", "train_on_inputs", "field_chosen", "field_rejected", "conversation", "text_column"})  # fmt: skip
-_HARMLESS = frozenset({"trust_remote_code", "preprocess_shards", "shards_idx", "split_thinking", "streaming"})
+_HARMLESS = frozenset({"trust_remote_code", "preprocess_shards", "shards_idx", "streaming"})
 _ROLES = {
     "system": "system",
     "user": "user",
