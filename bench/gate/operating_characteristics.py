@@ -17,7 +17,7 @@ from enumeration import percent, rates, shipped_by_estimate, worst_size, write_b
 
 from posttrain.gate.measure import CLUSTERED, measure
 from posttrain.gate.paired import fit_t
-from posttrain.gate.pairing import Pairs
+from posttrain.gate.pairing import PairedItems
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "gate.md"
 START, END = "<!-- operating characteristics: start -->", "<!-- operating characteristics: end -->"
@@ -68,7 +68,7 @@ def clustered_table(margin: float, icc: float, items_per_cluster: int) -> list[s
             for _ in range(NUM_CLUSTERED_TRIALS):
                 shared = rng.normal(0, spread * math.sqrt(icc), num_clusters)[cluster]
                 values = gain + shared + rng.normal(0, spread * math.sqrt(1 - icc), n)
-                pairs = Pairs(values, np.zeros(n), cluster, num_clusters, binary=False)
+                pairs = PairedItems(values, np.zeros(n), cluster, num_clusters, binary=False)
                 for rule, passes in (
                     ("gate", measure(CLUSTERED, pairs, -margin, ALPHA).bound > -margin),
                     ("naive", fit_t(values).lower(ALPHA) > -margin),

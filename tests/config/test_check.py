@@ -3,7 +3,7 @@ from typing import Literal
 
 from posttrain.config.check import build
 from posttrain.config.knob import Keys, knob
-from posttrain.config.settings import Origin, Problems, Settings
+from posttrain.config.settings import KeyOrigin, Problems, Settings
 
 
 class Inner(Keys):
@@ -26,8 +26,8 @@ def problems_of(**values):
     problems = Problems()
     settings = Settings(
         values,
-        {(key,): Origin(f"a.yaml:{line}", "", line) for line, key in enumerate(values, 2)},
-        Origin("a.yaml:1", ""),
+        {(key,): KeyOrigin(f"a.yaml:{line}", "", line) for line, key in enumerate(values, 2)},
+        KeyOrigin("a.yaml:1", ""),
     )
     built = build(Outer, settings, "gate", Path(), problems, [])
     assert (built is None) == bool(problems.found)

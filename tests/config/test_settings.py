@@ -1,6 +1,14 @@
 import pytest
 
-from posttrain.config.settings import Origin, Problems, Settings, apply_override, dotted, parse_overrides, read_settings
+from posttrain.config.settings import (
+    KeyOrigin,
+    Problems,
+    Settings,
+    apply_override,
+    dotted,
+    parse_overrides,
+    read_settings,
+)
 from posttrain.errors import ConfigError
 
 
@@ -24,7 +32,7 @@ def test_names_count_places_from_1():
 
 def test_put_replaces_the_origins_below(tmp_path):
     read = settings(tmp_path, "a: {b: 1}\n")
-    new = Origin("--set", "--set")
+    new = KeyOrigin("--set", "--set")
     read.put(("a",), {"c": 2}, new)
     assert read.values == {"a": {"c": 2}}
     assert ("a", "b") not in read.origins
@@ -65,8 +73,8 @@ def test_what_is_handed_down_is_copied_and_keeps_its_name(tmp_path):
 def test_problems_are_sorted_by_line_and_said_once():
     problems = Problems()
     for line in (12, 3, 12):
-        problems.add(Origin(f"a.yaml:{line}", "", line), "x", "wrong")
-    problems.add(Origin("a.yaml:3", "", 3), "x", "wrong; e.g. x: 1")
+        problems.add(KeyOrigin(f"a.yaml:{line}", "", line), "x", "wrong")
+    problems.add(KeyOrigin("a.yaml:3", "", 3), "x", "wrong; e.g. x: 1")
     with pytest.raises(ConfigError) as caught:
         problems.raise_if_any()
     assert str(caught.value) == "a.yaml:3: x: wrong\na.yaml:12: x: wrong"

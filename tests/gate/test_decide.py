@@ -8,7 +8,7 @@ from posttrain.errors import GateError
 from posttrain.evidence import Verdict
 from posttrain.gate import GateSpec, Guard, Primary, decide, plan
 from posttrain.gate.measure import choose, measure
-from posttrain.gate.pairing import Pairs
+from posttrain.gate.pairing import PairedItems
 
 GUARD = GateSpec(guards=(Guard("heldout", 0.05),))
 PRIMARY = GateSpec(primary=(Primary("heldout", 0.05),))
@@ -328,7 +328,7 @@ def test_false_ship_rate_of_the_chosen_test(samples):
     for _ in range(num_trials):
         draws = rng.choice([1, -1, 0], (100, samples), p=[0.05, 0.15, 0.8])
         candidate, baseline = (draws >= 0).mean(axis=1), (draws <= 0).mean(axis=1)
-        pairs = Pairs(candidate, baseline, None, 100, binary=samples == 1)
+        pairs = PairedItems(candidate, baseline, None, 100, binary=samples == 1)
         method = choose(pairs)
         passed += measure(method, pairs, -0.1, 0.05).bound > -0.1
     assert passed <= 11  # P[Bin(100, 0.05) > 11] = 0.004

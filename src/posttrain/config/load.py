@@ -21,7 +21,7 @@ from posttrain.config.pipeline import ConfiguredStage, GateKeys, PipelineKeys, i
 from posttrain.config.resolved import leaves
 from posttrain.config.schema import did_you_mean, keys_of
 from posttrain.config.settings import (
-    Origin,
+    KeyOrigin,
     Override,
     Problems,
     Settings,
@@ -68,14 +68,14 @@ def load_stage(
     Raises: ConfigError naming everything that is wrong, one line each.
     """
     problems, notes = Problems(), list[str]()
-    nothing = Settings({}, {}, Origin("argument", "argument"))
+    nothing = Settings({}, {}, KeyOrigin("argument", "argument"))
     settings, nulls = read_settings(Path(path)) if path is not None else (nothing, frozenset())
     path = Path(path) if path is not None else Path(f"{kind}.yaml")
     folder = take_project(settings, path, problems, project)
     settings, said = in_place(settings, nulls, kind, path, problems)
     notes += said
     for name, value in (given or {}).items():
-        settings.put((name,), value, Origin("argument", "argument"))
+        settings.put((name,), value, KeyOrigin("argument", "argument"))
     model = stage_kind(kind).keys
     if "stages" in settings.values:
         problems.add(settings.origin(("stages",)), "stages", f"this is a pipeline; run it with `posttrain run {path}`")
@@ -92,7 +92,7 @@ def load_stage(
     if keys is not None:
         check_stage(kind, keys, settings, problems, notes)
     if problems.found and marked != kind:
-        problems.add(Origin(str(path), path.name), "", f"if this is meant as {marked}: posttrain {marked} {path}")
+        problems.add(KeyOrigin(str(path), path.name), "", f"if this is meant as {marked}: posttrain {marked} {path}")
     problems.raise_if_any()
     assert keys is not None
     return LoadedStage(kind, keys, path, folder, provenance(keys, settings), tuple(notes))

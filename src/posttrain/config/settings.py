@@ -13,7 +13,7 @@ from posttrain.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class KeyOrigin:
     """Where a value came from: `where` for messages (`runs/train.yaml:7`), `short` for provenance (`train.yaml:7`)."""
 
     where: str
@@ -27,7 +27,7 @@ class Problems:
 
     found: dict[str, int] = field(default_factory=dict)
 
-    def add(self, origin: Origin, name: str, text: str) -> None:
+    def add(self, origin: KeyOrigin, name: str, text: str) -> None:
         says_it_itself = re.match(rf"{re.escape(name)}(?![\w.])", text)
         subject = "" if not name or says_it_itself else f"{name}: "
         line = f"{origin.where}: {subject}{text}"
@@ -50,12 +50,12 @@ class Settings:
     """
 
     values: dict[str, Any]
-    origins: dict[KeyPath, Origin]
-    home: Origin
+    origins: dict[KeyPath, KeyOrigin]
+    home: KeyOrigin
     prefix: str = ""
     shared: set[str] = field(default_factory=set)
 
-    def origin(self, path: KeyPath) -> Origin:
+    def origin(self, path: KeyPath) -> KeyOrigin:
         """Origin of the value at `path`, else of what holds it."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.origins:
@@ -74,7 +74,7 @@ class Settings:
             value = value[step]
         return True
 
-    def put(self, path: KeyPath, value: Any, origin: Origin) -> None:
+    def put(self, path: KeyPath, value: Any, origin: KeyOrigin) -> None:
         """Set the value at `path`, whose holder exists; None removes it."""
         holder: Any = self.values
         for step in path[:-1]:
@@ -94,7 +94,7 @@ class Settings:
     def fill(self, path: KeyPath, value: Any) -> None:
         """Set a default that depends on the file, such as its name; an existing value stays."""
         if not self.has(path):
-            self.put(path, value, Origin(self.home.where, "default", self.home.line))
+            self.put(path, value, KeyOrigin(self.home.where, "default", self.home.line))
 
     def rename(self, old: str, new: str, value: Any) -> None:
         """Read the top-level key `old` as `new: value`."""
@@ -129,8 +129,8 @@ def dotted(path: KeyPath) -> str:
 def read_settings(path: Path) -> tuple[Settings, frozenset[KeyPath]]:
     """The YAML at `path`, and the paths of its null keys. Raises: ConfigError."""
     document = read_yaml(path)
-    origins = {key: Origin(f"{path}:{line}", f"{path.name}:{line}", line) for key, line in document.lines.items()}
-    home = Origin(f"{path}:1", f"{path.name}:1", 1)
+    origins = {key: KeyOrigin(f"{path}:{line}", f"{path.name}:{line}", line) for key, line in document.lines.items()}
+    home = KeyOrigin(f"{path}:1", f"{path.name}:1", 1)
     return Settings(document.data, origins, home), document.nulls
 
 
@@ -175,13 +175,13 @@ class Override:
 
     steps: tuple[str, ...]
     value: Any
-    origin: Origin
+    origin: KeyOrigin
 
 
 def parse_overrides(overrides: Sequence[str], problems: Problems) -> list[Override]:
     parsed: list[Override] = []
     for text in overrides:
-        origin = Origin(f"--set {text}", "--set", _AFTER_THE_FILE)
+        origin = KeyOrigin(f"--set {text}", "--set", _AFTER_THE_FILE)
         key, equals, value = text.partition("=")
         steps = tuple(step.strip() for step in key.split("."))
         if not equals or not all(steps):

@@ -19,7 +19,7 @@ from posttrain.evidence import EvalReport, GateVerdict, TestResult, Verdict
 from posttrain.gate.limits import check_limits, errors_as_wrong
 from posttrain.gate.measure import EXACT, Measurement, Method, choose, measure
 from posttrain.gate.paired import cluster_sums
-from posttrain.gate.pairing import PairingError, Pairs, pair
+from posttrain.gate.pairing import PairedItems, PairingError, pair
 from posttrain.gate.power import (
     MIN_CLUSTERS,
     MIN_ITEMS,
@@ -154,7 +154,7 @@ def _judge(spec: GateSpec, test: Guard | Primary, alpha: float, candidate: Repor
 
 
 def _verdict(
-    spec: GateSpec, test: Guard | Primary, alpha: float, pairs: Pairs, method: Method, found: Measurement
+    spec: GateSpec, test: Guard | Primary, alpha: float, pairs: PairedItems, method: Method, found: Measurement
 ) -> tuple[Verdict, str]:
     num_items = len(pairs.differences)
     if num_items < MIN_ITEMS:
@@ -182,7 +182,7 @@ def _verdict(
     )
 
 
-def _unseen_losses(test: Guard | Primary, alpha: float, pairs: Pairs, method: Method) -> str:
+def _unseen_losses(test: Guard | Primary, alpha: float, pairs: PairedItems, method: Method) -> str:
     """Why a t test or bootstrap on few non-zero differences says too little: rare losses that it cannot have seen ("" if not)."""
     if method is EXACT:
         return ""

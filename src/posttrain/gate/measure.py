@@ -10,7 +10,7 @@ import numpy as np
 
 from posttrain.gate import exact
 from posttrain.gate.paired import fit_bootstrap, fit_t
-from posttrain.gate.pairing import Pairs
+from posttrain.gate.pairing import PairedItems
 from posttrain.gate.power import needed_items, needed_items_for_variance
 
 
@@ -36,11 +36,11 @@ class Method:
     """A row of the table. `needed(line, alpha, power, discordance, spread)` is the number of items it plans with."""
 
     name: str
-    measure: Callable[[Pairs, float, float], Measurement]
+    measure: Callable[[PairedItems, float, float], Measurement]
     needed: Callable[[float, float, float, float, float], int]
 
 
-def _exact(pairs: Pairs, line: float, alpha: float) -> Measurement:
+def _exact(pairs: PairedItems, line: float, alpha: float) -> Measurement:
     good, bad = pairs.discordant
     n = len(pairs.differences)
     low, high = exact.interval(good, bad, n)
@@ -48,7 +48,7 @@ def _exact(pairs: Pairs, line: float, alpha: float) -> Measurement:
     return Measurement(low, high, bound, exact.p_value(good, bad, n, line, alpha), (good + bad) / n)
 
 
-def _t_and_bootstrap(pairs: Pairs, line: float, alpha: float) -> Measurement:
+def _t_and_bootstrap(pairs: PairedItems, line: float, alpha: float) -> Measurement:
     """Both must clear, so the bound is the smaller of the two and the interval the wider."""
     values = pairs.differences
     if pairs.num_clusters < 2 or float(np.ptp(values)) == 0.0:
@@ -75,13 +75,13 @@ PAIRED = Method("paired t + BCa", _t_and_bootstrap, _needed_t)
 CLUSTERED = Method("clustered t + BCa", _t_and_bootstrap, _needed_t)
 
 
-def measure(method: Method, pairs: Pairs, line: float, alpha: float) -> Measurement:
+def measure(method: Method, pairs: PairedItems, line: float, alpha: float) -> Measurement:
     """Rounded to ten decimals, so that another machine's order of summation does not change the record."""
     found = method.measure(pairs, line, alpha)
     return Measurement(*(round(getattr(found, name), _DECIMALS) for name in Measurement.__slots__))
 
 
-def choose(pairs: Pairs) -> Method:
+def choose(pairs: PairedItems) -> Method:
     """Binary, one sample, unclustered: the exact test; anything else t and bootstrap."""
     if pairs.clusters is not None:
         return CLUSTERED

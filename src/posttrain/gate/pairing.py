@@ -21,7 +21,7 @@ class PairingError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Pairs:
+class PairedItems:
     """Scores of both models on the same items, in the order of the item ids."""
 
     candidate: Floats
@@ -41,7 +41,7 @@ class Pairs:
         return int(np.sum(difference > 0)), int(np.sum(difference < 0))
 
 
-def pair(candidate: EvalReport, baseline: EvalReport, split: str) -> Pairs:
+def pair(candidate: EvalReport, baseline: EvalReport, split: str) -> PairedItems:
     """Pair by item id and prompt digest. Raises: PairingError."""
     _same_measurement(candidate, baseline, split)
     left, right = _by_id(candidate, "candidate"), _by_id(baseline, "baseline")
@@ -49,11 +49,11 @@ def pair(candidate: EvalReport, baseline: EvalReport, split: str) -> Pairs:
     return pair_items(left, right)
 
 
-def pair_items(candidate: Mapping[str, ItemRecord], baseline: Mapping[str, ItemRecord]) -> Pairs:
+def pair_items(candidate: Mapping[str, ItemRecord], baseline: Mapping[str, ItemRecord]) -> PairedItems:
     """Pair records that are known to be of the same items, by item id."""
     ids = sorted(candidate)
     clusters, num_clusters = _clusters([candidate[name].cluster for name in ids])
-    return Pairs(
+    return PairedItems(
         candidate=np.array([candidate[name].score for name in ids], dtype=np.float64),
         baseline=np.array([baseline[name].score for name in ids], dtype=np.float64),
         clusters=clusters,

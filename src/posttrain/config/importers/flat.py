@@ -11,7 +11,7 @@ from posttrain.config.importers.read import Foreign, tool_of
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.knob import Keys
 from posttrain.config.schema import keys_of
-from posttrain.config.settings import Origin, Problems, Settings
+from posttrain.config.settings import KeyOrigin, Problems, Settings
 from posttrain.config.yaml_lines import KeyPath
 
 _FOREIGN_KEYS = 3
@@ -49,11 +49,11 @@ def in_place(
     for refusal in draft.refusals:
         problems.add(settings.origin((refusal.key.partition(".")[0],)), refusal.key, f"{refusal.why}; {refusal.todo}")
     problems.raise_if_any()
-    origins: dict[KeyPath, Origin] = {(ours,): _origin(settings, draft, ours) for ours in draft.keys}
+    origins: dict[KeyPath, KeyOrigin] = {(ours,): _origin(settings, draft, ours) for ours in draft.keys}
     return Settings(dict(draft.keys), origins, settings.home), _notes(draft)
 
 
-def _origin(settings: Settings, draft: Draft, ours: str) -> Origin:
+def _origin(settings: Settings, draft: Draft, ours: str) -> KeyOrigin:
     return settings.origin((draft.came_from[ours].partition(".")[0],))
 
 
