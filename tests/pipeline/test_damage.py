@@ -134,3 +134,19 @@ def test_a_damaged_state_that_is_moved_away_costs_nothing(done, damaged, capsys)
         name: digest for name, digest in file_digests(done.out / "stages").items() if not name.endswith("lint.json")
     }
     assert {name: digest for name, digest in models.items() if not name.endswith("lint.json")} == again
+
+
+SHOWN = ["pipeline.json", "gates/final/verdict.json", "stages/01-sft/result.json", "stages/02-grpo/certificate.json"]
+"""What a report is made of."""
+
+
+@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.parametrize("way", ["empty", "cut", "binary"])
+def test_report_shows_the_rest_of_a_damaged_run_and_diff_compares_nothing(done, damaged, capsys, name, way):
+    path = damaged(name, way)
+    code, error = said(capsys, "report", str(done.out))
+    assert (code, len(error.splitlines())) == (64, 1)
+    assert path.name in error and "the page shows the rest" in error
+    code, error = said(capsys, "diff", str(done.out), str(done.out))
+    assert (code, len(error.splitlines())) == (64, 1)
+    assert path.name in error and "cannot be compared" in error

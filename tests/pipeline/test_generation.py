@@ -100,3 +100,16 @@ def test_a_baseline_that_can_never_give_the_alias_is_refused_before_training(mak
         ConfigError, match=r"stage:1 can never give champion.*the base model, since nothing holds it yet"
     ):
         third.run()
+
+
+@pytest.mark.parametrize("ref", ["alias:champion", "yes@1"])
+@pytest.mark.parametrize("verb", ["plan", "data", "eval"])
+def test_plan_data_and_eval_read_a_registered_base_as_run_does(first, capsys, monkeypatch, tmp_path, verb, ref):
+    monkeypatch.chdir(tmp_path)
+    first.values |= {"name": f"never-run-{verb}", "base_model": ref}
+    with pytest.raises(SystemExit) as caught:
+        main([verb, str(first.path)])
+    shown = capsys.readouterr()
+    assert caught.value.code == 0, shown.err
+    if verb != "data":
+        assert f"{first.folder / 'registry' / 'models'}/" in shown.out

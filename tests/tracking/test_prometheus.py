@@ -6,6 +6,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from posttrain.errors import ConfigError
 from posttrain.tracking.prometheus import PrometheusSink
@@ -94,3 +95,26 @@ def test_the_page_keeps_to_the_exposition_format():
     assert {re.match(_NAME, line).group() for line in samples} == set(typed)
     assert 'posttrain_actions_total{stage="a \\"b\\"\\\\\\n",kind="action"} 1' in samples
     assert 'posttrain_actions_total{stage="a \\"b\\"\\\\\\n",kind="rollback"} 1' in samples
+
+
+def test_a_parser_of_prometheus_reads_the_page():
+    """The one of `prometheus_client`: every sample, its labels unescaped, and no family twice."""
+    sink = PrometheusSink(0, stage='a "b"\\\n')
+    try:
+        sink.log(7, {"reward/std": 1e-12, "größe": float("inf"), "kl": float("nan"), "9lives": -3.0})
+        sink.event("finding", 7, {"rule": 'odd "rule"\n', "severity": "hard"})
+        sink.event("action", 7, {"rule": "kl_drift", "message": "beta 0.1"})
+        with _get(sink) as answer:
+            families = list(text_string_to_metric_families(answer.read().decode()))
+    finally:
+        sink.close()
+    names = [family.name for family in families]
+    assert len(names) == len(set(names))
+    samples = {sample.name: sample for family in families for sample in family.samples}
+    assert samples["posttrain_reward_std"].value == 1e-12
+    assert samples["posttrain_gr__e"].value == float("inf")
+    assert samples["posttrain_9lives"].value == -3.0
+    assert samples["posttrain_findings_total"].labels == {
+        "stage": 'a "b"\\\n', "rule": 'odd "rule"\n', "severity": "hard",
+    }  # fmt: skip
+    assert {family.type for family in families} == {"gauge", "counter"}

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from posttrain.cli.json_output import AsJson, echo_json
+from posttrain.cli.model import with_base
 from posttrain.cli.terminal import printable
 from posttrain.errors import ConfigError, DataError
 
@@ -23,18 +25,23 @@ def data(
     ] = None,
     examples: Annotated[int, typer.Option(min=0, help="Rendered rows to show per stage.")] = 3,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show format, rendered rows with the loss mask, lengths, skips and lint findings. Exit code 64 if refused."""
-    console = Console(soft_wrap=True, highlight=False)
+    # For programs the records alone are printed.
+    console = Console(soft_wrap=True, highlight=False, quiet=as_json)
     stages, suites = _stages(config, stage, overrides or [])
-    reports = []
+    reports, records = [], []
     for number, (kind, keys) in enumerate(stages, start=1):
         title = f"{kind} (stage {number} of {len(stages)})" if len(stages) > 1 else kind
-        report = _show_stage(console, title, keys, suites, examples)
+        report, summaries = _show_stage(console, title, keys, suites, examples)
         reports.append(report)
+        records.append({"stage": kind, "sources": [s.to_json() for s in summaries], "lint": report.to_json()})
         if write_clean is not None:
             folder = write_clean / f"{number}-{kind}" if len(stages) > 1 else write_clean
             _write_clean(console, report, keys, folder)
+    if as_json:
+        echo_json(records)
     refusing = dict.fromkeys(finding.rule for report in reports for finding in report.findings if finding.refuses)
     if write_clean is None and refusing:
         raise DataError(
@@ -51,14 +58,16 @@ def _stages(config: Path, stage: str | None, overrides: list[str]) -> tuple[list
     kind = kind_in(config, stage, overrides)
     if kind != "pipeline":
         return [(kind, load_stage(kind, config, overrides).keys)], {}
-    keys = load_pipeline(config, overrides).keys
+    keys = with_base(load_pipeline(config, overrides).keys)
     stages = [(s.kind, s.keys) for s in keys.stages if stage in (None, s.kind)]
     if not stages:
         raise ConfigError(f"--stage {stage}: {config} has {', '.join(s.kind for s in keys.stages)}; name one of them")
     return stages, {name: suite.path for name, suite in keys.evals.items()}
 
 
-def _show_stage(console: Console, title: str, keys: Any, suites: dict[str, str], examples: int) -> Any:
+def _show_stage(
+    console: Console, title: str, keys: Any, suites: dict[str, str], examples: int
+) -> tuple[Any, list[Any]]:
     from posttrain.data.lint import lint_stage, suite_prompts
     from posttrain.data.load import LOADERS
     from posttrain.models.load import load_tokenizer
@@ -87,7 +96,7 @@ def _show_stage(console: Console, title: str, keys: Any, suites: dict[str, str],
     console.print(_text("lint: nothing found" if not report.findings else "lint:"))
     for finding in report.findings:
         console.print(_text(f"  {finding.line()}", style="red" if finding.refuses else "yellow"))
-    return report
+    return report, summaries
 
 
 def _show_row(console: Console, tokenizer: Any, row: Any) -> None:

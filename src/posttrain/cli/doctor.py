@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ import typer
 from posttrain.cli.doctor_run import check_target, durable
 from posttrain.cli.doctor_surface import surface
 from posttrain.cli.findings import Finding, plain_name
+from posttrain.cli.json_output import AsJson, echo_json
 
 _LOW_DISK_BYTES = 2 << 30
 
@@ -48,16 +50,20 @@ def doctor(
     project: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the project lies by now, if it was moved.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Check this machine and its packages, and whether RUN_OR_YAML can run or go on here. Exit code 1 if something is broken."""
     findings = [finding for check in CHECKS for finding in _tried(check)]
     if target is not None:
         findings += _tried(lambda: check_target(target, project))
-    width = max(len(finding.name) for finding in findings)
-    for finding in findings:
-        typer.echo(f"{finding.status:<6}  {finding.name:<{width}}  {finding.text}")
     broken = [finding.name for finding in findings if finding.status == "broken"]
-    typer.echo(f"broken: {', '.join(broken)}" if broken else "nothing is broken")
+    if as_json:
+        echo_json([asdict(finding) for finding in findings])
+    else:
+        width = max(len(finding.name) for finding in findings)
+        for finding in findings:
+            typer.echo(f"{finding.status:<6}  {finding.name:<{width}}  {finding.text}")
+        typer.echo(f"broken: {', '.join(broken)}" if broken else "nothing is broken")
     raise typer.Exit(1 if broken else 0)
 
 

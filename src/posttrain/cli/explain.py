@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from posttrain.cli.json_output import AsJson, echo_json
 from posttrain.config.explain import Explanation, Use, all_keys
 from posttrain.config.explain import explain as explain_key
 
@@ -17,8 +19,12 @@ def explain(
     key: Annotated[
         str | None, typer.Argument(help="A key, e.g. `learning_rate`, `gate.alpha`, or another tool's name for it.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say what a key means, its default, its range and what other tools call it; without a key, list them all."""
+    if as_json:
+        echo_json(all_keys() if key is None else asdict(explain_key(key)))
+        return
     console = Console(soft_wrap=True, highlight=False)
     if key is None:
         for place, names in all_keys().items():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from posttrain.errors import ModelError
 
 if TYPE_CHECKING:
+    from posttrain.config.pipeline import PipelineKeys
     from posttrain.config.stages import ModelKeys
 
 
@@ -21,6 +22,16 @@ def model_keys(model: str) -> ModelKeys:
     if is_adapter(folder) and not (folder / "config.json").exists():
         raise ModelError(is_an_adapter(model))
     return ModelKeys(base_model=str(folder) if folder.is_dir() else model)
+
+
+def with_base(keys: PipelineKeys) -> PipelineKeys:
+    """The keys with a registered version (`NAME@ALIAS`, `alias:NAME`) for a base read as its folder, as `run` reads it."""
+    if "@" not in keys.base_model and not keys.base_model.startswith("alias:"):
+        return keys
+    from posttrain.pipeline.generation import from_version
+    from posttrain.pipeline.state import RunState
+
+    return from_version(keys, RunState.load(Path(keys.output_dir)))[0]
 
 
 def is_adapter(folder: Path) -> bool:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from posttrain.cli.json_output import AsJson, echo_json
+from posttrain.cli.model import with_base
 from posttrain.errors import ConfigError, ModelError
 from posttrain.files import size_text
 
@@ -31,6 +33,7 @@ def plan(
     ] = 0,
     stage: Annotated[str | None, typer.Option(help="Kind of stage; found from the keys if left out.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Estimate memory and step time from the model's config.json. Exit code 1 if a stage cannot fit."""
     from posttrain.planner import ModelShape, cannot_fit
@@ -38,19 +41,33 @@ def plan(
     base_model, stages = _stages(config, stage, overrides or [])
     shape = ModelShape.from_config(read_model_config(base_model))
     target = _target(device)
+    memories = [_memory(shape, kind, keys, target) for kind, keys in stages]
+    refused = any(cannot_fit(memory, target.free_bytes) for memory in memories)
+    if as_json:
+        rows = [_record(kind, memory, target) for (kind, _), memory in zip(stages, memories, strict=True)]
+        echo_json({"base_model": base_model, "num_params": shape.num_params, "on": target.where, "stages": rows})
+        raise typer.Exit(1 if refused else 0)
     typer.echo(
         f"{base_model}: {shape.num_params / 1e6:,.1f}M parameters; on {target.where}, {size_text(target.free_bytes)} free"
     )
-    refused = False
-    for kind, keys in stages:
-        memory = _memory(shape, kind, keys, target)
-        refused = refused or cannot_fit(memory, target.free_bytes)
+    for (kind, keys), memory in zip(stages, memories, strict=True):
         for line in [
             *_memory_lines(kind, memory, base_model, target),
             *_time_lines(shape, memory.workload, keys.model_dump(), target, devices, tokens),
         ]:
             typer.echo(line)
     raise typer.Exit(1 if refused else 0)
+
+
+def _record(kind: str, memory: Any, target: Target) -> dict[str, Any]:
+    """What memory a stage needs, in bytes, as JSON data."""
+    from posttrain.planner import fits
+
+    return {
+        "stage": kind, "trained_params": memory.trained_params, "floor_bytes": memory.floor_bytes,
+        "total_bytes": memory.total_bytes, "parts": dict(memory.parts), "free_bytes": target.free_bytes,
+        "fits": fits(memory, target.free_bytes),
+    }  # fmt: skip
 
 
 def read_model_config(base_model: str) -> dict[str, Any]:
@@ -79,7 +96,7 @@ def _stages(config: Path, stage: str | None, overrides: list[str]) -> tuple[str,
     if kind != "pipeline":
         keys = load_stage(kind, config, overrides).keys
         return keys.base_model, [(kind, keys)]
-    pipeline = load_pipeline(config, overrides).keys
+    pipeline = with_base(load_pipeline(config, overrides).keys)
     return pipeline.base_model, [(s.kind, s.keys) for s in pipeline.stages if stage in (None, s.kind)]
 
 

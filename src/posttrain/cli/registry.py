@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from posttrain.cli.json_output import AsJson, echo_json
 from posttrain.errors import RegistryError
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ app = typer.Typer(name="registry", help="Versions, lineage and promotion.", no_a
 
 Folder = Annotated[Path, typer.Option("--registry", help="Folder of the registry.")]
 Ref = Annotated[str, typer.Argument(metavar="REF", help="NAME@VERSION, NAME@ALIAS or alias:ALIAS.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of lines for people.")]
 Alias = Annotated[str, typer.Option(help="Alias to move.")]
 _DEFAULT = Path("registry")
 EXIT_WAITING = 75
@@ -37,7 +36,7 @@ def list_(
     with open_registry(registry) as book:
         entries = book.entries(name)
         if as_json:
-            _echo_json([_record(entry) for entry in entries])
+            echo_json([_record(entry) for entry in entries])
             return
         for entry in entries:
             typer.echo(_line(entry))
@@ -59,7 +58,7 @@ def show(
             typer.echo(model_card(book, entry.name, entry.version))
             return
         if as_json:
-            _echo_json(_history(book, entry))
+            echo_json(_history(book, entry))
             return
         typer.echo(f"{_line(entry)}\n  path  {entry.path}")
         if (adapter := book.adapter(entry.name, entry.version)) is not None:
@@ -85,7 +84,7 @@ def verify(ref: Ref, registry: Folder = _DEFAULT, as_json: AsJson = False) -> No
         entry = book.find(ref)
         done = book.verify(entry.name, entry.version)
         if as_json:
-            _echo_json(asdict(done))
+            echo_json(asdict(done))
             return
         typer.echo(
             f"{entry.name}@{entry.version}: {done.num_files} files and {done.num_manifests} manifests are intact"
@@ -202,7 +201,3 @@ def _history(book: Registry, entry: RegistryEntry) -> dict[str, Any]:
     adapter = book.adapter(entry.name, entry.version)
     offered = {"adapter_total": None if adapter is None else str(adapter.resolve())}
     return _record(entry) | offered | {"lineage": chain, "verdict": verdict, "events": events}
-
-
-def _echo_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -41,6 +41,13 @@ class SourceSummary:
     notes: dict[str, int] = field(default_factory=dict)
     weight: float | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Without the lines of what was skipped: they may be many."""
+        record = asdict(self)
+        for skipped in record["skipped"].values():
+            del skipped["lines"]
+        return record
+
 
 @dataclass(frozen=True, slots=True)
 class DataSummary:
@@ -56,11 +63,7 @@ class DataSummary:
         return sum(source.loss_tokens for source in self.sources)
 
     def to_json(self) -> dict[str, Any]:
-        """Without the lines of what was skipped: they may be many."""
-        record = asdict(self)
-        for skipped in (s for source in record["sources"] for s in source["skipped"].values()):
-            del skipped["lines"]
-        return record
+        return {"sources": [source.to_json() for source in self.sources], "cache": self.cache}
 
     def lines(self) -> list[str]:
         """The summary as plain lines for a log."""
