@@ -71,7 +71,7 @@ _GRPO: dict[str, Any] = {
     "num_iterations": "num_iterations", "reward_weights": "reward_weights", "mask_truncated_completions": "mask_truncated_completions",
     "importance_sampling_level": "importance_sampling_level",
 }  # fmt: skip
-_GRPO_LEFT = ("use_vllm", "log_completions", "use_liger_loss", "ref_model_mixup_alpha", "ref_model_sync_steps", "num_completions_to_print", "generation_batch_size_hint",
+_GRPO_LEFT = ("use_vllm", "log_completions", "use_liger_loss", "ref_model_mixup_alpha", "ref_model_sync_steps", "num_completions_to_print",
               "rollout_func")  # fmt: skip
 
 

@@ -27,7 +27,6 @@ from posttrain.config.importers.values import (
     KERNELS,
     LOADING,
     MEMORY,
-    OWN_LOOP,
     PADDING,
     PROCESSES,
     SAVING,
@@ -50,12 +49,12 @@ ROWS: dict[str, Row] = {
     **rows(left(LOADING), "overwrite_cache", "buffer_size", "tokenized_path", "cache_dir", "preprocessing_batch_size", "preprocessing_num_workers", "media_dir", "data_shared_file_system"),
     **rows(left(KERNELS), "flash_attn", "enable_liger_kernel", "use_unsloth", "use_unsloth_gc", "use_v1_kernels", "use_kernels", "use_kv_cache", "fused_linear_cross_entropy"),
     **rows(left(MEMORY), "low_cpu_mem_usage", "use_reentrant_gc", "upcast_layernorm", "upcast_lmhead_output", "offload_folder", "use_kt", "kt_config", "kt_cpu_activation",
-           "kt_mode", "kt_optimize_rule", "kt_maxlen", "kt_use_cuda_graph", "kt_force_think", "cpu_infer", "chunk_size", "mode", "ref_model_quantization_bit_hint"),
+           "kt_mode", "kt_optimize_rule", "kt_maxlen", "kt_use_cuda_graph", "kt_force_think", "cpu_infer", "chunk_size", "mode"),
     **rows(left(PROCESSES), "ray_num_workers", "sequence_parallel_size", "sequence_parallel_mode", "use_mca", "master_addr", "master_port"),
     **rows(left(GENERATION), "eval_num_beams", "predict_with_generate", "compute_accuracy", "eval_on_each_dataset", "do_sample", "temperature", "top_p", "top_k", "num_beams",
            "max_length", "max_new_tokens", "repetition_penalty", "length_penalty", "skip_special_tokens", "infer_backend", "infer_dtype", "vllm_maxlen", "vllm_gpu_util",
            "vllm_enforce_eager", "vllm_max_lora_rank", "vllm_config", "sglang_maxlen", "sglang_mem_fraction", "sglang_tp_size", "sglang_config", "sglang_lora_backend",
-           "per_device_eval_batch_size", "generation_max_length", "generation_num_beams", "task", "task_dir", "lang", "n_shot", "save_dir", "default_system_hint", "enable_thinking_hint"),
+           "per_device_eval_batch_size", "generation_max_length", "generation_num_beams", "task", "task_dir", "lang", "n_shot", "save_dir"),
     **rows(left(_IMAGES), "image_max_pixels", "image_min_pixels", "image_do_pan_and_scan", "crop_to_patches", "video_max_pixels", "video_min_pixels", "video_fps", "video_maxlen",
            "use_audio_in_video", "audio_sampling_rate", "freeze_vision_tower", "freeze_multi_modal_projector"),
     **rows(left(SAVING), "export_dir", "export_size", "export_device", "export_quantization_bit", "export_quantization_dataset", "export_quantization_nsamples",
@@ -156,7 +155,6 @@ ROWS: dict[str, Row] = {
     "eval_steps": joint("eval_steps"),
     "eval_strategy": joint("eval_steps"),
     "evaluation_strategy": joint("eval_steps"),
-    **rows(left(OWN_LOOP), "early_stopping_steps_hint"),
 }  # fmt: skip
 
 _LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}

@@ -53,7 +53,7 @@ TRAINER: dict[str, Row] = {
            "num_completions_to_print", "wandb_log_unique_prompts", "wandb_entity", "wandb_project", "wandb_run_group",
            "log_unique_prompts", "log_completions_hub_repo"),
     **rows(left(LOADING), "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers",
-           "dataset_num_proc", "preprocessing_num_workers", "remove_unused_columns", "dataset_text_field_num_proc", "preprocessing_batch_size"),
+           "dataset_num_proc", "preprocessing_num_workers", "remove_unused_columns", "preprocessing_batch_size"),
     **rows(left(SAVING), "save_only_model", "save_safetensors", "save_on_each_node", "overwrite_output_dir", "enable_jit_checkpoint",
            "save_total_limit_best", "include_for_metrics", "eval_on_start", "eval_delay", "eval_accumulation_steps", "prediction_loss_only",
            "batch_eval_metrics", "include_inputs_for_metrics", "per_device_eval_batch_size", "eval_batch_size", "restore_callback_states_from_checkpoint"),
@@ -68,7 +68,7 @@ TRAINER: dict[str, Row] = {
     **rows(left(KERNELS), "attn_implementation", "use_liger_kernel", "use_liger_loss", "liger_kernel_config", "flash_attn", "use_flash_attention_2"),
     **rows(left(OWN_LOOP), "do_train", "do_eval", "do_predict", "past_index", "label_names", "full_determinism", "jit_mode_eval", "debug", "tpu_num_cores",
            "ignore_data_skip", "dataloader_drop_last", "split_batches", "half_precision_backend", "fp16_backend", "fp16_opt_level", "use_legacy_prediction_loop",
-           "auto_find_batch_size", "disable_dropout", "data_seed", "optim_target_modules_verbose", "train_sampling_strategy"),
+           "auto_find_batch_size", "disable_dropout", "data_seed", "train_sampling_strategy"),
     "resume_from_checkpoint": left("a run that is started again goes on by itself"),
     "group_by_length": changed("rows come in a shuffled order here; nothing is padded, so sorting them by length saves nothing"),
     "length_column_name": left("rows are not sorted by length here"),
@@ -105,7 +105,6 @@ TRAINER: dict[str, Row] = {
     "early_stopping_steps": refused("a run is not stopped early here", "set max_steps, or load_best_model_at_end: true"),
     "lr_scheduler_kwargs": refused("options of a schedule are not passed on", "set min_lr_ratio, warmup_steps or lr_scheduler_type"),
     "save_total_limit": to("save_total_limit"),
-    "stop_at_max_steps": left(OWN_LOOP),
 }  # fmt: skip
 """Keys of transformers' TrainingArguments, which most tools pass on."""
 
