@@ -38,8 +38,7 @@ class VLLMEngine:
         self._ended: dict[str, Any] = {}
         self._lora: Any = None
         self._folder = Path(tempfile.mkdtemp(prefix="posttrain-adapters-"))
-        os.environ |= environment(offline=Path(options.model).is_dir())
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ |= environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         with self._speaking("start"):
             from vllm import LLM
 

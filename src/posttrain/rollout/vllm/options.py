@@ -107,7 +107,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def environment(offline: bool) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Variables that vLLM reads when it is imported; what the user has set stays."""
-    values = {**_ENVIRONMENT, **({"HF_HUB_OFFLINE": "1"} if offline else {})}
-    return {name: os.environ.get(name, value) for name, value in values.items()}
+    return {name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()}
