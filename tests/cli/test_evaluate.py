@@ -54,9 +54,9 @@ def test_each_model_has_a_folder_of_its_own_that_the_gate_reads(suite, model_dir
     for name in ("qwen3", "llama"):
         assert run("eval", model_dir(name), "--suite", suite, "--max-tokens", 2) == 0
     ours, theirs = (line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("reports"))
-    (tmp_path / "gate.yaml").write_text("primary: [{suite: sums, min_delta: 0.05}]\n")
-    assert run("gate", ours, theirs, "--spec", "gate.yaml") == 2
-    assert "INCONCLUSIVE" in capsys.readouterr().out
+    (tmp_path / "gate.yaml").write_text("guards: [{suite: sums, margin: 0.9}]\n")
+    assert run("gate", ours, theirs, "--spec", "gate.yaml") == 64
+    assert "this gate could not decide: guard sums has 6 items" in capsys.readouterr().err
 
 
 def test_pass_at_k_of_four_samples():
