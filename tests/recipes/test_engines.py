@@ -10,7 +10,7 @@ from posttrain.config.pipeline import SuiteKeys
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import GRPOKeys
 from posttrain.distributed.topology import SingleProcess
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, EngineError
 from posttrain.evals.suite import load_suite
 from posttrain.evidence import EvalReport
 from posttrain.gate.pairing import PairingError, pair
@@ -117,3 +117,29 @@ def test_a_stage_samples_with_vllm_and_trains_on_it(train, in_process):
     # With a cut, what a token was drawn from is not what the trainer computes.
     assert rows[0]["sampling/sampling_logp_difference/mean"] > 1e-3
     assert rows[0]["sampling/importance_sampling_ratio/mean"] < 1
+
+
+@NEEDS_VLLM
+@pytest.mark.xdist_group("vllm")
+def test_a_stage_whose_engine_died_goes_on_when_it_is_started_again(train, in_process, monkeypatch):
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    options = {"rollout": {"engine": "vllm", "memory_gib": 0.1}, "save_steps": 1, "name": "one"}
+    step, asked = LLMEngine.step, []
+
+    def dying(self):
+        asked.append(self)
+        if len(asked) > 30:
+            raise RuntimeError("the worker is gone")
+        return step(self)
+
+    monkeypatch.setattr(LLMEngine, "step", dying)
+    with pytest.raises(EngineError, match="vLLM could not generate: RuntimeError: the worker is gone"):
+        train("grpo", **options)
+    monkeypatch.undo()
+    folder = train("grpo", **options)
+    rows = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    issued = [number for e in events if e["kind"] == "rollouts" for number in e["prompts"]["issued"]]
+    assert rows == [1, 2, 3, 4]
+    assert len(issued) == len(set(issued)) == 8
