@@ -58,7 +58,7 @@ SURFACE: tuple[Use, ...] = (
     Use("bitsandbytes", "bitsandbytes.optim:AdamW8bit", "recipes/optim.py"),
     Use("mlflow-skinny", "mlflow:MlflowClient.log_batch", "tracking/mlflow_mirror.py", ("metrics", "params")),
     Use("mlflow-skinny", "mlflow:MlflowClient.create_run", "tracking/mlflow_mirror.py", ("tags", "run_name")),
-    Use("mlflow-skinny", "mlflow:MlflowClient.set_registered_model_alias", "tracking/mlflow_mirror.py"),
+    Use("mlflow-skinny", "mlflow:MlflowClient.set_registered_model_alias", "registry/mirror.py"),
     Use("math-verify", "math_verify:parse", "rewards/math_verify.py", ("parsing_timeout",)),
     Use("math-verify", "math_verify:verify", "rewards/math_verify.py", ("timeout_seconds",)),
 )
