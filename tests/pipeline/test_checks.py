@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from posttrain.errors import ConfigError, DataError, GateError, ModelError
+from posttrain.errors import ConfigError, DataError, EvalError, GateError, ModelError
 
 
 def dpo(**keys):
@@ -104,7 +104,7 @@ def test_a_gate_on_a_split_without_items_is_refused(project):
     run = project(
         [sft()], gate={"baseline": "stage:base", "split": "test", "primary": [{"suite": "yes", "min_delta": 0.4}]}
     )
-    with pytest.raises(GateError, match="no items on split 'test'"):
+    with pytest.raises(EvalError, match=r"no items with split 'test'; it has"):
         run.run()
 
 
