@@ -32,6 +32,11 @@ def test_items_with_their_columns(suite):
     assert made.sizes("gate") == (1, 0)
 
 
+def test_an_explicit_null_is_as_if_left_out(suite):
+    (item,) = suite({"id": "a", "messages": None, "prompt": "x", "target": "1", "split": None, "cluster": None}).items
+    assert (item.prompt, item.split, item.cluster, item.scorer) == ("x", "gate", None, "exact")
+
+
 BAD = {
     "not json": ('{"id": "a"\n', r"suite\.jsonl:1: not JSON: .*one JSON object per line"),
     "no id": ('{"prompt": "x"}\n', r"suite\.jsonl:1: expected an object with a string `id`"),
@@ -57,6 +62,14 @@ BAD = {
     "choices alike": (
         '{"id": "a", "prompt": "x", "choices": ["y", "y"], "target": 0}\n',
         r"suite\.jsonl:1: `choices` needs at least two texts that differ",
+    ),
+    "choices beside a scorer that samples": (
+        '{"id": "a", "prompt": "x", "choices": ["y", "z"], "target": 1, "scorer": "choice"}\n',
+        r"suite\.jsonl:1: scorer 'choice' judges a sampled answer, and `choices` are ranked \(choices, acc, acc_norm\)",
+    ),
+    "a cluster that is a list": (
+        '{"id": "a", "prompt": "x", "cluster": ["y"]}\n',
+        r"suite\.jsonl:1: `cluster` is \['y'\]; expected a text or a number",
     ),
     "choices of numbers": ('{"id": "a", "prompt": "x", "choices": [1, 2], "target": 1}\n', "needs at least two texts"),
     "no scorer file": (

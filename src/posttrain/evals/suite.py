@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from posttrain.errors import ConfigError, DataError, EvalError
@@ -145,7 +146,7 @@ def _check_own_scorer(scorer: str, path: Path) -> None:
 def _parse(row: Mapping[str, Any], where: str) -> Item:
     if not isinstance(row.get("id"), str):
         raise EvalError(f"{where}: expected an object with a string `id`")
-    prompt = row.get("messages", row.get("prompt"))
+    prompt = row.get("messages") or row.get("prompt")
     if isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt):
         prompt = tuple(prompt)
     elif not isinstance(prompt, str) or not prompt:
@@ -157,11 +158,21 @@ def _parse(row: Mapping[str, Any], where: str) -> Item:
     if not isinstance(scorer, str) or not (scorer in RANKINGS or scorer in SCORERS or split_spec(scorer)):
         known = ", ".join([*SCORERS, *RANKINGS])
         raise EvalError(f"{where}: scorer {scorer!r} is unknown; expected one of {known}, or file.py:function")
+    if choices and scorer not in RANKINGS:
+        ranked = ", ".join(RANKINGS)
+        raise EvalError(
+            f"{where}: scorer {scorer!r} judges a sampled answer, and `choices` are ranked ({ranked}); name one of these, or leave `choices` out"
+        )
+    cluster = row.get("cluster")
+    if not isinstance(cluster, (str, int, NoneType)):
+        raise EvalError(
+            f"{where}: `cluster` is {cluster!r}; expected a text or a number that rows of one cluster share"
+        )
     target = row.get("target")
     target = _right_choice(choices, target, where) if scorer in RANKINGS else _target_text(target)
     return Item(
         id=row["id"], prompt=prompt, target=target, scorer=scorer,
-        split=str(row.get("split", "gate")), cluster=row.get("cluster"), choices=tuple(choices),
+        split=str(row.get("split") or "gate"), cluster=None if cluster is None else str(cluster), choices=tuple(choices),
         columns={key: value for key, value in row.items() if key not in _KNOWN},
     )  # fmt: skip
 
