@@ -1,3 +1,4 @@
+import copy
 import itertools
 import json
 from dataclasses import replace
@@ -131,6 +132,24 @@ def test_a_choice_is_cut_from_the_whole_text_as_lm_eval_does(evaluator, tokenize
         ids, start = evaluator.codec.encode_choice(prompt, choice)
         assert list(ids) == tokenizer(prompt + choice)["input_ids"]
         assert start == min(len(tokenizer(prompt.rstrip())["input_ids"]), len(ids) - 1)
+
+
+TOOLS = [{"type": "function", "function": {"name": "lookup", "description": "looks up", "parameters": {}}}]
+
+
+@pytest.mark.parametrize("more", [{}, {"choices": ["y", "z"], "target": 0}])
+def test_the_tools_of_an_item_are_rendered_or_the_item_is_named(more, evaluator, suite):
+    made, keys = suite(items(tools=TOOLS, **more))
+    with pytest.raises(EvalError, match=r"suite item i0: .* does not write the tool `lookup`"):
+        evaluator.run(made, keys, "gate")
+
+
+def test_tools_reach_the_prompt_of_a_template_that_writes_them(evaluator):
+    tokenizer = copy.deepcopy(evaluator.codec.tokenizer)
+    tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + tokenizer.chat_template
+    codec, messages = TokenizerCodec(tokenizer), ({"role": "user", "content": "Hi"},)
+    assert "looks up" in codec.decode(codec.encode_prompt(messages, TOOLS))
+    assert "looks up" in codec.decode(codec.encode_choice(messages, "x", TOOLS)[0])
 
 
 OWN = """

@@ -6,7 +6,7 @@ the spans become token masks. Masks never look at pad or EOS ids, so EOS stays t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -73,9 +73,9 @@ def draft_prompt(tokenizer: Any, prompt: Prompt) -> list[Draft]:
     return [Draft(fitted.text, (), prompt.origin, bos=False, dropped=fitted.dropped)]
 
 
-def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
+def chat_ids(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> tuple[int, ...]:
     """Ids of a conversation that is to be answered. The template writes the BOS, so the tokenizer adds none. Raises: DataError."""
-    return tuple(_ids(tokenizer, [fit(tokenizer, messages, (), True).text])[0])
+    return tuple(_ids(tokenizer, [fit(tokenizer, messages, tools, True).text])[0])
 
 
 def tokenize(tokenizer: Any, drafts: Sequence[Draft]) -> Tokenized:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from posttrain.config.pipeline import SuiteKeys
-from posttrain.errors import EvalError
+from posttrain.errors import DataError, EvalError
 from posttrain.evals.suite import RANKINGS, Item, Suite
 from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.files import digest_json
@@ -25,9 +25,11 @@ _ITEMS_PER_CALL = 256
 class Codec(Protocol):
     """Text in, ids out, and back."""
 
-    def encode_prompt(self, prompt: Text) -> tuple[int, ...]: ...
+    def encode_prompt(self, prompt: Text, tools: Any = None) -> tuple[int, ...]:
+        """Raises: DataError where the chat template does not write all of it."""
+        ...
 
-    def encode_choice(self, prompt: Text, choice: str) -> tuple[tuple[int, ...], int]:
+    def encode_choice(self, prompt: Text, choice: str, tools: Any = None) -> tuple[tuple[int, ...], int]:
         """The ids of prompt and choice, and where the choice begins."""
         ...
 
@@ -90,7 +92,7 @@ class Evaluator:
     def _sampled(self, items: Sequence[Item], keys: SuiteKeys, suite: Suite) -> Iterator[ItemRecord]:
         params = SamplingParams(max_tokens=keys.max_tokens, temperature=keys.temperature)
         requests = [
-            Request(self.codec.encode_prompt(item.prompt), self.seed_of("eval", keys.seed, item.id, sample))
+            Request(_encoded(item, self.codec.encode_prompt), self.seed_of("eval", keys.seed, item.id, sample))
             for item in items
             for sample in range(keys.num_samples)
         ]
@@ -122,12 +124,22 @@ class Evaluator:
 
     def _ranked(self, items: Sequence[Item]) -> Iterator[ItemRecord]:
         """The choice that ranks highest wins; ties go to the first, as in lm-eval."""
-        sequences = [self.codec.encode_choice(item.prompt, choice) for item in items for choice in item.choices]
+        sequences = [
+            _encoded(item, self.codec.encode_choice, choice=choice) for item in items for choice in item.choices
+        ]
         logps = iter([sum(values) for values in self.engine.score(sequences)])
         for item in items:
             ranks = [RANKINGS[item.scorer](next(logps), choice) for choice in item.choices]
             best = item.choices[max(range(len(ranks)), key=ranks.__getitem__)]
             yield ItemRecord(item.id, prompt_digest(item), (float(best == item.target),), item.cluster, (best,))
+
+
+def _encoded(item: Item, encode: Callable[..., Any], **more: str) -> Any:
+    """Prompt and tools of `item` as ids. Raises: EvalError with the item's name."""
+    try:
+        return encode(item.prompt, tools=item.columns.get("tools"), **more)
+    except DataError as error:
+        raise EvalError(f"suite item {item.id}: {error}") from None
 
 
 def _record(

@@ -11,7 +11,7 @@ from typing import Any
 from posttrain.config.pipeline import SuiteKeys
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import ModelKeys
-from posttrain.data.messages import parse_messages
+from posttrain.data.messages import parse_messages, parse_tools
 from posttrain.data.render import chat_ids
 from posttrain.evals.run import Evaluator, decoding_of
 from posttrain.evals.suite import Item, Suite
@@ -36,19 +36,20 @@ class TokenizerCodec:
 
     tokenizer: Any
 
-    def encode_prompt(self, prompt: Text) -> tuple[int, ...]:
+    def encode_prompt(self, prompt: Text, tools: Any = None) -> tuple[int, ...]:
         if isinstance(prompt, str) or not getattr(self.tokenizer, "chat_template", None):
             text = prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
             return tuple(self.tokenizer(text)["input_ids"])
-        return chat_ids(self.tokenizer, parse_messages(prompt, Origin("prompt", 1), "messages"))
+        origin = Origin("prompt", 1)
+        return chat_ids(self.tokenizer, parse_messages(prompt, origin, "messages"), parse_tools(tools, origin))
 
-    def encode_choice(self, prompt: Text, choice: str) -> tuple[tuple[int, ...], int]:
+    def encode_choice(self, prompt: Text, choice: str, tools: Any = None) -> tuple[tuple[int, ...], int]:
         """Text is encoded as one and cut where the prompt alone ends, as in lm-eval; behind a chat stands the choice by itself."""
         if isinstance(prompt, str):
             start = len(self.encode_prompt(prompt.rstrip() or prompt))
             whole = self.encode_prompt(prompt + choice)
             return whole, min(start, len(whole) - 1)
-        ids = self.encode_prompt(prompt)
+        ids = self.encode_prompt(prompt, tools)
         return (*ids, *self.tokenizer(choice, add_special_tokens=False)["input_ids"]), len(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
