@@ -80,7 +80,7 @@ MISTAKES = [
     # command, words of the answer, words that must not be in it
     ("sft conflict.yaml", "keep lora_target", "this is sft"),
     ("sft sft.yaml --set use_dft_losss=true", "unknown key", "use_dora"),
-    ("sft sft.yaml --set save_only_model=true", "save_total_limit", "base_model?"),
+    ("sft sft.yaml --set save_only_model=true", "leave it out", "base_model?"),
     ("sft sft.yaml --set lerning_rate=1", "did you mean learning_rate?", ""),
     ("sft sft.yaml --set learning_rate=fast", "expected a number (> 0)", ""),
     ("sft sft.yaml --set learning_rate", "expected KEY=VALUE", ""),
