@@ -44,6 +44,19 @@ def test_what_is_not_the_answer(reference, others):
         assert not same_answer(other, reference), other
 
 
+def test_a_repeating_decimal_is_its_fraction():
+    for written, value in (
+        (r"0.\overline{3}", "1/3"),
+        (r"-1.2\overline{45}", "-137/110"),
+        (r".\overline{142857}", "1/7"),
+    ):
+        assert str(parse_quantity(written).value) == value
+        assert same_answer(written, value)
+        assert same_answer(value, written)
+    assert not same_answer(r"0.\overline{3}", "0.333333333333")
+    assert not same_answer(r"2\overline{3}", "7/3")
+
+
 def test_a_number_is_parsed_exactly():
     assert str(parse_quantity("0.1").value) == "1/10"
     assert parse_quantity("1/0") is None

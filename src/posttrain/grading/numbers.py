@@ -52,6 +52,7 @@ _NUMBER = re.compile(
     r"(?P<currency>\\?\$|[€£¥])?\s*(?P<sign>[+-])?\s*(?P<currency2>\\?\$|[€£¥])?"
     r"(?:(?P<whole>[0-9]+)?\s*\\frac\s*(?:\{\s*(?P<num>[+-]?[0-9]+)\s*\}|(?P<num1>[0-9]))\s*(?:\{\s*(?P<den>[+-]?[0-9]+)\s*\}|(?P<den1>[0-9]))"
     r"|(?:(?P<whole2>[0-9]+)\s+)?(?P<num2>[0-9]+)\s*/\s*(?P<den2>[0-9]+)"
+    r"|(?P<start>[0-9]*\.[0-9]*)\\overline\s*\{\s*(?P<period>[0-9]{1,40})\s*\}"
     r"|(?P<decimal>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
     r"(?:[eE](?P<exponent>[+-]?[0-9]{1,3})(?![0-9.])"
     r"|\s*(?:\\times|\\cdot|[×·*])\s*10\s*\^\s*(?:\{\s*(?P<exponent1>[+-]?[0-9]{1,3})\s*\}|(?P<exponent2>[+-]?[0-9]{1,3})(?![0-9.])))?)"
@@ -155,6 +156,9 @@ def _value(match: re.Match[str], lowest_terms: bool) -> Fraction | None:
     if (decimal := match["decimal"]) is not None:
         exponent = int(match["exponent"] or match["exponent1"] or match["exponent2"] or 0)
         return Fraction(decimal.replace(",", "").rstrip(".")) * Fraction(10) ** exponent
+    if (start := match["start"]) is not None:
+        places, period = len(start.partition(".")[2]), match["period"]
+        return Fraction("0" + start + "0") + Fraction(int(period), (10 ** len(period) - 1) * 10**places)
     numerator = int(match["num"] or match["num1"] or match["num2"])
     denominator = int(match["den"] or match["den1"] or match["den2"])
     whole = match["whole"] or match["whole2"]
