@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -153,26 +153,21 @@ class Policy:
 
     def reference_logp(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
         """The same scores under the given starting model. Shape: [M], no gradient."""
-        with torch.no_grad(), self.reference():
-            return self.score(batch, temperature=temperature).logp_M
+        with torch.no_grad(), self.reference() as reference:
+            return reference.score(batch, temperature=temperature).logp_M
 
     @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Inside, the policy is its own starting point: adapter off, adapter as it started, or the frozen copy."""
+    def reference(self) -> Iterator[Policy]:
+        """The starting point: the frozen copy, or this policy with its adapter off, or as it started, while this lasts."""
         if self.start is not None:
             with self._started():
-                yield
-            return
-        if self.has_adapter:
+                yield self
+        elif self.has_adapter:
             with cast("PeftModel", self.model).disable_adapter():
-                yield
-            return
-        assert self._reference is not None, "freeze_reference() comes before reference()"
-        trained, self.model = self.model, self._reference
-        try:
-            yield
-        finally:
-            self.model = trained
+                yield self
+        else:
+            assert self._reference is not None, "freeze_reference() comes before reference()"
+            yield replace(self, model=self._reference, sharded=False)
 
     @contextmanager
     def _started(self) -> Iterator[None]:
