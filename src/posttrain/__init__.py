@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from posttrain.api import Metrics, Run, dpo, evaluate, grpo, load_run, run, sft
 
+    gate: Any
+    """A verb and a package."""
+
 __version__ = "0.1.0"
 
 __all__ = ["Metrics", "Run", "dpo", "evaluate", "gate", "grpo", "load_run", "run", "sft"]

@@ -129,7 +129,7 @@ def test_leftovers_of_a_crash_are_swept(store):
 def test_room_is_asked_for_before_any_work(tmp_path, monkeypatch):
     check_writable(tmp_path / "new", needed_bytes=1000)
     with pytest.raises(
-        CheckpointError, match=r"GB free, a checkpoint needs 1000000000\.0 GB; free some space or move output_dir"
+        CheckpointError, match=r"GiB free, a checkpoint needs 931322574\.6 GiB; free some space or move output_dir"
     ):
         check_writable(tmp_path, needed_bytes=10**18)
 
