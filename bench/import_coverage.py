@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 from posttrain.config.importers.convert import import_file
 from posttrain.errors import ConfigError, PosttrainError
+from posttrain.files import read_json_lines
 
 FAMILIES = (
     ("qwen3.5|qwen3.6", "qwen3_5_text"), ("qwen3-next", "qwen3_next"), ("qwen3.*a\\d+b", "qwen3_moe"), ("qwen3", "qwen3"), ("qwen", "qwen2"),
@@ -86,8 +87,7 @@ def measure(source: Path, folder: Path) -> Iterator[Verdict]:
 
 def configs(source: Path) -> Iterator[tuple[str | None, str, dict[str, Any]]]:
     if source.is_file():
-        for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), start=1):
-            row = json.loads(line)
+        for number, row in read_json_lines(source):
             yield row["tool"], f"row {number}", row["config"]
         return
     for path in sorted((*source.rglob("*.yaml"), *source.rglob("*.yml"))):

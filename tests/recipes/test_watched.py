@@ -8,7 +8,7 @@ import pytest
 
 from posttrain.errors import EngineError
 from posttrain.health.history import History
-from posttrain.health.rules import RULES
+from posttrain.health.rules import RULES, rules_for
 from posttrain.types import StepReport
 
 CONDITIONAL = {
@@ -80,7 +80,7 @@ def logged(folder):
 
 
 def wanted(kind):
-    found = set().union(*(READS[rule.name] for rule in RULES if kind in rule.kinds))
+    found = set().union(*(READS[rule.name] for rule in rules_for(kind)))
     # Of rules for every stage, what only RL has.
     return found if kind == "grpo" else found - {"frac_reward_zero_std"}
 
