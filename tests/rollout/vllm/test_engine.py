@@ -95,6 +95,15 @@ def test_with_cuts_the_log_ratio_is_the_log_of_the_kept_mass(cuts, engine, polic
             assert ratio == pytest.approx(-float(kept_T[place].log()), abs=1e-4)
 
 
+def test_more_tokens_of_prompts_than_a_step_of_vllm_takes_are_sampled(engine, policy):
+    """A prompt would be prefilled in parts, which vLLM cannot do with a seed on a CPU."""
+    requests = [Request(tuple((7 * n + i) % 280 + 3 for i in range(150)), n) for n in range(32)]
+    completions = in_order(engine.generate(requests, SamplingParams(max_tokens=2)))
+    scored = score_sequences(policy, [(r.prompt_ids + c.ids, 150) for r, c in zip(requests, completions, strict=True)])
+    for completion, row in zip(completions, scored, strict=True):
+        assert completion.logp == pytest.approx(row, abs=1e-4)
+
+
 # --- weights -------------------------------------------------------------------------------------------------------
 
 

@@ -59,6 +59,9 @@ class VLLMOptions:
             "logprobs_mode": "processed_logprobs", "weight_transfer_config": {"backend": BACKEND},
             "worker_extension_cls": WORKER_EXTENSION, "seed": 0, "use_tqdm_on_load": False,
         }  # fmt: skip
+        if self.device == "cpu":
+            # Seeded requests whose prompt is prefilled in parts fail there: a CPU's generator cannot be set back.
+            args["enable_chunked_prefill"] = False
         if self.revision is not None:
             args["revision"] = args["tokenizer_revision"] = self.revision
         if self.lora_rank is not None:
