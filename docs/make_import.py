@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from posttrain.config.importers.fates import Row, Tool
+from posttrain.config.importers.fates import KeyFate, Tool
 from posttrain.config.importers.read import TOOLS
 
 TARGET = Path(__file__).with_name("import.md")
@@ -44,11 +44,11 @@ def _section(tool: Tool) -> list[str]:
     return [f"\n## {tool.name}\n", "| Key | Fate | What |", "|---|---|---|", *rows]
 
 
-def _fate(row: Row) -> str:
+def _fate(row: KeyFate) -> str:
     return "mapped, together" if row.joint else row.fate
 
 
-def _what(row: Row) -> str:
+def _what(row: KeyFate) -> str:
     ours = f"`{row.to}`" if row.to else ""
     todo = row.todo if row.fate == "refused" else ""
     return "; ".join(part for part in (ours, row.why, todo) if part).replace("|", "\\|")

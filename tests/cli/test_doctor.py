@@ -18,8 +18,8 @@ from posttrain.cli.doctor import (
     torch,
 )
 from posttrain.cli.doctor_run import check_run, durable
-from posttrain.cli.doctor_surface import SURFACE, Use, missing, surface
-from posttrain.cli.findings import Finding
+from posttrain.cli.doctor_surface import SURFACE, ForeignUse, missing, surface
+from posttrain.cli.findings import Diagnosis
 from posttrain.files import write_json
 from posttrain.pipeline.pins import versions
 from posttrain.pipeline.state import RunState
@@ -116,7 +116,7 @@ def test_the_exit_code_says_whether_something_is_broken(monkeypatch, capsys):
         yield
 
     def fine():
-        yield Finding("fine", "ok", "works")
+        yield Diagnosis("fine", "ok", "works")
 
     monkeypatch.setattr(module, "CHECKS", (fine,))
     assert run("doctor") == 0
@@ -217,11 +217,11 @@ def test_those_of_the_optional_packages_too():
 
 def test_what_a_new_version_lost_is_named_with_who_needs_it():
     table = (
-        Use("typer", "typer:Typer", "cli/app.py", ("name",)),
-        Use("typer", "typer:Typer", "cli/app.py", ("name", "sideways")),
-        Use("typer", "typer:Gone", "cli/app.py"),
-        Use("typer", "typer.gone:thing", "cli/app.py"),
-        Use("not-installed", "nothing:here", "nobody"),
+        ForeignUse("typer", "typer:Typer", "cli/app.py", ("name",)),
+        ForeignUse("typer", "typer:Typer", "cli/app.py", ("name", "sideways")),
+        ForeignUse("typer", "typer:Gone", "cli/app.py"),
+        ForeignUse("typer", "typer.gone:thing", "cli/app.py"),
+        ForeignUse("not-installed", "nothing:here", "nobody"),
     )
     *wrong, summary = surface(table)
     assert [finding.status for finding in wrong] == ["broken"] * 3
@@ -238,4 +238,4 @@ def test_every_row_names_a_part_of_ours():
         assert (package / use.user).is_file(), use
         name = use.where.rpartition(":")[2].rpartition(".")[2]
         assert name in (package / use.user).read_text(), use
-    assert missing(Use("typer", "typer:Typer.command", "cli/app.py")) == ""
+    assert missing(ForeignUse("typer", "typer:Typer.command", "cli/app.py")) == ""

@@ -6,7 +6,7 @@ import pytest
 
 from posttrain.config.stages import DatasetKeys, DPOKeys, SFTKeys
 from posttrain.data.dataset import sequences
-from posttrain.data.lint import Limit, limits_of, lint, lint_stage, suite_prompts, write_clean
+from posttrain.data.lint import RuleLimit, limits_of, lint, lint_stage, suite_prompts, write_clean
 from posttrain.data.lint_input import LintInput
 from posttrain.data.lint_rules import RULES
 from posttrain.data.load import load_preference, load_sft
@@ -247,9 +247,9 @@ def test_what_the_key_lint_may_not_say(changes, message):
 
 
 def test_limits_are_those_of_the_table_unless_changed():
-    assert limits_of({})["contamination"] == Limit("refuse", 0.01)
-    assert limits_of({"near_duplicate": {"limit": 0.2}})["near_duplicate"] == Limit("refuse", 0.2)
-    assert limits_of({"near_duplicate": {"action": "warn", "limit": 0.2}})["near_duplicate"] == Limit("warn", 0.2)
+    assert limits_of({})["contamination"] == RuleLimit("refuse", 0.01)
+    assert limits_of({"near_duplicate": {"limit": 0.2}})["near_duplicate"] == RuleLimit("refuse", 0.2)
+    assert limits_of({"near_duplicate": {"action": "warn", "limit": 0.2}})["near_duplicate"] == RuleLimit("warn", 0.2)
     assert "no_end" not in limits_of({"no_end": {"action": "off"}})
 
 

@@ -3,9 +3,9 @@ import time
 import pytest
 
 from posttrain.grading.code import extract_code, run_tests
-from posttrain.grading.sandbox import Limits
+from posttrain.grading.sandbox import SandboxLimits
 
-LIMITS = Limits(wall_s=2.0, cpu_s=1)
+LIMITS = SandboxLimits(wall_s=2.0, cpu_s=1)
 TESTS = [{"call": "add", "args": [1, 2], "expected": 3}, {"call": "add", "args": [5, 7], "expected": 12}]
 
 
@@ -100,19 +100,21 @@ def test_what_one_call_does_costs_its_own_test_only(body):
 
 def test_each_call_has_its_own_time():
     code = "import time\ndef f(x):\n  time.sleep(0.6)\n  return x * x"
-    assert run_tests(code, SQUARES, Limits(wall_s=1.5)) == [True] * 4
+    assert run_tests(code, SQUARES, SandboxLimits(wall_s=1.5)) == [True] * 4
 
 
 def test_a_loop_ends_with_the_budget_and_the_first_failure():
     for code in ("def f(x):\n  while True: pass", "while True: pass"):
         start = time.monotonic()
-        assert run_tests(code, SQUARES * 10, Limits(wall_s=0.5), budget_s=1.5) == [False] * 40
-        assert run_tests(code, SQUARES * 10, Limits(wall_s=0.5), budget_s=60, stop_at_failure=True) == [False] * 40
+        assert run_tests(code, SQUARES * 10, SandboxLimits(wall_s=0.5), budget_s=1.5) == [False] * 40
+        assert (
+            run_tests(code, SQUARES * 10, SandboxLimits(wall_s=0.5), budget_s=60, stop_at_failure=True) == [False] * 40
+        )
         assert time.monotonic() - start < 8
     scripts = [{"stdin": "", "stdout": "1"}] * 40
     start = time.monotonic()
-    assert not any(run_tests("while True: pass", scripts, Limits(wall_s=0.5), stop_at_failure=True))
-    assert not any(run_tests("while True: pass", scripts, Limits(wall_s=0.5), budget_s=1.5))
+    assert not any(run_tests("while True: pass", scripts, SandboxLimits(wall_s=0.5), stop_at_failure=True))
+    assert not any(run_tests("while True: pass", scripts, SandboxLimits(wall_s=0.5), budget_s=1.5))
     assert time.monotonic() - start < 8
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from posttrain.grading import sandbox
-from posttrain.grading.sandbox import Limits, run_calls, run_script
+from posttrain.grading.sandbox import SandboxLimits, run_calls, run_script
 
-QUICK = Limits(wall_s=1.5, cpu_s=1)
+QUICK = SandboxLimits(wall_s=1.5, cpu_s=1)
 
 
 def one(code, *args, limits=QUICK):
@@ -40,7 +40,7 @@ def test_a_script_reads_its_input_and_writes_its_output():
 )
 def test_the_clock_ends_it(code):
     start = time.monotonic()
-    result = one(code, limits=Limits(wall_s=0.6))
+    result = one(code, limits=SandboxLimits(wall_s=0.6))
     assert not result.ok
     assert "took longer" in result.reason
     assert time.monotonic() - start < 20
@@ -87,7 +87,7 @@ def test_a_uid_of_its_own_where_there_are_no_namespaces():
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to change the uid")
 def test_a_process_that_leaves_the_group_dies_with_its_uid():
-    limits = Limits(wall_s=1.5, num_processes=8)
+    limits = SandboxLimits(wall_s=1.5, num_processes=8)
     code = "import os, time\nif os.fork() == 0:\n  os.setsid()\n  time.sleep(300)\nprint(os.getuid(), flush=True)\nos._exit(0)"
     output, _ = sandbox._run({"mode": "script", "code": code, "stdin": "", "nonce": ""}, limits, "uid")
     uid = int(output.split()[0])

@@ -6,10 +6,10 @@ import platform
 import pytest
 
 from posttrain.grading import sandbox
-from posttrain.grading.sandbox import Limits
+from posttrain.grading.sandbox import SandboxLimits
 from posttrain.grading.syscall_filter import REFUSED, UNIX_ONLY, X32_BIT, filter_program
 
-LIMITS = Limits(wall_s=30.0, cpu_s=10, file_bytes=1 << 20)
+LIMITS = SandboxLimits(wall_s=30.0, cpu_s=10, file_bytes=1 << 20)
 I386 = {
     "keyctl": 288, "add_key": 286, "request_key": 287, "memfd_create": 356, "memfd_secret": 447, "shmget": 395,
     "msgget": 399, "semget": 393, "mq_open": 277, "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427,

@@ -8,7 +8,7 @@ import pytest
 from posttrain.cli.app import main
 from posttrain.config.load_pipeline import load_pipeline
 from posttrain.pipeline import reproduce
-from posttrain.pipeline.reproduce import Check, Version, exit_code
+from posttrain.pipeline.reproduce import Comparison, Version, exit_code
 
 
 def command(run, level, *words):
@@ -77,7 +77,7 @@ def test_data_that_changed_or_went_is_named_and_nothing_is_trained(version, prom
     assert not (version.scratch / "run").exists()
 
 
-@pytest.mark.parametrize(("notes", "weights"), [([], "differs"), ([Check("pin code", "note", "")], "note")])
+@pytest.mark.parametrize(("notes", "weights"), [([], "differs"), ([Comparison("pin code", "note", "")], "note")])
 def test_where_bytes_cannot_be_equal_the_scores_are_tested_for_equivalence(version, promoted, notes, weights):
     """Another seed stands for another machine."""
     keys = load_pipeline(version.config(), ["seed=7"], project=promoted.folder).keys

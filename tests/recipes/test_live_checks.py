@@ -7,8 +7,8 @@ import torch
 
 from posttrain.recipes.live_checks import LiveSample, best_samples, canary_metrics, replay
 from posttrain.rewards.battery import find_deciding, learn_form, measure_separation
-from posttrain.rewards.cases import Sample, Setting, cases_of
-from posttrain.rewards.check import Check, Thresholds
+from posttrain.rewards.cases import PolicySample, Setting, cases_of
+from posttrain.rewards.check import RewardCheck, Thresholds
 from posttrain.rewards.workers import RewardPool
 from posttrain.types import Origin, Prompt
 
@@ -39,8 +39,8 @@ def checked(tmp_path):
         pool = RewardPool([spec], folder=tmp_path, timeout_s=5)
         pools.append(pool.__enter__())
         cases = cases_of([Prompt(Origin("p", i), f"Q{i}?", {"answer": gold}) for i, gold in enumerate(golds)])
-        samples = [Sample(i, text) for i, text in enumerate(texts)]
-        check = Check(pool, cases, samples, Thresholds(mutation_cases=2), lambda text: text.encode())
+        samples = [PolicySample(i, text) for i, text in enumerate(texts)]
+        check = RewardCheck(pool, cases, samples, Thresholds(mutation_cases=2), lambda text: text.encode())
         form = learn_form(check, cases)
         find_deciding(check, cases, form)
         measure_separation(check, cases, form)

@@ -11,7 +11,7 @@ from posttrain.checkpoint.store import CheckpointStore
 from posttrain.errors import TrainingError
 from posttrain.health.controls import Controls
 from posttrain.recipes import dpo, grpo, rollback, sft
-from posttrain.recipes.guard import Guard
+from posttrain.recipes.guard import TrainingGuard
 from posttrain.recipes.optim import learning_rate
 from posttrain.recipes.rollback import decide, read_rollbacks
 from posttrain.types import Finding, Severity
@@ -144,7 +144,7 @@ def kill_after(module, name, calls=1):
 MOMENTS = {
     "decided": lambda: kill_after(rollback, "write_json"),
     "half discarded": lambda: kill_after(CheckpointStore, "discard", calls=2),
-    "told": lambda: kill_after(Guard, "tell_rollbacks", calls=2),
+    "told": lambda: kill_after(TrainingGuard, "tell_rollbacks", calls=2),
 }
 
 

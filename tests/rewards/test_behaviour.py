@@ -6,8 +6,8 @@ import pytest
 from posttrain.errors import RewardError
 from posttrain.rewards import behaviour
 from posttrain.rewards.battery import find_deciding, learn_form, measure_separation
-from posttrain.rewards.cases import AnswerForm, Sample, Setting, cases_of
-from posttrain.rewards.check import Check, Thresholds
+from posttrain.rewards.cases import AnswerForm, PolicySample, Setting, cases_of
+from posttrain.rewards.check import RewardCheck, Thresholds
 from posttrain.rewards.workers import RewardPool
 from posttrain.types import Origin, Prompt
 
@@ -61,7 +61,7 @@ def checked(tmp_path_factory):
         pool = RewardPool([f"r.py:{name}"], folder=folder, timeout_s=5)
         pools.append(pool.__enter__())
         cases = cases_of([Prompt(Origin("p", i), f"Q{i}?", {"answer": gold}) for i, gold in enumerate(golds)])
-        check = Check(pool, cases, samples, Thresholds(repeats=4), lambda text: text.encode())
+        check = RewardCheck(pool, cases, samples, Thresholds(repeats=4), lambda text: text.encode())
         find_deciding(check, cases, FORM)
         return check
 
@@ -86,7 +86,7 @@ def test_a_reward_that_knows_half_of_the_golds_fails_recall_and_auc(checked):
 
 
 def test_natural_wrong_answers_are_used_and_right_ones_left_out(checked):
-    samples = [Sample(0, r"\boxed{12}"), Sample(0, r"\boxed{11}"), Sample(1, "I do not know")]
+    samples = [PolicySample(0, r"\boxed{12}"), PolicySample(0, r"\boxed{11}"), PolicySample(1, "I do not know")]
     check = checked("correct", samples=samples)
     measure_separation(check, check.cases, FORM)
     assert check.measures["num_natural_wrong"] == 1 and check.warnings == []
@@ -184,10 +184,10 @@ def test_a_crash_and_an_outage_leave_their_completions_unscored_never_0():
 
 
 def test_no_signal_is_said_before_training(checked):
-    flat = [Sample(0, r"\boxed{1}"), Sample(0, r"\boxed{2}"), Sample(1, "x"), Sample(1, "y")]
+    flat = [PolicySample(0, r"\boxed{1}"), PolicySample(0, r"\boxed{2}"), PolicySample(1, "x"), PolicySample(1, "y")]
     check = checked("correct", samples=flat)
     behaviour.forecast_signal(check)
     assert "RL would get no signal" in check.warnings[0]
-    check = checked("correct", samples=[*flat, Sample(2, r"\boxed{17}"), Sample(2, "z")])
+    check = checked("correct", samples=[*flat, PolicySample(2, r"\boxed{17}"), PolicySample(2, "z")])
     behaviour.forecast_signal(check)
     assert check.warnings == [] and check.measures["forecast: frac_reward_zero_std"] == pytest.approx(2 / 3)

@@ -1,4 +1,12 @@
-from posttrain.rewards.cases import AnswerForm, Sample, candidate_forms, cases_digest, cases_of, kind_of, surely_wrong
+from posttrain.rewards.cases import (
+    AnswerForm,
+    PolicySample,
+    candidate_forms,
+    cases_digest,
+    cases_of,
+    kind_of,
+    surely_wrong,
+)
 from posttrain.types import Origin, Prompt
 
 
@@ -24,10 +32,10 @@ def test_kinds():
 
 
 def test_the_form_seen_in_samples_comes_first():
-    samples = [Sample(0, r"<think>a</think>\boxed{1}"), Sample(1, r"<think>b</think>\boxed{2}")]
+    samples = [PolicySample(0, r"<think>a</think>\boxed{1}"), PolicySample(1, r"<think>b</think>\boxed{2}")]
     assert candidate_forms(samples, ["r.py:f"])[0] == AnswerForm(True, "\\boxed{", "}")
     assert candidate_forms([], ["number"])[0] == AnswerForm(False, "#### ", "")
-    assert candidate_forms([Sample(0, "Answer: 3")], ["r.py:f"])[0] == AnswerForm(False, "Answer: ", "")
+    assert candidate_forms([PolicySample(0, "Answer: 3")], ["r.py:f"])[0] == AnswerForm(False, "Answer: ", "")
     assert AnswerForm(True, "\\boxed{", "}").render("4", "2+2") == r"<think>2+2</think>\boxed{4}"
 
 
@@ -42,6 +50,6 @@ def test_only_what_is_surely_wrong_is_called_wrong():
 
 def test_the_digest_sees_cases_and_samples():
     cases = cases_of(prompts(["1", "2"]))
-    digests = {cases_digest(cases, []), cases_digest(cases[:1], []), cases_digest(cases, [Sample(0, "x")])}
+    digests = {cases_digest(cases, []), cases_digest(cases[:1], []), cases_digest(cases, [PolicySample(0, "x")])}
     assert len(digests) == 3
     assert cases_digest(cases_of(prompts(["1", "2"])), []) in digests

@@ -16,7 +16,7 @@ import typer
 
 from posttrain.cli.doctor_run import check_target, durable
 from posttrain.cli.doctor_surface import surface
-from posttrain.cli.findings import Finding, plain_name
+from posttrain.cli.findings import Diagnosis, plain_name
 from posttrain.cli.json_output import AsJson, echo_json
 
 _LOW_DISK_BYTES = 2 << 30
@@ -67,17 +67,17 @@ def doctor(
     raise typer.Exit(1 if broken else 0)
 
 
-def _tried(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
+def _tried(check: Callable[[], Iterator[Diagnosis]]) -> list[Diagnosis]:
     """The findings of one check, up to where it breaks itself."""
-    found: list[Finding] = []
+    found: list[Diagnosis] = []
     try:
         found.extend(check())
     except Exception as error:  # noqa: BLE001 - a library that is half installed may raise anything, and that is the finding
-        found.append(Finding(_name_of(check), "broken", f"{type(error).__name__}: {error}"))
+        found.append(Diagnosis(_name_of(check), "broken", f"{type(error).__name__}: {error}"))
     return found
 
 
-def _name_of(check: Callable[[], Iterator[Finding]]) -> str:
+def _name_of(check: Callable[[], Iterator[Diagnosis]]) -> str:
     name = getattr(check, "__name__", "")
     return "run" if name == "<lambda>" else name.replace("_", " ")
 
@@ -85,17 +85,17 @@ def _name_of(check: Callable[[], Iterator[Finding]]) -> str:
 # --- this machine --------------------------------------------------------------------------------------------------
 
 
-def python() -> Iterator[Finding]:
+def python() -> Iterator[Diagnosis]:
     from packaging.specifiers import SpecifierSet
 
     needed = metadata.metadata("posttrain")["Requires-Python"]
     have = ".".join(map(str, sys.version_info[:3]))
     fits = SpecifierSet(needed).contains(have)
     text = "" if fits else "; make a virtual environment with a newer Python"
-    yield Finding("python", "ok" if fits else "broken", f"{have} (needs {needed}){text}")
+    yield Diagnosis("python", "ok" if fits else "broken", f"{have} (needs {needed}){text}")
 
 
-def packages() -> Iterator[Finding]:
+def packages() -> Iterator[Diagnosis]:
     """Every requirement against what is installed, extras too; then where it differs from what was tested together."""
     from packaging.requirements import Requirement
 
@@ -108,57 +108,61 @@ def packages() -> Iterator[Finding]:
         have = _version(requirement.name)
         if have is None:
             if not optional:
-                yield Finding(
+                yield Diagnosis(
                     requirement.name, "broken", f"not installed (needs {requirement.specifier}); {_mend(requirement)}"
                 )
             absent += [requirement.name] if optional else []
         elif not requirement.specifier.contains(have, prereleases=True):
             text = f"{have} (needs {requirement.specifier}); {_mend(requirement)}"
-            yield Finding(requirement.name, "note" if optional else "broken", text)
+            yield Diagnosis(requirement.name, "note" if optional else "broken", text)
         else:
             fitting += 1
             pinned = tested.get(plain_name(requirement.name))
             apart += [f"{requirement.name} {have} (tested {pinned})"] if pinned and pinned != have.split("+")[0] else []
-    yield Finding(
+    yield Diagnosis(
         "packages", "ok", f"{fitting} installed and in range; optional and absent: {', '.join(absent) or 'none'}"
     )
     if apart:
-        yield Finding("versions", "note", "in range, other than in constraints.txt: " + ", ".join(apart))
+        yield Diagnosis("versions", "note", "in range, other than in constraints.txt: " + ", ".join(apart))
 
 
-def machine() -> Iterator[Finding]:
+def machine() -> Iterator[Diagnosis]:
     from posttrain.planner.machine import available_bytes
 
-    yield Finding(
+    yield Diagnosis(
         "cores", "ok", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     )
     memory = available_bytes()
-    yield Finding("memory", "ok", "unknown on this system" if memory is None else f"{memory / 2**30:.1f} GiB available")
+    yield Diagnosis(
+        "memory", "ok", "unknown on this system" if memory is None else f"{memory / 2**30:.1f} GiB available"
+    )
     free = shutil.disk_usage(Path.cwd()).free
-    yield Finding("disk", "ok" if free > _LOW_DISK_BYTES else "note", f"{free / 2**30:.1f} GiB free in {Path.cwd()}")
+    yield Diagnosis("disk", "ok" if free > _LOW_DISK_BYTES else "note", f"{free / 2**30:.1f} GiB free in {Path.cwd()}")
     yield durable(Path.cwd())
 
 
-def torch() -> Iterator[Finding]:
+def torch() -> Iterator[Diagnosis]:
     import torch as library
 
     cuda_build = library.version.cuda or "none"
     capability = library.backends.cpu.get_cpu_capability()
     threads = library.get_num_threads()
-    yield Finding("torch", "ok", f"{library.__version__}, CUDA build {cuda_build}, CPU {capability}, {threads} threads")
+    yield Diagnosis(
+        "torch", "ok", f"{library.__version__}, CUDA build {cuda_build}, CPU {capability}, {threads} threads"
+    )
     if library.cuda.is_available():
         for number in range(library.cuda.device_count()):
             device = library.cuda.get_device_properties(number)
             bf16 = "bf16" if library.cuda.is_bf16_supported() else "no bf16"
-            yield Finding(f"cuda:{number}", "ok", f"{device.name}, {device.total_memory / 2**30:.0f} GiB, {bf16}")
+            yield Diagnosis(f"cuda:{number}", "ok", f"{device.name}, {device.total_memory / 2**30:.0f} GiB, {bf16}")
     elif Path("/dev/nvidia0").exists():
         advice = "install the build for your driver: https://pytorch.org/get-started/locally/"
-        yield Finding("cuda", "note", f"there is an NVIDIA device that this torch does not see; {advice}")
+        yield Diagnosis("cuda", "note", f"there is an NVIDIA device that this torch does not see; {advice}")
     else:
-        yield Finding("cuda", "ok", "no device: everything runs on the CPU")
+        yield Diagnosis("cuda", "ok", "no device: everything runs on the CPU")
 
 
-def attention() -> Iterator[Finding]:
+def attention() -> Iterator[Diagnosis]:
     """The private corners of torch and transformers that packed sequences and decoding stand on."""
     import torch as library
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -170,7 +174,7 @@ def attention() -> Iterator[Finding]:
     has_backward = hasattr(library.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
     good = right and has_backward
     text = "values, log-sum-exp and backward" if good else "not as expected; install the torch of constraints.txt"
-    yield Finding("flash kernel", "ok" if good else "broken", text)
+    yield Diagnosis("flash kernel", "ok" if good else "broken", text)
 
     from posttrain.models.attention import register
     from posttrain.models.selfcheck import ragged_is_exact
@@ -187,16 +191,16 @@ def attention() -> Iterator[Finding]:
     exact = ragged_is_exact(AutoModelForCausalLM.from_config(config))
     differ = "packed documents differ from single ones; install the transformers of constraints.txt"
     text = "packed documents equal single ones" if exact else differ
-    yield Finding("packed forward", "ok" if exact else "broken", f"{text} on a tiny model")
+    yield Diagnosis("packed forward", "ok" if exact else "broken", f"{text} on a tiny model")
 
 
-def four_bits() -> Iterator[Finding]:
+def four_bits() -> Iterator[Diagnosis]:
     from posttrain.registry.manifest import environment_pins
 
     if "avx512_bf16" in environment_pins([])["cpu"].get("instructions", ()):
-        yield Finding("avx512-bf16", "ok", "present; the 4-bit kernel that uses it has no gradient and is kept off")
+        yield Diagnosis("avx512-bf16", "ok", "present; the 4-bit kernel that uses it has no gradient and is kept off")
     if _version("bitsandbytes") is None:
-        yield Finding("4-bit weights", "note", "no bitsandbytes: pip install 'posttrain[qlora]' for adapter: qlora")
+        yield Diagnosis("4-bit weights", "note", "no bitsandbytes: pip install 'posttrain[qlora]' for adapter: qlora")
         return
     done = subprocess.run([sys.executable, "-c", FOUR_BITS], capture_output=True, text=True, check=False, timeout=300)
     reason = done.stderr.strip().splitlines()[-1:] or [f"ended with status {done.returncode}"]
@@ -205,23 +209,23 @@ def four_bits() -> Iterator[Finding]:
         if done.returncode == 0
         else f"self-test: {reason[0]}; do not use adapter: qlora here, or reinstall bitsandbytes"
     )
-    yield Finding(
+    yield Diagnosis(
         "4-bit weights", "ok" if done.returncode == 0 else "broken", f"bitsandbytes {_version('bitsandbytes')}, {text}"
     )
 
 
-def vllm() -> Iterator[Finding]:
+def vllm() -> Iterator[Diagnosis]:
     from posttrain.rollout.vllm.options import installed, torchvision_misfit
 
     misfit = torchvision_misfit()
     if misfit:
-        yield Finding("torchvision", "broken", misfit)
+        yield Diagnosis("torchvision", "broken", misfit)
     version = installed()
     advice = "not installed: pip install 'posttrain[vllm]', or make setup-vllm, for rollout.engine: vllm"
-    yield Finding("vllm", "note" if version is None else "ok", version or advice)
+    yield Diagnosis("vllm", "note" if version is None else "ok", version or advice)
 
 
-def sandbox() -> Iterator[Finding]:
+def sandbox() -> Iterator[Diagnosis]:
     from posttrain.grading.sandbox import call_filter, isolation
 
     level, filtered = isolation(), bool(call_filter())
@@ -233,10 +237,10 @@ def sandbox() -> Iterator[Finding]:
     calls = "; system calls for keys, uncounted memory and other networks are refused"
     missing = "; no system-call filter here, so a hole in the kernel is within reach"
     status = "ok" if level == "namespaces" and filtered else "note"
-    yield Finding("sandbox", status, texts[level] + (calls if filtered else missing))
+    yield Diagnosis("sandbox", status, texts[level] + (calls if filtered else missing))
 
 
-def cache() -> Iterator[Finding]:
+def cache() -> Iterator[Diagnosis]:
     from posttrain.data.cache import cache_root
 
     folder = cache_root()
@@ -244,10 +248,10 @@ def cache() -> Iterator[Finding]:
     writable = os.access(place, os.W_OK)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
     text = f"{folder}, {size / 2**20:.1f} MiB" if writable else f"{folder} cannot be written; set POSTTRAIN_CACHE"
-    yield Finding("data cache", "ok" if writable else "broken", text)
+    yield Diagnosis("data cache", "ok" if writable else "broken", text)
 
 
-CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+CHECKS: tuple[Callable[[], Iterator[Diagnosis]], ...] = (
     python,
     packages,
     machine,

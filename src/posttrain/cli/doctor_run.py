@@ -9,12 +9,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from posttrain.cli.findings import Finding, plain_name
+from posttrain.cli.findings import Diagnosis, plain_name
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.files import write_atomic
 
 
-def check_target(target: Path, project: Path | None = None) -> Iterator[Finding]:
+def check_target(target: Path, project: Path | None = None) -> Iterator[Diagnosis]:
     """A run's folder or a YAML, the paths of which start from `project` if it is given. Raises: ConfigError if it is neither."""
     if not target.exists():
         raise ConfigError(f"{target}: no such folder or file; expected the folder of a run, or a YAML")
@@ -24,7 +24,7 @@ def check_target(target: Path, project: Path | None = None) -> Iterator[Finding]
         yield _readable(target, project)
 
 
-def durable(folder: Path) -> Finding:
+def durable(folder: Path) -> Diagnosis:
     """Whether what a run stands on holds in `folder`: a temporary file, fsync of file and folder, rename over a file."""
     place = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
     try:
@@ -36,12 +36,12 @@ def durable(folder: Path) -> Finding:
             good = (Path(scratch) / "second").read_text() == "new" and not path.exists()
     except OSError as error:
         text = f"{place}: {error.strerror or error}; move output_dir to a folder that can be written"
-        return Finding("crash-safe writes", "broken", text)
+        return Diagnosis("crash-safe writes", "broken", text)
     text = f"fsync and rename work in {place}" if good else f"a rename in {place} is not what it says; move output_dir"
-    return Finding("crash-safe writes", "ok" if good else "broken", text)
+    return Diagnosis("crash-safe writes", "ok" if good else "broken", text)
 
 
-def check_run(folder: Path, project: Path | None = None) -> Iterator[Finding]:
+def check_run(folder: Path, project: Path | None = None) -> Iterator[Diagnosis]:
     """Whether this version can read the run's configuration, and what moved since the run was made."""
     yield _readable(folder / "config.yaml", project)
     yield durable(folder)
@@ -51,10 +51,10 @@ def check_run(folder: Path, project: Path | None = None) -> Iterator[Finding]:
     if pins.exists():
         yield from _compared_environment(pins)
     else:
-        yield Finding("run versions", "note", f"{pins} is not there: the run recorded no package versions")
+        yield Diagnosis("run versions", "note", f"{pins} is not there: the run recorded no package versions")
 
 
-def _adapters(folder: Path) -> Iterator[Finding]:
+def _adapters(folder: Path) -> Iterator[Diagnosis]:
     """What the newest LoRA stage left for the base that the run was given."""
     from posttrain.models.total import ADAPTER_TOTAL
     from posttrain.recipes.run_folder import StageResult
@@ -64,36 +64,36 @@ def _adapters(folder: Path) -> Iterator[Finding]:
         if total is None:
             continue
         if total.refused:
-            yield Finding("run adapter", "note", f"{path.parent.name}: {total}")
+            yield Diagnosis("run adapter", "note", f"{path.parent.name}: {total}")
         elif (place := path.parent / ADAPTER_TOTAL).is_dir():
-            yield Finding("run adapter", "ok", f"{place}: {total}")
+            yield Diagnosis("run adapter", "ok", f"{place}: {total}")
         else:
-            yield Finding(
+            yield Diagnosis(
                 "run adapter", "broken", f"{place} is gone; put it back from a copy, or start with --on-change rerun"
             )
         return
 
 
-def _readable(path: Path, project: Path | None) -> Finding:
+def _readable(path: Path, project: Path | None) -> Diagnosis:
     from posttrain.config.load import detect, load_stage
     from posttrain.config.load_pipeline import load_pipeline
 
     if not path.exists():
-        return Finding(
+        return Diagnosis(
             "run config", "broken", f"{path} is not there; expected the configuration the run was started with"
         )
     try:
         kind = detect(path)
         loaded = load_pipeline(path, project=project) if kind == "pipeline" else load_stage(kind, path, project=project)
     except PosttrainError as error:
-        return Finding("run config", "broken", "; ".join(str(error).splitlines()))
+        return Diagnosis("run config", "broken", "; ".join(str(error).splitlines()))
     moved = [note for note in loaded.notes if "since schema" in note]
     if moved:
-        return Finding("run config", "note", f"{path}: a valid {kind}, read with changes: " + "; ".join(moved))
-    return Finding("run config", "ok", f"{path}: a valid {kind} for this version")
+        return Diagnosis("run config", "note", f"{path}: a valid {kind}, read with changes: " + "; ".join(moved))
+    return Diagnosis("run config", "ok", f"{path}: a valid {kind} for this version")
 
 
-def _compared_versions(folder: Path) -> Iterator[Finding]:
+def _compared_versions(folder: Path) -> Iterator[Diagnosis]:
     """What computes, as the run pinned it and as it is now."""
     from posttrain.pipeline.pins import changes, is_version, versions
     from posttrain.pipeline.state import RunState
@@ -101,7 +101,7 @@ def _compared_versions(folder: Path) -> Iterator[Finding]:
     try:
         state = RunState.load(folder)
     except PosttrainError as error:
-        yield Finding("run state", "broken", str(error))
+        yield Diagnosis("run state", "broken", str(error))
         return
     if state is None:
         return
@@ -109,10 +109,10 @@ def _compared_versions(folder: Path) -> Iterator[Finding]:
     kinds = {name.partition(".")[2] for name in before if name.startswith("numbers.")}
     moved = changes(before, {name: value for kind in kinds for name, value in versions(kind).items()})
     text = f"{'; '.join(moved)}: a start asks for --on-change" if moved else "what computes is what made the run"
-    yield Finding("run code", "note" if moved else "ok", text)
+    yield Diagnosis("run code", "note" if moved else "ok", text)
 
 
-def _compared_environment(pins: Path) -> Iterator[Finding]:
+def _compared_environment(pins: Path) -> Iterator[Diagnosis]:
     from posttrain.files import read_json
     from posttrain.registry.manifest import environment_pins
 
@@ -125,7 +125,7 @@ def _compared_environment(pins: Path) -> Iterator[Finding]:
     moved += _moved(before.get("packages", {}), now["packages"])
     mend = "results may differ in the last bits; install the recorded versions for the same ones"
     text = f"{'; '.join(moved)}: {mend}" if moved else "as recorded"
-    yield Finding("run versions", "note" if moved else "ok", text)
+    yield Diagnosis("run versions", "note" if moved else "ok", text)
 
 
 def _moved(before: Mapping[str, str], now: Mapping[str, Any]) -> list[str]:

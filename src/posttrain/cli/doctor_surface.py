@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from posttrain.cli.findings import Finding
+from posttrain.cli.findings import Diagnosis
 
 
 @dataclass(frozen=True, slots=True)
-class Use:
+class ForeignUse:
     """`where` is `module:attribute`, `takes` the arguments that are given by name, `user` the part of ours that calls it."""
 
     package: str
@@ -27,59 +27,59 @@ class Use:
 
 
 # fmt: off
-SURFACE: tuple[Use, ...] = (
-    Use("torch", "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu", "models/attention.py"),
-    Use("torch", "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "models/attention.py"),
-    Use("torch", "torch.nn.utils:clip_grad_norm_", "distributed/topology.py", ("parameters", "max_norm")),
-    Use("torch", "torch.distributed.fsdp:fully_shard", "distributed/topology.py"),
-    Use("torch", "torch.distributed.tensor:distribute_tensor", "distributed/topology.py"),
-    Use("torch", "torch.distributed.checkpoint.state_dict:set_model_state_dict", "distributed/topology.py", ("options",)),
-    Use("transformers", "transformers:AttentionInterface.register", "models/attention.py", ("key", "value")),
-    Use("transformers", "transformers:PreTrainedModel.set_attn_implementation", "models/load.py"),
-    Use("transformers", "transformers:PreTrainedModel.gradient_checkpointing_enable", "models/load.py", ("gradient_checkpointing_kwargs",)),
-    Use("transformers", "transformers:PreTrainedModel.save_pretrained", "models/export.py", ("state_dict",)),
-    Use("transformers", "transformers:AutoModelForCausalLM.from_config", "cli/doctor.py"),
-    Use("transformers", "transformers:BitsAndBytesConfig", "models/load.py", ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")),
-    Use("transformers", "transformers.utils.chat_template_utils:render_jinja_template", "data/template.py"),
-    Use("transformers", "transformers.pytorch_utils:Conv1D", "models/adapters.py"),
-    Use("peft", "peft:LoraConfig", "models/adapters.py", ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern")),
-    Use("peft", "peft:get_peft_model", "models/adapters.py"),
-    Use("peft", "peft:PeftModel.disable_adapter", "models/policy.py"),
-    Use("peft", "peft:PeftModel.from_pretrained", "models/adapters.py"),
-    Use("peft", "peft:get_peft_model_state_dict", "models/adapters.py"),
-    Use("safetensors", "safetensors.torch:save_file", "recipes/train_state.py"),
-    Use("safetensors", "safetensors.torch:load_file", "recipes/train_state.py"),
-    Use("datasets", "datasets:load_dataset", "data/sources.py", ("split",)),
-    Use("datasets", "datasets.config:HF_HUB_OFFLINE", "data/sources.py"),
-    Use("huggingface_hub", "huggingface_hub.constants:HF_HUB_OFFLINE", "config/hub.py"),
-    Use("huggingface_hub", "huggingface_hub.constants:ENDPOINT", "config/hub.py"),
-    Use("bitsandbytes", "bitsandbytes.nn:Linear4bit", "models/load.py", ("compute_dtype", "quant_type")),
-    Use("bitsandbytes", "bitsandbytes.functional:dequantize_4bit", "models/adapters.py"),
-    Use("bitsandbytes", "bitsandbytes.optim:AdamW8bit", "recipes/optim.py"),
-    Use("mlflow-skinny", "mlflow:MlflowClient.log_batch", "tracking/mlflow_mirror.py", ("metrics", "params")),
-    Use("mlflow-skinny", "mlflow:MlflowClient.create_run", "tracking/mlflow_mirror.py", ("tags", "run_name")),
-    Use("mlflow-skinny", "mlflow:MlflowClient.set_registered_model_alias", "registry/mirror.py"),
-    Use("math-verify", "math_verify:parse", "rewards/math_verify.py", ("parsing_timeout",)),
-    Use("math-verify", "math_verify:verify", "rewards/math_verify.py", ("timeout_seconds",)),
+SURFACE: tuple[ForeignUse, ...] = (
+    ForeignUse("torch", "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu", "models/attention.py"),
+    ForeignUse("torch", "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "models/attention.py"),
+    ForeignUse("torch", "torch.nn.utils:clip_grad_norm_", "distributed/topology.py", ("parameters", "max_norm")),
+    ForeignUse("torch", "torch.distributed.fsdp:fully_shard", "distributed/topology.py"),
+    ForeignUse("torch", "torch.distributed.tensor:distribute_tensor", "distributed/topology.py"),
+    ForeignUse("torch", "torch.distributed.checkpoint.state_dict:set_model_state_dict", "distributed/topology.py", ("options",)),
+    ForeignUse("transformers", "transformers:AttentionInterface.register", "models/attention.py", ("key", "value")),
+    ForeignUse("transformers", "transformers:PreTrainedModel.set_attn_implementation", "models/load.py"),
+    ForeignUse("transformers", "transformers:PreTrainedModel.gradient_checkpointing_enable", "models/load.py", ("gradient_checkpointing_kwargs",)),
+    ForeignUse("transformers", "transformers:PreTrainedModel.save_pretrained", "models/export.py", ("state_dict",)),
+    ForeignUse("transformers", "transformers:AutoModelForCausalLM.from_config", "cli/doctor.py"),
+    ForeignUse("transformers", "transformers:BitsAndBytesConfig", "models/load.py", ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")),
+    ForeignUse("transformers", "transformers.utils.chat_template_utils:render_jinja_template", "data/template.py"),
+    ForeignUse("transformers", "transformers.pytorch_utils:Conv1D", "models/adapters.py"),
+    ForeignUse("peft", "peft:LoraConfig", "models/adapters.py", ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern")),
+    ForeignUse("peft", "peft:get_peft_model", "models/adapters.py"),
+    ForeignUse("peft", "peft:PeftModel.disable_adapter", "models/policy.py"),
+    ForeignUse("peft", "peft:PeftModel.from_pretrained", "models/adapters.py"),
+    ForeignUse("peft", "peft:get_peft_model_state_dict", "models/adapters.py"),
+    ForeignUse("safetensors", "safetensors.torch:save_file", "recipes/train_state.py"),
+    ForeignUse("safetensors", "safetensors.torch:load_file", "recipes/train_state.py"),
+    ForeignUse("datasets", "datasets:load_dataset", "data/sources.py", ("split",)),
+    ForeignUse("datasets", "datasets.config:HF_HUB_OFFLINE", "data/sources.py"),
+    ForeignUse("huggingface_hub", "huggingface_hub.constants:HF_HUB_OFFLINE", "config/hub.py"),
+    ForeignUse("huggingface_hub", "huggingface_hub.constants:ENDPOINT", "config/hub.py"),
+    ForeignUse("bitsandbytes", "bitsandbytes.nn:Linear4bit", "models/load.py", ("compute_dtype", "quant_type")),
+    ForeignUse("bitsandbytes", "bitsandbytes.functional:dequantize_4bit", "models/adapters.py"),
+    ForeignUse("bitsandbytes", "bitsandbytes.optim:AdamW8bit", "recipes/optim.py"),
+    ForeignUse("mlflow-skinny", "mlflow:MlflowClient.log_batch", "tracking/mlflow_mirror.py", ("metrics", "params")),
+    ForeignUse("mlflow-skinny", "mlflow:MlflowClient.create_run", "tracking/mlflow_mirror.py", ("tags", "run_name")),
+    ForeignUse("mlflow-skinny", "mlflow:MlflowClient.set_registered_model_alias", "registry/mirror.py"),
+    ForeignUse("math-verify", "math_verify:parse", "rewards/math_verify.py", ("parsing_timeout",)),
+    ForeignUse("math-verify", "math_verify:verify", "rewards/math_verify.py", ("timeout_seconds",)),
 )
 """A row for every function outside of ours that is private, was renamed before, or is called with arguments by name."""
 # fmt: on
 
 
-def surface(table: Sequence[Use] = SURFACE) -> Iterator[Finding]:
+def surface(table: Sequence[ForeignUse] = SURFACE) -> Iterator[Diagnosis]:
     """One line for each row that does not hold, and one for all that do. Packages that are not installed are left out."""
     asked = [use for use in table if _installed(use.package)]
     wrong = [(use, problem) for use in asked if (problem := missing(use))]
     for use, problem in wrong:
         version, mend = metadata.version(use.package), f"pip install --constraint constraints.txt {use.package}"
-        yield Finding(f"{use.package} api", "broken", f"{problem} ({version}), which {use.user} needs; {mend}")
+        yield Diagnosis(f"{use.package} api", "broken", f"{problem} ({version}), which {use.user} needs; {mend}")
     packages = len({use.package for use in asked})
-    yield Finding(
+    yield Diagnosis(
         "api", "ok", f"{len(asked) - len(wrong)} of {len(asked)} functions of {packages} packages are as expected"
     )
 
 
-def missing(use: Use) -> str:
+def missing(use: ForeignUse) -> str:
     """What of a row does not hold, or nothing."""
     module, _, path = use.where.partition(":")
     try:

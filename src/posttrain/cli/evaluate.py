@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from posttrain.evals.suite import Suite
     from posttrain.evidence import EvalReport
 
-Plan = list[tuple["Suite", "SuiteKeys"]]
+SuitesToRun = list[tuple["Suite", "SuiteKeys"]]
 
 
 def evaluate(
@@ -61,7 +61,7 @@ def table(reports: Mapping[str, EvalReport]) -> str:
     return "\n".join("  ".join(_cell(text, widths[i], i > 2) for i, text in enumerate(row)).rstrip() for row in rows)
 
 
-def plan_of(model: str, files: Sequence[Path], on: str | None) -> tuple[ModelKeys, Plan]:
+def plan_of(model: str, files: Sequence[Path], on: str | None) -> tuple[ModelKeys, SuitesToRun]:
     """What to score, and on what. Raises: ConfigError if one of the two was not said."""
     from posttrain.cli.model import model_keys
     from posttrain.evals.suite import load_suite
@@ -126,7 +126,7 @@ def _folder(model: str) -> Path:
     return Path("runs/evals") / f"{name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
-def _measure(keys: ModelKeys, plan: Plan, split: str, folder: Path, order: int = 0) -> dict[str, EvalReport]:
+def _measure(keys: ModelKeys, plan: SuitesToRun, split: str, folder: Path, order: int = 0) -> dict[str, EvalReport]:
     from rich.console import Console
 
     from posttrain.pipeline.show import setup_logging
@@ -141,7 +141,9 @@ def _measure(keys: ModelKeys, plan: Plan, split: str, folder: Path, order: int =
     return score(keys, plan, split, folder, progress, order=order)
 
 
-def measure_again(keys: ModelKeys, plan: Plan, split: str, folder: Path, times: int) -> list[dict[str, EvalReport]]:
+def measure_again(
+    keys: ModelKeys, plan: SuitesToRun, split: str, folder: Path, times: int
+) -> list[dict[str, EvalReport]]:
     """The reports of `times` + 1 evaluations, each with another batch order and seed; what is on disk is not redone."""
     return [
         _measure(keys, [(suite, _seeded(found, number)) for suite, found in plan], split, folder / str(number), number)

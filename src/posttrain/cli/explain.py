@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.cli.json_output import AsJson, echo_json
-from posttrain.config.explain import Explanation, Use, all_keys
+from posttrain.config.explain import Explanation, KeyUse, all_keys
 from posttrain.config.explain import explain as explain_key
 
 
@@ -45,7 +45,7 @@ def _title(explanation: Explanation) -> Text:
     return title if asked == explanation.key else title + Text(f"   (asked as {asked})", style="dim")
 
 
-def _table(use: Use) -> Table:
+def _table(use: KeyUse) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -63,7 +63,7 @@ def _table(use: Use) -> Table:
     return table
 
 
-def _defaults(use: Use) -> str:
+def _defaults(use: KeyUse) -> str:
     if len(set(use.defaults.values())) == 1:
         return next(iter(use.defaults.values()))
     return ", ".join(f"{default} ({place})" for place, default in use.defaults.items())

@@ -9,7 +9,7 @@ Status = Literal["ok", "note", "broken"]
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Diagnosis:
     """`note` is worth knowing; `broken` must be mended, and `text` says how."""
 
     name: str

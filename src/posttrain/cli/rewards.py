@@ -13,7 +13,7 @@ from posttrain.errors import DataError
 
 if TYPE_CHECKING:
     from posttrain.config.stages import RLKeys
-    from posttrain.rewards.cases import Case, Sample
+    from posttrain.rewards.cases import Case, PolicySample
     from posttrain.rewards.certificate import Certificate
 
 rewards = typer.Typer(no_args_is_help=True, add_completion=False, help="Check reward functions and certify them.")
@@ -94,15 +94,15 @@ def read_cases(keys: RLKeys, limit: int) -> tuple[Case, ...]:
     return cases_of(prompts[::stride], limit)
 
 
-def read_samples(path: Path, cases: Sequence[Case]) -> list[Sample]:
+def read_samples(path: Path, cases: Sequence[Case]) -> list[PolicySample]:
     """Completions of the starting policy, matched to the cases by `index` or by `prompt`. Raises: DataError."""
     from posttrain.files import read_json_lines
-    from posttrain.rewards.cases import Sample
+    from posttrain.rewards.cases import PolicySample
 
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected JSONL with index or prompt, and completion")
     by_prompt = {_key(case.prompt): number for number, case in enumerate(cases)}
-    found: list[Sample] = []
+    found: list[PolicySample] = []
     for number, row in read_json_lines(path):
         try:
             index = row["index"] if "index" in row else by_prompt.get(_key(row["prompt"]))
@@ -112,7 +112,9 @@ def read_samples(path: Path, cases: Sequence[Case]) -> list[Sample]:
                 f"{path}:{number}: expected {{index or prompt, completion}}, got {json.dumps(row)[:80]} ({error!r})"
             ) from None
         if index is not None and 0 <= index < len(cases):
-            found.append(Sample(index, completion if isinstance(completion, str) else str(completion[-1]["content"])))
+            found.append(
+                PolicySample(index, completion if isinstance(completion, str) else str(completion[-1]["content"]))
+            )
     if not found:
         raise DataError(
             f"{path}: no completion belongs to any of the {len(cases)} prompts checked; use index, or the same prompts"

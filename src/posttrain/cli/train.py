@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from posttrain.pipeline.run import Outcome
 
 OnChange = Literal["refuse", "rerun", "keep", "new-run"]
-Shown = Literal["none", "set", "all"]
+KeysShown = Literal["none", "set", "all"]
 Config = Annotated[Path, typer.Argument(help="The YAML.", show_default=False)]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated.")]
 Change = Annotated[OnChange, typer.Option("--on-change", help="What to do if inputs changed since the last start.")]
@@ -24,7 +24,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no keys before
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print the keys that have their defaults too.")]
 
 
-def _shown(quiet: bool, verbose: bool) -> Shown:
+def _shown(quiet: bool, verbose: bool) -> KeysShown:
     if quiet and verbose:
         raise ConfigError("--quiet prints no keys and --verbose all of them; give one of them")
     return "none" if quiet else "all" if verbose else "set"
@@ -74,14 +74,14 @@ def stage_verb(kind: str) -> Callable[..., None]:
     return verb
 
 
-def _single(kind: str, config: Path, set_: list[str] | None, on_change: OnChange, shown: Shown) -> None:
+def _single(kind: str, config: Path, set_: list[str] | None, on_change: OnChange, shown: KeysShown) -> None:
     from posttrain.config.load import as_pipeline, load_stage
 
     loaded = load_stage(kind, config, set_ or [])
     _run(as_pipeline(loaded), loaded, on_change, shown)
 
 
-def _run(keys: PipelineKeys, loaded: LoadedPipeline | LoadedStage, on_change: OnChange, shown: Shown) -> None:
+def _run(keys: PipelineKeys, loaded: LoadedPipeline | LoadedStage, on_change: OnChange, shown: KeysShown) -> None:
     from rich.console import Console
 
     from posttrain.pipeline.show import live_watch, setup_logging, show_keys

@@ -18,13 +18,13 @@ from posttrain.config.stages import TrainKeys
 from posttrain.config.yaml_lines import KeyPath
 from posttrain.uris import SECRET_IN_URI, holds_secret
 
-Model = TypeVar("Model", bound=Keys)
+KeysModel = TypeVar("KeysModel", bound=Keys)
 _LONGEST_VALUE = 60
 
 
 def build(
-    model: type[Model], settings: Settings, kind: str, folder: Path, problems: Problems, notes: list[str]
-) -> Model | None:
+    model: type[KeysModel], settings: Settings, kind: str, folder: Path, problems: Problems, notes: list[str]
+) -> KeysModel | None:
     """The model that `settings` describe, paths resolved; None where something is wrong.
 
     `kind` is the stage kind, `pipeline` or `gate`: what messages call it. Values of `settings` are changed in place.

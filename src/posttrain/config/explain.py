@@ -46,7 +46,7 @@ _FAR = 0.4
 
 
 @dataclass(frozen=True, slots=True)
-class Use:
+class KeyUse:
     """A key in the places where it means one thing; `defaults` by place."""
 
     places: tuple[str, ...]
@@ -62,7 +62,7 @@ class Explanation:
     """A key: one `Use` per meaning (`path` is one thing in `datasets`, another in `evals`)."""
 
     key: str
-    uses: tuple[Use, ...]
+    uses: tuple[KeyUse, ...]
     asked: str
 
     @property
@@ -110,12 +110,12 @@ def _own_name(name: str) -> str:
     return next((foreign_names(m)[name].name for m in groups().values() if name in foreign_names(m)), name)
 
 
-def _uses(found: list[tuple[str, KeyInfo]]) -> list[Use]:
+def _uses(found: list[tuple[str, KeyInfo]]) -> list[KeyUse]:
     together: dict[tuple[str, str], list[tuple[str, KeyInfo]]] = {}
     for place, info in found:
         together.setdefault((info.meaning, info.type), []).append((place, info))
     return [
-        Use(
+        KeyUse(
             places=tuple(place for place, _ in members),
             meaning=meaning,
             type=type_,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from posttrain.config.importers.fates import Row
+from posttrain.config.importers.fates import KeyFate
 from posttrain.config.importers.read import TOOLS
 from posttrain.config.importers.values import OPTIMIZERS, OVERFLOW, SCHEDULES
 from posttrain.config.kinds import STAGE_KINDS
@@ -129,7 +129,7 @@ def _no_counterpart() -> dict[str, tuple[str, str]]:
     return found | _NEAR_OURS
 
 
-def _advice(row: Row) -> str:
+def _advice(row: KeyFate) -> str:
     if row.fate == "mapped":
         return f"set {row.to}"
     return f"{row.why}; {row.todo if row.fate == 'refused' else 'leave it out'}"

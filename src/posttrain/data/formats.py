@@ -13,7 +13,7 @@ from typing import Any, Literal
 from posttrain.config.kinds import kinds_with
 from posttrain.config.stages import ROWS_OF_TYPE, RowKind
 from posttrain.data import parse
-from posttrain.data.sources import Row
+from posttrain.data.sources import SourceRow
 from posttrain.errors import DataError
 from posttrain.types import Example, LabelledCompletion, Origin, PreferencePair, Prompt
 
@@ -96,7 +96,7 @@ class Detection:
         return f"{self.name} ({self.why}{ignored})"
 
 
-def detect(rows: Sequence[Row], kind: RowKind, named: str = "auto") -> Detection:
+def detect(rows: Sequence[SourceRow], kind: RowKind, named: str = "auto") -> Detection:
     """The one format of all `rows` for `kind`. Raises: DataError on wrong columns, a wrong `type` or a mixture."""
     if named != "auto":
         return _check_named(rows, kind, named)
@@ -127,7 +127,7 @@ def rows_of(columns: Iterable[str]) -> RowKind:
     return FORMATS[best].rows[0] if scores[best] else "examples"
 
 
-def parse_rows(rows: Sequence[Row], name: str) -> tuple[list[Noun], list[parse.Skip]]:
+def parse_rows(rows: Sequence[SourceRow], name: str) -> tuple[list[Noun], list[parse.Skip]]:
     """Raises: DataError at the first malformed row."""
     nouns: list[Noun] = []
     skips: list[parse.Skip] = []
@@ -176,7 +176,7 @@ def _alias(ours: str, columns: frozenset[str]) -> str | None:
     return next((lowered[other] for other in (ours, *ALIASES.get(ours, ())) if other in lowered), None)
 
 
-def _check_named(rows: Sequence[Row], kind: RowKind, named: str) -> Detection:
+def _check_named(rows: Sequence[SourceRow], kind: RowKind, named: str) -> Detection:
     fmt = FORMATS[named]
     origin, row = rows[0]
     if kind not in fmt.rows:
@@ -200,7 +200,7 @@ def _shown(fmt: Format, row: Mapping[str, Any]) -> str:
     return "column " * (len(used) == 1) + "columns " * (len(used) > 1) + ", ".join(f"`{name}`" for name in used)
 
 
-def _ignored(rows: Sequence[Row], name: str) -> tuple[str, ...]:
+def _ignored(rows: Sequence[SourceRow], name: str) -> tuple[str, ...]:
     if name == "prompt":  # every other column is the reward functions'
         return ()
     counts = Counter(column for _, row in rows for column in row)

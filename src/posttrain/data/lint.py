@@ -94,14 +94,14 @@ class LintReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
+class RuleLimit:
     """What is done about a rule: `action` above a share of `limit` of the rows."""
 
     action: Action
     limit: float
 
 
-def limits_of(changes: Mapping[str, Mapping[str, Any]]) -> dict[str, Limit]:
+def limits_of(changes: Mapping[str, Mapping[str, Any]]) -> dict[str, RuleLimit]:
     """The limits of every rule that is on, with the changes of the key `lint`: rule → {`limit`, `action`}.
 
     A limit alone refuses above it. Raises: ConfigError for an unknown rule, key, action or limit.
@@ -121,7 +121,7 @@ def limits_of(changes: Mapping[str, Mapping[str, Any]]) -> dict[str, Limit]:
         change = changes.get(name, {})
         action = change.get("action", "refuse" if "limit" in change else rule.action)
         if action != "off":
-            limits[name] = Limit(action, float(change.get("limit", rule.limit)))
+            limits[name] = RuleLimit(action, float(change.get("limit", rule.limit)))
     return limits
 
 

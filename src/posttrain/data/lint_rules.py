@@ -46,7 +46,7 @@ Action = Literal["warn", "refuse"]
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class LintRule:
     """`limit` is the share of rows above which `action` is taken; `removable` says `--write-clean` takes them out.
 
     `looks_at` gives the rows that are looked at, where that is not all of them: the share is of these.
@@ -325,25 +325,25 @@ def _is_blank(value: Any) -> bool:
 _ALL: tuple[RowKind, ...] = ("examples", "pairs", "labels", "prompts")
 _TRAINED: tuple[RowKind, ...] = ("examples", "pairs", "labels")
 
-RULES: dict[str, Rule] = {
-    "duplicate": Rule("the same row again", _ALL, "refuse", 0.5, True, _duplicates),
-    "near_duplicate": Rule("almost the same row again", _ALL, "warn", 0.0, True, _near_duplicates, _first_rows),
-    "eval_overlap": Rule("the prompt is in eval_datasets", _ALL, "refuse", 0.01, True, _eval_overlap),
-    "contamination": Rule("a prompt of an eval suite", _ALL, "refuse", 0.01, True, _contamination),
-    "template_round_trip": Rule("text → tokens → text is not the same text", _ALL, "refuse", 0.1, False, _round_trip, _conversations),
-    "template_drift": Rule("the given chat template is not the tokenizer's", _ALL, "warn", 0.0, False, _drift, _conversations),
-    "control_tokens": Rule("control tokens inside a message", _ALL, "warn", 0.0, True, _control_tokens),
-    "nothing_trained": Rule("nothing is trained", _TRAINED, "refuse", 0.5, True, _nothing_trained),
-    "too_long": Rule("longer than sequence_len", _ALL, "refuse", 0.5, True, _too_long),
-    "prompt_trained": Rule("the prompt is trained", _TRAINED, "refuse", 0.0, True, _prompt_trained, _decoded),
-    "no_end": Rule("no end of turn or EOS is trained", _TRAINED, "refuse", 0.5, False, _no_end),
-    "truncated": Rule("the answer is cut by sequence_len", _TRAINED, "refuse", 0.2, True, _truncated),
-    "unfinished": Rule("the answer was cut before it came here", _TRAINED, "warn", 0.0, True, _unfinished),
-    "length_outlier": Rule("far longer or shorter than the others", _ALL, "warn", 0.0, False, _length_outliers),
-    "pair_alike": Rule("chosen and rejected are alike", ("pairs",), "refuse", 0.2, True, _pair_alike),
-    "contradiction": Rule("preferences contradict", ("pairs", "labels"), "refuse", 0.05, True, _pair_contradicts),
-    "length_bias": Rule("length alone tells chosen from rejected", ("pairs",), "warn", 0.0, False, _pair_length),
-    "gold_missing": Rule("no gold answer", ("prompts",), "refuse", 0.05, True, _gold_missing),
-    "gold_unreadable": Rule("the rewards do not know the gold answer as right", ("prompts",), "refuse", 0.05, True, _gold_unreadable, _with_golds),
+RULES: dict[str, LintRule] = {
+    "duplicate": LintRule("the same row again", _ALL, "refuse", 0.5, True, _duplicates),
+    "near_duplicate": LintRule("almost the same row again", _ALL, "warn", 0.0, True, _near_duplicates, _first_rows),
+    "eval_overlap": LintRule("the prompt is in eval_datasets", _ALL, "refuse", 0.01, True, _eval_overlap),
+    "contamination": LintRule("a prompt of an eval suite", _ALL, "refuse", 0.01, True, _contamination),
+    "template_round_trip": LintRule("text → tokens → text is not the same text", _ALL, "refuse", 0.1, False, _round_trip, _conversations),
+    "template_drift": LintRule("the given chat template is not the tokenizer's", _ALL, "warn", 0.0, False, _drift, _conversations),
+    "control_tokens": LintRule("control tokens inside a message", _ALL, "warn", 0.0, True, _control_tokens),
+    "nothing_trained": LintRule("nothing is trained", _TRAINED, "refuse", 0.5, True, _nothing_trained),
+    "too_long": LintRule("longer than sequence_len", _ALL, "refuse", 0.5, True, _too_long),
+    "prompt_trained": LintRule("the prompt is trained", _TRAINED, "refuse", 0.0, True, _prompt_trained, _decoded),
+    "no_end": LintRule("no end of turn or EOS is trained", _TRAINED, "refuse", 0.5, False, _no_end),
+    "truncated": LintRule("the answer is cut by sequence_len", _TRAINED, "refuse", 0.2, True, _truncated),
+    "unfinished": LintRule("the answer was cut before it came here", _TRAINED, "warn", 0.0, True, _unfinished),
+    "length_outlier": LintRule("far longer or shorter than the others", _ALL, "warn", 0.0, False, _length_outliers),
+    "pair_alike": LintRule("chosen and rejected are alike", ("pairs",), "refuse", 0.2, True, _pair_alike),
+    "contradiction": LintRule("preferences contradict", ("pairs", "labels"), "refuse", 0.05, True, _pair_contradicts),
+    "length_bias": LintRule("length alone tells chosen from rejected", ("pairs",), "warn", 0.0, False, _pair_length),
+    "gold_missing": LintRule("no gold answer", ("prompts",), "refuse", 0.05, True, _gold_missing),
+    "gold_unreadable": LintRule("the rewards do not know the gold answer as right", ("prompts",), "refuse", 0.05, True, _gold_unreadable, _with_golds),
 }  # fmt: skip
 """Name → lint. `limit` and `action` are the defaults of the key `lint`."""

@@ -15,7 +15,7 @@ from posttrain.data import cache, render
 from posttrain.data.dataset import Dataset, DataSummary, Skipped, SourceSummary, length_percentiles
 from posttrain.data.formats import Noun, detect, parse_rows
 from posttrain.data.parse import IDENTICAL, unpair
-from posttrain.data.render import Draft
+from posttrain.data.render import RenderedRow
 from posttrain.data.sources import Source, content_digest, read_source, short_path
 from posttrain.data.template import template_digest, use_template
 from posttrain.errors import DataError
@@ -38,11 +38,11 @@ PromptRow = tuple[Prompt, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RowPlan:
     """How one stage's rows are made. `extra` and `restore` take a row to JSON and back, for the cache."""
 
     kind: RowKind
-    draft: Callable[[Any, Any], list[Draft]]
+    draft: Callable[[Any, Any], list[RenderedRow]]
     build: Callable[[Any, tuple[TokenSeq, ...]], Any]
     extra: Callable[[Any], Any]
     restore: Callable[[tuple[TokenSeq, ...], Any, Origin], Any]
@@ -56,7 +56,7 @@ class Plan:
 def load_sft(keys: TrainKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None) -> Dataset[TokenSeq]:
     """Raises: DataError. `sources` replaces `keys.datasets`, as for `keys.eval_datasets`; in RL they are `keys.ptx_datasets`."""
     train_on = keys.train_on if isinstance(keys, ExampleKeys) else "assistant"
-    plan = Plan(
+    plan = RowPlan(
         "examples",
         lambda tok, noun: render.draft_example(tok, noun, train_on),
         build=lambda _, seqs: seqs[0],
@@ -69,7 +69,7 @@ def load_sft(keys: TrainKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | N
 
 def load_preference(keys: TrainKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None) -> Dataset[PairRow]:
     """Rows (chosen, rejected), each with its prompt. Raises: DataError."""
-    plan = Plan(
+    plan = RowPlan(
         "pairs",
         render.draft_pair,
         build=lambda _, seqs: (seqs[0], seqs[1]),
@@ -82,7 +82,7 @@ def load_preference(keys: TrainKeys, tokenizer: Any, sources: Sequence[DatasetKe
 
 def load_kto(keys: TrainKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None) -> Dataset[LabelledRow]:
     """Rows (sequence, desirable); a preference pair gives two, chosen first. Raises: DataError."""
-    plan = Plan(
+    plan = RowPlan(
         "labels",
         render.draft_labelled,
         build=lambda noun, seqs: (seqs[0], noun.label),
@@ -106,7 +106,7 @@ def load_prompts(
             f"sequence_len={keys.sequence_len} leaves no room for a prompt beside max_completion_length="
             f"{keys.max_completion_length}; raise sequence_len or lower max_completion_length"
         )
-    plan = Plan(
+    plan = RowPlan(
         "prompts",
         render.draft_prompt,
         build=lambda noun, seqs: (noun, seqs[0].ids),
@@ -165,7 +165,7 @@ def _overflow(keys: TrainKeys, **more: Any) -> dict[str, Any]:
     return {"limit": keys.sequence_len, "overflow": keys.overflow, "keys": {**limits, **more}}
 
 
-def _load(plan: Plan, keys: TrainKeys, tokenizer: Any, given: Sequence[DatasetKeys] | None) -> Dataset[Any]:
+def _load(plan: RowPlan, keys: TrainKeys, tokenizer: Any, given: Sequence[DatasetKeys] | None) -> Dataset[Any]:
     sources = list(keys.datasets if given is None else given)
     use_template(tokenizer, keys.chat_template, keys.chat_template_kwargs)
     weights = tuple(source.weight for source in sources)
@@ -202,7 +202,7 @@ def _dataset(
     return Dataset(rows, DataSummary(summaries, status), digest, tuple(facts["sizes"]), weights)
 
 
-def _load_source(plan: Plan, source: DatasetKeys, tokenizer: Any) -> tuple[_Gathered, SourceSummary]:
+def _load_source(plan: RowPlan, source: DatasetKeys, tokenizer: Any) -> tuple[_Gathered, SourceSummary]:
     read = read_source(source)
     found = detect(read.rows, plan.kind, source.type)
     parsed, skips = parse_rows(read.rows, found.name)
@@ -229,7 +229,7 @@ def _expanded(nouns: list[Noun], kind: RowKind) -> list[Noun]:
     return [row for noun in nouns for row in (unpair(noun) if isinstance(noun, PreferencePair) else (noun,))]
 
 
-def _keep(plan: Plan, part: _Gathered, noun: Noun, seqs: tuple[TokenSeq, ...]) -> None:
+def _keep(plan: RowPlan, part: _Gathered, noun: Noun, seqs: tuple[TokenSeq, ...]) -> None:
     """Take a row, or count why not. Raises: DataError for an over-long row under `overflow: error`."""
     if plan.trains and not all(seq.num_loss_tokens for seq in seqs):
         return part.skip(NOTHING, noun.origin)
@@ -292,7 +292,7 @@ def _refuse_nothing(summaries: Sequence[SourceSummary]) -> None:
 # --- cache ---------------------------------------------------------------------------------------------------------
 
 
-def _cache_key(plan: Plan, sources: Sequence[DatasetKeys], tokenizer: Any) -> cache.CacheKey:
+def _cache_key(plan: RowPlan, sources: Sequence[DatasetKeys], tokenizer: Any) -> cache.CacheKey:
     asked = [source.model_dump(exclude={"weight"}) for source in sources]
     return cache.CacheKey(
         place=[plan.kind, [source.path for source in sources]],
@@ -305,7 +305,7 @@ def _cache_key(plan: Plan, sources: Sequence[DatasetKeys], tokenizer: Any) -> ca
 
 
 def _restored(
-    plan: Plan, found: cache.Cached, sources: Sequence[DatasetKeys], weights: tuple[float | None, ...]
+    plan: RowPlan, found: cache.Cached, sources: Sequence[DatasetKeys], weights: tuple[float | None, ...]
 ) -> Dataset[Any]:
     names = [short_path(source.path) for source in sources]
     owner = [name for name, size in zip(names, found.facts["sizes"], strict=True) for _ in range(size)]

@@ -22,7 +22,7 @@ _CHUNK = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class RenderedRow:
     """A row as text. `bos` says that the tokenizer's own BOS goes first (a chat template writes its own).
 
     `rewritten` counts turns that the template writes otherwise than alone, `dropped` those whose thinking it leaves out.
@@ -44,7 +44,7 @@ class Tokenized:
     split: int
 
 
-def draft_example(tokenizer: Any, example: Example, train_on: TrainOn) -> list[Draft]:
+def draft_example(tokenizer: Any, example: Example, train_on: TrainOn) -> list[RenderedRow]:
     if not example.messages:
         return [_draft_text(tokenizer, example.prompt, example.completion, example.origin, train_on == "all")]
     turns = [i for i, m in enumerate(example.messages) if m["role"] == "assistant"]
@@ -54,23 +54,23 @@ def draft_example(tokenizer: Any, example: Example, train_on: TrainOn) -> list[D
     return [_draft_chat(tokenizer, example.messages, example.tools, turns, example.origin)]
 
 
-def draft_pair(tokenizer: Any, pair: PreferencePair) -> list[Draft]:
+def draft_pair(tokenizer: Any, pair: PreferencePair) -> list[RenderedRow]:
     return [
         _draft_answer(tokenizer, pair.prompt, answer, pair.tools, pair.origin)
         for answer in (pair.chosen, pair.rejected)
     ]
 
 
-def draft_labelled(tokenizer: Any, row: LabelledCompletion) -> list[Draft]:
+def draft_labelled(tokenizer: Any, row: LabelledCompletion) -> list[RenderedRow]:
     return [_draft_answer(tokenizer, row.prompt, row.completion, row.tools, row.origin)]
 
 
-def draft_prompt(tokenizer: Any, prompt: Prompt) -> list[Draft]:
+def draft_prompt(tokenizer: Any, prompt: Prompt) -> list[RenderedRow]:
     if isinstance(prompt.prompt, str):
-        return [Draft(prompt.prompt, (), prompt.origin, bos=True)]
+        return [RenderedRow(prompt.prompt, (), prompt.origin, bos=True)]
     with _naming(prompt.origin):
         fitted = fit(tokenizer, prompt.prompt, prompt.tools, True)
-    return [Draft(fitted.text, (), prompt.origin, bos=False, dropped=fitted.dropped)]
+    return [RenderedRow(fitted.text, (), prompt.origin, bos=False, dropped=fitted.dropped)]
 
 
 def chat_ids(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> tuple[int, ...]:
@@ -78,7 +78,7 @@ def chat_ids(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Mappin
     return tuple(_ids(tokenizer, [fit(tokenizer, messages, tools, True).text])[0])
 
 
-def tokenize(tokenizer: Any, drafts: Sequence[Draft]) -> Tokenized:
+def tokenize(tokenizer: Any, drafts: Sequence[RenderedRow]) -> Tokenized:
     """One sequence per draft.
 
     A prompt is tokenised alone when it is sampled from, so training must see the same tokens: where the tokens of the
@@ -110,31 +110,31 @@ class _naming:  # noqa: N801 (reads as a statement: with _naming(origin))
             raise DataError(f"{self.origin}: {error}") from None
 
 
-def _draft_text(tokenizer: Any, prompt: str, completion: str, origin: Origin, all_trained: bool = False) -> Draft:
+def _draft_text(tokenizer: Any, prompt: str, completion: str, origin: Origin, all_trained: bool = False) -> RenderedRow:
     """The completion ends with EOS, once, and EOS is trained: without it a model never stops."""
     eos = tokenizer.eos_token
     if not eos:
         raise DataError("the tokenizer has no EOS token, so text completions would never end; set its eos_token")
     text = prompt + completion + ("" if completion.endswith(eos) else eos)
-    return Draft(text, ((0 if all_trained else len(prompt), len(text)),), origin, bos=True)
+    return RenderedRow(text, ((0 if all_trained else len(prompt), len(text)),), origin, bos=True)
 
 
-def _draft_whole(tokenizer: Any, example: Example) -> Draft:
+def _draft_whole(tokenizer: Any, example: Example) -> RenderedRow:
     with _naming(example.origin):
         fitted = fit(tokenizer, example.messages, example.tools)
-    return Draft(fitted.text, ((0, len(fitted.text)),), example.origin, bos=False, dropped=fitted.dropped)
+    return RenderedRow(fitted.text, ((0, len(fitted.text)),), example.origin, bos=False, dropped=fitted.dropped)
 
 
 def _draft_chat(
     tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any], turns: Sequence[int], origin: Origin
-) -> Draft:
+) -> RenderedRow:
     with _naming(origin):
         fitted = fit(tokenizer, messages, tools)
         found = assistant_spans(tokenizer, fitted, turns)
-    return Draft(found.text, found.spans, origin, bos=False, rewritten=found.rewritten, dropped=fitted.dropped)
+    return RenderedRow(found.text, found.spans, origin, bos=False, rewritten=found.rewritten, dropped=fitted.dropped)
 
 
-def _draft_answer(tokenizer: Any, prompt: Text, answer: Text, tools: Sequence[Any], origin: Origin) -> Draft:
+def _draft_answer(tokenizer: Any, prompt: Text, answer: Text, tools: Sequence[Any], origin: Origin) -> RenderedRow:
     if isinstance(prompt, str) and isinstance(answer, str):
         return _draft_text(tokenizer, prompt, answer, origin)
     assert not isinstance(prompt, str) and not isinstance(answer, str), "parse makes both text or both messages"
@@ -146,7 +146,7 @@ def _draft_answer(tokenizer: Any, prompt: Text, answer: Text, tools: Sequence[An
 # --- tokens --------------------------------------------------------------------------------------------------------
 
 
-def _tokenize_chunk(tokenizer: Any, drafts: Sequence[Draft]) -> Iterable[tuple[TokenSeq, bool]]:
+def _tokenize_chunk(tokenizer: Any, drafts: Sequence[RenderedRow]) -> Iterable[tuple[TokenSeq, bool]]:
     for draft in drafts:
         _check_encodable(draft)
     bos = _bos_prefix(tokenizer)
@@ -167,14 +167,14 @@ def _sequence(prefix: tuple[int, ...], ids: Sequence[int], ranges: Sequence[Span
     return TokenSeq((*prefix, *ids), tuple(mask), origin)
 
 
-def _checked_cuts(draft: Draft) -> list[int]:
+def _checked_cuts(draft: RenderedRow) -> list[int]:
     """Span starts where the prefix is tokenised too. Behind the first, only a space can hide a straddling token:
     tokenizers leave it out of a token's offsets."""
     starts = [start for start, _ in draft.spans if start]
     return [cut for i, cut in enumerate(starts) if i == 0 or draft.text[cut - 1] == " "]
 
 
-def _align(encoding: Any, draft: Draft, prefix_ids: dict[str, list[int]]) -> tuple[list[int], list[Span]] | None:
+def _align(encoding: Any, draft: RenderedRow, prefix_ids: dict[str, list[int]]) -> tuple[list[int], list[Span]] | None:
     """Token ranges of the spans, or `None` if a token straddles an edge or a prefix has other tokens."""
     ids = encoding.ids
     ranges: list[Span] = []
@@ -199,7 +199,7 @@ def _token_at(encoding: Any, text: str, cut: int) -> int | None:
     return len(encoding.ids)
 
 
-def _in_pieces(tokenizer: Any, draft: Draft) -> tuple[list[int], list[Span]]:
+def _in_pieces(tokenizer: Any, draft: RenderedRow) -> tuple[list[int], list[Span]]:
     cuts = sorted({0, len(draft.text), *(edge for span in draft.spans for edge in span)})
     ids: list[int] = []
     at = {0: 0}
@@ -249,7 +249,7 @@ def _bos_prefix(tokenizer: Any) -> tuple[int, ...]:
     return tuple(full[: full.index(plain[0])]) if plain and plain[0] in full else ()
 
 
-def _check_encodable(draft: Draft) -> None:
+def _check_encodable(draft: RenderedRow) -> None:
     try:
         draft.text.encode("utf-8")
     except UnicodeEncodeError as error:

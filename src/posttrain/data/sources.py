@@ -21,7 +21,7 @@ from posttrain.errors import DataError
 from posttrain.files import JSON_PER_LINE, decode_utf8, digest_bytes, digest_file, parse_json, read_lines
 from posttrain.types import Origin
 
-Row = tuple[Origin, dict[str, Any]]
+SourceRow = tuple[Origin, dict[str, Any]]
 
 _BLANK = object()
 """What a reader yields for a line without a row."""
@@ -34,13 +34,13 @@ class Source:
     `invented_nulls` counts rows from which nulls were taken that Arrow's nested types had put there.
     """
 
-    rows: list[Row]
+    rows: list[SourceRow]
     blank_lines: tuple[Origin, ...]
     digest: str
     invented_nulls: int = 0
 
 
-def read_rows(source: DatasetKeys) -> list[Row]:
+def read_rows(source: DatasetKeys) -> list[SourceRow]:
     """Raises: DataError if the source is missing, empty or malformed."""
     return read_source(source).rows
 
@@ -112,7 +112,7 @@ def _names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
 
 
-def _rename(rows: list[Row], source: DatasetKeys) -> list[Row]:
+def _rename(rows: list[SourceRow], source: DatasetKeys) -> list[SourceRow]:
     """All at once, so that two columns can be swapped. Raises: DataError where a column would be lost."""
     names = {theirs: ours for ours, theirs in source.columns.items()}
     for ours, theirs in source.columns.items():
@@ -141,7 +141,7 @@ def _renamed(row: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     return kept | {names[name]: value for name, value in row.items() if name in names}
 
 
-def _without_invented_nulls(rows: list[Row]) -> tuple[list[Row], int]:
+def _without_invented_nulls(rows: list[SourceRow]) -> tuple[list[SourceRow], int]:
     """Conversations and tools without null fields: Arrow gives every struct of a column the fields of all of them."""
     kept = [
         (origin, {name: _bare(value) if _is_nested(name, value) else value for name, value in row.items()})
@@ -242,7 +242,7 @@ READERS: dict[str, Callable[[Path], Iterable[tuple[Origin, Any]]]] = {
 """File name ending → its reader. A reader yields `_BLANK` for a blank line."""
 
 
-def _read_hub(source: DatasetKeys) -> list[Row]:
+def _read_hub(source: DatasetKeys) -> list[SourceRow]:
     offline = hub.prepare()
     import datasets
     import datasets.config as client

@@ -53,7 +53,7 @@ def assistant_spans(tokenizer: Any, fitted: Fitted, turns: Sequence[int]) -> Spa
                 _with_end(tokenizer, text, span) for i, span in zip(answers, marked, strict=True) if i in set(turns)
             ]
             return Spans(text, tuple(wanted))
-    conversation = _Conversation(tokenizer, messages, tools, text)
+    conversation = _RenderedChat(tokenizer, messages, tools, text)
     spans: list[Span] = []
     rewritten = 0
     for turn in turns:
@@ -79,7 +79,7 @@ class _Anchor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Conversation:
+class _RenderedChat:
     tokenizer: Any
     messages: Sequence[Message]
     tools: Sequence[Any]

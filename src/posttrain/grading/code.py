@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from posttrain.grading.sandbox import CallResult, Limits, run_calls, run_script
+from posttrain.grading.sandbox import CallResult, SandboxLimits, run_calls, run_script
 from posttrain.grading.schema import same_json
 
 _OPENING = re.compile(
@@ -80,7 +80,7 @@ def extract_code(text: str) -> str:
 def run_tests(
     code: str,
     tests: Sequence[Mapping[str, Any]],
-    limits: Limits | None = None,
+    limits: SandboxLimits | None = None,
     *,
     budget_s: float = 60.0,
     stop_at_failure: bool = False,
@@ -94,7 +94,7 @@ def run_tests(
     for test in tests:
         if not ({"call", "args", "expected"} <= set(test) or {"stdin", "stdout"} <= set(test)):
             raise ValueError(f"test with the keys {sorted(test)}: expected call, args, expected or stdin, stdout")
-    run = _Run(code, limits or Limits(), time.monotonic() + budget_s, stop_at_failure)
+    run = _CodeRun(code, limits or SandboxLimits(), time.monotonic() + budget_s, stop_at_failure)
     passed = [False] * len(tests)
     calls = [index for index, test in enumerate(tests) if "call" in test]
     scripts = [index for index, test in enumerate(tests) if "call" not in test]
@@ -104,10 +104,10 @@ def run_tests(
     return passed
 
 
-class _Run:
+class _CodeRun:
     """One completion's code under its clock."""
 
-    def __init__(self, code: str, limits: Limits, end: float, stop_at_failure: bool) -> None:
+    def __init__(self, code: str, limits: SandboxLimits, end: float, stop_at_failure: bool) -> None:
         self.code, self.limits, self.end, self.stop_at_failure = code, limits, end, stop_at_failure
 
     def calls(self, waiting: Sequence[int], tests: Sequence[Mapping[str, Any]], passed: list[bool]) -> None:
@@ -135,7 +135,7 @@ class _Run:
             if self.stop_at_failure and not passed[index]:
                 return
 
-    def _left(self) -> Limits | None:
+    def _left(self) -> SandboxLimits | None:
         left = self.end - time.monotonic()
         if left <= 0:
             return None

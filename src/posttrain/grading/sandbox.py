@@ -32,7 +32,7 @@ _PROBE_S = 60.0  # a busy machine must not look like one that permits nothing
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class SandboxLimits:
     """What a run may use. `cpu_s` counts all its processes; `wall_s` is the clock of a script or of each call, `total_s` of all calls."""
 
     wall_s: float = 4.0
@@ -57,7 +57,7 @@ class CallResult:
 def run_calls(
     code: str,
     calls: Sequence[tuple[str, Sequence[Any]]],
-    limits: Limits | None = None,
+    limits: SandboxLimits | None = None,
     go_on: Callable[[int, CallResult], bool] = lambda index, result: True,
 ) -> list[CallResult]:
     """Execute `code`, then each `(function, args)` in turn, in one process. One result per call, in order.
@@ -65,7 +65,7 @@ def run_calls(
     Each call has `wall_s`; one that ends the process leaves those behind it unanswered, as does a False from `go_on`.
     """
     nonce = secrets.token_hex(16)
-    limits = limits or Limits()
+    limits = limits or SandboxLimits()
     request = {"mode": "calls", "code": code, "calls": [[name, list(args)] for name, args in calls], "nonce": nonce}
     results: dict[int, CallResult] = {}
 
@@ -100,16 +100,16 @@ def _parse(line: bytes, nonce: str) -> tuple[int | None, CallResult]:
     return index, CallResult(False, reason=str(fields.get("e", ""))[:500])
 
 
-def run_script(code: str, stdin: str, limits: Limits | None = None) -> CallResult:
+def run_script(code: str, stdin: str, limits: SandboxLimits | None = None) -> CallResult:
     """Execute `code` as a script; the value is what it wrote to its standard output."""
     request = {"mode": "script", "code": code, "stdin": stdin, "nonce": ""}
-    output, reason = _run(request, limits or Limits(), isolation())
+    output, reason = _run(request, limits or SandboxLimits(), isolation())
     return CallResult(False, reason=reason) if reason else CallResult(True, output.decode("utf-8", "replace"))
 
 
 def _run(
     request: dict[str, Any],
-    limits: Limits,
+    limits: SandboxLimits,
     level: Isolation,
     each: Callable[[bytes], bool] | None = None,
     filter_: bytes | None = None,
@@ -139,7 +139,7 @@ def _run(
             _end(process, level, uid)
 
 
-def _confinement(limits: Limits, level: Isolation, folder: Path, uid: int) -> dict[str, Any]:
+def _confinement(limits: SandboxLimits, level: Isolation, folder: Path, uid: int) -> dict[str, Any]:
     prefixes = {str(Path(p).resolve()) for p in (sys.base_prefix, sys.base_exec_prefix, Path(os.__file__).parent)}
     return {
         "level": level, "folder": str(folder), "uid": uid, "is_root": os.geteuid() == 0, "prefixes": sorted(prefixes),
@@ -151,7 +151,7 @@ def _converse(
     process: subprocess.Popen[bytes],
     payload: bytes,
     read_fd: int,
-    limits: Limits,
+    limits: SandboxLimits,
     each: Callable[[bytes], bool] | None,
 ) -> tuple[bytes, str]:
     end = time.monotonic() + (limits.total_s if each else limits.wall_s)
@@ -239,5 +239,5 @@ def call_filter() -> bytes:
 
 def _works(level: Isolation, program: bytes) -> bool:
     probe = {"mode": "script", "code": "print(6 * 7)", "stdin": "", "nonce": ""}
-    output, reason = _run(probe, Limits(wall_s=_PROBE_S), level, filter_=program)
+    output, reason = _run(probe, SandboxLimits(wall_s=_PROBE_S), level, filter_=program)
     return not reason and output.strip() == b"42"

@@ -13,18 +13,18 @@ from posttrain.grading.equality import equal_values
 from posttrain.grading.schema import NotJsonError, conforms, read_json_text, same_json
 from posttrain.numerics import revision
 
-Scorer = Callable[[str, str | None, Mapping[str, Any]], float | None]
+AnswerScorer = Callable[[str, str | None, Mapping[str, Any]], float | None]
 """(completion, target, the item's other columns) → score, or None when the item has nothing to score against."""
 
 
-def _against_target(check: Callable[[str, str], bool]) -> Scorer:
+def _against_target(check: Callable[[str, str], bool]) -> AnswerScorer:
     def score(text: str, target: str | None, columns: Mapping[str, Any]) -> float | None:
         return None if target is None or not str(target).strip() else float(check(text, str(target)))
 
     return score
 
 
-def _of_text(check: Callable[[str], bool]) -> Scorer:
+def _of_text(check: Callable[[str], bool]) -> AnswerScorer:
     return lambda text, target, columns: float(check(text))
 
 
@@ -60,7 +60,7 @@ def _json_schema(text: str, target: str | None, columns: Mapping[str, Any]) -> f
         return None
 
 
-SCORERS: dict[str, Scorer] = {
+SCORERS: dict[str, AnswerScorer] = {
     "boxed": _against_target(partial(answers.is_boxed, same=equal_values)),
     "number": _against_target(partial(answers.is_number, same=answers.same_in_prose)),
     "last_number": _against_target(answers.is_last_number),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from posttrain.types import Ratio
 
-Spec = TypeVar("Spec")
+SpecT = TypeVar("SpecT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ def as_ratios(sums: Mapping[str, tuple[Tensor, Tensor | float]]) -> dict[str, Ra
     return {name: Ratio(num, den) for name, num, den in zip(sums, numbers[::2], numbers[1::2], strict=True)}
 
 
-def spec_from(spec_type: type[Spec], keys: object) -> Spec:
+def spec_from(spec_type: type[SpecT], keys: object) -> SpecT:
     """A spec dataclass from an object that has all of its fields as attributes (a stage's configuration)."""
     names = [f.name for f in fields(spec_type)]  # pyright: ignore[reportArgumentType]
     missing = [name for name in names if not hasattr(keys, name)]

@@ -20,7 +20,7 @@ from posttrain.models.provenance import model_digest
 from posttrain.names import PREVIOUS
 from posttrain.pipeline import selection
 from posttrain.pipeline.escalation import decision_on
-from posttrain.pipeline.measure import Evals, Model, Reports
+from posttrain.pipeline.measure import Evals, MeasuredModel, Reports
 from posttrain.pipeline.state import GateEntry, RunState, Selection, StageEntry
 from posttrain.protocols import Topology
 from posttrain.registry.promotion import CHAMPION
@@ -70,7 +70,7 @@ class Judge:
         return state, verdict
 
     def _round(
-        self, state: RunState, index: int, entry: StageEntry, spec: GateSpec, baseline: Model
+        self, state: RunState, index: int, entry: StageEntry, spec: GateSpec, baseline: MeasuredModel
     ) -> tuple[RunState, Verdict]:
         candidate = self._candidate(entry)
         ours = self.evals.measure(candidate, spec.suites, spec.split)
@@ -83,7 +83,7 @@ class Judge:
             self.say(table)
         return self.topology.broadcast((state, verdict))
 
-    def _check_itself(self, gate: GateKeys, spec: GateSpec, baseline: Model) -> None:
+    def _check_itself(self, gate: GateKeys, spec: GateSpec, baseline: MeasuredModel) -> None:
         """The A/A check of the baseline. Raises: GateError if it differs from itself."""
         first = self.evals.measure(baseline, spec.suites, spec.split) if gate.aa else {}
         for number in range(1, gate.aa + 1):
@@ -97,13 +97,13 @@ class Judge:
     def _spec(self, gate: GateKeys) -> GateSpec:
         return selection.spec_of(self.keys, gate, self.evals.suites)
 
-    def _candidate(self, entry: StageEntry) -> Model:
+    def _candidate(self, entry: StageEntry) -> MeasuredModel:
         return made_by(entry, self.folder)
 
-    def _baseline(self, gate: GateKeys, state: RunState) -> Model:
+    def _baseline(self, gate: GateKeys, state: RunState) -> MeasuredModel:
         return baseline_of(gate, self.keys, state, self.folder)
 
-    def _baseline_for(self, state: RunState, index: int, gate: GateKeys, entry: StageEntry) -> Model:
+    def _baseline_for(self, state: RunState, index: int, gate: GateKeys, entry: StageEntry) -> MeasuredModel:
         """The baseline; where this run's model holds the alias by now, and its verdict was moved away, the one before."""
         kind, _, alias = gate.baseline.partition(":")
         known = state.gate(self.after(index), entry.output_digest)
@@ -153,16 +153,20 @@ class Question:
         return verdict.spec_digest == self.spec.digest and dict(verdict.report_digests) == digests
 
 
-def baseline_of(gate: GateKeys, keys: PipelineKeys, state: RunState, folder: Path) -> Model:
+def baseline_of(gate: GateKeys, keys: PipelineKeys, state: RunState, folder: Path) -> MeasuredModel:
     """The model that a gate's `baseline` names. Without a holder of the alias it is the base.
 
     Raises: ConfigError for a reference to something that is not there.
     """
     kind, _, name = gate.baseline.partition(":")
-    base = Model("base", keys.base_model, state.pins["base_model"])
+    base = MeasuredModel("base", keys.base_model, state.pins["base_model"])
     if kind == "alias":
         holder = _holder(name, keys)
-        return base if holder is None else Model(f"{holder.name}-v{holder.version}", str(holder.path), holder.digest)
+        return (
+            base
+            if holder is None
+            else MeasuredModel(f"{holder.name}-v{holder.version}", str(holder.path), holder.digest)
+        )
     if gate.baseline == "stage:base":
         return base
     if kind == "stage":
@@ -173,12 +177,14 @@ def baseline_of(gate: GateKeys, keys: PipelineKeys, state: RunState, folder: Pat
             )
         return made_by(entry, folder)
     digest = model_digest(Path(gate.baseline))
-    return Model(f"model-{digest[7:19]}", gate.baseline, digest)
+    return MeasuredModel(f"model-{digest[7:19]}", gate.baseline, digest)
 
 
-def made_by(entry: StageEntry, folder: Path) -> Model:
+def made_by(entry: StageEntry, folder: Path) -> MeasuredModel:
     """The model of a finished stage."""
-    return Model(entry.folder.removeprefix("stages/"), str(folder / entry.folder / "model"), entry.output_digest)
+    return MeasuredModel(
+        entry.folder.removeprefix("stages/"), str(folder / entry.folder / "model"), entry.output_digest
+    )
 
 
 def _holder(alias: str, keys: PipelineKeys) -> RegistryEntry | None:

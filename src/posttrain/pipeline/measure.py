@@ -20,7 +20,7 @@ Suites = Mapping[str, tuple[Suite, SuiteKeys]]
 Reports = Mapping[str, EvalReport]
 
 
-class Model(NamedTuple):
+class MeasuredModel(NamedTuple):
     """A model that a run measures: the name of its eval folder, where it is, and what it was when the run took it in."""
 
     name: str
@@ -41,7 +41,7 @@ class Evals:
     suites: Suites = field(default_factory=dict)
     _announced: set[tuple[str, str]] = field(default_factory=set)
 
-    def measure(self, model: Model, suites: Sequence[str], split: str) -> Reports:
+    def measure(self, model: MeasuredModel, suites: Sequence[str], split: str) -> Reports:
         """Reports by suite, under `evals/<name>/`. Raises: ChangedInputsError if the model is not what it was."""
         name = model.name
         self.before(f"the evals of {name}")
@@ -63,7 +63,7 @@ class Evals:
         self.topology.barrier()
         return _stored(folder, suites, split)
 
-    def again(self, model: Model, suites: Sequence[str], split: str, number: int) -> Reports:
+    def again(self, model: MeasuredModel, suites: Sequence[str], split: str, number: int) -> Reports:
         """The same with another batch order and another seed, under `aa/`: an A/A check compares the two."""
         self.before(f"A/A check {number} of {model.name}")
         folder = self.folder / "aa" / f"{model.name}-{number}"
@@ -91,7 +91,7 @@ def _stored(folder: Path, suites: Sequence[str], split: str) -> Reports:
     return {name: EvalReport.load(folder / f"{name}-{split}") for name in suites}
 
 
-def check_same(model: Model) -> None:
+def check_same(model: MeasuredModel) -> None:
     """No score under the name of another model. Raises: ChangedInputsError."""
     now = source_digest(model.path)
     if now != model.digest:

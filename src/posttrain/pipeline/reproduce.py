@@ -41,7 +41,7 @@ MARGIN = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class Comparison:
     """One thing compared: it is the `same`, it `differs`, or what it takes is `missing`; a `note` decides nothing."""
 
     what: str
@@ -87,7 +87,7 @@ class Version:
         return self.book.verdict_record(self.entry.name, self.entry.version)
 
 
-def exit_code(checks: list[Check]) -> int:
+def exit_code(checks: list[Comparison]) -> int:
     """0 all the same, 1 something differs, 2 nothing differs but something could not be compared."""
     codes = {EXIT_CODE[check.found] for check in checks}
     return 1 if 1 in codes else max(codes, default=2)
@@ -96,33 +96,33 @@ def exit_code(checks: list[Check]) -> int:
 # --- level 0: the verdict ------------------------------------------------------------------------------------------
 
 
-def repeat_verdict(version: Version) -> Iterator[Check]:
+def repeat_verdict(version: Version) -> Iterator[Comparison]:
     """Decide again from the stored items, and check every stored byte."""
     done = version.book.verify(version.entry.name, version.entry.version)
-    yield Check("stored bytes", "same", f"{done.num_files} files and {done.num_manifests} manifests are intact")
+    yield Comparison("stored bytes", "same", f"{done.num_files} files and {done.num_manifests} manifests are intact")
     stored = version.verdict
     gates, evals = version.export("gates"), version.export("evals")
     if stored is None or gates is None or evals is None:
         absent = ", ".join(n for n, v in (("verdict", stored), ("gates", gates), ("evals", evals)) if v is None)
-        yield Check("verdict", "missing", f"no {absent} was registered with this version")
+        yield Comparison("verdict", "missing", f"no {absent} was registered with this version")
         return
     digest = verdict_from_json(stored).digest
     for path in sorted(gates.glob("*/verdict.json")):
         if load_verdict(path.parent).digest == digest:
             again = recompute(path.parent)
-            yield Check("verdict", "same", f"{again.verdict.value} again, {digest} from the stored items")
+            yield Comparison("verdict", "same", f"{again.verdict.value} again, {digest} from the stored items")
             return
-    yield Check("verdict", "missing", f"{digest} is not among the gates that were registered with this version")
+    yield Comparison("verdict", "missing", f"{digest} is not among the gates that were registered with this version")
 
 
 # --- level 1: the answers ------------------------------------------------------------------------------------------
 
 
-def repeat_answers(version: Version) -> Iterator[Check]:
+def repeat_answers(version: Version) -> Iterator[Comparison]:
     """Score the stored weights again, item by item."""
     path = version.config()
     if path is None:
-        yield Check("answers", "missing", "no config was registered with this version")
+        yield Comparison("answers", "missing", "no config was registered with this version")
         return
     config = _read(path)
     how, same = _loading(config, version.root(config)), _environment_checks(version)
@@ -141,21 +141,23 @@ def _judged_reports(version: Version) -> dict[str, EvalReport]:
     return {report.suite: report for report in reports if report.digest == wanted.get(report.suite)}
 
 
-def _answers(version: Version, name: str, stored: EvalReport, how: Mapping[str, Any], elsewhere: str) -> Check:
+def _answers(version: Version, name: str, stored: EvalReport, how: Mapping[str, Any], elsewhere: str) -> Comparison:
     again = _measured(version, name, stored, how, version.entry.path, "again")
     if again is None:
-        return Check(f"answers on {name}", "missing", f"the suite was not registered with this version (suite.{name})")
+        return Comparison(
+            f"answers on {name}", "missing", f"the suite was not registered with this version (suite.{name})"
+        )
     if again.suite_digest != stored.suite_digest:
         text = f"recorded {stored.suite_digest}, now {again.suite_digest}: the scorer's code or the decoding changed"
-        return Check(f"answers on {name}", "missing", f"pin suite: {text}")
+        return Comparison(f"answers on {name}", "missing", f"pin suite: {text}")
     pairs = list(zip(stored.items, again.items, strict=True))
     texts = sum(left.completions == right.completions for left, right in pairs)
     scores = sum(left.scores == right.scores for left, right in pairs)
     counts = f"{texts} of {len(pairs)} answers and {scores} of {len(pairs)} scores are equal"
     if again.digest == stored.digest:
-        return Check(f"answers on {name}", "same", counts)
+        return Comparison(f"answers on {name}", "same", counts)
     why = elsewhere or "environment and code are those that were recorded, so this should not be"
-    return Check(f"answers on {name}", "differs", f"{counts}; mean {stored.mean:.4f} → {again.mean:.4f} ({why})")
+    return Comparison(f"answers on {name}", "differs", f"{counts}; mean {stored.mean:.4f} → {again.mean:.4f} ({why})")
 
 
 def _measured(
@@ -186,11 +188,11 @@ def _loading(config: Mapping[str, Any], root: Path) -> dict[str, Any]:
     return how | ({"chat_template": str(template)} if template.is_file() else {})
 
 
-def _environment_checks(version: Version) -> list[Check]:
+def _environment_checks(version: Version) -> list[Comparison]:
     """What of the environment is not as it was: bitwise repetition is not promised then."""
     path = version.export("environment", "environment.json")
     if path is None:
-        return [Check("environment", "note", "was not registered with this version, so it cannot be compared")]
+        return [Comparison("environment", "note", "was not registered with this version, so it cannot be compared")]
     before, now = _flat(read_json(path)), _flat(environment())
     moved = [
         f"{k}: {before.get(k, 'absent')} → {now.get(k, 'absent')}"
@@ -198,7 +200,7 @@ def _environment_checks(version: Version) -> list[Check]:
         if before.get(k) != now.get(k)
     ]
     more = f" and {len(moved) - 8} more" if len(moved) > 8 else ""
-    return [Check("environment", "note", "differs: " + ", ".join(moved[:8]) + more)] if moved else []
+    return [Comparison("environment", "note", "differs: " + ", ".join(moved[:8]) + more)] if moved else []
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -211,11 +213,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 # --- level 2: the weights ------------------------------------------------------------------------------------------
 
 
-def repeat_training(version: Version, margin: float = MARGIN) -> Iterator[Check]:
+def repeat_training(version: Version, margin: float = MARGIN) -> Iterator[Comparison]:
     """Train again from the pins, in the scratch folder: the same bytes, or else equivalent scores."""
     config, chain = version.config(), version.chain
     if config is None:
-        yield Check("pins", "missing", "no config was registered with this version")
+        yield Comparison("pins", "missing", "no config was registered with this version")
         return
     root = version.root(_read(config))
     try:
@@ -224,7 +226,7 @@ def repeat_training(version: Version, margin: float = MARGIN) -> Iterator[Check]
     except (PosttrainError, OSError) as error:
         lines = "; ".join(str(error).splitlines())
         hint = f"looked in {root}; --project DIR names another place"
-        yield Check("pins", "missing", f"what the run was made from is not where it was: {lines}; {hint}")
+        yield Comparison("pins", "missing", f"what the run was made from is not where it was: {lines}; {hint}")
         return
     yield from moved
     if any(check.found == "missing" for check in moved):
@@ -233,14 +235,14 @@ def repeat_training(version: Version, margin: float = MARGIN) -> Iterator[Check]
     yield from notes[len(moved) :]
     placement = place(keys.stages[0].keys)
     if placement.device.type != "cpu" or placement.autocast_dtype is not None:
-        notes.append(Check("arithmetic", "note", f"{placement.device.type}, bf16 or not on a CPU: not bitwise"))
+        notes.append(Comparison("arithmetic", "note", f"{placement.device.type}, bf16 or not on a CPU: not bitwise"))
         yield notes[-1]
     yield from _retrained(version, keys, chain, notes, margin)
 
 
-def _moved_pins(keys: PipelineKeys, chain: list[Manifest]) -> Iterator[Check]:
+def _moved_pins(keys: PipelineKeys, chain: list[Manifest]) -> Iterator[Comparison]:
     """Inputs that are not those of the manifests. Other versions may still train the same; other data may not."""
-    moved: dict[str, Check] = {}
+    moved: dict[str, Comparison] = {}
     for index, (stage, manifest) in enumerate(zip(keys.stages, chain, strict=False), start=1):
         parent = source_digest(keys.base_model) if index == 1 else manifest.inputs[MODEL]
         now = stage_inputs(stage.kind, _as_trained(stage, manifest), parent)
@@ -251,7 +253,7 @@ def _moved_pins(keys: PipelineKeys, chain: list[Manifest]) -> Iterator[Check]:
             )
             found: Found = "note" if is_version(name) else "missing"
             if recorded != value:
-                moved[what] = Check(f"pin {what}", found, f"recorded {recorded}, now {value}")
+                moved[what] = Comparison(f"pin {what}", found, f"recorded {recorded}, now {value}")
     yield from moved.values()
 
 
@@ -261,8 +263,8 @@ def _as_trained(stage: ConfiguredStage, manifest: Manifest) -> StageKeys:
 
 
 def _retrained(
-    version: Version, keys: PipelineKeys, chain: list[Manifest], notes: list[Check], margin: float
-) -> Iterator[Check]:
+    version: Version, keys: PipelineKeys, chain: list[Manifest], notes: list[Comparison], margin: float
+) -> Iterator[Comparison]:
     folder = version.scratch / "run"
     run_pipeline(_only_training(keys, chain, folder), SingleProcess(), watch=Watch(say=version.say))
     state = RunState.load(folder)
@@ -275,12 +277,12 @@ def _retrained(
         equal = equal and same
         text = entry.output_digest if same else f"recorded {manifest.outputs[MODEL]}, now {entry.output_digest}"
         expected = bool(notes)
-        yield Check(f"weights of {manifest.stage}", "same" if same else "note" if expected else "differs", text)
+        yield Comparison(f"weights of {manifest.stage}", "same" if same else "note" if expected else "differs", text)
         if recorded := manifest.outputs.get(ADAPTER_TOTAL):
             now = adapter_total_of(entry.files)
             text = now if now == recorded else f"recorded {recorded}, now {now or 'absent'}"
             found: Found = "same" if now == recorded else "note" if expected else "differs"
-            yield Check(f"{ADAPTER_TOTAL} of {manifest.stage}", found, text)
+            yield Comparison(f"{ADAPTER_TOTAL} of {manifest.stage}", found, text)
     last = made[-1]
     assert last is not None, "a version has at least one stage"
     if not equal:
@@ -308,7 +310,7 @@ def _only_training(keys: PipelineKeys, chain: list[Manifest], folder: Path) -> P
     return keys.model_copy(update=update)
 
 
-def _equivalent(version: Version, model: Path, keys: PipelineKeys, margin: float) -> Iterator[Check]:
+def _equivalent(version: Version, model: Path, keys: PipelineKeys, margin: float) -> Iterator[Comparison]:
     """Two one-sided tests: neither model is worse than the other by `margin` or more."""
     first = keys.stages[0].keys
     how = {
@@ -318,18 +320,24 @@ def _equivalent(version: Version, model: Path, keys: PipelineKeys, margin: float
     for name, stored in _judged_reports(version).items():
         again = _measured(version, name, stored, how, model, "retrained")
         if again is None or again.suite_digest != stored.suite_digest:
-            yield Check(f"scores on {name}", "missing", "the suite is not as it was registered, so nothing compares")
+            yield Comparison(
+                f"scores on {name}", "missing", "the suite is not as it was registered, so nothing compares"
+            )
             continue
         spec = GateSpec(guards=(Guard(name, margin),), split=stored.split)
         sides = [decide(spec, {name: a}, {name: b}) for a, b in ((again, stored), (stored, again))]
         text = f"mean {stored.mean:.4f} → {again.mean:.4f}, margin {margin:g}: "
         worst = next((side for side in sides if side.verdict is not Verdict.PASS), None)
         if worst is None:
-            yield Check(f"scores on {name}", "same", f"{text}equivalent at alpha {spec.alpha:g}")
+            yield Comparison(f"scores on {name}", "same", f"{text}equivalent at alpha {spec.alpha:g}")
         else:
             found: Found = "differs" if worst.verdict is Verdict.FAIL else "missing"
-            yield Check(f"scores on {name}", found, f"{text}{worst.verdict.value}, {worst.reason}")
+            yield Comparison(f"scores on {name}", found, f"{text}{worst.verdict.value}, {worst.reason}")
 
 
-LEVELS: dict[int, Callable[[Version], Iterator[Check]]] = {0: repeat_verdict, 1: repeat_answers, 2: repeat_training}
+LEVELS: dict[int, Callable[[Version], Iterator[Comparison]]] = {
+    0: repeat_verdict,
+    1: repeat_answers,
+    2: repeat_training,
+}
 """What each level of `posttrain reproduce` repeats."""

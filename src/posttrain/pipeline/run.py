@@ -25,7 +25,7 @@ from posttrain.pipeline.data_checks import DataChecks, Suites
 from posttrain.pipeline.escalation import PENDING_FILE, decision_on, rejection_of, wait_for_person
 from posttrain.pipeline.generation import check_can_be_promoted, from_version
 from posttrain.pipeline.judge import Judge, is_promoted, made_by
-from posttrain.pipeline.measure import Evals, Model
+from posttrain.pipeline.measure import Evals, MeasuredModel
 from posttrain.pipeline.opening import OnChange, fresh, state_to_go_on_from
 from posttrain.pipeline.pins import environment, pins_of
 from posttrain.pipeline.state import (
@@ -94,12 +94,12 @@ def run_pipeline(
         keys = keys.model_copy(update={"output_dir": str(folder)})
     place = Place(keys, folder, project, parent)
     if not topology.is_main:
-        return _Run(place, topology, watch, suites, data, on_change).run()
+        return _PipelineRun(place, topology, watch, suites, data, on_change).run()
     with run_lock(folder):
-        return _Run(place, topology, watch, suites, data, on_change).run()
+        return _PipelineRun(place, topology, watch, suites, data, on_change).run()
 
 
-class _Run:
+class _PipelineRun:
     def __init__(
         self, place: Place, topology: Topology, watch: Watch, suites: Suites, data: DataChecks, on_change: OnChange
     ) -> None:
@@ -118,7 +118,7 @@ class _Run:
         self.state = self._opened()
         with self.stop.listening():
             try:
-                self._measure(Model("base", self.keys.base_model, self.state.pins["base_model"]))
+                self._measure(MeasuredModel("base", self.keys.base_model, self.state.pins["base_model"]))
                 outcome = self._walk()
             except StoppedPolitely as stopped:
                 self._save(status=STOPPED, reason=str(stopped))
@@ -238,7 +238,7 @@ class _Run:
         found = self.topology.broadcast(found)
         return "" if found is None else f"rejected by {found.by}: {found.reason}"
 
-    def _measure(self, model: Model) -> None:
+    def _measure(self, model: MeasuredModel) -> None:
         """Score a model on all suites, on the splits that no verdict is kept for where something is chosen."""
         self._stop_if_asked(f"the evals of {model.name}")
         for split, suites in selection.splits_between(self.keys, self.evals.suites).items():

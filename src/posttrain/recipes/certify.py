@@ -13,7 +13,7 @@ from posttrain.errors import RewardError
 from posttrain.files import read_record
 from posttrain.models.load import load_tokenizer
 from posttrain.recipes.engines import EngineSource, make_engine, sampling_params
-from posttrain.rewards.cases import Sample, cases_of
+from posttrain.rewards.cases import PolicySample, cases_of
 from posttrain.rewards.certificate import Certificate, check_rewards
 from posttrain.rewards.resolve import reward_digest
 from posttrain.rewards.workers import RewardPool
@@ -41,7 +41,7 @@ def certify(keys: RLKeys, path: Path) -> Certificate:
             engine, chosen, keys.num_generations, sampling_params(keys), (keys.seed, -1), range(len(chosen))
         )
     samples = [
-        Sample(case, str(tokenizer.decode(list(completion.ids), skip_special_tokens=True)))
+        PolicySample(case, str(tokenizer.decode(list(completion.ids), skip_special_tokens=True)))
         for case, group in enumerate(groups)
         for completion in group
     ]

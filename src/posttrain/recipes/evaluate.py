@@ -27,7 +27,7 @@ from posttrain.types import Origin, Text
 _ROWS = 128
 """Completions decoded at once: evals hold no gradients, so there is room for more than in training."""
 
-Shown = Callable[[str, int, int], None]
+EvalProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def evaluate(
     suites: Sequence[tuple[Suite, SuiteKeys]],
     split: str,
     folder: Path,
-    progress: Shown | None = None,
+    progress: EvalProgress | None = None,
     *,
     order: int = 0,
     digest: str | None = None,
@@ -112,7 +112,7 @@ def _known(suite: Suite, keys: SuiteKeys, split: str, folder: Path, measured: tu
     return {item.id: item for item in report.items} if same else {}
 
 
-def _evaluator(engine: Engine, model: ModelKeys, digest: str, progress: Shown | None) -> Evaluator:
+def _evaluator(engine: Engine, model: ModelKeys, digest: str, progress: EvalProgress | None) -> Evaluator:
     return Evaluator(
         engine, TokenizerCodec(load_tokenizer(model)), digest, request_seed,
         progress or (lambda name, done, total: None), score_own=score_in_workers,

@@ -8,7 +8,7 @@ from functools import partial
 from posttrain.config.stages import RLKeys, TrainKeys
 from posttrain.rewards.battery import find_deciding, learn_form
 from posttrain.rewards.cases import AnswerForm, Case, candidate_forms, cases_of
-from posttrain.rewards.check import TINY, Check, Thresholds
+from posttrain.rewards.check import TINY, RewardCheck, Thresholds
 from posttrain.rewards.workers import RewardPool
 from posttrain.types import Prompt
 
@@ -34,7 +34,7 @@ def unreadable_golds(keys: RLKeys, prompts: Sequence[Prompt]) -> list[str | None
     with RewardPool(
         keys.reward_funcs, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s
     ) as pool:
-        check = Check(pool, (), (), Thresholds(), lambda text: text.encode("utf-8", "surrogatepass"))
+        check = RewardCheck(pool, (), (), Thresholds(), lambda text: text.encode("utf-8", "surrogatepass"))
         probed = [case for case in cases_of(prompts, _PROBED) if case.gold is not None]
         if not probed:
             return reasons
@@ -59,12 +59,12 @@ def unreadable_golds(keys: RLKeys, prompts: Sequence[Prompt]) -> list[str | None
     return reasons
 
 
-def _scores(check: Check, cases: Sequence[Case], form: AnswerForm) -> list[tuple[float | None, str | None]]:
+def _scores(check: RewardCheck, cases: Sequence[Case], form: AnswerForm) -> list[tuple[float | None, str | None]]:
     breakdowns = check.score([(case, form.render(case.gold or "")) for case in cases])
     return [(check.decided(breakdown), breakdown.error) for breakdown in breakdowns]
 
 
-def _known_otherwise(check: Check, cases: Sequence[Case], forms: Sequence[AnswerForm], best: float) -> set[int]:
+def _known_otherwise(check: RewardCheck, cases: Sequence[Case], forms: Sequence[AnswerForm], best: float) -> set[int]:
     """Places of the cases whose gold earns `best` in one of `forms`."""
     known: set[int] = set()
     for form in forms if cases else ():

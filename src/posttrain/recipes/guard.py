@@ -23,7 +23,7 @@ from posttrain.types import Finding, Severity, StepReport
 _OF_THE_UPDATE = frozenset({"loss", "grad_norm", "update_norm"})
 
 
-class Guard:
+class TrainingGuard:
     """`allows` before each update, `observe` after each step. `controls` is what was changed in the run so far.
 
     `settle` waits for the checkpoint under way: a rollback goes back to what is on disk.

@@ -26,8 +26,8 @@ from posttrain.recipes.engines import sampling_params
 from posttrain.recipes.stage import Stage
 from posttrain.rewards.battery import find_deciding, learn_form, measure_separation, run_mutations
 from posttrain.rewards.canaries import impossible
-from posttrain.rewards.cases import AnswerForm, Case, Sample, Setting, cases_of, kind_of, same_meaning
-from posttrain.rewards.check import TINY, Check, Thresholds
+from posttrain.rewards.cases import AnswerForm, Case, PolicySample, Setting, cases_of, kind_of, same_meaning
+from posttrain.rewards.check import TINY, RewardCheck, Thresholds
 from posttrain.rewards.workers import RewardPool
 from posttrain.rollout.collect import sample_groups
 from posttrain.rollout.sampling import request_seed
@@ -87,8 +87,8 @@ class LiveChecks:
         if not known:
             return {}
         cases = [case for case, _ in known] + [case for case in cases[len(best) :] if case.gold is not None]
-        samples = [Sample(place, sample.text) for place, (_, sample) in enumerate(known)]
-        check = Check(self._rewards, cases, samples, Thresholds(mutation_cases=_BATTERY_CASES), self._tokenize)
+        samples = [PolicySample(place, sample.text) for place, (_, sample) in enumerate(known)]
+        check = RewardCheck(self._rewards, cases, samples, Thresholds(mutation_cases=_BATTERY_CASES), self._tokenize)
         form = learn_form(check, cases)
         find_deciding(check, cases, form)
         if not check.deciding:
@@ -99,7 +99,7 @@ class LiveChecks:
         self._stage.run.event("reward_check", step + 1, {**values, "false_passes": passes[:3]})
         return values | {"time/reward_check_s": time.monotonic() - started}
 
-    def _canaries(self, step: int, check: Check, form: AnswerForm) -> dict[str, float]:
+    def _canaries(self, step: int, check: RewardCheck, form: AnswerForm) -> dict[str, float]:
         keys = self._keys
         picks = random.Random(request_seed(keys.seed, _CANARY_SEED, step))
         rows = picks.sample(self._data.rows, min(NUM_CANARIES, len(self._data.rows)))
@@ -154,7 +154,7 @@ REWRITES: Mapping[str, Callable[[str, Case, AnswerForm], list[str]]] = {
 """Ways to turn a completion that is paid into a wrong one."""
 
 
-def replay(check: Check, setting: Setting) -> tuple[dict[str, float], list[str]]:
+def replay(check: RewardCheck, setting: Setting) -> tuple[dict[str, float], list[str]]:
     """False passes among the cheats of the battery and the best samples made wrong; the first of them in words."""
     work = [(name, *made) for name, made in _rewritten(check, setting)]
     wrongs = {
@@ -172,7 +172,7 @@ def replay(check: Check, setting: Setting) -> tuple[dict[str, float], list[str]]
     return {"reward_check/false_pass_rate": paid / num if num else 0.0, "reward_check/num_texts": float(num)}, passes
 
 
-def _rewritten(check: Check, setting: Setting) -> list[tuple[str, tuple[Case, str]]]:
+def _rewritten(check: RewardCheck, setting: Setting) -> list[tuple[str, tuple[Case, str]]]:
     """Only what is paid as a right answer can be turned wrong; a sample is also given to the prompt of another."""
     paid = check.wrong_mean + check.gap / 2
     own = [(check.cases[sample.case], sample.text) for sample in check.samples]
@@ -206,7 +206,7 @@ def _wrong_texts(case: Case, form: AnswerForm) -> list[tuple[Case, str]]:
 # --- canaries ------------------------------------------------------------------------------------------------------
 
 
-def canary_metrics(check: Check, form: AnswerForm, answered: Sequence[tuple[Case, str]]) -> dict[str, float]:
+def canary_metrics(check: RewardCheck, form: AnswerForm, answered: Sequence[tuple[Case, str]]) -> dict[str, float]:
     """What completions earn against references that nobody can hit, and how many earn more than a wrong answer does."""
     if not answered:
         return {}

@@ -21,7 +21,7 @@ from posttrain.models.proof import probe_logits
 from posttrain.models.provenance import model_digest, source_digest
 from posttrain.models.total import ADAPTER_TOTAL, MergedBefore, TotalReport, write_total
 from posttrain.protocols import Topology
-from posttrain.recipes.guard import Guard
+from posttrain.recipes.guard import TrainingGuard
 from posttrain.recipes.rollback import RolledBack, restore_best
 from posttrain.recipes.run_folder import RunFolder, StageResult, Watchers
 from posttrain.recipes.stop import StopFlag, StoppedPolitely
@@ -52,7 +52,7 @@ class Stage:
         self.run = RunFolder(folder, kind, topology.is_main, watchers)
         store = CheckpointStore(folder / "checkpoints", keys.save_total_limit, keys.save_keep_every)
         self.checkpoints = Checkpoints(store, topology, self.run)
-        self.guard = Guard(kind, keys, self.run, store, topology, settle=self.checkpoints.flush)
+        self.guard = TrainingGuard(kind, keys, self.run, store, topology, settle=self.checkpoints.flush)
         self._open: list[Closes] = []
         self._started = time.monotonic()
         self._step_started = self._started

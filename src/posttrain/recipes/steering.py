@@ -13,7 +13,7 @@ from posttrain.objectives.kl import AdaptiveEntropy, AdaptiveKL
 from posttrain.objectives.preference import PreferenceSpec
 from posttrain.objectives.spec import PolicySpec
 
-Spec = TypeVar("Spec", PreferenceSpec, PolicySpec)
+SteeredSpec = TypeVar("SteeredSpec", PreferenceSpec, PolicySpec)
 
 
 def first_controls(keys: TrainKeys) -> Controls:
@@ -23,7 +23,7 @@ def first_controls(keys: TrainKeys) -> Controls:
     return Controls(kl_target=keys.kl_target, entropy_target=keys.entropy_target)
 
 
-def steered(spec: Spec, controls: Controls) -> Spec:
+def steered(spec: SteeredSpec, controls: Controls) -> SteeredSpec:
     """The objective with the present beta and, where it has one, entropy bonus."""
     beta = spec.beta * controls.beta_scale
     if isinstance(spec, PolicySpec):

@@ -25,7 +25,7 @@ from posttrain.errors import CheckpointError
 from posttrain.files import read_json, write_json
 from posttrain.models.policy import Policy
 from posttrain.protocols import Topology
-from posttrain.recipes.guard import Guard
+from posttrain.recipes.guard import TrainingGuard
 from posttrain.recipes.prompts import Solved
 from posttrain.recipes.run_folder import RunFolder
 from posttrain.rollout.experience import Arrays, Experience, to_arrays
@@ -43,7 +43,7 @@ class TrainState:
 
     policy: Policy
     optimizer: torch.optim.Optimizer
-    guard: Guard
+    guard: TrainingGuard
     step: int = 0
     empty_steps: int = 0
     tokens: int = 0

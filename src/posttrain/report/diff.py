@@ -20,7 +20,7 @@ ABSENT = "(absent)"
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class Difference:
     """One thing that is not the same; `a` and `b` as text."""
 
     name: str
@@ -35,18 +35,18 @@ class StageDiff:
     name: str
     first_difference: int | None
     num_steps: tuple[int, int]
-    metrics: tuple[Change, ...]
+    metrics: tuple[Difference, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class RunDiff:
     a: str
     b: str
-    pins: tuple[Change, ...]
-    keys: tuple[Change, ...]
+    pins: tuple[Difference, ...]
+    keys: tuple[Difference, ...]
     stages: tuple[StageDiff, ...]
-    scores: tuple[Change, ...]
-    environment: tuple[Change, ...] = ()
+    scores: tuple[Difference, ...]
+    environment: tuple[Difference, ...] = ()
 
     @property
     def is_empty(self) -> bool:
@@ -119,18 +119,18 @@ def _environment(folder: Path) -> dict[str, str]:
     return {name: str(value) for name, value in facts.items()} | record.get("packages", {})
 
 
-def _section(title: str, changes: Sequence[Change], none: str) -> list[str]:
+def _section(title: str, changes: Sequence[Difference], none: str) -> list[str]:
     if not changes:
         return ["", f"{title}: {none}"]
     width = max(len(change.name) for change in changes)
     return ["", title, *(f"  {change.name.ljust(width)}  {change.a} → {change.b}" for change in changes)]
 
 
-def _changes(a: Mapping[str, str], b: Mapping[str, str]) -> Iterator[Change]:
+def _changes(a: Mapping[str, str], b: Mapping[str, str]) -> Iterator[Difference]:
     for name in dict.fromkeys([*a, *b]):
         left, right = a.get(name, ABSENT), b.get(name, ABSENT)
         if left != right:
-            yield Change(name, left, right)
+            yield Difference(name, left, right)
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, str]:
@@ -154,9 +154,9 @@ def _stages(a: Sequence[StageRecord], b: Sequence[StageRecord]) -> Iterator[Stag
         if stage.name in theirs:
             yield _stage(stage, theirs.pop(stage.name))
         else:
-            yield StageDiff(stage.name, None, (len(stage.metrics), 0), (Change("stage", "present", ABSENT),))
+            yield StageDiff(stage.name, None, (len(stage.metrics), 0), (Difference("stage", "present", ABSENT),))
     for stage in theirs.values():
-        yield StageDiff(stage.name, None, (0, len(stage.metrics)), (Change("stage", ABSENT, "present"),))
+        yield StageDiff(stage.name, None, (0, len(stage.metrics)), (Difference("stage", ABSENT, "present"),))
 
 
 def _stage(a: StageRecord, b: StageRecord) -> StageDiff:
@@ -186,7 +186,7 @@ def _last_values(rows: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
     return last
 
 
-def _scores(a: RunRecord, b: RunRecord) -> Iterator[Change]:
+def _scores(a: RunRecord, b: RunRecord) -> Iterator[Difference]:
     """Per model and suite; paired by item where both answered the same suite."""
     for model in dict.fromkeys([*a.models, *b.models]):
         left, right = a.evals.get(model, {}), b.evals.get(model, {})
@@ -201,4 +201,4 @@ def _scores(a: RunRecord, b: RunRecord) -> Iterator[Change]:
                 texts[1] += f"   {words.change(paired, share)}"
             elif before is not None and after is not None:
                 texts[1] += "   (not the same suite)"
-            yield Change(f"{model} {key[0]}/{key[1]}", *texts)
+            yield Difference(f"{model} {key[0]}/{key[1]}", *texts)

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 
 from posttrain.rewards import measures
 from posttrain.rewards.cases import AnswerForm, Case, Setting, candidate_forms, kind_of, surely_wrong
-from posttrain.rewards.check import TINY, Check, MutationResult
+from posttrain.rewards.check import TINY, MutationResult, RewardCheck
 from posttrain.rewards.library import gold_column
 from posttrain.rewards.mutations import MUTATIONS, Mutation
 from posttrain.types import RewardBreakdown
 
 
-def learn_form(check: Check, cases: Sequence[Case]) -> AnswerForm:
+def learn_form(check: RewardCheck, cases: Sequence[Case]) -> AnswerForm:
     """The form in which the reference answers score best; at a tie the one the samples have."""
     forms = candidate_forms(check.samples, check.pool.specs)
     probed = cases[:2] if kind_of(cases) == "code" else cases[:8]
@@ -25,7 +25,7 @@ def learn_form(check: Check, cases: Sequence[Case]) -> AnswerForm:
     return forms[max(range(len(forms)), key=lambda i: (totals[i], -i))]
 
 
-def find_deciding(check: Check, cases: Sequence[Case], form: AnswerForm) -> None:
+def find_deciding(check: RewardCheck, cases: Sequence[Case], form: AnswerForm) -> None:
     """Which rewards change when the answer does, or when the reference does."""
     probed = [case for case in cases[:16] if case.wrong is not None]
     right = check.score([(case, form.render(case.gold or "")) for case in probed])
@@ -36,12 +36,12 @@ def find_deciding(check: Check, cases: Sequence[Case], form: AnswerForm) -> None
     check.deciding = tuple(name for name in check.judged if any(a.parts[name] != b.parts[name] for a, b in pairs))
 
 
-def _natural_wrong(check: Check) -> list[tuple[Case, str]]:
+def _natural_wrong(check: RewardCheck) -> list[tuple[Case, str]]:
     found = [(check.cases[s.case], s.text) for s in check.samples]
     return [(case, text) for case, text in found if case.gold is not None and surely_wrong(text, case.gold)]
 
 
-def measure_separation(check: Check, cases: Sequence[Case], form: AnswerForm) -> None:
+def measure_separation(check: RewardCheck, cases: Sequence[Case], form: AnswerForm) -> None:
     natural = _natural_wrong(check)
     made = [(case, form.render(case.wrong)) for case in cases if case.wrong is not None]
     right = [v for v in check.values([(case, form.render(case.gold or "")) for case in cases]) if v is not None]
@@ -73,7 +73,7 @@ def measure_separation(check: Check, cases: Sequence[Case], form: AnswerForm) ->
 
 
 def run_mutations(
-    check: Check,
+    check: RewardCheck,
     setting: Setting,
     kind: str,
     separated: bool,
@@ -122,7 +122,7 @@ def run_mutations(
 
 
 def _best_per_case(
-    check: Check, texts: Sequence[tuple[Case, str]], read: Callable[[RewardBreakdown], float | None]
+    check: RewardCheck, texts: Sequence[tuple[Case, str]], read: Callable[[RewardBreakdown], float | None]
 ) -> dict[int, float]:
     best: dict[int, float] = {}
     for (case, _), breakdown in zip(texts, check.score(texts), strict=True):
@@ -134,7 +134,7 @@ def _best_per_case(
 _MEANING = {"E": "lose reward though they are right", "Z": "earn more than a wrong answer", "N": "are not survived"}
 
 
-def _judge_mutations(check: Check) -> None:
+def _judge_mutations(check: RewardCheck) -> None:
     equal = [row for row in check.rows if row.kind == "E"]
     if equal:
         check.measures["mutation_recall"] = 1 - sum(r.violations for r in equal) / sum(r.num for r in equal)

@@ -12,7 +12,7 @@ from typing import Any
 from posttrain.errors import RewardError
 from posttrain.rewards import measures
 from posttrain.rewards.cases import AnswerForm, Case, Setting, kind_of, same_meaning
-from posttrain.rewards.check import TINY, Check, MutationResult
+from posttrain.rewards.check import TINY, MutationResult, RewardCheck
 from posttrain.rewards.library import GOLD_COLUMNS
 from posttrain.rewards.workers import TIMED_OUT, RewardPool
 from posttrain.types import RewardBreakdown
@@ -26,7 +26,7 @@ _ROUND_TRIPS = 20
 _PROBE_TRIES = 3
 
 
-def measure_policies(check: Check, setting: Setting, separated: bool) -> None:
+def measure_policies(check: RewardCheck, setting: Setting, separated: bool) -> None:
     """What a policy earns that does not read the question, and which of them earns most."""
     form, cases = setting.form, setting.cases[:4] if kind_of(setting.cases) == "code" else setting.cases
     policies = {
@@ -64,7 +64,7 @@ def measure_policies(check: Check, setting: Setting, separated: bool) -> None:
         _measure_length(check, setting)
 
 
-def _measure_length(check: Check, setting: Setting) -> None:
+def _measure_length(check: RewardCheck, setting: Setting) -> None:
     """Rank correlation of reward and length with correctness held fixed; the padded-wrong mutation is what decides."""
     times = (0, 1, 4, 16)
     for name, answers in {
@@ -83,7 +83,7 @@ def _measure_length(check: Check, setting: Setting) -> None:
         check.measures[f"length correlation, {name}"] = measures.spearman([p[0] for p in pairs], [p[1] for p in pairs])
 
 
-def check_missing_gold(check: Check, cases: Sequence[Case], form: AnswerForm, separated: bool) -> None:
+def check_missing_gold(check: RewardCheck, cases: Sequence[Case], form: AnswerForm, separated: bool) -> None:
     """A row whose reference is missing or None must be unscored, not 0."""
     if not separated:
         return
@@ -99,7 +99,7 @@ def check_missing_gold(check: Check, cases: Sequence[Case], form: AnswerForm, se
     check.failures += bad[:1]
 
 
-def _scored_without(check: Check, case: Case, form: AnswerForm, columns: Mapping[str, Any]) -> str | None:
+def _scored_without(check: RewardCheck, case: Case, form: AnswerForm, columns: Mapping[str, Any]) -> str | None:
     try:
         result = check.score([(case, form.render(case.gold or ""))], [columns])[0]
     except RewardError:
@@ -110,7 +110,7 @@ def _scored_without(check: Check, case: Case, form: AnswerForm, columns: Mapping
     return f"reward {scored[0]!r} scores {result.parts[scored[0]]:g} for a row without a reference answer; return None there"
 
 
-def measure_determinism(check: Check, form: AnswerForm) -> None:
+def measure_determinism(check: RewardCheck, form: AnswerForm) -> None:
     """The same completions alone, together, shuffled, and in processes with another hash seed: equal each time."""
     few = 1 if kind_of(check.cases) == "code" else 3
     texts = [(c, form.render(a)) for c in check.cases[:few] for a in (c.gold, c.wrong) if a is not None]
@@ -157,7 +157,7 @@ def measure_determinism(check: Check, form: AnswerForm) -> None:
         )
 
 
-def measure_kill(check: Check) -> None:
+def measure_kill(check: RewardCheck) -> None:
     """A reward that hangs, one that dies and one that is out of reach, in the same workers.
 
     Each must cost its own completion only, within the deadline, and leave it unscored instead of 0. Where the machine is
@@ -203,7 +203,7 @@ def _is_late(breakdown: RewardBreakdown) -> bool:
     return TIMED_OUT in (breakdown.error or "")
 
 
-def forecast_signal(check: Check) -> None:
+def forecast_signal(check: RewardCheck) -> None:
     if not check.samples:
         check.warnings.append("no completions sampled from the policy: no forecast of groups without signal")
         return

@@ -31,7 +31,7 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class PolicySample:
     """A completion that the starting policy wrote for case number `case`."""
 
     case: int
@@ -66,7 +66,7 @@ _FORMS: dict[str, tuple[str, str]] = {
 """What is seen in completions → what stands before and after the answer."""
 
 
-def candidate_forms(samples: Sequence[Sample], specs: Sequence[str]) -> list[AnswerForm]:
+def candidate_forms(samples: Sequence[PolicySample], specs: Sequence[str]) -> list[AnswerForm]:
     """Forms to try, the likeliest first: that of the samples, that of the library rewards, then the common ones."""
     seen = [form for mark, form in _FORMS.items() if 2 * sum(mark in s.text for s in samples) > max(len(samples), 1)]
     library = [REWARDS[spec].slot for spec in specs if spec in REWARDS]
@@ -118,7 +118,7 @@ def _wrong_for(index: int, golds: Sequence[str | None], columns: Mapping[str, An
     return next(others, "no such answer")
 
 
-def cases_digest(cases: Sequence[Case], samples: Sequence[Sample]) -> str:
+def cases_digest(cases: Sequence[Case], samples: Sequence[PolicySample]) -> str:
     body = [[repr(c.prompt), {k: repr(v) for k, v in c.columns.items()}, c.gold] for c in cases]
     return digest_json([body, [[s.case, s.text] for s in samples]])
 

@@ -22,8 +22,8 @@ from posttrain.rewards.behaviour import (
     measure_kill,
     measure_policies,
 )
-from posttrain.rewards.cases import Case, Sample, Setting, cases_digest, kind_of
-from posttrain.rewards.check import Check, MutationResult, Thresholds
+from posttrain.rewards.cases import Case, PolicySample, Setting, cases_digest, kind_of
+from posttrain.rewards.check import MutationResult, RewardCheck, Thresholds
 from posttrain.rewards.library import GOLD_COLUMNS
 from posttrain.rewards.workers import RewardPool
 
@@ -88,7 +88,7 @@ def _check_digest() -> str:
 def check_rewards(
     pool: RewardPool,
     cases: Sequence[Case],
-    samples: Sequence[Sample] = (),
+    samples: Sequence[PolicySample] = (),
     *,
     thresholds: Thresholds | None = None,
     tokenize: Callable[[str], Sequence[int]] | None = None,
@@ -101,7 +101,7 @@ def check_rewards(
     if not cases:
         raise RewardError("no cases to check the rewards on; expected at least one prompt in datasets")
     limits = thresholds or Thresholds()
-    check = Check(pool, cases, samples, limits, tokenize or (lambda text: text.encode("utf-8", "surrogatepass")))
+    check = RewardCheck(pool, cases, samples, limits, tokenize or (lambda text: text.encode("utf-8", "surrogatepass")))
     with_gold = [case for case in cases if case.gold is not None]
     form, kind = learn_form(check, with_gold), kind_of(cases)
     if with_gold:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from posttrain.rewards.cases import Case, Sample
+from posttrain.rewards.cases import Case, PolicySample
 from posttrain.rewards.library import REWARDS
 from posttrain.rewards.workers import RewardPool
 from posttrain.types import RewardBreakdown
@@ -36,14 +36,14 @@ class MutationResult:
     example: str = ""
 
 
-class Check:
+class RewardCheck:
     """One run of the check: scores texts and collects what is wrong."""
 
     def __init__(
         self,
         pool: RewardPool,
         cases: Sequence[Case],
-        samples: Sequence[Sample],
+        samples: Sequence[PolicySample],
         limits: Thresholds,
         tokenize: Callable[[str], Sequence[int]],
     ) -> None:

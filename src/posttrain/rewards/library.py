@@ -15,14 +15,14 @@ from typing import Any
 from posttrain.grading import answers
 from posttrain.grading.code import extract_code, run_tests
 from posttrain.grading.equality import equal_values, math_equal, same_answer
-from posttrain.grading.sandbox import Limits
+from posttrain.grading.sandbox import SandboxLimits
 from posttrain.grading.schema import check_schema, read_json_text
 from posttrain.grading.scorers import score_json
 
 GOLD_COLUMNS = ("answer", "target", "solution", "ground_truth", "label")
 """The reference answer is the first of these columns that a dataset has."""
 
-Scores = list[float | None]
+RewardScores = list[float | None]
 
 
 def text_of(completion: Any) -> str:
@@ -62,7 +62,9 @@ def _gold_text(value: Any) -> str | None:
     return text if text.strip() else None
 
 
-def _accuracy(check: Callable[[str, str], bool], completions: Sequence[Any], columns: Mapping[str, Any]) -> Scores:
+def _accuracy(
+    check: Callable[[str, str], bool], completions: Sequence[Any], columns: Mapping[str, Any]
+) -> RewardScores:
     golds = golds_of(columns, len(completions))
     return [
         None if gold is None else float(check(text_of(c), gold)) for c, gold in zip(completions, golds, strict=True)
@@ -72,31 +74,31 @@ def _accuracy(check: Callable[[str, str], bool], completions: Sequence[Any], col
 # `strict: false` judges as the eval scorer of the same name does: every way to write the value counts.
 
 
-def boxed(prompts: list[Any], completions: list[Any], *, strict: bool = True, **columns: Any) -> Scores:
+def boxed(prompts: list[Any], completions: list[Any], *, strict: bool = True, **columns: Any) -> RewardScores:
     r"""1 if every `\boxed{…}` outside the reasoning is the reference answer, else 0."""
     return _accuracy(partial(answers.is_boxed, same=same_answer if strict else equal_values), completions, columns)
 
 
-def number(prompts: list[Any], completions: list[Any], *, strict: bool = True, **columns: Any) -> Scores:
+def number(prompts: list[Any], completions: list[Any], *, strict: bool = True, **columns: Any) -> RewardScores:
     """1 if the answer behind `####` or `Answer:` is the reference, else 0."""
     same = same_answer if strict else answers.same_in_prose
     return _accuracy(partial(answers.is_number, same=same), completions, columns)
 
 
-def choice(prompts: list[Any], completions: list[Any], *, strict: bool = True, **columns: Any) -> Scores:
+def choice(prompts: list[Any], completions: list[Any], *, strict: bool = True, **columns: Any) -> RewardScores:
     """1 if the one letter A-Z chosen is the reference, else 0."""
     same = answers.same_letter if strict else answers.same_letter_anyhow
     return _accuracy(partial(answers.is_choice, same=same), completions, columns)
 
 
-def exact(prompts: list[Any], completions: list[Any], **columns: Any) -> Scores:
+def exact(prompts: list[Any], completions: list[Any], **columns: Any) -> RewardScores:
     """1 if the visible text is the reference, white space aside, else 0."""
     return _accuracy(answers.is_exact, completions, columns)
 
 
 def math_equivalence(
     prompts: list[Any], completions: list[Any], *, backend: str = "own", strict: bool = True, **columns: Any
-) -> Scores:
+) -> RewardScores:
     r"""1 if every `\boxed{…}` is mathematically the reference, else 0. `backend: math_verify` needs the extra `[math]`."""
     if backend == "own":
         return _accuracy(partial(answers.is_boxed, same=math_equal if strict else equal_values), completions, columns)
@@ -107,25 +109,25 @@ def math_equivalence(
     return _accuracy(partial(answers.is_boxed, same=verified), completions, columns)
 
 
-def think_format(prompts: list[Any], completions: list[Any], **columns: Any) -> Scores:
+def think_format(prompts: list[Any], completions: list[Any], **columns: Any) -> RewardScores:
     """1 if there is one `<think>…</think>`, first and not empty, with an answer after it, else 0."""
     return [float(answers.has_think_format(text_of(completion))) for completion in completions]
 
 
-def clean(prompts: list[Any], completions: list[Any], **columns: Any) -> Scores:
+def clean(prompts: list[Any], completions: list[Any], **columns: Any) -> RewardScores:
     r"""1 if the completion is one `<think>…</think>` and one `\boxed{…}` and nothing else, else 0."""
     return [float(answers.is_clean(text_of(completion))) for completion in completions]
 
 
 def json_schema(
     prompts: list[Any], completions: list[Any], schema: list[Any], *, strict: bool = True, **columns: Any
-) -> Scores:
+) -> RewardScores:
     """1 if the answer is one JSON value that fits `schema` and, where a row has a reference, equals it; else 0.
 
     `strict`: no keys but those the schema names, and no 3.0 for an integer.
     """
     golds = golds_of(columns, len(completions))
-    scores: Scores = []
+    scores: RewardScores = []
     for completion, rule, gold in zip(completions, schema, golds, strict=True):
         rule = read_json_text(rule) if isinstance(rule, str) else rule
         check_schema(rule)
@@ -146,14 +148,14 @@ def code_tests(
     partial: bool = False,
     reward_timeout_s: float = 10.0,
     **columns: Any,
-) -> Scores:
+) -> RewardScores:
     """Share of a row's hidden `tests` that the completion's code passes; 1 or 0 unless `partial`.
 
     A test is `{"call": name, "args": […], "expected": value}` or `{"stdin": text, "stdout": text}`. Each has `timeout_s`,
     all of a completion's a share of `reward_timeout_s` that leaves room to answer: a loop is wrong, not unscored.
     """
-    limits, budget_s = Limits(wall_s=timeout_s), _BUDGET_SHARE * reward_timeout_s
-    scores: Scores = []
+    limits, budget_s = SandboxLimits(wall_s=timeout_s), _BUDGET_SHARE * reward_timeout_s
+    scores: RewardScores = []
     for completion, row in zip(completions, tests, strict=True):
         row = read_json_text(row) if isinstance(row, str) else row
         if not row:
@@ -176,7 +178,7 @@ def length_penalty(
     max_length: int = 1024,
     penalty: float = 1.0,
     **columns: Any,
-) -> Scores:
+) -> RewardScores:
     """`-penalty` at `max_length` tokens and beyond, in proportion below."""
     return [-penalty * min(1.0, len(ids) / max_length) for ids in completion_ids]
 
@@ -189,7 +191,7 @@ def soft_overlong(
     max_length: int = 256,
     cache: int = 64,
     **columns: Any,
-) -> Scores:
+) -> RewardScores:
     """0 up to `max_length - cache` tokens, falling to -1 at `max_length`. Source: arXiv 2503.14476 eq. 13; differs: never below -1."""
     start = max_length - cache
     return [-min(1.0, max(0.0, (len(ids) - start) / max(cache, 1))) for ids in completion_ids]
@@ -203,9 +205,9 @@ def repetition_penalty(
     ngram_size: int = 4,
     penalty: float = 1.0,
     **columns: Any,
-) -> Scores:
+) -> RewardScores:
     """`-penalty` times the share of repeated n-grams. Source: arXiv 2502.03373 appendix; 0 below `ngram_size` tokens."""
-    scores: Scores = []
+    scores: RewardScores = []
     for ids in completion_ids:
         grams = [tuple(ids[i : i + ngram_size]) for i in range(len(ids) - ngram_size + 1)]
         scores.append(-penalty * (1 - len(set(grams)) / len(grams)) if grams else 0.0)
@@ -219,7 +221,7 @@ class RewardRow:
     `alone`: one completion per call, because the deadline of a call is not to be shared.
     """
 
-    fn: Callable[..., Scores]
+    fn: Callable[..., RewardScores]
     needs: tuple[tuple[str, ...], ...]
     low: float
     high: float
@@ -229,7 +231,7 @@ class RewardRow:
 
 
 def _row(
-    fn: Callable[..., Scores],
+    fn: Callable[..., RewardScores],
     *needs: tuple[str, ...],
     low: float = 0.0,
     high: float = 1.0,

@@ -42,7 +42,7 @@ class _Task:
 
 
 @dataclass
-class _Worker:
+class _PoolWorker:
     """A process and the task it works on."""
 
     process: RewardProcess
@@ -56,7 +56,7 @@ class _Worker:
 
 
 @dataclass
-class _Call:
+class _ScoreCall:
     """One `score` call: what is asked, and what came back per function and completion."""
 
     names: Sequence[str]
@@ -158,7 +158,7 @@ class RewardPool:
         for spec in specs:
             check_spec(spec, folder)
         self.num_workers, self.memory_bytes, self._hash_seed = num_workers, memory_bytes, hash_seed
-        self._workers: list[_Worker] = []
+        self._workers: list[_PoolWorker] = []
         self._lock = threading.Lock()
         self._answered: set[int] = set()
 
@@ -212,7 +212,7 @@ class RewardPool:
         num, columns = len(completions), columns or {}
         for name, column in {"prompts": prompts, **columns}.items():
             assert len(column) == num, f"{name} has {len(column)} rows for {num} completions"
-        call = _Call(
+        call = _ScoreCall(
             self.names, prompts, completions, columns, [[None] * num for _ in self.specs], [[None] * num for _ in self.specs],
             max_unscored, self._answered,
         )  # fmt: skip
@@ -231,12 +231,12 @@ class RewardPool:
 
     # --- processes -------------------------------------------------------------------------------------------------
 
-    def _start(self) -> _Worker:
+    def _start(self) -> _PoolWorker:
         setup = {
             "specs": list(self.specs), "kwargs": self.kwargs, "folder": str(self.folder.resolve()) if self.folder else None,
             "memory_bytes": self.memory_bytes, "timeout_s": self.timeout_s,
         }  # fmt: skip
-        return _Worker(RewardProcess(setup, self._hash_seed))
+        return _PoolWorker(RewardProcess(setup, self._hash_seed))
 
     def _await_ready(self, process: RewardProcess) -> None:
         while not process.ready:
@@ -245,12 +245,12 @@ class RewardPool:
                 selector.select(max(0.0, process.deadline - time.monotonic()))
             _look_at_start(process)
 
-    def _replace(self, worker: _Worker) -> None:
+    def _replace(self, worker: _PoolWorker) -> None:
         """By one that gets work when it has loaded the rewards; the others work on meanwhile."""
         worker.process.kill()
         self._workers[self._workers.index(worker)] = self._start()
 
-    def _run(self, call: _Call) -> None:
+    def _run(self, call: _ScoreCall) -> None:
         try:
             while call.queue or any(worker.task for worker in self._workers):
                 self._hand_out(call)
@@ -262,7 +262,7 @@ class RewardPool:
                 worker.process.kill()
             raise
 
-    def _hand_out(self, call: _Call) -> None:
+    def _hand_out(self, call: _ScoreCall) -> None:
         for worker in [worker for worker in self._workers if worker.process.ready and worker.task is None]:
             if not call.queue:
                 return
@@ -276,7 +276,7 @@ class RewardPool:
                 self._replace(worker)
                 call.not_begun(task, reason)
 
-    def _collect(self, call: _Call) -> None:
+    def _collect(self, call: _ScoreCall) -> None:
         """Wait for the next answer or deadline, and deal with all that have come."""
         waiting = [worker for worker in self._workers if worker.task is not None or not worker.process.ready]
         with selectors.DefaultSelector() as selector:
@@ -289,7 +289,7 @@ class RewardPool:
             else:
                 _look_at_start(worker.process)
 
-    def _look_at(self, worker: _Worker, call: _Call) -> None:
+    def _look_at(self, worker: _PoolWorker, call: _ScoreCall) -> None:
         late = worker.process.is_late()
         try:
             answer = worker.process.receive()  # after the look at the clock: what was given in time counts
@@ -309,7 +309,7 @@ class RewardPool:
         self._replace(worker)
         call.failed(task, reason)
 
-    def _breakdown(self, call: _Call, item: int) -> RewardBreakdown:
+    def _breakdown(self, call: _ScoreCall, item: int) -> RewardBreakdown:
         parts = {name: call.values[f][item] for f, name in enumerate(self.names)}
         errors = [reason for reasons in call.reasons if (reason := reasons[item])]
         scored = [

@@ -14,7 +14,7 @@ from posttrain.types import Finish, Request, SamplingParams
 
 
 @dataclass
-class Row:
+class DecodingRow:
     """A completion under way: the place of its request, its random numbers, what was sampled so far, and how it ended."""
 
     place: int
@@ -47,7 +47,7 @@ class Ends:
     should_stop: StopTest | None
 
 
-def finish_alone(policy: Policy, row: Row, params: SamplingParams, ends: Ends) -> None:
+def finish_alone(policy: Policy, row: DecodingRow, params: SamplingParams, ends: Ends) -> None:
     """Slow and plain: the whole sequence is run again for each token, which is right for every architecture."""
     while row.finish is None:
         sequence = torch.tensor([row.sequence], device=policy.placement.device)

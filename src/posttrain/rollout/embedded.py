@@ -21,7 +21,7 @@ from posttrain.models.lengths import LengthRule, forget_lengths, length_rule
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
 from posttrain.protocols import Weights
-from posttrain.rollout.alone import Ends, Row, finish_alone
+from posttrain.rollout.alone import DecodingRow, Ends, finish_alone
 from posttrain.rollout.exact import ExactRows
 from posttrain.rollout.kv import PromptKV, RowCache
 from posttrain.rollout.replica import receive
@@ -65,7 +65,7 @@ class EmbeddedEngine:
                 raise EngineError(
                     f"request {number} has an empty prompt; expected at least one token (a BOS, for example)"
                 )
-        rows = [Row(place, r, uniforms(r.seed, params.max_tokens)) for place, r in enumerate(requests)]
+        rows = [DecodingRow(place, r, uniforms(r.seed, params.max_tokens)) for place, r in enumerate(requests)]
         should_stop = stop_test(params.stop, decoder(self._policy.tokenizer, special=True))
         ends = Ends(params.max_tokens, self._stop_token_ids | set(params.stop_token_ids), should_stop)
         return self._completions(rows, params, ends)
@@ -81,7 +81,7 @@ class EmbeddedEngine:
     def close(self) -> None:
         pass
 
-    def _completions(self, rows: Sequence[Row], params: SamplingParams, ends: Ends) -> Iterator[Completion]:
+    def _completions(self, rows: Sequence[DecodingRow], params: SamplingParams, ends: Ends) -> Iterator[Completion]:
         was_training = self._policy.model.training
         self._policy.model.eval()
         try:
@@ -91,7 +91,7 @@ class EmbeddedEngine:
         finally:
             self._policy.model.train(was_training)
 
-    def _finished(self, rows: Sequence[Row], params: SamplingParams, ends: Ends) -> Iterator[Row]:
+    def _finished(self, rows: Sequence[DecodingRow], params: SamplingParams, ends: Ends) -> Iterator[DecodingRow]:
         """Each row when it has ended; rows are sampled together with those that are encoded alike."""
         rule = length_rule(self._policy.base.config)
         if not self._policy.ragged:
@@ -110,8 +110,8 @@ class EmbeddedEngine:
             yield from rows
 
     def _together(
-        self, rows: Sequence[Row], params: SamplingParams, ends: Ends, longest: int | None = None
-    ) -> Iterator[Row]:
+        self, rows: Sequence[DecodingRow], params: SamplingParams, ends: Ends, longest: int | None = None
+    ) -> Iterator[DecodingRow]:
         with self._computing():
             decoding = _Decoding(self._policy, rows, params, ends, longest)
         while decoding.is_busy:
@@ -120,7 +120,7 @@ class EmbeddedEngine:
                 ended = decoding.advance(self._batch_size)
             yield from ended
 
-    def _alone(self, rows: Sequence[Row], params: SamplingParams, ends: Ends) -> Iterator[Row]:
+    def _alone(self, rows: Sequence[DecodingRow], params: SamplingParams, ends: Ends) -> Iterator[DecodingRow]:
         for row in rows:
             with self._computing():
                 finish_alone(self._policy, row, params, ends)
@@ -131,7 +131,7 @@ class EmbeddedEngine:
         with torch.no_grad(), self._policy.placement.autocast():
             yield
 
-    def _score_anew(self, rows: Sequence[Row], params: SamplingParams) -> None:
+    def _score_anew(self, rows: Sequence[DecodingRow], params: SamplingParams) -> None:
         """Log-probs of whole sequences as the trainer encodes them, for rows whose first tokens were encoded otherwise."""
         sequences = [(row.sequence, len(row.request.prompt_ids)) for row in rows]
         for row, logp in zip(rows, self.score(sequences, params.temperature or 1.0), strict=True):
@@ -172,13 +172,18 @@ class _Decoding:
     """Samples rows until they end, or would be longer than `longest` inputs."""
 
     def __init__(
-        self, policy: Policy, rows: Sequence[Row], params: SamplingParams, ends: Ends, longest: int | None = None
+        self,
+        policy: Policy,
+        rows: Sequence[DecodingRow],
+        params: SamplingParams,
+        ends: Ends,
+        longest: int | None = None,
     ) -> None:
         forget_lengths(policy.base)
         self._policy, self._params, self._ends, self._longest = policy, params, ends, longest
         self._device = policy.placement.device
         self._waiting = deque(rows)
-        self._rows: list[Row] = []
+        self._rows: list[DecodingRow] = []
         self._running: Any = ExactRows(policy, params) if policy.exact else CachedRows(policy)
         self._sample = sample_scored if policy.exact else sample
         self._prompts: dict[tuple[int, ...], tuple[Any, torch.Tensor]] = {}
@@ -187,9 +192,9 @@ class _Decoding:
     def is_busy(self) -> bool:
         return bool(self._waiting or self._rows)
 
-    def advance(self, batch_size: int) -> list[Row]:
+    def advance(self, batch_size: int) -> list[DecodingRow]:
         """One token for every row there is room for; the rows that ended with it."""
-        self._ended: list[Row] = []
+        self._ended: list[DecodingRow] = []
         while self._waiting and len(self._rows) < batch_size:
             self._admit(batch_size - len(self._rows))
         if self._rows:
@@ -216,7 +221,7 @@ class _Decoding:
     def _step(self) -> None:
         self._extend(self._rows, self._running.step([row.ids[-1] for row in self._rows]))
 
-    def _extend(self, rows: Sequence[Row], scores_RV: torch.Tensor) -> None:
+    def _extend(self, rows: Sequence[DecodingRow], scores_RV: torch.Tensor) -> None:
         """Sample the next token of each row and retire those that are finished."""
         uniform_R = torch.tensor([row.uniform[len(row.ids)] for row in rows], device=self._device)
         ids_R, logp_R = self._sample(scores_RV, uniform_R, self._params)
@@ -229,7 +234,7 @@ class _Decoding:
                 self._rows[place] = self._rows[-1]
                 self._rows.pop()
 
-    def _is_over(self, row: Row) -> bool:
+    def _is_over(self, row: DecodingRow) -> bool:
         return row.finish is not None or (self._longest is not None and len(row.sequence) > self._longest)
 
     def _forget_prompts(self) -> None:
@@ -238,7 +243,7 @@ class _Decoding:
         self._prompts = {prompt: kept for prompt, kept in self._prompts.items() if prompt in needed}
 
 
-def _changed_encoding(row: Row, rule: LengthRule) -> bool:
+def _changed_encoding(row: DecodingRow, rule: LengthRule) -> bool:
     """Whether the first token was sampled from another encoding than the last, which is the trainer's."""
     return rule.encoding(len(row.request.prompt_ids)) != rule.encoding(len(row.sequence) - 1)
 

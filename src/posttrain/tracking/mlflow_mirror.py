@@ -30,7 +30,7 @@ _MAX_PARAM_CHARS = 500
 _RETRY_AFTER_S = 5.0
 _TAGGED_EVENTS = {"finding", "gate", "stage"}
 
-Message = tuple[str, tuple[Any, ...]]
+ClientCall = tuple[str, tuple[Any, ...]]
 
 
 class MlflowSink:
@@ -52,7 +52,7 @@ class MlflowSink:
         self._num_refused = self._num_unsent = 0
         self._uri, self._experiment, self._run_key = uri, experiment, _quoted(run_key)
         self._run_name = run_name or self._run_key
-        self._queue: queue.Queue[Message | None] = queue.Queue(maxsize=queue_size)
+        self._queue: queue.Queue[ClientCall | None] = queue.Queue(maxsize=queue_size)
         self._closing = threading.Event()
         self._run_id = ""
         self._client: Any = None
@@ -93,7 +93,7 @@ class MlflowSink:
                 "MLflow at %s did not get %d messages; metrics.jsonl has them all", self._uri, self.num_dropped + left
             )
 
-    def _put(self, message: Message) -> None:
+    def _put(self, message: ClientCall) -> None:
         try:
             self._queue.put_nowait(message)
         except queue.Full:

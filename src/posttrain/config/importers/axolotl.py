@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from posttrain.config.importers.axolotl_rules import OTHER, defaults, finish, stage
 from posttrain.config.importers.fates import (
-    Row,
+    KeyFate,
     Tool,
     changed,
     flag,
@@ -35,7 +35,7 @@ from posttrain.config.importers.values import (
 
 _LORA = "take it out to train the adapter as PEFT starts it, or train with Axolotl"
 
-ROWS: dict[str, Row] = {
+ROWS: dict[str, KeyFate] = {
     **TRAINER,
     **rows(left(KERNELS), "flash_attention", "sdp_attention", "xformers_attention", "flex_attention", "eager_attention", "sage_attention",
            "flash_attn_cross_entropy", "flash_attn_rms_norm", "flash_attn_fuse_qkv", "flash_attn_fuse_mlp", "flash_optimum", "attn_implementation",

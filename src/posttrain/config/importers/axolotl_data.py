@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain.config.importers.fates import Draft, is_off
+from posttrain.config.importers.fates import ImportDraft, is_off
 from posttrain.config.importers.paths import local_file
 from posttrain.config.importers.templates import named_template
 
@@ -36,7 +36,7 @@ _FLAGS = ("weight", "train", "trainable", "loss", "training")
 _TAKE_OUT = "take it out, or change the data once"
 
 
-def read_datasets(draft: Draft) -> None:
+def read_datasets(draft: ImportDraft) -> None:
     """`datasets` and what decides which of their tokens are trained."""
     entries = [e for key in ("datasets",) for e in draft.source.get(key) or []]
     if not entries and "pretraining_dataset" not in draft.source:
@@ -54,7 +54,7 @@ def read_datasets(draft: Draft) -> None:
         _trained(draft, entries)
 
 
-def _entry(draft: Draft, entry: Any, where: str) -> list[dict[str, Any]]:
+def _entry(draft: ImportDraft, entry: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(entry, Mapping):
         draft.refuse(where, f"{entry!r} is no mapping", "write it as {path: …, type: …}")
         return []
@@ -71,7 +71,7 @@ def _entry(draft: Draft, entry: Any, where: str) -> list[dict[str, Any]]:
     return [{"path": path, **ours} for path in _paths(draft, entry, where)]
 
 
-def _paths(draft: Draft, entry: Mapping[str, Any], where: str) -> list[str]:
+def _paths(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> list[str]:
     path, files = str(entry.get("path") or ""), entry.get("data_files") or []
     files = [files] if isinstance(files, str) else list(files)
     if not path and not files:
@@ -83,7 +83,7 @@ def _paths(draft: Draft, entry: Mapping[str, Any], where: str) -> list[str]:
     return [local_file(draft, path)] if path else []
 
 
-def _rows(draft: Draft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _rows(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Format and columns of one entry."""
     kind = entry.get("type")
     if isinstance(kind, Mapping):
@@ -100,11 +100,11 @@ def _rows(draft: Draft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     return reader(draft, entry, where)
 
 
-def _alpaca(draft: Draft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _alpaca(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"type": "completion", "prompt_format": ALPACA_FORMATS, "columns": {"completion": "output"}}
 
 
-def _chat(draft: Draft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _chat(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     field = entry.get("field_messages") or "messages"
     _check_messages(draft, entry, where)
     columns = {} if field == "messages" else {"messages": field}
@@ -114,7 +114,7 @@ def _chat(draft: Draft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"type": "chat", **({"columns": columns} if columns else {})}
 
 
-def _check_messages(draft: Draft, entry: Mapping[str, Any], where: str) -> None:
+def _check_messages(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> None:
     """Names inside a message that our reader knows; others are refused."""
     mapped = dict(entry.get("message_property_mappings") or {})
     mapped.setdefault("role", entry.get("message_field_role") or "role")
@@ -139,7 +139,7 @@ def _check_messages(draft: Draft, entry: Mapping[str, Any], where: str) -> None:
             draft.refuse(f"{where}.roles", f"{odd[0]} as {ours}: no role that is known here", "rename it in the data")
 
 
-def _text(draft: Draft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _text(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     field = entry.get("field") or "text"
     draft.change(
         f"{where}.type",
@@ -148,7 +148,7 @@ def _text(draft: Draft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"type": "text", **({} if field == "text" else {"columns": {"text": field}})}
 
 
-def _pair(draft: Draft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _pair(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     columns = {"prompt": entry.get("field_messages") or "messages"}
     for ours in ("chosen", "rejected"):
         field = entry.get(f"field_{ours}") or ours
@@ -158,7 +158,7 @@ def _pair(draft: Draft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"type": "preference", "columns": columns}
 
 
-def _whole_pairs(draft: Draft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _whole_pairs(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"type": "preference"}
 
 
@@ -173,7 +173,7 @@ _READERS: dict[tuple[str, str], Any] = {
 """Stage and Axolotl's `type` → how its rows are written here."""
 
 
-def _own_prompt(draft: Draft, style: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _own_prompt(draft: ImportDraft, style: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A prompt style of the user's: a format with {instruction} and {input}."""
     if draft.kind != "sft":
         draft.refuse(
@@ -210,7 +210,7 @@ def _with_columns(text: str, fields: Mapping[str, str]) -> str:
     return escaped
 
 
-def _trained(draft: Draft, entries: list[Any]) -> None:
+def _trained(draft: ImportDraft, entries: list[Any]) -> None:
     """`train_on_inputs`, `roles_to_train` and `train_on_eos`, of the file and of its entries."""
     entries = [entry for entry in entries if isinstance(entry, Mapping)]
     chats = [entry.get("type") == "chat_template" for entry in entries]
@@ -246,7 +246,7 @@ def _trained(draft: Draft, entries: list[Any]) -> None:
             draft.leave(f"{where}train_on_eos", "turn: so it is here")
 
 
-def read_template(draft: Draft) -> None:
+def read_template(draft: ImportDraft) -> None:
     """`chat_template` and `chat_template_jinja`, of the file and of its entries."""
     entries = [entry for entry in draft.source.get("datasets") or [] if isinstance(entry, Mapping)]
     given = [("", draft.source), *((f"datasets.{n + 1}.", entry) for n, entry in enumerate(entries))]
@@ -263,7 +263,7 @@ def read_template(draft: Draft) -> None:
             named_template(draft, f"{where}chat_template", str(name))
 
 
-def _jinja(draft: Draft, key: str, text: str) -> None:
+def _jinja(draft: ImportDraft, key: str, text: str) -> None:
     if "{" in text or "\n" in text:
         draft.refuse(key, "a template written into the YAML", "save it as a Jinja file and name that")
     else:

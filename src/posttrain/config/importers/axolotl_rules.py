@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain.config.importers.axolotl_data import read_datasets, read_template
-from posttrain.config.importers.fates import Draft, Kind, Refusal, is_off, names, number
+from posttrain.config.importers.fates import ImportDraft, Kind, Refusal, is_off, names, number
 from posttrain.config.importers.paths import reward_file
 from posttrain.config.importers.values import OPTIMIZERS, adapter_defaults, cadence, warmup
 
@@ -32,7 +32,7 @@ def stage(source: Mapping[str, Any]) -> Kind | Refusal:
     return Refusal("rl", f"{rl}: no such method here", "set rl: dpo, ipo, kto, orpo, simpo or grpo, or " + OTHER)
 
 
-def finish(draft: Draft) -> None:
+def finish(draft: ImportDraft) -> None:
     _method(draft)
     read_datasets(draft)
     read_template(draft)
@@ -46,7 +46,7 @@ def finish(draft: Draft) -> None:
     cadence(draft, "eval", "eval_steps", best)
 
 
-def _method(draft: Draft) -> None:
+def _method(draft: ImportDraft) -> None:
     rl, source = draft.source.get("rl"), draft.source
     if draft.kind == "dpo":
         loss = _PREFERENCES[str(rl)]
@@ -75,7 +75,7 @@ _GRPO_LEFT = ("use_vllm", "log_completions", "use_liger_loss", "ref_model_mixup_
               "rollout_func")  # fmt: skip
 
 
-def _grpo(draft: Draft) -> None:
+def _grpo(draft: ImportDraft) -> None:
     trl = draft.source.get("trl") or {}
     funcs = trl.get("reward_funcs")
     if not funcs:
@@ -100,7 +100,7 @@ def _grpo(draft: Draft) -> None:
     draft.assume("beta", 0.0)
 
 
-def _batch(draft: Draft) -> None:
+def _batch(draft: ImportDraft) -> None:
     total = draft.source.get("batch_size")
     if not total:
         return
@@ -115,7 +115,7 @@ def _batch(draft: Draft) -> None:
         draft.put("gradient_accumulation_steps", total // micro, "batch_size", "batch_size / micro_batch_size")
 
 
-def _adapter(draft: Draft) -> None:
+def _adapter(draft: ImportDraft) -> None:
     modules, linear = draft.source.get("lora_target_modules"), draft.source.get("lora_target_linear")
     if draft.keys.get("adapter", "none") == "none":
         for key in ("lora_target_modules", "lora_target_linear", "bnb_config_kwargs"):
@@ -132,7 +132,7 @@ def _adapter(draft: Draft) -> None:
             draft.refuse(f"bnb_config_kwargs.{key}", f"{value}: it has no counterpart here", "take it out")
 
 
-def _target(draft: Draft, modules: Any, linear: Any) -> None:
+def _target(draft: ImportDraft, modules: Any, linear: Any) -> None:
     """Modules and parameters that get an adapter. Those of fused experts are named among the modules here."""
     parameters = names(draft.source.get("lora_target_parameters") or [])
     if linear:
@@ -160,7 +160,7 @@ def _target(draft: Draft, modules: Any, linear: Any) -> None:
         draft.leave("lora_target_parameters", "they stand in lora_target")
 
 
-def _model(draft: Draft) -> None:
+def _model(draft: ImportDraft) -> None:
     for key in ("tokenizer_config", "base_model_config"):
         other = draft.source.get(key)
         if other is None:
@@ -191,7 +191,7 @@ def _model(draft: Draft) -> None:
             draft.refuse("plugins", f"{name}: what it does to training is not known here", "take it out, or " + OTHER)
 
 
-def _training(draft: Draft) -> None:
+def _training(draft: ImportDraft) -> None:
     if "shuffle_merged_datasets" in draft.source:
         if draft.source["shuffle_merged_datasets"]:
             draft.leave("shuffle_merged_datasets", "rows are always shuffled here")
@@ -207,7 +207,7 @@ def _training(draft: Draft) -> None:
         draft.leave("adam_eps", "Axolotl reads adam_epsilon, and ignores this name")
 
 
-def defaults(draft: Draft) -> Mapping[str, Any]:
+def defaults(draft: ImportDraft) -> Mapping[str, Any]:
     """What Axolotl does where its file is silent."""
     filled: dict[str, Any] = {"per_device_train_batch_size": 1, **adapter_defaults(draft, 8, 8)}
     if not {"warmup_steps", "warmup_ratio"} & set(draft.keys):

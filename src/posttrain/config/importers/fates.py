@@ -26,7 +26,7 @@ _LONGEST_VALUE = 60
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class KeyFate:
     """The fate of one key.
 
     `to` is our key. `why` is the reason for what is left out, changed or refused; `todo` what the user can do instead.
@@ -43,32 +43,32 @@ class Row:
     off: tuple[Any, ...] = ()
 
 
-def to(key: str, read: Reading | None = None, why: str = "", todo: str = "") -> Row:
+def to(key: str, read: Reading | None = None, why: str = "", todo: str = "") -> KeyFate:
     """The key is `key` here."""
-    return Row("mapped", key, why, todo or f"set {key} in a YAML of ours", read)
+    return KeyFate("mapped", key, why, todo or f"set {key} in a YAML of ours", read)
 
 
-def joint(key: str, why: str = "", todo: str = "") -> Row:
+def joint(key: str, why: str = "", todo: str = "") -> KeyFate:
     """The key has its part in `key`, together with others."""
-    return Row("mapped", key, why, todo, joint=True)
+    return KeyFate("mapped", key, why, todo, joint=True)
 
 
-def left(why: str) -> Row:
+def left(why: str) -> KeyFate:
     """The key changes nothing that is learned."""
-    return Row("left out", why=why)
+    return KeyFate("left out", why=why)
 
 
-def changed(why: str, off: tuple[Any, ...] = ()) -> Row:
+def changed(why: str, off: tuple[Any, ...] = ()) -> KeyFate:
     """The key's work is done in another way here."""
-    return Row("changed", why=why, off=off)
+    return KeyFate("changed", why=why, off=off)
 
 
-def refused(why: str, todo: str, off: tuple[Any, ...] = ()) -> Row:
+def refused(why: str, todo: str, off: tuple[Any, ...] = ()) -> KeyFate:
     """The key changes what is learned and cannot be had here, unless its value asks for nothing."""
-    return Row("refused", why=why, todo=todo, off=off)
+    return KeyFate("refused", why=why, todo=todo, off=off)
 
 
-def rows(row: Row, *keys: str) -> dict[str, Row]:
+def rows(row: KeyFate, *keys: str) -> dict[str, KeyFate]:
     """The same fate for several keys."""
     return dict.fromkeys(keys, row)
 
@@ -86,7 +86,7 @@ class Refusal:
 
 
 @dataclass(slots=True)
-class Draft:
+class ImportDraft:
     """A configuration of ours as it grows: `keys`, and for each the notes on where it came from.
 
     `source` is their file as read (null keys taken out), `home` the folders its relative paths may start from.
@@ -154,11 +154,11 @@ class Tool:
     """
 
     name: str
-    rows: Mapping[str, Row]
+    rows: Mapping[str, KeyFate]
     stage: Callable[[Mapping[str, Any]], Kind | Refusal]
-    finish: Callable[[Draft], None]
+    finish: Callable[[ImportDraft], None]
     marks: frozenset[str]
-    defaults: Callable[[Draft], Mapping[str, Any]] = lambda draft: {}
+    defaults: Callable[[ImportDraft], Mapping[str, Any]] = lambda draft: {}
     unless_foreign: Sequence[str] = ()
 
 
@@ -168,10 +168,10 @@ def is_off(value: Any) -> bool:
 
 def convert(
     tool: Tool, source: Mapping[str, Any], nulls: Sequence[str], home: tuple[Path, ...], kind: Kind | None = None
-) -> Draft:
+) -> ImportDraft:
     """Every key of `source` with its fate. Refusals are in the draft."""
     stage = tool.stage(source) if kind is None else kind
-    draft = Draft(tool.name, "sft" if isinstance(stage, Refusal) else stage, source, home)
+    draft = ImportDraft(tool.name, "sft" if isinstance(stage, Refusal) else stage, source, home)
     if isinstance(stage, Refusal):
         draft.refusals.append(stage)
         return draft
@@ -193,7 +193,7 @@ def convert(
     return draft
 
 
-def _follow(row: Row, key: str, value: Any, draft: Draft) -> None:
+def _follow(row: KeyFate, key: str, value: Any, draft: ImportDraft) -> None:
     if row.fate in ("changed", "refused") and (is_off(value) or value in row.off):
         draft.leave(key, f"{show_short(value)} asks for nothing that is not so here")
     elif row.fate == "left out":
@@ -208,7 +208,7 @@ def _follow(row: Row, key: str, value: Any, draft: Draft) -> None:
         _map(row, key, value, draft)
 
 
-def _map(row: Row, key: str, value: Any, draft: Draft) -> None:
+def _map(row: KeyFate, key: str, value: Any, draft: ImportDraft) -> None:
     try:
         ours = value if row.read is None else _read(row.read, value)
     except (KeyError, TypeError, ValueError):
@@ -268,7 +268,7 @@ def show_short(value: Any) -> str:
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
 
 
-def raise_if_refused(draft: Draft, place: Path) -> None:
+def raise_if_refused(draft: ImportDraft, place: Path) -> None:
     """Raises: ConfigError with a line per refusal."""
     if draft.refusals:
         lines = [f"{place}: {refusal}" for refusal in draft.refusals]

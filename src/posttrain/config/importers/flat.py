@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.importers.fates import Draft, Kind, Tool
+from posttrain.config.importers.fates import ImportDraft, Kind, Tool
 from posttrain.config.importers.read import Foreign, tool_of
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.knob import Keys
@@ -53,11 +53,11 @@ def in_place(
     return Settings(dict(draft.keys), origins, settings.home), _notes(draft)
 
 
-def _origin(settings: Settings, draft: Draft, ours: str) -> KeyOrigin:
+def _origin(settings: Settings, draft: ImportDraft, ours: str) -> KeyOrigin:
     return settings.origin((draft.came_from[ours].partition(".")[0],))
 
 
-def _notes(draft: Draft) -> list[str]:
+def _notes(draft: ImportDraft) -> list[str]:
     mapped = [f"{ours}: {'; '.join(texts)}" for ours, texts in draft.notes.items()]
     return mapped + [f"{key}: {text}" for key, text in draft.other]
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain.config.importers.fates import (
-    Draft,
+    ImportDraft,
+    KeyFate,
     Kind,
     Refusal,
-    Row,
     Tool,
     changed,
     flag,
@@ -42,7 +42,7 @@ _WEIGHTS = "take it out to train all weights, or set finetuning_type: lora"
 _OPTIMIZER = "take it out to train with AdamW, or " + _OTHER
 _IMAGES = "it is about images, video and audio, and rows are text here"
 
-ROWS: dict[str, Row] = {
+ROWS: dict[str, KeyFate] = {
     **TRAINER,
     **rows(left(TRACKING), "plot_loss", "use_swanlab", "swanlab_project", "swanlab_workspace", "swanlab_run_name", "swanlab_mode", "swanlab_api_key", "swanlab_logdir",
            "swanlab_lark_webhook_url", "swanlab_lark_secret", "include_effective_tokens_per_second", "print_param_status", "wandb_project", "trackio_project"),
@@ -171,7 +171,7 @@ def stage(source: Mapping[str, Any]) -> Kind | Refusal:
     return Refusal("stage", f"{asked}: {why} is not done here", f"set stage: sft, dpo or kto, or {_OTHER}")
 
 
-def finish(draft: Draft) -> None:
+def finish(draft: ImportDraft) -> None:
     _adapter(draft)
     read_datasets(draft)
     _template(draft)
@@ -184,7 +184,7 @@ def finish(draft: Draft) -> None:
     cadence(draft, "eval", "eval_steps", best)
 
 
-def _adapter(draft: Draft) -> None:
+def _adapter(draft: ImportDraft) -> None:
     kind, bits = draft.source.get("finetuning_type", "lora"), draft.source.get("quantization_bit")
     if kind not in ("lora", "full"):
         draft.refuse("finetuning_type", f"{kind}: weights are trained whole or by LoRA here", "set lora or full")
@@ -210,7 +210,7 @@ def _adapter(draft: Draft) -> None:
     _pissa(draft, adapter)
 
 
-def _pissa(draft: Draft, adapter: str) -> None:
+def _pissa(draft: ImportDraft, adapter: str) -> None:
     if draft.asks("pissa_init") and adapter != "none":
         rounds = draft.source.get("pissa_iter", 16)
         draft.put("init_lora_weights", "pissa" if rounds == -1 else f"pissa_niter_{rounds}", "pissa_init")
@@ -220,7 +220,7 @@ def _pissa(draft: Draft, adapter: str) -> None:
         draft.leave("pissa_iter", "it is read with pissa_init only, and then stands in init_lora_weights")
 
 
-def _template(draft: Draft) -> None:
+def _template(draft: ImportDraft) -> None:
     name, thinking = draft.source.get("template"), draft.source.get("enable_thinking")
     if thinking is not None:
         draft.put("chat_template_kwargs", {"enable_thinking": thinking}, "enable_thinking")
@@ -230,7 +230,7 @@ def _template(draft: Draft) -> None:
         named_template(draft, "template", str(name))
 
 
-def _trained(draft: Draft) -> None:
+def _trained(draft: ImportDraft) -> None:
     for key, ours in (("train_on_prompt", "all"), ("mask_history", "last")):
         if draft.asks(key) and draft.kind == "sft":
             draft.put("train_on", ours, key)
@@ -246,7 +246,7 @@ def _trained(draft: Draft) -> None:
             draft.leave(key, "it is off" if not draft.asks(key) else f"it plays no part in {draft.kind}")
 
 
-def _loss(draft: Draft) -> None:
+def _loss(draft: ImportDraft) -> None:
     asked, loss = draft.source.get("stage", "sft"), draft.source.get("pref_loss", "sigmoid")
     if asked == "kto":
         draft.put("loss_type", "kto", "stage")
@@ -264,7 +264,7 @@ def _loss(draft: Draft) -> None:
         draft.leave("use_dft_loss", "it is off")
 
 
-def _memory(draft: Draft) -> None:
+def _memory(draft: ImportDraft) -> None:
     off = draft.asks("disable_gradient_checkpointing")
     if off or "disable_gradient_checkpointing" in draft.source:
         draft.put("gradient_checkpointing", not off, "disable_gradient_checkpointing")
@@ -275,7 +275,7 @@ def _memory(draft: Draft) -> None:
         draft.leave("gradient_checkpointing", "disable_gradient_checkpointing decides")
 
 
-def defaults(draft: Draft) -> Mapping[str, Any]:
+def defaults(draft: ImportDraft) -> Mapping[str, Any]:
     """What LLaMA-Factory does where its file is silent."""
     return {
         "overflow": "truncate", "learning_rate": 5e-5, "num_train_epochs": 3.0, "lr_scheduler_type": "linear",

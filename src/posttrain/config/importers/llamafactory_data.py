@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.importers.fates import Draft, names
+from posttrain.config.importers.fates import ImportDraft, names
 
 _INFO = "dataset_info.json"
 _TAGS = {"role_tag": ("role", "from"), "content_tag": ("content", "value")}
@@ -19,7 +19,7 @@ _MEDIA = ("images", "videos", "audios")
 _CHANGE = "change the data once, or its entry in dataset_info.json"
 
 
-def read_datasets(draft: Draft) -> None:
+def read_datasets(draft: ImportDraft) -> None:
     """`dataset` and `eval_dataset` with what chooses and mixes them."""
     wanted = names(draft.source.get("dataset") or [])
     if not wanted:
@@ -41,7 +41,7 @@ def read_datasets(draft: Draft) -> None:
             draft.put(ours, read, key, f"as {_INFO} describes them")
 
 
-def _weights(draft: Draft, wanted: list[str]) -> list[float]:
+def _weights(draft: ImportDraft, wanted: list[str]) -> list[float]:
     strategy, shares = draft.source.get("mix_strategy", "concat"), draft.source.get("interleave_probs")
     if strategy == "concat":
         for key in ("mix_strategy", "interleave_probs"):
@@ -60,7 +60,7 @@ def _weights(draft: Draft, wanted: list[str]) -> list[float]:
     return [float(share) for share in names(shares)][: len(wanted)]
 
 
-def _info(draft: Draft) -> tuple[Path, Mapping[str, Any]] | None:
+def _info(draft: ImportDraft) -> tuple[Path, Mapping[str, Any]] | None:
     asked = str(draft.source.get("dataset_dir") or "data")
     for folder in (place / asked for home in draft.home for place in (home, *home.parents)):
         if (folder / _INFO).is_file():
@@ -74,7 +74,7 @@ def _info(draft: Draft) -> tuple[Path, Mapping[str, Any]] | None:
     return None
 
 
-def _entry(draft: Draft, key: str, name: str, folder: Path, entries: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _entry(draft: ImportDraft, key: str, name: str, folder: Path, entries: Mapping[str, Any]) -> list[dict[str, Any]]:
     entry = entries.get(name)
     if not isinstance(entry, Mapping):
         draft.refuse(key, f"{name} is not in {folder / _INFO}", "name one that is, or add it")
@@ -98,7 +98,7 @@ def _entry(draft: Draft, key: str, name: str, folder: Path, entries: Mapping[str
     return [{"path": path, **rows, **chosen}]
 
 
-def _path(draft: Draft, where: str, entry: Mapping[str, Any], folder: Path) -> str | None:
+def _path(draft: ImportDraft, where: str, entry: Mapping[str, Any], folder: Path) -> str | None:
     for hub in ("hf_hub_url",):
         if entry.get(hub):
             return str(entry[hub])
@@ -112,7 +112,9 @@ def _path(draft: Draft, where: str, entry: Mapping[str, Any], folder: Path) -> s
     return str((folder / file).resolve())
 
 
-def _rows(draft: Draft, where: str, entry: Mapping[str, Any], columns: Mapping[str, Any]) -> dict[str, Any] | None:
+def _rows(
+    draft: ImportDraft, where: str, entry: Mapping[str, Any], columns: Mapping[str, Any]
+) -> dict[str, Any] | None:
     formatting, ranking = entry.get("formatting", "alpaca"), bool(entry.get("ranking"))
     if formatting not in ("alpaca", "sharegpt", "openai"):
         draft.refuse(where, f"formatting {formatting} is not read here", _CHANGE)
@@ -134,7 +136,7 @@ def _rows(draft: Draft, where: str, entry: Mapping[str, Any], columns: Mapping[s
     return _with("sharegpt", {ours: theirs for ours, theirs in renamed.items() if ours != theirs})
 
 
-def _alpaca(draft: Draft, where: str, ranking: bool, columns: Mapping[str, Any]) -> dict[str, Any] | None:
+def _alpaca(draft: ImportDraft, where: str, ranking: bool, columns: Mapping[str, Any]) -> dict[str, Any] | None:
     if ranking:
         draft.refuse(
             where,
@@ -154,7 +156,7 @@ def _alpaca(draft: Draft, where: str, ranking: bool, columns: Mapping[str, Any])
     return _with("alpaca", {ours: theirs for ours, theirs in renamed.items() if ours != theirs})
 
 
-def _labelled(draft: Draft, where: str, formatting: str, columns: Mapping[str, Any]) -> dict[str, Any] | None:
+def _labelled(draft: ImportDraft, where: str, formatting: str, columns: Mapping[str, Any]) -> dict[str, Any] | None:
     if formatting == "alpaca":
         draft.refuse(
             where,
@@ -174,7 +176,7 @@ def _with(kind: str, columns: dict[str, str]) -> dict[str, Any]:
     return {"type": kind, **({"columns": columns} if columns else {})}
 
 
-def _check_tags(draft: Draft, where: str, tags: Mapping[str, Any]) -> None:
+def _check_tags(draft: ImportDraft, where: str, tags: Mapping[str, Any]) -> None:
     for tag, value in tags.items():
         if value not in (_TAGS | _ROLE_TAGS).get(tag, (value,)):
             draft.refuse(where, f"{tag} {value} is no name that is read inside a message here", _CHANGE)

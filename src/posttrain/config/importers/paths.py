@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from posttrain.config.importers.fates import Draft
+from posttrain.config.importers.fates import ImportDraft
 
 
-def local_file(draft: Draft, path: str) -> str:
+def local_file(draft: ImportDraft, path: str) -> str:
     """The file at `path` from one of the folders it may be relative to; as it is written where none has it."""
     for folder in draft.home:
         found = folder / Path(path).expanduser()
@@ -16,7 +16,7 @@ def local_file(draft: Draft, path: str) -> str:
     return path
 
 
-def reward_file(draft: Draft, name: str) -> str:
+def reward_file(draft: ImportDraft, name: str) -> str:
     """`rewards.correct` there is `rewards.py:correct` here, from where it may stand; a plain name stays."""
     module, _, function = name.rpartition(".")
     return f"{local_file(draft, module.replace('.', '/') + '.py')}:{function}" if module else name

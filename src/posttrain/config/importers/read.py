@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config.importers.axolotl import AXOLOTL
-from posttrain.config.importers.fates import Draft, Kind, Tool, convert
+from posttrain.config.importers.fates import ImportDraft, Kind, Tool, convert
 from posttrain.config.importers.llamafactory import LLAMAFACTORY
 from posttrain.config.importers.trl import SCRIPT, TRL
 from posttrain.config.yaml_lines import KeyPath, parse_value, read_yaml
@@ -38,7 +38,7 @@ class Foreign:
     lines: Mapping[KeyPath, int]
     nulls: tuple[str, ...]
 
-    def convert(self, kind: Kind | None = None) -> Draft:
+    def convert(self, kind: Kind | None = None) -> ImportDraft:
         home = tuple(dict.fromkeys((self.path.resolve().parent, Path.cwd())))
         return convert(self.tool, self.values, self.nulls, home, kind)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from posttrain.config.importers.fates import Draft
+from posttrain.config.importers.fates import ImportDraft
 
 _QWEN25 = r"qwen2(\.5)?(-coder|-math)?-|qwen1\.5-|qwq"
 _QWEN3 = r"qwen3-(?!.*vl)(?!.*base)|qwen3guard|skywork-reward-v2-qwen3"
@@ -56,7 +56,7 @@ TOKENIZERS_OWN = ("tokenizer_default", "default", "auto", "")
 _ADVICE = "save the template as a Jinja file and set chat_template: FILE"
 
 
-def named_template(draft: Draft, key: str, name: str) -> None:
+def named_template(draft: ImportDraft, key: str, name: str) -> None:
     """Read a template by name as the tokenizer's own where the model carries that format; else refuse it."""
     if name in TOKENIZERS_OWN:
         draft.leave(key, f"{name or 'it is empty'}: the tokenizer's own template is the default here")

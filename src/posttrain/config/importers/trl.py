@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain.config.importers.fates import (
-    Draft,
+    ImportDraft,
+    KeyFate,
     Kind,
     Refusal,
-    Row,
     Tool,
     changed,
     choices,
@@ -41,7 +41,7 @@ _SAMPLER = "the embedded engine samples here, from the policy's own weights"
 SCRIPT = "posttrain_stage"
 """The key under which a command line's script (sft, dpo, grpo, …) stands."""
 
-ROWS: dict[str, Row] = {
+ROWS: dict[str, KeyFate] = {
     **TRAINER,
     **rows(left(OWN_LOOP), "dataloader_in_order", "dataloader_multiprocessing_context", "ddp_static_graph", "eval_do_concat_batches", "eval_use_gather_object",
            "ignore_bias_buffers", "lora_task_type", "dataset_kwargs", "generate_during_eval", "model_adapter_name", "ref_adapter_name", "is_encoder_decoder", "config"),
@@ -168,7 +168,7 @@ def stage(source: Mapping[str, Any]) -> Kind | Refusal:
     return "sft"
 
 
-def finish(draft: Draft) -> None:
+def finish(draft: ImportDraft) -> None:
     _adapter(draft)
     _datasets(draft)
     _loss(draft)
@@ -190,7 +190,7 @@ def finish(draft: Draft) -> None:
     cadence(draft, "eval", "eval_steps", best)
 
 
-def _adapter(draft: Draft) -> None:
+def _adapter(draft: ImportDraft) -> None:
     if not draft.asks("use_peft"):
         for key in ("use_peft", "load_in_4bit", *_LORA_KEYS):
             if key in draft.source and key == "load_in_4bit" and draft.asks(key):
@@ -216,7 +216,7 @@ def _adapter(draft: Draft) -> None:
         draft.put("lora_target", "all-linear" if listed == ["all-linear"] else listed, "lora_target_modules")
 
 
-def _datasets(draft: Draft) -> None:
+def _datasets(draft: ImportDraft) -> None:
     name, mixture = draft.source.get("dataset_name"), draft.source.get("datasets")
     if not name and not mixture:
         draft.refuse("dataset_name", "missing: a run needs rows", "name the data")
@@ -249,7 +249,7 @@ def _datasets(draft: Draft) -> None:
         draft.leave("dataset_test_split", "eval_strategy is no, so nothing is validated")
 
 
-def _entry(draft: Draft, entry: Mapping[str, Any], place: int, extra: dict[str, Any]) -> list[dict[str, Any]]:
+def _entry(draft: ImportDraft, entry: Mapping[str, Any], place: int, extra: dict[str, Any]) -> list[dict[str, Any]]:
     odd = {
         key: value
         for key, value in entry.items()
@@ -262,7 +262,7 @@ def _entry(draft: Draft, entry: Mapping[str, Any], place: int, extra: dict[str, 
     return [{"path": local_file(draft, str(entry.get("path"))), **kept, **extra}]
 
 
-def _loss(draft: Draft) -> None:
+def _loss(draft: ImportDraft) -> None:
     asked, script = draft.source.get("loss_type"), draft.source.get(SCRIPT)
     if isinstance(asked, list) and len(asked) == 1:
         asked = asked[0]
@@ -283,7 +283,7 @@ def _loss(draft: Draft) -> None:
             draft.put("train_on", "assistant" if flag(draft.source[key]) else "all", key)
 
 
-def _sampling(draft: Draft) -> None:
+def _sampling(draft: ImportDraft) -> None:
     funcs = draft.source.get("reward_funcs")
     listed = names(funcs) if funcs else []
     if not listed:
@@ -332,7 +332,7 @@ def _sampling(draft: Draft) -> None:
             draft.leave(name, "num_prompts_per_step and steps_per_generation say it")
 
 
-def defaults(draft: Draft) -> Mapping[str, Any]:
+def defaults(draft: ImportDraft) -> Mapping[str, Any]:
     """What TRL does where nothing is said."""
     filled: dict[str, Any] = {
         "num_train_epochs": 3.0, "lr_scheduler_type": "linear", "gradient_checkpointing": True, "overflow": "truncate",

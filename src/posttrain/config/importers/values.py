@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from posttrain.config.importers.fates import Draft, Reading, Row, changed, left, number, refused, rows, to
+from posttrain.config.importers.fates import ImportDraft, KeyFate, Reading, changed, left, number, refused, rows, to
 
 OPTIMIZERS = {
     **dict.fromkeys(
@@ -46,7 +46,7 @@ _SET = "set it in a YAML of ours if a stage here has it, or train with the other
 _NO_LOSS = "take it out to train with plain cross-entropy, or train with the other tool"
 _NO_FREEZE = "train all weights (take it out), or use adapter: lora with lora_target"
 
-TRAINER: dict[str, Row] = {
+TRAINER: dict[str, KeyFate] = {
     **rows(left(TRACKING), "report_to", "run_name", "logging_dir", "logging_first_step", "logging_strategy", "logging_nan_inf_filter",
            "log_level", "log_level_replica", "log_on_each_node", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
            "include_num_input_tokens_seen", "include_tokens_per_second", "disable_tqdm", "skip_memory_metrics", "log_completions",
@@ -109,7 +109,7 @@ TRAINER: dict[str, Row] = {
 """Keys of transformers' TrainingArguments, which most tools pass on."""
 
 
-def warmup(draft: Draft, key: str = "warmup_steps") -> None:
+def warmup(draft: ImportDraft, key: str = "warmup_steps") -> None:
     """Below 1 it is a share of the steps, as in transformers."""
     value = draft.source.get(key)
     if "constant" in (draft.source.get("lr_scheduler"), draft.source.get("lr_scheduler_type")):
@@ -128,7 +128,7 @@ def warmup(draft: Draft, key: str = "warmup_steps") -> None:
         draft.put("warmup_steps", int(amount), key)
 
 
-def cadence(draft: Draft, what: str, ours: str, needs: bool) -> None:
+def cadence(draft: ImportDraft, what: str, ours: str, needs: bool) -> None:
     """`save_steps` and `eval_steps`, or how often per epoch. `needs` says that the result depends on it."""
     steps, strategy, per_epoch = f"{what}_steps", f"{what}_strategy", f"{what}s_per_epoch"
     chosen = str(draft.source.get(strategy) or draft.source.get("evaluation_strategy") or "steps")
@@ -148,14 +148,14 @@ def cadence(draft: Draft, what: str, ours: str, needs: bool) -> None:
         draft.put(ours, max(0, int(number(value))), steps)
 
 
-def _when(draft: Draft, key: str, needs: bool, why: str) -> None:
+def _when(draft: ImportDraft, key: str, needs: bool, why: str) -> None:
     if needs and draft.asks(key):
         draft.refuse(key, f"{draft.source[key]}: {why}, and the best checkpoint depends on it", "set it in steps")
     else:
         draft.leave(key, f"{why}; it is done at the end in any case, and nothing that is learned depends on it")
 
 
-def adapter_defaults(draft: Draft, rank: int, alpha: Any, dropout: float = 0.0) -> dict[str, Any]:
+def adapter_defaults(draft: ImportDraft, rank: int, alpha: Any, dropout: float = 0.0) -> dict[str, Any]:
     """Rank, alpha and dropout where there is an adapter and nothing is said of them."""
     if draft.keys.get("adapter", "none") == "none":
         return {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.importers.fates import Draft
+from posttrain.config.importers.fates import ImportDraft
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.paths import make_relative
 from posttrain.config.schema import keys_of
@@ -14,7 +14,7 @@ from posttrain.config.yaml_lines import dump_yaml
 _WIDTH = 118
 
 
-def to_yaml(draft: Draft, source: Path, folder: Path) -> str:
+def to_yaml(draft: ImportDraft, source: Path, folder: Path) -> str:
     """The YAML, to stand in `folder`: paths of files are written relative to it."""
     model = STAGE_KINDS[draft.kind].keys
     data: dict[str, Any] = {key: draft.keys[key] for key in keys_of(model) if key in draft.keys}
@@ -33,7 +33,7 @@ def to_yaml(draft: Draft, source: Path, folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def notes(draft: Draft) -> list[str]:
+def notes(draft: ImportDraft) -> list[str]:
     """What a reader should look at: what is changed, and the tool's defaults that are not ours."""
     changed = [f"{key}: {text}" for key, text in draft.other if text.startswith("changed")]
     assumed = [
