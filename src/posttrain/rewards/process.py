@@ -6,26 +6,19 @@ import json
 import os
 import pickle
 import select
-import signal
 import struct
 import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
+from posttrain.supervised import SupervisedProcess
+
 START_TIMEOUT_S = 120.0
-_END_TIMEOUT_S = 10.0
 _MAX_LOG_BYTES = 1 << 20
-_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
-_BOOT = (
-    "import sys; root = sys.argv[1]; root in sys.path or sys.path.append(root); "
-    "from posttrain.rewards.worker import main; main(*map(int, sys.argv[2:]))"
-)
+_ENTRY = "posttrain.rewards.worker:main"
 
 
 class ScribbledError(Exception):
@@ -41,13 +34,8 @@ class RewardProcess:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         environment = os.environ | {"PYTHONHASHSEED": str(hash_seed)}
         environment.setdefault("OMP_NUM_THREADS", "1")
-        from_main_thread = threading.current_thread() is threading.main_thread()
-        numbers = [request_read, answer_write, os.getpid(), from_main_thread]
-        self.supervisor = subprocess.Popen(
-            [sys.executable, "-P", "-c", _BOOT, _PACKAGE_ROOT, *(str(int(number)) for number in numbers)],
-            stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, env=environment,
-            pass_fds=(request_read, answer_write), start_new_session=True,
-        )  # fmt: skip
+        pipes = (request_read, answer_write)
+        self.supervisor = SupervisedProcess(_ENTRY, [str(pipe) for pipe in pipes], self._log, environment, pipes)
         os.close(request_read)
         os.close(answer_write)
         os.set_blocking(self._request_fd, False)
@@ -119,17 +107,15 @@ class RewardProcess:
     # --- end -------------------------------------------------------------------------------------------------------
 
     def has_ended(self) -> bool:
-        return self.supervisor.poll() is not None
+        return self.supervisor.has_ended()
 
     def ended(self) -> str:
         """How the process ended, in words, with the last line it wrote."""
         try:
-            code = self.supervisor.wait(_END_TIMEOUT_S)
+            how = self.supervisor.how_it_ended()
         except subprocess.TimeoutExpired:
             return "closed the pipe that carries the scores and went on; it was killed"
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - 2000))
-        lines = self._log.read().decode("utf-8", "replace").strip().splitlines()
+        lines = self.supervisor.last_lines()
         return f"the reward process died ({how})" + (f": {lines[-1][:200]}" if lines else "")
 
     def trim_log(self) -> None:
@@ -138,14 +124,7 @@ class RewardProcess:
 
     def kill(self) -> None:
         """End the worker and all that it has started."""
-        with suppress(ProcessLookupError):
-            self.supervisor.terminate()
-        try:
-            self.supervisor.wait(_END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            with suppress(ProcessLookupError):
-                os.killpg(self.supervisor.pid, signal.SIGKILL)
-            self.supervisor.wait()
+        self.supervisor.end()
         for descriptor in (self._request_fd, self.answer_fd):
             os.close(descriptor)
         self._log.close()

@@ -1,101 +1,31 @@
 """The process in which rewards run. Started by `process.py`; requests come pickled on one pipe, answers go as JSON lines on another.
 
-Knows nothing of deadlines: it is killed from outside, by its supervisor. Imports no torch.
+Knows nothing of deadlines: it is killed from outside (`supervised.py`). Imports no torch.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
 import pickle
 import resource
-import signal
 import struct
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from posttrain.errors import ConfigError
 from posttrain.rewards.resolve import MissingColumnError, RewardFunction, load_reward, reward_names
 
 _MAX_MESSAGE_CHARS = 500
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-_LOOK_S = 0.5
-_WATCHED = (signal.SIGCHLD, signal.SIGTERM)
 
 
-def main(request_fd: int, answer_fd: int, parent: int, from_main_thread: int) -> None:
-    """Split into a worker, which serves until the request pipe closes, and its supervisor, which ends what that leaves behind."""
-    libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
-    supervisor = os.getpid()
-    worker = os.fork()
-    if worker:
-        os.close(request_fd)
-        os.close(answer_fd)
-        if from_main_thread:
-            # The signal follows the *thread* that started us.
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        _supervise(worker, parent)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() == supervisor:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
-        _serve(request_fd, answer_fd)
-
-
-# --- supervisor ----------------------------------------------------------------------------------------------------
-
-
-def _supervise(worker: int, parent: int) -> NoReturn:
-    """Until the worker ends, the order to end comes, or the training process is gone; then nothing that it started lives on.
-
-    A daemon's parent is dead, so it has become our child: `PR_SET_CHILD_SUBREAPER`.
-    """
-    status = None
-    while status is None and os.getppid() == parent:
-        got = signal.sigtimedwait(_WATCHED, _LOOK_S)
-        if got is not None and got.si_signo == signal.SIGTERM:
-            break
-        status = dict(_ended()).get(worker)
-    while children := _children():  # what a killed one has started is ours at once
-        for child in children:
-            with suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-        pid, ended = os.waitpid(-1, 0)
-        status = ended if pid == worker else status
-    code = os.waitstatus_to_exitcode(status or 0)
-    if code < 0:  # end as the worker did
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
-        os.kill(os.getpid(), -code)
-    os._exit(code)
-
-
-def _ended() -> Iterator[tuple[int, int]]:
-    """(pid, status) of the children that have ended."""
-    with suppress(ChildProcessError):
-        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            yield ended
-
-
-def _children() -> list[int]:
-    me, found = os.getpid(), list[int]()
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with suppress(OSError):
-                fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-                if int(fields[1]) == me:
-                    found.append(int(entry))
-    return found
-
-
-# --- worker --------------------------------------------------------------------------------------------------------
+def main(request_fd: str, answer_fd: str) -> None:
+    """Serve until the request pipe closes."""
+    _serve(int(request_fd), int(answer_fd))
 
 
 def _serve(request_fd: int, answer_fd: int) -> None:

@@ -1,0 +1,89 @@
+"""What a supervised process has started does not outlive it, its order to end, or us."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from posttrain.supervised import SupervisedProcess
+
+# A program that writes the ids of itself and of a daemon, and goes on.
+PROGRAM = (
+    "import os, pathlib, subprocess, sys, time; "
+    "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True); "
+    "pathlib.Path(sys.argv[1]).write_text(f'{os.getpid()} {child.pid}'); "
+    "print('last words', flush=True); {then}"
+)
+
+
+def command(place, then="time.sleep(600)"):
+    return [sys.executable, "-c", PROGRAM.replace("{then}", then), str(place)]
+
+
+def started(place, log, **how):
+    return SupervisedProcess("posttrain.supervised:run_program", command(place, **how), log, os.environ)
+
+
+def pids(place):
+    for _ in range(600):
+        if place.exists() and " " in (text := place.read_text()):
+            return [int(pid) for pid in text.split()]
+        time.sleep(0.05)
+    raise AssertionError("it did not start")
+
+
+def all_gone(pids):
+    for _ in range(200):
+        if not any(_lives(pid) for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _lives(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_order_to_end_reaches_what_it_has_started(tmp_path):
+    with tempfile.TemporaryFile() as log:
+        process = started(tmp_path / "pids", log)
+        running = pids(tmp_path / "pids")
+        assert not process.has_ended()
+        process.end()
+        assert all_gone(running)
+
+
+@pytest.mark.parametrize(
+    ("then", "how"), [("sys.exit(3)", "exit status 3"), ("os.kill(os.getpid(), 9)", "killed by SIGKILL")]
+)
+def test_it_ends_as_its_program_does_and_leaves_nothing(then, how, tmp_path):
+    with tempfile.TemporaryFile() as log:
+        process = started(tmp_path / "pids", log, then=then)
+        assert process.how_it_ended() == how
+        assert process.last_lines() == ["last words"]
+        assert all_gone(pids(tmp_path / "pids"))
+
+
+@pytest.mark.parametrize("thread", [False, True], ids=["main thread", "another thread"])
+def test_it_dies_with_a_parent_that_is_killed(thread, tmp_path):
+    start = f"process = SupervisedProcess('posttrain.supervised:run_program', {command(tmp_path / 'pids')!r}, log, os.environ)"
+    script = (
+        "import os, tempfile, threading, time\n"
+        "from posttrain.supervised import SupervisedProcess\n"
+        "log = tempfile.TemporaryFile()\n"
+        f"def start():\n    {start}\n    time.sleep(600)\n"
+        + ("threading.Thread(target=start).start(); time.sleep(600)" if thread else "start()")
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    running = pids(tmp_path / "pids")
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    assert all_gone(running)
