@@ -65,3 +65,7 @@ class MissingExtraError(PosttrainError, ImportError):
 
 class EngineError(PosttrainError, RuntimeError):
     """A rollout engine failed or did not take the weights it was sent."""
+
+
+class EngineGoneError(EngineError):
+    """A rollout engine that ended, hangs, or cannot be reached; the work that it was given may be given to another."""
