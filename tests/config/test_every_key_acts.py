@@ -88,6 +88,7 @@ FLIPS = {
         Flip("overflow", "truncate", {"sequence_len": 34}),
         Flip("per_device_train_batch_size", 2),
         Flip("gradient_accumulation_steps", 2),
+        Flip("num_processes", 2),
         Flip("num_train_epochs", 2, {"max_steps": -1}),
         Flip("max_steps", 2),
         Flip("learning_rate", 1e-4),

@@ -20,7 +20,7 @@ def stage(runner, model_dir, data_dir, tmp_path):
 
 
 def state_at(stage, step):
-    return TrainState(None, None, stage.guard, step=step)
+    return TrainState(None, None, stage.guard, world_size=1, rows_per_step=8, step=step)
 
 
 class Clock:

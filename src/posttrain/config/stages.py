@@ -119,7 +119,8 @@ class TrainKeys(ModelKeys):
     sequence_len: int = knob(2048, "Longest sequence in tokens.", ge=8, also="cutoff_len (LLaMA-Factory), max_length (TRL), max_seq_length (TRL), max_seq_len (torchtune)")
     overflow: Literal["drop", "truncate", "error"] = knob("drop", "What happens to rows longer than sequence_len; each is counted.", also="excess_length_strategy (Axolotl)")
     per_device_train_batch_size: int = knob(8, "Rows per micro-batch and process; in RL a row is a completion, and a larger group is split.", ge=1, also="micro_batch_size (Axolotl)")
-    gradient_accumulation_steps: int = knob(1, "Micro-batches per optimizer step.", ge=1)
+    gradient_accumulation_steps: int = knob(1, "Micro-batches per optimizer step and process.", ge=1)
+    num_processes: int | None = knob(None, "Processes that an optimizer step's rows are counted for: per_device_train_batch_size × gradient_accumulation_steps × num_processes; null takes those that the run was begun with. Started on more or fewer, a run keeps its rows per step.", ge=1, example=8)
     num_train_epochs: float = knob(1.0, "Passes over the data, when max_steps is not set.", gt=0, also="num_epochs (Axolotl), epochs (torchtune)")
     max_steps: int = knob(-1, "Optimizer steps; -1 lets num_train_epochs decide.", ge=-1)
     learning_rate: float = knob(2e-5, "Peak learning rate.", gt=0, also="lr", example=1e-5)
@@ -161,6 +162,14 @@ class TrainKeys(ModelKeys):
         if self.val_size > 1 and not self.val_size.is_integer():
             raise ValueError(f"val_size: {self.val_size} is neither a share below 1 nor a number of rows")
         return self
+
+    def micro_batches_per_step(self, world_size: int) -> int:
+        """Of all processes; of `world_size` of them where no number is set."""
+        return self.gradient_accumulation_steps * (self.num_processes or world_size)
+
+    def rows_per_step(self, world_size: int) -> int:
+        """The global batch: rows of an optimizer step, over all processes."""
+        return self.per_device_train_batch_size * self.micro_batches_per_step(world_size)
 
     @property
     def row_kind(self) -> RowKind:
@@ -281,6 +290,10 @@ class SamplingKeys(TrainKeys):
     stop: list[str] = knob([], "Strings that end a completion.", example=["</answer>"])
     rollout_batch_size: int = knob(64, "Completions decoded at once.", ge=1)
     rollout: RolloutKeys = knob(RolloutKeys(), "The engine that samples, and how it is started.", example={"engine": "vllm"})
+
+    def rows_per_step(self, world_size: int) -> int:
+        """Completions; how many processes make them does not matter."""
+        return self.num_prompts_per_step * self.num_generations // self.steps_per_generation
 
     @property
     def row_kind(self) -> RowKind:

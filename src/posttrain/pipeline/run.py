@@ -28,6 +28,7 @@ from posttrain.pipeline.judge import Judge, is_promoted, made_by
 from posttrain.pipeline.measure import Evals, MeasuredModel
 from posttrain.pipeline.opening import OnChange, fresh, state_to_go_on_from
 from posttrain.pipeline.pins import environment, pins_of
+from posttrain.pipeline.processes import counted_for, kept_rows
 from posttrain.pipeline.state import (
     DONE,
     ERROR,
@@ -84,6 +85,7 @@ def run_pipeline(
     watch = watch or Watch()
     earlier = RunState.load(Path(keys.output_dir)) if on_change != "new-run" else None
     keys, parent = from_version(keys, earlier)
+    keys = counted_for(keys, topology.world_size if earlier is None else earlier.num_processes or topology.world_size)
     suites, data = check_all(keys), DataChecks(watch.say)
     check_can_be_promoted(keys, earlier)
     # Before the folder is made and anything is pinned: a start that is refused leaves nothing behind.
@@ -138,7 +140,13 @@ class _PipelineRun:
                 self.folder, self.keys, pins, self.on_change, self.watch.say, self.place.project
             )
         state = self.topology.broadcast(state)
-        state = replace(state, status=RUNNING, reason="", parent=self.place.parent, id=state.id or uuid.uuid4().hex)
+        world_size = self.topology.world_size
+        if line := kept_rows(self.keys, state.num_processes, world_size):
+            self.watch.say(line)
+        state = replace(
+            state, status=RUNNING, reason="", parent=self.place.parent, id=state.id or uuid.uuid4().hex,
+            num_processes=state.num_processes or world_size,
+        )  # fmt: skip
         if main:
             for place in (self.folder, *self.folder.glob("*/"), *self.folder.glob("*/*/")):
                 sweep(place)

@@ -105,6 +105,8 @@ class RunState:
     kept: tuple[Kept, ...] = ()
     parent: Parent | None = None
     id: str = ""
+    num_processes: int = 0
+    """Those that it was begun with, and that an optimizer step's rows are counted for; 0 where an older version began it."""
 
     def stage(self, index: int) -> StageEntry | None:
         """The newest attempt at a stage."""

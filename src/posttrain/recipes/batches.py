@@ -49,7 +49,7 @@ class Schedule(Generic[T]):
         return cls(
             data=data,
             seed=keys.seed,
-            micro_per_step=keys.gradient_accumulation_steps * topology.world_size,
+            micro_per_step=keys.micro_batches_per_step(topology.world_size),
             rows_per_micro=keys.per_device_train_batch_size,
             tokens_per_micro=keys.per_device_train_batch_size * keys.sequence_len if packing else None,
             packing_window=keys.packing_window if isinstance(keys, ExampleKeys) else None,

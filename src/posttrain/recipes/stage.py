@@ -74,7 +74,8 @@ class Stage:
             sweep(self.folder)
             sweep(store.folder)
             guard.discard_abandoned()
-        state = TrainState(policy, optimizer, guard)
+        world_size = self.topology.world_size
+        state = TrainState(policy, optimizer, guard, world_size, self.keys.rows_per_step(world_size))
         going_back = bool(guard.rollbacks)
         ref = self.checkpoints.newest()
         if ref is not None:

@@ -31,7 +31,7 @@ from posttrain.recipes.run_folder import RunFolder
 from posttrain.rollout.experience import Arrays, Experience, to_arrays
 from posttrain.types import CheckpointRef
 
-FORMAT = 4
+FORMAT = 5
 """Raised when a checkpoint of before could not be gone on with."""
 _EXPERIENCE = "experience.safetensors"
 
@@ -44,6 +44,9 @@ class TrainState:
     policy: Policy
     optimizer: torch.optim.Optimizer
     guard: TrainingGuard
+    world_size: int
+    rows_per_step: int
+    """The global batch; a run goes on with it or not at all."""
     step: int = 0
     empty_steps: int = 0
     tokens: int = 0
@@ -59,7 +62,7 @@ class TrainState:
     def to_json(self) -> dict[str, Any]:
         """What is not a tensor."""
         return {
-            "format": FORMAT, "step": self.step, "empty_steps": self.empty_steps, "tokens": self.tokens,
+            "format": FORMAT, "world_size": self.world_size, "rows_per_step": self.rows_per_step, "step": self.step, "empty_steps": self.empty_steps, "tokens": self.tokens,
             "wall_s": self.wall_s,
             "validated": dict(self.validated), "best": self.best, "guard": self.guard.to_json(),
             "experience": None if self.experience is None else self.experience.header(),
@@ -107,6 +110,12 @@ class Checkpoints:
             raise CheckpointError(
                 f"{ref.path} has checkpoint format {record.get('format', 1)}; this posttrain reads format {FORMAT}. Finish the "
                 "run with the version that began it, or start it anew in another output_dir"
+            )
+        if record["rows_per_step"] != state.rows_per_step:
+            raise CheckpointError(
+                f"{ref.path} is of a run with {record['rows_per_step']} rows per optimizer step, on {record['world_size']} "
+                f"process(es); this start makes it {state.rows_per_step}, on {state.world_size}. Set num_processes: "
+                f"{record['world_size']} and gradient_accumulation_steps as it was, or start anew in another output_dir"
             )
         model, optimizer = state.policy.model, state.optimizer
         frozen = model.state_dict().keys() - {name for name, _ in state.policy.trainable()}
