@@ -11,7 +11,7 @@ from posttrain.errors import EngineError, ModelError
 from posttrain.models.batch import pack
 from posttrain.models.exact import TILE_ROWS, logp_rows
 from posttrain.models.load import load_policy
-from posttrain.rollout import embedded
+from posttrain.rollout import decoding
 from posttrain.rollout.canary import check_arrival
 from posttrain.rollout.embedded import EmbeddedEngine, score_sequences
 from posttrain.rollout.exact import ExactRows
@@ -40,7 +40,7 @@ def recorded(monkeypatch):
         rows.update(zip(uniform_R.tolist(), logp_RV.clone(), strict=True))
         return sample_scored(logp_RV, uniform_R, params)
 
-    monkeypatch.setattr(embedded, "sample_scored", record)
+    monkeypatch.setattr(decoding, "sample_scored", record)
     return rows
 
 
@@ -192,7 +192,7 @@ def test_the_canary_of_an_exact_engine_allows_no_gap(model_dir):
 
 def test_places_of_ended_rows_and_prompts_are_used_again(model_dir):
     policy = exact_policy(model_dir("qwen3"))
-    rows = ExactRows(policy, SamplingParams(max_tokens=4))
+    rows = ExactRows(policy, 1.0)
     for start in range(3, 43):
         ((prompt, logp_V),) = rows.prefill([(start, 5, 6, 7)])
         rows.add_row(prompt)

@@ -10,7 +10,6 @@ import torch
 
 from posttrain.models.exact import FILLER, TiledForward
 from posttrain.models.policy import Policy
-from posttrain.types import SamplingParams
 
 _GROWTH = 64
 
@@ -25,8 +24,8 @@ class StoredPrompt:
 class ExactRows:
     """Rows 0..R-1 are alive; a finished row is overwritten by the last one."""
 
-    def __init__(self, policy: Policy, params: SamplingParams) -> None:
-        self._forward = TiledForward(policy.model, params.temperature or 1.0)
+    def __init__(self, policy: Policy, temperature: float) -> None:
+        self._forward = TiledForward(policy.model, temperature or 1.0)
         self._device = policy.placement.device
         self._free: list[int] = []
         self.places = FILLER + 1

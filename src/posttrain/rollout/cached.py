@@ -1,0 +1,43 @@
+"""Running rows on the K/V cache: a prompt is prefilled once, then every step is one token of every row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from posttrain.models.batch import pack
+from posttrain.models.decode import decode_step
+from posttrain.models.policy import Policy
+from posttrain.rollout.kv import PromptKV, RowCache
+from posttrain.types import TokenSeq
+
+
+class CachedRows:
+    """Rows on the K/V cache, with their logits."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy, self._device = policy, policy.placement.device
+        self._cache = RowCache(self._device)
+        self._decode = decode_step(policy)
+        self.add_row, self.drop_row = self._cache.add_row, self._cache.drop_row
+
+    def prefill(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[PromptKV, torch.Tensor]]:
+        """Each prompt with the logits of what follows it, [V]."""
+        # `pack` leaves out a sequence's last token, which predicts nothing in training; here it predicts the answer.
+        batch = pack([[TokenSeq((*prompt, 0), (False,) * (len(prompt) + 1))] for prompt in prompts]).to(self._device)
+        kept = [PromptKV(len(prompt)) for prompt in prompts]
+        self._cache.expect([(kv, tree.start, tree.split) for kv, tree in zip(kept, batch.layout.trees, strict=True)])
+        last = torch.tensor([tree.split - 1 for tree in batch.layout.trees], device=self._device)
+        output = self._policy.model(
+            input_ids=batch.input_ids_N[None], position_ids=batch.position_ids_N[None],
+            logits_to_keep=last, use_cache=False, layout=batch.layout, kv_store=self._cache,
+        )  # fmt: skip
+        return list(zip(kept, output.logits[0], strict=True))
+
+    def step(self, ids: Sequence[int]) -> torch.Tensor:
+        """One more token in each row → logits of what follows it, [R, V]."""
+        self._cache.begin_step()
+        ids_R = torch.tensor(ids, device=self._device)
+        positions_R = torch.tensor(self._cache.positions(), device=self._device)
+        return self._decode(ids_R, positions_R, self._cache)

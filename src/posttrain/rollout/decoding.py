@@ -1,0 +1,250 @@
+"""Continuous batching: rows join and leave between steps, and each is sampled as if it were alone.
+
+The one way in which tokens are decoded here, for rollouts, evals, chat and the server. Knows nothing of text.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from posttrain.models.lengths import forget_lengths
+from posttrain.models.policy import Policy
+from posttrain.rollout.alone import AloneRows
+from posttrain.rollout.cached import CachedRows
+from posttrain.rollout.exact import ExactRows
+from posttrain.rollout.sampling import StopTest, sample, sample_scored
+from posttrain.types import Finish, Request, SamplingParams
+
+Shaper = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
+"""The ids sampled so far and the logits of the next one, [V] → the logits to sample from: a grammar, a bias, a penalty."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What ends a completion."""
+
+    max_tokens: int
+    stop_ids: frozenset[int]
+    should_stop: StopTest | None
+
+
+@dataclass(frozen=True, slots=True)
+class Likeliest:
+    """Log-prob (nats) of a sampled token and of the most likely ones at its place, before temperature, shaping and cuts."""
+
+    logp: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(eq=False)
+class DecodingRow:
+    """A completion under way: the place of its request, its random numbers, what was sampled so far, and how it ended.
+
+    `logp` is that of the distribution after `shaper` and temperature, before the cuts. With `num_top`, `likeliest` says for
+    each token what else was likely. `adapter` names the adapter that the row goes through, where there are several.
+    """
+
+    place: int
+    request: Request
+    params: SamplingParams
+    ends: Ends
+    uniform: np.ndarray
+    adapter: str | None = None
+    shaper: Shaper | None = None
+    num_top: int | None = None
+    ids: list[int] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    likeliest: list[Likeliest] = field(default_factory=list)
+    finish: Finish | None = None
+
+    @property
+    def sequence(self) -> tuple[int, ...]:
+        return (*self.request.prompt_ids, *self.ids)
+
+    @property
+    def encoded_with(self) -> tuple[str | None, tuple[int, ...]]:
+        """What decides its keys and values: rows share them where this is equal."""
+        return self.adapter, self.sequence
+
+    def take(self, token: int, logp: float) -> None:
+        """The next token; afterwards `finish` says whether it was the last."""
+        self.ids.append(token)
+        self.logp.append(logp)
+        if token in self.ends.stop_ids or (self.ends.should_stop is not None and self.ends.should_stop(self.ids)):
+            self.finish = "stop"
+        elif len(self.ids) >= self.ends.max_tokens:
+            self.finish = "length"
+
+
+class TokenAdapters(Protocol):
+    """Several adapters over one base: which of them each token of the next forward goes through."""
+
+    def assign(self, names: Sequence[str | None]) -> None: ...
+
+
+class Decoding:
+    """Samples rows until they end, or would be longer than `longest` inputs.
+
+    `alone`: each row by itself and without a cache, for models whose rows cannot be run together; no `adapters` then.
+    """
+
+    def __init__(
+        self, policy: Policy, rows: Iterable[DecodingRow] = (), *,
+        longest: int | None = None, alone: bool = False, adapters: TokenAdapters | None = None,
+    ) -> None:  # fmt: skip
+        assert not (alone and adapters), "tokens of several forwards cannot be assigned at once"
+        forget_lengths(policy.base)
+        self._longest, self._adapters = longest, adapters
+        self._device = policy.placement.device
+        self._waiting = deque(rows)
+        self._rows: list[DecodingRow] = []
+        temperature = next((row.params.temperature for row in self._waiting), 1.0)
+        self._running: Any = (
+            AloneRows(policy) if alone else ExactRows(policy, temperature) if policy.exact else CachedRows(policy)
+        )
+        self._sample = sample_scored if policy.exact and not alone else sample
+        self._prompts: dict[tuple[str | None, tuple[int, ...]], tuple[Any, torch.Tensor]] = {}
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._waiting or self._rows)
+
+    def join(self, row: DecodingRow) -> None:
+        """Decode it too, from the next step on."""
+        self._waiting.append(row)
+
+    def leave(self, row: DecodingRow) -> None:
+        """Forget a row, however far it is; what it sampled stays with it."""
+        if row in self._waiting:
+            self._waiting.remove(row)
+        elif row in self._rows:
+            self._drop(self._rows.index(row))
+
+    def advance(self, batch_size: int, prefill_tokens: int | None = None) -> list[DecodingRow]:
+        """One token for every row there is room for; the rows that ended with it.
+
+        At most `prefill_tokens` of new prompts are encoded, one prompt at least: others decode on meanwhile.
+        """
+        self._ended: list[DecodingRow] = []
+        while self._waiting and len(self._rows) < batch_size:
+            self._admit(batch_size - len(self._rows), prefill_tokens)
+            if prefill_tokens is not None:
+                break
+        if self._rows:
+            self._step()
+        return self._ended
+
+    def _admit(self, free: int, prefill_tokens: int | None) -> None:
+        """Start waiting rows: prefill what they begin with where that is new, sample each row's next token."""
+        rows = self._first_waiting(free, prefill_tokens)
+        prompts = [row.encoded_with for row in rows]
+        self._prefill(prompts)
+        scores_RV = torch.stack([self._prompts[prompt][1] for prompt in prompts])
+        for prompt in prompts:
+            self._running.add_row(self._prompts[prompt][0])
+        self._rows += rows
+        self._extend(rows, scores_RV)
+        self._forget_prompts()
+
+    def _first_waiting(self, free: int, prefill_tokens: int | None) -> list[DecodingRow]:
+        rows, seen, tokens = list[DecodingRow](), set[Any](self._prompts), 0
+        while self._waiting and len(rows) < free:
+            prompt = self._waiting[0].encoded_with
+            tokens += 0 if prompt in seen else len(prompt[1])
+            seen.add(prompt)
+            if rows and prefill_tokens is not None and tokens > prefill_tokens:
+                break
+            rows.append(self._waiting.popleft())
+        return rows
+
+    def _prefill(self, prompts: Sequence[tuple[str | None, tuple[int, ...]]]) -> None:
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompts]
+        if new:
+            self._assign([adapter for adapter, ids in new for _ in ids])
+            self._prompts.update(zip(new, self._running.prefill([ids for _, ids in new]), strict=True))
+
+    def _step(self) -> None:
+        self._assign([row.adapter for row in self._rows])
+        self._extend(self._rows, self._running.step([row.ids[-1] for row in self._rows]))
+
+    def _assign(self, names: Sequence[str | None]) -> None:
+        if self._adapters is not None:
+            self._adapters.assign(names)
+
+    def _extend(self, rows: Sequence[DecodingRow], scores_RV: torch.Tensor) -> None:
+        """Sample the next token of each row and retire those that are finished."""
+        ids_R, logp_R = self._sampled(rows, _shaped(rows, scores_RV))
+        _note(rows, scores_RV, ids_R)
+        for row, token, logp in zip(list(rows), ids_R.tolist(), logp_R.tolist(), strict=True):
+            if row.finish is None:
+                row.take(token, logp)
+        for place in reversed(range(len(self._rows))):
+            if self._is_over(self._rows[place]):
+                self._ended += [self._rows[place]] if self._rows[place].finish is not None else []
+                self._drop(place)
+
+    def _sampled(self, rows: Sequence[DecodingRow], scores_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows that are sampled alike at once."""
+        uniform_R = torch.tensor([row.uniform[len(row.ids)] for row in rows], device=self._device)
+        alike: dict[tuple[float, ...], list[int]] = {}
+        for place, row in enumerate(rows):
+            params = row.params
+            alike.setdefault((params.temperature, params.top_p, params.top_k, params.min_p), []).append(place)
+        if len(alike) == 1:
+            return self._sample(scores_RV, uniform_R, rows[0].params)
+        ids_R = torch.empty(len(rows), dtype=torch.long, device=self._device)
+        logp_R = torch.empty(len(rows), device=self._device)
+        for places in alike.values():
+            at = torch.tensor(places, device=self._device)
+            ids_R[at], logp_R[at] = self._sample(scores_RV[at], uniform_R[at], rows[places[0]].params)
+        return ids_R, logp_R
+
+    def _drop(self, place: int) -> None:
+        """Rows stay dense: the last one takes its place."""
+        self._running.drop_row(place)
+        self._rows[place] = self._rows[-1]
+        self._rows.pop()
+
+    def _is_over(self, row: DecodingRow) -> bool:
+        return row.finish is not None or (self._longest is not None and len(row.sequence) > self._longest)
+
+    def _forget_prompts(self) -> None:
+        """Prompts that no waiting row needs any more live on only in the rows that use them."""
+        needed = {row.encoded_with for row in self._waiting}
+        self._prompts = {prompt: kept for prompt, kept in self._prompts.items() if prompt in needed}
+
+
+def _shaped(rows: Sequence[DecodingRow], scores_RV: torch.Tensor) -> torch.Tensor:
+    """The logits after each row's shaper; a row that it leaves no token is aborted."""
+    if all(row.shaper is None for row in rows):
+        return scores_RV
+    shaped_RV = scores_RV.float().clone()
+    for place, row in enumerate(rows):
+        if row.shaper is not None:
+            shaped_V = row.shaper(row.ids, shaped_RV[place])
+            if shaped_V.max() == -torch.inf:
+                row.finish = "aborted"
+            else:
+                shaped_RV[place] = shaped_V
+    return shaped_RV
+
+
+def _note(rows: Sequence[DecodingRow], scores_RV: torch.Tensor, ids_R: torch.Tensor) -> None:
+    """Write down the likeliest tokens where a row asks for them."""
+    places = [place for place, row in enumerate(rows) if row.num_top is not None]
+    if not places:
+        return
+    at = torch.tensor(places, device=scores_RV.device)
+    logp_RV = torch.log_softmax(scores_RV[at].float(), -1)
+    own_R = logp_RV.gather(-1, ids_R[at].unsqueeze(-1)).squeeze(-1)
+    most = max(rows[place].num_top or 0 for place in places)
+    top_logp, top_ids = logp_RV.topk(most, -1)
+    for number, place in enumerate(places):
+        pairs = zip(top_ids[number].tolist(), top_logp[number].tolist(), strict=True)
+        rows[place].likeliest.append(Likeliest(float(own_R[number]), tuple(pairs)[: rows[place].num_top]))
