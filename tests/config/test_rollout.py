@@ -2,6 +2,7 @@
 
 import pytest
 
+from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import GRPOKeys
 
 BASE = {"base_model": "m", "datasets": [{"path": "x.jsonl"}], "reward_funcs": ["r.py:f"]}
@@ -33,3 +34,17 @@ def test_another_engine_is_not_left_uncorrected_unasked():
 def test_exact_log_probs_are_the_embedded_engines_alone():
     with pytest.raises(ValueError, match=r"rollout.exact: true with rollout.engine: vllm; .* set exact: false"):
         GRPOKeys.model_validate(BASE | {"rollout": {"engine": "vllm", "exact": True}})
+
+
+@pytest.mark.parametrize(("engine", "way"), [("embedded", "shared"), ("vllm", "copy")])
+def test_weights_take_the_best_way_that_the_engine_has(engine, way):
+    assert RolloutKeys(engine=engine).way == RolloutKeys(engine=engine, transfer=way).way == way
+
+
+def test_a_way_that_the_engine_does_not_have_is_refused():
+    with pytest.raises(
+        ValueError, match=r"transfer: file with rollout.engine: embedded, which takes its weights by shared"
+    ):
+        RolloutKeys(transfer="file")
+    with pytest.raises(ValueError, match=r"transfer: shared with rollout.engine: vllm, .* by copy or file"):
+        RolloutKeys(engine="vllm", transfer="shared")

@@ -108,7 +108,8 @@ def test_a_report_of_another_engine_is_measured_anew_and_never_compared(keys, tm
 @NEEDS_VLLM
 @pytest.mark.xdist_group("vllm")
 def test_a_stage_samples_with_vllm_and_trains_on_it(train, in_process):
-    folder = train("grpo", rollout={"engine": "vllm", "memory_gib": 0.1}, max_steps=3, eval_steps=2, top_p=0.9)
+    rollout = {"engine": "vllm", "memory_gib": 0.1, "transfer": "file"}
+    folder = train("grpo", rollout=rollout, max_steps=3, eval_steps=2, top_p=0.9)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 3
     for row in rows:

@@ -73,7 +73,7 @@ def _vllm(ask: _Ask) -> Engine:
             "SFT stage first, or set rollout.engine: embedded"
         )
     tokenizer = ask.source.policy.tokenizer if ask.source.policy else load_tokenizer(model)
-    return VLLMEngine(_vllm_options(ask, tokenizer), decoder(tokenizer, special=True))
+    return VLLMEngine(_vllm_options(ask, tokenizer), decoder(tokenizer, special=True), ask.keys.way)
 
 
 def _vllm_options(ask: _Ask, tokenizer: PreTrainedTokenizerBase) -> VLLMOptions:

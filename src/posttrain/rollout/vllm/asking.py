@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from posttrain.errors import EngineError
@@ -11,7 +11,6 @@ from posttrain.types import Finish, Request, SamplingParams
 
 SEED_BITS = 63
 """vLLM's seeds are signed 64-bit numbers."""
-_BUCKET_BYTES = 256 << 20
 _FINISH: dict[str, Finish] = {"stop": "stop", "length": "length", "abort": "aborted"}
 
 Decode = Callable[[Sequence[int]], str]
@@ -76,17 +75,3 @@ def finish_of(reason: str | None) -> Finish:
     if reason not in _FINISH:
         raise EngineError(f"vLLM ended a completion with {reason!r}; expected stop, length or abort")
     return _FINISH[reason]
-
-
-def buckets(tensors: Iterator[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
-    """The tensors in portions, so that never the whole model is held at once."""
-    portion: list[tuple[str, Any]] = []
-    size = 0
-    for name, tensor in tensors:
-        portion.append((name, tensor))
-        size += tensor.numel() * tensor.element_size()
-        if size >= _BUCKET_BYTES:
-            yield portion
-            portion, size = [], 0
-    if portion:
-        yield portion

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from posttrain.errors import EngineError
 from posttrain.protocols import Weights
+from posttrain.rollout.transfer import TRANSFERS, Message, TransferOptions
 from posttrain.rollout.vllm import asking
 from posttrain.rollout.vllm.adapter import write_adapter
 from posttrain.rollout.vllm.options import VLLMOptions, environment, require_vllm
@@ -30,21 +31,22 @@ class VLLMEngine:
     _open: ClassVar[set[VLLMEngine]] = set()
     _closed: ClassVar[set[VLLMEngine]] = set()
 
-    def __init__(self, options: VLLMOptions, decode: asking.Decode) -> None:
+    def __init__(self, options: VLLMOptions, decode: asking.Decode, transfer: str = "copy") -> None:
         self._options, self._decode, self._version = options, decode, 0
         self._vllm_version = require_vllm()
         self._dead = ""
         self._numbers, self._pushes = count(), count(1)
         self._ended: dict[str, Any] = {}
         self._lora: Any = None
-        self._folder = Path(tempfile.mkdtemp(prefix="posttrain-adapters-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="posttrain-weights-"))
+        self._transfer, self._sender = transfer, TRANSFERS[transfer].sender(TransferOptions(self._folder))
         os.environ |= environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         with self._speaking("start"):
             from vllm import LLM
 
             args = options.engine_args()
             self._llm: Any = LLM(**args, disable_log_stats=True)
-            self._llm.init_weight_transfer_engine({"init_info": {}})
+            self._sender.connect(self._init)
         self._engine: Any = self._llm.llm_engine
         self._longest = int(self._engine.model_config.max_model_len)
         self._open.add(self)
@@ -137,13 +139,16 @@ class VLLMEngine:
         return moved
 
     def _take_all(self, weights: Weights, version: int) -> int:
-        moved = 0
         self._llm.start_weight_update()
-        for bucket in asking.buckets(weights.weights("all")):
-            self._llm.update_weights({"update_info": {"tensors": bucket}})
-            moved += sum(tensor.numel() * tensor.element_size() for _, tensor in bucket)
+        moved = self._sender.send(weights.weights("all"), version, self._update)
         self._llm.finish_weight_update(str(version))
         return moved
+
+    def _init(self, details: Message) -> None:
+        self._llm.init_weight_transfer_engine({"init_info": {"transfer": self._transfer, "details": details}})
+
+    def _update(self, message: Message) -> None:
+        self._llm.update_weights({"update_info": {"message": message}})
 
     def _take_adapter(self, weights: Weights, version: int) -> int:
         from vllm.lora.request import LoRARequest
@@ -172,6 +177,7 @@ class VLLMEngine:
             gc.collect()
 
     def _tear_down(self) -> None:
+        self._sender.close()
         self._engine.engine_core.shutdown()
         self._llm = self._engine = None
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,14 +1,13 @@
 """What runs inside a worker of vLLM: the receiving end of vLLM's own weight-transfer protocol.
 
-Each update is a layerwise reload. A plain `load_weights` fails half-way where layers were packed for the CPU.
+How the tensors come is a row of `TRANSFERS`. Each update is a layerwise reload. A plain `load_weights` fails half-way where layers were packed for the CPU.
 Imported by vLLM alone.
 """
 # pyright: reportMissingImports=false
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,19 +22,23 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
+from posttrain.rollout.transfer import TRANSFERS, Message, ReceivingEnd
 from posttrain.rollout.vllm.options import BACKEND
 
 
 @dataclass
 class Init(WeightTransferInitInfo):
-    """Nothing is agreed on beforehand."""
+    """The row of `TRANSFERS`, and what its sending end says first."""
+
+    transfer: str
+    details: Message
 
 
 @dataclass
 class Update(WeightTransferUpdateInfo):
-    """Some of the tensors of one version: themselves."""
+    """A message of the sending end: some of the tensors of one version."""
 
-    tensors: Any = ()
+    message: Message = field(default_factory=dict[str, Any])
 
 
 class Receiver(WeightTransferEngine):
@@ -43,9 +46,10 @@ class Receiver(WeightTransferEngine):
 
     init_info_cls = Init
     update_info_cls = Update
+    _end: ReceivingEnd
 
     def init_transfer_engine(self, init_info: Init) -> None:
-        pass
+        self._end = TRANSFERS[init_info.transfer].receiver(init_info.details)
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
@@ -57,9 +61,8 @@ class Receiver(WeightTransferEngine):
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: Update) -> None:
-        tensors: Iterable[tuple[str, torch.Tensor]] = update_info.tensors
         model: Any = self.model
-        model.load_weights(iter(tensors))
+        model.load_weights(iter(self._end.take(update_info.message)))
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -73,7 +76,7 @@ class Receiver(WeightTransferEngine):
                 dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
     def shutdown(self) -> None:
-        pass
+        self._end.close()
 
 
 class Worker:

@@ -1,0 +1,70 @@
+"""How weights get from the trainer into the workers of an engine: a row of `TRANSFERS` for each way, keyed by `rollout.transfer`.
+
+A row has two ends. The sending end is the trainer's; the receiving end lives in each worker, made from what `connect`
+told it. Both speak in messages, which an engine carries: in this process as they are, to a server as JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from posttrain.rollout.transfer.whole import FileReceiver, FileSender, HandedOver, HandOver
+
+NamedTensors = Iterable[tuple[str, torch.Tensor]]
+Message = dict[str, Any]
+Tell = Callable[[Message], None]
+"""Hands a message to every worker; returns when all have taken it. Raises: EngineError."""
+
+
+class SendingEnd(Protocol):
+    """The trainer's."""
+
+    def connect(self, init: Tell) -> None:
+        """Once, before anything is sent: `init` makes the receiving ends, each from this message."""
+        ...
+
+    def send(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int, update: Tell) -> int:
+        """All tensors of one version, in as many messages as it takes. Returns the bytes that were moved."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ReceivingEnd(Protocol):
+    """A worker's."""
+
+    def take(self, message: Message) -> NamedTensors:
+        """The tensors that a message brings, as the trainer has them. Raises: EngineError for what is torn or out of order."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class TransferOptions:
+    """What a sending end is made from. `folder` is the run's own, and goes with the engine."""
+
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One way. `crosses_processes` says whether its messages can be written as JSON."""
+
+    sender: Callable[[TransferOptions], SendingEnd]
+    receiver: Callable[[Message], ReceivingEnd]
+    crosses_processes: bool
+
+
+TRANSFERS: Mapping[str, Transfer] = {
+    "copy": Transfer(lambda options: HandOver(), lambda message: HandedOver(), crosses_processes=False),
+    "file": Transfer(
+        lambda options: FileSender(options.folder), lambda message: FileReceiver(), crosses_processes=True
+    ),
+}
+"""`rollout.transfer` → both ends. `shared` has no row: there an engine decodes with the very weights in training."""
