@@ -1,6 +1,7 @@
 """One stage of the quickstart as `posttrain run` runs it: `python bench/stage_posttrain.py JOB` for time_to_accuracy.py.
 
-JOB is JSON: kind, model, seed, folder, max_steps (0 leaves it to the pipeline). Writes `folder/model` and `folder/stage.json`.
+JOB is JSON: kind, model, seed, folder, max_steps (0 leaves it to the pipeline), and `set`, further keys of the pipeline.
+Writes `folder/model` and `folder/stage.json`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ from posttrain.files import read_json_lines
 QUICKSTART = Path(__file__).resolve().parents[1] / "examples" / "quickstart"
 
 
-def pipeline_of(seed: int) -> Any:
+def pipeline_of(seed: int, changes: Sequence[str] = ()) -> Any:
     from posttrain.config.load_pipeline import load_pipeline
 
-    return load_pipeline(QUICKSTART / "pipeline.yaml", [f"seed={seed}"]).keys
+    return load_pipeline(QUICKSTART / "pipeline.yaml", [f"seed={seed}", *changes]).keys
 
 
 def keys_of(job: Mapping[str, Any]) -> Any:
     """The stage's keys, from the quickstart's YAML: both sides take their hyperparameters from here."""
-    [keys] = [stage.keys for stage in pipeline_of(job["seed"]).stages if stage.kind == job["kind"]]
+    [keys] = [stage.keys for stage in pipeline_of(job["seed"], job.get("set", ())).stages if stage.kind == job["kind"]]
     changed = {"base_model": job["model"], "device": "cpu"}
     if job["max_steps"]:
         changed["max_steps"] = job["max_steps"]

@@ -91,16 +91,22 @@ def run_stage(seed: int, side: str, stage: str, before: tuple[str, str], options
         "kind": stage, "model": before[1], "seed": seed, "folder": str(folder), "max_steps": options.max_steps,
         "parent": before[0], "threads": options.threads,
     }  # fmt: skip
+    return run_job(f"seed {seed} {stage} {side}", SIDES[side], job, options)
+
+
+def run_job(title: str, script: str, job: Mapping[str, Any], options: Options) -> Done:
+    """Run `script` on it and evaluate its model, unless the same job was finished before."""
+    folder = Path(job["folder"])
     kept = folder / "done.json"
     record = json.loads(kept.read_text()) if kept.exists() else {"job": None}
     if record["job"] != job:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        record = {"job": job, **timed(SIDES[side], job, folder, options)}
+        record = {"job": job, **timed(script, job, folder, options)}
         kept.write_text(json.dumps(record, indent=1))
     done = Done(record, folder / "model", evaluated(folder / "model", folder / "evals", options))
     shown = ", ".join(f"{name} {report.mean:.3f}" for name, report in done.reports.items())
-    print(f"seed {seed} {stage} {side}: call {done['call_s']:.1f} s, process {done['process_s']:.1f} s, "
+    print(f"{title}: call {done['call_s']:.1f} s, process {done['process_s']:.1f} s, "
           f"others' CPUs {done['others_cpus']:.2f}; {shown}", file=sys.stderr, flush=True)  # fmt: skip
     if done["others_cpus"] > QUIET:
         print("  warning: others used the machine; the ratio is less certain", file=sys.stderr)

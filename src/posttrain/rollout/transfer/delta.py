@@ -148,7 +148,9 @@ def _applied(
     if index is None:
         return values.reshape(header.shape)
     if before is None or before.shape != header.shape or before.dtype != values.dtype:
-        raise EngineError(f"{header} changes a tensor that is not held here in its shape and dtype; push the model whole")
+        raise EngineError(
+            f"{header} changes a tensor that is not held here in its shape and dtype; push the model whole"
+        )
     before.view(-1)[index.long()] = values
     return before
 
