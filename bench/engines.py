@@ -19,11 +19,10 @@ from pathlib import Path
 
 import sections
 import workload
-from stage_posttrain import QUICKSTART
-from time_to_accuracy import Done, Options, run_job
-
 from posttrain.report.intervals import t_interval
 from posttrain.rollout.vllm.options import installed
+from stage_posttrain import QUICKSTART
+from time_to_accuracy import Done, Options, run_job
 
 ENGINES = ("embedded", "vllm")
 START_SEED = 42
