@@ -6,7 +6,7 @@ Dimension letters: B rows, T positions, N packed tokens, V vocabulary, G group, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -18,6 +18,8 @@ Message = Mapping[str, Any]
 """An OpenAI message: `role`, `content` and, where used, `tool_calls`, `tool_call_id`, `name`."""
 Text = str | tuple[Message, ...]
 """A text prompt or completion, or a conversation."""
+Decode = Callable[[Sequence[int]], str]
+"""Token ids as text."""
 
 
 # --- data ----------------------------------------------------------------------------------------------------------
@@ -73,6 +75,10 @@ class Prompt:
     prompt: Text
     columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
     tools: tuple[Mapping[str, Any], ...] = ()
+
+
+PromptRow = tuple[Prompt, tuple[int, ...]]
+"""A prompt and its token ids."""
 
 
 @dataclass(frozen=True, slots=True)

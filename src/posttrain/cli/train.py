@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from posttrain.errors import ConfigError
+from posttrain.pipeline import OnChange
 
 if TYPE_CHECKING:
     from posttrain.config.load import LoadedPipeline, LoadedStage
     from posttrain.config.pipeline import PipelineKeys
     from posttrain.pipeline.run import Outcome
 
-OnChange = Literal["refuse", "rerun", "keep", "new-run"]
 KeysShown = Literal["none", "set", "all"]
 Config = Annotated[Path, typer.Argument(help="The YAML.", show_default=False)]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated.")]

@@ -6,11 +6,11 @@ A plain rename is declared beside its key (`also` in the schema); here stand the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from posttrain.config.importers.fates import KeyFate
+from posttrain.config.importers.fates import KeyFate, Reading
 from posttrain.config.importers.read import TOOLS
 from posttrain.config.importers.values import OPTIMIZERS, OVERFLOW, SCHEDULES
 from posttrain.config.kinds import STAGE_KINDS
@@ -20,9 +20,6 @@ from posttrain.config.pipeline import GateKeys, PipelineKeys, RegisterKeys, Suit
 from posttrain.config.schema import CLOSE_KEYS, KeyInfo, did_you_mean, keys_of, show
 from posttrain.config.settings import Problems, Settings
 from posttrain.config.stages import DatasetKeys
-
-Reading = Mapping[Any, Any] | Callable[[Any], Any]
-"""Their value → ours: a table, or a function that raises KeyError for what has no counterpart."""
 
 
 def _one_of_roles(roles: Any) -> str:

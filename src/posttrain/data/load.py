@@ -20,7 +20,7 @@ from posttrain.data.sources import Source, content_digest, read_source, short_pa
 from posttrain.data.template import template_digest, use_template
 from posttrain.errors import DataError
 from posttrain.files import digest_json
-from posttrain.types import Origin, PreferencePair, Prompt, TokenSeq
+from posttrain.types import Origin, PreferencePair, Prompt, PromptRow, TokenSeq
 
 TOO_LONG = "longer than sequence_len"
 NOTHING_LEFT = "nothing left to train after truncation"
@@ -34,7 +34,6 @@ REWRITTEN = "turns as the template writes them inside the conversation, otherwis
 
 PairRow = tuple[TokenSeq, TokenSeq]
 LabelledRow = tuple[TokenSeq, bool]
-PromptRow = tuple[Prompt, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)

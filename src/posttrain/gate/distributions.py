@@ -5,6 +5,12 @@ from __future__ import annotations
 import math
 from statistics import NormalDist
 
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
 _NORMAL = NormalDist()
 _TINY = 1e-300
 _BISECTIONS = 200

@@ -25,10 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain.gate import tango
-from posttrain.gate.distributions import binomial_lower, binomial_upper, normal_quantile
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+from posttrain.gate.distributions import Floats, Ints, binomial_lower, binomial_upper, normal_quantile
 
 GAMMA = 0.01
 """Share of alpha that pays for looking at plausible shares only."""

@@ -6,12 +6,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from posttrain.gate.distributions import normal_cdf, normal_quantile, t_cdf, t_quantile
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+from posttrain.gate.distributions import Floats, Ints, normal_cdf, normal_quantile, t_cdf, t_quantile
 
 NUM_RESAMPLES = 10_000
 SEED = 20_240_229

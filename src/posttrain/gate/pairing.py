@@ -8,12 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from posttrain.evidence import EvalReport, ItemRecord
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+from posttrain.gate.distributions import Floats, Ints
 
 
 class PairingError(Exception):

@@ -9,9 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from posttrain.gate.distributions import normal_quantile
+from posttrain.gate.distributions import Floats, normal_quantile
 
-Floats = npt.NDArray[np.float64]
 _BISECTIONS = 60
 
 

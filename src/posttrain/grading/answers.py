@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable
 
 from posttrain.grading.equality import equal_values, same_answer
 from posttrain.grading.numbers import normalise, parse_quantity, same_quantity
+from posttrain.grading.sequences import Same
 from posttrain.grading.slots import Slot, boxes, later_claims, lines, taken_back, think_tags, visible, without_comments
 
-Same = Callable[[str, str], bool]
 _MAX_REFERENCE_CHARS = 100_000
 # An answer given more often, or followed by more text than this, is a loop and not an answer.
 _MAX_SLOTS, _MAX_TAIL_CHARS, _MAX_PROSE_CHARS = 32, 20_000, 300

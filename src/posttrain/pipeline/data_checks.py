@@ -6,20 +6,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.pipeline import PipelineKeys, SuiteKeys
+from posttrain.config.pipeline import PipelineKeys
 from posttrain.config.resolved import to_data
 from posttrain.config.stages import TrainKeys
 from posttrain.data.dataset import sequences
 from posttrain.data.lint import LintReport, lint_stage
 from posttrain.data.lint_input import text_of
 from posttrain.data.load import LOADERS
-from posttrain.evals.suite import Suite
 from posttrain.files import digest_json, write_json
 from posttrain.models.load import load_config, load_tokenizer
 from posttrain.models.vocabulary import check_ids
+from posttrain.pipeline.selection import Suites
 from posttrain.recipes.golds import gold_check
-
-Suites = Mapping[str, tuple[Suite, SuiteKeys]]
 
 
 class DataChecks:

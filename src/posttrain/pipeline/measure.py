@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -12,12 +12,11 @@ from posttrain.config.stages import ModelKeys
 from posttrain.errors import ChangedInputsError
 from posttrain.evals.suite import Suite
 from posttrain.evidence import EvalReport
+from posttrain.gate.decide import Reports
 from posttrain.models.export import source_digest
+from posttrain.pipeline.selection import Suites
 from posttrain.protocols import Topology
 from posttrain.recipes.evaluate import evaluate, summary
-
-Suites = Mapping[str, tuple[Suite, SuiteKeys]]
-Reports = Mapping[str, EvalReport]
 
 
 class MeasuredModel(NamedTuple):

@@ -6,16 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Literal
 
 from posttrain.config.pipeline import PipelineKeys
 from posttrain.errors import ChangedInputsError
 from posttrain.files import digest_json
+from posttrain.pipeline import OnChange
 from posttrain.pipeline.pins import changes, is_version, versions, what_moved
 from posttrain.pipeline.state import DONE, Kept, RunState, StageEntry
 from posttrain.registry.rows import now, user
-
-OnChange = Literal["refuse", "rerun", "keep", "new-run"]
 
 
 def state_to_go_on_from(

@@ -19,14 +19,14 @@ from posttrain.config.resolved import resolved_yaml
 from posttrain.errors import PosttrainError
 from posttrain.evidence import Verdict
 from posttrain.files import write_atomic, write_json
-from posttrain.pipeline import lineage, selection
+from posttrain.pipeline import OnChange, lineage, selection
 from posttrain.pipeline.checks import check_all
 from posttrain.pipeline.data_checks import DataChecks, Suites
 from posttrain.pipeline.escalation import PENDING_FILE, decision_on, rejection_of, wait_for_person
 from posttrain.pipeline.generation import check_can_be_promoted, from_version
 from posttrain.pipeline.judge import Judge, is_promoted, made_by
 from posttrain.pipeline.measure import Evals, MeasuredModel
-from posttrain.pipeline.opening import OnChange, fresh, state_to_go_on_from
+from posttrain.pipeline.opening import fresh, state_to_go_on_from
 from posttrain.pipeline.pins import environment, pins_of
 from posttrain.pipeline.processes import counted_for, kept_rows
 from posttrain.pipeline.state import (

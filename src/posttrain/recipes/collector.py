@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -24,9 +24,7 @@ from posttrain.recipes.steering import steered
 from posttrain.rewards.resolve import reward_names
 from posttrain.rollout.collect import ScoreRewards, sample_groups, score_groups
 from posttrain.rollout.experience import Bounds, Experience, Group
-from posttrain.types import Rollout, RolloutGroup, Sample
-
-Decode = Callable[[Sequence[int]], str]
+from posttrain.types import Decode, Rollout, RolloutGroup, Sample
 
 
 def teaches(group: Group, spec: PolicySpec, keys: GRPOKeys) -> bool:

@@ -16,7 +16,7 @@ import torch
 from posttrain.config.stages import GRPOKeys
 from posttrain.data.dataset import Dataset
 from posttrain.data.held_out import load_with_held_out
-from posttrain.data.load import PromptRow, load_prompts, load_sft
+from posttrain.data.load import load_prompts, load_sft
 from posttrain.models.batch import pack
 from posttrain.models.load import load_policy, load_tokenizer
 from posttrain.models.policy import Policy
@@ -28,7 +28,7 @@ from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import LossTerms, spec_from
 from posttrain.protocols import Engine, Topology
 from posttrain.recipes.batches import MicroBatch, fill_with_groups, split_groups
-from posttrain.recipes.collector import Collected, Collector, Decode, teaches
+from posttrain.recipes.collector import Collected, Collector, teaches
 from posttrain.recipes.engines import EngineSource, greedy, make_engine, sampling_params, sync_engine
 from posttrain.recipes.live_checks import LiveChecks
 from posttrain.recipes.metrics import StepMetrics
@@ -45,7 +45,7 @@ from posttrain.recipes.validate import SuiteScore, Validation
 from posttrain.rewards.workers import MAX_UNSCORED, RewardPool
 from posttrain.rollout.collect import ScoreRewards, sample_groups, score_groups
 from posttrain.rollout.experience import Group
-from posttrain.types import Ratio, Sample
+from posttrain.types import Decode, PromptRow, Ratio, Sample
 
 EMPTY_STEP = "empty_step"
 """Logged in place of a loss where a step had nothing to learn from."""

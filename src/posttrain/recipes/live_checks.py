@@ -17,7 +17,6 @@ from typing import Any
 
 from posttrain.config.stages import GRPOKeys
 from posttrain.data.dataset import Dataset
-from posttrain.data.load import PromptRow
 from posttrain.files import digest_json
 from posttrain.models.text import decoder
 from posttrain.protocols import Engine
@@ -31,7 +30,7 @@ from posttrain.rewards.check import TINY, RewardCheck, Thresholds
 from posttrain.rewards.workers import RewardPool
 from posttrain.rollout.collect import sample_groups
 from posttrain.rollout.sampling import request_seed
-from posttrain.types import Prompt, RolloutGroup
+from posttrain.types import Prompt, PromptRow, RolloutGroup
 
 NUM_SAMPLES = 4
 NUM_CANARIES = 4

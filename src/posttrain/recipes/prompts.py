@@ -5,9 +5,8 @@ from __future__ import annotations
 from functools import lru_cache, partial
 
 from posttrain.data.dataset import Dataset
-from posttrain.data.load import PromptRow
 from posttrain.rollout.sampling import request_seed
-from posttrain.types import RolloutGroup
+from posttrain.types import PromptRow, RolloutGroup
 
 _KEPT_ONE_IN = 4
 _LONGEST_WALK = 16

@@ -9,7 +9,7 @@ from posttrain.protocols import Engine
 from posttrain.rollout.sampling import request_seed
 from posttrain.types import (
     Completion,
-    Prompt,
+    PromptRow,
     Request,
     RewardBreakdown,
     Rollout,
@@ -18,8 +18,6 @@ from posttrain.types import (
     Text,
     in_order,
 )
-
-PromptRow = tuple[Prompt, tuple[int, ...]]
 
 
 class ScoreRewards(Protocol):

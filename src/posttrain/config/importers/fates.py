@@ -18,7 +18,7 @@ from posttrain.errors import ConfigError
 Kind = str
 Fate = Literal["mapped", "left out", "changed", "refused"]
 Reading = Mapping[Any, Any] | Callable[[Any], Any]
-"""Their value → ours; raises KeyError, TypeError or ValueError for a value without a counterpart."""
+"""Their value → ours: a table, or a function. Raises KeyError, TypeError or ValueError for what has no counterpart."""
 
 OFF = (None, False, 0, "", "none", "None", "null", "no", "false", "False", [], {})
 """Values under which a feature is not asked for."""

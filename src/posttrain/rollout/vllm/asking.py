@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from posttrain.errors import EngineError
 from posttrain.rollout.sampling import stop_test
-from posttrain.types import Finish, Request, SamplingParams
+from posttrain.types import Decode, Finish, Request, SamplingParams
 
 SEED_BITS = 63
 """vLLM's seeds are signed 64-bit numbers."""
 _FINISH: dict[str, Finish] = {"stop": "stop", "length": "length", "abort": "aborted"}
-
-Decode = Callable[[Sequence[int]], str]
 
 
 def seed_of(request: Request) -> int:
