@@ -101,7 +101,7 @@ def child(kind: str, steps: int, folder: Path, samples: Path) -> None:
     from rich.console import Console
 
     from posttrain.config.kinds import STAGE_KINDS
-    from posttrain.distributed.topology import SingleProcess
+    from posttrain.distributed.ranks import SingleProcess
     from posttrain.recipes.kinds import LOOPS
     from posttrain.recipes.stage import Stage
     from posttrain.tracking.live import LiveView

@@ -74,7 +74,7 @@ class Costs:
 def measure(size: str, every: int, steps: int) -> tuple[Costs, float]:
     """The costs, and the CPU seconds of a step, all threads together."""
     from posttrain.config.stages import SFTKeys
-    from posttrain.distributed.topology import SingleProcess
+    from posttrain.distributed.ranks import SingleProcess
     from posttrain.recipes import sft
     from posttrain.recipes.stage import Stage
     from posttrain.recipes.train_state import Checkpoints, TrainState
@@ -116,7 +116,7 @@ def measure(size: str, every: int, steps: int) -> tuple[Costs, float]:
     folder = workload.OUT / "saving-run"
     shutil.rmtree(folder, ignore_errors=True)
     stage = Stage("sft", folder, keys, SingleProcess(), watchers=lambda *_: [Watcher()])
-    stage.checkpoints = Timed(stage.checkpoints.store, stage.topology, stage.run)
+    stage.checkpoints = Timed(stage.checkpoints.store, stage.ranks, stage.run)
     sft.run(keys, stage)
     shutil.rmtree(folder)
     # Warm-up steps and the last save, which every run makes and waits for, are left out.

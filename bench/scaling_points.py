@@ -126,7 +126,7 @@ def stage_of(kind: str, size: Size, rows: Sequence[Mapping[str, str]], num_steps
     """The keys and the stage of a run on these rows."""
     from posttrain.config.kinds import STAGE_KINDS
     from posttrain.config.stages import DatasetKeys
-    from posttrain.distributed.topology import SingleProcess
+    from posttrain.distributed.ranks import SingleProcess
     from posttrain.recipes.stage import Stage
 
     with tempfile.TemporaryDirectory() as folder:

@@ -60,7 +60,7 @@ def keys_of(row: Row, job: Mapping[str, Any]) -> Any:
 
 
 def train(row: Row, job: Mapping[str, Any], turns: Turns) -> None:
-    from posttrain.distributed.topology import SingleProcess
+    from posttrain.distributed.ranks import SingleProcess
     from posttrain.recipes import dpo, grpo, sft
     from posttrain.recipes.stage import Stage
 

@@ -41,7 +41,7 @@ def main() -> None:
     # Both sides have the model's classes imported when the clock of the training call starts.
     from transformers import AutoModelForCausalLM, Qwen3ForCausalLM  # noqa: F401
 
-    from posttrain.distributed.topology import SingleProcess
+    from posttrain.distributed.ranks import SingleProcess
     from posttrain.recipes.certify import certify, require
     from posttrain.recipes.kinds import LOOPS
     from posttrain.recipes.stage import Stage

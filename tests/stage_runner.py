@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from posttrain.config.kinds import STAGE_KINDS
-from posttrain.distributed.topology import topology
+from posttrain.distributed.ranks import join_ranks
 from posttrain.recipes.kinds import LOOPS
 from posttrain.recipes.stage import Stage, run_recipe
 from posttrain.recipes.stop import StopFlag, StoppedPolitely
@@ -61,7 +61,7 @@ def run_stage(kind: str, folder: Path, keys, stop_after: int | None = None, rank
         return [StopAfter(stop_after, flag)] if stop_after else []
 
     if ranks is None:
-        with topology() as single:
+        with join_ranks() as single:
             return run_stage(kind, folder, keys, stop_after, single)
 
     def begun():
@@ -97,7 +97,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def main(jobs: list[dict]) -> None:
     torch.set_num_threads(1)
-    with topology() as ranks:
+    with join_ranks() as ranks:
         for job in jobs:
             keys = keys_of(job["kind"], Path(job["model"]), Path(job["data"]), **job["options"])
             run_stage(job["kind"], Path(job["folder"]), keys, job.get("stop_after"), ranks)

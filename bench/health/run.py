@@ -8,7 +8,7 @@ from typing import Any
 import peft  # noqa: F401  (once, here, not in the process of every run with an adapter)
 
 from posttrain.config.kinds import STAGE_KINDS
-from posttrain.distributed.topology import topology
+from posttrain.distributed.ranks import join_ranks
 from posttrain.recipes.kinds import LOOPS
 from posttrain.recipes.run_folder import StageResult
 from posttrain.recipes.stage import Stage
@@ -17,7 +17,7 @@ from posttrain.recipes.stage import Stage
 def train(kind: str, folder: Path, values: dict[str, Any]) -> StageResult:
     # What is measured is when a rule sees a fault, not whether the run recovers from it.
     keys = STAGE_KINDS[kind].keys.model_validate({"health_rollbacks": 0, **values})
-    with topology() as ranks:
+    with join_ranks() as ranks:
         stage = Stage(kind, folder, keys, ranks)
         try:
             return LOOPS[kind](keys, stage)

@@ -82,8 +82,8 @@ class MetricSink(Protocol):
     def close(self) -> None: ...
 
 
-class Topology(Protocol):
-    """One process or many. The loops are written against this and contain no rank arithmetic of their own."""
+class Ranks(Protocol):
+    """The processes of a run, one or many: who this one is, and Python values between them. Loops do no arithmetic with it."""
 
     @property
     def rank(self) -> int: ...
@@ -94,7 +94,7 @@ class Topology(Protocol):
     @property
     def is_main(self) -> bool: ...
 
-    def shard(self, items: Sequence[T]) -> list[T]:
+    def share(self, items: Sequence[T]) -> list[T]:
         """This rank's share of `items`: every world_size-th one, so that shares differ by at most one item."""
         ...
 
@@ -112,8 +112,18 @@ class Topology(Protocol):
 
     def barrier(self) -> None: ...
 
-    def wrap(self, model: Any) -> Any:
-        """Shard the model's parameters over the ranks (FSDP2); one process returns it unchanged."""
+
+class Sharding(Protocol):
+    """Where the parameters of a model lie: whole in one process, or in shares over the ranks. All ranks call it together."""
+
+    @property
+    def num_shards(self) -> int: ...
+
+    @property
+    def is_sharded(self) -> bool: ...
+
+    def shard(self, model: Any) -> Any:
+        """The model with its parameters dealt to the ranks; gradients of the ranks then add up."""
         ...
 
     def clip_grad_norm(self, parameters: Sequence[Any], max_norm: float) -> float:
@@ -122,6 +132,10 @@ class Topology(Protocol):
 
     def local(self, tensor: Any) -> Any:
         """This rank's part of a sharded tensor."""
+        ...
+
+    def whole(self, tensor: Any) -> Any:
+        """A sharded tensor, gathered; on CPU, detached."""
         ...
 
     def full_state(self, model: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from posttrain.config.kinds import STAGE_KINDS, StageKind
 from posttrain.config.load_pipeline import load_pipeline
 from posttrain.config.stages import SFTKeys
 from posttrain.data.load import load_sft
-from posttrain.distributed.topology import SingleProcess
+from posttrain.distributed.ranks import SingleProcess
 from posttrain.health.rules import rules_for
 from posttrain.models.load import load_policy
 from posttrain.objectives.reduce import Normalizer
@@ -34,7 +34,7 @@ def train(keys, stage):
         terms = sft.loss(policy, rows, norm, keys.loss_type)
         terms.loss.backward()
         metrics.add(terms.metrics)
-        values = metrics.reduced(stage.topology)
+        values = metrics.reduced(stage.ranks)
         values |= update(policy, optimizer, stage, keys.learning_rate, values, step + 1)
         state.step = step + 1
         stage.finish_step(state, values, state.step == keys.max_steps, None)

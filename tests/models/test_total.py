@@ -169,7 +169,7 @@ def test_a_sum_that_is_not_the_trained_policy_is_never_kept(stages, monkeypatch)
     run = stages("llama")
     run.run()
     real = "posttrain.models.total.side_by_side"
-    from posttrain.models.ranks import side_by_side
+    from posttrain.models.low_rank import side_by_side
 
     monkeypatch.setattr(real, lambda parts, *rest: side_by_side(parts[:1], *rest))
     total = run.run()

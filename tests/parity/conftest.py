@@ -128,7 +128,7 @@ def in_file_order(monkeypatch):
 @pytest.fixture
 def ours(model_dir, tmp_path, in_file_order, monkeypatch):
     """Run one of our stages: (kind, keys type, rows, keys) → Run."""
-    from posttrain.distributed.topology import SingleProcess
+    from posttrain.distributed.ranks import SingleProcess
     from posttrain.recipes.kinds import LOOPS
     from posttrain.recipes.stage import Stage
 

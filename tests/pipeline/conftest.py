@@ -13,7 +13,7 @@ import yaml
 
 from posttrain.cli.app import main
 from posttrain.config.load_pipeline import load_pipeline
-from posttrain.distributed.topology import SingleProcess
+from posttrain.distributed.ranks import SingleProcess
 from posttrain.pipeline.run import Outcome, Watch, run_pipeline
 from posttrain.pipeline.state import RunState
 from posttrain.registry.registry import Registry

@@ -1,6 +1,7 @@
 """Every part of a plan against what torch allocates: one pass of the work that the part stands for."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,11 +10,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.stages import WITHOUT_REFERENCE, GRPOKeys
-from posttrain.distributed.topology import SingleProcess
+from posttrain.distributed.ranks import SingleProcess
 from posttrain.models import decode
 from posttrain.models.batch import pack
 from posttrain.models.export import save_policy
-from posttrain.models.load import load_policy
+from posttrain.models.load import freeze_reference, load_policy
 from posttrain.objectives.preference import PREFERENCE_LOSSES
 from posttrain.planner import ModelShape, Workload, estimate_memory, memory, shape
 from posttrain.recipes.optim import make_optimizer
@@ -67,7 +68,7 @@ def planned_and_measured(folder, run_folder, completion=COMPLETION, **options):
     policy = load_policy(keys)
     found = {"weights": (planned("weights", "adapter"), sum(p.nbytes for p in policy.model.parameters()))}
     if keys.adapter == "none":
-        found["reference"] = (planned("reference"), allocated(policy.freeze_reference)[1])
+        found["reference"] = (planned("reference"), allocated(partial(freeze_reference, policy))[1])
     generator = torch.Generator().manual_seed(0)
 
     def ids(length):

@@ -4,24 +4,24 @@ import pytest
 
 from posttrain.config.stages import SFTKeys
 from posttrain.data.dataset import Dataset, DataSummary
-from posttrain.distributed.topology import SingleProcess
+from posttrain.distributed.ranks import SingleProcess
 from posttrain.recipes.batches import Schedule, best_fit, fill_by_tokens, fill_with_groups, flat, for_rank, split_groups
 
 
 class Rank:
-    """Stands where a rank stands: enough of a topology to deal rows."""
+    """Stands where a rank stands: enough of a rank to deal rows."""
 
     def __init__(self, rank, world_size):
         self.rank, self.world_size = rank, world_size
 
-    def shard(self, items):
+    def share(self, items):
         return list(items[self.rank :: self.world_size])
 
 
-def schedule(rows, topology=None, **options):
+def schedule(rows, ranks=None, **options):
     keys = SFTKeys(base_model="m", datasets=[{"path": "x.jsonl"}], **{"per_device_train_batch_size": 2, **options})
     data = Dataset(rows, DataSummary((), ""), "", (len(rows),), (None,))
-    return Schedule.of(data, keys, topology or SingleProcess(), size=lambda row: row), keys
+    return Schedule.of(data, keys, ranks or SingleProcess(), size=lambda row: row), keys
 
 
 def test_every_row_once_an_epoch_and_the_last_step_may_be_short():

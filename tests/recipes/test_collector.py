@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from posttrain.data.load import load_prompts
-from posttrain.distributed.topology import SingleProcess
+from posttrain.distributed.ranks import SingleProcess
 from posttrain.health.controls import Controls
-from posttrain.models.load import load_policy, load_tokenizer
+from posttrain.models.load import freeze_reference, load_policy, load_tokenizer
 from posttrain.models.text import decoder
 from posttrain.recipes.collector import Collector
 from posttrain.recipes.engines import EngineSource, make_engine
@@ -29,9 +29,9 @@ def collector(runner, model_dir, data_dir):
     def make(rewards, *, moved=0.0, **options):
         keys = runner.keys_of("grpo", model_dir("qwen3"), data_dir, num_generations=GROUP, **options)
         keys = keys.model_copy(update={"reward_funcs": ["boxed"]})
-        tokenizer, topology, calls = load_tokenizer(keys), SingleProcess(), []
+        tokenizer, ranks, calls = load_tokenizer(keys), SingleProcess(), []
         policy = load_policy(keys, tokenizer=tokenizer).without_dropout()
-        policy.freeze_reference()
+        freeze_reference(policy)
         with torch.no_grad():
             for _, parameter in policy.trainable():
                 parameter.mul_(1.0 + moved)
@@ -41,10 +41,10 @@ def collector(runner, model_dir, data_dir):
             values = [rewards(len(calls) - 1, item) for item in range(len(completions))]
             return [RewardBreakdown(value, {"boxed": value}) for value in values]
 
-        engine = make_engine(EngineSource(keys, policy), topology)
+        engine = make_engine(EngineSource(keys, policy))
         stream = PromptStream(load_prompts(keys, tokenizer), keys.seed, {})
-        scorers = (Scores(policy, keys.temperature, 4) for Scores in (PolicyScorer, ReferenceScorer))
-        return Collector(keys, engine, decoder(tokenizer), score, stream, *scorers, topology)
+        scorers = (Scores(policy, keys.temperature, 4, ranks) for Scores in (PolicyScorer, ReferenceScorer))
+        return Collector(keys, engine, decoder(tokenizer), score, stream, *scorers, ranks)
 
     return make
 

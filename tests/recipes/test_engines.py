@@ -9,12 +9,12 @@ import pytest
 from posttrain.config.pipeline import SuiteKeys
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import GRPOKeys
-from posttrain.distributed.topology import SingleProcess
+from posttrain.distributed.sharding import Whole
 from posttrain.errors import ConfigError, EngineError
 from posttrain.evals.suite import load_suite
 from posttrain.evidence import EvalReport
 from posttrain.gate.pairing import PairingError, pair
-from posttrain.models.load import load_tokenizer
+from posttrain.models.load import load_policy, load_tokenizer
 from posttrain.recipes.engines import EngineSource, _Ask, _vllm_options, make_engine, named_engine
 from posttrain.recipes.evaluate import evaluate
 
@@ -39,7 +39,7 @@ def keys(model_dir):
 
 
 def options_of(keys, rows=5):
-    return _vllm_options(_Ask(EngineSource(keys), keys.rollout, rows, SingleProcess()), load_tokenizer(keys))
+    return _vllm_options(_Ask(EngineSource(keys), keys.rollout, rows), load_tokenizer(keys))
 
 
 @pytest.mark.parametrize(
@@ -76,11 +76,12 @@ def test_tokens_that_the_given_model_lacks_are_refused(keys):
 
 
 def test_several_processes_do_not_each_hold_a_vllm(keys):
-    class Two(SingleProcess):
-        world_size = 2
+    class Two(Whole):
+        num_shards, is_sharded = 2, True
 
+    policy = replace(load_policy(keys()), sharding=Two())
     with pytest.raises(ConfigError, match="samples in the training process, and there are 2 of them"):
-        make_engine(EngineSource(keys()), Two(), keys=RolloutKeys(engine="vllm"))
+        make_engine(EngineSource(keys(), policy), keys=RolloutKeys(engine="vllm"))
 
 
 def test_an_eval_names_its_engine_unless_it_is_ours():

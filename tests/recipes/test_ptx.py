@@ -5,7 +5,7 @@ import torch
 
 from posttrain.config.stages import DatasetKeys
 from posttrain.data.load import load_sft
-from posttrain.distributed.topology import SingleProcess
+from posttrain.distributed.ranks import SingleProcess
 from posttrain.models.load import load_policy, load_tokenizer
 from posttrain.recipes.ptx import PtxRows, ptx_loss, ptx_micro_batches, ptx_norm
 

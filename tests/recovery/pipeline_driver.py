@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from posttrain.config.load_pipeline import load_pipeline
-from posttrain.distributed.topology import SingleProcess
+from posttrain.distributed.ranks import SingleProcess
 from posttrain.pipeline.run import Watch, run_pipeline
 from posttrain.pipeline.state import RunState
 from posttrain.registry.registry import Registry

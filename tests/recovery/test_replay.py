@@ -2,7 +2,7 @@
 
 import pytest
 
-from posttrain.distributed.topology import SingleProcess
+from posttrain.distributed.ranks import SingleProcess
 from posttrain.recipes.replay import ReplayedRewards
 from posttrain.recipes.stage import Stage
 from posttrain.recipes.train_state import TrainState

@@ -11,7 +11,6 @@ from posttrain.errors import EngineError
 from posttrain.models.load import load_policy
 from posttrain.rollout.canary import TOLERANCE, check_arrival
 from posttrain.rollout.embedded import EmbeddedEngine, score_sequences
-from posttrain.rollout.replica import replica
 
 
 @pytest.fixture
@@ -49,7 +48,7 @@ def test_an_engine_that_nothing_arrives_at_is_refused(policy):
 
 def test_an_engine_that_shares_the_weights_or_gets_them_passes(policy):
     shared = EmbeddedEngine(policy, stop_token_ids=())
-    copied = EmbeddedEngine(replica(policy), stop_token_ids=(), shares_weights=False)
+    copied = EmbeddedEngine(copy_of(policy), stop_token_ids=(), shares_weights=False)
     for version in (1, 2):
         for engine in (shared, copied):
             engine.update(policy, version)

@@ -6,7 +6,6 @@ from posttrain.errors import EngineError
 from posttrain.models import decode
 from posttrain.models.load import load_policy
 from posttrain.rollout.embedded import EmbeddedEngine
-from posttrain.rollout.replica import replica
 from posttrain.types import Request, SamplingParams, in_order
 
 
@@ -116,7 +115,7 @@ def test_sampling_follows_the_weights_as_they_change(model_dir):
 
 def test_an_update_fills_a_copy_and_says_how_much_it_moved(model_dir):
     policy = _own_policy(model_dir, adapter="lora", lora_r=4)
-    engine = EmbeddedEngine(replica(policy), stop_token_ids=(), shares_weights=False)
+    engine = EmbeddedEngine(_own_policy(model_dir, adapter="lora", lora_r=4), stop_token_ids=(), shares_weights=False)
     with torch.no_grad():
         for _, parameter in policy.trainable():
             parameter.add_(0.05)
@@ -130,7 +129,7 @@ def test_an_update_fills_a_copy_and_says_how_much_it_moved(model_dir):
 
 
 def test_an_update_of_another_policy_is_refused(model_dir):
-    engine = EmbeddedEngine(replica(_own_policy(model_dir)), stop_token_ids=(), shares_weights=False)
+    engine = EmbeddedEngine(_own_policy(model_dir), stop_token_ids=(), shares_weights=False)
     with pytest.raises(EngineError, match=r"the weights hold .* which the engine's copy does not"):
         engine.update(_own_policy(model_dir, adapter="lora", lora_r=4), 1)
 

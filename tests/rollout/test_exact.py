@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from posttrain.config.stages import SFTKeys
-from posttrain.distributed.topology import SingleProcess
+from posttrain.distributed.sharding import Whole
 from posttrain.errors import EngineError, ModelError
 from posttrain.models.batch import pack
 from posttrain.models.exact import TILE_ROWS, logp_rows
@@ -21,8 +21,9 @@ from posttrain.types import Request, SamplingParams, TokenSeq, in_order
 MAX_TOKENS = 12
 
 
-def exact_policy(folder, **options):
-    policy = load_policy(SFTKeys(base_model=str(folder), datasets=[{"path": "unused.jsonl"}], **options), exact=True)
+def exact_policy(folder, sharding=None, **options):
+    keys = SFTKeys(base_model=str(folder), datasets=[{"path": "unused.jsonl"}], **options)
+    policy = load_policy(keys, exact=True, sharding=sharding)
     if policy.has_adapter:
         torch.manual_seed(5)
         with torch.no_grad():
@@ -229,13 +230,13 @@ def test_inputs_whose_place_in_memory_moves_the_rounding_are_refused(changes, op
         exact_policy(make_local_model("llama", **changes), **options)
 
 
-class TwoProcesses(SingleProcess):
-    world_size = 2
+class TwoShards(Whole):
+    num_shards, is_sharded = 2, True
 
 
 def test_a_policy_that_is_to_be_sharded_is_refused(model_dir):
     with pytest.raises(ModelError, match=r"rollout\.exact: true with 2 processes"):
-        exact_policy(model_dir("qwen3")).distribute(TwoProcesses())
+        exact_policy(model_dir("qwen3"), sharding=TwoShards())
 
 
 @pytest.fixture

@@ -82,13 +82,13 @@ def _stage(kind: str, config: str | Path | None, keys: Mapping[str, Any], show: 
 def _run(keys: PipelineKeys, show: bool, project: Path) -> Run:
     from rich.console import Console
 
-    from posttrain.distributed.topology import topology
+    from posttrain.distributed.ranks import join_ranks
     from posttrain.pipeline.run import Watch, run_pipeline
     from posttrain.pipeline.show import live_watch, setup_logging
 
     if show:
         setup_logging(Console(stderr=True))
-    with topology() as ranks:
+    with join_ranks() as ranks:
         watch = live_watch(Console(stderr=True), ranks.is_main) if show else Watch(say=lambda text: None)
         outcome = run_pipeline(keys, ranks, watch=watch, project=project)
     return Run(outcome.folder, outcome.status, outcome.verdict, outcome.model_dir, outcome.reason)

@@ -91,11 +91,11 @@ def _run(keys: PipelineKeys, loaded: LoadedPipeline | LoadedStage, on_change: On
     if shown != "none":
         show_keys(loaded, console, defaults=shown == "all")
     # Only now torch: a typo in the YAML is answered at once.
-    from posttrain.distributed.topology import topology
+    from posttrain.distributed.ranks import join_ranks
     from posttrain.pipeline.run import run_pipeline
     from posttrain.recipes.stop import EXIT_STOPPED, StoppedPolitely
 
-    with topology() as ranks:
+    with join_ranks() as ranks:
         try:
             watch = live_watch(console, ranks.is_main)
             outcome = run_pipeline(keys, ranks, on_change=on_change, watch=watch, project=loaded.project)

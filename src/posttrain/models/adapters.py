@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
-from posttrain.models.ranks import WEIGHTS
+from posttrain.models.low_rank import WEIGHTS
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -7,8 +7,8 @@ from pathlib import Path
 from posttrain.config.load import load_model_keys
 from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
+from posttrain.models.low_rank import CONFIG
 from posttrain.models.provenance import check_base
-from posttrain.models.ranks import CONFIG
 
 ADAPTER = "adapter"
 """Folder beside a stage's `model`: what that stage trained."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from posttrain.config import hub
 from posttrain.config.chat_template import chat_template
 from posttrain.config.stages import ModelKeys, TrainKeys, is_an_adapter
+from posttrain.distributed.sharding import Whole
 from posttrain.errors import ModelError
 from posttrain.models import attention, generation
 from posttrain.models.adapters import attach_adapter, continue_adapter
@@ -23,6 +26,7 @@ from posttrain.models.policy import Policy
 from posttrain.models.proof import in_float32
 from posttrain.models.selfcheck import ragged_is_exact
 from posttrain.models.vocabulary import add_tokens, grow, name_tokens
+from posttrain.protocols import Sharding
 
 log = logging.getLogger(__name__)
 
@@ -93,12 +97,16 @@ def load_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerBase:
 
 
 def load_policy(
-    keys: ModelKeys, *, tokenizer: PreTrainedTokenizerBase | None = None, trainable: bool = True, exact: bool = False
-) -> Policy:
+    keys: ModelKeys, *, tokenizer: PreTrainedTokenizerBase | None = None, trainable: bool = True, exact: bool = False,
+    sharding: Sharding | None = None,
+) -> Policy:  # fmt: skip
     """The model that a stage trains or an eval scores, in the precision that `device.weight_dtype` chooses.
 
     `exact`: see `Policy`. Raises: ModelError where that is not to be had.
     """
+    shards: Sharding = sharding or Whole()
+    if exact and shards.is_sharded:
+        raise ModelError(f"rollout.exact: true with {shards.num_shards} processes; expected one: set it to false")
     tokenizer = tokenizer or load_tokenizer(keys)
     attention.register()
     with_adapter = trainable and keys.adapter != "none"
@@ -129,11 +137,30 @@ def load_policy(
     if exact:
         refuse_unless_exact(adapted, ragged)
     policy = Policy(
-        adapted, tokenizer, placement, ragged=ragged, source=keys.base_model, under=under, base_moved=moved, exact=exact
-    )
+        shards.shard(adapted), tokenizer, placement, ragged=ragged, source=keys.base_model, under=under,
+        base_moved=moved, sharding=shards, exact=exact,
+    )  # fmt: skip
     if moved or under is not keys:
         policy.start = {name: parameter.detach().clone() for name, parameter in policy.trainable()}
     return policy
+
+
+def freeze_reference(policy: Policy) -> int:
+    """Keep the given weights as the reference. Returns the bytes that this rank holds for it: none with an adapter.
+
+    Comes before the first step: a whole model is copied, of a sharded one each rank reads its share again.
+    """
+    if policy.has_adapter:
+        return 0
+    if policy.frozen is None:
+        if policy.sharded:
+            frozen = load_policy(policy.under, tokenizer=policy.tokenizer, sharding=policy.sharding)
+        else:
+            frozen = replace(policy, model=copy.deepcopy(policy.model))
+        frozen.model.requires_grad_(False).eval()
+        policy.frozen = frozen.without_dropout()
+    parameters = policy.frozen.model.parameters()
+    return sum(local.numel() * local.element_size() for local in map(policy.sharding.local, parameters))
 
 
 def load_base(keys: ModelKeys, *, trainable: bool) -> tuple[PreTrainedModel, Placement]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.config.stages import ModelKeys
+from posttrain.distributed.sharding import Whole
 from posttrain.errors import ModelError
 from posttrain.models.batch import Batch
 from posttrain.models.device import Placement
@@ -20,7 +20,7 @@ from posttrain.models.lengths import by_encoding, forget_lengths
 from posttrain.models.weights import NamedTensors, Only, named_weights
 from posttrain.objectives.logprobs import chunked_logprobs, token_entropy, token_logprobs
 from posttrain.objectives.terms import LossTerms
-from posttrain.protocols import Topology
+from posttrain.protocols import Sharding
 from posttrain.types import Ratio
 
 if TYPE_CHECKING:
@@ -56,12 +56,12 @@ class Policy:
     source: str
     under: ModelKeys
     base_moved: bool = False
-    sharded: bool = False
+    sharding: Sharding = field(default_factory=Whole)
     exact: bool = False
     start: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
     """What is trained, as it was at the start, where the model without its adapter is not that start."""
-    _start: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
-    _reference: PreTrainedModel | None = field(default=None, repr=False)
+    frozen: Policy | None = field(default=None, repr=False)
+    """A copy of the given model, where it is not this one without its adapter (`load.freeze_reference`)."""
 
     @property
     def base(self) -> PreTrainedModel:
@@ -73,15 +73,9 @@ class Policy:
         # Not isinstance: importing PEFT costs seconds, and only adapters need it.
         return hasattr(self.model, "peft_config")
 
-    def distribute(self, topology: Topology) -> Policy:
-        """Shard the parameters over the ranks; with one process nothing changes."""
-        if self.exact and topology.world_size > 1:
-            raise ModelError(f"rollout.exact: true with {topology.world_size} processes; expected one: set it to false")
-        self.model = topology.wrap(self.model)
-        self.sharded = topology.world_size > 1
-        if self.start is not None:
-            self._start = {name: parameter.detach().clone() for name, parameter in self.trainable()}
-        return self
+    @property
+    def sharded(self) -> bool:
+        return self.sharding.is_sharded
 
     def without_dropout(self) -> Policy:
         """No dropout at all: log-probs of the same tokens must be the same whenever they are computed."""
@@ -166,13 +160,13 @@ class Policy:
             with cast("PeftModel", self.model).disable_adapter():
                 yield self
         else:
-            assert self._reference is not None, "freeze_reference() comes before reference()"
-            yield replace(self, model=self._reference, sharded=False)
+            assert self.frozen is not None, "freeze_reference comes before reference"
+            yield self.frozen
 
     @contextmanager
     def _started(self) -> Iterator[None]:
-        """Inside, what is trained has its starting values (after `distribute`: this rank's share of them)."""
-        start = self._start or self.start
+        """Inside, what is trained has its starting values."""
+        start = self.start
         assert start is not None
         trained = {name: parameter.data for name, parameter in self.trainable()}
         try:
@@ -182,17 +176,6 @@ class Policy:
         finally:
             for name, parameter in self.trainable():
                 parameter.data = trained[name]
-
-    def freeze_reference(self) -> int:
-        """Keep the present weights as the reference. Returns the bytes it costs: none with an adapter.
-
-        The copy is whole on every rank; it is made before `distribute`, since a sharded model cannot be copied.
-        """
-        if self.has_adapter:
-            return 0
-        frozen: Any = self._reference or copy.deepcopy(self.model).requires_grad_(False).eval()
-        self._reference = frozen
-        return sum(p.numel() * p.element_size() for p in frozen.parameters())
 
     def _forward(self, model: Any, batch: Batch, **options: Any) -> Any:
         return model(

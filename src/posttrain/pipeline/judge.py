@@ -22,7 +22,7 @@ from posttrain.pipeline import selection
 from posttrain.pipeline.escalation import decision_on
 from posttrain.pipeline.measure import Evals, MeasuredModel, Reports
 from posttrain.pipeline.state import GateEntry, RunState, Selection, StageEntry
-from posttrain.protocols import Topology
+from posttrain.protocols import Ranks
 from posttrain.registry.promotion import CHAMPION
 from posttrain.registry.registry import Registry
 
@@ -34,7 +34,7 @@ class Judge:
     keys: PipelineKeys
     folder: Path
     evals: Evals
-    topology: Topology
+    ranks: Ranks
     say: Callable[[str], None]
 
     def after(self, index: int) -> int | str:
@@ -76,12 +76,12 @@ class Judge:
         ours = self.evals.measure(candidate, spec.suites, spec.split)
         theirs = self.evals.measure(baseline, spec.suites, spec.split)
         verdict = Verdict.INVALID  # what rank 0 says counts
-        if self.topology.is_main:
+        if self.ranks.is_main:
             places = self.folder / "evals" / candidate.name, self.folder / "evals" / baseline.name
             asked = Question(spec, self.after(index), entry.attempt, ours, theirs, places)
             state, verdict, table = decide_once(asked, self.keys, state, self.folder)
             self.say(table)
-        return self.topology.broadcast((state, verdict))
+        return self.ranks.broadcast((state, verdict))
 
     def _check_itself(self, gate: GateKeys, spec: GateSpec, baseline: MeasuredModel) -> None:
         """The A/A check of the baseline. Raises: GateError if it differs from itself."""

@@ -15,7 +15,7 @@ from posttrain.evidence import EvalReport
 from posttrain.gate.decide import Reports
 from posttrain.models.export import source_digest
 from posttrain.pipeline.selection import Suites
-from posttrain.protocols import Topology
+from posttrain.protocols import Ranks
 from posttrain.recipes.evaluate import evaluate, summary
 
 
@@ -33,7 +33,7 @@ class Evals:
 
     keys: PipelineKeys
     folder: Path
-    topology: Topology
+    ranks: Ranks
     say: Callable[[str], None]
     shown: Callable[[str, int, int], None]
     before: Callable[[str], None]
@@ -45,7 +45,7 @@ class Evals:
         name = model.name
         self.before(f"the evals of {name}")
         folder = self.folder / "evals" / name
-        if suites and self.topology.is_main:
+        if suites and self.ranks.is_main:
             check_same(model)
             reports = evaluate(
                 model_keys(self.keys, model.path),
@@ -59,14 +59,14 @@ class Evals:
             if (name, split) not in self._announced:
                 self.say(f"evals of {name}: {summary(reports)}")
             self._announced.add((name, split))
-        self.topology.barrier()
+        self.ranks.barrier()
         return _stored(folder, suites, split)
 
     def again(self, model: MeasuredModel, suites: Sequence[str], split: str, number: int) -> Reports:
         """The same with another batch order and another seed, under `aa/`: an A/A check compares the two."""
         self.before(f"A/A check {number} of {model.name}")
         folder = self.folder / "aa" / f"{model.name}-{number}"
-        if self.topology.is_main:
+        if self.ranks.is_main:
             varied = [(suite, keys.model_copy(update={"seed": keys.seed + number})) for suite, keys in self._of(suites)]
             check_same(model)
             evaluate(
@@ -79,7 +79,7 @@ class Evals:
                 digest=model.digest,
                 rollout=self.keys.eval_rollout,
             )
-        self.topology.barrier()
+        self.ranks.barrier()
         return _stored(folder, suites, split)
 
     def _of(self, names: Sequence[str]) -> list[tuple[Suite, SuiteKeys]]:

@@ -16,7 +16,7 @@ from posttrain.config.pipeline import ConfiguredStage, PipelineKeys, SuiteKeys
 from posttrain.config.resolved import apply_changes
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import ModelKeys
-from posttrain.distributed.topology import SingleProcess
+from posttrain.distributed.ranks import SingleProcess
 from posttrain.errors import PosttrainError
 from posttrain.evals.suite import load_suite
 from posttrain.evidence import EvalReport, RegistryEntry, Verdict

@@ -42,7 +42,7 @@ from posttrain.pipeline.state import (
     StageEntry,
 )  # fmt: skip
 from posttrain.pipeline.train import Place, Stages, Watch
-from posttrain.protocols import Topology
+from posttrain.protocols import Ranks
 from posttrain.recipes.stop import StopFlag, StoppedPolitely
 
 __all__ = ["Outcome", "Watch", "run_pipeline"]
@@ -75,7 +75,7 @@ class Outcome:
 
 
 def run_pipeline(
-    keys: PipelineKeys, topology: Topology, *, on_change: OnChange = "refuse", watch: Watch | None = None,
+    keys: PipelineKeys, ranks: Ranks, *, on_change: OnChange = "refuse", watch: Watch | None = None,
     project: Path | None = None,
 ) -> Outcome:  # fmt: skip
     """Run, or go on with, the pipeline in `keys.output_dir`; paths below `project` are stored relative to it.
@@ -85,7 +85,7 @@ def run_pipeline(
     watch = watch or Watch()
     earlier = RunState.load(Path(keys.output_dir)) if on_change != "new-run" else None
     keys, parent = from_version(keys, earlier)
-    keys = counted_for(keys, topology.world_size if earlier is None else earlier.num_processes or topology.world_size)
+    keys = counted_for(keys, ranks.world_size if earlier is None else earlier.num_processes or ranks.world_size)
     suites, data = check_all(keys), DataChecks(watch.say)
     check_can_be_promoted(keys, earlier)
     # Before the folder is made and anything is pinned: a start that is refused leaves nothing behind.
@@ -95,25 +95,25 @@ def run_pipeline(
         folder = fresh(folder, pins_of(keys))
         keys = keys.model_copy(update={"output_dir": str(folder)})
     place = Place(keys, folder, project, parent)
-    if not topology.is_main:
-        return _PipelineRun(place, topology, watch, suites, data, on_change).run()
+    if not ranks.is_main:
+        return _PipelineRun(place, ranks, watch, suites, data, on_change).run()
     with run_lock(folder):
-        return _PipelineRun(place, topology, watch, suites, data, on_change).run()
+        return _PipelineRun(place, ranks, watch, suites, data, on_change).run()
 
 
 class _PipelineRun:
     def __init__(
-        self, place: Place, topology: Topology, watch: Watch, suites: Suites, data: DataChecks, on_change: OnChange
+        self, place: Place, ranks: Ranks, watch: Watch, suites: Suites, data: DataChecks, on_change: OnChange
     ) -> None:
         self.place, self.keys, self.folder = place, place.keys, place.folder
-        self.topology, self.watch, self.suites = topology, watch, suites
+        self.ranks, self.watch, self.suites = ranks, watch, suites
         self.on_change: OnChange = on_change
         self.state = RunState(self.keys.name, {})
         self.stop = StopFlag()
-        self.evals = Evals(self.keys, self.folder, topology, watch.say, self._shown, self._stop_if_asked, suites)
-        self.judge = Judge(self.keys, self.folder, self.evals, topology, watch.say)
+        self.evals = Evals(self.keys, self.folder, ranks, watch.say, self._shown, self._stop_if_asked, suites)
+        self.judge = Judge(self.keys, self.folder, self.evals, ranks, watch.say)
         self.stages = Stages(
-            place, topology, watch, data, self.stop, self._save, self._stop_if_asked, rerun=on_change == "rerun"
+            place, ranks, watch, data, self.stop, self._save, self._stop_if_asked, rerun=on_change == "rerun"
         )
 
     def run(self) -> Outcome:
@@ -133,14 +133,14 @@ class _PipelineRun:
 
     def _opened(self) -> RunState:
         """The state to go on from, and the folder in order. Raises: ChangedInputsError, DamagedFileError."""
-        pins, main = pins_of(self.keys), self.topology.is_main
+        pins, main = pins_of(self.keys), self.ranks.is_main
         state = RunState(self.keys.name, pins)
         if main:
             state = state_to_go_on_from(
                 self.folder, self.keys, pins, self.on_change, self.watch.say, self.place.project
             )
-        state = self.topology.broadcast(state)
-        world_size = self.topology.world_size
+        state = self.ranks.broadcast(state)
+        world_size = self.ranks.world_size
         if line := kept_rows(self.keys, state.num_processes, world_size):
             self.watch.say(line)
         state = replace(
@@ -222,7 +222,7 @@ class _PipelineRun:
 
     def _decided(self, gate: GateKeys, verdict: Verdict, reason: str) -> tuple[Verdict, str]:
         """The verdict with what a person decided on it; where one is asked and has not, that is left in a file."""
-        if self.topology.is_main:
+        if self.ranks.is_main:
             (self.folder / PENDING_FILE).unlink(missing_ok=True)
             if verdict is Verdict.INCONCLUSIVE and gate.on_inconclusive == "escalate":
                 last = self.state.gates[-1]
@@ -234,16 +234,16 @@ class _PipelineRun:
                     verdict = Verdict.PASS if decision.accepted else Verdict.FAIL
                     reason = f"{'accepted' if decision.accepted else 'rejected'} by {decision.by}: {decision.reason}"
                     self.watch.say(f"gate: INCONCLUSIVE, {reason}")
-        return self.topology.broadcast((verdict, reason))
+        return self.ranks.broadcast((verdict, reason))
 
     def _rejected(self, entry: StageEntry) -> str:
         """By whom and why this very model was rejected, whatever it was compared with; nothing if it was not."""
         found = None
-        if self.topology.is_main:
+        if self.ranks.is_main:
             found = rejection_of(self.folder, entry.output_digest)
             if found is not None:
                 (self.folder / PENDING_FILE).unlink(missing_ok=True)
-        found = self.topology.broadcast(found)
+        found = self.ranks.broadcast(found)
         return "" if found is None else f"rejected by {found.by}: {found.reason}"
 
     def _measure(self, model: MeasuredModel) -> None:
@@ -258,12 +258,12 @@ class _PipelineRun:
         """Register and promote what passed; what is held, or refused the alias, is registered alone."""
         if self.keys.register_ is None or verdict is not Verdict.PASS:
             return self._finish(PASSED if verdict is Verdict.PASS else DONE, "", index, verdict)
-        if self.topology.is_main:
+        if self.ranks.is_main:
             if not is_promoted(self.state, self.place.digest_before(self.state, index + 1)):
                 self._save(registered=lineage.register(self.place, self.state, index))
             assert self.state.registered is not None
             self.watch.say(self.state.registered["message"])
-        self.state = self.topology.broadcast(self.state)
+        self.state = self.ranks.broadcast(self.state)
         assert self.state.registered is not None, "rank 0 registered it"
         promoted = self.state.registered["alias"] is not None
         reason = "" if promoted else self.state.registered["message"]
@@ -278,17 +278,17 @@ class _PipelineRun:
 
     def _stop_if_asked(self, before: str) -> None:
         """Between two pieces of work. All ranks call it. Raises: StoppedPolitely."""
-        if self.topology.sum([float(self.stop.is_set)])[0] > 0:
+        if self.ranks.sum([float(self.stop.is_set)])[0] > 0:
             raise StoppedPolitely(f"stopped before {before}; start again to go on")
 
     def _shown(self, suite: str, done: int, total: int) -> None:
         """Progress of an eval. Alone, a process need not finish it: it is measured again whole."""
         if self.watch.evals is not None:
             self.watch.evals(suite, done, total)
-        if self.topology.world_size == 1:
+        if self.ranks.world_size == 1:
             self._stop_if_asked(f"the end of suite {suite}")
 
     def _save(self, state: RunState | None = None, **changes: Any) -> None:
         self.state = replace(state or self.state, **changes)
-        if self.topology.is_main:
+        if self.ranks.is_main:
             self.state.save(self.folder)

@@ -20,7 +20,7 @@ from posttrain.pipeline.data_checks import DataChecks, Suites
 from posttrain.pipeline.pins import environment, stage_inputs, training_keys
 from posttrain.pipeline.state import DAMAGED, DONE, RUNNING, Parent, RunState, StageEntry
 from posttrain.pipeline.taken_over import begin, belongs_to, damage, damaged_error, files_made, model_of
-from posttrain.protocols import MetricSink, Topology
+from posttrain.protocols import MetricSink, Ranks
 from posttrain.recipes.certify import certified_before, certify, require
 from posttrain.recipes.kinds import LOOPS
 from posttrain.recipes.run_folder import StageResult
@@ -66,7 +66,7 @@ class Stages:
     damaged is run again."""
 
     place: Place
-    topology: Topology
+    ranks: Ranks
     watch: Watch
     data: DataChecks
     stop: StopFlag
@@ -94,10 +94,10 @@ class Stages:
         self.before(stage.kind)
         entry = entry or self._new(state, index, stage.kind, inputs)
         folder = self.place.folder / entry.folder
-        self.data.check_stage(keys, suites, folder if self.topology.is_main else None)
+        self.data.check_stage(keys, suites, folder if self.ranks.is_main else None)
         if isinstance(keys, RLKeys):
             self._certify(stage.kind, keys, folder)
-        if self.topology.is_main:
+        if self.ranks.is_main:
             begin(folder, inputs)
         state = self._newest(state, entry)
         base = self.place.keys.base_model
@@ -134,7 +134,7 @@ class Stages:
         """The next attempt at a stage, in a folder that holds nothing made from other inputs."""
         for attempt in count(1 + state.attempts(index)):
             folder = f"stages/{index:02d}-{kind}" + ("" if attempt == 1 else f"-{attempt}")
-            if self.topology.broadcast(belongs_to(self.place.folder / folder, inputs)):
+            if self.ranks.broadcast(belongs_to(self.place.folder / folder, inputs)):
                 break
         return StageEntry(
             index, kind, attempt, folder, RUNNING, digest_json(inputs), now(), inputs=inputs,
@@ -145,9 +145,7 @@ class Stages:
         """What of a finished stage is not as it was made; each is looked at once per start, by rank 0."""
         if entry.folder in self._intact:
             return []
-        lines = self.topology.broadcast(
-            damage(self.place.folder / entry.folder, entry) if self.topology.is_main else []
-        )
+        lines = self.ranks.broadcast(damage(self.place.folder / entry.folder, entry) if self.ranks.is_main else [])
         if not lines:
             self._intact.add(entry.folder)
         return lines
@@ -159,7 +157,7 @@ class Stages:
                 f"{entry.kind}: the model it starts from changed while it ran: {entry.inputs['model']} at the start, "
                 f"{result.parent_digest} at the end; put it back, move {folder} away, and start again"
             )
-        files = self.topology.broadcast(files_made(folder) if self.topology.is_main else {})
+        files = self.ranks.broadcast(files_made(folder) if self.ranks.is_main else {})
         if model_of(files) != result.model_digest:
             path = folder / "model"
             raise damaged_error(entry.kind, [f"{path} is {model_of(files)}, it was written as {result.model_digest}"])
@@ -174,13 +172,13 @@ class Stages:
         if (folder / "result.json").exists():
             # Killed between the end of the stage and the note of it.
             return StageResult.load(folder)
-        if self.topology.is_main:
+        if self.ranks.is_main:
             write_atomic(folder / "config.yaml", resolved_yaml(keys, self.place.project, folder))
 
         def begun() -> Stage:
             watchers = partial(self._sinks, keys, folder.name, state.id)
             before = self._merged_before(state, entry.index)
-            return Stage(kind, folder, keys, self.topology, watchers, self.stop, before)
+            return Stage(kind, folder, keys, self.ranks, watchers, self.stop, before)
 
         return run_recipe(LOOPS[kind], keys, begun)
 
@@ -199,10 +197,10 @@ class Stages:
         if keys.reward_check == "off":
             self.watch.say(f"{kind}: reward_check is off: the model of this run can be trained but not promoted")
             return
-        if self.topology.is_main:
+        if self.ranks.is_main:
             path = folder / "certificate.json"
             earlier = certified_before(keys, path)
             certificate = earlier or certify(keys, path)
             self.watch.say(f"rewards: {certificate.verdict}" + (", checked before" if earlier else ""))
             require(certificate)
-        self.topology.barrier()
+        self.ranks.barrier()

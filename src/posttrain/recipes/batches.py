@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from posttrain.config.stages import ExampleKeys, TrainKeys
 from posttrain.data.dataset import Dataset
 from posttrain.errors import DataError
-from posttrain.protocols import Topology
+from posttrain.protocols import Ranks
 
 T = TypeVar("T")
 
@@ -23,6 +25,10 @@ class MicroBatch(Generic[T]):
 
     rows: list[T]
     idle: bool = False
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of this rank's share of the loss."""
+        (loss * 0.0 if self.idle else loss).backward()
 
 
 @dataclass(frozen=True)
@@ -43,13 +49,13 @@ class Schedule(Generic[T]):
 
     @classmethod
     def of(
-        cls, data: Dataset[T], keys: TrainKeys, topology: Topology, size: Callable[[T], int], least_rows: int = 1
+        cls, data: Dataset[T], keys: TrainKeys, ranks: Ranks, size: Callable[[T], int], least_rows: int = 1
     ) -> Schedule[T]:
         packing = isinstance(keys, ExampleKeys) and keys.packing
         return cls(
             data=data,
             seed=keys.seed,
-            micro_per_step=keys.micro_batches_per_step(topology.world_size),
+            micro_per_step=keys.micro_batches_per_step(ranks.world_size),
             rows_per_micro=keys.per_device_train_batch_size,
             tokens_per_micro=keys.per_device_train_batch_size * keys.sequence_len if packing else None,
             packing_window=keys.packing_window if isinstance(keys, ExampleKeys) else None,
@@ -170,10 +176,10 @@ def fill_with_groups(parts: Sequence[tuple[T, ...]], at_once: int) -> list[list[
     return [[parts[index] for index in micro] for micro in filled]
 
 
-def for_rank(micros: Sequence[list[T]], topology: Topology) -> list[MicroBatch[T]]:
+def for_rank(micros: Sequence[list[T]], ranks: Ranks) -> list[MicroBatch[T]]:
     """This rank's micro-batches of a step. Every rank gets as many: collectives inside the model must match."""
-    mine = [MicroBatch(rows) for rows in topology.shard(micros)]
-    while len(mine) < math.ceil(len(micros) / topology.world_size):
+    mine = [MicroBatch(rows) for rows in ranks.share(micros)]
+    while len(mine) < math.ceil(len(micros) / ranks.world_size):
         mine.append(MicroBatch(micros[0], idle=True))
     return mine
 

@@ -16,7 +16,7 @@ from posttrain.objectives.advantages import AdvantageSpec, as_rewards, compute_a
 from posttrain.objectives.policy import advantage_estimator_of
 from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import spec_from
-from posttrain.protocols import Engine, Scorer, Topology
+from posttrain.protocols import Engine, Ranks, Scorer
 from posttrain.recipes.engines import sampling_params
 from posttrain.recipes.prompts import PromptStream
 from posttrain.recipes.reward_range import judging_weights, shares, stated_bounds, widened
@@ -78,10 +78,10 @@ class Collector:
 
     def __init__(
         self, keys: GRPOKeys, engine: Engine, decode: Decode, score: ScoreRewards, prompts: PromptStream,
-        trainer: Scorer, reference: Scorer, topology: Topology,
+        trainer: Scorer, reference: Scorer, ranks: Ranks,
     ) -> None:  # fmt: skip
         self._keys, self._engine, self._decode, self._score = keys, engine, decode, score
-        self._prompts, self._trainer, self._reference, self._topology = prompts, trainer, reference, topology
+        self._prompts, self._trainer, self._reference, self._ranks = prompts, trainer, reference, ranks
         self._controls = Controls()
         self._weights = list(keys.reward_weights or [1.0] * len(keys.reward_funcs))
         self._names = reward_names(keys.reward_funcs)
@@ -93,7 +93,7 @@ class Collector:
         sampled = self._sampled(generation, previous)
         # In the order of one process: how groups are split over the steps of a batch must not depend on the ranks.
         made = sorted(
-            (one for rank in self._topology.gather(self._made(sampled.kept)) for one in rank),
+            (one for rank in self._ranks.gather(self._made(sampled.kept)) for one in rank),
             key=lambda one: one.number,
         )
         rewards_BK = as_rewards([row for one in made for row in one.rewards])
@@ -137,28 +137,28 @@ class Collector:
             sampled.issued += numbers
             sampled.passed_over += [number for number in range(cursor, following) if number not in set(numbers)]
             cursor = following
-            mine = self._topology.shard(numbers)
+            mine = self._ranks.share(numbers)
             for pair in zip(mine, self._rollout(generation, mine), strict=True):
                 keep = not keys.dynamic_sampling or _has_spread(pair[1])
                 (sampled.kept if keep else sampled.let_go).append(pair)
             sampled.rounds += 1
             self._judge(sampled, bounds)
-            total = sum(self._topology.gather(len(sampled.kept)))
+            total = sum(self._ranks.gather(len(sampled.kept)))
             done = total >= wanted or sampled.rounds >= keys.dynamic_sampling_max_rounds or not keys.dynamic_sampling
             if done or (mastered and sampled.shares["frac_reward_all_right"] == 1.0):
                 break
         seen = [note for pair in sampled.of_this_rank if (note := self._prompts.note(*pair)) is not None]
-        self._prompts.learn([note for rank in self._topology.gather(seen) for note in rank])
+        self._prompts.learn([note for rank in self._ranks.gather(seen) for note in rank])
         if total == 0:
             # Nothing to learn from: go on with what there is, which the zero-spread metrics then show.
-            sampled.kept = sampled.let_go[: max(1, wanted // self._topology.world_size)]
+            sampled.kept = sampled.let_go[: max(1, wanted // self._ranks.world_size)]
         sampled.next_prompt = cursor - shift
         return sampled
 
     def _judge(self, sampled: _Sampled, bounds: Bounds) -> None:
         """What the rewards say of all that was sampled, on all ranks, whether it is kept or not."""
         mine = [_parts(rollout) for _, group in sampled.of_this_rank for rollout in group.rollouts]
-        rewards_BK = as_rewards([row for rows in self._topology.gather(mine) for row in rows])
+        rewards_BK = as_rewards([row for rows in self._ranks.gather(mine) for row in rows])
         sampled.reward_bounds = widened(bounds, rewards_BK)
         group_B = torch.arange(len(rewards_BK)) // self._num_generations
         weights = judging_weights(self._keys.reward_funcs, self._weights)

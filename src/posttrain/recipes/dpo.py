@@ -18,7 +18,7 @@ from posttrain.data.held_out import load_with_held_out
 from posttrain.data.load import load_kto, load_preference
 from posttrain.errors import ConfigError, DataError
 from posttrain.models.batch import Batch, pack
-from posttrain.models.load import load_policy, load_tokenizer
+from posttrain.models.load import freeze_reference, load_policy, load_tokenizer
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
 from posttrain.objectives.preference import (
@@ -53,20 +53,19 @@ MicroLoss = Callable[[list[Any]], LossTerms]
 
 def run(keys: DPOKeys, stage: Stage) -> StageResult:
     """Train `keys.base_model` on the preferences in `keys.datasets`; the result is in `stage.folder`."""
-    topology, spec = stage.topology, spec_from(PreferenceSpec, keys)
+    ranks, spec = stage.ranks, spec_from(PreferenceSpec, keys)
     family = PREFERENCE_LOSSES[keys.loss_type]
     tokenizer = load_tokenizer(keys)
     load: Callable[..., Dataset[Any]] = load_kto if family.unpaired else load_preference
     data, held_out = load_with_held_out(load, keys, tokenizer)
     stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
-    schedule = Schedule.of(data, keys, topology, size=_num_tokens, least_rows=_LEAST_KTO_ROWS if family.unpaired else 1)
+    schedule = Schedule.of(data, keys, ranks, size=_num_tokens, least_rows=_LEAST_KTO_ROWS if family.unpaired else 1)
     if family.unpaired:
         _check_others_to_compare_with(schedule, held_out)
-    policy = load_policy(keys, tokenizer=tokenizer).without_dropout()
+    policy = load_policy(keys, tokenizer=tokenizer, sharding=stage.sharding).without_dropout()
     if family.needs_reference and not Reference.is_precomputed(policy, keys):
-        policy.freeze_reference()
-    suite = SuiteScore.of(policy, keys, topology)
-    policy.distribute(topology)
+        freeze_reference(policy)
+    suite = SuiteScore.of(policy, keys)
     optimizer = make_optimizer(policy, keys)
 
     total_steps = schedule.total_steps(keys)
@@ -82,18 +81,18 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
     for step in range(state.step, total_steps):
         stage.begin_step(step)
         micros = schedule.step(step + stage.guard.controls.skipped)
-        mine = for_rank(micros, topology)
+        mine = for_rank(micros, ranks)
         loss = _step_loss(policy, reference, micros, steered(spec, stage.guard.controls), stage)
         metrics = StepMetrics()
         policy.model.train()
         for micro in mine:
             terms = loss(micro.rows)
-            (terms.loss * (0.0 if micro.idle else topology.world_size)).backward()
+            micro.backward(terms.loss)
             if not micro.idle:
                 metrics.add(terms.metrics)
                 metrics.add_share("loss", float(terms.loss.detach()))
         lr = learning_rate(step, total_steps, keys) * stage.guard.controls.lr_scale
-        values = metrics.reduced(topology)
+        values = metrics.reduced(ranks)
         values |= update(policy, optimizer, stage, lr, values, step + 1)
         values["epoch"] = schedule.epoch_after(step + stage.guard.controls.skipped)
 
@@ -164,14 +163,14 @@ def _step_partners(
     policy.model.eval()
     places = {id(rows): place for place, rows in enumerate(micros)}
     mine: dict[int, list[list[float]]] = {}
-    for micro in for_rank(micros, stage.topology):
+    for micro in for_rank(micros, stage.ranks):
         batch = pack(micro.rows)
         inputs = _pair_inputs(policy.score(batch).logp_M, batch, micro.rows, reference)
         assert inputs.ref_chosen_logp_P is not None and inputs.ref_rejected_logp_P is not None
         references = (inputs.ref_chosen_logp_P, inputs.ref_rejected_logp_P)
         columns = torch.stack([inputs.chosen_logp_P, inputs.rejected_logp_P, *references], 1)
         mine[places[id(micro.rows)]] = columns.tolist()
-    known = {place: values for rank in stage.topology.gather(mine) for place, values in rank.items()}
+    known = {place: values for rank in stage.ranks.gather(mine) for place, values in rank.items()}
     table = torch.tensor([pair for place in range(len(micros)) for pair in known[place]])
     chosen, rejected, ref_chosen, ref_rejected = table.to(policy.placement.device).unbind(1)
     partners = partners_over(Pairs(chosen, rejected, ref_chosen, ref_rejected), spec.loss_type)
@@ -199,11 +198,11 @@ def _kto_reference_point(policy: Policy, reference: Reference, micros: Sequence[
     total = StepMetrics()
     # Exchanged over the step, not over a micro-batch: how rows are split into micro-batches must not matter.
     exchanged = iter(mismatched([sequence for sequence, _ in flat(micros)]))
-    for micro in for_rank([[next(exchanged) for _ in rows] for rows in micros], stage.topology):
+    for micro in for_rank([[next(exchanged) for _ in rows] for rows in micros], stage.ranks):
         batch = pack([[sequence] for sequence in micro.rows])
         moved_M = policy.score(batch).logp_M - reference.live_logp_M(batch)
         total.add({} if micro.idle else {"z": Ratio(float(moved_M.sum()), batch.num_sequences)})
-    return kto_reference_point(Ratio(total.reduced(stage.topology)["z"], 1.0))
+    return kto_reference_point(Ratio(total.reduced(stage.ranks)["z"], 1.0))
 
 
 def mismatched(sequences: Sequence[TokenSeq]) -> list[TokenSeq]:
@@ -226,7 +225,7 @@ def validation_loss(
     policy.model.eval()
     size = keys.per_device_train_batch_size
     micros = [rows.rows[i : i + size] for i in range(0, len(rows), size)]
-    mine = for_rank(micros, stage.topology)
+    mine = for_rank(micros, stage.ranks)
     loss = _step_loss(policy, reference, micros, spec, stage)
     metrics = StepMetrics()
     for micro in mine:
@@ -234,7 +233,7 @@ def validation_loss(
         if not micro.idle:
             metrics.add(terms.metrics)
             metrics.add_share("loss", float(terms.loss))
-    return {f"eval_{name}": value for name, value in metrics.reduced(stage.topology).items()}
+    return {f"eval_{name}": value for name, value in metrics.reduced(stage.ranks).items()}
 
 
 def _num_tokens(row: Any) -> int:

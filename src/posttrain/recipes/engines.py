@@ -11,17 +11,15 @@ from transformers import PreTrainedTokenizerBase
 
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import ModelKeys, SamplingKeys
-from posttrain.distributed.topology import SingleProcess
 from posttrain.errors import ConfigError
 from posttrain.models.device import place, weight_dtype
 from posttrain.models.generation import stop_token_ids, stored_stop_token_ids
 from posttrain.models.load import load_config, load_policy, load_tokenizer, stored_dtype
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
-from posttrain.protocols import Engine, Topology
+from posttrain.protocols import Engine
 from posttrain.rollout.canary import check_arrival
 from posttrain.rollout.embedded import EmbeddedEngine, score_sequences
-from posttrain.rollout.replica import replica
 from posttrain.rollout.vllm.adapter import served_rank
 from posttrain.rollout.vllm.engine import VLLMEngine
 from posttrain.rollout.vllm.options import VLLMOptions, require_vllm
@@ -41,29 +39,31 @@ class EngineSource:
 
 @dataclass(frozen=True)
 class _Ask:
-    """An engine to be made: what from, how, how many completions at once, among which ranks."""
+    """An engine to be made: what from, how, how many completions at once."""
 
     source: EngineSource
     keys: RolloutKeys
     rows: int
-    topology: Topology
 
 
 def _embedded(ask: _Ask) -> Engine:
-    """On the policy's own weights; on a whole copy of them where the policy is to be sharded."""
-    source = ask.source
-    policy = source.policy or load_policy(source.model, trainable=False)
-    stops, shares = stop_token_ids(policy.base, policy.tokenizer), ask.topology.world_size == 1 or source.policy is None
-    return EmbeddedEngine(
-        policy if shares else replica(policy), stop_token_ids=stops, batch_size=ask.rows, shares_weights=shares
-    )
+    """On the policy's own weights; where those are sharded, on a whole copy of them."""
+    model, policy = ask.source.model, ask.source.policy
+    shares = policy is None or not policy.sharded
+    if policy is None:
+        policy = load_policy(model, trainable=False)
+    elif policy.sharded:
+        policy = load_policy(model, tokenizer=policy.tokenizer)
+    stops = stop_token_ids(policy.base, policy.tokenizer)
+    return EmbeddedEngine(policy, stop_token_ids=stops, batch_size=ask.rows, shares_weights=shares)
 
 
 def _vllm(ask: _Ask) -> Engine:
     """In this process, from the folder that the policy was made from; an update brings it what was trained since."""
-    if ask.topology.world_size > 1:
+    trained = ask.source.policy
+    if trained is not None and trained.sharded:
         raise ConfigError(
-            f"rollout.engine: vllm samples in the training process, and there are {ask.topology.world_size} of them; "
+            f"rollout.engine: vllm samples in the training process, and there are {trained.sharding.num_shards} of them; "
             "set rollout.engine: embedded, or train in one process"
         )
     model = ask.source.model
@@ -102,11 +102,9 @@ ENGINES: Mapping[str, Callable[[_Ask], Engine]] = {"embedded": _embedded, "vllm"
 """`rollout.engine` → an engine on a source."""
 
 
-def make_engine(
-    source: EngineSource, topology: Topology | None = None, *, keys: RolloutKeys | None = None, rows: int = _ROWS
-) -> Engine:
-    """The engine that a stage, an eval, a certificate or a chat samples with. Where the policy is sharded, before that is done."""
-    ask = _Ask(source, keys or RolloutKeys(), rows, topology or SingleProcess())
+def make_engine(source: EngineSource, *, keys: RolloutKeys | None = None, rows: int = _ROWS) -> Engine:
+    """The engine that a stage, an eval, a certificate or a chat samples with."""
+    ask = _Ask(source, keys or RolloutKeys(), rows)
     return ENGINES[ask.keys.engine](ask)
 
 

@@ -18,7 +18,7 @@ from posttrain.data.dataset import Dataset
 from posttrain.data.held_out import load_with_held_out
 from posttrain.data.load import load_prompts, load_sft
 from posttrain.models.batch import pack
-from posttrain.models.load import load_policy, load_tokenizer
+from posttrain.models.load import freeze_reference, load_policy, load_tokenizer
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
 from posttrain.objectives.policy import PolicyInputs, policy_loss
@@ -26,7 +26,7 @@ from posttrain.objectives.ratios import bounded_exp
 from posttrain.objectives.reduce import Normalizer
 from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import LossTerms, spec_from
-from posttrain.protocols import Engine, Topology
+from posttrain.protocols import Engine, Ranks
 from posttrain.recipes.batches import MicroBatch, fill_with_groups, split_groups
 from posttrain.recipes.collector import Collected, Collector, teaches
 from posttrain.recipes.engines import EngineSource, greedy, make_engine, sampling_params, sync_engine
@@ -53,20 +53,17 @@ EMPTY_STEP = "empty_step"
 
 def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     """Train `keys.base_model` on the prompts in `keys.datasets`; the result is in `stage.folder`."""
-    topology, spec = stage.topology, spec_from(PolicySpec, keys)
+    ranks, spec = stage.ranks, spec_from(PolicySpec, keys)
     tokenizer = load_tokenizer(keys)
     data, held_out = load_with_held_out(load_prompts, keys, tokenizer)
     ptx = PtxRows(load_sft(keys, tokenizer, sources=keys.ptx_datasets), keys) if keys.ptx_datasets else None
     stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
     decode = decoder(tokenizer)
-    policy = load_policy(keys, tokenizer=tokenizer, exact=keys.rollout.exact).without_dropout()
+    policy = load_policy(keys, tokenizer=tokenizer, sharding=stage.sharding, exact=keys.rollout.exact).without_dropout()
     if keys.beta:
-        policy.freeze_reference()
-    engine = stage.until_done(
-        make_engine(EngineSource(keys, policy), topology, keys=keys.rollout, rows=keys.rollout_batch_size)
-    )
-    suite = SuiteScore.of(policy, keys, topology, engine)
-    policy.distribute(topology)
+        freeze_reference(policy)
+    engine = stage.until_done(make_engine(EngineSource(keys, policy), keys=keys.rollout, rows=keys.rollout_batch_size))
+    suite = SuiteScore.of(policy, keys, engine)
     optimizer = make_optimizer(policy, keys)
 
     steps_per_batch = keys.steps_per_generation * keys.num_iterations
@@ -78,9 +75,9 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     ) as rewards:
         score = ReplayedRewards(stage, partial(rewards.score, max_unscored=MAX_UNSCORED), state)
         stream = PromptStream(data, keys.seed, state.solved)
-        how = (keys.temperature, keys.per_device_train_batch_size)
+        how = (keys.temperature, keys.per_device_train_batch_size, ranks)
         trainer, reference = PolicyScorer(policy, *how), ReferenceScorer(policy, *how)
-        collector = Collector(keys, engine, decode, score, stream, trainer, reference, topology)
+        collector = Collector(keys, engine, decode, score, stream, trainer, reference, ranks)
         live = LiveChecks(keys, stage, rewards, engine, tokenizer, data)
         validation = Validation(stage, state, partial(_validate, engine, decode, score, held_out, keys, state), suite)
 
@@ -101,21 +98,21 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
             groups = experience.part(position % keys.steps_per_generation, keys.steps_per_generation)
             norm, objective = _normalizer(groups, keys), steered(spec, stage.guard.controls)
             metrics = StepMetrics()
-            micros = _micro_batches(groups, objective, keys, topology)
+            micros = _micro_batches(groups, objective, keys, ranks)
             supervised = ptx.of_step(step) if ptx else []
             policy.model.train()
             for micro in micros:
                 # The first step of a batch is on-policy: the ratio is 1 by definition, not by subtraction.
                 terms = loss(policy, micro.rows, objective, norm, keys, on_policy=fresh)
-                (terms.loss * (0.0 if micro.idle else topology.world_size)).backward()
+                micro.backward(terms.loss)
                 if not micro.idle:
                     metrics.add(terms.metrics)
                     metrics.add_share("loss", float(terms.loss.detach()))
-            for micro in ptx_micro_batches(supervised, keys, topology):
+            for micro in ptx_micro_batches(supervised, keys, ranks):
                 terms = ptx_loss(policy, micro.rows, ptx_norm(supervised), keys.ptx_coef)
-                (terms.loss * (0.0 if micro.idle else topology.world_size)).backward()
+                micro.backward(terms.loss)
                 metrics.add({} if micro.idle else terms.metrics)
-            values = metrics.reduced(topology) | (experience.metrics if fresh else {})
+            values = metrics.reduced(ranks) | (experience.metrics if fresh else {})
             if micros or supervised:
                 lr = learning_rate(step, total_steps, keys) * stage.guard.controls.lr_scale
                 values |= update(policy, optimizer, stage, lr, values, step + 1)
@@ -170,9 +167,7 @@ def _largest_ratio(logp_M: torch.Tensor, old_logp_M: torch.Tensor | None) -> dic
     return {"importance_ratio/max": Ratio(float(bounded_exp((logp_M.detach() - old_logp_M).max())), 1.0)}
 
 
-def _micro_batches(
-    groups: Sequence[Group], spec: PolicySpec, keys: GRPOKeys, topology: Topology
-) -> list[MicroBatch[Group]]:
+def _micro_batches(groups: Sequence[Group], spec: PolicySpec, keys: GRPOKeys, ranks: Ranks) -> list[MicroBatch[Group]]:
     """At most `per_device_train_batch_size` completions at a time, as many micro-batches on every rank.
 
     A larger group is split: each part holds a copy of the prompt, and the normaliser is the step's. Groups that teach
@@ -180,8 +175,8 @@ def _micro_batches(
     """
     at_once = keys.per_device_train_batch_size
     useful = [group for group in groups if teaches(group, spec, keys)]
-    micros = [MicroBatch(parts) for parts in fill_with_groups(topology.shard(split_groups(useful, at_once)), at_once)]
-    most = max(topology.gather(len(micros)))
+    micros = [MicroBatch(parts) for parts in fill_with_groups(ranks.share(split_groups(useful, at_once)), at_once)]
+    most = max(ranks.gather(len(micros)))
     return micros + [MicroBatch(split_groups(groups[:1], at_once)[:1], idle=True)] * (most - len(micros))
 
 

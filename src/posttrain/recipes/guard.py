@@ -14,7 +14,7 @@ from posttrain.health.checks import SKIPPED
 from posttrain.health.controls import Controls, after
 from posttrain.health.monitor import Monitor
 from posttrain.health.rules import GUARDS, HOLDING, rules_for
-from posttrain.protocols import Topology
+from posttrain.protocols import Ranks
 from posttrain.recipes.rollback import Rollback, RolledBack, decide, discard_abandoned, read_rollbacks
 from posttrain.recipes.run_folder import RunFolder
 from posttrain.recipes.steering import first_controls, moved
@@ -30,13 +30,13 @@ class TrainingGuard:
     """
 
     def __init__(
-        self, kind: str, keys: TrainKeys, run: RunFolder, store: CheckpointStore, topology: Topology,
+        self, kind: str, keys: TrainKeys, run: RunFolder, store: CheckpointStore, ranks: Ranks,
         settle: Callable[[], None],
     ) -> None:  # fmt: skip
-        self._keys, self._run, self._store, self._topology, self._settle = keys, run, store, topology, settle
+        self._keys, self._run, self._store, self._ranks, self._settle = keys, run, store, ranks, settle
         self._monitor = Monitor(kind, rules_for(kind, keys.health))
         self.held: list[str] = []
-        self.rollbacks: tuple[Rollback, ...] = topology.broadcast(read_rollbacks(run.path) if topology.is_main else ())
+        self.rollbacks: tuple[Rollback, ...] = ranks.broadcast(read_rollbacks(run.path) if ranks.is_main else ())
         self.controls: Controls = self.rollbacks[-1].controls if self.rollbacks else first_controls(keys)
 
     def allows(self, step: int, metrics: Mapping[str, float]) -> bool:
@@ -89,7 +89,7 @@ class TrainingGuard:
 
     def _findings(self, judge: Callable[[], list[Finding]]) -> list[Finding]:
         """Judged once, by rank 0: ranks that act differently would wait for each other for ever."""
-        return self._topology.broadcast(judge() if self._topology.is_main else [])
+        return self._ranks.broadcast(judge() if self._ranks.is_main else [])
 
     def _act(self, findings: Sequence[Finding]) -> None:
         """Findings become events, and what they ask for is done."""
@@ -113,12 +113,12 @@ class TrainingGuard:
         """Raises: RolledBack, with the decision on disk; TrainingError if there is nothing left to try."""
         self._settle()
         decision: Any = None
-        if self._topology.is_main:
+        if self._ranks.is_main:
             try:
                 decision = decide(self._run.path, self._store, finding, self.controls, self._keys.health_rollbacks)
             except TrainingError as error:
                 decision = error
-        decision = self._topology.broadcast(decision)
+        decision = self._ranks.broadcast(decision)
         raise decision if isinstance(decision, TrainingError) else RolledBack(str(decision))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from posttrain.protocols import Topology
+from posttrain.protocols import Ranks
 from posttrain.types import Ratio
 
 
@@ -23,11 +23,11 @@ class StepMetrics:
         """A share of something that micro-batches and ranks add up to, such as a loss already divided."""
         self._shares[name] = self._shares.get(name, 0.0) + value
 
-    def reduced(self, topology: Topology) -> dict[str, float]:
+    def reduced(self, ranks: Ranks) -> dict[str, float]:
         """Values over all ranks; a mean that nothing counted towards is left out."""
         total: dict[str, Ratio] = {}
         shares: dict[str, float] = {}
-        for rank in topology.gather(self):
+        for rank in ranks.gather(self):
             for name, ratio in rank._sums.items():
                 total[name] = _combined(name, total.get(name), ratio)
             for name, value in rank._shares.items():

@@ -66,8 +66,8 @@ def update(
     `values` are the metrics of the step so far. A step that is not allowed changes neither weights nor optimizer.
     Raises: RolledBack, TrainingError.
     """
-    topology, parameters = stage.topology, [p for _, p in policy.trainable()]
-    report = {"grad_norm": topology.clip_grad_norm(parameters, stage.keys.max_grad_norm), "learning_rate": lr}
+    sharding, parameters = policy.sharding, [p for _, p in policy.trainable()]
+    report = {"grad_norm": sharding.clip_grad_norm(parameters, stage.keys.max_grad_norm), "learning_rate": lr}
     if not stage.guard.allows(step, {**values, **report}):
         optimizer.zero_grad(set_to_none=True)
         return report | {"skipped_step": 1.0}
@@ -78,5 +78,5 @@ def update(
     before = probe.detach().clone()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    moved = math.sqrt(topology.sum([float(topology.local(probe.detach() - before).square().sum())])[0])
+    moved = math.sqrt(stage.ranks.sum([float(sharding.local(probe.detach() - before).square().sum())])[0])
     return report | {"update_norm": moved}

@@ -15,7 +15,7 @@ from posttrain.models.policy import Policy
 from posttrain.objectives.reduce import Normalizer
 from posttrain.objectives.sft import sft_loss
 from posttrain.objectives.terms import LossTerms
-from posttrain.protocols import Topology
+from posttrain.protocols import Ranks
 from posttrain.recipes.batches import MicroBatch, for_rank
 from posttrain.types import TokenSeq
 
@@ -35,10 +35,10 @@ class PtxRows:
         return self._data.rows[self._data.order(self._keys.seed, epoch)[place]]
 
 
-def ptx_micro_batches(rows: Sequence[TokenSeq], keys: RLKeys, topology: Topology) -> list[MicroBatch[TokenSeq]]:
+def ptx_micro_batches(rows: Sequence[TokenSeq], keys: RLKeys, ranks: Ranks) -> list[MicroBatch[TokenSeq]]:
     """This rank's, `per_device_train_batch_size` rows at a time, as many on every rank."""
     size = keys.per_device_train_batch_size
-    return for_rank([list(rows[i : i + size]) for i in range(0, len(rows), size)], topology)
+    return for_rank([list(rows[i : i + size]) for i in range(0, len(rows), size)], ranks)
 
 
 def ptx_loss(policy: Policy, rows: Sequence[TokenSeq], norm: Normalizer, coef: float) -> LossTerms:

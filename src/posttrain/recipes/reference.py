@@ -10,6 +10,7 @@ import torch
 
 from posttrain.config.stages import DPOKeys
 from posttrain.models.batch import Batch, pack
+from posttrain.models.load import freeze_reference
 from posttrain.models.policy import Policy
 from posttrain.objectives.reduce import segment_sum
 from posttrain.types import TokenSeq
@@ -40,7 +41,7 @@ class Reference:
             kept = {id(row): logp for row, logp in zip(unique, _pass(policy, unique), strict=True)}
             log.info("reference: log-probs of %d rows computed once; no second copy of the model", len(kept))
             return cls(policy, kept)
-        size = policy.freeze_reference()
+        size = freeze_reference(policy)
         adapter = "with the adapter off" if policy.start is None else "with the adapter as it started"
         log.info("reference: %s", f"a frozen copy, {size / 1e6:.0f} MB" if size else f"the same weights {adapter}")
         return cls(policy, None)

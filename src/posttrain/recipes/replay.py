@@ -27,9 +27,9 @@ class ReplayedRewards:
     def __init__(self, stage: Stage, score: ScoreRewards, state: TrainState) -> None:
         self._stage, self._score, self._state = stage, score, state
         self._folder = stage.folder / FOLDER
-        if stage.topology.is_main:
+        if stage.ranks.is_main:
             sweep(self._folder)
-        stage.topology.barrier()
+        stage.ranks.barrier()
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]

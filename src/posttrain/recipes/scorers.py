@@ -10,8 +10,11 @@ import torch
 
 from posttrain.models.batch import Batch, pack
 from posttrain.models.policy import Policy
+from posttrain.protocols import Ranks
 from posttrain.recipes.batches import fill_with_groups, split_groups
-from posttrain.types import Sample
+from posttrain.types import Sample, TokenSeq
+
+_NOTHING = TokenSeq((0, 0), (False, True))
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,10 @@ class PolicyScorer:
     policy: Policy
     temperature: float
     at_once: int
+    ranks: Ranks
 
     def logp(self, groups: Sequence[Sequence[Sample]]) -> list[np.ndarray]:
-        return _scored(
-            groups, self.at_once, lambda batch: self.policy.score(batch, temperature=self.temperature).logp_M
-        )
+        return _scored(self, groups, lambda batch: self.policy.score(batch, temperature=self.temperature).logp_M)
 
 
 @dataclass(frozen=True)
@@ -35,17 +37,20 @@ class ReferenceScorer:
     policy: Policy
     temperature: float
     at_once: int
+    ranks: Ranks
 
     def logp(self, groups: Sequence[Sequence[Sample]]) -> list[np.ndarray]:
-        return _scored(groups, self.at_once, lambda batch: self.policy.reference_logp(batch, self.temperature))
+        return _scored(self, groups, lambda batch: self.policy.reference_logp(batch, self.temperature))
 
 
 @torch.no_grad()
 def _scored(
-    groups: Sequence[Sequence[Sample]], at_once: int, score: Callable[[Batch], torch.Tensor]
+    by: PolicyScorer | ReferenceScorer, groups: Sequence[Sequence[Sample]], score: Callable[[Batch], torch.Tensor]
 ) -> list[np.ndarray]:
     found: list[np.ndarray] = []
-    for micro in fill_with_groups(split_groups(groups, at_once), at_once):
-        batch = pack(micro)
+    batches = [pack(micro) for micro in fill_with_groups(split_groups(groups, by.at_once), by.at_once)]
+    for batch in batches:
         found += [logp.float().cpu().numpy() for logp in score(batch).split(batch.lengths_S().tolist())]
+    for _ in range(max(by.ranks.gather(len(batches))) - len(batches)):
+        score(pack([[_NOTHING]]))  # ranks of a sharded model run it equally often
     return found

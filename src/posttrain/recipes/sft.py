@@ -1,6 +1,6 @@
 """Supervised fine-tuning: read `run` from top to bottom and you have read it all.
 
-Full, LoRA and QLoRA differ in what `load_policy` returns; one process and many in `topology`.
+Full, LoRA and QLoRA differ in what `load_policy` returns; one process and many in `ranks` and in how that policy is sharded.
 """
 
 from __future__ import annotations
@@ -29,16 +29,15 @@ from posttrain.types import TokenSeq
 
 def run(keys: SFTKeys, stage: Stage) -> StageResult:
     """Train `keys.base_model` on `keys.datasets`; the result is in `stage.folder`."""
-    topology = stage.topology
+    ranks = stage.ranks
     tokenizer = load_tokenizer(keys)
     data, held_out = load_with_held_out(load_sft, keys, tokenizer)
     stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
-    policy = load_policy(keys, tokenizer=tokenizer)
-    suite = SuiteScore.of(policy, keys, topology)
-    policy.distribute(topology)
+    policy = load_policy(keys, tokenizer=tokenizer, sharding=stage.sharding)
+    suite = SuiteScore.of(policy, keys)
     optimizer = make_optimizer(policy, keys)
 
-    schedule = Schedule.of(data, keys, topology, size=lambda row: len(row.ids))
+    schedule = Schedule.of(data, keys, ranks, size=lambda row: len(row.ids))
     total_steps = schedule.total_steps(keys)
     state = stage.resume(policy, optimizer, total_steps)
     validation = Validation(
@@ -52,12 +51,12 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
         norm = Normalizer.of(count(flat(micros)))
         metrics = StepMetrics()
         policy.model.train()
-        for micro in for_rank(micros, topology):
+        for micro in for_rank(micros, ranks):
             terms = loss(policy, micro.rows, norm, keys.loss_type)
-            (terms.loss * (0.0 if micro.idle else topology.world_size)).backward()
+            micro.backward(terms.loss)
             metrics.add({} if micro.idle else terms.metrics)
         lr = learning_rate(step, total_steps, keys) * stage.guard.controls.lr_scale
-        values = metrics.reduced(topology) | {"loss_tokens": norm.tokens}
+        values = metrics.reduced(ranks) | {"loss_tokens": norm.tokens}
         values |= update(policy, optimizer, stage, lr, values, step + 1)
         values["epoch"] = schedule.epoch_after(step + stage.guard.controls.skipped)
 
@@ -84,7 +83,7 @@ def validation_loss(policy: Policy, rows: Dataset[TokenSeq], keys: SFTKeys, stag
     metrics = StepMetrics()
     norm = Normalizer.of(count(rows))
     size = keys.per_device_train_batch_size
-    for micro in for_rank([rows.rows[i : i + size] for i in range(0, len(rows), size)], stage.topology):
+    for micro in for_rank([rows.rows[i : i + size] for i in range(0, len(rows), size)], stage.ranks):
         terms = loss(policy, micro.rows, norm, "nll")
         metrics.add({} if micro.idle else terms.metrics)
-    return {f"eval_{name}": value for name, value in metrics.reduced(stage.topology).items()}
+    return {f"eval_{name}": value for name, value in metrics.reduced(stage.ranks).items()}

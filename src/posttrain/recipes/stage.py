@@ -14,13 +14,14 @@ import torch
 
 from posttrain.checkpoint.store import CheckpointStore, check_writable, disk_errors, sweep
 from posttrain.config.stages import TrainKeys
+from posttrain.distributed.sharding import sharding_over
 from posttrain.models.device import peak_memory_bytes
 from posttrain.models.export import save_policy
 from posttrain.models.policy import Policy
 from posttrain.models.proof import probe_logits
 from posttrain.models.provenance import model_digest, source_digest
 from posttrain.models.total import ADAPTER_TOTAL, MergedBefore, TotalReport, write_total
-from posttrain.protocols import Topology
+from posttrain.protocols import Ranks
 from posttrain.recipes.guard import TrainingGuard
 from posttrain.recipes.rollback import RolledBack, restore_best
 from posttrain.recipes.run_folder import RunFolder, StageResult, Watchers
@@ -43,16 +44,17 @@ class Stage:
     """The surroundings of one loop. A loop calls `resume`, then `begin_step` and `finish_step`, then `done`."""
 
     def __init__(
-        self, kind: str, folder: Path, keys: TrainKeys, topology: Topology,
+        self, kind: str, folder: Path, keys: TrainKeys, ranks: Ranks,
         watchers: Watchers | None = None, stop: StopFlag | None = None, merged_before: MergedBefore | None = None,
     ) -> None:  # fmt: skip
         self._merged_before = merged_before
-        self.kind, self.folder, self.keys, self.topology = kind, folder, keys, topology
+        self.kind, self.folder, self.keys, self.ranks = kind, folder, keys, ranks
+        self.sharding = sharding_over(ranks)
         self.stop = stop or StopFlag()
-        self.run = RunFolder(folder, kind, topology.is_main, watchers)
+        self.run = RunFolder(folder, kind, ranks.is_main, watchers)
         store = CheckpointStore(folder / "checkpoints", keys.save_total_limit, keys.save_keep_every)
-        self.checkpoints = Checkpoints(store, topology, self.run)
-        self.guard = TrainingGuard(kind, keys, self.run, store, topology, settle=self.checkpoints.flush)
+        self.checkpoints = Checkpoints(store, ranks, self.run)
+        self.guard = TrainingGuard(kind, keys, self.run, store, ranks, settle=self.checkpoints.flush)
         self._open: list[Closes] = []
         self._started = time.monotonic()
         self._step_started = self._started
@@ -68,13 +70,13 @@ class Stage:
         After a rollback what was abandoned is discarded first, and the controls it decided on hold from here.
         """
         store, guard = self.checkpoints.store, self.guard
-        if self.topology.is_main:
+        if self.ranks.is_main:
             weights = sum(p.numel() * p.element_size() for _, p in policy.trainable())
             check_writable(self.folder, needed_bytes=4 * weights)
             sweep(self.folder)
             sweep(store.folder)
             guard.discard_abandoned()
-        world_size = self.topology.world_size
+        world_size = self.ranks.world_size
         state = TrainState(policy, optimizer, guard, world_size, self.keys.rows_per_step(world_size))
         going_back = bool(guard.rollbacks)
         ref = self.checkpoints.newest()
@@ -84,7 +86,7 @@ class Stage:
             log.info("%s: going on after step %d", self.kind, state.step)
         if going_back:
             guard.go_back()
-        if self.topology.is_main:
+        if self.ranks.is_main:
             if going_back:
                 restore_best(store, state.best)
             store.retire(state.step)
@@ -95,7 +97,7 @@ class Stage:
 
     def begin_step(self, step: int) -> None:
         """All of torch's randomness in a step (dropout) follows from seed, step and rank, so none is to be saved."""
-        torch.manual_seed(request_seed(self.guard.controls.seed(self.keys.seed), step, self.topology.rank) >> 1)
+        torch.manual_seed(request_seed(self.guard.controls.seed(self.keys.seed), step, self.ranks.rank) >> 1)
         self._step_started = time.monotonic()
 
     def times(self, *, rollout_s: float) -> dict[str, float]:
@@ -117,7 +119,7 @@ class Stage:
         if step % self.keys.logging_steps == 0 or last:
             self.run.log(step, metrics | {"num_tokens": float(state.tokens), "memory_peak_bytes": peak_memory_bytes()})
         self.guard.observe(step, metrics)
-        stopping = self.topology.sum([float(self.stop.is_set)])[0] > 0
+        stopping = self.ranks.sum([float(self.stop.is_set)])[0] > 0
         due = self.keys.save_steps > 0 and step % self.keys.save_steps == 0
         if best_score is not None:
             self.checkpoints.mark_best(step, best_score)
@@ -129,28 +131,30 @@ class Stage:
     def done(self, state: TrainState) -> StageResult:
         """Export the model and write `result.json`. All ranks call it."""
         policy, guard = state.policy, self.guard
-        whole = self.topology.full_state(policy.model) if policy.sharded else None
+        whole = policy.sharding.full_state(policy.model) if policy.sharded else None
+        if policy.start is not None:
+            policy.start = {name: policy.sharding.whole(tensor) for name, tensor in policy.start.items()}
         # All ranks compute it together where each holds a part of the model.
         logits = probe_logits(policy.model)
         model_dir = self.folder / "model"
         total: TotalReport | None = None
-        if self.topology.is_main:
+        if self.ranks.is_main:
             with disk_errors(self.folder):
                 report = save_policy(policy, model_dir, self.keys, state=whole, logits=logits)
                 if policy.has_adapter:
                     total = write_total(policy, self.folder, self.keys, logits, self._merged_before)
             self.run.event("export", state.step, asdict(report))
-        total = self.topology.broadcast(total)
+        total = self.ranks.broadcast(total)
         result = StageResult(
             kind=self.kind, folder=self.folder, model_dir=model_dir, model_digest=model_digest(model_dir),
             parent_digest=source_digest(policy.source), steps=state.step - state.empty_steps, tokens=state.tokens, wall_s=state.wall_s,
             metrics=dict(state.validated), held=tuple(guard.held),
             rollbacks=tuple(rollback.to_json() for rollback in guard.rollbacks), adapter_total=total,
         )  # fmt: skip
-        if total is not None and self.topology.is_main:
+        if total is not None and self.ranks.is_main:
             self.run.event(ADAPTER_TOTAL, state.step, asdict(total))
             (log.warning if total.refused or total.rounded else log.info)("%s", total)
-        if self.topology.is_main:
+        if self.ranks.is_main:
             result.save()
         self.close()
         return result

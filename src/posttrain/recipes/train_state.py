@@ -24,7 +24,7 @@ from posttrain.checkpoint.store import CheckpointStore
 from posttrain.errors import CheckpointError
 from posttrain.files import read_json, write_json
 from posttrain.models.policy import Policy
-from posttrain.protocols import Topology
+from posttrain.protocols import Ranks
 from posttrain.recipes.guard import TrainingGuard
 from posttrain.recipes.prompts import Solved
 from posttrain.recipes.run_folder import RunFolder
@@ -82,18 +82,18 @@ class TrainState:
 class Checkpoints:
     """Saves and loads `TrainState`s; a thread writes while the loop goes on."""
 
-    def __init__(self, store: CheckpointStore, topology: Topology, run: RunFolder) -> None:
-        self.store, self._topology, self._run = store, topology, run
+    def __init__(self, store: CheckpointStore, ranks: Ranks, run: RunFolder) -> None:
+        self.store, self._ranks, self._run = store, ranks, run
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[tuple[int, dict[str, Any]]] | None = None
 
     def newest(self) -> CheckpointRef | None:
         """The newest valid one; every rank gets the same answer."""
-        return self._topology.broadcast(self.store.newest_valid() if self._topology.is_main else None)
+        return self._ranks.broadcast(self.store.newest_valid() if self._ranks.is_main else None)
 
     def best(self) -> tuple[int, float] | None:
         """Step and score of the best one; every rank gets the same answer."""
-        return self._topology.broadcast(self.store.best() if self._topology.is_main else None)
+        return self._ranks.broadcast(self.store.best() if self._ranks.is_main else None)
 
     def load(self, ref: CheckpointRef, state: TrainState) -> None:
         """Fill `state` from a checkpoint. Raises: CheckpointError for one of another format."""
@@ -119,15 +119,15 @@ class Checkpoints:
             )
         model, optimizer = state.policy.model, state.optimizer
         frozen = model.state_dict().keys() - {name for name, _ in state.policy.trainable()}
-        self._topology.load_state(model, load_file(ref.path / "weights.safetensors"), optional=frozen)
+        state.policy.sharding.load_state(model, load_file(ref.path / "weights.safetensors"), optional=frozen)
         tensors = load_file(ref.path / "optimizer.safetensors")
-        self._topology.load_optimizer_state(model, optimizer, unflatten(tensors, record["scalars"]))
+        state.policy.sharding.load_optimizer_state(model, optimizer, unflatten(tensors, record["scalars"]))
         return record
 
     def mark_best(self, step: int, score: float) -> None:
         # Marked first: a mark without its checkpoint is made good when the step is run again, not so the reverse.
         self.flush()
-        if self._topology.is_main:
+        if self._ranks.is_main:
             self.store.mark_best(step, score)
 
     def save(self, state: TrainState, *, wait: bool = True) -> None:
@@ -137,18 +137,18 @@ class Checkpoints:
         Raises: CheckpointError, also for the write that was under way.
         """
         self.flush()
-        model = state.policy.model
+        model, sharding = state.policy.model, state.policy.sharding
         names = {name for name, _ in state.policy.trainable()}
-        weights = {n: t.clone() for n, t in self._topology.full_state(model).items() if n in names}
-        tensors, scalars = flatten(self._topology.full_optimizer_state(model, state.optimizer))
-        if self._topology.is_main:
+        weights = {n: t.clone() for n, t in sharding.full_state(model).items() if n in names}
+        tensors, scalars = flatten(sharding.full_optimizer_state(model, state.optimizer))
+        if self._ranks.is_main:
             state.best = self.store.best()
             record = state.to_json() | {"scalars": scalars}
             experience = None if state.experience is None else to_arrays(state.experience.groups)
             self._writing = self._writer.submit(self._write, state.step, weights, tensors, experience, record)
             if wait:
                 self.flush()
-        self._topology.barrier()
+        self._ranks.barrier()
 
     def flush(self) -> None:
         """Wait until the checkpoint under way is on disk. Raises: CheckpointError if it could not be written."""

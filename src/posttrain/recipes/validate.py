@@ -11,7 +11,7 @@ from posttrain.config.stages import SamplingKeys, TrainKeys
 from posttrain.evals.run import Evaluator
 from posttrain.evals.suite import Suite, load_suite
 from posttrain.models.policy import Policy
-from posttrain.protocols import Engine, Topology
+from posttrain.protocols import Engine
 from posttrain.recipes.engines import EngineSource, make_engine, sync_engine
 from posttrain.recipes.evaluate import TokenizerCodec, score_in_workers
 from posttrain.recipes.stage import Stage
@@ -84,13 +84,13 @@ class SuiteScore:
         self._keys = SuiteKeys(path=str(suite.path), max_tokens=longest)
 
     @classmethod
-    def of(cls, policy: Policy, keys: TrainKeys, topology: Topology, engine: Engine | None = None) -> SuiteScore | None:
-        """None where no suite is asked for. Before the policy is sharded. Raises: EvalError without a dev split."""
+    def of(cls, policy: Policy, keys: TrainKeys, engine: Engine | None = None) -> SuiteScore | None:
+        """None where no suite is asked for. Raises: EvalError without a dev split."""
         if keys.eval_suite is None:
             return None
         suite = load_suite("eval_suite", Path(keys.eval_suite))
         suite = replace(suite, items=suite.on(_DEV)[: keys.eval_suite_limit])
-        return cls(suite, keys, engine or make_engine(EngineSource(keys, policy), topology), policy)
+        return cls(suite, keys, engine or make_engine(EngineSource(keys, policy)), policy)
 
     def measure(self, step: int) -> dict[str, float]:
         # Under ranks the engine samples from a copy, which must be brought up to date.

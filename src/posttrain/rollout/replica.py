@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 
 from posttrain.errors import EngineError
 from posttrain.models.policy import Policy
 from posttrain.models.weights import trained_name
 from posttrain.protocols import Weights
-
-
-def replica(policy: Policy) -> Policy:
-    """A copy made before the policy is sharded. All ranks call it."""
-    whole = copy.copy(policy)
-    whole.model = copy.deepcopy(policy.model)
-    return whole
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from posttrain.distributed.topology import SingleProcess
+from posttrain.distributed.sharding import Whole
 from posttrain.errors import ModelError
 
 
@@ -23,7 +23,7 @@ def test_weights_arrive_and_a_tied_name_may_be_left_out():
     model = Tied()
     state = state_of(model)
     del state["head.weight"]
-    SingleProcess().load_state(model, state)
+    Whole().load_state(model, state)
     assert torch.equal(model.head.weight, state["embedding.weight"])
     assert torch.equal(model.middle.bias, state["middle.bias"])
 
@@ -37,13 +37,13 @@ def test_missing_and_unexpected_names_are_refused_by_name_and_nothing_is_loaded(
     with pytest.raises(
         ModelError, match=r"1 of the model's 4 are missing \(middle.bias\), 1 are not .* \(module.middle.bias\)"
     ):
-        SingleProcess().load_state(model, state)
+        Whole().load_state(model, state)
     assert torch.equal(model.embedding.weight, before)
     del state["module.middle.bias"]
-    SingleProcess().load_state(model, state, optional=["middle.bias"])
+    Whole().load_state(model, state, optional=["middle.bias"])
     assert torch.equal(model.embedding.weight, state["embedding.weight"])
 
 
 def test_an_empty_state_is_refused():
     with pytest.raises(ModelError, match="4 of the model's 4 are missing"):
-        SingleProcess().load_state(Tied(), {})
+        Whole().load_state(Tied(), {})

@@ -1,45 +1,25 @@
-"""One process, or many under torchrun. The only importer of torch.distributed."""
+"""Where the parameters of a model lie: whole in one process, or in shares over the ranks (FSDP2). Knows no loop."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from posttrain.errors import ModelError
-from posttrain.protocols import Topology
-
-T = TypeVar("T")
+from posttrain.protocols import Ranks, Sharding
 
 
-class SingleProcess:
-    """The topology of one process: every collective is the identity."""
+class Whole:
+    """One process holds all of it."""
 
-    rank = 0
-    world_size = 1
-    is_main = True
+    num_shards = 1
+    is_sharded = False
 
-    def shard(self, items: Sequence[T]) -> list[T]:
-        return list(items)
-
-    def sum(self, values: Sequence[float]) -> list[float]:
-        return [float(value) for value in values]
-
-    def gather(self, value: T) -> list[T]:
-        return [value]
-
-    def broadcast(self, value: T) -> T:
-        return value
-
-    def barrier(self) -> None:
-        pass
-
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def shard(self, model: Any) -> Any:
         return model
 
     def clip_grad_norm(self, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
@@ -48,6 +28,9 @@ class SingleProcess:
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().cpu()
 
     def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
@@ -68,44 +51,25 @@ class SingleProcess:
         optimizer.load_state_dict(present)
 
 
-class ProcessGroup:
-    """Ranks under torchrun: data is split over them, parameters are sharded by FSDP2."""
+class FullyShard:
+    """Every parameter is cut along its first dimension, one share a rank; a layer is gathered while it runs."""
+
+    is_sharded = True
 
     def __init__(self) -> None:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        if backend == "nccl":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group(backend)
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
-        self.is_main = self.rank == 0
+        self.num_shards = dist.get_world_size()
 
-    def shard(self, items: Sequence[T]) -> list[T]:
-        return list(items[self.rank :: self.world_size])
-
-    def sum(self, values: Sequence[float]) -> list[float]:
-        # Through Python objects: exact float64 on every backend, and the lists are short.
-        return [sum(column) for column in zip(*self.gather([float(value) for value in values]), strict=True)]
-
-    def gather(self, value: T) -> list[T]:
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, value)
-        return gathered
-
-    def broadcast(self, value: T) -> T:
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def barrier(self) -> None:
-        dist.barrier()
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        from torch.distributed.fsdp import fully_shard
+    def shard(self, model: Any) -> Any:
+        from torch.distributed.fsdp import FSDPModule, fully_shard
 
         for layer in _decoder_layers(model):
             fully_shard(layer)
         fully_shard(model)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # Ranks hold shares of one loss, so their gradients add up.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
         return model
 
     def clip_grad_norm(self, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
@@ -115,6 +79,9 @@ class ProcessGroup:
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        return _whole(tensor.detach())
 
     def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
         return {name: _whole(tensor.detach()) for name, tensor in model.state_dict().items()}
@@ -153,6 +120,11 @@ class ProcessGroup:
         for name, parameter in zip(names, _parameters(optimizer), strict=True):
             if parameter in optimizer.state:
                 yield name, optimizer.state[parameter]
+
+
+def sharding_over(ranks: Ranks) -> Sharding:
+    """How these ranks hold a model between them."""
+    return Whole() if ranks.world_size == 1 else FullyShard()
 
 
 def _check_names(model: nn.Module, state: Mapping[str, Any], optional: Collection[str]) -> None:
@@ -197,16 +169,3 @@ def _decoder_layers(model: nn.Module) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList) and len(module) and hasattr(module[0], "self_attn"):
             return list(module)
     return []
-
-
-@contextmanager
-def topology() -> Iterator[Topology]:
-    """The topology this process was started in."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield SingleProcess()
-        return
-    group = ProcessGroup()
-    try:
-        yield group
-    finally:
-        dist.destroy_process_group()
