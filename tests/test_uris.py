@@ -1,7 +1,7 @@
 import pytest
 
 from posttrain.errors import ConfigError
-from posttrain.uris import holds_secret, refuse_secret, without_secrets
+from posttrain.uris import holds_secret, loopback, refuse_secret, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,27 @@ def test_a_uri_with_a_password_is_known_from_one_without(uri, secret):
 def test_messages_leave_out_who_logs_in():
     text = "a.yaml:3: got 'http://user:x@host:5000/p', expected one of words@champion"
     assert without_secrets(text) == "a.yaml:3: got 'http://…@host:5000/p', expected one of words@champion"
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:8000", "http://localhost:8000/", "http://[::1]:8000", "http://127.9.9.9:8000"]
+)
+def test_a_server_of_this_machine_is_taken(url):
+    assert loopback(url)[1] == 8000
+
+
+@pytest.mark.parametrize(
+    "url", ["http://10.0.0.7:8000", "http://0.0.0.0:8000", "http://localhost.evil.org:8000", "http://2130706433:8000"]
+)
+def test_a_server_elsewhere_is_refused_with_the_way_round(url):
+    with pytest.raises(ConfigError, match=r"expected one on this machine: .* ssh -L"):
+        loopback(url)
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "https://127.0.0.1:8000", "http://127.0.0.1", "http://127.0.0.1:x", "http://u:secret@127.0.0.1:1", "http://[::1:8000", "http://127.0.0.1:1/v1"],
+)  # fmt: skip
+def test_what_is_no_address_of_a_server_is_refused_without_its_password(url):
+    with pytest.raises(ConfigError, match=r"expected http://HOST:PORT") as found:
+        loopback(url)
+    assert "secret" not in str(found.value)

@@ -27,7 +27,7 @@ _BOOT = (
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _LOOK_S = 0.5
 _WATCHED = (signal.SIGCHLD, signal.SIGTERM)
-_TAIL_BYTES = 2000
+_TAIL_BYTES = 1 << 16
 
 
 class SupervisedProcess:
@@ -40,7 +40,7 @@ class SupervisedProcess:
         self, entry: str, arguments: Sequence[str], log: IO[bytes], environment: Mapping[str, str],
         pass_fds: Sequence[int] = (),
     ) -> None:  # fmt: skip
-        self._log = log
+        self._log, self._begins = log, log.seek(0, os.SEEK_END)
         # The signal that a parent's death sends follows the *thread* that started us.
         from_main_thread = threading.current_thread() is threading.main_thread()
         numbers = [os.getpid(), int(from_main_thread)]
@@ -65,7 +65,7 @@ class SupervisedProcess:
 
     def last_lines(self) -> list[str]:
         """The end of what it has written."""
-        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        self._log.seek(max(self._begins, self._log.seek(0, os.SEEK_END) - _TAIL_BYTES))
         return self._log.read().decode("utf-8", "replace").strip().splitlines()
 
     def end(self) -> None:

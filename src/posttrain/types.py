@@ -186,7 +186,8 @@ Finish = Literal["stop", "length", "aborted"]
 class Completion:
     """Sampled ids (the end-of-sequence token included), with the sampler's log-prob of each.
 
-    What `logp` is the log-prob of, `EngineInfo.logprobs` says.
+    What `logp` is the log-prob of, `EngineInfo.logprobs` says. `policy_versions` is empty where every token is of
+    `policy_version`; where weights came in the middle it has one version per token, and `policy_version` is the first.
     """
 
     ids: tuple[int, ...]
@@ -195,6 +196,7 @@ class Completion:
     policy_version: int
     request: int = 0
     """Place of its request among those that were asked together."""
+    policy_versions: tuple[int, ...] = ()
 
 
 def in_order(completions: Iterable[Completion]) -> list[Completion]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from urllib.parse import parse_qsl, urlsplit
 
@@ -47,3 +48,38 @@ SECRET_IN_URI = (
 def without_secrets(text: str) -> str:
     """`text` with the user part of every URI in it left out, for messages that quote what was given."""
     return _USER_INFO.sub("…@", text)
+
+
+def loopback(url: str) -> tuple[str, int]:
+    """Host and port of a server on this machine. Raises: ConfigError for one elsewhere, and for what is no `http://host:port`."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        host, port = "", None
+        parts = urlsplit("")
+    if (
+        parts.scheme != "http"
+        or not host
+        or port is None
+        or parts.path not in ("", "/")
+        or parts.query
+        or "@" in parts.netloc
+    ):
+        raise ConfigError(
+            f"got {without_secrets(url)!r}, expected http://HOST:PORT of this machine, such as http://127.0.0.1:8000"
+        )
+    if host != "localhost" and not _is_loopback(host):
+        raise ConfigError(
+            f"got a server on {host}, expected one on this machine: an inference server lets everybody who reaches it pause it, "
+            "change its weights and call its workers, whatever its API key. Bring it here with ssh -L 8000:127.0.0.1:8000 "
+            f"{host}, and give http://127.0.0.1:8000"
+        )
+    return host, port
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

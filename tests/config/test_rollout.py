@@ -36,7 +36,7 @@ def test_exact_log_probs_are_the_embedded_engines_alone():
         GRPOKeys.model_validate(BASE | {"rollout": {"engine": "vllm", "exact": True}})
 
 
-@pytest.mark.parametrize(("engine", "way"), [("embedded", "shared"), ("vllm", "copy")])
+@pytest.mark.parametrize(("engine", "way"), [("embedded", "shared"), ("vllm", "copy"), ("vllm_server", "file")])
 def test_weights_take_the_best_way_that_the_engine_has(engine, way):
     assert RolloutKeys(engine=engine).way == RolloutKeys(engine=engine, transfer=way).way == way
 
@@ -48,3 +48,33 @@ def test_a_way_that_the_engine_does_not_have_is_refused():
         RolloutKeys(transfer="file")
     with pytest.raises(ValueError, match=r"transfer: shared with rollout.engine: vllm, .* by copy or file"):
         RolloutKeys(engine="vllm", transfer="shared")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"memory_gib": 2.0}, "rollout.memory_gib does nothing with rollout.engine: embedded"),
+        ({"engine": "vllm", "url": "http://127.0.0.1:1"}, "rollout.url does nothing with rollout.engine: vllm"),
+        ({"engine": "vllm", "max_restarts": 1}, "rollout.max_restarts does nothing with rollout.engine: vllm"),
+        (
+            {"engine": "vllm_server", "url": "http://[::1]:1", "dtype": "bfloat16"},
+            "rollout.dtype does nothing with rollout.url",
+        ),
+        ({"engine": "vllm_server", "token_file": "key"}, "rollout.token_file does nothing with no rollout.url"),
+    ],
+)
+def test_a_key_that_the_chosen_engine_does_not_read_is_refused(options, reason):
+    with pytest.raises(ValueError, match=reason):
+        RolloutKeys(**options)
+
+
+def test_keys_written_out_with_their_defaults_are_read_back():
+    for engine in ("embedded", "vllm", "vllm_server"):
+        assert RolloutKeys(**RolloutKeys(engine=engine).model_dump()) == RolloutKeys(engine=engine)
+
+
+def test_a_server_on_another_host_is_refused_with_the_reason_and_the_way_round():
+    with pytest.raises(
+        ValueError, match=r"server on gpu7, .* pause it, change its weights .* ssh -L 8000:127.0.0.1:8000 gpu7"
+    ):
+        RolloutKeys(engine="vllm_server", url="http://gpu7:8000")

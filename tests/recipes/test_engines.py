@@ -60,7 +60,7 @@ def test_each_key_reaches_vllm(key, value, argument, expected, keys):
 
 def test_eager_is_what_a_cpu_always_is(keys):
     assert options_of(keys()).engine_args()["enforce_eager"]
-    assert options_of(keys(rollout={"enforce_eager": True})).enforce_eager
+    assert options_of(keys(rollout={"engine": "vllm", "enforce_eager": True})).enforce_eager
 
 
 def test_it_starts_as_the_trainer_computes_and_stops_where_we_do(keys):
@@ -80,7 +80,7 @@ def test_several_processes_do_not_each_hold_a_vllm(keys):
         num_shards, is_sharded = 2, True
 
     policy = replace(load_policy(keys()), sharding=Two())
-    with pytest.raises(ConfigError, match="samples in the training process, and there are 2 of them"):
+    with pytest.raises(ConfigError, match="samples for one training process, and there are 2 of them"):
         make_engine(EngineSource(keys(), policy), keys=RolloutKeys(engine="vllm"))
 
 

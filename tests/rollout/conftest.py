@@ -52,3 +52,26 @@ def make_vllm(vllm_engine, shared_policy):
         return engine
 
     return make
+
+
+@pytest.fixture(scope="session")
+def vllm_server_engine(shared_policy, model_dir, tmp_path_factory):
+    """A server of vLLM on the tiny Qwen3, in float32; started once, with places for adapters."""
+    policy = shared_policy("qwen3")
+    keys = SFTKeys(base_model=str(model_dir("qwen3")), datasets=[{"path": "unused.jsonl"}], adapter="lora", lora_r=8)
+    rollout = RolloutKeys(engine="vllm_server", memory_gib=0.1)
+    engine = make_engine(EngineSource(keys, policy), keys=rollout, folder=tmp_path_factory.mktemp("server"))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def make_vllm_server(vllm_server_engine, shared_policy):
+    """`make_vllm_server(stops)`: that engine with these stop tokens, and with the weights that it was started with."""
+
+    def make(stops):
+        engine = copy.copy(vllm_server_engine._engine)
+        engine._served = replace(engine._served, stop_token_ids=tuple(stops))
+        return engine
+
+    return make

@@ -18,6 +18,7 @@ ENGINES = {
     "one by one": ("mamba", "embedded"),
     "one by one with sinks": ("gpt_oss", "embedded"),
     "vllm": ("qwen3", "vllm"),
+    "vllm behind HTTP": ("qwen3", "vllm_server"),
 }
 NEEDS_VLLM = (
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make setup-vllm"),

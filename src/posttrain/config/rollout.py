@@ -7,26 +7,36 @@ from typing import Literal
 from pydantic import model_validator
 
 from posttrain.config.knob import Keys, knob
+from posttrain.uris import loopback
 
-TRANSFERS_OF = {"embedded": ("shared",), "vllm": ("copy", "file")}
+TRANSFERS_OF = {"embedded": ("shared",), "vllm": ("copy", "file"), "vllm_server": ("file",)}
 """The ways in which each engine can take weights, the best first."""
+_STARTED_VLLM = ("dtype", "max_model_len", "memory_gib", "tensor_parallel_size", "enforce_eager")
+_SERVER = ("timeout_s", "start_timeout_s", "max_restarts", "pause")
+_GIVEN = ("token_env", "token_file")
 
 # fmt: off
 # One key a line, as in `stages`.
 
 
 class RolloutKeys(Keys):
-    """Which engine samples, and how it is started; all but `engine` and `exact` are for vLLM, under its own names where it has one."""
+    """Which engine samples, and how it is started; under vLLM's own names where it has one. A key that the chosen engine does not read is refused."""
 
-    engine: Literal["embedded", "vllm"] = knob("embedded", "What samples: our own engine, on the weights in training; or vLLM in this process (pip install 'posttrain[vllm]').", also="use_vllm (TRL)")
+    engine: Literal["embedded", "vllm", "vllm_server"] = knob("embedded", "What samples: our own engine, on the weights in training; vLLM in this process; or a server of vLLM beside it (pip install 'posttrain[vllm]').", also="use_vllm (TRL)")
     exact: bool = knob(False, "Make the embedded engine's log-probs the trainer's to the last bit: slower, on one thread of a CPU.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "Dtype that vLLM computes in; `auto` is the trainer's.")
     max_model_len: int | None = knob(None, "Longest prompt and answer together, in tokens; null is as long as model and memory allow.", ge=2, also="vllm_max_model_length (TRL)", example=4096)
     memory_gib: float | None = knob(None, "GiB for vLLM's keys and values; null takes 1 on a CPU, 8 on a GPU.", gt=0, example=4.0)
     tensor_parallel_size: int = knob(1, "Processes that vLLM splits the model over.", ge=1, also="vllm_tensor_parallel_size (TRL)")
     enforce_eager: bool = knob(False, "Let vLLM compile nothing; on a CPU it never does.")
-
-    transfer: Literal["auto", "shared", "copy", "file"] = knob("auto", "How weights get to the engine; `auto` is the first that it can: `embedded` decodes with those in training (`shared`), `vllm` takes a `copy` or a `file`.")
+    transfer: Literal["auto", "shared", "copy", "file"] = knob("auto", "How weights get to the engine; `auto` is the first that it can: `embedded` decodes with those in training (`shared`), `vllm` takes a `copy` or a `file`, `vllm_server` a `file`.")
+    url: str | None = knob(None, "A server that runs already, on this machine, for `vllm_server`; null starts one that ends with the run.", also="vllm_server_base_url (TRL)", example="http://127.0.0.1:8000")
+    token_env: str = knob("VLLM_API_KEY", "Environment variable that holds the API key of the server at `url`.")
+    token_file: str | None = knob(None, "File that holds it; goes before the variable.", example="~/.config/vllm.key")
+    pause: Literal["wait", "keep", "abort"] = knob("wait", "What an update does with completions that a server is sampling: wait for them, go on with them under the new weights, or end them.")
+    timeout_s: float = knob(30.0, "Seconds after which a server that does not answer is taken for dead: a call that changes its state, or the question whether it lives.", gt=0)
+    start_timeout_s: float = knob(600.0, "Seconds that a server may take until it answers.", gt=0, also="vllm_server_timeout (TRL)")
+    max_restarts: int = knob(2, "How often a server that died is started again, or one at `url` is waited for; the stage goes on with what it had not answered.", ge=0)
 
     @property
     def way(self) -> str:
@@ -44,4 +54,24 @@ class RolloutKeys(Keys):
     def _only_ours_is_exact(self) -> RolloutKeys:
         if self.exact and self.engine != "embedded":
             raise ValueError(f"rollout.exact: true with rollout.engine: {self.engine}; only the embedded engine can be; set exact: false")
+        return self
+
+    @model_validator(mode="after")
+    def _reads_every_key(self) -> RolloutKeys:
+        unread = {
+            "rollout.engine: embedded": (*_STARTED_VLLM, "url", *_SERVER, *_GIVEN) if self.engine == "embedded" else (),
+            "rollout.engine: vllm": ("url", *_SERVER, *_GIVEN) if self.engine == "vllm" else (),
+            "rollout.url": _STARTED_VLLM if self.url else (),
+            "no rollout.url": () if self.url else _GIVEN,
+        }
+        for beside, names in unread.items():
+            for name in names:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"rollout.{name} does nothing with {beside}; remove it, or choose the engine that reads it")
+        return self
+
+    @model_validator(mode="after")
+    def _stays_on_this_machine(self) -> RolloutKeys:
+        if self.url:
+            loopback(self.url)
         return self

@@ -36,7 +36,7 @@ def certify(keys: RLKeys, path: Path) -> Certificate:
     cases = cases_of([prompt for prompt, _ in rows], limit=_NUM_CASES)
     chosen = rows[: min(len(cases), max(1, _NUM_SAMPLES // keys.num_generations))]
     source = EngineSource(keys.model_copy(update={"adapter": "none"}))
-    with closing(make_engine(source, keys=keys.rollout, rows=keys.rollout_batch_size)) as engine:
+    with closing(make_engine(source, keys=keys.rollout, rows=keys.rollout_batch_size, folder=path.parent)) as engine:
         groups = sample_groups(
             engine, chosen, keys.num_generations, sampling_params(keys), (keys.seed, -1), range(len(chosen))
         )

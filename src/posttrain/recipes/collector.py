@@ -183,8 +183,7 @@ class Collector:
     def _made(self, numbered: Sequence[tuple[int, RolloutGroup]]) -> list[_Made]:
         """This rank's groups, scored by whoever the objective asks."""
         keys = self._keys
-        version = self._engine.policy_version
-        unmasked = [tuple(_sample(group, rollout, version) for rollout in group.rollouts) for _, group in numbered]
+        unmasked = [tuple(_sample(group, rollout) for rollout in group.rollouts) for _, group in numbered]
         wants_reference = keys.beta > 0
         references = self._reference.logp(unmasked) if wants_reference else [None] * _count(unmasked)
         # The embedded engine's log-probs are the trainer's own; another sampler's are corrected for.
@@ -226,11 +225,13 @@ def _count(groups: Sequence[Group]) -> int:
     return sum(len(group) for group in groups)
 
 
-def _sample(group: RolloutGroup, rollout: Rollout, version: int) -> Sample:
-    ids = np.array((*group.prompt_ids, *rollout.completion.ids), np.int32)
+def _sample(group: RolloutGroup, rollout: Rollout) -> Sample:
+    completion = rollout.completion
+    ids = np.array((*group.prompt_ids, *completion.ids), np.int32)
     mask = np.arange(len(ids)) >= len(group.prompt_ids)
-    logp = np.array(rollout.completion.logp, np.float32)
-    return Sample(ids, mask, logp, policy_version=np.broadcast_to(np.int32(version), logp.shape))
+    logp = np.array(completion.logp, np.float32)
+    versions = np.array(completion.policy_versions or completion.policy_version, np.int32)
+    return Sample(ids, mask, logp, policy_version=np.broadcast_to(versions, logp.shape))
 
 
 def _with_advantages(made: Sequence[_Made], advantages: Sequence[float]) -> tuple[Group, ...]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +22,9 @@ from posttrain.models.text import decoder
 from posttrain.protocols import Engine
 from posttrain.rollout.canary import check_arrival
 from posttrain.rollout.embedded import EmbeddedEngine, score_sequences
+from posttrain.rollout.restart import RestartedEngine
 from posttrain.rollout.vllm.adapter import served_rank
+from posttrain.rollout.vllm.connect import ServerOptions, given_server, server_version, start_server, token_of
 from posttrain.rollout.vllm.engine import VLLMEngine
 from posttrain.rollout.vllm.options import VLLMOptions, require_vllm
 from posttrain.types import SamplingParams
@@ -39,11 +43,12 @@ class EngineSource:
 
 @dataclass(frozen=True)
 class _Ask:
-    """An engine to be made: what from, how, how many completions at once."""
+    """An engine to be made: what from, how, how many completions at once, and where its log goes."""
 
     source: EngineSource
     keys: RolloutKeys
     rows: int
+    folder: Path | None = None
 
 
 def _embedded(ask: _Ask) -> Engine:
@@ -60,20 +65,60 @@ def _embedded(ask: _Ask) -> Engine:
 
 def _vllm(ask: _Ask) -> Engine:
     """In this process, from the folder that the policy was made from; an update brings it what was trained since."""
+    tokenizer = _tokenizer(ask)
+    return VLLMEngine(_vllm_options(ask, tokenizer), decoder(tokenizer, special=True), ask.keys.way)
+
+
+def _vllm_server(ask: _Ask) -> Engine:
+    """On a server that the run starts and owns, or on a given one; either comes back with the weights that it had."""
+    keys, tokenizer = ask.keys, _tokenizer(ask)
+    options, decode = _vllm_options(ask, tokenizer), decoder(tokenizer, special=True)
+    log = ask.folder and ask.folder / "vllm_server.log"
+    how = ServerOptions(keys.timeout_s, keys.start_timeout_s, keys.way, keys.pause, log)
+    policy = ask.source.policy
+    if keys.url is None:
+        require_vllm()
+        start = partial(start_server, options, how, decode)
+    else:
+        start = partial(given_server, keys.url, token_of(keys.token_env, keys.token_file), options, how, decode)
+        # What it serves is not known to be the model that is asked for.
+        policy = policy or load_policy(ask.source.model, trainable=False)
+    check = partial(check_arrival, trainer=partial(score_sequences, policy)) if policy else _nothing_to_compare
+    engine = RestartedEngine(start, check, keys.max_restarts)
+    if policy is not None and ask.source.policy is None:
+        with _closed_on_error(engine):
+            sync_engine(engine, policy, version=0)
+    return engine
+
+
+def _tokenizer(ask: _Ask) -> PreTrainedTokenizerBase:
+    """Raises: ConfigError for what vLLM cannot be asked for."""
+    engine, model = ask.keys.engine, ask.source.model
     trained = ask.source.policy
     if trained is not None and trained.sharded:
         raise ConfigError(
-            f"rollout.engine: vllm samples in the training process, and there are {trained.sharding.num_shards} of them; "
+            f"rollout.engine: {engine} samples for one training process, and there are {trained.sharding.num_shards} of them; "
             "set rollout.engine: embedded, or train in one process"
         )
-    model = ask.source.model
     if model.added_tokens:
         raise ConfigError(
-            "rollout.engine: vllm starts from base_model as it is, which has no rows for added_tokens; train them in an "
+            f"rollout.engine: {engine} starts from base_model as it is, which has no rows for added_tokens; train them in an "
             "SFT stage first, or set rollout.engine: embedded"
         )
-    tokenizer = ask.source.policy.tokenizer if ask.source.policy else load_tokenizer(model)
-    return VLLMEngine(_vllm_options(ask, tokenizer), decoder(tokenizer, special=True), ask.keys.way)
+    return trained.tokenizer if trained else load_tokenizer(model)
+
+
+def _nothing_to_compare(engine: Engine) -> None:
+    """Nothing was trained: it answers with the weights of the folder that it was started from."""
+
+
+@contextmanager
+def _closed_on_error(engine: Engine) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        engine.close()
+        raise
 
 
 def _vllm_options(ask: _Ask, tokenizer: PreTrainedTokenizerBase) -> VLLMOptions:
@@ -98,19 +143,27 @@ def _vllm_options(ask: _Ask, tokenizer: PreTrainedTokenizerBase) -> VLLMOptions:
     )
 
 
-ENGINES: Mapping[str, Callable[[_Ask], Engine]] = {"embedded": _embedded, "vllm": _vllm}
+ENGINES: Mapping[str, Callable[[_Ask], Engine]] = {"embedded": _embedded, "vllm": _vllm, "vllm_server": _vllm_server}
 """`rollout.engine` → an engine on a source."""
 
 
-def make_engine(source: EngineSource, *, keys: RolloutKeys | None = None, rows: int = _ROWS) -> Engine:
-    """The engine that a stage, an eval, a certificate or a chat samples with."""
-    ask = _Ask(source, keys or RolloutKeys(), rows)
+def make_engine(
+    source: EngineSource, *, keys: RolloutKeys | None = None, rows: int = _ROWS, folder: Path | None = None
+) -> Engine:
+    """The engine that a stage, an eval, a certificate or a chat samples with.
+
+    `folder` is where a process of the engine's own writes its log.
+    """
+    ask = _Ask(source, keys or RolloutKeys(), rows, folder)
     return ENGINES[ask.keys.engine](ask)
 
 
 def named_engine(keys: RolloutKeys) -> str:
-    """As an eval report names what `make_engine` makes of these keys. Raises: MissingExtraError."""
-    return "" if keys.engine == "embedded" else f"{keys.engine} {require_vllm()}"
+    """As an eval report names what `make_engine` makes of these keys. Raises: MissingExtraError, EngineGoneError."""
+    if keys.engine == "embedded":
+        return ""
+    given = keys.url and server_version(keys.url, token_of(keys.token_env, keys.token_file), keys.timeout_s)
+    return f"{keys.engine} {given or require_vllm()}"
 
 
 def sampling_params(keys: SamplingKeys) -> SamplingParams:

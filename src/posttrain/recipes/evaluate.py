@@ -84,7 +84,7 @@ def evaluate(
             missing.append((suite, keys))
     if missing:
         rows = _ROWS if not order else _ROWS // 4
-        with closing(make_engine(EngineSource(model), keys=rollout, rows=rows)) as sampler:
+        with closing(make_engine(EngineSource(model), keys=rollout, rows=rows, folder=folder)) as sampler:
             evaluator = _evaluator(sampler, model, digest, progress)
             for suite, keys in missing:
                 known = _known(suite, keys, split, folder, (digest, engine))

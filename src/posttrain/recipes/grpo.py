@@ -62,7 +62,8 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     policy = load_policy(keys, tokenizer=tokenizer, sharding=stage.sharding, exact=keys.rollout.exact).without_dropout()
     if keys.beta:
         freeze_reference(policy)
-    engine = stage.until_done(make_engine(EngineSource(keys, policy), keys=keys.rollout, rows=keys.rollout_batch_size))
+    source = EngineSource(keys, policy)
+    engine = stage.until_done(make_engine(source, keys=keys.rollout, rows=keys.rollout_batch_size, folder=stage.folder))
     suite = SuiteScore.of(policy, keys, engine)
     optimizer = make_optimizer(policy, keys)
 

@@ -13,7 +13,7 @@ import selectors
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, cast
@@ -80,7 +80,7 @@ class Client:
 
     def calls(
         self, path: str, bodies: Sequence[Any], *, at_once: int, timeout_s: float, beat: Callable[[], None], every_s: float
-    ) -> Iterator[tuple[int, Any]]:  # fmt: skip
+    ) -> Generator[tuple[int, Any]]:  # fmt: skip
         """POST each; (place, answer) as they end. `beat` is called every `every_s` seconds of waiting, and may raise.
 
         Who closes the iterator hangs up on those that have not ended.

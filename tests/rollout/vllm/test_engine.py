@@ -162,6 +162,14 @@ def test_of_an_adapter_only_the_adapter_is_moved(made):
         assert max(map(abs, gaps(engine, policy))) > 0.1
 
 
+def test_an_engine_with_adapters_scores_several_sequences(made):
+    policy, engine = made(**LORA)
+    sync_engine(engine, moved(policy, std=0.2), version=1)
+    sequences = [((*prompt, 7, 9), len(prompt)) for prompt in PROMPTS]
+    for found, expected in zip(engine.score(sequences), score_sequences(policy, sequences), strict=True):
+        assert found == pytest.approx(expected, abs=2e-4)
+
+
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_modules_to_save": ["lm_head"]}], ids=["dora", "whole"])
 def test_an_adapter_that_vllm_cannot_serve_is_merged(options, made):
     policy, engine = made("llama", **LORA, **options)

@@ -82,6 +82,16 @@ class VLLMEngine:
         """At temperature 1 only. Raises: EngineError at another."""
         asking.check_scored(sequences, temperature, self._longest)
         options = {"max_tokens": 1, "prompt_logprobs": 0}
+        # vLLM's kernel for adapters on a CPU ends the engine where the prompts of two requests are scored together.
+        at_once = len(sequences) if self._options.lora_rank is None else 1
+        if self._options.lora_rank is not None and self._engine.has_unfinished_requests():
+            raise EngineError("vLLM cannot score while it samples with adapters; take the completions first")
+        found: list[list[float]] = []
+        for start in range(0, len(sequences), max(1, at_once)):
+            found += self._scored(sequences[start : start + at_once], options)
+        return found
+
+    def _scored(self, sequences: Sequence[tuple[Sequence[int], int]], options: dict[str, Any]) -> list[list[float]]:
         asked = {self._add(ids, options): place for place, (ids, _) in enumerate(sequences)}
         found: list[list[float]] = [[] for _ in sequences]
         for name, output in self._outputs(list(asked)):
