@@ -101,13 +101,14 @@ def _own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
-    """`model_dir("qwen3")` is the folder of that tiny model; made once."""
+    """`model_dir("qwen3")` is the folder of that tiny model; made once, with these changes to its config."""
     made: dict[str, Path] = {}
 
-    def make(architecture: str) -> Path:
-        if architecture not in made:
-            made[architecture] = make_model(tmp_path_factory.mktemp("models") / architecture, architecture)
-        return made[architecture]
+    def make(architecture: str, **changes) -> Path:
+        name = json.dumps([architecture, changes], sort_keys=True)
+        if name not in made:
+            made[name] = make_model(tmp_path_factory.mktemp("models") / architecture, architecture, **changes)
+        return made[name]
 
     return make
 

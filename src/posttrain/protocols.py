@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -112,6 +112,13 @@ class Ranks(Protocol):
 
     def barrier(self) -> None: ...
 
+    def main_only(self, work: Callable[[], T]) -> T:
+        """What `work` returns on rank 0, which alone does it; what it raises there is raised on every rank.
+
+        The others wait without a collective, so that it may take longer than one waits.
+        """
+        ...
+
 
 class Sharding(Protocol):
     """Where the parameters of a model lie: whole in one process, or in shares over the ranks. All ranks call it together."""
@@ -121,6 +128,10 @@ class Sharding(Protocol):
 
     @property
     def is_sharded(self) -> bool: ...
+
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers: of calls of the model, say, which they must make equally often."""
+        ...
 
     def shard(self, model: Any) -> Any:
         """The model with its parameters dealt to the ranks; gradients of the ranks then add up."""

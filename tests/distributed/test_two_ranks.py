@@ -15,11 +15,24 @@ import torch
 LORA = {"adapter": "lora", "lora_r": 4}
 # One process sees per step what two ranks see together.
 QUICK = {"sft": ("sft", {"save_steps": 1})}
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "max_position_embeddings": 32}
+NO_SPREAD = {
+    "dynamic_sampling": True, "dynamic_sampling_max_rounds": 2, "reward_funcs": ["constant"], "num_prompts_per_step": 3,
+    "beta": 0.1,
+}  # fmt: skip
 MORE = {
     "sft packed": ("sft", {"packing": True, "sequence_len": 64, "per_device_train_batch_size": 1}),
     "sft with an adapter": ("sft", LORA),
     "sft with experts": ("sft", {"architecture": "qwen3_moe"}),
     "sft, rows that do not divide": ("sft", {"per_device_train_batch_size": 5, "max_steps": 6}),
+    "sft, one forward a sequence": (
+        "sft",
+        {"architecture": "gpt_oss", "per_device_train_batch_size": 5, "max_steps": 6},
+    ),
+    "sft, an encoding of its own for each length": (
+        "sft",
+        {"architecture": "llama", "config": DYNAMIC, "per_device_train_batch_size": 5},
+    ),
     "dpo": ("dpo", {}),
     "dpo with an adapter": ("dpo", LORA),
     "dpo with a frozen copy": ("dpo", {"precompute_ref_log_probs": False}),
@@ -30,6 +43,8 @@ MORE = {
     "grpo with an adapter": ("grpo", {**LORA, "beta": 0.1}),
     "grpo, batches split over steps": ("grpo", {"num_prompts_per_step": 3, "steps_per_generation": 3}),
     "grpo, refilled": ("grpo", {"dynamic_sampling": True, "reward_funcs": ["last_digit"], "num_prompts_per_step": 3}),
+    "grpo, nothing has spread": ("grpo", NO_SPREAD),
+    "grpo, shares that do not divide": ("grpo", {**LORA, "beta": 0.1, "num_prompts_per_step": 3}),
     "grpo, one prompt": ("grpo", {"num_prompts_per_step": 1, "soft_overlong_cache": 3}),
 }
 GENTLE = {"learning_rate": 1e-4}
@@ -38,13 +53,13 @@ GENTLE = {"learning_rate": 1e-4}
 def _options(rows, name, data_dir, ranks):
     kind, options = rows[name]
     options = {**GENTLE, **options}
-    architecture = options.pop("architecture", "llama")
+    architecture, config = options.pop("architecture", "llama"), options.pop("config", {})
     for key, target in (("data", "datasets"), ("eval", "eval_datasets")):
         if key in options:
             options[target] = [{"path": str(data_dir / f"{options.pop(key)}.jsonl")}]
     if kind != "grpo" and ranks == 1:
         options["gradient_accumulation_steps"] = 2
-    return kind, architecture, options
+    return kind, (architecture, config), options
 
 
 def _command(runner, jobs):
@@ -58,10 +73,10 @@ def _torchrun(runner, jobs):
 
 
 def _job(rows, name, folder, runner, model_dir, data_dir, **extra):
-    kind, architecture, options = _options(rows, name, data_dir, ranks=2)
+    kind, (architecture, config), options = _options(rows, name, data_dir, ranks=2)
     return {
         "kind": kind,
-        "model": str(model_dir(architecture)),
+        "model": str(model_dir(architecture, **config)),
         "data": str(data_dir),
         "folder": str(folder),
         "options": options,
@@ -70,8 +85,8 @@ def _job(rows, name, folder, runner, model_dir, data_dir, **extra):
 
 
 def _alone(rows, name, folder, runner, model_dir, data_dir):
-    kind, architecture, options = _options(rows, name, data_dir, ranks=1)
-    runner.run_stage(kind, folder, runner.keys_of(kind, model_dir(architecture), data_dir, **options))
+    kind, (architecture, config), options = _options(rows, name, data_dir, ranks=1)
+    runner.run_stage(kind, folder, runner.keys_of(kind, model_dir(architecture, **config), data_dir, **options))
     return folder
 
 

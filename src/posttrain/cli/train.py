@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from posttrain.cli.met import met
 from posttrain.errors import ConfigError
 from posttrain.pipeline import OnChange
 
 if TYPE_CHECKING:
     from posttrain.config.load import LoadedPipeline, LoadedStage
     from posttrain.config.pipeline import PipelineKeys
+    from posttrain.distributed.meeting import Meeting
     from posttrain.pipeline.run import Outcome
 
 KeysShown = Literal["none", "set", "all"]
@@ -36,8 +38,9 @@ def run(
     """Run a pipeline: stages, evals, gates, registry. Started again, it goes on."""
     from posttrain.config.load_pipeline import load_pipeline
 
-    loaded = load_pipeline(config, set_ or [])
-    _run(loaded.keys, loaded, on_change, _shown(quiet, verbose))
+    with met() as meeting:
+        loaded = load_pipeline(config, set_ or [])
+        _run(loaded.keys, loaded, on_change, _shown(quiet, verbose), meeting)
 
 
 def sft(
@@ -77,32 +80,37 @@ def stage_verb(kind: str) -> Callable[..., None]:
 def _single(kind: str, config: Path, set_: list[str] | None, on_change: OnChange, shown: KeysShown) -> None:
     from posttrain.config.load import as_pipeline, load_stage
 
-    loaded = load_stage(kind, config, set_ or [])
-    _run(as_pipeline(loaded), loaded, on_change, shown)
+    with met() as meeting:
+        loaded = load_stage(kind, config, set_ or [])
+        _run(as_pipeline(loaded), loaded, on_change, shown, meeting)
 
 
-def _run(keys: PipelineKeys, loaded: LoadedPipeline | LoadedStage, on_change: OnChange, shown: KeysShown) -> None:
+def _run(
+    keys: PipelineKeys, loaded: LoadedPipeline | LoadedStage, on_change: OnChange, shown: KeysShown,
+    meeting: Meeting | None,
+) -> None:  # fmt: skip
     from rich.console import Console
 
     from posttrain.pipeline.show import live_watch, setup_logging, show_keys
 
-    console = Console(stderr=True)
-    setup_logging(console)
-    if shown != "none":
+    console, is_main = Console(stderr=True), meeting is None or meeting.is_main
+    setup_logging(console, is_main=is_main)
+    if shown != "none" and is_main:
         show_keys(loaded, console, defaults=shown == "all")
     # Only now torch: a typo in the YAML is answered at once.
     from posttrain.distributed.ranks import join_ranks
     from posttrain.pipeline.run import run_pipeline
     from posttrain.recipes.stop import EXIT_STOPPED, StoppedPolitely
 
-    with join_ranks() as ranks:
+    with join_ranks(meeting, max(stage.keys.ddp_timeout for stage in keys.stages)) as ranks:
         try:
-            watch = live_watch(console, ranks.is_main)
+            watch = live_watch(console, is_main)
             outcome = run_pipeline(keys, ranks, on_change=on_change, watch=watch, project=loaded.project)
         except StoppedPolitely as stopped:
-            console.print(str(stopped))
+            if is_main:
+                console.print(str(stopped))
             raise typer.Exit(EXIT_STOPPED) from stopped
-        if ranks.is_main:
+        if is_main:
             _close(outcome, console)
     if outcome.exit_code:
         raise typer.Exit(outcome.exit_code)

@@ -121,6 +121,7 @@ class TrainKeys(ModelKeys):
     per_device_train_batch_size: int = knob(8, "Rows per micro-batch and process; in RL a row is a completion, and a larger group is split.", ge=1, also="micro_batch_size (Axolotl)")
     gradient_accumulation_steps: int = knob(1, "Micro-batches per optimizer step and process.", ge=1)
     num_processes: int | None = knob(None, "Processes that an optimizer step's rows are counted for: per_device_train_batch_size × gradient_accumulation_steps × num_processes; null takes those that the run was begun with. Started on more or fewer, a run keeps its rows per step.", ge=1, example=8)
+    ddp_timeout: int = knob(1800, "Seconds that one of several processes waits for another before it gives up; work that rank 0 does alone may take longer.", ge=1)
     num_train_epochs: float = knob(1.0, "Passes over the data, when max_steps is not set.", gt=0, also="num_epochs (Axolotl), epochs (torchtune)")
     max_steps: int = knob(-1, "Optimizer steps; -1 lets num_train_epochs decide.", ge=-1)
     learning_rate: float = knob(2e-5, "Peak learning rate.", gt=0, also="lr", example=1e-5)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from posttrain.distributed.launch import read_launch
+from posttrain.distributed.meeting import Meeting, meet
 from posttrain.protocols import Ranks
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+WAIT_S = 1800.0
+"""How long a rank waits for another one where nobody says."""
 
 
 class SingleProcess:
@@ -37,18 +46,23 @@ class SingleProcess:
     def barrier(self) -> None:
         pass
 
+    def main_only(self, work: Callable[[], T]) -> T:
+        return work()
+
 
 class ProcessGroup:
-    """Ranks under torchrun."""
+    """Ranks that have met; none waits longer than `timeout_s` for another one."""
 
-    def __init__(self) -> None:
+    def __init__(self, meeting: Meeting, timeout_s: float) -> None:
+        self._meeting, self._timeout_s = meeting, timeout_s
+        self.rank, self.world_size, self.is_main = meeting.launch.rank, meeting.launch.world_size, meeting.is_main
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if backend == "nccl":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group(backend)
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
-        self.is_main = self.rank == 0
+            torch.cuda.set_device(meeting.launch.local_rank)
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("group", meeting.store), rank=self.rank, world_size=self.world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )  # fmt: skip
 
     def share(self, items: Sequence[T]) -> list[T]:
         return list(items[self.rank :: self.world_size])
@@ -70,14 +84,19 @@ class ProcessGroup:
     def barrier(self) -> None:
         dist.barrier()
 
+    def main_only(self, work: Callable[[], T]) -> T:
+        return self._meeting.main_only(work, self._timeout_s)
+
 
 @contextmanager
-def join_ranks() -> Iterator[Ranks]:
-    """The ranks that this process was started among."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+def join_ranks(meeting: Meeting | None = None, timeout_s: float = WAIT_S) -> Iterator[Ranks]:
+    """The ranks that this process was started among; where they have not met yet, they do. Raises: ConfigError."""
+    if meeting is None and (launch := read_launch(os.environ)) is not None:
+        meeting = meet(launch, log.warning)
+    if meeting is None:
         yield SingleProcess()
         return
-    group = ProcessGroup()
+    group = ProcessGroup(meeting, timeout_s)
     try:
         yield group
     finally:

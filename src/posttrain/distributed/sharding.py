@@ -19,6 +19,9 @@ class Whole:
     num_shards = 1
     is_sharded = False
 
+    def largest(self, number: int) -> int:
+        return number
+
     def shard(self, model: Any) -> Any:
         return model
 
@@ -58,6 +61,11 @@ class FullyShard:
 
     def __init__(self) -> None:
         self.num_shards = dist.get_world_size()
+
+    def largest(self, number: int) -> int:
+        found = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
 
     def shard(self, model: Any) -> Any:
         from torch.distributed.fsdp import FSDPModule, fully_shard

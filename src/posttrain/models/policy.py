@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,16 +12,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.config.stages import ModelKeys
 from posttrain.distributed.sharding import Whole
-from posttrain.errors import ModelError
-from posttrain.models.batch import Batch
+from posttrain.models.batch import Batch, pack
 from posttrain.models.device import Placement
 from posttrain.models.exact import score_tiles, value_of
-from posttrain.models.lengths import by_encoding, forget_lengths
+from posttrain.models.lengths import by_encoding, forget_lengths, length_rule
 from posttrain.models.weights import NamedTensors, Only, named_weights
 from posttrain.objectives.logprobs import chunked_logprobs, token_entropy, token_logprobs
 from posttrain.objectives.terms import LossTerms
 from posttrain.protocols import Sharding
-from posttrain.types import Ratio
+from posttrain.types import Ratio, TokenSeq
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -120,24 +119,24 @@ class Policy:
             return _with_gradient(values, self._score(batch, temperature, entropy))
 
     def _score(self, batch: Batch, temperature: float, entropy: bool) -> Scores:
-        if not self.ragged:
-            return _score_one_by_one(self, batch, temperature, entropy)
-        scores, places = list[Scores](), list[torch.Tensor]()
-        for part, places_of_part in by_encoding(self.base, batch):
-            if places_of_part is None:
-                return self._score_together(part, temperature, entropy)
-            self._check_whole()
-            scores.append(self._score_together(part, temperature, entropy))
-            places.append(places_of_part)
-        return _joined(scores, torch.cat(places).argsort())
+        if self.ragged and length_rule(self.base.config) is None:
+            return self._score_together(batch, temperature, entropy)
+        calls = list(self._score_apart(batch, temperature, entropy))
+        # Ranks of a sharded model call it equally often.
+        for _ in range(self.sharding.largest(len(calls)) - len(calls)):
+            ((idle, _),) = self._score_apart(_nothing().to(self.placement.device), temperature, entropy=False)
+            first, places = calls[0]
+            calls[0] = replace(first, logp_M=first.logp_M + 0.0 * idle.logp_M.sum()), places
+        return _joined([scores for scores, _ in calls], torch.cat([places for _, places in calls]).argsort())
 
-    def _check_whole(self) -> None:
-        """Raises: ModelError where the model is sharded: ranks must call it equally often."""
-        if self.sharded:
-            raise ModelError(
-                "a micro-batch has sequences on both sides of the length at which this model's rotary embedding changes, which "
-                "a model sharded over ranks cannot run apart; set per_device_train_batch_size: 1, or sequence_len to that length"
-            )
+    def _score_apart(self, batch: Batch, temperature: float, entropy: bool) -> Iterator[tuple[Scores, torch.Tensor]]:
+        """Call by call, each with the places of its scored tokens; at least one."""
+        if not self.ragged:
+            yield from _score_one_by_one(self, batch, temperature, entropy)
+            return
+        everywhere_M = torch.arange(len(batch.target_M), device=batch.target_M.device)
+        for part, places in by_encoding(self.base, batch):
+            yield self._score_together(part, temperature, entropy), everywhere_M if places is None else places
 
     def _score_together(self, batch: Batch, temperature: float, entropy: bool) -> Scores:
         if self._head_is_plain:
@@ -254,17 +253,22 @@ def _with_gradient(values: Scores, slopes: Scores) -> Scores:
     return Scores(value_of(values.logp_M, slopes.logp_M), entropy_M, values.top1_M, slopes.aux_loss)
 
 
-def _score_one_by_one(policy: Policy, batch: Batch, temperature: float, entropy: bool) -> Scores:
+def _score_one_by_one(
+    policy: Policy, batch: Batch, temperature: float, entropy: bool
+) -> Iterator[tuple[Scores, torch.Tensor]]:
     """For models the ragged layout is not exact for: each sequence alone, its prefix included, nothing padded."""
-    parts: list[Scores] = []
-    for ids, sources, targets in _sequences(batch):
+    for ids, sources, targets, places in _sequences(batch):
         forget_lengths(policy.base)
         output = policy.model(input_ids=ids[None], use_cache=False, logits_to_keep=sources, **policy._router_options)
-        parts.append(_from_logits(output.logits[0], targets, temperature, entropy, policy._aux_loss(output)))
-    return _joined(parts)
+        yield _from_logits(output.logits[0], targets, temperature, entropy, policy._aux_loss(output)), places
 
 
-def _joined(parts: Sequence[Scores], order_M: torch.Tensor | slice = slice(None)) -> Scores:
+def _nothing() -> Batch:
+    """A batch of one token, for a call whose result weighs nothing."""
+    return pack([[TokenSeq((0, 0), (False, True))]])
+
+
+def _joined(parts: Sequence[Scores], order_M: torch.Tensor) -> Scores:
     """The scores of parts that were run apart, put in order."""
     entropies = [part.entropy_M for part in parts if part.entropy_M is not None]
     losses = [part.aux_loss for part in parts if part.aux_loss is not None]
@@ -276,8 +280,8 @@ def _joined(parts: Sequence[Scores], order_M: torch.Tensor | slice = slice(None)
     )
 
 
-def _sequences(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Ids, source positions and targets of each sequence of a packed batch, in order."""
+def _sequences(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Ids, source positions, targets and places of the scored tokens of each sequence of a packed batch, in order."""
     sequence = 0
     for tree in batch.layout.trees:
         prefix = torch.arange(tree.start, tree.split, device=batch.input_ids_N.device)
@@ -288,5 +292,5 @@ def _sequences(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch
             where = torch.zeros(batch.input_ids_N.numel(), dtype=torch.long, device=prefix.device)
             where[packed] = torch.arange(packed.numel(), device=prefix.device)
             if bool(mine.any()):
-                yield batch.input_ids_N[packed], where[batch.source_M[mine]], batch.target_M[mine]
+                yield batch.input_ids_N[packed], where[batch.source_M[mine]], batch.target_M[mine], mine.nonzero()[:, 0]
             sequence += 1

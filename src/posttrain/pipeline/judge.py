@@ -75,13 +75,11 @@ class Judge:
         candidate = self._candidate(entry)
         ours = self.evals.measure(candidate, spec.suites, spec.split)
         theirs = self.evals.measure(baseline, spec.suites, spec.split)
-        verdict = Verdict.INVALID  # what rank 0 says counts
-        if self.ranks.is_main:
-            places = self.folder / "evals" / candidate.name, self.folder / "evals" / baseline.name
-            asked = Question(spec, self.after(index), entry.attempt, ours, theirs, places)
-            state, verdict, table = decide_once(asked, self.keys, state, self.folder)
-            self.say(table)
-        return self.ranks.broadcast((state, verdict))
+        places = self.folder / "evals" / candidate.name, self.folder / "evals" / baseline.name
+        asked = Question(spec, self.after(index), entry.attempt, ours, theirs, places)
+        state, verdict, table = self.ranks.main_only(lambda: decide_once(asked, self.keys, state, self.folder))
+        self.say(table)
+        return state, verdict
 
     def _check_itself(self, gate: GateKeys, spec: GateSpec, baseline: MeasuredModel) -> None:
         """The A/A check of the baseline. Raises: GateError if it differs from itself."""

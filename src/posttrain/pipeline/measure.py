@@ -45,42 +45,32 @@ class Evals:
         name = model.name
         self.before(f"the evals of {name}")
         folder = self.folder / "evals" / name
-        if suites and self.ranks.is_main:
-            check_same(model)
-            reports = evaluate(
-                model_keys(self.keys, model.path),
-                self._of(suites),
-                split,
-                folder,
-                self.shown,
-                digest=model.digest,
-                rollout=self.keys.eval_rollout,
-            )
+        if suites:
+            reports = self._evaluated(model, self._of(suites), split, folder)
             if (name, split) not in self._announced:
                 self.say(f"evals of {name}: {summary(reports)}")
             self._announced.add((name, split))
-        self.ranks.barrier()
         return _stored(folder, suites, split)
 
     def again(self, model: MeasuredModel, suites: Sequence[str], split: str, number: int) -> Reports:
         """The same with another batch order and another seed, under `aa/`: an A/A check compares the two."""
         self.before(f"A/A check {number} of {model.name}")
         folder = self.folder / "aa" / f"{model.name}-{number}"
-        if self.ranks.is_main:
-            varied = [(suite, keys.model_copy(update={"seed": keys.seed + number})) for suite, keys in self._of(suites)]
-            check_same(model)
-            evaluate(
-                model_keys(self.keys, model.path),
-                varied,
-                split,
-                folder,
-                self.shown,
-                order=number,
-                digest=model.digest,
-                rollout=self.keys.eval_rollout,
-            )
-        self.ranks.barrier()
+        varied = [(suite, keys.model_copy(update={"seed": keys.seed + number})) for suite, keys in self._of(suites)]
+        self._evaluated(model, varied, split, folder, order=number)
         return _stored(folder, suites, split)
+
+    def _evaluated(
+        self, model: MeasuredModel, suites: Sequence[tuple[Suite, SuiteKeys]], split: str, folder: Path, order: int = 0
+    ) -> Reports:
+        def work() -> Reports:
+            check_same(model)
+            return evaluate(
+                model_keys(self.keys, model.path), suites, split, folder, self.shown, order=order, digest=model.digest,
+                rollout=self.keys.eval_rollout,
+            )  # fmt: skip
+
+        return self.ranks.main_only(work)
 
     def _of(self, names: Sequence[str]) -> list[tuple[Suite, SuiteKeys]]:
         return [self.suites[name] for name in names]

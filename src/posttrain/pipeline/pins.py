@@ -34,6 +34,7 @@ _HOW_IT_IS_WATCHED = {
     "base_model",
     "mlflow",
     "prometheus_port",
+    "ddp_timeout",
     "lint",
 }
 """Keys that cannot change a stage's weights."""

@@ -1,8 +1,21 @@
-"""How many processes a run's optimizer steps are counted for, however many it is started on."""
+"""The processes of a run: how many its optimizer steps are counted for, and whether all of them were started alike."""
 
 from __future__ import annotations
 
+import time
+from functools import cache
+from pathlib import Path
+
+import posttrain
 from posttrain.config.pipeline import PipelineKeys
+from posttrain.config.resolved import leaves
+from posttrain.errors import ConfigError
+from posttrain.files import digest_file, digest_json
+from posttrain.pipeline.pins import is_version, pins_of
+from posttrain.protocols import Ranks
+
+_SEEN_WITHIN_S = 5.0
+"""How long a network file system may take to show a file to another machine."""
 
 
 def counted_for(keys: PipelineKeys, num_processes: int) -> PipelineKeys:
@@ -25,3 +38,76 @@ def kept_rows(keys: PipelineKeys, begun_with: int, world_size: int) -> str:
         f"begun with {begun_with} process(es), going on with {world_size}: the rows of an optimizer step stay as they were "
         f"({rows}); --on-change new-run begins a run of its own"
     )
+
+
+def check_started_alike(ranks: Ranks, keys: PipelineKeys, on_change: str) -> None:
+    """Keys, data, models, rewards, suites, versions and code, compared over the ranks.
+
+    Raises: ConfigError on every rank, naming one that differs from rank 0 and in what.
+    """
+    if ranks.world_size == 1:
+        return
+    first, *others = ranks.gather(_taken_in(keys, on_change))
+    for rank, other in enumerate(others, start=1):
+        named = [name for name in sorted(first.keys() | other.keys()) if first.get(name) != other.get(name)]
+        if named:
+            lines = "; ".join(
+                f"{name} is {other.get(name, 'absent')}, on rank 0 {first.get(name, 'absent')}" for name in named[:3]
+            )
+            more = f"; and {len(named) - 3} more" if len(named) > 3 else ""
+            raise ConfigError(
+                f"rank {rank} was started otherwise than rank 0: {lines}{more}; give every rank the same YAML, files and packages"
+            )
+
+
+def _taken_in(keys: PipelineKeys, on_change: str) -> dict[str, str]:
+    """Name → value or digest. Keys by their values, for digests of them would not say what differs."""
+    kinds = [stage.kind for stage in keys.stages]
+    taken = {"--on-change": on_change, "code of posttrain": _short(code_digest())}
+    for path, value in leaves(keys):
+        parts = [str(part + 1) if isinstance(part, int) else part for part in path]
+        if path[0] == "stages":
+            parts.insert(2, kinds[int(path[1])])
+        taken[".".join(parts)] = str(value)
+    pins = {name: _pin(name, pin) for name, pin in pins_of(keys).items() if not _is_of_keys(name)}
+    return taken | {name if is_version(name) else f"digest of {name}": digest for name, digest in pins.items()}
+
+
+def _is_of_keys(pin: str) -> bool:
+    return pin == "gate" or pin.endswith(".keys")
+
+
+def _pin(name: str, value: str) -> str:
+    return value if is_version(name) else _short(value)
+
+
+def _short(digest: str) -> str:
+    return digest.removeprefix("sha256:")[:12]
+
+
+@cache
+def code_digest() -> str:
+    """Of the text of this package."""
+    root = Path(posttrain.__file__).parent
+    return digest_json({str(path.relative_to(root)): digest_file(path) for path in sorted(root.rglob("*.py"))})
+
+
+def check_folder_is_shared(ranks: Ranks, folder: Path) -> None:
+    """Raises: ConfigError on every rank if one does not see what rank 0 writes to the run's folder."""
+    if ranks.world_size == 1:
+        return
+    mark = folder / f".seen-by-all-{ranks.broadcast(time.time_ns())}"
+    if ranks.is_main:
+        mark.touch()
+    ranks.barrier()
+    until = time.monotonic() + _SEEN_WITHIN_S
+    while not mark.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    seen = ranks.gather(mark.exists())
+    if ranks.is_main:
+        mark.unlink(missing_ok=True)
+    if blind := [rank for rank, sees in enumerate(seen) if not sees]:
+        raise ConfigError(
+            f"rank {blind[0]} does not see what rank 0 writes to {folder}: set output_dir to a folder of a file system that all "
+            "machines share"
+        )

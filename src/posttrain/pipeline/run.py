@@ -7,8 +7,9 @@ go on, loop back or stop; at the end register and promote.
 from __future__ import annotations
 
 import uuid
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from posttrain.pipeline.judge import Judge, is_promoted, made_by
 from posttrain.pipeline.measure import Evals, MeasuredModel
 from posttrain.pipeline.opening import fresh, state_to_go_on_from
 from posttrain.pipeline.pins import environment, pins_of
-from posttrain.pipeline.processes import counted_for, kept_rows
+from posttrain.pipeline.processes import check_folder_is_shared, check_started_alike, counted_for, kept_rows
 from posttrain.pipeline.state import (
     DONE,
     ERROR,
@@ -90,15 +91,20 @@ def run_pipeline(
     check_can_be_promoted(keys, earlier)
     # Before the folder is made and anything is pinned: a start that is refused leaves nothing behind.
     data.check_stages(keys, suites)
+    check_started_alike(ranks, keys, on_change)
     folder = Path(keys.output_dir)
     if on_change == "new-run":
         folder = fresh(folder, pins_of(keys))
         keys = keys.model_copy(update={"output_dir": str(folder)})
     place = Place(keys, folder, project, parent)
-    if not ranks.is_main:
+    with ExitStack() as held:
+        ranks.main_only(lambda: _lock(folder, held))
+        check_folder_is_shared(ranks, folder)
         return _PipelineRun(place, ranks, watch, suites, data, on_change).run()
-    with run_lock(folder):
-        return _PipelineRun(place, ranks, watch, suites, data, on_change).run()
+
+
+def _lock(folder: Path, held: ExitStack) -> None:
+    held.enter_context(run_lock(folder))
 
 
 class _PipelineRun:
@@ -134,12 +140,11 @@ class _PipelineRun:
     def _opened(self) -> RunState:
         """The state to go on from, and the folder in order. Raises: ChangedInputsError, DamagedFileError."""
         pins, main = pins_of(self.keys), self.ranks.is_main
-        state = RunState(self.keys.name, pins)
-        if main:
-            state = state_to_go_on_from(
+        state = self.ranks.main_only(
+            lambda: state_to_go_on_from(
                 self.folder, self.keys, pins, self.on_change, self.watch.say, self.place.project
             )
-        state = self.ranks.broadcast(state)
+        )
         world_size = self.ranks.world_size
         if line := kept_rows(self.keys, state.num_processes, world_size):
             self.watch.say(line)
@@ -169,14 +174,15 @@ class _PipelineRun:
             if gate is None:
                 index += 1
                 continue
-            if rejected := self._rejected(entry):
+            if rejected := self.ranks.main_only(partial(self._rejected, entry)):
                 return self._finish(FAILED, rejected, index, Verdict.FAIL)
             onward, verdict = self._chosen(index, gate, entry)
             if onward is not None:
                 index = onward
                 continue
             assert verdict is not None, "what goes nowhere else was judged"
-            verdict, reason = self._decided(gate, verdict, f"the gate after {stage.kind} says {verdict.value}")
+            said = f"the gate after {stage.kind} says {verdict.value}"
+            verdict, reason = self.ranks.main_only(partial(self._decided, gate, verdict, said))
             if verdict is Verdict.PASS and self.keys.stop_when == "gate_passes":
                 break
             tolerated = verdict is Verdict.INCONCLUSIVE and gate.on_inconclusive == "continue" and index < num_stages
@@ -221,29 +227,25 @@ class _PipelineRun:
         return place
 
     def _decided(self, gate: GateKeys, verdict: Verdict, reason: str) -> tuple[Verdict, str]:
-        """The verdict with what a person decided on it; where one is asked and has not, that is left in a file."""
-        if self.ranks.is_main:
-            (self.folder / PENDING_FILE).unlink(missing_ok=True)
-            if verdict is Verdict.INCONCLUSIVE and gate.on_inconclusive == "escalate":
-                last = self.state.gates[-1]
-                decision = decision_on(self.folder, last)
-                if decision is None:
-                    wait_for_person(self.folder, last)
-                    reason = f"{reason}: waits for a person: posttrain gate decide {self.folder} --accept|--reject"
-                else:
-                    verdict = Verdict.PASS if decision.accepted else Verdict.FAIL
-                    reason = f"{'accepted' if decision.accepted else 'rejected'} by {decision.by}: {decision.reason}"
-                    self.watch.say(f"gate: INCONCLUSIVE, {reason}")
-        return self.ranks.broadcast((verdict, reason))
+        """The verdict with what a person decided on it; where one is asked and has not, rank 0 leaves that in a file."""
+        (self.folder / PENDING_FILE).unlink(missing_ok=True)
+        if verdict is Verdict.INCONCLUSIVE and gate.on_inconclusive == "escalate":
+            last = self.state.gates[-1]
+            decision = decision_on(self.folder, last)
+            if decision is None:
+                wait_for_person(self.folder, last)
+                reason = f"{reason}: waits for a person: posttrain gate decide {self.folder} --accept|--reject"
+            else:
+                verdict = Verdict.PASS if decision.accepted else Verdict.FAIL
+                reason = f"{'accepted' if decision.accepted else 'rejected'} by {decision.by}: {decision.reason}"
+                self.watch.say(f"gate: INCONCLUSIVE, {reason}")
+        return verdict, reason
 
     def _rejected(self, entry: StageEntry) -> str:
         """By whom and why this very model was rejected, whatever it was compared with; nothing if it was not."""
-        found = None
-        if self.ranks.is_main:
-            found = rejection_of(self.folder, entry.output_digest)
-            if found is not None:
-                (self.folder / PENDING_FILE).unlink(missing_ok=True)
-        found = self.ranks.broadcast(found)
+        found = rejection_of(self.folder, entry.output_digest)
+        if found is not None:
+            (self.folder / PENDING_FILE).unlink(missing_ok=True)
         return "" if found is None else f"rejected by {found.by}: {found.reason}"
 
     def _measure(self, model: MeasuredModel) -> None:
@@ -258,16 +260,18 @@ class _PipelineRun:
         """Register and promote what passed; what is held, or refused the alias, is registered alone."""
         if self.keys.register_ is None or verdict is not Verdict.PASS:
             return self._finish(PASSED if verdict is Verdict.PASS else DONE, "", index, verdict)
-        if self.ranks.is_main:
-            if not is_promoted(self.state, self.place.digest_before(self.state, index + 1)):
-                self._save(registered=lineage.register(self.place, self.state, index))
-            assert self.state.registered is not None
-            self.watch.say(self.state.registered["message"])
-        self.state = self.ranks.broadcast(self.state)
+        self.state = self.ranks.main_only(lambda: self._registered(index))
         assert self.state.registered is not None, "rank 0 registered it"
         promoted = self.state.registered["alias"] is not None
         reason = "" if promoted else self.state.registered["message"]
         return replace(self._finish(PASSED, reason, index, verdict), promoted=promoted)
+
+    def _registered(self, index: int) -> RunState:
+        if not is_promoted(self.state, self.place.digest_before(self.state, index + 1)):
+            self._save(registered=lineage.register(self.place, self.state, index))
+        assert self.state.registered is not None
+        self.watch.say(self.state.registered["message"])
+        return self.state
 
     def _finish(self, status: str, reason: str, index: int, verdict: Verdict | None) -> Outcome:
         self._save(replace(self.state, status=status, reason=reason))
@@ -282,11 +286,11 @@ class _PipelineRun:
             raise StoppedPolitely(f"stopped before {before}; start again to go on")
 
     def _shown(self, suite: str, done: int, total: int) -> None:
-        """Progress of an eval. Alone, a process need not finish it: it is measured again whole."""
+        """Progress of an eval, on rank 0. It need not be finished: it is measured again whole. Raises: StoppedPolitely."""
         if self.watch.evals is not None:
             self.watch.evals(suite, done, total)
-        if self.ranks.world_size == 1:
-            self._stop_if_asked(f"the end of suite {suite}")
+        if self.stop.is_set:
+            raise StoppedPolitely(f"stopped before the end of suite {suite}; start again to go on")
 
     def _save(self, state: RunState | None = None, **changes: Any) -> None:
         self.state = replace(state or self.state, **changes)

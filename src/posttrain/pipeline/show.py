@@ -24,10 +24,10 @@ class _OneLine(logging.Handler):
         self._console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
 
 
-def setup_logging(console: Console) -> None:
-    """Our notices on stderr; the libraries' only from warnings up."""
+def setup_logging(console: Console, *, is_main: bool = True) -> None:
+    """Our notices on stderr, from rank 0; the libraries' only from warnings up."""
     logging.basicConfig(level=logging.WARNING, handlers=[_OneLine(console)], force=True)
-    logging.getLogger("posttrain").setLevel(logging.INFO)
+    logging.getLogger("posttrain").setLevel(logging.INFO if is_main else logging.ERROR)
     quiet_libraries()
 
 

@@ -145,7 +145,7 @@ class Stages:
         """What of a finished stage is not as it was made; each is looked at once per start, by rank 0."""
         if entry.folder in self._intact:
             return []
-        lines = self.ranks.broadcast(damage(self.place.folder / entry.folder, entry) if self.ranks.is_main else [])
+        lines = self.ranks.main_only(lambda: damage(self.place.folder / entry.folder, entry))
         if not lines:
             self._intact.add(entry.folder)
         return lines
@@ -157,7 +157,7 @@ class Stages:
                 f"{entry.kind}: the model it starts from changed while it ran: {entry.inputs['model']} at the start, "
                 f"{result.parent_digest} at the end; put it back, move {folder} away, and start again"
             )
-        files = self.ranks.broadcast(files_made(folder) if self.ranks.is_main else {})
+        files = self.ranks.main_only(lambda: files_made(folder))
         if model_of(files) != result.model_digest:
             path = folder / "model"
             raise damaged_error(entry.kind, [f"{path} is {model_of(files)}, it was written as {result.model_digest}"])
@@ -197,10 +197,12 @@ class Stages:
         if keys.reward_check == "off":
             self.watch.say(f"{kind}: reward_check is off: the model of this run can be trained but not promoted")
             return
-        if self.ranks.is_main:
+
+        def work() -> None:
             path = folder / "certificate.json"
             earlier = certified_before(keys, path)
             certificate = earlier or certify(keys, path)
             self.watch.say(f"rewards: {certificate.verdict}" + (", checked before" if earlier else ""))
             require(certificate)
-        self.ranks.barrier()
+
+        self.ranks.main_only(work)

@@ -150,8 +150,10 @@ class Collector:
         seen = [note for pair in sampled.of_this_rank if (note := self._prompts.note(*pair)) is not None]
         self._prompts.learn([note for rank in self._ranks.gather(seen) for note in rank])
         if total == 0:
-            # Nothing to learn from: go on with what there is, which the zero-spread metrics then show.
-            sampled.kept = sampled.let_go[: max(1, wanted // self._ranks.world_size)]
+            # Nothing to learn from: go on with what there is, the first of all ranks, which the zero-spread metrics then show.
+            mine = [number for number, _ in sampled.let_go]
+            first = sorted(number for rank in self._ranks.gather(mine) for number in rank)[:wanted]
+            sampled.kept = [pair for pair in sampled.let_go if pair[0] in first]
         sampled.next_prompt = cursor - shift
         return sampled
 

@@ -75,8 +75,7 @@ class LiveChecks:
         if not every or not step or step % every >= steps_per_batch:
             return {}
         best = best_samples([sample for rank in self._stage.ranks.gather(_samples(groups)) for sample in rank])
-        values = self._check(step, best) if self._stage.ranks.is_main else {}
-        return self._stage.ranks.broadcast(values)
+        return self._stage.ranks.main_only(lambda: self._check(step, best))
 
     def _check(self, step: int, best: Sequence[LiveSample]) -> dict[str, float]:
         started = time.monotonic()

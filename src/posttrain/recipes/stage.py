@@ -70,12 +70,15 @@ class Stage:
         After a rollback what was abandoned is discarded first, and the controls it decided on hold from here.
         """
         store, guard = self.checkpoints.store, self.guard
-        if self.ranks.is_main:
+
+        def tidy() -> None:
             weights = sum(p.numel() * p.element_size() for _, p in policy.trainable())
             check_writable(self.folder, needed_bytes=4 * weights)
             sweep(self.folder)
             sweep(store.folder)
             guard.discard_abandoned()
+
+        self.ranks.main_only(tidy)
         world_size = self.ranks.world_size
         state = TrainState(policy, optimizer, guard, world_size, self.keys.rows_per_step(world_size))
         going_back = bool(guard.rollbacks)
@@ -137,14 +140,18 @@ class Stage:
         # All ranks compute it together where each holds a part of the model.
         logits = probe_logits(policy.model)
         model_dir = self.folder / "model"
-        total: TotalReport | None = None
-        if self.ranks.is_main:
+
+        def export() -> TotalReport | None:
             with disk_errors(self.folder):
                 report = save_policy(policy, model_dir, self.keys, state=whole, logits=logits)
-                if policy.has_adapter:
-                    total = write_total(policy, self.folder, self.keys, logits, self._merged_before)
-            self.run.event("export", state.step, asdict(report))
-        total = self.ranks.broadcast(total)
+                self.run.event("export", state.step, asdict(report))
+                return (
+                    write_total(policy, self.folder, self.keys, logits, self._merged_before)
+                    if policy.has_adapter
+                    else None
+                )
+
+        total = self.ranks.main_only(export)
         result = StageResult(
             kind=self.kind, folder=self.folder, model_dir=model_dir, model_digest=model_digest(model_dir),
             parent_digest=source_digest(policy.source), steps=state.step - state.empty_steps, tokens=state.tokens, wall_s=state.wall_s,

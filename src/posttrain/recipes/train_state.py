@@ -89,7 +89,7 @@ class Checkpoints:
 
     def newest(self) -> CheckpointRef | None:
         """The newest valid one; every rank gets the same answer."""
-        return self._ranks.broadcast(self.store.newest_valid() if self._ranks.is_main else None)
+        return self._ranks.main_only(self.store.newest_valid)
 
     def best(self) -> tuple[int, float] | None:
         """Step and score of the best one; every rank gets the same answer."""

@@ -1,0 +1,59 @@
+"""A training verb among the processes that were started with it: they meet first, and what ends them is printed once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+from posttrain.errors import PosttrainError
+
+if TYPE_CHECKING:
+    from posttrain.distributed.meeting import Meeting
+
+_EXIT_USAGE, _EXIT_CRASH = 64, 70
+
+
+@contextmanager
+def met() -> Iterator[Meeting | None]:
+    """Where all ranks of this start have met; None for a process that is alone.
+
+    Inside, an error that several ranks have is printed by one of them, and a rank that only ends because another one failed
+    prints nothing. Raises: ConfigError if the environment says of several processes what cannot be.
+    """
+    from posttrain.distributed.launch import read_launch
+
+    launch = read_launch(os.environ, sys.argv[1:])
+    if launch is None:
+        yield None
+        return
+    from posttrain.distributed.meeting import PeerFailedError, is_of_a_peer, meet
+
+    meeting = meet(launch, _say)
+    try:
+        yield meeting
+    except PosttrainError as error:
+        if not meeting.is_mine_to_say(error):
+            raise typer.Exit(_EXIT_USAGE) from None
+        if not meeting.is_main:
+            typer.echo(f"rank {launch.rank}: ", nl=False, err=True)
+        raise
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if meeting.another_failed():
+            raise typer.Exit(_EXIT_CRASH) from None
+        if isinstance(error, PeerFailedError) or is_of_a_peer(error):
+            _say(
+                f"rank {launch.rank}: another rank is gone ({str(error).splitlines()[0]}); the launcher says which one"
+            )
+            raise typer.Exit(_EXIT_CRASH) from None
+        raise
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)

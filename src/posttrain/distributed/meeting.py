@@ -1,0 +1,206 @@
+"""What the processes of one start tell each other beside collectives: that they are there, what rank 0 did, what went wrong.
+
+All of it goes through a key-value store (torch's TCPStore), so a rank that waits is in no collective, which would end at its
+timeout, and still hears signals.
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from torch.distributed import DistError, PrefixStore, TCPStore
+
+from posttrain.distributed.launch import Launch
+from posttrain.errors import ConfigError, PosttrainError
+from posttrain.files import digest_json
+
+T = TypeVar("T")
+
+_MEETING_S = 600.0
+_NOTICE_S = 10.0
+_BEAT_S = 2.0
+_SAME_ERROR_S = 1.0
+"""How long a rank waits for rank 0 to print the error that they share."""
+_NEWS_S = 3.0
+"""How long a rank whose collective broke waits for the rank that broke it to say why."""
+
+
+class PeerFailedError(Exception):
+    """Another rank has failed and says why; this one only ends."""
+
+
+class Meeting:
+    """One rank's view of the store that all ranks of a start have in common."""
+
+    def __init__(self, launch: Launch, store: Any) -> None:
+        self.launch, self.store = launch, store
+        self._works = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.launch.rank == 0
+
+    # --- waiting for rank 0 ------------------------------------------------------------------------------------
+
+    def main_only(self, work: Callable[[], T], silence_s: float) -> T:
+        """What `work` returns on rank 0, on every rank; what it raises there is raised everywhere. All ranks call it.
+
+        Raises: PeerFailedError if rank 0 gives no sign of life for `silence_s`, or fails for no reason of the user's.
+        """
+        self._works += 1
+        key = f"work/{self._works}"
+        if not self.is_main:
+            return self._result(key, silence_s)
+        try:
+            with self._beating():
+                value = work()
+        except BaseException as error:
+            self.store.set(key, _packed(error))
+            raise
+        self.store.set(key, _packed(value))
+        return value
+
+    def _result(self, key: str, silence_s: float) -> Any:
+        pause, beat, heard = 0.005, None, time.monotonic()
+        while not self.store.check([key]):
+            time.sleep(pause)
+            pause = min(0.2, pause * 1.5)
+            if (now := self.store.add("beat", 0)) != beat:
+                beat, heard = now, time.monotonic()
+            if time.monotonic() - heard > silence_s:
+                raise PeerFailedError(f"rank 0 gave no sign of life for {silence_s:g} s")
+        value = pickle.loads(self.store.get(key))  # written by rank 0 of this run
+        if isinstance(value, BaseException):
+            raise value
+        return value
+
+    @contextmanager
+    def _beating(self) -> Iterator[None]:
+        """While this lasts, a thread tells the other ranks that this one lives."""
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(_BEAT_S):
+                self.store.add("beat", 1)
+
+        thread = threading.Thread(target=beat, daemon=True, name="beat")
+        self.store.add("beat", 1)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    # --- what went wrong ---------------------------------------------------------------------------------------
+
+    def is_mine_to_say(self, error: PosttrainError) -> bool:
+        """Whether this rank prints the error that ends it: of several with the same one rank 0, else the first."""
+        key = f"error/{digest_json(str(error))}"
+        self.store.add("failed", 1)
+        if not self.is_main:
+            self._waits_for(key, _SAME_ERROR_S)
+        return self.store.add(key, 1) == 1
+
+    def another_failed(self) -> bool:
+        """Whether another rank said that it failed; where not, that this one did is noted."""
+        until = time.monotonic() + _NEWS_S
+        try:
+            while time.monotonic() < until:
+                if self.store.add("failed", 0):
+                    return True
+                time.sleep(0.05)
+            self.store.add("failed", 1)
+        except DistError:  # the store went with whoever kept it
+            return True
+        return False
+
+    def _waits_for(self, key: str, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self.store.check([key]):
+            time.sleep(0.02)
+
+
+def is_of_a_peer(error: Exception) -> bool:
+    """Whether a collective broke because another rank is gone."""
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def meet(launch: Launch, say: Callable[[str], None], limit_s: float = _MEETING_S) -> Meeting:
+    """Wait until every rank of the start is there, and say which ones are waited for.
+
+    Raises: ConfigError if they do not come.
+    """
+    place = f"{launch.address}:{launch.port}"
+    waits_for_store = threading.Timer(_NOTICE_S, say, [f"rank {launch.rank}: waiting for the store at {place}"])
+    waits_for_store.daemon = True
+    waits_for_store.start()
+    try:
+        opened = TCPStore(
+            launch.address, launch.port, None, is_master=launch.rank == 0 and not launch.store_is_there,
+            timeout=timedelta(seconds=limit_s), wait_for_workers=False, multi_tenant=True,
+        )  # fmt: skip
+    except DistError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"rank {launch.rank} of {launch.world_size}: nobody keeps a store at {place} ({reason}): is rank 0 started, and are "
+            "MASTER_ADDR and MASTER_PORT the same everywhere?"
+        ) from error
+    finally:
+        waits_for_store.cancel()
+    store = PrefixStore(f"posttrain/{launch.attempt}", opened)
+    if store.add(f"here/{launch.rank}", 1) > 1:
+        raise ConfigError(
+            f"rank {launch.rank} is there twice at {place}; give every process a RANK of its own, and every start a port"
+        )
+    _wait_for_all(launch, store, say, limit_s)
+    return Meeting(launch, store)
+
+
+def _wait_for_all(launch: Launch, store: Any, say: Callable[[str], None], limit_s: float) -> None:
+    """Rank 0 looks who is there, and opens the door once all are. Raises: ConfigError."""
+    began, noticed, pause = time.monotonic(), _NOTICE_S, 0.005
+    missing = list(range(launch.world_size))
+    while True:
+        if launch.rank == 0:
+            missing = [rank for rank in missing if not store.check([f"here/{rank}"])]
+            if not missing:
+                store.set("all", "here")
+                return
+        elif store.check(["all"]):
+            return
+        waited = time.monotonic() - began
+        who = f"{'ranks' if len(missing) > 1 else 'rank'} {_some(missing)} of {launch.world_size}"
+        if waited > limit_s:
+            what = who if launch.rank == 0 else "the other ranks"
+            raise ConfigError(
+                f"waited {limit_s:g} s for {what} at {launch.address}:{launch.port}; start as many processes as WORLD_SIZE says"
+            )
+        if waited > noticed and launch.rank == 0:
+            say(f"waiting for {who}")
+            noticed *= 3
+        time.sleep(pause)
+        pause = min(0.2, pause * 1.5)
+
+
+def _some(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
+
+
+def _packed(value: Any) -> bytes:
+    """A value, or an error that the other ranks raise too: the user's as it is, any other as that of a peer."""
+    if isinstance(value, Exception) and not isinstance(value, PosttrainError) and not _is_ours(value):
+        value = PeerFailedError(f"rank 0: {type(value).__name__}: {value}")
+    elif isinstance(value, BaseException) and not isinstance(value, Exception):
+        value = PeerFailedError(f"rank 0 ended: {type(value).__name__}")
+    return pickle.dumps(value)
+
+
+def _is_ours(error: Exception) -> bool:
+    return type(error).__module__.startswith("posttrain.")

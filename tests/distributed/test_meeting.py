@@ -1,0 +1,129 @@
+"""Ranks meet at a store, wait there for rank 0, and an error that several share is said once. Each rank is a thread here."""
+
+import socket
+import threading
+import time
+
+import pytest
+
+from posttrain.distributed.launch import Launch
+from posttrain.distributed.meeting import PeerFailedError, meet
+from posttrain.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
+
+
+@pytest.fixture
+def on_ranks(port):
+    """`on_ranks(2, f)`: what `f(meeting)` returns or raises, by rank; `late` seconds pass before the last rank comes."""
+
+    def call(world_size, work, *, late=0.0, say=lambda line: None, limit_s=10.0, present=None):
+        results, held = [None] * world_size, []  # the store lives as long as rank 0's meeting
+
+        def be(rank):
+            if late and rank == world_size - 1:
+                time.sleep(late)
+            try:
+                meeting = meet(Launch(rank, world_size, rank, "127.0.0.1", port), say, limit_s)
+                held.append(meeting)
+                results[rank] = work(meeting)
+            except Exception as error:  # noqa: BLE001 - what a rank raises is what is looked at
+                results[rank] = error
+
+        threads = [threading.Thread(target=be, args=(rank,)) for rank in present or range(world_size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+    return call
+
+
+def test_a_late_rank_is_waited_for_and_named(on_ranks, monkeypatch):
+    monkeypatch.setattr("posttrain.distributed.meeting._NOTICE_S", 0.2)
+    said = []
+    assert on_ranks(3, lambda meeting: meeting.launch.rank, late=0.7, say=said.append) == [0, 1, 2]
+    assert "waiting for rank 2 of 3" in said
+
+
+def test_a_rank_that_never_comes_ends_the_wait(on_ranks):
+    first, second, _ = on_ranks(3, lambda meeting: None, limit_s=0.5, present=[0, 1])
+    assert isinstance(first, ConfigError)
+    assert "waited 0.5 s for rank 2 of 3" in str(first)
+    assert isinstance(second, ConfigError)
+
+
+def test_without_rank_0_nobody_keeps_a_store(on_ranks):
+    _, alone = on_ranks(2, lambda meeting: None, limit_s=0.5, present=[1])
+    assert isinstance(alone, ConfigError)
+    assert "nobody keeps a store at 127.0.0.1" in str(alone)
+
+
+def test_two_processes_with_one_rank_are_noticed(on_ranks, port):
+    def twice(meeting):
+        meet(Launch(1, 2, 1, "127.0.0.1", port), lambda line: None)
+
+    _, second = on_ranks(2, lambda meeting: twice(meeting) if meeting.launch.rank else None)
+    assert isinstance(second, ConfigError)
+    assert "rank 1 is there twice" in str(second)
+
+
+def test_what_rank_0_does_alone_the_others_wait_for(on_ranks):
+    def work():
+        time.sleep(0.4)
+        return {"score": 0.5}
+
+    assert on_ranks(3, lambda meeting: meeting.main_only(work, 5.0)) == [{"score": 0.5}] * 3
+
+
+def test_an_error_of_the_user_on_rank_0_is_raised_on_every_rank(on_ranks):
+    def work():
+        raise DataError("train.jsonl:3: empty")
+
+    found = on_ranks(2, lambda meeting: meeting.main_only(work, 5.0))
+    assert [(type(error), str(error)) for error in found] == [(DataError, "train.jsonl:3: empty")] * 2
+
+
+def test_a_defect_on_rank_0_ends_the_others_without_a_word_of_their_own(on_ranks):
+    def work():
+        raise KeyError("x")
+
+    first, second = on_ranks(2, lambda meeting: meeting.main_only(work, 5.0))
+    assert isinstance(first, KeyError)
+    assert isinstance(second, PeerFailedError)
+
+
+def test_a_rank_0_that_gives_no_sign_of_life_is_not_waited_for(on_ranks):
+    def be(meeting):
+        if meeting.is_main:
+            time.sleep(1.0)
+            return None
+        return meeting.main_only(lambda: None, 0.3)
+
+    _, second = on_ranks(2, be)
+    assert isinstance(second, PeerFailedError)
+    assert "no sign of life for 0.3 s" in str(second)
+
+
+def test_long_work_gives_signs_of_life(on_ranks, monkeypatch):
+    monkeypatch.setattr("posttrain.distributed.meeting._BEAT_S", 0.1)
+    assert on_ranks(2, lambda meeting: meeting.main_only(lambda: time.sleep(1.2), 0.6)) == [None, None]
+
+
+def test_an_error_that_all_have_is_said_by_rank_0_alone(on_ranks):
+    assert on_ranks(3, lambda meeting: meeting.is_mine_to_say(DataError("same"))) == [True, False, False]
+
+
+def test_an_error_that_one_rank_has_is_said_by_it(on_ranks):
+    def be(meeting):
+        if meeting.launch.rank == 1:
+            return meeting.is_mine_to_say(DataError("mine"))
+        return meeting.another_failed()
+
+    assert on_ranks(3, be) == [True, True, True]
