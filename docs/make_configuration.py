@@ -9,7 +9,7 @@ from posttrain.config.explain import GROUPS
 from posttrain.config.foreign import CONVERTED_VALUES
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.knob import Keys
-from posttrain.config.schema import KeyInfo, keys_of, show
+from posttrain.config.schema import KeyInfo, keys_of, show_value
 from posttrain.config.stages import ModelKeys, TrainKeys
 
 TARGET = Path(__file__).with_name("configuration.md")
@@ -148,7 +148,7 @@ def _first_line(model: type[Keys]) -> str:
 
 def _other_tools() -> list[str]:
     values = [
-        f"| `{key}` | {', '.join(f'`{show(theirs)}` → `{show(ours)}`' for theirs, ours in readings.items())} |"
+        f"| `{key}` | {', '.join(f'`{show_value(theirs)}` → `{show_value(ours)}`' for theirs, ours in readings.items())} |"
         for key, readings in CONVERTED_VALUES.items()
     ]
     return [

@@ -20,7 +20,7 @@ from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import make_optimizer, update
 from posttrain.registry.registry import Registry
 from posttrain.report.build import build_report
-from posttrain.report.records import load_run
+from posttrain.report.records import read_run
 from posttrain.tracking.live import LiveView
 
 
@@ -30,7 +30,7 @@ def train(keys, stage):
     state = stage.resume(policy, optimizer, keys.max_steps)
     for step in range(state.step, keys.max_steps):
         stage.begin_step(step)
-        metrics, norm = StepMetrics(), Normalizer.of(sft.count(rows))
+        metrics, norm = StepMetrics(), Normalizer.of(sft.loss_counts(rows))
         terms = sft.loss(policy, rows, norm, keys.loss_type)
         terms.loss.backward()
         metrics.add(terms.metrics)
@@ -75,7 +75,7 @@ def test_a_kind_of_two_rows_trains_is_reported_gated_and_registered(tmp_path, mo
     watch = Watch(sinks=lambda kind, total: [LiveView(kind, total)], say=lambda text: None)
     outcome = run_pipeline(loaded.keys, SingleProcess(), watch=watch, project=loaded.project)
     assert outcome.status == "passed", outcome.reason
-    run = load_run(outcome.folder)
+    run = read_run(outcome.folder)
     assert [(stage.name, stage.kind, stage.status) for stage in run.stages] == [("01-sft_twin", "sft_twin", "done")]
     assert [row["step"] for row in run.stages[0].metrics] == list(range(1, 9))
     assert "Token accuracy" in build_report(outcome.folder).read_text()

@@ -16,7 +16,7 @@ def client(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    hub.unreachable.cache_clear()
+    hub.why_unreachable.cache_clear()
     return huggingface_hub.constants
 
 
@@ -49,7 +49,7 @@ def test_where_none_opens_the_client_goes_offline_at_once(client, closed, monkey
 
 
 def test_a_name_that_does_not_exist(client):
-    assert hub.unreachable("https://nothing.invalid")
+    assert hub.why_unreachable("https://nothing.invalid")
 
 
 def test_behind_a_proxy_the_client_finds_out_itself(client, closed, monkeypatch):
@@ -66,7 +66,7 @@ def test_patience_ends(client):
         for each in waiting:
             each.setblocking(False)
             each.connect_ex((host, port))
-        assert hub.unreachable(f"http://{host}:{port}", 0.2) == "no answer within 0 s"
+        assert hub.why_unreachable(f"http://{host}:{port}", 0.2) == "no answer within 0 s"
         for each in waiting:
             each.close()
 

@@ -4,7 +4,7 @@ from typing import get_args
 
 import pytest
 
-from posttrain.config import describe, detect, load_gate, load_stage
+from posttrain.config import describe_keys, detect_kind, load_gate, load_stage
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.stages import ROWS_OF_TYPE, DatasetKeys, SFTKeys
 from posttrain.data.formats import FORMATS
@@ -52,7 +52,7 @@ def test_provenance_says_default_line_or_set(folder):
 
 
 def test_describe_lists_every_key_with_its_default(folder):
-    rows = describe(load_stage("sft", folder / "train.yaml"))
+    rows = describe_keys(load_stage("sft", folder / "train.yaml"))
     names = [key for key, _, _ in rows]
     assert set(SFTKeys.model_fields) - {"datasets"} <= set(names)
     assert len(names) == len(set(names))
@@ -243,7 +243,7 @@ def test_a_bad_gate_spec(write, text, expected):
     ],
 )
 def test_what_a_yaml_is_for_shows_in_its_keys(write, text, kind):
-    assert detect(write(text)) == kind
+    assert detect_kind(write(text)) == kind
 
 
 def test_a_path_given_as_text_is_taken(folder):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.config import describe, load_pipeline, load_stage
+from posttrain.config import describe_keys, load_pipeline, load_stage
 from posttrain.config.yaml_lines import dump_yaml, read_yaml
 from posttrain.errors import ConfigError
 
@@ -144,7 +144,7 @@ def test_all_errors_are_listed_at_once(write, pipeline_text):
 
 
 def test_describe_lists_every_key_once(folder):
-    rows = describe(load_pipeline(folder / "pipeline.yaml"))
+    rows = describe_keys(load_pipeline(folder / "pipeline.yaml"))
     names = [key for key, _, _ in rows]
     assert len(names) == len(set(names))
     assert {"stages.3.epsilon", "evals.heldout.temperature", "gate.power", "register.alias"} <= set(names)
@@ -209,4 +209,4 @@ def test_whatever_stands_in_the_file_the_error_is_ours(folder, seed):
     except ConfigError as error:
         assert all(line.startswith(str(broken)) for line in str(error).splitlines())
     else:
-        assert len(describe(loaded)) > len(loaded.keys.stages)
+        assert len(describe_keys(loaded)) > len(loaded.keys.stages)

@@ -12,7 +12,7 @@ from posttrain.config.schema import (
     group_in,
     keys_of,
     nearest,
-    show,
+    show_value,
     type_text,
 )
 from posttrain.config.stages import DatasetKeys, GRPOKeys
@@ -36,7 +36,7 @@ from posttrain.config.stages import DatasetKeys, GRPOKeys
     ],
 )
 def test_values_are_shown_as_one_writes_them(value, text):
-    assert show(value) == text
+    assert show_value(value) == text
 
 
 @pytest.mark.parametrize(

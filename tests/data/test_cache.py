@@ -48,7 +48,7 @@ def test_each_miss_says_why(write_jsonl, tokenizer, tokenizer_of, monkeypatch):
     statuses.append(load_sft(sft(path, sequence_len=64, train_on="last"), tokenizer).summary.cache)
     tokenizer.add_tokens(["Hello"])
     statuses.append(load_sft(sft(path, sequence_len=64, train_on="last"), tokenizer).summary.cache)
-    monkeypatch.setattr(cache, "code_digest", lambda: "sha256:other")
+    monkeypatch.setattr(cache, "cache_code_digest", lambda: "sha256:other")
     statuses.append(load_sft(sft(path, sequence_len=64, train_on="last"), tokenizer).summary.cache)
     assert statuses == [
         "miss: first time",

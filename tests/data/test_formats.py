@@ -3,7 +3,7 @@
 import pytest
 
 from posttrain.config.stages import DatasetKeys
-from posttrain.data.formats import FORMATS, detect, parse_rows
+from posttrain.data.formats import FORMATS, detect_format, parse_rows
 from posttrain.data.load import read_nouns
 from posttrain.data.messages import parse_messages
 from posttrain.data.parse import Skip, unpair
@@ -44,7 +44,7 @@ SAME_CONVERSATION = {
 @pytest.mark.parametrize("case", SAME_CONVERSATION)
 def test_every_spelling_of_a_conversation_is_the_same(case):
     row = SAME_CONVERSATION[case]
-    detection = detect(rows_of(row), "examples")
+    detection = detect_format(rows_of(row), "examples")
     assert detection.name == case.split()[0]
     assert parse_one(detection.name, row).messages == (USER, ASSISTANT)
 
@@ -118,7 +118,7 @@ PREFERENCES = {
 
 @pytest.mark.parametrize("case", PREFERENCES)
 def test_every_spelling_of_a_pair_is_the_same(case):
-    pair = parse_one(detect(rows_of(PREFERENCES[case]), "pairs").name, PREFERENCES[case])
+    pair = parse_one(detect_format(rows_of(PREFERENCES[case]), "pairs").name, PREFERENCES[case])
     assert (pair.prompt, pair.chosen, pair.rejected) == (
         (USER,),
         (ASSISTANT,),
@@ -149,7 +149,7 @@ def test_kto_labels_and_unpairing():
 
 def test_prompts_keep_all_other_columns():
     for row in ({"prompt": "2+2?", "answer": 4, "level": "easy"}, {"messages": [USER], "answer": 4, "level": "easy"}):
-        assert detect(rows_of(row), "prompts").name == "prompt"
+        assert detect_format(rows_of(row), "prompts").name == "prompt"
         assert parse_one("prompt", row).columns == {"answer": 4, "level": "easy"}
 
 
@@ -260,7 +260,7 @@ def test_malformed_rows_are_errors(case):
 
 
 def test_detection_says_why_and_what_is_ignored():
-    detection = detect(
+    detection = detect_format(
         rows_of({"messages": [USER, ASSISTANT], "source": "x"}, {"messages": [USER, ASSISTANT]}), "examples"
     )
     assert str(detection) == "chat (column `messages` in all 2 rows; columns not read: source)"
@@ -271,7 +271,7 @@ def test_mixture_names_the_first_offender_and_both_formats():
         {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b"}, {"messages": [USER, ASSISTANT]}
     )
     with pytest.raises(DataError, match=r"train\.jsonl:3: this row is chat .* from train\.jsonl:1 on are completion"):
-        detect(rows, "examples")
+        detect_format(rows, "examples")
 
 
 WRONG_COLUMNS = [
@@ -288,17 +288,17 @@ WRONG_COLUMNS = [
 @pytest.mark.parametrize(("stage", "row", "message"), WRONG_COLUMNS)
 def test_wrong_columns_say_found_expected_and_fix(stage, row, message):
     with pytest.raises(DataError, match=r"train\.jsonl:1: found columns .*" + message):
-        detect(rows_of(row), stage)
+        detect_format(rows_of(row), stage)
 
 
 def test_named_type_is_checked():
     with pytest.raises(DataError, match=r"`type: chat` is not for pairs; expected one of preference"):
-        detect(rows_of({"messages": [USER]}), "pairs", "chat")
+        detect_format(rows_of({"messages": [USER]}), "pairs", "chat")
     with pytest.raises(DataError, match=r"train\.jsonl:2: found columns `body`; expected `text` for `type: text`"):
-        detect(rows_of({"text": "a"}, {"body": "b"}), "examples", "text")
+        detect_format(rows_of({"text": "a"}, {"body": "b"}), "examples", "text")
     both = {"text": "a", "messages": [USER, ASSISTANT]}
-    assert detect(rows_of(both), "examples").name == "chat"
-    assert detect(rows_of(both), "examples", "text").name == "text"
+    assert detect_format(rows_of(both), "examples").name == "chat"
+    assert detect_format(rows_of(both), "examples", "text").name == "text"
 
 
 def test_parse_rows_separates_skips():

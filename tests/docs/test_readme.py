@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.cli.app import VERBS, available_verbs
-from posttrain.config.load import detect, load_stage
+from posttrain.config.load import detect_kind, load_stage
 from posttrain.config.load_pipeline import load_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ def test_the_yaml_loads_as_it_stands(text, tmp_path):
     for name in ("sft_data", "data/sft", "data/pairs", "data/prompts", "evals/heldout", "evals/format"):
         (tmp_path / f"{name}.jsonl").touch()
     (tmp_path / "rewards.py").write_text("def correct(): ...\n")
-    kind = detect(path)
+    kind = detect_kind(path)
     loaded = load_pipeline(path) if kind == "pipeline" else load_stage(kind, path)
     assert loaded.notes == ()
 

@@ -10,7 +10,7 @@ import yaml
 from posttrain.cli.app import main
 from posttrain.gate import exact
 from posttrain.gate.pairing import pair
-from posttrain.report.records import load_run
+from posttrain.report.records import read_run
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 README = QUICKSTART.parents[1] / "README.md"
@@ -51,7 +51,7 @@ def gain(models, candidate, baseline, suite):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_every_stage_gains_what_it_is_there_for(quickstart, seed):
     assert run(quickstart / "pipeline.yaml", "--set", f"seed={seed}") == 0
-    record = load_run(quickstart / "runs" / "word-problems")
+    record = read_run(quickstart / "runs" / "word-problems")
     assert record.problems == ()
     models = models_of(record)
     assert gain(models, "sft", "base", "heldout")[0] > 0
@@ -86,7 +86,7 @@ def test_cut_short_it_still_goes_all_the_way(quickstart, capsys):
     config.write_text(yaml.safe_dump(values, sort_keys=False))
     assert run(config) == 0
     output = capsys.readouterr().out
-    record = load_run(quickstart / "runs" / "word-problems")
+    record = read_run(quickstart / "runs" / "word-problems")
     assert (record.status, record.problems) == ("passed", ())
     assert [(stage.kind, stage.steps) for stage in record.stages] == [("sft", 2), ("dpo", 2), ("grpo", 2)]
     assert all(len(report.items) == 40 for reports in record.evals.values() for report in reports.values())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.report.records import load_run
+from posttrain.report.records import read_run
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "reward-hacking"
 ALARM = "reward_without_score"
@@ -66,7 +66,7 @@ def test_the_short_story_shows_its_alarm(example):
     assert code == 0
     alarm = next(place for place, line in enumerate(quoted(2)) if ALARM in line)
     assert missing(quoted(2)[: alarm + 1], lines) == []
-    assert load_run(example / "runs" / "forced").registered is None
+    assert read_run(example / "runs" / "forced").registered is None
 
 
 def lines_of(path):
@@ -86,10 +86,10 @@ def test_a_reward_that_can_be_fooled_is_refused_then_found_out_then_blocked_and_
     rewards = [report["reward"] for report in reports]
     assert sum(rewards[-5:]) > sum(rewards[:5])
     assert scores[-1] < scores[0] - 0.3
-    record = load_run(example / "runs" / "forced")
+    record = read_run(example / "runs" / "forced")
     assert record.status == "failed" and record.registered is None
 
-    record = load_run(example / "runs" / "certified")
+    record = read_run(example / "runs" / "certified")
     assert [certificate["verdict"] for certificate in record.certificates.values()] == ["pass"]
     assert record.registered is not None and record.registered["alias"] == "champion"
     (stage,) = (example / "runs" / "certified" / "stages").glob("*-grpo")

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.cli.app import main
 from posttrain.files import read_json
-from posttrain.report.records import load_run
+from posttrain.report.records import read_run
 
 VERBATIM = """\
 base_model: Qwen/Qwen3-8B
@@ -72,7 +72,7 @@ def test_the_verbatim_yaml_trains_a_4_bit_adapter_and_the_result_is_a_plain_mode
     assert "weight_decay" not in captured.err and re.search(r"\d+ defaults: --verbose", captured.err)
     assert "Loading weights" not in captured.err, "no bars of the libraries"
     out = path.parent / "runs" / "first"
-    run = load_run(out)
+    run = read_run(out)
     assert run.problems == ()
     assert (run.status, [stage.kind for stage in run.stages]) == ("done", [verb])
     stage = out / "stages" / f"01-{verb}"
@@ -117,7 +117,7 @@ def test_any_key_can_be_overridden_from_the_command_line(config, model_dir):
     )
     assert call("sft", path, "--quiet", *given, *sets("max_steps=1")) == 0
     out = path.parent / "elsewhere"
-    assert load_run(out).stages[0].metrics[0]["learning_rate"] == pytest.approx(1e-3)
+    assert read_run(out).stages[0].metrics[0]["learning_rate"] == pytest.approx(1e-3)
     assert not (out / "stages/01-sft/adapter").exists()
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from posttrain.errors import GateError
 from posttrain.evidence import Verdict
-from posttrain.gate import GateSpec, Guard, Primary, decide, plan
+from posttrain.gate import GateSpec, Guard, Primary, decide, plan_lines
 from posttrain.gate.measure import choose, measure
 from posttrain.gate.pairing import PairedItems
 
@@ -339,7 +339,7 @@ def test_false_ship_rate_of_the_chosen_test(samples):
 
 def test_plan_accepts_what_can_be_decided():
     spec = GateSpec((Guard("format", 0.05),), (Primary("heldout", 0.05), Primary("hard")))
-    lines = plan(spec, {"format": (504, 504), "heldout": (1000, 0), "hard": (100, 100)})
+    lines = plan_lines(spec, {"format": (504, 504), "heldout": (1000, 0), "hard": (100, 100)})
     assert lines[0].startswith("guard format: 504 items, margin 0.05 needs 504")
     assert lines[2].startswith("primary hard: 100 items detect a gain of 0.111")
 
@@ -356,17 +356,17 @@ def test_plan_accepts_what_can_be_decided():
 )
 def test_plan_refuses_with_the_items_it_needs(sizes, message):
     with pytest.raises(GateError, match=message):
-        plan(GUARD, sizes)
+        plan_lines(GUARD, sizes)
 
 
 def test_plan_names_every_test_that_is_short():
     spec = GateSpec((Guard("format", 0.02), Guard("tone", 0.05)), (Primary("heldout", 0.05),))
     with pytest.raises(GateError, match=r"guard format .* needs 3111 .*; primary heldout .* needs 495"):
-        plan(spec, {"format": (1000, 0), "tone": (1000, 0), "heldout": (400, 0)})
+        plan_lines(spec, {"format": (1000, 0), "tone": (1000, 0), "heldout": (400, 0)})
 
 
 def test_a_planned_gate_uses_the_alpha_of_the_look():
     spec = replace(GUARD, looks=3)
     with pytest.raises(GateError, match="needs"):
-        plan(spec, {"heldout": (507, 0)})
-    assert plan(spec, {"heldout": (650, 0)})
+        plan_lines(spec, {"heldout": (507, 0)})
+    assert plan_lines(spec, {"heldout": (650, 0)})

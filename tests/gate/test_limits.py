@@ -4,7 +4,7 @@ import pytest
 
 from posttrain.errors import GateError
 from posttrain.evidence import Verdict
-from posttrain.gate import GateSpec, Guard, Primary, decide, render
+from posttrain.gate import GateSpec, Guard, Primary, decide, verdict_table
 from posttrain.gate.limits import errors_as_wrong
 from posttrain.gate.spec import Limits
 
@@ -50,7 +50,7 @@ def test_what_exceeds_a_limit_fails_with_the_reason_and_what_is_at_it_passes(sid
     assert failed.verdict is Verdict.FAIL
     assert reason in failed.reason
     assert failed.reason.startswith("limit heldout")
-    assert reason in render(failed)
+    assert reason in verdict_table(failed)
 
 
 @pytest.mark.parametrize("above", [{"truncated": N}, {"length": 10_000}])

@@ -1,6 +1,6 @@
 import torch
 
-from posttrain.models.batch import Layout, Tree, common_prefix, count, pack
+from posttrain.models.batch import Layout, Tree, common_prefix, loss_counts, pack
 from posttrain.types import Counts, TokenSeq
 
 
@@ -71,7 +71,7 @@ def test_the_first_token_is_never_scored_and_untrained_sequences_still_count():
     assert batch.target_M.tolist() == [2]
     assert batch.num_sequences == 2
     assert batch.lengths_S().tolist() == [1, 0]
-    assert count([s for f in families for s in f]) == batch.counts
+    assert loss_counts([s for f in families for s in f]) == batch.counts
 
 
 def test_common_prefix():

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from posttrain.errors import ModelError
 from posttrain.models.adapters import load_adapter
 from posttrain.models.batch import pack
-from posttrain.models.export import merge, save_policy
+from posttrain.models.export import merge_adapter, save_policy
 from posttrain.models.load import load_policy
 from posttrain.models.provenance import check_base, model_digest, source_digest, was_tuned_by_us
 from posttrain.types import TokenSeq
@@ -142,7 +142,7 @@ def test_dora_of_a_bf16_file_is_proven_and_merged(adapter, bf16_dir, keys_of, tm
 def test_merging_again_without_the_trained_policy_gives_the_same_weights(keys_of, tmp_path):
     keys = keys_of("llama", adapter="qlora", load_in_4bit=True, lora_r=4)
     save_policy(moved(load_policy(keys)), tmp_path / "model", keys)
-    merged, _ = merge(keys.base_model, tmp_path / "adapter", keys)
+    merged, _ = merge_adapter(keys.base_model, tmp_path / "adapter", keys)
     saved = load_file(tmp_path / "model/model.safetensors")
     for name, tensor in merged.state_dict().items():
         torch.testing.assert_close(tensor.float(), saved[name].float(), atol=1e-6, rtol=1e-5)
@@ -158,7 +158,7 @@ def test_an_adapter_for_another_base_is_refused(keys_of, model_dir, tmp_path):
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     check_base(tmp_path / "adapter", model_dir("llama"))
     with pytest.raises(ModelError, match=r"was trained on a base with digest .* give the base it was trained on"):
-        merge(str(other), tmp_path / "adapter", keys)
+        merge_adapter(str(other), tmp_path / "adapter", keys)
 
 
 def test_an_adapter_with_missing_weights_is_refused(keys_of, tmp_path):

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from posttrain.config.stages import SFTKeys
 from posttrain.errors import ModelError
 from posttrain.models.batch import pack
-from posttrain.models.export import merge, save_policy
+from posttrain.models.export import merge_adapter, save_policy
 from posttrain.models.load import load_policy
 from posttrain.models.proof import probe_logits
 
@@ -152,7 +152,7 @@ def test_the_merge_takes_the_revision_that_was_trained(model_dir, keys_of, tmp_p
     assert save_policy(policy, tmp_path / "out/model", keys).relative < 1e-4
     wrong = keys.model_copy(update={"revision": "b" * 40})
     with pytest.raises(ModelError, match=r"changes the logits .*would not be the trained one"):
-        merge("team/model", tmp_path / "out/adapter", wrong, policy=policy, trained=probe_logits(policy.model))
+        merge_adapter("team/model", tmp_path / "out/adapter", wrong, policy=policy, trained=probe_logits(policy.model))
 
 
 def test_onto_the_original_base_the_difference_is_bounded_by_what_quantising_did(keys_of, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 
 from posttrain.checkpoint.store import CheckpointStore
 from posttrain.errors import ConfigError, DataError, RewardError, TrainingError
-from posttrain.report.records import load_run
+from posttrain.report.records import read_run
 from posttrain.report.summary import render_summary
 
 GRPO = {
@@ -78,7 +78,7 @@ def test_a_reward_that_hangs_is_unscored_after_its_deadline(rl):
 def test_a_few_unscored_completions_are_counted_and_the_run_goes_on(rl):
     run = rl("one_in_sixteen", num_prompts_per_step=24, num_generations=2, max_steps=1)
     assert run.run().status == "done"
-    (metrics,) = load_run(run.out).stages[0].metrics
+    (metrics,) = read_run(run.out).stages[0].metrics
     assert metrics["frac_unscored"] == pytest.approx(2 / 48)
     assert metrics["rewards/one_in_sixteen/mean"] >= 0
 

@@ -18,7 +18,7 @@ from posttrain.pipeline import judge, train
 from posttrain.pipeline.state import RunState
 from posttrain.recipes.stop import StoppedPolitely
 from posttrain.registry.registry import Registry
-from posttrain.report.records import load_run
+from posttrain.report.records import read_run
 
 TIMES = {"step_time", "time", "time/rollout_s", "time/train_s", "tokens_per_s", "memory_peak_bytes", "sync/wall_s"}
 """What a metric line says of the clock and the machine."""
@@ -26,7 +26,7 @@ TIMES = {"step_time", "time", "time/rollout_s", "time/train_s", "tokens_per_s", 
 
 def trace_of(project):
     """All that must be the same however often a run was interrupted."""
-    record = load_run(project.out)
+    record = read_run(project.out)
     assert record.problems == ()
     state = project.state
     book = project.registry()

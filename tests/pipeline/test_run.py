@@ -8,7 +8,7 @@ from posttrain.evidence import Verdict
 from posttrain.files import file_digests, read_json
 from posttrain.gate.folder import recompute
 from posttrain.report.build import build_report
-from posttrain.report.records import load_run
+from posttrain.report.records import read_run
 from posttrain.report.summary import render_summary
 
 QUICK = {"learning_rate": 1e-2, "max_steps": 8, "per_device_train_batch_size": 8, "lr_scheduler_type": "constant"}
@@ -52,7 +52,7 @@ def verdicts(project):
 
 
 def test_a_whole_run_leaves_records_that_are_read_without_problems(finished):
-    run = load_run(finished.out)
+    run = read_run(finished.out)
     assert run.problems == ()
     assert (run.name, run.status) == ("yes", "passed")
     assert [(stage.name, stage.kind, stage.status) for stage in run.stages] == [
@@ -88,7 +88,7 @@ def test_each_stage_starts_from_the_model_before_and_says_so(finished):
 
 
 def test_the_metrics_of_each_stage_are_under_trls_names(finished):
-    metrics = {stage.kind: stage.metrics[-1] for stage in load_run(finished.out).stages}
+    metrics = {stage.kind: stage.metrics[-1] for stage in read_run(finished.out).stages}
     assert {"loss", "grad_norm", "learning_rate", "epoch", "num_tokens"} <= metrics["sft"].keys()
     assert {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"} <= metrics["dpo"].keys()
     assert {"reward", "entropy", "frac_reward_zero_std", "completions/mean_length"} <= metrics["grpo"].keys()

@@ -13,7 +13,7 @@ from posttrain.health.controls import Controls
 from posttrain.recipes import dpo, grpo, rollback, sft
 from posttrain.recipes.guard import TrainingGuard
 from posttrain.recipes.optim import learning_rate
-from posttrain.recipes.rollback import decide, read_rollbacks
+from posttrain.recipes.rollback import begin_rollback, read_rollbacks
 from posttrain.types import Finding, Severity
 
 RECIPES = {"sft": (sft, "loss"), "grpo": (grpo, "loss"), "dpo": (dpo, "pair_loss")}
@@ -109,7 +109,7 @@ def test_evidence_that_reaches_back_leaves_the_checkpoints_within_it(tmp_path):
     for step in range(1, 8):
         store.save(step, lambda folder: (folder / "state.json").write_text("{}"))
     finding = Finding("zero_gradient", Severity.HARD, 8, {"grad_norm": 0.0}, "rollback", "no gradient", since=4)
-    assert decide(tmp_path, store, finding, Controls(), most=2).to_step == 3
+    assert begin_rollback(tmp_path, store, finding, Controls(), most=2).to_step == 3
 
 
 @pytest.mark.parametrize("chosen", ["best before", "best after"])

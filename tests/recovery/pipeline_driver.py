@@ -11,7 +11,7 @@ from posttrain.distributed.ranks import SingleProcess
 from posttrain.pipeline.run import Watch, run_pipeline
 from posttrain.pipeline.state import RunState
 from posttrain.registry.registry import Registry
-from posttrain.report.records import load_run
+from posttrain.report.records import read_run
 
 STAGES = [
     {"sft": {"datasets": [{"path": "sft.jsonl"}], "learning_rate": 1e-2, "max_steps": 3, "save_steps": 1,
@@ -50,7 +50,7 @@ def pipeline_driver(harness: Any, projects: Any, runner: Any, model: Path) -> An
 
 def trace_of(folder: Path, harness: Any, runner: Any) -> dict[str, Any]:
     out = folder / "runs/yes"
-    record, state, book = load_run(out), RunState.load(out), Registry(folder / "registry")
+    record, state, book = read_run(out), RunState.load(out), Registry(folder / "registry")
     assert state is not None
     try:
         entries = [(entry.version, entry.digest, tuple(entry.aliases)) for entry in book.entries()]

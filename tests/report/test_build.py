@@ -11,7 +11,7 @@ import pytest
 from posttrain.errors import DataError
 from posttrain.evidence import EvalReport, Verdict
 from posttrain.report.build import build_report
-from posttrain.report.records import load_run
+from posttrain.report.records import read_run
 from posttrain.report.summary import summary_of
 from posttrain.report.tables import before_after
 
@@ -293,7 +293,7 @@ def second_generation(run):
 
 def test_from_the_second_generation_on_the_table_shows_what_the_gate_compared_champion_first(own_run):
     second_generation(own_run)
-    run = load_run(own_run)
+    run = read_run(own_run)
     assert run.models == ["word-problems-v1", "base", "01-sft", "02-dpo", "03-grpo"]
     rows = {row.suite: row for row in before_after(run)}
     assert rows["heldout"].compared == ("word-problems-v1", "03-grpo")

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from posttrain.errors import DataError
-from posttrain.report.diff import diff_runs, render
+from posttrain.report.diff import comparison_text, diff_runs
 
 
 @pytest.fixture
@@ -30,14 +30,14 @@ def _edit_json(path, change):
 def test_equal_runs_differ_in_nothing_though_their_clocks_do(own_run, twin):
     diff = diff_runs(own_run, twin)
     assert diff.is_empty
-    assert render(diff).endswith("No pin, key, metric or score differs.")
+    assert comparison_text(diff).endswith("No pin, key, metric or score differs.")
 
 
 def test_the_pin_that_moved_is_named(own_run, twin):
     _edit_json(twin / "pipeline.json", lambda p: p | {"pins": p["pins"] | {"environment": {"torch": "2.14.0"}}})
     diff = diff_runs(own_run, twin)
     assert [(c.name, c.a, c.b) for c in diff.pins] == [("environment.torch", "2.13.0", "2.14.0")]
-    assert "Pins that moved\n  environment.torch  2.13.0 → 2.14.0" in render(diff)
+    assert "Pins that moved\n  environment.torch  2.13.0 → 2.14.0" in comparison_text(diff)
 
 
 def test_digests_are_shown_short(own_run, twin):
@@ -62,12 +62,12 @@ def test_packages_that_moved_are_named(own_run, twin):
         ("torch", "2.13.0", "2.14.0"),
     ]
     assert not diff.is_empty
-    assert "Environment that moved\n  python  3.11.7 → 3.12.1" in render(diff)
+    assert "Environment that moved\n  python  3.11.7 → 3.12.1" in comparison_text(diff)
 
 
 def test_runs_that_differ_from_the_start_are_said_to(own_run, twin):
     _edit_lines(twin / "stages" / "02-dpo" / "metrics.jsonl", lambda row: row | {"loss": row["loss"] + 1.0})
-    assert "metrics differ from the first step" in render(diff_runs(own_run, twin))
+    assert "metrics differ from the first step" in comparison_text(diff_runs(own_run, twin))
 
 
 def test_keys_are_named_with_their_place(own_run, twin):
@@ -91,7 +91,7 @@ def test_the_first_step_that_differs_is_found(own_run, twin):
         "02-dpo": None,
         "03-grpo": None,
     }
-    assert "Stage 01-sft (120 logged steps), metrics equal until step 37, where they part" in render(diff)
+    assert "Stage 01-sft (120 logged steps), metrics equal until step 37, where they part" in comparison_text(diff)
 
 
 def test_a_shorter_run_parts_where_it_ends(own_run, twin):

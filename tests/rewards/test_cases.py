@@ -2,9 +2,9 @@ from posttrain.rewards.cases import (
     AnswerForm,
     PolicySample,
     candidate_forms,
+    case_kind,
     cases_digest,
     cases_of,
-    kind_of,
     surely_wrong,
 )
 from posttrain.types import Origin, Prompt
@@ -24,11 +24,11 @@ def test_cases_have_a_gold_and_a_wrong_answer_of_its_kind():
 
 
 def test_kinds():
-    assert kind_of(cases_of(prompts(["1", "2/3"]))) == "number"
-    assert kind_of(cases_of(prompts(["A", "C"]))) == "choice"
-    assert kind_of(cases_of(prompts(["1", "x"]))) == "text"
-    assert kind_of(cases_of(prompts(["1"], tests=[]))) == "code"
-    assert kind_of(cases_of(prompts(["1"], schema={}))) == "json"
+    assert case_kind(cases_of(prompts(["1", "2/3"]))) == "number"
+    assert case_kind(cases_of(prompts(["A", "C"]))) == "choice"
+    assert case_kind(cases_of(prompts(["1", "x"]))) == "text"
+    assert case_kind(cases_of(prompts(["1"], tests=[]))) == "code"
+    assert case_kind(cases_of(prompts(["1"], schema={}))) == "json"
 
 
 def test_the_form_seen_in_samples_comes_first():

@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from posttrain.tracking.live import LiveView, human_count, human_time, memory_bytes, printable
+from posttrain.tracking.live import LiveView, human_count, human_time, memory_bytes, one_line
 
 
 class Clock:
@@ -87,7 +87,7 @@ def test_a_nan_is_shown_not_raised():
 def test_numbers_for_people():
     assert [human_count(v) for v in (7, 999, 3200, 4_500_000)] == ["7", "999", "3.2k", "4.5M"]
     assert [human_time(v) for v in (41, 725, 12000, -1)] == ["0:41", "12:05", "3:20:00", "0:00"]
-    assert printable("a\nb\x1bc") == "a⏎b�c"
+    assert one_line("a\nb\x1bc") == "a⏎b�c"
 
 
 def test_memory_is_that_of_this_process():

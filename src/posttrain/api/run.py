@@ -12,7 +12,7 @@ from posttrain.errors import DataError, MissingExtraError
 from posttrain.evidence import Verdict
 from posttrain.report.build import build_report
 from posttrain.report.records import RunRecord
-from posttrain.report.records import load_run as load_record
+from posttrain.report.records import read_run as load_record
 from posttrain.report.summary import render_summary
 
 

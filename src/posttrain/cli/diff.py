@@ -15,15 +15,15 @@ def diff(
     run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="Folder of another run.")],
 ) -> None:
     """Compare two runs: pins, keys, the first step whose metrics differ, last metrics and scores. Exit code 1 if anything differs."""
-    from posttrain.report.diff import compare, render
-    from posttrain.report.records import load_run
+    from posttrain.report.diff import compare, comparison_text
+    from posttrain.report.records import read_run
 
-    runs = [load_run(folder) for folder in (run_a, run_b)]
+    runs = [read_run(folder) for folder in (run_a, run_b)]
     for run in runs:
         if run.problems:
             raise DamagedFileError(
                 f"{run.folder}: {'; '.join(run.problems)}; what is left cannot be compared: put copies back"
             )
     found = compare(*runs)
-    typer.echo(render(found))
+    typer.echo(comparison_text(found))
     raise typer.Exit(0 if found.is_empty else 1)

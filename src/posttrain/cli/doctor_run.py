@@ -75,7 +75,7 @@ def _adapters(folder: Path) -> Iterator[Diagnosis]:
 
 
 def _readable(path: Path, project: Path | None) -> Diagnosis:
-    from posttrain.config.load import detect, load_stage
+    from posttrain.config.load import detect_kind, load_stage
     from posttrain.config.load_pipeline import load_pipeline
 
     if not path.exists():
@@ -83,7 +83,7 @@ def _readable(path: Path, project: Path | None) -> Diagnosis:
             "run config", "broken", f"{path} is not there; expected the configuration the run was started with"
         )
     try:
-        kind = detect(path)
+        kind = detect_kind(path)
         loaded = load_pipeline(path, project=project) if kind == "pipeline" else load_stage(kind, path, project=project)
     except PosttrainError as error:
         return Diagnosis("run config", "broken", "; ".join(str(error).splitlines()))

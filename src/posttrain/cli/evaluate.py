@@ -92,10 +92,10 @@ def _of_files(files: Sequence[Path]) -> dict[str, SuiteKeys]:
 def _of_yaml(path: Path, on: str | None) -> tuple[ModelKeys, Mapping[str, SuiteKeys]]:
     """The model keys of a pipeline or of a single stage, with the pipeline's suites."""
     from posttrain.cli.model import model_keys, with_base
-    from posttrain.config.load import detect, load_stage
+    from posttrain.config.load import detect_kind, load_stage
     from posttrain.config.load_pipeline import load_pipeline
 
-    kind, suites = detect(path), {}
+    kind, suites = detect_kind(path), {}
     if kind == "pipeline":
         pipeline = with_base(load_pipeline(path).keys)
         base, suites, first = pipeline.base_model, pipeline.evals, pipeline.stages[0].keys

@@ -45,7 +45,7 @@ def gate(
 ) -> None:
     """Judge A against B, item by item. Exit code: 0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 INVALID, 64 wrong usage."""
     from posttrain.gate import folder as folders
-    from posttrain.gate import render
+    from posttrain.gate import verdict_table
 
     if recompute is not None:
         verdict = folders.recompute(recompute)
@@ -55,12 +55,12 @@ def gate(
         )
     else:
         verdict = _judge(candidate, baseline, spec, out, registry)
-    typer.echo(render(verdict))
+    typer.echo(verdict_table(verdict))
     raise typer.Exit(verdict.verdict.exit_code)
 
 
-@app.command()
-def decide(
+@app.command("decide")
+def decide_by_person(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run whose verdict waits.")],
     by: Annotated[str, typer.Option(help="Who decides.")],
     reason: Annotated[str, typer.Option(help="Why; it is kept in the lineage and in the registry.")],
@@ -99,13 +99,13 @@ def aa(
 
 def _judge(candidate: Path, baseline: Path, spec_path: Path, out: Path | None, registry: Path | None) -> GateVerdict:
     from posttrain.config.load import load_gate
-    from posttrain.gate import GateSpec, decide, load_reports, plan, save_verdict
+    from posttrain.gate import GateSpec, decide, load_reports, plan_lines, save_verdict
 
     spec = GateSpec.from_keys(load_gate(spec_path))
     left, right = load_reports(candidate, spec.split), load_reports(baseline, spec.split)
     ours, theirs = ({suite: report for suite, (_, report) in side.items()} for side in (left, right))
     if all(suite in side for suite in spec.suites for side in (ours, theirs)):  # else the verdict says which is missing
-        plan(spec, {suite: _size(ours[suite]) for suite in spec.suites})
+        plan_lines(spec, {suite: _size(ours[suite]) for suite in spec.suites})
     look = 1 if spec.looks == 0 else _look(registry, spec.suites, (ours, theirs))
     verdict = decide(spec, ours, theirs, look=look)
     if out is not None:

@@ -80,10 +80,10 @@ def _keys(adapter: Path, base: str | None, load_in_4bit: bool | None) -> ModelKe
 
 def _of_stage(adapter: Path) -> ModelKeys | None:
     """How the base under this adapter loads, if it is that of one of our stages in its place."""
-    from posttrain.config.load import detect
+    from posttrain.config.load import detect_kind
     from posttrain.models.continued import ADAPTER, base_keys, stage_keys
 
     path = adapter.resolve().parent / "config.yaml"
-    if adapter.resolve().name != ADAPTER or not path.is_file() or detect(path) == "pipeline":
+    if adapter.resolve().name != ADAPTER or not path.is_file() or detect_kind(path) == "pipeline":
         return None
     return base_keys(stage_keys(path.parent))

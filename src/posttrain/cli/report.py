@@ -14,13 +14,13 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")]) ->
     """Write report.html into RUN_DIR, one self-contained page, and print the before/after table. Exit code 64 if records of it
     are damaged: the page shows the rest."""
     from posttrain.report.build import build_report
-    from posttrain.report.records import load_run
+    from posttrain.report.records import read_run
     from posttrain.report.summary import render_summary
 
     path = build_report(run_dir)
     typer.echo(render_summary(run_dir))
     typer.echo(f"report    {path}")
-    if problems := load_run(run_dir).problems:
+    if problems := read_run(run_dir).problems:
         raise DamagedFileError(
             f"{run_dir}: {'; '.join(problems)}; the page shows the rest: put copies back and write it again"
         )

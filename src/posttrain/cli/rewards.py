@@ -50,7 +50,7 @@ def check(
         certificate = certify(keys, path)
     else:
         certificate = _check(keys, samples, cases, path)
-    show(certificate)
+    show_certificate(certificate)
     typer.echo(f"certificate: {path}, in words: {path.with_suffix('.md')}")
     raise typer.Exit(1 if certificate.verdict == "fail" else 0)
 
@@ -58,10 +58,10 @@ def check(
 def _rewarded_kind(config: Path) -> str:
     """The kind of `config` where that has rewards, else the first that has, whose keys then say what is missing."""
     from posttrain.config.kinds import STAGE_KINDS
-    from posttrain.config.load import detect
+    from posttrain.config.load import detect_kind
 
     rewarded = [row.name for row in STAGE_KINDS.values() if row.rewarded]
-    found = detect(config)
+    found = detect_kind(config)
     return found if found in rewarded else rewarded[0]
 
 
@@ -82,14 +82,14 @@ def _check(keys: RLKeys, samples: Path | None, limit: int, path: Path) -> Certif
 
 def read_cases(keys: RLKeys, limit: int) -> tuple[Case, ...]:
     """Prompts of eval_datasets where there are any, else of datasets, spread evenly. Raises: DataError."""
-    from posttrain.data.formats import detect, parse_rows
+    from posttrain.data.formats import detect_format, parse_rows
     from posttrain.data.sources import read_rows
     from posttrain.rewards.cases import cases_of
 
     prompts: list[Any] = []
     for source in keys.eval_datasets or keys.datasets:
         rows = read_rows(source)
-        prompts += parse_rows(rows, detect(rows, "prompts", source.type).name)[0]
+        prompts += parse_rows(rows, detect_format(rows, "prompts", source.type).name)[0]
     stride = max(1, len(prompts) // limit)
     return cases_of(prompts[::stride], limit)
 
@@ -126,7 +126,7 @@ def _key(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else json.dumps([dict(message) for message in prompt], sort_keys=True)
 
 
-def show(certificate: Certificate) -> None:
+def show_certificate(certificate: Certificate) -> None:
     """The tables of a certificate, what failed and what to know, on the terminal."""
     from rich.console import Console
     from rich.markup import escape

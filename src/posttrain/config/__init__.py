@@ -1,6 +1,6 @@
 """Configuration: YAML and `--set` in, frozen keys out."""
 
-from posttrain.config.load import LoadedPipeline, LoadedStage, describe, detect, load_gate, load_stage
+from posttrain.config.load import LoadedPipeline, LoadedStage, describe_keys, detect_kind, load_gate, load_stage
 from posttrain.config.load_pipeline import load_pipeline
 from posttrain.config.resolved import apply_changes, resolved_yaml
 
@@ -8,8 +8,8 @@ __all__ = [
     "LoadedPipeline",
     "LoadedStage",
     "apply_changes",
-    "describe",
-    "detect",
+    "describe_keys",
+    "detect_kind",
     "load_gate",
     "load_pipeline",
     "load_stage",

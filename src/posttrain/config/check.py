@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from posttrain.config.foreign import translate, unknown_key
 from posttrain.config.knob import Keys
 from posttrain.config.paths import resolve_paths
-from posttrain.config.schema import annotation_at, annotation_below, arms, did_you_mean, group_in, keys_of, show
+from posttrain.config.schema import annotation_at, annotation_below, arms, did_you_mean, group_in, keys_of, show_value
 from posttrain.config.settings import Problems, Settings, dotted, holds
 from posttrain.config.stages import TrainKeys
 from posttrain.config.yaml_lines import KeyPath
@@ -142,7 +142,7 @@ def _got(model: type[Keys], path: KeyPath, value: Any) -> str:
     depth = next((n for n in range(len(path), 0, -1) if _is_key(model, path[:n])), 1)
     group = group_in(annotation_at(model, path[: depth - 1])) or model
     info = keys_of(group)[str(path[depth - 1])]
-    shown = repr(value) if isinstance(value, str) else show(value)
+    shown = repr(value) if isinstance(value, str) else show_value(value)
     shown = shown if len(shown) <= _LONGEST_VALUE else shown[: _LONGEST_VALUE - 1] + "…"
     choices = [choice for arm in arms(info.annotation) for choice in get_args(arm) if isinstance(choice, str)]
     hint = did_you_mean(value, choices) if isinstance(value, str) else ""

@@ -17,7 +17,7 @@ from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.knob import Keys
 from posttrain.config.migrate import renamed
 from posttrain.config.pipeline import GateKeys, PipelineKeys, RegisterKeys, SuiteKeys
-from posttrain.config.schema import CLOSE_KEYS, KeyInfo, did_you_mean, keys_of, show
+from posttrain.config.schema import CLOSE_KEYS, KeyInfo, did_you_mean, keys_of, show_value
 from posttrain.config.settings import Problems, Settings
 from posttrain.config.stages import DatasetKeys
 
@@ -160,12 +160,12 @@ def _translate_name(settings: Settings, name: str, info: KeyInfo, problems: Prob
     try:
         ours = value if reading is None else _read(reading, value)
     except (KeyError, TypeError):
-        text = f"{owner}; its value {show(value)} has no counterpart; set {info.name}: {info.type}"
+        text = f"{owner}; its value {show_value(value)} has no counterpart; set {info.name}: {info.type}"
         problems.add(origin, settings.name((name,)), text)
         settings.put((name,), None, origin)
         return []
     settings.rename(name, info.name, ours)
-    value_text = "" if reading is None else f": {show(ours)}"
+    value_text = "" if reading is None else f": {show_value(ours)}"
     return [f"{name} is {_whose(name, info)}; read as {info.name}{value_text}"]
 
 
@@ -180,7 +180,7 @@ def _translate_value(settings: Settings, key: str, info: KeyInfo, problems: Prob
     if key == "loss_type" and "kto" not in info.type:
         return []
     settings.values[key] = ours
-    return [f"{settings.name((key,))}: {show(value)} is read as {show(ours)}"]
+    return [f"{settings.name((key,))}: {show_value(value)} is read as {show_value(ours)}"]
 
 
 def _read(reading: Reading, value: Any) -> Any:

@@ -29,7 +29,7 @@ def prepare() -> str:
     if client.HF_HUB_OFFLINE:
         return "its client is set to offline"
     endpoint = client.ENDPOINT
-    reason = "" if getproxies() else unreachable(endpoint)
+    reason = "" if getproxies() else why_unreachable(endpoint)
     if reason:
         log.warning("%s cannot be reached (%s): only what its client has cached can be used", endpoint, reason)
         client.HF_HUB_OFFLINE = True
@@ -38,7 +38,7 @@ def prepare() -> str:
 
 
 @cache
-def unreachable(endpoint: str, patience_s: float = PATIENCE_S) -> str:
+def why_unreachable(endpoint: str, patience_s: float = PATIENCE_S) -> str:
     """Why no connection to `endpoint` opens, or nothing."""
     parts = urlsplit(endpoint)
     address = (parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443))

@@ -136,7 +136,7 @@ def load_gate(path: Path) -> GateKeys:
     return keys
 
 
-def detect(path: Path) -> str:
+def detect_kind(path: Path) -> str:
     """What a YAML is for: a pipeline has `stages`; else the kind that takes most of its keys and reads most of its data.
 
     Among equals the first in the table.
@@ -166,7 +166,7 @@ def _marks(row: StageKind) -> set[str]:
     return {*keys_of(row.keys), *foreign_names(row.keys), *(f"type {name}" for name in row.types)}
 
 
-def describe(loaded: LoadedStage | LoadedPipeline) -> list[tuple[str, Any, str]]:
+def describe_keys(loaded: LoadedStage | LoadedPipeline) -> list[tuple[str, Any, str]]:
     """Every key with its value and where it came from, defaults included, in the order of the schema."""
     values = ((dotted(path), value) for path, value in leaves(loaded.keys))
     return [(key, value, loaded.provenance[key]) for key, value in values]

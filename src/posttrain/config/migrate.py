@@ -15,7 +15,7 @@ from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.knob import Keys
 from posttrain.config.pipeline import OnFailKeys, PipelineKeys, in_pipeline, kinds_in_pipeline
 from posttrain.config.resolved import SCHEMA, SCHEMA_KEY, project_data, to_data
-from posttrain.config.schema import annotation_below, group_in, show
+from posttrain.config.schema import annotation_below, group_in, show_value
 from posttrain.config.settings import PROJECT_KEY, Problems, Settings, dotted, read_settings
 from posttrain.config.stages import TrainKeys
 from posttrain.config.yaml_lines import KeyPath
@@ -107,19 +107,19 @@ class _Walk:
         for at in known:
             del self.settings.origins[at]
         if row.new is None:
-            self.notes.append(f"{name}: {show(value)} is left out; {row}")
+            self.notes.append(f"{name}: {show_value(value)} is left out; {row}")
             return
         try:
             values[row.new] = row.reading(value)
         except (KeyError, TypeError, ValueError):
             self.problems.add(
-                origin, name, f"{row}; its value {show(value)} has no counterpart; set {row.new} yourself"
+                origin, name, f"{row}; its value {show_value(value)} has no counterpart; set {row.new} yourself"
             )
             return
         self.settings.origins.update({(*path, row.new, *at[len(old) :]): o for at, o in known.items()})
         if (row.new, values[row.new]) == (row.old, value):
             return
-        self.notes.append(f"{name}: {show(value)} is read as {row.new}: {show(values[row.new])}; {row}")
+        self.notes.append(f"{name}: {show_value(value)} is read as {row.new}: {show_value(values[row.new])}; {row}")
 
 
 def migrate(
@@ -139,7 +139,7 @@ def _written_with(settings: Settings, problems: Problems) -> int | None:
     settings.put((SCHEMA_KEY,), None, origin)
     if isinstance(written, bool) or not isinstance(written, int) or written < 0:
         problems.add(
-            origin, SCHEMA_KEY, f"got {show(written)}, expected a whole number up to {SCHEMA}; or leave it out"
+            origin, SCHEMA_KEY, f"got {show_value(written)}, expected a whole number up to {SCHEMA}; or leave it out"
         )
         return None
     if written > SCHEMA:
@@ -180,12 +180,12 @@ def _changed(before: Mapping[KeyPath, Any], now: Mapping[KeyPath, Any]) -> Itera
     for at in dict.fromkeys([*now, *before]):
         if at not in before:
             if now[at] is not None:
-                yield at, f"not there then, now {show(now[at])}"
+                yield at, f"not there then, now {show_value(now[at])}"
         elif at not in now:
             if before[at] is not None:
-                yield at, f"{show(before[at])} then, not there now"
+                yield at, f"{show_value(before[at])} then, not there now"
         elif before[at] != now[at]:
-            yield at, f"{show(before[at])} → {show(now[at])}"
+            yield at, f"{show_value(before[at])} → {show_value(now[at])}"
 
 
 def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:

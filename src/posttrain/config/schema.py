@@ -68,13 +68,13 @@ def _info(attribute: str, field: FieldInfo) -> KeyInfo:
         attribute=attribute,
         meaning=field.description or "",
         type=type_text(field.annotation) + range_text(field),
-        default="required" if field.is_required() else show(default),
+        default="required" if field.is_required() else show_value(default),
         required=field.is_required(),
         also=tuple(
             ForeignName(name, tuple(tool for tool in tools.split(", ") if tool))
             for name, tools in _ALSO.findall(str(extra.get("also", "")))
         ),
-        example="" if example is None else show(example),
+        example="" if example is None else show_value(example),
         annotation=field.annotation,
     )
 
@@ -143,7 +143,7 @@ def _plural(annotation: Any) -> str:
 def range_text(field: FieldInfo) -> str:
     """The bounds of a number: ` (> 0, < 1)`."""
     bounds = [
-        f"{sign} {show(getattr(item, attribute))}"
+        f"{sign} {show_value(getattr(item, attribute))}"
         for kind, sign, attribute in _BOUNDS
         for item in field.metadata
         if isinstance(item, kind)
@@ -151,7 +151,7 @@ def range_text(field: FieldInfo) -> str:
     return f" ({', '.join(bounds)})" if bounds else ""
 
 
-def show(value: Any) -> str:
+def show_value(value: Any) -> str:
     """A value as one would write it in YAML, on one line."""
     if value is None:
         return "null"
@@ -162,9 +162,9 @@ def show(value: Any) -> str:
     if isinstance(value, str):
         return value if value and "\n" not in value else json.dumps(value)
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(show(item) for item in value) + "]"
+        return "[" + ", ".join(show_value(item) for item in value) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {show(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {show_value(item)}" for key, item in value.items()) + "}"
     return str(value)
 
 

@@ -89,7 +89,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 @lru_cache(maxsize=1)
-def code_digest() -> str:
+def cache_code_digest() -> str:
     """Digest of the source that makes rows and of the libraries that render and tokenise."""
     own = {name: digest_file(Path(__file__).parent / name) for name in _CODE}
     return digest_json([own, {name: version(name) for name in ("transformers", "tokenizers", "jinja2")}])

@@ -96,7 +96,7 @@ class Detection:
         return f"{self.name} ({self.why}{ignored})"
 
 
-def detect(rows: Sequence[SourceRow], kind: RowKind, named: str = "auto") -> Detection:
+def detect_format(rows: Sequence[SourceRow], kind: RowKind, named: str = "auto") -> Detection:
     """The one format of all `rows` for `kind`. Raises: DataError on wrong columns, a wrong `type` or a mixture."""
     if named != "auto":
         return _check_named(rows, kind, named)

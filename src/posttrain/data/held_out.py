@@ -24,10 +24,10 @@ def load_with_held_out(
     data = load(keys, tokenizer)
     if keys.eval_datasets:
         return data, load(keys, tokenizer, sources=keys.eval_datasets)
-    return split(data, keys) if keys.val_size else (data, None)
+    return hold_out(data, keys) if keys.val_size else (data, None)
 
 
-def split(data: Dataset[T], keys: TrainKeys) -> tuple[Dataset[T], Dataset[T]]:
+def hold_out(data: Dataset[T], keys: TrainKeys) -> tuple[Dataset[T], Dataset[T]]:
     """Hold out the rows whose content has the lowest digests: a share below 1, else so many.
 
     A row stays on its side whatever stands beside it in the file, and equal rows are on the same side; so a share is

@@ -11,7 +11,7 @@ from typing import Any
 
 from posttrain.config.stages import DatasetKeys, ExampleKeys, TrainKeys
 from posttrain.data.dataset import Dataset, sequences
-from posttrain.data.lint_input import GOLD_ROWS, LintInput, text_of
+from posttrain.data.lint_input import GOLD_ROWS, LintInput, plain_text
 from posttrain.data.lint_rules import RULES, Action, Offence
 from posttrain.data.load import read_nouns
 from posttrain.data.messages import parse_messages
@@ -188,11 +188,11 @@ def suite_prompts(path: str) -> list[str]:
     prompts = []
     for origin, row in read_rows(DatasetKeys(path=path)):
         if row.get("messages") is not None:
-            prompts.append(text_of(parse_messages(row["messages"], origin, "messages")))
+            prompts.append(plain_text(parse_messages(row["messages"], origin, "messages")))
         elif isinstance(row.get("prompt"), str):
             prompts.append(row["prompt"])
         elif row.get("prompt") is not None:
-            prompts.append(text_of(parse_messages(row["prompt"], origin, "prompt")))
+            prompts.append(plain_text(parse_messages(row["prompt"], origin, "prompt")))
         else:
             raise DataError(f"{origin}: a suite item without `prompt` or `messages`; expected one of them")
     return prompts

@@ -73,14 +73,14 @@ def spread(items: Sequence[T], most: int | None) -> list[T]:
     return [items[i * len(items) // most] for i in range(most)]
 
 
-def text_of(text: Text) -> str:
+def plain_text(text: Text) -> str:
     return text if isinstance(text, str) else "\n".join(m["content"] for m in text)
 
 
 def prompt_of(noun: Noun) -> str:
     if isinstance(noun, Example):
         return noun.prompt if not noun.messages else "\n".join(others_of(noun.messages))
-    return text_of(noun.prompt)
+    return plain_text(noun.prompt)
 
 
 def answers_of(noun: Noun) -> tuple[str, ...]:
@@ -88,8 +88,8 @@ def answers_of(noun: Noun) -> tuple[str, ...]:
         spoken = [m["content"] for m in noun.messages if m["role"] == "assistant"]
         return tuple(spoken) if noun.messages else (noun.completion,)
     if isinstance(noun, PreferencePair):
-        return (text_of(noun.chosen), text_of(noun.rejected))
-    return (text_of(noun.completion),) if isinstance(noun, LabelledCompletion) else ()
+        return (plain_text(noun.chosen), plain_text(noun.rejected))
+    return (plain_text(noun.completion),) if isinstance(noun, LabelledCompletion) else ()
 
 
 def whole(noun: Noun) -> str:

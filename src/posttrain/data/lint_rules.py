@@ -26,9 +26,9 @@ from posttrain.data.lint_input import (
     messages_of,
     origin_of,
     others_of,
+    plain_text,
     prompt_of,
     spread,
-    text_of,
     whole,
 )
 from posttrain.data.load import NOTHING, NOTHING_LEFT, TOO_LONG
@@ -276,7 +276,7 @@ def _pair_contradicts(given: LintInput) -> Iterator[Offence]:
                 yield noun.origin, f"prefers the answer that {at} rejects"
             better[prompt].setdefault((chosen, rejected), noun.origin)
         elif isinstance(noun, LabelledCompletion):
-            answer = overlap.normalized(text_of(noun.completion))
+            answer = overlap.normalized(plain_text(noun.completion))
             label, at = labels.setdefault((prompt, answer), (noun.label, noun.origin))
             if label != noun.label:
                 yield noun.origin, f"labels an answer {noun.label} that {at} labels {label}"

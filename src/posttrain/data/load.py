@@ -13,7 +13,7 @@ from typing import Any
 from posttrain.config.stages import DatasetKeys, ExampleKeys, RowKind, SamplingKeys, TrainKeys
 from posttrain.data import cache, render
 from posttrain.data.dataset import Dataset, DataSummary, Skipped, SourceSummary, length_percentiles
-from posttrain.data.formats import Noun, detect, parse_rows
+from posttrain.data.formats import Noun, detect_format, parse_rows
 from posttrain.data.parse import IDENTICAL, unpair
 from posttrain.data.render import RenderedRow
 from posttrain.data.sources import Source, content_digest, read_source, short_path
@@ -138,7 +138,7 @@ def read_nouns(sources: Sequence[DatasetKeys], kind: RowKind) -> list[Noun]:
     nouns: list[Noun] = []
     for source in sources:
         rows = read_source(source).rows
-        found = detect(rows, kind, source.type)
+        found = detect_format(rows, kind, source.type)
         nouns += _expanded(parse_rows(rows, found.name)[0], kind)
     return nouns
 
@@ -203,7 +203,7 @@ def _dataset(
 
 def _load_source(plan: RowPlan, source: DatasetKeys, tokenizer: Any) -> tuple[_Gathered, SourceSummary]:
     read = read_source(source)
-    found = detect(read.rows, plan.kind, source.type)
+    found = detect_format(read.rows, plan.kind, source.type)
     parsed, skips = parse_rows(read.rows, found.name)
     part = _Gathered()
     for skip in skips:
@@ -298,7 +298,7 @@ def _cache_key(plan: RowPlan, sources: Sequence[DatasetKeys], tokenizer: Any) ->
         contents=digest_json([content_digest(source) for source in sources]),
         template=template_digest(tokenizer),
         tokenizer=cache.tokenizer_digest(tokenizer),
-        code=cache.code_digest(),
+        code=cache.cache_code_digest(),
         keys={**plan.keys, "datasets": [{k: v for k, v in entry.items() if k != "path"} for entry in asked]},
     )
 

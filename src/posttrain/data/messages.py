@@ -41,35 +41,37 @@ FLAGS = ("weight", "train", "trainable", "loss")
 def parse_messages(value: Any, origin: Origin, column: str) -> tuple[Message, ...]:
     """A list of messages (or one, or its JSON text). Raises: DataError."""
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        value = parse_json(value, origin, column)
+        value = parse_json_column(value, origin, column)
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, (list, tuple)) or not value:
-        raise DataError(f"{origin}: `{column}` is {describe(value)}; expected a non-empty list of {{role, content}}")
+        raise DataError(
+            f"{origin}: `{column}` is {describe_value(value)}; expected a non-empty list of {{role, content}}"
+        )
     return tuple(_message(item, origin, f"{column}[{i}]") for i, item in enumerate(value))
 
 
 def parse_tools(value: Any, origin: Origin) -> tuple[Mapping[str, Any], ...]:
     """JSON schemas of the tools: a list, or its JSON text. Raises: DataError."""
     if isinstance(value, str) and value.strip():
-        value = parse_json(value, origin, "tools")
+        value = parse_json_column(value, origin, "tools")
     if value in (None, "", []):
         return ()
     if not isinstance(value, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in value):
         raise DataError(
-            f"{origin}: `tools` is {describe(value)}; expected a list of JSON schemas, or that list as JSON text"
+            f"{origin}: `tools` is {describe_value(value)}; expected a list of JSON schemas, or that list as JSON text"
         )
     return tuple(value)
 
 
-def parse_json(text: str, origin: Origin, column: str) -> Any:
+def parse_json_column(text: str, origin: Origin, column: str) -> Any:
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{origin}: `{column}` holds text that is not JSON ({error}); expected valid JSON") from None
 
 
-def describe(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """A value as error messages show it."""
     if value is None:
         return "missing"
@@ -79,16 +81,16 @@ def describe(value: Any) -> str:
 
 def _message(item: Any, origin: Origin, where: str) -> Message:
     if not isinstance(item, Mapping):
-        raise DataError(f"{origin}: `{where}` is {describe(item)}; expected an object with role and content")
+        raise DataError(f"{origin}: `{where}` is {describe_value(item)}; expected an object with role and content")
     fields = {name: value for name, value in item.items() if value is not None}
     written = fields.pop("from", None) if "role" not in fields else fields.pop("role")
     role = ROLES.get(written) if isinstance(written, str) else None
     if role is None:
         known = ", ".join(sorted(ROLES))
-        raise DataError(f"{origin}: `{where}` has role {describe(written)}; expected one of {known}")
+        raise DataError(f"{origin}: `{where}` has role {describe_value(written)}; expected one of {known}")
     content = fields.pop("value", None) if "content" not in fields else fields.pop("content")
     if role == "function_call":
-        called = parse_json(_content(content, origin, where), origin, where)
+        called = parse_json_column(_content(content, origin, where), origin, where)
         role, content, fields["tool_calls"] = "assistant", None, called
     fields |= _flag(fields, origin, where) | _reasoning(fields, origin, where)
     if "tool_calls" in fields:
@@ -110,7 +112,7 @@ def _flag(fields: dict[str, Any], origin: Origin, where: str) -> dict[str, Any]:
     for name, value in given.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise DataError(
-                f"{origin}: `{where}` has {name} {describe(value)}; expected true or 1 (trained), or false or 0"
+                f"{origin}: `{where}` has {name} {describe_value(value)}; expected true or 1 (trained), or false or 0"
             )
     if len(set(map(int, given.values()))) > 1:
         raise DataError(
@@ -124,7 +126,7 @@ def _reasoning(fields: dict[str, Any], origin: Origin, where: str) -> dict[str, 
     given = {name: fields.pop(name) for name in REASONING if name in fields}
     for name, value in given.items():
         if not isinstance(value, str):
-            raise DataError(f"{origin}: `{where}` has {name} {describe(value)}; expected text")
+            raise DataError(f"{origin}: `{where}` has {name} {describe_value(value)}; expected text")
     texts = {value for value in given.values() if value}
     if len(texts) > 1:
         raise DataError(f"{origin}: `{where}` has different texts in {' and '.join(given)}; expected one of them")
@@ -143,7 +145,7 @@ def _content(value: Any, origin: Origin, where: str) -> str:
         if all(isinstance(part, str) for part in parts):
             return "".join(parts)  # type: ignore[arg-type]
     raise DataError(
-        f"{origin}: `{where}` has content {describe(value)}; expected text (images and audio are not supported)"
+        f"{origin}: `{where}` has content {describe_value(value)}; expected text (images and audio are not supported)"
     )
 
 
@@ -151,18 +153,18 @@ def _calls(value: Any, origin: Origin, where: str) -> list[Mapping[str, Any]]:
     """OpenAI tool calls with `arguments` as an object: templates write it as JSON, so text would be escaped twice."""
     calls = [value] if isinstance(value, Mapping) else value
     if not isinstance(calls, (list, tuple)):
-        raise DataError(f"{origin}: `{where}` has tool_calls {describe(value)}; expected a list of calls")
+        raise DataError(f"{origin}: `{where}` has tool_calls {describe_value(value)}; expected a list of calls")
     return [_call(call, origin, where) for call in calls]
 
 
 def _call(call: Any, origin: Origin, where: str) -> Mapping[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise DataError(f"{origin}: `{where}` has the tool call {describe(call)}; expected {{name, arguments}}")
+        raise DataError(f"{origin}: `{where}` has the tool call {describe_value(call)}; expected {{name, arguments}}")
     arguments = function.get("arguments")
     if arguments is None:
         arguments = {}
     if isinstance(arguments, str):
-        arguments = parse_json(arguments, origin, f"{where}.tool_calls.arguments") if arguments.strip() else {}
+        arguments = parse_json_column(arguments, origin, f"{where}.tool_calls.arguments") if arguments.strip() else {}
     rest = {key: call[key] for key in ("id",) if call.get(key) is not None}
     return {"type": "function", "function": {"name": function["name"], "arguments": arguments}, **rest}

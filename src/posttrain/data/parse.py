@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.data.messages import describe, parse_messages, parse_tools
+from posttrain.data.messages import describe_value, parse_messages, parse_tools
 from posttrain.errors import DataError
 from posttrain.types import Example, LabelledCompletion, Message, Origin, PreferencePair, Prompt, Text
 
@@ -49,7 +49,7 @@ def parse_alpaca(row: Fields, origin: Origin) -> Example | Skip:
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     for turn in row.get("history") or ():
         if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(part, str) for part in turn):
-            raise DataError(f"{origin}: `history` holds {describe(turn)}; expected [user text, assistant text]")
+            raise DataError(f"{origin}: `history` holds {describe_value(turn)}; expected [user text, assistant text]")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1], "weight": 0}]
     messages.append({"role": "user", "content": question})
     messages.append({"role": "assistant", "content": _text(row, "output", origin)})
@@ -90,7 +90,7 @@ def parse_preference(row: Fields, origin: Origin) -> PreferencePair | Skip:
 def parse_kto(row: Fields, origin: Origin) -> LabelledCompletion | Skip:
     label = LABELS.get(str(row.get("label")).strip().lower())
     if label is None:
-        raise DataError(f"{origin}: `label` is {describe(row.get('label'))}; expected true (desirable) or false")
+        raise DataError(f"{origin}: `label` is {describe_value(row.get('label'))}; expected true (desirable) or false")
     prompt, completion = _labelled_texts(row, origin)
     if not isinstance(prompt, str) or not isinstance(completion, str):
         prompt, completion = _both_messages(prompt, completion, "completion", origin)
@@ -170,7 +170,7 @@ def _text(row: Fields, column: str, origin: Origin) -> str:
     value = row.get(column)
     if not isinstance(value, str):
         found = ", ".join(f"`{name}`" for name in row)
-        raise DataError(f"{origin}: `{column}` is {describe(value)}; expected text; this row has {found}")
+        raise DataError(f"{origin}: `{column}` is {describe_value(value)}; expected text; this row has {found}")
     return value
 
 
@@ -184,7 +184,7 @@ def _text_or_messages(row: Fields, column: str, origin: Origin) -> Text:
         return parse_messages(value, origin, column)
     if isinstance(value, str):
         return value
-    raise DataError(f"{origin}: `{column}` is {describe(value)}; expected text or a list of {{role, content}}")
+    raise DataError(f"{origin}: `{column}` is {describe_value(value)}; expected text or a list of {{role, content}}")
 
 
 def _both_messages(

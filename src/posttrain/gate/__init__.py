@@ -3,9 +3,9 @@
 Knows nothing of models: a verdict follows from stored items alone.
 """
 
-from posttrain.gate.decide import decide, plan
+from posttrain.gate.decide import decide, plan_lines
 from posttrain.gate.folder import load_reports, load_verdict, recompute, save_verdict, verdict_from_json
-from posttrain.gate.render import render
+from posttrain.gate.render import verdict_table
 from posttrain.gate.spec import GateSpec, Guard, Primary
 
 __all__ = [
@@ -15,9 +15,9 @@ __all__ = [
     "decide",
     "load_reports",
     "load_verdict",
-    "plan",
+    "plan_lines",
     "recompute",
-    "render",
     "save_verdict",
     "verdict_from_json",
+    "verdict_table",
 ]

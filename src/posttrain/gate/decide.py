@@ -65,7 +65,7 @@ def decide(spec: GateSpec, candidate: Reports, baseline: Reports, *, look: int =
     )
 
 
-def plan(spec: GateSpec, sizes: Mapping[str, tuple[int, int]], *, look: int = 1) -> list[str]:
+def plan_lines(spec: GateSpec, sizes: Mapping[str, tuple[int, int]], *, look: int = 1) -> list[str]:
     """One line per test, given (number of items, number of clusters) per suite on the gate split.
 
     Raises: GateError naming the number of items, if a test cannot detect its margin with the planned power.

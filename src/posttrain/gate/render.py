@@ -10,7 +10,7 @@ _HEADER = ("", "suite", "test", "items", "base", "cand", "gain", "95 % interval"
 _RIGHT = frozenset({3, 4, 5, 6, 7, 8, 9})
 
 
-def render(verdict: GateVerdict) -> str:
+def verdict_table(verdict: GateVerdict) -> str:
     """A table with one row per test, then the verdict and its reason."""
     rows = [_HEADER, *(_row(test) for test in verdict.tests)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]

@@ -74,7 +74,7 @@ class Batch:
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
-def count(sequences: Iterable[TokenSeq]) -> Counts:
+def loss_counts(sequences: Iterable[TokenSeq]) -> Counts:
     """What a step's loss is divided by; the same tokens that `pack` scores."""
     lengths = [sequence.num_loss_tokens for sequence in sequences]
     return Counts(tokens=sum(lengths), sequences=len(lengths))

@@ -58,7 +58,7 @@ def save_policy(
     adapter = folder.parent / ADAPTER
     of_base = record if under.base_model == policy.source else {"base_digest": source_digest(under.base_model)}
     write_folder(adapter, lambda temporary: _save_adapter(policy, temporary, of_base, state))
-    merged, report = merge(under.base_model, adapter, keys, policy=policy, trained=trained)
+    merged, report = merge_adapter(under.base_model, adapter, keys, policy=policy, trained=trained)
     return _save(merged, policy.tokenizer, folder, record | {"merged_onto": report.base}, keys, trained, report)
 
 
@@ -137,7 +137,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def merge(
+def merge_adapter(
     base: str, adapter: Path, keys: ModelKeys, *, policy: Policy | None = None, trained: torch.Tensor | None = None
 ) -> tuple[PreTrainedModel, ExportReport]:
     """Base plus adapter as one float32 model, compared with the trained policy's logits before it is returned.
@@ -175,7 +175,7 @@ def merge(
 
 def merge_into(folder: Path, base: str, adapter: Path, keys: ModelKeys) -> ExportReport:
     """`merge`, written to `folder` with the adapter's tokenizer, or the base's where the adapter has none."""
-    merged, report = merge(base, adapter, keys)
+    merged, report = merge_adapter(base, adapter, keys)
     keys = keys.model_copy(update={"base_model": base})
     tokenizer = adapter_tokenizer(base, adapter, keys)
     record = {"base_digest": source_digest(base), "merged_onto": report.base}

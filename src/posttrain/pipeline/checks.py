@@ -13,7 +13,7 @@ from posttrain.data.lint import limits_of
 from posttrain.data.load import read_nouns
 from posttrain.errors import ConfigError
 from posttrain.evals.suite import Suite, load_suite
-from posttrain.gate.decide import plan
+from posttrain.gate.decide import plan_lines
 from posttrain.gate.spec import RESERVE_SPLIT, SELECTION_SPLIT
 from posttrain.health.rules import rules_for
 from posttrain.models.continued import base_keys, is_continued
@@ -74,7 +74,7 @@ def plan_gate(keys: PipelineKeys, gate: GateKeys, suites: Mapping[str, tuple[Sui
     spec = spec_of(keys, gate, suites)
     for name in spec.suites:
         suites[name][0].on(gate.split)  # a split that is not there is said with those that are
-    lines = plan(spec, {name: size for name, size in sizes.items() if size[0]})
+    lines = plan_lines(spec, {name: size for name, size in sizes.items() if size[0]})
     if spec.spend:
         lines.append(
             f"no items with split {SELECTION_SPLIT} in {', '.join(without_dev(gate, suites))} to choose on: every attempt is "

@@ -11,7 +11,7 @@ from posttrain.config.resolved import to_data
 from posttrain.config.stages import TrainKeys
 from posttrain.data.dataset import sequences
 from posttrain.data.lint import LintReport, lint_stage
-from posttrain.data.lint_input import text_of
+from posttrain.data.lint_input import plain_text
 from posttrain.data.load import LOADERS
 from posttrain.files import digest_json, write_json
 from posttrain.models.load import load_config, load_tokenizer
@@ -68,7 +68,7 @@ def lint_keys(keys: TrainKeys, suites: Suites) -> LintReport:
         keys,
         tokenizer,
         data,
-        suites={name: [text_of(item.prompt) for item in suite.items] for name, (suite, _) in suites.items()},
+        suites={name: [plain_text(item.prompt) for item in suite.items] for name, (suite, _) in suites.items()},
         check_golds=gold_check(keys),
         own_template=own_template,
     )

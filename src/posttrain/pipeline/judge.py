@@ -13,7 +13,7 @@ from posttrain.evidence import GateVerdict, RegistryEntry, Verdict
 from posttrain.gate.aa import aa_check
 from posttrain.gate.decide import decide
 from posttrain.gate.folder import load_evidence, load_spec, load_verdict, save_verdict
-from posttrain.gate.render import render
+from posttrain.gate.render import verdict_table
 from posttrain.gate.selection import promising
 from posttrain.gate.spec import SELECTION_SPLIT, GateSpec
 from posttrain.models.provenance import model_digest
@@ -215,14 +215,14 @@ def decide_once(asked: Question, keys: PipelineKeys, state: RunState, folder: Pa
     for known in _given(asked, state, folder):
         verdict = load_verdict(folder / known.folder)
         if asked.is_answered_by(verdict):
-            return state.with_gate(known), verdict.verdict, render(verdict)
+            return state.with_gate(known), verdict.verdict, verdict_table(verdict)
     spec, look = asked.spec, _look(asked, keys, state, folder)
     verdict = decide(spec, asked.candidate, asked.baseline, look=look)
     name = next(name for name in _names(asked.after) if not (folder / name).exists())
     ours, theirs = ({suite: place / f"{suite}-{spec.split}" for suite in spec.suites} for place in asked.places)
     save_verdict(folder / name, verdict, spec, ours, theirs, look=look)
     record = GateEntry(asked.after, name, verdict.verdict.value, *asked.digests, attempt=asked.attempt)
-    return state.with_gate(record), verdict.verdict, "\n".join([render(verdict), *_looks_in_words(spec, look)])
+    return state.with_gate(record), verdict.verdict, "\n".join([verdict_table(verdict), *_looks_in_words(spec, look)])
 
 
 def _names(after: int | str) -> Iterator[str]:

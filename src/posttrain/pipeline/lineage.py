@@ -87,7 +87,7 @@ def certificate_of(stage_folder: Path) -> dict[str, Any] | None:
     return read_record(path, dict, f"put a copy of {path} back") if path.exists() else None
 
 
-def register(place: Place, state: RunState, last: int) -> dict[str, Any]:
+def register_model(place: Place, state: RunState, last: int) -> dict[str, Any]:
     """Register the model of stage `last` and promote it. What is held, or refused, is registered without the alias."""
     keys, folder = place.keys, place.folder
     target, verdict = keys.register_, last_verdict(state, folder)

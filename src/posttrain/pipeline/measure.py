@@ -66,7 +66,7 @@ class Evals:
         def work() -> Reports:
             check_same(model)
             return evaluate(
-                model_keys(self.keys, model.path), suites, split, folder, self.shown, order=order, digest=model.digest,
+                scoring_keys(self.keys, model.path), suites, split, folder, self.shown, order=order, digest=model.digest,
                 rollout=self.keys.eval_rollout,
             )  # fmt: skip
 
@@ -90,7 +90,7 @@ def check_same(model: MeasuredModel) -> None:
         )
 
 
-def model_keys(keys: PipelineKeys, model: str) -> ModelKeys:
+def scoring_keys(keys: PipelineKeys, model: str) -> ModelKeys:
     """How a model of this pipeline is loaded to be scored."""
     first = keys.stages[0].keys
     how = ("trust_remote_code", "chat_template", "chat_template_kwargs", "bf16", "device")

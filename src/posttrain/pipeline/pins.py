@@ -117,7 +117,7 @@ def stage_inputs(kind: str, keys: TrainKeys, parent_digest: str) -> dict[str, st
     return {MODEL: parent_digest, "keys": digest_json(training_keys(keys)), **data_pins(keys), **versions(kind)}
 
 
-def environment() -> dict[str, Any]:
+def pinned_environment() -> dict[str, Any]:
     """What bitwise repetition depends on beside the inputs."""
     return environment_pins() | {"threads": torch.get_num_threads()}
 

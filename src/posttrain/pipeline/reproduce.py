@@ -26,7 +26,7 @@ from posttrain.gate.folder import load_verdict, recompute, verdict_from_json
 from posttrain.gate.spec import GateSpec, Guard
 from posttrain.models.device import place
 from posttrain.models.provenance import source_digest
-from posttrain.pipeline.pins import environment, is_version, stage_inputs
+from posttrain.pipeline.pins import is_version, pinned_environment, stage_inputs
 from posttrain.pipeline.run import Watch, run_pipeline
 from posttrain.pipeline.state import RunState
 from posttrain.pipeline.taken_over import adapter_total_of
@@ -34,7 +34,7 @@ from posttrain.recipes.evaluate import evaluate
 from posttrain.registry.manifest import ADAPTER_TOTAL, MODEL, Manifest
 from posttrain.registry.registry import Registry
 
-Found = Literal["same", "differs", "missing", "note"]
+Agreement = Literal["same", "differs", "missing", "note"]
 EXIT_CODE = {"same": 0, "note": 0, "differs": 1, "missing": 2}
 MARGIN = 0.05
 """Within which two models' scores count as equivalent."""
@@ -45,7 +45,7 @@ class Comparison:
     """One thing compared: it is the `same`, it `differs`, or what it takes is `missing`; a `note` decides nothing."""
 
     what: str
-    found: Found
+    found: Agreement
     detail: str
 
     def __str__(self) -> str:
@@ -193,7 +193,7 @@ def _environment_checks(version: Version) -> list[Comparison]:
     path = version.export("environment", "environment.json")
     if path is None:
         return [Comparison("environment", "note", "was not registered with this version, so it cannot be compared")]
-    before, now = _flat(read_json(path)), _flat(environment())
+    before, now = _flat(read_json(path)), _flat(pinned_environment())
     moved = [
         f"{k}: {before.get(k, 'absent')} → {now.get(k, 'absent')}"
         for k in sorted(before | now)
@@ -251,7 +251,7 @@ def _moved_pins(keys: PipelineKeys, chain: list[Manifest]) -> Iterator[Compariso
             what = (
                 name if is_version(name) else "base_model" if name == MODEL else f"stages.{index}.{stage.kind}.{name}"
             )
-            found: Found = "note" if is_version(name) else "missing"
+            found: Agreement = "note" if is_version(name) else "missing"
             if recorded != value:
                 moved[what] = Comparison(f"pin {what}", found, f"recorded {recorded}, now {value}")
     yield from moved.values()
@@ -281,7 +281,7 @@ def _retrained(
         if recorded := manifest.outputs.get(ADAPTER_TOTAL):
             now = adapter_total_of(entry.files)
             text = now if now == recorded else f"recorded {recorded}, now {now or 'absent'}"
-            found: Found = "same" if now == recorded else "note" if expected else "differs"
+            found: Agreement = "same" if now == recorded else "note" if expected else "differs"
             yield Comparison(f"{ADAPTER_TOTAL} of {manifest.stage}", found, text)
     last = made[-1]
     assert last is not None, "a version has at least one stage"
@@ -331,7 +331,7 @@ def _equivalent(version: Version, model: Path, keys: PipelineKeys, margin: float
         if worst is None:
             yield Comparison(f"scores on {name}", "same", f"{text}equivalent at alpha {spec.alpha:g}")
         else:
-            found: Found = "differs" if worst.verdict is Verdict.FAIL else "missing"
+            found: Agreement = "differs" if worst.verdict is Verdict.FAIL else "missing"
             yield Comparison(f"scores on {name}", found, f"{text}{worst.verdict.value}, {worst.reason}")
 
 

@@ -28,7 +28,7 @@ from posttrain.pipeline.generation import check_can_be_promoted, from_version
 from posttrain.pipeline.judge import Judge, is_promoted, made_by
 from posttrain.pipeline.measure import Evals, MeasuredModel
 from posttrain.pipeline.opening import fresh, state_to_go_on_from
-from posttrain.pipeline.pins import environment, pins_of
+from posttrain.pipeline.pins import pinned_environment, pins_of
 from posttrain.pipeline.processes import check_folder_is_shared, check_started_alike, counted_for, kept_rows
 from posttrain.pipeline.state import (
     DONE,
@@ -156,7 +156,7 @@ class _PipelineRun:
             for place in (self.folder, *self.folder.glob("*/"), *self.folder.glob("*/*/")):
                 sweep(place)
             write_atomic(self.folder / "config.yaml", resolved_yaml(self.keys, self.place.project, self.folder))
-            write_json(self.folder / "environment.json", environment())
+            write_json(self.folder / "environment.json", pinned_environment())
             state.save(self.folder)
         return state
 
@@ -268,7 +268,7 @@ class _PipelineRun:
 
     def _registered(self, index: int) -> RunState:
         if not is_promoted(self.state, self.place.digest_before(self.state, index + 1)):
-            self._save(registered=lineage.register(self.place, self.state, index))
+            self._save(registered=lineage.register_model(self.place, self.state, index))
         assert self.state.registered is not None
         self.watch.say(self.state.registered["message"])
         return self.state

@@ -43,14 +43,14 @@ def quiet_libraries() -> None:
 
 def show_keys(loaded: Any, console: Console, *, defaults: bool) -> None:
     """Every key that was set, by whom; then the defaults, or how many there are."""
-    from posttrain.config.load import describe
-    from posttrain.config.schema import show
+    from posttrain.config.load import describe_keys
+    from posttrain.config.schema import show_value
 
     table = Table("key", "value", "from", box=None, header_style="dim", pad_edge=False)
-    rows = describe(loaded)
+    rows = describe_keys(loaded)
     kept = [row for row in rows if defaults or row[2] != "default"]
     for key, value, origin in kept:
-        table.add_row(Text(key), Text(show(value)), Text(origin), style="dim" if origin == "default" else "")
+        table.add_row(Text(key), Text(show_value(value)), Text(origin), style="dim" if origin == "default" else "")
     console.print(table)
     if len(kept) < len(rows):
         console.print(

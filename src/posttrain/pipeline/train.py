@@ -17,7 +17,7 @@ from posttrain.files import digest_json, write_atomic
 from posttrain.models.continued import base_keys, is_continued
 from posttrain.models.total import MergedBefore
 from posttrain.pipeline.data_checks import DataChecks, Suites
-from posttrain.pipeline.pins import environment, stage_inputs, training_keys
+from posttrain.pipeline.pins import pinned_environment, stage_inputs, training_keys
 from posttrain.pipeline.state import DAMAGED, DONE, RUNNING, Parent, RunState, StageEntry
 from posttrain.pipeline.taken_over import begin, belongs_to, damage, damaged_error, files_made, model_of
 from posttrain.protocols import MetricSink, Ranks
@@ -138,7 +138,7 @@ class Stages:
                 break
         return StageEntry(
             index, kind, attempt, folder, RUNNING, digest_json(inputs), now(), inputs=inputs,
-            changed=dict(state.changes.get(str(index), {})), environment=digest_json(environment()),
+            changed=dict(state.changes.get(str(index), {})), environment=digest_json(pinned_environment()),
         )  # fmt: skip
 
     def _damage(self, entry: StageEntry) -> list[str]:

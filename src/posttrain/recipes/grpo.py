@@ -75,10 +75,10 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
         keys.reward_funcs, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s
     ) as rewards:
         score = ReplayedRewards(stage, partial(rewards.score, max_unscored=MAX_UNSCORED), state)
-        stream = PromptStream(data, keys.seed, state.solved)
+        prompt_stream = PromptStream(data, keys.seed, state.solved)
         how = (keys.temperature, keys.per_device_train_batch_size, ranks)
         trainer, reference = PolicyScorer(policy, *how), ReferenceScorer(policy, *how)
-        collector = Collector(keys, engine, decode, score, stream, trainer, reference, ranks)
+        collector = Collector(keys, engine, decode, score, prompt_stream, trainer, reference, ranks)
         live = LiveChecks(keys, stage, rewards, engine, tokenizer, data)
         validation = Validation(stage, state, partial(_validate, engine, decode, score, held_out, keys, state), suite)
 

@@ -15,7 +15,7 @@ from posttrain.health.controls import Controls, after
 from posttrain.health.monitor import Monitor
 from posttrain.health.rules import GUARDS, HOLDING, rules_for
 from posttrain.protocols import Ranks
-from posttrain.recipes.rollback import Rollback, RolledBack, decide, discard_abandoned, read_rollbacks
+from posttrain.recipes.rollback import Rollback, RolledBack, begin_rollback, discard_abandoned, read_rollbacks
 from posttrain.recipes.run_folder import RunFolder
 from posttrain.recipes.steering import first_controls, moved
 from posttrain.types import Finding, Severity, StepReport
@@ -115,7 +115,9 @@ class TrainingGuard:
         decision: Any = None
         if self._ranks.is_main:
             try:
-                decision = decide(self._run.path, self._store, finding, self.controls, self._keys.health_rollbacks)
+                decision = begin_rollback(
+                    self._run.path, self._store, finding, self.controls, self._keys.health_rollbacks
+                )
             except TrainingError as error:
                 decision = error
         decision = self._ranks.broadcast(decision)

@@ -25,7 +25,7 @@ from posttrain.recipes.engines import sampling_params
 from posttrain.recipes.stage import Stage
 from posttrain.rewards.battery import find_deciding, learn_form, measure_separation, run_mutations
 from posttrain.rewards.canaries import impossible
-from posttrain.rewards.cases import AnswerForm, Case, PolicySample, Setting, cases_of, kind_of, same_meaning
+from posttrain.rewards.cases import AnswerForm, Case, PolicySample, Setting, case_kind, cases_of, same_meaning
 from posttrain.rewards.check import TINY, RewardCheck, Thresholds
 from posttrain.rewards.workers import RewardPool
 from posttrain.rollout.collect import sample_groups
@@ -163,7 +163,7 @@ def replay(check: RewardCheck, setting: Setting) -> tuple[dict[str, float], list
     for (name, case, text), value in zip(work, check.values([(case, text) for _, case, text in work]), strict=True):
         if value is not None and value > wrongs[id(case)] + check.limits.slack * check.gap + TINY:
             passes.append(f"{name}: {value:g} for {text[:200]!r}")
-    run_mutations(check, setting, kind_of(setting.cases), True, kinds=("Z",), bombs=False)
+    run_mutations(check, setting, case_kind(setting.cases), True, kinds=("Z",), bombs=False)
     num = len(work) + sum(row.num for row in check.rows)
     paid = len(passes) + sum(row.violations for row in check.rows)
     passes += [f"{row.name}: {row.example}" for row in check.rows if row.violations]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from posttrain.config.stages import RLKeys
 from posttrain.data.dataset import Dataset
-from posttrain.models.batch import count, pack
+from posttrain.models.batch import loss_counts, pack
 from posttrain.models.policy import Policy
 from posttrain.objectives.reduce import Normalizer
 from posttrain.objectives.sft import sft_loss
@@ -49,4 +49,4 @@ def ptx_loss(policy: Policy, rows: Sequence[TokenSeq], norm: Normalizer, coef: f
 
 def ptx_norm(rows: Sequence[TokenSeq]) -> Normalizer:
     """Counted over the step's supervised rows alone."""
-    return Normalizer.of(count(rows))
+    return Normalizer.of(loss_counts(rows))

@@ -57,7 +57,7 @@ def read_rollbacks(folder: Path) -> tuple[Rollback, ...]:
     return tuple(Rollback.from_json(record) for record in read_json(path)) if path.exists() else ()
 
 
-def decide(folder: Path, store: CheckpointStore, finding: Finding, controls: Controls, most: int) -> Rollback:
+def begin_rollback(folder: Path, store: CheckpointStore, finding: Finding, controls: Controls, most: int) -> Rollback:
     """Write down where to go back to. Raises: TrainingError if there were `most` rollbacks before, or `stop` is asked."""
     before = read_rollbacks(folder)
     healthy = store.newest_valid(before=finding.since)

@@ -11,7 +11,7 @@ from posttrain.config.stages import SFTKeys
 from posttrain.data.dataset import Dataset
 from posttrain.data.held_out import load_with_held_out
 from posttrain.data.load import load_sft
-from posttrain.models.batch import count, pack
+from posttrain.models.batch import loss_counts, pack
 from posttrain.models.load import load_policy, load_tokenizer
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
@@ -48,7 +48,7 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
         stage.begin_step(step)
         micros = schedule.step(step + stage.guard.controls.skipped)
         # One global count, known before the first backward: the split into micro-batches and ranks cannot matter.
-        norm = Normalizer.of(count(flat(micros)))
+        norm = Normalizer.of(loss_counts(flat(micros)))
         metrics = StepMetrics()
         policy.model.train()
         for micro in for_rank(micros, ranks):
@@ -81,7 +81,7 @@ def validation_loss(policy: Policy, rows: Dataset[TokenSeq], keys: SFTKeys, stag
     """Token-mean loss over all held-out rows."""
     policy.model.eval()
     metrics = StepMetrics()
-    norm = Normalizer.of(count(rows))
+    norm = Normalizer.of(loss_counts(rows))
     size = keys.per_device_train_batch_size
     for micro in for_rank([rows.rows[i : i + size] for i in range(0, len(rows), size)], stage.ranks):
         terms = loss(policy, micro.rows, norm, "nll")

@@ -140,7 +140,7 @@ class Checkpoints:
         model, sharding = state.policy.model, state.policy.sharding
         names = {name for name, _ in state.policy.trainable()}
         weights = {n: t.clone() for n, t in sharding.full_state(model).items() if n in names}
-        tensors, scalars = flatten(sharding.full_optimizer_state(model, state.optimizer))
+        tensors, scalars = flatten_optimizer(sharding.full_optimizer_state(model, state.optimizer))
         if self._ranks.is_main:
             state.best = self.store.best()
             record = state.to_json() | {"scalars": scalars}
@@ -181,14 +181,14 @@ class Checkpoints:
         return step, {"bytes": size, "seconds": round(time.monotonic() - started, 3)}
 
 
-def flatten(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def flatten_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Optimizer state as named tensors, and what is not a tensor."""
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, Any] = {}
     for name, value in state.items():
         if isinstance(value, Mapping):
             # 8-bit optimizers keep a second level.
-            inner_tensors, inner_scalars = flatten(value)
+            inner_tensors, inner_scalars = flatten_optimizer(value)
             tensors |= {f"{name}|{key}": tensor for key, tensor in inner_tensors.items()}
             scalars |= {f"{name}|{key}": scalar for key, scalar in inner_scalars.items()}
         elif isinstance(value, torch.Tensor):

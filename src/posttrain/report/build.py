@@ -9,18 +9,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from posttrain.files import write_atomic
 from posttrain.report import charts, checks, tables, words
-from posttrain.report.records import RunRecord, load_run
+from posttrain.report.records import RunRecord, read_run
 
 
 def build_report(run_dir: Path) -> Path:
     """Write `report.html` into the run folder and return its path. Raises: DataError if it is no run folder."""
-    run = load_run(Path(run_dir))
+    run = read_run(Path(run_dir))
     path = run.folder / "report.html"
-    write_atomic(path, render(run))
+    write_atomic(path, render_report(run))
     return path
 
 
-def render(run: RunRecord) -> str:
+def render_report(run: RunRecord) -> str:
     environment = Environment(
         loader=PackageLoader("posttrain", "report"),
         autoescape=True,  # completions and configs are untrusted text

@@ -10,7 +10,7 @@ from typing import Any
 from posttrain.files import read_json
 from posttrain.report import words
 from posttrain.report.intervals import difference_interval
-from posttrain.report.records import RunRecord, StageRecord, load_run
+from posttrain.report.records import RunRecord, StageRecord, read_run
 from posttrain.report.tables import flatten
 
 # What a clock or the machine decides; two equal runs differ in these.
@@ -56,7 +56,7 @@ class RunDiff:
 
 def diff_runs(run_a: Path, run_b: Path) -> RunDiff:
     """Raises: DataError if either is no run folder."""
-    return compare(load_run(run_a), load_run(run_b))
+    return compare(read_run(run_a), read_run(run_b))
 
 
 def compare(a: RunRecord, b: RunRecord) -> RunDiff:
@@ -71,7 +71,7 @@ def compare(a: RunRecord, b: RunRecord) -> RunDiff:
     )
 
 
-def render(diff: RunDiff) -> str:
+def comparison_text(diff: RunDiff) -> str:
     """The comparison as text."""
     lines = [f"A  {diff.a}", f"B  {diff.b}"]
     if diff.is_empty:

@@ -117,7 +117,7 @@ class RunRecord:
         return (final or list(self.gates) or [None])[-1]
 
 
-def load_run(folder: Path) -> RunRecord:
+def read_run(folder: Path) -> RunRecord:
     """Raises: DataError if `folder` does not look like a run at all."""
     folder = Path(folder)
     if not any((folder / name).exists() for name in ("pipeline.json", "stages", "config.yaml", "metrics.jsonl")):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from posttrain.report import words
-from posttrain.report.records import RunRecord, load_run
+from posttrain.report.records import RunRecord, read_run
 from posttrain.report.tables import before_after, headline
 
 
 def render_summary(run_dir: Path) -> str:
     """Scores of every model with 95 % intervals, the change, the gate and the registry entry."""
-    return summary_of(load_run(run_dir))
+    return summary_of(read_run(run_dir))
 
 
 def summary_of(run: RunRecord) -> str:

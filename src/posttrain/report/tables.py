@@ -225,7 +225,9 @@ def _prompts(run: RunRecord, suite: str) -> dict[str, str]:
     except DataError:  # the file as it is today is no part of the run: its items go by their ids
         return {}
     prompts = {
-        str(row.get("id", number)): clip(text_of(row.get("prompt") or row.get("messages") or row.get("question") or ""))
+        str(row.get("id", number)): clip(
+            transcript(row.get("prompt") or row.get("messages") or row.get("question") or "")
+        )
         for number, row in rows
     }
     return {identifier: prompt for identifier, prompt in prompts.items() if prompt}
@@ -238,8 +240,8 @@ def training_samples(stage: StageRecord) -> list[Mapping[str, Any]]:
     return [
         {
             "step": stage.samples[place].get("step"),
-            "prompt": clip(text_of(stage.samples[place].get("prompt"))),
-            "completion": clip(text_of(stage.samples[place].get("completion"))),
+            "prompt": clip(transcript(stage.samples[place].get("prompt"))),
+            "completion": clip(transcript(stage.samples[place].get("completion"))),
             "reward": stage.samples[place].get("reward"),
         }
         for place in places[:MAX_SAMPLES]
@@ -317,7 +319,7 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
     return rows
 
 
-def text_of(value: Any) -> str:
+def transcript(value: Any) -> str:
     """A prompt or completion as text; of a conversation, each turn on its own line."""
     if isinstance(value, list):
         return "\n".join(

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from posttrain.rewards import measures
-from posttrain.rewards.cases import AnswerForm, Case, Setting, candidate_forms, kind_of, surely_wrong
+from posttrain.rewards.cases import AnswerForm, Case, Setting, candidate_forms, case_kind, surely_wrong
 from posttrain.rewards.check import TINY, MutationResult, RewardCheck
 from posttrain.rewards.library import gold_column
 from posttrain.rewards.mutations import MUTATIONS, Mutation
@@ -17,7 +17,7 @@ from posttrain.types import RewardBreakdown
 def learn_form(check: RewardCheck, cases: Sequence[Case]) -> AnswerForm:
     """The form in which the reference answers score best; at a tie the one the samples have."""
     forms = candidate_forms(check.samples, check.pool.specs)
-    probed = cases[:2] if kind_of(cases) == "code" else cases[:8]
+    probed = cases[:2] if case_kind(cases) == "code" else cases[:8]
     if not probed:
         return forms[0]
     values = check.values([(case, form.render(case.gold or "")) for form in forms for case in probed])

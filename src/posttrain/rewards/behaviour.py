@@ -11,7 +11,7 @@ from typing import Any
 
 from posttrain.errors import RewardError
 from posttrain.rewards import measures
-from posttrain.rewards.cases import AnswerForm, Case, Setting, kind_of, same_meaning
+from posttrain.rewards.cases import AnswerForm, Case, Setting, case_kind, same_meaning
 from posttrain.rewards.check import TINY, MutationResult, RewardCheck
 from posttrain.rewards.library import GOLD_COLUMNS
 from posttrain.rewards.workers import TIMED_OUT, RewardPool
@@ -28,7 +28,7 @@ _PROBE_TRIES = 3
 
 def measure_policies(check: RewardCheck, setting: Setting, separated: bool) -> None:
     """What a policy earns that does not read the question, and which of them earns most."""
-    form, cases = setting.form, setting.cases[:4] if kind_of(setting.cases) == "code" else setting.cases
+    form, cases = setting.form, setting.cases[:4] if case_kind(setting.cases) == "code" else setting.cases
     policies = {
         "empty": [""] * len(cases),
         "shortest": ["."] * len(cases),
@@ -60,7 +60,7 @@ def measure_policies(check: RewardCheck, setting: Setting, separated: bool) -> N
     best = max(earned, key=lambda name: earned[name])
     check.measures |= {f"policy: {name}": mean for name, mean in earned.items()}
     check.measures[f"best degenerate policy: {best}"] = earned[best]
-    if separated and kind_of(cases) != "code":
+    if separated and case_kind(cases) != "code":
         _measure_length(check, setting)
 
 
@@ -112,7 +112,7 @@ def _scored_without(check: RewardCheck, case: Case, form: AnswerForm, columns: M
 
 def measure_determinism(check: RewardCheck, form: AnswerForm) -> None:
     """The same completions alone, together, shuffled, and in processes with another hash seed: equal each time."""
-    few = 1 if kind_of(check.cases) == "code" else 3
+    few = 1 if case_kind(check.cases) == "code" else 3
     texts = [(c, form.render(a)) for c in check.cases[:few] for a in (c.gold, c.wrong) if a is not None]
     texts += [(check.cases[s.case], s.text) for s in check.samples[: few + 1]]
     texts = texts or [(c, form.render("1")) for c in check.cases[:few]]

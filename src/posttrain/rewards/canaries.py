@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from posttrain.rewards.cases import Case, is_number
+from posttrain.rewards.cases import Case, is_quantity
 from posttrain.rewards.library import GOLD_COLUMNS
 
 
@@ -21,7 +21,7 @@ def impossible(case: Case, digest: str) -> dict[str, Any]:
 def _answer(case: Case, tag: str) -> str:
     if "schema" in case.columns:
         return json.dumps({tag[:16]: tag[16:32]})
-    if is_number(case.gold or ""):
+    if is_quantity(case.gold or ""):
         return str(10**15 + int(tag[:12], 16))
     # Instead of a letter a sign that is no choice; instead of words a name that nobody bears.
     return "∅" if len(case.gold or "") == 1 else f"canary {tag[:16]}"

@@ -153,17 +153,17 @@ class Setting:
         return [gold for gold in self.golds if case.gold is None or not same_meaning(gold, case.gold)]
 
 
-def is_number(gold: str) -> bool:
+def is_quantity(gold: str) -> bool:
     return parse_quantity(normalise(gold), lowest_terms=False) is not None
 
 
-def kind_of(cases: Sequence[Case]) -> str:
+def case_kind(cases: Sequence[Case]) -> str:
     """`code`, `json`, `number`, `choice` or `text`: which mutations make sense."""
     if any("tests" in case.columns for case in cases):
         return "code"
     if any("schema" in case.columns for case in cases):
         return "json"
     golds = [case.gold for case in cases if case.gold is not None]
-    if golds and all(is_number(gold) for gold in golds):
+    if golds and all(is_quantity(gold) for gold in golds):
         return "number"
     return "choice" if golds and all(len(gold) == 1 and gold.isupper() for gold in golds) else "text"

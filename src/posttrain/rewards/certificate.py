@@ -22,7 +22,7 @@ from posttrain.rewards.behaviour import (
     measure_kill,
     measure_policies,
 )
-from posttrain.rewards.cases import Case, PolicySample, Setting, cases_digest, kind_of
+from posttrain.rewards.cases import Case, PolicySample, Setting, case_kind, cases_digest
 from posttrain.rewards.check import MutationResult, RewardCheck, Thresholds
 from posttrain.rewards.library import GOLD_COLUMNS
 from posttrain.rewards.workers import RewardPool
@@ -103,7 +103,7 @@ def check_rewards(
     limits = thresholds or Thresholds()
     check = RewardCheck(pool, cases, samples, limits, tokenize or (lambda text: text.encode("utf-8", "surrogatepass")))
     with_gold = [case for case in cases if case.gold is not None]
-    form, kind = learn_form(check, with_gold), kind_of(cases)
+    form, kind = learn_form(check, with_gold), case_kind(cases)
     if with_gold:
         find_deciding(check, with_gold, form)
     separated = bool(check.deciding)

@@ -45,7 +45,7 @@ def boxed_only(make: Make) -> Make:
     return lambda case, setting: make(case, setting) if setting.form.before == BOXED else []
 
 
-def value_of(gold: str) -> Fraction | None:
+def plain_number(gold: str) -> Fraction | None:
     """The number that a reference without a unit is."""
     quantity = parse_quantity(normalise(gold), lowest_terms=False)
     return quantity.value if quantity is not None and not quantity.unit else None

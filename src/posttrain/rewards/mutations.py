@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from posttrain.rewards.cases import Case, Setting, is_number, same_meaning
-from posttrain.rewards.mutation import ANY, Mutation, fixed, value_of
+from posttrain.rewards.cases import Case, Setting, is_quantity, same_meaning
+from posttrain.rewards.mutation import ANY, Mutation, fixed, plain_number
 from posttrain.rewards.mutations_code import BOMBS, CODE_ATTACKS, json_attacks
 from posttrain.rewards.mutations_equal import EQUAL
 from posttrain.rewards.mutations_survive import SURVIVE
@@ -30,7 +30,7 @@ def _hedges(case: Case, setting: Setting) -> list[str]:
     if wrong is None:
         return []
     lists = (f"{wrong}, {gold}", f"{gold}, {wrong}", f"{gold} or {wrong}", f"{wrong} or {gold}", f"\\{{{gold}, {wrong}\\}}", f"[{gold}, {wrong}]", f"{gold} {wrong}")  # fmt: skip
-    if value_of(gold) != 0:  # ±0 is 0
+    if plain_number(gold) != 0:  # ±0 is 0
         lists += (f"\\pm {gold}",)
     inside = [setting.form.render(text) for text in lists]
     after = [
@@ -43,7 +43,7 @@ def _hedges(case: Case, setting: Setting) -> list[str]:
 def _enumeration(case: Case, setting: Setting) -> list[str]:
     golds = list(setting.golds)[:200]
     numbers = (
-        [str(n) for n in range(200)] + golds if is_number(case.gold or "") else [*"ABCDEFGHIJ", "yes", "no", *golds]
+        [str(n) for n in range(200)] + golds if is_quantity(case.gold or "") else [*"ABCDEFGHIJ", "yes", "no", *golds]
     )
     answers = list(dict.fromkeys(numbers))
     if len(answers) < 2:
@@ -69,7 +69,7 @@ def _chains(case: Case, setting: Setting) -> list[str]:
 
 
 def _unevaluated(case: Case, setting: Setting) -> list[str]:
-    value = value_of(case.gold or "")
+    value = plain_number(case.gold or "")
     if value is None or value.denominator != 1:
         return []
     n = value.numerator
@@ -128,7 +128,7 @@ def _hidden(case: Case, setting: Setting) -> list[str]:
 
 
 def _near(case: Case, setting: Setting) -> list[str]:
-    value = value_of(case.gold or "")
+    value = plain_number(case.gold or "")
     if value is None:
         return []
     changed = [
@@ -151,9 +151,9 @@ def _written(value: Fraction) -> str:
 
 def _units(case: Case, setting: Setting) -> list[str]:
     gold = case.gold or ""
-    if value_of(gold) == 0:
+    if plain_number(gold) == 0:
         return []  # 0 % is 0
-    if value_of(gold) is None:
+    if plain_number(gold) is None:
         match = re.fullmatch(r"(-?[0-9.]+)\s*(?:cm|m|km|kg|g|s|h)", gold)
         return [setting.form.render(f"{match[1]} {unit}") for unit in ("miles", "\\%", "parsec")] if match else []
     return [
@@ -172,7 +172,7 @@ def _tuple_permuted(case: Case, setting: Setting) -> list[str]:
 
 def _case_swapped(case: Case, setting: Setting) -> list[str]:
     gold = case.gold or ""
-    return [setting.form.render(gold.swapcase())] if gold.swapcase() != gold and not is_number(gold) else []
+    return [setting.form.render(gold.swapcase())] if gold.swapcase() != gold and not is_quantity(gold) else []
 
 
 def _padded_wrong(case: Case, setting: Setting) -> list[str]:

@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable
 
 from posttrain.rewards.cases import Case, Setting
-from posttrain.rewards.mutation import ANY, Mutation, boxed_only, slots, value_of
+from posttrain.rewards.mutation import ANY, Mutation, boxed_only, plain_number, slots
 
 
 def _as_fraction(pattern: str) -> Callable[[str], str | None]:
     def rewrite(gold: str) -> str | None:
-        value = value_of(gold)
+        value = plain_number(gold)
         if value is None or value.denominator == 1:
             return None
         return pattern.format(sign="-" if value < 0 else "", num=abs(value.numerator), den=value.denominator)
@@ -20,7 +20,7 @@ def _as_fraction(pattern: str) -> Callable[[str], str | None]:
 
 
 def _as_decimal(gold: str) -> str | None:
-    value = value_of(gold)
+    value = plain_number(gold)
     if value is None or value.denominator == 1:
         return None
     rest = value.denominator
@@ -31,7 +31,7 @@ def _as_decimal(gold: str) -> str | None:
 
 
 def _with_thousands(gold: str) -> str | None:
-    value = value_of(gold)
+    value = plain_number(gold)
     return f"{value.numerator:,}" if value is not None and value.denominator == 1 and abs(value) >= 1000 else None
 
 

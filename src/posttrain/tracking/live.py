@@ -82,7 +82,7 @@ class LiveView:
         if kind == "sample":
             self._sample = details
         elif kind in _EVENTS_SHOWN:
-            note = f"{self._kind} step {step} {kind}: {describe(details)}"
+            note = f"{self._kind} step {step} {kind}: {event_text(details)}"
             if kind in _KEPT or self._live is None:
                 # Above the panel, if there is one: rich keeps it there.
                 self._print(note, _STYLES.get(str(details.get("severity")), ""))
@@ -148,15 +148,15 @@ class LiveView:
         parts: list[Any] = [head, body]
         if self._sample is not None:
             parts.append(Text(sample_text(self._sample), style="italic", overflow="fold"))
-        parts += [Text(printable(note), style="dim") for note in self._notes]
+        parts += [Text(one_line(note), style="dim") for note in self._notes]
         return Panel(Group(*parts), title=self._kind, title_align="left")
 
     def _print(self, line: str, style: str = "") -> None:
         # Sampled text may hold markup or escape codes: it is printed as characters, never interpreted.
-        self._console.print(Text(printable(line), style=style), soft_wrap=True)
+        self._console.print(Text(one_line(line), style=style), soft_wrap=True)
 
 
-def describe(details: Mapping[str, Any]) -> str:
+def event_text(details: Mapping[str, Any]) -> str:
     """An event in words: of a finding its rule, severity, message and what is done; else its message, or its fields."""
     if "message" not in details:
         return ", ".join(f"{name}={value}" for name, value in details.items())
@@ -169,11 +169,11 @@ def describe(details: Mapping[str, Any]) -> str:
 def sample_text(sample: Mapping[str, Any]) -> str:
     reward = sample.get("reward")
     tail = "" if reward is None else f"   (reward {float(reward):.2f})"
-    prompt, completion = (printable(str(sample.get(name, "")))[:_SAMPLE_CHARS] for name in ("prompt", "completion"))
+    prompt, completion = (one_line(str(sample.get(name, "")))[:_SAMPLE_CHARS] for name in ("prompt", "completion"))
     return f"{prompt} → {completion}{tail}"
 
 
-def printable(text: str) -> str:
+def one_line(text: str) -> str:
     """`text` without control characters, which a terminal would obey."""
     return "".join(char if char.isprintable() or char == " " else "⏎" if char == "\n" else "�" for char in text)
 

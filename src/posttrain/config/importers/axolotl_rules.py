@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain.config.importers.axolotl_data import read_datasets, read_template
-from posttrain.config.importers.fates import ImportDraft, Kind, Refusal, is_off, names, number
+from posttrain.config.importers.fates import ImportDraft, Kind, Refusal, as_float, is_off, names
 from posttrain.config.importers.paths import reward_file
 from posttrain.config.importers.values import OPTIMIZERS, adapter_defaults, cadence, warmup
 
@@ -198,11 +198,11 @@ def _training(draft: ImportDraft) -> None:
         else:
             draft.refuse("shuffle_merged_datasets", "false: rows are always shuffled here", "take it out")
     if "eta_min" in draft.source:
-        floor, peak = number(draft.source["eta_min"]), draft.keys.get("learning_rate")
+        floor, peak = as_float(draft.source["eta_min"]), draft.keys.get("learning_rate")
         if draft.source.get("optimizer") in OPTIMIZERS:
             draft.leave("eta_min", "Axolotl's cosine does not read it")
         elif peak:
-            draft.put("min_lr_ratio", floor / number(peak), "eta_min")
+            draft.put("min_lr_ratio", floor / as_float(peak), "eta_min")
     if "adam_eps" in draft.source:
         draft.leave("adam_eps", "Axolotl reads adam_epsilon, and ignores this name")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from posttrain.config.kinds import STAGE_KINDS
-from posttrain.config.schema import arms, did_you_mean, keys_of, show
+from posttrain.config.schema import arms, did_you_mean, keys_of, show_value
 from posttrain.config.yaml_lines import plain_scalar
 from posttrain.errors import ConfigError
 
@@ -107,10 +107,12 @@ class ImportDraft:
         info = keys_of(STAGE_KINDS[self.kind].keys)[ours]
         value = _as_number(value, info.annotation)
         if ours in self.keys and self.keys[ours] != value:
-            text = f"{show(value)} stands against {ours}: {show(self.keys[ours])} from {self.came_from[ours]}"
+            text = (
+                f"{show_value(value)} stands against {ours}: {show_value(self.keys[ours])} from {self.came_from[ours]}"
+            )
             self.refuse(key, text, "keep one of the two")
             return
-        default = "" if info.required or show(value) != info.default else "the default here"
+        default = "" if info.required or show_value(value) != info.default else "the default here"
         text = "; ".join(part for part in (f"mapped from {key}", note, default) if part)
         self.keys[ours] = value
         self.came_from[ours] = key
@@ -214,7 +216,11 @@ def _map(row: KeyFate, key: str, value: Any, draft: ImportDraft) -> None:
     except (KeyError, TypeError, ValueError):
         draft.refuse(key, f"{show_short(value)} has no counterpart here", row.todo)
         return
-    note = row.why if show(ours) == show(value) else "; ".join(filter(None, (f"{show_short(value)} there", row.why)))
+    note = (
+        row.why
+        if show_value(ours) == show_value(value)
+        else "; ".join(filter(None, (f"{show_short(value)} there", row.why)))
+    )
     draft.put(row.to, ours, key, note)
 
 
@@ -232,7 +238,7 @@ def _as_number(value: Any, annotation: Any) -> Any:
     return value
 
 
-def number(value: Any) -> float:
+def as_float(value: Any) -> float:
     """Raises: ValueError."""
     return float(plain_scalar(value)) if isinstance(value, str) else float(value)
 
@@ -264,7 +270,7 @@ def names(value: Any) -> list[str]:
 
 
 def show_short(value: Any) -> str:
-    text = show(value)
+    text = show_value(value)
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
 
 

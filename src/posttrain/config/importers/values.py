@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from posttrain.config.importers.fates import ImportDraft, KeyFate, Reading, changed, left, number, refused, rows, to
+from posttrain.config.importers.fates import ImportDraft, KeyFate, Reading, as_float, changed, left, refused, rows, to
 
 OPTIMIZERS = {
     **dict.fromkeys(
@@ -72,22 +72,22 @@ TRAINER: dict[str, KeyFate] = {
     "resume_from_checkpoint": left("a run that is started again goes on by itself"),
     "group_by_length": changed("rows come in a shuffled order here; nothing is padded, so sorting them by length saves nothing"),
     "length_column_name": left("rows are not sorted by length here"),
-    "learning_rate": to("learning_rate", number),
+    "learning_rate": to("learning_rate", as_float),
     "num_train_epochs": to("num_train_epochs"),
     "gradient_accumulation_steps": to("gradient_accumulation_steps"),
     "per_device_train_batch_size": to("per_device_train_batch_size"),
-    "weight_decay": to("weight_decay", number),
+    "weight_decay": to("weight_decay", as_float),
     "adam_beta1": to("adam_beta1"),
     "adam_beta2": to("adam_beta2"),
-    "adam_epsilon": to("adam_epsilon", number),
+    "adam_epsilon": to("adam_epsilon", as_float),
     "max_grad_norm": to("max_grad_norm"),
-    "max_steps": to("max_steps", lambda value: -1 if number(value) <= 0 else int(number(value))),
+    "max_steps": to("max_steps", lambda value: -1 if as_float(value) <= 0 else int(as_float(value))),
     "lr_scheduler_type": to("lr_scheduler_type", SCHEDULES, todo="set lr_scheduler_type: cosine, linear, constant or wsd"),
     "warmup_ratio": to("warmup_ratio"),
     "optim": to("optim", OPTIMIZERS, todo="set optim: adamw or adamw_8bit"),
     "optim_args": refused("options of an optimizer are not passed on", "set adam_beta1, adam_beta2, adam_epsilon or weight_decay"),
     "optim_target_modules": refused("it trains these modules by another optimizer", "take it out, or set adapter: lora"),
-    "logging_steps": to("logging_steps", lambda value: max(1, int(number(value)))),
+    "logging_steps": to("logging_steps", lambda value: max(1, int(as_float(value)))),
     "seed": to("seed"),
     "output_dir": to("output_dir"),
     "bf16": to("bf16", BF16),
@@ -121,7 +121,7 @@ def warmup(draft: ImportDraft, key: str = "warmup_steps") -> None:
         return
     if value is None:
         return
-    amount = number(value)
+    amount = as_float(value)
     if 0 < amount < 1:
         draft.put("warmup_ratio", amount, key, "below 1 it is a share of the steps")
     else:
@@ -142,10 +142,10 @@ def cadence(draft: ImportDraft, what: str, ours: str, needs: bool) -> None:
             draft.refuse(strategy, f"{chosen}: the best checkpoint depends on when is measured", f"set {steps}")
         if value is not None:
             draft.leave(steps, f"{strategy} is {chosen}")
-    elif 0 < number(value) < 1:
+    elif 0 < as_float(value) < 1:
         _when(draft, steps, needs, "a share of the steps is known only with the data")
     else:
-        draft.put(ours, max(0, int(number(value))), steps)
+        draft.put(ours, max(0, int(as_float(value))), steps)
 
 
 def _when(draft: ImportDraft, key: str, needs: bool, why: str) -> None:

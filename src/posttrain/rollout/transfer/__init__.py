@@ -15,9 +15,9 @@ import torch
 
 from posttrain.rollout.transfer.whole import FileReceiver, FileSender, HandedOver, HandOver
 
-NamedTensors = Iterable[tuple[str, torch.Tensor]]
-Message = dict[str, Any]
-Tell = Callable[[Message], None]
+ReceivedTensors = Iterable[tuple[str, torch.Tensor]]
+TransferMessage = dict[str, Any]
+Tell = Callable[[TransferMessage], None]
 """Hands a message to every worker; returns when all have taken it. Raises: EngineError."""
 
 
@@ -38,7 +38,7 @@ class SendingEnd(Protocol):
 class ReceivingEnd(Protocol):
     """A worker's."""
 
-    def take(self, message: Message) -> NamedTensors:
+    def take(self, message: TransferMessage) -> ReceivedTensors:
         """The tensors that a message brings, as the trainer has them. Raises: EngineError for what is torn or out of order."""
         ...
 
@@ -57,7 +57,7 @@ class Transfer:
     """One way. `crosses_processes` says whether its messages can be written as JSON."""
 
     sender: Callable[[TransferOptions], SendingEnd]
-    receiver: Callable[[Message], ReceivingEnd]
+    receiver: Callable[[TransferMessage], ReceivingEnd]
     crosses_processes: bool
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from posttrain.errors import EngineError
 from posttrain.protocols import Weights
-from posttrain.rollout.transfer import TRANSFERS, Message, TransferOptions
+from posttrain.rollout.transfer import TRANSFERS, TransferMessage, TransferOptions
 from posttrain.rollout.vllm import asking
 from posttrain.rollout.vllm.adapter import write_adapter
 from posttrain.rollout.vllm.options import VLLMOptions, environment, require_vllm
@@ -154,10 +154,10 @@ class VLLMEngine:
         self._llm.finish_weight_update(str(version))
         return moved
 
-    def _init(self, details: Message) -> None:
+    def _init(self, details: TransferMessage) -> None:
         self._llm.init_weight_transfer_engine({"init_info": {"transfer": self._transfer, "details": details}})
 
-    def _update(self, message: Message) -> None:
+    def _update(self, message: TransferMessage) -> None:
         self._llm.update_weights({"update_info": {"message": message}})
 
     def _take_adapter(self, weights: Weights, version: int) -> int:

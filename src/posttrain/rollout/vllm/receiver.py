@@ -22,7 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
-from posttrain.rollout.transfer import TRANSFERS, Message, ReceivingEnd
+from posttrain.rollout.transfer import TRANSFERS, ReceivingEnd, TransferMessage
 from posttrain.rollout.vllm.options import BACKEND
 
 
@@ -31,14 +31,14 @@ class Init(WeightTransferInitInfo):
     """The row of `TRANSFERS`, and what its sending end says first."""
 
     transfer: str
-    details: Message
+    details: TransferMessage
 
 
 @dataclass
 class Update(WeightTransferUpdateInfo):
     """A message of the sending end: some of the tensors of one version."""
 
-    message: Message = field(default_factory=dict[str, Any])
+    message: TransferMessage = field(default_factory=dict[str, Any])
 
 
 class Receiver(WeightTransferEngine):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from posttrain.errors import EngineError, EngineGoneError
 from posttrain.protocols import Weights
 from posttrain.rollout.http import RefusedError
-from posttrain.rollout.transfer import TRANSFERS, Message, TransferOptions
+from posttrain.rollout.transfer import TRANSFERS, TransferMessage, TransferOptions
 from posttrain.rollout.vllm import asking
 from posttrain.rollout.vllm.adapter import write_adapter
 from posttrain.rollout.vllm.server import Server
@@ -204,12 +204,12 @@ class VLLMServerEngine:
         """What is cached was computed with other weights. While some of it is in use it stays, and its salt hides it."""
         self._cache_is_stale = not self._post("/reset_prefix_cache")["success"]
 
-    def _init(self, details: Message) -> None:
+    def _init(self, details: TransferMessage) -> None:
         self._post(
             "/init_weight_transfer_engine", {"init_info": {"transfer": self._served.transfer, "details": details}}
         )
 
-    def _update(self, message: Message) -> None:
+    def _update(self, message: TransferMessage) -> None:
         self._post("/update_weights", {"update_info": {"message": message}})
 
     # --- the server ------------------------------------------------------------------------------------------------
