@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from posttrain.errors import ModelError
-from posttrain.models import attention
-from posttrain.models.attention import Window, merge, ragged_attention, tree_mask
+from posttrain.models import tree_attention
+from posttrain.models.attention import ragged_attention
 from posttrain.models.batch import Layout, Tree, pack
+from posttrain.models.tree_attention import Window, merge, tree_mask
 from posttrain.types import TokenSeq
 
 RAGGED = ("qwen3", "llama", "mistral", "gemma2", "gemma3_text", "qwen3_moe")
@@ -55,8 +56,8 @@ def _by_mask(query, key, value, layout, window=None, softcap=None):
 @pytest.mark.parametrize("call_flops", [0.0, math.inf])
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 3}, {"softcap": 2.0}, {"sliding_window": 100}])
 def test_every_path_equals_attention_with_the_mask_written_out(options, call_flops, monkeypatch):
-    monkeypatch.setattr(attention, "_CALL_FLOPS", call_flops)
-    attention._calls.cache_clear()
+    monkeypatch.setattr(tree_attention, "_CALL_FLOPS", call_flops)
+    tree_attention.calls_of.cache_clear()
     layout = Layout((Tree(0, 6), Tree(6, 10, (13, 13, 18)), Tree(18, 19)))
     torch.manual_seed(0)
     leaves = [torch.randn(1, heads, 19, 16, dtype=torch.float64) for heads in (4, 2, 2)]
@@ -70,16 +71,16 @@ def test_every_path_equals_attention_with_the_mask_written_out(options, call_flo
     (expected * weights).sum().backward()
     for ours, theirs in zip(single, double, strict=True):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-5, rtol=1e-4)
-    attention._calls.cache_clear()
+    tree_attention.calls_of.cache_clear()
 
 
-def test_small_trees_are_one_call_and_others_a_call_for_each_span():
+def test_small_trees_are_one_masked_call_on_a_cpu_and_others_a_call_in_itself_and_one_against_the_prefix():
     small, large = Tree(0, 40, (60, 80)), Tree(80, 480, (680, 880))
-    calls = attention._calls(Layout((small, large)), 256, torch.float32)
-    assert [(c.rows.start, c.rows.stop, c.mask is not None, c.more) for c in calls] == [
-        (0, 80, True, False),
-        (80, 480, False, False), (480, 680, False, False), (680, 880, False, False), (480, 880, False, True),
+    calls = tree_attention.calls_of((small, large), 256, torch.float32, None, torch.device("cpu"))
+    assert [(c.rows.start, c.rows.stop, hasattr(c, "mask"), c.more) for c in calls] == [
+        (0, 80, True, False), (80, 880, False, False), (480, 880, False, True),
     ]  # fmt: skip
+    assert calls[1].sequences.lengths_q == (400, 200, 200)
 
 
 @pytest.mark.parametrize("architecture", RAGGED)

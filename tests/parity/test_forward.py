@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from posttrain.config.stages import ModelKeys, TrainKeys
-from posttrain.models import attention
+from posttrain.models import tree_attention
 from posttrain.models.batch import pack
 from posttrain.models.load import load_policy
 from posttrain.types import TokenSeq
@@ -53,10 +53,10 @@ def _weighted(logp_M):
 @pytest.fixture(params=[0.0, math.inf], ids=["a call for each span", "one masked call"])
 def small_trees(request, monkeypatch):
     """Small trees are attended to in one way or the other, decided by what a call costs: here by force."""
-    monkeypatch.setattr(attention, "_CALL_FLOPS", request.param)
-    attention._calls.cache_clear()
+    monkeypatch.setattr(tree_attention, "_CALL_FLOPS", request.param)
+    tree_attention.calls_of.cache_clear()
     yield
-    attention._calls.cache_clear()
+    tree_attention.calls_of.cache_clear()
 
 
 @pytest.mark.usefixtures("small_trees")

@@ -4,9 +4,10 @@ import torch
 from posttrain.config.stages import SFTKeys
 from posttrain.errors import EngineError
 from posttrain.models import decode
+from posttrain.models.batch import pack
 from posttrain.models.load import load_policy
 from posttrain.rollout.embedded import EmbeddedEngine
-from posttrain.types import Request, SamplingParams, in_order
+from posttrain.types import Request, SamplingParams, TokenSeq, in_order
 
 
 def test_the_prompt_of_a_group_is_prefilled_once(shared_policy):
@@ -126,6 +127,30 @@ def test_an_update_fills_a_copy_and_says_how_much_it_moved(model_dir):
     [same] = shared.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=6))
     assert (same.ids, same.policy_version) == (completion.ids, 3)
     assert same.logp == pytest.approx(completion.logp, abs=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+@pytest.mark.parametrize("shares_weights", [True, False])
+def test_neither_a_step_nor_an_update_moves_a_parameter(model_dir, shares_weights, adapter):
+    """What keeps addresses, as a CUDA graph does, then reads the new weights."""
+    trained = _own_policy(model_dir, adapter=adapter)
+    sampled = trained if shares_weights else _own_policy(model_dir, adapter=adapter)
+    engine = EmbeddedEngine(sampled, stop_token_ids=(), shares_weights=shares_weights)
+    optimizer = torch.optim.AdamW([p for _, p in trained.trainable()], lr=0.01, fused=True)
+
+    def addresses():
+        return {name: parameter.data_ptr() for name, parameter in sampled.model.named_parameters()}
+
+    before = addresses()
+    for version in (1, 2):
+        list(engine.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=3)))
+        trained.score(pack([[TokenSeq((5, 6, 7), (False, True, True))]])).logp_M.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        engine.update(trained, version)
+    assert addresses() == before
+    for (name, mine), (_, theirs) in zip(trained.trainable(), sampled.trainable(), strict=True):
+        assert torch.equal(mine, theirs), name
 
 
 def test_an_update_of_another_policy_is_refused(model_dir):

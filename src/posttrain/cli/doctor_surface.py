@@ -28,8 +28,14 @@ class ForeignUse:
 
 # fmt: off
 SURFACE: tuple[ForeignUse, ...] = (
-    ForeignUse("torch", "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu", "models/attention.py"),
-    ForeignUse("torch", "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "models/attention.py"),
+    ForeignUse("torch", "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu", "models/varlen.py"),
+    ForeignUse("torch", "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "models/varlen.py"),
+    ForeignUse("torch", "torch:ops.aten._flash_attention_forward", "models/varlen.py"),
+    ForeignUse("torch", "torch:ops.aten._flash_attention_backward", "models/varlen.py"),
+    ForeignUse("torch", "torch:ops.aten._efficient_attention_forward", "models/varlen.py"),
+    ForeignUse("torch", "torch:ops.aten._efficient_attention_backward", "models/varlen.py"),
+    ForeignUse("torch", "torch.nn.attention.flex_attention:BlockMask.from_kv_blocks", "models/capped.py", ("BLOCK_SIZE", "mask_mod", "seq_lengths")),
+    ForeignUse("torch", "torch.nn.attention.flex_attention:flex_attention", "models/capped.py", ("score_mod", "block_mask", "scale", "enable_gqa")),
     ForeignUse("torch", "torch.nn.utils:clip_grad_norm_", "distributed/sharding.py", ("parameters", "max_norm")),
     ForeignUse("torch", "torch.distributed.fsdp:fully_shard", "distributed/sharding.py"),
     ForeignUse("torch", "torch.distributed.tensor:distribute_tensor", "distributed/sharding.py"),

@@ -16,6 +16,20 @@ from posttrain.types import Counts, Sample, TokenSeq
 
 
 @dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens `[begin, end)` that follow one another; what continues them lies in `[end, stop)`.
+
+    `depth`: how many segments come before it in its sequence; `position`: how many tokens.
+    """
+
+    begin: int
+    end: int
+    stop: int
+    depth: int = 0
+    position: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Tree:
     """A prefix and the branches that continue it, as ranges of packed positions.
 
@@ -37,12 +51,23 @@ class Tree:
             yield begin, end
             begin = end
 
+    def segments(self) -> Iterable[Segment]:
+        """Prefix and branches, in packed order. Attention knows a tree by these alone, and takes them of any depth."""
+        yield Segment(self.start, self.split, self.stop)
+        for begin, end in self.branches():
+            yield Segment(begin, end, end, depth=1, position=self.split - self.start)
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Who attends to whom in a packed batch."""
 
     trees: tuple[Tree, ...]
+
+
+def longest(layout: Layout) -> int:
+    """Tokens of the longest sequence, its prefix included."""
+    return max((s.position + s.end - s.begin for tree in layout.trees for s in tree.segments()), default=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from posttrain.errors import ModelError
-from posttrain.models.attention import AttendOptions, Window
+from posttrain.models.attention import AttendOptions
 from posttrain.models.batch import Batch
 from posttrain.models.lengths import length_rule
+from posttrain.models.tree_attention import Window
 from posttrain.objectives.logprobs import TokenScores
 
 BLOCK = 64

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from posttrain.models.attention import AttendOptions, Window
+from posttrain.models.attention import AttendOptions
+from posttrain.models.tree_attention import Window
 
 _GROWTH = 64
 
@@ -133,7 +134,7 @@ class RowCache:
         mask = self._own_mask(num_rows, step.longest, window, query.dtype)
         out_R, lse_R = _attend(query_HRG.transpose(0, 1), own_k, own_v, mask, options)
         out_P, lse_P = self._attend_prompts(layer, query_HRG, window, options)
-        # As `merge` of models/attention.py, whose log-sum-exp nobody needs here.
+        # As `merge` of models/tree_attention.py, whose log-sum-exp nobody needs here.
         share = torch.sigmoid(lse_R - lse_P.transpose(0, 1)).unsqueeze(-1).to(out_R.dtype)
         out_R = torch.lerp(out_P.transpose(0, 1), out_R, share)
         return out_R.reshape(num_rows, -1, out_R.shape[-1]).transpose(0, 1)[None]

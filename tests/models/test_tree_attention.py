@@ -1,0 +1,137 @@
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from posttrain.models import tree_attention
+from posttrain.models.attention import ragged_attention
+from posttrain.models.batch import Layout, Segment, Tree, pack
+from posttrain.models.tree_attention import TreeAttention, Window, calls_of, token_places
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+TREES = (Tree(0, 40, (70, 90, 115)), Tree(115, 125, (130, 130, 190)), Tree(190, 207), Tree(207, 208))
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The calls that a GPU is given, through the kernel that is registered for its operator on a CPU."""
+    monkeypatch.setattr(tree_attention, "_ONE_BY_ONE", frozenset())
+    calls_of.cache_clear()
+    yield
+    calls_of.cache_clear()
+
+
+class DeepTree(Tree):
+    """A tree of three levels: a prefix of 4; a branch of 3, which branches into 2 and 5; a branch of 6."""
+
+    def segments(self):
+        yield Segment(0, 4, 20)
+        yield Segment(4, 7, 14, 1, 4)
+        yield Segment(7, 9, 9, 2, 7)
+        yield Segment(9, 14, 14, 2, 7)
+        yield Segment(14, 20, 20, 1, 4)
+
+
+def _compare(trees, window, atol_out=5e-7, atol_grad=2e-6):
+    """Against plain float64 attention with the mask written out from positions and ancestry."""
+    position, stop = token_places(trees, CPU)
+    num_tokens = len(position)
+    index = torch.arange(num_tokens)
+    mask = (index[None] <= index[:, None]) & (index[:, None] < stop[None])
+    if window is not None:
+        mask &= position[:, None] - position[None] < window.reach(position)[:, None]
+    torch.manual_seed(0)
+    single = [torch.randn(num_tokens, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
+    double = [tensor.detach().double().requires_grad_() for tensor in single]
+    out = TreeAttention.apply(*single, calls_of(trees, 64, torch.float32, window, CPU), 0.25)
+    key, value = (tensor.repeat_interleave(2, 1) for tensor in double[1:])
+    scores = torch.einsum("qhd,khd->hqk", double[0], key) * 0.25
+    expected = torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), value)
+    torch.testing.assert_close(out.double(), expected, atol=atol_out, rtol=5e-7)
+    weights = torch.randn_like(out)
+    out.backward(weights)
+    expected.backward(weights.double())
+    for ours, theirs in zip(single, double, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=atol_grad, rtol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, Window(1), Window(7), Window(45), Window(16, chunked=True)])
+def test_the_calls_of_a_gpu_equal_attention_with_the_mask_written_out(window, as_on_a_gpu):
+    _compare(TREES, window)
+
+
+@pytest.mark.parametrize("window", [None, Window(3), Window(5, chunked=True)])
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_trees_of_three_levels_take_a_call_a_level(window, one_by_one, request):
+    if not one_by_one:
+        request.getfixturevalue("as_on_a_gpu")
+        calls = calls_of((DeepTree(0, 4, (20,)),), 64, torch.float32, window, CPU)
+        assert len(calls) == (3 if window is None else 1)
+    _compare((DeepTree(0, 4, (20,)),), window)
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_a_layer_of_two_levels_takes_two_calls_however_many_trees(count):
+    trees = tuple(Tree(100 * n, 100 * n + 40, (100 * n + 60, 100 * n + 100)) for n in range(count))
+    assert [call.more for call in calls_of(trees, 64, torch.bfloat16, None, META)] == [False, True]
+
+
+def test_documents_take_one_call_and_copy_no_key():
+    for window in (None, Window(8)):
+        (call,) = calls_of((Tree(0, 30), Tree(30, 75)), 64, torch.bfloat16, window, META)
+        assert call.columns == slice(0, 75)
+
+
+def test_a_window_copies_no_more_of_a_prefix_than_it_reaches():
+    (call,) = calls_of((Tree(0, 1000, (1010, 1020)),), 64, torch.bfloat16, Window(64), META)
+    assert call.sequences.lengths_k == (1000, 63 + 10, 63 + 10)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "mistral", "gemma3_text", "qwen3_moe"])
+def test_a_model_scores_and_learns_the_same_by_the_calls_of_a_gpu(architecture, policy_of, families, request):
+    policy = policy_of(architecture)
+
+    def run():
+        policy.model.zero_grad()
+        logp_M = policy.score(pack(families)).logp_M
+        (logp_M * torch.linspace(0.5, 1.5, len(logp_M))).sum().backward()
+        return logp_M.detach(), {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
+
+    logp, grads = run()
+    request.getfixturevalue("as_on_a_gpu")
+    logp_by_gpu, grads_by_gpu = run()
+    torch.testing.assert_close(logp_by_gpu, logp, atol=1e-5, rtol=1e-5)
+    for name, gradient in grads.items():
+        assert (grads_by_gpu[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max() + 1e-7, name
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements that any tensor had which was made meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = out if isinstance(out, (tuple, list)) else (out,)
+        self.numel = max([self.numel, *(t.numel() for t in made if isinstance(t, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("chunk", [None, 512])
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tree", [Tree(0, 4096), Tree(0, 1024, (2048, 4096))])
+def test_no_mask_is_built_on_a_gpu(tree, dtype, window, chunk):
+    """On `meta`: shapes alone. Heads of 20 and values of 12 are widened to 24."""
+    module = torch.nn.Module()
+    module.config = type("Config", (), {"attention_chunk_size": chunk, "layer_types": None})()
+    shapes = ((2, 20), (1, 20), (1, 12))
+    leaves = [torch.empty(1, h, 4096, width, dtype=dtype, device="meta", requires_grad=True) for h, width in shapes]
+    with _Largest() as largest:
+        out, _ = ragged_attention(module, *leaves, None, layout=Layout((tree,)), sliding_window=window)
+        if dtype == torch.bfloat16:  # torch's shape function of the other kernel's backward misses an argument
+            out.sum().backward()
+            assert [leaf.grad.shape for leaf in leaves] == [leaf.shape for leaf in leaves]
+    assert out.shape == (1, 4096, 2, 12)
+    assert largest.numel < 4096 * 4096 / 16
