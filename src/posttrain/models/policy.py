@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Per scored token of a batch. Shapes: logp_M, entropy_M (nats; where asked for), top1_M (bool).
+    """Per scored token of a batch. Shapes: logp_M, entropy_M (nats; where asked for), top1_M (bool; where asked for or free).
 
     `aux_loss` is the router's load-balancing loss of a mixture-of-experts model, else None.
     """
 
     logp_M: torch.Tensor
     entropy_M: torch.Tensor | None
-    top1_M: torch.Tensor
+    top1_M: torch.Tensor | None
     aux_loss: torch.Tensor | None = None
 
 
@@ -107,40 +107,42 @@ class Policy:
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
-    def score(self, batch: Batch, *, temperature: float = 1.0, entropy: bool = False) -> Scores:
+    def score(self, batch: Batch, *, temperature: float = 1.0, entropy: bool = False, top1: bool = False) -> Scores:
         """Scores of the batch's trained tokens; logits are computed at those positions only."""
         batch = batch.to(self.placement.device)
         with self.placement.autocast():
             if not self.exact:
-                return self._score(batch, temperature, entropy)
+                return self._score(batch, temperature, entropy, top1)
             values = Scores(*score_tiles(self.model, batch, temperature, entropy))
             if not torch.is_grad_enabled():
                 return values
-            return _with_gradient(values, self._score(batch, temperature, entropy))
+            return _with_gradient(values, self._score(batch, temperature, entropy, top1))
 
-    def _score(self, batch: Batch, temperature: float, entropy: bool) -> Scores:
+    def _score(self, batch: Batch, temperature: float, entropy: bool, top1: bool) -> Scores:
         if self.ragged and length_rule(self.base.config) is None:
-            return self._score_together(batch, temperature, entropy)
-        calls = list(self._score_apart(batch, temperature, entropy))
+            return self._score_together(batch, temperature, entropy, top1)
+        calls = list(self._score_apart(batch, temperature, entropy, top1))
         # Ranks of a sharded model call it equally often.
         for _ in range(self.sharding.largest(len(calls)) - len(calls)):
-            ((idle, _),) = self._score_apart(_nothing().to(self.placement.device), temperature, entropy=False)
+            ((idle, _),) = self._score_apart(_nothing().to(self.placement.device), temperature, False, False)
             first, places = calls[0]
             calls[0] = replace(first, logp_M=first.logp_M + 0.0 * idle.logp_M.sum()), places
         return _joined([scores for scores, _ in calls], torch.cat([places for _, places in calls]).argsort())
 
-    def _score_apart(self, batch: Batch, temperature: float, entropy: bool) -> Iterator[tuple[Scores, torch.Tensor]]:
+    def _score_apart(
+        self, batch: Batch, temperature: float, entropy: bool, top1: bool
+    ) -> Iterator[tuple[Scores, torch.Tensor]]:
         """Call by call, each with the places of its scored tokens; at least one."""
         if not self.ragged:
             yield from _score_one_by_one(self, batch, temperature, entropy)
             return
         everywhere_M = torch.arange(len(batch.target_M), device=batch.target_M.device)
         for part, places in by_encoding(self.base, batch):
-            yield self._score_together(part, temperature, entropy), everywhere_M if places is None else places
+            yield self._score_together(part, temperature, entropy, top1), everywhere_M if places is None else places
 
-    def _score_together(self, batch: Batch, temperature: float, entropy: bool) -> Scores:
+    def _score_together(self, batch: Batch, temperature: float, entropy: bool, top1: bool) -> Scores:
         if self._head_is_plain:
-            return self._score_hidden(batch, temperature, entropy)
+            return self._score_hidden(batch, temperature, entropy, top1)
         output = self._forward(self.model, batch, logits_to_keep=batch.source_M, **self._router_options)
         return _from_logits(output.logits[0], batch.target_M, temperature, entropy, self._aux_loss(output))
 
@@ -176,6 +178,11 @@ class Policy:
             for name, parameter in self.trainable():
                 parameter.data = trained[name]
 
+    def reference_tensors(self) -> list[torch.Tensor]:
+        """What is kept of the starting point beside the model."""
+        kept = list((self.start or {}).values())
+        return kept if self.frozen is None else [*kept, *self.frozen.model.parameters()]
+
     def _forward(self, model: Any, batch: Batch, **options: Any) -> Any:
         return model(
             input_ids=batch.input_ids_N[None],
@@ -198,11 +205,11 @@ class Policy:
     def _softcap(self) -> float | None:
         return getattr(self.base.config.get_text_config(), "final_logit_softcapping", None)
 
-    def _score_hidden(self, batch: Batch, temperature: float, entropy: bool) -> Scores:
+    def _score_hidden(self, batch: Batch, temperature: float, entropy: bool, top1: bool) -> Scores:
         hidden_MD, head = self._hidden(batch), cast("torch.nn.Linear", self.base.get_output_embeddings())
         scores = chunked_logprobs(
             hidden_MD, head.weight, batch.target_M,
-            temperature=temperature, bias=head.bias, softcap=self._softcap, with_entropy=entropy,
+            temperature=temperature, bias=head.bias, softcap=self._softcap, with_entropy=entropy, with_top1=top1,
         )  # fmt: skip
         return Scores(*scores)
 
@@ -271,11 +278,12 @@ def _nothing() -> Batch:
 def _joined(parts: Sequence[Scores], order_M: torch.Tensor) -> Scores:
     """The scores of parts that were run apart, put in order."""
     entropies = [part.entropy_M for part in parts if part.entropy_M is not None]
+    best = [part.top1_M for part in parts if part.top1_M is not None]
     losses = [part.aux_loss for part in parts if part.aux_loss is not None]
     return Scores(
         torch.cat([part.logp_M for part in parts])[order_M],
         torch.cat(entropies)[order_M] if entropies else None,
-        torch.cat([part.top1_M for part in parts])[order_M],
+        torch.cat(best)[order_M] if best else None,
         torch.stack(losses).mean() if losses else None,
     )
 

@@ -12,16 +12,18 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from posttrain.objectives.fused import fused_head
+
 _TILE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 _MIN_TILE_ROWS = 64
 
 
 class TokenScores(NamedTuple):
-    """Per token: log-prob, entropy if asked for, and whether the target is the most likely token."""
+    """Per token: log-prob, entropy if asked for, and whether the target is the most likely token, where it is known."""
 
     logp_M: Tensor
     entropy_M: Tensor | None
-    top1_M: Tensor
+    top1_M: Tensor | None
 
 
 def token_logprobs(logits_MV: Tensor, targets_M: Tensor, temperature: float = 1.0) -> Tensor:
@@ -51,11 +53,13 @@ def chunked_logprobs(
     softcap: float | None = None,
     chunk: int | None = None,
     with_entropy: bool = False,
+    with_top1: bool = True,
 ) -> TokenScores:
     """Score tokens `chunk` rows at a time; the backward recomputes each tile (4 head matmuls instead of 3).
 
     `chunk=None` decides by size: a micro-batch that fits one tile keeps its logits and recomputes nothing. Log-probs
-    and entropy are differentiable in hidden, weight and bias; a frozen weight costs no gradient matmul.
+    and entropy are differentiable in hidden, weight and bias; a frozen weight costs no gradient matmul. Where a fused
+    kernel fits (`fused_head`) it takes the place of the chunks; `with_top1` then costs a product of its own.
     """
     device_type = hidden_MD.device.type
     if torch.is_autocast_enabled(device_type):
@@ -64,11 +68,23 @@ def chunked_logprobs(
         hidden_MD, weight_VD = hidden_MD.to(dtype), weight_VD.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     rows = chunk or head_tile_rows(weight_VD.shape[0], device_type)
+    fused = fused_head(hidden_MD, bias, softcap) if chunk is None else None
     with torch.autocast(device_type, enabled=False):
+        if fused is not None:
+            logp_M, entropy_M = fused(hidden_MD, weight_VD, targets_M, temperature, with_entropy)
+            return TokenScores(logp_M, entropy_M, _top1(hidden_MD, weight_VD, targets_M, rows) if with_top1 else None)
         logp_M, entropy_M, top1_M = _score(
             hidden_MD, weight_VD, bias, targets_M, temperature, softcap, rows, with_entropy
         )
     return TokenScores(logp_M, entropy_M if with_entropy else None, top1_M)
+
+
+@torch.no_grad()
+def _top1(hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, rows: int) -> Tensor:
+    best_M = torch.empty_like(targets_M)
+    for start in range(0, len(targets_M), rows):
+        best_M[start : start + rows] = torch.mm(hidden_MD[start : start + rows], weight_VD.t()).argmax(-1)
+    return best_M == targets_M
 
 
 def _statistics(x: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
 
 def loss(policy: Policy, rows: list[TokenSeq], norm: Normalizer, loss_type: str) -> LossTerms:
     """This micro-batch's share of the step's loss."""
-    scores = policy.score(pack([[row] for row in rows]))
+    scores = policy.score(pack([[row] for row in rows]), top1=True)
     terms = sft_loss(scores.logp_M, norm, loss_type, top1_M=scores.top1_M)
     return policy.with_aux_loss(terms, scores, share=len(rows) / norm.sequences)
 
