@@ -31,6 +31,10 @@ class TrainingError(PosttrainError, ArithmeticError):
     """Training produced something that must not be saved (a non-finite loss or gradient)."""
 
 
+class OutOfMemoryError(PosttrainError, MemoryError):
+    """A stage needed more memory than there is; the message says what of its plan was too small, and what would fit."""
+
+
 class CheckpointError(PosttrainError, OSError):
     """A checkpoint could not be written, or none that is valid could be read."""
 

@@ -7,8 +7,9 @@ import pytest
 
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.errors import ModelError
+from posttrain.files import size_text
 from posttrain.planner import ModelShape, Workload, available_bytes, cannot_fit, estimate_memory, fits, shortfall
-from posttrain.planner.memory import adapter_params
+from posttrain.planner.memory import HELD, adapter_params, overrun
 
 QWEN3_8B = ModelShape.from_config({
     "hidden_size": 4096, "num_hidden_layers": 36, "vocab_size": 151936, "intermediate_size": 12288,
@@ -224,3 +225,47 @@ def test_the_container_limit_counts(tmp_path):
     (tmp_path / "memory.max").write_text("5000\n")
     assert available_bytes(meminfo, tmp_path) == 4900
     assert available_bytes(tmp_path / "absent", tmp_path) is None
+
+
+def test_a_run_that_ran_out_is_told_which_term_was_wrong_and_what_would_fit():
+    """Activations needed twice what was counted: what is promised fits with that factor on what passes."""
+    plan = estimate_memory(QWEN3_8B, Workload(adapter="lora", sequence_len=1024))
+    held = {name: sum(plan.part(part) for part in parts) for name, parts in HELD.items()}
+    needed = sum(held.values()) + 2 * plan.passing_bytes
+    line = overrun(plan, held, needed, 60 * GIB, "this card")
+    assert line.startswith("this card has 60.0 GiB; the plan counted ")
+    assert "for activations, logits and caches, and" in line
+    assert re.search(r"it would fit with gradient_checkpointing: true(, .*)? \(([\d.]+) GiB\)", line)
+    assert float(re.search(r"it would fit with .* \(([\d.]+) GiB\)", line)[1]) <= 60
+
+
+def test_weights_that_are_larger_than_planned_are_named_and_stay_so():
+    plan = estimate_memory(QWEN3_8B, Workload(adapter="lora", sequence_len=512, per_device_train_batch_size=1))
+    held = {name: sum(plan.part(part) for part in parts) for name, parts in HELD.items()}
+    held["weights"] *= 2
+    line = overrun(plan, held, sum(held.values()) + plan.passing_bytes, 30 * GIB, "this card")
+    assert (
+        f"counted {size_text(held['weights'] // 2)} for weights, and {size_text(held['weights'])} were needed" in line
+    )
+
+
+def test_what_was_planned_right_is_said_to_be():
+    plan = estimate_memory(QWEN3_8B, Workload())
+    held = {name: sum(plan.part(part) for part in parts) for name, parts in HELD.items()}
+    assert "no term was larger than planned" in overrun(plan, held, sum(held.values()), 24 * GIB, "this card")
+
+
+def test_a_soft_cap_holds_scores_on_a_cpu_alone():
+    """Two float32 scores a head, a layer and a pair of tokens: 2 layers · 2 heads · 2 · 4 bytes · 64 · 64."""
+    capped, plain = replace(TINY, attention_softcap=True), TINY
+    sizes = {
+        on_cpu: [
+            estimate_memory(shape, Workload(sequence_len=64, per_device_train_batch_size=1, on_cpu=on_cpu)).parts[
+                "activations"
+            ]
+            for shape in (capped, plain)
+        ]
+        for on_cpu in (True, False)
+    }
+    assert sizes[True][0] - sizes[True][1] == 2 * 2 * 2 * 4 * 64 * 64
+    assert sizes[False][0] == sizes[False][1]

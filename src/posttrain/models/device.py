@@ -66,6 +66,15 @@ def weight_dtype(keys: ModelKeys, placement: Placement, stored: torch.dtype, *, 
     return stored if native else torch.float32
 
 
+def memory_metrics() -> dict[str, float]:
+    """The peak; of a GPU also what its allocator holds of it at most, and how often it had to clear its cache to go on."""
+    metrics = {"memory_peak_bytes": peak_memory_bytes()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        metrics["memory_reserved_bytes"] = float(torch.cuda.max_memory_reserved())
+        metrics["memory_alloc_retries"] = float(torch.cuda.memory_stats().get("num_alloc_retries", 0))
+    return metrics
+
+
 def peak_memory_bytes() -> float:
     """The most memory that this process has held so far: of its GPU where it has one in use, else of the machine."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():

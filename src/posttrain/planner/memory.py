@@ -35,6 +35,12 @@ _PHASES = {
     "export": ("export",),
 }
 """What is held while a stage does this, beside what it always holds."""
+HELD: Mapping[str, tuple[str, ...]] = {
+    "weights": ("weights", "adapter", "reference"),
+    "gradients": ("gradients",),
+    "optimizer": ("optimizer",),
+}
+"""What can be counted on a running stage → the parts of its plan. The rest of its memory is activations, logits and caches."""
 _DEPENDS_ON_DATA = ("activations", "logits", "kv_cache", "prefill")
 _RUNTIME_BYTES = int(0.6 * GIB)
 _MARGIN = 1.05
@@ -135,6 +141,14 @@ class MemoryPlan:
         """What no data, however short, makes smaller."""
         return self._peak({name: size for name, size in self.parts.items() if name not in _DEPENDS_ON_DATA})
 
+    @property
+    def passing_bytes(self) -> int:
+        """The most that a phase adds to what is always held: activations, logits, caches."""
+        return self._peak(self.parts) - sum(sum(self.part(name) for name in names) for names in HELD.values())
+
+    def part(self, name: str) -> int:
+        return self.parts.get(name, 0)
+
     def _peak(self, parts: Mapping[str, int]) -> int:
         """What is always held, and the most that a phase adds; phases follow each other."""
         # With save_steps, a thread writes the copies of a checkpoint while the run goes on.
@@ -221,14 +235,14 @@ def _autocast_bytes(shape: ModelShape, workload: Workload) -> int:
 
 
 def _activation_bytes(shape: ModelShape, workload: Workload) -> int:
-    """What the backward pass needs of each token, without a score matrix unless a soft cap needs one.
+    """What the backward pass needs of each token, without a score matrix unless a soft cap needs one on a CPU.
 
     A norm keeps its input and its output, in float32, and if it is trained the normalised input too. The input of a
     layer is the first norm's. With checkpointing a layer at a time is computed again, once the logits are gone.
     """
     per_norm = (3 if workload.adapter == "none" else 2) * shape.hidden * 4
     attention = 3 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
-    scores = 2 * shape.num_heads * workload.family(shape) * 4 if shape.attention_softcap else 0
+    scores = 2 * shape.num_heads * workload.family(shape) * 4 if shape.attention_softcap and workload.on_cpu else 0
     mlp = 4 * shape.intermediate * max(1, shape.experts_per_token)
     casts = 2 * shape.hidden if workload.bf16 else 0
     per_layer = shape.norms_per_layer * per_norm + scores + (attention + mlp + casts) * _bytes_per_value(workload)
@@ -311,6 +325,24 @@ def shortfall(plan: MemoryPlan, available: int, model: str, where: str = "this m
     )
 
 
+def overrun(plan: MemoryPlan, held: Mapping[str, int], needed: int, available: int, where: str) -> str:
+    """Why a stage ran out of memory: which term of its plan was most too small, and the smallest change that fits.
+
+    `held`: bytes of the terms of `HELD` as they were; what else was `needed` is activations, logits and caches.
+    """
+    planned = {name: sum(plan.part(part) for part in parts) for name, parts in HELD.items()}
+    planned["activations, logits and caches"] = plan.passing_bytes
+    found = {**held, "activations, logits and caches": needed - sum(held.values())}
+    worst = max(found, key=lambda name: found[name] - planned[name])
+    counts = f"the plan counted {size_text(planned[worst])} for {worst}, and {size_text(found[worst])} were needed"
+    if found[worst] <= planned[worst]:
+        counts = f"no term was larger than planned, and the plan counted {size_text(plan.total_bytes)} in all"
+    # What was larger than planned stays so after a change: in proportion where it passes, by its size where it is held.
+    passing = max(1.0, found["activations, logits and caches"] / max(1, planned["activations, logits and caches"]))
+    extra = sum(max(0, held[name] - planned[name]) for name in held)
+    return f"{where} has {size_text(available)}; {counts}; {_remedy(plan, available - extra, passing)}"
+
+
 def _method(workload: Workload) -> str:
     return {"none": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}.get(workload.adapter, workload.adapter)
 
@@ -325,8 +357,15 @@ _CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
 _ORDER = {"none": 0, "lora": 1, "qlora": 2}
 
 
-def _remedy(plan: MemoryPlan, available: int) -> str:
-    """Add one change after another, each only if it saves something, until it fits."""
+def _remedy(plan: MemoryPlan, available: int, passing: float = 1.0) -> str:
+    """Add one change after another, each only if it saves something, until it fits.
+
+    `passing`: what activations, logits and caches were found to need, over what is planned for them.
+    """
+
+    def total(some: MemoryPlan) -> int:
+        return some.total_bytes + int((passing - 1.0) * some.passing_bytes)
+
     named: list[str] = []
     best = plan
     for text, change in _CHANGES:
@@ -337,9 +376,9 @@ def _remedy(plan: MemoryPlan, available: int) -> str:
             for name, value in change.items()
         }
         smaller = estimate_memory(plan.shape, replace(best.workload, **changes))
-        if smaller.total_bytes < best.total_bytes:
+        if total(smaller) < total(best):
             named = [name for name in named if not ("adapter" in change and name.startswith("adapter"))] + [text]
             best = smaller
-        if fits(best, available):
-            return f"it would fit with {', '.join(named)} ({size_text(best.total_bytes)})"
-    return f"no setting makes it fit (at least {size_text(best.total_bytes)}): use a smaller base_model or a larger machine"
+        if total(best) <= available:
+            return f"it would fit with {', '.join(named)} ({size_text(total(best))})"
+    return f"no setting makes it fit (at least {size_text(total(best))}): use a smaller base_model or a larger machine"

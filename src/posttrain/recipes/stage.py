@@ -15,7 +15,8 @@ import torch
 from posttrain.checkpoint.store import CheckpointStore, check_writable, disk_errors, sweep
 from posttrain.config.stages import TrainKeys
 from posttrain.distributed.sharding import sharding_over
-from posttrain.models.device import peak_memory_bytes
+from posttrain.errors import OutOfMemoryError
+from posttrain.models.device import memory_metrics
 from posttrain.models.export import save_policy
 from posttrain.models.policy import Policy
 from posttrain.models.proof import probe_logits
@@ -23,6 +24,7 @@ from posttrain.models.provenance import model_digest, source_digest
 from posttrain.models.total import ADAPTER_TOTAL, MergedBefore, TotalReport, write_total
 from posttrain.protocols import Ranks
 from posttrain.recipes.guard import TrainingGuard
+from posttrain.recipes.memory import is_out_of_memory, why_out_of_memory
 from posttrain.recipes.rollback import RolledBack, restore_best
 from posttrain.recipes.run_folder import RunFolder, StageResult, Watchers
 from posttrain.recipes.stop import StopFlag, StoppedPolitely
@@ -55,6 +57,7 @@ class Stage:
         store = CheckpointStore(folder / "checkpoints", keys.save_total_limit, keys.save_keep_every)
         self.checkpoints = Checkpoints(store, ranks, self.run)
         self.guard = TrainingGuard(kind, keys, self.run, store, ranks, settle=self.checkpoints.flush)
+        self.state: TrainState | None = None
         self._open: list[Closes] = []
         self._started = time.monotonic()
         self._step_started = self._started
@@ -80,7 +83,7 @@ class Stage:
 
         self.ranks.main_only(tidy)
         world_size = self.ranks.world_size
-        state = TrainState(policy, optimizer, guard, world_size, self.keys.rows_per_step(world_size))
+        state = self.state = TrainState(policy, optimizer, guard, world_size, self.keys.rows_per_step(world_size))
         going_back = bool(guard.rollbacks)
         ref = self.checkpoints.newest()
         if ref is not None:
@@ -120,7 +123,7 @@ class Stage:
         metrics["step_time"] = time.monotonic() - self._step_started
         step = state.step
         if step % self.keys.logging_steps == 0 or last:
-            self.run.log(step, metrics | {"num_tokens": float(state.tokens), "memory_peak_bytes": peak_memory_bytes()})
+            self.run.log(step, metrics | {"num_tokens": float(state.tokens)} | memory_metrics())
         self.guard.observe(step, metrics)
         stopping = self.ranks.sum([float(self.stop.is_set)])[0] > 0
         due = self.keys.save_steps > 0 and step % self.keys.save_steps == 0
@@ -183,6 +186,12 @@ def run_recipe(
             return recipe(keys, stage)
         except RolledBack as event:
             log.warning("%s", event)
+        except (RuntimeError, MemoryError) as error:
+            if stage.state is None or not is_out_of_memory(error):
+                raise
+            state = stage.state
+            why = why_out_of_memory(error, stage.kind, stage.keys, state.policy, state.optimizer)
+            raise OutOfMemoryError(why) from error
         finally:
             stage.close()
         gc.collect()  # the abandoned model must be gone before the next one is loaded
