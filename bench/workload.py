@@ -25,6 +25,7 @@ SHAPES = {
     "llama": ("llama", 256, 768, 6, 8, 4, 4096),
     "small": ("qwen3", 512, 1536, 8, 8, 4, 32000),
     "wide": ("qwen3", 640, 1920, 10, 10, 5, 151_936),
+    "0.6b": ("qwen3", 1024, 3072, 28, 16, 8, 151_936),
 }
 """Name → architecture, hidden, intermediate, layers, heads, key-value heads, vocabulary."""
 
@@ -87,8 +88,10 @@ def model_dir(name: str) -> Path:
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if torch.cuda.is_available():
+        model.cuda()
     set_end_hazard(model, tokenizer.eos_token_id)
-    model.save_pretrained(folder)
+    model.cpu().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -106,7 +109,7 @@ def set_end_hazard(model: Any, eos: int) -> None:
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight[0] = 0.0
             layer.mlp.down_proj.weight[0] = 0.0
-        ids = torch.randint(0, VOCAB, (4, 128), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(0, VOCAB, (4, 128), generator=torch.Generator().manual_seed(0)).to(embedding.device)
         low, high = 0.0, 20.0
         for _ in range(30):
             middle = (low + high) / 2

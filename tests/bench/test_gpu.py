@@ -1,0 +1,84 @@
+"""Check and bench of a GPU, rehearsed on a CPU with tiny shapes: every row runs to its end; no time is asserted."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import gpu_bench
+import gpu_check
+import gpu_report
+import gpu_work as work
+import sections
+from posttrain.models.batch import pack
+
+CPU = torch.device("cpu")
+FACTS = {"card": "a card", "packages": "torch 0", "missing": "vllm"}
+
+
+@pytest.mark.parametrize("row", gpu_check.ROWS)
+def test_a_check_holds(row):
+    try:
+        found = gpu_check.ROWS[row](gpu_check.Setting(CPU, True))
+    except gpu_check.LeftOut as reason:
+        assert row.startswith("head") and "posttrain[gpu]" in str(reason)
+    else:
+        assert found.holds, found
+        assert found.seconds > 0
+
+
+def test_a_check_does_not_hold_where_the_kernel_is_wrong(monkeypatch):
+    """A window one token too long."""
+    from posttrain.models.tree_attention import Window
+
+    row = gpu_check.ROWS["attention, sliding window, float32"]
+    monkeypatch.setattr(Window, "reach", lambda window, position: torch.full_like(position, window.size + 1))
+    assert not row(gpu_check.Setting(CPU, True)).holds
+
+
+@pytest.mark.parametrize("row", [name for name in gpu_bench.ROWS if not name.startswith("trl")])
+def test_a_row_of_the_bench_is_measured(row):
+    found = gpu_bench.measured(gpu_bench.ROWS[row], gpu_bench.Setting(CPU, True))
+    assert found["tokens_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_a_row_beside_trl_is_measured():
+    pytest.importorskip("trl")
+    found = gpu_bench.measured(gpu_bench.ROWS["trl sft 0.6 B"], gpu_bench.Setting(CPU, True))
+    assert found["ratio"] > 0
+
+
+def test_rows_are_on_disk_as_they_end_and_in_the_document_at_the_end(tmp_path):
+    document = shutil.copy(sections.DOC, tmp_path / "performance.md")
+    lines = gpu_report.Lines(tmp_path / "bench.jsonl", FACTS)
+    lines.add({"row": "sft", "tokens_per_s": 12_345.6, "mfu": 0.41, "peak_gib": 9.87, "ratio": 2.5, "beside": "chunks"})
+    assert json.loads((tmp_path / "bench.jsonl").read_text().splitlines()[1])["row"] == "sft"
+    lines.add({"row": "trl", "left_out": "not installed"})
+    lines.write_doc("gpu bench", gpu_bench.table, document)
+    text = (tmp_path / "performance.md").read_text()
+    assert "| sft | 12,346 | 41 % |  | 9.9 GiB | **2.50×** | chunks |" in text
+    assert "Left out: trl (not installed)." in text
+    checked = gpu_report.Lines(tmp_path / "check.jsonl", FACTS)
+    checked.add({"row": "head", "error": 0.5, "limit": 0.02, "seconds": 0.0015, "holds": False})
+    checked.write_doc("gpu check", gpu_check._table, document)
+    assert "| head | 5.0e-01 | 2e-02 | **does not hold** | 1.5 |" in (tmp_path / "performance.md").read_text()
+
+
+def test_the_arithmetic_of_a_step_by_hand():
+    """P = 2 · (2·8·4·(2+1) + 3·8·16) + 10·8 = 1,232. Prompt 3, two answers of 2: T = 7 less 2 that predict nothing,
+    A = 6 + 2 · (1 + 3) pairs. 6·P·T + 12·2·2·4·A."""
+    shape = work.Shape(hidden=8, intermediate=16, layers=2, heads=2, kv_heads=1, head_dim=4, vocab=10)
+    assert shape.weights == 1232
+    batch = pack(work.families(10_000, 1, 2, prompt=3, answer=2))
+    assert batch.input_ids_N.numel() == 5
+    assert work.step_flops(shape, batch) == 6 * 1232 * 5 + 12 * 2 * 2 * 4 * (6 + 2 * 4)
+    assert work.step_flops(shape, batch, frozen=True) == 4 * 1232 * 5 + 12 * 2 * 2 * 4 * (6 + 2 * 4)
+
+
+def test_a_card_is_found_by_its_name():
+    assert work.data_sheet_rate("NVIDIA H100 80GB HBM3") == 989e12
+    assert work.data_sheet_rate("NVIDIA H100 PCIe") == 756e12
+    assert work.data_sheet_rate("NVIDIA L40S") == 362e12
+    assert work.data_sheet_rate("Some other card") is None
