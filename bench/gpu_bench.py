@@ -219,8 +219,8 @@ def main() -> None:
             continue
         try:
             lines.add({"row": name} | measured(measure, setting))
-        except (LeftOut, torch.OutOfMemoryError) as reason:
-            lines.add({"row": name, "left_out": str(reason).splitlines()[0]})
+        except (LeftOut, RuntimeError) as reason:  # out of memory is one; the rows after it are still measured
+            lines.add({"row": name, "left_out": f"{type(reason).__name__}: {str(reason).splitlines()[0]}"})
     if arguments.doc:
         lines.write_doc("gpu bench", table)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -43,6 +44,20 @@ def test_a_row_of_the_bench_is_measured(row):
     assert found["tokens_per_s"] > 0
 
 
+def test_a_kernel_that_does_not_run_fails_its_row_and_no_other(monkeypatch, tmp_path, capsys):
+    def broken(setting):
+        raise RuntimeError("no kernel image is available")
+
+    rows = {"broken": broken, "attention": gpu_check.ROWS["attention, trees, bf16"]}
+    monkeypatch.setattr(gpu_check, "ROWS", rows)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main()
+    assert ended.value.code == 1
+    found = [json.loads(line) for line in (tmp_path / "check.jsonl").read_text().splitlines()[1:]]
+    assert found[0]["raised"] == "RuntimeError: no kernel image is available" and found[1]["holds"]
+
+
 @pytest.mark.slow
 def test_a_row_beside_trl_is_measured():
     pytest.importorskip("trl")
@@ -62,7 +77,9 @@ def test_rows_are_on_disk_as_they_end_and_in_the_document_at_the_end(tmp_path):
     assert "Left out: trl (not installed)." in text
     checked = gpu_report.Lines(tmp_path / "check.jsonl", FACTS)
     checked.add({"row": "head", "error": 0.5, "limit": 0.02, "seconds": 0.0015, "holds": False})
+    checked.add({"row": "a kernel", "holds": False, "raised": "RuntimeError: not on this card"})
     checked.write_doc("gpu check", gpu_check._table, document)
+    assert "| a kernel | | | **RuntimeError: not on this card** | |" in (tmp_path / "performance.md").read_text()
     assert "| head | 5.0e-01 | 2e-02 | **does not hold** | 1.5 |" in (tmp_path / "performance.md").read_text()
 
 
