@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from posttrain.errors import ModelError
 from posttrain.models import tree_attention
 from posttrain.models.attention import ragged_attention
 from posttrain.models.batch import Layout, Segment, Tree, pack
@@ -135,3 +136,15 @@ def test_no_mask_is_built_on_a_gpu(tree, dtype, window, chunk):
             assert [leaf.grad.shape for leaf in leaves] == [leaf.shape for leaf in leaves]
     assert out.shape == (1, 4096, 2, 12)
     assert largest.numel < 4096 * 4096 / 16
+
+
+def test_attention_dropout_with_a_window_or_a_soft_cap_is_refused_on_a_gpu():
+    leaves = [torch.empty(1, heads, 64, 16, dtype=torch.bfloat16, device="meta") for heads in (2, 1, 1)]
+    layout = Layout((Tree(0, 64),))
+    for options in ({"sliding_window": 8}, {"softcap": 5.0}):
+        with pytest.raises(
+            ModelError, match=r"attention_dropout=0.1 .* set attention_dropout to 0 in the model's config"
+        ):
+            ragged_attention(torch.nn.Module(), *leaves, None, layout=layout, dropout=0.1, **options)
+    out, _ = ragged_attention(torch.nn.Module(), *leaves, None, layout=layout, dropout=0.1)
+    assert out.shape == (1, 64, 2, 16)
