@@ -2,6 +2,8 @@
 
 import ast
 import json
+import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from posttrain.data.sources import read_rows
 from posttrain.errors import DataError, PosttrainError
 from posttrain.evals.suite import load_suite
 from posttrain.evidence import EvalReport, ItemRecord
-from posttrain.files import read_json_lines
+from posttrain.files import read_json_lines, write_folder
 from posttrain.rewards.cases import Case
 from posttrain.tracking.jsonl import read_jsonl
 
@@ -91,3 +93,30 @@ def test_nobody_reads_json_lines_by_hand():
                 if {"loads", "splitlines"} <= called:
                     found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert found == []
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_processes_that_write_one_folder_at_once_all_can(tmp_path, keep):
+    """Four of them, forty times, each its own contents: what is there at the end is whole, and one of theirs."""
+    fork = multiprocessing.get_context("fork")
+    barrier = fork.Barrier(4)
+
+    def work(writer):
+        def fill(folder):
+            for name in "ab":
+                (folder / name).write_text(str(writer))
+
+        for number in range(40):
+            barrier.wait()
+            write_folder(tmp_path / str(number), fill, keep=keep)
+        os._exit(0)
+
+    writers = [fork.Process(target=work, args=(writer,)) for writer in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0] * 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(map(str, range(40))), "nothing else is left"
+    for folder in tmp_path.iterdir():
+        assert (folder / "a").read_text() == (folder / "b").read_text()

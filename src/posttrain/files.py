@@ -5,13 +5,14 @@ Knows nothing of what the bytes mean.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -188,10 +189,11 @@ def named_if_damaged(path: Path, go_on: str) -> Generator[None]:
         raise DamagedFileError(f"{path} is damaged: {why}; {go_on}") from error
 
 
-def write_folder(target: Path, fill: Callable[[Path], None]) -> Mapping[str, str]:
+def write_folder(target: Path, fill: Callable[[Path], None], *, keep: bool = False) -> Mapping[str, str]:
     """Create `target` with the files that `fill(temporary_folder)` writes, all or nothing.
 
-    Returns the digests of its files. An existing `target` is replaced only after the new one is complete.
+    Returns the digests of its files. An existing `target` is replaced only after the new one is complete; with `keep`, for
+    contents that are the same whoever writes them, one that another process has put there meanwhile stays.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -205,15 +207,30 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> Mapping[str, str
                     os.fsync(handle.fileno())
             fsync_dir(Path(folder))
         os.chmod(temporary, 0o755)
-        if target.exists():
-            stale = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
-            os.replace(target, stale / target.name)
-            os.replace(temporary, target)
-            shutil.rmtree(stale)
-        else:
-            os.replace(temporary, target)
+        _put_in_place(temporary, target, keep)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_dir(target.parent)
     return digests
+
+
+def _put_in_place(temporary: Path, target: Path, keep: bool) -> None:
+    """Rename `temporary` to `target`, whatever other processes put there or take away meanwhile."""
+    taken: list[Path] = []
+    while True:
+        try:
+            if keep or not target.exists():
+                os.replace(temporary, target)
+                break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if keep:
+                shutil.rmtree(temporary)
+                break
+        taken.append(Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old.")))
+        with suppress(FileNotFoundError):
+            os.replace(target, taken[-1] / target.name)
+    for folder in taken:
+        shutil.rmtree(folder)

@@ -4,9 +4,11 @@ import logging
 import pytest
 import torch
 
+from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
 from posttrain.models.adapters import check_targets, dequantized_weights
 from posttrain.models.batch import pack
+from posttrain.models.load import load_policy
 
 
 def move(policy, std=0.05):
@@ -125,6 +127,22 @@ def test_expert_names_are_offered_and_dropout_on_them_is_refused(policy_of):
         policy_of("qwen3_moe", adapter="lora", lora_target=["gate_proj"])
     with pytest.raises(ModelError, match=r"lora_dropout=0.1 with experts .*set it to 0"):
         policy_of("qwen3_moe", adapter="lora", lora_target=["gate_up_proj"], lora_dropout=0.1)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "orthogonal", "mica"])
+def test_experts_begun_on_their_own_weights_are_refused(policy_of, init):
+    with pytest.raises(ModelError, match=rf"init_lora_weights: {init} with experts in lora_target .*set .*: true"):
+        policy_of("qwen3_moe", adapter="lora", lora_target=["q_proj", "gate_up_proj"], init_lora_weights=init)
+
+
+def test_a_model_that_does_not_run_in_4_bits_is_refused_by_name_at_load(make_local_model):
+    pytest.importorskip("bitsandbytes")
+    folder = make_local_model("mamba", state_size=8, time_step_rank=32, hidden_size=64, intermediate_size=128)
+    keys = ModelKeys(base_model=str(folder), adapter="qlora", load_in_4bit=True, lora_target=["in_proj"])
+    with pytest.raises(
+        ModelError, match=r"adapter: qlora: MambaForCausalLM does not run on a base in 4 bits .*set adapter: lora"
+    ):
+        load_policy(keys)
 
 
 QLORA = {"adapter": "qlora", "load_in_4bit": True, "lora_r": 4}

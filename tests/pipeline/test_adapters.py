@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 
+from posttrain.cli.app import main
 from posttrain.errors import ConfigError
 from posttrain.files import digest_tree, read_json
 from posttrain.models.continued import ADAPTER
 from posttrain.models.total import ADAPTER_TOTAL
+from posttrain.registry.card import model_card
 
 LORA = {"adapter": "lora", "lora_r": 4, "lora_target": ["q_proj", "v_proj"]}
 QUICK = {"learning_rate": 1e-2, "max_steps": 8, "per_device_train_batch_size": 8, "lr_scheduler_type": "constant"}
@@ -62,11 +64,17 @@ def test_sft_dpo_dpo_leave_one_adapter_for_the_given_base_registered_and_promote
 
     (found,) = [finding for finding in check_run(made.out) if finding.name == "run adapter"]
     assert (found.status, "rank 8 for the given base" in found.text) == ("ok", True)
+    merged = made.folder / "merged"
+    with pytest.raises(SystemExit) as caught:  # the base that the pipeline was given, named by no one
+        main(["merge", str(stages[1] / ADAPTER_TOTAL), "--out", str(merged)])
+    assert caught.value.code == 0
+    torch.testing.assert_close(by_peft(merged, None), by_peft(base, stages[1] / ADAPTER_TOTAL), atol=1e-3, rtol=1e-3)
     book = made.registry()
     try:
         chain = book.chain("yes", 1)
         assert [m.outputs[ADAPTER_TOTAL] for m in chain] == [digest_tree(f / ADAPTER_TOTAL) for f in stages]
         offered = book.adapter("yes", 1)
+        assert f"adapters/{offered.name}` of the registry" in model_card(book, "yes", 1)
         assert digest_tree(offered) == digest_tree(stages[2] / ADAPTER_TOTAL)
         assert book.show("yes", 1).aliases == ("champion",)
         (offered / "adapter_config.json").unlink()

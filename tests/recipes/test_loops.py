@@ -177,6 +177,9 @@ def test_groups_without_spread_weigh_nothing_and_count(train, runner, monkeypatc
     monkeypatch.setattr(grpo, "_micro_batches", lambda groups, *rest: [grpo.MicroBatch([g]) for g in groups])
     kept = train("grpo", name="kept", **options)
     shares = [row["frac_reward_zero_std"] for row in runner.rows(skipped)]
+    sampled = sum(row["completions/mean_length"] * 4 * 4 for row in runner.rows(skipped))
+    trained = runner.rows(skipped)[-1]["num_tokens"]
+    assert 0 < trained < sampled, "what was left out was not trained on"
     assert any(0 < share < 1 for share in shares), shares
     assert runner.losses(skipped) == pytest.approx(runner.losses(kept), abs=ATOL)
     close(runner.weights(skipped), runner.weights(kept), atol=2e-6)

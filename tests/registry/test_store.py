@@ -33,7 +33,7 @@ def test_a_tree_comes_back_as_it_was(store, model, tmp_path):
 def test_records_and_files_have_the_digests_of_the_rest_of_the_package(store, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("{}\n")
-    assert store.put(path) == digest_file(path)
+    assert store.put_file(path) == digest_file(path)
     record = {"b": [1, 2.5, None], "a": "ü"}
     assert store.put_json(record) == digest_json(record)
     assert store.get_json(digest_json(record)) == record
@@ -149,3 +149,21 @@ def _die_at(step: int) -> None:
 
     os.fsync = counted(os.fsync)
     Path.replace = counted(Path.replace)
+
+
+def test_what_a_killed_process_left_is_swept_once_it_is_old(store, model, tmp_path):
+    """Half-written objects and half-written folders to load from; what may still be written stays."""
+    digest = store.put_tree(model("a"))
+    whole = store.materialize(digest, store.folder / "models" / "whole")
+    old, new = store.folder / "models" / ".whole.abandond", store.folder / "adapters" / ".other.abcdefgh"
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+        (folder / "half").write_text("")
+    half = store.folder / "objects" / ".tmp.abandond"
+    half.write_text("")
+    for path in (old, half):
+        os.utime(path, (1, 1))
+    ContentStore(store.folder)
+    assert not old.exists() and not half.exists()
+    assert new.exists() and whole.exists()
+    assert store.verify(digest) == 3

@@ -132,3 +132,11 @@ def test_no_colour_where_none_is_wanted():
     assert "\x1b[33m" in _shown(True, 80, color_system="standard")
     assert "\x1b[33m" not in _shown(True, 80, color_system="standard", no_color=True)
     assert "\x1b" not in _shown(False, 80)
+
+
+def test_steps_that_trained_on_nothing_show_no_speed():
+    view, stream, clock = _view("grpo", 10)
+    for step in (1, 2, 3):
+        clock.now += 1
+        view.log(step, {"empty_step": 1.0, "num_tokens": 0.0})
+    assert "tok/s" not in stream.getvalue()

@@ -82,8 +82,13 @@ def _of_stage(adapter: Path) -> ModelKeys | None:
     """How the base under this adapter loads, if it is that of one of our stages in its place."""
     from posttrain.config.load import detect_kind
     from posttrain.models.continued import ADAPTER, base_keys, stage_keys
+    from posttrain.models.total import ADAPTER_TOTAL
 
     path = adapter.resolve().parent / "config.yaml"
-    if adapter.resolve().name != ADAPTER or not path.is_file() or detect_kind(path) == "pipeline":
+    if not path.is_file() or detect_kind(path) == "pipeline":
         return None
-    return base_keys(stage_keys(path.parent))
+    if adapter.resolve().name == ADAPTER_TOTAL:
+        # The base that the pipeline was given is that of its first stage.
+        stages = sorted(folder for folder in path.parent.parent.glob("*-*") if (folder / "config.yaml").is_file())
+        return base_keys(stage_keys(stages[0] if path.parent in stages else path.parent))
+    return base_keys(stage_keys(path.parent)) if adapter.resolve().name == ADAPTER else None

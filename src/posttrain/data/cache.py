@@ -11,6 +11,7 @@ import io
 import json
 import os
 import shutil
+import time
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from posttrain.files import digest_bytes, digest_file, digest_json, write_folder
 from posttrain.types import TokenSeq
 
 _KEPT = 4
+_ABANDONED_S = 24 * 3600.0
 _FILES = ("rows.npz", "extras.json")
 _CODE = (
     "cache.py",
@@ -197,7 +199,9 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _drop_old(folder: Path) -> None:
-    for path in _entries(folder)[:-_KEPT]:
+    """The oldest entries, and what a killed process left half-written, once nobody can still be writing it."""
+    abandoned = [path for path in folder.glob(".*") if time.time() - path.stat().st_mtime > _ABANDONED_S]
+    for path in (*_entries(folder)[:-_KEPT], *abandoned):
         shutil.rmtree(path, ignore_errors=True)
 
 

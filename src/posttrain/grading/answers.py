@@ -11,7 +11,7 @@ import re
 from collections import deque
 
 from posttrain.grading.equality import equal_values, same_answer
-from posttrain.grading.numbers import normalise, parse_quantity, same_quantity
+from posttrain.grading.numbers import MINUS_SIGNS, normalise, parse_quantity, same_quantity
 from posttrain.grading.sequences import Same
 from posttrain.grading.slots import Slot, boxes, later_claims, lines, taken_back, think_tags, visible, without_comments
 
@@ -64,8 +64,11 @@ _HEDGE = re.compile(
 
 
 def same_in_prose(answer: str, reference: str) -> bool:
-    """`equal_values`, and a number at the start of a sentence that has no other: `$18 per day` for `18`."""
-    if equal_values(answer, reference):
+    """`equal_values`, and a number at the start of a sentence that has no other: `$18 per day` for `18`.
+
+    `18!` is 18 with emphasis: an answer is a value, not a factorial to be computed.
+    """
+    if equal_values(answer, reference) or equal_values(answer.rstrip("! \t"), reference):
         return True
     match = _IN_PROSE.fullmatch(answer.strip()[:_MAX_PROSE_CHARS])
     wanted = parse_quantity(normalise(reference), lowest_terms=False)
@@ -119,7 +122,7 @@ _LAST_NUMBER = re.compile(
     r"\\[dtc]?frac\{[0-9]{1,300}\}\{[0-9]{1,300}\}"
     r"|(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:/[0-9]+)?|\.[0-9]+"
 )
-_SIGNS, _NO_SIGN_AFTER = "-−", re.compile(r"[0-9A-Za-z)\]}]")
+_NO_SIGN_AFTER = re.compile(r"[0-9A-Za-z)\]}]")
 
 
 def last_number(text: str) -> str | None:
@@ -133,7 +136,7 @@ def last_number(text: str) -> str | None:
 
 def _signed(text: str, match: re.Match[str]) -> str:
     start = match.start()
-    signed = start > 0 and text[start - 1] in _SIGNS and not (start > 1 and _NO_SIGN_AFTER.match(text[start - 2]))
+    signed = start > 0 and text[start - 1] in MINUS_SIGNS and not (start > 1 and _NO_SIGN_AFTER.match(text[start - 2]))
     percent = "%" if text[match.end() : match.end() + 2].lstrip("\\").startswith("%") else ""
     return ("-" if signed else "") + match.group() + percent
 

@@ -14,9 +14,12 @@ from math import gcd
 MAX_ANSWER_CHARS = 2000
 """Longer slot contents equal nothing; so what follows works on bounded text."""
 
+MINUS_SIGNS = "-−\u2010\u2011\u2012–\ufe63\uff0d"
+"""What is typed for a minus: hyphens, the figure dash and the en dash among them."""
 _CHARACTERS: dict[int, str] = (
     {ord(c): "" for c in "\u200b\u200c\u200d\u2060\ufeff"}
-    | {ord("−"): "-", ord("\u2011"): "-", ord("\uff0d"): "-", ord("\uff0e"): ".", ord("％"): "%"}
+    | {ord(sign): "-" for sign in MINUS_SIGNS}
+    | {ord("\uff0e"): ".", ord("％"): "%"}
     | {0xFF10 + digit: str(digit) for digit in range(10)}
     | {ord("∅"): "\\emptyset", ord("∞"): "\\infty", ord("∪"): "\\cup ", ord("≤"): "\\le ", ord("≥"): "\\ge "}
     | {ord("±"): "\\pm ", ord("≠"): "\\ne ", ord("∈"): "\\in "}

@@ -25,7 +25,7 @@ _RETRACTED_AFTER = re.compile(
 )
 _CLAIM = re.compile(
     r"\b(?:answer|result|value|total|solution|it)[ \t]*(?:is|was|equals|=|:)[ \t:]*"
-    r"(?P<said>\$[^$\n]{1,200}\$|[-+−(\[\\0-9][^\s;]{0,200}|(?-i:[A-Z])\w{0,40})",
+    r"(?P<said>\$[^$\n]{1,200}\$|[-+−–(\[\\0-9][^\s;]{0,200}|(?-i:[A-Z])\w{0,40})",
     re.IGNORECASE,
 )
 _BEFORE_CHARS = 60

@@ -188,11 +188,16 @@ def _expert_names(model: PreTrainedModel) -> list[str]:
 
 
 def _expert_targets(model: PreTrainedModel, keys: ModelKeys) -> list[str]:
-    """Raises: ModelError if experts are to be adapted with dropout, which PEFT cannot do."""
+    """Raises: ModelError if experts are to be adapted with dropout, or begun on their weights, which PEFT cannot do."""
     found = [] if isinstance(keys.lora_target, str) else _targets_in(_expert_names(model), keys.lora_target)
     if found and keys.lora_dropout:
         raise ModelError(
             f"lora_dropout={keys.lora_dropout} with experts in lora_target ({', '.join(found)}); set it to 0"
+        )
+    if found and keys.init_lora_weights not in (True, False, "gaussian"):
+        raise ModelError(
+            f"init_lora_weights: {keys.init_lora_weights} with experts in lora_target ({', '.join(found)}); PEFT begins those "
+            "with true, false or gaussian; set init_lora_weights: true"
         )
     return list(found)
 

@@ -180,6 +180,8 @@ def load_base(keys: ModelKeys, *, trainable: bool) -> tuple[PreTrainedModel, Pla
     if stored != torch.float32 and not (trainable and keys.adapter == "none"):
         log.info("%s: %s file, held in %s (%s)", keys.base_model, *_names(stored, dtype), _reason(placement, dtype))
     model.to(placement.device)  # pyright: ignore[reportArgumentType]
+    if keys.load_in_4bit:
+        _check_runs(model, placement)
     return model, placement
 
 
@@ -239,6 +241,18 @@ def _prepare_4bit(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # On CPUs with AVX512-BF16 an eval forward repacks the weights for a kernel without autograd.
             module.support_avx512bf16_for_cpu = False
+
+
+@torch.no_grad()
+def _check_runs(model: PreTrainedModel, placement: Placement) -> None:
+    """Raises: ModelError for an architecture that multiplies with a linear's weight itself, which is packed in 4 bits."""
+    try:
+        model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=placement.device))
+    except RuntimeError as error:
+        raise ModelError(
+            f"adapter: qlora: {type(model).__name__} does not run on a base in 4 bits ({' '.join(str(error).split())}); "
+            "set adapter: lora"
+        ) from error
 
 
 def missing_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,16 +14,19 @@ from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import ModelKeys
 from posttrain.data.messages import parse_messages, parse_tools
 from posttrain.data.render import chat_ids
+from posttrain.errors import DataError
 from posttrain.evals.run import Evaluator, decoding_of
 from posttrain.evals.suite import Item, Suite
 from posttrain.evidence import EvalReport, ItemRecord
-from posttrain.models.load import load_tokenizer
+from posttrain.models.load import load_tokenizer, missing_chat_template
 from posttrain.models.provenance import source_digest
 from posttrain.protocols import Engine
 from posttrain.recipes.engines import EngineSource, make_engine, named_engine
 from posttrain.rewards.workers import RewardPool
 from posttrain.rollout.sampling import request_seed
 from posttrain.types import Origin, Text
+
+log = logging.getLogger(__name__)
 
 _ROWS = 128
 """Completions decoded at once: evals hold no gradients, so there is room for more than in training."""
@@ -32,16 +36,22 @@ EvalProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class TokenizerCodec:
-    """Renders prompts with the tokenizer's chat template, or as plain text."""
+    """Renders chats with the tokenizer's chat template; without one their texts are lines, and tools are refused."""
 
     tokenizer: Any
 
     def encode_prompt(self, prompt: Text, tools: Any = None) -> tuple[int, ...]:
-        if isinstance(prompt, str) or not getattr(self.tokenizer, "chat_template", None):
-            text = prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
-            return tuple(self.tokenizer(text)["input_ids"])
+        if isinstance(prompt, str):
+            return tuple(self.tokenizer(prompt)["input_ids"])
         origin = Origin("prompt", 1)
-        return chat_ids(self.tokenizer, parse_messages(prompt, origin, "messages"), parse_tools(tools, origin))
+        messages, offered = parse_messages(prompt, origin, "messages"), parse_tools(tools, origin)
+        if not missing_chat_template(self.tokenizer):
+            return chat_ids(self.tokenizer, messages, offered)
+        if offered or any("tool_calls" in message for message in messages):
+            raise DataError(
+                f"{origin}: the model has no chat template, and tools cannot be written without one; set `chat_template`"
+            )
+        return self.encode_prompt("\n".join(message["content"] for message in messages))
 
     def encode_choice(self, prompt: Text, choice: str, tools: Any = None) -> tuple[tuple[int, ...], int]:
         """Text is encoded as one and cut where the prompt alone ends, as in lm-eval; behind a chat stands the choice by itself."""
@@ -54,6 +64,15 @@ class TokenizerCodec:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def _say_if_without_roles(tokenizer: Any, model: str, suite: Suite) -> None:
+    chats = sum(not isinstance(item.prompt, str) for item in suite.items)
+    if chats and missing_chat_template(tokenizer):
+        log.warning(
+            "%s has no chat template: the messages of suite %s (%d items) are asked as plain lines, without their roles",
+            model, suite.name, chats,
+        )  # fmt: skip
 
 
 def evaluate(
@@ -85,8 +104,10 @@ def evaluate(
     if missing:
         rows = _ROWS if not order else _ROWS // 4
         with closing(make_engine(EngineSource(model), keys=rollout, rows=rows, folder=folder)) as sampler:
-            evaluator = _evaluator(sampler, model, digest, progress)
+            tokenizer = load_tokenizer(model)
+            evaluator = _evaluator(sampler, tokenizer, digest, progress)
             for suite, keys in missing:
+                _say_if_without_roles(tokenizer, model.base_model, suite)
                 known = _known(suite, keys, split, folder, (digest, engine))
                 reports[suite.name] = evaluator.run(suite, keys, split, known=known, order=order)
                 reports[suite.name].save(folder / f"{suite.name}-{split}")
@@ -112,9 +133,9 @@ def _known(suite: Suite, keys: SuiteKeys, split: str, folder: Path, measured: tu
     return {item.id: item for item in report.items} if same else {}
 
 
-def _evaluator(engine: Engine, model: ModelKeys, digest: str, progress: EvalProgress | None) -> Evaluator:
+def _evaluator(engine: Engine, tokenizer: Any, digest: str, progress: EvalProgress | None) -> Evaluator:
     return Evaluator(
-        engine, TokenizerCodec(load_tokenizer(model)), digest, request_seed,
+        engine, TokenizerCodec(tokenizer), digest, request_seed,
         progress or (lambda name, done, total: None), score_own=score_in_workers,
     )  # fmt: skip
 

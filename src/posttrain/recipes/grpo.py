@@ -6,7 +6,7 @@ optimizer steps, `num_iterations` times over. Which member of the family it is, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -117,7 +117,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
             if micros or supervised:
                 lr = learning_rate(step, total_steps, keys) * stage.guard.controls.lr_scale
                 values |= update(policy, optimizer, stage, lr, values, step + 1)
-                state.tokens += int(norm.tokens)
+                state.tokens += _num_tokens(group for group in groups if teaches(group, objective, keys))
             else:
                 # Nothing had a difference in reward: nothing moves, not even by AdamW's momentum.
                 values[EMPTY_STEP] = 1.0
@@ -183,8 +183,13 @@ def _micro_batches(groups: Sequence[Group], spec: PolicySpec, keys: GRPOKeys, ra
 
 def _normalizer(groups: Sequence[Group], keys: GRPOKeys) -> Normalizer:
     """Counted over the whole step, before it is dealt to the ranks."""
-    tokens, sequences = sum(s.num_loss_tokens for group in groups for s in group), sum(len(group) for group in groups)
-    return Normalizer(float(tokens), float(sequences), max_tokens=keys.max_completion_length)
+    return Normalizer(
+        float(_num_tokens(groups)), float(sum(len(group) for group in groups)), max_tokens=keys.max_completion_length
+    )
+
+
+def _num_tokens(groups: Iterable[Group]) -> int:
+    return sum(sample.num_loss_tokens for group in groups for sample in group)
 
 
 def stream(samples: Sequence[Sample], name: str, device: torch.device) -> torch.Tensor:

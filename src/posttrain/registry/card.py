@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from posttrain.registry.manifest import MODEL, Manifest
+from posttrain.registry.manifest import ADAPTER_TOTAL, MODEL, Manifest
 from posttrain.registry.promotion import DECISION
 from posttrain.registry.registry import Registry
 
@@ -36,6 +36,7 @@ def model_card(registry: Registry, name: str, version: int) -> str:
         licence=_detail(chain, "license"),
         base=_detail(chain, "base_model") or chain[0].inputs[MODEL],
         command=_detail(chain, "command"),
+        adapter=registry.evidence(name, version).get(ADAPTER_TOTAL, ("", ""))[1].removeprefix("sha256:"),
     )
 
 

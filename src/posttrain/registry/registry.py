@@ -55,12 +55,12 @@ class Registry:
         verdict: GateVerdict | None = None,
         certificates: Iterable[Mapping[str, Any]] = (),
         *,
-        evidence: Mapping[str, Path] | None = None,
+        evidence: Mapping[str, Path | Mapping[str, Path]] | None = None,
         actor: str | None = None,
     ) -> RegistryEntry:
         """Store a model with its whole lineage (`chain`: first stage to last) as the next version of `name`.
 
-        `evidence` are files and folders kept with it, by role. The same model with the same lineage is not stored
+        `evidence` are files, folders and sets of files (by their path in the set) kept with it, by role. The same model with the same lineage is not stored
         twice. Raises: RegistryError if the chain is broken or ends at another model.
         """
         self._refuse(promotion.bad_name("model name", name))
@@ -79,13 +79,18 @@ class Registry:
         objects += [("certificate", "file", self.store.put_json(dict(record))) for record in certificates]
         if verdict is not None:
             objects.append(("verdict", "file", self.store.put_json(verdict.to_json())))
-        for role, path in (evidence or {}).items():
-            objects.append((role, "tree" if Path(path).is_dir() else "file", self.store.put(path)))
+        objects += [(role, *self._put(what)) for role, what in (evidence or {}).items()]
         for role, kind, content in objects:
             if role in _READY_TO_LOAD and kind == "tree":
                 self._checkout(content, _READY_TO_LOAD[role])
         version = self._insert(name, digest, manifests[-1], verdict, objects, actor)
         return self.show(name, version)
+
+    def _put(self, what: Path | Mapping[str, Path]) -> tuple[str, str]:
+        """Kind and digest of what was stored."""
+        if isinstance(what, Mapping):
+            return "tree", self.store.put_files(what)
+        return ("tree", self.store.put_tree(what)) if what.is_dir() else ("file", self.store.put_file(what))
 
     def _insert(
         self,

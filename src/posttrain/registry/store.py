@@ -74,11 +74,11 @@ class ContentStore:
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         if not paths:
             raise RegistryError(f"{folder}: got no files, expected a folder with a model or evidence in it")
-        return self.put_json({path.relative_to(folder).as_posix(): self.put_file(path) for path in paths})
+        return self.put_files({path.relative_to(folder).as_posix(): path for path in paths})
 
-    def put(self, path: Path) -> str:
-        """A file or a folder."""
-        return self.put_tree(path) if Path(path).is_dir() else self.put_file(path)
+    def put_files(self, files: Mapping[str, Path]) -> str:
+        """Copy files in as a tree: relative path in it → where the file is."""
+        return self.put_json({name: self.put_file(path) for name, path in sorted(files.items())})
 
     def get_json(self, digest: str, what: str = "record") -> Any:
         """Raises: RegistryError, naming `what`, if it is missing or has been changed."""
@@ -98,7 +98,7 @@ class ContentStore:
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 self._link(content, temporary / name)
 
-        written = write_folder(target, fill)
+        written = write_folder(target, fill, keep=True)
         for name, content in files.items():
             if written[name] != content:
                 raise RegistryError(f"{name}: got {written[name]}, expected {content}: the stored object is damaged")
@@ -126,10 +126,10 @@ class ContentStore:
 
     def _sweep(self) -> None:
         """Remove what a killed process left half-written, once nobody can still be writing it."""
-        for path in self._objects.glob(".tmp.*"):
+        for path in self.folder.glob("*/.*.*"):
             try:
                 if time.time() - path.stat().st_mtime > _ABANDONED_S:
-                    path.unlink()
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
             except FileNotFoundError:  # another process swept it
                 continue
 

@@ -104,7 +104,7 @@ class LiveView:
         parts = [f"{self._kind} {self._step}/{self._total_steps}"]
         parts += [f"{label} {value}" for label, value in self._shown()]
         speed, left = self.tokens_per_s(), self.eta_s()
-        if speed is not None:
+        if speed:  # none in a step that trained on nothing
             parts.append(f"{human_count(speed)} tok/s")
         if left is not None:
             parts.append(f"eta {human_time(left)}")
@@ -137,7 +137,7 @@ class LiveView:
             ProgressBar(total=max(1, self._total_steps), completed=self._step, width=30),
             f"{self._step}/{self._total_steps}",
             f"{elapsed} gone" + (f", {human_time(left)} left" if left is not None else ""),
-            f"{human_count(speed)} tok/s" if speed is not None else "",
+            f"{human_count(speed)} tok/s" if speed else "",
             f"memory {human_count(memory_bytes())}B",
         )
         body = Table.grid(padding=(0, 3))
