@@ -217,7 +217,9 @@ def train_half_seconds(size: Size, num_steps: int) -> list[float]:
     original = grpo.make_engine, grpo.sync_engine
     grpo.make_engine = recorded_engine(size.length)
     # Recorded completions leave a canary nothing to decode.
-    grpo.sync_engine = lambda engine, policy, version: {"sync/moved_bytes": float(engine.update(policy, version))}
+    grpo.sync_engine = lambda engine, policy, version: {
+        "sync/moved_bytes": float(engine.update(policy, version).num_bytes)
+    }
     reward = str(Path(__file__).parent / "rewards.py") + ":vowels"
     try:
         run(

@@ -68,7 +68,9 @@ def train(row: Row, job: Mapping[str, Any], turns: Turns) -> None:
     if row.task == "grpo_train":
         grpo.make_engine = replaying_engine(job)
         # Recorded completions leave a canary nothing to decode.
-        grpo.sync_engine = lambda engine, policy, version: {"sync/moved_bytes": float(engine.update(policy, version))}
+        grpo.sync_engine = lambda engine, policy, version: {
+            "sync/moved_bytes": float(engine.update(policy, version).num_bytes)
+        }
     sink = TurnSink(row, turns, extra_seconds)
     recipe = {"sft": sft, "dpo": dpo}.get(row.task, grpo)
     keys = keys_of(row, job)

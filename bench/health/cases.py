@@ -51,7 +51,9 @@ def stale_engine() -> None:
 
     grpo.make_engine = of_a_copy
     # The canary would end the run at its second sync; here the health rule is what is asked.
-    grpo.sync_engine = lambda engine, policy, version: {"sync/moved_bytes": float(engine.update(policy, version))}
+    grpo.sync_engine = lambda engine, policy, version: {
+        "sync/moved_bytes": float(engine.update(policy, version).num_bytes)
+    }
 
 
 def frozen() -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from posttrain.types import Completion, EngineInfo, Request, Sample, SamplingParams
+from posttrain.types import Completion, EngineInfo, Moved, Request, Sample, SamplingParams
 
 T = TypeVar("T")
 
@@ -49,8 +49,8 @@ class Engine(Protocol):
         """Log-probs of `ids[start:]` for each `(ids, start)`, under the weights of `policy_version`."""
         ...
 
-    def update(self, weights: Weights, version: int) -> int:
-        """Take these weights as `version`. Returns the bytes that were moved. All ranks call it."""
+    def update(self, weights: Weights, version: int) -> Moved:
+        """Take these weights as `version`. All ranks call it."""
         ...
 
     def close(self) -> None:

@@ -223,6 +223,18 @@ class EngineInfo:
     exact_logprobs: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What bringing weights to an engine took. `whole_bytes`: had they been sent whole, not only what changed."""
+
+    num_bytes: int
+    whole_bytes: int
+
+    @property
+    def share(self) -> float:
+        return self.num_bytes / self.whole_bytes if self.whole_bytes else 0.0
+
+
 STREAMS: Mapping[str, type[np.generic]] = {
     "behavior_logp": np.float32,
     "advantage": np.float32,

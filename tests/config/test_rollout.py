@@ -46,7 +46,7 @@ def test_a_way_that_the_engine_does_not_have_is_refused():
         ValueError, match=r"transfer: file with rollout.engine: embedded, which takes its weights by shared"
     ):
         RolloutKeys(transfer="file")
-    with pytest.raises(ValueError, match=r"transfer: shared with rollout.engine: vllm, .* by copy or file"):
+    with pytest.raises(ValueError, match=r"transfer: shared with rollout.engine: vllm, .* by copy or file or delta"):
         RolloutKeys(engine="vllm", transfer="shared")
 
 

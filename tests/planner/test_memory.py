@@ -149,6 +149,16 @@ def test_phases_follow_each_other_and_only_the_largest_counts():
     assert not {"checkpoint", "export"} & estimate_memory(TINY, replace(lora, on_cpu=False)).parts.keys()
 
 
+def test_deltas_of_weights_hold_the_last_version_at_both_ends():
+    def held(**rollout):
+        keys = workload("grpo", rollout={"engine": "vllm", **rollout})
+        return estimate_memory(TINY, replace(keys, on_cpu=True)).parts.get("weight_deltas", 0)
+
+    assert held(transfer="copy") == 0
+    assert held(transfer="delta", dtype="float32") == 2 * 4 * TINY.num_params
+    assert held(transfer="delta", dtype="bfloat16") == 2 * 2 * TINY.num_params
+
+
 def test_a_micro_batch_of_rl_holds_its_completions_and_their_prompts_once():
     """128 tokens, 32 of them the completion: of a group of 8, four completions are 4·32 + 96, sixteen are 16·32 + 2·96."""
     rl = Workload(samples=True, sequence_len=128, max_completion_length=32, num_generations=8)

@@ -25,7 +25,9 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(EmbeddedEngine, "generate", recording)
     monkeypatch.setattr(
-        grpo, "sync_engine", lambda engine, policy, version: {"sync/moved_bytes": float(engine.update(policy, version))}
+        grpo,
+        "sync_engine",
+        lambda engine, policy, version: {"sync/moved_bytes": float(engine.update(policy, version).num_bytes)},
     )
     return seen
 

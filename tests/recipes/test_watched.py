@@ -185,7 +185,9 @@ def test_weights_that_drift_below_what_the_canary_sees_show_as_a_mismatch(train,
     from posttrain.recipes import grpo
 
     monkeypatch.setattr(
-        grpo, "sync_engine", lambda engine, policy, version: {"sync/moved_bytes": float(engine.update(policy, version))}
+        grpo,
+        "sync_engine",
+        lambda engine, policy, version: {"sync/moved_bytes": float(engine.update(policy, version).num_bytes)},
     )
     folder = train("grpo", learning_rate=1e-2, max_steps=6)
     found = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]

@@ -9,7 +9,7 @@ from pydantic import model_validator
 from posttrain.config.knob import Keys, knob
 from posttrain.uris import loopback
 
-TRANSFERS_OF = {"embedded": ("shared",), "vllm": ("copy", "file"), "vllm_server": ("file",)}
+TRANSFERS_OF = {"embedded": ("shared",), "vllm": ("copy", "file", "delta"), "vllm_server": ("file", "delta")}
 """The ways in which each engine can take weights, the best first."""
 _STARTED_VLLM = ("dtype", "max_model_len", "memory_gib", "tensor_parallel_size", "enforce_eager")
 _SERVER = ("timeout_s", "start_timeout_s", "max_restarts", "pause")
@@ -29,7 +29,8 @@ class RolloutKeys(Keys):
     memory_gib: float | None = knob(None, "GiB for vLLM's keys and values; null takes 1 on a CPU, 8 on a GPU.", gt=0, example=4.0)
     tensor_parallel_size: int = knob(1, "Processes that vLLM splits the model over.", ge=1, also="vllm_tensor_parallel_size (TRL)")
     enforce_eager: bool = knob(False, "Let vLLM compile nothing; on a CPU it never does.")
-    transfer: Literal["auto", "shared", "copy", "file"] = knob("auto", "How weights get to the engine; `auto` is the first that it can: `embedded` decodes with those in training (`shared`), `vllm` takes a `copy` or a `file`, `vllm_server` a `file`.")
+    transfer: Literal["auto", "shared", "copy", "file", "delta"] = knob("auto", "How weights get to the engine; `auto` is the first that it can: `embedded` decodes with those in training (`shared`), `vllm` takes a `copy` or a `file`, `vllm_server` a `file`; both take a file of what changed too (`delta`).")
+    delta_anchor: int = knob(20, "With `transfer: delta`, every so many pushes the whole model is sent.", ge=1)
     url: str | None = knob(None, "A server that runs already, on this machine, for `vllm_server`; null starts one that ends with the run.", also="vllm_server_base_url (TRL)", example="http://127.0.0.1:8000")
     token_env: str = knob("VLLM_API_KEY", "Environment variable that holds the API key of the server at `url`.")
     token_file: str | None = knob(None, "File that holds it; goes before the variable.", example="~/.config/vllm.key")
@@ -62,12 +63,13 @@ class RolloutKeys(Keys):
             "rollout.engine: embedded": (*_STARTED_VLLM, "url", *_SERVER, *_GIVEN) if self.engine == "embedded" else (),
             "rollout.engine: vllm": ("url", *_SERVER, *_GIVEN) if self.engine == "vllm" else (),
             "rollout.url": _STARTED_VLLM if self.url else (),
+            f"rollout.transfer: {self.way}": () if self.way == "delta" else ("delta_anchor",),
             "no rollout.url": () if self.url else _GIVEN,
         }
         for beside, names in unread.items():
             for name in names:
                 if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"rollout.{name} does nothing with {beside}; remove it, or choose the engine that reads it")
+                    raise ValueError(f"rollout.{name} does nothing with {beside}; remove it, or choose what reads it")
         return self
 
     @model_validator(mode="after")

@@ -75,6 +75,7 @@ class Workload:
     num_generations: int = 1
     max_completion_length: int = 0
     save_dtype: str = "auto"
+    rollout: Mapping[str, Any] = field(default_factory=dict[str, Any])
     on_cpu: bool = False
 
     @classmethod
@@ -179,6 +180,7 @@ def estimate_memory(shape: ModelShape, workload: Workload) -> MemoryPlan:
         "decode_weights": _decode_weight_bytes(shape, workload),
         "kv_cache": _kv_bytes(shape, workload),
         "prefill": _prefill_bytes(shape, workload),
+        "weight_deltas": _delta_bytes(shape, workload),
         "export": _export_bytes(shape, workload),
         "runtime": _RUNTIME_BYTES,
     }
@@ -287,6 +289,14 @@ def _prefill_bytes(shape: ModelShape, workload: Workload) -> int:
     widest = prompts * (per_token + 4 * shape.hidden * 4)
     later = _cached_completions(shape, workload) * shape.kv_bytes_per_token(_bytes_per_value(workload))
     return max(0, widest - later)
+
+
+def _delta_bytes(shape: ModelShape, workload: Workload) -> int:
+    """What changes of weights are found and applied with: the last version, held by both ends on the host."""
+    if workload.rollout.get("transfer") != "delta" or not workload.on_cpu:
+        return 0
+    size = {"float32": 4, "auto": _bytes_per_value(workload)}.get(workload.rollout["dtype"], 2)
+    return 2 * shape.num_params * size
 
 
 def _export_bytes(shape: ModelShape, workload: Workload) -> int:

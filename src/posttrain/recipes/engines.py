@@ -66,7 +66,7 @@ def _embedded(ask: _Ask) -> Engine:
 def _vllm(ask: _Ask) -> Engine:
     """In this process, from the folder that the policy was made from; an update brings it what was trained since."""
     tokenizer = _tokenizer(ask)
-    return VLLMEngine(_vllm_options(ask, tokenizer), decoder(tokenizer, special=True), ask.keys.way)
+    return VLLMEngine(_vllm_options(ask, tokenizer), decoder(tokenizer, special=True), ask.keys.way, ask.keys.delta_anchor)
 
 
 def _vllm_server(ask: _Ask) -> Engine:
@@ -74,7 +74,7 @@ def _vllm_server(ask: _Ask) -> Engine:
     keys, tokenizer = ask.keys, _tokenizer(ask)
     options, decode = _vllm_options(ask, tokenizer), decoder(tokenizer, special=True)
     log = ask.folder and ask.folder / "vllm_server.log"
-    how = ServerOptions(keys.timeout_s, keys.start_timeout_s, keys.way, keys.pause, log)
+    how = ServerOptions(keys.timeout_s, keys.start_timeout_s, keys.way, keys.delta_anchor, keys.pause, log)
     policy = ask.source.policy
     if keys.url is None:
         require_vllm()
@@ -187,4 +187,7 @@ def sync_engine(engine: Engine, policy: Policy, version: int) -> dict[str, float
     started = time.monotonic()
     moved = engine.update(policy, version)
     gap = check_arrival(engine, partial(score_sequences, policy))
-    return {"sync/moved_bytes": float(moved), "sync/wall_s": time.monotonic() - started, "sync/canary_gap": gap}
+    return {
+        "sync/moved_bytes": float(moved.num_bytes), "sync/moved_share": moved.share,
+        "sync/wall_s": time.monotonic() - started, "sync/canary_gap": gap,
+    }  # fmt: skip

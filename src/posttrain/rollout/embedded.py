@@ -22,7 +22,7 @@ from posttrain.protocols import Weights
 from posttrain.rollout.decoding import Decoding, DecodingRow, Ends
 from posttrain.rollout.replica import receive
 from posttrain.rollout.sampling import stop_test, uniforms
-from posttrain.types import Completion, EngineInfo, Request, SamplingParams, TokenSeq
+from posttrain.types import Completion, EngineInfo, Moved, Request, SamplingParams, TokenSeq
 
 _SCORED_AT_ONCE = 8192
 """Tokens."""
@@ -72,10 +72,10 @@ class EmbeddedEngine:
     def score(self, sequences: Sequence[tuple[Sequence[int], int]], temperature: float = 1.0) -> list[list[float]]:
         return score_sequences(self._policy, sequences, temperature)
 
-    def update(self, weights: Weights, version: int) -> int:
-        moved = 0 if self._shares_weights else receive(self._policy, weights)
+    def update(self, weights: Weights, version: int) -> Moved:
+        num_bytes = 0 if self._shares_weights else receive(self._policy, weights)
         self._version = version
-        return moved
+        return Moved(num_bytes, num_bytes)
 
     def close(self) -> None:
         pass

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from posttrain.errors import EngineGoneError
 from posttrain.protocols import Engine, Weights
-from posttrain.types import Completion, EngineInfo, Request, SamplingParams
+from posttrain.types import Completion, EngineInfo, Moved, Request, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class RestartedEngine:
             except EngineGoneError as error:
                 self._again(error)
 
-    def update(self, weights: Weights, version: int) -> int:
+    def update(self, weights: Weights, version: int) -> Moved:
         self._pushed = weights, version
         try:
             return self._engine.update(weights, version)
@@ -71,8 +71,8 @@ class RestartedEngine:
     def close(self) -> None:
         self._engine.close()
 
-    def _again(self, error: EngineGoneError) -> int:
-        """A new engine with the weights of the last update. Returns the bytes that were moved."""
+    def _again(self, error: EngineGoneError) -> Moved:
+        """A new engine with the weights of the last update."""
         while True:
             self._engine.close()
             if not self._left:
@@ -83,7 +83,7 @@ class RestartedEngine:
             try:
                 self._engine = self._start()
                 if self._pushed is None:
-                    return 0
+                    return Moved(0, 0)
                 moved = self._engine.update(*self._pushed)
                 self._check(self._engine)
                 return moved

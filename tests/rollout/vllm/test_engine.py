@@ -2,6 +2,7 @@
 
 import copy
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from posttrain.models.load import load_policy
 from posttrain.recipes.engines import EngineSource, make_engine, sync_engine
 from posttrain.rollout.embedded import score_sequences
 from posttrain.rollout.sampling import cut
+from posttrain.rollout.transfer.delta import DeltaReceiver
 from posttrain.types import Request, SamplingParams, in_order
 
 pytestmark = [
@@ -47,13 +49,14 @@ def engine(vllm_engine, shared_policy):
 
 @pytest.fixture
 def made(model_dir):
-    """`made(architecture, **keys)` is a policy and an engine on it, closed after the test."""
+    """`made(architecture, rollout, **keys)` is a policy and an engine on it, closed after the test."""
     engines = []
 
-    def make(architecture="qwen3", **options):
+    def make(architecture="qwen3", rollout=(), **options):
         keys = keys_of(model_dir, architecture, **options)
         policy = load_policy(keys)
-        engines.append(make_engine(EngineSource(keys, policy), keys=RolloutKeys(engine="vllm", memory_gib=0.1)))
+        rollout_keys = RolloutKeys(engine="vllm", memory_gib=0.1, **dict(rollout))
+        engines.append(make_engine(EngineSource(keys, policy), keys=rollout_keys))
         return policy, engines[-1]
 
     yield make
@@ -112,6 +115,7 @@ def test_changed_weights_arrive_at_a_tied_head_too(engine, policy):
     metrics = sync_engine(engine, moved(policy), version=4)
     assert metrics["sync/canary_gap"] < 1e-4
     assert metrics["sync/moved_bytes"] == sum(p.numel() * p.element_size() for p in policy.model.parameters())
+    assert metrics["sync/moved_share"] == 1.0
     assert max(map(abs, gaps(engine, policy))) <= 1e-4
     assert engine.policy_version == 4
     [completion] = in_order(engine.generate([Request((5,), 0)], SamplingParams(max_tokens=1)))
@@ -145,6 +149,38 @@ def test_what_was_cached_under_old_weights_is_not_used(engine, policy):
     [completion] = in_order(engine.generate(request, SamplingParams(max_tokens=4)))
     [expected] = score_sequences(policy, [(request[0].prompt_ids + completion.ids, len(request[0].prompt_ids))])
     assert completion.logp == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_deltas_hand_to_the_loader_is_what_the_trainer_has(dtype, made, monkeypatch):
+    def seen(tensors):
+        return {name: t.detach().to(getattr(torch, dtype)).flatten().view(torch.uint8).tolist() for name, t in tensors}
+
+    taken, take = [], DeltaReceiver.take
+    monkeypatch.setattr(DeltaReceiver, "take", lambda end, message: taken.append(list(take(end, message))) or taken[-1])
+    policy, engine = made(rollout={"transfer": "delta", "delta_anchor": 3, "dtype": dtype})
+    shares = []
+    for version in range(5):
+        with torch.no_grad():
+            policy.base.model.layers[version % 2].mlp.up_proj.weight.mul_(1.5)
+        shares.append(sync_engine(engine, policy, version)["sync/moved_share"])
+        assert seen(taken[-1]) == seen(policy.weights("all"))
+    assert [share > 1 for share in shares] == [True, False, False, True, False]
+    assert max(shares[1], shares[2], shares[4]) < 0.3
+
+
+def test_a_delta_that_is_torn_is_refused(made, monkeypatch):
+    def torn(end, message):
+        path = Path(message["path"])
+        path.write_bytes(path.read_bytes()[:-1])
+        return take(end, message)
+
+    policy, engine = made(rollout={"transfer": "delta"})
+    sync_engine(engine, policy, 0)
+    take = DeltaReceiver.take
+    monkeypatch.setattr(DeltaReceiver, "take", torn)
+    with pytest.raises(EngineError, match="torn or has a flipped bit"):
+        sync_engine(engine, moved(policy), 1)
 
 
 LORA = {"adapter": "lora", "lora_r": 4}

@@ -13,7 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
+from posttrain.rollout.transfer.delta import DeltaReceiver, DeltaSender
 from posttrain.rollout.transfer.whole import FileReceiver, FileSender, HandedOver, HandOver
+from posttrain.types import Moved
 
 ReceivedTensors = Iterable[tuple[str, torch.Tensor]]
 TransferMessage = dict[str, Any]
@@ -28,8 +30,8 @@ class SendingEnd(Protocol):
         """Once, before anything is sent: `init` makes the receiving ends, each from this message."""
         ...
 
-    def send(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int, update: Tell) -> int:
-        """All tensors of one version, in as many messages as it takes. Returns the bytes that were moved."""
+    def send(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int, update: Tell) -> Moved:
+        """All tensors of one version, in as many messages as it takes."""
         ...
 
     def close(self) -> None: ...
@@ -42,14 +44,23 @@ class ReceivingEnd(Protocol):
         """The tensors that a message brings, as the trainer has them. Raises: EngineError for what is torn or out of order."""
         ...
 
+    def finish(self) -> None:
+        """All messages of a version have been taken. Raises: EngineError where some are missing."""
+        ...
+
     def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class TransferOptions:
-    """What a sending end is made from. `folder` is the run's own, and goes with the engine."""
+    """What a sending end is made from. `folder` is the run's own, and goes with the engine, which computes in `dtype`.
+
+    `delta_anchor`: of so many pushes that send only changes, one is whole.
+    """
 
     folder: Path
+    dtype: str = "float32"
+    delta_anchor: int = 1
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,11 @@ TRANSFERS: Mapping[str, Transfer] = {
     "copy": Transfer(lambda options: HandOver(), lambda message: HandedOver(), crosses_processes=False),
     "file": Transfer(
         lambda options: FileSender(options.folder), lambda message: FileReceiver(), crosses_processes=True
+    ),
+    "delta": Transfer(
+        lambda options: DeltaSender(options.folder, options.dtype, options.delta_anchor),
+        lambda message: DeltaReceiver(),
+        crosses_processes=True,
     ),
 }
 """`rollout.transfer` → both ends. `shared` has no row: there an engine decodes with the very weights in training."""

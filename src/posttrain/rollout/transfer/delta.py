@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from posttrain.errors import EngineError
+from posttrain.types import Moved
 
 _DIGEST = 32
 _LENGTH = 4
+_SIZE = 8
+_PORTION_BYTES = 256 << 20
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _INDEX = {"int32": torch.int32, "int64": torch.int64}
 _NARROW = 2**31
@@ -46,13 +50,61 @@ class _Header:
 
 
 class DeltaSender:
-    """Keeps a copy of what it sent last; every `anchor`-th push is whole, and one after a push that was not finished."""
+    """The sending end: frames in files of `folder`, each gone when all workers have read it. Its copy takes `Moved.whole_bytes`."""
+
+    def __init__(self, folder: Path, dtype: str, anchor: int) -> None:
+        self._folder, self._dtype, self._anchor = folder, getattr(torch, dtype), anchor
+        self._encoder = DeltaEncoder(self._dtype, anchor)
+
+    def connect(self, init: Callable[[dict[str, Any]], None]) -> None:
+        # Receiving ends that are new hold nothing that a change could be applied to.
+        self._encoder = DeltaEncoder(self._dtype, self._anchor)
+        init({})
+
+    def send(
+        self, tensors: Iterator[tuple[str, torch.Tensor]], version: int, update: Callable[[dict[str, Any]], None]
+    ) -> Moved:
+        moved = 0
+        for number, portion in enumerate(_portions(self._encoder.frames(tensors, version))):
+            path = self._folder / f"delta-{version}-{number}"
+            try:
+                moved += _write(path, portion)
+                update({"path": str(path)})
+            finally:
+                path.unlink(missing_ok=True)
+        self._encoder.commit()
+        return Moved(moved, self._encoder.whole_bytes)
+
+    def close(self) -> None:
+        pass
+
+
+class DeltaReceiver:
+    """The receiving end."""
+
+    def __init__(self) -> None:
+        self._decoder = DeltaDecoder()
+
+    def take(self, message: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+        with open(message["path"], "rb") as file:
+            while size := file.read(_SIZE):
+                yield self._decoder.take(file.read(int.from_bytes(size, "little")))
+
+    def finish(self) -> None:
+        self._decoder.finish()
+
+    def close(self) -> None:
+        pass
+
+
+class DeltaEncoder:
+    """Keeps a copy of what it sent last; every `anchor`-th push is whole, and one after a push that was not committed."""
 
     def __init__(self, dtype: torch.dtype, anchor: int) -> None:
         assert anchor >= 1, anchor
         self._dtype, self._anchor = dtype, anchor
         self._held: dict[str, torch.Tensor] = {}
-        self._pushes, self._after = 0, ""
+        self._pushes, self._next, self._after = 0, 0, ""
 
     @property
     def whole_bytes(self) -> int:
@@ -60,8 +112,8 @@ class DeltaSender:
         return sum(tensor.numel() * tensor.element_size() for tensor in self._held.values())
 
     def frames(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> Iterator[bytes]:
-        """One push. It counts as sent when it has been taken to its end."""
-        pushes, self._pushes = self._pushes, 0
+        """One push; `commit` when all of it has arrived."""
+        self._pushes, pushes = 0, self._pushes
         whole = pushes % self._anchor == 0
         before, after = ({}, "") if whole else (self._held, self._after)
         sent: dict[str, torch.Tensor] = {}
@@ -74,14 +126,17 @@ class DeltaSender:
             frame = _closed(header, index, values)
             after = frame[:_DIGEST].hex()
             yield frame
-        self._held, self._after, self._pushes = sent, after, pushes + 1
+        self._held, self._after, self._next = sent, after, pushes + 1
+
+    def commit(self) -> None:
+        self._pushes = self._next
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
         return tensor.detach().to("cpu", dtype, copy=True).contiguous()
 
 
-class DeltaReceiver:
+class DeltaDecoder:
     """Keeps the last whole version. After a frame that was refused only a push that is sent whole is taken."""
 
     def __init__(self) -> None:
@@ -89,11 +144,7 @@ class DeltaReceiver:
         self._after: str | None = None
         self._complete = False
 
-    @property
-    def held_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._held.values())
-
-    def take(self, frame: bytes | memoryview) -> tuple[str, torch.Tensor]:
+    def take(self, frame: bytes) -> tuple[str, torch.Tensor]:
         """The name and the whole tensor that results; it is held here and must not be changed.
 
         Raises: EngineError for a frame that is torn, flipped or out of order.
@@ -112,7 +163,7 @@ class DeltaReceiver:
         if found != header.result:
             raise EngineError(f"{header} results in {found[:12]}, expected {header.result[:12]}; push the model whole")
         self._held[header.name] = tensor
-        self._after, self._complete = bytes(frame[:_DIGEST]).hex(), header.last
+        self._after, self._complete = frame[:_DIGEST].hex(), header.last
         return header.name, tensor
 
     def finish(self) -> None:
@@ -120,6 +171,23 @@ class DeltaReceiver:
         if self._after is None or not self._complete:
             self._after = None
             raise EngineError(f"a push of weights is torn: {len(self._held)} tensors came, and not the last one")
+
+
+def _portions(frames: Iterator[bytes]) -> Iterator[list[bytes]]:
+    """Lists of 256 MiB or one frame."""
+    portion: list[bytes] = []
+    for frame in frames:
+        portion.append(frame)
+        if sum(map(len, portion)) >= _PORTION_BYTES:
+            yield portion
+            portion = []
+    if portion:
+        yield portion
+
+
+def _write(path: Path, frames: list[bytes]) -> int:
+    with path.open("wb") as file:
+        return sum(file.write(len(frame).to_bytes(_SIZE, "little")) + file.write(frame) for frame in frames)
 
 
 def _with_last(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor, bool]]:
@@ -164,7 +232,7 @@ def _closed(header: _Header, index: torch.Tensor | None, values: torch.Tensor) -
     return b"".join([digest.digest(), *parts])
 
 
-def _opened(frame: bytes | memoryview) -> tuple[_Header, torch.Tensor | None, torch.Tensor]:
+def _opened(frame: bytes) -> tuple[_Header, torch.Tensor | None, torch.Tensor]:
     view = memoryview(frame)
     digest, rest = bytes(view[:_DIGEST]), view[_DIGEST:]
     if hashlib.sha256(rest).digest() != digest:

@@ -10,6 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from posttrain.types import Moved
+
 _PORTION_BYTES = 256 << 20
 
 
@@ -21,12 +23,12 @@ class HandOver:
 
     def send(
         self, tensors: Iterator[tuple[str, torch.Tensor]], version: int, update: Callable[[dict[str, Any]], None]
-    ) -> int:
+    ) -> Moved:
         moved = 0
         for portion in portions(tensors):
             update({"tensors": portion})
             moved += num_bytes(portion)
-        return moved
+        return Moved(moved, moved)
 
     def close(self) -> None:
         pass
@@ -37,6 +39,9 @@ class HandedOver:
 
     def take(self, message: dict[str, Any]) -> Iterable[tuple[str, torch.Tensor]]:
         return message["tensors"]
+
+    def finish(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -53,7 +58,7 @@ class FileSender:
 
     def send(
         self, tensors: Iterator[tuple[str, torch.Tensor]], version: int, update: Callable[[dict[str, Any]], None]
-    ) -> int:
+    ) -> Moved:
         moved = 0
         for number, portion in enumerate(portions(tensors)):
             path = self._folder / f"weights-{version}-{number}.safetensors"
@@ -63,7 +68,7 @@ class FileSender:
             finally:
                 path.unlink(missing_ok=True)
             moved += num_bytes(portion)
-        return moved
+        return Moved(moved, moved)
 
     def close(self) -> None:
         pass
@@ -76,6 +81,9 @@ class FileReceiver:
         with safe_open(message["path"], "pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
                 yield name, file.get_tensor(name)
+
+    def finish(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -33,6 +33,7 @@ class ServerOptions:
     timeout_s: float
     start_timeout_s: float
     transfer: str
+    delta_anchor: int
     pause: Pause
     log: Path | None = None
 
@@ -48,7 +49,7 @@ def start_server(options: VLLMOptions, how: ServerOptions, decode: Decode) -> VL
         dtype: Any = options.dtype
         served = Served(
             BASE, found.version, dtype, found.max_model_len, options.stop_token_ids, 2 * options.max_num_seqs,
-            options.lora_rank is not None, how.transfer, how.pause,
+            options.lora_rank is not None, how.transfer, how.delta_anchor, how.pause,
         )  # fmt: skip
         return VLLMServerEngine(server, served, decode, folder)
     except BaseException:
@@ -68,7 +69,7 @@ def given_server(url: str, token: str, options: VLLMOptions, how: ServerOptions,
     adapters = config["lora_config"]
     served = Served(
         found.model, found.version, dtype, found.max_model_len, options.stop_token_ids, 2 * options.max_num_seqs,
-        bool(adapters and options.lora_rank and options.lora_rank <= adapters["max_lora_rank"]), how.transfer, how.pause,
+        bool(adapters and options.lora_rank and options.lora_rank <= adapters["max_lora_rank"]), how.transfer, how.delta_anchor, how.pause,
     )  # fmt: skip
     return VLLMServerEngine(server, served, decode, _new_folder())
 

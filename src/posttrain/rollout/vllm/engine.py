@@ -19,7 +19,7 @@ from posttrain.rollout.transfer import TRANSFERS, TransferMessage, TransferOptio
 from posttrain.rollout.vllm import asking
 from posttrain.rollout.vllm.adapter import write_adapter
 from posttrain.rollout.vllm.options import VLLMOptions, environment, require_vllm
-from posttrain.types import Completion, EngineInfo, Request, SamplingParams
+from posttrain.types import Completion, EngineInfo, Moved, Request, SamplingParams
 
 
 class VLLMEngine:
@@ -31,7 +31,9 @@ class VLLMEngine:
     _open: ClassVar[set[VLLMEngine]] = set()
     _closed: ClassVar[set[VLLMEngine]] = set()
 
-    def __init__(self, options: VLLMOptions, decode: asking.Decode, transfer: str = "copy") -> None:
+    def __init__(
+        self, options: VLLMOptions, decode: asking.Decode, transfer: str = "copy", delta_anchor: int = 1
+    ) -> None:  # fmt: skip
         self._options, self._decode, self._version = options, decode, 0
         self._vllm_version = require_vllm()
         self._dead = ""
@@ -39,7 +41,10 @@ class VLLMEngine:
         self._ended: dict[str, Any] = {}
         self._lora: Any = None
         self._folder = Path(tempfile.mkdtemp(prefix="posttrain-weights-"))
-        self._transfer, self._sender = transfer, TRANSFERS[transfer].sender(TransferOptions(self._folder))
+        self._transfer, self._sender = (
+            transfer,
+            TRANSFERS[transfer].sender(TransferOptions(self._folder, options.dtype, delta_anchor)),
+        )
         os.environ |= environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         with self._speaking("start"):
             from vllm import LLM
@@ -129,7 +134,7 @@ class VLLMEngine:
 
     # --- weights ---------------------------------------------------------------------------------------------------
 
-    def update(self, weights: Weights, version: int) -> int:
+    def update(self, weights: Weights, version: int) -> Moved:
         """An adapter under a name of its own where vLLM serves it, else the whole model, an adapter merged into it.
 
         Raises: EngineError while completions are being sampled.
@@ -148,7 +153,7 @@ class VLLMEngine:
         self._version = version
         return moved
 
-    def _take_all(self, weights: Weights, version: int) -> int:
+    def _take_all(self, weights: Weights, version: int) -> Moved:
         self._llm.start_weight_update()
         moved = self._sender.send(weights.weights("all"), version, self._update)
         self._llm.finish_weight_update(str(version))
@@ -160,20 +165,20 @@ class VLLMEngine:
     def _update(self, message: TransferMessage) -> None:
         self._llm.update_weights({"update_info": {"message": message}})
 
-    def _take_adapter(self, weights: Weights, version: int) -> int:
+    def _take_adapter(self, weights: Weights, version: int) -> Moved:
         from vllm.lora.request import LoRARequest
 
         # Cached keys and values are kept under the adapter's name: one that has been used is never used again.
         number = next(self._pushes)
         folder = self._folder / f"{version}.{number}"
-        moved = write_adapter(weights, folder)
+        num_bytes = write_adapter(weights, folder)
         taken = LoRARequest(f"run@{version}.{number}", number, str(folder))
         self._engine.add_lora(taken)
         if self._lora is not None:
             self._engine.remove_lora(self._lora.lora_int_id)
             shutil.rmtree(self._lora.lora_path)
         self._lora = taken
-        return moved
+        return Moved(num_bytes, num_bytes)
 
     # --- end -------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from posttrain.rollout.transfer import TRANSFERS, TransferMessage, TransferOptio
 from posttrain.rollout.vllm import asking
 from posttrain.rollout.vllm.adapter import write_adapter
 from posttrain.rollout.vllm.server import Server
-from posttrain.types import Completion, EngineInfo, Request, SamplingParams
+from posttrain.types import Completion, EngineInfo, Moved, Request, SamplingParams
 
 Pause = Literal["wait", "keep", "abort"]
 _LONGEST_S = 24 * 3600.0
@@ -43,6 +43,7 @@ class Served:
     at_once: int
     serves_adapters: bool
     transfer: str = "file"
+    delta_anchor: int = 1
     pause: Pause = "wait"
 
 
@@ -59,7 +60,9 @@ class VLLMServerEngine:
         self._adapter: tuple[str, int] | None = None
         self._under_way = Counter[str]()
         self._cache_is_stale = False
-        self._sender = TRANSFERS[served.transfer].sender(TransferOptions(folder))
+        self._sender = TRANSFERS[served.transfer].sender(
+            TransferOptions(folder, served.dtype, served.delta_anchor)
+        )
         with self._asking("connect"):
             self._sender.connect(self._init)
             # The spans of versions that come with each completion speak of this label.
@@ -152,7 +155,7 @@ class VLLMServerEngine:
 
     # --- weights ---------------------------------------------------------------------------------------------------
 
-    def update(self, weights: Weights, version: int) -> int:
+    def update(self, weights: Weights, version: int) -> Moved:
         """An adapter under a name of its own where the server can, else the whole model, an adapter merged into it."""
         label = f"{version}.{next(self._pushes)}"
         with self._asking("take its weights"):
@@ -163,7 +166,7 @@ class VLLMServerEngine:
             self._settle()
         return moved
 
-    def _take_all(self, weights: Weights, version: int) -> int:
+    def _take_all(self, weights: Weights, version: int) -> Moved:
         with self._paused():
             self._post("/start_weight_update")
             moved = self._sender.send(weights.weights("all"), version, self._update)
@@ -182,13 +185,13 @@ class VLLMServerEngine:
         if sampling:
             self._post("/resume")
 
-    def _take_adapter(self, weights: Weights, version: int, label: str) -> int:
+    def _take_adapter(self, weights: Weights, version: int, label: str) -> Moved:
         folder = self._folder / label
-        moved = write_adapter(weights, folder)
+        num_bytes = write_adapter(weights, folder)
         name = f"run@{label}"
         self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
         self._adapter = (name, version)
-        return moved
+        return Moved(num_bytes, num_bytes)
 
     def _settle(self) -> None:
         """Let go of what the last completion that was sampled under it has left."""
