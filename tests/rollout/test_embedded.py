@@ -120,10 +120,10 @@ def test_an_update_fills_a_copy_and_says_how_much_it_moved(model_dir):
     with torch.no_grad():
         for _, parameter in policy.trainable():
             parameter.add_(0.05)
-    assert engine.update(policy, 3) == sum(p.numel() * p.element_size() for _, p in policy.trainable())
+    assert engine.update(policy, 3).num_bytes == sum(p.numel() * p.element_size() for _, p in policy.trainable())
     [completion] = engine.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=6))
     shared = EmbeddedEngine(policy, stop_token_ids=())
-    assert shared.update(policy, 3) == 0
+    assert shared.update(policy, 3).num_bytes == 0
     [same] = shared.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=6))
     assert (same.ids, same.policy_version) == (completion.ids, 3)
     assert same.logp == pytest.approx(completion.logp, abs=1e-5)

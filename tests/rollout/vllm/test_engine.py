@@ -169,7 +169,7 @@ def test_what_deltas_hand_to_the_loader_is_what_the_trainer_has(dtype, made, mon
     assert max(shares[1], shares[2], shares[4]) < 0.3
 
 
-def test_a_delta_that_is_torn_is_refused(made, monkeypatch):
+def test_a_delta_that_is_torn_is_refused_and_the_engine_not_asked_again(made, monkeypatch):
     def torn(end, message):
         path = Path(message["path"])
         path.write_bytes(path.read_bytes()[:-1])
@@ -181,6 +181,8 @@ def test_a_delta_that_is_torn_is_refused(made, monkeypatch):
     monkeypatch.setattr(DeltaReceiver, "take", torn)
     with pytest.raises(EngineError, match="torn or has a flipped bit"):
         sync_engine(engine, moved(policy), 1)
+    with pytest.raises(EngineError, match="vLLM ended before .*torn or has a flipped bit"):
+        sampled(engine)
 
 
 LORA = {"adapter": "lora", "lora_r": 4}

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
@@ -155,7 +155,13 @@ class VLLMEngine:
 
     def _take_all(self, weights: Weights, version: int) -> Moved:
         self._llm.start_weight_update()
-        moved = self._sender.send(weights.weights("all"), version, self._update)
+        try:
+            moved = self._sender.send(weights.weights("all"), version, self._update)
+        except EngineError:
+            # Engines of a process share modules: one that stays in the middle of an update takes the others with it.
+            with suppress(EngineError):
+                self._llm.finish_weight_update(str(version))
+            raise
         self._llm.finish_weight_update(str(version))
         return moved
 
@@ -204,7 +210,8 @@ class VLLMEngine:
             raise EngineError(f"vLLM ended before ({self._dead}); start again, and the run goes on from its checkpoint")
         try:
             yield
-        except EngineError:
+        except EngineError as error:
+            self._dead = str(error)
             raise
         except Exception as error:  # vLLM raises whatever its parts do, and each means the same to a run
             lines = str(error).strip().splitlines() or [""]

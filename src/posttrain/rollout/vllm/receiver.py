@@ -65,8 +65,10 @@ class Receiver(WeightTransferEngine):
         model.load_weights(iter(self._end.take(update_info.message)))
 
     def finish_weight_update(self) -> None:
-        self._end.finish()
-        finalize_layerwise_reload(self.model, self.model_config)
+        try:
+            self._end.finish()
+        finally:
+            finalize_layerwise_reload(self.model, self.model_config)
         if current_platform.is_cpu():
             self._pack_tied_heads()
 
