@@ -66,7 +66,9 @@ def _embedded(ask: _Ask) -> Engine:
 def _vllm(ask: _Ask) -> Engine:
     """In this process, from the folder that the policy was made from; an update brings it what was trained since."""
     tokenizer = _tokenizer(ask)
-    return VLLMEngine(_vllm_options(ask, tokenizer), decoder(tokenizer, special=True), ask.keys.way, ask.keys.delta_anchor)
+    return VLLMEngine(
+        _vllm_options(ask, tokenizer), decoder(tokenizer, special=True), ask.keys.way, ask.keys.delta_anchor
+    )
 
 
 def _vllm_server(ask: _Ask) -> Engine:

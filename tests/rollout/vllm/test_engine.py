@@ -181,7 +181,7 @@ def test_a_delta_that_is_torn_is_refused_and_the_engine_not_asked_again(made, mo
     monkeypatch.setattr(DeltaReceiver, "take", torn)
     with pytest.raises(EngineError, match="torn or has a flipped bit"):
         sync_engine(engine, moved(policy), 1)
-    with pytest.raises(EngineError, match="vLLM ended before .*torn or has a flipped bit"):
+    with pytest.raises(EngineError, match=r"vLLM ended before .*torn or has a flipped bit"):
         sampled(engine)
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
@@ -155,13 +155,7 @@ class VLLMEngine:
 
     def _take_all(self, weights: Weights, version: int) -> Moved:
         self._llm.start_weight_update()
-        try:
-            moved = self._sender.send(weights.weights("all"), version, self._update)
-        except EngineError:
-            # Engines of a process share modules: one that stays in the middle of an update takes the others with it.
-            with suppress(EngineError):
-                self._llm.finish_weight_update(str(version))
-            raise
+        moved = self._sender.send(weights.weights("all"), version, self._update)
         self._llm.finish_weight_update(str(version))
         return moved
 

@@ -62,7 +62,12 @@ class Receiver(WeightTransferEngine):
 
     def receive_weights(self, update_info: Update) -> None:
         model: Any = self.model
-        model.load_weights(iter(self._end.take(update_info.message)))
+        try:
+            model.load_weights(iter(self._end.take(update_info.message)))
+        except BaseException:
+            # vLLM drops an update that failed. Modules that engines of this process share must not stay half-way.
+            finalize_layerwise_reload(self.model, self.model_config)
+            raise
 
     def finish_weight_update(self) -> None:
         try:
