@@ -133,8 +133,16 @@ class Sharding(Protocol):
         """The largest of the ranks' numbers: of calls of the model, say, which they must make equally often."""
         ...
 
+    def cut(self, model: Any) -> Any:
+        """A model without data, with a share of each parameter in its place, for whoever reads the file to fill."""
+        ...
+
     def shard(self, model: Any) -> Any:
-        """The model with its parameters dealt to the ranks; gradients of the ranks then add up."""
+        """The model with its parameters dealt to the ranks, those that are no shares yet; gradients of the ranks then add up."""
+        ...
+
+    def release(self, model: Any) -> None:
+        """Let go of what a pass through the model gathered and kept, also one that failed."""
         ...
 
     def clip_grad_norm(self, parameters: Sequence[Any], max_norm: float) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from posttrain.errors import ModelError
 from posttrain.protocols import Ranks, Sharding
@@ -22,8 +23,14 @@ class Whole:
     def largest(self, number: int) -> int:
         return number
 
+    def cut(self, model: Any) -> Any:
+        return model
+
     def shard(self, model: Any) -> Any:
         return model
+
+    def release(self, model: Any) -> None:
+        pass
 
     def clip_grad_norm(self, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
@@ -61,6 +68,21 @@ class FullyShard:
 
     def __init__(self) -> None:
         self.num_shards = dist.get_world_size()
+        self._mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (self.num_shards,))
+
+    def cut(self, model: Any) -> Any:
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        def share(parameter: nn.Parameter) -> nn.Parameter:
+            local = distribute_tensor(parameter.detach(), self._mesh, [Shard(0)], src_data_rank=None)
+            return nn.Parameter(local, parameter.requires_grad)
+
+        # Who reads experts one by one wants some for every rank.
+        whole = [
+            p for p in model.parameters() if -(-p.shape[0] // self.num_shards) * (self.num_shards - 1) < p.shape[0]
+        ]
+        _replace(model, {id(parameter): share(parameter) for parameter in whole})
+        return model
 
     def largest(self, number: int) -> int:
         found = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -69,16 +91,26 @@ class FullyShard:
 
     def shard(self, model: Any) -> Any:
         from torch.distributed.fsdp import FSDPModule, fully_shard
+        from torch.distributed.tensor import DTensor
 
+        # FSDP shards whole parameters. In the place of those that were read as shares it gets empty ones.
+        shares = {id(p): p for p in model.parameters() if isinstance(p, DTensor)}
+        places = _replace(model, {key: _empty(parameter) for key, parameter in shares.items()})
         for layer in _decoder_layers(model):
-            fully_shard(layer)
-        fully_shard(model)
+            fully_shard(layer, mesh=self._mesh)
+        fully_shard(model, mesh=self._mesh)
+        for module, name, key in places:
+            setattr(module, name, shares[key])
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # Ranks hold shares of one loss, so their gradients add up.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         return model
+
+    def release(self, model: Any) -> None:
+        if model._get_fsdp_state()._is_root:  # as soon as it was run once
+            model.reset_iter_state()
 
     def clip_grad_norm(self, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
@@ -133,6 +165,23 @@ class FullyShard:
 def sharding_over(ranks: Ranks) -> Sharding:
     """How these ranks hold a model between them."""
     return Whole() if ranks.world_size == 1 else FullyShard()
+
+
+def _empty(parameter: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), parameter.requires_grad)
+
+
+def _replace(model: nn.Module, by_id: Mapping[int, nn.Parameter]) -> list[tuple[nn.Module, str, int]]:
+    """Put other parameters in the place of those with these ids, tied ones everywhere. Returns the places."""
+    places = [
+        (module, name, id(parameter))
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in by_id
+    ]
+    for module, name, key in places:
+        module._parameters[name] = by_id[key]
+    return places
 
 
 def _check_names(model: nn.Module, state: Mapping[str, Any], optional: Collection[str]) -> None:

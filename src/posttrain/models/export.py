@@ -18,7 +18,7 @@ from posttrain.files import write_folder
 from posttrain.models import generation
 from posttrain.models.adapters import dequantized_weights, load_adapter
 from posttrain.models.continued import ADAPTER, OF_THE_BASE
-from posttrain.models.load import load_base, load_config, load_tokenizer, read_model, stored_dtype
+from posttrain.models.load import load_base, load_config, load_tokenizer, stored_dtype
 from posttrain.models.low_rank import subtract_start
 from posttrain.models.policy import Policy
 from posttrain.models.proof import (
@@ -32,6 +32,7 @@ from posttrain.models.proof import (
     relative_difference,
 )
 from posttrain.models.provenance import PROVENANCE, check_base, source_digest
+from posttrain.models.read import read_model
 from posttrain.models.vocabulary import grow
 
 log = logging.getLogger(__name__)

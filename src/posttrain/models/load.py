@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.config import hub
 from posttrain.config.chat_template import chat_template
@@ -24,6 +24,7 @@ from posttrain.models.device import Placement, has_bf16, place, weight_dtype
 from posttrain.models.exact import refuse_unless_exact
 from posttrain.models.policy import Policy
 from posttrain.models.proof import in_float32
+from posttrain.models.read import may_read_shares, read_model
 from posttrain.models.selfcheck import ragged_is_exact
 from posttrain.models.vocabulary import add_tokens, grow, name_tokens
 from posttrain.protocols import Sharding
@@ -112,16 +113,9 @@ def load_policy(
     with_adapter = trainable and keys.adapter != "none"
     # Under an adapter that is trained on lies the base that it was begun on.
     under = base_keys(keys) if with_adapter else keys
-    model, placement = load_base(under, trainable=trainable)
+    model, placement = load_base(under, trainable=trainable, sharding=shards if may_read_shares(keys) else None)
     grown = grow(model, tokenizer, under)
     generation.complete(model, tokenizer, keys.base_model)
-    # Whether the layout fits is no question of rounding, which in bf16 sends a token to another expert.
-    with in_float32(model):
-        ragged = ragged_is_exact(model)
-    if ragged:
-        model.set_attn_implementation(attention.NAME)
-    else:
-        log.warning("%s: its attention does not fit the ragged layout; sequences are run one by one", keys.base_model)
     adapted: Any = model
     moved = False
     if with_adapter and keys.adapter_start == "continue":
@@ -133,11 +127,19 @@ def load_policy(
         model.requires_grad_(False)
     if trainable and keys.gradient_checkpointing:
         adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    adapted.eval()
+    adapted = shards.shard(adapted.eval())
+    # Whether the layout fits is no question of rounding, which in bf16 sends a token to another expert.
+    with in_float32(adapted):
+        ragged = ragged_is_exact(adapted)
+    shards.release(adapted)
+    if ragged:
+        model.set_attn_implementation(attention.NAME)
+    else:
+        log.warning("%s: its attention does not fit the ragged layout; sequences are run one by one", keys.base_model)
     if exact:
         refuse_unless_exact(adapted, ragged)
     policy = Policy(
-        shards.shard(adapted), tokenizer, placement, ragged=ragged, source=keys.base_model, under=under,
+        adapted, tokenizer, placement, ragged=ragged, source=keys.base_model, under=under,
         base_moved=moved, sharding=shards, exact=exact,
     )  # fmt: skip
     if moved or under is not keys:
@@ -163,8 +165,10 @@ def freeze_reference(policy: Policy) -> int:
     return sum(local.numel() * local.element_size() for local in map(policy.sharding.local, parameters))
 
 
-def load_base(keys: ModelKeys, *, trainable: bool) -> tuple[PreTrainedModel, Placement]:
-    """The model of `keys.base_model` and `revision`, on its device. Raises: ModelError, in one line."""
+def load_base(
+    keys: ModelKeys, *, trainable: bool, sharding: Sharding | None = None
+) -> tuple[PreTrainedModel, Placement]:
+    """The model of `keys.base_model` and `revision`, on its device; with `sharding` this rank's shares of it. Raises: ModelError, in one line."""
     config = load_config(keys)
     stored = stored_dtype(config)
     placement = place(keys, stored if trainable and keys.adapter != "none" else None)
@@ -172,8 +176,10 @@ def load_base(keys: ModelKeys, *, trainable: bool) -> tuple[PreTrainedModel, Pla
     options: dict[str, Any] = {}
     if keys.load_in_4bit:
         options = {"quantization_config": _bnb_config(keys, placement), "device_map": {"": str(placement.device)}}
+    elif sharding is not None and placement.device.type != "cpu":
+        options = {"device_map": {"": str(placement.device)}}
     # Quantised from the file's own dtype wherever it runs, so that the same adapter has the same base.
-    model = read_model(keys, stored if keys.load_in_4bit else dtype, **options)
+    model = read_model(keys, stored if keys.load_in_4bit else dtype, sharding, **options)
     model.config.use_cache = False
     if keys.load_in_4bit:
         _prepare_4bit(model, dtype)
@@ -183,17 +189,6 @@ def load_base(keys: ModelKeys, *, trainable: bool) -> tuple[PreTrainedModel, Pla
     if keys.load_in_4bit:
         _check_runs(model, placement)
     return model, placement
-
-
-def read_model(keys: ModelKeys, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """The weights of `keys.base_model` at its revision, as they are in the file. Raises: ModelError, in one line."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            keys.base_model, dtype=dtype, revision=keys.revision, trust_remote_code=keys.trust_remote_code,
-            use_safetensors=True, **options,
-        )  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"base_model: {keys.base_model} did not load: {str(error).strip().splitlines()[0]}") from error
 
 
 def stored_dtype(config: Any) -> torch.dtype:

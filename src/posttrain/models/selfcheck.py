@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -14,6 +14,9 @@ from posttrain.models.batch import pack
 from posttrain.models.lengths import by_encoding, forget_lengths, length_rule, rope_parameters
 from posttrain.types import TokenSeq
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 _LONGEST = 40
 _BOUNDARY = 16
 """What every length that a config names is scaled down to, so that the probe crosses it."""
@@ -22,35 +25,37 @@ _LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attent
 
 
 @torch.no_grad()
-def ragged_is_exact(model: PreTrainedModel) -> bool:
+def ragged_is_exact(model: PreTrainedModel | PeftModel) -> bool:
     """True if packed documents and shared prefixes give the logits of single runs, and no document sees another.
 
     Models with state-space or linear attention, or attention terms the layout cannot express, answer False. What starts
     only at a length beyond the probe (a window, a chunk, other rotary frequencies) is asked of a small random model of
     the same config with those lengths scaled down; where that cannot be made, the answer is False.
     """
-    text = model.config.get_text_config()
-    if not set(getattr(text, "layer_types", None) or ()) <= _LAYER_TYPES or not _agrees(model):
+    base: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore
+    text = base.config.get_text_config()
+    if not set(getattr(text, "layer_types", None) or ()) <= _LAYER_TYPES or not _agrees(base, model):
         return False
     if not _boundaries(text):
         return True
     try:
-        small = _scaled_down(model)
+        small = _scaled_down(base)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return False
-    return _agrees(small)
+    return _agrees(small, small)
 
 
-def _agrees(model: PreTrainedModel) -> bool:
+def _agrees(model: PreTrainedModel, called: Any) -> bool:
+    """`called` is what the model is run through: itself, or what wraps it."""
     original = model.config._attn_implementation or "eager"
     families = _probe(model.config.get_text_config().vocab_size)
     try:
         # The eager path is the model's definition; torch's fused attention silently leaves soft caps out.
         model.set_attn_implementation("eager")
-        alone = [_single(model, sequence) for family in families for sequence in family]
+        alone = [_single(model, called, sequence) for family in families for sequence in family]
         model.set_attn_implementation(attention.NAME)
-        together = _packed(model, families)
-        disturbed = _packed(model, [[_other_tokens(families[0][0])], *families[1:]])
+        together = _packed(model, called, families)
+        disturbed = _packed(model, called, [[_other_tokens(families[0][0])], *families[1:]])
     except (ModelError, RuntimeError, TypeError, ValueError):
         return False
     finally:
@@ -148,18 +153,18 @@ def _other_tokens(sequence: TokenSeq) -> TokenSeq:
     return _seq(tuple(reversed(sequence.ids)))
 
 
-def _single(model: PreTrainedModel, sequence: TokenSeq) -> torch.Tensor:
+def _single(model: PreTrainedModel, called: Any, sequence: TokenSeq) -> torch.Tensor:
     ids = torch.tensor([sequence.ids[:-1]], device=model.device)
     forget_lengths(model)
-    return model(input_ids=ids, use_cache=False).logits[0].float()
+    return called(input_ids=ids, use_cache=False).logits[0].float()
 
 
-def _packed(model: PreTrainedModel, families: list[list[TokenSeq]]) -> torch.Tensor:
+def _packed(model: PreTrainedModel, called: Any, families: list[list[TokenSeq]]) -> torch.Tensor:
     batch = pack(families).to(model.device)
     logits: list[torch.Tensor] = []
     order: list[torch.Tensor] = []
     for part, places in by_encoding(model, batch):
-        output = model(
+        output = called(
             input_ids=part.input_ids_N[None],
             position_ids=part.position_ids_N[None],
             logits_to_keep=part.source_M,

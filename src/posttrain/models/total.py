@@ -22,11 +22,12 @@ from posttrain.files import digest_tree, read_json, write_folder
 from posttrain.models.adapters import load_adapter
 from posttrain.models.continued import ADAPTER
 from posttrain.models.export import save_tokenizer
-from posttrain.models.load import load_base, load_config, read_model, stored_dtype
+from posttrain.models.load import load_base, load_config, stored_dtype
 from posttrain.models.low_rank import CONFIG, WEIGHTS, side_by_side, split
 from posttrain.models.policy import Policy
 from posttrain.models.proof import HALF_ROUNDING, ROUNDING, probe_logits
 from posttrain.models.provenance import PROVENANCE, source_digest
+from posttrain.models.read import read_model
 
 _PREFIX = "base_model.model."
 """What PEFT puts before the names of the base's modules."""

@@ -1,0 +1,89 @@
+"""A model's file into memory: whole, or of every tensor the share that this rank holds. Knows no adapter and no stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.distributed import DistributedConfig
+
+from posttrain.config.stages import ModelKeys
+from posttrain.errors import ModelError
+from posttrain.files import read_json
+from posttrain.models.continued import adapter_before, is_continued
+from posttrain.models.low_rank import CONFIG
+from posttrain.protocols import Sharding
+
+
+def read_model(
+    keys: ModelKeys, dtype: torch.dtype, sharding: Sharding | None = None, **options: Any
+) -> PreTrainedModel:
+    """The weights of `keys.base_model` at its revision, as they are in the file. Raises: ModelError, in one line.
+
+    With `sharding` each rank reads its own rows of each tensor, and no tensor is ever whole.
+    """
+    if sharding is None or not sharding.is_sharded:
+        return _read(keys, dtype, **options)
+    with _cut_before_reading(sharding):
+        model = _read(keys, dtype, distributed_config=_ONE, **options)
+    config: Any = model.config
+    del config.distributed_config
+    return model
+
+
+def may_read_shares(keys: ModelKeys) -> bool:
+    """Whether nothing that is done between reading and sharding needs a whole tensor of the base."""
+    if keys.load_in_4bit or keys.added_tokens:
+        return False
+    if is_continued(keys):
+        config = read_json(Path(adapter_before(keys)) / CONFIG)
+        return not (config["use_dora"] or config["modules_to_save"])
+    plain = isinstance(keys.init_lora_weights, bool) and not (keys.use_dora or keys.lora_modules_to_save)
+    return keys.adapter == "none" or plain
+
+
+_ONE = DistributedConfig(tp_size=1, fsdp_size=1, pp_size=1, ep_size=1)
+"""Makes transformers call `maybe_distribute_model`, with nothing for it to do."""
+_BY_ROWS = (MergeModulelist, Concatenate)
+
+
+def _read(keys: ModelKeys, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            keys.base_model, dtype=dtype, revision=keys.revision, trust_remote_code=keys.trust_remote_code,
+            use_safetensors=True, **options,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"base_model: {keys.base_model} did not load: {str(error).strip().splitlines()[0]}") from error
+
+
+@contextmanager
+def _cut_before_reading(sharding: Sharding) -> Iterator[None]:
+    """transformers fills shares where a model without data has shares; the moment to put them there is its own method's."""
+
+    def cut(_: Any, model: PreTrainedModel, *__: Any) -> PreTrainedModel:
+        return sharding.cut(model) if _is_read_by_rows(model) else model
+
+    model_class: Any = PreTrainedModel
+    model_class.maybe_distribute_model = classmethod(cut)
+    try:
+        yield
+    finally:
+        del model_class.maybe_distribute_model
+
+
+def _is_read_by_rows(model: PreTrainedModel) -> bool:
+    """Whether each row of a parameter comes from rows of the file: experts are stacked, other conversions mix rows."""
+    converters = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter)]
+    operations: list[Any] = [operation for converter in converters for operation in converter.operations]
+    return all(isinstance(operation, _BY_ROWS) and _dim_is_kept(operation) for operation in operations)
+
+
+def _dim_is_kept(operation: Any) -> bool:
+    return operation.dim == 0 if isinstance(operation, MergeModulelist) else operation.dim > 0
