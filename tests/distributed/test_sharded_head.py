@@ -14,7 +14,13 @@ from posttrain.distributed.sharding import sharding_over
 from posttrain.models import policy as module
 from posttrain.models.batch import pack
 from posttrain.models.load import load_policy
+from posttrain.objectives import logprobs
 from posttrain.types import TokenSeq
+
+def fused(hidden, weight, targets, temperature, with_entropy):
+    "As a kernel that makes no logits: from the gathered weight, outside of the chunks."
+    logp = (hidden @ weight.t() / temperature).log_softmax(-1)
+    return logp.gather(1, targets[:, None])[:, 0], torch.special.entr(logp.exp()).sum(-1)
 
 torch.set_num_threads(1)
 found = {}
@@ -32,14 +38,26 @@ with join_ranks() as ranks:
         norm = made.sharding.clip_grad_norm([p for _, p in made.trainable()], 0.0)
         with torch.no_grad():
             again = made.score(batch).logp_M
-        found[name] = [scores.logp_M.tolist(), scores.entropy_M.tolist(), norm, float((again - scores.logp_M).abs().max())]
+        by_chunks, logprobs.fused_head = logprobs.fused_head, lambda *head: fused
+        made.model.zero_grad()
+        other = made.score(batch, entropy=True, top1=True)
+        (other.logp_M.sum() + other.entropy_M.sum()).backward()
+        logprobs.fused_head = by_chunks
+        assert torch.equal(other.top1_M, scores.top1_M)
+        apart = float((other.logp_M - scores.logp_M).abs().max() + (other.entropy_M - scores.entropy_M).abs().max())
+        norm_apart = abs(made.sharding.clip_grad_norm([p for _, p in made.trainable()], 0.0) / norm - 1)
+        found[name] = [
+            scores.logp_M.tolist(), scores.entropy_M.tolist(), norm, float((again - scores.logp_M).abs().max()), apart, norm_apart,
+        ]
     if ranks.is_main:
         print("FOUND" + json.dumps(found))
 """
 
 
 @pytest.mark.parametrize("architectures", [["llama", "qwen3"]])
-def test_two_ranks_score_through_the_chunked_head_as_one_process_does(architectures, model_dir, tmp_path):
+def test_two_ranks_score_through_the_chunked_head_and_a_fused_one_as_one_process_does(
+    architectures, model_dir, tmp_path
+):
     script = tmp_path / "score.py"
     script.write_text(SCRIPT)
     folders = json.dumps({name: str(model_dir(name)) for name in architectures})
@@ -60,3 +78,5 @@ def test_two_ranks_score_through_the_chunked_head_as_one_process_does(architectu
         # Both ranks score the same rows, and their gradients add up.
         assert two[name][2] == pytest.approx(2 * one[name][2], rel=1e-4)
         assert two[name][3] < 1e-5
+        # A fused head is given the gathered matrix, and its gradient goes back to the shards.
+        assert max(*one[name][4:], *two[name][4:]) < 1e-4

@@ -70,6 +70,21 @@ def test_trees_of_three_levels_take_a_call_a_level(window, one_by_one, request):
     _compare((DeepTree(0, 4, (20,)),), window)
 
 
+@pytest.mark.parametrize("window", [Window(1), Window(7), Window(45), Window(16, chunked=True)])
+def test_a_window_is_cut_into_pieces_where_it_is_a_mask(window, monkeypatch):
+    monkeypatch.setattr(tree_attention, "_PIECE", (8, 8))
+    calls_of.cache_clear()
+    (call,) = calls_of(TREES, 64, torch.float32, window, CPU)
+    masked = [
+        (q, k)
+        for q, k in zip(call.sequences.lengths_q, call.sequences.lengths_k, strict=True)
+        if q < k or k > window.size
+    ]
+    assert masked and all(q <= 8 and k <= 8 + window.size for q, k in masked)
+    _compare(TREES, window)
+    calls_of.cache_clear()
+
+
 @pytest.mark.parametrize("count", [1, 7])
 def test_a_layer_of_two_levels_takes_two_calls_however_many_trees(count):
     trees = tuple(Tree(100 * n, 100 * n + 40, (100 * n + 60, 100 * n + 100)) for n in range(count))

@@ -36,14 +36,21 @@ class Window:
         """Tokens that the token at each position attends to, itself included."""
         return position % self.size + 1 if self.chunked else torch.full_like(position, self.size)
 
-    def pieces(self, begin: int, end: int) -> Iterable[tuple[int, int, int]]:
-        """The positions `[begin, end)` apart where chunks begin: begin and end of each piece, and the first key it sees."""
-        if not self.chunked:
-            yield begin, end, max(0, begin - self.size + 1)
-            return
+    def first_seen(self, position: int) -> int:
+        """The first position that the token at this one attends to."""
+        return position - position % self.size if self.chunked else max(0, position - self.size + 1)
+
+    def pieces(self, begin: int, end: int, most: int | None) -> Iterable[tuple[int, int, int]]:
+        """The positions `[begin, end)` apart where chunks begin: begin and end of each piece, and the first key it sees.
+
+        Of those that need a mask none is longer than `most`.
+        """
         while begin < end:
-            first = begin - begin % self.size
-            until = min(end, first + self.size)
+            first = self.first_seen(begin)
+            until = min(end, first + self.size) if self.chunked else end
+            masked = begin > first or until - first > self.size
+            if most is not None and masked:
+                until = min(until, begin + most)
             yield begin, until, first
             begin = until
 
@@ -163,6 +170,9 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
 
 _ONE_BY_ONE = frozenset({"cpu"})
 """Devices whose kernel goes from sequence to sequence: there ranges need no copies, and a small tree is one masked call."""
+_PIECE = (512, 1024)
+"""Where a window is a mask, as on a CPU: a sequence is cut into pieces of so many queries (the least, the most; half of the
+window between them), so that masks stay small and what no token sees is not computed."""
 _CALL_FLOPS = 12e6
 """What a CPU could compute in the time that one call of its kernel, and the merging of what it found, cost beside."""
 
@@ -228,11 +238,12 @@ def _where(spans: Sequence[tuple[int, int]], device: torch.device) -> Where:
 def _windowed(trees: Sequence[Tree], window: Window, device: torch.device) -> Call:
     """All segments in one call, each on the keys before it that its window reaches, and its own."""
     path: list[int] = []
+    most = max(_PIECE[0], min(_PIECE[1], window.size // 2)) if device.type in _ONE_BY_ONE else None
     lengths_q, lengths_k, columns = list[int](), list[int](), list[int]()
     segments = [segment for tree in trees for segment in tree.segments() if segment.begin < segment.end]
     for segment in segments:
         path[segment.position :] = range(segment.begin, segment.end)
-        for begin, end, first in window.pieces(segment.position, len(path)):
+        for begin, end, first in window.pieces(segment.position, len(path), most):
             lengths_q.append(end - begin)
             lengths_k.append(end - first)
             columns += path[first:end]

@@ -250,7 +250,7 @@ def _on_cpu(
     return spans
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def _banded(num_q: int, num_k: int, reach: int, dtype: torch.dtype) -> Tensor:
     """[num_q, num_k]: 0 where a query sees a key, -inf elsewhere; the last query sees the last key."""
     age = (torch.arange(num_q)[:, None] + num_k - num_q) - torch.arange(num_k)[None]
