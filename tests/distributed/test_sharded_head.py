@@ -36,10 +36,10 @@ with join_ranks() as ranks:
         (scores.logp_M.sum() + scores.entropy_M.sum()).backward()
         module._from_logits = plain
         norm = made.sharding.clip_grad_norm([p for _, p in made.trainable()], 0.0)
+        made.model.zero_grad()  # now: after a forward without a backward the parameters in place are the gathered ones
         with torch.no_grad():
             again = made.score(batch).logp_M
         by_chunks, logprobs.fused_head = logprobs.fused_head, lambda *head: fused
-        made.model.zero_grad()
         other = made.score(batch, entropy=True, top1=True)
         (other.logp_M.sum() + other.entropy_M.sum()).backward()
         logprobs.fused_head = by_chunks

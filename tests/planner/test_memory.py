@@ -265,6 +265,12 @@ def test_what_was_planned_right_is_said_to_be():
     assert "no term was larger than planned" in overrun(plan, held, sum(held.values()), 24 * GIB, "this card")
 
 
+def test_a_paged_optimizer_leaves_a_gpu_and_stays_on_a_machine_without():
+    assert "optimizer" not in estimate_memory(TINY, Workload(optim="paged_adamw")).parts
+    on_cpu = [estimate_memory(TINY, Workload(optim=optim, on_cpu=True)).parts for optim in ("paged_adamw", "adamw")]
+    assert on_cpu[0] == on_cpu[1]
+
+
 def test_a_soft_cap_holds_scores_on_a_cpu_alone():
     """Two float32 scores a head, a layer and a pair of tokens: 2 layers · 2 heads · 2 · 4 bytes · 64 · 64."""
     capped, plain = replace(TINY, attention_softcap=True), TINY

@@ -5,6 +5,7 @@ from transformers import get_scheduler
 from posttrain.config.stages import SFTKeys
 from posttrain.models.load import load_policy
 from posttrain.recipes.optim import learning_rate, make_optimizer
+from posttrain.recipes.train_state import _keep_in_pages
 
 
 def keys(**options):
@@ -54,6 +55,39 @@ def test_a_ratio_of_warmup_rounds_up_and_a_floor_is_kept():
 def test_weight_decay_is_on_matrices_only_and_8_bit_adam_trains(train, runner):
     plain, eight = (train("sft", name=optim, optim=optim, weight_decay=0.1) for optim in ("adamw", "adamw_8bit"))
     assert runner.losses(eight) == pytest.approx(runner.losses(plain), rel=0.05)
+
+
+def test_a_paged_optimizer_is_the_same_without_a_gpu_and_goes_on_where_it_was(train, runner):
+    """In 32 bits torch's AdamW and that of bitsandbytes round apart."""
+    eight, plain = (train("sft", name=optim, optim=optim) for optim in ("adamw_8bit", "adamw"))
+    assert runner.losses(train("sft", name="p8", optim="paged_adamw_8bit")) == runner.losses(eight)
+    assert runner.losses(train("sft", name="p32", optim="paged_adamw")) == pytest.approx(runner.losses(plain), rel=1e-3)
+    train("sft", name="resumed", optim="paged_adamw_8bit", save_steps=1, stop_after=2)
+    assert (
+        runner.rows(train("sft", name="resumed", optim="paged_adamw_8bit", save_steps=1))[-1] == runner.rows(eight)[-1]
+    )
+
+
+def test_what_is_loaded_into_a_paged_optimizer_is_put_into_its_buffers():
+    optimizers = pytest.importorskip("bitsandbytes.optim")
+    weight = torch.nn.Parameter(torch.ones(64, 128))
+
+    class Counted(optimizers.PagedAdamW8bit):
+        buffers = 0
+
+        def get_state_buffer(self, p, dtype=torch.float32):
+            self.buffers += 1
+            return super().get_state_buffer(p, dtype)
+
+    optimizer = Counted([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    before = {name: value.clone() for name, value in optimizer.state[weight].items() if name.startswith("state")}
+    made = optimizer.buffers
+    _keep_in_pages(optimizer)
+    assert optimizer.buffers == made + 2
+    for name, value in before.items():
+        assert torch.equal(optimizer.state[weight][name], value)
 
 
 def test_lora_plus_trains_the_b_matrices_faster(model_dir):

@@ -129,7 +129,7 @@ class TrainKeys(ModelKeys):
     min_lr_ratio: float = knob(0.0, "The learning rate ends at this share of its peak; `wsd` warms up from it too.", ge=0, le=1, also="cosine_min_lr_ratio (Axolotl)")
     warmup_ratio: float = knob(0.0, "Share of the steps with a linear warmup.", ge=0, lt=1)
     warmup_steps: int = knob(0, "Steps with a linear warmup; overrides warmup_ratio.", ge=0)
-    optim: Literal["adamw", "adamw_8bit"] = knob("adamw", "Optimizer.", also="optimizer (Axolotl)")
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = knob("adamw", "Optimizer: states in float32 or 8 bits; `paged` lets a GPU put them into the machine's memory while others need the room (on a CPU it is the same as without).", also="optimizer (Axolotl)")
     adam_beta1: float = knob(0.9, "AdamW's first beta.", ge=0, lt=1)
     adam_beta2: float = knob(0.999, "AdamW's second beta.", ge=0, lt=1)
     adam_epsilon: float = knob(1e-8, "AdamW's epsilon.", gt=0)

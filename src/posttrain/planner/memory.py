@@ -20,7 +20,9 @@ GIB = float(1 << 30)
 _BYTES_NF4, _BYTES_NF4_DOUBLE = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256)
 _BYTES_MASTER = 4
 _BYTES_GRADIENT = 4
-_BYTES_OPTIMIZER = {"adamw": 8, "adamw_8bit": 2.07}
+_BYTES_OPTIMIZER = {"adamw": 8, "adamw_8bit": 2.07, "paged_adamw": 8, "paged_adamw_8bit": 2.07}
+_PAGED = ("paged_adamw", "paged_adamw_8bit")
+"""Optimizers whose states leave a GPU while others need the room."""
 # float32 logits of one tile and what their gradient is made in; a soft cap and an entropy bonus make two more of each.
 _TILES, _TILES_CURVED = 2, 4
 _TILE_BYTES, _TILE_BYTES_CPU, _MIN_TILE_ROWS = 512 << 20, 64 << 20, 64
@@ -165,7 +167,8 @@ def estimate_memory(shape: ModelShape, workload: Workload) -> MemoryPlan:
     trained = (
         shape.num_params if workload.adapter == "none" else adapter_params(shape, workload.lora_r, workload.lora_target)
     )
-    optimizer = int(trained * _BYTES_OPTIMIZER[workload.optim])
+    paged_out = workload.optim in _PAGED and not workload.on_cpu
+    optimizer = 0 if paged_out else int(trained * _BYTES_OPTIMIZER[workload.optim])
     parts = {
         "weights": _weight_bytes(shape, workload),
         "adapter": trained * _BYTES_MASTER if workload.adapter != "none" else 0,

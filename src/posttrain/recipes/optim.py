@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -12,6 +13,13 @@ from posttrain.config.stages import TrainKeys
 from posttrain.errors import MissingExtraError
 from posttrain.models.policy import Policy
 from posttrain.recipes.stage import Stage
+
+BITSANDBYTES: Mapping[str, str] = {
+    "adamw_8bit": "AdamW8bit",
+    "paged_adamw": "PagedAdamW32bit",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+}
+"""`optim` → the optimizer of bitsandbytes."""
 
 
 def make_optimizer(policy: Policy, keys: TrainKeys) -> torch.optim.Optimizer:
@@ -27,12 +35,14 @@ def make_optimizer(policy: Policy, keys: TrainKeys) -> torch.optim.Optimizer:
     ]
     options = {"lr": keys.learning_rate, "betas": (keys.adam_beta1, keys.adam_beta2), "eps": keys.adam_epsilon}
     groups = [group for group in groups if group["params"]]
-    if keys.optim == "adamw_8bit":
+    if keys.optim in BITSANDBYTES:
         try:
-            from bitsandbytes.optim import AdamW8bit
+            optimizers = import_module("bitsandbytes.optim")
         except ImportError as error:
-            raise MissingExtraError("optim: adamw_8bit needs bitsandbytes; pip install 'posttrain[qlora]'") from error
-        return AdamW8bit(groups, **options)
+            raise MissingExtraError(
+                f"optim: {keys.optim} needs bitsandbytes; pip install 'posttrain[qlora]'"
+            ) from error
+        return getattr(optimizers, BITSANDBYTES[keys.optim])(groups, **options)
     return torch.optim.AdamW(groups, fused=not policy.sharded, **options)
 
 

@@ -122,6 +122,7 @@ class Checkpoints:
         state.policy.sharding.load_state(model, load_file(ref.path / "weights.safetensors"), optional=frozen)
         tensors = load_file(ref.path / "optimizer.safetensors")
         state.policy.sharding.load_optimizer_state(model, optimizer, unflatten(tensors, record["scalars"]))
+        _keep_in_pages(optimizer)
         return record
 
     def mark_best(self, step: int, score: float) -> None:
@@ -179,6 +180,16 @@ class Checkpoints:
         ref = self.store.save(step, fill)
         size = sum(path.stat().st_size for path in ref.path.iterdir())
         return step, {"bytes": size, "seconds": round(time.monotonic() - started, 3)}
+
+
+def _keep_in_pages(optimizer: Any) -> None:
+    """bitsandbytes loads a state onto the device; that of a paged optimizer belongs into its pages."""
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, values in optimizer.state.items():
+        for name in values.keys() & {"state1", "state2"}:
+            page = optimizer.get_state_buffer(parameter, dtype=values[name].dtype)
+            values[name] = page.copy_(values[name])
 
 
 def flatten_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

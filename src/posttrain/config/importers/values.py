@@ -8,14 +8,16 @@ from posttrain.config.importers.fates import ImportDraft, KeyFate, Reading, as_f
 
 OPTIMIZERS = {
     **dict.fromkeys(
-        ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_xla", "paged_adamw",
-         "paged_adamw_32bit", "AdamW", "torch.optim.AdamW"), "adamw"),
+        ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_xla", "AdamW",
+         "torch.optim.AdamW"), "adamw"),
+    **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), "paged_adamw"),
     **dict.fromkeys(
-        ("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit", "ao_adamw_8bit", "paged_adamw_8bit", "adamw_torch_4bit",
-         "ao_adamw_4bit", "bitsandbytes.optim.PagedAdamW8bit", "bitsandbytes.optim.AdamW8bit", "torchao.optim.AdamW8bit"),
+        ("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit", "ao_adamw_8bit", "adamw_torch_4bit", "ao_adamw_4bit",
+         "bitsandbytes.optim.AdamW8bit", "torchao.optim.AdamW8bit"),
         "adamw_8bit"),
+    **dict.fromkeys(("paged_adamw_8bit", "bitsandbytes.optim.PagedAdamW8bit"), "paged_adamw_8bit"),
 }  # fmt: skip
-"""Their optimizer → ours. Paging, fusing and where the states lie change no number; states of 4 bits are kept in 8."""
+"""Their optimizer → ours. Fusing and where the states lie change no number; states of 4 bits are kept in 8."""
 
 SCHEDULES = {
     "cosine": "cosine",
