@@ -194,8 +194,15 @@ def test_short_texts_are_not_taken_for_letters_of_the_template(tokenizer):
 def test_text_that_is_lost_for_what_it_says_is_refused(tokenizer):
     """Qwen3-like templates cut an answer at `</think>`: what stands before `<think>` is gone."""
     row = example([ASK, {"role": "assistant", "content": "prefacewords <think>x</think> answerwords"}])
-    with pytest.raises(DataError, match=r"does not write the (text|thinking) of message 2 of 2"):
+    with pytest.raises(DataError, match=r"does not write the text before <think> of message 2 of 2"):
         draft_example(tokenizer("qwen3"), row, "assistant")
+    earlier = example(
+        [ASK, {"role": "assistant", "content": "prefacewords <think>x</think> answerwords"}, NEXT, ANSWER]
+    )
+    with pytest.raises(DataError, match=r"does not write the text before <think> of message 2 of 4"):
+        draft_example(tokenizer("qwen3"), earlier, "assistant")
+    (draft,) = draft_example(tokenizer("chatml"), earlier, "assistant")
+    assert "prefacewords" in draft.text
 
 
 @pytest.mark.parametrize("arguments", [dict, json.dumps], ids=["object", "text"])

@@ -152,6 +152,29 @@ def test_tools_reach_the_prompt_of_a_template_that_writes_them(evaluator):
     assert "looks up" in codec.decode(codec.encode_choice(messages, "x", TOOLS)[0])
 
 
+@pytest.fixture
+def bare(tmp_path, make_model_in):
+    """A model without a chat template."""
+    folder = make_model_in(tmp_path / "bare", "qwen3")
+    (folder / "chat_template.jinja").unlink()
+    return ModelKeys(base_model=str(folder))
+
+
+def test_chats_without_a_template_lose_their_roles_aloud_and_tools_are_refused(bare, suite, tmp_path, caplog):
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 1?"}]
+    made = suite([{"id": "a", "messages": chat, "target": "x"}])
+    plain = suite([{"id": "a", "prompt": "Be brief.\nWhat is 1?", "target": "x"}], name="plain")
+    with caplog.at_level("WARNING", "posttrain"):
+        found = evaluate(bare, [made, plain], "gate", tmp_path)
+    assert found["s"].items[0].completions == found["plain"].items[0].completions
+    (said,) = [m for m in caplog.messages if "without their roles" in m]
+    assert "the messages of suite s (1 items)" in said
+    for row in ({"messages": chat, "tools": TOOLS}, {"messages": [*chat, {"role": "assistant", "tool_calls": CALLS}]}):
+        with pytest.raises(EvalError, match=r"suite item t: .*no chat template, and tools cannot be written"):
+            evaluate(bare, [suite([{"id": "t", "target": "x", **row}], name="tools")], "gate", tmp_path)
+
+
+CALLS = [{"id": "1", "type": "function", "function": {"name": "lookup", "arguments": {}}}]
 OWN = """
 import time
 
@@ -187,10 +210,13 @@ def test_a_scorer_of_ones_own_is_a_function_with_the_signature_of_a_reward(evalu
         evaluator.run(*suite(rows, name="w"), "gate")
 
 
-def test_an_item_that_cannot_be_scored_is_an_error_that_names_it(evaluator, suite):
-    rows = [{**row, "target": None, "scorer": "number"} for row in items()]
-    with pytest.raises(EvalError, match="suite item i0: scorer 'number' could not score it"):
-        evaluator.run(*suite(rows), "gate")
+def test_an_item_that_cannot_be_scored_is_named_before_anything_is_asked(suite):
+    rows = [
+        {**row, "target": target, "scorer": "number"}
+        for row, target in zip(items(), ["1", "2", None, "4"], strict=True)
+    ]
+    with pytest.raises(EvalError, match=r"s\.jsonl:3: scorer 'number' could never score it: it needs a `target`"):
+        suite(rows)
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(5, 2, 1), (5, 2, 3), (4, 0, 2), (4, 4, 4), (6, 1, 5)])

@@ -1,6 +1,6 @@
 import pytest
 
-from posttrain.grading.scorers import SCORERS, scorer_digest
+from posttrain.grading.scorers import SCORERS, scorer_digest, unusable
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,33 @@ def test_digest_differs_by_scorer_and_repeats():
     assert scorer_digest("boxed") == scorer_digest("boxed") != scorer_digest("clean")
     with pytest.raises(KeyError, match="expected one of boxed"):
         scorer_digest("boxd")
+
+
+@pytest.mark.parametrize(
+    ("scorer", "target", "columns", "reason"),
+    [
+        ("exact", None, {}, "it needs a `target`"),
+        ("number", "  ", {}, "it needs a `target`"),
+        ("boxed", "x" * 2001, {}, "too long to be an answer"),
+        ("last_number", "Paris", {}, "is no number"),
+        ("choice", "Paris", {}, "is no letter"),
+        ("regex", "(", {}, "must be a pattern"),
+        ("json_schema", "no schema", {}, "needs a JSON schema"),
+        ("json_schema", "no JSON", {"schema": {"type": "integer"}}, "a `target` that is JSON"),
+        ("json_schema", '{"type": "no type"}', {}, "needs a JSON schema"),
+    ],
+)
+def test_a_target_that_no_answer_could_match_is_known(scorer, target, columns, reason):
+    assert reason in unusable(scorer, target, columns)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "target", "columns"),
+    [
+        ("last_number", "so #### 1,234", {}), ("last_number", "50%", {}), ("last_number", "1/2", {}), ("choice", "(B) Paris", {}),
+        ("choice", "b", {}), ("boxed", r"so \boxed{x^2}", {}), ("number", "two", {}), ("format", None, {}), ("clean", None, {}),
+        ("json_schema", None, {"schema": {"type": "integer"}}), ("json_schema", '{"type": "integer"}', {}), ("regex", "^a.c$", {}),
+    ],
+)  # fmt: skip
+def test_a_target_that_an_answer_can_match_is_usable(scorer, target, columns):
+    assert unusable(scorer, target, columns) == ""

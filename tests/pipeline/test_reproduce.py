@@ -126,3 +126,33 @@ def call(*words):
     with pytest.raises(SystemExit) as caught:
         main(list(words))
     return caught.value.code
+
+
+def test_a_suite_with_a_scorer_of_its_own_is_repeated_without_the_project(project, tmp_path, monkeypatch):
+    """The scorer lies in another folder than the suite and imports a neighbour: all three are registered with the version."""
+    sft = {"datasets": [{"path": "sft.jsonl"}], "max_steps": 1, "per_device_train_batch_size": 8}
+    gate = {"guards": [{"suite": "yes", "margin": 0.4}]}
+    made = project([{"sft": sft}], gate=gate, register={"name": "yes"})
+    (made.folder / "graders").mkdir()
+    (made.folder / "graders/words.py").write_text("def length(text):\n    return len(text) / 100\n")
+    (made.folder / "graders/own.py").write_text(
+        "from words import length\n\n\ndef score(completions, **columns):\n"
+        "    return [length(c[-1]['content']) for c in completions]\n"
+    )
+    suite = made.folder / "yes.jsonl"
+    suite.write_text(suite.read_text().replace('"scorer": "exact"', '"scorer": "graders/own.py:score"'))
+    assert made.command() == 0
+    book = made.registry()
+    assert sorted(book.store.tree(book.evidence("yes", 1)["suite.yes"][1])) == [
+        "graders/own.py",
+        "graders/words.py",
+        "yes.jsonl",
+    ]
+    book.close()
+    shutil.move(made.folder / "registry", tmp_path / "registry")
+    shutil.rmtree(made.folder)
+    monkeypatch.chdir(tmp_path)
+    for level in (0, 1):
+        with pytest.raises(SystemExit) as caught:
+            main(["reproduce", "yes@1", "--level", str(level), "--registry", str(tmp_path / "registry")])
+        assert caught.value.code == 0

@@ -310,3 +310,12 @@ def test_from_the_second_generation_on_the_table_shows_what_the_gate_compared_ch
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"is not a run folder .* give the folder that `posttrain run` printed"):
         build_report(tmp_path)
+
+
+def test_an_engine_that_is_not_the_embedded_one_is_named(own_run, finished):
+    assert "answered by" not in finished[1]
+    for path in own_run.glob("evals/*/heldout-gate/report.json"):
+        report = replace(EvalReport.load(path.parent), engine="vllm 0.32")
+        shutil.rmtree(path.parent)
+        report.save(path.parent)
+    assert "(gate split, answered by vllm 0.32)" in _page(own_run)[1]

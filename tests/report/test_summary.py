@@ -42,9 +42,12 @@ def test_a_model_that_skipped_a_suite_has_a_dash(own_run):
 
 
 def test_a_score_that_did_not_move_stayed_at_its_value():
-    sentence = words.gain_sentence("clean", 1.0, 1.0, -0.003, 0.003)
+    sentence = words.gain_sentence("clean", 1.0, 1.0, -0.003, 0.003, num_items=400)
     assert sentence.startswith(
         "On “clean” the score stayed at 100.0 %; with 95 % confidence the true change lies between"
     )
-    assert "stayed" not in words.gain_sentence("clean", 0.5, 0.6, 0.05, 0.15)
-    assert "stayed at 50.0 %" in words.gain_sentence("clean", 0.5, 0.50001, -0.1, 0.1)
+    assert "stayed" not in words.gain_sentence("clean", 0.5, 0.6, 0.05, 0.15, num_items=400)
+    assert "all differences are equal" in words.gain_sentence("clean", 0.5, 0.75, None, None, num_items=40)
+    assert "too few items" in words.gain_sentence("clean", 0.5, 0.75, None, None, num_items=1)
+    assert "an item has no score" in words.gain_sentence("clean", float("nan"), 0.75, None, None, num_items=40)
+    assert "stayed at 50.0 %" in words.gain_sentence("clean", 0.5, 0.50001, -0.1, 0.1, num_items=400)

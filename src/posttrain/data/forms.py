@@ -24,7 +24,7 @@ from posttrain.errors import DataError
 from posttrain.types import Message
 
 Tools = Sequence[Mapping[str, Any]]
-_THINKING = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
+_THINKING = re.compile(r"(?:(?P<before>.*?)<think>)?(?P<thought>.*?)</think>(?P<text>.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +183,9 @@ def _mapped_message(message: Message, name: str, earlier: bool, visit: Visit) ->
     changed = dict(message)
     content, thinking = message["content"], _THINKING.fullmatch(message["content"])
     if message["role"] == "assistant" and thinking:
-        thought = visit(thinking[1].strip(), f"the thinking of {name}", earlier)
-        changed["content"] = _thought(thought, visit(thinking[2].strip(), f"the text of {name}", False))
+        before = visit((thinking["before"] or "").strip(), f"the text before <think> of {name}", False)
+        thought = visit(thinking["thought"].strip(), f"the thinking of {name}", earlier)
+        changed["content"] = before + _thought(thought, visit(thinking["text"].strip(), f"the text of {name}", False))
     else:
         changed["content"] = visit(content, f"the text of {name}", False)
     if REASONING[0] in message:

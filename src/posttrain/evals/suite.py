@@ -7,6 +7,7 @@ every other column is handed to the scorer.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 
 from posttrain.errors import ConfigError, DataError, EvalError
 from posttrain.files import canonical_json, digest_file, digest_json, neighbours, read_json_lines
-from posttrain.grading.scorers import SCORERS, scorer_digest
+from posttrain.grading.scorers import SCORERS, scorer_digest, unusable
 from posttrain.grading.source import defined_names, dependency_versions, parse_source, source_of, split_spec
 from posttrain.types import Text
 
@@ -121,6 +122,20 @@ def load_suite(name: str, path: Path) -> Suite:
     return Suite(name, path, tuple(items))
 
 
+def suite_files(path: Path) -> dict[str, Path]:
+    """The suite's file, and beside it all that its own scorer is made of: path below the folder they share → file.
+
+    The suite is the one that is no Python. Raises: EvalError.
+    """
+    own, path = split_spec(load_suite(path.stem, path).scorer), path.resolve()
+    files = [path]
+    if own is not None:
+        scorer = (path.parent / own[0]).resolve()
+        files += [scorer.parent / name for name in source_of(scorer)[0]]
+    shared = os.path.commonpath([file.parent for file in files])
+    return {os.path.relpath(file, shared): file for file in files}
+
+
 def suite_file_digest(path: Path) -> str:
     """Digest of the file, and of its own scorer with all that this is made of. Raises: EvalError."""
     suite = load_suite(path.stem, path)
@@ -170,10 +185,13 @@ def _parse(row: Mapping[str, Any], where: str) -> Item:
         )
     target = row.get("target")
     target = _right_choice(choices, target, where) if scorer in RANKINGS else _target_text(target)
+    columns = {key: value for key, value in row.items() if key not in _KNOWN}
+    if scorer in SCORERS and (reason := unusable(scorer, target, columns)):
+        raise EvalError(f"{where}: scorer {scorer!r} could never score it: {reason}")
     return Item(
         id=row["id"], prompt=prompt, target=target, scorer=scorer,
         split=str(row.get("split") or "gate"), cluster=None if cluster is None else str(cluster), choices=tuple(choices),
-        columns={key: value for key, value in row.items() if key not in _KNOWN},
+        columns=columns,
     )  # fmt: skip
 
 

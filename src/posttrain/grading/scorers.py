@@ -10,6 +10,7 @@ from typing import Any
 from posttrain.files import digest_json
 from posttrain.grading import answers
 from posttrain.grading.equality import equal_values
+from posttrain.grading.numbers import normalise
 from posttrain.grading.schema import NotJsonError, conforms, read_json_text, same_json
 from posttrain.numerics import revision
 
@@ -73,6 +74,34 @@ SCORERS: dict[str, AnswerScorer] = {
     "clean": _of_text(answers.is_clean),
     "json_schema": _json_schema,
 }
+
+
+def unusable(name: str, target: str | None, columns: Mapping[str, Any]) -> str:
+    """Why no answer could be right by the scorer `name` ("" if one can): what it would only say of the first answer."""
+    if SCORERS[name]("null", target, columns) is None:
+        return _UNUSABLE.get(name, "it needs a `target`")
+    if target is None or name not in _READABLE:
+        return ""
+    can_be_read, expected = _READABLE[name]
+    return "" if can_be_read(target) else f"its `target` {target[:80]!r} is {expected}"
+
+
+_UNUSABLE = {
+    "regex": "its `target` must be a pattern of Python's `re`",
+    "json_schema": "it needs a JSON schema in the column `schema` or in `target`, and beside the column a `target` that is JSON",
+}
+_NO_ANSWER: tuple[Callable[[str], bool], str] = (
+    lambda target: bool(normalise(answers.reference_answer(target))),
+    "empty, or too long to be an answer",
+)
+_READABLE: dict[str, tuple[Callable[[str], bool], str]] = {
+    "boxed": _NO_ANSWER,
+    "math": _NO_ANSWER,
+    "number": _NO_ANSWER,
+    "last_number": (lambda target: answers.is_last_number(target, target), "no number"),
+    "choice": (lambda target: answers.same_letter_anyhow(*[answers.reference_answer(target)] * 2), "no letter"),
+}
+"""Scorer → what its target must be, and what one is that is not."""
 
 
 def grading_digest() -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from posttrain.config.stages import RLKeys
 from posttrain.errors import RegistryError
+from posttrain.evals.suite import suite_files
 from posttrain.evidence import Decision
 from posttrain.files import digest_json, read_record, write_atomic
 from posttrain.pipeline.escalation import DECISIONS_FILE, decision_on
@@ -118,12 +120,18 @@ def register_model(place: Place, state: RunState, last: int) -> dict[str, Any]:
         registry.close()
 
 
-def _evidence(place: Place, final: StageEntry) -> dict[str, Path]:
+def _evidence(place: Place, final: StageEntry) -> dict[str, Path | Mapping[str, Path]]:
     """What is kept with a version beside the model, by role."""
     folder = place.folder
-    found = {"evals": folder / "evals", "gates": folder / "gates", "config": folder / "config.yaml"}
+    found: dict[str, Path | Mapping[str, Path]] = {
+        "evals": folder / "evals",
+        "gates": folder / "gates",
+        "config": folder / "config.yaml",
+    }
     found["environment"] = folder / "environment.json"
-    found |= {f"suite.{name}": Path(suite.path) for name, suite in place.keys.evals.items()}
+    for name, suite in place.keys.evals.items():
+        files = suite_files(Path(suite.path))
+        found[f"suite.{name}"] = files if len(files) > 1 else Path(suite.path)
     if adapter_total_of(final.files):
         found[ADAPTER_TOTAL] = folder / final.folder / ADAPTER_TOTAL
     if (decided := folder / DECISIONS_FILE).exists():

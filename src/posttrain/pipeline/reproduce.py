@@ -164,9 +164,12 @@ def _measured(
     version: Version, name: str, like: EvalReport, how: Mapping[str, Any], model: Path, where: str
 ) -> EvalReport | None:
     """The suite as it was registered, decoded as then; None if it was not registered."""
-    file = version.export(f"suite.{name}", f"suites/{name}.jsonl")
+    kind, _ = version.book.evidence(version.entry.name, version.entry.version).get(f"suite.{name}", ("", ""))
+    file = version.export(f"suite.{name}", f"suites/{name}" if kind == "tree" else f"suites/{name}.jsonl")
     if file is None:
         return None
+    if kind == "tree":  # the suite beside the files of its own scorer
+        (file,) = (path for path in file.rglob("*") if path.is_file() and path.suffix != ".py")
     keys = SuiteKeys(path=str(file), **like.decoding)
     loading = ModelKeys(base_model=str(model), **how)
     engine = RolloutKeys.model_validate({"engine": like.engine.partition(" ")[0] or "embedded"})

@@ -27,6 +27,8 @@ class SuiteRow:
     suite: str
     split: str
     num_items: int
+    engines: tuple[str, ...]
+    """What answered, where it was not the embedded engine alone."""
     share: bool
     scores: tuple[Interval | None, ...]
     compared: tuple[str, str] | None
@@ -85,11 +87,17 @@ def _suite_row(run: RunRecord, key: EvalKey) -> SuiteRow:
         suite=key[0],
         split=key[1],
         num_items=len(last.items),
+        engines=_engines(present),
         share=words.is_share(*present),
         scores=tuple(None if report is None else score_interval(report) for report in reports.values()),
         compared=compared,
         change=difference_interval(first, last) if compared else None,
     )
+
+
+def _engines(reports: list[EvalReport]) -> tuple[str, ...]:
+    names = {report.engine for report in reports}
+    return () if names == {""} else tuple(sorted(name or "the embedded engine" for name in names))
 
 
 def costs(run: RunRecord) -> list[CostRow]:
@@ -137,7 +145,13 @@ def headline(run: RunRecord) -> str:
         share = all(row.share for row in rows if row.suite == main["suite"])
         parts.append(
             words.gain_sentence(
-                main["suite"], main["baseline_mean"], main["candidate_mean"], main.get("low"), main.get("high"), share
+                main["suite"],
+                main["baseline_mean"],
+                main["candidate_mean"],
+                main.get("low"),
+                main.get("high"),
+                share,
+                num_items=main["num_clusters"] or main["num_items"],
             )
         )
     elif shown := [row for row in rows if row.change is not None]:
@@ -145,7 +159,10 @@ def headline(run: RunRecord) -> str:
         assert row.change is not None and row.compared is not None
         means = {model: score.mean for model, score in zip(run.models, row.scores, strict=True) if score is not None}
         before, after = (means[model] for model in row.compared)
-        parts.append(words.gain_sentence(row.suite, before, after, row.change.low, row.change.high, row.share))
+        low, high = row.change.low, row.change.high
+        parts.append(
+            words.gain_sentence(row.suite, before, after, low, high, row.share, num_items=row.change.num_items)
+        )
     elif gate is None:
         parts.append("No model was compared with another, so this run says nothing about improvement.")
     if run.registered:

@@ -62,7 +62,14 @@ def change(interval: Interval | None, share: bool = True) -> str:
 
 
 def gain_sentence(
-    suite: str, before: float, after: float, low: float | None, high: float | None, share: bool = True
+    suite: str,
+    before: float,
+    after: float,
+    low: float | None,
+    high: float | None,
+    share: bool = True,
+    *,
+    num_items: int,
 ) -> str:
     """What happened on one suite, with the interval in words."""
     unit = " points" if share else ""
@@ -71,11 +78,17 @@ def gain_sentence(
     verb = f"stayed at {new}" if old == new else f"{'rose' if moved > 0 else 'fell'} from {old} to {new}"
     start = f"On “{suite}” the score {verb}"
     if low is None or high is None or math.isnan(low) or math.isnan(high):
-        return f"{start} (no interval: too few items)."
+        return f"{start} (no interval: {_why_no_interval(moved, num_items)})."
     span = f"with 95 % confidence the true change lies between {points(low, share)} and {points(high, share)}{unit}"
     doubt = "; an interval that contains zero does not show a change" if low <= 0 <= high else ""
     change = "" if old == new else f", a change of {points(moved, share)}{unit}"
     return f"{start}{change}; {span}{doubt}."
+
+
+def _why_no_interval(moved: float, num_items: int) -> str:
+    if math.isnan(moved):
+        return "an item has no score"
+    return "too few items" if num_items < 2 else "all differences are equal, so nothing says how much they vary"
 
 
 def duration(seconds: float | None) -> str:
