@@ -1,8 +1,9 @@
 """Kills real child processes with SIGKILL, at every durable file operation and at random instants, and compares the ends.
 
 Commit points are not listed anywhere: they are seen from outside, as the operations that change what a later process
-would find (open for writing, rename, unlink, mkdir, rmdir, truncate), each named by what it does to which file. So code
-that is added has its commit points from the first day. An fsync is none: it changes nothing that SIGKILL could take away.
+would find (open for writing, rename, unlink, mkdir, rmdir, truncate, and SQL that changes or commits), each named by what it
+does to which file. So code that is added has its commit points from the first day. An fsync is none: it changes nothing that
+SIGKILL could take away.
 """
 
 import json
@@ -11,6 +12,7 @@ import random
 import re
 import shutil
 import signal
+import sqlite3
 import sys
 import time
 import traceback
@@ -23,6 +25,9 @@ from transformers.utils import logging as transformers_logging
 
 _TEMPORARY = re.compile(r"\.([^/]+)\.[a-z0-9_]{8}(?=/|$)")
 _MASKED = r".\1.*"
+_CHANGING_SQL = re.compile(
+    r"(BEGIN|COMMIT|INSERT|UPDATE|DELETE|CREATE)\b(?: OR \w+)?(?: INTO| FROM)?(?: (?!SET\b)\w+)?"
+)
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
@@ -151,6 +156,7 @@ def _die_at_a_new_point(driver: Driver, folder: Path, journal: Path, wanted: Cal
         os.kill(os.getpid(), signal.SIGKILL)
 
     _watch(reach)
+    _watch_statements(reach)
     driver.run(folder)
 
 
@@ -167,6 +173,23 @@ def _watch(reach: Callable[[str, str], None]) -> None:
             reach(event.removeprefix("os."), _path(arguments[places[event]], relative_to))
 
     sys.addaudithook(hook)
+
+
+def _watch_statements(reach: Callable[[str, str], None]) -> None:
+    """Call `reach` before each statement that changes a database of SQLite, which writes its files without Python."""
+    connect = sqlite3.connect
+
+    def watched(path: Any, *args: Any, **kwargs: Any) -> sqlite3.Connection:
+        db = connect(path, *args, **kwargs)
+
+        def trace(sql: str) -> None:
+            if found := _CHANGING_SQL.match(sql):
+                reach(found.group(), os.path.abspath(path))
+
+        db.set_trace_callback(trace)
+        return db
+
+    sqlite3.connect = watched  # in a child that ends here
 
 
 def _path(what: Any, relative_to: Any = -1) -> str:
