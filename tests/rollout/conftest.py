@@ -59,7 +59,8 @@ def vllm_server_engine(shared_policy, model_dir, tmp_path_factory):
     """A server of vLLM on the tiny Qwen3, in float32; started once, with places for adapters."""
     policy = shared_policy("qwen3")
     keys = SFTKeys(base_model=str(model_dir("qwen3")), datasets=[{"path": "unused.jsonl"}], adapter="lora", lora_r=8)
-    rollout = RolloutKeys(engine="vllm_server", memory_gib=0.1)
+    # Some tests kill it; it comes back.
+    rollout = RolloutKeys(engine="vllm_server", memory_gib=0.1, max_restarts=6)
     engine = make_engine(EngineSource(keys, policy), keys=rollout, folder=tmp_path_factory.mktemp("server"))
     yield engine
     engine.close()

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler
 
 import pytest
 
-from posttrain.errors import EngineGoneError
+from posttrain.errors import EngineError, EngineGoneError
 from posttrain.rollout.http import Address, Client, RefusedError
 
 
@@ -28,6 +28,12 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(b"{")
             return
+        if self.path == "/text":
+            self._answer(200, "done", "text/plain")
+            return
+        if self.path == "/broken":
+            self._answer(200, "", "application/json", b"{")
+            return
         if self.path == "/no":
             self._answer(403, {"error": {"message": "not\nthis"}})
             return
@@ -44,9 +50,10 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_POST
 
-    def _answer(self, status, value):
-        data = json.dumps(value).encode()
+    def _answer(self, status, value, kind="application/json", data=None):
+        data = data or (json.dumps(value) if kind == "application/json" else value).encode()
         self.send_response(status)
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -92,6 +99,16 @@ def test_what_is_sent_comes_back_and_the_token_goes_with_it(client, server):
     assert client.call("POST", "/echo", {"a": [1, 2.5, "ü"]}) == {"a": [1, 2.5, "ü"]}
     assert client.call("GET", "/echo") is None
     assert server.seen == [("/echo", "Bearer secret")] * 2
+
+
+def test_an_answer_may_be_text(client):
+    assert client.call("POST", "/text", {}) == "done"
+
+
+def test_an_answer_that_is_no_json_is_said_and_the_server_is_not_taken_for_dead(client):
+    with pytest.raises(EngineError, match="answered with what is no JSON") as found:
+        client.call("POST", "/broken", {})
+    assert not isinstance(found.value, EngineGoneError)
 
 
 def test_a_large_body_arrives_whole(client):

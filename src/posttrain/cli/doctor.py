@@ -221,8 +221,9 @@ def vllm() -> Iterator[Diagnosis]:
     if misfit:
         yield Diagnosis("torchvision", "broken", misfit)
     version = installed()
-    advice = "not installed: pip install 'posttrain[vllm]', or make setup-vllm, for rollout.engine: vllm"
-    yield Diagnosis("vllm", "note" if version is None else "ok", version or advice)
+    advice = "not installed: pip install 'posttrain[vllm]', or make setup-vllm, for rollout.engine: vllm or vllm_server"
+    ports = f"{version}; the ports that its processes open among themselves have no password: for trusted networks only"
+    yield Diagnosis("vllm", "note" if version is None else "ok", advice if version is None else ports)
 
 
 def sandbox() -> Iterator[Diagnosis]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from posttrain.files import size_text
+from posttrain.planner.engine import OURS, SamplingEngine, engine_parts
 from posttrain.planner.shape import ModelShape
 
 GIB = float(1 << 30)
@@ -77,8 +78,8 @@ class Workload:
     num_generations: int = 1
     max_completion_length: int = 0
     save_dtype: str = "auto"
-    rollout: Mapping[str, Any] = field(default_factory=dict[str, Any])
     on_cpu: bool = False
+    rollout: SamplingEngine = OURS
 
     @classmethod
     def from_keys(cls, keys: Mapping[str, Any], *, device_has_bf16: bool, on_cpu: bool, **traits: bool) -> Workload:
@@ -86,6 +87,8 @@ class Workload:
         known: dict[str, Any] = {name: keys[name] for name in cls.__dataclass_fields__ if name in keys}
         bf16 = device_has_bf16 if keys.get("bf16", "auto") == "auto" else bool(keys["bf16"])
         known |= {"bf16": bf16, "on_cpu": on_cpu, **traits}
+        if "rollout" in known:
+            known["rollout"] = SamplingEngine.from_keys(known["rollout"])
         return cls(**known)
 
     def longest(self, shape: ModelShape) -> int:
@@ -180,10 +183,7 @@ def estimate_memory(shape: ModelShape, workload: Workload) -> MemoryPlan:
         "logits": _logit_bytes(shape, workload),
         # Copies are made on the host.
         "checkpoint": trained * _BYTES_MASTER + optimizer if workload.on_cpu else 0,
-        "decode_weights": _decode_weight_bytes(shape, workload),
-        "kv_cache": _kv_bytes(shape, workload),
-        "prefill": _prefill_bytes(shape, workload),
-        "weight_deltas": _delta_bytes(shape, workload),
+        **_engine_bytes(shape, workload),
         "export": _export_bytes(shape, workload),
         "runtime": _RUNTIME_BYTES,
     }
@@ -267,6 +267,17 @@ def _logit_bytes(shape: ModelShape, workload: Workload) -> int:
     return (_TILES_CURVED if curved else _TILES) * min(workload.scored_tokens(shape) * row, most) + gradient
 
 
+def _engine_bytes(shape: ModelShape, workload: Workload) -> dict[str, int]:
+    """Ours needs memory while it samples, on the weights in training; a foreign one has its own all the while."""
+    if not workload.rollout.is_ours:
+        return engine_parts(shape, workload.rollout, bf16=workload.bf16, on_cpu=workload.on_cpu)
+    return {
+        "decode_weights": _decode_weight_bytes(shape, workload),
+        "kv_cache": _kv_bytes(shape, workload),
+        "prefill": _prefill_bytes(shape, workload),
+    }
+
+
 def _decode_weight_bytes(shape: ModelShape, workload: Workload) -> int:
     """The matrices with the adapter added, which decoding multiplies with; not under autocast."""
     size = _frozen_bytes(shape, workload)
@@ -292,14 +303,6 @@ def _prefill_bytes(shape: ModelShape, workload: Workload) -> int:
     widest = prompts * (per_token + 4 * shape.hidden * 4)
     later = _cached_completions(shape, workload) * shape.kv_bytes_per_token(_bytes_per_value(workload))
     return max(0, widest - later)
-
-
-def _delta_bytes(shape: ModelShape, workload: Workload) -> int:
-    """What changes of weights are found and applied with: the last version, held by both ends on the host."""
-    if workload.rollout.get("transfer") != "delta" or not workload.on_cpu:
-        return 0
-    size = {"float32": 4, "auto": _bytes_per_value(workload)}.get(workload.rollout["dtype"], 2)
-    return 2 * shape.num_params * size
 
 
 def _export_bytes(shape: ModelShape, workload: Workload) -> int:

@@ -68,7 +68,7 @@ class Client:
         self._token = token
 
     def call(self, method: str, path: str, body: Any = None, timeout_s: float | None = None) -> Any:
-        """The answer's JSON; None where it is empty."""
+        """The answer's JSON, or its text where it says that it is none; None where it is empty."""
         with closing(self._open(method, path, body, timeout_s or self.timeout_s)) as exchange:
             with selectors.DefaultSelector() as selector:
                 exchange.watch(selector)
@@ -162,12 +162,20 @@ class _Exchange:
             response = http.client.HTTPResponse(cast(socket.socket, _Received(bytes(self._in))), method=self._what[0])
             response.begin()
             content = response.read()
-            found: Any = json.loads(content) if content else None
-        except (http.client.HTTPException, ValueError) as error:
+        except http.client.HTTPException as error:
             raise self._gone(f"hung up in the middle of its answer ({type(error).__name__})") from error
+        found = self._read(content, response.getheader("Content-Type", ""))
         if response.status >= 400:
             raise RefusedError(self._said(f"answered {response.status}: {_reason(found)}"), response.status)
         return found
+
+    def _read(self, content: bytes, kind: str) -> Any:
+        if not content or not kind.startswith("application/json"):
+            return content.decode("utf-8", "replace") or None
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            raise EngineError(self._said(f"answered with what is no JSON ({error})")) from error
 
     def left_s(self) -> float:
         return max(0.0, self._deadline - time.monotonic())

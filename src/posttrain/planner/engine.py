@@ -1,0 +1,59 @@
+"""What the engine that samples needs in memory beside the trainer, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.planner.shape import ModelShape
+
+_GIB = 1 << 30
+_KV_GIB = {True: 1.0, False: 8.0}
+"""vLLM's keys and values where nobody says how much, on a CPU and on a GPU."""
+_RUNTIME_GIB = {("vllm", True): 0.5, ("vllm_server", True): 2.0, ("vllm", False): 1.0, ("vllm_server", False): 1.0}
+"""Of vLLM itself, by engine and whether it is on a CPU: there a server is three processes. On a GPU a guess."""
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingEngine:
+    """The keys of `rollout` that decide an engine's memory."""
+
+    engine: str = "embedded"
+    dtype: str = "auto"
+    memory_gib: float | None = None
+    url: str | None = None
+    transfer: str = "auto"
+
+    @classmethod
+    def from_keys(cls, keys: Mapping[str, Any]) -> SamplingEngine:
+        return cls(**{name: keys[name] for name in cls.__dataclass_fields__})
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it decodes with the very weights in training."""
+        return self.engine == "embedded"
+
+
+OURS = SamplingEngine()
+
+
+def engine_parts(shape: ModelShape, engine: SamplingEngine, *, bf16: bool, on_cpu: bool) -> dict[str, int]:
+    """Bytes that are held all the while. Of a server that runs already only what a transfer adds: it has what it needs."""
+    if engine.is_ours:
+        return {}
+    size = _BYTES[engine.dtype] if engine.dtype != "auto" else 2 if bf16 else 4
+    # What changes of weights are found and applied with: the last version, held by both ends on the host.
+    deltas = {"weight_deltas": 2 * shape.num_params * size} if engine.transfer == "delta" and on_cpu else {}
+    if engine.url is not None:
+        return deltas
+    # A CPU's kernels keep a packed copy of a head that is tied to the embedding.
+    packed = shape.vocab * shape.hidden if on_cpu and shape.tied else 0
+    gib = engine.memory_gib if engine.memory_gib is not None else _KV_GIB[on_cpu]
+    return {
+        "vllm_weights": (shape.num_params + packed) * size,
+        "vllm_kv_cache": int(gib * _GIB),
+        "vllm_runtime": int(_RUNTIME_GIB[engine.engine, on_cpu] * _GIB),
+        **deltas,
+    }
