@@ -15,6 +15,7 @@ from posttrain.evals.suite import load_suite
 from posttrain.evidence import EvalReport
 from posttrain.gate.pairing import PairingError, pair
 from posttrain.models.load import load_policy, load_tokenizer
+from posttrain.recipes.certify import certified_before, certify
 from posttrain.recipes.engines import EngineSource, _Ask, _vllm_options, make_engine, named_engine
 from posttrain.recipes.evaluate import evaluate
 
@@ -90,19 +91,20 @@ def test_an_eval_names_its_engine_unless_it_is_ours():
 
 @NEEDS_VLLM
 @pytest.mark.xdist_group("vllm")
-def test_a_report_of_another_engine_is_measured_anew_and_never_compared(keys, tmp_path, in_process):
+@pytest.mark.parametrize("engine", ["vllm", pytest.param("vllm_server", marks=pytest.mark.slow)])
+def test_a_report_of_another_engine_is_measured_anew_and_never_compared(engine, keys, tmp_path, in_process):
     rows = [
         {"id": str(n), "prompt": f"{n} and", "target": "e", "scorer": "contains", "split": "gate"} for n in range(3)
     ]
     (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     suites = [(load_suite("s", tmp_path / "s.jsonl"), SuiteKeys(path=str(tmp_path / "s.jsonl"), max_tokens=4))]
     ours = evaluate(keys(), suites, "gate", tmp_path / "evals")["s"]
-    vllm = RolloutKeys(engine="vllm", memory_gib=0.1)
+    vllm = RolloutKeys(engine=engine, memory_gib=0.1)
     theirs = evaluate(keys(), suites, "gate", tmp_path / "evals", rollout=vllm)["s"]
     assert (ours.engine, theirs.engine) == ("", named_engine(vllm))
     assert [item.completions for item in ours.items] == [item.completions for item in theirs.items]
     assert EvalReport.load(tmp_path / "evals" / "s-gate") == theirs
-    with pytest.raises(PairingError, match=r"engine differs: candidate vllm 0\..*, baseline embedded"):
+    with pytest.raises(PairingError, match=rf"engine differs: candidate {engine} 0\..*, baseline embedded"):
         pair(replace(theirs, model_digest="another"), ours, "gate")
 
 
@@ -145,3 +147,17 @@ def test_a_stage_whose_engine_died_goes_on_when_it_is_started_again(train, in_pr
     issued = [number for e in events if e["kind"] == "rollouts" for number in e["prompts"]["issued"]]
     assert rows == [1, 2, 3, 4]
     assert len(issued) == len(set(issued)) == 8
+
+
+@NEEDS_VLLM
+@pytest.mark.xdist_group("vllm")
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["vllm", "vllm_server"])
+def test_the_certificate_is_made_with_the_engine_of_the_stage(
+    engine, runner, model_dir, data_dir, tmp_path, in_process
+):
+    rollout = {"engine": engine, "memory_gib": 0.1}
+    keys = runner.keys_of("grpo", model_dir("qwen3"), data_dir, rollout=rollout)
+    certificate = certify(keys, tmp_path / "certificate.json")
+    assert certified_before(keys, tmp_path / "certificate.json") in (certificate, None)
+    assert (tmp_path / "vllm_server.log").exists() == (engine == "vllm_server")

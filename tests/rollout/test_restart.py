@@ -56,7 +56,7 @@ def started(shared_policy):
 
     def start(*deaths, max_restarts=2, check=None):
         left, made = iter(deaths), []
-        check = check or partial(check_arrival, trainer=partial(score_sequences, policy))
+        check = check or (lambda engine, weights: check_arrival(engine, partial(score_sequences, weights)))
         engine = RestartedEngine(lambda: Mortal(policy, dict(next(left, {})), made), check, max_restarts)
         return engine, made
 
@@ -103,7 +103,7 @@ def test_after_the_last_restart_the_error_is_the_last_ones(started):
 
 
 def test_one_that_comes_back_with_other_weights_is_not_sampled_from(started, shared_policy):
-    def ring(engine):
+    def ring(engine, weights):
         raise EngineError("it decodes with other weights")
 
     engine, _ = started({"generate": 1}, check=ring)

@@ -19,7 +19,7 @@ from posttrain.models.generation import stop_token_ids, stored_stop_token_ids
 from posttrain.models.load import load_config, load_policy, load_tokenizer, stored_dtype
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
-from posttrain.protocols import Engine
+from posttrain.protocols import Engine, Weights
 from posttrain.rollout.canary import check_arrival
 from posttrain.rollout.embedded import EmbeddedEngine, score_sequences
 from posttrain.rollout.restart import RestartedEngine
@@ -85,8 +85,7 @@ def _vllm_server(ask: _Ask) -> Engine:
         start = partial(given_server, keys.url, token_of(keys.token_env, keys.token_file), options, how, decode)
         # What it serves is not known to be the model that is asked for.
         policy = policy or load_policy(ask.source.model, trainable=False)
-    check = partial(check_arrival, trainer=partial(score_sequences, policy)) if policy else _nothing_to_compare
-    engine = RestartedEngine(start, check, keys.max_restarts)
+    engine = RestartedEngine(start, _check_again, keys.max_restarts)
     if policy is not None and ask.source.policy is None:
         with _closed_on_error(engine):
             sync_engine(engine, policy, version=0)
@@ -110,8 +109,10 @@ def _tokenizer(ask: _Ask) -> PreTrainedTokenizerBase:
     return trained.tokenizer if trained else load_tokenizer(model)
 
 
-def _nothing_to_compare(engine: Engine) -> None:
-    """Nothing was trained: it answers with the weights of the folder that it was started from."""
+def _check_again(engine: Engine, weights: Weights) -> None:
+    """Raises: EngineError unless the engine decodes with the weights of this policy."""
+    assert isinstance(weights, Policy)
+    check_arrival(engine, partial(score_sequences, weights))
 
 
 @contextmanager

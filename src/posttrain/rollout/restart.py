@@ -17,11 +17,13 @@ class RestartedEngine:
     """The engine that `start` makes; another one when that is gone, at most `max_restarts` times.
 
     A request is asked again with its seed, and only where no completion of it was given out. The weights that are pushed
-    again are those of the last update, so they must not move before the next one; `check` (the canary) holds that.
+    again are those of the last update, so they must not move before the next one; `check` (the canary) compares with them.
     Raises: EngineGoneError, of the last one, when there are no restarts left.
     """
 
-    def __init__(self, start: Callable[[], Engine], check: Callable[[Engine], object], max_restarts: int) -> None:
+    def __init__(
+        self, start: Callable[[], Engine], check: Callable[[Engine, Weights], object], max_restarts: int
+    ) -> None:
         self._start, self._check, self._left = start, check, max_restarts
         self._engine = start()
         self._pushed: tuple[Weights, int] | None = None
@@ -85,7 +87,7 @@ class RestartedEngine:
                 if self._pushed is None:
                     return Moved(0, 0)
                 moved = self._engine.update(*self._pushed)
-                self._check(self._engine)
+                self._check(self._engine, self._pushed[0])
                 return moved
             except EngineGoneError as gone:
                 error = gone

@@ -142,7 +142,7 @@ def pausing(engine, shared_policy):
 
     def run(mode, policy):
         inner = copy.copy(engine._engine)
-        inner._served = replace(inner._served, pause=mode)
+        inner._served = replace(inner._served, pause=mode, stop_token_ids=())
         inner.update(shared_policy("qwen3"), 0)
         found = []
         requests = [Request((5, 9, 40), seed) for seed in range(3)]

@@ -1,0 +1,119 @@
+"""The process of a server: how it is started, that it is waited for, and what a start that fails says."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from posttrain.errors import EngineError, EngineGoneError
+from posttrain.rollout.vllm import server
+from posttrain.rollout.vllm.options import VLLMOptions
+from posttrain.rollout.vllm.server import OwnServer, await_ready, last_cause, server_arguments
+
+OPTIONS = VLLMOptions(model="some/model", stop_token_ids=(2,), lora_rank=4)
+PROGRAMS = {
+    "dies": "import sys; print('INFO all is well'); print('ValueError: no such model', file=sys.stderr); print('bye'); sys.exit(3)",
+    "sleeps": "import time; print('loading'); time.sleep(600)",
+    "shows": "import json, os, sys, time; print(json.dumps([sys.argv[1:], dict(os.environ)]), flush=True); time.sleep(600)",
+}
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """`started(program)`: a server whose module is one of `PROGRAMS`."""
+    for name, text in PROGRAMS.items():
+        (tmp_path / f"program_{name}.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    running = []
+
+    def start(program, folder=None):
+        monkeypatch.setattr(server, "_MODULE", f"program_{program}")
+        running.append(OwnServer(OPTIONS, folder or tmp_path, tmp_path / "log", 1.0))
+        return running[-1]
+
+    yield start
+    for one in running:
+        one.close()
+
+
+def test_a_start_that_fails_says_the_line_that_tells_why_and_where_the_log_is(started, tmp_path):
+    (tmp_path / "log").write_text("OSError: of a run before\n")
+    with pytest.raises(
+        EngineGoneError,
+        match=rf"did not start: it ended \(exit status 3\): ValueError: no such model; its log is {tmp_path}/log",
+    ):
+        await_ready(started("dies"), 60)
+    assert (tmp_path / "log").read_text().startswith("OSError: of a run before\n")
+
+
+def test_a_start_has_a_deadline(started):
+    begun = time.monotonic()
+    with pytest.raises(EngineGoneError, match=r"not ready after 1 s .* raise rollout.start_timeout_s"):
+        await_ready(started("sleeps"), 1.0)
+    assert time.monotonic() - begun < 20
+
+
+def test_the_key_goes_through_the_environment_alone(started, tmp_path):
+    one = started("shows")
+    while not (tmp_path / "log").read_text().endswith("\n"):
+        time.sleep(0.05)
+    arguments, environment = json.loads((tmp_path / "log").read_text())
+    assert environment["VLLM_API_KEY"] == one.client._token
+    assert environment["VLLM_SERVER_DEV_MODE"] == environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    assert not any(one.client._token in argument for argument in arguments)
+    assert arguments[:2] == ["--uds", str(tmp_path / "socket")]
+    other = started("sleeps")
+    assert other.client._token != one.client._token
+
+
+def test_closing_ends_it(started, tmp_path):
+    one = started("sleeps")
+    pid = one.pid
+    assert one.ended() == ""
+    one.close()
+    assert not Path(f"/proc/{pid}").exists()
+    one.close()
+
+
+def test_a_folder_too_deep_for_a_socket_is_said(started, tmp_path):
+    with pytest.raises(EngineError, match=r"too long for a Unix socket .* set TMPDIR"):
+        started("sleeps", tmp_path / ("x" * 120))
+
+
+def test_every_option_stands_on_the_command_line():
+    arguments = server_arguments(OPTIONS)
+    assert {
+        "--model=some/model",
+        "--enable-lora",
+        "--max-lora-rank=8",
+        "--no-trust-remote-code",
+        "--enforce-eager",
+    } <= set(arguments)
+    assert '--weight-transfer-config={"backend": "posttrain"}' in arguments
+    assert "--generation-config=vllm" in arguments
+    assert len(arguments) == len(OPTIONS.engine_args()) + 5
+
+
+@pytest.mark.parametrize(
+    ("lines", "cause"),
+    [
+        ([], ""),
+        (["loading", "", "  "], "loading"),
+        (["Traceback:", "OSError: no config.json", "INFO: shutting down"], "OSError: no config.json"),
+        (
+            [
+                "(EngineCore pid=7) ERROR 11-28 14:13:23 [core.py:1] RuntimeError: no memory",
+                "(APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above.",
+                "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above)",
+            ],
+            "RuntimeError: no memory",
+        ),
+        (
+            ["api_server.py: error: argument --dtype: invalid choice"],
+            "api_server.py: error: argument --dtype: invalid choice",
+        ),
+    ],
+)
+def test_of_a_log_the_line_that_tells_why_is_found(lines, cause):
+    assert last_cause(lines) == cause
