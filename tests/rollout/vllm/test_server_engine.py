@@ -48,7 +48,6 @@ def policy_with(model_dir):
 def engine(vllm_server_engine, shared_policy):
     """The one that is started again when it dies; afterwards with the weights that it was started with."""
     yield vllm_server_engine
-    vllm_server_engine._engine._adapter = None
     vllm_server_engine.update(shared_policy("qwen3"), 0)
 
 
@@ -115,7 +114,7 @@ def test_of_an_adapter_only_the_adapter_is_moved_and_the_old_one_is_unloaded(eng
         assert metrics["sync/moved_bytes"] == size
         assert max(gaps(engine, policy)) <= 1e-4
     served = [model["id"] for model in server_of(engine).client.call("GET", "/v1/models")["data"]]
-    assert [name.partition(".")[0] for name in served] == ["base", "run@2"]
+    assert [name.partition("@")[2].partition(".")[0] for name in served] == ["", "2"]
     [completion] = in_order(engine.generate([Request((5,), 0)], SamplingParams(max_tokens=3)))
     assert completion.policy_version == 2
     ids = [((*prompt, 7, 9), len(prompt)) for prompt in PROMPTS]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 from posttrain.errors import ConfigError, EngineError
 from posttrain.rollout.http import Address, Client
 from posttrain.rollout.vllm.asking import Decode
+from posttrain.rollout.vllm.folder import OwnFolder
 from posttrain.rollout.vllm.options import BACKEND, VLLMOptions
 from posttrain.rollout.vllm.server import BASE, GivenServer, OwnServer, Server, await_ready
 from posttrain.rollout.vllm.server_engine import Pause, Served, VLLMServerEngine
@@ -40,10 +39,10 @@ class ServerOptions:
 
 def start_server(options: VLLMOptions, how: ServerOptions, decode: Decode) -> VLLMServerEngine:
     """A server of our own. Raises: EngineGoneError where it does not start."""
-    folder = _new_folder()
+    folder = OwnFolder()
     server: Server | None = None
     try:
-        server = OwnServer(options, folder, how.log or folder / "vllm_server.log", how.timeout_s)
+        server = OwnServer(options, folder.path, how.log or folder.path / "vllm_server.log", how.timeout_s)
         await_ready(server, how.start_timeout_s)
         found = _asked(server.client)
         dtype: Any = options.dtype
@@ -55,7 +54,7 @@ def start_server(options: VLLMOptions, how: ServerOptions, decode: Decode) -> VL
     except BaseException:
         if server is not None:
             server.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.remove()
         raise
 
 
@@ -71,7 +70,7 @@ def given_server(url: str, token: str, options: VLLMOptions, how: ServerOptions,
         found.model, found.version, dtype, found.max_model_len, options.stop_token_ids, 2 * options.max_num_seqs,
         bool(adapters and options.lora_rank and options.lora_rank <= adapters["max_lora_rank"]), how.transfer, how.delta_anchor, how.pause,
     )  # fmt: skip
-    return VLLMServerEngine(server, served, decode, _new_folder())
+    return VLLMServerEngine(server, served, decode, OwnFolder())
 
 
 def token_of(variable: str, file: str | None) -> str:
@@ -115,7 +114,3 @@ def _configuration(client: Client) -> Mapping[str, Any]:
             f"the server at {client.address} was started without {' and '.join(wrong)}; start it as the docs say"
         )
     return found
-
-
-def _new_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="posttrain-vllm-"))

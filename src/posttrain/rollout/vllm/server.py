@@ -37,6 +37,9 @@ class Server(Protocol):
     """Where an engine's calls go, and whether somebody is there to answer them."""
 
     @property
+    def outlives_us(self) -> bool: ...
+
+    @property
     def client(self) -> Client: ...
 
     def ended(self) -> str:
@@ -48,6 +51,8 @@ class Server(Protocol):
 
 class GivenServer:
     """Somebody else's, which goes on without us."""
+
+    outlives_us = True
 
     def __init__(self, client: Client) -> None:
         self.client = client
@@ -61,6 +66,8 @@ class GivenServer:
 
 class OwnServer:
     """Started here, with a socket in `folder`; what it writes is appended to `log`."""
+
+    outlives_us = False
 
     def __init__(self, options: VLLMOptions, folder: Path, log: Path, timeout_s: float) -> None:
         socket = folder / "socket"

@@ -5,10 +5,9 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import Any, Literal
 
 from posttrain.errors import EngineError, EngineGoneError
@@ -17,6 +16,7 @@ from posttrain.rollout.http import RefusedError
 from posttrain.rollout.transfer import TRANSFERS, TransferMessage, TransferOptions
 from posttrain.rollout.vllm import asking
 from posttrain.rollout.vllm.adapter import write_adapter
+from posttrain.rollout.vllm.folder import OwnFolder
 from posttrain.rollout.vllm.server import Server
 from posttrain.types import Completion, EngineInfo, Moved, Request, SamplingParams
 
@@ -53,14 +53,18 @@ class VLLMServerEngine:
     Raises, from what asks the server: EngineGoneError where it ended or hangs, EngineError where it refuses.
     """
 
-    def __init__(self, server: Server, served: Served, decode: asking.Decode, folder: Path) -> None:
-        self._server, self._served, self._decode, self._folder = server, served, decode, folder
+    def __init__(self, server: Server, served: Served, decode: asking.Decode, folder: OwnFolder) -> None:
+        self._server, self._served, self._decode = server, served, decode
+        self._own_folder, self._folder = folder, folder.path
+        self._half_updated = ""
         self._version, self._pushes = 0, count(1)
-        self._salt = "0"
+        # A given server may have served another run, whose names and salts must not be met again.
+        self._run = f"run-{self._folder.name.rpartition('-')[2]}"
+        self._salt = f"{self._run}@0"
         self._adapter: tuple[str, int] | None = None
         self._under_way = Counter[str]()
         self._cache_is_stale = False
-        self._sender = TRANSFERS[served.transfer].sender(TransferOptions(folder, served.dtype, served.delta_anchor))
+        self._sender = TRANSFERS[served.transfer].sender(TransferOptions(self._folder, served.dtype, served.delta_anchor))
         with self._asking("connect"):
             self._sender.connect(self._init)
             # The spans of versions that come with each completion speak of this label.
@@ -155,7 +159,7 @@ class VLLMServerEngine:
 
     def update(self, weights: Weights, version: int) -> Moved:
         """An adapter under a name of its own where the server can, else the whole model, an adapter merged into it."""
-        label = f"{version}.{next(self._pushes)}"
+        label = f"{self._run}@{version}.{next(self._pushes)}"
         with self._asking("take its weights"):
             by_name = weights.has_adapter and self._served.serves_adapters
             moved = self._take_adapter(weights, version, label) if by_name else self._take_all(weights, version)
@@ -169,6 +173,7 @@ class VLLMServerEngine:
             self._post("/start_weight_update")
             moved = self._sender.send(weights.weights("all"), version, self._update)
             self._post("/finish_weight_update", {"weight_version": str(version)})
+        self._adapter = None
         return moved
 
     @contextmanager
@@ -179,7 +184,11 @@ class VLLMServerEngine:
             how = f"/pause?mode={self._served.pause}&clear_cache=false"
             # Waiting for what is being sampled may take as long as that does.
             list(self._calls(how, [None], 1))
-        yield
+        try:
+            yield
+        except BaseException as error:
+            self._half_updated = f"an update failed in the middle ({type(error).__name__})"
+            raise
         if sampling:
             self._post("/resume")
 
@@ -193,10 +202,9 @@ class VLLMServerEngine:
 
     def _settle(self) -> None:
         """Let go of what the last completion that was sampled under it has left."""
-        for folder in [path for path in self._folder.glob("*.*") if path.is_dir()]:
-            name = f"run@{folder.name}"
-            if self._adapter is not None and name != self._adapter[0] and not self._under_way[name]:
-                self._post("/v1/unload_lora_adapter", {"lora_name": name})
+        for folder in list(self._folder.glob(f"{self._run}@*")):
+            if (self._adapter is None or folder.name != self._adapter[0]) and not self._under_way[folder.name]:
+                self._post("/v1/unload_lora_adapter", {"lora_name": folder.name})
                 shutil.rmtree(folder)
         if self._cache_is_stale and not self._under_way.total():
             self._reset_cache()
@@ -217,8 +225,11 @@ class VLLMServerEngine:
 
     def close(self) -> None:
         self._sender.close()
+        if self._server.outlives_us and self._adapter is not None:
+            with suppress(EngineError):  # it may be what is gone
+                self._post("/v1/unload_lora_adapter", {"lora_name": self._adapter[0]})
         self._server.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._own_folder.remove()
 
     def _post(self, path: str, body: Any = None) -> Any:
         return self._server.client.call("POST", path, body)
@@ -226,6 +237,8 @@ class VLLMServerEngine:
     @contextmanager
     def _asking(self, doing: str) -> Iterator[None]:
         """Errors with what became of the server."""
+        if self._half_updated:
+            raise EngineError(f"vLLM's server is not asked again: {self._half_updated}")
         try:
             yield
         except RefusedError as error:
