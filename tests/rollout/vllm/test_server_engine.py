@@ -263,9 +263,9 @@ def test_a_server_killed_while_it_takes_weights_comes_back_with_them(engine, pol
 def test_a_server_that_stands_still_is_taken_for_dead_within_seconds(engine, policy_with, monkeypatch):
     sync_engine(engine, policy_with(), version=3)
     monkeypatch.setattr(server_of(engine).client, "timeout_s", 2.0)
-    inner, started = engine._engine, None
+    inner, started, params = engine._engine, None, SamplingParams(max_tokens=480, stop_token_ids=tuple(range(3)))
     with pytest.raises(EngineGoneError, match=r"could not generate: GET /is_paused: .* did not answer within 2 s"):
-        for _ in inner.generate(REQUESTS, SamplingParams(max_tokens=100, stop_token_ids=tuple(range(20)))):
+        for _ in inner.generate(REQUESTS, params):
             if started is None:
                 started, stopped = time.monotonic(), processes(server_of(engine).pid)[-1]
                 os.kill(stopped, signal.SIGSTOP)
