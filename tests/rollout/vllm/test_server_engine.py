@@ -17,7 +17,7 @@ from posttrain.errors import EngineError, EngineGoneError
 from posttrain.models.load import load_policy
 from posttrain.recipes.engines import sync_engine
 from posttrain.rollout.embedded import score_sequences
-from posttrain.types import Request, SamplingParams, in_order
+from posttrain.types import Moved, Request, SamplingParams, in_order
 
 pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make setup-vllm"),
@@ -101,7 +101,7 @@ def test_changed_weights_arrive_at_a_tied_head_too_and_leave_no_file(engine, pol
 
 
 def test_a_transfer_that_moves_nothing_is_refused(engine, policy_with, monkeypatch):
-    monkeypatch.setattr(engine._engine._sender, "send", lambda tensors, version, update: 0)
+    monkeypatch.setattr(engine._engine._sender, "send", lambda tensors, version, update: Moved(0, 1))
     with pytest.raises(EngineError, match=r"after the sync to policy version 2 .* it decodes with other weights"):
         sync_engine(engine, moved(policy_with()), version=2)
 

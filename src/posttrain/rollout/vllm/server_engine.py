@@ -64,7 +64,9 @@ class VLLMServerEngine:
         self._adapter: tuple[str, int] | None = None
         self._under_way = Counter[str]()
         self._cache_is_stale = False
-        self._sender = TRANSFERS[served.transfer].sender(TransferOptions(self._folder, served.dtype, served.delta_anchor))
+        self._sender = TRANSFERS[served.transfer].sender(
+            TransferOptions(self._folder, served.dtype, served.delta_anchor)
+        )
         with self._asking("connect"):
             self._sender.connect(self._init)
             # The spans of versions that come with each completion speak of this label.
