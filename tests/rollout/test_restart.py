@@ -89,7 +89,7 @@ def test_what_was_given_out_is_not_asked_again(started):
 
 def test_it_comes_back_when_it_scores_and_when_it_takes_weights(started, shared_policy):
     engine, made = started({"update": 0}, {"score": 0})
-    assert engine.update(shared_policy("qwen3"), 5) == 0
+    assert engine.update(shared_policy("qwen3"), 5).num_bytes == 0
     assert engine.score([((5, 6, 7), 1)]) == made[-1].score([((5, 6, 7), 1)])
     assert (engine.policy_version, engine.restarts) == (5, 2)
 
