@@ -1,0 +1,61 @@
+"""How a server is started: where it listens, who may ask, and how much at once."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from posttrain.errors import ConfigError
+
+TOKEN_VARIABLE = "POSTTRAIN_SERVE_TOKEN"
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """`max_num_seqs` answers are decoded at once and `max_queue` more may wait; times are in seconds."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: str = ""
+    max_num_seqs: int = 64
+    max_queue: int = 256
+    max_model_len: int | None = None
+    kv_memory_gib: float = 4.0
+    max_body_bytes: int = 4 << 20
+    max_loras: int = 8
+    stall_s: float = 30.0
+    """A client that takes nothing for so long, or sends nothing of its body, is hung up on."""
+    drain_s: float = 30.0
+    follow_s: float = 1.0
+
+    @property
+    def is_local(self) -> bool:
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def check(self) -> None:
+        """Raises: ConfigError for a server that everybody could use."""
+        if not self.is_local and not self.token:
+            raise ConfigError(
+                f"--host {self.host} is reachable from other machines; give a token: --token-file FILE, or the variable "
+                f"{TOKEN_VARIABLE}"
+            )
+
+
+def read_token(path: Path | None) -> str:
+    """From the file, else from the environment. Raises: ConfigError for a file without one."""
+    if path is None:
+        return os.environ.get(TOKEN_VARIABLE, "").strip()
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--token-file {path} cannot be read: {error}; expected a file with one line") from error
+    if not token or any(character.isspace() for character in token):
+        raise ConfigError(f"--token-file {path}: expected one word, the token")
+    return token

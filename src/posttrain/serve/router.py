@@ -1,0 +1,142 @@
+"""Names → models. An alias follows its registry: it points at the new version only when that can answer.
+
+A request is answered by one version from its first token to its last; the version before is dropped when its last
+answer is out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from posttrain.errors import PosttrainError
+from posttrain.serve.faults import Refusal
+from posttrain.serve.pool import Lease, ModelVersion, Pool
+
+log = logging.getLogger(__name__)
+
+Names = Mapping[str, ModelVersion]
+
+
+class Source(Protocol):
+    """Where served names come from. Always called in the same thread."""
+
+    def names(self) -> Names:
+        """What each public name means now. Raises: PosttrainError."""
+        ...
+
+    def eager(self) -> frozenset[str]:
+        """The names whose version is to be in memory before it is asked for."""
+        ...
+
+
+class Router:
+    def __init__(self, source: Source, pool: Pool, follow_s: float, *, retire: bool, default: str) -> None:
+        """`retire`: a version that no name means any more leaves the memory. `default`: the name of a request without one."""
+        self._source, self._pool, self._follow_s, self._retire = source, pool, follow_s, retire
+        self.default = default
+        self._names: dict[str, ModelVersion] = {}
+        self._thread = ThreadPoolExecutor(1, "registry")
+        self._following: asyncio.Task[None] | None = None
+        self.num_swaps = 0
+        self.trouble: dict[str, str] = {}
+        """Name → why it does not follow."""
+
+    async def start(self) -> None:
+        """Loads what must be there before the first request. Raises: PosttrainError."""
+        await self._follow_once()
+        if self.trouble:
+            raise PosttrainError(next(iter(self.trouble.values())))
+        self._following = asyncio.create_task(self._follow())
+
+    async def close(self) -> None:
+        if self._following is not None:
+            self._following.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._following
+        await self._pool.close()
+        self._thread.shutdown()
+
+    @property
+    def names(self) -> Names:
+        return self._names
+
+    @property
+    def ids(self) -> list[str]:
+        """Of what is in memory."""
+        return self._pool.ids
+
+    def find(self, model: str) -> ModelVersion:
+        """By public name, or by immutable name with at least as many digits of the digest as are shown. Raises: Refusal."""
+        if model in self._names:
+            return self._names[model]
+        if "@sha256:" in model:
+            for version in self._names.values():
+                if model.startswith(version.id) and f"{version.name}@{version.digest}".startswith(model):
+                    return version
+        raise Refusal(
+            404, f"The model `{model}` does not exist; there are {', '.join(sorted(self._names)[:20])}", code="model_not_found",
+            param="model",
+        )  # fmt: skip
+
+    async def acquire(self, model: str) -> Lease:
+        """Raises: Refusal."""
+        while True:
+            version = self.find(model)
+            try:
+                lease = await self._pool.acquire(version)
+            except PosttrainError as error:
+                raise Refusal(503, f"{version.id} cannot be loaded: {error}", code="model_not_loaded") from error
+            if self._names.get(model, version) == version:
+                return lease
+            lease.release()  # it was promoted away while we waited
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(self._follow_s)
+            await self._follow_once()
+
+    async def _follow_once(self) -> None:
+        try:
+            found = await self._in_thread(self._source.names)
+        except PosttrainError as error:
+            self._note("registry", error)
+            return
+        self.trouble.pop("registry", None)
+        eager = self._source.eager()
+        for name, version in found.items():
+            if self._names.get(name) != version:
+                await self._point(name, version, load=name in eager)
+        for name in [name for name in self._names if name not in found]:
+            del self._names[name]
+        if self._retire:
+            meant = set(self._names.values())
+            for version in self._pool.versions:
+                if version not in meant:
+                    self._pool.retire(version)
+
+    async def _point(self, name: str, version: ModelVersion, *, load: bool) -> None:
+        if load:
+            try:
+                (await self._pool.acquire(version)).release()
+            except PosttrainError as error:
+                self._note(name, error)
+                return
+        before = self._names.get(name)
+        self._names[name] = version
+        self.trouble.pop(name, None)
+        if before is not None:
+            self.num_swaps += 1
+            log.warning("%s: %s instead of %s", name, version.id, before.id)
+
+    def _note(self, name: str, error: PosttrainError) -> None:
+        if self.trouble.get(name) != str(error):
+            log.error("%s stays where it is: %s", name, error)
+        self.trouble[name] = str(error)
+
+    async def _in_thread(self, work: Callable[[], Names]) -> Names:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)

@@ -1,0 +1,102 @@
+"""A server from its options to its end: models first, then the port; on SIGTERM no new work, then the answers, then out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+
+import uvicorn
+
+from posttrain.errors import ConfigError
+from posttrain.serve.app import make_app
+from posttrain.serve.options import ServeOptions
+from posttrain.serve.router import Router
+from posttrain.serve.service import Service
+
+log = logging.getLogger(__name__)
+
+_SEND_BUFFER = 1 << 17
+"""Bytes per connection."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A server whose port is open. `stop` is for other threads, and is what a first signal does."""
+
+    address: str
+    service: Service
+    stop: Callable[[], object]
+
+
+def serve(options: ServeOptions, make_router: Callable[[], Router], ready: Callable[[Serving], None]) -> None:
+    """Until a signal; `ready` is called before the first request is taken. Raises: PosttrainError before that."""
+    options.check()
+    asyncio.run(_serve(options, make_router, ready))
+
+
+async def _serve(options: ServeOptions, make_router: Callable[[], Router], ready: Callable[[Serving], None]) -> None:
+    listening = _bound(options)  # a port that is taken is found before a model is loaded; it is opened afterwards
+    with listening:
+        router = make_router()
+        try:
+            await router.start()
+            service = Service(options, router)
+            config = uvicorn.Config(
+                make_app(service), log_config=None, access_log=False, lifespan="off", server_header=False,
+                timeout_keep_alive=30, h11_max_incomplete_event_size=1 << 16, timeout_graceful_shutdown=5,
+            )  # fmt: skip
+            server = _DrainingServer(config, service)
+            loop = asyncio.get_running_loop()
+
+            def stop() -> None:
+                loop.call_soon_threadsafe(lambda: server.handle_exit(signal.SIGTERM, None))
+
+            ready(Serving(f"http://{_shown_host(options)}:{listening.getsockname()[1]}", service, stop))
+            await server.serve([listening])
+        finally:
+            await router.close()
+
+
+class _DrainingServer(uvicorn.Server):
+    """The first signal ends it when all answers are out, the second one now."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._draining is not None or not self.started:
+            self.should_exit = self.force_exit = True
+            return
+        log.warning("stopping: %d answers are under way", self._service.num_open)
+        self._draining = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        await self._service.drain(self._service.options.drain_s)
+        self.should_exit = True
+
+
+def _bound(options: ServeOptions) -> socket.socket:
+    """Raises: ConfigError if the port is not to be had."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, proto)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it: what a client does not take must not fill the kernel's memory, and is noticed.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        listening.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"{options.host}:{options.port} cannot be opened ({error.strerror or error}); choose another --port, or 0 for any free one"
+        ) from error
+    return listening
+
+
+def _shown_host(options: ServeOptions) -> str:
+    return f"[{options.host}]" if ":" in options.host else options.host
