@@ -71,7 +71,9 @@ class ServedCodec:
         try:
             return chat_ids(self.tokenizer, parse_messages(messages, _ORIGIN, "messages"), parse_tools(tools, _ORIGIN))
         except DataError as error:
-            raise bad_request(str(error).removeprefix(f"{_ORIGIN}: "), "messages", "invalid_messages") from None
+            # What follows is for those who train on it.
+            said = str(error).removeprefix(f"{_ORIGIN}: ").partition(", so a model would be trained")[0]
+            raise bad_request(said, "messages", "invalid_messages") from None
 
     def writes_tools(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the template shows `tools` to the model."""

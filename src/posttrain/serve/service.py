@@ -28,6 +28,9 @@ from posttrain.serve.wire import Asked, ChatAsked, CompletionAsked, DetokenizeAs
 _COMPLETION_TOKENS = 16
 """OpenAI's `max_tokens` of /v1/completions where none is given."""
 
+_UNSEEN_TOOLS = "the chat template of this model does not write tools: describe them in a message"
+"""Goes into a header: the model calls what it learned or was told, and its calls are recognised all the same."""
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -152,8 +155,10 @@ class Service:
         codec = lease.served.codec
         messages = [turn.message() for turn in asked.messages]
         tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()] if asked.calls_tools else []
-        notes = _check_tools(codec, asked, messages, tools)
-        prompt = codec.check_ids(await asyncio.to_thread(codec.encode_chat, messages, tools), "messages")
+        _check_tools(codec, asked)
+        notes = [] if not tools or codec.writes_tools(messages, tools) else [_UNSEEN_TOOLS]
+        ids = await asyncio.to_thread(codec.encode_chat, messages, [] if notes else tools)
+        prompt = codec.check_ids(ids, "messages")
         room = codec.room(prompt, asked.most_tokens)
         number, num_top = asked.n or 1, (asked.top_logprobs or 0) if asked.logprobs else None
         grammar = await asyncio.to_thread(_grammar, codec, asked)
@@ -224,10 +229,10 @@ def _grammar(codec: ServedCodec, asked: ChatAsked) -> str | None:
     return None
 
 
-def _check_tools(codec: ServedCodec, asked: ChatAsked, messages: Sequence[Any], tools: Sequence[Any]) -> list[str]:
-    """Raises: Refusal where the template has no form for a call. What the client should know goes into a header."""
+def _check_tools(codec: ServedCodec, asked: ChatAsked) -> None:
+    """Raises: Refusal where the template has no form for a call, or more is asked than can be promised."""
     if not asked.calls_tools:
-        return []
+        return
     if codec.call_syntax is None:
         raise bad_request(
             "the chat template of this model has no form for tool calls; leave tools out", "tools", "no_tool_calls"
@@ -237,9 +242,6 @@ def _check_tools(codec: ServedCodec, asked: ChatAsked, messages: Sequence[Any], 
             "parallel_tool_calls: false cannot be promised; leave it out, or set tool_choice: required, which is one call",
             "parallel_tool_calls",
         )
-    if not codec.writes_tools(messages, tools):
-        return ["the chat template of this model does not write tools: describe them in a message"]
-    return []
 
 
 def _marks(codec: ServedCodec) -> Collection[int]:
