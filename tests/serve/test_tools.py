@@ -104,7 +104,7 @@ def family(request, running, make_model_in, tmp_path_factory):
 def test_a_call_that_is_required_comes_whole_and_streamed(family, make_client):
     name, serving = family
     client = make_client(serving)
-    asked = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "tools": TOOLS, "max_tokens": 90}
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "tools": TOOLS, "max_tokens": 150}
     named = {"type": "function", "function": {"name": "weather"}}
     for seed, choice in enumerate(["required", named, "required"]):
         answer = client.chat.completions.with_raw_response.create(**asked, tool_choice=choice, seed=seed)
