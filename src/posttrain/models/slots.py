@@ -17,9 +17,9 @@ from torch.nn.functional import linear
 
 from posttrain.errors import ModelError
 from posttrain.files import read_json
+from posttrain.models.low_rank import CONFIG, WEIGHTS, split
 from posttrain.models.policy import Policy
 from posttrain.models.provenance import PROVENANCE
-from posttrain.models.ranks import CONFIG, WEIGHTS, split
 
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 """Module of the base → A, and B times the adapter's scale. Shapes: [r, inputs], [outputs, r]."""
