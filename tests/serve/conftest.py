@@ -15,7 +15,7 @@ if any(find_spec(name) is None for name in ("fastapi", "uvicorn", "llguidance", 
     pytest.skip("serving needs posttrain[serve] and the openai client", allow_module_level=True)
 
 from posttrain.serve.options import ServeOptions
-from posttrain.serve.run import serve
+from posttrain.serve.run import run_server
 from posttrain.serve.setup import ServedNames, make_router
 
 
@@ -27,7 +27,7 @@ def running(names, **options):
 
     def run():
         try:
-            serve(options, lambda: make_router(names, options), opened.put)
+            run_server(options, lambda: make_router(names, options), opened.put)
         except BaseException as error:  # noqa: BLE001 - raised again in the test
             opened.put(error)
 

@@ -6,7 +6,7 @@ import jsonschema
 import openai
 import pytest
 
-from posttrain.serve.faults import Refusal
+from posttrain.serve.faults import ApiRefusal
 from posttrain.serve.grammar import Grammars
 
 SCHEMAS = {
@@ -107,5 +107,5 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(tokenizer):
     grammars = Grammars(tokenizer, len(tokenizer) + 40, {2})
     shaped = grammars.shaper(grammars.json_schema({"type": "object"}))([], torch.zeros(len(tokenizer) + 40))
     assert shaped[len(tokenizer) :].max() == -torch.inf and shaped.max() == 0
-    with pytest.raises(Refusal, match="cannot be enforced"):
+    with pytest.raises(ApiRefusal, match="cannot be enforced"):
         grammars.json_schema({"if": {}})

@@ -44,7 +44,7 @@ def serve(
     _require()
     from posttrain.pipeline.show import quiet_libraries
     from posttrain.serve.options import ServeOptions, read_token
-    from posttrain.serve.run import serve as run
+    from posttrain.serve.run import run_server
     from posttrain.serve.setup import ServedNames, make_router
 
     options = ServeOptions(
@@ -53,7 +53,7 @@ def serve(
     )  # fmt: skip
     names = ServedNames(models, registry, base, dict(_named(entry) for entry in lora), name)
     quiet_libraries()
-    run(options, lambda: make_router(names, options), _ready)
+    run_server(options, lambda: make_router(names, options), _ready)
 
 
 def _require() -> None:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from posttrain.rollout.decoding import DecodingRow, Ends, Likeliest, Shaper
 from posttrain.rollout.sampling import request_seed, stop_test, uniforms
 from posttrain.serve.codec import ServedCodec
-from posttrain.serve.faults import Refusal
+from posttrain.serve.faults import ApiRefusal
 from posttrain.serve.loop import News
 from posttrain.serve.pool import Lease
-from posttrain.serve.text import AnswerText, Detokenizer, Piece
+from posttrain.serve.text import AnswerText, Detokenizer, TextPiece
 from posttrain.serve.wire import Asked
 from posttrain.types import Finish, Request, SamplingParams
 
@@ -25,7 +25,7 @@ class Choice:
     index: int
     row: DecodingRow
     text: AnswerText
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[TextPiece] = field(default_factory=list)
     finish: Finish | None = None
 
     @property
@@ -45,7 +45,7 @@ class Wanted:
     """Special tokens that are part of the text after all."""
 
 
-def sampling_params(asked: Asked, max_tokens: int) -> SamplingParams:
+def asked_params(asked: Asked, max_tokens: int) -> SamplingParams:
     """OpenAI's defaults where nothing is said."""
     return SamplingParams(
         max_tokens, 1.0 if asked.temperature is None else asked.temperature, asked.top_p or 1.0, asked.top_k or 0, asked.min_p or 0.0,
@@ -63,7 +63,7 @@ def make_choices(
     for number, shaper in enumerate(shapers):
         place = number // wanted.num_choices
         prompt, max_tokens = wanted.prompts[place], wanted.max_tokens[place]
-        params = sampling_params(asked, max_tokens)
+        params = asked_params(asked, max_tokens)
         request = Request(prompt, request_seed("serve", seed, number))
         ends = Ends(max_tokens, stop_ids, stop_test(params.stop, _stop_text(codec, hidden)))
         row = DecodingRow(
@@ -88,10 +88,10 @@ class Answering:
         self.begun_s = time.monotonic()
         self.first_s: float | None = None
 
-    async def pieces(self) -> AsyncGenerator[tuple[Choice, Piece]]:
+    async def pieces(self) -> AsyncGenerator[tuple[Choice, TextPiece]]:
         """What is new of some choice, until all have ended. Closing it frees every row (`contextlib.aclosing`).
 
-        Raises: Refusal if the engine cannot go on, or the server's drain is over.
+        Raises: ApiRefusal if the engine cannot go on, or the server's drain is over.
         """
         loop = self.lease.served.loop
         for choice in self.choices:
@@ -118,15 +118,17 @@ class Answering:
         return sum(choice.text.num_tokens for choice in self.choices)
 
 
-def _interrupted(news: News) -> Refusal:
+def _interrupted(news: News) -> ApiRefusal:
     if news.finish == "aborted":
-        return Refusal(
+        return ApiRefusal(
             500, "the grammar allows no token of this tokenizer at this place", code="grammar_without_tokens"
         )
-    return Refusal(503, f"the answer was interrupted: {news.failure}; ask again", code="interrupted", retry_after_s=1)
+    return ApiRefusal(
+        503, f"the answer was interrupted: {news.failure}; ask again", code="interrupted", retry_after_s=1
+    )
 
 
-def likeliest_of(pieces: Sequence[Piece]) -> list[tuple[int, int, Likeliest]]:
+def likeliest_of(pieces: Sequence[TextPiece]) -> list[tuple[int, int, Likeliest]]:
     """Token, where its text begins, and what was likely there."""
     return [
         (token.id, token.start, token.likeliest)

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 import posttrain
-from posttrain.serve.faults import Refusal
+from posttrain.serve.faults import ApiRefusal
 from posttrain.serve.guard import ServeGuard
 from posttrain.serve.replies import Reply
 from posttrain.serve.service import Service
@@ -80,20 +80,20 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
 
 def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(Refusal)
-    async def refused(request: Request, error: Refusal) -> Response:
+    @app.exception_handler(ApiRefusal)
+    async def refused(request: Request, error: ApiRefusal) -> Response:
         return JSONResponse(error.body, error.status, dict(error.headers))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         message, param = complaint(list(error.errors()))
-        return JSONResponse(Refusal(400, message, param=param).body, 400)
+        return JSONResponse(ApiRefusal(400, message, param=param).body, 400)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         said = f"{request.method} {request.url.path}: {error.detail}"
-        return JSONResponse(Refusal(error.status_code, said).body, error.status_code, dict(error.headers or {}))
+        return JSONResponse(ApiRefusal(error.status_code, said).body, error.status_code, dict(error.headers or {}))
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        return JSONResponse(Refusal(500, f"a defect of the server: {type(error).__name__}").body, 500)
+        return JSONResponse(ApiRefusal(500, f"a defect of the server: {type(error).__name__}").body, 500)

@@ -11,7 +11,7 @@ from posttrain.data.messages import parse_messages, parse_tools
 from posttrain.data.render import chat_ids
 from posttrain.data.template import render_text
 from posttrain.errors import DataError
-from posttrain.serve.faults import Refusal, bad_request
+from posttrain.serve.faults import ApiRefusal, bad_request
 from posttrain.serve.grammar import Grammars
 from posttrain.serve.tools import CallSyntax, syntax_of
 from posttrain.types import Origin
@@ -65,7 +65,7 @@ class ServedCodec:
         return tuple(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-        """Raises: Refusal where there is no template, or it does not write this conversation."""
+        """Raises: ApiRefusal where there is no template, or it does not write this conversation."""
         if not self.tokenizer.chat_template:
             raise bad_request("this model has no chat template; use /v1/completions", "model", "no_chat_template")
         try:
@@ -84,7 +84,7 @@ class ServedCodec:
             return True  # some form of the conversation was rendered with them
 
     def check_ids(self, ids: Sequence[int], param: str) -> tuple[int, ...]:
-        """Raises: Refusal for no ids, or ids that the model does not have."""
+        """Raises: ApiRefusal for no ids, or ids that the model does not have."""
         if not ids:
             raise bad_request("the prompt has no tokens; expected at least one", param)
         if (bad := next((i for i in ids if not 0 <= i < self.num_ids), None)) is not None:
@@ -92,11 +92,11 @@ class ServedCodec:
         return tuple(ids)
 
     def room(self, prompt: Sequence[int], wanted: int | None) -> int:
-        """Tokens that the answer may have. Raises: Refusal where they do not fit."""
+        """Tokens that the answer may have. Raises: ApiRefusal where they do not fit."""
         left = self.window - len(prompt)
         if left < (1 if wanted is None else wanted):
             asked = "" if wanted is None else f" and {wanted} of the answer"
-            raise Refusal(
+            raise ApiRefusal(
                 400, f"This model's maximum context length is {self.window} tokens; the prompt has {len(prompt)}{asked}",
                 code="context_length_exceeded", param="messages" if wanted is None else "max_tokens",
             )  # fmt: skip

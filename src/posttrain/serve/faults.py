@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-class Refusal(Exception):
+class ApiRefusal(Exception):
     """An answer that is an error: HTTP status, and `{"error": {message, type, param, code}}`."""
 
     def __init__(
@@ -29,5 +29,5 @@ class Refusal(Exception):
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
 
 
-def bad_request(message: str, param: str | None = None, code: str | None = None) -> Refusal:
-    return Refusal(400, message, param=param, code=code)
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiRefusal:
+    return ApiRefusal(400, message, param=param, code=code)

@@ -57,13 +57,13 @@ class Grammars:
         return self._tokenizer.decode_bytes([token])
 
     def json_schema(self, schema: Any) -> str:
-        """Raises: Refusal for a schema that is no schema, or that says what cannot be enforced."""
+        """Raises: ApiRefusal for a schema that is no schema, or that says what cannot be enforced."""
         if len(json.dumps(schema)) > _MOST_SCHEMA_CHARS:
             raise bad_request(f"the schema has more than {_MOST_SCHEMA_CHARS:,} characters", "response_format")
         return self._checked(LLMatcher.grammar_from_json_schema(schema, overrides=_JSON), "response_format")
 
     def calls(self, syntax: CallSyntax, tools: Mapping[str, Any]) -> str:
-        """An answer that is one call of one of `tools`: name → schema of its arguments. Raises: Refusal as `json_schema`."""
+        """An answer that is one call of one of `tools`: name → schema of its arguments. Raises: ApiRefusal as `json_schema`."""
         before, after = syntax.around
         rules = [
             f"start: {self._literal(before)} ({' | '.join(f'call_{n}' for n in range(len(tools)))}) {self._literal(after)}"

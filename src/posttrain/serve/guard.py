@@ -9,7 +9,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from posttrain.serve.faults import Refusal
+from posttrain.serve.faults import ApiRefusal
 from posttrain.serve.options import ServeOptions
 
 _OPEN = frozenset({"/health"})
@@ -32,7 +32,7 @@ class ServeGuard:
         try:
             self._check(scope["path"], headers)
             body = await self._body(receive, headers)
-        except Refusal as refusal:
+        except ApiRefusal as refusal:
             response = JSONResponse(refusal.body, refusal.status, dict(refusal.headers) | {"Connection": "close"})
             await response(scope, receive, send)
             return
@@ -44,7 +44,7 @@ class ServeGuard:
         if self._expected:
             kind, _, given = headers.get("authorization", "").partition(" ")
             if not (kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self._expected)):
-                raise Refusal(
+                raise ApiRefusal(
                     401,
                     "expected the header Authorization: Bearer TOKEN, with this server's token",
                     code="invalid_api_key",
@@ -54,7 +54,7 @@ class ServeGuard:
             not in _LOCAL_NAMES
         ):
             # A page of any site may ask this machine under a name of its own.
-            raise Refusal(403, "this server has no token and answers requests to localhost only", code="not_local")
+            raise ApiRefusal(403, "this server has no token and answers requests to localhost only", code="not_local")
 
     async def _body(self, receive: Receive, headers: Headers) -> bytes:
         most = self._options.max_body_bytes
@@ -67,7 +67,7 @@ class ServeGuard:
                 async with asyncio.timeout(self._options.stall_s):
                     message = await receive()
             except TimeoutError:
-                raise Refusal(
+                raise ApiRefusal(
                     408, f"nothing of the body came for {self._options.stall_s:g} s", code="timeout"
                 ) from None
             body += message.get("body", b"")
@@ -76,8 +76,8 @@ class ServeGuard:
             if message["type"] == "http.disconnect" or not message.get("more_body", False):
                 return bytes(body)
 
-    def _too_large(self) -> Refusal:
-        return Refusal(413, f"the body has more than {self._options.max_body_bytes:,} bytes", code="body_too_large")
+    def _too_large(self) -> ApiRefusal:
+        return ApiRefusal(413, f"the body has more than {self._options.max_body_bytes:,} bytes", code="body_too_large")
 
 
 def _after(body: bytes, receive: Receive) -> Receive:

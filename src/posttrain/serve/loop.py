@@ -45,7 +45,7 @@ class News:
 
 
 @dataclass(eq=False)
-class _Asked:
+class _SubmittedRow:
     row: DecodingRow
     tell: Callable[[News], None]
     told: int = 0
@@ -64,8 +64,8 @@ class DecodingLoop:
         self._max_rows, self._max_tokens = max_rows, max_tokens
         self._alone = not policy.ragged or length_rule(policy.base.config) is not None
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._waiting: deque[_Asked] = deque()
-        self._running: dict[DecodingRow, _Asked] = {}
+        self._waiting: deque[_SubmittedRow] = deque()
+        self._running: dict[DecodingRow, _SubmittedRow] = {}
         self._decoding: Decoding | None = None
         self._telling: list[tuple[Callable[[News], None], News]] = []
         self.num_steps = 0
@@ -78,7 +78,7 @@ class DecodingLoop:
         self._thread.start()
 
     def submit(self, row: DecodingRow, tell: Callable[[News], None]) -> None:
-        self._inbox.put(lambda: self._waiting.append(_Asked(row, tell)))
+        self._inbox.put(lambda: self._waiting.append(_SubmittedRow(row, tell)))
 
     def cancel(self, row: DecodingRow) -> None:
         """Free what a row holds; nothing more is told of it."""
@@ -148,7 +148,7 @@ class DecodingLoop:
             self._running[asked.row] = asked
             self._decoding.join(asked.row)
 
-    def _fits(self, new: _Asked) -> bool:
+    def _fits(self, new: _SubmittedRow) -> bool:
         """Rows lie in one dense block as long as the longest, prompts beside it (`rollout/kv.py`)."""
         if not self._running:
             return True
@@ -175,7 +175,7 @@ class DecodingLoop:
             self._decoding.leave(row)
         self._waiting = deque(asked for asked in self._waiting if asked.row is not row)
 
-    def _fail(self, why: str, all_asked: list[_Asked]) -> None:
+    def _fail(self, why: str, all_asked: list[_SubmittedRow]) -> None:
         self._telling += [(asked.tell, News(failure=why)) for asked in all_asked]
         self._running, self._decoding = {}, None
 

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
-from posttrain.serve.faults import Refusal
+from posttrain.serve.faults import ApiRefusal
 from posttrain.serve.service import Opened, Service
 from posttrain.serve.wire import ChatAsked, CompletionAsked
 
@@ -48,7 +48,7 @@ class Reply(Response):
                 else:
                     await self._whole(opened, send)
                 self._note(opened)
-        except Refusal as refusal:
+        except ApiRefusal as refusal:
             await send.refusal(refusal)
             return refusal.status
         return 200
@@ -119,7 +119,7 @@ class _Patient:
     async def end(self) -> None:
         await self._message({"type": "http.response.body", "body": _line("[DONE]"), "more_body": False})
 
-    async def refusal(self, refusal: Refusal) -> None:
+    async def refusal(self, refusal: ApiRefusal) -> None:
         """In the middle of a stream it is an event, which clients raise as an error; no [DONE] follows."""
         if not self.is_begun:
             await self.json(refusal.body, dict(refusal.headers), refusal.status)

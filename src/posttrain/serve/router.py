@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from posttrain.errors import PosttrainError
-from posttrain.serve.faults import Refusal
+from posttrain.serve.faults import ApiRefusal
 from posttrain.serve.pool import Lease, ModelVersion, Pool
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 Names = Mapping[str, ModelVersion]
 
 
-class Source(Protocol):
+class NameSource(Protocol):
     """Where served names come from. Always called in the same thread."""
 
     def names(self) -> Names:
@@ -35,7 +35,7 @@ class Source(Protocol):
 
 
 class Router:
-    def __init__(self, source: Source, pool: Pool, follow_s: float, *, retire: bool, default: str) -> None:
+    def __init__(self, source: NameSource, pool: Pool, follow_s: float, *, retire: bool, default: str) -> None:
         """`retire`: a version that no name means any more leaves the memory. `default`: the name of a request without one."""
         self._source, self._pool, self._follow_s, self._retire = source, pool, follow_s, retire
         self.default = default
@@ -71,26 +71,26 @@ class Router:
         return self._pool.ids
 
     def find(self, model: str) -> ModelVersion:
-        """By public name, or by immutable name with at least as many digits of the digest as are shown. Raises: Refusal."""
+        """By public name, or by immutable name with at least as many digits of the digest as are shown. Raises: ApiRefusal."""
         if model in self._names:
             return self._names[model]
         if "@sha256:" in model:
             for version in self._names.values():
                 if model.startswith(version.id) and f"{version.name}@{version.digest}".startswith(model):
                     return version
-        raise Refusal(
+        raise ApiRefusal(
             404, f"The model `{model}` does not exist; there are {', '.join(sorted(self._names)[:20])}", code="model_not_found",
             param="model",
         )  # fmt: skip
 
     async def acquire(self, model: str) -> Lease:
-        """Raises: Refusal."""
+        """Raises: ApiRefusal."""
         while True:
             version = self.find(model)
             try:
                 lease = await self._pool.acquire(version)
             except PosttrainError as error:
-                raise Refusal(503, f"{version.id} cannot be loaded: {error}", code="model_not_loaded") from error
+                raise ApiRefusal(503, f"{version.id} cannot be loaded: {error}", code="model_not_loaded") from error
             if self._names.get(model, version) == version:
                 return lease
             lease.release()  # it was promoted away while we waited

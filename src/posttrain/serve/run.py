@@ -33,7 +33,7 @@ class Serving:
     stop: Callable[[], object]
 
 
-def serve(options: ServeOptions, make_router: Callable[[], Router], ready: Callable[[Serving], None]) -> None:
+def run_server(options: ServeOptions, make_router: Callable[[], Router], ready: Callable[[Serving], None]) -> None:
     """Until a signal; `ready` is called before the first request is taken. Raises: PosttrainError before that."""
     options.check()
     asyncio.run(_serve(options, make_router, ready))

@@ -14,7 +14,7 @@ from typing import Any
 from posttrain.rollout.decoding import Shaper
 from posttrain.serve.answering import Answering, Wanted, make_choices
 from posttrain.serve.codec import ServedCodec
-from posttrain.serve.faults import Refusal, bad_request
+from posttrain.serve.faults import ApiRefusal, bad_request
 from posttrain.serve.meter import Meter
 from posttrain.serve.options import ServeOptions
 from posttrain.serve.pool import Lease
@@ -66,7 +66,7 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def open(self, asked: CompletionAsked | ChatAsked) -> AsyncIterator[Opened]:
-        """The answers of a request. Raises: Refusal. However it is left, its rows are free and its model is let go."""
+        """The answers of a request. Raises: ApiRefusal. However it is left, its rows are free and its model is let go."""
         count = (asked.n or 1) * (len(asked.prompts) if isinstance(asked, CompletionAsked) else 1)
         with self._let_in(count):
             lease = await self.router.acquire(asked.model)
@@ -81,12 +81,12 @@ class Service:
     @contextlib.contextmanager
     def _let_in(self, count: int):
         if self.is_draining:
-            raise Refusal(503, "the server is shutting down", code="shutting_down", retry_after_s=5)
+            raise ApiRefusal(503, "the server is shutting down", code="shutting_down", retry_after_s=5)
         most = self.options.max_num_seqs + self.options.max_queue
         if count > most:
             raise bad_request(f"{count} answers in one request; this server lets in {most} at once", "n")
         if self.num_open + count > most:
-            raise Refusal(
+            raise ApiRefusal(
                 429, f"{self.num_open} answers are under way, of {most}; ask again later", code="queue_full",
                 retry_after_s=self._wait_s(count),
             )  # fmt: skip
@@ -219,7 +219,7 @@ def _shaper(asked: Asked, codec: ServedCodec, grammar: str | None = None) -> Sha
 
 
 def _grammar(codec: ServedCodec, asked: ChatAsked) -> str | None:
-    """What the answer must be, where something is asked of it. Raises: Refusal."""
+    """What the answer must be, where something is asked of it. Raises: ApiRefusal."""
     if asked.wants_json and asked.response_format is not None:
         named = asked.response_format.json_schema
         return codec.grammars.json_schema({"type": "object"} if named is None else named.schema_)
@@ -230,7 +230,7 @@ def _grammar(codec: ServedCodec, asked: ChatAsked) -> str | None:
 
 
 def _check_tools(codec: ServedCodec, asked: ChatAsked) -> None:
-    """Raises: Refusal where the template has no form for a call, or more is asked than can be promised."""
+    """Raises: ApiRefusal where the template has no form for a call, or more is asked than can be promised."""
     if not asked.calls_tools:
         return
     if codec.call_syntax is None:

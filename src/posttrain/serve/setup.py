@@ -11,7 +11,7 @@ from posttrain.errors import ConfigError, ModelError
 from posttrain.serve.backends import AdaptersOfOneBase, WholeModels, of_folder
 from posttrain.serve.options import ServeOptions
 from posttrain.serve.pool import Pool
-from posttrain.serve.router import Router, Source
+from posttrain.serve.router import NameSource, Router
 from posttrain.serve.sources import Folders, RegistryAdapters, RegistryModels, Together, adapter_folder
 
 
@@ -42,7 +42,7 @@ def _whole(names: ServedNames, options: ServeOptions) -> Router:
     if names.name is not None and (len(folders), len(refs)) != (1, 0):
         raise ConfigError("--name is for one folder; versions of a registry have names")
     found = [of_folder(names.name or _name_of(Path(folder)), _model_folder(folder)) for folder in folders]
-    sources: list[Source] = [Folders(found)] if found else []
+    sources: list[NameSource] = [Folders(found)] if found else []
     sources += [RegistryModels(names.registry, refs)] if refs else []
     default = found[0].name if names.models[0] in folders else names.models[0]
     return Router(Together(sources), Pool(WholeModels(options)), options.follow_s, retire=True, default=default)
@@ -66,7 +66,7 @@ def _adapters(names: ServedNames, options: ServeOptions) -> Router:
     clash = [version.name for version in fixed[1:] if version.name in (base.name, *refs)]
     if clash:
         raise ConfigError(f"{clash[0]} names two models; give one another name with --lora NAME=FOLDER or --name")
-    sources: list[Source] = [Folders(fixed)]
+    sources: list[NameSource] = [Folders(fixed)]
     sources += [RegistryAdapters(names.registry, refs, base)] if refs else []
     pool = Pool(AdaptersOfOneBase(options, base), options.max_loras, frozenset({base}))
     return Router(Together(sources), pool, options.follow_s, retire=False, default=refs[0] if refs else base.name)

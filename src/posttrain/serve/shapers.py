@@ -12,7 +12,7 @@ from posttrain.serve.faults import bad_request
 
 
 def with_bias(bias: Mapping[int, float], num_ids: int) -> Shaper:
-    """Adds to the logits of some tokens. Raises: Refusal for a token that there is not."""
+    """Adds to the logits of some tokens. Raises: ApiRefusal for a token that there is not."""
     if (bad := next((token for token in bias if not 0 <= token < num_ids), None)) is not None:
         raise bad_request(f"logit_bias: token {bad} is not in the vocabulary of {num_ids}", "logit_bias")
     tokens, values = torch.tensor(list(bias), dtype=torch.long), torch.tensor(list(bias.values()))

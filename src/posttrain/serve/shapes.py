@@ -14,8 +14,8 @@ from posttrain.rollout.decoding import Likeliest
 from posttrain.serve.answering import Choice, likeliest_of
 from posttrain.serve.codec import ServedCodec
 from posttrain.serve.pool import ServedModel
-from posttrain.serve.text import Piece
-from posttrain.serve.tools import Call, CallSyntax
+from posttrain.serve.text import TextPiece
+from posttrain.serve.tools import CallSyntax, SaidCall
 
 _ALPHANUMERIC = string.ascii_letters + string.digits
 
@@ -49,7 +49,7 @@ class AnswerShape(ABC):
     def _choice(self, choice: Choice) -> dict[str, Any]: ...
 
     @abstractmethod
-    def deltas(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
+    def deltas(self, choice: Choice, piece: TextPiece) -> list[dict[str, Any]]:
         """The `choices` entries of the chunks that a piece makes."""
         ...
 
@@ -78,7 +78,7 @@ class CompletionShape(AnswerShape):
             parts, text = [echoed.logprobs, *parts], echoed.text + text
         return self._entry(choice.index, text, parts, choice.finish)
 
-    def deltas(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
+    def deltas(self, choice: Choice, piece: TextPiece) -> list[dict[str, Any]]:
         if not (piece.text or piece.tokens or choice.finish):
             return []
         offset = len(self._echoed[choice.index // self._per_prompt].text) if self._echoed else 0
@@ -89,7 +89,7 @@ class CompletionShape(AnswerShape):
         joined = {key: [value for part in known for value in part[key]] for key in known[0]} if known else None
         return {"index": index, "text": text, "logprobs": joined, "finish_reason": finish}
 
-    def _logprobs(self, pieces: Sequence[Piece], offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, pieces: Sequence[TextPiece], offset: int) -> dict[str, Any] | None:
         if self._num_top is None:
             return None
         tokens = likeliest_of(pieces)
@@ -151,11 +151,11 @@ class ChatShape(AnswerShape):
             "index": choice.index, "message": message, "logprobs": self._logprobs(choice.pieces), "finish_reason": finish,
         }  # fmt: skip
 
-    def deltas(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
+    def deltas(self, choice: Choice, piece: TextPiece) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         logprobs = self._logprobs([piece]) if piece.tokens else None
         said, sent = choice.said, self._sent.get(choice.index, 0)
-        calls: list[Call] = []
+        calls: list[SaidCall] = []
         if choice.finish is None:
             stop = self._certain(said)
         else:
@@ -172,7 +172,7 @@ class ChatShape(AnswerShape):
             found.append(self._delta(choice.index, {}, None, finish))
         return found
 
-    def _split(self, said: str) -> tuple[str, list[Call]]:
+    def _split(self, said: str) -> tuple[str, list[SaidCall]]:
         if self._syntax is None:
             return said, []
         words, calls = self._syntax.split(said)
@@ -184,7 +184,7 @@ class ChatShape(AnswerShape):
             return len(said)
         return self._syntax.certain(said) if said.strip() else 0
 
-    def _calls(self, calls: Sequence[Call]) -> list[dict[str, Any]]:
+    def _calls(self, calls: Sequence[SaidCall]) -> list[dict[str, Any]]:
         # Nine letters and digits: what Mistral's templates take back, and nobody minds.
         return [
             {
@@ -198,7 +198,7 @@ class ChatShape(AnswerShape):
     def _delta(self, index: int, delta: dict[str, Any], logprobs: Any, finish: str | None) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
-    def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+    def _logprobs(self, pieces: Sequence[TextPiece]) -> dict[str, Any] | None:
         if self._num_top is None:
             return None
         found: list[dict[str, Any]] = []

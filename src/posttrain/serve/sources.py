@@ -14,7 +14,7 @@ from posttrain.registry.manifest import ADAPTER_TOTAL, MODEL
 from posttrain.registry.promotion import CHAMPION
 from posttrain.serve.backends import check_digest, of_folder
 from posttrain.serve.pool import ModelVersion
-from posttrain.serve.router import Names, Source
+from posttrain.serve.router import Names, NameSource
 
 
 class Folders:
@@ -115,7 +115,7 @@ class RegistryAdapters:
 class Together:
     """Several sources as one."""
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[NameSource]) -> None:
         self._sources = sources
 
     def names(self) -> Names:

@@ -54,7 +54,7 @@ class SpokenToken:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextPiece:
     """The next text of an answer, with the tokens that it is made of."""
 
     text: str = ""
@@ -74,7 +74,7 @@ class AnswerText:
         self._tokens: list[SpokenToken] = []
         self.num_tokens = 0
 
-    def push(self, ids: Sequence[int], likeliest: Sequence[Likeliest], finish: Finish | None) -> Piece:
+    def push(self, ids: Sequence[int], likeliest: Sequence[Likeliest], finish: Finish | None) -> TextPiece:
         """The tokens that were sampled since the last call, and how the answer ended with them, if it did."""
         self.num_tokens += len(ids)
         for number, token in enumerate(ids):
@@ -98,9 +98,9 @@ class AnswerText:
             (n for n in range(min(longest, len(self._held)), 0, -1) if any(s.startswith(self._held[-n:]) for s in self._stops)), 0
         )  # fmt: skip
 
-    def _taken(self, count: int, *, everything: bool = False) -> Piece:
+    def _taken(self, count: int, *, everything: bool = False) -> TextPiece:
         text, self._held = self._held[:count], self._held[count:]
         self._out += count
         mine = [token for token in self._tokens if everything or token.start < self._out]
         self._tokens = self._tokens[len(mine) :]
-        return Piece(text, tuple(mine))
+        return TextPiece(text, tuple(mine))

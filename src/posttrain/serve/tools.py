@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Call = tuple[str, str]
+SaidCall = tuple[str, str]
 """Name, and arguments as JSON text."""
 
 
@@ -24,12 +24,12 @@ class CallSyntax:
     name: str
     begin: str
     shown_by: str
-    parse: Callable[[str], list[Call]]
+    parse: Callable[[str], list[SaidCall]]
     open: str
     close: str
     around: tuple[str, str] = ("", "")
 
-    def split(self, text: str) -> tuple[str, list[Call]]:
+    def split(self, text: str) -> tuple[str, list[SaidCall]]:
         """The answer's own words, and its calls; what only looks like a call is left as words."""
         at = self._place(text)
         if at < 0:
@@ -59,9 +59,9 @@ class CallSyntax:
         return -1 if self.is_whole_answer and text[: max(at, 0)].strip() else at
 
 
-def _calls_of(records: Any, arguments: str = "arguments") -> list[Call]:
+def _calls_of(records: Any, arguments: str = "arguments") -> list[SaidCall]:
     """Raises: KeyError, TypeError or ValueError where a record is no call."""
-    found: list[Call] = []
+    found: list[SaidCall] = []
     for record in records if isinstance(records, list) else [records]:
         name, given = record["name"], record[arguments]
         if not isinstance(name, str) or not isinstance(given, dict):
@@ -77,22 +77,22 @@ def _between(text: str, begin: str, end: str) -> list[str]:
     return found
 
 
-def _hermes(text: str) -> list[Call]:
+def _hermes(text: str) -> list[SaidCall]:
     return [call for part in _between(text, "<tool_call>", "</tool_call>") for call in _calls_of(json.loads(part))]
 
 
-def _llama(text: str) -> list[Call]:
+def _llama(text: str) -> list[SaidCall]:
     return _calls_of(json.loads(text), "parameters")
 
 
-def _mistral(text: str) -> list[Call]:
+def _mistral(text: str) -> list[SaidCall]:
     return _calls_of(json.loads(text.removeprefix("[TOOL_CALLS]")))
 
 
 _DEEPSEEK = re.compile(r"function<\|sep\|>(.*?)\n```json\n(.*?)\n```", re.DOTALL)
 
 
-def _deepseek(text: str) -> list[Call]:
+def _deepseek(text: str) -> list[SaidCall]:
     records: list[Mapping[str, Any]] = []
     for part in _between(text, "<|call_begin|>", "<|call_end|>"):
         name, arguments = _DEEPSEEK.fullmatch(part.strip()).groups()  # pyright: ignore[reportOptionalMemberAccess]

@@ -125,7 +125,7 @@ class Function(Wire):
     strict: bool | None = None
 
 
-class Tool(Wire):
+class OfferedTool(Wire):
     type: Literal["function"]
     function: Function
 
@@ -163,7 +163,7 @@ class ChatAsked(Asked):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=_MOST_LOGPROBS)
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: list[OfferedTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     # Said to OpenAI about storing and billing; they change no answer.
@@ -220,7 +220,7 @@ class TokenizeAsked(Wire):
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatTurn] | None = None
-    tools: list[Tool] | None = None
+    tools: list[OfferedTool] | None = None
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
