@@ -74,13 +74,17 @@ def run_stage(kind: str, folder: Path, keys, stop_after: int | None = None, rank
 
 
 def rows(folder: Path) -> list[dict]:
-    """The logged metrics without what no run can repeat: times, and speeds and memory."""
+    """The logged metrics without what no other run repeats: times, speeds, memory, and what is said of ranks."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not _unrepeatable(k)} for line in lines]
 
 
 def _unrepeatable(name: str) -> bool:
-    return name in ("time", "step_time") or name.startswith(("time/", "memory")) or name.endswith(("_s", "_bytes"))
+    return (
+        name in ("time", "step_time")
+        or name.startswith(("time/", "memory", "ranks/", "sync/moved"))
+        or name.endswith(("_s", "_bytes"))
+    )
 
 
 def losses(folder: Path) -> list[float]:

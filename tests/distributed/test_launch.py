@@ -2,7 +2,7 @@
 
 import pytest
 
-from posttrain.distributed.launch import Launch, first_host, read_launch
+from posttrain.distributed.launch import Launch, first_host, not_read, read_launch
 from posttrain.errors import ConfigError
 
 TORCHRUN = {
@@ -67,3 +67,11 @@ def test_several_may_have_been_meant_and_one_was_started(environ, message):
     with pytest.raises(ConfigError, match=message) as refusal:
         read_launch(environ, COMMAND)
     assert "\n" not in str(refusal.value)
+
+
+def test_what_accelerate_passes_on_is_told():
+    assert not_read(TORCHRUN) == ""
+    said = not_read(TORCHRUN | {"ACCELERATE_MIXED_PRECISION": "bf16", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"})
+    assert said.startswith(
+        "of accelerate, not read, the YAML decides: ACCELERATE_MIXED_PRECISION=bf16, FSDP_SHARDING_STRATEGY=FULL_SHARD;"
+    )

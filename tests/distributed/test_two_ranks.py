@@ -23,6 +23,7 @@ NO_SPREAD = {
 MORE = {
     "sft packed": ("sft", {"packing": True, "sequence_len": 64, "per_device_train_batch_size": 1}),
     "sft with an adapter": ("sft", LORA),
+    "sft with an adapter on 4 bits": ("sft", {"adapter": "qlora", "lora_r": 4}),
     "sft with experts": ("sft", {"architecture": "qwen3_moe"}),
     "sft, rows that do not divide": ("sft", {"per_device_train_batch_size": 5, "max_steps": 6}),
     "sft, one forward a sequence": (
@@ -58,7 +59,7 @@ def _options(rows, name, data_dir, ranks):
         if key in options:
             options[target] = [{"path": str(data_dir / f"{options.pop(key)}.jsonl")}]
     if kind != "grpo" and ranks == 1:
-        options["gradient_accumulation_steps"] = 2
+        options["num_processes"] = 2
     return kind, (architecture, config), options
 
 
@@ -68,7 +69,7 @@ def _command(runner, jobs):
 
 
 def _torchrun(runner, jobs):
-    done = subprocess.run(_command(runner, jobs), check=False, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(_command(runner, jobs), check=False, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-6000:]
 
 

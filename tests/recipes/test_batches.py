@@ -18,10 +18,10 @@ class Rank:
         return list(items[self.rank :: self.world_size])
 
 
-def schedule(rows, ranks=None, **options):
+def schedule(rows, ranks=None, cost=None, **options):
     keys = SFTKeys(base_model="m", datasets=[{"path": "x.jsonl"}], **{"per_device_train_batch_size": 2, **options})
     data = Dataset(rows, DataSummary((), ""), "", (len(rows),), (None,))
-    return Schedule.of(data, keys, ranks or SingleProcess(), size=lambda row: row), keys
+    return Schedule.of(data, keys, ranks or SingleProcess(), size=lambda row: row, cost=cost), keys
 
 
 def test_every_row_once_an_epoch_and_the_last_step_may_be_short():
@@ -134,3 +134,52 @@ def test_groups_fill_micro_batches_whole_where_they_fit_and_in_parts_where_not(a
     if at_once >= 4:
         assert flat(micros) == groups
         assert [len(micro) for micro in micros[:-1]] == [at_once // 4] * (len(micros) - 1)
+
+
+# --- shares ----------------------------------------------------------------------------------------------------------
+
+
+def lengths(number):
+    draw = random.Random(3)
+    return [round(draw.lognormvariate(5, 0.8)) for _ in range(number)]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_shares_hold_the_rows_of_the_step_that_one_process_takes(packing):
+    rows = lengths(203)
+    options = {"packing": packing, "sequence_len": 1024, "gradient_accumulation_steps": 4}
+    mixed, _ = schedule(rows, **{**options, "gradient_accumulation_steps": 8})
+    shares, keys = schedule(rows, cost=float, num_processes=2, **options)
+    assert shares.total_steps(keys) == mixed.total_steps(keys)
+    for step in range(shares.total_steps(keys)):
+        assert sorted(flat(shares.step(step))) == sorted(flat(mixed.step(step)))
+        assert all(micro for micro in shares.step(step))
+
+
+def test_shares_are_even_where_micro_batches_in_order_are_not():
+    rows = lengths(320)
+    shares, keys = schedule(rows, Rank(0, 2), cost=float, gradient_accumulation_steps=8)
+    as_they_come, _ = schedule(rows, Rank(0, 2), gradient_accumulation_steps=8)
+    for step in range(shares.total_steps(keys)):
+        (found,) = {shares.balance(shares.step(step), 2)["ranks/imbalance"]}
+        assert found <= 0.05
+    before = [[sum(flat(as_they_come.step(0)[rank::2]))] for rank in (0, 1)]
+    assert max(before)[0] / (sum(map(sum, before)) / 2) > 1.05
+
+
+def test_a_micro_batch_holds_no_more_rows_than_it_may_and_each_rank_has_as_many():
+    shares, keys = schedule(lengths(37), Rank(0, 4), cost=float, gradient_accumulation_steps=2)
+    for step in range(shares.total_steps(keys)):
+        micros = shares.step(step)
+        assert max(map(len, micros)) <= 2
+        assert len({len(for_rank(micros, Rank(rank, 4))) for rank in range(4)}) == 1
+        assert sorted(flat([m.rows for r in range(4) for m in for_rank(micros, Rank(r, 4)) if not m.idle])) == sorted(
+            flat(micros)
+        )
+
+
+def test_more_processes_than_micro_batches_share_them():
+    shares, _ = schedule(lengths(16), Rank(0, 4), cost=float, num_processes=1)
+    whole, _ = schedule(lengths(16))
+    assert [len(micro) for micro in shares.step(0)] == [1, 1]
+    assert flat(shares.step(0)) == flat(whole.step(0))

@@ -12,7 +12,8 @@ def import_(
     file: Annotated[
         Path,
         typer.Argument(
-            help="A YAML of Axolotl, LLaMA-Factory or TRL, or a script with their command.", show_default=False
+            help="A YAML of Axolotl, LLaMA-Factory or TRL, a script with their command, or a file of accelerate or DeepSpeed.",
+            show_default=False,
         ),
     ],
     out: Annotated[
@@ -20,7 +21,8 @@ def import_(
         typer.Option("--out", "-o", help="Where to write; - prints it. Left out: NAME.posttrain.yaml beside FILE."),
     ] = None,
     tool: Annotated[
-        str | None, typer.Option(help="axolotl, llamafactory or trl; found from the keys if left out.")
+        str | None,
+        typer.Option(help="axolotl, llamafactory, trl, accelerate or deepspeed; found from the keys if left out."),
     ] = None,
     stage: Annotated[str | None, typer.Option(help="sft, dpo or grpo, where the file does not say it.")] = None,
 ) -> None:
@@ -34,4 +36,7 @@ def import_(
         return
     for note in imported.notes:
         typer.echo(note, err=True)
+    if not imported.whole:
+        typer.echo(f"wrote {target}: put its keys into the YAML of a stage; its first lines say how to start it")
+        return
     typer.echo(f"wrote {target}; next: posttrain plan {target}, then posttrain {imported.kind} {target}")

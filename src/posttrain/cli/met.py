@@ -25,7 +25,7 @@ def met() -> Iterator[Meeting | None]:
     Inside, an error that several ranks have is printed by one of them, and a rank that only ends because another one failed
     prints nothing. Raises: ConfigError if the environment says of several processes what cannot be.
     """
-    from posttrain.distributed.launch import read_launch
+    from posttrain.distributed.launch import not_read, read_launch
 
     launch = read_launch(os.environ, sys.argv[1:])
     if launch is None:
@@ -34,6 +34,8 @@ def met() -> Iterator[Meeting | None]:
     from posttrain.distributed.meeting import PeerFailedError, is_of_a_peer, meet
 
     meeting = meet(launch, _say)
+    if meeting.is_main and (line := not_read(os.environ)):
+        _say(line)
     try:
         yield meeting
     except PosttrainError as error:

@@ -96,6 +96,15 @@ def _check_is_alone(environ: Mapping[str, str], command: Sequence[str]) -> None:
         )
 
 
+def not_read(environ: Mapping[str, str]) -> str:
+    """What `accelerate launch` passes on of its configuration, which keys of the YAML decide here; nothing where it passes nothing on."""
+    names = sorted(name for name in environ if name.startswith(("ACCELERATE_", "FSDP_")))
+    if not names:
+        return ""
+    shown = ", ".join(f"{name}={environ[name]}" for name in names)
+    return f"of accelerate, not read, the YAML decides: {shown}; posttrain import CONFIG_FILE writes the keys for it"
+
+
 def torchrun_line(command: Sequence[str] = (), num_processes: int | str = "N") -> str:
     """What starts `command` on several processes of one machine."""
     return f"torchrun --nproc-per-node {num_processes} --no-python {_shown(command)}"

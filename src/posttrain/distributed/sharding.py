@@ -93,12 +93,14 @@ class FullyShard:
         from torch.distributed.fsdp import FSDPModule, fully_shard
         from torch.distributed.tensor import DTensor
 
+        # Packed 4-bit weights are no tensors that can be cut: with their scales beside them, each rank holds all of them.
+        packed = {p for p in model.parameters() if not p.is_floating_point()}
         # FSDP shards whole parameters. In the place of those that were read as shares it gets empty ones.
         shares = {id(p): p for p in model.parameters() if isinstance(p, DTensor)}
         places = _replace(model, {key: _empty(parameter) for key, parameter in shares.items()})
         for layer in _decoder_layers(model):
-            fully_shard(layer, mesh=self._mesh)
-        fully_shard(model, mesh=self._mesh)
+            fully_shard(layer, mesh=self._mesh, ignored_params=packed)
+        fully_shard(model, mesh=self._mesh, ignored_params=packed)
         for module, name, key in places:
             setattr(module, name, shares[key])
         for module in model.modules():

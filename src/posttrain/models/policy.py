@@ -121,24 +121,31 @@ class Policy:
     def _score(self, batch: Batch, temperature: float, entropy: bool, top1: bool) -> Scores:
         if self.ragged and length_rule(self.base.config) is None:
             return self._score_together(batch, temperature, entropy, top1)
-        calls = list(self._score_apart(batch, temperature, entropy, top1))
-        # Ranks of a sharded model call it equally often.
-        for _ in range(self.sharding.largest(len(calls)) - len(calls)):
-            ((idle, _),) = self._score_apart(_nothing().to(self.placement.device), temperature, False, False)
-            first, places = calls[0]
-            calls[0] = replace(first, logp_M=first.logp_M + 0.0 * idle.logp_M.sum()), places
-        return _joined([scores for scores, _ in calls], torch.cat([places for _, places in calls]).argsort())
+        parts = self._parts(batch)
+        # Ranks of a sharded model call it equally often; known before the first call, which is a collective itself.
+        idle = self.sharding.largest(len(parts)) - len(parts)
+        scores = [self._score_part(part, temperature, entropy, top1) for part, _ in parts]
+        for _ in range(idle):
+            ((nothing, _),) = self._parts(pack([[TokenSeq((0, 0), (False, True))]]).to(self.placement.device))
+            weightless = 0.0 * self._score_part(nothing, temperature, entropy=False, top1=False).logp_M.sum()
+            scores[0] = replace(scores[0], logp_M=scores[0].logp_M + weightless)
+        return _joined(scores, torch.cat([places for _, places in parts]).argsort())
 
-    def _score_apart(
-        self, batch: Batch, temperature: float, entropy: bool, top1: bool
-    ) -> Iterator[tuple[Scores, torch.Tensor]]:
-        """Call by call, each with the places of its scored tokens; at least one."""
+    def _parts(self, batch: Batch) -> list[tuple[Batch | _Sequence, torch.Tensor]]:
+        """What goes through the model in a call of its own, with the places of its scored tokens."""
         if not self.ragged:
-            yield from _score_one_by_one(self, batch, temperature, entropy)
-            return
+            return list(_sequences(batch))
         everywhere_M = torch.arange(len(batch.target_M), device=batch.target_M.device)
-        for part, places in by_encoding(self.base, batch):
-            yield self._score_together(part, temperature, entropy, top1), everywhere_M if places is None else places
+        return [(part, everywhere_M if places is None else places) for part, places in by_encoding(self.base, batch)]
+
+    def _score_part(self, part: Batch | _Sequence, temperature: float, entropy: bool, top1: bool) -> Scores:
+        forget_lengths(self.base)
+        if isinstance(part, Batch):
+            return self._score_together(part, temperature, entropy, top1)
+        output = self.model(
+            input_ids=part.ids_N[None], use_cache=False, logits_to_keep=part.source_M, **self._router_options
+        )
+        return _from_logits(output.logits[0], part.target_M, temperature, entropy, self._aux_loss(output))
 
     def _score_together(self, batch: Batch, temperature: float, entropy: bool, top1: bool) -> Scores:
         if self._head_is_plain:
@@ -260,21 +267,6 @@ def _with_gradient(values: Scores, slopes: Scores) -> Scores:
     return Scores(value_of(values.logp_M, slopes.logp_M), entropy_M, values.top1_M, slopes.aux_loss)
 
 
-def _score_one_by_one(
-    policy: Policy, batch: Batch, temperature: float, entropy: bool
-) -> Iterator[tuple[Scores, torch.Tensor]]:
-    """For models the ragged layout is not exact for: each sequence alone, its prefix included, nothing padded."""
-    for ids, sources, targets, places in _sequences(batch):
-        forget_lengths(policy.base)
-        output = policy.model(input_ids=ids[None], use_cache=False, logits_to_keep=sources, **policy._router_options)
-        yield _from_logits(output.logits[0], targets, temperature, entropy, policy._aux_loss(output)), places
-
-
-def _nothing() -> Batch:
-    """A batch of one token, for a call whose result weighs nothing."""
-    return pack([[TokenSeq((0, 0), (False, True))]])
-
-
 def _joined(parts: Sequence[Scores], order_M: torch.Tensor) -> Scores:
     """The scores of parts that were run apart, put in order."""
     entropies = [part.entropy_M for part in parts if part.entropy_M is not None]
@@ -288,8 +280,17 @@ def _joined(parts: Sequence[Scores], order_M: torch.Tensor) -> Scores:
     )
 
 
-def _sequences(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Ids, source positions, targets and places of the scored tokens of each sequence of a packed batch, in order."""
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    """A sequence alone, its prefix included, nothing padded: for models that the ragged layout is not exact for."""
+
+    ids_N: torch.Tensor
+    source_M: torch.Tensor
+    target_M: torch.Tensor
+
+
+def _sequences(batch: Batch) -> Iterator[tuple[_Sequence, torch.Tensor]]:
+    """Each sequence of a packed batch with the places of its scored tokens, in order."""
     sequence = 0
     for tree in batch.layout.trees:
         prefix = torch.arange(tree.start, tree.split, device=batch.input_ids_N.device)
@@ -300,5 +301,6 @@ def _sequences(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch
             where = torch.zeros(batch.input_ids_N.numel(), dtype=torch.long, device=prefix.device)
             where[packed] = torch.arange(packed.numel(), device=prefix.device)
             if bool(mine.any()):
-                yield batch.input_ids_N[packed], where[batch.source_M[mine]], batch.target_M[mine], mine.nonzero()[:, 0]
+                sequence_alone = _Sequence(batch.input_ids_N[packed], where[batch.source_M[mine]], batch.target_M[mine])
+                yield sequence_alone, mine.nonzero()[:, 0]
             sequence += 1

@@ -15,6 +15,7 @@ from posttrain.config.stages import ExampleKeys, TrainKeys
 from posttrain.data.dataset import Dataset
 from posttrain.errors import DataError
 from posttrain.protocols import Ranks
+from posttrain.recipes.balance import deal, rank_metrics
 
 T = TypeVar("T")
 
@@ -42,6 +43,12 @@ class Schedule(Generic[T]):
     tokens_per_micro: int | None
     size: Callable[[T], int]
     packing_window: int | None = None
+    num_shares: int = 1
+    """Processes that a step is counted for; its rows are dealt to so many shares of nearly equal cost."""
+    parts_per_micro: int = 1
+    """In how many parts a micro-batch is cut, so that more processes than that have rows."""
+    cost: Callable[[T], float] | None = None
+    """What a row costs, against others; None deals micro-batches as they come."""
     least_rows: int = 1
     """A last step of an epoch with fewer rows is folded into the one before it."""
     _plans: dict[int, list[list[list[int]]]] = field(default_factory=dict, repr=False, compare=False)
@@ -49,17 +56,22 @@ class Schedule(Generic[T]):
 
     @classmethod
     def of(
-        cls, data: Dataset[T], keys: TrainKeys, ranks: Ranks, size: Callable[[T], int], least_rows: int = 1
-    ) -> Schedule[T]:
+        cls, data: Dataset[T], keys: TrainKeys, ranks: Ranks, size: Callable[[T], int],
+        cost: Callable[[T], float] | None = None, least_rows: int = 1,
+    ) -> Schedule[T]:  # fmt: skip
         packing = isinstance(keys, ExampleKeys) and keys.packing
+        micro_per_step = keys.micro_batches_per_step(ranks.world_size)
         return cls(
             data=data,
             seed=keys.seed,
-            micro_per_step=keys.micro_batches_per_step(ranks.world_size),
+            micro_per_step=micro_per_step,
             rows_per_micro=keys.per_device_train_batch_size,
             tokens_per_micro=keys.per_device_train_batch_size * keys.sequence_len if packing else None,
             packing_window=keys.packing_window if isinstance(keys, ExampleKeys) else None,
             size=size,
+            num_shares=keys.num_processes or ranks.world_size,
+            parts_per_micro=math.ceil(ranks.world_size / micro_per_step),
+            cost=cost,
             least_rows=least_rows,
         )
 
@@ -82,9 +94,39 @@ class Schedule(Generic[T]):
         return self._steps[epoch]
 
     def step(self, number: int) -> list[list[T]]:
-        """The micro-batches of optimizer step `number`, counted from 0, over all ranks."""
+        """The micro-batches of optimizer step `number`, counted from 0, over all ranks; every `num_shares`-th is one share's."""
         epoch, first = self.locate(number)
-        return [[self.data.rows[index] for index in micro] for micro in self._epoch(epoch)[first]]
+        micros = self._epoch(epoch)[first]
+        if self.num_shares > 1 and self.cost is not None:
+            micros = self._balanced(micros, self.cost)
+        return [[self.data.rows[index] for index in part] for micro in micros for part in self._cut(micro)]
+
+    def _balanced(self, micros: list[list[int]], cost: Callable[[T], float]) -> list[list[int]]:
+        """The rows of a step dealt to the shares by their cost; where rows are packed, whole micro-batches."""
+        costs = {index: cost(self.data.rows[index]) for micro in micros for index in micro}
+        if self.tokens_per_micro is not None:
+            each = math.ceil(len(micros) / self.num_shares)
+            shares = deal([sum(costs[index] for index in micro) for micro in micros], self.num_shares, each)
+            return in_turn([[micros[place] for place in share] for share in shares])
+        rows, at_once = flat(micros), self.rows_per_micro
+        each = math.ceil(len(rows) / (self.num_shares * at_once)) * at_once
+        shares = deal([costs[index] for index in rows], self.num_shares, each)
+        return in_turn(
+            [
+                [[rows[place] for place in share[i : i + at_once]] for i in range(0, len(share), at_once)]
+                for share in shares
+            ]
+        )
+
+    def balance(self, micros: Sequence[Sequence[T]], world_size: int) -> dict[str, float]:
+        """How evenly a step's micro-batches cost the ranks."""
+        if world_size == 1 or self.cost is None:
+            return {}
+        return rank_metrics([[self.cost(row) for row in flat(micros[rank::world_size])] for rank in range(world_size)])
+
+    def _cut(self, micro: list[int]) -> list[list[int]]:
+        size = math.ceil(len(micro) / self.parts_per_micro)
+        return [micro[i : i + size] for i in range(0, len(micro), size)]
 
     def locate(self, number: int) -> tuple[int, int]:
         """Epoch and step within it."""
@@ -163,6 +205,12 @@ def fill_by_tokens(order: Sequence[int], size: Callable[[int], int], budget: int
         micros[-1].append(index)
         used += tokens
     return micros
+
+
+def in_turn(shares: Sequence[Sequence[T]]) -> list[T]:
+    """The first of each share, then the second of each …; the shares with most come first, so that every n-th is of one share."""
+    ordered = sorted(shares, key=lambda share: -len(share))
+    return [share[turn] for turn in range(len(ordered[0])) for share in ordered if turn < len(share)]
 
 
 def split_groups(groups: Sequence[Sequence[T]], at_once: int) -> list[tuple[T, ...]]:

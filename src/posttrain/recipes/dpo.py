@@ -35,6 +35,7 @@ from posttrain.objectives.preference import (
 )
 from posttrain.objectives.reduce import Normalizer, segment_sum
 from posttrain.objectives.terms import LossTerms, spec_from
+from posttrain.recipes.balance import family_cost
 from posttrain.recipes.batches import Schedule, flat, for_rank
 from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import learning_rate, make_optimizer, update
@@ -59,7 +60,9 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
     load: Callable[..., Dataset[Any]] = load_kto if family.unpaired else load_preference
     data, held_out = load_with_held_out(load, keys, tokenizer)
     stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
-    schedule = Schedule.of(data, keys, ranks, size=_num_tokens, least_rows=_LEAST_KTO_ROWS if family.unpaired else 1)
+    # KTO compares a row with the one before it, so its rows keep their order.
+    cost, least_rows = (None, _LEAST_KTO_ROWS) if family.unpaired else (_pair_cost, 1)
+    schedule = Schedule.of(data, keys, ranks, size=_num_tokens, cost=cost, least_rows=least_rows)
     if family.unpaired:
         _check_others_to_compare_with(schedule, held_out)
     policy = load_policy(keys, tokenizer=tokenizer, sharding=stage.sharding).without_dropout()
@@ -94,6 +97,7 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
         lr = learning_rate(step, total_steps, keys) * stage.guard.controls.lr_scale
         values = metrics.reduced(ranks)
         values |= update(policy, optimizer, stage, lr, values, step + 1)
+        values |= schedule.balance(micros, ranks.world_size)
         values["epoch"] = schedule.epoch_after(step + stage.guard.controls.skipped)
 
         state.step, state.tokens = step + 1, state.tokens + sum(_num_tokens(row) for row in flat(micros))
@@ -234,6 +238,11 @@ def validation_loss(
             metrics.add(terms.metrics)
             metrics.add_share("loss", float(terms.loss))
     return {f"eval_{name}": value for name, value in metrics.reduced(stage.ranks).items()}
+
+
+def _pair_cost(row: Pair) -> float:
+    chosen, rejected = row
+    return family_cost([len(chosen.ids), len(rejected.ids)], shared=chosen.loss_mask.index(True))
 
 
 def _num_tokens(row: Any) -> int:

@@ -6,6 +6,7 @@ optimizer steps, `num_iterations` times over. Which member of the family it is, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,6 +28,7 @@ from posttrain.objectives.reduce import Normalizer
 from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import LossTerms, spec_from
 from posttrain.protocols import Engine, Ranks
+from posttrain.recipes.balance import deal, family_cost
 from posttrain.recipes.batches import MicroBatch, fill_with_groups, split_groups
 from posttrain.recipes.collector import Collected, Collector, teaches
 from posttrain.recipes.engines import EngineSource, greedy, make_engine, sampling_params, sync_engine
@@ -176,9 +178,18 @@ def _micro_batches(groups: Sequence[Group], spec: PolicySpec, keys: GRPOKeys, ra
     """
     at_once = keys.per_device_train_batch_size
     useful = [group for group in groups if teaches(group, spec, keys)]
-    micros = [MicroBatch(parts) for parts in fill_with_groups(ranks.share(split_groups(useful, at_once)), at_once)]
+    parts = split_groups(useful, at_once)
+    each = math.ceil(sum(map(len, parts)) / (at_once * ranks.world_size)) * at_once
+    share = deal([_group_cost(part) for part in parts], ranks.world_size, each, [len(part) for part in parts])[
+        ranks.rank
+    ]
+    micros = [MicroBatch(rows) for rows in fill_with_groups([parts[place] for place in share], at_once)]
     most = max(ranks.gather(len(micros)))
     return micros + [MicroBatch(split_groups(groups[:1], at_once)[:1], idle=True)] * (most - len(micros))
+
+
+def _group_cost(group: Group) -> float:
+    return family_cost([len(sample.ids) for sample in group], shared=int(group[0].loss_mask.argmax()))
 
 
 def _normalizer(groups: Sequence[Group], keys: GRPOKeys) -> Normalizer:

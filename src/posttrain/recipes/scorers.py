@@ -49,8 +49,10 @@ def _scored(
 ) -> list[np.ndarray]:
     found: list[np.ndarray] = []
     batches = [pack(micro) for micro in fill_with_groups(split_groups(groups, by.at_once), by.at_once)]
+    # Ranks of a sharded model run it equally often; asked before the first run, which is a collective itself.
+    idle = max(by.ranks.gather(len(batches))) - len(batches)
     for batch in batches:
         found += [logp.float().cpu().numpy() for logp in score(batch).split(batch.lengths_S().tolist())]
-    for _ in range(max(by.ranks.gather(len(batches))) - len(batches)):
-        score(pack([[_NOTHING]]))  # ranks of a sharded model run it equally often
+    for _ in range(idle):
+        score(pack([[_NOTHING]]))
     return found

@@ -18,6 +18,7 @@ from posttrain.models.text import decoder
 from posttrain.objectives.reduce import Normalizer
 from posttrain.objectives.sft import sft_loss
 from posttrain.objectives.terms import LossTerms
+from posttrain.recipes.balance import family_cost
 from posttrain.recipes.batches import Schedule, flat, for_rank
 from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import learning_rate, make_optimizer, update
@@ -37,7 +38,9 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
     suite = SuiteScore.of(policy, keys)
     optimizer = make_optimizer(policy, keys)
 
-    schedule = Schedule.of(data, keys, ranks, size=lambda row: len(row.ids))
+    schedule = Schedule.of(
+        data, keys, ranks, size=lambda row: len(row.ids), cost=lambda row: family_cost([len(row.ids)])
+    )
     total_steps = schedule.total_steps(keys)
     state = stage.resume(policy, optimizer, total_steps)
     validation = Validation(
@@ -58,6 +61,7 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
         lr = learning_rate(step, total_steps, keys) * stage.guard.controls.lr_scale
         values = metrics.reduced(ranks) | {"loss_tokens": norm.tokens}
         values |= update(policy, optimizer, stage, lr, values, step + 1)
+        values |= schedule.balance(micros, ranks.world_size)
         values["epoch"] = schedule.epoch_after(step + stage.guard.controls.skipped)
 
         state.step, state.tokens = step + 1, state.tokens + sum(len(row.ids) for row in flat(micros))

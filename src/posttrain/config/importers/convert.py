@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from posttrain.config.importers.fates import Kind, raise_if_refused
-from posttrain.config.importers.read import read_foreign
+from posttrain.config.importers.launchers import LAUNCHERS, convert_launcher, launcher_of, launcher_yaml
+from posttrain.config.importers.read import YAML_SUFFIXES, read_foreign
 from posttrain.config.importers.write import notes, to_yaml
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.load import load_stage
+from posttrain.config.yaml_lines import read_yaml
 from posttrain.errors import ConfigError
 from posttrain.files import write_atomic
 
@@ -23,12 +25,18 @@ class Imported:
     kind: Kind
     keys: dict[str, Any]
     notes: tuple[str, ...]
+    whole: bool = True
+    """Whether it is a stage by itself, or a part to be put into one."""
 
 
 def import_file(path: Path, out: Path | None, tool: str | None = None, stage: str | None = None) -> Imported:
     """Convert the file and write it to `out`, if there is one. Raises: ConfigError naming each key that is refused."""
     if stage is not None and stage not in STAGE_KINDS:
         raise ConfigError(f"--stage {stage}: expected one of {', '.join(STAGE_KINDS)}")
+    if tool in LAUNCHERS or (
+        tool is None and path.suffix.lower() in YAML_SUFFIXES and launcher_of(read_yaml(path).data)
+    ):
+        return _import_launcher(path, out, tool)
     draft = read_foreign(path, tool).convert(cast("Kind | None", stage))
     raise_if_refused(draft, path)
     folder = (out or path).resolve().parent
@@ -43,3 +51,16 @@ def import_file(path: Path, out: Path | None, tool: str | None = None, stage: st
     if out is not None:
         write_atomic(out, text)
     return Imported(text, draft.kind, dict(draft.keys), tuple(notes(draft)))
+
+
+def _import_launcher(path: Path, out: Path | None, tool: str | None) -> Imported:
+    """A part of a stage's YAML, and the line that starts it. Raises: ConfigError naming each key that is refused."""
+    values = read_yaml(path).data
+    launcher = LAUNCHERS[tool] if tool else launcher_of(values)
+    assert launcher is not None, "the caller looked"
+    draft = convert_launcher(launcher, values)
+    raise_if_refused(draft, path)
+    text = launcher_yaml(draft, path)
+    if out is not None:
+        write_atomic(out, text)
+    return Imported(text, draft.kind, dict(draft.keys), tuple(notes(draft)), whole=False)

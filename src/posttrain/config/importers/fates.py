@@ -63,6 +63,11 @@ def changed(why: str, off: tuple[Any, ...] = ()) -> KeyFate:
     return KeyFate("changed", why=why, off=off)
 
 
+def noted(read: Reading, todo: str) -> KeyFate:
+    """The key's work is done in another way here, which `read` tells from its value; of a value that it does not know nothing is."""
+    return KeyFate("changed", why="its note tells what this value comes to here", todo=todo, read=read)
+
+
 def refused(why: str, todo: str, off: tuple[Any, ...] = ()) -> KeyFate:
     """The key changes what is learned and cannot be had here, unless its value asks for nothing."""
     return KeyFate("refused", why=why, todo=todo, off=off)
@@ -196,10 +201,12 @@ def convert(
 
 
 def _follow(row: KeyFate, key: str, value: Any, draft: ImportDraft) -> None:
-    if row.fate in ("changed", "refused") and (is_off(value) or value in row.off):
+    if row.fate in ("changed", "refused") and row.read is None and (is_off(value) or value in row.off):
         draft.leave(key, f"{show_short(value)} asks for nothing that is not so here")
     elif row.fate == "left out":
         draft.leave(key, row.why)
+    elif row.fate == "changed" and row.read is not None:
+        _note(row, row.read, key, value, draft)
     elif row.fate == "changed":
         draft.change(key, row.why)
     elif row.fate == "refused":
@@ -208,6 +215,16 @@ def _follow(row: KeyFate, key: str, value: Any, draft: ImportDraft) -> None:
         draft.leave(key, f"it plays no part in {draft.kind}")
     else:
         _map(row, key, value, draft)
+
+
+def _note(row: KeyFate, reading: Reading, key: str, value: Any, draft: ImportDraft) -> None:
+    try:
+        draft.change(key, f"{show_short(value)}: {_read(reading, value)}")
+    except (KeyError, TypeError, ValueError):
+        if is_off(value):
+            draft.leave(key, f"{show_short(value)} asks for nothing that is not so here")
+        else:
+            draft.refuse(key, f"{show_short(value)} has no counterpart here", row.todo)
 
 
 def _map(row: KeyFate, key: str, value: Any, draft: ImportDraft) -> None:

@@ -25,7 +25,7 @@ _COMMANDS: tuple[tuple[str, str], ...] = (
     (r"(?:^|/)trl$|(?:^|/)(?:sft|dpo|grpo|kto|orpo|cpo)\w*\.py$|^trl\.scripts\.\w+$", "trl"),
 )
 """A word of a command line → whose it is."""
-_SUFFIXES = (".yaml", ".yml", ".json")
+YAML_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def read_foreign(path: Path, tool: str | None = None) -> Foreign:
     """The file at `path`, of the tool that is named or found. Raises: ConfigError."""
     if tool is not None and tool not in TOOLS:
         raise ConfigError(f"--tool {tool}: expected one of {', '.join(TOOLS)}")
-    if path.suffix.lower() not in _SUFFIXES:
+    if path.suffix.lower() not in YAML_SUFFIXES:
         return _command(path, tool)
     document = read_yaml(path)
     nulls = tuple(str(key[0]) for key in document.nulls if len(key) == 1)
@@ -115,7 +115,7 @@ def _from_words(path: Path, line: int, tool: Tool, words: list[str]) -> Foreign:
         script = re.split(r"[/.]", verb.removesuffix(".py"))[-1] if not verb.endswith("trl") else options.pop(0)
         values[SCRIPT] = script.partition("_")[0]
     lines: dict[KeyPath, int] = {}
-    file = next((word for word in options if Path(word).suffix in _SUFFIXES and not word.startswith("-")), None)
+    file = next((word for word in options if Path(word).suffix in YAML_SUFFIXES and not word.startswith("-")), None)
     if file is not None:
         document = read_yaml(
             next((home / file for home in (path.parent, Path.cwd()) if (home / file).exists()), Path(file))
