@@ -242,7 +242,8 @@ def _prepare_4bit(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def _check_runs(model: PreTrainedModel, placement: Placement) -> None:
     """Raises: ModelError for an architecture that multiplies with a linear's weight itself, which is packed in 4 bits."""
     try:
-        model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=placement.device))
+        with placement.autocast():
+            model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=placement.device))
     except RuntimeError as error:
         raise ModelError(
             f"adapter: qlora: {type(model).__name__} does not run on a base in 4 bits ({' '.join(str(error).split())}); "
