@@ -262,7 +262,8 @@ def recorded_engine(length: int) -> Callable[..., Any]:
 
 def rollout_seconds(size: Size, num_steps: int) -> list[float]:
     """The engine on the policy's weights; nothing ends before `length`, and all rows decode at once."""
-    from posttrain.config.stages import DatasetKeys, GRPOKeys
+    from posttrain.config.rl import GRPOKeys
+    from posttrain.config.stages import DatasetKeys
     from posttrain.models.load import load_policy, load_tokenizer
     from posttrain.rollout.embedded import EmbeddedEngine
     from posttrain.types import Request, SamplingParams

@@ -2,8 +2,8 @@
 
 import pytest
 
+from posttrain.config.rl import GRPOKeys
 from posttrain.config.rollout import RolloutKeys
-from posttrain.config.stages import GRPOKeys
 
 BASE = {"base_model": "m", "datasets": [{"path": "x.jsonl"}], "reward_funcs": ["r.py:f"]}
 

@@ -5,6 +5,7 @@ import pytest
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.knob import Keys, knob
 from posttrain.config.pipeline import GateKeys, PipelineKeys
+from posttrain.config.rl import GRPOKeys
 from posttrain.config.schema import (
     ForeignName,
     annotation_at,
@@ -15,7 +16,7 @@ from posttrain.config.schema import (
     show_value,
     type_text,
 )
-from posttrain.config.stages import DatasetKeys, GRPOKeys
+from posttrain.config.stages import DatasetKeys
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@ import pytest
 from pydantic import ValidationError
 
 from posttrain.config.kinds import STAGE_KINDS
-from posttrain.config.stages import GRPOKeys, SFTKeys, looks_local, resolve_path
+from posttrain.config.rl import GRPOKeys
+from posttrain.config.stages import SFTKeys, looks_local, resolve_path
 
 REQUIRED = {"base_model": "x", "datasets": [{"path": "y"}]}
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from posttrain.config.stages import DPOKeys, GRPOKeys, SFTKeys
+from posttrain.config.rl import GRPOKeys
+from posttrain.config.stages import DPOKeys, SFTKeys
 from posttrain.data import cache
 from posttrain.data.load import load_kto, load_preference, load_prompts, load_sft
 

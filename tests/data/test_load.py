@@ -2,7 +2,8 @@
 
 import pytest
 
-from posttrain.config.stages import DPOKeys, GRPOKeys, SFTKeys
+from posttrain.config.rl import GRPOKeys
+from posttrain.config.stages import DPOKeys, SFTKeys
 from posttrain.data.dataset import origin, sequences
 from posttrain.data.load import DROPPED, REWRITTEN, load_kto, load_preference, load_prompts, load_sft, read_nouns
 from posttrain.data.parse import IDENTICAL

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 import torch
 
-from posttrain.config.stages import GRPOKeys
+from posttrain.config.rl import GRPOKeys
 from posttrain.objectives.advantages import ADVANTAGES, AdvantageSpec
 from posttrain.objectives.kl import KL_ESTIMATORS
 from posttrain.objectives.policy import (

@@ -8,7 +8,7 @@ import random
 import pytest
 from trl import GRPOConfig, GRPOTrainer
 
-from posttrain.config.stages import GRPOKeys
+from posttrain.config.rl import GRPOKeys
 from posttrain.recipes import grpo as recipe
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.types import Completion

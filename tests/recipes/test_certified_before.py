@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from posttrain.config.stages import GRPOKeys
+from posttrain.config.rl import GRPOKeys
 from posttrain.recipes.certify import certified_before
 from posttrain.rewards.certificate import Certificate
 from posttrain.rewards.resolve import reward_digest

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 import pytest
 
 from posttrain.config.pipeline import SuiteKeys
+from posttrain.config.rl import GRPOKeys
 from posttrain.config.rollout import RolloutKeys
-from posttrain.config.stages import GRPOKeys
 from posttrain.distributed.sharding import Whole
 from posttrain.errors import ConfigError, EngineError
 from posttrain.evals.suite import load_suite

@@ -2,7 +2,8 @@
 
 import pytest
 
-from posttrain.config.stages import GRPOKeys, SFTKeys
+from posttrain.config.rl import GRPOKeys
+from posttrain.config.stages import SFTKeys
 from posttrain.errors import RewardError
 from posttrain.recipes.golds import gold_check, unreadable_golds
 from posttrain.types import Origin, Prompt

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from posttrain.config.kinds import STAGE_KINDS
-from posttrain.config.stages import GRPOKeys
+from posttrain.config.rl import GRPOKeys
 from posttrain.objectives.advantages import ADVANTAGES
 from posttrain.objectives.kl import KL_ESTIMATORS
 from posttrain.objectives.policy import POLICY_LOSSES

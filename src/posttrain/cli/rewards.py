@@ -12,7 +12,7 @@ import typer
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
-    from posttrain.config.stages import RLKeys
+    from posttrain.config.rl import RLKeys
     from posttrain.rewards.cases import Case, PolicySample
     from posttrain.rewards.certificate import Certificate
 
@@ -39,7 +39,7 @@ def check(
 ) -> None:
     """Check the rewards of CONFIG. Exit code: 0 passed (or partial), 1 failed, 64 wrong usage."""
     from posttrain.config.load import load_stage
-    from posttrain.config.stages import RLKeys
+    from posttrain.config.rl import RLKeys
 
     keys = load_stage(_rewarded_kind(config), config, overrides or []).keys
     assert isinstance(keys, RLKeys)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.config.stages import DPOKeys, GRPOKeys, ModelKeys, SFTKeys, TrainKeys
+from posttrain.config.rl import GRPOKeys
+from posttrain.config.stages import DPOKeys, ModelKeys, SFTKeys, TrainKeys
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from posttrain.config.rl import GRPOKeys, RLKeys, SamplingKeys
 from posttrain.config.schema import did_you_mean
-from posttrain.config.stages import ROWS_OF_TYPE, DPOKeys, GRPOKeys, RLKeys, RowKind, SamplingKeys, SFTKeys, TrainKeys
+from posttrain.config.stages import ROWS_OF_TYPE, DPOKeys, RowKind, SFTKeys, TrainKeys
 from posttrain.errors import ConfigError
 
 LearnsFrom = Literal["examples", "pairs", "samples"]

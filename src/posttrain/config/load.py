@@ -19,6 +19,7 @@ from posttrain.config.knob import Keys
 from posttrain.config.migrate import migrate
 from posttrain.config.pipeline import ConfiguredStage, GateKeys, PipelineKeys, in_pipeline
 from posttrain.config.resolved import leaves
+from posttrain.config.rl import RLKeys
 from posttrain.config.schema import did_you_mean, keys_of
 from posttrain.config.settings import (
     KeyOrigin,
@@ -31,7 +32,7 @@ from posttrain.config.settings import (
     read_settings,
     take_project,
 )
-from posttrain.config.stages import ModelKeys, RLKeys, TrainKeys
+from posttrain.config.stages import ModelKeys, TrainKeys
 from posttrain.config.yaml_lines import KeyPath
 from posttrain.names import name_of
 

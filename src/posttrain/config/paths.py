@@ -9,9 +9,10 @@ from typing import Any
 
 from posttrain.config.knob import Keys
 from posttrain.config.pipeline import GateKeys, PipelineKeys, RegisterKeys, SuiteKeys
+from posttrain.config.rl import RLKeys
 from posttrain.config.schema import annotation_below, did_you_mean, group_in, keys_of
 from posttrain.config.settings import Problems, Settings
-from posttrain.config.stages import DatasetKeys, ModelKeys, RLKeys, TrainKeys, looks_local, resolve_path
+from posttrain.config.stages import DatasetKeys, ModelKeys, TrainKeys, looks_local, resolve_path
 from posttrain.config.yaml_lines import KeyPath
 
 

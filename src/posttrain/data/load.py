@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from posttrain.config.stages import DatasetKeys, ExampleKeys, RowKind, SamplingKeys, TrainKeys
+from posttrain.config.rl import SamplingKeys
+from posttrain.config.stages import DatasetKeys, ExampleKeys, RowKind, TrainKeys
 from posttrain.data import cache, render
 from posttrain.data.dataset import Dataset, DataSummary, Skipped, SourceSummary, length_percentiles
 from posttrain.data.formats import Noun, detect_format, parse_rows

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from posttrain.config.kinds import stage_kind
 from posttrain.config.pipeline import GateKeys, PipelineKeys, SuiteKeys
-from posttrain.config.stages import RLKeys, TrainKeys
+from posttrain.config.rl import RLKeys
+from posttrain.config.stages import TrainKeys
 from posttrain.data.lint import limits_of
 from posttrain.data.load import read_nouns
 from posttrain.errors import ConfigError

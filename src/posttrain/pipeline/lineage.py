@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.stages import RLKeys
+from posttrain.config.rl import RLKeys
 from posttrain.errors import RegistryError
 from posttrain.evals.suite import suite_files
 from posttrain.evidence import Decision

@@ -16,7 +16,8 @@ import posttrain
 from posttrain.config.migrate import drift
 from posttrain.config.pipeline import PipelineKeys
 from posttrain.config.resolved import SCHEMA, to_data
-from posttrain.config.stages import DatasetKeys, RLKeys, TrainKeys
+from posttrain.config.rl import RLKeys
+from posttrain.config.stages import DatasetKeys, TrainKeys
 from posttrain.errors import ConfigError
 from posttrain.evals.suite import suite_file_digest
 from posttrain.files import digest_file, digest_json

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from posttrain.config.pipeline import ConfiguredStage, PipelineKeys
 from posttrain.config.resolved import apply_changes, resolved_yaml
-from posttrain.config.stages import RLKeys, TrainKeys
+from posttrain.config.rl import RLKeys
+from posttrain.config.stages import TrainKeys
 from posttrain.errors import ChangedInputsError
 from posttrain.files import digest_json, write_atomic
 from posttrain.models.continued import base_keys, is_continued

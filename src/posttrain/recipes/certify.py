@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.stages import RLKeys
+from posttrain.config.rl import RLKeys
 from posttrain.data.load import load_prompts
 from posttrain.errors import RewardError
 from posttrain.files import read_record

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from posttrain.config.stages import GRPOKeys
+from posttrain.config.rl import GRPOKeys
 from posttrain.health.controls import Controls
 from posttrain.objectives.advantages import AdvantageSpec, as_rewards, compute_advantages, soft_overlong_penalty
 from posttrain.objectives.policy import advantage_estimator_of

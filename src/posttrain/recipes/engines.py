@@ -11,8 +11,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from posttrain.config.rl import SamplingKeys
 from posttrain.config.rollout import RolloutKeys
-from posttrain.config.stages import ModelKeys, SamplingKeys
+from posttrain.config.stages import ModelKeys
 from posttrain.errors import ConfigError
 from posttrain.models.device import place, weight_dtype
 from posttrain.models.generation import stop_token_ids, stored_stop_token_ids

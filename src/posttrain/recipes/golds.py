@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from posttrain.config.stages import RLKeys, TrainKeys
+from posttrain.config.rl import RLKeys
+from posttrain.config.stages import TrainKeys
 from posttrain.rewards.battery import find_deciding, learn_form
 from posttrain.rewards.cases import AnswerForm, Case, candidate_forms, cases_of
 from posttrain.rewards.check import TINY, RewardCheck, Thresholds

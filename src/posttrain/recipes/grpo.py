@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from posttrain.config.stages import GRPOKeys
+from posttrain.config.rl import GRPOKeys
 from posttrain.data.dataset import Dataset
 from posttrain.data.held_out import load_with_held_out
 from posttrain.data.load import load_prompts, load_sft

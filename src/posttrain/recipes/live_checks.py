@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from posttrain.config.stages import GRPOKeys
+from posttrain.config.rl import GRPOKeys
 from posttrain.data.dataset import Dataset
 from posttrain.files import digest_json
 from posttrain.models.text import decoder

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from posttrain.config.stages import RLKeys
+from posttrain.config.rl import RLKeys
 from posttrain.data.dataset import Dataset
 from posttrain.models.batch import loss_counts, pack
 from posttrain.models.policy import Policy

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from posttrain.config.stages import RLKeys, TrainKeys
+from posttrain.config.rl import RLKeys
+from posttrain.config.stages import TrainKeys
 from posttrain.health.controls import Controls
 from posttrain.objectives.kl import AdaptiveEntropy, AdaptiveKL
 from posttrain.objectives.preference import PreferenceSpec

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from posttrain.config.pipeline import SuiteKeys
-from posttrain.config.stages import SamplingKeys, TrainKeys
+from posttrain.config.rl import SamplingKeys
+from posttrain.config.stages import TrainKeys
 from posttrain.evals.run import Evaluator
 from posttrain.evals.suite import Suite, load_suite
 from posttrain.models.policy import Policy

@@ -1,0 +1,171 @@
+"""The keys of RL: what is sampled from the policy itself, rewarded, and trained on. No torch here."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from posttrain.config.knob import knob
+from posttrain.config.rollout import RolloutKeys
+from posttrain.config.stages import DatasetKeys, RowKind, TrainKeys
+
+# fmt: off
+# One key a line: the tables below are read down, not across.
+
+
+class SamplingKeys(TrainKeys):
+    """What stages have that train on completions of the policy itself."""
+
+    allow_raw_base: bool = knob(False, "Start on a base that was never tuned to answer.")
+    num_generations: int = knob(8, "Completions per prompt (G).", ge=2, also="group_size")
+    num_prompts_per_step: int = knob(8, "Prompts per generation batch, over all processes.", ge=1)
+    steps_per_generation: int = knob(1, "Optimizer steps that one generation batch is split into.", ge=1)
+    num_iterations: int = knob(1, "Passes over each generation batch.", ge=1)
+    max_completion_length: int = knob(256, "Longest completion in tokens.", ge=1)
+    temperature: float = knob(1.0, "Sampling temperature; the loss uses it too.", gt=0)
+    top_p: float = knob(1.0, "Nucleus sampling.", gt=0, le=1)
+    top_k: int = knob(0, "Top-k sampling; 0 is off.", ge=0)
+    min_p: float = knob(0.0, "Min-p sampling; 0 is off.", ge=0, le=1)
+    stop: list[str] = knob([], "Strings that end a completion.", example=["</answer>"])
+    rollout_batch_size: int = knob(64, "Completions decoded at once.", ge=1)
+    rollout: RolloutKeys = knob(RolloutKeys(), "The engine that samples, and how it is started.", example={"engine": "vllm"})
+
+    def rows_per_step(self, world_size: int) -> int:
+        """Completions; how many processes make them does not matter."""
+        return self.num_prompts_per_step * self.num_generations // self.steps_per_generation
+
+    @property
+    def row_kind(self) -> RowKind:
+        return "prompts"
+
+    @property
+    def may_start_raw(self) -> bool:
+        return self.allow_raw_base
+
+    @model_validator(mode="after")
+    def _prompts_split_evenly(self) -> SamplingKeys:
+        if self.num_prompts_per_step % self.steps_per_generation:
+            raise ValueError(
+                f"num_prompts_per_step={self.num_prompts_per_step} is not divisible by "
+                f"steps_per_generation={self.steps_per_generation}; groups are not split over optimizer steps"
+            )
+        return self
+
+
+class RLKeys(SamplingKeys):
+    """What stages have whose completions are rewarded."""
+
+    reward_funcs: list[str] = knob(..., "Reward functions: `file.py:function` relative to the YAML, or a name of the library.", min_length=1, example=["rewards.py:correct"])
+    reward_weights: list[float] | None = knob(None, "Weight of each reward function; null means 1 each.", example=[1.0, 0.5])
+    reward_kwargs: dict[str, dict[str, Any]] = knob({}, "Options of library rewards: name in reward_funcs → its options.")
+    reward_timeout_s: float = knob(10.0, "Deadline of one completion's reward; later is unscored.", gt=0)
+    reward_workers: int = knob(1, "Worker processes that score.", ge=1)
+    beta: float = knob(0.0, "Weight of the KL to the reference; 0 keeps no reference.", ge=0)
+    kl_target: float | None = knob(None, "Steer beta, from its value on, so that the KL to the reference stays near so many nats per token.", gt=0, example=0.05)
+    entropy_coef: float = knob(0.0, "Weight of an entropy bonus.", ge=0)
+    entropy_target: float | None = knob(None, "Steer an entropy bonus, besides entropy_coef, that grows while the entropy is below so many nats per token.", gt=0, example=0.2)
+    reward_check: Literal["require", "off"] = knob("require", "`off` trains without a reward certificate, and what it makes cannot be promoted.")
+    reward_check_steps: int = knob(50, "Steps between checks of the rewards on live samples and canary prompts; 0 is off.", ge=0)
+    ptx_datasets: list[DatasetKeys] = knob([], "Supervised rows that are trained on beside the rollouts, so that what they teach is not unlearned (PPO-ptx, arXiv 2203.02155 eq. 2).", also="pretrain_data (OpenRLHF)", example=[{"path": "data/sft.jsonl"}])
+    ptx_coef: float = knob(0.05, "Weight of the token-mean cross-entropy of ptx_datasets, divided by its own tokens.", ge=0)
+    ptx_rows_per_step: int = knob(8, "Rows of ptx_datasets in an optimizer step, over all processes.", ge=1)
+
+    @property
+    def pull(self) -> float:
+        return self.beta
+
+    @property
+    def holds_reference(self) -> bool:
+        return self.beta > 0
+
+    @model_validator(mode="after")
+    def _one_weight_per_reward(self) -> RLKeys:
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"reward_weights has {len(self.reward_weights)} entries for {len(self.reward_funcs)} reward_funcs; give one each"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kl_can_be_steered(self) -> RLKeys:
+        if self.kl_target is not None and not self.beta:
+            raise ValueError("kl_target steers beta, which is 0 (no reference is kept); set beta to its starting value, e.g. 0.01")
+        return self
+
+
+GRPOLoss = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "gspo", "rloo", "reinforce_pp"]
+
+
+class GRPOKeys(RLKeys):
+    """RL with verifiable rewards: GRPO and its family."""
+
+    learning_rate: float = knob(1e-6, "Peak learning rate.", gt=0, also="lr", example=1e-6)
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "wsd"] = knob("constant", "Shape of the schedule after the warmup; `wsd` holds, then decays over the last fifth.", also="lr_scheduler (Axolotl)")
+    max_steps: int = knob(200, "Optimizer steps; -1 lets num_train_epochs decide.", ge=-1)
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = knob("sum_then_normalize", "Add the rewards, then normalise; or normalise each first (GDPO).")
+    loss_type: GRPOLoss = knob("dapo", "Surrogate of a token and how tokens add up to a loss.")
+    kl_estimator: Literal["k1", "k2", "k3"] = knob("k3", "Estimator of the KL that beta weighs (Schulman 2020).")
+    kl_reduction: Literal["token_mean", "sequence_mean_of_token_mean", "sequence_sum_over_constant", "sequence_sum_mean"] | None = knob(None, "How the KL in the loss adds up over tokens; null takes the reduction of loss_type.", example="token_mean")
+    kl_in_reward: bool = knob(False, "Put the KL that beta weighs into the reward instead of the loss.")
+    use_bias_correction_kl: bool = knob(True, "Multiply the KL in the loss by the importance ratio, as TRL and DeepSeek-V3.2 do: its gradient is then that of the KL, also off-policy.")
+    epsilon: float = knob(0.2, "Clip range below 1: the importance ratio is clipped at 1 - epsilon.", gt=0)
+    epsilon_high: float | None = knob(None, "Clip range above 1; null means epsilon. For cispo the cap on the ratio itself; null means 5.", gt=0, example=0.28)
+    delta: float | None = knob(None, "Upper bound of the unclipped ratio (two-sided clipping); null is off.", gt=1, example=4.0)
+    importance_sampling_level: Literal["token", "sequence"] = knob("token", "Ratio per token, or per sequence (GSPO).")
+    scale_rewards: Literal["group", "batch", "none"] = knob("group", "What the centred rewards are divided by: the group's std, the batch's, nothing.")
+    advantage_estimator: Literal["group", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = knob("group", "Baseline: group mean (GRPO), leave-one-out (RLOO), batch mean (REINFORCE++), or group mean and then whitened over the batch (REINFORCE++-baseline); loss_type rloo and reinforce_pp bring their own.")
+    advantage_eps: float = knob(1e-4, "Added to the std; ddof is 1, as in TRL.", ge=0)
+    sapo_temperature_pos: float = knob(1.0, "SAPO's temperature for positive advantages.", gt=0)
+    sapo_temperature_neg: float = knob(1.05, "SAPO's temperature for negative advantages.", gt=0)
+    mask_truncated_completions: bool = knob(False, "Leave truncated completions out of the loss.")
+    dynamic_sampling: bool = knob(False, "Replace groups whose rewards are all equal by freshly sampled ones (DAPO).")
+    dynamic_sampling_max_rounds: int = knob(4, "Refill rounds before the step goes on with fewer groups.", ge=1)
+    soft_overlong_cache: int = knob(0, "Length in tokens of DAPO's soft overlong penalty before max_completion_length; 0 is off.", ge=0)
+    importance_sampling_correction: Literal["auto", "off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = knob("auto", "Correction between sampler and trainer log-probs; `auto` is off for the embedded engine, which needs none, and token_truncate for any other.", also="vllm_importance_sampling_mode (TRL)")
+    allow_uncorrected: bool = knob(False, "Let importance_sampling_correction be off with an engine whose log-probs are not the trainer's.")
+    importance_sampling_cap: float = knob(3.0, "Upper bound of the weights of importance_sampling_correction.", gt=1, also="vllm_importance_sampling_cap (TRL), vllm_importance_sampling_clip_max (TRL)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _correction_is_chosen(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("importance_sampling_correction", "auto") == "auto":
+            chosen = "token_truncate" if _samples_with(values.get("rollout")) != "embedded" else "off"
+            return {**values, "importance_sampling_correction": chosen}
+        return values
+
+    @model_validator(mode="after")
+    def _correction_is_wanted(self) -> GRPOKeys:
+        uncorrected = self.rollout.engine != "embedded" and self.importance_sampling_correction == "off"
+        if uncorrected and not self.allow_uncorrected:
+            raise ValueError(
+                f"importance_sampling_correction: off with rollout.engine: {self.rollout.engine}, whose log-probs are not the "
+                "trainer's; leave it at auto (token_truncate), or set allow_uncorrected: true beside it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kl_is_not_normalised_away(self) -> GRPOKeys:
+        if self.kl_in_reward and self.beta and self.multi_objective_aggregation == "normalize_then_sum":
+            raise ValueError(
+                "kl_in_reward with multi_objective_aggregation: normalize_then_sum divides the KL by its own std, so beta "
+                "would do nothing; set kl_in_reward: false, which puts the KL into the loss"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gdpo_is_defined_on_groups(self) -> GRPOKeys:
+        own = self.loss_type in ("rloo", "reinforce_pp")
+        if self.multi_objective_aggregation == "normalize_then_sum" and (own or self.advantage_estimator != "group"):
+            raise ValueError(
+                "multi_objective_aggregation: normalize_then_sum is defined on advantage_estimator: group alone, "
+                f"got {f'loss_type: {self.loss_type}' if own else f'advantage_estimator: {self.advantage_estimator}'}"
+            )
+        return self
+
+
+def _samples_with(rollout: Any) -> str:
+    """The engine that keys name which are not validated yet."""
+    if isinstance(rollout, RolloutKeys):
+        return rollout.engine
+    return str(rollout.get("engine", "embedded")) if isinstance(rollout, dict) else "embedded"
