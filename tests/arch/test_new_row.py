@@ -90,7 +90,9 @@ def test_a_scorer_is_a_function_and_a_row(model_dir, tmp_path, monkeypatch):
     item = {"id": "a", "messages": [{"role": "user", "content": "What is 1?"}], "target": "1", "scorer": "half"}
     path.write_text(json.dumps(item) + "\n")
     policy = load_policy(ModelKeys(base_model=str(model_dir("qwen3"))), trainable=False)
-    evaluator = Evaluator(EmbeddedEngine(policy, stop_token_ids=(2,)), TokenizerCodec(policy.tokenizer), "m", request_seed)
+    evaluator = Evaluator(
+        EmbeddedEngine(policy, stop_token_ids=(2,)), TokenizerCodec(policy.tokenizer), "m", request_seed
+    )
     report = evaluator.run(load_suite("s", path), SuiteKeys(path=str(path), max_tokens=2), "gate")
     assert report.mean == 0.5
 
