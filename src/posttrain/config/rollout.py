@@ -9,7 +9,12 @@ from pydantic import model_validator
 from posttrain.config.knob import Keys, knob
 from posttrain.uris import loopback
 
-TRANSFERS_OF = {"embedded": ("shared",), "vllm": ("copy", "file", "delta"), "vllm_server": ("file", "delta")}
+TRANSFERS_OF = {
+    "embedded": ("shared",),
+    "vllm": ("copy", "file", "delta"),
+    "vllm_server": ("file", "delta"),
+    "sglang": ("file",),
+}
 """The ways in which each engine can take weights, the best first."""
 _STARTED_VLLM = ("dtype", "max_model_len", "memory_gib", "tensor_parallel_size", "enforce_eager")
 _SERVER = ("timeout_s", "start_timeout_s", "max_restarts", "pause")
@@ -22,16 +27,16 @@ _GIVEN = ("token_env", "token_file")
 class RolloutKeys(Keys):
     """Which engine samples, and how it is started; under vLLM's own names where it has one. A key that the chosen engine does not read is refused."""
 
-    engine: Literal["embedded", "vllm", "vllm_server"] = knob("embedded", "What samples: our own engine, on the weights in training; vLLM in this process; or a server of vLLM beside it (pip install 'posttrain[vllm]').", also="use_vllm (TRL)")
+    engine: Literal["embedded", "vllm", "vllm_server", "sglang"] = knob("embedded", "What samples: our own engine, on the weights in training; vLLM in this process; a server of vLLM beside it (pip install 'posttrain[vllm]'); or a server of SGLang at `url`.", also="use_vllm (TRL)")
     exact: bool = knob(False, "Make the embedded engine's log-probs the trainer's to the last bit: slower, on one thread of a CPU.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "Dtype that vLLM computes in; `auto` is the trainer's.")
     max_model_len: int | None = knob(None, "Longest prompt and answer together, in tokens; null is as long as model and memory allow.", ge=2, also="vllm_max_model_length (TRL)", example=4096)
     memory_gib: float | None = knob(None, "GiB for vLLM's keys and values; null takes 1 on a CPU, 8 on a GPU.", gt=0, example=4.0)
     tensor_parallel_size: int = knob(1, "Processes that vLLM splits the model over.", ge=1, also="vllm_tensor_parallel_size (TRL)")
     enforce_eager: bool = knob(False, "Let vLLM compile nothing; on a CPU it never does.")
-    transfer: Literal["auto", "shared", "copy", "file", "delta"] = knob("auto", "How weights get to the engine; `auto` is the first that it can: `embedded` decodes with those in training (`shared`), `vllm` takes a `copy` or a `file`, `vllm_server` a `file`; both take a file of what changed too (`delta`).")
+    transfer: Literal["auto", "shared", "copy", "file", "delta"] = knob("auto", "How weights get to the engine; `auto` is the first that it can: `embedded` decodes with those in training (`shared`), `vllm` takes a `copy` or a `file`, `vllm_server` and `sglang` a `file`; vLLM takes a file of what changed too (`delta`).")
     delta_anchor: int = knob(20, "With `transfer: delta`, every so many pushes the whole model is sent.", ge=1)
-    url: str | None = knob(None, "A server that runs already, on this machine, for `vllm_server`; null starts one that ends with the run.", also="vllm_server_base_url (TRL)", example="http://127.0.0.1:8000")
+    url: str | None = knob(None, "A server that runs already, on this machine, for `vllm_server` or `sglang`; null starts one of vLLM that ends with the run.", also="vllm_server_base_url (TRL)", example="http://127.0.0.1:8000")
     token_env: str = knob("VLLM_API_KEY", "Environment variable that holds the API key of the server at `url`.")
     token_file: str | None = knob(None, "File that holds it; goes before the variable.", example="~/.config/vllm.key")
     pause: Literal["wait", "keep", "abort"] = knob("wait", "What an update does with completions that a server is sampling: wait for them, go on with them under the new weights, or end them.")
@@ -62,6 +67,7 @@ class RolloutKeys(Keys):
         unread = {
             "rollout.engine: embedded": (*_STARTED_VLLM, "url", *_SERVER, *_GIVEN) if self.engine == "embedded" else (),
             "rollout.engine: vllm": ("url", *_SERVER, *_GIVEN) if self.engine == "vllm" else (),
+            "rollout.engine: sglang": ("pause",) if self.engine == "sglang" else (),
             "rollout.url": _STARTED_VLLM if self.url else (),
             f"rollout.transfer: {self.way}": () if self.way == "delta" else ("delta_anchor",),
             "no rollout.url": () if self.url else _GIVEN,
@@ -70,6 +76,12 @@ class RolloutKeys(Keys):
             for name in names:
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"rollout.{name} does nothing with {beside}; remove it, or choose what reads it")
+        return self
+
+    @model_validator(mode="after")
+    def _names_its_server(self) -> RolloutKeys:
+        if self.engine == "sglang" and not self.url:
+            raise ValueError("rollout.engine: sglang without rollout.url; start SGLang yourself and set url: http://127.0.0.1:30000")
         return self
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ from posttrain.protocols import Engine, Weights
 from posttrain.rollout.canary import check_arrival
 from posttrain.rollout.embedded import EmbeddedEngine, score_sequences
 from posttrain.rollout.restart import RestartedEngine
+from posttrain.rollout.sglang import SGLangOptions, given_sglang, sglang_version
 from posttrain.rollout.vllm.adapter import served_rank
 from posttrain.rollout.vllm.connect import ServerOptions, given_server, server_version, start_server, token_of
 from posttrain.rollout.vllm.engine import VLLMEngine
@@ -78,15 +79,35 @@ def _vllm_server(ask: _Ask) -> Engine:
     options, decode = _vllm_options(ask, tokenizer), decoder(tokenizer, special=True)
     log = ask.folder and ask.folder / "vllm_server.log"
     how = ServerOptions(keys.timeout_s, keys.start_timeout_s, keys.way, keys.delta_anchor, keys.pause, log)
-    policy = ask.source.policy
     if keys.url is None:
         require_vllm()
-        start = partial(start_server, options, how, decode)
-    else:
-        start = partial(given_server, keys.url, token_of(keys.token_env, keys.token_file), options, how, decode)
-        # What it serves is not known to be the model that is asked for.
-        policy = policy or load_policy(ask.source.model, trainable=False)
-    engine = RestartedEngine(start, _check_again, keys.max_restarts)
+        return _restarted(ask, partial(start_server, options, how, decode), ask.source.policy)
+    start = partial(given_server, keys.url, token_of(keys.token_env, keys.token_file), options, how, decode)
+    return _given(ask, start)
+
+
+def _sglang(ask: _Ask) -> Engine:
+    """On a given server of SGLang."""
+    model, keys, tokenizer = ask.source.model, ask.keys, _tokenizer(ask)
+    assert keys.url is not None, "a given server has an address"
+    config = load_config(model)
+    options = SGLangOptions(
+        config.to_json_string(), str(stored_dtype(config)).removeprefix("torch."),
+        stored_stop_token_ids(model.base_model, model.revision, config, tokenizer), 2 * ask.rows, keys.start_timeout_s,
+    )  # fmt: skip
+    token = token_of(keys.token_env, keys.token_file)
+    return _given(
+        ask, partial(given_sglang, keys.url, token, keys.timeout_s, options, decoder(tokenizer, special=True))
+    )
+
+
+def _given(ask: _Ask, start: Callable[[], Engine]) -> Engine:
+    """What the server has is not known to be the model that is asked for."""
+    return _restarted(ask, start, ask.source.policy or load_policy(ask.source.model, trainable=False))
+
+
+def _restarted(ask: _Ask, start: Callable[[], Engine], policy: Policy | None) -> Engine:
+    engine = RestartedEngine(start, _check_again, ask.keys.max_restarts)
     if policy is not None and ask.source.policy is None:
         with _closed_on_error(engine):
             sync_engine(engine, policy, version=0)
@@ -147,7 +168,12 @@ def _vllm_options(ask: _Ask, tokenizer: PreTrainedTokenizerBase) -> VLLMOptions:
     )
 
 
-ENGINES: Mapping[str, Callable[[_Ask], Engine]] = {"embedded": _embedded, "vllm": _vllm, "vllm_server": _vllm_server}
+ENGINES: Mapping[str, Callable[[_Ask], Engine]] = {
+    "embedded": _embedded,
+    "vllm": _vllm,
+    "vllm_server": _vllm_server,
+    "sglang": _sglang,
+}
 """`rollout.engine` → an engine on a source."""
 
 
@@ -166,7 +192,8 @@ def named_engine(keys: RolloutKeys) -> str:
     """As an eval report names what `make_engine` makes of these keys. Raises: MissingExtraError, EngineGoneError."""
     if keys.engine == "embedded":
         return ""
-    given = keys.url and server_version(keys.url, token_of(keys.token_env, keys.token_file), keys.timeout_s)
+    version_of = sglang_version if keys.engine == "sglang" else server_version
+    given = keys.url and version_of(keys.url, token_of(keys.token_env, keys.token_file), keys.timeout_s)
     return f"{keys.engine} {given or require_vllm()}"
 
 
