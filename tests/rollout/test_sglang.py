@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import SFTKeys
-from posttrain.errors import ConfigError, EngineError, EngineGoneError
+from posttrain.errors import EngineError, EngineGoneError
 from posttrain.models.load import load_policy
 from posttrain.protocols import Engine
 from posttrain.recipes.engines import EngineSource, make_engine, named_engine, sync_engine
@@ -89,6 +89,7 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, status, value):
         data = b"" if value is None else json.dumps(value).encode()
         self.send_response(status)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -238,7 +239,7 @@ def test_reports_name_its_release(server):
 def test_a_server_that_is_gone_or_elsewhere_or_not_named_is_an_error():
     with pytest.raises(EngineGoneError):
         named_engine(RolloutKeys(engine="sglang", url="http://127.0.0.1:9", timeout_s=2.0))
-    with pytest.raises(ConfigError, match=r"got a server on 10\.0\.0\.1, expected one on this machine"):
+    with pytest.raises(ValueError, match=r"got a server on 10\.0\.0\.1, expected one on this machine"):
         RolloutKeys(engine="sglang", url="http://10.0.0.1:30000")
     with pytest.raises(ValueError, match=r"engine: sglang without rollout.url; start SGLang yourself"):
         RolloutKeys(engine="sglang")

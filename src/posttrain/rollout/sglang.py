@@ -122,7 +122,7 @@ class SGLangEngine:
             "/generate", bodies, at_once=self._options.at_once, timeout_s=_LONGEST_S, beat=self._beat, every_s=_BEAT_S
         )
         try:
-            with closing(calls):  # pyright: ignore[reportArgumentType] - it is a generator
+            with closing(calls):
                 for place, answer in calls:
                     left -= 1
                     self._under_way -= 1
