@@ -18,7 +18,7 @@ from posttrain.models.load import load_policy
 from posttrain.protocols import Engine
 from posttrain.recipes.engines import EngineSource, make_engine, named_engine, sync_engine
 from posttrain.rollout.embedded import EmbeddedEngine
-from posttrain.rollout.sglang import finish_of, sampled, scored
+from posttrain.rollout.sglang import sampled, scored, sglang_finish
 from posttrain.types import Request, SamplingParams, in_order
 
 EXAMPLES = json.loads((Path(__file__).parent / "sglang.json").read_text())
@@ -167,8 +167,8 @@ def test_a_stop_string_ends_with_the_token_that_completes_it(server, connect, po
 def test_the_examples_of_its_documentation_are_read():
     example = EXAMPLES["generate_with_logprobs"]["answer"]
     assert sampled(example) == ((5338,), (-0.014046513475477695,))
-    assert finish_of(example["meta_info"]["finish_reason"]) == "length"
-    assert finish_of(EXAMPLES["generate"]["answer"]["meta_info"]["finish_reason"]) == "stop"
+    assert sglang_finish(example["meta_info"]["finish_reason"]) == "length"
+    assert sglang_finish(EXAMPLES["generate"]["answer"]["meta_info"]["finish_reason"]) == "stop"
     assert scored(example, (382,), 1) == []
 
 
@@ -177,7 +177,7 @@ def test_the_examples_of_its_documentation_are_read():
     [
         (like("generate_with_logprobs", output_token_logprobs=[[-1.0, 7, None]]), sampled, r"of the tokens \[7\], and sampled \[5338\]"),
         (like("generate_with_logprobs"), lambda answer: scored(answer, (1, 2, 3), 1), "scored 0 tokens, asked were 2"),
-        ({"type": "timeout"}, finish_of, "ended a completion with 'timeout'"),
+        ({"type": "timeout"}, sglang_finish, "ended a completion with 'timeout'"),
     ],
 )  # fmt: skip
 def test_an_answer_that_is_not_what_was_asked_is_refused(answer, read, reason):

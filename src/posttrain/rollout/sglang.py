@@ -96,7 +96,7 @@ class SGLangEngine:
             self._check_version(answer)
             ids, logp = sampled(answer)
             kept = kept_length(ids, params.stop, self._decode)
-            finish = finish_of(answer["meta_info"]["finish_reason"])
+            finish = sglang_finish(answer["meta_info"]["finish_reason"])
             yield Completion(ids[:kept], logp[:kept], finish, self._version, place)
 
     def score(self, sequences: Sequence[tuple[Sequence[int], int]], temperature: float = 1.0) -> list[list[float]]:
@@ -232,7 +232,7 @@ def scored(answer: Mapping[str, Any], ids: Sequence[int], start: int) -> list[fl
     return [float(row[0]) for row in rows]
 
 
-def finish_of(reason: Mapping[str, Any]) -> Finish:
+def sglang_finish(reason: Mapping[str, Any]) -> Finish:
     """Raises: EngineError for an end that is none of ours."""
     if reason["type"] not in _FINISH:
         raise EngineError(f"SGLang ended a completion with {reason['type']!r}; expected stop, length or abort")
