@@ -55,7 +55,7 @@ def steps(folder):
 def await_step(folder, number, process):
     deadline = time.monotonic() + 400
     while number not in steps(folder):
-        assert process.poll() is None, "it ended before"
+        assert process.poll() is None, (folder.parents[1] / "output").read_text()[-2000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

@@ -32,6 +32,10 @@ class RefusedError(EngineError):
         self.status = status
 
 
+class LateError(EngineGoneError):
+    """The server did not answer in time."""
+
+
 @dataclass(frozen=True)
 class Address:
     """Where a server listens: a port of this machine, or a Unix socket (`path`)."""
@@ -180,8 +184,8 @@ class _Exchange:
     def left_s(self) -> float:
         return max(0.0, self._deadline - time.monotonic())
 
-    def late(self) -> EngineGoneError:
-        return self._gone(f"did not answer within {self._timeout_s:g} s")
+    def late(self) -> LateError:
+        return LateError(self._said(f"did not answer within {self._timeout_s:g} s"))
 
     def close(self) -> None:
         self._socket.close()

@@ -264,7 +264,10 @@ def test_a_server_that_stands_still_is_taken_for_dead_within_seconds(engine, pol
     sync_engine(engine, policy_with(), version=3)
     monkeypatch.setattr(server_of(engine).client, "timeout_s", 2.0)
     inner, started, params = engine._engine, None, SamplingParams(max_tokens=480, stop_token_ids=tuple(range(3)))
-    with pytest.raises(EngineGoneError, match=r"could not generate: GET /is_paused: .* did not answer within 2 s"):
+    with pytest.raises(
+        EngineGoneError,
+        match=r"could not generate: GET /is_paused: .* did not answer within 2 s; raise rollout.timeout_s",
+    ):
         for _ in inner.generate(REQUESTS, params):
             if started is None:
                 started, stopped = time.monotonic(), processes(server_of(engine).pid)[-1]

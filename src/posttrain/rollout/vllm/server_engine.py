@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from posttrain.errors import EngineError, EngineGoneError
 from posttrain.protocols import Weights
-from posttrain.rollout.http import RefusedError
+from posttrain.rollout.http import LateError, RefusedError
 from posttrain.rollout.transfer import TRANSFERS, TransferMessage, TransferOptions
 from posttrain.rollout.vllm import asking
 from posttrain.rollout.vllm.adapter import write_adapter
@@ -60,7 +60,7 @@ class VLLMServerEngine:
         self._version, self._pushes = 0, count(1)
         # A given server may have served another run, whose names and salts must not be met again.
         self._run = f"run-{self._folder.name.rpartition('-')[2]}"
-        self._salt = f"{self._run}@0"
+        self._salt = f"{self._run}-0"
         self._adapter: tuple[str, int] | None = None
         self._under_way = Counter[str]()
         self._cache_is_stale = False
@@ -165,7 +165,7 @@ class VLLMServerEngine:
         with self._asking("take its weights"):
             by_name = weights.has_adapter and self._served.serves_adapters
             moved = self._take_adapter(weights, version, label) if by_name else self._take_all(weights, version)
-            self._salt, self._version = label, version
+            self._salt, self._version = label.replace("@", "-"), version
             self._reset_cache()
             self._settle()
         return moved
@@ -197,9 +197,8 @@ class VLLMServerEngine:
     def _take_adapter(self, weights: Weights, version: int, label: str) -> Moved:
         folder = self._folder / label
         num_bytes = write_adapter(weights, folder)
-        name = f"run@{label}"
-        self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
-        self._adapter = (name, version)
+        self._post("/v1/load_lora_adapter", {"lora_name": label, "lora_path": str(folder)})
+        self._adapter = (label, version)
         return Moved(num_bytes, num_bytes)
 
     def _settle(self) -> None:
@@ -251,8 +250,10 @@ class VLLMServerEngine:
             raise self._gone(doing, error) from error
 
     def _gone(self, doing: str, error: EngineError) -> EngineGoneError:
-        ended = self._server.ended()
-        return EngineGoneError(f"vLLM's server could not {doing}: {ended or error}")
+        said = self._server.ended() or str(error)
+        if isinstance(error, LateError):
+            said += "; raise rollout.timeout_s if it only needs longer"
+        return EngineGoneError(f"vLLM's server could not {doing}: {said}")
 
     def _lives(self) -> bool:
         try:
