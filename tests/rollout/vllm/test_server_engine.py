@@ -147,7 +147,9 @@ def pausing(engine, shared_policy):
         requests = [Request((5, 9, 40), seed) for seed in range(3)]
         sampling = threading.Thread(target=lambda: found.extend(in_order(inner.generate(requests, LONG))))
         sampling.start()
-        time.sleep(1.0)
+        while not inner._under_way.total():
+            time.sleep(0.01)
+        time.sleep(0.15)
         inner.update(policy, 9)
         sampling.join(60)
         assert not inner._cache_is_stale
