@@ -33,6 +33,11 @@ def digest_bytes(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
+def digest_start(digest: str) -> str:
+    """Enough of a digest to tell it by."""
+    return digest.removeprefix("sha256:")[:12]
+
+
 def digest_json(value: Any) -> str:
     return digest_bytes(canonical_json(value).encode("utf-8", "surrogatepass"))
 

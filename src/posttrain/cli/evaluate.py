@@ -47,6 +47,7 @@ def evaluate(
 def table(reports: Mapping[str, EvalReport]) -> str:
     """One row per suite: mean with its 95 % interval, items, and pass@k where there are several samples."""
     from posttrain.evals.run import pass_at_ks
+    from posttrain.gate.render import aligned
     from posttrain.report.intervals import score_interval
 
     passes = {name: pass_at_ks(report) if _is_binary(report) else {} for name, report in reports.items()}
@@ -57,8 +58,7 @@ def table(reports: Mapping[str, EvalReport]) -> str:
         numbers = (str(shown.num_items), _number(shown.mean), f"[{_number(shown.low)}, {_number(shown.high)}]")
         at_k = (_number(passes[name].get(k, math.nan)) for k in ks)
         rows.append((name, report.split, report.scorer, *numbers, *at_k))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(_cell(text, widths[i], i > 2) for i, text in enumerate(row)).rstrip() for row in rows)
+    return "\n".join(aligned(rows, range(3, len(rows[0]))))
 
 
 def plan_of(model: str, files: Sequence[Path], on: str | None) -> tuple[ModelKeys, SuitesToRun]:
@@ -162,7 +162,3 @@ def _is_binary(report: EvalReport) -> bool:
 
 def _number(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "–"
-
-
-def _cell(text: str, width: int, right: bool) -> str:
-    return text.rjust(width) if right else text.ljust(width)

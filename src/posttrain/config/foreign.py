@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from posttrain.config.importers.fates import KeyFate, Reading
+from posttrain.config.importers.fates import KeyFate, Reading, read_as
 from posttrain.config.importers.read import TOOLS
 from posttrain.config.importers.values import OPTIMIZERS, OVERFLOW, SCHEDULES
 from posttrain.config.kinds import STAGE_KINDS
@@ -158,7 +158,7 @@ def _translate_name(settings: Settings, name: str, info: KeyInfo, problems: Prob
         return []
     reading = CONVERTED_NAMES.get(name)
     try:
-        ours = value if reading is None else _read(reading, value)
+        ours = value if reading is None else read_as(reading, value)
     except (KeyError, TypeError):
         text = f"{owner}; its value {show_value(value)} has no counterpart; set {info.name}: {info.type}"
         problems.add(origin, settings.name((name,)), text)
@@ -181,10 +181,6 @@ def _translate_value(settings: Settings, key: str, info: KeyInfo, problems: Prob
         return []
     settings.values[key] = ours
     return [f"{settings.name((key,))}: {show_value(value)} is read as {show_value(ours)}"]
-
-
-def _read(reading: Reading, value: Any) -> Any:
-    return reading(value) if callable(reading) else reading[value]
 
 
 def _whose(name: str, info: KeyInfo) -> str:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import types
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
@@ -189,6 +189,12 @@ def nearest(name: str, names: Iterable[str], cutoff: float = _CLOSE) -> list[str
 
 def _folded(name: str) -> str:
     return name.lower().replace("-", "_")
+
+
+def did_you_mean_or_one_of(name: str, known: Collection[str]) -> str:
+    """`; did you mean a?`, or all there are."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(known)}"
 
 
 def did_you_mean(name: str, names: Iterable[str], cutoff: float = _CLOSE) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.schema import did_you_mean_or_one_of
 from posttrain.config.stages import DatasetKeys, ExampleKeys, TrainKeys
 from posttrain.data.dataset import Dataset, sequences
 from posttrain.data.lint_input import GOLD_ROWS, LintInput, plain_text
@@ -108,9 +108,11 @@ def limits_of(changes: Mapping[str, Mapping[str, Any]]) -> dict[str, RuleLimit]:
     """
     for name, change in changes.items():
         if name not in RULES:
-            raise ConfigError(f"lint.{name}: no such rule{_nearest(name, RULES)}")
+            raise ConfigError(f"lint.{name}: no such rule{did_you_mean_or_one_of(name, RULES)}")
         if unknown := [key for key in change if key not in ("limit", "action")]:
-            raise ConfigError(f"lint.{name}.{unknown[0]}: no such key{_nearest(unknown[0], ('limit', 'action'))}")
+            raise ConfigError(
+                f"lint.{name}.{unknown[0]}: no such key{did_you_mean_or_one_of(unknown[0], ('limit', 'action'))}"
+            )
         action, limit = change.get("action", "refuse"), change.get("limit", 0.0)
         if action not in ("warn", "refuse", "off"):
             raise ConfigError(f"lint.{name}.action: got {action!r}, expected warn, refuse or off")
@@ -123,11 +125,6 @@ def limits_of(changes: Mapping[str, Mapping[str, Any]]) -> dict[str, RuleLimit]:
         if action != "off":
             limits[name] = RuleLimit(action, float(change.get("limit", rule.limit)))
     return limits
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(known)}"
 
 
 def lint(given: LintInput, changes: Mapping[str, Mapping[str, Any]] | None = None) -> LintReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container, Sequence
 
 from posttrain.evidence import GateVerdict, TestResult
 
@@ -13,11 +14,20 @@ _RIGHT = frozenset({3, 4, 5, 6, 7, 8, 9})
 def verdict_table(verdict: GateVerdict) -> str:
     """A table with one row per test, then the verdict and its reason."""
     rows = [_HEADER, *(_row(test) for test in verdict.tests)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
-    lines = ["  ".join(_cell(text, widths[i], i in _RIGHT) for i, text in enumerate(row)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    lines = aligned(rows, _RIGHT)
+    lines.insert(1, "  ".join("-" * max(map(len, column)) for column in zip(*rows, strict=True)))
     notes = [f"  {test.role} {test.suite}: {test.reason}" for test in verdict.tests]
     return "\n".join([*lines, *notes, f"{verdict.verdict.value}: {verdict.reason} (alpha {verdict.alpha:.3g})"])
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Container[int]) -> list[str]:
+    """Lines of a table of text; the columns in `right` end where their longest cell does."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [
+        [text.rjust(w) if i in right else text.ljust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))]
+        for row in rows
+    ]
+    return ["  ".join(row).rstrip() for row in cells]
 
 
 def _row(test: TestResult) -> tuple[str, ...]:
@@ -38,7 +48,3 @@ def _row(test: TestResult) -> tuple[str, ...]:
 
 def _number(value: float, form: str = "{:+.4f}") -> str:
     return form.format(value) if math.isfinite(value) else "–"
-
-
-def _cell(text: str, width: int, right: bool) -> str:
-    return text.rjust(width) if right else text.ljust(width)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from posttrain.config.kinds import LearnsFrom, stage_kind
+from posttrain.config.schema import did_you_mean_or_one_of
 from posttrain.errors import ConfigError
 from posttrain.health import checks
 from posttrain.health.checks import Evidence
@@ -130,7 +130,9 @@ def rules_for(kind: str, changes: Mapping[str, Mapping[str, Any]] | None = None)
     changes = changes or {}
     for name in changes:
         if name not in {rule.name for rule in RULES}:
-            raise ConfigError(f"health.{name}: no such rule{_nearest(name, [rule.name for rule in RULES])}")
+            raise ConfigError(
+                f"health.{name}: no such rule{did_you_mean_or_one_of(name, [rule.name for rule in RULES])}"
+            )
     rows = [(rule, changes.get(rule.name, {})) for rule in RULES if stage_kind(kind).learns_from in rule.learns_from]
     return tuple(_changed(rule, change, kind) for rule, change in rows if change.get("enabled", True))
 
@@ -144,7 +146,7 @@ def _changed(rule: Rule, change: Mapping[str, Any], kind: str) -> Rule:
             thresholds[name] = float(value)
         elif name not in ("enabled", "severity", "action"):
             raise ConfigError(
-                f"health.{rule.name}.{name}: no such key{_nearest(name, [*thresholds, 'enabled', 'severity', 'action'])}"
+                f"health.{rule.name}.{name}: no such key{did_you_mean_or_one_of(name, [*thresholds, 'enabled', 'severity', 'action'])}"
             )
     severity = change.get("severity", rule.severity)
     if severity not in set(Severity):
@@ -169,8 +171,3 @@ def _check_action(rule: Rule, action: Any, kind: str) -> None:
             f"health.{rule.name}.action: skip_step needs a rule that is judged before the update ({early}); "
             "use rollback, which undoes updates"
         )
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(known)}"

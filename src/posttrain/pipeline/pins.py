@@ -20,7 +20,7 @@ from posttrain.config.rl import RLKeys
 from posttrain.config.stages import DatasetKeys, TrainKeys
 from posttrain.errors import ConfigError
 from posttrain.evals.suite import suite_file_digest
-from posttrain.files import digest_file, digest_json
+from posttrain.files import digest_file, digest_json, digest_start
 from posttrain.models.provenance import source_digest
 from posttrain.numerics import changes_between, revision
 from posttrain.registry.manifest import MODEL, environment_pins
@@ -173,4 +173,4 @@ def _source(source: DatasetKeys) -> str:
 
 
 def _short(digest: str | None) -> str:
-    return "absent" if digest is None else digest.removeprefix("sha256:")[:12]
+    return "absent" if digest is None else digest_start(digest)

@@ -10,7 +10,7 @@ import posttrain
 from posttrain.config.pipeline import PipelineKeys
 from posttrain.config.resolved import leaves
 from posttrain.errors import ConfigError
-from posttrain.files import digest_file, digest_json
+from posttrain.files import digest_file, digest_json, digest_start
 from posttrain.pipeline.pins import is_version, pins_of
 from posttrain.protocols import Ranks
 
@@ -63,7 +63,7 @@ def check_started_alike(ranks: Ranks, keys: PipelineKeys, on_change: str) -> Non
 def _taken_in(keys: PipelineKeys, on_change: str) -> dict[str, str]:
     """Name → value or digest. Keys by their values, for digests of them would not say what differs."""
     kinds = [stage.kind for stage in keys.stages]
-    taken = {"--on-change": on_change, "code of posttrain": _short(code_digest())}
+    taken = {"--on-change": on_change, "code of posttrain": digest_start(code_digest())}
     for path, value in leaves(keys):
         parts = [str(part + 1) if isinstance(part, int) else part for part in path]
         if path[0] == "stages":
@@ -78,11 +78,7 @@ def _is_of_keys(pin: str) -> bool:
 
 
 def _pin(name: str, value: str) -> str:
-    return value if is_version(name) else _short(value)
-
-
-def _short(digest: str) -> str:
-    return digest.removeprefix("sha256:")[:12]
+    return value if is_version(name) else digest_start(value)
 
 
 @cache

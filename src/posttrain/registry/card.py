@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from posttrain.files import digest_start
 from posttrain.registry.manifest import ADAPTER_TOTAL, MODEL, Manifest
 from posttrain.registry.promotion import DECISION
 from posttrain.registry.registry import Registry
@@ -24,7 +25,7 @@ def model_card(registry: Registry, name: str, version: int) -> str:
     chain = registry.chain(name, version)
     verdict = registry.verdict_record(name, version)
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
-    environment.filters |= {"number": _number, "short": _short, "cell": _cell}  # pyright: ignore[reportUnknownMemberType]
+    environment.filters |= {"number": _number, "short": digest_start, "cell": _cell}  # pyright: ignore[reportUnknownMemberType]
     return environment.from_string(_TEMPLATE.read_text()).render(
         front_matter=_front_matter(name, chain, verdict),
         entry=entry,
@@ -94,10 +95,6 @@ def _number(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _short(digest: str) -> str:
-    return digest.removeprefix("sha256:")[:12]
 
 
 def _cell(text: Any) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.report import words
-from posttrain.report.records import RunRecord
+from posttrain.report.records import RunRecord, as_mapping
 
 _KINDS = {"E": "right answer rewritten", "Z": "wrong answer dressed up", "N": "to be survived"}
 _CERTIFIED = {
@@ -111,14 +111,14 @@ def certificate_views(run: RunRecord) -> list[CertificateView]:
 
 def _certificate(stage: str, record: Mapping[str, Any]) -> CertificateView:
     verdict = str(record.get("verdict") or "unknown")
-    config = _mapping(record.get("config"))
+    config = as_mapping(record.get("config"))
     on = f"Tried on {words.count(_number(config.get('num_cases')))} prompts and {words.count(_number(config.get('num_samples')))} answers of the starting model."
     mutations = _records(record.get("mutations"))
     return CertificateView(
         stage=stage,
         verdict=verdict,
         sentence=f"{_CERTIFIED.get(verdict, '')} {on if config else ''}".strip(),
-        measures=tuple(_measures(_mapping(record.get("measures")), _mapping(config.get("thresholds")), mutations)),
+        measures=tuple(_measures(as_mapping(record.get("measures")), as_mapping(config.get("thresholds")), mutations)),
         mutations=tuple(_mutation(row) for row in mutations),
         failures=tuple(map(str, record.get("failures") or ())),
         warnings=tuple(map(str, record.get("warnings") or ())),
@@ -200,10 +200,6 @@ def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if math.isfinite(value) else None
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _records(value: Any) -> list[Mapping[str, Any]]:

@@ -107,7 +107,7 @@ class RunRecord:
     def suites(self) -> list[EvalKey]:
         """In the order of the config, others after it by name."""
         found = {key for model in self.models for key in self.evals[model]}
-        order = {name: place for place, name in enumerate(_mapping(self.config.get("evals")))}
+        order = {name: place for place, name in enumerate(as_mapping(self.config.get("evals")))}
         return sorted(found, key=lambda key: (order.get(key[0], len(order)), key))
 
     @property
@@ -125,7 +125,7 @@ def read_run(folder: Path) -> RunRecord:
             f"{folder} is not a run folder (got neither pipeline.json, stages/ nor config.yaml); give the folder that `posttrain run` printed"
         )
     problems: list[str] = []
-    pipeline = _mapping(_try(folder / "pipeline.json", read_json, {}, problems))
+    pipeline = as_mapping(_try(folder / "pipeline.json", read_json, {}, problems))
     config_text = _try(folder / "config.yaml", lambda path: path.read_text(errors="replace"), "", problems)
     return RunRecord(
         folder=folder,
@@ -135,10 +135,10 @@ def read_run(folder: Path) -> RunRecord:
         evals=_evals(folder, problems),
         gates=_gates(folder, pipeline, problems),
         config_text=config_text,
-        config=_mapping(
+        config=as_mapping(
             _try(folder / "config.yaml", lambda path: yaml.safe_load(path.read_text(errors="replace")), {}, problems)
         ),
-        pins=_mapping(pipeline.get("pins")),
+        pins=as_mapping(pipeline.get("pins")),
         registered=_registered(pipeline.get("registered")),
         certificates=_certificates(folder, problems),
         problems=tuple(problems),
@@ -148,13 +148,13 @@ def read_run(folder: Path) -> RunRecord:
 def _certificates(folder: Path, problems: list[str]) -> dict[str, Mapping[str, Any]]:
     """Stage → the certificate it was started on; under the run's own name what `posttrain rewards check` left."""
     paths = [folder / "certificate.json", *sorted((folder / "stages").glob("*/certificate.json"))]
-    found = {path.resolve().parent.name: _mapping(_try(path, read_json, {}, problems)) for path in paths}
+    found = {path.resolve().parent.name: as_mapping(_try(path, read_json, {}, problems)) for path in paths}
     return {name: record for name, record in found.items() if record}
 
 
 def _stages(folder: Path, pipeline: Mapping[str, Any], problems: list[str]) -> tuple[StageRecord, ...]:
     """Those the pipeline lists; without a list, those that have a folder; at last the run folder itself."""
-    listed = [_mapping(entry) for entry in pipeline.get("stages") or []]
+    listed = [as_mapping(entry) for entry in pipeline.get("stages") or []]
     if not listed:
         listed = [{"folder": f"stages/{path.name}"} for path in sorted((folder / "stages").glob("*")) if path.is_dir()]
     if not listed and (folder / "metrics.jsonl").exists():
@@ -165,7 +165,7 @@ def _stages(folder: Path, pipeline: Mapping[str, Any], problems: list[str]) -> t
 def _stage(folder: Path, entry: Mapping[str, Any], problems: list[str]) -> StageRecord:
     where = folder / str(entry.get("folder") or "missing")
     name = where.resolve().name
-    result = _mapping(_try(where / "result.json", read_json, {}, problems))
+    result = as_mapping(_try(where / "result.json", read_json, {}, problems))
     tail = name.split("-", 1)[-1]
     metrics = tuple(_try(where / "metrics.jsonl", read_jsonl, [], problems))
     return StageRecord(
@@ -178,8 +178,8 @@ def _stage(folder: Path, entry: Mapping[str, Any], problems: list[str]) -> Stage
         steps=_first(entry, result, "steps") or (int(metrics[-1]["step"]) if metrics else None),
         entry=entry,
         result=result,
-        data=_mapping(_try(where / "summary.json", read_json, {}, problems)),
-        lint=_mapping(_try(where / "lint.json", read_json, {}, problems)),
+        data=as_mapping(_try(where / "summary.json", read_json, {}, problems)),
+        lint=as_mapping(_try(where / "lint.json", read_json, {}, problems)),
         metrics=metrics,
         events=tuple(_try(where / "events.jsonl", read_jsonl, [], problems)),
         samples=tuple(_try(where / "samples.jsonl", read_jsonl, [], problems)),
@@ -197,7 +197,7 @@ def _evals(folder: Path, problems: list[str]) -> dict[str, dict[EvalKey, EvalRep
 
 
 def _gates(folder: Path, pipeline: Mapping[str, Any], problems: list[str]) -> tuple[GateRecord, ...]:
-    entries = [_mapping(entry) for entry in pipeline.get("gates") or []]
+    entries = [as_mapping(entry) for entry in pipeline.get("gates") or []]
     if not entries:
         entries = [
             {"folder": f"gates/{path.parent.name}", "after": path.parent.name}
@@ -207,7 +207,7 @@ def _gates(folder: Path, pipeline: Mapping[str, Any], problems: list[str]) -> tu
     decided = {line.get("verdict_digest"): line for line in _try(folder / "decisions.jsonl", read_jsonl, [], problems)}
     for entry in entries:
         where = folder / str(entry.get("folder") or "missing")
-        verdict = _mapping(_try(where / "verdict.json", read_json, {}, problems)) or {
+        verdict = as_mapping(_try(where / "verdict.json", read_json, {}, problems)) or {
             "verdict": entry.get("verdict"),
             "tests": [],
         }
@@ -220,8 +220,8 @@ def _gates(folder: Path, pipeline: Mapping[str, Any], problems: list[str]) -> tu
                     where.name,
                     str(entry.get("after", "")),
                     verdict,
-                    _mapping(_try(where / "spec.json", read_json, {}, problems)),
-                    _mapping(_try(where / "evidence.json", read_json, {}, problems)).get("look"),
+                    as_mapping(_try(where / "spec.json", read_json, {}, problems)),
+                    as_mapping(_try(where / "evidence.json", read_json, {}, problems)).get("look"),
                 )
             )
     return tuple(gates)
@@ -239,7 +239,7 @@ def _registered(entry: Any) -> Mapping[str, Any] | None:
 
 def _test(test: Any) -> Mapping[str, Any]:
     """A test of a verdict with every field there is, None where it was not stored."""
-    return {field.name: _mapping(test).get(field.name) for field in fields(TestResult)}
+    return {field.name: as_mapping(test).get(field.name) for field in fields(TestResult)}
 
 
 def _try(path: Path, read: Callable[[Path], T], absent: T, problems: list[str]) -> T:
@@ -258,7 +258,8 @@ def _one_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """A JSON object of a record; empty where something else stands there."""
     return value if isinstance(value, Mapping) else {}
 
 

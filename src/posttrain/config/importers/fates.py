@@ -219,7 +219,7 @@ def _follow(row: KeyFate, key: str, value: Any, draft: ImportDraft) -> None:
 
 def _note(row: KeyFate, reading: Reading, key: str, value: Any, draft: ImportDraft) -> None:
     try:
-        draft.change(key, f"{show_short(value)}: {_read(reading, value)}")
+        draft.change(key, f"{show_short(value)}: {read_as(reading, value)}")
     except (KeyError, TypeError, ValueError):
         if is_off(value):
             draft.leave(key, f"{show_short(value)} asks for nothing that is not so here")
@@ -229,7 +229,7 @@ def _note(row: KeyFate, reading: Reading, key: str, value: Any, draft: ImportDra
 
 def _map(row: KeyFate, key: str, value: Any, draft: ImportDraft) -> None:
     try:
-        ours = value if row.read is None else _read(row.read, value)
+        ours = value if row.read is None else read_as(row.read, value)
     except (KeyError, TypeError, ValueError):
         draft.refuse(key, f"{show_short(value)} has no counterpart here", row.todo)
         return
@@ -241,7 +241,8 @@ def _map(row: KeyFate, key: str, value: Any, draft: ImportDraft) -> None:
     draft.put(row.to, ours, key, note)
 
 
-def _read(reading: Reading, value: Any) -> Any:
+def read_as(reading: Reading, value: Any) -> Any:
+    """Raises: what `reading` raises for a value that has no counterpart."""
     return reading(value) if callable(reading) else reading[value]
 
 
@@ -263,11 +264,6 @@ def as_float(value: Any) -> float:
 def flag(value: Any) -> bool:
     """Raises: KeyError."""
     return {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}[str(value).lower()]
-
-
-def one_of(*values: str) -> Reading:
-    """Values that are the same here."""
-    return {value: value for value in values}
 
 
 def choices(key: str, kind: Kind) -> tuple[str, ...]:
