@@ -102,10 +102,11 @@ def _tree_attention(
     """Shapes: as `ragged_attention`. Heads are widened by zeros, which change no score, to one width that kernels take."""
     multiple, out_width = 1 if query.device.type == "cpu" else _WIDTH_MULTIPLE, value.shape[-1]
     width = -(-max(query.shape[-1], out_width) // multiple) * multiple
-    packed = [_widened(tensor[0].transpose(0, 1), width) for tensor in (query, key, value)]
+    # Not `tensor[0]`: the backward of that makes zeros of the whole and copies into them.
+    packed = [_widened(tensor.squeeze(0).transpose(0, 1), width) for tensor in (query, key, value)]
     calls = calls_of(layout.trees, query.shape[1] * query.shape[3], query.dtype, window, query.device)
     out: Any = TreeAttention.apply(*packed, calls, scale)
-    return out[None, ..., :out_width]
+    return (out if out.shape[-1] == out_width else out[..., :out_width]).unsqueeze(0)
 
 
 def _widened(heads: torch.Tensor, width: int) -> torch.Tensor:
