@@ -152,11 +152,11 @@ def _is_all(where: Where, tensor: Tensor) -> bool:
 
 def _total(tensor: Tensor, calls: Sequence[Call | MaskedCall]) -> Tensor:
     """What gradients add up in. Shares of many sequences in a half precision would lose the small ones."""
+    by_head = tensor.transpose(0, 1)
     if not any(call.repeated for call in calls):
-        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-    return torch.zeros_like(
-        tensor, dtype=torch.promote_types(tensor.dtype, torch.float32), memory_format=torch.contiguous_format
-    )
+        return torch.empty_like(by_head, memory_format=torch.contiguous_format).transpose(0, 1)
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return torch.zeros_like(by_head, dtype=dtype, memory_format=torch.contiguous_format).transpose(0, 1)
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

@@ -221,8 +221,9 @@ def _backward_on_cpu(
             grad_out[:, :, rows], query[:, :, rows], key[:, :, columns], value[:, :, columns], out[:, :, rows],
             lse[None, :, rows], 0.0, is_causal, attn_mask=mask, scale=scale,
         )  # fmt: skip
-        found.append(tuple(grad[0].transpose(0, 1) for grad in grads))
-    return tuple(_joined(list(parts)) for parts in zip(*found, strict=True))
+        found.append(tuple(grads))
+    # Joined by heads, as the rotation before attention reads them fastest.
+    return tuple(_joined(list(parts), 2)[0].transpose(0, 1) for parts in zip(*found, strict=True))
 
 
 def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
