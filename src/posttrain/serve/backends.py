@@ -9,7 +9,7 @@ from typing import Any
 
 from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
-from posttrain.files import digest_tree
+from posttrain.files import digest_tree, named_if_damaged, read_json
 from posttrain.models.generation import stop_token_ids
 from posttrain.models.load import load_policy, load_tokenizer
 from posttrain.models.policy import Policy
@@ -74,8 +74,19 @@ class AdaptersOfOneBase:
 
 
 def of_folder(name: str, folder: Path) -> ModelVersion:
-    """A folder as it is now. Its files are read again when it is loaded: what is served is what was named."""
-    digest = digest_tree(folder)
+    """A folder as it is now. Its files are read again when it is loaded: what is served is what was named.
+
+    Raises: ModelError for a stage's model that is not what the stage recorded.
+    """
+    digest, record = digest_tree(folder), folder.parent / "result.json"
+    if folder.name == "model" and record.is_file():
+        with named_if_damaged(record, f"serve a copy of {folder} elsewhere if you know what it is"):
+            made = read_json(record)["model_digest"]
+        if made != digest:
+            raise ModelError(
+                f"{folder} is {digest}, but {record} says that the stage made {made}: its files changed since; serve the registered "
+                "version, or a copy elsewhere if you mean the changed one"
+            )
     return ModelVersion(name, digest, folder, check=lambda: check_digest(folder, digest))
 
 
