@@ -28,9 +28,12 @@ def until(condition, within_s=20.0):
 
 @pytest.fixture(scope="module")
 def small(running, folder, tmp_path_factory):
-    """A server with few places, little patience, and a token."""
+    """A server with few places, little patience, and a token; a step takes as long as a larger model's."""
     options = {"max_num_seqs": 2, "max_queue": 1, "stall_s": 1.5, "max_body_bytes": 20_000, "token": "sesame"}
     with running(ServedNames([str(folder)], tmp_path_factory.mktemp("none"), name="tiny"), **options) as found:
+        [entry] = found.service.router._pool._entries.values()
+        embedding = entry.loading.result().loop.policy.base.get_input_embeddings()
+        embedding.register_forward_pre_hook(lambda module, args: time.sleep(0.004))
         yield found
 
 

@@ -134,7 +134,8 @@ class Router:
             log.warning("%s: %s instead of %s", name, version.id, before.id)
 
     def _note(self, name: str, error: PosttrainError) -> None:
-        if self.trouble.get(name) != str(error):
+        # At the start it is the command's own error.
+        if self._following is not None and self.trouble.get(name) != str(error):
             log.error("%s stays where it is: %s", name, error)
         self.trouble[name] = str(error)
 

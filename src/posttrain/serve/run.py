@@ -51,6 +51,7 @@ async def _serve(options: ServeOptions, make_router: Callable[[], Router], ready
                 timeout_keep_alive=30, h11_max_incomplete_event_size=1 << 16, timeout_graceful_shutdown=5,
             )  # fmt: skip
             server = _DrainingServer(config, service)
+            listening.listen(256)  # who comes from here on waits for the server instead of being refused
             loop = asyncio.get_running_loop()
 
             def stop() -> None:

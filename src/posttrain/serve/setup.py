@@ -73,7 +73,7 @@ def _adapters(names: ServedNames, options: ServeOptions) -> Router:
 
 
 def _is_folder(model: str) -> bool:
-    return looks_local(model) or Path(model).expanduser().is_dir()
+    return looks_local(model) or "/" in model or Path(model).expanduser().is_dir()
 
 
 def _model_folder(model: str) -> Path:
