@@ -8,7 +8,7 @@ import typer
 
 import posttrain
 from posttrain.cli import app as app_module
-from posttrain.cli.app import OTHER_WORDS, VERBS, available_verbs, load_verb, main
+from posttrain.cli.app import NO_PLACE, OTHER_WORDS, VERBS, available_verbs, load_verb, main
 from posttrain.errors import DataError, TrainingError
 
 
@@ -122,6 +122,20 @@ def test_a_defect_shows_its_traceback(monkeypatch, tmp_path, capsys):
     add_verb(monkeypatch, tmp_path, "def trial():\n    raise RuntimeError('a defect')\n")
     run("trial")
     assert "RuntimeError: a defect" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", NO_PLACE)
+def test_a_place_that_cannot_be_used_is_one_line_with_what_to_do(monkeypatch, tmp_path, capsys, number):
+    body = f"import os\ndef trial():\n    raise OSError({number}, os.strerror({number}), '/some/place')\n"
+    add_verb(monkeypatch, tmp_path, body)
+    assert run("trial") == 64
+    assert capsys.readouterr().err == f"error: /some/place: {os.strerror(number)}; {NO_PLACE[number]}\n"
+
+
+def test_another_failure_of_the_system_is_a_defect(monkeypatch, tmp_path, capsys):
+    add_verb(monkeypatch, tmp_path, "def trial():\n    open('/no/such/file')\n")
+    assert run("trial") == 70
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_verb_may_be_an_app_of_its_own(monkeypatch, tmp_path, capsys):

@@ -5,12 +5,13 @@ A verb's module is imported only when that verb runs or its own help is asked fo
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import typer
@@ -76,6 +77,14 @@ OTHER_WORDS: dict[str, str] = {
     "help": "posttrain --help, or posttrain VERB --help", "version": "posttrain --version",
 }  # fmt: skip
 """What people type for a verb that is called otherwise → what to type."""
+
+_ELSEWHERE = "let this user read and write it, or name another place"
+_SPACE = "make room there, or name another place"
+NO_PLACE: Mapping[int, str] = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR), _ELSEWHERE),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _SPACE),
+}
+"""What a place that cannot be used answers → what to do."""
 
 # UsageError and ClickException, by way of a public name: typer carries its own copy of click from 0.26 on.
 _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
@@ -179,6 +188,14 @@ def _run(argv: list[str]) -> int:
             traceback.print_exc()
         typer.echo(_message(error), err=True)
         return EXIT_USAGE
+    except OSError as error:
+        line = _no_place(error)
+        if not line or os.environ.get("POSTTRAIN_DEBUG") == "1":
+            traceback.print_exc()
+        if not line:
+            return EXIT_CRASH
+        typer.echo(line, err=True)
+        return EXIT_USAGE
     except _ClickException as error:
         error.show(file=sys.stderr)
         return EXIT_USAGE
@@ -189,6 +206,12 @@ def _run(argv: list[str]) -> int:
         traceback.print_exc()
         return EXIT_CRASH
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+def _no_place(error: OSError) -> str:
+    """The line about a place that cannot be used, with what to do; nothing for another failure."""
+    advice = NO_PLACE.get(error.errno or 0)
+    return f"error: {printable(str(error.filename))}: {error.strerror}; {advice}" if advice and error.filename else ""
 
 
 def _message(error: PosttrainError) -> str:

@@ -60,7 +60,9 @@ def connect(path: Path, *, new: bool) -> sqlite3.Connection:
             return db
     except sqlite3.OperationalError as error:
         db.close()
-        raise RegistryError(f"{path} cannot be opened: {error}; make it readable, or wait for who holds it") from error
+        raise RegistryError(
+            f"{path} cannot be opened: {error}; make its folder writable, or wait for who holds it"
+        ) from error
     except sqlite3.DatabaseError as error:
         found = str(error)
     db.close()
