@@ -151,20 +151,37 @@ def test_each_rl_stage_has_its_own_certificate(project):
     book.close()
 
 
+HACKABLE = {**GRPO, "reward_funcs": ["rewards.py:is_in"]}
+
+
+def test_a_hackable_reward_of_a_later_stage_stops_the_run_before_any_training(project):
+    run = project(
+        [{"sft": SFT}, {"grpo": {**GRPO, "max_steps": 1, "reward_funcs": ["number"]}}, {"grpo": HACKABLE}], evals={}
+    )
+    with pytest.raises(RewardError, match=r"so RL does not start:(.|\n)*earn more than a wrong answer"):
+        run.run()
+    assert not run.out.exists()
+    assert run.said[-2:] == [
+        f"rewards of stage {number}: {verdict} before any training, without completions of its policy"
+        for number, verdict in ((2, "pass"), (3, "fail"))
+    ]
+
+
 def test_a_hackable_reward_stops_the_run_before_rl(project):
-    run = project([{"sft": SFT}, {"grpo": {**GRPO, "reward_funcs": ["rewards.py:is_in"]}}], evals={})
+    """Of the first stage, whose certificate is made at once; what refused to start has pinned nothing."""
+    run = project([{"grpo": HACKABLE}], evals={})
     with pytest.raises(RewardError) as refusal:
         run.run()
     message = str(refusal.value)
     assert message.startswith("the rewards did not pass their check, so RL does not start:")
     assert "earn more than a wrong answer" in message
-    assert read_json(run.out / "stages/02-grpo/certificate.json")["verdict"] == "fail"
-    assert (run.state.status, run.state.stage(2)) == ("error", None)
-    assert not (run.out / "stages/02-grpo/metrics.jsonl").exists()
+    assert read_json(run.out / "stages/01-grpo/certificate.json")["verdict"] == "fail"
+    assert (run.state.status, run.state.stage(1)) == ("error", None)
+    assert not (run.out / "stages/01-grpo/metrics.jsonl").exists()
     (run.folder / "rewards.py").write_text((run.folder / "rewards.py").read_text().replace("def is_in", "def was_in"))
-    run.values["stages"][1]["grpo"] = {**GRPO, "max_steps": 1, "reward_funcs": ["number"]}
-    assert run.run().status == "done", "what refused to start has pinned nothing: the corrected start needs no word"
-    assert [entry.folder for entry in run.state.stages] == ["stages/01-sft", "stages/02-grpo"]
+    run.values["stages"][0]["grpo"] = {**GRPO, "max_steps": 1, "reward_funcs": ["number"]}
+    assert run.run().status == "done", "the corrected start needs no word"
+    assert [entry.folder for entry in run.state.stages] == ["stages/01-grpo"]
 
 
 def test_a_baseline_may_be_a_stage_or_a_folder(project, model_dir):
@@ -185,8 +202,8 @@ def test_an_alias_without_a_registry_to_look_in_is_refused_before_any_work(proje
     assert not (run.out / "stages").exists()
 
 
-def test_another_candidate_on_the_same_items_is_another_look(second):
-    """Alpha is spent over the looks that the registry counts, and the look past the budget is refused."""
+def test_another_candidate_on_the_same_items_is_another_look(second, capsys):
+    """Alpha is spent over the looks that the registry counts, and the look past the budget is refused before training."""
     gate = {**NOT_WORSE, "looks": 3, "guards": [{"suite": "yes", "margin": 0.45}]}
     alphas = []
     for seed in (2, 3):
@@ -195,5 +212,9 @@ def test_another_candidate_on_the_same_items_is_another_look(second):
         alphas.append(json.loads((run.out / "gates" / "final" / "verdict.json").read_text())["alpha"])
     first = 0.05 * 6 / 3.141592653589793**2
     assert alphas == pytest.approx([first / 4, first / 9]), "the champion's own verdict was the first look"
-    run = second(seed=4, gate=gate, name="seed-4")
+    run = second(seed=4, gate=gate, name="seed-4", stages=[{"sft": SFT}])
     assert run.command() == 64
+    assert (
+        "gate.looks: 3 of 3 looks at suite yes are taken, so a new model could not be judged" in capsys.readouterr().err
+    )
+    assert not run.out.exists()

@@ -1,13 +1,14 @@
-"""Lints what the stages would train on, before the first of them starts. Keeps what it found beside each stage."""
+"""What the stages would train on and be paid by, checked before the first of them starts; lint is kept beside each stage."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from posttrain.config.pipeline import PipelineKeys
 from posttrain.config.resolved import to_data
+from posttrain.config.rl import RLKeys
 from posttrain.config.stages import TrainKeys
 from posttrain.data.dataset import sequences
 from posttrain.data.lint import LintReport, lint_stage
@@ -17,7 +18,36 @@ from posttrain.files import digest_json, write_json
 from posttrain.models.load import load_config, load_tokenizer
 from posttrain.models.vocabulary import check_ids
 from posttrain.pipeline.selection import Suites
+from posttrain.pipeline.state import DONE, RunState
+from posttrain.recipes.certify import check_ahead, require
 from posttrain.recipes.golds import gold_check
+
+
+def check_rewards_ahead(keys: PipelineKeys, state: RunState | None, say: Callable[[str], None]) -> None:
+    """Check the rewards of each RL stage that has another one to wait for; its certificate is made when that is done.
+
+    Raises: RewardError.
+    """
+    for index, (stage, template, kwargs) in enumerate(_templates(keys), start=1):
+        before = None if state is None else state.stage(index - 1)
+        next_to_start = index == 1 or (before is not None and before.status == DONE)
+        if isinstance(stage, RLKeys) and stage.reward_check != "off" and not next_to_start:
+            with_template = stage.model_copy(update={"chat_template": template, "chat_template_kwargs": kwargs})
+            certificate = check_ahead(with_template)
+            say(
+                f"rewards of stage {index}: {certificate.verdict} before any training, without completions of its policy"
+            )
+            require(certificate)
+
+
+def _templates(keys: PipelineKeys) -> Iterator[tuple[TrainKeys, str | None, dict[str, Any]]]:
+    """Each stage's keys with its chat template; without one of its own it has that of the stage before, saved with it."""
+    template: str | None = None
+    kwargs: dict[str, Any] = {}
+    for stage in keys.stages:
+        kwargs = {**({} if stage.keys.chat_template else kwargs), **stage.keys.chat_template_kwargs}
+        template = stage.keys.chat_template or template
+        yield stage.keys, template, kwargs
 
 
 class DataChecks:
@@ -29,13 +59,8 @@ class DataChecks:
 
     def check_stages(self, keys: PipelineKeys, suites: Suites) -> None:
         """Raises: DataError for what must not be trained on; ConfigError for a lint that does not exist."""
-        template: str | None = None
-        kwargs: dict[str, Any] = {}
-        for stage in keys.stages:
-            # A stage without a template of its own renders with the one that the stage before it was saved with.
-            kwargs = {**({} if stage.keys.chat_template else kwargs), **stage.keys.chat_template_kwargs}
-            template = stage.keys.chat_template or template
-            self._report(stage.keys, suites, template, kwargs).raise_if_refused()
+        for stage, template, kwargs in _templates(keys):
+            self._report(stage, suites, template, kwargs).raise_if_refused()
 
     def check_stage(self, keys: TrainKeys, suites: Suites, folder: Path | None) -> None:
         """The same for one stage as it is about to run; writes `lint.json` into `folder`. Raises: DataError, ConfigError."""

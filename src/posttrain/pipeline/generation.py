@@ -1,4 +1,4 @@
-"""The registry as a run meets it at its start: the version that it starts from, and whether its alias can be won."""
+"""The registry as a run meets it at its start: the version to start from, whether its alias can be won, the looks that are left."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from posttrain.config.pipeline import ConfiguredStage, PipelineKeys, RegisterKeys
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, GateError
+from posttrain.evals.run import decoding_of
 from posttrain.evidence import RegistryEntry
+from posttrain.gate.spec import GateSpec
 from posttrain.models.provenance import source_digest
-from posttrain.pipeline.state import Parent, RunState
+from posttrain.pipeline.checks import gates_of
+from posttrain.pipeline.selection import Suites
+from posttrain.pipeline.state import DONE, Parent, RunState
 from posttrain.registry.registry import Registry
 
 _REF = re.compile(r"alias:[\w.-]+|[A-Za-z][\w.-]*@[\w.-]+")
@@ -83,6 +87,27 @@ def check_can_be_promoted(keys: PipelineKeys, state: RunState | None) -> None:
             f"gate.baseline: {gate.baseline} can never give {target.alias}: that takes a verdict against {who}; "
             f"set baseline: alias:{target.alias}, or another register.alias"
         )
+
+
+def check_looks_left(keys: PipelineKeys, state: RunState | None, suites: Suites) -> None:
+    """Refuse to train what could not be judged: the looks that a gate allows at its items are all taken.
+
+    Once a stage is finished the verdict decides: the look may be this run's own. Raises: GateError.
+    """
+    begun = state is not None and any(entry.status == DONE for entry in state.stages)
+    budgets = [gate for gate in gates_of(keys) if gate.looks]
+    if keys.register_ is None or begun or not budgets:
+        return
+    with _opened(keys.register_) as registry:
+        for gate in budgets:
+            for name in GateSpec.from_keys(gate).suites:
+                suite, how = suites[name]
+                taken = registry.count_looks(suite.digest(gate.split, decoding_of(how)))
+                if taken >= gate.looks:
+                    raise GateError(
+                        f"gate.looks: {taken} of {gate.looks} looks at suite {name} are taken, so a new model could not be judged; "
+                        "make a fresh gate split, or raise looks before anyone looks again"
+                    )
 
 
 def _is_own(state: RunState, holder: RegistryEntry | None) -> bool:

@@ -22,9 +22,9 @@ from posttrain.evidence import Verdict
 from posttrain.files import write_atomic, write_json
 from posttrain.pipeline import OnChange, lineage, selection
 from posttrain.pipeline.checks import check_all
-from posttrain.pipeline.data_checks import DataChecks, Suites
+from posttrain.pipeline.data_checks import DataChecks, Suites, check_rewards_ahead
 from posttrain.pipeline.escalation import PENDING_FILE, decision_on, rejection_of, wait_for_person
-from posttrain.pipeline.generation import check_can_be_promoted, from_version
+from posttrain.pipeline.generation import check_can_be_promoted, check_looks_left, from_version
 from posttrain.pipeline.judge import Judge, is_promoted, made_by
 from posttrain.pipeline.measure import Evals, MeasuredModel
 from posttrain.pipeline.opening import fresh, state_to_go_on_from
@@ -89,9 +89,11 @@ def run_pipeline(
     keys = counted_for(keys, ranks.world_size if earlier is None else earlier.num_processes or ranks.world_size)
     suites, data = check_all(keys), DataChecks(watch.say)
     check_can_be_promoted(keys, earlier)
+    check_looks_left(keys, earlier, suites)
     # Before the folder is made and anything is pinned: a start that is refused leaves nothing behind.
     data.check_stages(keys, suites)
     check_started_alike(ranks, keys, on_change)
+    ranks.main_only(lambda: check_rewards_ahead(keys, earlier, watch.say))
     folder = Path(keys.output_dir)
     if on_change == "new-run":
         folder = fresh(folder, pins_of(keys))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from posttrain.errors import RewardError
 from posttrain.files import read_record
 from posttrain.models.load import load_tokenizer
 from posttrain.recipes.engines import EngineSource, make_engine, sampling_params
-from posttrain.rewards.cases import PolicySample, cases_of
+from posttrain.rewards.cases import Case, PolicySample, cases_of
 from posttrain.rewards.certificate import Certificate, check_rewards
 from posttrain.rewards.resolve import reward_digest
 from posttrain.rewards.workers import RewardPool
@@ -32,8 +33,7 @@ def certify(keys: RLKeys, path: Path) -> Certificate:
     the forecast is of its groups.
     """
     tokenizer = load_tokenizer(keys)
-    rows = load_prompts(keys, tokenizer, sources=keys.eval_datasets or None).rows
-    cases = cases_of([prompt for prompt, _ in rows], limit=_NUM_CASES)
+    rows, cases = _asked(keys, tokenizer)
     chosen = rows[: min(len(cases), max(1, _NUM_SAMPLES // keys.num_generations))]
     source = EngineSource(keys.model_copy(update={"adapter": "none"}))
     with closing(make_engine(source, keys=keys.rollout, rows=keys.rollout_batch_size, folder=path.parent)) as engine:
@@ -45,12 +45,28 @@ def certify(keys: RLKeys, path: Path) -> Certificate:
         for case, group in enumerate(groups)
         for completion in group
     ]
+    certificate = _checked(keys, tokenizer, cases, samples)
+    write(certificate, path)
+    return certificate
+
+
+def check_ahead(keys: RLKeys) -> Certificate:
+    """The same without completions, whose policy is not trained yet: what can be known before any training."""
+    tokenizer = load_tokenizer(keys)
+    return _checked(keys, tokenizer, _asked(keys, tokenizer)[1])
+
+
+def _asked(keys: RLKeys, tokenizer: Any) -> tuple[Sequence[Any], Sequence[Case]]:
+    """Prompts with their tokens, and the cases made of them."""
+    rows = load_prompts(keys, tokenizer, sources=keys.eval_datasets or None).rows
+    return rows, cases_of([prompt for prompt, _ in rows], limit=_NUM_CASES)
+
+
+def _checked(keys: RLKeys, tokenizer: Any, cases: Sequence[Case], samples: Sequence[PolicySample] = ()) -> Certificate:
     with RewardPool(
         keys.reward_funcs, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s
     ) as pool:
-        certificate = check_rewards(pool, cases, samples, tokenize=partial(token_ids, tokenizer))
-    write(certificate, path)
-    return certificate
+        return check_rewards(pool, cases, samples, tokenize=partial(token_ids, tokenizer))
 
 
 def certified_before(keys: RLKeys, path: Path) -> Certificate | None:
