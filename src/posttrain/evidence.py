@@ -77,11 +77,14 @@ class EvalReport:
 
     @classmethod
     def load(cls, folder: Path) -> EvalReport:
-        """Raises: ValueError if the items are not those the report was written with."""
-        header = json.loads((Path(folder) / "report.json").read_text())
+        """Raises: ValueError if there is no report in it, or the items are not those it was written with."""
+        header: Any = json.loads((Path(folder) / "report.json").read_text())
+        try:
+            expected = header.pop("digest")
+            header.pop("mean")
+        except (AttributeError, TypeError, KeyError) as error:
+            raise ValueError(f"{Path(folder) / 'report.json'} holds no report") from error
         items = tuple(ItemRecord(**_tuples(row)) for _, row in read_json_lines(Path(folder) / "items.jsonl"))
-        expected = header.pop("digest")
-        header.pop("mean")
         report = cls(items=items, **header)
         if report.digest != expected:
             raise ValueError(

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from posttrain.cli import doctor
 from posttrain.cli.app import main
 from posttrain.files import file_digests
 
@@ -97,12 +98,33 @@ def test_recompute_names_damaged_evidence(done, damaged, capsys, name):
     assert str(path) in error
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_doctor_and_report_name_a_damaged_state(done, damaged, capsys, way):
-    path = damaged("pipeline.json", way)
-    with pytest.raises(SystemExit):
+EXAMINED = [*RECORDS, "gates/final/spec.json", "gates/final/evidence.json", "evals/base/yes-gate/report.json",
+            "environment.json", "config.yaml", "stages/01-sft/model/model.safetensors"]  # fmt: skip
+"""What the doctor holds against what was written."""
+
+
+@pytest.mark.parametrize("name", EXAMINED)
+@pytest.mark.parametrize("way", ["empty", "cut", "binary", "null", "no keys"])
+def test_doctor_names_a_damaged_file_in_one_line_and_exits_with_1(done, damaged, capsys, monkeypatch, name, way):
+    monkeypatch.setattr(doctor, "CHECKS", ())
+    before = file_digests(done.out)
+    path = damaged(name, way)
+    with pytest.raises(SystemExit) as caught:
         main(["doctor", str(done.out)])
-    assert f"{path} is damaged" in capsys.readouterr().out
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("broken  ")]
+    assert caught.value.code == 1
+    assert any(path.name in line or str(path.parent) in line for line in lines), lines
+    assert {name for name, digest in file_digests(done.out).items() if before.get(name) != digest} == {name}
+
+
+def test_doctor_finds_nothing_broken_in_a_whole_run(done, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "CHECKS", ())
+    with pytest.raises(SystemExit) as caught:
+        main(["doctor", str(done.out)])
+    assert (caught.value.code, "what 2 finished stage(s) made is as it was made" in capsys.readouterr().out) == (
+        0,
+        True,
+    )
 
 
 @pytest.mark.parametrize("way", ["empty", "cut", "binary", "no keys"])
@@ -123,6 +145,13 @@ def test_a_damaged_verdict_that_is_moved_away_is_decided_again(done, damaged, tm
     assert done.command() == 0
     again = json.loads((path.parent / "verdict.json").read_text())
     assert again["verdict"] == "PASS"
+
+
+@pytest.mark.parametrize("way", ["null", "cut"])
+def test_a_damaged_eval_report_is_measured_again(done, damaged, way):
+    path = damaged("evals/01-sft/yes-gate/report.json", way)
+    assert done.command() == 0
+    assert json.loads(path.read_text())["suite"] == "yes"
 
 
 def test_a_damaged_state_that_is_moved_away_costs_nothing(done, damaged, capsys):

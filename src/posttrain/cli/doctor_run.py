@@ -46,12 +46,37 @@ def check_run(folder: Path, project: Path | None = None) -> Iterator[Diagnosis]:
     yield _readable(folder / "config.yaml", project)
     yield durable(folder)
     yield from _compared_versions(folder)
+    yield from _intact(folder)
     yield from _adapters(folder)
     pins = folder / "environment.json"
     if pins.exists():
         yield from _compared_environment(pins)
     else:
         yield Diagnosis("run versions", "note", f"{pins} is not there: the run recorded no package versions")
+
+
+def _intact(folder: Path) -> Iterator[Diagnosis]:
+    """Every byte that a finished stage made, and every verdict: what a start would refuse to use again."""
+    from posttrain.gate.folder import recompute
+    from posttrain.pipeline.escalation import decisions
+    from posttrain.pipeline.state import DONE, RunState
+    from posttrain.pipeline.taken_over import damage
+
+    try:
+        state = RunState.load(folder)
+        made = [] if state is None else [entry for entry in state.stages if entry.status == DONE]
+        for entry in made:
+            if lines := damage(folder / entry.folder, entry):
+                text = f"{'; '.join(lines)}; put the files back from a copy, or start with --on-change rerun"
+                yield Diagnosis("run files", "broken", text)
+        for path in sorted(folder.glob("gates/*/verdict.json")):
+            recompute(path.parent)
+        decisions(folder)
+    except PosttrainError as error:
+        yield Diagnosis("run files", "broken", "; ".join(str(error).splitlines()))
+        return
+    if made:
+        yield Diagnosis("run files", "ok", f"what {len(made)} finished stage(s) made is as it was made")
 
 
 def _adapters(folder: Path) -> Iterator[Diagnosis]:
@@ -113,10 +138,17 @@ def _compared_versions(folder: Path) -> Iterator[Diagnosis]:
 
 
 def _compared_environment(pins: Path) -> Iterator[Diagnosis]:
-    from posttrain.files import read_json
+    from posttrain.files import read_record
     from posttrain.registry.manifest import environment_pins
 
-    before, now = read_json(pins), environment_pins()
+    def recorded(record: dict[str, Any]) -> dict[str, Any]:
+        return {name: record[name] for name in ("python", "machine", "cpu", "packages")}
+
+    try:
+        before, now = read_record(pins, recorded, "start the run again, which writes it anew"), environment_pins()
+    except PosttrainError as error:
+        yield Diagnosis("run versions", "broken", str(error))
+        return
     moved = [
         f"{name} {before.get(name)} → {now[name]}" for name in ("python", "machine") if before.get(name) != now[name]
     ]

@@ -100,7 +100,14 @@ def _verdict_and_digest(record: dict[str, Any]) -> tuple[GateVerdict, str]:
 
 def load_spec(folder: Path) -> GateSpec:
     """Raises: DamagedFileError."""
-    return read_record(Path(folder) / "spec.json", GateSpec.from_mapping, _GO_ON.format(folder=folder))
+    return read_record(Path(folder) / "spec.json", _spec, _GO_ON.format(folder=folder))
+
+
+def _spec(record: Mapping[str, Any]) -> GateSpec:
+    try:
+        return GateSpec.from_mapping(record)
+    except GateError as error:  # of a file that was written whole: it names no file of its own
+        raise ValueError(str(error)) from error
 
 
 def load_evidence(folder: Path) -> dict[str, Any]:
