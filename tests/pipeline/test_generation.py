@@ -1,6 +1,7 @@
 """The second generation: a run that starts from a registered version, and an alias that could never be won."""
 
 import json
+import shutil
 
 import pytest
 
@@ -62,6 +63,35 @@ def test_registry_verbs_print_json(first, capsys):
     assert [manifest["stage"] for manifest in shown["lineage"]] == ["sft"]
     assert shown["events"][0]["action"] == "register"
     assert printed(capsys, "registry", "verify", "yes@1", "--json", *where)["num_manifests"] == 1
+
+
+def test_a_third_generation_knows_its_ancestors_and_is_reproduced(make_project, tmp_path, capsys):
+    """1 → 2 → 3, each from `yes@champion`; by then the alias means another version, and the loadable folders are gone."""
+    made = make_project(tmp_path / "project", [{"sft": SFT}], gate=NOT_WORSE, register={"name": "yes"})
+    for number in (1, 2, 3):
+        made.values |= {"name": f"run-{number}", "seed": number}
+        if number > 1:
+            made.values |= {"base_model": "yes@champion", "gate": {**NOT_WORSE, "baseline": "alias:champion"}}
+        assert made.command() == 0
+    book = made.registry()
+    try:
+        assert [(e.version, e.aliases) for e in book.entries()] == [(1, ()), (2, ("previous",)), (3, ("champion",))]
+        parents = [book.chain("yes", version)[0].details.get("parent_version") for version in (1, 2, 3)]
+        assert parents == [None, "yes@1", "yes@2"]
+        for version in (2, 3):
+            ours, before = book.chain("yes", version)[0], book.chain("yes", version - 1)[-1]
+            assert (ours.inputs["parent"], ours.inputs["model"]) == (before.digest, before.outputs["model"])
+    finally:
+        book.close()
+    shutil.rmtree(made.folder / "registry/models")
+    for version in (1, 2, 3):
+        for level in (0, 2):
+            with pytest.raises(SystemExit) as caught:
+                main(
+                    ["reproduce", f"yes@{version}", "--level", str(level), "--registry", str(made.folder / "registry")]
+                )
+            said = capsys.readouterr()
+            assert caught.value.code == 0, (version, level, said)
 
 
 def printed(capsys, *words):

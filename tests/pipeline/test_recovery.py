@@ -1,5 +1,6 @@
 """Killed anywhere and started again: the same weights, metrics and registration as without a kill."""
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from posttrain.checkpoint.store import CheckpointStore
 from posttrain.cli.app import main
 from posttrain.evals.run import Evaluator
 from posttrain.evidence import EvalReport
@@ -18,6 +20,7 @@ from posttrain.pipeline import judge, train
 from posttrain.pipeline.state import RunState
 from posttrain.recipes.stop import StoppedPolitely
 from posttrain.registry.registry import Registry
+from posttrain.report.build import build_report
 from posttrain.report.records import read_run
 
 TIMES = {"step_time", "time", "time/rollout_s", "time/train_s", "tokens_per_s", "memory_peak_bytes", "sync/wall_s"}
@@ -243,3 +246,39 @@ def test_a_stop_during_an_eval_is_polite_as_well(project, monkeypatch):
     assert (run.state.status, run.state.stages) == ("stopped", ())
     monkeypatch.undo()
     assert run.run().status == "done"
+
+
+def test_a_clock_that_jumps_changes_nothing_but_times(make_project, tmp_path, monkeypatch):
+    """Killed after its second checkpoint, all files of another time, and a clock that leaps a day at every look."""
+    sft = {"datasets": [{"path": "sft.jsonl"}], "learning_rate": 1e-2, "max_steps": 4, "per_device_train_batch_size": 8,
+           "save_steps": 1}  # fmt: skip
+    keys = {"gate": {"guards": [{"suite": "yes", "margin": 0.4}]}, "register": {"name": "yes"}}
+    whole, leaping = (make_project(tmp_path / name, [{"sft": sft}], **keys) for name in ("whole", "leaping"))
+    assert whole.run().status == "passed"
+
+    def dies():
+        real, saves = CheckpointStore.save, iter(range(2))
+
+        def save(store, *args):
+            saved = real(store, *args)
+            if next(saves) == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return saved
+
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        CheckpointStore.save = save
+        leaping.run()
+
+    process = multiprocessing.get_context("fork").Process(target=dies)
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    for number, path in enumerate(sorted(leaping.folder.rglob("*"))):
+        os.utime(path, (4e9, 4e9) if number % 2 else (1, 1))
+    clock = time.time
+    leaps = itertools.cycle((86_400.0, -200_000.0, 3e9, -1e9))
+    monkeypatch.setattr(time, "time", lambda: clock() + next(leaps))
+    assert leaping.run().status == "passed"
+    monkeypatch.undo()
+    assert trace_of(leaping) == trace_of(whole)
+    assert build_report(leaping.out).read_text().rstrip().endswith("</html>")

@@ -15,6 +15,7 @@ from posttrain.config.load_pipeline import load_pipeline
 from posttrain.config.pipeline import ConfiguredStage, PipelineKeys, SuiteKeys
 from posttrain.config.resolved import apply_changes
 from posttrain.config.rollout import RolloutKeys
+from posttrain.config.settings import PROJECT_KEY
 from posttrain.config.stages import ModelKeys
 from posttrain.distributed.ranks import SingleProcess
 from posttrain.errors import PosttrainError
@@ -71,12 +72,16 @@ class Version:
         return self.export("config", "config.yaml")
 
     def root(self, config: Mapping[str, Any]) -> Path:
-        """Where the relative paths of that configuration start: as named, else where this registry lies as it says."""
+        """Where the relative paths of that configuration start: as named, else where this registry lies as it says, else where
+        the project was, if its runs lay outside of it."""
         if self.project is not None:
             return self.project
         said, place = Path(config["register"]["registry"]), self.book.folder.resolve()
         inside = not said.is_absolute() and ".." not in said.parts and place.parts[-len(said.parts) :] == said.parts
-        return place.parents[len(said.parts) - 1] if inside and said.parts else Path.cwd()
+        if inside and said.parts:
+            return place.parents[len(said.parts) - 1]
+        was = Path(config.get(PROJECT_KEY) or ".")
+        return was if was.is_absolute() and was.is_dir() else Path.cwd()
 
     @property
     def chain(self) -> list[Manifest]:
