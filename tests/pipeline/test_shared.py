@@ -131,8 +131,11 @@ def test_two_longer_pipelines_killed_many_times_end_as_alone(two, tmp_path, seed
     began = time.monotonic()
     models = [alone(project, tmp_path / f"alone-{place}") for place, project in enumerate(projects)]
     longest_s = time.monotonic() - began
-    assert kill_until_done(projects, 10, longest_s / 2, random.Random(seed)) >= 10
+    # A start has less left to do than the one before, so instants over a whole run would mostly come too late; how many of
+    # the 20 strike depends on what else the machine does.
+    struck = kill_until_done(projects, 10, longest_s / 6, random.Random(seed))
     check_together(projects, models, tmp_path)
+    assert struck >= 6
 
 
 def test_of_two_pipelines_at_one_promotion_one_wins_and_the_other_is_judged_anew(two, tmp_path):
