@@ -165,6 +165,23 @@ def test_a_damaged_state_that_is_moved_away_costs_nothing(done, damaged, capsys)
     assert {name: digest for name, digest in models.items() if not name.endswith("lint.json")} == again
 
 
+def test_what_a_registry_that_is_gone_held_is_registered_anew(done, tmp_path, capsys):
+    """As the message about a damaged one says; a start never claims a version that is not there."""
+    registry = done.folder / "registry"
+    shutil.move(registry, tmp_path / "aside")
+    try:
+        assert done.command() == 0
+        book = done.registry()
+        assert [(entry.version, entry.digest, entry.aliases) for entry in book.entries()] == [
+            (1, done.state.stages[-1].output_digest, ("champion",))
+        ]
+        book.verify("yes", 1)
+        book.close()
+    finally:
+        shutil.rmtree(registry, ignore_errors=True)
+        shutil.move(tmp_path / "aside", registry)
+
+
 SHOWN = ["pipeline.json", "gates/final/verdict.json", "stages/01-sft/result.json", "stages/02-grpo/certificate.json"]
 """What a report is made of."""
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.pipeline import PipelineKeys
 from posttrain.config.rl import RLKeys
 from posttrain.errors import RegistryError
 from posttrain.evals.suite import suite_files
@@ -118,6 +119,18 @@ def register_model(place: Place, state: RunState, last: int) -> dict[str, Any]:
         return record | {"alias": target.alias, "message": message}
     finally:
         registry.close()
+
+
+def is_there(keys: PipelineKeys, state: RunState) -> bool:
+    """Whether the registry holds the version that this run says it registered: it may have been moved away since."""
+    target, said = keys.register_, state.registered
+    assert target is not None and said is not None, "asked once something was registered"
+    registry = Registry(Path(target.registry))
+    try:
+        found = {(entry.version, entry.digest) for entry in registry.entries(said["name"])}
+    finally:
+        registry.close()
+    return (said["version"], said["digest"]) in found
 
 
 def _evidence(place: Place, final: StageEntry) -> dict[str, Path | Mapping[str, Path]]:

@@ -269,7 +269,8 @@ class _PipelineRun:
         return replace(self._finish(PASSED, reason, index, verdict), promoted=promoted)
 
     def _registered(self, index: int) -> RunState:
-        if not is_promoted(self.state, self.place.digest_before(self.state, index + 1)):
+        known = is_promoted(self.state, self.place.digest_before(self.state, index + 1))
+        if not known or not lineage.is_there(self.keys, self.state):
             self._save(registered=lineage.register_model(self.place, self.state, index))
         assert self.state.registered is not None
         self.watch.say(self.state.registered["message"])

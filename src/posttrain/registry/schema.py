@@ -47,7 +47,10 @@ def connect(path: Path, *, new: bool) -> sqlite3.Connection:
 
     Raises: RegistryError if the file is not what SQLite wrote, or is gone from a registry that is not new.
     """
-    go_on = f"put a copy of {path} back; the objects beside it are as they were"
+    go_on = (
+        f"put a copy of {path} back; the objects beside it are as they were. Without a copy move {path.parent} away and start the "
+        "runs again: each registers its model anew"
+    )
     if not new and not (path.exists() and path.stat().st_size):
         raise RegistryError(
             f"{path} is {'empty' if path.exists() else 'gone'}, and there are objects beside it; {go_on}"
