@@ -17,6 +17,8 @@ from posttrain.errors import EngineError, EngineGoneError
 from posttrain.models.load import load_policy
 from posttrain.recipes.engines import sync_engine
 from posttrain.rollout.embedded import score_sequences
+from posttrain.rollout.vllm.folder import OwnFolder
+from posttrain.rollout.vllm.server_engine import VLLMServerEngine
 from posttrain.types import Moved, Request, SamplingParams, in_order
 
 pytestmark = [
@@ -98,6 +100,22 @@ def test_changed_weights_arrive_at_a_tied_head_too_and_leave_no_file(engine, pol
     [completion] = in_order(engine.generate([Request((5,), 0)], SamplingParams(max_tokens=3)))
     assert (completion.policy_version, completion.policy_versions) == (4, ())
     assert [path.name for path in engine._engine._folder.iterdir()] == ["socket"]
+
+
+def test_deltas_reach_a_server_too_and_leave_no_file(engine, policy_with):
+    own, policy, shares, folder = engine._engine, policy_with(), [], OwnFolder()
+    served = replace(own._served, transfer="delta", delta_anchor=5)
+    other = VLLMServerEngine(own._server, served, own._decode, folder)
+    for version in range(3):
+        with torch.no_grad():
+            policy.base.model.layers[version % 2].mlp.up_proj.weight.mul_(1.5)
+        shares.append(sync_engine(other, policy, version)["sync/moved_share"])
+    assert max(gaps(other, policy)) <= 1e-4
+    assert shares[0] > 1
+    assert max(shares[1:]) < 0.3
+    assert list(folder.path.iterdir()) == []
+    folder.remove()
+    own._sender.connect(own._init)
 
 
 def test_a_transfer_that_moves_nothing_is_refused(engine, policy_with, monkeypatch):
