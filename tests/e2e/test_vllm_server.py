@@ -39,7 +39,7 @@ def started(tmp_path, data_dir, model_dir):
             running.append(subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output))
         return running[-1]
 
-    start.folder, start.output = tmp_path / "runs" / "grpo", tmp_path / "output"
+    start.folder, start.output = tmp_path / "runs" / "grpo" / "stages" / "01-grpo", tmp_path / "output"
     yield start
     for process in running:
         process.kill()
@@ -55,7 +55,7 @@ def steps(folder):
 def await_step(folder, number, process):
     deadline = time.monotonic() + 400
     while number not in steps(folder):
-        assert process.poll() is None, (folder.parents[1] / "output").read_text()[-2000:]
+        assert process.poll() is None, (folder.parents[3] / "output").read_text()[-2000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

@@ -155,21 +155,21 @@ def test_what_was_cached_under_old_weights_is_not_used(engine, policy_with):
 
 @pytest.fixture
 def pausing(engine, shared_policy):
-    """`pausing(mode)`: completions of one long request, during which weights of version 9 came."""
+    """`pausing(mode)`: long completions, during which weights of version 9 came."""
 
     def run(mode, policy):
         inner = copy.copy(engine._engine)
         inner._served = replace(inner._served, pause=mode, stop_token_ids=())
         inner.update(shared_policy("qwen3"), 0)
         found = []
-        requests = [Request((5, 9, 40), seed) for seed in range(3)]
+        requests = [Request((5, 9, 40), seed) for seed in range(32)]
         sampling = threading.Thread(target=lambda: found.extend(in_order(inner.generate(requests, LONG))))
         sampling.start()
         while not inner._under_way.total():
             time.sleep(0.01)
-        time.sleep(0.15)
+        time.sleep(0.5)
         inner.update(policy, 9)
-        sampling.join(60)
+        sampling.join(120)
         assert not inner._cache_is_stale
         inner.update(shared_policy("qwen3"), 0)
         return found
@@ -179,13 +179,15 @@ def pausing(engine, shared_policy):
 
 def test_waiting_ends_what_is_sampled_under_the_weights_it_began_with(pausing, policy_with):
     found = pausing("wait", moved(policy_with()))
-    assert [(c.policy_version, c.policy_versions, len(c.ids), c.finish) for c in found] == [(0, (), 480, "length")] * 3
+    assert {(len(c.ids), c.finish, c.policy_versions) for c in found} == {(480, "length", ())}
+    # What was still queued is sampled from the new weights.
+    assert 0 in {c.policy_version for c in found} <= {0, 9}
 
 
 def test_keeping_says_of_each_token_which_weights_it_was_drawn_from(pausing, policy_with, shared_policy):
-    found = pausing("keep", moved(policy_with()))
-    for completion in found:
-        assert len(completion.policy_versions) == len(completion.ids) == 480
+    across = [c for c in pausing("keep", moved(policy_with())) if c.policy_versions]
+    assert across
+    for completion in across:
         assert completion.policy_version == 0
         old = completion.policy_versions.index(9)
         assert completion.policy_versions == (0,) * old + (9,) * (480 - old)
@@ -196,8 +198,9 @@ def test_keeping_says_of_each_token_which_weights_it_was_drawn_from(pausing, pol
 
 def test_aborting_gives_out_what_there_is(pausing, policy_with):
     found = pausing("abort", moved(policy_with()))
-    assert {c.finish for c in found} == {"aborted"}
-    assert all(len(c.ids) == len(c.logp) < 480 and c.policy_versions == () for c in found)
+    aborted = [c for c in found if c.finish == "aborted"]
+    assert aborted
+    assert all(len(c.ids) == len(c.logp) < 480 and c.policy_versions == () for c in aborted)
 
 
 def test_who_stops_taking_completions_ends_them(engine):
