@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -120,6 +120,14 @@ class Ranks(Protocol):
         ...
 
 
+class Share(NamedTuple):
+    """Rows of a tensor that one rank holds, the number of the first, and the shape of the whole."""
+
+    rows: Any
+    start: int
+    shape: tuple[int, ...]
+
+
 class Sharding(Protocol):
     """Where the parameters of a model lie: whole in one process, or in shares over the ranks. All ranks call it together."""
 
@@ -161,14 +169,20 @@ class Sharding(Protocol):
         """The model's whole state, gathered; tensors on CPU, detached."""
         ...
 
-    def full_optimizer_state(self, model: Any, optimizer: Any) -> dict[str, Any]:
-        """The optimizer's whole state keyed by parameter name, so that it loads under another number of ranks."""
+    def share_of(self, tensor: Any) -> Share:
+        """What this rank holds of a tensor."""
         ...
 
-    def load_optimizer_state(self, model: Any, optimizer: Any, state: dict[str, Any]) -> None: ...
+    def optimizer_state(self, model: Any, optimizer: Any) -> dict[str, dict[str, Any]]:
+        """The optimizer's state as it stands, keyed by parameter name."""
+        ...
+
+    def load_optimizer_state(self, model: Any, optimizer: Any, state: dict[str, dict[str, Any]]) -> None:
+        """Set it from this rank's shares."""
+        ...
 
     def load_state(self, model: Any, state: dict[str, Any], optional: Collection[str] = ()) -> None:
-        """Fill `model` from `state`; of its names only the `optional` ones may be missing there.
+        """Fill `model` from this rank's shares; of its names only the `optional` ones may be missing there.
 
         Raises: ModelError naming what is missing, and what the model does not have.
         """

@@ -54,6 +54,10 @@ class CheckpointStore:
             self.retire(step)
             return _read(target)
 
+    def beside(self, step: int) -> Path:
+        """Where other ranks put their parts of the checkpoint of `step` until it is sealed; swept like what is unfinished."""
+        return self.folder / f".step-{step:08d}.of_ranks"
+
     def newest_valid(self, before: int | None = None) -> CheckpointRef | None:
         """The newest checkpoint (of a step below `before`) whose every byte is as written; broken ones are named and skipped."""
         for path in sorted(self._paths(), reverse=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from posttrain.errors import ModelError
-from posttrain.protocols import Ranks, Sharding
+from posttrain.protocols import Ranks, Sharding, Share
 
 
 class Whole:
@@ -49,12 +49,17 @@ class Whole:
         _check_names(model, state, optional)
         model.load_state_dict(state, strict=False)
 
-    def full_optimizer_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def share_of(self, tensor: torch.Tensor) -> Share:
+        return Share(tensor.detach(), 0, tuple(tensor.shape))
+
+    def optimizer_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
         names = _parameter_names(model, optimizer)
         state = optimizer.state_dict()
         return {names[index]: values for index, values in state["state"].items()}
 
-    def load_optimizer_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    def load_optimizer_state(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Any]]
+    ) -> None:
         names = _parameter_names(model, optimizer)
         present = optimizer.state_dict()
         present["state"] = {index: state[name] for index, name in enumerate(names) if name in state}
@@ -128,45 +133,49 @@ class FullyShard:
     def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
         return {name: _whole(tensor.detach()) for name, tensor in model.state_dict().items()}
 
+    def share_of(self, tensor: torch.Tensor) -> Share:
+        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        if not isinstance(tensor, DTensor):
+            return Share(tensor.detach(), 0, tuple(tensor.shape))
+        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        return Share(self.local(tensor.detach()), offset[0], tuple(tensor.shape))
+
+    @torch.no_grad()
     def load_state(self, model: nn.Module, state: dict[str, torch.Tensor], optional: Collection[str] = ()) -> None:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
         _check_names(model, state, optional)
-        if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
-            model.load_state_dict(state, strict=False)
-            return
-        options = StateDictOptions(full_state_dict=True, strict=False)
-        set_model_state_dict(model, dict[str, Any](state), options=options)
+        own = model.state_dict()
+        for name, rows in state.items():
+            self.local(own[name]).copy_(rows)
 
-    def full_optimizer_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        names = _parameter_names(model, optimizer)
-        return {
-            name: {key: _whole(value) for key, value in values.items()}
-            for name, values in self._named_state(names, optimizer)
-        }
+    def optimizer_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+        named = zip(_parameter_names(model, optimizer), _parameters(optimizer), strict=True)
+        return {name: optimizer.state[parameter] for name, parameter in named if parameter in optimizer.state}
 
-    def load_optimizer_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
+    def load_optimizer_state(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Any]]
+    ) -> None:
         for name, parameter in zip(_parameter_names(model, optimizer), _parameters(optimizer), strict=True):
-            if name not in state:
-                continue
-            optimizer.state[parameter] = {
-                key: distribute_tensor(value, parameter.device_mesh, parameter.placements)
-                if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.shape == parameter.shape
-                else value
-                for key, value in state[name].items()
-            }
-
-    def _named_state(self, names: list[str], optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, dict[str, Any]]]:
-        for name, parameter in zip(names, _parameters(optimizer), strict=True):
-            if parameter in optimizer.state:
-                yield name, optimizer.state[parameter]
+            if name in state:
+                optimizer.state[parameter] = {key: _like(parameter, value) for key, value in state[name].items()}
 
 
 def sharding_over(ranks: Ranks) -> Sharding:
     """How these ranks hold a model between them."""
     return Whole() if ranks.world_size == 1 else FullyShard()
+
+
+def _like(parameter: torch.Tensor, value: Any) -> Any:
+    """A share of the optimizer's as a tensor that is sharded like its parameter."""
+    from torch.distributed.tensor import DTensor
+
+    if not (isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.ndim):
+        return value
+    return DTensor.from_local(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements, run_check=False,
+        shape=parameter.shape, stride=parameter.stride(),
+    )  # fmt: skip
 
 
 def _empty(parameter: torch.Tensor) -> nn.Parameter:

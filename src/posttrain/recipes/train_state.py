@@ -1,6 +1,7 @@
 """What a loop carries from step to step, and how it goes to disk and comes back.
 
-A checkpoint holds `weights.safetensors` (what is trained), `optimizer.safetensors`, in RL `experience.safetensors` (the
+A checkpoint holds `weights.safetensors` (what is trained) and `optimizer.safetensors`, of each a part per rank where there
+are several (`weights-00001-of-00002.safetensors`), in RL `experience.safetensors` (the
 samples of the generation batch in hand), and `state.json` (the rest).
 """
 
@@ -12,19 +13,20 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
-from safetensors.torch import load_file, save_file
 
-from posttrain.checkpoint.store import CheckpointStore
+from posttrain.checkpoint.parts import Parts, collect_part, part_name, write_part
+from posttrain.checkpoint.store import CheckpointStore, disk_errors
 from posttrain.errors import CheckpointError
 from posttrain.files import read_json, write_json
 from posttrain.models.policy import Policy
-from posttrain.protocols import Ranks
+from posttrain.protocols import Ranks, Sharding, Share
 from posttrain.recipes.guard import TrainingGuard
 from posttrain.recipes.prompts import Solved
 from posttrain.recipes.run_folder import RunFolder
@@ -86,6 +88,7 @@ class Checkpoints:
         self.store, self._ranks, self._run = store, ranks, run
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[tuple[int, dict[str, Any]]] | None = None
+        self._is_abandoned = Event()
 
     def newest(self) -> CheckpointRef | None:
         """The newest valid one; every rank gets the same answer."""
@@ -117,12 +120,16 @@ class Checkpoints:
                 f"process(es); this start makes it {state.rows_per_step}, on {state.world_size}. Set num_processes: "
                 f"{record['world_size']} and gradient_accumulation_steps as it was, or start anew in another output_dir"
             )
-        model, optimizer = state.policy.model, state.optimizer
-        frozen = model.state_dict().keys() - {name for name, _ in state.policy.trainable()}
-        state.policy.sharding.load_state(model, load_file(ref.path / "weights.safetensors"), optional=frozen)
-        tensors = load_file(ref.path / "optimizer.safetensors")
-        state.policy.sharding.load_optimizer_state(model, optimizer, unflatten(tensors, record["scalars"]))
-        _keep_in_pages(optimizer)
+        policy, sharding = state.policy, state.policy.sharding
+        own: dict[str, Any] = policy.model.state_dict()
+        frozen = own.keys() - {name for name, _ in policy.trainable()}
+        with Parts(ref.path, "weights") as parts:
+            weights = {name: _share(parts, name, own.get(name), sharding) for name in parts.names()}
+        sharding.load_state(policy.model, weights, optional=frozen)
+        with Parts(ref.path, "optimizer") as parts:
+            tensors = {name: _share(parts, name, own.get(name.split("|")[0]), sharding) for name in parts.names()}
+        sharding.load_optimizer_state(policy.model, state.optimizer, unflatten(tensors, record["scalars"]))
+        _keep_in_pages(state.optimizer)
         return record
 
     def mark_best(self, step: int, score: float) -> None:
@@ -132,54 +139,88 @@ class Checkpoints:
             self.store.mark_best(step, score)
 
     def save(self, state: TrainState, *, wait: bool = True) -> None:
-        """A checkpoint of everything the loop needs. All ranks call it, rank 0 writes.
+        """A checkpoint of everything the loop needs. All ranks call it; each writes what it holds, and rank 0 seals it.
 
         Without `wait` only the copy of the tensors is made here, and a thread writes them; the next save waits for it.
         Raises: CheckpointError, also for the write that was under way.
         """
         self.flush()
-        model, sharding = state.policy.model, state.policy.sharding
-        names = {name for name, _ in state.policy.trainable()}
-        weights = {n: t.clone() for n, t in sharding.full_state(model).items() if n in names}
-        tensors, scalars = flatten_optimizer(sharding.full_optimizer_state(model, state.optimizer))
+        policy, sharding = state.policy, state.policy.sharding
+        names = {name for name, _ in policy.trainable()}
+        own: dict[str, Any] = policy.model.state_dict()
+        weights = {name: _copied(sharding.share_of(own[name])) for name in own if name in names}
+        tensors, scalars = flatten_optimizer(sharding.optimizer_state(policy.model, state.optimizer))
+        parts = {"weights": weights, "optimizer": {n: _copied(sharding.share_of(t)) for n, t in tensors.items()}}
         if self._ranks.is_main:
             state.best = self.store.best()
             record = state.to_json() | {"scalars": scalars}
             experience = None if state.experience is None else to_arrays(state.experience.groups)
-            self._writing = self._writer.submit(self._write, state.step, weights, tensors, experience, record)
-            if wait:
-                self.flush()
-        self._ranks.barrier()
+            self._writing = self._writer.submit(self._write, state.step, parts, experience, record)
+        else:
+            self._writing = self._writer.submit(self._write_parts, state.step, parts)
+        if wait:
+            self.flush()
 
     def flush(self) -> None:
-        """Wait until the checkpoint under way is on disk. Raises: CheckpointError if it could not be written."""
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            self._run.event("checkpoint", *writing.result())
+        """Wait until the checkpoint under way is on disk. All ranks call it. Raises: CheckpointError if it could not be written."""
+        if self._writing is None:
+            return
+        writing, self._writing = self._writing, None
+        failed = None if self._ranks.is_main else writing.exception()
+        if any(error is not None for error in self._ranks.gather(failed)):
+            self._is_abandoned.set()
+        details = self._ranks.main_only(writing.result)
+        if failed is not None:
+            raise failed
+        self._run.event("checkpoint", *details)
 
     def close(self) -> None:
-        self.flush()
+        if self._writing is not None:
+            self._writing.result()
         self._writer.shutdown()
 
     def _write(
-        self,
-        step: int,
-        weights: Mapping[str, torch.Tensor],
-        tensors: dict[str, torch.Tensor],
-        experience: Arrays | None,
-        record: Mapping[str, Any],
+        self, step: int, parts: Mapping[str, Mapping[str, Share]], experience: Arrays | None, record: Mapping[str, Any]
     ) -> tuple[int, dict[str, Any]]:
+        ranks = self._ranks.world_size
+
         def fill(folder: Path) -> None:
-            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "weights.safetensors")
-            save_file(tensors, folder / "optimizer.safetensors")
+            for stem, shares in parts.items():
+                write_part(folder / part_name(stem, 0, ranks), shares)
             if experience is not None:
                 save_arrays(experience, folder / _EXPERIENCE)
             write_json(folder / "state.json", record)
+            for stem in parts:
+                for rank in range(1, ranks):
+                    name = part_name(stem, rank, ranks)
+                    collect_part(self.store.beside(step) / name, folder / name, self._is_abandoned.is_set)
 
         started = time.monotonic()
         ref = self.store.save(step, fill)
         size = sum(path.stat().st_size for path in ref.path.iterdir())
         return step, {"bytes": size, "seconds": round(time.monotonic() - started, 3)}
+
+    def _write_parts(self, step: int, parts: Mapping[str, Mapping[str, Share]]) -> tuple[int, dict[str, Any]]:
+        """Another rank's parts, where rank 0 fetches them from."""
+        folder = self.store.beside(step)
+        with disk_errors(self.store.folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for stem, shares in parts.items():
+                write_part(folder / part_name(stem, self._ranks.rank, self._ranks.world_size), shares)
+        return step, {}
+
+
+def _copied(share: Share) -> Share:
+    """The loop goes on while the checkpoint is written."""
+    return share._replace(rows=share.rows.to("cpu", copy=True).contiguous())
+
+
+def _share(parts: Parts, name: str, like: torch.Tensor | None, sharding: Sharding) -> torch.Tensor:
+    """This rank's rows of a saved tensor, if the model's tensor `like` has rows; else all of it."""
+    if like is None or parts.shape(name) != tuple(like.shape):
+        return parts.read(name)
+    share = sharding.share_of(like)
+    return parts.read(name, share.start, share.start + len(share.rows)) if share.shape else parts.read(name)
 
 
 def _keep_in_pages(optimizer: Any) -> None:
@@ -203,8 +244,7 @@ def flatten_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor]
             tensors |= {f"{name}|{key}": tensor for key, tensor in inner_tensors.items()}
             scalars |= {f"{name}|{key}": scalar for key, scalar in inner_scalars.items()}
         elif isinstance(value, torch.Tensor):
-            # A copy: the optimizer goes on while the checkpoint is written.
-            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+            tensors[name] = value
         else:
             scalars[name] = json.loads(json.dumps(value))
     return tensors, scalars
