@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from posttrain.checkpoint.parts import Parts, collect_part, part_name, write_part
+from posttrain.checkpoint.parts import TensorParts, collect_part, part_name, write_part
 from posttrain.errors import CheckpointError
 from posttrain.protocols import Share
 
@@ -25,7 +25,7 @@ def _write(folder, whole, ranks):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_any_rows_are_read_from_the_parts_that_have_them(ranks, whole, tmp_path):
     _write(tmp_path, whole, ranks)
-    with Parts(tmp_path, "weights") as parts:
+    with TensorParts(tmp_path, "weights") as parts:
         assert (parts.names(), parts.shape("w"), float(parts.read("step"))) == (["step", "w"], (7, 3), 5.0)
         for start in range(8):
             for stop in range(start, 8):
@@ -40,12 +40,12 @@ def test_one_process_writes_an_ordinary_file(whole, tmp_path):
 def test_a_part_that_is_missing_is_named_by_its_rows(whole, tmp_path):
     _write(tmp_path, whole, 2)
     (tmp_path / part_name("weights", 1, 2)).unlink()
-    with Parts(tmp_path, "weights") as parts:
+    with TensorParts(tmp_path, "weights") as parts:
         assert torch.equal(parts.read("w", 0, 4), whole[:4])
         with pytest.raises(CheckpointError, match="w: rows 4 to 6 of 7 are in no part"):
             parts.read("w", 2, 6)
     with pytest.raises(CheckpointError, match=r"has no optimizer\.safetensors"):
-        Parts(tmp_path, "optimizer")
+        TensorParts(tmp_path, "optimizer")
 
 
 def test_rank_0_waits_for_a_part_and_gives_up_when_it_will_not_come(whole, tmp_path):

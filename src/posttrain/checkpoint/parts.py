@@ -59,7 +59,7 @@ def collect_part(source: Path, target: Path, stopped: Callable[[], bool]) -> Non
     os.replace(source, target)
 
 
-class Parts:
+class TensorParts:
     """The tensors of all parts of `stem` in a folder, by rows."""
 
     def __init__(self, folder: Path, stem: str) -> None:

@@ -21,7 +21,7 @@ import torch
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 
-from posttrain.checkpoint.parts import Parts, collect_part, part_name, write_part
+from posttrain.checkpoint.parts import TensorParts, collect_part, part_name, write_part
 from posttrain.checkpoint.store import CheckpointStore, disk_errors
 from posttrain.errors import CheckpointError
 from posttrain.files import read_json, write_json
@@ -123,10 +123,10 @@ class Checkpoints:
         policy, sharding = state.policy, state.policy.sharding
         own: dict[str, Any] = policy.model.state_dict()
         frozen = own.keys() - {name for name, _ in policy.trainable()}
-        with Parts(ref.path, "weights") as parts:
+        with TensorParts(ref.path, "weights") as parts:
             weights = {name: _share(parts, name, own.get(name), sharding) for name in parts.names()}
         sharding.load_state(policy.model, weights, optional=frozen)
-        with Parts(ref.path, "optimizer") as parts:
+        with TensorParts(ref.path, "optimizer") as parts:
             tensors = {name: _share(parts, name, own.get(name.split("|")[0]), sharding) for name in parts.names()}
         sharding.load_optimizer_state(policy.model, state.optimizer, unflatten(tensors, record["scalars"]))
         _keep_in_pages(state.optimizer)
@@ -215,7 +215,7 @@ def _copied(share: Share) -> Share:
     return share._replace(rows=share.rows.to("cpu", copy=True).contiguous())
 
 
-def _share(parts: Parts, name: str, like: torch.Tensor | None, sharding: Sharding) -> torch.Tensor:
+def _share(parts: TensorParts, name: str, like: torch.Tensor | None, sharding: Sharding) -> torch.Tensor:
     """This rank's rows of a saved tensor, if the model's tensor `like` has rows; else all of it."""
     if like is None or parts.shape(name) != tuple(like.shape):
         return parts.read(name)
