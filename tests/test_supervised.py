@@ -61,6 +61,25 @@ def test_the_order_to_end_reaches_what_it_has_started(tmp_path):
         assert all_gone(running)
 
 
+@pytest.mark.parametrize("noticed_by", [SupervisedProcess.has_ended, SupervisedProcess.end])
+def test_what_a_killed_supervisor_leaves_is_ended_by_whoever_notices(noticed_by, tmp_path):
+    # A process of its own group is beyond reach then: only what stayed in the supervisor's group is promised.
+    script = (
+        "import os, pathlib, subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"pathlib.Path({str(tmp_path / 'pids')!r}).write_text(f'{{os.getpid()}} {{child.pid}}')\n"
+        "child.wait()\n"
+    )
+    with tempfile.TemporaryFile() as log:
+        process = SupervisedProcess("posttrain.supervised:run_program", [sys.executable, "-c", script], log, os.environ)
+        running = pids(tmp_path / "pids")
+        os.kill(process.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert _lives(running[1])
+        noticed_by(process)
+        assert all_gone(running)
+
+
 @pytest.mark.parametrize(
     ("then", "how"), [("sys.exit(3)", "exit status 3"), ("os.kill(os.getpid(), 9)", "killed by SIGKILL")]
 )

@@ -56,7 +56,11 @@ class SupervisedProcess:
         return self._supervisor.pid
 
     def has_ended(self) -> bool:
-        return self._supervisor.poll() is not None
+        code = self._supervisor.poll()
+        if code is not None and code < 0:
+            # The supervisor itself may have been killed, and what it watched lives on in its group.
+            self._kill_group()
+        return code is not None
 
     def how_it_ended(self) -> str:
         """In words. Raises: subprocess.TimeoutExpired where it goes on."""
@@ -75,9 +79,13 @@ class SupervisedProcess:
         try:
             self._supervisor.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            with suppress(ProcessLookupError):
-                os.killpg(self._supervisor.pid, signal.SIGKILL)
+            self._kill_group()
             self._supervisor.wait()
+        self.has_ended()
+
+    def _kill_group(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._supervisor.pid, signal.SIGKILL)
 
 
 def run_program(*command: str) -> NoReturn:

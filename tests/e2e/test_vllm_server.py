@@ -77,7 +77,7 @@ def started_by(pid):
 
 def worker_of(pid):
     """The process of vLLM that holds the weights."""
-    return next(one for one in started_by(pid) if b"Worker" in Path(f"/proc/{one}/cmdline").read_bytes())
+    return next(one for one in started_by(pid) if Path(f"/proc/{one}/cmdline").read_bytes().startswith(b"VLLM::Worker"))
 
 
 def all_gone(pids):
