@@ -110,8 +110,8 @@ def _run(
             if is_main:
                 console.print(str(stopped))
             raise typer.Exit(EXIT_STOPPED) from stopped
-        if is_main:
-            _close(outcome, console)
+        # A rank that ended before rank 0 did could end it: launchers stop the others when one of them fails on its way out.
+        ranks.main_only(lambda: _close(outcome, console))
     if outcome.exit_code:
         raise typer.Exit(outcome.exit_code)
 
