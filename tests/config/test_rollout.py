@@ -50,6 +50,15 @@ def test_a_way_that_the_engine_does_not_have_is_refused():
         RolloutKeys(engine="vllm", transfer="shared")
 
 
+def test_only_a_server_that_the_run_starts_gets_its_weights_by_broadcast():
+    assert RolloutKeys(engine="vllm_server", transfer="broadcast").way == "broadcast"
+    with pytest.raises(ValueError, match=r"broadcast with rollout.url: .* set transfer: file, or remove url"):
+        RolloutKeys(engine="vllm_server", transfer="broadcast", url="http://127.0.0.1:8000")
+    for engine in ("vllm", "embedded"):
+        with pytest.raises(ValueError, match=rf"broadcast with rollout.engine: {engine}, which takes its weights by"):
+            RolloutKeys(engine=engine, transfer="broadcast")
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

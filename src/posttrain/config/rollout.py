@@ -12,7 +12,7 @@ from posttrain.uris import loopback
 TRANSFERS_OF = {
     "embedded": ("shared",),
     "vllm": ("copy", "file", "delta"),
-    "vllm_server": ("file", "delta"),
+    "vllm_server": ("file", "delta", "broadcast"),
     "sglang": ("file",),
 }
 """The ways in which each engine can take weights, the best first."""
@@ -34,7 +34,7 @@ class RolloutKeys(Keys):
     memory_gib: float | None = knob(None, "GiB for vLLM's keys and values; null takes 1 on a CPU, 8 on a GPU.", gt=0, example=4.0)
     tensor_parallel_size: int = knob(1, "Processes that vLLM splits the model over.", ge=1, also="vllm_tensor_parallel_size (TRL)")
     enforce_eager: bool = knob(False, "Let vLLM compile nothing; on a CPU it never does.")
-    transfer: Literal["auto", "shared", "copy", "file", "delta"] = knob("auto", "How weights get to the engine; `auto` is the first that it can: `embedded` decodes with those in training (`shared`), `vllm` takes a `copy` or a `file`, `vllm_server` and `sglang` a `file`; vLLM takes a file of what changed too (`delta`).")
+    transfer: Literal["auto", "shared", "copy", "file", "delta", "broadcast"] = knob("auto", "How weights get to the engine; `auto` is the first that it can: `embedded` decodes with those in training (`shared`), `vllm` takes a `copy` or a `file`, `vllm_server` and `sglang` a `file`; vLLM takes a file of what changed too (`delta`), and a server of it that the run starts a `broadcast`, without files.")
     delta_anchor: int = knob(20, "With `transfer: delta`, every so many pushes the whole model is sent.", ge=1)
     url: str | None = knob(None, "A server that runs already, on this machine, for `vllm_server` or `sglang`; null starts one of vLLM that ends with the run.", also="vllm_server_base_url (TRL)", example="http://127.0.0.1:8000")
     token_env: str = knob("VLLM_API_KEY", "Environment variable that holds the API key of the server at `url`.")
@@ -54,6 +54,12 @@ class RolloutKeys(Keys):
         ways = TRANSFERS_OF[self.engine]
         if self.way not in ways:
             raise ValueError(f"rollout.transfer: {self.transfer} with rollout.engine: {self.engine}, which takes its weights by {' or '.join(ways)}")
+        return self
+
+    @model_validator(mode="after")
+    def _broadcasts_to_its_own(self) -> RolloutKeys:
+        if self.way == "broadcast" and self.url:
+            raise ValueError(f"rollout.transfer: broadcast with rollout.url: {self.url}; only a server that the run starts joins a group with it; set transfer: file, or remove url")
         return self
 
     @model_validator(mode="after")

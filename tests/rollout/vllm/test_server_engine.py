@@ -118,6 +118,19 @@ def test_deltas_reach_a_server_too_and_leave_no_file(engine, policy_with):
     own._sender.connect(own._init)
 
 
+def test_a_broadcast_reaches_a_server_too_and_leaves_no_file(engine, policy_with):
+    own, policy, folder = engine._engine, moved(policy_with()), OwnFolder()
+    other = VLLMServerEngine(own._server, replace(own._served, transfer="broadcast"), own._decode, folder)
+    for version in (1, 2):
+        metrics = sync_engine(other, moved(policy), version)
+        assert metrics["sync/moved_bytes"] == sum(p.numel() * p.element_size() for p in policy.model.parameters())
+        assert max(gaps(other, policy)) <= 1e-4
+    assert list(folder.path.iterdir()) == []
+    other._sender.close()
+    folder.remove()
+    own._sender.connect(own._init)
+
+
 def test_a_transfer_that_moves_nothing_is_refused(engine, policy_with, monkeypatch):
     monkeypatch.setattr(engine._engine._sender, "send", lambda tensors, version, update: Moved(0, 1))
     with pytest.raises(EngineError, match=r"after the sync to policy version 2 .* it decodes with other weights"):

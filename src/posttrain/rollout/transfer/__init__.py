@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from posttrain.rollout.transfer.broadcast import BroadcastReceiver, BroadcastSender
 from posttrain.rollout.transfer.delta import DeltaReceiver, DeltaSender
 from posttrain.rollout.transfer.whole import FileReceiver, FileSender, HandedOver, HandOver
 from posttrain.types import Moved
@@ -55,12 +56,15 @@ class ReceivingEnd(Protocol):
 class TransferOptions:
     """What a sending end is made from. `folder` is the run's own, and goes with the engine, which computes in `dtype`.
 
-    `delta_anchor`: of so many pushes that send only changes, one is whole.
+    `delta_anchor`: of so many pushes that send only changes, one is whole. `num_workers`: processes that the model is split
+    over; none of them waits longer than `timeout_s` for the other end.
     """
 
     folder: Path
     dtype: str = "float32"
     delta_anchor: int = 1
+    num_workers: int = 1
+    timeout_s: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,11 @@ TRANSFERS: Mapping[str, Transfer] = {
     "delta": Transfer(
         lambda options: DeltaSender(options.folder, options.dtype, options.delta_anchor),
         lambda message: DeltaReceiver(),
+        crosses_processes=True,
+    ),
+    "broadcast": Transfer(
+        lambda options: BroadcastSender(options.num_workers, options.timeout_s),
+        BroadcastReceiver,
         crosses_processes=True,
     ),
 }

@@ -48,7 +48,7 @@ def start_server(options: VLLMOptions, how: ServerOptions, decode: Decode) -> VL
         dtype: Any = options.dtype
         served = Served(
             BASE, found.version, dtype, found.max_model_len, options.stop_token_ids, 2 * options.max_num_seqs,
-            options.lora_rank is not None, how.transfer, how.delta_anchor, how.pause,
+            options.lora_rank is not None, how.transfer, how.delta_anchor, how.pause, options.tensor_parallel_size,
         )  # fmt: skip
         return VLLMServerEngine(server, served, decode, folder)
     except BaseException:

@@ -32,7 +32,7 @@ class Served:
     """What a server is and how it is used. `model`: the name of the base there. `at_once`: requests under way together.
 
     `pause`: what an update does with completions that are being sampled. `serves_adapters`: whether an adapter is loaded
-    by name, or merged and pushed whole. `stop_token_ids`: what ends a completion besides what a request says.
+    by name, or merged and pushed whole. `num_workers`: processes that the model is split over, where that is known. `stop_token_ids`: what ends a completion besides what a request says.
     """
 
     model: str
@@ -45,6 +45,7 @@ class Served:
     transfer: str = "file"
     delta_anchor: int = 1
     pause: Pause = "wait"
+    num_workers: int = 1
 
 
 class VLLMServerEngine:
@@ -65,7 +66,9 @@ class VLLMServerEngine:
         self._under_way = Counter[str]()
         self._cache_is_stale = False
         self._sender = TRANSFERS[served.transfer].sender(
-            TransferOptions(self._folder, served.dtype, served.delta_anchor)
+            TransferOptions(
+                self._folder, served.dtype, served.delta_anchor, served.num_workers, server.client.timeout_s
+            )
         )
         with self._asking("connect"):
             self._sender.connect(self._init)
