@@ -11,7 +11,7 @@ import pytest
 
 import posttrain
 from posttrain import numerics
-from posttrain.errors import ChangedInputsError, RewardError
+from posttrain.errors import ChangedInputsError
 from posttrain.files import file_digests, read_json
 from posttrain.pipeline.pins import changes, pins_of
 from posttrain.pipeline.state import RunState
@@ -297,12 +297,27 @@ def test_keep_is_no_word_on_data(changed):
         changed("data").run(on_change="keep")
 
 
+class InterruptedAt(list):
+    """What a run says, until the user presses Ctrl-C at a line with `word`."""
+
+    def __init__(self, word):
+        super().__init__()
+        self.word = word
+
+    def append(self, line):
+        if self.word in line:
+            raise KeyboardInterrupt
+        super().append(line)
+
+
 def test_inputs_that_nothing_has_used_yet_may_change_freely(project):
-    """The first start is refused in its second stage; the corrected one goes on."""
-    run = project([SFT, {"grpo": {**GRPO, "reward_check": "require", "reward_funcs": ["rewards.py:is_in"]}}], evals={})
-    with pytest.raises(RewardError):
+    """The first start is interrupted between its stages; the corrected one goes on."""
+    run = project([SFT, {"grpo": {**GRPO, "reward_check": "off", "reward_funcs": ["rewards.py:is_in"]}}], evals={})
+    run.said = InterruptedAt("reward_check is off")
+    with pytest.raises(KeyboardInterrupt):
         run.run()
-    run.values["stages"][1]["grpo"] |= {"reward_check": "off", "max_steps": 1}
+    run.said = []
+    run.values["stages"][1]["grpo"] |= {"reward_funcs": ["rewards.py:spread"], "max_steps": 1}
     assert run.run().status == "done"
     assert any("nothing has used yet" in line for line in run.said)
     assert sum("not run again" in line for line in run.said) == 1

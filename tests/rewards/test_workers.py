@@ -68,16 +68,20 @@ def mutating(prompts, completions):
         prompts.append("one more")
     return [float(len(c)) for c in completions]
 
+def descriptors():
+    # Pipes have high numbers where whoever made them had many files open.
+    return [number for name in os.listdir("/proc/self/fd") if (number := int(name)) > 2]
+
 def scribbling(completions):
     for word in ("garbage", "line\n", '{"values": [9], "reasons": [null]}\n'):
         if word in completions:
-            for descriptor in range(3, 32):
+            for descriptor in descriptors():
                 try:
                     os.write(descriptor, word.encode())
                 except OSError:
                     pass
     if "close" in completions:
-        os.closerange(3, 32)
+        os.closerange(3, max(descriptors()) + 1)
     return [1.0] * len(completions)
 
 def daemon(prompts, completions):

@@ -39,7 +39,6 @@ SURFACE: tuple[ForeignUse, ...] = (
     ForeignUse("torch", "torch.nn.utils:clip_grad_norm_", "distributed/sharding.py", ("parameters", "max_norm")),
     ForeignUse("torch", "torch.distributed.fsdp:fully_shard", "distributed/sharding.py"),
     ForeignUse("torch", "torch.distributed.tensor:distribute_tensor", "distributed/sharding.py"),
-    ForeignUse("torch", "torch.distributed.checkpoint.state_dict:set_model_state_dict", "distributed/sharding.py", ("options",)),
     ForeignUse("transformers", "transformers:AttentionInterface.register", "models/attention.py", ("key", "value")),
     ForeignUse("transformers", "transformers:PreTrainedModel.set_attn_implementation", "models/load.py"),
     ForeignUse("transformers", "transformers:PreTrainedModel.gradient_checkpointing_enable", "models/load.py", ("gradient_checkpointing_kwargs",)),
