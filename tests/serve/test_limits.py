@@ -130,7 +130,8 @@ def test_too_many_at_once_are_told_when_to_come_back_and_the_others_are_answered
 def test_a_client_that_leaves_frees_its_rows(small):
     with http(small) as client:
         with client.stream("POST", "/v1/completions", json={**LONG, **NEVER, "n": 3, "stream": True}) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()  # closed with its last reference, and the connection with it
+            next(lines)
             assert small.service.num_open == 3
         until(lambda: is_idle(small))
         with pytest.raises(httpx.TimeoutException):
