@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 
 from posttrain.errors import EngineError
 from posttrain.protocols import Weights
+from posttrain.rollout.folder import OwnFolder
 from posttrain.rollout.http import Address, Client, RefusedError
 from posttrain.rollout.transfer.whole import num_bytes, portions
 from posttrain.rollout.vllm.asking import Decode, kept_length
@@ -69,7 +69,7 @@ class SGLangEngine:
         self._longest = int(found["max_req_input_len"])
         self._version, self._label, self._pushes = 0, "", count(1)
         self._under_way = 0
-        self._folder = Path(tempfile.mkdtemp(prefix="posttrain-sglang-"))
+        self._folder = OwnFolder()
 
     @property
     def policy_version(self) -> int:
@@ -158,7 +158,7 @@ class SGLangEngine:
                 "take these, or close their iterator, first"
             )
         label = f"{version}.{next(self._pushes)}"
-        folder = self._folder / label
+        folder = self._folder.path / label
         moved = write_checkpoint(weights, folder, self._options.config)
         try:
             answer = self._client.call(
@@ -174,7 +174,7 @@ class SGLangEngine:
         return Moved(moved, moved)
 
     def close(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()
 
 
 def given_sglang(url: str, token: str, timeout_s: float, options: SGLangOptions, decode: Decode) -> SGLangEngine:

@@ -17,7 +17,7 @@ from posttrain.errors import EngineError, EngineGoneError
 from posttrain.models.load import load_policy
 from posttrain.recipes.engines import sync_engine
 from posttrain.rollout.embedded import score_sequences
-from posttrain.rollout.vllm.folder import OwnFolder
+from posttrain.rollout.folder import OwnFolder
 from posttrain.rollout.vllm.server_engine import VLLMServerEngine
 from posttrain.types import Moved, Request, SamplingParams, in_order
 

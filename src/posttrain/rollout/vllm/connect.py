@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import ConfigError, EngineError
+from posttrain.rollout.folder import OwnFolder
 from posttrain.rollout.http import Address, Client
 from posttrain.rollout.vllm.asking import Decode
-from posttrain.rollout.vllm.folder import OwnFolder
 from posttrain.rollout.vllm.options import BACKEND, VLLMOptions
 from posttrain.rollout.vllm.server import BASE, GivenServer, OwnServer, Server, await_ready
 from posttrain.rollout.vllm.server_engine import Pause, Served, VLLMServerEngine

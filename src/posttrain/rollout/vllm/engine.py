@@ -6,15 +6,14 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
-from pathlib import Path
 from typing import Any, ClassVar
 
 from posttrain.errors import EngineError
 from posttrain.protocols import Weights
+from posttrain.rollout.folder import OwnFolder
 from posttrain.rollout.transfer import TRANSFERS, TransferMessage, TransferOptions
 from posttrain.rollout.vllm import asking
 from posttrain.rollout.vllm.adapter import write_adapter
@@ -40,10 +39,10 @@ class VLLMEngine:
         self._numbers, self._pushes = count(), count(1)
         self._ended: dict[str, Any] = {}
         self._lora: Any = None
-        self._folder = Path(tempfile.mkdtemp(prefix="posttrain-weights-"))
+        self._folder = OwnFolder()
         self._transfer, self._sender = (
             transfer,
-            TRANSFERS[transfer].sender(TransferOptions(self._folder, options.dtype, delta_anchor)),
+            TRANSFERS[transfer].sender(TransferOptions(self._folder.path, options.dtype, delta_anchor)),
         )
         os.environ |= environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         with self._speaking("start"):
@@ -170,7 +169,7 @@ class VLLMEngine:
 
         # Cached keys and values are kept under the adapter's name: one that has been used is never used again.
         number = next(self._pushes)
-        folder = self._folder / f"{version}.{number}"
+        folder = self._folder.path / f"{version}.{number}"
         num_bytes = write_adapter(weights, folder)
         taken = LoRARequest(f"run@{version}.{number}", number, str(folder))
         self._engine.add_lora(taken)
@@ -195,7 +194,7 @@ class VLLMEngine:
         self._sender.close()
         self._engine.engine_core.shutdown()
         self._llm = self._engine = None
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()
 
     @contextmanager
     def _speaking(self, doing: str) -> Iterator[None]:

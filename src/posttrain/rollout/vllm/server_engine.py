@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from posttrain.errors import EngineError, EngineGoneError
 from posttrain.protocols import Weights
+from posttrain.rollout.folder import OwnFolder
 from posttrain.rollout.http import LateError, RefusedError
 from posttrain.rollout.transfer import TRANSFERS, TransferMessage, TransferOptions
 from posttrain.rollout.vllm import asking
 from posttrain.rollout.vllm.adapter import write_adapter
-from posttrain.rollout.vllm.folder import OwnFolder
 from posttrain.rollout.vllm.server import Server
 from posttrain.types import Completion, EngineInfo, Moved, Request, SamplingParams
 

@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-_PREFIX = "posttrain-vllm-"
+_PREFIX = "posttrain-engine-"
 _YOUNG_S = 60.0
 """A folder that was made just now may not be locked yet."""
 

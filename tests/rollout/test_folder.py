@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.rollout.vllm import folder
-from posttrain.rollout.vllm.folder import OwnFolder
+from posttrain.rollout import folder
+from posttrain.rollout.folder import OwnFolder
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def old(path):
 
 def test_what_a_killed_process_left_is_swept_and_what_lives_is_not(temporary):
     program = (
-        "import os; from posttrain.rollout.vllm.folder import OwnFolder; made = OwnFolder(); "
+        "import os; from posttrain.rollout.folder import OwnFolder; made = OwnFolder(); "
         "(made.path / 'weights').touch(); print(made.path, flush=True); os.kill(os.getpid(), 9)"
     )
     left = subprocess.run(
