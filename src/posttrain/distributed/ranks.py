@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,6 +20,8 @@ from posttrain.protocols import Ranks
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_SETTLE_S = 0.2
 
 WAIT_S = 1800.0
 """How long a rank waits for another one where nobody says."""
@@ -101,3 +104,6 @@ def join_ranks(meeting: Meeting | None = None, timeout_s: float = WAIT_S) -> Ite
         yield group
     finally:
         dist.destroy_process_group()
+        # A thread of gloo lets go of its last work, and of Python objects with it, a moment after the collective has
+        # returned; an interpreter that ends in that moment would abort.
+        time.sleep(_SETTLE_S)
