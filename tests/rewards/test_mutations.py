@@ -2,7 +2,11 @@
 
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -179,6 +183,17 @@ def test_attacks_on_code_graders(mutation):
     assert any(bad_code()(text, TESTS) for _, text in made)
     for case, text in made:
         assert REWARDS["code_tests"].fn([case.prompt], [text], tests=[TESTS], timeout_s=0.7) == [0.0]
+
+
+def test_the_attack_on_tests_takes_no_file_that_no_grader_has_just_written(tmp_path):
+    [attack] = [m for m in MUTATIONS if m.name == "code: deleting the tests"]
+    [(_, text)] = texts(attack, ["def add(a, b): return a + b"], FENCE, tests=TESTS)
+    old, young = tmp_path / "test_old.py", tmp_path / "test_young.py"
+    old.touch()
+    os.utime(old, (time.time() - 60,) * 2)
+    young.touch()
+    subprocess.run([sys.executable, "-c", text], cwd=tmp_path, check=True)
+    assert old.exists() and not young.exists()
 
 
 def test_the_bad_grader_is_right_about_honest_code():
