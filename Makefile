@@ -36,6 +36,7 @@ demo: $(STAMP)
 	@echo "  posttrain chat runs/word-problems/stages/03-grpo/model --temperature 0 --prompt 'Tom has 34 pens and gets 12 more. How many?'"
 	@echo "  posttrain data pipeline.yaml --stage sft --examples 1"
 	@echo "  posttrain registry verify word-problems@champion"
+	@echo "  posttrain serve word-problems@champion"
 	@echo "The report is runs/word-problems/report.html; your own model, data and reward: examples/own-model/README.md"
 
 reward-hacking: $(STAMP)

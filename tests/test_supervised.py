@@ -6,9 +6,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import pytest
+from tests.processes import all_gone
 
 from posttrain.supervised import SupervisedProcess
 
@@ -37,21 +37,6 @@ def pids(place):
     raise AssertionError("it did not start")
 
 
-def all_gone(pids):
-    for _ in range(200):
-        if not any(_lives(pid) for pid in pids):
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def _lives(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def test_the_order_to_end_reaches_what_it_has_started(tmp_path):
     with tempfile.TemporaryFile() as log:
         process = started(tmp_path / "pids", log)
@@ -75,7 +60,7 @@ def test_what_a_killed_supervisor_leaves_is_ended_by_whoever_notices(noticed_by,
         running = pids(tmp_path / "pids")
         os.kill(process.pid, signal.SIGKILL)
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert _lives(running[1])
+        assert not all_gone(running[1:], within_s=0)
         noticed_by(process)
         assert all_gone(running)
 

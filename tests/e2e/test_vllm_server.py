@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from tests.processes import all_gone, family
 
 pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make setup-vllm"),
@@ -60,31 +61,9 @@ def await_step(folder, number, process):
         time.sleep(0.02)
 
 
-def started_by(pid):
-    """All that `pid` has started, the youngest last."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    found = [pid]
-    for one in found:
-        found += sorted(child for child, parent in parents.items() if parent == one)
-    return found[1:]
-
-
 def worker_of(pid):
     """The process of vLLM that holds the weights."""
-    return next(one for one in started_by(pid) if Path(f"/proc/{one}/cmdline").read_bytes().startswith(b"VLLM::Worker"))
-
-
-def all_gone(pids):
-    deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    return next(one for one in family(pid) if Path(f"/proc/{one}/cmdline").read_bytes().startswith(b"VLLM::Worker"))
 
 
 def issued(folder):
@@ -95,7 +74,7 @@ def issued(folder):
 def test_a_stage_samples_with_a_server_of_its_own_that_ends_with_it(started):
     process = started()
     await_step(started.folder, 1, process)
-    running = started_by(process.pid)
+    running = family(process.pid)[1:]
     assert process.wait(300) == 0, started.output.read_text()[-2000:]
     assert all_gone(running)
     rows = [json.loads(line) for line in (started.folder / "metrics.jsonl").read_text().splitlines()]
@@ -111,7 +90,7 @@ def test_the_deaths_of_the_server_and_of_the_run_are_survived_and_nothing_is_tra
     await_step(started.folder, 1, process)
     os.kill(worker_of(process.pid), signal.SIGKILL)
     await_step(started.folder, 3, process)
-    running = started_by(process.pid)
+    running = family(process.pid)[1:]
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert all_gone(running)

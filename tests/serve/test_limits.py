@@ -127,6 +127,12 @@ def test_too_many_at_once_are_told_when_to_come_back_and_the_others_are_answered
     until(lambda: is_idle(small))
 
 
+def test_a_body_that_is_not_sent_as_json_is_told_so(small):
+    answer = http(small).post("/v1/completions", content=json.dumps(LONG), headers={"content-type": "text/plain"})
+    assert answer.status_code == 400
+    assert "send one with the header Content-Type: application/json" in answer.json()["error"]["message"]
+
+
 def test_a_client_that_leaves_frees_its_rows(small):
     with http(small) as client:
         with client.stream("POST", "/v1/completions", json={**LONG, **NEVER, "n": 3, "stream": True}) as answer:

@@ -248,4 +248,7 @@ _SAID: dict[str, Callable[[list[str]], str]] = {
     "extra_forbidden": lambda where: f"Unrecognized request argument supplied: {'.'.join(where)}",
     "missing": lambda where: f"you must provide the {'.'.join(where) or 'body'} parameter",
     "json_invalid": lambda where: "the body is not JSON",
+    "model_attributes_type": lambda where: (
+        f"{'.'.join(where) or 'the body'} is not a JSON object; send one with the header Content-Type: application/json"
+    ),
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.processes import all_gone, family
 
 from posttrain.config.stages import SFTKeys
 from posttrain.errors import EngineError, EngineGoneError
@@ -62,30 +63,6 @@ def gaps(engine, policy):
 
 def server_of(engine):
     return engine._engine._server
-
-
-def processes(pid):
-    """`pid` and what it has started, the youngest last."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    found = [pid]
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
-    return found
-
-
-def gone(pids, within_s=20):
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
-            return True
-        time.sleep(0.05)
-    return False
 
 
 # --- weights -------------------------------------------------------------------------------------------------------
@@ -235,7 +212,7 @@ def test_its_key_stands_in_no_command_line_and_no_file(engine):
     server = server_of(engine)
     token = server.client._token
     assert len(token) > 30
-    for pid in processes(server.pid):
+    for pid in family(server.pid):
         assert token.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
     assert token not in server.log.read_text()
     assert os.stat(engine._engine._folder).st_mode & 0o077 == 0
@@ -245,7 +222,7 @@ def test_its_key_stands_in_no_command_line_and_no_file(engine):
 
 def killed(engine, number=signal.SIGKILL):
     """The youngest process of the server is killed: the worker that holds the weights."""
-    pids = processes(server_of(engine).pid)
+    pids = family(server_of(engine).pid)
     os.kill(pids[-1], number)
     return pids
 
@@ -263,7 +240,7 @@ def test_a_server_killed_while_it_samples_comes_back_and_answers_the_rest(engine
     assert [c.ids for c in in_order(found)] == expected
     assert [c.policy_version for c in found] == [3] * len(REQUESTS)
     assert engine.restarts == restarts + 1
-    assert gone(pids)
+    assert all_gone(pids)
     assert max(gaps(engine, policy)) <= 1e-4
 
 
@@ -276,7 +253,7 @@ def test_a_server_killed_while_it_is_idle_comes_back_with_its_weights(engine, po
     time.sleep(1)
     assert max(gaps(engine, policy)) <= 1e-4
     assert (engine.restarts, engine.policy_version) == (restarts + 1, 3)
-    assert gone(pids)
+    assert all_gone(pids)
 
 
 @pytest.mark.slow
@@ -306,7 +283,7 @@ def test_a_server_that_stands_still_is_taken_for_dead_within_seconds(engine, pol
     ):
         for _ in inner.generate(REQUESTS, params):
             if started is None:
-                started, stopped = time.monotonic(), processes(server_of(engine).pid)[-1]
+                started, stopped = time.monotonic(), family(server_of(engine).pid)[-1]
                 os.kill(stopped, signal.SIGSTOP)
     assert time.monotonic() - started < 15
     assert len(in_order(engine.generate(REQUESTS, SamplingParams(max_tokens=4)))) == len(REQUESTS)
