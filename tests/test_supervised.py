@@ -91,3 +91,19 @@ def test_it_dies_with_a_parent_that_is_killed(thread, tmp_path):
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     assert all_gone(running)
+
+
+@pytest.mark.parametrize("then", ["sys.exit(3)", "os.kill(os.getpid(), 9)", "time.sleep(600)"])
+def test_its_temporary_files_go_with_it(then, tmp_path):
+    program = f"import os, sys, tempfile, time; print(tempfile.mkstemp()[1], flush=True); {then}"
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with tempfile.TemporaryFile() as log:
+        process = SupervisedProcess(
+            "posttrain.supervised:run_program", [sys.executable, "-c", program], log, environment, scratch="ours-"
+        )
+        while not process.last_lines():
+            time.sleep(0.05)
+        [file] = process.last_lines()
+        process.end()
+        assert file.startswith(f"{tmp_path}/ours-")
+        assert not list(tmp_path.iterdir())

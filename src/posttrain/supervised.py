@@ -9,9 +9,11 @@ import ctypes
 import importlib
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -33,19 +35,20 @@ _TAIL_BYTES = 1 << 16
 class SupervisedProcess:
     """`entry` (`module:function`) called with `arguments` in a process group of its own; what it writes goes to `log`.
 
-    `pass_fds` are open there, and closed in its supervisor.
+    `pass_fds` are open there, and closed in its supervisor. With `scratch`, its temporary files lie in a folder of their own whose
+    name begins so, and go with it.
     """
 
     def __init__(
         self, entry: str, arguments: Sequence[str], log: IO[bytes], environment: Mapping[str, str],
-        pass_fds: Sequence[int] = (),
+        pass_fds: Sequence[int] = (), scratch: str = "",
     ) -> None:  # fmt: skip
         self._log, self._begins = log, log.seek(0, os.SEEK_END)
         # The signal that a parent's death sends follows the *thread* that started us.
         from_main_thread = threading.current_thread() is threading.main_thread()
         numbers = [os.getpid(), int(from_main_thread)]
         self._supervisor = subprocess.Popen(
-            [sys.executable, "-P", "-c", _BOOT, _PACKAGE_ROOT, *map(str, numbers), ",".join(map(str, pass_fds)), entry, *arguments],
+            [sys.executable, "-P", "-c", _BOOT, _PACKAGE_ROOT, *map(str, numbers), ",".join(map(str, pass_fds)), scratch, entry, *arguments],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(environment), pass_fds=tuple(pass_fds),
             start_new_session=True,
         )  # fmt: skip
@@ -98,10 +101,11 @@ def run_program(*command: str) -> NoReturn:
 
 def main(arguments: Sequence[str]) -> None:
     """Split into the process that runs the entry and its supervisor."""
-    parent, from_main_thread, descriptors, entry, *rest = arguments
+    parent, from_main_thread, descriptors, scratch, entry, *rest = arguments
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
+    folder = tempfile.mkdtemp(prefix=scratch) if scratch else None
     supervisor = os.getpid()
     child = os.fork()
     if child:
@@ -109,7 +113,9 @@ def main(arguments: Sequence[str]) -> None:
             os.close(int(descriptor))
         if from_main_thread == "1":
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        _supervise(child, int(parent))
+        _supervise(child, int(parent), folder)
+    if folder:
+        os.environ["TMPDIR"] = folder
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() == supervisor:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
@@ -117,8 +123,8 @@ def main(arguments: Sequence[str]) -> None:
         getattr(importlib.import_module(module), function)(*rest)
 
 
-def _supervise(child: int, parent: int) -> NoReturn:
-    """Until the child ends, the order to end comes, or the parent is gone; then nothing that it started lives on.
+def _supervise(child: int, parent: int, folder: str | None) -> NoReturn:
+    """Until the child ends, the order to end comes, or the parent is gone; then nothing that it started lives on, and `folder` goes.
 
     A daemon's parent is dead, so it has become our child: `PR_SET_CHILD_SUBREAPER`.
     """
@@ -134,6 +140,8 @@ def _supervise(child: int, parent: int) -> NoReturn:
                 os.kill(pid, signal.SIGKILL)
         pid, ended = os.waitpid(-1, 0)
         status = ended if pid == child else status
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
     code = os.waitstatus_to_exitcode(status or 0)
     if code < 0:  # end as the child did
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -38,6 +38,11 @@ def notes(write, kind, lines):
             "kl_estimator: no effect, because beta is 0, so there is no KL to the reference",
         ),
         ("grpo", "num_train_epochs: 2", "num_train_epochs: no effect, because max_steps decides"),
+        (
+            "grpo",
+            "gradient_accumulation_steps: 2",
+            "gradient_accumulation_steps: no effect, because a step of RL takes",
+        ),
         ("grpo", "sapo_temperature_pos: 2", "sapo_temperature_pos: no effect, because loss_type is not sapo"),
         (
             "grpo",

@@ -2,11 +2,10 @@
 
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -170,6 +169,14 @@ TESTS = [{"call": "add", "args": [1, 2], "expected": 3}, {"call": "add", "args":
 FENCE = AnswerForm(False, "", "")
 
 
+@pytest.fixture(autouse=True)
+def folder_of_a_reward(tmp_path, monkeypatch):
+    """Graders without a sandbox put their files where a reward's process puts them."""
+    folder = tmp_path / "posttrain-reward-x"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+
+
 def bad_code():
     spec = importlib.util.spec_from_file_location("bad_code", Path(__file__).with_name("bad_code.py"))
     module = importlib.util.module_from_spec(spec)
@@ -185,15 +192,15 @@ def test_attacks_on_code_graders(mutation):
         assert REWARDS["code_tests"].fn([case.prompt], [text], tests=[TESTS], timeout_s=0.7) == [0.0]
 
 
-def test_the_attack_on_tests_takes_no_file_that_no_grader_has_just_written(tmp_path):
+def test_the_attack_on_tests_stays_in_the_folders_of_rewards(tmp_path):
     [attack] = [m for m in MUTATIONS if m.name == "code: deleting the tests"]
     [(_, text)] = texts(attack, ["def add(a, b): return a + b"], FENCE, tests=TESTS)
-    old, young = tmp_path / "test_old.py", tmp_path / "test_young.py"
-    old.touch()
-    os.utime(old, (time.time() - 60,) * 2)
-    young.touch()
-    subprocess.run([sys.executable, "-c", text], cwd=tmp_path, check=True)
-    assert old.exists() and not young.exists()
+    ours, theirs = tmp_path / "posttrain-reward-1" / "tests.json", tmp_path / "work" / "test_mine.py"
+    for file in (ours, theirs):
+        file.parent.mkdir()
+        file.touch()
+        subprocess.run([sys.executable, "-c", text], cwd=file.parent, env={"TMPDIR": str(tmp_path)}, check=True)
+    assert theirs.exists() and not ours.exists()
 
 
 def test_the_bad_grader_is_right_about_honest_code():

@@ -65,6 +65,7 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(DPOKeys, ("desirable_weight", "undesirable_weight"), _loss_is_not("kto"), "loss_type is not kto"),
     NoEffect(DPOKeys, ("beta",), lambda k: k.loss_type == "sft", "loss_type is sft"),
     NoEffect(DPOKeys, ("precompute_ref_log_probs",), lambda k: k.loss_type in ("simpo", "cpo", "orpo", "sft"), "loss_type has no reference"),
+    NoEffect(GRPOKeys, ("gradient_accumulation_steps", "num_processes"), lambda k: True, "a step of RL takes num_prompts_per_step × num_generations / steps_per_generation completions, however many processes share them"),
     NoEffect(GRPOKeys, _KL, lambda k: k.beta == 0, "beta is 0, so there is no KL to the reference"),
     NoEffect(GRPOKeys, ("kl_reduction",), lambda k: k.kl_in_reward and k.beta > 0, "the KL is in the reward"),
     NoEffect(GRPOKeys, ("ptx_coef", "ptx_rows_per_step"), lambda k: not k.ptx_datasets, "there are no ptx_datasets"),

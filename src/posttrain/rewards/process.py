@@ -19,6 +19,7 @@ from posttrain.supervised import SupervisedProcess
 START_TIMEOUT_S = 120.0
 _MAX_LOG_BYTES = 1 << 20
 _ENTRY = "posttrain.rewards.worker:main"
+_SCRATCH = "posttrain-reward-"
 
 
 class ScribbledError(Exception):
@@ -35,7 +36,9 @@ class RewardProcess:
         environment = os.environ | {"PYTHONHASHSEED": str(hash_seed)}
         environment.setdefault("OMP_NUM_THREADS", "1")
         pipes = (request_read, answer_write)
-        self.supervisor = SupervisedProcess(_ENTRY, [str(pipe) for pipe in pipes], self._log, environment, pipes)
+        self.supervisor = SupervisedProcess(
+            _ENTRY, [str(pipe) for pipe in pipes], self._log, environment, pipes, _SCRATCH
+        )
         os.close(request_read)
         os.close(answer_write)
         os.set_blocking(self._request_fd, False)
