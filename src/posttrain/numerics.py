@@ -8,6 +8,7 @@ fails until that is done. A comment, a message or a refactoring adds none.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import metadata
 
 REVISIONS: Mapping[str, tuple[str, ...]] = {
     "sft": ("the numbers of 0.1",),
@@ -29,3 +30,11 @@ def changes_between(what: str, old: str | None, new: str | None) -> str:
     known = REVISIONS.get(what, ())
     first, last = (int(text) if text is not None and text.isdecimal() else 0 for text in (old, new))
     return "; ".join(known[first:last])
+
+
+def installed_version(package: str) -> str | None:
+    """Its version, or None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

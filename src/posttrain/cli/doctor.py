@@ -18,6 +18,7 @@ from posttrain.cli.doctor_run import check_target, durable
 from posttrain.cli.doctor_surface import surface
 from posttrain.cli.findings import Diagnosis, plain_name
 from posttrain.cli.json_output import AsJson, echo_json
+from posttrain.numerics import installed_version
 
 _LOW_DISK_BYTES = 2 << 30
 
@@ -105,7 +106,7 @@ def packages() -> Iterator[Diagnosis]:
         if requirement.name == "posttrain":
             continue
         optional = requirement.marker is not None and "extra" in str(requirement.marker)
-        have = _version(requirement.name)
+        have = installed_version(requirement.name)
         if have is None:
             if not optional:
                 yield Diagnosis(
@@ -199,7 +200,7 @@ def four_bits() -> Iterator[Diagnosis]:
 
     if "avx512_bf16" in environment_pins([])["cpu"].get("instructions", ()):
         yield Diagnosis("avx512-bf16", "ok", "present; the 4-bit kernel that uses it has no gradient and is kept off")
-    if _version("bitsandbytes") is None:
+    if installed_version("bitsandbytes") is None:
         yield Diagnosis("4-bit weights", "note", "no bitsandbytes: pip install 'posttrain[qlora]' for adapter: qlora")
         return
     done = subprocess.run([sys.executable, "-c", FOUR_BITS], capture_output=True, text=True, check=False, timeout=300)
@@ -210,7 +211,9 @@ def four_bits() -> Iterator[Diagnosis]:
         else f"self-test: {reason[0]}; do not use adapter: qlora here, or reinstall bitsandbytes"
     )
     yield Diagnosis(
-        "4-bit weights", "ok" if done.returncode == 0 else "broken", f"bitsandbytes {_version('bitsandbytes')}, {text}"
+        "4-bit weights",
+        "ok" if done.returncode == 0 else "broken",
+        f"bitsandbytes {installed_version('bitsandbytes')}, {text}",
     )
 
 
@@ -277,10 +280,3 @@ def _tested() -> dict[str, str]:
 
 def _mend(requirement: Any) -> str:
     return f"pip install --constraint constraints.txt '{requirement.name}{requirement.specifier}'"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -10,10 +10,10 @@ import importlib
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 from posttrain.cli.findings import Diagnosis
+from posttrain.numerics import installed_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +76,10 @@ SURFACE: tuple[ForeignUse, ...] = (
 
 def surface(table: Sequence[ForeignUse] = SURFACE) -> Iterator[Diagnosis]:
     """One line for each row that does not hold, and one for all that do. Packages that are not installed are left out."""
-    asked = [use for use in table if _installed(use.package)]
+    asked = [use for use in table if installed_version(use.package)]
     wrong = [(use, problem) for use in asked if (problem := missing(use))]
     for use, problem in wrong:
-        version, mend = metadata.version(use.package), f"pip install --constraint constraints.txt {use.package}"
+        version, mend = installed_version(use.package), f"pip install --constraint constraints.txt {use.package}"
         yield Diagnosis(f"{use.package} api", "broken", f"{problem} ({version}), which {use.user} needs; {mend}")
     packages = len({use.package for use in asked})
     yield Diagnosis(
@@ -103,11 +103,3 @@ def missing(use: ForeignUse) -> str:
 def _takes(function: Any, name: str) -> bool:
     parameters = inspect.signature(function).parameters
     return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-
-
-def _installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True

@@ -6,7 +6,6 @@ A change is noticed and named. The text of the source is no pin: see `posttrain.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from posttrain.errors import ConfigError
 from posttrain.evals.suite import suite_file_digest
 from posttrain.files import digest_file, digest_json, digest_start
 from posttrain.models.provenance import source_digest
-from posttrain.numerics import changes_between, revision
+from posttrain.numerics import changes_between, installed_version, revision
 from posttrain.registry.manifest import MODEL, environment_pins
 from posttrain.rewards.resolve import reward_digest
 
@@ -63,15 +62,8 @@ def pins_of(keys: PipelineKeys) -> dict[str, str]:
 
 def versions(kind: str) -> dict[str, str]:
     """What computes a stage of this kind: versions of posttrain, its keys and packages, and the revision of its numbers."""
-    packages = {f"{_PACKAGE}{name}": version for name in _PACKAGES if (version := _installed(name))}
+    packages = {f"{_PACKAGE}{name}": version for name in _PACKAGES if (version := installed_version(name))}
     return {_VERSION: posttrain.__version__, _SCHEMA: str(SCHEMA), f"{_NUMBERS}{kind}": revision(kind), **packages}
-
-
-def _installed(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def is_version(name: str) -> bool:

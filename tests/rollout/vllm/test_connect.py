@@ -86,7 +86,7 @@ def test_a_given_server_is_brought_the_model_that_is_asked_for(given, vllm_serve
 def test_one_that_was_started_otherwise_is_refused_with_the_flags(given, monkeypatch):
     wanted = connect._WANTED | {"logprobs_mode": ("model_config", "other", "--logprobs-mode other")}
     monkeypatch.setattr(connect, "_WANTED", wanted)
-    with pytest.raises(EngineError, match="was started without --logprobs-mode other; start it as the docs say"):
+    with pytest.raises(EngineError, match="was started without --logprobs-mode other; start it as docs"):
         given()
 
 

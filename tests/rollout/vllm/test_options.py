@@ -25,7 +25,7 @@ def test_without_vllm_the_extra_is_named(monkeypatch):
     ],
 )
 def test_a_torchvision_of_another_build_is_named_in_one_line(torch, vision, fits, monkeypatch):
-    monkeypatch.setattr(options, "_version", {"torch": torch, "torchvision": vision}.get)
+    monkeypatch.setattr(options, "installed_version", {"torch": torch, "torchvision": vision}.get)
     line = torchvision_misfit()
     assert (line == "") == fits
     assert "\n" not in line

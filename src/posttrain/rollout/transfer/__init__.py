@@ -15,7 +15,7 @@ import torch
 
 from posttrain.rollout.transfer.broadcast import BroadcastReceiver, BroadcastSender
 from posttrain.rollout.transfer.delta import DeltaReceiver, DeltaSender
-from posttrain.rollout.transfer.whole import FileReceiver, FileSender, HandedOver, HandOver
+from posttrain.rollout.transfer.whole import CopyReceiver, CopySender, FileReceiver, FileSender
 from posttrain.types import Moved
 
 ReceivedTensors = Iterable[tuple[str, torch.Tensor]]
@@ -77,7 +77,7 @@ class Transfer:
 
 
 TRANSFERS: Mapping[str, Transfer] = {
-    "copy": Transfer(lambda options: HandOver(), lambda message: HandedOver(), crosses_processes=False),
+    "copy": Transfer(lambda options: CopySender(), lambda message: CopyReceiver(), crosses_processes=False),
     "file": Transfer(
         lambda options: FileSender(options.folder), lambda message: FileReceiver(), crosses_processes=True
     ),

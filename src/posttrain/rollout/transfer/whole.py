@@ -15,7 +15,7 @@ from posttrain.types import Moved
 _PORTION_BYTES = 256 << 20
 
 
-class HandOver:
+class CopySender:
     """The sending end within a process."""
 
     def connect(self, init: Callable[[dict[str, Any]], None]) -> None:
@@ -34,7 +34,7 @@ class HandOver:
         pass
 
 
-class HandedOver:
+class CopyReceiver:
     """The receiving end within a process."""
 
     def take(self, message: dict[str, Any]) -> Iterable[tuple[str, torch.Tensor]]:

@@ -111,6 +111,6 @@ def _configuration(client: Client) -> Mapping[str, Any]:
     wrong = [flag for name, (section, value, flag) in _WANTED.items() if (found[section] or {}).get(name) != value]
     if wrong:
         raise EngineError(
-            f"the server at {client.address} was started without {' and '.join(wrong)}; start it as the docs say"
+            f"the server at {client.address} was started without {' and '.join(wrong)}; start it as docs/rollout-engines.md says"
         )
     return found

