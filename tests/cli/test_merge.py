@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from posttrain.cli.app import main
 from posttrain.config.resolved import resolved_yaml
 from posttrain.config.stages import SFTKeys
+from posttrain.files import digest_tree
 from posttrain.models.export import save_policy
 from posttrain.models.load import load_policy
+from posttrain.registry.manifest import Manifest
+from posttrain.registry.registry import Registry
 
 PROBE = torch.arange(3, 40)[None]
 
@@ -125,3 +129,71 @@ def test_onto_the_original_weights(stage, model_dir, tmp_path, capsys):
     a, b = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
     torch.testing.assert_close(merged[f"{name}.weight"], base[f"{name}.weight"] + 32 / 4 * b @ a, atol=1e-5, rtol=1e-5)
     assert json.loads((tmp_path / "merged" / "posttrain.json").read_text())["merged_onto"] == "original"
+
+
+def test_an_adapter_away_from_its_stage_still_says_that_its_base_was_in_4_bits(stage, model_dir, tmp_path, capsys):
+    shutil.copytree(stage / "adapter", tmp_path / "moved")
+    argv = ("merge", tmp_path / "moved", "--base", model_dir("qwen3"), "--out")
+    assert run(*argv, tmp_path / "merged") == 0
+    assert "dequantised from 4 bits" in capsys.readouterr().out
+    assert run(*argv, tmp_path / "original", "--onto", "original") == 0
+    assert "original weights (trained on 4 bits)" in capsys.readouterr().out
+
+
+@pytest.fixture
+def recipe(model_dir, tmp_path):
+    """A half of what a sibling of the base learned; the sibling is a version of a registry."""
+    tuned = tmp_path / "tuned"
+    model = AutoModelForCausalLM.from_pretrained(model_dir("qwen3"))
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight += 0.1
+    model.save_pretrained(tuned)
+    AutoTokenizer.from_pretrained(model_dir("qwen3")).save_pretrained(tuned)
+    book = Registry(tmp_path / "registry")
+    made = {"model": digest_tree(tuned)}
+    book.register("words", tuned, Manifest("sft", {"model": digest_tree(model_dir("qwen3"))}, made))
+    book.close()
+    path = tmp_path / "merge.yaml"
+    path.write_text(
+        f"merge_method: task_arithmetic\nbase_model: {model_dir('qwen3')}\nmodels:\n- model: words@1\n  parameters: {{weight: 0.5}}\n"
+    )
+    return path
+
+
+def test_a_merge_by_a_yaml_is_a_version_with_its_parents_in_the_lineage(recipe, model_dir, tmp_path, capsys):
+    out, registry = tmp_path / "merged", tmp_path / "registry"
+    assert run("merge", recipe, "--out", out, "--registry", registry, "--register", "soup") == 0
+    assert "version  soup@1" in capsys.readouterr().out
+    name = "model.layers.0.mlp.up_proj.weight"
+    ours, base = (load_file(folder / "model.safetensors")[name] for folder in (out, model_dir("qwen3")))
+    torch.testing.assert_close(ours, base + 0.05)
+    book = Registry(registry)
+    parent, made = book.chain("words", 1)[-1], book.chain("soup", 1)[-1]
+    book.verify("soup", 1)
+    book.close()
+    assert made.inputs["model"] == digest_tree(model_dir("qwen3")) and made.outputs["model"] == digest_tree(out)
+    assert made.inputs["parent.1"] == parent.outputs["model"] and made.inputs["parent.1.manifest"] == parent.digest
+    assert made.details["parents"][1] == "words@1" and made.details["recipe"] == recipe.read_text()
+
+
+def test_a_merged_model_is_judged_and_promoted_like_any_other(recipe, model_dir, tmp_path, capsys):
+    out, registry, suite = tmp_path / "merged", tmp_path / "registry", tmp_path / "sums.jsonl"
+    rows = [{"id": str(n), "prompt": f"What is {n}?", "target": "7", "scorer": "exact"} for n in range(24)]
+    suite.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("merge", recipe, "--out", out, "--registry", registry, "--register", "soup") == 0
+    for model, folder in ((out, "a"), (model_dir("qwen3"), "b")):
+        assert run("eval", model, "--suite", suite, "--max-tokens", 2, "--out", tmp_path / folder) == 0
+    spec = tmp_path / "gate.yaml"
+    spec.write_text("guards: [{suite: sums, margin: 0.6}]\n")
+    assert run("gate", tmp_path / "a", tmp_path / "b", "--spec", spec, "--out", tmp_path / "verdict") == 0
+    assert run("registry", "promote", "soup@1", "--verdict", tmp_path / "verdict", "--registry", registry) == 0
+    assert "[champion]" in capsys.readouterr().out
+
+
+def test_options_of_the_other_kind_of_merge_are_refused(recipe, adapter, tmp_path, capsys):
+    assert run("merge", recipe, "--out", tmp_path / "x", "--onto", "original") == 64
+    assert "are about one adapter" in capsys.readouterr().err
+    assert run("merge", adapter, "--out", tmp_path / "x", "--register", "soup") == 64
+    assert "are about a YAML" in capsys.readouterr().err
+    assert run("merge", recipe, "--out", tmp_path / "x", "--registry", tmp_path / "none") == 64
+    assert "words@1: no such folder" in capsys.readouterr().err

@@ -48,7 +48,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "Repeat a registered version: verdict, answers or training.",
     ),
     "registry": ("posttrain.cli.registry", "app", "List, show, verify, promote and roll back registered models."),
-    "merge": ("posttrain.cli.merge", "merge", "Merge an adapter into its base and check the logits."),
+    "merge": ("posttrain.cli.merge", "merge", "Merge models by mergekit's YAML, or an adapter into its base."),
     "chat": ("posttrain.cli.chat", "chat", "Talk to a model."),
     "serve": ("posttrain.cli.serve", "serve", "Serve models to the openai client and curl; follow a registry's alias."),
     "report": ("posttrain.cli.report", "report", "Write the HTML report of a run."),

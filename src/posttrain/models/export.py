@@ -58,6 +58,8 @@ def save_policy(
         return _save(policy.base, policy.tokenizer, folder, record, keys, trained, report, state)
     adapter = folder.parent / ADAPTER
     of_base = record if under.base_model == policy.source else {"base_digest": source_digest(under.base_model)}
+    if keys.load_in_4bit:  # for whoever merges it later, away from the stage's own record
+        of_base = of_base | {name: getattr(keys, name) for name in OF_THE_BASE if "4bit" in name}
     write_folder(adapter, lambda temporary: _save_adapter(policy, temporary, of_base, state))
     merged, report = merge_adapter(under.base_model, adapter, keys, policy=policy, trained=trained)
     return _save(merged, policy.tokenizer, folder, record | {"merged_onto": report.base}, keys, trained, report)

@@ -1,0 +1,59 @@
+"""The model that a user means: a folder, or a version of a registry with the lineage that made it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from posttrain.errors import ModelError
+from posttrain.models.low_rank import CONFIG
+from posttrain.registry.manifest import CERTIFICATE, Manifest
+from posttrain.registry.promotion import CHAMPION
+from posttrain.registry.registry import Registry
+
+_REF = re.compile(r"(?P<name>[A-Za-z][\w.-]*)(@[\w.-]+)?|alias:[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class FoundModel:
+    """`version` and `manifests` (first stage to last) are those of the registry; empty for a folder."""
+
+    folder: Path
+    version: str = ""
+    manifests: tuple[Manifest, ...] = ()
+
+    @property
+    def lacks_certificate(self) -> bool:
+        """Whether a stage earned rewards that nobody certified."""
+        return any(made.needs_certificate and CERTIFICATE not in made.inputs for made in self.manifests)
+
+
+def find_model(name: str, registry: Path | None, beside: Path = Path()) -> FoundModel:
+    """A folder (relative to `beside`), else NAME, NAME@VERSION or NAME@ALIAS of the registry; NAME is its champion.
+
+    Raises: ModelError where it is neither; RegistryError.
+    """
+    folder = beside / Path(name).expanduser()
+    if folder.is_dir():
+        if not any((folder / file).is_file() for file in ("config.json", CONFIG)):
+            raise ModelError(
+                f"{folder} has no config.json and no {CONFIG}; expected the folder of a model or an adapter"
+            )
+        return FoundModel(folder)
+    match = _REF.fullmatch(name)
+    if match is None or registry is None or not (registry / "registry.sqlite").is_file():
+        where = f", and there is no registry at {registry}" if registry is not None and match else ""
+        raise ModelError(
+            f"{name}: no such folder{f' in {beside.resolve()}' if str(beside) != '.' else ''}{where}; expected a folder with "
+            "config.json, or NAME@VERSION of a registry (--registry DIR)"
+        )
+    book = Registry(registry)
+    try:
+        entry = book.resolve(f"{name}@{CHAMPION}" if match["name"] == name else name)
+        book.verify(entry.name, entry.version)
+        return FoundModel(
+            Path(entry.path), f"{entry.name}@{entry.version}", tuple(book.chain(entry.name, entry.version))
+        )
+    finally:
+        book.close()

@@ -1,0 +1,1 @@
+"""Merging models by mergekit's YAML, tensor by tensor. `methods` knows tensors alone; `merge_models` writes a folder."""
