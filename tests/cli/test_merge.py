@@ -178,7 +178,7 @@ def test_a_merge_by_a_yaml_is_a_version_with_its_parents_in_the_lineage(recipe, 
 
 def test_a_merged_model_is_judged_and_promoted_like_any_other(recipe, model_dir, tmp_path, capsys):
     out, registry, suite = tmp_path / "merged", tmp_path / "registry", tmp_path / "sums.jsonl"
-    rows = [{"id": str(n), "prompt": f"What is {n}?", "target": "7", "scorer": "exact"} for n in range(24)]
+    rows = [{"id": str(n), "prompt": f"What is {n}?", "target": "7", "scorer": "exact"} for n in range(40)]
     suite.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run("merge", recipe, "--out", out, "--registry", registry, "--register", "soup") == 0
     for model, folder in ((out, "a"), (model_dir("qwen3"), "b")):

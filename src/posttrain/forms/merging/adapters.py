@@ -65,7 +65,7 @@ def base_of(adapter: Path) -> str:
     return str(named)
 
 
-def write_adapter(
+def write_factored(
     folder: Path, updates: Iterable[tuple[str, torch.Tensor]], rank: int, configs: Sequence[Mapping[str, Any]]
 ) -> Factored:
     """Factor each merged ΔW (named by its weight) by SVD to at most `rank`; all modules get the same rank, as servers want.

@@ -14,7 +14,7 @@ import torch
 
 from posttrain.errors import ConfigError, ModelError
 from posttrain.files import read_json, write_folder
-from posttrain.forms.merging.adapters import Factored, base_of, bits_of, write_adapter
+from posttrain.forms.merging.adapters import Factored, base_of, bits_of, write_factored
 from posttrain.forms.merging.methods import MergeInput
 from posttrain.forms.merging.plan import PlannedTensor, layers_of, planned
 from posttrain.forms.merging.recipe import MergeRecipe
@@ -160,7 +160,7 @@ class _Merge:
                         "sum to 1?); leave --adapter-rank out to write the whole model"
                     )
 
-        factored = write_adapter(folder, updates(), rank, [found.config for found in adapters])
+        factored = write_factored(folder, updates(), rank, [found.config for found in adapters])
         self._save_tokenizer(folder)
         report = MergeReport(self.recipe.method, len(touched), *self._digests(), factored)
         return self._record(folder, report, {"base_digest": source_digest(str(base.folder)), "load_in_4bit": False})

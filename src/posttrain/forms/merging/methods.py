@@ -15,7 +15,7 @@ import torch
 
 from posttrain.forms.merging.sparse import Draw, Keep, at_random, between, by_rank, largest, thinned
 
-Settings = Mapping[str, Any]
+MergeParameters = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +23,11 @@ class MergeInput:
     """One model's tensor with what the recipe says of it (`weight`, `density` …); the base says nothing of task vectors."""
 
     tensor: torch.Tensor
-    settings: Settings = field(default_factory=dict[str, Any])
+    settings: MergeParameters = field(default_factory=dict[str, Any])
     is_base: bool = False
 
 
-MergeFunction = Callable[[Sequence[MergeInput], Settings, Draw], torch.Tensor]
+MergeFunction = Callable[[Sequence[MergeInput], MergeParameters, Draw], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,8 @@ class MergeMethod:
     """
 
     merge: MergeFunction
-    shared: Settings = field(default_factory=dict[str, Any])
-    of_model: Settings = field(default_factory=dict[str, Any])
+    shared: MergeParameters = field(default_factory=dict[str, Any])
+    of_model: MergeParameters = field(default_factory=dict[str, Any])
     of_base: bool = False
     needs_base: bool = False
     models: tuple[int, int] = (1, 10_000)
@@ -54,7 +54,7 @@ def _others(inputs: Sequence[MergeInput]) -> list[MergeInput]:
     return [entry for entry in inputs if not entry.is_base]
 
 
-def linear(inputs: Sequence[MergeInput], shared: Settings, _: Draw) -> torch.Tensor:
+def linear(inputs: Sequence[MergeInput], shared: MergeParameters, _: Draw) -> torch.Tensor:
     """Σ wᵢ θᵢ, divided by Σ wᵢ unless `normalize: false`. Source: arXiv 2203.05482."""
     total = torch.zeros_like(inputs[0].tensor)
     for entry in inputs:
@@ -62,7 +62,7 @@ def linear(inputs: Sequence[MergeInput], shared: Settings, _: Draw) -> torch.Ten
     return total / sum(entry.settings["weight"] for entry in inputs) if shared["normalize"] else total
 
 
-def spherical(inputs: Sequence[MergeInput], shared: Settings, _: Draw) -> torch.Tensor:
+def spherical(inputs: Sequence[MergeInput], shared: MergeParameters, _: Draw) -> torch.Tensor:
     """From the base (t = 0) to the other (t = 1) along the great circle of the whole tensor; nearly parallel: a line."""
     a, b, t = _base(inputs), _others(inputs)[0].tensor, shared["t"]
     unit_a, unit_b = (tensor / _norm_or_one(tensor) for tensor in (a, b))
@@ -78,7 +78,7 @@ def _norm_or_one(tensor: torch.Tensor) -> torch.Tensor:
     return norm if norm > 1e-8 else torch.ones_like(norm)
 
 
-def weighted_spherical(inputs: Sequence[MergeInput], shared: Settings, _: Draw) -> torch.Tensor:
+def weighted_spherical(inputs: Sequence[MergeInput], shared: MergeParameters, _: Draw) -> torch.Tensor:
     """Great circle between two models, or between their task vectors where there is a base; whole, by rows or by columns."""
     base = next((entry.tensor for entry in inputs if entry.is_base), None)
     first, second = _others(inputs)
@@ -109,7 +109,7 @@ def task_vectors(keep: Keep | None, second: str = "", *, elect: bool = False) ->
     With `elect`, an entry counts only where its sign is that of the weighted sum. Source: arXiv 2212.04089; TIES, arXiv 2306.01708.
     """
 
-    def merge(inputs: Sequence[MergeInput], shared: Settings, draw: Draw) -> torch.Tensor:
+    def merge(inputs: Sequence[MergeInput], shared: MergeParameters, draw: Draw) -> torch.Tensor:
         base, others = _base(inputs), _others(inputs)
         if not others:
             return base
@@ -143,7 +143,7 @@ def _elected(deltas: torch.Tensor) -> torch.Tensor:
     return (deltas.sign() == majority).to(deltas.dtype)
 
 
-def select_calculate_erase(inputs: Sequence[MergeInput], shared: Settings, _: Draw) -> torch.Tensor:
+def select_calculate_erase(inputs: Sequence[MergeInput], shared: MergeParameters, _: Draw) -> torch.Tensor:
     """Entries of highest variance over models, weighted by each model's mean square, without the minority sign. Source: arXiv 2408.07990."""
     base, others = _base(inputs), _others(inputs)
     if not others:
@@ -166,7 +166,7 @@ def _most_varied(deltas: torch.Tensor, share: float) -> torch.Tensor:
     return mask.reshape(variance.shape)
 
 
-def model_stock(inputs: Sequence[MergeInput], shared: Settings, _: Draw) -> torch.Tensor:
+def model_stock(inputs: Sequence[MergeInput], shared: MergeParameters, _: Draw) -> torch.Tensor:
     """Between the base and the average, t = k cos θ / (1 + (k − 1) cos θ) from the mean angle of task vectors. Source: arXiv 2403.19522."""
     base, models = _base(inputs), [entry.tensor for entry in _others(inputs)]
     shape = base.shape
@@ -188,7 +188,7 @@ def _cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return ((a * b).sum(-1) / norms.clamp(min=1e-6)).clamp(-1, 1)
 
 
-def karcher_mean(inputs: Sequence[MergeInput], shared: Settings, _: Draw) -> torch.Tensor:
+def karcher_mean(inputs: Sequence[MergeInput], shared: MergeParameters, _: Draw) -> torch.Tensor:
     """The mean of the directions on the sphere, found by steps along it, at the mean length."""
     tensors, least = [entry.tensor for entry in inputs], shared["tol"]
     norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
@@ -215,7 +215,7 @@ def _towards(here: torch.Tensor, there: torch.Tensor, least: float) -> torch.Ten
     return torch.zeros_like(here) if angle < least else angle / torch.sin(angle) * (there - cosine * here)
 
 
-def as_it_is(inputs: Sequence[MergeInput], _: Settings, __: Draw) -> torch.Tensor:
+def as_it_is(inputs: Sequence[MergeInput], _: MergeParameters, __: Draw) -> torch.Tensor:
     """One model's tensor, times `scale` where it has one."""
     scale = inputs[0].settings["scale"]
     return inputs[0].tensor if scale is None else inputs[0].tensor * scale

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.errors import ConfigError
-from posttrain.forms.merging.recipe import MergeRecipe, Slice, Source, settings_of
+from posttrain.forms.merging.recipe import MergeRecipe, MergeSource, Slice, settings_of
 
 _LAYER = re.compile(r"^(.*?\b(?:layers|h|blocks)\.)(\d+)(\..+)$")
 _FIRST = re.compile(r"embed|wte|wpe")
@@ -16,7 +16,7 @@ _FIRST = re.compile(r"embed|wte|wpe")
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class MergePart:
     """One model's share in a tensor."""
 
     model: str
@@ -28,7 +28,7 @@ class Part:
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[MergePart, ...]
     shared: Mapping[str, Any]
 
 
@@ -81,7 +81,7 @@ def _of_any(part: Slice, names: Mapping[str, Sequence[str]]) -> list[str]:
     return list(dict.fromkeys(name for source in part.sources for name in names[source.model]))
 
 
-def _range(source: Source, names: Sequence[str]) -> tuple[int, int]:
+def _range(source: MergeSource, names: Sequence[str]) -> tuple[int, int]:
     has = depth(names)
     start, end = source.layers or (0, has)
     if end > has:
@@ -103,5 +103,5 @@ def _tensor(recipe: MergeRecipe, part: Slice, name: str, inside: Sequence[str], 
         is_base = source.model == part.base
         wanted = recipe.row.of_model if recipe.row.of_base or not is_base else {}
         settings = settings_of(wanted, (source.parameters, *said), own, t, source.model)
-        parts.append(Part(source.model, own, is_base, settings))
+        parts.append(MergePart(source.model, own, is_base, settings))
     return PlannedTensor(name, tuple(parts), shared)

@@ -22,7 +22,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class MergeSource:
     """One model of an output slice: the layers [first, last) of it; `layers` is None for all."""
 
     model: str
@@ -34,7 +34,7 @@ class Source:
 class Slice:
     """Layers of the result that come from the same sources."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[MergeSource, ...]
     base: str | None
     parameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
@@ -80,7 +80,7 @@ class _RecipeReader:
     def read(self) -> MergeRecipe:
         data = self.document.data
         self._known(data, _TOP, ())
-        name = data.get("merge_method")
+        name = self._text(data, "merge_method", ()) or ""
         if name not in MERGE_METHODS:
             self._refuse(("merge_method",), f"merge_method: got {name!r}; expected one of {', '.join(MERGE_METHODS)}")
         self.method = MERGE_METHODS[name]
@@ -115,7 +115,7 @@ class _RecipeReader:
             for place, entry in enumerate(self._list(self.document.data["models"], ("models",)))
         ]
         if base is not None and base not in {source.model for source in sources}:
-            sources.append(Source(base))
+            sources.append(MergeSource(base))
         return (Slice(tuple(sources), base),)
 
     def _slices(self, base: str | None) -> tuple[Slice, ...]:
@@ -142,7 +142,7 @@ class _RecipeReader:
             )
         return tuple(found)
 
-    def _source(self, entry: Any, here: KeyPath, keys: Sequence[str]) -> Source:
+    def _source(self, entry: Any, here: KeyPath, keys: Sequence[str]) -> MergeSource:
         self._known(entry, keys, here)
         model = self._text(entry, "model", here)
         if not model:
@@ -154,7 +154,7 @@ class _RecipeReader:
                 self._refuse(at, f"layer_range: got {layers!r}; expected [first, last], the last not included")
             if not 0 <= layers[0] < layers[1]:
                 self._refuse(at, f"layer_range: got {layers}; expected 0 <= first < last")
-        return Source(
+        return MergeSource(
             model, tuple(layers) if layers else None, self._parameters(entry, here, tuple(self.method.of_model))
         )
 

@@ -1,0 +1,39 @@
+import pytest
+
+from posttrain.errors import ModelError, RegistryError
+from posttrain.files import digest_tree
+from posttrain.forms.found import find_model
+from posttrain.registry.manifest import Manifest
+from posttrain.registry.registry import Registry
+
+
+@pytest.fixture
+def registry(model_dir, tmp_path):
+    book = Registry(tmp_path / "registry")
+    made = Manifest("grpo", {"model": "sha256:base"}, {"model": digest_tree(model_dir("qwen3"))})
+    book.register("words", model_dir("qwen3"), made)
+    book.close()
+    return tmp_path / "registry"
+
+
+def test_a_version_is_found_with_what_made_it(registry):
+    found = find_model("words@1", registry)
+    assert (
+        found.version == "words@1" and found.manifests[-1].stage == "grpo" and (found.folder / "config.json").is_file()
+    )
+    assert found.lacks_certificate
+
+
+def test_a_name_alone_is_its_champion(registry):
+    with pytest.raises(RegistryError, match="words@champion"):
+        find_model("words", registry)
+
+
+def test_a_folder_is_found_beside_the_file_that_names_it(model_dir, tmp_path):
+    folder = model_dir("qwen3")
+    assert find_model(folder.name, None, folder.parent).folder == folder
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"empty has no config.json"):
+        find_model("empty", None, tmp_path)
+    with pytest.raises(ModelError, match=r"ghost: no such folder"):
+        find_model("ghost", None, tmp_path)
