@@ -102,7 +102,7 @@ def linears_of(model: str) -> dict[tuple[int, int], int]:
     shape = shape_of(model)
     found: dict[tuple[int, int], int] = {(shape.hidden, shape.vocab): 1}
     for inputs, outputs, count in shape.linear_shapes.values():
-        found[inputs, outputs] = found.get((inputs, outputs), 0) + count * shape.num_layers
+        found[inputs, outputs] = found.get((inputs, outputs), 0) + count
     return found
 
 

@@ -204,8 +204,8 @@ def adapter_params(shape: ModelShape, rank: int, target: Sequence[str] | str) ->
         pattern = re.compile(target) if target != "all-linear" else None
         names = [n for n in shapes if pattern is None or any(pattern.fullmatch(path) for path in _paths(n))]
     else:
-        names = [n for n in shapes if any(entry.split(".")[-1] == n for entry in target)]
-    return shape.num_layers * sum(rank * (shapes[n][0] + shapes[n][1]) * shapes[n][2] for n in names)
+        names = [n for n in shapes if any(entry.split(".")[-1] == n.split(".")[-1] for entry in target)]
+    return sum(rank * (shapes[n][0] + shapes[n][1]) * shapes[n][2] for n in names)
 
 
 def _paths(name: str) -> tuple[str, ...]:
@@ -248,7 +248,7 @@ def _activation_bytes(shape: ModelShape, workload: Workload) -> int:
     per_norm = (3 if workload.adapter == "none" else 2) * shape.hidden * 4
     attention = 3 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
     scores = 2 * shape.num_heads * workload.family(shape) * 4 if shape.attention_softcap and workload.on_cpu else 0
-    mlp = 4 * shape.intermediate * max(1, shape.experts_per_token)
+    mlp = 4 * shape.widest_mlp
     casts = 2 * shape.hidden if workload.bf16 else 0
     per_layer = shape.norms_per_layer * per_norm + scores + (attention + mlp + casts) * _bytes_per_value(workload)
     tokens = workload.tokens(shape)
@@ -299,7 +299,7 @@ def _cached_completions(shape: ModelShape, workload: Workload) -> int:
 def _prefill_bytes(shape: ModelShape, workload: Workload) -> int:
     """The widest point of a forward over all prompts at once, less the cache of completions, which comes after it."""
     prompts = workload.prompts() * (workload.longest(shape) - workload.completion(shape))
-    per_token = 3 * shape.intermediate * max(1, shape.experts_per_token) * _bytes_per_value(workload)
+    per_token = 3 * shape.widest_mlp * _bytes_per_value(workload)
     widest = prompts * (per_token + 4 * shape.hidden * 4)
     later = _cached_completions(shape, workload) * shape.kv_bytes_per_token(_bytes_per_value(workload))
     return max(0, widest - later)
