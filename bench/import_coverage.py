@@ -1,6 +1,6 @@
 """How many of other tools' configurations import, and then plan, without an edit.
 
-    python bench/import_coverage.py FOLDER_OR_JSONL [--refused] [--failed]
+    python bench/import_coverage.py FOLDER_OR_JSONL [--refused]
 
 FOLDER holds YAML files; a JSONL has a row {"tool": …, "config": …} per file. `plan` reads a tiny model's config.json of the family that
 `base_model` names, and LLaMA-Factory's names are looked up in a `dataset_info.json` with its demo data; both are made here.
