@@ -21,8 +21,12 @@ GIB = float(1 << 30)
 _BYTES_NF4, _BYTES_NF4_DOUBLE = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256)
 _BYTES_MASTER = 4
 _BYTES_GRADIENT = 4
-_BYTES_OPTIMIZER = {"adamw": 8, "adamw_8bit": 2.07, "paged_adamw": 8, "paged_adamw_8bit": 2.07}
-_PAGED = ("paged_adamw", "paged_adamw_8bit")
+_BYTES_OPTIMIZER = {
+    "adamw": 8, "adamw_8bit": 2.07, "paged_adamw": 8, "paged_adamw_8bit": 2.07,
+    "lion": 4, "lion_8bit": 1.04, "paged_lion_8bit": 1.04, "adafactor": 0.1, "muon": 8, "sgd": 0,
+}  # fmt: skip
+"""Of states, a trained weight. Muon keeps 4 for matrices and 8 for the rest; Adafactor a row and a column of each matrix."""
+_PAGED = ("paged_adamw", "paged_adamw_8bit", "paged_lion_8bit")
 """Optimizers whose states leave a GPU while others need the room."""
 # float32 logits of one tile and what their gradient is made in; a soft cap and an entropy bonus make two more of each.
 _TILES, _TILES_CURVED = 2, 4

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any
 
 import torch
 
 from posttrain.config.stages import TrainKeys
-from posttrain.errors import MissingExtraError
 from posttrain.models.policy import Policy
+from posttrain.recipes.optimizers import optimizer_of
 from posttrain.recipes.stage import Stage
-
-BITSANDBYTES: Mapping[str, str] = {
-    "adamw_8bit": "AdamW8bit",
-    "paged_adamw": "PagedAdamW32bit",
-    "paged_adamw_8bit": "PagedAdamW8bit",
-}
-"""`optim` → the optimizer of bitsandbytes."""
 
 
 def make_optimizer(policy: Policy, keys: TrainKeys) -> torch.optim.Optimizer:
-    """AdamW over the trained weights; weight decay on matrices only, and LoRA+'s learning rate for the adapter's B."""
+    """That of `optim` over the trained weights; weight decay on matrices only, and LoRA+'s learning rate for the adapter's B."""
     faster = [p for name, p in policy.trainable() if p.ndim >= 2 and keys.loraplus_lr_ratio != 1 and ".lora_B." in name]
     known = {id(p) for p in faster}
     matrices = [p for _, p in policy.trainable() if p.ndim >= 2 and id(p) not in known]
@@ -33,26 +25,18 @@ def make_optimizer(policy: Policy, keys: TrainKeys) -> torch.optim.Optimizer:
         {"params": others, "weight_decay": 0.0},
         {"params": faster, "weight_decay": keys.weight_decay, "lr_ratio": keys.loraplus_lr_ratio},
     ]
-    options = {"lr": keys.learning_rate, "betas": (keys.adam_beta1, keys.adam_beta2), "eps": keys.adam_epsilon}
-    groups = [group for group in groups if group["params"]]
-    if keys.optim in BITSANDBYTES:
-        try:
-            optimizers = import_module("bitsandbytes.optim")
-        except ImportError as error:
-            raise MissingExtraError(
-                f"optim: {keys.optim} needs bitsandbytes; pip install 'posttrain[qlora]'"
-            ) from error
-        return getattr(optimizers, BITSANDBYTES[keys.optim])(groups, **options)
-    return torch.optim.AdamW(groups, fused=not policy.sharded, **options)
+    return optimizer_of(policy, [group for group in groups if group["params"]], keys)
 
 
-_SHAPES: dict[str, Callable[[float], float]] = {
-    "constant": lambda progress: 1.0,
-    "linear": lambda progress: 1.0 - progress,
-    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+_SHAPES: dict[str, Callable[[float, TrainKeys], float]] = {
+    "constant": lambda progress, keys: 1.0,
+    "linear": lambda progress, keys: 1.0 - progress,
+    "cosine": lambda progress, keys: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "cosine_with_restarts": lambda progress, keys: 0.5 * (1.0 + math.cos(math.pi * (keys.lr_num_cycles * progress % 1.0))) if progress < 1.0 else 0.0,
+    "polynomial": lambda progress, keys: (1.0 - progress) ** keys.lr_power,
     # Hold, then decay linearly over the last fifth (Hu et al. 2024, MiniCPM, arXiv 2404.06395).
-    "wsd": lambda progress: min(1.0, (1.0 - progress) / 0.2),
-}
+    "wsd": lambda progress, keys: min(1.0, (1.0 - progress) / 0.2),
+}  # fmt: skip
 _WARM_UP_FROM_THE_FLOOR = frozenset({"wsd"})
 """As in transformers; the others warm up from 0 whatever `min_lr_ratio` is."""
 
@@ -62,9 +46,11 @@ def learning_rate(step: int, total_steps: int, keys: TrainKeys) -> float:
     warmup = keys.warmup_steps or math.ceil(keys.warmup_ratio * total_steps)
     if step < warmup:
         start = keys.min_lr_ratio if keys.lr_scheduler_type in _WARM_UP_FROM_THE_FLOOR else 0.0
-        return keys.learning_rate * (start + (1.0 - start) * step / warmup)
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    shape = _SHAPES[keys.lr_scheduler_type](progress)
+        share = step / warmup if keys.warmup_type == "linear" else (step / warmup) ** 2
+        return keys.learning_rate * (start + (1.0 - start) * share)
+    end = int(total_steps * keys.lr_decay_ratio)
+    progress = (min(step, end) - warmup) / max(1, end - warmup)
+    shape = _SHAPES[keys.lr_scheduler_type](max(0.0, progress), keys)
     return keys.learning_rate * (keys.min_lr_ratio + (1.0 - keys.min_lr_ratio) * shape)
 
 

@@ -1,0 +1,123 @@
+"""The optimizers, as rows of a table: `optim` → what makes it of groups of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from posttrain.config.stages import TrainKeys
+from posttrain.errors import ConfigError, MissingExtraError
+from posttrain.models.policy import Policy
+
+Group = dict[str, Any]
+Make = Callable[[Policy, list[Group], TrainKeys], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerRow:
+    """`cuts` says that a share of a matrix is stepped as the whole matrix would be, so that it runs on parameters that are sharded."""
+
+    make: Make
+    cuts: bool = True
+
+
+def _betas(keys: TrainKeys) -> tuple[float, float]:
+    return (keys.adam_beta1, keys.adam_beta2)
+
+
+def _adamw(policy: Policy, groups: list[Group], keys: TrainKeys) -> torch.optim.Optimizer:
+    options = {"lr": keys.learning_rate, "betas": _betas(keys), "eps": keys.adam_epsilon}
+    return torch.optim.AdamW(groups, fused=not policy.sharded, **options)
+
+
+def _bitsandbytes(name: str, *, has_epsilon: bool = True) -> Make:
+    def make(policy: Policy, groups: list[Group], keys: TrainKeys) -> torch.optim.Optimizer:
+        try:
+            optimizers = import_module("bitsandbytes.optim")
+        except ImportError as error:
+            raise MissingExtraError(
+                f"optim: {keys.optim} needs bitsandbytes; pip install 'posttrain[qlora]'"
+            ) from error
+        options = {"eps": keys.adam_epsilon} if has_epsilon else {}
+        return getattr(optimizers, name)(groups, lr=keys.learning_rate, betas=_betas(keys), **options)
+
+    return make
+
+
+def _adafactor(policy: Policy, groups: list[Group], keys: TrainKeys) -> torch.optim.Optimizer:
+    """With the learning rate of the schedule, as transformers' trainer runs it. Source: Shazeer and Stern 2018, arXiv 1804.04235."""
+    from transformers.optimization import Adafactor
+
+    return Adafactor(groups, lr=keys.learning_rate, scale_parameter=False, relative_step=False)
+
+
+def _sgd(policy: Policy, groups: list[Group], keys: TrainKeys) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=keys.learning_rate)
+
+
+def _muon(policy: Policy, groups: list[Group], keys: TrainKeys) -> torch.optim.Optimizer:
+    """Muon for the matrices inside the layers, AdamW for embeddings, head and vectors, with updates of one size, so that both take
+    one learning rate. Source: Liu et al. 2025, arXiv 2502.16982, equation 4."""
+    inner = {id(parameter) for parameter in _inner_matrices(policy)}
+    parts: list[torch.optim.Optimizer] = []
+    if muon := _only(groups, lambda parameter: id(parameter) in inner):
+        parts.append(torch.optim.Muon(muon, lr=keys.learning_rate, adjust_lr_fn="match_rms_adamw"))
+    if others := _only(groups, lambda parameter: id(parameter) not in inner):
+        parts.append(_adamw(policy, others, keys))
+    return Together(parts)
+
+
+def _inner_matrices(policy: Policy) -> list[torch.Tensor]:
+    ends = (policy.model.get_input_embeddings(), policy.model.get_output_embeddings())
+    outside = {id(parameter) for end in ends if end is not None for parameter in end.parameters()}
+    return [parameter for _, parameter in policy.trainable() if parameter.ndim == 2 and id(parameter) not in outside]
+
+
+def _only(groups: list[Group], wanted: Callable[[torch.Tensor], bool]) -> list[Group]:
+    parts = [group | {"params": [p for p in group["params"] if wanted(p)]} for group in groups]
+    return [part for part in parts if part["params"]]
+
+
+class Together(torch.optim.Optimizer):
+    """Optimizers of different parameters as one, with one state and one list of groups."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._parts, self._sizes = parts, [len(part.param_groups) for part in parts]
+
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        first = 0
+        for part, size in zip(self._parts, self._sizes, strict=True):
+            part.state, part.param_groups = self.state, self.param_groups[first : first + size]
+            part.step()
+            first += size
+
+
+OPTIMIZERS: Mapping[str, OptimizerRow] = {
+    "adamw": OptimizerRow(_adamw),
+    "adamw_8bit": OptimizerRow(_bitsandbytes("AdamW8bit")),
+    "paged_adamw": OptimizerRow(_bitsandbytes("PagedAdamW32bit")),
+    "paged_adamw_8bit": OptimizerRow(_bitsandbytes("PagedAdamW8bit")),
+    # Source: Chen et al. 2023, arXiv 2302.06675.
+    "lion": OptimizerRow(_bitsandbytes("Lion", has_epsilon=False)),
+    "lion_8bit": OptimizerRow(_bitsandbytes("Lion8bit", has_epsilon=False)),
+    "paged_lion_8bit": OptimizerRow(_bitsandbytes("PagedLion8bit", has_epsilon=False)),
+    "adafactor": OptimizerRow(_adafactor, cuts=False),
+    "muon": OptimizerRow(_muon, cuts=False),
+    "sgd": OptimizerRow(_sgd),
+}
+
+
+def optimizer_of(policy: Policy, groups: list[Group], keys: TrainKeys) -> torch.optim.Optimizer:
+    """Raises: ConfigError where the parameters are sharded and the optimizer looks at whole matrices; MissingExtraError."""
+    row = OPTIMIZERS[keys.optim]
+    if policy.sharded and not row.cuts:
+        able = ", ".join(name for name, other in OPTIMIZERS.items() if other.cuts)
+        raise ConfigError(
+            f"optim: {keys.optim} needs whole matrices, and each process holds a share of them; set one of {able}, or start one process"
+        )
+    return row.make(policy, groups, keys)
