@@ -35,4 +35,5 @@ def test_every_format_is_documented_with_its_columns():
 def test_every_skip_reason_is_documented():
     text = " ".join(PAGE.split())
     reasons = [load.TOO_LONG, load.NOTHING_LEFT, load.NOTHING, parse.NO_ASSISTANT, parse.EMPTY, parse.IDENTICAL]
+    reasons += [load.TOO_SHORT, load.AGAIN]
     assert [reason for reason in reasons if f"`{reason}`" not in text] == []

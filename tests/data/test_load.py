@@ -43,6 +43,26 @@ def test_rows_are_those_of_render_and_the_summary_counts_them(write_jsonl, token
     assert "skipped 1: no assistant turn (" in text
 
 
+def test_short_rows_and_repeated_rows_are_left_out_where_asked(write_jsonl, tokenizer_of):
+    tokenizer = tokenizer_of("chatml")
+    rows = [chat("Hello", "fine"), chat("Hello", "Yes No " * 30), chat("Hello", "fine"), chat("Hello", "Yes")]
+    first, second = write_jsonl(rows, "first.jsonl"), write_jsonl([rows[1], chat("Yes", "No")], "second.jsonl")
+
+    def load(**options):
+        return load_sft(sft(first, **options).model_copy(update={"datasets": both}), tokenizer)
+
+    both = sft(first).datasets + sft(second).datasets
+    whole = load()
+    lengths = [len(row.ids) for row in whole]
+    long = load(min_sample_len=max(lengths))
+    assert [len(row.ids) for row in long] == [max(lengths)] * 2
+    assert long.summary.sources[0].skipped["shorter than min_sample_len"].count == 3
+    once = load(deduplicate=True)
+    assert [row.ids for row in once] == [whole.rows[i].ids for i in (0, 1, 3, 5)]
+    again = [source.skipped["the same tokens as an earlier row"] for source in once.summary.sources]
+    assert [skipped.lines for skipped in again] == [(3,), (1,)]
+
+
 def test_overflow_drops_truncates_or_stops(write_jsonl, tokenizer_of):
     tokenizer = tokenizer_of("chatml")
     path = write_jsonl([chat("Hello", "fine"), chat("Hello", "Yes No " * 30), chat("Hello there " * 30, "Yes")])

@@ -24,6 +24,8 @@ MORE = {
     "sft packed": ("sft", {"packing": True, "sequence_len": 64, "per_device_train_batch_size": 1}),
     "sft with an adapter": ("sft", LORA),
     "sft with an adapter on 4 bits": ("sft", {"adapter": "qlora", "lora_r": 4}),
+    "sft, a part of the weights": ("sft", {"unfrozen_parameters": [r"model\.layers\.1\.", "model.norm"]}),
+    "sft by SGD": ("sft", {"optim": "sgd", "learning_rate": 0.1}),
     "sft with experts": ("sft", {"architecture": "qwen3_moe"}),
     "sft, rows that do not divide": ("sft", {"per_device_train_batch_size": 5, "max_steps": 6}),
     "sft, one forward a sequence": (

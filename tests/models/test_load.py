@@ -24,6 +24,19 @@ def test_a_model_that_is_nowhere_is_one_line(keys_of, tmp_path, monkeypatch):
         load_config(keys.model_copy(update={"base_model": str(tmp_path)}))
 
 
+def test_only_unfrozen_parameters_are_trained(keys_of, train, tmp_path):
+    pattern = r"model\.layers\.1\.self_attn"
+    keys = keys_of("llama").model_copy(update={"unfrozen_parameters": [pattern, "model.norm"]})
+    trained = {name for name, _ in load_policy(keys).trainable()}
+    assert trained == {f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkvo"} | {"model.norm.weight"}
+    with pytest.raises(ModelError, match="unfrozen_parameters: nothing matches no parameter of the model; expected"):
+        load_policy(keys.model_copy(update={"unfrozen_parameters": ["nothing"]}))
+    run = train("sft", architecture="llama", unfrozen_parameters=[pattern])
+    before, after = (load_policy(keys.model_copy(update={"base_model": str(folder)})).model.state_dict() for folder in (keys.base_model, run / "model"))  # fmt: skip
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkvo"}
+
+
 @pytest.mark.parametrize("units", [True, False])
 def test_trained_weights_are_float32_and_frozen_ones_keep_a_dtype_the_machine_computes_in(
     units, keys_of, bf16_dir, monkeypatch, caplog

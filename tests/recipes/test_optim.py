@@ -153,11 +153,11 @@ def test_muon_makes_inner_matrices_orthogonal_steps_and_leaves_the_rest_to_adamw
         assert moved[name].abs() == pytest.approx(torch.ones_like(moved[name]), abs=1e-3), name
 
 
-@pytest.mark.parametrize("optim", ["adafactor", "muon"])
-def test_what_needs_whole_matrices_is_refused_on_shares_of_them(optim, model_dir):
+@pytest.mark.parametrize("optim", ["adamw_8bit", "lion", "adafactor", "muon"])
+def test_what_needs_whole_parameters_is_refused_on_shares_of_them(optim, model_dir):
     policy = load_policy(keys().model_copy(update={"base_model": str(model_dir("llama"))}))
     policy.sharding = type("Cut", (), {"is_sharded": True})()
-    with pytest.raises(ConfigError, match=f"optim: {optim} needs whole matrices"):
+    with pytest.raises(ConfigError, match=f"optim: {optim} needs whole parameters"):
         make_optimizer(policy, keys(optim=optim))
 
 

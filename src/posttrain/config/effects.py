@@ -51,6 +51,7 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(TrainKeys, _LORA, lambda k: k.adapter == "none", "adapter is none; set adapter: lora or qlora"),
     NoEffect(TrainKeys, _SHAPE, lambda k: k.adapter != "none" and k.adapter_start == "continue", "adapter_start is continue, and the adapter keeps the form that it was begun with"),
     NoEffect(TrainKeys, _QUANT, lambda k: not k.load_in_4bit, "the base is not in 4 bits; set adapter: qlora"),
+    NoEffect(TrainKeys, ("unfrozen_parameters",), lambda k: k.adapter != "none", "an adapter is trained, and all of it"),
     NoEffect(TrainKeys, ("num_train_epochs",), lambda k: k.max_steps > 0, "max_steps decides; set max_steps: -1 to count epochs"),
     NoEffect(TrainKeys, ("warmup_ratio",), lambda k: k.warmup_steps > 0, "warmup_steps decides"),
     NoEffect(TrainKeys, ("min_lr_ratio",), lambda k: k.lr_scheduler_type == "constant", "lr_scheduler_type is constant"),

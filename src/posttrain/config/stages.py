@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from posttrain.config.knob import Keys, knob
 
@@ -117,6 +117,8 @@ class TrainKeys(ModelKeys):
     seed: int = knob(42, "Every random choice follows from this seed.", ge=0)
     sequence_len: int = knob(2048, "Longest sequence in tokens.", ge=8, also="cutoff_len (LLaMA-Factory), max_length (TRL), max_seq_length (TRL), max_seq_len (torchtune)")
     overflow: Literal["drop", "truncate", "error"] = knob("drop", "What happens to rows longer than sequence_len; each is counted.", also="excess_length_strategy (Axolotl)")
+    min_sample_len: int = knob(0, "Rows of fewer tokens are left out; each is counted.", ge=0, example=64)
+    deduplicate: bool = knob(False, "Leave out rows whose tokens an earlier row has, in whatever source; each is counted.", also="dataset_exact_deduplication (Axolotl)")
     per_device_train_batch_size: int = knob(8, "Rows per micro-batch and process; in RL a row is a completion, and a larger group is split.", ge=1, also="micro_batch_size (Axolotl)")
     gradient_accumulation_steps: int = knob(1, "Micro-batches per optimizer step and process.", ge=1)
     num_processes: int | None = knob(None, "Processes that an optimizer step's rows are counted for: per_device_train_batch_size × gradient_accumulation_steps × num_processes; null takes those that the run was begun with. Started on more or fewer, a run keeps its rows per step.", ge=1, example=8)
@@ -139,6 +141,7 @@ class TrainKeys(ModelKeys):
     weight_decay: float = knob(0.0, "Decoupled weight decay, on matrices only.", ge=0)
     max_grad_norm: float = knob(1.0, "Clip the global gradient norm; 0 turns it off.", ge=0, also="clip_grad_norm (torchtune)")
     logging_steps: int = knob(1, "Log every so many steps.", ge=1)
+    unfrozen_parameters: list[str] = knob([], "Train only the parameters whose names match one of these regular expressions from their start; empty trains all. An adapter is trained whole.", example=["model.layers.2[0-9].", "lm_head.weight"])
     eval_suite: str | None = knob(None, "A JSONL eval suite, relative to the YAML; its dev split is answered greedily at every validation and scored as `eval_score`.", example="evals/heldout.jsonl")
     eval_suite_limit: int = knob(100, "Measure only so many items of eval_suite, from its start.", ge=1)
     eval_steps: int = knob(0, "Validate every so many steps; 0 is only at the end.", ge=0)
@@ -158,6 +161,16 @@ class TrainKeys(ModelKeys):
         if isinstance(values, dict) and values.get("adapter") == "qlora":
             return {"load_in_4bit": True, **values}
         return values
+
+    @field_validator("unfrozen_parameters")
+    @classmethod
+    def _patterns_compile(cls, patterns: list[str]) -> list[str]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern} is no regular expression: {error}") from error
+        return patterns
 
     @model_validator(mode="after")
     def _held_out_rows_come_from_one_place(self) -> TrainKeys:

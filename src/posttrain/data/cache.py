@@ -209,7 +209,15 @@ def rows_digest(rows: Sequence[tuple[Sequence[TokenSeq], Any]]) -> str:
     """Digest of ids, masks and extras: what a run is trained on, whatever file it came from."""
     hasher = hashlib.sha256()
     for seqs, extra in rows:
-        for seq in seqs:
-            hasher.update(np.array(seq.ids, np.int32).tobytes() + bytes(seq.loss_mask) + b"|")
-        hasher.update(json.dumps(extra, sort_keys=True, default=str).encode("utf-8", "surrogatepass") + b"\n")
+        hasher.update(_row_bytes(seqs, extra))
     return "sha256:" + hasher.hexdigest()
+
+
+def row_digest(seqs: Sequence[TokenSeq], extra: Any) -> bytes:
+    """Of one row."""
+    return hashlib.sha256(_row_bytes(seqs, extra)).digest()
+
+
+def _row_bytes(seqs: Sequence[TokenSeq], extra: Any) -> bytes:
+    parts = [np.array(seq.ids, np.int32).tobytes() + bytes(seq.loss_mask) + b"|" for seq in seqs]
+    return b"".join(parts) + json.dumps(extra, sort_keys=True, default=str).encode("utf-8", "surrogatepass") + b"\n"

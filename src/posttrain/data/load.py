@@ -24,6 +24,8 @@ from posttrain.files import digest_json
 from posttrain.types import Origin, PreferencePair, Prompt, PromptRow, TokenSeq
 
 TOO_LONG = "longer than sequence_len"
+TOO_SHORT = "shorter than min_sample_len"
+AGAIN = "the same tokens as an earlier row"
 NOTHING_LEFT = "nothing left to train after truncation"
 NOTHING = "nothing to train"
 TRUNCATED = "truncated to sequence_len"
@@ -48,6 +50,8 @@ class RowPlan:
     restore: Callable[[tuple[TokenSeq, ...], Any, Origin], Any]
     limit: int
     overflow: str
+    min_sample_len: int
+    deduplicate: bool
     keys: dict[str, Any]
     trains: bool = True
     limit_name: str = "sequence_len"
@@ -62,7 +66,7 @@ def load_sft(keys: TrainKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | N
         build=lambda _, seqs: seqs[0],
         extra=lambda row: None,
         restore=lambda seqs, extra, origin: seqs[0],
-        **_overflow(keys, train_on=train_on),
+        **_limits(keys, keys.sequence_len, train_on=train_on),
     )
     return _load(plan, keys, tokenizer, sources)
 
@@ -75,7 +79,7 @@ def load_preference(keys: TrainKeys, tokenizer: Any, sources: Sequence[DatasetKe
         build=lambda _, seqs: (seqs[0], seqs[1]),
         extra=lambda row: None,
         restore=lambda seqs, extra, origin: (seqs[0], seqs[1]),
-        **_overflow(keys),
+        **_limits(keys, keys.sequence_len),
     )
     return _load(plan, keys, tokenizer, sources)
 
@@ -88,7 +92,7 @@ def load_kto(keys: TrainKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | N
         build=lambda noun, seqs: (seqs[0], noun.label),
         extra=lambda row: row[1],
         restore=lambda seqs, extra, origin: (seqs[0], bool(extra)),
-        **_overflow(keys),
+        **_limits(keys, keys.sequence_len),
     )
     return _load(plan, keys, tokenizer, sources)
 
@@ -112,13 +116,7 @@ def load_prompts(
         build=lambda noun, seqs: (noun, seqs[0].ids),
         extra=lambda row: [row[0].prompt, dict(row[0].columns), list(row[0].tools)],
         restore=_restore_prompt,
-        limit=limit,
-        overflow=keys.overflow,
-        keys={
-            "sequence_len": keys.sequence_len,
-            "max_completion_length": keys.max_completion_length,
-            "overflow": keys.overflow,
-        },
+        **_limits(keys, limit, max_completion_length=keys.max_completion_length),
         trains=False,
         limit_name="sequence_len - max_completion_length",
     )
@@ -155,14 +153,16 @@ class _Gathered:
     kept: list[tuple[TokenSeq, ...]] = field(default_factory=list)
     skipped: dict[str, list[Origin]] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
+    seen: set[bytes] = field(default_factory=set)
+    """Digests of the rows of this source and of those before it."""
 
     def skip(self, reason: str, origin: Origin) -> None:
         self.skipped.setdefault(reason, []).append(origin)
 
 
-def _overflow(keys: TrainKeys, **more: Any) -> dict[str, Any]:
-    limits = {"sequence_len": keys.sequence_len, "overflow": keys.overflow}
-    return {"limit": keys.sequence_len, "overflow": keys.overflow, "keys": {**limits, **more}}
+def _limits(keys: TrainKeys, limit: int, **more: Any) -> dict[str, Any]:
+    chosen = {name: getattr(keys, name) for name in ("overflow", "min_sample_len", "deduplicate")}
+    return {"limit": limit, **chosen, "keys": {"sequence_len": keys.sequence_len, **chosen, **more}}
 
 
 def _load(plan: RowPlan, keys: TrainKeys, tokenizer: Any, given: Sequence[DatasetKeys] | None) -> Dataset[Any]:
@@ -175,8 +175,9 @@ def _load(plan: RowPlan, keys: TrainKeys, tokenizer: Any, given: Sequence[Datase
         return _restored(plan, found, sources, weights)
     gathered: list[_Gathered] = []
     summaries: list[SourceSummary] = []
+    seen: set[bytes] = set()
     for source in sources:
-        part, summary = _load_source(plan, source, tokenizer)
+        part, summary = _load_source(plan, source, tokenizer, seen)
         gathered.append(part)
         summaries.append(summary)
     _refuse_nothing(summaries)
@@ -202,11 +203,13 @@ def _dataset(
     return Dataset(rows, DataSummary(summaries, status), digest, tuple(facts["sizes"]), weights)
 
 
-def _load_source(plan: RowPlan, source: DatasetKeys, tokenizer: Any) -> tuple[_Gathered, SourceSummary]:
+def _load_source(
+    plan: RowPlan, source: DatasetKeys, tokenizer: Any, seen: set[bytes]
+) -> tuple[_Gathered, SourceSummary]:
     read = read_source(source)
     found = detect_format(read.rows, plan.kind, source.type)
     parsed, skips = parse_rows(read.rows, found.name)
-    part = _Gathered()
+    part = _Gathered(seen=seen)
     for skip in skips:
         part.skip(skip.reason, skip.origin)
     nouns = _expanded(parsed, plan.kind)
@@ -233,6 +236,8 @@ def _keep(plan: RowPlan, part: _Gathered, noun: Noun, seqs: tuple[TokenSeq, ...]
     """Take a row, or count why not. Raises: DataError for an over-long row under `overflow: error`."""
     if plan.trains and not all(seq.num_loss_tokens for seq in seqs):
         return part.skip(NOTHING, noun.origin)
+    if min(len(seq.ids) for seq in seqs) < plan.min_sample_len:
+        return part.skip(TOO_SHORT, noun.origin)
     longest = max(len(seq.ids) for seq in seqs)
     if longest > plan.limit:
         if plan.overflow == "error":
@@ -247,9 +252,20 @@ def _keep(plan: RowPlan, part: _Gathered, noun: Noun, seqs: tuple[TokenSeq, ...]
             return part.skip(NOTHING_LEFT, noun.origin)
     if len(seqs) == 2 and seqs[0].ids == seqs[1].ids:
         return part.skip(IDENTICAL, noun.origin)
+    if plan.deduplicate and _is_again(part.seen, seqs, plan.extra(plan.build(noun, seqs))):
+        return part.skip(AGAIN, noun.origin)
     part.notes[TRUNCATED] += longest > plan.limit
     part.kept.append(seqs)
     part.rows.append(plan.build(noun, seqs))
+
+
+def _is_again(seen: set[bytes], seqs: tuple[TokenSeq, ...], extra: Any) -> bool:
+    """Whether a row of these tokens, masks and columns has been seen; from now on it has."""
+    digest = cache.row_digest(seqs, extra)
+    if digest in seen:
+        return True
+    seen.add(digest)
+    return False
 
 
 def _cut(seq: TokenSeq, limit: int, from_start: bool) -> TokenSeq:

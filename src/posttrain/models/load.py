@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,8 @@ def load_policy(
         adapted, moved = attach_adapter(model, keys, grown=grown)
     elif not trainable:
         model.requires_grad_(False)
+    elif isinstance(keys, TrainKeys) and keys.unfrozen_parameters:
+        freeze_all_but(model, keys.unfrozen_parameters)
     if trainable and keys.gradient_checkpointing:
         adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     adapted = shards.shard(adapted.eval())
@@ -145,6 +148,19 @@ def load_policy(
     if moved or under is not keys:
         policy.start = {name: parameter.detach().clone() for name, parameter in policy.trainable()}
     return policy
+
+
+def freeze_all_but(model: torch.nn.Module, patterns: Sequence[str]) -> None:
+    """Train the parameters whose name a pattern matches from its start, and no other. Raises: ModelError for a pattern that matches none."""
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(re.match(pattern, name) for name in names):
+            raise ModelError(
+                f"unfrozen_parameters: {pattern} matches no parameter of the model; expected a regular expression for names "
+                f"such as {names[0]} or {names[len(names) // 2]}"
+            )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(re.match(pattern, name) for pattern in patterns))
 
 
 def freeze_reference(policy: Policy) -> int:

@@ -13,29 +13,29 @@ from posttrain.config.stages import TrainKeys
 from posttrain.errors import ConfigError, MissingExtraError
 from posttrain.models.policy import Policy
 
-Group = dict[str, Any]
-Make = Callable[[Policy, list[Group], TrainKeys], torch.optim.Optimizer]
+ParamGroup = dict[str, Any]
+MakeOptimizer = Callable[[Policy, list[ParamGroup], TrainKeys], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerRow:
-    """`cuts` says that a share of a matrix is stepped as the whole matrix would be, so that it runs on parameters that are sharded."""
+    """`takes_shares`: it steps parameters of which each process holds a share. bitsandbytes' kernels do not, and others look at whole matrices."""
 
-    make: Make
-    cuts: bool = True
+    make: MakeOptimizer
+    takes_shares: bool = False
 
 
 def _betas(keys: TrainKeys) -> tuple[float, float]:
     return (keys.adam_beta1, keys.adam_beta2)
 
 
-def _adamw(policy: Policy, groups: list[Group], keys: TrainKeys) -> torch.optim.Optimizer:
+def _adamw(policy: Policy, groups: list[ParamGroup], keys: TrainKeys) -> torch.optim.Optimizer:
     options = {"lr": keys.learning_rate, "betas": _betas(keys), "eps": keys.adam_epsilon}
     return torch.optim.AdamW(groups, fused=not policy.sharded, **options)
 
 
-def _bitsandbytes(name: str, *, has_epsilon: bool = True) -> Make:
-    def make(policy: Policy, groups: list[Group], keys: TrainKeys) -> torch.optim.Optimizer:
+def _bitsandbytes(name: str, *, has_epsilon: bool = True) -> MakeOptimizer:
+    def make(policy: Policy, groups: list[ParamGroup], keys: TrainKeys) -> torch.optim.Optimizer:
         try:
             optimizers = import_module("bitsandbytes.optim")
         except ImportError as error:
@@ -48,18 +48,18 @@ def _bitsandbytes(name: str, *, has_epsilon: bool = True) -> Make:
     return make
 
 
-def _adafactor(policy: Policy, groups: list[Group], keys: TrainKeys) -> torch.optim.Optimizer:
+def _adafactor(policy: Policy, groups: list[ParamGroup], keys: TrainKeys) -> torch.optim.Optimizer:
     """With the learning rate of the schedule, as transformers' trainer runs it. Source: Shazeer and Stern 2018, arXiv 1804.04235."""
     from transformers.optimization import Adafactor
 
     return Adafactor(groups, lr=keys.learning_rate, scale_parameter=False, relative_step=False)
 
 
-def _sgd(policy: Policy, groups: list[Group], keys: TrainKeys) -> torch.optim.Optimizer:
+def _sgd(policy: Policy, groups: list[ParamGroup], keys: TrainKeys) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=keys.learning_rate)
 
 
-def _muon(policy: Policy, groups: list[Group], keys: TrainKeys) -> torch.optim.Optimizer:
+def _muon(policy: Policy, groups: list[ParamGroup], keys: TrainKeys) -> torch.optim.Optimizer:
     """Muon for the matrices inside the layers, AdamW for embeddings, head and vectors, with updates of one size, so that both take
     one learning rate. Source: Liu et al. 2025, arXiv 2502.16982, equation 4."""
     inner = {id(parameter) for parameter in _inner_matrices(policy)}
@@ -68,7 +68,7 @@ def _muon(policy: Policy, groups: list[Group], keys: TrainKeys) -> torch.optim.O
         parts.append(torch.optim.Muon(muon, lr=keys.learning_rate, adjust_lr_fn="match_rms_adamw"))
     if others := _only(groups, lambda parameter: id(parameter) not in inner):
         parts.append(_adamw(policy, others, keys))
-    return Together(parts)
+    return JointOptimizer(parts)
 
 
 def _inner_matrices(policy: Policy) -> list[torch.Tensor]:
@@ -77,12 +77,12 @@ def _inner_matrices(policy: Policy) -> list[torch.Tensor]:
     return [parameter for _, parameter in policy.trainable() if parameter.ndim == 2 and id(parameter) not in outside]
 
 
-def _only(groups: list[Group], wanted: Callable[[torch.Tensor], bool]) -> list[Group]:
+def _only(groups: list[ParamGroup], wanted: Callable[[torch.Tensor], bool]) -> list[ParamGroup]:
     parts = [group | {"params": [p for p in group["params"] if wanted(p)]} for group in groups]
     return [part for part in parts if part["params"]]
 
 
-class Together(torch.optim.Optimizer):
+class JointOptimizer(torch.optim.Optimizer):
     """Optimizers of different parameters as one, with one state and one list of groups."""
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
@@ -98,7 +98,7 @@ class Together(torch.optim.Optimizer):
 
 
 OPTIMIZERS: Mapping[str, OptimizerRow] = {
-    "adamw": OptimizerRow(_adamw),
+    "adamw": OptimizerRow(_adamw, takes_shares=True),
     "adamw_8bit": OptimizerRow(_bitsandbytes("AdamW8bit")),
     "paged_adamw": OptimizerRow(_bitsandbytes("PagedAdamW32bit")),
     "paged_adamw_8bit": OptimizerRow(_bitsandbytes("PagedAdamW8bit")),
@@ -106,18 +106,18 @@ OPTIMIZERS: Mapping[str, OptimizerRow] = {
     "lion": OptimizerRow(_bitsandbytes("Lion", has_epsilon=False)),
     "lion_8bit": OptimizerRow(_bitsandbytes("Lion8bit", has_epsilon=False)),
     "paged_lion_8bit": OptimizerRow(_bitsandbytes("PagedLion8bit", has_epsilon=False)),
-    "adafactor": OptimizerRow(_adafactor, cuts=False),
-    "muon": OptimizerRow(_muon, cuts=False),
-    "sgd": OptimizerRow(_sgd),
+    "adafactor": OptimizerRow(_adafactor),
+    "muon": OptimizerRow(_muon),
+    "sgd": OptimizerRow(_sgd, takes_shares=True),
 }
 
 
-def optimizer_of(policy: Policy, groups: list[Group], keys: TrainKeys) -> torch.optim.Optimizer:
-    """Raises: ConfigError where the parameters are sharded and the optimizer looks at whole matrices; MissingExtraError."""
+def optimizer_of(policy: Policy, groups: list[ParamGroup], keys: TrainKeys) -> torch.optim.Optimizer:
+    """Raises: ConfigError where the parameters are sharded and the optimizer does not take shares of them; MissingExtraError."""
     row = OPTIMIZERS[keys.optim]
-    if policy.sharded and not row.cuts:
-        able = ", ".join(name for name, other in OPTIMIZERS.items() if other.cuts)
+    if policy.sharded and not row.takes_shares:
+        able = " or ".join(name for name, other in OPTIMIZERS.items() if other.takes_shares)
         raise ConfigError(
-            f"optim: {keys.optim} needs whole matrices, and each process holds a share of them; set one of {able}, or start one process"
+            f"optim: {keys.optim} needs whole parameters, and each process holds a share of them; set {able}, or start one process"
         )
     return row.make(policy, groups, keys)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from posttrain.config.importers.axolotl_data import read_datasets, read_template
 from posttrain.config.importers.fates import ImportDraft, Kind, Refusal, as_float, is_off, names
 from posttrain.config.importers.paths import reward_file
-from posttrain.config.importers.values import OPTIMIZERS, adapter_defaults, cadence, warmup
+from posttrain.config.importers.values import OPTIMIZERS, adapter_defaults, cadence, schedule, warmup
 
 OTHER = "train with Axolotl"
 _HARMLESS_PLUGINS = ("CutCrossEntropyPlugin", "LigerPlugin", "KernelsPlugin", "ExpertParallelPlugin", "SwanLabPlugin", "NemoGymTrackingPlugin",
@@ -37,6 +38,7 @@ def finish(draft: ImportDraft) -> None:
     read_datasets(draft)
     read_template(draft)
     warmup(draft)
+    schedule(draft)
     _batch(draft)
     _adapter(draft)
     _model(draft)
@@ -203,6 +205,13 @@ def _training(draft: ImportDraft) -> None:
             draft.leave("eta_min", "Axolotl's cosine does not read it")
         elif peak:
             draft.put("min_lr_ratio", floor / as_float(peak), "eta_min")
+    patterns = draft.source.get("unfrozen_parameters") or []
+    sliced = [pattern for pattern in patterns if re.search(r"\[\d*:\d*\]$", pattern)]
+    if sliced:
+        draft.refuse("unfrozen_parameters", f"{sliced[0]}: parameters are trained whole here", "take the slice out")
+    elif patterns:
+        escaped = [pattern.replace(".", r"\.") for pattern in patterns]
+        draft.put("unfrozen_parameters", escaped, "unfrozen_parameters", "a dot is a dot there")
     if "adam_eps" in draft.source:
         draft.leave("adam_eps", "Axolotl reads adam_epsilon, and ignores this name")
 

@@ -34,6 +34,7 @@ from posttrain.config.importers.values import (
     TRAINER,
     adapter_defaults,
     cadence,
+    schedule,
     warmup,
 )
 
@@ -126,7 +127,8 @@ ROWS: dict[str, KeyFate] = {
     "init_special_tokens": changed("added tokens start as the mean of the others", ("noise_init",)),
     "kt_weight_path": refused("weights that are stored in another form are not read", "name a base_model in 16 bits"),
     "kt_non_expert_weight_path": refused("weights that are stored in another form are not read", "name a base_model in 16 bits"),
-    **rows(refused("there is no such optimizer here", _OPTIMIZER), "use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon"),
+    **rows(refused("there is no such optimizer here", _OPTIMIZER), "use_galore", "use_apollo", "use_badam", "use_adam_mini"),
+    "use_muon": to("optim", {True: "muon", False: "adamw"}),
     **rows(left("it is read with use_galore only"), "galore_target", "galore_rank", "galore_update_interval", "galore_scale", "galore_proj_type", "galore_layerwise"),
     **rows(left("it is read with use_apollo only"), "apollo_target", "apollo_rank", "apollo_update_interval", "apollo_scale", "apollo_proj", "apollo_proj_type", "apollo_layerwise",
            "apollo_scale_front"),
@@ -179,6 +181,7 @@ def finish(draft: ImportDraft) -> None:
     _loss(draft)
     _memory(draft)
     warmup(draft)
+    schedule(draft)
     best = draft.asks("load_best_model_at_end")
     cadence(draft, "save", "save_steps", best)
     cadence(draft, "eval", "eval_steps", best)

@@ -33,6 +33,7 @@ from posttrain.config.importers.values import (
     TRAINER,
     adapter_defaults,
     cadence,
+    schedule,
     warmup,
 )
 
@@ -185,6 +186,7 @@ def finish(draft: ImportDraft) -> None:
     if eos:
         draft.put("special_tokens", {"eos_token": eos}, "eos_token")
     warmup(draft)
+    schedule(draft)
     best = draft.asks("load_best_model_at_end")
     cadence(draft, "save", "save_steps", best)
     cadence(draft, "eval", "eval_steps", best)

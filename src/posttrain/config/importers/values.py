@@ -10,6 +10,7 @@ from posttrain.config.importers.fates import (
     Reading,
     as_float,
     changed,
+    joint,
     left,
     noted,
     refused,
@@ -28,11 +29,18 @@ OPTIMIZERS = {
          "bitsandbytes.optim.AdamW8bit", "torchao.optim.AdamW8bit"),
         "adamw_8bit"),
     **dict.fromkeys(("paged_adamw_8bit", "bitsandbytes.optim.PagedAdamW8bit"), "paged_adamw_8bit"),
+    **dict.fromkeys(("lion", "lion_32bit", "paged_lion_32bit"), "lion"),
+    "lion_8bit": "lion_8bit",
+    "paged_lion_8bit": "paged_lion_8bit",
+    "adafactor": "adafactor",
+    "sgd": "sgd",
 }  # fmt: skip
 """Their optimizer → ours. Fusing and where the states lie change no number; states of 4 bits are kept in 8."""
 
 SCHEDULES = {
     "cosine": "cosine",
+    "cosine_with_restarts": "cosine_with_restarts",
+    "polynomial": "polynomial",
     "linear": "linear",
     "constant": "constant",
     "constant_with_warmup": "constant",
@@ -97,9 +105,9 @@ TRAINER: dict[str, KeyFate] = {
     "adam_epsilon": to("adam_epsilon", as_float),
     "max_grad_norm": to("max_grad_norm"),
     "max_steps": to("max_steps", lambda value: -1 if as_float(value) <= 0 else int(as_float(value))),
-    "lr_scheduler_type": to("lr_scheduler_type", SCHEDULES, todo="set lr_scheduler_type: cosine, linear, constant or wsd"),
+    "lr_scheduler_type": to("lr_scheduler_type", SCHEDULES, todo="set lr_scheduler_type: cosine, cosine_with_restarts, linear, polynomial, constant or wsd"),
     "warmup_ratio": to("warmup_ratio"),
-    "optim": to("optim", OPTIMIZERS, todo="set optim: adamw or adamw_8bit"),
+    "optim": to("optim", OPTIMIZERS, todo="set optim: adamw, adamw_8bit, lion, adafactor, muon or sgd"),
     "optim_args": refused("options of an optimizer are not passed on", "set adam_beta1, adam_beta2, adam_epsilon or weight_decay"),
     "optim_target_modules": refused("it trains these modules by another optimizer", "take it out, or set adapter: lora"),
     "logging_steps": to("logging_steps", lambda value: max(1, int(as_float(value)))),
@@ -118,7 +126,7 @@ TRAINER: dict[str, KeyFate] = {
     "greater_is_better": refused("the best checkpoint is that of the lowest validation loss here", "take it out"),
     "early_stopping_patience": refused("a run is not stopped early here", "set max_steps, or load_best_model_at_end: true, which ends with the best checkpoint"),
     "early_stopping_steps": refused("a run is not stopped early here", "set max_steps, or load_best_model_at_end: true"),
-    "lr_scheduler_kwargs": refused("options of a schedule are not passed on", "set min_lr_ratio, warmup_steps or lr_scheduler_type"),
+    "lr_scheduler_kwargs": joint("lr_scheduler_type", "its num_cycles, power, min_lr, min_lr_rate and lr_end are read", "set min_lr_ratio, lr_num_cycles, lr_power, warmup_steps or lr_scheduler_type"),
     "save_total_limit": to("save_total_limit"),
 }  # fmt: skip
 """Keys of transformers' TrainingArguments, which most tools pass on."""
@@ -141,6 +149,27 @@ def warmup(draft: ImportDraft, key: str = "warmup_steps") -> None:
         draft.put("warmup_ratio", amount, key, "below 1 it is a share of the steps")
     else:
         draft.put("warmup_steps", int(amount), key)
+
+
+def schedule(draft: ImportDraft) -> None:
+    """`lr_scheduler_kwargs`: what transformers' schedules take beside the steps."""
+    kind = draft.keys.get("lr_scheduler_type")
+    for option, value in (draft.source.get("lr_scheduler_kwargs") or {}).items():
+        key = f"lr_scheduler_kwargs.{option}"
+        if option == "num_cycles" and kind == "cosine_with_restarts":
+            draft.put("lr_num_cycles", int(value), key)
+        elif option == "power" and kind == "polynomial":
+            draft.put("lr_power", as_float(value), key)
+        elif option == "min_lr_rate":
+            draft.put("min_lr_ratio", as_float(value), key)
+        elif option in ("min_lr", "lr_end"):
+            draft.put(
+                "min_lr_ratio", as_float(value) / as_float(draft.keys["learning_rate"]), key, "a share of the peak"
+            )
+        elif (option, value) in (("num_cycles", 0.5), ("power", 1), ("power", 1.0)):
+            draft.leave(key, "it is what this schedule does by itself")
+        else:
+            draft.refuse(key, f"{value}: the schedule {kind} has no such option here", "take it out")
 
 
 def cadence(draft: ImportDraft, what: str, ours: str, needs: bool) -> None:
