@@ -9,7 +9,8 @@ import torch
 from posttrain.models.batch import pack
 from posttrain.models.decode import decode_step
 from posttrain.models.policy import Policy
-from posttrain.rollout.kv import PromptKV, RowCache
+from posttrain.rollout.kv import RowCache
+from posttrain.rollout.prompts import PromptKV
 from posttrain.types import TokenSeq
 
 
@@ -26,8 +27,7 @@ class CachedRows:
         """Each prompt with the logits of what follows it, [V]."""
         # `pack` leaves out a sequence's last token, which predicts nothing in training; here it predicts the answer.
         batch = pack([[TokenSeq((*prompt, 0), (False,) * (len(prompt) + 1))] for prompt in prompts]).to(self._device)
-        kept = [PromptKV(len(prompt)) for prompt in prompts]
-        self._cache.expect([(kv, tree.start, tree.split) for kv, tree in zip(kept, batch.layout.trees, strict=True)])
+        kept = self._cache.expect([(tree.start, tree.split) for tree in batch.layout.trees])
         last = torch.tensor([tree.split - 1 for tree in batch.layout.trees], device=self._device)
         output = self._policy.model(
             input_ids=batch.input_ids_N[None], position_ids=batch.position_ids_N[None],

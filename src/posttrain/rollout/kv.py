@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
 from posttrain.models.attention import AttendOptions
 from posttrain.models.tree_attention import Window
+from posttrain.rollout.prompts import PromptKV, PromptPool
 
 _GROWTH = 64
 
 
-@dataclass
-class PromptKV:
-    """K and V of one prompt, per layer: [Hkv, P, D]."""
+@dataclass(frozen=True)
+class _SideBySide:
+    """Prompts side by side in their pool that equally many rows go on from: they are attended to in one call."""
 
-    length: int
-    keys: list[torch.Tensor] = field(default_factory=list)
-    values: list[torch.Tensor] = field(default_factory=list)
+    pool: PromptPool
+    first: int
+    num_prompts: int
+    rows_each: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_prompts * self.rows_each
+
+    def each(self) -> list[_SideBySide]:
+        """Prompt by prompt."""
+        return [_SideBySide(self.pool, self.first + n, 1, self.rows_each) for n in range(self.num_prompts)]
 
 
 @dataclass(frozen=True)
-class _Step:
-    """One decode step: rows grouped by prompt (`order`, and back), the longest row, everyone's position."""
+class _Plan:
+    """Rows grouped by prompt (`order`, and back), until one comes or goes."""
 
-    groups: list[tuple[PromptKV, int]]
+    runs: list[_SideBySide]
     order: torch.Tensor | None
     inverse: torch.Tensor | None
-    longest: int
-    positions: list[int]
 
 
 class RowCache:
@@ -46,7 +55,9 @@ class RowCache:
         self._values: list[torch.Tensor] = []
         self._mask = torch.empty(0, 0, device=device)
         self._prefilling: list[tuple[PromptKV, int, int]] = []
-        self._step = _Step([], None, None, 0, [])
+        self._pools: dict[int, PromptPool] = {}
+        self._plan: _Plan | None = None
+        self._longest, self._positions = 0, list[int]()
 
     @property
     def num_rows(self) -> int:
@@ -54,21 +65,29 @@ class RowCache:
 
     # --- prefill -----------------------------------------------------------------------------------------------
 
-    def expect(self, prompts: Sequence[tuple[PromptKV, int, int]]) -> None:
-        """Announce which packed range [start, stop) belongs to which prompt in the coming prefill."""
-        self._prefilling = list(prompts)
+    def expect(self, spans: Sequence[tuple[int, int]]) -> list[PromptKV]:
+        """Announce the packed ranges [start, stop) of the coming prefill, each of a prompt."""
+        prompts: dict[int, list[PromptKV]] = {}
+        lengths = [stop - start for start, stop in spans]
+        self._pools = {length: pool for length, pool in self._pools.items() if pool.is_held}
+        for length in set(lengths):
+            pool = self._pools.setdefault(length, PromptPool(length))
+            prompts[length] = pool.reserve(lengths.count(length))[::-1]
+        kept = [prompts[length].pop() for length in lengths]
+        self._prefilling = [(prompt, *span) for prompt, span in zip(kept, spans, strict=True)]
+        return kept
 
     def keep(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         for prompt, start, stop in self._prefilling:
-            # Copies: a view would keep the whole packed prefill alive.
-            prompt.keys.append(key[0, :, start:stop].clone(memory_format=torch.contiguous_format))
-            prompt.values.append(value[0, :, start:stop].clone(memory_format=torch.contiguous_format))
+            prompt.pool.keep(layer, prompt.place, key[0, :, start:stop], value[0, :, start:stop])
 
     # --- rows --------------------------------------------------------------------------------------------------
 
     def add_row(self, prompt: PromptKV) -> None:
+        prompt.pool.enter(prompt)
         self.prompt_of.append(prompt)
         self.lengths.append(0)
+        self._plan = None
         if len(self.lengths) > self._mask.shape[0]:
             self._resize(rows=max(8, 2 * self._mask.shape[0], len(self.lengths)), columns=self._mask.shape[1])
         self._mask[len(self.lengths) - 1] = -torch.inf
@@ -76,6 +95,8 @@ class RowCache:
     def drop_row(self, row: int) -> None:
         """Forget a row; the last one takes its place."""
         last = self.num_rows - 1
+        self.prompt_of[row].pool.leave(self.prompt_of[row])
+        self._plan = None
         if row != last:
             length = self.lengths[last]
             for tensor in (*self._keys, *self._values):
@@ -95,26 +116,32 @@ class RowCache:
         self._mask[rows, columns] = 0.0
         self._where = (rows, columns)
         self.lengths = [length + 1 for length in self.lengths]
-        self._step = self._plan()
+        self._longest, self._positions = needed, self.positions()
 
-    def _plan(self) -> _Step:
-        """What all layers of this step share."""
-        by_prompt: dict[int, list[int]] = {}
+    def _planned(self) -> _Plan:
+        """What all layers share, until a row comes or goes."""
+        if self._plan is not None:
+            return self._plan
+        rows_of: dict[int, list[int]] = {}
         for row, prompt in enumerate(self.prompt_of):
-            by_prompt.setdefault(id(prompt), []).append(row)
-        order = [row for members in by_prompt.values() for row in members]
+            rows_of.setdefault(id(prompt), []).append(row)
+        runs, order = list[_SideBySide](), list[int]()
+        for pool in dict.fromkeys(prompt.pool for prompt in self.prompt_of):
+            live = pool.live()
+            order += [row for prompt in live for row in rows_of[id(prompt)]]
+            for rows_each, alike in groupby(live, key=lambda prompt: prompt.num_rows):
+                places = [prompt.place for prompt in alike]
+                runs.append(_SideBySide(pool, places[0], len(places), rows_each))
         inverse = [0] * len(order)
         for place, row in enumerate(order):
             inverse[row] = place
-        sizes = [(self.prompt_of[members[0]], len(members)) for members in by_prompt.values()]
         device, in_order = self._mask.device, order == sorted(order)
-        return _Step(
-            groups=sizes,
+        self._plan = _Plan(
+            runs,
             order=None if in_order else torch.tensor(order, device=device),
             inverse=None if in_order else torch.tensor(inverse, device=device),
-            longest=max(self.lengths),
-            positions=self.positions(),
         )
+        return self._plan
 
     def positions(self) -> list[int]:
         """Absolute position of each row's newest token."""
@@ -126,38 +153,48 @@ class RowCache:
         """Shapes: query [1, Hq, R, D], key and value [1, Hkv, R, D] → [1, Hq, R, D]."""
         num_kv, num_rows, width = key.shape[1:]
         self._write(layer, key, value)
-        step = self._step
-        window = options.window if options.window is not None and max(step.positions) >= options.window.size else None
+        window = options.window if options.window is not None and max(self._positions) >= options.window.size else None
         # The query heads of one kv head act as so many query positions: no head is repeated.
-        query_HRG = query[0].view(num_kv, -1, num_rows, width).transpose(1, 2)
-        own_k, own_v = (cache[layer][:num_rows, :, : step.longest] for cache in (self._keys, self._values))
-        mask = self._own_mask(num_rows, step.longest, window, query.dtype)
-        out_R, lse_R = _attend(query_HRG.transpose(0, 1), own_k, own_v, mask, options)
-        out_P, lse_P = self._attend_prompts(layer, query_HRG, window, options)
+        query_R = query[0].view(num_kv, -1, num_rows, width).permute(2, 0, 1, 3)
+        own_k, own_v = (cache[layer][:num_rows, :, : self._longest] for cache in (self._keys, self._values))
+        mask = self._own_mask(num_rows, self._longest, window, query.dtype)
+        out_R, lse_R = _attend(query_R, own_k, own_v, mask, options)
+        out_P, lse_P = self._attend_prompts(layer, query_R, window, options)
         # As `merge` of models/tree_attention.py, whose log-sum-exp nobody needs here.
-        share = torch.sigmoid(lse_R - lse_P.transpose(0, 1)).unsqueeze(-1).to(out_R.dtype)
-        out_R = torch.lerp(out_P.transpose(0, 1), out_R, share)
+        share = torch.sigmoid(lse_R - lse_P).unsqueeze(-1).to(out_R.dtype)
+        out_R = torch.lerp(out_P, out_R, share)
         return out_R.reshape(num_rows, -1, out_R.shape[-1]).transpose(0, 1)[None]
 
     def _attend_prompts(
-        self, layer: int, query_HRG: torch.Tensor, window: Window | None, options: AttendOptions
+        self, layer: int, query_R: torch.Tensor, window: Window | None, options: AttendOptions
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each row to its prompt; rows of one prompt together. Shapes: [Hkv, R, G, D] → the same, and [Hkv, R, G]."""
-        step = self._step
-        if step.order is not None:
-            query_HRG = query_HRG[:, step.order]
-        num_kv, num_rows, group, width = query_HRG.shape
-        flat = query_HRG.reshape(1, num_kv, num_rows * group, width)
+        """Each row to its prompt, a run in one call. Shapes: [R, Hkv, G, D] → the same, and [R, Hkv, G]."""
+        plan = self._planned()
+        if plan.order is not None:
+            query_R = query_R[plan.order]
+        _, num_kv, group, width = query_R.shape
+        runs = plan.runs
+        if not _in_flash(query_R, window, options):
+            # What is written out in products of matrices rounds otherwise when several are stacked.
+            runs = [one for run in runs for one in run.each()]
         parts: list[tuple[torch.Tensor, torch.Tensor]] = []
         first = 0
-        for prompt, count in step.groups:
-            rows = slice(first * group, (first + count) * group)
-            mask = self._prompt_mask(prompt, first, count, group, window, flat.dtype)
-            parts.append(_attend(flat[:, :, rows], prompt.keys[layer][None], prompt.values[layer][None], mask, options))
-            first += count
-        out = torch.cat([part for part, _ in parts], 2).view(num_kv, num_rows, group, width)
-        lse = torch.cat([part for _, part in parts], 2).view(num_kv, num_rows, group)
-        return (out, lse) if step.inverse is None else (out[:, step.inverse], lse[:, step.inverse])
+        for run in runs:
+            shape = (run.num_prompts, run.rows_each, num_kv, group)
+            query = query_R[first : first + run.num_rows].view(*shape, width).transpose(1, 2).flatten(2, 3)
+            key, value = (kv[layer][run.first : run.first + run.num_prompts] for kv in (run.pool.keys, run.pool.values))
+            mask = self._prompt_mask(run, first, group, window, query.dtype)
+            out, lse = _attend(query, key, value, mask, options)
+            by_row = (run.num_prompts, num_kv, run.rows_each, group)
+            parts.append(
+                (
+                    out.view(*by_row, -1).transpose(1, 2).flatten(0, 1),
+                    lse.view(by_row).transpose(1, 2).flatten(0, 1),
+                )
+            )
+            first += run.num_rows
+        out, lse = parts[0] if len(parts) == 1 else (torch.cat(found) for found in zip(*parts, strict=True))
+        return (out, lse) if plan.inverse is None else (out[plan.inverse], lse[plan.inverse])
 
     def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         if layer == len(self._keys):
@@ -174,19 +211,20 @@ class RowCache:
             age = (
                 torch.tensor(self.lengths, device=mask.device)[:, None] - 1 - torch.arange(longest, device=mask.device)
             )
-            reach = window.reach(torch.tensor(self._step.positions, device=mask.device))
+            reach = window.reach(torch.tensor(self._positions, device=mask.device))
             mask = mask.masked_fill(age[:, None, None] >= reach[:, None, None, None], -torch.inf)
         return mask.to(dtype)
 
     def _prompt_mask(
-        self, prompt: PromptKV, first: int, count: int, group: int, window: Window | None, dtype: torch.dtype
+        self, run: _SideBySide, first: int, group: int, window: Window | None, dtype: torch.dtype
     ) -> torch.Tensor | None:
         """None unless a window hides part of the prompt. Shape: [1, 1, rows × queries, P]."""
         if window is None:
             return None
-        order = range(self.num_rows) if self._step.order is None else self._step.order.tolist()
-        positions = torch.tensor([self._step.positions[order[place]] for place in range(first, first + count)])
-        hidden = positions[:, None] - torch.arange(prompt.length) >= window.reach(positions)[:, None]
+        plan = self._planned()
+        order = range(self.num_rows) if plan.order is None else plan.order.tolist()
+        positions = torch.tensor([self._positions[order[place]] for place in range(first, first + run.num_rows)])
+        hidden = positions[:, None] - torch.arange(run.pool.length) >= window.reach(positions)[:, None]
         mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf).to(self._mask.device)
         return mask.repeat_interleave(group, 0)[None, None]
 
@@ -200,6 +238,10 @@ class RowCache:
                 new = old.new_zeros(rows, old.shape[1], columns, old.shape[3])
                 new[:old_rows, :, :old_columns] = old
                 tensors[layer] = new
+
+
+def _in_flash(query: torch.Tensor, window: Window | None, options: AttendOptions) -> bool:
+    return query.device.type == "cpu" and options.softcap is None and window is None
 
 
 def _attend(

@@ -1,0 +1,109 @@
+"""Keys and values of prompts: those of one length lie in one tensor, so that rows of many prompts are attended together."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(eq=False)
+class PromptKV:
+    """A prompt that was encoded: its place in the pool of its length, and how many rows go on from it.
+
+    The second of three prompts of 40 tokens, with a group of 8 rows: pool of length 40, place 1, num_rows 8.
+    """
+
+    pool: PromptPool
+    place: int
+    num_rows: int = 0
+
+    @property
+    def length(self) -> int:
+        return self.pool.length
+
+
+class PromptPool:
+    """Prompts of one length. Places `[0, num_live)` are those that rows attend to: one range, whoever comes and goes.
+
+    A prompt that nobody holds is forgotten; its place is taken by the next.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.num_live = 0
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        """Per layer. Shape: [places, Hkv, P, D]."""
+        self._members: list[weakref.ref[PromptKV]] = []
+        self._capacity = 0
+
+    @property
+    def is_held(self) -> bool:
+        return any(member() is not None for member in self._members)
+
+    def reserve(self, count: int) -> list[PromptKV]:
+        """Places for prompts that are about to be encoded."""
+        self._sweep()
+        needed = len(self._members) + count
+        if needed > self._capacity:
+            self._resize(needed if not self._members else max(needed, self._capacity * 5 // 4))
+        prompts = [PromptKV(self, len(self._members) + number) for number in range(count)]
+        self._members += [weakref.ref(prompt) for prompt in prompts]
+        return prompts
+
+    def keep(self, layer: int, place: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Shapes: [Hkv, P, D]."""
+        if layer == len(self.keys):
+            self.keys.append(key.new_empty(self._capacity, *key.shape))
+            self.values.append(value.new_empty(self._capacity, *value.shape))
+        self.keys[layer][place], self.values[layer][place] = key, value
+
+    def enter(self, prompt: PromptKV) -> None:
+        """A row more goes on from it."""
+        prompt.num_rows += 1
+        if prompt.num_rows == 1:
+            self._swap(prompt.place, self.num_live)
+            self.num_live += 1
+
+    def leave(self, prompt: PromptKV) -> None:
+        prompt.num_rows -= 1
+        if prompt.num_rows == 0:
+            self.num_live -= 1
+            self._swap(prompt.place, self.num_live)
+
+    def live(self) -> list[PromptKV]:
+        """By place."""
+        return [self._held(place) for place in range(self.num_live)]
+
+    def _held(self, place: int) -> PromptKV:
+        prompt = self._members[place]()
+        assert prompt is not None, "rows hold the prompts that they go on from"
+        return prompt
+
+    def _swap(self, a: int, b: int) -> None:
+        if a == b:
+            return
+        for tensor in (*self.keys, *self.values):
+            tensor[[a, b]] = tensor[[b, a]]
+        self._members[a], self._members[b] = self._members[b], self._members[a]
+        for place in (a, b):
+            if (prompt := self._members[place]()) is not None:
+                prompt.place = place
+
+    def _sweep(self) -> None:
+        """Close the gaps that forgotten prompts left; give memory back where most of it is such gaps."""
+        held = [place for place, member in enumerate(self._members) if member() is not None]
+        for place, old in enumerate(held):
+            self._swap(place, old)
+        del self._members[len(held) :]
+        if 4 * len(held) <= self._capacity:
+            self._resize(len(held))
+
+    def _resize(self, capacity: int) -> None:
+        self._capacity, count = capacity, min(capacity, len(self._members))
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                tensors[layer] = old.new_empty(capacity, *old.shape[1:])
+                tensors[layer][:count] = old[:count]

@@ -1,0 +1,74 @@
+"""Prompts of one length lie together, whoever comes and goes, and are attended to in one call with the bits of one call each."""
+
+import random
+
+import pytest
+import torch
+
+from posttrain.rollout import kv
+from posttrain.rollout.embedded import EmbeddedEngine
+from posttrain.rollout.prompts import PromptPool
+from posttrain.types import Request, SamplingParams, in_order
+
+
+def _encode(pool, numbers):
+    """Prompts whose keys are their numbers, and whose values ten times that."""
+    prompts = pool.reserve(len(numbers))
+    for prompt, number in zip(prompts, numbers, strict=True):
+        keys = torch.full((2, pool.length, 4), float(number))
+        for layer in range(2):
+            pool.keep(layer, prompt.place, keys, 10 * keys)
+    return dict(zip(numbers, prompts, strict=True))
+
+
+def test_live_prompts_are_one_range_and_keep_what_was_encoded():
+    rng, pool, held, rows, made = random.Random(0), PromptPool(3), {}, [], 0
+    for _ in range(400):
+        deed = rng.choice(("encode", "enter", "enter", "leave", "leave", "forget"))
+        if deed == "encode" and len(held) < 9:
+            count = rng.randint(1, 3)
+            held |= _encode(pool, list(range(made, made + count)))
+            made += count
+        elif deed == "enter" and held:
+            rows.append(rng.choice(list(held)))
+            pool.enter(held[rows[-1]])
+        elif deed == "leave" and rows:
+            pool.leave(held[rows.pop(rng.randrange(len(rows)))])
+        elif deed == "forget":
+            held = {number: prompt for number, prompt in held.items() if number in rows or rng.random() < 0.7}
+        assert {prompt.place for prompt in pool.live()} == set(range(len(set(rows))))
+        for number, prompt in held.items():
+            assert prompt.num_rows == rows.count(number)
+            assert all((keys[prompt.place] == number).all() for keys in pool.keys)
+            assert all((values[prompt.place] == 10 * number).all() for values in pool.values)
+    assert made > 40
+    assert len(pool.keys[0]) <= 4 * 9 + 3
+
+
+def test_a_pool_gives_memory_back_when_its_prompts_are_gone():
+    pool = PromptPool(3)
+    held = _encode(pool, list(range(32)))
+    held = {number: held[number] for number in (5, 30)}
+    held |= _encode(pool, [40])
+    assert len(pool.keys[0]) == 3
+    assert [float(pool.keys[1][prompt.place].max()) for prompt in held.values()] == [5, 30, 40]
+    held.clear()
+    assert not pool.is_held
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_prompts_of_one_length_are_attended_to_in_one_call_with_the_bits_of_one_call_each(
+    shared_policy, monkeypatch, family
+):
+    engine = EmbeddedEngine(shared_policy(family), stop_token_ids=(2,), batch_size=16)
+    prompts = [tuple(range(40 + n, 52 + n + 7 * (n % 2))) for n in range(20)]
+    requests = [Request(prompt, 3 * n + i) for n, prompt in enumerate(prompts) for i in range(1 + n // 16)]
+    calls, attend = [], kv._attend
+    monkeypatch.setattr(kv, "_attend", lambda *args: (calls.append(1), attend(*args))[1])
+    together = in_order(engine.generate(requests, SamplingParams(max_tokens=30)))
+    num_together = len(calls)
+    calls.clear()
+    monkeypatch.setattr(kv, "_in_flash", lambda *args: False)
+    apart = in_order(engine.generate(requests, SamplingParams(max_tokens=30)))
+    assert together == apart
+    assert num_together < 0.7 * len(calls)
