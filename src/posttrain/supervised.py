@@ -36,12 +36,12 @@ class SupervisedProcess:
     """`entry` (`module:function`) called with `arguments` in a process group of its own; what it writes goes to `log`.
 
     `pass_fds` are open there, and closed in its supervisor. With `scratch`, its temporary files lie in a folder of their own whose
-    name begins so, and go with it.
+    name begins so, and go with it. `out` takes its standard output, where that is to be apart.
     """
 
     def __init__(
         self, entry: str, arguments: Sequence[str], log: IO[bytes], environment: Mapping[str, str],
-        pass_fds: Sequence[int] = (), scratch: str = "",
+        pass_fds: Sequence[int] = (), scratch: str = "", out: IO[bytes] | None = None,
     ) -> None:  # fmt: skip
         self._log, self._begins = log, log.seek(0, os.SEEK_END)
         # The signal that a parent's death sends follows the *thread* that started us.
@@ -49,7 +49,7 @@ class SupervisedProcess:
         numbers = [os.getpid(), int(from_main_thread)]
         self._supervisor = subprocess.Popen(
             [sys.executable, "-P", "-c", _BOOT, _PACKAGE_ROOT, *map(str, numbers), ",".join(map(str, pass_fds)), scratch, entry, *arguments],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(environment), pass_fds=tuple(pass_fds),
+            stdin=subprocess.DEVNULL, stdout=out or log, stderr=log, env=dict(environment), pass_fds=tuple(pass_fds),
             start_new_session=True,
         )  # fmt: skip
 
@@ -57,6 +57,17 @@ class SupervisedProcess:
     def pid(self) -> int:
         """The supervisor's."""
         return self._supervisor.pid
+
+    @property
+    def code(self) -> int | None:
+        """As `Popen.returncode`."""
+        return self._supervisor.poll()
+
+    def signal(self, number: int) -> None:
+        """To what the entry runs as, not to its supervisor."""
+        for pid in _children(self._supervisor.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def has_ended(self) -> bool:
         code = self._supervisor.poll()
@@ -134,7 +145,7 @@ def _supervise(child: int, parent: int, folder: str | None) -> NoReturn:
         if got is not None and got.si_signo == signal.SIGTERM:
             break
         status = dict(_ended()).get(child)
-    while children := _children():  # what a killed one has started is ours at once
+    while children := _children(os.getpid()):  # what a killed one has started is ours at once
         for pid in children:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -157,12 +168,12 @@ def _ended() -> Iterator[tuple[int, int]]:
             yield ended
 
 
-def _children() -> list[int]:
-    me, found = os.getpid(), list[int]()
+def _children(parent: int) -> list[int]:
+    found = list[int]()
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with suppress(OSError):
                 fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-                if int(fields[1]) == me:
+                if int(fields[1]) == parent:
                     found.append(int(entry))
     return found

@@ -28,8 +28,13 @@ def holds_secret(text: str) -> bool:
     except ValueError:
         return _USER_INFO.search(text) is not None
     user, at, _ = parts.netloc.rpartition("@")
-    named = any(_SECRET_NAME.fullmatch(name) for name, _ in parse_qsl(parts.query, keep_blank_values=True))
+    named = any(names_secret(name) for name, _ in parse_qsl(parts.query, keep_blank_values=True))
     return named or (bool(at) and (":" in user or parts.scheme.lower() in _WEB))
+
+
+def names_secret(name: str) -> bool:
+    """Whether what is called so may be a password: HF_TOKEN, MLFLOW_TRACKING_PASSWORD."""
+    return _SECRET_NAME.fullmatch(name) is not None
 
 
 def refuse_secret(text: str) -> None:

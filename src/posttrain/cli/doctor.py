@@ -229,6 +229,18 @@ def vllm() -> Iterator[Diagnosis]:
     yield Diagnosis("vllm", "note" if version is None else "ok", advice if version is None else ports)
 
 
+def ray() -> Iterator[Diagnosis]:
+    from posttrain.distributed.on_ray import ray_version
+
+    version = ray_version()
+    advice = "not installed: pip install 'posttrain[ray]', or make setup-ray, for --ray"
+    ports = (
+        f"{version}; its ports, like those of gloo and torch.distributed, have no password, and who reaches them runs code as you: for trusted "
+        "networks only"
+    )
+    yield Diagnosis("ray", "note" if version is None else "ok", advice if version is None else ports)
+
+
 def sandbox() -> Iterator[Diagnosis]:
     from posttrain.grading.sandbox import call_filter, isolation
 
@@ -264,6 +276,7 @@ CHECKS: tuple[Callable[[], Iterator[Diagnosis]], ...] = (
     attention,
     four_bits,
     vllm,
+    ray,
     sandbox,
     cache,
 )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from posttrain.cli.met import met
+from posttrain.cli.roles import EachWorker, NumWorkers, OnCluster, OnRay, on_cluster, run_as_roles
 from posttrain.errors import ConfigError
 from posttrain.pipeline import OnChange
 
@@ -26,42 +28,58 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no keys before
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print the keys that have their defaults too.")]
 
 
-def _shown(quiet: bool, verbose: bool) -> KeysShown:
+@dataclass(frozen=True)
+class _Given:
+    """What the command line says beside the YAML."""
+
+    sets: list[str]
+    on_change: OnChange
+    shown: KeysShown
+    cluster: OnCluster | None
+
+    def arguments(self, verb: str, config: Path) -> list[str]:
+        """The command line of a worker."""
+        shown = {"none": ["--quiet"], "all": ["--verbose"], "set": []}[self.shown]
+        sets = [word for one in self.sets for word in ("--set", one)]
+        return [verb, str(config), *sets, "--on-change", self.on_change, *shown]
+
+
+def _given(set_: Sets, on_change: OnChange, quiet: bool, verbose: bool, cluster: OnCluster | None = None) -> _Given:
     if quiet and verbose:
         raise ConfigError("--quiet prints no keys and --verbose all of them; give one of them")
-    return "none" if quiet else "all" if verbose else "set"
+    return _Given(set_ or [], on_change, "none" if quiet else "all" if verbose else "set", cluster)
 
 
 def run(
-    config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False, verbose: Verbose = False
-) -> None:
+    config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False, verbose: Verbose = False,
+    ray: OnRay = None, workers: NumWorkers = 1, worker: EachWorker = "",
+) -> None:  # fmt: skip
     """Run a pipeline: stages, evals, gates, registry. Started again, it goes on."""
-    from posttrain.config.load_pipeline import load_pipeline
-
-    with met() as meeting:
-        loaded = load_pipeline(config, set_ or [])
-        _run(loaded.keys, loaded, on_change, _shown(quiet, verbose), meeting)
+    _pipeline(config, _given(set_, on_change, quiet, verbose, on_cluster(ray, workers, worker)))
 
 
 def sft(
-    config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False, verbose: Verbose = False
-) -> None:
+    config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False, verbose: Verbose = False,
+    ray: OnRay = None, workers: NumWorkers = 1, worker: EachWorker = "",
+) -> None:  # fmt: skip
     """Run one stage of supervised fine-tuning."""
-    _single("sft", config, set_, on_change, _shown(quiet, verbose))
+    _single("sft", config, _given(set_, on_change, quiet, verbose, on_cluster(ray, workers, worker)))
 
 
 def dpo(
-    config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False, verbose: Verbose = False
-) -> None:
+    config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False, verbose: Verbose = False,
+    ray: OnRay = None, workers: NumWorkers = 1, worker: EachWorker = "",
+) -> None:  # fmt: skip
     """Run one stage of preference optimisation."""
-    _single("dpo", config, set_, on_change, _shown(quiet, verbose))
+    _single("dpo", config, _given(set_, on_change, quiet, verbose, on_cluster(ray, workers, worker)))
 
 
 def grpo(
-    config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False, verbose: Verbose = False
-) -> None:
+    config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False, verbose: Verbose = False,
+    ray: OnRay = None, workers: NumWorkers = 1, worker: EachWorker = "",
+) -> None:  # fmt: skip
     """Run one stage of RL with verifiable rewards."""
-    _single("grpo", config, set_, on_change, _shown(quiet, verbose))
+    _single("grpo", config, _given(set_, on_change, quiet, verbose, on_cluster(ray, workers, worker)))
 
 
 def stage_verb(kind: str) -> Callable[..., None]:
@@ -69,20 +87,39 @@ def stage_verb(kind: str) -> Callable[..., None]:
     from posttrain.config.kinds import stage_kind
 
     def verb(
-        config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False, verbose: Verbose = False
-    ) -> None:
-        _single(kind, config, set_, on_change, _shown(quiet, verbose))
+        config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False, verbose: Verbose = False,
+        ray: OnRay = None, workers: NumWorkers = 1, worker: EachWorker = "",
+    ) -> None:  # fmt: skip
+        _single(kind, config, _given(set_, on_change, quiet, verbose, on_cluster(ray, workers, worker)))
 
     verb.__doc__ = stage_kind(kind).help
     return verb
 
 
-def _single(kind: str, config: Path, set_: list[str] | None, on_change: OnChange, shown: KeysShown) -> None:
+def _pipeline(config: Path, given: _Given) -> None:
+    from posttrain.config.load_pipeline import load_pipeline
+
+    if given.cluster is not None:
+        raise typer.Exit(_on_cluster("run", config, given, load_pipeline(config, given.sets).keys))
+    with met() as meeting:
+        loaded = load_pipeline(config, given.sets)
+        _run(loaded.keys, loaded, given.on_change, given.shown, meeting)
+
+
+def _single(kind: str, config: Path, given: _Given) -> None:
     from posttrain.config.load import as_pipeline, load_stage
 
+    if given.cluster is not None:
+        raise typer.Exit(_on_cluster(kind, config, given, as_pipeline(load_stage(kind, config, given.sets))))
     with met() as meeting:
-        loaded = load_stage(kind, config, set_ or [])
-        _run(as_pipeline(loaded), loaded, on_change, shown, meeting)
+        loaded = load_stage(kind, config, given.sets)
+        _run(as_pipeline(loaded), loaded, given.on_change, given.shown, meeting)
+
+
+def _on_cluster(verb: str, config: Path, given: _Given, keys: PipelineKeys) -> int:
+    """The keys were read here too, so that a typo is answered at once and by one process."""
+    assert given.cluster is not None
+    return run_as_roles(given.cluster, given.arguments(verb, config), Path(keys.output_dir))
 
 
 def _run(

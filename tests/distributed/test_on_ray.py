@@ -1,0 +1,112 @@
+"""Ranks on a real cluster of Ray: two nodes on this machine, each with a raylet of its own."""
+
+import json
+import os
+import time
+from importlib.util import find_spec
+
+import pytest
+from tests.distributed.test_rank_group import (  # noqa: F401 - one is a fixture
+    await_steps,
+    check_killed,
+    check_like_straight,
+    done,
+    kill_rank,
+    workers,
+)
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: make setup-ray"),
+    pytest.mark.xdist_group("ray"),
+]
+STORE_BYTES = 100 << 20
+
+
+def _started():
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
+    return cluster
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes of two CPUs. One that does not start within Ray's own limit is started once more."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    try:
+        found = _started()
+    except Exception as error:  # noqa: BLE001 - Ray raises a bare one
+        assert "timed out during startup" in str(error), error
+        found = _started()
+    yield found
+    found.shutdown()
+
+
+def events(folder):
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def test_two_nodes_take_the_steps_of_torchrun_to_the_bit(cluster, workers, torchrun, write_yaml, runner, tmp_path):  # noqa: F811
+    how = ("--workers", 2, "--worker", "placement=strict_spread")
+    out, _ = done(workers(cluster.address, "sft", write_yaml("sft", max_steps=3), *how))
+    assert "model   " in out
+    torchrun(2, "sft", write_yaml("sft", name="other.yaml", max_steps=3, output_dir=str(tmp_path / "other")))
+    mine, theirs = tmp_path / "run/stages/01-sft", tmp_path / "other/stages/01-sft"
+    assert [row["loss"] for row in runner.rows(mine)] == [row["loss"] for row in runner.rows(theirs)]
+    digests = [json.loads((stage / "result.json").read_text())["model_digest"] for stage in (mine, theirs)]
+    assert digests[0] == digests[1]
+    told = [(event["role"], event["to"]) for event in events(tmp_path / "run") if event["kind"] == "role"]
+    assert [to for role, to in told if role == "rank 1"] == ["restarting", "stale", "healthy", "dead"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_costs_a_restart_and_nothing_twice(cluster, workers, write_yaml, runner, tmp_path):  # noqa: F811
+    check_killed(workers(cluster.address, "sft", write_yaml("sft"), "--workers", 2), tmp_path / "run", kill_rank)
+    check_like_straight(workers, write_yaml, runner, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_node_that_is_lost_is_replaced_by_another_with_room(cluster, workers, write_yaml, runner, tmp_path):  # noqa: F811
+    """SIGKILL of a raylet: the rank there goes on for seconds without one, and writes nothing once another has its place."""
+    extra = cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
+    how = ("--workers", 3, "--worker", "placement=strict_spread")
+    process = workers(cluster.address, "sft", write_yaml("sft", max_steps=40), *how)
+    spare = None
+    try:
+        await_steps(tmp_path / "run", 2, process)
+        for one in extra.all_processes["raylet"]:
+            one.process.kill()
+        spare = cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
+        _, err = done(process, timeout=400)
+    finally:
+        for node in filter(None, (spare, extra)):
+            cluster.remove_node(node, allow_graceful=False)
+    assert "is lost" in err
+    steps = [row["step"] for row in runner.rows(tmp_path / "run/stages/01-sft")]
+    assert steps == list(range(1, 41))
+
+
+def test_more_workers_than_the_cluster_holds_is_one_line_at_once(cluster, workers, write_yaml, tmp_path):  # noqa: F811
+    begun = time.monotonic()
+    _, err = done(workers(cluster.address, "sft", write_yaml("sft"), "--workers", 9), code=64)
+    assert time.monotonic() - begun < 25
+    assert err.count("\n") == 1
+    assert (
+        "9 processes of 1 CPU were asked for (pack), and the cluster has room for 4: 2 node(s) with 2 CPU; 2 CPU" in err
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.1:9", ":9 ([Errno 111] Connection refused); start a cluster with: ray start --head"),
+        ("ray", "expected auto or HOST:PORT"),
+    ],
+)
+def test_an_address_without_a_cluster_is_one_line(address, said, workers, write_yaml):  # noqa: F811
+    _, err = done(workers(address, "sft", write_yaml("sft")), code=64)
+    assert said in err
+    assert err.count("\n") == 1
