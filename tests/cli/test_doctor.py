@@ -1,5 +1,6 @@
 import re
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from posttrain.cli.doctor import (
     machine,
     packages,
     python,
+    ray,
     sandbox,
     torch,
 )
@@ -239,3 +241,8 @@ def test_every_row_names_a_part_of_ours():
         name = use.where.rpartition(":")[2].rpartition(".")[2]
         assert name in (package / use.user).read_text(), use
     assert missing(ForeignUse("typer", "typer:Typer.command", "cli/app.py")) == ""
+
+
+def test_the_doctor_says_who_may_reach_the_ports_of_ray():
+    (found,) = ray()
+    assert "for trusted networks only" in found.text if find_spec("ray") else "posttrain[ray]" in found.text

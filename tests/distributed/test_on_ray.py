@@ -61,6 +61,30 @@ def test_two_nodes_take_the_steps_of_torchrun_to_the_bit(cluster, workers, torch
     assert [to for role, to in told if role == "rank 1"] == ["restarting", "stale", "healthy", "dead"]
 
 
+def test_more_workers_than_the_cluster_holds_is_one_line_at_once(cluster, workers, write_yaml, tmp_path):  # noqa: F811
+    begun = time.monotonic()
+    _, err = done(workers(cluster.address, "sft", write_yaml("sft"), "--workers", 9), code=64)
+    assert time.monotonic() - begun < 25
+    assert err.count("\n") == 1
+    assert (
+        "9 processes of 1 CPU were asked for (pack), and the cluster has room for 4: 2 node(s) with 2 CPU; 2 CPU" in err
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.1:9", ":9 ([Errno 111] Connection refused); start a cluster with: ray start --head"),
+        ("ray", "expected auto or HOST:PORT"),
+    ],
+)
+def test_an_address_without_a_cluster_is_one_line(address, said, workers, write_yaml):  # noqa: F811
+    _, err = done(workers(address, "sft", write_yaml("sft")), code=64)
+    assert said in err
+    assert err.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_a_rank_that_is_killed_costs_a_restart_and_nothing_twice(cluster, workers, write_yaml, runner, tmp_path):  # noqa: F811
     check_killed(workers(cluster.address, "sft", write_yaml("sft"), "--workers", 2), tmp_path / "run", kill_rank)
@@ -86,27 +110,3 @@ def test_a_node_that_is_lost_is_replaced_by_another_with_room(cluster, workers, 
     assert "is lost" in err
     steps = [row["step"] for row in runner.rows(tmp_path / "run/stages/01-sft")]
     assert steps == list(range(1, 41))
-
-
-def test_more_workers_than_the_cluster_holds_is_one_line_at_once(cluster, workers, write_yaml, tmp_path):  # noqa: F811
-    begun = time.monotonic()
-    _, err = done(workers(cluster.address, "sft", write_yaml("sft"), "--workers", 9), code=64)
-    assert time.monotonic() - begun < 25
-    assert err.count("\n") == 1
-    assert (
-        "9 processes of 1 CPU were asked for (pack), and the cluster has room for 4: 2 node(s) with 2 CPU; 2 CPU" in err
-    )
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("address", "said"),
-    [
-        ("127.0.0.1:9", ":9 ([Errno 111] Connection refused); start a cluster with: ray start --head"),
-        ("ray", "expected auto or HOST:PORT"),
-    ],
-)
-def test_an_address_without_a_cluster_is_one_line(address, said, workers, write_yaml):  # noqa: F811
-    _, err = done(workers(address, "sft", write_yaml("sft")), code=64)
-    assert said in err
-    assert err.count("\n") == 1

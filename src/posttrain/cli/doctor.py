@@ -230,9 +230,7 @@ def vllm() -> Iterator[Diagnosis]:
 
 
 def ray() -> Iterator[Diagnosis]:
-    from posttrain.distributed.on_ray import ray_version
-
-    version = ray_version()
+    version = _version("ray")
     advice = "not installed: pip install 'posttrain[ray]', or make setup-ray, for --ray"
     ports = (
         f"{version}; its ports, like those of gloo and torch.distributed, have no password, and who reaches them runs code as you: for trusted "

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -34,12 +35,11 @@ class Keeper:
         self._lease_s, self._on_expiry = lease_s, on_expiry
         self._lock = threading.Lock()
         self._running: _Running | None = None
-        self._lease, self._asked = 0, time.monotonic()
+        self._lease, self._asked, self._version = 0, time.monotonic(), -1
         self._closed = threading.Event()
         threading.Thread(target=self._watch, daemon=True, name="lease").start()
 
     def node(self, name: str, address: str) -> RoleNode:
-        self._asked = time.monotonic()
         with socket.create_server((address, 0)) as probe:
             return RoleNode(name, address, probe.getsockname()[1])
 
@@ -59,13 +59,20 @@ class Keeper:
                 self._lease += 1
                 self._running = _Running(program, address)
             assert self._running is not None
-            return self._running.reach() | {"warm": warm, "lease": self._lease}
+            self._asked, self._version = time.monotonic(), -1
+            return self._running.reach() | {"warm": warm}
+
+    def synced(self, version: int) -> None:
+        """Its program has the run's state of this version."""
+        self._version = version
 
     def look(self) -> RoleReport:
         """Raises nothing of the program's: its end is in the report."""
         with self._lock:
             self._asked = time.monotonic()
-            return RoleReport(self._lease) if self._running is None else self._running.report(self._lease)
+            if self._running is None:
+                return RoleReport(self._lease, is_idle=True)
+            return replace(self._running.report(self._lease), version=self._version)
 
     def signal(self, number: int) -> None:
         with self._lock:
@@ -87,7 +94,7 @@ class Keeper:
 
     def _watch(self) -> None:
         while not self._closed.wait(_LOOK_S):
-            if time.monotonic() - self._asked > self._lease_s:
+            if self._running is not None and time.monotonic() - self._asked > self._lease_s:
                 self._closed.set()
                 self.end()
                 self._on_expiry()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
 from posttrain.distributed.keeper import Keeper
@@ -39,6 +39,7 @@ class RayCluster:
         given_up = threading.Timer(_INIT_S, _give_up, [address])
         given_up.daemon = True
         given_up.start()
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             self._ray.init(
                 address=self.address, namespace=namespace, log_to_driver=False, configure_logging=True,
@@ -50,6 +51,8 @@ class RayCluster:
             ) from error
         finally:
             given_up.cancel()
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray takes it
 
     def reserve(self, bundles: Sequence[RoleResources], strategy: str) -> None:
         """A place for each, or for none. Raises: ConfigError, with what there is, where there is no room."""
@@ -70,20 +73,20 @@ class RayCluster:
                 "somebody else holds the rest"
             )
 
-    def keeper(self, index: int, name: str, resources: RoleResources) -> KeeperOnRay:
-        """The keeper at place `index`, under a name that any process of the namespace finds. Raises: RoleLostError."""
+    def keeper(self, index: int, name: str, resources: RoleResources, lease_s: float = LEASE_S) -> KeeperOnRay:
+        """The keeper at place `index`, under a name that any process of the namespace finds."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         at = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
         made = self._ray.remote(_ActorKeeper).options(
             name=name, num_cpus=resources.cpus, num_gpus=resources.gpus, scheduling_strategy=at, max_restarts=0,
-        ).remote(LEASE_S)  # fmt: skip
-        return KeeperOnRay(self._ray, made, _ACTOR_S)
+        ).remote(lease_s)  # fmt: skip
+        return KeeperOnRay(self._ray, made)
 
     def named(self, name: str) -> KeeperOnRay:
         """One that another process of the namespace has made. Raises: RoleLostError where there is none."""
         try:
-            return KeeperOnRay(self._ray, self._ray.get_actor(name, self.namespace), _ACTOR_S)
+            return KeeperOnRay(self._ray, self._ray.get_actor(name, self.namespace))
         except ValueError as error:
             raise RoleLostError(f"no role {name} is kept in the cluster") from error
 
@@ -101,9 +104,17 @@ class RayCluster:
 class KeeperOnRay:
     """A keeper on a node of the cluster. Raises, from each call: RoleLateError, RoleLostError."""
 
-    def __init__(self, ray: Any, actor: Any, start_s: float) -> None:
+    def __init__(self, ray: Any, actor: Any) -> None:
         self._ray, self._actor = ray, actor
-        self.node: RoleNode = self.take(self.ask("node"), start_s)
+        self._node: RoleNode | None = None
+
+    @property
+    def node(self) -> RoleNode:
+        """Asked once; a keeper that was made just now may have to wait for its place."""
+        if self._node is None:
+            self._node = self.take(self.ask("node"), _ACTOR_S)
+        assert self._node is not None
+        return self._node
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """What `take` gives the answer of; many can be under way."""
@@ -143,14 +154,6 @@ class _ActorKeeper(Keeper):
 
     def serve(self, program: Any, address: str = "") -> Mapping[str, Any]:
         return super().serve(program, self._address)
-
-
-def ray_version() -> str | None:
-    """Of the installed one."""
-    try:
-        return metadata.version("ray")
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def lack_of(bundles: Sequence[RoleResources], nodes: Sequence[Mapping[str, float]], strategy: str) -> str:

@@ -136,13 +136,18 @@ class RoleProgram:
 
 @dataclass(frozen=True)
 class RoleReport:
-    """What is delivered of a role: what it has written since the last one, and, once it ended, its code and how, in words."""
+    """What is delivered of a role: what it has written since the last one, and, once it ended, its code and how, in words.
+
+    `version`: of the state that it was brought to, -1 before that. `is_idle`: whether nothing runs there.
+    """
 
     lease: int
     out: bytes = b""
     err: bytes = b""
     code: int | None = None
     how: str = ""
+    version: int = -1
+    is_idle: bool = False
 
 
 @dataclass(frozen=True)
