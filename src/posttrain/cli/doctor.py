@@ -230,7 +230,7 @@ def vllm() -> Iterator[Diagnosis]:
 
 
 def ray() -> Iterator[Diagnosis]:
-    version = _version("ray")
+    version = installed_version("ray")
     advice = "not installed: pip install 'posttrain[ray]', or make setup-ray, for --ray"
     ports = (
         f"{version}; its ports, like those of gloo and torch.distributed, have no password, and who reaches them runs code as you: for trusted "
