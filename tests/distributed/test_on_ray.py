@@ -58,7 +58,7 @@ def test_two_nodes_take_the_steps_of_torchrun_to_the_bit(cluster, workers, torch
     digests = [json.loads((stage / "result.json").read_text())["model_digest"] for stage in (mine, theirs)]
     assert digests[0] == digests[1]
     told = [(event["role"], event["to"]) for event in events(tmp_path / "run") if event["kind"] == "role"]
-    assert [to for role, to in told if role == "rank 1"] == ["restarting", "stale", "healthy", "dead"]
+    assert [to for role, to in told if role == "rank-1"] == ["restarting", "stale", "healthy", "dead"]
 
 
 def test_more_workers_than_the_cluster_holds_is_one_line_at_once(cluster, workers, write_yaml, tmp_path):  # noqa: F811
@@ -76,7 +76,7 @@ def test_more_workers_than_the_cluster_holds_is_one_line_at_once(cluster, worker
     ("address", "said"),
     [
         ("127.0.0.1:9", ":9 ([Errno 111] Connection refused); start a cluster with: ray start --head"),
-        ("ray", "expected auto or HOST:PORT"),
+        ("ray://127.0.0.1:10001", "expected auto, local, or HOST:PORT of a cluster's head"),
     ],
 )
 def test_an_address_without_a_cluster_is_one_line(address, said, workers, write_yaml):  # noqa: F811

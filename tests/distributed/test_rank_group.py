@@ -81,7 +81,7 @@ def check_killed(process, run, kill):
     _, err = done(process)
     assert "was killed by SIGKILL; the ranks start again from the last checkpoint (2 more times at most)" in err
     told = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    states = [event["to"] for event in told if event.get("role") == "rank 1"]
+    states = [event["to"] for event in told if event.get("role") == "rank-1"]
     assert states == ["restarting", "stale", "healthy", "dead"] * 2
     assert [event["lease"] for event in told if event.get("to") == "healthy"] == [1, 1, 2, 2]
 

@@ -67,7 +67,7 @@ def run_as_roles(on: OnCluster, arguments: Sequence[str], folder: Path) -> int:
         program = RankProgram(
             ("{python}", "-P", "-m", "posttrain.cli.app", *arguments), os.getcwd(), _forwarded(os.environ)
         )
-        roles = [Role(f"rank {rank}", events.tell) for rank in range(on.workers)]
+        roles = [Role(f"rank-{rank}", events.tell) for rank in range(on.workers)]
         with stop.listening():
             return RankGroup(
                 program, roles, lambda rank: cluster.keeper(rank, f"rank-{rank}-{roles[rank].state.lease}", resources), _write,

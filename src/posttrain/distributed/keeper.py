@@ -51,9 +51,12 @@ class Keeper:
             self._running = _Running(program, address)
 
     def serve(self, program: RoleProgram, address: str) -> Mapping[str, Any]:
-        """Its program's socket, the port of its relay and the token, started unless one of the same command runs already (`warm`)."""
+        """Its program's socket, the port of its relay and the token.
+
+        Started unless one of the same command runs already that was synced, with nothing on its way since (`warm`).
+        """
         with self._lock:
-            warm = self._running is not None and self._running.serves(program)
+            warm = self._version >= 0 and self._running is not None and self._running.serves(program)
             if not warm:
                 self._end()
                 self._lease += 1
@@ -169,7 +172,7 @@ class LocalCluster:
     def reserve(self, bundles: Sequence[RoleResources], strategy: str) -> None:
         pass
 
-    def keeper(self, index: int, name: str, resources: RoleResources) -> LocalKeeper:
+    def keeper(self, index: int, name: str, resources: RoleResources, lease_s: float = math.inf) -> LocalKeeper:
         return LocalKeeper()
 
     def close(self) -> None:

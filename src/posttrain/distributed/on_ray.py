@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -188,6 +189,8 @@ def lack_of(bundles: Sequence[RoleResources], nodes: Sequence[Mapping[str, float
 
 def _found(ray: Any, address: str) -> str:
     """host:port of a cluster that answers. Raises: ConfigError, before Ray waits for minutes."""
+    if address != "auto" and not re.fullmatch(r"[^/\s]+:\d{1,5}", address):
+        raise ConfigError(f"--ray {address}: got {address!r}, expected auto, local, or HOST:PORT of a cluster's head")
     try:
         found = ray._private.services.canonicalize_bootstrap_address_or_die(address)
     except (ConnectionError, ValueError) as error:
@@ -195,8 +198,6 @@ def _found(ray: Any, address: str) -> str:
             f"--ray {address}: no cluster of Ray was found here; start one with: ray start --head"
         ) from error
     host, _, port = found.rpartition(":")
-    if "://" in found or not host or not port.isdigit():
-        raise ConfigError(f"--ray {address}: got {address!r}, expected auto or HOST:PORT of the cluster's head")
     try:
         socket.create_connection((host, int(port)), _REACH_S).close()
     except OSError as error:

@@ -56,9 +56,9 @@ class Relay:
                 back.join()
 
     def _has_token(self, head: bytes) -> bool:
-        lines = head.partition(b"\r\n\r\n")[0].split(b"\r\n")
-        given = [line.split() for line in lines if line.lower().startswith(b"authorization:")]
-        return len(given) == 1 and len(given[0]) == 3 and hmac.compare_digest(given[0][2], self._token)
+        lines, whole, _ = head.partition(b"\r\n\r\n")
+        given = [line.split() for line in lines.split(b"\r\n") if line.lower().startswith(b"authorization:")]
+        return bool(whole) and len(given) == 1 and len(given[0]) == 3 and hmac.compare_digest(given[0][2], self._token)
 
 
 def _head_of(connection: socket.socket) -> bytes:
