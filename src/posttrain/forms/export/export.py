@@ -1,0 +1,259 @@
+"""One export: write the form, read it again by other code than wrote it, ask the form gate, and only then put it in place."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+import posttrain
+from posttrain.config.stages import ModelKeys
+from posttrain.errors import ModelError
+from posttrain.evidence import GateVerdict, Verdict
+from posttrain.files import digest_tree, read_json, write_folder, write_json
+from posttrain.forms.export import form_gate
+from posttrain.forms.export.families import family_of, numbers_of
+from posttrain.forms.export.form_gate import FormCheck
+from posttrain.forms.export.gguf_file import bound_of, header_of, read_header, read_tensors, write_gguf
+from posttrain.forms.export.int8 import int8_bound, read_int8, write_int8
+from posttrain.forms.export.scores import FormScores
+from posttrain.forms.export.target import FolderText, GgufText, TextForm, composed, conversations
+from posttrain.forms.found import FoundModel
+from posttrain.forms.merging.shards import INDEX, ShardWriter
+from posttrain.forms.merging.vocabulary import tokenizer_at
+from posttrain.forms.merging.weights import StoredModel
+from posttrain.models.generation import stored_stop_token_ids
+from posttrain.models.low_rank import CONFIG
+from posttrain.models.provenance import PROVENANCE, source_digest
+from posttrain.models.read import read_model
+
+RECORD = "form.json"
+"""Beside the exported files: what it was made from, and every check."""
+GGUF_FILE = "model.gguf"
+_NOT_COMPOSED = " (of composed characters: the source composes them itself, llama.cpp does not)"
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """The model that is exported, as its own engine reads it."""
+
+    folder: Path
+    config: Any
+    tokenizer: Any
+    text: FolderText
+
+
+@dataclass(frozen=True, slots=True)
+class FormView:
+    """A written form as it is read again: prompts, tensors in float32, what each may be off, numbers expected and said.
+
+    `composes` is False where the source's tokenizer composes characters (NFC) and the form's does not.
+    """
+
+    text: TextForm
+    tensors: Mapping[str, torch.Tensor]
+    bound: Callable[[str, torch.Tensor], torch.Tensor]
+    numbers: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {})
+    composes: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ExportForm:
+    """A row of `EXPORT_FORMS`. `types`: how numbers are held → least share of equal greedy tokens; the first is the default."""
+
+    types: Mapping[str, float]
+    write: Callable[[Path, Original, str], None]
+    read: Callable[[Path, Original, str], FormView]
+
+
+@dataclass(frozen=True, slots=True)
+class FormReport:
+    """`digest` is that of the folder, "" where the form was refused; `verdict` is None where no suite was asked."""
+
+    form: str
+    type: str
+    source_digest: str
+    checks: tuple[FormCheck, ...]
+    verdict: GateVerdict | None
+    digest: str = ""
+
+    @property
+    def exit_code(self) -> int:
+        if not all(check.passed for check in self.checks):
+            return Verdict.FAIL.exit_code
+        return 0 if self.verdict is None else self.verdict.verdict.exit_code
+
+
+class _RefusedForm(Exception):
+    def __init__(self, report: FormReport) -> None:
+        self.report = report
+
+
+def original(folder: Path) -> Original:
+    """Raises: ModelError for an adapter."""
+    if (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} is an adapter: merge it first (posttrain merge ADAPTER --out DIR) and export that folder"
+        )
+    config, tokenizer = AutoConfig.from_pretrained(folder), tokenizer_at(folder)
+    stops = stored_stop_token_ids(str(folder), None, config, tokenizer)
+    return Original(folder, config, tokenizer, FolderText(tokenizer, stops))
+
+
+def export_model(found: FoundModel, out: Path, form: str, type_: str, scores: FormScores | None) -> FormReport:
+    """Write `found` to `out` in another form, only if the form gate passes; else `out` with `.refused.json` says why.
+
+    Raises: ModelError for what the form has no place for; GateError where the suites are too small.
+    """
+    if scores is not None:
+        scores.check_enough()
+    made, row = original(found.folder), EXPORT_FORMS[form]
+    reports: list[FormReport] = []
+
+    def fill(folder: Path) -> None:
+        row.write(folder, made, type_)
+        report = judged(made, row.read(folder, made, type_), (form, type_), folder, scores)
+        if report.exit_code:
+            raise _RefusedForm(report)
+        write_json(folder / RECORD, _record(report, found))
+        reports.append(report)
+
+    try:
+        write_folder(out, fill)
+    except _RefusedForm as refused:
+        write_json(out.with_name(f"{out.name}.refused.json"), _record(refused.report, found))
+        return refused.report
+    first = reports[0]
+    return FormReport(first.form, first.type, first.source_digest, first.checks, first.verdict, digest_tree(out))
+
+
+def judged(
+    made: Original, view: FormView, named: tuple[str, str], folder: Path, scores: FormScores | None
+) -> FormReport:
+    """All checks, the cheap ones first; models run only if those pass."""
+    form, type_ = named
+    talks = conversations(form_gate.NUM_CONVERSATIONS, made.tokenizer.all_special_tokens)
+    talks = talks if view.composes else composed(talks)
+    checks = [
+        form_gate.check_template(made.text, view.text, talks, "" if view.composes else _NOT_COMPOSED),
+        form_gate.check_text(made.text, view.text),
+        form_gate.check_special_ids(made.text, view.text),
+        form_gate.check_numbers(*view.numbers),
+        form_gate.check_tensors(StoredModel(made.folder), view.tensors, view.bound),
+        form_gate.check_merge(made.folder),
+    ]
+    digests = (source_digest(str(made.folder)), digest_tree(folder))
+    verdict: GateVerdict | None = None
+    if all(check.passed for check in checks):
+        with tempfile.TemporaryDirectory(prefix="posttrain-form-") as scratch:
+            held = Path(scratch) / "held"
+            write_held(held, made.folder, view.tensors)
+            source, target = (
+                read_model(ModelKeys(base_model=str(path)), torch.float32).eval() for path in (made.folder, held)
+            )
+            least = EXPORT_FORMS[form].types[type_]
+            checks.append(form_gate.check_greedy(source, target, made.text, talks, least))
+            del source, target
+            if scores is not None and checks[-1].passed:
+                verdict = scores.verdict(made.folder, held, digests, Path(scratch))
+    return FormReport(form, type_, digests[0], tuple(checks), verdict)
+
+
+def write_held(folder: Path, source: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """What a form holds, as a float32 model that runs here."""
+    folder.mkdir()
+    _copy_beside(source, folder)
+    writer = ShardWriter(folder)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor.float().clone())
+    writer.close()
+    config = read_json(folder / "config.json")
+    for key in {"dtype", "torch_dtype"} & set(config):
+        config[key] = "float32"
+    write_json(folder / "config.json", config)
+
+
+def _copy_beside(source: Path, folder: Path) -> None:
+    """Config, tokenizer, template and generation config; no weights and no record."""
+    for path in source.iterdir():
+        if path.suffix in (".json", ".jinja", ".txt", ".model") and path.name not in (INDEX, PROVENANCE, RECORD):
+            shutil.copy(path, folder)
+
+
+def _record(report: FormReport, found: FoundModel) -> dict[str, Any]:
+    return {
+        "form": report.form, "type": report.type, "ready": report.exit_code == 0, "source_digest": report.source_digest,
+        "version": found.version, "manifest": found.manifests[-1].digest if found.manifests else None,
+        "checks": [asdict(check) for check in report.checks],
+        "verdict": None if report.verdict is None else report.verdict.to_json(), "posttrain": posttrain.__version__,
+    }  # fmt: skip
+
+
+def _write_gguf(folder: Path, made: Original, type_: str) -> None:
+    family_of(made.config)
+    asked = made.text.chat_ids([{"role": "user", "content": "hello"}]) if made.text.has_template else None
+    bos = made.text.special.bos
+    add_bos = bos is not None and (asked or made.text.text_ids("hello"))[:1] == [bos]
+    header = header_of(made.config, made.tokenizer, made.text.special.stops, add_bos=add_bos)
+    write_gguf(folder / GGUF_FILE, made.folder, made.config, header, type_)
+
+
+def _read_gguf(folder: Path, made: Original, type_: str) -> FormView:
+    header = read_header(folder / GGUF_FILE)
+    expected = {key: value for key, (_, value) in numbers_of(made.config).items()}
+    said = {key: value for key, (_, value) in header.numbers.items()}
+    tensors = read_tensors(folder / GGUF_FILE, made.config)
+    composes = "NFC" not in str(made.tokenizer.backend_tokenizer.normalizer)
+    return FormView(GgufText(header), tensors, lambda _, tensor: bound_of(tensor, type_), (expected, said), composes)
+
+
+def _write_int8(folder: Path, made: Original, _: str) -> None:
+    _copy_beside(made.folder, folder)
+    write_int8(folder, made.folder, read_json(made.folder / "config.json"))
+
+
+def _read_int8(folder: Path, made: Original, _: str) -> FormView:
+    stored = StoredModel(made.folder)
+    dtypes = {name: stored.tensor(name).dtype for name in stored.names}
+    tensors = read_int8(folder, made.config.tie_word_embeddings)
+    return FormView(_text_of(folder), tensors, lambda name, tensor: int8_bound(name, tensor, dtypes[name]))
+
+
+def _write_safetensors(folder: Path, made: Original, type_: str) -> None:
+    _copy_beside(made.folder, folder)
+    stored, writer = StoredModel(made.folder), ShardWriter(folder)
+    for name in stored.names:
+        writer.add(name, stored.tensor(name, getattr(torch, type_)))
+    writer.close()
+    config = read_json(folder / "config.json")
+    for part in (config, config.get("text_config", {})):
+        for key in {"dtype", "torch_dtype"} & set(part):
+            part[key] = type_
+    write_json(folder / "config.json", config)
+
+
+def _read_safetensors(folder: Path, made: Original, type_: str) -> FormView:
+    stored = StoredModel(folder)
+    rounding = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8}[type_]
+    tensors = {name: stored.tensor(name, torch.float32) for name in stored.names}
+    return FormView(_text_of(folder), tensors, lambda _, tensor: tensor.abs() * rounding + 2**-25)
+
+
+def _text_of(folder: Path) -> FolderText:
+    return original(folder).text
+
+
+EXPORT_FORMS: Mapping[str, ExportForm] = {
+    "gguf": ExportForm({"q8_0": 0.9, "f16": 0.99}, _write_gguf, _read_gguf),
+    "int8": ExportForm({"int8": 0.9}, _write_int8, _read_int8),
+    "safetensors": ExportForm(
+        {"bfloat16": 0.9, "float16": 0.98, "float32": 1.0}, _write_safetensors, _read_safetensors
+    ),
+}
+"""`--to` → how it is written, read again, and held to its source."""

@@ -1,0 +1,60 @@
+import json
+import shutil
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, normalizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+WITH_BOS = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def sentencepiece_tokenizer():
+    """As Gemma's: BPE over characters with bytes to fall back on, and BOS before every text."""
+    special = ["<pad>", "</s>", "<s>", "<unk>"]
+    pieces = [
+        *special,
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *"aehilotwW7s",
+        "he",
+        "ll",
+        "hell",
+        "hello",
+        "▁w",
+        "▁wo",
+        "el",
+    ]
+    vocab = {piece: number for number, piece in enumerate(pieces)}
+    core = Tokenizer(BPE(vocab, [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("▁", "w"), ("▁w", "o"), ("e", "l")],
+                         unk_token="<unk>", fuse_unk=True, byte_fallback=True))  # fmt: skip
+    core.normalizer = normalizers.Replace(" ", "▁")
+    core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    from tokenizers.processors import TemplateProcessing
+
+    core.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        chat_template=WITH_BOS,
+    )
+
+
+@pytest.fixture(scope="session")
+def bos_model(model_dir, tmp_path_factory):
+    """A tiny Llama with a SentencePiece vocabulary, BOS before texts and in its template."""
+    folder = tmp_path_factory.mktemp("bos") / "llama"
+    shutil.copytree(model_dir("llama"), folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).unlink(missing_ok=True)
+    sentencepiece_tokenizer().save_pretrained(folder)
+    for name in ("config.json", "generation_config.json"):
+        said = json.loads((folder / name).read_text()) | {"bos_token_id": 2, "eos_token_id": 1}
+        (folder / name).write_text(json.dumps(said))
+    return folder
