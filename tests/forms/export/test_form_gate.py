@@ -18,7 +18,7 @@ def stage(model_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stage")
     keys = SFTKeys(
         base_model=str(model_dir("qwen3")),
-        datasets=["train.jsonl"],
+        datasets=[{"path": "train.jsonl"}],
         adapter="qlora",
         lora_r=4,
         lora_alpha=8,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from posttrain.files import read_json
-from posttrain.forms.export.target import Conversation, TextForm
+from posttrain.forms.export.target import Talk, TextForm
 from posttrain.forms.merging.adapters import bits_of, trained_on
 from posttrain.forms.merging.weights import AdaptedModel, StoredModel
 from posttrain.models.continued import ADAPTER
@@ -31,7 +31,7 @@ class FormCheck:
     seen: str
 
 
-def check_template(source: TextForm, target: TextForm, talks: Sequence[Conversation], note: str = "") -> FormCheck:
+def check_template(source: TextForm, target: TextForm, talks: Sequence[Talk], note: str = "") -> FormCheck:
     """The ids of every conversation are those of the source. `note` says what the conversations are not."""
     name = "chat template"
     if source.has_template != target.has_template:
@@ -149,7 +149,7 @@ def check_merge(source: Path) -> FormCheck:
 
 
 @torch.no_grad()
-def check_greedy(source: Any, target: Any, text: TextForm, talks: Sequence[Conversation], least: float) -> FormCheck:
+def check_greedy(source: Any, target: Any, text: TextForm, talks: Sequence[Talk], least: float) -> FormCheck:
     """Along the source's greedy answers: on how many tokens the form's best token is the same."""
     prompts = [ids for ids in (text.chat_ids(messages) for messages in talks) if ids] if text.has_template else []
     prompts = (prompts or [ids for ids in map(text.text_ids, _LINES) if ids])[:_GREEDY_PROMPTS]

@@ -14,7 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from posttrain.forms.export.gguf_file import STOPS, GgufHeader
 from posttrain.forms.export.gguf_vocabulary import rebuilt
 
-Conversation = Sequence[Mapping[str, str]]
+Talk = Sequence[Mapping[str, str]]
 REFUSALS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError)
 """How a template says no to a conversation."""
 
@@ -33,7 +33,7 @@ class TextForm(Protocol):
     special: SpecialIds
     has_template: bool
 
-    def chat_ids(self, messages: Conversation) -> list[int] | None: ...
+    def chat_ids(self, messages: Talk) -> list[int] | None: ...
 
     def text_ids(self, text: str) -> list[int]: ...
 
@@ -47,7 +47,7 @@ class FolderText:
             tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tuple(sorted(stops))
         )
 
-    def chat_ids(self, messages: Conversation) -> list[int] | None:
+    def chat_ids(self, messages: Talk) -> list[int] | None:
         try:
             text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except REFUSALS:
@@ -71,7 +71,7 @@ class GgufText:
         number = self.header.ids.get(key)
         return "" if number is None else self.header.vocabulary.tokens[number]
 
-    def chat_ids(self, messages: Conversation) -> list[int] | None:
+    def chat_ids(self, messages: Talk) -> list[int] | None:
         bos = self._token("bos_token_id")
         try:
             found: Any = render_jinja_template(
@@ -93,12 +93,12 @@ _WORDS = ("hello", "What", "is", "7", "3.14", "plus", "naïve", "größer", "東
           "don't", "I'LL", "http://a.b/c?d=1", "{'k': [1, 2]}", "<b>", "1234567", "…", "مرحبا", "e\u0301", "$x^2$", "```", "A1b2")  # fmt: skip
 
 
-def composed(talks: Sequence[Conversation]) -> list[Conversation]:
+def composed(talks: Sequence[Talk]) -> list[Talk]:
     """The same with every character composed (NFC)."""
     return [[{**turn, "content": unicodedata.normalize("NFC", turn["content"])} for turn in talk] for talk in talks]
 
 
-def conversations(count: int, specials: Sequence[str], seed: int = 0) -> list[Conversation]:
+def conversations(count: int, specials: Sequence[str], seed: int = 0) -> list[Talk]:
     """Random ones, the same for the same seed: with and without a system message, one to four turns, scripts, whitespace, and
     now and then a special token's text in what a user writes.
     """
@@ -110,7 +110,7 @@ def conversations(count: int, specials: Sequence[str], seed: int = 0) -> list[Co
             draw.choice(words) for _ in range(draw.randint(0 if draw.random() < 0.05 else 1, 12))
         )
 
-    def one() -> Conversation:
+    def one() -> Talk:
         messages = [{"role": "system", "content": text()}] if draw.random() < 0.3 else []
         for _ in range(draw.randint(0, 3)):
             messages += [{"role": "user", "content": text()}, {"role": "assistant", "content": text()}]
