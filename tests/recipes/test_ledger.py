@@ -1,0 +1,137 @@
+"""The record of groups made ahead: what was noted before a crash, wherever it strikes, is what a start goes on from."""
+
+import shutil
+from copy import deepcopy
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from posttrain.errors import CheckpointError
+from posttrain.recipes.ledger import Beginning, Ledger, staleness
+from posttrain.rollout.admission import Arrived, Dropped, Issued
+from posttrain.types import Completion, RewardBreakdown, Rollout
+
+
+def rollouts(number, version=0):
+    completion = Completion((number, 7), (-0.1, -1 / 3), "stop", version, number, (version, version + 1))
+    return (Rollout(completion, f"é{number}", RewardBreakdown(0.1 * number, {"right": 0.1 * number, "form": None})),)
+
+
+def moves(ledger):
+    state, made = ledger.admission, ledger.admission.next_batch()
+    found = [("issue", state.next_number)] * state.has_room() + [("arrive", n) for n in state.pending]
+    return found + [("drop", n) for n in state.arrived[:1]] + ([("batch", made)] if made else [])
+
+
+def move(ledger, what, of):
+    if what == "issue":
+        ledger.write(Issued(of, ledger.admission.version))
+    elif what == "arrive":
+        ledger.write(Arrived(of), rollouts(of, ledger.admission.version))
+    elif what == "drop":
+        ledger.write(Dropped(of))
+    else:
+        ledger.write(of)
+
+
+def seen(ledger):
+    return deepcopy((ledger.admission, ledger.rollouts, ledger.batches))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_crash_at_any_byte_leaves_the_record_up_to_an_event(tmp_path, data):
+    folder, beginning = tmp_path / "ledger", Beginning(data.draw(st.integers(1, 3)), data.draw(st.integers(0, 2)))
+    shutil.rmtree(folder, ignore_errors=True)
+    ledger = Ledger(folder, beginning)
+    states = [seen(ledger)]
+    for _ in range(data.draw(st.integers(0, 30))):
+        move(ledger, *data.draw(st.sampled_from(moves(ledger))))
+        states.append(seen(ledger))
+    ledger.close()
+    last = sorted(folder.glob("*.jsonl"))[-1]
+    raw = last.read_bytes()
+    # The first line was put in place whole.
+    cut = data.draw(st.integers(raw.index(b"\n") + 1, len(raw)))
+    last.write_bytes(raw[:cut])
+    opened = Ledger(folder, beginning)
+    assert seen(opened) in states
+    if cut == len(raw):
+        assert seen(opened) == states[-1]
+    # It goes on, and what it adds is read again.
+    move(opened, *moves(opened)[0])
+    after = seen(opened)
+    opened.close()
+    assert seen(Ledger(folder, beginning)) == after
+
+
+def test_a_batch_is_taken_with_what_was_dropped_for_it(tmp_path):
+    ledger = Ledger(tmp_path, Beginning(2, 0))
+    for what, of in (("issue", 0), ("issue", 1), ("arrive", 1), ("drop", 1), ("issue", 2), ("arrive", 2), ("arrive", 0)):
+        move(ledger, what, of)
+    ledger.write(ledger.admission.next_batch())
+    ledger.close()
+    opened = Ledger(tmp_path, Beginning(2, 0))
+    record, found = opened.take(0)
+    assert (record.numbers, record.issued, record.dropped) == ((0, 2), (0, 1, 2), (1,))
+    assert found == {number: rollouts(number) for number in (0, 1, 2)}
+    assert not opened.rollouts
+
+
+def batches(ledger, count):
+    for _ in range(count):
+        while ledger.admission.has_room():
+            move(ledger, "issue", ledger.admission.next_number)
+        for number in list(ledger.admission.pending)[: ledger.admission.batch]:
+            move(ledger, "arrive", number)
+        ledger.write(ledger.admission.next_batch())
+
+
+def test_what_no_start_needs_is_forgotten_and_the_rest_goes_on(tmp_path):
+    ledger = Ledger(tmp_path, Beginning(2, 1))
+    batches(ledger, 6)
+    ledger.forget(4)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [f"000-{n:08d}.jsonl" for n in (3, 4, 5, 6)]
+    ledger.close()
+    opened = Ledger(tmp_path, Beginning(2, 1))
+    assert opened.admission == ledger.admission
+    assert opened.take(4)[1] and opened.take(5)[1]
+    batches(opened, 2)
+
+
+def test_a_rollback_begins_anew_after_all_that_was_asked(tmp_path):
+    ledger = Ledger(tmp_path, Beginning(2, 1))
+    batches(ledger, 3)
+    asked = ledger.admission.next_number
+    ledger.close()
+    again = Ledger(tmp_path, Beginning(2, 1, origin=1, version=1, next_number=4))
+    assert (again.admission.version, again.admission.next_number, again.admission.issued_at) == (1, asked, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["001-00000001.jsonl"]
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    ledger = Ledger(tmp_path, Beginning(2, 0))
+    batches(ledger, 2)
+    ledger.close()
+    first, second, _ = sorted(tmp_path.iterdir())
+    whole = second.read_bytes()
+    second.write_bytes(whole.replace(b'"arrived": [3]', b'"arrived": [9]'))
+    with pytest.raises(CheckpointError, match=r"000-00000001.jsonl:\d+: got an event that cannot follow"):
+        Ledger(tmp_path, Beginning(2, 0))
+    second.write_bytes(whole[:-20])
+    with pytest.raises(CheckpointError, match=r"part of a line"):
+        Ledger(tmp_path, Beginning(2, 0))
+    second.unlink()
+    with pytest.raises(CheckpointError, match=r"does not go on from the file before it"):
+        Ledger(tmp_path, Beginning(2, 0))
+    second.write_bytes(whole)
+    with pytest.raises(CheckpointError, match=r"num_prompts_per_step: 2"):
+        Ledger(tmp_path, Beginning(3, 0))
+    first.unlink()
+    assert Ledger(tmp_path, Beginning(2, 0)).admission.version == 2
+
+
+def test_staleness_is_said_of_each_token_in_batches():
+    assert staleness(rollouts(1, version=4), generation=3, steps_per_batch=2) == [1.0, 0.5]
