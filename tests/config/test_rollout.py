@@ -17,6 +17,8 @@ BASE = {"base_model": "m", "datasets": [{"path": "x.jsonl"}], "reward_funcs": ["
         ({"rollout": {"engine": "vllm"}, "importance_sampling_correction": "auto"}, "token_truncate"),
         ({"rollout": {"engine": "vllm"}, "importance_sampling_correction": "token_mask"}, "token_mask"),
         ({"importance_sampling_correction": "token_mask"}, "token_mask"),
+        ({"rollout": {"max_staleness": 1}}, "token_truncate"),
+        ({"rollout": {"max_staleness": 1}, "importance_sampling_correction": "off", "allow_uncorrected": True}, "off"),
         ({"rollout": {"engine": "vllm"}, "importance_sampling_correction": "off", "allow_uncorrected": True}, "off"),
     ],
 )
@@ -87,3 +89,44 @@ def test_a_server_on_another_host_is_refused_with_the_reason_and_the_way_round()
         ValueError, match=r"server on gpu7, .* pause it, change its weights .* ssh -L 8000:127.0.0.1:8000 gpu7"
     ):
         RolloutKeys(engine="vllm_server", url="http://gpu7:8000")
+
+
+def test_samples_of_older_weights_are_not_left_uncorrected_unasked():
+    with pytest.raises(
+        ValueError, match=r"off with rollout.max_staleness: 2, .* set allow_uncorrected: true beside it"
+    ):
+        GRPOKeys.model_validate(BASE | {"rollout": {"max_staleness": 2}, "importance_sampling_correction": "off"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exact": True}, r"exact: true with rollout.max_staleness: 1; .* set exact: false, or max_staleness: 0"),
+        (
+            {"engine": "sglang", "url": "http://127.0.0.1:1"},
+            r"engine: sglang with rollout.max_staleness: 1; .* vllm_server",
+        ),
+        (
+            {"engine": "vllm_server", "pause": "abort"},
+            r"pause: abort with rollout.max_staleness: 1; .* set pause: keep",
+        ),
+    ],
+)
+def test_what_cannot_be_made_ahead_is_refused_with_the_way_out(options, message):
+    with pytest.raises(ValueError, match=message):
+        RolloutKeys(max_staleness=1, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"engine": "vllm"},
+        {"engine": "vllm_server", "url": "http://127.0.0.1:1"},
+        {"engine": "sglang", "url": "http://127.0.0.1:1"},
+    ],
+)
+def test_several_replicas_are_servers_that_the_run_starts(options):
+    assert RolloutKeys(engine="vllm_server", replicas=2).replicas == 2
+    with pytest.raises(ValueError, match=r"rollout.replicas does nothing with"):
+        RolloutKeys(replicas=2, **options)

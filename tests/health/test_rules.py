@@ -222,3 +222,25 @@ def test_another_severity_brings_its_action(severity, action):
 def test_the_action_of_a_row_stays_with_its_own_severity():
     (rule,) = [r for r in rules_for("grpo", {"all_wrong": {"severity": "soft"}}) if r.name == "all_wrong"]
     assert rule.action == "resample"
+
+
+AHEAD = {"time__rollout_s": 0.0, "time__train_s": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "engine", "needed"),
+    [(0.6, 0.0, "need 2.5 times the engines"), (0.0, 0.8, "need 0.2 times the engines")],
+)
+def test_starvation_says_which_side_to_give_more_and_how_much(trainer, engine, needed):
+    reports = series(20, time__trainer_idle=trainer, time__engine_idle=engine, **AHEAD)
+    found = [f for f in _findings("grpo", reports) if f.rule == "rollout_starvation"]
+    assert found and needed in found[0].message
+    assert f"the trainer waits {trainer:.0%} of the time and the engine {engine:.0%}" in found[0].message
+    quiet = series(20, time__trainer_idle=0.4, time__engine_idle=0.4, **AHEAD)
+    assert not [f for f in _findings("grpo", quiet) if f.rule == "rollout_starvation"]
+
+
+def test_samples_of_older_weights_are_no_mismatch_of_the_sampler():
+    far = {"sampling__sampling_logp_difference__mean": 0.2}
+    assert [f.rule for f in _findings("grpo", series(20, **far))] == ["sampler_mismatch"]
+    assert not _findings("grpo", series(20, sampling__staleness__mean=0.9, **far))

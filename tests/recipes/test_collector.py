@@ -11,6 +11,7 @@ from posttrain.distributed.ranks import SingleProcess
 from posttrain.health.controls import Controls
 from posttrain.models.load import freeze_reference, load_policy, load_tokenizer
 from posttrain.models.text import decoder
+from posttrain.recipes.alternating import Alternating
 from posttrain.recipes.collector import Collector
 from posttrain.recipes.engines import EngineSource, make_engine
 from posttrain.recipes.prompts import PromptStream
@@ -44,7 +45,7 @@ def collector(runner, model_dir, data_dir):
         engine = make_engine(EngineSource(keys, policy))
         stream = PromptStream(load_prompts(keys, tokenizer), keys.seed, {})
         scorers = (Scores(policy, keys.temperature, 4, ranks) for Scores in (PolicyScorer, ReferenceScorer))
-        return Collector(keys, engine, decoder(tokenizer), score, stream, *scorers, ranks)
+        return Collector(keys, Alternating(keys, engine, decoder(tokenizer), score, stream, ranks), *scorers, ranks)
 
     return make
 
@@ -111,7 +112,7 @@ def test_a_batch_whose_completions_are_all_right_counts_as_mastered(collector):
 def test_a_mastered_batch_is_known_by_the_best_of_the_run_after_a_resume(collector):
     """An own reward: the second batch is all at 3, the best of the first."""
     made = collector(lambda call, item: 3.0 if call else float(item % 4))
-    made._keys = made._keys.model_copy(update={"reward_funcs": ["own.py:fn"]})
+    made._keys = made._sampling._keys = made._keys.model_copy(update={"reward_funcs": ["own.py:fn"]})
     first = made.collect(0, None, Controls()).experience
     assert first.reward_bounds == ((0.0, 3.0),)
     resumed = Experience.of(json.loads(json.dumps(first.header())), to_arrays(first.groups))

@@ -68,7 +68,15 @@ def test_a_crash_at_any_byte_leaves_the_record_up_to_an_event(tmp_path, data):
 
 def test_a_batch_is_taken_with_what_was_dropped_for_it(tmp_path):
     ledger = Ledger(tmp_path, Beginning(2, 0))
-    for what, of in (("issue", 0), ("issue", 1), ("arrive", 1), ("drop", 1), ("issue", 2), ("arrive", 2), ("arrive", 0)):
+    for what, of in (
+        ("issue", 0),
+        ("issue", 1),
+        ("arrive", 1),
+        ("drop", 1),
+        ("issue", 2),
+        ("arrive", 2),
+        ("arrive", 0),
+    ):
         move(ledger, what, of)
     ledger.write(ledger.admission.next_batch())
     ledger.close()

@@ -71,7 +71,7 @@ def make_vllm_server(vllm_server_engine, shared_policy):
     """`make_vllm_server(stops)`: that engine with these stop tokens, and with the weights that it was started with."""
 
     def make(stops):
-        engine = copy.copy(vllm_server_engine._engine)
+        engine = copy.copy(vllm_server_engine._replicas[0].engine)
         engine._served = replace(engine._served, stop_token_ids=tuple(stops))
         return engine
 

@@ -122,7 +122,7 @@ class GRPOKeys(RLKeys):
     dynamic_sampling: bool = knob(False, "Replace groups whose rewards are all equal by freshly sampled ones (DAPO).")
     dynamic_sampling_max_rounds: int = knob(4, "Refill rounds before the step goes on with fewer groups.", ge=1)
     soft_overlong_cache: int = knob(0, "Length in tokens of DAPO's soft overlong penalty before max_completion_length; 0 is off.", ge=0)
-    importance_sampling_correction: Literal["auto", "off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = knob("auto", "Correction between sampler and trainer log-probs; `auto` is off for the embedded engine, which needs none, and token_truncate for any other.", also="vllm_importance_sampling_mode (TRL)")
+    importance_sampling_correction: Literal["auto", "off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = knob("auto", "Correction between sampler and trainer log-probs; `auto` is off for the embedded engine with max_staleness 0, which needs none, and token_truncate for any other.", also="vllm_importance_sampling_mode (TRL)")
     allow_uncorrected: bool = knob(False, "Let importance_sampling_correction be off with an engine whose log-probs are not the trainer's.")
     importance_sampling_cap: float = knob(3.0, "Upper bound of the weights of importance_sampling_correction.", gt=1, also="vllm_importance_sampling_cap (TRL), vllm_importance_sampling_clip_max (TRL)")
 
@@ -130,16 +130,18 @@ class GRPOKeys(RLKeys):
     @classmethod
     def _correction_is_chosen(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("importance_sampling_correction", "auto") == "auto":
-            chosen = "token_truncate" if _samples_with(values.get("rollout")) != "embedded" else "off"
+            chosen = "off" if _samples_as_the_trainer_scores(values.get("rollout")) else "token_truncate"
             return {**values, "importance_sampling_correction": chosen}
         return values
 
     @model_validator(mode="after")
     def _correction_is_wanted(self) -> GRPOKeys:
-        uncorrected = self.rollout.engine != "embedded" and self.importance_sampling_correction == "off"
-        if uncorrected and not self.allow_uncorrected:
+        off = self.importance_sampling_correction == "off" and not self.allow_uncorrected
+        if off and not _samples_as_the_trainer_scores(self.rollout):
+            stale = f"rollout.max_staleness: {self.rollout.max_staleness}"
+            beside = stale if self.rollout.max_staleness else f"rollout.engine: {self.rollout.engine}"
             raise ValueError(
-                f"importance_sampling_correction: off with rollout.engine: {self.rollout.engine}, whose log-probs are not the "
+                f"importance_sampling_correction: off with {beside}, whose log-probs are not the "
                 "trainer's; leave it at auto (token_truncate), or set allow_uncorrected: true beside it"
             )
         return self
@@ -164,8 +166,9 @@ class GRPOKeys(RLKeys):
         return self
 
 
-def _samples_with(rollout: Any) -> str:
-    """The engine that keys name which are not validated yet."""
+def _samples_as_the_trainer_scores(rollout: Any) -> bool:
+    """Whether the sampler's log-probs are the trainer's, by keys that may not be validated yet."""
     if isinstance(rollout, RolloutKeys):
-        return rollout.engine
-    return str(rollout.get("engine", "embedded")) if isinstance(rollout, dict) else "embedded"
+        return rollout.engine == "embedded" and not rollout.max_staleness
+    given = rollout if isinstance(rollout, dict) else {}
+    return given.get("engine", "embedded") == "embedded" and not given.get("max_staleness", 0)

@@ -18,6 +18,7 @@ TRANSFERS_OF = {
 """The ways in which each engine can take weights, the best first."""
 _STARTED_VLLM = ("dtype", "max_model_len", "memory_gib", "tensor_parallel_size", "enforce_eager")
 _SERVER = ("timeout_s", "start_timeout_s", "max_restarts", "pause")
+_OWN_SERVER = ("replicas",)
 _GIVEN = ("token_env", "token_file")
 
 # fmt: off
@@ -36,6 +37,8 @@ class RolloutKeys(Keys):
     enforce_eager: bool = knob(False, "Let vLLM compile nothing; on a CPU it never does.")
     transfer: Literal["auto", "shared", "copy", "file", "delta", "broadcast"] = knob("auto", "How weights get to the engine; `auto` is the first that it can: `embedded` decodes with those in training (`shared`), `vllm` takes a `copy` or a `file`, `vllm_server` and `sglang` a `file`; vLLM takes a file of what changed too (`delta`), and a server of it that the run starts a `broadcast`, without files.")
     delta_anchor: int = knob(20, "With `transfer: delta`, every so many pushes the whole model is sent.", ge=1)
+    replicas: int = knob(1, "Servers of vLLM that the run starts; groups are dealt to them, and what one that died had not answered is asked of the others.", ge=1, also="num_engines, vllm_num_engines (OpenRLHF)", example=2)
+    max_staleness: int = knob(0, "Generation batches that the weights a completion began with may be older than those it is trained on with; 0 takes turns, above it groups are made ahead while the trainer trains.", ge=0, also="max_head_offpolicyness (AReaL), max_off_policy_steps (prime-rl)", example=1)
     url: str | None = knob(None, "A server that runs already, on this machine, for `vllm_server` or `sglang`; null starts one of vLLM that ends with the run.", also="vllm_server_base_url (TRL)", example="http://127.0.0.1:8000")
     token_env: str = knob("VLLM_API_KEY", "Environment variable that holds the API key of the server at `url`.")
     token_file: str | None = knob(None, "File that holds it; goes before the variable.", example="~/.config/vllm.key")
@@ -71,10 +74,10 @@ class RolloutKeys(Keys):
     @model_validator(mode="after")
     def _reads_every_key(self) -> RolloutKeys:
         unread = {
-            "rollout.engine: embedded": (*_STARTED_VLLM, "url", *_SERVER, *_GIVEN) if self.engine == "embedded" else (),
-            "rollout.engine: vllm": ("url", *_SERVER, *_GIVEN) if self.engine == "vllm" else (),
-            "rollout.engine: sglang": ("pause",) if self.engine == "sglang" else (),
-            "rollout.url": _STARTED_VLLM if self.url else (),
+            "rollout.engine: embedded": (*_STARTED_VLLM, "url", *_SERVER, *_OWN_SERVER, *_GIVEN) if self.engine == "embedded" else (),
+            "rollout.engine: vllm": ("url", *_SERVER, *_OWN_SERVER, *_GIVEN) if self.engine == "vllm" else (),
+            "rollout.engine: sglang": ("pause", *_OWN_SERVER) if self.engine == "sglang" else (),
+            "rollout.url": (*_STARTED_VLLM, *_OWN_SERVER) if self.url else (),
             f"rollout.transfer: {self.way}": () if self.way == "delta" else ("delta_anchor",),
             "no rollout.url": () if self.url else _GIVEN,
         }
@@ -88,6 +91,19 @@ class RolloutKeys(Keys):
     def _names_its_server(self) -> RolloutKeys:
         if self.engine == "sglang" and not self.url:
             raise ValueError("rollout.engine: sglang without rollout.url; start SGLang yourself and set url: http://127.0.0.1:30000")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_ahead(self) -> RolloutKeys:
+        if not self.max_staleness:
+            return self
+        ahead = f"rollout.max_staleness: {self.max_staleness}"
+        if self.exact:
+            raise ValueError(f"rollout.exact: true with {ahead}; log-probs under older weights are not the trainer's; set exact: false, or max_staleness: 0")
+        if self.engine == "sglang":
+            raise ValueError(f"rollout.engine: sglang with {ahead}; it does not say which weights each token was sampled from; set engine: vllm_server, or max_staleness: 0")
+        if self.pause == "abort":
+            raise ValueError(f"rollout.pause: abort with {ahead}; completions that an update ends early are not trained on; set pause: keep, or wait")
         return self
 
     @model_validator(mode="after")

@@ -22,6 +22,9 @@ DEV_SCORE = "eval_score"
 RATIO_MAX = "importance_ratio/max"
 ROLLOUT_S = "time/rollout_s"
 TRAIN_S = "time/train_s"
+TRAINER_IDLE = "time/trainer_idle"
+ENGINE_IDLE = "time/engine_idle"
+STALENESS = "sampling/staleness/mean"
 FALSE_PASSES = "reward_check/false_pass_rate"
 CANARY_PAID = "reward_check/canary_paid_rate"
 CANARY_REWARD = "reward_check/canary_reward"
@@ -166,6 +169,9 @@ def clip_fraction(history: History, *, steps: float, limit: float) -> Evidence |
 
 
 def sampler_mismatch(history: History, *, steps: float, limit: float) -> Evidence | None:
+    """Of samples of older weights the difference is the policy's own way since; the canary looks at the transfer then."""
+    if any(staleness > 0 for staleness in values(history.recent[-int(steps) :], STALENESS)):
+        return None
     return above(history, _MISMATCH, steps, limit)
 
 
@@ -221,10 +227,17 @@ def truncation_spiral(history: History, *, steps: float, limit: float, rise: flo
     return {_TRUNCATED: now, "start": start} if not history.is_young and now > limit and now > start + rise else None
 
 
-def rollout_starvation(history: History, *, steps: float, limit: float) -> Evidence | None:
-    rollout, train = history.now(ROLLOUT_S, int(steps)), history.now(TRAIN_S, int(steps))
-    idle = rollout / (rollout + train) if rollout + train > 0 else math.nan
-    return {"trainer_idle": idle, ROLLOUT_S: rollout, TRAIN_S: train} if idle > limit else None
+def rollout_starvation(history: History, *, steps: float, limit: float, ahead: float) -> Evidence | None:
+    """One side waits for the other. Taking turns the trainer waits for all that is sampled; ahead either may wait, beyond `ahead`."""
+    trainer, engine = history.now(TRAINER_IDLE, int(steps)), history.now(ENGINE_IDLE, int(steps))
+    if math.isnan(trainer) or math.isnan(engine):
+        rollout, train = history.now(ROLLOUT_S, int(steps)), history.now(TRAIN_S, int(steps))
+        trainer = rollout / (rollout + train) if rollout + train > 0 else math.nan
+        engine, starves = 1.0 - trainer, trainer > limit
+    else:
+        starves = max(trainer, engine) > ahead
+    needed = (1.0 - engine) / max(1.0 - trainer, 1e-6)
+    return {"trainer_idle": trainer, "engine_idle": engine, "engines_needed": needed} if starves else None
 
 
 def live_false_passes(history: History, *, limit: float) -> Evidence | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,15 +17,12 @@ from posttrain.objectives.advantages import AdvantageSpec, as_rewards, compute_a
 from posttrain.objectives.policy import advantage_estimator_of
 from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import spec_from
-from posttrain.protocols import Engine, Ranks, Scorer
-from posttrain.recipes.engines import sampling_params
-from posttrain.recipes.prompts import PromptStream
-from posttrain.recipes.reward_range import judging_weights, shares, stated_bounds, widened
+from posttrain.protocols import Ranks, Scorer
+from posttrain.recipes.sampled import Sampled, group_indices, reward_parts
 from posttrain.recipes.steering import steered
 from posttrain.rewards.resolve import reward_names
-from posttrain.rollout.collect import ScoreRewards, sample_groups, score_groups
-from posttrain.rollout.experience import Bounds, Experience, Group
-from posttrain.types import Decode, Rollout, RolloutGroup, Sample
+from posttrain.rollout.experience import Experience, Group
+from posttrain.types import Rollout, RolloutGroup, Sample
 
 
 def teaches(group: Group, spec: PolicySpec, keys: GRPOKeys) -> bool:
@@ -55,33 +53,22 @@ class _Made:
     kl: list[float]
 
 
-@dataclass(slots=True)
-class _Sampled:
-    """The rounds of one generation batch: this rank's groups by the numbers of their prompts, and what holds for all ranks."""
+class Sampling(Protocol):
+    """Gives the scored groups of one generation batch after the other."""
 
-    reward_bounds: Bounds
-    kept: list[tuple[int, RolloutGroup]] = field(default_factory=list[tuple[int, RolloutGroup]])
-    let_go: list[tuple[int, RolloutGroup]] = field(default_factory=list[tuple[int, RolloutGroup]])
-    shares: dict[str, float] = field(default_factory=dict[str, float])
-    issued: list[int] = field(default_factory=list[int])
-    passed_over: list[int] = field(default_factory=list[int])
-    rounds: int = 0
-    next_prompt: int = 0
+    def sampled(self, generation: int, previous: Experience | None, controls: Controls) -> Sampled: ...
 
-    @property
-    def of_this_rank(self) -> list[tuple[int, RolloutGroup]]:
-        return self.kept + self.let_go
+    def close(self) -> None: ...
 
 
 class Collector:
-    """Makes experience: samples, scores, computes advantages over all ranks. `reference` is asked only where beta is used."""
+    """Makes experience of what `sampling` gives it: scores, computes advantages over all ranks. `reference` is asked only where beta is used."""
 
     def __init__(
-        self, keys: GRPOKeys, engine: Engine, decode: Decode, score: ScoreRewards, prompts: PromptStream,
-        trainer: Scorer, reference: Scorer, ranks: Ranks,
+        self, keys: GRPOKeys, sampling: Sampling, trainer: Scorer, reference: Scorer, ranks: Ranks
     ) -> None:  # fmt: skip
-        self._keys, self._engine, self._decode, self._score = keys, engine, decode, score
-        self._prompts, self._trainer, self._reference, self._ranks = prompts, trainer, reference, ranks
+        self._keys, self._sampling = keys, sampling
+        self._trainer, self._reference, self._ranks = trainer, reference, ranks
         self._controls = Controls()
         self._weights = list(keys.reward_weights or [1.0] * len(keys.reward_funcs))
         self._names = reward_names(keys.reward_funcs)
@@ -90,21 +77,25 @@ class Collector:
         """Generation batch number `generation`, from where the run's endless shuffled prompts were left by the `previous` one."""
         started = time.monotonic()
         self._controls = controls
-        sampled = self._sampled(generation, previous)
+        sampled = self._sampling.sampled(generation, previous, controls)
         # In the order of one process: how groups are split over the steps of a batch must not depend on the ranks.
         made = sorted(
             (one for rank in self._ranks.gather(self._made(sampled.kept)) for one in rank),
             key=lambda one: one.number,
         )
         rewards_BK = as_rewards([row for one in made for row in one.rewards])
-        group_B = torch.arange(len(rewards_BK)) // self._num_generations
+        group_B = group_indices([len(one.rewards) for one in made])
         advantages = compute_advantages(rewards_BK, group_B, self._advantage_spec(rewards_BK.shape[1]))
         groups = _with_advantages(made, advantages.advantage_B.tolist())
         # Every prompt group is issued once and either trained on or let go; counted along the surviving weights.
         objective = steered(spec_from(PolicySpec, self._keys), controls)
         trained = [one.number for one, group in zip(made, groups, strict=True) if teaches(group, objective, self._keys)]
         ledger = {"issued": sampled.issued, "trained": trained, "passed_over": sampled.passed_over}
-        metrics = _metrics(made, self._names, rewards_BK, advantages.reward_B, advantages.zero_std_P) | sampled.shares
+        metrics = (
+            _metrics(made, self._names, rewards_BK, advantages.reward_B, advantages.zero_std_P)
+            | sampled.shares
+            | sampled.metrics
+        )
         if self._keys.dynamic_sampling:
             metrics["sampling/rounds"] = float(sampled.rounds)
         if controls.resample:
@@ -119,66 +110,6 @@ class Collector:
         weights = self._weights + [1.0] * (num_columns - len(self._weights))
         estimator = advantage_estimator_of(self._keys.loss_type, spec.advantage_estimator)
         return replace(spec, reward_weights=weights, advantage_estimator=estimator)
-
-    # --- sampling ----------------------------------------------------------------------------------------------
-
-    def _sampled(self, generation: int, previous: Experience | None) -> _Sampled:
-        """This rank's groups. With dynamic sampling, groups without a difference in reward are replaced by new prompts."""
-        keys, wanted = self._keys, self._keys.num_prompts_per_step
-        # After a rollback the prompts of the abandoned steps are passed over.
-        shift = math.ceil(self._controls.skipped / (keys.steps_per_generation * keys.num_iterations)) * wanted
-        cursor, total = (previous.next_prompt if previous else 0) + shift, 0
-        bounds = previous.reward_bounds if previous else stated_bounds(keys.reward_funcs)
-        # Prompts that are mastered are not asked for round after round: once a whole batch of them was, one round must do.
-        mastered = previous is not None and previous.metrics["frac_reward_all_right"] == 1.0
-        sampled = _Sampled(reward_bounds=bounds)
-        while True:
-            numbers, following = self._prompts.next(cursor, wanted - total, resample=self._controls.resample)
-            sampled.issued += numbers
-            sampled.passed_over += [number for number in range(cursor, following) if number not in set(numbers)]
-            cursor = following
-            mine = self._ranks.share(numbers)
-            for pair in zip(mine, self._rollout(generation, mine), strict=True):
-                keep = not keys.dynamic_sampling or _has_spread(pair[1])
-                (sampled.kept if keep else sampled.let_go).append(pair)
-            sampled.rounds += 1
-            self._judge(sampled, bounds)
-            total = sum(self._ranks.gather(len(sampled.kept)))
-            done = total >= wanted or sampled.rounds >= keys.dynamic_sampling_max_rounds or not keys.dynamic_sampling
-            if done or (mastered and sampled.shares["frac_reward_all_right"] == 1.0):
-                break
-        seen = [note for pair in sampled.of_this_rank if (note := self._prompts.note(*pair)) is not None]
-        self._prompts.learn([note for rank in self._ranks.gather(seen) for note in rank])
-        if total == 0:
-            # Nothing to learn from: go on with what there is, the first of all ranks, which the zero-spread metrics then show.
-            mine = [number for number, _ in sampled.let_go]
-            first = sorted(number for rank in self._ranks.gather(mine) for number in rank)[:wanted]
-            sampled.kept = [pair for pair in sampled.let_go if pair[0] in first]
-        sampled.next_prompt = cursor - shift
-        return sampled
-
-    def _judge(self, sampled: _Sampled, bounds: Bounds) -> None:
-        """What the rewards say of all that was sampled, on all ranks, whether it is kept or not."""
-        mine = [_parts(rollout) for _, group in sampled.of_this_rank for rollout in group.rollouts]
-        rewards_BK = as_rewards([row for rows in self._ranks.gather(mine) for row in rows])
-        sampled.reward_bounds = widened(bounds, rewards_BK)
-        group_B = torch.arange(len(rewards_BK)) // self._num_generations
-        weights = judging_weights(self._keys.reward_funcs, self._weights)
-        sampled.shares = shares(rewards_BK, group_B, sampled.reward_bounds, weights)
-
-    def _rollout(self, generation: int, numbers: Sequence[int]) -> list[RolloutGroup]:
-        rows = [self._prompts(number) for number in numbers]
-        if not rows:
-            return []
-        completions = sample_groups(
-            self._engine, rows, self._num_generations, sampling_params(self._keys),
-            (self._controls.seed(self._keys.seed), generation), numbers,
-        )  # fmt: skip
-        return score_groups(rows, completions, self._decode, self._score)
-
-    @property
-    def _num_generations(self) -> int:
-        return self._keys.num_generations * self._controls.group_scale
 
     # --- samples and rewards -----------------------------------------------------------------------------------
 
@@ -201,7 +132,7 @@ class Collector:
         self, number: int, group: RolloutGroup, samples: Group,
         scored: Sequence[tuple[np.ndarray | None, np.ndarray | None]],
     ) -> _Made:  # fmt: skip
-        keys, rows = self._keys, [_parts(rollout) for rollout in group.rollouts]
+        keys, rows = self._keys, [reward_parts(rollout) for rollout in group.rollouts]
         lengths = [len(rollout.completion.ids) for rollout in group.rollouts]
         truncated = [rollout.completion.finish == "length" for rollout in group.rollouts]
         if keys.soft_overlong_cache:
@@ -287,18 +218,7 @@ def _std(values: torch.Tensor) -> float:
     return math.nan if not values.numel() else float(values.std()) if values.numel() > 1 else 0.0
 
 
-def _parts(rollout: Rollout) -> list[float | None]:
-    """Reward per function; a completion that could not be scored counts in none of them."""
-    parts = list(rollout.reward.parts.values())
-    return [None] * len(parts) if rollout.status == "unscored" else parts
-
-
 def _append(rows: list[list[float | None]], values: Sequence[float]) -> None:
     """A column of shaping. A completion that could not be scored has none: shaping alone would make it count as scored."""
     for row, value in zip(rows, values, strict=True):
         row.append(None if all(part is None for part in row) else value)
-
-
-def _has_spread(group: RolloutGroup) -> bool:
-    totals = {round(rollout.reward.total, 9) for rollout in group.rollouts if rollout.reward.total is not None}
-    return len(totals) > 1

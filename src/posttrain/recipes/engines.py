@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,13 +23,14 @@ from posttrain.models.text import decoder
 from posttrain.protocols import Engine, Weights
 from posttrain.rollout.canary import check_arrival
 from posttrain.rollout.embedded import EmbeddedEngine, score_sequences
-from posttrain.rollout.restart import RestartedEngine
+from posttrain.rollout.replicas import Replicas
+from posttrain.rollout.serial import SerialEngine
 from posttrain.rollout.sglang import SGLangOptions, given_sglang, sglang_version
 from posttrain.rollout.vllm.adapter import served_rank
 from posttrain.rollout.vllm.connect import ServerOptions, given_server, server_version, start_server, token_of
 from posttrain.rollout.vllm.engine import VLLMEngine
 from posttrain.rollout.vllm.options import VLLMOptions, require_vllm
-from posttrain.types import SamplingParams
+from posttrain.types import Decode, SamplingParams
 
 _ROWS = 64
 """Completions decoded at once where nobody says how many."""
@@ -54,36 +55,50 @@ class _Ask:
 
 
 def _embedded(ask: _Ask) -> Engine:
-    """On the policy's own weights; where those are sharded, on a whole copy of them."""
+    """On the policy's own weights; on a whole copy of them where those are sharded, or move while it samples."""
     model, policy = ask.source.model, ask.source.policy
-    shares = policy is None or not policy.sharded
+    shares = policy is None or not (policy.sharded or ask.keys.max_staleness)
     if policy is None:
         policy = load_policy(model, trainable=False)
-    elif policy.sharded:
-        policy = load_policy(model, tokenizer=policy.tokenizer)
+    elif not shares:
+        policy = load_policy(model, tokenizer=policy.tokenizer).without_dropout()
     stops = stop_token_ids(policy.base, policy.tokenizer)
-    return EmbeddedEngine(policy, stop_token_ids=stops, batch_size=ask.rows, shares_weights=shares)
+    return _in_turn(ask, EmbeddedEngine(policy, stop_token_ids=stops, batch_size=ask.rows, shares_weights=shares))
 
 
 def _vllm(ask: _Ask) -> Engine:
     """In this process, from the folder that the policy was made from; an update brings it what was trained since."""
     tokenizer = _tokenizer(ask)
-    return VLLMEngine(
+    engine = VLLMEngine(
         _vllm_options(ask, tokenizer), decoder(tokenizer, special=True), ask.keys.way, ask.keys.delta_anchor
     )
+    return _in_turn(ask, engine)
+
+
+def _in_turn(ask: _Ask, engine: Engine) -> Engine:
+    """Where groups are made ahead, threads sample from it."""
+    return SerialEngine(engine) if ask.keys.max_staleness else engine
 
 
 def _vllm_server(ask: _Ask) -> Engine:
-    """On a server that the run starts and owns, or on a given one; either comes back with the weights that it had."""
+    """On servers that the run starts and owns, or on a given one; each comes back with the weights that it had."""
     keys, tokenizer = ask.keys, _tokenizer(ask)
     options, decode = _vllm_options(ask, tokenizer), decoder(tokenizer, special=True)
-    log = ask.folder and ask.folder / "vllm_server.log"
-    how = ServerOptions(keys.timeout_s, keys.start_timeout_s, keys.way, keys.delta_anchor, keys.pause, log)
+    how = ServerOptions(keys.timeout_s, keys.start_timeout_s, keys.way, keys.delta_anchor, keys.pause)
     if keys.url is None:
         require_vllm()
-        return _restarted(ask, partial(start_server, options, how, decode), ask.source.policy)
+        starts = [_own_server(ask, number, options, how, decode) for number in range(keys.replicas)]
+        return _restarted(ask, starts, ask.source.policy)
     start = partial(given_server, keys.url, token_of(keys.token_env, keys.token_file), options, how, decode)
     return _given(ask, start)
+
+
+def _own_server(
+    ask: _Ask, number: int, options: VLLMOptions, how: ServerOptions, decode: Decode
+) -> Callable[[], Engine]:
+    """What starts replica `number`: here a child of a supervisor on this machine."""
+    name = "vllm_server.log" if ask.keys.replicas == 1 else f"vllm_server-{number}.log"
+    return partial(start_server, options, replace(how, log=ask.folder and ask.folder / name), decode)
 
 
 def _sglang(ask: _Ask) -> Engine:
@@ -103,11 +118,11 @@ def _sglang(ask: _Ask) -> Engine:
 
 def _given(ask: _Ask, start: Callable[[], Engine]) -> Engine:
     """What the server has is not known to be the model that is asked for."""
-    return _restarted(ask, start, ask.source.policy or load_policy(ask.source.model, trainable=False))
+    return _restarted(ask, [start], ask.source.policy or load_policy(ask.source.model, trainable=False))
 
 
-def _restarted(ask: _Ask, start: Callable[[], Engine], policy: Policy | None) -> Engine:
-    engine = RestartedEngine(start, _check_again, ask.keys.max_restarts)
+def _restarted(ask: _Ask, starts: Sequence[Callable[[], Engine]], policy: Policy | None) -> Engine:
+    engine = Replicas(starts, _check_again, ask.keys.max_restarts)
     if policy is not None and ask.source.policy is None:
         with _closed_on_error(engine):
             sync_engine(engine, policy, version=0)

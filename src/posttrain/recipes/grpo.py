@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 
@@ -40,6 +41,7 @@ from posttrain.recipes.ptx import PtxRows, ptx_loss, ptx_micro_batches, ptx_norm
 from posttrain.recipes.replay import ReplayedRewards
 from posttrain.recipes.run_folder import StageResult
 from posttrain.recipes.scorers import PolicyScorer, ReferenceScorer
+from posttrain.recipes.source import ExperienceSource, make_sampling, require_one_process
 from posttrain.recipes.stage import Stage
 from posttrain.recipes.steering import steered
 from posttrain.recipes.train_state import TrainState
@@ -56,6 +58,7 @@ EMPTY_STEP = "empty_step"
 def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     """Train `keys.base_model` on the prompts in `keys.datasets`; the result is in `stage.folder`."""
     ranks, spec = stage.ranks, spec_from(PolicySpec, keys)
+    require_one_process(keys, ranks)
     tokenizer = load_tokenizer(keys)
     data, held_out = load_with_held_out(load_prompts, keys, tokenizer)
     ptx = PtxRows(load_sft(keys, tokenizer, sources=keys.ptx_datasets), keys) if keys.ptx_datasets else None
@@ -69,35 +72,28 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     suite = SuiteScore.of(policy, keys, engine)
     optimizer = make_optimizer(policy, keys)
 
-    steps_per_batch = keys.steps_per_generation * keys.num_iterations
+    # Of samples of older weights that nobody scored again only the sampler's log-probs are known.
+    is_uncorrected = keys.rollout.max_staleness > 0 and keys.importance_sampling_correction == "off"
     total_steps = _total_steps(keys, len(data))
     state = stage.resume(policy, optimizer, total_steps)
 
-    with RewardPool(
-        keys.reward_funcs, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s
-    ) as rewards:
+    with ExitStack() as open_parts:
+        rewards = open_parts.enter_context(RewardPool(
+            keys.reward_funcs, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s
+        ))  # fmt: skip
         score = ReplayedRewards(stage, partial(rewards.score, max_unscored=MAX_UNSCORED), state)
-        prompt_stream = PromptStream(data, keys.seed, state.solved)
+        prompts = PromptStream(data, keys.seed, state.solved)
+        sampling = open_parts.enter_context(
+            closing(make_sampling(keys, stage, state, engine, decode, rewards, score, prompts))
+        )
         how = (keys.temperature, keys.per_device_train_batch_size, ranks)
-        trainer, reference = PolicyScorer(policy, *how), ReferenceScorer(policy, *how)
-        collector = Collector(keys, engine, decode, score, prompt_stream, trainer, reference, ranks)
-        live = LiveChecks(keys, stage, rewards, engine, tokenizer, data)
+        collector = Collector(keys, sampling, PolicyScorer(policy, *how), ReferenceScorer(policy, *how), ranks)
+        watch = partial(_watch, stage, LiveChecks(keys, stage, rewards, engine, tokenizer, data))
+        source = ExperienceSource(keys, stage, state, engine, collector, watch, total_steps)
         validation = Validation(stage, state, partial(_validate, engine, decode, score, held_out, keys, state), suite)
 
-        for step in range(state.step, total_steps):
-            stage.begin_step(step)
-            generation, position = divmod(step, steps_per_batch)
-            experience, rollout_s = state.experience, 0.0
-            if experience is None or experience.generation != generation:
-                synced = sync_engine(engine, policy, version=step)
-                collected = collector.collect(generation, experience, stage.guard.controls)
-                experience, rollout_s = collected.experience, collected.wall_s
-                state.experience = experience
-                stage.run.event("rollouts", step + 1, {"generation": generation, "prompts": dict(collected.ledger)})
-                experience.metrics.update(synced | live.if_due(step, collected.groups))
-                _show_sample(collected, stage, step + 1)
+        for step, experience, position, rollout_s in source:
             fresh = position == 0
-
             groups = experience.part(position % keys.steps_per_generation, keys.steps_per_generation)
             norm, objective = _normalizer(groups, keys), steered(spec, stage.guard.controls)
             metrics = StepMetrics()
@@ -106,7 +102,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
             policy.model.train()
             for micro in micros:
                 # The first step of a batch is on-policy: the ratio is 1 by definition, not by subtraction.
-                terms = loss(policy, micro.rows, objective, norm, keys, on_policy=fresh)
+                terms = loss(policy, micro.rows, objective, norm, keys, on_policy=fresh and not is_uncorrected)
                 micro.backward(terms.loss)
                 if not micro.idle:
                     metrics.add(terms.metrics)
@@ -245,11 +241,15 @@ def _validate(
     return {"eval_reward": sum(scored) / len(scored)}
 
 
-def _show_sample(collected: Collected, stage: Stage, step: int) -> None:
+def _watch(stage: Stage, live: LiveChecks, step: int, collected: Collected) -> dict[str, float]:
+    """Show a sample of a batch; what checks of its rewards say."""
+    values = live.if_due(step, collected.groups)
     if collected.groups:
         group = collected.groups[0]
         rollout = group.rollouts[0]
         prompt = (
             group.prompt.prompt if isinstance(group.prompt.prompt, str) else str(group.prompt.prompt[-1]["content"])
         )
-        stage.run.event("sample", step, {"prompt": prompt, "completion": rollout.text, "reward": rollout.reward.total})
+        details = {"prompt": prompt, "completion": rollout.text, "reward": rollout.reward.total}
+        stage.run.event("sample", step + 1, details)
+    return values

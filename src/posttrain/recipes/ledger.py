@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.checkpoint.store import disk_errors
+from posttrain.checkpoint.store import disk_errors, sweep
 from posttrain.errors import CheckpointError
 from posttrain.files import fsync_dir, write_atomic
-from posttrain.rollout.admission import Admission, Arrived, Batched, BatchRecord, Dropped, Event, Issued
+from posttrain.rollout.admission import Admission, AdmissionEvent, Arrived, Batched, BatchRecord, Dropped, Issued
 from posttrain.types import Completion, RewardBreakdown, Rollout
 
 FOLDER = "rollouts"
@@ -49,19 +49,18 @@ class Ledger:
 
     def __init__(self, folder: Path, beginning: Beginning) -> None:
         self._folder, self._origin = folder, beginning.origin
-        self.admission = Admission(
-            beginning.batch, beginning.staleness, beginning.version, beginning.next_number
-        )
+        self.admission = Admission(beginning.batch, beginning.staleness, beginning.version, beginning.next_number)
         self.rollouts: dict[int, Rollouts] = {}
         self.batches: dict[int, BatchRecord] = {}
         self._file: int | None = None
         folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
         self._discard_other_origins()
         for path in (paths := self._paths()):
             self._read(path, is_first=path == paths[0], is_last=path == paths[-1])
         self._open()
 
-    def write(self, event: Event, rollouts: Rollouts = ()) -> None:
+    def write(self, event: AdmissionEvent, rollouts: Rollouts = ()) -> None:
         """Note an event with what arrived. Of a batch, all up to it is durable before this returns."""
         self._append(event, rollouts)
         self._move(event, rollouts)
@@ -118,9 +117,11 @@ class Ledger:
                 event = Batched(values[0], tuple(values[1])) if kind is Batched else kind(*values)
                 self._move(event, tuple(_rollout(one) for _, given in rest for one in given))
             except (KeyError, TypeError, ValueError, AssertionError) as error:
-                raise CheckpointError(f"{path}:{number}: got an event that cannot follow ({error}); {_GO_ON}") from error
+                raise CheckpointError(
+                    f"{path}:{number}: got an event that cannot follow ({error}); {_GO_ON}"
+                ) from error
 
-    def _move(self, event: Event, rollouts: Rollouts) -> None:
+    def _move(self, event: AdmissionEvent, rollouts: Rollouts) -> None:
         record = self.admission.apply(event)
         if isinstance(event, Arrived):
             self.rollouts[event.number] = rollouts
@@ -142,7 +143,7 @@ class Ledger:
                 f"num_prompts_per_step: {base['batch']}, or start anew in another output_dir"
             )
         state.version, state.next_number = base["version"], base["next_number"]
-        state.issued_at = {number: version for number, version in base["issued_at"]}
+        state.issued_at = dict(base["issued_at"])
         state.arrived = list(base["arrived"])
 
     def _open(self) -> None:
@@ -155,7 +156,7 @@ class Ledger:
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
             os.ftruncate(self._file, path.read_bytes().rfind(b"\n") + 1)
 
-    def _append(self, event: Event, rollouts: Rollouts) -> None:
+    def _append(self, event: AdmissionEvent, rollouts: Rollouts) -> None:
         assert self._file is not None, "a ledger that is closed is not written to"
         record: dict[str, Any] = {_NAMES[type(event)]: list(event)}
         if rollouts:
@@ -192,8 +193,8 @@ def _lines(path: Path, is_last: bool) -> list[dict[str, Any]]:
 
 def _rollout(record: Mapping[str, Any]) -> Rollout:
     sampled: dict[str, Any] = dict(record["completion"])
-    tuples = {name: tuple(sampled[name]) for name in ("ids", "logp", "policy_versions")}
-    return Rollout(Completion(**sampled | tuples), record["text"], RewardBreakdown(**record["reward"]))
+    tuples: dict[str, Any] = {name: tuple(sampled[name]) for name in ("ids", "logp", "policy_versions")}
+    return Rollout(Completion(**{**sampled, **tuples}), record["text"], RewardBreakdown(**record["reward"]))
 
 
 def staleness(rollouts: Sequence[Rollout], generation: int, steps_per_batch: int) -> list[float]:

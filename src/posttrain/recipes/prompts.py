@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache, partial
 
 from posttrain.data.dataset import Dataset
+from posttrain.protocols import Ranks
 from posttrain.rollout.sampling import request_seed
 from posttrain.types import PromptRow, RolloutGroup
 
@@ -53,8 +55,10 @@ class PromptStream:
             return None
         return self.row_of(number), sum(totals) / len(totals), max(totals) - min(totals) < 1e-9
 
-    def learn(self, notes: list[tuple[int, float, bool]]) -> None:
-        """Notes of all ranks, so that all go on with the same prompts."""
+    def learn_from(self, groups: Sequence[tuple[int, RolloutGroup]], ranks: Ranks) -> None:
+        """What this rank's groups say of their rows; of all ranks, so that all go on with the same prompts."""
+        seen = [note for number, group in groups if (note := self.note(number, group)) is not None]
+        notes = [note for rank in ranks.gather(seen) for note in rank]
         self.solved.update({row: (rate, equal) for row, rate, equal in notes})
 
     def _is_passed_over(self, number: int) -> bool:

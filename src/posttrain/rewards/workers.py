@@ -111,7 +111,7 @@ class _ScoreCall:
     def _give_up_if_hopeless(self) -> None:
         """Raises: RewardError once more completions are unscored than may be; the rest could take hours to time out."""
         errors = [next(filter(None, reasons), None) for reasons in zip(*self.reasons, strict=True)]
-        _refuse_unscored([error for error in errors if error], len(errors), self.max_unscored, already=" already")
+        refuse_unscored([error for error in errors if error], len(errors), self.max_unscored, already=" already")
 
     def answered(self, task: _Task, answer: Mapping[str, Any]) -> None:
         if broken := answer.get("column") or answer.get("count"):
@@ -226,7 +226,7 @@ class RewardPool:
             self._run(call)
         breakdowns = [self._breakdown(call, item) for item in range(num)]
         errors = [b.error or "every reward returned None" for b in breakdowns if b.total is None]
-        _refuse_unscored(errors, num, max_unscored)
+        refuse_unscored(errors, num, max_unscored)
         return breakdowns
 
     # --- processes -------------------------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ def _look_at_start(process: RewardProcess) -> None:
         )
 
 
-def _refuse_unscored(errors: Sequence[str], num: int, limit: float, already: str = "") -> None:
+def refuse_unscored(errors: Sequence[str], num: int, limit: float, already: str = "") -> None:
     """Raises: RewardError when more than `limit` of `num` completions are unscored, with the first reasons."""
     if len(errors) <= limit * num:
         return

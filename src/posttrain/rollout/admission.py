@@ -3,7 +3,7 @@
 `version` counts generation batches. A group is admitted while `accepted + running < (staleness + version + 1) · B`, where B is
 the groups of one batch and accepted and running are counted since version 0. One that is admitted at version v is trained on in batch
 v + staleness at the latest: a batch takes groups in the order in which they arrived, but waits for those whose last chance it
-is. So nothing is thrown away for its age. Source: AReaL, arXiv 2505.24298 eq. 3, which bounds admissions alone; there a group that others
+is. So nothing is thrown away for its age. Source: AReaL, arXiv 2505.24298, which bounds admissions alone; there a group that others
 overtake can become older than the bound.
 """
 
@@ -40,7 +40,7 @@ class Batched(NamedTuple):
     numbers: tuple[int, ...]
 
 
-Event = Issued | Arrived | Dropped | Batched
+AdmissionEvent = Issued | Arrived | Dropped | Batched
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class Admission:
         chosen += rest[: max(0, self.batch - len(chosen))]
         return Batched(self.version, tuple(sorted(chosen))) if len(chosen) == self.batch else None
 
-    def apply(self, event: Event) -> BatchRecord | None:
+    def apply(self, event: AdmissionEvent) -> BatchRecord | None:
         """Move on; the record of a batch that was made."""
         match event:
             case Issued(number, version):

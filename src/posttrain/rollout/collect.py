@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from posttrain.protocols import Engine
@@ -31,13 +31,33 @@ def sample_groups(
     seed_parts: Sequence[int], numbers: Sequence[int],
 ) -> list[list[Completion]]:  # fmt: skip
     """`num_generations` completions of each prompt; `numbers` are the prompts' places in the run, which seed them."""
-    requests = [
+    requests = _requests(rows, num_generations, seed_parts, numbers)
+    completions = in_order(engine.generate(requests, params))
+    return [completions[i : i + num_generations] for i in range(0, len(completions), num_generations)]
+
+
+def groups_as_they_end(
+    engine: Engine, rows: Sequence[PromptRow], num_generations: int, params: SamplingParams,
+    seed_parts: Sequence[int], numbers: Sequence[int],
+) -> Iterator[tuple[int, list[Completion]]]:  # fmt: skip
+    """Each group of `sample_groups` with the place of its prompt, when its last completion is there."""
+    requests = _requests(rows, num_generations, seed_parts, numbers)
+    under_way: list[list[Completion]] = [[] for _ in rows]
+    for completion in engine.generate(requests, params):
+        place = completion.request // num_generations
+        under_way[place].append(completion)
+        if len(under_way[place]) == num_generations:
+            yield place, in_order(under_way[place])
+
+
+def _requests(
+    rows: Sequence[PromptRow], num_generations: int, seed_parts: Sequence[int], numbers: Sequence[int]
+) -> list[Request]:
+    return [
         Request(ids, request_seed(*seed_parts, number, sample))
         for (_, ids), number in zip(rows, numbers, strict=True)
         for sample in range(num_generations)
     ]
-    completions = in_order(engine.generate(requests, params))
-    return [completions[i : i + num_generations] for i in range(0, len(completions), num_generations)]
 
 
 def score_groups(

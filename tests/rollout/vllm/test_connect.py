@@ -31,7 +31,7 @@ def relay(source, sink):
 @pytest.fixture
 def url(vllm_server_engine, shared_policy):
     """A port of this machine behind which the tests' server stands."""
-    path = vllm_server_engine._engine._server.client.address.path
+    path = vllm_server_engine._replicas[0].engine._server.client.address.path
     listening = socket.create_server(("127.0.0.1", 0))
 
     def serve():
@@ -46,14 +46,14 @@ def url(vllm_server_engine, shared_policy):
     threading.Thread(target=serve, daemon=True).start()
     yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     listening.close()
-    vllm_server_engine._engine._sender.connect(vllm_server_engine._engine._init)
+    vllm_server_engine._replicas[0].engine._sender.connect(vllm_server_engine._replicas[0].engine._init)
     vllm_server_engine.update(shared_policy("qwen3"), 0)
 
 
 @pytest.fixture
 def given(url, vllm_server_engine, monkeypatch, model_dir):
     """`given(architecture)`: an engine on that server, with its key in a variable."""
-    monkeypatch.setenv("MY_KEY", vllm_server_engine._engine._server.client._token)
+    monkeypatch.setenv("MY_KEY", vllm_server_engine._replicas[0].engine._server.client._token)
     keys = RolloutKeys(engine="vllm_server", url=url, token_env="MY_KEY", max_restarts=0, start_timeout_s=5.0)
 
     def make(**changes):

@@ -62,7 +62,7 @@ def gaps(engine, policy):
 
 
 def server_of(engine):
-    return engine._engine._server
+    return engine._replicas[0].engine._server
 
 
 # --- weights -------------------------------------------------------------------------------------------------------
@@ -76,11 +76,11 @@ def test_changed_weights_arrive_at_a_tied_head_too_and_leave_no_file(engine, pol
     assert max(gaps(engine, policy)) <= 1e-4
     [completion] = in_order(engine.generate([Request((5,), 0)], SamplingParams(max_tokens=3)))
     assert (completion.policy_version, completion.policy_versions) == (4, ())
-    assert [path.name for path in engine._engine._folder.iterdir()] == ["socket"]
+    assert [path.name for path in engine._replicas[0].engine._folder.iterdir()] == ["socket"]
 
 
 def test_deltas_reach_a_server_too_and_leave_no_file(engine, policy_with):
-    own, policy, shares, folder = engine._engine, policy_with(), [], OwnFolder()
+    own, policy, shares, folder = engine._replicas[0].engine, policy_with(), [], OwnFolder()
     served = replace(own._served, transfer="delta", delta_anchor=5)
     other = VLLMServerEngine(own._server, served, own._decode, folder)
     for version in range(3):
@@ -96,7 +96,7 @@ def test_deltas_reach_a_server_too_and_leave_no_file(engine, policy_with):
 
 
 def test_a_broadcast_reaches_a_server_too_and_leaves_no_file(engine, policy_with):
-    own, policy, folder = engine._engine, moved(policy_with()), OwnFolder()
+    own, policy, folder = engine._replicas[0].engine, moved(policy_with()), OwnFolder()
     other = VLLMServerEngine(own._server, replace(own._served, transfer="broadcast"), own._decode, folder)
     for version in (1, 2):
         metrics = sync_engine(other, moved(policy), version)
@@ -109,7 +109,7 @@ def test_a_broadcast_reaches_a_server_too_and_leaves_no_file(engine, policy_with
 
 
 def test_a_transfer_that_moves_nothing_is_refused(engine, policy_with, monkeypatch):
-    monkeypatch.setattr(engine._engine._sender, "send", lambda tensors, version, update: Moved(0, 1))
+    monkeypatch.setattr(engine._replicas[0].engine._sender, "send", lambda tensors, version, update: Moved(0, 1))
     with pytest.raises(EngineError, match=r"after the sync to policy version 2 .* it decodes with other weights"):
         sync_engine(engine, moved(policy_with()), version=2)
 
@@ -148,7 +148,7 @@ def pausing(engine, shared_policy):
     """`pausing(mode)`: long completions, during which weights of version 9 came."""
 
     def run(mode, policy):
-        inner = copy.copy(engine._engine)
+        inner = copy.copy(engine._replicas[0].engine)
         inner._served = replace(inner._served, pause=mode, stop_token_ids=())
         inner.update(shared_policy("qwen3"), 0)
         found = []
@@ -195,14 +195,14 @@ def test_aborting_gives_out_what_there_is(pausing, policy_with):
 
 def test_who_stops_taking_completions_ends_them(engine):
     stops = SamplingParams(max_tokens=480, stop_token_ids=tuple(range(40)))
-    running = engine._engine.generate([Request((5, n), 0) for n in range(12)], stops)
+    running = engine._replicas[0].engine.generate([Request((5, n), 0) for n in range(12)], stops)
     next(running)
     running.close()
     deadline = time.monotonic() + 10
     while server_of(engine).client.call("POST", "/abort_requests", {})["aborted"] and time.monotonic() < deadline:
         time.sleep(0.05)
     assert server_of(engine).client.call("POST", "/abort_requests", {})["aborted"] == 0
-    assert not engine._engine._under_way.total()
+    assert not engine._replicas[0].engine._under_way.total()
 
 
 # --- its process ---------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_its_key_stands_in_no_command_line_and_no_file(engine):
     for pid in family(server.pid):
         assert token.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
     assert token not in server.log.read_text()
-    assert os.stat(engine._engine._folder).st_mode & 0o077 == 0
+    assert os.stat(engine._replicas[0].engine._folder).st_mode & 0o077 == 0
     with pytest.raises(EngineError, match="answered 401"):
         type(server.client)(server.client.address, "wrong").call("GET", "/v1/models")
 
@@ -258,14 +258,14 @@ def test_a_server_killed_while_it_is_idle_comes_back_with_its_weights(engine, po
 
 @pytest.mark.slow
 def test_a_server_killed_while_it_takes_weights_comes_back_with_them(engine, policy_with, monkeypatch):
-    policy, update, restarts = moved(policy_with()), type(engine._engine)._update, engine.restarts
+    policy, update, restarts = moved(policy_with()), type(engine._replicas[0].engine)._update, engine.restarts
 
     def dying(self, message):
         monkeypatch.undo()
         killed(engine)
         update(self, message)
 
-    monkeypatch.setattr(type(engine._engine), "_update", dying)
+    monkeypatch.setattr(type(engine._replicas[0].engine), "_update", dying)
     metrics = sync_engine(engine, policy, version=3)
     assert metrics["sync/moved_bytes"] == sum(p.numel() * p.element_size() for p in policy.model.parameters())
     assert max(gaps(engine, policy)) <= 1e-4
@@ -276,7 +276,11 @@ def test_a_server_killed_while_it_takes_weights_comes_back_with_them(engine, pol
 def test_a_server_that_stands_still_is_taken_for_dead_within_seconds(engine, policy_with, monkeypatch):
     sync_engine(engine, policy_with(), version=3)
     monkeypatch.setattr(server_of(engine).client, "timeout_s", 2.0)
-    inner, started, params = engine._engine, None, SamplingParams(max_tokens=480, stop_token_ids=tuple(range(3)))
+    inner, started, params = (
+        engine._replicas[0].engine,
+        None,
+        SamplingParams(max_tokens=480, stop_token_ids=tuple(range(3))),
+    )
     with pytest.raises(
         EngineGoneError,
         match=r"could not generate: GET /is_paused: .* did not answer within 2 s; raise rollout.timeout_s",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -51,6 +52,7 @@ class Served:
 class VLLMServerEngine:
     """The engine of one server. Log-probs are those of the distribution that a token was drawn from, after the cuts.
 
+    Several threads may sample, also while another one brings weights.
     Raises, from what asks the server: EngineGoneError where it ended or hangs, EngineError where it refuses.
     """
 
@@ -58,6 +60,8 @@ class VLLMServerEngine:
         self._server, self._served, self._decode = server, served, decode
         self._own_folder, self._folder = folder, folder.path
         self._half_updated = ""
+        # Held while the name of the weights that a request asks for is chosen and counted; not while it is answered.
+        self._lock = threading.RLock()
         self._version, self._pushes = 0, count(1)
         # A given server may have served another run, whose names and salts must not be met again.
         self._run = f"run-{self._folder.name.rpartition('-')[2]}"
@@ -92,9 +96,11 @@ class VLLMServerEngine:
 
     def _completions(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[Completion]:
         options = asking.sampling_options(params, self._served.stop_token_ids) | {"detokenize": bool(params.stop)}
-        asked = [self._body(r.prompt_ids, {**options, "seed": asking.seed_of(r)}) for r in requests]
-        adapter = self._adapter
-        for place, answer in self._answers(asked, self._served.at_once):
+        with self._lock:
+            adapter = self._adapter
+            asked = [self._body(r.prompt_ids, {**options, "seed": asking.seed_of(r)}) for r in requests]
+            answers = self._ask(asked, self._served.at_once)
+        for place, answer in answers:
             yield self._completion(answer["choices"][0], params, place, adapter)
 
     def _completion(
@@ -119,7 +125,9 @@ class VLLMServerEngine:
         found: list[list[float]] = [[] for _ in sequences]
         # vLLM's kernel for adapters on a CPU ends the engine where the prompts of two requests are scored together.
         at_once = 1 if self._served.serves_adapters else self._served.at_once
-        for place, answer in self._answers([self._body(ids, options) for ids, _ in sequences], at_once):
+        with self._lock:
+            answers = self._ask([self._body(ids, options) for ids, _ in sequences], at_once)
+        for place, answer in answers:
             ids, start = sequences[place]
             at = answer["prompt_logprobs"]
             found[place] = [float(at[n][str(ids[n])]["logprob"]) for n in range(start, len(ids))]
@@ -130,12 +138,16 @@ class VLLMServerEngine:
         model = self._adapter[0] if self._adapter else self._served.model
         return {"model": model, "token_ids": list(ids), "sampling_params": dict(options), "cache_salt": self._salt}
 
-    def _answers(self, bodies: Sequence[dict[str, Any]], at_once: int) -> Iterator[tuple[int, Any]]:
-        """As they end. Who stops asking for more ends the others: the server is hung up on."""
+    def _ask(self, bodies: Sequence[dict[str, Any]], at_once: int) -> Iterator[tuple[int, Any]]:
+        """The answers as they end. Who stops asking for more ends the others: the server is hung up on."""
+        model = self._adapter[0] if self._adapter else ""
         with self._asking("generate"):
             self._settle()
-        left, model = len(bodies), self._adapter[0] if self._adapter else ""
-        self._under_way[model] += left
+        self._under_way[model] += len(bodies)
+        return self._answers(bodies, at_once, model)
+
+    def _answers(self, bodies: Sequence[dict[str, Any]], at_once: int, model: str) -> Iterator[tuple[int, Any]]:
+        left = len(bodies)
         try:
             with closing(self._calls(_GENERATE, bodies, at_once)) as calls:
                 while True:
@@ -144,12 +156,16 @@ class VLLMServerEngine:
                     if found is None:
                         break
                     left -= 1
-                    self._under_way[model] -= 1
+                    self._count(model, -1)
                     yield found
         finally:
-            self._under_way[model] -= left
-        with self._asking("generate"):
+            self._count(model, -left)
+        with self._lock, self._asking("generate"):
             self._settle()
+
+    def _count(self, model: str, change: int) -> None:
+        with self._lock:
+            self._under_way[model] += change
 
     def _calls(self, path: str, bodies: Sequence[Any], at_once: int) -> Generator[tuple[int, Any]]:
         return self._server.client.calls(
@@ -165,7 +181,7 @@ class VLLMServerEngine:
     def update(self, weights: Weights, version: int) -> Moved:
         """An adapter under a name of its own where the server can, else the whole model, an adapter merged into it."""
         label = f"{self._run}@{version}.{next(self._pushes)}"
-        with self._asking("take its weights"):
+        with self._lock, self._asking("take its weights"):
             by_name = weights.has_adapter and self._served.serves_adapters
             moved = self._take_adapter(weights, version, label) if by_name else self._take_all(weights, version)
             self._salt, self._version = label.replace("@", "-"), version

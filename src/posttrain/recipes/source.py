@@ -1,0 +1,84 @@
+"""The steps of an RL run, each with the generation batch that it trains on: the one place where engine and trainer meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from posttrain.config.rl import GRPOKeys
+from posttrain.errors import ConfigError
+from posttrain.protocols import Engine, Ranks
+from posttrain.recipes.ahead import Ahead
+from posttrain.recipes.alternating import Alternating
+from posttrain.recipes.collector import Collected, Collector, Sampling
+from posttrain.recipes.engines import sync_engine
+from posttrain.recipes.ledger import FOLDER
+from posttrain.recipes.prompts import PromptStream
+from posttrain.recipes.replay import ReplayedRewards
+from posttrain.recipes.stage import Stage
+from posttrain.recipes.train_state import TrainState
+from posttrain.rewards.workers import RewardPool
+from posttrain.rollout.experience import Experience
+from posttrain.types import Decode
+
+
+class TrainStep(NamedTuple):
+    """Step `number` trains on `experience`, for the `position`-th time; `rollout_s` seconds were waited for it."""
+
+    number: int
+    experience: Experience
+    position: int
+    rollout_s: float
+
+
+class ExperienceSource:
+    """From where `state` stands to `total_steps`. Weights go to the engine before each generation batch.
+
+    `watch` is told of a batch that was made, before step `number`, and says metrics of it.
+    """
+
+    def __init__(
+        self, keys: GRPOKeys, stage: Stage, state: TrainState, engine: Engine, collector: Collector,
+        watch: Callable[[int, Collected], dict[str, float]], total_steps: int,
+    ) -> None:  # fmt: skip
+        self._stage, self._state, self._engine, self._collector = stage, state, engine, collector
+        self._watch, self._total_steps = watch, total_steps
+        self._steps_per_batch = keys.steps_per_generation * keys.num_iterations
+
+    def __iter__(self) -> Iterator[TrainStep]:
+        for step in range(self._state.step, self._total_steps):
+            self._stage.begin_step(step)
+            generation, position = divmod(step, self._steps_per_batch)
+            experience, rollout_s = self._state.experience, 0.0
+            if experience is None or experience.generation != generation:
+                experience, rollout_s = self._next(step, generation, experience)
+            yield TrainStep(step, experience, position, rollout_s)
+
+    def _next(self, step: int, generation: int, previous: Experience | None) -> tuple[Experience, float]:
+        synced = sync_engine(self._engine, self._state.policy, version=step)
+        collected = self._collector.collect(generation, previous, self._stage.guard.controls)
+        self._state.experience = experience = collected.experience
+        prompts = dict(collected.ledger)
+        self._stage.run.event("rollouts", step + 1, {"generation": generation, "prompts": prompts})
+        experience.metrics.update(synced | self._watch(step, collected))
+        return experience, collected.wall_s
+
+
+def make_sampling(
+    keys: GRPOKeys, stage: Stage, state: TrainState, engine: Engine, decode: Decode, rewards: RewardPool,
+    score: ReplayedRewards, prompts: PromptStream,
+) -> Sampling:  # fmt: skip
+    """Taking turns with `rollout.max_staleness: 0`, else ahead of the trainer."""
+    if not keys.rollout.max_staleness:
+        return Alternating(keys, engine, decode, score, prompts, stage.ranks)
+    folder, resumable_from = stage.folder / FOLDER, stage.checkpoints.store.resumable_from
+    return Ahead(keys, engine, decode, rewards.score, prompts, stage.ranks, folder, resumable_from)
+
+
+def require_one_process(keys: GRPOKeys, ranks: Ranks) -> None:
+    """Raises: ConfigError under ranks, where weights reach an engine by collectives of all of them."""
+    if keys.rollout.max_staleness and ranks.world_size > 1:
+        raise ConfigError(
+            f"rollout.max_staleness: {keys.rollout.max_staleness} makes groups ahead for one training process, and there are "
+            f"{ranks.world_size} of them; set max_staleness: 0, or train in one process"
+        )

@@ -1,0 +1,310 @@
+"""Engines of one run as one engine: groups are dealt to them, and what one that is gone had not answered is asked of the others.
+
+HEALTHY → DEAD → RESTARTING → STALE → HEALTHY: one that was started again is asked nothing before it has got the weights of the last
+update and the canary has compared them. Any thread may sample; weights come from the thread that made this.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from posttrain.errors import EngineGoneError
+from posttrain.protocols import Engine, Weights
+from posttrain.types import Completion, EngineInfo, Moved, Request, SamplingParams
+
+log = logging.getLogger(__name__)
+
+State = Literal["HEALTHY", "DEAD", "RESTARTING", "STALE"]
+_LOOK_S = 0.2
+
+
+@dataclass(eq=False)
+class _Replica:
+    number: int
+    start: Callable[[], Engine]
+    engine: Engine
+    state: State = "HEALTHY"
+    under_way: int = 0
+    """Calls that sample from it."""
+    is_open: bool = True
+
+    def close(self) -> None:
+        if self.is_open:
+            self.is_open = False
+            self.engine.close()
+
+
+class Replicas:
+    """The engines that `starts` make, one that is gone made again, at most `max_restarts` times together.
+
+    A request is asked again with its seed, and only where no completion of it was given out. The weights that a new one gets are those
+    of the last update, at a call of `update`, `revive` or, from the thread that made this, of anything that samples: they must
+    not have moved since. `check` (the canary) compares with them. Raises: EngineGoneError, of the last one, with no restarts left.
+    """
+
+    def __init__(
+        self, starts: Sequence[Callable[[], Engine]], check: Callable[[Engine, Weights], object], max_restarts: int
+    ) -> None:
+        self._check, self._left = check, max_restarts
+        self._changed = threading.Condition()
+        self._owner = threading.get_ident()
+        self._pushed: tuple[Weights, int] | None = None
+        self._failure: BaseException | None = None
+        self._threads: list[threading.Thread] = []
+        self._is_closing = False
+        self.restarts = 0
+        engines = _all_started(starts)
+        self._replicas = [
+            _Replica(n, start, engine) for n, (start, engine) in enumerate(zip(starts, engines, strict=True))
+        ]
+        self._info = engines[0].describe()
+
+    @property
+    def policy_version(self) -> int:
+        with self._changed:
+            return next((r.engine.policy_version for r in self._replicas if r.state == "HEALTHY"), self._last_version)
+
+    @property
+    def _last_version(self) -> int:
+        return 0 if self._pushed is None else self._pushed[1]
+
+    @property
+    def states(self) -> list[State]:
+        with self._changed:
+            return [replica.state for replica in self._replicas]
+
+    def describe(self) -> EngineInfo:
+        return self._info
+
+    # --- sampling --------------------------------------------------------------------------------------------------
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[Completion]:
+        """Requests of one prompt that stand together go to one engine."""
+        shares = self._shares(requests)
+        begun = [self._begin(share, requests, params, skip=n) for n, share in enumerate(shares)]
+        each = [self._completions(share, requests, params, first) for share, first in zip(shares, begun, strict=True)]
+        return each[0] if len(each) == 1 else self._together(each)
+
+    def score(self, sequences: Sequence[tuple[Sequence[int], int]], temperature: float = 1.0) -> list[list[float]]:
+        while True:
+            replica = self._healthy()
+            engine = replica.engine
+            try:
+                return engine.score(sequences, temperature)
+            except EngineGoneError as error:
+                self._lose(replica, engine, error)
+
+    def _shares(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The places of the requests, a share for each engine that can answer, of nearly as many."""
+        count = max(1, self.states.count("HEALTHY"))
+        groups: list[list[int]] = []
+        for place, request in enumerate(requests):
+            if not groups or requests[groups[-1][0]].prompt_ids != request.prompt_ids:
+                groups.append([])
+            groups[-1].append(place)
+        shares: list[list[int]] = [[] for _ in range(min(count, max(1, len(groups))))]
+        for group in groups:
+            min(shares, key=len).extend(group)
+        return shares
+
+    def _begin(
+        self, places: Sequence[int], requests: Sequence[Request], params: SamplingParams, skip: int = 0
+    ) -> tuple[_Replica, Engine, Iterator[Completion]]:
+        replica = self._healthy(skip)
+        engine = replica.engine
+        return replica, engine, engine.generate([requests[place] for place in places], params)
+
+    def _completions(
+        self, places: list[int], requests: Sequence[Request], params: SamplingParams,
+        begun: tuple[_Replica, Engine, Iterator[Completion]],
+    ) -> Iterator[Completion]:  # fmt: skip
+        left = set(places)
+        while True:
+            replica, engine, found = begun
+            self._count(replica, 1)
+            try:
+                for completion in found:
+                    place = places[completion.request]
+                    left.discard(place)
+                    yield replace(completion, request=place)
+                return
+            except EngineGoneError as error:
+                self._lose(replica, engine, error)
+            finally:
+                self._count(replica, -1)
+            places = sorted(left)
+            begun = self._begin(places, requests, params)
+
+    def _together(self, each: Sequence[Iterator[Completion]]) -> Iterator[Completion]:
+        """As they end, whichever gives them."""
+        found: queue.SimpleQueue[Completion | BaseException | None] = queue.SimpleQueue()
+        given_up = threading.Event()
+
+        def drain(completions: Iterator[Completion]) -> None:
+            try:
+                for completion in completions:
+                    found.put(completion)
+                    if given_up.is_set():
+                        return
+                found.put(None)
+            except BaseException as error:  # noqa: BLE001 - raised again by whoever waits
+                found.put(error)
+
+        for completions in each:
+            threading.Thread(target=drain, args=(completions,), daemon=True, name="replica").start()
+        going = len(each)
+        try:
+            while going:
+                self._revive_if_owner()
+                try:
+                    item = found.get(timeout=_LOOK_S)
+                except queue.Empty:
+                    continue
+                if isinstance(item, BaseException):
+                    raise item
+                if item is None:
+                    going -= 1
+                else:
+                    yield item
+        finally:
+            given_up.set()
+
+    def _count(self, replica: _Replica, change: int) -> None:
+        with self._changed:
+            replica.under_way += change
+
+    # --- weights ---------------------------------------------------------------------------------------------------
+
+    def update(self, weights: Weights, version: int) -> Moved:
+        """Bring every engine there is to these weights."""
+        self._pushed = weights, version
+        moved = Moved(0, 0)
+        for replica in self._replicas:
+            if replica.state in ("HEALTHY", "STALE"):
+                got = self._push(replica, checked=len(self._replicas) > 1 or replica.state == "STALE")
+                moved = Moved(moved.num_bytes + got.num_bytes, moved.whole_bytes + got.whole_bytes)
+        self._healthy()
+        return moved
+
+    def revive(self) -> None:
+        """Engines that were started again get the weights of the last update."""
+        for replica in self._replicas:
+            if replica.state == "STALE":
+                self._push(replica, checked=True)
+
+    def _push(self, replica: _Replica, *, checked: bool) -> Moved:
+        """What came, nothing where the engine is gone meanwhile."""
+        engine, moved = replica.engine, Moved(0, 0)
+        try:
+            if self._pushed is not None:
+                moved = engine.update(*self._pushed)
+                if checked:
+                    self._check(engine, self._pushed[0])
+        except EngineGoneError as error:
+            self._lose(replica, engine, error)
+            return Moved(0, 0)
+        with self._changed:
+            if replica.engine is engine and replica.state == "STALE":
+                replica.state = "HEALTHY"
+                self._changed.notify_all()
+        return moved
+
+    # --- who is there ----------------------------------------------------------------------------------------------
+
+    def _healthy(self, skip: int = 0) -> _Replica:
+        """The one with the least to do, or the `skip`-th after it; waits for one that is being started."""
+        while True:
+            self._revive_if_owner()
+            with self._changed:
+                if self._failure is not None:
+                    raise self._failure
+                if self._is_closing:
+                    raise EngineGoneError("the engines are closed")
+                able = sorted(
+                    (replica for replica in self._replicas if replica.state == "HEALTHY"),
+                    key=lambda replica: (replica.under_way, replica.number),
+                )
+                if able:
+                    return able[skip % len(able)]
+                self._changed.wait(_LOOK_S)
+
+    def _revive_if_owner(self) -> None:
+        if threading.get_ident() == self._owner:
+            self.revive()
+
+    def _lose(self, replica: _Replica, engine: Engine, error: EngineGoneError) -> None:
+        """Begin to start it again, where nobody has yet. Raises: `error` where none is left and none may be started."""
+        with self._changed:
+            if replica.engine is engine and replica.state in ("HEALTHY", "STALE"):
+                replica.state = "DEAD"
+                self._restart(replica, error)
+            if self._is_closing or self._failure is not None:
+                raise self._failure or error
+
+    def _restart(self, replica: _Replica, error: EngineGoneError) -> None:
+        if self._left:
+            self._left -= 1
+            self.restarts += 1
+            log.warning("%s; it is started again (%d more times at most)", error, self._left)
+            replica.state = "RESTARTING"
+            thread = threading.Thread(target=self._started_again, args=(replica,), daemon=True, name="restart")
+            self._threads.append(thread)
+            thread.start()
+        else:
+            replica.close()
+            if all(one.state == "DEAD" for one in self._replicas):
+                self._failure = error
+            else:
+                log.warning("%s; it is not started again (rollout.max_restarts), the others go on", error)
+        self._changed.notify_all()
+
+    def _started_again(self, replica: _Replica) -> None:
+        replica.close()
+        if self._is_closing:
+            return
+        try:
+            engine = replica.start()
+        except EngineGoneError as error:
+            with self._changed:
+                replica.state = "DEAD"
+                self._restart(replica, error)
+            return
+        except BaseException as error:  # noqa: BLE001 - raised again by whoever waits for it
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+            return
+        with self._changed:
+            replica.engine, replica.is_open = engine, True
+            replica.state = "HEALTHY" if self._pushed is None else "STALE"
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._is_closing, self._left = True, 0
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        for replica in self._replicas:
+            replica.close()
+
+
+def _all_started(starts: Sequence[Callable[[], Engine]]) -> list[Engine]:
+    """All at once; where one cannot be started, none is left."""
+    if len(starts) == 1:
+        return [starts[0]()]
+    with ThreadPoolExecutor(len(starts)) as pool:
+        futures = [pool.submit(start) for start in starts]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    if errors:
+        for future in futures:
+            if future.exception() is None:
+                future.result().close()
+        raise errors[0]
+    return [future.result() for future in futures]

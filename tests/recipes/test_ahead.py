@@ -1,0 +1,126 @@
+"""Groups made ahead: what is trained on is on record first, ages are bounded, and a run that goes on is the run that stopped."""
+
+import json
+import shutil
+
+import pytest
+
+from posttrain.config.rl import GRPOKeys
+from posttrain.errors import ConfigError, RewardError
+from posttrain.recipes.ahead import staleness_metrics
+from posttrain.recipes.source import require_one_process
+
+AHEAD = {"max_steps": 6, "num_prompts_per_step": 2, "save_steps": 1, "save_total_limit": 9}
+
+
+def batches(folder):
+    lines = [json.loads(line) for path in sorted((folder / "rollouts").glob("*.jsonl")) for line in path.open()]
+    return [line["batched"][1] for line in lines if "batched" in line]
+
+
+def trained(folder):
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [event["prompts"] for event in events if event["kind"] == "rollouts"]
+
+
+def same_weights(runner, one, other):
+    ours, theirs = runner.weights(one), runner.weights(other)
+    return all((tensor == theirs[name]).all() for name, tensor in ours.items())
+
+
+def of_training(rows):
+    """What does not tell of the clock."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("sampling/queue", "sampling/under_way", "sync/"))}
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_no_token_is_older_than_the_bound_and_every_prompt_is_trained_once(train, runner, staleness):
+    folder = train("grpo", rollout={"max_staleness": staleness}, **AHEAD)
+    rows = runner.rows(folder)
+    assert all(row["sampling/staleness/max"] <= staleness for row in rows)
+    assert max(row["sampling/staleness/max"] for row in rows) > 0
+    assert all("sampling/importance_sampling_ratio/mean" in row for row in rows)
+    numbers = [number for batch in batches(folder) for number in batch]
+    assert len(numbers) == len(set(numbers)) == 12
+    issued = [number for step in trained(folder) for number in step["issued"]]
+    assert issued == list(range(len(issued)))
+
+
+def test_a_run_that_goes_on_from_an_older_checkpoint_replays_the_record(train, runner, tmp_path):
+    options = {"rollout": {"max_staleness": 2}, **AHEAD}
+    whole = train("grpo", name="whole", **options)
+    again = tmp_path / "again"
+    shutil.copytree(whole, again)
+    # As a machine that died leaves it: the record is there, the checkpoints after step 2 are not.
+    for step in range(3, 7):
+        shutil.rmtree(again / f"checkpoints/step-{step:08d}")
+    shutil.rmtree(again / "model")
+    train("grpo", name="again", **options)
+    assert batches(again) == batches(whole)
+    assert of_training(runner.rows(again)) == of_training(runner.rows(whole))
+    assert same_weights(runner, whole, again)
+
+
+def test_groups_that_arrived_survive_a_stop_and_the_others_are_asked_again(train, runner, tmp_path):
+    options = {"rollout": {"max_staleness": 2}, **AHEAD}
+    train("grpo", name="run", stop_after=2, **options)
+    folder = tmp_path / "run"
+    last = sorted((folder / "rollouts").glob("*.jsonl"))[-1].read_text().splitlines()
+    base = json.loads(last[0])["base"]
+    arrived = base["arrived"] + [line["arrived"][0] for line in map(json.loads, last[1:]) if "arrived" in line]
+    assert base["version"] == 2
+    train("grpo", name="run", **options)
+    numbers = [number for batch in batches(folder) for number in batch]
+    assert len(numbers) == len(set(numbers)) == 12
+    assert set(arrived) <= set(numbers) | set(base["arrived"])
+    assert not [n for n in arrived if n < min(numbers[4:])]
+
+
+def test_several_steps_a_batch_and_dynamic_sampling_go_ahead_too(train, runner):
+    folder = train(
+        "grpo", rollout={"max_staleness": 1}, max_steps=8, num_prompts_per_step=2, steps_per_generation=2, num_iterations=2,
+        dynamic_sampling=True, reward_funcs=["last_digit"], save_steps=1,
+    )  # fmt: skip
+    prompts = trained(folder)
+    numbers = [number for batch in batches(folder) for number in batch]
+    assert len(numbers) == len(set(numbers))
+    asked = [number for step in prompts for number in (*step["issued"], *step["passed_over"])]
+    assert asked == list(range(len(asked)))
+
+
+def test_validation_and_an_adapter_go_ahead_too(train, runner, data_dir):
+    folder = train(
+        "grpo", rollout={"max_staleness": 1}, adapter="lora", lora_r=4, eval_steps=2, max_steps=4,
+        eval_datasets=[{"path": str(data_dir / "dev-prompts.jsonl")}],
+    )  # fmt: skip
+    assert [row["step"] for row in runner.rows(folder) if "eval_reward" in row] == [2, 4]
+
+
+def test_a_reward_that_fails_ends_the_run_with_its_reason(runner, model_dir, data_dir, tmp_path):
+    (tmp_path / "broken.py").write_text("def broken(prompts, completions, **columns):\n    raise ValueError('boom')\n")
+    keys = runner.keys_of("grpo", model_dir("qwen3"), data_dir, rollout={"max_staleness": 1}, max_steps=2)
+    keys = keys.model_copy(update={"reward_funcs": [f"{tmp_path / 'broken.py'}:broken"]})
+    with pytest.raises(RewardError, match=r"8 of 8 completions are unscored.*boom"):
+        runner.run_stage("grpo", tmp_path / "run", keys)
+
+
+def test_ages_are_counted_by_token():
+    found = staleness_metrics([0.0, 0.0, 1.0, 1.5], bound=2)
+    assert found == {
+        "sampling/staleness/mean": 0.625, "sampling/staleness/max": 1.5,
+        "sampling/staleness/0": 0.5, "sampling/staleness/1": 0.25, "sampling/staleness/2": 0.25,
+    }  # fmt: skip
+
+
+def test_under_ranks_it_is_refused():
+    class Two:
+        world_size = 2
+
+    keys = GRPOKeys.model_validate(
+        {"base_model": "m", "datasets": [{"path": "x"}], "reward_funcs": ["boxed"], "rollout": {"max_staleness": 1}}
+    )
+    with pytest.raises(ConfigError, match=r"max_staleness: 1 .* there are 2 of them; set max_staleness: 0"):
+        require_one_process(keys, Two())
