@@ -186,6 +186,7 @@ class RegistryEntry:
     version: int
     digest: str
     path: Path
-    manifest: Mapping[str, Any]
+    manifest: str
+    """Digest of the last stage's manifest."""
     aliases: Sequence[str] = ()
     tags: Mapping[str, str] = field(default_factory=dict[str, str])

@@ -1,3 +1,5 @@
+import sqlite3
+
 import pytest
 from typer.testing import CliRunner
 
@@ -119,3 +121,31 @@ def test_show_names_the_adapter_for_the_given_base(run, gated, tmp_path):
     assert f"adapters/{made['adapter_total'].removeprefix('sha256:')}" in line
     assert BASE in line
     assert "adapter_total" not in run("show", "words@1")
+
+
+def test_the_log_says_who_did_what_and_the_alarm_rings_on_the_command_line(run, gated, monkeypatch):
+    monkeypatch.setenv("POSTTRAIN_ACTOR", "ada@lab")
+    run("promote", "words@1")
+    lines = run("log", "--by", "ada@lab", "--kind", "promote").splitlines()
+    assert len(lines) == 2 and "ada@lab  promote words@1: alias champion" in lines[0]
+    assert lines[1].startswith("1 of 3 entries; the last seal is sha256:")
+    run("log", "--head", lines[1].split()[-1])
+    with pytest.raises(RegistryError, match="expected a date such as 2026-01-31"):
+        run("log", "--since", "yesterday")
+    db = sqlite3.connect("registry/registry.sqlite")
+    db.execute("UPDATE aliases SET version = 2")
+    db.commit()
+    db.close()
+    with pytest.raises(RegistryError, match="the log is not as it was written"):
+        run("log")
+
+
+def test_remove_and_gc_say_what_goes_and_what_stays(run, gated):
+    assert "words@2 would be removed" in run("remove", "words@2", "--reason", "old", "--dry-run")
+    assert "words@2 is removed\nits files stay until" in run("remove", "words@2", "--reason", "old")
+    assert run("list").count("words@") == 1
+    for words, there in ((("gc", "--dry-run"), 2), (("gc",), 1)):
+        said = run(*words)
+        assert "3 objects (0.0 MiB)" in said and "kept: versions name them" in said
+        assert len(list((gated / "registry" / "models").iterdir())) == there
+    run("verify", "words@1")

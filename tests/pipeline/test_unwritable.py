@@ -42,13 +42,17 @@ NEED_NO_WRITING = (
     "data {0}/pipeline.yaml",
     "diff {0}/runs/yes {0}/runs/yes",
     "gate --recompute {0}/runs/yes/gates/final",
+    "registry list --registry {0}/registry",
+    "registry show alias:champion --registry {0}/registry",
+    "registry verify yes@1 --registry {0}/registry",
+    "reproduce yes@1 --registry {0}/registry",
 )
 WRITE = {
     "run {0}/pipeline.yaml --quiet": "registry.sqlite cannot be opened",
     "run {0}/pipeline.yaml --quiet --set register.registry={1}/book": "set output_dir to a folder that can be written",
     "report {0}/runs/yes": "Read-only file system; let this user read and write it, or name another place",
-    "registry list --registry {0}/registry": "make its folder writable",
-    "reproduce yes@1 --registry {0}/registry": "make its folder writable",
+    "registry remove yes@1 --reason old --registry {0}/registry": "make its folder writable",
+    "registry gc --registry {0}/registry": "make its folder writable",
     "run {1}/pipeline.yaml --quiet --set register.registry={0}/new": "Read-only file system; let this user",
 }
 """Verb → what its one line says."""

@@ -150,7 +150,7 @@ def test_killed_at_every_write_of_promotion_and_report_nothing_is_lost(driver, h
 
 
 def check_is_right(trace):
-    assert trace["events"] == [("register", 1), ("promote", 1)]
+    assert trace["events"] == [("look", 0), ("register", 1), ("promote", 1)]
     assert (trace["status"], trace["page"][0], trace["leftovers"]) == ("passed", True, [])
     assert trace["registered"]["alias"] == "champion"
     assert trace["looks"] == 1

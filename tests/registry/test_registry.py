@@ -1,4 +1,5 @@
 import getpass
+import socket
 import sqlite3
 from dataclasses import replace
 
@@ -399,6 +400,32 @@ def test_events_say_who_what_and_why_and_cannot_be_changed(registry, add, passin
     db.close()
 
 
-def test_an_actor_is_named_even_without_asking(registry, add):
+def test_an_actor_is_named_even_without_asking(registry, add, monkeypatch):
     add("a")
-    assert registry.rows.events()[0].actor == getpass.getuser()
+    monkeypatch.setenv("POSTTRAIN_ACTOR", "nightly job")
+    add("b")
+    actors = [event.actor for event in registry.rows.events()]
+    assert actors == [f"{getpass.getuser()}@{socket.gethostname()}", "nightly job"]
+
+
+def statements(registry, work) -> int:
+    """How many SQL statements `work` takes."""
+    seen = []
+    registry._db.set_trace_callback(seen.append)
+    work()
+    registry._db.set_trace_callback(None)
+    return len(seen)
+
+
+def test_listing_and_finding_take_as_much_work_with_many_versions_as_with_few(registry, add, passing, base):
+    """No manifest is read for it: with their objects gone, versions are still listed and an alias still found."""
+    first = add("a")
+    registry.promote("words", 1, "champion", passing(first.digest, base))
+    acts = (registry.entries, lambda: registry.find("alias:champion"), lambda: registry.find("words@champion"))
+    before = [statements(registry, act) for act in acts]
+    for number in range(30):
+        add(f"w{number}")
+    assert [statements(registry, act) for act in acts] == before
+    for path in (registry.folder / "objects").glob("??/*"):
+        path.unlink()
+    assert len(registry.entries()) == 31 and registry.find("alias:champion").aliases == ("champion",)

@@ -1,11 +1,12 @@
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from posttrain.errors import RegistryError
-from posttrain.files import digest_file, digest_json, digest_tree, file_digests
+from posttrain.files import digest_bytes, digest_file, digest_json, digest_tree, file_digests
 from posttrain.registry import ContentStore
 
 
@@ -167,3 +168,31 @@ def test_what_a_killed_process_left_is_swept_once_it_is_old(store, model, tmp_pa
     assert not old.exists() and not half.exists()
     assert new.exists() and whole.exists()
     assert store.verify(digest) == 3
+
+
+def test_a_leap_of_the_clock_sweeps_nothing_that_is_being_written(store, tmp_path):
+    """A file is half copied, its times are of long ago, and another process opens the registry."""
+    source = tmp_path / "pipe"
+    os.mkfifo(source)
+    child = os.fork()
+    if child == 0:
+        store.put_file(source)
+        os._exit(0)
+    with source.open("wb") as pipe:
+        pipe.write(b"half")
+        pipe.flush()
+        (half,) = wait_for(lambda: list((store.folder / "objects").glob(".tmp.*")))
+        os.utime(half, (0, 0))
+        ContentStore(store.folder)
+        assert half.exists()
+        pipe.write(b" and whole")
+    assert os.waitpid(child, 0)[1] == 0
+    assert store.has(digest_bytes(b"half and whole"))
+
+
+def wait_for(found):
+    deadline = time.monotonic() + 10
+    while not (seen := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return seen

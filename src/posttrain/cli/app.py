@@ -47,7 +47,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "reproduce",
         "Repeat a registered version: verdict, answers or training.",
     ),
-    "registry": ("posttrain.cli.registry", "app", "List, show, verify, promote and roll back registered models."),
+    "registry": (
+        "posttrain.cli.registry",
+        "app",
+        "List, show, verify, promote, roll back and remove registered models; their log.",
+    ),
     "merge": ("posttrain.cli.merge", "merge", "Merge models by mergekit's YAML, or an adapter into its base."),
     "export": ("posttrain.cli.export", "export", "Write a model as GGUF, int8 or safetensors, proven to be the same."),
     "chat": ("posttrain.cli.chat", "chat", "Talk to a model."),

@@ -15,13 +15,14 @@ from posttrain.errors import RegistryError
 
 if TYPE_CHECKING:
     from posttrain.evidence import RegistryEntry
-    from posttrain.registry import Registry
+    from posttrain.registry import Event, Registry
 
 app = typer.Typer(name="registry", help="Versions, lineage and promotion.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Option("--registry", help="Folder of the registry.")]
 Ref = Annotated[str, typer.Argument(metavar="REF", help="NAME@VERSION, NAME@ALIAS or alias:ALIAS.")]
 Alias = Annotated[str, typer.Option(help="Alias to move.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
 _DEFAULT = Path("registry")
 EXIT_WAITING = 75
 
@@ -33,7 +34,7 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """One line per version."""
-    with open_registry(registry) as book:
+    with open_registry(registry, for_reading=True) as book:
         entries = book.entries(name)
         if as_json:
             echo_json([_record(entry) for entry in entries])
@@ -50,7 +51,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """A version: its folder, its lineage and what happened to it."""
-    with open_registry(registry) as book:
+    with open_registry(registry, for_reading=True) as book:
         entry = book.find(ref)
         if card:
             from posttrain.registry.card import model_card
@@ -71,16 +72,14 @@ def show(
         verdict = book.verdict_record(entry.name, entry.version)
         if verdict is not None:
             typer.echo(f"  gate  {verdict['verdict']}: {verdict['reason']}")
-        for event in book.rows.events(entry.name):
-            if event.version == entry.version:
-                details = ", ".join(f"{key} {value}" for key, value in event.details.items())
-                typer.echo(f"  {event.at}  {event.action} by {event.actor}: {details}")
+        for event in book.rows.events(entry.name, version=entry.version):
+            typer.echo(f"  {event.at}  {event.action} by {event.actor}: {_details(event)}")
 
 
 @app.command()
 def verify(ref: Ref, registry: Folder = _DEFAULT, as_json: AsJson = False) -> None:
     """Walk the manifests and check every stored byte, offline."""
-    with open_registry(registry) as book:
+    with open_registry(registry, for_reading=True) as book:
         entry = book.find(ref)
         done = book.verify(entry.name, entry.version)
         if as_json:
@@ -150,6 +149,70 @@ def release(ref: Ref, registry: Folder = _DEFAULT) -> None:
 
 
 @app.command()
+def log(
+    name: Annotated[str | None, typer.Argument(help="Only this model.")] = None,
+    since: Annotated[str, typer.Option(metavar="DATE", help="From this day or moment on: 2026-01-31.")] = "",
+    until: Annotated[str, typer.Option(metavar="DATE", help="To this day or moment, itself included.")] = "",
+    by: Annotated[str, typer.Option(help="Only what this actor did.")] = "",
+    kind: Annotated[str, typer.Option(help="Only these acts: register, promote, rollback, tag, look, remove …")] = "",
+    head: Annotated[str, typer.Option(metavar="SEAL", help="A seal noted earlier that must still be in the log.")] = "",
+    registry: Folder = _DEFAULT,
+    as_json: AsJson = False,
+) -> None:
+    """What was done, when and by whom. The whole log is checked each time; exit code 64 if it is not as it was written."""
+    from posttrain.registry.audit import LogFilter
+
+    with open_registry(registry, for_reading=True) as book:
+        asked = LogFilter(name or "", actor=by, action=kind, since=_moment(since), until=_moment(until))
+        events = book.rows.log(asked)
+        if as_json:
+            echo_json([asdict(event) for event in events])
+        for event in () if as_json else events:
+            about = f"{event.name}@{event.version}" if event.name else "suites"
+            typer.echo(f"{event.at}  {event.actor}  {event.action} {about}: {_details(event)}")
+        done = book.rows.check_log(head)
+        typer.echo(f"{len(events)} of {done.num_entries} entries; the last seal is {done.head}", err=True)
+
+
+@app.command()
+def remove(
+    refs: Annotated[list[str], typer.Argument(metavar="REF...", help="NAME@VERSION; may be repeated.")],
+    reason: Annotated[str, typer.Option(help="Why; it stays in the log.")],
+    dry_run: DryRun = False,
+    registry: Folder = _DEFAULT,
+) -> None:
+    """Take versions out. Refused while an alias, another version's lineage, a running pipeline or a reproduction needs one."""
+    from posttrain.registry import upkeep
+
+    with open_registry(registry) as book:
+        for ref in refs:
+            found = book.find(ref)
+            entry = upkeep.remove_version(book, found.name, found.version, reason, dry_run=dry_run)
+            typer.echo(f"{entry.name}@{entry.version} {'would be removed' if dry_run else 'is removed'}")
+    typer.echo("its files stay until `posttrain registry gc`")
+
+
+@app.command()
+def gc(dry_run: DryRun = False, registry: Folder = _DEFAULT, as_json: AsJson = False) -> None:
+    """Delete the files that no version needs."""
+    from posttrain.files import size_text
+    from posttrain.registry import upkeep
+
+    with open_registry(registry) as book:
+        done = upkeep.collect(book, dry_run=dry_run)
+    if as_json:
+        echo_json(asdict(done))
+        return
+    for folder in done.folders:
+        typer.echo(f"{'would delete' if dry_run else 'deleted'} {folder}/")
+    word = "would be deleted" if dry_run else "deleted"
+    typer.echo(
+        f"{done.num_deleted} objects ({size_text(done.deleted_bytes)}) {word}; {done.num_kept} ({size_text(done.kept_bytes)}) "
+        "kept: versions name them"
+    )
+
+
+@app.command()
 def mirror(
     uri: Annotated[str, typer.Argument(help="An MLflow registry: a server's URL, or sqlite:///file.db.")],
     registry: Folder = _DEFAULT,
@@ -167,18 +230,34 @@ def mirror(
 
 
 @contextmanager
-def open_registry(folder: Path) -> Iterator[Registry]:
+def open_registry(folder: Path, *, for_reading: bool = False) -> Iterator[Registry]:
+    """Raises: RegistryError where there is none; and, unless `for_reading`, where it cannot be written."""
     from posttrain.registry import Registry
 
     if not (folder / "registry.sqlite").exists() and not (folder / "objects").exists():
         raise RegistryError(
             f"{folder}: got no registry here; name its folder with --registry, or register a model first"
         )
-    book = Registry(folder)
+    book = Registry(folder, for_reading=for_reading)
     try:
         yield book
     finally:
         book.close()
+
+
+def _moment(text: str) -> str:
+    """A date, or a moment in UTC. Raises: RegistryError for what is neither."""
+    from datetime import datetime
+
+    try:
+        datetime.fromisoformat(text or "2000-01-01")
+    except ValueError:
+        raise RegistryError(f"got {text!r}, expected a date such as 2026-01-31, or 2026-01-31T12:00 in UTC") from None
+    return text
+
+
+def _details(event: Event) -> str:
+    return ", ".join(f"{key} {value}" for key, value in event.details.items())
 
 
 def _line(entry: RegistryEntry) -> str:
@@ -196,7 +275,7 @@ def _record(entry: RegistryEntry) -> dict[str, Any]:
 def _history(book: Registry, entry: RegistryEntry) -> dict[str, Any]:
     """A version with its lineage, its verdict and what happened to it."""
     chain = [manifest.to_json() | {"digest": manifest.digest} for manifest in book.chain(entry.name, entry.version)]
-    events = [asdict(event) for event in book.rows.events(entry.name) if event.version == entry.version]
+    events = [asdict(event) for event in book.rows.events(entry.name, version=entry.version)]
     verdict = book.verdict_record(entry.name, entry.version)
     adapter = book.adapter(entry.name, entry.version)
     offered = {"adapter_total": None if adapter is None else str(adapter.resolve())}

@@ -32,15 +32,17 @@ def reproduce(
 
     if out is not None and out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out}: got a folder with files in it, expected a new or an empty one for --out")
-    with open_registry(registry) as book, tempfile.TemporaryDirectory(prefix="posttrain-") as removed:
+    with open_registry(registry, for_reading=True) as book, tempfile.TemporaryDirectory(prefix="posttrain-") as removed:
         from posttrain.pipeline.reproduce import LEVELS, Version, exit_code
+        from posttrain.registry.upkeep import using
 
         scratch = (out or Path(removed)).resolve()
         version = Version(book, book.resolve(ref), scratch, lambda line: typer.echo(line, err=True), project)
         checks = []
-        for check in LEVELS[level](version):
-            checks.append(check)
-            typer.echo(str(check))
+        with using(book, version.entry.name, version.entry.version):
+            for check in LEVELS[level](version):
+                checks.append(check)
+                typer.echo(str(check))
         code = exit_code(checks)
         where = f"; kept in {scratch}" if out else ""
         verdict = {0: "reproduced", 1: "not reproduced", 2: "cannot be said"}[code]

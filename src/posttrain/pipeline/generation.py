@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from posttrain.config.pipeline import ConfiguredStage, PipelineKeys, RegisterKeys
@@ -17,6 +17,7 @@ from posttrain.pipeline.checks import gates_of
 from posttrain.pipeline.selection import Suites
 from posttrain.pipeline.state import DONE, Parent, RunState
 from posttrain.registry.registry import Registry
+from posttrain.registry.upkeep import version_lock
 
 _REF = re.compile(r"alias:[\w.-]+|[A-Za-z][\w.-]*@[\w.-]+")
 
@@ -42,6 +43,16 @@ def from_version(keys: PipelineKeys, state: RunState | None) -> tuple[PipelineKe
         manifest = registry.chain(entry.name, entry.version)[-1].digest
     parent = Parent(ref, f"{entry.name}@{entry.version}", manifest)
     return _started_from(keys, str(entry.path)), parent
+
+
+def hold_parent(keys: PipelineKeys, parent: Parent | None, held: ExitStack) -> None:
+    """Keep the version that the run starts from, as long as `held` lasts."""
+    if parent is not None:
+        assert keys.register_ is not None, "a parent is looked up in a registry"
+        name, _, version = parent.version.rpartition("@")
+        held.enter_context(version_lock(Path(keys.register_.registry), name, int(version), alone=False))
+        with _opened(keys.register_) as registry:  # once locked: it may have been removed before
+            registry.show(name, int(version))
 
 
 def _started_from(keys: PipelineKeys, model: str) -> PipelineKeys:

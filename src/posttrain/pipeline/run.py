@@ -24,7 +24,7 @@ from posttrain.pipeline import OnChange, lineage, selection
 from posttrain.pipeline.checks import check_all
 from posttrain.pipeline.data_checks import DataChecks, Suites, check_rewards_ahead
 from posttrain.pipeline.escalation import PENDING_FILE, decision_on, rejection_of, wait_for_person
-from posttrain.pipeline.generation import check_can_be_promoted, check_looks_left, from_version
+from posttrain.pipeline.generation import check_can_be_promoted, check_looks_left, from_version, hold_parent
 from posttrain.pipeline.judge import Judge, is_promoted, made_by
 from posttrain.pipeline.measure import Evals, MeasuredModel
 from posttrain.pipeline.opening import fresh, state_to_go_on_from
@@ -101,6 +101,7 @@ def run_pipeline(
     place = Place(keys, folder, project, parent)
     with ExitStack() as held:
         ranks.main_only(lambda: _lock(folder, held))
+        ranks.main_only(lambda: hold_parent(keys, parent, held))
         check_folder_is_shared(ranks, folder)
         return _PipelineRun(place, ranks, watch, suites, data, on_change).run()
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable
 
-from posttrain.registry.rows import now
+from posttrain.registry.rows import Rows, now
 from posttrain.registry.schema import writing
 
 
 def record_look(db: sqlite3.Connection, suite_digests: Iterable[str], candidate: str, baseline: str) -> int:
     """Number of this look, from 1: the largest over the suites. Judging the same pair again is not another look."""
     numbers: list[int] = []
+    fresh: dict[str, int] = {}
     with writing(db):
         for suite in sorted(set(suite_digests)):
             known = db.execute(
@@ -24,6 +25,10 @@ def record_look(db: sqlite3.Connection, suite_digests: Iterable[str], candidate:
             number = count_looks(db, suite) + 1
             db.execute("INSERT INTO looks VALUES (?, ?, ?, ?, ?)", (suite, number, candidate, baseline, now()))
             numbers.append(number)
+            fresh[suite] = number
+        if fresh:
+            details = {"suites": fresh, "candidate": candidate, "baseline": baseline}
+            Rows(db).event("look", "", 0, details, None)
     return max(numbers, default=1)
 
 

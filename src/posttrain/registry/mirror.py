@@ -16,13 +16,14 @@ from urllib.parse import urlsplit
 
 from posttrain.errors import MissingExtraError
 from posttrain.names import PREVIOUS
+from posttrain.registry.audit import Event
 from posttrain.registry.promotion import CHAMPION, HOLD
 from posttrain.registry.registry import Registry
-from posttrain.registry.rows import Event
 from posttrain.uris import refuse_secret, without_secrets
 
 _CONNECT_S = 2.0
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+_MIRRORED = ("register", "promote", "rollback", "tag", "untag")
 _TAKEN_THERE = re.compile(r"latest|v\d+", re.IGNORECASE)
 
 
@@ -94,6 +95,8 @@ class MlflowMirror:
             raise
 
     def _send(self, client: Any, event: Event, registry: Registry) -> None:
+        if event.action not in _MIRRORED:
+            return None
         if event.action in ("tag", "untag"):
             return self._send_tag(client, event, registry)
         theirs = self._version(client, event.name, event.version, registry)
@@ -132,6 +135,8 @@ class MlflowMirror:
         for theirs in client.search_model_versions(f"name = '{name}'"):
             if theirs.tags.get("posttrain.version") == str(version):
                 return str(theirs.version)
+        if gone := registry.rows.events(name, version=version, action="remove"):
+            raise UndeliverableError(f"it was removed from the registry at {gone[0].at}")
         entry = registry.show(name, version)
         tags = {"posttrain.version": str(version), "posttrain.digest": entry.digest}
         created = client.create_model_version(name, source=entry.path.resolve().as_uri(), tags=tags)

@@ -10,17 +10,15 @@ from typing import Any
 
 from posttrain.errors import RegistryError
 from posttrain.evidence import Decision, GateVerdict, RegistryEntry
-from posttrain.files import digest_file, write_atomic
+from posttrain.files import write_atomic
 from posttrain.names import PREVIOUS
 from posttrain.registry import looks, promotion
+from posttrain.registry.checkouts import READY_TO_LOAD, Checkouts
 from posttrain.registry.manifest import ADAPTER_TOTAL, MODEL, Manifest, check_chain
 from posttrain.registry.promotion import CHAMPION, DECISION, HOLD
 from posttrain.registry.rows import Rows, now
 from posttrain.registry.schema import connect, writing
 from posttrain.registry.store import ContentStore
-
-_READY_TO_LOAD = {"model": "models", ADAPTER_TOTAL: "adapters"}
-"""Role of a stored tree → the folder in which it lies ready to load, by digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +34,13 @@ class Verification:
 class Registry:
     """A folder: `registry.sqlite`, `objects/`, and `models/<sha256>/` and `adapters/<sha256>/`, ready to load."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, for_reading: bool = False) -> None:
+        """A folder that cannot be written is opened only `for_reading`."""
         self.folder = Path(folder)
         self.store = ContentStore(self.folder)
-        self._db = connect(self.folder / "registry.sqlite", new=self.store.is_empty)
+        self.checkouts = Checkouts(self.store)
+        writable = self.store.writable or not for_reading
+        self._db = connect(self.folder / "registry.sqlite", new=self.store.is_empty, writable=writable)
         self.rows = Rows(self._db)
 
     def close(self) -> None:
@@ -66,6 +67,19 @@ class Registry:
         self._refuse(promotion.bad_name("model name", name))
         manifests = (chain,) if isinstance(chain, Manifest) else tuple(chain)
         check_chain(manifests)
+        with self.store.adding():
+            return self._register(name, model_folder, manifests, verdict, certificates, evidence or {}, actor)
+
+    def _register(
+        self,
+        name: str,
+        model_folder: Path,
+        manifests: Sequence[Manifest],
+        verdict: GateVerdict | None,
+        certificates: Iterable[Mapping[str, Any]],
+        evidence: Mapping[str, Path | Mapping[str, Path]],
+        actor: str | None,
+    ) -> RegistryEntry:
         digest = self.store.put_tree(model_folder)
         if manifests[-1].outputs[MODEL] != digest:
             raise RegistryError(
@@ -79,10 +93,10 @@ class Registry:
         objects += [("certificate", "file", self.store.put_json(dict(record))) for record in certificates]
         if verdict is not None:
             objects.append(("verdict", "file", self.store.put_json(verdict.to_json())))
-        objects += [(role, *self._put(what)) for role, what in (evidence or {}).items()]
+        objects += [(role, *self._put(what)) for role, what in evidence.items()]
         for role, kind, content in objects:
-            if role in _READY_TO_LOAD and kind == "tree":
-                self._checkout(content, _READY_TO_LOAD[role])
+            if role in READY_TO_LOAD and kind == "tree":
+                self.checkouts.ready(content, role)
         version = self._insert(name, digest, manifests[-1], verdict, objects, actor)
         return self.show(name, version)
 
@@ -105,8 +119,7 @@ class Registry:
         with writing(self._db) as db:
             row = db.execute("SELECT version FROM versions WHERE (name, digest, manifest) = (?, ?, ?)", keys).fetchone()
             if row is None:
-                last = db.execute("SELECT max(version) FROM versions WHERE name = ?", (name,)).fetchone()[0]
-                version = int(last or 0) + 1
+                version = self.rows.last_version(name) + 1
                 db.execute("INSERT INTO versions VALUES (?, ?, ?, ?, NULL, ?)", (name, version, *keys[1:], now()))
                 self.rows.event("register", name, version, {"digest": digest, "manifest": manifest.digest}, actor)
             else:
@@ -116,21 +129,23 @@ class Registry:
                     "UPDATE versions SET verdict = ? WHERE (name, version) = (?, ?)", (verdict.digest, name, version)
                 )
             rows = [(name, version, *entry) for entry in objects]
-            db.executemany("INSERT OR IGNORE INTO objects VALUES (?, ?, ?, ?, ?)", rows)
+            added = db.executemany("INSERT OR IGNORE INTO objects VALUES (?, ?, ?, ?, ?)", rows).rowcount
+            if row is not None and added:
+                self.rows.event("add", name, version, {"roles": sorted({role for role, _, _ in objects})}, actor)
         return version
 
     def show(self, name: str, version: int) -> RegistryEntry:
         """Raises: RegistryError if there is no such version."""
         row = self._db.execute("SELECT * FROM versions WHERE (name, version) = (?, ?)", (name, version)).fetchone()
         if row is None:
-            known = [f"{entry.name}@{entry.version}" for entry in self.entries()]
-            raise RegistryError(f"no {name}@{version} in {self.folder}; it has {', '.join(known) or 'no versions'}")
+            raise RegistryError(f"no {name}@{version} in {self.folder}{self.rows.instead_of(name, version)}")
         return self._entry(row)
 
     def entries(self, name: str | None = None) -> list[RegistryEntry]:
         """All versions, or those of one model, in order."""
         rows = self._db.execute("SELECT * FROM versions WHERE ? IN (name, '') ORDER BY name, version", (name or "",))
-        return [self._entry(row) for row in rows.fetchall()]
+        aliases, tags = self.rows.all_aliases(), self.rows.all_tags()
+        return [self._entry(row, aliases, tags) for row in rows.fetchall()]
 
     def resolve(self, ref: str, name: str | None = None) -> RegistryEntry:
         """`find`, with the model's folder ready to load. Raises: RegistryError also if its files are gone."""
@@ -141,13 +156,13 @@ class Registry:
                 f"{found.name}@{found.version} cannot be loaded: {missing[0]}{more} is gone from {self.folder / 'objects'}; "
                 "restore it from a copy"
             )
-        self._checkout(found.digest, "models")
+        self.checkouts.ready(found.digest, MODEL)
         return found
 
     def adapter(self, name: str, version: int) -> Path | None:
         """A folder that PEFT loads onto the base that the version's lineage started from; None where it has none."""
         digest = self.evidence(name, version).get(ADAPTER_TOTAL, ("", ""))[1]
-        return self._checkout(digest, _READY_TO_LOAD[ADAPTER_TOTAL]) if digest else None
+        return self.checkouts.ready(digest, ADAPTER_TOTAL) if digest else None
 
     def find(self, ref: str, name: str | None = None) -> RegistryEntry:
         """`name@3`, `name@champion`, or `alias:champion` (of `name`, or of the only model that has it).
@@ -156,7 +171,7 @@ class Registry:
         """
         if ref.startswith("alias:"):
             alias = ref.removeprefix("alias:")
-            owners = [name] if name else sorted({entry.name for entry in self.entries() if alias in entry.aliases})
+            owners = [name] if name else self.rows.names_with(alias)
             if len(owners) > 1:
                 raise RegistryError(f"{ref} is ambiguous: {', '.join(owners)} all have it; say NAME@{alias}")
             found = self.holder(owners[0], alias) if owners else None
@@ -241,8 +256,8 @@ class Registry:
             try:
                 if row["kind"] == "tree":
                     num_files += self.store.verify(row["digest"])
-                    if row["role"] in _READY_TO_LOAD:
-                        self._verify_checkout(row["digest"], self._place(row["digest"], _READY_TO_LOAD[row["role"]]))
+                    if row["role"] in READY_TO_LOAD:
+                        self.checkouts.verify(row["digest"], row["role"])
                 else:
                     self.store.verify_object(row["digest"], row["role"])
                     num_files += 1
@@ -275,16 +290,20 @@ class Registry:
         self.verify(name, version)
         chain = self.chain(name, version)
         self._refuse(promotion.against_rewards(chain, self.store.has, self.store.get_json), where)
-        self.store.put_json(verdict.to_json())
-        accepted = None if decision is None else self.store.put_json(decision.to_json())
-        with writing(self._db):
-            if decision is not None and accepted is not None:
-                self.rows.keep(name, version, DECISION, accepted)
+        with self.store.adding(), writing(self._db):
+            self.store.put_json(verdict.to_json())
+            if decision is not None:
+                self._keep_decision(name, version, decision)
             row = self.rows.alias_row(name, alias)
             if row is None or (row["version"], row["verdict"]) != (version, verdict.digest):
                 by = actor if decision is None else decision.by
                 self._swap(entry, alias, row, verdict, chain, expected_epoch, by)
         return self.show(name, version)
+
+    def _keep_decision(self, name: str, version: int, decision: Decision) -> None:
+        accepted = self.store.put_json(decision.to_json())
+        if self.rows.keep(name, version, DECISION, accepted):
+            self.rows.event("decide", name, version, decision.to_json(), decision.by)
 
     def _swap(
         self,
@@ -378,44 +397,23 @@ class Registry:
     def count_looks(self, suite_digest: str) -> int:
         return looks.count_looks(self._db, suite_digest)
 
-    def _entry(self, row: sqlite3.Row) -> RegistryEntry:
+    def _entry(
+        self,
+        row: sqlite3.Row,
+        aliases: Mapping[tuple[str, int], Sequence[str]] | None = None,
+        tags: Mapping[tuple[str, int], dict[str, str]] | None = None,
+    ) -> RegistryEntry:
+        """A row as a version; who reads many hands in the aliases and tags of all."""
         name, version = str(row["name"]), int(row["version"])
         return RegistryEntry(
             name=name,
             version=version,
             digest=row["digest"],
-            path=self._model_path(row["digest"]),
-            manifest=self.store.get_json(row["manifest"], f"{name}@{version} manifest"),
-            aliases=self.rows.aliases(name, version),
-            tags=self.rows.tags(name, version),
+            path=self.checkouts.place(row["digest"], MODEL),
+            manifest=row["manifest"],
+            aliases=tuple((self.rows.all_aliases(name) if aliases is None else aliases).get((name, version), ())),
+            tags=self.rows.tags(name, version) if tags is None else tags.get((name, version), {}),
         )
-
-    # --- folders ready to load ---
-
-    def _model_path(self, digest: str) -> Path:
-        return self._place(digest, "models")
-
-    def _place(self, digest: str, kind: str) -> Path:
-        return self.folder / kind / digest.removeprefix("sha256:")
-
-    def _checkout(self, digest: str, kind: str) -> Path:
-        path = self._place(digest, kind)
-        return path if path.exists() else self.store.materialize(digest, path)
-
-    def _verify_checkout(self, tree: str, folder: Path) -> None:
-        """The folder that is loaded must hold what the store holds; a hard link to it does."""
-        if not folder.exists():
-            return
-        files = self.store.tree(tree)
-        for name, digest in files.items():
-            path = folder / name
-            same = path.exists() and (path.samefile(self.store.object_path(digest)) or digest_file(path) == digest)
-            if not same:
-                raise RegistryError(f"{path}: is not the registered {digest}; delete {folder}, it will be written anew")
-        extra = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-        if extra != sorted(files):
-            added = ", ".join(sorted(set(extra) - set(files)))
-            raise RegistryError(f"{folder}: has files that were not registered: {added}; delete them")
 
     @staticmethod
     def _refuse(reason: str, where: str = "refused") -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from posttrain.errors import RegistryError
+from posttrain.registry.audit import seal_all
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS versions (
@@ -38,14 +39,19 @@ CREATE TABLE IF NOT EXISTS events (
 CREATE TABLE IF NOT EXISTS mirrors (mirror TEXT PRIMARY KEY, delivered INTEGER NOT NULL) STRICT;
 CREATE TRIGGER IF NOT EXISTS events_stay BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'events are append-only'); END;
 CREATE TRIGGER IF NOT EXISTS events_keep BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'events are append-only'); END;
+CREATE INDEX IF NOT EXISTS events_of ON events (name, action, version);
+CREATE INDEX IF NOT EXISTS manifests_of ON objects (digest) WHERE role = 'manifest';
+CREATE TABLE IF NOT EXISTS seals (event INTEGER PRIMARY KEY, digest TEXT NOT NULL) STRICT;
+CREATE TRIGGER IF NOT EXISTS seals_stay BEFORE UPDATE ON seals BEGIN SELECT RAISE(ABORT, 'seals are append-only'); END;
+CREATE TRIGGER IF NOT EXISTS seals_keep BEFORE DELETE ON seals BEGIN SELECT RAISE(ABORT, 'seals are append-only'); END;
 """
 _BUSY_S = 30.0
 
 
-def connect(path: Path, *, new: bool) -> sqlite3.Connection:
+def connect(path: Path, *, new: bool, writable: bool = True) -> sqlite3.Connection:
     """Open, creating the tables where the registry is `new`. Every commit is on disk before it returns.
 
-    Raises: RegistryError if the file is not what SQLite wrote, or is gone from a registry that is not new.
+    What is not `writable` is opened as it is. Raises: RegistryError if the file is not what SQLite wrote, or is gone from a registry that is not new.
     """
     go_on = (
         f"put a copy of {path} back; the objects beside it are as they were. Without a copy move {path.parent} away and start the "
@@ -55,11 +61,14 @@ def connect(path: Path, *, new: bool) -> sqlite3.Connection:
         raise RegistryError(
             f"{path} is {'empty' if path.exists() else 'gone'}, and there are objects beside it; {go_on}"
         )
-    db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
+    target = path.resolve().as_uri() + ("" if writable else _as_it_is(path))
+    db = sqlite3.connect(target, uri=True, timeout=_BUSY_S, isolation_level=None)
     try:
         found = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])  # before anything is written
         if found == "ok":
-            _prepare(db)
+            db.row_factory = sqlite3.Row
+            if writable:
+                _prepare(db)
             return db
     except sqlite3.OperationalError as error:
         db.close()
@@ -72,13 +81,20 @@ def connect(path: Path, *, new: bool) -> sqlite3.Connection:
     raise RegistryError(f"{path} is damaged: {found.splitlines()[-1]}; {go_on}")
 
 
+def _as_it_is(path: Path) -> str:
+    """How SQLite opens a file beside which it can put nothing: without a log of writes there is nothing to wait for."""
+    log = path.with_name(f"{path.name}-wal")
+    return "?mode=ro" if log.exists() and log.stat().st_size else "?mode=ro&immutable=1"
+
+
 def _prepare(db: sqlite3.Connection) -> None:
-    db.row_factory = sqlite3.Row
     _use_wal(db)
     db.execute("PRAGMA synchronous = FULL")
     db.execute("PRAGMA foreign_keys = ON")
-    if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'events_keep'").fetchone():
-        db.executescript(f"BEGIN IMMEDIATE; {_TABLES} COMMIT;")
+    if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'seals_keep'").fetchone():
+        db.executescript(f"BEGIN IMMEDIATE; {_TABLES}")
+        seal_all(db)
+        db.execute("COMMIT")
 
 
 def _use_wal(db: sqlite3.Connection) -> None:

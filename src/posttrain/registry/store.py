@@ -6,13 +6,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +33,30 @@ class ContentStore:
         self.folder = Path(folder)
         self._objects = self.folder / "objects"
         self._objects.mkdir(parents=True, exist_ok=True)
-        self._sweep()
+        self.writable = os.access(self._objects, os.W_OK) and os.access(self.folder, os.W_OK)
+        if self.writable:
+            self._sweep()
+
+    @contextmanager
+    def adding(self) -> Generator[None]:
+        """Around writes and the rows that mention them: nothing is collected and no half-written file is swept meanwhile."""
+        with self._lock() as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH)
+            yield
+
+    @contextmanager
+    def nobody_adding(self) -> Generator[bool]:
+        """Whether no process is adding; if so none can begin until this ends. Locks are the kernel's and end with a process."""
+        with self._lock() as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+    def _lock(self) -> IO[str]:
+        return open(self.folder / ".lock", "a")
 
     def object_path(self, digest: str) -> Path:
         name = digest.removeprefix("sha256:")
@@ -43,10 +68,11 @@ class ContentStore:
     def put_bytes(self, data: bytes) -> str:
         digest = digest_bytes(data)
         if not self._intact(digest):
-            temporary, handle = self._temporary()
-            with handle:
-                handle.write(data)
-            self._adopt(temporary, digest)
+            with self.adding():
+                temporary, handle = self._temporary()
+                with handle:
+                    handle.write(data)
+                self._adopt(temporary, digest)
         return digest
 
     def put_json(self, value: Any) -> str:
@@ -55,9 +81,13 @@ class ContentStore:
 
     def put_file(self, path: Path) -> str:
         """Copy a file in. What is hashed is what was copied, even if the source changes meanwhile."""
+        with self.adding(), Path(path).open("rb") as source:
+            return self._put_stream(source)
+
+    def _put_stream(self, source: IO[bytes]) -> str:
         temporary, handle = self._temporary()
         hasher = hashlib.sha256()
-        with handle, Path(path).open("rb") as source:
+        with handle:
             while chunk := source.read(_CHUNK_BYTES):
                 hasher.update(chunk)
                 handle.write(chunk)
@@ -91,6 +121,10 @@ class ContentStore:
 
     def materialize(self, digest: str, target: Path) -> Path:
         """Write a tree out as `target`, all or nothing, by hard link where the file system allows; keep it read-only."""
+        with self.adding() if self.writable else nullcontext():
+            return self._materialize(digest, target)
+
+    def _materialize(self, digest: str, target: Path) -> Path:
         files = self.tree(digest)
 
         def fill(temporary: Path) -> None:
@@ -125,13 +159,11 @@ class ContentStore:
         return len(files)
 
     def _sweep(self) -> None:
-        """Remove what a killed process left half-written, once nobody can still be writing it."""
-        for path in self.folder.glob("*/.*.*"):
-            try:
+        """Remove what a killed process left half-written. Its age alone proves nothing: a clock may leap."""
+        with self.nobody_adding() as idle:
+            for path in self.folder.glob("*/.*.*") if idle else ():
                 if time.time() - path.stat().st_mtime > _ABANDONED_S:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-            except FileNotFoundError:  # another process swept it
-                continue
 
     def _check(self, digest: str, what: str) -> None:
         path = self.object_path(digest)
