@@ -37,3 +37,13 @@ def test_a_folder_is_found_beside_the_file_that_names_it(model_dir, tmp_path):
         find_model("empty", None, tmp_path)
     with pytest.raises(ModelError, match=r"ghost: no such folder"):
         find_model("ghost", None, tmp_path)
+
+
+def test_a_model_of_the_hub_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    import huggingface_hub.constants as client
+
+    monkeypatch.setattr(client, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ModelError, match=r"nobody/nothing: no such folder here, and from the hub: the hub cannot be reached"
+    ):
+        find_model("nobody/nothing", None, tmp_path)

@@ -12,7 +12,9 @@ from posttrain.registry.manifest import CERTIFICATE, Manifest
 from posttrain.registry.promotion import CHAMPION
 from posttrain.registry.registry import Registry
 
+_HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 _REF = re.compile(r"(?P<name>[A-Za-z][\w.-]*)(@[\w.-]+)?|alias:[\w.-]+")
+_FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,8 @@ class FoundModel:
 
 
 def find_model(name: str, registry: Path | None, beside: Path = Path()) -> FoundModel:
-    """A folder (relative to `beside`), else NAME, NAME@VERSION or NAME@ALIAS of the registry; NAME is its champion.
+    """A folder (relative to `beside`), a model of the hub (ORG/NAME@REVISION), else NAME, NAME@VERSION or NAME@ALIAS of the
+    registry; NAME is its champion.
 
     Raises: ModelError where it is neither; RegistryError.
     """
@@ -41,6 +44,8 @@ def find_model(name: str, registry: Path | None, beside: Path = Path()) -> Found
                 f"{folder} has no config.json and no {CONFIG}; expected the folder of a model or an adapter"
             )
         return FoundModel(folder)
+    if _HUB.fullmatch(name) and not name.startswith("."):
+        return FoundModel(_from_hub(name))
     match = _REF.fullmatch(name)
     if match is None or registry is None or not (registry / "registry.sqlite").is_file():
         where = f", and there is no registry at {registry}" if registry is not None and match else ""
@@ -57,3 +62,22 @@ def find_model(name: str, registry: Path | None, beside: Path = Path()) -> Found
         )
     finally:
         book.close()
+
+
+def _from_hub(name: str) -> Path:
+    """Fetched once, into the hub client's cache. Raises: ModelError, in one line."""
+    from huggingface_hub import snapshot_download
+
+    from posttrain.config import hub
+
+    reason = hub.prepare()
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_FETCHED))
+    except (OSError, ValueError) as error:
+        why = (
+            f"the hub cannot be reached ({reason}), and its client has no copy"
+            if reason
+            else str(error).strip().splitlines()[0]
+        )
+        raise ModelError(f"{name}: no such folder here, and from the hub: {why}") from error

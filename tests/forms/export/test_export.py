@@ -27,8 +27,13 @@ def failed(report):
     return {check.name: check.seen for check in report.checks if not check.passed}
 
 
-@pytest.mark.parametrize("type_", ["f16", "q8_0"])
-@pytest.mark.parametrize("family", FAMILIES)
+EACH = [(family, type_) for family in FAMILIES for type_ in ("f16", "q8_0")]
+FAST = {("qwen3", "f16"), ("qwen3", "q8_0"), ("llama", "q8_0"), ("gemma2", "q8_0")}
+
+
+@pytest.mark.parametrize(
+    ("family", "type_"), [pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow) for pair in EACH]
+)
 def test_a_gguf_is_the_same_model(family, type_, model_dir, tmp_path):
     source = model_dir(family, **FAMILIES[family])
     report = export_model(FoundModel(source), tmp_path / "out", "gguf", type_, None)

@@ -185,3 +185,18 @@ def test_an_adapter_of_a_base_in_4_bits_is_not_added_to_another(adapters, tmp_pa
     (adapters["a"] / "posttrain.json").write_text(json.dumps({"base_digest": None, "load_in_4bit": True}))
     with pytest.raises(ModelError, match=r"trained on a base in 4 bits.*--onto dequantized"):
         merging(tmp_path, OF_ADAPTERS, adapters)
+
+
+def test_a_fault_is_said_before_the_first_tensor_is_read(pair, model_dir, tmp_path):
+    text = "merge_method: della\nbase_model: base\nparameters: {weight: 1, epsilon: 0.4}\nmodels: [{model: a, parameters: {density: 0.5}}, {model: b, parameters: {density: [0.5, 0.2]}}]\n"
+    models = pair | {"base": model_dir("qwen3")}
+    with pytest.raises(ConfigError, match=r"epsilon: got 0.4 with density 0.2 for model.layers.1.* of b"):
+        merging(tmp_path, text, models)
+    with pytest.raises(ConfigError, match=r"density: got 1.5"):
+        merging(tmp_path, text.replace("0.5, 0.2", "0.5, 1.5"), models)
+    with pytest.raises(ModelError, match=r"mlp.* shapes differ: .*'b'"):
+        merging(
+            tmp_path, LINEAR.replace("W", "1").replace("V", "1"), pair | {"b": model_dir("qwen3", intermediate_size=96)}
+        )
+    with pytest.raises(ConfigError, match=r"merge.yaml:1: chat_template: expected the text of a Jinja template"):
+        merging(tmp_path, "chat_template: chatml\n" + LINEAR.replace("W", "1").replace("V", "1"), pair)

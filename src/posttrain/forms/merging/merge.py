@@ -71,6 +71,9 @@ class _Merge:
         self.first = recipe.models[0]
         self.names = self._names()
         self.vocabulary = self._vocabulary()
+        # All of it before the first tensor is read: hours may lie between that and the last.
+        self.plan = list(planned(recipe, self.names))
+        self._check_shapes()
 
     def _opened(self, folder: Path, resolve: Callable[[str], Path]) -> StoredModel | AdaptedModel:
         if not (folder / CONFIG).is_file():
@@ -91,6 +94,13 @@ class _Merge:
         if len(set(kinds.values())) > 1:
             said = ", ".join(f"{model}: {kind}" for model, kind in kinds.items())
             raise ConfigError(f"models of different architectures cannot be merged ({said})")
+
+    def _check_shapes(self) -> None:
+        for plan in self.plan:
+            of_tokens = self.vocabulary is not None and IS_OF_TOKENS.search(plan.name)
+            shapes = {part.model: self._shape(part.model, part.name)[1 if of_tokens else 0 :] for part in plan.parts}
+            if len(set(shapes.values())) > 1:
+                raise ModelError(f"{plan.name}: shapes differ: {shapes}; expected models of one size")
 
     def _names(self) -> dict[str, list[str]]:
         """Each model's tensors; where only some have a head of their own, a tied one's is its embedding."""
@@ -150,7 +160,7 @@ class _Merge:
 
         def updates() -> Iterator[tuple[str, torch.Tensor]]:
             # In float64, where base + ΔW − base is ΔW to all the digits that float32 has.
-            for plan in planned(self.recipe, self.names):
+            for plan in self.plan:
                 before, merged = base.tensor(plan.parts[0].name, torch.float64), self.merged(plan, torch.float64)
                 if plan.name in touched:
                     yield plan.name, merged - before
@@ -167,7 +177,7 @@ class _Merge:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor of the result, in the dtype that it is written in. Raises: ModelError for one that is not finite."""
-        for plan in planned(self.recipe, self.names):
+        for plan in self.plan:
             tensor = self.merged(plan)
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise ModelError(
@@ -185,16 +195,18 @@ class _Merge:
         written = dtype or (getattr(torch, kept) if kept else _promoted(found.values()))
         if self.vocabulary is not None and IS_OF_TOKENS.search(plan.name):
             found = self.vocabulary.aligned({model: tensor.float() for model, tensor in found.items()})
-        shapes = {model: tuple(tensor.shape) for model, tensor in found.items()}
-        if len(set(shapes.values())) > 1:
-            raise ModelError(f"{plan.name}: shapes differ: {shapes}; expected models of one size")
         exact = torch.float64 if written == torch.float64 else torch.float32
         inputs = [MergeInput(found[part.model].to(exact), part.settings, part.is_base) for part in plan.parts]
         return self.recipe.row.merge(inputs, plan.shared, draw_for(self.options.seed, plan.name)).to(written)
 
     def _tensor(self, model: str, name: str, dtype: torch.dtype | None) -> torch.Tensor:
-        source = self.models[model]
-        return source.tensor(_EMBEDDING if name == _HEAD and name not in source.names else name, dtype)
+        return self.models[model].tensor(self._stored_name(model, name), dtype)
+
+    def _shape(self, model: str, name: str) -> tuple[int, ...]:
+        return self.models[model].shape(self._stored_name(model, name))
+
+    def _stored_name(self, model: str, name: str) -> str:
+        return _EMBEDDING if name == _HEAD and name not in self.models[model].names else name
 
     def _config(self, dtypes: set[torch.dtype]) -> dict[str, Any]:
         config = json.loads(json.dumps(self.configs[self.first]))
@@ -218,8 +230,6 @@ class _Merge:
     def _save_tokenizer(self, folder: Path) -> None:
         made = self.vocabulary.tokenizer if self.vocabulary else tokenizer_at(self._with_tokenizer(self.first))
         if template := self.recipe.chat_template:
-            if "{" not in template:
-                raise ConfigError(f"chat_template: got {template!r}; expected the text of a Jinja template")
             made.chat_template = template
         save_tokenizer(made, folder)
 

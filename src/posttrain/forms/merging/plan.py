@@ -103,5 +103,17 @@ def _tensor(recipe: MergeRecipe, part: Slice, name: str, inside: Sequence[str], 
         is_base = source.model == part.base
         wanted = recipe.row.of_model if recipe.row.of_base or not is_base else {}
         settings = settings_of(wanted, (source.parameters, *said), own, t, source.model)
+        _check_density(settings, own, source.model)
         parts.append(MergePart(source.model, own, is_base, settings))
     return PlannedTensor(name, tuple(parts), shared)
+
+
+def _check_density(settings: Mapping[str, Any], tensor: str, model: str) -> None:
+    density, epsilon = settings.get("density", 1.0), settings.get("epsilon", 0.0)
+    if not 0 <= density <= 1:
+        raise ConfigError(f"parameters.density: got {density} for {tensor} of {model}; expected a share from 0 to 1")
+    if epsilon and 0 < density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
+        raise ConfigError(
+            f"parameters.epsilon: got {epsilon} with density {density} for {tensor} of {model}; expected density ± epsilon "
+            "between 0 and 1"
+        )

@@ -90,6 +90,8 @@ class _RecipeReader:
         for key in ("dtype", "out_dtype"):
             if data.get(key) not in (None, *DTYPES):
                 self._refuse((key,), f"{key}: got {data[key]!r}; expected one of {', '.join(DTYPES)}")
+        if "{" not in (self._text(data, "chat_template", ()) or "{"):
+            self._refuse(("chat_template",), "chat_template: expected the text of a Jinja template")
         tokenizer = self._tokenizer()
         slices = self._models(base) if "models" in data else self._slices(base)
         for place, part in enumerate(slices):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -22,17 +22,6 @@ from posttrain.models.low_rank import CONFIG, WEIGHTS, split
 
 _PREFIX = "base_model.model."
 """What PEFT puts before the names of the base's modules."""
-
-
-class Tensors(Protocol):
-    """A model's tensors by their names in its files."""
-
-    folder: Path
-
-    @property
-    def names(self) -> Sequence[str]: ...
-
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor: ...
 
 
 @dataclass(slots=False)
@@ -65,13 +54,17 @@ class StoredModel:
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Raises: ModelError where the model has no such tensor."""
-        if name not in self._files:
-            raise ModelError(f"{self.folder} has no tensor {name}; expected models of one architecture")
-        found = self._handle(self._files[name]).get_tensor(name)
+        found = self._handle(self._file(name)).get_tensor(name)
         return found if dtype is None or not found.is_floating_point() else found.to(dtype)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handle(self._files[name]).get_slice(name).get_shape())
+        """Raises: ModelError where the model has no such tensor."""
+        return tuple(self._handle(self._file(name)).get_slice(name).get_shape())
+
+    def _file(self, name: str) -> Path:
+        if name not in self._files:
+            raise ModelError(f"{self.folder} has no tensor {name}; expected models of one architecture")
+        return self._files[name]
 
 
 @dataclass(slots=False)
