@@ -137,6 +137,7 @@ FLIPS = {
         Flip("undesirable_weight", 2.0, KTO),
     ],
     "grpo": [
+        Flip("off_policy_mask_threshold", 1e-9, OFF_POLICY),
         Flip("reward_funcs", ["DATA/rewards.py:last_digit"]),
         Flip("reward_weights", [1.0, 0.1], TWO),
         Flip("reward_kwargs", {"soft_overlong": {"max_length": 4, "cache": 4}}, {"reward_funcs": ["soft_overlong"]}),

@@ -4,6 +4,7 @@ import statistics
 import pytest
 import torch
 
+from posttrain.errors import ConfigError
 from posttrain.objectives.advantages import (
     ADVANTAGES,
     AdvantageSpec,
@@ -48,6 +49,8 @@ def _oracle(rewards, groups, estimator, scale, eps):
             out.append(r - (sum(members[g]) - r) / (n - 1) if n > 1 else 0.0)
         elif estimator == "reinforce_pp":
             out.append((r - statistics.mean(scored)) / (spread(scored) + eps) if spread(scored) else 0.0)
+        elif estimator == "maxrl":
+            out.append(c / statistics.mean(members[g]) if c else 0.0)
         else:
             kept = [c for c, r in zip(centred, rewards, strict=True) if r is not None]
             out.append((c - statistics.mean(kept)) / (spread(kept) + eps) if spread(kept) else 0.0)
@@ -71,6 +74,17 @@ def test_group_values_that_trl_gives():
     assert _advantages([[1.0], [None], [0.0], [0.0]]).advantage_B.tolist() == pytest.approx(
         [1.1545005, 0.0, -0.5772503, -0.5772503], abs=1e-7
     )
+
+
+def test_maxrl_of_one_right_in_four_weighs_it_three_times():
+    assert _advantages([[1.0], [0.0], [0.0], [0.0]], advantage_estimator="maxrl").advantage_B.tolist() == [
+        3,
+        -1,
+        -1,
+        -1,
+    ]
+    with pytest.raises(ConfigError, match=r"a reward is -0\.5; give rewards of 0 and above"):
+        _advantages([[1.0], [-0.5]], advantage_estimator="maxrl")
 
 
 def test_rloo_by_hand():

@@ -51,12 +51,18 @@ def _oracle(new, spec, old, stop):
     for s, length in enumerate(LENGTHS):
         steps = [n - o for n, o in zip(new[s], old[s], strict=True)]
         stopped = [n - o for n, o in zip(stop[s], old[s], strict=True)]
+        clipped = steps
+        if row.clips_log_ratio:
+            edge = min if ADVANTAGE[s] > 0 else max
+            clipped = [edge(x, high if ADVANTAGE[s] > 0 else -spec.epsilon) for x in steps]
         gaps = [o - b for o, b in zip(old[s], BEHAVIOR[s], strict=True)]
         in_sequence = 0.0
         for t in range(length):
             ratio, fixed = (_ratio(row, spec, x, t) for x in (steps, stopped))
-            term = _surrogate(row.surrogate, spec, high, ratio, fixed, ADVANTAGE[s], new[s][t])
+            bounded = _ratio(row, spec, clipped, t)
+            term = _surrogate(row.surrogate, spec, high, bounded, fixed, ADVANTAGE[s], new[s][t])
             term *= _correction(spec, gaps, t)
+            term *= _kept(spec, ADVANTAGE[s], BEHAVIOR[s], stop[s])
             if spec.beta:
                 term += spec.beta * _kl(spec, new[s][t], REF[s][t], ratio, fixed)
             in_sequence += term
@@ -79,6 +85,12 @@ def _ratio(row, spec, steps, t):
 def _surrogate(name, spec, high, ratio, fixed, advantage, logp):
     if name == "cispo":
         return -min(fixed, high) * advantage * logp
+    if name == "unclipped":
+        return -ratio * advantage
+    if name == "dppo":
+        change = math.exp(logp) * (1 - 1 / fixed)
+        left = (advantage > 0 and change > high) or (advantage < 0 and change < -spec.epsilon)
+        return 0.0 if left else -ratio * advantage
     if name == "sapo":
         tau = spec.sapo_temperature_pos if advantage > 0 else spec.sapo_temperature_neg
         return -4 / tau / (1 + math.exp(-tau * (ratio - 1))) * advantage
@@ -98,10 +110,20 @@ def _correction(spec, gaps, t):
     if spec.importance_sampling_correction == "off":
         return 1.0
     level, action = spec.importance_sampling_correction.split("_")
+    if level == "geometric":
+        mean = math.exp(sum(gaps) / len(gaps))
+        return float(1 / spec.importance_sampling_cap <= mean <= spec.importance_sampling_cap)
     weight = math.exp(gaps[t] if level == "token" else sum(gaps))
     if weight <= spec.importance_sampling_cap:
         return weight
     return spec.importance_sampling_cap if action == "truncate" else 0.0
+
+
+def _kept(spec, advantage, sampled, now):
+    if spec.off_policy_mask_threshold is None or advantage >= 0:
+        return 1.0
+    drift = sum(b - n for b, n in zip(sampled, now, strict=True)) / len(now)
+    return float(drift <= spec.off_policy_mask_threshold)
 
 
 def _tensor(rows):
@@ -158,12 +180,20 @@ OPTIONS = {
     "token_mask": {"importance_sampling_correction": "token_mask", "importance_sampling_cap": 1.2},
     "sequence_truncate": {"importance_sampling_correction": "sequence_truncate", "importance_sampling_cap": 1.2},
     "sequence_mask": {"importance_sampling_correction": "sequence_mask", "importance_sampling_cap": 1.2},
+    "geometric_mask": {"importance_sampling_correction": "geometric_mask", "importance_sampling_cap": 1.1},
+    "off-policy mask": {"off_policy_mask_threshold": -0.5},
     "all": {"beta": 0.1, "delta": 4.0, "entropy_coef": 0.1, "importance_sampling_correction": "sequence_truncate"},
 }
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("loss_type", POLICY_LOSSES)
+def _is_defined(loss_type, option):
+    return loss_type not in ("gmpo", "dppo") or "delta" not in OPTIONS[option]
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "option"),
+    [(loss_type, option) for loss_type in POLICY_LOSSES for option in OPTIONS if _is_defined(loss_type, option)],
+)
 def test_oracle(loss_type, option):
     _check(_spec(loss_type, **OPTIONS[option]))
 
@@ -183,6 +213,14 @@ def test_oracle_data_reaches_every_branch():
     ratio = masked["sampling/importance_sampling_ratio/mean"]
     kept = policy_loss(_inputs(), PolicySpec(**OPTIONS["sequence_truncate"]), NORM).metrics
     assert 0 < ratio.num < kept["sampling/importance_sampling_ratio/mean"].num
+    for option, name in (
+        ("geometric_mask", "sampling/importance_sampling_ratio/mean"),
+        ("off-policy mask", "off_policy_mask/kept_mean"),
+    ):
+        share = policy_loss(_inputs(), PolicySpec(**OPTIONS[option]), NORM).metrics[name].value
+        assert 0 < share < 1, option
+    free, bound = (policy_loss(_inputs(), PolicySpec(loss_type="dppo", epsilon=e), NORM).loss for e in (1.0, 0.2))
+    assert free != bound
 
 
 def test_entropy_bonus_gradient():
@@ -223,7 +261,7 @@ def _select(inputs, keep):
 @pytest.mark.parametrize("split", [[[0], [1], [2], [3]], [[0, 1, 2], [3]], [[3, 1], [2, 0]]])
 @pytest.mark.parametrize("loss_type", POLICY_LOSSES)
 def test_splitting_and_permuting_change_nothing(loss_type, split):
-    spec = _spec(loss_type, **OPTIONS["all"])
+    spec = _spec(loss_type, **OPTIONS["all" if _is_defined(loss_type, "all") else "off-policy mask"])
     inputs = _inputs()
     whole = policy_loss(inputs, spec, NORM)
     (whole_gradient,) = torch.autograd.grad(whole.loss, inputs.policy_logp_M)

@@ -56,13 +56,14 @@ def test_runaway_log_ratio_is_bounded():
     assert ratio.tolist() == [math.exp(20), 0.0]
 
 
-# Sampler differences 0.2, −0.1, unknown | 1.0, 0.5; sequence sums 0.1 and 1.5; the cap is 2.
+# Sampler differences 0.2, −0.1, unknown | 1.0, 0.5; sequence sums 0.1 and 1.5, means 0.03 and 0.75; the cap is 2.
 BEHAVIOR = [-1.4, -0.3, math.nan, -1.2, -2.4]
 BY_HAND = {
     "token_truncate": [math.exp(0.2), math.exp(-0.1), 1.0, 2.0, math.exp(0.5)],
     "token_mask": [math.exp(0.2), math.exp(-0.1), 1.0, 0.0, math.exp(0.5)],
     "sequence_truncate": [math.exp(0.1)] * 3 + [2.0] * 2,
     "sequence_mask": [math.exp(0.1)] * 3 + [0.0] * 2,
+    "geometric_mask": [1.0] * 3 + [0.0] * 2,
 }
 
 

@@ -42,7 +42,7 @@ SAMPLER = _logps(3, OLD, 1.0)
 ENTROPY = -_logps(4)
 
 
-def _trl_policy_loss(spec, weights, on_policy):
+def _trl_policy_loss(spec, weights, on_policy, trainer_type=None):
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     new, entropy = NEW.clone().requires_grad_(), ENTROPY.clone().requires_grad_()
@@ -68,7 +68,8 @@ def _trl_policy_loss(spec, weights, on_policy):
         max_completion_length=8,
         current_gradient_accumulation_steps=1,
         top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
+        off_policy_mask_threshold=spec.off_policy_mask_threshold,
+        get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
         aux_loss_enabled=False,
         use_adaptive_entropy=False,
         use_vllm=weights is not None,
@@ -89,7 +90,9 @@ def _trl_policy_loss(spec, weights, on_policy):
     }
     if not on_policy:
         inputs["old_per_token_logps"] = OLD
-    loss = GRPOTrainer._compute_loss(trainer, None, inputs)
+    if spec.off_policy_mask_threshold is not None:
+        inputs |= {"sampling_per_token_logps": SAMPLER, "advantages": ADVANTAGE.unsqueeze(1)}
+    loss = (trainer_type or GRPOTrainer)._compute_loss(trainer, None, inputs)
     (gradient,) = torch.autograd.grad(loss, new)
     return loss.detach(), gradient[MASK.bool()], {k: v[0] for k, v in trainer._metrics["train"].items()}
 
@@ -137,6 +140,26 @@ def test_policy_loss(loss_type, level, option, on_policy):
     assert {"entropy"} <= shared
     for name in shared:
         assert metrics[name] == pytest.approx(trl_metrics[name], rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize("threshold", [-0.2, 0.0, 0.3])
+def test_off_policy_mask(threshold):
+    spec = PolicySpec(beta=0.1, off_policy_mask_threshold=threshold)
+    loss, gradient, _ = _our_policy_loss(spec, on_policy=False)
+    trl_loss, trl_gradient, _ = _trl_policy_loss(spec, None, on_policy=False)
+    torch.testing.assert_close(loss, trl_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, trl_gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("on_policy", [False, True], ids=["off-policy", "on-policy"])
+def test_gmpo(on_policy):
+    from trl.experimental.gmpo.gmpo_trainer import GMPOTrainer
+
+    spec = PolicySpec(loss_type="gmpo", epsilon=0.2, epsilon_high=0.3)
+    loss, gradient, _ = _our_policy_loss(spec, on_policy)
+    trl_loss, trl_gradient, _ = _trl_policy_loss(spec, None, on_policy, GMPOTrainer)
+    torch.testing.assert_close(loss, trl_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, trl_gradient, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])

@@ -87,7 +87,8 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(GRPOKeys, ("epsilon",), _loss_is("cispo", "sapo"), "loss_type does not use it"),
     NoEffect(GRPOKeys, ("epsilon_high",), _loss_is("sapo"), "loss_type does not use it"),
     NoEffect(GRPOKeys, ("delta",), _loss_is("cispo", "sapo"), "loss_type does not use it"),
-    NoEffect(GRPOKeys, ("importance_sampling_level",), _loss_is("gspo", "rloo"), "loss_type brings its own ratio"),
+    NoEffect(GRPOKeys, ("importance_sampling_level",), _loss_is("gspo", "gmpo", "dppo", "rloo"), "loss_type brings its own ratio"),
+    NoEffect(GRPOKeys, ("off_policy_mask_threshold",), lambda k: k.steps_per_generation * k.num_iterations == 1 and k.rollout.engine == "embedded" and not k.rollout.max_staleness, "what is trained on was sampled with the weights that are trained"),
     NoEffect(GRPOKeys, ("epsilon", "epsilon_high", "delta"), lambda k: k.steps_per_generation * k.num_iterations == 1, "each generation batch is trained on in one step, so the importance ratio is 1; see steps_per_generation and num_iterations"),
 )  # fmt: skip
 """Which keys need which others."""

@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from posttrain.config.knob import knob
 from posttrain.config.rollout import RolloutKeys
-from posttrain.config.stages import DatasetKeys, RowKind, TrainKeys
+from posttrain.config.stages import DatasetKeys, LearningRateShape, RowKind, TrainKeys
 
 # fmt: off
 # One key a line: the tables below are read down, not across.
@@ -94,14 +94,14 @@ class RLKeys(SamplingKeys):
         return self
 
 
-GRPOLoss = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "gspo", "rloo", "reinforce_pp"]
+GRPOLoss = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "gspo", "gmpo", "dppo", "rloo", "reinforce_pp"]
 
 
 class GRPOKeys(RLKeys):
     """RL with verifiable rewards: GRPO and its family."""
 
     learning_rate: float = knob(1e-6, "Peak learning rate.", gt=0, also="lr", example=1e-6)
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "wsd"] = knob("constant", "Shape of the schedule after the warmup; `wsd` holds, then decays over the last fifth.", also="lr_scheduler (Axolotl)")
+    lr_scheduler_type: LearningRateShape = knob("constant", "Shape of the schedule after the warmup; `wsd` holds, then decays over the last fifth.", also="lr_scheduler (Axolotl)")
     max_steps: int = knob(200, "Optimizer steps; -1 lets num_train_epochs decide.", ge=-1)
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = knob("sum_then_normalize", "Add the rewards, then normalise; or normalise each first (GDPO).")
     loss_type: GRPOLoss = knob("dapo", "Surrogate of a token and how tokens add up to a loss.")
@@ -109,12 +109,12 @@ class GRPOKeys(RLKeys):
     kl_reduction: Literal["token_mean", "sequence_mean_of_token_mean", "sequence_sum_over_constant", "sequence_sum_mean"] | None = knob(None, "How the KL in the loss adds up over tokens; null takes the reduction of loss_type.", example="token_mean")
     kl_in_reward: bool = knob(False, "Put the KL that beta weighs into the reward instead of the loss.")
     use_bias_correction_kl: bool = knob(True, "Multiply the KL in the loss by the importance ratio, as TRL and DeepSeek-V3.2 do: its gradient is then that of the KL, also off-policy.")
-    epsilon: float = knob(0.2, "Clip range below 1: the importance ratio is clipped at 1 - epsilon.", gt=0)
+    epsilon: float = knob(0.2, "Clip range below 1: the importance ratio is clipped at 1 - epsilon. For gmpo the range of its logarithm (0.4 in the paper), for dppo that of the token's probability.", gt=0)
     epsilon_high: float | None = knob(None, "Clip range above 1; null means epsilon. For cispo the cap on the ratio itself; null means 5.", gt=0, example=0.28)
     delta: float | None = knob(None, "Upper bound of the unclipped ratio (two-sided clipping); null is off.", gt=1, example=4.0)
     importance_sampling_level: Literal["token", "sequence"] = knob("token", "Ratio per token, or per sequence (GSPO).")
     scale_rewards: Literal["group", "batch", "none"] = knob("group", "What the centred rewards are divided by: the group's std, the batch's, nothing.")
-    advantage_estimator: Literal["group", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = knob("group", "Baseline: group mean (GRPO), leave-one-out (RLOO), batch mean (REINFORCE++), or group mean and then whitened over the batch (REINFORCE++-baseline); loss_type rloo and reinforce_pp bring their own.")
+    advantage_estimator: Literal["group", "rloo", "reinforce_pp", "reinforce_pp_baseline", "maxrl"] = knob("group", "Baseline: group mean (GRPO), leave-one-out (RLOO), batch mean (REINFORCE++), group mean and then whitened over the batch (REINFORCE++-baseline), or group mean and divided by it (MaxRL, for rewards of 0 and above); loss_type rloo and reinforce_pp bring their own.")
     advantage_eps: float = knob(1e-4, "Added to the std; ddof is 1, as in TRL.", ge=0)
     sapo_temperature_pos: float = knob(1.0, "SAPO's temperature for positive advantages.", gt=0)
     sapo_temperature_neg: float = knob(1.05, "SAPO's temperature for negative advantages.", gt=0)
@@ -122,7 +122,8 @@ class GRPOKeys(RLKeys):
     dynamic_sampling: bool = knob(False, "Replace groups whose rewards are all equal by freshly sampled ones (DAPO).")
     dynamic_sampling_max_rounds: int = knob(4, "Refill rounds before the step goes on with fewer groups.", ge=1)
     soft_overlong_cache: int = knob(0, "Length in tokens of DAPO's soft overlong penalty before max_completion_length; 0 is off.", ge=0)
-    importance_sampling_correction: Literal["auto", "off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = knob("auto", "Correction between sampler and trainer log-probs; `auto` is off for the embedded engine with max_staleness 0, which needs none, and token_truncate for any other.", also="vllm_importance_sampling_mode (TRL)")
+    importance_sampling_correction: Literal["auto", "off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"] = knob("auto", "Correction between sampler and trainer log-probs; `geometric_mask` leaves out sequences whose ratio per token is outside 1/importance_sampling_cap … importance_sampling_cap; `auto` is off for the embedded engine with max_staleness 0, which needs none, and token_truncate for any other.", also="vllm_importance_sampling_mode (TRL)")
+    off_policy_mask_threshold: float | None = knob(None, "Leave a completion with a negative advantage out of the loss where the policy has become less likely to give it by more than so many nats per token (DeepSeek-V3.2); null is off.", gt=0, example=0.5)
     allow_uncorrected: bool = knob(False, "Let importance_sampling_correction be off with an engine whose log-probs are not the trainer's.")
     importance_sampling_cap: float = knob(3.0, "Upper bound of the weights of importance_sampling_correction.", gt=1, also="vllm_importance_sampling_cap (TRL), vllm_importance_sampling_clip_max (TRL)")
 
@@ -143,6 +144,16 @@ class GRPOKeys(RLKeys):
             raise ValueError(
                 f"importance_sampling_correction: off with {beside}, whose log-probs are not the "
                 "trainer's; leave it at auto (token_truncate), or set allow_uncorrected: true beside it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _maxrl_divides_by_what_is_not_negative(self) -> GRPOKeys:
+        subtracts = [name for name in ("soft_overlong_cache", "kl_in_reward") if getattr(self, name)]
+        if self.advantage_estimator == "maxrl" and subtracts:
+            raise ValueError(
+                f"advantage_estimator: maxrl divides by a group's mean reward, and {subtracts[0]} makes rewards negative; "
+                f"take {subtracts[0]} out, or set advantage_estimator: group"
             )
         return self
 

@@ -107,6 +107,9 @@ class ModelKeys(Keys):
         )
 
 
+LearningRateShape = Literal["cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "wsd"]
+
+
 class TrainKeys(ModelKeys):
     """What every stage has."""
 
@@ -126,7 +129,7 @@ class TrainKeys(ModelKeys):
     num_train_epochs: float = knob(1.0, "Passes over the data, when max_steps is not set.", gt=0, also="num_epochs (Axolotl), epochs (torchtune)")
     max_steps: int = knob(-1, "Optimizer steps; -1 lets num_train_epochs decide.", ge=-1)
     learning_rate: float = knob(2e-5, "Peak learning rate.", gt=0, also="lr", example=1e-5)
-    lr_scheduler_type: Literal["cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "wsd"] = knob("cosine", "Shape of the schedule after the warmup; `wsd` holds, then decays over the last fifth.", also="lr_scheduler (Axolotl)")
+    lr_scheduler_type: LearningRateShape = knob("cosine", "Shape of the schedule after the warmup; `wsd` holds, then decays over the last fifth.", also="lr_scheduler (Axolotl)")
     lr_num_cycles: int = knob(1, "How often `cosine_with_restarts` runs down from the peak.", ge=1, example=3)
     lr_power: float = knob(1.0, "Power of `polynomial`.", gt=0, example=2.0)
     lr_decay_ratio: float = knob(1.0, "The schedule has come to its end after this share of the steps, and the rest has its last learning rate.", gt=0, le=1, also="cosine_constant_lr_ratio (Axolotl)", example=0.9)

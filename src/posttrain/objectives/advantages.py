@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from posttrain.errors import ConfigError
+
 _EQUAL = 1e-9
 """Rewards count as equal if they differ by less than this share of their size: sums of floats differ in the last bits."""
 
@@ -114,6 +116,21 @@ def reinforce_pp_baseline_advantage(reward_B: Tensor, group_B: Tensor, num_group
     return _standardize(_centre(reward_B, group_B, num_groups), torch.zeros_like(group_B), 1, spec.advantage_eps)
 
 
+def maxrl_advantage(reward_B: Tensor, group_B: Tensor, num_groups: int, spec: AdvantageSpec) -> Tensor:
+    """(r − mean_g) / mean_g: the gradient of log of the mean reward, as far as G samples tell it. Source: MaxRL, arXiv 2602.02710.
+
+    Raises: ConfigError for a reward below 0, of which there is no logarithm.
+    """
+    if bool((reward_B < 0).any()):
+        raise ConfigError(
+            f"advantage_estimator: maxrl divides by a group's mean reward, and a reward is {reward_B.nan_to_num(0.0).min():g}; give rewards "
+            "of 0 and above (soft_overlong_cache and kl_in_reward subtract), or set advantage_estimator: group"
+        )
+    _, mean_P, std_P = mean_std(reward_B, group_B, num_groups)
+    scale_P = torch.where(std_P > 0, mean_P, math.inf)
+    return (reward_B - mean_P[group_B]) / scale_P[group_B]
+
+
 Estimator = Callable[[Tensor, Tensor, int, AdvantageSpec], Tensor]
 """(reward_B, group_B, num_groups, spec) → advantage_B, NaN where the reward is."""
 
@@ -122,6 +139,7 @@ ADVANTAGES: dict[str, Estimator] = {
     "rloo": rloo_advantage,
     "reinforce_pp": reinforce_pp_advantage,
     "reinforce_pp_baseline": reinforce_pp_baseline_advantage,
+    "maxrl": maxrl_advantage,
 }
 
 

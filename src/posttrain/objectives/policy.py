@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from posttrain.objectives.kl import kl_in_loss
-from posttrain.objectives.ratios import RATIOS, SEQUENCE_LEVEL, correction_weights, log_ratios
+from posttrain.objectives.ratios import (
+    RATIOS,
+    SEQUENCE_LEVEL,
+    clip_one_side,
+    correction_weights,
+    log_ratios,
+    off_policy_keep,
+)
 from posttrain.objectives.reduce import REDUCTIONS, Normalizer, segment_lengths, token_mean
 from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.surrogates import SURROGATES
@@ -31,6 +38,7 @@ class PolicyLoss:
     source: str
     ratio: str | None = None
     advantage: str | None = None
+    clips_log_ratio: bool = False
 
 
 POLICY_LOSSES: dict[str, PolicyLoss] = {
@@ -42,6 +50,10 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
     "gspo": PolicyLoss("clipped", "sequence_mean_of_token_mean", "arXiv 2507.18071 eq. 5", ratio="sequence"),
     "cispo": PolicyLoss("cispo", "token_mean", "arXiv 2506.13585 eq. 4"),
     "sapo": PolicyLoss("sapo", "sequence_mean_of_token_mean", "arXiv 2511.20347"),
+    "gmpo": PolicyLoss(
+        "unclipped", "sequence_mean_of_token_mean", "arXiv 2507.20673 eq. 4", ratio="sequence", clips_log_ratio=True
+    ),
+    "dppo": PolicyLoss("dppo", "token_mean", "arXiv 2602.04879, binary total variation", ratio="token"),
     "rloo": PolicyLoss(
         "clipped", "sequence_mean_of_token_mean", "arXiv 2402.14740", ratio="sequence_product", advantage="rloo"
     ),
@@ -82,11 +94,18 @@ def policy_loss(inputs: PolicyInputs, spec: PolicySpec, norm: Normalizer) -> Los
     lengths_S = segment_lengths(seq_M, inputs.num_sequences)
     advantage_M = inputs.advantage_M.to(logp_M.dtype)
 
-    ratio_M = RATIOS[level](log_ratios(logp_M, inputs.old_logp_M), seq_M, inputs.num_sequences)
-    term_M = surrogate.term(ratio_M, advantage_M, logp_M, spec)
+    log_ratio_M = log_ratios(logp_M, inputs.old_logp_M)
+    ratio_M = bounded_M = RATIOS[level](log_ratio_M, seq_M, inputs.num_sequences)
+    if row.clips_log_ratio:
+        clipped_M = clip_one_side(log_ratio_M, advantage_M, spec.epsilon, spec.high)
+        bounded_M = RATIOS[level](clipped_M, seq_M, inputs.num_sequences)
+    term_M = surrogate.term(bounded_M, advantage_M, logp_M, spec)
     weight_M = _sampler_weights(inputs, spec)
     if weight_M is not None:
         term_M = weight_M * term_M
+    keep_M = _kept(inputs, spec, advantage_M)
+    if keep_M is not None:
+        term_M = keep_M * term_M
     kl_M = _kl(inputs, spec, ratio_M)
     kl_reduction = spec.kl_reduction or row.reduction
     if kl_M is not None and kl_reduction == row.reduction:
@@ -104,6 +123,8 @@ def policy_loss(inputs: PolicyInputs, spec: PolicySpec, norm: Normalizer) -> Los
     share_M = ones_M / lengths_S[seq_M] if level in SEQUENCE_LEVEL else ones_M
     sums = {name: (flag_M * share_M, share_M) for name, flag_M in surrogate.flags(ratio_M, advantage_M, spec).items()}
     sums["importance_ratio/mean"] = (ratio_M * share_M, share_M)
+    if keep_M is not None:
+        sums["off_policy_mask/kept_mean"] = (keep_M / lengths_S[seq_M], 1 / lengths_S[seq_M])
     sums |= _token_metrics(inputs, kl_M, weight_M)
     totals: dict[str, tuple[Tensor, Tensor | float]] = {name: (a.sum(), b.sum()) for name, (a, b) in sums.items()}
     totals["policy_loss"] = (policy * norm.sequences, float(inputs.num_sequences))
@@ -123,6 +144,15 @@ def _sampler_weights(inputs: PolicyInputs, spec: PolicySpec) -> Tensor | None:
         inputs.seq_M,
         inputs.num_sequences,
     )
+
+
+def _kept(inputs: PolicyInputs, spec: PolicySpec, advantage_M: Tensor) -> Tensor | None:
+    """Which tokens count under `off_policy_mask_threshold`; what was sampled is known best from the sampler itself."""
+    sampled_M = inputs.old_logp_M if inputs.behavior_logp_M is None else inputs.behavior_logp_M
+    if spec.off_policy_mask_threshold is None or sampled_M is None:
+        return None
+    where = (inputs.seq_M, inputs.num_sequences)
+    return off_policy_keep(spec.off_policy_mask_threshold, advantage_M, inputs.policy_logp_M, sampled_M, *where)
 
 
 def _kl(inputs: PolicyInputs, spec: PolicySpec, ratio_M: Tensor) -> Tensor | None:

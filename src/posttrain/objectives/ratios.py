@@ -39,6 +39,11 @@ def sequence_product_ratio(log_ratio_M: Tensor, seq_M: Tensor, num_sequences: in
     return bounded_exp(segment_sum(log_ratio_M, seq_M, num_sequences))[seq_M]
 
 
+def clip_one_side(log_ratio_M: Tensor, advantage_M: Tensor, low: float, high: float) -> Tensor:
+    """min(x, high) where A > 0, max(x, −low) elsewhere: PPO's clip on log ratios. Source: GMPO, arXiv 2507.20673 eq. 4."""
+    return torch.where(advantage_M > 0, log_ratio_M.clamp(max=high), log_ratio_M.clamp(min=-low))
+
+
 RatioFn = Callable[[Tensor, Tensor, int], Tensor]
 RATIOS: dict[str, RatioFn] = {
     "token": token_ratio,
@@ -56,13 +61,18 @@ def _mask(weight: Tensor, cap: float) -> Tensor:
     return torch.where(weight > cap, torch.zeros_like(weight), weight)
 
 
-CORRECTIONS: dict[str, tuple[bool, Callable[[Tensor, float], Tensor]]] = {
-    "token_truncate": (False, _truncate),
-    "token_mask": (False, _mask),
-    "sequence_truncate": (True, _truncate),
-    "sequence_mask": (True, _mask),
+def _accept(weight: Tensor, cap: float) -> Tensor:
+    return ((weight <= cap) & (weight >= 1 / cap)).to(weight.dtype)
+
+
+CORRECTIONS: dict[str, tuple[RatioFn, Callable[[Tensor, float], Tensor]]] = {
+    "token_truncate": (token_ratio, _truncate),
+    "token_mask": (token_ratio, _mask),
+    "sequence_truncate": (sequence_product_ratio, _truncate),
+    "sequence_mask": (sequence_product_ratio, _mask),
+    "geometric_mask": (sequence_ratio, _accept),
 }
-"""name → (one weight per sequence?, what happens above the cap)."""
+"""name → (ratio of trainer to sampler, what becomes of it at the cap)."""
 
 
 @torch.no_grad()
@@ -71,10 +81,19 @@ def correction_weights(
 ) -> Tensor:
     """Constant weights π_old/π_sampler per token, truncated or zeroed above `cap`; unknown (NaN) log-probs weigh 1.
 
-    Source: TIS, Yao et al. 2025; masked: IcePop, Ring-1T 2025; names and definitions as TRL's.
+    `geometric_mask` weighs nothing: it leaves out sequences whose ratio per token, as geometric mean, is outside [1/cap, cap].
+    Source: TIS, Yao et al. 2025; masked: IcePop, Ring-1T 2025; names and definitions as TRL's; geometric: verl's rollout rejection.
     """
-    per_sequence, above_cap = CORRECTIONS[mode]
+    ratio, at_cap = CORRECTIONS[mode]
     difference_M = torch.nan_to_num(old_logp_M - behavior_logp_M, nan=0.0)
-    if per_sequence:
-        return above_cap(bounded_exp(segment_sum(difference_M, seq_M, num_sequences)), cap)[seq_M]
-    return above_cap(bounded_exp(difference_M), cap)
+    return at_cap(ratio(difference_M, seq_M, num_sequences), cap)
+
+
+@torch.no_grad()
+def off_policy_keep(
+    threshold: float, advantage_M: Tensor, policy_logp_M: Tensor, sampled_logp_M: Tensor, seq_M: Tensor, num_sequences: int
+) -> Tensor:  # fmt: skip
+    """False at each token of a sequence with A < 0 whose mean log π_sampled − log π is above `threshold`; unknown (NaN) log-probs
+    count as equal. Source: DeepSeek-V3.2, arXiv 2512.02556; as TRL's off_policy_mask_threshold."""
+    drift_M = torch.nan_to_num(sampled_logp_M - policy_logp_M, nan=0.0)
+    return (advantage_M >= 0) | (segment_mean(drift_M, seq_M, num_sequences) <= threshold)[seq_M]

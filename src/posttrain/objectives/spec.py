@@ -26,6 +26,7 @@ class PolicySpec:
     entropy_coef: float = 0.0
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
+    off_policy_mask_threshold: float | None = None
     importance_sampling_correction: str = "off"
     importance_sampling_cap: float = 3.0
 
@@ -44,6 +45,10 @@ class PolicySpec:
             raise ConfigError(
                 f"loss_type: luspo with importance_sampling_level: {self.importance_sampling_level}: LUSPO is defined on "
                 "sequence ratios; set importance_sampling_level: sequence"
+            )
+        if self.loss_type in ("dppo", "gmpo") and self.delta is not None:
+            raise ConfigError(
+                f"loss_type: {self.loss_type} with delta={self.delta}: it has its own bounds; leave delta out"
             )
 
     @property

@@ -49,6 +49,25 @@ def sapo(ratio_M: Tensor, advantage_M: Tensor, logp_M: Tensor, spec: PolicySpec)
     return -4 / tau_M * torch.sigmoid(tau_M * (ratio_M - 1)) * advantage_M
 
 
+def unclipped(ratio_M: Tensor, advantage_M: Tensor, logp_M: Tensor, spec: PolicySpec) -> Tensor:
+    """−r·A, for ratios that are bounded already."""
+    return -ratio_M * advantage_M
+
+
+def dppo(ratio_M: Tensor, advantage_M: Tensor, logp_M: Tensor, spec: PolicySpec) -> Tensor:
+    """−M·r·A: M is 0 where the token's probability has changed by more than ε to the side that the advantage pushes to.
+
+    Source: DPPO, arXiv 2602.04879, with its binary total variation |π − π_old|; rare tokens are free to move, frequent ones are not.
+    """
+    return -ratio_M * advantage_M * ~_has_left(ratio_M, advantage_M, logp_M, spec)
+
+
+def _has_left(ratio_M: Tensor, advantage_M: Tensor, logp_M: Tensor, spec: PolicySpec) -> Tensor:
+    now_M, ratio_M = logp_M.detach().exp(), ratio_M.detach()
+    change_M = now_M - now_M / ratio_M
+    return ((change_M > spec.high) & (advantage_M > 0)) | ((change_M < -spec.epsilon) & (advantage_M < 0))
+
+
 def no_flags(ratio_M: Tensor, advantage_M: Tensor, spec: PolicySpec) -> Flags:
     return {}
 
@@ -65,4 +84,6 @@ SURROGATES: dict[str, Surrogate] = {
     "clipped": Surrogate(clipped, clipped_flags),
     "cispo": Surrogate(cispo, cispo_flags),
     "sapo": Surrogate(sapo, no_flags),
+    "unclipped": Surrogate(unclipped, no_flags),
+    "dppo": Surrogate(dppo, no_flags),
 }

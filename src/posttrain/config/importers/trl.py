@@ -143,7 +143,7 @@ ROWS: dict[str, KeyFate] = {
     "use_adaptive_entropy": refused("its controller is another one than entropy_target's", "set entropy_target in a YAML of ours"),
     **rows(left("it is read with use_adaptive_entropy only"), "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
     "max_tool_calling_iterations": refused("tools are not called while sampling", "take it out"),
-    "off_policy_mask_threshold": refused("sequences are not masked by their divergence", "take it out"),
+    "off_policy_mask_threshold": to("off_policy_mask_threshold"),
     "use_bias_correction_kl": to("use_bias_correction_kl", flag),
     "warmup_steps": joint("warmup_steps"),
     "save_steps": joint("save_steps"),
