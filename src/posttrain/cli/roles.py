@@ -6,6 +6,7 @@ import os
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ from posttrain.errors import ConfigError
 from posttrain.uris import names_secret
 
 if TYPE_CHECKING:
+    from posttrain.config.pipeline import PipelineKeys
     from posttrain.distributed.roles import RoleResources
 
 OnRay = Annotated[str | None, typer.Option("--ray", metavar="auto|HOST:PORT|local", help="Run as workers of a Ray cluster, or of this machine without Ray (local).")]  # fmt: skip
@@ -24,6 +26,10 @@ EachWorker = Annotated[str, typer.Option("--worker", metavar="cpus=N,gpus=N,plac
 
 _FORWARDED = ("ACCELERATE_", "GLOO_", "HF_", "MKL_", "MLFLOW_", "NCCL_", "OMP_", "POSTTRAIN_", "PYTORCH_", "TOKENIZERS_", "TORCH_", "TRANSFORMERS_", "VLLM_")  # fmt: skip
 """Variables of the terminal that the workers get, but those that hold a secret: what Ray carries is not encrypted."""
+
+
+_MAX_RESTARTS = 3
+"""How often all ranks are started again, and a lost keeper of an engine is made again."""
 
 
 @dataclass(frozen=True)
@@ -50,32 +56,60 @@ def on_cluster(ray: str | None, workers: int, worker: str) -> OnCluster | None:
     return OnCluster(ray, workers, worker)
 
 
-def run_as_roles(on: OnCluster, arguments: Sequence[str], folder: Path) -> int:
-    """Run `posttrain ARGUMENTS` as `on` says; the run's own folder is `folder`. Returns its exit code."""
+def run_as_roles(on: OnCluster, arguments: Sequence[str], folder: Path, engines: Sequence[RoleResources]) -> int:
+    """Run `posttrain ARGUMENTS` as `on` says, with a place for each engine; the run's own folder is `folder`. Returns its exit code."""
+    from posttrain.distributed.engine_roles import LEASE_S as ENGINE_LEASE_S
+    from posttrain.distributed.engine_roles import EngineRoles, engine_name, places_variable
     from posttrain.distributed.keeper import LocalCluster
     from posttrain.distributed.on_ray import CALL_S, LEASE_S, RayCluster
-    from posttrain.distributed.rank_group import RankGroup, RankProgram
+    from posttrain.distributed.rank_group import KeptRole, RankGroup, RankProgram
     from posttrain.distributed.roles import Role
     from posttrain.recipes.stop import StopFlag
 
     resources, placement = worker_resources(on.worker)
     make = LocalCluster if on.address == "local" else RayCluster
     cluster = make(on.address, f"posttrain-{uuid.uuid4().hex[:12]}")
+    engines = [] if on.address == "local" else engines
     stop, events = StopFlag(), _RoleEvents(folder)
+
+    def keep_engine(number: int) -> KeptRole:
+        place = on.workers + number
+        return cluster.keeper(place, engine_name(number), engines[number], ENGINE_LEASE_S)
+
     try:
-        cluster.reserve([resources] * on.workers, placement)
+        cluster.reserve([resources] * on.workers + list(engines), placement)
+        kept = EngineRoles(
+            [Role(engine_name(n), events.tell) for n in range(len(engines))], keep_engine, CALL_S, _MAX_RESTARTS
+        )
+        variables = _forwarded(os.environ) | places_variable(cluster.address, cluster.namespace, len(engines))
         program = RankProgram(
-            ("{python}", "-P", "-m", "posttrain.cli.app", *arguments), os.getcwd(), _forwarded(os.environ)
+            ("{python}", "-P", "-m", "posttrain.cli.app", *arguments), os.getcwd(), variables, _MAX_RESTARTS
         )
         roles = [Role(f"rank-{rank}", events.tell) for rank in range(on.workers)]
-        with stop.listening():
+        with stop.listening(), closing(kept):
             return RankGroup(
                 program, roles, lambda rank: cluster.keeper(rank, f"rank-{rank}-{roles[rank].state.lease}", resources), _write,
-                lambda: stop.is_set, lambda: None, LEASE_S, CALL_S,
+                lambda: stop.is_set, kept.look, LEASE_S, CALL_S,
             ).run()  # fmt: skip
     finally:
         events.close()
         cluster.close()
+
+
+def engine_resources(keys: PipelineKeys, worker: str) -> list[RoleResources]:
+    """What the engines that a run starts as servers of their own take, as many as its hungriest stage or its evals have at once."""
+    from posttrain.config.rl import SamplingKeys
+    from posttrain.distributed.roles import RoleResources
+
+    rollouts = [
+        keys.eval_rollout,
+        *(stage.keys.rollout for stage in keys.stages if isinstance(stage.keys, SamplingKeys)),
+    ]
+    own = [rollout for rollout in rollouts if rollout.engine == "vllm_server" and rollout.url is None]
+    if not own:
+        return []
+    gpus = max(rollout.tensor_parallel_size for rollout in own) if worker_resources(worker)[0].gpus else 0
+    return [RoleResources(cpus=1.0, gpus=float(gpus))]
 
 
 def worker_resources(text: str) -> tuple[RoleResources, str]:

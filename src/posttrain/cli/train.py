@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from posttrain.cli.met import met
-from posttrain.cli.roles import EachWorker, NumWorkers, OnCluster, OnRay, on_cluster, run_as_roles
+from posttrain.cli.roles import EachWorker, NumWorkers, OnCluster, OnRay, engine_resources, on_cluster, run_as_roles
 from posttrain.errors import ConfigError
 from posttrain.pipeline import OnChange
 
@@ -119,7 +119,8 @@ def _single(kind: str, config: Path, given: _Given) -> None:
 def _on_cluster(verb: str, config: Path, given: _Given, keys: PipelineKeys) -> int:
     """The keys were read here too, so that a typo is answered at once and by one process."""
     assert given.cluster is not None
-    return run_as_roles(given.cluster, given.arguments(verb, config), Path(keys.output_dir))
+    engines = engine_resources(keys, given.cluster.worker)
+    return run_as_roles(given.cluster, given.arguments(verb, config), Path(keys.output_dir), engines)
 
 
 def _run(

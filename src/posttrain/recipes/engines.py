@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from posttrain.config.rl import SamplingKeys
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import ModelKeys
-from posttrain.errors import ConfigError
+from posttrain.distributed.engine_roles import EnginePlaces, engine_places
+from posttrain.errors import ConfigError, EngineError
 from posttrain.models.device import place, weight_dtype
 from posttrain.models.generation import stop_token_ids, stored_stop_token_ids
 from posttrain.models.load import load_config, load_policy, load_tokenizer, stored_dtype
@@ -23,6 +24,7 @@ from posttrain.models.text import decoder
 from posttrain.protocols import Engine, Weights
 from posttrain.rollout.canary import check_arrival
 from posttrain.rollout.embedded import EmbeddedEngine, score_sequences
+from posttrain.rollout.folder import OwnFolder
 from posttrain.rollout.replicas import Replicas
 from posttrain.rollout.serial import SerialEngine
 from posttrain.rollout.sglang import SGLangOptions, given_sglang, sglang_version
@@ -30,6 +32,8 @@ from posttrain.rollout.vllm.adapter import served_rank
 from posttrain.rollout.vllm.connect import ServerOptions, given_server, server_version, start_server, token_of
 from posttrain.rollout.vllm.engine import VLLMEngine
 from posttrain.rollout.vllm.options import VLLMOptions, require_vllm
+from posttrain.rollout.vllm.placed import PlacedServer
+from posttrain.rollout.vllm.server import Server
 from posttrain.types import Decode, SamplingParams
 
 _ROWS = 64
@@ -87,18 +91,40 @@ def _vllm_server(ask: _Ask) -> Engine:
     how = ServerOptions(keys.timeout_s, keys.start_timeout_s, keys.way, keys.delta_anchor, keys.pause)
     if keys.url is None:
         require_vllm()
-        starts = [_own_server(ask, number, options, how, decode) for number in range(keys.replicas)]
-        return _restarted(ask, starts, ask.source.policy)
+        places = engine_places()
+        starts = [_own_server(ask, number, options, how, decode, places) for number in range(keys.replicas)]
+        if places is None:
+            return _restarted(ask, starts, ask.source.policy)
+        # One that a trainer left when it was killed serves on, so it comes with any weights.
+        return _restarted(ask, starts, _policy_of(ask))
     start = partial(given_server, keys.url, token_of(keys.token_env, keys.token_file), options, how, decode)
     return _given(ask, start)
 
 
 def _own_server(
-    ask: _Ask, number: int, options: VLLMOptions, how: ServerOptions, decode: Decode
+    ask: _Ask, number: int, options: VLLMOptions, how: ServerOptions, decode: Decode, places: EnginePlaces | None
 ) -> Callable[[], Engine]:
-    """What starts replica `number`: here a child of a supervisor on this machine."""
+    """What starts replica `number`: a child of a supervisor on this machine, or what a keeper of the cluster keeps."""
     name = "vllm_server.log" if ask.keys.replicas == 1 else f"vllm_server-{number}.log"
-    return partial(start_server, options, replace(how, log=ask.folder and ask.folder / name), decode)
+    how = replace(how, log=ask.folder and ask.folder / name)
+    if places is None:
+        return partial(start_server, options, how, decode)
+    make = partial(_placed_server, places, number)
+    return partial(start_server, options, replace(how, shared=ask.folder), decode, make)
+
+
+def _placed_server(
+    places: EnginePlaces, number: int, options: VLLMOptions, how: ServerOptions, folder: OwnFolder, log: Path
+) -> Server:
+    here = places.cluster.node_id()
+    server = PlacedServer(partial(places.keeper, number), here, options, log, how.timeout_s, how.start_timeout_s)
+    if how.transfer == "broadcast" and not server.is_near:
+        server.close()
+        raise EngineError(
+            "rollout.transfer: broadcast reaches engines of the trainer's own node, and --ray placed this one on another; set transfer: "
+            "file or delta, or --worker placement=strict_pack"
+        )
+    return server
 
 
 def _sglang(ask: _Ask) -> Engine:
@@ -118,7 +144,11 @@ def _sglang(ask: _Ask) -> Engine:
 
 def _given(ask: _Ask, start: Callable[[], Engine]) -> Engine:
     """What the server has is not known to be the model that is asked for."""
-    return _restarted(ask, [start], ask.source.policy or load_policy(ask.source.model, trainable=False))
+    return _restarted(ask, [start], _policy_of(ask))
+
+
+def _policy_of(ask: _Ask) -> Policy:
+    return ask.source.policy or load_policy(ask.source.model, trainable=False)
 
 
 def _restarted(ask: _Ask, starts: Sequence[Callable[[], Engine]], policy: Policy | None) -> Engine:

@@ -16,11 +16,12 @@ _YOUNG_S = 60.0
 
 
 class OwnFolder:
-    """Only this user can enter it. It is locked while the process that made it lives."""
+    """Only this user can enter it. It is locked while the process that made it lives. `parent`: where it lies, else with temporary files."""
 
-    def __init__(self) -> None:
-        sweep_killed()
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    def __init__(self, parent: Path | None = None) -> None:
+        parent = parent or Path(tempfile.gettempdir())
+        sweep_killed(parent)
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
         self._lock = os.open(self.path, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -31,9 +32,9 @@ class OwnFolder:
             self._lock = -1
 
 
-def sweep_killed() -> None:
+def sweep_killed(parent: Path) -> None:
     """Remove this user's folders whose process is gone."""
-    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    for path in parent.glob(f"{_PREFIX}*"):
         # Another process may sweep at the same time.
         with suppress(OSError):
             found = path.lstat()

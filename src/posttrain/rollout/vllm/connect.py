@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,10 @@ _WANTED = {
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How a server is waited for and used. `log`: where one of ours writes, its folder if nobody says."""
+    """How a server is waited for and used. `log`: where one of ours writes, its folder if nobody says.
+
+    `shared`: where weights lie on their way to one that may be on another machine.
+    """
 
     timeout_s: float
     start_timeout_s: float
@@ -35,14 +38,26 @@ class ServerOptions:
     delta_anchor: int
     pause: Pause
     log: Path | None = None
+    shared: Path | None = None
 
 
-def start_server(options: VLLMOptions, how: ServerOptions, decode: Decode) -> VLLMServerEngine:
+MakeServer = Callable[[VLLMOptions, ServerOptions, OwnFolder, Path], Server]
+"""(options, how, folder, log) → a server on its way."""
+
+
+def child_server(options: VLLMOptions, how: ServerOptions, folder: OwnFolder, log: Path) -> Server:
+    """A supervised child of this process."""
+    return OwnServer(options, folder.path, log, how.timeout_s)
+
+
+def start_server(
+    options: VLLMOptions, how: ServerOptions, decode: Decode, make: MakeServer = child_server
+) -> VLLMServerEngine:
     """A server of our own. Raises: EngineGoneError where it does not start."""
-    folder = OwnFolder()
+    folder = OwnFolder(how.shared)
     server: Server | None = None
     try:
-        server = OwnServer(options, folder.path, how.log or folder.path / "vllm_server.log", how.timeout_s)
+        server = make(options, how, folder, how.log or folder.path / "vllm_server.log")
         await_ready(server, how.start_timeout_s)
         found = _asked(server.client)
         dtype: Any = options.dtype

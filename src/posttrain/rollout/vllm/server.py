@@ -46,6 +46,10 @@ class Server(Protocol):
         """How it ended, in words; "" while it runs, and where nobody here can tell."""
         ...
 
+    def synced(self, version: int) -> None:
+        """Whoever may hand it on is told which weights it has; -1 while they are on their way."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -59,6 +63,9 @@ class GivenServer:
 
     def ended(self) -> str:
         return ""
+
+    def synced(self, version: int) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -80,10 +87,8 @@ class OwnServer:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log.open("a+b")
-        found = environment() | {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO")}
-        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), _PACKAGE_ROOT]))
-        variables = os.environ | found | _ENVIRONMENT | {"VLLM_API_KEY": token, "PYTHONPATH": path}
-        command = [sys.executable, "-P", "-m", _MODULE, "--uds", str(socket), *server_arguments(options)]
+        variables = os.environ | server_environment() | {"VLLM_API_KEY": token}
+        command = [sys.executable, *server_command(options, str(socket))]
         self._process = SupervisedProcess("posttrain.supervised:run_program", command, self._log, variables)
 
     @property
@@ -94,8 +99,10 @@ class OwnServer:
     def ended(self) -> str:
         if not self._process.has_ended():
             return ""
-        line = last_cause(self._process.last_lines())
-        return f"it ended ({self._process.how_it_ended()})" + (f": {line}" if line else "") + f"; its log is {self.log}"
+        return ended_with(self._process.how_it_ended(), self._process.last_lines(), self.log)
+
+    def synced(self, version: int) -> None:
+        pass
 
     def close(self) -> None:
         self._process.end()
@@ -117,6 +124,23 @@ def await_ready(server: Server, timeout_s: float) -> None:
                     f"vLLM's server was not ready after {timeout_s:g} s ({error}); raise rollout.start_timeout_s if it needs longer"
                 ) from error
         time.sleep(_LOOK_S)
+
+
+def ended_with(how: str, lines: Sequence[str], log: Path) -> str:
+    line = last_cause(lines)
+    return f"it ended ({how})" + (f": {line}" if line else "") + f"; its log is {log}"
+
+
+def server_command(options: VLLMOptions, socket: str) -> list[str]:
+    """What follows the interpreter."""
+    return ["-P", "-m", _MODULE, "--uds", socket, *server_arguments(options)]
+
+
+def server_environment() -> dict[str, str]:
+    """Over that of the process which starts it."""
+    level = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO")}
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), _PACKAGE_ROOT]))
+    return environment() | level | _ENVIRONMENT | {"PYTHONPATH": path}
 
 
 def server_arguments(options: VLLMOptions) -> list[str]:

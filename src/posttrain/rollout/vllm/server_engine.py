@@ -182,11 +182,13 @@ class VLLMServerEngine:
         """An adapter under a name of its own where the server can, else the whole model, an adapter merged into it."""
         label = f"{self._run}@{version}.{next(self._pushes)}"
         with self._lock, self._asking("take its weights"):
+            self._server.synced(-1)
             by_name = weights.has_adapter and self._served.serves_adapters
             moved = self._take_adapter(weights, version, label) if by_name else self._take_all(weights, version)
             self._salt, self._version = label.replace("@", "-"), version
             self._reset_cache()
             self._settle()
+            self._server.synced(version)
         return moved
 
     def _take_all(self, weights: Weights, version: int) -> Moved:

@@ -1,0 +1,79 @@
+"""GRPO whose server of vLLM is a role of its own on a cluster of two nodes: kept warm while the trainer dies, brought back when it dies."""
+
+import json
+import os
+import signal
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from tests.distributed.test_on_ray import cluster, events  # noqa: F401 - a fixture
+from tests.distributed.test_rank_group import await_steps, done, rank_pids, workers  # noqa: F401 - a fixture
+
+pytestmark = [
+    pytest.mark.skipif(
+        not (find_spec("ray") and find_spec("vllm")), reason="Ray or vLLM is not installed: make setup-ray setup-vllm"
+    ),
+    pytest.mark.xdist_group("ray"),
+    pytest.mark.slow,
+]
+GRPO = {
+    "max_steps": 6, "num_generations": 2, "num_prompts_per_step": 2, "max_completion_length": 24, "sequence_len": 64,
+    "learning_rate": 3e-3, "rollout": {"engine": "vllm_server", "memory_gib": 0.1},
+}  # fmt: skip
+
+
+def vllm_worker(folder):
+    """The process of vLLM that holds the weights, of the run below `folder`."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if (
+                    b"vllm" in (entry / "cmdline").read_bytes().lower()
+                    and str(folder).encode() in (entry / "environ").read_bytes()
+                ):
+                    name = (entry / "cmdline").read_bytes()
+                    if name.startswith(b"VLLM::Worker"):
+                        return int(entry.name)
+            except OSError:
+                continue
+    raise AssertionError("no worker of vLLM")
+
+
+def issued(stage):
+    found = [json.loads(line) for line in (stage / "events.jsonl").read_text().splitlines()]
+    return [number for event in found if event["kind"] == "rollouts" for number in event["prompts"]["issued"]]
+
+
+def of_engine(run):
+    return [event["to"] for event in events(run) if event.get("role") == "engine-0"]
+
+
+def test_a_trainer_that_is_killed_finds_its_engine_warm_on_another_node(cluster, workers, write_yaml, runner, tmp_path):  # noqa: F811
+    how = ("--workers", 1, "--worker", "placement=strict_spread")
+    process = workers(cluster.address, "grpo", write_yaml("grpo", architecture="qwen3", **GRPO), *how)
+    run, stage = tmp_path / "run", tmp_path / "run/stages/01-grpo"
+    await_steps(run, 2, process)
+    engine = vllm_worker(tmp_path)
+    os.kill(rank_pids(run)[0], signal.SIGKILL)
+    await_steps(run, 5, process)
+    assert vllm_worker(tmp_path) == engine, "kept warm"
+    _, err = done(process, timeout=400)
+    assert "was killed by SIGKILL; the ranks start again" in err
+    rows = runner.rows(stage)
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    assert all(row["sync/canary_gap"] < 1e-4 for row in rows)
+    assert len(issued(stage)) == len(set(issued(stage))) == 12
+    assert of_engine(run)[:3] == ["restarting", "stale", "healthy"]
+
+
+def test_an_engine_that_is_killed_is_started_again_and_synced(cluster, workers, write_yaml, runner, tmp_path):  # noqa: F811
+    process = workers(cluster.address, "grpo", write_yaml("grpo", architecture="qwen3", **GRPO))
+    run, stage = tmp_path / "run", tmp_path / "run/stages/01-grpo"
+    await_steps(run, 2, process)
+    os.kill(vllm_worker(tmp_path), signal.SIGKILL)
+    _, err = done(process, timeout=400)
+    assert "it is started again (1 more times at most)" in err
+    assert [row["step"] for row in runner.rows(stage)] == list(range(1, 7))
+    assert len(issued(stage)) == len(set(issued(stage))) == 12
+    assert of_engine(run)[:7] == ["restarting", "stale", "healthy", "dead", "restarting", "stale", "healthy"]
