@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from tests.distributed.test_on_ray import cluster, events  # noqa: F401 - a fixture
 from tests.distributed.test_rank_group import await_steps, done, rank_pids, workers  # noqa: F401 - a fixture
+from tests.processes import family
 
 pytestmark = [
     pytest.mark.skipif(
@@ -23,20 +25,14 @@ GRPO = {
 }  # fmt: skip
 
 
-def vllm_worker(folder):
-    """The process of vLLM that holds the weights, of the run below `folder`."""
+def vllm_worker():
+    """The process of vLLM that holds the weights, below a server that a keeper keeps."""
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if (
-                    b"vllm" in (entry / "cmdline").read_bytes().lower()
-                    and str(folder).encode() in (entry / "environ").read_bytes()
-                ):
-                    name = (entry / "cmdline").read_bytes()
-                    if name.startswith(b"VLLM::Worker"):
-                        return int(entry.name)
-            except OSError:
-                continue
+        with suppress(OSError):
+            if entry.name.isdigit() and b"/posttrain-role-" in (entry / "cmdline").read_bytes():
+                for one in family(int(entry.name)):
+                    if Path(f"/proc/{one}/cmdline").read_bytes().startswith(b"VLLM::Worker"):
+                        return one
     raise AssertionError("no worker of vLLM")
 
 
@@ -54,10 +50,10 @@ def test_a_trainer_that_is_killed_finds_its_engine_warm_on_another_node(cluster,
     process = workers(cluster.address, "grpo", write_yaml("grpo", architecture="qwen3", **GRPO), *how)
     run, stage = tmp_path / "run", tmp_path / "run/stages/01-grpo"
     await_steps(run, 2, process)
-    engine = vllm_worker(tmp_path)
+    engine = vllm_worker()
     os.kill(rank_pids(run)[0], signal.SIGKILL)
     await_steps(run, 5, process)
-    assert vllm_worker(tmp_path) == engine, "kept warm"
+    assert vllm_worker() == engine, "kept warm"
     _, err = done(process, timeout=400)
     assert "was killed by SIGKILL; the ranks start again" in err
     rows = runner.rows(stage)
@@ -71,7 +67,7 @@ def test_an_engine_that_is_killed_is_started_again_and_synced(cluster, workers, 
     process = workers(cluster.address, "grpo", write_yaml("grpo", architecture="qwen3", **GRPO))
     run, stage = tmp_path / "run", tmp_path / "run/stages/01-grpo"
     await_steps(run, 2, process)
-    os.kill(vllm_worker(tmp_path), signal.SIGKILL)
+    os.kill(vllm_worker(), signal.SIGKILL)
     _, err = done(process, timeout=400)
     assert "it is started again (1 more times at most)" in err
     assert [row["step"] for row in runner.rows(stage)] == list(range(1, 7))
