@@ -58,19 +58,19 @@ def test_a_program_nobody_asks_for_is_ended(keeper, tmp_path):
 
 def test_a_server_is_handed_on_only_with_whole_weights(keeper, tmp_path):
     server = program(tmp_path, SLEEPS, words=["{private}/socket"], token="one", log=str(tmp_path / "log"))
-    first = keeper.serve(server, "127.0.0.1")
+    first = keeper.serve(server)
     assert (first["warm"], first["token"]) == (False, "one")
     assert os.stat(Path(first["socket"]).parent).st_mode & 0o077 == 0
     again = program(tmp_path, SLEEPS, words=["{private}/socket"], token="two", log=str(tmp_path / "log"))
     keeper.synced(4)
     assert keeper.look().version == 4
-    assert keeper.serve(again, "127.0.0.1") == {**first, "warm": True}
+    assert keeper.serve(again) == {**first, "warm": True}
     assert keeper.look().version == -1, "stale until the next sync"
     keeper.synced(-1)  # an update began, and whoever sent it was killed
-    anew = keeper.serve(again, "127.0.0.1")
+    anew = keeper.serve(again)
     assert (anew["warm"], anew["token"]) == (False, "two")
     assert keeper.look().lease == 2
     other = program(tmp_path, SLEEPS, words=["{private}/socket", "more"], token="three", log=str(tmp_path / "log"))
     keeper.synced(5)
-    assert keeper.serve(other, "127.0.0.1")["warm"] is False
+    assert keeper.serve(other)["warm"] is False
     assert not Path(anew["socket"]).parent.exists()

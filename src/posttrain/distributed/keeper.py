@@ -29,28 +29,30 @@ _MOST_BYTES = 1 << 20
 
 
 class Keeper:
-    """Its calls do not wait for the program. `on_expiry` is called once its lease has run out."""
+    """Its calls do not wait for the program. `name` and `address` are its node's; `on_expiry` is called once its lease has run out."""
 
-    def __init__(self, lease_s: float, on_expiry: Callable[[], None] = lambda: None) -> None:
-        self._lease_s, self._on_expiry = lease_s, on_expiry
+    def __init__(
+        self, lease_s: float, name: str = _HERE, address: str = _HERE, on_expiry: Callable[[], None] = lambda: None
+    ) -> None:
+        self._lease_s, self._name, self._address, self._on_expiry = lease_s, name, address, on_expiry
         self._lock = threading.Lock()
         self._running: _Running | None = None
         self._lease, self._asked, self._version = 0, time.monotonic(), -1
         self._closed = threading.Event()
         threading.Thread(target=self._watch, daemon=True, name="lease").start()
 
-    def node(self, name: str, address: str) -> RoleNode:
-        with socket.create_server((address, 0)) as probe:
-            return RoleNode(name, address, probe.getsockname()[1])
+    def node(self) -> RoleNode:
+        with socket.create_server((self._address, 0)) as probe:
+            return RoleNode(self._name, self._address, probe.getsockname()[1])
 
-    def start(self, lease: int, program: RoleProgram, address: str = "") -> None:
+    def start(self, lease: int, program: RoleProgram) -> None:
         """In place of what it kept before."""
         with self._lock:
             self._end()
             self._asked, self._lease = time.monotonic(), lease
-            self._running = _Running(program, address)
+            self._running = _Running(program, self._address)
 
-    def serve(self, program: RoleProgram, address: str) -> Mapping[str, Any]:
+    def serve(self, program: RoleProgram) -> Mapping[str, Any]:
         """Its program's socket, the port of its relay and the token.
 
         Started unless one of the same command runs already that was synced, with nothing on its way since (`warm`).
@@ -60,7 +62,7 @@ class Keeper:
             if not warm:
                 self._end()
                 self._lease += 1
-                self._running = _Running(program, address)
+                self._running = _Running(program, self._address)
             assert self._running is not None
             self._asked, self._version = time.monotonic(), -1
             return self._running.reach() | {"warm": warm}
@@ -151,13 +153,16 @@ class LocalKeeper:
 
     def __init__(self) -> None:
         self._keeper = Keeper(math.inf)
-        self.node = self._keeper.node(_HERE, _HERE)
+        self.node = self._keeper.node()
 
     def ask(self, method: str, *arguments: Any) -> Any:
         return getattr(self._keeper, method)(*arguments)
 
     def take(self, asked: Any, timeout_s: float = 0.0) -> Any:
         return asked
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return self.ask(method, *arguments)
 
     def kill(self) -> None:
         self._keeper.close()

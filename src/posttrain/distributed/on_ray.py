@@ -143,18 +143,9 @@ class _ActorKeeper(Keeper):
     """What runs in the actor's process."""
 
     def __init__(self, lease_s: float) -> None:
-        super().__init__(lease_s, on_expiry=lambda: os._exit(0))
-        self._address = _import_ray().util.get_node_ip_address()
-
-    def node(self, name: str = "", address: str = "") -> RoleNode:
-        name = _import_ray().get_runtime_context().get_node_id()
-        return super().node(name, self._address)
-
-    def start(self, lease: int, program: Any, address: str = "") -> None:
-        super().start(lease, program, self._address)
-
-    def serve(self, program: Any, address: str = "") -> Mapping[str, Any]:
-        return super().serve(program, self._address)
+        ray = _import_ray()
+        name, address = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+        super().__init__(lease_s, name, address, on_expiry=lambda: os._exit(0))
 
 
 def lack_of(bundles: Sequence[RoleResources], nodes: Sequence[Mapping[str, float]], strategy: str) -> str:
