@@ -67,7 +67,8 @@ def test_more_workers_than_the_cluster_holds_is_one_line_at_once(cluster, worker
     assert time.monotonic() - begun < 25
     assert err.count("\n") == 1
     assert (
-        "9 processes of 1 CPU were asked for (pack), and the cluster has room for 4: 2 node(s) with 2 CPU; 2 CPU" in err
+        "9 processes were asked for (9 of 1 CPU; pack), and the cluster has room for 4: 2 node(s) with 2 CPU; 2 CPU"
+        in err
     )
     assert not (tmp_path / "run").exists()
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -175,7 +176,8 @@ def lack_of(bundles: Sequence[RoleResources], nodes: Sequence[Mapping[str, float
         ", ".join(f"{node.get(key, 0.0):g} {key}" for key in ("CPU", "GPU") if key == "CPU" or key in node)
         for node in nodes
     )
-    return f"{len(bundles)} processes of {bundles[0]} were asked for ({strategy}), and the cluster has room for {placed}: {len(nodes)} node(s) with {there}"
+    sizes = ", ".join(f"{number} of {size}" for size, number in Counter(map(str, bundles)).items())
+    return f"{len(bundles)} processes were asked for ({sizes}; {strategy}), and the cluster has room for {placed}: {len(nodes)} node(s) with {there}"
 
 
 def _found(ray: Any, address: str) -> str:
