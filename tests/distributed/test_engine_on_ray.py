@@ -51,6 +51,7 @@ def test_a_trainer_that_is_killed_finds_its_engine_warm_on_another_node(cluster,
     run, stage = tmp_path / "run", tmp_path / "run/stages/01-grpo"
     await_steps(run, 2, process)
     engine = vllm_worker()
+    assert list(stage.glob("posttrain-engine-*")), "weights travel in the folder that both nodes see"
     os.kill(rank_pids(run)[0], signal.SIGKILL)
     await_steps(run, 5, process)
     assert vllm_worker() == engine, "kept warm"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from posttrain.distributed.keeper import NODE_VARIABLE
 from posttrain.distributed.on_ray import KeeperOnRay, RayCluster
 from posttrain.distributed.rank_group import KeptRole
 from posttrain.distributed.roles import Role, RoleHealth, RoleLateError, RoleLostError, RoleReport, RoleSign
@@ -87,6 +88,8 @@ class EnginePlaces:
 
     cluster: RayCluster
     count: int
+    here: str
+    """The trainer's own node."""
 
     def keeper(self, number: int) -> KeeperOnRay:
         """Raises: RoleLostError where there is none now; one that was lost may come again."""
@@ -105,13 +108,13 @@ def places_variable(address: str, namespace: str, count: int) -> dict[str, str]:
 def engine_places(environ: Mapping[str, str] = os.environ) -> EnginePlaces | None:
     """None for a trainer whose engines are its own children. Raises: EngineGoneError."""
     said = environ.get(_VARIABLE)
-    return _joined(said) if said else None
+    return _joined(said, environ[NODE_VARIABLE]) if said else None
 
 
 @cache
-def _joined(said: str) -> EnginePlaces:
+def _joined(said: str, here: str) -> EnginePlaces:
     address, namespace, count = said.split()
     try:
-        return EnginePlaces(RayCluster(address, namespace), int(count))
+        return EnginePlaces(RayCluster(address, namespace), int(count), here)
     except ValueError as error:
         raise EngineGoneError(f"the cluster that keeps the engines cannot be joined: {error}") from error

@@ -23,6 +23,8 @@ from posttrain.distributed.relay import Relay
 from posttrain.distributed.roles import RoleNode, RoleProgram, RoleReport, RoleResources
 from posttrain.supervised import SupervisedProcess, run_program
 
+NODE_VARIABLE = "POSTTRAIN_NODE"
+"""Tells a program the name of its node. What a cluster says of a process may be that of another node on its machine."""
 _LOOK_S = 0.25
 _HERE = "127.0.0.1"
 _MOST_BYTES = 1 << 20
@@ -50,7 +52,7 @@ class Keeper:
         with self._lock:
             self._end()
             self._asked, self._lease = time.monotonic(), lease
-            self._running = _Running(program, self._address)
+            self._running = _Running(program, self._name, self._address)
 
     def serve(self, program: RoleProgram) -> Mapping[str, Any]:
         """Its program's socket, the port of its relay and the token.
@@ -62,7 +64,7 @@ class Keeper:
             if not warm:
                 self._end()
                 self._lease += 1
-                self._running = _Running(program, self._address)
+                self._running = _Running(program, self._name, self._address)
             assert self._running is not None
             self._asked, self._version = time.monotonic(), -1
             return self._running.reach() | {"warm": warm}
@@ -106,7 +108,7 @@ class Keeper:
 
 
 class _Running:
-    def __init__(self, program: RoleProgram, address: str) -> None:
+    def __init__(self, program: RoleProgram, node: str, address: str) -> None:
         self._program = program
         self._private = Path(tempfile.mkdtemp(prefix="posttrain-role-"))
         self._out: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
@@ -116,7 +118,7 @@ class _Running:
         command = [word.replace("{private}", str(self._private)) for word in program.command]
         self.process = SupervisedProcess(
             "posttrain.distributed.keeper:run_in_folder", [program.folder, *command], self._err,
-            os.environ | program.environment, out=None if program.log else self._out,
+            os.environ | program.environment | {NODE_VARIABLE: node}, out=None if program.log else self._out,
         )  # fmt: skip
 
     def serves(self, program: RoleProgram) -> bool:

@@ -92,9 +92,6 @@ class RayCluster:
         except ValueError as error:
             raise RoleLostError(f"no role {name} is kept in the cluster") from error
 
-    def node_id(self) -> str:
-        return self._ray.get_runtime_context().get_node_id()
-
     def close(self) -> None:
         from ray.util.placement_group import remove_placement_group
 
@@ -114,7 +111,10 @@ class KeeperOnRay:
     def node(self) -> RoleNode:
         """Asked once; a keeper that was made just now may have to wait for its place."""
         if self._node is None:
-            self._node = self.take(self.ask("node"), _ACTOR_S)
+            try:
+                self._node = self.take(self.ask("node"), _ACTOR_S)
+            except RoleLateError as error:
+                raise RoleLateError(f"the cluster had no place for it within {_ACTOR_S:g} s") from error
         assert self._node is not None
         return self._node
 

@@ -105,7 +105,7 @@ class RankGroup:
         try:
             for rank in range(len(self.roles)):
                 self._kept[rank] = self.make(rank)
-            meeting = self._kept[0].node
+            meeting, *_ = [self._kept[rank].node for rank in range(len(self.roles))]  # all have a place
             asked = [
                 (
                     self._kept[rank],

@@ -116,8 +116,7 @@ def _own_server(
 def _placed_server(
     places: EnginePlaces, number: int, options: VLLMOptions, how: ServerOptions, folder: OwnFolder, log: Path
 ) -> Server:
-    here = places.cluster.node_id()
-    server = PlacedServer(partial(places.keeper, number), here, options, log, how.timeout_s, how.start_timeout_s)
+    server = PlacedServer(partial(places.keeper, number), places.here, options, log, how.timeout_s, how.start_timeout_s)
     if how.transfer == "broadcast" and not server.is_near:
         server.close()
         raise EngineError(
