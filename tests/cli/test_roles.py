@@ -32,6 +32,7 @@ def test_an_engine_of_the_runs_own_has_a_place(keys_of):
     assert engine_resources(keys_of(), "") == []
     assert engine_resources(keys_of("engine=vllm_server", "url=http://127.0.0.1:8000"), "") == []
     assert engine_resources(keys_of("engine=vllm_server"), "") == [RoleResources(1.0, 0.0)]
+    assert engine_resources(keys_of("engine=vllm_server", "replicas=2"), "") == [RoleResources(1.0, 0.0)] * 2
     assert engine_resources(keys_of("engine=vllm_server", "tensor_parallel_size=2"), "gpus=1") == [
         RoleResources(1.0, 2.0)
     ]

@@ -109,7 +109,7 @@ def engine_resources(keys: PipelineKeys, worker: str) -> list[RoleResources]:
     if not own:
         return []
     gpus = max(rollout.tensor_parallel_size for rollout in own) if worker_resources(worker)[0].gpus else 0
-    return [RoleResources(cpus=1.0, gpus=float(gpus))]
+    return [RoleResources(cpus=1.0, gpus=float(gpus))] * max(rollout.replicas for rollout in own)
 
 
 def worker_resources(text: str) -> tuple[RoleResources, str]:
