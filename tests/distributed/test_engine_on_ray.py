@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,17 @@ GRPO = {
     "max_steps": 6, "num_generations": 2, "num_prompts_per_step": 2, "max_completion_length": 24, "sequence_len": 64,
     "learning_rate": 3e-3, "rollout": {"engine": "vllm_server", "memory_gib": 0.1},
 }  # fmt: skip
+
+
+SLOW_REWARD = """
+import pathlib, time
+
+def spread(prompts, completions, answer, **columns):
+    with pathlib.Path("{place}").open("a") as scored:
+        scored.write(".")
+    time.sleep(2)
+    return [sum(map(ord, c[0]["content"])) % 17 / 17.0 for c in completions]
+"""
 
 
 def vllm_worker():
@@ -47,9 +59,16 @@ def of_engine(run):
 
 def test_a_trainer_that_is_killed_finds_its_engine_warm_on_another_node(cluster, workers, write_yaml, runner, tmp_path):  # noqa: F811
     how = ("--workers", 1, "--worker", "placement=strict_spread")
-    process = workers(cluster.address, "grpo", write_yaml("grpo", architecture="qwen3", **GRPO), *how)
+    scored = tmp_path / "scored"
+    (tmp_path / "slow.py").write_text(SLOW_REWARD.format(place=scored))
+    keys = GRPO | {"reward_funcs": [f"{tmp_path / 'slow.py'}:spread"]}
+    process = workers(cluster.address, "grpo", write_yaml("grpo", architecture="qwen3", **keys), *how)
     run, stage = tmp_path / "run", tmp_path / "run/stages/01-grpo"
     await_steps(run, 2, process)
+    begun = scored.stat().st_size
+    while scored.stat().st_size == begun:  # no update is on its way while completions are scored
+        assert process.poll() is None
+        time.sleep(0.01)
     engine = vllm_worker()
     assert list(stage.glob("posttrain-engine-*")), "weights travel in the folder that both nodes see"
     os.kill(rank_pids(run)[0], signal.SIGKILL)
