@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 
 PREVIOUS = "previous"
+LM_EVAL = "lm-eval:"
+"""How the path of an eval suite begins that is a task of lm-eval."""
 _MOST = 100
 _MOST_BYTES = 200
 """A file's name may have 255, and ours get an end (`-gate`, `-2`)."""

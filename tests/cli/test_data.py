@@ -99,7 +99,7 @@ def test_set_changes_a_key(folder, capsys):
 
 
 def test_refused_data_exits_with_64_and_can_be_cleaned(folder, capsys):
-    (folder / "suite.jsonl").write_text('{"id": "1", "prompt": "2+3?"}\n')
+    (folder / "suite.jsonl").write_text('{"id": "1", "prompt": "2+3?", "target": "5"}\n')
     code, out, err = run(capsys, "pipeline.yaml", "--stage", "sft")
     assert code == 64 and "contamination: 1 rows" in out
     assert "sft.jsonl:2 holds a prompt of suite heldout" in out

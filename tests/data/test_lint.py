@@ -6,7 +6,7 @@ import pytest
 
 from posttrain.config.stages import DatasetKeys, DPOKeys, SFTKeys
 from posttrain.data.dataset import sequences
-from posttrain.data.lint import RuleLimit, limits_of, lint, lint_stage, suite_prompts, write_clean
+from posttrain.data.lint import RuleLimit, limits_of, lint, lint_stage, write_clean
 from posttrain.data.lint_input import LintInput
 from posttrain.data.lint_rules import RULES
 from posttrain.data.load import load_preference, load_sft
@@ -307,12 +307,9 @@ def raw(question, answer):
 def test_write_clean_keeps_the_rest_as_it_was(write_jsonl, tokenizer, tmp_path):
     rows = [raw("What is two and two?", "4"), raw("Who are you, my friend?", "me"), raw("What is two and two?", "4")]
     path = write_jsonl(rows)
-    suite = write_jsonl(
-        [{"id": "1", "messages": [{"role": "user", "content": "Who are you, my friend?"}]}], "suite.jsonl"
-    )
     keys = SFTKeys(base_model="x", datasets=[{"path": str(path), "columns": {"messages": "turns"}}])
     data = load_sft(keys, tokenizer)
-    report = lint_stage(keys, tokenizer, data, suites={"heldout": suite_prompts(str(suite))})
+    report = lint_stage(keys, tokenizer, data, suites={"heldout": ["Who are you, my friend?"]})
     assert {f.rule: f.count for f in report.findings} == {"duplicate": 1, "contamination": 1}
     (cleaned,) = write_clean(report, keys.datasets, tmp_path / "clean")
     assert (cleaned.num_kept, cleaned.num_removed) == (1, 2)
@@ -347,11 +344,3 @@ def test_rows_of_loaded_pairs_are_linted(write_jsonl, tokenizer):
     assert [len(sequences(row)) for row in data] == [2, 2]
     (finding,) = lint_stage(keys, tokenizer, data).findings
     assert (finding.rule, finding.offences[0][0].line) == ("pair_alike", 1)
-
-
-def test_suite_prompts_of_every_shape(write_jsonl):
-    message = [{"role": "user", "content": "b"}]
-    path = write_jsonl([{"prompt": "a"}, {"messages": message}, {"prompt": message}])
-    assert suite_prompts(str(path)) == ["a", "b", "b"]
-    with pytest.raises(DataError, match=r"suite\.jsonl:1: a suite item without `prompt` or `messages`"):
-        suite_prompts(str(write_jsonl([{"question": "a"}], "suite.jsonl")))

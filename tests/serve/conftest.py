@@ -4,9 +4,10 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 import pytest
+import torch
 
 from posttrain.config.stages import ModelKeys
-from posttrain.models.load import load_policy
+from posttrain.models.load import load_policy, read_model
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.sampling import request_seed
 from posttrain.types import Request, SamplingParams, in_order
@@ -98,3 +99,22 @@ def alone(folder):
         return completion
 
     return ask
+
+
+def make_adapter(folder, base, seed):
+    from peft import LoraConfig, get_peft_model
+
+    model = read_model(ModelKeys(base_model=str(base)), torch.float32)
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(name="make_adapter", scope="session")
+def make_adapter_fixture():
+    return make_adapter

@@ -1,8 +1,10 @@
 """The endpoints as the openai client and plain HTTP see them, against the engine by itself."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import openai
 import pytest
 
@@ -190,6 +192,44 @@ def test_what_is_not_done_is_refused_in_openais_form(ask_http, fields, param, sa
     assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
     assert said in error["message"]
     assert param is None or error["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", rb'{"model":"tiny","prompt":"\ud800 a"}'),
+        ("/v1/completions", rb'{"model":"\ud800","prompt":"a"}'),
+        ("/v1/completions", rb'{"model":"tiny","prompt":"a","top_k":99999999999999999999}'),
+        ("/v1/completions", rb'{"model":"tiny","prompt":"a","stop_token_ids":[99999999999999999999]}'),
+        ("/v1/completions", rb'{"model":"tiny","prompt":"a","temperature":NaN}'),
+        ("/v1/chat/completions", rb'{"model":"tiny","messages":[{"role":"user","content":"\udfff"}]}'),
+        (
+            "/v1/chat/completions",
+            rb'{"model":"tiny","messages":[{"role":"user","content":[{"type":"text","text":"\ud800"}]}]}',
+        ),
+        ("/tokenize", rb'{"prompt":"\ud800"}'),
+    ],
+)
+def test_text_and_numbers_that_no_model_takes_are_the_clients_mistake(ask_http, path, body):
+    answer = ask_http("POST", path, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400, answer.text
+
+
+def test_other_endpoints_of_openais_are_refused_with_those_that_are_there(ask_http):
+    for path in ("embeddings", "responses", "moderations", "audio/speech", "images/generations"):
+        answer = ask_http("POST", f"/v1/{path}", json={"model": "tiny", "input": "a"})
+        assert answer.status_code == 404
+        said = answer.json()["error"]["message"]
+        assert f"this server has no /v1/{path}; it has " in said and "/v1/chat/completions" in said
+
+
+def test_a_long_text_is_tokenised_while_others_are_answered(ask_http, serving):
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(ask_http, "POST", "/tokenize", json={"prompt": "a" * 3_000_000})
+        time.sleep(0.5)
+        assert httpx.get(f"{serving.address}/health", timeout=60).status_code == 200
+        assert not slow.done()
+        assert slow.result().status_code == 200
 
 
 def test_other_mistakes_have_their_status_and_the_same_form(ask_http):

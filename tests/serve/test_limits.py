@@ -1,5 +1,6 @@
 """Who may ask, how much, and what becomes of clients that leave, hang or come too many at once."""
 
+import contextlib
 import json
 import socket
 import threading
@@ -32,7 +33,7 @@ def small(running, folder, tmp_path_factory):
     options = {"max_num_seqs": 2, "max_queue": 1, "stall_s": 1.5, "max_body_bytes": 20_000, "token": "sesame"}
     with running(ServedNames([str(folder)], tmp_path_factory.mktemp("none"), name="tiny"), **options) as found:
         [entry] = found.service.router._pool._entries.values()
-        embedding = entry.loading.result().loop.policy.base.get_input_embeddings()
+        embedding = entry.loading.result().rows.loop.policy.base.get_input_embeddings()
         embedding.register_forward_pre_hook(lambda module, args: time.sleep(0.004))
         yield found
 
@@ -43,7 +44,7 @@ def http(serving, token="sesame"):
 
 
 def is_idle(serving):
-    [loop] = [e.loading.result().loop for e in serving.service.router._pool._entries.values()]
+    [loop] = [e.loading.result().rows.loop for e in serving.service.router._pool._entries.values()]
     return (serving.service.num_open, loop.num_running, loop.num_waiting) == (0, 0, 0)
 
 
@@ -92,6 +93,7 @@ def test_without_a_token_a_page_under_another_name_gets_nothing(serving):
         ("evil.example:80", 403),
         (f"localhost:{port}", 200),
         ("127.0.0.1", 200),
+        ("localhost:1@evil.example", 403),
     ):
         assert httpx.get(serving.address + "/v1/models", headers={"host": host}).status_code == status
     assert httpx.get(serving.address + "/v1/models", headers={"host": f"[::1]:{port}"}).status_code == 200
@@ -111,6 +113,22 @@ def test_a_body_that_does_not_come_is_not_waited_for(small):
             b"Content-Length: 100\r\n\r\n{"
         )
         assert b" 408 " in connection.recv(1000).split(b"\r\n")[0]
+
+
+def test_a_body_that_comes_byte_by_byte_is_not_waited_for(small):
+    host, port = small.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sesame\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 10000\r\n\r\n"
+        )
+        connection.settimeout(small.service.options.stall_s / 4)
+        begun, said = time.monotonic(), b""
+        while not said and time.monotonic() - begun < 10 * small.service.options.stall_s:
+            connection.sendall(b" ")
+            with contextlib.suppress(TimeoutError):
+                said = connection.recv(1000)
+        assert b" 408 " in said.split(b"\r\n")[0]
 
 
 def test_too_many_at_once_are_told_when_to_come_back_and_the_others_are_answered(small):
@@ -166,7 +184,7 @@ def test_a_step_that_fails_is_told_and_the_next_request_is_answered(running, fol
     with running(ServedNames([str(folder)], tmp_path, name="tiny")) as serving:
         client = make_client(serving)
         [entry] = serving.service.router._pool._entries.values()
-        embedding = entry.loading.result().loop.policy.base.get_input_embeddings()
+        embedding = entry.loading.result().rows.loop.policy.base.get_input_embeddings()
 
         def fail(module, args):
             hook.remove()

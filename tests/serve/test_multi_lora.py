@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import httpx
 import pytest
-import torch
 
 from posttrain import evidence
 from posttrain.config.stages import ModelKeys
@@ -17,7 +16,7 @@ from posttrain.errors import ConfigError, ModelError, PosttrainError
 from posttrain.evidence import GateVerdict, Verdict
 from posttrain.files import digest_bytes, digest_tree
 from posttrain.models.adapters import load_adapter
-from posttrain.models.load import load_policy, read_model
+from posttrain.models.load import load_policy
 from posttrain.registry import Manifest, Registry
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.sampling import request_seed
@@ -28,22 +27,8 @@ PROMPTS = ["What", "What is 1 plus", "The answer", "a b c"]
 MAX_TOKENS = 12
 
 
-def make_adapter(folder, base, seed):
-    from peft import LoraConfig, get_peft_model
-
-    model = read_model(ModelKeys(base_model=str(base)), torch.float32)
-    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.1)
-    adapted.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def adapters(folder, tmp_path_factory):
+def adapters(folder, make_adapter, tmp_path_factory):
     made = tmp_path_factory.mktemp("adapters")
     return [make_adapter(made / f"a{n}", folder, n) for n in range(8)]
 

@@ -159,9 +159,24 @@ def test_a_damaged_promotion_leaves_the_champion_where_it_is_and_says_so(running
         book.rows.set_alias("tiny", "champion", 2, 1, epoch + 1, None)
         until(lambda: serving.service.router.trouble)
         assert httpx.get(serving.address + "/health").json() == {"status": "ok", "follows": False}
-        assert names(serving)["tiny"] == first
-        answer = httpx.post(serving.address + "/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 1})
-        assert answer.json()["system_fingerprint"] == first
+        assert names(serving)["tiny"] == names(serving)["tiny@champion"] == first
+        for model in ("tiny", "tiny@champion"):
+            body = {"model": model, "prompt": "a", "max_tokens": 1}
+            answer = httpx.post(serving.address + "/v1/completions", json=body)
+            assert answer.json()["system_fingerprint"] == first
+
+
+@pytest.mark.parametrize(
+    ("served", "wanted"), [("tiny@champion", "tiny"), ("tiny", "tiny@champion"), ("tiny@1", "tiny")]
+)
+def test_what_is_served_under_one_reference_is_asked_for_by_the_name_alone(running, registered, served, wanted):
+    registry, (first, _) = registered
+    with running(ServedNames([served], registry)) as serving:
+        body = {"model": wanted, "prompt": "a", "max_tokens": 1}
+        answer = httpx.post(serving.address + "/v1/completions", json=body)
+        assert answer.status_code == 200 and answer.json()["system_fingerprint"] == first
+        other = httpx.post(serving.address + "/v1/completions", json={**body, "model": "tiny@2"})
+        assert other.status_code == 404
 
 
 @pytest.mark.parametrize(("model", "said"), [("other", "names nothing"), ("tiny@9", "no tiny@9")])

@@ -50,10 +50,14 @@ def data(
         )
 
 
-def _stages(config: Path, stage: str | None, overrides: list[str]) -> tuple[list[tuple[str, Any]], dict[str, str]]:
-    """(kind, keys) of every stage asked for, and the suites' paths by name."""
+def _stages(
+    config: Path, stage: str | None, overrides: list[str]
+) -> tuple[list[tuple[str, Any]], dict[str, list[str]]]:
+    """(kind, keys) of every stage asked for, and the suites' prompts by name."""
     from posttrain.cli.stage import kind_in
     from posttrain.config import load_pipeline, load_stage
+    from posttrain.data.lint_input import plain_text
+    from posttrain.evals.suite import load_suite
 
     kind = kind_in(config, stage, overrides)
     if kind != "pipeline":
@@ -62,13 +66,14 @@ def _stages(config: Path, stage: str | None, overrides: list[str]) -> tuple[list
     stages = [(s.kind, s.keys) for s in keys.stages if stage in (None, s.kind)]
     if not stages:
         raise ConfigError(f"--stage {stage}: {config} has {', '.join(s.kind for s in keys.stages)}; name one of them")
-    return stages, {name: suite.path for name, suite in keys.evals.items()}
+    suites = {name: load_suite(name, Path(suite.path)) for name, suite in keys.evals.items()}
+    return stages, {name: [plain_text(item.prompt) for item in suite.items] for name, suite in suites.items()}
 
 
 def _show_stage(
-    console: Console, title: str, keys: Any, suites: dict[str, str], examples: int
+    console: Console, title: str, keys: Any, suites: dict[str, list[str]], examples: int
 ) -> tuple[Any, list[Any]]:
-    from posttrain.data.lint import lint_stage, suite_prompts
+    from posttrain.data.lint import lint_stage
     from posttrain.data.load import LOADERS
     from posttrain.models.load import load_tokenizer
     from posttrain.recipes.golds import gold_check
@@ -89,9 +94,8 @@ def _show_stage(
     for line in _skips(summaries):
         console.print(_text(line))
     console.print(_text(f"cache: {loaded.summary.cache}", style="dim"))
-    prompts = {name: suite_prompts(path) for name, path in suites.items()}
     report = lint_stage(
-        keys, tokenizer, loaded, suites=prompts, check_golds=gold_check(keys), gold_rows=None, own_template=own_template
+        keys, tokenizer, loaded, suites=suites, check_golds=gold_check(keys), gold_rows=None, own_template=own_template
     )
     console.print(_text("lint: nothing found" if not report.findings else "lint:"))
     for finding in report.findings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,6 +11,9 @@ from posttrain.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
     from posttrain.serve.run import Serving
+
+EngineName = Literal["embedded", "vllm"]
+"""As `ServeOptions` has it; the extra is not imported to say how the command is used."""
 
 
 def serve(
@@ -39,6 +42,12 @@ def serve(
     stall_s: Annotated[float, typer.Option(min=0.1, help="Hang up on a client that takes nothing for so long.")] = 30.0,
     drain_s: Annotated[float, typer.Option(min=0.0, help="On SIGTERM, wait so long for answers under way.")] = 30.0,
     follow_s: Annotated[float, typer.Option(min=0.05, help="How often the registry is looked at.")] = 1.0,
+    engine: Annotated[EngineName, typer.Option(help="What samples: this process, or processes of vLLM.")] = "embedded",
+    max_lora_rank: Annotated[int, typer.Option(min=1, max=512, help="Largest rank that vLLM has room for.")] = 64,
+    start_timeout_s: Annotated[float, typer.Option(min=1.0, help="Wait so long for vLLM to start.")] = 600.0,
+    engine_timeout_s: Annotated[
+        float, typer.Option(min=1.0, help="Start vLLM anew if it says nothing so long.")
+    ] = 60.0,
 ) -> None:
     """Serve models to the openai client, curl and whatever speaks that API. A name follows its registry: promote while it runs."""
     _require()
@@ -49,7 +58,7 @@ def serve(
 
     options = ServeOptions(
         host, port, read_token(token_file), max_num_seqs, max_queue, max_model_len, kv_memory_gib, int(max_body_mib * (1 << 20)),
-        max_loras, stall_s, drain_s, follow_s,
+        max_loras, stall_s, drain_s, follow_s, engine, max_lora_rank, start_timeout_s, engine_timeout_s,
     )  # fmt: skip
     names = ServedNames(models, registry, base, dict(_named(entry) for entry in lora), name)
     quiet_libraries()
@@ -59,6 +68,7 @@ def serve(
 def _require() -> None:
     try:
         import fastapi  # noqa: F401
+        import httpx  # noqa: F401
         import llguidance  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401

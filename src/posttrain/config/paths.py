@@ -14,6 +14,7 @@ from posttrain.config.schema import annotation_below, did_you_mean, group_in, ke
 from posttrain.config.settings import Problems, Settings
 from posttrain.config.stages import DatasetKeys, ModelKeys, TrainKeys, looks_local, resolve_path
 from posttrain.config.yaml_lines import KeyPath
+from posttrain.names import LM_EVAL
 
 
 class _PathError(ValueError):
@@ -60,6 +61,15 @@ def _where_else(path: str, local: Path, folder: Path) -> str:
     return f" in {local.parent}" + (f", which has {', '.join(names[:5])}" if names else ", which is empty")
 
 
+def _suite(path: str, folder: Path) -> str:
+    """A file, or a task of lm-eval by name or by its YAML."""
+    if not path.startswith(LM_EVAL):
+        return _existing(path, folder)
+    task, query, options = path.removeprefix(LM_EVAL).partition("?")
+    found = _existing(task, folder) if task.endswith((".yaml", ".yml")) or looks_local(task) else task
+    return f"{LM_EVAL}{found}{query}{options}"
+
+
 def _reward(entry: str, folder: Path) -> str:
     file, colon, function = entry.rpartition(":")
     if not re.search(r"\.py$", file if colon else entry):
@@ -86,7 +96,7 @@ PATH_RULES: tuple[tuple[type[Keys], str, Callable[[str, Path], str]], ...] = (
     (RLKeys, "reward_funcs", _reward),
     (PipelineKeys, "base_model", _existing_or_hub),
     (PipelineKeys, "output_dir", _output),
-    (SuiteKeys, "path", _existing),
+    (SuiteKeys, "path", _suite),
     (GateKeys, "baseline", _baseline),
     (RegisterKeys, "registry", _output),
 )

@@ -27,7 +27,7 @@ def _checked(rule: NameRule, value: str) -> str:
 class SuiteKeys(Keys):
     """An eval suite: a path alone, or a path with how to sample."""
 
-    path: str = knob(..., "A JSONL suite, relative to the YAML.", example="evals/heldout.jsonl")
+    path: str = knob(..., "A JSONL suite, relative to the YAML, or a task of lm-eval (`lm-eval:arc_easy`, `lm-eval:./tasks/mine.yaml`).", example="evals/heldout.jsonl")
     num_samples: int = knob(1, "Completions per item (K); pass@k is reported for k ≤ K.", ge=1)
     temperature: float = knob(0.0, "0 is greedy.", ge=0)
     max_tokens: int = knob(256, "Longest answer in tokens.", ge=1)

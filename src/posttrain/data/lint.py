@@ -11,10 +11,9 @@ from typing import Any
 from posttrain.config.schema import did_you_mean_or_one_of
 from posttrain.config.stages import DatasetKeys, ExampleKeys, TrainKeys
 from posttrain.data.dataset import Dataset, sequences
-from posttrain.data.lint_input import GOLD_ROWS, LintInput, plain_text
+from posttrain.data.lint_input import GOLD_ROWS, LintInput
 from posttrain.data.lint_rules import RULES, Action, Offence
 from posttrain.data.load import read_nouns
-from posttrain.data.messages import parse_messages
 from posttrain.data.sources import read_rows
 from posttrain.errors import ConfigError, DataError
 from posttrain.files import write_atomic, write_json
@@ -178,21 +177,6 @@ def lint_stage(
         ),
         keys.lint,
     )
-
-
-def suite_prompts(path: str) -> list[str]:
-    """The prompts of an eval suite, as text. Raises: DataError."""
-    prompts = []
-    for origin, row in read_rows(DatasetKeys(path=path)):
-        if row.get("messages") is not None:
-            prompts.append(plain_text(parse_messages(row["messages"], origin, "messages")))
-        elif isinstance(row.get("prompt"), str):
-            prompts.append(row["prompt"])
-        elif row.get("prompt") is not None:
-            prompts.append(plain_text(parse_messages(row["prompt"], origin, "prompt")))
-        else:
-            raise DataError(f"{origin}: a suite item without `prompt` or `messages`; expected one of them")
-    return prompts
 
 
 @dataclass(frozen=True, slots=True)

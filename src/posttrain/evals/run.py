@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from posttrain.config.pipeline import SuiteKeys
 from posttrain.errors import DataError, EvalError
+from posttrain.evals.harness import TaskSuite
 from posttrain.evals.suite import RANKINGS, Item, Suite
 from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.files import digest_json
@@ -40,6 +41,14 @@ OwnScorer = Callable[[Suite, Sequence[Item], Sequence[str]], Sequence[tuple[floa
 """A suite whose scorer is a user's function, items, one completion of each → score and, where it failed, why."""
 
 
+TaskRunner = Callable[[TaskSuite, SuiteKeys], Iterable[ItemRecord]]
+"""All documents of a task of lm-eval, answered and scored."""
+
+
+def _no_task(suite: Suite) -> Iterable[ItemRecord]:
+    raise EvalError(f"suite {suite.name} is a task of lm-eval; this evaluator cannot ask it")
+
+
 def _no_workers(suite: Suite) -> Sequence[tuple[float | None, str | None]]:
     raise EvalError(
         f"suite {suite.name}: scorer {suite.scorer!r} is a file; this evaluator has no process to run it in"
@@ -56,6 +65,7 @@ class Evaluator:
     seed_of: Callable[..., int]
     progress: Callable[[str, int, int], None] = field(default=lambda name, done, total: None)
     score_own: OwnScorer = field(default=lambda suite, items, texts: _no_workers(suite))
+    ask_task: TaskRunner = field(default=lambda suite, keys: _no_task(suite))
     _greedy: dict[tuple[tuple[int, ...], int], Completion] = field(default_factory=dict, repr=False)
 
     def run(
@@ -75,6 +85,8 @@ class Evaluator:
         items = suite.on(split)
         records = {item.id: known[item.id] for item in items if known and item.id in known}
         waiting = [item for item in items if item.id not in records]
+        if isinstance(suite, TaskSuite):  # its few-shot examples are drawn one document after the other
+            records, waiting = {record.id: record for record in self.ask_task(suite, keys)}, []
         if order:
             random.Random(order).shuffle(waiting)
         for start in range(0, len(waiting), _ITEMS_PER_CALL):

@@ -19,6 +19,7 @@ from posttrain.errors import ConfigError, DataError, EvalError
 from posttrain.files import canonical_json, digest_file, digest_json, neighbours, read_json_lines
 from posttrain.grading.scorers import SCORERS, scorer_digest, unusable
 from posttrain.grading.source import defined_names, dependency_versions, parse_source, source_of, split_spec
+from posttrain.names import LM_EVAL
 from posttrain.types import Text
 
 CHOICES = "choices"
@@ -92,6 +93,10 @@ class Suite:
 
 def load_suite(name: str, path: Path) -> Suite:
     """Raises: EvalError naming file and line of the first thing that is wrong."""
+    if str(path).startswith(LM_EVAL):
+        from posttrain.evals.harness import load_task_suite
+
+        return load_task_suite(name, str(path))
     items: list[Item] = []
     seen: dict[str, int] = {}
     try:
@@ -125,8 +130,10 @@ def load_suite(name: str, path: Path) -> Suite:
 def suite_files(path: Path) -> dict[str, Path]:
     """The suite's file, and beside it all that its own scorer is made of: path below the folder they share → file.
 
-    The suite is the one that is no Python. Raises: EvalError.
+    The suite is the one that is no Python. A task of lm-eval is no file: what it asks is kept by its digest. Raises: EvalError.
     """
+    if str(path).startswith(LM_EVAL):
+        return {}
     own, path = split_spec(load_suite(path.stem, path).scorer), path.resolve()
     files = [path]
     if own is not None:
@@ -137,8 +144,10 @@ def suite_files(path: Path) -> dict[str, Path]:
 
 
 def suite_file_digest(path: Path) -> str:
-    """Digest of the file, and of its own scorer with all that this is made of. Raises: EvalError."""
+    """Digest of the file, and of its own scorer with all that this is made of; of a task its YAML and documents. Raises: EvalError."""
     suite = load_suite(path.stem, path)
+    if str(path).startswith(LM_EVAL):
+        return suite.digest(suite.items[0].split, {})
     digest = digest_file(path)
     return digest_json([digest, suite.scorer_digest()]) if split_spec(suite.scorer) else digest
 

@@ -144,7 +144,8 @@ def _evidence(place: Place, final: StageEntry) -> dict[str, Path | Mapping[str, 
     found["environment"] = folder / "environment.json"
     for name, suite in place.keys.evals.items():
         files = suite_files(Path(suite.path))
-        found[f"suite.{name}"] = files if len(files) > 1 else Path(suite.path)
+        if files:
+            found[f"suite.{name}"] = files if len(files) > 1 else Path(suite.path)
     if adapter_total_of(final.files):
         found[ADAPTER_TOTAL] = folder / final.folder / ADAPTER_TOTAL
     if (decided := folder / DECISIONS_FILE).exists():

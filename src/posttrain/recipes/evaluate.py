@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,11 @@ from posttrain.config.stages import ModelKeys
 from posttrain.data.messages import parse_messages, parse_tools
 from posttrain.data.render import chat_ids
 from posttrain.errors import DataError
+from posttrain.evals.harness import TaskSuite
 from posttrain.evals.run import Evaluator, decoding_of
 from posttrain.evals.suite import Item, Suite
 from posttrain.evidence import EvalReport, ItemRecord
-from posttrain.models.load import load_tokenizer, missing_chat_template
+from posttrain.models.load import load_config, load_tokenizer, missing_chat_template
 from posttrain.models.provenance import source_digest
 from posttrain.protocols import Engine
 from posttrain.recipes.engines import EngineSource, make_engine, named_engine
@@ -105,7 +106,7 @@ def evaluate(
         rows = _ROWS if not order else _ROWS // 4
         with closing(make_engine(EngineSource(model), keys=rollout, rows=rows, folder=folder)) as sampler:
             tokenizer = load_tokenizer(model)
-            evaluator = _evaluator(sampler, tokenizer, digest, progress)
+            evaluator = _evaluator(sampler, tokenizer, digest, progress, model)
             for suite, keys in missing:
                 _say_if_without_roles(tokenizer, model.base_model, suite)
                 known = _known(suite, keys, split, folder, (digest, engine))
@@ -133,10 +134,17 @@ def _known(suite: Suite, keys: SuiteKeys, split: str, folder: Path, measured: tu
     return {item.id: item for item in report.items} if same else {}
 
 
-def _evaluator(engine: Engine, tokenizer: Any, digest: str, progress: EvalProgress | None) -> Evaluator:
+def _evaluator(
+    engine: Engine, tokenizer: Any, digest: str, progress: EvalProgress | None, model: ModelKeys
+) -> Evaluator:
+    def ask_task(suite: TaskSuite, keys: SuiteKeys) -> Iterable[ItemRecord]:
+        from posttrain.recipes.harness import ask
+
+        return ask(suite, keys, engine, tokenizer, load_config(model))
+
     return Evaluator(
         engine, TokenizerCodec(tokenizer), digest, request_seed,
-        progress or (lambda name, done, total: None), score_own=score_in_workers,
+        progress or (lambda name, done, total: None), score_own=score_in_workers, ask_task=ask_task,
     )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ class Client:
 
     def __init__(self, address: Address, token: str = "", timeout_s: float = 30.0) -> None:
         self.address, self.timeout_s = address, timeout_s
-        self._token = token
+        self.token = token
 
     def call(self, method: str, path: str, body: Any = None, timeout_s: float | None = None) -> Any:
         """The answer's JSON, or its text where it says that it is none; None where it is empty."""
@@ -120,7 +120,7 @@ class Client:
         headers = {
             "Host": "localhost", "Connection": "close", "Accept": "application/json",
             "Content-Type": "application/json", "Content-Length": str(len(content)),
-        } | ({"Authorization": f"Bearer {self._token}"} if self._token else {})  # fmt: skip
+        } | ({"Authorization": f"Bearer {self.token}"} if self.token else {})  # fmt: skip
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         request = f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode() + content
         return _Exchange(self.address, (method, path), request, timeout_s)

@@ -93,9 +93,9 @@ class Answering:
 
         Raises: ApiRefusal if the engine cannot go on, or the server's drain is over.
         """
-        loop = self.lease.served.loop
+        engine = self.lease.served.rows
         for choice in self.choices:
-            loop.submit(choice.row, lambda news, choice=choice: self._news.put_nowait((choice, news)))
+            engine.submit(choice.row, lambda news, choice=choice: self._news.put_nowait((choice, news)))
         open_choices = len(self.choices)
         try:
             while open_choices:
@@ -111,7 +111,7 @@ class Answering:
         finally:
             for choice in self.choices:
                 if choice.finish is None:
-                    loop.cancel(choice.row)
+                    engine.cancel(choice.row)
 
     @property
     def num_sampled(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
@@ -92,6 +93,9 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         said = f"{request.method} {request.url.path}: {error.detail}"
+        if error.status_code == 404:
+            there = ", ".join(sorted(route.path for route in app.routes if isinstance(route, APIRoute)))
+            said = f"this server has no {request.url.path}; it has {there}"
         return JSONResponse(ApiRefusal(error.status_code, said).body, error.status_code, dict(error.headers or {}))
 
     @app.exception_handler(Exception)

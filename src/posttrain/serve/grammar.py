@@ -43,7 +43,7 @@ class GrammarShaper:
 
 
 class Grammars:
-    """Grammars over one tokenizer."""
+    """Grammars over one tokenizer, each written in llguidance's Lark: what other engines take too."""
 
     def __init__(self, tokenizer: Any, num_ids: int, stop_ids: Collection[int]) -> None:
         # A tokenizer may have tokens beyond the model's vocabulary, and a model ids beyond the tokenizer's.
@@ -60,7 +60,8 @@ class Grammars:
         """Raises: ApiRefusal for a schema that is no schema, or that says what cannot be enforced."""
         if len(json.dumps(schema)) > _MOST_SCHEMA_CHARS:
             raise bad_request(f"the schema has more than {_MOST_SCHEMA_CHARS:,} characters", "response_format")
-        return self._checked(LLMatcher.grammar_from_json_schema(schema, overrides=_JSON), "response_format")
+        named: Any = {True: {}, False: {"not": {}}}[schema] if isinstance(schema, bool) else schema
+        return self._checked(f"start: {_json_rule(named)}", "response_format")
 
     def calls(self, syntax: CallSyntax, tools: Mapping[str, Any]) -> str:
         """An answer that is one call of one of `tools`: name → schema of its arguments. Raises: ApiRefusal as `json_schema`."""
@@ -71,8 +72,8 @@ class Grammars:
         for number, (name, schema) in enumerate(tools.items()):
             opening = self._literal(syntax.open.replace("NAME", name))
             rules += [f"call_{number}: {opening} args_{number} {self._literal(syntax.close)}"]
-            rules += [f"args_{number}: %json {json.dumps({**schema, 'x-guidance': _JSON})}"]
-        return self._checked(LLMatcher.grammar_from_lark("\n".join(rules)), "tools")
+            rules += [f"args_{number}: {_json_rule(schema)}"]
+        return self._checked("\n".join(rules), "tools")
 
     def _literal(self, text: str) -> str:
         """In Lark; what is one token wherever it stands is written as that token."""
@@ -83,11 +84,17 @@ class Grammars:
         return " ".join(f"<[{added[part]}]>" if part in added else json.dumps(part) for part in parts if part)
 
     def shaper(self, grammar: str) -> GrammarShaper:
-        return GrammarShaper(LLMatcher(self._tokenizer, grammar, log_level=0))
+        return GrammarShaper(LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0))
 
     @lru_cache(maxsize=64)  # noqa: B019 - as long-lived as the model
     def _checked(self, grammar: str, param: str) -> str:
-        is_error, found = LLMatcher.validate_grammar_with_warnings(grammar, self._tokenizer)
+        is_error, found = LLMatcher.validate_grammar_with_warnings(
+            LLMatcher.grammar_from_lark(grammar), self._tokenizer
+        )
         if is_error:
             raise bad_request(f"the schema cannot be enforced: {'; '.join(found)}", param, "invalid_json_schema")
         return grammar
+
+
+def _json_rule(schema: Mapping[str, Any]) -> str:
+    return f"%json {json.dumps({**schema, 'x-guidance': _JSON})}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -14,7 +15,9 @@ from posttrain.serve.options import ServeOptions
 
 _OPEN = frozenset({"/health"})
 """Asked by who has no token: load balancers."""
-_LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
+_LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
+_SLOWEST = 1 << 10
+"""Bytes of a body per second, below which a client only keeps a connection."""
 
 
 class ServeGuard:
@@ -49,10 +52,7 @@ class ServeGuard:
                     "expected the header Authorization: Bearer TOKEN, with this server's token",
                     code="invalid_api_key",
                 )
-        elif (
-            headers.get("host", "localhost").rpartition(":")[0 if ":" in headers.get("host", "") else 2]
-            not in _LOCAL_NAMES
-        ):
+        elif not _LOCAL_HOST.fullmatch(headers.get("host", "localhost")):
             # A page of any site may ask this machine under a name of its own.
             raise ApiRefusal(403, "this server has no token and answers requests to localhost only", code="not_local")
 
@@ -61,15 +61,17 @@ class ServeGuard:
         said = headers.get("content-length", "0")
         if said.isdecimal() and int(said) > most:
             raise self._too_large()
-        body = bytearray()
+        body, stall_s = bytearray(), self._options.stall_s
+        begun_s = asyncio.get_running_loop().time()
         while True:
+            left_s = begun_s + stall_s + len(body) / _SLOWEST - asyncio.get_running_loop().time()
             try:
-                async with asyncio.timeout(self._options.stall_s):
+                async with asyncio.timeout(min(stall_s, left_s)):
                     message = await receive()
             except TimeoutError:
                 raise ApiRefusal(
-                    408, f"nothing of the body came for {self._options.stall_s:g} s", code="timeout"
-                ) from None
+                    408, f"{len(body)} bytes of the body came, and too slowly; nothing may stall for {stall_s:g} s", code="timeout"
+                ) from None  # fmt: skip
             body += message.get("body", b"")
             if len(body) > most:
                 raise self._too_large()

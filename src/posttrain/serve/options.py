@@ -6,6 +6,7 @@ import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from posttrain.errors import ConfigError
 
@@ -29,6 +30,12 @@ class ServeOptions:
     """A client that takes nothing for so long, or sends nothing of its body, is hung up on."""
     drain_s: float = 30.0
     follow_s: float = 1.0
+    engine: Literal["embedded", "vllm"] = "embedded"
+    max_lora_rank: int = 64
+    """Of vLLM, which keeps this much room for each adapter."""
+    start_timeout_s: float = 600.0
+    engine_timeout_s: float = 60.0
+    """An engine in a process of its own that says nothing for so long is started anew."""
 
     @property
     def is_local(self) -> bool:

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from posttrain.models.slots import Factors
+from posttrain.rollout.decoding import DecodingRow, Likeliest
 from posttrain.serve.codec import ServedCodec
-from posttrain.serve.loop import DecodingLoop
+from posttrain.serve.loop import News
 
 _SHOWN = len("sha256:") + 12
 
@@ -36,12 +38,34 @@ class ModelVersion:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A version in memory: the loop that decodes it, through which adapter, and its text."""
+    """A version in memory: the engine that samples its rows, through which adapter, and its text."""
 
     version: ModelVersion
-    loop: DecodingLoop
+    rows: RowEngine
     codec: ServedCodec
     adapter: str | None = None
+
+
+class RowEngine(Protocol):
+    """What samples rows. Called in the thread of the event loop, where it tells its news too."""
+
+    def submit(self, row: DecodingRow, tell: Callable[[News], None]) -> None: ...
+    def cancel(self, row: DecodingRow) -> None:
+        """Free what a row holds; nothing more is told of it."""
+        ...
+
+    async def prompt_scores(self, ids: tuple[int, ...], num_top: int, adapter: str | None) -> list[Likeliest]:
+        """Of `ids[1:]`: the first token has no log-prob. Raises: ApiRefusal where it cannot say."""
+        ...
+
+    async def load_adapter(self, name: str, factors: Factors) -> None:
+        """Raises: PosttrainError for one that is not for this base."""
+        ...
+
+    async def unload_adapter(self, name: str) -> None: ...
+    async def close(self) -> None:
+        """Who still waits is told so."""
+        ...
 
 
 class Backend(Protocol):

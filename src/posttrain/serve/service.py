@@ -11,16 +11,14 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.rollout.decoding import Shaper
 from posttrain.serve.answering import Answering, Wanted, make_choices
 from posttrain.serve.codec import ServedCodec
 from posttrain.serve.faults import ApiRefusal, bad_request
 from posttrain.serve.meter import Meter
 from posttrain.serve.options import ServeOptions
 from posttrain.serve.pool import Lease
-from posttrain.serve.prompt_scores import prompt_scores
 from posttrain.serve.router import Router
-from posttrain.serve.shapers import one_after_another, with_bias, with_penalties
+from posttrain.serve.shapers import AnswerShaper, check_bias
 from posttrain.serve.shapes import AnswerShape, ChatShape, CompletionShape, EchoedPrompt, listed_logprobs
 from posttrain.serve.text import Detokenizer
 from posttrain.serve.wire import Asked, ChatAsked, CompletionAsked, DetokenizeAsked, NamedTool, TokenizeAsked
@@ -143,10 +141,7 @@ class Service:
         text = codec.text(prompt, codec.hidden_ids)
         if asked.logprobs is None:
             return EchoedPrompt(text, None)
-        loop, num_top = served.loop, asked.logprobs
-        scores = await asyncio.wrap_future(
-            loop.call(lambda: prompt_scores(loop.policy, prompt, num_top, loop.slots, served.adapter))
-        )
+        scores = await served.rows.prompt_scores(prompt, asked.logprobs, served.adapter)
         return EchoedPrompt(text, listed_logprobs(codec, prompt, _offsets(codec, prompt), [None, *scores]))
 
     # --- chat ---
@@ -173,16 +168,14 @@ class Service:
 
     async def tokenize(self, asked: TokenizeAsked) -> dict[str, Any]:
         async with self._codec(asked.model) as codec:
-            if asked.prompt is not None:
-                ids = codec.encode(asked.prompt, asked.add_special_tokens)
-            else:
-                tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()]
-                ids = codec.encode_chat([turn.message() for turn in asked.messages or ()], tools)
+            # A long text takes seconds, in which the others are not to wait.
+            ids = await asyncio.to_thread(_ids_of, codec, asked)
             return {"count": len(ids), "max_model_len": codec.window, "tokens": list(ids)}
 
     async def detokenize(self, asked: DetokenizeAsked) -> dict[str, Any]:
         async with self._codec(asked.model) as codec:
-            return {"prompt": codec.decode(codec.check_ids(asked.tokens, "tokens")) if asked.tokens else ""}
+            ids = codec.check_ids(asked.tokens, "tokens") if asked.tokens else ()
+            return {"prompt": await asyncio.to_thread(codec.decode, ids)}
 
     @contextlib.asynccontextmanager
     async def _codec(self, model: str | None) -> AsyncIterator[ServedCodec]:
@@ -191,6 +184,13 @@ class Service:
             yield lease.served.codec
         finally:
             lease.release()
+
+
+def _ids_of(codec: ServedCodec, asked: TokenizeAsked) -> tuple[int, ...]:
+    if asked.prompt is not None:
+        return codec.encode(asked.prompt, asked.add_special_tokens)
+    tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()]
+    return codec.encode_chat([turn.message() for turn in asked.messages or ()], tools)
 
 
 def _offsets(codec: ServedCodec, ids: Sequence[int]) -> list[int]:
@@ -206,16 +206,12 @@ def _seed(asked: Asked) -> int:
     return secrets.randbits(63) if asked.seed is None else asked.seed
 
 
-def _shaper(asked: Asked, codec: ServedCodec, grammar: str | None = None) -> Shaper | None:
+def _shaper(asked: Asked, codec: ServedCodec, grammar: str | None = None) -> AnswerShaper | None:
     """Each answer has its own: a grammar remembers where it is."""
-    found: list[Shaper] = []
-    if asked.presence_penalty or asked.frequency_penalty:
-        found.append(with_penalties(asked.presence_penalty or 0.0, asked.frequency_penalty or 0.0))
-    if asked.logit_bias:
-        found.append(with_bias(asked.logit_bias, codec.num_ids))
-    if grammar is not None:
-        found.append(codec.grammars.shaper(grammar))
-    return one_after_another(found)
+    bias = asked.logit_bias or {}
+    check_bias(bias, codec.num_ids)
+    shaper = AnswerShaper(asked.presence_penalty or 0.0, asked.frequency_penalty or 0.0, bias, grammar, codec)
+    return shaper if shaper.acts else None
 
 
 def _grammar(codec: ServedCodec, asked: ChatAsked) -> str | None:

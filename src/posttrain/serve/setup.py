@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from posttrain.config.stages import looks_local
 from posttrain.errors import ConfigError, ModelError
-from posttrain.serve.backends import AdaptersOfOneBase, WholeModels, of_folder
+from posttrain.serve.backends import AdaptersOfOneBase, StartedEngine, StartEngine, WholeModels, of_folder
+from posttrain.serve.embedded import start_embedded
 from posttrain.serve.options import ServeOptions
-from posttrain.serve.pool import Pool
+from posttrain.serve.pool import ModelVersion, Pool
 from posttrain.serve.router import NameSource, Router
 from posttrain.serve.sources import Folders, RegistryAdapters, RegistryModels, Together, adapter_folder
+from posttrain.serve.vllm import start_vllm
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ def _whole(names: ServedNames, options: ServeOptions) -> Router:
     sources: list[NameSource] = [Folders(found)] if found else []
     sources += [RegistryModels(names.registry, refs)] if refs else []
     default = found[0].name if names.models[0] in folders else names.models[0]
-    return Router(Together(sources), Pool(WholeModels(options)), options.follow_s, retire=True, default=default)
+    return Router(
+        Together(sources), Pool(WholeModels(_engine(options))), options.follow_s, retire=True, default=default
+    )
 
 
 def _adapters(names: ServedNames, options: ServeOptions) -> Router:
@@ -68,8 +73,19 @@ def _adapters(names: ServedNames, options: ServeOptions) -> Router:
         raise ConfigError(f"{clash[0]} names two models; give one another name with --lora NAME=FOLDER or --name")
     sources: list[NameSource] = [Folders(fixed)]
     sources += [RegistryAdapters(names.registry, refs, base)] if refs else []
-    pool = Pool(AdaptersOfOneBase(options, base), options.max_loras, frozenset({base}))
+    pool = Pool(AdaptersOfOneBase(_engine(options), base), options.max_loras, frozenset({base}))
     return Router(Together(sources), pool, options.follow_s, retire=False, default=refs[0] if refs else base.name)
+
+
+ENGINES: Mapping[str, Callable[[ServeOptions, ModelVersion, bool], Awaitable[StartedEngine]]] = {
+    "embedded": start_embedded,
+    "vllm": start_vllm,
+}
+"""`--engine` → what starts it on a version, and whether that is to take adapters."""
+
+
+def _engine(options: ServeOptions) -> StartEngine:
+    return partial(ENGINES[options.engine], options)
 
 
 def _is_folder(model: str) -> bool:

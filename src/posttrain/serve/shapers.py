@@ -1,49 +1,54 @@
-"""OpenAI's ways to lean on the next token: a bias for some of them, penalties for those that were said already."""
+"""What leans on the next token of an answer: a bias, penalties for what was said already, a grammar.
+
+As fields, which an engine elsewhere is told; and as the function of the logits that our own decoding calls.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from posttrain.rollout.decoding import Shaper
+from posttrain.serve.codec import ServedCodec
 from posttrain.serve.faults import bad_request
+from posttrain.serve.grammar import GrammarShaper
 
 
-def with_bias(bias: Mapping[int, float], num_ids: int) -> Shaper:
-    """Adds to the logits of some tokens. Raises: ApiRefusal for a token that there is not."""
+@dataclass(frozen=True)
+class AnswerShaper:
+    """μ[j] + bias[j] − c[j]·frequency − 1[c[j] > 0]·presence, c counting the answer's tokens; −inf where `grammar` (Lark) has
+    no such token. Source: OpenAI's API reference.
+    """
+
+    presence: float
+    frequency: float
+    bias: Mapping[int, float]
+    grammar: str | None
+    codec: ServedCodec
+
+    @property
+    def acts(self) -> bool:
+        return bool(self.presence or self.frequency or self.bias or self.grammar is not None)
+
+    def __call__(self, ids: Sequence[int], logits_V: torch.Tensor) -> torch.Tensor:
+        counts = Counter(ids) if self.presence or self.frequency else {}
+        added = dict(self.bias)
+        for token, count in counts.items():
+            added[token] = added.get(token, 0.0) - count * self.frequency - self.presence
+        if added:
+            tokens = torch.tensor(list(added), device=logits_V.device)
+            logits_V = logits_V.index_add(0, tokens, torch.tensor(list(added.values())).to(logits_V))
+        return logits_V if self._by_grammar is None else self._by_grammar(ids, logits_V)
+
+    @cached_property
+    def _by_grammar(self) -> GrammarShaper | None:
+        return None if self.grammar is None else self.codec.grammars.shaper(self.grammar)
+
+
+def check_bias(bias: Mapping[int, float], num_ids: int) -> None:
+    """Raises: ApiRefusal for a token that there is not."""
     if (bad := next((token for token in bias if not 0 <= token < num_ids), None)) is not None:
         raise bad_request(f"logit_bias: token {bad} is not in the vocabulary of {num_ids}", "logit_bias")
-    tokens, values = torch.tensor(list(bias), dtype=torch.long), torch.tensor(list(bias.values()))
-
-    def shape(ids: Sequence[int], logits_V: torch.Tensor) -> torch.Tensor:
-        return logits_V.index_add(0, tokens.to(logits_V.device), values.to(logits_V))
-
-    return shape
-
-
-def with_penalties(presence: float, frequency: float) -> Shaper:
-    """μ[j] − c[j]·frequency − 1[c[j] > 0]·presence, c counting the answer's tokens. Source: OpenAI's API reference."""
-
-    def shape(ids: Sequence[int], logits_V: torch.Tensor) -> torch.Tensor:
-        counts = Counter(ids)
-        if not counts:
-            return logits_V
-        tokens = torch.tensor(list(counts), device=logits_V.device)
-        taken = torch.tensor([count * frequency + presence for count in counts.values()])
-        return logits_V.index_add(0, tokens, -taken.to(logits_V))
-
-    return shape
-
-
-def one_after_another(shapers: Sequence[Shaper]) -> Shaper | None:
-    if len(shapers) <= 1:
-        return shapers[0] if shapers else None
-
-    def shape(ids: Sequence[int], logits_V: torch.Tensor) -> torch.Tensor:
-        for shaper in shapers:
-            logits_V = shaper(ids, logits_V)
-        return logits_V
-
-    return shape

@@ -31,7 +31,10 @@ class Folders:
 
 
 class RegistryModels:
-    """Whole models by reference: `NAME` is its champion, `NAME@ALIAS` follows that alias, `NAME@VERSION` stays."""
+    """Whole models by reference: `NAME` is its champion, `NAME@ALIAS` follows that alias, `NAME@VERSION` stays.
+
+    Who serves one reference of a name is asked for it by the name alone, too.
+    """
 
     def __init__(self, registry: Path, refs: Sequence[str]) -> None:
         self._registry, self._refs = registry, refs
@@ -45,13 +48,19 @@ class RegistryModels:
             version = ModelVersion(
                 entry.name, entry.digest, entry.path, entry.version, lambda entry=entry: self._check(entry)
             )
-            found |= {ref: version, f"{entry.name}@{entry.version}": version}
-            if "@" not in ref:
-                found[f"{ref}@{CHAMPION}"] = version
+            found[f"{entry.name}@{entry.version}"] = version
+            found |= dict.fromkeys(self._means(ref), version)
         return found
 
+    def _means(self, ref: str) -> list[str]:
+        """The names that move with a reference."""
+        name, _, alias = ref.partition("@")
+        is_champion = alias in ("", CHAMPION)
+        only = sum(other.partition("@")[0] == name for other in self._refs) == 1
+        return [ref, *([name] if is_champion or only else []), *([f"{name}@{CHAMPION}"] if is_champion else [])]
+
     def eager(self) -> frozenset[str]:
-        return frozenset(self._refs)
+        return frozenset(name for ref in self._refs for name in self._means(ref))
 
     def _check(self, entry: RegistryEntry) -> None:
         """The whole lineage and every byte, and the folder ready to load."""
@@ -86,7 +95,7 @@ class RegistryAdapters:
         return found
 
     def eager(self) -> frozenset[str]:
-        return frozenset(self._names)
+        return frozenset(alias for name in self._names for alias in (name, f"{name}@{CHAMPION}"))
 
     def _version(self, book: Registry, entry: RegistryEntry) -> ModelVersion | None:
         """A version never changes, so what it holds is looked up once."""

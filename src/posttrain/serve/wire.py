@@ -11,6 +11,8 @@ _MOST_LOGPROBS = 20
 _MOST_CHOICES = 128
 _MOST_STOPS = 16
 _MOST_PROMPTS = 128
+_LONGEST_TEXT = 1 << 30
+_LARGEST_ID = (1 << 31) - 1
 
 
 def _one_or_many(value: Any) -> Any:
@@ -20,11 +22,12 @@ def _one_or_many(value: Any) -> Any:
 Stops = Annotated[
     list[Annotated[str, Field(min_length=1)]], BeforeValidator(_one_or_many), Field(max_length=_MOST_STOPS)
 ]
-TokenIds = list[Annotated[int, Field(ge=0, strict=True)]]
+TokenIds = list[Annotated[int, Field(ge=0, le=_LARGEST_ID, strict=True)]]
 
 
 class Wire(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    # With a longest text pydantic reads each as Unicode, and refuses half a surrogate pair, which no tokenizer takes.
+    model_config = ConfigDict(extra="forbid", str_max_length=_LONGEST_TEXT)
 
 
 class StreamOptions(Wire):
@@ -49,7 +52,7 @@ class Asked(Wire):
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
     user: str | None = None
     # Of vLLM's server: what our sampling has beyond OpenAI's.
-    top_k: int | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=0, le=_LARGEST_ID)
     min_p: float | None = Field(None, ge=0, le=1)
     stop_token_ids: TokenIds = []
 

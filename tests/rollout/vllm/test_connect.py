@@ -53,7 +53,7 @@ def url(vllm_server_engine, shared_policy):
 @pytest.fixture
 def given(url, vllm_server_engine, monkeypatch, model_dir):
     """`given(architecture)`: an engine on that server, with its key in a variable."""
-    monkeypatch.setenv("MY_KEY", vllm_server_engine._replicas[0].engine._server.client._token)
+    monkeypatch.setenv("MY_KEY", vllm_server_engine._replicas[0].engine._server.client.token)
     keys = RolloutKeys(engine="vllm_server", url=url, token_env="MY_KEY", max_restarts=0, start_timeout_s=5.0)
 
     def make(**changes):

@@ -59,12 +59,12 @@ def test_the_key_goes_through_the_environment_alone(started, tmp_path):
     while not (tmp_path / "log").read_text().endswith("\n"):
         time.sleep(0.05)
     arguments, environment = json.loads((tmp_path / "log").read_text())
-    assert environment["VLLM_API_KEY"] == one.client._token
+    assert environment["VLLM_API_KEY"] == one.client.token
     assert environment["VLLM_SERVER_DEV_MODE"] == environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
-    assert not any(one.client._token in argument for argument in arguments)
+    assert not any(one.client.token in argument for argument in arguments)
     assert arguments[:2] == ["--uds", str(tmp_path / "socket")]
     other = started("sleeps")
-    assert other.client._token != one.client._token
+    assert other.client.token != one.client.token
 
 
 def test_closing_ends_it(started, tmp_path):

@@ -210,7 +210,7 @@ def test_who_stops_taking_completions_ends_them(engine):
 
 def test_its_key_stands_in_no_command_line_and_no_file(engine):
     server = server_of(engine)
-    token = server.client._token
+    token = server.client.token
     assert len(token) > 30
     for pid in family(server.pid):
         assert token.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
@@ -31,7 +31,8 @@ class VLLMOptions:
     """What an engine of vLLM is started with; names are vLLM's own where it has one.
 
     `lora_rank`: the largest rank of the adapters that it is to serve; None where whole models are pushed to it.
-    `stop_token_ids`: what ends a completion besides what a request says.
+    `stop_token_ids`: what ends a completion besides what a request says. `max_loras`: adapters that a batch may hold. `beside`:
+    arguments of vLLM beside and before those that follow from the others.
     """
 
     model: str
@@ -46,6 +47,8 @@ class VLLMOptions:
     tensor_parallel_size: int = 1
     enforce_eager: bool = False
     lora_rank: int | None = None
+    max_loras: int = 1
+    beside: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def engine_args(self) -> dict[str, Any]:
         """As keyword arguments of `vllm.LLM`."""
@@ -66,8 +69,13 @@ class VLLMOptions:
             args["revision"] = args["tokenizer_revision"] = self.revision
         if self.lora_rank is not None:
             rank = next(size for size in _LORA_RANKS if size >= self.lora_rank)
-            args |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 2}
-        return args
+            args |= {
+                "enable_lora": True,
+                "max_lora_rank": rank,
+                "max_loras": self.max_loras,
+                "max_cpu_loras": self.max_loras + 1,
+            }
+        return args | dict(self.beside)
 
 
 def serves_rank(rank: int) -> bool:

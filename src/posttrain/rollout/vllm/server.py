@@ -109,8 +109,8 @@ class OwnServer:
         self._log.close()
 
 
-def await_ready(server: Server, timeout_s: float) -> None:
-    """Raises: EngineGoneError where it ends before it answers, or does not answer in time."""
+def await_ready(server: Server, timeout_s: float, option: str = "rollout.start_timeout_s") -> None:
+    """`option` is what sets `timeout_s`. Raises: EngineGoneError where it ends before it answers, or does not answer in time."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -121,7 +121,7 @@ def await_ready(server: Server, timeout_s: float) -> None:
                 raise EngineGoneError(f"vLLM's server did not start: {ended}") from None
             if time.monotonic() >= deadline:
                 raise EngineGoneError(
-                    f"vLLM's server was not ready after {timeout_s:g} s ({error}); raise rollout.start_timeout_s if it needs longer"
+                    f"vLLM's server was not ready after {timeout_s:g} s ({error}); raise {option} if it needs longer"
                 ) from error
         time.sleep(_LOOK_S)
 
