@@ -1,6 +1,5 @@
 """Many adapters over one base: each answer is that of its adapter alone, whatever is swapped meanwhile."""
 
-import itertools
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +67,7 @@ def asked(address, model, prompt, seed):
 @dataclass(frozen=True)
 class Heard:
     begun: float
+    ended: float
     digest: str
     prompt: str
     seed: int
@@ -80,7 +80,13 @@ def heard(address, model, number):
     found = asked(address, model, prompt, number)
     [choice] = found["choices"]
     return Heard(
-        begun, found["system_fingerprint"], prompt, number, choice["text"], choice["logprobs"]["token_logprobs"]
+        begun,
+        time.monotonic(),
+        found["system_fingerprint"],
+        prompt,
+        number,
+        choice["text"],
+        choice["logprobs"]["token_logprobs"],
     )
 
 
@@ -126,27 +132,45 @@ def registered(tmp_path, folder, adapters):
     return tmp_path / "registry", models
 
 
-def test_swaps_under_load_answer_with_the_version_that_the_alias_means(running, folder, adapters, alone, registered):
+@pytest.mark.parametrize(
+    ("at_once", "rounds", "least_s"), [(12, 1, 0), pytest.param(64, 99, 60, marks=pytest.mark.slow)], ids=["short", "a minute"]
+)  # fmt: skip
+def test_swaps_under_load_answer_with_the_version_that_the_alias_means(
+    running, folder, adapters, alone, registered, at_once, rounds, least_s
+):
+    """Every promotion and a rollback while `at_once` requests are under way; the long form then moves the alias to and fro."""
     registry, models = registered
     digests = [digest_tree(adapter) for adapter in adapters]
-    found, swaps = [], [(time.monotonic(), digests[0])]
-    names = ServedNames(["math"], registry, base=folder)
-    with running(names, max_loras=3) as serving, ThreadPoolExecutor(64) as pool, closing(Registry(registry)) as book:
+    found, swaps = [], [(time.monotonic(), time.monotonic(), digests[0])]
+    with (
+        running(ServedNames(["math"], registry, base=folder), max_loras=3) as serving, ThreadPoolExecutor(64) as pool,
+        closing(Registry(registry)) as book,
+    ):  # fmt: skip
         begun, number = time.monotonic(), 0
-        for version in range(2, 9):
+        moves = [("promote", version) for version in range(2, 9)] + [("roll back", 7)]
+        again = [("set", version) for version in (1, 8, 3, 5, 2, 7)] * rounds
+        for kind, version in moves + again[: len(again) if least_s else 0]:
             asking = []
-            for _ in range(12):
-                other = 1 + number % 8
-                model = ("math", "math@champion", f"math@{other}")[number % 3]
+            for _ in range(at_once):
+                model = ("math", "math@champion", f"math@{1 + number % 8}")[number % 3]
                 asking.append((model, pool.submit(heard, serving.address, model, number)))
                 number += 1
-            book.promote("math", version, "champion", passing(models[version - 1], models[version - 2]))
+            moving = time.monotonic()
+            if kind == "promote":
+                book.promote("math", version, "champion", passing(models[version - 1], models[version - 2]))
+            elif kind == "roll back":
+                book.rollback("math", "champion", "a test")
+            else:
+                book.rows.set_alias("math", "champion", version, 1, book.alias_epoch("math", "champion") + 1, None)
             ids = lambda: {m["id"]: m["digest"] for m in httpx.get(f"{serving.address}/v1/models").json()["data"]}  # noqa: E731
+            until_s = time.monotonic() + 60
             while ids()["math@champion"] != digests[version - 1]:
-                assert time.monotonic() - begun < 60
+                assert time.monotonic() < until_s
                 time.sleep(0.02)
-            swaps.append((time.monotonic(), digests[version - 1]))
+            swaps.append((moving, time.monotonic(), digests[version - 1]))
             found += [(model, future.result()) for model, future in asking]
+            if least_s and time.monotonic() - begun > least_s:
+                break
         found += [("math", heard(serving.address, "math", n)) for n in range(3)]
     for model, one in found:
         place = digests.index(one.digest)
@@ -154,8 +178,11 @@ def test_swaps_under_load_answer_with_the_version_that_the_alias_means(running, 
         if model[5:].isdecimal():
             assert place == int(model[5:]) - 1
         else:
-            retired = [digest for (_, digest), (at, _) in itertools.pairwise(swaps) if at < one.begun]
-            assert one.digest not in retired
+            ends = [seen for _, seen, _ in swaps[1:]] + [float("inf")]
+            spans = [
+                (moving, end) for (moving, _, digest), end in zip(swaps, ends, strict=True) if digest == one.digest
+            ]
+            assert any(moving <= one.ended and one.begun <= end for moving, end in spans)
 
 
 def test_a_prompt_cached_for_one_adapter_is_not_anothers(running, folder, adapters, alone):
