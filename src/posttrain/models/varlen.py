@@ -128,6 +128,43 @@ def _flash_backward(
 FLASH = Kernel(_flash_forward, _flash_backward)
 
 
+def reads_pages(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether the flash kernel takes keys in pages there; operators of older torches have no `block_table`."""
+    names = {argument.name for argument in torch.ops.aten._flash_attention_forward.default._schema.arguments}
+    fits = device.type == "cuda" and torch.version.hip is None and {"block_table", "seqused_k"} <= names
+    return (
+        fits and dtype in _FLASH_DTYPES and width <= _FLASH_WIDTH and width % 8 == 0
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )  # fmt: skip
+
+
+def paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_q: Tensor,
+    used: Tensor,
+    table: Tensor,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """One query a sequence, to the first `used` tokens of its pages. It reads no number on the host, so that a graph can hold it.
+
+    Shapes: query [S, Hq, D]; key, value [pages, page, Hkv, D]; cu_q [S + 1]; used [S]; table [S, W] → [S, Hq, D].
+    Source: the paged call of torchtitan's experiments/rl. One split: with several, the numbers depend on the batch.
+    """
+    if query.device.type == "cpu":
+        _register_on_cpu()
+    size = table.shape[1] * key.shape[1]
+    # The kernel of FlashAttention-2 wants cumulative lengths of the keys too; `used` goes before them.
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        query, key, value, cu_q, cu_q * size, 1, size, 0.0, False, False, scale=scale,
+        window_size_left=-1 if window is None else window - 1, window_size_right=-1 if window is None else 0,
+        seqused_k=used, block_table=table, num_splits=1,
+    )  # fmt: skip
+    return out
+
+
 # --- memory-efficient ----------------------------------------------------------------------------------------------
 
 
@@ -193,9 +230,13 @@ def _register_on_cpu() -> torch.library.Library:
 def _forward_on_cpu(
     query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, dropout: float,
     causal: bool, debug: bool, *, scale: float | None = None, window_size_left: int | None = None,
-    window_size_right: int | None = None, **options: Any,
+    window_size_right: int | None = None, seqused_k: Tensor | None = None, block_table: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Sequence by sequence through torch's flash kernel for CPUs."""
+    if block_table is not None and seqused_k is not None:
+        key, value = (_out_of_pages(tensor, seqused_k, block_table) for tensor in (key, value))
+        cu_k = torch.nn.functional.pad(seqused_k.cumsum(0), (1, 0))
     query, key, value = (_headed(tensor) for tensor in (query, key, value))
     outs, lses = list[Tensor](), list[Tensor]()
     window = (window_size_left or 0, window_size_right or 0) if not causal else (-1, 0)
@@ -224,6 +265,11 @@ def _backward_on_cpu(
         found.append(tuple(grads))
     # Joined by heads, as the rotation before attention reads them fastest.
     return tuple(_joined(list(parts), 2)[0].transpose(0, 1) for parts in zip(*found, strict=True))
+
+
+def _out_of_pages(pages: Tensor, used: Tensor, table: Tensor) -> Tensor:
+    """[pages, page, H, D] → the tokens of each sequence, end to end."""
+    return torch.cat([pages[row].flatten(0, 1)[:count] for row, count in zip(table, used.tolist(), strict=True)])
 
 
 def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:

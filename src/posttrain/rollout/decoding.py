@@ -18,6 +18,7 @@ from posttrain.models.policy import Policy
 from posttrain.rollout.alone import AloneRows
 from posttrain.rollout.cached import CachedRows
 from posttrain.rollout.exact import ExactRows
+from posttrain.rollout.paged import PagedRows
 from posttrain.rollout.sampling import StopTest, sample, sample_scored
 from posttrain.types import Finish, Request, SamplingParams
 
@@ -92,11 +93,13 @@ class Decoding:
     """Samples rows until they end, or would be longer than `longest` inputs.
 
     `alone`: each row by itself and without a cache, for models whose rows cannot be run together; no `adapters` then.
+    `paged`: the cache to use where nobody else is using it.
     """
 
     def __init__(
         self, policy: Policy, rows: Iterable[DecodingRow] = (), *,
         longest: int | None = None, alone: bool = False, adapters: TokenAdapters | None = None,
+        paged: PagedRows | None = None,
     ) -> None:  # fmt: skip
         assert not (alone and adapters), "tokens of several forwards cannot be assigned at once"
         forget_lengths(policy.base)
@@ -106,8 +109,9 @@ class Decoding:
         self._rows: list[DecodingRow] = []
         temperature = next((row.params.temperature for row in self._waiting), 1.0)
         self._running: Any = (
-            AloneRows(policy) if alone else ExactRows(policy, temperature) if policy.exact else CachedRows(policy)
-        )
+            AloneRows(policy) if alone else ExactRows(policy, temperature) if policy.exact
+            else paged.begin() if paged is not None and not paged.is_busy else CachedRows(policy)
+        )  # fmt: skip
         self._sample = sample_scored if policy.exact and not alone else sample
         self._prompts: dict[tuple[str | None, tuple[int, ...]], tuple[Any, torch.Tensor]] = {}
 
@@ -181,9 +185,11 @@ class Decoding:
         """Sample the next token of each row and retire those that are finished."""
         ids_R, logp_R = self._sampled(rows, _shaped(rows, scores_RV))
         _note(rows, scores_RV, ids_R)
-        for row, token, logp in zip(list(rows), ids_R.tolist(), logp_R.tolist(), strict=True):
+        # Both at once: on a GPU this is where the host waits, once a step. Doubles hold either exactly.
+        both = torch.stack([ids_R.double(), logp_R.double()]).tolist()
+        for row, token, logp in zip(list(rows), *both, strict=True):
             if row.finish is None:
-                row.take(token, logp)
+                row.take(int(token), logp)
         for place in reversed(range(len(self._rows))):
             if self._is_over(self._rows[place]):
                 self._ended += [self._rows[place]] if self._rows[place].finish is not None else []

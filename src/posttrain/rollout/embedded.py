@@ -20,6 +20,7 @@ from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
 from posttrain.protocols import Weights
 from posttrain.rollout.decoding import Decoding, DecodingRow, Ends
+from posttrain.rollout.paged import paged_rows
 from posttrain.rollout.replica import receive
 from posttrain.rollout.sampling import stop_test, uniforms
 from posttrain.types import Completion, EngineInfo, Moved, Request, SamplingParams, TokenSeq
@@ -42,6 +43,7 @@ class EmbeddedEngine:
         self._batch_size = batch_size
         self._shares_weights = shares_weights
         self._version = 0
+        self._paged = paged_rows(policy)
 
     @property
     def policy_version(self) -> int:
@@ -109,12 +111,17 @@ class EmbeddedEngine:
         self, rows: Sequence[DecodingRow], *, longest: int | None = None, alone: bool = False
     ) -> Iterator[DecodingRow]:
         with self._computing():
-            decoding = Decoding(self._policy, rows, longest=longest, alone=alone)
-        while decoding.is_busy:
-            # Not around the yield: whoever takes the rows must not compute in our context.
-            with self._computing():
-                ended = decoding.advance(self._batch_size)
-            yield from ended
+            decoding = Decoding(self._policy, rows, longest=longest, alone=alone, paged=self._paged)
+        try:
+            while decoding.is_busy:
+                # Not around the yield: whoever takes the rows must not compute in our context.
+                with self._computing():
+                    ended = decoding.advance(self._batch_size)
+                yield from ended
+        finally:
+            # Whoever takes no more completions leaves rows behind, in a cache that outlasts this call.
+            for row in rows:
+                decoding.leave(row)
 
     @contextmanager
     def _computing(self) -> Iterator[None]:

@@ -1,0 +1,55 @@
+"""A step recorded once per number of rows and replayed: what CUDA graphs are, with the recorder of any device behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+Run = Callable[[], torch.Tensor]
+Recorder = Callable[[Run], Run]
+"""Of work on fixed addresses: how to do it again. What it returns lies where it lay the first time."""
+
+
+def bucket_of(rows: int) -> int:
+    """The next power of two: that many rows are computed."""
+    return 1 << (rows - 1).bit_length()
+
+
+class Graphs:
+    """Steps by bucket. They read weights where those are, so an update in place needs no new ones."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._recorded: dict[int, Run] = {}
+
+    def run(self, bucket: int, work: Run) -> torch.Tensor:
+        if bucket not in self._recorded:
+            self._recorded[bucket] = self._recorder(work)
+        return self._recorded[bucket]()
+
+    def forget(self) -> None:
+        """Something that they read has moved."""
+        self._recorded.clear()
+
+
+def recorder_of(device: torch.device) -> Recorder:
+    return cuda_graph if device.type == "cuda" else lambda work: work
+
+
+def cuda_graph(work: Run) -> Run:
+    """Source: torch.cuda.graph's documentation: a warm-up on another stream, then the capture. Never run: no GPU was at hand."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = work()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return out
+
+    return replay

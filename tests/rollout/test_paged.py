@@ -1,0 +1,118 @@
+"""The engine of a GPU through the CPU's kernels. A step is traced to operators on fixed tensors and replayed, as a CUDA graph is."""
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from posttrain.config.stages import SFTKeys
+from posttrain.models.batch import pack
+from posttrain.models.load import load_policy
+from posttrain.rollout import pages
+from posttrain.rollout.embedded import EmbeddedEngine
+from posttrain.rollout.graphs import bucket_of
+from posttrain.rollout.paged import PagedRows, paged_rows
+from posttrain.types import Request, SamplingParams, TokenSeq, in_order
+
+REQUESTS = [
+    Request(tuple(9 + t % 50 for t in range(3 * n)), 5 * n + i) for n in (1, 2, 30, 100) for i in range(n % 3 + 1)
+]
+
+
+class Recorder:
+    """Counts what it recorded. A trace that asked a tensor for a number could not be made."""
+
+    def __init__(self):
+        self.recorded = 0
+
+    def __call__(self, work):
+        self.recorded += 1
+        return make_fx(work)()
+
+
+def _engine(policy, **options):
+    engine = EmbeddedEngine(policy, **{"stop_token_ids": (), **options})
+    recorder = Recorder()
+    engine._paged = PagedRows(policy, recorder)
+    return engine, recorder
+
+
+@pytest.fixture
+def small_pages(monkeypatch):
+    for module in ("pages", "paged"):
+        monkeypatch.setattr(f"posttrain.rollout.{module}.PAGE", 16)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_recorded_steps_on_pages_sample_what_the_cache_of_a_cpu_does(shared_policy, small_pages, family):
+    policy, params = shared_policy(family), SamplingParams(max_tokens=24, temperature=0.8, top_p=0.95)
+    expected = in_order(EmbeddedEngine(policy, stop_token_ids=(2,), batch_size=5).generate(REQUESTS, params))
+    engine, recorder = _engine(policy, stop_token_ids=(2,), batch_size=5)
+    found = in_order(engine.generate(REQUESTS, params))
+    assert [c.ids for c in found] == [c.ids for c in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.logp == pytest.approx(other.logp, abs=1e-5)
+    assert recorder.recorded >= 1
+    assert pages.PAGE == 16
+
+
+def _own_policy(model_dir, **options):
+    return load_policy(SFTKeys(base_model=str(model_dir("qwen3")), datasets=[{"path": "unused.jsonl"}], **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"adapter": "lora", "lora_r": 4}, {"bf16": True}])
+def test_graphs_are_recorded_once_a_bucket_and_read_weights_that_were_updated_in_place(model_dir, options):
+    policy, params = _own_policy(model_dir, **options), SamplingParams(max_tokens=6)
+    engine, recorder = _engine(policy)
+    before = in_order(engine.generate(REQUESTS[:3], params))
+    once = recorder.recorded
+    optimizer = torch.optim.AdamW([p for _, p in policy.trainable()], lr=0.05, fused=True)
+    for version in (1, 2):
+        policy.score(pack([[TokenSeq((5, 6, 7), (False, True, True))]])).logp_M.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        engine.update(policy, version)
+        after = in_order(engine.generate(REQUESTS[:3], params))
+        fresh = in_order(_engine(policy)[0].generate(REQUESTS[:3], params))
+        assert [c.logp for c in after] == [c.logp for c in fresh]
+    assert recorder.recorded == once
+    assert [c.logp for c in before] != [c.logp for c in after]
+
+
+def test_weights_that_moved_or_an_adapter_that_was_switched_off_are_recorded_anew(model_dir):
+    policy, params = _own_policy(model_dir, adapter="lora", lora_r=4), SamplingParams(max_tokens=4)
+    with torch.no_grad():
+        for _, parameter in policy.trainable():
+            parameter.normal_(std=0.1)
+    engine, recorder = _engine(policy)
+    [on] = engine.generate(REQUESTS[:1], params)
+    with policy.reference():
+        [off] = engine.generate(REQUESTS[:1], params)
+    assert off.logp != on.logp
+    [again] = engine.generate(REQUESTS[:1], params)
+    for _, parameter in policy.trainable():
+        parameter.data = parameter.data.clone()
+    [moved] = engine.generate(REQUESTS[:1], params)
+    assert on.logp == again.logp == moved.logp
+    assert recorder.recorded == 4
+
+
+def test_rows_that_nobody_takes_leave_the_cache(shared_policy):
+    policy, params = shared_policy("qwen3"), SamplingParams(max_tokens=9)
+    whole = in_order(EmbeddedEngine(policy, stop_token_ids=()).generate(REQUESTS, params))
+    engine, _ = _engine(policy, stop_token_ids=(whole[0].ids[3],), batch_size=3)
+    taken = engine.generate(REQUESTS, SamplingParams(max_tokens=9))
+    next(taken)
+    assert engine._paged.is_busy
+    inside = in_order(engine.generate(REQUESTS[:2], SamplingParams(max_tokens=5)))  # on a cache of its own
+    taken.close()
+    assert not engine._paged.is_busy
+    outside = in_order(engine.generate(REQUESTS[:2], SamplingParams(max_tokens=5)))
+    assert [c.ids for c in inside] == [c.ids for c in outside]
+
+
+def test_a_cpu_keeps_its_own_cache(shared_policy):
+    assert paged_rows(shared_policy("qwen3")) is None
+
+
+def test_buckets_are_powers_of_two():
+    assert [bucket_of(rows) for rows in (1, 2, 3, 4, 5, 33, 64)] == [1, 2, 4, 4, 8, 64, 64]
