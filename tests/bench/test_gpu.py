@@ -58,6 +58,20 @@ def test_a_kernel_that_does_not_run_fails_its_row_and_no_other(monkeypatch, tmp_
     assert found[0]["raised"] == "RuntimeError: no kernel image is available" and found[1]["holds"]
 
 
+def test_the_bench_prints_its_formula_and_goes_on_past_a_row_that_cannot_run(monkeypatch, tmp_path, capsys):
+    def too_large(setting):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    name = "head of 4 B, 8k tokens, with entropy"
+    monkeypatch.setattr(gpu_bench, "ROWS", {"too large": too_large, name: gpu_bench.ROWS[name]})
+    monkeypatch.setattr(sys, "argv", ["gpu_bench.py", "--device", "cpu", "--out", str(tmp_path)])
+    gpu_bench.main()
+    assert work.FORMULA in capsys.readouterr().out
+    first, second = (json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()[1:])
+    assert first["left_out"] == "OutOfMemoryError: CUDA out of memory"
+    assert (second["row"], second["tokens_per_s"] > 0) == (name, True)
+
+
 @pytest.mark.slow
 def test_a_row_beside_trl_is_measured():
     pytest.importorskip("trl")
