@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-Run = Callable[[], torch.Tensor]
-Recorder = Callable[[Run], Run]
+Replay = Callable[[], torch.Tensor]
+Recorder = Callable[[Replay], Replay]
 """Of work on fixed addresses: how to do it again. What it returns lies where it lay the first time."""
 
 
@@ -21,9 +21,9 @@ class Graphs:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._recorded: dict[int, Run] = {}
+        self._recorded: dict[int, Replay] = {}
 
-    def run(self, bucket: int, work: Run) -> torch.Tensor:
+    def run(self, bucket: int, work: Replay) -> torch.Tensor:
         if bucket not in self._recorded:
             self._recorded[bucket] = self._recorder(work)
         return self._recorded[bucket]()
@@ -37,7 +37,7 @@ def recorder_of(device: torch.device) -> Recorder:
     return cuda_graph if device.type == "cuda" else lambda work: work
 
 
-def cuda_graph(work: Run) -> Run:
+def cuda_graph(work: Replay) -> Replay:
     """Source: torch.cuda.graph's documentation: a warm-up on another stream, then the capture. Never run: no GPU was at hand."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
