@@ -4,10 +4,13 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from posttrain.config.rl import GRPOKeys
 from posttrain.errors import ConfigError, RewardError
+from posttrain.recipes import grpo
 from posttrain.recipes.ahead import staleness_metrics
+from posttrain.recipes.rollback import read_rollbacks
 from posttrain.recipes.source import require_one_process
 
 AHEAD = {"max_steps": 6, "num_prompts_per_step": 2, "save_steps": 1, "save_total_limit": 9}
@@ -97,6 +100,26 @@ def test_validation_and_an_adapter_go_ahead_too(train, runner, data_dir):
         eval_datasets=[{"path": str(data_dir / "dev-prompts.jsonl")}],
     )  # fmt: skip
     assert [row["step"] for row in runner.rows(folder) if "eval_reward" in row] == [2, 4]
+
+
+def test_a_rollback_forgets_what_the_abandoned_steps_sampled(train, runner, monkeypatch):
+    original, calls = grpo.loss, []
+
+    def poisoned(*args, **options):
+        terms = original(*args, **options)
+        calls.append(1)
+        # A step has two micro-batches: it is the third step's first.
+        return type(terms)(terms.loss * torch.nan, terms.metrics) if len(calls) == 5 else terms
+
+    monkeypatch.setattr(grpo, "loss", poisoned)
+    folder = train("grpo", rollout={"max_staleness": 1}, **AHEAD)
+    [first] = read_rollbacks(folder)
+    assert (first.from_step, first.to_step) == (3, 2)
+    assert [row["step"] for row in runner.rows(folder)] == [1, 2, 3, 4, 5, 6]
+    assert {path.name.partition("-")[0] for path in (folder / "rollouts").iterdir()} == {"001"}
+    before, after = trained(folder)[:2], trained(folder)[2:]
+    asked = {number for step in before for number in step["issued"]}
+    assert asked and not asked & {number for step in after for number in step["trained"]}
 
 
 def test_a_reward_that_fails_ends_the_run_with_its_reason(runner, model_dir, data_dir, tmp_path):
