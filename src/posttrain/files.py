@@ -200,22 +200,33 @@ def write_folder(target: Path, fill: Callable[[Path], None], *, keep: bool = Fal
     Returns the digests of its files. An existing `target` is replaced only after the new one is complete; with `keep`, for
     contents that are the same whoever writes them, one that another process has put there meanwhile stays.
     """
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    temporary = begin_folder(target)
     try:
         fill(temporary)
-        digests = file_digests(temporary)
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                with open(Path(folder) / name, "rb") as handle:
-                    os.fsync(handle.fileno())
-            fsync_dir(Path(folder))
-        os.chmod(temporary, 0o755)
-        _put_in_place(temporary, target, keep)
+        return finish_folder(temporary, target, keep=keep)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def begin_folder(target: Path) -> Path:
+    """Where the files of `target` are written until `finish_folder`."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+
+
+def finish_folder(temporary: Path, target: Path, *, keep: bool = False) -> Mapping[str, str]:
+    """Put a folder that is complete in the place of `target`; see `write_folder`."""
+    target = Path(target)
+    digests = file_digests(temporary)
+    for folder, _, names in os.walk(temporary):
+        for name in names:
+            with open(Path(folder) / name, "rb") as handle:
+                os.fsync(handle.fileno())
+        fsync_dir(Path(folder))
+    os.chmod(temporary, 0o755)
+    _put_in_place(temporary, target, keep)
     fsync_dir(target.parent)
     return digests
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -165,8 +166,12 @@ class Sharding(Protocol):
         """A sharded tensor, gathered; on CPU, detached."""
         ...
 
-    def full_state(self, model: Any) -> dict[str, Any]:
-        """The model's whole state, gathered; tensors on CPU, detached."""
+    def gathered(self, module: Any) -> AbstractContextManager[None]:
+        """Inside, the parameters of a module that was cut are whole; after it each rank keeps its rows of what they have become."""
+        ...
+
+    def fill(self, parameter: Any, whole: Any) -> None:
+        """Give a parameter the values of a whole tensor, of which this rank keeps its rows."""
         ...
 
     def share_of(self, tensor: Any) -> Share:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -42,8 +43,11 @@ class Whole:
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().cpu()
 
-    def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    def gathered(self, module: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def fill(self, parameter: torch.Tensor, whole: torch.Tensor) -> None:
+        parameter.data.copy_(whole)
 
     def load_state(self, model: nn.Module, state: dict[str, torch.Tensor], optional: Collection[str] = ()) -> None:
         _check_names(model, state, optional)
@@ -121,8 +125,7 @@ class FullyShard:
 
     def clip_grad_norm(self, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
-        full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # pyright: ignore[reportAttributeAccessIssue]
-        return float(full)
+        return float(_full(norm))
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
@@ -130,8 +133,23 @@ class FullyShard:
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
         return _whole(tensor.detach())
 
-    def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        return {name: _whole(tensor.detach()) for name, tensor in model.state_dict().items()}
+    @contextmanager
+    def gathered(self, module: nn.Module) -> Iterator[None]:
+        from torch.distributed.tensor import DTensor
+
+        shares = {id(p): p for p in module.parameters() if isinstance(p, DTensor)}
+        wholes = {key: nn.Parameter(_full(p.detach()), p.requires_grad) for key, p in shares.items()}
+        places = _replace(module, wholes)
+        try:
+            yield
+        finally:
+            for place, name, key in places:
+                self.fill(shares[key], place._parameters[name].detach())  # pyright: ignore[reportOptionalMemberAccess]
+                place._parameters[name] = shares[key]
+
+    def fill(self, parameter: torch.Tensor, whole: torch.Tensor) -> None:
+        rows, start, shape = self.share_of(parameter)
+        rows.copy_(whole[start : start + len(rows)] if shape else whole)
 
     def share_of(self, tensor: torch.Tensor) -> Share:
         from torch.distributed.tensor import DTensor
@@ -218,7 +236,11 @@ def _some(names: Sequence[str]) -> str:
 def _whole(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
-    return (value.full_tensor() if hasattr(value, "full_tensor") else value).cpu()  # pyright: ignore[reportAttributeAccessIssue]
+    return _full(value).cpu()
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -233,7 +255,7 @@ def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
 
 def _decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks, which FSDP gathers one at a time."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) and hasattr(module[0], "self_attn"):
-            return list(module)
-    return []
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    # Experts may be such a list too, inside of a layer.
+    largest = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()), default=nn.ModuleList())
+    return list(largest)

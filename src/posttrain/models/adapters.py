@@ -6,7 +6,7 @@ import copy
 import hashlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -212,22 +212,19 @@ def _named(name: str, entry: str) -> bool:
     return name == entry or name.endswith(f".{entry}")
 
 
-def dequantized_weights(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
-    """The 4-bit linears of the base as float32 matrices, keyed by module name in the base model."""
+def dequantized_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """The 4-bit linears of the base as float32 matrices, one at a time, with their module's name in the base model."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 
     base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore
-    weights: dict[str, torch.Tensor] = {}
     for name, module in base.named_modules():
         if isinstance(module, Linear4bit):
-            clean = name.removesuffix(".base_layer")
             packed: Any = module.weight
             # The product unpacks into its input's dtype, not into that of the file.
             state = copy.copy(packed.quant_state)
             state.dtype = torch.float32
-            weights[clean] = dequantize_4bit(packed.data, state)
-    return weights
+            yield name.removesuffix(".base_layer"), dequantize_4bit(packed.data, state)
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:

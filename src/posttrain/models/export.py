@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
-from collections.abc import Mapping
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from posttrain.config.stages import ModelKeys
-from posttrain.files import write_folder
+from posttrain.distributed.ranks import SingleProcess
+from posttrain.distributed.sharding import Whole
+from posttrain.files import begin_folder, finish_folder, read_json, write_folder
 from posttrain.models import generation
 from posttrain.models.adapters import dequantized_weights, load_adapter
 from posttrain.models.continued import ADAPTER, OF_THE_BASE
 from posttrain.models.load import load_base, load_config, load_tokenizer, stored_dtype
-from posttrain.models.low_rank import subtract_start
+from posttrain.models.low_rank import CONFIG, subtract_start
 from posttrain.models.policy import Policy
 from posttrain.models.proof import (
     HALF_ROUNDING,
@@ -32,94 +36,131 @@ from posttrain.models.proof import (
     relative_difference,
 )
 from posttrain.models.provenance import PROVENANCE, check_base, source_digest
-from posttrain.models.read import read_model
+from posttrain.models.read import fits_shares, read_model
 from posttrain.models.vocabulary import grow
+from posttrain.models.write import write_weights
+from posttrain.protocols import Ranks, Sharding
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+ALONE = SingleProcess()
+
 _OF_THE_PROCESS = frozenset({"local_files_only", "is_local", "name_or_path"})
 """Keys that would give the same model another digest when it was made offline, or elsewhere."""
+_NAMES = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save")
 
 
 def save_policy(
-    policy: Policy, folder: Path, keys: ModelKeys, *,
-    state: Mapping[str, torch.Tensor] | None = None, logits: torch.Tensor | None = None,
-) -> ExportReport:  # fmt: skip
+    policy: Policy, folder: Path, keys: ModelKeys, *, ranks: Ranks = ALONE, trained: torch.Tensor | None = None
+) -> ExportReport:
     """Write `folder`: the whole model, merged where it was trained as an adapter, then also `folder/../adapter`.
 
-    `state` and `logits` are the gathered state and `probe_logits` of a sharded model, which only all ranks can compute.
+    All ranks call it, and none holds the model whole. `trained` are the policy's `probe_logits`.
     Raises: ModelError if what is written is not the trained model.
     """
-    trained = probe_logits(policy.model) if logits is None else logits
+    trained = probe_logits(policy.model) if trained is None else trained
     under, record = policy.under, {"base_digest": source_digest(policy.source)}
     keys = keys.model_copy(update={name: getattr(under, name) for name in OF_THE_BASE})
     if not policy.has_adapter:
-        report = compared(trained, trained, "", ROUNDING)
-        return _save(policy.base, policy.tokenizer, folder, record, keys, trained, report, state)
+        export = _Export(policy.base, policy.tokenizer, keys, trained, compared(trained, trained, "", ROUNDING))
+        return _save(export, folder, record, policy.sharding, ranks)
     adapter = folder.parent / ADAPTER
     of_base = record if under.base_model == policy.source else {"base_digest": source_digest(under.base_model)}
     if keys.load_in_4bit:  # for whoever merges it later, away from the stage's own record
         of_base = of_base | {name: getattr(keys, name) for name in OF_THE_BASE if "4bit" in name}
-    write_folder(adapter, lambda temporary: _save_adapter(policy, temporary, of_base, state))
+    # What PEFT looks for: all but the frozen base, tied tensors under each of their names.
+    own = policy.model.state_dict(keep_vars=True)
+    kept = {id(parameter) for _, parameter in policy.trainable()} | {id(buffer) for buffer in policy.model.buffers()}
+    state = {name: policy.sharding.whole(tensor) for name, tensor in own.items() if id(tensor) in kept}
+    start = {name: policy.sharding.whole(tensor) for name, tensor in (policy.start or {}).items()}
+    ranks.main_only(
+        lambda: write_folder(adapter, lambda temporary: _save_adapter(policy, temporary, of_base, state, start))
+    )
     merged, report = merge_adapter(under.base_model, adapter, keys, policy=policy, trained=trained)
-    return _save(merged, policy.tokenizer, folder, record | {"merged_onto": report.base}, keys, trained, report)
+    export = _Export(merged, policy.tokenizer, keys, trained, report)
+    return _save(export, folder, record | {"merged_onto": report.base}, policy.sharding, ranks)
 
 
 def _save_adapter(
-    policy: Policy, folder: Path, record: Mapping[str, Any], state: Mapping[str, torch.Tensor] | None
+    policy: Policy, folder: Path, record: Mapping[str, Any], state: Mapping[str, Any], start: Mapping[str, torch.Tensor]
 ) -> None:
-    options: dict[str, Any] = {} if state is None else {"state_dict": dict(state)}
     # "auto" would look the base up on the hub, or ask on stdin whether to run its code.
-    policy.model.save_pretrained(str(folder), save_embedding_layers=False, **options)  # pyright: ignore
+    policy.model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=dict(state))  # pyright: ignore
+    config = read_json(folder / CONFIG)
+    # PEFT holds them as sets, whose order is another one in every process.
+    config |= {name: sorted(config[name]) for name in _NAMES if isinstance(config[name], list)}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     if policy.base_moved:
-        assert policy.start is not None
-        subtract_start(folder, policy.start)
+        subtract_start(folder, start)
     save_tokenizer(policy.tokenizer, folder)
     (folder / PROVENANCE).write_text(json.dumps(dict(record), indent=2))
 
 
-def _save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, record: Mapping[str, Any],
-    keys: ModelKeys, trained: torch.Tensor, report: ExportReport, state: Mapping[str, torch.Tensor] | None = None,
-) -> ExportReport:  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class _Export:
+    """A model that is about to be written, and how far it is from the trained one, whose probe's logits are `trained`."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    keys: ModelKeys
+    trained: torch.Tensor
+    report: ExportReport
+
+
+def _save(export: _Export, folder: Path, record: Mapping[str, Any], sharding: Sharding, ranks: Ranks) -> ExportReport:
     """Write the folder in `save_dtype`, read it back as transformers does, and compare it with the trained policy."""
-    generation.complete(model, tokenizer, str(folder))
-    dtype = saved_dtype(keys)
-    proven: list[ExportReport] = []
+    generation.complete(export.model, export.tokenizer, str(folder))
+    dtype = saved_dtype(export.keys)
 
-    def fill(temporary: Path) -> None:
-        saved = copy.copy(model.config)
-        model.config._attn_implementation_internal = None
-        model.config.use_cache = True
-        try:
-            model.save_pretrained(str(temporary), state_dict=_cast(state or model.state_dict(), dtype))
-        finally:
-            model.config._attn_implementation_internal = saved._attn_implementation_internal
-            model.config.use_cache = False
-        _name_dtype(temporary / "config.json", dtype)
-        save_tokenizer(tokenizer, temporary)
-        (temporary / PROVENANCE).write_text(json.dumps(dict(record), indent=2))
-        written = probe_logits(
-            read_model(keys.model_copy(update={"base_model": str(temporary), "revision": None}), dtype)
-        )
-        proven.append(compared_folder(trained, written, report, dtype))
+    def fill(temporary: Path) -> ExportReport:
+        failed = write_weights(export.model, temporary, dtype, sharding, is_main=ranks.is_main)
 
-    write_folder(folder, fill)
-    return proven[0]
+        def finish() -> None:
+            if failed is not None:
+                raise failed
+            _write_beside_weights(export, temporary, dtype, record)
+
+        ranks.main_only(finish)
+        back = export.keys.model_copy(update={"base_model": str(temporary), "revision": None})
+        written = probe_logits(sharding.shard(read_model(back, dtype, sharding)))
+        return ranks.main_only(lambda: compared_folder(export.trained, written, export.report, dtype))
+
+    return write_folder_together(folder, fill, ranks)
+
+
+def write_folder_together(folder: Path, fill: Callable[[Path], T], ranks: Ranks) -> T:
+    """`write_folder`, where all ranks take part in filling a folder of rank 0's. Returns what `fill` does."""
+    temporary = ranks.main_only(lambda: begin_folder(folder))
+    try:
+        filled = fill(temporary)
+        ranks.main_only(lambda: finish_folder(temporary, folder))
+    except BaseException:
+        if ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return filled
+
+
+def _write_beside_weights(export: _Export, folder: Path, dtype: torch.dtype, record: Mapping[str, Any]) -> None:
+    model = export.model
+    attention = model.config._attn_implementation_internal
+    model.config._attn_implementation_internal = None
+    model.config.use_cache = True
+    try:
+        model.save_pretrained(str(folder), state_dict={})
+    finally:
+        model.config._attn_implementation_internal = attention
+        model.config.use_cache = False
+    _name_dtype(folder / "config.json", dtype)
+    save_tokenizer(export.tokenizer, folder)
+    (folder / PROVENANCE).write_text(json.dumps(dict(record), indent=2))
 
 
 def saved_dtype(keys: ModelKeys) -> torch.dtype:
     """The dtype that the exported model is written in: `save_dtype`, by default the base's own."""
     return stored_dtype(load_config(keys)) if keys.save_dtype == "auto" else getattr(torch, keys.save_dtype)
-
-
-def _cast(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The floating tensors in `dtype`; tied ones stay one tensor, so that they are written once."""
-    done: dict[tuple[int, torch.Size], torch.Tensor] = {}
-    for tensor in state.values():
-        if tensor.is_floating_point():
-            done.setdefault((tensor.data_ptr(), tensor.shape), tensor.to(dtype))
-    return {name: done.get((tensor.data_ptr(), tensor.shape), tensor) for name, tensor in state.items()}
 
 
 def _name_dtype(path: Path, dtype: torch.dtype) -> None:
@@ -145,6 +186,8 @@ def merge_adapter(
 ) -> tuple[PreTrainedModel, ExportReport]:
     """Base plus adapter as one float32 model, compared with the trained policy's logits before it is returned.
 
+    Under a sharded policy, whose ranks all call it, so is what is returned; modules are merged one at a time.
+
     Without a policy, it is compared with the base as it was trained on, the saved adapter in place. A QLoRA adapter goes
     onto the dequantised weights it was trained on, or onto the original ones (`merge_onto`), which differ by what
     quantising lost. Raises: ModelError if the adapter was made for another base, or if the two differ by more than they may.
@@ -159,21 +202,41 @@ def merge_adapter(
         grow(quantised, tokenizer, keys)
         quantised = load_adapter(quantised, adapter)
         trained = probe_logits(quantised)
-    model = read_model(keys, torch.float32)
-    grow(model, tokenizer, keys)
+    sharding = Whole() if policy is None else policy.sharding
+
+    def read() -> PreTrainedModel:
+        shares = sharding if fits_shares(adapter) and not keys.added_tokens else None
+        model = read_model(keys, torch.float32, shares)
+        grow(model, tokenizer, keys)
+        return model
+
     bound = ROUNDING
-    if onto == "dequantized":
-        _load_dequantized(model, quantised)
-    elif onto == "original":
+    if onto == "original":
         # Training did not undo what quantising did to the base: the merged model may be off by as much, and some more.
+        original = probe_logits(sharding.shard(read()))
         with quantised.disable_adapter():
-            bound = QUANTISATION * relative_difference(probe_logits(model), probe_logits(quantised))
-    elif policy is not None and policy.base_moved and policy.placement.autocast_dtype is not None:
+            bound = QUANTISATION * relative_difference(original, probe_logits(quantised))
+    model = read()
+    if onto == "dequantized":
+        _load_dequantized(model, quantised, sharding)
+    elif onto == "base" and policy is not None and policy.base_moved and policy.placement.autocast_dtype is not None:
         bound = HALF_ROUNDING  # what its init left of the base was rounded to the base's own dtype
     adapted = load_adapter(model, adapter)
     trained = probe_logits(adapted) if trained is None else trained
-    merged: Any = adapted.merge_and_unload(safe_merge=True)
+    merged = sharding.shard(_merged(adapted, sharding))
     return merged, compared(trained, probe_logits(merged), onto, bound)
+
+
+def _merged(adapted: Any, sharding: Sharding) -> Any:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if sharding.is_sharded:
+        for module in [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]:
+            with sharding.gathered(module):
+                module.merge(safe_merge=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All adapters are already merged")
+        return adapted.merge_and_unload(safe_merge=True)
 
 
 def merge_into(folder: Path, base: str, adapter: Path, keys: ModelKeys) -> ExportReport:
@@ -182,7 +245,7 @@ def merge_into(folder: Path, base: str, adapter: Path, keys: ModelKeys) -> Expor
     keys = keys.model_copy(update={"base_model": base})
     tokenizer = adapter_tokenizer(base, adapter, keys)
     record = {"base_digest": source_digest(base), "merged_onto": report.base}
-    return _save(merged, tokenizer, folder, record, keys, probe_logits(merged), report)
+    return _save(_Export(merged, tokenizer, keys, probe_logits(merged), report), folder, record, Whole(), ALONE)
 
 
 def adapter_tokenizer(base: str, adapter: Path, keys: ModelKeys) -> PreTrainedTokenizerBase:
@@ -191,11 +254,11 @@ def adapter_tokenizer(base: str, adapter: Path, keys: ModelKeys) -> PreTrainedTo
     return load_tokenizer(keys.model_copy(update={"base_model": source, "chat_template": None}))
 
 
-def _load_dequantized(model: PreTrainedModel, quantised: Any) -> None:
+def _load_dequantized(model: PreTrainedModel, quantised: Any, sharding: Sharding) -> None:
     """Replace the linears by what the 4-bit model really computes with."""
     modules = dict(model.named_modules())
     with torch.no_grad():
-        for name, weight in dequantized_weights(quantised).items():
+        for name, weight in dequantized_weights(quantised):
             module: Any = modules[name]
             # GPT-2's linears hold their matrix the other way round, and 4 bits turn it.
-            module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)
+            sharding.fill(module.weight, weight.T if isinstance(module, Conv1D) else weight)

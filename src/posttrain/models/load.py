@@ -192,8 +192,6 @@ def load_base(
     options: dict[str, Any] = {}
     if keys.load_in_4bit:
         options = {"quantization_config": _bnb_config(keys, placement), "device_map": {"": str(placement.device)}}
-    elif sharding is not None and placement.device.type != "cpu":
-        options = {"device_map": {"": str(placement.device)}}
     # Quantised from the file's own dtype wherever it runs, so that the same adapter has the same base.
     model = read_model(keys, stored if keys.load_in_4bit else dtype, sharding, **options)
     model.config.use_cache = False

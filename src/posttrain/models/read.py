@@ -30,6 +30,8 @@ def read_model(
     """
     if sharding is None or not sharding.is_sharded:
         return _read(keys, dtype, **options)
+    if torch.cuda.is_available():  # where the shares lie
+        options = {"device_map": {"": torch.cuda.current_device()}} | options
     with _cut_before_reading(sharding):
         model = _read(keys, dtype, distributed_config=_ONE, **options)
     config: Any = model.config
@@ -42,10 +44,15 @@ def may_read_shares(keys: ModelKeys) -> bool:
     if keys.load_in_4bit or keys.added_tokens:
         return False
     if is_continued(keys):
-        config = read_json(Path(adapter_before(keys)) / CONFIG)
-        return not (config["use_dora"] or config["modules_to_save"])
+        return fits_shares(adapter_before(keys))
     plain = isinstance(keys.init_lora_weights, bool) and not (keys.use_dora or keys.lora_modules_to_save)
     return keys.adapter == "none" or plain
+
+
+def fits_shares(adapter: Path) -> bool:
+    """Whether a saved adapter can be put on a base of which each rank holds its share."""
+    config = read_json(adapter / CONFIG)
+    return not (config["use_dora"] or config["modules_to_save"])
 
 
 _ONE = DistributedConfig(tp_size=1, fsdp_size=1, pp_size=1, ep_size=1)

@@ -18,16 +18,17 @@ from transformers import AutoConfig
 
 from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
-from posttrain.files import digest_tree, read_json, write_folder
+from posttrain.files import digest_tree, read_json
 from posttrain.models.adapters import load_adapter
 from posttrain.models.continued import ADAPTER
-from posttrain.models.export import save_tokenizer
+from posttrain.models.export import ALONE, save_tokenizer, write_folder_together
 from posttrain.models.load import load_base, load_config, stored_dtype
 from posttrain.models.low_rank import CONFIG, WEIGHTS, side_by_side, split
 from posttrain.models.policy import Policy
 from posttrain.models.proof import HALF_ROUNDING, ROUNDING, probe_logits
 from posttrain.models.provenance import PROVENANCE, source_digest
-from posttrain.models.read import read_model
+from posttrain.models.read import fits_shares, read_model
+from posttrain.protocols import Ranks, Sharding
 
 _PREFIX = "base_model.model."
 """What PEFT puts before the names of the base's modules."""
@@ -77,39 +78,57 @@ class TotalReport:
 
 
 def write_total(
-    policy: Policy, stage: Path, keys: ModelKeys, trained: torch.Tensor, before: MergedBefore | None
+    policy: Policy,
+    stage: Path,
+    keys: ModelKeys,
+    trained: torch.Tensor,
+    before: MergedBefore | None,
+    ranks: Ranks = ALONE,
 ) -> TotalReport:
-    """Write `stage/adapter_total` from `stage/adapter` and what was merged before it. Nothing is kept unproven."""
-    reasons = list(_reasons(policy, stage / ADAPTER, keys, trained, before))
+    """Write `stage/adapter_total` from `stage/adapter` and what was merged before it. Nothing is kept unproven.
+
+    All ranks call it.
+    """
+    reasons = ranks.main_only(lambda: list(_reasons(policy, stage / ADAPTER, keys, trained, before)))
     if reasons:
         return TotalReport(refused="; ".join(reasons))
     given = policy.under if before is None else before.given
     earlier = None if before is None else before.folder / ADAPTER_TOTAL
     rounded = () if before is None else _rounded(before.folder)
     half = bool(rounded) or (policy.base_moved and policy.placement.autocast_dtype is not None)
-    tensors, config = _joined(policy, stage / ADAPTER, earlier)
     record = {"base_digest": source_digest(given.base_model), "load_in_4bit": given.load_in_4bit, "rounded": rounded}
-    differences: list[float] = []
 
-    def fill(folder: Path) -> None:
+    def write(folder: Path) -> int:
+        tensors, config = _joined(policy, stage / ADAPTER, earlier)
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         save_tokenizer(policy.tokenizer, folder)
         (folder / PROVENANCE).write_text(json.dumps(record, indent=2))
-        differences.append(_proven(folder, given, trained, half=half))
+        return config["r"]
+
+    def fill(folder: Path) -> tuple[int, float]:
+        rank = ranks.main_only(lambda: write(folder))
+        found = _logits_on(folder, given, policy.sharding)
+        return rank, ranks.main_only(lambda: _proven(found, trained, half=half))
 
     try:
-        write_folder(stage / ADAPTER_TOTAL, fill)
+        rank, difference = write_folder_together(stage / ADAPTER_TOTAL, fill, ranks)
     except ModelError as refusal:
         return TotalReport(refused=str(refusal))
     digest, largest = digest_tree(stage / ADAPTER_TOTAL), float(trained.abs().max())
-    return TotalReport(digest, record["base_digest"], config["r"], largest, differences[0], rounded)
+    return TotalReport(digest, record["base_digest"], rank, largest, difference, rounded)
 
 
-def _proven(folder: Path, given: ModelKeys, trained: torch.Tensor, *, half: bool) -> float:
-    """How far base and adapter, loaded by PEFT, are from the trained policy. Raises: ModelError past rounding."""
-    base = load_base(given, trainable=False)[0] if given.load_in_4bit else read_model(given, torch.float32)
-    by_token = (trained - probe_logits(load_adapter(base, folder))).abs().amax(-1)
+def _logits_on(folder: Path, given: ModelKeys, sharding: Sharding) -> torch.Tensor:
+    """The probe's logits of base and adapter, loaded by PEFT."""
+    shares = sharding if fits_shares(folder) else None
+    base = load_base(given, trainable=False)[0] if given.load_in_4bit else read_model(given, torch.float32, shares)
+    return probe_logits(sharding.shard(load_adapter(base, folder)))
+
+
+def _proven(found: torch.Tensor, trained: torch.Tensor, *, half: bool) -> float:
+    """How far these logits are from the trained policy's. Raises: ModelError past rounding."""
+    by_token = (trained - found).abs().amax(-1)
     # After rounding the middle token is held: a router may send a single one elsewhere.
     held, bound = (float(by_token.median()), HALF_ROUNDING) if half else (float(by_token.max()), ROUNDING)
     largest = float(trained.abs().max())

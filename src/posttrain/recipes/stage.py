@@ -137,24 +137,13 @@ class Stage:
     def done(self, state: TrainState) -> StageResult:
         """Export the model and write `result.json`. All ranks call it."""
         policy, guard = state.policy, self.guard
-        whole = policy.sharding.full_state(policy.model) if policy.sharded else None
-        if policy.start is not None:
-            policy.start = {name: policy.sharding.whole(tensor) for name, tensor in policy.start.items()}
-        # All ranks compute it together where each holds a part of the model.
-        logits = probe_logits(policy.model)
-        model_dir = self.folder / "model"
-
-        def export() -> TotalReport | None:
-            with disk_errors(self.folder):
-                report = save_policy(policy, model_dir, self.keys, state=whole, logits=logits)
-                self.run.event("export", state.step, asdict(report))
-                return (
-                    write_total(policy, self.folder, self.keys, logits, self._merged_before)
-                    if policy.has_adapter
-                    else None
-                )
-
-        total = self.ranks.main_only(export)
+        logits, model_dir = probe_logits(policy.model), self.folder / "model"
+        total: TotalReport | None = None
+        with disk_errors(self.folder):
+            report = save_policy(policy, model_dir, self.keys, ranks=self.ranks, trained=logits)
+            self.run.event("export", state.step, asdict(report))
+            if policy.has_adapter:
+                total = write_total(policy, self.folder, self.keys, logits, self._merged_before, self.ranks)
         result = StageResult(
             kind=self.kind, folder=self.folder, model_dir=model_dir, model_digest=model_digest(model_dir),
             parent_digest=source_digest(policy.source), steps=state.step - state.empty_steps, tokens=state.tokens, wall_s=state.wall_s,
