@@ -1,0 +1,171 @@
+"""What a process holds where 1, 2 or 4 share a model: the largest rank's peak while it loads, trains, saves, exports, resumes.
+
+    python bench/ranks.py                      a model of 42 M parameters, full fine-tuning in float32 with AdamW
+    python bench/ranks.py --size 5M --ranks 1 2 --steps 5
+
+The same global batch whatever the number of ranks: four rows, 512 tokens. Bytes are anonymous memory above that of the process
+after its imports and the ranks' meeting, sampled every 5 ms; "and files" adds pages of files that are mapped into the process,
+which the system takes back as it likes. Weights, gradients and AdamW's state are 16 bytes a parameter. Resuming is a
+process of its own that starts from the last checkpoint. One thread a rank: tokens/s shows what the ranks' talk costs only
+where there are as many idle cores as ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import saving
+import workload
+
+GOALS = {2: 0.65, 4: 0.45}
+PHASES = ("load", "train", "save", "export", "resume")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class Watch:
+    """Peaks of a process by the phase that it is in, above what it held when the watch began."""
+
+    def __init__(self) -> None:
+        self.phase = "load"
+        self.peaks: dict[str, tuple[int, int]] = {}
+        self._base, self._done = self._now(), Event()
+        self._thread = Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    @staticmethod
+    def _now() -> tuple[int, int]:
+        resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+        return (resident - shared) * _PAGE, resident * _PAGE
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.005):
+            anonymous, resident = (now - base for now, base in zip(self._now(), self._base, strict=True))
+            before = self.peaks.get(self.phase, (0, 0))
+            self.peaks[self.phase] = max(before[0], anonymous), max(before[1], resident)
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase = before
+
+    def close(self) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+def work(size: str, steps: int, folder: Path, *, again: bool) -> None:
+    """One rank: a stage to its end, or its last checkpoint read `again`. Rank 0 prints what the largest rank held."""
+    import torch
+
+    from posttrain.config.stages import SFTKeys
+    from posttrain.distributed.ranks import join_ranks
+    from posttrain.models.policy import Policy
+    from posttrain.recipes import sft
+    from posttrain.recipes.stage import Stage, StageResult
+    from posttrain.recipes.train_state import Checkpoints, TrainState
+
+    torch.set_num_threads(1)
+    with join_ranks() as ranks:
+        watch = Watch()
+
+        class WatchedCheckpoints(Checkpoints):
+            def save(self, state: TrainState, *, wait: bool = True) -> None:
+                with watch.during("save"):
+                    super().save(state, wait=wait)
+
+        class WatchedStage(Stage):
+            def resume(self, policy: Policy, optimizer: torch.optim.Optimizer, total_steps: int) -> TrainState:
+                with watch.during("resume" if again else "load"):
+                    state = super().resume(policy, optimizer, total_steps)
+                watch.phase = "train"
+                return state
+
+            def done(self, state: TrainState) -> StageResult:
+                with watch.during("export"):
+                    return super().done(state)
+
+        keys = SFTKeys.model_validate({
+            "base_model": str(saving.model_dir(size)), "datasets": [{"path": str(saving.rows_file())}], "max_steps": steps,
+            "per_device_train_batch_size": 1, "num_processes": 4, "save_steps": 0, "sequence_len": 256, "learning_rate": 1e-5,
+            "bf16": False, "device": "cpu",
+        })  # fmt: skip
+        stage = WatchedStage("sft", folder, keys, ranks)
+        stage.checkpoints = WatchedCheckpoints(stage.checkpoints.store, ranks, stage.run)
+        started = time.monotonic()
+        sft.run(keys, stage)
+        watch.close()
+        peaks = ranks.gather(watch.peaks)
+        if ranks.is_main:
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            found = {phase: [max(p.get(phase, (0, 0))[i] for p in peaks) for i in (0, 1)] for phase in PHASES}
+            step_s = sorted(row["step_time"] for row in rows)[len(rows) // 2]
+            tokens = rows[-1]["num_tokens"] / len(rows)
+            seconds = time.monotonic() - started
+            print("FOUND" + json.dumps({"peaks": found, "tok_s": tokens / step_s, "seconds": seconds}), flush=True)
+
+
+def run(size: str, steps: int, num_ranks: int, folder: Path, *, again: bool) -> dict[str, Any]:
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)] if num_ranks > 1 else []
+    )
+    worker = [__file__, "--worker", str(folder), "--size", size, "--steps", str(steps), *(["--again"] if again else [])]
+    done = subprocess.run(
+        [sys.executable, *launcher, *worker], check=False, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stderr[-4000:])
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    return json.loads(line.removeprefix("FOUND"))
+
+
+def measure(size: str, steps: int, num_ranks: int) -> dict[str, Any]:
+    folder = workload.OUT / "ranks-run"
+    shutil.rmtree(folder, ignore_errors=True)
+    found = run(size, steps, num_ranks, folder, again=False)
+    found["peaks"]["resume"] = run(size, steps, num_ranks, folder, again=True)["peaks"]["resume"]
+    shutil.rmtree(folder)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=saving.SHAPES, default="42M")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--again", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker is not None:
+        work(options.size, options.steps, options.worker, again=options.again)
+        return
+    saving.model_dir(options.size), saving.rows_file()
+    print(f"| ranks | {' | '.join(PHASES)} | peak | and files | of one process | goal | tokens/s |")
+    print(f"|{'---|' * (len(PHASES) + 6)}")
+    one = 0
+    for num_ranks in options.ranks:
+        found = measure(options.size, options.steps, num_ranks)
+        peaks = [found["peaks"][phase] for phase in PHASES]
+        peak, resident = (max(pair[i] for pair in peaks) for i in (0, 1))
+        one = one or peak
+        cells = [f"{anonymous / 1e6:.0f}" for anonymous, _ in peaks] + [f"{peak / 1e6:.0f}", f"{resident / 1e6:.0f}"]
+        goal = f"{GOALS[num_ranks]}" if num_ranks in GOALS else "–"
+        print(f"| {num_ranks} | {' | '.join(cells)} | {peak / one:.2f} | {goal} | {found['tok_s']:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
