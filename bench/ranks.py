@@ -13,12 +13,10 @@ where there are as many idle cores as ranks.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,9 +25,11 @@ from typing import Any
 
 import saving
 import workload
+from posttrain.files import read_json, read_jsonl, write_json
 
 GOALS = {2: 0.65, 4: 0.45}
 PHASES = ("load", "train", "save", "export", "resume")
+_FOUND = "memory.json"
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -68,7 +68,7 @@ class Watch:
 
 
 def work(size: str, steps: int, folder: Path, *, again: bool) -> None:
-    """One rank: a stage to its end, or its last checkpoint read `again`. Rank 0 prints what the largest rank held."""
+    """One rank: a stage to its end, or its last checkpoint read `again`. Rank 0 writes what the largest rank held."""
     import torch
 
     from posttrain.config.stages import SFTKeys
@@ -105,17 +105,15 @@ def work(size: str, steps: int, folder: Path, *, again: bool) -> None:
         })  # fmt: skip
         stage = WatchedStage("sft", folder, keys, ranks)
         stage.checkpoints = WatchedCheckpoints(stage.checkpoints.store, ranks, stage.run)
-        started = time.monotonic()
         sft.run(keys, stage)
         watch.close()
         peaks = ranks.gather(watch.peaks)
         if ranks.is_main:
-            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            rows = read_jsonl(folder / "metrics.jsonl")
             found = {phase: [max(p.get(phase, (0, 0))[i] for p in peaks) for i in (0, 1)] for phase in PHASES}
             step_s = sorted(row["step_time"] for row in rows)[len(rows) // 2]
             tokens = rows[-1]["num_tokens"] / len(rows)
-            seconds = time.monotonic() - started
-            print("FOUND" + json.dumps({"peaks": found, "tok_s": tokens / step_s, "seconds": seconds}), flush=True)
+            write_json(folder / _FOUND, {"peaks": found, "tok_s": tokens / step_s})
 
 
 def run(size: str, steps: int, num_ranks: int, folder: Path, *, again: bool) -> dict[str, Any]:
@@ -129,8 +127,7 @@ def run(size: str, steps: int, num_ranks: int, folder: Path, *, again: bool) -> 
     )  # fmt: skip
     if done.returncode:
         raise SystemExit(done.stderr[-4000:])
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
-    return json.loads(line.removeprefix("FOUND"))
+    return read_json(folder / _FOUND)
 
 
 def measure(size: str, steps: int, num_ranks: int) -> dict[str, Any]:
