@@ -59,16 +59,16 @@ def line(bound: int, runs: Runs, seeds: Sequence[int]) -> str:
     each = [runs[seed, bound] for seed in seeds]
     scores = [done.reports["heldout"].mean for done in each]
     ratio = [done["call_s"] / runs[seed, 0]["call_s"] for seed, done in zip(seeds, each, strict=True)]
-    ages, largest, trainer, engine, reward = (
+    ages, largest, trainer, engine = (
         [value for done in each for value in logged(done, name)]
         for name in (
             "sampling/staleness/mean",
             "sampling/staleness/max",
             "time/trainer_idle",
             "time/engine_idle",
-            "reward",
         )
     )
+    reward = [value for done in each for value in logged(done, "reward")[-10:]]
     cells = [
         str(bound), f"{statistics.mean(scores):.3f}", " ".join(f"{score:.3f}" for score in scores), mean(reward),
         f"{statistics.median(done['call_s'] for done in each):.0f} s", f"{statistics.median(ratio):.2f}", mean(ages),
