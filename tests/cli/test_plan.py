@@ -79,6 +79,91 @@ def test_rl_shows_the_rollout_share_and_the_best_split(folder):
     assert "split   best" in output and "for rollout and" in output
 
 
+RL = (
+    "base_model: ./base\ndatasets: [{path: rows.jsonl, type: prompt}]\nreward_funcs: [rewards.py:right]\nnum_generations: 8\n"
+    "max_completion_length: 2048\nnum_prompts_per_step: 32\nmax_steps: 100\nsequence_len: 2304\nrollout: {engine: vllm_server}\n"
+)
+
+
+def test_a_cluster_shares_the_model_out_and_ends_with_the_lines_that_start_it(folder):
+    (folder / "rl.yaml").write_text(RL)
+    run = _run(folder / "rl.yaml", "--gpus", "2x8xH100@eth100", "--tokens", "300", "--usd-per-gpu-hour", "2")
+    for says in (
+        "on each card of 2x8xh100@eth100, 67.1 GiB free", "on each of 16 whatever the data", "sync_buffers", "vllm_weights",
+        "as answers grow (rollout:training): 256 tokens", "if answers may be so many versions old: 0:", " device hours, ", "USD",
+        "torchrun --nnodes 2", "--nproc-per-node 8 --no-python posttrain grpo", "srun --nodes 2 --ntasks-per-node 8",
+    ):  # fmt: skip
+        assert says in run.output
+    faster = _run(folder / "rl.yaml", "--gpus", "2x8xH100@ib400", "--tokens", "300", "--json")
+    slower = _run(folder / "rl.yaml", "--gpus", "2x8xH100@eth10", "--tokens", "300", "--json")
+    (near,), (far,) = (json.loads(r.output)["stages"] for r in (faster, slower))
+    assert near["phases_s"]["training"] < far["phases_s"]["training"] and near["shards"] == 16
+    assert near["split"]["rollout"] + near["split"]["train"] == 16 and set(near["staleness"]) == {"0", "1", "2", "4"}
+
+
+def test_training_without_an_engine_of_its_own_names_the_copy_that_every_process_holds(folder):
+    (folder / "rl.yaml").write_text(RL.replace("rollout: {engine: vllm_server}", ""))
+    output = _run(folder / "rl.yaml", "--gpus", "8xH100").output
+    assert "replica 15.3 GiB" in output or "replica 30.5 GiB" in output
+    assert "every process holds a whole copy to sample with, and samples slowly" in output
+
+
+def test_gpt2_and_a_mixture_of_experts_are_planned_from_the_config_alone(folder):
+    config = {
+        "model_type": "gpt2",
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_positions": 1024,
+        "vocab_size": 50257,
+    }
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    assert (
+        "124.4M parameters; on" in _run(folder / "sft.yaml", "--device", "l4", "--set", "lora_target=all-linear").output
+    )
+    config = {
+        **QWEN3_8B,
+        "model_type": "qwen3_moe",
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 1024,
+    }
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    assert "M active)" in _run(folder / "sft.yaml", "--device", "h100").output
+
+
+def test_what_a_finished_run_took_corrects_the_times(folder):
+    plain = json.loads(_run(folder / "sft.yaml", "--device", "h100", "--set", "max_steps=10", "--json").output)
+    (folder / "run").mkdir()
+    rows = [{"step": n, "num_tokens": n * 8 * 500.0, "step_time": 3.0} for n in range(1, 6)]
+    (folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = _run(folder / "sft.yaml", "--device", "h100", "--measured", folder / "run", "--tokens", "500").output
+    assert "times what is predicted of training" in output
+    # 8 rows of 500 tokens took 3 s, so the plan of 8 rows of 500 tokens says 3 s.
+    assert "time    about 3.0 s a step (4,000 tokens)" in output
+    assert plain["stages"][0]["total_s"] == pytest.approx(10 * plain["stages"][0]["step_s"])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--gpus", "8xH100", "--device", "h100"], "--gpus 8xH100 beside --device"),
+        (["--gpus", "many"], "--gpus many: expected COUNTxCARD"),
+        (["--measured", "nowhere"], "--measured nowhere: got no metrics.jsonl"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused_by_name(folder, options, says):
+    with pytest.raises(ConfigError, match=says):
+        _run(folder / "sft.yaml", *options)
+
+
+def test_this_machine_is_probed(folder):
+    from posttrain.cli.probe import probe
+
+    device = probe(seconds=0.6)
+    assert device.source == "probed" and device.flops > 1e8 and device.bandwidth > 1e8 and device.rates.layer_call_s > 0
+
+
 def test_a_model_that_is_not_here(folder):
     (folder / "hub.yaml").write_text(FLAT.replace("./base", "nobody/absent-model"))
     with pytest.raises(

@@ -42,3 +42,11 @@ def test_its_dtype_is_the_trainers_unless_another_is_chosen():
 
 def test_what_a_server_that_runs_already_holds_is_not_counted():
     assert not any(name.startswith("vllm") for name in plan(engine="vllm_server", url="http://127.0.0.1:1").parts)
+
+
+def test_a_replica_over_several_cards_holds_a_part_on_each_and_the_head_on_its_way():
+    whole, half = (
+        engine_parts(TIED, SamplingEngine("vllm", tensor_parallel_size=n), bf16=True, on_cpu=False) for n in (1, 2)
+    )
+    assert half["vllm_weights"] == whole["vllm_weights"] // 2
+    assert whole["sync_buffers"] == 2 * 1000 * 64 * 2

@@ -9,7 +9,8 @@ from posttrain.config.kinds import STAGE_KINDS
 from posttrain.errors import ModelError
 from posttrain.files import size_text
 from posttrain.planner import ModelShape, Workload, available_bytes, cannot_fit, estimate_memory, fits, shortfall
-from posttrain.planner.memory import HELD, adapter_params, overrun
+from posttrain.planner.fit import overrun
+from posttrain.planner.memory import HELD, adapter_params
 
 QWEN3_8B = ModelShape.from_config({
     "hidden_size": 4096, "num_hidden_layers": 36, "vocab_size": 151936, "intermediate_size": 12288,
@@ -285,3 +286,32 @@ def test_a_soft_cap_holds_scores_on_a_cpu_alone():
     }
     assert sizes[True][0] - sizes[True][1] == 2 * 2 * 2 * 4 * 64 * 64
     assert sizes[False][0] == sizes[False][1]
+
+
+def test_processes_share_what_is_trained_and_gather_a_layer_at_a_time():
+    one, four = (estimate_memory(QWEN3_8B, Workload(), shards) for shards in (1, 4))
+    for name in ("weights", "gradients", "optimizer"):
+        assert four.part(name) == -(-one.part(name) // 4)
+    layer = QWEN3_8B.linear_params // QWEN3_8B.num_layers
+    assert four.part("gathered") == (2 * layer + QWEN3_8B.embedding_params) * (2 * 4 + 2)
+    assert (
+        "autocast" not in four.parts
+        and "gathered" not in one.parts
+        and four.part("activations") == one.part("activations")
+    )
+
+
+def test_a_base_in_4_bits_is_whole_on_every_process():
+    quantised = Workload(adapter="qlora", load_in_4bit=True)
+    one, four = (estimate_memory(QWEN3_8B, quantised, shards) for shards in (1, 4))
+    assert four.part("weights") == one.part("weights") and four.part("optimizer") * 4 == pytest.approx(
+        one.part("optimizer"), abs=4
+    )
+
+
+def test_more_processes_are_proposed_where_they_would_do():
+    plan = estimate_memory(QWEN3_8B, Workload(gradient_checkpointing=True, per_device_train_batch_size=1), 2)
+    line = shortfall(plan, 48 * GIB, "m")
+    found = re.search(r"or with (\d+) processes", line)
+    assert found and fits(estimate_memory(QWEN3_8B, plan.workload, int(found[1])), 48 * GIB)
+    assert not fits(estimate_memory(QWEN3_8B, plan.workload, int(found[1]) // 2), 48 * GIB)

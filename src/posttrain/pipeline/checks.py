@@ -23,8 +23,9 @@ from posttrain.models.load import load_config, load_tokenizer, missing_chat_temp
 from posttrain.models.provenance import was_tuned_by_us
 from posttrain.objectives.terms import spec_from
 from posttrain.pipeline.selection import spec_of, without_dev
+from posttrain.planner.fit import cannot_fit, fits, shortfall
 from posttrain.planner.machine import available_bytes
-from posttrain.planner.memory import Workload, cannot_fit, estimate_memory, fits, shortfall
+from posttrain.planner.memory import Workload, estimate_memory
 from posttrain.planner.shape import ModelShape
 from posttrain.recipes.kinds import OBJECTIVES
 

@@ -25,6 +25,7 @@ class SamplingEngine:
     memory_gib: float | None = None
     url: str | None = None
     transfer: str = "auto"
+    tensor_parallel_size: int = 1
 
     @classmethod
     def from_keys(cls, keys: Mapping[str, Any]) -> SamplingEngine:
@@ -40,7 +41,7 @@ OURS = SamplingEngine()
 
 
 def engine_parts(shape: ModelShape, engine: SamplingEngine, *, bf16: bool, on_cpu: bool) -> dict[str, int]:
-    """Bytes that are held all the while. Of a server that runs already only what a transfer adds: it has what it needs."""
+    """Bytes that are held all the while, by each of the devices that a replica is split over. Of a server that runs already only what a transfer adds: it has what it needs."""
     if engine.is_ours:
         return {}
     size = _BYTES[engine.dtype] if engine.dtype != "auto" else 2 if bf16 else 4
@@ -52,8 +53,10 @@ def engine_parts(shape: ModelShape, engine: SamplingEngine, *, bf16: bool, on_cp
     packed = shape.vocab * shape.hidden if on_cpu and shape.tied else 0
     gib = engine.memory_gib if engine.memory_gib is not None else _KV_GIB[on_cpu]
     return {
-        "vllm_weights": (shape.num_params + packed) * size,
+        "vllm_weights": (shape.num_params + packed) * size // (1 if on_cpu else engine.tensor_parallel_size),
         "vllm_kv_cache": int(gib * _GIB),
         "vllm_runtime": int(_RUNTIME_GIB[engine.engine, on_cpu] * _GIB),
+        # One tensor on its way, whole, at both ends; the head is the largest.
+        "sync_buffers": 2 * shape.vocab * shape.hidden * size,
         **deltas,
     }

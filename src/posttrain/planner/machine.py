@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from posttrain.planner.steptime import Device
+from posttrain.planner.parts import PUBLISHED, Device
 
+ON_CPU = replace(
+    PUBLISHED,
+    matmul=0.6,
+    attention=0.15,
+    pointwise=60.0,
+    vocabulary=60.0,
+    decode_flops=0.3,
+    decode_step_s=1e-3,
+    layer_call_s=5e-4,
+)
+"""Shares of float32 rates as numpy reaches them, and what torch's calls cost; of our own engine and loops on small models."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -47,10 +59,9 @@ def probe_cpu(seconds: float = 0.4) -> Device:
         bandwidth,
         flops,
         bandwidth,
-        train_mfu=0.35,
-        decode_mfu=0.35,
-        overhead_s=2e-3,
+        source="measured",
         bytes_per_value=4,
+        rates=ON_CPU,
     )
 
 

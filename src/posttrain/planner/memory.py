@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from posttrain.files import size_text
 from posttrain.planner.engine import OURS, SamplingEngine, engine_parts
 from posttrain.planner.shape import ModelShape
 
@@ -36,7 +35,7 @@ _CACHE_GROWTH = 65
 MOST_COPIED = 256 << 20
 """Bytes of a model up to which decoding adds a LoRA adapter to a copy of its matrices."""
 _PHASES = {
-    "training": ("autocast", "gradients", "activations", "logits"),
+    "training": ("autocast", "gathered", "gradients", "activations", "logits"),
     "rollout": ("autocast", "decode_weights", "kv_cache", "prefill"),
     "saving": ("checkpoint",),
     "export": ("export",),
@@ -140,6 +139,7 @@ class MemoryPlan:
     shape: ModelShape
     workload: Workload
     trained_params: int = field(default=0)
+    shards: int = 1
 
     @property
     def total_bytes(self) -> int:
@@ -169,8 +169,8 @@ class MemoryPlan:
         return always + max(sum(parts.get(name, 0) for name in passing.intersection(p)) for p in _PHASES.values())
 
 
-def estimate_memory(shape: ModelShape, workload: Workload) -> MemoryPlan:
-    """Peak memory of one device that holds the whole model."""
+def estimate_memory(shape: ModelShape, workload: Workload, shards: int = 1) -> MemoryPlan:
+    """Peak memory of one device that holds a model, or its share where `shards` processes hold it between them."""
     trained = (
         shape.num_params if workload.adapter == "none" else adapter_params(shape, workload.lora_r, workload.lora_target)
     )
@@ -191,7 +191,29 @@ def estimate_memory(shape: ModelShape, workload: Workload) -> MemoryPlan:
         "export": _export_bytes(shape, workload),
         "runtime": _RUNTIME_BYTES,
     }
-    return MemoryPlan({name: size for name, size in parts.items() if size}, shape, workload, trained)
+    if shards > 1:
+        parts |= _shared_out(parts, shape, workload, shards)
+    return MemoryPlan({name: size for name, size in parts.items() if size}, shape, workload, trained, shards)
+
+
+_SHARDED = ("weights", "adapter", "reference", "gradients", "optimizer", "checkpoint")
+
+
+def _shared_out(parts: Mapping[str, int], shape: ModelShape, workload: Workload, shards: int) -> dict[str, int]:
+    """What each of several processes holds instead: a share, and of the rest one layer after another, as a whole.
+
+    A 4-bit base is whole on every one. Sampling with the weights in training needs a copy that is not cut.
+    """
+    whole = ("weights",) if workload.load_in_4bit and workload.adapter != "none" else ()
+    shares = {name: math.ceil(parts[name] / shards) for name in _SHARDED if name in parts and name not in whole}
+    layer = shape.linear_params // shape.num_layers
+    trained = 2 if workload.adapter == "none" else 1
+    # The next layer is gathered while one is computed; embedding and head stay until the pass is over.
+    gathered = (2 * layer + shape.embedding_params) * (
+        trained * _frozen_bytes(shape, workload) + (2 if workload.bf16 else 0)
+    )
+    replica = shape.num_params * _frozen_bytes(shape, workload) if workload.samples and workload.rollout.is_ours else 0
+    return {**shares, "autocast": 0, "gathered": 0 if whole else gathered, "replica": replica}
 
 
 def _reference_bytes(shape: ModelShape, workload: Workload, trained: int) -> int:
@@ -317,88 +339,3 @@ def _export_bytes(shape: ModelShape, workload: Workload) -> int:
     written = shape.num_params * size * (1 if size == 4 else 2)
     merged = (shape.num_params + shape.linear_params) * 4 if workload.adapter != "none" else 0
     return written + merged + 4 * _EXPORT_PROBE * shape.vocab * 4
-
-
-# --- does it fit? --------------------------------------------------------------------------------------------------
-
-
-def fits(plan: MemoryPlan, available: int) -> bool:
-    """Whether it fits even when every row is as long as `sequence_len`."""
-    return plan.total_bytes <= available
-
-
-def cannot_fit(plan: MemoryPlan, available: int) -> bool:
-    """Whether it is too large whatever the data: a reason to refuse before any work."""
-    return plan.floor_bytes > available
-
-
-def shortfall(plan: MemoryPlan, available: int, model: str, where: str = "this machine") -> str:
-    """One clear line: what it needs, what there is, and the smallest change that would fit."""
-    certain = cannot_fit(plan, available)
-    largest = sorted(plan.parts.items(), key=lambda part: -part[1])[:3]
-    shares = ", ".join(f"{name} {size_text(size)}" for name, size in largest)
-    says, needs = ("does not fit", plan.floor_bytes) if certain else ("may not fit", plan.total_bytes)
-    how = "whatever the data" if certain else "when rows are as long as sequence_len"
-    return (
-        f"{model} ({plan.shape.num_params / 1e9:.1f}B) {says}: {_method(plan.workload)} needs {size_text(needs)} {how} "
-        f"({shares}) and {where} has {size_text(available)} free; {_remedy(plan, available)}"
-    )
-
-
-def overrun(plan: MemoryPlan, held: Mapping[str, int], needed: int, available: int, where: str) -> str:
-    """Why a stage ran out of memory: which term of its plan was most too small, and the smallest change that fits.
-
-    `held`: bytes of the terms of `HELD` as they were; what else was `needed` is activations, logits and caches.
-    """
-    planned = {name: sum(plan.part(part) for part in parts) for name, parts in HELD.items()}
-    planned["activations, logits and caches"] = plan.passing_bytes
-    found = {**held, "activations, logits and caches": needed - sum(held.values())}
-    worst = max(found, key=lambda name: found[name] - planned[name])
-    counts = f"the plan counted {size_text(planned[worst])} for {worst}, and {size_text(found[worst])} were needed"
-    if found[worst] <= planned[worst]:
-        counts = f"no term was larger than planned, and the plan counted {size_text(plan.total_bytes)} in all"
-    # What was larger than planned stays so after a change: in proportion where it passes, by its size where it is held.
-    passing = max(1.0, found["activations, logits and caches"] / max(1, planned["activations, logits and caches"]))
-    extra = sum(max(0, held[name] - planned[name]) for name in held)
-    return f"{where} has {size_text(available)}; {counts}; {_remedy(plan, available - extra, passing)}"
-
-
-def _method(workload: Workload) -> str:
-    return {"none": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}.get(workload.adapter, workload.adapter)
-
-
-_CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("gradient_checkpointing: true", {"gradient_checkpointing": True}),
-    ("per_device_train_batch_size: 1", {"per_device_train_batch_size": 1}),
-    ("adapter: lora", {"adapter": "lora"}),
-    ("adapter: qlora", {"adapter": "qlora", "load_in_4bit": True}),
-    ("sequence_len: 512", {"sequence_len": 512, "rollout_batch_size": 8}),
-)
-_ORDER = {"none": 0, "lora": 1, "qlora": 2}
-
-
-def _remedy(plan: MemoryPlan, available: int, passing: float = 1.0) -> str:
-    """Add one change after another, each only if it saves something, until it fits.
-
-    `passing`: what activations, logits and caches were found to need, over what is planned for them.
-    """
-
-    def total(some: MemoryPlan) -> int:
-        return some.total_bytes + int((passing - 1.0) * some.passing_bytes)
-
-    named: list[str] = []
-    best = plan
-    for text, change in _CHANGES:
-        if _ORDER.get(change.get("adapter", "qlora"), 2) <= _ORDER[best.workload.adapter] and "adapter" in change:
-            continue
-        changes = {
-            name: min(value, best.workload.rollout_batch_size) if name == "rollout_batch_size" else value
-            for name, value in change.items()
-        }
-        smaller = estimate_memory(plan.shape, replace(best.workload, **changes))
-        if total(smaller) < total(best):
-            named = [name for name in named if not ("adapter" in change and name.startswith("adapter"))] + [text]
-            best = smaller
-        if total(best) <= available:
-            return f"it would fit with {', '.join(named)} ({size_text(total(best))})"
-    return f"no setting makes it fit (at least {size_text(total(best))}): use a smaller base_model or a larger machine"

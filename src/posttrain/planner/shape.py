@@ -31,7 +31,7 @@ class ModelShape:
 
     `num_experts` is 0 for a dense model. Of an MoE, `dense_layers` have one MLP of `dense_intermediate` instead, and
     `shared_intermediate` is the width of what every token passes beside its experts. `stored_bytes` is a saved weight's size;
-    `max_positions` 0 is unlimited; `other_params` are biases, head norms and learned positions.
+    `windowed_layers` see no more than `window` tokens back; `max_positions` 0 is unlimited; `other_params` are biases, head norms and learned positions.
     """
 
     num_layers: int
@@ -55,6 +55,8 @@ class ModelShape:
     dense_intermediate: int = 0
     shared_intermediate: int = 0
     latent: Latent | None = None
+    window: int = 0
+    windowed_layers: int = 0
     other_params: int = 0
 
     @classmethod
@@ -94,6 +96,8 @@ class ModelShape:
             dense_intermediate=wide,
             shared_intermediate=_shared(values) if experts else 0,
             latent=_latent(values),
+            window=int(values.get("sliding_window") or 0),
+            windowed_layers=sum(kind == "sliding_attention" for kind in values.get("layer_types") or ()),
             other_params=_other_params(family, layers, hidden, (heads, kv_heads, head_dim), wide, positions),
         )
 
@@ -163,12 +167,17 @@ class ModelShape:
     @property
     def active_params(self) -> int:
         """Parameters a token passes through: of the experts, only those it is routed to."""
-        idle = sum(
-            rows * columns * count // self.num_experts * (self.num_experts - self.experts_per_token)
-            for name, (rows, columns, count) in self.linear_shapes.items()
-            if name.startswith("experts.")
+        if not self.num_experts:
+            return self.num_params
+        return self.num_params - self.expert_params // self.num_experts * (self.num_experts - self.experts_per_token)
+
+    @property
+    def expert_params(self) -> int:
+        """Weights of all experts, the shared ones left out."""
+        shapes = self.linear_shapes
+        return sum(
+            rows * columns * count for name, (rows, columns, count) in shapes.items() if name.startswith("experts.")
         )
-        return self.num_params - idle
 
     @property
     def active_linear_params(self) -> int:
@@ -182,6 +191,11 @@ class ModelShape:
             self.intermediate * max(1, self.experts_per_token) + self.shared_intermediate,
             self.dense_intermediate if self.dense_layers else 0,
         )
+
+    def attended(self, sequence: float) -> float:
+        """Tokens that a token of a sequence sees, over all layers: half of it on average, or as many as a window has."""
+        inside = min(sequence / 2, float(self.window)) if self.window else sequence / 2
+        return (self.num_layers - self.windowed_layers) * sequence / 2 + self.windowed_layers * inside
 
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
         """Keys and values of one token in all layers; of latent attention what both are made from."""

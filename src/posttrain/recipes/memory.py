@@ -12,8 +12,9 @@ from posttrain.config.stages import TrainKeys
 from posttrain.models.device import peak_memory_bytes
 from posttrain.models.load import model_shape
 from posttrain.models.policy import Policy
+from posttrain.planner.fit import overrun
 from posttrain.planner.machine import available_bytes
-from posttrain.planner.memory import Workload, estimate_memory, overrun
+from posttrain.planner.memory import Workload, estimate_memory
 from posttrain.planner.shape import ModelShape
 
 _CPU_REFUSAL = "DefaultCPUAllocator: can't allocate memory"

@@ -1,0 +1,101 @@
+"""What `posttrain plan` says of a forecast, in lines for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from posttrain.files import size_text
+
+_WORTH = 1.1
+"""A split is proposed where it is so many times as fast."""
+
+
+def memory_lines(made: Any, base_model: str, free_bytes: int, where: str) -> list[str]:
+    from posttrain.planner import fits, shortfall
+
+    memory = made.memory
+    longest = memory.workload.longest(memory.shape)
+    parts = ", ".join(
+        f"{name} {size_text(size)}" for name, size in sorted(memory.parts.items(), key=lambda part: -part[1])
+    )
+    share = memory.trained_params / memory.shape.num_params
+    each = f" on each of {memory.shards}" if memory.shards > 1 else ""
+    verdict = "yes" if fits(memory, free_bytes) else shortfall(memory, free_bytes, base_model, where)
+    lines = [
+        "",
+        f"{made.kind}  trains {memory.trained_params / 1e6:,.1f}M parameters ({share:.1%})",
+        f"  memory  {size_text(memory.floor_bytes)}{each} whatever the data, up to {size_text(memory.total_bytes)} with rows of {longest} tokens",
+        f"          {parts}",
+        f"  fits    {verdict}",
+    ]
+    if "replica" in memory.parts:
+        lines.append(
+            "  engine  every process holds a whole copy to sample with, and samples slowly: rollout: { engine: vllm_server } has one of its own"
+        )
+    return lines
+
+
+def time_lines(made: Any, mean: int) -> list[str]:
+    bound = "about" if mean else "at most"
+    each = ", ".join(f"{name} {seconds_text(s)}" for name, s in made.phases.items())
+    in_all = f"; {made.steps} steps {seconds_text(made.total_s)}" if made.total_s is not None else ""
+    if not made.completions:
+        detail = f": {each}" if len(made.phases) > 1 else ""
+        return [f"  time    {bound} {seconds_text(made.step_s)} a step ({made.tokens:,.0f} tokens){detail}{in_all}"]
+    share = made.phases["rollout"] / made.batch_s
+    return [
+        f"  time    {bound} {seconds_text(made.batch_s)} a generation batch of {made.completions} completions: {each} ({share:.0%} rollout){in_all}",
+        *_split_lines(made),
+    ]
+
+
+def _split_lines(made: Any) -> list[str]:
+    if made.split is None:
+        return []
+    split, gain = made.split, made.split_gain
+    better = f"{gain:.2f} times as fast as sharing all" if gain > 1 else "slower than sharing all"
+    choice = "split" if gain > _WORTH else "colocated"
+    longer = ", ".join(f"{s.answer_tokens:.0f} tokens {s.rollout}:{s.train}" for s in made.growth)
+    lines = [
+        f"  split   best {split.rollout} for rollout and {split.train} for training: {seconds_text(split.times.overlapped_s)}, {better}, "
+        f"the trainer idle {split.times.trainer_idle:.0%}; take {choice}",
+        f"          as answers grow (rollout:training): {longer}",
+    ]
+    if made.staleness:
+        times = ", ".join(
+            f"{n}: {seconds_text(t.step_s)} (trainer idle {t.trainer_idle:.0%})" for n, t in made.staleness.items()
+        )
+        lines.append(f"  stale   a batch on that split, simulated, if answers may be so many versions old: {times}")
+    return lines
+
+
+def cost_lines(made: Any, num_devices: int, usd_per_gpu_hour: float | None) -> list[str]:
+    lines = [f"  disk    {size_text(made.disk_bytes)} for checkpoints and the model"]
+    if made.total_s is not None:
+        hours = made.total_s * num_devices / 3600
+        price = f", {hours * usd_per_gpu_hour:,.2f} USD" if usd_per_gpu_hour is not None else ""
+        lines.append(f"  cost    {hours:,.2f} device hours{price}")
+    return lines
+
+
+def start_lines(config: Path, verb: str, nodes: int, per_node: int) -> list[str]:
+    """Commands that start it on such machines."""
+    posttrain = f"posttrain {verb} {config}"
+    meet = f" --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id plan" if nodes > 1 else ""
+    where = " (on every machine)" if nodes > 1 else ""
+    if nodes * per_node == 1:
+        return ["", "start", f"  {posttrain}"]
+    return [
+        "",
+        "start",
+        f"  torchrun{where}: torchrun{meet} --nproc-per-node {per_node} --no-python {posttrain}",
+        f"  SLURM: srun --nodes {nodes} --ntasks-per-node {per_node} --gpus-per-node {per_node} {posttrain}",
+    ]
+
+
+def seconds_text(seconds: float) -> str:
+    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min"), (1, "s")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds * 1000:.0f} ms"

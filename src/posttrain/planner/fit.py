@@ -1,0 +1,122 @@
+"""Whether a plan fits, and if not the smallest change that makes it fit: each is planned before it is proposed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+from posttrain.files import size_text
+from posttrain.planner.memory import HELD, MemoryPlan, Workload, estimate_memory
+
+
+def fits(plan: MemoryPlan, available: int) -> bool:
+    """Whether it fits even when every row is as long as `sequence_len`."""
+    return plan.total_bytes <= available
+
+
+def cannot_fit(plan: MemoryPlan, available: int) -> bool:
+    """Whether it is too large whatever the data: a reason to refuse before any work."""
+    return plan.floor_bytes > available
+
+
+def shortfall(plan: MemoryPlan, available: int, model: str, where: str = "this machine") -> str:
+    """One clear line: what it needs, what there is, and the smallest change that would fit."""
+    certain = cannot_fit(plan, available)
+    largest = sorted(plan.parts.items(), key=lambda part: -part[1])[:3]
+    shares = ", ".join(f"{name} {size_text(size)}" for name, size in largest)
+    says, needs = ("does not fit", plan.floor_bytes) if certain else ("may not fit", plan.total_bytes)
+    how = "whatever the data" if certain else "when rows are as long as sequence_len"
+    return (
+        f"{model} ({plan.shape.num_params / 1e9:.1f}B) {says}: {_method(plan.workload)} needs {size_text(needs)} {how} "
+        f"({shares}) and {where} has {size_text(available)} free; {_remedy(plan, available)}"
+    )
+
+
+def overrun(plan: MemoryPlan, held: Mapping[str, int], needed: int, available: int, where: str) -> str:
+    """Why a stage ran out of memory: which term of its plan was most too small, and the smallest change that fits.
+
+    `held`: bytes of the terms of `HELD` as they were; what else was `needed` is activations, logits and caches.
+    """
+    planned = {name: sum(plan.part(part) for part in parts) for name, parts in HELD.items()}
+    planned["activations, logits and caches"] = plan.passing_bytes
+    found = {**held, "activations, logits and caches": needed - sum(held.values())}
+    worst = max(found, key=lambda name: found[name] - planned[name])
+    counts = f"the plan counted {size_text(planned[worst])} for {worst}, and {size_text(found[worst])} were needed"
+    if found[worst] <= planned[worst]:
+        counts = f"no term was larger than planned, and the plan counted {size_text(plan.total_bytes)} in all"
+    # What was larger than planned stays so after a change: in proportion where it passes, by its size where it is held.
+    passing = max(1.0, found["activations, logits and caches"] / max(1, planned["activations, logits and caches"]))
+    extra = sum(max(0, held[name] - planned[name]) for name in held)
+    return f"{where} has {size_text(available)}; {counts}; {_remedy(plan, available - extra, passing)}"
+
+
+def _method(workload: Workload) -> str:
+    return {"none": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}.get(workload.adapter, workload.adapter)
+
+
+_CHANGES: tuple[tuple[str, dict[str, Any], int], ...] = (
+    ("gradient_checkpointing: true", {"gradient_checkpointing": True}, 2),
+    ("per_device_train_batch_size: 1", {"per_device_train_batch_size": 1}, 2),
+    ("rollout_batch_size: 8", {"rollout_batch_size": 8}, 2),
+    ("adapter: lora", {"adapter": "lora"}, 3),
+    ("adapter: qlora", {"adapter": "qlora", "load_in_4bit": True}, 6),
+    ("sequence_len: 512", {"sequence_len": 512}, 9),
+)
+"""What is proposed, and how much it changes: the first only time, the last what is learned."""
+_ORDER = {"none": 0, "lora": 1, "qlora": 2}
+_MOST_SHARDS = 4096
+
+
+def _remedy(plan: MemoryPlan, available: int, passing: float = 1.0) -> str:
+    """The set of changes that changes least of all that make it fit; or more processes that share the model.
+
+    `passing`: what activations, logits and caches were found to need, over what is planned for them.
+    """
+
+    def total(some: MemoryPlan) -> int:
+        return some.total_bytes + int((passing - 1.0) * some.passing_bytes)
+
+    least = plan
+    for chosen in _proposals(plan.workload):
+        smaller = _changed(plan, [change for _, change, _ in chosen])
+        least = min(least, smaller, key=total)
+        if total(smaller) <= available:
+            also = f"; or with {shards} processes" if (shards := _shards_that_fit(plan, available, total)) else ""
+            return f"it would fit with {', '.join(text for text, *_ in chosen)} ({size_text(total(smaller))}){also}"
+    shards = _shards_that_fit(least, available, total)
+    more = f"with all that, {shards} processes would do; else " if shards else ""
+    return f"no setting makes it fit (at least {size_text(total(least))}): {more}use a smaller base_model or a larger machine"
+
+
+def _proposals(workload: Workload) -> list[tuple[tuple[str, dict[str, Any], int], ...]]:
+    """Sets of changes, those that change least first."""
+    found = [row for row in _CHANGES if _is_smaller(workload, row[1])]
+    sets = [chosen for count in range(1, len(found) + 1) for chosen in combinations(found, count)]
+    apart = [chosen for chosen in sets if sum("adapter" in change for _, change, _ in chosen) < 2]
+    return sorted(apart, key=lambda chosen: sum(cost for *_, cost in chosen))
+
+
+def _is_smaller(workload: Workload, change: Mapping[str, Any]) -> bool:
+    """Whether the key is not that small already."""
+    (name, value), *_ = change.items()
+    if name == "adapter":
+        return _ORDER[value] > _ORDER[workload.adapter]
+    now = getattr(workload, name)
+    return not now if value is True else now > value
+
+
+def _changed(plan: MemoryPlan, changes: list[dict[str, Any]]) -> MemoryPlan:
+    together = {name: value for change in changes for name, value in change.items()}
+    return estimate_memory(plan.shape, replace(plan.workload, **together), plan.shards)
+
+
+def _shards_that_fit(plan: MemoryPlan, available: int, total: Any) -> int:
+    """The smallest doubling of processes, where the plan knows of several; 0 if none does."""
+    shards = plan.shards
+    while 1 < shards < _MOST_SHARDS:
+        shards *= 2
+        if total(estimate_memory(plan.shape, plan.workload, shards)) <= available:
+            return shards
+    return 0

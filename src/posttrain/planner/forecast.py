@@ -1,0 +1,177 @@
+"""What a stage will take on a cluster: memory, seconds by phase, the split of its devices, staleness, disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from posttrain.planner.lengths import Lengths
+from posttrain.planner.measured import AS_PREDICTED, Correction
+from posttrain.planner.memory import MemoryPlan, Workload, estimate_memory
+from posttrain.planner.parts import Cluster
+from posttrain.planner.shape import ModelShape
+from posttrain.planner.simulate import Failures, Setup, Timeline, simulate
+from posttrain.planner.steptime import (
+    Loop,
+    StepTime,
+    Traffic,
+    Work,
+    best_split,
+    decode_step_s,
+    logp_s,
+    max_batch,
+    step_time,
+    train_s,
+)
+
+_SEQUENCES = 256
+"""Most that vLLM decodes at once by default, in a replica."""
+_STEPS, _MOST_ANSWERS = 24, 65_536
+_HOURS_BETWEEN_FAILURES = 50_000.0
+"""Of one GPU. Source: Llama 3, arXiv 2407.21783 §3.3.4: 419 interruptions of 16,384 GPUs in 54 days."""
+_ENGINE_BACK_S, _TRAINER_BACK_S = 120.0, 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Devices for rollout and for training at answers of so many tokens, and what a step of both at once then takes."""
+
+    answer_tokens: float
+    rollout: int
+    train: int
+    times: StepTime
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """`phases`: seconds of a step of SFT or of preferences, or of a generation batch of RL, which has `updates` steps."""
+
+    kind: str
+    memory: MemoryPlan
+    phases: Mapping[str, float]
+    tokens: float
+    steps: int = -1
+    updates: float = 1.0
+    completions: int = 0
+    split: Split | None = None
+    growth: tuple[Split, ...] = ()
+    staleness: Mapping[int, Timeline] = field(default_factory=dict[int, Timeline])
+    disk_bytes: int = 0
+
+    @property
+    def batch_s(self) -> float:
+        return sum(self.phases.values())
+
+    @property
+    def step_s(self) -> float:
+        return self.batch_s / self.updates
+
+    @property
+    def total_s(self) -> float | None:
+        """None where data decides how many steps there are."""
+        return self.step_s * self.steps if self.steps > 0 else None
+
+    @property
+    def split_gain(self) -> float:
+        """Colocated time over split time."""
+        return self.batch_s / self.split.times.overlapped_s if self.split else 0.0
+
+
+def forecast(
+    shape: ModelShape, cluster: Cluster, kind: str, workload: Workload, keys: Mapping[str, Any],
+    mean_tokens: int = 0, correction: Correction = AS_PREDICTED,
+) -> Forecast:  # fmt: skip
+    """`keys`: the stage's, dumped; `mean_tokens`: of a row, or of a prompt and of an answer, 0 for the longest there may be."""
+    memory = estimate_memory(shape, workload, cluster.num_devices)
+    made = (_sampling if workload.samples else _training)(memory, cluster, kind, keys, mean_tokens)
+    phases = {n: s * (correction.rollout if n == "rollout" else correction.train) for n, s in made.phases.items()}
+    return replace(made, phases=phases, steps=keys["max_steps"], disk_bytes=_disk(memory, keys))
+
+
+def row_tokens(workload: Workload, shape: ModelShape, mean: int) -> int:
+    longest = workload.longest(shape)
+    return min(mean or longest, longest)
+
+
+def _training(memory: MemoryPlan, cluster: Cluster, kind: str, keys: Mapping[str, Any], mean: int) -> Forecast:
+    shape, workload = memory.shape, memory.workload
+    length = row_tokens(workload, shape, mean)
+    rows = workload.per_device_train_batch_size * keys["gradient_accumulation_steps"] * cluster.num_devices
+    tokens = rows * length * (2 if workload.pairs else 1)
+    adapter, micro = workload.adapter != "none", keys["gradient_accumulation_steps"]
+    work = Work(tokens, length, workload.gradient_checkpointing, adapter, micro)
+    phases = {"training": train_s(shape, cluster.device, work, cluster.num_devices, cluster.device_link)}
+    if workload.scores_reference:
+        phases["reference"] = logp_s(shape, cluster.device, tokens, cluster.num_devices, 1, length)
+    return Forecast(kind, memory, phases, float(tokens))
+
+
+def _sampling(memory: MemoryPlan, cluster: Cluster, kind: str, keys: Mapping[str, Any], mean: int) -> Forecast:
+    shape, workload = memory.shape, memory.workload
+    traffic, loop = traffic_of(shape, workload, keys, mean), loop_of(workload, keys)
+    times = step_time(shape, cluster, traffic, loop)
+    phases = {"rollout": times.rollout_s, "log-probs": times.logp_s, "training": times.train_s}
+    if not times.shares_weights:
+        phases["sync"] = times.sync_s
+    made = Forecast(
+        kind, memory, {name: seconds for name, seconds in phases.items() if seconds}, traffic.trained_tokens,
+        updates=float(keys["steps_per_generation"] * keys["num_iterations"]), completions=traffic.num_completions,
+    )  # fmt: skip
+    if cluster.num_devices < 2 * loop.split:
+        return made
+    split = _split(shape, cluster, traffic, loop)
+    growing = [replace(traffic, answer_tokens=traffic.longest_answer * share) for share in (1 / 8, 1 / 4, 1 / 2, 1)]
+    growth = tuple(_split(shape, cluster, longer, loop) for longer in growing)
+    return replace(made, split=split, growth=growth, staleness=_staleness(shape, cluster, traffic, loop, split))
+
+
+def loop_of(workload: Workload, keys: Mapping[str, Any]) -> Loop:
+    ours = workload.rollout.is_ours
+    return Loop(
+        scoring_models=int(workload.scores_reference), recompute=workload.gradient_checkpointing,
+        adapter=workload.adapter != "none", iterations=keys["num_iterations"], micro_rows=workload.per_device_train_batch_size,
+        batch_limit=workload.rollout_batch_size if ours else _SEQUENCES,
+        split=1 if ours else workload.rollout.tensor_parallel_size, shares_weights=ours,
+    )  # fmt: skip
+
+
+def traffic_of(shape: ModelShape, workload: Workload, keys: Mapping[str, Any], mean: int) -> Traffic:
+    """What a generation batch samples; without a mean, every prompt and answer as long as allowed."""
+    whole, longest = workload.longest(shape), workload.completion(shape)
+    prompt = min(mean, whole) if mean else max(1, whole - longest)
+    return Traffic(
+        keys["num_prompts_per_step"], keys["num_generations"], prompt, min(mean or longest, longest), longest
+    )
+
+
+def _split(shape: ModelShape, cluster: Cluster, traffic: Traffic, loop: Loop) -> Split:
+    return Split(traffic.answer_tokens, *best_split(shape, cluster, traffic, loop))
+
+
+def _staleness(shape: ModelShape, cluster: Cluster, traffic: Traffic, loop: Loop, split: Split) -> dict[int, Timeline]:
+    """The best split, simulated with answers of different lengths and with failures."""
+    device, engines = cluster.device, max(1, split.rollout // loop.split)
+    wanted = math.ceil(traffic.num_completions / engines)
+    batch = int(min(wanted, max_batch(shape, device, traffic.mean_context, loop.split), loop.batch_limit))
+    learning = split.times.logp_s + split.times.train_s
+    if batch < 1 or not learning:
+        return {}
+    lengths = Lengths(traffic.answer_tokens, traffic.longest_answer, device.rates.spread).draw(traffic.num_completions)
+    every = _HOURS_BETWEEN_FAILURES * 3600
+    setup = Setup(
+        num_slots=engines * batch, num_engines=engines, completions_per_step=traffic.num_completions,
+        tokens_per_slot_s=1 / decode_step_s(shape, device, batch, traffic.mean_context, loop.split),
+        train_tokens_s=sum(lengths) / learning, sync_s=split.times.sync_s,
+        failures=Failures(every / loop.split, _ENGINE_BACK_S, every / split.train, _TRAINER_BACK_S),
+    )  # fmt: skip
+    steps = max(4, min(_STEPS, _MOST_ANSWERS // traffic.num_completions))
+    return {n: simulate(replace(setup, max_staleness=n), lengths, steps) for n in (0, 1, 2, 4)}
+
+
+def _disk(memory: MemoryPlan, keys: Mapping[str, Any]) -> int:
+    """Checkpoints that are kept at once and one being written, and the export."""
+    state = 3 * 4 * memory.trained_params
+    kept = keys["save_total_limit"] + 2 if keys["save_steps"] else 2
+    return kept * state + memory.shape.num_params * memory.shape.stored_bytes
