@@ -91,7 +91,7 @@ def test_a_cluster_shares_the_model_out_and_ends_with_the_lines_that_start_it(fo
     for says in (
         "on each card of 2x8xh100@eth100, 67.1 GiB free", "on each of 16 whatever the data", "sync_buffers", "vllm_weights",
         "as answers grow (rollout:training): 256 tokens", "if answers may be so many versions old: 0:", " device hours, ", "USD",
-        "torchrun --nnodes 2", "--nproc-per-node 8 --no-python posttrain grpo", "srun --nodes 2 --ntasks-per-node 8",
+        "is for one training process today: a run of 16 is refused", "torchrun --nnodes 2", "--nproc-per-node 8 --no-python posttrain grpo", "srun --nodes 2 --ntasks-per-node 8", "--ray auto --workers 16 --worker gpus=1",
     ):  # fmt: skip
         assert says in run.output
     faster = _run(folder / "rl.yaml", "--gpus", "2x8xH100@ib400", "--tokens", "300", "--json")

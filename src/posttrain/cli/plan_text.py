@@ -29,9 +29,14 @@ def memory_lines(made: Any, base_model: str, free_bytes: int, where: str) -> lis
         f"          {parts}",
         f"  fits    {verdict}",
     ]
+    engine = memory.workload.rollout.engine
     if "replica" in memory.parts:
         lines.append(
-            "  engine  every process holds a whole copy to sample with, and samples slowly: rollout: { engine: vllm_server } has one of its own"
+            "  engine  every process holds a whole copy to sample with, and samples slowly; vLLM is faster, and is for one training process today"
+        )
+    elif memory.workload.samples and memory.shards > 1 and not memory.workload.rollout.is_ours:
+        lines.append(
+            f"  engine  rollout.engine: {engine} is for one training process today: a run of {memory.shards} is refused; this is what it would take"
         )
     return lines
 
@@ -90,6 +95,7 @@ def start_lines(config: Path, verb: str, nodes: int, per_node: int) -> list[str]
         "",
         "start",
         f"  torchrun{where}: torchrun{meet} --nproc-per-node {per_node} --no-python {posttrain}",
+        f"  Ray{' (once; docs/scale.md)' if nodes > 1 else ''}: {posttrain} --ray auto --workers {nodes * per_node} --worker gpus=1",
         f"  SLURM: srun --nodes {nodes} --ntasks-per-node {per_node} --gpus-per-node {per_node} {posttrain}",
     ]
 
