@@ -82,6 +82,11 @@ class _Clock:
             self.next = self._after(self.next + self._back_s)
         return start if start < self.next else self.next + self._back_s
 
+    @property
+    def back_at(self) -> float:
+        """When it runs again after the failure that is next."""
+        return self.next + self._back_s
+
     def fails_before(self, end: float) -> bool:
         return self.next < end
 
@@ -111,7 +116,7 @@ class _Engines:
                 heapq.heapreplace(self._free, (end, slot))
                 return start, end
             self.failed += 1
-            heapq.heapreplace(self._free, (clock.up_from(clock.next), slot))
+            heapq.heapreplace(self._free, (clock.back_at, slot))
 
 
 def simulate(setup: Setup, lengths: Sequence[int], num_steps: int, seed: int = 0) -> Timeline:
@@ -138,7 +143,7 @@ def simulate(setup: Setup, lengths: Sequence[int], num_steps: int, seed: int = 0
         began = trainer.up_from(max(ready, version_at[-1]))
         while trainer.fails_before(began + train):
             failed += 1
-            began = trainer.up_from(trainer.next)
+            began = trainer.up_from(trainer.back_at)
         busy_trainer += train
         staleness.append(batch - _newest(version_at, first_start))
         version_at.append(began + train + setup.sync_s)
