@@ -25,7 +25,7 @@ AS_PREDICTED = Correction()
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class _StepRows:
     """Sequences of an optimizer step, and micro-batches of a device."""
 
     count: int
@@ -59,7 +59,9 @@ def correction_from(
     return Correction(_median(sampled), _median(train))
 
 
-def _predicted_train_s(tokens: float, rows: _Rows, shape: ModelShape, cluster: Cluster, workload: Workload) -> float:
+def _predicted_train_s(
+    tokens: float, rows: _StepRows, shape: ModelShape, cluster: Cluster, workload: Workload
+) -> float:
     length = tokens / rows.count
     work = Work(tokens, length, workload.gradient_checkpointing, workload.adapter != "none", rows.micro)
     seconds = train_s(shape, cluster.device, work, cluster.num_devices, cluster.device_link)
@@ -67,13 +69,13 @@ def _predicted_train_s(tokens: float, rows: _Rows, shape: ModelShape, cluster: C
     return seconds + (logp_s(shape, cluster.device, tokens, cluster.num_devices, 1, length) if scored else 0.0)
 
 
-def _rows(workload: Workload, keys: Mapping[str, Any], cluster: Cluster) -> _Rows:
+def _rows(workload: Workload, keys: Mapping[str, Any], cluster: Cluster) -> _StepRows:
     if workload.samples:
         count = keys["num_prompts_per_step"] * keys["num_generations"]
-        return _Rows(count, max(1, count // cluster.num_devices // workload.per_device_train_batch_size))
+        return _StepRows(count, max(1, count // cluster.num_devices // workload.per_device_train_batch_size))
     micro = keys["gradient_accumulation_steps"]
     pairs = 2 if workload.pairs else 1
-    return _Rows(workload.per_device_train_batch_size * micro * cluster.num_devices * pairs, micro)
+    return _StepRows(workload.per_device_train_batch_size * micro * cluster.num_devices * pairs, micro)
 
 
 def _median(values: list[float]) -> float:

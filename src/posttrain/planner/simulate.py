@@ -66,7 +66,7 @@ class Timeline:
         return "balanced"
 
 
-class _Clock:
+class _Breakdowns:
     """When one machine fails next; asked in the order of time."""
 
     def __init__(self, rng: random.Random, every_s: float, back_s: float) -> None:
@@ -97,7 +97,9 @@ class _Engines:
     def __init__(self, setup: Setup, rng: random.Random) -> None:
         failures = setup.failures
         self._free = [(0.0, slot) for slot in range(setup.num_slots)]
-        self._clocks = [_Clock(rng, failures.engine_every_s, failures.engine_back_s) for _ in range(setup.num_engines)]
+        self._clocks = [
+            _Breakdowns(rng, failures.engine_every_s, failures.engine_back_s) for _ in range(setup.num_engines)
+        ]
         self.failed = self.events = 0
 
     def write(self, seconds: float, allowed: float) -> tuple[float, float]:
@@ -126,7 +128,7 @@ def simulate(setup: Setup, lengths: Sequence[int], num_steps: int, seed: int = 0
     """
     rng = random.Random(seed)
     engines = _Engines(setup, rng)
-    trainer = _Clock(rng, setup.failures.trainer_every_s, setup.failures.trainer_back_s)
+    trainer = _Breakdowns(rng, setup.failures.trainer_every_s, setup.failures.trainer_back_s)
     version_at = [0.0]  # when policy version v was there
     busy_rollout = busy_trainer = 0.0
     failed = 0
