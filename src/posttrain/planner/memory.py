@@ -207,11 +207,10 @@ def _shared_out(parts: Mapping[str, int], shape: ModelShape, workload: Workload,
     whole = ("weights",) if workload.load_in_4bit and workload.adapter != "none" else ()
     shares = {name: math.ceil(parts[name] / shards) for name in _SHARDED if name in parts and name not in whole}
     layer = shape.linear_params // shape.num_layers
-    trained = 2 if workload.adapter == "none" else 1
-    # The next layer is gathered while one is computed; embedding and head stay until the pass is over.
-    gathered = (2 * layer + shape.embedding_params) * (
-        trained * _frozen_bytes(shape, workload) + (2 if workload.bf16 else 0)
-    )
+    # Of what is trained the float32 weights and gradients; the next layer is gathered while one is computed, and embedding
+    # and head stay until the pass is over.
+    value = 2 * _BYTES_MASTER if workload.adapter == "none" else _frozen_bytes(shape, workload)
+    gathered = (2 * layer + shape.embedding_params) * (value + (2 if workload.bf16 else 0))
     replica = shape.num_params * _frozen_bytes(shape, workload) if workload.samples and workload.rollout.is_ours else 0
     return {**shares, "autocast": 0, "gathered": 0 if whole else gathered, "replica": replica}
 
