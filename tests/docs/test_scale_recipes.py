@@ -26,11 +26,15 @@ def test_every_recipe_is_on_the_page_and_says_that_it_was_not_run():
 
 @pytest.mark.parametrize("recipe", sorted(MACHINES))
 def test_a_recipe_fits_on_its_machines(recipe, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(QWEN3_8B))
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    (tmp_path / recipe).write_text((FOLDER / recipe).read_text(encoding="utf-8"))
     app = typer.Typer()
     app.command()(plan)
-    options = ["--gpus", MACHINES[recipe], "--set", f"base_model={tmp_path}", "--json"]
-    result = CliRunner().invoke(app, [str(FOLDER / recipe), *options], catch_exceptions=False)
+    options = ["--gpus", MACHINES[recipe], "--set", "base_model=./base", "--json"]
+    result = CliRunner().invoke(app, [str(tmp_path / recipe), *options], catch_exceptions=False)
     assert result.exit_code == 0
     (stage,) = json.loads(result.output)["stages"]
     assert stage["fits"]
