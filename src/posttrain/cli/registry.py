@@ -22,6 +22,7 @@ app = typer.Typer(name="registry", help="Versions, lineage and promotion.", no_a
 Folder = Annotated[Path, typer.Option("--registry", help="Folder of the registry.")]
 Ref = Annotated[str, typer.Argument(metavar="REF", help="NAME@VERSION, NAME@ALIAS or alias:ALIAS.")]
 Alias = Annotated[str, typer.Option(help="Alias to move.")]
+Url = Annotated[str, typer.Argument(metavar="URL", help="A folder, or a URL of fsspec: s3://BUCKET/PATH.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
 _DEFAULT = Path("registry")
 EXIT_WAITING = 75
@@ -210,6 +211,39 @@ def gc(dry_run: DryRun = False, registry: Folder = _DEFAULT, as_json: AsJson = F
         f"{done.num_deleted} objects ({size_text(done.deleted_bytes)}) {word}; {done.num_kept} ({size_text(done.kept_bytes)}) "
         "kept: versions name them"
     )
+
+
+@app.command()
+def push(
+    ref: Ref,
+    url: Url,
+    alias: Annotated[str, typer.Option(help="Move this alias there too; the version must hold it here.")] = "",
+    registry: Folder = _DEFAULT,
+) -> None:
+    """Copy a version to another folder or object store, verified at both ends. Killed half-way, push again."""
+    from posttrain.registry.remote import Remote, push_version
+
+    with open_registry(registry, for_reading=True) as book:
+        done = push_version(book, book.find(ref), Remote(url), alias)
+    typer.echo(f"{done.ref} is at {url}: {done.num_copied} objects copied, {done.num_present} were there")
+
+
+@app.command()
+def pull(
+    ref: Annotated[str, typer.Argument(metavar="REF", help="NAME@VERSION or NAME@ALIAS there.")],
+    url: Url,
+    registry: Folder = _DEFAULT,
+) -> None:
+    """Copy a version from another folder or object store. It becomes the next version here; no alias moves."""
+    from posttrain.registry import Registry
+    from posttrain.registry.remote import Remote, pull_version
+
+    remote, book = Remote(url), Registry(registry)
+    try:
+        _, done = pull_version(book, ref, remote)
+    finally:
+        book.close()
+    typer.echo(f"{ref} of {url} is {done.ref}: {done.num_copied} objects copied, {done.num_present} were here")
 
 
 @app.command()

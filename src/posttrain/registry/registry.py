@@ -134,6 +134,26 @@ class Registry:
                 self.rows.event("add", name, version, {"roles": sorted({role for role, _, _ in objects})}, actor)
         return version
 
+    def adopt(
+        self, name: str, digest: str, manifest: str, objects: Sequence[tuple[str, str, str]], actor: str | None = None
+    ) -> RegistryEntry:
+        """A version whose objects are in the store already becomes the next of `name`. Raises: RegistryError as `register` does."""
+        self._refuse(promotion.bad_name("model name", name))
+        stored = {
+            found: Manifest.from_json(self.store.get_json(found)) for role, _, found in objects if role == "manifest"
+        }
+        chain: list[Manifest] = []
+        wanted: str | None = manifest
+        while wanted is not None:
+            self._refuse("" if wanted in stored else f"its lineage lacks the manifest {wanted}", name)
+            chain.insert(0, stored[wanted])
+            wanted = chain[0].parent
+        check_chain(chain)
+        made = chain[-1].outputs[MODEL]
+        self._refuse("" if made == digest else f"its manifest made {made}, it is recorded as {digest}", name)
+        self._refuse("" if (MODEL, "tree", digest) in objects else f"its model {digest} is not among its objects", name)
+        return self.show(name, self._insert(name, digest, chain[-1], None, objects, actor))
+
     def show(self, name: str, version: int) -> RegistryEntry:
         """Raises: RegistryError if there is no such version."""
         row = self._db.execute("SELECT * FROM versions WHERE (name, version) = (?, ?)", (name, version)).fetchone()

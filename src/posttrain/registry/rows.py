@@ -113,6 +113,13 @@ class Rows:
         rows = self._db.execute("SELECT DISTINCT role, kind, digest FROM objects").fetchall()
         return [(row["role"], row["kind"], row["digest"]) for row in rows]
 
+    def objects(self, name: str, version: int) -> list[tuple[str, str, str]]:
+        """Role, kind and digest of what a version keeps."""
+        query = "SELECT role, kind, digest FROM objects WHERE (name, version) = (?, ?) ORDER BY rowid"
+        return [
+            (row["role"], row["kind"], row["digest"]) for row in self._db.execute(query, (name, version)).fetchall()
+        ]
+
     def that_take(self, made: Collection[str], store: ContentStore, *, but: tuple[str, int]) -> list[str]:
         """The other versions whose lineage takes one of these digests as an input."""
         rows = self._db.execute("SELECT DISTINCT digest FROM objects WHERE role = 'manifest'").fetchall()

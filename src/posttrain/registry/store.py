@@ -67,7 +67,7 @@ class ContentStore:
 
     def put_bytes(self, data: bytes) -> str:
         digest = digest_bytes(data)
-        if not self._intact(digest):
+        if not self.is_intact(digest):
             with self.adding():
                 temporary, handle = self._temporary()
                 with handle:
@@ -82,9 +82,10 @@ class ContentStore:
     def put_file(self, path: Path) -> str:
         """Copy a file in. What is hashed is what was copied, even if the source changes meanwhile."""
         with self.adding(), Path(path).open("rb") as source:
-            return self._put_stream(source)
+            return self.put_stream(source)
 
-    def _put_stream(self, source: IO[bytes]) -> str:
+    def put_stream(self, source: IO[bytes]) -> str:
+        """Copy an open file in, and say what it was."""
         temporary, handle = self._temporary()
         hasher = hashlib.sha256()
         with handle:
@@ -92,7 +93,7 @@ class ContentStore:
                 hasher.update(chunk)
                 handle.write(chunk)
         digest = "sha256:" + hasher.hexdigest()
-        if self._intact(digest):
+        if self.is_intact(digest):
             temporary.unlink()
         else:
             self._adopt(temporary, digest)
@@ -173,7 +174,8 @@ class ContentStore:
         if got != digest:
             raise RegistryError(f"{what}: content has changed, got {got}, expected {digest} ({path}); restore it")
 
-    def _intact(self, digest: str) -> bool:
+    def is_intact(self, digest: str) -> bool:
+        """Whether it is there with every byte."""
         path = self.object_path(digest)
         return path.exists() and digest_file(path) == digest
 
