@@ -55,7 +55,7 @@ def test_an_alias_moves_there_only_from_what_held_it_here(words, other, url, pas
     one = words.show("words", 1)
     push_version(words, one, Remote(url), "champion")
     push_version(words, one, Remote(url), "champion")
-    assert [epoch for epoch, _ in Remote(url).epochs("words", "champion")] == [1]
+    assert len(Remote(url).history("aliases", "words", "champion")) == 1
     with pytest.raises(RegistryError, match="does not hold champion here"):
         push_version(words, words.show("words", 2), Remote(url), "champion")
     assert pull_version(other, "words@champion", Remote(url))[0].digest == one.digest
@@ -69,12 +69,21 @@ def test_an_alias_moves_there_only_from_what_held_it_here(words, other, url, pas
         push_version(words, words.show("words", 2), Remote(url), "champion")
 
 
+def test_a_version_that_was_pushed_before_it_was_promoted_is_pushed_again_with_its_verdict(words, other, url, passing):
+    two = words.show("words", 2)
+    push_version(words, two, Remote(url))
+    words.promote("words", 2, "champion", passing(two.digest, words.show("words", 1).digest))
+    assert push_version(words, words.show("words", 2), Remote(url), "champion").num_copied == 1
+    pulled, _ = pull_version(other, "words@champion", Remote(url))
+    assert len(other.records("words", pulled.version, "verdict")) == 1
+
+
 def test_nothing_there_is_overwritten(words, other, url, model, lineage):
     push_version(words, words.show("words", 1), Remote(url))
     mine = other.register("words", model("z"), lineage(model("z")))
-    with pytest.raises(RegistryError, match=r"has another words@1, .*; nothing there was changed"):
+    with pytest.raises(RegistryError, match=r"has another words@1; nothing there was changed"):
         push_version(other, mine, Remote(url))
-    assert Remote(url).record("versions", "words", "1.json")["digest"] == words.show("words", 1).digest
+    assert Remote(url).record("versions", "words", "1", "1.json")["digest"] == words.show("words", 1).digest
 
 
 def test_a_damaged_or_missing_object_is_named_and_nothing_is_registered(words, other, tmp_path):
@@ -108,7 +117,7 @@ def test_a_remote_cannot_write_outside_of_the_registry(words, other, tmp_path, n
     tree = canonical_json({name: digest_bytes(b"x")}).encode()
     _plant(remote, tree)
     _plant(remote, b"x")
-    record = remote.record("versions", "words", "1.json")
+    record = remote.record("versions", "words", "1", "1.json")
     record["digest"] = digest_bytes(tree)
     record["objects"] = [["model", "tree", digest_bytes(tree)], *record["objects"][1:]]
     _replace(tmp_path, record)
@@ -126,7 +135,7 @@ def _plant(remote, data):
 
 
 def _replace(tmp_path, record):
-    path = tmp_path / "remote/versions/words/1.json"
+    path = tmp_path / "remote/versions/words/1/1.json"
     path.write_text(json.dumps(record | {"seal": digest_json(record)}))
 
 

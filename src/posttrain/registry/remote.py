@@ -1,6 +1,6 @@
 """Versions in another folder or object store: pushed and pulled by digest, so both can be killed and done again.
 
-A remote holds `objects/<aa>/<sha256>`, `versions/NAME/V.json` and `aliases/NAME/ALIAS/EPOCH.json`. Records are created, never
+A remote holds `objects/<aa>/<sha256>`, `versions/NAME/V/N.json` and `aliases/NAME/ALIAS/EPOCH.json`. Records are created, never
 replaced; an alias moves by creating the record of its next epoch, which only one of two can.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -106,12 +106,12 @@ class Remote:
                 self._fs.pipe_file(path, data, mode="overwrite")
         return self.record(*place) == record
 
-    def epochs(self, name: str, alias: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The records of an alias from its first epoch to the present one."""
-        epoch = 1
-        while (found := self.record("aliases", name, alias, f"{epoch}.json")) is not None:
-            yield epoch, found
-            epoch += 1
+    def history(self, *place: str) -> list[dict[str, Any]]:
+        """The records `1.json`, `2.json` … at a place; the last one counts."""
+        found: list[dict[str, Any]] = []
+        while (record := self.record(*place, f"{len(found) + 1}.json")) is not None:
+            found.append(record)
+        return found
 
 
 def push_version(registry: Registry, entry: RegistryEntry, remote: Remote, alias: str = "") -> Moved:
@@ -119,6 +119,10 @@ def push_version(registry: Registry, entry: RegistryEntry, remote: Remote, alias
 
     Raises: RegistryError if another version has its name and number there, or the alias there was moved by somebody else.
     """
+    if alias and alias not in entry.aliases:
+        raise RegistryError(
+            f"{entry.name}@{entry.version} does not hold {alias} here, so it cannot there: promote it first"
+        )
     registry.verify(entry.name, entry.version)
     ref = f"{entry.name}@{entry.version}"
     objects = registry.rows.objects(entry.name, entry.version)
@@ -132,17 +136,7 @@ def push_version(registry: Registry, entry: RegistryEntry, remote: Remote, alias
         if (got := remote.digest(path)) != digest:
             raise RegistryError(f"{remote.url}: {digest} arrived as {got}; push again")
         copied += 1
-    record = {
-        "name": entry.name,
-        "version": entry.version,
-        "digest": entry.digest,
-        "manifest": entry.manifest,
-        "objects": [list(row) for row in objects],
-    }
-    if not remote.create(record, "versions", entry.name, f"{entry.version}.json"):
-        raise RegistryError(
-            f"{remote.url} has another {ref}, or with other evidence; nothing there was changed: pull that one, or push under another name"
-        )
+    _note_version(remote, entry, objects)
     if alias:
         _move_alias(registry, entry, remote, alias)
     return Moved(ref, copied, len(digests) - copied)
@@ -153,15 +147,27 @@ def _contents(registry: Registry, objects: list[tuple[str, str, str]]) -> set[st
     return {digest for _, _, digest in objects}.union(*(registry.store.tree(digest).values() for digest in trees))
 
 
+def _note_version(remote: Remote, entry: RegistryEntry, objects: list[tuple[str, str, str]]) -> None:
+    """Create the version's record there; one more where it has evidence by now that the last record lacks."""
+    place = ("versions", entry.name, str(entry.version))
+    history = remote.history(*place)
+    same = {"name": entry.name, "version": entry.version, "digest": entry.digest, "manifest": entry.manifest}
+    known: list[list[str]] = history[-1]["objects"] if history else []
+    record = same | {"objects": known + [list(row) for row in objects if list(row) not in known]}
+    if history and record == history[-1]:
+        return
+    is_other = bool(history) and any(history[-1][key] != value for key, value in same.items())
+    if is_other or not remote.create(record, *place, f"{len(history) + 1}.json"):
+        raise RegistryError(
+            f"{remote.url} has another {entry.name}@{entry.version}; nothing there was changed: pull that one, or push under "
+            "another name"
+        )
+
+
 def _move_alias(registry: Registry, entry: RegistryEntry, remote: Remote, alias: str) -> None:
     """Compare and swap: what holds the alias there must have held it here."""
-    if alias not in entry.aliases:
-        raise RegistryError(
-            f"{entry.name}@{entry.version} does not hold {alias} here, so it cannot there: promote it first"
-        )
-    epoch, holder = 0, None
-    for epoch, holder in remote.epochs(entry.name, alias):  # noqa: B007 - the last one counts
-        pass
+    history = remote.history("aliases", entry.name, alias)
+    holder = history[-1] if history else None
     if holder is not None and holder["digest"] == entry.digest:
         return
     moves = registry.rows.events(entry.name, action="promote")
@@ -172,7 +178,7 @@ def _move_alias(registry: Registry, entry: RegistryEntry, remote: Remote, alias:
             f"{said}is {holder['digest']} there, which never held it here: pull that version and gate against it"
         )
     record = {"version": entry.version, "digest": entry.digest}
-    if not remote.create(record, "aliases", entry.name, alias, f"{epoch + 1}.json"):
+    if not remote.create(record, "aliases", entry.name, alias, f"{len(history) + 1}.json"):
         raise RegistryError(f"{said}was moved there meanwhile; nothing was changed: push again")
 
 
@@ -185,11 +191,12 @@ def pull_version(registry: Registry, ref: str, remote: Remote, actor: str | None
     if not name:
         raise RegistryError(f"got {ref!r}, expected NAME@VERSION or NAME@ALIAS")
     if not which.isdecimal():
-        holders = [holder["version"] for _, holder in remote.epochs(name, which)]
-        which = str(holders[-1]) if holders else which
-    record = remote.record("versions", name, f"{which}.json") if which.isdecimal() else None
-    if record is None:
+        holders = remote.history("aliases", name, which)
+        which = str(holders[-1]["version"]) if holders else which
+    records = remote.history("versions", name, which) if which.isdecimal() else []
+    if not records:
         raise RegistryError(f"{remote.url} has no {ref}; push it there first")
+    record = records[-1]
     objects = [(str(role), str(kind), str(digest)) for role, kind, digest in record["objects"]]
     _refuse_strange([record["digest"], record["manifest"], *(digest for _, _, digest in objects)], remote)
     with registry.store.adding():
