@@ -25,7 +25,7 @@ _SEAL = "seal"
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
+class Copied:
     """A version at the other end, how many objects were copied there and how many were there already."""
 
     ref: str
@@ -114,7 +114,7 @@ class Remote:
         return found
 
 
-def push_version(registry: Registry, entry: RegistryEntry, remote: Remote, alias: str = "") -> Moved:
+def push_version(registry: Registry, entry: RegistryEntry, remote: Remote, alias: str = "") -> Copied:
     """Copy a version there, verified here before and there after; then move `alias` there, if one is named.
 
     Raises: RegistryError if another version has its name and number there, or the alias there was moved by somebody else.
@@ -139,7 +139,7 @@ def push_version(registry: Registry, entry: RegistryEntry, remote: Remote, alias
     _note_version(remote, entry, objects)
     if alias:
         _move_alias(registry, entry, remote, alias)
-    return Moved(ref, copied, len(digests) - copied)
+    return Copied(ref, copied, len(digests) - copied)
 
 
 def _contents(registry: Registry, objects: list[tuple[str, str, str]]) -> set[str]:
@@ -182,7 +182,9 @@ def _move_alias(registry: Registry, entry: RegistryEntry, remote: Remote, alias:
         raise RegistryError(f"{said}was moved there meanwhile; nothing was changed: push again")
 
 
-def pull_version(registry: Registry, ref: str, remote: Remote, actor: str | None = None) -> tuple[RegistryEntry, Moved]:
+def pull_version(
+    registry: Registry, ref: str, remote: Remote, actor: str | None = None
+) -> tuple[RegistryEntry, Copied]:
     """Copy NAME@VERSION or NAME@ALIAS from there, as the next version here unless it is here already. No alias moves.
 
     Raises: RegistryError if it is not there, or is not what its digests say.
@@ -210,7 +212,7 @@ def pull_version(registry: Registry, ref: str, remote: Remote, actor: str | None
                 count[_fetch(registry, remote, content)] += 1
         entry = registry.adopt(name, record["digest"], record["manifest"], objects, actor)
     registry.verify(entry.name, entry.version)
-    return entry, Moved(f"{entry.name}@{entry.version}", count[True], count[False])
+    return entry, Copied(f"{entry.name}@{entry.version}", count[True], count[False])
 
 
 def _fetch(registry: Registry, remote: Remote, digest: str) -> bool:
