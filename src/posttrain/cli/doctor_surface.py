@@ -63,7 +63,7 @@ SURFACE: tuple[ForeignUse, ...] = (
     ForeignUse("huggingface_hub", "huggingface_hub.constants:ENDPOINT", "config/hub.py"),
     ForeignUse("bitsandbytes", "bitsandbytes.nn:Linear4bit", "models/load.py", ("compute_dtype", "quant_type")),
     ForeignUse("bitsandbytes", "bitsandbytes.functional:dequantize_4bit", "models/adapters.py"),
-    ForeignUse("bitsandbytes", "bitsandbytes.optim:AdamW8bit", "recipes/optim.py"),
+    ForeignUse("bitsandbytes", "bitsandbytes.optim:AdamW8bit", "recipes/optimizers.py"),
     ForeignUse("mlflow-skinny", "mlflow:MlflowClient.log_batch", "tracking/mlflow_mirror.py", ("metrics", "params")),
     ForeignUse("mlflow-skinny", "mlflow:MlflowClient.create_run", "tracking/mlflow_mirror.py", ("tags", "run_name")),
     ForeignUse("mlflow-skinny", "mlflow:MlflowClient.set_registered_model_alias", "registry/mirror.py"),
