@@ -198,7 +198,7 @@ def complete(words):
     [
         ("posttrain re", ["rewards", "reproduce", "registry", "report"]),
         ("posttrain sft --on", ["--on-change"]),
-        ("posttrain registry l", ["list"]),
+        ("posttrain registry l", ["list", "log"]),
         ("posttrain sft x.yaml --on-change re", ["refuse", "rerun"]),
     ],
 )

@@ -13,6 +13,7 @@ import yaml
 from posttrain.cli.app import VERBS, load_verb
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.pipeline import GateKeys, PipelineKeys
+from posttrain.forms.merging.recipe import RECIPE_KEYS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")]
@@ -114,6 +115,9 @@ def test_keys_of_yaml_that_is_shown_exist(page, block):
     assert shown, "a YAML block holds keys"
     if set(shown) & {"guards", "primary"}:  # the spec of a gate, as a file of its own
         assert sorted(set(shown) - set(GateKeys.model_fields)) == []
+        return
+    if "merge_method" in shown:  # mergekit's
+        assert sorted(set(shown) - set(RECIPE_KEYS)) == []
         return
     assert sorted(set(shown) - TOP - STAGE) == []
     for stage in shown.get("stages") or []:

@@ -12,7 +12,7 @@ from posttrain.config.yaml_lines import Document, KeyPath, read_yaml
 from posttrain.errors import ConfigError
 from posttrain.forms.merging.methods import MERGE_METHODS, MergeMethod
 
-_TOP = ("models", "slices", "merge_method", "base_model", "dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template", "parameters")  # fmt: skip
+RECIPE_KEYS = ("models", "slices", "merge_method", "base_model", "dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template", "parameters")  # fmt: skip
 _NOT_HERE = {
     "modules": "models of several parts (vision towers) are not merged here; expected `models` or `slices`",
     "residual_weight": "mergekit reads it and does nothing with it; take it out",
@@ -79,7 +79,7 @@ class _RecipeReader:
 
     def read(self) -> MergeRecipe:
         data = self.document.data
-        self._known(data, _TOP, ())
+        self._known(data, RECIPE_KEYS, ())
         name = self._text(data, "merge_method", ()) or ""
         if name not in MERGE_METHODS:
             self._refuse(("merge_method",), f"merge_method: got {name!r}; expected one of {', '.join(MERGE_METHODS)}")
