@@ -71,6 +71,10 @@ def test_only_a_server_that_the_run_starts_gets_its_weights_by_broadcast():
             {"engine": "vllm_server", "url": "http://[::1]:1", "dtype": "bfloat16"},
             "rollout.dtype does nothing with rollout.url",
         ),
+        (
+            {"engine": "vllm_server", "url": "http://[::1]:1", "enforce_eager": True},
+            "rollout.enforce_eager does nothing with rollout.url",
+        ),
         ({"engine": "vllm_server", "token_file": "key"}, "rollout.token_file does nothing with no rollout.url"),
     ],
 )

@@ -64,6 +64,16 @@ def test_eager_is_what_a_cpu_always_is(keys):
     assert options_of(keys(rollout={"engine": "vllm", "enforce_eager": True})).enforce_eager
 
 
+def test_eager_without_effect_is_said_where_somebody_asked_for_it(keys, caplog):
+    source = EngineSource(keys(device="cpu"))
+    make_engine(source)
+    make_engine(source, keys=RolloutKeys())
+    assert not caplog.records
+    make_engine(source, keys=RolloutKeys(enforce_eager=True))
+    [record] = caplog.records
+    assert record.message.startswith("enforce_eager: no effect, because engines compile nothing")
+
+
 def test_it_starts_as_the_trainer_computes_and_stops_where_we_do(keys):
     made = options_of(keys())
     assert (made.dtype, made.max_num_seqs) == ("float32", 5)

@@ -69,6 +69,52 @@ def test_a_row_that_leaves_makes_room_and_changes_no_other(shared_policy):
         assert tuple(one.ids) == alone.ids
 
 
+class CountedRow(DecodingRow):
+    looks = 0
+
+    @property
+    def encoded_with(self):
+        CountedRow.looks += 1
+        return super().encoded_with
+
+
+def test_a_waiting_prompt_is_looked_at_a_few_times_however_many_wait(shared_policy):
+    policy = shared_policy("qwen3")
+    for count in (20, 80):
+        CountedRow.looks = 0
+        rows = []
+        for seed in range(count):
+            one = row(seed, (5 + seed // 2 % 40, 6), max_tokens=2)
+            rows.append(CountedRow(one.place, one.request, one.params, one.ends, one.uniform))
+        with torch.no_grad():
+            decoding = Decoding(policy, rows)
+            decoding.leave(rows[-1])
+            while decoding.is_busy:
+                decoding.advance(4)
+        assert all(one.finish == "length" for one in rows[:-1])
+        assert CountedRow.looks <= 4 * count
+
+
+def test_a_prompt_is_kept_while_a_row_waits_for_it_and_no_longer(shared_policy):
+    encoded = []
+    with torch.no_grad():
+        decoding = Decoding(shared_policy("qwen3"), [row(n, prompt) for n, prompt in enumerate([(5, 6), (7,), (5, 6)])])
+        prefill = decoding._running.prefill
+        decoding._running.prefill = lambda prompts: encoded.extend(prompts) or prefill(prompts)
+        while decoding.is_busy:
+            decoding.advance(1)
+            assert set(decoding._prompts) <= {(None, (5, 6))}
+        assert (encoded, decoding._prompts) == ([(5, 6), (7,)], {})
+        gone = row(9, (5, 6))
+        decoding.join(gone)
+        decoding.join(row(10, (5, 6), max_tokens=2))
+        decoding.advance(1)
+        decoding.leave(gone)
+        while decoding.is_busy:
+            decoding.advance(1)
+    assert (len(encoded), decoding._prompts) == (3, {})
+
+
 def test_likeliest_tokens_are_those_of_the_model_before_temperature_and_cuts(shared_policy):
     policy = shared_policy("qwen3")
     one = row(1, params={"temperature": 0.5, "top_k": 3}, num_top=4)

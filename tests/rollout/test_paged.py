@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import SFTKeys
+from posttrain.errors import EngineError
 from posttrain.models.batch import pack
 from posttrain.models.load import load_policy
+from posttrain.recipes.engines import EngineSource, make_engine
 from posttrain.rollout import pages
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.graphs import bucket_of
@@ -108,6 +111,56 @@ def test_rows_that_nobody_takes_leave_the_cache(shared_policy):
     assert not engine._paged.is_busy
     outside = in_order(engine.generate(REQUESTS[:2], SamplingParams(max_tokens=5)))
     assert [c.ids for c in inside] == [c.ids for c in outside]
+
+
+def _breaks_off(error):
+    """A recorder that fails as `torch.cuda.graph` does: the end of the capture raises too, over the error that says why."""
+
+    def record(work):
+        try:
+            raise error
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    return record
+
+
+def test_a_capture_that_fails_is_one_paragraph_that_says_why_and_names_the_key(shared_policy):
+    engine = EmbeddedEngine(shared_policy("qwen3"), stop_token_ids=())
+    why = "CUDA error: operation not permitted when stream is capturing\nFor debugging consider CUDA_LAUNCH_BLOCKING=1"
+    engine._paged = PagedRows(shared_policy("qwen3"), _breaks_off(RuntimeError(why)))
+    for _ in range(2):
+        with pytest.raises(EngineError) as raised:
+            list(engine.generate(REQUESTS[:3], SamplingParams(max_tokens=4)))
+        assert str(raised.value) == (
+            "a decoding step of 4 rows could not be captured as a CUDA graph (RuntimeError: CUDA error: operation not permitted when "
+            "stream is capturing); set enforce_eager: true in rollout (in eval_rollout where an eval failed) to decode without graphs"
+        )
+        assert not engine._paged.is_busy
+
+
+def test_a_capture_for_which_memory_is_short_is_left_to_the_stage_to_explain(shared_policy):
+    engine = EmbeddedEngine(shared_policy("qwen3"), stop_token_ids=())
+    engine._paged = PagedRows(shared_policy("qwen3"), _breaks_off(torch.OutOfMemoryError("Tried to allocate 2 GiB")))
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 2 GiB"):
+        list(engine.generate(REQUESTS[:1], SamplingParams(max_tokens=4)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "takes_graphs"),
+    [(RolloutKeys(), True), (RolloutKeys(enforce_eager=True), False), (None, False)],
+    ids=["default", "enforce_eager", "no keys"],
+)
+def test_enforce_eager_takes_the_loop_of_a_cpu_as_does_whoever_has_no_key_to_set(
+    shared_policy, small_pages, monkeypatch, keys, takes_graphs
+):
+    policy, recorder, params = shared_policy("qwen3"), Recorder(), SamplingParams(max_tokens=6)
+    expected = in_order(EmbeddedEngine(policy, stop_token_ids=()).generate(REQUESTS, params))
+    monkeypatch.setattr("posttrain.rollout.embedded.paged_rows", lambda policy: PagedRows(policy, recorder))
+    engine = make_engine(EngineSource(SFTKeys(base_model="m", datasets=[{"path": "x.jsonl"}]), policy), keys=keys)
+    found = in_order(engine.generate(REQUESTS, params))
+    assert bool(recorder.recorded) == takes_graphs
+    assert [c.ids for c in found] == [c.ids[: len(f.ids)] for c, f in zip(expected, found, strict=True)]
 
 
 def test_a_cpu_keeps_its_own_cache(shared_policy):

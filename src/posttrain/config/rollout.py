@@ -16,7 +16,8 @@ TRANSFERS_OF = {
     "sglang": ("file",),
 }
 """The ways in which each engine can take weights, the best first."""
-_STARTED_VLLM = ("dtype", "max_model_len", "memory_gib", "tensor_parallel_size", "enforce_eager")
+_VLLM = ("dtype", "max_model_len", "memory_gib", "tensor_parallel_size")
+_STARTED = (*_VLLM, "enforce_eager")
 _SERVER = ("timeout_s", "start_timeout_s", "max_restarts", "pause")
 _OWN_SERVER = ("replicas",)
 _GIVEN = ("token_env", "token_file")
@@ -34,7 +35,7 @@ class RolloutKeys(Keys):
     max_model_len: int | None = knob(None, "Longest prompt and answer together, in tokens; null is as long as model and memory allow.", ge=2, also="vllm_max_model_length (TRL)", example=4096)
     memory_gib: float | None = knob(None, "GiB for vLLM's keys and values; null takes 1 on a CPU, 8 on a GPU.", gt=0, example=4.0)
     tensor_parallel_size: int = knob(1, "Processes that vLLM splits the model over.", ge=1, also="vllm_tensor_parallel_size (TRL)")
-    enforce_eager: bool = knob(False, "Let vLLM compile nothing; on a CPU it never does.")
+    enforce_eager: bool = knob(False, "Compile nothing and record no CUDA graphs: `vllm` and servers of it that the run starts as vLLM means it, `embedded` decodes by the loop of a CPU; on a CPU neither does anyway.")
     transfer: Literal["auto", "shared", "copy", "file", "delta", "broadcast"] = knob("auto", "How weights get to the engine; `auto` is the first that it can: `embedded` decodes with those in training (`shared`), `vllm` takes a `copy` or a `file`, `vllm_server` and `sglang` a `file`; vLLM takes a file of what changed too (`delta`), and a server of it that the run starts a `broadcast`, without files.")
     delta_anchor: int = knob(20, "With `transfer: delta`, every so many pushes the whole model is sent.", ge=1)
     replicas: int = knob(1, "Servers of vLLM that the run starts; groups are dealt to them, and what one that died had not answered is asked of the others.", ge=1, also="num_engines, vllm_num_engines (OpenRLHF)", example=2)
@@ -74,10 +75,10 @@ class RolloutKeys(Keys):
     @model_validator(mode="after")
     def _reads_every_key(self) -> RolloutKeys:
         unread = {
-            "rollout.engine: embedded": (*_STARTED_VLLM, "url", *_SERVER, *_OWN_SERVER, *_GIVEN) if self.engine == "embedded" else (),
+            "rollout.engine: embedded": (*_VLLM, "url", *_SERVER, *_OWN_SERVER, *_GIVEN) if self.engine == "embedded" else (),
             "rollout.engine: vllm": ("url", *_SERVER, *_OWN_SERVER, *_GIVEN) if self.engine == "vllm" else (),
             "rollout.engine: sglang": ("pause", *_OWN_SERVER) if self.engine == "sglang" else (),
-            "rollout.url": (*_STARTED_VLLM, *_OWN_SERVER) if self.url else (),
+            "rollout.url": (*_STARTED, *_OWN_SERVER) if self.url else (),
             f"rollout.transfer: {self.way}": () if self.way == "delta" else ("delta_anchor",),
             "no rollout.url": () if self.url else _GIVEN,
         }

@@ -177,7 +177,7 @@ def _measured(
         (file,) = (path for path in file.rglob("*") if path.is_file() and path.suffix != ".py")
     keys = SuiteKeys(path=str(file), **like.decoding)
     loading = ModelKeys(base_model=str(model), **how)
-    engine = RolloutKeys.model_validate({"engine": like.engine.partition(" ")[0] or "embedded"})
+    engine = RolloutKeys.model_validate({"engine": like.engine.partition(" ")[0]}) if like.engine else None
     suites = [(load_suite(name, file), keys)]
     return evaluate(loading, suites, like.split, version.scratch / where, rollout=engine)[name]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ from posttrain.rollout.vllm.placed import PlacedServer
 from posttrain.rollout.vllm.server import Server
 from posttrain.types import Decode, SamplingParams
 
+log = logging.getLogger(__name__)
+
 _ROWS = 64
 """Completions decoded at once where nobody says how many."""
 
@@ -67,7 +70,10 @@ def _embedded(ask: _Ask) -> Engine:
     elif not shares:
         policy = load_policy(model, tokenizer=policy.tokenizer).without_dropout()
     stops = stop_token_ids(policy.base, policy.tokenizer)
-    return _in_turn(ask, EmbeddedEngine(policy, stop_token_ids=stops, batch_size=ask.rows, shares_weights=shares))
+    engine = EmbeddedEngine(
+        policy, stop_token_ids=stops, batch_size=ask.rows, shares_weights=shares, enforce_eager=ask.keys.enforce_eager
+    )
+    return _in_turn(ask, engine)
 
 
 def _vllm(ask: _Ask) -> Engine:
@@ -226,9 +232,11 @@ def make_engine(
 ) -> Engine:
     """The engine that a stage, an eval, a certificate or a chat samples with.
 
-    `folder` is where a process of the engine's own writes its log.
+    Without keys it is ours, and eager: nobody could switch graphs off. `folder` is where a process of the engine's own writes its log.
     """
-    ask = _Ask(source, keys or RolloutKeys(), rows, folder)
+    if keys is not None and keys.enforce_eager and place(source.model).device.type == "cpu":
+        log.warning("enforce_eager: no effect, because engines compile nothing and record no graphs on a CPU")
+    ask = _Ask(source, keys or RolloutKeys(enforce_eager=True), rows, folder)
     return ENGINES[ask.keys.engine](ask)
 
 

@@ -92,8 +92,8 @@ def evaluate(
     Of a split such as `gate+reserve` only what the report on `gate` does not hold yet is measured. Another `order` asks
     in another order and in smaller batches. `digest` is the model's, where it is known; `rollout` the engine that answers, ours where none is named.
     """
-    digest, rollout = digest or source_digest(model.base_model), rollout or RolloutKeys()
-    engine = named_engine(rollout)
+    digest = digest or source_digest(model.base_model)
+    engine = named_engine(rollout or RolloutKeys())
     reports: dict[str, EvalReport] = {}
     missing: list[tuple[Suite, SuiteKeys]] = []
     for suite, keys in suites:

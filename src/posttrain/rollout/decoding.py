@@ -5,7 +5,7 @@ The one way in which tokens are decoded here, for rollouts, evals, chat and the 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -66,7 +66,7 @@ class DecodingRow:
 
     @property
     def sequence(self) -> tuple[int, ...]:
-        return (*self.request.prompt_ids, *self.ids)
+        return self.request.prompt_ids + tuple(self.ids)
 
     @property
     def encoded_with(self) -> tuple[str | None, tuple[int, ...]]:
@@ -106,6 +106,7 @@ class Decoding:
         self._longest, self._adapters = longest, adapters
         self._device = policy.placement.device
         self._waiting = deque(rows)
+        self._needed = Counter(row.encoded_with for row in self._waiting)
         self._rows: list[DecodingRow] = []
         temperature = next((row.params.temperature for row in self._waiting), 1.0)
         self._running: Any = (
@@ -122,11 +123,13 @@ class Decoding:
     def join(self, row: DecodingRow) -> None:
         """Decode it too, from the next step on."""
         self._waiting.append(row)
+        self._needed[row.encoded_with] += 1
 
     def leave(self, row: DecodingRow) -> None:
         """Forget a row, however far it is; what it sampled stays with it."""
         if row in self._waiting:
             self._waiting.remove(row)
+            self._forget_prompts([row.encoded_with])
         elif row in self._rows:
             self._drop(self._rows.index(row))
 
@@ -154,13 +157,13 @@ class Decoding:
             self._running.add_row(self._prompts[prompt][0])
         self._rows += rows
         self._extend(rows, scores_RV)
-        self._forget_prompts()
+        self._forget_prompts(prompts)
 
     def _first_waiting(self, free: int, prefill_tokens: int | None) -> list[DecodingRow]:
-        rows, seen, tokens = list[DecodingRow](), set[Any](self._prompts), 0
+        rows, seen, tokens = list[DecodingRow](), set[Any](), 0
         while self._waiting and len(rows) < free:
             prompt = self._waiting[0].encoded_with
-            tokens += 0 if prompt in seen else len(prompt[1])
+            tokens += 0 if prompt in seen or prompt in self._prompts else len(prompt[1])
             seen.add(prompt)
             if rows and prefill_tokens is not None and tokens > prefill_tokens:
                 break
@@ -220,10 +223,13 @@ class Decoding:
     def _is_over(self, row: DecodingRow) -> bool:
         return row.finish is not None or (self._longest is not None and len(row.sequence) > self._longest)
 
-    def _forget_prompts(self) -> None:
-        """Prompts that no waiting row needs any more live on only in the rows that use them."""
-        needed = {row.encoded_with for row in self._waiting}
-        self._prompts = {prompt: kept for prompt, kept in self._prompts.items() if prompt in needed}
+    def _forget_prompts(self, prompts: Sequence[tuple[str | None, tuple[int, ...]]]) -> None:
+        """A waiting row less for each: what none needs any more lives on only in the rows that use it."""
+        self._needed.subtract(prompts)
+        for prompt in dict.fromkeys(prompts):
+            if not self._needed[prompt]:
+                del self._needed[prompt]
+                self._prompts.pop(prompt, None)
 
 
 def _shaped(rows: Sequence[DecodingRow], scores_RV: torch.Tensor) -> torch.Tensor:

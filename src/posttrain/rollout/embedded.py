@@ -32,18 +32,20 @@ _SCORED_AT_ONCE = 8192
 class EmbeddedEngine:
     """Decodes at most `batch_size` completions at once from `policy`, in this process.
 
-    `shares_weights` where `policy` is the one that is trained; else it is a copy, which an update fills.
+    `shares_weights` where `policy` is the one that is trained; else it is a copy, which an update fills. With `enforce_eager` a GPU
+    decodes by the loop of a CPU, without pages and graphs.
     """
 
     def __init__(
-        self, policy: Policy, *, stop_token_ids: Sequence[int], batch_size: int = 64, shares_weights: bool = True
-    ) -> None:
+        self, policy: Policy, *, stop_token_ids: Sequence[int], batch_size: int = 64, shares_weights: bool = True,
+        enforce_eager: bool = False,
+    ) -> None:  # fmt: skip
         self._policy = policy
         self._stop_token_ids = frozenset(stop_token_ids)
         self._batch_size = batch_size
         self._shares_weights = shares_weights
         self._version = 0
-        self._paged = paged_rows(policy)
+        self._paged = None if enforce_eager else paged_rows(policy)
 
     @property
     def policy_version(self) -> int:
