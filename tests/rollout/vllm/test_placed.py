@@ -60,11 +60,11 @@ def placed(tmp_path, monkeypatch):
 def test_it_is_asked_through_its_socket_here_and_with_its_token_from_elsewhere(placed):
     near = placed()
     pid, token = near.client.call("GET", "/")
-    assert (near.is_near, near.client.address.host, token) == (True, "", near.client._token)
+    assert (near.is_near, near.client.address.host, token) == (True, "", near.client.token)
     near.synced(3)
     far = placed("another-node")
     assert (far.is_near, far.client.address.path, far.client.call("GET", "/")) == (False, "", [pid, token])
-    far.client._token = "another"
+    far.client.token = "another"
     with pytest.raises(RefusedError, match="answered 401"):
         far.client.call("GET", "/")
 
