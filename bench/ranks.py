@@ -7,16 +7,20 @@ The same global batch whatever the number of ranks: four rows, 512 tokens. Bytes
 after its imports and the ranks' meeting, sampled every 5 ms; "and files" adds pages of files that are mapped into the process,
 which the system takes back as it likes. Weights, gradients and AdamW's state are 16 bytes a parameter. Resuming is a
 process of its own that starts from the last checkpoint. One thread a rank: tokens/s shows what the ranks' talk costs only
-where there are as many idle cores as ranks.
+where there are as many idle cores as ranks. "CPU s" are those of a training step, of all ranks together, without the first step;
+they depend less on what else the machine does.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +29,8 @@ from typing import Any
 
 import saving
 import workload
-from posttrain.files import read_json, read_jsonl, write_json
+from posttrain.files import read_json, write_json
+from posttrain.tracking.jsonl import read_jsonl
 
 GOALS = {2: 0.65, 4: 0.45}
 PHASES = ("load", "train", "save", "export", "resume")
@@ -81,6 +86,7 @@ def work(size: str, steps: int, folder: Path, *, again: bool) -> None:
     torch.set_num_threads(1)
     with join_ranks() as ranks:
         watch = Watch()
+        cpu_s: list[float] = []
 
         class WatchedCheckpoints(Checkpoints):
             def save(self, state: TrainState, *, wait: bool = True) -> None:
@@ -93,6 +99,10 @@ def work(size: str, steps: int, folder: Path, *, again: bool) -> None:
                     state = super().resume(policy, optimizer, total_steps)
                 watch.phase = "train"
                 return state
+
+            def begin_step(self, step: int) -> None:
+                cpu_s.append(time.process_time())
+                super().begin_step(step)
 
             def done(self, state: TrainState) -> StageResult:
                 with watch.during("export"):
@@ -108,12 +118,15 @@ def work(size: str, steps: int, folder: Path, *, again: bool) -> None:
         sft.run(keys, stage)
         watch.close()
         peaks = ranks.gather(watch.peaks)
+        cpu_s = ranks.sum([after - before for before, after in itertools.pairwise(cpu_s)])[1:]
         if ranks.is_main:
             rows = read_jsonl(folder / "metrics.jsonl")
             found = {phase: [max(p.get(phase, (0, 0))[i] for p in peaks) for i in (0, 1)] for phase in PHASES}
             step_s = sorted(row["step_time"] for row in rows)[len(rows) // 2]
             tokens = rows[-1]["num_tokens"] / len(rows)
-            write_json(folder / _FOUND, {"peaks": found, "tok_s": tokens / step_s})
+            write_json(
+                folder / _FOUND, {"peaks": found, "tok_s": tokens / step_s, "cpu_s": statistics.median(cpu_s or [0.0])}
+            )
 
 
 def run(size: str, steps: int, num_ranks: int, folder: Path, *, again: bool) -> dict[str, Any]:
@@ -151,8 +164,8 @@ def main() -> None:
         work(options.size, options.steps, options.worker, again=options.again)
         return
     saving.model_dir(options.size), saving.rows_file()
-    print(f"| ranks | {' | '.join(PHASES)} | peak | and files | of one process | goal | tokens/s |")
-    print(f"|{'---|' * (len(PHASES) + 6)}")
+    print(f"| ranks | {' | '.join(PHASES)} | peak | and files | of one process | goal | tokens/s | CPU s |")
+    print(f"|{'---|' * (len(PHASES) + 7)}")
     one = 0
     for num_ranks in options.ranks:
         found = measure(options.size, options.steps, num_ranks)
@@ -161,7 +174,10 @@ def main() -> None:
         one = one or peak
         cells = [f"{anonymous / 1e6:.0f}" for anonymous, _ in peaks] + [f"{peak / 1e6:.0f}", f"{resident / 1e6:.0f}"]
         goal = f"{GOALS[num_ranks]}" if num_ranks in GOALS else "–"
-        print(f"| {num_ranks} | {' | '.join(cells)} | {peak / one:.2f} | {goal} | {found['tok_s']:.0f} |", flush=True)
+        print(
+            f"| {num_ranks} | {' | '.join(cells)} | {peak / one:.2f} | {goal} | {found['tok_s']:.0f} | {found['cpu_s']:.2f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
