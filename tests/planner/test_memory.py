@@ -301,6 +301,22 @@ def test_processes_share_what_is_trained_and_gather_a_layer_at_a_time():
     )
 
 
+def test_an_export_holds_what_is_read_back_and_processes_share_it():
+    """Tensors are cast one at a time while they are written, so no second copy is held."""
+
+    def held(shards, **keys):
+        return estimate_memory(QWEN3_8B, Workload(on_cpu=True, **keys), shards).part("export")
+
+    def written(dtype):
+        return held(1, save_dtype=dtype) - logits
+
+    logits = 4 * 64 * QWEN3_8B.vocab * 4
+    assert (written("bfloat16"), written("float32")) == (2 * QWEN3_8B.num_params, 4 * QWEN3_8B.num_params)
+    gathered = 4 * (2 * QWEN3_8B.linear_params // QWEN3_8B.num_layers + QWEN3_8B.embedding_params)
+    for keys in ({}, {"adapter": "lora"}):
+        assert held(4, **keys) - logits - gathered == pytest.approx((held(1, **keys) - logits) / 4, abs=1)
+
+
 def test_a_base_in_4_bits_is_whole_on_every_process():
     quantised = Workload(adapter="qlora", load_in_4bit=True)
     one, four = (estimate_memory(QWEN3_8B, quantised, shards) for shards in (1, 4))

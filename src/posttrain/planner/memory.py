@@ -188,7 +188,7 @@ def estimate_memory(shape: ModelShape, workload: Workload, shards: int = 1) -> M
         # Copies are made on the host.
         "checkpoint": trained * _BYTES_MASTER + optimizer if workload.on_cpu else 0,
         **_engine_bytes(shape, workload),
-        "export": _export_bytes(shape, workload),
+        "export": _export_bytes(shape, workload, shards),
         "runtime": _RUNTIME_BYTES,
     }
     if shards > 1:
@@ -330,11 +330,14 @@ def _prefill_bytes(shape: ModelShape, workload: Workload) -> int:
     return max(0, widest - later)
 
 
-def _export_bytes(shape: ModelShape, workload: Workload) -> int:
-    """What is written is read back, in the dtype it is cast to; a merge also holds the base and each merged matrix."""
+def _export_bytes(shape: ModelShape, workload: Workload, shards: int) -> int:
+    """What is written is read back, in the dtype it is cast to; a merge also holds the base and each merged matrix.
+
+    Several processes hold shares of them; a layer that the probe runs through is gathered as a whole, with embedding and head.
+    """
     if not workload.on_cpu:
         return 0
-    size = {"auto": shape.stored_bytes, "float32": 4}.get(workload.save_dtype, 2)
-    written = shape.num_params * size * (1 if size == 4 else 2)
+    written = shape.num_params * {"auto": shape.stored_bytes, "float32": 4}.get(workload.save_dtype, 2)
     merged = (shape.num_params + shape.linear_params) * 4 if workload.adapter != "none" else 0
-    return written + merged + 4 * _EXPORT_PROBE * shape.vocab * 4
+    gathered = (2 * shape.linear_params // shape.num_layers + shape.embedding_params) * 4 if shards > 1 else 0
+    return math.ceil((written + merged) / shards) + gathered + 4 * _EXPORT_PROBE * shape.vocab * 4
