@@ -2,6 +2,7 @@
 
 import pytest
 
+from posttrain.config.pipeline import PipelineKeys
 from posttrain.config.rl import GRPOKeys
 from posttrain.config.rollout import RolloutKeys
 
@@ -134,3 +135,12 @@ def test_several_replicas_are_servers_that_the_run_starts(options):
     assert RolloutKeys(engine="vllm_server", replicas=2).replicas == 2
     with pytest.raises(ValueError, match=r"rollout.replicas does nothing with"):
         RolloutKeys(replicas=2, **options)
+
+
+def test_evals_have_no_trainer_to_be_ahead_of():
+    with pytest.raises(
+        ValueError, match=r"eval_rollout.max_staleness: 1 does nothing, for evals train nothing; remove it"
+    ):
+        PipelineKeys.model_validate(
+            {"name": "n", "base_model": "m", "stages": [], "eval_rollout": {"max_staleness": 1}}
+        )

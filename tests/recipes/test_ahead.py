@@ -6,12 +6,10 @@ import shutil
 import pytest
 import torch
 
-from posttrain.config.rl import GRPOKeys
-from posttrain.errors import ConfigError, RewardError
+from posttrain.errors import RewardError
 from posttrain.recipes import grpo
 from posttrain.recipes.ahead import staleness_metrics
 from posttrain.recipes.rollback import read_rollbacks
-from posttrain.recipes.source import require_one_process
 
 AHEAD = {"max_steps": 6, "num_prompts_per_step": 2, "save_steps": 1, "save_total_limit": 9}
 
@@ -136,14 +134,3 @@ def test_ages_are_counted_by_token():
         "sampling/staleness/mean": 0.625, "sampling/staleness/max": 1.5,
         "sampling/staleness/0": 0.5, "sampling/staleness/1": 0.25, "sampling/staleness/2": 0.25,
     }  # fmt: skip
-
-
-def test_under_ranks_it_is_refused():
-    class Two:
-        world_size = 2
-
-    keys = GRPOKeys.model_validate(
-        {"base_model": "m", "datasets": [{"path": "x"}], "reward_funcs": ["boxed"], "rollout": {"max_staleness": 1}}
-    )
-    with pytest.raises(ConfigError, match=r"max_staleness: 1 .* there are 2 of them; set max_staleness: 0"):
-        require_one_process(keys, Two())

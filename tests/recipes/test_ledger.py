@@ -1,6 +1,8 @@
 """The record of groups made ahead: what was noted before a crash, wherever it strikes, is what a start goes on from."""
 
 import shutil
+import subprocess
+import sys
 from copy import deepcopy
 
 import pytest
@@ -139,6 +141,33 @@ def test_a_damaged_record_is_named(tmp_path):
         Ledger(tmp_path, Beginning(3, 0))
     first.unlink()
     assert Ledger(tmp_path, Beginning(2, 0)).admission.version == 2
+
+
+_FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from posttrain.errors import CheckpointError
+from posttrain.recipes.ledger import Beginning, Ledger
+from posttrain.rollout.admission import Issued
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+ledger = Ledger(Path(sys.argv[1]), Beginning(2, 1))
+[path] = Path(sys.argv[1]).iterdir()
+ledger.write(Issued(0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, resource.RLIM_INFINITY))
+try:
+    ledger.write(Issued(1, 0))
+except CheckpointError:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    ledger.write(Issued(1, 0))
+    print("refused once")
+"""
+
+
+def test_an_event_that_a_full_disk_cuts_short_leaves_nothing_that_the_next_is_appended_to(tmp_path):
+    """A file-size limit stands for the full disk: the kernel takes five bytes of the line, then refuses."""
+    done = subprocess.run([sys.executable, "-c", _FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "refused once"
+    assert list(Ledger(tmp_path, Beginning(2, 1)).admission.issued_at.items()) == [(0, 0), (1, 0)]
 
 
 def test_staleness_is_said_of_each_token_in_batches():

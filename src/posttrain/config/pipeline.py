@@ -172,6 +172,13 @@ class PipelineKeys(Keys):
     def _is_a_name(cls, name: str) -> str:
         return _checked(FREE, name)
 
+    @field_validator("eval_rollout")
+    @classmethod
+    def _has_no_trainer_to_be_ahead_of(cls, rollout: RolloutKeys) -> RolloutKeys:
+        if rollout.max_staleness:
+            raise ValueError(f"eval_rollout.max_staleness: {rollout.max_staleness} does nothing, for evals train nothing; remove it, or set it in the rollout of a grpo stage")
+        return rollout
+
     @field_validator("evals")
     @classmethod
     def _suites_have_names(cls, evals: dict[str, SuiteKeys]) -> dict[str, SuiteKeys]:

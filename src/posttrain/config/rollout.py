@@ -53,6 +53,16 @@ class RolloutKeys(Keys):
         """`transfer`, with `auto` resolved."""
         return TRANSFERS_OF[self.engine][0] if self.transfer == "auto" else self.transfer
 
+    @property
+    def of_one_process(self) -> tuple[str, str] | None:
+        """What of these keys several training processes cannot sample with, and what to set instead."""
+        found = {
+            "engine: embedded": "rollout.engine: vllm" if self.engine == "vllm" else "",
+            "exact: false": "rollout.exact: true" if self.exact else "",
+            "max_staleness: 0": f"rollout.max_staleness: {self.max_staleness}" if self.max_staleness else "",
+        }
+        return next(((said, instead) for instead, said in found.items() if said), None)
+
     @model_validator(mode="after")
     def _carries_weights(self) -> RolloutKeys:
         ways = TRANSFERS_OF[self.engine]

@@ -9,6 +9,7 @@ from pathlib import Path
 import posttrain
 from posttrain.config.pipeline import PipelineKeys
 from posttrain.config.resolved import leaves
+from posttrain.config.rl import SamplingKeys
 from posttrain.errors import ConfigError
 from posttrain.files import digest_file, digest_json, digest_start
 from posttrain.pipeline.pins import is_version, pins_of
@@ -38,6 +39,17 @@ def kept_rows(keys: PipelineKeys, begun_with: int, world_size: int) -> str:
         f"begun with {begun_with} process(es), going on with {world_size}: the rows of an optimizer step stay as they were "
         f"({rows}); --on-change new-run begins a run of its own"
     )
+
+
+def check_engines(keys: PipelineKeys, world_size: int) -> None:
+    """Raises: ConfigError for a stage that samples as one training process alone can, before an earlier stage is trained."""
+    for number, stage in enumerate(keys.stages, start=1):
+        if world_size > 1 and isinstance(stage.keys, SamplingKeys) and (found := stage.keys.rollout.of_one_process):
+            said, instead = found
+            raise ConfigError(
+                f"stages.{number}.{stage.kind}: {said} is for one training process, and there are {world_size} of them; set {instead}, or "
+                "train in one process"
+            )
 
 
 def check_started_alike(ranks: Ranks, keys: PipelineKeys, on_change: str) -> None:

@@ -29,7 +29,13 @@ from posttrain.pipeline.judge import Judge, is_promoted, made_by
 from posttrain.pipeline.measure import Evals, MeasuredModel
 from posttrain.pipeline.opening import fresh, state_to_go_on_from
 from posttrain.pipeline.pins import pinned_environment, pins_of
-from posttrain.pipeline.processes import check_folder_is_shared, check_started_alike, counted_for, kept_rows
+from posttrain.pipeline.processes import (
+    check_engines,
+    check_folder_is_shared,
+    check_started_alike,
+    counted_for,
+    kept_rows,
+)
 from posttrain.pipeline.state import (
     DONE,
     ERROR,
@@ -87,6 +93,7 @@ def run_pipeline(
     earlier = RunState.load(Path(keys.output_dir)) if on_change != "new-run" else None
     keys, parent = from_version(keys, earlier)
     keys = counted_for(keys, ranks.world_size if earlier is None else earlier.num_processes or ranks.world_size)
+    check_engines(keys, ranks.world_size)
     suites, data = check_all(keys), DataChecks(watch.say)
     check_can_be_promoted(keys, earlier)
     check_looks_left(keys, earlier, suites)

@@ -41,7 +41,7 @@ from posttrain.recipes.ptx import PtxRows, ptx_loss, ptx_micro_batches, ptx_norm
 from posttrain.recipes.replay import ReplayedRewards
 from posttrain.recipes.run_folder import StageResult
 from posttrain.recipes.scorers import PolicyScorer, ReferenceScorer
-from posttrain.recipes.source import ExperienceSource, make_sampling, require_one_process
+from posttrain.recipes.source import ExperienceSource, make_sampling
 from posttrain.recipes.stage import Stage
 from posttrain.recipes.steering import steered
 from posttrain.recipes.train_state import TrainState
@@ -58,7 +58,6 @@ EMPTY_STEP = "empty_step"
 def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     """Train `keys.base_model` on the prompts in `keys.datasets`; the result is in `stage.folder`."""
     ranks, spec = stage.ranks, spec_from(PolicySpec, keys)
-    require_one_process(keys, ranks)
     tokenizer = load_tokenizer(keys)
     data, held_out = load_with_held_out(load_prompts, keys, tokenizer)
     ptx = PtxRows(load_sft(keys, tokenizer, sources=keys.ptx_datasets), keys) if keys.ptx_datasets else None

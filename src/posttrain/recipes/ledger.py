@@ -162,12 +162,18 @@ class Ledger:
         if rollouts:
             record["rollouts"] = [asdict(rollout) for rollout in rollouts]
         raw = memoryview((json.dumps(record) + "\n").encode())
+        start = os.fstat(self._file).st_size
         with disk_errors(self._folder):
-            while raw:
-                raw = raw[os.write(self._file, raw) :]
-            if isinstance(event, Batched):
-                os.fsync(self._file)
-                fsync_dir(self._folder)
+            try:
+                while raw:
+                    raw = raw[os.write(self._file, raw) :]
+                if isinstance(event, Batched):
+                    os.fsync(self._file)
+                    fsync_dir(self._folder)
+            except OSError:
+                # Another thread may write before the run ends, and an event that nobody acted on is none.
+                os.ftruncate(self._file, start)
+                raise
 
 
 def _generation(path: Path) -> int:

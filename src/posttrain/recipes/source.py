@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from posttrain.config.rl import GRPOKeys
-from posttrain.errors import ConfigError
-from posttrain.protocols import Engine, Ranks
+from posttrain.protocols import Engine
 from posttrain.recipes.ahead import Ahead
 from posttrain.recipes.alternating import Alternating
 from posttrain.recipes.collector import Collected, Collector, Sampling
@@ -73,12 +72,3 @@ def make_sampling(
         return Alternating(keys, engine, decode, score, prompts, stage.ranks)
     folder, resumable_from = stage.folder / FOLDER, stage.checkpoints.store.resumable_from
     return Ahead(keys, engine, decode, rewards.score, prompts, stage.ranks, folder, resumable_from)
-
-
-def require_one_process(keys: GRPOKeys, ranks: Ranks) -> None:
-    """Raises: ConfigError under ranks, where weights reach an engine by collectives of all of them."""
-    if keys.rollout.max_staleness and ranks.world_size > 1:
-        raise ConfigError(
-            f"rollout.max_staleness: {keys.rollout.max_staleness} makes groups ahead for one training process, and there are "
-            f"{ranks.world_size} of them; set max_staleness: 0, or train in one process"
-        )
