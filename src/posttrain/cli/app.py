@@ -58,6 +58,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "serve": ("posttrain.cli.serve", "serve", "Serve models to the openai client and curl; follow a registry's alias."),
     "report": ("posttrain.cli.report", "report", "Write the HTML report of a run."),
     "diff": ("posttrain.cli.diff", "diff", "Compare two runs."),
+    "mcp": (
+        "posttrain.cli.mcp",
+        "mcp",
+        "Let an agent read runs, metrics, verdicts, registry, plans and keys (MCP, stdio).",
+    ),
     "explain": ("posttrain.cli.explain", "explain", "Say what a key means, its default and what other tools call it."),
     "doctor": ("posttrain.cli.doctor", "doctor", "Check this machine and its packages."),
 }
@@ -191,10 +196,10 @@ def _run(argv: list[str]) -> int:
     except PosttrainError as error:
         if os.environ.get("POSTTRAIN_DEBUG") == "1":
             traceback.print_exc()
-        typer.echo(_message(error), err=True)
+        typer.echo(error_message(error), err=True)
         return EXIT_USAGE
     except OSError as error:
-        line = _no_place(error)
+        line = no_place(error)
         if not line or os.environ.get("POSTTRAIN_DEBUG") == "1":
             traceback.print_exc()
         if not line:
@@ -213,13 +218,14 @@ def _run(argv: list[str]) -> int:
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
 
 
-def _no_place(error: OSError) -> str:
+def no_place(error: OSError) -> str:
     """The line about a place that cannot be used, with what to do; nothing for another failure."""
     advice = NO_PLACE.get(error.errno or 0)
     return f"error: {printable(str(error.filename))}: {error.strerror}; {advice}" if advice and error.filename else ""
 
 
-def _message(error: PosttrainError) -> str:
+def error_message(error: PosttrainError) -> str:
+    """What the user reads of an error that he can fix: no control characters, no password."""
     text = printable(without_secrets(str(error)))
     lines = text.splitlines()
     return f"error: {text}" if len(lines) <= 1 else "error:\n" + "\n".join(f"  {line}" for line in lines)

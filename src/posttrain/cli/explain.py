@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,7 +23,7 @@ def explain(
 ) -> None:
     """Say what a key means, its default, its range and what other tools call it; without a key, list them all."""
     if as_json:
-        echo_json(all_keys() if key is None else asdict(explain_key(key)))
+        echo_json(explain_record(key))
         return
     console = Console(soft_wrap=True, highlight=False)
     if key is None:
@@ -37,6 +37,11 @@ def explain(
         if place:
             console.print()
         console.print(_table(use))
+
+
+def explain_record(key: str | None) -> Any:
+    """A key as JSON data; without one, the names of all keys by place. Raises: ConfigError for a name that is none."""
+    return all_keys() if key is None else asdict(explain_key(key))
 
 
 def _title(explanation: Explanation) -> Text:

@@ -49,17 +49,13 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Estimate memory and step time from the model's config.json. Exit code 1 if a stage cannot fit."""
-    from posttrain.planner import ModelShape, cannot_fit
+    from posttrain.planner import cannot_fit
 
-    base_model, stages = _stages(config, stage, overrides or [])
-    shape = ModelShape.from_config(read_model_config(base_model))
-    target = _target(gpus, device, devices, probe)
-    forecasts = [_forecast(shape, kind, keys, target, tokens, measured) for kind, keys in stages]
+    planned = make_plan(config, target_of(gpus, device, devices, probe), stage, overrides or [], tokens, measured)
+    base_model, shape, target, forecasts = planned.base_model, planned.shape, planned.target, planned.forecasts
     refused = any(cannot_fit(made.memory, target.free_bytes) for made in forecasts)
     if as_json:
-        counts = {"num_params": shape.num_params, "active_params": shape.active_params}
-        rows = [_record(made, target, usd_per_gpu_hour) for made in forecasts]
-        echo_json({"base_model": base_model, **counts, "on": target.where, "stages": rows})
+        echo_json(planned.record(usd_per_gpu_hour))
         raise typer.Exit(1 if refused else 0)
     active = f" ({shape.active_params / 1e6:,.1f}M active)" if shape.num_experts else ""
     lines = [
@@ -73,6 +69,34 @@ def plan(
         lines += start_lines(config, verb, target.cluster.nodes, target.cluster.per_node)
     typer.echo("\n".join(lines))
     raise typer.Exit(1 if refused else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlans:
+    """What every stage of a config needs at a target."""
+
+    base_model: str
+    shape: Any
+    target: Target
+    forecasts: list[Any]
+
+    def record(self, usd_per_gpu_hour: float | None) -> dict[str, Any]:
+        """As JSON data, in bytes and seconds."""
+        counts = {"num_params": self.shape.num_params, "active_params": self.shape.active_params}
+        rows = [_record(made, self.target, usd_per_gpu_hour) for made in self.forecasts]
+        return {"base_model": self.base_model, **counts, "on": self.target.where, "stages": rows}
+
+
+def make_plan(
+    config: Path, target: Target, stage: str | None, overrides: list[str], tokens: int = 0, measured: Path | None = None
+) -> StagePlans:
+    """Raises: ConfigError, ModelError."""
+    from posttrain.planner import ModelShape
+
+    base_model, stages = _stages(config, stage, overrides)
+    shape = ModelShape.from_config(read_model_config(base_model))
+    forecasts = [_forecast(shape, kind, keys, target, tokens, measured) for kind, keys in stages]
+    return StagePlans(base_model, shape, target, forecasts)
 
 
 def _record(made: Any, target: Target, usd_per_gpu_hour: float | None) -> dict[str, Any]:
@@ -129,7 +153,7 @@ def _stages(config: Path, stage: str | None, overrides: list[str]) -> tuple[str,
     return pipeline.base_model, [(s.kind, s.keys) for s in pipeline.stages if stage in (None, s.kind)]
 
 
-def _target(gpus: str | None, device: str, devices: int, probe: bool) -> Target:
+def target_of(gpus: str | None, device: str, devices: int, probe: bool) -> Target:
     from posttrain.planner import DEVICES, Cluster, parse_cluster
 
     if gpus is not None:

@@ -38,7 +38,7 @@ def list_(
     with open_registry(registry, for_reading=True) as book:
         entries = book.entries(name)
         if as_json:
-            echo_json([_record(entry) for entry in entries])
+            echo_json([version_record(entry) for entry in entries])
             return
         for entry in entries:
             typer.echo(_line(entry))
@@ -60,7 +60,7 @@ def show(
             typer.echo(model_card(book, entry.name, entry.version))
             return
         if as_json:
-            echo_json(_history(book, entry))
+            echo_json(version_history(book, entry))
             return
         typer.echo(f"{_line(entry)}\n  path  {entry.path}")
         if (adapter := book.adapter(entry.name, entry.version)) is not None:
@@ -300,17 +300,17 @@ def _line(entry: RegistryEntry) -> str:
     return f"{entry.name}@{entry.version}  {entry.digest}{aliases}{tags}"
 
 
-def _record(entry: RegistryEntry) -> dict[str, Any]:
+def version_record(entry: RegistryEntry) -> dict[str, Any]:
     """A version as JSON data, with the absolute folder to load it from."""
     fields = {"name": entry.name, "version": entry.version, "digest": entry.digest, "path": str(entry.path.resolve())}
     return fields | {"aliases": list(entry.aliases), "tags": dict(entry.tags)}
 
 
-def _history(book: Registry, entry: RegistryEntry) -> dict[str, Any]:
+def version_history(book: Registry, entry: RegistryEntry) -> dict[str, Any]:
     """A version with its lineage, its verdict and what happened to it."""
     chain = [manifest.to_json() | {"digest": manifest.digest} for manifest in book.chain(entry.name, entry.version)]
     events = [asdict(event) for event in book.rows.events(entry.name, version=entry.version)]
     verdict = book.verdict_record(entry.name, entry.version)
     adapter = book.adapter(entry.name, entry.version)
     offered = {"adapter_total": None if adapter is None else str(adapter.resolve())}
-    return _record(entry) | offered | {"lineage": chain, "verdict": verdict, "events": events}
+    return version_record(entry) | offered | {"lineage": chain, "verdict": verdict, "events": events}
