@@ -1,7 +1,6 @@
 """What an agent may do with `--allow-run`: command lines of ours, each run in a process of its own and shown before its answer."""
 
-from __future__ import annotations
-
+# Annotations stand as values here: pydantic makes the tools' schemas of them.
 import os
 import shlex
 import subprocess

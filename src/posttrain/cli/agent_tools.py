@@ -1,7 +1,6 @@
 """What an agent may read: runs, metrics, verdicts, registry, plan, explain. Each answers what the verb's `--json` or the report reads."""
 
-from __future__ import annotations
-
+# Annotations stand as values here: pydantic makes the tools' schemas of them.
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -90,7 +89,7 @@ class ReadTools:
 
         return explain_record(key or None)
 
-    def _record(self, run: str | Path) -> RunRecord:
+    def _record(self, run: str | Path) -> "RunRecord":
         from posttrain.report.records import read_run
 
         record = read_run(self.place.run_folder(run))
@@ -98,14 +97,14 @@ class ReadTools:
             self.place.inside(record.folder / str(stage.entry.get("folder") or "."))
         return record
 
-    def _stage(self, record: RunRecord, name: str) -> StageRecord:
+    def _stage(self, record: "RunRecord", name: str) -> "StageRecord":
         found = [stage for stage in record.stages if name in ("", stage.name)]
         if not found:
             known = ", ".join(stage.name for stage in record.stages) or "none: no stage has begun"
             raise DataError(f"{self.place.shown(record.folder)}: got no stage {name!r}; expected one of {known}")
         return found[-1]
 
-    def _summary(self, record: RunRecord) -> dict[str, Any]:
+    def _summary(self, record: "RunRecord") -> dict[str, Any]:
         stages = [
             {
                 "name": stage.name, "kind": stage.kind, "status": stage.status, "attempt": stage.attempt, "steps": stage.steps,
