@@ -64,8 +64,8 @@ def tools(folder):
     return ReadTools(ServedFolder(folder))
 
 
-async def ask(client, name, **arguments):
-    said = await client.call_tool(name, arguments)
+async def ask(client, tool, /, **arguments):
+    said = await client.call_tool(tool, arguments)
     return said.is_error, [one.text for one in said.content]
 
 
