@@ -6,7 +6,7 @@ import json
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -56,7 +56,7 @@ def make_mcp_server(reading: Sequence[Callable[..., Any]], acting: Sequence[Call
 
     import posttrain
 
-    adapters = {one.__name__: TypeAdapter(one) for one in (*reading, *acting)}
+    adapters = {one.__name__: TypeAdapter[Any](cast(Any, one)) for one in (*reading, *acting)}
     tools = [
         types.Tool(
             name=one.__name__, description=one.__doc__, input_schema=adapters[one.__name__].json_schema(),
