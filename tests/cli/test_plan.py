@@ -91,7 +91,7 @@ def test_a_cluster_shares_the_model_out_and_ends_with_the_lines_that_start_it(fo
     for says in (
         "on each card of 2x8xh100@eth100, 67.1 GiB free", "on each of 16 whatever the data", "sync_buffers", "vllm_weights",
         "as answers grow (rollout:training): 256 tokens", "if answers may be so many versions old: 0:", " device hours, ", "USD",
-        "is for one training process today: a run of 16 is refused", "torchrun --nnodes 2", "--nproc-per-node 8 --no-python posttrain grpo", "srun --nodes 2 --ntasks-per-node 8", "--ray auto --workers 16 --worker gpus=1",
+        "torchrun --nnodes 2", "--nproc-per-node 8 --no-python posttrain grpo", "srun --nodes 2 --ntasks-per-node 8", "--ray auto --workers 16 --worker gpus=1",
     ):  # fmt: skip
         assert says in run.output
     faster = _run(folder / "rl.yaml", "--gpus", "2x8xH100@ib400", "--tokens", "300", "--json")
@@ -99,6 +99,14 @@ def test_a_cluster_shares_the_model_out_and_ends_with_the_lines_that_start_it(fo
     (near,), (far,) = (json.loads(r.output)["stages"] for r in (faster, slower))
     assert near["phases_s"]["training"] < far["phases_s"]["training"] and near["shards"] == 16
     assert near["split"]["rollout"] + near["split"]["train"] == 16 and set(near["staleness"]) == {"0", "1", "2", "4"}
+
+
+def test_vllm_inside_one_of_several_processes_is_said_to_be_refused(folder):
+    (folder / "rl.yaml").write_text(RL.replace("vllm_server", "vllm"))
+    says = "a run of 8 is refused; set rollout.engine: vllm_server"
+    assert says in _run(folder / "rl.yaml", "--gpus", "8xH100").output
+    (folder / "rl.yaml").write_text(RL)
+    assert "is refused" not in _run(folder / "rl.yaml", "--gpus", "8xH100").output
 
 
 def test_training_without_an_engine_of_its_own_names_the_copy_that_every_process_holds(folder):

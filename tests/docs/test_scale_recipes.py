@@ -30,6 +30,7 @@ def test_a_recipe_fits_on_its_machines(recipe, tmp_path):
     (tmp_path / "base" / "config.json").write_text(json.dumps(QWEN3_8B))
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     (tmp_path / "train.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "1+1=", "answer": "2"}) + "\n")
     (tmp_path / recipe).write_text((FOLDER / recipe).read_text(encoding="utf-8"))
     app = typer.Typer()
     app.command()(plan)

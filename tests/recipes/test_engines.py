@@ -91,7 +91,9 @@ def test_several_processes_do_not_each_hold_a_vllm(keys):
         num_shards, is_sharded = 2, True
 
     policy = replace(load_policy(keys()), sharding=Two())
-    with pytest.raises(ConfigError, match="samples for one training process, and there are 2 of them"):
+    with pytest.raises(
+        ConfigError, match=r"the one process that trains, and there are 2 of them; set rollout\.engine: vllm_server"
+    ):
         make_engine(EngineSource(keys(), policy), keys=RolloutKeys(engine="vllm"))
 
 

@@ -32,11 +32,11 @@ def memory_lines(made: Any, base_model: str, free_bytes: int, where: str) -> lis
     engine = memory.workload.rollout.engine
     if "replica" in memory.parts:
         lines.append(
-            "  engine  every process holds a whole copy to sample with, and samples slowly; vLLM is faster, and is for one training process today"
+            "  engine  every process holds a whole copy to sample with, and samples slowly; rollout.engine: vllm_server is one for all of them, and faster"
         )
-    elif memory.workload.samples and memory.shards > 1 and not memory.workload.rollout.is_ours:
+    elif memory.workload.samples and memory.shards > 1 and engine == "vllm":
         lines.append(
-            f"  engine  rollout.engine: {engine} is for one training process today: a run of {memory.shards} is refused; this is what it would take"
+            f"  engine  rollout.engine: vllm is for one training process: a run of {memory.shards} is refused; set rollout.engine: vllm_server"
         )
     return lines
 

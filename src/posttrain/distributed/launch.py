@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from posttrain.errors import ConfigError
 
 _MEETING = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+_OF_A_LAUNCH = re.compile(r"MASTER_(ADDR|PORT)|(GROUP_|LOCAL_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|TORCHELASTIC_.*")
 _FIRST_PORT, _NUM_PORTS = 20_000, 10_000
 
 
@@ -27,6 +28,11 @@ class Launch:
     port: int
     store_is_there: bool = False
     attempt: str = "0"
+
+
+def without_launch(environ: Mapping[str, str]) -> dict[str, str]:
+    """For a child that is none of the processes that were started together: torch would take it for the one that started it."""
+    return {name: value for name, value in environ.items() if not _OF_A_LAUNCH.fullmatch(name)}
 
 
 def read_launch(environ: Mapping[str, str], command: Sequence[str] = ()) -> Launch | None:

@@ -63,14 +63,13 @@ class Alternating:
         """Nothing goes on between two batches."""
 
     def _rollout(self, generation: int, numbers: Sequence[int], controls: Controls) -> list[RolloutGroup]:
+        """A rank without a prompt asks too: there may be one engine for all of them."""
         rows = [self._prompts(number) for number in numbers]
-        if not rows:
-            return []
         completions = sample_groups(
             self._engine, rows, self._keys.num_generations * controls.group_scale, sampling_params(self._keys),
             (controls.seed(self._keys.seed), generation), numbers,
         )  # fmt: skip
-        return score_groups(rows, completions, self._decode, self._score)
+        return score_groups(rows, completions, self._decode, self._score) if rows else []
 
 
 def batches_skipped(controls: Controls, keys: GRPOKeys) -> int:

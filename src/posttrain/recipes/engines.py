@@ -22,10 +22,11 @@ from posttrain.models.generation import stop_token_ids, stored_stop_token_ids
 from posttrain.models.load import load_config, load_policy, load_tokenizer, stored_dtype
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
-from posttrain.protocols import Engine, Weights
+from posttrain.protocols import Engine, Ranks, Weights
 from posttrain.rollout.canary import check_arrival
 from posttrain.rollout.embedded import EmbeddedEngine, score_sequences
 from posttrain.rollout.folder import OwnFolder
+from posttrain.rollout.main_rank import CalledWeights, MainRankEngine
 from posttrain.rollout.replicas import Replicas
 from posttrain.rollout.serial import SerialEngine
 from posttrain.rollout.sglang import SGLangOptions, given_sglang, sglang_version
@@ -168,11 +169,6 @@ def _tokenizer(ask: _Ask) -> PreTrainedTokenizerBase:
     """Raises: ConfigError for what vLLM cannot be asked for."""
     engine, model = ask.keys.engine, ask.source.model
     trained = ask.source.policy
-    if trained is not None and trained.sharded:
-        raise ConfigError(
-            f"rollout.engine: {engine} samples for one training process, and there are {trained.sharding.num_shards} of them; "
-            "set rollout.engine: embedded, or train in one process"
-        )
     if model.added_tokens:
         raise ConfigError(
             f"rollout.engine: {engine} starts from base_model as it is, which has no rows for added_tokens; train them in an "
@@ -183,8 +179,11 @@ def _tokenizer(ask: _Ask) -> PreTrainedTokenizerBase:
 
 def _check_again(engine: Engine, weights: Weights) -> None:
     """Raises: EngineError unless the engine decodes with the weights of this policy."""
-    assert isinstance(weights, Policy)
-    check_arrival(engine, partial(score_sequences, weights))
+    if isinstance(weights, CalledWeights):
+        check_arrival(engine, weights.scores)
+    else:
+        assert isinstance(weights, Policy)
+        check_arrival(engine, partial(score_sequences, weights))
 
 
 @contextmanager
@@ -228,16 +227,27 @@ ENGINES: Mapping[str, Callable[[_Ask], Engine]] = {
 
 
 def make_engine(
-    source: EngineSource, *, keys: RolloutKeys | None = None, rows: int = _ROWS, folder: Path | None = None
-) -> Engine:
+    source: EngineSource, *, keys: RolloutKeys | None = None, rows: int = _ROWS, folder: Path | None = None,
+    ranks: Ranks | None = None,
+) -> Engine:  # fmt: skip
     """The engine that a stage, an eval, a certificate or a chat samples with.
 
     Without keys it is ours, and eager: nobody could switch graphs off. `folder` is where a process of the engine's own writes its log.
+    `ranks` are those that train a sharded policy: a server is one for all of them. Raises: ConfigError for what there cannot be under ranks.
     """
     if keys is not None and keys.enforce_eager and place(source.model).device.type == "cpu":
         log.warning("enforce_eager: no effect, because engines compile nothing and record no graphs on a CPU")
     ask = _Ask(source, keys or RolloutKeys(enforce_eager=True), rows, folder)
-    return ENGINES[ask.keys.engine](ask)
+    start, policy = partial(ENGINES[ask.keys.engine], ask), source.policy
+    if policy is None or not policy.sharded or ask.keys.engine == "embedded":
+        return start()
+    if ask.keys.engine == "vllm":
+        raise ConfigError(
+            f"rollout.engine: vllm samples in the one process that trains, and there are {policy.sharding.num_shards} of them; "
+            "set rollout.engine: vllm_server, one server for all of them"
+        )
+    assert ranks is not None, "who trains a sharded policy says with whom"
+    return MainRankEngine(start, policy, ranks)
 
 
 def named_engine(keys: RolloutKeys) -> str:

@@ -67,7 +67,9 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     if keys.beta:
         freeze_reference(policy)
     source = EngineSource(keys, policy)
-    engine = stage.until_done(make_engine(source, keys=keys.rollout, rows=keys.rollout_batch_size, folder=stage.folder))
+    engine = stage.until_done(
+        make_engine(source, keys=keys.rollout, rows=keys.rollout_batch_size, folder=stage.folder, ranks=ranks)
+    )
     suite = SuiteScore.of(policy, keys, engine)
     optimizer = make_optimizer(policy, keys)
 

@@ -50,7 +50,7 @@ class LiveSample:
 
 
 class LiveChecks:
-    """`if_due` after every generation batch; all ranks call it, the main one works."""
+    """`if_due` after every generation batch; all ranks call it and ask the engine, the main one works."""
 
     def __init__(
         self,
@@ -75,10 +75,12 @@ class LiveChecks:
         if not every or not step or step % every >= steps_per_batch:
             return {}
         best = best_samples([sample for rank in self._stage.ranks.gather(_samples(groups)) for sample in rank])
-        return self._stage.ranks.main_only(lambda: self._check(step, best))
-
-    def _check(self, step: int, best: Sequence[LiveSample]) -> dict[str, float]:
         started = time.monotonic()
+        answered = self._answered_canaries(step)
+        checked = self._stage.ranks.main_only(lambda: self._check(step, best, answered))
+        return checked | {"time/reward_check_s": time.monotonic() - started} if checked else {}
+
+    def _check(self, step: int, best: Sequence[LiveSample], answered: Sequence[tuple[Case, str]]) -> dict[str, float]:
         context = [prompt for prompt, _ in self._data.rows[:_CONTEXT_ROWS]]
         cases = cases_of([sample.prompt for sample in best] + context, len(best) + len(context))
         known = [(case, sample) for case, sample in zip(cases, best, strict=False) if case.gold is not None]
@@ -93,11 +95,12 @@ class LiveChecks:
             return {}  # these rewards do not look at the answer: nothing is known to be wrong
         measure_separation(check, cases, form)
         values, passes = replay(check, Setting.of(cases, form))
-        values |= self._canaries(step, check, form)
+        values |= canary_metrics(check, form, answered)
         self._stage.run.event("reward_check", step + 1, {**values, "false_passes": passes[:3]})
-        return values | {"time/reward_check_s": time.monotonic() - started}
+        return values
 
-    def _canaries(self, step: int, check: RewardCheck, form: AnswerForm) -> dict[str, float]:
+    def _answered_canaries(self, step: int) -> list[tuple[Case, str]]:
+        """All ranks ask: there may be one engine for all of them."""
         keys = self._keys
         picks = random.Random(request_seed(keys.seed, _CANARY_SEED, step))
         rows = picks.sample(self._data.rows, min(NUM_CANARIES, len(self._data.rows)))
@@ -107,7 +110,7 @@ class LiveChecks:
         )
         cases = cases_of([prompt for prompt, _ in rows], len(rows))
         answered = [(case, self._decode(c.ids)) for case, group in zip(cases, groups, strict=True) for c in group]
-        return canary_metrics(check, form, [(case, text) for case, text in answered if case.gold is not None])
+        return [(case, text) for case, text in answered if case.gold is not None]
 
 
 def _samples(groups: Sequence[RolloutGroup]) -> list[LiveSample]:
