@@ -74,9 +74,8 @@ def test_an_error_of_the_engine_ends_every_rank(job):
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make setup-vllm")
 @pytest.mark.xdist_group("vllm")
-@pytest.mark.parametrize("options", [{}, {"adapter": "lora", "lora_r": 8}], ids=["full", "adapter"])
-def test_two_ranks_with_a_server_of_vllm_take_the_steps_of_one_process(job, runner, options):
-    one = job("vllm", **options)
+def test_two_ranks_with_a_server_of_vllm_take_the_steps_of_one_process(job, runner):
+    one = job("vllm")
     done = torchrun([runner.__file__], json.dumps([one]))
     assert done.returncode == 0, done.stderr[:12000]
     same(runner, alone(runner, one), Path(one["folder"]))
