@@ -13,6 +13,7 @@ from importlib import metadata
 REVISIONS: Mapping[str, tuple[str, ...]] = {
     "sft": ("the numbers of 0.1",),
     "dpo": ("the numbers of 0.1",),
+    "reward_model": ("the numbers of 0.1",),
     "grpo": ("the numbers of 0.1",),
     "grading": ("the scores of 0.1",),
     "rewards": ("the library of 0.1",),

@@ -54,6 +54,8 @@ class PreferencePair:
     chosen: Text
     rejected: Text
     tools: tuple[Mapping[str, Any], ...] = ()
+    margin: float = 0.0
+    """By how much the chosen answer's reward is to be the greater; read by reward models."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,7 +147,7 @@ MISTAKES = [
     ("registry show nosuch", "name its folder with --registry", "sqlite"),
     ("explain nonsense", "the nearest is", ""),
     ("explain batch", "per_device_train_batch_size", ""),
-    ("train sft.yaml", "sft, dpo or grpo for a single stage, run for a pipeline", ""),
+    ("train sft.yaml", "sft, dpo, reward_model or grpo for a single stage, run for a pipeline", ""),
     ("evaluate base", "to score a model: eval", ""),
     ("kto pairs.yaml", "loss_type: kto", ""),
     ("promote p", "posttrain registry", ""),

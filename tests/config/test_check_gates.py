@@ -50,3 +50,22 @@ def test_register_is_content_with_a_gate_in_the_last_stage(write, pipeline_text)
         "max_steps: 200 }", "max_steps: 200, gate: {primary: [{suite: heldout}]} }"
     )
     assert load_pipeline(write(head + "register: {name: x}\n")).keys.register_.name == "x"
+
+
+REWARD_MODEL = "  - reward_model: { datasets: [{path: data/pairs.jsonl, type: preference}] }\n"
+
+
+def test_no_gate_judges_a_reward_model(write, pipeline_text):
+    text = "judges a reward model, which answers no suite"
+    assert f"gate: {text}" in refusal(write(pipeline_text.replace("gate:\n", REWARD_MODEL + "gate:\n", 1)))
+    head = pipeline_text.partition("gate:\n")[0]
+    gated = REWARD_MODEL.replace(
+        "preference}] }", "preference}], gate: {baseline: 'stage:base', primary: [{suite: heldout}]} }"
+    )
+    assert text in refusal(write(head + gated))
+
+
+def test_no_gate_compares_with_a_reward_model(write, pipeline_text):
+    text = pipeline_text.replace("stages:\n", "stages:\n" + REWARD_MODEL, 1)
+    text = text.replace("alias:champion  ", "stage:1  ", 1)
+    assert "got stage:1, expected stage:base, stage:2" in refusal(write(text))

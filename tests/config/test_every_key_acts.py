@@ -136,6 +136,7 @@ FLIPS = {
         Flip("desirable_weight", 2.0, KTO),
         Flip("undesirable_weight", 2.0, KTO),
     ],
+    "reward_model": [Flip("center_rewards_coefficient", 0.5)],
     "grpo": [
         Flip("off_policy_mask_threshold", 1e-9, OFF_POLICY),
         Flip("reward_funcs", ["DATA/rewards.py:last_digit"]),
@@ -190,6 +191,7 @@ FLIPS = {
 QUICK = {
     "sft": ("min_lr_ratio", "load_in_4bit", "train_on"),
     "dpo": ("label_smoothing",),
+    "reward_model": ("center_rewards_coefficient",),
     "grpo": ("stop", "scale_rewards", "soft_overlong_cache", "rollout"),
 }
 CASES = [
@@ -228,7 +230,7 @@ def record(runner, model_dir, data_dir, tmp_path_factory):
     (folder / "other.jinja").write_text(TEMPLATE)
     rows = [{"id": str(n), "prompt": f"{n}", "target": "e", "scorer": "contains", "split": "dev"} for n in range(3)]
     (folder / "suite.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    usual = {"sft": "sft", "dpo": "pairs", "grpo": "prompts"}
+    usual = {"sft": "sft", "dpo": "pairs", "reward_model": "pairs", "grpo": "prompts"}
 
     def placed(value):
         text = json.dumps(value).replace("DATA/", f"{folder}/")

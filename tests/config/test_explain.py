@@ -9,8 +9,8 @@ def test_a_key_with_a_default_of_its_own_per_stage():
     explanation = explain("learning_rate")
     assert explanation.meaning == "Peak learning rate."
     assert explanation.type == "a number (> 0)"
-    assert explanation.defaults == {"sft": "2e-5", "dpo": "1e-6", "grpo": "1e-6"}
-    assert explanation.stages == ("sft", "dpo", "grpo")
+    assert explanation.defaults == {"sft": "2e-5", "dpo": "1e-6", "reward_model": "1e-5", "grpo": "1e-6"}
+    assert explanation.stages == ("sft", "dpo", "reward_model", "grpo")
     assert ForeignName("lr") in explanation.also
 
 

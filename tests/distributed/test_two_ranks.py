@@ -40,6 +40,11 @@ MORE = {
     "dpo with an adapter": ("dpo", LORA),
     "dpo with a frozen copy": ("dpo", {"precompute_ref_log_probs": False}),
     "dpo, compared over the step": ("dpo", {"loss_type": "aot_unpaired"}),
+    "reward model": ("reward_model", {"center_rewards_coefficient": 0.1, "eval": "dev-pairs", "eval_steps": 2}),
+    "reward model, one forward a sequence": (
+        "reward_model",
+        {"architecture": "gpt_oss", "per_device_train_batch_size": 5, "max_steps": 6},
+    ),
     "kto": ("dpo", {"loss_type": "kto", "data": "kto"}),
     "grpo": ("grpo", {"eval": "dev-prompts", "eval_steps": 2}),
     "grpo with kl": ("grpo", {"beta": 0.1, "num_iterations": 2}),

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 LANGUAGE = "the of and to in is that for it as was with be by on not he his but at are this have from or had an they"
 WORDS = LANGUAGE.split()
@@ -202,6 +202,7 @@ def theirs(model_dir, tmp_path):
     from datasets import Dataset
     from datasets.utils.logging import disable_progress_bar
     from transformers import AutoTokenizer
+    from trl import RewardTrainer
 
     disable_progress_bar()
 
@@ -215,10 +216,8 @@ def theirs(model_dir, tmp_path):
                 return loss
 
         base = model_dir()
-        if lora_r:
-            model = lora_model(base, lora_r, seed=42)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        family = AutoModelForSequenceClassification if trainer_type is RewardTrainer else AutoModelForCausalLM
+        model = lora_model(base, lora_r, seed=42) if lora_r else family.from_pretrained(base, dtype=torch.float32)
         order = {} if "shuffle_dataset" in config else {"train_sampling_strategy": "sequential"}
         args = config_type(output_dir=str(tmp_path / "trl"), **TRL_OPTIONS | order | config)
         tokenizer = AutoTokenizer.from_pretrained(base)

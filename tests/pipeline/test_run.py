@@ -48,6 +48,20 @@ def verdicts(project):
     return [(entry.after, entry.attempt, entry.verdict) for entry in project.state.gates]
 
 
+def reward_model(**keys):
+    return {"reward_model": {"datasets": [{"path": "pairs.jsonl"}], **SLOW, **keys}}
+
+
+def test_a_reward_model_stands_beside_the_line(project):
+    """The stage after it starts from the policy before it; it is measured on no suite and registered as nothing."""
+    made = project([sft(), reward_model(), dpo(max_steps=1, learning_rate=1e-6)], gate=gate())
+    assert made.run().status == "passed"
+    first, beside, last = made.state.stages
+    assert beside.inputs["model"] == last.inputs["model"] == first.output_digest
+    assert beside.output_digest not in (first.output_digest, last.output_digest)
+    assert {path.name for path in (made.out / "evals").iterdir()} == {"base", "01-sft", "03-dpo"}
+
+
 # --- a whole run ---------------------------------------------------------------------------------------------------
 
 

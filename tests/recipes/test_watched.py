@@ -85,7 +85,7 @@ def wanted(kind):
     return found if kind == "grpo" else found - {"frac_reward_zero_std"}
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "reward_model", "grpo"])
 def test_the_plainest_run_logs_what_is_not_conditional(kind, train):
     assert wanted(kind) - logged(train(kind, max_steps=2)) <= set(CONDITIONAL)
 

@@ -55,6 +55,7 @@ VARIANTS = together(
 TWO_REWARDS = {"reward_funcs": ["spread", "last_digit"], "reward_weights": [1.0, 0.5], "beta": 0.1}
 ROWS = {
     **{f"sft: {name}": ("sft", {"loss_type": name}) for name in SFT_LOSSES},
+    "reward_model": ("reward_model", {"center_rewards_coefficient": 0.1}),
     **{f"sft: adapter {name}": ("sft", {"adapter": name, **PAIRED_WITH.get(name, {})}) for name in choices("sft", "adapter")},
     **{f"sft: {name}": ("sft", {"optim": name}) for name in choices("sft", "optim")},
     **{f"sft: {name} after a warmup": ("sft", {"lr_scheduler_type": name, "warmup_steps": 1}) for name in choices("sft", "lr_scheduler_type")},

@@ -21,6 +21,22 @@ def check_gates(draft: PipelineDraft) -> None:
         _check_baseline(draft, settings, place)
         _check_retry(draft, settings, place)
     _check_needs_gate(draft)
+    _check_judges_policies(draft)
+
+
+def _is_policy(stage: StageDraft) -> bool:
+    return stage.kind in STAGE_KINDS and not STAGE_KINDS[stage.kind].keys.is_reward_model
+
+
+def _check_judges_policies(draft: PipelineDraft) -> None:
+    """A reward model answers no suite, so no gate judges it and it takes no alias."""
+    text = "judges a reward model, which answers no suite; let a stage that trains a policy follow, or take it away"
+    for stage in draft.stages:
+        settings = stage.settings
+        if "gate" in settings.values and not _is_policy(stage):
+            draft.problems.add(settings.origin(("gate",)), settings.name(("gate",)), text)
+    if "gate" in draft.top.values and draft.stages and not _is_policy(draft.stages[-1]):
+        draft.problems.add(draft.top.origin(("gate",)), "gate", text)
 
 
 def _gates(draft: PipelineDraft) -> Iterator[tuple[Settings, int]]:
@@ -50,7 +66,8 @@ def _check_baseline(draft: PipelineDraft, settings: Settings, place: int) -> Non
     baseline = settings.values["gate"].get("baseline")
     if not isinstance(baseline, str) or not baseline.startswith("stage:"):
         return
-    expected = [f"stage:{name}" for name in ("base", *range(1, place))]
+    before = [stage.place for stage in draft.stages if stage.place < place and _is_policy(stage)]
+    expected = [f"stage:{name}" for name in ("base", *before)]
     if baseline not in expected:
         text = f"got {baseline}, expected {', '.join(expected)} (a stage before this gate's), alias:NAME or a path"
         draft.problems.add(settings.origin(path), settings.name(path), text)

@@ -10,7 +10,7 @@ from typing import Literal
 
 from posttrain.config.rl import GRPOKeys, RLKeys, SamplingKeys
 from posttrain.config.schema import did_you_mean
-from posttrain.config.stages import ROWS_OF_TYPE, DPOKeys, RowKind, SFTKeys, TrainKeys
+from posttrain.config.stages import ROWS_OF_TYPE, DPOKeys, RewardModelKeys, RowKind, SFTKeys, TrainKeys
 from posttrain.errors import ConfigError
 
 LearnsFrom = Literal["examples", "pairs", "samples"]
@@ -67,6 +67,7 @@ STAGE_KINDS: dict[str, StageKind] = {
     for row in (
         StageKind("sft", SFTKeys, "Run one stage of supervised fine-tuning.", ("examples",)),
         StageKind("dpo", DPOKeys, "Run one stage of preference optimisation.", ("pairs", "labels"), ("kto",)),
+        StageKind("reward_model", RewardModelKeys, "Train a reward model on preferences.", ("pairs",)),
         StageKind("grpo", GRPOKeys, "Run one stage of RL with verifiable rewards.", ("prompts",)),
     )
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
 
@@ -65,6 +65,9 @@ INITS_WITH_INPUTS = {
 
 class ModelKeys(Keys):
     """Which weights, and what of them is trained."""
+
+    is_reward_model: ClassVar[bool] = False
+    """Whether the model has a head that gives a reward in place of the one that gives tokens."""
 
     base_model: str = knob(..., "A local folder or a hub id of any transformers causal LM.", also="model_name_or_path (TRL, LLaMA-Factory)", example="Qwen/Qwen3-8B")
     revision: str | None = knob(None, "Revision (branch, tag or commit) of a hub model.", also="model_revision (Axolotl, LLaMA-Factory, TRL)", example="main")
@@ -292,6 +295,27 @@ class DPOKeys(TrainKeys):
         """`auto` computes the log-probs of pairs once where the alternative is a copy; those of KTO cannot be known before."""
         kept = self.row_kind == "pairs" and bool(self.precompute_ref_log_probs)
         return self.loss_type not in WITHOUT_REFERENCE and not kept
+
+
+class RewardModelKeys(TrainKeys):
+    """A reward model, by Bradley and Terry's likelihood of preferences."""
+
+    is_reward_model: ClassVar[bool] = True
+
+    learning_rate: float = knob(1e-5, "Peak learning rate.", gt=0, also="lr", example=1e-5)
+    center_rewards_coefficient: float = knob(0.0, "Weight of the mean of (reward of chosen + reward of rejected)², which keeps rewards around 0 (arXiv 2312.09244 eq. 2).", ge=0, example=0.01)
+
+    @property
+    def row_kind(self) -> RowKind:
+        return "pairs"
+
+    @model_validator(mode="after")
+    def _has_what_a_reward_model_can_do(self) -> RewardModelKeys:
+        if self.adapter != "none":
+            raise ValueError(f"adapter: {self.adapter} in reward_model: a reward model is trained whole here; set adapter: none")
+        if self.eval_suite is not None:
+            raise ValueError("eval_suite in reward_model: a reward model answers nothing; name pairs in eval_datasets or val_size")
+        return self
 
 
 LOCAL_SUFFIXES = frozenset({".jsonl", ".json", ".parquet", ".csv", ".jinja", ".jinja2", ".j2", ".gz", ".zst", ".arrow", ".txt"})

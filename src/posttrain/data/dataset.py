@@ -132,7 +132,7 @@ def sequences(row: Any) -> tuple[TokenSeq, ...]:
     """The rendered sequences of a row of any stage; an RL prompt is a sequence without trained tokens."""
     if isinstance(row, TokenSeq):
         return (row,)
-    first, second = row
+    first, second, *_ = row
     if isinstance(second, TokenSeq):
         return (first, second)
     if isinstance(first, TokenSeq):

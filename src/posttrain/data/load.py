@@ -36,6 +36,7 @@ DROPPED = "earlier turns whose thinking the template leaves out"
 REWRITTEN = "turns as the template writes them inside the conversation, otherwise than alone"
 
 PairRow = tuple[TokenSeq, TokenSeq]
+ComparedRow = tuple[TokenSeq, TokenSeq, float]
 LabelledRow = tuple[TokenSeq, bool]
 
 
@@ -80,6 +81,21 @@ def load_preference(keys: TrainKeys, tokenizer: Any, sources: Sequence[DatasetKe
         extra=lambda row: None,
         restore=lambda seqs, extra, origin: (seqs[0], seqs[1]),
         **_limits(keys, keys.sequence_len),
+    )
+    return _load(plan, keys, tokenizer, sources)
+
+
+def load_comparisons(
+    keys: TrainKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None
+) -> Dataset[ComparedRow]:
+    """Rows (chosen, rejected, margin), each answer with its prompt. Raises: DataError."""
+    plan = RowPlan(
+        "pairs",
+        render.draft_pair,
+        build=lambda noun, seqs: (seqs[0], seqs[1], noun.margin),
+        extra=lambda row: row[2],
+        restore=lambda seqs, extra, origin: (seqs[0], seqs[1], float(extra)),
+        **_limits(keys, keys.sequence_len, margins=True),
     )
     return _load(plan, keys, tokenizer, sources)
 

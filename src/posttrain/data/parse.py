@@ -5,6 +5,7 @@ Malformed rows are errors. A skip has one of the documented reasons below. Knows
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +85,21 @@ def parse_preference(row: Fields, origin: Origin) -> PreferencePair | Skip:
         _, rejected = _both_messages(prompt, rejected, "rejected", origin)
     if _is_empty(chosen) or _is_empty(rejected):
         return Skip(origin, EMPTY)
-    return PreferencePair(origin, prompt, chosen, rejected, parse_tools(row.get("tools"), origin))
+    return PreferencePair(
+        origin, prompt, chosen, rejected, parse_tools(row.get("tools"), origin), _margin(row.get("margin"), origin)
+    )
+
+
+def _margin(value: Any, origin: Origin) -> float:
+    """0 where a row has none."""
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise DataError(
+            f"{origin}: `margin` is {describe_value(value)}; expected a number, by how much the chosen answer is better; "
+            "rename the column if it means something else"
+        )
+    return float(value)
 
 
 def parse_kto(row: Fields, origin: Origin) -> LabelledCompletion | Skip:

@@ -34,10 +34,12 @@ def stored_stop_token_ids(
 
 
 def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Give the model's generation config all stop tokens, and make it one that transformers saves.
+    """Give the model's generation config all stop tokens, and make it one that transformers saves; a reward model has none.
 
     Raises: ModelError if it cannot be saved even without its sampling keys, which is said now and not after training.
     """
+    if not model.can_generate():
+        return
     stops = list(stop_token_ids(model, tokenizer))
     config: Any = model.generation_config
     if config is None:

@@ -117,6 +117,8 @@ def load_policy(
     model, placement = load_base(under, trainable=trainable, sharding=shards if may_read_shares(keys) else None)
     grown = grow(model, tokenizer, under)
     generation.complete(model, tokenizer, keys.base_model)
+    if keys.is_reward_model:  # by it transformers finds where a row ends
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     adapted: Any = model
     moved = False
     if with_adapter and keys.adapter_start == "continue":

@@ -131,6 +131,25 @@ class Policy:
             scores[0] = replace(scores[0], logp_M=scores[0].logp_M + weightless)
         return _joined(scores, torch.cat([places for _, places in parts]).argsort())
 
+    def rewards(self, batch: Batch) -> torch.Tensor:
+        """What the head of a reward model says at the scored positions. Shape: [M]."""
+        batch = batch.to(self.placement.device)
+        together = self.ragged and length_rule(self.base.config) is None
+        parts = [(batch, torch.arange(len(batch.source_M)))] if together else self._parts(batch)
+        idle = 0 if together else self.sharding.largest(len(parts)) - len(parts)
+        with self.placement.autocast():
+            found = [self._rewards_of(part) for part, _ in parts]
+            for _ in range(idle):
+                ((nothing, _),) = self._parts(pack([[TokenSeq((0, 0), (False, True))]]).to(self.placement.device))
+                found[0] = found[0] + 0.0 * self._rewards_of(nothing).sum()
+        return torch.cat(found)[torch.cat([places for _, places in parts]).argsort()].float()
+
+    def _rewards_of(self, part: Batch | _Sequence) -> torch.Tensor:
+        forget_lengths(self.base)
+        if isinstance(part, Batch):
+            return self._forward(self.model, part, logits_to_keep=part.source_M).logits[0, :, 0]
+        return self.model(input_ids=part.ids_N[None], use_cache=False, logits_to_keep=part.source_M).logits[0, :, 0]
+
     def _parts(self, batch: Batch) -> list[tuple[Batch | _Sequence, torch.Tensor]]:
         """What goes through the model in a call of its own, with the places of its scored tokens."""
         if not self.ragged:

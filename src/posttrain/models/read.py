@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.distributed import DistributedConfig
 
-from posttrain.config.stages import ModelKeys
+from posttrain.config.stages import ModelKeys, TrainKeys
 from posttrain.errors import ModelError
 from posttrain.files import read_json
 from posttrain.models.continued import adapter_before, is_continued
 from posttrain.models.low_rank import CONFIG
+from posttrain.models.reward_head import with_reward_per_token
 from posttrain.protocols import Sharding
 
 
@@ -41,7 +42,7 @@ def read_model(
 
 def may_read_shares(keys: ModelKeys) -> bool:
     """Whether nothing that is done between reading and sharding needs a whole tensor of the base."""
-    if keys.load_in_4bit or keys.added_tokens:
+    if keys.load_in_4bit or keys.added_tokens or keys.is_reward_model:
         return False
     if is_continued(keys):
         return fits_shares(adapter_before(keys))
@@ -61,13 +62,25 @@ _BY_ROWS = (MergeModulelist, Concatenate)
 
 
 def _read(keys: ModelKeys, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    family: Any = AutoModelForSequenceClassification if keys.is_reward_model else AutoModelForCausalLM
+    if keys.is_reward_model:
+        options |= {"num_labels": 1}
+        torch.manual_seed(keys.seed if isinstance(keys, TrainKeys) else 0)  # a new head is random
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = family.from_pretrained(
             keys.base_model, dtype=dtype, revision=keys.revision, trust_remote_code=keys.trust_remote_code,
             use_safetensors=True, **options,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"base_model: {keys.base_model} did not load: {str(error).strip().splitlines()[0]}") from error
+    if keys.is_reward_model:
+        return with_reward_per_token(model)
+    if any("ForSequenceClassification" in name for name in model.config.architectures or ()):
+        raise ModelError(
+            f"base_model: {keys.base_model} is a reward model: it has no head that gives tokens; expected a language model, "
+            "such as the one that it was trained from"
+        )
+    return model
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def grow(model: PreTrainedModel, tokenizer: Any, keys: ModelKeys) -> bool:
     if not keys.added_tokens or rows <= present:
         return False
     model.resize_token_embeddings(rows, mean_resizing=False)
-    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    ends: list[Any] = [e for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None]
     with torch.no_grad():
         for tensor in (t for end in ends for t in (end.weight, getattr(end, "bias", None)) if t is not None):
             tensor[present:] = tensor[:present].float().mean(0).to(tensor.dtype)

@@ -92,8 +92,8 @@ def plan_gate(keys: PipelineKeys, gate: GateKeys, suites: Mapping[str, tuple[Sui
 
 def check_order(keys: PipelineKeys) -> None:
     """Raises: ConfigError if preference optimisation or RL would start on a raw base."""
-    first = keys.stages[0]
-    if first.keys.may_start_raw or keys.allow_raw_base:
+    first = next((stage for stage in keys.stages if not stage.keys.is_reward_model), None)
+    if first is None or first.keys.may_start_raw or keys.allow_raw_base:
         return
     if was_tuned_by_us(keys.base_model):
         return
@@ -125,7 +125,7 @@ def check_adapters(keys: PipelineKeys) -> None:
                 f"{name}: stage {number - 1} has adapter: {before.adapter}, this one adapter: {stage.keys.adapter}; an adapter is "
                 "trained on over the base in the precision that it was begun in; set both the same, or adapter_start: fresh"
             )
-        before = stage.keys
+        before = before if stage.keys.is_reward_model else stage.keys
 
 
 def check_memory(keys: PipelineKeys) -> None:

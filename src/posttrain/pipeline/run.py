@@ -179,7 +179,8 @@ class _PipelineRun:
         while index <= num_stages:
             stage = self.keys.stages[index - 1]
             self.state, entry = self.stages.made(self.state, index, self.suites)
-            self._measure(made_by(entry, self.folder))
+            if not stage.keys.is_reward_model:
+                self._measure(made_by(entry, self.folder))
             gate = selection.gate_after(self.keys, index)
             if gate is None:
                 index += 1

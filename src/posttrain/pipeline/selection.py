@@ -19,7 +19,9 @@ Suites = Mapping[str, tuple[Suite, SuiteKeys]]
 
 
 def gate_after(keys: PipelineKeys, index: int) -> GateKeys | None:
-    """The gate after a stage: its own, or the pipeline's after the last one (under `gate_passes` after each)."""
+    """The gate after a stage: its own, or the pipeline's after the last one (under `gate_passes` after each); none after a reward model."""
+    if keys.stages[index - 1].keys.is_reward_model:
+        return None
     own = keys.stages[index - 1].keys.gate
     if own is not None:
         return own

@@ -52,12 +52,17 @@ class Place:
     project: Path | None = None
     parent: Parent | None = None
 
+    def before(self, index: int) -> int:
+        """The place of the stage whose model stage `index` starts from, 0 for the base: a reward model stands beside the line."""
+        places = range(index - 1, 0, -1)
+        return next((place for place in places if not self.keys.stages[place - 1].keys.is_reward_model), 0)
+
     def model_before(self, state: RunState, index: int) -> str:
-        entry = state.stage(index - 1)
+        entry = state.stage(self.before(index))
         return self.keys.base_model if entry is None else str(self.folder / entry.folder / "model")
 
     def digest_before(self, state: RunState, index: int) -> str:
-        entry = state.stage(index - 1)
+        entry = state.stage(self.before(index))
         return state.pins["base_model"] if entry is None else entry.output_digest
 
 
@@ -115,9 +120,9 @@ class Stages:
     def _merged_before(self, state: RunState, index: int) -> MergedBefore | None:
         """The stage whose merged model the adapter of stage `index` was begun on, where that is not the given base."""
         stages = self.place.keys.stages
-        while index > 1 and is_continued(self._keys(state, index, stages[index - 1])):
-            index -= 1
-        entry = state.stage(index - 1)
+        while (before := self.place.before(index)) and is_continued(self._keys(state, index, stages[index - 1])):
+            index = before
+        entry = state.stage(before)
         if entry is None:
             return None
         folder = self.place.folder / entry.folder

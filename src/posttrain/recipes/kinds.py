@@ -7,11 +7,16 @@ from typing import Any
 
 from posttrain.objectives.preference import PreferenceSpec
 from posttrain.objectives.spec import PolicySpec
-from posttrain.recipes import dpo, grpo, sft
+from posttrain.recipes import dpo, grpo, reward_model, sft
 from posttrain.recipes.run_folder import StageResult
 from posttrain.recipes.stage import Stage
 
-LOOPS: dict[str, Callable[[Any, Stage], StageResult]] = {"sft": sft.run, "dpo": dpo.run, "grpo": grpo.run}
+LOOPS: dict[str, Callable[[Any, Stage], StageResult]] = {
+    "sft": sft.run,
+    "dpo": dpo.run,
+    "reward_model": reward_model.run,
+    "grpo": grpo.run,
+}
 """Kind → its loop."""
 
 OBJECTIVES: dict[str, type[PreferenceSpec | PolicySpec]] = {"dpo": PreferenceSpec, "grpo": PolicySpec}

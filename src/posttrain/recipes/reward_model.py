@@ -1,0 +1,111 @@
+"""A reward model: preferences with margins, both answers attending to one copy of their prompt. Read `run` from top to bottom.
+
+The model is a transformers sequence-classification model with one label: `AutoModelForSequenceClassification` loads it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from posttrain.config.stages import RewardModelKeys
+from posttrain.data.dataset import Dataset
+from posttrain.data.held_out import load_with_held_out
+from posttrain.data.load import ComparedRow, load_comparisons
+from posttrain.models.batch import common_prefix, pack
+from posttrain.models.load import load_policy, load_tokenizer
+from posttrain.models.policy import Policy
+from posttrain.models.reward_head import up_to_reward
+from posttrain.models.text import decoder
+from posttrain.objectives.reduce import Normalizer
+from posttrain.objectives.reward_model import reward_model_loss
+from posttrain.objectives.terms import LossTerms
+from posttrain.recipes.balance import family_cost
+from posttrain.recipes.batches import Schedule, flat, for_rank
+from posttrain.recipes.metrics import StepMetrics
+from posttrain.recipes.optim import learning_rate, make_optimizer, update
+from posttrain.recipes.run_folder import StageResult
+from posttrain.recipes.stage import Stage
+from posttrain.recipes.validate import Validation
+
+
+def run(keys: RewardModelKeys, stage: Stage) -> StageResult:
+    """Train `keys.base_model` under a new head on the preferences in `keys.datasets`; the result is in `stage.folder`."""
+    ranks = stage.ranks
+    tokenizer = load_tokenizer(keys)
+    data, held_out = load_with_held_out(load_comparisons, keys, tokenizer)
+    stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
+    data, held_out = _cut(data, tokenizer.pad_token_id), held_out and _cut(held_out, tokenizer.pad_token_id)
+    schedule = Schedule.of(data, keys, ranks, size=_num_tokens, cost=_pair_cost)
+    policy = load_policy(keys, tokenizer=tokenizer, sharding=stage.sharding).without_dropout()
+    optimizer = make_optimizer(policy, keys)
+
+    total_steps = schedule.total_steps(keys)
+    state = stage.resume(policy, optimizer, total_steps)
+    validation = Validation(
+        stage, state, lambda: validation_loss(policy, held_out, keys, stage) if held_out else {}
+    )  # fmt: skip
+
+    for step in range(state.step, total_steps):
+        stage.begin_step(step)
+        micros = schedule.step(step + stage.guard.controls.skipped)
+        norm = Normalizer(tokens=0, sequences=len(flat(micros)))
+        metrics = StepMetrics()
+        policy.model.train()
+        for micro in for_rank(micros, ranks):
+            terms = loss(policy, micro.rows, keys.center_rewards_coefficient, norm)
+            micro.backward(terms.loss)
+            if not micro.idle:
+                metrics.add(terms.metrics)
+                metrics.add_share("loss", float(terms.loss.detach()))
+        lr = learning_rate(step, total_steps, keys) * stage.guard.controls.lr_scale
+        values = metrics.reduced(ranks)
+        values |= update(policy, optimizer, stage, lr, values, step + 1)
+        values |= schedule.balance(micros, ranks.world_size)
+        values["epoch"] = schedule.epoch_after(step + stage.guard.controls.skipped)
+
+        state.step, state.tokens = step + 1, state.tokens + sum(_num_tokens(row) for row in flat(micros))
+        values |= validation.if_due(state.step, total_steps)
+        best = validation.best_score(state.step)
+        stage.finish_step(state, values, state.step == total_steps, best)
+
+    validation.restore_best()
+    return stage.done(state)
+
+
+def loss(policy: Policy, rows: list[ComparedRow], center_rewards_coefficient: float, norm: Normalizer) -> LossTerms:
+    """This micro-batch's share of the step's loss."""
+    reward_S = policy.rewards(pack([(chosen, rejected) for chosen, rejected, _ in rows]))
+    margin_P = torch.tensor([margin for *_, margin in rows], device=reward_S.device)
+    return reward_model_loss(reward_S[0::2], reward_S[1::2], margin_P, center_rewards_coefficient, norm)
+
+
+@torch.no_grad()
+def validation_loss(
+    policy: Policy, rows: Dataset[ComparedRow], keys: RewardModelKeys, stage: Stage
+) -> dict[str, float]:
+    """The objective and its metrics over all held-out pairs."""
+    policy.model.eval()
+    size, norm = keys.per_device_train_batch_size, Normalizer(tokens=0, sequences=len(rows))
+    metrics = StepMetrics()
+    for micro in for_rank([rows.rows[i : i + size] for i in range(0, len(rows), size)], stage.ranks):
+        terms = loss(policy, micro.rows, keys.center_rewards_coefficient, norm)
+        if not micro.idle:
+            metrics.add(terms.metrics)
+            metrics.add_share("loss", float(terms.loss))
+    return {f"eval_{name}": value for name, value in metrics.reduced(stage.ranks).items()}
+
+
+def _cut(data: Dataset[ComparedRow], pad_token_id: int) -> Dataset[ComparedRow]:
+    cut = [(up_to_reward(a, pad_token_id), up_to_reward(b, pad_token_id), margin) for a, b, margin in data.rows]
+    return replace(data, rows=cut)
+
+
+def _pair_cost(row: ComparedRow) -> float:
+    chosen, rejected, _ = row
+    return family_cost([len(chosen.ids), len(rejected.ids)], shared=common_prefix([chosen.ids, rejected.ids]))
+
+
+def _num_tokens(row: ComparedRow) -> int:
+    return len(row[0].ids) + len(row[1].ids)
