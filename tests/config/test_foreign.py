@@ -2,7 +2,7 @@ import dataclasses
 import re
 
 import pytest
-from trl import DPOConfig, GRPOConfig, ModelConfig, SFTConfig
+from trl import DPOConfig, GRPOConfig, ModelConfig, RewardConfig, SFTConfig
 
 from posttrain.config import load_stage
 from posttrain.config.foreign import CONVERTED_NAMES, CONVERTED_VALUES, NO_COUNTERPART, foreign_names, unknown_key
@@ -128,6 +128,7 @@ def test_a_refused_foreign_name_is_refused_once(write, line):
 OF_OTHER_TOOLS = {
     "sft": [field.name for config in (SFTConfig, ModelConfig) for field in dataclasses.fields(config)],
     "dpo": [field.name for config in (DPOConfig, ModelConfig) for field in dataclasses.fields(config)],
+    "reward_model": [field.name for config in (RewardConfig, ModelConfig) for field in dataclasses.fields(config)],
     "grpo": [field.name for config in (GRPOConfig, ModelConfig) for field in dataclasses.fields(config)],
 }
 NAMES_SEEN = [

@@ -137,7 +137,10 @@ def test_the_stage_comes_from_the_keys(tmp_path, line, kind):
 @pytest.mark.parametrize(
     ("line", "refusal"),
     [
-        ("reward_model: true", "reward_model: true: reward models are not trained here; train with Axolotl"),
+        (
+            "reward_model: true",
+            "reward_model: true: reward models are not imported; write a YAML for posttrain reward_model",
+        ),
         ("rl: ppo", "rl: ppo: no such method here; set rl: dpo"),
         (
             "processor_type: AutoProcessor",

@@ -21,9 +21,11 @@ _DPO_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco
 
 def stage(source: Mapping[str, Any]) -> Kind | Refusal:
     rl = source.get("rl")
-    if source.get("reward_model") or source.get("process_reward_model"):
-        key = "reward_model" if source.get("reward_model") else "process_reward_model"
-        return Refusal(key, "true: reward models are not trained here", OTHER)
+    if source.get("process_reward_model"):
+        return Refusal("process_reward_model", "true: process reward models are not trained here", OTHER)
+    if source.get("reward_model"):
+        how = "write a YAML for posttrain reward_model"
+        return Refusal("reward_model", "true: reward models are not imported", how)
     if is_off(rl):
         return "sft"
     if rl in _PREFERENCES:

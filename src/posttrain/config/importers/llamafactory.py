@@ -148,7 +148,7 @@ ROWS: dict[str, KeyFate] = {
     "ld_alpha": refused("lengths are not weighed (LD-DPO) here", "take it out"),
     "ref_model": refused("the reference is the model the stage starts from", "take it out"),
     **rows(left("it is read with ref_model only"), "ref_model_adapters", "ref_model_quantization_bit"),
-    "reward_model": refused("reward models are neither trained nor asked here", _OTHER),
+    "reward_model": refused("a model as reward is not asked here", _OTHER),
     **rows(left("it is read with reward_model only"), "reward_model_adapters", "reward_model_quantization_bit", "reward_model_type"),
     **rows(left("it is read with stage: ppo only"), "ppo_buffer_size", "ppo_epochs", "ppo_score_norm", "ppo_target", "ppo_whiten_rewards"),
     "warmup_steps": joint("warmup_steps"),
@@ -167,9 +167,11 @@ def stage(source: Mapping[str, Any]) -> Kind | Refusal:
     known: dict[str, Kind] = {"sft": "sft", "dpo": "dpo", "kto": "dpo"}
     if asked in known:
         return known[asked]
-    why = {"pt": "pre-training on running text", "rm": "reward models", "ppo": "PPO with a reward model"}.get(
-        asked, "it"
-    )
+    why = {
+        "pt": "pre-training on running text",
+        "rm": "the import of reward models",
+        "ppo": "PPO with a reward model",
+    }.get(asked, "it")
     return Refusal("stage", f"{asked}: {why} is not done here", f"set stage: sft, dpo or kto, or {_OTHER}")
 
 
