@@ -121,7 +121,7 @@ MISTAKES = [
     ("run longsplit.yaml", "gate.split: got a name of 300 characters", ""),
     ("sft same.yaml -q", "duplicate: 9 rows", "lint sft:"),
     ("data same.yaml", "fix the rows listed under lint", ""),
-    ("data sft.yaml --stage ppo", "expected one of sft, dpo, kto, grpo", ""),
+    ("data sft.yaml --stage ppo", "expected one of sft, dpo, kto, reward_model, grpo", ""),
     ("data pipeline.yaml --stage grpo", "pipeline.yaml has sft", ""),
     ("plan pipeline.yaml --device a1000", "expected this, or one of", ""),
     ("sft notokenizer.yaml -q", "tokenizer.json and tokenizer_config.json are not", "chat template"),
