@@ -6,6 +6,7 @@ The model is a transformers sequence-classification model with one label: `AutoM
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -36,7 +37,8 @@ def run(keys: RewardModelKeys, stage: Stage) -> StageResult:
     tokenizer = load_tokenizer(keys)
     data, held_out = load_with_held_out(load_comparisons, keys, tokenizer)
     stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
-    data, held_out = _cut(data, tokenizer.pad_token_id), held_out and _cut(held_out, tokenizer.pad_token_id)
+    pad: Any = tokenizer.pad_token_id
+    data, held_out = _cut(data, pad), held_out and _cut(held_out, pad)
     schedule = Schedule.of(data, keys, ranks, size=_num_tokens, cost=_pair_cost)
     policy = load_policy(keys, tokenizer=tokenizer, sharding=stage.sharding).without_dropout()
     optimizer = make_optimizer(policy, keys)
