@@ -131,6 +131,53 @@ def test_a_body_that_comes_byte_by_byte_is_not_waited_for(small):
         assert b" 408 " in said.split(b"\r\n")[0]
 
 
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+
+
+def connect(serving, timeout_s=10):
+    host, port = serving.address.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=timeout_s)
+
+
+@pytest.mark.parametrize("first", [b"", HEALTH + b"\r\n"], ids=["new", "kept"])
+def test_headers_that_come_byte_by_byte_are_not_waited_for(small, first):
+    stall_s = small.service.options.stall_s
+    with connect(small, stall_s / 8) as connection:
+        connection.sendall(first)
+        assert not first or b" 200 " in connection.recv(1000)
+        begun, is_open = time.monotonic(), True
+        while is_open and time.monotonic() - begun < 10 * stall_s:
+            with contextlib.suppress(TimeoutError):
+                try:
+                    connection.sendall(b"G")
+                    is_open = connection.recv(1000) != b""
+                except (ConnectionResetError, BrokenPipeError):
+                    is_open = False
+        assert not is_open and time.monotonic() - begun > stall_s / 2
+
+
+def test_a_connection_that_says_nothing_is_closed(small):
+    with connect(small) as connection:
+        assert connection.recv(1000) == b""
+
+
+def test_headers_without_end_are_refused(small):
+    with connect(small) as connection:
+        connection.sendall(HEALTH + b"X: " + b"x" * (1 << 17))
+        assert b" 400 " in connection.recv(1000)
+
+
+def test_who_is_one_connection_too_many_is_told_so_until_another_closes(running, folder, tmp_path):
+    with running(ServedNames([str(folder)], tmp_path, name="tiny"), max_connections=2) as serving:
+        with connect(serving), connect(serving):
+            answer = httpx.get(serving.address + "/health")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (429, "too_many_connections")
+            assert (answer.headers["retry-after"], answer.headers["connection"]) == ("1", "close")
+            with connect(serving, 5) as silent:
+                assert silent.recv(1000) == b"", "it does not hold its place for the patience of the others"
+        until(lambda: httpx.get(serving.address + "/health").status_code == 200)
+
+
 def test_too_many_at_once_are_told_when_to_come_back_and_the_others_are_answered(small):
     with http(small) as client:
         ask = lambda n: client.post("/v1/completions", json={**LONG, **NEVER, "max_tokens": 200, "seed": n})  # noqa: E731

@@ -48,6 +48,7 @@ def serve(
     engine_timeout_s: Annotated[
         float, typer.Option(min=1.0, help="Start vLLM anew if it says nothing so long.")
     ] = 60.0,
+    max_connections: Annotated[int, typer.Option(min=1, help="Connections open at once; more are told 429.")] = 1024,
 ) -> None:
     """Serve models to the openai client, curl and whatever speaks that API. A name follows its registry: promote while it runs."""
     _require()
@@ -59,6 +60,7 @@ def serve(
     options = ServeOptions(
         host, port, read_token(token_file), max_num_seqs, max_queue, max_model_len, kv_memory_gib, int(max_body_mib * (1 << 20)),
         max_loras, stall_s, drain_s, follow_s, engine, max_lora_rank, start_timeout_s, engine_timeout_s,
+        max_connections,
     )  # fmt: skip
     names = ServedNames(models, registry, base, dict(_named(entry) for entry in lora), name)
     quiet_libraries()

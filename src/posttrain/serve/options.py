@@ -27,7 +27,7 @@ class ServeOptions:
     max_body_bytes: int = 4 << 20
     max_loras: int = 8
     stall_s: float = 30.0
-    """A client that takes nothing for so long, or sends nothing of its body, is hung up on."""
+    """A client that takes nothing for so long, sends nothing of its body, or is not through with its headers, is hung up on."""
     drain_s: float = 30.0
     follow_s: float = 1.0
     engine: Literal["embedded", "vllm"] = "embedded"
@@ -36,6 +36,8 @@ class ServeOptions:
     start_timeout_s: float = 600.0
     engine_timeout_s: float = 60.0
     """An engine in a process of its own that says nothing for so long is started anew."""
+    max_connections: int = 1024
+    """Open at once, whether they ask or not."""
 
     @property
     def is_local(self) -> bool:

@@ -14,6 +14,7 @@ import uvicorn
 
 from posttrain.errors import ConfigError
 from posttrain.serve.app import make_app
+from posttrain.serve.connections import protocol_of
 from posttrain.serve.options import ServeOptions
 from posttrain.serve.router import Router
 from posttrain.serve.service import Service
@@ -47,7 +48,7 @@ async def _serve(options: ServeOptions, make_router: Callable[[], Router], ready
             await router.start()
             service = Service(options, router)
             config = uvicorn.Config(
-                make_app(service), log_config=None, access_log=False, lifespan="off", server_header=False,
+                make_app(service), http=protocol_of(options), ws="none", log_config=None, access_log=False, lifespan="off", server_header=False,
                 timeout_keep_alive=30, h11_max_incomplete_event_size=1 << 16, timeout_graceful_shutdown=5,
             )  # fmt: skip
             server = _DrainingServer(config, service)
