@@ -138,3 +138,18 @@ def test_what_it_cannot_do_is_refused_by_name(vllm):
     wide = {"module": (torch.zeros(9, 4), torch.zeros(4, 9))}
     with pytest.raises(ModelError, match="started for 8: --max-lora-rank 9"):
         asyncio.run(rows_of(vllm).load_adapter("wide", wide))
+
+
+def test_what_it_refuses_is_the_clients_mistake_and_not_asked_again(vllm, monkeypatch):
+    rows = rows_of(vllm)
+    before, of = rows.num_restarts, rows._of
+    monkeypatch.setattr(rows, "_of", lambda ids, adapter, sampling: of(ids, adapter, {**sampling, "top_p": 7}))
+    for stream in (False, True):
+        body = {"model": "base", "prompt": PROMPT, "stream": stream}
+        answer = httpx.post(f"{vllm.address}/v1/completions", json=body, timeout=60)
+        assert answer.status_code == 400 and "top_p" in answer.json()["error"]["message"], answer.text
+        assert "retry-after" not in answer.headers
+    echo = {"model": "base", "prompt": PROMPT, "max_tokens": 0, "echo": True}
+    assert httpx.post(f"{vllm.address}/v1/completions", json=echo, timeout=60).status_code == 200
+    monkeypatch.undo()
+    assert asked(vllm, model="base")["choices"][0]["text"] and rows.num_restarts == before

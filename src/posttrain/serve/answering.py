@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from posttrain.rollout.decoding import DecodingRow, Ends, Likeliest, Shaper
 from posttrain.rollout.sampling import request_seed, stop_test, uniforms
 from posttrain.serve.codec import ServedCodec
-from posttrain.serve.faults import ApiRefusal
+from posttrain.serve.faults import ApiRefusal, bad_request
 from posttrain.serve.loop import News
 from posttrain.serve.pool import Lease
 from posttrain.serve.text import AnswerText, Detokenizer, TextPiece
@@ -100,7 +100,7 @@ class Answering:
         try:
             while open_choices:
                 choice, news = await self._news.get()
-                if news.failure or news.finish == "aborted":
+                if news.failure or news.refusal or news.finish == "aborted":
                     raise _interrupted(news)
                 self.first_s = self.first_s or time.monotonic()
                 choice.finish = news.finish
@@ -119,6 +119,8 @@ class Answering:
 
 
 def _interrupted(news: News) -> ApiRefusal:
+    if news.refusal:
+        return bad_request(news.refusal)
     if news.finish == "aborted":
         return ApiRefusal(
             500, "the grammar allows no token of this tokenizer at this place", code="grammar_without_tokens"

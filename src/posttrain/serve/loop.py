@@ -32,16 +32,17 @@ _PREFILL_TOKENS = 2048
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """What came of a row since the last news: tokens, and how it ended. `failure` says why it will not go on."""
+    """What came of a row since the last news: tokens, and how it ended. `failure` says why it will not go on, `refusal` why it never will."""
 
     ids: tuple[int, ...] = ()
     likeliest: tuple[Likeliest, ...] = ()
     finish: Finish | None = None
     failure: str = ""
+    refusal: str = ""
 
     @property
     def is_last(self) -> bool:
-        return self.finish is not None or bool(self.failure)
+        return self.finish is not None or bool(self.failure or self.refusal)
 
 
 @dataclass(eq=False)

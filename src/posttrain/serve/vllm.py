@@ -72,7 +72,7 @@ class _Process:
         """Raises: EngineError where it refuses."""
         answer = await self.http.post(path, json=body)
         if answer.is_error:
-            raise EngineError(f"vLLM answered {answer.status_code}: {' '.join(answer.text.split())[:300]}")
+            raise _error(answer)
         return answer
 
     async def close(self) -> None:
@@ -131,6 +131,8 @@ class VLLMRows:
         try:
             while not await self._asked_of_a_live_one(row):
                 pass
+        except _RejectedError as error:
+            self._end(row, News(refusal=f"vLLM: {error}"))
         except (EngineError, httpx.HTTPError) as error:
             self._suspected.set()
             self._end(row, News(failure=f"vLLM: {error or type(error).__name__}"))
@@ -198,6 +200,8 @@ class VLLMRows:
         sampling = {"max_tokens": 1, "prompt_logprobs": num_top, "detokenize": False}
         try:
             answer = await (await self._process()).post(_GENERATE, self._of(ids, adapter, sampling))
+        except _RejectedError as error:
+            raise bad_request(f"vLLM: {error}") from error
         except (EngineError, httpx.HTTPError) as error:
             self._suspected.set()
             raise ApiRefusal(503, f"vLLM: {error}; ask again", code="interrupted", retry_after_s=1) from error
@@ -288,12 +292,22 @@ class VLLMRows:
                 return f"it does not answer ({type(error).__name__})"
 
 
+class _RejectedError(EngineError):
+    """It takes no such request, and would not take it again."""
+
+
+def _error(answer: httpx.Response) -> EngineError:
+    # Others of 4xx (its key, a model that it does not have) are no mistake of whoever asks us.
+    kind = _RejectedError if answer.status_code in (400, 413, 422) else EngineError
+    return kind(f"it answered {answer.status_code}: {' '.join(answer.text.split())[:300]}")
+
+
 async def _stream(process: _Process, body: Mapping[str, Any]) -> AsyncGenerator[Any]:
     """The choices of an answer's events. Raises: EngineError where one is an error."""
     async with process.http.stream("POST", _GENERATE, json=body) as answer:
         if answer.is_error:
-            said = (await answer.aread()).decode("utf-8", "replace")
-            raise EngineError(f"it answered {answer.status_code}: {' '.join(said.split())[:300]}")
+            await answer.aread()
+            raise _error(answer)
         async for line in answer.aiter_lines():
             if line.startswith("data: ") and line != "data: [DONE]":
                 event = json.loads(line[len("data: ") :])
