@@ -10,8 +10,10 @@ import fsspec
 import pytest
 
 from posttrain.errors import ConfigError, RegistryError
-from posttrain.files import canonical_json, digest_bytes, digest_json
+from posttrain.files import canonical_json, digest_bytes, digest_json, digest_tree
+from posttrain.gate import verdict_from_json
 from posttrain.registry import Registry
+from posttrain.registry.card import model_card
 from posttrain.registry.remote import Remote, pull_version, push_version
 
 
@@ -76,6 +78,47 @@ def test_a_version_that_was_pushed_before_it_was_promoted_is_pushed_again_with_i
     assert push_version(words, words.show("words", 2), Remote(url), "champion").num_copied == 1
     pulled, _ = pull_version(other, "words@champion", Remote(url))
     assert len(other.records("words", pulled.version, "verdict")) == 1
+
+
+def test_a_pulled_version_has_the_verdict_that_it_was_registered_with(
+    registry, other, url, model, lineage, passing, base
+):
+    entry = registry.register("words", model("a"), lineage(model("a")), passing(digest_tree(model("a")), base))
+    push_version(registry, entry, Remote(url))
+    pulled, _ = pull_version(other, "words@1", Remote(url))
+    said = other.verdict_record("words", pulled.version)
+    assert said == registry.verdict_record("words", 1)
+    assert "as measured" in model_card(other, "words", pulled.version)
+    other.promote("words", pulled.version, "champion", verdict_from_json(said))
+    other.rows.check_log()
+
+
+def test_a_pull_leaves_the_verdict_that_a_version_has_here(registry, other, url, model, lineage, passing, base):
+    digest = digest_tree(model("a"))
+    push_version(
+        registry, registry.register("words", model("a"), lineage(model("a")), passing(digest, base)), Remote(url)
+    )
+    mine = passing(digest, digest_bytes(b"another baseline"))
+    other.register("words", model("a"), lineage(model("a")), mine)
+    pull_version(other, "words@1", Remote(url))
+    assert other.verdict_record("words", 1) == mine.to_json()
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_a_verdict_of_another_model_is_not_taken_from_a_remote(words, other, tmp_path, passing, base, is_kept):
+    """`words` has a verdict on words@1 among its objects; the record of words@2 claims it."""
+    entry, foreign = words.show("words", 2), passing(words.show("words", 1).digest, base).digest
+    push_version(words, entry, Remote(str(tmp_path / "remote")))
+    push_version(words, words.show("words", 1), Remote(str(tmp_path / "remote")))
+    path = tmp_path / "remote" / "versions" / "words" / "2" / "1.json"
+    record = json.loads(path.read_text())
+    del record["seal"]
+    record["verdict"] = foreign
+    record["objects"] += [["verdict", "file", foreign]] if is_kept else []
+    path.write_text(canonical_json(record | {"seal": digest_json(record)}))
+    with pytest.raises(RegistryError, match="its verdict is about" if is_kept else "is not among its objects"):
+        pull_version(other, "words@2", Remote(str(tmp_path / "remote")))
+    assert other.entries() == []
 
 
 def test_nothing_there_is_overwritten(words, other, url, model, lineage):

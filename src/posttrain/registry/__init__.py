@@ -5,7 +5,8 @@ Knows nothing of how a verdict was reached, only what it is about.
 
 from posttrain.registry.audit import Event
 from posttrain.registry.manifest import Manifest, check_chain, environment_pins
-from posttrain.registry.registry import Registry, Verification
+from posttrain.registry.reader import Verification
+from posttrain.registry.registry import Registry
 from posttrain.registry.store import ContentStore
 
 __all__ = [

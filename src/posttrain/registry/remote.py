@@ -22,6 +22,8 @@ from posttrain.uris import refuse_secret
 _CHUNK_BYTES = 1 << 20
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _SEAL = "seal"
+_VERDICT = "verdict"
+"""Digest of the verdict that a version was registered with; a record without the key names none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,7 @@ def push_version(registry: Registry, entry: RegistryEntry, remote: Remote, alias
         if (got := remote.digest(path)) != digest:
             raise RegistryError(f"{remote.url}: {digest} arrived as {got}; push again")
         copied += 1
-    _note_version(remote, entry, objects)
+    _note_version(remote, entry, objects, registry.rows.verdict(entry.name, entry.version))
     if alias:
         _move_alias(registry, entry, remote, alias)
     return Copied(ref, copied, len(digests) - copied)
@@ -147,13 +149,19 @@ def _contents(registry: Registry, objects: list[tuple[str, str, str]]) -> set[st
     return {digest for _, _, digest in objects}.union(*(registry.store.tree(digest).values() for digest in trees))
 
 
-def _note_version(remote: Remote, entry: RegistryEntry, objects: list[tuple[str, str, str]]) -> None:
+def _note_version(
+    remote: Remote, entry: RegistryEntry, objects: list[tuple[str, str, str]], verdict: str | None
+) -> None:
     """Create the version's record there; one more where it has evidence by now that the last record lacks."""
     place = ("versions", entry.name, str(entry.version))
     history = remote.history(*place)
     same = {"name": entry.name, "version": entry.version, "digest": entry.digest, "manifest": entry.manifest}
     known: list[list[str]] = history[-1]["objects"] if history else []
-    record = same | {"objects": known + [list(row) for row in objects if list(row) not in known]}
+    said = history[-1].get(_VERDICT) if history else None
+    record = same | {
+        "objects": known + [list(row) for row in objects if list(row) not in known],
+        _VERDICT: verdict if said is None else said,  # the first one stays, so that two registries do not take turns
+    }
     if history and record == history[-1]:
         return
     is_other = bool(history) and any(history[-1][key] != value for key, value in same.items())
@@ -200,7 +208,9 @@ def pull_version(
         raise RegistryError(f"{remote.url} has no {ref}; push it there first")
     record = records[-1]
     objects = [(str(role), str(kind), str(digest)) for role, kind, digest in record["objects"]]
-    _refuse_strange([record["digest"], record["manifest"], *(digest for _, _, digest in objects)], remote)
+    verdict = record.get(_VERDICT)
+    said = [] if verdict is None else [verdict]
+    _refuse_strange([record["digest"], record["manifest"], *said, *(digest for _, _, digest in objects)], remote)
     with registry.store.adding():
         count = {True: 0, False: 0}
         for _, kind, digest in objects:
@@ -210,7 +220,7 @@ def pull_version(
             _refuse_strange(list(files.values()), remote)
             for content in files.values():
                 count[_fetch(registry, remote, content)] += 1
-        entry = registry.adopt(name, record["digest"], record["manifest"], objects, actor)
+        entry = registry.adopt(name, record["digest"], record["manifest"], objects, verdict, actor)
     registry.verify(entry.name, entry.version)
     return entry, Copied(f"{entry.name}@{entry.version}", count[True], count[False])
 

@@ -109,8 +109,9 @@ class Rows:
         return self._db.execute("INSERT OR IGNORE INTO objects VALUES (?, ?, ?, ?, ?)", values).rowcount > 0
 
     def all_objects(self) -> list[tuple[str, str, str]]:
-        """Role, kind and digest of what any version keeps."""
-        rows = self._db.execute("SELECT DISTINCT role, kind, digest FROM objects").fetchall()
+        """Role, kind and digest of what any version keeps, in the order in which they came."""
+        query = "SELECT role, kind, digest FROM objects GROUP BY role, kind, digest ORDER BY min(rowid)"
+        rows = self._db.execute(query).fetchall()
         return [(row["role"], row["kind"], row["digest"]) for row in rows]
 
     def objects(self, name: str, version: int) -> list[tuple[str, str, str]]:
@@ -119,6 +120,23 @@ class Rows:
         return [
             (row["role"], row["kind"], row["digest"]) for row in self._db.execute(query, (name, version)).fetchall()
         ]
+
+    def verdict(self, name: str, version: int) -> str | None:
+        """Digest of the verdict that a version was registered with."""
+        query = "SELECT verdict FROM versions WHERE (name, version) = (?, ?)"
+        row = self._db.execute(query, (name, version)).fetchone()
+        return None if row is None else row["verdict"]
+
+    def set_verdict(self, name: str, version: int, digest: str) -> None:
+        self._db.execute("UPDATE versions SET verdict = ? WHERE (name, version) = (?, ?)", (digest, name, version))
+
+    def manifests(self) -> dict[tuple[str, int], list[str]]:
+        """Name and version → the digests of the manifests that it keeps, first stage to last."""
+        query = "SELECT name, version, digest FROM objects WHERE role = 'manifest' ORDER BY rowid"
+        found: dict[tuple[str, int], list[str]] = {}
+        for row in self._db.execute(query).fetchall():
+            found.setdefault((row["name"], row["version"]), []).append(row["digest"])
+        return found
 
     def that_take(self, made: Collection[str], store: ContentStore, *, but: tuple[str, int]) -> list[str]:
         """The other versions whose lineage takes one of these digests as an input."""
