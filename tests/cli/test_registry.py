@@ -149,3 +149,21 @@ def test_remove_and_gc_say_what_goes_and_what_stays(run, gated):
         assert "3 objects (0.0 MiB)" in said and "kept: versions name them" in said
         assert len(list((gated / "registry" / "models").iterdir())) == there
     run("verify", "words@1")
+
+
+def test_a_version_is_pushed_and_pulled_with_its_verdict(run, gated):
+    run("promote", "words@1")
+    said = run("push", "words@1", "store", "--alias", "champion")
+    assert "words@1 is at store: 4 objects copied, 0 were there" in said
+    assert "words@1 of store is words@1: 0 objects copied, 4 were here" in run("pull", "words@1", "store")
+    said = run("pull", "words@champion", "store", "--registry", "elsewhere")
+    assert "words@champion of store is words@1: 4 objects copied, 0 were here" in said
+    assert "gate  PASS" in run("show", "words@1", "--registry", "elsewhere")
+    assert "[champion]" in run("promote", "words@1", "--registry", "elsewhere")
+
+
+def test_what_a_remote_lacks_and_an_alias_that_is_not_held_are_said(run, gated):
+    with pytest.raises(RegistryError, match="does not hold champion here"):
+        run("push", "words@1", "store", "--alias", "champion")
+    with pytest.raises(RegistryError, match="store has no words@7; push it there first"):
+        run("pull", "words@7", "store")

@@ -94,7 +94,7 @@ def _scores(
 
 def _note(registry: Path, version: str, key: str, digest: str) -> None:
     """The registry's word of it: a tag of the version, with its event."""
-    from posttrain.cli.registry import open_registry
+    from posttrain.cli.registry_folder import open_registry
 
     name, _, number = version.rpartition("@")
     with open_registry(registry) as book:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from posttrain.cli.json_output import AsJson, echo_json
+from posttrain.cli.registry_folder import DEFAULT, Folder, Ref, entry_line, open_registry
+from posttrain.cli.registry_history import compare_versions, show_tree, show_trend
 from posttrain.errors import RegistryError
 
 if TYPE_CHECKING:
@@ -19,19 +19,20 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="registry", help="Versions, lineage and promotion.", no_args_is_help=True)
 
-Folder = Annotated[Path, typer.Option("--registry", help="Folder of the registry.")]
-Ref = Annotated[str, typer.Argument(metavar="REF", help="NAME@VERSION, NAME@ALIAS or alias:ALIAS.")]
 Alias = Annotated[str, typer.Option(help="Alias to move.")]
 Url = Annotated[str, typer.Argument(metavar="URL", help="A folder, or a URL of fsspec: s3://BUCKET/PATH.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
-_DEFAULT = Path("registry")
 EXIT_WAITING = 75
+
+app.command("tree")(show_tree)
+app.command("trend")(show_trend)
+app.command("compare")(compare_versions)
 
 
 @app.command("list")
 def list_(
     name: Annotated[str | None, typer.Argument(help="Only this model.")] = None,
-    registry: Folder = _DEFAULT,
+    registry: Folder = DEFAULT,
     as_json: AsJson = False,
 ) -> None:
     """One line per version."""
@@ -41,13 +42,13 @@ def list_(
             echo_json([version_record(entry) for entry in entries])
             return
         for entry in entries:
-            typer.echo(_line(entry))
+            typer.echo(entry_line(entry))
 
 
 @app.command()
 def show(
     ref: Ref,
-    registry: Folder = _DEFAULT,
+    registry: Folder = DEFAULT,
     card: Annotated[bool, typer.Option("--card", help="Print the model card.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -62,7 +63,7 @@ def show(
         if as_json:
             echo_json(version_history(book, entry))
             return
-        typer.echo(f"{_line(entry)}\n  path  {entry.path}")
+        typer.echo(f"{entry_line(entry)}\n  path  {entry.path}")
         if (adapter := book.adapter(entry.name, entry.version)) is not None:
             base = book.chain(entry.name, entry.version)[0].inputs["model"]
             typer.echo(f"  adapter_total  {adapter}  (PEFT loads it onto the base {base})")
@@ -78,7 +79,7 @@ def show(
 
 
 @app.command()
-def verify(ref: Ref, registry: Folder = _DEFAULT, as_json: AsJson = False) -> None:
+def verify(ref: Ref, registry: Folder = DEFAULT, as_json: AsJson = False) -> None:
     """Walk the manifests and check every stored byte, offline."""
     with open_registry(registry, for_reading=True) as book:
         entry = book.find(ref)
@@ -99,7 +100,7 @@ def promote(
         Path | None, typer.Option(help="Folder of `posttrain gate --out`; else the registered one.")
     ] = None,
     expected_epoch: Annotated[int | None, typer.Option(help="Refuse if the alias has moved since.")] = None,
-    registry: Folder = _DEFAULT,
+    registry: Folder = DEFAULT,
 ) -> None:
     """Give an alias to a version that passed its gate against the present holder."""
     from posttrain.evidence import Decision
@@ -116,7 +117,7 @@ def promote(
         said = book.chain(entry.name, entry.version)[-1].details.get("decision")
         decision = Decision(**said) if said and said["verdict_digest"] == judged.digest else None
         done = book.promote(entry.name, entry.version, alias, judged, expected_epoch, decision=decision)
-        typer.echo(_line(done))
+        typer.echo(entry_line(done))
 
 
 @app.command()
@@ -124,29 +125,29 @@ def rollback(
     name: Annotated[str, typer.Argument(help="Name of the model.")],
     reason: Annotated[str, typer.Option(help="Why; it becomes the hold on the version taken down.")],
     alias: Alias = "champion",
-    registry: Folder = _DEFAULT,
+    registry: Folder = DEFAULT,
 ) -> None:
     """Give the alias back to its previous holder, and put the present one on hold."""
     with open_registry(registry) as book:
-        typer.echo(_line(book.rollback(name, alias, reason)))
+        typer.echo(entry_line(book.rollback(name, alias, reason)))
 
 
 @app.command()
-def hold(ref: Ref, reason: Annotated[str, typer.Option(help="Why.")], registry: Folder = _DEFAULT) -> None:
+def hold(ref: Ref, reason: Annotated[str, typer.Option(help="Why.")], registry: Folder = DEFAULT) -> None:
     """Keep a version from being promoted."""
     with open_registry(registry) as book:
         entry = book.find(ref)
         book.tag(entry.name, entry.version, "hold", reason)
-        typer.echo(_line(book.show(entry.name, entry.version)))
+        typer.echo(entry_line(book.show(entry.name, entry.version)))
 
 
 @app.command()
-def release(ref: Ref, registry: Folder = _DEFAULT) -> None:
+def release(ref: Ref, registry: Folder = DEFAULT) -> None:
     """Take the hold off a version."""
     with open_registry(registry) as book:
         entry = book.find(ref)
         book.untag(entry.name, entry.version, "hold")
-        typer.echo(_line(book.show(entry.name, entry.version)))
+        typer.echo(entry_line(book.show(entry.name, entry.version)))
 
 
 @app.command()
@@ -157,7 +158,7 @@ def log(
     by: Annotated[str, typer.Option(help="Only what this actor did.")] = "",
     kind: Annotated[str, typer.Option(help="Only these acts: register, promote, rollback, tag, look, remove …")] = "",
     head: Annotated[str, typer.Option(metavar="SEAL", help="A seal noted earlier that must still be in the log.")] = "",
-    registry: Folder = _DEFAULT,
+    registry: Folder = DEFAULT,
     as_json: AsJson = False,
 ) -> None:
     """What was done, when and by whom. The whole log is checked each time; exit code 64 if it is not as it was written."""
@@ -180,7 +181,7 @@ def remove(
     refs: Annotated[list[str], typer.Argument(metavar="REF...", help="NAME@VERSION; may be repeated.")],
     reason: Annotated[str, typer.Option(help="Why; it stays in the log.")],
     dry_run: DryRun = False,
-    registry: Folder = _DEFAULT,
+    registry: Folder = DEFAULT,
 ) -> None:
     """Take versions out. Refused while an alias, another version's lineage, a running pipeline or a reproduction needs one."""
     from posttrain.registry import upkeep
@@ -194,7 +195,7 @@ def remove(
 
 
 @app.command()
-def gc(dry_run: DryRun = False, registry: Folder = _DEFAULT, as_json: AsJson = False) -> None:
+def gc(dry_run: DryRun = False, registry: Folder = DEFAULT, as_json: AsJson = False) -> None:
     """Delete the files that no version needs."""
     from posttrain.files import size_text
     from posttrain.registry import upkeep
@@ -218,7 +219,7 @@ def push(
     ref: Ref,
     url: Url,
     alias: Annotated[str, typer.Option(help="Move this alias there too; the version must hold it here.")] = "",
-    registry: Folder = _DEFAULT,
+    registry: Folder = DEFAULT,
 ) -> None:
     """Copy a version to another folder or object store, verified at both ends. Killed half-way, push again."""
     from posttrain.registry.remote import Remote, push_version
@@ -232,7 +233,7 @@ def push(
 def pull(
     ref: Annotated[str, typer.Argument(metavar="REF", help="NAME@VERSION or NAME@ALIAS there.")],
     url: Url,
-    registry: Folder = _DEFAULT,
+    registry: Folder = DEFAULT,
 ) -> None:
     """Copy a version from another folder or object store. It becomes the next version here; no alias moves."""
     from posttrain.registry import Registry
@@ -249,7 +250,7 @@ def pull(
 @app.command()
 def mirror(
     uri: Annotated[str, typer.Argument(help="An MLflow registry: a server's URL, or sqlite:///file.db.")],
-    registry: Folder = _DEFAULT,
+    registry: Folder = DEFAULT,
 ) -> None:
     """Send to MLflow what has not been sent yet. Exit code 75 while events wait."""
     from posttrain.registry.mirror import MlflowMirror, deliver
@@ -261,22 +262,6 @@ def mirror(
     typer.echo(f"{done.sent} events sent" + (f"; {done.pending} wait: {done.error}" if done.pending else ""))
     if done.pending:
         raise typer.Exit(EXIT_WAITING)
-
-
-@contextmanager
-def open_registry(folder: Path, *, for_reading: bool = False) -> Iterator[Registry]:
-    """Raises: RegistryError where there is none; and, unless `for_reading`, where it cannot be written."""
-    from posttrain.registry import Registry
-
-    if not (folder / "registry.sqlite").exists() and not (folder / "objects").exists():
-        raise RegistryError(
-            f"{folder}: got no registry here; name its folder with --registry, or register a model first"
-        )
-    book = Registry(folder, for_reading=for_reading)
-    try:
-        yield book
-    finally:
-        book.close()
 
 
 def _moment(text: str) -> str:
@@ -292,12 +277,6 @@ def _moment(text: str) -> str:
 
 def _details(event: Event) -> str:
     return ", ".join(f"{key} {value}" for key, value in event.details.items())
-
-
-def _line(entry: RegistryEntry) -> str:
-    aliases = f"  [{', '.join(entry.aliases)}]" if entry.aliases else ""
-    tags = "".join(f"  {key}: {value}" for key, value in entry.tags.items())
-    return f"{entry.name}@{entry.version}  {entry.digest}{aliases}{tags}"
 
 
 def version_record(entry: RegistryEntry) -> dict[str, Any]:

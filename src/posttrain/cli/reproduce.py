@@ -27,7 +27,7 @@ def reproduce(
     out: Annotated[Path | None, typer.Option(help="Scratch folder to keep; default: one that is removed.")] = None,
 ) -> None:
     """Repeat a registered version. Exit code: 0 the same, 1 something differs, 2 something is missing to say so."""
-    from posttrain.cli.registry import open_registry
+    from posttrain.cli.registry_folder import open_registry
     from posttrain.errors import ConfigError
 
     if out is not None and out.exists() and any(out.iterdir()):
