@@ -181,10 +181,11 @@ def _watch_statements(reach: Callable[[str, str], None]) -> None:
 
     def watched(path: Any, *args: Any, **kwargs: Any) -> sqlite3.Connection:
         db = connect(path, *args, **kwargs)
+        name = db.execute("PRAGMA database_list").fetchone()[2]  # the path given may be a URI
 
         def trace(sql: str) -> None:
             if found := _CHANGING_SQL.match(sql):
-                reach(found.group(), os.path.abspath(path))
+                reach(found.group(), name)
 
         db.set_trace_callback(trace)
         return db
