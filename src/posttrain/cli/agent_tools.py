@@ -64,7 +64,8 @@ class ReadTools:
         registry: RegistryPath = "registry",
     ) -> Any:  # fmt: skip
         """Registered versions with aliases and tags; of one version also its lineage, verdict and events."""
-        from posttrain.cli.registry import open_registry, version_history, version_record
+        from posttrain.cli.registry import version_history, version_record
+        from posttrain.cli.registry_folder import open_registry
 
         with open_registry(self.place.inside(registry), for_reading=True) as book:
             return version_history(book, book.find(ref)) if ref else [version_record(one) for one in book.entries(None)]

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from posttrain.registry.family import Relative
     from posttrain.report.intervals import Interval
 
-Name = Annotated[str, typer.Argument(help="Name of the model.")]
-Split = Annotated[str, typer.Option(help="Split of the reports.")]
+ModelName = Annotated[str, typer.Argument(help="Name of the model.")]
+OnSplit = Annotated[str, typer.Option(help="Split of the reports.")]
 MARGIN = 0.05
 
 
-def show_tree(name: Name, registry: Folder = DEFAULT, as_json: AsJson = False) -> None:
+def show_tree(name: ModelName, registry: Folder = DEFAULT, as_json: AsJson = False) -> None:
     """Which version came from which: parents and descendants, also of other names."""
     from posttrain.registry.family import family_of_versions
 
@@ -67,9 +67,9 @@ class _Point:
 
 
 def show_trend(
-    name: Name,
+    name: ModelName,
     suite: Annotated[str, typer.Option(help="Suite to follow.")],
-    split: Split = "gate",
+    split: OnSplit = "gate",
     registry: Folder = DEFAULT,
     as_json: AsJson = False,
 ) -> None:
@@ -117,7 +117,7 @@ def compare_versions(
     baseline: Ref,
     suite: Annotated[list[str] | None, typer.Option(help="Only this suite; may be repeated.")] = None,
     margin: Annotated[float, typer.Option(help="Loss on a suite that still counts as not worse.")] = MARGIN,
-    split: Split = "gate",
+    split: OnSplit = "gate",
     registry: Folder = DEFAULT,
     as_json: AsJson = False,
 ) -> None:
