@@ -24,7 +24,7 @@ def import_(
         str | None,
         typer.Option(help="axolotl, llamafactory, trl, accelerate or deepspeed; found from the keys if left out."),
     ] = None,
-    stage: Annotated[str | None, typer.Option(help="sft, dpo or grpo, where the file does not say it.")] = None,
+    stage: Annotated[str | None, typer.Option(help="The stage, such as sft, where the file does not say it.")] = None,
 ) -> None:
     """Write another tool's configuration as ours. Exit code 64 if a key changes what is learned and cannot be had here."""
     from posttrain.config.importers.convert import import_file

@@ -66,9 +66,9 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     policy = load_policy(keys, tokenizer=tokenizer, sharding=stage.sharding, exact=keys.rollout.exact).without_dropout()
     if keys.beta:
         freeze_reference(policy)
-    source = EngineSource(keys, policy)
+    samples_for = EngineSource(keys, policy)
     engine = stage.until_done(
-        make_engine(source, keys=keys.rollout, rows=keys.rollout_batch_size, folder=stage.folder, ranks=ranks)
+        make_engine(samples_for, keys=keys.rollout, rows=keys.rollout_batch_size, folder=stage.folder, ranks=ranks)
     )
     suite = SuiteScore.of(policy, keys, engine)
     optimizer = make_optimizer(policy, keys)
