@@ -196,7 +196,7 @@ def complete(words):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("posttrain re", ["rewards", "reproduce", "registry", "report"]),
+        ("posttrain re", ["reward_model", "rewards", "reproduce", "registry", "report"]),
         ("posttrain sft --on", ["--on-change"]),
         ("posttrain registry l", ["list", "log"]),
         ("posttrain sft x.yaml --on-change re", ["refuse", "rerun"]),

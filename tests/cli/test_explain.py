@@ -9,7 +9,10 @@ runner = CliRunner()
 @pytest.mark.parametrize(
     ("key", "expected"),
     [
-        ("learning_rate", ["Peak learning rate.", "2e-5 (sft), 1e-6 (dpo), 1e-6 (grpo)", "a number (> 0)", "lr"]),
+        (
+            "learning_rate",
+            ["Peak learning rate.", "2e-5 (sft), 1e-6 (dpo), 1e-5 (reward_model), 1e-6 (grpo)", "a number (> 0)", "lr"],
+        ),
         ("cutoff_len", ["sequence_len", "asked as cutoff_len", "LLaMA-Factory", "2048"]),
         ("gate.alpha", ["0.05", "gate"]),
         ("num_generations", ["Completions per prompt (G).", "grpo", "8"]),

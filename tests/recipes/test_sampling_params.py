@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from posttrain.recipes import grpo
+from posttrain.recipes import grpo, source
 from posttrain.recipes.certify import certify
 from posttrain.recipes.engines import greedy, sampling_params
 from posttrain.rollout.embedded import EmbeddedEngine
@@ -24,11 +24,12 @@ def asked(monkeypatch):
         return generate(engine, requests, params)
 
     monkeypatch.setattr(EmbeddedEngine, "generate", recording)
-    monkeypatch.setattr(
-        grpo,
-        "sync_engine",
-        lambda engine, policy, version: {"sync/moved_bytes": float(engine.update(policy, version).num_bytes)},
-    )
+    for module in (grpo, source):
+        monkeypatch.setattr(
+            module,
+            "sync_engine",
+            lambda engine, policy, version: {"sync/moved_bytes": float(engine.update(policy, version).num_bytes)},
+        )
     return seen
 
 

@@ -20,6 +20,9 @@ CONDITIONAL = {
     "reward_check/false_pass_rate": "the rewards look at an answer, and reward_check_steps is reached",
     "reward_check/canary_paid_rate": "as above",
     "reward_check/canary_reward": "as above",
+    "sampling/staleness/mean": "groups are made ahead",
+    "time/engine_idle": "as above",
+    "time/trainer_idle": "as above",
 }
 """Metric → when it is logged; every other one is there in the plainest run."""
 
@@ -94,7 +97,11 @@ def test_the_plainest_run_logs_what_is_not_conditional(kind, train):
 
 @pytest.mark.parametrize(
     ("kind", "file", "options"),
-    [("sft", "dev-sft", {}), ("dpo", "dev-pairs", {}), ("grpo", "dev-prompts", {"beta": 0.1, "num_iterations": 2})],
+    [
+        ("sft", "dev-sft", {}),
+        ("dpo", "dev-pairs", {}),
+        ("grpo", "dev-prompts", {"beta": 0.1, "num_iterations": 2, "rollout": {"max_staleness": 1}}),
+    ],
 )
 def test_with_all_conditions_met_every_rule_can_fire(kind, file, options, train, data_dir, suite):
     folder = train(
@@ -184,10 +191,10 @@ def test_a_run_whose_weights_do_not_arrive_at_the_engine_stops(train, stale_engi
 
 
 def test_weights_that_drift_below_what_the_canary_sees_show_as_a_mismatch(train, stale_engine, monkeypatch):
-    from posttrain.recipes import grpo
+    from posttrain.recipes import source
 
     monkeypatch.setattr(
-        grpo,
+        source,
         "sync_engine",
         lambda engine, policy, version: {"sync/moved_bytes": float(engine.update(policy, version).num_bytes)},
     )

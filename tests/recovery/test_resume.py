@@ -51,6 +51,8 @@ VARIANTS = together(
     scale_rewards=list(choices("grpo", "scale_rewards")),
     importance_sampling_level=list(choices("grpo", "importance_sampling_level")),
     lr_scheduler_type=list(choices("grpo", "lr_scheduler_type")),
+    warmup_type=list(choices("grpo", "warmup_type")),
+    warmup_steps=[1],
 )
 TWO_REWARDS = {"reward_funcs": ["spread", "last_digit"], "reward_weights": [1.0, 0.5], "beta": 0.1}
 ROWS = {

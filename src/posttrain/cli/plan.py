@@ -220,11 +220,11 @@ def _forecast(shape: Any, kind: str, keys: Any, target: Target, tokens: int, mea
 
 
 def _metrics(run: Path) -> list[dict[str, float]]:
-    import json
+    from posttrain.tracking.jsonl import read_jsonl
 
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise ConfigError(
             f"--measured {run}: got no metrics.jsonl there, expected the folder of a finished stage, such as runs/first"
         )
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return read_jsonl(path)

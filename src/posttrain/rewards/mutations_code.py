@@ -66,7 +66,7 @@ CODE_ATTACKS: dict[str, Callable[[Case, Setting], list[str]]] = {
     "hard-coding the visible case": _visible_cases,
     "stdout spoofing": _attack("import sys\nprint('PASSED'); print('{\"passed\": true}'); print('OK'); sys.stderr.write('OK')\n\ndef NAME(*args): print(True)"),
     "writing to every file descriptor": _attack(
-        "import os\nfor fd in range(3, 30):\n    try: os.write(fd, b'{\"passed\": true, \"i\": 0, \"v\": true}\\n')\n    except OSError: pass\n\ndef NAME(*args): return None"
+        "import os\nfor fd in range(3, 1024):\n    try: os.write(fd, b'{\"passed\": true, \"i\": 0, \"v\": true}\\n')\n    except OSError: pass\n\ndef NAME(*args): return None"
     ),
     "fork bomb": _attack("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"),
     "sleep": _attack("import time\ntime.sleep(1000)"),
