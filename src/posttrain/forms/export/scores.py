@@ -17,6 +17,10 @@ from posttrain.recipes.evaluate import evaluate
 from posttrain.registry.registry import Registry
 
 
+_DISCORDANCE = 0.05
+"""Share of the items on which a form and its source are expected to differ: what the number of items is planned with, not what is tested."""
+
+
 @dataclass(frozen=True, slots=True)
 class FormScores:
     """What is asked, and what must hold. Without a spec each suite may lose less than `margin`."""
@@ -27,7 +31,8 @@ class FormScores:
 
     @property
     def gate(self) -> GateSpec:
-        return self.spec or GateSpec(guards=tuple(Guard(suite.name, self.margin) for suite, _ in self.suites))
+        guards = tuple(Guard(suite.name, self.margin, _DISCORDANCE) for suite, _ in self.suites)
+        return self.spec or GateSpec(guards=guards)
 
     def check_enough(self) -> None:
         """Raises: GateError naming how many items are missing, before anything is written."""
