@@ -16,7 +16,6 @@ from posttrain.gate.spec import GateSpec, Guard
 from posttrain.recipes.evaluate import evaluate
 from posttrain.registry.registry import Registry
 
-
 _DISCORDANCE = 0.05
 """Share of the items on which a form and its source are expected to differ: what the number of items is planned with, not what is tested."""
 
