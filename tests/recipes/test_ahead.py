@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -14,14 +15,28 @@ from posttrain.recipes.rollback import read_rollbacks
 AHEAD = {"max_steps": 6, "num_prompts_per_step": 2, "save_steps": 1, "save_total_limit": 9}
 
 
-def batches(folder):
+def events(folder, kind):
+    """Those on record, in order."""
     lines = [json.loads(line) for path in sorted((folder / "rollouts").glob("*.jsonl")) for line in path.open()]
-    return [line["batched"][1] for line in lines if "batched" in line]
+    return [line for line in lines if kind in line]
+
+
+def batches(folder):
+    return [line["batched"][1] for line in events(folder, "batched")]
+
+
+def versions(folder):
+    """Oldest and newest weights that a token of each group is of."""
+    found = {
+        line["arrived"][0]: [v for r in line["rollouts"] for v in (r["completion"]["policy_version"], *r["completion"]["policy_versions"])]
+        for line in events(folder, "arrived")
+    }  # fmt: skip
+    return {number: (min(of), max(of)) for number, of in found.items()}
 
 
 def trained(folder):
-    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    return [event["prompts"] for event in events if event["kind"] == "rollouts"]
+    told = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [event["prompts"] for event in told if event["kind"] == "rollouts"]
 
 
 def same_weights(runner, one, other):
@@ -48,6 +63,29 @@ def test_no_token_is_older_than_the_bound_and_every_prompt_is_trained_once(train
     assert len(numbers) == len(set(numbers)) == 12
     issued = [number for step in trained(folder) for number in step["issued"]]
     assert issued == list(range(len(issued)))
+
+
+def test_a_group_let_go_of_while_the_trainer_trains_is_replaced_within_the_bound(train, runner, tmp_path, monkeypatch):
+    """The next batch's weights are not there yet: what is asked meanwhile is of the weights of the batch before."""
+    original, folder = grpo.loss, tmp_path / "slow"
+
+    def when_all_has_arrived(*args, **options):
+        deadline = time.monotonic() + 20
+        while len(events(folder, "issued")) > len(events(folder, "arrived")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return original(*args, **options)
+
+    monkeypatch.setattr(grpo, "loss", when_all_has_arrived)
+    train(
+        "grpo", name="slow", rollout={"max_staleness": 2}, dynamic_sampling=True, reward_funcs=["last_digit"],
+        **{**AHEAD, "max_steps": 4},
+    )  # fmt: skip
+    asked, sampled = dict(line["issued"] for line in events(folder, "issued")), versions(folder)
+    assert len(events(folder, "dropped")) > 0
+    assert {n: (asked[n], oldest) for n, (oldest, _) in sampled.items() if oldest < asked[n]} == {}
+    for generation, numbers in enumerate(batches(folder)):
+        assert all(generation - 2 <= sampled[n][0] and sampled[n][1] <= generation for n in numbers)
+    assert all(row["sampling/staleness/max"] <= 2 for row in runner.rows(folder))
 
 
 def test_a_run_that_goes_on_from_an_older_checkpoint_replays_the_record(train, runner, tmp_path):

@@ -20,17 +20,20 @@ def rollouts(number, version=0):
     return (Rollout(completion, f"é{number}", RewardBreakdown(0.1 * number, {"right": 0.1 * number, "form": None})),)
 
 
-def moves(ledger):
-    state, made = ledger.admission, ledger.admission.next_batch()
-    found = [("issue", state.next_number)] * state.has_room() + [("arrive", n) for n in state.pending]
+def moves(ledger, weights=None):
+    """What may come next; the engine has the weights of the next batch where they are not said."""
+    state, weights = ledger.admission, ledger.admission.version if weights is None else weights
+    made = state.next_batch() if weights == state.version else None
+    found = [("issue", state.next_number)] * state.has_room(weights) + [("arrive", n) for n in state.pending]
     return found + [("drop", n) for n in state.arrived[:1]] + ([("batch", made)] if made else [])
 
 
-def move(ledger, what, of):
+def move(ledger, what, of, weights=None):
+    weights = ledger.admission.version if weights is None else weights
     if what == "issue":
-        ledger.write(Issued(of, ledger.admission.version))
+        ledger.write(Issued(of, weights))
     elif what == "arrive":
-        ledger.write(Arrived(of), rollouts(of, ledger.admission.version))
+        ledger.write(Arrived(of), rollouts(of, weights))
     elif what == "drop":
         ledger.write(Dropped(of))
     else:
@@ -68,6 +71,51 @@ def test_a_crash_at_any_byte_leaves_the_record_up_to_an_event(tmp_path, data):
     assert seen(Ledger(folder, beginning)) == after
 
 
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 3), st.integers(0, 2), st.data())
+def test_no_start_trains_on_what_is_older_than_the_bound_or_newer_than_its_weights(tmp_path, bound, batch, data):
+    """A trainer that dies at any moment and goes on from a checkpoint older than the newest weights and batches.
+
+    `weights` are the engine's. What it samples while a batch is trained on is of the weights that batch was made with.
+    """
+    folder, beginning = tmp_path / "ledger", Beginning(batch + 1, bound)
+    shutil.rmtree(folder, ignore_errors=True)
+    ledger, weights, checkpoint, trained = Ledger(folder, beginning), 0, 0, {}
+    for _ in range(data.draw(st.integers(1, 60))):
+        state = ledger.admission
+        found = moves(ledger, weights)
+        found += [("save", state.version)] * (checkpoint < state.version)
+        found += [("sync", state.version)] * (weights < state.version) + [("crash", None)]
+        what, of = data.draw(st.sampled_from(found))
+        if what == "save":
+            checkpoint = of
+            ledger.forget(checkpoint)
+        elif what == "sync":
+            weights = of
+        elif what == "crash":
+            ledger.close()
+            last = sorted(folder.glob("*.jsonl"))[-1]
+            raw = last.read_bytes()
+            last.write_bytes(raw[: data.draw(st.integers(raw.index(b"\n") + 1, len(raw)))])
+            ledger = Ledger(folder, beginning)
+            # What is on record is trained on again before anything is asked.
+            for weights in range(checkpoint, ledger.admission.version):
+                check_ages(*ledger.take(weights), bound, trained)
+            weights = ledger.admission.version
+        else:
+            move(ledger, what, of, weights)
+            if what == "batch":
+                check_ages(*ledger.take(of.generation), bound, trained)
+
+
+def check_ages(record, groups, bound, trained):
+    """Of a batch that is trained on, perhaps again: by weights that there are, none too old, and the same groups each time."""
+    for number in record.numbers:
+        [rollout] = groups[number]
+        assert 0 <= record.generation - rollout.completion.policy_version <= bound
+        assert trained.setdefault(number, (record.generation, groups[number])) == (record.generation, groups[number])
+
+
 def test_a_batch_is_taken_with_what_was_dropped_for_it(tmp_path):
     ledger = Ledger(tmp_path, Beginning(2, 0))
     for what, of in (
@@ -91,7 +139,7 @@ def test_a_batch_is_taken_with_what_was_dropped_for_it(tmp_path):
 
 def batches(ledger, count):
     for _ in range(count):
-        while ledger.admission.has_room():
+        while ledger.admission.has_room(ledger.admission.version):
             move(ledger, "issue", ledger.admission.next_number)
         for number in list(ledger.admission.pending)[: ledger.admission.batch]:
             move(ledger, "arrive", number)

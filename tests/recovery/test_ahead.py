@@ -46,14 +46,15 @@ def check(folder, runner):
     assert not set(trained) & set(dropped)
     assert set(trained) | set(dropped) <= set(arrived) <= set(issued) == set(range(len(issued)))
     assert len(issued) - len(trained) - len(dropped) <= (STALENESS + 1) * BATCH
-    # Every token says which weights it is of, and none was older than allowed when it was trained on.
+    # Every token says which weights it is of: none was older than allowed when it was trained on, and none of a step to come.
     versions = {
         line["arrived"][0]: [(r["completion"]["policy_version"], *r["completion"]["policy_versions"]) for r in line["rollouts"]]
         for line in lines if "arrived" in line
     }  # fmt: skip
     for generation, numbers in batches:
         for number in numbers:
-            assert all(0 <= generation - min(found) <= STALENESS for found in versions[number])
+            of = [version for rollout in versions[number] for version in rollout]
+            assert generation - STALENESS <= min(of) <= max(of) <= generation, (generation, number, of)
     rows = runner.rows(folder)
     assert [row["step"] for row in rows] == list(range(1, OPTIONS["max_steps"] + 1))
     assert all(row["sampling/staleness/max"] <= STALENESS for row in rows)
@@ -70,6 +71,7 @@ def test_a_killed_run_trains_on_every_group_at_most_once(kills, harness, runner,
     began = time.monotonic()
     runner.run_stage("grpo", tmp_path / "first", keys)
     longest_s, chance = time.monotonic() - began, random.Random(kills)
+    check(tmp_path / "first", runner)
     died = 0
     for number in range(max(1, kills // 6)):
         folder = tmp_path / f"run-{number}"

@@ -6,12 +6,11 @@ from hypothesis import strategies as st
 from posttrain.rollout.admission import Admission, Arrived, Batched, Dropped, Issued
 
 
-def fill(state, batches_at=None):
-    """Admit all that there is room for."""
-    while state.has_room():
-        state.apply(Issued(state.next_number, state.version))
-        if batches_at is not None:
-            batches_at[state.next_number - 1] = state.version
+def fill(state, weights=None):
+    """Admit all that these weights have room for: by default those of the batch that is made next."""
+    weights = state.version if weights is None else weights
+    while state.has_room(weights):
+        state.apply(Issued(state.next_number, weights))
 
 
 def test_the_capacity_is_that_of_the_bound():
@@ -44,7 +43,7 @@ def test_without_staleness_the_batches_are_those_of_taking_turns():
     state = Admission(batch=3, staleness=0)
     for generation in range(4):
         fill(state)
-        assert not state.has_room()
+        assert not state.has_room(state.version)
         for number in reversed(state.pending):
             state.apply(Arrived(number))
         record = state.apply(state.next_batch())
@@ -55,7 +54,7 @@ def test_what_is_dropped_is_refilled_exactly():
     state = Admission(batch=2, staleness=0)
     fill(state)
     state.apply(Arrived(1))
-    assert not state.has_room()
+    assert not state.has_room(0)
     state.apply(Dropped(1))
     fill(state)
     assert list(state.issued_at) == [0, 2]
@@ -65,30 +64,55 @@ def test_what_is_dropped_is_refilled_exactly():
     assert (record.numbers, record.issued, record.dropped) == ((0, 2), (0, 1, 2), (1,))
 
 
+def test_until_the_next_weights_arrive_there_is_room_for_what_was_dropped_alone():
+    """What the last ones sample meanwhile is as old as all that they sampled, and due with it."""
+    state = Admission(batch=2, staleness=1)
+    fill(state)
+    for number in (0, 1, 2):
+        state.apply(Arrived(number))
+    assert state.apply(state.next_batch()).numbers == (0, 1)
+    assert not state.has_room(weights=0)
+    state.apply(Dropped(2))
+    fill(state, weights=0)
+    assert state.issued_at == {3: 0, 4: 0}
+    fill(state, weights=1)
+    for number in (5, 6, 4):
+        state.apply(Arrived(number))
+    assert state.next_batch() is None
+    state.apply(Arrived(3))
+    assert state.next_batch() == Batched(1, (3, 4))
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 4), st.integers(0, 4), st.data())
 def test_no_group_is_older_than_the_bound_lost_or_trained_twice(batch, staleness, data):
-    """Whatever arrives when, whatever is dropped, passed over, or issued late: all of it is accounted for, and nothing waits for ever."""
-    state, began = Admission(batch, staleness), {}
+    """Whatever arrives when, whatever is dropped, passed over, or issued late, of weights that come after their batch was made.
+
+    All of it is accounted for, and nothing waits for ever.
+    """
+    state, began, weights = Admission(batch, staleness), {}, 0
     trained, dropped, skipped = [], [], []
     for _ in range(data.draw(st.integers(1, 60))):
-        moves = ["issue"] * state.has_room() + ["arrive"] * bool(state.pending) + ["drop"] * bool(state.arrived)
-        made = state.next_batch()
-        moves += ["batch"] * (made is not None)
+        moves = ["issue"] * state.has_room(weights) + ["arrive"] * bool(state.pending) + ["drop"] * bool(state.arrived)
+        # A batch is made by a trainer whose weights the engine has.
+        made = state.next_batch() if weights == state.version else None
+        moves += ["batch"] * (made is not None) + ["sync"] * (weights < state.version)
         assert moves, "nothing can move"
         move = data.draw(st.sampled_from(moves))
         if move == "issue":
             number = state.next_number + data.draw(st.integers(0, 1))
             skipped += range(state.next_number, number)
-            state.apply(Issued(number, state.version))
-            began[number] = state.version
-            assert state.accepted + state.running <= (staleness + state.version + 1) * batch
+            state.apply(Issued(number, weights))
+            began[number] = weights
+            assert state.accepted + state.running <= (staleness + weights + 1) * batch
         elif move == "arrive":
             state.apply(Arrived(data.draw(st.sampled_from(state.pending))))
         elif move == "drop":
             number = data.draw(st.sampled_from(state.arrived))
             state.apply(Dropped(number))
             dropped.append(number)
+        elif move == "sync":
+            weights = state.version
         else:
             record = state.apply(made)
             assert len(record.numbers) == batch

@@ -52,6 +52,7 @@ class Ahead:
         self._changed = threading.Condition()
         self._ledger: Ledger | None = None
         self._to_ask = deque[int]()
+        self._weights = 0  # what the engine has, or older: numbered as in the ledger
         self._controls = Controls()
         self._failure: BaseException | None = None
         self._is_closing, self._scoring = False, 0
@@ -100,7 +101,7 @@ class Ahead:
         """Wait for a batch and put it on record; what the waiting took, as metrics."""
         with self._changed:
             assert ledger.admission.version == generation, (ledger.admission.version, generation)
-            self._controls = controls
+            self._controls, self._weights = controls, generation
             if not self._lanes:
                 # What was asked before a restart and had not arrived.
                 self._to_ask.extend(ledger.admission.pending)
@@ -169,9 +170,9 @@ class Ahead:
 
     def _admit(self, ledger: Ledger) -> None:
         """Ask for as many groups as there is room for."""
-        while ledger.admission.has_room():
+        while ledger.admission.has_room(self._weights):
             (number,), _ = self._prompts.next(ledger.admission.next_number, 1, resample=self._controls.resample)
-            ledger.write(Issued(number, ledger.admission.version))
+            ledger.write(Issued(number, self._weights))
             self._to_ask.append(number)
         self._changed.notify_all()
 
@@ -249,6 +250,8 @@ class Ahead:
         """On record; one without a difference in reward is replaced, so many times a batch."""
         ledger, keys = self._ledger, self._keys
         assert ledger is not None
+        ages = staleness(group.rollouts, ledger.admission.issued_at[number], self._steps_per_batch)
+        assert max(ages, default=0.0) <= 0.0, f"prompt {number}: sampled by older weights than it was asked of"
         ledger.write(Arrived(number), group.rollouts)
         most = (keys.dynamic_sampling_max_rounds - 1) * keys.num_prompts_per_step
         if keys.dynamic_sampling and not has_spread(group) and len(ledger.admission.dropped) < most:

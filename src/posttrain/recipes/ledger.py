@@ -132,7 +132,7 @@ class Ledger:
         state = self.admission
         return {
             "batch": state.batch, "version": state.version, "next_number": state.next_number,
-            "issued_at": [[number, version] for number, version in state.issued_at.items()], "arrived": state.arrived,
+            "issued_at": [[number, weights] for number, weights in state.issued_at.items()], "arrived": state.arrived,
         }  # fmt: skip
 
     def _begin(self, base: Mapping[str, Any]) -> None:

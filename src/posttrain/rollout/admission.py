@@ -1,10 +1,11 @@
 """How far groups may be made ahead of the trainer, and which of those that are there make the next batch. Knows no clock and no disk.
 
-`version` counts generation batches. A group is admitted while `accepted + running < (staleness + version + 1) · B`, where B is
-the groups of one batch and accepted and running are counted since version 0. One that is admitted at version v is trained on in batch
-v + staleness at the latest: a batch takes groups in the order in which they arrived, but waits for those whose last chance it
-is. So nothing is thrown away for its age. Source: AReaL, arXiv 2505.24298, which bounds admissions alone; there a group that others
-overtake can become older than the bound.
+Weights have the number of the batch that is made next when they arrive at the engine. While a batch is trained on the engine still
+has those that it was made with: `version`, which counts the batches made, is then one ahead of them. A group is admitted, to be sampled
+by weights w or later ones, while `accepted + running < (staleness + w + 1) · B`, where B is the groups of one batch and accepted and running
+are counted since version 0. It is trained on in batch w + staleness at the latest: a batch takes groups in the order in which they
+arrived, but waits for those whose last chance it is. So nothing is thrown away for its age. Source: AReaL, arXiv 2505.24298, which
+bounds admissions alone; there a group that others overtake can become older than the bound.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import NamedTuple
 
 
 class Issued(NamedTuple):
-    """Prompt `number` is asked at `version`; those between the last one and it are passed over."""
+    """Prompt `number` is asked of weights `weights`, or later ones; those between the last one and it are passed over."""
 
     number: int
-    version: int
+    weights: int
 
 
 class Arrived(NamedTuple):
@@ -59,8 +60,8 @@ class BatchRecord:
 class Admission:
     """A state that events move. Two that were given the same events are equal.
 
-    Example: batch 2, staleness 1. Version 0 has room for 4 groups; once 0 and 2 make the first batch for 2 more, and the second
-    batch waits for 1 and 3, which were issued at version 0, even where 4 and 5 are there.
+    Example: batch 2, staleness 1. Weights 0 have room for 4 groups. Once 0 and 2 made the first batch weights 1 have it for 2 more, and
+    the second batch waits for 1 and 3, which weights 0 may have sampled, even where 4 and 5 are there.
     """
 
     batch: int
@@ -68,7 +69,7 @@ class Admission:
     version: int = 0
     next_number: int = 0
     issued_at: dict[int, int] = field(default_factory=dict[int, int])
-    """Version of each group that is in no batch yet."""
+    """Weights of each group that is in no batch yet."""
     arrived: list[int] = field(default_factory=list[int])
     """Those of them that are there, in the order in which they came."""
     issued: list[int] = field(default_factory=list[int])
@@ -90,15 +91,16 @@ class Admission:
         there = set(self.arrived)
         return [number for number in self.issued_at if number not in there]
 
-    def has_room(self) -> bool:
-        return self.accepted + self.running < (self.staleness + self.version + 1) * self.batch
+    def has_room(self, weights: int) -> bool:
+        """For a group that these weights may sample."""
+        return self.accepted + self.running < (self.staleness + weights + 1) * self.batch
 
     def next_batch(self) -> Batched | None:
         """The groups of the next batch; None while it waits.
 
         So many of those due by batch d are taken that the rest fits into the batches until d; the others in order of arrival.
         """
-        due_by = {number: version + self.staleness for number, version in self.issued_at.items()}
+        due_by = {number: weights + self.staleness for number, weights in self.issued_at.items()}
         chosen: list[int] = []
         for deadline in sorted(set(due_by.values())):
             due = {number for number, last in due_by.items() if last <= deadline}
@@ -114,11 +116,11 @@ class Admission:
     def apply(self, event: AdmissionEvent) -> BatchRecord | None:
         """Move on; the record of a batch that was made."""
         match event:
-            case Issued(number, version):
-                assert version == self.version and number >= self.next_number, (event, self)
+            case Issued(number, weights):
+                assert weights <= self.version and number >= self.next_number, (event, self)
                 self.passed_over += range(self.next_number, number)
                 self.issued.append(number)
-                self.issued_at[number] = version
+                self.issued_at[number] = weights
                 self.next_number = number + 1
             case Arrived(number):
                 assert number in self.issued_at and number not in self.arrived, (event, self)
