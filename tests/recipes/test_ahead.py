@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import threading
 import time
 
 import pytest
 import torch
 
 from posttrain.errors import RewardError
-from posttrain.recipes import grpo
+from posttrain.recipes import ahead, grpo
 from posttrain.recipes.ahead import staleness_metrics
 from posttrain.recipes.rollback import read_rollbacks
 
@@ -164,6 +165,25 @@ def test_a_reward_that_fails_ends_the_run_with_its_reason(runner, model_dir, dat
     keys = keys.model_copy(update={"reward_funcs": [f"{tmp_path / 'broken.py'}:broken"]})
     with pytest.raises(RewardError, match=r"8 of 8 completions are unscored.*boom"):
         runner.run_stage("grpo", tmp_path / "run", keys)
+
+
+def test_a_thread_that_fails_between_two_groups_gives_the_engine_back_and_ends_the_run(train, monkeypatch):
+    def full(group):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(ahead, "has_spread", full)
+    met = []
+
+    def run():
+        try:
+            train("grpo", rollout={"max_staleness": 1}, dynamic_sampling=True, **AHEAD)
+        except OSError as error:
+            met.append(str(error))
+
+    runs = threading.Thread(target=run, daemon=True)
+    runs.start()
+    runs.join(30)
+    assert met == ["no space left"]
 
 
 def test_ages_are_counted_by_token():

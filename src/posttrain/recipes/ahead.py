@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -225,13 +225,15 @@ class Ahead:
             self._engine, rows, keys.num_generations * controls.group_scale, sampling_params(keys),
             (controls.seed(keys.seed),), numbers,
         )  # fmt: skip
-        for place, completions in found:
-            with self._unless_closed() as is_closed:
-                if is_closed:
-                    return
-                (group,) = score_groups([rows[place]], [completions], self._decode, self._score)
-                with self._changed:
-                    self._arrived(numbers[place], group)
+        # An error is kept until it is raised, and with it this frame: the engine would never be given back.
+        with closing(found):
+            for place, completions in found:
+                with self._unless_closed() as is_closed:
+                    if is_closed:
+                        return
+                    (group,) = score_groups([rows[place]], [completions], self._decode, self._score)
+                    with self._changed:
+                        self._arrived(numbers[place], group)
 
     @contextmanager
     def _unless_closed(self) -> Iterator[bool]:

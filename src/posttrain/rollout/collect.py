@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 from posttrain.protocols import Engine
@@ -39,7 +39,7 @@ def sample_groups(
 def groups_as_they_end(
     engine: Engine, rows: Sequence[PromptRow], num_generations: int, params: SamplingParams,
     seed_parts: Sequence[int], numbers: Sequence[int],
-) -> Iterator[tuple[int, list[Completion]]]:  # fmt: skip
+) -> Generator[tuple[int, list[Completion]]]:  # fmt: skip
     """Each group of `sample_groups` with the place of its prompt, when its last completion is there."""
     requests = _requests(rows, num_generations, seed_parts, numbers)
     under_way: list[list[Completion]] = [[] for _ in rows]
