@@ -4,6 +4,8 @@ import json
 import shutil
 import threading
 import time
+from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -192,3 +194,16 @@ def test_ages_are_counted_by_token():
         "sampling/staleness/mean": 0.625, "sampling/staleness/max": 1.5,
         "sampling/staleness/0": 0.5, "sampling/staleness/1": 0.25, "sampling/staleness/2": 0.25,
     }  # fmt: skip
+
+
+def test_tokens_of_older_weights_than_a_group_was_asked_of_end_the_run(train, monkeypatch):
+    original = ahead.groups_as_they_end
+
+    def of_the_start(*asked):
+        with closing(original(*asked)) as found:
+            for place, completions in found:
+                yield place, [replace(one, policy_version=0, policy_versions=()) for one in completions]
+
+    monkeypatch.setattr(ahead, "groups_as_they_end", of_the_start)
+    with pytest.raises(AssertionError, match="sampled by older weights than it was asked of"):
+        train("grpo", rollout={"max_staleness": 1}, **AHEAD)

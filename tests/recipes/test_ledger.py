@@ -220,3 +220,19 @@ def test_an_event_that_a_full_disk_cuts_short_leaves_nothing_that_the_next_is_ap
 
 def test_staleness_is_said_of_each_token_in_batches():
     assert staleness(rollouts(1, version=4), generation=3, steps_per_batch=2) == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("made", [0, 2])
+def test_groups_of_a_wider_bound_are_refused_and_not_waited_for_without_end(made, tmp_path):
+    wide = Ledger(tmp_path, Beginning(1, 3))
+    for number in range(4):
+        move(wide, "issue", number)
+        move(wide, "arrive", number)
+    for _ in range(made):
+        wide.write(wide.admission.next_batch())
+    wide.close()
+    with pytest.raises(
+        CheckpointError, match=r"max_staleness: 1 lets in 2 at batch .* Set rollout\.max_staleness as it was"
+    ):
+        Ledger(tmp_path, Beginning(1, 1))
+    assert Ledger(tmp_path, Beginning(1, 3)).admission.next_batch() is not None

@@ -58,6 +58,7 @@ class Ledger:
         self._discard_other_origins()
         for path in (paths := self._paths()):
             self._read(path, is_first=path == paths[0], is_last=path == paths[-1])
+        self._check_bound()
         self._open()
 
     def write(self, event: AdmissionEvent, rollouts: Rollouts = ()) -> None:
@@ -145,6 +146,18 @@ class Ledger:
         state.version, state.next_number = base["version"], base["next_number"]
         state.issued_at = dict(base["issued_at"])
         state.arrived = list(base["arrived"])
+
+    def _check_bound(self) -> None:
+        """Raises: CheckpointError for groups that a wider bound let in: no batch could be made of them within this one."""
+        state = self.admission
+        most = (state.staleness + 1) * state.batch
+        oldest = min(state.issued_at.values(), default=state.version)
+        if len(state.issued_at) > most or oldest + state.staleness < state.version:
+            raise CheckpointError(
+                f"{self._folder} holds {len(state.issued_at)} groups that are under way, of weights {oldest} and later; max_staleness: "
+                f"{state.staleness} lets in {most} at batch {state.version}. Set rollout.max_staleness as it was, or start anew in another "
+                "output_dir"
+            )
 
     def _open(self) -> None:
         """Go on in the file of the next batch, which begins with the state up to it."""
