@@ -84,8 +84,6 @@ def logged(folder):
 
 def wanted(kind):
     found = set().union(*(READS[rule.name] for rule in rules_for(kind)))
-    if kind == "reward_model":  # it has no log-probs, so margins_run_away is silent there
-        found -= {"logps/chosen"}
     # Of rules for every stage, what only RL has.
     return found if kind == "grpo" else found - {"frac_reward_zero_std"}
 

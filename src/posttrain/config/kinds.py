@@ -13,8 +13,9 @@ from posttrain.config.schema import did_you_mean
 from posttrain.config.stages import ROWS_OF_TYPE, DPOKeys, RewardModelKeys, RowKind, SFTKeys, TrainKeys
 from posttrain.errors import ConfigError
 
-LearnsFrom = Literal["examples", "pairs", "samples"]
-"""What a kind learns from: answers of its rows, which of two answers is better, or completions of the policy itself."""
+LearnsFrom = Literal["examples", "pairs", "rated pairs", "samples"]
+"""What a kind learns from: answers of its rows, which of two answers is better, the same as a reward of each, or completions of the
+policy itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,9 @@ class StageKind:
 
     @property
     def learns_from(self) -> LearnsFrom:
-        return "samples" if self.samples else "pairs" if self.pairs else "examples"
+        if self.pairs:
+            return "rated pairs" if issubclass(self.keys, RewardModelKeys) else "pairs"
+        return "samples" if self.samples else "examples"
 
     def demands(self, keys: TrainKeys) -> dict[str, bool]:
         """What a plan of memory and time must know of the kind, by the names that the planner uses."""

@@ -39,7 +39,8 @@ _DEFAULT_ACTION = {Severity.INFO: "log", Severity.SOFT: "evaluate", Severity.HAR
 _SAMPLING_ONLY = frozenset({"resample", "raise_group_size", "raise_entropy"})
 
 _IMITATING: tuple[LearnsFrom, ...] = ("examples",)
-_COMPARING: tuple[LearnsFrom, ...] = ("pairs",)
+_PREFERRING: tuple[LearnsFrom, ...] = ("pairs",)
+_COMPARING: tuple[LearnsFrom, ...] = (*_PREFERRING, "rated pairs")
 _SAMPLING: tuple[LearnsFrom, ...] = ("samples",)
 _ALL = (*_IMITATING, *_COMPARING, *_SAMPLING)
 
@@ -82,10 +83,10 @@ RULES: tuple[Rule, ...] = (
          "a step had no trained token", "See the masks with `posttrain data`; check train_on and the chat template.", early=True),
     Rule("overfitting", _IMITATING, checks.overfitting, {"evals": 2, "rise": 0.2}, Severity.SOFT, "evaluate",
          "validation loss {eval_loss:.3f} keeps rising from its best {best:.3f}", "Train fewer epochs, or set load_best_model_at_end."),
-    Rule("margins_run_away", _COMPARING, checks.margins_run_away, {"steps": 10, "share": 0.5, "nats": 20.0}, Severity.SOFT, "evaluate",
+    Rule("margins_run_away", _PREFERRING, checks.margins_run_away, {"steps": 10, "share": 0.5, "nats": 20.0}, Severity.SOFT, "evaluate",
          "chosen answers fell to log-prob {logps_chosen:.1f} from {start:.1f} while the margins grow", "Beta is too low: raise beta, lower learning_rate, or add rpo_alpha."),
     Rule("preference_not_learned", _COMPARING, checks.preference_not_learned, {"steps": 30, "after": 60, "accuracy": 0.53, "gain": 0.01}, Severity.SOFT, "evaluate",
-         "the loss stays at {loss:.3f} and only {rewards_accuracies:.0%} of the pairs are ordered", "Beta is too high or learning_rate too low; or the pairs contradict each other."),
+         "the loss stays at {loss:.3f} and only {rewards_accuracies:.0%} of the pairs are ordered", "learning_rate is too low, or (dpo) beta too high; or the pairs contradict each other."),
     Rule("entropy_collapse", _SAMPLING, checks.entropy_collapse, {"steps": 10, "floor": 0.01, "share": 0.1, "mastered": 0.5}, Severity.SOFT, "evaluate",
          "entropy fell to {entropy:.4f} nats from {start:.3f}", "Raise epsilon_high, entropy_coef or temperature; lower learning_rate."),
     Rule("entropy_explosion", _SAMPLING, checks.entropy_explosion, {"steps": 5, "times": 2.0, "nats": 1.0}, Severity.SOFT, "evaluate",

@@ -64,6 +64,11 @@ PANELS: dict[LearnsFrom, tuple[Panel, ...]] = {
         Panel("Implicit rewards", "Gain over the starting model; chosen should rise, rejected should fall.", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
         Panel("Log-probabilities", "If that of chosen answers falls far, the model is unlearning them.", ("logps/chosen", "logps/rejected")),
     ),
+    "rated pairs": (
+        _PREFERENCE_LOSS,
+        Panel("Preference accuracy", "Share of pairs whose chosen answer has the higher reward.", ("rewards/accuracies", "eval_rewards/accuracies")),
+        Panel("Rewards", "Mean reward of the chosen and of the rejected answers; they should part.", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
+    ),
     "samples": (
         Panel("Reward", "Mean score of the sampled answers; higher is better.", ("reward", "reward_std")),
         Panel("Entropy", "How varied the sampling is; near zero the model has stopped exploring.", ("entropy",)),

@@ -28,6 +28,7 @@ _OF_AN_UPDATE = frozenset({"loss", "learning_rate", "grad_norm"})
 COLUMNS: dict[LearnsFrom, tuple[Column, ...]] = {
     "examples": (("loss", "loss", ".3f"), ("entropy", "entropy", ".2f"), ("accuracy", "mean_token_accuracy", ".3f"), ("eval_loss", "eval_loss", ".3f"), *_SHARED),
     "pairs": (("loss", "loss", ".3f"), ("accuracy", "rewards/accuracies", ".2f"), ("margin", "rewards/margins", ".3f"), ("eval_loss", "eval_loss", ".3f"), *_SHARED),
+    "rated pairs": (("loss", "loss", ".3f"), ("accuracy", "rewards/accuracies", ".2f"), ("margin", "rewards/margins", ".3f"), ("eval_loss", "eval_loss", ".3f"), *_SHARED),
     "samples": (
         ("reward", "reward", ".3f"), ("std", "reward_std", ".3f"), ("entropy", "entropy", ".2f"), ("kl", "kl", ".4f"),
         ("length", "completions/mean_length", ".0f"), ("truncated", "completions/clipped_ratio", ".2f"), *_SHARED,
