@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,7 @@ def export_model(found: FoundModel, out: Path, form: str, type_: str, scores: Fo
     except _RefusedForm as refused:
         write_json(out.with_name(f"{out.name}.refused.json"), _record(refused.report, found))
         return refused.report
-    first = reports[0]
-    return FormReport(first.form, first.type, first.source_digest, first.checks, first.verdict, digest_tree(out))
+    return replace(reports[0], digest=digest_tree(out))
 
 
 def judged(

@@ -98,8 +98,8 @@ def numbers_of(config: Any) -> dict[str, tuple[str, Any]]:
     }
     if config.model_type.startswith("gemma"):
         found["attention.sliding_window"] = ("uint32", config.sliding_window)
-    for key, name in (("attn_logit_softcapping", "attn_logit_softcapping"), ("final_logit_softcapping",) * 2):
-        if (cap := getattr(config, name, None)) is not None:
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if (cap := getattr(config, key, None)) is not None:
             found[key] = ("float32", cap)
     if rope.get("rope_type") == "linear":
         found |= {"rope.scaling.type": ("string", "linear"), "rope.scaling.factor": ("float32", float(rope["factor"]))}
