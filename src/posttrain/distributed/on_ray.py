@@ -1,4 +1,5 @@
 """Keepers as actors of a Ray cluster: where they are placed, and a deadline on every call. The only importer of ray."""
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
