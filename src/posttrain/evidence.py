@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -158,7 +159,7 @@ class GateVerdict:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What a person decided on an INCONCLUSIVE verdict, and why."""
+    """What a person decided on a verdict that waited, and why."""
 
     verdict_digest: str
     accepted: bool
@@ -168,6 +169,19 @@ class Decision:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def approvers(decisions: Iterable[Decision], verdict_digest: str) -> list[str]:
+    """Who accepted exactly this verdict: each person once, however often and in whatever case the name was written."""
+    found: dict[str, str] = {}
+    for decision in decisions:
+        if decision.accepted and decision.verdict_digest == verdict_digest:
+            found.setdefault(_person(decision.by), decision.by)
+    return list(found.values())
+
+
+def _person(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", name).split()).casefold()
 
 
 def _finite(value: Any) -> Any:

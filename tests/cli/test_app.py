@@ -198,7 +198,7 @@ def complete(words):
     [
         ("posttrain re", ["reward_model", "rewards", "reproduce", "registry", "report"]),
         ("posttrain sft --on", ["--on-change"]),
-        ("posttrain registry l", ["list", "log"]),
+        ("posttrain registry l", ["looks", "list", "log"]),
         ("posttrain sft x.yaml --on-change re", ["refuse", "rerun"]),
     ],
 )

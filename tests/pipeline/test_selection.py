@@ -55,7 +55,7 @@ def test_a_retry_is_chosen_on_dev_and_only_the_chosen_one_is_judged(project):
     assert evals(run, "01-sft-2") == ["yes-dev", "yes-gate"]
     digest = read_json(run.out / "evals/base/yes-gate/report.json")["suite_digest"]
     book = run.registry()
-    assert book.count_looks(digest) == 1
+    assert [(one.digest, one.num_looks) for one in book.all_looks()] == [(digest, 1)]
     book.close()
     state = read_json(run.out / "pipeline.json")
     assert run.run().verdict is Verdict.PASS, "by now the champion is the candidate itself"

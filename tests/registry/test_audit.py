@@ -5,7 +5,7 @@ import sqlite3
 import pytest
 
 from posttrain.errors import RegistryError
-from posttrain.registry import Registry
+from posttrain.registry import JudgedSuite, Registry
 from posttrain.registry.audit import LogFilter
 
 
@@ -15,7 +15,7 @@ def busy(registry, model, lineage, passing, base):
     for weights in "abc":
         registry.register("words", model(weights), lineage(model(weights)), actor="Ada" if weights == "a" else None)
     one, two, _ = (entry.digest for entry in registry.entries())
-    registry.record_look(["sha256:s"], one, base)
+    registry.record_look([JudgedSuite("s", "sha256:s", ["item"])], one, base)
     registry.promote("words", 1, "champion", passing(one, base), actor="Ada")
     registry.promote("words", 2, "champion", passing(two, one))
     registry.rollback("words", "champion", "bad answers")

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from posttrain.errors import RegistryError
-from posttrain.registry import Registry
+from posttrain.registry import JudgedSuite, Registry
 
 
 def in_child(work) -> int:
@@ -163,10 +163,10 @@ def test_processes_that_open_a_new_registry_together_all_can(tmp_path):
         child = os.fork()
         if child == 0:
             time.sleep(max(0.0, start - time.monotonic()))
-            Registry(tmp_path / "new").record_look(["s"], f"c{number}", "b")
+            Registry(tmp_path / "new").record_look([JudgedSuite("s", "s", ["item"])], f"c{number}", "b")
             os._exit(0)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 6
     registry = Registry(tmp_path / "new")
-    assert registry.count_looks("s") == 6
+    assert registry.count_looks(JudgedSuite("s", "s", ["item"])) == 6
     registry.close()

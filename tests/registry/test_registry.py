@@ -142,17 +142,17 @@ def test_a_person_may_accept_an_inconclusive_verdict_and_only_that(registry, add
         (said, passing(entry.digest, base, Verdict.FAIL), "accepted another verdict"),
     ):
         with pytest.raises(RegistryError, match=message):
-            registry.promote("words", entry.version, "champion", verdict, decision=decision)
+            registry.promote("words", entry.version, "champion", verdict, decisions=[decision] if decision else [])
     failed = passing(entry.digest, base, Verdict.FAIL)
     with pytest.raises(RegistryError, match="verdict is FAIL"):
         accepted = replace(said, verdict_digest=failed.digest)
-        registry.promote("words", entry.version, "champion", failed, decision=accepted)
+        registry.promote("words", entry.version, "champion", failed, decisions=[accepted])
     assert registry.holder("words", "champion") is None
     registry.tag("words", entry.version, "hold", "health: kl")
     with pytest.raises(RegistryError, match="on hold: health: kl"):
-        registry.promote("words", entry.version, "champion", unsure, decision=said)
+        registry.promote("words", entry.version, "champion", unsure, decisions=[said])
     registry.untag("words", entry.version, "hold")
-    registry.promote("words", entry.version, "champion", unsure, decision=said)
+    registry.promote("words", entry.version, "champion", unsure, decisions=[said])
     assert registry.records("words", entry.version, "decision") == [said.to_json()]
     assert registry.rows.events("words")[-1].actor == "Ada"
 

@@ -105,6 +105,10 @@ class Run:
         return render_summary(self.folder)
 
 
+_DECIDED = {"ACCEPTED": Verdict.PASS, "REJECTED": Verdict.FAIL}
+"""A verdict as a person decided it in a record → what a run then says."""
+
+
 def load_run(folder: str | Path) -> Run:
     """A run that was made before, by the command or from Python. Raises: DataError if `folder` is no run."""
     record = load_record(Path(folder))
@@ -113,4 +117,5 @@ def load_run(folder: str | Path) -> Run:
         stage for stage in record.stages if (record.folder / str(stage.entry.get("folder", "")) / "model").is_dir()
     ]
     model = record.folder / str(stages[-1].entry["folder"]) / "model" if stages else None
-    return Run(record.folder, record.status, None if gate is None else Verdict(gate.verdict["verdict"]), model)
+    verdict = None if gate is None else _DECIDED.get(gate.verdict["verdict"]) or Verdict(gate.verdict["verdict"])
+    return Run(record.folder, record.status, verdict, model)

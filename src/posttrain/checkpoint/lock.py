@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,23 +12,35 @@ from typing import IO
 
 from posttrain.errors import CheckpointError, RunLockedError
 
+_LOOK_S = 0.05
+
 
 @contextmanager
-def run_lock(folder: Path) -> Generator[None]:
-    """Hold `folder`. Raises: RunLockedError naming the process that holds it; CheckpointError if it cannot be written."""
+def run_lock(folder: Path, patience_s: float = 0.0) -> Generator[None]:
+    """Hold `folder`, waiting so long for it. Raises: RunLockedError naming the process that holds it; CheckpointError if it cannot be written."""
+    deadline = time.monotonic() + patience_s
     with _opened(folder) as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        while not _locked(handle):
+            if time.monotonic() < deadline:
+                time.sleep(_LOOK_S)
+                continue
             handle.seek(0)
             holder = handle.read().strip() or "unknown"
             raise RunLockedError(
                 f"{folder} is in use by process {holder}; wait for it, stop it, or set another output_dir"
-            ) from error
+            )
         handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()
         yield
+
+
+def _locked(handle: IO[str]) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _opened(folder: Path) -> IO[str]:

@@ -43,11 +43,13 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "rewards": ("posttrain.cli.rewards", "rewards", "Check reward functions and certify them."),
     "eval": ("posttrain.cli.evaluate", "evaluate", "Score a model on eval suites."),
     "gate": ("posttrain.cli.gate", "app", "Judge a candidate's eval reports against a baseline's; decide; A/A check."),
+    "notify": ("posttrain.cli.notify", "notify", "Send the notices of a run that its hooks have not taken."),
     "reproduce": (
         "posttrain.cli.reproduce",
         "reproduce",
         "Repeat a registered version: verdict, answers or training.",
     ),
+    "runs": ("posttrain.cli.runs", "app", "Take weights and checkpoints out of run folders whose model is registered."),
     "registry": (
         "posttrain.cli.registry",
         "app",

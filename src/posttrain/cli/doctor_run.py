@@ -59,12 +59,16 @@ def _intact(folder: Path) -> Iterator[Diagnosis]:
     """Every byte that a finished stage made, and every verdict: what a start would refuse to use again."""
     from posttrain.gate.folder import recompute
     from posttrain.pipeline.escalation import decisions
+    from posttrain.pipeline.prune import PRUNED_FILE
     from posttrain.pipeline.state import DONE, RunState
     from posttrain.pipeline.taken_over import damage
 
     try:
         state = RunState.load(folder)
         made = [] if state is None else [entry for entry in state.stages if entry.status == DONE]
+        if (folder / PRUNED_FILE).exists():
+            yield Diagnosis("run files", "note", "pruned: the registry holds its model, and the weights here are gone")
+            made = []
         for entry in made:
             if lines := damage(folder / entry.folder, entry):
                 text = f"{'; '.join(lines)}; put the files back from a copy, or start with --on-change rerun"

@@ -66,12 +66,15 @@ def decide_by_person(
     reason: Annotated[str, typer.Option(help="Why; it is kept in the lineage and in the registry.")],
     accept: Annotated[bool, typer.Option("--accept/--reject", help="Whether the model may go on.")],
 ) -> None:
-    """Decide on an inconclusive verdict under `on_inconclusive: escalate`. The run is then started again to go on."""
+    """Decide on a verdict that waits (`approve: N`, `on_inconclusive: escalate`). The run is then started again to go on."""
     from posttrain.pipeline.escalation import decide_pending
 
-    decision = decide_pending(run, accepted=accept, by=by, reason=reason)
-    word = "accepted" if decision.accepted else "rejected"
-    typer.echo(f"{word} by {decision.by}: {decision.reason}\nstart the run again to go on: posttrain run CONFIG")
+    decided = decide_pending(run, accepted=accept, by=by, reason=reason)
+    typer.echo(f"{'accepted' if accept else 'rejected'} by {decided.decision.by}: {decided.decision.reason}")
+    if decided.waits:
+        typer.echo(f"{len(decided.approvers)} of {decided.needed} people have accepted it; it waits for the others")
+    else:
+        typer.echo("start the run again to go on: posttrain run CONFIG")
 
 
 @app.command()
@@ -120,7 +123,7 @@ def _size(report: EvalReport) -> tuple[int, int]:
 
 
 def _look(registry: Path | None, suites: Sequence[str], reports: Sequence[Mapping[str, EvalReport]]) -> int:
-    from posttrain.registry import Registry
+    from posttrain.registry import JudgedSuite, Registry
 
     if registry is None:
         raise GateError("this spec spends alpha over its looks, which are counted in a registry: add --registry DIR")
@@ -129,7 +132,8 @@ def _look(registry: Path | None, suites: Sequence[str], reports: Sequence[Mappin
         return 1  # nothing can be judged, which the verdict says; that is not a look
     book = Registry(registry)
     try:
-        digests = [report.suite_digest for report in judged]
-        return book.record_look(digests, judged[0].model_digest, reports[1][suites[0]].model_digest)
+        return book.record_look(
+            [JudgedSuite.of(report) for report in judged], judged[0].model_digest, reports[1][suites[0]].model_digest
+        )
     finally:
         book.close()

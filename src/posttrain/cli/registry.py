@@ -10,7 +10,7 @@ import typer
 
 from posttrain.cli.json_output import AsJson, echo_json
 from posttrain.cli.registry_folder import DEFAULT, Folder, Ref, entry_line, open_registry
-from posttrain.cli.registry_history import compare_versions, show_tree, show_trend
+from posttrain.cli.registry_history import compare_versions, show_looks, show_tree, show_trend
 from posttrain.errors import RegistryError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ EXIT_WAITING = 75
 app.command("tree")(show_tree)
 app.command("trend")(show_trend)
 app.command("compare")(compare_versions)
+app.command("looks")(show_looks)
 
 
 @app.command("list")
@@ -103,7 +104,6 @@ def promote(
     registry: Folder = DEFAULT,
 ) -> None:
     """Give an alias to a version that passed its gate against the present holder."""
-    from posttrain.evidence import Decision
     from posttrain.gate import recompute, verdict_from_json
 
     with open_registry(registry) as book:
@@ -114,9 +114,9 @@ def promote(
                 f"{entry.name}@{entry.version} was registered without a verdict: name one with --verdict"
             )
         judged = recompute(verdict) if verdict is not None else verdict_from_json(stored or {})
-        said = book.chain(entry.name, entry.version)[-1].details.get("decision")
-        decision = Decision(**said) if said and said["verdict_digest"] == judged.digest else None
-        done = book.promote(entry.name, entry.version, alias, judged, expected_epoch, decision=decision)
+        said = book.chain(entry.name, entry.version)[-1].decisions
+        about = [decision for decision in said if decision.verdict_digest == judged.digest]
+        done = book.promote(entry.name, entry.version, alias, judged, expected_epoch, decisions=about)
         typer.echo(entry_line(done))
 
 

@@ -12,6 +12,7 @@ import typer
 from posttrain.cli.json_output import AsJson, echo_json
 from posttrain.cli.registry_folder import DEFAULT, Folder, Ref, open_registry
 from posttrain.errors import RegistryError
+from posttrain.files import digest_start
 
 if TYPE_CHECKING:
     from posttrain.evidence import EvalReport, RegistryEntry
@@ -110,6 +111,18 @@ def _points(entries: Iterable[RegistryEntry], reports: Mapping[str, Sequence[Eva
             points.append(_Point(f"{entry.name}@{entry.version}", digest, score_interval(report), change))
             latest[digest] = report
     return points
+
+
+def show_looks(registry: Folder = DEFAULT, as_json: AsJson = False) -> None:
+    """How often verdicts were made on the items of each suite, and which suite renewed which."""
+    with open_registry(registry, for_reading=True) as book:
+        counts = book.all_looks()
+    if as_json:
+        echo_json([asdict(one) for one in counts])
+        return
+    for one in counts:
+        renews = f"  renews {digest_start(one.renews)}" if one.renews else ""
+        typer.echo(f"{one.name or '?'}  {digest_start(one.digest)}  {one.num_looks} looks since {one.since}{renews}")
 
 
 def compare_versions(

@@ -11,6 +11,7 @@ from posttrain.config.knob import Keys
 from posttrain.config.pipeline import (
     GateKeys,
     GuardKeys,
+    NotifyKeys,
     OnFailKeys,
     PipelineKeys,
     PrimaryKeys,
@@ -32,6 +33,7 @@ GROUPS: Mapping[str, type[Keys]] = {
     "gate.primary": PrimaryKeys,
     "gate.on_fail": OnFailKeys,
     "register": RegisterKeys,
+    "notify": NotifyKeys,
 }
 """Where keys stand besides the stages: the pipeline, and the groups inside it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any, Literal, cast
 
@@ -89,6 +90,7 @@ class GateKeys(Keys):
     aa: int = knob(0, "Evaluations of the baseline against itself, with another batch order and seed, before it is compared; a difference blocks.", ge=0)
     on_fail: OnFailKeys | Literal["stop"] = knob("stop", "`stop`, or `{retry: STAGE, times: N, with: {…}}` to run a stage again with changed keys.")
     on_inconclusive: Literal["stop", "continue", "extend", "escalate"] = knob("stop", "`continue` lets later stages run; `extend` judges once more with the items of the split `reserve`; `escalate` waits for a person (`posttrain gate decide`).")
+    approve: int = knob(0, "People who must approve before a model goes on, also after PASS, each with name and reason (`posttrain gate decide`); 0 asks nobody.", ge=0, example=2)
 
     @field_validator("split")
     @classmethod
@@ -116,6 +118,7 @@ class RegisterKeys(Keys):
     name: str = knob(..., "Name of the registered model.", example="word-problems")
     alias: str = knob("champion", "Alias to promote to.")
     registry: str = knob("registry", "Folder of the registry, relative to the YAML.")
+    data: Literal["reference", "store"] = knob("reference", "What is kept of the files that stages read: their digests, or (`store`) the files too, so that `posttrain reproduce --level 2` needs no project.")
     license: str | None = knob(None, "Licence of the model, for its card; null takes what the model card of a local base says.", example="apache-2.0")
 
     @field_validator("name", "alias")
@@ -129,6 +132,33 @@ class RegisterKeys(Keys):
         if reason := kept_alias(alias):
             raise ValueError(reason)
         return alias
+
+
+NoticeEvent = Literal["pending", "held", "mirror_failed", "finished"]
+_VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+
+
+class NotifyKeys(Keys):
+    """A hook that is told what becomes of a run: a URL that each notice is POSTed to, or a command. A variable is named; its value stands in no file."""
+
+    url_env: str | None = knob(None, "Environment variable with the URL to POST to (JSON with `text`, as chat servers take it).", example="OPS_WEBHOOK")
+    token_env: str | None = knob(None, "Environment variable with a token, sent as `Authorization: Bearer`.", example="OPS_TOKEN")
+    command: list[str] | None = knob(None, "Program and arguments, run in the project's folder with the notice on its standard input.", example=["./tell.sh"])
+    events: list[NoticeEvent] = knob(["pending", "held", "mirror_failed", "finished"], "What is told: a decision that waits, a model that was registered and got no alias (or a stage on hold), MLflow that did not get all, the end of the run.")
+    timeout_s: float = knob(10.0, "Longest time that a hook is given; what it did not take is sent again.", gt=0, le=60)
+
+    @field_validator("url_env", "token_env")
+    @classmethod
+    def _names_a_variable(cls, name: str | None) -> str | None:
+        if name is not None and not _VARIABLE.fullmatch(name):
+            raise ValueError("expected the name of an environment variable, such as OPS_WEBHOOK, and not what it holds")
+        return name
+
+    @model_validator(mode="after")
+    def _is_one_of_two(self) -> NotifyKeys:
+        if (self.url_env is None) == (not self.command) or (self.token_env and not self.url_env):
+            raise ValueError("expected either url_env (with token_env, if the server wants one) or command")
+        return self
 
 
 class StageKeys(TrainKeys):
@@ -162,6 +192,7 @@ class PipelineKeys(Keys):
     eval_rollout: RolloutKeys = knob(RolloutKeys(), "The engine that answers the suites; keys as those of `rollout` in a grpo stage. Reports of two engines are never compared.", example={"engine": "vllm"})
     gate: GateKeys | None = knob(None, "The gate after the last stage.")
     register_: RegisterKeys | None = knob(None, "Where a model that passed is registered.", alias="register")
+    notify: dict[str, NotifyKeys] = knob({}, "Hooks by name that are told what becomes of the run.", example={"ops": {"url_env": "OPS_WEBHOOK"}})
     stop_when: Literal["end", "gate_passes"] = knob("end", "`gate_passes` judges every stage and ends at the first that passes.")
     allow_raw_base: bool = knob(False, "Let DPO or RL start on a base that was never tuned to answer.")
     output_dir: str = knob("", "Folder of the run, relative to the YAML; empty means `runs/NAME` with the name of the pipeline.", example="runs/first")
@@ -179,12 +210,12 @@ class PipelineKeys(Keys):
             raise ValueError(f"eval_rollout.max_staleness: {rollout.max_staleness} does nothing, for evals train nothing; remove it, or set it in the rollout of a grpo stage")
         return rollout
 
-    @field_validator("evals")
+    @field_validator("evals", "notify")
     @classmethod
-    def _suites_have_names(cls, evals: dict[str, SuiteKeys]) -> dict[str, SuiteKeys]:
-        for name in evals:
+    def _have_names(cls, named: dict[str, Any]) -> dict[str, Any]:
+        for name in named:
             _checked(FREE, name)
-        return evals
+        return named
 
 
 # fmt: on

@@ -15,7 +15,7 @@ SELECTION_SPLIT = "dev"
 """Split on which attempts and stages are chosen; the gate's own split is opened for the verdict alone."""
 RESERVE_SPLIT = "reserve"
 """Split of the items that `on_inconclusive: extend` adds."""
-_FLOW_KEYS = frozenset({"baseline", "on_fail", "on_inconclusive", "aa"})
+_FLOW_KEYS = frozenset({"baseline", "on_fail", "on_inconclusive", "aa", "approve"})
 """Keys of a gate in a pipeline that say what happens around the verdict and do not change it."""
 
 
@@ -134,7 +134,7 @@ class GateSpec:
             return whole
         if look < 1 or (self.looks and look > self.looks):
             raise GateError(
-                f"look {look} at this suite, but the gate allows {self.looks}: make a fresh gate split, or raise looks "
+                f"look {look} at this suite, but the gate allows {self.looks}: make a gate split of new items, or raise looks "
                 "before anyone looks again"
             )
         return whole * 6.0 / (9.869604401089358 * look**2)

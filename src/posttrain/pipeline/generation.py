@@ -9,13 +9,14 @@ from pathlib import Path
 
 from posttrain.config.pipeline import ConfiguredStage, PipelineKeys, RegisterKeys
 from posttrain.errors import ConfigError, GateError
-from posttrain.evals.run import decoding_of
+from posttrain.evals.run import decoding_of, prompt_digest
 from posttrain.evidence import RegistryEntry
 from posttrain.gate.spec import GateSpec
 from posttrain.models.provenance import source_digest
 from posttrain.pipeline.checks import gates_of
 from posttrain.pipeline.selection import Suites
 from posttrain.pipeline.state import DONE, Parent, RunState
+from posttrain.registry.looks import JudgedSuite
 from posttrain.registry.registry import Registry
 from posttrain.registry.upkeep import version_lock
 
@@ -113,11 +114,12 @@ def check_looks_left(keys: PipelineKeys, state: RunState | None, suites: Suites)
         for gate in budgets:
             for name in GateSpec.from_keys(gate).suites:
                 suite, how = suites[name]
-                taken = registry.count_looks(suite.digest(gate.split, decoding_of(how)))
+                items = frozenset(map(prompt_digest, suite.on(gate.split)))
+                taken = registry.count_looks(JudgedSuite(name, suite.digest(gate.split, decoding_of(how)), items))
                 if taken >= gate.looks:
                     raise GateError(
                         f"gate.looks: {taken} of {gate.looks} looks at suite {name} are taken, so a new model could not be judged; "
-                        "make a fresh gate split, or raise looks before anyone looks again"
+                        "make a gate split of new items (they have a budget of their own), or raise looks before anyone looks again"
                     )
 
 

@@ -19,10 +19,11 @@ from posttrain.gate.spec import SELECTION_SPLIT, GateSpec
 from posttrain.models.provenance import model_digest
 from posttrain.names import PREVIOUS
 from posttrain.pipeline import selection
-from posttrain.pipeline.escalation import decision_on
+from posttrain.pipeline.escalation import decisions_on
 from posttrain.pipeline.measure import Evals, MeasuredModel, Reports
 from posttrain.pipeline.state import GateEntry, RunState, Selection, StageEntry
 from posttrain.protocols import Ranks
+from posttrain.registry.looks import JudgedSuite
 from posttrain.registry.promotion import CHAMPION
 from posttrain.registry.registry import Registry
 
@@ -206,8 +207,7 @@ def stands(folder: Path, gate: GateEntry) -> bool:
     """Whether a model may go on: its verdict is PASS, or a person accepted it."""
     if gate.verdict == Verdict.PASS.value:
         return True
-    decision = decision_on(folder, gate)
-    return decision is not None and decision.accepted
+    return any(decision.accepted for decision in decisions_on(folder, gate))
 
 
 def decide_once(asked: Question, keys: PipelineKeys, state: RunState, folder: Path) -> tuple[RunState, Verdict, str]:
@@ -273,7 +273,7 @@ def _look(asked: Question, keys: PipelineKeys, state: RunState, folder: Path) ->
         return 1 + len(pairs)
     registry = Registry(Path(keys.register_.registry))
     try:
-        return registry.record_look([report.suite_digest for report in asked.candidate.values()], *asked.digests)
+        return registry.record_look([JudgedSuite.of(report) for report in asked.candidate.values()], *asked.digests)
     finally:
         registry.close()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from posttrain.errors import RegistryError
 from posttrain.evals.suite import suite_files
 from posttrain.evidence import Decision
 from posttrain.files import digest_json, read_record, write_atomic
-from posttrain.pipeline.escalation import DECISIONS_FILE, decision_on
+from posttrain.pipeline.escalation import DECISIONS_FILE, decisions_on
 from posttrain.pipeline.judge import last_verdict
+from posttrain.pipeline.selection import gate_after
 from posttrain.pipeline.state import RunState, StageEntry
+from posttrain.pipeline.stored_data import DATA, stored_files
 from posttrain.pipeline.taken_over import adapter_total_of
 from posttrain.pipeline.train import Place
 from posttrain.registry.card import model_card
@@ -23,8 +25,8 @@ from posttrain.registry.manifest import ADAPTER_TOTAL, CERTIFICATE, MODEL, Manif
 from posttrain.registry.registry import Registry
 
 
-def manifests(place: Place, state: RunState, last: int, decision: Decision | None = None) -> list[Manifest]:
-    """One per stage that the model of stage `last` went through, chained; the last says what a person decided.
+def manifests(place: Place, state: RunState, last: int, decisions: Sequence[Decision] = ()) -> list[Manifest]:
+    """One per stage that the model of stage `last` went through, chained; the last says what people decided, and how many had to.
 
     Inputs are those that each stage had when it began, whatever lies there by now.
     """
@@ -41,13 +43,19 @@ def manifests(place: Place, state: RunState, last: int, decision: Decision | Non
         if rewarded and keys.reward_check == "require" and (certificate := certificate_of(place.folder / entry.folder)):
             inputs[CERTIFICATE] = digest_json(certificate)
         details = _details(place, state, entry)
-        if index == last and decision is not None:
-            details["decision"] = decision.to_json()
+        if index == last:
+            details |= _people(place.keys, last, decisions)
         adapter = adapter_total_of(entry.files)
         outputs = {MODEL: entry.output_digest, **({ADAPTER_TOTAL: adapter} if adapter else {})}
         manifest = Manifest(entry.kind, inputs, outputs, details=details, rewarded=rewarded)
         chain.append(manifest.after(chain[-1]) if chain else manifest)
     return chain
+
+
+def _people(keys: PipelineKeys, last: int, decisions: Sequence[Decision]) -> dict[str, Any]:
+    gate = gate_after(keys, last)
+    asked = {"approve": gate.approve} if gate is not None and gate.approve else {}
+    return asked | ({"decisions": [decision.to_json() for decision in decisions]} if decisions else {})
 
 
 def _details(place: Place, state: RunState, entry: StageEntry) -> dict[str, Any]:
@@ -95,22 +103,27 @@ def register_model(place: Place, state: RunState, last: int) -> dict[str, Any]:
     keys, folder = place.keys, place.folder
     target, verdict = keys.register_, last_verdict(state, folder)
     assert target is not None and verdict is not None, "only a model with a verdict is registered"
-    decision = decision_on(folder, state.gates[-1])
-    chain, final = manifests(place, state, last, decision), state.stage(last)
+    decided = decisions_on(folder, state.gates[-1])
+    chain, final = manifests(place, state, last, decided), state.stage(last)
     assert final is not None, "the last stage ran"
     stages = [state.stage(index) or final for index in range(1, last + 1)]
     certificates = [record for stage in stages if (record := certificate_of(folder / stage.folder))]
     registry = Registry(Path(target.registry))
     try:
         entry = registry.register(
-            target.name, folder / final.folder / "model", chain, verdict, certificates, evidence=_evidence(place, final)
+            target.name,
+            folder / final.folder / "model",
+            chain,
+            verdict,
+            certificates,
+            evidence=_evidence(place, final) | _stored(place, stages),
         )
         held = sorted({rule for stage in stages for rule in stage.held})
         if held:
             registry.tag(entry.name, entry.version, "hold", f"health: {', '.join(held)}")
         record = {"name": entry.name, "version": entry.version, "digest": entry.digest, "alias": None}
         try:
-            registry.promote(entry.name, entry.version, target.alias, verdict, decision=decision)
+            registry.promote(entry.name, entry.version, target.alias, verdict, decisions=decided)
         except RegistryError as refusal:
             message = f"registered {entry.name}@{entry.version}, not promoted: {refusal}"
             return record | {"refused": str(refusal), "message": message}
@@ -131,6 +144,13 @@ def is_there(keys: PipelineKeys, state: RunState) -> bool:
     finally:
         registry.close()
     return (said["version"], said["digest"]) in found
+
+
+def _stored(place: Place, stages: Sequence[StageEntry]) -> dict[str, Mapping[str, Path]]:
+    """The files that the stages read, where they are to be kept."""
+    if place.keys.register_ is None or place.keys.register_.data != "store":
+        return {}
+    return {DATA: stored_files(place.keys, place.project, place.folder, stages)}
 
 
 def _evidence(place: Place, final: StageEntry) -> dict[str, Path | Mapping[str, Path]]:

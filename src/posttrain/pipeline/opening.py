@@ -12,6 +12,7 @@ from posttrain.errors import ChangedInputsError
 from posttrain.files import digest_json
 from posttrain.pipeline import OnChange
 from posttrain.pipeline.pins import changes, is_version, versions, what_moved
+from posttrain.pipeline.prune import PRUNED_FILE
 from posttrain.pipeline.state import DONE, Kept, RunState, StageEntry
 from posttrain.registry.rows import now, user
 
@@ -79,6 +80,6 @@ def fresh(folder: Path, pins: Mapping[str, str]) -> Path:
     for number in count(1):
         place = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
         state = RunState.load(place)
-        if state is None or not changes(state.pins, pins):
+        if state is None or not (changes(state.pins, pins) or (place / PRUNED_FILE).exists()):
             return place
     raise AssertionError("count never ends")

@@ -30,6 +30,7 @@ from posttrain.models.provenance import source_digest
 from posttrain.pipeline.pins import is_version, pinned_environment, stage_inputs
 from posttrain.pipeline.run import Watch, run_pipeline
 from posttrain.pipeline.state import RunState
+from posttrain.pipeline.stored_data import DATA, stored_base, stored_changes, stored_config
 from posttrain.pipeline.taken_over import adapter_total_of
 from posttrain.recipes.evaluate import evaluate
 from posttrain.registry.manifest import ADAPTER_TOTAL, MODEL, Manifest
@@ -228,6 +229,10 @@ def repeat_training(version: Version, margin: float = MARGIN) -> Iterator[Compar
         yield Comparison("pins", "missing", "no config was registered with this version")
         return
     root = version.root(_read(config))
+    data = version.export(DATA) if version.project is None else None
+    if data is not None:
+        config, chain = stored_config(config, data, root, stored_base(version.book, chain)), stored_changes(chain, data)
+        root = data
     try:
         keys = load_pipeline(config, project=root).keys
         moved = list(_moved_pins(keys, chain))
@@ -298,7 +303,7 @@ def _retrained(
 
 
 def _only_training(keys: PipelineKeys, chain: list[Manifest], folder: Path) -> PipelineKeys:
-    """The stages of the chain with what loop-backs changed, nothing measured, judged, mirrored or registered."""
+    """The stages of the chain with what loop-backs changed, nothing measured, judged, mirrored, told or registered."""
     quiet = {"gate": None, "mlflow": None, "prometheus_port": None}
     stages = [
         ConfiguredStage(
@@ -314,6 +319,7 @@ def _only_training(keys: PipelineKeys, chain: list[Manifest], folder: Path) -> P
         "register_": None,
         "evals": {},
         "stop_when": "end",
+        "notify": {},
     }
     return keys.model_copy(update=update)
 

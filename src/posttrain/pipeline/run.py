@@ -23,10 +23,11 @@ from posttrain.files import write_atomic, write_json
 from posttrain.pipeline import OnChange, lineage, selection
 from posttrain.pipeline.checks import check_all
 from posttrain.pipeline.data_checks import DataChecks, Suites, check_rewards_ahead
-from posttrain.pipeline.escalation import PENDING_FILE, decision_on, rejection_of, wait_for_person
+from posttrain.pipeline.escalation import PENDING_FILE, after_people, rejection_of
 from posttrain.pipeline.generation import check_can_be_promoted, check_looks_left, from_version, hold_parent
 from posttrain.pipeline.judge import Judge, is_promoted, made_by
 from posttrain.pipeline.measure import Evals, MeasuredModel
+from posttrain.pipeline.notify import RunNotices
 from posttrain.pipeline.opening import fresh, state_to_go_on_from
 from posttrain.pipeline.pins import pinned_environment, pins_of
 from posttrain.pipeline.processes import (
@@ -36,6 +37,7 @@ from posttrain.pipeline.processes import (
     counted_for,
     kept_rows,
 )
+from posttrain.pipeline.prune import refuse_pruned
 from posttrain.pipeline.state import (
     DONE,
     ERROR,
@@ -48,6 +50,7 @@ from posttrain.pipeline.state import (
     RunState,
     StageEntry,
 )  # fmt: skip
+from posttrain.pipeline.stored_data import check_can_be_stored
 from posttrain.pipeline.train import Place, Stages, Watch
 from posttrain.protocols import Ranks
 from posttrain.recipes.stop import StopFlag, StoppedPolitely
@@ -95,6 +98,7 @@ def run_pipeline(
     keys = counted_for(keys, ranks.world_size if earlier is None else earlier.num_processes or ranks.world_size)
     check_engines(keys, ranks.world_size)
     suites, data = check_all(keys), DataChecks(watch.say)
+    check_can_be_stored(keys)
     check_can_be_promoted(keys, earlier)
     check_looks_left(keys, earlier, suites)
     # Before the folder is made and anything is pinned: a start that is refused leaves nothing behind.
@@ -122,19 +126,20 @@ class _PipelineRun:
         self, place: Place, ranks: Ranks, watch: Watch, suites: Suites, data: DataChecks, on_change: OnChange
     ) -> None:
         self.place, self.keys, self.folder = place, place.keys, place.folder
-        self.ranks, self.watch, self.suites = ranks, watch, suites
+        self.notices = RunNotices(self.keys.notify if ranks.is_main else {}, self.folder, place.project, watch.say)
+        self.ranks, self.watch, self.suites = ranks, replace(watch, tell=self._tell), suites
         self.on_change: OnChange = on_change
         self.state = RunState(self.keys.name, {})
         self.stop = StopFlag()
         self.evals = Evals(self.keys, self.folder, ranks, watch.say, self._shown, self._stop_if_asked, suites)
         self.judge = Judge(self.keys, self.folder, self.evals, ranks, watch.say)
         self.stages = Stages(
-            place, ranks, watch, data, self.stop, self._save, self._stop_if_asked, rerun=on_change == "rerun"
+            place, ranks, self.watch, data, self.stop, self._save, self._stop_if_asked, rerun=on_change == "rerun"
         )
 
     def run(self) -> Outcome:
         self.state = self._opened()
-        with self.stop.listening():
+        with self.stop.listening(), self.notices.open():
             try:
                 self._measure(MeasuredModel("base", self.keys.base_model, self.state.pins["base_model"]))
                 outcome = self._walk()
@@ -144,11 +149,13 @@ class _PipelineRun:
             except PosttrainError as error:
                 with suppress(OSError):  # a full disk is said by the error itself
                     self._save(status=ERROR, reason=str(error))
+                self._tell("finished", str(error), str(error))
                 raise
         return outcome
 
     def _opened(self) -> RunState:
         """The state to go on from, and the folder in order. Raises: ChangedInputsError, DamagedFileError."""
+        self.ranks.main_only(lambda: refuse_pruned(self.folder))
         pins, main = pins_of(self.keys), self.ranks.is_main
         state = self.ranks.main_only(
             lambda: state_to_go_on_from(
@@ -179,6 +186,8 @@ class _PipelineRun:
         while index <= num_stages:
             stage = self.keys.stages[index - 1]
             self.state, entry = self.stages.made(self.state, index, self.suites)
+            if entry.held:
+                self._tell("held", entry.output_digest, f"{entry.folder}: health: {', '.join(entry.held)}")
             if not stage.keys.is_reward_model:
                 self._measure(made_by(entry, self.folder))
             gate = selection.gate_after(self.keys, index)
@@ -193,14 +202,18 @@ class _PipelineRun:
                 continue
             assert verdict is not None, "what goes nowhere else was judged"
             said = f"the gate after {stage.kind} says {verdict.value}"
-            verdict, reason = self.ranks.main_only(partial(self._decided, gate, verdict, said))
+            decided = self.ranks.main_only(
+                partial(after_people, self.folder, gate, self.state.gates[-1], said, self.watch.say)
+            )
+            verdict = decided.verdict
+            if decided.waits:
+                return self._finish(PENDING, decided.reason, index, verdict)
             if verdict is Verdict.PASS and self.keys.stop_when == "gate_passes":
                 break
             tolerated = verdict is Verdict.INCONCLUSIVE and gate.on_inconclusive == "continue" and index < num_stages
             if verdict is not Verdict.PASS and not tolerated:
-                pending = verdict is Verdict.INCONCLUSIVE and gate.on_inconclusive == "escalate"
-                status = PENDING if pending else INCONCLUSIVE if verdict is Verdict.INCONCLUSIVE else FAILED
-                return self._finish(status, reason, index, verdict)
+                status = INCONCLUSIVE if verdict is Verdict.INCONCLUSIVE else FAILED
+                return self._finish(status, decided.reason, index, verdict)
             index += 1
         return self._promoted(min(index, num_stages), verdict)
 
@@ -237,21 +250,6 @@ class _PipelineRun:
         self._save(state)
         return place
 
-    def _decided(self, gate: GateKeys, verdict: Verdict, reason: str) -> tuple[Verdict, str]:
-        """The verdict with what a person decided on it; where one is asked and has not, rank 0 leaves that in a file."""
-        (self.folder / PENDING_FILE).unlink(missing_ok=True)
-        if verdict is Verdict.INCONCLUSIVE and gate.on_inconclusive == "escalate":
-            last = self.state.gates[-1]
-            decision = decision_on(self.folder, last)
-            if decision is None:
-                wait_for_person(self.folder, last)
-                reason = f"{reason}: waits for a person: posttrain gate decide {self.folder} --accept|--reject"
-            else:
-                verdict = Verdict.PASS if decision.accepted else Verdict.FAIL
-                reason = f"{'accepted' if decision.accepted else 'rejected'} by {decision.by}: {decision.reason}"
-                self.watch.say(f"gate: INCONCLUSIVE, {reason}")
-        return verdict, reason
-
     def _rejected(self, entry: StageEntry) -> str:
         """By whom and why this very model was rejected, whatever it was compared with; nothing if it was not."""
         found = rejection_of(self.folder, entry.output_digest)
@@ -275,6 +273,8 @@ class _PipelineRun:
         assert self.state.registered is not None, "rank 0 registered it"
         promoted = self.state.registered["alias"] is not None
         reason = "" if promoted else self.state.registered["message"]
+        if not promoted:
+            self._tell("held", f"registered {self.state.registered['digest']}", reason)
         return replace(self._finish(PASSED, reason, index, verdict), promoted=promoted)
 
     def _registered(self, index: int) -> RunState:
@@ -288,7 +288,15 @@ class _PipelineRun:
     def _finish(self, status: str, reason: str, index: int, verdict: Verdict | None) -> Outcome:
         self._save(replace(self.state, status=status, reason=reason))
         entry = self.state.stage(index)
+        model = "" if entry is None else entry.output_digest
+        if status == PENDING:
+            self._tell("pending", f"{self.state.gates[-1].folder} {reason}", reason)
+        else:
+            self._tell("finished", f"{status} {model} {reason}", reason)
         return Outcome(status, reason, self.folder, self.folder / entry.folder / "model" if entry else None, verdict)
+
+    def _tell(self, event: str, subject: str, reason: str) -> None:
+        self.notices.tell(self.state, event, subject, reason)
 
     # --- small things ----------------------------------------------------------------------------------------------
 

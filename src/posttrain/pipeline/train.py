@@ -41,6 +41,8 @@ class Watch:
     sinks: Callable[[str, int], Sequence[MetricSink]] = lambda kind, total: ()
     evals: Callable[[str, int, int], None] | None = None
     say: Callable[[str], None] = log.info
+    tell: Callable[[str, str, str], None] = lambda event, subject, reason: None
+    """An event for whoever asked to be notified, what it is about, and why."""
 
 
 @dataclass(frozen=True)
@@ -193,10 +195,16 @@ class Stages:
         sinks = list(self.watch.sinks(kind, total_steps))
         if keys.mlflow is not None:
             name = self.place.keys.name
-            sinks.append(MlflowSink(keys.mlflow, name, f"{run_id}/{stage}", training_keys(keys), run_name=stage))
+            lost = partial(self._mirror_failed, stage)
+            sinks.append(
+                MlflowSink(keys.mlflow, name, f"{run_id}/{stage}", training_keys(keys), run_name=stage, on_lost=lost)
+            )
         if keys.prometheus_port is not None:
             sinks.append(PrometheusSink(keys.prometheus_port, stage=stage))
         return sinks
+
+    def _mirror_failed(self, stage: str, num_lost: int) -> None:
+        self.watch.tell("mirror_failed", f"{stage}: {num_lost}", f"{stage}: MLflow did not get {num_lost} messages")
 
     def _certify(self, kind: str, keys: RLKeys, folder: Path) -> None:
         """No RL on rewards that did not pass their check. Raises: RewardError."""

@@ -4,6 +4,7 @@ Knows nothing of how a verdict was reached, only what it is about.
 """
 
 from posttrain.registry.audit import Event
+from posttrain.registry.looks import JudgedSuite
 from posttrain.registry.manifest import Manifest, check_chain, environment_pins
 from posttrain.registry.reader import Verification
 from posttrain.registry.registry import Registry
@@ -12,6 +13,7 @@ from posttrain.registry.store import ContentStore
 __all__ = [
     "ContentStore",
     "Event",
+    "JudgedSuite",
     "Manifest",
     "Registry",
     "Verification",

@@ -48,7 +48,7 @@ def _detail(chain: list[Manifest], key: str) -> Any:
 
 def _decisions(chain: list[Manifest], records: list[Any]) -> list[Any]:
     """What people decided on this version: those in its lineage, and those it was promoted by."""
-    stated = [manifest.details["decision"] for manifest in chain if "decision" in manifest.details]
+    stated = [decision.to_json() for manifest in chain for decision in manifest.decisions]
     return [*stated, *(record for record in records if record not in stated)]
 
 

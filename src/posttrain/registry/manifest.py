@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import RegistryError
+from posttrain.evidence import Decision
 from posttrain.files import digest_json
 
 MODEL = "model"
@@ -41,6 +42,19 @@ class Manifest:
     @property
     def needs_certificate(self) -> bool:
         return self.stage in _ONCE_REWARDED if self.rewarded is None else self.rewarded
+
+    @property
+    def num_approvals(self) -> int:
+        """People who must approve a verdict on the model that this stage made."""
+        return int(self.details.get("approve", 0))
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """What people decided on the verdict that the model was registered with."""
+        said: list[dict[str, Any]] = self.details.get("decisions", [])
+        if "decision" in self.details:  # where manifests held one at most
+            said = [self.details["decision"]]
+        return [Decision(**record) for record in said]
 
     @property
     def digest(self) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from posttrain.evidence import Decision, GateVerdict, Verdict
+from posttrain.evidence import Decision, GateVerdict, Verdict, approvers
 from posttrain.names import STRICT, kept_alias
 from posttrain.registry.manifest import CERTIFICATE, MODEL, Manifest
 
 HOLD = "hold"
 """Tag of a version that must not be promoted; its value says why."""
 DECISION = "decision"
-"""Role of what a person decided on an inconclusive verdict, among a version's records."""
+"""Role of what a person decided on a verdict, among a version's records."""
 CHAMPION = "champion"
 
 
@@ -22,10 +22,10 @@ def bad_name(what: str, value: str) -> str:
     return reason.replace("got ", f"got {what} ", 1)
 
 
-def against_verdict(verdict: GateVerdict, digest: str, decision: Decision | None = None) -> str:
+def against_verdict(verdict: GateVerdict, digest: str, decisions: Sequence[Decision] = ()) -> str:
     """Why this verdict does not speak for the model `digest` ("" if it does). A person may accept an INCONCLUSIVE one."""
     enough = {Verdict.PASS}
-    if decision is not None:
+    for decision in decisions:
         if not decision.accepted or decision.verdict_digest != verdict.digest:
             return (
                 f"{decision.by} {'accepted another verdict' if decision.accepted else 'rejected it'}: {decision.reason}"
@@ -38,6 +38,15 @@ def against_verdict(verdict: GateVerdict, digest: str, decision: Decision | None
     if verdict.candidate_digest != digest:
         return f"the verdict is about {verdict.candidate_digest}, this version is {digest}: gate this version"
     return ""
+
+
+def against_approvals(chain: Sequence[Manifest], verdict: GateVerdict, decisions: Sequence[Decision]) -> str:
+    """Why the people whom the version's own gate asks for have not approved this verdict ("" if they have)."""
+    needed, given = chain[-1].num_approvals, approvers(decisions, verdict.digest)
+    if len(given) >= needed:
+        return ""
+    who = f"{len(given)} have ({', '.join(given)})" if given else "nobody has"
+    return f"its gate asks that {needed} people approve the verdict, {who}: start its run again, which asks for them"
 
 
 def against_baseline(

@@ -13,6 +13,7 @@ from posttrain.evidence import RegistryEntry
 from posttrain.files import write_atomic
 from posttrain.names import PREVIOUS
 from posttrain.registry.checkouts import READY_TO_LOAD, Checkouts
+from posttrain.registry.looks import LookCount, all_looks
 from posttrain.registry.manifest import ADAPTER_TOTAL, MODEL, Manifest, check_chain
 from posttrain.registry.promotion import CHAMPION
 from posttrain.registry.rows import Rows
@@ -149,6 +150,10 @@ class RegistryReader:
         """The verdict that the version was registered with, as JSON."""
         digest = self.rows.verdict(name, version)
         return None if digest is None else self.store.get_json(digest)
+
+    def all_looks(self) -> list[LookCount]:
+        """Every state of every suite that a verdict was made on, with the looks that its items have had."""
+        return all_looks(self._db)
 
     def verify(self, name: str, version: int) -> Verification:
         """Walk the manifests and check every stored byte, offline. Raises: RegistryError naming what is damaged."""

@@ -11,6 +11,7 @@ from posttrain.errors import RegistryError
 from posttrain.evidence import Decision, GateVerdict, RegistryEntry
 from posttrain.registry import looks, promotion
 from posttrain.registry.checkouts import READY_TO_LOAD
+from posttrain.registry.looks import JudgedSuite
 from posttrain.registry.manifest import MODEL, Manifest, check_chain
 from posttrain.registry.promotion import DECISION, HOLD
 from posttrain.registry.reader import RegistryReader
@@ -153,28 +154,29 @@ class Registry(RegistryReader):
         verdict: GateVerdict,
         expected_epoch: int | None = None,
         *,
-        decision: Decision | None = None,
+        decisions: Sequence[Decision] = (),
         actor: str | None = None,
     ) -> RegistryEntry:
         """Give the alias to a version, if the verdict is a PASS for it against the present holder.
 
-        A `decision` that accepts an INCONCLUSIVE verdict stands for the PASS, and is kept with the version. Doing it again
-        with the same verdict changes nothing. Raises: RegistryError with the reason it is refused.
+        `decisions` that accept the verdict are kept with the version; one stands for the PASS of an INCONCLUSIVE verdict. Doing it
+        again with the same verdict changes nothing. Raises: RegistryError with the reason it is refused.
         """
         self._refuse(promotion.bad_name("alias", alias))
         entry = self.show(name, version)
         where = f"{name}@{version} cannot take {alias}"
-        self._refuse(promotion.against_verdict(verdict, entry.digest, decision), where)
+        self._refuse(promotion.against_verdict(verdict, entry.digest, decisions), where)
         self.verify(name, version)
         chain = self.chain(name, version)
+        self._refuse(promotion.against_approvals(chain, verdict, decisions), where)
         self._refuse(promotion.against_rewards(chain, self.store.has, self.store.get_json), where)
         with self.store.adding(), writing(self._db):
             self.store.put_json(verdict.to_json())
-            if decision is not None:
+            for decision in decisions:
                 self._keep_decision(name, version, decision)
             row = self.rows.alias_row(name, alias)
             if row is None or (row["version"], row["verdict"]) != (version, verdict.digest):
-                by = actor if decision is None else decision.by
+                by = decisions[-1].by if decisions else actor
                 self._swap(entry, alias, row, verdict, chain, expected_epoch, by)
         return self.show(name, version)
 
@@ -268,9 +270,9 @@ class Registry(RegistryReader):
 
     # --- looks ---
 
-    def record_look(self, suite_digests: Iterable[str], candidate: str, baseline: str) -> int:
+    def record_look(self, suites: Iterable[JudgedSuite], candidate: str, baseline: str) -> int:
         """Note that a verdict is made on these items; returns the number of the look, from 1."""
-        return looks.record_look(self._db, suite_digests, candidate, baseline)
+        return looks.record_look(self._db, suites, candidate, baseline)
 
-    def count_looks(self, suite_digest: str) -> int:
-        return looks.count_looks(self._db, suite_digest)
+    def count_looks(self, suite: JudgedSuite) -> int:
+        return looks.count_looks(self._db, suite)

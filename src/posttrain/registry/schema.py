@@ -44,7 +44,13 @@ CREATE INDEX IF NOT EXISTS manifests_of ON objects (digest) WHERE role = 'manife
 CREATE TABLE IF NOT EXISTS seals (event INTEGER PRIMARY KEY, digest TEXT NOT NULL) STRICT;
 CREATE TRIGGER IF NOT EXISTS seals_stay BEFORE UPDATE ON seals BEGIN SELECT RAISE(ABORT, 'seals are append-only'); END;
 CREATE TRIGGER IF NOT EXISTS seals_keep BEFORE DELETE ON seals BEGIN SELECT RAISE(ABORT, 'seals are append-only'); END;
+CREATE TABLE IF NOT EXISTS look_items (
+    suite_digest TEXT NOT NULL, name TEXT NOT NULL, item TEXT NOT NULL, renews TEXT, PRIMARY KEY (suite_digest, item)
+) STRICT;
+CREATE INDEX IF NOT EXISTS looks_by_item ON look_items (item);
 """
+_ADDED = ("seals_keep", "looks_by_item")
+"""What a registry lacks that an older version made."""
 _BUSY_S = 30.0
 
 
@@ -91,7 +97,8 @@ def _prepare(db: sqlite3.Connection) -> None:
     _use_wal(db)
     db.execute("PRAGMA synchronous = FULL")
     db.execute("PRAGMA foreign_keys = ON")
-    if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'seals_keep'").fetchone():
+    present = {row["name"] for row in db.execute("SELECT name FROM sqlite_master")}
+    if not present.issuperset(_ADDED):
         db.executescript(f"BEGIN IMMEDIATE; {_TABLES}")
         seal_all(db)
         db.execute("COMMIT")

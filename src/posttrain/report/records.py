@@ -6,7 +6,7 @@ Knows the layout of a run, and nothing of how it is shown.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -204,7 +204,9 @@ def _gates(folder: Path, pipeline: Mapping[str, Any], problems: list[str]) -> tu
             for path in sorted((folder / "gates").glob("*/verdict.json"))
         ]
     gates: list[GateRecord] = []
-    decided = {line.get("verdict_digest"): line for line in _try(folder / "decisions.jsonl", read_jsonl, [], problems)}
+    decided: dict[Any, list[Mapping[str, Any]]] = {}
+    for line in _try(folder / "decisions.jsonl", read_jsonl, [], problems):
+        decided.setdefault(line.get("verdict_digest"), []).append(line)
     for entry in entries:
         where = folder / str(entry.get("folder") or "missing")
         verdict = as_mapping(_try(where / "verdict.json", read_json, {}, problems)) or {
@@ -212,8 +214,8 @@ def _gates(folder: Path, pipeline: Mapping[str, Any], problems: list[str]) -> tu
             "tests": [],
         }
         verdict = {"reason": "", **verdict, "tests": [_test(test) for test in verdict.get("tests") or []]}
-        if decision := decided.get(verdict.get("digest")):
-            verdict |= _decided(verdict, decision)
+        if said := decided.get(verdict.get("digest")):
+            verdict |= _decided(verdict, said)
         if verdict.get("verdict"):
             gates.append(
                 GateRecord(
@@ -227,10 +229,14 @@ def _gates(folder: Path, pipeline: Mapping[str, Any], problems: list[str]) -> tu
     return tuple(gates)
 
 
-def _decided(verdict: Mapping[str, Any], decision: Mapping[str, Any]) -> dict[str, str]:
-    """The verdict as a person decided it, with what the gate had said."""
-    said = f"by {decision.get('by')}: {decision.get('reason')}; the gate said {verdict.get('verdict')}, {verdict['reason']}"
-    return {"verdict": "ACCEPTED" if decision.get("accepted") else "REJECTED", "reason": said}
+def _decided(verdict: Mapping[str, Any], decisions: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The verdict as people decided it, with what the gate had said; a PASS that they approve stays one."""
+    rejected = [decision for decision in decisions if not decision.get("accepted")]
+    by = "; ".join(f"{decision.get('by')}: {decision.get('reason')}" for decision in rejected or decisions)
+    if verdict.get("verdict") == "PASS" and not rejected:
+        return {"reason": f"{verdict['reason']}; approved by {by}"}
+    said = f"by {by}; the gate said {verdict.get('verdict')}, {verdict['reason']}"
+    return {"verdict": "REJECTED" if rejected else "ACCEPTED", "reason": said}
 
 
 def _registered(entry: Any) -> Mapping[str, Any] | None:

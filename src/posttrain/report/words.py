@@ -12,7 +12,7 @@ from posttrain.report.intervals import Interval
 STATUS = {
     "running": "The run has not finished; this is what it has so far.",
     "error": "The run stopped with an error; this is what it had until then.",
-    "pending": "The verdict is inconclusive and waits for a person: posttrain gate decide.",
+    "pending": "The verdict waits for people to decide on it: posttrain gate decide.",
     "stopped": "The run was stopped before its end; started again, it continues.",
 }
 VERDICT = {
@@ -20,7 +20,7 @@ VERDICT = {
     "FAIL": "did not pass its gate and was not promoted",
     "INCONCLUSIVE": "was neither accepted nor rejected: the evidence is too thin, which is not a pass",
     "ACCEPTED": "was not shown to be better or worse by its gate, and a person accepted it",
-    "REJECTED": "was not shown to be better or worse by its gate, and a person rejected it",
+    "REJECTED": "was rejected by a person, whatever its gate said of it",
     "INVALID": "could not be judged: the comparison itself is broken",
 }
 

@@ -35,7 +35,7 @@ ClientCall = tuple[str, tuple[Any, ...]]
 
 class MlflowSink:
     """Mirrors to `uri` (a server, or `sqlite:///file.db`); `run_key` finds the same run again after a restart. It is shown
-    as `run_name`, or else as its key.
+    as `run_name`, or else as its key. `on_lost` is told at the end how many messages never arrived, if any.
 
     Credentials come from MLflow's own environment variables. Raises: MissingExtraError if MLflow is not installed,
     ConfigError for a URI with a password.
@@ -43,7 +43,7 @@ class MlflowSink:
 
     def __init__(
         self, uri: str, experiment: str, run_key: str, params: Mapping[str, Any] | None = None, queue_size: int = 1000,
-        *, run_name: str = "",
+        *, run_name: str = "", on_lost: Callable[[int], None] = lambda num_lost: None,
     ) -> None:  # fmt: skip
         refuse_secret(uri)
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -52,6 +52,7 @@ class MlflowSink:
         self._num_refused = self._num_unsent = 0
         self._uri, self._experiment, self._run_key = uri, experiment, _quoted(run_key)
         self._run_name = run_name or self._run_key
+        self._on_lost = on_lost
         self._queue: queue.Queue[ClientCall | None] = queue.Queue(maxsize=queue_size)
         self._closing = threading.Event()
         self._run_id = ""
@@ -92,6 +93,7 @@ class MlflowSink:
             _log.warning(
                 "MLflow at %s did not get %d messages; metrics.jsonl has them all", self._uri, self.num_dropped + left
             )
+            self._on_lost(self.num_dropped + left)
 
     def _put(self, message: ClientCall) -> None:
         try:
