@@ -24,7 +24,13 @@ from posttrain.models.tree_attention import Window, token_places
 from posttrain.objectives import fused
 from posttrain.objectives.logprobs import chunked_logprobs, head_tile_rows
 
-TREES = (Tree(0, 700), Tree(700, 1000, (1100, 1100, 1500)), Tree(1500, 1501), Tree(1501, 2048))
+TREES = (
+    Tree(0, 700),
+    Tree(700, 1000, (1100, 1100, 1500)),
+    Tree(1500, 1501),
+    Tree(1501, 1700, (1750, 1900, 2048), (0, 1, 1)),
+)
+SMALL_TREES = (Tree(0, 30), Tree(30, 50, (60, 60, 75)), Tree(75, 76), Tree(76, 80, (85, 90, 97), (0, 1, 1)))
 _LOSS_LIMIT, _GRADIENT_LIMIT = 1e-3, 1e-2
 
 
@@ -37,7 +43,7 @@ class Setting:
 
     @property
     def trees(self) -> tuple[Tree, ...]:
-        return (Tree(0, 30), Tree(30, 50, (60, 60, 75)), Tree(75, 76)) if self.rehearsal else TREES
+        return SMALL_TREES if self.rehearsal else TREES
 
     @property
     def shape(self) -> work.Shape:

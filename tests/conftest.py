@@ -137,10 +137,21 @@ def _answer(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
+def _conversation(about: int) -> list[dict[str, str]]:
+    """The first turns of one of two conversations, which begin alike: each segment is longer than what is worth sharing."""
+    system = {"role": "system", "content": "You add numbers. " * 5}
+    return [system, {"role": "user", "content": f"{about} apples, please. " * 5}, _answer("Of course.")]
+
+
 ROWS = {
     "sft": lambda a, b: {"messages": [*_chat(a, b), _answer(f"The answer is {a + b}." + " Yes." * (a % 3))]},
     "pairs": lambda a, b: {
         "prompt": _chat(a, b),
+        "chosen": [_answer(f"The answer is {a + b}.")],
+        "rejected": [_answer(f"It is {a}" + "!" * (1 + b % 3))],
+    },
+    "turns": lambda a, b: {
+        "prompt": [*_conversation(b % 2), *_chat(a, b)],
         "chosen": [_answer(f"The answer is {a + b}.")],
         "rejected": [_answer(f"It is {a}" + "!" * (1 + b % 3))],
     },
@@ -169,7 +180,7 @@ def last_digit(prompts, completions, answer, **columns):
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
-    """`sft.jsonl`, `pairs.jsonl`, `kto.jsonl`, `prompts.jsonl` of 12 rows each, `dev-*.jsonl` of 4, and `rewards.py`."""
+    """`sft.jsonl`, `pairs.jsonl`, `turns.jsonl` (pairs), `kto.jsonl`, `prompts.jsonl` of 12 rows each, `dev-*.jsonl` of 4, and `rewards.py`."""
     folder = tmp_path_factory.mktemp("data")
     for name, row in ROWS.items():
         for prefix, numbers in (("", range(12)), ("dev-", range(12, 16))):

@@ -37,6 +37,7 @@ MORE = {
         {"architecture": "llama", "config": DYNAMIC, "per_device_train_batch_size": 5},
     ),
     "dpo": ("dpo", {}),
+    "dpo, turns of conversations": ("dpo", {"data": "turns", "sequence_len": 512}),
     "dpo with an adapter": ("dpo", LORA),
     "dpo with a frozen copy": ("dpo", {"precompute_ref_log_probs": False}),
     "dpo, compared over the step": ("dpo", {"loss_type": "aot_unpaired"}),

@@ -61,6 +61,34 @@ def families():
 
 
 @pytest.fixture
+def turns(families):
+    """The same; and two conversations of turns that were answered several times, so that what they share is five levels deep.
+
+    Between their sequences stand others; one is what another begins with, two are the same, and one document begins as a
+    conversation does. Turns that others took (every second one) are not trained.
+    """
+    generator = torch.Generator().manual_seed(4)
+
+    def turn():
+        return tuple(
+            torch.randint(3, 288, (3 + int(torch.randint(5, (), generator=generator)),), generator=generator).tolist()
+        )
+
+    def trained(parts):
+        mask = [place % 2 == 1 for place, part in enumerate(parts) for _ in part]
+        return TokenSeq(sum(parts, ()), tuple(mask))
+
+    conversations = []
+    for _ in range(2):
+        rows = [(turn(),)]
+        for answers in (2, 1, 2, 1, 1):
+            rows = [(*row, turn()) for row in rows for _ in range(answers)]
+        rows = [rows[0], rows[2], rows[1], rows[3], rows[1][:4], rows[3]]
+        conversations.append([trained(row) for row in rows])
+    return [conversations[0], *families, conversations[1], [trained((conversations[1][0].ids[:7], turn()))]]
+
+
+@pytest.fixture
 def oracle():
     return SingleRuns
 

@@ -58,9 +58,10 @@ def _by_mask(query, key, value, layout, window=None, softcap=None):
 def test_every_path_equals_attention_with_the_mask_written_out(options, call_flops, monkeypatch):
     monkeypatch.setattr(tree_attention, "_CALL_FLOPS", call_flops)
     tree_attention.calls_of.cache_clear()
-    layout = Layout((Tree(0, 6), Tree(6, 10, (13, 13, 18)), Tree(18, 19)))
+    deep = Tree(19, 22, (24, 25, 27, 30), (0, 1, 1, 0))
+    layout = Layout((Tree(0, 6), Tree(6, 10, (13, 13, 18)), Tree(18, 19), deep))
     torch.manual_seed(0)
-    leaves = [torch.randn(1, heads, 19, 16, dtype=torch.float64) for heads in (4, 2, 2)]
+    leaves = [torch.randn(1, heads, 30, 16, dtype=torch.float64) for heads in (4, 2, 2)]
     single = [leaf.float().requires_grad_() for leaf in leaves]
     double = [leaf.requires_grad_() for leaf in leaves]
     out, _ = ragged_attention(torch.nn.Module(), *single, None, layout=layout, **options)
@@ -84,14 +85,20 @@ def test_small_trees_are_one_masked_call_on_a_cpu_and_others_a_call_in_itself_an
 
 
 @pytest.mark.parametrize("architecture", RAGGED)
-def test_packed_log_probs_and_gradients_equal_single_runs(architecture, model_dir, policy_of, oracle, families):
+@pytest.mark.parametrize("least_shared", [1, math.inf], ids=["deep", "two levels"])
+def test_packed_log_probs_and_gradients_equal_single_runs(
+    least_shared, architecture, model_dir, policy_of, oracle, turns
+):
     policy, single = policy_of(architecture), oracle(model_dir(architecture))
     assert policy.ragged
-    scores = policy.score(pack(families))
-    torch.testing.assert_close(scores.logp_M, single.logp(families), atol=1e-4, rtol=1e-4)
+    batch = pack(turns, least_shared)
+    depth = max(segment.depth for tree in batch.layout.trees for segment in tree.segments())
+    assert depth == (4 if least_shared == 1 else 1)
+    scores = policy.score(batch)
+    torch.testing.assert_close(scores.logp_M, single.logp(turns), atol=1e-4, rtol=1e-4)
     weights = torch.linspace(0.5, 1.5, len(scores.logp_M))
     (scores.logp_M * weights).sum().backward()
-    expected = single.gradients(families)
+    expected = single.gradients(turns)
     ours = {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None}
     assert ours.keys() == expected.keys()
     for name, gradient in ours.items():

@@ -8,7 +8,9 @@ from posttrain.models.batch import Layout, Tree
 from posttrain.models.capped import block_mask, capped_attention
 from posttrain.models.tree_attention import Window
 
-LAYOUT = Layout((Tree(0, 150), Tree(150, 240, (300, 300, 420)), Tree(420, 421)))
+LAYOUT = Layout(
+    (Tree(0, 150), Tree(150, 240, (300, 300, 420)), Tree(420, 421), Tree(421, 460, (520, 530, 561, 590), (0, 1, 1, 0)))
+)
 
 
 @pytest.mark.parametrize("window", [None, Window(40), Window(64, chunked=True)])
@@ -16,7 +18,7 @@ def test_flex_attention_equals_the_masked_path(window, monkeypatch):
     """Its backward has no CPU kernel of its own but runs when it is not asked for one."""
     monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)
     torch.manual_seed(0)
-    leaves = [torch.randn(1, heads, 421, 16) for heads in (4, 2, 2)]
+    leaves = [torch.randn(1, heads, 590, 16) for heads in (4, 2, 2)]
     ours, theirs = ([leaf.clone().requires_grad_() for leaf in leaves] for _ in range(2))
     out = capped_attention(*ours, LAYOUT, 0.25, window, 5.0).transpose(1, 2)
     module = torch.nn.Module()

@@ -100,15 +100,18 @@ def test_every_rope_type_of_transformers_is_here():
 
 @pytest.mark.parametrize("name", ALL)
 def test_packed_sequences_on_both_sides_of_the_boundary_are_as_if_run_alone(name, policy_of):
-    """Sequences of inputs at boundary − 1, 0 and + 1, much shorter and longer ones, and a family across it."""
+    """Sequences of inputs at boundary − 1, 0 and + 1, much shorter and longer ones, and a family across it, of three levels."""
     policy = policy_of(name)
     assert policy.ragged
     prompt = ids(BOUNDARY - 10)
     family = [trained(prompt + ids(n, seed=1), BOUNDARY - 10) for n in (3, 10, 11, 12, 60)]
+    family[1:1] = [trained(prompt + ids(7) + ids(n, seed=4), BOUNDARY - 10) for n in (3, 4, 5, 50)]
     families = [[trained(ids(n + 1))] for n in (20, BOUNDARY - 1, BOUNDARY, BOUNDARY + 1, 100, 30)] + [family]
     single = SingleRuns(policy)
     expected = torch.cat([single.logp(sequence) for family in families for sequence in family])
-    scores = policy.score(pack(families), entropy=True)
+    batch = pack(families, least_shared=5)
+    assert max(segment.depth for tree in batch.layout.trees for segment in tree.segments()) == 2
+    scores = policy.score(batch, entropy=True)
     assert (scores.logp_M - expected).abs().max() < 2e-4
     weight = torch.linspace(0.5, 1.5, len(expected))
     policy.model.zero_grad()

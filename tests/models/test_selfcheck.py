@@ -41,17 +41,17 @@ def test_attention_that_leaks_is_found(model_dir, monkeypatch):
 
 
 @pytest.mark.parametrize("architecture", ONE_BY_ONE)
-def test_other_models_run_one_by_one_with_one_notice(architecture, model_dir, policy_of, oracle, families, caplog):
+def test_other_models_run_one_by_one_with_one_notice(architecture, model_dir, policy_of, oracle, turns, caplog):
     with caplog.at_level(logging.WARNING, logger="posttrain"):
         policy = policy_of(architecture)
     notices = [r.getMessage() for r in caplog.records if "one by one" in r.getMessage()]
     assert len(notices) == 1
     single = oracle(model_dir(architecture))
-    scores = policy.score(pack(families), temperature=0.7, entropy=True)
-    torch.testing.assert_close(scores.logp_M, single.logp(families, 0.7), atol=1e-4, rtol=1e-4)
+    scores = policy.score(pack(turns, least_shared=1), temperature=0.7, entropy=True)
+    torch.testing.assert_close(scores.logp_M, single.logp(turns, 0.7), atol=1e-4, rtol=1e-4)
     assert scores.entropy_M.shape == scores.logp_M.shape
     loss = -scores.logp_M.mean()
     loss.backward()
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.05)
     optimizer.step()
-    assert -policy.score(pack(families), temperature=0.7).logp_M.mean() < loss
+    assert -policy.score(pack(turns), temperature=0.7).logp_M.mean() < loss

@@ -1,15 +1,21 @@
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from posttrain.errors import ModelError
 from posttrain.models import tree_attention
 from posttrain.models.attention import ragged_attention
-from posttrain.models.batch import Layout, Segment, Tree, pack
+from posttrain.models.batch import Layout, Tree, pack
 from posttrain.models.tree_attention import TreeAttention, Window, calls_of, token_places
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-TREES = (Tree(0, 40, (70, 90, 115)), Tree(115, 125, (130, 130, 190)), Tree(190, 207), Tree(207, 208))
+TREES = (
+    Tree(0, 40, (70, 90, 115)), Tree(115, 125, (130, 130, 190)), Tree(190, 207), Tree(207, 208),
+    Tree(208, 228, (240, 240, 251, 259, 266, 280, 291), (0, 1, 1, 3, 3, 0, 6)),
+)  # fmt: skip
+"""Of two levels, one with an empty branch; documents; of four levels, with an empty branch on the second."""
 
 
 @pytest.fixture
@@ -21,15 +27,7 @@ def as_on_a_gpu(monkeypatch):
     calls_of.cache_clear()
 
 
-class DeepTree(Tree):
-    """A tree of three levels: a prefix of 4; a branch of 3, which branches into 2 and 5; a branch of 6."""
-
-    def segments(self):
-        yield Segment(0, 4, 20)
-        yield Segment(4, 7, 14, 1, 4)
-        yield Segment(7, 9, 9, 2, 7)
-        yield Segment(9, 14, 14, 2, 7)
-        yield Segment(14, 20, 20, 1, 4)
+DEEP = Tree(0, 4, (7, 9, 14, 20), (0, 1, 1, 0))
 
 
 def _compare(trees, window, atol_out=5e-7, atol_grad=2e-6):
@@ -65,9 +63,41 @@ def test_the_calls_of_a_gpu_equal_attention_with_the_mask_written_out(window, as
 def test_trees_of_three_levels_take_a_call_a_level(window, one_by_one, request):
     if not one_by_one:
         request.getfixturevalue("as_on_a_gpu")
-        calls = calls_of((DeepTree(0, 4, (20,)),), 64, torch.float32, window, CPU)
+        calls = calls_of((DEEP,), 64, torch.float32, window, CPU)
         assert len(calls) == (3 if window is None else 1)
-    _compare((DeepTree(0, 4, (20,)),), window)
+    _compare((DEEP,), window)
+
+
+@st.composite
+def random_trees(draw):
+    """Trees one behind the other, whose branches may be empty and may branch on; a window, or none."""
+    trees, begin = [], 0
+    for sizes in draw(st.lists(st.lists(st.integers(0, 6), max_size=7), min_size=1, max_size=4)):
+        split = begin + draw(st.integers(1, 6))
+        ends, parents, open_segments = [], [], [0]
+        for number, size in enumerate(sizes, 1):
+            # In packed order a branch continues the last one, or something that that one continues.
+            open_segments = open_segments[: draw(st.integers(1, len(open_segments)))]
+            parents.append(open_segments[-1])
+            open_segments.append(number)
+            ends.append((ends[-1] if ends else split) + size)
+        trees.append(Tree(begin, split, tuple(ends), tuple(parents) if any(parents) else ()))
+        begin = trees[-1].stop
+    window = draw(st.one_of(st.none(), st.builds(Window, st.integers(1, 9), st.booleans())))
+    return tuple(trees), window
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(trees_and_window=random_trees())
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_random_trees_equal_attention_with_the_mask_written_out(one_by_one, monkeypatch, trees_and_window):
+    monkeypatch.setattr(tree_attention, "_ONE_BY_ONE", frozenset({"cpu"} if one_by_one else ()))
+    monkeypatch.setattr(tree_attention, "_CALL_FLOPS", 0.0)  # no tree is small enough for a mask of its own
+    calls_of.cache_clear()
+    try:
+        _compare(*trees_and_window, atol_out=2e-6, atol_grad=1e-5)
+    finally:
+        calls_of.cache_clear()
 
 
 @pytest.mark.parametrize("window", [Window(1), Window(7), Window(45), Window(16, chunked=True)])
@@ -103,12 +133,12 @@ def test_a_window_copies_no_more_of_a_prefix_than_it_reaches():
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "mistral", "gemma3_text", "qwen3_moe"])
-def test_a_model_scores_and_learns_the_same_by_the_calls_of_a_gpu(architecture, policy_of, families, request):
+def test_a_model_scores_and_learns_the_same_by_the_calls_of_a_gpu(architecture, policy_of, turns, request):
     policy = policy_of(architecture)
 
     def run():
         policy.model.zero_grad()
-        logp_M = policy.score(pack(families)).logp_M
+        logp_M = policy.score(pack(turns, least_shared=1)).logp_M
         (logp_M * torch.linspace(0.5, 1.5, len(logp_M))).sum().backward()
         return logp_M.detach(), {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
 
@@ -137,7 +167,9 @@ class _Largest(TorchDispatchMode):
 @pytest.mark.parametrize("chunk", [None, 512])
 @pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("tree", [Tree(0, 4096), Tree(0, 1024, (2048, 4096))])
+@pytest.mark.parametrize(
+    "tree", [Tree(0, 4096), Tree(0, 1024, (2048, 4096)), Tree(0, 1024, (2048, 3000, 4096), (0, 1, 1))]
+)
 def test_no_mask_is_built_on_a_gpu(tree, dtype, window, chunk):
     """On `meta`: shapes alone. Heads of 20 and values of 12 are widened to 24."""
     module = torch.nn.Module()

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from posttrain.recipes.balance import deal, family_cost, imbalance, imbalance_bound
+from posttrain.recipes.balance import deal, family_cost, imbalance, imbalance_bound, tree_cost
 
 
 def loads(costs, shares):
@@ -19,6 +19,14 @@ def test_a_sequence_costs_its_tokens_and_their_attention_by_hand():
 def test_a_shared_prefix_is_counted_once_by_hand():
     """A prompt of 30 and answers of 10 and 20: the prompt sees itself, each answer the prompt and itself."""
     assert family_cost([40, 50], shared=30) == pytest.approx(60 + (30 * 30 + 10 * (10 + 60) + 20 * (20 + 60)) / 24_576)
+
+
+def test_a_deeper_tree_is_counted_segment_by_segment_by_hand():
+    """A prompt of 30; a turn of 20 that two answers of 5 and 7 continue; and an answer of 9 to the prompt alone."""
+    segments = [(30, 0), (20, 30), (5, 50), (7, 50), (9, 30)]
+    attended = 30 * 30 + 20 * (20 + 60) + 5 * (5 + 100) + 7 * (7 + 100) + 9 * (9 + 60)
+    assert tree_cost(segments) == pytest.approx(71 + attended / 24_576)
+    assert tree_cost([(30, 0), (10, 30), (20, 30)]) == family_cost([40, 50], shared=30)
 
 
 LENGTHS = {

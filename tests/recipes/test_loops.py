@@ -1,12 +1,23 @@
 """Each loop end to end on a tiny model, and what must not change its numbers."""
 
+import importlib
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from posttrain.config.rl import GRPOKeys
+from posttrain.distributed.ranks import SingleProcess
 from posttrain.errors import TrainingError
+from posttrain.models.batch import pack
+from posttrain.models.trie import LEAST_SHARED
+from posttrain.objectives.spec import PolicySpec
+from posttrain.objectives.terms import spec_from
+from posttrain.recipes import grpo
+from posttrain.types import Sample
 
 ATOL = 1e-6
 
@@ -54,6 +65,45 @@ def test_eight_rows_at_once_equal_eight_times_one(kind, options, train, runner, 
     )
     assert runner.losses(split) == pytest.approx(runner.losses(whole), abs=ATOL, rel=ATOL)
     close(runner.weights(split), runner.weights(whole), atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward_model"])
+def test_turns_of_conversations_are_computed_once_and_teach_the_same(kind, train, runner, data_dir, monkeypatch):
+    """Pairs of two conversations behind one system prompt, each conversation with turns that its pairs share."""
+    recipe = importlib.import_module(f"posttrain.recipes.{kind}")
+    tokens, folders = {}, {}
+    for least_shared in (LEAST_SHARED, math.inf):
+
+        def counted(families, least_shared=least_shared):
+            batch = pack(families, least_shared)
+            tokens.setdefault(least_shared, []).append(batch.input_ids_N.numel())
+            return batch
+
+        monkeypatch.setattr(recipe, "pack", counted)
+        data = [{"path": str(data_dir / "turns.jsonl")}]
+        folders[least_shared] = train(kind, name=str(least_shared), datasets=data, sequence_len=512, learning_rate=1e-4)
+    deep, by_pairs = (folders[least_shared] for least_shared in (LEAST_SHARED, math.inf))
+    assert sum(tokens[LEAST_SHARED]) < 0.6 * sum(tokens[math.inf])
+    assert runner.losses(deep) == pytest.approx(runner.losses(by_pairs), abs=2 * ATOL)
+    close(runner.weights(deep), runner.weights(by_pairs), atol=5e-6)
+
+
+def test_a_group_larger_than_a_micro_batch_is_cut_along_its_tree():
+    """Eight samples of one prompt, every second one going on from another turn: two micro-batches, each with one of the turns."""
+    prompt, turns = tuple(range(50)), (tuple(range(100, 200)), tuple(range(200, 300)))
+    samples = [(*prompt, *turns[n % 2], 300 + n, 400) for n in range(8)]
+    group = tuple(
+        Sample(np.array(ids, np.int32), np.arange(len(ids)) >= 50, advantage=np.full(len(ids) - 50, 0.5, np.float32))
+        for ids in samples
+    )
+    keys = GRPOKeys(base_model="x", datasets=[{"path": "x"}], reward_funcs=["x.py:f"], per_device_train_batch_size=4)
+    micros = grpo._micro_batches([group], spec_from(PolicySpec, keys), keys, SingleProcess())
+    assert [[int(sample.ids[-2]) for part in micro.rows for sample in part] for micro in micros] == [
+        [300, 302, 304, 306], [301, 303, 305, 307],
+    ]  # fmt: skip
+    assert sum(pack(micro.rows).input_ids_N.numel() for micro in micros) == 2 * (50 + 100 + 4)
+    plain = tuple(group[::2])
+    assert grpo._by_branches(plain) == plain
 
 
 def test_packing_changes_no_loss_per_token(train, runner):

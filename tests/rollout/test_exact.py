@@ -1,5 +1,6 @@
 """Bit for bit: the engine's log-probs over the whole vocabulary are the trainer's."""
 
+import math
 from functools import partial
 
 import pytest
@@ -127,6 +128,25 @@ def test_exact_where_heads_are_no_whole_number_of_cache_lines(make_local_model, 
     unequal, rows = unequal_rows(exact_policy(make_local_model("llama", **odd)), ragged_groups(20), recorded)
     assert rows >= 20
     assert unequal == 0
+
+
+def test_a_deeper_tree_changes_no_bit(model_dir):
+    policy = exact_policy(model_dir("qwen3"))
+    draw = torch.Generator().manual_seed(1)
+    rows = [tuple(torch.randint(3, 288, (20,), generator=draw).tolist())]
+    for answers in (2, 3, 2):
+        rows = [
+            (*row, n, *torch.randint(3, 288, (25,), generator=draw).tolist()) for row in rows for n in range(answers)
+        ]
+    group = [TokenSeq(row, (False,) * 20 + (True,) * (len(row) - 20)) for row in rows]
+    group = group[::2] + group[1::2]
+    with torch.no_grad():
+        deep, two_levels, alone = (
+            policy.score(pack(families, least_shared), entropy=True)
+            for families, least_shared in (([group], 1), ([group], math.inf), ([[row] for row in group], math.inf))
+        )
+    for scores in (two_levels, alone):
+        assert torch.equal(deep.logp_M, scores.logp_M) and torch.equal(deep.entropy_M, scores.entropy_M)
 
 
 def test_values_are_the_models_and_gradients_are_the_ordinary_ones(model_dir):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
 
+from posttrain.models.trie import LEAST_SHARED, TrieNode, shared_segments
 from posttrain.types import Counts, Sample, TokenSeq
 
 
@@ -31,31 +32,54 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """A prefix and the branches that continue it, as ranges of packed positions.
+    """A prefix, branches that continue it, and branches that continue these, as ranges of packed positions.
 
-    The prefix is `[start, split)`; branch i is `[ends[i-1], ends[i])`, the first one beginning at `split`. Every
-    token attends to its own prefix and, causally, to its own branch. A plain document is a prefix without branches.
+    Segment 0 is the prefix `[start, split)`; segment i is `[ends[i-2], ends[i-1])`, the first one beginning at `split`. It
+    continues segment `parents[i-1]`, which stands before it; without `parents` all continue the prefix. What continues a
+    segment stands behind it without a gap. Every token attends to all that its segment continues and, causally, to its own
+    segment. A plain document is a prefix without branches.
+
+    Tree(0, 4, (7, 9, 14, 20), (0, 1, 1, 0)): a prefix of 4; a branch of 3, which branches into 2 and 5; a branch of 6.
     """
 
     start: int
     split: int
     ends: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
 
     @property
     def stop(self) -> int:
         return self.ends[-1] if self.ends else self.split
 
-    def branches(self) -> Iterable[tuple[int, int]]:
-        begin = self.split
-        for end in self.ends:
-            yield begin, end
-            begin = end
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Begin and end of each segment, in packed order."""
+        return list(pairwise((self.start, self.split, *self.ends)))
 
-    def segments(self) -> Iterable[Segment]:
-        """Prefix and branches, in packed order. Attention knows a tree by these alone, and takes them of any depth."""
-        yield Segment(self.start, self.split, self.stop)
-        for begin, end in self.branches():
-            yield Segment(begin, end, end, depth=1, position=self.split - self.start)
+    def segments(self) -> list[Segment]:
+        """In packed order. Attention knows a tree by these alone."""
+        spans, before = self.spans, [0, *(self.parents or (0,) * len(self.ends))]
+        stops = [end for _, end in spans]
+        for number in range(len(spans) - 1, 0, -1):
+            stops[before[number]] = max(stops[before[number]], stops[number])
+        found = [Segment(self.start, self.split, stops[0])]
+        for number in range(1, len(spans)):
+            parent = found[before[number]]
+            position = parent.position + parent.end - parent.begin
+            found.append(Segment(*spans[number], stops[number], parent.depth + 1, position))
+        return found
+
+    def leaves(self) -> list[int]:
+        """Numbers of the segments that sequences end with."""
+        inner = set(self.parents) if self.parents else {0} if self.ends else set[int]()
+        return [number for number in range(len(self.ends) + 1) if number not in inner]
+
+    def path(self, number: int) -> list[int]:
+        """Numbers of the segments that a segment continues, from the prefix on, and its own."""
+        found = [number]
+        while found[-1]:
+            found.append(self.parents[found[-1] - 1] if self.parents else 0)
+        return found[::-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +99,8 @@ class Batch:
     """A micro-batch of S sequences over N packed tokens, M of them scored.
 
     Shapes: input_ids_N, position_ids_N; source_M indexes N: the position whose hidden state predicts target_M;
-    seq_M: the sequence each scored token belongs to, tokens of a sequence contiguous and in order.
+    seq_M: the sequence each scored token belongs to, tokens of a sequence contiguous and in order. `leaves`: the sequence
+    that ends with each leaf of the trees, in packed order.
     """
 
     input_ids_N: torch.Tensor
@@ -84,7 +109,11 @@ class Batch:
     source_M: torch.Tensor
     target_M: torch.Tensor
     seq_M: torch.Tensor
-    num_sequences: int
+    leaves: tuple[int, ...]
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.leaves)
 
     @property
     def counts(self) -> Counts:
@@ -105,56 +134,111 @@ def loss_counts(sequences: Iterable[TokenSeq]) -> Counts:
     return Counts(tokens=sum(lengths), sequences=len(lengths))
 
 
-def pack(families: Sequence[Sequence[TokenSeq | Sample]]) -> Batch:
+def pack(families: Sequence[Sequence[TokenSeq | Sample]], least_shared: float = LEAST_SHARED) -> Batch:
     """Lay out families of sequences (a document alone, a preference pair, the completions of one prompt).
 
-    The longest common prefix of a family is stored and computed once. The last token of a sequence predicts nothing
-    and is left out of the input.
+    The longest common prefix of a family is stored and computed once, and so is what any sequences share beyond it, from
+    `least_shared` tokens on; with infinity each family is a tree of two levels by itself. The last token of a sequence
+    predicts nothing and is left out of the input.
     """
-    packer = _Packer()
-    for family in families:
-        packer.add(family)
-    return packer.batch()
+    sequences = [sequence for family in families for sequence in family]
+    rows = iter([np.asarray(sequence.ids, dtype=np.int32)[:-1] for sequence in sequences])
+    inputs = [[next(rows) for _ in family] for family in families]
+    return _laid_out(sequences, [ids for family in inputs for ids in family], shared_segments(inputs, least_shared))
+
+
+def _laid_out(sequences: Sequence[TokenSeq | Sample], inputs: Sequence[np.ndarray], nodes: Sequence[TrieNode]) -> Batch:
+    """The batch of sequences whose inputs have these segments."""
+    begins = list(accumulate((node.end - node.begin for node in nodes), initial=0))
+    places: list[np.ndarray] = []
+    """Of each node, where the tokens that it ends, from the first of their sequence on, are packed."""
+    placed: list[np.ndarray] = [_NOTHING] * len(sequences)
+    for node, (begin, end) in zip(nodes, pairwise(begins), strict=True):
+        own = np.arange(begin, end)
+        places.append(own if node.parent is None else np.concatenate([places[node.parent], own]))
+        if node.is_leaf:
+            placed[node.row] = places[-1]
+    # The token behind each input, where it is trained; the first of a sequence has no input before it.
+    trained = [np.flatnonzero(np.asarray(sequence.loss_mask, dtype=bool)[1:]) for sequence in sequences]
+    targets = [np.asarray(sequence.ids)[1:][at] for sequence, at in zip(sequences, trained, strict=True)]
+    return Batch(
+        input_ids_N=_joined([inputs[node.row][node.begin : node.end] for node in nodes]),
+        position_ids_N=_joined([np.arange(node.begin, node.end) for node in nodes]),
+        layout=Layout(_trees(nodes, begins)),
+        source_M=_joined([place[at] for place, at in zip(placed, trained, strict=True)]),
+        target_M=_joined(targets),
+        seq_M=torch.repeat_interleave(
+            torch.arange(len(sequences)), torch.tensor([len(at) for at in trained], dtype=torch.long)
+        ),
+        leaves=tuple(node.row for node in nodes if node.is_leaf),
+    )
+
+
+_NOTHING = np.empty(0, dtype=np.int64)
+
+
+def _joined(parts: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([_NOTHING, *parts]).astype(np.int64, copy=False))
+
+
+def _trees(nodes: Sequence[TrieNode], begins: Sequence[int]) -> tuple[Tree, ...]:
+    """The trees of nodes that are packed at `begins`, and the last one up to the last of these."""
+    roots = [number for number, node in enumerate(nodes) if node.parent is None]
+    trees: list[Tree] = []
+    for root, following in pairwise([*roots, len(nodes)]):
+        parents = [node.parent - root for node in nodes[root + 1 : following] if node.parent is not None]
+        trees.append(_tree(begins[root : following + 1], parents))
+    return tuple(trees)
+
+
+def _tree(borders: Sequence[int], parents: Sequence[int]) -> Tree:
+    """The tree of adjacent segments; one of two levels says no more than where its branches end."""
+    return Tree(borders[0], borders[1], tuple(borders[2:]), tuple(parents) if any(parents) else ())
 
 
 def split_by_length(batch: Batch, key: Callable[[int], Hashable]) -> list[tuple[Batch, torch.Tensor | None]]:
     """The sequences of a batch apart by `key(inputs of the sequence)`, each part with the places of its scored tokens.
 
-    A prefix goes with each part that continues it. One part is the batch itself, and None stands for all its places.
+    A shared segment goes with each part that continues it. One part is the batch itself, and None stands for all its places.
     """
-    chosen: dict[Hashable, list[tuple[Tree, tuple[int, int], int]]] = {}
-    number = 0
+    chosen: dict[Hashable, list[tuple[Tree, list[tuple[int, int]]]]] = {}
+    sequences = iter(batch.leaves)
     for tree in batch.layout.trees:
-        for begin, end in list(tree.branches()) or [(tree.split, tree.split)]:
-            length = tree.split - tree.start + end - begin
-            chosen.setdefault(key(length), []).append((tree, (begin, end), number))
-            number += 1
+        segments = tree.segments()
+        mine: dict[Hashable, list[tuple[int, int]]] = {}
+        for leaf in tree.leaves():
+            length = segments[leaf].position + segments[leaf].end - segments[leaf].begin
+            mine.setdefault(key(length), []).append((leaf, next(sequences)))
+        for encoding, leaves in mine.items():
+            chosen.setdefault(encoding, []).append((tree, leaves))
     if len(chosen) <= 1:
         return [(batch, None)]
     return [_part(batch, members) for members in chosen.values()]
 
 
-def _part(batch: Batch, members: Sequence[tuple[Tree, tuple[int, int], int]]) -> tuple[Batch, torch.Tensor]:
-    """The batch of some of the sequences, given as tree, branch and number."""
+def _part(batch: Batch, members: Sequence[tuple[Tree, Sequence[tuple[int, int]]]]) -> tuple[Batch, torch.Tensor]:
+    """The batch of some of the sequences: of each tree its leaves, with the numbers of the sequences that they end."""
     device = batch.input_ids_N.device
     taken: list[int] = []
     trees: list[Tree] = []
-    for tree, group in groupby(members, key=lambda member: member[0]):
-        start = len(taken)
-        taken += range(tree.start, tree.split)
-        split, ends = len(taken), list[int]()
-        for _, (begin, end), _ in group:
+    for tree, leaves in members:
+        spans = tree.spans
+        kept = sorted({number for leaf, _ in leaves for number in tree.path(leaf)})
+        borders = [len(taken)]
+        for begin, end in (spans[number] for number in kept):
             taken += range(begin, end)
-            ends.append(len(taken))
-        trees.append(Tree(start, split, tuple(ends) if tree.ends else ()))
-    numbers = torch.tensor([number for _, _, number in members], device=device)
+            borders.append(len(taken))
+        trees.append(_tree(borders, [kept.index(tree.path(number)[-2]) for number in kept[1:]]))
+    order = [number for _, leaves in members for _, number in leaves]
+    numbers = torch.tensor(sorted(order), device=device)
     places = torch.isin(batch.seq_M, numbers).nonzero()[:, 0]
     taken_N = torch.tensor(taken, dtype=torch.long, device=device)
     where = torch.zeros(batch.input_ids_N.numel(), dtype=torch.long, device=device)
     where[taken_N] = torch.arange(len(taken), device=device)
+    leaves = torch.searchsorted(numbers, torch.tensor(order, device=device))
     part = Batch(
         batch.input_ids_N[taken_N], batch.position_ids_N[taken_N], Layout(tuple(trees)), where[batch.source_M[places]],
-        batch.target_M[places], torch.searchsorted(numbers, batch.seq_M[places]), len(members),
+        batch.target_M[places], torch.searchsorted(numbers, batch.seq_M[places]), tuple(leaves.tolist()),
     )  # fmt: skip
     return part, places
 
@@ -168,65 +252,3 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
         if shortest[index] != longest[index]:
             return index
     return length
-
-
-def _listed(values: Sequence[int] | np.ndarray) -> Sequence[int]:
-    return values.tolist() if isinstance(values, np.ndarray) else values
-
-
-class _Packer:
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.positions: list[int] = []
-        self.trees: list[Tree] = []
-        self.sources: list[int] = []
-        self.targets: list[int] = []
-        self.owners: list[int] = []
-        self.num_sequences = 0
-
-    def add(self, family: Sequence[TokenSeq | Sample]) -> None:
-        inputs = [_listed(sequence.ids)[:-1] for sequence in family]
-        shared = common_prefix(inputs) if len(family) > 1 else 0
-        if shared == 0:
-            for sequence, ids in zip(family, inputs, strict=True):
-                self._add_document(sequence, ids)
-            return
-        start = len(self.ids)
-        self._extend(inputs[0][:shared], first_position=0)
-        ends: list[int] = []
-        for sequence, ids in zip(family, inputs, strict=True):
-            begin = len(self.ids)
-            self._extend(ids[shared:], first_position=shared)
-            ends.append(len(self.ids))
-            self._score(sequence, lambda t, begin=begin: start + t if t < shared else begin + t - shared)
-        self.trees.append(Tree(start, start + shared, tuple(ends)))
-
-    def _add_document(self, sequence: TokenSeq | Sample, ids: Sequence[int]) -> None:
-        start = len(self.ids)
-        self._extend(ids, first_position=0)
-        self._score(sequence, lambda t: start + t)
-        self.trees.append(Tree(start, len(self.ids)))
-
-    def _extend(self, ids: Sequence[int], first_position: int) -> None:
-        self.ids.extend(ids)
-        self.positions.extend(range(first_position, first_position + len(ids)))
-
-    def _score(self, sequence: TokenSeq | Sample, place) -> None:
-        """Register the trained tokens; `place(t)` is the packed position of token t."""
-        for t, (token, trained) in enumerate(zip(_listed(sequence.ids), _listed(sequence.loss_mask), strict=True)):
-            if trained and t > 0:
-                self.sources.append(place(t - 1))
-                self.targets.append(token)
-                self.owners.append(self.num_sequences)
-        self.num_sequences += 1
-
-    def batch(self) -> Batch:
-        return Batch(
-            input_ids_N=torch.tensor(self.ids, dtype=torch.long),
-            position_ids_N=torch.tensor(self.positions, dtype=torch.long),
-            layout=Layout(tuple(self.trees)),
-            source_M=torch.tensor(self.sources, dtype=torch.long),
-            target_M=torch.tensor(self.targets, dtype=torch.long),
-            seq_M=torch.tensor(self.owners, dtype=torch.long),
-            num_sequences=self.num_sequences,
-        )

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from posttrain.errors import ModelError
 from posttrain.models.attention import AttendOptions
@@ -186,27 +187,32 @@ def logp_rows(model: Any, batch: Batch, temperature: float) -> Iterator[tuple[in
     """The log-probs that follow each packed token: the number of the first one of a tile, and [N', V]."""
     num_tokens = batch.input_ids_N.numel()
     forward = TiledForward(model, temperature, places=1 + num_tokens)
-    sources = _sources(batch)
-    # Trees are packed prefix first, so a tile's past is in earlier tiles or in itself.
+    segment_N, paths = _paths(batch)
+    # A segment is packed behind what it continues, so a tile's past is in earlier tiles or in itself.
     for first in range(0, num_tokens, forward.rows):
         tile = slice(first, first + forward.rows)
         positions_N = batch.position_ids_N[tile]
-        start_N, prefix_N, begin_N = (column[tile, None] for column in sources)
         place_K = torch.arange(int(positions_N.max()) + 1, device=positions_N.device)[None]
-        past_NK = 1 + torch.where(place_K < prefix_N, start_N + place_K, begin_N + place_K - prefix_N)
+        low, high = int(segment_N[tile][0]), int(segment_N[tile][-1])
+        path_SK = pad_sequence(paths[low : high + 1], batch_first=True)[:, : place_K.numel()]
+        past_NK = 1 + path_SK[segment_N[tile] - low]
         past_NK = past_NK.masked_fill(place_K > positions_N[:, None], FILLER)
         places_N = 1 + torch.arange(first, first + len(positions_N), device=positions_N.device)
         yield first, forward(batch.input_ids_N[tile], positions_N, places_N, past_NK)
 
 
-def _sources(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each packed token: where its prefix starts, how long that is, where its own branch begins. Shapes: [N]."""
-    rows: list[tuple[int, int, int]] = []
+def _paths(batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Of each packed token its segment, by number [N]; of each segment where its sequences' tokens up to its end are packed."""
+    device = batch.input_ids_N.device
+    paths: list[torch.Tensor] = []
+    lengths: list[int] = []
     for tree in batch.layout.trees:
-        for begin, end in ((tree.start, tree.split), *tree.branches()):
-            rows += [(tree.start, tree.split - tree.start, begin)] * (end - begin)
-    columns = torch.tensor(rows, dtype=torch.long, device=batch.input_ids_N.device).view(-1, 3)
-    return columns[:, 0], columns[:, 1], columns[:, 2]
+        spans = tree.spans
+        for number, (begin, end) in enumerate(spans):
+            paths.append(torch.cat([torch.arange(*spans[part], device=device) for part in tree.path(number)]))
+            lengths.append(end - begin)
+    segment_N = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long))
+    return segment_N.to(device), paths
 
 
 def score_tiles(model: Any, batch: Batch, temperature: float, entropy: bool) -> TokenScores:

@@ -309,17 +309,15 @@ class _Sequence:
 
 
 def _sequences(batch: Batch) -> Iterator[tuple[_Sequence, torch.Tensor]]:
-    """Each sequence of a packed batch with the places of its scored tokens, in order."""
-    sequence = 0
+    """Each sequence of a packed batch with the places of its scored tokens."""
+    device, sequences = batch.input_ids_N.device, iter(batch.leaves)
     for tree in batch.layout.trees:
-        prefix = torch.arange(tree.start, tree.split, device=batch.input_ids_N.device)
-        branches = list(tree.branches()) or [(tree.split, tree.split)]
-        for begin, end in branches:
-            packed = torch.cat([prefix, torch.arange(begin, end, device=prefix.device)])
-            mine = batch.seq_M == sequence
-            where = torch.zeros(batch.input_ids_N.numel(), dtype=torch.long, device=prefix.device)
-            where[packed] = torch.arange(packed.numel(), device=prefix.device)
+        spans = tree.spans
+        for leaf in tree.leaves():
+            packed = torch.cat([torch.arange(*spans[number], device=device) for number in tree.path(leaf)])
+            mine = batch.seq_M == next(sequences)
+            where = torch.zeros(batch.input_ids_N.numel(), dtype=torch.long, device=device)
+            where[packed] = torch.arange(packed.numel(), device=device)
             if bool(mine.any()):
                 sequence_alone = _Sequence(batch.input_ids_N[packed], where[batch.source_M[mine]], batch.target_M[mine])
                 yield sequence_alone, mine.nonzero()[:, 0]
-            sequence += 1

@@ -139,7 +139,9 @@ def _probe(vocab: int) -> list[list[TokenSeq]]:
         return tuple(torch.randint(min(vocab, 1000), (length,), generator=generator).tolist())
 
     prefix = ids(9)
-    family = [prefix + ids(6), prefix + ids(_LONGEST - 9)]
+    branch = ids(6)
+    # Three levels: two branches go on together, and the one between them does not.
+    family = [prefix + branch + ids(3), prefix + ids(_LONGEST - 9), prefix + branch + ids(9)]
     # Inputs are a token less: just below the boundary, at it, and above it.
     edges = [[_seq(ids(_BOUNDARY + 1 + beyond))] for beyond in (-1, 0, 1)]
     return [[_seq(ids(12))], [_seq(branch) for branch in family], [_seq(ids(7))], *edges]
@@ -160,7 +162,7 @@ def _single(model: PreTrainedModel, called: Any, sequence: TokenSeq) -> torch.Te
 
 
 def _packed(model: PreTrainedModel, called: Any, families: list[list[TokenSeq]]) -> torch.Tensor:
-    batch = pack(families).to(model.device)
+    batch = pack(families, least_shared=1).to(model.device)
     logits: list[torch.Tensor] = []
     order: list[torch.Tensor] = []
     for part, places in by_encoding(model, batch):

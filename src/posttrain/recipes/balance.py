@@ -16,9 +16,13 @@ def family_cost(lengths: Sequence[int], shared: int = 0) -> float:
 
     One sequence of n tokens costs n + n² / 24,576; a shared prefix is computed once, and every branch attends to it.
     """
-    branches = [length - shared for length in lengths]
-    attended = shared**2 + sum(branch * (branch + 2 * shared) for branch in branches)
-    return shared + sum(branches) + attended / _ATTENTION_LENGTH
+    return tree_cost([(shared, 0), *((length - shared, shared) for length in lengths)])
+
+
+def tree_cost(segments: Sequence[tuple[int, int]]) -> float:
+    """The same of a tree of any depth: of each of its segments the tokens, and how many come before it in a sequence."""
+    attended = sum(size * (size + 2 * before) for size, before in segments)
+    return sum(size for size, _ in segments) + attended / _ATTENTION_LENGTH
 
 
 def deal(costs: Sequence[float], num_shares: int, capacity: int, sizes: Sequence[int] | None = None) -> list[list[int]]:

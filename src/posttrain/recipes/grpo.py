@@ -23,13 +23,14 @@ from posttrain.models.batch import pack
 from posttrain.models.load import freeze_reference, load_policy, load_tokenizer
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
+from posttrain.models.trie import TrieNode, shared_segments
 from posttrain.objectives.policy import PolicyInputs, policy_loss
 from posttrain.objectives.ratios import bounded_exp
 from posttrain.objectives.reduce import Normalizer
 from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import LossTerms, spec_from
 from posttrain.protocols import Engine, Ranks
-from posttrain.recipes.balance import deal, family_cost
+from posttrain.recipes.balance import deal, tree_cost
 from posttrain.recipes.batches import MicroBatch, fill_with_groups, split_groups
 from posttrain.recipes.collector import Collected, Collector, teaches
 from posttrain.recipes.engines import EngineSource, greedy, make_engine, sampling_params, sync_engine
@@ -170,11 +171,12 @@ def _largest_ratio(logp_M: torch.Tensor, old_logp_M: torch.Tensor | None) -> dic
 def _micro_batches(groups: Sequence[Group], spec: PolicySpec, keys: GRPOKeys, ranks: Ranks) -> list[MicroBatch[Group]]:
     """At most `per_device_train_batch_size` completions at a time, as many micro-batches on every rank.
 
-    A larger group is split: each part holds a copy of the prompt, and the normaliser is the step's. Groups that teach
-    nothing are left out; they still count in the normaliser. None at all where no group teaches anything.
+    A larger group is split: each part holds a copy of the prompt, and the normaliser is the step's. What goes on together
+    after the prompt stays together. Groups that teach nothing are left out; they still count in the normaliser. None at
+    all where no group teaches anything.
     """
     at_once = keys.per_device_train_batch_size
-    useful = [group for group in groups if teaches(group, spec, keys)]
+    useful = [_by_branches(group) for group in groups if teaches(group, spec, keys)]
     parts = split_groups(useful, at_once)
     each = math.ceil(sum(map(len, parts)) / (at_once * ranks.world_size)) * at_once
     share = deal([_group_cost(part) for part in parts], ranks.world_size, each, [len(part) for part in parts])[
@@ -185,8 +187,17 @@ def _micro_batches(groups: Sequence[Group], spec: PolicySpec, keys: GRPOKeys, ra
     return micros + [MicroBatch(split_groups(groups[:1], at_once)[:1], idle=True)] * (most - len(micros))
 
 
+def _by_branches(group: Group) -> Group:
+    """The samples as their tree has them: in their order where it has two levels."""
+    return tuple(group[node.row] for node in _segments(group) if node.is_leaf)
+
+
 def _group_cost(group: Group) -> float:
-    return family_cost([len(sample.ids) for sample in group], shared=int(group[0].loss_mask.argmax()))
+    return tree_cost([(node.end - node.begin, node.begin) for node in _segments(group)])
+
+
+def _segments(group: Group) -> list[TrieNode]:
+    return shared_segments([[sample.ids for sample in group]])
 
 
 def _normalizer(groups: Sequence[Group], keys: GRPOKeys) -> Normalizer:

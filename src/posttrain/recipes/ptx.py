@@ -6,6 +6,7 @@ rollouts' gradient nor its own depends on how many tokens the other one has.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from posttrain.config.rl import RLKeys
@@ -43,7 +44,7 @@ def ptx_micro_batches(rows: Sequence[TokenSeq], keys: RLKeys, ranks: Ranks) -> l
 
 def ptx_loss(policy: Policy, rows: Sequence[TokenSeq], norm: Normalizer, coef: float) -> LossTerms:
     """This micro-batch's share, weighted. Metric: ptx_loss (nats per token, unweighted)."""
-    terms = sft_loss(policy.score(pack([[row] for row in rows])).logp_M, norm)
+    terms = sft_loss(policy.score(pack([[row] for row in rows], least_shared=math.inf)).logp_M, norm)
     return LossTerms(coef * terms.loss, {"ptx_loss": terms.metrics["loss"]})
 
 

@@ -5,6 +5,8 @@ Full, LoRA and QLoRA differ in what `load_policy` returns; one process and many 
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from posttrain.config.stages import SFTKeys
@@ -75,7 +77,7 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
 
 def loss(policy: Policy, rows: list[TokenSeq], norm: Normalizer, loss_type: str) -> LossTerms:
     """This micro-batch's share of the step's loss."""
-    scores = policy.score(pack([[row] for row in rows]), top1=True)
+    scores = policy.score(pack([[row] for row in rows], least_shared=math.inf), top1=True)
     terms = sft_loss(scores.logp_M, norm, loss_type, top1_M=scores.top1_M)
     return policy.with_aux_loss(terms, scores, share=len(rows) / norm.sequences)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,7 +27,8 @@ class CachedRows:
     def prefill(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[PromptKV, torch.Tensor]]:
         """Each prompt with the logits of what follows it, [V]."""
         # `pack` leaves out a sequence's last token, which predicts nothing in training; here it predicts the answer.
-        batch = pack([[TokenSeq((*prompt, 0), (False,) * (len(prompt) + 1))] for prompt in prompts]).to(self._device)
+        rows = [[TokenSeq((*prompt, 0), (False,) * (len(prompt) + 1))] for prompt in prompts]
+        batch = pack(rows, least_shared=math.inf).to(self._device)
         kept = self._cache.expect([(tree.start, tree.split) for tree in batch.layout.trees])
         last = torch.tensor([tree.split - 1 for tree in batch.layout.trees], device=self._device)
         output = self._policy.model(

@@ -6,6 +6,7 @@ operator, which reads pages; on a CPU, where nothing but tests runs it, the oper
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -64,7 +65,8 @@ class PagedRows:
     def prefill(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[PagedPrompt, torch.Tensor]]:
         """Each prompt with the logits of what follows it, [V]."""
         # `pack` leaves out a sequence's last token, which predicts nothing in training; here it predicts the answer.
-        batch = pack([[TokenSeq((*prompt, 0), (False,) * (len(prompt) + 1))] for prompt in prompts]).to(self._device)
+        rows = [[TokenSeq((*prompt, 0), (False,) * (len(prompt) + 1))] for prompt in prompts]
+        batch = pack(rows, least_shared=math.inf).to(self._device)
         kept = [self._table.add_prompt(len(prompt)) for prompt in prompts]
         for prompt in kept:
             weakref.finalize(prompt, self._table.drop_prompt, prompt.pages)
