@@ -81,7 +81,9 @@ def test_turns_of_conversations_are_computed_once_and_teach_the_same(kind, train
 
         monkeypatch.setattr(recipe, "pack", counted)
         data = [{"path": str(data_dir / "turns.jsonl")}]
-        folders[least_shared] = train(kind, name=str(least_shared), datasets=data, sequence_len=512, learning_rate=1e-4)
+        folders[least_shared] = train(
+            kind, name=str(least_shared), datasets=data, sequence_len=512, optim="sgd", learning_rate=0.05, max_steps=2
+        )
     deep, by_pairs = (folders[least_shared] for least_shared in (LEAST_SHARED, math.inf))
     assert sum(tokens[LEAST_SHARED]) < 0.6 * sum(tokens[math.inf])
     assert runner.losses(deep) == pytest.approx(runner.losses(by_pairs), abs=2 * ATOL)
