@@ -1,7 +1,7 @@
 import pytest
 
 from posttrain.errors import ConfigError
-from posttrain.uris import holds_secret, loopback, refuse_secret, without_secrets
+from posttrain.uris import holds_secret, loopback, names_secret, refuse_secret, variable_names_secret, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,24 @@ def test_what_is_no_address_of_a_server_is_refused_without_its_password(url):
     with pytest.raises(ConfigError, match=r"expected http://HOST:PORT") as found:
         loopback(url)
     assert "secret" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["HF_TOKEN", "hf_token", "MLFLOW_TRACKING_PASSWORD", "MY_PWD", "pwd", "api_key", "access-key", "token"]
+)
+def test_what_may_hold_a_secret_is_known_by_its_name(name):
+    assert names_secret(name)
+    assert variable_names_secret(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["pad_token", "eos_token", "BOS_TOKEN", "tokenizer", "num_tokens", "max_tokens", "monkey"]
+)
+def test_tokens_of_a_tokenizer_are_no_secrets(name):
+    assert not names_secret(name)
+
+
+def test_the_folders_of_the_shell_are_no_secrets_and_pwd_in_an_address_is_one():
+    assert not variable_names_secret("PWD")
+    assert not variable_names_secret("OLDPWD")
+    assert holds_secret("mssql://host/db?PWD=sesame")

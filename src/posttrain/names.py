@@ -11,6 +11,8 @@ from dataclasses import dataclass
 PREVIOUS = "previous"
 LM_EVAL = "lm-eval:"
 """How the path of an eval suite begins that is a task of lm-eval."""
+QUESTIONS = "questions.jsonl"
+"""File beside the report on such a task that holds what was asked."""
 _MOST = 100
 _MOST_BYTES = 200
 """A file's name may have 255, and ours get an end (`-gate`, `-2`)."""
@@ -54,3 +56,10 @@ def name_of(text: str) -> str:
     """A free name made of any text, such as the name of a file."""
     kept = re.sub(r"[^\w .-]", "_", text)[:_MOST]
     return kept.strip(" .-") or "run"
+
+
+REPOSITORY = NameRule(
+    re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII),
+    "the name of a repository of the hub, OWNER/NAME: letters, digits and . _ -",
+)
+"""Of a model or of data on the Hugging Face hub."""

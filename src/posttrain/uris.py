@@ -13,6 +13,11 @@ _USER_INFO = re.compile(r"(?<=://)[^/?#\s]*@")
 _SECRET_NAME = re.compile(
     r"(.*[-_])?(pass(word|wd)?|pwd|token|secret|(api|access)[-_]?key|sig(nature)?|credentials?)", re.IGNORECASE
 )
+_NO_SECRET = re.compile(
+    r"(bos|eos|unk|pad|sep|cls|mask|eot|eom|image|video|audio|boi|eoi)_token|additional_special_token", re.IGNORECASE
+)
+"""Tokens of a tokenizer."""
+_WORKING_FOLDERS = frozenset({"PWD", "OLDPWD"})
 _WEB = ("http", "https")
 
 
@@ -34,7 +39,12 @@ def holds_secret(text: str) -> bool:
 
 def names_secret(name: str) -> bool:
     """Whether what is called so may be a password: HF_TOKEN, MLFLOW_TRACKING_PASSWORD."""
-    return _SECRET_NAME.fullmatch(name) is not None
+    return _SECRET_NAME.fullmatch(name) is not None and _NO_SECRET.fullmatch(name) is None
+
+
+def variable_names_secret(name: str) -> bool:
+    """`names_secret` of an environment variable; the shell keeps its working folders in PWD and OLDPWD."""
+    return name not in _WORKING_FOLDERS and names_secret(name)
 
 
 def refuse_secret(text: str) -> None:

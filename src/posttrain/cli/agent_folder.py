@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from posttrain.errors import ConfigError
-from posttrain.uris import holds_secret, names_secret, without_secrets
+from posttrain.uris import holds_secret, names_secret, variable_names_secret, without_secrets
 
 HIDDEN = "…"
 _SHORTEST_SECRET = 6
@@ -98,7 +98,7 @@ def _texts(value: Any) -> Iterator[str]:
 def clean_text(text: str) -> str:
     """`text` without passwords in URIs, and without what the environment keeps under a secret's name."""
     for name, value in os.environ.items():
-        if names_secret(name) and name != "PWD" and len(value) >= _SHORTEST_SECRET:  # PWD is the shell's folder
+        if variable_names_secret(name) and len(value) >= _SHORTEST_SECRET:
             text = text.replace(value, HIDDEN)
     return without_secrets(_URI_IN_TEXT.sub(lambda uri: HIDDEN if holds_secret(uri[0]) else uri[0], text))
 

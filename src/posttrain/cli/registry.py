@@ -217,15 +217,32 @@ def gc(dry_run: DryRun = False, registry: Folder = DEFAULT, as_json: AsJson = Fa
 @app.command()
 def push(
     ref: Ref,
-    url: Url,
+    url: Annotated[str, typer.Argument(metavar="[URL]", help="A folder, or a URL of fsspec: s3://BUCKET/PATH.")] = "",
     alias: Annotated[str, typer.Option(help="Move this alias there too; the version must hold it here.")] = "",
+    push_to_hub: Annotated[
+        str,
+        typer.Option(metavar="OWNER/NAME", help="Instead of a URL: a repository of the Hugging Face hub (HF_TOKEN)."),
+    ] = "",
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="To the hub: the adapter of the whole lineage, not the model.")
+    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="A repository that is made is private.")] = False,
     registry: Folder = DEFAULT,
 ) -> None:
-    """Copy a version to another folder or object store, verified at both ends. Killed half-way, push again."""
+    """Copy a version to another folder, object store or the hub, verified at both ends. Killed half-way, push again."""
     from posttrain.registry.remote import Remote, push_version
 
+    if bool(url) == bool(push_to_hub) or (alias and push_to_hub) or (adapter and not push_to_hub):
+        raise RegistryError("expected a URL (with --alias), or --push-to-hub OWNER/NAME (with --adapter, --private)")
     with open_registry(registry, for_reading=True) as book:
-        done = push_version(book, book.find(ref), Remote(url), alias)
+        entry = book.find(ref)
+        if push_to_hub:
+            from posttrain.pipeline import hub_push
+
+            address = hub_push.push_to_hub(book, entry, push_to_hub, adapter=adapter, private=private or None)
+            typer.echo(f"{entry.name}@{entry.version} is at {address}")
+            return
+        done = push_version(book, entry, Remote(url), alias)
     typer.echo(f"{done.ref} is at {url}: {done.num_copied} objects copied, {done.num_present} were there")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from posttrain.errors import ConfigError
-from posttrain.uris import names_secret
+from posttrain.uris import variable_names_secret
 
 if TYPE_CHECKING:
     from posttrain.config.pipeline import PipelineKeys
@@ -137,7 +137,11 @@ def worker_resources(text: str) -> tuple[RoleResources, str]:
 
 
 def _forwarded(environ: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environ.items() if name.startswith(_FORWARDED) and not names_secret(name)}
+    return {
+        name: value
+        for name, value in environ.items()
+        if name.startswith(_FORWARDED) and not variable_names_secret(name)
+    }
 
 
 def _write(stream: str, data: bytes) -> None:

@@ -12,7 +12,7 @@ from posttrain.config.kinds import STAGE_KINDS, stage_kind
 from posttrain.config.knob import Keys, knob
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import TrainKeys
-from posttrain.names import FREE, STRICT, NameRule, kept_alias
+from posttrain.names import FREE, REPOSITORY, STRICT, NameRule, kept_alias
 
 
 def _checked(rule: NameRule, value: str) -> str:
@@ -119,12 +119,20 @@ class RegisterKeys(Keys):
     alias: str = knob("champion", "Alias to promote to.")
     registry: str = knob("registry", "Folder of the registry, relative to the YAML.")
     data: Literal["reference", "store"] = knob("reference", "What is kept of the files that stages read: their digests, or (`store`) the files too, so that `posttrain reproduce --level 2` needs no project.")
+    hub_model_id: str | None = knob(None, "Repository of the Hugging Face hub (`OWNER/NAME`) that a version is pushed to once it took its alias, with its card; the token is in `HF_TOKEN`.", example="lab/words")
     license: str | None = knob(None, "Licence of the model, for its card; null takes what the model card of a local base says.", example="apache-2.0")
 
     @field_validator("name", "alias")
     @classmethod
     def _is_a_name(cls, name: str) -> str:
         return _checked(STRICT, name)
+
+    @field_validator("hub_model_id")
+    @classmethod
+    def _is_a_repository(cls, repo: str | None) -> str | None:
+        if repo is not None:
+            _checked(REPOSITORY, repo)
+        return repo
 
     @field_validator("alias")
     @classmethod

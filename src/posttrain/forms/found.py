@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import yaml
+
 from posttrain.errors import ModelError
+from posttrain.evidence import RegistryEntry
+from posttrain.files import read_json
 from posttrain.models.low_rank import CONFIG
-from posttrain.registry.manifest import CERTIFICATE, Manifest
+from posttrain.models.provenance import PROVENANCE, source_digest
+from posttrain.registry.manifest import CERTIFICATE, MODEL, Manifest
 from posttrain.registry.promotion import CHAMPION
 from posttrain.registry.registry import Registry
 
@@ -19,11 +24,16 @@ _FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 @dataclass(frozen=True, slots=True)
 class FoundModel:
-    """`version` and `manifests` (first stage to last) are those of the registry; empty for a folder."""
+    """`version` and `manifests` (first stage to last) are those of the registry; empty for a folder.
+
+    `adapter` and `base`: what the version keeps of an adapter that was trained on a base in 4 bits, and that base, where it is there.
+    """
 
     folder: Path
     version: str = ""
     manifests: tuple[Manifest, ...] = ()
+    adapter: Path | None = None
+    base: Path | None = None
 
     @property
     def lacks_certificate(self) -> bool:
@@ -57,11 +67,25 @@ def find_model(name: str, registry: Path | None, beside: Path = Path()) -> Found
     try:
         entry = book.resolve(f"{name}@{CHAMPION}" if match["name"] == name else name)
         book.verify(entry.name, entry.version)
-        return FoundModel(
-            Path(entry.path), f"{entry.name}@{entry.version}", tuple(book.chain(entry.name, entry.version))
-        )
+        chain, adapter = tuple(book.chain(entry.name, entry.version)), book.adapter(entry.name, entry.version)
+        found = FoundModel(Path(entry.path), f"{entry.name}@{entry.version}", chain)
+        if adapter is None or not read_json(adapter / PROVENANCE).get("load_in_4bit"):
+            return found
+        return replace(found, adapter=adapter, base=_given_base(book, entry, chain[0].inputs[MODEL]))
     finally:
         book.close()
+
+
+def _given_base(book: Registry, entry: RegistryEntry, digest: str) -> Path | None:
+    """The base that a version's lineage started from: another version, or where its configuration says, if it is still that."""
+    if book.store.has(digest) and not book.store.missing(digest):
+        return book.checkouts.ready(digest, MODEL)
+    kind, config = book.evidence(entry.name, entry.version).get("config", ("", ""))
+    if kind != "file":
+        return None
+    said = yaml.safe_load(book.store.object_path(config).read_text(encoding="utf-8"))
+    place = book.folder.resolve().parent / str(said["base_model"])
+    return place if place.is_dir() and source_digest(str(place)) == digest else None
 
 
 def _from_hub(name: str) -> Path:

@@ -14,6 +14,7 @@ from posttrain.evals.suite import suite_files
 from posttrain.evidence import Decision
 from posttrain.files import digest_json, read_record, write_atomic
 from posttrain.pipeline.escalation import DECISIONS_FILE, decisions_on
+from posttrain.pipeline.hub_push import hub_tag, push_to_hub
 from posttrain.pipeline.judge import last_verdict
 from posttrain.pipeline.selection import gate_after
 from posttrain.pipeline.state import RunState, StageEntry
@@ -130,6 +131,20 @@ def register_model(place: Place, state: RunState, last: int) -> dict[str, Any]:
         write_atomic(folder / "MODEL_CARD.md", model_card(registry, entry.name, entry.version))
         message = f"registered {entry.name}@{entry.version}, now {target.alias}"
         return record | {"alias": target.alias, "message": message}
+    finally:
+        registry.close()
+
+
+def push_registered(keys: PipelineKeys, registered: Mapping[str, Any]) -> str:
+    """Where the version was pushed to on the hub; empty where none was asked for, or it is there. Raises: RegistryError."""
+    target = keys.register_
+    if target is None or target.hub_model_id is None:
+        return ""
+    registry = Registry(Path(target.registry))
+    try:
+        entry = registry.show(registered["name"], registered["version"])
+        there = entry.tags.get(hub_tag(adapter=False), "").startswith(f"{target.hub_model_id}@")
+        return "" if there else push_to_hub(registry, entry, target.hub_model_id)
     finally:
         registry.close()
 

@@ -7,6 +7,7 @@ go on, loop back or stop; at the end register and promote.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +26,7 @@ from posttrain.pipeline.checks import check_all
 from posttrain.pipeline.data_checks import DataChecks, Suites, check_rewards_ahead
 from posttrain.pipeline.escalation import PENDING_FILE, after_people, rejection_of
 from posttrain.pipeline.generation import check_can_be_promoted, check_looks_left, from_version, hold_parent
+from posttrain.pipeline.hub_push import check_can_be_pushed
 from posttrain.pipeline.judge import Judge, is_promoted, made_by
 from posttrain.pipeline.measure import Evals, MeasuredModel
 from posttrain.pipeline.notify import RunNotices
@@ -99,6 +101,7 @@ def run_pipeline(
     check_engines(keys, ranks.world_size)
     suites, data = check_all(keys), DataChecks(watch.say)
     check_can_be_stored(keys)
+    check_can_be_pushed(keys)
     check_can_be_promoted(keys, earlier)
     check_looks_left(keys, earlier, suites)
     # Before the folder is made and anything is pinned: a start that is refused leaves nothing behind.
@@ -283,7 +286,20 @@ class _PipelineRun:
             self._save(registered=lineage.register_model(self.place, self.state, index))
         assert self.state.registered is not None
         self.watch.say(self.state.registered["message"])
+        if self.state.registered["alias"] is not None:
+            self._pushed(self.state.registered)
         return self.state
+
+    def _pushed(self, registered: Mapping[str, Any]) -> None:
+        """Push to the hub what took its alias, once. A hub that refuses costs the copy, not the run."""
+        try:
+            if address := lineage.push_registered(self.keys, registered):
+                self.watch.say(f"pushed to {address}")
+        except PosttrainError as error:
+            assert self.keys.register_ is not None
+            version, repo = f"{registered['name']}@{registered['version']}", self.keys.register_.hub_model_id
+            self.watch.say(f"not pushed: {error}; posttrain registry push {version} --push-to-hub {repo}")
+            self._tell("mirror_failed", f"{version} {repo}", f"{version} was not pushed to {repo}: {error}")
 
     def _finish(self, status: str, reason: str, index: int, verdict: Verdict | None) -> Outcome:
         self._save(replace(self.state, status=status, reason=reason))

@@ -19,8 +19,10 @@ from posttrain.evals.harness import TaskSuite
 from posttrain.evals.run import Evaluator, decoding_of
 from posttrain.evals.suite import Item, Suite
 from posttrain.evidence import EvalReport, ItemRecord
+from posttrain.files import canonical_json, write_atomic
 from posttrain.models.load import load_config, load_tokenizer, missing_chat_template
 from posttrain.models.provenance import source_digest
+from posttrain.names import LM_EVAL, QUESTIONS
 from posttrain.protocols import Engine
 from posttrain.recipes.engines import EngineSource, make_engine, named_engine
 from posttrain.rewards.workers import RewardPool
@@ -112,7 +114,15 @@ def evaluate(
                 known = _known(suite, keys, split, folder, (digest, engine))
                 reports[suite.name] = evaluator.run(suite, keys, split, known=known, order=order)
                 reports[suite.name].save(folder / f"{suite.name}-{split}")
+                if str(suite.path).startswith(LM_EVAL):
+                    _keep_questions(suite, split, folder / f"{suite.name}-{split}")
     return {suite.name: reports[suite.name] for suite, _ in suites}
+
+
+def _keep_questions(suite: Suite, split: str, report: Path) -> None:
+    """Beside the report of a task of lm-eval, whose documents are in no file of the project: what was asked, by item."""
+    rows = [{"id": item.id, "prompt": item.to_json()["prompt"]} for item in suite.on(split)]
+    write_atomic(report / QUESTIONS, "".join(f"{canonical_json(row)}\n" for row in rows))
 
 
 def summary(reports: Mapping[str, EvalReport]) -> str:

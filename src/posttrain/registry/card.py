@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from posttrain.files import digest_start
+from posttrain.names import REPOSITORY
 from posttrain.registry.manifest import ADAPTER_TOTAL, MODEL, Manifest
 from posttrain.registry.promotion import DECISION
 from posttrain.registry.registry import Registry
@@ -14,8 +15,8 @@ from posttrain.registry.registry import Registry
 _TEMPLATE = Path(__file__).with_name("card.md.j2")
 
 
-def model_card(registry: Registry, name: str, version: int) -> str:
-    """Markdown with Hugging Face front matter.
+def model_card(registry: Registry, name: str, version: int, *, hub: Literal["", "model", "adapter"] = "") -> str:
+    """Markdown with Hugging Face front matter; for what is pushed to the `hub` that names only what may be there.
 
     Stage manifests may carry in `details`: base_model, license, datasets, command, wall_s, tokens and any number to show.
     """
@@ -27,7 +28,7 @@ def model_card(registry: Registry, name: str, version: int) -> str:
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
     environment.filters |= {"number": _number, "short": digest_start, "cell": _cell}  # pyright: ignore[reportUnknownMemberType]
     return environment.from_string(_TEMPLATE.read_text()).render(
-        front_matter=_front_matter(name, chain, verdict),
+        front_matter=_front_matter(name, chain, verdict, hub),
         entry=entry,
         chain=[manifest.to_json() | {"digest": manifest.digest, "settings": _settings(manifest)} for manifest in chain],
         verdict=verdict,
@@ -63,15 +64,19 @@ def _settings(manifest: Manifest) -> str:
     return ", ".join(f"{key} {_number(value)}" for key, value in sorted(shown.items()))
 
 
-def _front_matter(name: str, chain: list[Manifest], verdict: Mapping[str, Any] | None) -> str:
+def _front_matter(name: str, chain: list[Manifest], verdict: Mapping[str, Any] | None, hub: str) -> str:
     import yaml
 
+    base, datasets = str(_detail(chain, "base_model") or ""), _datasets(chain)
+    if hub:
+        base = "" if REPOSITORY.against(base) else base
+        datasets = [path for path in datasets if not REPOSITORY.against(path) and not Path(path).suffix]
     fields: dict[str, Any] = {
-        "base_model": _detail(chain, "base_model"),
+        "base_model": base,
         "license": _detail(chain, "license"),
-        "library_name": "transformers",
+        "library_name": "peft" if hub == "adapter" else "transformers",
         "pipeline_tag": "text-generation",
-        "datasets": _datasets(chain),
+        "datasets": datasets,
         "tags": ["posttrain", *dict.fromkeys(manifest.stage for manifest in chain)],
         "model-index": [{"name": name, "results": _results(verdict)}] if verdict else None,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from posttrain.errors import DataError
 from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.files import read_json_lines
+from posttrain.names import LM_EVAL, QUESTIONS
 from posttrain.report import words
 from posttrain.report.intervals import Interval, difference_interval, score_interval
 from posttrain.report.records import EvalKey, GateRecord, RunRecord, StageRecord
@@ -231,10 +233,13 @@ def _answer(item: ItemRecord) -> str:
 
 
 def _prompts(run: RunRecord, suite: str) -> dict[str, str]:
-    """Prompts by item id, from the suite's file if it is still where the config says."""
+    """Prompts by item id, from the suite's file if it is still where the config says; of a task of lm-eval, as they were asked."""
     evals = run.config.get("evals")
     entry = evals.get(suite) if isinstance(evals, Mapping) else None
-    path = Path(str(entry.get("path", "") if isinstance(entry, Mapping) else entry or ""))
+    named = str(entry.get("path", "") if isinstance(entry, Mapping) else entry or "")
+    path = Path(named)
+    if named.startswith(LM_EVAL):
+        path = next(iter(sorted(run.folder.glob(f"evals/*/{glob.escape(suite)}-*/{QUESTIONS}"))), path)
     if not path.is_file():
         return {}
     try:

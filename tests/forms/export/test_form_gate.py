@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -6,9 +7,13 @@ from safetensors.torch import load_file, save_file
 
 from posttrain.config.resolved import resolved_yaml
 from posttrain.config.stages import SFTKeys
+from posttrain.files import digest_tree
 from posttrain.forms.export.form_gate import check_merge
+from posttrain.forms.found import find_model
 from posttrain.models.export import save_policy
 from posttrain.models.load import load_policy
+from posttrain.models.provenance import source_digest
+from posttrain.registry import Manifest, Registry
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +42,6 @@ def stage(model_dir, tmp_path_factory):
 
 def beside(stage, tmp_path, model, record):
     """The stage with another model in it."""
-    import shutil
-
     folder = tmp_path / "stage"
     shutil.copytree(stage, folder)
     if model is not None:
@@ -75,3 +78,25 @@ def test_a_merge_that_is_what_it_says_passes(stage, tmp_path):
 
 def test_a_model_without_such_an_adapter_has_nothing_to_say(model_dir):
     assert check_merge(model_dir("llama")).passed
+
+
+def test_a_version_of_a_registry_is_compared_with_the_adapter_that_it_keeps(stage, model_dir, tmp_path):
+    base, book = model_dir("qwen3"), Registry(tmp_path / "registry")
+    kept = tmp_path / "adapter_total"
+    shutil.copytree(stage / "adapter", kept)
+    (kept / "posttrain.json").write_text(
+        json.dumps({"base_digest": source_digest(str(base)), "load_in_4bit": True, "rounded": []})
+    )
+    (tmp_path / "config.yaml").write_text(f"base_model: {base}\n")
+    weights = onto_the_original(stage, base)
+    for place, record in enumerate(({"merged_onto": "dequantized"}, {"merged_onto": "original"}), start=1):
+        made = beside(stage, tmp_path / str(place), weights, record)
+        first = Manifest("sft", {"model": source_digest(str(base))}, {"model": digest_tree(made)})
+        book.register("words", made, first, evidence={"adapter_total": kept, "config": tmp_path / "config.yaml"})
+    book.close()
+    lying, honest = (find_model(f"words@{version}", tmp_path / "registry") for version in (1, 2))
+    assert lying.base == base
+    planted = check_merge(lying.folder, lying.adapter, lying.base)
+    assert not planted.passed and "merged onto the original weights, and it says" in planted.seen
+    assert check_merge(honest.folder, honest.adapter, honest.base).passed
+    assert "is no longer there to compare" in check_merge(honest.folder, honest.adapter).seen

@@ -41,12 +41,14 @@ _NOT_COMPOSED = " (of composed characters: the source composes them itself, llam
 
 @dataclass(frozen=True, slots=True)
 class Original:
-    """The model that is exported, as its own engine reads it."""
+    """The model that is exported, as its own engine reads it. `adapter` and `base` are those of a version that was made with them."""
 
     folder: Path
     config: Any
     tokenizer: Any
     text: FolderText
+    adapter: Path | None = None
+    base: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ def export_model(found: FoundModel, out: Path, form: str, type_: str, scores: Fo
     """
     if scores is not None:
         scores.check_enough()
-    made, row = original(found.folder), EXPORT_FORMS[form]
+    made, row = replace(original(found.folder), adapter=found.adapter, base=found.base), EXPORT_FORMS[form]
     reports: list[FormReport] = []
 
     def fill(folder: Path) -> None:
@@ -145,7 +147,7 @@ def judged(
         form_gate.check_special_ids(made.text, view.text),
         form_gate.check_numbers(*view.numbers),
         form_gate.check_tensors(StoredModel(made.folder), view.tensors, view.bound),
-        form_gate.check_merge(made.folder),
+        form_gate.check_merge(made.folder, made.adapter, made.base),
     ]
     digests = (source_digest(str(made.folder)), digest_tree(folder))
     verdict: GateVerdict | None = None

@@ -114,15 +114,19 @@ def check_numbers(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Form
     )
 
 
-def check_merge(source: Path) -> FormCheck:
-    """A model beside an adapter of a base in 4 bits says which weights that was merged onto, and it is true."""
-    name, adapter = "base of a merge", source.resolve().parent / ADAPTER
-    if not ((adapter / CONFIG).is_file() and bits_of(adapter)):
-        return FormCheck(name, True, "no adapter of a base in 4 bits beside it")
+def check_merge(source: Path, adapter: Path | None = None, base: Path | None = None) -> FormCheck:
+    """A model made with an adapter of a base in 4 bits says which weights that was merged onto, and it is true.
+
+    `adapter` and `base` are those that a version keeps; else the adapter beside the model, and the base that its stage names.
+    """
+    name, adapter = "base of a merge", adapter or source.resolve().parent / ADAPTER
     path = source / PROVENANCE
     said = read_json(path).get("merged_onto") if path.is_file() else None
+    if not ((adapter / CONFIG).is_file() and bits_of(adapter)):
+        lost = f"it says it was merged onto the {said} weights of its base; " if said else ""
+        return FormCheck(name, True, f"{lost}no adapter of a base in 4 bits is kept with it")
     keys = trained_on(adapter)
-    base = None if keys is None else Path(keys.base_model)
+    base = base or (None if keys is None else Path(keys.base_model))
     if base is None or not (base / "config.json").is_file():
         return FormCheck(
             name,
