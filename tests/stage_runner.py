@@ -15,7 +15,7 @@ from posttrain.recipes.kinds import LOOPS
 from posttrain.recipes.stage import Stage, run_recipe
 from posttrain.recipes.stop import StopFlag, StoppedPolitely
 
-FILES = {"sft": "sft", "dpo": "pairs", "reward_model": "pairs", "grpo": "prompts"}
+FILES = {"sft": "sft", "dpo": "pairs", "reward_model": "pairs", "grpo": "prompts", "distill": "prompts"}
 COMMON = {"learning_rate": 3e-3, "max_steps": 4, "per_device_train_batch_size": 4, "sequence_len": 128, "seed": 7}
 OWN = {
     "sft": {},
@@ -24,6 +24,10 @@ OWN = {
     "grpo": {
         "num_generations": 4, "num_prompts_per_step": 2, "max_completion_length": 6, "reward_check": "off",
         "reward_funcs": ["spread"],
+    },
+    "distill": {
+        "num_generations": 4, "num_prompts_per_step": 2, "max_completion_length": 6,
+        "teachers": [{"model": "policy", "prompt": "{prompt} A correct solution: {answer}"}],
     },
 }  # fmt: skip
 

@@ -51,7 +51,8 @@ def computed(tmp_path_factory, model_dir, data_dir, runner):
     """What this version computes, for every row."""
     folder = tmp_path_factory.mktemp("numerics")
     values = {
-        kind: curve(kind, folder / kind, model_dir, data_dir, runner) for kind in ("sft", "dpo", "reward_model", "grpo")
+        kind: curve(kind, folder / kind, model_dir, data_dir, runner)
+        for kind in ("sft", "dpo", "reward_model", "grpo", "distill")
     }
     values |= {"grading": scores(), "rewards": rewarded()}
     if os.environ.get("RECORD"):

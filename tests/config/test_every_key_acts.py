@@ -43,6 +43,8 @@ KTO = {"loss_type": "kto", "datasets": [{"path": "DATA/kto.jsonl"}]}
 OFF_POLICY = {"num_iterations": 2, "learning_rate": 3e-2}
 TWO = {"reward_funcs": ["DATA/rewards.py:spread", "DATA/rewards.py:last_digit"]}
 PTX = {"ptx_datasets": [{"path": "DATA/sft.jsonl"}]}
+HINTED = {"teachers": [{"model": "policy", "prompt": "{prompt} It is {answer}."}]}
+GIVEN = {"datasets": [{"path": "DATA/sft.jsonl"}], "teachers": [{"model": "start"}], "loss_type": "jsd"}
 SPIKE = {"times": 0.0, "after": 1, "at_least": 0.0}
 
 
@@ -184,6 +186,29 @@ FLIPS = {
         # Of its other keys, which are another engine's: tests/recipes/test_engines.py.
         Flip("rollout", {"exact": True}),
         Flip("reward_check_steps", 1, {"reward_funcs": ["DATA/rewards.py:last_digit"]}),
+        Flip("teachers", [HINTED["teachers"][0]]),
+        Flip("teacher_advantage", "rlsd", HINTED),
+        Flip("teacher_coef", 0.1, HINTED),
+        Flip("teacher_clip", 0.01, HINTED | {"teacher_advantage": "rlsd"}),
+        Flip("teacher_warmup_steps", 2, HINTED),
+        Flip("teacher_decay_steps", 2, HINTED),
+    ],
+    "distill": [
+        Flip("teachers", [{"model": "policy", "prompt": "{answer}"}]),
+        Flip("loss_type", "jsd"),
+        Flip("jsd_beta", 0.1, {"loss_type": "jsd"}),
+        Flip("teacher_top_k", 4),
+        Flip("on_policy_share", 0.0, GIVEN | {"on_policy_share": 0.5}),
+        Flip("num_generations", 3),
+        Flip("num_prompts_per_step", 4),
+        Flip("max_completion_length", 3),
+        Flip("temperature", 0.5),
+        Flip("top_p", 0.5),
+        Flip("top_k", 3),
+        Flip("min_p", 0.5),
+        Flip("stop", list("abcdefghijklmnopqrstuvwxyz ")),
+        # Of its keys those of other engines: tests/recipes/test_engines.py; our own has none that distill may set.
+        Flip("rollout", {"exact": True}),
     ],
 }
 """Stage → its flips. What every stage has is flipped under SFT, the shortest of them."""
@@ -193,6 +218,7 @@ QUICK = {
     "dpo": ("label_smoothing",),
     "reward_model": ("center_rewards_coefficient",),
     "grpo": ("stop", "scale_rewards", "soft_overlong_cache", "rollout"),
+    "distill": ("teacher_top_k",),
 }
 CASES = [
     pytest.param(kind, flip, id=f"{kind}-{flip.key}", marks=() if flip.key in QUICK[kind] else pytest.mark.slow)
@@ -230,7 +256,7 @@ def record(runner, model_dir, data_dir, tmp_path_factory):
     (folder / "other.jinja").write_text(TEMPLATE)
     rows = [{"id": str(n), "prompt": f"{n}", "target": "e", "scorer": "contains", "split": "dev"} for n in range(3)]
     (folder / "suite.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    usual = {"sft": "sft", "dpo": "pairs", "reward_model": "pairs", "grpo": "prompts"}
+    usual = {"sft": "sft", "dpo": "pairs", "reward_model": "pairs", "grpo": "prompts", "distill": "prompts"}
 
     def placed(value):
         text = json.dumps(value).replace("DATA/", f"{folder}/")

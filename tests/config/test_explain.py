@@ -9,8 +9,14 @@ def test_a_key_with_a_default_of_its_own_per_stage():
     explanation = explain("learning_rate")
     assert explanation.meaning == "Peak learning rate."
     assert explanation.type == "a number (> 0)"
-    assert explanation.defaults == {"sft": "2e-5", "dpo": "1e-6", "reward_model": "1e-5", "grpo": "1e-6"}
-    assert explanation.stages == ("sft", "dpo", "reward_model", "grpo")
+    assert explanation.defaults == {
+        "sft": "2e-5",
+        "dpo": "1e-6",
+        "reward_model": "1e-5",
+        "grpo": "1e-6",
+        "distill": "2e-5",
+    }
+    assert explanation.stages == ("sft", "dpo", "reward_model", "grpo", "distill")
     assert ForeignName("lr") in explanation.also
 
 
@@ -22,7 +28,7 @@ def test_another_tools_name_leads_to_ours():
 
 def test_a_name_with_two_meanings_has_two_uses():
     assert {use.places for use in explain("path").uses} == {("datasets",), ("evals",)}
-    assert {use.places for use in explain("loss_type").uses} == {("sft",), ("dpo",), ("grpo",)}
+    assert {use.places for use in explain("loss_type").uses} == {("sft",), ("dpo",), ("grpo",), ("distill",)}
 
 
 @pytest.mark.parametrize(

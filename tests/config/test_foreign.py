@@ -3,6 +3,7 @@ import re
 
 import pytest
 from trl import DPOConfig, GRPOConfig, ModelConfig, RewardConfig, SFTConfig
+from trl.experimental.gkd import GKDConfig
 
 from posttrain.config import load_stage
 from posttrain.config.foreign import CONVERTED_NAMES, CONVERTED_VALUES, NO_COUNTERPART, foreign_names, unknown_key
@@ -130,6 +131,7 @@ OF_OTHER_TOOLS = {
     "dpo": [field.name for config in (DPOConfig, ModelConfig) for field in dataclasses.fields(config)],
     "reward_model": [field.name for config in (RewardConfig, ModelConfig) for field in dataclasses.fields(config)],
     "grpo": [field.name for config in (GRPOConfig, ModelConfig) for field in dataclasses.fields(config)],
+    "distill": [field.name for config in (GKDConfig, ModelConfig) for field in dataclasses.fields(config)],
 }
 NAMES_SEEN = [
     "adam_eps",

@@ -28,7 +28,7 @@ def test_defaults_are_not_shared_between_objects():
 @pytest.mark.parametrize("kind", STAGE_KINDS)
 def test_required_keys_are_few(kind):
     required = {name for name, field in STAGE_KINDS[kind].keys.model_fields.items() if field.is_required()}
-    assert required == {"base_model", "datasets"} | ({"reward_funcs"} if kind == "grpo" else set())
+    assert required == {"base_model", "datasets"} | {"grpo": {"reward_funcs"}, "distill": {"teachers"}}.get(kind, set())
 
 
 @pytest.mark.parametrize(

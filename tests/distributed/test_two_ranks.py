@@ -16,6 +16,7 @@ LORA = {"adapter": "lora", "lora_r": 4}
 # One process sees per step what two ranks see together.
 QUICK = {"sft": ("sft", {"save_steps": 1})}
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "max_position_embeddings": 32}
+HINTED = {"model": "policy", "prompt": "{prompt} It is {answer}."}
 NO_SPREAD = {
     "dynamic_sampling": True, "dynamic_sampling_max_rounds": 2, "reward_funcs": ["constant"], "num_prompts_per_step": 3,
     "beta": 0.1,
@@ -54,6 +55,33 @@ MORE = {
     "grpo, refilled": ("grpo", {"dynamic_sampling": True, "reward_funcs": ["last_digit"], "num_prompts_per_step": 3}),
     "grpo, nothing has spread": ("grpo", NO_SPREAD),
     "grpo, shares that do not divide": ("grpo", {**LORA, "beta": 0.1, "num_prompts_per_step": 3}),
+    "grpo, taught": (
+        "grpo",
+        {"teachers": [{"model": "start"}, HINTED], "num_iterations": 2, "num_prompts_per_step": 3},
+    ),
+    "distill": ("distill", {"teachers": [HINTED], "teacher_top_k": 4, "eval": "dev-prompts", "eval_steps": 2}),
+    "distill, given and own answers": (
+        "distill",
+        {
+            "data": "sft",
+            "teachers": [{"model": "start"}],
+            "loss_type": "jsd",
+            "on_policy_share": 0.5,
+            "num_prompts_per_step": 3,
+        },
+    ),
+    "distill, one teacher for some": (
+        "distill",
+        {
+            "teachers": [{"model": "start", "when": {"answer": "1"}}, HINTED],
+            "loss_type": "reverse_kl",
+            "num_prompts_per_step": 1,
+        },
+    ),
+    "distill, one forward a sequence": (
+        "distill",
+        {"architecture": "gpt_oss", "teachers": [HINTED], "loss_type": "forward_kl", "num_prompts_per_step": 1},
+    ),
     "grpo, one prompt": ("grpo", {"num_prompts_per_step": 1, "soft_overlong_cache": 3}),
 }
 GENTLE = {"learning_rate": 1e-4}

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.objectives.advantages import ADVANTAGES
+from posttrain.objectives.distill import DIVERGENCES, TEACHER_ADVANTAGES
 from posttrain.objectives.policy import POLICY_LOSSES
 from posttrain.objectives.preference import PREFERENCE_LOSSES
 from posttrain.objectives.reduce import REDUCTIONS
@@ -38,6 +39,9 @@ def test_every_section_with_an_equation_has_a_block():
     assert len(BLOCKS) == len(re.findall(r"^\*\*Equation\.\*\*", PAGE, re.MULTILINE))
 
 
-@pytest.mark.parametrize("table", [SFT_LOSSES, PREFERENCE_LOSSES, POLICY_LOSSES, SURROGATES, REDUCTIONS, ADVANTAGES])
+@pytest.mark.parametrize(
+    "table",
+    [SFT_LOSSES, PREFERENCE_LOSSES, POLICY_LOSSES, SURROGATES, REDUCTIONS, ADVANTAGES, TEACHER_ADVANTAGES, DIVERGENCES],
+)
 def test_every_row_is_described(table):
     assert [name for name in table if f"`{name}`" not in PAGE] == []

@@ -88,6 +88,7 @@ CASES = {
         series(60, reward=lambda s: 0.3 + s / 100, eval_score=every(10, lambda s: 0.5 + s / 1000)),
     ),
     "length_spiral": ("grpo", series(60, completions__mean_length=lambda s: 40.0 * 1.05**s), series(60, completions__mean_length=lambda s: 40.0 + s)),
+    "teacher_gap": ("grpo", series(60, teacher__gap=lambda s: 0.4 + s / 30), series(60, teacher__gap=lambda s: 0.9 - s / 90)),
     "truncation_spiral": ("grpo", series(40, completions__clipped_ratio=late(0.05, 0.4)), series(40, completions__clipped_ratio=0.4)),
     "clip_fraction": ("grpo", series(20, clip_ratio__region_mean=0.35), series(20, clip_ratio__region_mean=lambda s: 0.4 if s % 3 == 0 else 0.1)),
     "ratio_tails": ("grpo", series(20, importance_ratio__max=25.0), series(20, importance_ratio__max=lambda s: 100.0 if s % 3 == 0 else 2.0)),

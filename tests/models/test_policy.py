@@ -102,7 +102,7 @@ def test_the_router_loss_of_a_mixture_of_experts_is_added_by_share(policy_of, fa
         ).aux_loss
     alone = policy.score(pack([families[0]]))
     torch.testing.assert_close(alone.aux_loss, expected, atol=1e-5, rtol=1e-5)
-    terms = policy.with_aux_loss(LossTerms(torch.tensor(2.0), {}), alone, share=0.25)
+    terms = policy.with_aux_loss(LossTerms(torch.tensor(2.0), {}), alone.aux_loss, share=0.25)
     assert float(terms.loss) == pytest.approx(2.0 + 0.01 * 0.25 * float(expected), rel=1e-5)
     terms.loss.backward()
     router = dict(policy.model.named_parameters())["model.layers.0.mlp.gate.weight"]
@@ -112,4 +112,4 @@ def test_the_router_loss_of_a_mixture_of_experts_is_added_by_share(policy_of, fa
 def test_models_without_a_router_add_nothing(policy_of, families):
     policy = policy_of("qwen3")
     terms = LossTerms(torch.tensor(2.0), {})
-    assert policy.with_aux_loss(terms, policy.score(pack(families)), 1.0) is terms
+    assert policy.with_aux_loss(terms, policy.score(pack(families)).aux_loss, 1.0) is terms

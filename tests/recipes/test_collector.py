@@ -16,6 +16,7 @@ from posttrain.recipes.collector import Collector
 from posttrain.recipes.engines import EngineSource, make_engine
 from posttrain.recipes.prompts import PromptStream
 from posttrain.recipes.scorers import PolicyScorer, ReferenceScorer
+from posttrain.recipes.teachers import Teachers
 from posttrain.report.build import build_report
 from posttrain.rollout.experience import Experience, to_arrays
 from posttrain.types import RewardBreakdown
@@ -45,7 +46,9 @@ def collector(runner, model_dir, data_dir):
         engine = make_engine(EngineSource(keys, policy))
         stream = PromptStream(load_prompts(keys, tokenizer), keys.seed, {})
         scorers = (Scores(policy, keys.temperature, 4, ranks) for Scores in (PolicyScorer, ReferenceScorer))
-        return Collector(keys, Alternating(keys, engine, decoder(tokenizer), score, stream, ranks), *scorers, ranks)
+        return Collector(
+            keys, Alternating(keys, engine, decoder(tokenizer), score, stream, ranks), *scorers, Teachers([]), ranks
+        )
 
     return make
 

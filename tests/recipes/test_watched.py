@@ -15,6 +15,7 @@ CONDITIONAL = {
     "eval_loss": "there are eval_datasets",
     "eval_score": "there is an eval_suite",
     "kl": "beta is above 0",
+    "teacher/gap": "there are teachers",
     "importance_ratio/max": "a generation batch is used for more than one step",
     "skipped_step": "the step's update was thrown away",
     "reward_check/false_pass_rate": "the rewards look at an answer, and reward_check_steps is reached",
@@ -88,7 +89,7 @@ def wanted(kind):
     return found if kind == "grpo" else found - {"frac_reward_zero_std"}
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "reward_model", "grpo"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "reward_model", "grpo", "distill"])
 def test_the_plainest_run_logs_what_is_not_conditional(kind, train):
     assert wanted(kind) - logged(train(kind, max_steps=2)) <= set(CONDITIONAL)
 

@@ -54,6 +54,7 @@ VARIANTS = together(
     warmup_type=list(choices("grpo", "warmup_type")),
     warmup_steps=[1],
 )
+HINTED = [{"model": "policy", "prompt": "{prompt} It is {answer}."}]
 TWO_REWARDS = {"reward_funcs": ["spread", "last_digit"], "reward_weights": [1.0, 0.5], "beta": 0.1}
 ROWS = {
     **{f"sft: {name}": ("sft", {"loss_type": name}) for name in SFT_LOSSES},
@@ -70,6 +71,10 @@ ROWS = {
     **{f"grpo: {name}": ("grpo", {"loss_type": name, **TWICE, **NEEDED.get(name, {})}) for name in POLICY_LOSSES},
     **{f"grpo: variants {number}": ("grpo", {**TWO_REWARDS, **TWICE, **row}) for number, row in enumerate(VARIANTS)},
     **{f"grpo: {name}": ("grpo", {**TWO_REWARDS, "multi_objective_aggregation": name}) for name in choices("grpo", "multi_objective_aggregation")},
+    "grpo: taught": ("grpo", {"teachers": HINTED, "teacher_advantage": "rlsd", "teacher_decay_steps": 3, **TWICE}),
+    "distill: opd": ("distill", {}),
+    "distill: top-k, held out": ("distill", {"teacher_top_k": 4, "eval_steps": 1, "eval": "dev-prompts"}),
+    "distill: half given": ("distill", {"loss_type": "jsd", "on_policy_share": 0.5, "teachers": [{"model": "start"}], "data": ["sft"]}),
     "grpo: a batch used four times": ("grpo", {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 4}),
     "grpo: refilled": ("grpo", {"dynamic_sampling": True, "reward_funcs": ["last_digit"], "num_prompts_per_step": 3, **TWICE}),
     "grpo: an adapter, kl in the reward": ("grpo", {**LORA, "beta": 0.1, "kl_in_reward": True}),

@@ -33,6 +33,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "dpo": ("posttrain.cli.train", "dpo", "Run one stage of preference optimisation."),
     "reward_model": ("posttrain.cli.train", "reward_model", "Train a reward model on preferences."),
     "grpo": ("posttrain.cli.train", "grpo", "Run one stage of RL with verifiable rewards."),
+    "distill": ("posttrain.cli.train", "distill", "Distil what teachers know into the model."),
     "plan": ("posttrain.cli.plan", "plan", "Say what a run needs in memory and time before it starts."),
     "import": ("posttrain.cli.import_", "import_", "Write another tool's configuration as a YAML of ours."),
     "data": (
@@ -71,7 +72,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
 }
 """Verb → module, attribute (a function or a typer app), one line for `--help`."""
 
-_TRAIN = "to train: sft, dpo, reward_model or grpo for a single stage, run for a pipeline"
+_TRAIN = "to train: sft, dpo, reward_model, grpo or distill for a single stage, run for a pipeline"
 _MEASURE = "to score a model: eval; to judge one against another: gate"
 _ASK = "to talk to a model: chat; for its answers to a whole suite: eval"
 _CHECK = "for a YAML's data: data; for its rewards: rewards check; for this machine: doctor"

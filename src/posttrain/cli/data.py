@@ -20,7 +20,7 @@ from posttrain.errors import ConfigError, DataError
 def data(
     config: Annotated[Path, typer.Argument(help="A stage's YAML, or a pipeline's (all its stages).")],
     stage: Annotated[
-        str | None, typer.Option(help="sft, dpo, reward_model or grpo; found from the keys if left out.")
+        str | None, typer.Option(help="sft, dpo, reward_model, grpo or distill; found from the keys if left out.")
     ] = None,
     write_clean: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the data without the rows that lint found.")

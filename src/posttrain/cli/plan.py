@@ -202,11 +202,13 @@ def _forecast(shape: Any, kind: str, keys: Any, target: Target, tokens: int, mea
     from posttrain.planner import Workload
     from posttrain.planner.forecast import forecast
     from posttrain.planner.measured import AS_PREDICTED, correction_from
+    from posttrain.recipes.teachers import teacher_shapes
 
     dumped = keys.model_dump()
     workload = Workload.from_keys(
         dumped,
         **STAGE_KINDS[kind].demands(keys),
+        teachers=teacher_shapes(keys),
         device_has_bf16=target.has_bf16,
         on_cpu=target.cluster.device.name == "cpu",
     )

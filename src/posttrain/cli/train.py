@@ -90,6 +90,14 @@ def reward_model(
     _single("reward_model", config, _given(set_, on_change, quiet, verbose, on_cluster(ray, workers, worker)))
 
 
+def distill(
+    config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False, verbose: Verbose = False,
+    ray: OnRay = None, workers: NumWorkers = 1, worker: EachWorker = "",
+) -> None:  # fmt: skip
+    """Distil what teachers know into the model."""
+    _single("distill", config, _given(set_, on_change, quiet, verbose, on_cluster(ray, workers, worker)))
+
+
 def stage_verb(kind: str) -> Callable[..., None]:
     """The verb of a kind of stage. Raises: ConfigError if there is no such kind."""
     from posttrain.config.kinds import stage_kind

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from posttrain.config.distill import DistillKeys
 from posttrain.config.rl import GRPOKeys
 from posttrain.config.stages import DPOKeys, ModelKeys, RewardModelKeys, SFTKeys, TrainKeys
 
@@ -25,6 +26,7 @@ _SHAPE = ("lora_r", "lora_alpha", "lora_target", "lora_modules_to_save", "use_rs
 _LORA = (*_SHAPE, "lora_dropout", "adapter_start")
 _QUANT = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "merge_onto")
 _KL = ("kl_estimator", "kl_reduction", "kl_in_reward", "use_bias_correction_kl")
+_TEACHERS = ("teacher_advantage", "teacher_coef", "teacher_clip", "teacher_warmup_steps", "teacher_decay_steps")
 
 
 def _loss_is_not(*names: str) -> Callable[[Any], bool]:
@@ -74,10 +76,16 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(DPOKeys, ("beta",), lambda k: k.loss_type == "sft", "loss_type is sft"),
     NoEffect(DPOKeys, ("precompute_ref_log_probs",), lambda k: k.loss_type in ("simpo", "cpo", "orpo", "sft"), "loss_type has no reference"),
     NoEffect(GRPOKeys, ("gradient_accumulation_steps", "num_processes"), lambda k: True, "a step of RL takes num_prompts_per_step × num_generations / steps_per_generation completions, however many processes share them"),
+    NoEffect(DistillKeys, ("gradient_accumulation_steps", "num_processes"), lambda k: True, "a step takes num_prompts_per_step × num_generations completions, however many processes share them"),
+    NoEffect(DistillKeys, ("jsd_beta",), _loss_is_not("jsd"), "loss_type is not jsd"),
+    NoEffect(DistillKeys, ("teacher_top_k",), _loss_is_not("opd"), "loss_type is not opd"),
+    NoEffect(DistillKeys, ("eval_steps", "load_best_model_at_end"), _has_nothing_to_measure, "there are no eval_datasets, no val_size and no eval_suite"),
     NoEffect(GRPOKeys, _KL, lambda k: k.beta == 0, "beta is 0, so there is no KL to the reference"),
     NoEffect(GRPOKeys, ("kl_reduction",), lambda k: k.kl_in_reward and k.beta > 0, "the KL is in the reward"),
     NoEffect(GRPOKeys, ("ptx_coef", "ptx_rows_per_step"), lambda k: not k.ptx_datasets, "there are no ptx_datasets"),
     NoEffect(GRPOKeys, ("use_bias_correction_kl",), lambda k: k.kl_in_reward and k.beta > 0, "the KL is in the reward"),
+    NoEffect(GRPOKeys, _TEACHERS, lambda k: not k.teachers, "there are no teachers"),
+    NoEffect(GRPOKeys, ("teacher_clip",), lambda k: bool(k.teachers) and k.teacher_advantage != "rlsd", "teacher_advantage is not rlsd"),
     NoEffect(GRPOKeys, ("dynamic_sampling_max_rounds",), lambda k: not k.dynamic_sampling, "dynamic_sampling is false"),
     NoEffect(GRPOKeys, ("sapo_temperature_pos", "sapo_temperature_neg"), _loss_is_not("sapo"), "loss_type is not sapo"),
     NoEffect(GRPOKeys, ("importance_sampling_cap",), lambda k: k.importance_sampling_correction == "off", "importance_sampling_correction is off"),

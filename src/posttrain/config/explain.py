@@ -21,12 +21,14 @@ from posttrain.config.pipeline import (
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.schema import CLOSE_KEYS, ForeignName, KeyInfo, did_you_mean, keys_of, nearest
 from posttrain.config.stages import DatasetKeys
+from posttrain.config.teachers import TeacherKeys
 from posttrain.errors import ConfigError
 
 GROUPS: Mapping[str, type[Keys]] = {
     "pipeline": PipelineKeys,
     "datasets": DatasetKeys,
     "rollout": RolloutKeys,
+    "teachers": TeacherKeys,
     "evals": SuiteKeys,
     "gate": GateKeys,
     "gate.guards": GuardKeys,

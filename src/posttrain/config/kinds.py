@@ -8,14 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from posttrain.config.distill import DistillKeys
 from posttrain.config.rl import GRPOKeys, RLKeys, SamplingKeys
 from posttrain.config.schema import did_you_mean
 from posttrain.config.stages import ROWS_OF_TYPE, DPOKeys, RewardModelKeys, RowKind, SFTKeys, TrainKeys
 from posttrain.errors import ConfigError
 
-LearnsFrom = Literal["examples", "pairs", "rated pairs", "samples"]
-"""What a kind learns from: answers of its rows, which of two answers is better, the same as a reward of each, or completions of the
-policy itself."""
+LearnsFrom = Literal["examples", "pairs", "rated pairs", "samples", "teachers"]
+"""What a kind learns from: answers of its rows, which of two answers is better, the same as a reward of each, rewards of completions
+of the policy itself, or what teachers say of tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,8 @@ class StageKind:
     def learns_from(self) -> LearnsFrom:
         if self.pairs:
             return "rated pairs" if issubclass(self.keys, RewardModelKeys) else "pairs"
+        if issubclass(self.keys, DistillKeys):
+            return "teachers"
         return "samples" if self.samples else "examples"
 
     def demands(self, keys: TrainKeys) -> dict[str, bool]:
@@ -72,6 +75,7 @@ STAGE_KINDS: dict[str, StageKind] = {
         StageKind("dpo", DPOKeys, "Run one stage of preference optimisation.", ("pairs", "labels"), ("kto",)),
         StageKind("reward_model", RewardModelKeys, "Train a reward model on preferences.", ("pairs",)),
         StageKind("grpo", GRPOKeys, "Run one stage of RL with verifiable rewards.", ("prompts",)),
+        StageKind("distill", DistillKeys, "Distil what teachers know into the model.", ("prompts", "examples")),
     )
 }
 """Name → row. A program may add rows of its own before it loads a configuration."""

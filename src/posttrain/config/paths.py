@@ -13,6 +13,7 @@ from posttrain.config.rl import RLKeys
 from posttrain.config.schema import annotation_below, did_you_mean, group_in, keys_of
 from posttrain.config.settings import Problems, Settings
 from posttrain.config.stages import DatasetKeys, ModelKeys, TrainKeys, looks_local, resolve_path
+from posttrain.config.teachers import OF_THE_POLICY, TeacherKeys
 from posttrain.config.yaml_lines import KeyPath
 from posttrain.names import LM_EVAL
 
@@ -87,6 +88,10 @@ def _baseline(reference: str, folder: Path) -> str:
     return reference if reference.startswith(("alias:", "stage:")) else _existing_or_hub(reference, folder)
 
 
+def _teacher(model: str, folder: Path) -> str:
+    return model if model in OF_THE_POLICY else _existing_or_hub(model, folder)
+
+
 PATH_RULES: tuple[tuple[type[Keys], str, Callable[[str, Path], str]], ...] = (
     (ModelKeys, "base_model", _existing_or_hub),
     (ModelKeys, "chat_template", _template),
@@ -94,6 +99,8 @@ PATH_RULES: tuple[tuple[type[Keys], str, Callable[[str, Path], str]], ...] = (
     (TrainKeys, "output_dir", _output),
     (TrainKeys, "eval_suite", _existing),
     (RLKeys, "reward_funcs", _reward),
+    (TeacherKeys, "model", _teacher),
+    (TeacherKeys, "adapter", _existing),
     (PipelineKeys, "base_model", _existing_or_hub),
     (PipelineKeys, "output_dir", _output),
     (SuiteKeys, "path", _suite),

@@ -9,6 +9,7 @@ from pydantic import model_validator
 from posttrain.config.knob import knob
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import DatasetKeys, LearningRateShape, RowKind, TrainKeys
+from posttrain.config.teachers import TeacherAdvantage, TeacherKeys
 
 # fmt: off
 # One key a line: the tables below are read down, not across.
@@ -20,8 +21,6 @@ class SamplingKeys(TrainKeys):
     allow_raw_base: bool = knob(False, "Start on a base that was never tuned to answer.")
     num_generations: int = knob(8, "Completions per prompt (G).", ge=2, also="group_size")
     num_prompts_per_step: int = knob(8, "Prompts per generation batch, over all processes.", ge=1)
-    steps_per_generation: int = knob(1, "Optimizer steps that one generation batch is split into.", ge=1)
-    num_iterations: int = knob(1, "Passes over each generation batch.", ge=1)
     max_completion_length: int = knob(256, "Longest completion in tokens.", ge=1)
     temperature: float = knob(1.0, "Sampling temperature; the loss uses it too.", gt=0)
     top_p: float = knob(1.0, "Nucleus sampling.", gt=0, le=1)
@@ -29,33 +28,31 @@ class SamplingKeys(TrainKeys):
     min_p: float = knob(0.0, "Min-p sampling; 0 is off.", ge=0, le=1)
     stop: list[str] = knob([], "Strings that end a completion.", example=["</answer>"])
     rollout_batch_size: int = knob(64, "Completions decoded at once.", ge=1)
+    teachers: list[TeacherKeys] = knob([], "Models that say how likely the completions are; `teacher_advantage` of grpo and `loss_type` of distill make use of it.", example=[{"model": "policy", "prompt": "{prompt}\n\nA correct solution: {answer}"}])
     rollout: RolloutKeys = knob(RolloutKeys(), "The engine that samples, and how it is started.", example={"engine": "vllm"})
 
     def rows_per_step(self, world_size: int) -> int:
         """Completions; how many processes make them does not matter."""
-        return self.num_prompts_per_step * self.num_generations // self.steps_per_generation
+        return self.num_prompts_per_step * self.num_generations
 
     @property
     def row_kind(self) -> RowKind:
         return "prompts"
 
     @property
+    def holds_reference(self) -> bool:
+        return any(teacher.model == "start" for teacher in self.teachers)
+
+    @property
     def may_start_raw(self) -> bool:
         return self.allow_raw_base
-
-    @model_validator(mode="after")
-    def _prompts_split_evenly(self) -> SamplingKeys:
-        if self.num_prompts_per_step % self.steps_per_generation:
-            raise ValueError(
-                f"num_prompts_per_step={self.num_prompts_per_step} is not divisible by "
-                f"steps_per_generation={self.steps_per_generation}; groups are not split over optimizer steps"
-            )
-        return self
 
 
 class RLKeys(SamplingKeys):
     """What stages have whose completions are rewarded."""
 
+    steps_per_generation: int = knob(1, "Optimizer steps that one generation batch is split into.", ge=1)
+    num_iterations: int = knob(1, "Passes over each generation batch.", ge=1)
     reward_funcs: list[str] = knob(..., "Reward functions: `file.py:function` relative to the YAML, or a name of the library.", min_length=1, example=["rewards.py:correct"])
     reward_weights: list[float] | None = knob(None, "Weight of each reward function; null means 1 each.", example=[1.0, 0.5])
     reward_kwargs: dict[str, dict[str, Any]] = knob({}, "Options of library rewards: name in reward_funcs → its options.")
@@ -71,13 +68,25 @@ class RLKeys(SamplingKeys):
     ptx_coef: float = knob(0.05, "Weight of the token-mean cross-entropy of ptx_datasets, divided by its own tokens.", ge=0)
     ptx_rows_per_step: int = knob(8, "Rows of ptx_datasets in an optimizer step, over all processes.", ge=1)
 
+    def rows_per_step(self, world_size: int) -> int:
+        return super().rows_per_step(world_size) // self.steps_per_generation
+
     @property
     def pull(self) -> float:
         return self.beta
 
     @property
     def holds_reference(self) -> bool:
-        return self.beta > 0
+        return self.beta > 0 or super().holds_reference
+
+    @model_validator(mode="after")
+    def _prompts_split_evenly(self) -> RLKeys:
+        if self.num_prompts_per_step % self.steps_per_generation:
+            raise ValueError(
+                f"num_prompts_per_step={self.num_prompts_per_step} is not divisible by "
+                f"steps_per_generation={self.steps_per_generation}; groups are not split over optimizer steps"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_weight_per_reward(self) -> RLKeys:
@@ -125,7 +134,20 @@ class GRPOKeys(RLKeys):
     importance_sampling_correction: Literal["auto", "off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"] = knob("auto", "Correction between sampler and trainer log-probs; `geometric_mask` leaves out sequences whose ratio per token is outside 1/importance_sampling_cap … importance_sampling_cap; `auto` is off for the embedded engine with max_staleness 0, which needs none, and token_truncate for any other.", also="vllm_importance_sampling_mode (TRL)")
     off_policy_mask_threshold: float | None = knob(None, "Leave a completion with a negative advantage out of the loss where the policy has become less likely to give it by more than so many nats per token (DeepSeek-V3.2); null is off.", gt=0, example=0.5)
     allow_uncorrected: bool = knob(False, "Let importance_sampling_correction be off with an engine whose log-probs are not the trainer's.")
+    teacher_advantage: TeacherAdvantage = knob("opd", "What the teachers do to a completion's advantage: `opd` adds teacher_coef · (log teacher − log policy) to it (on-policy distillation); `rlsd` leaves its sign to the reward and lets the teachers set how much of it each token gets (arXiv 2604.03128).")
+    teacher_coef: float = knob(0.5, "Weight of the teachers: opd's factor, rlsd's λ (0 is GRPO, 1 the teachers alone).", ge=0)
+    teacher_clip: float = knob(0.2, "RLSD's ε: a token's advantage is the completion's times 1 - ε to 1 + ε.", gt=0, lt=1)
+    teacher_warmup_steps: int = knob(0, "Steps in which teacher_coef rises linearly from 0.", ge=0)
+    teacher_decay_steps: int = knob(0, "Steps after the warmup in which it falls linearly to 0; 0 lets it stay.", ge=0)
     importance_sampling_cap: float = knob(3.0, "Upper bound of the weights of importance_sampling_correction.", gt=1, also="vllm_importance_sampling_cap (TRL), vllm_importance_sampling_clip_max (TRL)")
+
+    @model_validator(mode="after")
+    def _teachers_only_weigh(self) -> GRPOKeys:
+        if self.teachers and self.teacher_advantage == "rlsd" and self.teacher_coef > 1:
+            raise ValueError(
+                f"teacher_coef: {self.teacher_coef:g} with teacher_advantage: rlsd, whose λ is a share; set it to 1 or less (0.5 in the paper)"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -28,6 +28,7 @@ STALENESS = "sampling/staleness/mean"
 FALSE_PASSES = "reward_check/false_pass_rate"
 CANARY_PAID = "reward_check/canary_paid_rate"
 CANARY_REWARD = "reward_check/canary_reward"
+TEACHER_GAP = "teacher/gap"
 
 _ZERO_STD = "frac_reward_zero_std"
 _LENGTH = "completions/mean_length"
@@ -162,6 +163,13 @@ def above(history: History, name: str, steps: float, limit: float) -> Evidence |
 
 def kl_drift(history: History, *, steps: float, limit: float) -> Evidence | None:
     return above(history, "kl", steps, limit)
+
+
+def teacher_gap(history: History, *, steps: float, times: float, nats: float) -> Evidence | None:
+    """The policy moves away from who teaches it."""
+    start, now = history.start(TEACHER_GAP), history.now(TEACHER_GAP, int(steps))
+    away = now > start + max((times - 1) * abs(start), nats)
+    return {TEACHER_GAP: now, "start": start} if not history.is_young and away else None
 
 
 def clip_fraction(history: History, *, steps: float, limit: float) -> Evidence | None:

@@ -42,7 +42,8 @@ _IMITATING: tuple[LearnsFrom, ...] = ("examples",)
 _PREFERRING: tuple[LearnsFrom, ...] = ("pairs",)
 _COMPARING: tuple[LearnsFrom, ...] = (*_PREFERRING, "rated pairs")
 _SAMPLING: tuple[LearnsFrom, ...] = ("samples",)
-_ALL = (*_IMITATING, *_COMPARING, *_SAMPLING)
+_TAUGHT: tuple[LearnsFrom, ...] = ("teachers",)
+_ALL = (*_IMITATING, *_COMPARING, *_SAMPLING, *_TAUGHT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +80,9 @@ RULES: tuple[Rule, ...] = (
          "the updates of {steps:.0f} steps in a row were thrown away", "See the findings before this one: what skips every step is no single bad batch."),
     Rule("zero_loss", _IMITATING, checks.zero_loss, {"steps": 3, "at_most": 1e-6}, Severity.SOFT, "evaluate",
          "the loss was {loss:.1e} for {steps:.0f} steps", "Nothing is left to learn or nothing is trained: see the masks with `posttrain data`."),
-    Rule("masked_out", _IMITATING, checks.masked_out, {}, Severity.SOFT, "evaluate",
+    Rule("masked_out", _IMITATING + _TAUGHT, checks.masked_out, {}, Severity.SOFT, "evaluate",
          "a step had no trained token", "See the masks with `posttrain data`; check train_on and the chat template.", early=True),
-    Rule("overfitting", _IMITATING, checks.overfitting, {"evals": 2, "rise": 0.2}, Severity.SOFT, "evaluate",
+    Rule("overfitting", _IMITATING + _TAUGHT, checks.overfitting, {"evals": 2, "rise": 0.2}, Severity.SOFT, "evaluate",
          "validation loss {eval_loss:.3f} keeps rising from its best {best:.3f}", "Train fewer epochs, or set load_best_model_at_end."),
     Rule("margins_run_away", _PREFERRING, checks.margins_run_away, {"steps": 10, "share": 0.5, "nats": 20.0}, Severity.SOFT, "evaluate",
          "chosen answers fell to log-prob {logps_chosen:.1f} from {start:.1f} while the margins grow", "Beta is too low: raise beta, lower learning_rate, or add rpo_alpha."),
@@ -89,10 +90,12 @@ RULES: tuple[Rule, ...] = (
          "the loss stays at {loss:.3f} and only {rewards_accuracies:.0%} of the pairs are ordered", "learning_rate is too low, or (dpo) beta too high; or the pairs contradict each other."),
     Rule("entropy_collapse", _SAMPLING, checks.entropy_collapse, {"steps": 10, "floor": 0.01, "share": 0.1, "mastered": 0.5}, Severity.SOFT, "evaluate",
          "entropy fell to {entropy:.4f} nats from {start:.3f}", "Raise epsilon_high, entropy_coef or temperature; lower learning_rate."),
-    Rule("entropy_explosion", _SAMPLING, checks.entropy_explosion, {"steps": 5, "times": 2.0, "nats": 1.0}, Severity.SOFT, "evaluate",
+    Rule("entropy_explosion", _SAMPLING + _TAUGHT, checks.entropy_explosion, {"steps": 5, "times": 2.0, "nats": 1.0}, Severity.SOFT, "evaluate",
          "entropy rose to {entropy:.2f} nats from {start:.2f}", "Lower learning_rate or entropy_coef; raise beta."),
     Rule("kl_drift", _SAMPLING, checks.kl_drift, {"steps": 5, "limit": 0.5}, Severity.SOFT, "evaluate",
          "KL to the reference is {kl:.3f} nats per token", "Raise beta, lower learning_rate, or do fewer num_iterations."),
+    Rule("teacher_gap", _SAMPLING + _TAUGHT, checks.teacher_gap, {"steps": 5, "times": 1.5, "nats": 0.5}, Severity.SOFT, "evaluate",
+         "the policy is {teacher_gap:.2f} nats per token from its teacher, up from {start:.2f}", "Lower learning_rate or, in grpo, raise teacher_coef; see that the teacher's prompt does not ask for something else."),
     Rule("advantage_collapse", _SAMPLING, checks.advantage_collapse, {"steps": 10, "limit": 0.95, "mastered": 0.5}, Severity.SOFT, "evaluate",
          "{frac_reward_zero_std:.0%} of the groups have equal rewards and teach nothing", "Choose prompts that are sometimes solved, raise num_generations, or set dynamic_sampling."),
     Rule("all_wrong", _SAMPLING, checks.all_wrong, {"steps": 10, "limit": 0.9}, Severity.SOFT, "resample",

@@ -17,6 +17,7 @@ from posttrain.models.device import Placement
 from posttrain.models.exact import score_tiles, value_of
 from posttrain.models.lengths import by_encoding, forget_lengths, length_rule
 from posttrain.models.weights import NamedTensors, Only, named_weights
+from posttrain.objectives.distill import Head
 from posttrain.objectives.logprobs import chunked_logprobs, token_entropy, token_logprobs
 from posttrain.objectives.terms import LossTerms
 from posttrain.protocols import Sharding
@@ -86,13 +87,13 @@ class Policy:
                 module.attention_dropout = 0.0  # pyright: ignore[reportArgumentType]
         return self
 
-    def with_aux_loss(self, terms: LossTerms, scores: Scores, share: float) -> LossTerms:
+    def with_aux_loss(self, terms: LossTerms, aux_loss: torch.Tensor | None, share: float) -> LossTerms:
         """Add the router's balancing loss of a mixture-of-experts model, weighted by the micro-batch's share of the step."""
-        if scores.aux_loss is None:
+        if aux_loss is None:
             return terms
         coefficient = self.base.config.get_text_config().router_aux_loss_coef
-        metrics = terms.metrics | {"aux_loss": Ratio(float(scores.aux_loss.detach()) * share, share)}
-        return LossTerms(terms.loss + coefficient * share * scores.aux_loss, metrics)
+        metrics = terms.metrics | {"aux_loss": Ratio(float(aux_loss.detach()) * share, share)}
+        return LossTerms(terms.loss + coefficient * share * aux_loss, metrics)
 
     def weights(self, only: Only) -> NamedTensors:
         """See `named_weights`."""
@@ -133,22 +134,39 @@ class Policy:
 
     def rewards(self, batch: Batch) -> torch.Tensor:
         """What the head of a reward model says at the scored positions. Shape: [M]."""
+        return self._logits(batch, {})[0][:, 0].float()
+
+    def head(self, batch: Batch) -> tuple[Head, torch.Tensor | None]:
+        """What makes the logits at the batch's scored positions; the router's balancing loss of a mixture of experts."""
+        if not (self.ragged and length_rule(self.base.config) is None and self._head_is_plain):
+            logits_MV, aux_loss = self._logits(batch, self._router_options)
+            return Head(logits_MV), aux_loss
+        head = cast("torch.nn.Linear", self.base.get_output_embeddings())
+        with self.placement.autocast():
+            hidden_MD = self._hidden(batch.to(self.placement.device))
+        return Head(hidden_MD, head.weight, head.bias, self._softcap), None
+
+    def _logits(self, batch: Batch, options: dict[str, bool]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Whole, as the model gives them; the router's balancing loss. Shape: [M, V]."""
         batch = batch.to(self.placement.device)
         together = self.ragged and length_rule(self.base.config) is None
         parts = [(batch, torch.arange(len(batch.source_M)))] if together else self._parts(batch)
         idle = 0 if together else self.sharding.largest(len(parts)) - len(parts)
         with self.placement.autocast():
-            found = [self._rewards_of(part) for part, _ in parts]
+            outputs = [self._output_of(part, options) for part, _ in parts]
+            found = [output.logits[0] for output in outputs]
             for _ in range(idle):
                 ((nothing, _),) = self._parts(pack([[TokenSeq((0, 0), (False, True))]]).to(self.placement.device))
-                found[0] = found[0] + 0.0 * self._rewards_of(nothing).sum()
-        return torch.cat(found)[torch.cat([places for _, places in parts]).argsort()].float()
+                found[0] = found[0] + 0.0 * self._output_of(nothing, options).logits.sum()
+        losses = [loss for output in outputs if (loss := self._aux_loss(output)) is not None]
+        order_M = torch.cat([places for _, places in parts]).argsort()
+        return torch.cat(found)[order_M], torch.stack(losses).mean() if losses else None
 
-    def _rewards_of(self, part: Batch | _Sequence) -> torch.Tensor:
+    def _output_of(self, part: Batch | _Sequence, options: dict[str, bool]) -> Any:
         forget_lengths(self.base)
         if isinstance(part, Batch):
-            return self._forward(self.model, part, logits_to_keep=part.source_M).logits[0, :, 0]
-        return self.model(input_ids=part.ids_N[None], use_cache=False, logits_to_keep=part.source_M).logits[0, :, 0]
+            return self._forward(self.model, part, logits_to_keep=part.source_M, **options)
+        return self.model(input_ids=part.ids_N[None], use_cache=False, logits_to_keep=part.source_M, **options)
 
     def _parts(self, batch: Batch) -> list[tuple[Batch | _Sequence, torch.Tensor]]:
         """What goes through the model in a call of its own, with the places of its scored tokens."""
@@ -161,16 +179,16 @@ class Policy:
         forget_lengths(self.base)
         if isinstance(part, Batch):
             return self._score_together(part, temperature, entropy, top1)
-        output = self.model(
-            input_ids=part.ids_N[None], use_cache=False, logits_to_keep=part.source_M, **self._router_options
-        )
-        return _from_logits(output.logits[0], part.target_M, temperature, entropy, self._aux_loss(output))
+        return self._score_output(part, temperature, entropy)
 
     def _score_together(self, batch: Batch, temperature: float, entropy: bool, top1: bool) -> Scores:
         if self._head_is_plain:
             return self._score_hidden(batch, temperature, entropy, top1)
-        output = self._forward(self.model, batch, logits_to_keep=batch.source_M, **self._router_options)
-        return _from_logits(output.logits[0], batch.target_M, temperature, entropy, self._aux_loss(output))
+        return self._score_output(batch, temperature, entropy)
+
+    def _score_output(self, part: Batch | _Sequence, temperature: float, entropy: bool) -> Scores:
+        output = self._output_of(part, self._router_options)
+        return _from_logits(output.logits[0], part.target_M, temperature, entropy, self._aux_loss(output))
 
     def reference_logp(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
         """The same scores under the given starting model. Shape: [M], no gradient."""

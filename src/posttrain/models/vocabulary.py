@@ -11,9 +11,15 @@ from transformers import AddedToken, PreTrainedModel
 
 from posttrain.config.stages import ModelKeys
 from posttrain.errors import DataError, ModelError
+from posttrain.files import digest_json
 from posttrain.types import TokenSeq
 
 log = logging.getLogger(__name__)
+
+
+def vocabulary_digest(tokenizer: Any) -> str:
+    """Digest of which id each token has."""
+    return digest_json(sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0])))
 
 
 def add_tokens(tokenizer: Any, tokens: Iterable[str]) -> None:

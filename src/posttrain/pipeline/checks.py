@@ -28,6 +28,7 @@ from posttrain.planner.machine import available_bytes
 from posttrain.planner.memory import Workload, estimate_memory
 from posttrain.planner.shape import ModelShape
 from posttrain.recipes.kinds import OBJECTIVES
+from posttrain.recipes.teachers import teacher_shapes
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,10 @@ def check_memory(keys: PipelineKeys) -> None:
         placement = place(stage.keys, stored if stage.keys.adapter != "none" else None)
         has_bf16 = placement.autocast_dtype is not None
         demands = stage_kind(stage.kind).demands(stage.keys)
-        workload = Workload.from_keys(stage.keys.model_dump(), **demands, device_has_bf16=has_bf16, on_cpu=True)
+        teachers = teacher_shapes(stage.keys)
+        workload = Workload.from_keys(
+            stage.keys.model_dump(), **demands, teachers=teachers, device_has_bf16=has_bf16, on_cpu=True
+        )
         estimate = estimate_memory(shape, workload)
         if cannot_fit(estimate, available):
             raise ConfigError(f"{stage.kind}: {shortfall(estimate, available, keys.base_model)}")

@@ -15,7 +15,7 @@ import posttrain
 from posttrain.config.migrate import drift
 from posttrain.config.pipeline import PipelineKeys
 from posttrain.config.resolved import SCHEMA, to_data
-from posttrain.config.rl import RLKeys
+from posttrain.config.rl import RLKeys, SamplingKeys
 from posttrain.config.stages import DatasetKeys, TrainKeys
 from posttrain.errors import ConfigError
 from posttrain.evals.suite import suite_file_digest
@@ -97,6 +97,11 @@ def data_pins(keys: TrainKeys) -> dict[str, str]:
         pins[name if name not in pins else f"{name}#{len(pins) + 1}"] = _source(source)
     if isinstance(keys, RLKeys):
         pins["rewards"] = reward_digest(keys.reward_funcs, keys.reward_kwargs, keys.reward_weights)
+    for number, teacher in enumerate(keys.teachers if isinstance(keys, SamplingKeys) else ()):
+        if not teacher.is_the_policy:
+            pins[f"teachers.{number}"] = source_digest(teacher.model)
+        if teacher.adapter is not None:
+            pins[f"teachers.{number}.adapter"] = source_digest(teacher.adapter)
     if keys.eval_suite is not None:
         pins["eval_suite"] = suite_file_digest(Path(keys.eval_suite))
     if keys.chat_template is not None:

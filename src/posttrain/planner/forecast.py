@@ -110,14 +110,17 @@ def _training(memory: MemoryPlan, cluster: Cluster, kind: str, keys: Mapping[str
 
 def _sampling(memory: MemoryPlan, cluster: Cluster, kind: str, keys: Mapping[str, Any], mean: int) -> Forecast:
     shape, workload = memory.shape, memory.workload
-    traffic, loop = traffic_of(shape, workload, keys, mean), loop_of(workload, keys)
+    traffic, loop = traffic_of(shape, workload, keys, mean), loop_of(workload)
     times = step_time(shape, cluster, traffic, loop)
     phases = {"rollout": times.rollout_s, "log-probs": times.logp_s, "training": times.train_s}
+    if workload.teachers_held:
+        sizes = (cluster.device, traffic.trained_tokens, cluster.num_devices, 1, traffic.sequence)
+        phases["teachers"] = sum(logp_s(teacher, *sizes) for teacher in workload.teachers_held)
     if not times.shares_weights:
         phases["sync"] = times.sync_s
     made = Forecast(
         kind, memory, {name: seconds for name, seconds in phases.items() if seconds}, traffic.trained_tokens,
-        updates=float(keys["steps_per_generation"] * keys["num_iterations"]), completions=traffic.num_completions,
+        updates=float(workload.steps_per_generation * workload.num_iterations), completions=traffic.num_completions,
     )  # fmt: skip
     if cluster.num_devices < 2 * loop.split:
         return made
@@ -127,11 +130,11 @@ def _sampling(memory: MemoryPlan, cluster: Cluster, kind: str, keys: Mapping[str
     return replace(made, split=split, growth=growth, staleness=_staleness(shape, cluster, traffic, loop, split))
 
 
-def loop_of(workload: Workload, keys: Mapping[str, Any]) -> Loop:
+def loop_of(workload: Workload) -> Loop:
     ours = workload.rollout.is_ours
     return Loop(
         scoring_models=int(workload.scores_reference), recompute=workload.gradient_checkpointing,
-        adapter=workload.adapter != "none", iterations=keys["num_iterations"], micro_rows=workload.per_device_train_batch_size,
+        adapter=workload.adapter != "none", iterations=workload.num_iterations, micro_rows=workload.per_device_train_batch_size,
         batch_limit=workload.rollout_batch_size if ours else _SEQUENCES,
         split=1 if ours else workload.rollout.tensor_parallel_size, shares_weights=ours,
     )  # fmt: skip

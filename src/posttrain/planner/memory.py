@@ -79,17 +79,29 @@ class Workload:
     save_steps: int = 0
     rollout_batch_size: int = 0
     num_generations: int = 1
+    steps_per_generation: int = 1
+    num_iterations: int = 1
     max_completion_length: int = 0
     save_dtype: str = "auto"
     on_cpu: bool = False
     rollout: SamplingEngine = OURS
+    teachers_held: Sequence[ModelShape] = ()
+    """Frozen models besides: those that teach, where they are other weights than the policy's."""
 
     @classmethod
-    def from_keys(cls, keys: Mapping[str, Any], *, device_has_bf16: bool, on_cpu: bool, **traits: bool) -> Workload:
+    def from_keys(
+        cls,
+        keys: Mapping[str, Any],
+        *,
+        device_has_bf16: bool,
+        on_cpu: bool,
+        teachers: Sequence[ModelShape] = (),
+        **traits: bool,
+    ) -> Workload:
         """From the dumped keys of a stage and its traits; `bf16: auto` is decided by the device."""
         known: dict[str, Any] = {name: keys[name] for name in cls.__dataclass_fields__ if name in keys}
         bf16 = device_has_bf16 if keys.get("bf16", "auto") == "auto" else bool(keys["bf16"])
-        known |= {"bf16": bf16, "on_cpu": on_cpu, **traits}
+        known |= {"bf16": bf16, "on_cpu": on_cpu, "teachers_held": teachers, **traits}
         if "rollout" in known:
             known["rollout"] = SamplingEngine.from_keys(known["rollout"])
         return cls(**known)
@@ -180,6 +192,7 @@ def estimate_memory(shape: ModelShape, workload: Workload, shards: int = 1) -> M
         "weights": _weight_bytes(shape, workload),
         "adapter": trained * _BYTES_MASTER if workload.adapter != "none" else 0,
         "reference": _reference_bytes(shape, workload, trained),
+        "teachers": sum(teacher.num_params * _frozen_bytes(teacher, workload) for teacher in workload.teachers_held),
         "autocast": _autocast_bytes(shape, workload),
         "gradients": trained * _BYTES_GRADIENT,
         "optimizer": optimizer,
@@ -196,7 +209,7 @@ def estimate_memory(shape: ModelShape, workload: Workload, shards: int = 1) -> M
     return MemoryPlan({name: size for name, size in parts.items() if size}, shape, workload, trained, shards)
 
 
-_SHARDED = ("weights", "adapter", "reference", "gradients", "optimizer", "checkpoint")
+_SHARDED = ("weights", "adapter", "reference", "teachers", "gradients", "optimizer", "checkpoint")
 
 
 def _shared_out(parts: Mapping[str, int], shape: ModelShape, workload: Workload, shards: int) -> dict[str, int]:

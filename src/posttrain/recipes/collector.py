@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -14,12 +14,14 @@ import torch
 from posttrain.config.rl import GRPOKeys
 from posttrain.health.controls import Controls
 from posttrain.objectives.advantages import AdvantageSpec, as_rewards, compute_advantages, soft_overlong_penalty
+from posttrain.objectives.distill import TEACHER_ADVANTAGES, coefficient_at
 from posttrain.objectives.policy import advantage_estimator_of
 from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import spec_from
 from posttrain.protocols import Ranks, Scorer
 from posttrain.recipes.sampled import Sampled, group_indices, reward_parts
 from posttrain.recipes.steering import steered
+from posttrain.recipes.teachers import Teachers
 from posttrain.rewards.resolve import reward_names
 from posttrain.rollout.experience import Experience, Group
 from posttrain.types import Rollout, RolloutGroup, Sample
@@ -51,6 +53,8 @@ class _Made:
     lengths: list[int]
     truncated: list[bool]
     kl: list[float]
+    log_ratios: list[np.ndarray] | None
+    """log teacher − log policy of the samples' trained tokens; None without teachers."""
 
 
 class Sampling(Protocol):
@@ -65,10 +69,10 @@ class Collector:
     """Makes experience of what `sampling` gives it: scores, computes advantages over all ranks. `reference` is asked only where beta is used."""
 
     def __init__(
-        self, keys: GRPOKeys, sampling: Sampling, trainer: Scorer, reference: Scorer, ranks: Ranks
+        self, keys: GRPOKeys, sampling: Sampling, trainer: Scorer, reference: Scorer, teachers: Teachers, ranks: Ranks
     ) -> None:  # fmt: skip
         self._keys, self._sampling = keys, sampling
-        self._trainer, self._reference, self._ranks = trainer, reference, ranks
+        self._trainer, self._reference, self._teachers, self._ranks = trainer, reference, teachers, ranks
         self._controls = Controls()
         self._weights = list(keys.reward_weights or [1.0] * len(keys.reward_funcs))
         self._names = reward_names(keys.reward_funcs)
@@ -86,7 +90,8 @@ class Collector:
         rewards_BK = as_rewards([row for one in made for row in one.rewards])
         group_B = group_indices([len(one.rewards) for one in made])
         advantages = compute_advantages(rewards_BK, group_B, self._advantage_spec(rewards_BK.shape[1]))
-        groups = _with_advantages(made, advantages.advantage_B.tolist())
+        coef = self._teacher_coef(generation)
+        groups = tuple(self._advised(one, each, coef) for one, each in _by_group(made, advantages.advantage_B))
         # Every prompt group is issued once and either trained on or let go; counted along the surviving weights.
         objective = steered(spec_from(PolicySpec, self._keys), controls)
         trained = [one.number for one, group in zip(made, groups, strict=True) if teaches(group, objective, self._keys)]
@@ -96,6 +101,8 @@ class Collector:
             | sampled.shares
             | sampled.metrics
         )
+        if self._keys.teachers:
+            metrics |= {"teacher/gap": _mean_gap(made), "teacher/coef": coef}
         if self._keys.dynamic_sampling:
             metrics["sampling/rounds"] = float(sampled.rounds)
         if controls.resample:
@@ -111,6 +118,22 @@ class Collector:
         estimator = advantage_estimator_of(self._keys.loss_type, spec.advantage_estimator)
         return replace(spec, reward_weights=weights, advantage_estimator=estimator)
 
+    def _teacher_coef(self, generation: int) -> float:
+        """At the first step that a generation batch is trained in."""
+        keys = self._keys
+        step = generation * keys.steps_per_generation * keys.num_iterations
+        return coefficient_at(keys.teacher_coef, step, keys.teacher_warmup_steps, keys.teacher_decay_steps)
+
+    def _advised(self, one: _Made, advantages: Sequence[float], coef: float) -> Group:
+        """The samples with their advantages: one value each, or what teachers make of it token by token."""
+        if one.log_ratios is None:
+            each = [sample.constant(value) for sample, value in zip(one.samples, advantages, strict=True)]
+        else:
+            of_tokens = TEACHER_ADVANTAGES[self._keys.teacher_advantage]
+            pairs = zip(advantages, one.log_ratios, strict=True)
+            each = [_of_tokens(of_tokens, value, ratio, coef, self._keys.teacher_clip) for value, ratio in pairs]
+        return tuple(replace(s, advantage=values) for s, values in zip(one.samples, each, strict=True))
+
     # --- samples and rewards -----------------------------------------------------------------------------------
 
     def _made(self, numbered: Sequence[tuple[int, RolloutGroup]]) -> list[_Made]:
@@ -123,14 +146,26 @@ class Collector:
         corrected = keys.importance_sampling_correction != "off"
         olds = self._trainer.logp(unmasked) if corrected else [None] * _count(unmasked)
         scored = iter(zip(olds, references, strict=True))
+        ratios = self._log_ratios(numbered, unmasked, olds)
         return [
-            self._one(number, group, samples, [next(scored) for _ in samples])
+            self._one(number, group, samples, [next(scored) for _ in samples], None if ratios is None else [next(ratios) for _ in samples])
             for (number, group), samples in zip(numbered, unmasked, strict=True)
-        ]
+        ]  # fmt: skip
+
+    def _log_ratios(
+        self, numbered: Sequence[tuple[int, RolloutGroup]], groups: Sequence[Group], olds: Sequence[np.ndarray | None]
+    ) -> Iterator[np.ndarray] | None:
+        """log teacher − log policy, of each sample. Both from the same forward: a sampler's rounding is no lesson."""
+        if not self._keys.teachers:
+            return None
+        corrected = self._keys.importance_sampling_correction != "off"
+        own = [_known(old) for old in olds] if corrected else self._trainer.logp(groups)
+        lessons = [(group.prompt, samples) for (_, group), samples in zip(numbered, groups, strict=True)]
+        return iter([teacher - policy for teacher, policy in zip(self._teachers.logp(lessons), own, strict=True)])
 
     def _one(
         self, number: int, group: RolloutGroup, samples: Group,
-        scored: Sequence[tuple[np.ndarray | None, np.ndarray | None]],
+        scored: Sequence[tuple[np.ndarray | None, np.ndarray | None]], log_ratios: list[np.ndarray] | None,
     ) -> _Made:  # fmt: skip
         keys, rows = self._keys, [reward_parts(rollout) for rollout in group.rollouts]
         lengths = [len(rollout.completion.ids) for rollout in group.rollouts]
@@ -151,7 +186,9 @@ class Collector:
             else replace(sample, old_logp=old, ref_logp=None if keys.kl_in_reward else ref)
             for sample, (old, ref), cut in zip(samples, scored, truncated, strict=True)
         )  # fmt: skip
-        return _Made(number, kept, rows, lengths, truncated, kls)
+        if log_ratios is not None:
+            log_ratios = [ratio[: s.num_loss_tokens] for s, ratio in zip(kept, log_ratios, strict=True)]
+        return _Made(number, kept, rows, lengths, truncated, kls, log_ratios)
 
 
 def _count(groups: Sequence[Group]) -> int:
@@ -167,16 +204,30 @@ def _sample(group: RolloutGroup, rollout: Rollout) -> Sample:
     return Sample(ids, mask, logp, policy_version=np.broadcast_to(versions, logp.shape))
 
 
-def _with_advantages(made: Sequence[_Made], advantages: Sequence[float]) -> tuple[Group, ...]:
-    each = iter(advantages)
-    return tuple(
-        tuple(replace(sample, advantage=sample.constant(next(each))) for sample in one.samples) for one in made
-    )
+def _by_group(made: Sequence[_Made], advantage_B: torch.Tensor) -> Iterator[tuple[_Made, list[float]]]:
+    parts = advantage_B.split([len(one.samples) for one in made])
+    return ((one, part.tolist()) for one, part in zip(made, parts, strict=True))
+
+
+def _of_tokens(
+    of_tokens: Callable[..., torch.Tensor], advantage: float, log_ratio: np.ndarray, coef: float, clip: float
+) -> np.ndarray:
+    values_M = of_tokens(torch.tensor(advantage, dtype=torch.float64), torch.from_numpy(log_ratio).double(), coef, clip)
+    return values_M.float().numpy()
+
+
+def _mean_gap(made: Sequence[_Made]) -> float:
+    """log policy − log teacher, a mean over tokens: what is left of KL(policy‖teacher), as far as the samples tell it."""
+    return -float(np.concatenate([ratio for one in made for ratio in one.log_ratios or ()]).mean(dtype=np.float64))
 
 
 def _total(logp: np.ndarray | None) -> float:
+    return sum(_known(logp).tolist())
+
+
+def _known(logp: np.ndarray | None) -> np.ndarray:
     assert logp is not None
-    return sum(logp.tolist())
+    return logp
 
 
 def _metrics(

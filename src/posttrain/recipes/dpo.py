@@ -146,7 +146,7 @@ def pair_loss(
     batch = pack(rows)
     scores = policy.score(batch)
     inputs = replace(_pair_inputs(scores.logp_M, batch, rows, reference), partners=partners)
-    return policy.with_aux_loss(preference_loss(inputs, spec, norm), scores, share=len(rows) / norm.sequences)
+    return policy.with_aux_loss(preference_loss(inputs, spec, norm), scores.aux_loss, share=len(rows) / norm.sequences)
 
 
 def _pair_inputs(logp_M: torch.Tensor, batch: Batch, rows: list[Pair], reference: Reference | None) -> PairInputs:
@@ -192,7 +192,7 @@ def labelled_loss(
     logp_S = segment_sum(scores.logp_M, batch.seq_M.to(scores.logp_M.device), batch.num_sequences)
     label_S = torch.tensor([label for _, label in rows], device=logp_S.device)
     terms = kto_loss(LabelledInputs(logp_S, reference.logp(rows, batch), label_S), z, spec, norm)
-    return policy.with_aux_loss(terms, scores, share=len(rows) / norm.sequences)
+    return policy.with_aux_loss(terms, scores.aux_loss, share=len(rows) / norm.sequences)
 
 
 @torch.no_grad()

@@ -45,6 +45,7 @@ from posttrain.recipes.scorers import PolicyScorer, ReferenceScorer
 from posttrain.recipes.source import ExperienceSource, make_sampling
 from posttrain.recipes.stage import Stage
 from posttrain.recipes.steering import steered
+from posttrain.recipes.teachers import Teachers
 from posttrain.recipes.train_state import TrainState
 from posttrain.recipes.validate import SuiteScore, Validation
 from posttrain.rewards.workers import MAX_UNSCORED, RewardPool
@@ -65,8 +66,11 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
     decode = decoder(tokenizer)
     policy = load_policy(keys, tokenizer=tokenizer, sharding=stage.sharding, exact=keys.rollout.exact).without_dropout()
-    if keys.beta:
+    if keys.holds_reference:
         freeze_reference(policy)
+    teachers = Teachers.of(keys.teachers, keys, policy, ranks)
+    if keys.teachers:
+        teachers.check(data, keys.sequence_len - keys.max_completion_length)
     samples_for = EngineSource(keys, policy)
     engine = stage.until_done(
         make_engine(samples_for, keys=keys.rollout, rows=keys.rollout_batch_size, folder=stage.folder, ranks=ranks)
@@ -89,7 +93,9 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
             closing(make_sampling(keys, stage, state, engine, decode, rewards, score, prompts))
         )
         how = (keys.temperature, keys.per_device_train_batch_size, ranks)
-        collector = Collector(keys, sampling, PolicyScorer(policy, *how), ReferenceScorer(policy, *how), ranks)
+        collector = Collector(
+            keys, sampling, PolicyScorer(policy, *how), ReferenceScorer(policy, *how), teachers, ranks
+        )
         watch = partial(_watch, stage, LiveChecks(keys, stage, rewards, engine, tokenizer, data))
         source = ExperienceSource(keys, stage, state, engine, collector, watch, total_steps)
         validation = Validation(stage, state, partial(_validate, engine, decode, score, held_out, keys, state), suite)
@@ -158,7 +164,7 @@ def loss(
     )
     terms = policy_loss(inputs, _without_kl(spec) if keys.kl_in_reward else spec, norm)
     terms.metrics.update(_largest_ratio(scores.logp_M, old_logp_M))
-    return policy.with_aux_loss(terms, scores, share=batch.num_sequences / norm.sequences)
+    return policy.with_aux_loss(terms, scores.aux_loss, share=batch.num_sequences / norm.sequences)
 
 
 def _largest_ratio(logp_M: torch.Tensor, old_logp_M: torch.Tensor | None) -> dict[str, Ratio]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from posttrain.objectives.preference import PreferenceSpec
 from posttrain.objectives.spec import PolicySpec
-from posttrain.recipes import dpo, grpo, reward_model, sft
+from posttrain.recipes import distill, dpo, grpo, reward_model, sft
 from posttrain.recipes.run_folder import StageResult
 from posttrain.recipes.stage import Stage
 
@@ -16,6 +16,7 @@ LOOPS: dict[str, Callable[[Any, Stage], StageResult]] = {
     "dpo": dpo.run,
     "reward_model": reward_model.run,
     "grpo": grpo.run,
+    "distill": distill.run,
 }
 """Kind → its loop."""
 

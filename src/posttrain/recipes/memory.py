@@ -16,6 +16,7 @@ from posttrain.planner.fit import overrun
 from posttrain.planner.machine import available_bytes
 from posttrain.planner.memory import Workload, estimate_memory
 from posttrain.planner.shape import ModelShape
+from posttrain.recipes.teachers import teacher_shapes
 
 _CPU_REFUSAL = "DefaultCPUAllocator: can't allocate memory"
 _TRIED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB|TiB)?")
@@ -33,7 +34,7 @@ def why_out_of_memory(
     on_cpu = policy.placement.device.type == "cpu"
     shape = ModelShape.from_config(model_shape(policy.base.config))
     workload = Workload.from_keys(
-        keys.model_dump(), **stage_kind(kind).demands(keys), on_cpu=on_cpu,
+        keys.model_dump(), **stage_kind(kind).demands(keys), teachers=teacher_shapes(keys), on_cpu=on_cpu,
         device_has_bf16=policy.placement.autocast_dtype is not None,
     )  # fmt: skip
     needed = int(peak_memory_bytes()) + _asked_for(str(error))

@@ -14,7 +14,7 @@ from posttrain.protocols import Ranks
 from posttrain.recipes.batches import fill_with_groups, split_groups
 from posttrain.types import Sample, TokenSeq
 
-_NOTHING = TokenSeq((0, 0), (False, True))
+NOTHING = TokenSeq((0, 0), (False, True))
 
 
 @dataclass(frozen=True)
@@ -54,5 +54,5 @@ def _scored(
     for batch in batches:
         found += [logp.float().cpu().numpy() for logp in score(batch).split(batch.lengths_S().tolist())]
     for _ in range(idle):
-        score(pack([[_NOTHING]]))
+        score(pack([[NOTHING]]))
     return found

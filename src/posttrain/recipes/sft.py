@@ -79,7 +79,7 @@ def loss(policy: Policy, rows: list[TokenSeq], norm: Normalizer, loss_type: str)
     """This micro-batch's share of the step's loss."""
     scores = policy.score(pack([[row] for row in rows], least_shared=math.inf), top1=True)
     terms = sft_loss(scores.logp_M, norm, loss_type, top1_M=scores.top1_M)
-    return policy.with_aux_loss(terms, scores, share=len(rows) / norm.sequences)
+    return policy.with_aux_loss(terms, scores.aux_loss, share=len(rows) / norm.sequences)
 
 
 @torch.no_grad()

@@ -56,26 +56,78 @@ _RUNNING = (
     Panel("Memory", "The most that the process has held so far, in MiB.", (_MEMORY,)),
 )
 """What every stage shows."""
+# fmt: off
+_ENTROPY = Panel("Entropy", "How varied the sampling is; near zero the model has stopped exploring.", ("entropy",))
+_TEACHER_GAP = Panel("Distance to the teacher", "Nats per token by which the policy finds its answers likelier than its teacher does.", ("teacher/gap", "eval_teacher/gap"))
+_LENGTH = Panel("Answer length", "Tokens per answer.", ("completions/mean_length", "completions/max_length"))
+_CUT_OFF = Panel("Cut off", "Share of answers that hit the length limit.", ("completions/clipped_ratio",))
+# fmt: on
 PANELS: dict[LearnsFrom, tuple[Panel, ...]] = {
-    "examples": (_LOSS, Panel("Token accuracy", "Share of trained tokens the model would have chosen itself.", ("mean_token_accuracy", "eval_mean_token_accuracy")), _GRAD),
+    "examples": (
+        _LOSS,
+        Panel(
+            "Token accuracy",
+            "Share of trained tokens the model would have chosen itself.",
+            ("mean_token_accuracy", "eval_mean_token_accuracy"),
+        ),
+        _GRAD,
+    ),
     "pairs": (
         _PREFERENCE_LOSS,
-        Panel("Preference accuracy", "Share of pairs whose chosen answer gained more than the rejected one.", ("rewards/accuracies", "eval_rewards/accuracies")),
-        Panel("Implicit rewards", "Gain over the starting model; chosen should rise, rejected should fall.", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
-        Panel("Log-probabilities", "If that of chosen answers falls far, the model is unlearning them.", ("logps/chosen", "logps/rejected")),
+        Panel(
+            "Preference accuracy",
+            "Share of pairs whose chosen answer gained more than the rejected one.",
+            ("rewards/accuracies", "eval_rewards/accuracies"),
+        ),
+        Panel(
+            "Implicit rewards",
+            "Gain over the starting model; chosen should rise, rejected should fall.",
+            ("rewards/chosen", "rewards/rejected", "rewards/margins"),
+        ),
+        Panel(
+            "Log-probabilities",
+            "If that of chosen answers falls far, the model is unlearning them.",
+            ("logps/chosen", "logps/rejected"),
+        ),
     ),
     "rated pairs": (
         _PREFERENCE_LOSS,
-        Panel("Preference accuracy", "Share of pairs whose chosen answer has the higher reward.", ("rewards/accuracies", "eval_rewards/accuracies")),
-        Panel("Rewards", "Mean reward of the chosen and of the rejected answers; they should part.", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
+        Panel(
+            "Preference accuracy",
+            "Share of pairs whose chosen answer has the higher reward.",
+            ("rewards/accuracies", "eval_rewards/accuracies"),
+        ),
+        Panel(
+            "Rewards",
+            "Mean reward of the chosen and of the rejected answers; they should part.",
+            ("rewards/chosen", "rewards/rejected", "rewards/margins"),
+        ),
     ),
     "samples": (
         Panel("Reward", "Mean score of the sampled answers; higher is better.", ("reward", "reward_std")),
-        Panel("Entropy", "How varied the sampling is; near zero the model has stopped exploring.", ("entropy",)),
+        _ENTROPY,
         Panel("Distance to the start", "KL divergence from the reference model.", ("kl",)),
-        Panel("Answer length", "Tokens per answer.", ("completions/mean_length", "completions/max_length")),
-        Panel("Cut off", "Share of answers that hit the length limit.", ("completions/clipped_ratio",)),
-        Panel("Groups without signal", "Share of prompts whose answers all scored the same; they teach nothing.", ("frac_reward_zero_std",)),
+        _TEACHER_GAP,
+        _LENGTH,
+        _CUT_OFF,
+        Panel(
+            "Groups without signal",
+            "Share of prompts whose answers all scored the same; they teach nothing.",
+            ("frac_reward_zero_std",),
+        ),
+    ),
+    "teachers": (
+        _LOSS,
+        _TEACHER_GAP,
+        Panel(
+            "Agreement with the teacher",
+            "Share of tokens at which both find the same one likeliest.",
+            ("teacher/agreement", "eval_teacher/agreement"),
+        ),
+        _ENTROPY,
+        _LENGTH,
+        _CUT_OFF,
+        _GRAD,
     ),
 }  # fmt: skip
 """What is drawn, by what a stage learns from; a panel none of whose metrics was logged is left out."""

@@ -33,6 +33,10 @@ COLUMNS: dict[LearnsFrom, tuple[Column, ...]] = {
         ("reward", "reward", ".3f"), ("std", "reward_std", ".3f"), ("entropy", "entropy", ".2f"), ("kl", "kl", ".4f"),
         ("length", "completions/mean_length", ".0f"), ("truncated", "completions/clipped_ratio", ".2f"), *_SHARED,
     ),
+    "teachers": (
+        ("loss", "loss", ".3f"), ("gap", "teacher/gap", ".3f"), ("entropy", "entropy", ".2f"), ("eval_loss", "eval_loss", ".3f"),
+        ("length", "completions/mean_length", ".0f"), *_SHARED,
+    ),
 }  # fmt: skip
 """What a stage shows, by what it learns from; a metric that was not logged is left out."""
 
