@@ -20,6 +20,7 @@ ELSEWHERE = {
     "trust_remote_code": "the same model, with or without code of its own; tests/models/test_load.py",
     "device": "the same numbers on another device",
     "gradient_checkpointing": "memory for time, with the same numbers; tests/models/test_policy.py",
+    "torch_compile": "time, and roundings of the compiler; tests/models/test_compiled.py",
     "ddp_timeout": "a deadline between processes; tests/distributed/test_meeting.py",
     "output_dir": "where the folder is; tests/cli/test_app.py",
     "lint": "asked before a stage is run; tests/data/test_lint.py",

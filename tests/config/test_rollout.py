@@ -84,6 +84,12 @@ def test_a_key_that_the_chosen_engine_does_not_read_is_refused(options, reason):
         RolloutKeys(**options)
 
 
+@pytest.mark.parametrize("beside", [{"exact": True}, {"engine": "vllm"}])
+def test_filled_up_prompts_are_refused_where_another_way_attends_to_them(beside):
+    with pytest.raises(ValueError, match=r"pad_prompts: true with rollout.(exact: true|engine: vllm), which attends"):
+        RolloutKeys(pad_prompts=True, **beside)
+
+
 def test_keys_written_out_with_their_defaults_are_read_back():
     for engine in ("embedded", "vllm", "vllm_server"):
         assert RolloutKeys(**RolloutKeys(engine=engine).model_dump()) == RolloutKeys(engine=engine)

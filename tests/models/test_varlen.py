@@ -1,8 +1,11 @@
 import pytest
 import torch
 from torch.library import Library
+from torch.nn.attention import _registry, restore_flash_attention_impl
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from posttrain.models.varlen import EFFICIENT, FLASH, Sequences, kernel_for
+from posttrain.models import varlen
+from posttrain.models.varlen import EFFICIENT, FLASH, Sequences, flash_package_for, kernel_for, paged_attention
 
 CPU = torch.device("cpu")
 
@@ -100,3 +103,84 @@ def test_a_half_precision_takes_the_flash_kernel_of_a_gpu_and_float32_the_memory
 
 def test_heads_wider_than_flash_knows_take_the_memory_efficient_kernel():
     assert kernel_for(torch.empty(4, 2, 512, dtype=torch.bfloat16, device="meta")) is EFFICIENT
+
+
+@pytest.mark.parametrize(
+    ("major", "there", "taken"),
+    [
+        (8, {"flash_attn_interface", "flash_attn.cute"}, None),
+        (9, {"flash_attn_interface", "flash_attn.cute"}, "FA3"),
+        (9, {"flash_attn.cute"}, None),
+        (10, {"flash_attn_interface", "flash_attn.cute"}, "FA4"),
+        (10, {"flash_attn_interface"}, None),
+        (9, set(), None),
+    ],
+)
+def test_a_flash_attention_that_is_made_for_the_card_is_taken_where_it_is_installed(major, there, taken):
+    assert flash_package_for(major, there.__contains__) == taken
+
+
+@pytest.fixture
+def fa3(monkeypatch):
+    """FA3 is installed; `fa3(register)` says what its registration does."""
+
+    def installed(register):
+        monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA3", register)
+        monkeypatch.setattr(varlen, "_is_installed", lambda module: module == "flash_attn_interface")
+        varlen._activate.cache_clear()
+
+    yield installed
+    restore_flash_attention_impl(_raise_warn=False)
+    varlen._activate.cache_clear()
+
+
+class _Handle:
+    def remove(self):
+        pass
+
+
+def test_it_is_activated_once_and_what_the_user_activated_stays(fa3, monkeypatch):
+    calls = []
+    fa3(lambda: (calls.append(1), _Handle())[1])
+    varlen._activate(9)
+    varlen._activate(9)
+    assert (len(calls), varlen.active_flash()) == (1, "FA3")
+    restore_flash_attention_impl()
+    monkeypatch.setattr(_registry, "_FLASH_ATTENTION_ACTIVE", ("another", _Handle()))
+    varlen._activate.cache_clear()
+    varlen._activate(9)
+    assert (len(calls), varlen.active_flash()) == (1, "another")
+
+
+def test_one_that_is_built_for_another_torch_is_named_and_left(fa3, caplog):
+    def register():
+        raise ImportError("undefined symbol: _ZN3c10\nmore")
+
+    fa3(register)
+    varlen._activate(9)
+    assert varlen.active_flash() is None
+    assert "FA3 is installed and could not be activated (undefined symbol: _ZN3c10); torch's own" in caplog.text
+
+
+class _Arguments(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.__name__.startswith("_flash_attention_forward"):
+            self.cu_k = args[4]
+        return func(*args, **(kwargs or {}))
+
+
+def test_packages_that_read_pages_are_given_no_lengths_of_keys_beside(fa3):
+    tensors = torch.randn(2, 4, 16), torch.randn(3, 8, 2, 16), torch.randn(3, 8, 2, 16)
+    cu_q, used = torch.arange(3, dtype=torch.int32), torch.tensor([11, 5], dtype=torch.int32)
+    table = torch.tensor([[2, 1], [0, 0]], dtype=torch.int32)
+    found = []
+    for active in (False, True):
+        if active:
+            fa3(_Handle)
+            varlen._activate(9)
+        with _Arguments() as arguments:
+            out = paged_attention(*tensors, cu_q, used, table, 0.25, None)
+        found.append((out, arguments.cu_k))
+    (plain, lengths), (packaged, none) = found
+    assert none is None and lengths.tolist() == [0, 16, 32]
+    assert torch.equal(plain, packaged)

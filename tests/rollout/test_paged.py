@@ -1,8 +1,11 @@
 """The engine of a GPU through the CPU's kernels. A step is traced to operators on fixed tensors and replayed, as a CUDA graph is."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import SFTKeys
@@ -10,10 +13,12 @@ from posttrain.errors import EngineError
 from posttrain.models.batch import pack
 from posttrain.models.load import load_policy
 from posttrain.recipes.engines import EngineSource, make_engine
-from posttrain.rollout import pages
+from posttrain.rollout import decoding, pages
+from posttrain.rollout.decoding import Decoding, DecodingRow, Ends
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.graphs import bucket_of
 from posttrain.rollout.paged import PagedRows, paged_rows
+from posttrain.rollout.sampling import uniforms
 from posttrain.types import Request, SamplingParams, TokenSeq, in_order
 
 REQUESTS = [
@@ -169,3 +174,66 @@ def test_a_cpu_keeps_its_own_cache(shared_policy):
 
 def test_buckets_are_powers_of_two():
     assert [bucket_of(rows) for rows in (1, 2, 3, 4, 5, 33, 64)] == [1, 2, 4, 4, 8, 64, 64]
+
+
+class HostWaits(TorchFunctionMode):
+    """Counts what makes a host wait for its GPU: numbers read out of a tensor, shapes that follow from values, copies that block."""
+
+    READS = frozenset(("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "nonzero", "masked_select", "unique"))  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.of_the_host = Counter(), []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, options = getattr(func, "__name__", ""), kwargs or {}
+        masks = [part for part in args[1:2] if isinstance(part, torch.Tensor) and part.dtype == torch.bool]
+        moved = name == "to" and any(args[0] is tensor for tensor in self.of_the_host)
+        counted = name == "repeat_interleave" and isinstance(args[1], torch.Tensor)
+        blocks = counted or (moved and not options.get("non_blocking")) or (name == "tensor" and options.get("device"))
+        if name in self.READS or blocks or (name == "__getitem__" and masks):
+            self.found[name] += 1
+        made = func(*args, **options)
+        if name == "tensor" and not options.get("device"):
+            self.of_the_host.append(made)
+        return made
+
+
+def _decoding(policy, paged, temperatures=(1.0, 0.7)):
+    ends = Ends(64, frozenset(), None)
+    rows = [
+        DecodingRow(n, request, SamplingParams(64, temperatures[n % 2], top_p=0.9), ends, uniforms(n, 64))
+        for n, request in enumerate(REQUESTS)
+    ]
+    return Decoding(policy, rows, paged=PagedRows(policy, Recorder()) if paged else None)
+
+
+@pytest.mark.parametrize("paged", [True, False], ids=["graphs", "eager"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_the_host_waits_once_a_step(shared_policy, family, paged):
+    running = _decoding(shared_policy(family), paged)
+    with torch.no_grad():
+        for _ in range(3):  # rows are admitted, pages taken, the step recorded
+            running.advance(64)
+        for _ in range(4):
+            with HostWaits() as waits:
+                running.advance(64)
+            assert waits.found == {"tolist": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "blocking"),
+    [
+        ("tensor", lambda values, device: torch.tensor(values, device=device)),
+        ("to", lambda values, device: torch.tensor(values).to(device)),
+    ],
+)
+def test_a_copy_that_blocks_is_seen(shared_policy, monkeypatch, name, blocking):
+    monkeypatch.setattr(decoding, "uploaded", blocking)
+    running = _decoding(shared_policy("qwen3"), True)
+    with torch.no_grad():
+        for _ in range(3):
+            running.advance(64)
+        with HostWaits() as waits:
+            running.advance(64)
+    assert waits.found == {"tolist": 1, name: 3}

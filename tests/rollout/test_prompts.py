@@ -7,17 +7,18 @@ import torch
 
 from posttrain.rollout import kv
 from posttrain.rollout.embedded import EmbeddedEngine
-from posttrain.rollout.prompts import PromptPool
+from posttrain.rollout.kv import Padding
+from posttrain.rollout.prompts import PromptKV, PromptPool
 from posttrain.types import Request, SamplingParams, in_order
 
 
 def _encode(pool, numbers):
     """Prompts whose keys are their numbers, and whose values ten times that."""
-    prompts = pool.reserve(len(numbers))
+    prompts = pool.reserve([pool.width] * len(numbers))
     for prompt, number in zip(prompts, numbers, strict=True):
-        keys = torch.full((2, pool.length, 4), float(number))
+        keys = torch.full((2, pool.width, 4), float(number))
         for layer in range(2):
-            pool.keep(layer, prompt.place, keys, 10 * keys)
+            pool.keep(layer, prompt, keys, 10 * keys)
     return dict(zip(numbers, prompts, strict=True))
 
 
@@ -72,3 +73,46 @@ def test_prompts_of_one_length_are_attended_to_in_one_call_with_the_bits_of_one_
     apart = in_order(engine.generate(requests, SamplingParams(max_tokens=30)))
     assert together == apart
     assert num_together < 0.7 * len(calls)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2"])
+def test_prompts_of_near_length_are_attended_to_together_where_asked_with_the_trainers_log_probs(
+    shared_policy, monkeypatch, family
+):
+    """Lengths of 3 to 50 tokens, one to three completions each, rows that come and go."""
+    policy, params = shared_policy(family), SamplingParams(max_tokens=24)
+    prompts = [tuple(range(40 + n, 43 + n + 11 * n % 48)) for n in range(12)]
+    requests = [Request(prompt, 3 * n + i) for n, prompt in enumerate(prompts) for i in range(1 + n % 3)]
+    calls, attend = [], kv._attend
+    monkeypatch.setattr(kv, "_attend", lambda *args: (calls.append(1), attend(*args))[1])
+    apart = in_order(EmbeddedEngine(policy, stop_token_ids=(2,), batch_size=16).generate(requests, params))
+    num_apart = len(calls)
+    calls.clear()
+    engine = EmbeddedEngine(policy, stop_token_ids=(2,), batch_size=16, pad_prompts=True)
+    together = in_order(engine.generate(requests, params))
+    assert len(calls) < 0.5 * num_apart
+    assert [c.ids for c in together] == [c.ids for c in apart]
+    scored = engine.score(
+        [((*r.prompt_ids, *c.ids), len(r.prompt_ids)) for r, c in zip(requests, together, strict=True)]
+    )
+    for completion, logp in zip(together, scored, strict=True):
+        assert completion.logp == pytest.approx(logp, abs=1e-5)
+
+
+def test_prompts_are_filled_up_while_that_costs_less_than_the_calls_it_saves():
+    """A call costs 100 pairs of a row and a key. Lengths 30 and 40 with one row each waste 10; with 8 rows 80; with 12, 120."""
+    pool, padding = PromptPool(64), Padding(100)
+    for rows, joins in ((1, True), (8, True), (12, False)):
+        short, long = (PromptKV(pool, place, length, rows) for place, length in enumerate((30, 40)))
+        assert padding.joins([short], long) == joins
+    many, one = PromptKV(pool, 0, 40, 8), PromptKV(pool, 1, 40, 1)
+    assert not padding.joins([many], one)
+    assert padding.joins([PromptKV(pool, n, 40, 8) for n in range(3)], one)
+
+
+def test_pools_are_few_and_none_is_wider_than_a_call_pays_for():
+    padding = Padding.of(256)
+    for length in range(1, 600):
+        assert 0 <= padding.width(length) - length < padding.call_pairs
+    assert len({padding.width(length) for length in range(1, 600)}) < 12
+    assert Padding.of(1 << 20).width(77) == 77

@@ -96,8 +96,15 @@ class ModelKeys(Keys):
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "Dtype of the exported model; `auto` is that of the base's file.")
     bf16: bool | Literal["auto"] = knob("auto", "bfloat16 autocast, with float32 masters where trained; `auto` is on for a GPU that has it, and on a CPU only for an adapter on a bf16 file where the CPU has bf16 units. Without it, adapters and their base are float32.")
     gradient_checkpointing: bool = knob(False, "Recompute activations in the backward pass: less memory, more time.", also="disable_gradient_checkpointing (LLaMA-Factory)")
+    torch_compile: bool | Literal["auto"] = knob(False, "Compile the layers for training and scoring: norms, rotation, SwiGLU and casts in few kernels; the first steps take a minute more, and numbers round otherwise. `auto` does it in bf16 on cards that have a row for it (A100, L4, L40S, H100, H200, B200).")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "Where to run; `auto` takes a GPU when there is one.")
 
+
+    @model_validator(mode="after")
+    def _compiles_what_is_not_in_4_bits(self) -> ModelKeys:
+        if self.torch_compile is True and self.load_in_4bit:
+            raise ValueError("torch_compile: true with load_in_4bit: true, whose products are kernels of bitsandbytes; set torch_compile: false")
+        return self
 
     @model_validator(mode="after")
     def _init_is_one_we_have(self) -> ModelKeys:

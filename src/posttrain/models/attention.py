@@ -56,9 +56,17 @@ class AttendOptions:
 
 def register() -> None:
     """Make `attn_implementation=NAME` known. No mask function goes with it, so transformers builds no mask."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+    if NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionInterface.register(NAME, ragged_attention)
+
+
+def register_uncompiled() -> None:
+    """From now on compiled layers leave it out: its calls follow from a batch's trees, not from its shapes."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, ragged_attention)
+    AttentionInterface.register(NAME, torch.compiler.disable(ragged_attention))
 
 
 def ragged_attention(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -64,6 +66,11 @@ def weight_dtype(keys: ModelKeys, placement: Placement, stored: torch.dtype, *, 
     kind = placement.device.type
     native = has_bf16(kind) if stored == torch.bfloat16 else kind == "cuda"
     return stored if native else torch.float32
+
+
+def uploaded(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The values there, without waiting for what the device is computing, as `torch.tensor(…, device=…)` would."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def memory_metrics() -> dict[str, float]:

@@ -20,6 +20,7 @@ from posttrain.distributed.sharding import Whole
 from posttrain.errors import ModelError
 from posttrain.models import attention, generation
 from posttrain.models.adapters import attach_adapter, continue_adapter
+from posttrain.models.compiled import compile_layers, compile_where_it_fits, is_compiled, wants_compiling
 from posttrain.models.continued import adapter_before, base_keys
 from posttrain.models.device import Placement, has_bf16, place, weight_dtype
 from posttrain.models.exact import refuse_unless_exact
@@ -147,6 +148,8 @@ def load_policy(
         adapted, tokenizer, placement, ragged=ragged, source=keys.base_model, under=under,
         base_moved=moved, sharding=shards, exact=exact,
     )  # fmt: skip
+    if trainable and wants_compiling(keys, placement):
+        compile_where_it_fits(policy) if keys.torch_compile == "auto" else compile_layers(policy)
     if moved or under is not keys:
         policy.start = {name: parameter.detach().clone() for name, parameter in policy.trainable()}
     return policy
@@ -179,6 +182,8 @@ def freeze_reference(policy: Policy) -> int:
             frozen = replace(policy, model=copy.deepcopy(policy.model))
         frozen.model.requires_grad_(False).eval()
         policy.frozen = frozen.without_dropout()
+        if is_compiled(policy):
+            compile_layers(policy.frozen)
     parameters = policy.frozen.model.parameters()
     return sum(local.numel() * local.element_size() for local in map(policy.sharding.local, parameters))
 

@@ -6,17 +6,20 @@ output, and its backward takes both back, so that calls over disjoint keys can b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from importlib.util import find_spec
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
-_FLASH_WIDTH = 256
 _LSE_ALIGNMENT = 32
 """The memory-efficient kernel pads the log-sum-exp of a sequence to a multiple of so many queries."""
 _CAUSAL_FROM_BOTTOM_RIGHT = 2
@@ -79,16 +82,76 @@ class Kernel(NamedTuple):
 def kernel_for(query: Tensor) -> Kernel:
     """The flash kernel where it takes these queries, else the memory-efficient one (float32 on a GPU, wide heads, old GPUs).
 
-    torch's own flash attention, FA3 and FA4 where they were activated (`torch.nn.attention.activate_flash_attention_impl`)
-    and the kernel that is registered here for CPUs all stand behind the same operator.
+    torch's own flash attention, FA3 and FA4 where they are installed, and the kernel that is registered here for CPUs all stand
+    behind the same operator.
     """
     if query.device.type == "cpu":
         _register_on_cpu()
         return FLASH
-    fits = query.dtype in _FLASH_DTYPES and query.shape[-1] <= _FLASH_WIDTH
+    fits = query.dtype in _FLASH_DTYPES and query.shape[-1] <= _flash_behind(query.device).width
     if fits and query.device.type == "cuda" and torch.version.hip is None:
         fits = torch.cuda.get_device_capability(query.device) >= (8, 0)
     return FLASH if fits else EFFICIENT
+
+
+# --- which flash attention -----------------------------------------------------------------------------------------
+
+
+class FlashPackage(NamedTuple):
+    """A flash attention that takes the operator over: cards (major capability) that it is for, widest heads, cards on which it reads pages."""
+
+    module: str
+    majors: tuple[int, ...]
+    width: int
+    paged: tuple[int, ...]
+
+
+FLASH_PACKAGES: Mapping[str, FlashPackage] = {
+    "FA3": FlashPackage("flash_attn_interface", (9,), 256, (9,)),
+    "FA4": FlashPackage("flash_attn.cute", (10,), 128, (10,)),
+}
+"""Names are those of `torch.nn.attention.activate_flash_attention_impl`. Source: torch/nn/attention/_fa3.py, _fa4.py."""
+_BUILT_IN = FlashPackage("torch", tuple(range(8, 16)), 256, tuple(range(8, 16)))
+
+
+def flash_package_for(major: int, is_installed: Callable[[str], bool]) -> str | None:
+    """The package made for such a card, where it is there."""
+    return next((n for n, p in FLASH_PACKAGES.items() if major in p.majors and is_installed(p.module)), None)
+
+
+def active_flash() -> str | None:
+    """The package that stands behind the operator now; None: torch's own."""
+    from torch.nn.attention import current_flash_attention_impl
+
+    return current_flash_attention_impl()
+
+
+def _flash_behind(device: torch.device) -> FlashPackage:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return _BUILT_IN
+    _activate(torch.cuda.get_device_capability(device)[0])
+    return FLASH_PACKAGES.get(active_flash() or "", _BUILT_IN)
+
+
+@lru_cache(maxsize=8)
+def _activate(major: int) -> None:
+    """Once a process, before the first call; what the user activated stays."""
+    from torch.nn.attention import activate_flash_attention_impl, list_flash_attention_impls
+
+    name = flash_package_for(major, _is_installed)
+    if name not in list_flash_attention_impls() or active_flash() is not None:
+        return
+    try:
+        activate_flash_attention_impl(name)
+    except (ImportError, OSError, RuntimeError) as error:  # built for another torch, or only half of it is there
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        log.warning("%s is installed and could not be activated (%s); torch's own flash attention is used", name, why)
+
+
+def _is_installed(module: str) -> bool:
+    """Without importing more than a package that has it inside."""
+    parent = module.partition(".")[0]
+    return find_spec(parent) is not None and find_spec(module) is not None
 
 
 # --- flash ---------------------------------------------------------------------------------------------------------
@@ -131,10 +194,12 @@ FLASH = Kernel(_flash_forward, _flash_backward)
 def reads_pages(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Whether the flash kernel takes keys in pages there; operators of older torches have no `block_table`."""
     names = {argument.name for argument in torch.ops.aten._flash_attention_forward.default._schema.arguments}
-    fits = device.type == "cuda" and torch.version.hip is None and {"block_table", "seqused_k"} <= names
+    if device.type != "cuda" or torch.version.hip is not None or not {"block_table", "seqused_k"} <= names:
+        return False
+    behind = _flash_behind(device)
     return (
-        fits and dtype in _FLASH_DTYPES and width <= _FLASH_WIDTH and width % 8 == 0
-        and torch.cuda.get_device_capability(device) >= (8, 0)
+        dtype in _FLASH_DTYPES and width <= behind.width and width % 8 == 0
+        and torch.cuda.get_device_capability(device)[0] in behind.paged
     )  # fmt: skip
 
 
@@ -156,9 +221,10 @@ def paged_attention(
     if query.device.type == "cpu":
         _register_on_cpu()
     size = table.shape[1] * key.shape[1]
-    # The kernel of FlashAttention-2 wants cumulative lengths of the keys too; `used` goes before them.
+    # The kernel of FlashAttention-2 wants cumulative lengths of the keys too; `used` goes before them. FA3 and FA4 refuse them.
+    cu_k = None if active_flash() in FLASH_PACKAGES else cu_q * size
     out, *_ = torch.ops.aten._flash_attention_forward(
-        query, key, value, cu_q, cu_q * size, 1, size, 0.0, False, False, scale=scale,
+        query, key, value, cu_q, cu_k, 1, size, 0.0, False, False, scale=scale,
         window_size_left=-1 if window is None else window - 1, window_size_right=-1 if window is None else 0,
         seqused_k=used, block_table=table, num_splits=1,
     )  # fmt: skip

@@ -72,8 +72,9 @@ def _embedded(ask: _Ask) -> Engine:
         policy = load_policy(model, tokenizer=policy.tokenizer).without_dropout()
     stops = stop_token_ids(policy.base, policy.tokenizer)
     engine = EmbeddedEngine(
-        policy, stop_token_ids=stops, batch_size=ask.rows, shares_weights=shares, enforce_eager=ask.keys.enforce_eager
-    )
+        policy, stop_token_ids=stops, batch_size=ask.rows, shares_weights=shares, enforce_eager=ask.keys.enforce_eager,
+        pad_prompts=ask.keys.pad_prompts,
+    )  # fmt: skip
     return _in_turn(ask, engine)
 
 

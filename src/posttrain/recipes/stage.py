@@ -15,7 +15,8 @@ import torch
 from posttrain.checkpoint.store import CheckpointStore, check_writable, disk_errors, sweep
 from posttrain.config.stages import TrainKeys
 from posttrain.distributed.sharding import sharding_over
-from posttrain.errors import OutOfMemoryError
+from posttrain.errors import ModelError, OutOfMemoryError
+from posttrain.models.compiled import why_not_compiled
 from posttrain.models.device import memory_metrics
 from posttrain.models.export import save_policy
 from posttrain.models.policy import Policy
@@ -176,6 +177,8 @@ def run_recipe(
         except RolledBack as event:
             log.warning("%s", event)
         except (RuntimeError, MemoryError) as error:
+            if why := why_not_compiled(error):
+                raise ModelError(f"{stage.kind}: {why}") from error
             if stage.state is None or not is_out_of_memory(error):
                 raise
             state = stage.state

@@ -9,18 +9,20 @@ import torch
 
 from posttrain.models.batch import pack
 from posttrain.models.decode import decode_step
+from posttrain.models.device import uploaded
 from posttrain.models.policy import Policy
-from posttrain.rollout.kv import RowCache
+from posttrain.rollout.kv import Padding, RowCache
 from posttrain.rollout.prompts import PromptKV
 from posttrain.types import TokenSeq
 
 
 class CachedRows:
-    """Rows on the K/V cache, with their logits."""
+    """Rows on the K/V cache, with their logits. `pad_prompts`: those of prompts of near length are attended to together."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, pad_prompts: bool = False) -> None:
         self._policy, self._device = policy, policy.placement.device
-        self._cache = RowCache(self._device)
+        channels = policy.base.config.get_text_config().hidden_size
+        self._cache = RowCache(self._device, Padding.of(channels) if pad_prompts else None)
         self._decode = decode_step(policy)
         self.add_row, self.drop_row = self._cache.add_row, self._cache.drop_row
 
@@ -40,6 +42,6 @@ class CachedRows:
     def step(self, ids: Sequence[int]) -> torch.Tensor:
         """One more token in each row → logits of what follows it, [R, V]."""
         self._cache.begin_step()
-        ids_R = torch.tensor(ids, device=self._device)
-        positions_R = torch.tensor(self._cache.positions(), device=self._device)
+        ids_R = uploaded(ids, self._device)
+        positions_R = uploaded(self._cache.positions(), self._device)
         return self._decode(ids_R, positions_R, self._cache)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from posttrain.models.device import uploaded
 from posttrain.models.lengths import forget_lengths
 from posttrain.models.policy import Policy
 from posttrain.rollout.alone import AloneRows
@@ -93,13 +94,13 @@ class Decoding:
     """Samples rows until they end, or would be longer than `longest` inputs.
 
     `alone`: each row by itself and without a cache, for models whose rows cannot be run together; no `adapters` then.
-    `paged`: the cache to use where nobody else is using it.
+    `paged`: the cache to use where nobody else is using it; else `pad_prompts` is `CachedRows`'.
     """
 
     def __init__(
         self, policy: Policy, rows: Iterable[DecodingRow] = (), *,
         longest: int | None = None, alone: bool = False, adapters: TokenAdapters | None = None,
-        paged: PagedRows | None = None,
+        paged: PagedRows | None = None, pad_prompts: bool = False,
     ) -> None:  # fmt: skip
         assert not (alone and adapters), "tokens of several forwards cannot be assigned at once"
         forget_lengths(policy.base)
@@ -111,7 +112,7 @@ class Decoding:
         temperature = next((row.params.temperature for row in self._waiting), 1.0)
         self._running: Any = (
             AloneRows(policy) if alone else ExactRows(policy, temperature) if policy.exact
-            else paged.begin() if paged is not None and not paged.is_busy else CachedRows(policy)
+            else paged.begin() if paged is not None and not paged.is_busy else CachedRows(policy, pad_prompts)
         )  # fmt: skip
         self._sample = sample_scored if policy.exact and not alone else sample
         self._prompts: dict[tuple[str | None, tuple[int, ...]], tuple[Any, torch.Tensor]] = {}
@@ -200,7 +201,7 @@ class Decoding:
 
     def _sampled(self, rows: Sequence[DecodingRow], scores_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows that are sampled alike at once."""
-        uniform_R = torch.tensor([row.uniform[len(row.ids)] for row in rows], device=self._device)
+        uniform_R = uploaded([row.uniform[len(row.ids)] for row in rows], self._device)
         alike: dict[tuple[float, ...], list[int]] = {}
         for place, row in enumerate(rows):
             params = row.params
@@ -210,7 +211,7 @@ class Decoding:
         ids_R = torch.empty(len(rows), dtype=torch.long, device=self._device)
         logp_R = torch.empty(len(rows), device=self._device)
         for places in alike.values():
-            at = torch.tensor(places, device=self._device)
+            at = uploaded(places, self._device)
             ids_R[at], logp_R[at] = self._sample(scores_RV[at], uniform_R[at], rows[places[0]].params)
         return ids_R, logp_R
 
@@ -252,7 +253,7 @@ def _note(rows: Sequence[DecodingRow], scores_RV: torch.Tensor, ids_R: torch.Ten
     places = [place for place, row in enumerate(rows) if row.num_top is not None]
     if not places:
         return
-    at = torch.tensor(places, device=scores_RV.device)
+    at = uploaded(places, scores_RV.device)
     logp_RV = torch.log_softmax(scores_RV[at].float(), -1)
     own_R = logp_RV.gather(-1, ids_R[at].unsqueeze(-1)).squeeze(-1)
     most = max(rows[place].num_top or 0 for place in places)

@@ -15,6 +15,7 @@ import torch
 import posttrain
 from posttrain.errors import EngineError
 from posttrain.models.batch import pack
+from posttrain.models.compiled import as_written
 from posttrain.models.lengths import LengthRule, length_rule
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
@@ -33,17 +34,18 @@ class EmbeddedEngine:
     """Decodes at most `batch_size` completions at once from `policy`, in this process.
 
     `shares_weights` where `policy` is the one that is trained; else it is a copy, which an update fills. With `enforce_eager` a GPU
-    decodes by the loop of a CPU, without pages and graphs.
+    decodes by the loop of a CPU, without pages and graphs. `pad_prompts`: that loop attends to prompts of near length together.
     """
 
     def __init__(
         self, policy: Policy, *, stop_token_ids: Sequence[int], batch_size: int = 64, shares_weights: bool = True,
-        enforce_eager: bool = False,
+        enforce_eager: bool = False, pad_prompts: bool = False,
     ) -> None:  # fmt: skip
         self._policy = policy
         self._stop_token_ids = frozenset(stop_token_ids)
         self._batch_size = batch_size
         self._shares_weights = shares_weights
+        self._pad_prompts = pad_prompts
         self._version = 0
         self._paged = None if enforce_eager else paged_rows(policy)
 
@@ -113,7 +115,9 @@ class EmbeddedEngine:
         self, rows: Sequence[DecodingRow], *, longest: int | None = None, alone: bool = False
     ) -> Iterator[DecodingRow]:
         with self._computing():
-            decoding = Decoding(self._policy, rows, longest=longest, alone=alone, paged=self._paged)
+            decoding = Decoding(
+                self._policy, rows, longest=longest, alone=alone, paged=self._paged, pad_prompts=self._pad_prompts
+            )
         try:
             while decoding.is_busy:
                 # Not around the yield: whoever takes the rows must not compute in our context.
@@ -127,7 +131,7 @@ class EmbeddedEngine:
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        with torch.no_grad(), self._policy.placement.autocast():
+        with torch.no_grad(), self._policy.placement.autocast(), as_written(self._policy):
             yield
 
     def _score_anew(self, rows: Sequence[DecodingRow]) -> None:

@@ -2,42 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from functools import cached_property
 
 import torch
 
 from posttrain.models.attention import AttendOptions
+from posttrain.models.device import uploaded
 from posttrain.models.tree_attention import Window
 from posttrain.rollout.prompts import PromptKV, PromptPool
 
 _GROWTH = 64
+_WIDEST_STEP = 128
+_CALL_FLOPS = 4e5
+"""What a CPU could compute of attention in the time that one call of its kernel costs beside: measured at some 20 µs."""
+
+
+@dataclass(frozen=True)
+class Padding:
+    """When prompts and groups are filled up, so that fewer calls attend to them; one call costs as much as `call_pairs` of a row and a key."""
+
+    call_pairs: int
+
+    @classmethod
+    def of(cls, query_channels: int) -> Padding:
+        """For layers with so many channels of queries."""
+        return cls(max(1, int(_CALL_FLOPS / (4 * query_channels))))
+
+    def width(self, length: int) -> int:
+        """Of the pool that a prompt lies in: the next multiple of what a call costs, halved, so that few widths occur."""
+        step = 1 << (min(_WIDEST_STEP, max(1, self.call_pairs // 2)).bit_length() - 1)
+        return -(-length // step) * step
+
+    def joins(self, run: Sequence[PromptKV], prompt: PromptKV) -> bool:
+        """Whether the prompt after a run is better attended to with it, all filled up to the longest and to the most rows."""
+        together = [*run, prompt]
+        longest, most = max(one.length for one in together), max(one.num_rows for one in together)
+        filler = len(together) * most * longest - sum(one.num_rows * one.length for one in together)
+        return filler <= self.call_pairs * len(run)
 
 
 @dataclass(frozen=True)
 class _SideBySide:
-    """Prompts side by side in their pool that equally many rows go on from: they are attended to in one call."""
+    """Prompts side by side in their pool, attended to in one call; fewer rows than `rows_each` are filled up."""
 
     pool: PromptPool
     first: int
-    num_prompts: int
+    lengths: tuple[int, ...]
     rows_each: int
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.lengths)
 
     @property
     def num_rows(self) -> int:
         return self.num_prompts * self.rows_each
 
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
     def each(self) -> list[_SideBySide]:
         """Prompt by prompt."""
-        return [_SideBySide(self.pool, self.first + n, 1, self.rows_each) for n in range(self.num_prompts)]
+        return [_SideBySide(self.pool, self.first + n, (one,), self.rows_each) for n, one in enumerate(self.lengths)]
+
+    @cached_property
+    def behind_end(self) -> torch.Tensor | None:
+        """True at keys that are no prompt's; None where there are none. Shape: [P, K]."""
+        if min(self.lengths) == self.longest:
+            return None
+        return torch.arange(self.longest) >= torch.tensor(self.lengths)[:, None]
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Rows grouped by prompt (`order`, and back), until one comes or goes."""
+    """Rows in the order in which their prompts lie, filled up (`rows`, `order`), and back, until one comes or goes."""
 
     runs: list[_SideBySide]
+    rows: list[int]
     order: torch.Tensor | None
     inverse: torch.Tensor | None
 
@@ -45,12 +89,14 @@ class _Plan:
 class RowCache:
     """The K/V store that a model's attention layers read and write while the engine decodes.
 
-    Rows 0..R-1 are alive; a finished row is overwritten by the last one, so every tensor stays dense.
+    Rows 0..R-1 are alive; a finished row is overwritten by the last one, so every tensor stays dense. `padding`: prompts of near
+    length are attended to together; without it those of one length.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, padding: Padding | None = None) -> None:
         self.prompt_of: list[PromptKV] = []
         self.lengths: list[int] = []
+        self._padding = padding
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
         self._mask = torch.empty(0, 0, device=device)
@@ -67,19 +113,20 @@ class RowCache:
 
     def expect(self, spans: Sequence[tuple[int, int]]) -> list[PromptKV]:
         """Announce the packed ranges [start, stop) of the coming prefill, each of a prompt."""
-        prompts: dict[int, list[PromptKV]] = {}
         lengths = [stop - start for start, stop in spans]
-        self._pools = {length: pool for length, pool in self._pools.items() if pool.is_held}
-        for length in set(lengths):
-            pool = self._pools.setdefault(length, PromptPool(length))
-            prompts[length] = pool.reserve(lengths.count(length))[::-1]
-        kept = [prompts[length].pop() for length in lengths]
+        widths = [self._padding.width(length) if self._padding else length for length in lengths]
+        self._pools = {width: pool for width, pool in self._pools.items() if pool.is_held}
+        places: dict[int, Iterator[PromptKV]] = {}
+        for width in dict.fromkeys(widths):
+            pool = self._pools.setdefault(width, PromptPool(width))
+            places[width] = iter(pool.reserve([n for n, own in zip(lengths, widths, strict=True) if own == width]))
+        kept = [next(places[width]) for width in widths]
         self._prefilling = [(prompt, *span) for prompt, span in zip(kept, spans, strict=True)]
         return kept
 
     def keep(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         for prompt, start, stop in self._prefilling:
-            prompt.pool.keep(layer, prompt.place, key[0, :, start:stop], value[0, :, start:stop])
+            prompt.pool.keep(layer, prompt, key[0, :, start:stop], value[0, :, start:stop])
 
     # --- rows --------------------------------------------------------------------------------------------------
 
@@ -112,7 +159,7 @@ class RowCache:
         if needed > self._mask.shape[1]:
             self._resize(rows=self._mask.shape[0], columns=needed + _GROWTH)
         device = self._mask.device
-        rows, columns = torch.arange(self.num_rows, device=device), torch.tensor(self.lengths, device=device)
+        rows, columns = torch.arange(self.num_rows, device=device), uploaded(self.lengths, device)
         self._mask[rows, columns] = 0.0
         self._where = (rows, columns)
         self.lengths = [length + 1 for length in self.lengths]
@@ -125,23 +172,35 @@ class RowCache:
         rows_of: dict[int, list[int]] = {}
         for row, prompt in enumerate(self.prompt_of):
             rows_of.setdefault(id(prompt), []).append(row)
-        runs, order = list[_SideBySide](), list[int]()
+        runs, order, inverse = list[_SideBySide](), list[int](), [0] * self.num_rows
         for pool in dict.fromkeys(prompt.pool for prompt in self.prompt_of):
-            live = pool.live()
-            order += [row for prompt in live for row in rows_of[id(prompt)]]
-            for rows_each, alike in groupby(live, key=lambda prompt: prompt.num_rows):
-                places = [prompt.place for prompt in alike]
-                runs.append(_SideBySide(pool, places[0], len(places), rows_each))
-        inverse = [0] * len(order)
-        for place, row in enumerate(order):
-            inverse[row] = place
-        device, in_order = self._mask.device, order == sorted(order)
+            for alike in self._side_by_side(pool.live()):
+                most = max(prompt.num_rows for prompt in alike)
+                runs.append(_SideBySide(pool, alike[0].place, tuple(prompt.length for prompt in alike), most))
+                for rows in (rows_of[id(prompt)] for prompt in alike):
+                    for number, row in enumerate(rows):
+                        inverse[row] = len(order) + number
+                    order += rows + [rows[0]] * (most - len(rows))
+        device, in_order = self._mask.device, order == list(range(self.num_rows))
         self._plan = _Plan(
             runs,
-            order=None if in_order else torch.tensor(order, device=device),
-            inverse=None if in_order else torch.tensor(inverse, device=device),
+            order,
+            order=None if in_order else uploaded(order, device),
+            inverse=None if in_order else uploaded(inverse, device),
         )
         return self._plan
+
+    def _side_by_side(self, live: Sequence[PromptKV]) -> Iterator[list[PromptKV]]:
+        """Neighbours that one call attends to."""
+        run: list[PromptKV] = []
+        for prompt in live:
+            alike = run and (run[0].num_rows, run[0].length) == (prompt.num_rows, prompt.length)
+            if run and not (self._padding.joins(run, prompt) if self._padding else alike):
+                yield run
+                run = []
+            run.append(prompt)
+        if run:
+            yield run
 
     def positions(self) -> list[int]:
         """Absolute position of each row's newest token."""
@@ -174,7 +233,7 @@ class RowCache:
             query_R = query_R[plan.order]
         _, num_kv, group, width = query_R.shape
         runs = plan.runs
-        if not _in_flash(query_R, window, options):
+        if not (self._padding or _in_flash(query_R, window, options)):
             # What is written out in products of matrices rounds otherwise when several are stacked.
             runs = [one for run in runs for one in run.each()]
         parts: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -182,7 +241,8 @@ class RowCache:
         for run in runs:
             shape = (run.num_prompts, run.rows_each, num_kv, group)
             query = query_R[first : first + run.num_rows].view(*shape, width).transpose(1, 2).flatten(2, 3)
-            key, value = (kv[layer][run.first : run.first + run.num_prompts] for kv in (run.pool.keys, run.pool.values))
+            places, columns = slice(run.first, run.first + run.num_prompts), slice(0, run.longest)
+            key, value = (kv[layer][places, :, columns] for kv in (run.pool.keys, run.pool.values))
             mask = self._prompt_mask(run, first, group, window, query.dtype)
             out, lse = _attend(query, key, value, mask, options)
             by_row = (run.num_prompts, num_kv, run.rows_each, group)
@@ -208,25 +268,28 @@ class RowCache:
     def _own_mask(self, num_rows: int, longest: int, window: Window | None, dtype: torch.dtype) -> torch.Tensor:
         mask = self._mask[:num_rows, None, None, :longest]
         if window is not None:
-            age = (
-                torch.tensor(self.lengths, device=mask.device)[:, None] - 1 - torch.arange(longest, device=mask.device)
-            )
-            reach = window.reach(torch.tensor(self._positions, device=mask.device))
+            age = uploaded(self.lengths, mask.device)[:, None] - 1 - torch.arange(longest, device=mask.device)
+            reach = window.reach(uploaded(self._positions, mask.device))
             mask = mask.masked_fill(age[:, None, None] >= reach[:, None, None, None], -torch.inf)
         return mask.to(dtype)
 
     def _prompt_mask(
         self, run: _SideBySide, first: int, group: int, window: Window | None, dtype: torch.dtype
     ) -> torch.Tensor | None:
-        """None unless a window hides part of the prompt. Shape: [1, 1, rows × queries, P]."""
-        if window is None:
+        """None where every row sees all that lies there. Shape: [P, 1, 1 or rows × queries, K]."""
+        if window is None and run.behind_end is None:
             return None
-        plan = self._planned()
-        order = range(self.num_rows) if plan.order is None else plan.order.tolist()
-        positions = torch.tensor([self._positions[order[place]] for place in range(first, first + run.num_rows)])
-        hidden = positions[:, None] - torch.arange(run.pool.length) >= window.reach(positions)[:, None]
-        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf).to(self._mask.device)
-        return mask.repeat_interleave(group, 0)[None, None]
+        hidden = torch.zeros(run.num_prompts, 1, run.longest, dtype=torch.bool)
+        if run.behind_end is not None:
+            hidden = hidden | run.behind_end[:, None]
+        if window is not None:
+            rows = self._planned().rows[first : first + run.num_rows]
+            positions = torch.tensor([self._positions[row] for row in rows])
+            age = positions[:, None] - torch.arange(run.longest)
+            too_old = (age >= window.reach(positions)[:, None]).repeat_interleave(group, 0)
+            hidden = hidden | too_old.unflatten(0, (run.num_prompts, -1))
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf)
+        return mask.to(self._mask.device, non_blocking=True)[:, None]
 
     def _resize(self, rows: int, columns: int) -> None:
         old_rows, old_columns = self._mask.shape

@@ -16,6 +16,7 @@ import torch
 from posttrain.models.attention import AttendOptions
 from posttrain.models.batch import Batch, pack
 from posttrain.models.decode import FAMILIES
+from posttrain.models.device import uploaded
 from posttrain.models.lengths import length_rule
 from posttrain.models.policy import Policy
 from posttrain.models.varlen import paged_attention, reads_pages
@@ -160,7 +161,7 @@ class _PageStore:
             (self._used_S[:bucket], [position + 1 for position in positions]),
             (self._table_SW[:bucket, :width], pages),
         ):
-            target.copy_(torch.tensor(values, dtype=target.dtype), non_blocking=True)
+            target.copy_(uploaded(values, self._device, target.dtype))
 
     def for_rows(self, bucket: int) -> _PageStore:
         self._bucket = bucket

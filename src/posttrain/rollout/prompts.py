@@ -1,8 +1,9 @@
-"""Keys and values of prompts: those of one length lie in one tensor, so that rows of many prompts are attended together."""
+"""Keys and values of prompts: those of one length, or of near ones, lie in one tensor, so that rows of many prompts are attended together."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,32 +11,30 @@ import torch
 
 @dataclass(eq=False)
 class PromptKV:
-    """A prompt that was encoded: its place in the pool of its length, and how many rows go on from it.
+    """A prompt that was encoded: its place in a pool, its tokens, and how many rows go on from it.
 
-    The second of three prompts of 40 tokens, with a group of 8 rows: pool of length 40, place 1, num_rows 8.
+    The second of three prompts of 40 tokens, with a group of 8 rows: pool of width 40, place 1, length 40, num_rows 8.
     """
 
     pool: PromptPool
     place: int
+    length: int
     num_rows: int = 0
-
-    @property
-    def length(self) -> int:
-        return self.pool.length
 
 
 class PromptPool:
-    """Prompts of one length. Places `[0, num_live)` are those that rows attend to: one range, whoever comes and goes.
+    """Prompts of at most `width` tokens; shorter ones are filled up with zeros. Places `[0, num_live)` are those that rows attend
+    to: one range, whoever comes and goes.
 
     A prompt that nobody holds is forgotten; its place is taken by the next.
     """
 
-    def __init__(self, length: int) -> None:
-        self.length = length
+    def __init__(self, width: int) -> None:
+        self.width = width
         self.num_live = 0
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
-        """Per layer. Shape: [places, Hkv, P, D]."""
+        """Per layer. Shape: [places, Hkv, width, D]."""
         self._members: list[weakref.ref[PromptKV]] = []
         self._capacity = 0
 
@@ -43,22 +42,23 @@ class PromptPool:
     def is_held(self) -> bool:
         return any(member() is not None for member in self._members)
 
-    def reserve(self, count: int) -> list[PromptKV]:
+    def reserve(self, lengths: Sequence[int]) -> list[PromptKV]:
         """Places for prompts that are about to be encoded."""
         self._sweep()
-        needed = len(self._members) + count
+        needed = len(self._members) + len(lengths)
         if needed > self._capacity:
             self._resize(needed if not self._members else max(needed, self._capacity * 5 // 4))
-        prompts = [PromptKV(self, len(self._members) + number) for number in range(count)]
+        prompts = [PromptKV(self, len(self._members) + number, length) for number, length in enumerate(lengths)]
         self._members += [weakref.ref(prompt) for prompt in prompts]
         return prompts
 
-    def keep(self, layer: int, place: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def keep(self, layer: int, prompt: PromptKV, key: torch.Tensor, value: torch.Tensor) -> None:
         """Shapes: [Hkv, P, D]."""
-        if layer == len(self.keys):
-            self.keys.append(key.new_empty(self._capacity, *key.shape))
-            self.values.append(value.new_empty(self._capacity, *value.shape))
-        self.keys[layer][place], self.values[layer][place] = key, value
+        for tensors, new in ((self.keys, key), (self.values, value)):
+            if layer == len(tensors):
+                tensors.append(new.new_zeros(self._capacity, new.shape[0], self.width, new.shape[2]))
+            # What an earlier prompt left behind its end is hidden from the rows, and finite.
+            tensors[layer][prompt.place, :, : prompt.length] = new
 
     def enter(self, prompt: PromptKV) -> None:
         """A row more goes on from it."""
@@ -105,5 +105,5 @@ class PromptPool:
         self._capacity, count = capacity, min(capacity, len(self._members))
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
-                tensors[layer] = old.new_empty(capacity, *old.shape[1:])
+                tensors[layer] = old.new_zeros(capacity, *old.shape[1:])
                 tensors[layer][:count] = old[:count]

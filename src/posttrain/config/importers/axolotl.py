@@ -50,7 +50,7 @@ ROWS: dict[str, KeyFate] = {
            "tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree", "expert_parallel_size", "expert_parallel_backend",
            "heads_k_stride", "ring_attn_func", "use_ray", "ray_run_name", "ray_num_workers", "resources_per_worker", "torchdistx_path",
            "qlora_sharded_model_loading", "experimental_skip_move_to_device", "lora_on_cpu", "single_gpu_mode"),
-    **rows(left(MEMORY), "max_memory", "gpu_memory_limit", "gc_steps", "gc_collect_steps", "embeddings_skip_upcast", "torch_compile", "layer_offloading",
+    **rows(left(MEMORY), "max_memory", "gpu_memory_limit", "gc_steps", "gc_collect_steps", "embeddings_skip_upcast", "layer_offloading",
            "low_cpu_mem_usage", "bfloat16", "float32", "relora_cpu_offload", "expert_quant_backend"),
     **rows(left(LOADING), "dataset_prepared_path", "dataset_processes", "dataset_num_proc", "dataset_keep_in_memory", "skip_prepare_dataset", "num_dataset_shards_to_save",
            "dataset_shard_num", "preprocess_iterable", "is_preprocess", "total_num_tokens", "total_supervised_tokens", "axolotl_config_path", "dataset_exact_sharding",
