@@ -1,7 +1,7 @@
 """Decoding where nothing can be left out: rows of equal length and distinct prompts, beside `generate` of transformers, in turns.
 
 python bench/decode.py                          nano (5 M) at 1, 16 and 64 rows; medians of five pairs
-python bench/decode.py --near 8                 prompts up to 8 tokens shorter than the longest (ours alone reads none of the padding)
+python bench/decode.py --near 48                prompts up to 48 tokens shorter than the longest; with and without `rollout.pad_prompts`
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,48 +23,47 @@ SHAPES = {
     "nano": work.Shape(256, 768, 6, 8, 4, 32, 4096),
     "small": work.Shape(512, 1536, 8, 8, 4, 64, 32_000),
 }
-
-
+CPU = torch.device("cpu")
+_STRIDE = 37
+"""Neighbours differ in length."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """`cpu` where others use the machine too: with one thread it is what the wall would be without them."""
 
 
-def measure(policy: Policy, shape: work.Shape, rows: int, near: int, options: argparse.Namespace) -> str:
-    lengths = [options.prompt - (n % (near + 1)) for n in range(rows)]
+def measure(policy: Policy, shape: work.Shape, rows: int, options: argparse.Namespace) -> str:
+    lengths = [options.prompt - (n * _STRIDE % (options.near + 1)) for n in range(rows)]
     prompts = [tuple(work.sequence(shape.vocab, length, prompt_seed=n, seed=n).ids) for n, length in enumerate(lengths)]
     model, tokens = policy.base, options.tokens
-    engine = EmbeddedEngine(policy, stop_token_ids=(), batch_size=rows)
     requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
     ids = torch.tensor([[0] * (options.prompt - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (options.prompt - length) + [1] * length for length in lengths])
     sampling: dict[str, Any] = {"do_sample": True, "top_k": 0, "max_new_tokens": tokens, "min_new_tokens": tokens}
 
-    def ours() -> None:
-        model.set_attn_implementation(work.attention.NAME)
-        assert sum(len(c.ids) for c in engine.generate(requests, SamplingParams(tokens))) == rows * tokens
+    def by(engine: EmbeddedEngine) -> Callable[[], None]:
+        def run() -> None:
+            model.set_attn_implementation(work.attention.NAME)
+            assert sum(len(c.ids) for c in engine.generate(requests, SamplingParams(tokens))) == rows * tokens
+
+        return run
 
     @torch.inference_mode()
-    def theirs() -> None:
+    def generate() -> None:
         model.set_attn_implementation("sdpa")
         model.generate(input_ids=ids, attention_mask=mask, use_cache=True, **sampling)
 
-    pairs = in_turns([ours, theirs], options.pairs, CLOCKS[options.clock])
-    rates = [rows * tokens / statistics.median(seconds) for seconds in zip(*pairs, strict=True)]
-    ratios = sorted(theirs_s / ours_s for ours_s, theirs_s in pairs)
-    return f"{rows:>4} rows: {rates[0]:8.0f} tokens/s, generate {rates[1]:8.0f}: {statistics.median(ratios):.2f}× ({ratios[0]:.2f}–{ratios[-1]:.2f})"
-
-
-def in_turns(sides: Sequence[Callable[[], None]], pairs: int, clock: Callable[[], float]) -> list[list[float]]:
-    """Seconds of each side, pair by pair; the first run of each warms up."""
-    found: list[list[float]] = []
-    for _ in range(pairs + 1):
-        seconds: list[float] = []
-        for side in sides:
-            start = clock()
-            side()
-            seconds.append(clock() - start)
-        found.append(seconds)
-    return found[1:]
+    engines = {"ours": EmbeddedEngine(policy, stop_token_ids=(), batch_size=rows)}
+    if options.near:
+        engines["pad_prompts"] = EmbeddedEngine(policy, stop_token_ids=(), batch_size=rows, pad_prompts=True)
+    sides = [*map(by, engines.values()), generate]
+    turns = work.in_turns(sides, CPU, options.pairs, CLOCKS[options.clock])
+    rates = [rows * tokens / statistics.median(seconds) for seconds in zip(*turns, strict=True)]
+    found = [f"generate {rates[-1]:8.0f} tokens/s"]
+    for number, name in enumerate(engines):
+        ratios = sorted(turn[-1] / turn[number] for turn in turns)
+        found.append(
+            f"{name} {rates[number]:8.0f}: {statistics.median(ratios):.2f}× ({ratios[0]:.2f}–{ratios[-1]:.2f})"
+        )
+    return f"{rows:>4} rows: " + ", ".join(found)
 
 
 def main() -> None:
@@ -80,9 +79,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     shape = SHAPES[options.model]
-    policy = work.random_policy(shape, torch.device("cpu"), bf16=False)
+    policy = work.random_policy(shape, CPU, bf16=False)
     for rows in options.rows:
-        print(measure(policy, shape, rows, options.near, options), flush=True)
+        print(measure(policy, shape, rows, options), flush=True)
 
 
 if __name__ == "__main__":

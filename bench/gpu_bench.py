@@ -1,4 +1,4 @@
-"""How fast the GPU path is on this card: tokens per second, MFU, peak memory; beside its own other form, `generate` and TRL.
+"""How fast the GPU path is on this card: tokens per second, MFU, peak memory; in turns with its own other form, `generate`, vLLM and TRL.
 
 make gpu-bench                              about five minutes on one card, rows in order of worth
 python bench/gpu_bench.py --device cpu      the same rows with tiny shapes: to see that it runs
@@ -10,8 +10,9 @@ Each row is written to bench/out/gpu/bench.jsonl as it ends. `--doc` writes the 
 from __future__ import annotations
 
 import gc
+import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,13 +22,16 @@ import torch
 
 import gpu_report
 import gpu_work as work
+from posttrain.errors import PosttrainError
 from posttrain.models.batch import Batch
+from posttrain.models.policy import Policy
 from posttrain.objectives.fused import fused_head
 from posttrain.objectives.logprobs import chunked_logprobs, head_tile_rows
+from posttrain.rollout.vllm.options import installed
 from posttrain.types import TokenSeq
 
 _BUDGET_S = 300
-_TRL_PAIRS = 2
+_PAIRS = 2
 
 
 @dataclass(frozen=True)
@@ -39,47 +43,56 @@ class Setting:
         return work.SHAPES["tiny" if self.rehearsal else name]
 
     def scaled(self, size: int) -> int:
-        return max(8, size // 64) if self.rehearsal else size
+        return max(4, size // 256) if self.rehearsal else size
 
 
 class LeftOut(Exception):
     """Why a row does not apply here."""
 
 
+Groups = list[list[TokenSeq]]
 Row = Callable[[Setting], dict[str, Any]]
 
 # --- training ------------------------------------------------------------------------------------------------------
 
 
-def training_row(
-    model: str, groups_of: Callable[[Setting, int], list[list[TokenSeq]]], *, adapter: bool = False, entropy: bool = False,
-    beside_untreed: bool = False,
-) -> Row:  # fmt: skip
-    """Optimizer steps of a group a micro-batch; `beside_untreed`: and of the same sequences without shared prompts."""
+@dataclass(frozen=True)
+class Training:
+    """Optimizer steps of a group a micro-batch; `untreed`: in turns with the same sequences without shared prompts.
 
-    def measure(setting: Setting) -> dict[str, Any]:
-        shape = setting.shape(model)
-        policy = work.random_policy(shape, setting.device, adapter=adapter)
-        optimizer = work.make_optimizer(policy)
-        groups = groups_of(setting, shape.vocab)
+    `reference`: the groups are pairs, and their log-probs with the adapter off are computed in the step, as DPO does.
+    """
+
+    model: str
+    groups: Callable[[Setting, int], Groups]
+    adapter: bool = False
+    entropy: bool = False
+    reference: bool = False
+    untreed: bool = False
+
+    def __call__(self, setting: Setting) -> dict[str, Any]:
+        shape, device = setting.shape(self.model), setting.device
+        policy = work.random_policy(shape, device, adapter=self.adapter)
+        groups = self.groups(setting, shape.vocab)
         micros = [work.packed([group], policy) for group in groups]
-
-        def seconds(batches: Sequence[Batch]) -> float:
-            return work.seconds_of(
-                lambda: work.train_step(policy, optimizer, batches, entropy=entropy), setting.device, runs=3
-            )
-
-        took = seconds(micros)
+        ours = self._step(policy, micros)
+        ours()
+        found: dict[str, Any] = {"peak_gib": work.peak_gib(device)}
+        if self.untreed:
+            alone = self._step(policy, [work.packed(work.untreed([group]), policy) for group in groups])
+            pairs = work.in_turns([ours, alone], device)
+            took = statistics.median(pair[0] for pair in pairs)
+            found |= work.ratio_of(pairs) | {"beside": "the same without shared prompts"}
+        else:
+            took = work.seconds_of(ours, device)
         tokens = sum(len(one.ids) - 1 for group in groups for one in group)
-        flops = sum(work.step_flops(shape, micro, frozen=adapter) for micro in micros)
-        found = {"tokens_per_s": tokens / took, "step_s": took, "peak_gib": work.peak_gib(setting.device)}
-        found |= utilisation(flops / took, setting)
-        if beside_untreed:
-            alone = seconds([work.packed(work.untreed([group]), policy) for group in groups])
-            found |= {"ratio": alone / took, "beside": "the same without shared prompts"}
-        return found
+        flops = sum(work.step_flops(shape, micro, frozen=self.adapter, reference=self.reference) for micro in micros)
+        return {"tokens_per_s": tokens / took, "step_s": took} | found | utilisation(flops / took, setting)
 
-    return measure
+    def _step(self, policy: Policy, micros: list[Batch]) -> Callable[[], None]:
+        optimizer = work.make_optimizer(policy)
+        options = {"entropy": self.entropy, "reference": self.reference}
+        return lambda: work.train_step(policy, optimizer, micros, **options)
 
 
 def utilisation(rate: float, setting: Setting) -> dict[str, Any]:
@@ -91,23 +104,27 @@ def utilisation(rate: float, setting: Setting) -> dict[str, Any]:
     return {"mfu": rate / sheet if sheet else None, "of_measured_products": rate / measured}
 
 
-def sft(setting: Setting, vocab: int) -> list[list[TokenSeq]]:
+def sft(setting: Setting, vocab: int) -> Groups:
     return work.documents(vocab, [setting.scaled(8192) + 1] * 2)
 
 
-def pairs(setting: Setting, vocab: int) -> list[list[TokenSeq]]:
+def pairs(setting: Setting, vocab: int) -> Groups:
     return work.families(vocab, 4, 2, setting.scaled(1024), setting.scaled(1024))
 
 
-def completions(setting: Setting, vocab: int) -> list[list[TokenSeq]]:
+def completions(setting: Setting, vocab: int) -> Groups:
     return work.families(vocab, 4, 8, setting.scaled(1024), setting.scaled(512))
 
 
-# --- head and rollouts ---------------------------------------------------------------------------------------------
+def long_completions(setting: Setting, vocab: int) -> Groups:
+    return work.families(vocab, 2, 8, setting.scaled(7168), setting.scaled(1024))
+
+
+# --- head ----------------------------------------------------------------------------------------------------------
 
 
 def head(setting: Setting) -> dict[str, Any]:
-    """Log-prob, entropy and gradients of 8,192 tokens by the fused kernel and by chunks."""
+    """Log-prob, entropy and gradients of 8,192 tokens by the fused kernel, in turns with chunks."""
     shape, device = setting.shape("4b"), setting.device
     count = setting.scaled(8192)
     hidden = torch.randn(count, shape.hidden, device=device, dtype=torch.bfloat16)
@@ -120,53 +137,102 @@ def head(setting: Setting) -> dict[str, Any]:
         assert scores.entropy_M is not None
         torch.autograd.grad(scores.logp_M.sum() + scores.entropy_M.sum(), leaves)
 
-    chunked = work.seconds_of(lambda: run(head_tile_rows(shape.vocab, device.type)), device)
-    found: dict[str, Any] = {"tokens_per_s": count / chunked, "step_s": chunked, "peak_gib": work.peak_gib(device)}
+    run(None)
+    found: dict[str, Any] = {"peak_gib": work.peak_gib(device)}
+    turns = work.in_turns([lambda: run(None), lambda: run(head_tile_rows(shape.vocab, device.type))], device)
+    took = statistics.median(pair[0] for pair in turns)
+    found |= {"tokens_per_s": count / took, "step_s": took}
     if fused_head(hidden, None, None) is None:
         return found | {"beside": "by chunks; no fused head fits this card (a Hopper card and posttrain[gpu])"}
-    took = work.seconds_of(lambda: run(None), device)
-    return found | {"tokens_per_s": count / took, "step_s": took, "ratio": chunked / took, "beside": "by chunks"}
+    return found | work.ratio_of(turns) | {"beside": "by chunks"}
+
+
+# --- rollouts ------------------------------------------------------------------------------------------------------
 
 
 def rollouts(setting: Setting) -> dict[str, Any]:
-    """64 completions of 8 prompts by the embedded engine, and by `generate` of transformers, as TRL calls it."""
-    from posttrain.rollout.embedded import EmbeddedEngine
-    from posttrain.types import Request, SamplingParams
-
+    """64 completions of 8 prompts by the embedded engine, in turns with `generate` of transformers, as TRL calls it."""
     shape, device = setting.shape("0.6b"), setting.device
     policy = work.random_policy(shape, device)
-    engine = EmbeddedEngine(policy, stop_token_ids=(), batch_size=64)
-    prompts = [work.sequence(shape.vocab, setting.scaled(512), prompt_seed=n, seed=n).ids for n in range(8)]
-    length = setting.scaled(128)
-    requests = [Request(tuple(prompt), 8 * n + i) for n, prompt in enumerate(prompts) for i in range(8)]
-    took = work.seconds_of(lambda: list(engine.generate(requests, SamplingParams(length))), device, runs=1)
-    peak = work.peak_gib(device)
-    model = policy.base
-    model.set_attn_implementation("sdpa")
-    ids = torch.tensor([prompt for prompt in prompts for _ in range(8)], device=device)
+    prompts, length = _prompts(setting, shape), setting.scaled(128)
+    ids = torch.tensor([list(prompt) for prompt in prompts for _ in range(8)], device=device)
     options = {"do_sample": True, "top_k": 0, "max_new_tokens": length, "min_new_tokens": length, "use_cache": True}
 
     @torch.inference_mode()
     def generate() -> None:
+        policy.base.set_attn_implementation("sdpa")
         with policy.placement.autocast():
-            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+            policy.base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
 
-    beside = work.seconds_of(generate, device, runs=1)
-    rate = len(requests) * length / took
-    return {
-        "tokens_per_s": rate,
-        "step_s": took,
-        "peak_gib": peak,
-        "ratio": beside / took,
-        "beside": "transformers' generate",
-    }
+    return _rolled_out(setting, policy, generate, "transformers' generate")
+
+
+def rollouts_beside_vllm(setting: Setting) -> dict[str, Any]:
+    """The same 64 completions, in turns with vLLM on the same card."""
+    if installed() is None:
+        raise LeftOut("pip install 'posttrain[vllm]'")
+    shape = setting.shape("0.6b")
+    policy = work.random_policy(shape, setting.device)
+    prompts, length = _prompts(setting, shape), setting.scaled(128)
+    engine = work.vllm_beside(policy, rows=64, longest=len(prompts[0]) + length)
+    try:
+        return _rolled_out(setting, policy, lambda: work.sampled(engine, prompts, 8, length), f"vLLM {installed()}")
+    finally:
+        engine.close()
+
+
+def _rolled_out(setting: Setting, policy: Policy, theirs: Callable[[], Any], beside: str) -> dict[str, Any]:
+    prompts, length = _prompts(setting, setting.shape("0.6b")), setting.scaled(128)
+    engine = work.engine_of(policy, 64)
+
+    def ours() -> None:
+        policy.base.set_attn_implementation(work.attention.NAME)
+        assert sum(len(one.ids) for one in work.sampled(engine, prompts, 8, length)) == 64 * length
+
+    ours()
+    peak = work.peak_gib(setting.device)
+    turns = work.in_turns([ours, theirs], setting.device, _PAIRS)
+    took = statistics.median(pair[0] for pair in turns)
+    found = {"tokens_per_s": 64 * length / took, "step_s": took, "peak_gib": peak, "beside": beside}
+    return found | work.ratio_of(turns)
+
+
+def _prompts(setting: Setting, shape: work.Shape) -> list[tuple[int, ...]]:
+    return [work.sequence(shape.vocab, setting.scaled(512), prompt_seed=n, seed=n).ids for n in range(8)]
+
+
+def whole_step(model: str, *, adapter: bool = False) -> Row:
+    """GRPO's step: 8 completions of each of 4 prompts by the embedded engine, then trained; the share that sampling took."""
+
+    def measure(setting: Setting) -> dict[str, Any]:
+        shape, device = setting.shape(model), setting.device
+        policy = work.random_policy(shape, device, adapter=adapter)
+        optimizer, engine = work.make_optimizer(policy), work.engine_of(policy, 32)
+        prompts, length = _prompts(setting, shape)[:4], setting.scaled(512)
+        sampling: list[float] = []
+
+        def step() -> None:
+            started = time.perf_counter()
+            found = work.sampled(engine, prompts, 8, length)
+            sampling.append(time.perf_counter() - started)
+            groups = [[work.continued(prompts[n], one.ids) for one in found[8 * n : 8 * n + 8]] for n in range(4)]
+            work.train_step(policy, optimizer, [work.packed([group], policy) for group in groups], entropy=True)
+            engine.update(policy, engine.policy_version + 1)
+
+        took = work.seconds_of(step, device, runs=2)
+        return {
+            "tokens_per_s": 32 * length / took, "step_s": took, "peak_gib": work.peak_gib(device),
+            "rollout_share": statistics.median(sampling[1:]) / took,
+        }  # fmt: skip
+
+    return measure
 
 
 # --- TRL -----------------------------------------------------------------------------------------------------------
 
 
-def beside_trl(name: str) -> Row:
-    """A row of the side-by-side bench, two processes in turns, with TRL's own defaults for a GPU and bf16 on both sides."""
+def beside_trl(name: str, rehearsal: str) -> Row:
+    """A row of the side-by-side bench, two processes in turns, bf16 on both sides; on a CPU the row that is made for one."""
 
     def measure(setting: Setting) -> dict[str, Any]:
         if find_spec("trl") is None:
@@ -174,8 +240,8 @@ def beside_trl(name: str) -> Row:
         import vs_trl
         from rows import BY_NAME
 
-        row = BY_NAME[name.removeprefix("gpu-") if setting.rehearsal else name]
-        result = vs_trl.compare(row, vs_trl.Options(_TRL_PAIRS, 2 if setting.rehearsal else 8, setting.device.type))
+        row = BY_NAME[rehearsal if setting.rehearsal else name]
+        result = vs_trl.compare(row, vs_trl.Options(_PAIRS, 2 if setting.rehearsal else 8, setting.device.type))
         return {
             "tokens_per_s": result["ours_tok_s"], "peak_gib": result["ours_peak_mb"] * 1e6 / 2**30,
             "ratio": result["ratio"], "beside": f"TRL, {row.setup}", "ratios": result["ratios"],
@@ -185,21 +251,28 @@ def beside_trl(name: str) -> Row:
 
 
 ROWS: Mapping[str, Row] = {
-    "sft 0.6 B, full, documents of 8k": training_row("0.6b", sft),
-    "grpo training half 0.6 B, 4 × 8, prompts 1k, completions 512": training_row(
-        "0.6b", completions, entropy=True, beside_untreed=True
+    "sft 0.6 B, full, documents of 8k": Training("0.6b", sft),
+    "grpo training half 0.6 B, 4 × 8, prompts 1k, completions 512": Training(
+        "0.6b", completions, entropy=True, untreed=True
     ),
-    "lora 4 B, documents of 8k": training_row("4b", sft, adapter=True),
-    "head of 4 B, 8k tokens, with entropy": head,
     "rollouts 0.6 B, 8 × 8, prompts 512, completions 128": rollouts,
-    "dpo pairs 0.6 B, full, 4 × 2, prompts 1k, answers 1k": training_row("0.6b", pairs, beside_untreed=True),
-    "grpo training half 4 B, LoRA": training_row("4b", completions, adapter=True, entropy=True, beside_untreed=True),
-    "trl sft 0.6 B": beside_trl("gpu-sft"),
-    "trl grpo whole step 0.6 B": beside_trl("gpu-grpo"),
-    "trl grpo training half 0.6 B": beside_trl("gpu-grpo-train"),
-    "trl dpo 0.6 B": beside_trl("gpu-dpo"),
-    "trl lora 0.6 B": beside_trl("gpu-sft-lora"),
-    "trl rollouts 0.6 B": beside_trl("gpu-rollout"),
+    "lora 4 B, documents of 8k": Training("4b", sft, adapter=True),
+    "head of 4 B, 8k tokens, with entropy": head,
+    "grpo whole step 0.6 B, 4 × 8, prompts 512, completions 512": whole_step("0.6b"),
+    "vllm beside rollouts 0.6 B, the same": rollouts_beside_vllm,
+    "trl sft 0.6 B, documents up to 8k": beside_trl("gpu-sft", "sft"),
+    "trl grpo whole step 0.6 B": beside_trl("gpu-grpo", "grpo"),
+    "dpo 0.6 B, full, pairs 4 × 2, prompts 1k, answers 1k": Training("0.6b", pairs, untreed=True),
+    "grpo training half 4 B, LoRA, the same": Training("4b", completions, adapter=True, entropy=True, untreed=True),
+    "grpo training half 4 B, LoRA, 2 × 8 of 8k": Training("4b", long_completions, adapter=True, entropy=True),
+    "dpo 4 B, LoRA, the same pairs, reference in the step": Training("4b", pairs, adapter=True, reference=True),
+    "grpo whole step 4 B, LoRA, 4 × 8": whole_step("4b", adapter=True),
+    "trl grpo training half 0.6 B": beside_trl("gpu-grpo-train", "grpo-train"),
+    "trl lora 0.6 B, documents up to 8k": beside_trl("gpu-sft-lora", "sft-lora"),
+    "trl dpo 0.6 B": beside_trl("gpu-dpo", "dpo"),
+    "trl rollouts 0.6 B": beside_trl("gpu-rollout", "rollout"),
+    "trl sft 0.6 B, without recomputing": beside_trl("gpu-sft-kept", "sft"),
+    "sft 4 B, full, documents of 8k": Training("4b", sft),
 }
 """In order of worth: when the time is up, what is left is left out."""
 
@@ -219,7 +292,11 @@ def main() -> None:
             continue
         try:
             lines.add({"row": name} | measured(measure, setting))
-        except (LeftOut, RuntimeError) as reason:  # out of memory is one; the rows after it are still measured
+        except (
+            LeftOut,
+            PosttrainError,
+            RuntimeError,
+        ) as reason:  # out of memory is one; the rows after it are still measured
             lines.add({"row": name, "left_out": f"{type(reason).__name__}: {str(reason).splitlines()[0]}"})
     if arguments.doc:
         lines.write_doc("gpu bench", table)

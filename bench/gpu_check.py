@@ -178,7 +178,7 @@ def model_row(what: str, *, adapter: bool = False) -> Callable[[Setting], Found]
                 return loss, torch.autograd.grad(loss, [p for _, p in policy.trainable()])
 
             loss, grads = step()
-            return float(loss), [grad.float() for grad in grads], step
+            return float(loss.detach()), [grad.float() for grad in grads], step
 
         loss, grads, step = run(True)
         exact_loss, exact_grads, _ = run(False)

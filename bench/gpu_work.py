@@ -6,10 +6,12 @@ Models are made on the device; nothing is read from disk. A step is the product'
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ from posttrain.models.adapters import attach_adapter
 from posttrain.models.batch import Batch, pack
 from posttrain.models.device import Placement
 from posttrain.models.policy import Policy
-from posttrain.types import TokenSeq
+from posttrain.rollout.embedded import EmbeddedEngine
+from posttrain.types import Completion, Request, SamplingParams, TokenSeq, in_order
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,10 @@ def sequence(vocab: int, length: int, *, prompt: int = 1, seed: int = 0, prompt_
     return TokenSeq((*head.tolist(), *tail.tolist()), (False,) * prompt + (True,) * (length - prompt))
 
 
+def continued(prompt: Sequence[int], answer: Sequence[int]) -> TokenSeq:
+    return TokenSeq((*prompt, *answer), (False,) * len(prompt) + (True,) * len(answer))
+
+
 def documents(vocab: int, lengths: Sequence[int]) -> list[list[TokenSeq]]:
     return [[sequence(vocab, length, seed=number, prompt_seed=number)] for number, length in enumerate(lengths)]
 
@@ -113,22 +120,54 @@ def untreed(groups: Sequence[Sequence[TokenSeq]]) -> list[list[TokenSeq]]:
 # --- steps ---------------------------------------------------------------------------------------------------------
 
 
+def engine_of(policy: Policy, rows: int) -> EmbeddedEngine:
+    return EmbeddedEngine(policy, stop_token_ids=(), batch_size=rows)
+
+
+def vllm_beside(policy: Policy, rows: int, longest: int) -> Any:
+    """vLLM on the same weights, read from a folder that is gone when it has them."""
+    from posttrain.rollout.vllm.engine import VLLMEngine
+    from posttrain.rollout.vllm.options import VLLMOptions
+
+    device = policy.placement.device.type
+    with tempfile.TemporaryDirectory() as folder:
+        policy.base.save_pretrained(Path(folder))
+        options = VLLMOptions(
+            folder, (), device=device, dtype="bfloat16" if device == "cuda" else "float32", max_num_seqs=rows,
+            max_model_len=longest, beside={"skip_tokenizer_init": True},
+        )  # fmt: skip
+        return VLLMEngine(options, lambda ids: "")
+
+
 def make_optimizer(policy: Policy) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for _, p in policy.trainable()], lr=1e-6, fused=True)
 
 
-def train_step(policy: Policy, optimizer: torch.optim.Optimizer, micros: Sequence[Batch], *, entropy: bool) -> None:
-    """The tokens' mean log-prob, up; with an entropy as RL asks for it. The norm is clipped on the device."""
+def train_step(
+    policy: Policy, optimizer: torch.optim.Optimizer, micros: Sequence[Batch], *, entropy: bool = False, reference: bool = False
+) -> None:  # fmt: skip
+    """The tokens' mean log-prob, up; with an entropy as RL asks for it, or over a reference as DPO. The norm is clipped on the device."""
     count = sum(micro.target_M.numel() for micro in micros)
     for micro in micros:
         scores = policy.score(micro, entropy=entropy)
-        loss = -scores.logp_M.sum() / count
+        if reference:
+            margin_M = scores.logp_M - policy.reference_logp(micro)
+            margin_S = torch.zeros(micro.num_sequences, device=margin_M.device).index_add_(0, micro.seq_M, margin_M)
+            loss = -torch.nn.functional.logsigmoid(0.1 * (margin_S[0::2] - margin_S[1::2])).sum() / len(micros)
+        else:
+            loss = -scores.logp_M.sum() / count
         if scores.entropy_M is not None:
             loss = loss - 1e-3 * scores.entropy_M.sum() / count
         loss.backward()
     torch.nn.utils.clip_grad_norm_([p for _, p in policy.trainable()], 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def sampled(engine: Any, prompts: Sequence[Sequence[int]], each: int, length: int) -> list[Completion]:
+    """`each` completions of `length` tokens for every prompt, in order."""
+    requests = [Request(tuple(prompt), each * n + i) for n, prompt in enumerate(prompts) for i in range(each)]
+    return in_order(engine.generate(requests, SamplingParams(length)))
 
 
 def packed(groups: Sequence[Sequence[TokenSeq]], policy: Policy) -> Batch:
@@ -149,6 +188,29 @@ def seconds_of(work: Callable[[], Any], device: torch.device, runs: int = 3, war
     return statistics.median(found)
 
 
+def in_turns(
+    sides: Sequence[Callable[[], Any]], device: torch.device, pairs: int = 3, clock: Callable[[], float] = time.perf_counter
+) -> list[list[float]]:  # fmt: skip
+    """Seconds of each side, pair by pair, so that a busy moment meets them all; the first run of each warms up."""
+    found: list[list[float]] = []
+    for _ in range(pairs + 1):
+        seconds: list[float] = []
+        for side in sides:
+            _wait(device)
+            start = clock()
+            side()
+            _wait(device)
+            seconds.append(clock() - start)
+        found.append(seconds)
+    return found[1:]
+
+
+def ratio_of(pairs: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """How many times as fast the first side is: the median over pairs, and each of them."""
+    ratios = [theirs / ours for ours, theirs in pairs]
+    return {"ratio": statistics.median(ratios), "ratios": ratios}
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -157,12 +219,13 @@ def _wait(device: torch.device) -> None:
 # --- counting ------------------------------------------------------------------------------------------------------
 
 FORMULA = (
-    "model FLOPs of a step = 6·P·T + 12·L·H·D·A (with a frozen base 4·P·T): P weights of linears and head, T packed tokens, "
-    "L layers, H heads of D channels, A pairs of a token and one that it attends to"
+    "model FLOPs of a step = 6·P·T + 12·L·H·D·A (4·P·T with a frozen base; 2·P·T + 4·L·H·D·A more where a "
+    "reference is scored beside): P weights of linears and head, T packed tokens, L layers, H heads of D channels, A pairs of a token "
+    "and one that it attends to"
 )
 
 
-def step_flops(shape: Shape, batch: Batch, *, frozen: bool = False) -> float:
+def step_flops(shape: Shape, batch: Batch, *, frozen: bool = False, reference: bool = False) -> float:
     """By `FORMULA`. A shared prompt is one of T and not several: what is not computed is not counted."""
     tokens = batch.input_ids_N.numel()
     attended = sum(
@@ -170,8 +233,9 @@ def step_flops(shape: Shape, batch: Batch, *, frozen: bool = False) -> float:
         for tree in batch.layout.trees
         for segment in tree.segments()
     )
-    per_weight = 4.0 if frozen else 6.0
-    return per_weight * shape.weights * tokens + 12.0 * shape.layers * shape.heads * shape.head_dim * attended
+    weights, pairs = shape.weights * tokens, shape.layers * shape.heads * shape.head_dim * attended
+    forward = 2.0 * weights + 4.0 * pairs
+    return (4.0 if frozen else 6.0) * weights + 12.0 * pairs + (forward if reference else 0.0)
 
 
 DATA_SHEET = {

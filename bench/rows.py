@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import workload
+
 
 @dataclass(frozen=True)
 class Row:
@@ -28,13 +30,17 @@ class Row:
     ours: dict[str, Any] = field(default_factory=dict)
     setup: str = "padded batches"
     same_batches: bool = True
+    longest: int = workload.LONGEST
     extra: bool = False
 
 
 GROUPED = {"train_sampling_strategy": "group_by_length"}
 TRL_PACKED = {"packing": True, "packing_strategy": "bfd", "per_device_train_batch_size": 1}
 OURS_PACKED = {"packing": True, "per_device_train_batch_size": 1}
-LARGE_BATCHES = {"per_device_train_batch_size": 32}
+EIGHT_K = {"per_device_train_batch_size": 4}
+RECOMPUTED = {"gradient_checkpointing": True}
+"""TRL's own default, which side_trl.py turns off elsewhere."""
+DEFAULTS = "its defaults, bf16"
 SHIPPED = "as shipped"
 
 ROWS = (
@@ -68,11 +74,12 @@ ROWS = (
     Row("grpo-train-bf16", "GRPO training half, bf16 autocast", "grpo_train", bf16=True, unit_steps=1, setup=SHIPPED, extra=True),
     Row("grpo-lora", "GRPO whole step, LoRA, 4 × 8", "grpo", lora=True, unit_steps=1, setup=SHIPPED, same_batches=False, extra=True),
     # Of make gpu-bench.
-    Row("gpu-sft", "SFT full 0.6 B, bf16", "sft", model="0.6b", bf16=True, ours=LARGE_BATCHES, trl=LARGE_BATCHES, same_batches=False, extra=True),
-    Row("gpu-sft-lora", "SFT LoRA 0.6 B, bf16", "sft", model="0.6b", lora=True, bf16=True, ours=LARGE_BATCHES, trl=LARGE_BATCHES, same_batches=False, extra=True),
-    Row("gpu-dpo", "DPO full 0.6 B, bf16", "dpo", model="0.6b", bf16=True, setup=SHIPPED, extra=True),
-    Row("gpu-grpo-train", "GRPO training half 0.6 B, bf16", "grpo_train", model="0.6b", bf16=True, unit_steps=1, setup=SHIPPED, extra=True),
-    Row("gpu-grpo", "GRPO whole step 0.6 B, bf16", "grpo", model="0.6b", bf16=True, unit_steps=1, setup=SHIPPED, same_batches=False, extra=True),
+    Row("gpu-sft", "SFT full 0.6 B, bf16", "sft", model="0.6b", bf16=True, ours=EIGHT_K, trl=EIGHT_K | RECOMPUTED, setup=DEFAULTS, same_batches=False, longest=8192, extra=True),
+    Row("gpu-sft-kept", "SFT full 0.6 B, bf16", "sft", model="0.6b", bf16=True, ours=EIGHT_K, trl=EIGHT_K, setup="without recomputing", same_batches=False, longest=8192, extra=True),
+    Row("gpu-sft-lora", "SFT LoRA 0.6 B, bf16", "sft", model="0.6b", lora=True, bf16=True, ours=EIGHT_K, trl=EIGHT_K | RECOMPUTED, setup=DEFAULTS, same_batches=False, longest=8192, extra=True),
+    Row("gpu-dpo", "DPO full 0.6 B, bf16", "dpo", model="0.6b", bf16=True, trl=RECOMPUTED, setup=DEFAULTS, extra=True),
+    Row("gpu-grpo-train", "GRPO training half 0.6 B, bf16", "grpo_train", model="0.6b", bf16=True, unit_steps=1, trl=RECOMPUTED, setup=DEFAULTS, extra=True),
+    Row("gpu-grpo", "GRPO whole step 0.6 B, bf16", "grpo", model="0.6b", bf16=True, unit_steps=1, trl=RECOMPUTED, setup=DEFAULTS, same_batches=False, extra=True),
     Row("gpu-rollout", "GRPO rollouts 0.6 B, bf16", "rollout", model="0.6b", bf16=True, unit_steps=1, setup="transformers generate", same_batches=False, extra=True),
     Row("grpo-bf16", "GRPO whole step, bf16 autocast, 4 × 8", "grpo", bf16=True, unit_steps=1, setup=SHIPPED, same_batches=False, extra=True),
 )  # fmt: skip

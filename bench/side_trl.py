@@ -98,14 +98,14 @@ def train(row: Row, job: Mapping[str, Any], turns: Turns) -> None:
 def _sft(row: Row, job: Mapping[str, Any], options: dict[str, Any], tokenizer: Any) -> tuple[type, Any, dict[str, Any]]:
     from trl import SFTConfig, SFTTrainer
 
-    own = {"max_length": workload.LONGEST, "per_device_train_batch_size": 8, "learning_rate": 1e-4}
+    own = {"max_length": row.longest, "per_device_train_batch_size": 8, "learning_rate": 1e-4}
     return SFTTrainer, SFTConfig(**options | own | {"train_sampling_strategy": "sequential"} | row.trl), {}
 
 
 def _dpo(row: Row, job: Mapping[str, Any], options: dict[str, Any], tokenizer: Any) -> tuple[type, Any, dict[str, Any]]:
     from trl import DPOConfig, DPOTrainer
 
-    own = {"max_length": workload.LONGEST, "per_device_train_batch_size": 4, "learning_rate": 1e-5}
+    own = {"max_length": row.longest, "per_device_train_batch_size": 4, "learning_rate": 1e-5}
     return DPOTrainer, DPOConfig(**options | own | {"train_sampling_strategy": "sequential"} | row.trl), {}
 
 

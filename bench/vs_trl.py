@@ -110,7 +110,7 @@ def job_of(row: Row, options: Options) -> dict[str, Any]:
         num_rows = max(num_rows, 8 * steps)
     return {
         "row": row.name, "model": str(workload.model_dir(row.model)), "device": options.device,
-        "data": str(workload.data_file(row.task.split("_")[0].replace("rollout", "grpo"), num_rows)),
+        "data": str(workload.data_file(row.task.split("_")[0].replace("rollout", "grpo"), num_rows, row.longest)),
         "unit_steps": row.unit_steps, "max_steps": -1 if row.unit_steps is None else steps, "epochs": options.pairs + 1,
     }  # fmt: skip
 

@@ -83,7 +83,7 @@ def model_dir(name: str) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir())
     config = AutoConfig.for_model(
         family, vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=hidden // heads, max_position_embeddings=2048,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=hidden // heads, max_position_embeddings=32_768 if name == "0.6b" else 2048,
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -118,30 +118,33 @@ def set_end_hazard(model: Any, eos: int) -> None:
             low, high = (middle, high) if hazard < HAZARD else (low, middle)
 
 
-def data_file(task: str, num_rows: int) -> Path:
-    """Rows of a task as JSON lines."""
-    path = OUT / f"{task}-{num_rows}.jsonl"
+def data_file(task: str, num_rows: int, longest: int = LONGEST) -> Path:
+    """Rows of a task as JSON lines; their lengths grow with the longest."""
+    name = f"{task}-{num_rows}" + ("" if longest == LONGEST else f"-{longest}")
+    path = OUT / f"{name}.jsonl"
     if not path.exists():
-        rng, language = random.Random(f"{task}/{num_rows}"), words()
-        rows = [_ROW_OF[task](rng, language) for _ in range(num_rows)]
+        rng, language = random.Random(name.replace("-", "/")), words()
+        rows = [_ROW_OF[task](rng, language, longest) for _ in range(num_rows)]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def _sft_row(rng: random.Random, language: Any) -> dict[str, str]:
-    prompt = log_normal(rng, 48, LONGEST // 2)
-    answer = log_normal(rng, 110, LONGEST - 24 - prompt)
+def _sft_row(rng: random.Random, language: Any, longest: int) -> dict[str, str]:
+    prompt = log_normal(rng, 48 * longest / LONGEST, longest // 2)
+    answer = log_normal(rng, 110 * longest / LONGEST, longest - 24 - prompt)
     return {"prompt": draw_text(rng, language, prompt) + ":", "completion": draw_text(rng, language, answer)}
 
 
-def _dpo_row(rng: random.Random, language: Any) -> dict[str, str]:
-    prompt = log_normal(rng, 140, LONGEST // 2)
-    chosen, rejected = (draw_text(rng, language, log_normal(rng, 80, LONGEST // 2 - 24)) for _ in range(2))
+def _dpo_row(rng: random.Random, language: Any, longest: int) -> dict[str, str]:
+    prompt = log_normal(rng, 140 * longest / LONGEST, longest // 2)
+    chosen, rejected = (
+        draw_text(rng, language, log_normal(rng, 80 * longest / LONGEST, longest // 2 - 24)) for _ in range(2)
+    )
     return {"prompt": draw_text(rng, language, prompt) + ":", "chosen": chosen, "rejected": rejected}
 
 
-def _grpo_row(rng: random.Random, language: Any) -> dict[str, str]:
+def _grpo_row(rng: random.Random, language: Any, longest: int) -> dict[str, str]:
     return {"prompt": draw_text(rng, language, rng.randint(60, 130)) + ":"}
 
 

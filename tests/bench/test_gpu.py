@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -18,15 +19,53 @@ CPU = torch.device("cpu")
 FACTS = {"card": "a card", "packages": "torch 0", "missing": "vllm"}
 
 
-@pytest.mark.parametrize("row", gpu_check.ROWS)
-def test_a_check_holds(row):
+OTHERS = ("trl", "vllm")
+"""Rows that start other programs."""
+
+
+def _run(bench, monkeypatch, tmp_path, *arguments):
+    """`main()` on a CPU; the rows that it left on disk."""
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--out", str(tmp_path), *arguments])
     try:
-        found = gpu_check.ROWS[row](gpu_check.Setting(CPU, True))
-    except gpu_check.LeftOut as reason:
-        assert row.startswith("head") and "posttrain[gpu]" in str(reason)
-    else:
-        assert found.holds, found
-        assert found.seconds > 0
+        bench.main()
+    except SystemExit as ended:
+        assert ended.code == 0
+    [path] = tmp_path.glob("*.jsonl")
+    return {row["row"]: row for row in map(json.loads, path.read_text().splitlines()[1:])}
+
+
+def test_the_check_runs_to_its_end_and_every_row_holds(monkeypatch, tmp_path, capsys):
+    rows = _run(gpu_check, monkeypatch, tmp_path)
+    assert list(rows) == list(gpu_check.ROWS)
+    for name, row in rows.items():
+        assert row.get("holds") or (name.startswith("head") and "posttrain[gpu]" in row["left_out"]), row
+
+
+def test_the_bench_runs_to_its_end_and_every_row_of_our_own_is_measured(monkeypatch, tmp_path, capsys):
+    own = [name for name in gpu_bench.ROWS if not name.startswith(OTHERS)]
+    rows = _run(gpu_bench, monkeypatch, tmp_path, *(f"--row={name}" for name in own))
+    assert list(rows) == own
+    assert all(row["tokens_per_s"] > 0 for row in rows.values())
+    assert all(rows[name]["ratio"] > 0 for name in own if "rollouts" in name or "grpo training half 0.6" in name)
+    assert work.FORMULA in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other, module", [("vllm", "vllm"), ("trl", "trl")])
+def test_the_bench_runs_to_its_end_beside(other, module, tmp_path):
+    pytest.importorskip(module)
+    command = [sys.executable, gpu_bench.__file__, "--device=cpu", f"--row={other}", f"--out={tmp_path}"]
+    subprocess.run(command, check=True, timeout=900)
+    rows = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()[1:]]
+    assert [row["row"] for row in rows] == [name for name in gpu_bench.ROWS if name.startswith(other)]
+    assert all(row["ratio"] > 0 for row in rows)
+
+
+def test_rows_beside_what_is_not_installed_say_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_bench, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu_bench, "installed", lambda: None)
+    rows = _run(gpu_bench, monkeypatch, tmp_path, "--row=vllm", "--row=trl sft 0.6 B, documents")
+    assert ["pip install" in row["left_out"] for row in rows.values()] == [True, True]
 
 
 def test_a_check_does_not_hold_where_the_kernel_is_wrong(monkeypatch):
@@ -36,12 +75,6 @@ def test_a_check_does_not_hold_where_the_kernel_is_wrong(monkeypatch):
     row = gpu_check.ROWS["attention, sliding window, float32"]
     monkeypatch.setattr(Window, "reach", lambda window, position: torch.full_like(position, window.size + 1))
     assert not row(gpu_check.Setting(CPU, True)).holds
-
-
-@pytest.mark.parametrize("row", [name for name in gpu_bench.ROWS if not name.startswith("trl")])
-def test_a_row_of_the_bench_is_measured(row):
-    found = gpu_bench.measured(gpu_bench.ROWS[row], gpu_bench.Setting(CPU, True))
-    assert found["tokens_per_s"] > 0
 
 
 def test_a_kernel_that_does_not_run_fails_its_row_and_no_other(monkeypatch, tmp_path, capsys):
@@ -72,13 +105,6 @@ def test_the_bench_prints_its_formula_and_goes_on_past_a_row_that_cannot_run(mon
     assert (second["row"], second["tokens_per_s"] > 0) == (name, True)
 
 
-@pytest.mark.slow
-def test_a_row_beside_trl_is_measured():
-    pytest.importorskip("trl")
-    found = gpu_bench.measured(gpu_bench.ROWS["trl sft 0.6 B"], gpu_bench.Setting(CPU, True))
-    assert found["ratio"] > 0
-
-
 def test_rows_are_on_disk_as_they_end_and_in_the_document_at_the_end(tmp_path):
     document = shutil.copy(sections.DOC, tmp_path / "performance.md")
     lines = gpu_report.Lines(tmp_path / "bench.jsonl", FACTS)
@@ -105,6 +131,8 @@ def test_the_arithmetic_of_a_step_by_hand():
     batch = pack(work.families(10_000, 1, 2, prompt=3, answer=2))
     assert batch.input_ids_N.numel() == 5
     assert work.step_flops(shape, batch) == 6 * 1232 * 5 + 12 * 2 * 2 * 4 * (6 + 2 * 4)
+    forward = 2 * 1232 * 5 + 4 * 2 * 2 * 4 * (6 + 2 * 4)
+    assert work.step_flops(shape, batch, reference=True) - work.step_flops(shape, batch) == forward
     assert work.step_flops(shape, batch, frozen=True) == 4 * 1232 * 5 + 12 * 2 * 2 * 4 * (6 + 2 * 4)
 
 
