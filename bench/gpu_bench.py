@@ -79,7 +79,7 @@ class Training:
         ours()
         found: dict[str, Any] = {"peak_gib": work.peak_gib(device)}
         if self.untreed:
-            alone = self._step(policy, [work.packed(work.untreed([group]), policy) for group in groups])
+            alone = self._step(policy, [work.untreed([group], policy) for group in groups])
             pairs = work.in_turns([ours, alone], device)
             took = statistics.median(pair[0] for pair in pairs)
             found |= work.ratio_of(pairs) | {"beside": "the same without shared prompts"}

@@ -194,7 +194,7 @@ def trees_row(setting: Setting) -> Found:
     """Gradients with a shared prompt against those of the same sequences each by itself, both in bf16."""
     groups = work.families(setting.shape.vocab, 2, 4, setting.scaled(640), setting.scaled(320))
     policy = work.random_policy(setting.shape, setting.device)
-    batches = [work.packed(packed, policy) for packed in (groups, work.untreed(groups))]
+    batches = [work.packed(groups, policy), work.untreed(groups, policy)]
 
     def grads(number: int) -> list[torch.Tensor]:
         loss = -policy.score(batches[number]).logp_M.mean()

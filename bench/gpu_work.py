@@ -5,6 +5,7 @@ Models are made on the device; nothing is read from disk. A step is the product'
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
@@ -112,9 +113,10 @@ def families(vocab: int, count: int, branches: int, prompt: int, answer: int) ->
     ]
 
 
-def untreed(groups: Sequence[Sequence[TokenSeq]]) -> list[list[TokenSeq]]:
+def untreed(groups: Sequence[Sequence[TokenSeq]], policy: Policy) -> Batch:
     """The same sequences, each with a prompt of its own."""
-    return [[one] for group in groups for one in group]
+    alone = [[one] for group in groups for one in group]
+    return pack(alone, least_shared=math.inf).to(policy.placement.device)
 
 
 # --- steps ---------------------------------------------------------------------------------------------------------

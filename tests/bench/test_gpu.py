@@ -136,6 +136,13 @@ def test_the_arithmetic_of_a_step_by_hand():
     assert work.step_flops(shape, batch, frozen=True) == 4 * 1232 * 5 + 12 * 2 * 2 * 4 * (6 + 2 * 4)
 
 
+def test_what_trees_are_compared_with_shares_nothing():
+    policy = work.random_policy(work.SHAPES["tiny"], CPU, bf16=False)
+    groups = work.families(300, 2, 4, prompt=40, answer=10)
+    assert work.packed(groups, policy).input_ids_N.numel() == 2 * (40 + 4 * 9)
+    assert work.untreed(groups, policy).input_ids_N.numel() == 8 * 49
+
+
 def test_a_card_is_found_by_its_name():
     assert work.data_sheet_rate("NVIDIA H100 80GB HBM3") == 989e12
     assert work.data_sheet_rate("NVIDIA H100 PCIe") == 756e12
