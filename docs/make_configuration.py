@@ -91,6 +91,7 @@ MEANINGS = {
     "datasets": "An entry of `datasets` or `eval_datasets`.",
     "rollout": "The engine that samples, in a `grpo` or `distill` stage; docs/rollout-engines.md compares them.",
     "teachers": "An entry of `teachers`, in a `grpo` or `distill` stage; docs/algorithms.md says what is learned from them.",
+    "sharding": "How several processes hold the model between them (FSDP2), in any stage; docs/scale.md.",
     "evals": "An entry of `evals`; `NAME: path` is short for `NAME: {path: path}`.",
     "gate": "A gate, at the top of a pipeline, inside a stage, or in a file for `posttrain gate --spec`.",
     "gate.guards": "An entry of `guards`.",

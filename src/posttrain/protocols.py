@@ -138,6 +138,11 @@ class Sharding(Protocol):
     @property
     def is_sharded(self) -> bool: ...
 
+    @property
+    def has_first_copy(self) -> bool:
+        """Whether this rank's shares are of the first copy of the model: what is counted or written of all copies once."""
+        ...
+
     def largest(self, number: int) -> int:
         """The largest of the ranks' numbers: of calls of the model, say, which they must make equally often."""
         ...
@@ -152,6 +157,10 @@ class Sharding(Protocol):
 
     def release(self, model: Any) -> None:
         """Let go of what a pass through the model gathered and kept, also one that failed."""
+        ...
+
+    def accumulate(self, model: Any, *, is_last: bool) -> None:
+        """Say before a backward whether it is the step's last; then, at the latest, gradients are added up over the ranks."""
         ...
 
     def clip_grad_norm(self, parameters: Sequence[Any], max_norm: float) -> float:

@@ -101,6 +101,12 @@ def test_a_cluster_shares_the_model_out_and_ends_with_the_lines_that_start_it(fo
     assert near["split"]["rollout"] + near["split"]["train"] == 16 and set(near["staleness"]) == {"0", "1", "2", "4"}
 
 
+def test_copies_of_the_model_are_counted_with(folder):
+    (folder / "rl.yaml").write_text(RL + "sharding: {dp_shard_size: node, sync_each_batch: false}\n")
+    run = _run(folder / "rl.yaml", "--gpus", "2x8xH100@eth100", "--tokens", "300")
+    assert "cut over 8 of 16 processes, 2 copies; gradients are whole on each" in run.output
+
+
 def test_vllm_inside_one_of_several_processes_is_said_to_be_refused(folder):
     (folder / "rl.yaml").write_text(RL.replace("vllm_server", "vllm"))
     says = "a run of 8 is refused; set rollout.engine: vllm_server"

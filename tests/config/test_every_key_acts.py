@@ -22,6 +22,7 @@ ELSEWHERE = {
     "gradient_checkpointing": "memory for time, with the same numbers; tests/models/test_policy.py",
     "torch_compile": "time, and roundings of the compiler; tests/models/test_compiled.py",
     "ddp_timeout": "a deadline between processes; tests/distributed/test_meeting.py",
+    "sharding": "between processes; tests/distributed/test_sharding_keys.py",
     "output_dir": "where the folder is; tests/cli/test_app.py",
     "lint": "asked before a stage is run; tests/data/test_lint.py",
     "mlflow": "a mirror; tests/tracking/test_mlflow_mirror.py",

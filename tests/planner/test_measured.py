@@ -94,7 +94,7 @@ def planned_and_measured(folder, run_folder, completion=COMPLETION, **options):
     optimizer.zero_grad()
     stage = Stage("grpo", run_folder, keys, SingleProcess())
     state = stage.resume(policy, optimizer, 1)
-    found["checkpoint"] = (planned("checkpoint"), allocated(lambda: stage.checkpoints.save(state))[0])
+    found["checkpoint"] = (planned("checkpoint"), allocated(lambda: stage.checkpoints.save(state, wait=False))[0])
     stage.close()
     engine = EmbeddedEngine(policy, stop_token_ids=(), batch_size=16)
     requests = [Request(prompt, seed) for prompt in [ids(PROMPT) for _ in range(4)] for seed in range(4)]

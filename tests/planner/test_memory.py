@@ -11,6 +11,7 @@ from posttrain.files import size_text
 from posttrain.planner import ModelShape, Workload, available_bytes, cannot_fit, estimate_memory, fits, shortfall
 from posttrain.planner.fit import overrun
 from posttrain.planner.memory import HELD, adapter_params
+from posttrain.planner.sharding import ShardingPlan
 
 QWEN3_8B = ModelShape.from_config({
     "hidden_size": 4096, "num_hidden_layers": 36, "vocab_size": 151936, "intermediate_size": 12288,
@@ -134,19 +135,19 @@ def test_the_reference_is_a_float32_copy_whatever_the_file_holds():
 
 
 def test_phases_follow_each_other_and_only_the_largest_counts():
-    """At the end a merge holds the model several times; training is over then. Checkpoints are copies on the host."""
+    """At the end a merge holds the model several times; training is over then. Checkpoints of a run that goes on are copies on the host."""
     lora = Workload(samples=True, adapter="lora", on_cpu=True, rollout_batch_size=8, max_completion_length=64)
     parts = estimate_memory(TINY, lora).parts
     always = sum(parts[name] for name in ("weights", "adapter", "optimizer", "runtime"))
     phases = [
         parts["gradients"] + parts["activations"] + parts["logits"],
         parts["kv_cache"] + parts["prefill"],
-        parts["checkpoint"],
         parts["export"],
     ]
-    for change, beside in (({}, 0), ({"save_steps": 10}, parts["checkpoint"])):
-        plan = estimate_memory(TINY, replace(lora, **change))
-        assert plan.total_bytes == int((always + beside + max(phases)) * 1.05)
+    assert estimate_memory(TINY, lora).total_bytes == int((always + max(phases)) * 1.05)
+    saving = estimate_memory(TINY, replace(lora, save_steps=10))
+    assert saving.total_bytes == int((always + saving.part("checkpoint") + max(phases)) * 1.05)
+    assert saving.part("checkpoint") == parts["adapter"] + parts["optimizer"]
     assert not {"checkpoint", "export"} & estimate_memory(TINY, replace(lora, on_cpu=False)).parts.keys()
 
 
@@ -331,3 +332,17 @@ def test_more_processes_are_proposed_where_they_would_do():
     found = re.search(r"or with (\d+) processes", line)
     assert found and fits(estimate_memory(QWEN3_8B, plan.workload, int(found[1])), 48 * GIB)
     assert not fits(estimate_memory(QWEN3_8B, plan.workload, int(found[1]) // 2), 48 * GIB)
+
+
+def test_keys_of_sharding_move_what_a_process_holds():
+    def plan(**keys):
+        how = ShardingPlan(**keys).on(4)
+        return estimate_memory(QWEN3_8B, Workload(sharding=how), 16)
+
+    usual, copies, node = plan(), plan(dp_shard_size=8), plan(dp_shard_size="node")
+    for part in ("weights", "gradients", "optimizer"):
+        assert copies.part(part) == pytest.approx(2 * usual.part(part), rel=1e-6)
+        assert node.part(part) == pytest.approx(4 * usual.part(part), rel=1e-6)
+    kept, once, half = plan(reshard_after_forward=False), plan(sync_each_batch=False), plan(param_dtype="bfloat16")
+    assert kept.part("gathered") > QWEN3_8B.num_params * 4 > usual.part("gathered") > half.part("gathered")
+    assert once.part("gradients") - usual.part("gradients") == QWEN3_8B.num_params * 4

@@ -8,6 +8,7 @@ from posttrain.errors import ConfigError
 from posttrain.planner import DEVICES, Cluster, Loop, ModelShape, Traffic, Work, best_split, parse_cluster, step_time
 from posttrain.planner.machine import probe_cpu
 from posttrain.planner.parts import Device, Rates
+from posttrain.planner.sharding import ShardingPlan
 from posttrain.planner.steptime import (
     decode_step_s,
     max_batch,
@@ -170,3 +171,18 @@ def test_the_best_split_is_no_worse_than_any_other():
 def test_this_processor_is_measured():
     device = probe_cpu(0.1)
     assert 1e8 < device.flops < 1e14 and 1e8 < device.bandwidth < 1e13 and device.memory_bytes > 1e8
+
+
+def test_keys_of_sharding_move_what_is_sent():
+    def sent(micro=4, **keys):
+        how = ShardingPlan(**keys).on(8)
+        return how.sent_s(10**9, micro, 16, (100e9, 10e9), trained=True)
+
+    # Two gathers and a reduction of float32, of which a device sends 15 of 16 parts, between machines.
+    assert sent() == pytest.approx(4 * 3 * 4e9 * 15 / 16 / 10e9)
+    assert sent(reshard_after_forward=False) == pytest.approx(sent() * 2 / 3)
+    assert sent(sync_each_batch=False) == pytest.approx(sent() * 9 / 12)
+    assert sent(param_dtype="bfloat16", reduce_dtype="bfloat16") == pytest.approx(sent() / 2)
+    # In copies the gathers stay in a machine, and an eighth of the gradients goes between the two.
+    inside = 4 * 3 * 4e9 * 7 / 8 / 100e9
+    assert sent(dp_shard_size="node") == pytest.approx(inside + 4 * 4e9 / 8 * 2 / 2 / 10e9)

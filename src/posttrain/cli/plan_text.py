@@ -29,6 +29,8 @@ def memory_lines(made: Any, base_model: str, free_bytes: int, where: str) -> lis
         f"          {parts}",
         f"  fits    {verdict}",
     ]
+    if memory.shards > 1:
+        lines += memory.workload.sharding.lines(memory.shards)
     engine = memory.workload.rollout.engine
     if "replica" in memory.parts:
         lines.append(

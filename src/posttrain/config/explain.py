@@ -20,7 +20,7 @@ from posttrain.config.pipeline import (
 )
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.schema import CLOSE_KEYS, ForeignName, KeyInfo, did_you_mean, keys_of, nearest
-from posttrain.config.stages import DatasetKeys
+from posttrain.config.stages import DatasetKeys, ShardingKeys
 from posttrain.config.teachers import TeacherKeys
 from posttrain.errors import ConfigError
 
@@ -29,6 +29,7 @@ GROUPS: Mapping[str, type[Keys]] = {
     "datasets": DatasetKeys,
     "rollout": RolloutKeys,
     "teachers": TeacherKeys,
+    "sharding": ShardingKeys,
     "evals": SuiteKeys,
     "gate": GateKeys,
     "gate.guards": GuardKeys,

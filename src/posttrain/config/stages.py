@@ -63,6 +63,23 @@ INITS_WITH_INPUTS = {
 """Inits of PEFT that take more than the weights. PEFT itself starts some of them as something else, in silence."""
 
 
+class ShardingKeys(Keys):
+    """How several processes hold the model between them (FSDP2, under its own words); one process holds all of it, and reads none of these."""
+
+    dp_shard_size: int | Literal["node"] | None = knob(None, "Processes that the model is cut over; each further group of so many holds a copy, and gradients are added up over the copies (HSDP). `node` takes the processes of one machine, null all, 1 cuts nothing.", also="dp_shard_size (Axolotl)", example="node")
+    reshard_after_forward: bool = knob(True, "Give a layer's gathered weights back after its forward, and gather them again for its backward; false keeps them: less communication, the memory of the whole model.")
+    sync_each_batch: bool = knob(True, "Add gradients up over the processes after every micro-batch; false does it once a step: less communication, and each process keeps whole gradients until then.")
+    param_dtype: Literal["float32", "bfloat16"] = knob("float32", "Dtype that layers are gathered and run in; with bfloat16 half is sent, and activations between layers are rounded to it. What is trained is held in float32 all the same.")
+    reduce_dtype: Literal["float32", "bfloat16"] = knob("float32", "Dtype that gradients are added up over the processes in.")
+
+    @field_validator("dp_shard_size")
+    @classmethod
+    def _is_a_number_of_processes(cls, size: int | str | None) -> int | str | None:
+        if isinstance(size, int) and size < 1:
+            raise ValueError(f"{size} is no number of processes; expected 1 or more, node or null")
+        return size
+
+
 class ModelKeys(Keys):
     """Which weights, and what of them is trained."""
 
@@ -136,6 +153,7 @@ class TrainKeys(ModelKeys):
     gradient_accumulation_steps: int = knob(1, "Micro-batches per optimizer step and process.", ge=1)
     num_processes: int | None = knob(None, "Processes that an optimizer step's rows are counted for: per_device_train_batch_size × gradient_accumulation_steps × num_processes; null takes those that the run was begun with. Started on more or fewer, a run keeps its rows per step.", ge=1, example=8)
     ddp_timeout: int = knob(1800, "Seconds that one of several processes waits for another before it gives up; work that rank 0 does alone may take longer.", ge=1)
+    sharding: ShardingKeys = knob(ShardingKeys(), "How several processes hold the model between them.", example={"dp_shard_size": "node"})
     num_train_epochs: float = knob(1.0, "Passes over the data, when max_steps is not set.", gt=0, also="num_epochs (Axolotl), epochs (torchtune)")
     max_steps: int = knob(-1, "Optimizer steps; -1 lets num_train_epochs decide.", ge=-1)
     learning_rate: float = knob(2e-5, "Peak learning rate.", gt=0, also="lr", example=1e-5)

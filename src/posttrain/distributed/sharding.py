@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from posttrain.errors import ModelError
+from posttrain.distributed.precision import precision
+from posttrain.errors import ConfigError, ModelError
 from posttrain.protocols import Ranks, Sharding, Share
+
+
+@dataclass(frozen=True, slots=True)
+class ShardingSpec:
+    """How FSDP2 is to do it, under its own words; see the keys of `sharding`."""
+
+    dp_shard_size: int | Literal["node"] | None = None
+    reshard_after_forward: bool = True
+    sync_each_batch: bool = True
+    param_dtype: str = "float32"
+    reduce_dtype: str = "float32"
 
 
 class Whole:
@@ -20,6 +35,7 @@ class Whole:
 
     num_shards = 1
     is_sharded = False
+    has_first_copy = True
 
     def largest(self, number: int) -> int:
         return number
@@ -31,6 +47,9 @@ class Whole:
         return model
 
     def release(self, model: Any) -> None:
+        pass
+
+    def accumulate(self, model: Any, *, is_last: bool) -> None:
         pass
 
     def clip_grad_norm(self, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
@@ -71,19 +90,33 @@ class Whole:
 
 
 class FullyShard:
-    """Every parameter is cut along its first dimension, one share a rank; a layer is gathered while it runs."""
+    """Every parameter is cut along its first dimension, one share a rank; a layer is gathered while it runs.
+
+    Over `num_shards` neighbours at a time; where there are more ranks, each further group of so many holds a copy (HSDP).
+    """
 
     is_sharded = True
 
-    def __init__(self) -> None:
-        self.num_shards = dist.get_world_size()
-        self._mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (self.num_shards,))
+    def __init__(self, spec: ShardingSpec, num_shards: int) -> None:
+        self.num_shards, self._spec = num_shards, spec
+        copies = dist.get_world_size() // num_shards
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if copies == 1:
+            self._mesh = init_device_mesh(device, (num_shards,))
+        else:
+            self._mesh = init_device_mesh(device, (copies, num_shards), mesh_dim_names=("dp_replicate", "dp_shard"))
+
+    @property
+    def has_first_copy(self) -> bool:
+        return dist.get_rank() < self.num_shards
 
     def cut(self, model: Any) -> Any:
-        from torch.distributed.tensor import Shard, distribute_tensor
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        places = [Shard(0)] if self._mesh.ndim == 1 else [Replicate(), Shard(0)]
 
         def share(parameter: nn.Parameter) -> nn.Parameter:
-            local = distribute_tensor(parameter.detach(), self._mesh, [Shard(0)], src_data_rank=None)
+            local = distribute_tensor(parameter.detach(), self._mesh, places, src_data_rank=None)
             return nn.Parameter(local, parameter.requires_grad)
 
         # Who reads experts one by one wants some for every rank.
@@ -107,9 +140,15 @@ class FullyShard:
         # FSDP shards whole parameters. In the place of those that were read as shares it gets empty ones.
         shares = {id(p): p for p in model.parameters() if isinstance(p, DTensor)}
         places = _replace(model, {key: _empty(parameter) for key, parameter in shares.items()})
+        how = {
+            "mesh": self._mesh,
+            "mp_policy": precision(self._spec.param_dtype, self._spec.reduce_dtype),
+            "ignored_params": packed,
+        }
         for layer in _decoder_layers(model):
-            fully_shard(layer, mesh=self._mesh, ignored_params=packed)
-        fully_shard(model, mesh=self._mesh, ignored_params=packed)
+            fully_shard(layer, reshard_after_forward=self._spec.reshard_after_forward, **how)
+        # What the root has is wanted again as soon as the backward begins.
+        fully_shard(model, reshard_after_forward=False, **how)
         for module, name, key in places:
             setattr(module, name, shares[key])
         for module in model.modules():
@@ -118,6 +157,10 @@ class FullyShard:
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         return model
+
+    def accumulate(self, model: Any, *, is_last: bool) -> None:
+        if not self._spec.sync_each_batch:
+            model.set_requires_gradient_sync(is_last)
 
     def release(self, model: Any) -> None:
         if model._get_fsdp_state()._is_root:  # as soon as it was run once
@@ -179,9 +222,30 @@ class FullyShard:
                 optimizer.state[parameter] = {key: _like(parameter, value) for key, value in state[name].items()}
 
 
-def sharding_over(ranks: Ranks) -> Sharding:
-    """How these ranks hold a model between them."""
-    return Whole() if ranks.world_size == 1 else FullyShard()
+def sharding_over(ranks: Ranks, spec: ShardingSpec = ShardingSpec()) -> Sharding:
+    """How these ranks hold a model between them. Raises: ConfigError where they cannot be divided so."""
+    if ranks.world_size == 1:
+        return Whole()
+    return FullyShard(spec, _num_shards(spec.dp_shard_size, ranks))
+
+
+def _num_shards(size: int | str | None, ranks: Ranks) -> int:
+    if size is None:
+        return ranks.world_size
+    if size == "node":
+        nodes = [len(list(same)) for _, same in groupby(ranks.gather(socket.gethostname()))]
+        if len(set(nodes)) > 1:
+            raise ConfigError(
+                f"sharding.dp_shard_size: node, and the machines have {', '.join(map(str, nodes))} processes; expected as many on "
+                "each: start so many, or set a number"
+            )
+        return nodes[0]
+    assert isinstance(size, int)
+    if ranks.world_size % size:
+        raise ConfigError(
+            f"sharding.dp_shard_size: {size} with {ranks.world_size} processes; expected a number that divides them"
+        )
+    return size
 
 
 def _like(parameter: torch.Tensor, value: Any) -> Any:

@@ -213,14 +213,18 @@ class Policy:
         """Inside, what is trained has its starting values."""
         start = self.start
         assert start is not None
-        trained = {name: parameter.data for name, parameter in self.trainable()}
+        # Rows are exchanged in place: a share has no other data to point to. What a pass gathered is of its own values.
+        self.sharding.release(self.model)
+        local, trained = self.sharding.local, self.trainable()
+        kept = [local(parameter.detach()).clone() for _, parameter in trained]
         try:
-            for name, parameter in self.trainable():
-                parameter.data = start[name]
+            for name, parameter in trained:
+                local(parameter).data.copy_(local(start[name]))
             yield
         finally:
-            for name, parameter in self.trainable():
-                parameter.data = trained[name]
+            self.sharding.release(self.model)
+            for (_, parameter), values in zip(trained, kept, strict=True):
+                local(parameter).data.copy_(values)
 
     def reference_tensors(self) -> list[torch.Tensor]:
         """What is kept of the starting point beside the model."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from posttrain.distributed.precision import without_mixed_precision
 from posttrain.errors import ModelError
 from posttrain.models.lengths import forget_lengths
 
@@ -65,7 +66,8 @@ def probe_logits(model: Any) -> torch.Tensor:
 def in_float32(model: Any) -> Iterator[None]:
     """Half-precision weights are lifted while their layer runs: the memory of one layer, and nothing is rounded.
 
-    A layer's are lifted together, for its modules read each other's weights (convolutions, PEFT's experts and DoRA).
+    A layer's are lifted together, for its modules read each other's weights (convolutions, PEFT's experts and DoRA). Shares
+    that are computed with in half precision are gathered as they are held.
     """
     lifted: dict[int, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
     layers = {id(layer) for part in model.modules() if isinstance(part, torch.nn.ModuleList) for layer in part}
@@ -88,7 +90,8 @@ def in_float32(model: Any) -> Iterator[None]:
     try:
         for module in quantised:
             module.compute_dtype = module.weight.quant_state.dtype = torch.float32
-        yield
+        with without_mixed_precision(model):
+            yield
     finally:
         for hook in hooks:
             hook.remove()

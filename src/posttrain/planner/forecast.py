@@ -84,6 +84,7 @@ def forecast(
     mean_tokens: int = 0, correction: Correction = AS_PREDICTED,
 ) -> Forecast:  # fmt: skip
     """`keys`: the stage's, dumped; `mean_tokens`: of a row, or of a prompt and of an answer, 0 for the longest there may be."""
+    workload = replace(workload, sharding=workload.sharding.on(cluster.per_node))
     memory = estimate_memory(shape, workload, cluster.num_devices)
     made = (_sampling if workload.samples else _training)(memory, cluster, kind, keys, mean_tokens)
     phases = {n: s * (correction.rollout if n == "rollout" else correction.train) for n, s in made.phases.items()}
@@ -101,7 +102,7 @@ def _training(memory: MemoryPlan, cluster: Cluster, kind: str, keys: Mapping[str
     rows = workload.per_device_train_batch_size * keys["gradient_accumulation_steps"] * cluster.num_devices
     tokens = rows * length * (2 if workload.pairs else 1)
     adapter, micro = workload.adapter != "none", keys["gradient_accumulation_steps"]
-    work = Work(tokens, length, workload.gradient_checkpointing, adapter, micro)
+    work = Work(tokens, length, workload.gradient_checkpointing, adapter, micro, workload.sharding)
     phases = {"training": train_s(shape, cluster.device, work, cluster.num_devices, cluster.device_link)}
     if workload.scores_reference:
         phases["reference"] = logp_s(shape, cluster.device, tokens, cluster.num_devices, 1, length)
@@ -136,7 +137,7 @@ def loop_of(workload: Workload) -> Loop:
         scoring_models=int(workload.scores_reference), recompute=workload.gradient_checkpointing,
         adapter=workload.adapter != "none", iterations=workload.num_iterations, micro_rows=workload.per_device_train_batch_size,
         batch_limit=workload.rollout_batch_size if ours else _SEQUENCES,
-        split=1 if ours else workload.rollout.tensor_parallel_size, shares_weights=ours,
+        split=1 if ours else workload.rollout.tensor_parallel_size, shares_weights=ours, sharding=workload.sharding,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from posttrain.planner.engine import OURS, SamplingEngine, engine_parts
 from posttrain.planner.shape import ModelShape
+from posttrain.planner.sharding import FULLY, ShardingPlan
 
 GIB = float(1 << 30)
 # NF4 keeps 4 bits a weight, and per 64 weights one constant: a float32, or under double quantisation 8 bits and
@@ -37,7 +38,6 @@ MOST_COPIED = 256 << 20
 _PHASES = {
     "training": ("autocast", "gathered", "gradients", "activations", "logits"),
     "rollout": ("autocast", "decode_weights", "kv_cache", "prefill"),
-    "saving": ("checkpoint",),
     "export": ("export",),
 }
 """What is held while a stage does this, beside what it always holds."""
@@ -87,6 +87,7 @@ class Workload:
     rollout: SamplingEngine = OURS
     teachers_held: Sequence[ModelShape] = ()
     """Frozen models besides: those that teach, where they are other weights than the policy's."""
+    sharding: ShardingPlan = FULLY
 
     @classmethod
     def from_keys(
@@ -104,6 +105,8 @@ class Workload:
         known |= {"bf16": bf16, "on_cpu": on_cpu, "teachers_held": teachers, **traits}
         if "rollout" in known:
             known["rollout"] = SamplingEngine.from_keys(known["rollout"])
+        if "sharding" in known:
+            known["sharding"] = ShardingPlan.from_keys(known["sharding"])
         return cls(**known)
 
     def longest(self, shape: ModelShape) -> int:
@@ -173,16 +176,13 @@ class MemoryPlan:
 
     def _peak(self, parts: Mapping[str, int]) -> int:
         """What is always held, and the most that a phase adds; phases follow each other."""
-        # With save_steps, a thread writes the copies of a checkpoint while the run goes on.
-        passing = {name for names in _PHASES.values() for name in names} - (
-            {"checkpoint"} if self.workload.save_steps else set[str]()
-        )
+        passing = {name for names in _PHASES.values() for name in names}
         always = sum(size for name, size in parts.items() if name not in passing)
         return always + max(sum(parts.get(name, 0) for name in passing.intersection(p)) for p in _PHASES.values())
 
 
 def estimate_memory(shape: ModelShape, workload: Workload, shards: int = 1) -> MemoryPlan:
-    """Peak memory of one device that holds a model, or its share where `shards` processes hold it between them."""
+    """Peak memory of one device that holds a model, or its share where there are `shards` processes to hold it between them."""
     trained = (
         shape.num_params if workload.adapter == "none" else adapter_params(shape, workload.lora_r, workload.lora_target)
     )
@@ -198,8 +198,8 @@ def estimate_memory(shape: ModelShape, workload: Workload, shards: int = 1) -> M
         "optimizer": optimizer,
         "activations": _activation_bytes(shape, workload),
         "logits": _logit_bytes(shape, workload),
-        # Copies are made on the host.
-        "checkpoint": trained * _BYTES_MASTER + optimizer if workload.on_cpu else 0,
+        # With save_steps, a thread writes copies while the run goes on; they are made on the host.
+        "checkpoint": trained * _BYTES_MASTER + optimizer if workload.on_cpu and workload.save_steps else 0,
         **_engine_bytes(shape, workload),
         "export": _export_bytes(shape, workload, shards),
         "runtime": _RUNTIME_BYTES,
@@ -217,13 +217,22 @@ def _shared_out(parts: Mapping[str, int], shape: ModelShape, workload: Workload,
 
     A 4-bit base is whole on every one. Sampling with the weights in training needs a copy that is not cut.
     """
+    how = workload.sharding
     whole = ("weights",) if workload.load_in_4bit and workload.adapter != "none" else ()
-    shares = {name: math.ceil(parts[name] / shards) for name in _SHARDED if name in parts and name not in whole}
+    over = how.num_shards(shards)
+    shares = {name: math.ceil(parts[name] / over) for name in _SHARDED if name in parts and name not in whole}
     layer = shape.linear_params // shape.num_layers
-    # Of what is trained the float32 weights and gradients; the next layer is gathered while one is computed, and embedding
-    # and head stay until the pass is over.
-    value = 2 * _BYTES_MASTER if workload.adapter == "none" else _frozen_bytes(shape, workload)
-    gathered = (2 * layer + shape.embedding_params) * (value + (2 if workload.bf16 else 0))
+    trained = workload.adapter == "none"
+    held = _BYTES_MASTER if trained else _frozen_bytes(shape, workload)
+    gathered_bytes = min(held, how.param_bytes)
+    # Autocast's copy of what is gathered in float32, and the gradients of what is trained.
+    value = gathered_bytes + (2 if workload.bf16 and gathered_bytes > 2 else 0) + (gathered_bytes if trained else 0)
+    # The next layer is gathered while one is computed, and embedding and head stay until the pass is over.
+    gathered = (2 * layer + shape.embedding_params) * value
+    if not how.reshard_after_forward:
+        gathered += max(0, shape.num_params - 2 * layer - shape.embedding_params) * gathered_bytes
+    if trained and not how.sync_each_batch:
+        shares["gradients"] = shares.get("gradients", 0) + shape.num_params * _BYTES_GRADIENT
     replica = shape.num_params * _frozen_bytes(shape, workload) if workload.samples and workload.rollout.is_ours else 0
     return {**shares, "autocast": 0, "gathered": 0 if whole else gathered, "replica": replica}
 

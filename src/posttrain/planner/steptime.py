@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from posttrain.planner.lengths import Lengths
 from posttrain.planner.parts import Cluster, Device
 from posttrain.planner.shape import ModelShape
+from posttrain.planner.sharding import FULLY, ShardingPlan
 
 _PLACES = 64
 _NEAR = 8
@@ -173,6 +174,7 @@ class Work:
     recompute: bool = False
     adapter: bool = False
     micro_batches: int = 1
+    sharding: ShardingPlan = FULLY
 
 
 def train_flops_per_token(shape: ModelShape, sequence_tokens: float, recompute: bool = False) -> float:
@@ -218,11 +220,11 @@ def train_s(shape: ModelShape, device: Device, work: Work, num_devices: int = 1,
 
 
 def _sent_s(shape: ModelShape, device: Device, work: Work, num_devices: int, link: float | None) -> float:
-    """Sharded: every micro-batch gathers the weights twice and, if they are trained, reduces their gradients; in float32 as they are held."""
+    """Sharded: micro-batches gather the weights, and reduce their gradients if they are trained."""
     if num_devices == 1:
         return 0.0
-    rounds = 2 if work.adapter else 3
-    return work.micro_batches * rounds * 4 * shape.num_params * (num_devices - 1) / num_devices / (link or device.link)
+    links = (device.link, link or device.link)
+    return work.sharding.sent_s(shape.num_params, work.micro_batches, num_devices, links, trained=not work.adapter)
 
 
 def logp_s(
@@ -254,6 +256,7 @@ class Loop:
     batch_limit: float = 1e9
     split: int = 1
     shares_weights: bool = True
+    sharding: ShardingPlan = FULLY
 
 
 def step_time(
@@ -263,7 +266,7 @@ def step_time(
     device = cluster.device
     sampling, training = rollout_devices or cluster.num_devices, train_devices or cluster.num_devices
     micro = max(1, round(traffic.num_completions / training / loop.micro_rows))
-    work = Work(traffic.trained_tokens, traffic.sequence, loop.recompute, loop.adapter, micro)
+    work = Work(traffic.trained_tokens, traffic.sequence, loop.recompute, loop.adapter, micro, loop.sharding)
     return StepTime(
         rollout_s=rollout_s(shape, device, traffic, sampling, loop.batch_limit, loop.split),
         logp_s=logp_s(shape, device, traffic.trained_tokens, training, loop.scoring_models, traffic.sequence),

@@ -38,7 +38,7 @@ from posttrain.objectives.terms import LossTerms, spec_from
 from posttrain.recipes.balance import family_cost
 from posttrain.recipes.batches import Schedule, flat, for_rank
 from posttrain.recipes.metrics import StepMetrics
-from posttrain.recipes.optim import learning_rate, make_optimizer, update
+from posttrain.recipes.optim import accumulating, learning_rate, make_optimizer, update
 from posttrain.recipes.reference import Reference
 from posttrain.recipes.run_folder import StageResult
 from posttrain.recipes.stage import Stage
@@ -88,7 +88,7 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
         loss = _step_loss(policy, reference, micros, steered(spec, stage.guard.controls), stage)
         metrics = StepMetrics()
         policy.model.train()
-        for micro in mine:
+        for micro in accumulating(policy, mine):
             terms = loss(micro.rows)
             micro.backward(terms.loss)
             if not micro.idle:

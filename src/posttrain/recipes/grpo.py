@@ -36,7 +36,7 @@ from posttrain.recipes.collector import Collected, Collector, teaches
 from posttrain.recipes.engines import EngineSource, greedy, make_engine, sampling_params, sync_engine
 from posttrain.recipes.live_checks import LiveChecks
 from posttrain.recipes.metrics import StepMetrics
-from posttrain.recipes.optim import learning_rate, make_optimizer, update
+from posttrain.recipes.optim import accumulating, learning_rate, make_optimizer, update
 from posttrain.recipes.prompts import PromptStream
 from posttrain.recipes.ptx import PtxRows, ptx_loss, ptx_micro_batches, ptx_norm
 from posttrain.recipes.replay import ReplayedRewards
@@ -108,14 +108,14 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
             micros = _micro_batches(groups, objective, keys, ranks)
             supervised = ptx.of_step(step) if ptx else []
             policy.model.train()
-            for micro in micros:
+            for micro in accumulating(policy, micros, more=bool(supervised)):
                 # The first step of a batch is on-policy: the ratio is 1 by definition, not by subtraction.
                 terms = loss(policy, micro.rows, objective, norm, keys, on_policy=fresh and not is_uncorrected)
                 micro.backward(terms.loss)
                 if not micro.idle:
                     metrics.add(terms.metrics)
                     metrics.add_share("loss", float(terms.loss.detach()))
-            for micro in ptx_micro_batches(supervised, keys, ranks):
+            for micro in accumulating(policy, ptx_micro_batches(supervised, keys, ranks)):
                 terms = ptx_loss(policy, micro.rows, ptx_norm(supervised), keys.ptx_coef)
                 micro.backward(terms.loss)
                 metrics.add({} if micro.idle else terms.metrics)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from posttrain.config.stages import TrainKeys
 from posttrain.models.policy import Policy
+from posttrain.recipes.batches import MicroBatch
 from posttrain.recipes.optimizers import optimizer_of
 from posttrain.recipes.stage import Stage
+
+T = TypeVar("T")
 
 
 def make_optimizer(policy: Policy, keys: TrainKeys) -> torch.optim.Optimizer:
@@ -54,6 +57,13 @@ def learning_rate(step: int, total_steps: int, keys: TrainKeys) -> float:
     return keys.learning_rate * (keys.min_lr_ratio + (1.0 - keys.min_lr_ratio) * shape)
 
 
+def accumulating(policy: Policy, micros: Sequence[MicroBatch[T]], *, more: bool = False) -> Iterator[MicroBatch[T]]:
+    """The micro-batches of a step in order, each with its backward before the next; `more` of the same step come after them."""
+    for number, micro in enumerate(micros, start=1):
+        policy.sharding.accumulate(policy.model, is_last=number == len(micros) and not more)
+        yield micro
+
+
 def update(
     policy: Policy, optimizer: torch.optim.Optimizer, stage: Stage, lr: float, values: Mapping[str, float], step: int
 ) -> dict[str, float]:
@@ -74,5 +84,6 @@ def update(
     before = probe.detach().clone()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    moved = math.sqrt(stage.ranks.sum([float(sharding.local(probe.detach() - before).square().sum())])[0])
+    own = float(sharding.local(probe.detach() - before).square().sum()) if sharding.has_first_copy else 0.0
+    moved = math.sqrt(stage.ranks.sum([own])[0])
     return report | {"update_norm": moved}

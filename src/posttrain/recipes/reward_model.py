@@ -25,7 +25,7 @@ from posttrain.objectives.terms import LossTerms
 from posttrain.recipes.balance import family_cost
 from posttrain.recipes.batches import Schedule, flat, for_rank
 from posttrain.recipes.metrics import StepMetrics
-from posttrain.recipes.optim import learning_rate, make_optimizer, update
+from posttrain.recipes.optim import accumulating, learning_rate, make_optimizer, update
 from posttrain.recipes.run_folder import StageResult
 from posttrain.recipes.stage import Stage
 from posttrain.recipes.validate import Validation
@@ -55,7 +55,7 @@ def run(keys: RewardModelKeys, stage: Stage) -> StageResult:
         norm = Normalizer(tokens=0, sequences=len(flat(micros)))
         metrics = StepMetrics()
         policy.model.train()
-        for micro in for_rank(micros, ranks):
+        for micro in accumulating(policy, for_rank(micros, ranks)):
             terms = loss(policy, micro.rows, keys.center_rewards_coefficient, norm)
             micro.backward(terms.loss)
             if not micro.idle:

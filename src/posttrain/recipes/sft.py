@@ -23,7 +23,7 @@ from posttrain.objectives.terms import LossTerms
 from posttrain.recipes.balance import family_cost
 from posttrain.recipes.batches import Schedule, flat, for_rank
 from posttrain.recipes.metrics import StepMetrics
-from posttrain.recipes.optim import learning_rate, make_optimizer, update
+from posttrain.recipes.optim import accumulating, learning_rate, make_optimizer, update
 from posttrain.recipes.run_folder import StageResult
 from posttrain.recipes.stage import Stage
 from posttrain.recipes.validate import SuiteScore, Validation
@@ -56,7 +56,7 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
         norm = Normalizer.of(loss_counts(flat(micros)))
         metrics = StepMetrics()
         policy.model.train()
-        for micro in for_rank(micros, ranks):
+        for micro in accumulating(policy, for_rank(micros, ranks)):
             terms = loss(policy, micro.rows, norm, keys.loss_type)
             micro.backward(terms.loss)
             metrics.add({} if micro.idle else terms.metrics)

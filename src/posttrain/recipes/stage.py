@@ -14,7 +14,7 @@ import torch
 
 from posttrain.checkpoint.store import CheckpointStore, check_writable, disk_errors, sweep
 from posttrain.config.stages import TrainKeys
-from posttrain.distributed.sharding import sharding_over
+from posttrain.distributed.sharding import ShardingSpec, sharding_over
 from posttrain.errors import ModelError, OutOfMemoryError
 from posttrain.models.compiled import why_not_compiled
 from posttrain.models.device import memory_metrics
@@ -23,6 +23,7 @@ from posttrain.models.policy import Policy
 from posttrain.models.proof import probe_logits
 from posttrain.models.provenance import model_digest, source_digest
 from posttrain.models.total import ADAPTER_TOTAL, MergedBefore, TotalReport, write_total
+from posttrain.objectives.terms import spec_from
 from posttrain.protocols import Ranks
 from posttrain.recipes.guard import TrainingGuard
 from posttrain.recipes.memory import is_out_of_memory, why_out_of_memory
@@ -52,7 +53,7 @@ class Stage:
     ) -> None:  # fmt: skip
         self._merged_before = merged_before
         self.kind, self.folder, self.keys, self.ranks = kind, folder, keys, ranks
-        self.sharding = sharding_over(ranks)
+        self.sharding = sharding_over(ranks, spec_from(ShardingSpec, keys.sharding))
         self.stop = stop or StopFlag()
         self.run = RunFolder(folder, kind, ranks.is_main, watchers)
         store = CheckpointStore(folder / "checkpoints", keys.save_total_limit, keys.save_keep_every)

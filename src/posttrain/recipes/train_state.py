@@ -141,23 +141,28 @@ class Checkpoints:
     def save(self, state: TrainState, *, wait: bool = True) -> None:
         """A checkpoint of everything the loop needs. All ranks call it; each writes what it holds, and rank 0 seals it.
 
-        Without `wait` only the copy of the tensors is made here, and a thread writes them; the next save waits for it.
+        Without `wait` only a copy of the tensors is made here, and a thread writes it; the next save waits for it.
         Raises: CheckpointError, also for the write that was under way.
         """
         self.flush()
         policy, sharding = state.policy, state.policy.sharding
         names = {name for name, _ in policy.trainable()}
         own: dict[str, Any] = policy.model.state_dict()
-        weights = {name: _copied(sharding.share_of(own[name])) for name in own if name in names}
         tensors, scalars = flatten_optimizer(sharding.optimizer_state(policy.model, state.optimizer))
-        parts = {"weights": weights, "optimizer": {n: _copied(sharding.share_of(t)) for n, t in tensors.items()}}
+        parts: dict[str, dict[str, Share]] = {}
+        if sharding.has_first_copy:
+            weights = {name: own[name] for name in own if name in names}
+            for stem, held in (("weights", weights), ("optimizer", tensors)):
+                shares = {name: sharding.share_of(tensor) for name, tensor in held.items()}
+                parts[stem] = {name: _on_host(share, copy=not wait) for name, share in shares.items()}
+        of = sharding.num_shards
         if self._ranks.is_main:
             state.best = self.store.best()
             record = state.to_json() | {"scalars": scalars}
             experience = None if state.experience is None else to_arrays(state.experience.groups)
-            self._writing = self._writer.submit(self._write, state.step, parts, experience, record)
+            self._writing = self._writer.submit(self._write, state.step, parts, of, experience, record)
         else:
-            self._writing = self._writer.submit(self._write_parts, state.step, parts)
+            self._writing = self._writer.submit(self._write_parts, state.step, parts, of)
         if wait:
             self.flush()
 
@@ -180,19 +185,20 @@ class Checkpoints:
         self._writer.shutdown()
 
     def _write(
-        self, step: int, parts: Mapping[str, Mapping[str, Share]], experience: Arrays | None, record: Mapping[str, Any]
-    ) -> tuple[int, dict[str, Any]]:
-        ranks = self._ranks.world_size
+        self, step: int, parts: Mapping[str, Mapping[str, Share]], of: int, experience: Arrays | None,
+        record: Mapping[str, Any],
+    ) -> tuple[int, dict[str, Any]]:  # fmt: skip
+        """`of` ranks write parts: those of the first copy of the model."""
 
         def fill(folder: Path) -> None:
             for stem, shares in parts.items():
-                write_part(folder / part_name(stem, 0, ranks), shares)
+                write_part(folder / part_name(stem, 0, of), shares)
             if experience is not None:
                 save_arrays(experience, folder / _EXPERIENCE)
             write_json(folder / "state.json", record)
             for stem in parts:
-                for rank in range(1, ranks):
-                    name = part_name(stem, rank, ranks)
+                for rank in range(1, of):
+                    name = part_name(stem, rank, of)
                     collect_part(self.store.beside(step) / name, folder / name, self._is_abandoned.is_set)
 
         started = time.monotonic()
@@ -200,19 +206,21 @@ class Checkpoints:
         size = sum(path.stat().st_size for path in ref.path.iterdir())
         return step, {"bytes": size, "seconds": round(time.monotonic() - started, 3)}
 
-    def _write_parts(self, step: int, parts: Mapping[str, Mapping[str, Share]]) -> tuple[int, dict[str, Any]]:
-        """Another rank's parts, where rank 0 fetches them from."""
+    def _write_parts(self, step: int, parts: Mapping[str, Mapping[str, Share]], of: int) -> tuple[int, dict[str, Any]]:
+        """Another rank's parts, where rank 0 fetches them from; one of a further copy of the model has none."""
+        if not parts:
+            return step, {}
         folder = self.store.beside(step)
         with disk_errors(self.store.folder):
             folder.mkdir(parents=True, exist_ok=True)
             for stem, shares in parts.items():
-                write_part(folder / part_name(stem, self._ranks.rank, self._ranks.world_size), shares)
+                write_part(folder / part_name(stem, self._ranks.rank, of), shares)
         return step, {}
 
 
-def _copied(share: Share) -> Share:
-    """The loop goes on while the checkpoint is written."""
-    return share._replace(rows=share.rows.to("cpu", copy=True).contiguous())
+def _on_host(share: Share, *, copy: bool) -> Share:
+    """A `copy` is for a loop that goes on while the checkpoint is written."""
+    return share._replace(rows=share.rows.to("cpu", copy=copy).contiguous())
 
 
 def _share(parts: TensorParts, name: str, like: torch.Tensor | None, sharding: Sharding) -> torch.Tensor:

@@ -8,6 +8,7 @@ import yaml
 from posttrain.config.importers.convert import import_file
 from posttrain.config.importers.read import read_foreign
 from posttrain.config.importers.sharded import fsdp_words
+from posttrain.config.stages import ShardingKeys
 from posttrain.errors import ConfigError
 
 FSDP1 = """
@@ -83,25 +84,23 @@ def imported(tmp_path):
 
 def test_accelerate_with_fsdp1_becomes_keys_and_the_torchrun_line(imported):
     found = imported(FSDP1)
-    assert found.keys == {"gradient_checkpointing": True, "bf16": True, "num_processes": 16, "device": "auto"}
+    assert found.keys == {
+        "sharding": {"reshard_after_forward": True}, "gradient_checkpointing": True, "bf16": True, "num_processes": 16,
+        "device": "auto",
+    }  # fmt: skip
     assert not found.whole
     line = "torchrun --nproc-per-node 8 --nnodes 2 --rdzv-backend c10d --rdzv-endpoint 10.0.0.1:29400 --rdzv-id run --no-python posttrain sft stage.yaml"
     assert line in found.text
-    assert (
-        "fsdp_config.fsdp_sharding_strategy: changed because FULL_SHARD: parameters, gradients and optimizer states are sharded"
-        in found.text
-    )
+    assert "mapped from fsdp_config.fsdp_sharding_strategy; FULL_SHARD there" in found.text
     assert yaml.safe_load(found.text) == found.keys
 
 
 def test_accelerate_with_fsdp2_says_what_it_does_in_another_way(imported):
     found = imported(FSDP2)
-    assert found.keys == {"gradient_checkpointing": False, "bf16": False, "num_processes": 8}
+    assert found.keys == {
+        "sharding": {"reshard_after_forward": False}, "gradient_checkpointing": False, "bf16": False, "num_processes": 8,
+    }  # fmt: skip
     assert "torchrun --nproc-per-node 8 --no-python posttrain sft stage.yaml" in found.text
-    assert (
-        "fsdp_config.fsdp_reshard_after_forward: changed because false: a layer is given back after its forward here too"
-        in found.text
-    )
     assert "fsdp_config.fsdp_offload_params: changed because nothing is offloaded here" in found.text
 
 
@@ -110,10 +109,10 @@ def test_every_key_of_a_deepspeed_file_has_its_note(imported):
     assert found.keys == {
         "bf16": True, "optim": "adamw", "learning_rate": 1e-5, "adam_epsilon": 1e-8, "adam_beta1": 0.9, "adam_beta2": 0.95,
         "lr_scheduler_type": "linear", "warmup_steps": 10, "max_steps": 100, "gradient_accumulation_steps": 2, "max_grad_norm": 1.0,
-        "per_device_train_batch_size": 4, "num_processes": 8,
+        "per_device_train_batch_size": 4, "num_processes": 8, "sharding": {"reshard_after_forward": True},
     }  # fmt: skip
     for said in (
-        "zero_optimization.stage: changed because 3: parameters, gradients and optimizer states are sharded",
+        "mapped from zero_optimization.stage; 3 there; FSDP2 shards here",
         "zero_optimization.offload_optimizer.device: changed because nothing is offloaded here",
         "zero_optimization.offload_param.device: left out because none asks for nothing",
         "optimizer.params.weight_decay: left out because it is unset",
@@ -140,27 +139,42 @@ def test_what_has_no_counterpart_is_refused_by_name(content, message, imported):
 
 
 def test_the_words_of_fsdp():
-    assert fsdp_words("full_shard auto_wrap").startswith("parameters, gradients and optimizer states are sharded")
-    assert "nothing is offloaded here" in fsdp_words("shard_grad_op offload")
+    assert fsdp_words("full_shard auto_wrap") == {"reshard_after_forward": True}
+    assert fsdp_words("shard_grad_op offload") == {"reshard_after_forward": False}
     assert fsdp_words(True) == fsdp_words(["full_shard"])
     with pytest.raises(KeyError):
         fsdp_words("full_shard autowrap")
 
 
-FLAGS = [
-    (
-        "full_shard auto_wrap",
-        "fsdp: changed because full_shard auto_wrap: parameters, gradients and optimizer states are sharded",
-    ),
-    ("false", "fsdp: left out because false asks for nothing"),
-]
+COPIES = FSDP2.replace(
+    "num_processes: 8", "num_processes: 8\nparallelism_config: {parallelism_config_dp_replicate_size: 2}"
+)
+SHARDED = [
+    (FSDP1.replace("FULL_SHARD", "HYBRID_SHARD"), {"dp_shard_size": "node", "reshard_after_forward": True}),
+    (FSDP1.replace("FULL_SHARD", "5"), {"dp_shard_size": "node", "reshard_after_forward": False}),
+    (FSDP1.replace("FULL_SHARD", "NO_SHARD"), {"dp_shard_size": 1}),
+    (COPIES, {"reshard_after_forward": False, "dp_shard_size": 4}),
+    (COPIES.replace("replicate_size: 2", "shard_size: 2"), {"reshard_after_forward": False, "dp_shard_size": 2}),
+    ({**ZERO, "zero_optimization": {"stage": 1}}, {"reshard_after_forward": False, "sync_each_batch": False}),
+    ({**ZERO, "zero_optimization": {"stage": 2}, "communication_data_type": "bf16"}, {"reshard_after_forward": False, "reduce_dtype": "bfloat16"}),
+    ({**ZERO, "zero_optimization": {"stage": 3, "mics_shard_size": 8}}, {"reshard_after_forward": True, "dp_shard_size": 8}),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "said"), FLAGS)
-def test_the_flag_of_trl_has_a_note_per_word(words, said, tmp_path):
+@pytest.mark.parametrize(("content", "sharding"), SHARDED, ids=[str(sharding) for _, sharding in SHARDED])
+def test_strategies_and_stages_become_keys_of_sharding(content, sharding, imported):
+    keys = imported(content, "file.json" if isinstance(content, dict) else "file.yaml").keys
+    assert keys["sharding"] == sharding
+    ShardingKeys.model_validate(keys["sharding"])
+
+
+FLAGS = [("full_shard auto_wrap", {"reshard_after_forward": True}), ("false", None)]
+
+
+@pytest.mark.parametrize(("words", "sharding"), FLAGS)
+def test_the_flag_of_trl_becomes_keys_of_sharding(words, sharding, tmp_path):
     (tmp_path / "trl.sh").write_text(f'trl sft --model_name_or_path m --dataset_name d --fsdp "{words}"\n')
-    other = read_foreign(tmp_path / "trl.sh").convert().other
-    assert any(f"{key}: {text}".startswith(said) for key, text in other), other
+    assert read_foreign(tmp_path / "trl.sh").convert().keys.get("sharding") == sharding
 
 
 def test_an_unknown_word_of_the_flag_is_refused(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from posttrain.config.kinds import STAGE_KINDS
-from posttrain.config.schema import arms, did_you_mean, keys_of, show_value
+from posttrain.config.schema import arms, did_you_mean, group_in, keys_of, show_value
 from posttrain.config.yaml_lines import plain_scalar
 from posttrain.errors import ConfigError
 
@@ -108,9 +108,15 @@ class ImportDraft:
     refusals: list[Refusal] = field(default_factory=list)
 
     def put(self, ours: str, value: Any, key: str, note: str = "") -> None:
-        """Set our key from theirs. A second, different value for it is refused."""
+        """Set our key from theirs. A second, different value for it is refused; several may each give keys of a group."""
         info = keys_of(STAGE_KINDS[self.kind].keys)[ours]
         value = _as_number(value, info.annotation)
+        if group_in(info.annotation) and not value:
+            self.leave(key, f"it says nothing of {ours}")
+            return
+        before = self.keys.get(ours)
+        if group_in(info.annotation) and before and all(before.get(name, item) == item for name, item in value.items()):
+            self.keys[ours] = value = {**before, **value}
         if ours in self.keys and self.keys[ours] != value:
             text = (
                 f"{show_value(value)} stands against {ours}: {show_value(self.keys[ours])} from {self.came_from[ours]}"

@@ -23,7 +23,7 @@ from posttrain.config.importers.fates import (
     rows,
     to,
 )
-from posttrain.config.importers.sharded import OFFLOAD, STAGES, STRATEGIES, UNIT
+from posttrain.config.importers.sharded import OFFLOAD, SHARDED, STAGES, STRATEGIES, UNIT
 from posttrain.config.importers.values import LOADING, MEMORY, TRACKING
 from posttrain.config.yaml_lines import dump_yaml
 
@@ -35,12 +35,20 @@ _PRECISION = {"bf16": True, "no": False}
 _ONE = (1, "1")
 
 
+_REDUCED = {"fp32": "float32", "bf16": "bfloat16", "bfp16": "bfloat16"}
+
+
+def _shards(size: Any) -> dict[str, Any]:
+    """Raises: ValueError."""
+    return {} if int(size) < 0 else {"dp_shard_size": int(size)}
+
+
 def _flag(value: Any) -> bool:
     return {"true": True, "false": False}[str(value).lower()]
 
 
 _FSDP: dict[str, KeyFate] = {
-    **rows(noted(STRATEGIES, "give one of FSDP's strategies"), "fsdp_sharding_strategy", "fsdp_reshard_after_forward"),
+    **rows(to("sharding", STRATEGIES, todo="give one of FSDP's strategies"), "fsdp_sharding_strategy", "fsdp_reshard_after_forward"),
     **rows(left(UNIT), "fsdp_auto_wrap_policy", "fsdp_transformer_layer_cls_to_wrap", "fsdp_min_num_params"),
     **rows(left(FSDP2), "fsdp_version", "fsdp_backward_prefetch", "fsdp_backward_prefetch_policy", "fsdp_forward_prefetch",
            "fsdp_use_orig_params", "fsdp_sync_module_states"),
@@ -52,7 +60,7 @@ _FSDP: dict[str, KeyFate] = {
     "fsdp_ignored_modules": refused(_OWN, _TAKE_OUT),
 }  # fmt: skip
 _ZERO: dict[str, KeyFate] = {
-    "zero_stage": noted(STAGES, "give a stage from 0 to 3"),
+    "zero_stage": to("sharding", STAGES, SHARDED, "give a stage from 0 to 3"),
     **rows(changed(OFFLOAD, off=("none", "cpu none")), "offload_optimizer_device", "offload_param_device"),
     **rows(left(FSDP2), "zero3_init_flag", "offload_optimizer_nvme_path", "offload_param_nvme_path", "deepspeed_moe_layer_cls_names"),
     "zero3_save_16bit_model": left("save_dtype says what the exported model is written in"),
@@ -77,7 +85,8 @@ _ACCELERATE: dict[str, KeyFate] = {
     **{f"fsdp_config.{key}": row for key, row in _FSDP.items()},
     **{f"deepspeed_config.{key}": row for key, row in _ZERO.items()},
     **rows(left(MEMORY), *(f"dynamo_config.dynamo_{key}" for key in ("backend", "mode", "use_dynamic", "use_fullgraph", "use_regional_compilation"))),
-    **rows(changed("all processes form one group here", off=_ONE), "parallelism_config.parallelism_config_dp_shard_size", "parallelism_config.parallelism_config_dp_replicate_size"),
+    "parallelism_config.parallelism_config_dp_shard_size": to("sharding", _shards),
+    "parallelism_config.parallelism_config_dp_replicate_size": joint("sharding", "copies are what processes are left over dp_shard_size"),
     **rows(refused(_OWN, "set it to 1", off=_ONE), *(f"parallelism_config.parallelism_config_{kind}_size" for kind in ("tp", "cp", "sp"))),
 }  # fmt: skip
 
@@ -92,7 +101,8 @@ _DEEPSPEED: dict[str, KeyFate] = {
     "bf16.enabled": to("bf16", _flag),
     "fp16.enabled": refused("there is no float16 training here", "set it to false, and bf16.enabled: true where the machine has it"),
     **rows(left("it is read with fp16 only"), *(f"fp16.{key}" for key in ("auto_cast", "loss_scale", "loss_scale_window", "initial_scale_power", "hysteresis", "min_loss_scale", "consecutive_hysteresis"))),
-    "zero_optimization.stage": noted(STAGES, "give a stage from 0 to 3"),
+    "zero_optimization.stage": to("sharding", STAGES, SHARDED, "give a stage from 0 to 3"),
+    "zero_optimization.mics_shard_size": to("sharding", _shards, "copies of shards are MiCS"),
     **rows(left(FSDP2), *(f"zero_optimization.{key}" for key in _BUCKETS)),
     **rows(left("save_dtype says what the exported model is written in"), "zero_optimization.stage3_gather_16bit_weights_on_model_save",
            "zero_optimization.stage3_gather_fp16_weights_on_model_save"),
@@ -114,8 +124,9 @@ _DEEPSPEED: dict[str, KeyFate] = {
     **rows(changed("gradient_checkpointing: true recomputes activations"), *(f"activation_checkpointing.{key}" for key in
            ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization", "number_checkpoints", "synchronize_checkpoint_boundary", "profile"))),
     **rows(left(TRACKING), "steps_per_print", "wall_clock_breakdown", "dump_state", "memory_breakdown", *(f"{what}.enabled" for what in ("tensorboard", "wandb", "csv_monitor", "comms_logger", "flops_profiler"))),
-    **rows(left(FSDP2), "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "prescale_gradients", "gradient_predivide_factor", "communication_data_type",
+    **rows(left(FSDP2), "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "prescale_gradients", "gradient_predivide_factor",
            "data_types.grad_accum_dtype", "disable_allgather"),
+    "communication_data_type": to("sharding", {name: {"reduce_dtype": dtype} for name, dtype in _REDUCED.items()}, todo="give fp32 or bf16"),
 }  # fmt: skip
 
 
@@ -124,6 +135,14 @@ def _finish_accelerate(draft: ImportDraft) -> None:
     for key in ("num_machines", "machine_rank", "main_process_ip", "main_process_port", "rdzv_backend", "same_network"):
         if key in draft.source:
             draft.change(key, "it is in the line that starts the processes")
+    copies = "parallelism_config.parallelism_config_dp_replicate_size"
+    processes, number = draft.source.get("num_processes"), draft.source.get(copies, 1)
+    if int(number) > 1 and isinstance(processes, int) and processes % int(number) == 0:
+        draft.put(
+            "sharding", {"dp_shard_size": processes // int(number)}, copies, f"{processes} processes in {number} copies"
+        )
+    elif copies in draft.source:
+        draft.change(copies, "copies are what processes are left over dp_shard_size")
 
 
 def _finish_deepspeed(draft: ImportDraft) -> None:

@@ -1,37 +1,47 @@
-"""FSDP's and ZeRO's words for what is sharded, and what each comes to here: no number changes with any of them."""
+"""FSDP's and ZeRO's words for what is sharded, and the keys of `sharding` that they come to here."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from posttrain.config.importers.fates import is_off
+
 UNIT = "each decoder layer is a unit of its own here"
-_ALL = "parameters, gradients and optimizer states are sharded, and a layer is gathered while it runs, as here"
-_KEPT = "a layer is given back after its forward here too: less memory, more communication, the same numbers"
-_HYBRID = "all processes form one group here, without replicas: more communication between machines, the same numbers"
-_NO_SHARD = "parameters are sharded here all the same: less memory, the same numbers"
 OFFLOAD = "nothing is offloaded here: what does not fit wants more processes, a smaller micro-batch or adapter: qlora"
-STRATEGIES: dict[Any, str] = {
-    **dict.fromkeys(("FULL_SHARD", "full_shard", 1, "1", True, "true", "True"), _ALL),
-    **dict.fromkeys(("SHARD_GRAD_OP", "shard_grad_op", 2, "2", False, "false", "False"), _KEPT),
-    **dict.fromkeys(("NO_SHARD", "no_shard", 3, "3"), _NO_SHARD),
-    **dict.fromkeys(
-        ("HYBRID_SHARD", "hybrid_shard", 4, "4", "HYBRID_SHARD_ZERO2", "hybrid_shard_zero2", 5, "5"), _HYBRID
-    ),
+SHARDED = "FSDP2 shards here; a decoder layer is a unit, and nothing is offloaded"
+_ALL = {"reshard_after_forward": True}
+_KEPT = {"reshard_after_forward": False}
+_NODE = {"dp_shard_size": "node"}
+STRATEGIES: dict[Any, dict[str, Any]] = {
+    word: keys
+    for words, keys in (
+        (("FULL_SHARD", "full_shard", 1, "1", True, "true", "True"), _ALL),
+        (("SHARD_GRAD_OP", "shard_grad_op", 2, "2", False, "false", "False"), _KEPT),
+        (("NO_SHARD", "no_shard", 3, "3"), {"dp_shard_size": 1}),
+        (("HYBRID_SHARD", "hybrid_shard", 4, "4"), _NODE | _ALL),
+        (("HYBRID_SHARD_ZERO2", "hybrid_shard_zero2", 5, "5"), _NODE | _KEPT),
+    )
+    for word in words
 }
-"""FSDP1's sharding strategies and FSDP2's `reshard_after_forward` → what it is here. (True is 1 in Python, as it is in meaning.)"""
-_WORDS = {**STRATEGIES, "auto_wrap": UNIT, "offload": OFFLOAD}
-STAGES: dict[Any, str] = {
-    0: _NO_SHARD,
-    1: "optimizer states are sharded, here parameters and gradients too",
-    2: _KEPT,
-    3: _ALL,
-}
-"""ZeRO's stages → what they are here."""
+"""FSDP1's sharding strategies and FSDP2's `reshard_after_forward` → keys of ours. (True is 1 in Python, as it is in meaning.)"""
+STAGES: dict[Any, dict[str, Any]] = {0: {"dp_shard_size": 1}, 1: _KEPT | {"sync_each_batch": False}, 2: _KEPT, 3: _ALL}
+"""ZeRO's stages → keys of ours. What they leave whole, parameters and gradients, is cut here, and gathered no more often than there."""
+_WORDS: dict[Any, dict[str, Any]] = {**STRATEGIES, "auto_wrap": {}, "offload": {}}
 
 
-def fsdp_words(value: Any) -> str:
+def fsdp_words(value: Any) -> dict[str, Any]:
     """What `--fsdp "full_shard auto_wrap"` comes to. Raises: KeyError for a word that is none of FSDP's."""
-    words = value.split() if isinstance(value, str) else value if isinstance(value, list) else [value] if value else []
-    if not words:
-        raise KeyError(value)
-    return "; ".join(dict.fromkeys(_WORDS[word] for word in words))
+    if is_off(value):
+        return {}
+    words = value.split() if isinstance(value, str) else value if isinstance(value, list) else [value]
+    return {key: ours for word in words for key, ours in _WORDS[word].items()}
+
+
+def fsdp_config(value: Any) -> dict[str, Any]:
+    """What `fsdp_config` of transformers' trainer comes to, with or without FSDP's name before its keys. Raises: KeyError, TypeError."""
+    if not isinstance(value, Mapping):
+        raise TypeError(value)
+    said = {str(key).removeprefix("fsdp_"): word for key, word in value.items()}
+    known = (said[key] for key in ("sharding_strategy", "reshard_after_forward") if said.get(key) is not None)
+    return {key: ours for word in known for key, ours in STRATEGIES[word].items()}

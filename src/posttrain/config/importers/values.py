@@ -12,12 +12,11 @@ from posttrain.config.importers.fates import (
     changed,
     joint,
     left,
-    noted,
     refused,
     rows,
     to,
 )
-from posttrain.config.importers.sharded import fsdp_words
+from posttrain.config.importers.sharded import SHARDED, fsdp_config, fsdp_words
 
 OPTIMIZERS = {
     **dict.fromkeys(
@@ -81,7 +80,7 @@ TRAINER: dict[str, KeyFate] = {
            "batch_eval_metrics", "include_inputs_for_metrics", "per_device_eval_batch_size", "eval_batch_size", "restore_callback_states_from_checkpoint"),
     **rows(left(HUB), "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision",
            "push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token", "push_dataset_to_hub", "hf_hub_token", "hf_use_auth_token"),
-    **rows(left(PROCESSES), "deepspeed", "fsdp_config", "fsdp_version", "fsdp_min_num_params", "fsdp_transformer_layer_cls_to_wrap",
+    **rows(left(PROCESSES), "deepspeed", "fsdp_version", "fsdp_min_num_params", "fsdp_transformer_layer_cls_to_wrap",
            "ddp_timeout", "ddp_backend", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "local_rank", "accelerator_config",
            "parallelism_config", "average_tokens_across_devices", "use_cpu", "no_cuda", "use_mps_device", "ray_scope", "ray_run_name", "ray_storage_path",
            "ray_num_workers", "resources_per_worker", "placement_strategy", "ray_init_kwargs", "ds3_gather_for_generation"),
@@ -91,7 +90,8 @@ TRAINER: dict[str, KeyFate] = {
     **rows(left(OWN_LOOP), "do_train", "do_eval", "do_predict", "past_index", "label_names", "full_determinism", "jit_mode_eval", "debug", "tpu_num_cores",
            "ignore_data_skip", "dataloader_drop_last", "split_batches", "half_precision_backend", "fp16_backend", "fp16_opt_level", "use_legacy_prediction_loop",
            "auto_find_batch_size", "disable_dropout", "data_seed", "train_sampling_strategy"),
-    "fsdp": noted(fsdp_words, "give full_shard, shard_grad_op, hybrid_shard or no_shard, with auto_wrap or offload"),
+    "fsdp": to("sharding", fsdp_words, SHARDED, "give full_shard, shard_grad_op, hybrid_shard or no_shard, with auto_wrap or offload"),
+    "fsdp_config": to("sharding", fsdp_config, SHARDED, "give one of FSDP's strategies as its reshard_after_forward"),
     "resume_from_checkpoint": left("a run that is started again goes on by itself"),
     "group_by_length": changed("rows come in a shuffled order here; nothing is padded, so sorting them by length saves nothing"),
     "length_column_name": left("rows are not sorted by length here"),
