@@ -31,7 +31,7 @@ def _betas(keys: TrainKeys) -> tuple[float, float]:
 
 def _adamw(policy: Policy, groups: list[ParamGroup], keys: TrainKeys) -> torch.optim.Optimizer:
     options = {"lr": keys.learning_rate, "betas": _betas(keys), "eps": keys.adam_epsilon}
-    return torch.optim.AdamW(groups, fused=not policy.sharded, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
 
 
 def _bitsandbytes(name: str, *, has_epsilon: bool = True) -> MakeOptimizer:

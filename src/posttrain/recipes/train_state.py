@@ -153,8 +153,7 @@ class Checkpoints:
         if sharding.has_first_copy:
             weights = {name: own[name] for name in own if name in names}
             for stem, held in (("weights", weights), ("optimizer", tensors)):
-                shares = {name: sharding.share_of(tensor) for name, tensor in held.items()}
-                parts[stem] = {name: _on_host(share, copy=not wait) for name, share in shares.items()}
+                parts[stem] = _on_host({name: sharding.share_of(held[name]) for name in held}, copy=not wait)
         of = sharding.num_shards
         if self._ranks.is_main:
             state.best = self.store.best()
@@ -218,9 +217,16 @@ class Checkpoints:
         return step, {}
 
 
-def _on_host(share: Share, *, copy: bool) -> Share:
-    """A `copy` is for a loop that goes on while the checkpoint is written."""
-    return share._replace(rows=share.rows.to("cpu", copy=copy).contiguous())
+def _on_host(shares: Mapping[str, Share], *, copy: bool) -> dict[str, Share]:
+    """A `copy` is for a loop that goes on while the checkpoint is written. No two share memory: a file cannot say that."""
+    found: dict[str, Share] = {}
+    seen: set[int] = set()
+    for name, share in shares.items():
+        place = share.rows.untyped_storage().data_ptr()
+        rows = share.rows.to("cpu", copy=copy or place in seen)
+        found[name] = share._replace(rows=rows.contiguous())
+        seen.add(place)
+    return found
 
 
 def _share(parts: TensorParts, name: str, like: torch.Tensor | None, sharding: Sharding) -> torch.Tensor:
