@@ -31,7 +31,7 @@ from posttrain.protocols import Engine, Ranks
 from posttrain.recipes.batches import fill_with_groups, flat, for_rank
 from posttrain.recipes.engines import EngineSource, make_engine, sampling_params, sync_engine
 from posttrain.recipes.metrics import StepMetrics
-from posttrain.recipes.optim import learning_rate, make_optimizer, update
+from posttrain.recipes.optim import accumulating, learning_rate, make_optimizer, update
 from posttrain.recipes.prompts import PromptStream
 from posttrain.recipes.run_folder import StageResult
 from posttrain.recipes.stage import Stage
@@ -81,7 +81,7 @@ def run(keys: DistillKeys, stage: Stage) -> StageResult:
         norm = _normalizer(lessons)
         metrics = StepMetrics()
         policy.model.train()
-        for micro in for_rank(micros, ranks):
+        for micro in accumulating(policy, for_rank(micros, ranks)):
             terms = loss(policy, teachers, micro.rows, spec, norm)
             micro.backward(terms.loss)
             metrics.add({} if micro.idle else terms.metrics)
