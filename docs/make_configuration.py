@@ -98,6 +98,7 @@ MEANINGS = {
     "gate.primary": "An entry of `primary`.",
     "gate.on_fail": "What `on_fail` takes instead of `stop`.",
     "register": "Where a model that passed is registered; needs a gate.",
+    "notify": "A hook that is told what becomes of the run ([notices](reliability.md)): either `url_env` or `command`.",
 }
 """What the groups besides the stages are."""
 

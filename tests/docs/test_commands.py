@@ -88,7 +88,7 @@ def test_commands_that_are_shown_exist(page):
 
 def test_the_check_finds_what_is_wrong():
     assert len(SHOWN) > 30
-    assert problem("posttrain runs pipeline.yaml") == "no verb runs"
+    assert problem("posttrain runn pipeline.yaml") == "no verb runn"
     assert problem("posttrain run pipeline.yaml --one-change rerun") == "run has no --one-change"
     assert problem("posttrain gate aa pipeline.yaml --time 2  # twice") == "gate has no --time"
     assert problem("posttrain data CONFIG --write-clean DIR && echo --done") is None
