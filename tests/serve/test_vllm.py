@@ -3,7 +3,11 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -14,8 +18,11 @@ import openai
 import pytest
 import torch
 
-from posttrain.errors import ModelError
+from posttrain.errors import EngineError
+from posttrain.rollout.vllm.options import VLLMOptions
+from posttrain.rollout.vllm.server import server_arguments, server_environment
 from posttrain.serve.setup import ServedNames
+from posttrain.serve.vllm import VLLMDialect
 
 if find_spec("vllm") is None:
     pytest.skip("needs vLLM: make setup-vllm", allow_module_level=True)
@@ -131,19 +138,61 @@ def test_one_that_hangs_is_started_anew(vllm, embedded):
     assert asked(vllm, model="a1")["choices"][0]["text"] == asked(embedded, model="a1")["choices"][0]["text"]
 
 
+@pytest.mark.slow
+def test_a_server_that_was_started_elsewhere_answers_by_url(running, folder, adapters, embedded, tmp_path):
+    options = VLLMOptions(
+        str(folder), (), memory_gib=0.1, lora_rank=8, max_loras=2, beside={"structured_outputs_config": {"backend": "guidance"}}
+    )  # fmt: skip
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # As somebody starts it who knows nothing of us: on a port.
+    arguments = [a for a in server_arguments(options) if not a.startswith(("--logprobs-mode", "--worker", "--weight"))]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--port={port}", *arguments]
+    given = {"engine": "vllm", "url": f"http://127.0.0.1:{port}", "start_timeout_s": 120.0}
+    names = ServedNames([str(folder)], tmp_path, loras=adapters, name="base")
+    with subprocess.Popen(command, env=os.environ | server_environment(), stderr=subprocess.DEVNULL) as process:
+        try:
+            until_it_listens(port)
+            with running(names, **given) as serving:
+                for model in ("base", "a0", "a1"):
+                    ours, theirs = (asked(one, model=model)["choices"][0] for one in (embedded, serving))
+                    assert ours["text"] == theirs["text"]
+                    assert ours["logprobs"]["token_logprobs"] == pytest.approx(
+                        theirs["logprobs"]["token_logprobs"], abs=1e-4
+                    )
+            other = ServedNames([str(shutil.copytree(folder, tmp_path / "other"))], tmp_path)
+            with pytest.raises(EngineError, match=r"serves .* as base, expected .*other"), running(other, **given):
+                pass
+        finally:
+            process.terminate()
+
+
+def until_it_listens(port):
+    begun = time.monotonic()
+    while True:
+        try:
+            assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
+            return
+        except httpx.TransportError:
+            assert time.monotonic() - begun < 180
+            time.sleep(0.2)
+
+
 def test_what_it_cannot_do_is_refused_by_name(vllm):
     body = {"model": "a0", "prompt": PROMPT, "max_tokens": 0, "echo": True, "logprobs": 0}
     answer = httpx.post(f"{vllm.address}/v1/completions", json=body, timeout=60)
     assert answer.status_code == 400 and "echo with logprobs beside adapters" in answer.text
     wide = {"module": (torch.zeros(9, 4), torch.zeros(4, 9))}
-    with pytest.raises(ModelError, match="started for 8: --max-lora-rank 9"):
-        asyncio.run(rows_of(vllm).load_adapter("wide", wide))
+    with pytest.raises(EngineError, match="started for 8: --max-lora-rank 9"):
+        asyncio.run(rows_of(vllm).dialect.load(None, "wide", wide))
 
 
 def test_what_it_refuses_is_the_clients_mistake_and_not_asked_again(vllm, monkeypatch):
     rows = rows_of(vllm)
-    before, of = rows.num_restarts, rows._of
-    monkeypatch.setattr(rows, "_of", lambda ids, adapter, sampling: of(ids, adapter, {**sampling, "top_p": 7}))
+    before, of = rows.num_restarts, VLLMDialect._of
+    changed = lambda self, ids, adapter, sampling: of(self, ids, adapter, {**sampling, "top_p": 7})  # noqa: E731
+    monkeypatch.setattr(VLLMDialect, "_of", changed)
     for stream in (False, True):
         body = {"model": "base", "prompt": PROMPT, "stream": stream}
         answer = httpx.post(f"{vllm.address}/v1/completions", json=body, timeout=60)

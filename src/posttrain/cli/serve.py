@@ -12,7 +12,7 @@ from posttrain.errors import ConfigError, MissingExtraError
 if TYPE_CHECKING:
     from posttrain.serve.run import Serving
 
-EngineName = Literal["embedded", "vllm"]
+EngineName = Literal["embedded", "vllm", "sglang"]
 """As `ServeOptions` has it; the extra is not imported to say how the command is used."""
 
 
@@ -42,25 +42,34 @@ def serve(
     stall_s: Annotated[float, typer.Option(min=0.1, help="Hang up on a client that takes nothing for so long.")] = 30.0,
     drain_s: Annotated[float, typer.Option(min=0.0, help="On SIGTERM, wait so long for answers under way.")] = 30.0,
     follow_s: Annotated[float, typer.Option(min=0.05, help="How often the registry is looked at.")] = 1.0,
-    engine: Annotated[EngineName, typer.Option(help="What samples: this process, or processes of vLLM.")] = "embedded",
+    engine: Annotated[
+        EngineName, typer.Option(help="What samples: this process, processes of vLLM, or a server at --url.")
+    ] = "embedded",
     max_lora_rank: Annotated[int, typer.Option(min=1, max=512, help="Largest rank that vLLM has room for.")] = 64,
     start_timeout_s: Annotated[float, typer.Option(min=1.0, help="Wait so long for vLLM to start.")] = 600.0,
     engine_timeout_s: Annotated[
         float, typer.Option(min=1.0, help="Start vLLM anew if it says nothing so long.")
     ] = 60.0,
+    url: Annotated[str, typer.Option(help="Server of vLLM or SGLang on this machine that is running already.")] = "",
+    engine_token_file: Annotated[
+        Path | None, typer.Option(help="File with the token of that server; else POSTTRAIN_ENGINE_TOKEN.")
+    ] = None,
+    prefix_cache_gib: Annotated[
+        float, typer.Option(min=0.0, help="Memory for how prompts begin, kept between requests, of each model.")
+    ] = 0.5,
     max_connections: Annotated[int, typer.Option(min=1, help="Connections open at once; more are told 429.")] = 1024,
 ) -> None:
     """Serve models to the openai client, curl and whatever speaks that API. A name follows its registry: promote while it runs."""
     _require()
     from posttrain.pipeline.show import quiet_libraries
-    from posttrain.serve.options import ServeOptions, read_token
+    from posttrain.serve.options import ENGINE_TOKEN_VARIABLE, ServeOptions, read_token
     from posttrain.serve.run import run_server
     from posttrain.serve.setup import ServedNames, make_router
 
     options = ServeOptions(
         host, port, read_token(token_file), max_num_seqs, max_queue, max_model_len, kv_memory_gib, int(max_body_mib * (1 << 20)),
         max_loras, stall_s, drain_s, follow_s, engine, max_lora_rank, start_timeout_s, engine_timeout_s,
-        max_connections,
+        max_connections, url, read_token(engine_token_file, ENGINE_TOKEN_VARIABLE, "--engine-token-file"), prefix_cache_gib,
     )  # fmt: skip
     names = ServedNames(models, registry, base, dict(_named(entry) for entry in lora), name)
     quiet_libraries()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -12,6 +12,7 @@ from posttrain.models.decode import decode_step
 from posttrain.models.device import uploaded
 from posttrain.models.policy import Policy
 from posttrain.rollout.kv import Padding, RowCache
+from posttrain.rollout.prefixes import PrefixCache
 from posttrain.rollout.prompts import PromptKV
 from posttrain.types import TokenSeq
 
@@ -38,6 +39,13 @@ class CachedRows:
             logits_to_keep=last, use_cache=False, layout=batch.layout, kv_store=self._cache,
         )  # fmt: skip
         return list(zip(kept, output.logits[0], strict=True))
+
+    def prefill_from(
+        self, prefixes: PrefixCache, adapter: str | None, prompt: tuple[int, ...], assign: Callable[[int], None]
+    ) -> tuple[PromptKV, torch.Tensor]:
+        """The same of one prompt, of which `prefixes` may know the beginning."""
+        keys, values, logits_V = prefixes.encode(adapter, prompt, assign)
+        return self._cache.take(keys, values), logits_V
 
     def step(self, ids: Sequence[int]) -> torch.Tensor:
         """One more token in each row → logits of what follows it, [R, V]."""

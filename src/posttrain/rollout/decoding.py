@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ from posttrain.rollout.alone import AloneRows
 from posttrain.rollout.cached import CachedRows
 from posttrain.rollout.exact import ExactRows
 from posttrain.rollout.paged import PagedRows
+from posttrain.rollout.prefixes import PrefixCache
 from posttrain.rollout.sampling import StopTest, sample, sample_scored
 from posttrain.types import Finish, Request, SamplingParams
 
@@ -95,12 +97,13 @@ class Decoding:
 
     `alone`: each row by itself and without a cache, for models whose rows cannot be run together; no `adapters` then.
     `paged`: the cache to use where nobody else is using it; else `pad_prompts` is `CachedRows`'.
+    `prefixes`: what is known of how prompts begin, of rows on `CachedRows`.
     """
 
     def __init__(
         self, policy: Policy, rows: Iterable[DecodingRow] = (), *,
         longest: int | None = None, alone: bool = False, adapters: TokenAdapters | None = None,
-        paged: PagedRows | None = None, pad_prompts: bool = False,
+        paged: PagedRows | None = None, pad_prompts: bool = False, prefixes: PrefixCache | None = None,
     ) -> None:  # fmt: skip
         assert not (alone and adapters), "tokens of several forwards cannot be assigned at once"
         forget_lengths(policy.base)
@@ -114,6 +117,7 @@ class Decoding:
             AloneRows(policy) if alone else ExactRows(policy, temperature) if policy.exact
             else paged.begin() if paged is not None and not paged.is_busy else CachedRows(policy, pad_prompts)
         )  # fmt: skip
+        self._prefixes = prefixes if isinstance(self._running, CachedRows) else None
         self._sample = sample_scored if policy.exact and not alone else sample
         self._prompts: dict[tuple[str | None, tuple[int, ...]], tuple[Any, torch.Tensor]] = {}
 
@@ -173,6 +177,11 @@ class Decoding:
 
     def _prefill(self, prompts: Sequence[tuple[str | None, tuple[int, ...]]]) -> None:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompts]
+        if self._prefixes is not None:
+            for adapter, ids in [prompt for prompt in new if self._prefixes.takes(prompt[1])]:
+                assign = partial(self._assign_all, adapter)
+                self._prompts[adapter, ids] = self._running.prefill_from(self._prefixes, adapter, ids, assign)
+            new = [prompt for prompt in new if prompt not in self._prompts]
         if new:
             self._assign([adapter for adapter, ids in new for _ in ids])
             self._prompts.update(zip(new, self._running.prefill([ids for _, ids in new]), strict=True))
@@ -184,6 +193,9 @@ class Decoding:
     def _assign(self, names: Sequence[str | None]) -> None:
         if self._adapters is not None:
             self._adapters.assign(names)
+
+    def _assign_all(self, adapter: str | None, num_tokens: int) -> None:
+        self._assign([adapter] * num_tokens)
 
     def _extend(self, rows: Sequence[DecodingRow], scores_RV: torch.Tensor) -> None:
         """Sample the next token of each row and retire those that are finished."""

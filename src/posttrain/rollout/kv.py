@@ -124,6 +124,13 @@ class RowCache:
         self._prefilling = [(prompt, *span) for prompt, span in zip(kept, spans, strict=True)]
         return kept
 
+    def take(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> PromptKV:
+        """A prompt that was encoded elsewhere. Shapes: per layer [Hkv, P, D]."""
+        [prompt] = self.expect([(0, keys[0].shape[1])])
+        for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
+            self.keep(layer, key[None], value[None])
+        return prompt
+
     def keep(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         for prompt, start, stop in self._prefilling:
             prompt.pool.keep(layer, prompt, key[0, :, start:stop], value[0, :, start:stop])
@@ -217,7 +224,7 @@ class RowCache:
         query_R = query[0].view(num_kv, -1, num_rows, width).permute(2, 0, 1, 3)
         own_k, own_v = (cache[layer][:num_rows, :, : self._longest] for cache in (self._keys, self._values))
         mask = self._own_mask(num_rows, self._longest, window, query.dtype)
-        out_R, lse_R = _attend(query_R, own_k, own_v, mask, options)
+        out_R, lse_R = attend_masked(query_R, own_k, own_v, mask, options)
         out_P, lse_P = self._attend_prompts(layer, query_R, window, options)
         # As `merge` of models/tree_attention.py, whose log-sum-exp nobody needs here.
         share = torch.sigmoid(lse_R - lse_P).unsqueeze(-1).to(out_R.dtype)
@@ -244,7 +251,7 @@ class RowCache:
             places, columns = slice(run.first, run.first + run.num_prompts), slice(0, run.longest)
             key, value = (kv[layer][places, :, columns] for kv in (run.pool.keys, run.pool.values))
             mask = self._prompt_mask(run, first, group, window, query.dtype)
-            out, lse = _attend(query, key, value, mask, options)
+            out, lse = attend_masked(query, key, value, mask, options)
             by_row = (run.num_prompts, num_kv, run.rows_each, group)
             parts.append(
                 (
@@ -307,7 +314,7 @@ def _in_flash(query: torch.Tensor, window: Window | None, options: AttendOptions
     return query.device.type == "cpu" and options.softcap is None and window is None
 
 
-def _attend(
+def attend_masked(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, options: AttendOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with its log-sum-exp. Shapes: [B, H, Q, D], [B, H, K, D] → [B, H, Q, D], [B, H, Q]."""

@@ -34,7 +34,7 @@ _Dtype = Literal["float32", "bfloat16", "float16"]
 _DTYPES: Mapping[str, _Dtype] = {
     "float32": "float32", "float": "float32", "bfloat16": "bfloat16", "float16": "float16", "half": "float16",
 }  # fmt: skip
-_WANTED = {"enable_deterministic_inference": "--enable-deterministic-inference"}
+DETERMINISTIC = {"enable_deterministic_inference": "--enable-deterministic-inference"}
 """What a server must have been started with: without it SGLang does not read the seed of a request."""
 
 
@@ -61,7 +61,7 @@ class SGLangEngine:
     def __init__(self, client: Client, options: SGLangOptions, decode: Decode) -> None:
         self._client, self._options, self._decode = client, options, decode
         found: Mapping[str, Any] = client.call("GET", "/server_info")
-        missing = [flag for name, flag in _WANTED.items() if not found[name]]
+        missing = [flag for name, flag in DETERMINISTIC.items() if not found[name]]
         if missing:
             raise EngineError(f"SGLang at {client.address} was started without {' '.join(missing)}; start it with that")
         self._release = str(found["version"])

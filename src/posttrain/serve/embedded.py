@@ -47,7 +47,7 @@ class EmbeddedRows:
     async def unload_adapter(self, name: str) -> None:
         slots = self._slots
         assert slots is not None, "it was started with slots"
-        await asyncio.wrap_future(self.loop.call(lambda: slots.unload(name)))
+        await asyncio.wrap_future(self.loop.call(lambda: (slots.unload(name), self.loop.prefixes.forget(name))))
 
     async def close(self) -> None:
         await asyncio.to_thread(self.loop.close)
@@ -57,7 +57,7 @@ async def start_embedded(options: ServeOptions, version: ModelVersion, takes_ada
     policy = await asyncio.to_thread(load_policy, ModelKeys(base_model=str(version.folder)), trainable=False)
     slots = AdapterSlots(policy) if takes_adapters else None
     most = kv_tokens(policy.base.config, policy.base.dtype.itemsize, options.kv_memory_gib)
-    loop = DecodingLoop(policy, options.max_num_seqs, most, slots)
+    loop = DecodingLoop(policy, options.max_num_seqs, most, slots, int(options.prefix_cache_gib * (1 << 30)))
     loop.start(asyncio.get_running_loop())
     return StartedEngine(
         EmbeddedRows(loop, slots), policy.tokenizer, lambda tokenizer: _codec(policy, tokenizer, options, most)

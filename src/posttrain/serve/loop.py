@@ -21,6 +21,7 @@ from posttrain.models.lengths import length_rule
 from posttrain.models.policy import Policy
 from posttrain.models.slots import AdapterSlots
 from posttrain.rollout.decoding import Decoding, DecodingRow, Likeliest
+from posttrain.rollout.prefixes import PrefixCache
 from posttrain.types import Finish
 
 log = logging.getLogger(__name__)
@@ -60,8 +61,11 @@ class _SubmittedRow:
 class DecodingLoop:
     """`max_rows` at once, and never more keys and values than `max_tokens` have; the others wait in order."""
 
-    def __init__(self, policy: Policy, max_rows: int, max_tokens: int, slots: AdapterSlots | None = None) -> None:
+    def __init__(
+        self, policy: Policy, max_rows: int, max_tokens: int, slots: AdapterSlots | None = None, prefix_bytes: int = 0
+    ) -> None:
         self.policy, self.slots = policy, slots
+        self.prefixes = PrefixCache(policy, prefix_bytes)
         self._max_rows, self._max_tokens = max_rows, max_tokens
         self._alone = not policy.ragged or length_rule(policy.base.config) is not None
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -145,7 +149,7 @@ class DecodingLoop:
         while self._waiting and len(self._running) < self._max_rows and self._fits(self._waiting[0]):
             asked = self._waiting.popleft()
             if self._decoding is None:
-                self._decoding = Decoding(self.policy, alone=self._alone, adapters=self.slots)
+                self._decoding = Decoding(self.policy, alone=self._alone, adapters=self.slots, prefixes=self.prefixes)
             self._running[asked.row] = asked
             self._decoding.join(asked.row)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from posttrain.serve.pool import Lease, ModelVersion, Pool
 log = logging.getLogger(__name__)
 
 Names = Mapping[str, ModelVersion]
+_RETRY_S = 30.0
 
 
 class NameSource(Protocol):
@@ -35,9 +36,17 @@ class NameSource(Protocol):
 
 
 class Router:
-    def __init__(self, source: NameSource, pool: Pool, follow_s: float, *, retire: bool, default: str) -> None:
-        """`retire`: a version that no name means any more leaves the memory. `default`: the name of a request without one."""
+    def __init__(
+        self, source: NameSource, pool: Pool, follow_s: float, *, retire: bool, default: str, one_at_a_time: bool = False
+    ) -> None:  # fmt: skip
+        """`retire`: a version that no name means any more leaves the memory. `default`: the name of a request without one.
+
+        `one_at_a_time`: the pool holds one version, so a name turns over before the next is loaded, and who asks waits for it.
+        """
         self._source, self._pool, self._follow_s, self._retire = source, pool, follow_s, retire
+        self._one_at_a_time = one_at_a_time
+        self._failed: tuple[ModelVersion | None, float] = None, 0.0
+        """The version that did not load last, and when it may be tried again (seconds of the loop's clock)."""
         self.default = default
         self._names: dict[str, ModelVersion] = {}
         self._thread = ThreadPoolExecutor(1, "registry")
@@ -90,6 +99,8 @@ class Router:
             try:
                 lease = await self._pool.acquire(version)
             except PosttrainError as error:
+                if self._names.get(model, version) != version:
+                    continue  # it went back to the version before, which answers
                 raise ApiRefusal(503, f"{version.id} cannot be loaded: {error}", code="model_not_loaded") from error
             if self._names.get(model, version) == version:
                 return lease
@@ -109,8 +120,9 @@ class Router:
         self.trouble.pop("registry", None)
         eager = self._source.eager()
         for name, version in found.items():
-            if self._names.get(name) != version:
-                await self._point(name, version, load=name in eager)
+            if self._names.get(name) != version and self._may_try(version):
+                alike = [other for other, meant in found.items() if meant == version] if self._one_at_a_time else [name]
+                await self._point(alike, version, load=not eager.isdisjoint(alike))
         for name in [name for name in self._names if name not in found]:
             del self._names[name]
         if self._retire:
@@ -119,19 +131,33 @@ class Router:
                 if version not in meant:
                     self._pool.retire(version)
 
-    async def _point(self, name: str, version: ModelVersion, *, load: bool) -> None:
+    async def _point(self, names: Sequence[str], version: ModelVersion, *, load: bool) -> None:
+        before = {name: self._names.get(name) for name in names}
         if load:
             try:
-                (await self._pool.acquire(version)).release()
+                await self._load(names, version)
             except PosttrainError as error:
-                self._note(name, error)
+                self._names |= {name: held for name, held in before.items() if held is not None}
+                self._failed = version, asyncio.get_running_loop().time() + _RETRY_S
+                self._note(names[0], error)
                 return
-        before = self._names.get(name)
-        self._names[name] = version
-        self.trouble.pop(name, None)
-        if before is not None:
-            self.num_swaps += 1
-            log.warning("%s: %s instead of %s", name, version.id, before.id)
+        for name, held in before.items():
+            self._names[name] = version
+            self.trouble.pop(name, None)
+            if held is not None:
+                self.num_swaps += 1
+                log.warning("%s: %s instead of %s", name, version.id, held.id)
+
+    async def _load(self, names: Sequence[str], version: ModelVersion) -> None:
+        if self._one_at_a_time:
+            await asyncio.to_thread(version.check)  # while the version before answers
+            self._names |= {name: version for name in names if name in self._names}
+        (await self._pool.acquire(version)).release()
+
+    def _may_try(self, version: ModelVersion) -> bool:
+        """One at a time it stops the others: not every second what failed."""
+        failed, again_s = self._failed
+        return not self._one_at_a_time or failed != version or asyncio.get_running_loop().time() >= again_s
 
     def _note(self, name: str, error: PosttrainError) -> None:
         # At the start it is the command's own error.

@@ -14,6 +14,7 @@ from posttrain.serve.embedded import start_embedded
 from posttrain.serve.options import ServeOptions
 from posttrain.serve.pool import ModelVersion, Pool
 from posttrain.serve.router import NameSource, Router
+from posttrain.serve.sglang import start_sglang
 from posttrain.serve.sources import Folders, RegistryAdapters, RegistryModels, Together, adapter_folder
 from posttrain.serve.vllm import start_vllm
 
@@ -48,9 +49,25 @@ def _whole(names: ServedNames, options: ServeOptions) -> Router:
     sources: list[NameSource] = [Folders(found)] if found else []
     sources += [RegistryModels(names.registry, refs)] if refs else []
     default = found[0].name if names.models[0] in folders else names.models[0]
+    if options.url:
+        _check_given(names, options)
+    # A server by URL has one model in memory: the next is loaded when the last has answered.
+    pool = Pool(WholeModels(_engine(options)), 1 if options.url else None)
     return Router(
-        Together(sources), Pool(WholeModels(_engine(options))), options.follow_s, retire=True, default=default
+        Together(sources), pool, options.follow_s, retire=True, default=default, one_at_a_time=bool(options.url)
     )
+
+
+def _check_given(names: ServedNames, options: ServeOptions) -> None:
+    """Raises: ConfigError for more than the server at a URL can have."""
+    if len(names.models) != 1:
+        raise ConfigError(f"--url is a server with one model; got {', '.join(names.models)}: serve each from its own")
+    [model] = names.models
+    if options.engine == "vllm" and not (_is_folder(model) or model.rpartition("@")[2].isdigit()):
+        raise ConfigError(
+            f"{model}: a server of vLLM by --url keeps the model that it was started with and cannot follow an alias; name a "
+            "version (NAME@3), serve adapters (--base), use --engine sglang, or leave --url out"
+        )
 
 
 def _adapters(names: ServedNames, options: ServeOptions) -> Router:
@@ -80,6 +97,7 @@ def _adapters(names: ServedNames, options: ServeOptions) -> Router:
 ENGINES: Mapping[str, Callable[[ServeOptions, ModelVersion, bool], Awaitable[StartedEngine]]] = {
     "embedded": start_embedded,
     "vllm": start_vllm,
+    "sglang": start_sglang,
 }
 """`--engine` → what starts it on a version, and whether that is to take adapters."""
 

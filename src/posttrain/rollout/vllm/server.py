@@ -110,7 +110,9 @@ class OwnServer:
         self._log.close()
 
 
-def await_ready(server: Server, timeout_s: float, option: str = "rollout.start_timeout_s") -> None:
+def await_ready(
+    server: Server, timeout_s: float, option: str = "rollout.start_timeout_s", engine: str = "vLLM"
+) -> None:
     """`option` is what sets `timeout_s`. Raises: EngineGoneError where it ends before it answers, or does not answer in time."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -119,10 +121,10 @@ def await_ready(server: Server, timeout_s: float, option: str = "rollout.start_t
         except (EngineGoneError, RefusedError) as error:
             ended = server.ended()
             if ended:
-                raise EngineGoneError(f"vLLM's server did not start: {ended}") from None
+                raise EngineGoneError(f"{engine}'s server did not start: {ended}") from None
             if time.monotonic() >= deadline:
                 raise EngineGoneError(
-                    f"vLLM's server was not ready after {timeout_s:g} s ({error}); raise {option} if it needs longer"
+                    f"{engine}'s server was not ready after {timeout_s:g} s ({error}); raise {option} if it needs longer"
                 ) from error
         time.sleep(_LOOK_S)
 
