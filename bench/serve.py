@@ -119,7 +119,8 @@ def kill(endpoint: Endpoint, pid: int, max_tokens: int) -> None:
             before = dict(ended)
         os.kill(pid, signal.SIGKILL)
         begun = time.monotonic()
-        outcome(endpoint, 0, 1)
+        while outcome(endpoint, 0, 1) != "answered":
+            time.sleep(0.1)
         print(f"answered again after {time.monotonic() - begun:.1f} s")
         time.sleep(3)
         over.set()

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from posttrain.config.stages import ModelKeys
-from posttrain.errors import ConfigError, EngineError
+from posttrain.errors import ConfigError, PosttrainError
 from posttrain.models.adapters import load_adapter
 from posttrain.models.load import load_policy
 from posttrain.rollout.embedded import EmbeddedEngine
@@ -285,7 +285,7 @@ def test_a_server_that_was_started_otherwise_opens_no_port(
     sglang.info |= info
     adapters = {"a0": make_adapter(tmp_path / "a0", folder, 0)} if loras else {}
     names = ServedNames([str(folder)], tmp_path, loras=adapters, name="base")
-    with pytest.raises(EngineError, match=said), running(names, **given(sglang)):
+    with pytest.raises(PosttrainError, match=said), running(names, **given(sglang)):
         pass
 
 

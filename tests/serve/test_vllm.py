@@ -18,7 +18,7 @@ import openai
 import pytest
 import torch
 
-from posttrain.errors import EngineError
+from posttrain.errors import EngineError, PosttrainError
 from posttrain.rollout.vllm.options import VLLMOptions
 from posttrain.rollout.vllm.server import server_arguments, server_environment
 from posttrain.serve.setup import ServedNames
@@ -162,7 +162,7 @@ def test_a_server_that_was_started_elsewhere_answers_by_url(running, folder, ada
                         theirs["logprobs"]["token_logprobs"], abs=1e-4
                     )
             other = ServedNames([str(shutil.copytree(folder, tmp_path / "other"))], tmp_path)
-            with pytest.raises(EngineError, match=r"serves .* as base, expected .*other"), running(other, **given):
+            with pytest.raises(PosttrainError, match=r"serves .* as base, expected .*other"), running(other, **given):
                 pass
         finally:
             process.terminate()

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -116,6 +116,7 @@ class RemoteRows:
     _rows: dict[DecodingRow, asyncio.Task[None]] = field(default_factory=dict[DecodingRow, asyncio.Task[None]])
     _tells: dict[DecodingRow, Callable[[News], None]] = field(default_factory=dict[DecodingRow, Callable[[News], None]])
     _in_flight: set[DecodingRow] = field(default_factory=set[DecodingRow])
+    """Whose request went out; one that is still being connected to a server is not lost with it."""
     _suspected: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def start(self) -> None:
@@ -166,10 +167,16 @@ class RemoteRows:
 
     async def _asked_of_a_live_one(self, row: DecodingRow, body: Mapping[str, Any]) -> bool:
         """False where nobody was there to be asked: nothing of it was lost."""
-        connection = await self.live()
-        self._in_flight.add(row)
+        connection, live = await self.live(), self._live
+
+        async def on_its_way(step: str, info: Mapping[str, Any]) -> None:
+            if step.endswith("send_request_headers.started"):
+                if live is not self._live:
+                    raise httpx.ConnectError("another server came meanwhile")
+                self._in_flight.add(row)
+
         try:
-            async with contextlib.aclosing(_stream(connection, self.dialect.path, body)) as events:
+            async with contextlib.aclosing(_stream(connection, self.dialect.path, body, on_its_way)) as events:
                 async for event in events:
                     news = self.dialect.taken(row, event)
                     if news.is_last:
@@ -283,9 +290,11 @@ class RemoteRows:
                 return why
 
 
-async def _stream(connection: Connection, path: str, body: Mapping[str, Any]) -> AsyncGenerator[Any]:
-    """The events of an answer. Raises: EngineError where one is an error."""
-    async with connection.http.stream("POST", path, json=body) as answer:
+async def _stream(
+    connection: Connection, path: str, body: Mapping[str, Any], trace: Callable[[str, Mapping[str, Any]], Awaitable[None]]
+) -> AsyncGenerator[Any]:  # fmt: skip
+    """The events of an answer; `trace` is told of each step of the connection. Raises: EngineError where an event is an error."""
+    async with connection.http.stream("POST", path, json=body, extensions={"trace": trace}) as answer:
         if answer.is_error:
             await answer.aread()
             raise _error(answer)
