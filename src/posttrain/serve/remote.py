@@ -71,9 +71,12 @@ class Connection:
 class Dialect(Protocol):
     """How one kind of server is asked, and what its answers mean. Each call raises EngineError or httpx.HTTPError where it fails."""
 
-    name: str
-    path: str
-    """Of what samples a row."""
+    @property
+    def name(self) -> str: ...
+    @property
+    def path(self) -> str:
+        """Of what samples a row."""
+        ...
 
     def body(self, row: DecodingRow) -> Mapping[str, Any]:
         """Raises: RejectedError for what this server does not do."""

@@ -82,7 +82,7 @@ class SGLangDialect:
         # Streams hold all tokens so far, or with --incremental-streaming-output the new ones: the last of either are new.
         new = int(meta["completion_tokens"]) - before
         scored = meta["output_token_logprobs"][-new:] if new else []
-        tops = meta["output_top_logprobs"][-new:] if new and row.num_top else [()] * new
+        tops: list[Any] = meta["output_top_logprobs"][-new:] if new and row.num_top else [()] * new
         if len(scored) != new:
             raise EngineError(f"it counts {new} new tokens, and names {len(scored)}")
         for (logp, token, *_), top in zip(scored, tops, strict=True):
@@ -114,7 +114,7 @@ class SGLangDialect:
         meta = (await connection.post(self.path, body))["meta_info"]
         self._check_weights(meta)
         rows = meta["input_token_logprobs"][1:]
-        tops = meta["input_top_logprobs"][1:] if num_top else [()] * len(rows)
+        tops: list[Any] = meta["input_top_logprobs"][1:] if num_top else [()] * len(rows)
         if [int(token) for _, token, *_ in rows] != list(ids[1:]):
             raise EngineError(f"it scored {len(rows)} tokens, asked were {len(ids) - 1}, or others were scored")
         found: list[Likeliest] = []
