@@ -83,6 +83,13 @@ def test_temperature_zero_is_greedy_with_log_probs_at_one():
     torch.testing.assert_close(logp, logits.log_softmax(-1).amax(-1))
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-40, 1e-10])
+def test_a_temperature_next_to_zero_is_the_most_likely_token_for_certain(temperature):
+    logits = torch.tensor([[1.0, 1e6, -1e6, 3.0]]).expand(3, -1)
+    ids, logp = sample(logits, torch.tensor([0.0, 0.5, 1 - 2**-24]), SamplingParams(1, temperature))
+    assert ids.tolist() == [1, 1, 1] and logp.tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize("level", [0.0, math.nextafter(1.0, 0.0)])
 def test_the_ends_of_the_unit_interval_stay_inside_the_kept_tokens(level):
     logits = torch.tensor([[-math.inf, 1.0, 0.0, -math.inf], [0.0, -50.0, 1.0, -80.0]])

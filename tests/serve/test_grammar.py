@@ -88,6 +88,9 @@ def test_streams_and_neighbours_change_nothing(client):
         ({"$ref": "#/none"}, "does not exist"),
         ({"$ref": "https://example.org/schema"}, "does not fetch"),
         ({"description": "x" * 70_000}, "65,536 characters"),
+        ({"anyOf": [{"type": "array", "items": {"maxItems": 10_001}}]}, "repeats something 10001 times"),
+        ({"type": "array", "minItems": 1e9}, "repeats something 1e+09 times"),
+        ({"type": "object", "properties": {"a": {"pattern": "^(ab){3,999999}$"}}}, "repeats something 999999 times"),
     ],
 )
 def test_a_schema_that_cannot_be_held_to_is_refused_by_name(client, schema, said):

@@ -57,7 +57,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "List, show, verify, promote, roll back and remove registered models; their log.",
     ),
     "merge": ("posttrain.cli.merge", "merge", "Merge models by mergekit's YAML, or an adapter into its base."),
-    "export": ("posttrain.cli.export", "export", "Write a model as GGUF, int8 or safetensors, proven to be the same."),
+    "export": (
+        "posttrain.cli.export",
+        "export",
+        "Write a model as GGUF, int8, fp8 or safetensors, proven to be the same.",
+    ),
     "chat": ("posttrain.cli.chat", "chat", "Talk to a model."),
     "serve": ("posttrain.cli.serve", "serve", "Serve models to the openai client and curl; follow a registry's alias."),
     "report": ("posttrain.cli.report", "report", "Write the HTML report of a run."),
@@ -86,7 +90,7 @@ OTHER_WORDS: dict[str, str] = {
     "generate": _ASK, "infer": _ASK, "inference": _ASK, "predict": _ASK, "sample": _ASK, "ask": _ASK,
     "check": _CHECK, "validate": _CHECK, "lint": _CHECK, "preview": _CHECK, "preprocess": f"data is read where it is used; {_CHECK}",
     "list": _VERSIONS, "ls": _VERSIONS, "promote": _VERSIONS, "rollback": _VERSIONS, "verify": _VERSIONS, "register": _VERSIONS,
-    "compare": "two runs: diff; two models: gate", "convert": "a model to another form: export; another tool's YAML: import", "quantize": "export --to gguf or int8",
+    "compare": "two runs: diff; two models: gate", "convert": "a model to another form: export; another tool's YAML: import", "quantize": "export --to gguf, int8 or fp8",
     "keys": "explain, without a key, lists them all", "config": "explain, without a key, lists the keys", "init": "copy examples/own-model and change its YAML",
     "help": "posttrain --help, or posttrain VERB --help", "version": "posttrain --version",
 }  # fmt: skip

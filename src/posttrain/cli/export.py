@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 def export(
     model: Annotated[str, typer.Argument(metavar="NAME[@VERSION|@ALIAS] | FOLDER", help="What to export.")],
-    to: Annotated[Literal["safetensors", "gguf", "int8"], typer.Option(help="The form.")],
+    to: Annotated[Literal["safetensors", "gguf", "int8", "fp8"], typer.Option(help="The form.")],
     out: Annotated[Path, typer.Option(help="New folder for the export.")],
     type_: Annotated[
-        Literal["q8_0", "f16", "int8", "float32", "bfloat16", "float16"] | None,
+        Literal["q8_0", "f16", "int8", "fp8", "float32", "bfloat16", "float16"] | None,
         typer.Option("--type", help="gguf: q8_0 (default) or f16; safetensors: bfloat16 (default), float16, float32."),
     ] = None,
     suite: Annotated[

@@ -10,6 +10,9 @@ import torch
 
 from posttrain.types import SamplingParams
 
+_LEAST_TEMPERATURE = 1e-30
+"""Logits divided by less are no numbers any more; the most likely token is certain long before."""
+
 StopTest = Callable[[Sequence[int]], bool]
 """Whether the ids sampled so far end a completion."""
 
@@ -39,7 +42,7 @@ def sample(
         ids_R = logp_RV.argmax(-1)
         return ids_R, logp_RV.gather(-1, ids_R.unsqueeze(-1)).squeeze(-1)
     if params.temperature != 1.0:
-        logits_RV = logits_RV / params.temperature
+        logits_RV = logits_RV / max(params.temperature, _LEAST_TEMPERATURE)
     whole_RV = torch.softmax(logits_RV, -1)
     ids_R1 = _draw(whole_RV, uniform_R, params)
     return ids_R1.squeeze(-1), whole_RV.gather(-1, ids_R1).squeeze(-1).log()

@@ -17,6 +17,8 @@ from posttrain.serve.faults import bad_request
 from posttrain.serve.tools import CallSyntax
 
 _MOST_SCHEMA_CHARS = 1 << 16
+_MOST_REPEATED = 10_000
+_REPEATED = re.compile(r"(?<=[{,])\d{1,18}(?=[,}])")
 # On one line, with a space behind separators or without: a model must not be able to go on with spaces for ever.
 _JSON: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 
@@ -60,6 +62,7 @@ class Grammars:
         """Raises: ApiRefusal for a schema that is no schema, or that says what cannot be enforced."""
         if len(json.dumps(schema)) > _MOST_SCHEMA_CHARS:
             raise bad_request(f"the schema has more than {_MOST_SCHEMA_CHARS:,} characters", "response_format")
+        _check_counts(schema)
         named: Any = {True: {}, False: {"not": {}}}[schema] if isinstance(schema, bool) else schema
         return self._checked(f"start: {_json_rule(named)}", "response_format")
 
@@ -72,6 +75,7 @@ class Grammars:
         for number, (name, schema) in enumerate(tools.items()):
             opening = self._literal(syntax.open.replace("NAME", name))
             rules += [f"call_{number}: {opening} args_{number} {self._literal(syntax.close)}"]
+            _check_counts(schema)
             rules += [f"args_{number}: {_json_rule(schema)}"]
         return self._checked("\n".join(rules), "tools")
 
@@ -94,6 +98,26 @@ class Grammars:
         if is_error:
             raise bad_request(f"the schema cannot be enforced: {'; '.join(found)}", param, "invalid_json_schema")
         return grammar
+
+
+def _check_counts(schema: Any) -> None:
+    """Each is written out, in the thread that decodes for everybody. Raises: ApiRefusal for what takes seconds and gigabytes."""
+    waiting = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            counts = [part.get(key) for key in ("minItems", "maxItems")]
+            if isinstance(pattern := part.get("pattern"), str):
+                counts += map(int, _REPEATED.findall(pattern))
+            for count in counts:
+                if isinstance(count, (int, float)) and count > _MOST_REPEATED:
+                    raise bad_request(
+                        f"the schema repeats something {count:g} times, which cannot be held to; expected at most {_MOST_REPEATED:,}",
+                        "response_format", "invalid_json_schema",
+                    )  # fmt: skip
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
 
 
 def _json_rule(schema: Mapping[str, Any]) -> str:

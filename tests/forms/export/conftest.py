@@ -2,7 +2,7 @@ import json
 import shutil
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, normalizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
@@ -58,3 +58,18 @@ def bos_model(model_dir, tmp_path_factory):
         said = json.loads((folder / name).read_text()) | {"bos_token_id": 2, "eos_token_id": 1}
         (folder / name).write_text(json.dumps(said))
     return folder
+
+
+@pytest.fixture(scope="session")
+def byte_level(tokenizer):
+    """`byte_level(pattern, **model)`: the session's tokenizer with text cut by another pattern, and keys of its BPE changed."""
+
+    def make(pattern, **model):
+        said = json.loads(tokenizer.backend_tokenizer.to_str())
+        core = Tokenizer.from_str(json.dumps({**said, "model": {**said["model"], **model}}))
+        own = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), own])
+        core.decoder = decoders.ByteLevel()
+        return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+    return make

@@ -57,7 +57,9 @@ def test_a_gguf_is_the_same_model(family, type_, model_dir, tmp_path):
     assert found.rms_norm_eps == pytest.approx(config.rms_norm_eps)
 
 
-@pytest.mark.parametrize(("form", "type_"), [("int8", "int8"), ("safetensors", "bfloat16"), ("safetensors", "float32")])
+@pytest.mark.parametrize(
+    ("form", "type_"), [("int8", "int8"), ("fp8", "fp8"), ("safetensors", "bfloat16"), ("safetensors", "float32")]
+)
 def test_other_forms_are_the_same_model(form, type_, model_dir, tmp_path):
     report = export_model(FoundModel(model_dir("llama")), tmp_path / "out", form, type_, None)
     assert failed(report) == {} and report.digest.startswith("sha256:")
@@ -68,7 +70,7 @@ def test_other_forms_are_the_same_model(form, type_, model_dir, tmp_path):
             m.eval()(input_ids=ids).logits.float()
             for m in (model, AutoModelForCausalLM.from_pretrained(model_dir("llama")))
         )
-    assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
+    assert (ours - theirs).abs().max() < (0.15 if form == "fp8" else 0.05) * theirs.abs().max()
 
 
 def test_a_gguf_with_bos_begins_every_prompt_with_it_once(bos_model, tmp_path):

@@ -1,7 +1,5 @@
-import json
-
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordLevel
 from transformers import PreTrainedTokenizerFast
 
@@ -12,29 +10,19 @@ from posttrain.forms.export.gguf_vocabulary import BYTE, CONTROL, SPLITS, UNKNOW
 TEXT = "I'LL don't  12345 größer\n\n x=1;  naïve 東京"
 
 
-def byte_level(tokenizer, pattern, **model):
-    """The session's tokenizer with text cut by another pattern."""
-    said = json.loads(tokenizer.backend_tokenizer.to_str())
-    core = Tokenizer.from_str(json.dumps({**said, "model": {**said["model"], **model}}))
-    own = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), own])
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-
-
 @pytest.mark.parametrize(("pre", "model"), [("qwen2", {}), ("llama-bpe", {"ignore_merges": True})])
-def test_a_known_cut_is_named_and_read_again(pre, model, tokenizer):
-    made = byte_level(tokenizer, SPLITS[pre], **model)
+def test_a_known_cut_is_named_and_read_again(pre, model, byte_level):
+    made = byte_level(SPLITS[pre], **model)
     vocabulary = vocabulary_of(made, 300)
     assert vocabulary.pre == pre and vocabulary.kinds[299] == UNUSED and vocabulary.kinds[2] == CONTROL
     assert rebuilt(vocabulary).encode(TEXT).ids == made(TEXT)["input_ids"]
 
 
-def test_an_unknown_cut_is_refused(tokenizer):
+def test_an_unknown_cut_is_refused(byte_level):
     with pytest.raises(ModelError, match="the way this tokenizer cuts text"):
-        vocabulary_of(byte_level(tokenizer, r"\p{N}{1,2}"), 300)
+        vocabulary_of(byte_level(r"\p{N}{1,2}"), 300)
     with pytest.raises(ModelError, match="cuts text"):
-        vocabulary_of(byte_level(tokenizer, SPLITS["qwen2"], ignore_merges=True), 300)
+        vocabulary_of(byte_level(SPLITS["qwen2"], ignore_merges=True), 300)
 
 
 def test_a_tokenizer_with_more_tokens_than_rows_is_refused(tokenizer):

@@ -18,10 +18,10 @@ from posttrain.errors import ModelError
 from posttrain.evidence import GateVerdict, Verdict
 from posttrain.files import digest_tree, read_json, write_folder, write_json
 from posttrain.forms.export import form_gate
+from posttrain.forms.export.compressed import compressed_bound, read_compressed, write_compressed
 from posttrain.forms.export.families import family_of, numbers_of
 from posttrain.forms.export.form_gate import FormCheck
 from posttrain.forms.export.gguf_file import bound_of, header_of, read_header, read_tensors, write_gguf
-from posttrain.forms.export.int8 import int8_bound, read_int8, write_int8
 from posttrain.forms.export.scores import FormScores
 from posttrain.forms.export.target import FolderText, GgufText, TextForm, composed, conversations
 from posttrain.forms.found import FoundModel
@@ -214,16 +214,16 @@ def _read_gguf(folder: Path, made: Original, type_: str) -> FormView:
     return FormView(GgufText(header), tensors, lambda _, tensor: bound_of(tensor, type_), (expected, said), composes)
 
 
-def _write_int8(folder: Path, made: Original, _: str) -> None:
+def _write_compressed(folder: Path, made: Original, type_: str) -> None:
     _copy_beside(made.folder, folder)
-    write_int8(folder, made.folder, read_json(made.folder / "config.json"))
+    write_compressed(folder, made.folder, read_json(made.folder / "config.json"), type_)
 
 
-def _read_int8(folder: Path, made: Original, _: str) -> FormView:
+def _read_compressed(folder: Path, made: Original, type_: str) -> FormView:
     stored = StoredModel(made.folder)
     dtypes = {name: stored.tensor(name).dtype for name in stored.names}
-    tensors = read_int8(folder, made.config.tie_word_embeddings)
-    return FormView(_text_of(folder), tensors, lambda name, tensor: int8_bound(name, tensor, dtypes[name]))
+    tensors = read_compressed(folder, made.config.tie_word_embeddings)
+    return FormView(_text_of(folder), tensors, lambda name, tensor: compressed_bound(type_, name, tensor, dtypes[name]))
 
 
 def _write_safetensors(folder: Path, made: Original, type_: str) -> None:
@@ -252,7 +252,8 @@ def _text_of(folder: Path) -> FolderText:
 
 EXPORT_FORMS: Mapping[str, ExportForm] = {
     "gguf": ExportForm({"q8_0": 0.9, "f16": 0.99}, _write_gguf, _read_gguf),
-    "int8": ExportForm({"int8": 0.9}, _write_int8, _read_int8),
+    "int8": ExportForm({"int8": 0.9}, _write_compressed, _read_compressed),
+    "fp8": ExportForm({"fp8": 0.8}, _write_compressed, _read_compressed),
     "safetensors": ExportForm(
         {"bfloat16": 0.9, "float16": 0.98, "float32": 1.0}, _write_safetensors, _read_safetensors
     ),
