@@ -64,8 +64,8 @@ def test_prompts_of_one_length_are_attended_to_in_one_call_with_the_bits_of_one_
     engine = EmbeddedEngine(shared_policy(family), stop_token_ids=(2,), batch_size=16)
     prompts = [tuple(range(40 + n, 52 + n + 7 * (n % 2))) for n in range(20)]
     requests = [Request(prompt, 3 * n + i) for n, prompt in enumerate(prompts) for i in range(1 + n // 16)]
-    calls, attend = [], kv._attend
-    monkeypatch.setattr(kv, "_attend", lambda *args: (calls.append(1), attend(*args))[1])
+    calls, attend = [], kv.attend_masked
+    monkeypatch.setattr(kv, "attend_masked", lambda *args: (calls.append(1), attend(*args))[1])
     together = in_order(engine.generate(requests, SamplingParams(max_tokens=30)))
     num_together = len(calls)
     calls.clear()
@@ -83,8 +83,8 @@ def test_prompts_of_near_length_are_attended_to_together_where_asked_with_the_tr
     policy, params = shared_policy(family), SamplingParams(max_tokens=24)
     prompts = [tuple(range(40 + n, 43 + n + 11 * n % 48)) for n in range(12)]
     requests = [Request(prompt, 3 * n + i) for n, prompt in enumerate(prompts) for i in range(1 + n % 3)]
-    calls, attend = [], kv._attend
-    monkeypatch.setattr(kv, "_attend", lambda *args: (calls.append(1), attend(*args))[1])
+    calls, attend = [], kv.attend_masked
+    monkeypatch.setattr(kv, "attend_masked", lambda *args: (calls.append(1), attend(*args))[1])
     apart = in_order(EmbeddedEngine(policy, stop_token_ids=(2,), batch_size=16).generate(requests, params))
     num_apart = len(calls)
     calls.clear()

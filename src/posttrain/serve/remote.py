@@ -326,7 +326,7 @@ def likeliest(scores: Mapping[int, float], token: int, num_top: int) -> Likelies
     return Likeliest(scores[token], tuple(ranked[:num_top]))
 
 
-def given_server(options: ServeOptions) -> Connection:
+def connect_given(options: ServeOptions) -> Connection:
     """To somebody else's server, which goes on without us."""
     address = Address(*loopback(options.url))
     return Connection.to(GivenServer(Client(address, options.engine_token, options.engine_timeout_s)), OwnFolder())

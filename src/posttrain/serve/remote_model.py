@@ -40,7 +40,7 @@ class RemoteModel:
         return StartedEngine(rows, self.tokenizer, codec_of)
 
 
-def write_adapter(within: Path, name: str, factors: Factors) -> Path:
+def write_factors(within: Path, name: str, factors: Factors) -> Path:
     """As PEFT writes an adapter; the scale of each module is in its B, so that the one scale for all is 1."""
     folder = within / f"adapter-{name.rpartition(':')[2]}"
     folder.mkdir(exist_ok=True)

@@ -20,8 +20,8 @@ from posttrain.serve.backends import StartedEngine
 from posttrain.serve.loop import News
 from posttrain.serve.options import ServeOptions
 from posttrain.serve.pool import ModelVersion
-from posttrain.serve.remote import Connection, RejectedError, RemoteRows, given_server, likeliest
-from posttrain.serve.remote_model import RemoteModel, write_adapter
+from posttrain.serve.remote import Connection, RejectedError, RemoteRows, connect_given, likeliest
+from posttrain.serve.remote_model import RemoteModel, write_factors
 from posttrain.serve.shapers import AnswerShaper
 
 _NEVER_PUSHED = "default"
@@ -153,7 +153,7 @@ class SGLangDialect:
         return "" if held == self.version.digest else f"it has the weights {held}, not {self.version.digest} any more"
 
     async def load(self, connection: Connection, name: str, factors: Factors) -> None:
-        folder = await asyncio.to_thread(write_adapter, connection.folder.path, name, factors)
+        folder = await asyncio.to_thread(write_factors, connection.folder.path, name, factors)
         with contextlib.suppress(EngineError):  # of a router before us; it mostly has none of that name
             await self.unload(connection, name)
         answer = await connection.post("/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
@@ -167,7 +167,7 @@ class SGLangDialect:
 async def start_sglang(options: ServeOptions, version: ModelVersion, takes_adapters: bool) -> StartedEngine:
     model = await asyncio.to_thread(RemoteModel.of, version.folder)
     dialect = SGLangDialect(version, takes_adapters, options.start_timeout_s)
-    rows = RemoteRows(dialect, lambda: given_server(options), options.start_timeout_s, options.engine_timeout_s)
+    rows = RemoteRows(dialect, lambda: connect_given(options), options.start_timeout_s, options.engine_timeout_s)
     await rows.start()
     info = await (await rows.live()).get("/server_info", options.engine_timeout_s)
     return model.started(rows, int(info["max_req_input_len"]), options.max_model_len)

@@ -25,8 +25,8 @@ from posttrain.serve.backends import StartedEngine
 from posttrain.serve.loop import News
 from posttrain.serve.options import ServeOptions
 from posttrain.serve.pool import ModelVersion
-from posttrain.serve.remote import Connection, RejectedError, RemoteRows, given_server, likeliest
-from posttrain.serve.remote_model import RemoteModel, write_adapter
+from posttrain.serve.remote import Connection, RejectedError, RemoteRows, connect_given, likeliest
+from posttrain.serve.remote_model import RemoteModel, write_factors
 from posttrain.serve.shapers import AnswerShaper
 
 _SEED_MASK = (1 << 63) - 1
@@ -107,7 +107,7 @@ class VLLMDialect:
         rank = max((a.shape[0] for a, _ in factors.values()), default=0)
         if self.lora_rank is not None and rank > self.lora_rank:
             raise RejectedError(f"rank {rank}, and vLLM was started for {self.lora_rank}: --max-lora-rank {rank}")
-        folder = await asyncio.to_thread(write_adapter, connection.folder.path, name, factors)
+        folder = await asyncio.to_thread(write_factors, connection.folder.path, name, factors)
         await connection.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
 
     async def unload(self, connection: Connection, name: str) -> None:
@@ -186,7 +186,7 @@ async def _own(options: ServeOptions, model: RemoteModel, takes_adapters: bool) 
 
 
 async def _given(options: ServeOptions, model: RemoteModel, takes_adapters: bool) -> tuple[RemoteRows, Any]:
-    asking = given_server(options)
+    asking = connect_given(options)
     try:
         card = await model_card(asking)
     except httpx.HTTPError as error:
@@ -194,6 +194,6 @@ async def _given(options: ServeOptions, model: RemoteModel, takes_adapters: bool
     finally:
         await asking.close()
     dialect = GivenVLLM(served=card["id"], folder=model.folder)
-    rows = RemoteRows(dialect, lambda: given_server(options), options.start_timeout_s, options.engine_timeout_s)
+    rows = RemoteRows(dialect, lambda: connect_given(options), options.start_timeout_s, options.engine_timeout_s)
     await rows.start()
     return rows, card
