@@ -24,6 +24,7 @@ import gpu_report
 import gpu_work as work
 from posttrain.errors import PosttrainError
 from posttrain.models.batch import Batch
+from posttrain.models.compiled import as_written, compile_layers
 from posttrain.models.policy import Policy
 from posttrain.objectives.fused import fused_head
 from posttrain.objectives.logprobs import chunked_logprobs, head_tile_rows
@@ -58,7 +59,8 @@ Row = Callable[[Setting], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Training:
-    """Optimizer steps of a group a micro-batch; `untreed`: in turns with the same sequences without shared prompts.
+    """Optimizer steps of a group a micro-batch; `untreed`: in turns with the same sequences without shared prompts. `compiled`:
+    with compiled layers, in turns with the layers as they are.
 
     `reference`: the groups are pairs, and their log-probs with the adapter off are computed in the step, as DPO does.
     """
@@ -69,20 +71,30 @@ class Training:
     entropy: bool = False
     reference: bool = False
     untreed: bool = False
+    compiled: bool = False
 
     def __call__(self, setting: Setting) -> dict[str, Any]:
         shape, device = setting.shape(self.model), setting.device
         policy = work.random_policy(shape, device, adapter=self.adapter)
         groups = self.groups(setting, shape.vocab)
         micros = [work.packed([group], policy) for group in groups]
-        ours = self._step(policy, micros)
+        ours = plain = self._step(policy, micros)
+        if self.compiled:
+            compile_layers(policy, "eager" if setting.rehearsal else "inductor")
         ours()
         found: dict[str, Any] = {"peak_gib": work.peak_gib(device)}
+        beside: dict[str, Callable[[], None]] = {}
         if self.untreed:
-            alone = self._step(policy, [work.untreed([group], policy) for group in groups])
-            pairs = work.in_turns([ours, alone], device)
-            took = statistics.median(pair[0] for pair in pairs)
-            found |= work.ratio_of(pairs) | {"beside": "the same without shared prompts"}
+            beside["the same without shared prompts"] = self._step(
+                policy, [work.untreed([group], policy) for group in groups]
+            )
+        if self.compiled:
+            beside["layers as they are"] = lambda: _as_written(policy, plain)
+        if beside:
+            [(name, theirs)] = beside.items()
+            turns = work.in_turns([ours, theirs], device)
+            took = statistics.median(turn[0] for turn in turns)
+            found |= work.ratio_of(turns) | {"beside": name}
         else:
             took = work.seconds_of(ours, device)
         tokens = sum(len(one.ids) - 1 for group in groups for one in group)
@@ -93,6 +105,11 @@ class Training:
         optimizer = work.make_optimizer(policy)
         options = {"entropy": self.entropy, "reference": self.reference}
         return lambda: work.train_step(policy, optimizer, micros, **options)
+
+
+def _as_written(policy: Policy, step: Callable[[], None]) -> None:
+    with as_written(policy):
+        step()
 
 
 def utilisation(rate: float, setting: Setting) -> dict[str, Any]:
@@ -259,6 +276,7 @@ ROWS: Mapping[str, Row] = {
     "lora 4 B, documents of 8k": Training("4b", sft, adapter=True),
     "head of 4 B, 8k tokens, with entropy": head,
     "grpo whole step 0.6 B, 4 × 8, prompts 512, completions 512": whole_step("0.6b"),
+    "sft 0.6 B, compiled layers": Training("0.6b", sft, compiled=True),
     "vllm beside rollouts 0.6 B, the same": rollouts_beside_vllm,
     "trl sft 0.6 B, documents up to 8k": beside_trl("gpu-sft", "sft"),
     "trl grpo whole step 0.6 B": beside_trl("gpu-grpo", "grpo"),

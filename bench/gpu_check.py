@@ -9,6 +9,7 @@ Each row is written to bench/out/gpu/check.jsonl as it ends. `--doc` writes the 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import gpu_report
 import gpu_work as work
 from posttrain.models.attention import ragged_attention
 from posttrain.models.batch import Layout, Tree
+from posttrain.models.compiled import compile_layers
 from posttrain.models.tree_attention import Window, token_places
 from posttrain.objectives import fused
 from posttrain.objectives.logprobs import chunked_logprobs, head_tile_rows
@@ -31,6 +33,7 @@ TREES = (
     Tree(1501, 1700, (1750, 1900, 2048), (0, 1, 1)),
 )
 SMALL_TREES = (Tree(0, 30), Tree(30, 50, (60, 60, 75)), Tree(75, 76), Tree(76, 80, (85, 90, 97), (0, 1, 1)))
+_BUDGET_S = 240
 _LOSS_LIMIT, _GRADIENT_LIMIT = 1e-3, 1e-2
 
 
@@ -162,7 +165,7 @@ class LeftOut(Exception):
     """Why a row does not apply here."""
 
 
-def model_row(what: str, *, adapter: bool = False) -> Callable[[Setting], Found]:
+def model_row(what: str, *, adapter: bool = False, compiled: bool = False) -> Callable[[Setting], Found]:
     """Loss, or norm of the gradients' difference, in bf16 on this device against float32 on it, over trees and documents."""
 
     def check(setting: Setting) -> Found:
@@ -172,6 +175,8 @@ def model_row(what: str, *, adapter: bool = False) -> Callable[[Setting], Found]
         def run(bf16: bool) -> tuple[float, list[torch.Tensor], Callable[[], Any]]:
             policy = work.random_policy(setting.shape, setting.device, adapter=adapter, bf16=bf16)
             batch = work.packed(groups, policy)
+            if compiled and bf16:
+                compile_layers(policy, "eager" if setting.rehearsal else "inductor")
 
             def step() -> Any:
                 loss = -policy.score(batch).logp_M.mean()
@@ -252,6 +257,7 @@ ROWS: Mapping[str, Callable[[Setting], Found]] = {
     "model in bf16, gradients": model_row("gradients"),
     "LoRA in bf16, loss": model_row("loss", adapter=True),
     "LoRA in bf16, gradients": model_row("gradients", adapter=True),
+    "compiled layers in bf16, gradients": model_row("gradients", compiled=True),
     "shared prompts against none": trees_row,
     "steps lower the loss": step_row,
     "engine's log-probs against the trainer's": decode_row,
@@ -264,9 +270,12 @@ def main() -> None:
     device = gpu_report.device_of(arguments)
     setting = Setting(device, device.type == "cpu")
     lines = gpu_report.Lines(Path(arguments.out) / "check.jsonl", gpu_report.facts(device))
-    failed = 0
+    failed, started = 0, time.monotonic()
     for name, check in ROWS.items():
         if arguments.row and not name.startswith(tuple(arguments.row)):
+            continue
+        if time.monotonic() - started > _BUDGET_S:
+            lines.add({"row": name, "left_out": f"{_BUDGET_S} s are over; --row runs it alone"})
             continue
         try:
             found = check(setting)

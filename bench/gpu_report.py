@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import subprocess
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -13,9 +14,22 @@ from typing import Any
 import torch
 
 import sections
+from posttrain.models import varlen
+from posttrain.objectives.fused import fused_head
 
 OUT = Path(__file__).resolve().parent / "out" / "gpu"
-_PACKAGES = ("torch", "transformers", "peft", "triton", "liger-kernel", "bitsandbytes", "trl", "vllm")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "triton",
+    "liger-kernel",
+    "bitsandbytes",
+    "trl",
+    "vllm",
+    "flash-attn-3",
+    "flash-attn-4",
+)
 
 
 def parse(text: str | None) -> argparse.Namespace:
@@ -38,7 +52,20 @@ def facts(device: torch.device) -> dict[str, str]:
     versions = {name: _version(name) for name in _PACKAGES}
     packages = ", ".join(f"{name} {found}" for name, found in versions.items() if found)
     missing = ", ".join(name for name, found in versions.items() if not found)
-    return {"card": _card(device), "packages": packages, "missing": missing}
+    packages = f"Python {platform.python_version()}, {packages}"
+    return {"card": _card(device), "packages": packages, "missing": missing} | paths(device)
+
+
+def paths(device: torch.device) -> dict[str, str]:
+    """Which of several ways this card and these versions take."""
+    hidden = torch.empty(1, 8, device=device, dtype=torch.bfloat16)
+    varlen.kernel_for(hidden[None])  # activates what is installed
+    pages = varlen.reads_pages(device, torch.bfloat16, 128)
+    return {
+        "attention": f"flash attention {varlen.active_flash() or 'of torch'}",
+        "decoding": "pages and graphs" if pages else "the loop of a CPU: this torch's operator or card reads no pages",
+        "head": "Liger's" if fused_head(hidden, None, None) else "by chunks",
+    }
 
 
 def _card(device: torch.device) -> str:
@@ -67,9 +94,8 @@ class Lines:
         self._path, self._facts, self._rows = path, facts, list[dict[str, Any]]()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(facts) + "\n", encoding="utf-8")
-        print(f"{facts['card']}; {facts['packages']}", flush=True)
-        if facts["missing"]:
-            print(f"not installed, and the rows that need them left out: {facts['missing']}", flush=True)
+        for name, text in facts.items():
+            print(f"{name}: {text}", flush=True)
 
     def add(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
@@ -82,7 +108,8 @@ class Lines:
     ) -> None:
         done = [row for row in self._rows if "left_out" not in row]
         left_out = [f"Left out: {row['row']} ({row['left_out']})." for row in self._rows if "left_out" in row]
-        head = f"{self._facts['card']}; {self._facts['packages']}."
+        ways = "; ".join(f"{name} {self._facts[name]}" for name in ("attention", "decoding", "head"))
+        head = f"{self._facts['card']}; {self._facts['packages']}; {ways}."
         sections.write(section, "\n".join([head, *left_out, "", *table(done)]), path)
 
 

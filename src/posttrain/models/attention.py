@@ -19,6 +19,8 @@ from posttrain.models.capped import capped_attention
 from posttrain.models.tree_attention import TreeAttention, Window, calls_of, tree_mask
 
 NAME = "posttrain_ragged"
+_CAPS_WRITTEN_OUT = frozenset({"cpu"})
+"""Devices on which scores with a soft cap are made with a mask, tree by tree; elsewhere flex attention caps them."""
 _WIDTH_MULTIPLE = 8
 """Kernels of a GPU take heads whose width this divides."""
 
@@ -97,7 +99,7 @@ def ragged_attention(
     layout = layout or Layout((Tree(0, query.shape[2]),))
     if window is not None and longest(layout) <= window.size:
         window = None
-    if dropout or (softcap is not None and query.device.type == "cpu"):
+    if dropout or (softcap is not None and query.device.type in _CAPS_WRITTEN_OUT):
         return _dense_attention(query, key, value, layout, scale, window, softcap, dropout).transpose(1, 2), None
     if softcap is not None:
         return capped_attention(query, key, value, layout, scale, window, softcap).transpose(1, 2), None
