@@ -85,6 +85,27 @@ def test_the_verdict_is_written_and_recomputed(run, spec, tmp_path):
     assert (again.exit_code, again.output) == (0, first.output)
 
 
+def test_a_split_of_new_items_renews_a_suite_whose_looks_are_spent_and_that_is_said(run, tmp_path):
+    (tmp_path / "gate.yaml").write_text("primary: [{suite: heldout, min_delta: 0.05}]\nlooks: 1\n")
+
+    def judged(candidate, suite_digest, kept):
+        """`kept`: so many of the items are those of before."""
+        for side, model, good in (("a", candidate, 700), ("b", "model-b", 500)):
+            items = tuple(
+                ItemRecord(f"q{n}", f"p{n}" if n < kept else f"{suite_digest} {n}", (float(n < good),))
+                for n in range(1000)
+            )
+            EvalReport("heldout", "gate", suite_digest, model, "exact", items).save(tmp_path / side / "heldout")
+        return run("a", "b", "--spec=gate.yaml", "--registry=registry")
+
+    assert judged("model-a", "sha256:old", 1000).exit_code == 0
+    with pytest.raises(GateError, match=r"look 2 .*: make a gate split of new items"):
+        judged("model-c", "sha256:one item of before", 1)
+    found = judged("model-c", "sha256:new", 0)
+    assert found.exit_code == 0
+    assert "suite heldout asks new items since" in found.output
+
+
 def test_looks_are_counted_in_the_registry(run, tmp_path):
     (tmp_path / "gate.yaml").write_text("primary: [{suite: heldout, min_delta: 0.05}]\nlooks: 2\n")
     save(tmp_path / "b", "model-b", 500)

@@ -52,6 +52,9 @@ def test_a_suite_of_new_items_renews_the_one_of_its_name_and_has_a_budget_of_its
     assert events == [None, None, None, {"s2": "s1"}, None], "what shares an item renews nothing"
     found = [(one.name, one.digest, one.num_looks, one.renews) for one in registry.all_looks()]
     assert found == [("heldout", "s1", 3, None), ("heldout", "s2", 2, "s1"), ("heldout", "s3", 2, None)]
+    assert registry.renewals([suite("s1"), suite("s2"), suite("s3")]) == [
+        "suite heldout asks new items since s1, so its looks count from 1 again"
+    ]
     assert registry.rows.check_log().num_entries == 5
 
 

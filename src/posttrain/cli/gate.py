@@ -132,8 +132,9 @@ def _look(registry: Path | None, suites: Sequence[str], reports: Sequence[Mappin
         return 1  # nothing can be judged, which the verdict says; that is not a look
     book = Registry(registry)
     try:
-        return book.record_look(
-            [JudgedSuite.of(report) for report in judged], judged[0].model_digest, reports[1][suites[0]].model_digest
-        )
+        asked = [JudgedSuite.of(report) for report in judged]
+        look = book.record_look(asked, judged[0].model_digest, reports[1][suites[0]].model_digest)
+        typer.echo("".join(f"{line}\n" for line in book.renewals(asked)), err=True, nl=False)
+        return look
     finally:
         book.close()

@@ -222,7 +222,8 @@ def decide_once(asked: Question, keys: PipelineKeys, state: RunState, folder: Pa
     ours, theirs = ({suite: place / f"{suite}-{spec.split}" for suite in spec.suites} for place in asked.places)
     save_verdict(folder / name, verdict, spec, ours, theirs, look=look)
     record = GateEntry(asked.after, name, verdict.verdict.value, *asked.digests, attempt=asked.attempt)
-    return state.with_gate(record), verdict.verdict, "\n".join([verdict_table(verdict), *_looks_in_words(spec, look)])
+    said = [verdict_table(verdict), *_looks_in_words(spec, look), *_renewals(asked, keys)]
+    return state.with_gate(record), verdict.verdict, "\n".join(said)
 
 
 def _names(after: int | str) -> Iterator[str]:
@@ -284,6 +285,16 @@ def _looks_in_words(spec: GateSpec, look: int) -> list[str]:
     if spec.looks or spec.spend:
         return [f"look {look} at these items, alpha {spec.alpha_at(look):.3g} is its share"]
     return [f"look {look} at these items, at full alpha like each before: set gate.looks to spend alpha over them"]
+
+
+def _renewals(asked: Question, keys: PipelineKeys) -> list[str]:
+    if keys.register_ is None:
+        return []
+    registry = Registry(Path(keys.register_.registry))
+    try:
+        return registry.renewals(map(JudgedSuite.of, asked.candidate.values()))
+    finally:
+        registry.close()
 
 
 def last_verdict(state: RunState, folder: Path) -> GateVerdict | None:

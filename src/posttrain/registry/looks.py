@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from posttrain.evidence import EvalReport
+from posttrain.files import digest_start
 from posttrain.registry.rows import Rows
 from posttrain.registry.schema import writing
 
@@ -69,6 +70,17 @@ def count_looks(db: sqlite3.Connection, suite: JudgedSuite) -> int:
     distinct = int(db.execute(query, (json.dumps(together),)).fetchone()[0])
     own = db.execute("SELECT max(look) FROM looks WHERE suite_digest = ?", (suite.digest,)).fetchone()[0]
     return max(distinct, int(own or 0))
+
+
+def renewals(db: sqlite3.Connection, suites: Iterable[JudgedSuite]) -> list[str]:
+    """A line for each of these suites that renews the one of its name before."""
+    query = "SELECT name, renews FROM look_items WHERE suite_digest = ? AND renews IS NOT NULL LIMIT 1"
+    found = [db.execute(query, (suite.digest,)).fetchone() for suite in suites]
+    return [
+        f"suite {row['name']} asks new items since {digest_start(row['renews'])}, so its looks count from 1 again"
+        for row in found
+        if row is not None
+    ]
 
 
 def all_looks(db: sqlite3.Connection) -> list[LookCount]:

@@ -274,5 +274,9 @@ class Registry(RegistryReader):
         """Note that a verdict is made on these items; returns the number of the look, from 1."""
         return looks.record_look(self._db, suites, candidate, baseline)
 
+    def renewals(self, suites: Iterable[JudgedSuite]) -> list[str]:
+        """A line for each of these suites that renews the one of its name before."""
+        return looks.renewals(self._db, suites)
+
     def count_looks(self, suite: JudgedSuite) -> int:
         return looks.count_looks(self._db, suite)
