@@ -148,7 +148,7 @@ def render() -> str:
 def _card(device: Device) -> str:
     return (
         f"| `{device.name}` | {device.memory_bytes / 1e9:g} GB | {device.bandwidth / 1e12:g} TB/s | {device.flops / 1e12:g} TFLOP/s "
-        f"| {device.link / 1e9:g} GB/s | {device.reached:g} | {device.source} |"
+        f"| {device.link / 1e9:g} GB/s | {device.host_link / 1e9:g} GB/s | {device.reached:g} | {device.source} |"
     )
 
 

@@ -21,6 +21,7 @@ ELSEWHERE = {
     "device": "the same numbers on another device",
     "gradient_checkpointing": "memory for time, with the same numbers; tests/models/test_policy.py",
     "torch_compile": "time, and roundings of the compiler; tests/models/test_compiled.py",
+    "layer_offloading": "where frozen weights lie, with the same numbers; tests/models/test_offload.py",
     "ddp_timeout": "a deadline between processes; tests/distributed/test_meeting.py",
     "sharding": "between processes; tests/distributed/test_sharding_keys.py",
     "output_dir": "where the folder is; tests/cli/test_app.py",

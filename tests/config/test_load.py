@@ -94,6 +94,11 @@ def test_qlora_implies_4_bits_and_says_why(write):
         ("evals: {}", "train.yaml:3: evals is a pipeline key; it stands at the top of a YAML for `posttrain run`"),
         ("weight: 2", "train.yaml:3: weight: unknown key; it belongs inside an entry of datasets"),
         ("adapter: qlora\nload_in_4bit: false", "load_in_4bit: false contradicts adapter: qlora"),
+        ("layer_offloading: true", "layer_offloading: true with adapter: none: weights that are trained stay"),
+        (
+            "adapter: lora\ngradient_checkpointing: false\nlayer_offloading: true",
+            "layer_offloading: true with gradient_checkpointing: false",
+        ),
         ("load_in_4bit: true", "train.yaml:3: load_in_4bit: true with adapter: none would train nothing; set adapter: qlora"),
     ],
 )  # fmt: skip

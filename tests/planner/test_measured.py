@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.rl import GRPOKeys
-from posttrain.config.stages import WITHOUT_REFERENCE
+from posttrain.config.stages import WITHOUT_REFERENCE, SFTKeys
 from posttrain.distributed.ranks import SingleProcess
 from posttrain.models import decode
 from posttrain.models.batch import pack
@@ -144,3 +144,59 @@ def test_the_planner_knows_which_losses_need_no_reference():
 def test_the_parts_of_a_small_plan_are_what_is_allocated(variant, make_local_model, tmp_path):
     small = {**MODELS["llama"], "num_hidden_layers": 2, "vocab_size": 2048}
     check(planned_and_measured(make_local_model("llama", **small, **COMMON), tmp_path, **VARIANTS[variant]))
+
+
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+def test_offloaded_layers_are_held_and_copied_as_planned(adapter, make_local_model):
+    """On the GPU's plan: two layers beside what stays, and what a micro-batch and a pass without gradients copy."""
+    if adapter == "qlora":
+        pytest.importorskip("bitsandbytes")
+    folder = make_local_model("qwen3", **MODELS["qwen3"], **COMMON)
+    sizes = ModelShape.from_config(json.loads((folder / "config.json").read_text()))
+    keys = SFTKeys(
+        base_model=str(folder), datasets=[{"path": "unused.jsonl"}], adapter=adapter, lora_r=4,
+        gradient_checkpointing=True, layer_offloading=True,
+    )  # fmt: skip
+    plan = estimate_memory(sizes, Workload.from_keys(keys.model_dump(), device_has_bf16=False, on_cpu=False))
+    policy = load_policy(keys)
+    offloaded = policy.offloaded
+    batch = pack([[TokenSeq(tuple(range(3, 35)), (False,) + (True,) * 31)]])
+
+    def copied(work):
+        work()  # what the pass before left there
+        before = offloaded.copied_bytes
+        work()
+        return offloaded.copied_bytes - before
+
+    def train():
+        policy.score(batch).logp_M.sum().backward()
+
+    policy.model.train()
+    assert copied(train) == pytest.approx(plan.copied_to_train_bytes, rel=0.02)
+    assert copied(lambda: policy.reference_logp(batch)) == pytest.approx(plan.copied_bytes, rel=0.02)
+    held = sum(p.nbytes for p in policy.model.parameters() if not p.requires_grad) - offloaded.host_bytes
+    two = 2 * offloaded.host_bytes // sizes.num_layers
+    assert plan.part("weights") == pytest.approx(held + two, rel=0.05)
+    assert offloaded.host_bytes * 0.99 <= plan.host["layers"] <= 2 * offloaded.host_bytes
+
+
+def test_offloaded_layers_take_no_more_room_than_two_of_them(make_local_model):
+    """What torch allocates for a step, beside the same step with all layers there."""
+    folder = make_local_model("qwen3", **MODELS["qwen3"], **COMMON)
+    batch = pack([[TokenSeq(tuple(range(3, 35)), (False,) + (True,) * 31)]])
+    peaks = {}
+    keys = SFTKeys(
+        base_model=str(folder),
+        datasets=[{"path": "unused.jsonl"}],
+        adapter="lora",
+        lora_r=4,
+        gradient_checkpointing=True,
+    )
+    for on in (False, True):
+        policy = load_policy(keys.model_copy(update={"layer_offloading": on}))
+        policy.model.train()
+        policy.score(batch).logp_M.sum().backward()
+        # The two that are there already are let go within the step, and fetched again.
+        peaks[on] = allocated(lambda policy=policy: policy.score(batch).logp_M.sum().backward())[0]
+    two = 2 * policy.offloaded.host_bytes // 6
+    assert two * 0.9 < peaks[True] - peaks[False] < two * 1.1

@@ -346,3 +346,43 @@ def test_keys_of_sharding_move_what_a_process_holds():
     kept, once, half = plan(reshard_after_forward=False), plan(sync_each_batch=False), plan(param_dtype="bfloat16")
     assert kept.part("gathered") > QWEN3_8B.num_params * 4 > usual.part("gathered") > half.part("gathered")
     assert once.part("gradients") - usual.part("gradients") == QWEN3_8B.num_params * 4
+
+
+def test_inputs_of_layers_and_frozen_layers_leave_a_gpu_for_the_machines_memory():
+    """36 layers of 8 · 2048 tokens and 4096 float32 channels; of the layers two are on the card."""
+    lora = Workload(adapter="lora", gradient_checkpointing=True)
+    plain, inputs, layers = (
+        estimate_memory(QWEN3_8B, replace(lora, **changes))
+        for changes in ({}, {"gradient_checkpointing": "offload"}, {"layer_offloading": True})
+    )
+    one = 8 * 2048 * QWEN3_8B.hidden * 4
+    assert plain.part("activations") - inputs.part("activations") == (QWEN3_8B.num_layers - 1) * one
+    assert inputs.host == {"activations": QWEN3_8B.num_layers * one}
+    gone = plain.part("weights") - layers.part("weights")
+    assert gone == pytest.approx(layers.copied_bytes * (QWEN3_8B.num_layers - 2) / QWEN3_8B.num_layers, rel=1e-3)
+    assert layers.copied_to_train_bytes == 2 * gone
+    assert gone < layers.host["layers"] < 2 * gone
+    assert not plain.host and not plain.copied_bytes
+
+
+def test_a_cpu_has_no_other_memory_to_put_them_in():
+    lora = Workload(adapter="lora", gradient_checkpointing=True, on_cpu=True)
+    plain, inputs, layers = (
+        estimate_memory(QWEN3_8B, replace(lora, **changes))
+        for changes in ({}, {"gradient_checkpointing": "offload"}, {"layer_offloading": True})
+    )
+    assert inputs.parts == plain.parts and not inputs.host
+    assert layers.part("weights") > plain.part("weights") and not layers.host
+
+
+def test_offloading_is_proposed_where_4_bits_alone_do_not_do():
+    plan = estimate_memory(QWEN3_8B, Workload(adapter="qlora", load_in_4bit=True, sequence_len=512))
+    assert "it would fit with gradient_checkpointing: offload (" in shortfall(plan, 9 * GIB, "m")
+    assert "layer_offloading: true" in shortfall(plan, 5 * GIB, "m")
+    assert "offload" not in shortfall(replace(plan, workload=replace(plan.workload, on_cpu=True)), 5 * GIB, "m")
+
+
+def test_full_fine_tuning_is_not_told_to_offload_what_it_trains():
+    for available in range(4, 100, 4):
+        line = shortfall(estimate_memory(QWEN3_8B, Workload()), available * GIB, "m")
+        assert "layer_offloading" not in line or ("adapter: " in line and "gradient_checkpointing: " in line), line

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from posttrain.config.rl import GRPOKeys
 from posttrain.distributed.ranks import SingleProcess
 from posttrain.errors import TrainingError
+from posttrain.models import decode
 from posttrain.models.batch import pack
 from posttrain.models.trie import LEAST_SHARED
 from posttrain.objectives.spec import PolicySpec
@@ -313,3 +314,29 @@ def test_validation_of_every_kind(train, runner, data_dir, kto):
     assert 0 <= last("dpo", "dev-pairs.jsonl")["eval_rewards/accuracies"] <= 1
     assert last("dpo", "dev-kto.jsonl", **kto)["eval_loss"] > 0
     assert 0 <= last("grpo", "dev-prompts.jsonl")["eval_reward"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("sft", {"adapter": "qlora", "bf16": True}),
+        pytest.param("dpo", {"adapter": "lora", "gradient_checkpointing": "offload"}, marks=pytest.mark.slow),
+        ("grpo", {"adapter": "lora", "beta": 0.1, "steps_per_generation": 2}),
+    ],
+)
+def test_offloaded_layers_change_no_number_and_a_resumed_run_has_them_too(
+    kind, options, runner, model_dir, data_dir, tmp_path, monkeypatch
+):
+    """Loss, reference, rollouts, the optimizer's steps, checkpoint, merge and export."""
+    if options["adapter"] == "qlora":
+        pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(decode, "_MOST_COPIED", 0)  # weights of a larger model are not copied to add the adapter
+    model = model_dir("qwen3", num_hidden_layers=4)
+    options = {"gradient_checkpointing": True, "lora_r": 8, "max_steps": 2, "save_steps": 1, **options}
+    whole, offloaded = (runner.keys_of(kind, model, data_dir, **options, layer_offloading=on) for on in (False, True))
+    runner.run_stage(kind, tmp_path / "whole", whole)
+    runner.run_stage(kind, tmp_path / "offloaded", offloaded, stop_after=1)
+    runner.run_stage(kind, tmp_path / "offloaded", offloaded)
+    assert runner.rows(tmp_path / "offloaded") == runner.rows(tmp_path / "whole")
+    for file in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
+        assert (tmp_path / "offloaded" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

@@ -1,3 +1,4 @@
+import json
 import re
 
 import pytest
@@ -15,7 +16,10 @@ class AsksForTooMuch:
 
     def log(self, step, metrics):
         if step == 2:
-            torch.empty(1 << 50, dtype=torch.uint8)
+            self.ask()
+
+    def ask(self):
+        torch.empty(1 << 50, dtype=torch.uint8)
 
     def event(self, kind, step, details):
         pass
@@ -24,16 +28,27 @@ class AsksForTooMuch:
         pass
 
 
-def test_out_of_memory_names_the_term_that_was_wrong_and_the_smallest_change(runner, model_dir, data_dir, tmp_path):
+class AsksACard(AsksForTooMuch):
+    """The same, in the type and the words of a GPU's allocator."""
+
+    def ask(self):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 1048576.00 GiB. GPU 0 has a total capacity of 22.00 GiB of which 1.50 GiB is "
+            "free. Including non-PyTorch memory, this process has 20.49 GiB memory in use."
+        )
+
+
+@pytest.mark.parametrize("sink", [AsksForTooMuch, AsksACard])
+def test_out_of_memory_names_the_term_that_was_wrong_and_the_smallest_change(
+    sink, runner, model_dir, data_dir, tmp_path
+):
     """A pebibyte is beyond what was counted for activations, and beyond any change."""
     keys = runner.keys_of("sft", model_dir("qwen3"), data_dir)
     with (
         join_ranks() as ranks,
         pytest.raises(OutOfMemoryError) as caught,
     ):
-        run_recipe(
-            LOOPS["sft"], keys, lambda: Stage("sft", tmp_path, keys, ranks, watchers=lambda *_: [AsksForTooMuch()])
-        )
+        run_recipe(LOOPS["sft"], keys, lambda: Stage("sft", tmp_path, keys, ranks, watchers=lambda *_: [sink()]))
     text = str(caught.value)
     assert text.startswith("sft: out of memory: this machine has ")
     assert re.search(r"the plan counted [\d.]+ [GM]iB for activations, logits and caches, and 104857\d\.\d GiB", text)
@@ -49,3 +64,23 @@ def test_another_error_stays_what_it_is(runner, model_dir, data_dir, tmp_path):
     keys = runner.keys_of("sft", model_dir("qwen3"), data_dir)
     with join_ranks() as ranks, pytest.raises(RuntimeError, match="of another kind"):
         run_recipe(LOOPS["sft"], keys, lambda: Stage("sft", tmp_path, keys, ranks, watchers=lambda *_: [Fails()]))
+
+
+@pytest.mark.parametrize(
+    ("layers", "says"), [(2, "other programs hold the rest"), (200_000, "does not fit: LoRA needs")]
+)
+def test_a_model_that_was_never_loaded_is_named_with_what_would_fit(
+    layers, says, make_local_model, runner, data_dir, tmp_path
+):
+    folder = make_local_model("qwen3")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers, "layer_types": None}))
+    keys = runner.keys_of("sft", folder, data_dir, adapter="lora", lora_r=1)
+
+    def load(keys, stage):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    with join_ranks() as ranks, pytest.raises(OutOfMemoryError, match=says) as caught:
+        run_recipe(load, keys, lambda: Stage("sft", tmp_path, keys, ranks))
+    assert str(caught.value).startswith("sft: out of memory before the first step: ")
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)

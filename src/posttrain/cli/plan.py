@@ -107,7 +107,7 @@ def _record(made: Any, target: Target, usd_per_gpu_hour: float | None) -> dict[s
     hours = None if made.total_s is None else made.total_s * target.cluster.num_devices / 3600
     return {
         "stage": made.kind, "trained_params": memory.trained_params, "floor_bytes": memory.floor_bytes,
-        "total_bytes": memory.total_bytes, "parts": dict(memory.parts), "free_bytes": target.free_bytes,
+        "total_bytes": memory.total_bytes, "parts": dict(memory.parts), "host": dict(memory.host), "copied_bytes": memory.copied_bytes, "free_bytes": target.free_bytes,
         "fits": fits(memory, target.free_bytes), "shards": memory.shards, "phases_s": dict(made.phases), "step_s": made.step_s,
         "total_s": made.total_s, "disk_bytes": made.disk_bytes,
         "device_hours": hours, "usd": None if hours is None or usd_per_gpu_hour is None else hours * usd_per_gpu_hour,

@@ -31,6 +31,7 @@ def memory_lines(made: Any, base_model: str, free_bytes: int, where: str) -> lis
     ]
     if memory.shards > 1:
         lines += memory.workload.sharding.lines(memory.shards)
+    lines += _offload_lines(memory, made.copy_bytes_s)
     engine = memory.workload.rollout.engine
     if "replica" in memory.parts:
         lines.append(
@@ -39,6 +40,23 @@ def memory_lines(made: Any, base_model: str, free_bytes: int, where: str) -> lis
     elif memory.workload.samples and memory.shards > 1 and engine == "vllm":
         lines.append(
             f"  engine  rollout.engine: vllm is for one training process: a run of {memory.shards} is refused; set rollout.engine: vllm_server"
+        )
+    return lines
+
+
+def _offload_lines(memory: Any, copy_bytes_s: float) -> list[str]:
+    """What lies in the machine's memory, and how long copies of it take."""
+    if memory.workload.layer_offloading and memory.shards > 1:
+        return [f"  offload layer_offloading is for one process: a run of {memory.shards} is refused; set it to false"]
+    held = " and ".join(f"{size_text(size)} for {name}" for name, size in memory.host.items())
+    lines = [f"  offload {held} in the machine's memory, pinned"] if held else []
+    if memory.copied_bytes:
+        trained, passed = (
+            f"{size_text(size)} ({seconds_text(size / copy_bytes_s)})"
+            for size in (memory.copied_to_train_bytes, memory.copied_bytes)
+        )
+        lines.append(
+            f"          copied at {copy_bytes_s / 1e9:.1f} GB/s: {trained} a micro-batch, {passed} a pass without gradients, as each decoded token is"
         )
     return lines
 

@@ -38,6 +38,7 @@ def _probe_processor(torch: Any, seconds: float) -> Device:
         bandwidth,
         flops,
         bandwidth,
+        host_link=bandwidth,
         source="probed",
         bytes_per_value=4,
         rates=rates,
@@ -46,21 +47,27 @@ def _probe_processor(torch: Any, seconds: float) -> Device:
 
 def _probe_gpu(torch: Any, seconds: float) -> Device:
     """Never run by this project's tests, which have no GPU. Two GPUs measure their link, one its way to the host."""
-    size, third = 8192, seconds / 3
+    size, quarter = 8192, seconds / 4
     left = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
     sync = torch.cuda.synchronize
-    flops = 2.0 * size**3 * _rate(lambda: (left @ left, sync()), third)
+    flops = 2.0 * size**3 * _rate(lambda: (left @ left, sync()), quarter)
     source = torch.ones(256 << 20, device="cuda", dtype=torch.uint8)
     target = torch.empty_like(source)
-    bandwidth = 2.0 * source.nbytes * _rate(lambda: (target.copy_(source), sync()), third)
+    bandwidth = 2.0 * source.nbytes * _rate(lambda: (target.copy_(source), sync()), quarter)
     other = torch.empty(256 << 20, device="cuda:1" if torch.cuda.device_count() > 1 else "cpu", dtype=torch.uint8)
-    link = source.nbytes * _rate(lambda: (other.copy_(source), sync()), third)
+    link = source.nbytes * _rate(lambda: (other.copy_(source), sync()), quarter)
+    pinned = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=True)
+    host_link = source.nbytes * _rate(lambda: (target.copy_(pinned, non_blocking=True), sync()), quarter)
     known = next(
         (d for name, d in DEVICES.items() if name in torch.cuda.get_device_name().lower().replace(" ", "")), None
     )
     # Shares in the table are of data-sheet rates; these rates are what is reached of them.
     rates = replace(
-        PUBLISHED, matmul=1.0, attention=min(1.0, PUBLISHED.attention / PUBLISHED.matmul), decode_bandwidth=0.8
+        PUBLISHED,
+        matmul=1.0,
+        attention=min(1.0, PUBLISHED.attention / PUBLISHED.matmul),
+        decode_bandwidth=0.8,
+        host_copy=1.0,
     )
     memory = float(torch.cuda.get_device_properties(0).total_memory)
     return Device(
@@ -69,6 +76,7 @@ def _probe_gpu(torch: Any, seconds: float) -> Device:
         bandwidth,
         flops,
         link,
+        host_link,
         known.reached if known else 1.0,
         "probed",
         rates=rates,

@@ -112,7 +112,8 @@ class ModelKeys(Keys):
     merge_onto: Literal["dequantized", "original"] = knob("dequantized", "Base that a QLoRA adapter is merged onto: the 4-bit weights it was trained on, or the original ones.")
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "Dtype of the exported model; `auto` is that of the base's file.")
     bf16: bool | Literal["auto"] = knob("auto", "bfloat16 autocast, with float32 masters where trained; `auto` is on for a GPU that has it, and on a CPU only for an adapter on a bf16 file where the CPU has bf16 units. Without it, adapters and their base are float32.")
-    gradient_checkpointing: bool = knob(False, "Recompute activations in the backward pass: less memory, more time.", also="disable_gradient_checkpointing (LLaMA-Factory)")
+    gradient_checkpointing: bool | Literal["offload"] = knob(False, "Recompute activations in the backward pass: less memory, more time. `offload` also keeps the layers' inputs, from which they are recomputed, in the machine's memory.", also="disable_gradient_checkpointing (LLaMA-Factory)")
+    layer_offloading: bool = knob(False, "Keep the frozen layers under an adapter in the machine's memory and copy each to the GPU a layer ahead of its use, so that two of them are there at a time: for a base larger than the card. Needs gradient_checkpointing; the numbers are the same. Evals load their models so too.")
     torch_compile: bool | Literal["auto"] = knob(False, "Compile the layers for training and scoring: norms, rotation, SwiGLU and casts in few kernels; the first steps take a minute more, and numbers round otherwise. `auto` does it in bf16 on cards that have a row for it (A100, L4, L40S, H100, H200, B200).")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "Where to run; `auto` takes a GPU when there is one.")
 
@@ -255,6 +256,20 @@ class TrainKeys(ModelKeys):
             raise ValueError(
                 f"save_keep_every={self.save_keep_every} is not a multiple of save_steps={self.save_steps}; "
                 "set it to one, so that there is a checkpoint to keep"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offloaded_layers_are_frozen_and_recomputed(self) -> TrainKeys:
+        if self.layer_offloading and self.adapter == "none":
+            raise ValueError(
+                "layer_offloading: true with adapter: none: weights that are trained stay on the device; set adapter: lora or "
+                "qlora, or layer_offloading: false"
+            )
+        if self.layer_offloading and not self.gradient_checkpointing:
+            raise ValueError(
+                "layer_offloading: true with gradient_checkpointing: false: a layer's weights are there in the backward pass only "
+                "where it is recomputed; set gradient_checkpointing: true or offload"
             )
         return self
 

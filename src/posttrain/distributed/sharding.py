@@ -145,7 +145,7 @@ class FullyShard:
             "mp_policy": precision(self._spec.param_dtype, self._spec.reduce_dtype),
             "ignored_params": packed,
         }
-        for layer in _decoder_layers(model):
+        for layer in decoder_layers(model):
             fully_shard(layer, reshard_after_forward=self._spec.reshard_after_forward, **how)
         # What the root has is wanted again as soon as the backward begins.
         fully_shard(model, reshard_after_forward=False, **how)
@@ -317,7 +317,7 @@ def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
     return [by_id[id(parameter)] for parameter in _parameters(optimizer)]
 
 
-def _decoder_layers(model: nn.Module) -> list[nn.Module]:
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks, which FSDP gathers one at a time."""
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     # Experts may be such a list too, inside of a layer.

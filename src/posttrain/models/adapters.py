@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
 from posttrain.models.low_rank import WEIGHTS
+from posttrain.models.offload import OffloadedLayers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -212,7 +213,9 @@ def _named(name: str, entry: str) -> bool:
     return name == entry or name.endswith(f".{entry}")
 
 
-def dequantized_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
+def dequantized_weights(
+    model: PreTrainedModel | PeftModel, offloaded: OffloadedLayers | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The 4-bit linears of the base as float32 matrices, one at a time, with their module's name in the base model."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
@@ -221,6 +224,8 @@ def dequantized_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[st
     for name, module in base.named_modules():
         if isinstance(module, Linear4bit):
             packed: Any = module.weight
+            if offloaded is not None:
+                offloaded.fetch_those_of([packed])
             # The product unpacks into its input's dtype, not into that of the file.
             state = copy.copy(packed.quant_state)
             state.dtype = torch.float32

@@ -93,6 +93,8 @@ def _misfit(policy: Policy) -> str:
         return "computes exactly (rollout.exact), in tiles of its own"
     if policy.sharded:
         return f"is sharded over {policy.sharding.num_shards} processes, whose hooks lie in the layers"
+    if policy.offloaded is not None:
+        return "has its layers in the machine's memory (layer_offloading), and hooks fetch them"
     if policy.under.load_in_4bit:
         return "lies in 4 bits, whose products are kernels of bitsandbytes"
     if not policy.ragged:

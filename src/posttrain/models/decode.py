@@ -53,6 +53,7 @@ class _LlamaStep:
 
     def __init__(self, policy: Policy) -> None:
         self._model: Any = policy.base.get_decoder()
+        self._offloaded = policy.offloaded
         self._head: Any = policy.base.get_output_embeddings()
         sliding_window = FAMILIES[policy.base.config.model_type]
         attentions = [layer.self_attn for layer in self._model.layers]
@@ -61,7 +62,8 @@ class _LlamaStep:
             for attention in attentions
         ]
         size = sum(parameter.numel() * parameter.element_size() for parameter in policy.base.parameters())
-        project = _projection if size <= _MOST_COPIED else lambda module: module
+        copied = size <= _MOST_COPIED and policy.offloaded is None
+        project = _projection if copied else lambda module: module
         self._qkv = [[project(layer.q_proj), project(layer.k_proj), project(layer.v_proj)] for layer in attentions]
         self._out = [project(layer.o_proj) for layer in attentions]
         self._mlps = [
@@ -73,6 +75,8 @@ class _LlamaStep:
         x_RE = self._model.embed_tokens(ids_R)
         cos_RD, sin_RD = self._rotation(x_RE, positions_R)
         for number, layer in enumerate(self._model.layers):
+            if self._offloaded is not None:
+                self._offloaded.fetch(number)  # these layers are not called as modules
             h_RE = _norm(x_RE, layer.input_layernorm)
             q, k, v = _turned(layer.self_attn, [project(h_RE) for project in self._qkv[number]], cos_RD, sin_RD)
             heads = cache.attend(number, q, k, v, self._options[number])

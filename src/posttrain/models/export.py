@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -218,7 +218,8 @@ def merge_adapter(
             bound = QUANTISATION * relative_difference(original, probe_logits(quantised))
     model = read()
     if onto == "dequantized":
-        _load_dequantized(model, quantised, sharding)
+        weights = dequantized_weights(quantised, None if policy is None else policy.offloaded)
+        _load_dequantized(model, weights, sharding)
     elif onto == "base" and policy is not None and policy.base_moved and policy.placement.autocast_dtype is not None:
         bound = HALF_ROUNDING  # what its init left of the base was rounded to the base's own dtype
     adapted = load_adapter(model, adapter)
@@ -254,11 +255,11 @@ def adapter_tokenizer(base: str, adapter: Path, keys: ModelKeys) -> PreTrainedTo
     return load_tokenizer(keys.model_copy(update={"base_model": source, "chat_template": None}))
 
 
-def _load_dequantized(model: PreTrainedModel, quantised: Any, sharding: Sharding) -> None:
+def _load_dequantized(model: PreTrainedModel, weights: Iterable[tuple[str, torch.Tensor]], sharding: Sharding) -> None:
     """Replace the linears by what the 4-bit model really computes with."""
     modules = dict(model.named_modules())
     with torch.no_grad():
-        for name, weight in dequantized_weights(quantised):
+        for name, weight in weights:
             module: Any = modules[name]
             # GPT-2's linears hold their matrix the other way round, and 4 bits turn it.
             sharding.fill(module.weight, weight.T if isinstance(module, Conv1D) else weight)

@@ -18,12 +18,14 @@ from posttrain.config.chat_template import chat_template
 from posttrain.config.stages import ModelKeys, TrainKeys, is_an_adapter
 from posttrain.distributed.sharding import Whole
 from posttrain.errors import ModelError
+from posttrain.files import size_text
 from posttrain.models import attention, generation
 from posttrain.models.adapters import attach_adapter, continue_adapter
 from posttrain.models.compiled import compile_layers, compile_where_it_fits, is_compiled, wants_compiling
 from posttrain.models.continued import adapter_before, base_keys
 from posttrain.models.device import Placement, has_bf16, place, weight_dtype
 from posttrain.models.exact import refuse_unless_exact
+from posttrain.models.offload import OffloadedLayers, checkpoint_layers
 from posttrain.models.policy import Policy
 from posttrain.models.proof import in_float32
 from posttrain.models.read import may_read_shares, read_model
@@ -108,6 +110,11 @@ def load_policy(
     `exact`: see `Policy`. Raises: ModelError where that is not to be had.
     """
     shards: Sharding = sharding or Whole()
+    if keys.layer_offloading and shards.is_sharded:
+        raise ModelError(
+            f"layer_offloading: true with {shards.num_shards} processes, which share the weights between them: set it to false, or "
+            "train in one process"
+        )
     if exact and shards.is_sharded:
         raise ModelError(f"rollout.exact: true with {shards.num_shards} processes; expected one: set it to false")
     tokenizer = tokenizer or load_tokenizer(keys)
@@ -132,7 +139,8 @@ def load_policy(
     elif isinstance(keys, TrainKeys) and keys.unfrozen_parameters:
         freeze_all_but(model, keys.unfrozen_parameters)
     if trainable and keys.gradient_checkpointing:
-        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(adapted, offload=keys.gradient_checkpointing == "offload")
+    offloaded = _offload(adapted, placement) if keys.layer_offloading else None
     adapted = shards.shard(adapted.eval())
     # Whether the layout fits is no question of rounding, which in bf16 sends a token to another expert.
     with in_float32(adapted):
@@ -146,13 +154,21 @@ def load_policy(
         refuse_unless_exact(adapted, ragged)
     policy = Policy(
         adapted, tokenizer, placement, ragged=ragged, source=keys.base_model, under=under,
-        base_moved=moved, sharding=shards, exact=exact,
+        base_moved=moved, sharding=shards, exact=exact, offloaded=offloaded,
     )  # fmt: skip
     if trainable and wants_compiling(keys, placement):
         compile_where_it_fits(policy) if keys.torch_compile == "auto" else compile_layers(policy)
     if moved or under is not keys:
         policy.start = {name: parameter.detach().clone() for name, parameter in policy.trainable()}
     return policy
+
+
+def _offload(model: torch.nn.Module, placement: Placement) -> OffloadedLayers:
+    offloaded = OffloadedLayers(model, placement.device)
+    where = "the same memory, which saves none" if placement.device.type == "cpu" else "pinned host memory"
+    size = size_text(offloaded.host_bytes)
+    log.info("layer_offloading: %s of frozen layers in %s, two layers at a time on %s", size, where, placement.device)
+    return offloaded
 
 
 def freeze_all_but(model: torch.nn.Module, patterns: Sequence[str]) -> None:
@@ -191,14 +207,19 @@ def freeze_reference(policy: Policy) -> int:
 def load_base(
     keys: ModelKeys, *, trainable: bool, sharding: Sharding | None = None
 ) -> tuple[PreTrainedModel, Placement]:
-    """The model of `keys.base_model` and `revision`, on its device; with `sharding` this rank's shares of it. Raises: ModelError, in one line."""
+    """The model of `keys.base_model` and `revision`, on its device; with `sharding` this rank's shares of it.
+
+    What is to be offloaded is in the machine's memory, all of it. Raises: ModelError, in one line.
+    """
     config = load_config(keys)
     stored = stored_dtype(config)
     placement = place(keys, stored if trainable and keys.adapter != "none" else None)
     dtype = weight_dtype(keys, placement, stored, trainable=trainable)
+    # Layers that are offloaded never lie on the device all at once.
+    device = torch.device("cpu") if keys.layer_offloading else placement.device
     options: dict[str, Any] = {}
     if keys.load_in_4bit:
-        options = {"quantization_config": _bnb_config(keys, placement), "device_map": {"": str(placement.device)}}
+        options = {"quantization_config": _bnb_config(keys, placement), "device_map": {"": str(device)}}
     # Quantised from the file's own dtype wherever it runs, so that the same adapter has the same base.
     model = read_model(keys, stored if keys.load_in_4bit else dtype, sharding, **options)
     model.config.use_cache = False
@@ -206,7 +227,7 @@ def load_base(
         _prepare_4bit(model, dtype)
     if stored != torch.float32 and not (trainable and keys.adapter == "none"):
         log.info("%s: %s file, held in %s (%s)", keys.base_model, *_names(stored, dtype), _reason(placement, dtype))
-    model.to(placement.device)  # pyright: ignore[reportArgumentType]
+    model.to(device)  # pyright: ignore[reportArgumentType]
     if keys.load_in_4bit:
         _check_runs(model, placement)
     return model, placement
@@ -264,7 +285,7 @@ def _check_runs(model: PreTrainedModel, placement: Placement) -> None:
     """Raises: ModelError for an architecture that multiplies with a linear's weight itself, which is packed in 4 bits."""
     try:
         with placement.autocast():
-            model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=placement.device))
+            model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device))
     except RuntimeError as error:
         raise ModelError(
             f"adapter: qlora: {type(model).__name__} does not run on a base in 4 bits ({' '.join(str(error).split())}); "

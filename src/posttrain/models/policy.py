@@ -16,6 +16,7 @@ from posttrain.models.batch import Batch, pack
 from posttrain.models.device import Placement
 from posttrain.models.exact import score_tiles, value_of
 from posttrain.models.lengths import by_encoding, forget_lengths, length_rule
+from posttrain.models.offload import OffloadedLayers
 from posttrain.models.weights import NamedTensors, Only, named_weights
 from posttrain.objectives.distill import Head
 from posttrain.objectives.logprobs import chunked_logprobs, token_entropy, token_logprobs
@@ -62,6 +63,8 @@ class Policy:
     """What is trained, as it was at the start, where the model without its adapter is not that start."""
     frozen: Policy | None = field(default=None, repr=False)
     """A copy of the given model, where it is not this one without its adapter (`load.freeze_reference`)."""
+    offloaded: OffloadedLayers | None = field(default=None, repr=False)
+    """The layers whose frozen weights lie in the machine's memory, where they do."""
 
     @property
     def base(self) -> PreTrainedModel:

@@ -8,6 +8,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from posttrain.models.offload import OffloadedLayers
+
 Only = Literal["adapter", "trained", "all"]
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
 
@@ -22,6 +24,8 @@ class Trained(Protocol):
     @property
     def model(self) -> Any: ...
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]: ...
+    @property
+    def offloaded(self) -> OffloadedLayers | None: ...
 
 
 def named_weights(policy: Trained, only: Only) -> NamedTensors:
@@ -58,8 +62,10 @@ def _whole(policy: Trained) -> NamedTensors:
         if id(tensor) in seen or name.startswith(inside):
             continue
         seen.add(id(tensor))
-        yield name, _full(tensor)
+        yield name, _full(tensor if policy.offloaded is None else policy.offloaded.copy_of(tensor))
     for name, module in adapted.items():
+        if policy.offloaded is not None:
+            policy.offloaded.fetch_those_of(module.parameters())
         yield from _merged(name, module)
 
 

@@ -93,5 +93,5 @@ def check_same(model: MeasuredModel) -> None:
 def scoring_keys(keys: PipelineKeys, model: str) -> ModelKeys:
     """How a model of this pipeline is loaded to be scored."""
     first = keys.stages[0].keys
-    how = ("trust_remote_code", "chat_template", "chat_template_kwargs", "bf16", "device")
+    how = ("trust_remote_code", "chat_template", "chat_template_kwargs", "bf16", "device", "layer_offloading")
     return ModelKeys(base_model=model, **{name: getattr(first, name) for name in how})

@@ -191,7 +191,9 @@ def _loading(config: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """How the run loaded its models, from its resolved config."""
     (first,) = config["stages"][0].values()
     how = {
-        name: first[name] for name in ("trust_remote_code", "chat_template_kwargs", "bf16", "device") if name in first
+        name: first[name]
+        for name in ("trust_remote_code", "chat_template_kwargs", "bf16", "device", "layer_offloading")
+        if name in first
     }
     template = root / (first["chat_template"] or "no template")
     return how | ({"chat_template": str(template)} if template.is_file() else {})
@@ -329,7 +331,7 @@ def _equivalent(version: Version, model: Path, keys: PipelineKeys, margin: float
     first = keys.stages[0].keys
     how = {
         name: getattr(first, name)
-        for name in ("trust_remote_code", "bf16", "device", "chat_template", "chat_template_kwargs")
+        for name in ("trust_remote_code", "bf16", "device", "layer_offloading", "chat_template", "chat_template_kwargs")
     }
     for name, stored in _judged_reports(version).items():
         again = _measured(version, name, stored, how, model, "retrained")

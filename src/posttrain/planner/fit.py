@@ -58,13 +58,16 @@ def _method(workload: Workload) -> str:
 
 _CHANGES: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("gradient_checkpointing: true", {"gradient_checkpointing": True}, 2),
+    ("gradient_checkpointing: offload", {"gradient_checkpointing": "offload"}, 3),
     ("per_device_train_batch_size: 1", {"per_device_train_batch_size": 1}, 2),
     ("rollout_batch_size: 8", {"rollout_batch_size": 8}, 2),
     ("adapter: lora", {"adapter": "lora"}, 3),
     ("adapter: qlora", {"adapter": "qlora", "load_in_4bit": True}, 6),
+    ("layer_offloading: true", {"layer_offloading": True}, 7),
     ("sequence_len: 512", {"sequence_len": 512}, 9),
 )
-"""What is proposed, and how much it changes: the first only time, the last what is learned."""
+"""What is proposed, and how much it changes: the first only time, the last what is learned. Copying layers costs more time than 4 bits cost in what is learned."""
+_OF_A_GPU = ("gradient_checkpointing: offload", "layer_offloading: true")
 _ORDER = {"none": 0, "lora": 1, "qlora": 2}
 _MOST_SHARDS = 4096
 
@@ -92,10 +95,18 @@ def _remedy(plan: MemoryPlan, available: int, passing: float = 1.0) -> str:
 
 def _proposals(workload: Workload) -> list[tuple[tuple[str, dict[str, Any], int], ...]]:
     """Sets of changes, those that change least first."""
-    found = [row for row in _CHANGES if _is_smaller(workload, row[1])]
+    found = [row for row in _CHANGES if _is_smaller(workload, row[1]) and not (workload.on_cpu and row[0] in _OF_A_GPU)]
     sets = [chosen for count in range(1, len(found) + 1) for chosen in combinations(found, count)]
-    apart = [chosen for chosen in sets if sum("adapter" in change for _, change, _ in chosen) < 2]
+    apart = [chosen for chosen in sets if _go_together(workload, [change for _, change, _ in chosen])]
     return sorted(apart, key=lambda chosen: sum(cost for *_, cost in chosen))
+
+
+def _go_together(workload: Workload, changes: list[dict[str, Any]]) -> bool:
+    """Whether no key is changed twice, and offloaded layers are frozen ones that are recomputed."""
+    named = [next(iter(change)) for change in changes]
+    after = replace(workload, **{name: value for change in changes for name, value in change.items()})
+    frozen = after.adapter != "none" and bool(after.gradient_checkpointing)
+    return len(set(named)) == len(named) and (frozen or not after.layer_offloading)
 
 
 def _is_smaller(workload: Workload, change: Mapping[str, Any]) -> bool:
@@ -104,7 +115,9 @@ def _is_smaller(workload: Workload, change: Mapping[str, Any]) -> bool:
     if name == "adapter":
         return _ORDER[value] > _ORDER[workload.adapter]
     now = getattr(workload, name)
-    return not now if value is True else now > value
+    if isinstance(now, (bool, str)):
+        return now != value and now != "offload"
+    return now > value
 
 
 def _changed(plan: MemoryPlan, changes: list[dict[str, Any]]) -> MemoryPlan:

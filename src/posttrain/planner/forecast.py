@@ -10,7 +10,7 @@ from typing import Any
 from posttrain.planner.lengths import Lengths
 from posttrain.planner.measured import AS_PREDICTED, Correction
 from posttrain.planner.memory import MemoryPlan, Workload, estimate_memory
-from posttrain.planner.parts import Cluster
+from posttrain.planner.parts import Cluster, Device
 from posttrain.planner.shape import ModelShape
 from posttrain.planner.simulate import Failures, Setup, Timeline, simulate
 from posttrain.planner.steptime import (
@@ -59,6 +59,8 @@ class Forecast:
     growth: tuple[Split, ...] = ()
     staleness: Mapping[int, Timeline] = field(default_factory=dict[int, Timeline])
     disk_bytes: int = 0
+    copy_bytes_s: float = 0.0
+    """At which offloaded layers come to the device."""
 
     @property
     def batch_s(self) -> float:
@@ -88,7 +90,8 @@ def forecast(
     memory = estimate_memory(shape, workload, cluster.num_devices)
     made = (_sampling if workload.samples else _training)(memory, cluster, kind, keys, mean_tokens)
     phases = {n: s * (correction.rollout if n == "rollout" else correction.train) for n, s in made.phases.items()}
-    return replace(made, phases=phases, steps=keys["max_steps"], disk_bytes=_disk(memory, keys))
+    rate = _copy_bytes_s(cluster.device)
+    return replace(made, phases=phases, steps=keys["max_steps"], disk_bytes=_disk(memory, keys), copy_bytes_s=rate)
 
 
 def row_tokens(workload: Workload, shape: ModelShape, mean: int) -> int:
@@ -102,23 +105,37 @@ def _training(memory: MemoryPlan, cluster: Cluster, kind: str, keys: Mapping[str
     rows = workload.per_device_train_batch_size * keys["gradient_accumulation_steps"] * cluster.num_devices
     tokens = rows * length * (2 if workload.pairs else 1)
     adapter, micro = workload.adapter != "none", keys["gradient_accumulation_steps"]
-    work = Work(tokens, length, workload.gradient_checkpointing, adapter, micro, workload.sharding)
+    work = Work(tokens, length, bool(workload.gradient_checkpointing), adapter, micro, workload.sharding)
     phases = {"training": train_s(shape, cluster.device, work, cluster.num_devices, cluster.device_link)}
     if workload.scores_reference:
         phases["reference"] = logp_s(shape, cluster.device, tokens, cluster.num_devices, 1, length)
-    return Forecast(kind, memory, phases, float(tokens))
+    copied = {"training": micro * memory.copied_to_train_bytes, "reference": micro * memory.copied_bytes}
+    return Forecast(kind, memory, _with_copies(phases, copied, cluster.device), float(tokens))
+
+
+def _with_copies(phases: Mapping[str, float], copied: Mapping[str, float], device: Device) -> dict[str, float]:
+    """Layers are copied while others are computed with: a phase takes as long as the slower of the two."""
+    rate = _copy_bytes_s(device)
+    return {name: max(seconds, copied.get(name, 0.0) / rate) for name, seconds in phases.items()}
+
+
+def _copy_bytes_s(device: Device) -> float:
+    return device.host_link * device.rates.host_copy
 
 
 def _sampling(memory: MemoryPlan, cluster: Cluster, kind: str, keys: Mapping[str, Any], mean: int) -> Forecast:
     shape, workload = memory.shape, memory.workload
     traffic, loop = traffic_of(shape, workload, keys, mean), loop_of(workload)
-    times = step_time(shape, cluster, traffic, loop)
+    # Layers that are not on the device leave their room to the cache.
+    device = replace(cluster.device, memory_bytes=cluster.device.memory_bytes + memory.copied_bytes)
+    times = step_time(shape, replace(cluster, device=device), traffic, loop)
     phases = {"rollout": times.rollout_s, "log-probs": times.logp_s, "training": times.train_s}
     if workload.teachers_held:
         sizes = (cluster.device, traffic.trained_tokens, cluster.num_devices, 1, traffic.sequence)
         phases["teachers"] = sum(logp_s(teacher, *sizes) for teacher in workload.teachers_held)
     if not times.shares_weights:
         phases["sync"] = times.sync_s
+    phases = _with_copies(phases, _copied_to_sample(memory, traffic, loop), cluster.device)
     made = Forecast(
         kind, memory, {name: seconds for name, seconds in phases.items() if seconds}, traffic.trained_tokens,
         updates=float(workload.steps_per_generation * workload.num_iterations), completions=traffic.num_completions,
@@ -131,10 +148,22 @@ def _sampling(memory: MemoryPlan, cluster: Cluster, kind: str, keys: Mapping[str
     return replace(made, split=split, growth=growth, staleness=_staleness(shape, cluster, traffic, loop, split))
 
 
+def _copied_to_sample(memory: MemoryPlan, traffic: Traffic, loop: Loop) -> dict[str, float]:
+    """Bytes of a generation batch, which one process makes; decoding copies every layer a token."""
+    micros = math.ceil(traffic.num_completions / loop.micro_rows)
+    waves = max(0.0, traffic.num_completions / loop.batch_limit - 1)
+    decoded = (waves * traffic.answer_tokens + traffic.longest_answer) if loop.shares_weights else 0
+    return {
+        "rollout": decoded * memory.copied_bytes,
+        "log-probs": loop.scoring_models * micros * memory.copied_bytes,
+        "training": loop.iterations * micros * memory.copied_to_train_bytes,
+    }
+
+
 def loop_of(workload: Workload) -> Loop:
     ours = workload.rollout.is_ours
     return Loop(
-        scoring_models=int(workload.scores_reference), recompute=workload.gradient_checkpointing,
+        scoring_models=int(workload.scores_reference), recompute=bool(workload.gradient_checkpointing),
         adapter=workload.adapter != "none", iterations=workload.num_iterations, micro_rows=workload.per_device_train_batch_size,
         batch_limit=workload.rollout_batch_size if ours else _SEQUENCES,
         split=1 if ours else workload.rollout.tensor_parallel_size, shares_weights=ours, sharding=workload.sharding,

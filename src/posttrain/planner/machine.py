@@ -59,6 +59,7 @@ def probe_cpu(seconds: float = 0.4) -> Device:
         bandwidth,
         flops,
         bandwidth,
+        host_link=bandwidth,
         source="measured",
         bytes_per_value=4,
         rates=ON_CPU,

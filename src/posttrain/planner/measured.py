@@ -64,7 +64,7 @@ def _predicted_train_s(
 ) -> float:
     length = tokens / rows.count
     how = workload.sharding.on(cluster.per_node)
-    work = Work(tokens, length, workload.gradient_checkpointing, workload.adapter != "none", rows.micro, how)
+    work = Work(tokens, length, bool(workload.gradient_checkpointing), workload.adapter != "none", rows.micro, how)
     seconds = train_s(shape, cluster.device, work, cluster.num_devices, cluster.device_link)
     scored = workload.scores_reference
     return seconds + (logp_s(shape, cluster.device, tokens, cluster.num_devices, 1, length) if scored else 0.0)

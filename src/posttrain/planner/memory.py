@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from posttrain.planner.engine import OURS, SamplingEngine, engine_parts
 from posttrain.planner.shape import ModelShape
@@ -32,6 +32,7 @@ _PAGED = ("paged_adamw", "paged_adamw_8bit", "paged_lion_8bit")
 _TILES, _TILES_CURVED = 2, 4
 _TILE_BYTES, _TILE_BYTES_CPU, _MIN_TILE_ROWS = 512 << 20, 64 << 20, 64
 _EXPORT_PROBE = 64
+_LAYERS_AT_ONCE = 2
 _CACHE_GROWTH = 65
 MOST_COPIED = 256 << 20
 """Bytes of a model up to which decoding adds a LoRA adapter to a copy of its matrices."""
@@ -71,7 +72,8 @@ class Workload:
     lora_r: int = 16
     lora_target: Sequence[str] | str = "all-linear"
     bf16: bool = True
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["offload"] = False
+    layer_offloading: bool = False
     optim: str = "adamw"
     sequence_len: int = 2048
     per_device_train_batch_size: int = 8
@@ -155,6 +157,19 @@ class MemoryPlan:
     workload: Workload
     trained_params: int = field(default=0)
     shards: int = 1
+    host: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Bytes of the machine's memory that a GPU copies from: frozen layers, inputs of layers."""
+
+    @property
+    def copied_bytes(self) -> int:
+        """Of offloaded layers, in one pass through the model."""
+        return _layer_bytes(self.shape, self.workload) * self.shape.num_layers if "layers" in self.host else 0
+
+    @property
+    def copied_to_train_bytes(self) -> int:
+        """In a micro-batch, forward and backward: the two layers at which a pass turns round are still there."""
+        turned = max(0, self.shape.num_layers - _LAYERS_AT_ONCE)
+        return 2 * self.copied_bytes * turned // self.shape.num_layers
 
     @property
     def total_bytes(self) -> int:
@@ -189,7 +204,7 @@ def estimate_memory(shape: ModelShape, workload: Workload, shards: int = 1) -> M
     paged_out = workload.optim in _PAGED and not workload.on_cpu
     optimizer = 0 if paged_out else int(trained * _BYTES_OPTIMIZER[workload.optim])
     parts = {
-        "weights": _weight_bytes(shape, workload),
+        "weights": _weight_bytes(shape, workload) + (_offloaded_bytes(shape, workload) if shards == 1 else 0),
         "adapter": trained * _BYTES_MASTER if workload.adapter != "none" else 0,
         "reference": _reference_bytes(shape, workload, trained),
         "teachers": sum(teacher.num_params * _frozen_bytes(teacher, workload) for teacher in workload.teachers_held),
@@ -206,7 +221,8 @@ def estimate_memory(shape: ModelShape, workload: Workload, shards: int = 1) -> M
     }
     if shards > 1:
         parts |= _shared_out(parts, shape, workload, shards)
-    return MemoryPlan({name: size for name, size in parts.items() if size}, shape, workload, trained, shards)
+    host = _host_bytes(shape, workload) if shards == 1 and not workload.on_cpu else {}
+    return MemoryPlan({name: size for name, size in parts.items() if size}, shape, workload, trained, shards, host)
 
 
 _SHARDED = ("weights", "adapter", "reference", "teachers", "gradients", "optimizer", "checkpoint")
@@ -274,6 +290,36 @@ def _weight_bytes(shape: ModelShape, workload: Workload) -> int:
     return int(shape.linear_params * packed + (shape.num_params - shape.linear_params) * _frozen_bytes(shape, workload))
 
 
+def _offloaded_bytes(shape: ModelShape, workload: Workload) -> int:
+    """What offloading of layers adds to the weights: less than nothing on a GPU, on a CPU a second copy of those that are computed with."""
+    if not workload.layer_offloading:
+        return 0
+    there = min(_LAYERS_AT_ONCE, shape.num_layers)
+    return _layer_bytes(shape, workload) * (there if workload.on_cpu else there - shape.num_layers)
+
+
+def _layer_bytes(shape: ModelShape, workload: Workload) -> int:
+    """A frozen layer that is copied; the constants of 4 bits stay on the device."""
+    rest = shape.num_params - shape.linear_params - shape.embedding_params
+    linear = 0.5 if workload.load_in_4bit else _frozen_bytes(shape, workload)
+    return int(shape.linear_params * linear + rest * _frozen_bytes(shape, workload)) // shape.num_layers
+
+
+def _host_bytes(shape: ModelShape, workload: Workload) -> dict[str, int]:
+    """torch's allocator of pinned memory rounds each tensor up to a power of two."""
+    found: dict[str, int] = {}
+    if workload.layer_offloading:
+        size = 0.5 if workload.load_in_4bit else _frozen_bytes(shape, workload)
+        found["layers"] = sum(n * _pinned(int(rows * out * size)) for rows, out, n in shape.linear_shapes.values())
+    if workload.gradient_checkpointing == "offload":
+        found["activations"] = shape.num_layers * _pinned(workload.tokens(shape) * shape.hidden * 4)
+    return found
+
+
+def _pinned(num_bytes: int) -> int:
+    return 1 << (num_bytes - 1).bit_length()
+
+
 def _frozen_bytes(shape: ModelShape, workload: Workload) -> int:
     """Of a value of a frozen base: as in its file under autocast, else float32."""
     return shape.stored_bytes if workload.bf16 else 4
@@ -301,7 +347,9 @@ def _activation_bytes(shape: ModelShape, workload: Workload) -> int:
     tokens = workload.tokens(shape)
     if not workload.gradient_checkpointing:
         return tokens * (shape.num_layers * per_layer + per_norm)
-    kept = tokens * (shape.num_layers * shape.hidden * 4 + per_norm)
+    # Their inputs go to the host one after the other; a CPU has them as before.
+    inputs = 1 if workload.gradient_checkpointing == "offload" and not workload.on_cpu else shape.num_layers
+    kept = tokens * (inputs * shape.hidden * 4 + per_norm)
     return kept + max(0, tokens * per_layer - _logit_bytes(shape, workload))
 
 

@@ -14,7 +14,7 @@ class Rates:
 
     `matmul`, `attention`: shares of the FLOP rate in training, `decode_flops`, `decode_bandwidth` in decoding. `pointwise`:
     bytes that norms, activations, residuals and casts move per value of a layer's width in a training step with
-    recomputation; `vocabulary`: the same per logit. `spread`: standard deviation of the logarithm of answers' lengths.
+    recomputation; `vocabulary`: the same per logit. `host_copy`: of the link to the machine's memory, assumed. `spread`: standard deviation of the logarithm of answers' lengths.
     """
 
     matmul: float = 0.74
@@ -23,6 +23,7 @@ class Rates:
     vocabulary: float = 850.0
     decode_flops: float = 0.5
     decode_bandwidth: float = 0.6
+    host_copy: float = 0.8
     decode_step_s: float = 4e-3
     layer_call_s: float = 0.0
     allreduce_s: float = 20e-6
@@ -36,7 +37,7 @@ PUBLISHED = Rates()
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One device: bytes, bytes/s, FLOP/s (dense, in the type it trains in), and bytes/s each way of its link to its node's others.
+    """One device: bytes, bytes/s, FLOP/s (dense, in the type it trains in), and bytes/s each way of its links to its node's others and to the machine's memory.
 
     `reached`: of `PUBLISHED`'s shares, where a card's software is younger. `source`: where the numbers are from.
     """
@@ -46,6 +47,7 @@ class Device:
     bandwidth: float
     flops: float
     link: float
+    host_link: float = 32e9
     reached: float = 1.0
     source: str = ""
     memory_use: float = 0.9
@@ -58,11 +60,11 @@ DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
         Device("a100", 80e9, 2.039e12, 312e12, 300e9, source=_NVIDIA + "A100 80GB SXM"),
-        Device("h100", 80e9, 3.35e12, 989e12, 450e9, source=_NVIDIA + "H100 SXM"),
-        Device("h200", 141e9, 4.8e12, 989e12, 450e9, source=_NVIDIA + "H200 SXM"),
-        Device("h20", 96e9, 4.0e12, 148e12, 450e9, source="NVIDIA H20, as published by resellers"),
-        Device("b200", 180e9, 8.0e12, 2250e12, 900e9, reached=0.67, source=_NVIDIA + "HGX B200"),
-        Device("gb200", 186e9, 8.0e12, 2500e12, 900e9, reached=0.67, source=_NVIDIA + "GB200 NVL72"),
+        Device("h100", 80e9, 3.35e12, 989e12, 450e9, 64e9, source=_NVIDIA + "H100 SXM"),
+        Device("h200", 141e9, 4.8e12, 989e12, 450e9, 64e9, source=_NVIDIA + "H200 SXM"),
+        Device("h20", 96e9, 4.0e12, 148e12, 450e9, 64e9, source="NVIDIA H20, as published by resellers"),
+        Device("b200", 180e9, 8.0e12, 2250e12, 900e9, 64e9, reached=0.67, source=_NVIDIA + "HGX B200"),
+        Device("gb200", 186e9, 8.0e12, 2500e12, 900e9, 450e9, reached=0.67, source=_NVIDIA + "GB200 NVL72"),
         Device("l4", 24e9, 0.3e12, 121e12, 32e9, source=_NVIDIA + "L4; PCIe 4.0 x16"),
         Device("l40s", 48e9, 0.864e12, 362e12, 32e9, source=_NVIDIA + "L40S; PCIe 4.0 x16"),
         Device("a10g", 24e9, 0.6e12, 70e12, 32e9, source="AWS G5; PCIe 4.0 x16"),

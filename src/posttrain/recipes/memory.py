@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from posttrain.config.kinds import stage_kind
 from posttrain.config.stages import TrainKeys
-from posttrain.models.device import peak_memory_bytes
-from posttrain.models.load import model_shape
+from posttrain.files import size_text
+from posttrain.models.device import Placement, peak_memory_bytes, place
+from posttrain.models.load import load_config, model_shape, stored_dtype
 from posttrain.models.policy import Policy
-from posttrain.planner.fit import overrun
+from posttrain.planner.fit import fits, overrun, shortfall
 from posttrain.planner.machine import available_bytes
-from posttrain.planner.memory import Workload, estimate_memory
+from posttrain.planner.memory import MemoryPlan, Workload, estimate_memory
 from posttrain.planner.shape import ModelShape
 from posttrain.recipes.teachers import teacher_shapes
 
@@ -31,16 +33,35 @@ def is_out_of_memory(error: BaseException) -> bool:
 def why_out_of_memory(
     error: BaseException, kind: str, keys: TrainKeys, policy: Policy, optimizer: torch.optim.Optimizer
 ) -> str:
-    on_cpu = policy.placement.device.type == "cpu"
-    shape = ModelShape.from_config(model_shape(policy.base.config))
-    workload = Workload.from_keys(
-        keys.model_dump(), **stage_kind(kind).demands(keys), teachers=teacher_shapes(keys), on_cpu=on_cpu,
-        device_has_bf16=policy.placement.autocast_dtype is not None,
-    )  # fmt: skip
+    plan = _plan(kind, keys, policy.base.config, policy.placement)
     needed = int(peak_memory_bytes()) + _asked_for(str(error))
-    where = "this machine" if on_cpu else torch.cuda.get_device_name(policy.placement.device)
-    why = overrun(estimate_memory(shape, workload), _held(policy, optimizer), needed, _there_is(policy), where)
+    device = policy.placement.device
+    why = overrun(plan, _held(policy, optimizer), needed, _there_is(device), _named(device))
     return f"{kind}: out of memory: {why}"
+
+
+def why_not_loaded(kind: str, keys: TrainKeys) -> str:
+    """Before there was anything to count: what the plan says of the model and of the memory that there is."""
+    config = load_config(keys)
+    placement = place(keys, stored_dtype(config) if keys.adapter != "none" else None)
+    plan, there_is, where = _plan(kind, keys, config, placement), _there_is(placement.device), _named(placement.device)
+    if fits(plan, there_is):
+        why = f"the plan counts {size_text(plan.total_bytes)} in all, and {where} has {size_text(there_is)}: other programs hold the rest"
+    else:
+        why = shortfall(plan, there_is, keys.base_model, where)
+    return f"{kind}: out of memory before the first step: {why}"
+
+
+def _plan(kind: str, keys: TrainKeys, config: Any, placement: Placement) -> MemoryPlan:
+    workload = Workload.from_keys(
+        keys.model_dump(), **stage_kind(kind).demands(keys), teachers=teacher_shapes(keys), on_cpu=placement.device.type == "cpu",
+        device_has_bf16=placement.autocast_dtype is not None,
+    )  # fmt: skip
+    return estimate_memory(ModelShape.from_config(model_shape(config)), workload)
+
+
+def _named(device: torch.device) -> str:
+    return "this machine" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def _held(policy: Policy, optimizer: torch.optim.Optimizer) -> Mapping[str, int]:
@@ -52,11 +73,13 @@ def _held(policy: Policy, optimizer: torch.optim.Optimizer) -> Mapping[str, int]
     ]
     local = policy.sharding.local
     found = {"weights": weights, "gradients": [p.grad for p in parameters if p.grad is not None], "optimizer": state}
-    return {n: sum(local(t).numel() * t.element_size() for t in tensors) for n, tensors in found.items()}
+    sizes = {n: sum(local(t).numel() * t.element_size() for t in tensors) for n, tensors in found.items()}
+    if (offloaded := policy.offloaded) is not None and policy.placement.device.type != "cpu":
+        sizes["weights"] -= offloaded.host_bytes - offloaded.resident_bytes
+    return sizes
 
 
-def _there_is(policy: Policy) -> int:
-    device = policy.placement.device
+def _there_is(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return (available_bytes() or 0) + int(peak_memory_bytes())

@@ -26,7 +26,7 @@ from posttrain.models.total import ADAPTER_TOTAL, MergedBefore, TotalReport, wri
 from posttrain.objectives.terms import spec_from
 from posttrain.protocols import Ranks
 from posttrain.recipes.guard import TrainingGuard
-from posttrain.recipes.memory import is_out_of_memory, why_out_of_memory
+from posttrain.recipes.memory import is_out_of_memory, why_not_loaded, why_out_of_memory
 from posttrain.recipes.rollback import RolledBack, restore_best
 from posttrain.recipes.run_folder import RunFolder, StageResult, Watchers
 from posttrain.recipes.stop import StopFlag, StoppedPolitely
@@ -180,9 +180,10 @@ def run_recipe(
         except (RuntimeError, MemoryError) as error:
             if why := why_not_compiled(error):
                 raise ModelError(f"{stage.kind}: {why}") from error
-            if stage.state is None or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-            state = stage.state
+            if (state := stage.state) is None:
+                raise OutOfMemoryError(why_not_loaded(stage.kind, stage.keys)) from error
             why = why_out_of_memory(error, stage.kind, stage.keys, state.policy, state.optimizer)
             raise OutOfMemoryError(why) from error
         finally:

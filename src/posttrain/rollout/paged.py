@@ -32,6 +32,7 @@ def paged_rows(policy: Policy) -> PagedRows | None:
     fits = (
         policy.placement.device.type == "cuda"
         and policy.ragged and not policy.exact and not policy.sharded and not policy.under.load_in_4bit
+        and policy.offloaded is None
         and base.config.model_type in FAMILIES and length_rule(base.config) is None
         and reads_pages(policy.placement.device, dtype, base.get_decoder().layers[0].self_attn.head_dim)
     )  # fmt: skip

@@ -259,3 +259,19 @@ def test_the_constant_schedule_has_no_warmup_there(imported):
 def test_single_files_of_a_hub_dataset_are_kept(imported):
     text = AXOLOTL.replace("type: alpaca}", "type: alpaca, data_files: [a.jsonl]}")
     assert imported(text)[1].keys.datasets[0].data_files == ["a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        ("gradient_checkpointing: offload\nlayer_offloading: true", ("offload", True)),
+        ("gradient_checkpointing: unsloth\nlayer_offloading: false", ("offload", False)),
+        ("gradient_checkpointing: true\nlayer_offloading: true\nadapter:\nload_in_4bit: false", (True, False)),
+        ("gradient_checkpointing: false\nlayer_offloading: true", (False, False)),
+    ],
+)
+def test_what_axolotl_offloads_is_offloaded_where_it_can_be(lines, found, imported):
+    changed = {line.partition(":")[0] for line in lines.splitlines()}
+    kept = [line for line in AXOLOTL.splitlines() if line.partition(":")[0] not in changed]
+    keys = imported("\n".join([*kept, lines]))[1].keys
+    assert (keys.gradient_checkpointing, keys.layer_offloading) == found

@@ -101,7 +101,7 @@ def test_accelerate_with_fsdp2_says_what_it_does_in_another_way(imported):
         "sharding": {"reshard_after_forward": False}, "gradient_checkpointing": False, "bf16": False, "num_processes": 8,
     }  # fmt: skip
     assert "torchrun --nproc-per-node 8 --no-python posttrain sft stage.yaml" in found.text
-    assert "fsdp_config.fsdp_offload_params: changed because nothing is offloaded here" in found.text
+    assert "fsdp_config.fsdp_offload_params: changed because shares are not offloaded here" in found.text
 
 
 def test_every_key_of_a_deepspeed_file_has_its_note(imported):
@@ -113,7 +113,7 @@ def test_every_key_of_a_deepspeed_file_has_its_note(imported):
     }  # fmt: skip
     for said in (
         "mapped from zero_optimization.stage; 3 there; FSDP2 shards here",
-        "zero_optimization.offload_optimizer.device: changed because nothing is offloaded here",
+        "zero_optimization.offload_optimizer.device: changed because shares are not offloaded here",
         "zero_optimization.offload_param.device: left out because none asks for nothing",
         "optimizer.params.weight_decay: left out because it is unset",
     ):

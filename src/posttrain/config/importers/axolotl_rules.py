@@ -214,8 +214,21 @@ def _training(draft: ImportDraft) -> None:
     elif patterns:
         escaped = [pattern.replace(".", r"\.") for pattern in patterns]
         draft.put("unfrozen_parameters", escaped, "unfrozen_parameters", "a dot is a dot there")
+    _offloading(draft)
     if "adam_eps" in draft.source:
         draft.leave("adam_eps", "Axolotl reads adam_epsilon, and ignores this name")
+
+
+def _offloading(draft: ImportDraft) -> None:
+    if not draft.asks("layer_offloading"):
+        if "layer_offloading" in draft.source:
+            draft.leave("layer_offloading", "it is off")
+    elif draft.keys.get("adapter", "none") == "none" or not draft.keys.get("gradient_checkpointing"):
+        draft.leave(
+            "layer_offloading", "here it needs an adapter and gradient_checkpointing, and no number changes with it"
+        )
+    else:
+        draft.put("layer_offloading", True, "layer_offloading")
 
 
 def defaults(draft: ImportDraft) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from posttrain.config.importers.fates import is_off
 
 UNIT = "each decoder layer is a unit of its own here"
-OFFLOAD = "nothing is offloaded here: what does not fit wants more processes, a smaller micro-batch or adapter: qlora"
+OFFLOAD = "shares are not offloaded here: what does not fit wants more processes, a smaller micro-batch or adapter: qlora; in one process see layer_offloading"
 SHARDED = "FSDP2 shards here; a decoder layer is a unit, and nothing is offloaded"
 _ALL = {"reshard_after_forward": True}
 _KEPT = {"reshard_after_forward": False}

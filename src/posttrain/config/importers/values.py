@@ -48,7 +48,7 @@ SCHEDULES = {
 }
 OVERFLOW = {"drop": "drop", "truncate": "truncate", "raise": "error"}
 GRADIENT_CHECKPOINTING: Reading = {
-    True: True, False: False, "true": True, "false": False, "offload": True, "offload_disk": True, "unsloth": True,
+    True: True, False: False, "true": True, "false": False, "offload": "offload", "offload_disk": "offload", "unsloth": "offload",
 }  # fmt: skip
 BF16 = {"auto": "auto", True: True, False: False, "full": True, "true": True, "false": False}
 
