@@ -165,9 +165,11 @@ def load_policy(
 
 def _offload(model: torch.nn.Module, placement: Placement) -> OffloadedLayers:
     offloaded = OffloadedLayers(model, placement.device)
-    where = "the same memory, which saves none" if placement.device.type == "cpu" else "pinned host memory"
-    size = size_text(offloaded.host_bytes)
-    log.info("layer_offloading: %s of frozen layers in %s, two layers at a time on %s", size, where, placement.device)
+    if placement.device.type == "cpu":
+        log.warning("layer_offloading: on a CPU layers are copied within the same memory, which saves none")
+    else:
+        size = size_text(offloaded.host_bytes)
+        log.info("layer_offloading: %s of frozen layers in pinned memory, two layers at a time on the GPU", size)
     return offloaded
 
 
