@@ -12,9 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from posttrain.models.batch import pack
+from posttrain.recipes import dpo
+
 LORA = {"adapter": "lora", "lora_r": 4}
 # One process sees per step what two ranks see together.
-QUICK = {"sft": ("sft", {"save_steps": 1})}
+QUICK = {
+    "sft": ("sft", {"save_steps": 1}),
+    "turns": ("dpo", {"data": "turns", "sequence_len": 512, "max_steps": 2, "optim": "sgd", "learning_rate": 0.05}),
+}
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "max_position_embeddings": 32}
 HINTED = {"model": "policy", "prompt": "{prompt} It is {answer}."}
 NO_SPREAD = {
@@ -38,7 +44,6 @@ MORE = {
         {"architecture": "llama", "config": DYNAMIC, "per_device_train_batch_size": 5},
     ),
     "dpo": ("dpo", {}),
-    "dpo, turns of conversations": ("dpo", {"data": "turns", "sequence_len": 512}),
     "dpo with an adapter": ("dpo", LORA),
     "dpo with a frozen copy": ("dpo", {"precompute_ref_log_probs": False}),
     "dpo, compared over the step": ("dpo", {"loss_type": "aot_unpaired"}),
@@ -143,11 +148,12 @@ def _same(runner, one, two):
 
 @pytest.fixture(scope="module")
 def quick(runner, model_dir, data_dir, tmp_path_factory):
-    """SFT straight, and SFT stopped after two steps, both on two ranks."""
+    """SFT straight, SFT stopped after two steps, and DPO on pairs from two conversations, all on two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     jobs = [
         _job(QUICK, "sft", folder / "straight", runner, model_dir, data_dir),
         _job(QUICK, "sft", folder / "stopped", runner, model_dir, data_dir, stop_after=2),
+        _job(QUICK, "turns", folder / "turns", runner, model_dir, data_dir),
     ]
     _torchrun(runner, jobs)
     return folder
@@ -155,6 +161,22 @@ def quick(runner, model_dir, data_dir, tmp_path_factory):
 
 def test_sft_on_two_ranks_is_sft_on_one(quick, runner, model_dir, data_dir, tmp_path):
     _same(runner, _alone(QUICK, "sft", tmp_path / "one", runner, model_dir, data_dir), quick / "straight")
+
+
+def test_two_ranks_learn_from_turns_that_share_what_came_before_as_one_does(
+    quick, runner, model_dir, data_dir, tmp_path, monkeypatch
+):
+    depths = []
+
+    def packed(rows):
+        batch = pack(rows)
+        depths.append(max(segment.depth for tree in batch.layout.trees for segment in tree.segments()))
+        return batch
+
+    monkeypatch.setattr(dpo, "pack", packed)
+    one = _alone(QUICK, "turns", tmp_path / "one", runner, model_dir, data_dir)
+    assert min(depths) >= 2
+    _same(runner, one, quick / "turns")
 
 
 def test_a_checkpoint_of_two_ranks_goes_on_with_one(quick, runner, model_dir, data_dir):
