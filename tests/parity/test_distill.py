@@ -40,7 +40,7 @@ def test_losses_and_updates(name, ours, theirs, rows, assert_parity, model_dir, 
     changed = {n: w + 0.05 * torch.randn(w.shape, generator=made) if w.ndim == 2 else w for n, w in weights.items()}
     save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
 
-    texts = [(row["prompt"], row["completion"]) for row in rows["sft"][:32]]
+    texts = [(row["prompt"], row["completion"]) for row in rows["sft"][:80]]
     data = [{"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": a}]} for p, a in texts]
     shared = {"per_device_train_batch_size": 4, "learning_rate": 1e-3}
     mine = ours(

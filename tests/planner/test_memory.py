@@ -129,6 +129,19 @@ def test_pairs_are_two_sequences_a_row_and_labels_one():
     assert [workload("dpo", **keys).tokens(TINY) for keys in ({}, {"loss_type": "kto"})] == [2 * one, one]
 
 
+def test_teachers_are_held_in_what_is_computed_with_and_shared_out_like_the_rest():
+    alone, taught = Workload(bf16=True), Workload(bf16=True, teachers_held=(QWEN3_8B, TINY))
+    plan = estimate_memory(TINY, taught)
+    assert plan.parts["teachers"] == QWEN3_8B.num_params * 2 + TINY.num_params * TINY.stored_bytes
+    assert plan.total_bytes - estimate_memory(TINY, alone).total_bytes == pytest.approx(
+        1.05 * plan.parts["teachers"], rel=1e-6
+    )
+    assert estimate_memory(TINY, taught, shards=2).parts["teachers"] == pytest.approx(plan.parts["teachers"] / 2, abs=1)
+    assert estimate_memory(TINY, replace(taught, bf16=False)).parts["teachers"] == 4 * (
+        QWEN3_8B.num_params + TINY.num_params
+    )
+
+
 def test_the_reference_is_a_float32_copy_whatever_the_file_holds():
     kto = estimate_memory(replace(QWEN3_8B, stored_bytes=2), workload("dpo", loss_type="kto"))
     assert kto.parts["reference"] == kto.parts["weights"] == 4 * QWEN3_8B.num_params

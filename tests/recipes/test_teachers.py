@@ -12,7 +12,7 @@ from posttrain.config.rl import GRPOKeys
 from posttrain.distributed.ranks import SingleProcess
 from posttrain.errors import ConfigError, DataError, ModelError
 from posttrain.models.load import load_policy
-from posttrain.recipes.teachers import Teachers
+from posttrain.recipes.teachers import Teachers, teacher_shapes
 from posttrain.types import Origin, Prompt, Sample
 
 RICHER = "{prompt} A correct solution: {answer}"
@@ -237,3 +237,10 @@ def test_a_teacher_is_pinned_by_what_it_holds(other_weights, runner, model_dir, 
     assert "teachers.0" not in before and before["teachers.1"].startswith("sha256:")
     save_file({"x": torch.zeros(1)}, other_weights / "model.safetensors")
     assert data_pins(keys)["teachers.1"] != before["teachers.1"]
+
+
+def test_a_plan_knows_the_teachers_that_are_loaded(other_weights, runner, model_dir, data_dir):
+    given = [{"model": "policy"}, {"model": str(other_weights)}, {"model": "big", "url": "http://127.0.0.1:8000"}]
+    (shape,) = teacher_shapes(runner.keys_of("grpo", model_dir("qwen3"), data_dir, teachers=given))
+    assert (shape.hidden, shape.num_layers) == (64, 2)
+    assert teacher_shapes(runner.keys_of("sft", model_dir("qwen3"), data_dir)) == []

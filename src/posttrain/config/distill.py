@@ -47,6 +47,16 @@ class DistillKeys(SamplingKeys):
         return self
 
     @model_validator(mode="after")
+    def _a_server_gives_no_distribution(self) -> DistillKeys:
+        summed = f"teacher_top_k: {self.teacher_top_k}" if self.loss_type == "opd" else f"loss_type: {self.loss_type}"
+        if any(teacher.url for teacher in self.teachers) and (self.loss_type != "opd" or self.teacher_top_k):
+            raise ValueError(
+                f"{summed} with teachers.url: it needs log-probs of tokens by id, and a server caps how many it gives (20 in `posttrain serve`) "
+                "and names them by text; set loss_type: opd and teacher_top_k: 0, or give the teacher as a model folder"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _an_engine_has_something_to_do(self) -> DistillKeys:
         if not self.on_policy_share and self.rollout.engine != "embedded":
             raise ValueError(f"rollout.engine: {self.rollout.engine} does nothing with on_policy_share: 0; remove rollout")

@@ -39,6 +39,15 @@ class SamplingKeys(TrainKeys):
     def row_kind(self) -> RowKind:
         return "prompts"
 
+    @model_validator(mode="after")
+    def _a_server_knows_one_temperature(self) -> SamplingKeys:
+        if self.temperature != 1 and any(teacher.url for teacher in self.teachers):
+            raise ValueError(
+                f"temperature: {self.temperature:g} with teachers.url: a server's log-probs are those of temperature 1; set temperature: 1, or "
+                "give the teacher as a model folder"
+            )
+        return self
+
     @property
     def holds_reference(self) -> bool:
         return any(teacher.model == "start" for teacher in self.teachers)

@@ -99,7 +99,8 @@ def data_pins(keys: TrainKeys) -> dict[str, str]:
         pins["rewards"] = reward_digest(keys.reward_funcs, keys.reward_kwargs, keys.reward_weights)
     for number, teacher in enumerate(keys.teachers if isinstance(keys, SamplingKeys) else ()):
         if not teacher.is_the_policy:
-            pins[f"teachers.{number}"] = source_digest(teacher.model)
+            at = teacher.url
+            pins[f"teachers.{number}"] = source_digest(teacher.model) if at is None else f"{at} {teacher.model}"
         if teacher.adapter is not None:
             pins[f"teachers.{number}.adapter"] = source_digest(teacher.adapter)
     if keys.eval_suite is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -29,8 +30,11 @@ from posttrain.objectives.distill import DistillSpec, Head, divergence
 from posttrain.planner.shape import ModelShape
 from posttrain.protocols import Ranks, Scorer
 from posttrain.recipes.scorers import NOTHING, PolicyScorer, ReferenceScorer
+from posttrain.recipes.teacher_server import ServerScorer, check_vocabulary
 from posttrain.rollout.experience import Group
+from posttrain.rollout.http import Address, Client
 from posttrain.types import Prompt, PromptRow, Sample, Text
+from posttrain.uris import loopback
 
 Lesson = tuple[Prompt, Group]
 """A prompt and samples that answer it."""
@@ -145,9 +149,7 @@ class Teachers:
 def teacher_shapes(keys: TrainKeys) -> list[ModelShape]:
     """Of the teachers that are held beside the policy, for a plan of memory. Raises: ModelError."""
     asked = keys.teachers if isinstance(keys, SamplingKeys) else []
-    return [
-        ModelShape.from_config(model_shape(load_config(_keys_of(one, keys)))) for one in asked if not one.is_the_policy
-    ]
+    return [ModelShape.from_config(model_shape(load_config(_keys_of(one, keys)))) for one in asked if one.is_loaded]
 
 
 def _keys_of(asked: TeacherKeys, keys: TrainKeys) -> ModelKeys:
@@ -163,8 +165,16 @@ def _teacher(number: int, asked: TeacherKeys, keys: SamplingKeys, policy: Policy
         return Teacher(asked, policy.tokenizer, PolicyScorer(policy, *how), lambda: nullcontext(policy))
     if asked.model == "start":
         return Teacher(asked, policy.tokenizer, ReferenceScorer(policy, *how), policy.reference)
+    if asked.url is not None:
+        client = Client(Address(*loopback(asked.url)), os.environ.get(asked.token_env, ""), asked.timeout_s)
+        check_vocabulary(client, asked.model, policy.tokenizer, number)
+        return Teacher(asked, policy.tokenizer, ServerScorer(client, asked.model), _has_no_model)
     model = _load(number, asked, keys, policy)
     return Teacher(asked, policy.tokenizer, PolicyScorer(model, *how), lambda: nullcontext(model))
+
+
+def _has_no_model() -> AbstractContextManager[Policy]:
+    raise AssertionError("keys refuse a server where distributions are compared")
 
 
 def _load(number: int, asked: TeacherKeys, keys: SamplingKeys, policy: Policy) -> Policy:
