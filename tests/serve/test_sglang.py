@@ -256,6 +256,17 @@ def test_one_that_was_started_anew_is_given_weights_and_adapters_again(running, 
     server.end()
 
 
+def test_a_router_whose_server_is_gone_stops_when_it_is_told_to(running, folder, following, tmp_path):
+    server = Replay(folder)
+    names = ServedNames([str(folder)], tmp_path, name="tiny")
+    with running(names, **given(server, start_timeout_s=600.0)) as serving:
+        server.end()
+        rows = next(entry.loading.result().rows for entry in serving.service.router._pool._entries.values())
+        following.until(lambda: rows.num_restarts)
+        stopping = time.monotonic()
+    assert time.monotonic() - stopping < 15
+
+
 def test_what_it_cannot_do_is_refused_by_name(running, sglang, folder, tmp_path, make_client):
     sglang.info["grammar_backend"] = "xgrammar"
     with running(ServedNames([str(folder)], tmp_path, name="tiny"), **given(sglang)) as serving:

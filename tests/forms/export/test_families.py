@@ -1,7 +1,9 @@
+import pytest
 import torch
 from transformers import AutoConfig
 
-from posttrain.forms.export.families import GGUF_FAMILIES, numbers_of, rope_factors, stored
+from posttrain.errors import ModelError
+from posttrain.forms.export.families import GGUF_FAMILIES, family_of, numbers_of, rope_factors, stored
 
 
 def test_llamas_scaled_frequencies_are_factors_by_frequency():
@@ -35,3 +37,12 @@ def test_gemmas_norms_are_stored_as_one_plus_w_and_its_caps_are_said():
         "float32",
         8.0,
     )
+
+
+def test_the_scale_of_gemmas_queries_is_what_llama_cpp_takes():
+    """Gemma 2 27B: 4608 / 32 heads = 144, beside a head_dim of 128; its smaller ones: head_dim."""
+    largest = {"num_hidden_layers": 46, "hidden_size": 4608, "num_attention_heads": 32, "head_dim": 128}
+    assert family_of(AutoConfig.for_model("gemma2", query_pre_attn_scalar=144, **largest)).arch == "gemma2"
+    for scalar, shape in ((128, largest), (144, {**largest, "num_hidden_layers": 42})):
+        with pytest.raises(ModelError, match=f"query_pre_attn_scalar {scalar}, where llama.cpp takes"):
+            family_of(AutoConfig.for_model("gemma2", query_pre_attn_scalar=scalar, **shape))

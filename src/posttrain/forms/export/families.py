@@ -34,11 +34,15 @@ def _whole_attention(config: Any) -> str:
     return ""
 
 
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
+"""llama.cpp knows the largest of a family by this, and scales its queries by their share of the width instead of by head_dim."""
+
+
 def _own_scale(config: Any) -> str:
-    if config.query_pre_attn_scalar != config.head_dim:
-        return (
-            f"query_pre_attn_scalar {config.query_pre_attn_scalar}, where the form reads head_dim ({config.head_dim})"
-        )
+    is_largest = config.num_hidden_layers == _LAYERS_OF_27B[config.model_type]
+    read = config.hidden_size // config.num_attention_heads if is_largest else config.head_dim
+    if config.query_pre_attn_scalar != read:
+        return f"query_pre_attn_scalar {config.query_pre_attn_scalar}, where llama.cpp takes {read}"
     return ""
 
 
