@@ -106,13 +106,13 @@ def _options(rows, name, data_dir, ranks):
     return kind, (architecture, config), options
 
 
-def _command(runner, jobs):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def _command(runner, jobs, ranks=2):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return [*launcher, runner.__file__, json.dumps(jobs)]
 
 
-def _torchrun(runner, jobs):
-    done = subprocess.run(_command(runner, jobs), check=False, capture_output=True, text=True, timeout=400)
+def _torchrun(runner, jobs, ranks=2):
+    done = subprocess.run(_command(runner, jobs, ranks), check=False, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-6000:]
 
 
@@ -200,6 +200,18 @@ def many(runner, model_dir, data_dir, tmp_path_factory):
 def test_two_ranks_take_the_steps_of_one(name, many, runner, model_dir, data_dir, tmp_path):
     one = _alone(MORE, name, tmp_path / "one", runner, model_dir, data_dir)
     _same(runner, one, many / str(list(MORE).index(name)))
+
+
+@pytest.mark.slow
+def test_four_ranks_have_the_losses_of_one(runner, model_dir, data_dir, tmp_path):
+    names = ["sft packed", "sft with an adapter", "dpo", "kto", "reward model", "grpo with kl", "grpo, one prompt"]
+    jobs = [_job(MORE, name, tmp_path / name, runner, model_dir, data_dir) for name in names]
+    for job in jobs:
+        job["options"] |= {} if job["kind"] == "grpo" else {"num_processes": 2}
+    _torchrun(runner, jobs, ranks=4)
+    for name in names:
+        one = _alone(MORE, name, tmp_path / f"{name} alone", runner, model_dir, data_dir)
+        assert runner.losses(tmp_path / name) == pytest.approx(runner.losses(one), rel=1e-6, abs=1e-6), name
 
 
 RESUMED = {"grpo": ("grpo", {"num_iterations": 2}), "dpo": ("dpo", LORA)}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
-import time
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from posttrain.distributed.host_memory import give_back_freed
 from posttrain.distributed.launch import read_launch
 from posttrain.distributed.meeting import Meeting, meet
 from posttrain.protocols import Ranks
@@ -20,8 +23,6 @@ from posttrain.protocols import Ranks
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_SETTLE_S = 0.2
 
 WAIT_S = 1800.0
 """How long a rank waits for another one where nobody says."""
@@ -62,6 +63,8 @@ class ProcessGroup:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if backend == "nccl":
             torch.cuda.set_device(meeting.launch.local_rank)
+        else:
+            give_back_freed()
         dist.init_process_group(
             backend, store=dist.PrefixStore("group", meeting.store), rank=self.rank, world_size=self.world_size,
             timeout=timedelta(seconds=timeout_s),
@@ -104,6 +107,24 @@ def join_ranks(meeting: Meeting | None = None, timeout_s: float = WAIT_S) -> Ite
         yield group
     finally:
         dist.destroy_process_group()
-        # A thread of gloo lets go of its last work, and of Python objects with it, a moment after the collective has
-        # returned; an interpreter that ends in that moment would abort.
-        time.sleep(_SETTLE_S)
+        _end_threads(sys.exc_info()[1])
+
+
+def _end_threads(error: BaseException | None) -> None:
+    """End gloo's threads, which end with the last who has their group: an interpreter that ends while one lets go of a tensor aborts.
+
+    Groups are had by meshes, and meshes by torch's caches of what it did with shares, by cycles of FSDP, and by the frames that an
+    error came through.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import _collective_utils, _redistribute
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
+        _redistribute.clear_redistribute_planner_cache()
+        _redistribute._gen_transform_infos.cache_clear()
+        _collective_utils.MeshTopoInfo.build_from_mesh.cache_clear()
+    gc.collect()
