@@ -47,7 +47,7 @@ SHAPES = {
     "0.6b": Shape(1024, 3072, 28, 16, 8, 128, 151_936),
     "4b": Shape(2560, 9728, 36, 32, 8, 128, 151_936),
     "check": Shape(512, 1536, 4, 8, 4, 64, 32_000),
-    "tiny": Shape(64, 128, 2, 4, 2, 16, 300),
+    "tiny": Shape(64, 128, 2, 4, 2, 32, 300),
 }
 """Qwen3's shapes, a small one that a check can also compute in float32, and one for rehearsals on a CPU."""
 SEED = 1

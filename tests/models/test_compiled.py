@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from tests.models.conftest import keys_for, weighted
 
 from posttrain.errors import ModelError
+from posttrain.files import read_json_lines
 from posttrain.models import compiled, load
 from posttrain.models.batch import pack
 from posttrain.models.compiled import (
@@ -169,3 +170,30 @@ def test_a_compiler_that_fails_is_one_line_that_names_the_key(policy_of, familie
     assert why.startswith("its layers could not be compiled (BackendCompilerFailed: ")
     assert "no compiler found" in why and why.endswith("set torch_compile: false") and "\n" not in why
     assert not why_not_compiled(RuntimeError("another"))
+
+
+@pytest.mark.parametrize(
+    "kind", ["sft", pytest.param("dpo", marks=pytest.mark.slow), pytest.param("grpo", marks=pytest.mark.slow)]
+)
+def test_a_stage_with_compiled_layers_learns_and_exports_what_it_does_without(kind, train, monkeypatch):
+    backend = Graphs()
+    monkeypatch.setattr(load, "compile_layers", lambda policy: compile_layers(policy, backend))
+    plain, found = train(kind), train(kind, torch_compile=True)
+    assert backend.run > backend.made > 0
+    losses = [
+        [row["loss"] for _, row in read_json_lines(folder / "metrics.jsonl") if "loss" in row]
+        for folder in (plain, found)
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert (found / "model" / "config.json").is_file()
+
+
+def test_a_stage_whose_compiler_fails_ends_with_one_line(train, monkeypatch):
+    def broken(graph, inputs):
+        raise OSError("no compiler found")
+
+    monkeypatch.setattr(load, "compile_layers", lambda policy: compile_layers(policy, broken))
+    with pytest.raises(
+        ModelError, match=r"^sft: its layers could not be compiled .*no compiler found.*; set torch_compile: false$"
+    ):
+        train("sft", torch_compile=True)

@@ -8,6 +8,7 @@ import torch
 from posttrain.rollout import kv
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.kv import Padding
+from posttrain.rollout.paged import PagedRows
 from posttrain.rollout.prompts import PromptKV, PromptPool
 from posttrain.types import Request, SamplingParams, in_order
 
@@ -116,3 +117,14 @@ def test_pools_are_few_and_none_is_wider_than_a_call_pays_for():
         assert 0 <= padding.width(length) - length < padding.call_pairs
     assert len({padding.width(length) for length in range(1, 600)}) < 12
     assert Padding.of(1 << 20).width(77) == 77
+
+
+def test_where_nothing_is_filled_up_the_key_says_so(shared_policy, monkeypatch, caplog):
+    EmbeddedEngine(shared_policy("qwen3"), stop_token_ids=(), pad_prompts=True)
+    assert not caplog.text
+    EmbeddedEngine(shared_policy("mamba"), stop_token_ids=(), pad_prompts=True)
+    assert "pad_prompts: no effect, because" in caplog.text and "decodes row by row" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr("posttrain.rollout.embedded.paged_rows", PagedRows)
+    EmbeddedEngine(shared_policy("qwen3"), stop_token_ids=(), pad_prompts=True)
+    assert "pad_prompts: no effect, because pages need no filling up" in caplog.text

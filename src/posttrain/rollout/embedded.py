@@ -6,6 +6,7 @@ their places. Speaks token ids; stop strings are all it knows of text.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,8 @@ from posttrain.rollout.paged import paged_rows
 from posttrain.rollout.replica import receive
 from posttrain.rollout.sampling import stop_test, uniforms
 from posttrain.types import Completion, EngineInfo, Moved, Request, SamplingParams, TokenSeq
+
+log = logging.getLogger(__name__)
 
 _SCORED_AT_ONCE = 8192
 """Tokens."""
@@ -48,6 +51,9 @@ class EmbeddedEngine:
         self._pad_prompts = pad_prompts
         self._version = 0
         self._paged = None if enforce_eager else paged_rows(policy)
+        if pad_prompts and (self._paged or not policy.ragged):
+            why = "pages need no filling up" if self._paged else f"{policy.source} decodes row by row"
+            log.warning("pad_prompts: no effect, because %s", why)
 
     @property
     def policy_version(self) -> int:
