@@ -64,6 +64,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
     ),
     "chat": ("posttrain.cli.chat", "chat", "Talk to a model."),
     "serve": ("posttrain.cli.serve", "serve", "Serve models to the openai client and curl; follow a registry's alias."),
+    "tinker": (
+        "posttrain.cli.tinker",
+        "tinker",
+        "Train for clients of Tinker's SDK: forward_backward, optim_step, sample.",
+    ),
     "report": ("posttrain.cli.report", "report", "Write the HTML report of a run."),
     "diff": ("posttrain.cli.diff", "diff", "Compare two runs."),
     "mcp": (

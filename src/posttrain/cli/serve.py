@@ -11,6 +11,7 @@ from posttrain.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
     from posttrain.serve.run import Serving
+    from posttrain.serve.service import Service
 
 EngineName = Literal["embedded", "vllm", "sglang"]
 """As `ServeOptions` has it; the extra is not imported to say how the command is used."""
@@ -60,7 +61,7 @@ def serve(
     max_connections: Annotated[int, typer.Option(min=1, help="Connections open at once; more are told 429.")] = 1024,
 ) -> None:
     """Serve models to the openai client, curl and whatever speaks that API. A name follows its registry: promote while it runs."""
-    _require()
+    require_serving("serve")
     from posttrain.pipeline.show import quiet_libraries
     from posttrain.serve.options import ENGINE_TOKEN_VARIABLE, ServeOptions, read_token
     from posttrain.serve.run import run_server
@@ -76,7 +77,8 @@ def serve(
     run_server(options, lambda: make_router(names, options), _ready)
 
 
-def _require() -> None:
+def require_serving(verb: str) -> None:
+    """Raises: MissingExtraError."""
     try:
         import fastapi  # noqa: F401
         import httpx  # noqa: F401
@@ -84,7 +86,9 @@ def _require() -> None:
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(f"serve needs {error.name}; install it with: pip install 'posttrain[serve]'") from error
+        raise MissingExtraError(
+            f"{verb} needs {error.name}; install it with: pip install 'posttrain[{verb}]'"
+        ) from error
 
 
 def _named(entry: str) -> tuple[str, Path]:
@@ -94,7 +98,7 @@ def _named(entry: str) -> tuple[str, Path]:
     return name, Path(folder).expanduser()
 
 
-def _ready(serving: Serving) -> None:
+def _ready(serving: Serving[Service]) -> None:
     for name, version in serving.service.router.names.items():
         typer.echo(f"{name}  {version.id}", err=True)
     typer.echo(f"listening at {serving.address}/v1", err=True)

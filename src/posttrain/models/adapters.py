@@ -52,7 +52,7 @@ def attach_adapter(model: PreTrainedModel, keys: ModelKeys, *, grown: bool = Fal
         target_parameters=_expert_targets(model, keys) or None,
         exclude_modules=_odd_linears(model) or None,
         modules_to_save=saved or None,
-        ensure_weight_tying=_is_tied(model) and bool({name.rsplit(".", 1)[-1] for name in saved} & _ends_of(model)),
+        ensure_weight_tying=is_tied(model) and bool({name.rsplit(".", 1)[-1] for name in saved} & _ends_of(model)),
         use_rslora=keys.use_rslora,
         use_dora=keys.use_dora,
         init_lora_weights=keys.init_lora_weights,  # pyright: ignore[reportArgumentType]
@@ -141,7 +141,7 @@ def _check_patterns(adapted: Any, keys: ModelKeys) -> None:
 
 def _refuse_tied(model: PreTrainedModel, target: list[str] | str) -> None:
     """Raises: ModelError if an adapter would stand on a head that shares its weights with the embedding."""
-    if not _is_tied(model):
+    if not is_tied(model):
         return
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     for name in (name for name, module in model.named_modules() if module in ends):
@@ -153,7 +153,8 @@ def _refuse_tied(model: PreTrainedModel, target: list[str] | str) -> None:
             )
 
 
-def _is_tied(model: PreTrainedModel) -> bool:
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether embedding and head are one weight."""
     head: Any = model.get_output_embeddings()
     embedding: Any = model.get_input_embeddings()
     return head is not None and head.weight is embedding.weight
@@ -165,10 +166,15 @@ def _ends_of(model: PreTrainedModel) -> set[str]:
     return {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module in ends}
 
 
+def linear_modules(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """Adaptable modules, the output head among them."""
+    return [(name, module) for name, module in model.named_modules() if _is_linear(module)]
+
+
 def _linear_names(model: PreTrainedModel, target: list[str] | str) -> list[str]:
     """Adaptable modules; the output head only where it is named, as PEFT's `all-linear` leaves it out."""
     head = model.get_output_embeddings() if target == "all-linear" else None
-    return [name for name, module in model.named_modules() if _is_linear(module) and module is not head]
+    return [name for name, module in linear_modules(model) if module is not head]
 
 
 def _is_linear(module: nn.Module) -> bool:

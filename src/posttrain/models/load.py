@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.config import hub
 from posttrain.config.chat_template import chat_template
@@ -20,7 +20,7 @@ from posttrain.distributed.sharding import Whole
 from posttrain.errors import ModelError
 from posttrain.files import size_text
 from posttrain.models import attention, generation
-from posttrain.models.adapters import attach_adapter, continue_adapter
+from posttrain.models.adapters import ATTENTION_NAMES, attach_adapter, continue_adapter, is_tied, linear_modules
 from posttrain.models.compiled import compile_layers, compile_where_it_fits, is_compiled, wants_compiling
 from posttrain.models.continued import adapter_before, base_keys
 from posttrain.models.device import Placement, has_bf16, place, weight_dtype
@@ -302,3 +302,25 @@ def missing_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 def model_shape(config: Any) -> Mapping[str, Any]:
     """The config as plain values, for planning."""
     return config.get_text_config().to_dict()
+
+
+def adapter_targets(keys: ModelKeys, *, attention: bool, mlp: bool, head: bool) -> list[str]:
+    """`lora_target` of these parts of a model that is not loaded; a head that shares its weights with the embedding is left out.
+
+    Raises: ModelError where nothing is left.
+    """
+    config = load_config(keys)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=keys.trust_remote_code)
+    wanted = {True: attention, False: mlp}
+    last = model.get_output_embeddings()
+    inner = [name for name, module in linear_modules(model) if module is not last]
+    targets = {name.rsplit(".", 1)[-1] for name in inner if wanted[bool(ATTENTION_NAMES.search(name))]}
+    if head and not is_tied(model):
+        targets |= {name.rsplit(".", 1)[-1] for name, module in linear_modules(model) if module is last}
+    if not targets:
+        raise ModelError(
+            f"{keys.base_model}: no layer is left to adapt; its head shares its weights with the embedding and cannot be: train "
+            "attention or MLP layers"
+        )
+    return sorted(targets)

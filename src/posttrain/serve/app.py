@@ -24,7 +24,7 @@ def make_app(service: Service) -> FastAPI:
         title="posttrain serve", version=posttrain.__version__, docs_url=None, redoc_url=None, openapi_url=None
     )
     app.add_middleware(ServeGuard, options=service.options)
-    _add_errors(app)
+    add_errors(app)
     _add_answers(app, service)
     _add_state(app, service)
     return app
@@ -80,7 +80,9 @@ def _add_state(app: FastAPI, service: Service) -> None:
         return Response(service.meter.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _add_errors(app: FastAPI) -> None:
+def add_errors(app: FastAPI) -> None:
+    """Every refusal in OpenAI's form."""
+
     @app.exception_handler(ApiRefusal)
     async def refused(request: Request, error: ApiRefusal) -> Response:
         return JSONResponse(error.body, error.status, dict(error.headers))
