@@ -165,9 +165,7 @@ class TinkerService:
             if name is not None:
                 _check_name(name)
                 return RequestResult(model.export(name))
-            sampler = Sampler(
-                f"{model.id}:sample:{asked.sampling_session_seq_id or seq}", model.beginning.base, model_id=model.id
-            )
+            sampler = Sampler(f"{model.id}:sample:{seq}", model.beginning.base, model_id=model.id)
             self.samplers.begin(sampler)
             return RequestResult(model.keep_snapshot(sampler.id))
 
