@@ -50,8 +50,12 @@ def _add_sessions(app: FastAPI, service: TinkerService) -> None:
 
     @app.post("/api/v1/client/config")
     async def client_config(asked: ClientConfigRequest) -> Record:
-        # Half of a body: what the SDK counts leaves out names and lengths.
-        return {"fwdbwd_max_chunk_bytes_count": service.options.serve.max_body_bytes // 2}
+        # Half of a body: what the SDK counts leaves out names and lengths. One after the other: with the first one last, as
+        # it would send them, a full queue would never come to it.
+        return {
+            "fwdbwd_max_chunk_bytes_count": service.options.serve.max_body_bytes // 2,
+            "parallel_fwdbwd_chunks": False,
+        }
 
     @app.post("/api/v1/client/dynamic_config")
     async def dynamic_config(asked: ClientConfigRequest) -> Record:
