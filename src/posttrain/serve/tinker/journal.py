@@ -46,7 +46,7 @@ class Journal:
             _cut_torn_line(path)
             for _, line in read_json_lines(path):
                 self._take(line)
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._descriptor = -1
 
     def accept(self, seq: int, kind: str, digest: str, name: str = "") -> None:
         self._write({"seq": seq, "kind": kind, "digest": digest, "name": name}, durable=False)
@@ -75,9 +75,12 @@ class Journal:
         return sorted(changing, key=lambda entry: entry.seq)
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
 
     def _write(self, line: Mapping[str, Any], *, durable: bool) -> None:
+        if self._descriptor < 0:  # of the many models there once were, few are written to
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         # One write: a process that is killed leaves a line or none.
         os.write(self._descriptor, (json.dumps(line) + "\n").encode())
         if durable:

@@ -106,8 +106,8 @@ class ClientModel:
                 path = self.path(WEIGHTS_OF_STATE, save.name)
                 begin = f"create_training_client_from_state_with_optimizer({path!r}), the state of request {save.seq}"
             self.lost = (
-                f"the server ended with requests of {self.id} in no save, and they are lost: {', '.join(map(str, unsaved))}. This "
-                f"model cannot go on; begin from {begin}"
+                f"the server, or the session, ended with requests of {self.id} in no save, and they are lost: "
+                f"{', '.join(map(str, unsaved))}. This model cannot go on; begin from {begin}"
             )
 
     def path(self, kind: str, name: str) -> str:
@@ -294,6 +294,11 @@ class ModelShelf:
         save = model.journal.last_save
         if save is not None:
             saved = find_state(model.folder / WEIGHTS_OF_STATE / save.name)
+            if saved.seq != save.seq:
+                raise CheckpointError(
+                    f"{saved.folder} is the state of request {saved.seq}, the journal of {model.id} says that {save.seq} was saved "
+                    "there: bring back what was, or begin a new model from it"
+                )
             model.tenant = load_state(host, saved, optimizer=True, gradients=True)
         elif begun.path:
             _, kind, folder = self.resolve(begun.path)

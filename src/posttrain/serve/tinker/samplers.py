@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tinker.types import SampleRequest
 
-from posttrain.errors import DataError
+from posttrain.errors import ConfigError, DataError
 from posttrain.files import digest_json, read_json, write_json
 from posttrain.names import FREE
 from posttrain.recipes.tinker import AdapterHost, Tensors
@@ -22,7 +22,7 @@ from posttrain.serve.tinker.models import WEIGHTS_OF_SAMPLER, LostStepsError, Mo
 from posttrain.serve.tinker.requests import RequestResult
 from posttrain.types import Request, SamplingParams
 
-_MOST_TOP = 50
+_MOST_TOP, _MOST_SAMPLES = 50, 1024
 _REFUSED = {
     "topk_sample_logprobs": 0, "target_prompt_logprobs": None, "prompt_alt_tokens_k": 0, "record_stability_info": None,
 }  # fmt: skip
@@ -43,9 +43,15 @@ class Samplers:
     def __init__(self, folder: Path, shelf: ModelShelf) -> None:
         self._folder, self._shelf = folder, shelf
         self._loaded: dict[str, Tensors] = {}
+        self._of_snapshots: dict[str, Sampler] = {}
 
     def begin(self, sampler: Sampler) -> None:
-        """Raises: ConfigError for weights that are not there."""
+        """Raises: ConfigError for weights that are not there, and an id that is no name."""
+        if why := FREE.against(_name(sampler.id)):
+            raise ConfigError(f"session_id: {why}")
+        if sampler.model_id:
+            self._of_snapshots[sampler.id] = sampler
+            return
         if sampler.path:
             self._shelf.resolve(sampler.path)
         self._shelf.source(sampler.base)
@@ -53,12 +59,14 @@ class Samplers:
         write_json(self._file(sampler.id), asdict(sampler))
 
     def find(self, sampler_id: str) -> Sampler | None:
-        if FREE.against(sampler_id.replace(":", "-")) or not self._file(sampler_id).exists():
+        if sampler_id in self._of_snapshots:
+            return self._of_snapshots[sampler_id]
+        if FREE.against(_name(sampler_id)) or not self._file(sampler_id).exists():
             return None
         return Sampler(**read_json(self._file(sampler_id)))
 
     def _file(self, sampler_id: str) -> Path:
-        return self._folder / f"{sampler_id.replace(':', '-')}.json"
+        return self._folder / f"{_name(sampler_id)}.json"
 
     def sample(self, sampler: Sampler, seeded: Sequence[tuple[SampleRequest, int]]) -> list[RequestResult]:
         """All that are sampled alike from the same weights, together. In the thread that computes."""
@@ -117,6 +125,10 @@ class Samplers:
         return ScoredPrompt(logp, [one.top for one in likeliest[-last:]], asked.topk_prompt_logprobs)
 
 
+def _name(sampler_id: str) -> str:
+    return sampler_id.replace(":", "-")
+
+
 def alike(sampler_id: str, asked: SampleRequest) -> str:
     """What is equal for requests that can be sampled together."""
     given = asked.sampling_params
@@ -136,8 +148,8 @@ def check_sample(asked: SampleRequest) -> None:
             raise DataError(f"{name}: got {getattr(asked, name)!r}; this server has no such thing, leave it out")
     if any(chunk.type != "encoded_text" for chunk in asked.prompt.chunks) or not asked.prompt.length:
         raise DataError("prompt: expected at least one token, and nothing but text")
-    if asked.num_samples < 1:
-        raise DataError(f"num_samples: got {asked.num_samples}, expected at least 1")
+    if not 1 <= asked.num_samples <= _MOST_SAMPLES:
+        raise DataError(f"num_samples: got {asked.num_samples}, expected 1 to {_MOST_SAMPLES}")
     if not 0 <= asked.topk_prompt_logprobs <= _MOST_TOP:
         raise DataError(f"topk_prompt_logprobs: got {asked.topk_prompt_logprobs}, expected 0 to {_MOST_TOP}")
     if not 1 <= (asked.prompt_logprobs_last_n or 1) < max(2, asked.prompt.length):

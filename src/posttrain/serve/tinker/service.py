@@ -30,6 +30,7 @@ from posttrain.serve.tinker.options import TinkerOptions
 from posttrain.serve.tinker.requests import ComputeJob, ComputeQueue, RequestResult
 from posttrain.serve.tinker.samplers import Sampler, Samplers, alike, check_sample, seed_asked
 
+_MOST_RANK = 512
 _POLL_S = 25.0
 """How long a client that asks for an outcome waits for it; the SDK hangs up after 45 s."""
 
@@ -69,15 +70,15 @@ class TinkerService:
 
     def finish_session(self, session_id: str) -> None:
         """Its models leave the memory; what they saved stays."""
-        for model_id in self.shelf.ids():
-            if model_id.startswith(f"{session_id}:") and (model := self.shelf.present(model_id)) is not None:
-                self._submit(f"{model_id}:finish:{secrets.token_hex(4)}", partial(_leave, model))
+        for model in self.shelf.in_memory():
+            if model.id.startswith(f"{session_id}:"):
+                self._submit(f"{model.id}:finish:{secrets.token_hex(4)}", partial(_leave, model))
 
     def create(self, asked: types.CreateModelRequest) -> str:
         """The request's id, which begins with the model's. Raises: ApiRefusal."""
         lora = asked.lora_config or types.LoraConfig(rank=32)
-        if lora.rank < 1:
-            raise bad_request(f"lora_config.rank: got {lora.rank}, expected at least 1", "lora_config.rank")
+        if not 1 <= lora.rank <= _MOST_RANK:
+            raise bad_request(f"lora_config.rank: got {lora.rank}, expected 1 to {_MOST_RANK}", "lora_config.rank")
         if not (lora.train_attn or lora.train_mlp or lora.train_unembed):
             raise bad_request("lora_config trains nothing; set train_attn, train_mlp or train_unembed", "lora_config")
         _check_optimizer(asked.optimizer_config)
