@@ -30,7 +30,7 @@ _REFUSED = {
 
 
 @dataclass(frozen=True, slots=True)
-class Sampler:
+class SamplingSession:
     """`path`: saved weights. `model_id`: a model whose snapshot it is. Neither: the base."""
 
     id: str
@@ -39,13 +39,13 @@ class Sampler:
     model_id: str = ""
 
 
-class Samplers:
+class SamplingSessions:
     def __init__(self, folder: Path, shelf: ModelShelf) -> None:
         self._folder, self._shelf = folder, shelf
         self._loaded: dict[str, Tensors] = {}
-        self._of_snapshots: dict[str, Sampler] = {}
+        self._of_snapshots: dict[str, SamplingSession] = {}
 
-    def begin(self, sampler: Sampler) -> None:
+    def begin(self, sampler: SamplingSession) -> None:
         """Raises: ConfigError for weights that are not there, and an id that is no name."""
         if why := FREE.against(_name(sampler.id)):
             raise ConfigError(f"session_id: {why}")
@@ -58,17 +58,17 @@ class Samplers:
         self._folder.mkdir(exist_ok=True)
         write_json(self._file(sampler.id), asdict(sampler))
 
-    def find(self, sampler_id: str) -> Sampler | None:
+    def find(self, sampler_id: str) -> SamplingSession | None:
         if sampler_id in self._of_snapshots:
             return self._of_snapshots[sampler_id]
         if FREE.against(_name(sampler_id)) or not self._file(sampler_id).exists():
             return None
-        return Sampler(**read_json(self._file(sampler_id)))
+        return SamplingSession(**read_json(self._file(sampler_id)))
 
     def _file(self, sampler_id: str) -> Path:
         return self._folder / f"{_name(sampler_id)}.json"
 
-    def sample(self, sampler: Sampler, seeded: Sequence[tuple[SampleRequest, int]]) -> list[RequestResult]:
+    def sample(self, sampler: SamplingSession, seeded: Sequence[tuple[SampleRequest, int]]) -> list[RequestResult]:
         """All that are sampled alike from the same weights, together. In the thread that computes."""
         host, tensors = self._weights(sampler)
         refused = [_refused(one, host) for one, _ in seeded]
@@ -92,7 +92,7 @@ class Samplers:
             outcomes.append(RequestResult(message=write_samples(own, scored)))
         return outcomes
 
-    def _weights(self, sampler: Sampler) -> tuple[AdapterHost, Tensors | None]:
+    def _weights(self, sampler: SamplingSession) -> tuple[AdapterHost, Tensors | None]:
         """Raises: LostStepsError for a snapshot that is not kept any more."""
         if sampler.model_id:
             model = self._shelf.find(sampler.model_id)

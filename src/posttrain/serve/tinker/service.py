@@ -28,7 +28,7 @@ from posttrain.serve.tinker.messages import PassAsked
 from posttrain.serve.tinker.models import WEIGHTS_OF_SAMPLER, ClientModel, ClientRecord, ModelShelf
 from posttrain.serve.tinker.options import TinkerOptions
 from posttrain.serve.tinker.requests import ComputeJob, ComputeQueue, RequestResult
-from posttrain.serve.tinker.samplers import Sampler, Samplers, alike, check_sample, seed_asked
+from posttrain.serve.tinker.samplers import SamplingSession, SamplingSessions, alike, check_sample, seed_asked
 
 _MOST_RANK = 512
 _POLL_S = 25.0
@@ -46,7 +46,7 @@ class _Line:
 class TinkerService:
     def __init__(self, options: TinkerOptions) -> None:
         self.options, self.shelf = options, ModelShelf(options)
-        self.samplers = Samplers(options.folder / "samplers", self.shelf)
+        self.samplers = SamplingSessions(options.folder / "samplers", self.shelf)
         self.queue = ComputeQueue(options.max_results_bytes)
         self._lines: dict[str, _Line] = {}
         self._is_draining = False
@@ -166,7 +166,7 @@ class TinkerService:
             if name is not None:
                 _check_name(name)
                 return RequestResult(model.export(name))
-            sampler = Sampler(f"{model.id}:sample:{seq}", model.beginning.base, model_id=model.id)
+            sampler = SamplingSession(f"{model.id}:sample:{seq}", model.beginning.base, model_id=model.id)
             self.samplers.begin(sampler)
             return RequestResult(model.keep_snapshot(sampler.id))
 
@@ -224,13 +224,13 @@ class TinkerService:
             base = asked.base_model or ""
             if asked.model_path is not None:
                 base = self.shelf.resolve(asked.model_path)[0].beginning.base
-            sampler = Sampler(
+            sampler = SamplingSession(
                 f"{asked.session_id}:sample:{asked.sampling_session_seq_id}", base, path=asked.model_path or ""
             )
             self.samplers.begin(sampler)
         return sampler.id
 
-    def sampler(self, sampler_id: str) -> Sampler:
+    def sampler(self, sampler_id: str) -> SamplingSession:
         """Raises: ApiRefusal."""
         found = self.samplers.find(sampler_id)
         if found is None:
