@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import gpu_work as work
 from posttrain.models.attention import ragged_attention
 from posttrain.models.batch import Layout, Tree
 from posttrain.models.compiled import compile_layers
+from posttrain.models.offload import OffloadedLayers, checkpoint_layers
 from posttrain.models.tree_attention import Window, token_places
 from posttrain.objectives import fused
 from posttrain.objectives.logprobs import chunked_logprobs, head_tile_rows
@@ -211,6 +212,32 @@ def trees_row(setting: Setting) -> Found:
     return Found(apart / norm, _GRADIENT_LIMIT, work.seconds_of(lambda: grads(0), setting.device))
 
 
+def offload_row(setting: Setting) -> Found:
+    """Gradients with layers and their inputs in the machine's memory against those without; the second pass finds what the first left."""
+    groups = work.documents(setting.shape.vocab, [setting.scaled(960)] * 4)
+
+    def run(offload: bool) -> tuple[list[torch.Tensor], Callable[[], Any]]:
+        policy = work.random_policy(replace(setting.shape, layers=6), setting.device, adapter=True)
+        checkpoint_layers(policy.model, offload=offload)
+        if offload:
+            policy.offloaded = OffloadedLayers(policy.model.cpu(), setting.device)
+        policy.model.train()
+        batch = work.packed(groups, policy)
+
+        def step() -> Any:
+            return torch.autograd.grad(-policy.score(batch).logp_M.mean(), [p for _, p in policy.trainable()])
+
+        step()
+        return [grad.float() for grad in step()], step
+
+    (ours, step), (theirs, _) = run(True), run(False)
+    apart = sum(float((a - b).square().sum()) for a, b in zip(ours, theirs, strict=True)) ** 0.5
+    norm = sum(float(grad.square().sum()) for grad in theirs) ** 0.5
+    # A card's attention adds up its gradients in no fixed order.
+    limit = 0.0 if setting.rehearsal else _GRADIENT_LIMIT
+    return Found(apart / norm, limit, work.seconds_of(step, setting.device))
+
+
 def step_row(setting: Setting) -> Found:
     """An optimizer step lowers the loss of its own batch; the error is what is missing to that."""
     policy = work.random_policy(setting.shape, setting.device)
@@ -259,6 +286,7 @@ ROWS: Mapping[str, Callable[[Setting], Found]] = {
     "LoRA in bf16, gradients": model_row("gradients", adapter=True),
     "compiled layers in bf16, gradients": model_row("gradients", compiled=True),
     "shared prompts against none": trees_row,
+    "offloaded layers against none": offload_row,
     "steps lower the loss": step_row,
     "engine's log-probs against the trainer's": decode_row,
 }

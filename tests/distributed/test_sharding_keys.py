@@ -92,6 +92,7 @@ ROWS = {
     "bfloat16": {"sharding": {"param_dtype": "bfloat16"}},
     "reduced in bfloat16": {"sharding": {"reduce_dtype": "bfloat16"}},
     "again": {"gradient_checkpointing": True},
+    "again, from the host": {"gradient_checkpointing": "offload"},
     "adapter in bfloat16": {"adapter": "lora", "lora_r": 4, "sharding": {"param_dtype": "bfloat16"}},
     "adapter": {"adapter": "lora", "lora_r": 4},
     "adapter, kept": {"adapter": "lora", "lora_r": 4, "sharding": {"reshard_after_forward": False}},
@@ -119,7 +120,9 @@ def test_each_key_acts_and_changes_no_number(model_dir, data_dir, runner, tmp_pa
     assert (usual["gathers"], usual["reduces"]) == (2 * (2 * layers + 1), 2 * (layers + 1))
     assert (found["kept"]["gathers"], found["kept"]["reduces"]) == (2 * (layers + 1), usual["reduces"])
     assert (found["once a step"]["gathers"], found["once a step"]["reduces"]) == (usual["gathers"], layers + 1)
-    assert (usual["ran"], found["again"]["ran"]) == (2, 4)
+    again, offloaded = found["again"], found["again, from the host"]
+    assert (usual["ran"], again["ran"], offloaded["ran"]) == (2, 4, 4)
+    assert offloaded["norm"] == again["norm"]
     half = found["bfloat16"]
     assert half["gathered"] == half["activations"] == ["torch.bfloat16"]
     assert half["reduced"] == half["held"] == usual["gathered"] == usual["activations"] == ["torch.float32"]

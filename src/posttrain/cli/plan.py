@@ -197,18 +197,26 @@ def _here(devices: int, probe: bool) -> Target:
     )
 
 
+def _teacher_shapes(keys: Any) -> list[Any]:
+    """As `recipes.teachers.teacher_shapes`, without what loads a model."""
+    from posttrain.config.rl import SamplingKeys
+    from posttrain.planner import ModelShape
+
+    asked = keys.teachers if isinstance(keys, SamplingKeys) else []
+    return [ModelShape.from_config(read_model_config(one.model)) for one in asked if not one.is_the_policy]
+
+
 def _forecast(shape: Any, kind: str, keys: Any, target: Target, tokens: int, measured: Path | None) -> Any:
     from posttrain.config.kinds import STAGE_KINDS
     from posttrain.planner import Workload
     from posttrain.planner.forecast import forecast
     from posttrain.planner.measured import AS_PREDICTED, correction_from
-    from posttrain.recipes.teachers import teacher_shapes
 
     dumped = keys.model_dump()
     workload = Workload.from_keys(
         dumped,
         **STAGE_KINDS[kind].demands(keys),
-        teachers=teacher_shapes(keys),
+        teachers=_teacher_shapes(keys),
         device_has_bf16=target.has_bf16,
         on_cpu=target.cluster.device.name == "cpu",
     )
