@@ -1,9 +1,11 @@
 """Whole runs: what is on disk afterwards, what a second start does, loop-backs and early ends."""
 
 import json
+import shutil
 
 import pytest
 
+from posttrain.errors import ChangedInputsError
 from posttrain.evidence import Verdict
 from posttrain.files import file_digests, read_json
 from posttrain.gate.folder import recompute
@@ -60,6 +62,27 @@ def test_a_reward_model_stands_beside_the_line(project):
     assert beside.inputs["model"] == last.inputs["model"] == first.output_digest
     assert beside.output_digest not in (first.output_digest, last.output_digest)
     assert {path.name for path in (made.out / "evals").iterdir()} == {"base", "01-sft", "03-dpo"}
+
+
+def test_a_stage_is_taught_by_a_folder_and_notices_when_that_has_changed(project, model_dir, tmp_path):
+    """Judged, reported and planned like any other; the teacher is pinned by its digest, and found beside the YAML."""
+    shutil.copytree(model_dir("qwen3"), tmp_path / "project" / "teacher")
+    asked = {
+        "datasets": [{"path": "prompts.jsonl"}],
+        "teachers": [{"model": "./teacher"}],
+        "num_prompts_per_step": 2,
+        **SLOW,
+    }
+    made = project(
+        [sft(), {"distill": {**asked, "num_generations": 2, "max_completion_length": 6, "loss_type": "jsd"}}],
+        gate=gate(),
+    )
+    assert made.run().status == "passed"
+    assert attempts(made) == [("sft", 1, "done"), ("distill", 1, "done")]
+    assert "Distance to the teacher" in build_report(made.out).read_text()
+    (made.folder / "teacher" / "note.txt").write_text("another teacher")
+    with pytest.raises(ChangedInputsError, match=r"stages\.2\.distill\.teachers\.0"):
+        made.run()
 
 
 # --- a whole run ---------------------------------------------------------------------------------------------------
