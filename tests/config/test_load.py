@@ -6,6 +6,7 @@ import pytest
 
 from posttrain.config import describe_keys, detect_kind, load_gate, load_stage
 from posttrain.config.kinds import STAGE_KINDS
+from posttrain.config.load import marked_kind
 from posttrain.config.stages import ROWS_OF_TYPE, DatasetKeys, SFTKeys
 from posttrain.data.formats import FORMATS
 from posttrain.errors import ConfigError
@@ -284,3 +285,12 @@ def test_rows_of_another_stage_are_refused_at_their_line(write):
 def test_every_row_format_is_a_type_of_dataset_and_gives_rows():
     types = set(get_args(DatasetKeys.model_fields["type"].annotation)) - {"auto"}
     assert set(FORMATS) == types == set(ROWS_OF_TYPE)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [({"teachers": [{"model": "start"}]}, "distill"), ({"reward_funcs": ["exact"]}, "grpo"), ({}, "grpo"), ({"teachers": [], "reward_funcs": ["exact"]}, "grpo")],
+)  # fmt: skip
+def test_of_kinds_that_take_the_same_keys_one_that_needs_no_other_is_meant(given, kind):
+    values = {"base_model": "m", "datasets": [{"path": "p.jsonl"}], "num_generations": 2, "max_completion_length": 8}
+    assert marked_kind({**values, **given}) == kind

@@ -150,7 +150,10 @@ def detect_kind(path: Path) -> str:
 
 
 def marked_kind(values: Mapping[str, Any]) -> str | None:
-    """The kind that takes most of these keys and types of data, the first among equals; None where all could be meant."""
+    """The kind that takes most of these keys and types of data, among equals one that needs no other key, then the first.
+
+    None where all could be meant.
+    """
     names, sources = set(values), values.get("datasets")
     names |= (
         {f"type {entry.get('type')}" for entry in sources if isinstance(entry, dict)}
@@ -160,7 +163,11 @@ def marked_kind(values: Mapping[str, Any]) -> str | None:
     taken = {name: names & _marks(row) for name, row in STAGE_KINDS.items()}
     if all(marks == set.intersection(*taken.values()) for marks in taken.values()):
         return None
-    return max(taken, key=lambda name: len(taken[name]))
+    return max(taken, key=lambda name: (len(taken[name]), _required(STAGE_KINDS[name]) <= set(values)))
+
+
+def _required(row: StageKind) -> set[str]:
+    return {name for name, info in keys_of(row.keys).items() if info.required}
 
 
 def _marks(row: StageKind) -> set[str]:
