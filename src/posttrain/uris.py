@@ -10,6 +10,7 @@ from posttrain.errors import ConfigError
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*")
 _USER_INFO = re.compile(r"(?<=://)[^/?#\s]*@")
+_CREDENTIALS = re.compile(r"\b(Basic|Bearer)\s+[^\s\"']+", re.IGNORECASE)
 _SECRET_NAME = re.compile(
     r"(.*[-_])?(pass(word|wd)?|pwd|token|secret|(api|access)[-_]?key|sig(nature)?|credentials?)", re.IGNORECASE
 )
@@ -61,8 +62,8 @@ SECRET_IN_URI = (
 
 
 def without_secrets(text: str) -> str:
-    """`text` with the user part of every URI in it left out, for messages that quote what was given."""
-    return _USER_INFO.sub("…@", text)
+    """`text` without the user part of any URI and the credentials of any header, for messages that quote what was given or answered."""
+    return _CREDENTIALS.sub(r"\1 …", _USER_INFO.sub("…@", text))
 
 
 def loopback(url: str) -> tuple[str, int]:

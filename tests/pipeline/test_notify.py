@@ -94,7 +94,7 @@ def test_mlflow_that_did_not_get_all_is_told(telling):
     pytest.importorskip("mlflow", reason="needs the extra mlflow")
     run = telling(mlflow="http://127.0.0.1:1")
     assert run.command() == 4
-    assert ("mirror_failed", "01-sft: MLflow did not get") in [(one["event"], one["reason"][:26]) for one in told(run)]
+    assert ("mirror_failed", "01-sft: mlflow has not got") in [(one["event"], one["reason"][:26]) for one in told(run)]
 
 
 @pytest.mark.parametrize(

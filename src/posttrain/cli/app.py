@@ -69,6 +69,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "tinker",
         "Train for clients of Tinker's SDK: forward_backward, optim_step, sample.",
     ),
+    "mirror": (
+        "posttrain.cli.mirror",
+        "send_to_trackers",
+        "Send to its trackers what a run has recorded and they have not got.",
+    ),
     "report": ("posttrain.cli.report", "report", "Write the HTML report of a run."),
     "diff": ("posttrain.cli.diff", "diff", "Compare two runs."),
     "mcp": (

@@ -152,7 +152,7 @@ class NotifyKeys(Keys):
     url_env: str | None = knob(None, "Environment variable with the URL to POST to (JSON with `text`, as chat servers take it).", example="OPS_WEBHOOK")
     token_env: str | None = knob(None, "Environment variable with a token, sent as `Authorization: Bearer`.", example="OPS_TOKEN")
     command: list[str] | None = knob(None, "Program and arguments, run in the project's folder with the notice on its standard input.", example=["./tell.sh"])
-    events: list[NoticeEvent] = knob(["pending", "held", "mirror_failed", "finished"], "What is told: a decision that waits, a model that was registered and got no alias (or a stage on hold), MLflow that did not get all, the end of the run.")
+    events: list[NoticeEvent] = knob(["pending", "held", "mirror_failed", "finished"], "What is told: a decision that waits, a model that was registered and got no alias (or a stage on hold), a tracker or hub that did not get all, the end of the run.")
     timeout_s: float = knob(10.0, "Longest time that a hook is given; what it did not take is sent again.", gt=0, le=60)
 
     @field_validator("url_env", "token_env")

@@ -184,6 +184,7 @@ class TrainKeys(ModelKeys):
     health: dict[str, dict[str, Any]] = knob({}, "Health rules to change: rule → threshold, `severity`, `action` or `enabled`; docs/failure-modes.md lists them.", example={"kl_drift": {"limit": 1.0}})
     health_rollbacks: int = knob(2, "How often a run may return to its last healthy checkpoint before it stops.", ge=0)
     lint: dict[str, dict[str, Any]] = knob({}, "Data lints to change: rule → `limit` (share of the rows) and `action` (warn, refuse or off); docs/data-formats.md lists them.", example={"near_duplicate": {"limit": 0.05}})
+    report_to: list[Literal["mlflow", "wandb", "trackio", "tensorboard"]] = knob([], "Keep a copy of each stage's metrics and findings there; it never delays a step. `mlflow` needs the key mlflow or MLFLOW_TRACKING_URI; the others are told what they need by their own variables (WANDB_PROJECT, WANDB_MODE, TRACKIO_SPACE_ID …).", also="use_wandb, use_tensorboard, use_trackio (Axolotl)", example=["wandb"])
     mlflow: str | None = knob(None, "Mirror metrics to this MLflow server, or to sqlite:///file.db; it never blocks a run. No password here: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.", example="sqlite:///mlflow.db")
     prometheus_port: int | None = knob(None, "Serve the newest metrics to Prometheus on this port of localhost.", ge=1, le=65535)
 
@@ -193,6 +194,14 @@ class TrainKeys(ModelKeys):
         if isinstance(values, dict) and values.get("adapter") == "qlora":
             return {"load_in_4bit": True, **values}
         return values
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_none_is_a_list_too(cls, trackers: Any) -> Any:
+        """As transformers takes it: a name, `none`, or a list."""
+        if isinstance(trackers, str):
+            return [] if trackers == "none" else [trackers]
+        return trackers
 
     @field_validator("unfrozen_parameters")
     @classmethod
@@ -219,6 +228,11 @@ class TrainKeys(ModelKeys):
     def rows_per_step(self, world_size: int) -> int:
         """The global batch: rows of an optimizer step, over all processes."""
         return self.per_device_train_batch_size * self.micro_batches_per_step(world_size)
+
+    @property
+    def trackers(self) -> list[str]:
+        """Who keeps a copy of a stage's numbers, each once."""
+        return list(dict.fromkeys([*self.report_to, *(["mlflow"] if self.mlflow else [])]))
 
     @property
     def row_kind(self) -> RowKind:

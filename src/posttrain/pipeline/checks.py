@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from posttrain.planner.memory import Workload, estimate_memory
 from posttrain.planner.shape import ModelShape
 from posttrain.recipes.kinds import OBJECTIVES
 from posttrain.recipes.teachers import teacher_shapes
+from posttrain.tracking.trackers import require_tracker
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ def check_all(keys: PipelineKeys) -> dict[str, tuple[Suite, SuiteKeys]]:
     check_memory(keys)
     check_order(keys)
     check_adapters(keys)
+    check_trackers(keys)
     if keys.gate is not None and keys.stages[-1].keys.gate is not None:
         raise ConfigError(
             "gate: the last stage has a gate of its own, so two verdicts would stand after it; keep one of them"
@@ -127,6 +130,18 @@ def check_adapters(keys: PipelineKeys) -> None:
                 "trained on over the base in the precision that it was begun in; set both the same, or adapter_start: fresh"
             )
         before = before if stage.keys.is_reward_model else stage.keys
+
+
+def check_trackers(keys: PipelineKeys) -> None:
+    """Raises: MissingExtraError; ConfigError for MLflow without a server."""
+    for stage in keys.stages:
+        for name in stage.keys.trackers:
+            require_tracker(name)
+        if "mlflow" in stage.keys.trackers and not (stage.keys.mlflow or os.environ.get("MLFLOW_TRACKING_URI")):
+            raise ConfigError(
+                f"{stage.kind}.report_to: mlflow, but nothing says where it is; set mlflow: http://HOST:PORT or "
+                "sqlite:///mlflow.db, or MLFLOW_TRACKING_URI"
+            )
 
 
 def check_memory(keys: PipelineKeys) -> None:

@@ -33,6 +33,7 @@ _HOW_IT_IS_WATCHED = {
     "save_keep_every",
     "output_dir",
     "base_model",
+    "report_to",
     "mlflow",
     "prometheus_port",
     "ddp_timeout",

@@ -306,7 +306,7 @@ def _retrained(
 
 def _only_training(keys: PipelineKeys, chain: list[Manifest], folder: Path) -> PipelineKeys:
     """The stages of the chain with what loop-backs changed, nothing measured, judged, mirrored, told or registered."""
-    quiet = {"gate": None, "mlflow": None, "prometheus_port": None}
+    quiet = {"gate": None, "report_to": [], "mlflow": None, "prometheus_port": None}
     stages = [
         ConfiguredStage(
             kind=stage.kind,

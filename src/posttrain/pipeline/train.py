@@ -28,8 +28,9 @@ from posttrain.recipes.run_folder import StageResult
 from posttrain.recipes.stage import Stage, run_recipe
 from posttrain.recipes.stop import StopFlag
 from posttrain.registry.rows import now
-from posttrain.tracking.mlflow_mirror import MlflowSink
+from posttrain.tracking.mirror_sink import MirrorSink
 from posttrain.tracking.prometheus import PrometheusSink
+from posttrain.tracking.trackers import TrackedRun, as_params
 
 log = logging.getLogger(__name__)
 
@@ -184,27 +185,26 @@ class Stages:
             write_atomic(folder / "config.yaml", resolved_yaml(keys, self.place.project, folder))
 
         def begun() -> Stage:
-            watchers = partial(self._sinks, keys, folder.name, state.id)
+            watchers = partial(self._sinks, keys, folder, state.id)
             before = self._merged_before(state, entry.index)
             return Stage(kind, folder, keys, self.ranks, watchers, self.stop, before)
 
         return run_recipe(LOOPS[kind], keys, begun)
 
-    def _sinks(self, keys: TrainKeys, stage: str, run_id: str, kind: str, total_steps: int) -> list[MetricSink]:
+    def _sinks(self, keys: TrainKeys, folder: Path, run_id: str, kind: str, total_steps: int) -> list[MetricSink]:
         """The live view, and the mirrors that are asked for; they know a stage by its folder's name, `03-grpo-2`."""
         sinks = list(self.watch.sinks(kind, total_steps))
-        if keys.mlflow is not None:
-            name = self.place.keys.name
-            lost = partial(self._mirror_failed, stage)
-            sinks.append(
-                MlflowSink(keys.mlflow, name, f"{run_id}/{stage}", training_keys(keys), run_name=stage, on_lost=lost)
-            )
+        stage = folder.name
+        params = as_params(training_keys(keys))
+        tracked = TrackedRun(folder, self.place.keys.name, f"{run_id}/{stage}", stage, params, keys.mlflow)
+        failed = partial(self._mirror_failed, stage)
+        sinks += [MirrorSink(tracked, name, failed) for name in keys.trackers]
         if keys.prometheus_port is not None:
             sinks.append(PrometheusSink(keys.prometheus_port, stage=stage))
         return sinks
 
-    def _mirror_failed(self, stage: str, num_lost: int) -> None:
-        self.watch.tell("mirror_failed", f"{stage}: {num_lost}", f"{stage}: MLflow did not get {num_lost} messages")
+    def _mirror_failed(self, stage: str, tracker: str, why: str) -> None:
+        self.watch.tell("mirror_failed", f"{stage}: {tracker}", f"{stage}: {tracker} has not got all of it ({why})")
 
     def _certify(self, kind: str, keys: RLKeys, folder: Path) -> None:
         """No RL on rewards that did not pass their check. Raises: RewardError."""

@@ -15,6 +15,13 @@ OTHER = "train with Axolotl"
 _HARMLESS_PLUGINS = ("CutCrossEntropyPlugin", "LigerPlugin", "KernelsPlugin", "ExpertParallelPlugin", "SwanLabPlugin", "NemoGymTrackingPlugin",
                      "MegatronCorePlugin", "DenseMLPPlugin")  # fmt: skip
 
+_TRACKERS = {
+    "wandb_project": "wandb",
+    "use_wandb": "wandb",
+    "use_mlflow": "mlflow",
+    "use_tensorboard": "tensorboard",
+    "use_trackio": "trackio",
+}
 _PREFERENCES = {"dpo": "sigmoid", "ipo": "ipo", "kto": "kto", "orpo": "orpo", "simpo": "simpo"}
 _DPO_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "apo_zero", "apo_down", "discopop", "sigmoid_norm")  # fmt: skip
 
@@ -45,6 +52,7 @@ def finish(draft: ImportDraft) -> None:
     _adapter(draft)
     _model(draft)
     _training(draft)
+    _trackers(draft)
     best = draft.asks("load_best_model_at_end")
     cadence(draft, "save", "save_steps", best)
     cadence(draft, "eval", "eval_steps", best)
@@ -102,6 +110,18 @@ def _grpo(draft: ImportDraft) -> None:
             draft.refuse(f"trl.{key}", f"{value}: it has no counterpart here", "take it out")
     draft.assume("loss_type", "bnpo")
     draft.assume("beta", 0.0)
+
+
+def _trackers(draft: ImportDraft) -> None:
+    """A project's name is W&B's own variable here."""
+    asked = [key for key in _TRACKERS if not is_off(draft.source.get(key))]
+    if not asked:
+        return
+    project = draft.source.get("wandb_project")
+    note = f"set WANDB_PROJECT={project} in the environment" if project else ""
+    draft.put("report_to", list(dict.fromkeys(_TRACKERS[key] for key in asked)), asked[0], note)
+    for key in asked[1:]:
+        draft.leave(key, "it stands in report_to")
 
 
 def _batch(draft: ImportDraft) -> None:

@@ -12,6 +12,7 @@ from posttrain.config.importers.fates import (
     changed,
     joint,
     left,
+    names,
     refused,
     rows,
     to,
@@ -67,8 +68,17 @@ _SET = "set it in a YAML of ours if a stage here has it, or train with the other
 _NO_LOSS = "take it out to train with plain cross-entropy, or train with the other tool"
 _NO_FREEZE = "train all weights (take it out), or use adapter: lora with lora_target"
 
+_TRACKERS = ("mlflow", "wandb", "trackio", "tensorboard")
+
+
+def trackers(value: Any) -> list[str]:
+    """Those that are here; `all` is whoever is installed there, which a configuration does not say."""
+    return [name for name in names(value) if name in _TRACKERS]
+
+
 TRAINER: dict[str, KeyFate] = {
-    **rows(left(TRACKING), "report_to", "run_name", "logging_dir", "logging_first_step", "logging_strategy", "logging_nan_inf_filter",
+    "report_to": to("report_to", trackers, "of those that are here: mlflow, wandb, trackio, tensorboard"),
+    **rows(left(TRACKING), "run_name", "logging_dir", "logging_first_step", "logging_strategy", "logging_nan_inf_filter",
            "log_level", "log_level_replica", "log_on_each_node", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
            "include_num_input_tokens_seen", "include_tokens_per_second", "disable_tqdm", "skip_memory_metrics", "log_completions",
            "num_completions_to_print", "wandb_log_unique_prompts", "wandb_entity", "wandb_project", "wandb_run_group",

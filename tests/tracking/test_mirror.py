@@ -1,0 +1,309 @@
+"""Copies of a run in each tracker, for real: a step once, whatever is killed; a dead server costs nothing."""
+
+import contextlib
+import glob
+import io
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from posttrain.errors import ConfigError, MissingExtraError
+from posttrain.tracking import mirror as mirror_module
+from posttrain.tracking.jsonl import JsonlSink
+from posttrain.tracking.mirror import MirrorState, keep_copy
+from posttrain.tracking.mirror_sink import MirrorSink
+from posttrain.tracking.trackers import TRACKERS, TrackedRun, require_tracker, tracked_run
+from posttrain.tracking.trackers.mlflow_run import name_there
+
+NAMES = tuple(TRACKERS)
+ENDED = threading.Event()
+ENDED.set()
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    for variable in ("WANDB_DIR", "WANDB_PROJECT", "TRACKIO_PROJECT"):
+        monkeypatch.delenv(variable, raising=False)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    made = TrackedRun(tmp_path / "01-sft", "words", "run1/01-sft", "01-sft", {"seed": "42"}, uri)
+    made.save()
+    return made
+
+
+def record(run, steps, kinds=()):
+    """Write rows, and a remark of each kind with the last one, as a run does."""
+    sink = JsonlSink(run.folder)
+    for step in steps:
+        sink.log(step, {"loss": 1.0 / step, "rewards/correct/mean": 0.5, "grad_norm": float("nan")})
+    for kind in kinds:
+        sink.event(kind, steps[-1], {"message": "KL is high"})
+    sink.close()
+
+
+def losses(run, name):
+    """[(step, loss)] as a reader of the tracker finds them."""
+    return sorted(_READ[name](run))
+
+
+def _mlflow(run):
+    client = MlflowClient(run.uri, run.uri)
+    (there,) = client.search_runs([client.get_experiment_by_name("words").experiment_id])
+    return [(metric.step, metric.value) for metric in client.get_metric_history(there.info.run_id, "loss")]
+
+
+def _wandb(run):
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    from posttrain.tracking.trackers.wandb_run import _log_records
+
+    found = []
+    for file in run.folder.glob("wandb/offline-run-*/run-*.wandb"):
+        for data in _log_records(file.read_bytes()):
+            record = Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "history":
+                items = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
+                found.append((items["step"], items["loss"]))
+    return found
+
+
+def _trackio(run):
+    (path,) = glob.glob(os.environ["TRACKIO_DIR"] + "/*.db")
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        rows = connection.execute("SELECT step, metrics FROM metrics").fetchall()
+    return [(step, json.loads(metrics)["loss"]) for step, metrics in rows]
+
+
+def _tensorboard(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(run.folder / "tensorboard"), size_guidance={"scalars": 0})
+    reader.Reload()
+    return [(event.step, round(event.value, 6)) for event in reader.Scalars("loss")]
+
+
+_READ = {"mlflow": _mlflow, "wandb": _wandb, "trackio": _trackio, "tensorboard": _tensorboard}
+
+
+def expected(steps):
+    return [(step, pytest.approx(1.0 / step, abs=1e-6)) for step in steps]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_step_is_there_once_after_a_resume_that_records_steps_again(run, name):
+    """The copy got steps 1 to 4; the run went back to its checkpoint of step 2 and on to step 6."""
+    pytest.importorskip(TRACKERS[name].module)
+    record(run, [1, 2, 3, 4], kinds=["finding"])
+    in_process(run, name)
+    JsonlSink(run.folder).truncate_to(2)
+    record(run, [3, 4, 5, 6], kinds=["finding"])
+    assert in_process(run, name) == MirrorState(recorded=6, waiting=0)
+    assert losses(run, name) == expected([1, 2, 3, 4, 5, 6])
+
+
+def in_process(run, name):
+    """The mirror in a process of its own, whose standard input has ended."""
+    code = (
+        "import sys, threading; from pathlib import Path; from posttrain.tracking.mirror import main; "
+        "main(sys.argv[1], sys.argv[2])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run.folder), name], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return MirrorState.of(run, name)
+
+
+@pytest.mark.parametrize(
+    "name", ["tensorboard", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mlflow", "wandb", "trackio"))]
+)
+def test_a_mirror_that_is_killed_while_it_sends_leaves_no_gap_and_no_step_twice(run, name):
+    """SIGKILL at three moments, while rows are added; then a last one that ends."""
+    pytest.importorskip(TRACKERS[name].module)
+    written = 0
+    if name == "mlflow":
+        MlflowClient(run.uri, run.uri).search_experiments()  # its database is its own to make
+    for attempt in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "posttrain.tracking.mirror", str(run.folder), name], stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        until = time.monotonic() + 3.0 + 0.4 * attempt
+        while time.monotonic() < until:
+            record(run, [written + 1, written + 2])
+            written += 2
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdin.close()
+    assert in_process(run, name).recorded == written
+    assert losses(run, name) == expected(range(1, written + 1))
+
+
+def test_findings_and_parameters_arrive_in_mlflow(run):
+    record(run, [1, 2], kinds=["finding", "sample"])
+    assert keep_copy(run, "mlflow", ENDED) == MirrorState(2, 0)
+    client = MlflowClient(run.uri, run.uri)
+    (there,) = client.search_runs([client.get_experiment_by_name("words").experiment_id])
+    assert there.info.status == "FINISHED" and there.data.params == {"seed": "42"}
+    assert there.data.tags["finding.2"] == "KL is high" and "sample.2" not in there.data.tags
+    assert "grad_norm" not in there.data.metrics
+
+
+def test_a_refused_name_costs_that_name_alone(run, caplog):
+    """Two names become one there, with two values, which MLflow refuses together with all that stands in the same call."""
+    run = TrackedRun(
+        run.folder, "words", "k", "n", {**{f"p{i}": str(i) for i in range(150)}, "why?": "1", "why_": "2"}, run.uri
+    )
+    record(run, [1, 2, 3])
+    assert keep_copy(run, "mlflow", ENDED) == MirrorState(3, 0)
+    client = MlflowClient(run.uri, run.uri)
+    (there,) = client.search_runs([client.get_experiment_by_name("words").experiment_id])
+    assert len(there.data.params) == 151 and there.data.params["why_"] == "1"
+    assert losses(run, "mlflow") == expected([1, 2, 3])
+    assert "refuses params 'why_'" in caplog.text
+
+
+def test_names_are_cleaned_to_what_mlflow_takes():
+    from mlflow.utils.validation import path_not_unique, validate_param_and_metric_name
+
+    names = {
+        "rewards/größe/mean": "rewards/gr__e/mean", "a b:c-d.e": "a b:c-d.e", "../up//x/./y/": "up/x/y", "why?": "why_",
+        "/": "_", "x" * 300: "x" * 250,
+    }  # fmt: skip
+    for name, clean in names.items():
+        assert name_there(name) == clean
+        assert validate_param_and_metric_name(clean) and not path_not_unique(clean)
+
+
+def test_a_password_in_the_uri_is_refused_and_not_repeated(tmp_path):
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD") as refusal:
+        TrackedRun(tmp_path, "x", "y", "z", uri="http://user:s3cret@127.0.0.1:5000").save()
+    assert "s3cret" not in str(refusal.value) and not list(tmp_path.iterdir())
+
+
+def test_a_dead_server_delays_no_step_and_gets_everything_when_it_is_back(run, caplog, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    dead = TrackedRun(run.folder, "words", run.key, run.name, uri=f"http://127.0.0.1:{port}")
+    told = []
+    sink = MirrorSink(dead, "mlflow", lambda *failed: told.append(failed))
+    started = time.monotonic()
+    for step in range(2000):
+        sink.log(step, {"loss": 1.0})
+    assert time.monotonic() - started < 1.0
+    record(run, [1, 2, 3])
+    sink.close(timeout_s=0.2)
+    assert time.monotonic() - started < 3.0
+    assert "metrics.jsonl has all of it" in caplog.text and "posttrain mirror" in caplog.text
+    assert [tracker for tracker, why in told] == ["mlflow"]
+    sink._process.kill()
+    sink._process.wait()
+    run.save()
+    assert keep_copy(tracked_run(run.folder), "mlflow", ENDED) == MirrorState(3, 0)
+    assert losses(run, "mlflow") == expected([1, 2, 3])
+
+
+def test_a_tracker_that_fails_half_way_is_asked_again_where_it_stands(run, monkeypatch):
+    """The third call raises after it was taken: the rows of that call are there, and are not sent again."""
+    monkeypatch.setattr(mirror_module, "_ROWS_PER_CALL", 2)
+    monkeypatch.setattr(mirror_module, "_RETRY_AFTER_S", 0.0)
+    from posttrain.tracking.trackers.mlflow_run import MlflowRun
+
+    calls, real = [], MlflowRun.rows
+
+    def rows(self, some):
+        real(self, some)
+        calls.append([row["step"] for row in some])
+        if len(calls) == 3:
+            raise ConnectionError("cut off before the answer")
+
+    monkeypatch.setattr(MlflowRun, "rows", rows)
+    record(run, list(range(1, 9)))
+    assert keep_copy(run, "mlflow", ENDED) == MirrorState(8, 0)
+    assert calls == [[1, 2], [3, 4], [5, 6], [7, 8]]
+    assert losses(run, "mlflow") == expected(range(1, 9))
+
+
+def test_a_killed_mirror_is_started_again_by_its_run(run, monkeypatch, caplog):
+    monkeypatch.setattr("posttrain.tracking.mirror_sink._LOOK_S", 0.0)
+    sink = MirrorSink(run, "tensorboard") if importable("tensorboard") else MirrorSink(run, "mlflow")
+    sink._process.kill()
+    sink._process.wait()
+    record(run, [1, 2])
+    sink.log(2, {"loss": 0.5})
+    sink.close(timeout_s=60)
+    assert "started again" in caplog.text
+    assert MirrorState.of(run, sink._name) == MirrorState(2, 0)
+
+
+def importable(name):
+    with contextlib.suppress(MissingExtraError):
+        require_tracker(name)
+        return True
+    return False
+
+
+def test_two_mirrors_of_one_run_take_turns(run):
+    record(run, list(range(1, 30)))
+    both = [threading.Thread(target=keep_copy, args=(run, "mlflow", ENDED)) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert losses(run, "mlflow") == expected(range(1, 30))
+
+
+def test_the_verb_sends_what_waits_and_says_so(run):
+    from posttrain.cli.app import main
+
+    record(run, [1, 2, 3])
+    (run.mirrors / "mlflow.log").touch()
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        main(["mirror", str(run.folder.parent)])
+    assert "01-sft → mlflow: whole, up to step 3" in out.getvalue()
+    assert losses(run, "mlflow") == expected([1, 2, 3])
+
+
+def test_no_variable_of_the_environment_is_sent(run, monkeypatch):
+    """Nothing that stands in the environment is in what W&B keeps to send."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("MY_TOKEN", "s3cret-of-mine")
+    monkeypatch.setenv("WANDB_API_KEY", "s3cret" * 7)
+    record(run, [1])
+    in_process(run, "wandb")
+    sent = [path.read_bytes() for path in Path(run.folder / "wandb").rglob("*") if path.is_file()]
+    assert sent and not any(b"s3cret" in data for data in sent)
+
+
+def test_a_pipeline_is_refused_before_it_starts_where_a_tracker_is_not_there(monkeypatch):
+    from posttrain.config.pipeline import PipelineKeys
+    from posttrain.pipeline.checks import check_trackers
+
+    def asked(**keys):
+        stage = {"kind": "sft", "keys": {"base_model": "m", "datasets": [{"path": "a.jsonl"}], **keys}}
+        return PipelineKeys.model_validate({"name": "p", "base_model": "m", "stages": [stage]})
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI"):
+        check_trackers(asked(report_to=["mlflow"]))
+    monkeypatch.setattr("posttrain.tracking.trackers.table.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"report_to: wandb .* pip install 'posttrain\[wandb\]'"):
+        check_trackers(asked(report_to="wandb"))
+    check_trackers(asked(report_to="none"))
