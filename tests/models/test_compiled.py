@@ -77,7 +77,8 @@ def test_compiled_layers_score_and_learn_what_they_do_as_written(architecture, p
 @pytest.mark.parametrize(
     "options",
     [pytest.param({"adapter": "lora", "lora_r": 4}, marks=pytest.mark.slow, id="lora"),
-     pytest.param({"gradient_checkpointing": True}, id="recomputed")],
+     pytest.param({"gradient_checkpointing": True}, id="recomputed"),
+     pytest.param({"gradient_checkpointing": "offload"}, marks=pytest.mark.slow, id="recomputed from offloaded inputs")],
 )  # fmt: skip
 def test_they_do_with_an_adapter_and_under_recomputation(options, policy_of, families):
     policy = policy_of("qwen3", **options)
@@ -148,6 +149,9 @@ def test_auto_follows_the_table_of_cards(keys_of, monkeypatch):
 def test_what_cannot_be_compiled_is_refused_by_name(model_dir, policy_of, caplog):
     with pytest.raises(ValidationError, match="torch_compile: true with load_in_4bit: true"):
         keys_for(model_dir("qwen3"), adapter="qlora", torch_compile=True)
+    with pytest.raises(ValidationError, match="torch_compile: true with layer_offloading: true"):
+        offloaded = {"layer_offloading": True, "gradient_checkpointing": True}
+        keys_for(model_dir("qwen3"), adapter="lora", torch_compile=True, **offloaded)
     with pytest.raises(ModelError, match=r"computes exactly \(rollout.exact\).*; set it to false"):
         load_policy(keys_for(model_dir("qwen3"), torch_compile=True), exact=True)
     policy = policy_of("qwen3")

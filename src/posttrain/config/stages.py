@@ -119,7 +119,9 @@ class ModelKeys(Keys):
 
 
     @model_validator(mode="after")
-    def _compiles_what_is_not_in_4_bits(self) -> ModelKeys:
+    def _compiles_layers_that_stay_as_they_are(self) -> ModelKeys:
+        if self.torch_compile is True and self.layer_offloading:
+            raise ValueError("torch_compile: true with layer_offloading: true, which copies a layer's weights in and out around it; set one of them to false")
         if self.torch_compile is True and self.load_in_4bit:
             raise ValueError("torch_compile: true with load_in_4bit: true, whose products are kernels of bitsandbytes; set torch_compile: false")
         return self
