@@ -31,3 +31,11 @@ def test_a_late_stage_that_only_one_process_can_sample_for_is_refused_before_the
     with pytest.raises(ConfigError, match=rf"stages.2.grpo: {said}"):
         run_pipeline(load_pipeline(made.path).keys, Two())
     assert not made.out.exists()
+
+
+def test_a_late_stage_whose_layers_only_one_process_can_offload_is_refused_before_the_first_is_trained(project):
+    offloading = {**GRPO, "adapter": "lora", "gradient_checkpointing": True, "layer_offloading": True}
+    made = project(stages(("sft", SFT), ("grpo", offloading)))
+    with pytest.raises(ConfigError, match=r"stages.2.grpo: layer_offloading: true .* set it to false"):
+        run_pipeline(load_pipeline(made.path).keys, Two())
+    assert not made.out.exists()
