@@ -99,7 +99,11 @@ def test_the_plainest_run_logs_what_is_not_conditional(kind, train):
     [
         ("sft", "dev-sft", {}),
         ("dpo", "dev-pairs", {}),
-        ("grpo", "dev-prompts", {"beta": 0.1, "num_iterations": 2, "rollout": {"max_staleness": 1}}),
+        (
+            "grpo",
+            "dev-prompts",
+            {"beta": 0.1, "num_iterations": 2, "rollout": {"max_staleness": 1}, "teachers": [{"model": "start"}]},
+        ),
     ],
 )
 def test_with_all_conditions_met_every_rule_can_fire(kind, file, options, train, data_dir, suite):
