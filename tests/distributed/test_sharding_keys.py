@@ -205,5 +205,8 @@ def test_what_does_not_divide_the_processes_is_refused(size, hosts, message):
         sharding_over(Ranks(hosts), ShardingSpec(dp_shard_size=size))
 
 
-def test_one_process_holds_all_whatever_the_keys_say():
+def test_one_process_holds_all_and_says_that_the_keys_do_nothing(caplog):
+    assert sharding_over(Ranks("a")).num_shards == 1
+    assert not caplog.text
     assert sharding_over(Ranks("a"), ShardingSpec(dp_shard_size=4)).num_shards == 1
+    assert "sharding: no effect, because there is one process" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,6 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from posttrain.distributed.precision import precision
 from posttrain.errors import ConfigError, ModelError
 from posttrain.protocols import Ranks, Sharding, Share
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +228,8 @@ class FullyShard:
 def sharding_over(ranks: Ranks, spec: ShardingSpec = ShardingSpec()) -> Sharding:
     """How these ranks hold a model between them. Raises: ConfigError where they cannot be divided so."""
     if ranks.world_size == 1:
+        if spec != ShardingSpec():
+            log.warning("sharding: no effect, because there is one process, which holds all of the model")
         return Whole()
     return FullyShard(spec, _num_shards(spec.dp_shard_size, ranks))
 
