@@ -142,11 +142,13 @@ def test_how_rows_are_split_does_not_change_the_gradient(
     name, architecture, model_dir, data_dir, runner, make_local_model
 ):
     """Two teachers, one of them with its own prompt; models with capped, padded and routed forwards."""
-    folder = make_local_model(architecture)
+    # A router's balancing loss is a mean over what went through it together, so it is another one for each split.
+    changes = {"router_aux_loss_coef": 0.0} if architecture == "qwen3_moe" else {}
+    folder = make_local_model(architecture, **changes)
     path = folder / "model.safetensors"
     save_file({n: 0.9 * v for n, v in load_file(path).items()}, path, metadata={"format": "pt"})
     policy, teachers, _ = made(
-        model_dir(architecture), data_dir, runner, [{"model": str(folder)}, {**RICHER, "weight": 0.5}]
+        model_dir(architecture, **changes), data_dir, runner, [{"model": str(folder)}, {**RICHER, "weight": 0.5}]
     )
     spec, norm, found = DistillSpec(**named(name)), Normalizer(10.0, 4.0), []
     for at_once in (100, 2, 1):
@@ -157,11 +159,9 @@ def test_how_rows_are_split_does_not_change_the_gradient(
             terms.loss.backward()
             total += float(terms.metrics["loss"].num)
         found.append((total, torch.cat([p.grad.flatten() for _, p in policy.trainable() if p.grad is not None])))
-    # A router's balancing loss is a mean over what went through it together.
-    tolerance = {"rtol": 0.3, "atol": 3e-2} if architecture == "qwen3_moe" else {"rtol": 1e-3, "atol": 1e-5}
     for total, gradient in found[1:]:
-        assert total == pytest.approx(found[0][0], rel=1e-3)
-        torch.testing.assert_close(gradient, found[0][1], **tolerance)
+        assert total == pytest.approx(found[0][0], rel=1e-4, abs=5e-6)  # of `opd` a sum of differences of either sign
+        torch.testing.assert_close(gradient, found[0][1], rtol=1e-3, atol=1e-5)
     assert found[0][1].abs().max() > 1e-3
 
 
