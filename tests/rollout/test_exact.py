@@ -9,8 +9,9 @@ import torch
 from posttrain.config.stages import SFTKeys
 from posttrain.distributed.sharding import Whole
 from posttrain.errors import EngineError, ModelError
+from posttrain.models import exact
 from posttrain.models.batch import pack
-from posttrain.models.exact import TILE_ROWS, logp_rows
+from posttrain.models.exact import TILE_ROWS, keeps_its_bits, logp_rows
 from posttrain.models.load import load_policy
 from posttrain.rollout import decoding
 from posttrain.rollout.canary import check_arrival
@@ -230,6 +231,30 @@ def test_other_architectures_are_refused_by_name(architecture, model_dir):
         ModelError, match=rf"rollout.exact: true: {architecture} is not among .*qwen3.*; set rollout.exact: false"
     ):
         exact_policy(model_dir(architecture))
+
+
+@pytest.fixture
+def as_a_card(monkeypatch):
+    """A CPU stands for the card."""
+    monkeypatch.setattr(exact, "_TESTED_ON", "none")
+    monkeypatch.setattr(exact, "_TRIED_ON", "cpu")
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "qwen3_moe"])
+def test_a_card_is_asked_whether_it_keeps_bits(architecture, model_dir, as_a_card):
+    assert keeps_its_bits(exact_policy(model_dir(architecture)).model)
+
+
+def test_a_card_that_rounds_by_a_rows_place_is_refused(model_dir, as_a_card, monkeypatch):
+    real = torch.nn.Linear.forward
+
+    def by_place(self, x):
+        out = real(self, x)
+        return torch.where(torch.arange(out.shape[-2])[:, None] == 3, out * (1 + 2**-20), out)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", by_place)
+    with pytest.raises(ModelError, match=r"rollout.exact: true: on this cpu device .*; set rollout.exact: false"):
+        exact_policy(model_dir("qwen3"))
 
 
 def test_frequencies_that_depend_on_length_are_refused(make_local_model):

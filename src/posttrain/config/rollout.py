@@ -30,7 +30,7 @@ class RolloutKeys(Keys):
     """Which engine samples, and how it is started; under vLLM's own names where it has one. A key that the chosen engine does not read is refused."""
 
     engine: Literal["embedded", "vllm", "vllm_server", "sglang"] = knob("embedded", "What samples: our own engine, on the weights in training; vLLM in this process; a server of vLLM beside it (pip install 'posttrain[vllm]'); or a server of SGLang at `url`.", also="use_vllm (TRL)")
-    exact: bool = knob(False, "Make the embedded engine's log-probs the trainer's to the last bit: slower, on one thread of a CPU.")
+    exact: bool = knob(False, "Make the embedded engine's log-probs the trainer's to the last bit: slower; on one thread of a CPU, or on a card that keeps its bits in a probe at the start.")
     pad_prompts: bool = knob(False, "The embedded engine attends to distinct prompts of near length in one call, the shorter ones filled up, where that is counted as less work; faster on a CPU for evals and wide batches, and the last bits of log-probs are others than without.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "Dtype that vLLM computes in; `auto` is the trainer's.")
     max_model_len: int | None = knob(None, "Longest prompt and answer together, in tokens; null is as long as model and memory allow.", ge=2, also="vllm_max_model_length (TRL)", example=4096)

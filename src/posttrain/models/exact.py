@@ -17,10 +17,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from posttrain.errors import ModelError
 from posttrain.models.attention import AttendOptions
-from posttrain.models.batch import Batch
+from posttrain.models.batch import Batch, pack
 from posttrain.models.lengths import length_rule
 from posttrain.models.tree_attention import Window
 from posttrain.objectives.logprobs import TokenScores
+from posttrain.types import TokenSeq
 
 BLOCK = 64
 """Keys that are attended to at once."""
@@ -33,6 +34,9 @@ TILE_ROWS: Mapping[str, int] = {
 """Model types that this is tested for, and the tokens of a tile."""
 _MULTIPLE = 4
 """Float32 numbers of 16 bytes. Kernels for small products round otherwise where a row does not begin at such an address."""
+_PROBE = (BLOCK + 9, 5, 40)
+"""Lengths that fill a tile, share one with others, and need a second block."""
+_TESTED_ON, _TRIED_ON = "cpu", "cuda"
 FILLER = 0
 """The place in a `TokenStore` of the rows that only fill a tile."""
 
@@ -45,17 +49,42 @@ def refuse_unless_exact(model: Any, ragged: bool) -> None:
         reason = f"{kind} is not among the architectures it is tested for ({', '.join(sorted(TILE_ROWS))})"
     elif length_rule(model.config) is not None:
         reason = f"the rotary embedding of this {kind} changes with the length of a sequence"
-    elif device != "cpu":
-        reason = f"the model is on {device}, and it is tested on CPUs alone"
+    elif device not in (_TESTED_ON, _TRIED_ON):
+        reason = f"the model is on {device}, and it is for CPUs and CUDA's devices"
     elif uneven := _uneven_inputs(model):
         name, width = uneven
         reason = (
             f"{name} has {width} inputs, no multiple of {_MULTIPLE}, so that its rounding depends on a row's place in memory "
             f"(of a LoRA adapter that is lora_r)"
         )
+    elif device != _TESTED_ON and not keeps_its_bits(model):
+        reason = f"on this {device} device the log-probs of a token depend on what is computed with it"
     else:
         return
     raise ModelError(f"rollout.exact: true: {reason}; set rollout.exact: false")
+
+
+def keeps_its_bits(model: Any) -> bool:
+    """Whether a token's log-probs are the same alone, beside others and in another place, as far as a probe can say.
+
+    A card's library chooses among many kernels, so there it is asked of the card itself.
+    """
+    draw = torch.Generator().manual_seed(0)
+    size, device = model.config.get_text_config().vocab_size, model.device
+    ids = [torch.randint(size, (length,), generator=draw).tolist() for length in _PROBE]
+    rows = [TokenSeq(tuple(row), (False, *(True,) * (len(row) - 1))) for row in ids]
+
+    def log_probs(order: list[int]) -> dict[int, torch.Tensor]:
+        batch = pack([[rows[number]] for number in order]).to(device)
+        whole_NV = torch.cat([part for _, part in logp_rows(model, batch, 1.0)])
+        return dict(zip(order, whole_NV.split([_PROBE[number] - 1 for number in order]), strict=True))
+
+    together, turned = log_probs([0, 1, 2]), log_probs([2, 1, 0])
+    return all(
+        torch.equal(alone, together[number]) and torch.equal(alone, turned[number])
+        for number in range(len(_PROBE))
+        for alone in log_probs([number]).values()
+    )
 
 
 def _uneven_inputs(model: Any) -> tuple[str, int] | None:

@@ -151,7 +151,8 @@ def load_policy(
     else:
         log.warning("%s: its attention does not fit the ragged layout; sequences are run one by one", keys.base_model)
     if exact:
-        refuse_unless_exact(adapted, ragged)
+        with placement.autocast():
+            refuse_unless_exact(adapted, ragged)
     policy = Policy(
         adapted, tokenizer, placement, ragged=ragged, source=keys.base_model, under=under,
         base_moved=moved, sharding=shards, exact=exact, offloaded=offloaded,
