@@ -19,7 +19,9 @@ from posttrain.models.load import load_policy
 from posttrain.registry import Manifest, Registry
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.sampling import request_seed
+from posttrain.serve.backends import of_folder
 from posttrain.serve.setup import ServedNames
+from posttrain.serve.sources import RegistryAdapters
 from posttrain.types import Request, SamplingParams, in_order
 
 PROMPTS = ["What", "What is 1 plus", "The answer", "a b c"]
@@ -208,6 +210,24 @@ def test_an_adapter_has_its_own_chat_template(running, folder, adapters, tokeniz
             return httpx.post(f"{serving.address}/tokenize", json=body).json()["tokens"]
 
         assert tokens("own") == [1, *tokenizer("hi")["input_ids"]] and len(tokens("base")) > len(tokens("own"))
+
+
+def test_a_champion_without_an_adapter_stops_its_own_name_alone(registered, folder, tmp_path):
+    registry, models = registered
+    base = of_folder("base", folder)
+    source = RegistryAdapters(registry, ["math"], base)
+    before, lost = source.names()
+    assert lost == {} and before["math"] == before["math@1"]
+    whole = tmp_path / "whole"
+    shutil.copytree(folder, whole)
+    (whole / "number").write_text("whole")
+    with closing(Registry(registry)) as book:
+        made = Manifest("sft", {"model": base.digest, "data": base.digest}, {"model": digest_tree(whole)})
+        entry = book.register("math", whole, [made])
+        book.promote("math", entry.version, "champion", passing(entry.digest, models[0]))
+    found, lost = source.names()
+    assert found["math@1"] == before["math@1"] and not found.keys() & {"math", "math@champion"}
+    assert set(lost) == {"math", "math@champion"} and "leave --base out" in str(lost["math"])
 
 
 def test_what_cannot_be_served_together_is_refused(running, folder, adapters, registered, tmp_path):

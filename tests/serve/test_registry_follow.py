@@ -6,8 +6,12 @@ import httpx
 import pytest
 
 from posttrain.errors import PosttrainError
-from posttrain.registry import Registry
+from posttrain.files import digest_bytes
+from posttrain.registry import Manifest, Registry
+from posttrain.registry.upkeep import remove_version
 from posttrain.serve.setup import ServedNames
+
+BASE = digest_bytes(b"base weights")
 
 
 def test_a_promotion_and_a_rollback_swap_the_champion_and_no_answer_is_dropped_or_mixed(running, registered, following):
@@ -61,6 +65,22 @@ def test_a_damaged_promotion_leaves_the_champion_where_it_is_and_says_so(running
             body = {"model": model, "prompt": "a", "max_tokens": 1}
             answer = httpx.post(serving.address + "/v1/completions", json=body)
             assert answer.json()["system_fingerprint"] == first
+        book.rows.set_alias("tiny", "champion", 1, None, epoch + 2, None)
+        until(lambda: httpx.get(serving.address + "/health").json() == {"status": "ok", "follows": True})
+
+
+def test_a_version_that_was_removed_goes_on_under_its_number_and_the_other_names_follow(running, registered, following):
+    registry, (first, second) = registered
+    passing, until, names = following.passing, following.until, following.names
+    with running(ServedNames(["tiny", "tiny@2"], registry)) as serving, closing(Registry(registry)) as book:
+        remove_version(book, "tiny", 2, "wrong data")
+        until(lambda: serving.service.router.trouble)
+        assert "no tiny@2" in serving.service.router.trouble["tiny@2"]
+        assert (names(serving)["tiny@2"], names(serving)["tiny"]) == (second, first)
+        manifest = Manifest("sft", {"model": BASE, "data": first}, {"model": second})
+        again = book.register("tiny", registry.parent / "model-1", [manifest])
+        book.promote("tiny", again.version, "champion", passing(second, first))
+        until(lambda: names(serving)["tiny"] == names(serving)["tiny@champion"] == second)
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,16 @@ from posttrain.serve.pool import Lease, ModelVersion, Pool
 log = logging.getLogger(__name__)
 
 Names = Mapping[str, ModelVersion]
+LostNames = Mapping[str, PosttrainError]
+"""Name → why it cannot be told what it means."""
 _RETRY_S = 30.0
 
 
 class NameSource(Protocol):
     """Where served names come from. Always called in the same thread."""
 
-    def names(self) -> Names:
-        """What each public name means now. Raises: PosttrainError."""
+    def names(self) -> tuple[Names, LostNames]:
+        """What each public name means now; what is lost stays where it is, and the others move. Raises: PosttrainError."""
         ...
 
     def eager(self) -> frozenset[str]:
@@ -113,17 +115,21 @@ class Router:
 
     async def _follow_once(self) -> None:
         try:
-            found = await self._in_thread(self._source.names)
+            found, lost = await self._in_thread(self._source.names)
         except PosttrainError as error:
             self._note("registry", error)
             return
         self.trouble.pop("registry", None)
+        for name, error in lost.items():
+            self._note(name, error)
         eager = self._source.eager()
         for name, version in found.items():
-            if self._names.get(name) != version and self._may_try(version):
+            if self._names.get(name) == version:
+                self.trouble.pop(name, None)  # what it could not follow was rolled back
+            elif self._may_try(version):
                 alike = [other for other, meant in found.items() if meant == version] if self._one_at_a_time else [name]
                 await self._point(alike, version, load=not eager.isdisjoint(alike))
-        for name in [name for name in self._names if name not in found]:
+        for name in [name for name in self._names if name not in found and name not in lost]:
             del self._names[name]
         if self._retire:
             meant = set(self._names.values())
@@ -165,5 +171,5 @@ class Router:
             log.error("%s stays where it is: %s", name, error)
         self.trouble[name] = str(error)
 
-    async def _in_thread(self, work: Callable[[], Names]) -> Names:
+    async def _in_thread(self, work: Callable[[], tuple[Names, LostNames]]) -> tuple[Names, LostNames]:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

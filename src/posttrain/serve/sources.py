@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from posttrain.errors import ModelError, RegistryError
+from posttrain.errors import ModelError, PosttrainError, RegistryError
 from posttrain.evidence import RegistryEntry
 from posttrain.models.provenance import check_base
 from posttrain.registry import Registry
@@ -14,7 +14,7 @@ from posttrain.registry.manifest import ADAPTER_TOTAL, MODEL
 from posttrain.registry.promotion import CHAMPION
 from posttrain.serve.backends import check_digest, of_folder
 from posttrain.serve.pool import ModelVersion
-from posttrain.serve.router import Names, NameSource
+from posttrain.serve.router import LostNames, Names, NameSource
 
 
 class Folders:
@@ -23,8 +23,8 @@ class Folders:
     def __init__(self, versions: Sequence[ModelVersion]) -> None:
         self._names = {version.name: version for version in versions}
 
-    def names(self) -> Names:
-        return self._names
+    def names(self) -> tuple[Names, LostNames]:
+        return self._names, {}
 
     def eager(self) -> frozenset[str]:
         return frozenset(self._names)
@@ -40,17 +40,22 @@ class RegistryModels:
         self._registry, self._refs = registry, refs
         self._book: Registry | None = None
 
-    def names(self) -> Names:
+    def names(self) -> tuple[Names, LostNames]:
         self._book = self._book or open_book(self._registry)
         found: dict[str, ModelVersion] = {}
+        lost: dict[str, PosttrainError] = {}
         for ref in self._refs:
-            entry = self._book.find(ref if "@" in ref else f"{ref}@{CHAMPION}")
+            try:
+                entry = self._book.find(ref if "@" in ref else f"{ref}@{CHAMPION}")
+            except RegistryError as error:
+                lost |= dict.fromkeys(self._means(ref), error)
+                continue
             version = ModelVersion(
                 entry.name, entry.digest, entry.path, entry.version, lambda entry=entry: self._check(entry)
             )
             found[f"{entry.name}@{entry.version}"] = version
             found |= dict.fromkeys(self._means(ref), version)
-        return found
+        return found, lost
 
     def _means(self, ref: str) -> list[str]:
         """The names that move with a reference."""
@@ -77,9 +82,10 @@ class RegistryAdapters:
         self._book: Registry | None = None
         self._known: dict[tuple[str, int], ModelVersion | None] = {}
 
-    def names(self) -> Names:
+    def names(self) -> tuple[Names, LostNames]:
         book = self._book = self._book or open_book(self._registry)
         found: dict[str, ModelVersion] = {}
+        lost: dict[str, PosttrainError] = {}
         for name in self._names:
             for entry in book.entries(name):
                 if (version := self._version(book, entry)) is not None:
@@ -87,12 +93,14 @@ class RegistryAdapters:
             champion = book.holder(name, CHAMPION)
             if champion is None or f"{name}@{champion.version}" not in found:
                 said = "nothing has been promoted" if champion is None else f"{name}@{champion.version} has none"
-                raise RegistryError(
+                why = RegistryError(
                     f"{name}: its champion is to be served as an adapter of {self._base.folder}, but {said}; serve it whole: "
                     "leave --base out"
                 )
-            found[name] = found[f"{name}@{champion.version}"]
-        return found
+                lost |= dict.fromkeys((name, f"{name}@{CHAMPION}"), why)
+            else:
+                found[name] = found[f"{name}@{champion.version}"]
+        return found, lost
 
     def eager(self) -> frozenset[str]:
         return frozenset(alias for name in self._names for alias in (name, f"{name}@{CHAMPION}"))
@@ -127,8 +135,14 @@ class Together:
     def __init__(self, sources: Sequence[NameSource]) -> None:
         self._sources = sources
 
-    def names(self) -> Names:
-        return {name: version for source in self._sources for name, version in source.names().items()}
+    def names(self) -> tuple[Names, LostNames]:
+        found: dict[str, ModelVersion] = {}
+        lost: dict[str, PosttrainError] = {}
+        for source in self._sources:
+            its_found, its_lost = source.names()
+            found |= its_found
+            lost |= its_lost
+        return found, lost
 
     def eager(self) -> frozenset[str]:
         return frozenset(name for source in self._sources for name in source.eager())
