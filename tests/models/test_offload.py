@@ -8,6 +8,7 @@ from posttrain.config.stages import SFTKeys
 from posttrain.errors import ModelError
 from posttrain.models import decode
 from posttrain.models.batch import pack
+from posttrain.models.compiled import compile_layers
 from posttrain.models.export import save_policy
 from posttrain.models.load import load_policy
 from posttrain.models.proof import probe_logits
@@ -216,10 +217,13 @@ def test_processes_that_share_the_weights_are_refused_by_name(model_dir):
 
 
 def test_layers_that_are_fetched_are_not_compiled(model_dir):
+    with pytest.raises(ValueError, match="torch_compile: true with layer_offloading: true"):
+        keys_for(model_dir("llama"), layer_offloading=True, torch_compile=True, **LORA)
+    policy = load_policy(keys_for(model_dir("llama"), layer_offloading=True, **LORA))
     with pytest.raises(
         ModelError, match=r"torch_compile: true: .* \(layer_offloading\), and hooks fetch them; set it to false"
     ):
-        load_policy(keys_for(model_dir("llama"), layer_offloading=True, torch_compile=True, **LORA))
+        compile_layers(policy)
 
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])

@@ -97,7 +97,7 @@ RULES: tuple[Rule, ...] = (
     Rule("teacher_gap", _SAMPLING + _TAUGHT, checks.teacher_gap, {"steps": 5, "times": 1.5, "nats": 0.5}, Severity.SOFT, "evaluate",
          "the policy is {teacher_gap:.2f} nats per token from its teacher, up from {start:.2f}", "Lower learning_rate or, in grpo, raise teacher_coef; see that the teacher's prompt does not ask for something else."),
     Rule("advantage_collapse", _SAMPLING, checks.advantage_collapse, {"steps": 10, "limit": 0.95, "mastered": 0.5}, Severity.SOFT, "evaluate",
-         "{frac_reward_zero_std:.0%} of the groups have equal rewards and teach nothing", "Choose prompts that are sometimes solved, raise num_generations, or set dynamic_sampling."),
+         "{frac_reward_zero_std:.0%} of the groups have equal rewards, which teach nothing", "Choose prompts that are sometimes solved, raise num_generations, or set dynamic_sampling."),
     Rule("all_wrong", _SAMPLING, checks.all_wrong, {"steps": 10, "limit": 0.9}, Severity.SOFT, "resample",
          "in {frac_reward_all_wrong:.0%} of the groups every answer is wrong", "Choose easier prompts, raise num_generations, or train SFT longer first."),
     Rule("mastered_prompts", _SAMPLING, checks.mastered_prompts, {"steps": 10, "limit": 0.9}, Severity.INFO, "log",

@@ -149,7 +149,7 @@ class _GrowingFile:
             data = handle.read()
         whole = data[: data.rfind(b"\n") + 1]
         self._at += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        return [json.loads(line) for line in whole.split(b"\n") if line]
 
 
 @contextmanager
