@@ -78,6 +78,13 @@ def test_hold_and_release(run, gated):
         run("promote", "words@1")
     run("release", "words@1")
     run("promote", "words@1")
+    with pytest.raises(RegistryError, match="a hold needs a reason"):
+        run("hold", "words@1", "--reason", " ")
+    with pytest.raises(RegistryError, match="words@1 has no hold"):
+        run("release", "words@1")
+    assert [line.split("  ")[2] for line in run("log").splitlines()[2:5]] == [
+        "tag words@1: key hold, value not yet", "untag words@1: key hold", "promote words@1: alias champion",
+    ]  # fmt: skip
 
 
 def test_refusals_reach_the_user(run, gated):
@@ -132,6 +139,9 @@ def test_the_log_says_who_did_what_and_the_alarm_rings_on_the_command_line(run, 
     run("log", "--head", lines[1].split()[-1])
     with pytest.raises(RegistryError, match="expected a date such as 2026-01-31"):
         run("log", "--since", "yesterday")
+    with pytest.raises(RegistryError, match="got kind 'promotion', expected one of add, decide, look, promote"):
+        run("log", "--kind", "promotion")
+    assert run("log", "--kind", "remove").startswith("0 of 3 entries")
     db = sqlite3.connect("registry/registry.sqlite")
     db.execute("UPDATE aliases SET version = 2")
     db.commit()

@@ -45,6 +45,15 @@ def test_each_version_stands_below_those_that_its_lineage_took(words):
     assert family["words@2"].stages == ("dpo",) and family["words@1"].base == "tiny"
 
 
+def test_a_version_of_another_registry_that_is_not_here_is_named_by_its_digest(words, model, base):
+    """`words@1` was one version where this was trained, and is another one here."""
+    folder, start = model("h"), digest_tree(model("elsewhere"))
+    said = {"base_model": "words@1", "parent_version": "words@1"}
+    words.register("pulled", folder, Manifest("sft", {"model": start}, {"model": digest_tree(folder)}, details=said))
+    [member] = family_of_versions(words, "pulled")
+    assert (member.base, member.parents) == (start, ())
+
+
 def test_a_family_is_what_a_model_came_from_and_what_came_from_it(words):
     refs = [member.ref for member in family_of_versions(words, "mixed")]
     assert sorted(refs) == ["mixed@1", "mixed@2", "other@1", "words@1", "words@2"]

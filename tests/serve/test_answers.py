@@ -164,7 +164,19 @@ REFUSED = [
     ({"messages": []}, "messages", "at least 1 item"),
     ({"messages": [{"role": "user"}]}, "messages", "has no content"),
     ({"messages": [{"role": "king", "content": "hi"}]}, "messages.0.role", "'system', 'developer'"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, None, ""),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        "messages.0.content.0.type",
+        "messages.0.content.0.type: Input should be 'text'",
+    ),
+    (
+        {"messages": [{"role": "user", "content": 7}]},
+        "messages.0.content",
+        "messages.0.content: Input should be a valid string",
+    ),
+    ({"logit_bias": {"x": 1}}, "logit_bias.x", "logit_bias.x: Input should be a valid integer"),
+    ({"what-is-this": 1}, "what-is-this", "Unrecognized request argument supplied: what-is-this"),
+    ({"tool_choice": 7}, "tool_choice", "tool_choice: Input should be"),
     ({"foo": 1}, "foo", "Unrecognized request argument supplied: foo"),
     ({"temperature": 3}, "temperature", "less than or equal to 2"),
     ({"top_p": 0}, "top_p", "greater than 0"),
@@ -208,11 +220,14 @@ def test_what_is_not_done_is_refused_in_openais_form(ask_http, fields, param, sa
             rb'{"model":"tiny","messages":[{"role":"user","content":[{"type":"text","text":"\ud800"}]}]}',
         ),
         ("/tokenize", rb'{"prompt":"\ud800"}'),
+        ("/v1/completions", b"[1"),
     ],
 )
 def test_text_and_numbers_that_no_model_takes_are_the_clients_mistake(ask_http, path, body):
     answer = ask_http("POST", path, content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400, answer.text
+    param = answer.json()["error"]["param"]
+    assert param is None or all(step.isdecimal() or step.isidentifier() for step in param.split(".")), param
 
 
 def test_other_endpoints_of_openais_are_refused_with_those_that_are_there(ask_http):

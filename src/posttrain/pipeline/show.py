@@ -39,6 +39,8 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     # A hub that cannot be reached is one error of ours, not a page of retries.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # Kernels that it would fetch for inference in 4 bits; none of ours are.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def show_keys(loaded: Any, console: Console, *, defaults: bool) -> None:

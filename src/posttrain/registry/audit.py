@@ -10,11 +10,14 @@ import json
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from posttrain.errors import RegistryError
 from posttrain.files import digest_json
 from posttrain.registry.promotion import HOLD
+
+Action = Literal["add", "decide", "look", "promote", "register", "remove", "rollback", "tag", "untag"]
+"""What an entry may say was done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,12 @@ class LogFilter:
     action: str = ""
     since: str = ""
     until: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises: RegistryError for a kind of entry that no log has: that there are none would be no answer."""
+        kinds = get_args(Action)
+        if self.action and self.action not in kinds:
+            raise RegistryError(f"got kind {self.action!r}, expected one of {', '.join(kinds)}")
 
     def where(self) -> tuple[str, list[Any]]:
         """SQL conditions and their values."""

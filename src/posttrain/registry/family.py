@@ -73,5 +73,6 @@ def _reached(ref: str, taken: Mapping[str, set[str]]) -> set[str]:
 
 
 def _base(first: Manifest) -> str:
-    """The base's name where the first stage said it, else its digest."""
-    return str(first.details.get("base_model") or first.inputs[MODEL])
+    """The base's name where the first stage said it, else its digest: another registry's NAME@VERSION is another model here."""
+    said = None if "parent_version" in first.details else first.details.get("base_model")
+    return str(said or first.inputs[MODEL])

@@ -257,15 +257,20 @@ class Registry(RegistryReader):
             raise RegistryError(f"{name}@{target} is on hold ({hold}): release it before rolling back to it")
 
     def tag(self, name: str, version: int, key: str, value: str, *, actor: str | None = None) -> None:
-        """Label a version. The tag `hold` keeps it from being promoted."""
+        """Label a version. The tag `hold` keeps it from being promoted. Raises: RegistryError for a hold without a reason."""
         self.show(name, version)
+        if key == HOLD and not value.strip():
+            raise RegistryError("a hold needs a reason: it is what is said wherever the version is refused")
         with writing(self._db):
             self.rows.set_tag(name, version, key, value)
             self.rows.event("tag", name, version, {"key": key, "value": value}, actor)
 
     def untag(self, name: str, version: int, key: str, *, actor: str | None = None) -> None:
+        """Raises: RegistryError if there is no such label: the log holds what was done."""
         with writing(self._db) as db:
-            db.execute("DELETE FROM tags WHERE (name, version, key) = (?, ?, ?)", (name, version, key))
+            row = db.execute("DELETE FROM tags WHERE (name, version, key) = (?, ?, ?)", (name, version, key))
+            if not row.rowcount:
+                raise RegistryError(f"{name}@{version} has no {key}, expected one to take off; nothing was changed")
             self.rows.event("untag", name, version, {"key": key}, actor)
 
     # --- looks ---

@@ -239,12 +239,24 @@ class DetokenizeAsked(Wire):
 
 
 def complaint(errors: list[Any]) -> tuple[str, str | None]:
-    """The first of pydantic's errors in OpenAI's words, and the field."""
-    error = errors[0]
-    where = [str(part) for part in error["loc"] if part != "body"]
+    """What pydantic found in the first field that is wrong, in OpenAI's words, and the field.
+
+    Of a field that may have several shapes, that of the shape that the value is nearest to: where the error lies deepest.
+    """
+    field = errors[0]["loc"][:2]
+    error = max((error for error in errors if error["loc"][:2] == field), key=lambda error: len(error["loc"]))
+    loc = [] if error["type"] == "json_invalid" else [part for part in error["loc"] if part != "body"]
+    named = len(loc) if error["type"] == "extra_forbidden" else 0  # the last step is the client's own word then
+    where = [str(part) for place, part in enumerate(loc, start=1) if place == named or not _is_shape(part)]
     param = ".".join(where) or None
     said = _SAID.get(error["type"])
     return (said(where) if said else f"{param or 'body'}: {error['msg'].removeprefix('Value error, ')}"), param
+
+
+def _is_shape(part: str | int) -> bool:
+    """Whether a step of pydantic's way to an error is its word for a shape, such as `list[TextPart]`, and no field."""
+    is_name = isinstance(part, int) or part.isdecimal() or (part.isidentifier() and not part[0].isupper())
+    return not is_name or part in ("str", "int", "float", "bool")
 
 
 _SAID: dict[str, Callable[[list[str]], str]] = {

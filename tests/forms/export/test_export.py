@@ -116,6 +116,21 @@ def test_a_planted_fault_fails_by_name(fault, bos_model, tmp_path):
     assert check in failed(report) and report.exit_code == 1
 
 
+@pytest.mark.parametrize("form", ["int8", "fp8", "safetensors"])
+def test_another_number_in_the_config_of_a_folder_fails(form, model_dir, tmp_path):
+    """No other check sees it: models are compared with the source's own config."""
+    made, row = original(model_dir("qwen3")), EXPORT_FORMS[form]
+    type_ = next(iter(row.types))
+    row.write(tmp_path, made, type_)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    report = judged(made, row.read(tmp_path, made, type_), (form, type_), tmp_path, None)
+    assert list(failed(report)) == ["numbers"] and report.exit_code == 1
+    assert "rms_norm_eps: 0.1, expected" in failed(report)["numbers"]
+    assert "rope_parameters.rope_theta: 500000.0, expected" in failed(report)["numbers"]
+
+
 def test_a_bos_that_the_source_does_not_write_fails(model_dir, tmp_path):
     """A template without BOS, and a file that says to add one."""
     report = planted(

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig
@@ -36,6 +36,7 @@ from posttrain.models.read import read_model
 RECORD = "form.json"
 """Beside the exported files: what it was made from, and every check."""
 GGUF_FILE = "model.gguf"
+_STORAGE = {"dtype", "torch_dtype", "quantization_config", "transformers_version", "_name_or_path"}
 _NOT_COMPOSED = " (of composed characters: the source composes them itself, llama.cpp does not)"
 
 
@@ -61,7 +62,7 @@ class FormView:
     text: TextForm
     tensors: Mapping[str, torch.Tensor]
     bound: Callable[[str, torch.Tensor], torch.Tensor]
-    numbers: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {})
+    numbers: tuple[Mapping[str, Any], Mapping[str, Any]]
     composes: bool = True
 
 
@@ -223,7 +224,8 @@ def _read_compressed(folder: Path, made: Original, type_: str) -> FormView:
     stored = StoredModel(made.folder)
     dtypes = {name: stored.tensor(name).dtype for name in stored.names}
     tensors = read_compressed(folder, made.config.tie_word_embeddings)
-    return FormView(_text_of(folder), tensors, lambda name, tensor: compressed_bound(type_, name, tensor, dtypes[name]))
+    text, numbers = _read_beside(folder, made)
+    return FormView(text, tensors, lambda name, tensor: compressed_bound(type_, name, tensor, dtypes[name]), numbers)
 
 
 def _write_safetensors(folder: Path, made: Original, type_: str) -> None:
@@ -243,11 +245,25 @@ def _read_safetensors(folder: Path, made: Original, type_: str) -> FormView:
     stored = StoredModel(folder)
     rounding = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8}[type_]
     tensors = {name: stored.tensor(name, torch.float32) for name in stored.names}
-    return FormView(_text_of(folder), tensors, lambda _, tensor: tensor.abs() * rounding + 2**-25)
+    text, numbers = _read_beside(folder, made)
+    return FormView(text, tensors, lambda _, tensor: tensor.abs() * rounding + 2**-25, numbers)
 
 
-def _text_of(folder: Path) -> FolderText:
-    return original(folder).text
+def _read_beside(folder: Path, made: Original) -> tuple[FolderText, tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """What stands beside the weights of a written folder: its prompts, and the numbers expected and said."""
+    written = original(folder)
+    return written.text, (_architecture(made.config.to_dict()), _architecture(written.config.to_dict()))
+
+
+def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a config says but how weights are stored, and who wrote it; parts of it by the path of their keys."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and key not in _STORAGE:
+            found |= {f"{key}.{inner}": what for inner, what in _architecture(cast("dict[str, Any]", value)).items()}
+        elif key not in _STORAGE:
+            found[key] = value
+    return found
 
 
 EXPORT_FORMS: Mapping[str, ExportForm] = {
