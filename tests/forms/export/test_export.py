@@ -131,6 +131,14 @@ def test_another_number_in_the_config_of_a_folder_fails(form, model_dir, tmp_pat
     assert "rope_parameters.rope_theta: 500000.0, expected" in failed(report)["numbers"]
 
 
+@pytest.mark.parametrize("form", EXPORT_FORMS)
+def test_a_folder_that_is_quantised_already_is_refused(form, model_dir, tmp_path):
+    EXPORT_FORMS["fp8"].write(tmp_path, original(model_dir("qwen3")), "fp8")
+    with pytest.raises(ModelError, match=r"holds its weights quantised \(compressed-tensors in config.json\)"):
+        export_model(FoundModel(tmp_path), tmp_path / "out", form, next(iter(EXPORT_FORMS[form].types)), None)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_bos_that_the_source_does_not_write_fails(model_dir, tmp_path):
     """A template without BOS, and a file that says to add one."""
     report = planted(

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -39,6 +40,16 @@ def test_weights_one_and_zero_give_the_first_model_to_the_bit(pair, tmp_path):
     assert ours.keys() == first.keys() and all(torch.equal(ours[name], first[name]) for name in first)
     record = json.loads((out / "posttrain.json").read_text())
     assert record["parents"] == list(report.parents.values()) and len(set(record["parents"])) == 2
+
+
+def test_a_quantised_model_is_refused(pair, tmp_path):
+    quantised = tmp_path / "b"
+    shutil.copytree(pair["b"], quantised)
+    config = json.loads((quantised / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (quantised / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"holds its weights quantised \(fp8 in config.json\)"):
+        merging(tmp_path, LINEAR.replace("W", "1").replace("V", "0"), pair | {"b": quantised})
+    assert not (tmp_path / "out").exists()
 
 
 def test_shards_hold_the_same_tensors_and_load(pair, tmp_path):

@@ -26,13 +26,14 @@ _PREFIX = "base_model.model."
 
 @dataclass(slots=False)
 class StoredModel:
-    """The safetensors files of a model's folder. Raises: ModelError where there are none."""
+    """The safetensors files of a model's folder. Raises: ModelError where there are none, or where they hold quantised weights."""
 
     folder: Path
     _open: dict[Path, Any] = field(default_factory=dict[Path, Any])
 
     @cached_property
     def _files(self) -> dict[str, Path]:
+        self._refuse_quantised()
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             return {name: self.folder / file for name, file in read_json(index)["weight_map"].items()}
@@ -42,6 +43,15 @@ class StoredModel:
                 f"{self.folder} has no model.safetensors; expected a model's folder as save_pretrained writes it"
             )
         return dict.fromkeys(self._handle(whole).keys(), whole)
+
+    def _refuse_quantised(self) -> None:
+        # Steps and scales are stored as tensors of their own: added up or cast one by one they are another model.
+        config = self.folder / "config.json"
+        if config.is_file() and (said := read_json(config).get("quantization_config")):
+            raise ModelError(
+                f"{self.folder} holds its weights quantised ({said.get('quant_method', 'quantization_config')} in config.json), expected "
+                "16 or 32 bits: take the model that it was made from"
+            )
 
     def _handle(self, path: Path) -> Any:
         if path not in self._open:
