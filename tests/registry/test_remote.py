@@ -10,6 +10,7 @@ import fsspec
 import pytest
 
 from posttrain.errors import ConfigError, RegistryError
+from posttrain.evidence import Decision
 from posttrain.files import canonical_json, digest_bytes, digest_json, digest_tree
 from posttrain.gate import verdict_from_json
 from posttrain.registry import Registry
@@ -69,6 +70,24 @@ def test_an_alias_moves_there_only_from_what_held_it_here(words, other, url, pas
     words.promote("words", 2, "champion", passing(words.show("words", 2).digest, one.digest))
     with pytest.raises(RegistryError, match="has another words@2"):
         push_version(words, words.show("words", 2), Remote(url), "champion")
+
+
+def test_what_people_decided_is_in_the_log_of_each_registry_that_promotes_by_it(words, other, url, passing, base):
+    one, two = words.show("words", 1), words.show("words", 2)
+    verdict = passing(two.digest, one.digest)
+    said = [
+        Decision(verdict.digest, True, by, "read it", f"2026-01-0{n}T00:00:00+00:00")
+        for n, by in enumerate(["Ada", "Bob"], 1)
+    ]
+    words.promote("words", 2, "champion", verdict, decisions=said)
+    for ref in ("words@1", "words@2"):
+        push_version(words, words.show("words", int(ref[-1])), Remote(url))
+        pull_version(other, ref, Remote(url))
+    other.promote("words", 1, "champion", passing(one.digest, base))
+    for _ in range(2):
+        other.promote("words", 2, "champion", verdict, decisions=said)
+        assert [event.actor for event in other.rows.events("words", action="decide")] == ["Ada", "Bob"]
+    other.rows.check_log()
 
 
 def test_a_version_that_was_pushed_before_it_was_promoted_is_pushed_again_with_its_verdict(words, other, url, passing):

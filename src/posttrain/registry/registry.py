@@ -181,8 +181,11 @@ class Registry(RegistryReader):
         return self.show(name, version)
 
     def _keep_decision(self, name: str, version: int, decision: Decision) -> None:
-        accepted = self.store.put_json(decision.to_json())
-        if self.rows.keep(name, version, DECISION, accepted):
+        self.rows.keep(name, version, DECISION, self.store.put_json(decision.to_json()))
+        # Of a version that was pulled it is kept already, and yet new to this log.
+        if decision.to_json() not in [
+            event.details for event in self.rows.events(name, version=version, action="decide")
+        ]:
             self.rows.event("decide", name, version, decision.to_json(), decision.by)
 
     def _swap(
