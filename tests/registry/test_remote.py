@@ -61,6 +61,10 @@ def test_an_alias_moves_there_only_from_what_held_it_here(words, other, url, pas
     assert len(Remote(url).history("aliases", "words", "champion")) == 1
     with pytest.raises(RegistryError, match="does not hold champion here"):
         push_version(words, words.show("words", 2), Remote(url), "champion")
+    words.tag("words", 1, "hold", "wrong units")
+    with pytest.raises(RegistryError, match=r"words@1 is on hold \(wrong units\), so it takes no alias there"):
+        push_version(words, words.show("words", 1), Remote(url), "champion")
+    words.untag("words", 1, "hold")
     assert pull_version(other, "words@champion", Remote(url))[0].digest == one.digest
     stranger = other.register("words", model("c"), lineage(model("c")))
     other.promote("words", stranger.version, "champion", passing(stranger.digest, base))

@@ -16,6 +16,7 @@ from typing import Any, cast
 from posttrain.errors import MissingExtraError, RegistryError
 from posttrain.evidence import RegistryEntry
 from posttrain.files import canonical_json, digest_json
+from posttrain.registry.promotion import HOLD
 from posttrain.registry.registry import Registry
 from posttrain.uris import refuse_secret
 
@@ -119,11 +120,15 @@ class Remote:
 def push_version(registry: Registry, entry: RegistryEntry, remote: Remote, alias: str = "") -> Copied:
     """Copy a version there, verified here before and there after; then move `alias` there, if one is named.
 
-    Raises: RegistryError if another version has its name and number there, or the alias there was moved by somebody else.
+    Raises: RegistryError if another version has its name and number there, it is on hold, or the alias there was moved by somebody else.
     """
     if alias and alias not in entry.aliases:
         raise RegistryError(
             f"{entry.name}@{entry.version} does not hold {alias} here, so it cannot there: promote it first"
+        )
+    if alias and (hold := entry.tags.get(HOLD)) is not None:
+        raise RegistryError(
+            f"{entry.name}@{entry.version} is on hold ({hold}), so it takes no alias there: release it first"
         )
     registry.verify(entry.name, entry.version)
     ref = f"{entry.name}@{entry.version}"
