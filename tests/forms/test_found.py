@@ -1,7 +1,7 @@
 import pytest
 
 from posttrain.errors import ModelError, RegistryError
-from posttrain.files import digest_tree
+from posttrain.files import digest_tree, write_json
 from posttrain.forms.found import find_model
 from posttrain.registry.manifest import Manifest
 from posttrain.registry.registry import Registry
@@ -22,6 +22,22 @@ def test_a_version_is_found_with_what_made_it(registry):
         found.version == "words@1" and found.manifests[-1].stage == "grpo" and (found.folder / "config.json").is_file()
     )
     assert found.lacks_certificate
+
+
+def test_a_folder_of_a_run_tells_of_rewards_that_nobody_certified(tmp_path):
+    """`runs/NAME/stages/02-grpo/model` in a recipe is the same model as the version that it was registered as."""
+    for name, kind in (("01-sft", "sft"), ("02-grpo", "grpo"), ("03-dpo", "dpo")):
+        write_json(tmp_path / "stages" / name / "model" / "config.json", {})
+        write_json(tmp_path / "stages" / name / "result.json", {"kind": kind})
+
+    def lacking():
+        folders = [tmp_path / "stages" / name / "model" for name in ("01-sft", "02-grpo", "03-dpo")]
+        return [find_model(str(folder), None).lacks_certificate for folder in folders]
+
+    assert lacking() == [False, True, True]
+    for verdict in ("fail", "pass"):
+        write_json(tmp_path / "stages" / "02-grpo" / "certificate.json", {"verdict": verdict})
+        assert lacking() == [False, verdict == "fail", verdict == "fail"]
 
 
 def test_a_name_alone_is_its_champion(registry):

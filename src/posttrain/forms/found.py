@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from posttrain.config.kinds import STAGE_KINDS
 from posttrain.errors import ModelError
 from posttrain.evidence import RegistryEntry
 from posttrain.files import read_json
@@ -19,6 +20,7 @@ from posttrain.registry.registry import Registry
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 _REF = re.compile(r"(?P<name>[A-Za-z][\w.-]*)(@[\w.-]+)?|alias:[\w.-]+")
+_RESULT, _CERTIFICATE = "result.json", "certificate.json"
 _FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -37,8 +39,10 @@ class FoundModel:
 
     @property
     def lacks_certificate(self) -> bool:
-        """Whether a stage earned rewards that nobody certified."""
-        return any(made.needs_certificate and CERTIFICATE not in made.inputs for made in self.manifests)
+        """Whether a stage earned rewards that nobody certified; of a folder the stage that left it, and those of its run before."""
+        if self.version:
+            return any(made.needs_certificate and CERTIFICATE not in made.inputs for made in self.manifests)
+        return any(_earned_uncertified(stage) for stage in _stages_of(self.folder))
 
 
 def find_model(name: str, registry: Path | None, beside: Path = Path()) -> FoundModel:
@@ -74,6 +78,22 @@ def find_model(name: str, registry: Path | None, beside: Path = Path()) -> Found
         return replace(found, adapter=adapter, base=_given_base(book, entry, chain[0].inputs[MODEL]))
     finally:
         book.close()
+
+
+def _stages_of(folder: Path) -> list[Path]:
+    """The folder of the stage that left a model or an adapter there, and those of its run before it; none of a folder of another kind."""
+    last = folder.resolve().parent
+    if last.parent.name != "stages":
+        return [last] if (last / _RESULT).is_file() else []
+    return sorted(path.parent for path in last.parent.glob(f"*/{_RESULT}") if path.parent.name <= last.name)
+
+
+def _earned_uncertified(stage: Path) -> bool:
+    kind = STAGE_KINDS.get(read_json(stage / _RESULT)["kind"])
+    if kind is None or not kind.rewarded:
+        return False
+    certificate = stage / _CERTIFICATE
+    return not certificate.is_file() or read_json(certificate)["verdict"] != "pass"
 
 
 def _given_base(book: Registry, entry: RegistryEntry, digest: str) -> Path | None:
