@@ -122,6 +122,8 @@ class Router:
         self.trouble.pop("registry", None)
         for name, error in lost.items():
             self._note(name, error)
+        if lost and self._following is None:
+            return  # at the start it ends the command, so nothing is loaded first
         eager = self._source.eager()
         for name, version in found.items():
             if self._names.get(name) == version:
