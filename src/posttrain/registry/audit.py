@@ -16,7 +16,7 @@ from posttrain.errors import RegistryError
 from posttrain.files import digest_json
 from posttrain.registry.promotion import HOLD
 
-Action = Literal["add", "decide", "look", "promote", "register", "remove", "rollback", "tag", "untag"]
+LogAction = Literal["add", "decide", "look", "promote", "register", "remove", "rollback", "tag", "untag"]
 """What an entry may say was done."""
 
 
@@ -46,7 +46,7 @@ class LogFilter:
 
     def __post_init__(self) -> None:
         """Raises: RegistryError for a kind of entry that no log has: that there are none would be no answer."""
-        kinds = get_args(Action)
+        kinds = get_args(LogAction)
         if self.action and self.action not in kinds:
             raise RegistryError(f"got kind {self.action!r}, expected one of {', '.join(kinds)}")
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from posttrain.names import PREVIOUS
-from posttrain.registry.audit import Action, AuditResult, Event, LogFilter, check_log, seal, select_events
+from posttrain.registry.audit import AuditResult, Event, LogAction, LogFilter, check_log, seal, select_events
 from posttrain.registry.promotion import CHAMPION, HOLD
 from posttrain.registry.schema import writing
 from posttrain.registry.store import ContentStore
@@ -151,7 +151,7 @@ class Rows:
         for table in ("objects", "tags", "versions"):
             self._db.execute(f"DELETE FROM {table} WHERE (name, version) = (?, ?)", (name, version))
 
-    def event(self, action: Action, name: str, version: int, details: Mapping[str, Any], actor: str | None) -> None:
+    def event(self, action: LogAction, name: str, version: int, details: Mapping[str, Any], actor: str | None) -> None:
         """Enter it into the log, inside the transaction that does it."""
         values = (now(), actor or user(), action, name, version, json.dumps(details, sort_keys=True))
         done = self._db.execute("INSERT INTO events VALUES (NULL, ?, ?, ?, ?, ?, ?)", values)
