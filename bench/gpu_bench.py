@@ -22,7 +22,7 @@ import torch
 
 import gpu_report
 import gpu_work as work
-from posttrain.errors import PosttrainError
+from gpu_report import LeftOut
 from posttrain.models.batch import Batch
 from posttrain.models.compiled import as_written, compile_layers
 from posttrain.models.policy import Policy
@@ -45,10 +45,6 @@ class Setting:
 
     def scaled(self, size: int) -> int:
         return max(4, size // 256) if self.rehearsal else size
-
-
-class LeftOut(Exception):
-    """Why a row does not apply here."""
 
 
 Groups = list[list[TokenSeq]]
@@ -296,26 +292,22 @@ ROWS: Mapping[str, Row] = {
 
 
 def main() -> None:
-    arguments = gpu_report.parse(__doc__)
+    arguments = gpu_report.parse(__doc__, ROWS)
     device = gpu_report.device_of(arguments)
     setting = Setting(device, device.type == "cpu")
-    lines = gpu_report.Lines(Path(arguments.out) / "bench.jsonl", gpu_report.facts(device))
+    lines = gpu_report.Lines(Path(arguments.out) / "bench.jsonl", gpu_report.facts(device), arguments.row)
     print(work.FORMULA, flush=True)
     started = time.monotonic()
     for name, measure in ROWS.items():
-        if arguments.row and not name.startswith(tuple(arguments.row)):
+        if arguments.row and name not in arguments.row:
             continue
         if time.monotonic() - started > _BUDGET_S:
             lines.add({"row": name, "left_out": f"{_BUDGET_S} s are over; --row runs it alone"})
             continue
         try:
             lines.add({"row": name} | measured(measure, setting))
-        except (
-            LeftOut,
-            PosttrainError,
-            RuntimeError,
-        ) as reason:  # out of memory is one; the rows after it are still measured
-            lines.add({"row": name, "left_out": f"{type(reason).__name__}: {str(reason).splitlines()[0]}"})
+        except Exception as error:  # noqa: BLE001 - kernels, compilers, other programs; the rows after it are still measured
+            lines.add({"row": name, "left_out": gpu_report.said(error)})
     if arguments.doc:
         lines.write_doc("gpu bench", table)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 
 import gpu_report
 import gpu_work as work
+from gpu_report import LeftOut
 from posttrain.models.attention import ragged_attention
 from posttrain.models.batch import Layout, Tree
 from posttrain.models.compiled import compile_layers
@@ -96,7 +97,7 @@ def attention_row(
 
         found = run()
         expected = _by_mask([leaf.detach() for leaf in leaves], grad_out, trees, size, chunked, softcap)
-        error = max(_relative(a, b) for a, b in zip(found, expected, strict=True))
+        error = _largest(_relative(a, b) for a, b in zip(found, expected, strict=True))
         return Found(error, limit, work.seconds_of(run, device))
 
     return check
@@ -130,6 +131,11 @@ def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours.detach().double() - theirs).abs().max() / theirs.abs().max())
 
 
+def _largest(errors: Iterable[float]) -> float:
+    """Not a number where one is none; Python's `max` passes over it."""
+    return float(torch.tensor([*errors], dtype=torch.float64).max())
+
+
 # --- head ----------------------------------------------------------------------------------------------------------
 
 
@@ -153,17 +159,13 @@ def head_row(name: str) -> Callable[[Setting], Found]:
             return [scores.logp_M.detach(), scores.entropy_M.detach(), *torch.autograd.grad(total, leaves)]
 
         expected = run(torch.float32, head_tile_rows(shape.vocab, device.type))
-        error = max(_relative(a, b) for a, b in zip(run(torch.bfloat16, None), expected, strict=True))
+        error = _largest(_relative(a, b) for a, b in zip(run(torch.bfloat16, None), expected, strict=True))
         return Found(error, 2e-2, work.seconds_of(lambda: run(torch.bfloat16, None), device))
 
     return check
 
 
 # --- models --------------------------------------------------------------------------------------------------------
-
-
-class LeftOut(Exception):
-    """Why a row does not apply here."""
 
 
 def model_row(what: str, *, adapter: bool = False, compiled: bool = False) -> Callable[[Setting], Found]:
@@ -250,7 +252,7 @@ def step_row(setting: Setting) -> Found:
 
     before = loss()
     seconds = work.seconds_of(lambda: work.train_step(policy, optimizer, [batch], entropy=True), setting.device)
-    return Found(max(0.0, loss() / before - 0.99), 0.0, seconds)
+    return Found(_largest([0.0, loss() / before - 0.99]), 0.0, seconds)
 
 
 def decode_row(setting: Setting) -> Found:
@@ -294,13 +296,13 @@ ROWS: Mapping[str, Callable[[Setting], Found]] = {
 
 
 def main() -> None:
-    arguments = gpu_report.parse(__doc__)
+    arguments = gpu_report.parse(__doc__, ROWS)
     device = gpu_report.device_of(arguments)
     setting = Setting(device, device.type == "cpu")
-    lines = gpu_report.Lines(Path(arguments.out) / "check.jsonl", gpu_report.facts(device))
+    lines = gpu_report.Lines(Path(arguments.out) / "check.jsonl", gpu_report.facts(device), arguments.row)
     failed, started = 0, time.monotonic()
     for name, check in ROWS.items():
-        if arguments.row and not name.startswith(tuple(arguments.row)):
+        if arguments.row and name not in arguments.row:
             continue
         if time.monotonic() - started > _BUDGET_S:
             lines.add({"row": name, "left_out": f"{_BUDGET_S} s are over; --row runs it alone"})
@@ -310,11 +312,9 @@ def main() -> None:
         except LeftOut as reason:
             lines.add({"row": name, "left_out": str(reason)})
             continue
-        except (
-            RuntimeError
-        ) as error:  # what a kernel says that this card does not run; the rows after it are still asked
+        except Exception as error:  # noqa: BLE001 - kernels and their compilers raise anything; the rows after it are still asked
             failed += 1
-            lines.add({"row": name, "holds": False, "raised": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
+            lines.add({"row": name, "holds": False, "raised": gpu_report.said(error)})
             continue
         failed += not found.holds
         lines.add(

@@ -6,7 +6,8 @@ import argparse
 import json
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,18 +33,45 @@ _PACKAGES = (
 )
 
 
-def parse(text: str | None) -> argparse.Namespace:
+class LeftOut(Exception):
+    """Why a row does not apply here."""
+
+
+def parse(text: str | None, rows: Collection[str]) -> argparse.Namespace:
+    """`rows` are those that there are; `row` becomes those that are asked for, None where all are."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses it with tiny shapes")
     parser.add_argument("--out", default=str(OUT), help="folder of the rows")
     parser.add_argument("--doc", action="store_true", help="write the table into docs/performance.md")
     parser.add_argument("--row", action="append", help="only rows whose name begins so; may be repeated")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.doc and arguments.device == "cpu":
+        parser.error(
+            "--doc with --device cpu: a rehearsal measures nothing, and the document holds what cards measured"
+        )
+    for start in arguments.row or ():
+        if not any(name.startswith(start) for name in rows):
+            parser.error(f"--row {start}: no row begins so; there are:\n  " + "\n  ".join(rows))
+    if arguments.row:
+        arguments.row = [name for name in rows if name.startswith(tuple(arguments.row))]
+    return arguments
+
+
+def said(error: Exception) -> str:
+    """In one line, whatever a kernel, a compiler or another program raised."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
 
 
 def device_of(arguments: argparse.Namespace) -> torch.device:
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device here; --device cpu rehearses the rows with tiny shapes")
+        sees = (
+            "sees no CUDA device here"
+            if torch.version.cuda
+            else "is a build without CUDA (GPU_PYTHON=python: another's)"
+        )
+        raise SystemExit(
+            f"torch {torch.__version__} {sees}; python {sys.argv[0]} --device cpu rehearses the rows with tiny shapes"
+        )
     return torch.device(arguments.device, 0) if arguments.device == "cuda" else torch.device("cpu")
 
 
@@ -88,12 +116,22 @@ def _version(package: str) -> str | None:
 
 
 class Lines:
-    """Rows as they end: a run that is cut off leaves those it had."""
+    """Rows as they end: a run that is cut off leaves those it had.
 
-    def __init__(self, path: Path, facts: Mapping[str, str]) -> None:
-        self._path, self._facts, self._rows = path, facts, list[dict[str, Any]]()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    Where only some are `asked` for, the file keeps the others that it has of the same card and versions.
+    Raises: SystemExit for a folder that cannot be written.
+    """
+
+    def __init__(self, path: Path, facts: Mapping[str, str], asked: Collection[str] | None = None) -> None:
+        self._path, self._facts = path, facts
+        try:
+            self._rows = _others(path, facts, asked or ())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(line) + "\n" for line in (facts, *self._rows)), encoding="utf-8")
+        except OSError as error:
+            raise SystemExit(
+                f"--out {path.parent}: no rows can be written there: {error}; name another folder"
+            ) from error
         for name, text in facts.items():
             print(f"{name}: {text}", flush=True)
 
@@ -111,6 +149,14 @@ class Lines:
         ways = "; ".join(f"{name} {self._facts[name]}" for name in ("attention", "decoding", "head"))
         head = f"{self._facts['card']}; {self._facts['packages']}; {ways}."
         sections.write(section, "\n".join([head, *left_out, "", *table(done)]), path)
+
+
+def _others(path: Path, facts: Mapping[str, str], asked: Collection[str]) -> list[dict[str, Any]]:
+    """Rows of that file that are not asked for again. A last line without its end was cut off."""
+    if not asked or not path.exists():
+        return []
+    first, *rest = map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])
+    return [row for row in rest if row["row"] not in asked] if first == facts else []
 
 
 def _shown(value: Any) -> str:

@@ -43,6 +43,10 @@ class Options:
     device: str
 
 
+class SideError(RuntimeError):
+    """A side of the comparison that did not do its share; the first line says why."""
+
+
 class Side:
     """One process, working a unit at a time."""
 
@@ -63,7 +67,9 @@ class Side:
         if not line:
             self._log.seek(0)
             tail = self._log.read().decode(errors="replace")[-3000:]
-            raise SystemExit(f"a side of the comparison ended with status {self._process.wait()}:\n{tail}")
+            raise SideError(
+                f"a side of the comparison ended with status {self._process.wait()}: {_last_line(tail)}\n{tail}"
+            )
         return json.loads(line)
 
     def stop(self) -> None:
@@ -76,6 +82,10 @@ class Side:
             self._process.kill()
             self._process.wait()
         self._log.close()
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["it printed nothing"])[-1]
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -118,7 +128,7 @@ def job_of(row: Row, options: Options) -> dict[str, Any]:
 def summary(row: Row, ours: Sequence[dict[str, Any]], trl: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Speed ratio per pair (tokens per second, ours by TRL's), memory ratio, and how far the losses are apart."""
     if row.same_batches and [turn["tokens"] for turn in ours] != [turn["tokens"] for turn in trl]:
-        raise SystemExit(f"{row.name}: the two sides did not train the same tokens")
+        raise SideError(f"{row.name}: the two sides did not train the same tokens")
     ratios = [speed(a) / speed(b) for a, b in zip(ours, trl, strict=True)]
     return {
         "row": row.name, "ratios": ratios, "ratio": statistics.median(ratios),
@@ -197,7 +207,8 @@ def time_to_first_step(command: list[str], ended: Path | str, options: Options) 
         process = subprocess.Popen(command, env=environment(options.threads), stdout=output, stderr=output)
         while not _has_ended(ended, output.fileno()):
             if process.poll() is not None and not _has_ended(ended, output.fileno()):
-                raise SystemExit(f"{' '.join(command)} ended without a step:\n{_printed(output.fileno())[-3000:]}")
+                printed = _printed(output.fileno())[-3000:]
+                raise SideError(f"{' '.join(command)} ended without a step: {_last_line(printed)}\n{printed}")
             time.sleep(0.01)
         took = time.perf_counter() - start
         process.wait()
@@ -229,7 +240,10 @@ def main() -> None:
     for name in names:
         start = time.perf_counter()
         row = BY_NAME[name]
-        result = (compare_startup if row.task == "startup" else compare)(row, options)
+        try:
+            result = (compare_startup if row.task == "startup" else compare)(row, options)
+        except SideError as error:
+            raise SystemExit(str(error)) from None
         results.append(result)
         print(f"{table.line(row, result)}  [{time.perf_counter() - start:.0f} s]", file=sys.stderr, flush=True)
         if result["others_cpus"] > QUIET:

@@ -94,6 +94,100 @@ def test_a_kernel_that_does_not_run_fails_its_row_and_no_other(monkeypatch, tmp_
     assert found[0]["raised"] == "RuntimeError: no kernel image is available" and found[1]["holds"]
 
 
+def test_gradients_that_are_no_numbers_do_not_hold(monkeypatch):
+    """The output, which is compared first, is right."""
+
+    def lost(value):
+        value.register_hook(lambda grad: grad * torch.nan)
+        return value
+
+    ours = gpu_check.ragged_attention
+    monkeypatch.setattr(
+        gpu_check, "ragged_attention",
+        lambda module, query, *rest, **options: ours(module, lost(query * 1), *rest, **options),
+    )  # fmt: skip
+    assert not gpu_check.ROWS["attention, trees, float32"](gpu_check.Setting(CPU, True)).holds
+
+
+def test_a_loss_that_is_no_number_does_not_hold(monkeypatch):
+    def diverging(policy, *_, **__):
+        with torch.no_grad():
+            for _, parameter in policy.trainable():
+                parameter.fill_(torch.nan)
+
+    monkeypatch.setattr(work, "train_step", diverging)
+    assert not gpu_check.ROWS["steps lower the loss"](gpu_check.Setting(CPU, True)).holds
+
+
+@pytest.mark.parametrize("bench", [gpu_bench, gpu_check])
+@pytest.mark.parametrize("error", [AssertionError(), KeyError("tokens"), OSError("no compiler\nset CXX")])
+def test_whatever_a_row_raises_the_rows_after_it_are_run(bench, error, monkeypatch, tmp_path, capsys):
+    def raising(setting):
+        raise error
+
+    [last] = [name for name in bench.ROWS if name.startswith(("attention, trees, float32", "head of"))]
+    monkeypatch.setattr(bench, "ROWS", {"raising": raising, last: bench.ROWS[last]})
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--out", str(tmp_path)])
+    try:
+        bench.main()
+    except SystemExit as ended:
+        assert bench is gpu_check and ended.code == 1
+    [path] = tmp_path.glob("*.jsonl")
+    first, second = map(json.loads, path.read_text().splitlines()[1:])
+    assert type(error).__name__ in first.get("raised", first.get("left_out"))
+    assert second["row"] == last and ("seconds" in second or "step_s" in second)
+
+
+def test_a_side_that_ends_leaves_its_row_out_by_the_reason_that_it_printed(monkeypatch, tmp_path, capsys):
+    import vs_trl
+
+    (tmp_path / "side.py").write_text("raise MemoryError('the card is full')")
+    monkeypatch.setattr(gpu_bench, "find_spec", lambda name: True)
+    monkeypatch.setattr(vs_trl, "job_of", lambda row, options: {})
+    monkeypatch.setattr(vs_trl, "HERE", tmp_path)
+    for side in ("side_posttrain.py", "side_trl.py"):
+        shutil.copy(tmp_path / "side.py", tmp_path / side)
+    rows = _run(gpu_bench, monkeypatch, tmp_path / "out", "--row=trl sft 0.6 B, documents", "--row=head")
+    found, after = rows.values()
+    assert found["left_out"] == "SideError: a side of the comparison ended with status 1: MemoryError: the card is full"
+    assert after["tokens_per_s"] > 0
+
+
+def test_a_row_that_is_asked_for_alone_joins_those_that_the_run_before_it_left(monkeypatch, tmp_path, capsys):
+    asked = [name for name in gpu_check.ROWS if name.startswith("attention")][:2]
+    _run(gpu_check, monkeypatch, tmp_path, f"--row={asked[0]}")
+    with (tmp_path / "check.jsonl").open("a") as file:
+        file.write('{"row": "cut off whi')
+    assert list(_run(gpu_check, monkeypatch, tmp_path, f"--row={asked[1]}")) == asked
+    assert list(_run(gpu_check, monkeypatch, tmp_path, f"--row={asked[0]}")) == [asked[1], asked[0]]
+    facts, *lines = (tmp_path / "check.jsonl").read_text().splitlines()
+    other = json.dumps(json.loads(facts) | {"card": "another"})
+    (tmp_path / "check.jsonl").write_text("\n".join([other, *lines, ""]))
+    assert list(_run(gpu_check, monkeypatch, tmp_path, f"--row={asked[0]}")) == [asked[0]]
+
+
+@pytest.mark.parametrize("bench", [gpu_bench, gpu_check])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--row=stf"], "--row stf: no row begins so; there are:"),
+        (["--doc"], "--doc with --device cpu: a rehearsal measures nothing"),
+        (["--out=FILE/below"], "no rows can be written there"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line_before_anything_runs(
+    bench, arguments, said, monkeypatch, tmp_path, capsys
+):
+    (tmp_path / "file").write_text("")
+    arguments = [argument.replace("FILE", str(tmp_path / "file")) for argument in arguments]
+    before = sections.DOC.read_text()
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", f"--out={tmp_path}", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code and said in str(ended.value.code) + capsys.readouterr().err
+    assert sections.DOC.read_text() == before and not list(tmp_path.glob("*.jsonl"))
+
+
 def test_the_bench_prints_its_formula_and_goes_on_past_a_row_that_cannot_run(monkeypatch, tmp_path, capsys):
     def too_large(setting):
         raise torch.OutOfMemoryError("CUDA out of memory")

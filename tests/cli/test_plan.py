@@ -74,8 +74,24 @@ def test_offloaded_layers_have_a_line_with_what_is_copied_and_how_long_it_takes(
         _run(folder / "sft.yaml", "--device", "rtx4090", "--set", "layer_offloading=true", "--json").output
     )
     assert record["stages"][0]["host"]["layers"] > record["stages"][0]["copied_bytes"] > 3 << 30
-    two = _run(folder / "sft.yaml", "--device", "rtx4090", "--devices", "2", "--set", "layer_offloading=true")
-    assert "layer_offloading is for one process: a run of 2 is refused" in two.output
+
+
+@pytest.mark.parametrize("key", ["layer_offloading=true", "torch_compile=true", "optim=paged_adamw_8bit"])
+def test_what_one_process_alone_can_train_with_is_said_to_be_refused(key, folder):
+    """As the run says it before it begins."""
+    options = [
+        "--set",
+        key,
+        "--set",
+        "adapter=lora",
+        "--set",
+        "load_in_4bit=false",
+        "--set",
+        "gradient_checkpointing=true",
+    ]
+    said = f"refused {key.replace('=', ': ')} is for one training process: a run of 2 is refused; set {key.partition('=')[0]}: "
+    assert said in _run(folder / "sft.yaml", "--device", "h100", "--devices", "2", *options).output
+    assert "refused" not in _run(folder / "sft.yaml", "--device", "h100", *options).output
 
 
 def test_what_cannot_fit_is_said_in_one_line_and_by_the_exit_code(folder):

@@ -143,10 +143,10 @@ def test_several_replicas_are_servers_that_the_run_starts(options):
         RolloutKeys(replicas=2, **options)
 
 
-def test_evals_have_no_trainer_to_be_ahead_of():
+@pytest.mark.parametrize(("name", "value"), [("max_staleness", 1), ("exact", True)])
+def test_evals_have_no_trainer(name, value):
+    """To be ahead of, or to agree with to the last bit."""
     with pytest.raises(
-        ValueError, match=r"eval_rollout.max_staleness: 1 does nothing, for evals train nothing; remove it"
+        ValueError, match=rf"eval_rollout.{name}: {str(value).lower()} does nothing, for evals train nothing; remove it"
     ):
-        PipelineKeys.model_validate(
-            {"name": "n", "base_model": "m", "stages": [], "eval_rollout": {"max_staleness": 1}}
-        )
+        PipelineKeys.model_validate({"name": "n", "base_model": "m", "stages": [], "eval_rollout": {name: value}})

@@ -146,12 +146,14 @@ def test_auto_follows_the_table_of_cards(keys_of, monkeypatch):
         assert wants_compiling(keys_of("qwen3", torch_compile=True), Placement(cuda, None))
 
 
-def test_what_cannot_be_compiled_is_refused_by_name(model_dir, policy_of, caplog):
+def test_what_cannot_be_compiled_is_refused_by_name(model_dir, data_dir, runner, policy_of, caplog):
     with pytest.raises(ValidationError, match="torch_compile: true with load_in_4bit: true"):
         keys_for(model_dir("qwen3"), adapter="qlora", torch_compile=True)
     with pytest.raises(ValidationError, match="torch_compile: true with layer_offloading: true"):
         offloaded = {"layer_offloading": True, "gradient_checkpointing": True}
         keys_for(model_dir("qwen3"), adapter="lora", torch_compile=True, **offloaded)
+    with pytest.raises(ValidationError, match=r"torch_compile: true with rollout\.exact: true"):
+        runner.keys_of("grpo", model_dir("qwen3"), data_dir, torch_compile=True, rollout={"exact": True})
     with pytest.raises(ModelError, match=r"computes exactly \(rollout.exact\).*; set it to false"):
         load_policy(keys_for(model_dir("qwen3"), torch_compile=True), exact=True)
     policy = policy_of("qwen3")

@@ -19,9 +19,9 @@ class Two(SingleProcess):
 @pytest.mark.parametrize(
     ("rollout", "said"),
     [
-        ({"max_staleness": 1}, "rollout.max_staleness: 1 .* set max_staleness: 0"),
-        ({"exact": True}, "rollout.exact: true .* set exact: false"),
-        ({"engine": "vllm"}, "rollout.engine: vllm is .* set engine: embedded"),
+        ({"max_staleness": 1}, "rollout.max_staleness: 1 .* set rollout.max_staleness: 0"),
+        ({"exact": True}, "rollout.exact: true .* set rollout.exact: false"),
+        ({"engine": "vllm"}, "rollout.engine: vllm is .* set rollout.engine: vllm_server"),
     ],
 )
 def test_a_late_stage_that_only_one_process_can_sample_for_is_refused_before_the_first_is_trained(
@@ -33,9 +33,19 @@ def test_a_late_stage_that_only_one_process_can_sample_for_is_refused_before_the
     assert not made.out.exists()
 
 
-def test_a_late_stage_whose_layers_only_one_process_can_offload_is_refused_before_the_first_is_trained(project):
-    offloading = {**GRPO, "adapter": "lora", "gradient_checkpointing": True, "layer_offloading": True}
-    made = project(stages(("sft", SFT), ("grpo", offloading)))
-    with pytest.raises(ConfigError, match=r"stages.2.grpo: layer_offloading: true .* set it to false"):
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"adapter": "lora", "gradient_checkpointing": True, "layer_offloading": True},
+            "layer_offloading: true .* set layer_offloading: false",
+        ),
+        ({"torch_compile": True}, "torch_compile: true .* set torch_compile: false"),
+        ({"optim": "paged_adamw_8bit"}, "optim: paged_adamw_8bit .* set optim: adamw or sgd"),
+    ],
+)
+def test_a_late_stage_that_only_one_process_can_train_is_refused_before_the_first_is_trained(project, options, said):
+    made = project(stages(("sft", SFT), ("grpo", {**GRPO, **options})))
+    with pytest.raises(ConfigError, match=rf"stages.2.grpo: {said}"):
         run_pipeline(load_pipeline(made.path).keys, Two())
     assert not made.out.exists()

@@ -395,6 +395,26 @@ def test_offloading_is_proposed_where_4_bits_alone_do_not_do():
     assert "offload" not in shortfall(replace(plan, workload=replace(plan.workload, on_cpu=True)), 5 * GIB, "m")
 
 
+@pytest.mark.parametrize(
+    ("asks", "processes", "refused"),
+    [
+        ({"adapter": "lora"}, 2, ["layer_offloading"]),
+        ({"adapter": "lora", "torch_compile": True}, 1, ["layer_offloading", "qlora"]),
+        ({"trains_whole": True, "pairs": True}, 1, ["layer_offloading", "lora"]),
+    ],
+)
+def test_nothing_is_proposed_that_would_be_refused(asks, processes, refused):
+    """Layers are offloaded in one process, and compiled in neither 4 bits nor a machine's memory; a reward model takes no adapter."""
+    lines = [
+        shortfall(estimate_memory(QWEN3_8B, Workload(**asks), processes), available * GIB, "m")
+        for available in range(2, 60, 2)
+    ]
+    assert any("it would fit with" in line for line in lines) and any("no setting" in line for line in lines)
+    for line in lines:
+        _, _, proposed = line.partition("free; ")
+        assert not [key for key in refused if key in proposed], line
+
+
 def test_full_fine_tuning_is_not_told_to_offload_what_it_trains():
     for available in range(4, 100, 4):
         line = shortfall(estimate_memory(QWEN3_8B, Workload()), available * GIB, "m")

@@ -108,7 +108,7 @@ def _record(made: Any, target: Target, usd_per_gpu_hour: float | None) -> dict[s
     return {
         "stage": made.kind, "trained_params": memory.trained_params, "floor_bytes": memory.floor_bytes,
         "total_bytes": memory.total_bytes, "parts": dict(memory.parts), "host": dict(memory.host), "copied_bytes": memory.copied_bytes, "free_bytes": target.free_bytes,
-        "fits": fits(memory, target.free_bytes), "shards": memory.shards, "phases_s": dict(made.phases), "step_s": made.step_s,
+        "fits": fits(memory, target.free_bytes), "shards": memory.shards, "refused": made.refused, "phases_s": dict(made.phases), "step_s": made.step_s,
         "total_s": made.total_s, "disk_bytes": made.disk_bytes,
         "device_hours": hours, "usd": None if hours is None or usd_per_gpu_hour is None else hours * usd_per_gpu_hour,
         "split": None if split is None else {"rollout": split.rollout, "train": split.train, "batch_s": split.times.overlapped_s},
@@ -226,7 +226,15 @@ def _forecast(shape: Any, kind: str, keys: Any, target: Target, tokens: int, mea
         typer.echo(
             f"{kind}: that run took {found.train:.2f} times what is predicted of training and {found.rollout:.2f} of rollout; times are corrected"
         )
-    return forecast(shape, target.cluster, kind, workload, dumped, tokens, found)
+    made = forecast(shape, target.cluster, kind, workload, dumped, tokens, found)
+    return replace(made, refused=_refused(keys, target.cluster.num_devices))
+
+
+def _refused(keys: Any, processes: int) -> str:
+    if processes == 1 or keys.of_one_process is None:
+        return ""
+    said, instead = keys.of_one_process
+    return f"{said} is for one training process: a run of {processes} is refused; set {instead}"
 
 
 def _metrics(run: Path) -> list[dict[str, float]]:

@@ -31,23 +31,16 @@ def memory_lines(made: Any, base_model: str, free_bytes: int, where: str) -> lis
     ]
     if memory.shards > 1:
         lines += memory.workload.sharding.lines(memory.shards)
-    lines += _offload_lines(memory, made.copy_bytes_s)
-    engine = memory.workload.rollout.engine
+    lines += [f"  refused {made.refused}"] if made.refused else _offload_lines(memory, made.copy_bytes_s)
     if "replica" in memory.parts:
         lines.append(
             "  engine  every process holds a whole copy to sample with, and samples slowly; rollout.engine: vllm_server is one for all of them, and faster"
-        )
-    elif memory.workload.samples and memory.shards > 1 and engine == "vllm":
-        lines.append(
-            f"  engine  rollout.engine: vllm is for one training process: a run of {memory.shards} is refused; set rollout.engine: vllm_server"
         )
     return lines
 
 
 def _offload_lines(memory: Any, copy_bytes_s: float) -> list[str]:
     """What lies in the machine's memory, and how long copies of it take."""
-    if memory.workload.layer_offloading and memory.shards > 1:
-        return [f"  offload layer_offloading is for one process: a run of {memory.shards} is refused; set it to false"]
     held = " and ".join(f"{size_text(size)} for {name}" for name, size in memory.host.items())
     lines = [f"  offload {held} in the machine's memory, pinned"] if held else []
     if memory.copied_bytes:

@@ -213,9 +213,10 @@ class PipelineKeys(Keys):
 
     @field_validator("eval_rollout")
     @classmethod
-    def _has_no_trainer_to_be_ahead_of(cls, rollout: RolloutKeys) -> RolloutKeys:
-        if rollout.max_staleness:
-            raise ValueError(f"eval_rollout.max_staleness: {rollout.max_staleness} does nothing, for evals train nothing; remove it, or set it in the rollout of a grpo stage")
+    def _has_no_trainer(cls, rollout: RolloutKeys) -> RolloutKeys:
+        for name in ("max_staleness", "exact"):
+            if value := getattr(rollout, name):
+                raise ValueError(f"eval_rollout.{name}: {str(value).lower()} does nothing, for evals train nothing; remove it, or set it in the rollout of a grpo stage")
         return rollout
 
     @field_validator("evals", "notify")

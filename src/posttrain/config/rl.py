@@ -39,6 +39,10 @@ class SamplingKeys(TrainKeys):
     def row_kind(self) -> RowKind:
         return "prompts"
 
+    @property
+    def of_one_process(self) -> tuple[str, str] | None:
+        return super().of_one_process or self.rollout.of_one_process
+
     @model_validator(mode="after")
     def _a_server_knows_one_temperature(self) -> SamplingKeys:
         if self.temperature != 1 and any(teacher.url for teacher in self.teachers):
@@ -46,6 +50,12 @@ class SamplingKeys(TrainKeys):
                 f"temperature: {self.temperature:g} with teachers.url: a server's log-probs are those of temperature 1; set temperature: 1, or "
                 "give the teacher as a model folder"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _exact_layers_are_as_they_are(self) -> SamplingKeys:
+        if self.torch_compile is True and self.rollout.exact:
+            raise ValueError("torch_compile: true with rollout.exact: true, which computes in tiles of its own; set one of them to false")
         return self
 
     @property

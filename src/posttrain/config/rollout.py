@@ -58,9 +58,9 @@ class RolloutKeys(Keys):
     def of_one_process(self) -> tuple[str, str] | None:
         """What of these keys several training processes cannot sample with, and what to set instead."""
         found = {
-            "engine: embedded": "rollout.engine: vllm" if self.engine == "vllm" else "",
-            "exact: false": "rollout.exact: true" if self.exact else "",
-            "max_staleness: 0": f"rollout.max_staleness: {self.max_staleness}" if self.max_staleness else "",
+            "rollout.engine: vllm_server": "rollout.engine: vllm" if self.engine == "vllm" else "",
+            "rollout.exact: false": "rollout.exact: true" if self.exact else "",
+            "rollout.max_staleness: 0": f"rollout.max_staleness: {self.max_staleness}" if self.max_staleness else "",
         }
         return next(((said, instead) for instead, said in found.items() if said), None)
 

@@ -137,6 +137,9 @@ class ModelKeys(Keys):
         )
 
 
+TAKE_SHARES = ("adamw", "sgd")
+"""Values of `optim` that step parameters of which each process holds a share. Kernels of bitsandbytes do not, and others look at whole matrices."""
+
 LearningRateShape = Literal["cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "wsd"]
 
 
@@ -230,6 +233,15 @@ class TrainKeys(ModelKeys):
     def rows_per_step(self, world_size: int) -> int:
         """The global batch: rows of an optimizer step, over all processes."""
         return self.per_device_train_batch_size * self.micro_batches_per_step(world_size)
+
+    @property
+    def of_one_process(self) -> tuple[str, str] | None:
+        """What of these keys several processes, which share the weights, cannot train with, and what to set instead."""
+        if self.layer_offloading:
+            return "layer_offloading: true", "layer_offloading: false"
+        if self.torch_compile is True:
+            return "torch_compile: true", "torch_compile: false"
+        return None if self.optim in TAKE_SHARES else (f"optim: {self.optim}", f"optim: {' or '.join(TAKE_SHARES)}")
 
     @property
     def trackers(self) -> list[str]:

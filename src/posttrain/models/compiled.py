@@ -97,8 +97,6 @@ def _misfit(policy: Policy) -> str:
         return "has its layers in the machine's memory (layer_offloading), and hooks fetch them"
     if policy.under.load_in_4bit:
         return "lies in 4 bits, whose products are kernels of bitsandbytes"
-    if policy.offloaded is not None:
-        return "has its layers offloaded, whose weights are copied in and out around them"
     if not policy.ragged:
         return "has attention that does not fit the ragged layout"
     return "" if _layers(policy) else "has no list of layers"

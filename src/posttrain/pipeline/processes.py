@@ -9,7 +9,6 @@ from pathlib import Path
 import posttrain
 from posttrain.config.pipeline import PipelineKeys
 from posttrain.config.resolved import leaves
-from posttrain.config.rl import SamplingKeys
 from posttrain.errors import ConfigError
 from posttrain.files import digest_file, digest_json, digest_start
 from posttrain.pipeline.pins import is_version, pins_of
@@ -44,12 +43,7 @@ def kept_rows(keys: PipelineKeys, begun_with: int, world_size: int) -> str:
 def check_engines(keys: PipelineKeys, world_size: int) -> None:
     """Raises: ConfigError for a stage that samples, or holds its model, as one training process alone can, before an earlier one is trained."""
     for number, stage in enumerate(keys.stages, start=1):
-        if world_size > 1 and stage.keys.layer_offloading:
-            raise ConfigError(
-                f"stages.{number}.{stage.kind}: layer_offloading: true is for one training process, and there are {world_size} of them, which "
-                "share the weights; set it to false, or train in one process"
-            )
-        if world_size > 1 and isinstance(stage.keys, SamplingKeys) and (found := stage.keys.rollout.of_one_process):
+        if world_size > 1 and (found := stage.keys.of_one_process):
             said, instead = found
             raise ConfigError(
                 f"stages.{number}.{stage.kind}: {said} is for one training process, and there are {world_size} of them; set {instead}, or "

@@ -82,7 +82,7 @@ def _remedy(plan: MemoryPlan, available: int, passing: float = 1.0) -> str:
         return some.total_bytes + int((passing - 1.0) * some.passing_bytes)
 
     least = plan
-    for chosen in _proposals(plan.workload):
+    for chosen in _proposals(plan):
         smaller = _changed(plan, [change for _, change, _ in chosen])
         least = min(least, smaller, key=total)
         if total(smaller) <= available:
@@ -93,20 +93,27 @@ def _remedy(plan: MemoryPlan, available: int, passing: float = 1.0) -> str:
     return f"no setting makes it fit (at least {size_text(total(least))}): {more}use a smaller base_model or a larger machine"
 
 
-def _proposals(workload: Workload) -> list[tuple[tuple[str, dict[str, Any], int], ...]]:
+def _proposals(plan: MemoryPlan) -> list[tuple[tuple[str, dict[str, Any], int], ...]]:
     """Sets of changes, those that change least first."""
+    workload = plan.workload
     found = [row for row in _CHANGES if _is_smaller(workload, row[1]) and not (workload.on_cpu and row[0] in _OF_A_GPU)]
     sets = [chosen for count in range(1, len(found) + 1) for chosen in combinations(found, count)]
-    apart = [chosen for chosen in sets if _go_together(workload, [change for _, change, _ in chosen])]
+    apart = [chosen for chosen in sets if _go_together(plan, [change for _, change, _ in chosen])]
     return sorted(apart, key=lambda chosen: sum(cost for *_, cost in chosen))
 
 
-def _go_together(workload: Workload, changes: list[dict[str, Any]]) -> bool:
-    """Whether no key is changed twice, and offloaded layers are frozen ones that are recomputed."""
+def _go_together(plan: MemoryPlan, changes: list[dict[str, Any]]) -> bool:
+    """Whether no key is changed twice, and a stage with them would not be refused."""
     named = [next(iter(change)) for change in changes]
-    after = replace(workload, **{name: value for change in changes for name, value in change.items()})
-    frozen = after.adapter != "none" and bool(after.gradient_checkpointing)
-    return len(set(named)) == len(named) and (frozen or not after.layer_offloading)
+    after = replace(plan.workload, **{name: value for change in changes for name, value in change.items()})
+    adapted, as_written = after.adapter != "none", after.torch_compile is not True
+    offloads = adapted and bool(after.gradient_checkpointing) and plan.shards == 1 and as_written
+    return (
+        len(set(named)) == len(named)
+        and (offloads or not after.layer_offloading)
+        and (as_written or not after.load_in_4bit)
+        and not (adapted and after.trains_whole)
+    )
 
 
 def _is_smaller(workload: Workload, change: Mapping[str, Any]) -> bool:

@@ -61,6 +61,8 @@ class Forecast:
     disk_bytes: int = 0
     copy_bytes_s: float = 0.0
     """At which offloaded layers come to the device."""
+    refused: str = ""
+    """Why so many processes are not started with its keys."""
 
     @property
     def batch_s(self) -> float:

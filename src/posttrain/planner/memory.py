@@ -58,13 +58,15 @@ class Workload:
     """What decides the memory of a stage: its traits, and its keys under the names the configuration uses.
 
     `samples`: trains on completions of its own, which share their prompts; `pairs`: a row is two sequences;
-    `holds_reference`: full fine-tuning keeps a frozen copy; `scores_reference`: each row is scored under the reference too.
+    `holds_reference`: full fine-tuning keeps a frozen copy; `scores_reference`: each row is scored under the reference too;
+    `trains_whole`: it takes no adapter.
     """
 
     samples: bool = False
     pairs: bool = False
     holds_reference: bool = False
     scores_reference: bool = False
+    trains_whole: bool = False
     adapter: str = "none"
     adapter_start: str = "fresh"
     load_in_4bit: bool = False
@@ -74,6 +76,7 @@ class Workload:
     bf16: bool = True
     gradient_checkpointing: bool | Literal["offload"] = False
     layer_offloading: bool = False
+    torch_compile: bool | Literal["auto"] = False
     optim: str = "adamw"
     sequence_len: int = 2048
     per_device_train_batch_size: int = 8

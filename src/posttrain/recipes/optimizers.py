@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import torch
 
-from posttrain.config.stages import TrainKeys
+from posttrain.config.stages import TAKE_SHARES, TrainKeys
 from posttrain.errors import ConfigError, MissingExtraError
 from posttrain.models.policy import Policy
 
 ParamGroup = dict[str, Any]
 MakeOptimizer = Callable[[Policy, list[ParamGroup], TrainKeys], torch.optim.Optimizer]
-
-
-@dataclass(frozen=True, slots=True)
-class OptimizerRow:
-    """`takes_shares`: it steps parameters of which each process holds a share. bitsandbytes' kernels do not, and others look at whole matrices."""
-
-    make: MakeOptimizer
-    takes_shares: bool = False
 
 
 def _betas(keys: TrainKeys) -> tuple[float, float]:
@@ -97,27 +88,26 @@ class JointOptimizer(torch.optim.Optimizer):
             first += size
 
 
-OPTIMIZERS: Mapping[str, OptimizerRow] = {
-    "adamw": OptimizerRow(_adamw, takes_shares=True),
-    "adamw_8bit": OptimizerRow(_bitsandbytes("AdamW8bit")),
-    "paged_adamw": OptimizerRow(_bitsandbytes("PagedAdamW32bit")),
-    "paged_adamw_8bit": OptimizerRow(_bitsandbytes("PagedAdamW8bit")),
+OPTIMIZERS: Mapping[str, MakeOptimizer] = {
+    "adamw": _adamw,
+    "adamw_8bit": _bitsandbytes("AdamW8bit"),
+    "paged_adamw": _bitsandbytes("PagedAdamW32bit"),
+    "paged_adamw_8bit": _bitsandbytes("PagedAdamW8bit"),
     # Source: Chen et al. 2023, arXiv 2302.06675.
-    "lion": OptimizerRow(_bitsandbytes("Lion", has_epsilon=False)),
-    "lion_8bit": OptimizerRow(_bitsandbytes("Lion8bit", has_epsilon=False)),
-    "paged_lion_8bit": OptimizerRow(_bitsandbytes("PagedLion8bit", has_epsilon=False)),
-    "adafactor": OptimizerRow(_adafactor),
-    "muon": OptimizerRow(_muon),
-    "sgd": OptimizerRow(_sgd, takes_shares=True),
+    "lion": _bitsandbytes("Lion", has_epsilon=False),
+    "lion_8bit": _bitsandbytes("Lion8bit", has_epsilon=False),
+    "paged_lion_8bit": _bitsandbytes("PagedLion8bit", has_epsilon=False),
+    "adafactor": _adafactor,
+    "muon": _muon,
+    "sgd": _sgd,
 }
 
 
 def optimizer_of(policy: Policy, groups: list[ParamGroup], keys: TrainKeys) -> torch.optim.Optimizer:
     """Raises: ConfigError where the parameters are sharded and the optimizer does not take shares of them; MissingExtraError."""
-    row = OPTIMIZERS[keys.optim]
-    if policy.sharded and not row.takes_shares:
-        able = " or ".join(name for name, other in OPTIMIZERS.items() if other.takes_shares)
+    if policy.sharded and keys.optim not in TAKE_SHARES:
         raise ConfigError(
-            f"optim: {keys.optim} needs whole parameters, and each process holds a share of them; set {able}, or start one process"
+            f"optim: {keys.optim} needs whole parameters, and each process holds a share of them; set {' or '.join(TAKE_SHARES)}, or "
+            "start one process"
         )
-    return row.make(policy, groups, keys)
+    return OPTIMIZERS[keys.optim](policy, groups, keys)

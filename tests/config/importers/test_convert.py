@@ -275,3 +275,20 @@ def test_what_axolotl_offloads_is_offloaded_where_it_can_be(lines, found, import
     kept = [line for line in AXOLOTL.splitlines() if line.partition(":")[0] not in changed]
     keys = imported("\n".join([*kept, lines]))[1].keys
     assert (keys.gradient_checkpointing, keys.layer_offloading) == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        AXOLOTL,
+        AXOLOTL.replace("adapter: qlora\nload_in_4bit: true", "adapter: lora\nlayer_offloading: true\ngradient_checkpointing: true"),
+        LLAMAFACTORY + "quantization_bit: 4\n",
+        "model_name_or_path: m/m\ndataset_name: d/d\nuse_peft: true\nload_in_4bit: true\nlora_target_modules: all-linear\noutput_dir: out\n",
+    ],
+    ids=["axolotl", "axolotl, offloaded", "llamafactory", "trl"],
+)  # fmt: skip
+def test_layers_that_are_not_compiled_here_run_as_they_are_and_a_note_says_so(text, imported):
+    """It changes no more than roundings, so it is no reason to refuse a file."""
+    made, loaded = imported(text + "torch_compile: true\n")
+    assert loaded.keys.torch_compile is False
+    assert any(note.startswith("torch_compile: left out because with l") for note in made.notes), made.notes

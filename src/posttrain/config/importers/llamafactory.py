@@ -34,6 +34,7 @@ from posttrain.config.importers.values import (
     TRAINER,
     adapter_defaults,
     cadence,
+    compiling,
     schedule,
     warmup,
 )
@@ -184,6 +185,7 @@ def finish(draft: ImportDraft) -> None:
     _memory(draft)
     warmup(draft)
     schedule(draft)
+    compiling(draft)
     best = draft.asks("load_best_model_at_end")
     cadence(draft, "save", "save_steps", best)
     cadence(draft, "eval", "eval_steps", best)

@@ -33,6 +33,7 @@ from posttrain.config.importers.values import (
     TRAINER,
     adapter_defaults,
     cadence,
+    compiling,
     schedule,
     warmup,
 )
@@ -187,6 +188,7 @@ def finish(draft: ImportDraft) -> None:
         draft.put("special_tokens", {"eos_token": eos}, "eos_token")
     warmup(draft)
     schedule(draft)
+    compiling(draft)
     best = draft.asks("load_best_model_at_end")
     cadence(draft, "save", "save_steps", best)
     cadence(draft, "eval", "eval_steps", best)

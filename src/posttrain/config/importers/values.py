@@ -105,7 +105,7 @@ TRAINER: dict[str, KeyFate] = {
     "resume_from_checkpoint": left("a run that is started again goes on by itself"),
     "group_by_length": changed("rows come in a shuffled order here; nothing is padded, so sorting them by length saves nothing"),
     "length_column_name": left("rows are not sorted by length here"),
-    "torch_compile": to("torch_compile"),
+    "torch_compile": to("torch_compile", why="neither in 4 bits nor beside layer_offloading"),
     "learning_rate": to("learning_rate", as_float),
     "num_train_epochs": to("num_train_epochs"),
     "gradient_accumulation_steps": to("gradient_accumulation_steps"),
@@ -181,6 +181,13 @@ def schedule(draft: ImportDraft) -> None:
             draft.leave(key, "it is what this schedule does by itself")
         else:
             draft.refuse(key, f"{value}: the schedule {kind} has no such option here", "take it out")
+
+
+def compiling(draft: ImportDraft) -> None:
+    """Where layers are not compiled here, which changes no more than roundings, they run as they are."""
+    for key in ("load_in_4bit", "layer_offloading"):
+        if draft.keys.get(key) or (key == "load_in_4bit" and draft.keys.get("adapter") == "qlora"):
+            draft.drop("torch_compile", f"with {key}: true layers are not compiled here")
 
 
 def cadence(draft: ImportDraft, what: str, ours: str, needs: bool) -> None:
