@@ -147,7 +147,7 @@ def test_a_side_that_ends_leaves_its_row_out_by_the_reason_that_it_printed(monke
     monkeypatch.setattr(vs_trl, "HERE", tmp_path)
     for side in ("side_posttrain.py", "side_trl.py"):
         shutil.copy(tmp_path / "side.py", tmp_path / side)
-    rows = _run(gpu_bench, monkeypatch, tmp_path / "out", "--row=trl sft 0.6 B, documents", "--row=head")
+    rows = _run(gpu_bench, monkeypatch, tmp_path / "out", "--row=trl sft 0.6 B, documents", "--row=dpo 0.6")
     found, after = rows.values()
     assert found["left_out"] == "SideError: a side of the comparison ended with status 1: MemoryError: the card is full"
     assert after["tokens_per_s"] > 0

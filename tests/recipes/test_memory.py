@@ -7,7 +7,7 @@ import torch
 from posttrain.distributed.ranks import join_ranks
 from posttrain.errors import OutOfMemoryError
 from posttrain.recipes.kinds import LOOPS
-from posttrain.recipes.memory import is_out_of_memory
+from posttrain.recipes.memory import is_out_of_memory, why_not_loaded
 from posttrain.recipes.stage import Stage, run_recipe
 
 
@@ -64,6 +64,17 @@ def test_another_error_stays_what_it_is(runner, model_dir, data_dir, tmp_path):
     keys = runner.keys_of("sft", model_dir("qwen3"), data_dir)
     with join_ranks() as ranks, pytest.raises(RuntimeError, match="of another kind"):
         run_recipe(LOOPS["sft"], keys, lambda: Stage("sft", tmp_path, keys, ranks, watchers=lambda *_: [Fails()]))
+
+
+def test_one_of_several_processes_is_told_what_it_holds_itself(make_local_model, runner, data_dir):
+    folder = make_local_model("qwen3")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 200_000, "layer_types": None}))
+    keys = runner.keys_of("sft", folder, data_dir, adapter="lora", lora_r=1)
+    alone, one_of_two = (
+        float(re.search(r"LoRA needs ([\d.]+) GiB", why_not_loaded("sft", keys, processes))[1]) for processes in (1, 2)
+    )
+    assert 0.45 * alone < one_of_two < 0.75 * alone
 
 
 @pytest.mark.parametrize(

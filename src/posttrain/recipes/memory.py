@@ -31,20 +31,22 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def why_out_of_memory(
-    error: BaseException, kind: str, keys: TrainKeys, policy: Policy, optimizer: torch.optim.Optimizer
-) -> str:
-    plan = _plan(kind, keys, policy.base.config, policy.placement)
+    error: BaseException, kind: str, keys: TrainKeys, policy: Policy, optimizer: torch.optim.Optimizer, processes: int
+) -> str:  # fmt: skip
+    """In one of so many processes."""
+    plan = _plan(kind, keys, policy.base.config, policy.placement, processes)
     needed = int(peak_memory_bytes()) + _asked_for(str(error))
     device = policy.placement.device
     why = overrun(plan, _held(policy, optimizer), needed, _there_is(device), _named(device))
     return f"{kind}: out of memory: {why}"
 
 
-def why_not_loaded(kind: str, keys: TrainKeys) -> str:
+def why_not_loaded(kind: str, keys: TrainKeys, processes: int) -> str:
     """Before there was anything to count: what the plan says of the model and of the memory that there is."""
     config = load_config(keys)
     placement = place(keys, stored_dtype(config) if keys.adapter != "none" else None)
-    plan, there_is, where = _plan(kind, keys, config, placement), _there_is(placement.device), _named(placement.device)
+    plan = _plan(kind, keys, config, placement, processes)
+    there_is, where = _there_is(placement.device), _named(placement.device)
     if fits(plan, there_is):
         why = f"the plan counts {size_text(plan.total_bytes)} in all, and {where} has {size_text(there_is)}: other programs hold the rest"
     else:
@@ -52,12 +54,12 @@ def why_not_loaded(kind: str, keys: TrainKeys) -> str:
     return f"{kind}: out of memory before the first step: {why}"
 
 
-def _plan(kind: str, keys: TrainKeys, config: Any, placement: Placement) -> MemoryPlan:
+def _plan(kind: str, keys: TrainKeys, config: Any, placement: Placement, processes: int) -> MemoryPlan:
     workload = Workload.from_keys(
         keys.model_dump(), **stage_kind(kind).demands(keys), teachers=teacher_shapes(keys), on_cpu=placement.device.type == "cpu",
         device_has_bf16=placement.autocast_dtype is not None,
     )  # fmt: skip
-    return estimate_memory(ModelShape.from_config(model_shape(config)), workload)
+    return estimate_memory(ModelShape.from_config(model_shape(config)), workload, processes)
 
 
 def _named(device: torch.device) -> str:

@@ -183,9 +183,9 @@ def run_recipe(
             if not is_out_of_memory(error):
                 raise
             if (state := stage.state) is None:
-                raise OutOfMemoryError(why_not_loaded(stage.kind, stage.keys)) from error
-            why = why_out_of_memory(error, stage.kind, stage.keys, state.policy, state.optimizer)
-            raise OutOfMemoryError(why) from error
+                raise OutOfMemoryError(why_not_loaded(stage.kind, stage.keys, stage.ranks.world_size)) from error
+            held, processes = (state.policy, state.optimizer), stage.ranks.world_size
+            raise OutOfMemoryError(why_out_of_memory(error, stage.kind, stage.keys, *held, processes)) from error
         finally:
             stage.close()
         gc.collect()  # the abandoned model must be gone before the next one is loaded
