@@ -1,7 +1,10 @@
 import json
+import queue
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from posttrain.errors import ModelError
 from posttrain.models.adapters import load_adapter
 from posttrain.models.batch import pack
-from posttrain.models.export import merge_adapter, save_policy
+from posttrain.models.export import merge_adapter, save_policy, write_folder_together
 from posttrain.models.load import load_policy
 from posttrain.models.provenance import check_base, model_digest, source_digest, was_tuned_by_us
 from posttrain.types import TokenSeq
@@ -203,3 +206,44 @@ def test_digest_of_a_model_follows_its_bytes(model_dir, tmp_path):
     assert model_digest(copy) != model_digest(model_dir("llama"))
     assert source_digest("Qwen/Qwen3-8B") == "hub:Qwen/Qwen3-8B"
     assert not was_tuned_by_us(str(copy))
+
+
+class RankThread:
+    """One of two ranks that are threads; rank 0 waits for nobody where it works alone."""
+
+    meeting = threading.Barrier(2, timeout=30)
+
+    def __init__(self, rank, results):
+        self.rank, self.is_main, self._results = rank, rank == 0, results
+
+    def main_only(self, work):
+        if not self.is_main:
+            return self._results.get(timeout=30)
+        done = work()
+        self._results.put(done)
+        return done
+
+    def barrier(self):
+        self.meeting.wait()
+
+
+def test_a_folder_stays_where_it_is_until_the_slowest_rank_has_read_it(tmp_path):
+    """Copies of a model share no collective, so nothing but a barrier holds rank 0 back."""
+    results, seen = queue.Queue(), []
+
+    def write(folder):
+        (folder / "a").write_text("x")
+
+    def read(folder):
+        time.sleep(0.5)
+        seen.extend(path.name for path in folder.iterdir())
+
+    both = [
+        threading.Thread(target=write_folder_together, args=(tmp_path / "model", fill, RankThread(rank, results)))
+        for rank, fill in enumerate((write, read))
+    ]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert seen == ["a"] and (tmp_path / "model" / "a").read_text() == "x"

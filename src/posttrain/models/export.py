@@ -135,6 +135,7 @@ def write_folder_together(folder: Path, fill: Callable[[Path], T], ranks: Ranks)
     temporary = ranks.main_only(lambda: begin_folder(folder))
     try:
         filled = fill(temporary)
+        ranks.barrier()  # ranks that hold another copy of the model read the folder at their own pace
         ranks.main_only(lambda: finish_folder(temporary, folder))
     except BaseException:
         if ranks.is_main:
