@@ -248,7 +248,7 @@ def test_a_row_that_cannot_be_sampled_for_is_named(train, teacher, data_dir, tmp
         ({"on_policy_share": 0.5}, "which is told from the policy's own samples"),
         ({"on_policy_share": 0.5, "loss_type": "jsd"}, "rows with answers have no other columns"),
         ({"rollout": {"max_staleness": 1}}, "samples from the weights that it trains"),
-        ({"rollout": {"exact": True}}, "samples from the weights that it trains"),
+        ({"rollout": {"exact": True}}, r"rollout\.exact: true in distill, which samples from the weights that it trains"),
         ({"teachers": [{"model": "x"}], "loss_type": "jsd", "on_policy_share": 0, "rollout": {"engine": "vllm"}}, "does nothing with on_policy_share: 0"),
     ],
 )  # fmt: skip

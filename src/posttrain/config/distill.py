@@ -65,9 +65,9 @@ class DistillKeys(SamplingKeys):
     @model_validator(mode="after")
     def _samples_from_what_it_trains(self) -> DistillKeys:
         for name in ("max_staleness", "exact"):
-            if getattr(self.rollout, name):
+            if value := getattr(self.rollout, name):
                 raise ValueError(
-                    f"rollout.{name}: {getattr(self.rollout, name)} in distill, which samples from the weights that it trains and has "
+                    f"rollout.{name}: {str(value).lower()} in distill, which samples from the weights that it trains and has "
                     f"no ratio to correct; remove {name}, or use grpo with teachers"
                 )
         return self
