@@ -219,6 +219,24 @@ def test_a_dead_server_delays_no_step_and_gets_everything_when_it_is_back(run, c
     assert losses(run, "mlflow") == expected([1, 2, 3])
 
 
+def test_a_server_that_hangs_holds_the_process_no_longer_than_its_patience(run):
+    """It takes the connection and never answers; the run has ended."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        hangs = TrackedRun(run.folder, "words", run.key, run.name, uri=f"http://127.0.0.1:{server.getsockname()[1]}")
+        hangs.save()
+        record(run, [1, 2])
+        code = "import sys; from posttrain.tracking.mirror import main; main(sys.argv[1], 'mlflow', 1.0)"
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(run.folder)], stdin=subprocess.DEVNULL, capture_output=True, check=False,
+            timeout=60, env=os.environ | {"MLFLOW_HTTP_REQUEST_TIMEOUT": "300"},
+        )  # fmt: skip
+    assert done.returncode == 75 and time.monotonic() - started < 45
+    assert MirrorState.of(run, "mlflow").error
+
+
 def test_a_tracker_that_fails_half_way_is_asked_again_where_it_stands(run, monkeypatch):
     """The third call raises after it was taken: the rows of that call are there, and are not sent again."""
     monkeypatch.setattr(mirror_module, "_ROWS_PER_CALL", 2)

@@ -8,15 +8,13 @@ from typing import Annotated
 
 import typer
 
-EXIT_WAITING = 75
-
 
 def send_to_trackers(
     run: Annotated[Path, typer.Argument(help="A run's folder, or a stage's.", exists=True, file_okay=False)],
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for each tracker.")] = 30.0,
 ) -> None:
     """Send what a run recorded to the trackers of its `report_to`, each step once. Exit code 75 while something waits."""
-    from posttrain.tracking.mirror import keep_copy
+    from posttrain.tracking.mirror import EXIT_WAITING, keep_copy
     from posttrain.tracking.trackers import TRACKERS, require_tracker, tracked_run
 
     copies = [

@@ -30,6 +30,8 @@ _ROWS_PER_CALL = 100
 _LOOK_S, _RETRY_AFTER_S = 1.0, 5.0
 PATIENCE_S = 30.0
 """How long a copy is waited for when its run has ended."""
+_LAST_CALL_S = 5.0
+EXIT_WAITING = 75
 _NOTED = {"finding", "gate", "stage"}
 
 
@@ -165,18 +167,20 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def main(folder: str, name: str) -> None:
-    """Until standard input ends, which it does when the run ends, however it ends."""
+def main(folder: str, name: str, patience_s: float = PATIENCE_S) -> None:
+    """Until standard input ends, which it does when the run ends, however it ends; a tracker that hangs is left then."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     ended = threading.Event()
 
     def wait() -> None:
         sys.stdin.buffer.read()
         ended.set()
+        time.sleep(patience_s + _LAST_CALL_S)
+        os._exit(EXIT_WAITING)
 
     threading.Thread(target=wait, daemon=True).start()
-    keep_copy(tracked_run(Path(folder)), name, ended)
+    keep_copy(tracked_run(Path(folder)), name, ended, patience_s)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], sys.argv[2])
