@@ -91,12 +91,15 @@ def test_a_process_that_leaves_the_group_dies_with_its_uid():
     code = "import os, time\nif os.fork() == 0:\n  os.setsid()\n  time.sleep(300)\nprint(os.getuid(), flush=True)\nos._exit(0)"
     output, _ = sandbox._run({"mode": "script", "code": code, "stdin": "", "nonce": ""}, limits, "uid")
     uid = int(output.split()[0])
-    alive = []
-    for status in Path("/proc").glob("[0-9]*/status"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
-            if fields["State"][0] != "Z":
-                alive.append(int(fields["Uid"].split()[0]))
+    deadline = time.monotonic() + 5  # a killed process takes a moment to go
+    alive = [uid]
+    while uid in alive and time.monotonic() < deadline:
+        alive = []
+        for status in Path("/proc").glob("[0-9]*/status"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+                if fields["State"][0] != "Z":
+                    alive.append(int(fields["Uid"].split()[0]))
     assert uid not in alive
 
 
