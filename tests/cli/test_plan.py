@@ -90,8 +90,28 @@ def test_what_one_process_alone_can_train_with_is_said_to_be_refused(key, folder
         "gradient_checkpointing=true",
     ]
     said = f"refused {key.replace('=', ': ')} is for one training process: a run of 2 is refused; set {key.partition('=')[0]}: "
-    assert said in _run(folder / "sft.yaml", "--device", "h100", "--devices", "2", *options).output
-    assert "refused" not in _run(folder / "sft.yaml", "--device", "h100", *options).output
+    result = _run(folder / "sft.yaml", "--device", "h100", "--devices", "2", *options)
+    assert said in result.output and result.exit_code == 1
+    assert "torchrun" not in result.output
+    alone = _run(folder / "sft.yaml", "--device", "h100", *options)
+    assert "refused" not in alone.output and alone.exit_code == 0
+
+
+def test_processes_that_shards_do_not_divide_are_said_to_be_refused(folder):
+    def planned(cards):
+        return _run(folder / "sft.yaml", "--gpus", cards, "--set", "sharding={dp_shard_size: 3}")
+
+    result = planned("4xH100")
+    assert "refused sharding.dp_shard_size: 3 with 4 processes; set a number that divides them" in result.output
+    assert result.exit_code == 1 and "torchrun" not in result.output
+    assert planned("6xH100").exit_code == 0
+    assert planned("1xH100").exit_code == 0
+
+
+def test_inputs_of_layers_that_each_process_offloads_are_counted(folder):
+    options = ["--gpus", "2xH100", "--set", "gradient_checkpointing=offload"]
+    output = _run(folder / "sft.yaml", *options).output
+    assert "offload 18.0 GiB for activations in the machine's memory, pinned by each process" in output
 
 
 def test_what_cannot_fit_is_said_in_one_line_and_by_the_exit_code(folder):

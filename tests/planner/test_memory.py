@@ -371,6 +371,9 @@ def test_inputs_of_layers_and_frozen_layers_leave_a_gpu_for_the_machines_memory(
     one = 8 * 2048 * QWEN3_8B.hidden * 4
     assert plain.part("activations") - inputs.part("activations") == (QWEN3_8B.num_layers - 1) * one
     assert inputs.host == {"activations": QWEN3_8B.num_layers * one}
+    # Each of several processes has inputs of its own; layers are offloaded by one alone.
+    both = replace(lora, gradient_checkpointing="offload", layer_offloading=True)
+    assert estimate_memory(QWEN3_8B, both, shards=8).host == inputs.host
     gone = plain.part("weights") - layers.part("weights")
     assert gone == pytest.approx(layers.copied_bytes * (QWEN3_8B.num_layers - 2) / QWEN3_8B.num_layers, rel=1e-3)
     assert layers.copied_to_train_bytes == 2 * gone

@@ -48,15 +48,16 @@ def plan(
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Estimate memory and step time from the model's config.json. Exit code 1 if a stage cannot fit."""
+    """Estimate memory and step time from the model's config.json. Exit code 1 if a stage cannot fit or is refused."""
     from posttrain.planner import cannot_fit
 
     planned = make_plan(config, target_of(gpus, device, devices, probe), stage, overrides or [], tokens, measured)
     base_model, shape, target, forecasts = planned.base_model, planned.shape, planned.target, planned.forecasts
-    refused = any(cannot_fit(made.memory, target.free_bytes) for made in forecasts)
+    refused = any(made.refused for made in forecasts)
+    code = 1 if refused or any(cannot_fit(made.memory, target.free_bytes) for made in forecasts) else 0
     if as_json:
         echo_json(planned.record(usd_per_gpu_hour))
-        raise typer.Exit(1 if refused else 0)
+        raise typer.Exit(code)
     active = f" ({shape.active_params / 1e6:,.1f}M active)" if shape.num_experts else ""
     lines = [
         f"{base_model}: {shape.num_params / 1e6:,.1f}M parameters{active}; on {target.where}, {size_text(target.free_bytes)} free"
@@ -65,10 +66,10 @@ def plan(
         lines += [*memory_lines(made, base_model, target.free_bytes, target.where), *time_lines(made, tokens)]
         lines += cost_lines(made, target.cluster.num_devices, usd_per_gpu_hour)
     verb = "run" if len(forecasts) > 1 or _is_pipeline(config, stage, overrides or []) else forecasts[0].kind
-    if target.cluster.num_devices > 1:
+    if target.cluster.num_devices > 1 and not refused:
         lines += start_lines(config, verb, target.cluster.nodes, target.cluster.per_node)
     typer.echo("\n".join(lines))
-    raise typer.Exit(1 if refused else 0)
+    raise typer.Exit(code)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,10 +232,16 @@ def _forecast(shape: Any, kind: str, keys: Any, target: Target, tokens: int, mea
 
 
 def _refused(keys: Any, processes: int) -> str:
-    if processes == 1 or keys.of_one_process is None:
+    """Why so many processes are not started with these keys; nothing where they are."""
+    if processes == 1:
         return ""
-    said, instead = keys.of_one_process
-    return f"{said} is for one training process: a run of {processes} is refused; set {instead}"
+    if keys.of_one_process is not None:
+        said, instead = keys.of_one_process
+        return f"{said} is for one training process: a run of {processes} is refused; set {instead}"
+    size = keys.sharding.dp_shard_size
+    if isinstance(size, int) and processes % size:
+        return f"sharding.dp_shard_size: {size} with {processes} processes; set a number that divides them"
+    return ""
 
 
 def _metrics(run: Path) -> list[dict[str, float]]:

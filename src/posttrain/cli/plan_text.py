@@ -42,7 +42,8 @@ def memory_lines(made: Any, base_model: str, free_bytes: int, where: str) -> lis
 def _offload_lines(memory: Any, copy_bytes_s: float) -> list[str]:
     """What lies in the machine's memory, and how long copies of it take."""
     held = " and ".join(f"{size_text(size)} for {name}" for name, size in memory.host.items())
-    lines = [f"  offload {held} in the machine's memory, pinned"] if held else []
+    each = " by each process" if memory.shards > 1 else ""
+    lines = [f"  offload {held} in the machine's memory, pinned{each}"] if held else []
     if memory.copied_bytes:
         trained, passed = (
             f"{size_text(size)} ({seconds_text(size / copy_bytes_s)})"

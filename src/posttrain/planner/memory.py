@@ -224,7 +224,7 @@ def estimate_memory(shape: ModelShape, workload: Workload, shards: int = 1) -> M
     }
     if shards > 1:
         parts |= _shared_out(parts, shape, workload, shards)
-    host = _host_bytes(shape, workload) if shards == 1 and not workload.on_cpu else {}
+    host = {} if workload.on_cpu else _host_bytes(shape, workload, shards)
     return MemoryPlan({name: size for name, size in parts.items() if size}, shape, workload, trained, shards, host)
 
 
@@ -308,10 +308,10 @@ def _layer_bytes(shape: ModelShape, workload: Workload) -> int:
     return int(shape.linear_params * linear + rest * _frozen_bytes(shape, workload)) // shape.num_layers
 
 
-def _host_bytes(shape: ModelShape, workload: Workload) -> dict[str, int]:
-    """torch's allocator of pinned memory rounds each tensor up to a power of two."""
+def _host_bytes(shape: ModelShape, workload: Workload, shards: int) -> dict[str, int]:
+    """Of a process: layers where it is the only one. torch's allocator of pinned memory rounds each tensor up to a power of two."""
     found: dict[str, int] = {}
-    if workload.layer_offloading:
+    if workload.layer_offloading and shards == 1:
         size = 0.5 if workload.load_in_4bit else _frozen_bytes(shape, workload)
         found["layers"] = sum(n * _pinned(int(rows * out * size)) for rows, out, n in shape.linear_shapes.values())
     if workload.gradient_checkpointing == "offload":
