@@ -37,7 +37,7 @@ class JsonlSink:
         self._descriptors: dict[str, int] = {}
         self.num_lost = 0
         for name in (METRICS, EVENTS, SAMPLES):
-            _cut_torn_line(self._folder / name)
+            cut_torn_line(self._folder / name)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._append(METRICS, {**metrics, "step": step, "time": time.time()})
@@ -68,7 +68,7 @@ class JsonlSink:
             if name not in self._descriptors:
                 flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
                 self._descriptors[name] = os.open(self._folder / name, flags, 0o644)
-            _write_whole(self._descriptors[name], line)
+            write_whole(self._descriptors[name], line)
         except OSError as error:
             self.num_lost += 1
             if self.num_lost == 1:
@@ -108,7 +108,7 @@ def _plain(value: Any, name: str, nonfinite: list[str]) -> Any:
     return None
 
 
-def _write_whole(descriptor: int, line: bytes) -> None:
+def write_whole(descriptor: int, line: bytes) -> None:
     """Write all of `line` or nothing of it."""
     start = os.fstat(descriptor).st_size
     written = 0
@@ -120,7 +120,7 @@ def _write_whole(descriptor: int, line: bytes) -> None:
         raise
 
 
-def _cut_torn_line(path: Path) -> None:
+def cut_torn_line(path: Path) -> None:
     """A crash can leave half a line at the end; a line appended to it would be lost too."""
     if not path.exists():
         return

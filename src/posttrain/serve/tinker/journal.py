@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.files import read_json_lines
+from posttrain.files import named_if_damaged, read_json_lines
+from posttrain.tracking.jsonl import cut_torn_line, write_whole
 
 CHANGING = frozenset({"forward_backward", "optim_step", "load_weights"})
 """Kinds of request that change what a model is; the others only read it."""
@@ -37,15 +38,16 @@ class JournalEntry:
 
 
 class Journal:
-    """Raises: DamagedFileError for a file with a line that is none of ours."""
+    """Raises: DamagedFileError, DataError for a file with a line that is none of ours."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.entries: dict[int, JournalEntry] = {}
         if path.exists():
-            _cut_torn_line(path)
-            for _, line in read_json_lines(path):
-                self._take(line)
+            cut_torn_line(path)  # which a machine that lost its power can leave, and nobody was told of
+            with named_if_damaged(path, "put a copy of it back: it says what was let in and saved"):
+                for _, line in read_json_lines(path):
+                    self._take(line)
         self._descriptor = -1
 
     def accept(self, seq: int, kind: str, digest: str, name: str = "") -> None:
@@ -81,8 +83,7 @@ class Journal:
     def _write(self, line: Mapping[str, Any], *, durable: bool) -> None:
         if self._descriptor < 0:  # of the many models there once were, few are written to
             self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        # One write: a process that is killed leaves a line or none.
-        os.write(self._descriptor, (json.dumps(line) + "\n").encode())
+        write_whole(self._descriptor, (json.dumps(line) + "\n").encode())
         if durable:
             os.fsync(self._descriptor)
         self._take(line)
@@ -93,11 +94,3 @@ class Journal:
         else:
             entry = self.entries[line["seq"]]
             entry.is_done, entry.result, entry.failure = True, line["result"], line["failure"]
-
-
-def _cut_torn_line(path: Path) -> None:
-    """A machine that lost its power can leave a part of a line, which nobody was told of."""
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
