@@ -169,6 +169,7 @@ def test_a_server_started_again_names_what_is_in_no_save(running, bases, client_
         gone.save_weights_for_sampler("one").result()
         steps(gone, datum, 1)
         ids = kept.model_id, gone.model_id
+        again = client.create_training_client_from_state(path).result().model_id
     with running(bases, tmp_path) as serving:
         assert result(serving, post(serving, "optim_step", step_body(ids[1], 7))).json()["error"] == (
             f"the server, or the session, ended with requests of {ids[1]} in no save, and they are lost: "
@@ -177,6 +178,8 @@ def test_a_server_started_again_names_what_is_in_no_save(running, bases, client_
         )
         assert result_of(serving, ids[1], 6)["error"].startswith("request 6 optim_step is lost.")
         assert result_of(serving, ids[1], 4)["path"].endswith("/sampler_weights/one")
+        assert result_of(serving, ids[0], "create") == {"model_id": ids[0], "type": "create_model"}
+        assert result_of(serving, again, "create") == {"model_id": again, "path": path, "type": "load_weights"}
         passed = post_pass(serving, ids[0], 4, [datum(row) for row in ROWS])
         assert loss(result(serving, passed)) > 0
         assert result(serving, post(serving, "optim_step", step_body(ids[0], 5))).json()["metrics"]["loss_tokens"] == 6

@@ -71,8 +71,15 @@ class ComputeQueue:
         self._wake.set()
 
     def end(self, job: ComputeJob, outcome: RequestResult) -> None:
+        try:
+            job.done(outcome)
+        except (
+            OSError
+        ) as error:  # of a full disk: what is in no journal is not acknowledged, and the next request is computed
+            log.exception("%s could not be noted", job.request_id)
+            outcome = RequestResult(failure=f"request {job.request_id} was computed, but could not be noted: {error}")
         job.outcome = outcome
-        job.done(outcome)
+        job.work, job.join, job.asked = RequestResult, None, None  # a body is larger than what is kept of it
         job.ended.set()
         self._kept_bytes += len(outcome.message)
         while self._kept_bytes > self._max_bytes and (oldest := self._oldest_ended(job)) is not None:

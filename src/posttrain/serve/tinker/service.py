@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -111,10 +111,7 @@ class TinkerService:
         if self.queue.find(request_id) is None:
             self._let_in()
             model = self.shelf.begin(beginning)
-            record = {"model_id": model.id, "type": "create_model"}
-            if beginning.path:
-                record = {"model_id": model.id, "path": beginning.path, "type": "load_weights"}
-            self._submit(request_id, partial(_made, model, record))
+            self._submit(request_id, partial(_made, model))
         return request_id
 
     def resolve(self, path: str) -> ClientModel:
@@ -274,7 +271,7 @@ class TinkerService:
         model_id, _, number = request_id.rpartition(":")
         model = self.shelf.find(model_id)
         if model is not None and number == "create":
-            return RequestResult({"model_id": model.id, "type": "create_model"})
+            return _begun(model)
         if model is not None and number.isdecimal():
             record = model.recorded(int(number))
             return RequestResult(record) if record is not None else RequestResult(failure=model.failure_of(int(number)))
@@ -330,9 +327,15 @@ def _window(config: Any) -> int:
     return config.get_text_config().max_position_embeddings
 
 
-def _made(model: ClientModel, record: Mapping[str, Any]) -> RequestResult:
+def _made(model: ClientModel) -> RequestResult:
     model.bring()
-    return RequestResult(record)
+    return _begun(model)
+
+
+def _begun(model: ClientModel) -> RequestResult:
+    if path := model.beginning.path:
+        return RequestResult({"model_id": model.id, "path": path, "type": "load_weights"})
+    return RequestResult({"model_id": model.id, "type": "create_model"})
 
 
 def _leave(model: ClientModel) -> RequestResult:
