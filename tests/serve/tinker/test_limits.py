@@ -18,6 +18,8 @@ def test_a_client_needs_the_token(running, bases, client_of, tmp_path):
         for headers in ({}, {"x-api-key": "tml-open"}, {"authorization": "Bearer tml-open"}):
             answer = httpx.get(f"{serving.address}/api/v1/get_server_capabilities", headers=headers)
             assert answer.status_code == 401
+        both = {"authorization": "Bearer tml-sesame", "x-api-key": "of a proxy"}
+        assert httpx.get(f"{serving.address}/api/v1/get_server_capabilities", headers=both).status_code == 200
         with pytest.raises(tinker.AuthenticationError):
             tinker.RestClient(base_url=serving.address, api_key="tml-open").get_server_capabilities().result()
         rest = tinker.RestClient(base_url=serving.address, api_key="tml-sesame")
