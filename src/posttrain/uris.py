@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 from posttrain.errors import ConfigError
@@ -64,6 +65,12 @@ SECRET_IN_URI = (
 def without_secrets(text: str) -> str:
     """`text` without the user part of any URI and the credentials of any header, for messages that quote what was given or answered."""
     return _CREDENTIALS.sub(r"\1 …", _USER_INFO.sub("…@", text))
+
+
+def absolute_sqlite(uri: str) -> str:
+    """`sqlite:///file.db` with its path below the working folder of now; every other URI as it is."""
+    scheme, found, path = uri.partition("sqlite:///")
+    return f"sqlite:///{Path(path).absolute()}" if found and not scheme else uri
 
 
 def loopback(url: str) -> tuple[str, int]:

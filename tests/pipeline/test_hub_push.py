@@ -33,7 +33,7 @@ class Hub:
     def answer(self, handler, method, path, body):
         self.tokens.add(handler.headers.get("Authorization", ""))
         if path in self.refuse:
-            return self.refuse[path], {"error": "no write access"}
+            return self.refuse[path], {"error": f"no write access for {TOKEN}"}
         if path == "/api/repos/create":
             self.created = json.loads(body)
             return 200, {"url": f"{self.url}/{REPO}", "name": REPO, "id": REPO}
@@ -133,7 +133,7 @@ def there(monkeypatch):
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setenv("HF_ENDPOINT", answering.url)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HF_TOKEN", f"{TOKEN}\n")  # as it is read from a file
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     hub.why_unreachable.cache_clear()

@@ -258,6 +258,76 @@ def test_a_tracker_that_fails_half_way_is_asked_again_where_it_stands(run, monke
     assert losses(run, "mlflow") == expected(range(1, 9))
 
 
+def test_what_was_found_arrives_where_the_tracker_fails_between_two_calls(run, monkeypatch):
+    """The second call raises; the copy goes on behind the first, of which the findings are there too."""
+    monkeypatch.setattr(mirror_module, "_ROWS_PER_CALL", 4)
+    monkeypatch.setattr(mirror_module, "_RETRY_AFTER_S", 0.0)
+    from posttrain.tracking.trackers.mlflow_run import MlflowRun
+
+    calls, real = [], MlflowRun.rows
+
+    def rows(self, some):
+        calls.append(some)
+        if len(calls) == 2:
+            raise ConnectionError("away")
+        real(self, some)
+
+    monkeypatch.setattr(MlflowRun, "rows", rows)
+    record(run, [1, 2], kinds=["finding"])
+    record(run, [3, 4, 5, 6, 7, 8], kinds=["finding"])
+    assert keep_copy(run, "mlflow", ENDED) == MirrorState(8, 0)
+    assert len(calls) == 3
+    assert {"finding.2", "finding.8"} <= tags(run).keys()
+
+
+def tags(run):
+    client = MlflowClient(run.uri, run.uri)
+    (there,) = client.search_runs([client.get_experiment_by_name("words").experiment_id])
+    return there.data.tags
+
+
+def test_two_rules_that_find_something_at_one_step_are_both_there(run):
+    record(run, [1])
+    sink = JsonlSink(run.folder)
+    for rule in ("kl_drift", "entropy_collapse"):
+        sink.event("finding", 1, {"rule": rule, "message": f"{rule} is there"})
+    sink.close()
+    keep_copy(run, "mlflow", ENDED)
+    found = tags(run)
+    assert found["finding.kl_drift.1"] == "kl_drift is there"
+    assert found["finding.entropy_collapse.1"] == "entropy_collapse is there"
+
+
+def test_a_database_named_by_a_relative_path_is_the_runs_own_from_every_folder(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    TrackedRun(run.folder, "words", run.key, run.name, uri="sqlite:///mlflow.db").save()
+    record(run, [1, 2])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert keep_copy(tracked_run(run.folder), "mlflow", ENDED) == MirrorState(2, 0)
+    assert not list(Path.cwd().iterdir())
+    assert losses(run, "mlflow") == expected([1, 2])
+
+
+def test_a_mirror_that_hangs_with_rows_that_it_has_not_read_is_told(run, caplog):
+    """It stands still after step 2, of which its state says that all is there."""
+    told = []
+    sink = MirrorSink(run, "mlflow", lambda *failed: told.append(failed))
+    record(run, [1, 2])
+    sink.log(2, {"loss": 0.5})
+    until = time.monotonic() + 60
+    while MirrorState.of(run, "mlflow") != MirrorState(2, 0) and time.monotonic() < until:
+        time.sleep(0.1)
+    sink._process.send_signal(signal.SIGSTOP)
+    record(run, [3])
+    sink.log(3, {"loss": 0.3})
+    sink.close(timeout_s=0.2)
+    sink._process.kill()
+    sink._process.wait()
+    assert told == [("mlflow", "step 3 is not confirmed")]
+    assert "mlflow has the steps up to 2 of this run" in caplog.text
+
+
 def test_a_killed_mirror_is_started_again_by_its_run(run, monkeypatch, caplog):
     monkeypatch.setattr("posttrain.tracking.mirror_sink._LOOK_S", 0.0)
     sink = MirrorSink(run, "tensorboard") if importable("tensorboard") else MirrorSink(run, "mlflow")
@@ -299,8 +369,8 @@ def test_the_verb_sends_what_waits_and_says_so(run):
     assert losses(run, "mlflow") == expected([1, 2, 3])
 
 
-def test_no_variable_of_the_environment_is_sent(run, monkeypatch):
-    """Nothing that stands in the environment is in what W&B keeps to send."""
+def test_nothing_of_the_environment_is_sent(run, monkeypatch):
+    """Neither variables nor packages nor the machine's name are in what W&B keeps to send."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("MY_TOKEN", "s3cret-of-mine")
     monkeypatch.setenv("WANDB_API_KEY", "s3cret" * 7)
@@ -308,6 +378,19 @@ def test_no_variable_of_the_environment_is_sent(run, monkeypatch):
     in_process(run, "wandb")
     sent = [path.read_bytes() for path in Path(run.folder / "wandb").rglob("*") if path.is_file()]
     assert sent and not any(b"s3cret" in data for data in sent)
+    assert not list(run.folder.rglob("requirements.txt"))
+    (log,) = run.folder.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"requirements.txt" not in log.read_bytes()
+    assert wandb_hosts(log) == {""}
+
+
+def wandb_hosts(log):
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    from posttrain.tracking.trackers.wandb_run import _log_records
+
+    records = [Record.FromString(data) for data in _log_records(log.read_bytes())]
+    return {record.run.host for record in records if record.WhichOneof("record_type") == "run"}
 
 
 def test_a_pipeline_is_refused_before_it_starts_where_a_tracker_is_not_there(monkeypatch):

@@ -44,7 +44,7 @@ def push_to_hub(
     try:
         address, commit = _committed(repo, files, f"{entry.name}@{entry.version} {entry.digest}", private)
     except Exception as error:  # noqa: BLE001 - the hub's client: what it raises is many things, and may quote a header
-        said = without_secrets(" ".join(str(error).split())).replace(os.environ[TOKEN], "…")
+        said = without_secrets(" ".join(str(error).split())).replace(os.environ[TOKEN].strip(), "…")
         raise RegistryError(f"{repo}: the hub did not take {entry.name}@{entry.version}: {said}") from None
     if registry.store.writable:
         registry.tag(entry.name, entry.version, hub_tag(adapter), f"{repo}@{commit}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import math
 import os
 import sys
 import threading
@@ -32,7 +33,7 @@ PATIENCE_S = 30.0
 """How long a copy is waited for when its run has ended."""
 _LAST_CALL_S = 5.0
 EXIT_WAITING = 75
-_NOTED = {"finding", "gate", "stage"}
+_NOTED = "finding"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class _Unsent:
     def take(self, rows: list[dict[str, Any]], remarks: list[dict[str, Any]]) -> None:
         # A run that went on from a checkpoint writes steps again that are there already; the first copy stays.
         self._rows += [row for row in rows if row["step"] > self._recorded]
-        self._remarks += [remark for remark in remarks if remark["kind"] in _NOTED]
+        self._remarks += [remark for remark in remarks if remark["kind"] == _NOTED]
 
     def send(self) -> bool:
         """Whether the tracker took everything."""
@@ -114,13 +115,19 @@ class _Unsent:
             self._remarks = [remark for remark in self._remarks if remark["step"] >= self._recorded]
         while self._rows:
             some = self._rows[:_ROWS_PER_CALL]
+            last = some[-1]["step"]
+            self._note(self._tracker, last)  # first: where a step is, what was found up to it is too
             self._tracker.rows(some)
-            self._recorded = some[-1]["step"]
+            self._recorded = last
             del self._rows[: len(some)]
-        while self._remarks:
+        self._note(self._tracker)
+
+    def _note(self, tracker: Tracker, last: float = math.inf) -> None:
+        """Send the remarks up to step `last`."""
+        while self._remarks and self._remarks[0]["step"] <= last:
             remark = self._remarks[0]
-            text = str(remark.get("message") or {k: v for k, v in remark.items() if k not in ("kind", "step", "time")})
-            self._tracker.note(f"{remark['kind']}.{remark['step']}", remark["step"], text)
+            name = ".".join(str(remark[part]) for part in ("kind", "rule", "step") if part in remark)
+            tracker.note(name, remark["step"], remark["message"])
             del self._remarks[0]
 
     def close(self) -> None:

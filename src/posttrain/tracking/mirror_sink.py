@@ -30,11 +30,12 @@ class MirrorSink:
         require_tracker(name)
         self._run, self._name, self._on_failed = run, name, on_failed
         run.save()
-        self._starts, self._looked_at = 0, 0.0
+        self._starts, self._looked_at, self._last_step = 0, 0.0, -1
         self._process = self._start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Nothing to do: the row is in `metrics.jsonl`, which the process reads."""
+        """Nothing to send: the row is in `metrics.jsonl`, which the process reads."""
+        self._last_step = step
         if time.monotonic() < self._looked_at + _LOOK_S:
             return
         self._looked_at = time.monotonic()
@@ -55,8 +56,11 @@ class MirrorSink:
         except subprocess.TimeoutExpired:
             _log.info("the copy to %s goes on", self._name)
         state = MirrorState.of(self._run, self._name)
-        if state.error or state.waiting or self._process.poll():
-            why = state.error or f"{state.waiting} rows wait"
+        # A process that hangs says nothing of the rows that it has not read.
+        is_short = state.recorded < self._last_step
+        if state.error or state.waiting or is_short or self._process.poll():
+            waits = f"{state.waiting} rows wait" if state.waiting else f"step {self._last_step} is not confirmed"
+            why = state.error or waits
             _log.warning(
                 "%s has %s of this run (%s); metrics.jsonl has all of it, and `posttrain mirror %s` sends the rest",
                 self._name, f"the steps up to {state.recorded}" if state.recorded >= 0 else "nothing",

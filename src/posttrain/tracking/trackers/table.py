@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from posttrain.errors import DamagedFileError, MissingExtraError
 from posttrain.files import read_record, write_json
-from posttrain.uris import refuse_secret
+from posttrain.uris import absolute_sqlite, refuse_secret
 
 _SETTINGS = "run.json"
 _MAX_PARAM_CHARS = 500
@@ -43,8 +43,9 @@ class TrackedRun:
         if self.uri is not None:
             refuse_secret(self.uri)
         self.mirrors.mkdir(parents=True, exist_ok=True)
-        fields = {name: getattr(self, name) for name in ("project", "key", "name", "uri")}
-        write_json(self.mirrors / _SETTINGS, fields | {"params": dict(self.params)})
+        fields = {name: getattr(self, name) for name in ("project", "key", "name")}
+        uri = None if self.uri is None else absolute_sqlite(self.uri)  # `posttrain mirror` may be called elsewhere
+        write_json(self.mirrors / _SETTINGS, fields | {"uri": uri, "params": dict(self.params)})
 
 
 class Tracker(Protocol):

@@ -25,7 +25,7 @@ _WHOLE, _LAST = 1, 4
 class WandbRun:
     """W&B drops a step that is smaller than its last, so ours is a metric of its own which all others are drawn over.
 
-    Neither code, command line, git state nor machine statistics are sent.
+    Neither code, command line, git state, packages, the machine's name nor its statistics are sent.
     """
 
     def __init__(self, run: TrackedRun) -> None:
@@ -33,7 +33,7 @@ class WandbRun:
         self._folder = Path(os.environ.get("WANDB_DIR", run.folder))
         settings = wandb.Settings(
             silent=True, console="off", disable_git=True, save_code=False, x_disable_stats=True, x_disable_meta=True,
-            init_timeout=_INIT_S,
+            x_save_requirements=False, host="", init_timeout=_INIT_S,
         )  # fmt: skip
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", run.project), id=self._id, name=run.name, resume="allow",
