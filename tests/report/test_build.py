@@ -13,7 +13,7 @@ from posttrain.evidence import EvalReport, Verdict
 from posttrain.report.build import build_report
 from posttrain.report.records import read_run
 from posttrain.report.summary import summary_of
-from posttrain.report.tables import before_after
+from posttrain.report.tables import before_after, paired_samples
 
 _VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -103,6 +103,18 @@ def test_data_without_a_finding_and_data_that_was_refused(own_run):
     assert "refused near_duplicate" in _page(own_run)[1] and "refused above 1 %" in _page(own_run)[1]
     path.write_text(json.dumps(record | {"findings": []}))
     assert "The data lint found nothing" in _page(own_run)[1]
+
+
+def test_what_a_task_of_lm_eval_asked_is_that_of_the_split_that_is_shown(own_run):
+    """Items of every split and of every suite may have the same ids."""
+    (own_run / "config.yaml").write_text("name: word-problems\nevals:\n  heldout: lm-eval:gsm8k\nstages: []\n")
+    for name in ("heldout-dev", "heldout-gate", "heldout-a-gate"):
+        folder = own_run / "evals" / "base" / name
+        folder.mkdir(exist_ok=True)
+        rows = [{"id": f"q{n}", "prompt": f"{name}: question {n}?"} for n in range(400)]
+        (folder / "questions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    prompts = [sample.prompt for sample in paired_samples(read_run(own_run))]
+    assert prompts and all(prompt.startswith("heldout-gate: question ") for prompt in prompts)
 
 
 def test_the_certificate_in_words(finished):

@@ -202,7 +202,7 @@ def paired_samples(run: RunRecord) -> list[PairedSample]:
     for key in sorted(run.suites, key=lambda key: key[0] != main.get("suite")):
         having = [run.evals[model][key] for model in run.compared(key) or ()]
         if having and words.is_share(*having):
-            prompts = _prompts(run, key[0])
+            prompts = _prompts(run, key)
             shown = list(_pairs(having[0], having[-1], prompts))
         if shown:
             break
@@ -232,14 +232,16 @@ def _answer(item: ItemRecord) -> str:
     return clip(item.completions[0])
 
 
-def _prompts(run: RunRecord, suite: str) -> dict[str, str]:
+def _prompts(run: RunRecord, key: EvalKey) -> dict[str, str]:
     """Prompts by item id, from the suite's file if it is still where the config says; of a task of lm-eval, as they were asked."""
+    suite, split = key
     evals = run.config.get("evals")
     entry = evals.get(suite) if isinstance(evals, Mapping) else None
     named = str(entry.get("path", "") if isinstance(entry, Mapping) else entry or "")
     path = Path(named)
     if named.startswith(LM_EVAL):
-        path = next(iter(sorted(run.folder.glob(f"evals/*/{glob.escape(suite)}-*/{QUESTIONS}"))), path)
+        asked = run.folder.glob(f"evals/*/{glob.escape(f'{suite}-{split}')}/{QUESTIONS}")
+        path = min(asked, default=path)
     if not path.is_file():
         return {}
     try:
