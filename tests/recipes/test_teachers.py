@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from posttrain.config.load import load_stage
 from posttrain.config.rl import GRPOKeys
@@ -30,18 +30,6 @@ def teachers(policy, model_dir, data_dir, runner):
         return Teachers.of(keys.teachers, keys, policy, SingleProcess())
 
     return make
-
-
-@pytest.fixture
-def other_weights(make_local_model):
-    """The folder of a model of the same tokenizer and other weights."""
-    folder = make_local_model("qwen3")
-    path, made = folder / "model.safetensors", torch.Generator().manual_seed(3)
-    weights = {
-        n: w + 0.04 * torch.randn(w.shape, generator=made) if w.ndim == 2 else w for n, w in load_file(path).items()
-    }
-    save_file(weights, path, metadata={"format": "pt"})
-    return folder
 
 
 def asked(text="What is 1 plus 2?", **columns):
@@ -111,6 +99,13 @@ def test_a_policy_that_leaves_its_teacher_is_noticed(train, other_weights):
     )  # fmt: skip
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     assert any(event["kind"] == "finding" and event["rule"] == "teacher_gap" for event in events), events[-3:]
+
+
+@pytest.mark.filterwarnings("error:Mean of empty slice", "error:invalid value encountered")
+def test_a_batch_without_a_trained_token_has_no_distance_to_its_teacher(train, runner):
+    options = {"mask_truncated_completions": True, "max_completion_length": 2, "max_steps": 1}
+    row = runner.rows(train("grpo", teachers=[{"model": "policy"}], **options))[0]
+    assert row["completions/clipped_ratio"] == 1.0 and "teacher/gap" not in row and row["teacher/coef"] == 0.5
 
 
 # --- who teaches, and what it reads ----------------------------------------------------------------------------------

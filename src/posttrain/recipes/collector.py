@@ -102,7 +102,7 @@ class Collector:
             | sampled.metrics
         )
         if self._keys.teachers:
-            metrics |= {"teacher/gap": _mean_gap(made), "teacher/coef": coef}
+            metrics |= _gap(made) | {"teacher/coef": coef}
         if self._keys.dynamic_sampling:
             metrics["sampling/rounds"] = float(sampled.rounds)
         if controls.resample:
@@ -216,9 +216,10 @@ def _of_tokens(
     return values_M.float().numpy()
 
 
-def _mean_gap(made: Sequence[_Made]) -> float:
+def _gap(made: Sequence[_Made]) -> dict[str, float]:
     """log policy − log teacher, a mean over tokens: what is left of KL(policy‖teacher), as far as the samples tell it."""
-    return -float(np.concatenate([ratio for one in made for ratio in one.log_ratios or ()]).mean(dtype=np.float64))
+    ratio_M = np.concatenate([ratio for one in made for ratio in one.log_ratios or ()])
+    return {"teacher/gap": -float(ratio_M.mean(dtype=np.float64))} if ratio_M.size else {}
 
 
 def _total(logp: np.ndarray | None) -> float:
