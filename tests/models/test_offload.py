@@ -2,9 +2,9 @@ import weakref
 
 import pytest
 import torch
+from tests.models.conftest import keys_for, weighted
 from transformers import AutoModelForCausalLM
 
-from posttrain.config.stages import SFTKeys
 from posttrain.errors import ModelError
 from posttrain.models import decode
 from posttrain.models.batch import pack
@@ -18,15 +18,6 @@ from posttrain.types import Request, SamplingParams
 LAYERS = 5
 LORA = {"adapter": "lora", "lora_r": 4, "gradient_checkpointing": True}
 QLORA = {**LORA, "adapter": "qlora", "load_in_4bit": True}
-
-
-def keys_for(folder, **options):
-    return SFTKeys(base_model=str(folder), datasets=[{"path": "unused.jsonl"}], **options)
-
-
-def weighted(logp_M):
-    """A scalar that gives every log-prob its own weight."""
-    return (logp_M * torch.linspace(0.5, 1.5, len(logp_M))).sum()
 
 
 @pytest.fixture
