@@ -25,7 +25,7 @@ class TeacherKeys(Keys):
     timeout_s: float = knob(600.0, "Seconds that the server at `url` may take for one answer.", gt=0)
     revision: str | None = knob(None, "Revision of a hub model.", example="main")
     trust_remote_code: bool = knob(False, "Run code shipped with the model.")
-    adapter: str | None = knob(None, "Folder of a LoRA adapter that is merged into the model as it is loaded.", example="runs/teacher/adapter")
+    adapter: str | None = knob(None, "Folder of a LoRA adapter that is put on the model.", example="runs/teacher/adapter")
     prompt: str | None = knob(None, "What the teacher reads in place of the prompt: `{prompt}` (of a conversation its last user turn) and other columns of the row by name.", example="{prompt}\n\nA correct solution: {answer}")
     weight: float = knob(1.0, "Its share where several teach a prompt: log-probs and divergences are averaged with it.", gt=0)
     when: dict[str, str] = knob({}, "Teach only prompts whose columns have these values.", example={"subject": "maths"})

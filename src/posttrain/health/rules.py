@@ -91,7 +91,7 @@ RULES: tuple[Rule, ...] = (
     Rule("entropy_collapse", _SAMPLING, checks.entropy_collapse, {"steps": 10, "floor": 0.01, "share": 0.1, "mastered": 0.5}, Severity.SOFT, "evaluate",
          "entropy fell to {entropy:.4f} nats from {start:.3f}", "Raise epsilon_high, entropy_coef or temperature; lower learning_rate."),
     Rule("entropy_explosion", _SAMPLING + _TAUGHT, checks.entropy_explosion, {"steps": 5, "times": 2.0, "nats": 1.0}, Severity.SOFT, "evaluate",
-         "entropy rose to {entropy:.2f} nats from {start:.2f}", "Lower learning_rate or entropy_coef; raise beta."),
+         "entropy rose to {entropy:.2f} nats from {start:.2f}", "Lower learning_rate; in grpo also lower entropy_coef or raise beta."),
     Rule("kl_drift", _SAMPLING, checks.kl_drift, {"steps": 5, "limit": 0.5}, Severity.SOFT, "evaluate",
          "KL to the reference is {kl:.3f} nats per token", "Raise beta, lower learning_rate, or do fewer num_iterations."),
     Rule("teacher_gap", _SAMPLING + _TAUGHT, checks.teacher_gap, {"steps": 5, "times": 1.5, "nats": 0.5}, Severity.SOFT, "evaluate",
