@@ -31,18 +31,17 @@ from posttrain.serve.setup import ServedNames, make_router
 
 
 @contextmanager
-def running(names, **options):
-    """A server of `names` in a thread of this process, on a free port; what `ready` was given."""
-    options = ServeOptions(**{"port": 0, "follow_s": 0.05, "drain_s": 5.0, **options})
+def in_thread(run):
+    """`run(ready)`, a server, in a thread of this process until the end; what `ready` was given."""
     opened = queue.Queue()
 
-    def run():
+    def target():
         try:
-            run_server(options, lambda: make_router(names, options), opened.put)
+            run(opened.put)
         except BaseException as error:  # noqa: BLE001 - raised again in the test
             opened.put(error)
 
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=target, daemon=True)
     thread.start()
     serving = opened.get(timeout=120)
     if isinstance(serving, BaseException):
@@ -53,6 +52,12 @@ def running(names, **options):
         serving.stop()
         thread.join(30)
         assert not thread.is_alive()
+
+
+def running(names, **options):
+    """A server of `names` on a free port."""
+    options = ServeOptions(**{"port": 0, "follow_s": 0.05, "drain_s": 5.0, **options})
+    return in_thread(lambda ready: run_server(options, lambda: make_router(names, options), ready))
 
 
 @pytest.fixture(name="running", scope="session")

@@ -1,7 +1,4 @@
-import queue
-import threading
 import warnings
-from contextlib import contextmanager
 from importlib.util import find_spec
 
 import pytest
@@ -10,6 +7,7 @@ if any(find_spec(name) is None for name in ("fastapi", "uvicorn", "llguidance", 
     pytest.skip("a server for Tinker's SDK needs posttrain[tinker]", allow_module_level=True)
 
 import tinker
+from tests.serve.conftest import in_thread
 
 from posttrain.serve.options import ServeOptions
 from posttrain.serve.tinker.options import TinkerOptions
@@ -24,30 +22,11 @@ def _no_telemetry(monkeypatch):
     monkeypatch.setenv("TINKER_TELEMETRY", "0")
 
 
-@contextmanager
 def running(models, folder, *, serve=None, **options):
-    """A server in a thread of this process, on a free port; what `ready` was given."""
+    """A server on a free port."""
     serving_options = ServeOptions(**{"port": 0, "drain_s": 5.0, "max_body_bytes": 1 << 20, **(serve or {})})
     given = TinkerOptions({name: str(source) for name, source in models.items()}, folder, serving_options, **options)
-    opened = queue.Queue()
-
-    def run():
-        try:
-            run_tinker(given, opened.put)
-        except BaseException as error:  # noqa: BLE001 - raised again in the test
-            opened.put(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    serving = opened.get(timeout=120)
-    if isinstance(serving, BaseException):
-        raise serving
-    try:
-        yield serving
-    finally:
-        serving.stop()
-        thread.join(30)
-        assert not thread.is_alive()
+    return in_thread(lambda ready: run_tinker(given, ready))
 
 
 @pytest.fixture(name="running", scope="session")

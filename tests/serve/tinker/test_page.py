@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from posttrain.objectives.tinker import TINKER_LOSSES
+
 PAGE = Path(__file__).parents[3] / "docs" / "tinker.md"
 
 
@@ -22,6 +24,6 @@ def test_the_script_of_the_page_learns_its_answers(running, bases, tmp_path, mon
         assert {"model", "adapter", "adapter_total", "result.json"} <= {file.name for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"])
+@pytest.mark.parametrize("name", TINKER_LOSSES)
 def test_the_page_names_every_loss(name):
     assert f"`{name}`" in PAGE.read_text(encoding="utf-8")

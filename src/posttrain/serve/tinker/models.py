@@ -330,8 +330,8 @@ class ModelShelf:
         idle = [model for model in present if not model.journal.unsaved and not model.snapshots]
         if not idle:
             raise ConfigError(
-                f"{len(present)} models are in memory, as many as may be, and each has steps in no save: save_state one of them, "
-                "finish its session, or start the server with more --max-models"
+                f"{len(present)} models are in memory, as many as may be, and each has steps in no save, or snapshots: save_state one "
+                "without snapshots, finish its session, or start the server with more --max-models"
             )
         min(idle, key=lambda model: model.used_s).leave_memory()
 
