@@ -1,5 +1,6 @@
-"""The command on several processes: `torchrun(2, "sft", yaml)`."""
+"""The command on several processes, `torchrun(2, "sft", yaml)`, and a script on them, `found_by(2, SCRIPT, job)`."""
 
+import json
 import os
 import signal
 import subprocess
@@ -77,6 +78,25 @@ def refused():
         done = run(num_processes, *arguments, **changes)
         assert done.returncode != 0, done.stdout[-6000:]
         return done
+
+    return call
+
+
+@pytest.fixture
+def found_by(runner, tmp_path):
+    """`found_by(2, SCRIPT, job)`: what a script prints as JSON after FOUND, given the job as JSON; with 1 it runs alone. It must succeed."""
+    path = tmp_path / "script.py"
+
+    def call(num_processes, script, job, **changes):
+        path.write_text(script)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+        done = subprocess.run(
+            [sys.executable, *(launcher if num_processes > 1 else []), str(path), json.dumps(job)], check=False,
+            capture_output=True, text=True, timeout=300, env=environment(PYTHONPATH=str(Path(runner.__file__).parent), **changes),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-6000:]
+        [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
+        return json.loads(line.removeprefix("FOUND"))
 
     return call
 

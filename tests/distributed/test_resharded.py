@@ -1,10 +1,8 @@
 """A checkpoint holds the same state whatever number of ranks wrote it and reads it."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -42,18 +40,8 @@ with join_ranks() as ranks:
 """
 
 
-def _state(folder, ranks, model_dir, data_dir, runner, tmp_path, options):
-    script = tmp_path / "state.py"
-    script.write_text(SCRIPT)
-    job = {"model": str(model_dir("llama")), "data": str(data_dir), "folder": str(folder), "options": options}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), json.dumps(job)], capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(runner.__file__).parent)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
-    return json.loads(line.removeprefix("FOUND"))
+def _job(folder, model_dir, data_dir, options):
+    return {"model": str(model_dir("llama")), "data": str(data_dir), "folder": str(folder), "options": options}
 
 
 def _stopped(folder, ranks, model_dir, data_dir, runner, options):
@@ -69,21 +57,22 @@ def _stopped(folder, ranks, model_dir, data_dir, runner, options):
 
 @pytest.mark.parametrize("written_by, read_by", [(2, [1, 2]), pytest.param(1, [1, 2, 4], marks=pytest.mark.slow)])
 def test_state_is_the_same_bit_for_bit_under_another_number_of_ranks(
-    written_by, read_by, model_dir, data_dir, runner, tmp_path
+    written_by, read_by, model_dir, data_dir, runner, found_by, tmp_path
 ):
     _stopped(tmp_path / "run", written_by, model_dir, data_dir, runner, {})
     files = {path.name for path in (tmp_path / "run/checkpoints/step-00000002").iterdir()}
     assert ("weights-00001-of-00002.safetensors" in files) == (written_by == 2)
-    states = [_state(tmp_path / "run", ranks, model_dir, data_dir, runner, tmp_path, {}) for ranks in read_by]
+    job = _job(tmp_path / "run", model_dir, data_dir, {})
+    states = [found_by(ranks, SCRIPT, job) for ranks in read_by]
     assert len(states[0]) > 60
     for state in states[1:]:
         assert state == states[0]
 
 
 @pytest.mark.slow
-def test_four_ranks_go_on_from_two_and_one_from_four(model_dir, data_dir, runner, tmp_path):
+def test_four_ranks_go_on_from_two_and_one_from_four(model_dir, data_dir, runner, found_by, tmp_path):
     for written_by, read_by, options in ((2, (1, 4), {}), (4, (1, 2), {"adapter": "lora", "lora_r": 4})):
         folder = tmp_path / str(written_by)
         _stopped(folder, written_by, model_dir, data_dir, runner, options)
-        one, other = (_state(folder, ranks, model_dir, data_dir, runner, tmp_path, options) for ranks in read_by)
+        one, other = (found_by(ranks, SCRIPT, _job(folder, model_dir, data_dir, options)) for ranks in read_by)
         assert one == other

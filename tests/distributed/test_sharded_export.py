@@ -1,9 +1,5 @@
 """Ranks write, together, the folders that one process writes, and none of them holds the model whole."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -66,26 +62,19 @@ with join_ranks() as ranks:
 """
 
 
-def _exported(models, ranks, tmp_path):
-    script = tmp_path / "export.py"
-    script.write_text(SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), json.dumps(models)], capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},  # what is let go goes back at once
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
-    return json.loads(line.removeprefix("FOUND"))
+@pytest.fixture
+def exported(found_by):
+    """By so many ranks; what is let go goes back at once."""
+    return lambda models, ranks: found_by(ranks, SCRIPT, models, MALLOC_MMAP_THRESHOLD_="65536")
 
 
 def _digests(folder, ranks):
     return {str(path.relative_to(folder / str(ranks))): file_digests(path) for path in (folder / str(ranks)).iterdir()}
 
 
-def _same_folders(models, ranks, tmp_path):
+def _same_folders(models, ranks, exported):
     """The peaks of the ranks, of each model, after its folders were compared."""
-    one, several = _exported(models, 1, tmp_path), _exported(models, ranks, tmp_path)
+    one, several = exported(models, 1), exported(models, ranks)
     for name, (_, folder, _) in models.items():
         expected = _digests(Path(folder), 1)
         assert "model.safetensors" in expected["model"] or "model.safetensors.index.json" in expected["model"]
@@ -97,7 +86,7 @@ def _same_folders(models, ranks, tmp_path):
 LORA = {"adapter": "lora", "lora_r": 4}
 
 
-def test_two_ranks_write_the_bytes_of_one_process(model_dir, tmp_path):
+def test_two_ranks_write_the_bytes_of_one_process(model_dir, exported, tmp_path):
     """A head that is tied to the embedding is written once, as there."""
     tied, untied = str(model_dir("qwen3", tie_word_embeddings=True)), str(model_dir("llama"))
     models = {
@@ -105,12 +94,12 @@ def test_two_ranks_write_the_bytes_of_one_process(model_dir, tmp_path):
         "cast": (untied, str(tmp_path / "cast"), {"save_dtype": "bfloat16"}),
         "adapter": (tied, str(tmp_path / "adapter"), LORA),
     }
-    _same_folders(models, 2, tmp_path)
+    _same_folders(models, 2, exported)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_write_the_bytes_of_one_process_for_every_kind_of_model_and_adapter(ranks, model_dir, tmp_path):
+def test_ranks_write_the_bytes_of_one_process_for_every_kind_of_model_and_adapter(ranks, model_dir, exported, tmp_path):
     names = ("gemma3_text", "qwen3_moe", "mixtral", "gpt2", "mamba", "gpt_oss", "llama4_text")
     qwen, experts = str(model_dir("qwen3")), str(model_dir("qwen3_moe"))
     models = {name: (str(model_dir(name)), str(tmp_path / name), {}) for name in names}
@@ -125,18 +114,18 @@ def test_ranks_write_the_bytes_of_one_process_for_every_kind_of_model_and_adapte
         "4 bits onto the original": (qwen, {"adapter": "qlora", "lora_r": 4, "merge_onto": "original"}),
     }
     models |= {name: (base, str(tmp_path / name), options) for name, (base, options) in own.items()}
-    _same_folders(models, ranks, tmp_path)
+    _same_folders(models, ranks, exported)
 
 
 @pytest.mark.slow
-def test_no_rank_holds_the_model_whole_while_it_is_exported(make_local_model, tmp_path):
+def test_no_rank_holds_the_model_whole_while_it_is_exported(make_local_model, exported, tmp_path):
     """Beside the policy: of a merge, and of what is read back, each rank's share; and some tensors at a time."""
     deep = str(make_local_model("llama", num_hidden_layers=10, hidden_size=512, intermediate_size=1536))
     models = {
         "full": (deep, str(tmp_path / "full"), {}),
         "adapter": (deep, str(tmp_path / "adapter"), LORA),
     }
-    found = _exported(models, 4, tmp_path)
+    found = exported(models, 4)
     whole = 4 * found["full"]["held"]
     assert whole > 100e6
     for name, shares in (("full", 1), ("adapter", 2)):

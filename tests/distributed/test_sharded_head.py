@@ -1,9 +1,5 @@
 """Sharded, the head never makes [tokens × vocabulary] either, and what comes out is what one process computes."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 
 SCRIPT = """
@@ -56,22 +52,10 @@ with join_ranks() as ranks:
 
 @pytest.mark.parametrize("architectures", [["llama", "qwen3"]])
 def test_two_ranks_score_through_the_chunked_head_and_a_fused_one_as_one_process_does(
-    architectures, model_dir, tmp_path
+    architectures, model_dir, found_by
 ):
-    script = tmp_path / "score.py"
-    script.write_text(SCRIPT)
-    folders = json.dumps({name: str(model_dir(name)) for name in architectures})
-
-    def scores(*launcher):
-        done = subprocess.run(
-            [sys.executable, *launcher, str(script), folders], capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
-        return json.loads(line.removeprefix("FOUND"))
-
-    one = scores()
-    two = scores("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    folders = {name: str(model_dir(name)) for name in architectures}
+    one, two = (found_by(ranks, SCRIPT, folders) for ranks in (1, 2))
     for name in architectures:
         for a, b in zip(one[name][:2], two[name][:2], strict=True):
             assert b == pytest.approx(a, abs=1e-5)

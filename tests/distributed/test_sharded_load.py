@@ -1,9 +1,5 @@
 """Ranks that read their own rows of a model's file hold, together, what one process reads."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 from safetensors.torch import load_file
 
@@ -42,18 +38,6 @@ with join_ranks() as ranks:
 """
 
 
-def _loaded(models, ranks, tmp_path):
-    script = tmp_path / "load.py"
-    script.write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*launcher, str(script), json.dumps(models)], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
-    return json.loads(line.removeprefix("FOUND"))
-
-
 def _same(found):
     for name, result in found.items():
         assert not result["wrong"], name
@@ -63,8 +47,9 @@ def _same(found):
 LORA = {"adapter": "lora", "lora_r": 4}
 
 
-def test_two_ranks_read_each_half_of_the_model_one_reads(model_dir, tmp_path):
-    found = _loaded({"full": (str(model_dir("qwen3")), {}), "adapter": (str(model_dir("qwen3")), LORA)}, 2, tmp_path)
+def test_two_ranks_read_each_half_of_the_model_one_reads(model_dir, found_by):
+    models = {"full": (str(model_dir("qwen3")), {}), "adapter": (str(model_dir("qwen3")), LORA)}
+    found = found_by(2, SCRIPT, models)
     _same(found)
     total = sum(tensor.numel() for tensor in load_file(model_dir("qwen3") / "model.safetensors").values())
     # Rank 0 has half of every tensor.
@@ -73,7 +58,7 @@ def test_two_ranks_read_each_half_of_the_model_one_reads(model_dir, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [3, 4])
-def test_ranks_read_every_architecture_as_one_process_does(ranks, model_dir, make_local_model, tmp_path):
+def test_ranks_read_every_architecture_as_one_process_does(ranks, model_dir, found_by):
     """Three ranks divide nothing evenly, and leave one without an expert."""
     names = ("qwen3", "gemma3_text", "qwen3_moe", "mixtral", "gpt2", "mamba", "gpt_oss", "llama4_text")
     models = {name: (str(model_dir(name)), {}) for name in names}
@@ -85,4 +70,4 @@ def test_ranks_read_every_architecture_as_one_process_does(ranks, model_dir, mak
         "added tokens": (qwen, {"added_tokens": ["<a>", "<b>"]}),
         "whole modules": (qwen, {**LORA, "lora_modules_to_save": ["embed_tokens"]}),
     }
-    _same(_loaded(models, ranks, tmp_path))
+    _same(found_by(ranks, SCRIPT, models))

@@ -1,10 +1,8 @@
 """Each key of `sharding` acts: collectives are counted and their dtypes seen; and none of them changes what is learned."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -99,22 +97,12 @@ ROWS = {
 }
 
 
-def _found(ranks, rows, model, data_dir, runner, tmp_path):
-    script = tmp_path / "keys.py"
-    script.write_text(SCRIPT)
-    job = {"model": str(model), "data": str(data_dir), "folder": str(tmp_path / "models"), "rows": rows}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), json.dumps(job)], capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(runner.__file__).parent)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
-    return json.loads(line.removeprefix("FOUND"))
+def _job(rows, model, data_dir, tmp_path):
+    return {"model": str(model), "data": str(data_dir), "folder": str(tmp_path / "models"), "rows": rows}
 
 
-def test_each_key_acts_and_changes_no_number(model_dir, data_dir, runner, tmp_path):
-    found = _found(2, ROWS, model_dir("llama"), data_dir, runner, tmp_path)
+def test_each_key_acts_and_changes_no_number(model_dir, data_dir, found_by, tmp_path):
+    found = found_by(2, SCRIPT, _job(ROWS, model_dir("llama"), data_dir, tmp_path))
     usual, layers = found["usual"], json.loads((model_dir("llama") / "config.json").read_text())["num_hidden_layers"]
     # Two micro-batches: each gathers root and layers, the layers again in its backward, and reduces the gradients of all.
     assert (usual["gathers"], usual["reduces"]) == (2 * (2 * layers + 1), 2 * (layers + 1))
@@ -140,14 +128,14 @@ def test_each_key_acts_and_changes_no_number(model_dir, data_dir, runner, tmp_pa
 
 
 @pytest.mark.slow
-def test_four_ranks_hold_two_copies_or_four(model_dir, data_dir, runner, tmp_path):
+def test_four_ranks_hold_two_copies_or_four(model_dir, data_dir, found_by, tmp_path):
     rows = {
         "one": {},
         "two": {"sharding": {"dp_shard_size": 2}},
         "four": {"sharding": {"dp_shard_size": 1}},
         "node": {"sharding": {"dp_shard_size": "node"}},
     }
-    found = _found(4, rows, model_dir("llama"), data_dir, runner, tmp_path)
+    found = found_by(4, SCRIPT, _job(rows, model_dir("llama"), data_dir, tmp_path))
     one = found["one"]
     assert found["two"]["numbers"] == pytest.approx(2 * one["numbers"], rel=0.02)
     assert found["four"]["numbers"] == pytest.approx(4 * one["numbers"], rel=0.02)
