@@ -84,19 +84,20 @@ def refused():
 
 @pytest.fixture
 def found_by(runner, tmp_path):
-    """`found_by(2, SCRIPT, job)`: what a script prints as JSON after FOUND, given the job as JSON; with 1 it runs alone. It must succeed."""
-    path = tmp_path / "script.py"
+    """`found_by(2, SCRIPT, job)`: what a script, given the job, writes to the file FOUND, both as JSON; with 1 it runs alone. It must succeed."""
+    path, found = tmp_path / "script.py", tmp_path / "found.json"
 
     def call(num_processes, script, job, **changes):
         path.write_text(script)
+        found.unlink(missing_ok=True)
+        changes |= {"PYTHONPATH": str(Path(runner.__file__).parent), "FOUND": str(found)}
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
         done = subprocess.run(
             [sys.executable, *(launcher if num_processes > 1 else []), str(path), json.dumps(job)], check=False,
-            capture_output=True, text=True, timeout=300, env=environment(PYTHONPATH=str(Path(runner.__file__).parent), **changes),
+            capture_output=True, text=True, timeout=300, env=environment(**changes),
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-6000:]
-        [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
-        return json.loads(line.removeprefix("FOUND"))
+        return json.loads(found.read_text())
 
     return call
 

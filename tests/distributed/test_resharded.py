@@ -7,7 +7,7 @@ import sys
 import pytest
 
 SCRIPT = """
-import hashlib, json, sys
+import hashlib, json, os, sys
 from pathlib import Path
 import torch
 from posttrain.checkpoint.store import CheckpointStore
@@ -36,7 +36,7 @@ with join_ranks() as ranks:
     for name, values in policy.sharding.optimizer_state(policy.model, optimizer).items():
         found |= {f"{name}|{key}": digest(whole(value)) for key, value in values.items()}
     if ranks.is_main:
-        print("FOUND" + json.dumps(found))
+        Path(os.environ["FOUND"]).write_text(json.dumps(found))
 """
 
 

@@ -7,7 +7,7 @@ import pytest
 from posttrain.files import file_digests
 
 SCRIPT = """
-import json, sys, zlib
+import json, os, sys, zlib
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
@@ -58,7 +58,7 @@ with join_ranks() as ranks:
         held = sum(sharding.local(p).nbytes for p in policy.model.parameters())
         found[name] = {"peak": ranks.gather(peak), "held": held, "refused": total.refused if total else ""}
     if ranks.is_main:
-        print("FOUND" + json.dumps(found))
+        Path(os.environ["FOUND"]).write_text(json.dumps(found))
 """
 
 

@@ -3,7 +3,8 @@
 import pytest
 
 SCRIPT = """
-import json, sys, torch
+import json, os, sys, torch
+from pathlib import Path
 from posttrain.config.stages import SFTKeys
 from posttrain.distributed.ranks import join_ranks
 from posttrain.distributed.sharding import sharding_over
@@ -46,7 +47,7 @@ with join_ranks() as ranks:
             scores.logp_M.tolist(), scores.entropy_M.tolist(), norm, float((again - scores.logp_M).abs().max()), apart, norm_apart,
         ]
     if ranks.is_main:
-        print("FOUND" + json.dumps(found))
+        Path(os.environ["FOUND"]).write_text(json.dumps(found))
 """
 
 

@@ -4,7 +4,8 @@ import pytest
 from safetensors.torch import load_file
 
 SCRIPT = """
-import json, sys, torch
+import json, os, sys, torch
+from pathlib import Path
 from posttrain.config.stages import SFTKeys
 from posttrain.distributed.ranks import join_ranks
 from posttrain.distributed.sharding import sharding_over
@@ -34,7 +35,7 @@ with join_ranks() as ranks:
         locals = [p.to_local() if isinstance(p, DTensor) else p for p in read.parameters()] if read else []
         found[name] = {"wrong": wrong, "config": config, "numbers": sum(p.numel() for p in locals)}
     if ranks.is_main:
-        print("FOUND" + json.dumps(found))
+        Path(os.environ["FOUND"]).write_text(json.dumps(found))
 """
 
 

@@ -10,7 +10,7 @@ from posttrain.distributed.sharding import ShardingSpec, sharding_over
 from posttrain.errors import ConfigError
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -81,7 +81,7 @@ with join_ranks() as ranks:
             "numbers": sum(sharding.local(p).numel() for _, p in policy.trainable()),
         }
     if ranks.is_main:
-        print("FOUND" + json.dumps(found))
+        Path(os.environ["FOUND"]).write_text(json.dumps(found))
 """
 ROWS = {
     "usual": {},

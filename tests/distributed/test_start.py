@@ -146,7 +146,7 @@ with join_ranks() as ranks:
     try:
         check_folder_is_shared(ranks, Path(sys.argv[1 + ranks.rank]))
     except ConfigError as error:
-        print(ranks.rank, error)
+        sys.stdout.write(f"{ranks.rank} {error}\\n")  # one write: both share the pipe
 """
 
 
