@@ -280,14 +280,17 @@ CHECKS: tuple[Callable[[], Iterator[Diagnosis]], ...] = (
 )
 
 
+_CONSTRAINTS = Path(__file__).parents[3] / "constraints.txt"
+
+
 def _tested() -> dict[str, str]:
     """`constraints.txt` of a source checkout; empty elsewhere."""
-    path = Path(__file__).parents[3] / "constraints.txt"
-    if not path.exists():
+    if not _CONSTRAINTS.exists():
         return {}
-    lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
+    lines = (line.partition("#")[0].strip() for line in _CONSTRAINTS.read_text().splitlines())
     return {plain_name(name): version for name, _, version in (line.partition("==") for line in lines) if version}
 
 
 def _mend(requirement: Any) -> str:
-    return f"pip install --constraint constraints.txt '{requirement.name}{requirement.specifier}'"
+    tested = "--constraint constraints.txt " if _CONSTRAINTS.exists() else ""
+    return f"pip install {tested}'{requirement.name}{requirement.specifier}'"
