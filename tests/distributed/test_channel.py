@@ -57,7 +57,7 @@ def test_who_waits_for_nothing_hears_of_it_in_time(ends):
     started = time.monotonic()
     with pytest.raises(EngineGoneError, match=r"could not broadcast with the other end of a channel .* within 1 s"):
         receiving.receive((8,), torch.float32)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
 
 
 def test_nobody_comes():

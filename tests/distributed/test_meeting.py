@@ -113,7 +113,7 @@ def test_a_rank_0_that_gives_no_sign_of_life_is_not_waited_for(on_ranks):
 
 def test_long_work_gives_signs_of_life(on_ranks, monkeypatch):
     monkeypatch.setattr("posttrain.distributed.meeting._BEAT_S", 0.1)
-    assert on_ranks(2, lambda meeting: meeting.main_only(lambda: time.sleep(1.2), 0.6)) == [None, None]
+    assert on_ranks(2, lambda meeting: meeting.main_only(lambda: time.sleep(2.5), 2.0)) == [None, None]
 
 
 def test_an_error_that_all_have_is_said_by_rank_0_alone(on_ranks):

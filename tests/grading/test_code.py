@@ -99,8 +99,8 @@ def test_what_one_call_does_costs_its_own_test_only(body):
 
 
 def test_each_call_has_its_own_time():
-    code = "import time\ndef f(x):\n  time.sleep(0.6)\n  return x * x"
-    assert run_tests(code, SQUARES, SandboxLimits(wall_s=1.5)) == [True] * 4
+    code = "import time\ndef f(x):\n  time.sleep(0.9)\n  return x * x"
+    assert run_tests(code, SQUARES, SandboxLimits(wall_s=3.0)) == [True] * 4
 
 
 def test_a_loop_ends_with_the_budget_and_the_first_failure():
@@ -110,12 +110,12 @@ def test_a_loop_ends_with_the_budget_and_the_first_failure():
         assert (
             run_tests(code, SQUARES * 10, SandboxLimits(wall_s=0.5), budget_s=60, stop_at_failure=True) == [False] * 40
         )
-        assert time.monotonic() - start < 8
+        assert time.monotonic() - start < 15
     scripts = [{"stdin": "", "stdout": "1"}] * 40
     start = time.monotonic()
     assert not any(run_tests("while True: pass", scripts, SandboxLimits(wall_s=0.5), stop_at_failure=True))
     assert not any(run_tests("while True: pass", scripts, SandboxLimits(wall_s=0.5), budget_s=1.5))
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 15
 
 
 @pytest.mark.parametrize("name", ["exit", "quit"])

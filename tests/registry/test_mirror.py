@@ -91,7 +91,7 @@ def test_a_dead_server_blocks_nothing(promoted):
     result = deliver(promoted, MlflowMirror(f"http://127.0.0.1:{port}"))
     assert (result.sent, result.pending) == (0, 4)
     assert "ConnectionRefusedError" in result.error
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
 
 
 def test_aliases_other_than_champion_reach_mlflow(registry, model, lineage, passing, base, tmp_path, monkeypatch):

