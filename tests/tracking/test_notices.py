@@ -133,9 +133,9 @@ def _trickles(handler, body):
 @pytest.mark.parametrize("answer", [lambda handler, body: time.sleep(30), _trickles], ids=["hangs", "trickles"])
 def test_a_server_that_does_not_answer_delays_nothing(tmp_path, monkeypatch, answer):
     said = []
-    outbox = Outbox(tmp_path, [hook(timeout_s=0.3)])
+    outbox = Outbox(tmp_path, [hook(timeout_s=0.3, url_env="HANGING_URL")])  # its thread outlives the test
     with server(answer) as (url, bodies):
-        monkeypatch.setenv("OPS_URL", url)
+        monkeypatch.setenv("HANGING_URL", url)
         notifier = Notifier(outbox, 2.5, said.append)
         with notifier.sending():
             begun = time.monotonic()
