@@ -11,10 +11,10 @@ import pytest
 from posttrain.cli.rewards import read_samples
 from posttrain.config.stages import DatasetKeys
 from posttrain.data.sources import read_rows
-from posttrain.errors import DataError, PosttrainError
+from posttrain.errors import DataError, PosttrainError, RunLockedError
 from posttrain.evals.suite import load_suite
 from posttrain.evidence import EvalReport, ItemRecord
-from posttrain.files import read_json_lines, write_folder
+from posttrain.files import nobody_reading, read_json_lines, reading, write_folder
 from posttrain.rewards.cases import Case
 from posttrain.tracking.jsonl import read_jsonl
 
@@ -120,3 +120,26 @@ def test_processes_that_write_one_folder_at_once_all_can(tmp_path, keep):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(map(str, range(40))), "nothing else is left"
     for folder in tmp_path.iterdir():
         assert (folder / "a").read_text() == (folder / "b").read_text()
+
+
+def test_a_folder_that_somebody_reads_is_not_taken_away_and_who_reads_it_is_named(tmp_path):
+    read = f"is read by process {os.getpid()}; stop that first"
+    with reading(tmp_path), reading(tmp_path), pytest.raises(RunLockedError, match=read):
+        nobody_reading(tmp_path).__enter__()
+    with nobody_reading(tmp_path), pytest.raises(RunLockedError, match="is being taken away by process"):
+        reading(tmp_path).__enter__()
+    with reading(tmp_path):
+        pass
+    with reading(tmp_path / "of the hub"), nobody_reading(tmp_path / "of the hub"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_is_killed_holds_nothing(tmp_path):
+    child = os.fork()
+    if child == 0:
+        reading(tmp_path).__enter__()
+        os.kill(os.getpid(), 9)
+    os.waitpid(child, 0)
+    with nobody_reading(tmp_path):
+        pass

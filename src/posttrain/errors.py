@@ -6,6 +6,10 @@ Our own mistakes are `assert`s.
 
 from __future__ import annotations
 
+EXIT_USAGE, EXIT_CRASH, EXIT_AGAIN = 64, 70, 75
+"""What a command ends with: for what the user must fix, for a defect of ours, and where it is to be given again (it was stopped and
+has saved, or something still waits to be sent)."""
+
 
 class PosttrainError(Exception):
     """Base of every error that is the user's to fix."""
@@ -40,7 +44,7 @@ class CheckpointError(PosttrainError, OSError):
 
 
 class RunLockedError(PosttrainError, RuntimeError):
-    """Another process works in this run folder."""
+    """Another process works in this folder, or reads it."""
 
 
 class ChangedInputsError(PosttrainError, RuntimeError):

@@ -6,17 +6,21 @@ Knows nothing of what the bytes mean.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from posttrain.errors import DamagedFileError, DataError, PosttrainError
+from posttrain.errors import DamagedFileError, DataError, PosttrainError, RunLockedError
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -250,3 +254,57 @@ def _put_in_place(temporary: Path, target: Path, keep: bool) -> None:
             os.replace(target, taken[-1] / target.name)
     for folder in taken:
         shutil.rmtree(folder)
+
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
+"""What a file system answers that has no locks for folders."""
+
+
+@contextmanager
+def reading(folder: Path) -> Generator[None]:
+    """While this lasts whoever asks by `nobody_reading` leaves the folder where it is; the kernel ends it with its holder.
+
+    A folder that is not there is not held. Raises: RunLockedError if it is being taken away.
+    """
+    with _locked(Path(folder).expanduser(), fcntl.LOCK_SH, "is being taken away by"):
+        yield
+
+
+@contextmanager
+def nobody_reading(folder: Path) -> Generator[None]:
+    """While this lasts nobody begins to read it. Raises: RunLockedError naming the processes that do."""
+    with _locked(folder, fcntl.LOCK_EX, "is read by"):
+        yield
+
+
+@contextmanager
+def _locked(folder: Path, kind: int, why: str) -> Generator[None]:
+    with ExitStack() as opened:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            opened.callback(os.close, descriptor)
+            _lock(descriptor, folder, kind, why)
+        yield
+
+
+def _lock(descriptor: int, folder: Path, kind: int, why: str) -> None:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holders = _lock_holders(descriptor)
+        raise RunLockedError(f"{folder} {why} {holders}; stop that first, or wait for its end") from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        log.warning("%s: its file system has no locks, so `posttrain runs prune` does not know who reads it", folder)
+
+
+def _lock_holders(descriptor: int) -> str:
+    """The processes that hold a lock on it, where the system lists them."""
+    try:
+        lines = [line.split() for line in Path("/proc/locks").read_text(encoding="ascii").splitlines()]
+    except OSError:
+        return "another process"
+    inode = f":{os.fstat(descriptor).st_ino}"
+    found = {int(words[4]) for words in lines if words[1] == "FLOCK" and words[5].endswith(inode)} - {0}
+    return f"process {', '.join(map(str, sorted(found)))}" if found else "another process"

@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 from posttrain.cli.agent_acts import EXIT_WORDS
-from posttrain.cli.app import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_USAGE, VERBS
+from posttrain.cli.app import EXIT_INTERRUPTED, VERBS
+from posttrain.errors import EXIT_AGAIN, EXIT_CRASH, EXIT_USAGE
 from posttrain.evidence import Verdict
-from posttrain.recipes.stop import EXIT_STOPPED
 
 SKILL = (Path(__file__).parents[2] / "SKILL.md").read_text(encoding="utf-8")
 
@@ -19,7 +19,7 @@ def test_the_exit_codes_are_those_of_the_command():
     rows = {int(code): words for code, words in re.findall(r"^\| (\d+) \| (.+) \|$", SKILL, re.MULTILINE)}
     assert rows == dict(EXIT_WORDS)
     assert all(verdict.value in rows[verdict.exit_code] for verdict in Verdict)
-    assert {EXIT_USAGE, EXIT_CRASH, EXIT_INTERRUPTED, EXIT_STOPPED} <= set(rows)
+    assert {EXIT_USAGE, EXIT_CRASH, EXIT_INTERRUPTED, EXIT_AGAIN} <= set(rows)
 
 
 def test_the_verbs_come_in_the_order_of_the_work():

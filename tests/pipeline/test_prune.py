@@ -10,9 +10,12 @@ import pytest
 
 from posttrain.checkpoint.lock import run_lock
 from posttrain.cli.app import main
-from posttrain.files import digest_tree
+from posttrain.config.stages import SFTKeys
+from posttrain.distributed.ranks import SingleProcess
+from posttrain.files import digest_tree, reading
 from posttrain.pipeline import prune
 from posttrain.pipeline.prune import prune_runs
+from posttrain.recipes.stage import Stage
 from posttrain.report.build import build_report
 
 
@@ -125,6 +128,19 @@ def test_a_run_that_another_run_or_a_version_starts_from_is_kept(done):
     book.register("child", book.show("yes", 1).path, replace(manifest, outputs={"model": book.show("yes", 1).digest}))
     assert why_kept(done) == "child@1 was trained from a model in it, which the registry does not hold"
     book.close()
+
+
+def test_a_run_whose_model_is_read_is_kept_and_who_reads_it_is_said(done):
+    with reading(done.out / "stages/01-sft/model"):
+        assert why_kept(done) == (
+            f"{done.out}/stages/01-sft/model is read by process {os.getpid()}; stop that first, or wait for its end"
+        )
+    keys = SFTKeys(base_model=str(done.out / "stages/02-dpo/model"), datasets=[{"path": "rows.jsonl"}])
+    stage = Stage("sft", done.folder / "alone", keys, SingleProcess())
+    assert f"02-dpo/model is read by process {os.getpid()}" in why_kept(done), "a stage that trains on it elsewhere"
+    stage.close()
+    (one,) = pruned(done)
+    assert not one.kept
 
 
 @pytest.mark.parametrize("step", range(1, 9))

@@ -76,6 +76,45 @@ def test_an_alias_moves_there_only_from_what_held_it_here(words, other, url, pas
         push_version(words, words.show("words", 2), Remote(url), "champion")
 
 
+def test_a_hold_goes_with_its_version_and_is_taken_off_where_it_was_set_or_here(words, other, url, passing):
+    one, two = (words.show("words", n) for n in (1, 2))
+    words.promote("words", 2, "champion", passing(two.digest, one.digest))
+    words.rollback("words", "champion", "wrong units")
+    push_version(words, words.show("words", 2), Remote(url))
+    pulled, _ = pull_version(other, "words@2", Remote(url))
+    assert pulled.tags["hold"] == "wrong units"
+    with pytest.raises(RegistryError, match="on hold: wrong units"):
+        other.promote("words", pulled.version, "champion", passing(two.digest, two.digest))
+    other.untag("words", pulled.version, "hold")
+    assert "hold" not in pull_version(other, "words@2", Remote(url))[0].tags, "what was released here stays so"
+    words.untag("words", 2, "hold")
+    push_version(words, words.show("words", 2), Remote(url))
+    third = Registry(other.folder.with_name("third"))
+    assert "hold" not in pull_version(third, "words@2", Remote(url))[0].tags, "it was taken off where it was set"
+    words.tag("words", 2, "hold", "again")
+    push_version(words, words.show("words", 2), Remote(url))
+    assert pull_version(third, "words@2", Remote(url))[0].tags["hold"] == "again"
+    words.untag("words", 2, "hold")
+    push_version(words, words.show("words", 2), Remote(url))
+    assert "hold" not in pull_version(third, "words@2", Remote(url))[0].tags, "and here too, as it came from there"
+    for book in (words, other, third):
+        book.rows.check_log()
+    third.close()
+
+
+def test_a_hold_that_was_set_there_by_another_keeps_the_alias_and_is_not_taken_off_by_a_push(words, other, url):
+    push_version(words, words.show("words", 1), Remote(url))
+    pulled, _ = pull_version(other, "words@1", Remote(url))
+    other.tag("words", pulled.version, "hold", "it swears")
+    push_version(other, other.show("words", pulled.version), Remote(url))
+    with pytest.raises(RegistryError, match=r"words@1 is on hold at .* \(it swears\): pull it, and release it here"):
+        push_version(words, words.show("words", 1), Remote(url), "champion")
+    assert pull_version(words, "words@1", Remote(url))[0].tags["hold"] == "it swears"
+    words.untag("words", 1, "hold")
+    push_version(words, words.show("words", 1), Remote(url), "champion")
+    assert "hold" not in pull_version(other, "words@champion", Remote(url))[0].tags
+
+
 def test_what_people_decided_is_in_the_log_of_each_registry_that_promotes_by_it(words, other, url, passing, base):
     one, two = words.show("words", 1), words.show("words", 2)
     verdict = passing(two.digest, one.digest)

@@ -1,5 +1,6 @@
 """What can be taken out of a registry, what is kept and why, and that a kill on the way loses nothing."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from posttrain.cli.app import main
 from posttrain.errors import RegistryError
-from posttrain.files import digest_tree
+from posttrain.files import digest_tree, reading
 from posttrain.registry import Manifest, Registry, upkeep
 
 
@@ -63,6 +65,23 @@ def test_gc_deletes_what_no_version_needs_and_nothing_else(words):
     assert not gone.path.exists() and not words.store.has(gone.digest)
     for version in (1, 3, 4):
         words.verify("words", version)
+
+
+def test_gc_keeps_a_folder_that_somebody_reads_until_he_is_done(words, capsys):
+    gone = words.resolve("words@2")
+    upkeep.remove_version(words, "words", 2, "old")
+    before = digest_tree(gone.path)
+    with reading(gone.path):
+        found = upkeep.collect(words)
+        assert found.folders == () and found.num_deleted == 3
+        assert found.read == (f"{gone.path} is read by process {os.getpid()}; stop that first, or wait for its end",)
+        assert digest_tree(gone.path) == before
+        with pytest.raises(SystemExit, match="0"):
+            main(["registry", "gc", "--registry", str(words.folder)])
+        assert f"kept: {found.read[0]}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        main(["registry", "gc", "--registry", str(words.folder), "--json"])
+    assert json.loads(capsys.readouterr().out)["folders"] == [gone.path.relative_to(words.folder).as_posix()]
 
 
 def test_gc_waits_for_who_adds(words, tmp_path):

@@ -1,12 +1,13 @@
 """The server follows the registry: a promotion or a rollback swaps versions, and no answer is dropped or mixed."""
 
+import os
 from contextlib import closing
 
 import httpx
 import pytest
 
-from posttrain.errors import PosttrainError
-from posttrain.files import digest_bytes
+from posttrain.errors import PosttrainError, RunLockedError
+from posttrain.files import digest_bytes, nobody_reading
 from posttrain.registry import Manifest, Registry
 from posttrain.registry.upkeep import remove_version
 from posttrain.serve.setup import ServedNames
@@ -31,6 +32,30 @@ def test_names_of_a_registry(running, registered, following):
                 serving.address + "/v1/completions", json={"model": name, "prompt": "a", "max_tokens": 1}
             )
             assert answer.json()["system_fingerprint"] == digest
+
+
+def test_a_folder_that_is_served_stays_where_it_is_until_no_name_means_it(
+    running, registered, following, make_adapter, folder
+):
+    registry, (first, second) = registered
+    one, two = (Registry(registry).find(f"tiny@{n}").path for n in (1, 2))
+    adapter = make_adapter(registry.parent / "adapter", folder, 1)
+
+    def is_read(place):
+        try:
+            with nobody_reading(place):
+                return False
+        except RunLockedError as error:
+            assert f"is read by process {os.getpid()}" in str(error)
+            return True
+
+    with running(ServedNames(["tiny"], registry)), closing(Registry(registry)) as book:
+        assert is_read(one) and not is_read(two)
+        book.promote("tiny", 2, "champion", following.passing(second, first))
+        following.until(lambda: is_read(two) and not is_read(one))
+    with running(ServedNames([str(folder)], registry, loras={"math": adapter}, name="base")):
+        assert is_read(folder) and is_read(adapter)
+    assert not is_read(two) and not is_read(adapter)
 
 
 def test_a_damaged_version_opens_no_port(running, registered):

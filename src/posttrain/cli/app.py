@@ -19,12 +19,10 @@ from typer.core import TyperCommand, TyperGroup
 
 import posttrain
 from posttrain.cli.terminal import printable
-from posttrain.errors import PosttrainError
+from posttrain.errors import EXIT_CRASH, EXIT_USAGE, PosttrainError
 from posttrain.rollout.vllm.options import torchvision_misfit
 from posttrain.uris import without_secrets
 
-EXIT_USAGE = 64
-EXIT_CRASH = 70
 EXIT_INTERRUPTED = 130
 
 VERBS: dict[str, tuple[str, str, str]] = {

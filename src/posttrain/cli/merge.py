@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -76,6 +77,7 @@ def _check_adapter(adapter: Path) -> None:
 def _by_recipe(
     path: Path, out: Path, adapter_rank: int | None, how: tuple[int, float], registry: Path, register: str | None
 ) -> None:
+    from posttrain.files import reading
     from posttrain.forms.found import FoundModel, find_model
     from posttrain.forms.lineage import merge_manifest, register_merge
     from posttrain.forms.merging.merge import MergeOptions, merge_models
@@ -88,11 +90,14 @@ def _by_recipe(
     parents: dict[str, FoundModel] = {}
 
     def resolve(name: str) -> Path:
-        parents[name] = parents.get(name) or find_model(name, registry, path.parent)
+        if name not in parents:
+            parents[name] = find_model(name, registry, path.parent)
+            read.enter_context(reading(parents[name].folder))
         return parents[name].folder
 
     recipe = read_recipe(path)
-    report = merge_models(recipe, out, resolve, MergeOptions(how[0], int(how[1] * (1 << 30)), adapter_rank))
+    with ExitStack() as read:
+        report = merge_models(recipe, out, resolve, MergeOptions(how[0], int(how[1] * (1 << 30)), adapter_rank))
     typer.echo(f"method   {report.method}, {report.num_tensors} tensors")
     for name, digest in report.parents.items():
         typer.echo(f"parent   {parents[name].version or name}  {digest}")
@@ -110,11 +115,13 @@ def _by_recipe(
 
 
 def _merge(adapter: Path, out: Path, keys: ModelKeys) -> None:
+    from posttrain.files import reading
     from posttrain.models.export import merge_into
     from posttrain.pipeline.show import quiet_libraries
 
     quiet_libraries()
-    report = merge_into(out, keys.base_model, adapter, keys)
+    with reading(adapter), reading(Path(keys.base_model)):
+        report = merge_into(out, keys.base_model, adapter, keys)
     weights = {"base": keys.base_model, "dequantized": f"{keys.base_model}, dequantised from 4 bits"}
     typer.echo(
         f"adapter  {adapter}\n"

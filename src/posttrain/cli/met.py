@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from posttrain.errors import PosttrainError
+from posttrain.errors import EXIT_CRASH, EXIT_USAGE, PosttrainError
 
 if TYPE_CHECKING:
     from posttrain.distributed.meeting import Meeting
-
-_EXIT_USAGE, _EXIT_CRASH = 64, 70
 
 
 @contextmanager
@@ -40,7 +38,7 @@ def met() -> Iterator[Meeting | None]:
         yield meeting
     except PosttrainError as error:
         if not meeting.is_mine_to_say(error):
-            raise typer.Exit(_EXIT_USAGE) from None
+            raise typer.Exit(EXIT_USAGE) from None
         if not meeting.is_main:
             typer.echo(f"rank {launch.rank}: ", nl=False, err=True)
         raise
@@ -48,12 +46,12 @@ def met() -> Iterator[Meeting | None]:
         raise
     except Exception as error:
         if meeting.another_failed():
-            raise typer.Exit(_EXIT_CRASH) from None
+            raise typer.Exit(EXIT_CRASH) from None
         if isinstance(error, PeerFailedError) or is_of_a_peer(error):
             _say(
                 f"rank {launch.rank}: another rank is gone ({str(error).splitlines()[0]}); the launcher says which one"
             )
-            raise typer.Exit(_EXIT_CRASH) from None
+            raise typer.Exit(EXIT_CRASH) from None
         raise
 
 

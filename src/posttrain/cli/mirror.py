@@ -8,13 +8,15 @@ from typing import Annotated
 
 import typer
 
+from posttrain.errors import EXIT_AGAIN
+
 
 def send_to_trackers(
     run: Annotated[Path, typer.Argument(help="A run's folder, or a stage's.", exists=True, file_okay=False)],
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for each tracker.")] = 30.0,
 ) -> None:
     """Send what a run recorded to the trackers of its `report_to`, each step once. Exit code 75 while something waits."""
-    from posttrain.tracking.mirror import EXIT_WAITING, keep_copy
+    from posttrain.tracking.mirror import keep_copy
     from posttrain.tracking.trackers import TRACKERS, require_tracker, tracked_run
 
     copies = [
@@ -36,4 +38,4 @@ def send_to_trackers(
         said = f"{state.waiting} rows wait: {state.error}" if waits else f"whole, up to step {state.recorded}"
         typer.echo(f"{tracked.folder.name} → {name}: {said}")
     if waiting:
-        raise typer.Exit(EXIT_WAITING)
+        raise typer.Exit(EXIT_AGAIN)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-EXIT_NOT_TAKEN = 75
+from posttrain.errors import EXIT_AGAIN
 
 
 def notify(
@@ -24,4 +24,4 @@ def notify(
         typer.echo(f"waits: {line}", err=True)
     typer.echo(f"{done.num_taken} taken; {len(done.waiting)} wait")
     if done.waiting:
-        raise typer.Exit(EXIT_NOT_TAKEN)
+        raise typer.Exit(EXIT_AGAIN)

@@ -11,7 +11,7 @@ import typer
 from posttrain.cli.json_output import AsJson, echo_json
 from posttrain.cli.registry_folder import DEFAULT, Folder, Ref, entry_line, open_registry
 from posttrain.cli.registry_history import compare_versions, show_looks, show_tree, show_trend
-from posttrain.errors import RegistryError
+from posttrain.errors import EXIT_AGAIN, RegistryError
 
 if TYPE_CHECKING:
     from posttrain.evidence import RegistryEntry
@@ -22,7 +22,6 @@ app = typer.Typer(name="registry", help="Versions, lineage and promotion.", no_a
 Alias = Annotated[str, typer.Option(help="Alias to move.")]
 Url = Annotated[str, typer.Argument(metavar="URL", help="A folder, or a URL of fsspec: s3://BUCKET/PATH.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
-EXIT_WAITING = 75
 
 app.command("tree")(show_tree)
 app.command("trend")(show_trend)
@@ -205,6 +204,8 @@ def gc(dry_run: DryRun = False, registry: Folder = DEFAULT, as_json: AsJson = Fa
     if as_json:
         echo_json(asdict(done))
         return
+    for said in done.read:
+        typer.echo(f"kept: {said}")
     for folder in done.folders:
         typer.echo(f"{'would delete' if dry_run else 'deleted'} {folder}/")
     word = "would be deleted" if dry_run else "deleted"
@@ -278,7 +279,7 @@ def mirror(
         typer.echo(f"passed over, MLflow will never take it: {event}", err=True)
     typer.echo(f"{done.sent} events sent" + (f"; {done.pending} wait: {done.error}" if done.pending else ""))
     if done.pending:
-        raise typer.Exit(EXIT_WAITING)
+        raise typer.Exit(EXIT_AGAIN)
 
 
 def _moment(text: str) -> str:

@@ -11,7 +11,7 @@ import typer
 
 from posttrain.cli.met import met
 from posttrain.cli.roles import EachWorker, NumWorkers, OnCluster, OnRay, engine_resources, on_cluster, run_as_roles
-from posttrain.errors import ConfigError
+from posttrain.errors import EXIT_AGAIN, ConfigError
 from posttrain.pipeline import OnChange
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _run(
     # Only now torch: a typo in the YAML is answered at once.
     from posttrain.distributed.ranks import join_ranks
     from posttrain.pipeline.run import run_pipeline
-    from posttrain.recipes.stop import EXIT_STOPPED, StoppedPolitely
+    from posttrain.recipes.stop import StoppedPolitely
 
     with join_ranks(meeting, max(stage.keys.ddp_timeout for stage in keys.stages)) as ranks:
         try:
@@ -163,7 +163,7 @@ def _run(
         except StoppedPolitely as stopped:
             if is_main:
                 console.print(str(stopped))
-            raise typer.Exit(EXIT_STOPPED) from stopped
+            raise typer.Exit(EXIT_AGAIN) from stopped
         # A rank that ended before rank 0 did could end it: launchers stop the others when one of them fails on its way out.
         ranks.main_only(lambda: _close(outcome, console))
     if outcome.exit_code:

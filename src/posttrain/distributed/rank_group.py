@@ -18,10 +18,10 @@ from posttrain.distributed.roles import (
     RoleReport,
     RoleSign,
 )  # fmt: skip
-from posttrain.errors import ConfigError
+from posttrain.errors import EXIT_CRASH, EXIT_USAGE, ConfigError
 
 _POLL_S = 0.25
-_EXIT_USAGE, _EXIT_CRASH, _EXIT_KILLED = 64, 70, 137
+_EXIT_KILLED = 137
 
 
 class KeptRole(Protocol):
@@ -198,7 +198,7 @@ class RankGroup:
 
 def code_of(codes: Sequence[int]) -> int:
     """What the user must fix goes before a defect, and a rank that only ended because of another says nothing."""
-    for code in (_EXIT_USAGE, _EXIT_CRASH):
+    for code in (EXIT_USAGE, EXIT_CRASH):
         if code in codes:
             return code
     return codes[0]

@@ -31,8 +31,15 @@ _MORE_THAN_LORA: Mapping[str, Any] = {
 """Keys of an adapter's config → the only value with which it is a sum of low-rank updates of linear layers."""
 
 
+Segments = list[tuple[str, torch.Tensor | None]]
+"""Adapter → the tokens that go through it; None: all of them."""
+
+
 class AdapterSlots:
-    """Puts a slot at every linear layer of a policy's base. Raises: ModelError where rows cannot be run together."""
+    """Puts a slot at every linear layer of a policy's base. Raises: ModelError where rows cannot be run together.
+
+    A head that is the embedding too has none: what is added to it would be added to the embedding.
+    """
 
     def __init__(self, policy: Policy) -> None:
         if not policy.ragged or policy.has_adapter:
@@ -41,18 +48,20 @@ class AdapterSlots:
                 "merge each adapter (posttrain merge) and serve the merged folder"
             )
         self._device = policy.placement.device
-        self.segments: list[tuple[str, torch.Tensor | None]] = []
-        """Adapter → the tokens of the coming forward that go through it; None: all of them."""
-        self.num_tokens = 0
+        self.segments: Segments = []
+        """Of the coming forward."""
+        self._names: Sequence[str | None] = ()
+        self._wanted: torch.Tensor | int = 0
         self._slots: dict[str, SlotLinear] = {}
         base: Any = policy.base
-        head = base.get_output_embeddings()
+        head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
         for name, module in list(base.named_modules()):
             # An expert sees some of the tokens only.
-            if type(module) is nn.Linear and module is not head and ".experts." not in name:
+            if type(module) is nn.Linear and module.weight is not embedding.weight and ".experts." not in name:
                 parent, _, child = name.rpartition(".")
-                self._slots[name] = SlotLinear(module, self)
+                self._slots[name] = (SlotHead if module is head else SlotLinear)(module, self)
                 setattr(base.get_submodule(parent), child, self._slots[name])
+        base.register_forward_pre_hook(self._note_wanted, with_kwargs=True)
 
     def load(self, name: str, factors: Factors) -> None:
         """Raises: ModelError if the adapter is for another base; nothing is loaded then."""
@@ -73,16 +82,32 @@ class AdapterSlots:
 
     def assign(self, names: Sequence[str | None]) -> None:
         """The adapter of each token of the coming forward, in order; None: the base alone."""
-        self.num_tokens = len(names)
+        self._names, self._wanted = names, 0
+        self.segments = self._segments(names)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._names)
+
+    def segments_at_head(self) -> Segments:
+        """The same of those tokens whose logits are wanted."""
+        wanted = self._wanted
+        if isinstance(wanted, int):
+            return self._segments(self._names[-wanted:]) if wanted else self.segments
+        return self._segments([self._names[place] for place in wanted.tolist()])
+
+    def _segments(self, names: Sequence[str | None]) -> Segments:
         used = [name for name in dict.fromkeys(names) if name is not None]
         if len(used) == 1 and None not in names:
-            self.segments = [(used[0], None)]
-            return
+            return [(used[0], None)]
         where: dict[str, list[int]] = {name: [] for name in used}
         for place, name in enumerate(names):
             if name is not None:
                 where[name].append(place)
-        self.segments = [(name, torch.tensor(places, device=self._device)) for name, places in where.items()]
+        return [(name, torch.tensor(places, device=self._device)) for name, places in where.items()]
+
+    def _note_wanted(self, _module: nn.Module, _args: Any, named: dict[str, Any]) -> None:
+        self._wanted = named.get("logits_to_keep", 0)
 
 
 class SlotLinear(nn.Module):
@@ -99,12 +124,10 @@ class SlotLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base_layer(x)
-        [slots] = self._of
-        if not self.factors or not slots.segments:
+        if not self.factors:
             return y
         tokens, sums = x.reshape(-1, self.in_features), y.view(-1, self.out_features)
-        assert len(tokens) == slots.num_tokens, "every token was assigned an adapter before the forward"
-        for name, where in slots.segments:
+        for name, where in self._segments(len(tokens)):
             if name in self.factors:
                 a, b = self.factors[name]
                 update = linear(linear((tokens if where is None else tokens[where]).to(a.dtype), a), b).to(y.dtype)
@@ -113,6 +136,19 @@ class SlotLinear(nn.Module):
                 else:
                     sums.index_add_(0, where, update)
         return y
+
+    def _segments(self, num_tokens: int) -> Segments:
+        [slots] = self._of
+        assert num_tokens == slots.num_tokens, "every token was assigned an adapter before the forward"
+        return slots.segments
+
+
+class SlotHead(SlotLinear):
+    """The head, which sees those tokens alone whose logits are wanted."""
+
+    def _segments(self, num_tokens: int) -> Segments:
+        [slots] = self._of
+        return slots.segments_at_head()
 
 
 def read_factors(adapter: Path) -> Factors:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from posttrain.checkpoint.lock import run_lock
 from posttrain.config.kinds import stage_kind
 from posttrain.config.settings import PROJECT_KEY
 from posttrain.errors import DamagedFileError, PosttrainError, RegistryError
-from posttrain.files import named_if_damaged, read_record, write_json
+from posttrain.files import named_if_damaged, nobody_reading, read_record, write_json
 from posttrain.pipeline.state import PASSED, STATE_FILE, RunState
 from posttrain.registry.manifest import MODEL
 from posttrain.registry.registry import Registry
@@ -76,13 +76,15 @@ def _pruned(run: Path, beside: list[Path], registry: Path | None, dry_run: bool)
     book = Registry(_registry_of(run, config) if registry is None else _there(registry))
     with closing(book):
         name, _, number = version.rpartition("@")
-        with using(book, name, int(number)):
+        with using(book, name, int(number)), ExitStack() as unread:
             entry = book.show(name, int(number))
             if entry.digest != (state.registered or {})["digest"]:
                 raise RegistryError(f"{version} of {book.folder} is another model than this run registered")
             book.verify(name, int(number))
             _refuse_needed(run, state, beside, book)
             folders = list(_spare(run, state))
+            for folder in folders:
+                unread.enter_context(nobody_reading(folder))
             size = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
             if not dry_run and (folders or not (run / PRUNED_FILE).exists()):
                 write_json(run / PRUNED_FILE, {"version": version, "at": now(), "by": user()})

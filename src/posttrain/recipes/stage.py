@@ -6,6 +6,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -16,6 +17,7 @@ from posttrain.checkpoint.store import CheckpointStore, check_writable, disk_err
 from posttrain.config.stages import TrainKeys
 from posttrain.distributed.sharding import ShardingSpec, sharding_over
 from posttrain.errors import ModelError, OutOfMemoryError
+from posttrain.files import reading
 from posttrain.models.compiled import why_not_compiled
 from posttrain.models.device import memory_metrics
 from posttrain.models.export import save_policy
@@ -60,7 +62,9 @@ class Stage:
         self.checkpoints = Checkpoints(store, ranks, self.run)
         self.guard = TrainingGuard(kind, keys, self.run, store, ranks, settle=self.checkpoints.flush)
         self.state: TrainState | None = None
-        self._open: list[Closes] = []
+        base = ExitStack()
+        base.enter_context(reading(Path(keys.base_model)))  # the export of an adapter reads it again
+        self._open: list[Closes] = [base]
         self._started = time.monotonic()
         self._step_started = self._started
 

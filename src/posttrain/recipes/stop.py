@@ -8,9 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-EXIT_STOPPED = 75
-"""Exit code of a polite stop: the run is saved and can be started again."""
-
 
 class StoppedPolitely(Exception):
     """SIGTERM or Ctrl-C: the step in hand was finished and saved."""

@@ -1,7 +1,7 @@
 """Versions in another folder or object store: pushed and pulled by digest, so both can be killed and done again.
 
-A remote holds `objects/<aa>/<sha256>`, `versions/NAME/V/N.json` and `aliases/NAME/ALIAS/EPOCH.json`. Records are created, never
-replaced; an alias moves by creating the record of its next epoch, which only one of two can.
+A remote holds `objects/<aa>/<sha256>`, `versions/NAME/V/N.json`, `holds/NAME/V/DIGEST/N.json` and `aliases/NAME/ALIAS/EPOCH.json`.
+Records are created, never replaced; an alias moves by creating the record of its next epoch, which only one of two can.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, cast
 from posttrain.errors import MissingExtraError, RegistryError
 from posttrain.evidence import RegistryEntry
 from posttrain.files import canonical_json, digest_json
+from posttrain.registry.holds import pull_hold, push_hold
 from posttrain.registry.promotion import HOLD
 from posttrain.registry.registry import Registry
 from posttrain.uris import refuse_secret
@@ -143,7 +144,12 @@ def push_version(registry: Registry, entry: RegistryEntry, remote: Remote, alias
         if (got := remote.digest(path)) != digest:
             raise RegistryError(f"{remote.url}: {digest} arrived as {got}; push again")
         copied += 1
+    hold = push_hold(registry, entry, remote)  # first: nobody may find the version there without it
     _note_version(remote, entry, objects, registry.rows.verdict(entry.name, entry.version))
+    if alias and hold:
+        raise RegistryError(
+            f"{ref} is on hold at {remote.url} ({hold}): pull it, and release it here, before it takes an alias there"
+        )
     if alias:
         _move_alias(registry, entry, remote, alias)
     return Copied(ref, copied, len(digests) - copied)
@@ -226,6 +232,7 @@ def pull_version(
             for content in files.values():
                 count[_fetch(registry, remote, content)] += 1
         entry = registry.adopt(name, record["digest"], record["manifest"], objects, verdict, actor)
+    entry = pull_hold(registry, entry, remote, which, actor)
     registry.verify(entry.name, entry.version)
     return entry, Copied(f"{entry.name}@{entry.version}", count[True], count[False])
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import fcntl
 import shutil
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from posttrain.errors import RegistryError
+from posttrain.errors import RegistryError, RunLockedError
 from posttrain.evidence import RegistryEntry
+from posttrain.files import nobody_reading
 from posttrain.registry.checkouts import READY_TO_LOAD
 from posttrain.registry.store import ContentStore
 
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """What was deleted (would be, in a dry run), and what stays for the versions that are there."""
+    """What was deleted (would be, in a dry run), and what stays for the versions that are there and for who reads a folder."""
 
     num_deleted: int
     deleted_bytes: int
     folders: tuple[str, ...]
     num_kept: int
     kept_bytes: int
+    read: tuple[str, ...] = ()
+    """Folders that no version names and that stay, each with the process that reads it."""
 
 
 @contextmanager
@@ -94,21 +97,37 @@ def collect(registry: Registry, *, dry_run: bool = False) -> Garbage:
     a list of files is damaged.
     """
     store = registry.store
-    with store.nobody_adding() as idle:
+    with store.nobody_adding() as idle, ExitStack() as unread:
         if not idle:
             raise RegistryError(f"{store.folder}: a process adds to it; nothing was deleted, try again once it is done")
         rows = registry.rows.all_objects()
         needed = {digest.removeprefix("sha256:") for digest in _reachable(store, rows)}
         ready = {registry.checkouts.place(digest, role) for role, _, digest in rows if role in READY_TO_LOAD}
         folders = [path for kind in READY_TO_LOAD.values() for path in sorted((store.folder / kind).glob("[!.]*"))]
-        spare = [path for path in folders if path not in ready]
+        spare, read = _without_readers([path for path in folders if path not in ready], unread)
         objects = [(path, path.stat().st_size) for path in sorted((store.folder / "objects").glob("??/*"))]
         unneeded = [(path, size) for path, size in objects if path.name not in needed]
         if not dry_run:
             _delete(spare, [path for path, _ in unneeded])
     freed = sum(size for _, size in unneeded)
     names = tuple(path.relative_to(store.folder).as_posix() for path in spare)
-    return Garbage(len(unneeded), freed, names, len(objects) - len(unneeded), sum(size for _, size in objects) - freed)
+    return Garbage(
+        len(unneeded), freed, names, len(objects) - len(unneeded), sum(size for _, size in objects) - freed, read
+    )
+
+
+def _without_readers(folders: Iterable[Path], unread: ExitStack) -> tuple[list[Path], tuple[str, ...]]:
+    """Those that nobody reads, nor begins to while `unread` lasts; and what is said of the others."""
+    free: list[Path] = []
+    said: list[str] = []
+    for folder in folders:
+        try:
+            unread.enter_context(nobody_reading(folder))
+        except RunLockedError as error:
+            said.append(str(error))
+        else:
+            free.append(folder)
+    return free, tuple(said)
 
 
 def _delete(folders: Iterable[Path], objects: Iterable[Path]) -> None:

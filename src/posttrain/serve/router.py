@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from posttrain.errors import PosttrainError
+from posttrain.files import reading
 from posttrain.serve.faults import ApiRefusal
 from posttrain.serve.pool import Lease, ModelVersion, Pool
 
@@ -49,6 +50,8 @@ class Router:
         self._one_at_a_time = one_at_a_time
         self._failed: tuple[ModelVersion | None, float] = None, 0.0
         """The version that did not load last, and when it may be tried again (seconds of the loop's clock)."""
+        self._reading: dict[ModelVersion, contextlib.ExitStack] = {}
+        """Versions whose folders stay where they are: those that answer may be started anew from them."""
         self.default = default
         self._names: dict[str, ModelVersion] = {}
         self._thread = ThreadPoolExecutor(1, "registry")
@@ -70,6 +73,7 @@ class Router:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._following
         await self._pool.close()
+        self._let_go(list(self._reading))
         self._thread.shutdown()
 
     @property
@@ -133,6 +137,7 @@ class Router:
                 await self._point(alike, version, load=not eager.isdisjoint(alike))
         for name in [name for name in self._names if name not in found and name not in lost]:
             del self._names[name]
+        self._let_go([version for version in self._reading if version not in self._names.values()])
         if self._retire:
             meant = set(self._names.values())
             for version in self._pool.versions:
@@ -143,6 +148,7 @@ class Router:
         before = {name: self._names.get(name) for name in names}
         if load:
             try:
+                self._hold(version)
                 await self._load(names, version)
             except PosttrainError as error:
                 self._names |= {name: held for name, held in before.items() if held is not None}
@@ -161,6 +167,16 @@ class Router:
             await asyncio.to_thread(version.check)  # while the version before answers
             self._names |= {name: version for name in names if name in self._names}
         (await self._pool.acquire(version)).release()
+
+    def _hold(self, version: ModelVersion) -> None:
+        if version not in self._reading:
+            with contextlib.ExitStack() as held:
+                held.enter_context(reading(version.folder))
+                self._reading[version] = held.pop_all()
+
+    def _let_go(self, versions: Sequence[ModelVersion]) -> None:
+        for version in versions:
+            self._reading.pop(version).close()
 
     def _may_try(self, version: ModelVersion) -> bool:
         """One at a time it stops the others: not every second what failed."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain.errors import EXIT_AGAIN
 from posttrain.files import read_json, write_json
 from posttrain.tracking.jsonl import EVENTS, METRICS
 from posttrain.tracking.trackers import TRACKERS, TrackedRun, Tracker, tracked_run
@@ -32,7 +33,6 @@ _LOOK_S, _RETRY_AFTER_S = 1.0, 5.0
 PATIENCE_S = 30.0
 """How long a copy is waited for when its run has ended."""
 _LAST_CALL_S = 5.0
-EXIT_WAITING = 75
 _NOTED = "finding"
 
 
@@ -183,7 +183,7 @@ def main(folder: str, name: str, patience_s: float = PATIENCE_S) -> None:
         sys.stdin.buffer.read()
         ended.set()
         time.sleep(patience_s + _LAST_CALL_S)
-        os._exit(EXIT_WAITING)
+        os._exit(EXIT_AGAIN)
 
     threading.Thread(target=wait, daemon=True).start()
     keep_copy(tracked_run(Path(folder)), name, ended, patience_s)

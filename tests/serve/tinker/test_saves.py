@@ -1,16 +1,22 @@
 """What a client saves goes on here: eval, gate, serve and PEFT take it, with its lineage."""
 
 import json
+import os
 
 import pytest
 import tinker
+from tests.serve.conftest import make_client
+from tests.serve.conftest import running as serve_names
 from typer.testing import CliRunner
 
 from posttrain.cli.app import main
 from posttrain.cli.gate import app as gate
+from posttrain.errors import RunLockedError
+from posttrain.files import nobody_reading
 from posttrain.models.provenance import check_base, source_digest
 from posttrain.recipes.run_folder import StageResult
 from posttrain.serve.backends import of_folder
+from posttrain.serve.setup import ServedNames
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +76,23 @@ def test_eval_scores_it_and_the_gate_judges_it(saved, bases, tmp_path, monkeypat
     judged = CliRunner().invoke(gate, ["evals/last", "evals/base", "--spec", "gate.yaml"])
     assert judged.exit_code == 0, judged.output
     assert judged.output.splitlines()[-1].startswith("PASS")
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["merged", "as an adapter"])
+def test_it_is_served_to_the_openai_client_and_says_what_it_learned(saved, bases, tmp_path, whole):
+    folder = saved[0]
+    base = ServedNames([str(bases["tiny"])], tmp_path, loras={"last": folder / "adapter_total"})
+    with serve_names(ServedNames([str(folder / "model")], tmp_path, name="last") if whole else base) as serving:
+        asked = {"messages": [{"role": "user", "content": "What?"}], "temperature": 0, "max_tokens": 4}
+        answer = make_client(serving).chat.completions.create(model="last", **asked)
+    [choice] = answer.choices
+    assert (choice.message.content, choice.finish_reason) == ("7", "stop")
+    assert answer.model.startswith("last@sha256:")
+
+
+def test_a_base_stays_where_it_is_while_a_server_may_merge_onto_it(serving, bases):
+    with pytest.raises(RunLockedError, match=f"is read by process {os.getpid()}"), nobody_reading(bases["tied"]):
+        pass
 
 
 def test_it_is_listed_with_what_it_is(saved):

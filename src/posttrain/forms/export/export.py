@@ -16,7 +16,7 @@ import posttrain
 from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
 from posttrain.evidence import GateVerdict, Verdict
-from posttrain.files import digest_tree, read_json, write_folder, write_json
+from posttrain.files import digest_tree, read_json, reading, write_folder, write_json
 from posttrain.forms.export import form_gate
 from posttrain.forms.export.compressed import compressed_bound, read_compressed, write_compressed
 from posttrain.forms.export.families import family_of, numbers_of
@@ -128,7 +128,8 @@ def export_model(found: FoundModel, out: Path, form: str, type_: str, scores: Fo
         reports.append(report)
 
     try:
-        write_folder(out, fill)
+        with reading(found.folder):
+            write_folder(out, fill)
     except _RefusedForm as refused:
         write_json(out.with_name(f"{out.name}.refused.json"), _record(refused.report, found))
         return refused.report

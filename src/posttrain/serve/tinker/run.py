@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 
 from posttrain.checkpoint.lock import run_lock
+from posttrain.files import reading
 from posttrain.serve.run import Serving, open_port, serve_until_stopped
 from posttrain.serve.tinker.app import make_tinker_app
 from posttrain.serve.tinker.options import TinkerOptions
@@ -23,7 +26,9 @@ def run_tinker(options: TinkerOptions, ready: Callable[[Serving[TinkerService]],
 
 async def _serve(options: TinkerOptions, ready: Callable[[Serving[TinkerService]], None]) -> None:
     # Two servers would both write a model's journal.
-    with open_port(options.serve) as listening, run_lock(options.folder):
+    with open_port(options.serve) as listening, run_lock(options.folder), ExitStack() as bases:
+        for source in options.models.values():
+            bases.enter_context(reading(Path(source)))  # a merge reads it again
         service = TinkerService(options)
         try:
             service.queue.start()
