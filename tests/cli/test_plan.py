@@ -137,6 +137,15 @@ RL = (
 )
 
 
+@pytest.mark.parametrize(
+    ("teacher", "held"), [("{model: ./base}", True), ("{model: big@1, url: 'http://127.0.0.1:8000'}", False)]
+)
+def test_a_teacher_holds_memory_where_it_is_loaded_and_none_where_a_server_has_it(teacher, held, folder):
+    (folder / "rl.yaml").write_text(f"{RL}teachers: [{teacher}]\n")
+    result = _run(folder / "rl.yaml", "--device", "h200", "--devices", "8")
+    assert ("teachers" in result.output) == held
+
+
 def test_a_cluster_shares_the_model_out_and_ends_with_the_lines_that_start_it(folder):
     (folder / "rl.yaml").write_text(RL)
     run = _run(folder / "rl.yaml", "--gpus", "2x8xH100@eth100", "--tokens", "300", "--usd-per-gpu-hour", "2")
@@ -237,6 +246,29 @@ def test_a_model_that_is_not_here(folder):
         match=r"base_model nobody/absent-model: got no config.json here, expected a local folder or a model in the hub cache",
     ):
         _run(folder / "hub.yaml")
+
+
+@pytest.mark.parametrize(
+    ("base", "config", "says"),
+    [
+        ("a..b", None, "got no config.json here"),
+        ("big@1", None, "needs `register:`"),
+        (
+            "./broken",
+            '{"model_type": "qwen3", ',
+            "broken/config.json: not JSON: .* at column 25; expected the config of",
+        ),
+        ("./broken", "[1]", "broken/config.json: got a list, expected the config of"),
+        ("./broken", "\udcff", "broken/config.json: not UTF-8"),
+    ],
+)
+def test_a_base_that_names_nothing_readable_is_one_line(base, config, says, folder):
+    if config is not None:
+        (folder / "broken").mkdir()
+        (folder / "broken" / "config.json").write_text(config, errors="surrogateescape")
+    (folder / "sft.yaml").write_text(FLAT.replace("./base", base))
+    with pytest.raises((ModelError, ConfigError), match=says):
+        _run(folder / "sft.yaml", "--device", "h200")
 
 
 def test_an_unknown_device(folder):

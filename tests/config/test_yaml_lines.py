@@ -170,7 +170,7 @@ def without_nulls(value):
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.dictionaries(st.text(max_size=6), trees, min_size=1, max_size=4))
 def test_what_is_dumped_is_read_back(tmp_path_factory, data):
     document = read(tmp_path_factory.getbasetemp(), dump_yaml(data))

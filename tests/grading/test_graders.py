@@ -73,7 +73,7 @@ def other_ways(value):
 @example(-3, 4)
 @example(1, 12)
 @example(1_234_567, 1)
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, derandomize=True)
 def test_a_number_is_itself_however_it_is_typeset(name, numerator, denominator):
     value = Fraction(numerator, denominator)
     golds = [str(value), one_way(value)[0]]

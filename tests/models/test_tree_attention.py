@@ -92,7 +92,7 @@ def random_trees(draw):
     return tuple(trees), window
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(trees_and_window=random_trees())
 @pytest.mark.parametrize("one_by_one", [True, False])
 def test_random_trees_equal_attention_with_the_mask_written_out(one_by_one, monkeypatch, trees_and_window):

@@ -99,7 +99,7 @@ ids = st.lists(st.integers(0, 2), max_size=9)
 families = st.lists(st.lists(ids, min_size=1, max_size=5), min_size=1, max_size=4)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(families, st.sampled_from([1, 2, 4, math.inf]))
 def test_random_sequences_come_back_and_none_costs_more_than_by_prefixes_alone(families, least_shared):
     """And with segments of any length shared, each different beginning of a sequence is computed exactly once."""

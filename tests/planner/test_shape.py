@@ -1,7 +1,11 @@
 """Sizes of many families, from the config alone, against the models that transformers makes of it (without weights)."""
 
+from contextlib import suppress
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.errors import ModelError
@@ -104,3 +108,20 @@ def test_latent_attention_keeps_576_values_of_a_token_and_layer():
 def test_what_cannot_be_counted_is_refused_by_name(config, says):
     with pytest.raises(ModelError, match=says):
         ModelShape.from_config(config)
+
+
+JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 3), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=2), st.integers(), max_size=1),
+)  # fmt: skip
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*EXPERTS, *LATENT, *SIZES, "head_dim", "sliding_window", "layer_types", "text_config"]), JUNK
+    )
+)
+def test_a_config_of_no_sizes_is_refused_and_nothing_else_is_raised(changes):
+    for model_type in ("llama", "qwen3_moe", "gemma3_text", "deepseek_v3"):
+        with suppress(ModelError):
+            ModelShape.from_config({"model_type": model_type, **SIZES, **changes})

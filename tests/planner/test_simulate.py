@@ -77,14 +77,14 @@ SETUPS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SETUPS, st.integers(0, 3), st.integers(1, 4), st.integers(1, 400))
 def test_equal_answers_without_failures_take_what_the_closed_form_says(setup, staleness, rounds, length):
     setup = replace(setup, max_staleness=staleness, completions_per_step=rounds * setup.num_slots)
     assert simulate(setup, [length], 7).total_s == pytest.approx(even_total_s(setup, length, 7))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SETUPS, st.integers(0, 999))
 def test_more_staleness_is_never_slower(setup, seed):
     lengths = Lengths(200, 1500, 1.0).draw(64, seed)

@@ -44,7 +44,7 @@ def seen(ledger):
     return deepcopy((ledger.admission, ledger.rollouts, ledger.batches))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_crash_at_any_byte_leaves_the_record_up_to_an_event(tmp_path, data):
     folder, beginning = tmp_path / "ledger", Beginning(data.draw(st.integers(1, 3)), data.draw(st.integers(0, 2)))
@@ -71,7 +71,7 @@ def test_a_crash_at_any_byte_leaves_the_record_up_to_an_event(tmp_path, data):
     assert seen(Ledger(folder, beginning)) == after
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 3), st.integers(0, 2), st.data())
 def test_no_start_trains_on_what_is_older_than_the_bound_or_newer_than_its_weights(tmp_path, bound, batch, data):
     """A trainer that dies at any moment and goes on from a checkpoint older than the newest weights and batches.

@@ -83,7 +83,7 @@ def test_until_the_next_weights_arrive_there_is_room_for_what_was_dropped_alone(
     assert state.next_batch() == Batched(1, (3, 4))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(1, 4), st.integers(0, 4), st.data())
 def test_no_group_is_older_than_the_bound_lost_or_trained_twice(batch, staleness, data):
     """Whatever arrives when, whatever is dropped, passed over, or issued late, of weights that come after their batch was made.

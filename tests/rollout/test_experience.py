@@ -46,7 +46,7 @@ def groups(draw):
     return tuple(made)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(groups())
 def test_what_goes_in_comes_out(made):
     found = from_arrays(to_arrays(made))

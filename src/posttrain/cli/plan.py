@@ -11,8 +11,8 @@ import typer
 from posttrain.cli.json_output import AsJson, echo_json
 from posttrain.cli.model import with_base
 from posttrain.cli.plan_text import cost_lines, memory_lines, start_lines, time_lines
-from posttrain.errors import ConfigError, ModelError
-from posttrain.files import size_text
+from posttrain.errors import ConfigError, DataError, ModelError
+from posttrain.files import decode_utf8, parse_json, size_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,19 +120,27 @@ def _record(made: Any, target: Target, usd_per_gpu_hour: float | None) -> dict[s
 
 def read_model_config(base_model: str) -> dict[str, Any]:
     """The config.json of a local folder, or of a hub model that is already in the local cache. Raises: ModelError."""
-    import json
-
-    folder = Path(base_model)
-    path: Any = folder / "config.json"
-    if not folder.is_dir():
+    found: Any = Path(base_model) / "config.json"
+    if not Path(base_model).is_dir():
         from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
 
-        path = try_to_load_from_cache(base_model, "config.json")
-    if not isinstance(path, (str, Path)) or not Path(path).exists():
+        try:
+            found = try_to_load_from_cache(base_model, "config.json")
+        except HFValidationError:
+            found = None
+    if not isinstance(found, (str, Path)) or not Path(found).exists():
         raise ModelError(
             f"base_model {base_model}: got no config.json here, expected a local folder or a model in the hub cache; download it first"
         )
-    return json.loads(Path(path).read_text())
+    expected = "the config of a transformers model, a JSON object"
+    try:
+        config = parse_json(decode_utf8(Path(found).read_bytes(), str(found)), str(found), expected)
+    except DataError as error:
+        raise ModelError(str(error)) from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{found}: got a {type(config).__name__}, expected {expected}")
+    return config
 
 
 def _is_pipeline(config: Path, stage: str | None, overrides: list[str]) -> bool:
@@ -145,13 +153,14 @@ def _stages(config: Path, stage: str | None, overrides: list[str]) -> tuple[str,
     """The base model, and (kind, keys) of every stage asked for."""
     from posttrain.cli.stage import kind_in
     from posttrain.config import load_pipeline, load_stage
+    from posttrain.config.load import as_pipeline
 
     kind = kind_in(config, stage, overrides)
-    if kind != "pipeline":
-        keys = load_stage(kind, config, overrides).keys
-        return keys.base_model, [(kind, keys)]
-    pipeline = with_base(load_pipeline(config, overrides).keys)
-    return pipeline.base_model, [(s.kind, s.keys) for s in pipeline.stages if stage in (None, s.kind)]
+    if kind == "pipeline":
+        pipeline = with_base(load_pipeline(config, overrides).keys)
+        return pipeline.base_model, [(s.kind, s.keys) for s in pipeline.stages if stage in (None, s.kind)]
+    alone = with_base(as_pipeline(load_stage(kind, config, overrides)))
+    return alone.base_model, [(s.kind, s.keys) for s in alone.stages]
 
 
 def target_of(gpus: str | None, device: str, devices: int, probe: bool) -> Target:
@@ -204,7 +213,7 @@ def _teacher_shapes(keys: Any) -> list[Any]:
     from posttrain.planner import ModelShape
 
     asked = keys.teachers if isinstance(keys, SamplingKeys) else []
-    return [ModelShape.from_config(read_model_config(one.model)) for one in asked if not one.is_the_policy]
+    return [ModelShape.from_config(read_model_config(one.model)) for one in asked if one.is_loaded]
 
 
 def _forecast(shape: Any, kind: str, keys: Any, target: Target, tokens: int, measured: Path | None) -> Any:

@@ -62,6 +62,15 @@ class ModelShape:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
         """Raises: ModelError naming the keys that are missing, or the kind of model that has no such sizes."""
+        try:
+            return cls._from_values(config)
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise ModelError(
+                f"config.json: got a size that is none ({error}); expected the config of a transformers causal LM"
+            ) from None
+
+    @classmethod
+    def _from_values(cls, config: Mapping[str, Any]) -> ModelShape:
         text = config.get("text_config")
         values: Mapping[str, Any] = {**config, **text} if isinstance(text, Mapping) else config
         _refuse_other_kinds(values)

@@ -55,7 +55,7 @@ SPECIAL = [0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-42, 1.0, 1.0
 VALUES = st.lists(st.one_of(st.sampled_from(SPECIAL), st.floats(width=32)), min_size=8, max_size=8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(VALUES, min_size=1, max_size=10), st.sampled_from(DTYPES), st.integers(1, 5))
 def test_every_push_arrives_to_the_bit(pushes, dtype, anchor):
     encoder, decoder = DeltaEncoder(dtype, anchor), DeltaDecoder()
@@ -67,7 +67,7 @@ def test_every_push_arrives_to_the_bit(pushes, dtype, anchor):
         }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), st.integers(0, 1))
 def test_any_flipped_bit_and_any_cut_is_refused(data, push):
     encoder, decoder = DeltaEncoder(torch.float32, ANCHOR), DeltaDecoder()
@@ -83,7 +83,7 @@ def test_any_flipped_bit_and_any_cut_is_refused(data, push):
             decoder.take(broken)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_frame_that_is_dropped_doubled_or_swapped_is_refused(data):
     """Over three pushes without an anchor in between, from the first to the last of their frames."""
