@@ -26,6 +26,7 @@ from posttrain.uris import without_secrets
 EXIT_INTERRUPTED = 130
 
 VERBS: dict[str, tuple[str, str, str]] = {
+    "init": ("posttrain.cli.init", "init", "Ask five questions and write a project that runs."),
     "run": ("posttrain.cli.train", "run", "Run a pipeline: stages, evals, gates, registry."),
     "sft": ("posttrain.cli.train", "sft", "Run one stage of supervised fine-tuning."),
     "dpo": ("posttrain.cli.train", "dpo", "Run one stage of preference optimisation."),
@@ -99,7 +100,7 @@ OTHER_WORDS: dict[str, str] = {
     "check": _CHECK, "validate": _CHECK, "lint": _CHECK, "preview": _CHECK, "preprocess": f"data is read where it is used; {_CHECK}",
     "list": _VERSIONS, "ls": _VERSIONS, "promote": _VERSIONS, "rollback": _VERSIONS, "verify": _VERSIONS, "register": _VERSIONS,
     "compare": "two runs: diff; two models: gate", "convert": "a model to another form: export; another tool's YAML: import", "quantize": "export --to gguf, int8 or fp8",
-    "keys": "explain, without a key, lists them all", "config": "explain, without a key, lists the keys", "init": "copy examples/own-model and change its YAML",
+    "keys": "explain, without a key, lists them all", "config": "explain, without a key, lists the keys", "new": "a project that runs: init",
     "help": "posttrain --help, or posttrain VERB --help", "version": "posttrain --version",
 }  # fmt: skip
 """What people type for a verb that is called otherwise → what to type."""
