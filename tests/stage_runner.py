@@ -37,7 +37,9 @@ def keys_of(kind: str, model: Path, data: Path, **options):
     values = {**COMMON, **OWN[kind], **options}
     values.setdefault("datasets", [{"path": str(data / f"{FILES[kind]}.jsonl")}])
     if kind == "grpo":
-        values["reward_funcs"] = [f"{data / 'rewards.py'}:{name}" for name in values["reward_funcs"]]
+        values["reward_funcs"] = [
+            name if ":" in name else f"{data / 'rewards.py'}:{name}" for name in values["reward_funcs"]
+        ]
     return STAGE_KINDS[kind].keys.model_validate({"base_model": str(model), **values})
 
 

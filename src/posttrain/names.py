@@ -11,6 +11,10 @@ from dataclasses import dataclass
 PREVIOUS = "previous"
 LM_EVAL = "lm-eval:"
 """How the path of an eval suite begins that is a task of lm-eval."""
+REWARD_MODEL, JUDGE = "model:", "judge:"
+"""How a reward or a scorer begins that is a model's opinion: of a reward model's folder, by a judge's file."""
+PREFIXES = (LM_EVAL, REWARD_MODEL, JUDGE)
+"""What may stand before a path."""
 QUESTIONS = "questions.jsonl"
 """File beside the report on such a task that holds what was asked."""
 _MOST = 100

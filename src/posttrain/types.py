@@ -300,6 +300,7 @@ class RewardBreakdown:
     total: float | None
     parts: Mapping[str, float | None]
     error: str | None = None
+    counts: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True, slots=True)

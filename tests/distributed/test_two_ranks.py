@@ -301,3 +301,11 @@ def test_ranks_that_are_killed_again_and_again_end_the_same(name, runner, model_
     kills = [(1, False), (2, True), (4, False), (5, True), (7, False)]
     _killed_and_started_again(runner, killed, tmp_path / "killed", kills)
     _bitwise(runner, tmp_path / "killed", tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_two_ranks_ask_a_reward_model_for_their_own_share(runner, model_dir, data_dir, tmp_path):
+    runner.run_stage("reward_model", tmp_path / "rm", runner.keys_of("reward_model", model_dir("llama"), data_dir))
+    rows = {"paid": ("grpo", {"reward_funcs": [f"model:{tmp_path / 'rm/model'}", "spread"], "num_prompts_per_step": 3})}
+    _torchrun(runner, [_job(rows, "paid", tmp_path / "two", runner, model_dir, data_dir)])
+    _same(runner, _alone(rows, "paid", tmp_path / "one", runner, model_dir, data_dir), tmp_path / "two")

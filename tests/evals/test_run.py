@@ -14,7 +14,7 @@ from posttrain.evals.run import Evaluator, pass_at_k, pass_at_ks
 from posttrain.evals.suite import load_suite
 from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.models.load import load_policy
-from posttrain.recipes.evaluate import TokenizerCodec, evaluate, score_in_workers
+from posttrain.recipes.evaluate import OwnScorers, TokenizerCodec, evaluate
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.sampling import request_seed
 
@@ -193,7 +193,7 @@ def silent(completions, **columns):
 
 def test_a_scorer_of_ones_own_is_a_function_with_the_signature_of_a_reward(evaluator, suite, tmp_path):
     (tmp_path / "own.py").write_text(OWN)
-    ours = replace(evaluator, score_own=score_in_workers)
+    ours = replace(evaluator, score_own=OwnScorers())
     rows = [row | {"scorer": "own.py:length", "target": n, "bonus": 100} for n, row in enumerate(items())]
     rows[0] = {"id": "i0", "prompt": "What is 0?", "scorer": "own.py:length", "target": 0, "bonus": 100}
     report = ours.run(*suite(rows, num_samples=2, temperature=1.0), "gate")

@@ -66,15 +66,13 @@ def _rewarded_kind(config: Path) -> str:
 
 
 def _check(keys: RLKeys, samples: Path | None, limit: int, path: Path) -> Certificate:
+    from posttrain.recipes.learned import reward_pool
     from posttrain.rewards.certificate import check_rewards
-    from posttrain.rewards.workers import RewardPool
     from posttrain.rewards.written import write
 
     cases = read_cases(keys, limit)
     sampled = read_samples(samples, cases) if samples else []
-    with RewardPool(
-        keys.reward_funcs, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s
-    ) as pool:
+    with reward_pool(keys) as pool:
         certificate = check_rewards(pool, cases, sampled)
     write(certificate, path)
     return certificate

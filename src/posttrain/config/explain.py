@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from posttrain.config.foreign import NO_COUNTERPART, foreign_names
+from posttrain.config.judge import CriterionKeys, JudgeKeys
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.knob import Keys
 from posttrain.config.pipeline import (
@@ -29,6 +30,8 @@ GROUPS: Mapping[str, type[Keys]] = {
     "datasets": DatasetKeys,
     "rollout": RolloutKeys,
     "teachers": TeacherKeys,
+    "judge": JudgeKeys,
+    "judge.rubric": CriterionKeys,
     "sharding": ShardingKeys,
     "evals": SuiteKeys,
     "gate": GateKeys,

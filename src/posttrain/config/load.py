@@ -14,6 +14,7 @@ from posttrain.config.check import build
 from posttrain.config.effects import without_effect
 from posttrain.config.foreign import foreign_names, translate
 from posttrain.config.importers.flat import in_place, kind_of, whose
+from posttrain.config.judge import JudgeKeys
 from posttrain.config.kinds import STAGE_KINDS, StageKind, stage_kind
 from posttrain.config.knob import Keys
 from posttrain.config.migrate import migrate
@@ -132,6 +133,15 @@ def load_gate(path: Path) -> GateKeys:
         problems.add(settings.home, "gate", "missing; this pipeline has no gate at its top")
         problems.raise_if_any()
     keys = build(GateKeys, settings, "gate", folder, problems, [])
+    problems.raise_if_any()
+    assert keys is not None
+    return keys
+
+
+def load_judge(path: Path) -> JudgeKeys:
+    """The keys of a judge, in a file of their own. Raises: ConfigError."""
+    problems, (settings, _) = Problems(), read_settings(Path(path))
+    keys = build(JudgeKeys, settings, "judge", Path(path).parent, problems, [])
     problems.raise_if_any()
     assert keys is not None
     return keys

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.judge import JudgeKeys
 from posttrain.config.knob import Keys
 from posttrain.config.pipeline import GateKeys, PipelineKeys, RegisterKeys, SuiteKeys
 from posttrain.config.rl import RLKeys
@@ -15,7 +16,7 @@ from posttrain.config.settings import Problems, Settings
 from posttrain.config.stages import DatasetKeys, ModelKeys, TrainKeys, looks_local, resolve_path
 from posttrain.config.teachers import OF_THE_POLICY, TeacherKeys
 from posttrain.config.yaml_lines import KeyPath
-from posttrain.names import LM_EVAL
+from posttrain.names import JUDGE, LM_EVAL, PREFIXES, REWARD_MODEL
 
 
 class _PathError(ValueError):
@@ -71,7 +72,16 @@ def _suite(path: str, folder: Path) -> str:
     return f"{LM_EVAL}{found}{query}{options}"
 
 
+def _judge(model: str, folder: Path) -> str:
+    """A name at a server too, which may be anything."""
+    return resolve_path(model, folder)
+
+
 def _reward(entry: str, folder: Path) -> str:
+    if entry.startswith(JUDGE):
+        return JUDGE + _existing(entry.removeprefix(JUDGE), folder)
+    if entry.startswith(REWARD_MODEL):
+        return REWARD_MODEL + _existing_or_hub(entry.removeprefix(REWARD_MODEL), folder)
     file, colon, function = entry.rpartition(":")
     if not re.search(r"\.py$", file if colon else entry):
         return entry
@@ -101,6 +111,8 @@ PATH_RULES: tuple[tuple[type[Keys], str, Callable[[str, Path], str]], ...] = (
     (RLKeys, "reward_funcs", _reward),
     (TeacherKeys, "model", _teacher),
     (TeacherKeys, "adapter", _existing),
+    (JudgeKeys, "model", _judge),
+    (JudgeKeys, "cache", _output),
     (PipelineKeys, "base_model", _existing_or_hub),
     (PipelineKeys, "output_dir", _output),
     (SuiteKeys, "path", _suite),
@@ -127,16 +139,18 @@ def resolve_paths(settings: Settings, model: type[Keys], folder: Path, problems:
 def make_relative(values: dict[str, Any], model: type[Keys], project: Path) -> None:
     """Write the paths in `values` that lie below `project` relative to it, in place: `./data/sft.jsonl`."""
     below = f"{project}/"
-    for path, value, _ in list(_paths_in(values, model, ())):
+    for path, given, _ in list(_paths_in(values, model, ())):
         holder: Any = values
         for step in path[:-1]:
             holder = holder[step]
+        prefix = next((prefix for prefix in PREFIXES if given.startswith(prefix)), "")
+        value = given.removeprefix(prefix)
         if Path(value).parent == TEMPLATES:
             holder[path[-1]] = Path(value).stem
         elif f"{value}/" == below:
-            holder[path[-1]] = "."
+            holder[path[-1]] = f"{prefix}."
         elif value.startswith(below):
-            holder[path[-1]] = f"./{value.removeprefix(below)}"
+            holder[path[-1]] = f"{prefix}./{value.removeprefix(below)}"
 
 
 def _paths_in(value: Any, annotation: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str, Callable[[str, Path], str]]]:

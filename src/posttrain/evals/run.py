@@ -12,11 +12,10 @@ from typing import Any, Protocol
 from posttrain.config.pipeline import SuiteKeys
 from posttrain.errors import DataError, EvalError
 from posttrain.evals.harness import TaskSuite
-from posttrain.evals.suite import RANKINGS, Item, Suite
+from posttrain.evals.suite import RANKINGS, Item, Suite, is_own
 from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.files import digest_json
 from posttrain.grading.scorers import SCORERS
-from posttrain.grading.source import split_spec
 from posttrain.protocols import Engine
 from posttrain.types import Completion, EngineInfo, Request, SamplingParams, Text, in_order
 
@@ -111,7 +110,7 @@ class Evaluator:
         completions = self._generate(requests, params)
         texts = [self.codec.decode(completion.ids) for completion in completions]
         each = [item for item in items for _ in range(keys.num_samples)]
-        if split_spec(suite.scorer):
+        if is_own(suite.scorer):
             scores = self.score_own(suite, each, texts)
         else:
             scores = [

@@ -17,9 +17,10 @@ from typing import Any
 
 from posttrain.errors import ConfigError, DataError, EvalError
 from posttrain.files import canonical_json, digest_file, digest_json, neighbours, read_json_lines
+from posttrain.grading.learned import learned_digest, learned_source, split_learned
 from posttrain.grading.scorers import SCORERS, scorer_digest, unusable
 from posttrain.grading.source import defined_names, dependency_versions, parse_source, source_of, split_spec
-from posttrain.names import LM_EVAL
+from posttrain.names import JUDGE, LM_EVAL
 from posttrain.types import Text
 
 CHOICES = "choices"
@@ -85,6 +86,8 @@ class Suite:
     def scorer_digest(self) -> str:
         if self.scorer in RANKINGS:
             return self.scorer
+        if split_learned(self.scorer):
+            return learned_digest(self.scorer, self.path.parent)
         if own := split_spec(self.scorer):
             digests, modules = source_of(self.path.parent / own[0])
             return digest_json([own[1], digests, dependency_versions(modules)])
@@ -134,11 +137,13 @@ def suite_files(path: Path) -> dict[str, Path]:
     """
     if str(path).startswith(LM_EVAL):
         return {}
-    own, path = split_spec(load_suite(path.stem, path).scorer), path.resolve()
+    scorer, path = load_suite(path.stem, path).scorer, path.resolve()
     files = [path]
-    if own is not None:
-        scorer = (path.parent / own[0]).resolve()
-        files += [scorer.parent / name for name in source_of(scorer)[0]]
+    if scorer.startswith(JUDGE):
+        files.append(Path(learned_source(scorer, path.parent)))
+    if own := split_spec(scorer):
+        file = (path.parent / own[0]).resolve()
+        files += [file.parent / name for name in source_of(file)[0]]
     shared = os.path.commonpath([file.parent for file in files])
     return {os.path.relpath(file, shared): file for file in files}
 
@@ -149,10 +154,20 @@ def suite_file_digest(path: Path) -> str:
     if str(path).startswith(LM_EVAL):
         return suite.digest(suite.items[0].split, {})
     digest = digest_file(path)
-    return digest_json([digest, suite.scorer_digest()]) if split_spec(suite.scorer) else digest
+    return digest_json([digest, suite.scorer_digest()]) if is_own(suite.scorer) else digest
+
+
+def is_own(scorer: str) -> bool:
+    """Whether it is no scorer of ours by name: a function in a file, a reward model, a judge."""
+    return (split_spec(scorer) or split_learned(scorer)) is not None
 
 
 def _check_own_scorer(scorer: str, path: Path) -> None:
+    if split_learned(scorer):
+        try:
+            learned_source(scorer, path.parent)
+        except ConfigError as error:
+            raise EvalError(f"{path.name}: scorer {error}; its path is relative to the suite") from None
     own = split_spec(scorer)
     if own is None:
         return
@@ -179,9 +194,11 @@ def _parse(row: Mapping[str, Any], where: str) -> Item:
         )
     choices = row.get("choices") or ()
     scorer = row.get("scorer") or (CHOICES if choices else "exact")
-    if not isinstance(scorer, str) or not (scorer in RANKINGS or scorer in SCORERS or split_spec(scorer)):
+    if not isinstance(scorer, str) or not (scorer in RANKINGS or scorer in SCORERS or is_own(scorer)):
         known = ", ".join([*SCORERS, *RANKINGS])
-        raise EvalError(f"{where}: scorer {scorer!r} is unknown; expected one of {known}, or file.py:function")
+        raise EvalError(
+            f"{where}: scorer {scorer!r} is unknown; expected one of {known}, or file.py:function, model:FOLDER, judge:FILE.yaml"
+        )
     if choices and scorer not in RANKINGS:
         ranked = ", ".join(RANKINGS)
         raise EvalError(

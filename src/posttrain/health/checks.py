@@ -26,6 +26,7 @@ TRAINER_IDLE = "time/trainer_idle"
 ENGINE_IDLE = "time/engine_idle"
 STALENESS = "sampling/staleness/mean"
 FALSE_PASSES = "reward_check/false_pass_rate"
+JUDGE_FAILED = "judge/failed"
 CANARY_PAID = "reward_check/canary_paid_rate"
 CANARY_REWARD = "reward_check/canary_reward"
 TEACHER_GAP = "teacher/gap"
@@ -233,6 +234,11 @@ def length_spiral(history: History, *, steps: float, times: float, tokens: float
 def truncation_spiral(history: History, *, steps: float, limit: float, rise: float) -> Evidence | None:
     start, now = history.start(_TRUNCATED), history.now(_TRUNCATED, int(steps))
     return {_TRUNCATED: now, "start": start} if not history.is_young and now > limit and now > start + rise else None
+
+
+def judge_fails(history: History, *, steps: float, limit: float) -> Evidence | None:
+    """Verdicts do not come or cannot be read; the completions are left out."""
+    return above(history, JUDGE_FAILED, steps, limit)
 
 
 def rollout_starvation(history: History, *, steps: float, limit: float, ahead: float) -> Evidence | None:

@@ -120,6 +120,8 @@ RULES: tuple[Rule, ...] = (
          "{reward_check_false_pass_rate:.1%} of the known cheats, in the form of this run's best answers, are paid", "The reward has a hole that the policy can reach: see the reward_check event, and run `posttrain rewards check`."),
     Rule("canary_paid", _SAMPLING, checks.canary_paid, {"limit": 0.1}, Severity.SOFT, "evaluate",
          "{reward_check_canary_paid_rate:.0%} of the answers to prompts without a right answer are paid", "The reward does not pay for being right: read the samples, and run `posttrain rewards check`."),
+    Rule("judge_fails", _SAMPLING, checks.judge_fails, {"steps": 3, "limit": 0.02}, Severity.SOFT, "evaluate",
+         "{judge_failed:.1%} of the verdicts asked for did not come or could not be read", "Their completions are left out, which biases what is learned: read the errors in `rewards/`; raise the judge's max_tokens, timeout_s or retries, or ask for the verdict more plainly."),
     Rule("rollout_starvation", _SAMPLING, checks.rollout_starvation, {"steps": 10, "limit": 0.9, "ahead": 0.5}, Severity.INFO, "log",
          "the trainer waits {trainer_idle:.0%} of the time and the engine {engine_idle:.0%}: to keep step rollouts need {engines_needed:.2g} times the engines they have",
          "Above 1 give rollouts more: rollout.replicas, max_staleness, a larger rollout_batch_size; below 1 give the trainer more; see `posttrain plan`."),

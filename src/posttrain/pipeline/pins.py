@@ -21,7 +21,7 @@ from posttrain.errors import ConfigError
 from posttrain.evals.suite import suite_file_digest
 from posttrain.files import digest_file, digest_json, digest_start
 from posttrain.models.provenance import source_digest
-from posttrain.names import LM_EVAL
+from posttrain.names import PREFIXES
 from posttrain.numerics import changes_between, installed_version, revision
 from posttrain.registry.manifest import MODEL, environment_pins
 from posttrain.rewards.resolve import reward_digest
@@ -85,7 +85,8 @@ def _by_name(value: Any) -> Any:
         return {key: _by_name(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_by_name(inner) for inner in value]
-    is_path = isinstance(value, str) and value.removeprefix(LM_EVAL).startswith("/")
+    prefix = next((prefix for prefix in PREFIXES if isinstance(value, str) and value.startswith(prefix)), "")
+    is_path = isinstance(value, str) and value.removeprefix(prefix).startswith("/")
     return value.rpartition("/")[2] if is_path else value
 
 

@@ -22,6 +22,7 @@ from posttrain.errors import ChangedInputsError, ConfigError
 from posttrain.evals.suite import suite_files
 from posttrain.files import digest_json, digest_start, read_json, write_atomic, write_json
 from posttrain.grading.source import source_of, split_spec
+from posttrain.names import JUDGE
 from posttrain.pipeline.pins import data_pins
 from posttrain.pipeline.state import StageEntry
 from posttrain.registry.manifest import MODEL, Manifest
@@ -116,7 +117,9 @@ def _read_by(keys: TrainKeys) -> Iterator[Path]:
     if keys.eval_suite is not None:
         yield from suite_files(Path(keys.eval_suite)).values()
     for spec in keys.reward_funcs if isinstance(keys, RLKeys) else ():
-        if parts := split_spec(spec):
+        if spec.startswith(JUDGE):
+            yield Path(spec.removeprefix(JUDGE))
+        elif parts := split_spec(spec):
             file = Path(parts[0])
             yield from (file.parent / name for name in source_of(file)[0])
 
@@ -144,5 +147,7 @@ def _moved(value: Any, table: Mapping[str, str]) -> Any:
         return [_moved(inner, table) for inner in value]
     if not isinstance(value, str):
         return value
+    if value.startswith(JUDGE) and (file := value.removeprefix(JUDGE)) in table:
+        return JUDGE + table[file]
     path, colon, function = value.rpartition(":")
     return table.get(value) or (f"{table[path]}:{function}" if colon and path in table else value)

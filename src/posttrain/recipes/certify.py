@@ -14,6 +14,7 @@ from posttrain.errors import RewardError
 from posttrain.files import read_record
 from posttrain.models.load import load_tokenizer
 from posttrain.recipes.engines import EngineSource, make_engine, sampling_params
+from posttrain.recipes.learned import reward_pool
 from posttrain.rewards.cases import Case, PolicySample, cases_of
 from posttrain.rewards.certificate import Certificate, check_rewards
 from posttrain.rewards.resolve import reward_digest
@@ -63,9 +64,7 @@ def _asked(keys: RLKeys, tokenizer: Any) -> tuple[Sequence[Any], Sequence[Case]]
 
 
 def _checked(keys: RLKeys, tokenizer: Any, cases: Sequence[Case], samples: Sequence[PolicySample] = ()) -> Certificate:
-    with RewardPool(
-        keys.reward_funcs, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s
-    ) as pool:
+    with reward_pool(keys) as pool:
         return check_rewards(pool, cases, samples, tokenize=partial(token_ids, tokenizer))
 
 

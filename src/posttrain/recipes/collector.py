@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -22,6 +23,7 @@ from posttrain.protocols import Ranks, Scorer
 from posttrain.recipes.sampled import Sampled, group_indices, reward_parts
 from posttrain.recipes.steering import steered
 from posttrain.recipes.teachers import Teachers
+from posttrain.rewards.learned import ASKED, FAILED
 from posttrain.rewards.resolve import reward_names
 from posttrain.rollout.experience import Experience, Group
 from posttrain.types import Rollout, RolloutGroup, Sample
@@ -53,6 +55,8 @@ class _Made:
     lengths: list[int]
     truncated: list[bool]
     kl: list[float]
+    counts: list[Mapping[str, float]]
+    """Of each completion: what asking models for its rewards came to."""
     log_ratios: list[np.ndarray] | None
     """log teacher − log policy of the samples' trained tokens; None without teachers."""
 
@@ -188,7 +192,8 @@ class Collector:
         )  # fmt: skip
         if log_ratios is not None:
             log_ratios = [ratio[: s.num_loss_tokens] for s, ratio in zip(kept, log_ratios, strict=True)]
-        return _Made(number, kept, rows, lengths, truncated, kls, log_ratios)
+        counts = [rollout.reward.counts for rollout in group.rollouts]
+        return _Made(number, kept, rows, lengths, truncated, kls, counts, log_ratios)
 
 
 def _count(groups: Sequence[Group]) -> int:
@@ -256,6 +261,7 @@ def _metrics(
             "completions/min_terminated_length": float(min(ended)),
             "completions/max_terminated_length": float(max(ended)),
         }
+    metrics |= opinion_metrics([counts for one in made for counts in one.counts])
     if kls:
         metrics |= {"kl_in_reward": sum(kls) / len(kls), "kl": sum(kls) / sum(lengths)}
     for name, column in zip(names, rewards_BK.unbind(1), strict=False):
@@ -263,6 +269,20 @@ def _metrics(
         metrics[f"rewards/{name}/mean"] = float(scored.mean())
         metrics[f"rewards/{name}/std"] = _std(scored)
     return metrics
+
+
+def opinion_metrics(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """`rewards/NAME/…` of judges: tokens as a sum, all else as a share of the verdicts asked for; and failures over all judges."""
+    sums = Counter[str]()
+    for one in counts:
+        sums.update(one)
+    metrics: dict[str, float] = {}
+    for path, total in sums.items():
+        name, _, what = path.rpartition("/")
+        metrics[f"rewards/{path}"] = float(total if what in ("tokens", ASKED) else total / sums[f"{name}/{ASKED}"])
+    asked = sum(total for path, total in sums.items() if path.endswith(f"/{ASKED}"))
+    failed = sum(total for path, total in sums.items() if path.endswith(f"/{FAILED}"))
+    return metrics | ({"judge/failed": failed / asked} if asked else {})
 
 
 def _std(values: torch.Tensor) -> float:

@@ -25,6 +25,7 @@ from posttrain.models.provenance import source_digest
 from posttrain.names import LM_EVAL, QUESTIONS
 from posttrain.protocols import Engine
 from posttrain.recipes.engines import EngineSource, make_engine, named_engine
+from posttrain.recipes.learned import load_learned
 from posttrain.rewards.workers import RewardPool
 from posttrain.rollout.sampling import request_seed
 from posttrain.types import Origin, Text
@@ -106,9 +107,12 @@ def evaluate(
             missing.append((suite, keys))
     if missing:
         rows = _ROWS if not order else _ROWS // 4
-        with closing(make_engine(EngineSource(model), keys=rollout, rows=rows, folder=folder)) as sampler:
+        with (
+            closing(OwnScorers()) as own,
+            closing(make_engine(EngineSource(model), keys=rollout, rows=rows, folder=folder)) as sampler,
+        ):
             tokenizer = load_tokenizer(model)
-            evaluator = _evaluator(sampler, tokenizer, digest, progress, model)
+            evaluator = _evaluator(sampler, tokenizer, digest, progress, model, own)
             for suite, keys in missing:
                 _say_if_without_roles(tokenizer, model.base_model, suite)
                 known = _known(suite, keys, split, folder, (digest, engine))
@@ -145,7 +149,7 @@ def _known(suite: Suite, keys: SuiteKeys, split: str, folder: Path, measured: tu
 
 
 def _evaluator(
-    engine: Engine, tokenizer: Any, digest: str, progress: EvalProgress | None, model: ModelKeys
+    engine: Engine, tokenizer: Any, digest: str, progress: EvalProgress | None, model: ModelKeys, own: OwnScorers
 ) -> Evaluator:
     def ask_task(suite: TaskSuite, keys: SuiteKeys) -> Iterable[ItemRecord]:
         from posttrain.recipes.harness import ask
@@ -154,24 +158,40 @@ def _evaluator(
 
     return Evaluator(
         engine, TokenizerCodec(tokenizer), digest, request_seed,
-        progress or (lambda name, done, total: None), score_own=score_in_workers, ask_task=ask_task,
+        progress or (lambda name, done, total: None), score_own=own, ask_task=ask_task,
     )  # fmt: skip
 
 
-def score_in_workers(
-    suite: Suite, items: Sequence[Item], texts: Sequence[str]
-) -> Sequence[tuple[float | None, str | None]]:
-    """The suite's own scorer, a function with the signature of a reward, on one completion of each item. `target` is a column."""
-    names = dict.fromkeys(name for item in items for name in item.columns)
-    columns: dict[str, list[Any]] = {name: [item.columns.get(name) for item in items] for name in names}
-    columns["target"] = [item.target for item in items]
-    prompts = [item.prompt if isinstance(item.prompt, str) else [dict(m) for m in item.prompt] for item in items]
-    completions: list[Any] = [
-        text if isinstance(item.prompt, str) else [{"role": "assistant", "content": text}]
-        for item, text in zip(items, texts, strict=True)
-    ]
-    with RewardPool([suite.scorer], folder=suite.path.parent) as pool:
+class OwnScorers:
+    """Suites' own scorers, which have the signature of a reward or are a model's opinion, started once each. `target` is a column."""
+
+    def __init__(self) -> None:
+        self._pools: dict[tuple[Path, str], RewardPool] = {}
+
+    def __call__(
+        self, suite: Suite, items: Sequence[Item], texts: Sequence[str]
+    ) -> Sequence[tuple[float | None, str | None]]:
+        """Of one completion of each item."""
+        names = dict.fromkeys(name for item in items for name in item.columns)
+        columns: dict[str, list[Any]] = {name: [item.columns.get(name) for item in items] for name in names}
+        columns["target"] = [item.target for item in items]
+        prompts = [item.prompt if isinstance(item.prompt, str) else [dict(m) for m in item.prompt] for item in items]
+        completions: list[Any] = [
+            text if isinstance(item.prompt, str) else [{"role": "assistant", "content": text}]
+            for item, text in zip(items, texts, strict=True)
+        ]
+        pool = self._pool(suite)
         return [(found.total, found.error) for found in pool.score(prompts, completions, columns)]
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()
+
+    def _pool(self, suite: Suite) -> RewardPool:
+        folder = suite.path.parent
+        if (folder, suite.scorer) not in self._pools:
+            self._pools[folder, suite.scorer] = RewardPool([suite.scorer], folder=folder, load=load_learned)
+        return self._pools[folder, suite.scorer]
 
 
 def _stored(folder: Path) -> EvalReport | None:

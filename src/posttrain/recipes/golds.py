@@ -7,6 +7,7 @@ from functools import partial
 
 from posttrain.config.rl import RLKeys
 from posttrain.config.stages import TrainKeys
+from posttrain.grading.learned import split_learned
 from posttrain.rewards.battery import find_deciding, learn_form
 from posttrain.rewards.cases import AnswerForm, Case, candidate_forms, cases_of
 from posttrain.rewards.check import TINY, RewardCheck, Thresholds
@@ -32,9 +33,15 @@ def unreadable_golds(keys: RLKeys, prompts: Sequence[Prompt]) -> list[str | None
     the first ones that fail. Raises: RewardError for a missing column.
     """
     reasons: list[str | None] = [None] * len(prompts)
-    with RewardPool(
-        keys.reward_funcs, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s
-    ) as pool:
+    # A model's opinion knows no full reward.
+    weights = keys.reward_weights or [1.0] * len(keys.reward_funcs)
+    weighted = [
+        (spec, weight) for spec, weight in zip(keys.reward_funcs, weights, strict=True) if not split_learned(spec)
+    ]
+    if not weighted:
+        return reasons
+    functions, weights = zip(*weighted, strict=True)
+    with RewardPool(functions, weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s) as pool:
         check = RewardCheck(pool, (), (), Thresholds(), lambda text: text.encode("utf-8", "surrogatepass"))
         probed = [case for case in cases_of(prompts, _PROBED) if case.gold is not None]
         if not probed:
@@ -52,7 +59,7 @@ def unreadable_golds(keys: RLKeys, prompts: Sequence[Prompt]) -> list[str | None
             for number, (value, error) in zip(asked, scored, strict=True)
             if value is None or value < best - TINY
         ]
-        others = [other for other in candidate_forms((), keys.reward_funcs) if other != form]
+        others = [other for other in candidate_forms((), functions) if other != form]
         known = _known_otherwise(check, [cases[number] for number, *_ in failed[:_RETRIED]], others, best)
         for place, (number, value, error) in enumerate(failed):
             if place not in known:

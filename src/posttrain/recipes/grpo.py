@@ -34,6 +34,7 @@ from posttrain.recipes.balance import deal, tree_cost
 from posttrain.recipes.batches import MicroBatch, fill_with_groups, split_groups
 from posttrain.recipes.collector import Collected, Collector, teaches
 from posttrain.recipes.engines import EngineSource, greedy, make_engine, sampling_params, sync_engine
+from posttrain.recipes.learned import reward_pool
 from posttrain.recipes.live_checks import LiveChecks
 from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import accumulating, learning_rate, make_optimizer, update
@@ -48,7 +49,7 @@ from posttrain.recipes.steering import steered
 from posttrain.recipes.teachers import Teachers
 from posttrain.recipes.train_state import TrainState
 from posttrain.recipes.validate import SuiteScore, Validation
-from posttrain.rewards.workers import MAX_UNSCORED, RewardPool
+from posttrain.rewards.workers import MAX_UNSCORED
 from posttrain.rollout.collect import ScoreRewards, sample_groups, score_groups
 from posttrain.rollout.experience import Group
 from posttrain.types import Decode, PromptRow, Ratio, Sample
@@ -84,9 +85,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     state = stage.resume(policy, optimizer, total_steps)
 
     with ExitStack() as open_parts:
-        rewards = open_parts.enter_context(RewardPool(
-            keys.reward_funcs, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s
-        ))  # fmt: skip
+        rewards = open_parts.enter_context(reward_pool(keys))
         score = ReplayedRewards(stage, partial(rewards.score, max_unscored=MAX_UNSCORED), state)
         prompts = PromptStream(data, keys.seed, state.solved)
         sampling = open_parts.enter_context(

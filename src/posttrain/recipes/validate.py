@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from posttrain.evals.suite import Suite, load_suite
 from posttrain.models.policy import Policy
 from posttrain.protocols import Engine
 from posttrain.recipes.engines import EngineSource, make_engine, sync_engine
-from posttrain.recipes.evaluate import TokenizerCodec, score_in_workers
+from posttrain.recipes.evaluate import OwnScorers, TokenizerCodec
 from posttrain.recipes.stage import Stage
 from posttrain.recipes.train_state import TrainState
 from posttrain.rollout.sampling import request_seed
@@ -97,5 +98,6 @@ class SuiteScore:
         # Under ranks the engine samples from a copy, which must be brought up to date.
         sync_engine(self._engine, self._policy, version=step)
         codec = TokenizerCodec(self._policy.tokenizer)
-        evaluator = Evaluator(self._engine, codec, "in training", request_seed, score_own=score_in_workers)
-        return {"eval_score": evaluator.run(self._suite, self._keys, _DEV).mean}
+        with closing(OwnScorers()) as own:
+            evaluator = Evaluator(self._engine, codec, "in training", request_seed, score_own=own)
+            return {"eval_score": evaluator.run(self._suite, self._keys, _DEV).mean}

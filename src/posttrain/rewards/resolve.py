@@ -19,6 +19,7 @@ from typing import Any
 
 from posttrain.errors import ConfigError, RewardError
 from posttrain.files import digest_json
+from posttrain.grading.learned import learned_digest, learned_name, learned_source, split_learned
 from posttrain.grading.scorers import grading_digest
 from posttrain.grading.source import (
     defined_names,
@@ -68,7 +69,7 @@ async def _awaited(value: Any) -> Any:
 
 def reward_names(specs: Sequence[str]) -> list[str]:
     """The name each reward is logged under: its function's, with the file's stem where two are alike."""
-    names = [(split_spec(spec) or ("", spec))[1] for spec in specs]
+    names = [learned_name(spec) or (split_spec(spec) or ("", spec))[1] for spec in specs]
     unique: list[str] = []
     for spec, name in zip(specs, names, strict=True):
         parts = split_spec(spec)
@@ -93,13 +94,17 @@ def _file_of(spec: str, path: str, folder: Path | None) -> Path:
 
 def check_spec(spec: str, folder: Path | None = None) -> None:
     """Find what can be found without running anything. Raises: ConfigError."""
+    if split_learned(spec):
+        learned_source(spec, folder)
+        return
     parts = split_spec(spec)
     if parts is None:
         if spec not in REWARDS:
             near = get_close_matches(spec, REWARDS, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
-                f"reward_funcs: {spec!r} is neither file.py:function nor in the library{hint} (library: {', '.join(REWARDS)})"
+                f"reward_funcs: {spec!r} is neither file.py:function nor model:FOLDER nor judge:FILE.yaml nor in the library{hint} "
+                f"(library: {', '.join(REWARDS)})"
             )
         return
     file = _file_of(spec, parts[0], folder)
@@ -205,9 +210,10 @@ def reward_digest(
     weights: Sequence[float] | None = None,
     folder: Path | None = None,
 ) -> str:
-    """Digest of what decides a reward: source of the files and their neighbours, numbers of library and graders, versions, options.
+    """Digest of what decides a reward: source of the files and their neighbours, weights of models, a judge's file, numbers of library
+    and graders, versions, options.
 
-    Nothing is executed. What a reward reads from disk or network is not seen.
+    Nothing is executed. What a reward reads from disk or network is not seen; nor is the model behind a judge's URL.
     """
     options = options_by_name(kwargs)
     sources: dict[str, str] = {}
@@ -221,9 +227,11 @@ def reward_digest(
         elif options.get(spec, {}).get("backend") == "math_verify":
             imported |= {"math_verify", "latex2sympy2_extended", "sympy"}
     names = reward_names(specs)
+    learned = {spec: learned_digest(spec, folder) for spec in specs if split_learned(spec)}
     return digest_json(
         {
-            "rewards": [(split_spec(spec) or ("", spec))[1] for spec in specs],
+            **({"learned": list(learned.values())} if learned else {}),
+            "rewards": [learned_name(spec) or (split_spec(spec) or ("", spec))[1] for spec in specs],
             "sources": sources,
             "library": [revision("rewards"), grading_digest()],
             "versions": dependency_versions(imported),

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import ConfigError
+from posttrain.grading.learned import split_learned
 from posttrain.rewards.resolve import MissingColumnError, RewardFunction, load_reward, reward_names
 
 _MAX_MESSAGE_CHARS = 500
@@ -50,14 +51,16 @@ def _write(stream: Any, answer: dict[str, Any]) -> None:
     stream.flush()
 
 
-def _load(setup: dict[str, Any], answers: Any) -> list[RewardFunction]:
+def _load(setup: dict[str, Any], answers: Any) -> dict[int, RewardFunction]:
+    """The functions by their place among the rewards; what a model says is not asked here."""
     folder = Path(setup["folder"]) if setup["folder"] else None
     kwargs, names = setup["kwargs"], reward_names(setup["specs"])
     try:
-        functions = [
-            load_reward(spec, kwargs.get(name), folder, timeout_s=setup["timeout_s"])
-            for spec, name in zip(setup["specs"], names, strict=True)
-        ]
+        functions = {
+            place: load_reward(spec, kwargs.get(name), folder, timeout_s=setup["timeout_s"])
+            for place, (spec, name) in enumerate(zip(setup["specs"], names, strict=True))
+            if not split_learned(spec)
+        }
     except ConfigError as error:
         _write(answers, {"id": 0, "error": str(error)})
         sys.exit(1)

@@ -1,4 +1,5 @@
 """Rewards in worker processes with deadlines: a completion that hangs or crashes a reward costs that completion only.
+Those that are a model's opinion are asked in this process, where the model is, and have no deadline but their own.
 
 A failure is *unscored*, with its reason, and never 0. Results do not depend on the number of workers, because the
 completions are cut into chunks of a fixed size; a reward must score each completion by itself.
@@ -17,6 +18,8 @@ from types import TracebackType
 from typing import Any
 
 from posttrain.errors import ConfigError, RewardError
+from posttrain.grading.learned import split_learned
+from posttrain.rewards.learned import LearnedReward, LoadLearned
 from posttrain.rewards.library import REWARDS
 from posttrain.rewards.process import START_TIMEOUT_S, RewardProcess, ScribbledError
 from posttrain.rewards.resolve import check_spec, options_by_name, reward_digest, reward_names
@@ -67,6 +70,7 @@ class _ScoreCall:
     reasons: list[list[str | None]]
     max_unscored: float
     answered_before: set[int]
+    counts: list[dict[str, float]]
     queue: deque[_Task] = field(default_factory=deque)
     num_hung: Counter[int] = field(default_factory=Counter)
 
@@ -105,6 +109,17 @@ class _ScoreCall:
                 f"{limit_s:g} s. Fix the reward, or raise reward_timeout_s if it is slow"
             )
 
+    def ask(self, function: int, reward: LearnedReward) -> None:
+        """A model's opinion of all completions at once."""
+        opinions = reward.score(self.prompts, self.completions, self.columns)
+        for item, opinion in enumerate(opinions):
+            self.values[function][item] = opinion.value
+            if opinion.error is not None:
+                self._unscored(function, item, opinion.error)
+            for name, count in opinion.counts.items():
+                self.counts[item][f"{self.names[function]}/{name}"] = count
+        self._give_up_if_hopeless()
+
     def _unscored(self, function: int, item: int, reason: str) -> None:
         self.reasons[function][item] = f"{self.names[function]}: {reason}"
 
@@ -129,7 +144,8 @@ class _ScoreCall:
 class RewardPool:
     """Reward functions behind worker processes: `with RewardPool(specs) as pool: pool.score(...)`.
 
-    `timeout_s` is the deadline of one completion, and of one batch call before it is retried item by item.
+    `timeout_s` is the deadline of one completion, and of one batch call before it is retried item by item. `load` loads those that are a
+    model's opinion.
     Raises: ConfigError for rewards that cannot be loaded.
     """
 
@@ -144,6 +160,7 @@ class RewardPool:
         *,
         folder: Path | None = None,
         hash_seed: int = 0,
+        load: LoadLearned | None = None,
     ) -> None:
         self.specs, self.folder, self.timeout_s = tuple(specs), folder, timeout_s
         self.names = reward_names(specs)
@@ -155,8 +172,11 @@ class RewardPool:
             )
         if unknown := sorted(set(self.kwargs) - set(self.names)):
             raise ConfigError(f"reward_kwargs: no reward {unknown[0]!r}; reward_funcs are {', '.join(self.names)}")
+        if optioned := sorted(self.learned & set(self.kwargs)):
+            raise ConfigError(f"reward_kwargs: {optioned[0]!r} takes no options; a judge's stand in its file")
         for spec in specs:
             check_spec(spec, folder)
+        self._load, self._learned = load, dict[int, LearnedReward]()
         self.num_workers, self.memory_bytes, self._hash_seed = num_workers, memory_bytes, hash_seed
         self._workers: list[_PoolWorker] = []
         self._lock = threading.Lock()
@@ -169,15 +189,32 @@ class RewardPool:
 
     def twin(self, hash_seed: int) -> RewardPool:
         """The same rewards in processes whose hashes are salted otherwise, and one worker more."""
-        return RewardPool(
+        twin = RewardPool(
             self.specs, self.weights, self.kwargs, self.num_workers + 1, self.timeout_s, self.memory_bytes,
             folder=self.folder, hash_seed=hash_seed,
         )  # fmt: skip
+        twin._learned = self._learned
+        return twin
+
+    @property
+    def learned(self) -> frozenset[str]:
+        """Names of the rewards that are a model's opinion: there is no full mark, and one batch rounds otherwise than another."""
+        return frozenset(name for name, spec in zip(self.names, self.specs, strict=True) if split_learned(spec))
+
+    @property
+    def rounding(self) -> dict[str, float]:
+        """How far two scores of one completion may lie apart, by reward; those that are not named give the same each time."""
+        return {self.names[place]: reward.rounding for place, reward in self._learned.items()}
 
     def __enter__(self) -> RewardPool:
-        """Start the workers and wait until each has loaded the rewards. Raises: ConfigError."""
+        """Load the models, start the workers and wait until each has loaded the functions. Raises: ConfigError, ModelError."""
         try:
-            while len(self._workers) < self.num_workers:
+            for place, spec in enumerate(self.specs):
+                if split_learned(spec) and place not in self._learned:
+                    if self._load is None:
+                        raise ConfigError(f"{spec}: a model's opinion cannot be asked here; expected functions")
+                    self._learned[place] = self._load(spec, self.folder)
+            while len(self._workers) < self.num_workers * (len(self._learned) < len(self.specs)):
                 self._workers.append(self._start())
             for worker in self._workers:
                 self._await_ready(worker.process)  # at once for those that are
@@ -194,7 +231,9 @@ class RewardPool:
     def close(self) -> None:
         for worker in self._workers:
             worker.process.kill()
-        self._workers = []
+        for reward in self._learned.values() if self._load else ():
+            reward.close()
+        self._workers, self._learned = [], {}
 
     def score(
         self,
@@ -214,16 +253,20 @@ class RewardPool:
             assert len(column) == num, f"{name} has {len(column)} rows for {num} completions"
         call = _ScoreCall(
             self.names, prompts, completions, columns, [[None] * num for _ in self.specs], [[None] * num for _ in self.specs],
-            max_unscored, self._answered,
+            max_unscored, self._answered, [{} for _ in range(num)],
         )  # fmt: skip
         for start in range(0, num, CHUNK_SIZE):
             items = tuple(range(start, min(start + CHUNK_SIZE, num)))
             for function, spec in enumerate(self.specs):
+                if split_learned(spec):
+                    continue
                 alone = spec in REWARDS and REWARDS[spec].alone
                 call.queue.extend(_Task(function, part) for part in (((i,) for i in items) if alone else (items,)))
         with self._lock:
             self.__enter__()
             self._run(call)
+            for function, reward in self._learned.items():
+                call.ask(function, reward)
         breakdowns = [self._breakdown(call, item) for item in range(num)]
         errors = [b.error or "every reward returned None" for b in breakdowns if b.total is None]
         refuse_unscored(errors, num, max_unscored)
@@ -316,7 +359,7 @@ class RewardPool:
             weight * value for weight, value in zip(self.weights, parts.values(), strict=True) if value is not None
         ]
         total = sum(scored) if scored and not errors else None
-        return RewardBreakdown(total, parts, "; ".join(errors) or None)
+        return RewardBreakdown(total, parts, "; ".join(errors) or None, call.counts[item])
 
 
 def _is_idle(process: RewardProcess) -> bool:

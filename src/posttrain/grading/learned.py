@@ -1,0 +1,102 @@
+"""Rewards and scorers that are a model's opinion, by name: `model:FOLDER` and `judge:FILE.yaml`; and the digest of what they are made of.
+
+Nothing is loaded here, and nobody is asked.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from posttrain.errors import ConfigError
+from posttrain.files import digest_file, digest_json, digest_tree
+from posttrain.names import JUDGE, REWARD_MODEL
+
+_CLASSIFIER = "ForSequenceClassification"
+
+
+def split_learned(spec: str) -> tuple[str, str] | None:
+    """(prefix, source) of `model:./rm` and `judge:rubric.yaml`; None for any other reward."""
+    prefix = next((prefix for prefix in (REWARD_MODEL, JUDGE) if spec.startswith(prefix)), None)
+    return (prefix, spec.removeprefix(prefix)) if prefix else None
+
+
+def learned_name(spec: str) -> str | None:
+    """What it is logged under: the folder's or the file's name."""
+    parts = split_learned(spec)
+    return Path(parts[1]).stem if parts else None
+
+
+def learned_source(spec: str, folder: Path | None = None) -> Path | str:
+    """The folder or the file, relative to `folder`; a hub id as it stands. Raises: ConfigError for what is not there."""
+    parts = split_learned(spec)
+    assert parts is not None
+    prefix, source = parts
+    path = ((folder or Path()) / Path(source).expanduser()).resolve()
+    if prefix == JUDGE:
+        if not path.is_file():
+            raise ConfigError(f"{spec}: no file {path}; expected judge:FILE.yaml, relative to where it is named")
+        return path
+    if path.is_dir():
+        _check_is_a_reward_model(spec, path)
+        return path
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise ConfigError(f"{spec}: no folder {path}; expected model:FOLDER of a reward model, or its hub id")
+    return source
+
+
+def learned_digest(spec: str, folder: Path | None = None) -> str:
+    """Of a reward model its folder's, of a judge its file's with that of the model that it loads. Raises: ConfigError."""
+    source = learned_source(spec, folder)
+    if isinstance(source, str):
+        return f"hub:{source}"
+    if source.is_dir():
+        return _folder_digest(source)
+    judge = _judged_by(source)
+    local = (source.parent / Path(str(judge.get("model"))).expanduser()).resolve()
+    held = _folder_digest(local) if judge.get("url") is None and local.is_dir() else None
+    return digest_json([digest_file(source), held])
+
+
+def _judged_by(file: Path) -> Mapping[str, Any]:
+    try:
+        found: Any = yaml.safe_load(file.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: expected YAML with the keys of a judge: {error}") from None
+    return cast("Mapping[str, Any]", found) if isinstance(found, dict) else {}
+
+
+def _check_is_a_reward_model(spec: str, folder: Path) -> None:
+    """Another model would get a new head, and pay at random. Raises: ConfigError."""
+    try:
+        config: Any = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{spec}: {folder} has no config.json that can be read ({error}); expected a model folder"
+        ) from None
+    kinds = config.get("architectures") or ["no architecture"]
+    if not any(_CLASSIFIER in kind for kind in kinds):
+        raise ConfigError(
+            f"{spec}: {folder} is a {kinds[0]}; expected a sequence-classification model with one label, as `posttrain reward_model` "
+            "leaves it in its stage's `model`"
+        )
+    # transformers writes the names of labels down unless there are two of them.
+    num_labels = len(config.get("id2label") or ("no", "yes"))
+    if num_labels != 1:
+        raise ConfigError(f"{spec}: {folder} has {num_labels} labels; expected a reward model, which has one")
+
+
+def _folder_digest(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return _digest_of(folder, tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files))
+
+
+@functools.lru_cache(maxsize=32)
+def _digest_of(folder: Path, state: tuple[tuple[str, int, int], ...]) -> str:
+    """Gigabytes are read once, while size and time of every file stay."""
+    return digest_tree(folder)

@@ -1,0 +1,262 @@
+"""A judge, loaded: its questions to an OpenAI-compatible server or a model in this process, its answers kept on disk by digest."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, Protocol, cast
+from urllib.parse import urlsplit
+
+from posttrain.config.judge import JudgeKeys
+from posttrain.config.load import load_judge
+from posttrain.config.stages import ModelKeys
+from posttrain.data.cache import cache_root
+from posttrain.data.render import chat_ids
+from posttrain.errors import DataError, ModelError, RewardError
+from posttrain.files import digest_json, read_json, write_json
+from posttrain.models.load import load_tokenizer, missing_chat_template
+from posttrain.models.provenance import source_digest
+from posttrain.models.text import decoder
+from posttrain.recipes.engines import EngineSource, make_engine
+from posttrain.rewards.learned import Opinion
+from posttrain.rewards.library import text_of
+from posttrain.rewards.verdicts import JudgeQuestion, JudgeReply, NothingToJudgeError, VerdictForm
+from posttrain.rollout.sampling import request_seed
+from posttrain.types import Request, SamplingParams, in_order
+from posttrain.uris import without_secrets
+
+_FORM = 1
+"""Of what is kept of an answer."""
+_BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_WAIT_S = 0.5
+"""Before a question is put again; twice as long each time."""
+_MAX_CHARS = 300
+
+Messages = list[dict[str, str]]
+
+
+class JudgeModel(Protocol):
+    """Who answers: `identity` is what verdicts are kept under, beside what was asked."""
+
+    @property
+    def identity(self) -> str: ...
+
+    def replies(self, questions: Sequence[tuple[Messages, int]]) -> list[JudgeReply]:
+        """One to each of (messages, seed), in order. A question that failed has its reason."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class JudgeReward:
+    """A `LearnedReward`: verdicts on completions, each question asked of whoever answers unless its answer is known."""
+
+    rounding = 0.0
+
+    def __init__(self, keys: JudgeKeys, asked: JudgeModel) -> None:
+        self._keys, self._asked = keys, asked
+        criteria = tuple((one.criterion, one.weight) for one in keys.rubric)
+        self._judging = VerdictForm(keys.asked, re.compile(keys.verdict), keys.scale, criteria, keys.against)
+        self._cache = Path(keys.cache) if keys.cache else cache_root().parent / "verdicts"
+
+    def score(
+        self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
+    ) -> list[Opinion]:
+        """Raises: RewardError for a column that is not there; with `on_failure: stop` for the first that has no verdict."""
+        rows = [
+            self._questions(prompt, completion, {name: column[place] for name, column in columns.items()})
+            for place, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        wanted = [(self._messages(q), self._seed(n)) for row in rows if not isinstance(row, str) for q in row for n in self._samples]  # fmt: skip
+        replies = iter(self._replies(wanted))
+        opinions = [
+            Opinion(None, row) if isinstance(row, str)
+            else self._judging.opinion([(question, [next(replies) for _ in self._samples]) for question in row])
+            for row in rows
+        ]  # fmt: skip
+        failed = next((opinion.error for opinion in opinions if opinion.error is not None), None)
+        if failed is not None and self._keys.on_failure == "stop":
+            raise RewardError(f"judge {self._asked.identity}: {failed}; on_failure: stop ends the run here")
+        return opinions
+
+    def close(self) -> None:
+        self._asked.close()
+
+    @property
+    def _samples(self) -> range:
+        return range(self._keys.samples)
+
+    def _seed(self, sample: int) -> int:
+        return self._keys.seed + sample
+
+    def _questions(self, prompt: Any, completion: Any, columns: Mapping[str, Any]) -> list[JudgeQuestion] | str:
+        """Or why there is nothing to ask."""
+        try:
+            return self._judging.questions(_as_text(prompt), text_of(completion), columns)
+        except NothingToJudgeError as error:
+            return str(error)
+
+    def _messages(self, question: JudgeQuestion) -> Messages:
+        system = [{"role": "system", "content": self._keys.system}] if self._keys.system else []
+        return [*system, {"role": "user", "content": question.text}]
+
+    def _replies(self, wanted: Sequence[tuple[Messages, int]]) -> list[JudgeReply]:
+        """What is on disk is not asked again, nor is anything twice at once."""
+        paths = [self._path(messages, seed) for messages, seed in wanted]
+        found = {path: _kept(path) for path in dict.fromkeys(paths)}
+        new = {path: question for path, question in zip(paths, wanted, strict=True) if found[path] is None}
+        for path, reply in zip(new, self._asked.replies(list(new.values())), strict=True):
+            found[path] = reply
+            if reply.text is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, {"text": reply.text, "tokens": reply.tokens})
+        return [cast("JudgeReply", found[path]) for path in paths]
+
+    def _path(self, messages: Messages, seed: int) -> Path:
+        keys = self._keys
+        how = [keys.temperature, keys.max_tokens, seed]
+        name = digest_json([_FORM, self._asked.identity, how, messages]).removeprefix("sha256:")
+        return self._cache / name[:2] / f"{name}.json"
+
+
+def _kept(path: Path) -> JudgeReply | None:
+    try:
+        record = read_json(path)
+        return JudgeReply(record["text"], tokens=record["tokens"], cached=True)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _as_text(prompt: Any) -> str:
+    """A question as it stands, a conversation as its turns."""
+    if isinstance(prompt, str):
+        return prompt
+    turns = [(str(message.get("role")), text_of([{**message, "role": "assistant"}])) for message in prompt]
+    return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {text}" for role, text in turns)
+
+
+# --- a server ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class JudgeServer:
+    """OpenAI's chat completions at `url`, many at once. The API key comes from the environment and goes nowhere else."""
+
+    keys: JudgeKeys
+    identity: str
+
+    def replies(self, questions: Sequence[tuple[Messages, int]]) -> list[JudgeReply]:
+        with ThreadPoolExecutor(self.keys.at_once) as threads:
+            return list(threads.map(lambda question: self._reply(*question), questions))
+
+    def close(self) -> None:
+        """Each question has a connection of its own."""
+
+    def _reply(self, messages: Messages, seed: int) -> JudgeReply:
+        keys = self.keys
+        body = {"model": keys.model, "messages": messages, "max_tokens": keys.max_tokens, "temperature": keys.temperature, "seed": seed}  # fmt: skip
+        why = ""
+        for attempt in range(keys.retries + 1):
+            if attempt:
+                time.sleep(_WAIT_S * 2 ** (attempt - 1))
+            try:
+                return _read_reply(self._call(json.dumps(body).encode()))
+            except urllib.error.HTTPError as error:
+                why = f"answered {error.code}: {_said(error)}"
+                if error.code not in _BUSY:
+                    break
+            except (OSError, ValueError) as error:  # nobody there, too late, cut off, no JSON
+                why = f"did not answer: {error}"
+        return JudgeReply(None, f"the judge at {self.keys.url} {without_secrets(why)[:_MAX_CHARS]}")
+
+    def _call(self, body: bytes) -> Any:
+        token = os.environ.get(self.keys.token_env, "")
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        request = urllib.request.Request(f"{self.keys.url}/chat/completions", body, headers)
+        opener = urllib.request.build_opener(*_no_proxy(self.keys.url or ""), _NoRedirects)
+        with opener.open(request, timeout=self.keys.timeout_s) as answer:
+            return json.loads(answer.read())
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """An API key is for the server that was named."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _no_proxy(url: str) -> list[urllib.request.ProxyHandler]:
+    """A server of this machine is not asked through a proxy."""
+    host = urlsplit(url).hostname or ""
+    try:
+        here = ip_address(host).is_loopback
+    except ValueError:
+        here = host == "localhost"
+    return [urllib.request.ProxyHandler({})] if here else []
+
+
+def _read_reply(answer: Any) -> JudgeReply:
+    """Raises: ValueError for what is no chat completion."""
+    try:
+        text = answer["choices"][0]["message"]["content"]
+        tokens = (answer.get("usage") or {}).get("total_tokens", 0)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"expected a chat completion, got {json.dumps(answer)[:80]} ({error!r})") from error
+    return JudgeReply(text or "", tokens=int(tokens))
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    return " ".join(error.read(2000).decode("utf-8", "replace").split())
+
+
+# --- a model in this process ---------------------------------------------------------------------------------------
+
+
+class LocalJudge:
+    """A model of this process, which our engine decodes."""
+
+    def __init__(self, keys: JudgeKeys, device: str) -> None:
+        model = ModelKeys.model_validate({"base_model": keys.model, "device": device})
+        self.identity = source_digest(keys.model)
+        self._params = SamplingParams(max_tokens=keys.max_tokens, temperature=keys.temperature)
+        self._tokenizer = load_tokenizer(model)
+        if missing_chat_template(self._tokenizer):
+            raise ModelError(f"judge: {keys.model} has no chat template; expected a model that answers in chats")
+        self._decode = decoder(self._tokenizer)
+        self._engine = make_engine(EngineSource(model))
+
+    def replies(self, questions: Sequence[tuple[Messages, int]]) -> list[JudgeReply]:
+        found: list[JudgeReply | None] = [None] * len(questions)
+        requests: list[tuple[int, Request]] = []
+        for place, (messages, seed) in enumerate(questions):
+            try:
+                ids = chat_ids(self._tokenizer, tuple(cast("Any", messages)))
+            except DataError as error:
+                found[place] = JudgeReply(None, f"the judge cannot read it: {error}")
+            else:
+                requests.append((place, Request(ids, request_seed("judge", seed, digest_json(messages)))))
+        answers = (
+            in_order(self._engine.generate([request for _, request in requests], self._params)) if requests else []
+        )
+        for (place, request), answer in zip(requests, answers, strict=True):
+            found[place] = JudgeReply(self._decode(answer.ids), tokens=len(request.prompt_ids) + len(answer.ids))
+        return [reply for reply in found if reply is not None]
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def load_judge_reward(file: Path | str, device: str) -> JudgeReward:
+    """Raises: ConfigError, ModelError."""
+    keys = load_judge(Path(file))
+    asked = LocalJudge(keys, device) if keys.url is None else JudgeServer(keys, f"{keys.url} {keys.model}")
+    return JudgeReward(keys, asked)
