@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+SUDO   := $(if $(filter-out 0,$(shell id -u)),sudo)
 STAMP  := $(VENV)/.installed
 # One thread: the demo's model is too small to gain from two, and tests run in two processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo reward-hacking setup-vllm setup-ray test test-all check format bench bench-all gpu-check gpu-bench clean help
+.PHONY: demo reward-hacking setup-vllm setup-ray setup-browser test test-all check format bench bench-all gpu-check gpu-bench clean help
 
 help:
 	@echo "make demo      set up, then take the tiny base model through SFT, DPO and GRPO to the registry"
@@ -14,6 +15,7 @@ help:
 	@echo "make test      set up, then run the tests (make test-all adds the long ones)"
 	@echo "make setup-vllm   add vLLM for CPUs (2 GB); make test then runs its tests too"
 	@echo "make setup-ray    add Ray (240 MB); make test then runs its tests too"
+	@echo "make setup-browser   add Playwright and the distribution's Chromium; make test then looks at the pages of posttrain ui"
 	@echo "make check     lint, types, import layers"
 	@echo "make bench     side by side with TRL"
 	@echo "make gpu-check gpu-bench   on a machine with a GPU: are its numbers right, and how fast is it"
@@ -30,6 +32,11 @@ setup-vllm: $(STAMP)
 
 setup-ray: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'
+
+# No browser is downloaded: Playwright is given the distribution's, or the one that POSTTRAIN_CHROMIUM names.
+setup-browser: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	command -v chromium || command -v chromium-browser || command -v google-chrome || { $(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends chromium; }
 
 demo: $(STAMP)
 	$(BIN)/posttrain run examples/quickstart/pipeline.yaml --quiet

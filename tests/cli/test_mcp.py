@@ -208,13 +208,19 @@ def test_no_secret_is_in_an_answer(monkeypatch):
 
 
 def test_a_run_goes_on_behind_its_call_and_its_error_comes_with_the_next(folder):
-    (folder / "sft.yaml").write_text("base_model: nowhere\n")
+    (folder / "run.yaml").write_text("base_model: nowhere\nstages: []\n")
     acts = ActTools(ServedFolder(folder))
-    first = acts.run(config="sft.yaml", wait_s=0)
-    assert (first.command, first.code) == ("posttrain run --on-change=refuse --quiet -- sft.yaml", None)
+    first = acts.run(config="run.yaml", wait_s=0)
+    assert (first.command, first.code) == ("posttrain run --on-change=refuse --quiet -- run.yaml", None)
     assert first.ending.startswith("still running")
-    then = acts.run(config="sft.yaml", wait_s=120)
-    assert isinstance(then, Act) and then.is_refused and "sft.yaml" in then.output
+    then = acts.run(config="run.yaml", wait_s=120)
+    assert isinstance(then, Act) and then.is_refused and "run.yaml" in then.output
+
+
+def test_a_stage_is_started_by_its_own_verb_and_only_shown_where_that_was_asked(folder):
+    (folder / "prefer.yaml").write_text("base_model: nowhere\nloss_type: ipo\nbeta: 0.1\ndatasets: [{path: x}]\n")
+    shown = ActTools(ServedFolder(folder), only_show=True).run(config="prefer.yaml")
+    assert shown == Act("posttrain dpo --on-change=refuse --quiet -- prefer.yaml", None, "")
 
 
 def test_words_that_look_like_options_stay_arguments(folder):

@@ -48,10 +48,14 @@ class Act:
 
 
 class ActTools:
-    """The tools that act. What still runs when the server ends is told to stop, and saves; it goes on when it is started again."""
+    """The tools that act. What still runs when the server ends is told to stop, and saves; it goes on when it is started again.
 
-    def __init__(self, place: ServedFolder) -> None:
+    With `only_show` each answers the command line that it would run.
+    """
+
+    def __init__(self, place: ServedFolder, *, only_show: bool = False) -> None:
         self.place = place
+        self._only_show = only_show
         self._going: dict[tuple[str, ...], tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
         self._lock = threading.Lock()
 
@@ -66,10 +70,14 @@ class ActTools:
         ] = "refuse",
         wait_s: Annotated[float, Field(ge=0, le=300, description="Answer after so long, while the run goes on.")] = 20.0,
     ) -> Act:  # fmt: skip
-        """Start a pipeline, or go on with it. Answers with its command line, then its output and exit code, or that it still runs."""
-        sets = [f"--set={one}" for one in self.place.overrides(overrides)]
-        where = self.place.shown(self.place.inside(config))
-        return self._act(["run", *sets, f"--on-change={on_change}", "--quiet", "--", where], wait_s)
+        """Start a pipeline or a stage, or go on with it. Answers with its command line, then its output and exit code, or that it still runs."""
+        from posttrain.cli.stage import kind_in
+
+        kept, path = self.place.overrides(overrides), self.place.inside(config)
+        sets, where, kind = [f"--set={one}" for one in kept], self.place.shown(path), kind_in(path, None, kept)
+        return self.act(
+            ["run" if kind == "pipeline" else kind, *sets, f"--on-change={on_change}", "--quiet", "--", where], wait_s
+        )
 
     def gate_decide(
         self, *, run: RunPath, decision: Literal["accept", "reject"], reason: Reason,
@@ -77,7 +85,7 @@ class ActTools:
     ) -> Act:  # fmt: skip
         """Decide on a verdict that waits for a person. Start the run again to go on."""
         where = self.place.shown(self.place.run_folder(run))
-        return self._act(["gate", "decide", f"--{decision}", f"--by={by}", f"--reason={reason}", "--", where])
+        return self.act(["gate", "decide", f"--{decision}", f"--by={by}", f"--reason={reason}", "--", where])
 
     def promote(
         self, *, ref: Annotated[str, Field(description="NAME@VERSION.")], alias: str = "champion", registry: RegistryPath = "registry",
@@ -85,14 +93,14 @@ class ActTools:
     ) -> Act:  # fmt: skip
         """Give an alias to a version that passed its gate against the present holder."""
         judged = [f"--verdict={self.place.shown(self.place.inside(verdict))}"] if verdict else []
-        return self._act(["registry", "promote", f"--alias={alias}", *judged, self._registry(registry), "--", ref])
+        return self.act(["registry", "promote", f"--alias={alias}", *judged, self._registry(registry), "--", ref])
 
     def rollback(
         self, *, name: Annotated[str, Field(description="Name of the model.")], reason: Reason, alias: str = "champion",
         registry: RegistryPath = "registry",
     ) -> Act:  # fmt: skip
         """Give the alias back to its previous holder, and put the present one on hold."""
-        return self._act(
+        return self.act(
             ["registry", "rollback", f"--reason={reason}", f"--alias={alias}", self._registry(registry), "--", name]
         )
 
@@ -104,10 +112,13 @@ class ActTools:
     def _registry(self, folder: str) -> str:
         return f"--registry={self.place.shown(self.place.inside(folder))}"
 
-    def _act(self, arguments: list[str], wait_s: float = 300.0) -> Act:
+    def act(self, arguments: list[str], wait_s: float = 300.0) -> Act:
+        """A command line of ours; the same again while it runs waits for its end."""
         command, key = f"posttrain {shlex.join(arguments)}", tuple(arguments)
         if any("\0" in word for word in arguments):
             raise ConfigError("got a zero byte in an argument; expected text")
+        if self._only_show:
+            return Act(command, None, "")
         with self._lock:
             if key not in self._going:
                 self._going[key] = self._start(arguments)

@@ -91,9 +91,13 @@ class ReadTools:
         return explain_record(key or None)
 
     def _record(self, run: str | Path) -> "RunRecord":
+        return self.record(run, with_metrics=True)
+
+    def record(self, run: str | Path, *, with_metrics: bool) -> "RunRecord":
+        """A run no part of which lies outside. Raises: ConfigError, DataError."""
         from posttrain.report.records import read_run
 
-        record = read_run(self.place.run_folder(run))
+        record = read_run(self.place.run_folder(run), with_metrics=with_metrics)
         for stage in record.stages:  # pipeline.json names their folders
             self.place.inside(record.folder / str(stage.entry.get("folder") or "."))
         return record

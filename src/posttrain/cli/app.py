@@ -80,6 +80,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "mcp",
         "Let an agent read runs, metrics, verdicts, registry, plans and keys (MCP, stdio).",
     ),
+    "ui": ("posttrain.cli.ui", "ui", "Show runs, curves, gates and the registry in a browser, on this machine."),
     "explain": ("posttrain.cli.explain", "explain", "Say what a key means, its default and what other tools call it."),
     "doctor": ("posttrain.cli.doctor", "doctor", "Check this machine and its packages."),
 }

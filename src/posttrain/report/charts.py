@@ -24,8 +24,8 @@ _VERDICT_COLOR = {"PASS": "#1b6e3c", "FAIL": _RED}
 _MAX_POINTS = 1000
 _FONTS = re.compile(r"font-family: [^;\"]+")
 _TAG = re.compile(r"<[^>]+>")
-_THROUGHPUT = "tokens_per_second"
-_MEMORY = "memory_peak_mib"
+THROUGHPUT = "tokens_per_second"
+MEMORY = "memory_peak_mib"
 _LONG_NUMBER = re.compile(r"(?<![\w#.])-?\d+\.\d{2,}(?![\w.])")
 _DARK = {
     _BLUE: "#7fb2ee", _ORANGE: "#f0a06a", _RED: "#ff8a80", _GREY: "#a6a6ad", "#1b6e3c": "#6cc48f", _GRID: "#34343a",
@@ -52,8 +52,8 @@ _PREFERENCE_LOSS = Panel(
 )
 _RUNNING = (
     Panel("Learning rate", "Size of a step: warm-up, then decay.", ("learning_rate",)),
-    Panel("Throughput", "Tokens per second, with evaluation and saving.", (_THROUGHPUT,)),
-    Panel("Memory", "The most that the process has held so far, in MiB.", (_MEMORY,)),
+    Panel("Throughput", "Tokens per second, with evaluation and saving.", (THROUGHPUT,)),
+    Panel("Memory", "The most that the process has held so far, in MiB.", (MEMORY,)),
 )
 """What every stage shows."""
 # fmt: off
@@ -145,8 +145,13 @@ class Chart:
     meaning: str = ""
 
 
+def panels_of(kind: str) -> tuple[Panel, ...]:
+    """What is drawn of a stage, where it was logged."""
+    return (*(PANELS[STAGE_KINDS[kind].learns_from] if kind in STAGE_KINDS else _UNKNOWN), *_RUNNING)
+
+
 def learning_curves(kind: str, metrics: Sequence[Mapping[str, Any]], finding_steps: Sequence[int] = ()) -> list[Chart]:
-    panels = (*(PANELS[STAGE_KINDS[kind].learns_from] if kind in STAGE_KINDS else _UNKNOWN), *_RUNNING)
+    panels = panels_of(kind)
     rows = _with_memory(_with_throughput(metrics))
     return [chart for panel in panels if (chart := _curve(panel, rows, finding_steps)) is not None]
 
@@ -156,14 +161,12 @@ def _with_throughput(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, 
     rows = list(metrics[:1])
     for before, row in pairwise(metrics):
         tokens, seconds = (_difference(before, row, name) for name in ("num_tokens", "time"))
-        rows.append({**row, _THROUGHPUT: tokens / seconds} if tokens > 0 and seconds > 0 else row)
+        rows.append({**row, THROUGHPUT: tokens / seconds} if tokens > 0 and seconds > 0 else row)
     return rows
 
 
 def _with_memory(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [
-        {**row, _MEMORY: row["memory_peak_bytes"] / 2**20} if "memory_peak_bytes" in row else row for row in metrics
-    ]
+    return [{**row, MEMORY: row["memory_peak_bytes"] / 2**20} if "memory_peak_bytes" in row else row for row in metrics]
 
 
 def _difference(before: Mapping[str, Any], row: Mapping[str, Any], name: str) -> float:

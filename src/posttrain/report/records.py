@@ -117,8 +117,8 @@ class RunRecord:
         return (final or list(self.gates) or [None])[-1]
 
 
-def read_run(folder: Path) -> RunRecord:
-    """Raises: DataError if `folder` does not look like a run at all."""
+def read_run(folder: Path, *, with_metrics: bool = True) -> RunRecord:
+    """Without metrics for who reads them as they grow (`report/series.py`). Raises: DataError if `folder` does not look like a run at all."""
     folder = Path(folder)
     if not any((folder / name).exists() for name in ("pipeline.json", "stages", "config.yaml", "metrics.jsonl")):
         raise DataError(
@@ -131,7 +131,7 @@ def read_run(folder: Path) -> RunRecord:
         folder=folder,
         name=str(pipeline.get("name") or folder.resolve().name),
         status=str(pipeline.get("status") or "unknown"),
-        stages=_stages(folder, pipeline, problems),
+        stages=_stages(folder, pipeline, problems, with_metrics),
         evals=_evals(folder, problems),
         gates=_gates(folder, pipeline, problems),
         config_text=config_text,
@@ -152,22 +152,24 @@ def _certificates(folder: Path, problems: list[str]) -> dict[str, Mapping[str, A
     return {name: record for name, record in found.items() if record}
 
 
-def _stages(folder: Path, pipeline: Mapping[str, Any], problems: list[str]) -> tuple[StageRecord, ...]:
+def _stages(
+    folder: Path, pipeline: Mapping[str, Any], problems: list[str], with_metrics: bool
+) -> tuple[StageRecord, ...]:
     """Those the pipeline lists; without a list, those that have a folder; at last the run folder itself."""
     listed = [as_mapping(entry) for entry in pipeline.get("stages") or []]
     if not listed:
         listed = [{"folder": f"stages/{path.name}"} for path in sorted((folder / "stages").glob("*")) if path.is_dir()]
     if not listed and (folder / "metrics.jsonl").exists():
         listed = [{"folder": "."}]
-    return tuple(_stage(folder, entry, problems) for entry in listed)
+    return tuple(_stage(folder, entry, problems, with_metrics) for entry in listed)
 
 
-def _stage(folder: Path, entry: Mapping[str, Any], problems: list[str]) -> StageRecord:
+def _stage(folder: Path, entry: Mapping[str, Any], problems: list[str], with_metrics: bool) -> StageRecord:
     where = folder / str(entry.get("folder") or "missing")
     name = where.resolve().name
     result = as_mapping(_try(where / "result.json", read_json, {}, problems))
     tail = name.split("-", 1)[-1]
-    metrics = tuple(_try(where / "metrics.jsonl", read_jsonl, [], problems))
+    metrics = tuple(_try(where / "metrics.jsonl", read_jsonl, [], problems)) if with_metrics else ()
     return StageRecord(
         name=name,
         kind=str(entry.get("kind") or result.get("kind") or tail),

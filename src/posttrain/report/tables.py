@@ -304,13 +304,13 @@ def mask_examples(run: RunRecord) -> list[tuple[str, MaskExample]]:
     found: list[tuple[str, MaskExample]] = []
     for stage in run.stages:
         for example in list(stage.data.get("examples") or [])[:MAX_MASK_EXAMPLES]:
-            parsed = _mask_example(example)
+            parsed = mask_example(example)
             if parsed.segments:
                 found.append((stage.name, parsed))
     return found
 
 
-def _mask_example(example: Any) -> MaskExample:
+def mask_example(example: Any) -> MaskExample:
     """Takes `segments` ([text, trained] pairs or {text, trained}), or `tokens` beside `loss_mask`."""
     if not isinstance(example, Mapping):
         return MaskExample("")

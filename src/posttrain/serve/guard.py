@@ -15,7 +15,7 @@ from posttrain.serve.options import ServeOptions
 
 _OPEN = frozenset({"/health"})
 """Asked by who has no token: load balancers."""
-_LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
+LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
 _SLOWEST = 1 << 10
 """Bytes of a body per second, below which a client only keeps a connection."""
 
@@ -54,7 +54,7 @@ class ServeGuard:
                     "expected the header Authorization: Bearer TOKEN, with this server's token",
                     code="invalid_api_key",
                 )
-        elif not _LOCAL_HOST.fullmatch(headers.get("host", "localhost")):
+        elif not LOCAL_HOST.fullmatch(headers.get("host", "localhost")):
             # A page of any site may ask this machine under a name of its own.
             raise ApiRefusal(403, "this server has no token and answers requests to localhost only", code="not_local")
 

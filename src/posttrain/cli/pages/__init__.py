@@ -1,0 +1,1 @@
+"""What `posttrain ui` shows: pages over the records of one folder, and acts that are command lines."""

@@ -1,0 +1,138 @@
+"""Metrics that grow, as curves of so many points."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from posttrain.report.series import MetricSeries, SeriesCache
+from posttrain.tracking.jsonl import JsonlSink
+
+
+def read(series, names=(), low=None, high=None, points=100):
+    series.grow(10.0)
+    return series.window(list(names), low, high, points)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "metrics.jsonl"
+
+
+def log(path, rows):
+    with path.open("a") as handle:
+        handle.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def test_what_was_added_is_read_and_nothing_twice(path):
+    series = MetricSeries(path)
+    assert read(series).steps is None and read(series).share_read == 1.0
+    log(path, [{"step": step, "loss": 1.0 / step} for step in range(1, 6)])
+    assert [one[0] for one in read(series).curves["loss"].points] == [1, 2, 3, 4, 5]
+    log(path, [{"step": 6, "loss": 9.0}])
+    window = read(series)
+    assert window.num_rows == 6 and window.curves["loss"].points[-1] == (6, 9.0, 9.0, 9.0)
+
+
+def test_buckets_are_the_lowest_highest_and_mean_of_their_values(path):
+    values = np.random.default_rng(0).normal(size=1003)
+    log(path, [{"step": step, "loss": value} for step, value in enumerate(values, 1)])
+    points = read(MetricSeries(path), points=10).curves["loss"].points
+    cuts = [int(1003 * place / 10) for place in range(11)]
+    assert len(points) == 10
+    for (step, low, high, mean), begin, end in zip(points, cuts, cuts[1:], strict=False):
+        part = values[begin:end]
+        assert (step, low, high) == (end, part.min(), part.max()) and math.isclose(mean, part.mean(), abs_tol=1e-12)
+
+
+def test_a_zoom_shows_its_steps_alone_and_as_they_are_where_they_are_few(path):
+    log(path, [{"step": step, "loss": float(step)} for step in range(1, 1001)])
+    points = read(MetricSeries(path), low=500, high=510, points=50).curves["loss"].points
+    assert points == tuple((step, float(step), float(step), float(step)) for step in range(500, 511))
+
+
+def test_a_metric_that_is_logged_now_and_then_keeps_its_steps(path):
+    log(
+        path,
+        [{"step": step, "loss": 1.0, **({"eval_loss": step * 1.0} if step % 4 == 0 else {})} for step in range(1, 11)],
+    )
+    assert [one[:2] for one in read(MetricSeries(path)).curves["eval_loss"].points] == [(4, 4.0), (8, 8.0)]
+
+
+def test_what_is_no_number_is_counted_and_not_drawn(path):
+    sink = JsonlSink(path.parent)
+    for step, value in ((1, 1.0), (2, math.nan), (3, math.inf), (4, 2.0)):
+        sink.log(step, {"loss": value, "grad_norm": math.nan})
+    sink.close()
+    curves = read(MetricSeries(path)).curves
+    assert [one[0] for one in curves["loss"].points] == [1, 4] and curves["loss"].num_nonfinite == 2
+    assert curves["grad_norm"].points == () and curves["grad_norm"].num_nonfinite == 4
+
+
+def test_a_torn_last_line_waits_for_its_end(path):
+    log(path, [{"step": 1, "loss": 1.0}])
+    with path.open("a") as handle:
+        handle.write('{"step": 2, "lo')
+    series = MetricSeries(path)
+    window = read(series)
+    assert window.num_rows == 1 and window.share_read == 1.0 and window.problems == ()
+    with path.open("a") as handle:
+        handle.write('ss": 2.0}\n')
+    assert [one[0] for one in read(series).curves["loss"].points] == [1, 2]
+
+
+def test_a_damaged_line_is_named_and_the_others_are_drawn(path):
+    log(path, [{"step": 1, "loss": 1.0}])
+    with path.open("a") as handle:
+        handle.write('{"step": 2, \x00\n["not", "a", "row"]\n')
+    log(path, [{"step": 3, "loss": 3.0}])
+    window = read(MetricSeries(path))
+    assert [one[0] for one in window.curves["loss"].points] == [1, 3]
+    assert [problem.split(" ")[0] for problem in window.problems] == ["metrics.jsonl:2", "metrics.jsonl:3"]
+
+
+def test_a_run_that_went_back_is_read_anew(tmp_path, path):
+    sink = JsonlSink(tmp_path)
+    for step in range(1, 11):
+        sink.log(step, {"loss": 1.0})
+    series = MetricSeries(path)
+    assert read(series).num_rows == 10
+    sink.truncate_to(4)
+    sink.log(5, {"loss": 2.0})
+    sink.close()
+    assert [one[0] for one in read(series).curves["loss"].points] == [1, 2, 3, 4, 5]
+
+
+def test_reading_stops_in_time_and_says_how_far_it_is(path):
+    log(path, [{"step": step, "loss": 1.0, "note": "x" * 100} for step in range(1, 20_001)])
+    series = MetricSeries(path)
+    series.grow(0.0)
+    first = series.window(["loss"], None, None, 10)
+    assert 0 < first.share_read < 1 and 0 < first.num_rows < 20_000
+    for _ in range(50):
+        series.grow(0.0)
+    assert series.window(["loss"], None, None, 10).num_rows == 20_000
+
+
+def test_throughput_and_memory_are_those_of_the_report(path):
+    log(
+        path,
+        [
+            {"step": step, "time": 10.0 * step, "num_tokens": 500 * step, "memory_peak_bytes": 2**21}
+            for step in (1, 2, 3)
+        ],
+    )
+    curves = read(MetricSeries(path)).curves
+    assert [one[3] for one in curves["tokens_per_second"].points] == [50.0, 50.0]
+    assert curves["memory_peak_mib"].points[0][3] == 2.0
+
+
+def test_the_cache_forgets_what_was_asked_for_longest_ago(tmp_path):
+    cache = SeriesCache(most=50)
+    paths = [tmp_path / f"{place}.jsonl" for place in range(3)]
+    for path in paths:
+        log(path, [{"step": step, "loss": 1.0} for step in range(20)])
+        read(cache.of(path))
+    kept = cache.of(paths[2])
+    assert kept.num_numbers == 40 and cache.of(paths[0]).num_numbers == 0
