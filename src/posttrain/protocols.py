@@ -99,6 +99,10 @@ class Ranks(Protocol):
         """This rank's share of `items`: every world_size-th one, so that shares differ by at most one item."""
         ...
 
+    def among(self, items: Sequence[T], work: Callable[[Sequence[T]], list[Any]]) -> list[Any]:
+        """What `work` makes of each item of this rank's share, done between the processes that have the same share; the same to the bit on each."""
+        ...
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over ranks, in float64."""
         ...
@@ -129,6 +133,46 @@ class Share(NamedTuple):
     shape: tuple[int, ...]
 
 
+class TokenSplit(Protocol):
+    """A micro-batch's tokens dealt to ranks that hold a part each, and in attention a part of the heads."""
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The packed positions that this rank holds."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the whole micro-batch."""
+        ...
+
+    @property
+    def num_held(self) -> int:
+        """More than those where there are fewer than ranks, none of which may be without one."""
+        ...
+
+    def to_heads(self, *heads: Any) -> tuple[Any, ...]:
+        """Of this rank's tokens all heads → of all tokens this rank's heads. Shapes: each [1, H, n, D] → [1, h, N, D]."""
+        ...
+
+    def to_tokens(self, out: Any) -> Any:
+        """The way back. Shapes: [1, N, h, D] → [1, n, H, D]."""
+        ...
+
+    def whole(self, part: Any, places: Any, length: int) -> Any:
+        """Rows that the ranks have at these places, of all ranks. Shape: [n, ...] → [length, ...]."""
+        ...
+
+
+class SequenceRanks(Protocol):
+    """Ranks that go through the same micro-batches together."""
+
+    @property
+    def size(self) -> int: ...
+
+    def split(self, num_tokens: int) -> TokenSplit: ...
+
+
 class Sharding(Protocol):
     """Where the parameters of a model lie: whole in one process, or in shares over the ranks. All ranks call it together."""
 
@@ -141,6 +185,11 @@ class Sharding(Protocol):
     @property
     def has_first_copy(self) -> bool:
         """Whether this rank's shares are of the first copy of the model: what is counted or written of all copies once."""
+        ...
+
+    @property
+    def sequence(self) -> SequenceRanks | None:
+        """Those with whom this rank shares its micro-batches; None where it goes through them alone."""
         ...
 
     def largest(self, number: int) -> int:

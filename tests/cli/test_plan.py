@@ -168,6 +168,17 @@ def test_copies_of_the_model_are_counted_with(folder):
     assert "cut over 8 of 16 processes, 2 copies; gradients are whole on each" in run.output
 
 
+def test_a_shared_micro_batch_is_counted_with_and_what_cannot_share_is_refused(folder):
+    def planned(size):
+        return _run(folder / "sft.yaml", "--gpus", "6xH100", "--set", f"sharding={{sp_size: {size}}}")
+
+    assert "micro-batches are shared by 2 processes: each holds 1/2 of their tokens" in planned(2).output
+    result = planned(3)
+    assert "refused sharding.sp_size: 3 with " in result.output and "attention heads and" in result.output
+    assert result.exit_code == 1 and "torchrun" not in result.output
+    assert "refused sharding.sp_size: 4 with 6 processes; set a number that divides them" in planned(4).output
+
+
 def test_vllm_inside_one_of_several_processes_is_said_to_be_refused(folder):
     (folder / "rl.yaml").write_text(RL.replace("vllm_server", "vllm"))
     says = "a run of 8 is refused; set rollout.engine: vllm_server"

@@ -356,6 +356,9 @@ def test_keys_of_sharding_move_what_a_process_holds():
     for part in ("weights", "gradients", "optimizer"):
         assert copies.part(part) == pytest.approx(2 * usual.part(part), rel=1e-6)
         assert node.part(part) == pytest.approx(4 * usual.part(part), rel=1e-6)
+    shared = plan(sp_size=4)
+    assert shared.part("activations") == pytest.approx(usual.part("activations") / 4, rel=1e-6)
+    assert shared.part("weights") == usual.part("weights")
     kept, once, half = plan(reshard_after_forward=False), plan(sync_each_batch=False), plan(param_dtype="bfloat16")
     assert kept.part("gathered") > QWEN3_8B.num_params * 4 > usual.part("gathered") > half.part("gathered")
     assert once.part("gradients") - usual.part("gradients") == QWEN3_8B.num_params * 4

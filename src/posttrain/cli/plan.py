@@ -247,9 +247,22 @@ def _refused(keys: Any, processes: int) -> str:
     if keys.of_one_process is not None:
         said, instead = keys.of_one_process
         return f"{said} is for one training process: a run of {processes} is refused; set {instead}"
-    size = keys.sharding.dp_shard_size
-    if isinstance(size, int) and processes % size:
-        return f"sharding.dp_shard_size: {size} with {processes} processes; set a number that divides them"
+    for name in ("dp_shard_size", "sp_size"):
+        size = getattr(keys.sharding, name)
+        if isinstance(size, int) and processes % size:
+            return f"sharding.{name}: {size} with {processes} processes; set a number that divides them"
+    return _not_split(keys) if keys.sharding.sp_size > 1 else ""
+
+
+def _not_split(keys: Any) -> str:
+    """Why a micro-batch's tokens are not dealt over processes; the model is asked, which takes seconds."""
+    from posttrain.models.load import load_config
+    from posttrain.models.sequence import refuse_unless_split
+
+    try:
+        refuse_unless_split(keys.base_model, load_config(keys), keys.sharding.sp_size)
+    except ModelError as error:
+        return str(error)
     return ""
 
 

@@ -53,6 +53,12 @@ class SamplingKeys(TrainKeys):
         return self
 
     @model_validator(mode="after")
+    def _teachers_see_whole_sequences(self) -> SamplingKeys:
+        if self.sharding.sp_size > 1 and self.teachers:
+            raise ValueError(f"sharding.sp_size: {self.sharding.sp_size} with teachers, which score whole sequences; set it to 1")
+        return self
+
+    @model_validator(mode="after")
     def _exact_layers_are_as_they_are(self) -> SamplingKeys:
         if self.torch_compile is True and self.rollout.exact:
             raise ValueError("torch_compile: true with rollout.exact: true, which computes in tiles of its own; set one of them to false")

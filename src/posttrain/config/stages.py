@@ -67,6 +67,7 @@ class ShardingKeys(Keys):
     """How several processes hold the model between them (FSDP2, under its own words); one process holds all of it, and reads none of these."""
 
     dp_shard_size: int | Literal["node"] | None = knob(None, "Processes that the model is cut over; each further group of so many holds a copy, and gradients are added up over the copies (HSDP). `node` takes the processes of one machine, null all, 1 cuts nothing.", also="dp_shard_size (Axolotl)", example="node")
+    sp_size: int = knob(1, "Neighbouring processes that go through the same micro-batch together (sequence parallelism, Ulysses): each holds a part of its tokens, and in attention all tokens of a part of the heads. They count as one process where rows are dealt.", ge=1, also="sp_size (accelerate)", example=4)
     reshard_after_forward: bool = knob(True, "Give a layer's gathered weights back after its forward, and gather them again for its backward; false keeps them: less communication, the memory of the whole model.")
     sync_each_batch: bool = knob(True, "Add gradients up over the processes after every micro-batch; false does it once a step: less communication, and each process keeps whole gradients until then.")
     param_dtype: Literal["float32", "bfloat16"] = knob("float32", "Dtype that layers are gathered and run in; with bfloat16 half is sent, and activations between layers are rounded to it. What is trained is held in float32 all the same.")
@@ -219,6 +220,14 @@ class TrainKeys(ModelKeys):
         return patterns
 
     @model_validator(mode="after")
+    def _sequences_are_shared_by_whole_groups(self) -> TrainKeys:
+        if self.num_processes is not None and self.num_processes % self.sharding.sp_size:
+            raise ValueError(
+                f"num_processes: {self.num_processes} with sharding.sp_size: {self.sharding.sp_size}; expected a multiple of it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _held_out_rows_come_from_one_place(self) -> TrainKeys:
         if self.val_size and self.eval_datasets:
             raise ValueError("val_size and eval_datasets both name rows for the validation loss; keep one")
@@ -226,9 +235,13 @@ class TrainKeys(ModelKeys):
             raise ValueError(f"val_size: {self.val_size} is neither a share below 1 nor a number of rows")
         return self
 
+    def shares_of_step(self, world_size: int) -> int:
+        """Processes that have rows of their own; of `world_size` of them where no number is set."""
+        return max(1, (self.num_processes or world_size) // self.sharding.sp_size)
+
     def micro_batches_per_step(self, world_size: int) -> int:
         """Of all processes; of `world_size` of them where no number is set."""
-        return self.gradient_accumulation_steps * (self.num_processes or world_size)
+        return self.gradient_accumulation_steps * self.shares_of_step(world_size)
 
     def rows_per_step(self, world_size: int) -> int:
         """The global batch: rows of an optimizer step, over all processes."""

@@ -38,6 +38,9 @@ class SingleProcess:
     def share(self, items: Sequence[T]) -> list[T]:
         return list(items)
 
+    def among(self, items: Sequence[T], work: Callable[[Sequence[T]], list[Any]]) -> list[Any]:
+        return work(items)
+
     def sum(self, values: Sequence[float]) -> list[float]:
         return [float(value) for value in values]
 
@@ -72,6 +75,9 @@ class ProcessGroup:
 
     def share(self, items: Sequence[T]) -> list[T]:
         return list(items[self.rank :: self.world_size])
+
+    def among(self, items: Sequence[T], work: Callable[[Sequence[T]], list[Any]]) -> list[Any]:
+        return work(items)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         # Through Python objects: exact float64 on every backend, and the lists are short.

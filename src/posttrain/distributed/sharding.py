@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from posttrain.distributed.precision import precision
+from posttrain.distributed.sequence import SequenceGroup
 from posttrain.errors import ConfigError, ModelError
 from posttrain.protocols import Ranks, Sharding, Share
 
@@ -27,6 +28,7 @@ class ShardingSpec:
     """How FSDP2 is to do it, under its own words; see the keys of `sharding`."""
 
     dp_shard_size: int | Literal["node"] | None = None
+    sp_size: int = 1
     reshard_after_forward: bool = True
     sync_each_batch: bool = True
     param_dtype: str = "float32"
@@ -39,6 +41,7 @@ class Whole:
     num_shards = 1
     is_sharded = False
     has_first_copy = True
+    sequence = None
 
     def largest(self, number: int) -> int:
         return number
@@ -108,6 +111,7 @@ class FullyShard:
             self._mesh = init_device_mesh(device, (num_shards,))
         else:
             self._mesh = init_device_mesh(device, (copies, num_shards), mesh_dim_names=("dp_replicate", "dp_shard"))
+        self.sequence = _sequence_group(device, spec.sp_size) if spec.sp_size > 1 else None
 
     @property
     def has_first_copy(self) -> bool:
@@ -231,7 +235,17 @@ def sharding_over(ranks: Ranks, spec: ShardingSpec = ShardingSpec()) -> Sharding
         if spec != ShardingSpec():
             log.warning("sharding: no effect, because there is one process, which holds all of the model")
         return Whole()
+    if ranks.world_size % spec.sp_size:
+        raise ConfigError(
+            f"sharding.sp_size: {spec.sp_size} with {ranks.world_size} processes; expected a number that divides them"
+        )
     return FullyShard(spec, _num_shards(spec.dp_shard_size, ranks))
+
+
+def _sequence_group(device: str, size: int) -> SequenceGroup:
+    """Neighbours: what they send each other in every layer should not cross machines."""
+    mesh = init_device_mesh(device, (dist.get_world_size() // size, size), mesh_dim_names=("dp", "sp"))
+    return SequenceGroup(mesh.get_group("sp"), size, mesh.get_local_rank("sp"))
 
 
 def _num_shards(size: int | str | None, ranks: Ranks) -> int:

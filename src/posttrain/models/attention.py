@@ -97,13 +97,24 @@ def ragged_attention(
     if kv_store is not None:
         kv_store.keep(module.layer_idx, key, value)  # pyright: ignore[reportArgumentType]
     layout = layout or Layout((Tree(0, query.shape[2]),))
+    if layout.split is not None:
+        query, key, value = layout.split.to_heads(query, key, value)
+    out = _attended(query, key, value, layout, scale, window, softcap, dropout)
+    return out if layout.split is None else layout.split.to_tokens(out), None
+
+
+def _attended(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float,
+    window: Window | None, softcap: float | None, dropout: float,
+) -> torch.Tensor:  # fmt: skip
+    """Shapes: as `ragged_attention`, of all tokens."""
     if window is not None and longest(layout) <= window.size:
         window = None
     if dropout or (softcap is not None and query.device.type in _CAPS_WRITTEN_OUT):
-        return _dense_attention(query, key, value, layout, scale, window, softcap, dropout).transpose(1, 2), None
+        return _dense_attention(query, key, value, layout, scale, window, softcap, dropout).transpose(1, 2)
     if softcap is not None:
-        return capped_attention(query, key, value, layout, scale, window, softcap).transpose(1, 2), None
-    return _tree_attention(query, key, value, layout, scale, window), None
+        return capped_attention(query, key, value, layout, scale, window, softcap).transpose(1, 2)
+    return _tree_attention(query, key, value, layout, scale, window)
 
 
 def _tree_attention(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from posttrain.models.trie import LEAST_SHARED, TrieNode, shared_segments
+from posttrain.protocols import TokenSplit
 from posttrain.types import Counts, Sample, TokenSeq
 
 
@@ -84,9 +85,10 @@ class Tree:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Who attends to whom in a packed batch."""
+    """Who attends to whom in a packed batch; `split`: which of its tokens are here, where other ranks hold the rest."""
 
     trees: tuple[Tree, ...]
+    split: TokenSplit | None = None
 
 
 def longest(layout: Layout) -> int:
@@ -122,6 +124,28 @@ class Batch:
     def lengths_S(self) -> torch.Tensor:
         """Scored tokens per sequence."""
         return torch.bincount(self.seq_M, minlength=self.num_sequences)
+
+    def held(self, split: TokenSplit) -> tuple[Batch, torch.Tensor]:
+        """What a rank that holds some of the tokens runs, and the places of the scored tokens that it predicts."""
+        if split.num_held > len(self.input_ids_N):
+            return self._filled(split.num_held).held(split)
+        begin, end = split.span
+        places = ((self.source_M >= begin) & (self.source_M < end)).nonzero()[:, 0]
+        part = Batch(
+            self.input_ids_N[begin:end], self.position_ids_N[begin:end], replace(self.layout, split=split),
+            self.source_M[places] - begin, self.target_M[places], self.seq_M[places], self.leaves,
+        )  # fmt: skip
+        return part, places
+
+    def _filled(self, num_tokens: int) -> Batch:
+        """With a document behind it that nothing is predicted from."""
+        present = len(self.input_ids_N)
+        more = torch.arange(num_tokens - present, device=self.input_ids_N.device)
+        return replace(
+            self, input_ids_N=torch.cat([self.input_ids_N, torch.zeros_like(more)]),
+            position_ids_N=torch.cat([self.position_ids_N, more]),
+            layout=replace(self.layout, trees=(*self.layout.trees, Tree(present, num_tokens))),
+        )  # fmt: skip
 
     def to(self, device: torch.device) -> Batch:
         names = ("input_ids_N", "position_ids_N", "source_M", "target_M", "seq_M")

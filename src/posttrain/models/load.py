@@ -30,6 +30,7 @@ from posttrain.models.policy import Policy
 from posttrain.models.proof import in_float32
 from posttrain.models.read import may_read_shares, read_model
 from posttrain.models.selfcheck import ragged_is_exact
+from posttrain.models.sequence import refuse_unless_split
 from posttrain.models.vocabulary import add_tokens, grow, name_tokens
 from posttrain.protocols import Sharding
 
@@ -146,6 +147,8 @@ def load_policy(
     with in_float32(adapted):
         ragged = ragged_is_exact(adapted)
     shards.release(adapted)
+    if shards.sequence is not None:
+        refuse_unless_split(keys.base_model, model.config, shards.sequence.size, is_ragged=ragged)
     if ragged:
         model.set_attn_implementation(attention.NAME)
     else:

@@ -17,11 +17,12 @@ from posttrain.models.device import Placement
 from posttrain.models.exact import score_tiles, value_of
 from posttrain.models.lengths import by_encoding, forget_lengths, length_rule
 from posttrain.models.offload import OffloadedLayers
+from posttrain.models.sequence import balancing_loss
 from posttrain.models.weights import NamedTensors, Only, named_weights
 from posttrain.objectives.distill import Head
 from posttrain.objectives.logprobs import chunked_logprobs, token_entropy, token_logprobs
 from posttrain.objectives.terms import LossTerms
-from posttrain.protocols import Sharding
+from posttrain.protocols import Sharding, TokenSplit
 from posttrain.types import Ratio, TokenSeq
 
 if TYPE_CHECKING:
@@ -137,10 +138,15 @@ class Policy:
 
     def rewards(self, batch: Batch) -> torch.Tensor:
         """What the head of a reward model says at the scored positions. Shape: [M]."""
-        return self._logits(batch, {})[0][:, 0].float()
+        split = self._split(batch)
+        if split is None:
+            return self._logits(batch, {})[0][:, 0].float()
+        part, places = batch.to(self.placement.device).held(split)
+        return split.whole(self._logits(part, {})[0][:, 0].float(), places, len(batch.source_M))
 
     def head(self, batch: Batch) -> tuple[Head, torch.Tensor | None]:
         """What makes the logits at the batch's scored positions; the router's balancing loss of a mixture of experts."""
+        assert self.sharding.sequence is None, "a loss of whole distributions is not split over tokens"
         if not (self.ragged and length_rule(self.base.config) is None and self._head_is_plain):
             logits_MV, aux_loss = self._logits(batch, self._router_options)
             return Head(logits_MV), aux_loss
@@ -185,13 +191,32 @@ class Policy:
         return self._score_output(part, temperature, entropy)
 
     def _score_together(self, batch: Batch, temperature: float, entropy: bool, top1: bool) -> Scores:
+        split = self._split(batch)
+        if split is None:
+            return self._score_here(batch, temperature, entropy, top1)
+        part, places = batch.held(split)
+        found = self._score_here(part, temperature, entropy, top1)
+        columns = [column for column in (found.logp_M, found.entropy_M, found.top1_M) if column is not None]
+        rows = torch.stack([column.to(found.logp_M.dtype) for column in columns], 1)
+        whole = iter(split.whole(rows, places, len(batch.target_M)).unbind(1))
+        logp_M = next(whole)
+        entropy_M = None if found.entropy_M is None else next(whole)
+        return Scores(logp_M, entropy_M, None if found.top1_M is None else next(whole) > 0, found.aux_loss)
+
+    def _split(self, batch: Batch) -> TokenSplit | None:
+        """How the ranks that share this batch hold its tokens; None where each has batches of its own."""
+        sequence = self.sharding.sequence
+        return None if sequence is None else sequence.split(len(batch.input_ids_N))
+
+    def _score_here(self, batch: Batch, temperature: float, entropy: bool, top1: bool) -> Scores:
         if self._head_is_plain:
             return self._score_hidden(batch, temperature, entropy, top1)
         return self._score_output(batch, temperature, entropy)
 
     def _score_output(self, part: Batch | _Sequence, temperature: float, entropy: bool) -> Scores:
         output = self._output_of(part, self._router_options)
-        return _from_logits(output.logits[0], part.target_M, temperature, entropy, self._aux_loss(output))
+        aux_loss = self._aux_loss(output, part.layout.split if isinstance(part, Batch) else None)
+        return _from_logits(output.logits[0], part.target_M, temperature, entropy, aux_loss)
 
     def reference_logp(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
         """The same scores under the given starting model. Shape: [M], no gradient."""
@@ -289,9 +314,11 @@ class Policy:
         """Asked for call by call: the config is exported, and is to be as it was given."""
         return {"output_router_logits": True} if self._wants_aux_loss else {}
 
-    def _aux_loss(self, output: Any) -> torch.Tensor | None:
+    def _aux_loss(self, output: Any, split: TokenSplit | None = None) -> torch.Tensor | None:
         loss = getattr(output, "aux_loss", None)
-        return loss if isinstance(loss, torch.Tensor) and self._wants_aux_loss else None
+        if not (isinstance(loss, torch.Tensor) and self._wants_aux_loss):
+            return None
+        return loss if split is None else balancing_loss(self.base, output.router_logits, split)
 
 
 def _from_logits(

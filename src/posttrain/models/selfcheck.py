@@ -38,8 +38,17 @@ def ragged_is_exact(model: PreTrainedModel | PeftModel) -> bool:
         return False
     if not _boundaries(text):
         return True
+    return small_is_exact(type(base), base.config)
+
+
+@torch.no_grad()
+def small_is_exact(made: type[PreTrainedModel], config: Any) -> bool:
+    """The same of a small random model of such a config; False where that cannot be made."""
+    if not set(getattr(config.get_text_config(), "layer_types", None) or ()) <= _LAYER_TYPES:
+        return False
+    attention.register()
     try:
-        small = _scaled_down(base)
+        small = _scaled_down(made, config)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return False
     return _agrees(small, small)
@@ -80,10 +89,10 @@ def _boundaries(text: Any) -> dict[str, int]:
     return {name: size for name, size in found.items() if size and size >= _LONGEST // 2}
 
 
-def _scaled_down(model: PreTrainedModel) -> PreTrainedModel:
-    """A small random model of the same class: the first layer of each kind, few heads and experts, short boundaries."""
-    config: Any = copy.deepcopy(model.config)
-    if _is_quantized(model):
+def _scaled_down(made: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    """A small random model of this class: the first layer of each kind, few heads and experts, short boundaries."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
         del config.quantization_config
     text: Any = config.get_text_config()
     for name, size in _boundaries(text).items():
@@ -109,7 +118,7 @@ def _scaled_down(model: PreTrainedModel) -> PreTrainedModel:
         text.layer_types = text.layer_types[: text.num_hidden_layers]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return type(model)._from_config(config, dtype=torch.float32).eval()
+        return made._from_config(config, dtype=torch.float32).eval()
 
 
 def _scale_rope(text: Any, boundary: int) -> None:

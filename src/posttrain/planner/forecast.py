@@ -105,6 +105,7 @@ def _training(memory: MemoryPlan, cluster: Cluster, kind: str, keys: Mapping[str
     shape, workload = memory.shape, memory.workload
     length = row_tokens(workload, shape, mean)
     rows = workload.per_device_train_batch_size * keys["gradient_accumulation_steps"] * cluster.num_devices
+    rows //= workload.sharding.sharing(cluster.num_devices)
     tokens = rows * length * (2 if workload.pairs else 1)
     adapter, micro = workload.adapter != "none", keys["gradient_accumulation_steps"]
     work = Work(tokens, length, bool(workload.gradient_checkpointing), adapter, micro, workload.sharding)

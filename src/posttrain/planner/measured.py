@@ -71,12 +71,13 @@ def _predicted_train_s(
 
 
 def _rows(workload: Workload, keys: Mapping[str, Any], cluster: Cluster) -> _StepRows:
+    shares = cluster.num_devices // workload.sharding.sharing(cluster.num_devices)
     if workload.samples:
         count = keys["num_prompts_per_step"] * keys["num_generations"]
-        return _StepRows(count, max(1, count // cluster.num_devices // workload.per_device_train_batch_size))
+        return _StepRows(count, max(1, count // shares // workload.per_device_train_batch_size))
     micro = keys["gradient_accumulation_steps"]
     pairs = 2 if workload.pairs else 1
-    return _StepRows(workload.per_device_train_batch_size * micro * cluster.num_devices * pairs, micro)
+    return _StepRows(workload.per_device_train_batch_size * micro * shares * pairs, micro)
 
 
 def _median(values: list[float]) -> float:

@@ -253,6 +253,7 @@ def _shared_out(parts: Mapping[str, int], shape: ModelShape, workload: Workload,
     if trained and not how.sync_each_batch:
         shares["gradients"] = shares.get("gradients", 0) + shape.num_params * _BYTES_GRADIENT
     replica = shape.num_params * _frozen_bytes(shape, workload) if workload.samples and workload.rollout.is_ours else 0
+    shares["activations"] = math.ceil(parts["activations"] / how.sharing(shards))
     return {**shares, "autocast": 0, "gathered": 0 if whole else gathered, "replica": replica}
 
 
@@ -315,7 +316,9 @@ def _host_bytes(shape: ModelShape, workload: Workload, shards: int) -> dict[str,
         size = 0.5 if workload.load_in_4bit else _frozen_bytes(shape, workload)
         found["layers"] = sum(n * _pinned(int(rows * out * size)) for rows, out, n in shape.linear_shapes.values())
     if workload.gradient_checkpointing == "offload":
-        found["activations"] = shape.num_layers * _pinned(workload.tokens(shape) * shape.hidden * 4)
+        found["activations"] = shape.num_layers * _pinned(
+            math.ceil(workload.tokens(shape) / workload.sharding.sharing(shards)) * shape.hidden * 4
+        )
     return found
 
 

@@ -14,6 +14,7 @@ class ShardingPlan:
     """The keys of `sharding` under their own names; `per_node` devices of a machine are closer than others, where it is known."""
 
     dp_shard_size: int | str | None = None
+    sp_size: int = 1
     reshard_after_forward: bool = True
     sync_each_batch: bool = True
     param_dtype: str = "float32"
@@ -38,6 +39,10 @@ class ShardingPlan:
         size = self.per_node if self.dp_shard_size == "node" else self.dp_shard_size
         return min(processes, size) if isinstance(size, int) and size else processes
 
+    def sharing(self, processes: int) -> int:
+        """How many of these go through a micro-batch together."""
+        return min(self.sp_size, processes)
+
     def sent_s(
         self, params: int, micro_batches: int, processes: int, links: tuple[float, float], *, trained: bool
     ) -> float:
@@ -52,9 +57,12 @@ class ShardingPlan:
 
     def lines(self, processes: int) -> list[str]:
         """In words, what differs from cutting the model over all of them."""
-        shards = self.num_shards(processes)
+        shards, sp = self.num_shards(processes), self.sharing(processes)
         said = [
             f"cut over {shards} of {processes} processes, {processes // shards} copies" if shards < processes else "",
+            f"micro-batches are shared by {sp} processes: each holds 1/{sp} of their tokens, and in attention 1/{sp} of the heads"
+            if sp > 1
+            else "",
             "" if self.reshard_after_forward else "gathered layers are kept from their forward to their backward",
             "" if self.sync_each_batch else "gradients are whole on each until they are added up, once a step",
             "" if self.param_dtype == "float32" else f"gathered and run in {self.param_dtype}",

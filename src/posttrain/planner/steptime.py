@@ -224,7 +224,13 @@ def _sent_s(shape: ModelShape, device: Device, work: Work, num_devices: int, lin
     if num_devices == 1:
         return 0.0
     links = (device.link, link or device.link)
-    return work.sharding.sent_s(shape.num_params, work.micro_batches, num_devices, links, trained=not work.adapter)
+    sp = work.sharding.sharing(num_devices)
+    # Queries, keys, values and outputs change hands in each layer, and so do their gradients.
+    exchanged = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim * shape.num_layers * device.bytes_per_value
+    exchanges_s = (3 if work.recompute else 2) * work.tokens / num_devices * exchanged * (sp - 1) / sp / device.link
+    return exchanges_s + work.sharding.sent_s(
+        shape.num_params, work.micro_batches, num_devices, links, trained=not work.adapter
+    )
 
 
 def logp_s(
@@ -265,7 +271,8 @@ def step_time(
     """Colocated on all devices, or, where a number is given, each side on its own."""
     device = cluster.device
     sampling, training = rollout_devices or cluster.num_devices, train_devices or cluster.num_devices
-    micro = max(1, round(traffic.num_completions / training / loop.micro_rows))
+    shares = training // loop.sharding.sharing(training)
+    micro = max(1, round(traffic.num_completions / shares / loop.micro_rows))
     work = Work(traffic.trained_tokens, traffic.sequence, loop.recompute, loop.adapter, micro, loop.sharding)
     return StepTime(
         rollout_s=rollout_s(shape, device, traffic, sampling, loop.batch_limit, loop.split),

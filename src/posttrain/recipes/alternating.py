@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from posttrain.config.rl import GRPOKeys
 from posttrain.health.controls import Controls
@@ -41,7 +42,8 @@ class Alternating:
             sampled.passed_over += [number for number in range(cursor, following) if number not in set(numbers)]
             cursor = following
             mine = self._ranks.share(numbers)
-            for pair in zip(mine, self._rollout(generation, mine, controls), strict=True):
+            sampled_groups = self._ranks.among(mine, partial(self._rollout, generation, controls))
+            for pair in zip(mine, sampled_groups, strict=True):
                 keep = not keys.dynamic_sampling or has_spread(pair[1])
                 (sampled.kept if keep else sampled.let_go).append(pair)
             sampled.rounds += 1
@@ -62,7 +64,7 @@ class Alternating:
     def close(self) -> None:
         """Nothing goes on between two batches."""
 
-    def _rollout(self, generation: int, numbers: Sequence[int], controls: Controls) -> list[RolloutGroup]:
+    def _rollout(self, generation: int, controls: Controls, numbers: Sequence[int]) -> list[RolloutGroup]:
         """A rank without a prompt asks too: there may be one engine for all of them."""
         rows = [self._prompts(number) for number in numbers]
         completions = sample_groups(

@@ -60,7 +60,8 @@ class Schedule(Generic[T]):
         cost: Callable[[T], float] | None = None, least_rows: int = 1,
     ) -> Schedule[T]:  # fmt: skip
         packing = isinstance(keys, ExampleKeys) and keys.packing
-        micro_per_step = keys.micro_batches_per_step(ranks.world_size)
+        processes = ranks.world_size * keys.sharding.sp_size
+        micro_per_step = keys.micro_batches_per_step(processes)
         return cls(
             data=data,
             seed=keys.seed,
@@ -69,7 +70,7 @@ class Schedule(Generic[T]):
             tokens_per_micro=keys.per_device_train_batch_size * keys.sequence_len if packing else None,
             packing_window=keys.packing_window if isinstance(keys, ExampleKeys) else None,
             size=size,
-            num_shares=keys.num_processes or ranks.world_size,
+            num_shares=keys.shares_of_step(processes),
             parts_per_micro=math.ceil(ranks.world_size / micro_per_step),
             cost=cost,
             least_rows=least_rows,

@@ -73,9 +73,9 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     if keys.teachers:
         teachers.check(data, keys.sequence_len - keys.max_completion_length)
     samples_for = EngineSource(keys, policy)
-    engine = stage.until_done(
-        make_engine(samples_for, keys=keys.rollout, rows=keys.rollout_batch_size, folder=stage.folder, ranks=ranks)
-    )
+    engine = stage.until_done(make_engine(
+        samples_for, keys=keys.rollout, rows=keys.rollout_batch_size, folder=stage.folder, ranks=stage.processes
+    ))  # fmt: skip
     suite = SuiteScore.of(policy, keys, engine)
     optimizer = make_optimizer(policy, keys)
 

@@ -85,5 +85,5 @@ def update(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     own = float(sharding.local(probe.detach() - before).square().sum()) if sharding.has_first_copy else 0.0
-    moved = math.sqrt(stage.ranks.sum([own])[0])
+    moved = math.sqrt(stage.processes.sum([own])[0])
     return report | {"update_norm": moved}

@@ -15,6 +15,7 @@ import torch
 
 from posttrain.checkpoint.store import CheckpointStore, check_writable, disk_errors, sweep
 from posttrain.config.stages import TrainKeys
+from posttrain.distributed.sequence import data_ranks
 from posttrain.distributed.sharding import ShardingSpec, sharding_over
 from posttrain.errors import ModelError, OutOfMemoryError
 from posttrain.files import reading
@@ -54,7 +55,9 @@ class Stage:
         watchers: Watchers | None = None, stop: StopFlag | None = None, merged_before: MergedBefore | None = None,
     ) -> None:  # fmt: skip
         self._merged_before = merged_before
-        self.kind, self.folder, self.keys, self.ranks = kind, folder, keys, ranks
+        self.kind, self.folder, self.keys, self.processes = kind, folder, keys, ranks
+        self.ranks = data_ranks(ranks, keys.sharding.sp_size)
+        """Those that have rows of their own; fewer than the processes where several share their sequences."""
         self.sharding = sharding_over(ranks, spec_from(ShardingSpec, keys.sharding))
         self.stop = stop or StopFlag()
         self.run = RunFolder(folder, kind, ranks.is_main, watchers)
@@ -88,7 +91,7 @@ class Stage:
             guard.discard_abandoned()
 
         self.ranks.main_only(tidy)
-        world_size = self.ranks.world_size
+        world_size = self.processes.world_size
         state = self.state = TrainState(policy, optimizer, guard, world_size, self.keys.rows_per_step(world_size))
         going_back = bool(guard.rollbacks)
         ref = self.checkpoints.newest()
@@ -109,7 +112,7 @@ class Stage:
 
     def begin_step(self, step: int) -> None:
         """All of torch's randomness in a step (dropout) follows from seed, step and rank, so none is to be saved."""
-        torch.manual_seed(request_seed(self.guard.controls.seed(self.keys.seed), step, self.ranks.rank) >> 1)
+        torch.manual_seed(request_seed(self.guard.controls.seed(self.keys.seed), step, self.processes.rank) >> 1)
         self._step_started = time.monotonic()
 
     def times(self, *, rollout_s: float) -> dict[str, float]:
@@ -131,7 +134,7 @@ class Stage:
         if step % self.keys.logging_steps == 0 or last:
             self.run.log(step, metrics | {"num_tokens": float(state.tokens)} | memory_metrics())
         self.guard.observe(step, metrics)
-        stopping = self.ranks.sum([float(self.stop.is_set)])[0] > 0
+        stopping = self.processes.sum([float(self.stop.is_set)])[0] > 0
         due = self.keys.save_steps > 0 and step % self.keys.save_steps == 0
         if best_score is not None:
             self.checkpoints.mark_best(step, best_score)
@@ -187,8 +190,8 @@ def run_recipe(
             if not is_out_of_memory(error):
                 raise
             if (state := stage.state) is None:
-                raise OutOfMemoryError(why_not_loaded(stage.kind, stage.keys, stage.ranks.world_size)) from error
-            held, processes = (state.policy, state.optimizer), stage.ranks.world_size
+                raise OutOfMemoryError(why_not_loaded(stage.kind, stage.keys, stage.processes.world_size)) from error
+            held, processes = (state.policy, state.optimizer), stage.processes.world_size
             raise OutOfMemoryError(why_out_of_memory(error, stage.kind, stage.keys, *held, processes)) from error
         finally:
             stage.close()

@@ -155,6 +155,7 @@ SHARDED = [
     (FSDP1.replace("FULL_SHARD", "NO_SHARD"), {"dp_shard_size": 1}),
     (COPIES, {"reshard_after_forward": False, "dp_shard_size": 4}),
     (COPIES.replace("replicate_size: 2", "shard_size: 2"), {"reshard_after_forward": False, "dp_shard_size": 2}),
+    (COPIES.replace("dp_replicate_size", "sp_size"), {"reshard_after_forward": False, "sp_size": 2}),
     ({**ZERO, "zero_optimization": {"stage": 1}}, {"reshard_after_forward": False, "sync_each_batch": False}),
     ({**ZERO, "zero_optimization": {"stage": 2}, "communication_data_type": "bf16"}, {"reshard_after_forward": False, "reduce_dtype": "bfloat16"}),
     ({**ZERO, "zero_optimization": {"stage": 3, "mics_shard_size": 8}}, {"reshard_after_forward": True, "dp_shard_size": 8}),

@@ -87,7 +87,8 @@ _ACCELERATE: dict[str, KeyFate] = {
     **rows(left(MEMORY), *(f"dynamo_config.dynamo_{key}" for key in ("backend", "mode", "use_dynamic", "use_fullgraph", "use_regional_compilation"))),
     "parallelism_config.parallelism_config_dp_shard_size": to("sharding", _shards),
     "parallelism_config.parallelism_config_dp_replicate_size": joint("sharding", "copies are what processes are left over dp_shard_size"),
-    **rows(refused(_OWN, "set it to 1", off=_ONE), *(f"parallelism_config.parallelism_config_{kind}_size" for kind in ("tp", "cp", "sp"))),
+    "parallelism_config.parallelism_config_sp_size": to("sharding", lambda size: {"sp_size": int(size)}),
+    **rows(refused(_OWN, "set it to 1", off=_ONE), *(f"parallelism_config.parallelism_config_{kind}_size" for kind in ("tp", "cp"))),
 }  # fmt: skip
 
 _BUCKETS = ("overlap_comm", "contiguous_gradients", "reduce_bucket_size", "reduce_scatter", "allgather_bucket_size", "allgather_partitions", "sub_group_size",
