@@ -77,7 +77,7 @@ class UlyssesSplit:
 
         Each rank computes the same loss of the whole, so a rank's gradient is that of its own rows.
         """
-        found: Any = _Gathered.apply(part, places, length, self.ranks.group)
+        found: Any = _GatherRows.apply(part, places, length, self.ranks.group)
         return found
 
 
@@ -112,7 +112,7 @@ def _exchanged(rows: Tensor, give: Sequence[int], take: Sequence[int], group: An
     return found
 
 
-class _Gathered(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, places: Tensor, length: int, group: Any) -> Tensor:
         ctx.save_for_backward(places)

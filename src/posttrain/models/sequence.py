@@ -26,7 +26,7 @@ def refuse_unless_split(name: str, config: Any, size: int, *, is_ragged: bool | 
 def _why_not(config: Any, size: int, is_ragged: bool | None) -> str:
     text = config.get_text_config()
     if is_ragged is None:
-        made = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # pyright: ignore[reportAttributeAccessIssue]
+        made: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # pyright: ignore[reportAttributeAccessIssue]
         is_ragged = made is None or small_is_exact(
             made, config
         )  # code shipped with a model is asked when that is loaded

@@ -55,9 +55,7 @@ def run(keys: DistillKeys, stage: Stage) -> StageResult:
     teachers = Teachers.of(keys.teachers, keys, policy, ranks)
     samples_for = EngineSource(keys, policy)
     engine = stage.until_done(
-        make_engine(
-            samples_for, keys=keys.rollout, rows=keys.rollout_batch_size, folder=stage.folder, ranks=stage.processes
-        )
+        make_engine(samples_for, keys=keys.rollout, rows=keys.rollout_batch_size, folder=stage.folder, ranks=ranks)
     )
     rows, dev_rows = ([_lesson_row(row) for row in part.rows] if part else [] for part in (data, held_out))
     _check([*rows, *dev_rows], keys, teachers)
