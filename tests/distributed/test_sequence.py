@@ -89,9 +89,16 @@ def _same(found, one):
             )
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_scores_and_gradients_are_those_of_one_process(ranks, model_dir, data_dir, found_by):
-    job = {"data": str(data_dir), "rows": {name: (str(model_dir(of)), options) for name, (of, options) in ROWS.items()}}
+@pytest.mark.parametrize(
+    ("ranks", "names"),
+    [
+        (2, ["grouped heads", "experts"]),
+        pytest.param(2, list(ROWS), marks=pytest.mark.slow),
+        pytest.param(4, list(ROWS), marks=pytest.mark.slow),
+    ],
+)
+def test_scores_and_gradients_are_those_of_one_process(ranks, names, model_dir, data_dir, found_by):
+    job = {"data": str(data_dir), "rows": {name: (str(model_dir(ROWS[name][0])), ROWS[name][1]) for name in names}}
     _same(found_by(ranks, SCRIPT, job), found_by(1, SCRIPT, job))
 
 
