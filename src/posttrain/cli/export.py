@@ -40,11 +40,12 @@ def export(
     Compared are prompts, special ids, tensors, greedy answers and scores. Exit code: 0 ready, 1 it is another model, 2 the suites
     could not decide, 3 invalid, 64 wrong usage; unless 0, nothing is left in --out.
     """
-    from posttrain.forms.export.export import EXPORT_FORMS, export_model
-    from posttrain.forms.found import find_model
     from posttrain.pipeline.show import quiet_libraries
 
-    quiet_libraries()
+    quiet_libraries()  # before bitsandbytes is imported, which says at once what it would fetch
+    from posttrain.forms.export.export import EXPORT_FORMS, export_model
+    from posttrain.forms.found import find_model
+
     types = EXPORT_FORMS[to].types
     if type_ is not None and type_ not in types:
         raise ConfigError(f"--type {type_}: {to} holds numbers as {', '.join(types)}")

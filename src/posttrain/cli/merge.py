@@ -78,13 +78,14 @@ def _by_recipe(
     path: Path, out: Path, adapter_rank: int | None, how: tuple[int, float], registry: Path, register: str | None
 ) -> None:
     from posttrain.files import reading
+    from posttrain.pipeline.show import quiet_libraries
+
+    quiet_libraries()  # before bitsandbytes is imported, which says at once what it would fetch
     from posttrain.forms.found import FoundModel, find_model
     from posttrain.forms.lineage import merge_manifest, register_merge
     from posttrain.forms.merging.merge import MergeOptions, merge_models
     from posttrain.forms.merging.recipe import read_recipe
-    from posttrain.pipeline.show import quiet_libraries
 
-    quiet_libraries()
     if adapter_rank is not None and register is not None:
         raise ConfigError("--register is about a whole model; an adapter is registered with its model")
     parents: dict[str, FoundModel] = {}
@@ -116,10 +117,11 @@ def _by_recipe(
 
 def _merge(adapter: Path, out: Path, keys: ModelKeys) -> None:
     from posttrain.files import reading
-    from posttrain.models.export import merge_into
     from posttrain.pipeline.show import quiet_libraries
 
     quiet_libraries()
+    from posttrain.models.export import merge_into
+
     with reading(adapter), reading(Path(keys.base_model)):
         report = merge_into(out, keys.base_model, adapter, keys)
     weights = {"base": keys.base_model, "dequantized": f"{keys.base_model}, dequantised from 4 bits"}
