@@ -88,6 +88,10 @@ def test_a_key_that_the_chosen_engine_does_not_read_is_refused(options, reason):
 def test_filled_up_prompts_are_refused_where_another_way_attends_to_them(beside):
     with pytest.raises(ValueError, match=r"pad_prompts: true with rollout.(exact: true|engine: vllm), which attends"):
         RolloutKeys(pad_prompts=True, **beside)
+    with pytest.raises(
+        ValueError, match=r"prefix_cache_gib: 0.5 with rollout.(exact: true|engine: vllm), which encodes"
+    ):
+        RolloutKeys(prefix_cache_gib=0.5, **beside)
 
 
 def test_keys_written_out_with_their_defaults_are_read_back():

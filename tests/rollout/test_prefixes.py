@@ -7,9 +7,10 @@ from posttrain.config.stages import ModelKeys
 from posttrain.models.load import load_policy
 from posttrain.models.slots import AdapterSlots
 from posttrain.rollout.decoding import Decoding, DecodingRow, Ends
+from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.prefixes import BLOCK, PrefixCache
 from posttrain.rollout.sampling import uniforms
-from posttrain.types import Request, SamplingParams
+from posttrain.types import Request, SamplingParams, in_order
 
 MAX_TOKENS = 6
 PARAMS = SamplingParams(MAX_TOKENS)
@@ -99,3 +100,31 @@ def test_nothing_crosses_adapters_and_what_is_forgotten_is_gone(model_dir):
     before = cache.tokens_reused
     assert decoded(policy, cache, prompts, slots, names) == cold
     assert cache.tokens_reused - before == 2 * 2 * BLOCK
+
+
+def test_an_engine_keeps_beginnings_until_its_weights_change_and_no_bit_depends_on_them(model_dir):
+    policy = load_policy(ModelKeys(base_model=str(model_dir("qwen3"))), trainable=False)
+    engine, other = (EmbeddedEngine(policy, stop_token_ids=(), prefix_bytes=size) for size in (LARGE, 1))
+    requests = [Request(prompt, n) for n, prompt in enumerate(PROMPTS)]
+
+    def answers(of):
+        return [(c.ids, c.logp) for c in in_order(of.generate(requests, PARAMS))]
+
+    cold = answers(engine)
+    assert answers(engine) == cold == answers(other), "warm, cold, and without room"
+    assert engine._prefixes.tokens_reused > other._prefixes.tokens_reused == 0
+    with torch.no_grad():
+        for parameter in policy.base.parameters():
+            parameter.mul_(1.1)
+    engine.update(None, 1)
+    changed = answers(engine)
+    assert changed != cold
+    assert changed == answers(EmbeddedEngine(policy, stop_token_ids=(), prefix_bytes=LARGE))
+    plain = in_order(EmbeddedEngine(policy, stop_token_ids=()).generate(requests, PARAMS))
+    assert [c.ids for c in plain] == [ids for ids, _ in changed]
+
+
+def test_where_no_beginnings_are_kept_the_key_says_so(model_dir, caplog):
+    policy = load_policy(ModelKeys(base_model=str(model_dir("mamba"))), trainable=False)
+    EmbeddedEngine(policy, stop_token_ids=(), prefix_bytes=LARGE)
+    assert "prefix_cache_gib: no effect, because" in caplog.text

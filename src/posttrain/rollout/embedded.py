@@ -23,6 +23,7 @@ from posttrain.models.text import decoder
 from posttrain.protocols import Weights
 from posttrain.rollout.decoding import Decoding, DecodingRow, Ends
 from posttrain.rollout.paged import paged_rows
+from posttrain.rollout.prefixes import PrefixCache
 from posttrain.rollout.replica import receive
 from posttrain.rollout.sampling import stop_test, uniforms
 from posttrain.types import Completion, EngineInfo, Moved, Request, SamplingParams, TokenSeq
@@ -38,11 +39,13 @@ class EmbeddedEngine:
 
     `shares_weights` where `policy` is the one that is trained; else it is a copy, which an update fills. With `enforce_eager` a GPU
     decodes by the loop of a CPU, without pages and graphs. `pad_prompts`: that loop attends to prompts of near length together.
+    `prefix_bytes`: room for how prompts begin, kept from one call to the next until an update; prompts that are longer than a block
+    are then always encoded by blocks.
     """
 
     def __init__(
         self, policy: Policy, *, stop_token_ids: Sequence[int], batch_size: int = 64, shares_weights: bool = True,
-        enforce_eager: bool = False, pad_prompts: bool = False,
+        enforce_eager: bool = False, pad_prompts: bool = False, prefix_bytes: int = 0,
     ) -> None:  # fmt: skip
         self._policy = policy
         self._stop_token_ids = frozenset(stop_token_ids)
@@ -54,6 +57,8 @@ class EmbeddedEngine:
         if pad_prompts and (self._paged or not policy.ragged):
             why = "pages need no filling up" if self._paged else f"{policy.source} decodes row by row"
             log.warning("pad_prompts: no effect, because %s", why)
+        self._prefix_bytes = prefix_bytes if prefix_bytes and self._keeps_beginnings() else 0
+        self._prefixes = self._no_prefixes()
 
     @property
     def policy_version(self) -> int:
@@ -85,12 +90,24 @@ class EmbeddedEngine:
         return score_sequences(self._policy, sequences, temperature)
 
     def update(self, weights: Weights, version: int) -> Moved:
+        self._prefixes = self._no_prefixes()
         num_bytes = 0 if self._shares_weights else receive(self._policy, weights)
         self._version = version
         return Moved(num_bytes, num_bytes)
 
     def close(self) -> None:
         pass
+
+    def _keeps_beginnings(self) -> bool:
+        why = "a GPU's pages hold whole prompts" if self._paged else ""
+        if not self._policy.ragged or length_rule(self._policy.base.config) is not None:
+            why = f"{self._policy.source} encodes prompts row by row, or by their length"
+        if why:
+            log.warning("prefix_cache_gib: no effect, because %s", why)
+        return not why
+
+    def _no_prefixes(self) -> PrefixCache | None:
+        return PrefixCache(self._policy, self._prefix_bytes) if self._prefix_bytes else None
 
     def _completions(self, rows: Sequence[DecodingRow]) -> Iterator[Completion]:
         was_training = self._policy.model.training
@@ -122,8 +139,9 @@ class EmbeddedEngine:
     ) -> Iterator[DecodingRow]:
         with self._computing():
             decoding = Decoding(
-                self._policy, rows, longest=longest, alone=alone, paged=self._paged, pad_prompts=self._pad_prompts
-            )
+                self._policy, rows, longest=longest, alone=alone, paged=self._paged, pad_prompts=self._pad_prompts,
+                prefixes=self._prefixes,
+            )  # fmt: skip
         try:
             while decoding.is_busy:
                 # Not around the yield: whoever takes the rows must not compute in our context.
