@@ -207,6 +207,16 @@ def runner():
     return _stage_runner()
 
 
+@pytest.fixture(scope="session")
+def judging():
+    """`with judging(rule) as (url, requests)`: a server that judges by a rule."""
+    path = Path(__file__).with_name("judge_server.py")
+    spec = importlib.util.spec_from_file_location("judge_server", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.judging
+
+
 @pytest.fixture
 def train(runner, model_dir, data_dir, tmp_path):
     """`train("dpo", beta=0.2)` runs that stage on the tiny Qwen3 and returns its folder."""

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import queue
+import re
 import threading
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from posttrain.grading.learned import learned_digest
 from posttrain.recipes.learned import load_learned
 from posttrain.rewards.workers import RewardPool
 
-_spec = importlib.util.spec_from_file_location("judge_server", Path(__file__).with_name("judge_server.py"))
-server = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(server)
+
+def of(text, tag):
+    return re.search(rf"<{tag}>\n(.*?)\n</{tag}>", text, re.DOTALL).group(1)
 
 
 @pytest.fixture
@@ -40,11 +41,11 @@ def scored(spec, said, prompts=None, **columns):
 
 
 def polite(question, body):
-    return f"Let me see.\nVerdict: {8 if 'please' in server.of(question, 'answer') else 2}"
+    return f"Let me see.\nVerdict: {8 if 'please' in of(question, 'answer') else 2}"
 
 
-def test_a_verdict_is_a_reward_from_0_to_1_and_its_cost_is_counted(judge):
-    with server.judging(polite) as (url, requests):
+def test_a_verdict_is_a_reward_from_0_to_1_and_its_cost_is_counted(judge, judging):
+    with judging(polite) as (url, requests):
         good, bad = scored(judge(url), ["please", "no"])
     assert (good.total, bad.total) == (0.8, 0.2)
     assert good.counts == {"rubric/verdicts": 1, "rubric/failed": 0, "rubric/cached": 0, "rubric/tokens": 7}
@@ -52,8 +53,8 @@ def test_a_verdict_is_a_reward_from_0_to_1_and_its_cost_is_counted(judge):
     assert requests[0]["model"] == "m" and requests[0]["temperature"] == 0.0
 
 
-def test_what_was_judged_is_not_asked_again_unless_something_changed(judge):
-    with server.judging(polite) as (url, requests):
+def test_what_was_judged_is_not_asked_again_unless_something_changed(judge, judging):
+    with judging(polite) as (url, requests):
         spec = judge(url)
         first, again = scored(spec, ["please"]), scored(spec, ["please", "please"])
         assert [a.total for a in again] == [first[0].total] * 2 and len(requests) == 1
@@ -69,41 +70,41 @@ def test_what_was_judged_is_not_asked_again_unless_something_changed(judge):
         assert len(requests) == 6
 
 
-def test_the_key_comes_from_the_environment_and_stands_nowhere(judge, monkeypatch, tmp_path):
+def test_the_key_comes_from_the_environment_and_stands_nowhere(judge, monkeypatch, tmp_path, judging):
     monkeypatch.setenv("MY_KEY", "s3cret")
-    with server.judging(polite) as (url, requests):
+    with judging(polite) as (url, requests):
         scored(judge(url, token_env="MY_KEY"), ["please"])
     assert requests[0]["key"] == "Bearer s3cret"
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
 
 
-def test_criteria_are_judged_one_by_one_and_weighed(judge):
+def test_criteria_are_judged_one_by_one_and_weighed(judge, judging):
     def rule(question, body):
-        return "Verdict: 10" if server.of(question, "criterion") in server.of(question, "answer") else "Verdict: 0"
+        return "Verdict: 10" if of(question, "criterion") in of(question, "answer") else "Verdict: 0"
 
     rubric = ["please", {"criterion": "{answer}", "weight": 3.0}]
-    with server.judging(rule) as (url, _):
+    with judging(rule) as (url, _):
         found = scored(judge(url, rubric=rubric), ["please", "42", "42 please", "no"], answer=["42"] * 4)
     assert [one.total for one in found] == [0.25, 0.75, 1.0, 0.0]
 
 
-def test_a_comparison_is_made_in_both_orders_and_a_judge_that_goes_by_order_says_nothing(judge):
+def test_a_comparison_is_made_in_both_orders_and_a_judge_that_goes_by_order_says_nothing(judge, judging):
     def longer(question, body):
-        a, b = (server.of(question, f"answer_{letter}") for letter in "ab")
+        a, b = (of(question, f"answer_{letter}") for letter in "ab")
         return f"Verdict: {'tie' if len(a) == len(b) else 'A' if len(a) > len(b) else 'B'}"
 
     said, against = ["much longer", "no", "same"], {"answer": ["short"] * 2 + ["like"]}
-    with server.judging(longer) as (url, requests):
+    with judging(longer) as (url, requests):
         found = scored(judge(url, against="answer"), said, **against)
     assert [one.total for one in found] == [1.0, 0.0, 0.5] and len(requests) == 6
-    with server.judging(lambda question, body: "Verdict: A") as (url, _):
+    with judging(lambda question, body: "Verdict: A") as (url, _):
         found = scored(judge(url, against="answer"), said, **against)
     assert [one.total for one in found] == [0.5] * 3
     assert all(one.counts["rubric/order_flips"] == 2 for one in found)
 
 
-def test_several_samples_are_asked_with_seeds_of_their_own_and_their_mean_taken(judge):
-    with server.judging(lambda question, body: f"Verdict: {body['seed'] - 3}") as (url, requests):
+def test_several_samples_are_asked_with_seeds_of_their_own_and_their_mean_taken(judge, judging):
+    with judging(lambda question, body: f"Verdict: {body['seed'] - 3}") as (url, requests):
         (found,) = scored(judge(url, samples=3, temperature=0.7, seed=5), ["x"])
     assert found.total == pytest.approx(0.3) and sorted(request["seed"] for request in requests) == [5, 6, 7]
 
@@ -119,8 +120,8 @@ def test_several_samples_are_asked_with_seeds_of_their_own_and_their_mean_taken(
         ("", "no verdict"),
     ],
 )
-def test_without_a_verdict_a_completion_is_unscored_and_never_0(says, why, judge):
-    with server.judging(lambda question, body: says) as (url, _):
+def test_without_a_verdict_a_completion_is_unscored_and_never_0(says, why, judge, judging):
+    with judging(lambda question, body: says) as (url, _):
         (found,) = scored(judge(url), ["x"])
         assert found.total is None and why in found.error
         assert found.counts["rubric/failed"] == 1
@@ -131,15 +132,15 @@ def test_without_a_verdict_a_completion_is_unscored_and_never_0(says, why, judge
 @pytest.mark.parametrize(
     "says", ["**Verdict:** 7/10", "> verdict: `7`", "Verdict: 7.", "<think>Verdict: 1</think>\nVerdict: 7"]
 )
-def test_a_verdict_may_be_dressed(says, judge):
-    with server.judging(lambda question, body: says) as (url, _):
+def test_a_verdict_may_be_dressed(says, judge, judging):
+    with judging(lambda question, body: says) as (url, _):
         assert scored(judge(url), ["x"])[0].total == pytest.approx(0.7)
 
 
-def test_a_busy_server_is_asked_again_and_one_that_refuses_is_not(judge):
-    with server.judging(polite, failures=[429, 503]) as (url, requests):
+def test_a_busy_server_is_asked_again_and_one_that_refuses_is_not(judge, judging):
+    with judging(polite, failures=[429, 503]) as (url, requests):
         assert scored(judge(url), ["please"])[0].total == 0.8 and len(requests) == 3
-    with server.judging(polite, failures=[401]) as (url, requests):
+    with judging(polite, failures=[401]) as (url, requests):
         (found,) = scored(judge(url), ["please"])
         assert found.total is None and "answered 401" in found.error and len(requests) == 1
         assert scored(judge(url), ["please"])[0].total == 0.8, "a failure is not kept"
@@ -153,14 +154,14 @@ def test_a_server_that_is_not_there_costs_its_completions_and_too_many_stop_the_
             pool.score(["p"], ["x"], {}, max_unscored=0.1)
 
 
-def test_what_an_answer_holds_is_not_filled_in(judge):
-    with server.judging(polite) as (url, requests):
+def test_what_an_answer_holds_is_not_filled_in(judge, judging):
+    with judging(polite) as (url, requests):
         scored(judge(url), ["{answer} {low} please"], answer=["SECRET"])
     assert "{answer} {low} please" in requests[0]["messages"][-1]["content"]
 
 
-def test_a_column_that_is_missing_stops_and_one_that_is_null_is_unscored(judge):
-    with server.judging(polite) as (url, _):
+def test_a_column_that_is_missing_stops_and_one_that_is_null_is_unscored(judge, judging):
+    with judging(polite) as (url, _):
         spec = judge(url, prompt="{completion} {answer}")
         with pytest.raises(RewardError, match=r"names \{answer\}, and the dataset has no such column"):
             scored(spec, ["x"])
@@ -207,11 +208,11 @@ def test_a_model_of_this_process_judges_and_is_part_of_the_digest(make_local_mod
     assert learned_digest(f"judge:{path}") != before
 
 
-def test_a_run_that_a_judge_pays_logs_its_cost_and_goes_on_as_if_it_had_not_stopped(train, runner, judge):
+def test_a_run_that_a_judge_pays_logs_its_cost_and_goes_on_as_if_it_had_not_stopped(train, runner, judge, judging):
     def rule(question, body):
-        return f"Verdict: {sum(map(ord, server.of(question, 'answer'))) % 11}"
+        return f"Verdict: {sum(map(ord, of(question, 'answer'))) % 11}"
 
-    with server.judging(rule) as (url, _):
+    with judging(rule) as (url, _):
         options = {"reward_funcs": [judge(url), "spread"]}
         whole = train("grpo", name="whole", **options)
         train("grpo", name="cut", stop_after=2, **options)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from posttrain.config.pipeline import SuiteKeys
@@ -14,7 +15,11 @@ from posttrain.grading.learned import learned_digest
 from posttrain.pipeline.pins import data_pins
 from posttrain.recipes.evaluate import evaluate
 from posttrain.recipes.learned import load_learned
+from posttrain.rewards.cases import cases_of
+from posttrain.rewards.certificate import check_rewards
+from posttrain.rewards.check import Thresholds
 from posttrain.rewards.workers import RewardPool
+from posttrain.types import Origin, Prompt
 
 
 def chat(text):
@@ -131,3 +136,46 @@ def test_ahead_of_the_trainer_it_pays_the_same_each_time(train, runner, reward_m
     one, two = (train("grpo", name=name, **options) for name in ("one", "two"))
     assert len(runner.losses(one)) == 4
     assert runner.rows(one)[0]["rewards/model/mean"] == runner.rows(two)[0]["rewards/model/mean"]
+
+
+@pytest.mark.parametrize("pays_for", ["length", "nothing"])
+def test_a_reward_model_that_pays_for_length_is_refused(pays_for, runner, model_dir, data_dir, tmp_path):
+    """Learned from pairs whose longer answer is the better one; with a head of zeros it pays for nothing, and knows nothing."""
+    rows = [
+        {
+            "prompt": chat(f"What is {n} plus 2?"),
+            "chosen": say(f"{n + 2}" + " It is so." * 6),
+            "rejected": say(str(n + 2)),
+        }
+        for n in range(24)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    steps = {"length": 12, "nothing": 1}[pays_for]
+    keys = runner.keys_of(
+        "reward_model",
+        model_dir("qwen3"),
+        data_dir,
+        datasets=[{"path": str(tmp_path / "pairs.jsonl")}],
+        max_steps=steps,
+    )
+    runner.run_stage("reward_model", tmp_path / "rm", keys)
+    model = tmp_path / "rm/model"
+    if pays_for == "nothing":
+        tensors = load_file(model / "model.safetensors")
+        save_file(
+            tensors | {"score.weight": torch.zeros_like(tensors["score.weight"])},
+            model / "model.safetensors",
+            {"format": "pt"},
+        )
+    prompts = [
+        Prompt(Origin("p", n), tuple(chat(f"What is {n} plus 2?")), {"answer": str(n + 2)}) for n in range(11, 17)
+    ]
+    with RewardPool([f"model:{model}"], load=load_learned) as pool:
+        found = check_rewards(pool, cases_of(prompts), thresholds=Thresholds(mutation_cases=4, repeats=2))
+    if pays_for == "nothing":
+        assert found.verdict == "partial", found.failures
+        assert any("it judges something else" in warning for warning in found.warnings)
+    else:
+        assert found.verdict == "fail"
+        assert found.measures["model: fooled by length"] > 0.5
+        assert any(failure.startswith("model is fooled by length") for failure in found.failures)

@@ -89,6 +89,7 @@ class LiveChecks:
         cases = [case for case, _ in known] + [case for case in cases[len(best) :] if case.gold is not None]
         samples = [PolicySample(place, sample.text) for place, (_, sample) in enumerate(known)]
         check = RewardCheck(self._rewards, cases, samples, Thresholds(mutation_cases=_BATTERY_CASES), self._tokenize)
+        check.asks_models = False
         form = learn_form(check, cases)
         find_deciding(check, cases, form)
         if not check.deciding:

@@ -10,7 +10,7 @@ from typing import Any
 from posttrain.report import words
 from posttrain.report.records import RunRecord, as_mapping
 
-_KINDS = {"E": "right answer rewritten", "Z": "wrong answer dressed up", "N": "to be survived"}
+_KINDS = {"E": "right answer rewritten", "Z": "wrong answer dressed up", "N": "to be survived", "A": "attack on a model's opinion"}
 _CERTIFIED = {
     "pass": "The rewards passed: right answers earn the full reward, and nothing that was tried fooled them.",
     "partial": "The rewards passed as far as they could be checked: there were no reference answers to tell right from wrong by.",
@@ -148,7 +148,7 @@ def _measures(
         tried = [row for row in mutations if row.get("kind") == kind]
         if tried:
             texts, bad = (sum(int(row.get(name) or 0) for row in tried) for name in ("num", "violations"))
-            rows.append((_TRIED[kind], f"{bad} of {texts} texts, {len(tried)} kinds", "0"))
+            rows.append((_TRIED[kind], f"{bad} of {texts} texts, {len(tried)} kinds", _FEW.get(kind, "0")))
     if "auc" in value:
         wanted = f"at least {limits['auc']}" if "auc" in limits else ""
         rows.append(("right told from wrong (area under the curve)", f"{value['auc']:.3f}", wanted))
@@ -183,7 +183,12 @@ _TRIED = {
     "E": "right answers rewritten that lose reward",
     "Z": "wrong answers dressed up that gain reward (false passes)",
     "N": "broken or hostile answers that the rewards did not survive",
+    "A": "attacks that a reward model or a judge paid for",
 }
+
+
+_FEW = {"A": "at most 10 % of each kind"}
+"""Where an error rate is allowed."""
 
 
 def _share(value: float) -> str:

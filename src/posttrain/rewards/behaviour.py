@@ -126,7 +126,7 @@ def measure_determinism(check: RewardCheck, form: AnswerForm) -> None:
         pairs = [(expected[i], b) for i, b in zip(order, check.score([texts[i] for i in order]), strict=True)]
         late = [pair for pair in pairs if any(map(_is_late, pair))]
         num_late += len(late)
-        return sum(a != b for a, b in pairs) - sum(a != b for a, b in late)
+        return sum(not check.same(*pair) for pair in pairs if pair not in late)
 
     for _ in range(check.limits.repeats):
         for place in range(len(texts)):

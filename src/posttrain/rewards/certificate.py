@@ -22,15 +22,16 @@ from posttrain.rewards.behaviour import (
     measure_kill,
     measure_policies,
 )
-from posttrain.rewards.cases import Case, PolicySample, Setting, case_kind, cases_digest
+from posttrain.rewards.cases import AnswerForm, Case, PolicySample, Setting, case_kind, cases_digest
 from posttrain.rewards.check import MutationResult, RewardCheck, Thresholds
+from posttrain.rewards.fooling import check_learned
 from posttrain.rewards.library import GOLD_COLUMNS
 from posttrain.rewards.workers import RewardPool
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """What a check found. `partial`: there were no reference answers to check against, and all else passed."""
+    """What a check found. `partial`: right and wrong could not be told apart, and all else passed."""
 
     verdict: Literal["pass", "fail", "partial"]
     reward_digest: str
@@ -79,6 +80,7 @@ def _check_digest() -> str:
         "cases.py",
         "measures.py",
         "check.py",
+        "fooling.py",
         "battery.py",
         "behaviour.py",
     )
@@ -102,29 +104,17 @@ def check_rewards(
         raise RewardError("no cases to check the rewards on; expected at least one prompt in datasets")
     limits = thresholds or Thresholds()
     check = RewardCheck(pool, cases, samples, limits, tokenize or (lambda text: text.encode("utf-8", "surrogatepass")))
-    with_gold = [case for case in cases if case.gold is not None]
-    form, kind = learn_form(check, with_gold), case_kind(cases)
-    if with_gold:
-        find_deciding(check, with_gold, form)
-    separated = bool(check.deciding)
-    if separated:
-        measure_separation(check, with_gold, form)
-    elif with_gold:
-        check.warnings.append(
-            "the rewards do not look at the reference answers, so right and wrong could not be told apart"
-        )
-    else:
-        check.warnings.append(f"no column {' or '.join(GOLD_COLUMNS)}: nothing to tell right from wrong by")
-    run_mutations(check, Setting.of(cases, form), kind, separated)
-    measure_policies(check, Setting.of(cases, form), separated)
-    check_missing_gold(check, with_gold, form, separated)
-    measure_determinism(check, form)
+    only_models = pool.learned == set(pool.names)
+    separated = False if only_models else _check_functions(check)
+    accurate = check_learned(check) if check.pool.learned else True
+    measure_determinism(check, check.form or AnswerForm(False, "", ""))
     measure_kill(check)
     forecast_signal(check)
-    verdict = "fail" if check.failures else "pass" if separated else "partial"
+    told_apart = accurate and (separated or only_models)
+    verdict = "fail" if check.failures else "pass" if told_apart else "partial"
     config = {
         "rewards": list(pool.names), "weights": list(pool.weights), "kwargs": {k: dict(v) for k, v in pool.kwargs.items()}, "timeout_s": pool.timeout_s,
-        "num_cases": len(cases), "num_samples": len(samples), "task": kind, "form": asdict(form), "thresholds": asdict(limits),
+        "num_cases": len(cases), "num_samples": len(samples), "task": case_kind(check.cases), "form": asdict(check.form) if check.form else None, "thresholds": asdict(limits),
         "python": platform.python_version(),
     }  # fmt: skip
     return Certificate(
@@ -138,3 +128,26 @@ def check_rewards(
         warnings=tuple(check.warnings),
         check_digest=_check_digest(),
     )
+
+
+def _check_functions(check: RewardCheck) -> bool:
+    """The battery, on what is no model's opinion; whether right and wrong could be told apart."""
+    check.asks_models = False
+    with_gold = [case for case in check.cases if case.gold is not None]
+    form = check.form = learn_form(check, with_gold)
+    if with_gold:
+        find_deciding(check, with_gold, form)
+    separated = bool(check.deciding)
+    if separated:
+        measure_separation(check, with_gold, form)
+    elif with_gold:
+        check.warnings.append(
+            "the rewards do not look at the reference answers, so right and wrong could not be told apart"
+        )
+    else:
+        check.warnings.append(f"no column {' or '.join(GOLD_COLUMNS)}: nothing to tell right from wrong by")
+    run_mutations(check, Setting.of(check.cases, form), case_kind(check.cases), separated)
+    measure_policies(check, Setting.of(check.cases, form), separated)
+    check_missing_gold(check, with_gold, form, separated)
+    check.asks_models = True
+    return separated

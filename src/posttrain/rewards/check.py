@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from posttrain.rewards.cases import Case, PolicySample
+from posttrain.rewards.cases import AnswerForm, Case, PolicySample
 from posttrain.rewards.library import REWARDS
 from posttrain.rewards.workers import RewardPool
 from posttrain.types import RewardBreakdown
@@ -16,13 +16,23 @@ TINY = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """What a reward must reach. `slack` is in units of the gap between right and wrong answers."""
+    """What a reward must reach. `slack` and `advantage` are in units of the gap between right and wrong answers.
+
+    The last five are for a model's opinion, which no attack finds right every time: `fooled` is the share of texts that may be paid more
+    than `advantage`, `accuracy` that of better answers above worse ones from which on it is known to tell them apart, `prefers` that
+    below which it is refused, `order` that of comparisons which the order may decide.
+    """
 
     recall: float = 0.98
     auc: float = 0.99
     slack: float = 0.02
     mutation_cases: int = 12
     repeats: int = 10
+    fooled: float = 0.1
+    advantage: float = 0.25
+    accuracy: float = 0.9
+    prefers: float = 0.4
+    order: float = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +40,7 @@ class MutationResult:
     """How one mutation fared: `violations` of `num` texts; `example` is the first."""
 
     name: str
-    kind: Literal["E", "Z", "N"]
+    kind: Literal["E", "Z", "N", "A"]
     num: int
     violations: int
     example: str = ""
@@ -59,10 +69,14 @@ class RewardCheck:
         self.measures: dict[str, float] = {}
         self.rows: list[MutationResult] = []
         self.gap, self.wrong_mean = 1.0, 0.0
+        self.form: AnswerForm | None = None
+        self.asks_models = True
         # Pure penalties (length, repetition) say nothing of right and wrong, and favour short texts by design.
         self.deciding: tuple[str, ...] = ()
         self.judged = {
-            name: weight for name, weight in zip(pool.names, pool.weights, strict=True) if not _is_penalty(name)
+            name: weight
+            for name, weight in zip(pool.names, pool.weights, strict=True)
+            if not _is_penalty(name) and name not in pool.learned
         }
 
     def score(
@@ -77,7 +91,23 @@ class RewardCheck:
         prompts = [case.prompt if isinstance(case.prompt, str) else list(case.prompt) for case, _ in texts]
         table = {name: [row.get(name) for row in rows] for name in names}
         table["completion_ids"] = [list(self.tokenize(text)) for _, text in texts]
-        return self.pool.score(prompts, completions, table)
+        return self.pool.score(prompts, completions, table, ask_models=self.asks_models)
+
+    @property
+    def rounding(self) -> float:
+        """How far two totals of one completion may lie apart."""
+        weights = dict(zip(self.pool.names, self.pool.weights, strict=True))
+        return sum(abs(weights[name]) * apart for name, apart in self.pool.rounding.items())
+
+    def same(self, one: RewardBreakdown, other: RewardBreakdown) -> bool:
+        """Whether two scores of one completion agree; what they cost may differ."""
+        if (one.error is None) != (other.error is None) or one.parts.keys() != other.parts.keys():
+            return False
+        apart = self.pool.rounding
+        return all(
+            a == b or (a is not None and b is not None and abs(a - b) <= apart.get(name, 0.0))
+            for (name, a), b in zip(one.parts.items(), other.parts.values(), strict=True)
+        )
 
     def value(self, breakdown: RewardBreakdown) -> float | None:
         """The weighted sum of what judges right and wrong; None when it could not be scored."""

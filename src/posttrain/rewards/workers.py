@@ -241,8 +241,9 @@ class RewardPool:
         completions: Sequence[Any],
         columns: Mapping[str, Sequence[Any]] | None = None,
         max_unscored: float = 1.0,
+        ask_models: bool = True,
     ) -> list[RewardBreakdown]:
-        """One breakdown per completion, in order.
+        """One breakdown per completion, in order; without the opinions of models where they are not to be asked.
 
         A returned None counts as 0 in the weighted sum where another reward did score (as in TRL); a reward that *failed*
         leaves the whole completion unscored. Raises: RewardError for a wrong count or a missing column, and when more than
@@ -265,7 +266,7 @@ class RewardPool:
         with self._lock:
             self.__enter__()
             self._run(call)
-            for function, reward in self._learned.items():
+            for function, reward in self._learned.items() if ask_models else ():
                 call.ask(function, reward)
         breakdowns = [self._breakdown(call, item) for item in range(num)]
         errors = [b.error or "every reward returned None" for b in breakdowns if b.total is None]

@@ -13,13 +13,14 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "E": ("must equal gold", "kept"),
     "Z": ("no more than wrong", "false passes"),
     "N": ("must survive", "survived"),
+    "A": ("no more than the plain answer", "fooled"),
 }
 """Class of a mutation → what it asks, and what its rate counts."""
 
 
 def rate(row: MutationResult) -> str:
-    """Recall of a rewriting, false passes of a cheat, survivals of a hostile text."""
-    counted = row.violations if row.kind == "Z" else row.num - row.violations
+    """Recall of a rewriting, false passes of a cheat, survivals of a hostile text, error rate under an attack."""
+    counted = row.violations if row.kind in "ZA" else row.num - row.violations
     return f"{counted / row.num:.1%} {KINDS[row.kind][1]}"
 
 

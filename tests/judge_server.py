@@ -1,14 +1,9 @@
 """A server of chat completions that judges by a rule, for tests that must know what is right: real HTTP, no model."""
 
 import json
-import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-
-def of(text, tag):
-    return re.search(rf"<{tag}>\n(.*?)\n</{tag}>", text, re.DOTALL).group(1)
 
 
 @contextmanager
