@@ -10,7 +10,12 @@ from typing import Any
 from posttrain.report import words
 from posttrain.report.records import RunRecord, as_mapping
 
-_KINDS = {"E": "right answer rewritten", "Z": "wrong answer dressed up", "N": "to be survived", "A": "attack on a model's opinion"}
+_KINDS = {
+    "E": "right answer rewritten",
+    "Z": "wrong answer dressed up",
+    "N": "to be survived",
+    "A": "attack on a model's opinion",
+}
 _CERTIFIED = {
     "pass": "The rewards passed: right answers earn the full reward, and nothing that was tried fooled them.",
     "partial": "The rewards passed as far as they could be checked: there were no reference answers to tell right from wrong by.",
