@@ -189,6 +189,7 @@ FLIPS = {
         Flip("importance_sampling_correction", "token_truncate"),
         # Of its other keys, which are another engine's: tests/recipes/test_engines.py.
         Flip("rollout", {"exact": True}),
+        Flip("keep_rollouts", True),
         Flip("reward_check_steps", 1, {"reward_funcs": ["DATA/rewards.py:last_digit"]}),
         Flip("teachers", [HINTED["teachers"][0]]),
         Flip("teacher_advantage", "rlsd", HINTED),

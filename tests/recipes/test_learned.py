@@ -18,6 +18,7 @@ from posttrain.recipes.learned import load_learned
 from posttrain.rewards.cases import cases_of
 from posttrain.rewards.certificate import check_rewards
 from posttrain.rewards.check import Thresholds
+from posttrain.rewards.rescore import find_calls, paid_anew
 from posttrain.rewards.workers import RewardPool
 from posttrain.types import Origin, Prompt
 
@@ -179,3 +180,14 @@ def test_a_reward_model_that_pays_for_length_is_refused(pays_for, runner, model_
         assert found.verdict == "fail"
         assert found.measures["model: fooled by length"] > 0.5
         assert any(failure.startswith("model is fooled by length") for failure in found.failures)
+
+
+def test_what_a_run_kept_is_what_it_was_paid_for_also_after_a_stop(train, runner, data_dir):
+    train("grpo", name="cut", stop_after=2, keep_rollouts=True)
+    folder = train("grpo", name="cut", keep_rollouts=True)
+    with RewardPool([f"{data_dir}/rewards.py:spread"]) as pool:
+        rows = paid_anew(find_calls(folder), pool)
+    assert len(rows) == 4 * 8, "each step's completions once"
+    assert [row.after for row in rows] == [row.before for row in rows]
+    means = [row["reward"] for row in runner.rows(folder)]
+    assert [sum(r.before for r in rows if r.step == step) / 8 for step in range(4)] == pytest.approx(means)

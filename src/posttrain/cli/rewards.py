@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from posttrain.config.rl import RLKeys
     from posttrain.rewards.cases import Case, PolicySample
     from posttrain.rewards.certificate import Certificate
+    from posttrain.rewards.rescore import Rescored
 
 rewards = typer.Typer(no_args_is_help=True, add_completion=False, help="Check reward functions and certify them.")
 
@@ -53,6 +54,61 @@ def check(
     show_certificate(certificate)
     typer.echo(f"certificate: {path}, in words: {path.with_suffix('.md')}")
     raise typer.Exit(1 if certificate.verdict == "fail" else 0)
+
+
+@rewards.command()
+def rescore(
+    run: Annotated[Path, typer.Argument(help="Folder of a run or a stage that ran with keep_rollouts: true.")],
+    with_: Annotated[
+        list[str], typer.Option("--with", help="A reward, as in reward_funcs; may be given several times.")
+    ],
+    weights: Annotated[list[float] | None, typer.Option("--weight", help="Weight of each, in order.")] = None,
+    timeout_s: Annotated[float, typer.Option(help="Deadline of one completion's reward.")] = 10.0,
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes that score.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="JSONL of every completion, before and after.")] = None,
+) -> None:
+    """Pay the stored rollouts of RUN by other rewards, and say what would have changed. No model is loaded for functions."""
+    from posttrain.rewards.learned import LearnedReward
+    from posttrain.rewards.rescore import find_calls, paid_anew, write_rescored
+    from posttrain.rewards.workers import RewardPool
+
+    def load(spec: str, folder: Path | None) -> LearnedReward:
+        from posttrain.recipes.learned import load_learned
+
+        return load_learned(spec, folder)
+
+    calls = find_calls(run)
+    with RewardPool(with_, weights or None, None, workers, timeout_s, load=load) as pool:
+        rows = paid_anew(calls, pool)
+    _show_changes(rows)
+    if out is not None:
+        write_rescored(rows, out)
+        typer.echo(f"every completion: {out}")
+
+
+def _show_changes(rows: Sequence[Rescored]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    from posttrain.rewards.rescore import largest_changes, what_changed
+
+    console, changes = Console(), what_changed(rows)
+    parts = ("first third", "second third", "last third")[: len(next(iter(changes.values()))) - 1]
+    table = Table(
+        Column("measured", no_wrap=True), "all", *parts, title=f"{len(rows)} stored rollouts under other rewards"
+    )
+    for name, values in changes.items():
+        table.add_row(name, *(f"{value:.4g}" for value in values))
+    console.print(table)
+    if moved := largest_changes(rows):
+        largest = Table("step", "before", "after", "completion", title="paid most otherwise")
+        for row in moved:
+            text = row.completion if isinstance(row.completion, str) else str(row.completion[-1]["content"])
+            largest.add_row(str(row.step + 1), f"{row.before:.4g}", f"{row.after:.4g}", escape(text[:100]))
+        console.print(largest)
+    if failed := next((row.error for row in rows if row.error), None):
+        console.print(f"first that could not be scored: {escape(failed)}", soft_wrap=True)
 
 
 def _rewarded_kind(config: Path) -> str:

@@ -83,6 +83,7 @@ class RLKeys(SamplingKeys):
     reward_kwargs: dict[str, dict[str, Any]] = knob({}, "Options of library rewards: name in reward_funcs → its options.")
     reward_timeout_s: float = knob(10.0, "Deadline of one completion's reward; later is unscored.", gt=0)
     reward_workers: int = knob(1, "Worker processes that score.", ge=1)
+    keep_rollouts: bool = knob(False, "Keep prompts, completions and rewards in the stage's folder, for `posttrain rewards rescore`.")
     beta: float = knob(0.0, "Weight of the KL to the reference; 0 keeps no reference.", ge=0)
     kl_target: float | None = knob(None, "Steer beta, from its value on, so that the KL to the reference stays near so many nats per token.", gt=0, example=0.05)
     entropy_coef: float = knob(0.0, "Weight of an entropy bonus.", ge=0)

@@ -15,6 +15,7 @@ from posttrain.checkpoint.store import disk_errors, sweep
 from posttrain.files import digest_json, read_json, write_json
 from posttrain.recipes.stage import Stage
 from posttrain.recipes.train_state import TrainState
+from posttrain.rewards.rescore import SCORED, ScoredCall
 from posttrain.rollout.collect import ScoreRewards
 from posttrain.types import RewardBreakdown
 
@@ -49,3 +50,19 @@ class ReplayedRewards:
         for path in self._folder.glob("*.json"):
             if int(path.name[:8]) < step:
                 path.unlink(missing_ok=True)
+
+
+class KeptRollouts:
+    """A `ScoreRewards` that keeps what another one scored, for `posttrain rewards rescore`."""
+
+    def __init__(self, stage: Stage, score: ScoreRewards, state: TrainState) -> None:
+        self._folder, self._score, self._state = stage.folder, score, state
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
+    ) -> list[RewardBreakdown]:
+        breakdowns = self._score(prompts, completions, columns)
+        totals = [breakdown.total for breakdown in breakdowns]
+        with disk_errors(self._folder):
+            ScoredCall(self._state.step, prompts, completions, columns, totals).save(self._folder / SCORED)
+        return breakdowns

@@ -13,7 +13,7 @@ from posttrain.recipes.collector import Collected, Collector, Sampling
 from posttrain.recipes.engines import sync_engine
 from posttrain.recipes.ledger import FOLDER
 from posttrain.recipes.prompts import PromptStream
-from posttrain.recipes.replay import ReplayedRewards
+from posttrain.recipes.replay import KeptRollouts, ReplayedRewards
 from posttrain.recipes.stage import Stage
 from posttrain.recipes.train_state import TrainState
 from posttrain.rewards.workers import RewardPool
@@ -68,7 +68,10 @@ def make_sampling(
     score: ReplayedRewards, prompts: PromptStream,
 ) -> Sampling:  # fmt: skip
     """Taking turns with `rollout.max_staleness: 0`, else ahead of the trainer."""
+    keep = keys.keep_rollouts
     if not keys.rollout.max_staleness:
-        return Alternating(keys, engine, decode, score, prompts, stage.ranks)
+        kept = KeptRollouts(stage, score, state) if keep else score
+        return Alternating(keys, engine, decode, kept, prompts, stage.ranks)
     folder, resumable_from = stage.folder / FOLDER, stage.checkpoints.store.resumable_from
-    return Ahead(keys, engine, decode, rewards.score, prompts, stage.ranks, folder, resumable_from)
+    asked = KeptRollouts(stage, rewards.score, state) if keep else rewards.score
+    return Ahead(keys, engine, decode, asked, prompts, stage.ranks, folder, resumable_from)
