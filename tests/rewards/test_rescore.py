@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from posttrain.cli.rewards import rewards
 from posttrain.errors import RewardError
-from posttrain.rewards.rescore import SCORED, Rescored, ScoredCall, find_calls, largest_changes, what_changed
+from posttrain.rewards.rescore import SCORED, Rescored, ScoredCall, find_calls, largest_changes, paid_anew, what_changed
 from posttrain.rewards.workers import RewardPool
 
 SOURCE = """
