@@ -46,6 +46,34 @@ def test_buckets_are_the_lowest_highest_and_mean_of_their_values(path):
         assert (step, low, high) == (end, part.min(), part.max()) and math.isclose(mean, part.mean(), abs_tol=1e-12)
 
 
+def test_a_long_curve_is_drawn_from_what_is_kept_of_its_blocks_and_says_the_same(path):
+    values = np.random.default_rng(1).normal(size=30_000)
+    rows = [
+        {"step": 2 * place, "loss": value, **({"eval_loss": value} if place % 1000 == 0 else {})}
+        for place, value in enumerate(values)
+    ]
+    log(path, rows[:20_000])
+    series = MetricSeries(path)
+    read(series, points=10)
+    log(path, rows[20_000:])
+    curves = read(series, points=10).curves
+    within = read(series, low=2 * 77, points=10).curves["loss"].points
+    for points, begin in ((curves["loss"].points, 0), (within, 77)):
+        assert len(points) == 10 and points[-1][0] == 2 * 29_999
+        for step, low, high, mean in points:
+            part = values[begin : step // 2 + 1]
+            assert (low, high) == (part.min(), part.max()) and math.isclose(mean, part.mean(), abs_tol=1e-12)
+            begin = step // 2 + 1
+    assert [one[0] for one in read(series, points=30).curves["eval_loss"].points] == list(range(0, 60_000, 2000))
+    zoomed = read(series, low=40_001, high=40_010, points=10).curves["loss"].points
+    assert [one[:2] for one in zoomed] == [(2 * place, values[place]) for place in range(20_001, 20_006)]
+
+
+def test_steps_that_go_back_are_drawn_all_the_same(path):
+    log(path, [{"step": step, "loss": float(step)} for step in (1, 2, 3, 2, 3, 4)])
+    assert [one[0] for one in read(MetricSeries(path), low=2, high=3).curves["loss"].points] == [2, 3, 2, 3]
+
+
 def test_a_zoom_shows_its_steps_alone_and_as_they_are_where_they_are_few(path):
     log(path, [{"step": step, "loss": float(step)} for step in range(1, 1001)])
     points = read(MetricSeries(path), low=500, high=510, points=50).curves["loss"].points

@@ -21,7 +21,11 @@ import numpy as np
 
 from posttrain.report.charts import MEMORY, THROUGHPUT
 
-_CHUNK_BYTES = 1 << 18
+_CHUNK_BYTES = 1 << 16
+_BLOCK = 256
+"""Rows whose lowest, highest and mean value are kept, so that a long curve is not read whole each time."""
+Points = tuple[tuple[int, float, float, float], ...]
+"""(step, lowest, highest, mean) of each bucket, the step being its last."""
 _NOT_DRAWN = frozenset({"step", "time", "nonfinite"})
 MOST_NUMBERS = 30_000_000
 """That `SeriesCache` keeps, 8 bytes each."""
@@ -29,9 +33,9 @@ MOST_NUMBERS = 30_000_000
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A metric over the steps asked for, as (step, lowest, highest, mean) of each of its buckets; `num_nonfinite` values were no numbers."""
+    """A metric over the steps asked for; `num_nonfinite` values of the file were no numbers."""
 
-    points: tuple[tuple[int, float, float, float], ...]
+    points: Points
     num_nonfinite: int
 
 
@@ -59,6 +63,8 @@ class MetricSeries:
         self._steps = array("q")
         self._columns: dict[str, array[float]] = {}
         self._nonfinite = dict[str, list[int]]()
+        self._summaries = dict[str, np.ndarray]()
+        self._is_sorted = True
         self._problems = list[str]()
         self._has_all = True
         self._inode, self._offset, self._size, self._lines = -1, 0, 0, 0
@@ -107,11 +113,10 @@ class MetricSeries:
                 self._problems.append(f"{self.path.name}:{self._lines} is no logged step and is left out")
             return
         place = len(self._steps)
+        self._is_sorted = self._is_sorted and (place == 0 or step >= self._steps[-1])
         self._steps.append(step)
         for name, value in row.items():
-            if name in _NOT_DRAWN and name != "time":
-                continue
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if (type(value) is float or type(value) is int) and name != "step":
                 self._put(name, place, float(value))
         for name in row.get("nonfinite") or ():
             self._put(str(name), place, math.nan)
@@ -132,8 +137,16 @@ class MetricSeries:
             steps = np.frombuffer(self._steps, dtype=np.int64) if self._steps else np.zeros(0, np.int64)
             known = self._names()
             wanted = [name for name in names if name in known] or ([] if names else list(known))
-            inside = _inside(steps, low, high)
-            curves = {name: self._curve(name, steps, inside, num_points) for name in wanted}
+            span = _span(steps, low, high) if self._is_sorted else None
+            curves = {
+                name: Curve(
+                    self._points(name, steps, span, num_points)
+                    if span is not None
+                    else _buckets(*_finite_between(steps, self._column(name, 0, len(steps)), low, high), num_points),
+                    len(self._nonfinite.get(name, ())),
+                )
+                for name in wanted
+            }
             ends = (int(steps.min()), int(steps.max())) if len(steps) else None
             share = 1.0 if self._has_all else self._offset / self._size
             return SeriesWindow(curves, known, ends, len(steps), share, tuple(self._problems[:20]))
@@ -143,48 +156,91 @@ class MetricSeries:
         derived += [MEMORY] * ("memory_peak_bytes" in self._columns)
         return (*(name for name in self._columns if name not in _NOT_DRAWN), *derived)
 
-    def _column(self, name: str) -> np.ndarray:
-        """With NaN for rows that lack it."""
-        values = np.full(len(self._steps), np.nan)
-        if column := self._columns.get(name):
-            values[: len(column)] = np.frombuffer(column, dtype=np.float64)
+    def _column(self, name: str, begin: int, end: int) -> np.ndarray:
+        """Of the rows between; NaN for those that lack it."""
+        if (column := self._columns.get(name)) is not None:
+            values = np.full(end - begin, np.nan)
+            there = np.frombuffer(column, dtype=np.float64)[begin:end]
+            values[: len(there)] = there
             return values
         if name == MEMORY:
-            return self._column("memory_peak_bytes") / 2**20
+            return self._column("memory_peak_bytes", begin, end) / 2**20
         assert name == THROUGHPUT
-        tokens, seconds = np.diff(self._column("num_tokens")), np.diff(self._column("time"))
+        before = max(0, begin - 1)
+        tokens, seconds = (np.diff(self._column(part, before, end)) for part in ("num_tokens", "time"))
         with np.errstate(divide="ignore", invalid="ignore"):
-            values[1:] = np.where((tokens > 0) & (seconds > 0), tokens / seconds, np.nan)
-        return values
+            speeds = np.where((tokens > 0) & (seconds > 0), tokens / seconds, np.nan)
+        return speeds if begin else np.append(np.nan, speeds)
 
-    def _curve(self, name: str, steps: np.ndarray, inside: np.ndarray, num_points: int) -> Curve:
-        values, kept = self._column(name)[inside], steps[inside]
+    def _points(self, name: str, steps: np.ndarray, span: tuple[int, int], num_points: int) -> Points:
+        """Of few rows their values; of many what is kept of each block of them."""
+        begin, end = span
+        if end - begin > num_points * _BLOCK:
+            first, last = -(-begin // _BLOCK), end // _BLOCK
+            head = self._summary(name, steps, begin, first * _BLOCK)
+            tail = self._summary(name, steps, last * _BLOCK, end)
+            blocks = np.hstack([head, self._blocks(name, steps)[:, first:last], tail])
+            blocks = blocks[:, blocks[4] > 0]
+            if blocks[4].sum() > num_points and blocks.shape[1] > num_points:
+                return _merged_blocks(blocks, num_points)
+        return _buckets(*_finite_between(steps[begin:end], self._column(name, begin, end), None, None), num_points)
+
+    def _blocks(self, name: str, steps: np.ndarray) -> np.ndarray:
+        """The summaries of every `_BLOCK` rows that are complete, each computed once."""
+        done = self._summaries.get(name, np.zeros((5, 0)))
+        begin, end = done.shape[1] * _BLOCK, len(steps) // _BLOCK * _BLOCK
+        if end > begin:
+            done = self._summaries[name] = np.hstack([done, self._summary(name, steps, begin, end, _BLOCK)])
+        return done
+
+    def _summary(self, name: str, steps: np.ndarray, begin: int, end: int, size: int = 0) -> np.ndarray:
+        """Last step with a number, lowest, highest, sum and count of every `size` rows; without it of all together."""
+        if end == begin:
+            return np.zeros((5, 0))
+        values = self._column(name, begin, end).reshape(-1, size or end - begin)
         finite = np.isfinite(values)
-        bad = len(self._nonfinite.get(name, ()))
-        return Curve(_buckets(kept[finite], values[finite], num_points), bad)
+        last = np.where(finite, steps[begin:end].reshape(values.shape), np.iinfo(np.int64).min).max(axis=1)
+        lows, highs = (np.where(finite, values, fill) for fill in (np.inf, -np.inf))
+        sums = np.where(finite, values, 0.0).sum(axis=1)
+        return np.stack([last, lows.min(axis=1), highs.max(axis=1), sums, finite.sum(axis=1)])
 
 
-def _inside(steps: np.ndarray, low: int | None, high: int | None) -> np.ndarray:
-    inside = np.ones(len(steps), dtype=bool)
+def _span(steps: np.ndarray, low: int | None, high: int | None) -> tuple[int, int]:
+    """The rows between two steps, of steps that only grow."""
+    begin = 0 if low is None else int(np.searchsorted(steps, low, "left"))
+    return begin, max(begin, len(steps) if high is None else int(np.searchsorted(steps, high, "right")))
+
+
+def _finite_between(
+    steps: np.ndarray, values: np.ndarray, low: int | None, high: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    kept = np.isfinite(values)
     if low is not None:
-        inside &= steps >= low
+        kept &= steps >= low
     if high is not None:
-        inside &= steps <= high
-    return inside
+        kept &= steps <= high
+    return steps[kept], values[kept]
 
 
-def _buckets(steps: np.ndarray, values: np.ndarray, num_points: int) -> tuple[tuple[int, float, float, float], ...]:
+def _buckets(steps: np.ndarray, values: np.ndarray, num_points: int) -> Points:
     """As many as were asked for, of equally many values each; what is fewer stays as it is."""
-    if len(steps) == 0:
-        return ()
     if len(steps) <= num_points:
         ones = values.tolist()
         return tuple(zip(steps.tolist(), ones, ones, ones, strict=True))
     starts = np.linspace(0, len(steps), num_points, endpoint=False).astype(np.int64)
-    sizes = np.diff(np.append(starts, len(steps)))
-    last = np.append(starts[1:], len(steps)) - 1
-    columns = (np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts), np.add.reduceat(values, starts) / sizes)  # fmt: skip
+    last, sizes = np.append(starts[1:], len(steps)) - 1, np.diff(np.append(starts, len(steps)))
+    means = np.add.reduceat(values, starts) / sizes
+    columns = (np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts), means)
     return tuple(zip(steps[last].tolist(), *(column.tolist() for column in columns), strict=True))
+
+
+def _merged_blocks(blocks: np.ndarray, num_points: int) -> Points:
+    last, lows, highs, sums, counts = blocks
+    starts = np.linspace(0, len(last), num_points, endpoint=False).astype(np.int64)
+    steps = np.maximum.reduceat(last, starts).astype(np.int64)
+    means = np.add.reduceat(sums, starts) / np.add.reduceat(counts, starts)
+    columns = (np.minimum.reduceat(lows, starts), np.maximum.reduceat(highs, starts), means)
+    return tuple(zip(steps.tolist(), *(column.tolist() for column in columns), strict=True))
 
 
 class SeriesCache:

@@ -79,7 +79,7 @@ def test_every_answer_says_that_nothing_else_may_run_or_frame_it(make_client):
         headers = client.get(path).headers
         policy = headers["content-security-policy"]
         assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
-        assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer"
+        assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "same-origin"
 
 
 def test_a_body_that_is_too_large_is_refused_by_the_servers_guard(make_client):

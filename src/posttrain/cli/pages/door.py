@@ -20,11 +20,12 @@ CONTENT_POLICY = (
 )
 REPORT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; sandbox; frame-ancestors 'none'"
 """Of a recorded report: whoever wrote it, no script of it runs."""
+# With no-referrer a browser would send our own forms with the origin null.
 _ALWAYS = {
-    "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "same-origin", "Cache-Control": "no-store",
     "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
 }  # fmt: skip
-_STRANGER = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>posttrain ui</title>
+_STRANGER = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><link rel="icon" href="data:,"><title>posttrain ui</title>
 <main><h1>{title}</h1><p>{advice}</p></main></html>"""
 _SAFE = frozenset({"GET", "HEAD"})
 

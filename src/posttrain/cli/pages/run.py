@@ -46,6 +46,7 @@ async def _serve_pages(
     with open_port(options) as listening:
         if make_chat_router is None:
             service = PageService(make_site(()), None)
+            service.site.runs.lines()  # read before the first page is asked for
             await serve_until_stopped(options, listening, make_pages(service.site, options), service, ready)
             return
         router = make_chat_router()
