@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # One thread: the demo's model is too small to gain from two, and tests run in two processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo reward-hacking setup-vllm setup-ray setup-browser test test-all check format bench bench-all gpu-check gpu-bench clean help
+.PHONY: demo reward-hacking setup-vllm setup-ray setup-browser setup-export test test-all check format bench bench-all gpu-check gpu-bench clean help
 
 help:
 	@echo "make demo      set up, then take the tiny base model through SFT, DPO and GRPO to the registry"
@@ -16,6 +16,7 @@ help:
 	@echo "make setup-vllm   add vLLM for CPUs (2 GB); make test then runs its tests too"
 	@echo "make setup-ray    add Ray (240 MB); make test then runs its tests too"
 	@echo "make setup-browser   add Playwright and the distribution's Chromium; make test then looks at the pages of posttrain ui"
+	@echo "make setup-export   an environment of its own (1.5 GB) for posttrain export --to awq or gptq; make test then runs its tests too"
 	@echo "make check     lint, types, import layers"
 	@echo "make bench     side by side with TRL"
 	@echo "make gpu-check gpu-bench   on a machine with a GPU: are its numbers right, and how fast is it"
@@ -37,6 +38,14 @@ setup-ray: $(STAMP)
 setup-browser: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[browser]'
 	command -v chromium || command -v chromium-browser || command -v google-chrome || { $(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends chromium; }
+
+setup-export: .venv-export/.installed
+
+.venv-export/.installed: export-constraints.txt
+	$(PYTHON) -m venv .venv-export
+	.venv-export/bin/pip install --quiet --constraint export-constraints.txt torch
+	.venv-export/bin/pip install --quiet --constraint export-constraints.txt llmcompressor
+	touch $@
 
 demo: $(STAMP)
 	$(BIN)/posttrain run examples/quickstart/pipeline.yaml --quiet
@@ -85,4 +94,4 @@ gpu-bench: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
 	$(GPU_PYTHON) bench/gpu_bench.py --doc
 
 clean:
-	rm -rf $(VENV) examples/*/runs examples/*/registry
+	rm -rf $(VENV) .venv-export examples/*/runs examples/*/registry

@@ -17,11 +17,19 @@ if TYPE_CHECKING:
 
 def export(
     model: Annotated[str, typer.Argument(metavar="NAME[@VERSION|@ALIAS] | FOLDER", help="What to export.")],
-    to: Annotated[Literal["safetensors", "gguf", "int8", "fp8"], typer.Option(help="The form.")],
+    to: Annotated[Literal["safetensors", "gguf", "int8", "fp8", "awq", "gptq"], typer.Option(help="The form.")],
     out: Annotated[Path, typer.Option(help="New folder for the export.")],
     type_: Annotated[
-        Literal["q8_0", "f16", "int8", "fp8", "float32", "bfloat16", "float16"] | None,
-        typer.Option("--type", help="gguf: q8_0 (default) or f16; safetensors: bfloat16 (default), float16, float32."),
+        Literal["q8_0", "f16", "int8", "fp8", "w4g128", "w4g64", "w4g32", "float32", "bfloat16", "float16"] | None,
+        typer.Option(
+            "--type",
+            help="gguf: q8_0 (default) or f16; awq, gptq: 4 bits in groups of 128 (default), 64, 32; safetensors: bfloat16 (default), "
+            "float16, float32.",
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="awq, gptq: the texts that weights are fitted to, as data that SFT reads."),
     ] = None,
     suite: Annotated[
         list[Path] | None,
@@ -40,6 +48,7 @@ def export(
     Compared are prompts, special ids, tensors, greedy answers and scores. Exit code: 0 ready, 1 it is another model, 2 the suites
     could not decide, 3 invalid, 64 wrong usage; unless 0, nothing is left in --out.
     """
+    from posttrain.files import digest_file
     from posttrain.pipeline.show import quiet_libraries
 
     quiet_libraries()  # before bitsandbytes is imported, which says at once what it would fetch
@@ -60,7 +69,7 @@ def export(
             if without_scores
             else _scores(found, suite or [], (margin, spec), max_tokens, (registry, Path(scratch)))
         )
-        report = export_model(found, out, to, type_ or next(iter(types)), scores)
+        report = export_model(found, out, to, type_ or next(iter(types)), scores, calibration)
     for check in report.checks:
         typer.echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.name:16}  {check.seen}")
     if report.verdict is not None:
@@ -73,6 +82,8 @@ def export(
     typer.echo(f"export  {out}  {report.digest}")
     if found.version:
         _note(registry, found.version, f"export.{to}.{report.type}", report.digest)
+        if calibration is not None:
+            _note(registry, found.version, f"export.{to}.{report.type}.calibration", digest_file(calibration))
 
 
 def _scores(

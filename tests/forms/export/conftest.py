@@ -2,9 +2,13 @@ import json
 import shutil
 
 import pytest
+import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from posttrain.errors import MissingExtraError
+from posttrain.forms.export.fitted import export_python
 
 WITH_BOS = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
@@ -73,3 +77,49 @@ def byte_level(tokenizer):
         return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
     return make
+
+
+def _rows(count):
+    for n in range(count):
+        a, b = n % 10, (7 * n) % 10
+        yield [
+            {"role": "user", "content": f"What is {a} plus {b}?"},
+            {"role": "assistant", "content": f"The answer is {a + b}."},
+        ]
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """A data file that weights are fitted to."""
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in _rows(24)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def quantiser():
+    """Where the environment is not there, tests of what it writes are skipped."""
+    try:
+        return export_python()
+    except MissingExtraError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def learned(make_model_in, tmp_path_factory):
+    """A tiny Llama that has learned its answers, so that its best tokens are far from the next ones."""
+    folder = make_model_in(tmp_path_factory.mktemp("learned") / "llama", "llama", initializer_range=0.05)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer(
+        [tokenizer.apply_chat_template(row, tokenize=False) for row in _rows(40)], padding=True, return_tensors="pt"
+    )
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model(**batch, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.5
+    model.save_pretrained(folder)
+    return folder

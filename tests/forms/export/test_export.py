@@ -1,4 +1,5 @@
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -132,10 +133,12 @@ def test_another_number_in_the_config_of_a_folder_fails(form, model_dir, tmp_pat
 
 
 @pytest.mark.parametrize("form", EXPORT_FORMS)
-def test_a_folder_that_is_quantised_already_is_refused(form, model_dir, tmp_path):
+def test_a_folder_that_is_quantised_already_is_refused(form, model_dir, texts, tmp_path, monkeypatch):
+    monkeypatch.setenv("POSTTRAIN_EXPORT_PYTHON", sys.executable)
     EXPORT_FORMS["fp8"].write(tmp_path, original(model_dir("qwen3")), "fp8")
+    row, type_ = EXPORT_FORMS[form], next(iter(EXPORT_FORMS[form].types))
     with pytest.raises(ModelError, match=r"holds its weights quantised \(compressed-tensors in config.json\)"):
-        export_model(FoundModel(tmp_path), tmp_path / "out", form, next(iter(EXPORT_FORMS[form].types)), None)
+        export_model(FoundModel(tmp_path), tmp_path / "out", form, type_, None, texts if row.fitted else None)
     assert not (tmp_path / "out").exists()
 
 
@@ -157,6 +160,11 @@ def test_a_tensor_past_the_forms_bound_fails(model_dir, tmp_path):
     turned = {**view.tensors, name: view.tensors[name].roll(1, 0)}
     report = judged(made, replace(view, tensors=turned), ("gguf", "q8_0"), tmp_path, None)
     assert list(failed(report)) == ["tensors"] and name in failed(report)["tensors"]
+    blank = {**view.tensors, name: view.tensors[name] * float("nan")}
+    report = judged(made, replace(view, tensors=blank), ("gguf", "q8_0"), tmp_path, None)
+    assert (
+        list(failed(report)) == ["tensors"] and f"off by nan of what the form may ({name})" in failed(report)["tensors"]
+    )
     fewer = {key: tensor for key, tensor in view.tensors.items() if key != name}
     assert "tensors" in failed(judged(made, replace(view, tensors=fewer), ("gguf", "q8_0"), tmp_path, None))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ class CompressedForm:
     rounds: Callable[[torch.Tensor], torch.Tensor]
 
 
-def is_compressed(name: str, tensor: torch.Tensor) -> bool:
-    return tensor.dim() == 2 and name.endswith(".weight") and not IS_OF_TOKENS.search(name)
+def is_compressed(name: str, shape: Sequence[int]) -> bool:
+    return len(shape) == 2 and name.endswith(".weight") and not IS_OF_TOKENS.search(name)
 
 
 def write_compressed(folder: Path, source: Path, config: dict[str, Any], kind: str) -> None:
@@ -40,7 +40,7 @@ def write_compressed(folder: Path, source: Path, config: dict[str, Any], kind: s
     form, model, writer = COMPRESSED_FORMS[kind], StoredModel(source), ShardWriter(folder)
     for name in model.names:
         tensor = model.tensor(name)
-        if not is_compressed(name, tensor):
+        if not is_compressed(name, tensor.shape):
             writer.add(name, tensor)
             continue
         scale = _scale(tensor.float(), form.largest).to(tensor.dtype)
@@ -76,7 +76,7 @@ def read_compressed(folder: Path, tied: bool) -> Mapping[str, torch.Tensor]:
 
 def compressed_bound(kind: str, name: str, tensor: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
     """What the form rounds, and what the scale's own dtype rounds."""
-    if not is_compressed(name, tensor):
+    if not is_compressed(name, tensor.shape):
         return torch.full_like(tensor, 1e-6)
     form = COMPRESSED_FORMS[kind]
     rounding = {torch.float32: 2**-23, torch.float16: 2**-11, torch.bfloat16: 2**-8}[stored]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,12 +15,21 @@ from transformers import AutoConfig
 
 import posttrain
 from posttrain.config.stages import ModelKeys
-from posttrain.errors import ModelError
+from posttrain.errors import ConfigError, ModelError
 from posttrain.evidence import GateVerdict, Verdict
 from posttrain.files import digest_tree, read_json, reading, write_folder, write_json
 from posttrain.forms.export import form_gate
 from posttrain.forms.export.compressed import compressed_bound, read_compressed, write_compressed
 from posttrain.forms.export.families import family_of, numbers_of
+from posttrain.forms.export.fitted import (
+    Calibration,
+    check_fit,
+    check_scales,
+    fitted_bound,
+    read_calibration,
+    unrounded,
+    write_fitted,
+)
 from posttrain.forms.export.form_gate import FormCheck
 from posttrain.forms.export.gguf_file import bound_of, header_of, read_header, read_tensors, write_gguf
 from posttrain.forms.export.scores import FormScores
@@ -42,7 +52,10 @@ _NOT_COMPOSED = " (of composed characters: the source composes them itself, llam
 
 @dataclass(frozen=True, slots=True)
 class Original:
-    """The model that is exported, as its own engine reads it. `adapter` and `base` are those of a version that was made with them."""
+    """The model that is exported, as its own engine reads it. `adapter` and `base` are those of a version that was made with them.
+
+    `calibration`: the texts that a form is fitted to, for those that are.
+    """
 
     folder: Path
     config: Any
@@ -50,13 +63,15 @@ class Original:
     text: FolderText
     adapter: Path | None = None
     base: Path | None = None
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class FormView:
     """A written form as it is read again: prompts, tensors in float32, what each may be off, numbers expected and said.
 
-    `composes` is False where the source's tokenizer composes characters (NFC) and the form's does not.
+    `composes` is False where the source's tokenizer composes characters (NFC) and the form's does not. `rounded`: what the tensors are
+    of, where that is not the source itself. `more`: checks of this form's own.
     """
 
     text: TextForm
@@ -64,6 +79,8 @@ class FormView:
     bound: Callable[[str, torch.Tensor], torch.Tensor]
     numbers: tuple[Mapping[str, Any], Mapping[str, Any]]
     composes: bool = True
+    rounded: Path | None = None
+    more: Sequence[Callable[[], FormCheck]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +90,7 @@ class ExportForm:
     types: Mapping[str, float]
     write: Callable[[Path, Original, str], None]
     read: Callable[[Path, Original, str], FormView]
+    fitted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,29 +127,45 @@ def original(folder: Path) -> Original:
     return Original(folder, config, tokenizer, FolderText(tokenizer, stops))
 
 
-def export_model(found: FoundModel, out: Path, form: str, type_: str, scores: FormScores | None) -> FormReport:
+def export_model(
+    found: FoundModel, out: Path, form: str, type_: str, scores: FormScores | None, texts: Path | None = None
+) -> FormReport:
     """Write `found` to `out` in another form, only if the form gate passes; else `out` with `.refused.json` says why.
 
-    Raises: ModelError for what the form has no place for; GateError where the suites are too small.
+    `texts`: the data file that a form is fitted to. Raises: ConfigError; ModelError for what the form has no place for;
+    GateError where the suites are too small; DataError; MissingExtraError.
     """
+    if EXPORT_FORMS[form].fitted != (texts is not None):
+        need = "is fitted to texts: name some like those it will answer with --calibration FILE"
+        raise ConfigError(f"--to {form} {need if texts is None else 'is fitted to no texts: leave out --calibration'}")
     if scores is not None:
         scores.check_enough()
-    made, row = replace(original(found.folder), adapter=found.adapter, base=found.base), EXPORT_FORMS[form]
-    reports: list[FormReport] = []
+    with tempfile.TemporaryDirectory(prefix="posttrain-fit-") as scratch:
+        made = replace(original(found.folder), adapter=found.adapter, base=found.base)
+        if texts is not None:
+            made = replace(made, calibration=read_calibration(texts, made.tokenizer, Path(scratch)))
+        return _exported(made, found, out, (form, type_), scores)
+
+
+def _exported(
+    made: Original, found: FoundModel, out: Path, named: tuple[str, str], scores: FormScores | None
+) -> FormReport:
+    (form, type_), lineage = named, _lineage(made, found)
+    row, reports = EXPORT_FORMS[form], list[FormReport]()
 
     def fill(folder: Path) -> None:
         row.write(folder, made, type_)
         report = judged(made, row.read(folder, made, type_), (form, type_), folder, scores)
         if report.exit_code:
             raise _RefusedForm(report)
-        write_json(folder / RECORD, _record(report, found))
+        write_json(folder / RECORD, _record(report, lineage))
         reports.append(report)
 
     try:
         with reading(found.folder):
             write_folder(out, fill)
     except _RefusedForm as refused:
-        write_json(out.with_name(f"{out.name}.refused.json"), _record(refused.report, found))
+        write_json(out.with_name(f"{out.name}.refused.json"), _record(refused.report, lineage))
         return refused.report
     return replace(reports[0], digest=digest_tree(out))
 
@@ -148,9 +182,11 @@ def judged(
         form_gate.check_text(made.text, view.text),
         form_gate.check_special_ids(made.text, view.text),
         form_gate.check_numbers(*view.numbers),
-        form_gate.check_tensors(StoredModel(made.folder), view.tensors, view.bound),
+        form_gate.check_tensors(StoredModel(view.rounded or made.folder), view.tensors, view.bound),
         form_gate.check_merge(made.folder, made.adapter, made.base),
     ]
+    if all(check.passed for check in checks):
+        checks += [check() for check in view.more]
     digests = (source_digest(str(made.folder)), digest_tree(folder))
     verdict: GateVerdict | None = None
     if all(check.passed for check in checks):
@@ -189,10 +225,16 @@ def _copy_beside(source: Path, folder: Path) -> None:
             shutil.copy(path, folder)
 
 
-def _record(report: FormReport, found: FoundModel) -> dict[str, Any]:
+def _lineage(made: Original, found: FoundModel) -> dict[str, Any]:
+    """What the form was made from, beside the digest of the source."""
+    manifest = found.manifests[-1].digest if found.manifests else None
+    said = {} if made.calibration is None else {"calibration": made.calibration.lineage}
+    return {"version": found.version, "manifest": manifest, **said}
+
+
+def _record(report: FormReport, lineage: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "form": report.form, "type": report.type, "ready": report.exit_code == 0, "source_digest": report.source_digest,
-        "version": found.version, "manifest": found.manifests[-1].digest if found.manifests else None,
+        "form": report.form, "type": report.type, "ready": report.exit_code == 0, "source_digest": report.source_digest, **lineage,
         "checks": [asdict(check) for check in report.checks],
         "verdict": None if report.verdict is None else report.verdict.to_json(), "posttrain": posttrain.__version__,
     }  # fmt: skip
@@ -227,6 +269,31 @@ def _read_compressed(folder: Path, made: Original, type_: str) -> FormView:
     tensors = read_compressed(folder, made.config.tie_word_embeddings)
     text, numbers = _read_beside(folder, made)
     return FormView(text, tensors, lambda name, tensor: compressed_bound(type_, name, tensor, dtypes[name]), numbers)
+
+
+def _write_fitted(method: str, folder: Path, made: Original, type_: str) -> None:
+    given, config = _texts(made), read_json(made.folder / "config.json")
+    _copy_beside(made.folder, folder)
+    write_fitted(folder, made.folder, config, (method, type_), given)
+    _copy_beside(made.folder, unrounded(given))
+
+
+def _read_fitted(method: str, folder: Path, made: Original, type_: str) -> FormView:
+    given, scaled = _texts(made), unrounded(_texts(made)) if method == "awq" else None
+    tensors = read_compressed(folder, made.config.tie_word_embeddings)
+    text, numbers = _read_beside(folder, made)
+    bound = partial(fitted_bound, (method, type_), stored=StoredModel(made.folder).dtype)
+    more = (
+        partial(check_fit, made.folder, tensors, type_, given)
+        if scaled is None
+        else partial(check_scales, made.folder, scaled, given)
+    )
+    return FormView(text, tensors, bound, numbers, rounded=scaled, more=[more])
+
+
+def _texts(made: Original) -> Calibration:
+    assert made.calibration is not None, "the command asks for them"
+    return made.calibration
 
 
 def _write_safetensors(folder: Path, made: Original, type_: str) -> None:
@@ -267,10 +334,13 @@ def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+_IN_GROUPS = {"w4g128": 0.7, "w4g64": 0.7, "w4g32": 0.7}
 EXPORT_FORMS: Mapping[str, ExportForm] = {
     "gguf": ExportForm({"q8_0": 0.9, "f16": 0.99}, _write_gguf, _read_gguf),
     "int8": ExportForm({"int8": 0.9}, _write_compressed, _read_compressed),
     "fp8": ExportForm({"fp8": 0.8}, _write_compressed, _read_compressed),
+    "awq": ExportForm(_IN_GROUPS, partial(_write_fitted, "awq"), partial(_read_fitted, "awq"), fitted=True),
+    "gptq": ExportForm(_IN_GROUPS, partial(_write_fitted, "gptq"), partial(_read_fitted, "gptq"), fitted=True),
     "safetensors": ExportForm(
         {"bfloat16": 0.9, "float16": 0.98, "float32": 1.0}, _write_safetensors, _read_safetensors
     ),

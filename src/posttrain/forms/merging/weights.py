@@ -67,6 +67,11 @@ class StoredModel:
         found = self._handle(self._file(name)).get_tensor(name)
         return found if dtype is None or not found.is_floating_point() else found.to(dtype)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first of its tensors that holds numbers with a point."""
+        return next(found.dtype for name in self.names if (found := self.tensor(name)).is_floating_point())
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises: ModelError where the model has no such tensor."""
         return tuple(self._handle(self._file(name)).get_slice(name).get_shape())
