@@ -179,9 +179,39 @@ class Request:
 
     prompt_ids: tuple[int, ...]
     seed: int
+    max_tokens: int | None = None
+    """Most tokens of this one, where that is less than those of `SamplingParams`."""
+
+    def most(self, params: SamplingParams) -> int:
+        """Most tokens that it may take."""
+        return params.max_tokens if self.max_tokens is None else min(self.max_tokens, params.max_tokens)
 
 
 Finish = Literal["stop", "length", "aborted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """What took place behind a prompt: turns of the policy, and what tools and environment wrote between them.
+
+    `sampled` says of each id of the completion whether the policy sampled it. `messages` are what a reward is given.
+    `error`: why the environment could not go on; such an episode is unscored.
+    """
+
+    sampled: tuple[bool, ...]
+    messages: tuple[Message, ...]
+    turns: int
+    calls: int = 0
+    failed_calls: int = 0
+    env_reward: float | None = None
+    env_s: float = 0.0
+    error: str | None = None
+
+    @property
+    def answer(self) -> str:
+        """What the policy said last."""
+        spoken = [str(message["content"]) for message in self.messages if message["role"] == "assistant"]
+        return spoken[-1] if spoken else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +229,13 @@ class Completion:
     request: int = 0
     """Place of its request among those that were asked together."""
     policy_versions: tuple[int, ...] = ()
+    episode: Episode | None = None
+    """Of several turns: then `ids` hold what the environment wrote too, with a log-prob of 0."""
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that the policy sampled."""
+        return len(self.ids) if self.episode is None else sum(self.episode.sampled)
 
 
 def in_order(completions: Iterable[Completion]) -> list[Completion]:

@@ -32,6 +32,9 @@ ELSEWHERE = {
     "allow_raw_base": "what a pipeline may start on; tests/pipeline/test_checks.py",
     "precompute_ref_log_probs": "memory for time, with the same numbers; tests/recipes/test_loops.py",
     "reward_timeout_s": "a deadline; tests/rewards/test_workers.py",
+    "env_timeout_s": "a deadline; tests/environments/test_pool.py",
+    "env_workers": "how many answer at once; tests/environments/test_pool.py",
+    "tools": "needs a template that writes calls; tests/recipes/test_episodes.py",
     "reward_workers": "how many score at once; tests/rewards/test_workers.py",
     "importance_sampling_cap": "binds where sampler and trainer disagree, which they do not here; tests/objectives/test_ratios.py",
     "allow_uncorrected": "with another engine than ours; tests/config/test_rollout.py",
@@ -145,6 +148,8 @@ FLIPS = {
     "reward_model": [Flip("center_rewards_coefficient", 0.5)],
     "grpo": [
         Flip("off_policy_mask_threshold", 1e-9, OFF_POLICY),
+        Flip("env", "DATA/env.py:Env"),
+        Flip("max_turns", 1, {"env": "DATA/env.py:Env", "max_completion_length": 40, "temperature": 2.0}),
         Flip("reward_funcs", ["DATA/rewards.py:last_digit"]),
         Flip("reward_weights", [1.0, 0.1], TWO),
         Flip("reward_kwargs", {"soft_overlong": {"max_length": 4, "cache": 4}}, {"reward_funcs": ["soft_overlong"]}),
@@ -259,6 +264,7 @@ def record(runner, model_dir, data_dir, tmp_path_factory):
     for path in data_dir.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "other.jinja").write_text(TEMPLATE)
+    (folder / "env.py").write_text("class Env:\n    def step(self, answer):\n        return 'on'\n")
     rows = [{"id": str(n), "prompt": f"{n}", "target": "e", "scorer": "contains", "split": "dev"} for n in range(3)]
     (folder / "suite.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     usual = {"sft": "sft", "dpo": "pairs", "reward_model": "pairs", "grpo": "prompts", "distill": "prompts"}

@@ -90,6 +90,8 @@ CASES = {
     "length_spiral": ("grpo", series(60, completions__mean_length=lambda s: 40.0 * 1.05**s), series(60, completions__mean_length=lambda s: 40.0 + s)),
     "teacher_gap": ("grpo", series(60, teacher__gap=lambda s: 0.4 + s / 30), series(60, teacher__gap=lambda s: 0.9 - s / 90)),
     "truncation_spiral": ("grpo", series(40, completions__clipped_ratio=late(0.05, 0.4)), series(40, completions__clipped_ratio=0.4)),
+    "tool_errors": ("grpo", series(40, tools__failure_frequency=0.7), series(40, tools__failure_frequency=lambda s: 0.9 if s % 3 == 0 else 0.2)),
+    "episodes_lost": ("grpo", series(20, env__failed_ratio=0.2), series(20, env__failed_ratio=lambda s: 0.25 if s % 4 == 0 else 0.0)),
     "clip_fraction": ("grpo", series(20, clip_ratio__region_mean=0.35), series(20, clip_ratio__region_mean=lambda s: 0.4 if s % 3 == 0 else 0.1)),
     "ratio_tails": ("grpo", series(20, importance_ratio__max=25.0), series(20, importance_ratio__max=lambda s: 100.0 if s % 3 == 0 else 2.0)),
     "sampler_mismatch": ("grpo", series(10, **{MISMATCH: 0.08}), series(10, **{MISMATCH: 0.01})),

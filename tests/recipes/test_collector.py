@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from posttrain.recipes.prompts import PromptStream
 from posttrain.recipes.scorers import PolicyScorer, ReferenceScorer
 from posttrain.recipes.teachers import Teachers
 from posttrain.report.build import build_report
+from posttrain.rollout.collect import sample_groups
 from posttrain.rollout.experience import Experience, to_arrays
 from posttrain.types import RewardBreakdown
 
@@ -47,7 +49,11 @@ def collector(runner, model_dir, data_dir):
         stream = PromptStream(load_prompts(keys, tokenizer), keys.seed, {})
         scorers = (Scores(policy, keys.temperature, 4, ranks) for Scores in (PolicyScorer, ReferenceScorer))
         return Collector(
-            keys, Alternating(keys, engine, decoder(tokenizer), score, stream, ranks), *scorers, Teachers([]), ranks
+            keys,
+            Alternating(keys, partial(sample_groups, engine), decoder(tokenizer), score, stream, ranks),
+            *scorers,
+            Teachers([]),
+            ranks,
         )
 
     return make

@@ -6,8 +6,8 @@ import httpx
 import openai
 import pytest
 
+from posttrain.data.tool_calls import SYNTAXES, syntax_of
 from posttrain.serve.setup import ServedNames
-from posttrain.serve.tools import SYNTAXES, syntax_of
 
 CALL = {"name": "weather", "arguments": {"city": 'Zürich "ß"', "days": 2}}
 ARGS = json.dumps(CALL["arguments"], ensure_ascii=False)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.episodes import EpisodeKeys
 from posttrain.config.judge import JudgeKeys
 from posttrain.config.knob import Keys
 from posttrain.config.pipeline import GateKeys, PipelineKeys, RegisterKeys, SuiteKeys
@@ -90,6 +92,31 @@ def _reward(entry: str, folder: Path) -> str:
     return f"{_existing(file, folder)}:{function}"
 
 
+def _environment(entry: str, folder: Path) -> str:
+    """`file.py:Class`, or `file.py:function,function`."""
+    file, _, names = entry.rpartition(":")
+    if not file.endswith(".py") or not all(name.isidentifier() for name in names.split(",")):
+        raise _PathError(
+            f"got {entry}, expected file.py:NAME, e.g. {entry if entry.endswith('.py') else 'my_env.py'}:{'Env'}"
+        )
+    return f"{_existing(file, folder)}:{names}"
+
+
+def _tools(entry: str, folder: Path) -> str:
+    """The same, or the command line of an MCP server, whose words that are files here are made whole."""
+    if not entry.startswith("mcp:"):
+        return _environment(entry, folder)
+    try:
+        words = shlex.split(entry.removeprefix("mcp:"))
+    except ValueError as error:
+        raise _PathError(f"got {entry}, which is no command line: {error}") from None
+    return "mcp:" + shlex.join(str((folder / word).resolve()) if _is_file(folder / word) else word for word in words)
+
+
+def _is_file(path: Path) -> bool:
+    return path.suffix != "" and path.is_file()
+
+
 def _output(path: str, folder: Path) -> str:
     return str((folder / Path(path).expanduser()).resolve()) if path else path
 
@@ -109,6 +136,8 @@ PATH_RULES: tuple[tuple[type[Keys], str, Callable[[str, Path], str]], ...] = (
     (TrainKeys, "output_dir", _output),
     (TrainKeys, "eval_suite", _existing),
     (RLKeys, "reward_funcs", _reward),
+    (EpisodeKeys, "env", _environment),
+    (EpisodeKeys, "tools", _tools),
     (TeacherKeys, "model", _teacher),
     (TeacherKeys, "adapter", _existing),
     (JudgeKeys, "model", _judge),

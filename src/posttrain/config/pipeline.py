@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 
 from pydantic import SerializeAsAny, field_validator, model_validator
 
+from posttrain.config.episodes import EpisodeKeys
 from posttrain.config.kinds import STAGE_KINDS, stage_kind
 from posttrain.config.knob import Keys, knob
 from posttrain.config.rollout import RolloutKeys
@@ -25,7 +26,7 @@ def _checked(rule: NameRule, value: str) -> str:
 # One key a line: the tables below are read down, not across.
 
 
-class SuiteKeys(Keys):
+class SuiteKeys(EpisodeKeys):
     """An eval suite: a path alone, or a path with how to sample."""
 
     path: str = knob(..., "A JSONL suite, relative to the YAML, or a task of lm-eval (`lm-eval:arc_easy`, `lm-eval:./tasks/mine.yaml`).", example="evals/heldout.jsonl")

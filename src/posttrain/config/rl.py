@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from posttrain.config.episodes import EpisodeKeys
 from posttrain.config.knob import knob
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import DatasetKeys, LearningRateShape, RowKind, TrainKeys
@@ -132,7 +133,7 @@ class RLKeys(SamplingKeys):
 GRPOLoss = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "gspo", "gmpo", "dppo", "rloo", "reinforce_pp"]
 
 
-class GRPOKeys(RLKeys):
+class GRPOKeys(RLKeys, EpisodeKeys):
     """RL with verifiable rewards: GRPO and its family."""
 
     learning_rate: float = knob(1e-6, "Peak learning rate.", gt=0, also="lr", example=1e-6)
@@ -166,6 +167,20 @@ class GRPOKeys(RLKeys):
     teacher_warmup_steps: int = knob(0, "Steps in which teacher_coef rises linearly from 0.", ge=0)
     teacher_decay_steps: int = knob(0, "Steps after the warmup in which it falls linearly to 0; 0 lets it stay.", ge=0)
     importance_sampling_cap: float = knob(3.0, "Upper bound of the weights of importance_sampling_correction.", gt=1, also="vllm_importance_sampling_cap (TRL), vllm_importance_sampling_clip_max (TRL)")
+
+    @model_validator(mode="after")
+    def _episodes_are_played_where_they_are_proven(self) -> GRPOKeys:
+        rollout = self.rollout
+        refused = {
+            f"rollout.max_staleness: {rollout.max_staleness}": ("rollout.max_staleness: 0", rollout.max_staleness > 0),
+            f"rollout.engine: {rollout.engine}": ("embedded or vllm", rollout.engine not in ("embedded", "vllm")),
+            "teachers": ("a stage without teachers", bool(self.teachers)),
+            f"sharding.sp_size: {self.sharding.sp_size}": ("sharding.sp_size: 1", self.sharding.sp_size > 1),
+        }
+        for beside, (instead, found) in refused.items():
+            if found and self.plays:
+                raise ValueError(f"{'env' if self.env else 'tools'} with {beside}: episodes are not proven there yet; use {instead}")
+        return self
 
     @model_validator(mode="after")
     def _teachers_only_weigh(self) -> GRPOKeys:

@@ -6,8 +6,8 @@ Reading, parsing, rendering, overflow, cache and the summary meet here; each doe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from posttrain.config.rl import SamplingKeys
@@ -114,9 +114,10 @@ def load_kto(keys: TrainKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | N
 
 
 def load_prompts(
-    keys: SamplingKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None
-) -> Dataset[PromptRow]:
-    """Rows (prompt, its ids), at most sequence_len - max_completion_length long; truncation keeps the end.
+    keys: SamplingKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> Dataset[PromptRow]:  # fmt: skip
+    """Rows (prompt, its ids), `tools` beside those of the row, at most sequence_len - max_completion_length long; truncation keeps the end.
 
     Raises: DataError.
     """
@@ -128,11 +129,13 @@ def load_prompts(
         )
     plan = RowPlan(
         "prompts",
-        render.draft_prompt,
-        build=lambda noun, seqs: (noun, seqs[0].ids),
+        lambda tok, noun: render.draft_prompt(tok, _offering(noun, tools)),
+        build=lambda noun, seqs: (_offering(noun, tools), seqs[0].ids),
         extra=lambda row: [row[0].prompt, dict(row[0].columns), list(row[0].tools)],
         restore=_restore_prompt,
-        **_limits(keys, limit, max_completion_length=keys.max_completion_length),
+        **_limits(
+            keys, limit, max_completion_length=keys.max_completion_length, **({"tools": list(tools)} if tools else {})
+        ),
         trains=False,
         limit_name="sequence_len - max_completion_length",
     )
@@ -356,6 +359,15 @@ def _restored_summary(raw: dict[str, Any], source: DatasetKeys) -> SourceSummary
         reason: Skipped(s["count"], tuple(s["first"]), tuple(s["lines"])) for reason, s in raw["skipped"].items()
     }
     return SourceSummary(**{**raw, "skipped": skipped, "weight": source.weight, "path": short_path(source.path)})
+
+
+def _offering(prompt: Prompt, tools: Sequence[Mapping[str, Any]]) -> Prompt:
+    """The prompt with tools that it does not name itself. Raises: DataError for a text, in which no tools can be written."""
+    if tools and isinstance(prompt.prompt, str):
+        raise DataError(
+            f"{prompt.origin}: the prompt is a text, and tools are offered in a chat; write it as messages, or leave `tools` out"
+        )
+    return replace(prompt, tools=(*prompt.tools, *tools)) if tools else prompt
 
 
 def _restore_prompt(seqs: tuple[TokenSeq, ...], extra: Any, origin: Origin) -> PromptRow:

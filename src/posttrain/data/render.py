@@ -78,6 +78,12 @@ def chat_ids(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Mappin
     return tuple(_ids(tokenizer, [fit(tokenizer, messages, tools, True).text])[0])
 
 
+def continuation_ids(tokenizer: Any, before: str, piece: str) -> list[int]:
+    """Ids of `piece` as it goes on behind `before`; what those of `before` are plays no part. Raises: DataError."""
+    _check_encodable(RenderedRow(piece, (), Origin("environment", 1), bos=False))
+    return _continuation(tokenizer, before, piece) if piece else []
+
+
 def tokenize(tokenizer: Any, drafts: Sequence[RenderedRow]) -> Tokenized:
     """One sequence per draft.
 

@@ -16,10 +16,13 @@ from posttrain.evals.suite import RANKINGS, Item, Suite, is_own
 from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.files import digest_json
 from posttrain.grading.scorers import SCORERS
+from posttrain.grading.source import specs_digest
 from posttrain.protocols import Engine
 from posttrain.types import Completion, EngineInfo, Request, SamplingParams, Text, in_order
 
 _ITEMS_PER_CALL = 256
+PLAYED_WITH = "played_with"
+"""In a report's decoding: the digest of env and tools, and the most turns."""
 
 
 class Codec(Protocol):
@@ -44,6 +47,10 @@ TaskRunner = Callable[[TaskSuite, SuiteKeys], Iterable[ItemRecord]]
 """All documents of a task of lm-eval, answered and scored."""
 
 
+Play = Callable[[Sequence[Item], Sequence[Request], SamplingParams], list[Completion]]
+"""Items, the first turn of each → its episode, in order."""
+
+
 def _no_task(suite: Suite) -> Iterable[ItemRecord]:
     raise EvalError(f"suite {suite.name} is a task of lm-eval; this evaluator cannot ask it")
 
@@ -65,6 +72,10 @@ class Evaluator:
     progress: Callable[[str, int, int], None] = field(default=lambda name, done, total: None)
     score_own: OwnScorer = field(default=lambda suite, items, texts: _no_workers(suite))
     ask_task: TaskRunner = field(default=lambda suite, keys: _no_task(suite))
+    play: Play | None = None
+    """How items are answered in several turns; None samples one."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Offered beside an item's own."""
     _greedy: dict[tuple[tuple[int, ...], int], Completion] = field(default_factory=dict, repr=False)
 
     def run(
@@ -103,13 +114,15 @@ class Evaluator:
     def _sampled(self, items: Sequence[Item], keys: SuiteKeys, suite: Suite) -> Iterator[ItemRecord]:
         params = SamplingParams(max_tokens=keys.max_tokens, temperature=keys.temperature)
         requests = [
-            Request(_encoded(item, self.codec.encode_prompt), self.seed_of("eval", keys.seed, item.id, sample))
+            Request(
+                _encoded(item, self.codec.encode_prompt, self.tools), self.seed_of("eval", keys.seed, item.id, sample)
+            )
             for item in items
             for sample in range(keys.num_samples)
         ]
-        completions = self._generate(requests, params)
-        texts = [self.codec.decode(completion.ids) for completion in completions]
         each = [item for item in items for _ in range(keys.num_samples)]
+        completions = self.play(each, requests, params) if self.play else self._generate(requests, params)
+        texts = [c.episode.answer if c.episode else self.codec.decode(c.ids) for c in completions]
         if is_own(suite.scorer):
             scores = self.score_own(suite, each, texts)
         else:
@@ -117,6 +130,10 @@ class Evaluator:
                 (SCORERS[item.scorer](text, item.target, item.columns), None)
                 for item, text in zip(each, texts, strict=True)
             ]
+        scores = [
+            (0.0, completion.episode.error) if completion.episode and completion.episode.error else score
+            for completion, score in zip(completions, scores, strict=True)
+        ]
         for index, item in enumerate(items):
             part = slice(index * keys.num_samples, (index + 1) * keys.num_samples)
             yield _record(item, completions[part], texts[part], scores[part])
@@ -145,12 +162,28 @@ class Evaluator:
             yield ItemRecord(item.id, prompt_digest(item), (float(best == item.target),), item.cluster, (best,))
 
 
-def _encoded(item: Item, encode: Callable[..., Any], **more: str) -> Any:
-    """Prompt and tools of `item` as ids. Raises: EvalError with the item's name."""
+def _encoded(item: Item, encode: Callable[..., Any], tools: Sequence[Any] = (), **more: str) -> Any:
+    """Prompt and tools of `item` as ids, with `tools` beside its own. Raises: EvalError with the item's name."""
+    if tools and isinstance(item.prompt, str):
+        raise EvalError(
+            f"suite item {item.id}: its prompt is a text, and tools are offered in a chat; write it as messages"
+        )
     try:
-        return encode(item.prompt, tools=item.columns.get("tools"), **more)
+        return encode(item.prompt, tools=offered(item, tools), **more)
     except DataError as error:
         raise EvalError(f"suite item {item.id}: {error}") from None
+
+
+def offered(item: Item, tools: Sequence[Any]) -> Any:
+    """The tools of an item as its column holds them, or with others behind. Raises: EvalError."""
+    own = item.columns.get("tools")
+    if not tools or not own:
+        return list(tools) or own
+    if not isinstance(own, list):
+        raise EvalError(
+            f"suite item {item.id}: `tools` is {type(own).__name__}, expected a list beside evals' own tools"
+        )
+    return [*own, *tools]
 
 
 def _record(
@@ -167,7 +200,7 @@ def _record(
     return ItemRecord(
         id=item.id, prompt_digest=prompt_digest(item), scores=tuple(float(score or 0.0) for score, _ in scores),
         cluster=item.cluster, completions=tuple(texts), finishes=tuple(c.finish for c in completions),
-        num_tokens=tuple(len(c.ids) for c in completions), error=next((reason for _, reason in scores if reason), None),
+        num_tokens=tuple(c.num_sampled for c in completions), error=next((reason for _, reason in scores if reason), None),
     )  # fmt: skip
 
 
@@ -177,12 +210,15 @@ def named(engine: EngineInfo) -> str:
 
 
 def decoding_of(keys: SuiteKeys) -> dict[str, Any]:
-    return {
+    decoding: dict[str, Any] = {
         "num_samples": keys.num_samples,
         "temperature": keys.temperature,
         "max_tokens": keys.max_tokens,
         "seed": keys.seed,
     }
+    if keys.plays:
+        decoding[PLAYED_WITH] = [specs_digest(keys.played_with), keys.max_turns]
+    return decoding
 
 
 def prompt_digest(item: Item) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from posttrain.errors import ConfigError
-from posttrain.files import digest_file
+from posttrain.files import digest_file, digest_json
 
 
 def split_spec(spec: str) -> tuple[str, str] | None:
@@ -85,3 +86,16 @@ def source_of(file: Path) -> tuple[dict[str, str], set[str]]:
     trees = _local_sources(file)
     digests = {path.relative_to(file.parent).as_posix(): digest_file(path) for path in trees}
     return digests, {name.split(".")[0] for tree in trees.values() for name in _imported(tree)}
+
+
+def specs_digest(specs: Sequence[str]) -> str:
+    """Digest of what specs name: of `file.py:name` the file with its neighbours and their packages, of others the words themselves."""
+    found: list[Any] = []
+    for spec in specs:
+        own = split_spec(spec)
+        if own is None:
+            found.append(spec)
+        else:
+            digests, modules = source_of(Path(own[0]))
+            found.append([own[1], digests, dependency_versions(modules)])
+    return digest_json(found)

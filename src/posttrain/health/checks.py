@@ -30,6 +30,8 @@ JUDGE_FAILED = "judge/failed"
 CANARY_PAID = "reward_check/canary_paid_rate"
 CANARY_REWARD = "reward_check/canary_reward"
 TEACHER_GAP = "teacher/gap"
+CALL_FAILURES = "tools/failure_frequency"
+LOST_EPISODES = "env/failed_ratio"
 
 _ZERO_STD = "frac_reward_zero_std"
 _LENGTH = "completions/mean_length"
@@ -239,6 +241,15 @@ def truncation_spiral(history: History, *, steps: float, limit: float, rise: flo
 def judge_fails(history: History, *, steps: float, limit: float) -> Evidence | None:
     """Verdicts do not come or cannot be read; the completions are left out."""
     return above(history, JUDGE_FAILED, steps, limit)
+
+
+def tool_errors(history: History, *, steps: float, limit: float) -> Evidence | None:
+    """Young runs are still learning how a call is written."""
+    return None if history.is_young else above(history, CALL_FAILURES, steps, limit)
+
+
+def episodes_lost(history: History, *, steps: float, limit: float) -> Evidence | None:
+    return above(history, LOST_EPISODES, steps, limit)
 
 
 def rollout_starvation(history: History, *, steps: float, limit: float, ahead: float) -> Evidence | None:

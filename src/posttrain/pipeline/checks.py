@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from posttrain.config.episodes import EpisodeKeys
 from posttrain.config.kinds import stage_kind
 from posttrain.config.pipeline import GateKeys, PipelineKeys, SuiteKeys
 from posttrain.config.rl import RLKeys
@@ -28,6 +29,8 @@ from posttrain.planner.fit import cannot_fit, fits, shortfall
 from posttrain.planner.machine import available_bytes
 from posttrain.planner.memory import Workload, estimate_memory
 from posttrain.planner.shape import ModelShape
+from posttrain.recipes.episodes import environment_spec
+from posttrain.recipes.evaluate import check_played
 from posttrain.recipes.kinds import OBJECTIVES
 from posttrain.recipes.teachers import teacher_shapes
 from posttrain.tracking.trackers import require_tracker
@@ -52,6 +55,8 @@ def check_all(keys: PipelineKeys) -> dict[str, tuple[Suite, SuiteKeys]]:
                 "look; add it, or set baseline: stage:base"
             )
     for stage in keys.stages:
+        if isinstance(stage.keys, EpisodeKeys) and stage.keys.plays:
+            environment_spec(stage.keys).check()
         limits_of(stage.keys.lint)
         rules_for(stage.kind, stage.keys.health)
         if stage.kind in OBJECTIVES:
@@ -61,6 +66,8 @@ def check_all(keys: PipelineKeys) -> dict[str, tuple[Suite, SuiteKeys]]:
         if isinstance(stage.keys, RLKeys) and stage.keys.ptx_datasets:
             read_nouns(stage.keys.ptx_datasets, "examples")
     suites = {name: (load_suite(name, Path(suite.path)), suite) for name, suite in keys.evals.items()}
+    for suite, how in suites.values():
+        check_played(suite, how)
     for gate in gates_of(keys):
         for line in plan_gate(keys, gate, suites):
             log.info("gate: %s", line)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import posttrain
+from posttrain.config.episodes import EpisodeKeys
 from posttrain.config.migrate import drift
 from posttrain.config.pipeline import PipelineKeys
 from posttrain.config.resolved import SCHEMA, to_data
@@ -20,6 +21,7 @@ from posttrain.config.stages import DatasetKeys, TrainKeys
 from posttrain.errors import ConfigError
 from posttrain.evals.suite import suite_file_digest
 from posttrain.files import digest_file, digest_json, digest_start
+from posttrain.grading.source import specs_digest
 from posttrain.models.provenance import source_digest
 from posttrain.names import PREFIXES
 from posttrain.numerics import changes_between, installed_version, revision
@@ -99,6 +101,8 @@ def data_pins(keys: TrainKeys) -> dict[str, str]:
         pins[name if name not in pins else f"{name}#{len(pins) + 1}"] = _source(source)
     if isinstance(keys, RLKeys):
         pins["rewards"] = reward_digest(keys.reward_funcs, keys.reward_kwargs, keys.reward_weights)
+    if isinstance(keys, EpisodeKeys) and keys.plays:
+        pins["episodes"] = specs_digest(keys.played_with)
     for number, teacher in enumerate(keys.teachers if isinstance(keys, SamplingKeys) else ()):
         if not teacher.is_the_policy:
             at = teacher.url

@@ -19,6 +19,7 @@ from posttrain.config.settings import PROJECT_KEY
 from posttrain.config.stages import ModelKeys
 from posttrain.distributed.ranks import SingleProcess
 from posttrain.errors import PosttrainError
+from posttrain.evals.run import PLAYED_WITH
 from posttrain.evals.suite import load_suite
 from posttrain.evidence import EvalReport, RegistryEntry, Verdict
 from posttrain.files import read_json
@@ -169,7 +170,9 @@ def _answers(version: Version, name: str, stored: EvalReport, how: Mapping[str, 
 def _measured(
     version: Version, name: str, like: EvalReport, how: Mapping[str, Any], model: Path, where: str
 ) -> EvalReport | None:
-    """The suite as it was registered, decoded as then; None if it was not registered."""
+    """The suite as it was registered, decoded as then; None if it was not registered, or asked with tools, which are not."""
+    if PLAYED_WITH in like.decoding:
+        return None
     kind, _ = version.book.evidence(version.entry.name, version.entry.version).get(f"suite.{name}", ("", ""))
     file = version.export(f"suite.{name}", f"suites/{name}" if kind == "tree" else f"suites/{name}.jsonl")
     if file is None:

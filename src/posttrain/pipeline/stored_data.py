@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from posttrain.config.episodes import EpisodeKeys
 from posttrain.config.paths import TEMPLATES
 from posttrain.config.pipeline import PipelineKeys
 from posttrain.config.resolved import apply_changes
@@ -116,7 +117,8 @@ def _read_by(keys: TrainKeys) -> Iterator[Path]:
         yield Path(keys.chat_template)
     if keys.eval_suite is not None:
         yield from suite_files(Path(keys.eval_suite)).values()
-    for spec in keys.reward_funcs if isinstance(keys, RLKeys) else ():
+    played = keys.played_with if isinstance(keys, EpisodeKeys) else []
+    for spec in [*(keys.reward_funcs if isinstance(keys, RLKeys) else ()), *played]:
         if spec.startswith(JUDGE):
             yield Path(spec.removeprefix(JUDGE))
         elif parts := split_spec(spec):

@@ -8,12 +8,12 @@ from functools import partial
 
 from posttrain.config.rl import GRPOKeys
 from posttrain.health.controls import Controls
-from posttrain.protocols import Engine, Ranks
+from posttrain.protocols import Ranks
 from posttrain.recipes.engines import sampling_params
 from posttrain.recipes.prompts import PromptStream
 from posttrain.recipes.reward_range import stated_bounds
 from posttrain.recipes.sampled import Sampled, has_spread
-from posttrain.rollout.collect import ScoreRewards, sample_groups, score_groups
+from posttrain.rollout.collect import SampleGroups, ScoreRewards, score_groups
 from posttrain.rollout.experience import Experience
 from posttrain.types import Decode, RolloutGroup
 
@@ -22,9 +22,15 @@ class Alternating:
     """Samples when it is asked. With dynamic sampling, groups without a difference in reward are replaced by new prompts."""
 
     def __init__(
-        self, keys: GRPOKeys, engine: Engine, decode: Decode, score: ScoreRewards, prompts: PromptStream, ranks: Ranks
+        self,
+        keys: GRPOKeys,
+        sample: SampleGroups,
+        decode: Decode,
+        score: ScoreRewards,
+        prompts: PromptStream,
+        ranks: Ranks,
     ) -> None:
-        self._keys, self._engine, self._decode, self._score = keys, engine, decode, score
+        self._keys, self._sample, self._decode, self._score = keys, sample, decode, score
         self._prompts, self._ranks = prompts, ranks
 
     def sampled(self, generation: int, previous: Experience | None, controls: Controls) -> Sampled:
@@ -67,8 +73,8 @@ class Alternating:
     def _rollout(self, generation: int, controls: Controls, numbers: Sequence[int]) -> list[RolloutGroup]:
         """A rank without a prompt asks too: there may be one engine for all of them."""
         rows = [self._prompts(number) for number in numbers]
-        completions = sample_groups(
-            self._engine, rows, self._keys.num_generations * controls.group_scale, sampling_params(self._keys),
+        completions = self._sample(
+            rows, self._keys.num_generations * controls.group_scale, sampling_params(self._keys),
             (controls.seed(self._keys.seed), generation), numbers,
         )  # fmt: skip
         return score_groups(rows, completions, self._decode, self._score) if rows else []

@@ -26,7 +26,7 @@ from posttrain.recipes.teachers import Teachers
 from posttrain.rewards.learned import ASKED, FAILED
 from posttrain.rewards.resolve import reward_names
 from posttrain.rollout.experience import Experience, Group
-from posttrain.types import Rollout, RolloutGroup, Sample
+from posttrain.types import Episode, Rollout, RolloutGroup, Sample
 
 
 def teaches(group: Group, spec: PolicySpec, keys: GRPOKeys) -> bool:
@@ -59,6 +59,8 @@ class _Made:
     """Of each completion: what asking models for its rewards came to."""
     log_ratios: list[np.ndarray] | None
     """log teacher − log policy of the samples' trained tokens; None without teachers."""
+    episodes: list[Episode]
+    """What they were like, without what was said."""
 
 
 class Sampling(Protocol):
@@ -172,11 +174,12 @@ class Collector:
         scored: Sequence[tuple[np.ndarray | None, np.ndarray | None]], log_ratios: list[np.ndarray] | None,
     ) -> _Made:  # fmt: skip
         keys, rows = self._keys, [reward_parts(rollout) for rollout in group.rollouts]
-        lengths = [len(rollout.completion.ids) for rollout in group.rollouts]
+        lengths = [rollout.completion.num_sampled for rollout in group.rollouts]
         truncated = [rollout.completion.finish == "length" for rollout in group.rollouts]
         if keys.soft_overlong_cache:
             longest, cache = keys.max_completion_length, keys.soft_overlong_cache
-            _append(rows, [soft_overlong_penalty(length, longest, cache) for length in lengths])
+            whole = [len(rollout.completion.ids) for rollout in group.rollouts]
+            _append(rows, [soft_overlong_penalty(length, longest, cache) for length in whole])
         kls: list[float] = []
         if keys.kl_in_reward and keys.beta:
             # k1, summed over each completion.
@@ -193,7 +196,9 @@ class Collector:
         if log_ratios is not None:
             log_ratios = [ratio[: s.num_loss_tokens] for s, ratio in zip(kept, log_ratios, strict=True)]
         counts = [rollout.reward.counts for rollout in group.rollouts]
-        return _Made(number, kept, rows, lengths, truncated, kls, counts, log_ratios)
+        episodes = [rollout.completion.episode for rollout in group.rollouts if rollout.completion.episode is not None]
+        played = [replace(episode, sampled=(), messages=()) for episode in episodes]
+        return _Made(number, kept, rows, lengths, truncated, kls, counts, log_ratios, played)
 
 
 def _count(groups: Sequence[Group]) -> int:
@@ -205,8 +210,12 @@ def _sample(group: RolloutGroup, rollout: Rollout) -> Sample:
     ids = np.array((*group.prompt_ids, *completion.ids), np.int32)
     mask = np.arange(len(ids)) >= len(group.prompt_ids)
     logp = np.array(completion.logp, np.float32)
-    versions = np.array(completion.policy_versions or completion.policy_version, np.int32)
-    return Sample(ids, mask, logp, policy_version=np.broadcast_to(versions, logp.shape))
+    versions = np.broadcast_to(np.array(completion.policy_versions or completion.policy_version, np.int32), logp.shape)
+    if completion.episode is not None:
+        sampled = np.array(completion.episode.sampled, np.bool_)
+        mask[len(group.prompt_ids) :] = sampled
+        logp, versions = logp[sampled], versions[sampled]
+    return Sample(ids, mask, logp, policy_version=versions)
 
 
 def _by_group(made: Sequence[_Made], advantage_B: torch.Tensor) -> Iterator[tuple[_Made, list[float]]]:
@@ -262,6 +271,8 @@ def _metrics(
             "completions/max_terminated_length": float(max(ended)),
         }
     metrics |= opinion_metrics([counts for one in made for counts in one.counts])
+    if episodes := [episode for one in made for episode in one.episodes]:
+        metrics |= _episode_metrics(episodes)
     if kls:
         metrics |= {"kl_in_reward": sum(kls) / len(kls), "kl": sum(kls) / sum(lengths)}
     for name, column in zip(names, rewards_BK.unbind(1), strict=False):
@@ -283,6 +294,21 @@ def opinion_metrics(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     asked = sum(total for path, total in sums.items() if path.endswith(f"/{ASKED}"))
     failed = sum(total for path, total in sums.items() if path.endswith(f"/{FAILED}"))
     return metrics | ({"judge/failed": failed / asked} if asked else {})
+
+
+def _episode_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+    """TRL's names for tools; seconds are a mean over episodes of the time that their environment took."""
+    num, calls = len(episodes), sum(episode.calls for episode in episodes)
+    paid = [episode.env_reward for episode in episodes if episode.env_reward is not None]
+    metrics = {
+        "env/turns": sum(episode.turns for episode in episodes) / num,
+        "time/env_s": sum(episode.env_s for episode in episodes) / num,
+        "env/failed_ratio": sum(episode.error is not None for episode in episodes) / num,
+        "tools/call_frequency": calls / num,
+    }
+    if calls:
+        metrics["tools/failure_frequency"] = sum(episode.failed_calls for episode in episodes) / calls
+    return metrics | ({"env/reward": sum(paid) / len(paid)} if paid else {})
 
 
 def _std(values: torch.Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import ModelKeys
 from posttrain.data.messages import parse_messages, parse_tools
 from posttrain.data.render import chat_ids
-from posttrain.errors import DataError
+from posttrain.errors import DataError, EvalError
 from posttrain.evals.harness import TaskSuite
-from posttrain.evals.run import Evaluator, decoding_of
-from posttrain.evals.suite import Item, Suite
+from posttrain.evals.run import Evaluator, decoding_of, offered
+from posttrain.evals.suite import RANKINGS, Item, Suite
 from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.files import canonical_json, write_atomic
 from posttrain.models.load import load_config, load_tokenizer, missing_chat_template
@@ -25,10 +25,11 @@ from posttrain.models.provenance import source_digest
 from posttrain.names import LM_EVAL, QUESTIONS
 from posttrain.protocols import Engine
 from posttrain.recipes.engines import EngineSource, make_engine, named_engine
+from posttrain.recipes.episodes import Begin, Episodes, environment_of, environment_spec, sampler
 from posttrain.recipes.learned import load_learned
 from posttrain.rewards.workers import RewardPool
 from posttrain.rollout.sampling import request_seed
-from posttrain.types import Origin, Text
+from posttrain.types import Completion, Origin, Prompt, Request, SamplingParams, Text
 
 log = logging.getLogger(__name__)
 
@@ -109,18 +110,54 @@ def evaluate(
         rows = _ROWS if not order else _ROWS // 4
         with (
             closing(OwnScorers()) as own,
-            closing(make_engine(EngineSource(model), keys=rollout, rows=rows, folder=folder)) as sampler,
+            closing(make_engine(EngineSource(model), keys=rollout, rows=rows, folder=folder)) as engine_there,
         ):
             tokenizer = load_tokenizer(model)
-            evaluator = _evaluator(sampler, tokenizer, digest, progress, model, own)
+            evaluator = _evaluator(engine_there, tokenizer, digest, progress, model, own)
             for suite, keys in missing:
+                check_played(suite, keys)
                 _say_if_without_roles(tokenizer, model.base_model, suite)
                 known = _known(suite, keys, split, folder, (digest, engine))
-                reports[suite.name] = evaluator.run(suite, keys, split, known=known, order=order)
+                with closing(environment_of(keys)) as environment:
+                    _, episodes = sampler(environment, engine_there, tokenizer, None, keys)
+                    asking = with_episodes(evaluator, episodes) if episodes else evaluator
+                    reports[suite.name] = asking.run(suite, keys, split, known=known, order=order)
                 reports[suite.name].save(folder / f"{suite.name}-{split}")
                 if str(suite.path).startswith(LM_EVAL):
                     _keep_questions(suite, split, folder / f"{suite.name}-{split}")
     return {suite.name: reports[suite.name] for suite, _ in suites}
+
+
+def check_played(suite: Suite, keys: SuiteKeys) -> None:
+    """Raises: EvalError for a suite whose items nobody samples an answer to, ConfigError for what cannot be played with."""
+    if not keys.plays:
+        return
+    if str(suite.path).startswith(LM_EVAL) or suite.scorer in RANKINGS:
+        what = "a task of lm-eval" if str(suite.path).startswith(LM_EVAL) else f"scored by ranking ({suite.scorer})"
+        raise EvalError(
+            f"evals.{suite.name}: env and tools answer turns of a sampled answer, and this suite is {what}; leave them out"
+        )
+    environment_spec(keys).check()
+
+
+def with_episodes(evaluator: Evaluator, episodes: Episodes) -> Evaluator:
+    """The same, each item answered by an episode."""
+
+    def play(items: Sequence[Item], requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        begins = [
+            Begin(_prompt_of(item, episodes.tools), request, request_seed("env", request.seed))
+            for item, request in zip(items, requests, strict=True)
+        ]
+        return episodes.play(begins, params)
+
+    return replace(evaluator, play=play, tools=episodes.tools)
+
+
+def _prompt_of(item: Item, tools: Sequence[Mapping[str, Any]]) -> Prompt:
+    origin = Origin(item.id, 1)
+    prompt = item.prompt if isinstance(item.prompt, str) else parse_messages(item.prompt, origin, "messages")
+    columns = {**item.columns, "target": item.target}
+    return Prompt(origin, prompt, columns, parse_tools(offered(item, tools), origin))
 
 
 def _keep_questions(suite: Suite, split: str, report: Path) -> None:

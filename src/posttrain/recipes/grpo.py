@@ -34,6 +34,7 @@ from posttrain.recipes.balance import deal, tree_cost
 from posttrain.recipes.batches import MicroBatch, fill_with_groups, split_groups
 from posttrain.recipes.collector import Collected, Collector, teaches
 from posttrain.recipes.engines import EngineSource, greedy, make_engine, sampling_params, sync_engine
+from posttrain.recipes.episodes import environment_of, sampler
 from posttrain.recipes.learned import reward_pool
 from posttrain.recipes.live_checks import LiveChecks
 from posttrain.recipes.metrics import StepMetrics
@@ -50,7 +51,7 @@ from posttrain.recipes.teachers import Teachers
 from posttrain.recipes.train_state import TrainState
 from posttrain.recipes.validate import SuiteScore, Validation
 from posttrain.rewards.workers import MAX_UNSCORED
-from posttrain.rollout.collect import ScoreRewards, sample_groups, score_groups
+from posttrain.rollout.collect import SampleGroups, ScoreRewards, score_groups
 from posttrain.rollout.experience import Group
 from posttrain.types import Decode, PromptRow, Ratio, Sample
 
@@ -62,7 +63,8 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     """Train `keys.base_model` on the prompts in `keys.datasets`; the result is in `stage.folder`."""
     ranks, spec = stage.ranks, spec_from(PolicySpec, keys)
     tokenizer = load_tokenizer(keys)
-    data, held_out = load_with_held_out(load_prompts, keys, tokenizer)
+    environment = stage.until_done(environment_of(keys))
+    data, held_out = load_with_held_out(partial(load_prompts, tools=environment.tools), keys, tokenizer)
     ptx = PtxRows(load_sft(keys, tokenizer, sources=keys.ptx_datasets), keys) if keys.ptx_datasets else None
     stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
     decode = decoder(tokenizer)
@@ -72,11 +74,11 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     teachers = Teachers.of(keys.teachers, keys, policy, ranks)
     if keys.teachers:
         teachers.check(data, keys.sequence_len - keys.max_completion_length)
-    samples_for = EngineSource(keys, policy)
     engine = stage.until_done(make_engine(
-        samples_for, keys=keys.rollout, rows=keys.rollout_batch_size, folder=stage.folder, ranks=stage.processes
+        EngineSource(keys, policy), keys=keys.rollout, rows=keys.rollout_batch_size, folder=stage.folder, ranks=stage.processes
     ))  # fmt: skip
-    suite = SuiteScore.of(policy, keys, engine)
+    sample, episodes = sampler(environment, engine, tokenizer, stage.processes, keys)
+    suite = SuiteScore.of(policy, keys, engine, episodes)
     optimizer = make_optimizer(policy, keys)
 
     # Of samples of older weights that nobody scored again only the sampler's log-probs are known.
@@ -88,16 +90,15 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
         rewards = open_parts.enter_context(reward_pool(keys))
         score = ReplayedRewards(stage, partial(rewards.score, max_unscored=MAX_UNSCORED), state)
         prompts = PromptStream(data, keys.seed, state.solved)
-        sampling = open_parts.enter_context(
-            closing(make_sampling(keys, stage, state, engine, decode, rewards, score, prompts))
-        )
+        made = make_sampling(keys, stage, state, engine, decode, rewards, score, prompts, sample)
+        sampling = open_parts.enter_context(closing(made))
         how = (keys.temperature, keys.per_device_train_batch_size, ranks)
-        collector = Collector(
-            keys, sampling, PolicyScorer(policy, *how), ReferenceScorer(policy, *how), teachers, ranks
-        )
-        watch = partial(_watch, stage, LiveChecks(keys, stage, rewards, engine, tokenizer, data))
+        trainer, reference = PolicyScorer(policy, *how), ReferenceScorer(policy, *how)
+        collector = Collector(keys, sampling, trainer, reference, teachers, ranks)
+        watch = partial(_watch, stage, LiveChecks(keys, stage, rewards, sample, tokenizer, data))
         source = ExperienceSource(keys, stage, state, engine, collector, watch, total_steps)
-        validation = Validation(stage, state, partial(_validate, engine, decode, score, held_out, keys, state), suite)
+        validate = partial(_validate, engine, sample, decode, score, held_out, keys, state)
+        validation = Validation(stage, state, validate, suite)
 
         for step, experience, position, rollout_s in source:
             fresh = position == 0
@@ -240,6 +241,7 @@ def _total_steps(keys: GRPOKeys, num_prompts: int) -> int:
 @torch.no_grad()
 def _validate(
     engine: Engine,
+    sample: SampleGroups,
     decode: Decode,
     score: ScoreRewards,
     rows: Dataset[PromptRow] | None,
@@ -252,7 +254,7 @@ def _validate(
 
     # Under ranks the engine samples from a copy, which is as old as the last generation batch.
     sync_engine(engine, state.policy, version=state.step)
-    completions = sample_groups(engine, rows.rows, 1, greedy(sampling_params(keys)), (keys.seed,), range(len(rows)))
+    completions = sample(rows.rows, 1, greedy(sampling_params(keys)), (keys.seed,), range(len(rows)))
     totals = [r.reward.total for g in score_groups(rows.rows, completions, decode, score) for r in g.rollouts]
     scored = [total for total in totals if total is not None]
     return {"eval_reward": sum(scored) / len(scored)}
@@ -267,6 +269,8 @@ def _watch(stage: Stage, live: LiveChecks, step: int, collected: Collected) -> d
         prompt = (
             group.prompt.prompt if isinstance(group.prompt.prompt, str) else str(group.prompt.prompt[-1]["content"])
         )
-        details = {"prompt": prompt, "completion": rollout.text, "reward": rollout.reward.total}
+        details: dict[str, object] = {"prompt": prompt, "completion": rollout.text, "reward": rollout.reward.total}
+        if rollout.completion.episode is not None:
+            details["messages"] = list(rollout.completion.episode.messages)
         stage.run.event("sample", step + 1, details)
     return values

@@ -19,7 +19,6 @@ from posttrain.config.rl import GRPOKeys
 from posttrain.data.dataset import Dataset
 from posttrain.files import digest_json
 from posttrain.models.text import decoder
-from posttrain.protocols import Engine
 from posttrain.recipes.certify import require_match, token_ids
 from posttrain.recipes.engines import sampling_params
 from posttrain.recipes.stage import Stage
@@ -28,7 +27,7 @@ from posttrain.rewards.canaries import impossible
 from posttrain.rewards.cases import AnswerForm, Case, PolicySample, Setting, case_kind, cases_of, same_meaning
 from posttrain.rewards.check import TINY, RewardCheck, Thresholds
 from posttrain.rewards.workers import RewardPool
-from posttrain.rollout.collect import sample_groups
+from posttrain.rollout.collect import SampleGroups
 from posttrain.rollout.sampling import request_seed
 from posttrain.types import Prompt, PromptRow, RolloutGroup
 
@@ -57,12 +56,12 @@ class LiveChecks:
         keys: GRPOKeys,
         stage: Stage,
         rewards: RewardPool,
-        engine: Engine,
+        sample: SampleGroups,
         tokenizer: Any,
         data: Dataset[PromptRow],
     ) -> None:
         require_match(stage.folder, rewards)
-        self._keys, self._stage, self._rewards, self._engine, self._data = keys, stage, rewards, engine, data
+        self._keys, self._stage, self._rewards, self._sample, self._data = keys, stage, rewards, sample, data
         self._decode = decoder(tokenizer)
         self._tokenize = partial(token_ids, tokenizer)
 
@@ -106,11 +105,13 @@ class LiveChecks:
         picks = random.Random(request_seed(keys.seed, _CANARY_SEED, step))
         rows = picks.sample(self._data.rows, min(NUM_CANARIES, len(self._data.rows)))
         seed_parts = (keys.seed, _CANARY_SEED, step)
-        groups = sample_groups(
-            self._engine, rows, _COMPLETIONS_PER_CANARY, sampling_params(keys), seed_parts, range(len(rows))
-        )
+        groups = self._sample(rows, _COMPLETIONS_PER_CANARY, sampling_params(keys), seed_parts, range(len(rows)))
         cases = cases_of([prompt for prompt, _ in rows], len(rows))
-        answered = [(case, self._decode(c.ids)) for case, group in zip(cases, groups, strict=True) for c in group]
+        answered = [
+            (case, c.episode.answer if c.episode else self._decode(c.ids))
+            for case, group in zip(cases, groups, strict=True)
+            for c in group
+        ]
         return [(case, text) for case, text in answered if case.gold is not None]
 
 

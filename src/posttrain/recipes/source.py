@@ -17,6 +17,7 @@ from posttrain.recipes.replay import KeptRollouts, ReplayedRewards
 from posttrain.recipes.stage import Stage
 from posttrain.recipes.train_state import TrainState
 from posttrain.rewards.workers import RewardPool
+from posttrain.rollout.collect import SampleGroups
 from posttrain.rollout.experience import Experience
 from posttrain.types import Decode
 
@@ -65,13 +66,13 @@ class ExperienceSource:
 
 def make_sampling(
     keys: GRPOKeys, stage: Stage, state: TrainState, engine: Engine, decode: Decode, rewards: RewardPool,
-    score: ReplayedRewards, prompts: PromptStream,
+    score: ReplayedRewards, prompts: PromptStream, sample: SampleGroups,
 ) -> Sampling:  # fmt: skip
     """Taking turns with `rollout.max_staleness: 0`, else ahead of the trainer."""
     keep = keys.keep_rollouts
     if not keys.rollout.max_staleness:
         kept = KeptRollouts(stage, score, state) if keep else score
-        return Alternating(keys, engine, decode, kept, prompts, stage.ranks)
+        return Alternating(keys, sample, decode, kept, prompts, stage.ranks)
     folder, resumable_from = stage.folder / FOLDER, stage.checkpoints.store.resumable_from
     asked = KeptRollouts(stage, rewards.score, state) if keep else rewards.score
     return Ahead(keys, engine, decode, asked, prompts, stage.ranks, folder, resumable_from)

@@ -214,6 +214,11 @@ def repetition_penalty(
     return scores
 
 
+def environment_reward(completions: Sequence[Any], env_reward: Sequence[float | None], **columns: Any) -> RewardScores:
+    """What the environment of the episode has paid. None where it paid nothing."""
+    return list(env_reward)
+
+
 @dataclass(frozen=True, slots=True)
 class RewardRow:
     """A library reward. `needs`: of each group of columns, one must be there. `slot`: how its answer is written.
@@ -255,5 +260,6 @@ REWARDS: dict[str, RewardRow] = {
     "code_tests": _row(code_tests, ("tests",), slot="```python\nANSWER\n```", alone=True),
     "length_penalty": _row(length_penalty, _TOKENS, low=-1.0, high=0.0),
     "soft_overlong": _row(soft_overlong, _TOKENS, low=-1.0, high=0.0),
+    "environment": _row(environment_reward, ("env_reward",)),
     "repetition_penalty": _row(repetition_penalty, _TOKENS, low=-1.0, high=0.0),
 }

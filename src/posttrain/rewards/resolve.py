@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import importlib.metadata
-import importlib.util
 import inspect
 import platform
-import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from posttrain.errors import ConfigError, RewardError
 from posttrain.files import digest_json
 from posttrain.grading.learned import learned_digest, learned_name, learned_source, split_learned
+from posttrain.grading.loading import load_own_file
 from posttrain.grading.scorers import grading_digest
 from posttrain.grading.source import (
     defined_names,
@@ -117,33 +113,6 @@ def check_spec(spec: str, folder: Path | None = None) -> None:
         raise ConfigError(f"{file}: no function {parts[1]!r}{hint} (it defines {', '.join(own) or 'no function'})")
 
 
-def _load_module(file: Path) -> ModuleType:
-    name = "posttrain_reward_" + digest_json(str(file))[-16:]
-    if name in sys.modules:
-        return sys.modules[name]
-    if str(file.parent) not in sys.path:
-        sys.path.insert(0, str(file.parent))  # a reward file may import its neighbours
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException as error:
-        del sys.modules[name]
-        raise ConfigError(
-            f"{_user_line(error, file)}: importing the reward file raised {type(error).__name__}: {error}"
-        ) from error
-    return module
-
-
-def _user_line(error: BaseException, file: Path) -> str:
-    frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == file.parent
-    ]
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else str(file)
-
-
 def load_reward(
     spec: str, kwargs: Mapping[str, Any] | None = None, folder: Path | None = None, *, timeout_s: float = 10.0
 ) -> RewardFunction:
@@ -159,7 +128,7 @@ def load_reward(
         row = REWARDS[spec]
         return _bind(spec, spec, f"reward {spec}", row.fn, options, row.needs, timeout_s)
     file = _file_of(spec, parts[0], folder)
-    fn = getattr(_load_module(file), parts[1], None)
+    fn = getattr(load_own_file(file, "reward"), parts[1], None)
     line = getattr(getattr(fn, "__code__", None), "co_firstlineno", 1)
     where = f"{file}:{line}"
     if not callable(fn) or inspect.isclass(fn):

@@ -1,22 +1,20 @@
-"""The process in which rewards run. Started by `process.py`; requests come pickled on one pipe, answers go as JSON lines on another.
+"""The process in which rewards run. Started as an `AskedProcess`; requests come pickled on one pipe, answers go as JSON lines on another.
 
 Knows nothing of deadlines: it is killed from outside (`supervised.py`). Imports no torch.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import pickle
 import resource
-import struct
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from posttrain.asked import read_request, write_answer
 from posttrain.errors import ConfigError
 from posttrain.grading.learned import split_learned
 from posttrain.rewards.resolve import MissingColumnError, RewardFunction, load_reward, reward_names
@@ -32,23 +30,13 @@ def main(request_fd: str, answer_fd: str) -> None:
 def _serve(request_fd: int, answer_fd: int) -> None:
     requests = os.fdopen(request_fd, "rb")
     answers = os.fdopen(answer_fd, "w", encoding="ascii")
-    setup = _read(requests)
+    setup = read_request(requests)
     assert setup is not None
     functions = _load(setup, answers)
     if setup["memory_bytes"]:
         resource.setrlimit(resource.RLIMIT_AS, (setup["memory_bytes"], setup["memory_bytes"]))
-    while (request := _read(requests)) is not None:
-        _write(answers, {"id": request["id"], **_answer(functions[request["function"]], request)})
-
-
-def _read(stream: Any) -> Any:
-    header = stream.read(8)
-    return pickle.loads(stream.read(struct.unpack("<Q", header)[0])) if len(header) == 8 else None
-
-
-def _write(stream: Any, answer: dict[str, Any]) -> None:
-    stream.write(json.dumps(answer) + "\n")
-    stream.flush()
+    while (request := read_request(requests)) is not None:
+        write_answer(answers, {"id": request["id"], **_answer(functions[request["function"]], request)})
 
 
 def _load(setup: dict[str, Any], answers: Any) -> dict[int, RewardFunction]:
@@ -62,9 +50,9 @@ def _load(setup: dict[str, Any], answers: Any) -> dict[int, RewardFunction]:
             if not split_learned(spec)
         }
     except ConfigError as error:
-        _write(answers, {"id": 0, "error": str(error)})
+        write_answer(answers, {"id": 0, "error": str(error)})
         sys.exit(1)
-    _write(answers, {"id": 0, "pid": os.getpid()})
+    write_answer(answers, {"id": 0, "pid": os.getpid()})
     return functions
 
 

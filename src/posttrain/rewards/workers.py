@@ -17,11 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from posttrain.asked import START_TIMEOUT_S, AskedProcess, ScribbledError
 from posttrain.errors import ConfigError, RewardError
 from posttrain.grading.learned import split_learned
 from posttrain.rewards.learned import LearnedReward, LoadLearned
 from posttrain.rewards.library import REWARDS
-from posttrain.rewards.process import START_TIMEOUT_S, RewardProcess, ScribbledError
 from posttrain.rewards.resolve import check_spec, options_by_name, reward_digest, reward_names
 from posttrain.types import RewardBreakdown
 
@@ -30,6 +30,8 @@ CHUNK_SIZE = 16
 MAX_UNSCORED = 0.1
 """Share of a batch that training does without."""
 TIMED_OUT = "took longer than"
+_ENTRY = "posttrain.rewards.worker:main"
+_SCRATCH = "posttrain-reward-"
 _MAX_SENDS = 3
 _MAX_HUNG = 8
 """Completions on which a reward may hang that has never answered yet."""
@@ -48,7 +50,7 @@ class _Task:
 class _PoolWorker:
     """A process and the task it works on."""
 
-    process: RewardProcess
+    process: AskedProcess
     task: _Task | None = None
 
     def taken(self) -> _Task:
@@ -280,9 +282,9 @@ class RewardPool:
             "specs": list(self.specs), "kwargs": self.kwargs, "folder": str(self.folder.resolve()) if self.folder else None,
             "memory_bytes": self.memory_bytes, "timeout_s": self.timeout_s,
         }  # fmt: skip
-        return _PoolWorker(RewardProcess(setup, self._hash_seed))
+        return _PoolWorker(AskedProcess(_ENTRY, "the reward process", _SCRATCH, setup, self._hash_seed))
 
-    def _await_ready(self, process: RewardProcess) -> None:
+    def _await_ready(self, process: AskedProcess) -> None:
         while not process.ready:
             with selectors.DefaultSelector() as selector:
                 selector.register(process.answer_fd, selectors.EVENT_READ)
@@ -363,7 +365,7 @@ class RewardPool:
         return RewardBreakdown(total, parts, "; ".join(errors) or None, call.counts[item])
 
 
-def _is_idle(process: RewardProcess) -> bool:
+def _is_idle(process: AskedProcess) -> bool:
     """Alive, and silent since its last answer."""
     try:
         return process.receive() is None
@@ -371,7 +373,7 @@ def _is_idle(process: RewardProcess) -> bool:
         return False
 
 
-def _look_at_start(process: RewardProcess) -> None:
+def _look_at_start(process: AskedProcess) -> None:
     """Raises: ConfigError when the rewards could not be loaded, or not in time."""
     late = process.is_late()
     try:

@@ -9,6 +9,7 @@ from posttrain.protocols import Engine
 from posttrain.rollout.sampling import request_seed
 from posttrain.types import (
     Completion,
+    Prompt,
     PromptRow,
     Request,
     RewardBreakdown,
@@ -24,6 +25,19 @@ class ScoreRewards(Protocol):
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
     ) -> list[RewardBreakdown]: ...
+
+
+class SampleGroups(Protocol):
+    """Makes `num_generations` completions of each prompt: one turn each, or whole episodes."""
+
+    def __call__(
+        self,
+        rows: Sequence[PromptRow],
+        num_generations: int,
+        params: SamplingParams,
+        seed_parts: Sequence[int],
+        numbers: Sequence[int],
+    ) -> list[list[Completion]]: ...
 
 
 def sample_groups(
@@ -68,23 +82,49 @@ def score_groups(
 ) -> list[RolloutGroup]:
     """Hand every completion to the rewards in one call, as TRL does: strings for text prompts, messages for chats."""
     flat = [
-        (prompt, completion, decode(completion.ids))
+        (prompt, completion, _said(prompt.prompt, completion, decode))
         for (prompt, _), group in zip(rows, groups, strict=True)
         for completion in group
     ]
-    prompts = [as_reward_input(prompt.prompt) for prompt, _, _ in flat]
-    texts: list[Any] = [
-        text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}] for prompt, _, text in flat
-    ]
-    names = sorted({name for prompt, _, _ in flat for name in prompt.columns})
-    columns = {name: [prompt.columns.get(name) for prompt, _, _ in flat] for name in names}
-    columns["completion_ids"] = [list(completion.ids) for _, completion, _ in flat]
-    breakdowns = iter(score(prompts, texts, columns))
-    scored = iter([Rollout(completion, text, next(breakdowns)) for _, completion, text in flat])
+    breakdowns = _scored([one for one in flat if _lost(one[1]) is None], score)
+    nothing = dict.fromkeys(breakdowns[0].parts if breakdowns else ())
+    given = iter(breakdowns)
+    scored = iter([
+        Rollout(completion, text, next(given) if (lost := _lost(completion)) is None else RewardBreakdown(None, nothing, lost))
+        for _, completion, (text, _) in flat
+    ])  # fmt: skip
     return [
         RolloutGroup(prompt, ids, tuple(next(scored) for _ in group))
         for (prompt, ids), group in zip(rows, groups, strict=True)
     ]
+
+
+def _lost(completion: Completion) -> str | None:
+    """Why there is nothing to score, where an environment lost the episode."""
+    return None if completion.episode is None else completion.episode.error
+
+
+def _said(prompt: Text, completion: Completion, decode: Callable[[Sequence[int]], str]) -> tuple[str, Any]:
+    """The text of what was said last, and what rewards are given: a string for a text prompt, messages for a chat."""
+    if isinstance(prompt, str):
+        text = decode(completion.ids)
+        return text, text
+    if completion.episode is None:
+        text = decode(completion.ids)
+        return text, [{"role": "assistant", "content": text}]
+    return completion.episode.answer, [dict(message) for message in completion.episode.messages]
+
+
+def _scored(flat: Sequence[tuple[Prompt, Completion, tuple[str, Any]]], score: ScoreRewards) -> list[RewardBreakdown]:
+    if not flat:
+        return []
+    names = sorted({name for prompt, _, _ in flat for name in prompt.columns})
+    columns = {name: [prompt.columns.get(name) for prompt, _, _ in flat] for name in names}
+    columns["completion_ids"] = [list(completion.ids) for _, completion, _ in flat]
+    if any(completion.episode is not None for _, completion, _ in flat):
+        columns["env_reward"] = [completion.episode and completion.episode.env_reward for _, completion, _ in flat]
+    prompts = [as_reward_input(prompt.prompt) for prompt, _, _ in flat]
+    return score(prompts, [said for _, _, (_, said) in flat], columns)
 
 
 def as_reward_input(prompt: Text) -> Any:

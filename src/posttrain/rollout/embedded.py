@@ -79,10 +79,11 @@ class EmbeddedEngine:
                     f"request {number} has an empty prompt; expected at least one token (a BOS, for example)"
                 )
         should_stop = stop_test(params.stop, decoder(self._policy.tokenizer, special=True))
-        ends = Ends(params.max_tokens, self._stop_token_ids | set(params.stop_token_ids), should_stop)
+        stops = self._stop_token_ids | set(params.stop_token_ids)
+        most = [request.most(params) for request in requests]
         rows = [
-            DecodingRow(place, request, params, ends, uniforms(request.seed, params.max_tokens))
-            for place, request in enumerate(requests)
+            DecodingRow(place, request, params, Ends(n, stops, should_stop), uniforms(request.seed, n))
+            for place, (request, n) in enumerate(zip(requests, most, strict=True))
         ]
         return self._completions(rows)
 

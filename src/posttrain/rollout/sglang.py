@@ -87,7 +87,7 @@ class SGLangEngine:
                 raise EngineError(
                     f"request {number} has an empty prompt; expected at least one token (a BOS, for example)"
                 )
-            self._check_length(f"request {number}", len(request.prompt_ids) + params.max_tokens)
+            self._check_length(f"request {number}", len(request.prompt_ids) + request.most(params))
         return self._completions(requests, params)
 
     def _completions(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[Completion]:
@@ -189,7 +189,7 @@ def sglang_version(url: str, token: str, timeout_s: float) -> str:
 
 def generate_body(request: Request, params: SamplingParams, stop_token_ids: Sequence[int]) -> dict[str, Any]:
     options: dict[str, Any] = {
-        "max_new_tokens": params.max_tokens, "temperature": params.temperature, "top_p": params.top_p,
+        "max_new_tokens": request.most(params), "temperature": params.temperature, "top_p": params.top_p,
         "top_k": params.top_k or -1, "min_p": params.min_p, "ignore_eos": True,
         "stop_token_ids": sorted({*stop_token_ids, *params.stop_token_ids}),
         "sampling_seed": request.seed & ((1 << SEED_BITS) - 1),

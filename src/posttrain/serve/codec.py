@@ -10,10 +10,10 @@ from typing import Any
 from posttrain.data.messages import parse_messages, parse_tools
 from posttrain.data.render import chat_ids
 from posttrain.data.template import render_text
+from posttrain.data.tool_calls import CallSyntax, syntax_of
 from posttrain.errors import DataError
 from posttrain.serve.faults import ApiRefusal, bad_request
 from posttrain.serve.grammar import Grammars
-from posttrain.serve.tools import CallSyntax, syntax_of
 from posttrain.types import Origin
 
 _ORIGIN = Origin("request", 1)

@@ -13,8 +13,8 @@ import torch
 from llguidance import LLMatcher
 from llguidance.hf import from_tokenizer
 
+from posttrain.data.tool_calls import CallSyntax
 from posttrain.serve.faults import bad_request
-from posttrain.serve.tools import CallSyntax
 
 _MOST_SCHEMA_CHARS = 1 << 16
 _MOST_REPEATED = 10_000

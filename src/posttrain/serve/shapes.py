@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from posttrain.data.tool_calls import CallSyntax, SaidCall
 from posttrain.rollout.decoding import Likeliest
 from posttrain.serve.answering import Choice, likeliest_of
 from posttrain.serve.codec import ServedCodec
 from posttrain.serve.pool import ServedModel
 from posttrain.serve.text import TextPiece
-from posttrain.serve.tools import CallSyntax, SaidCall
 
 _ALPHANUMERIC = string.ascii_letters + string.digits
 

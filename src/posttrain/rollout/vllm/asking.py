@@ -23,10 +23,10 @@ def check_requests(requests: Sequence[Request], params: SamplingParams, longest:
     for number, request in enumerate(requests):
         if not request.prompt_ids:
             raise EngineError(f"request {number} has an empty prompt; expected at least one token (a BOS, for example)")
-        wanted = len(request.prompt_ids) + params.max_tokens
+        wanted = len(request.prompt_ids) + request.most(params)
         if wanted > longest:
             raise EngineError(
-                f"request {number}: {len(request.prompt_ids)} tokens of prompt and up to {params.max_tokens} of answer are "
+                f"request {number}: {len(request.prompt_ids)} tokens of prompt and up to {request.most(params)} of answer are "
                 f"more than the {longest} that the engine was started for; raise rollout.max_model_len (and memory_gib)"
             )
 
@@ -58,6 +58,11 @@ def sampling_options(params: SamplingParams, stop_token_ids: Sequence[int]) -> d
         # The strings are looked for in all of the text, and the token that completes one is part of the answer.
         "include_stop_str_in_output": True, "skip_special_tokens": False, "spaces_between_special_tokens": False,
     }  # fmt: skip
+
+
+def of_request(request: Request, params: SamplingParams) -> dict[str, Any]:
+    """The fields that are a request's own."""
+    return {"seed": seed_of(request), "max_tokens": request.most(params)}
 
 
 def kept_length(ids: Sequence[int], stop: Sequence[str], decode: Decode) -> int:

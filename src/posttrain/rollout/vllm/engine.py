@@ -72,7 +72,9 @@ class VLLMEngine:
 
     def _completions(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[Completion]:
         options = asking.sampling_options(params, self._options.stop_token_ids)
-        asked = {self._add(r.prompt_ids, {**options, "seed": asking.seed_of(r)}): n for n, r in enumerate(requests)}
+        asked = {
+            self._add(r.prompt_ids, {**options, **asking.of_request(r, params)}): n for n, r in enumerate(requests)
+        }
         for name, output in self._outputs(list(asked)):
             yield self._completion(output.outputs[0], params, asked[name])
 

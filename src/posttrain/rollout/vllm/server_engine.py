@@ -98,7 +98,7 @@ class VLLMServerEngine:
         options = asking.sampling_options(params, self._served.stop_token_ids) | {"detokenize": bool(params.stop)}
         with self._lock:
             adapter = self._adapter
-            asked = [self._body(r.prompt_ids, {**options, "seed": asking.seed_of(r)}) for r in requests]
+            asked = [self._body(r.prompt_ids, {**options, **asking.of_request(r, params)}) for r in requests]
             answers = self._ask(asked, self._served.at_once)
         for place, answer in answers:
             yield self._completion(answer["choices"][0], params, place, adapter)

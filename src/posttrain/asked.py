@@ -1,4 +1,4 @@
-"""One reward process as its parent sees it: two pipes, a deadline, and how it ended. What it is asked is the pool's business."""
+"""A process that answers questions, as its parent sees it: two pipes, a deadline, and how it ended. What it is asked is its pool's business."""
 
 from __future__ import annotations
 
@@ -18,18 +18,22 @@ from posttrain.supervised import SupervisedProcess
 
 START_TIMEOUT_S = 120.0
 _MAX_LOG_BYTES = 1 << 20
-_ENTRY = "posttrain.rewards.worker:main"
-_SCRATCH = "posttrain-reward-"
+_MAX_ANSWER_BYTES = 1 << 26
 
 
 class ScribbledError(Exception):
     """Something that is no answer of ours stood in the answer pipe."""
 
 
-class RewardProcess:
-    """A worker, its supervisor, and the pipes to it; `ready` once the rewards are loaded."""
+class AskedProcess:
+    """What `entry` runs as, its supervisor, and the pipes to it; `ready` once it has loaded what `setup` names.
 
-    def __init__(self, setup: Mapping[str, Any], hash_seed: int) -> None:
+    Requests come pickled on the first pipe, answers go as JSON lines on the second (`read_request`, `write_answer`). `called` is what
+    messages call it; `scratch` begins the name of its folder of temporary files.
+    """
+
+    def __init__(self, entry: str, called: str, scratch: str, setup: Mapping[str, Any], hash_seed: int = 0) -> None:
+        self._called = called
         request_read, self._request_fd = os.pipe()
         self.answer_fd, answer_write = os.pipe()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
@@ -37,7 +41,7 @@ class RewardProcess:
         environment.setdefault("OMP_NUM_THREADS", "1")
         pipes = (request_read, answer_write)
         self.supervisor = SupervisedProcess(
-            _ENTRY, [str(pipe) for pipe in pipes], self._log, environment, pipes, _SCRATCH
+            entry, [str(pipe) for pipe in pipes], self._log, environment, pipes, scratch
         )
         os.close(request_read)
         os.close(answer_write)
@@ -92,6 +96,8 @@ class RewardProcess:
             if not data:
                 raise EOFError
             self._buffer += data
+            if len(self._buffer) > _MAX_ANSWER_BYTES:
+                raise ScribbledError
         line, self._buffer = self._buffer, b""
         return self._parse(line)
 
@@ -117,9 +123,9 @@ class RewardProcess:
         try:
             how = self.supervisor.how_it_ended()
         except subprocess.TimeoutExpired:
-            return "closed the pipe that carries the scores and went on; it was killed"
+            return "closed the pipe that carries its answers and went on; it was killed"
         lines = self.supervisor.last_lines()
-        return f"the reward process died ({how})" + (f": {lines[-1][:200]}" if lines else "")
+        return f"{self._called} died ({how})" + (f": {lines[-1][:200]}" if lines else "")
 
     def trim_log(self) -> None:
         if os.fstat(self._log.fileno()).st_size > _MAX_LOG_BYTES:
@@ -131,6 +137,17 @@ class RewardProcess:
         for descriptor in (self._request_fd, self.answer_fd):
             os.close(descriptor)
         self._log.close()
+
+
+def read_request(stream: Any) -> Any:
+    """In the process: the next thing that it is asked; None once nobody asks."""
+    header = stream.read(8)
+    return pickle.loads(stream.read(struct.unpack("<Q", header)[0])) if len(header) == 8 else None
+
+
+def write_answer(stream: Any, answer: Mapping[str, Any]) -> None:
+    stream.write(json.dumps(answer) + "\n")
+    stream.flush()
 
 
 def _queued_s(pid: int) -> float:

@@ -1,0 +1,66 @@
+"""What an episode is played with, as the keys `env` and `tools` name it: checked without running anything."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from posttrain.errors import ConfigError
+from posttrain.grading.source import own_functions, parse_source, split_spec
+
+MCP = "mcp:"
+"""Begins the entry of `tools` that is the command line of a server of the Model Context Protocol."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentSpec:
+    """`env` is `file.py:Class` or None; each of `tools` is `file.py:function,function` or `mcp:COMMAND`."""
+
+    env: str | None = None
+    tools: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Find what can be found without running anything. Raises: ConfigError."""
+        for key, spec in [("env", self.env)] * bool(self.env) + [("tools", tool) for tool in self.tools]:
+            assert spec is not None
+            if spec.startswith(MCP):
+                command(spec)
+                continue
+            file, names = parts(key, spec)
+            known = own_functions(parse_source(file))
+            for name in names:
+                if name not in known:
+                    near = get_close_matches(name, known, 1)
+                    hint = f"; did you mean {near[0]!r}?" if near else ""
+                    raise ConfigError(
+                        f"{key}: {spec}: {file} has no {name!r}{hint} (it defines {', '.join(known) or 'nothing'})"
+                    )
+
+
+def parts(key: str, spec: str) -> tuple[Path, Sequence[str]]:
+    """The file of a spec and the names behind the colon. Raises: ConfigError."""
+    found = split_spec(spec)
+    names = found[1].split(",") if found else []
+    if found is None or not all(name.isidentifier() for name in names) or (key == "env" and len(names) != 1):
+        wanted = (
+            "file.py:Class" if key == "env" else "file.py:function (or several: file.py:search,calc), or mcp:COMMAND"
+        )
+        raise ConfigError(f"{key}: got {spec!r}, expected {wanted}")
+    file = Path(found[0]).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"{key}: {spec}: no file {file}; paths are relative to the YAML")
+    return file.resolve(), names
+
+
+def command(spec: str) -> list[str]:
+    """The words of an `mcp:` entry. Raises: ConfigError."""
+    try:
+        words = shlex.split(spec.removeprefix(MCP))
+    except ValueError as error:
+        raise ConfigError(f"tools: {spec!r} is no command line: {error}") from None
+    if not words:
+        raise ConfigError(f"tools: {spec!r} names no program, expected mcp:COMMAND, e.g. mcp:python server.py")
+    return words

@@ -1,0 +1,355 @@
+"""Episodes: the policy speaks, tools and an environment answer, and it speaks again; all episodes of a batch turn by turn.
+
+What is trained on are the ids that were sampled, in the order in which they were sampled, and ids that the environment wrote between them
+(`data/turns.py`). Everything follows from seeds: an episode that was cut short by a crash is played again whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from typing import Any
+
+from posttrain.config.episodes import EpisodeKeys
+from posttrain.data.forms import fit
+from posttrain.data.render import continuation_ids
+from posttrain.data.template import end_of_turn
+from posttrain.data.tool_calls import CallSyntax, SaidCall, syntax_of
+from posttrain.data.turns import SampledCall, ids_between, stand_in
+from posttrain.environments.pool import EnvironmentPool, PlacedCall
+from posttrain.environments.spec import EnvironmentSpec
+from posttrain.errors import ConfigError, DataError, RewardError
+from posttrain.models.load import missing_chat_template
+from posttrain.models.text import decoder, end_of_turn_id
+from posttrain.protocols import Engine, Ranks
+from posttrain.rollout.collect import SampleGroups, as_reward_input, sample_groups
+from posttrain.rollout.sampling import request_seed
+from posttrain.types import (
+    Completion,
+    Episode,
+    Finish,
+    Message,
+    Prompt,
+    PromptRow,
+    Request,
+    SamplingParams,
+    in_order,
+)
+
+MAX_FAILED = 0.5
+"""Share of the episodes of a batch that may be lost to their environment."""
+_MOST_CALLS = 16
+"""Calls of one turn that are answered; the model reads that there were more."""
+_CALL_ID = "call{:05d}"
+"""Nine letters and digits, as Mistral's templates want it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """An episode to play: its prompt, the request for its first turn, and the seed of its environment."""
+
+    prompt: Prompt
+    request: Request
+    env_seed: int
+
+
+@dataclass(slots=True)
+class _Playing:
+    """An episode under way. `ids` are those behind the prompt, with what the losses want to know of each."""
+
+    begin: Begin
+    place: int
+    ids: list[int] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+    written: list[Message] = field(default_factory=list)
+    """For rewards: what was said."""
+    rendered: list[Message] = field(default_factory=list)
+    """For the template: the same with stand-ins for what was sampled."""
+    last: Sequence[int] = ()
+    turns: int = 0
+    calls: int = 0
+    failed_calls: int = 0
+    env_reward: float | None = None
+    env_s: float = 0.0
+    error: str | None = None
+    finish: Finish | None = None
+
+    def take(self, completion: Completion) -> None:
+        self.turns += 1
+        self.last = completion.ids
+        self.ids += completion.ids
+        self.logp += completion.logp
+        self.versions += completion.policy_versions or [completion.policy_version] * len(completion.ids)
+        self.sampled += [True] * len(completion.ids)
+        if completion.finish != "stop":
+            self.finish = completion.finish
+
+    def read(self, ids: Sequence[int]) -> None:
+        """What the environment wrote."""
+        self.ids += ids
+        self.logp += [0.0] * len(ids)
+        self.versions += [self.versions[-1]] * len(ids)
+        self.sampled += [False] * len(ids)
+
+    def completion(self) -> Completion:
+        episode = Episode(
+            tuple(self.sampled), tuple(self.written), self.turns, self.calls, self.failed_calls, self.env_reward, self.env_s, self.error
+        )  # fmt: skip
+        first = self.versions[0] if self.versions else 0
+        versions = tuple(self.versions) if len(set(self.versions)) > 1 else ()
+        return Completion(
+            tuple(self.ids), tuple(self.logp), self.finish or "aborted", first, self.place, versions, episode
+        )
+
+
+@dataclass(slots=True)
+class _TurnReply:
+    """What an episode asks after a turn: calls of its tools, or a step of its environment."""
+
+    playing: _Playing
+    calls: Sequence[SaidCall]
+    asked: list[PlacedCall]
+
+    @property
+    def sampled_calls(self) -> list[SampledCall]:
+        start = self.playing.calls - len(self.calls)
+        return [SampledCall(name, _CALL_ID.format(start + n)) for n, (name, _) in enumerate(self.calls)]
+
+
+class Episodes:
+    """Plays with `pool`, sampling from `engine`. All ranks call `play` together.
+
+    Raises: ConfigError where there are tools, and the tokenizer's template has no form of calls that can be read.
+    """
+
+    def __init__(
+        self, pool: EnvironmentPool, engine: Engine, tokenizer: Any, ranks: Ranks | None, max_turns: int
+    ) -> None:
+        self._pool, self._engine, self._tokenizer, self._ranks = pool, engine, tokenizer, ranks
+        self._max_turns = max_turns
+        self._text, self._raw = decoder(tokenizer), decoder(tokenizer, special=True)
+        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._ends = special | {tokenizer.eos_token_id, end_of_turn_id(tokenizer)}
+        self.tools = pool.tools
+        self._syntax = _readable_syntax(tokenizer, pool.tools) if pool.tools else None
+
+    def groups(
+        self, rows: Sequence[PromptRow], num_generations: int, params: SamplingParams,
+        seed_parts: Sequence[int], numbers: Sequence[int],
+    ) -> list[list[Completion]]:  # fmt: skip
+        """As `sample_groups`: the environments of a group begin alike, and the first turn is what a completion alone would be."""
+        begins = [
+            Begin(prompt, Request(ids, request_seed(*seed_parts, number, sample)), request_seed("env", *seed_parts, number))
+            for (prompt, ids), number in zip(rows, numbers, strict=True)
+            for sample in range(num_generations)
+        ]  # fmt: skip
+        played = self.play(begins, params)
+        return [played[i : i + num_generations] for i in range(0, len(played), num_generations)]
+
+    def play(self, begins: Sequence[Begin], params: SamplingParams) -> list[Completion]:
+        """Each episode to its end; `params.max_tokens` holds for all that stands behind its prompt.
+
+        Raises: RewardError where the environment loses more than half of them.
+        """
+        playing = [_Playing(begin, place) for place, begin in enumerate(begins)]
+        if self._pool.has_state:
+            self._reset(playing)
+        while any(self._gathered(sum(one.finish is None for one in playing))):
+            speaking = [one for one in playing if one.finish is None]
+            requests = [self._request(one, params) for one in speaking]
+            for one, completion in zip(speaking, in_order(self._engine.generate(requests, params)), strict=True):
+                one.take(completion)
+            self._answer(speaking, params)
+        _refuse_lost([one.error for one in playing if one.error], len(playing))
+        return [one.completion() for one in playing]
+
+    def _gathered(self, number: int) -> list[int]:
+        return [number] if self._ranks is None else self._ranks.gather(number)
+
+    def _request(self, one: _Playing, params: SamplingParams) -> Request:
+        first = one.begin.request
+        seed = request_seed(first.seed, "turn", one.turns) if one.turns else first.seed
+        return Request((*first.prompt_ids, *one.ids), seed, params.max_tokens - len(one.ids))
+
+    # --- the environment's side ------------------------------------------------------------------------------------
+
+    def _reset(self, playing: Sequence[_Playing]) -> None:
+        asked: list[PlacedCall] = [
+            (one.place, {
+                "do": "reset", "prompt": as_reward_input(one.begin.prompt.prompt), "seed": one.begin.env_seed,
+                "columns": dict(one.begin.prompt.columns),
+            })
+            for one in playing
+        ]  # fmt: skip
+        for one, answer in zip(playing, self._pool.ask(asked), strict=True):
+            self._account(one, [answer], "reset")
+
+    def _answer(self, speaking: Sequence[_Playing], params: SamplingParams) -> None:
+        """All that the episodes ask after this turn, at once; then each reads its answers."""
+        replies = [self._reply(one) for one in speaking]
+        wanted = [reply for reply in replies if reply is not None]
+        answers = iter(self._pool.ask(list(chain.from_iterable(reply.asked for reply in wanted))))
+        for reply in wanted:
+            self._take(reply, [next(answers) for _ in reply.asked], params)
+
+    def _reply(self, one: _Playing) -> _TurnReply | None:
+        """What this turn asks of tools or environment. None where the episode ends with it."""
+        raw = self._raw(one.last[:-1] if one.last[-1] in self._ends else one.last)
+        words, calls = self._syntax.split(raw) if self._syntax else (raw, [])
+        if self._syntax and not calls and not self._syntax.is_whole_answer and self._syntax.begin in raw:
+            one.calls, one.failed_calls = one.calls + 1, one.failed_calls + 1  # begun, and no call
+        if calls:
+            one.calls += len(calls)
+            reply = _TurnReply(
+                one,
+                calls,
+                [(one.place, {"do": "call", "name": n, "arguments": json_object(a)}) for n, a in calls[:_MOST_CALLS]],
+            )
+            shown = [_shown(call, said) for call, said in zip(reply.sampled_calls, calls, strict=True)]
+            one.written.append({"role": "assistant", "content": words, "tool_calls": shown})
+        else:
+            text = self._text(one.last)
+            one.written.append({"role": "assistant", "content": text})
+            reply = _TurnReply(one, (), [(one.place, {"do": "step", "answer": text})] if self._pool.steps else [])
+        one.rendered.append(stand_in(one.turns, reply.sampled_calls))
+        if one.finish is not None:
+            return None
+        if not reply.asked:
+            one.finish = "stop"
+        elif calls and one.turns >= self._max_turns:
+            one.finish = "length"
+        return reply if one.finish is None else None
+
+    def _take(self, reply: _TurnReply, answers: Sequence[Mapping[str, Any]], params: SamplingParams) -> None:
+        one = reply.playing
+        if not self._account(one, answers, "call" if reply.calls else "step"):
+            return
+        if reply.calls:
+            one.failed_calls += sum(bool(answer.get("error")) for answer in answers) + max(
+                0, len(reply.calls) - len(answers)
+            )
+            texts = [answer["text"] for answer in answers]
+            texts += [f"error: at most {_MOST_CALLS} calls in a turn"] * (len(reply.calls) - len(texts))
+            said: list[Message] = [
+                {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": text}
+                for call, text in zip(reply.sampled_calls, texts, strict=True)
+            ]
+        else:
+            (answer,) = answers
+            if answer["reward"] is not None:
+                one.env_reward = (one.env_reward or 0.0) + answer["reward"]
+            said = [{"role": "user", "content": answer["text"]}] if answer["text"] else []
+            if answer["done"]:
+                one.written += said
+                one.finish = "stop"
+                return
+        one.written += said
+        one.rendered += said
+        if one.turns >= self._max_turns:
+            one.finish = "length"
+            return
+        ids = self._between(one, said)
+        if len(one.ids) + len(ids) >= params.max_tokens:
+            one.finish = "length"
+        else:
+            one.read(ids)
+
+    def _between(self, one: _Playing, said: Sequence[Message]) -> list[int]:
+        prompt = one.begin.prompt
+        if isinstance(prompt.prompt, str):
+            return continuation_ids(
+                self._tokenizer, self._raw(one.ids), "".join(message["content"] for message in said)
+            )
+        conversation = (*prompt.prompt, *one.rendered)
+        return ids_between(self._tokenizer, conversation, prompt.tools or self.tools, one.turns, one.last)
+
+    def _account(self, one: _Playing, answers: Sequence[Mapping[str, Any]], what: str) -> bool:
+        """Count what the answers took; False where one of them says that the episode cannot go on."""
+        one.env_s += sum(answer.get("env_s", 0.0) for answer in answers)
+        failed = next((answer["failed"] for answer in answers if "failed" in answer), None)
+        if failed is None:
+            return True
+        one.error, one.finish = f"{self._pool.spec.env or 'tools'}: {what}: {failed}", "aborted"
+        return False
+
+
+class NoEnvironment:
+    """Of a stage whose completions are one turn."""
+
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    def close(self) -> None:
+        pass
+
+
+def environment_of(keys: EpisodeKeys) -> EnvironmentPool | NoEnvironment:
+    """What the keys name, started. Raises: ConfigError."""
+    if not keys.plays:
+        return NoEnvironment()
+    return EnvironmentPool(environment_spec(keys), keys.env_timeout_s, keys.env_workers).open()
+
+
+def environment_spec(keys: EpisodeKeys) -> EnvironmentSpec:
+    return EnvironmentSpec(keys.env, tuple(keys.tools))
+
+
+def sampler(
+    environment: EnvironmentPool | NoEnvironment, engine: Engine, tokenizer: Any, ranks: Ranks | None, keys: EpisodeKeys
+) -> tuple[SampleGroups, Episodes | None]:
+    """How groups are made: a completion each, or an episode each. Raises: ConfigError."""
+    if isinstance(environment, NoEnvironment):
+        return partial(sample_groups, engine), None
+    episodes = Episodes(environment, engine, tokenizer, ranks, keys.max_turns)
+    return episodes.groups, episodes
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The arguments of a call, which its syntax has parsed once."""
+    return json.loads(text)
+
+
+def _shown(call: SampledCall, said: SaidCall) -> dict[str, Any]:
+    return {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": json_object(said[1])}}
+
+
+def _readable_syntax(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> CallSyntax:
+    """The form in which the template writes calls, if a call that it writes is read as that call. Raises: ConfigError."""
+    instead = (
+        "set chat_template to one with a form of calls that is read, or leave tools out and let an env read the text"
+    )
+    if missing_chat_template(tokenizer):
+        raise ConfigError(
+            f"tools: the tokenizer has no chat template, and tools cannot be written without one; {instead}"
+        )
+    syntax = syntax_of(tokenizer.get_chat_template(None, list(tools)))
+    if syntax is None:
+        raise ConfigError(f"tools: the chat template says no form in which tools are called; {instead}")
+    name = str(tools[0]["function"]["name"])
+    call = SampledCall(name, _CALL_ID.format(0))
+    asked: list[Message] = [{"role": "user", "content": "question"}]
+    try:
+        whole = fit(tokenizer, [*asked, stand_in(1, [call])], tools).text
+    except DataError as error:
+        raise ConfigError(f"tools: {error}") from None
+    at = whole.rfind(syntax.begin if not syntax.is_whole_answer else '{"name"')
+    turn = whole[at:].partition(end_of_turn(tokenizer) or tokenizer.eos_token)[0]
+    if at < 0 or [said for said, _ in syntax.split(turn.rstrip())[1]] != [name]:
+        raise ConfigError(
+            f"tools: the chat template writes calls in a form that is not read (tried: {syntax.name}); {instead}"
+        )
+    return syntax
+
+
+def _refuse_lost(errors: Sequence[str], num: int) -> None:
+    """Raises: RewardError."""
+    if len(errors) > MAX_FAILED * num:
+        first = " | ".join(list(dict.fromkeys(errors))[:3])
+        raise RewardError(
+            f"{len(errors)} of {num} episodes were lost to their environment; at most {MAX_FAILED:.0%} may be. First reasons: {first}. "
+            "Fix the environment, or raise env_timeout_s if it is slow"
+        )

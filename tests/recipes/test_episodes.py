@@ -1,0 +1,277 @@
+"""Episodes: what is trained on is what was sampled, whatever template, tool or environment stands between."""
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from episode_templates import TEMPLATES, with_template
+
+from posttrain.data.forms import fit
+from posttrain.data.render import chat_ids
+from posttrain.data.template import end_of_turn, render_text
+from posttrain.data.turns import ids_between, stand_in
+from posttrain.environments.pool import EnvironmentPool
+from posttrain.environments.spec import EnvironmentSpec
+from posttrain.errors import ConfigError, DataError, RewardError
+from posttrain.models.load import load_policy
+from posttrain.recipes.collector import _sample
+from posttrain.recipes.engines import EngineSource, make_engine
+from posttrain.recipes.episodes import Begin, Episodes
+from posttrain.rollout.collect import sample_groups
+from posttrain.rollout.embedded import score_sequences
+from posttrain.types import Completion, Origin, Prompt, Request, RewardBreakdown, Rollout, RolloutGroup, SamplingParams
+
+OWN = Path(__file__).parents[1] / "environments" / "own_env.py"
+ASK = ({"role": "user", "content": "What is 1 plus 1? 🙂"},)
+
+
+class WrittenEngine:
+    """Answers with ids that `write` gives for each turn, and keeps what it was asked."""
+
+    def __init__(self, write):
+        self._write, self.asked = write, {}
+
+    def generate(self, requests, params):
+        for place, request in enumerate(requests):
+            ids = self._write(request)[: request.most(params)]
+            finish = "length" if len(ids) == request.most(params) else "stop"
+            self.asked.setdefault(request.prompt_ids[:8], []).append(request)
+            yield Completion(tuple(ids), tuple(-0.5 for _ in ids), finish, 3, place)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    made = {}
+
+    def make(env=None, tools=(), **more):
+        key = (env, tools)
+        if key not in made:
+            spec = EnvironmentSpec(env and f"{OWN}:{env}", tuple(f"{OWN}:{names}" for names in tools))
+            made[key] = EnvironmentPool(spec, **{"timeout_s": 10.0, "num_workers": 1, **more}).open()
+        return made[key]
+
+    yield make
+    for one in made.values():
+        one.close()
+
+
+def begin(tokenizer, tools=(), seed=5, **columns):
+    prompt = Prompt(Origin("p.jsonl", 1), ASK, columns, tuple(tools))
+    return Begin(prompt, Request(chat_ids(tokenizer, ASK, tools), seed), seed + 1)
+
+
+def spoken(tokenizer, rng, length):
+    """Random ids, bytes of half characters among them, and none that ends a turn."""
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    plain = [number for number in range(len(tokenizer)) if number not in special]
+    emoji = tokenizer("🙂é", add_special_tokens=False)["input_ids"]
+    return [rng.choice(plain) for _ in range(length)] + emoji[: rng.randrange(len(emoji) + 1)]
+
+
+def end_id(tokenizer):
+    end = end_of_turn(tokenizer)
+    return tokenizer.convert_tokens_to_ids(end) if end else tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_trained_ids_are_the_sampled_ids_under_every_template(name, tokenizer, pool):
+    tokenizer = with_template(tokenizer, name)
+    rng, written = random.Random(name), []
+
+    def write(request):
+        written.append([*spoken(tokenizer, rng, rng.randrange(1, 12)), end_id(tokenizer)])
+        return written[-1]
+
+    engine = WrittenEngine(write)
+    begun = begin(tokenizer, answer="héllo 🙂")
+    (played,) = Episodes(pool("Echo"), engine, tokenizer, None, 8).play([begun], SamplingParams(2000))
+    (requests,) = engine.asked.values()
+    sampled = [token for token, mine in zip(played.ids, played.episode.sampled, strict=True) if mine]
+    assert sampled == [token for turn in written for token in turn] and len(written) == 3
+    whole = (*begun.request.prompt_ids, *played.ids)
+    for request, turn in zip(requests, written, strict=True):
+        asked = len(request.prompt_ids)
+        assert request.prompt_ids == whole[:asked] and list(whole[asked : asked + len(turn)]) == turn
+    between = tokenizer.decode(
+        [token for token, mine in zip(played.ids, played.episode.sampled, strict=True) if not mine]
+    )
+    assert between.count("seed 6, héllo 🙂") == 2
+    assert played.finish == "stop" and played.episode.turns == 3 and played.episode.env_reward is not None
+    assert [message["role"] for message in played.episode.messages] == [
+        "assistant",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]
+
+
+REWRITES = ("deepseek", "cohere2", "glm", "gemma4", "gptoss", "nemotron", "qwen3", "diffusion_gemma", "muse")
+"""Families whose templates write earlier turns otherwise than they were sampled: without thinking, or with another end."""
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if not name.split("/")[1].startswith(REWRITES)])
+def test_between_turns_stands_what_the_template_writes(name, tokenizer):
+    tokenizer = with_template(tokenizer, name)
+    conversation = [*ASK, stand_in(1, ()), {"role": "user", "content": "and 🙂 then?"}]
+    sampled = [*tokenizer(conversation[1]["content"], add_special_tokens=False)["input_ids"], end_id(tokenizer)]
+    first = list(chat_ids(tokenizer, ASK))
+    ids = [*first, *sampled, *ids_between(tokenizer, conversation, (), 1, sampled)]
+    word = conversation[1]["content"]  # before it some templates write a space, which is the policy's to say
+    assert tokenizer.decode(ids).partition(word)[2] == fit(tokenizer, conversation, (), True).text.partition(word)[2]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_call_as_the_template_writes_it_is_answered_and_never_written_again(name, tokenizer, pool):
+    tokenizer = with_template(tokenizer, name)
+    tools = pool(None, ("calc",))
+    try:
+        episodes = Episodes(tools, None, tokenizer, None, 8)
+        chat_ids(tokenizer, ASK, tools.tools)
+    except (ConfigError, DataError) as error:
+        assert "tool" in str(error) or "chat template" in str(error)
+        return
+    asked = {"role": "assistant", "content": "", "tool_calls": [
+        {"type": "function", "id": "call00000", "function": {"name": "calc", "arguments": {"a": 40, "b": 2}}}
+    ]}  # fmt: skip
+    with_call = fit(tokenizer, [*ASK, asked], tools.tools)
+    text = render_text(tokenizer, with_call.messages, with_call.tools)
+    start = render_text(tokenizer, with_call.messages[:-1], with_call.tools, True)
+    said = text[len(start) :] if text.startswith(start) else text[text.rfind(episodes._syntax.begin) :]
+    said = said.partition(end_of_turn(tokenizer) or "\0")[0].rstrip()
+    # A byte a token: never the ids that a tokenizer would choose.
+    ids = [token for piece in said for token in tokenizer(piece, add_special_tokens=False)["input_ids"]]
+    special = [token for token in tokenizer.get_added_vocab() if token in said]
+    if special:
+        ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+    turns = iter([[*ids, end_id(tokenizer)], [*spoken(tokenizer, random.Random(1), 4), end_id(tokenizer)]])
+    episodes = Episodes(tools, WrittenEngine(lambda request: next(turns)), tokenizer, None, 8)
+    (played,) = episodes.play([begin(tokenizer, tools.tools)], SamplingParams(4000))
+    assert (played.episode.turns, played.episode.calls, played.episode.failed_calls) == (2, 1, 0)
+    assert [token for token, mine in zip(played.ids, played.episode.sampled, strict=True) if mine][: len(ids)] == ids
+    roles = [message["role"] for message in played.episode.messages]
+    assert roles == ["assistant", "tool", "assistant"] and played.episode.messages[1]["content"] == "42"
+    assert "42" in tokenizer.decode([t for t, mine in zip(played.ids, played.episode.sampled, strict=True) if not mine])
+
+
+# --- with a model --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def policy(model_dir, data_dir, runner):
+    keys = runner.keys_of("grpo", model_dir("qwen3"), data_dir)
+    made = load_policy(keys).without_dropout()
+    return keys, made
+
+
+def groups_of(policy, pool, num=3, max_tokens=120, max_turns=8, **more):
+    keys, made = policy
+    engine = make_engine(EngineSource(keys, made))
+    episodes = Episodes(pool, engine, made.tokenizer, None, max_turns)
+    rows = [(Prompt(Origin("p", n), ASK, {"answer": str(n), **more}), chat_ids(made.tokenizer, ASK)) for n in range(2)]
+    return rows, episodes.groups(rows, num, SamplingParams(max_tokens), (7, 0), range(2))
+
+
+def test_log_probs_are_those_of_a_fresh_forward_and_turns_share_their_prefix(policy, pool):
+    _, made = policy
+    rows, groups = groups_of(policy, pool("Echo"), max_tokens=400)
+    turns = [c.episode.turns for group in groups for c in group]
+    assert max(turns) > 1, turns
+    for (prompt, ids), group in zip(rows, groups, strict=True):
+        samples = [_sample(RolloutGroup(prompt, ids, ()), Rollout(c, "", RewardBreakdown(0.0, {}))) for c in group]
+        for sample, completion in zip(samples, group, strict=True):
+            (fresh,) = score_sequences(made, [(sample.ids.tolist(), len(ids))])
+            own = np.array(fresh)[np.array(completion.episode.sampled)]
+            assert sample.num_loss_tokens == sum(completion.episode.sampled) == len(sample.behavior_logp)
+            np.testing.assert_allclose(sample.behavior_logp, own, atol=2e-5)
+
+
+def test_the_first_turn_is_what_a_completion_alone_would_be(policy, pool):
+    keys, made = policy
+    rows, groups = groups_of(policy, pool("Silent"))
+    alone = sample_groups(make_engine(EngineSource(keys, made)), rows, 3, SamplingParams(120), (7, 0), range(2))
+    assert [[c.ids for c in group] for group in groups] == [[c.ids for c in group] for group in alone]
+    assert [[c.logp for c in group] for group in groups] == [[c.logp for c in group] for group in alone]
+
+
+def test_budgets_truncate_an_episode_and_what_was_sampled_stays(policy, pool):
+    _, by_turns = groups_of(policy, pool("Echo"), max_tokens=400, max_turns=1)
+    assert {c.episode.turns for group in by_turns for c in group} == {1}
+    cut = [c for group in by_turns for c in group if c.ids[-1] == 2]
+    assert cut and {c.finish for c in cut} == {"length"}
+    _, by_length = groups_of(policy, pool("Echo"), max_tokens=40)
+    assert all(len(c.ids) <= 40 for group in by_length for c in group)
+    assert any(c.finish == "length" for group in by_length for c in group)
+
+
+def test_a_lost_episode_is_unscored_with_its_reason_and_the_others_are_whole(tokenizer, pool):
+    engine = WrittenEngine(lambda request: [*tokenizer("ab")["input_ids"], tokenizer.eos_token_id])
+    episodes = Episodes(pool("Faulty"), engine, tokenizer, None, 8)
+    whole, lost, other = episodes.play(
+        [begin(tokenizer), begin(tokenizer, fault="crash"), begin(tokenizer)], SamplingParams(500)
+    )
+    assert whole.episode.error is None and whole.episode.turns == other.episode.turns == 3
+    assert "own_env.py:Faulty: step: the environment's process died (exit status 3)" in lost.episode.error
+    assert lost.episode.turns == 2 and sum(lost.episode.sampled) == 2 * (len(tokenizer("ab")["input_ids"]) + 1)
+    with pytest.raises(RewardError, match="2 of 3 episodes were lost"):
+        episodes.play([begin(tokenizer), *[begin(tokenizer, fault="crash")] * 2], SamplingParams(500))
+
+
+# --- in a stage ----------------------------------------------------------------------------------------------------
+
+PLAYED = {
+    "env": f"{OWN}:Echo",
+    "max_completion_length": 60,
+    "max_steps": 3,
+    "reward_funcs": ["by_length"],
+    "sequence_len": 200,
+}
+REWARD = """
+def by_length(prompts, completions, env_reward, **columns):
+    assert len(env_reward) == len(completions) and completions[0][0]["role"] == "assistant"
+    return [sum(len(m["content"]) for m in c if m["role"] == "assistant") % 7 / 7 for c in completions]
+"""
+
+
+@pytest.fixture
+def played_keys(runner, model_dir, data_dir, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rewards.py").write_text(REWARD)
+    (tmp_path / "data" / "prompts.jsonl").write_text((data_dir / "prompts.jsonl").read_text())
+    return lambda **more: runner.keys_of("grpo", model_dir("qwen3"), tmp_path / "data", **{**PLAYED, **more})
+
+
+def test_a_stage_learns_from_episodes_and_says_what_they_were_like(runner, played_keys, tmp_path):
+    result = runner.run_stage("grpo", tmp_path / "run", played_keys())
+    rows = runner.rows(tmp_path / "run")
+    assert result is not None and len(rows) == 3
+    for row in rows:
+        assert row["env/turns"] >= 1 and row["env/failed_ratio"] == 0
+        assert row["completions/mean_length"] <= 60 and row["grad_norm"] > 0
+    assert any(row["env/turns"] > 1 for row in rows)
+
+
+def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(runner, played_keys, tmp_path):
+    keys = played_keys(save_steps=1)
+    whole = runner.run_stage("grpo", tmp_path / "whole", keys)
+    assert runner.run_stage("grpo", tmp_path / "parts", keys, stop_after=1) is None
+    parts = runner.run_stage("grpo", tmp_path / "parts", keys)
+    assert whole.model_digest == parts.model_digest
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"rollout": {"engine": "vllm_server"}}, "env with rollout.engine: vllm_server"),
+        ({"rollout": {"engine": "vllm", "max_staleness": 1}}, "env with rollout.max_staleness: 1"),
+        ({"teachers": [{"model": "start"}]}, "env with teachers"),
+        ({"env": None, "max_turns": 2}, "max_turns does nothing without env or tools"),
+    ],
+)
+def test_what_is_not_proven_with_episodes_is_refused_by_name(more, said, played_keys):
+    with pytest.raises(ValueError, match=said):
+        played_keys(**more)
