@@ -191,3 +191,12 @@ def test_what_a_run_kept_is_what_it_was_paid_for_also_after_a_stop(train, runner
     assert [row.after for row in rows] == [row.before for row in rows]
     means = [row["reward"] for row in runner.rows(folder)]
     assert [sum(r.before for r in rows if r.step == step) / 8 for step in range(4)] == pytest.approx(means)
+
+
+def test_what_each_reward_adds_to_the_spread_is_logged_and_adds_up_to_1(train, runner, reward_model):
+    for row in runner.rows(
+        train("grpo", max_steps=2, reward_funcs=[f"model:{reward_model}", "spread"], reward_weights=[0.5, 2.0])
+    ):
+        assert row["rewards/model/share"] + row["rewards/spread/share"] == pytest.approx(1.0)
+        assert row["rewards/spread/share"] > 0.5
+        assert {"reward_length_information", "rewards/model/length_information"} <= row.keys()

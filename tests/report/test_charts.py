@@ -64,3 +64,18 @@ def test_a_legend_has_room_of_its_own_above_the_curves():
     assert {"reward", "reward_std"} <= set(labels(two))
     height_of_two, height_of_one = (float(re.search(r'height="([\d.]+)pt"', svg_of(chart))[1]) for chart in (two, one))
     assert height_of_two > height_of_one + 25
+
+
+def test_the_page_shows_who_decides_what_is_paid_for_length_and_how_far_the_reward_is_ahead_of_the_score():
+    rows = [
+        {"step": n, "reward": 0.1 * n, "rewards/rm/share": 0.25, "rewards/correct/share": 0.75,
+         "reward_length_information": 0.5, "rewards/rm/length_information": 1.0,
+         **({"eval_score": 0.3} if n % 2 == 0 else {})} for n in range(1, 7)
+    ]  # fmt: skip
+    drawn = {chart.title: chart for chart in charts.learning_curves("grpo", rows)}
+    assert "rewards/rm/share: 0.25 at step 1" in drawn["Who decides"].alt
+    assert "rewards/correct/share: 0.75 at step 1, 0.75 at step 6" in drawn["Who decides"].alt
+    assert "rewards/rm/length_information: 1 at step 1" in drawn["Paid for length"].alt
+    # Mean rewards of the steps up to each validation: 0.15, 0.35, 0.55; the score stays.
+    assert "0 at step 2" in drawn["Reward ahead of the score"].alt
+    assert "0.4 at step 6" in drawn["Reward ahead of the score"].alt

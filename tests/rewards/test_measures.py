@@ -1,4 +1,5 @@
 import math
+import random
 
 import pytest
 
@@ -50,3 +51,28 @@ def test_groups_without_spread_are_told_apart_and_the_advantages_have_a_spread()
     assert forecast["group_size"] == 2.0
     assert forecast["advantage_std"] == pytest.approx(math.sqrt(2 * 0.5 / 5), rel=1e-3)
     assert measures.group_forecast({0: [1, 1]})["frac_reward_all_wrong"] == 1.0
+
+
+def test_mutual_information_of_a_thing_with_itself_is_its_entropy_and_of_strangers_near_0():
+    rng = random.Random(0)
+    values = [rng.random() for _ in range(400)]
+    assert measures.mutual_information(values, [-v for v in values]) == pytest.approx(math.log(4), abs=0.01)
+    found = [
+        measures.mutual_information([rng.random() for _ in range(64)], [rng.random() for _ in range(64)])
+        for _ in range(50)
+    ]
+    assert sum(found) / len(found) < 0.06, "without the correction it is 0.08 on average"
+    coin = [float(v > 0.5) for v in values]
+    assert measures.mutual_information(coin, coin) == pytest.approx(math.log(2), abs=0.02)
+    assert measures.mutual_information([1.0] * 9, list(range(9))) == 0.0
+    assert measures.mutual_information([], []) == 0.0
+
+
+def test_shares_of_the_spread_add_up_to_1_and_are_worked_out_by_hand():
+    """0, 1 and 2, 0: the sum 2, 1 varies by 1/2; the first goes against it with -1/2, the second with it by 1."""
+    assert measures.spread_shares([[0.0, 1.0], [2.0, 0.0]]) == pytest.approx([-1.0, 2.0])
+    rng = random.Random(1)
+    columns = [[rng.gauss(0, scale) for _ in range(100)] for scale in (1, 2, 0)]
+    assert sum(measures.spread_shares(columns)) == pytest.approx(1.0)
+    assert measures.spread_shares(columns)[2] == 0.0
+    assert measures.spread_shares([[1.0, 1.0], [2.0, 2.0]]) == [0.0, 0.0]

@@ -24,6 +24,7 @@ from posttrain.recipes.sampled import Sampled, group_indices, reward_parts
 from posttrain.recipes.steering import steered
 from posttrain.recipes.teachers import Teachers
 from posttrain.rewards.learned import ASKED, FAILED
+from posttrain.rewards.measures import mutual_information, spread_shares
 from posttrain.rewards.resolve import reward_names
 from posttrain.rollout.experience import Experience, Group
 from posttrain.types import Episode, Rollout, RolloutGroup, Sample
@@ -104,6 +105,7 @@ class Collector:
         ledger = {"issued": sampled.issued, "trained": trained, "passed_over": sampled.passed_over}
         metrics = (
             _metrics(made, self._names, rewards_BK, advantages.reward_B, advantages.zero_std_P)
+            | _component_metrics(self._names, self._weights, rewards_BK, advantages.reward_B, made)
             | sampled.shares
             | sampled.metrics
         )
@@ -279,6 +281,27 @@ def _metrics(
         scored = column[~column.isnan()]
         metrics[f"rewards/{name}/mean"] = float(scored.mean())
         metrics[f"rewards/{name}/std"] = _std(scored)
+    return metrics
+
+
+def _component_metrics(
+    names: Sequence[str], weights: Sequence[float], rewards_BK: torch.Tensor, reward_B: torch.Tensor, made: Sequence[_Made]
+) -> dict[str, float]:  # fmt: skip
+    """What each reward adds to the spread of their sum, and what it says of the length; shaping is what the shares leave to 1."""
+    scored_B = ~reward_B.isnan()
+    lengths = [float(n) for n, scored in zip((n for one in made for n in one.lengths), scored_B, strict=True) if scored]
+    every = [*weights, *[1.0] * (rewards_BK.shape[1] - len(weights))]
+    columns = [
+        (w * column[scored_B].nan_to_num(0.0)).tolist() for w, column in zip(every, rewards_BK.unbind(1), strict=True)
+    ]
+    metrics = {
+        "reward_length_information": mutual_information([sum(row) for row in zip(*columns, strict=True)], lengths)
+    }
+    shares = spread_shares(columns)
+    for place, name in enumerate(names):
+        if not rewards_BK[:, place].isnan().all():
+            metrics[f"rewards/{name}/share"] = shares[place]
+            metrics[f"rewards/{name}/length_information"] = mutual_information(columns[place], lengths)
     return metrics
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+import fnmatch
 import io
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import matplotlib
@@ -26,6 +27,8 @@ _FONTS = re.compile(r"font-family: [^;\"]+")
 _TAG = re.compile(r"<[^>]+>")
 THROUGHPUT = "tokens_per_second"
 MEMORY = "memory_peak_mib"
+GAP = "reward_ahead_of_score"
+_STYLES = ("-", "--", ":")
 _LONG_NUMBER = re.compile(r"(?<![\w#.])-?\d+\.\d{2,}(?![\w.])")
 _DARK = {
     _BLUE: "#7fb2ee", _ORANGE: "#f0a06a", _RED: "#ff8a80", _GREY: "#a6a6ad", "#1b6e3c": "#6cc48f", _GRID: "#34343a",
@@ -36,7 +39,7 @@ _DARK = {
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One small chart: a title, what it means, and the metrics drawn in it (TRL's names)."""
+    """One small chart: a title, what it means, and the metrics drawn in it (TRL's names; `*` stands for any reward)."""
 
     title: str
     meaning: str
@@ -105,6 +108,21 @@ PANELS: dict[LearnsFrom, tuple[Panel, ...]] = {
     ),
     "samples": (
         Panel("Reward", "Mean score of the sampled answers; higher is better.", ("reward", "reward_std")),
+        Panel(
+            "Who decides",
+            "What each reward adds to the spread of their sum; near 0 it is not heard.",
+            ("rewards/*/share",),
+        ),
+        Panel(
+            "Paid for length",
+            "Nats that a reward says of an answer's length; log 4 = 1.39 is all there is.",
+            ("reward_length_information", "rewards/*/length_information"),
+        ),
+        Panel(
+            "Reward ahead of the score",
+            "How much more the reward has risen since the first validation than the held-out score; what grows is being gamed.",
+            (GAP,),
+        ),
         _ENTROPY,
         Panel("Distance to the start", "KL divergence from the reference model.", ("kl",)),
         _TEACHER_GAP,
@@ -152,7 +170,7 @@ def panels_of(kind: str) -> tuple[Panel, ...]:
 
 def learning_curves(kind: str, metrics: Sequence[Mapping[str, Any]], finding_steps: Sequence[int] = ()) -> list[Chart]:
     panels = panels_of(kind)
-    rows = _with_memory(_with_throughput(metrics))
+    rows = _with_gap(_with_memory(_with_throughput(metrics)))
     return [chart for panel in panels if (chart := _curve(panel, rows, finding_steps)) is not None]
 
 
@@ -167,6 +185,31 @@ def _with_throughput(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, 
 
 def _with_memory(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [{**row, MEMORY: row["memory_peak_bytes"] / 2**20} if "memory_peak_bytes" in row else row for row in metrics]
+
+
+def _with_gap(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """At each validation, how much more the mean reward of the steps up to it has risen than the held-out score, both since the first."""
+    rows: list[Mapping[str, Any]] = []
+    rewards: list[float] = []
+    first: tuple[float, float] | None = None
+    for row in metrics:
+        if isinstance(reward := row.get("reward"), int | float):
+            rewards.append(reward)
+        score = row.get("eval_score", row.get("eval_reward"))
+        if isinstance(score, int | float) and rewards:
+            now = sum(rewards) / len(rewards), float(score)
+            first, rewards = first or now, []
+            row = {**row, GAP: (now[0] - first[0]) - (now[1] - first[1])}
+        rows.append(row)
+    return rows
+
+
+def _drawn(panel: Panel, metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The panel's metrics, those with `*` as they were logged."""
+    logged = dict.fromkeys(name for row in metrics for name in row)
+    return [
+        name for wanted in panel.metrics for name in (fnmatch.filter(logged, wanted) if "*" in wanted else [wanted])
+    ]
 
 
 def _difference(before: Mapping[str, Any], row: Mapping[str, Any], name: str) -> float:
@@ -214,16 +257,24 @@ def _row_in_words(test: Mapping[str, Any], share: bool) -> str:
 
 
 def _curve(panel: Panel, metrics: Sequence[Mapping[str, Any]], finding_steps: Sequence[int]) -> Chart | None:
-    series = {name: _points(metrics, name) for name in panel.metrics}
+    series = {name: _points(metrics, name) for name in _drawn(panel, metrics)}
     series = {name: points for name, points in series.items() if points}
     if not series:
         return None
     legend = 0.2 * len(series) if len(series) > 1 else 0.0  # above the curves, where it hides none
     axes = _axes(4.2, 2.5 + legend, left=0.17, above=0.12 + legend)
-    for (name, points), color in zip(series.items(), (_BLUE, _ORANGE, _GREY), strict=False):
+    looks = [(color, style) for style in _STYLES for color in (_BLUE, _ORANGE, _GREY)]
+    for (name, points), (color, style) in zip(series.items(), cycle(looks), strict=False):
         steps, values = [p[0] for p in points], [p[1] for p in points]
         axes.plot(
-            steps, values, color=color, linewidth=1.4, label=name, marker="o" if len(points) < 15 else "", markersize=3
+            steps,
+            values,
+            color=color,
+            linestyle=style,
+            linewidth=1.4,
+            label=name,
+            marker="o" if len(points) < 15 else "",
+            markersize=3,
         )
     if len({value for points in series.values() for _, value in points}) == 1:
         # A flat line says nothing by itself: its distance from 0 and 1 does.
