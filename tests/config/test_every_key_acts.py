@@ -127,10 +127,15 @@ FLIPS = {
         Flip("save_total_limit", 1, {"save_steps": 1}),
         Flip("save_keep_every", 1, {"save_steps": 1, "save_total_limit": 1}),
         Flip("load_best_model_at_end", True, DEV | {"eval_steps": 1, "learning_rate": 0.5}),
+        Flip(
+            "early_stopping_patience", 1, DEV | {"eval_steps": 1, "learning_rate": 0.5, "load_best_model_at_end": True}
+        ),
         Flip("health", {"gradient_spike": SPIKE | {"action": "hold"}}),
         Flip("health_rollbacks", 0, {"health": {"gradient_spike": SPIKE | {"action": "rollback"}}}),
         Flip("train_on", "all"),
         Flip("loss_type", "dft"),
+        Flip("label_smoothing_factor", 0.1),
+        Flip("neftune_noise_alpha", 5),
         Flip("packing_window", 1, {"packing": True, "sequence_len": 100, "per_device_train_batch_size": 2}),
         Flip("packing", True, {"sequence_len": 100, "per_device_train_batch_size": 2}),
     ],

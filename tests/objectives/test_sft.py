@@ -3,8 +3,10 @@ import math
 import pytest
 import torch
 
+from posttrain.objectives import distill
+from posttrain.objectives.distill import Head, spread
 from posttrain.objectives.reduce import Normalizer
-from posttrain.objectives.sft import SFT_LOSSES, sft_loss
+from posttrain.objectives.sft import SFT_LOSSES, Smoothing, sft_loss
 
 LOGP = [-0.1, -2.0, -0.7, -1.3]
 NORM = Normalizer(tokens=10, sequences=3)
@@ -48,3 +50,27 @@ def test_metrics():
 def test_nothing_trained_is_zero():
     terms = sft_loss(torch.zeros(0, requires_grad=True), Normalizer(tokens=0, sequences=1))
     assert terms.loss.item() == 0
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("tiled", [False, True])
+def test_smoothing_is_torch_s_own(monkeypatch, softcap, tiled):
+    """(1-e)·(-log p(y)) + e·(mean over v of -log p(v)): value, and gradients of hidden states, head and bias, by the tile and whole."""
+    if tiled:
+        monkeypatch.setattr(distill, "head_tile_rows", lambda vocab, device: 16)
+    torch.manual_seed(0)
+    hidden, weight, bias = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 4), (7, 4), (7,))
+    )
+    target = torch.tensor([0, 6, 3, 3, 1])
+    logits = hidden @ weight.t() + bias
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    theirs = torch.nn.functional.cross_entropy(logits, target, label_smoothing=0.3, reduction="sum") / 10
+    expected = torch.autograd.grad(theirs, (hidden, weight, bias))
+    logp, mean, top1 = spread(Head(hidden, weight, bias, softcap), target)
+    terms = sft_loss(logp, NORM, smoothing=Smoothing(0.3, mean))
+    assert terms.loss.item() == pytest.approx(theirs.item(), rel=1e-12)
+    for mine, right in zip(torch.autograd.grad(terms.loss, (hidden, weight, bias)), expected, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-12)
+    assert top1.tolist() == (logits.argmax(-1) == target).tolist()
+    assert terms.metrics["nll_loss"].value == pytest.approx(-logp.mean().item())

@@ -24,6 +24,13 @@ def test_full(ours, theirs, rows, assert_parity, loss_type):
     assert_parity(mine, trl_sft(theirs, data, loss_type=loss_type))
 
 
+def test_label_smoothing(ours, theirs, rows, assert_parity):
+    """transformers divides by each micro-batch's own tokens, so one micro-batch is one step here."""
+    data = rows["sft"][:48]
+    mine = ours("sft", SFTKeys, data, label_smoothing_factor=0.2, **SHARED)
+    assert_parity(mine, trl_sft(theirs, data, label_smoothing_factor=0.2))
+
+
 def test_lora(ours, theirs, rows, assert_parity):
     data = rows["sft"][:48]
     mine = ours("sft", SFTKeys, data, adapter="lora", lora_r=8, **SHARED)

@@ -45,6 +45,12 @@ class SamplingKeys(TrainKeys):
         return super().of_one_process or self.rollout.of_one_process
 
     @model_validator(mode="after")
+    def _runs_its_steps(self) -> SamplingKeys:
+        if self.early_stopping_patience:
+            raise ValueError(f"early_stopping_patience: {self.early_stopping_patience} where the policy's own completions are trained on: set max_steps, with load_best_model_at_end")
+        return self
+
+    @model_validator(mode="after")
     def _a_server_knows_one_temperature(self) -> SamplingKeys:
         if self.temperature != 1 and any(teacher.url for teacher in self.teachers):
             raise ValueError(

@@ -5,6 +5,7 @@ Names are those of the flat YAML form where it has one, and TRL's elsewhere. No 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -182,11 +183,12 @@ class TrainKeys(ModelKeys):
     unfrozen_parameters: list[str] = knob([], "Train only the parameters whose names match one of these regular expressions from their start; empty trains all. An adapter is trained whole.", example=["model.layers.2[0-9].", "lm_head.weight"])
     eval_suite: str | None = knob(None, "A JSONL eval suite, relative to the YAML; its dev split is answered greedily at every validation and scored as `eval_score`.", example="evals/heldout.jsonl")
     eval_suite_limit: int = knob(100, "Measure only so many items of eval_suite, from its start.", ge=1)
-    eval_steps: int = knob(0, "Validate every so many steps; 0 is only at the end.", ge=0)
-    save_steps: int = knob(0, "Checkpoint every so many steps; 0 is only at the end.", ge=0)
+    eval_steps: int | float = knob(0, "Validate every so many steps; 0 is only at the end, below 1 a share of all steps (0.25: four times).", ge=0, also="evals_per_epoch (Axolotl)")
+    save_steps: int | float = knob(0, "Checkpoint every so many steps; 0 is only at the end, below 1 a share of all steps.", ge=0, also="saves_per_epoch (Axolotl)")
     save_total_limit: int = knob(2, "Checkpoints to keep, the best one besides.", ge=1)
     save_keep_every: int = knob(0, "Keep for good the checkpoints of steps that this divides, whatever save_total_limit says; 0 keeps none.", ge=0, example=1000)
     load_best_model_at_end: bool = knob(False, "End with the checkpoint of the lowest validation loss (RL: highest dev score).")
+    early_stopping_patience: int = knob(0, "End after so many validations in a row without a better one, with the best checkpoint; 0 never. Needs load_best_model_at_end and eval_steps.", ge=0, also="early_stopping_steps (LLaMA-Factory)", example=3)
     health: dict[str, dict[str, Any]] = knob({}, "Health rules to change: rule → threshold, `severity`, `action` or `enabled`; docs/failure-modes.md lists them.", example={"kl_drift": {"limit": 1.0}})
     health_rollbacks: int = knob(2, "How often a run may return to its last healthy checkpoint before it stops.", ge=0)
     lint: dict[str, dict[str, Any]] = knob({}, "Data lints to change: rule → `limit` (share of the rows) and `action` (warn, refuse or off); docs/data-formats.md lists them.", example={"near_duplicate": {"limit": 0.05}})
@@ -291,9 +293,25 @@ class TrainKeys(ModelKeys):
             )
         return self
 
+    @field_validator("eval_steps", "save_steps")
+    @classmethod
+    def _is_a_number_of_steps_or_a_share(cls, steps: int | float) -> int | float:
+        if steps >= 1 and not float(steps).is_integer():
+            raise ValueError(f"{steps} is neither a number of steps nor a share of them below 1")
+        return int(steps) if steps >= 1 else steps
+
+    @model_validator(mode="after")
+    def _stops_by_what_it_measures(self) -> TrainKeys:
+        if self.early_stopping_patience and not (self.load_best_model_at_end and self.eval_steps):
+            raise ValueError(
+                f"early_stopping_patience: {self.early_stopping_patience} needs load_best_model_at_end: true and eval_steps, so that there is a best "
+                "validation to be no better than; set both, or set it to 0"
+            )
+        return self
+
     @model_validator(mode="after")
     def _kept_ones_are_saved(self) -> TrainKeys:
-        if self.save_keep_every and (not self.save_steps or self.save_keep_every % self.save_steps):
+        if self.save_keep_every and (self.save_steps < 1 or self.save_keep_every % self.save_steps):
             raise ValueError(
                 f"save_keep_every={self.save_keep_every} is not a multiple of save_steps={self.save_steps}; "
                 "set it to one, so that there is a checkpoint to keep"
@@ -335,6 +353,14 @@ class SFTKeys(ExampleKeys):
     """Supervised fine-tuning."""
 
     loss_type: Literal["nll", "dft"] = knob("nll", "Token cross-entropy, or dynamic fine-tuning (arXiv 2508.05629), which weighs it by the token's probability.", also="use_dft_loss (LLaMA-Factory)")
+    label_smoothing_factor: float = knob(0.0, "Share of each target that is spread evenly over the vocabulary (with nll).", ge=0, lt=1, example=0.1)
+    neftune_noise_alpha: float = knob(0.0, "Noise on the embeddings while training (NEFTune, arXiv 2310.05914): uniform within ± alpha / sqrt(length · width) of a row.", ge=0, also="neftune_alpha (LLaMA-Factory)", example=5)
+
+    @model_validator(mode="after")
+    def _smooths_cross_entropy(self) -> SFTKeys:
+        if self.label_smoothing_factor and self.loss_type != "nll":
+            raise ValueError(f"label_smoothing_factor: {self.label_smoothing_factor:g} with loss_type: {self.loss_type}, which has no smoothed form; set one of them back")
+        return self
 
 
 PreferenceLoss = Literal[
@@ -397,6 +423,11 @@ class RewardModelKeys(TrainKeys):
         if self.eval_suite is not None:
             raise ValueError("eval_suite in reward_model: a reward model answers nothing; name pairs in eval_datasets or val_size")
         return self
+
+
+def step_interval(steps: int | float, total_steps: int) -> int:
+    """`eval_steps` or `save_steps` in steps of a run of so many; 0 is never. A share is rounded up, as in transformers."""
+    return math.ceil(steps * total_steps) if 0 < steps < 1 else int(steps)
 
 
 LOCAL_SUFFIXES = frozenset({".jsonl", ".json", ".parquet", ".csv", ".jinja", ".jinja2", ".j2", ".gz", ".zst", ".arrow", ".txt"})

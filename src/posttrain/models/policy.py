@@ -14,6 +14,7 @@ from posttrain.config.stages import ModelKeys
 from posttrain.distributed.sharding import Whole
 from posttrain.models.batch import Batch, pack
 from posttrain.models.device import Placement
+from posttrain.models.embedding_noise import noisy_embeddings
 from posttrain.models.exact import score_tiles, value_of
 from posttrain.models.lengths import by_encoding, forget_lengths, length_rule
 from posttrain.models.offload import OffloadedLayers
@@ -66,6 +67,8 @@ class Policy:
     """A copy of the given model, where it is not this one without its adapter (`load.freeze_reference`)."""
     offloaded: OffloadedLayers | None = field(default=None, repr=False)
     """The layers whose frozen weights lie in the machine's memory, where they do."""
+    embedding_noise: float = 0.0
+    """NEFTune's alpha: noise on the embeddings in a training forward."""
 
     @property
     def base(self) -> PreTrainedModel:
@@ -175,7 +178,8 @@ class Policy:
         forget_lengths(self.base)
         if isinstance(part, Batch):
             return self._forward(self.model, part, logits_to_keep=part.source_M, **options)
-        return self.model(input_ids=part.ids_N[None], use_cache=False, logits_to_keep=part.source_M, **options)
+        with noisy_embeddings(self.base, self.embedding_noise, torch.arange(part.ids_N.numel())):
+            return self.model(input_ids=part.ids_N[None], use_cache=False, logits_to_keep=part.source_M, **options)
 
     def _parts(self, batch: Batch) -> list[tuple[Batch | _Sequence, torch.Tensor]]:
         """What goes through the model in a call of its own, with the places of its scored tokens."""
@@ -260,13 +264,14 @@ class Policy:
         return kept if self.frozen is None else [*kept, *self.frozen.model.parameters()]
 
     def _forward(self, model: Any, batch: Batch, **options: Any) -> Any:
-        return model(
-            input_ids=batch.input_ids_N[None],
-            position_ids=batch.position_ids_N[None],
-            use_cache=False,
-            layout=batch.layout,
-            **options,
-        )
+        with noisy_embeddings(self.base, self.embedding_noise, batch.position_ids_N):
+            return model(
+                input_ids=batch.input_ids_N[None],
+                position_ids=batch.position_ids_N[None],
+                use_cache=False,
+                layout=batch.layout,
+                **options,
+            )
 
     @property
     def _head_is_plain(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,21 +25,32 @@ def dft(logp_M: Tensor) -> Tensor:
 SFT_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"nll": nll, "dft": dft}
 
 
+class Smoothing(NamedTuple):
+    """`share` of each target lies evenly on the vocabulary, whose mean log-prob at each token is `mean_logp_M`."""
+
+    share: float
+    mean_logp_M: Tensor
+
+
 def sft_loss(
     logp_M: Tensor,
     norm: Normalizer,
     loss_type: str = "nll",
     top1_M: Tensor | None = None,
     entropy_M: Tensor | None = None,
+    smoothing: Smoothing | None = None,
 ) -> LossTerms:
-    """Token mean over the whole optimizer step. Metrics: loss, nll_loss (dft), mean_token_accuracy, entropy.
+    """Token mean over the whole optimizer step. Metrics: loss, nll_loss (dft, smoothing), mean_token_accuracy, entropy.
 
     Shapes: logp_M, top1_M, entropy_M: one entry per trained token of this micro-batch.
+    Source: smoothing of Szegedy et al., arXiv 1512.00567 sec. 7, as in transformers' LabelSmoother.
     """
     term_M = SFT_LOSSES[loss_type](logp_M)
+    if smoothing is not None:
+        term_M = (1 - smoothing.share) * term_M - smoothing.share * smoothing.mean_logp_M
     count = float(logp_M.numel())
     sums: dict[str, tuple[Tensor, Tensor | float]] = {"loss": (term_M.sum(), count)}
-    if loss_type != "nll":
+    if loss_type != "nll" or smoothing is not None:
         sums["nll_loss"] = (-logp_M.sum(), count)
     if top1_M is not None:
         sums["mean_token_accuracy"] = (top1_M.sum(), count)

@@ -50,6 +50,8 @@ def run(keys: RewardModelKeys, stage: Stage) -> StageResult:
     )  # fmt: skip
 
     for step in range(state.step, total_steps):
+        if validation.is_over:
+            break
         stage.begin_step(step)
         micros = schedule.step(step + stage.guard.controls.skipped)
         norm = Normalizer(tokens=0, sequences=len(flat(micros)))
@@ -70,7 +72,7 @@ def run(keys: RewardModelKeys, stage: Stage) -> StageResult:
         state.step, state.tokens = step + 1, state.tokens + sum(_num_tokens(row) for row in flat(micros))
         values |= validation.if_due(state.step, total_steps)
         best = validation.best_score(state.step)
-        stage.finish_step(state, values, state.step == total_steps, best)
+        stage.finish_step(state, values, validation.is_last(state.step, total_steps), best)
 
     validation.restore_best()
     return stage.done(state)

@@ -17,8 +17,9 @@ from posttrain.models.batch import loss_counts, pack
 from posttrain.models.load import load_policy, load_tokenizer
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
+from posttrain.objectives.distill import spread
 from posttrain.objectives.reduce import Normalizer
-from posttrain.objectives.sft import sft_loss
+from posttrain.objectives.sft import Smoothing, sft_loss
 from posttrain.objectives.terms import LossTerms
 from posttrain.recipes.balance import family_cost
 from posttrain.recipes.batches import Schedule, flat, for_rank
@@ -37,6 +38,7 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
     data, held_out = load_with_held_out(load_sft, keys, tokenizer)
     stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
     policy = load_policy(keys, tokenizer=tokenizer, sharding=stage.sharding)
+    policy.embedding_noise = keys.neftune_noise_alpha
     suite = SuiteScore.of(policy, keys)
     optimizer = make_optimizer(policy, keys)
 
@@ -50,6 +52,8 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
     )
 
     for step in range(state.step, total_steps):
+        if validation.is_over:
+            break
         stage.begin_step(step)
         micros = schedule.step(step + stage.guard.controls.skipped)
         # One global count, known before the first backward: the split into micro-batches and ranks cannot matter.
@@ -57,7 +61,7 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
         metrics = StepMetrics()
         policy.model.train()
         for micro in accumulating(policy, for_rank(micros, ranks)):
-            terms = loss(policy, micro.rows, norm, keys.loss_type)
+            terms = loss(policy, micro.rows, norm, keys.loss_type, keys.label_smoothing_factor)
             micro.backward(terms.loss)
             metrics.add({} if micro.idle else terms.metrics)
         lr = learning_rate(step, total_steps, keys) * stage.guard.controls.lr_scale
@@ -69,17 +73,24 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
         state.step, state.tokens = step + 1, state.tokens + sum(len(row.ids) for row in flat(micros))
         values |= validation.if_due(state.step, total_steps)
         best = validation.best_score(state.step)
-        stage.finish_step(state, values, state.step == total_steps, best)
+        stage.finish_step(state, values, validation.is_last(state.step, total_steps), best)
 
     validation.restore_best()
     return stage.done(state)
 
 
-def loss(policy: Policy, rows: list[TokenSeq], norm: Normalizer, loss_type: str) -> LossTerms:
+def loss(policy: Policy, rows: list[TokenSeq], norm: Normalizer, loss_type: str, smoothing: float = 0.0) -> LossTerms:
     """This micro-batch's share of the step's loss."""
-    scores = policy.score(pack([[row] for row in rows], least_shared=math.inf), top1=True)
-    terms = sft_loss(scores.logp_M, norm, loss_type, top1_M=scores.top1_M)
-    return policy.with_aux_loss(terms, scores.aux_loss, share=len(rows) / norm.sequences)
+    batch = pack([[row] for row in rows], least_shared=math.inf)
+    if smoothing:
+        head, aux_loss = policy.head(batch)
+        with policy.placement.autocast():
+            logp_M, mean_logp_M, top1_M = spread(head, batch.target_M.to(policy.placement.device))
+        terms = sft_loss(logp_M, norm, loss_type, top1_M=top1_M, smoothing=Smoothing(smoothing, mean_logp_M))
+    else:
+        scores = policy.score(batch, top1=True)
+        terms, aux_loss = sft_loss(scores.logp_M, norm, loss_type, top1_M=scores.top1_M), scores.aux_loss
+    return policy.with_aux_loss(terms, aux_loss, share=len(rows) / norm.sequences)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from posttrain.checkpoint.store import CheckpointStore, check_writable, disk_errors, sweep
-from posttrain.config.stages import TrainKeys
+from posttrain.config.stages import TrainKeys, step_interval
 from posttrain.distributed.sequence import data_ranks
 from posttrain.distributed.sharding import ShardingSpec, sharding_over
 from posttrain.errors import ModelError, OutOfMemoryError
@@ -70,6 +70,7 @@ class Stage:
         self._open: list[Closes] = [base]
         self._started = time.monotonic()
         self._step_started = self._started
+        self._save_every = 0
 
     def until_done(self, part: Part) -> Part:
         """`part`, closed with the stage, however that ends."""
@@ -108,6 +109,7 @@ class Stage:
             self.run.open(state.step, total_steps)
             guard.tell_rollbacks(state.step)
         self._started = time.monotonic() - state.wall_s
+        self._save_every = step_interval(self.keys.save_steps, total_steps)
         return state
 
     def begin_step(self, step: int) -> None:
@@ -135,7 +137,7 @@ class Stage:
             self.run.log(step, metrics | {"num_tokens": float(state.tokens)} | memory_metrics())
         self.guard.observe(step, metrics)
         stopping = self.processes.sum([float(self.stop.is_set)])[0] > 0
-        due = self.keys.save_steps > 0 and step % self.keys.save_steps == 0
+        due = self._save_every > 0 and step % self._save_every == 0
         if best_score is not None:
             self.checkpoints.mark_best(step, best_score)
         if due or last or stopping or best_score is not None:

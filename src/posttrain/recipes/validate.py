@@ -9,7 +9,7 @@ from pathlib import Path
 
 from posttrain.config.pipeline import SuiteKeys
 from posttrain.config.rl import SamplingKeys
-from posttrain.config.stages import TrainKeys
+from posttrain.config.stages import TrainKeys, step_interval
 from posttrain.evals.run import Evaluator
 from posttrain.evals.suite import Suite, load_suite
 from posttrain.models.policy import Policy
@@ -23,6 +23,8 @@ from posttrain.rollout.sampling import request_seed
 
 _DEV = "dev"
 _LONGEST_ANSWER = 256
+SINCE_BEST = "validations_since_best"
+"""How many validations in a row were no better than the best; what early stopping counts."""
 
 
 class Validation:
@@ -37,25 +39,42 @@ class Validation:
     ) -> None:
         self._stage, self._state, self._measure, self._suite = stage, state, measure, suite
         self._measured_at = -1
+        self._best: float | None = None
 
     def if_due(self, step: int, total_steps: int) -> dict[str, float]:
         """The metrics of a validation after `step`, or nothing."""
-        guard, every = self._stage.guard, self._stage.keys.eval_steps
+        guard, every = self._stage.guard, step_interval(self._stage.keys.eval_steps, total_steps)
         if not guard.controls.evaluate_next and step != total_steps and not (every and step % every == 0):
             return {}
         guard.controls = replace(guard.controls, evaluate_next=False)
         scored = self._suite.measure(step) if self._suite is not None else {}
+        waited = self._state.validated.get(SINCE_BEST, 0.0)
         self._state.validated = self._measure() | scored
-        self._measured_at = step
+        self._measured_at, self._best = step, self._score_if_best(step)
+        if self._stage.keys.early_stopping_patience:
+            self._state.validated[SINCE_BEST] = waited + 1 if self._best is None else 0.0
         return self._state.validated
 
     def best_score(self, step: int) -> float | None:
         """The score of `step` if it was validated and is the best so far, and the best one is wanted. All ranks ask."""
-        if not self._wanted or self._measured_at != step or not self._state.validated:
+        return self._best if self._measured_at == step else None
+
+    def _score_if_best(self, step: int) -> float | None:
+        if not self._wanted or not self._state.validated:
             return None
         score, best = goodness(self._state.validated), self._stage.checkpoints.best()
         # A step that is run again after a crash finds its own mark: it must be saved again all the same.
         return score if best is None or score > best[1] or step == best[0] else None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether early stopping has waited long enough for a better validation, in this process or before a resume."""
+        patience = self._stage.keys.early_stopping_patience
+        return patience > 0 and self._state.validated.get(SINCE_BEST, 0.0) >= patience
+
+    def is_last(self, step: int, total_steps: int) -> bool:
+        """Whether training ends after `step`."""
+        return step == total_steps or self.is_over
 
     def restore_best(self) -> None:
         """Put the best checkpoint's weights back, for the export."""
