@@ -146,7 +146,14 @@ def test_the_stage_comes_from_the_keys(tmp_path, line, kind):
             "processor_type: AutoProcessor",
             "processor_type: AutoProcessor: images, audio and video are not trained here; name",
         ),
-        ("neftune_noise_alpha: 5", "neftune_noise_alpha: 5: noise on the embeddings"),
+        (
+            "rl: orpo\nneftune_noise_alpha: 5",
+            "neftune_noise_alpha: 5: noise on the embeddings is added in sft only; take it out",
+        ),
+        (
+            "save_strategy: epoch\nmax_steps: 9",
+            "save_strategy: epoch with max_steps: the steps of an epoch are known only",
+        ),
         (
             "lora_model_dir: ./before",
             "lora_model_dir: ./before: a stage does not start from an adapter; merge it first",
@@ -292,3 +299,30 @@ def test_layers_that_are_not_compiled_here_run_as_they_are_and_a_note_says_so(te
     made, loaded = imported(text + "torch_compile: true\n")
     assert loaded.keys.torch_compile is False
     assert "# torch_compile: left out because with l" in made.text
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        ("evals_per_epoch: 4\nsaves_per_epoch: 1", {"eval_steps": 0.25, "save_steps": 0}),
+        ("num_epochs: 4\nsave_strategy: epoch\neval_strategy: epoch\nsave_steps: 7", {"eval_steps": 0.25, "save_steps": 0.25}),
+        ("evals_per_epoch: 2\nnum_epochs: 3", {"eval_steps": 0.166666}),
+        ("eval_steps: 0.05\nsave_steps: 0.1", {"eval_steps": 0.05, "save_steps": 0.1}),
+        ("eval_steps: 20\nearly_stopping_patience: 3", {"early_stopping_patience": 3, "load_best_model_at_end": True, "eval_steps": 20}),
+        ("neftune_noise_alpha: 5", {"neftune_noise_alpha": 5.0}),
+        ("label_smoothing_factor: 0.1", {"label_smoothing_factor": 0.1}),
+    ],
+)  # fmt: skip
+def test_when_is_measured_and_how_the_loss_is_softened(imported, lines, found):
+    changed = {line.partition(":")[0] for line in lines.splitlines()}
+    kept = [line for line in AXOLOTL.splitlines() if line.partition(":")[0] not in changed]
+    keys = imported("\n".join([*kept, lines]))[1].keys
+    assert {name: getattr(keys, name) for name in found} == found
+
+
+def test_llamafactory_counts_three_epochs_where_it_is_told_of_none(imported):
+    keys = imported(
+        LLAMAFACTORY
+        + "save_strategy: epoch\nneftune_alpha: 4\nval_size: 0.1\neval_strategy: steps\neval_steps: 10\nearly_stopping_steps: 2\n"
+    )[1].keys
+    assert (keys.save_steps, keys.neftune_noise_alpha, keys.early_stopping_patience) == (0.333333, 4.0, 2)

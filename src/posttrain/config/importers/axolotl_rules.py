@@ -9,7 +9,16 @@ from typing import Any
 from posttrain.config.importers.axolotl_data import read_datasets, read_template
 from posttrain.config.importers.fates import ImportDraft, Kind, Refusal, as_float, is_off, names
 from posttrain.config.importers.paths import reward_file
-from posttrain.config.importers.values import OPTIMIZERS, adapter_defaults, cadence, compiling, schedule, warmup
+from posttrain.config.importers.values import (
+    OPTIMIZERS,
+    adapter_defaults,
+    cadence,
+    compiling,
+    early_stopping,
+    schedule,
+    sft_only,
+    warmup,
+)
 
 OTHER = "train with Axolotl"
 _HARMLESS_PLUGINS = ("CutCrossEntropyPlugin", "LigerPlugin", "KernelsPlugin", "ExpertParallelPlugin", "SwanLabPlugin", "NemoGymTrackingPlugin",
@@ -54,9 +63,10 @@ def finish(draft: ImportDraft) -> None:
     _training(draft)
     _trackers(draft)
     compiling(draft)
-    best = draft.asks("load_best_model_at_end")
-    cadence(draft, "save", "save_steps", best)
-    cadence(draft, "eval", "eval_steps", best)
+    sft_only(draft)
+    early_stopping(draft)
+    cadence(draft, "save", "save_steps", 1)
+    cadence(draft, "eval", "eval_steps", 1)
 
 
 def _method(draft: ImportDraft) -> None:

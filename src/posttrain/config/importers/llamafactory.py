@@ -35,7 +35,9 @@ from posttrain.config.importers.values import (
     adapter_defaults,
     cadence,
     compiling,
+    early_stopping,
     schedule,
+    sft_only,
     warmup,
 )
 
@@ -129,6 +131,7 @@ ROWS: dict[str, KeyFate] = {
     "kt_weight_path": refused("weights that are stored in another form are not read", "name a base_model in 16 bits"),
     "kt_non_expert_weight_path": refused("weights that are stored in another form are not read", "name a base_model in 16 bits"),
     **rows(refused("there is no such optimizer here", _OPTIMIZER), "use_galore", "use_apollo", "use_badam", "use_adam_mini"),
+    "neftune_alpha": joint("neftune_noise_alpha"),
     "use_muon": to("optim", {True: "muon", False: "adamw"}),
     **rows(left("it is read with use_galore only"), "galore_target", "galore_rank", "galore_update_interval", "galore_scale", "galore_proj_type", "galore_layerwise"),
     **rows(left("it is read with use_apollo only"), "apollo_target", "apollo_rank", "apollo_update_interval", "apollo_scale", "apollo_proj", "apollo_proj_type", "apollo_layerwise",
@@ -186,9 +189,10 @@ def finish(draft: ImportDraft) -> None:
     warmup(draft)
     schedule(draft)
     compiling(draft)
-    best = draft.asks("load_best_model_at_end")
-    cadence(draft, "save", "save_steps", best)
-    cadence(draft, "eval", "eval_steps", best)
+    sft_only(draft)
+    early_stopping(draft)
+    cadence(draft, "save", "save_steps", 3)
+    cadence(draft, "eval", "eval_steps", 3)
 
 
 def _adapter(draft: ImportDraft) -> None:

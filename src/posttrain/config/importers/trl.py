@@ -34,7 +34,9 @@ from posttrain.config.importers.values import (
     adapter_defaults,
     cadence,
     compiling,
+    early_stopping,
     schedule,
+    sft_only,
     warmup,
 )
 
@@ -189,9 +191,10 @@ def finish(draft: ImportDraft) -> None:
     warmup(draft)
     schedule(draft)
     compiling(draft)
-    best = draft.asks("load_best_model_at_end")
-    cadence(draft, "save", "save_steps", best)
-    cadence(draft, "eval", "eval_steps", best)
+    sft_only(draft)
+    early_stopping(draft)
+    cadence(draft, "save", "save_steps", 3)
+    cadence(draft, "eval", "eval_steps", 3)
 
 
 def _adapter(draft: ImportDraft) -> None:

@@ -65,7 +65,6 @@ GENERATION = "it is about answers while validating, not about training"
 OWN_LOOP = "it belongs to their training loop; ours is the same for every run"
 
 _SET = "set it in a YAML of ours if a stage here has it, or train with the other tool"
-_NO_LOSS = "take it out to train with plain cross-entropy, or train with the other tool"
 _NO_FREEZE = "train all weights (take it out), or use adapter: lora with lora_target"
 
 _TRACKERS = ("mlflow", "wandb", "trackio", "tensorboard")
@@ -130,13 +129,12 @@ TRAINER: dict[str, KeyFate] = {
     "fp16_full_eval": left(GENERATION),
     "gradient_checkpointing": to("gradient_checkpointing", GRADIENT_CHECKPOINTING),
     "trust_remote_code": to("trust_remote_code"),
-    "label_smoothing_factor": refused("cross-entropy is not smoothed here", _NO_LOSS),
-    "neftune_noise_alpha": refused("noise on the embeddings (NEFTune) is not added here", "take it out, or train with the other tool"),
+    "label_smoothing_factor": joint("label_smoothing_factor"),
+    "neftune_noise_alpha": joint("neftune_noise_alpha"),
     "load_best_model_at_end": to("load_best_model_at_end"),
     "metric_for_best_model": refused("the best checkpoint is that of the lowest validation loss here", "set eval_loss, or take it out", ("loss", "eval_loss")),
     "greater_is_better": refused("the best checkpoint is that of the lowest validation loss here", "take it out"),
-    "early_stopping_patience": refused("a run is not stopped early here", "set max_steps, or load_best_model_at_end: true, which ends with the best checkpoint"),
-    "early_stopping_steps": refused("a run is not stopped early here", "set max_steps, or load_best_model_at_end: true"),
+    **rows(joint("early_stopping_patience", "with load_best_model_at_end, which it needs"), "early_stopping_patience", "early_stopping_steps"),
     "lr_scheduler_kwargs": joint("lr_scheduler_type", "its num_cycles, power, min_lr, min_lr_rate and lr_end are read", "set min_lr_ratio, lr_num_cycles, lr_power, warmup_steps or lr_scheduler_type"),
     "save_total_limit": to("save_total_limit"),
 }  # fmt: skip
@@ -190,31 +188,71 @@ def compiling(draft: ImportDraft) -> None:
             draft.drop("torch_compile", f"with {key}: true layers are not compiled here")
 
 
-def cadence(draft: ImportDraft, what: str, ours: str, needs: bool) -> None:
-    """`save_steps` and `eval_steps`, or how often per epoch. `needs` says that the result depends on it."""
+def sft_only(draft: ImportDraft) -> None:
+    """Label smoothing, which the losses of other stages do not read there, and NEFTune, which they do."""
+    for key in ("label_smoothing_factor", "neftune_noise_alpha", "neftune_alpha"):
+        if key not in draft.source:
+            continue
+        smooths = key == "label_smoothing_factor"
+        if not draft.asks(key):
+            draft.leave(key, f"{draft.source[key]} asks for nothing that is not so here")
+        elif draft.kind == "sft":
+            ours = key if smooths else "neftune_noise_alpha"
+            draft.put(
+                ours,
+                as_float(draft.source[key]),
+                key,
+                "" if smooths else "a row's length is its own here, not the batch's",
+            )
+        elif smooths:
+            draft.leave(key, f"the losses of {draft.kind} do not read it there")
+        else:
+            draft.refuse(key, f"{draft.source[key]}: noise on the embeddings is added in sft only", "take it out")
+
+
+def early_stopping(draft: ImportDraft) -> None:
+    for key in ("early_stopping_patience", "early_stopping_steps"):
+        if draft.asks(key):
+            draft.put("early_stopping_patience", int(as_float(draft.source[key])), key)
+            if "load_best_model_at_end" not in draft.keys:
+                draft.put("load_best_model_at_end", True, key, "it ends with the best checkpoint")
+        elif key in draft.source:
+            draft.leave(key, "it asks for nothing")
+
+
+def cadence(draft: ImportDraft, what: str, ours: str, epochs: float) -> None:
+    """`save_steps` and `eval_steps`, or how often per epoch, which is a share of the run's steps. `epochs` is the tool's default."""
     steps, strategy, per_epoch = f"{what}_steps", f"{what}_strategy", f"{what}s_per_epoch"
     chosen = str(draft.source.get(strategy) or draft.source.get("evaluation_strategy") or "steps")
-    value = draft.source.get(steps)
-    if strategy in draft.source:
+    value, often = draft.source.get(steps), draft.source.get(per_epoch)
+    epochs = as_float(draft.keys.get("num_train_epochs", epochs))
+    if strategy in draft.source and chosen != "epoch":
         draft.leave(strategy, f"{ours} says when, and at the end it is always done")
-    if per_epoch in draft.source:
-        _when(draft, per_epoch, needs, "an epoch's steps are known only with the data")
-    if value is None or chosen in ("no", "epoch", "best"):
-        if chosen in ("epoch", "best") and needs:
-            draft.refuse(strategy, f"{chosen}: the best checkpoint depends on when is measured", f"set {steps}")
-        if value is not None:
-            draft.leave(steps, f"{strategy} is {chosen}")
-    elif 0 < as_float(value) < 1:
-        _when(draft, steps, needs, "a share of the steps is known only with the data")
-    else:
+    if per_epoch in draft.source and not draft.asks(per_epoch):
+        draft.leave(per_epoch, "it asks for nothing")
+    elif often is not None:
+        _share(draft, ours, 1 / (as_float(often) * epochs), per_epoch)
+    if chosen == "epoch" and draft.keys.get("max_steps", -1) > 0:
+        draft.refuse(
+            strategy, "epoch with max_steps: the steps of an epoch are known only with the data", f"set {steps}"
+        )
+    elif chosen == "epoch":
+        _share(draft, ours, 1 / epochs, strategy if strategy in draft.source else "evaluation_strategy")
+    if value is not None and chosen in ("no", "epoch", "best"):
+        draft.leave(steps, f"{strategy} is {chosen}")
+    elif value is not None and 0 < as_float(value) < 1:
+        _share(draft, ours, as_float(value), steps)
+    elif value is not None:
         draft.put(ours, max(0, int(as_float(value))), steps)
 
 
-def _when(draft: ImportDraft, key: str, needs: bool, why: str) -> None:
-    if needs and draft.asks(key):
-        draft.refuse(key, f"{draft.source[key]}: {why}, and the best checkpoint depends on it", "set it in steps")
+def _share(draft: ImportDraft, ours: str, share: float, key: str) -> None:
+    short = round(share, 6)
+    if share < 1:
+        # Never more than the share: a hair above a sixth of six steps would be rounded up to two of them.
+        draft.put(ours, short if short <= share else round(short - 1e-6, 6), key, "a share of the run's steps")
     else:
-        draft.leave(key, f"{why}; it is done at the end in any case, and nothing that is learned depends on it")
+        draft.leave(key, "once an epoch of one is at the end, where it is always done")
 
 
 def adapter_defaults(draft: ImportDraft, rank: int, alpha: Any, dropout: float = 0.0) -> dict[str, Any]:
