@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from posttrain.objectives import distill
-from posttrain.objectives.distill import Head, spread
+from posttrain.objectives.distill import Head, token_scores
 from posttrain.objectives.reduce import Normalizer
 from posttrain.objectives.sft import SFT_LOSSES, Smoothing, sft_loss
 
@@ -67,7 +67,7 @@ def test_smoothing_is_torch_s_own(monkeypatch, softcap, tiled):
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     theirs = torch.nn.functional.cross_entropy(logits, target, label_smoothing=0.3, reduction="sum") / 10
     expected = torch.autograd.grad(theirs, (hidden, weight, bias))
-    logp, mean, top1 = spread(Head(hidden, weight, bias, softcap), target)
+    logp, mean, top1 = token_scores(Head(hidden, weight, bias, softcap), target)
     terms = sft_loss(logp, NORM, smoothing=Smoothing(0.3, mean))
     assert terms.loss.item() == pytest.approx(theirs.item(), rel=1e-12)
     for mine, right in zip(torch.autograd.grad(terms.loss, (hidden, weight, bias)), expected, strict=True):

@@ -103,7 +103,7 @@ def test_rows_of_the_hub_are_not_kept_and_that_is_said_before_training(project):
         [{"sft": {"datasets": [{"path": "sft.jsonl"}, {"path": "someone/rows"}]}}], gate=GATE, register=STORED
     )
     keys = load_pipeline(run.path).keys
-    with pytest.raises(ConfigError, match=r"someone/rows of the sft stage comes from the hub.*data: reference"):
+    with pytest.raises(ConfigError, match=r"someone/rows of the sft stage lies elsewhere.*data: reference"):
         check_can_be_stored(keys)
     run.values["register"] = {"name": "yes"}
     check_can_be_stored(load_pipeline(run.path).keys)

@@ -15,10 +15,11 @@ from posttrain.config.pipeline import GateKeys, PipelineKeys, RegisterKeys, Suit
 from posttrain.config.rl import RLKeys
 from posttrain.config.schema import annotation_below, did_you_mean, group_in, keys_of
 from posttrain.config.settings import Problems, Settings
-from posttrain.config.stages import DatasetKeys, ModelKeys, TrainKeys, looks_local, resolve_path
+from posttrain.config.stages import DatasetKeys, ModelKeys, TrainKeys, is_uri, looks_local, resolve_path
 from posttrain.config.teachers import OF_THE_POLICY, TeacherKeys
 from posttrain.config.yaml_lines import KeyPath
 from posttrain.names import JUDGE, LM_EVAL, PREFIXES, REWARD_MODEL
+from posttrain.uris import SECRET_IN_URI, holds_secret
 
 
 class _PathError(ValueError):
@@ -30,6 +31,14 @@ def _existing_or_hub(path: str, folder: Path) -> str:
         raise _PathError("got an empty path, expected a file, a folder or a hub id")
     resolved = resolve_path(path, folder)
     return _existing(path, folder) if looks_local(path) else resolved
+
+
+def _data(path: str, folder: Path) -> str:
+    if is_uri(path):
+        if holds_secret(path):
+            raise _PathError(SECRET_IN_URI)
+        return path
+    return _existing_or_hub(path, folder)
 
 
 def _existing(path: str, folder: Path) -> str:
@@ -132,7 +141,7 @@ def _teacher(model: str, folder: Path) -> str:
 PATH_RULES: tuple[tuple[type[Keys], str, Callable[[str, Path], str]], ...] = (
     (ModelKeys, "base_model", _existing_or_hub),
     (ModelKeys, "chat_template", _template),
-    (DatasetKeys, "path", _existing_or_hub),
+    (DatasetKeys, "path", _data),
     (TrainKeys, "output_dir", _output),
     (TrainKeys, "eval_suite", _existing),
     (RLKeys, "reward_funcs", _reward),

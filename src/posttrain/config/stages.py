@@ -40,7 +40,7 @@ ROWS_OF_TYPE: Mapping[str, tuple[RowKind, ...]] = {
 class DatasetKeys(Keys):
     """One source of rows."""
 
-    path: str = knob(..., "A local JSONL, JSON, Parquet or CSV file (relative to the YAML), or a hub dataset id.", example="./data.jsonl")
+    path: str = knob(..., "A JSONL, JSON, Parquet or CSV file, compressed (`.gz`, `.zst`) or not: relative to the YAML, or a URI that fsspec reads (`https://`, `s3://` …); or a hub dataset id.", example="./data.jsonl")
     type: DatasetType = knob("auto", "Row format; `auto` detects it from the first rows and says what it found.", also="formatting (LLaMA-Factory)")
     split: str = knob("train", "Split of a hub dataset.")
     name: str | None = knob(None, "Configuration of a hub dataset.", example="main")
@@ -441,9 +441,14 @@ def is_an_adapter(folder: str) -> str:
     )
 
 
+def is_uri(path: str) -> bool:
+    """Whether `path` names a file elsewhere: `https://…`, `s3://…`."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
+
+
 def looks_local(path: str) -> bool:
     """Whether `path` can only be a file or folder: `./x`, `/x`, `~/x`, `data.jsonl`."""
-    return path.startswith((".", "/", "~")) or Path(path).suffix.lower() in LOCAL_SUFFIXES
+    return not is_uri(path) and (path.startswith((".", "/", "~")) or Path(path).suffix.lower() in LOCAL_SUFFIXES)
 
 
 def resolve_path(path: str, folder: Path) -> str:

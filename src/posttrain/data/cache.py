@@ -30,6 +30,7 @@ _ABANDONED_S = 24 * 3600.0
 _FILES = ("rows.npz", "extras.json")
 _CODE = (
     "cache.py",
+    "fetch.py",
     "formats.py",
     "forms.py",
     "load.py",

@@ -10,16 +10,18 @@ import difflib
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from posttrain.config import hub
-from posttrain.config.stages import DatasetKeys
+from posttrain.config.stages import DatasetKeys, is_uri
+from posttrain.data.fetch import COMPRESSIONS, fetch, name_inside, needs_fetching
 from posttrain.data.prompt_format import write_prompts
 from posttrain.errors import DataError
 from posttrain.files import JSON_PER_LINE, decode_utf8, digest_bytes, digest_file, parse_json, read_lines
 from posttrain.types import Origin
+from posttrain.uris import without_secrets
 
 SourceRow = tuple[Origin, dict[str, Any]]
 
@@ -52,6 +54,8 @@ def read_source(source: DatasetKeys) -> Source:
         digest = digest_bytes(repr([r for _, r in rows]).encode("utf-8", "surrogatepass"))
         rows, nulls = _without_invented_nulls(write_prompts(_rename(rows, source), source))
         return Source(rows, (), digest, nulls)
+    if needs_fetching(source.path):
+        return _read_fetched(source)
     path = _checked(source.path)
     blank: list[Origin] = []
     rows = []
@@ -74,29 +78,60 @@ def read_source(source: DatasetKeys) -> Source:
     return Source(rows, tuple(blank), digest_file(path), nulls)
 
 
+def _read_fetched(source: DatasetKeys) -> Source:
+    """Rows of a file elsewhere, or of a compressed one; each says that it is from there, and so does what is wrong."""
+    here, there = _fetched(source.path), short_path(source.path)
+    try:
+        found = read_source(source.model_copy(update={"path": str(here)}))
+    except DataError as error:
+        raise DataError(str(error).replace(short_path(here), there).replace(str(here), there)) from None
+    rows = [(Origin(there, origin.line), row) for origin, row in found.rows]
+    return replace(found, rows=rows, blank_lines=tuple(Origin(there, origin.line) for origin in found.blank_lines))
+
+
+def _fetched(path: str) -> Path:
+    """Raises: DataError before anything is fetched that could not be read."""
+    inside = Path(name_inside(path)).suffix.lower()
+    if inside not in READERS:
+        raise DataError(
+            f"{short_path(path)}: got a {inside or 'nameless'} file; expected one of {', '.join(READERS)}, compressed or not"
+        )
+    return fetch(path if is_uri(path) else str(_there(path)))
+
+
 def content_digest(source: DatasetKeys) -> str:
     """Digest of what `read_source` would read, without parsing it where that is possible."""
+    if is_local(source.path) and needs_fetching(source.path):
+        return digest_file(_fetched(source.path))
     return digest_file(_checked(source.path)) if is_local(source.path) else read_source(source).digest
 
 
 def is_local(path: str) -> bool:
-    """Whether `path` names a file (present or missing) and not a hub dataset."""
+    """Whether `path` names a file (present, missing or elsewhere) and not a hub dataset."""
     local = Path(path).expanduser()
-    return local.exists() or path.startswith((".", "/", "~")) or local.suffix.lower() in READERS or path.count("/") > 1
+    suffixes = {*READERS, *COMPRESSIONS}
+    return local.exists() or path.startswith((".", "/", "~")) or local.suffix.lower() in suffixes or path.count("/") > 1
 
 
 def short_path(path: Path | str) -> str:
-    """`path` as messages show it: relative to the working directory when it is below it."""
+    """`path` as messages show it: relative to the working directory when it is below it; a URI as it is."""
+    if is_uri(str(path)):
+        return without_secrets(str(path))
     resolved = Path(path).expanduser().resolve()
     return str(resolved.relative_to(Path.cwd())) if resolved.is_relative_to(Path.cwd()) else str(resolved)
 
 
-def _checked(name: str) -> Path:
+def _there(name: str) -> Path:
     path = Path(name).expanduser()
     if not path.exists():
         near = difflib.get_close_matches(path.name, _names(path.parent), n=1)
         hint = f"did you mean {near[0]}?" if near else "check `datasets: path` (relative to the YAML)"
         raise DataError(f"{short_path(path)}: no such file; expected a JSONL, JSON, Parquet or CSV file; {hint}")
+    return path
+
+
+def _checked(name: str) -> Path:
+    path = _there(name)
     if path.is_dir():
         raise DataError(f"{short_path(path)}: is a folder; expected a file; name one of {_names(path)[:5]}")
     if path.suffix.lower() not in READERS:

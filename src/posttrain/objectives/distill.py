@@ -162,18 +162,18 @@ def divergence(student: Head, teacher: Head, target_M: Tensor, spec: DistillSpec
     return torch.cat([term for term, _ in found]), torch.cat([said for _, said in found], 1)
 
 
-def spread(head: Head, target_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def token_scores(head: Head, target_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prob of each target, the mean log-prob over the vocabulary, and whether the target is the likeliest, a tile at a time. Shapes: [M]."""
     size = max(1, head_tile_rows(head.vocab, target_M.device.type) // _TENSORS)
     tiles = [slice(at, at + size) for at in range(0, max(1, len(target_M)), size)]
-    one: Callable[[slice], tuple[Tensor, Tensor, Tensor]] = partial(_spread_of_tile, head, target_M)
+    one: Callable[[slice], tuple[Tensor, Tensor, Tensor]] = partial(_token_scores_of_tile, head, target_M)
     if len(tiles) > 1 and torch.is_grad_enabled():
         one = partial(cast(Callable[..., tuple[Tensor, Tensor, Tensor]], checkpoint), one, use_reentrant=False)
     logp, mean, top1 = zip(*(one(rows) for rows in tiles), strict=True)
     return torch.cat(logp), torch.cat(mean), torch.cat(top1)
 
 
-def _spread_of_tile(head: Head, target_M: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+def _token_scores_of_tile(head: Head, target_M: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
     z_RV, target_R = head.logits(rows), target_M[rows]
     logp_RV = torch.log_softmax(z_RV.to(torch.promote_types(z_RV.dtype, torch.float32)), -1)
     return logp_RV.gather(-1, target_R[:, None]).squeeze(-1), logp_RV.mean(-1), logp_RV.argmax(-1) == target_R

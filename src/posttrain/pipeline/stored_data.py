@@ -37,14 +37,14 @@ _NOT_TRAINING = ("gate", "evals", "register", "notify", "stop_when")
 
 
 def check_can_be_stored(keys: PipelineKeys) -> None:
-    """Refuse `data: store` where rows come from the hub. Raises: ConfigError."""
+    """Refuse `data: store` where rows come from the hub or another server. Raises: ConfigError."""
     if keys.register_ is None or keys.register_.data != "store":
         return
     for stage in keys.stages:
         for source in _sources(stage.keys):
             if not Path(source.path).is_file():
                 raise ConfigError(
-                    f"register.data: store keeps files, and {source.path} of the {stage.kind} stage comes from the hub: write its rows into "
+                    f"register.data: store keeps files, and {source.path} of the {stage.kind} stage lies elsewhere: write its rows into "
                     "a file (`posttrain data` shows them), or set data: reference"
                 )
 

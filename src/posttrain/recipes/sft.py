@@ -17,7 +17,7 @@ from posttrain.models.batch import loss_counts, pack
 from posttrain.models.load import load_policy, load_tokenizer
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
-from posttrain.objectives.distill import spread
+from posttrain.objectives.distill import token_scores
 from posttrain.objectives.reduce import Normalizer
 from posttrain.objectives.sft import Smoothing, sft_loss
 from posttrain.objectives.terms import LossTerms
@@ -85,7 +85,7 @@ def loss(policy: Policy, rows: list[TokenSeq], norm: Normalizer, loss_type: str,
     if smoothing:
         head, aux_loss = policy.head(batch)
         with policy.placement.autocast():
-            logp_M, mean_logp_M, top1_M = spread(head, batch.target_M.to(policy.placement.device))
+            logp_M, mean_logp_M, top1_M = token_scores(head, batch.target_M.to(policy.placement.device))
         terms = sft_loss(logp_M, norm, loss_type, top1_M=top1_M, smoothing=Smoothing(smoothing, mean_logp_M))
     else:
         scores = policy.score(batch, top1=True)

@@ -326,3 +326,9 @@ def test_llamafactory_counts_three_epochs_where_it_is_told_of_none(imported):
         + "save_strategy: epoch\nneftune_alpha: 4\nval_size: 0.1\neval_strategy: steps\neval_steps: 10\nearly_stopping_steps: 2\n"
     )[1].keys
     assert (keys.save_steps, keys.neftune_noise_alpha, keys.early_stopping_patience) == (0.333333, 4.0, 2)
+
+
+def test_data_on_a_server_is_named_where_it_lies(imported):
+    made, loaded = imported(AXOLOTL.replace("path: teknium/GPT4-LLM-Cleaned", "path: s3://bucket/rows.jsonl"))
+    assert loaded.keys.datasets[0].path == "s3://bucket/rows.jsonl"
+    assert "path: s3://bucket/rows.jsonl" in made.text

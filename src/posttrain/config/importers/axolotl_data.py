@@ -78,8 +78,6 @@ def _paths(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> list[str
         draft.refuse(f"{where}.path", "missing", "name the file or hub dataset")
     if path in _FILE_TYPES and files:
         return [local_file(draft, str(file)) for file in files]
-    if "://" in path:
-        draft.refuse(f"{where}.path", f"{path}: data is read from files and the hub", "download it and name the file")
     return [local_file(draft, path)] if path else []
 
 
