@@ -88,6 +88,7 @@ def test_the_count_outlives_a_stop_between_validations(train, data_dir):
             {"early_stopping_patience": 2, "load_best_model_at_end": True, "eval_steps": 5, "reward_funcs": ["boxed"]},
             "set max_steps",
         ),
+        (SFTKeys, {"neftune_noise_alpha": 5, "sharding": {"sp_size": 2}}, "no process has a whole row"),
         (SFTKeys, {"eval_steps": 2.5}, "neither a number of steps nor a share"),
         (SFTKeys, {"save_steps": 0.5, "save_keep_every": 4}, "is not a multiple of save_steps=0.5"),
         (SFTKeys, {"label_smoothing_factor": 0.1, "loss_type": "dft"}, "which has no smoothed form"),

@@ -357,6 +357,13 @@ class SFTKeys(ExampleKeys):
     neftune_noise_alpha: float = knob(0.0, "Noise on the embeddings while training (NEFTune, arXiv 2310.05914): uniform within ± alpha / sqrt(length · width) of a row.", ge=0, also="neftune_alpha (LLaMA-Factory)", example=5)
 
     @model_validator(mode="after")
+    def _whole_rows_are_softened(self) -> SFTKeys:
+        for name in ("label_smoothing_factor", "neftune_noise_alpha"):
+            if (value := getattr(self, name)) and self.sharding.sp_size > 1:
+                raise ValueError(f"{name}: {value:g} with sharding.sp_size: {self.sharding.sp_size}, where no process has a whole row; set one of them back")
+        return self
+
+    @model_validator(mode="after")
     def _smooths_cross_entropy(self) -> SFTKeys:
         if self.label_smoothing_factor and self.loss_type != "nll":
             raise ValueError(f"label_smoothing_factor: {self.label_smoothing_factor:g} with loss_type: {self.loss_type}, which has no smoothed form; set one of them back")
