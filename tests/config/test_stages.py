@@ -2,8 +2,9 @@ import pytest
 from pydantic import ValidationError
 
 from posttrain.config.kinds import STAGE_KINDS
+from posttrain.config.places import looks_local, resolve_path
 from posttrain.config.rl import GRPOKeys
-from posttrain.config.stages import SFTKeys, looks_local, resolve_path
+from posttrain.config.stages import SFTKeys
 
 REQUIRED = {"base_model": "x", "datasets": [{"path": "y"}]}
 

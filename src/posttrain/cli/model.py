@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 def model_keys(model: str) -> ModelKeys:
     """Keys to load `model` with. Raises: ModelError for a folder that is not there, or that holds only an adapter."""
-    from posttrain.config.stages import ModelKeys, is_an_adapter, looks_local
+    from posttrain.config.places import is_an_adapter, looks_local
+    from posttrain.config.stages import ModelKeys
 
     folder = Path(model).expanduser()
     if looks_local(model) and not folder.is_dir():

@@ -12,10 +12,11 @@ from posttrain.config.episodes import EpisodeKeys
 from posttrain.config.judge import JudgeKeys
 from posttrain.config.knob import Keys
 from posttrain.config.pipeline import GateKeys, PipelineKeys, RegisterKeys, SuiteKeys
+from posttrain.config.places import is_uri, looks_local, resolve_path
 from posttrain.config.rl import RLKeys
 from posttrain.config.schema import annotation_below, did_you_mean, group_in, keys_of
 from posttrain.config.settings import Problems, Settings
-from posttrain.config.stages import DatasetKeys, ModelKeys, TrainKeys, is_uri, looks_local, resolve_path
+from posttrain.config.stages import DatasetKeys, ModelKeys, TrainKeys
 from posttrain.config.teachers import OF_THE_POLICY, TeacherKeys
 from posttrain.config.yaml_lines import KeyPath
 from posttrain.names import JUDGE, LM_EVAL, PREFIXES, REWARD_MODEL

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
-from posttrain.config.stages import is_uri
+from posttrain.config.places import is_uri
 from posttrain.data.cache import cache_root
 from posttrain.errors import DataError, MissingExtraError
 from posttrain.files import digest_file, digest_json

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from posttrain.config import hub
 from posttrain.config.chat_template import chat_template
-from posttrain.config.stages import ModelKeys, TrainKeys, is_an_adapter
+from posttrain.config.places import is_an_adapter
+from posttrain.config.stages import ModelKeys, TrainKeys
 from posttrain.distributed.sharding import Whole
 from posttrain.errors import ModelError
 from posttrain.files import size_text

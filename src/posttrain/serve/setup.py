@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from posttrain.config.stages import looks_local
+from posttrain.config.places import looks_local
 from posttrain.errors import ConfigError, ModelError
 from posttrain.serve.backends import AdaptersOfOneBase, StartedEngine, StartEngine, WholeModels, of_folder
 from posttrain.serve.embedded import start_embedded
