@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from posttrain.cli.app import VERBS, load_verb
+from posttrain.config.judge import JudgeKeys
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.pipeline import GateKeys, PipelineKeys
 from posttrain.forms.merging.recipe import RECIPE_KEYS
@@ -115,6 +116,9 @@ def test_keys_of_yaml_that_is_shown_exist(page, block):
     assert shown, "a YAML block holds keys"
     if set(shown) & {"guards", "primary"}:  # the spec of a gate, as a file of its own
         assert sorted(set(shown) - set(GateKeys.model_fields)) == []
+        return
+    if "rubric" in shown:  # a judge's file
+        assert sorted(set(shown) - set(JudgeKeys.model_fields)) == []
         return
     if "merge_method" in shown:  # mergekit's
         assert sorted(set(shown) - set(RECIPE_KEYS)) == []
