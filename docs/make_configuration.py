@@ -91,6 +91,8 @@ MEANINGS = {
     "datasets": "An entry of `datasets` or `eval_datasets`.",
     "rollout": "The engine that samples, in a `grpo` or `distill` stage; docs/rollout-engines.md compares them.",
     "teachers": "An entry of `teachers`, in a `grpo` or `distill` stage; docs/algorithms.md says what is learned from them.",
+    "judge": "A judge's file, `judge:FILE.yaml` in `reward_funcs` or as a `scorer` ([how it is asked](rewards.md#reward-models-and-judges)).",
+    "judge.rubric": "An entry of `rubric`; a text alone is its `criterion`.",
     "sharding": "How several processes hold the model between them (FSDP2), in any stage; docs/scale.md.",
     "evals": "An entry of `evals`; `NAME: path` is short for `NAME: {path: path}`.",
     "gate": "A gate, at the top of a pipeline, inside a stage, or in a file for `posttrain gate --spec`.",
