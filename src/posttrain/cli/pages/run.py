@@ -19,6 +19,7 @@ class PageService:
 
     def __init__(self, site: Site, chat: Service | None) -> None:
         self.site, self._chat = site, chat
+        site.runs.lines()  # the first page waits for no first reading
 
     @property
     def num_open(self) -> int:
@@ -46,7 +47,6 @@ async def _serve_pages(
     with open_port(options) as listening:
         if make_chat_router is None:
             service = PageService(make_site(()), None)
-            service.site.runs.lines()  # read before the first page is asked for
             await serve_until_stopped(options, listening, make_pages(service.site, options), service, ready)
             return
         router = make_chat_router()

@@ -51,6 +51,7 @@ class RunIndex:
             if time.monotonic() - self._walked_s >= _WALK_S:
                 self._folders = tuple(self._place.runs())
                 self._walked_s = time.monotonic()
+                self._known = {folder: self._known[folder] for folder in self._folders if folder in self._known}
             lines = [line for folder in self._folders if (line := self._line(folder)) is not None]
         return sorted(lines, key=lambda line: (-line.changed, line.path))
 
