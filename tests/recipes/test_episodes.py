@@ -1,26 +1,37 @@
 """Episodes: what is trained on is what was sampled, whatever template, tool or environment stands between."""
 
+import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from episode_templates import TEMPLATES, with_template
 
+from posttrain.config.pipeline import SuiteKeys
+from posttrain.config.stages import ModelKeys
 from posttrain.data.forms import fit
 from posttrain.data.render import chat_ids
 from posttrain.data.template import end_of_turn, render_text
 from posttrain.data.turns import ids_between, stand_in
 from posttrain.environments.pool import EnvironmentPool
 from posttrain.environments.spec import EnvironmentSpec
-from posttrain.errors import ConfigError, DataError, RewardError
+from posttrain.errors import ConfigError, DataError, EvalError, RewardError
+from posttrain.evals.suite import load_suite
+from posttrain.evidence import EvalReport
 from posttrain.models.load import load_policy
+from posttrain.objectives.spec import PolicySpec
+from posttrain.objectives.terms import spec_from
 from posttrain.recipes.collector import _sample
 from posttrain.recipes.engines import EngineSource, make_engine
 from posttrain.recipes.episodes import Begin, Episodes
+from posttrain.recipes.evaluate import check_played, evaluate
+from posttrain.recipes.grpo import _normalizer, loss
 from posttrain.rollout.collect import sample_groups
 from posttrain.rollout.embedded import score_sequences
 from posttrain.types import Completion, Origin, Prompt, Request, RewardBreakdown, Rollout, RolloutGroup, SamplingParams
@@ -176,18 +187,45 @@ def groups_of(policy, pool, num=3, max_tokens=120, max_turns=8, **more):
     return rows, episodes.groups(rows, num, SamplingParams(max_tokens), (7, 0), range(2))
 
 
+def _samples(prompt, ids, group):
+    return [_sample(RolloutGroup(prompt, ids, ()), Rollout(c, "", RewardBreakdown(0.0, {}))) for c in group]
+
+
 def test_log_probs_are_those_of_a_fresh_forward_and_turns_share_their_prefix(policy, pool):
     _, made = policy
     rows, groups = groups_of(policy, pool("Echo"), max_tokens=400)
     turns = [c.episode.turns for group in groups for c in group]
     assert max(turns) > 1, turns
     for (prompt, ids), group in zip(rows, groups, strict=True):
-        samples = [_sample(RolloutGroup(prompt, ids, ()), Rollout(c, "", RewardBreakdown(0.0, {}))) for c in group]
-        for sample, completion in zip(samples, group, strict=True):
+        for sample, completion in zip(_samples(prompt, ids, group), group, strict=True):
             (fresh,) = score_sequences(made, [(sample.ids.tolist(), len(ids))])
             own = np.array(fresh)[np.array(completion.episode.sampled)]
             assert sample.num_loss_tokens == sum(completion.episode.sampled) == len(sample.behavior_logp)
             np.testing.assert_allclose(sample.behavior_logp, own, atol=2e-5)
+
+
+def test_what_the_environment_wrote_has_no_gradient_of_its_own(policy, pool):
+    keys, made = policy
+    rows, groups = groups_of(policy, pool("Echo"), max_tokens=400)
+    advantages = iter(np.linspace(-1.0, 1.0, 6))
+    samples = [
+        tuple(replace(s, advantage=s.constant(next(advantages))) for s in _samples(prompt, ids, group))
+        for (prompt, ids), group in zip(rows, groups, strict=True)
+    ]
+    assert any(not sample.loss_mask[sample.loss_mask.argmax() :].all() for group in samples for sample in group)
+    terms = loss(made, samples, spec_from(PolicySpec, keys), _normalizer(samples, keys), keys, on_policy=True)
+    parameters = [parameter for _, parameter in made.trainable()]
+    ours = torch.autograd.grad(terms.loss, parameters, allow_unused=True)
+    by_hand = torch.tensor(0.0)
+    for sample in [sample for group in samples for sample in group]:
+        ids = torch.from_numpy(sample.ids).long()[None]
+        logp = made.base(input_ids=ids).logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        by_hand = by_hand - float(sample.advantage[0]) * logp[torch.from_numpy(sample.loss_mask[1:])].sum()
+    theirs = torch.autograd.grad(
+        by_hand / sum(s.num_loss_tokens for g in samples for s in g), parameters, allow_unused=True
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-3)
 
 
 def test_the_first_turn_is_what_a_completion_alone_would_be(policy, pool):
@@ -275,3 +313,36 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(runner, played_keys
 def test_what_is_not_proven_with_episodes_is_refused_by_name(more, said, played_keys):
     with pytest.raises(ValueError, match=said):
         played_keys(**more)
+
+
+# --- in evals ------------------------------------------------------------------------------------------------------
+
+
+def test_an_eval_answers_by_the_same_episodes_and_its_report_says_with_what(model_dir, tmp_path):
+    rows = [
+        {"id": str(n), "messages": [{"role": "user", "content": f"{n}?"}], "target": "e", "scorer": "contains"}
+        for n in range(3)
+    ]
+    (tmp_path / "suite.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite = load_suite("heldout", tmp_path / "suite.jsonl")
+    reports = []
+    for env in (None, f"{OWN}:Silent", f"{OWN}:Echo"):
+        keys = SuiteKeys(path=str(suite.path), env=env, max_tokens=100, temperature=1.0)
+        folder = tmp_path / str(env).rpartition(":")[2]
+        reports.append(
+            evaluate(ModelKeys(base_model=str(model_dir("qwen3"))), [(suite, keys)], "gate", folder)["heldout"]
+        )
+    alone, silent, echo = reports
+    assert [item.completions for item in silent.items] == [item.completions for item in alone.items]
+    assert sum(sum(item.num_tokens) for item in echo.items) > 0
+    assert "played_with" not in alone.decoding and len({report.suite_digest for report in reports}) == 3
+    again = EvalReport.load(folder / "heldout-gate")
+    assert again.digest == echo.digest
+
+
+def test_a_suite_that_ranks_choices_is_refused_with_tools(tmp_path):
+    row = {"id": "1", "prompt": "p", "choices": ["a", "b"], "target": "a"}
+    (tmp_path / "suite.jsonl").write_text(json.dumps(row) + "\n")
+    suite = load_suite("ranked", tmp_path / "suite.jsonl")
+    with pytest.raises(EvalError, match="scored by ranking"):
+        check_played(suite, SuiteKeys(path=str(suite.path), tools=[f"{OWN}:calc"]))
