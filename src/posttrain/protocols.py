@@ -124,6 +124,13 @@ class Ranks(Protocol):
         """
         ...
 
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """What `work` returns on every rank, in rank order, on rank 0; an empty list elsewhere. What it raises on one is raised on all.
+
+        All wait for the last one, without a collective: their parts may take longer than one waits.
+        """
+        ...
+
 
 class Share(NamedTuple):
     """Rows of a tensor that one rank holds, the number of the first, and the shape of the whole."""

@@ -127,3 +127,66 @@ def test_an_error_that_one_rank_has_is_said_by_it(on_ranks):
         return meeting.another_failed()
 
     assert on_ranks(3, be) == [True, True, True]
+
+
+def test_what_each_rank_does_is_on_rank_0_in_their_order(on_ranks):
+    def work(meeting):
+        first = meeting.each(lambda: time.sleep(0.2 * (meeting.launch.rank == 2)) or meeting.launch.rank, 5.0)
+        return first, meeting.each(lambda: meeting.launch.rank + 10, 5.0)
+
+    assert on_ranks(3, work) == [([0, 1, 2], [10, 11, 12]), ([], []), ([], [])]
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_what_one_rank_raises_is_raised_on_all_and_they_go_on_together(on_ranks, failing):
+    def work(meeting):
+        def part():
+            if meeting.launch.rank == failing:
+                raise DataError("item 7 has no target")
+            return meeting.launch.rank
+
+        with pytest.raises(DataError, match="item 7 has no target"):
+            meeting.each(part, 5.0)
+        return meeting.main_only(lambda: "on", 5.0)
+
+    assert on_ranks(3, work) == ["on", "on", "on"]
+
+
+def test_a_defect_of_one_rank_is_named_by_its_rank(on_ranks):
+    def work(meeting):
+        meeting.each(lambda: 1 // (1 - meeting.launch.rank), 5.0)
+
+    first, second = on_ranks(2, work)
+    assert isinstance(first, PeerFailedError)
+    assert "rank 1: ZeroDivisionError" in str(first)
+    assert isinstance(second, ZeroDivisionError)
+
+
+def test_a_part_may_take_longer_than_the_silence_and_a_silent_rank_ends_the_wait(on_ranks, monkeypatch):
+    monkeypatch.setattr("posttrain.distributed.meeting._BEAT_S", 0.1)
+    slow = on_ranks(2, lambda meeting: meeting.each(lambda: time.sleep(1.2 * meeting.launch.rank), 0.6))
+    assert slow == [[None, None], []]
+
+
+def test_a_rank_that_says_nothing_is_named(on_ranks):
+    def work(meeting):
+        return meeting.each(lambda: None, 0.5) if meeting.is_main else None
+
+    first, _ = on_ranks(2, work)
+    assert isinstance(first, PeerFailedError)
+    assert "rank 1 gave no sign of life for 0.5 s" in str(first)
+
+
+def test_a_rank_whose_store_went_with_rank_0_leaves_the_error_to_it(port):
+    meetings = {}
+
+    def be(rank):
+        meetings[rank] = meet(Launch(rank, 2, rank, "127.0.0.1", port), lambda line: None)
+
+    threads = [threading.Thread(target=be, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    del meetings[0]
+    assert not meetings[1].is_mine_to_say(DataError("item 7 has no target"))

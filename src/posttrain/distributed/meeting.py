@@ -9,9 +9,10 @@ from __future__ import annotations
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 from torch.distributed import DistError, PrefixStore, TCPStore
@@ -28,7 +29,7 @@ _BEAT_S = 2.0
 _SAME_ERROR_S = 1.0
 """How long a rank waits for rank 0 to print the error that they share."""
 _NEWS_S = 3.0
-"""How long a rank whose collective broke waits for the rank that broke it to say why."""
+"""How long a rank whose collective broke waits for the rank that broke it to say why, and rank 0 for those that fail with it."""
 
 
 class PeerFailedError(Exception):
@@ -46,7 +47,7 @@ class Meeting:
     def is_main(self) -> bool:
         return self.launch.rank == 0
 
-    # --- waiting for rank 0 ------------------------------------------------------------------------------------
+    # --- waiting for another rank ------------------------------------------------------------------------------
 
     def main_only(self, work: Callable[[], T], silence_s: float) -> T:
         """What `work` returns on rank 0, on every rank; what it raises there is raised everywhere. All ranks call it.
@@ -56,26 +57,57 @@ class Meeting:
         self._works += 1
         key = f"work/{self._works}"
         if not self.is_main:
-            return self._result(key, silence_s)
+            return self._result(key, 0, silence_s)
         try:
             with self._beating():
                 value = work()
         except BaseException as error:
-            self.store.set(key, _packed(error))
+            self.store.set(key, _packed(error, 0))
             raise
-        self.store.set(key, _packed(value))
+        self.store.set(key, _packed(value, 0))
         return value
 
-    def _result(self, key: str, silence_s: float) -> Any:
-        pause, beat, heard = 0.005, None, time.monotonic()
+    def each(self, work: Callable[[], T], silence_s: float) -> list[T]:
+        """What `work` returns on every rank, in rank order, on rank 0; nothing elsewhere. What it raises on one is raised on all.
+
+        All ranks call it, and none goes on before the last is done. Raises: PeerFailedError as `main_only`, of any rank.
+        """
+        self._works += 1
+        rank = self.launch.rank
+        own = f"work/{self._works}/{rank}"
+        keys = [f"work/{self._works}/{other}" for other in range(1, self.launch.world_size)]
+        try:
+            with self._beating():
+                value = work()
+        except BaseException as error:
+            self.store.set(own, _packed(error, rank))
+            if self.is_main or isinstance(error, Exception):
+                with suppress(Exception):  # a rank has its own to raise, whichever of several rank 0 tells the others
+                    self.main_only(partial(_raised, error), silence_s)
+            raise
+        others: list[T] = []
+        if not self.is_main:
+            self.store.set(own, _packed(value, rank))
+        self.main_only(partial(self._take, keys, others, silence_s), silence_s)
+        return [value, *others] if self.is_main else []
+
+    def _take(self, keys: Sequence[str], others: list[Any], silence_s: float) -> None:
+        """On rank 0, add the results of the others, which are too large to be sent to all."""
+        for rank, key in enumerate(keys, start=1):
+            others.append(self._result(key, rank, silence_s))
+            self.store.delete_key(key)
+
+    def _result(self, key: str, rank: int, silence_s: float) -> Any:
+        """What `rank` wrote under `key`, once it is there."""
+        beats, pause, beat, heard = f"beat/{rank}", 0.005, None, time.monotonic()
         while not self.store.check([key]):
             time.sleep(pause)
             pause = min(0.2, pause * 1.5)
-            if (now := self.store.add("beat", 0)) != beat:
+            if (now := self.store.add(beats, 0)) != beat:
                 beat, heard = now, time.monotonic()
             if time.monotonic() - heard > silence_s:
-                raise PeerFailedError(f"rank 0 gave no sign of life for {silence_s:g} s")
-        value = pickle.loads(self.store.get(key))  # written by rank 0 of this run
+                raise PeerFailedError(f"rank {rank} gave no sign of life for {silence_s:g} s")
+        value = pickle.loads(self.store.get(key))  # written by a rank of this run
         if isinstance(value, BaseException):
             raise value
         return value
@@ -83,14 +115,14 @@ class Meeting:
     @contextmanager
     def _beating(self) -> Iterator[None]:
         """While this lasts, a thread tells the other ranks that this one lives."""
-        done = threading.Event()
+        done, beats = threading.Event(), f"beat/{self.launch.rank}"
 
         def beat() -> None:
             while not done.wait(_BEAT_S):
-                self.store.add("beat", 1)
+                self.store.add(beats, 1)
 
         thread = threading.Thread(target=beat, daemon=True, name="beat")
-        self.store.add("beat", 1)
+        self.store.add(beats, 1)
         thread.start()
         try:
             yield
@@ -101,12 +133,21 @@ class Meeting:
     # --- what went wrong ---------------------------------------------------------------------------------------
 
     def is_mine_to_say(self, error: PosttrainError) -> bool:
-        """Whether this rank prints the error that ends it: of several with the same one rank 0, else the first."""
-        key = f"error/{digest_json(str(error))}"
-        self.store.add("failed", 1)
-        if not self.is_main:
-            self._waits_for(key, _SAME_ERROR_S)
-        return self.store.add(key, 1) == 1
+        """Whether this rank prints the error that ends it: of several with the same one rank 0, else the first.
+
+        Rank 0, which the store goes with, returns after the others.
+        """
+        key, others = f"error/{digest_json(str(error))}", self.launch.world_size - 1
+        try:
+            self.store.add("failed", 1)
+            if not self.is_main:
+                self._waits_for(lambda: self.store.check([key]), _SAME_ERROR_S)
+            is_mine = self.store.add(key, 1) == 1
+            if self.store.add("asked", int(not self.is_main)) < others and self.is_main:
+                self._waits_for(lambda: self.store.add("asked", 0) == others, _NEWS_S)
+            return is_mine
+        except DistError:  # the store went with rank 0, which said why
+            return False
 
     def another_failed(self) -> bool:
         """Whether another rank said that it failed; where not, that this one did is noted."""
@@ -121,9 +162,9 @@ class Meeting:
             return True
         return False
 
-    def _waits_for(self, key: str, seconds: float) -> None:
+    def _waits_for(self, condition: Callable[[], bool], seconds: float) -> None:
         until = time.monotonic() + seconds
-        while time.monotonic() < until and not self.store.check([key]):
+        while time.monotonic() < until and not condition():
             time.sleep(0.02)
 
 
@@ -193,13 +234,17 @@ def _some(ranks: list[int]) -> str:
     return ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
 
 
-def _packed(value: Any) -> bytes:
+def _packed(value: Any, rank: int) -> bytes:
     """A value, or an error that the other ranks raise too: the user's as it is, any other as that of a peer."""
     if isinstance(value, Exception) and not isinstance(value, PosttrainError) and not _is_ours(value):
-        value = PeerFailedError(f"rank 0: {type(value).__name__}: {value}")
+        value = PeerFailedError(f"rank {rank}: {type(value).__name__}: {value}")
     elif isinstance(value, BaseException) and not isinstance(value, Exception):
-        value = PeerFailedError(f"rank 0 ended: {type(value).__name__}")
+        value = PeerFailedError(f"rank {rank} ended: {type(value).__name__}")
     return pickle.dumps(value)
+
+
+def _raised(error: BaseException) -> Any:
+    raise error
 
 
 def _is_ours(error: Exception) -> bool:

@@ -56,6 +56,9 @@ class SingleProcess:
     def main_only(self, work: Callable[[], T]) -> T:
         return work()
 
+    def each(self, work: Callable[[], T]) -> list[T]:
+        return [work()]
+
 
 class ProcessGroup:
     """Ranks that have met; none waits longer than `timeout_s` for another one."""
@@ -98,6 +101,9 @@ class ProcessGroup:
 
     def main_only(self, work: Callable[[], T]) -> T:
         return self._meeting.main_only(work, self._timeout_s)
+
+    def each(self, work: Callable[[], T]) -> list[T]:
+        return self._meeting.each(work, self._timeout_s)
 
 
 @contextmanager

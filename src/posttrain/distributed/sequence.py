@@ -158,6 +158,9 @@ class DataRanks:
     def main_only(self, work: Callable[[], T]) -> T:
         return self._ranks.main_only(work)
 
+    def each(self, work: Callable[[], T]) -> list[T]:
+        return self._ranks.each(work)[:: self._size]
+
 
 def data_ranks(ranks: Ranks, size: int) -> Ranks:
     """The ranks that rows are dealt to, where `size` neighbours share their sequences."""

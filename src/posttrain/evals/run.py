@@ -6,10 +6,14 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice, zip_longest
 from typing import Any, Protocol
 
 from posttrain.config.pipeline import SuiteKeys
+from posttrain.distributed.ranks import SingleProcess
 from posttrain.errors import DataError, EvalError
 from posttrain.evals.harness import TaskSuite
 from posttrain.evals.suite import RANKINGS, Item, Suite, is_own
@@ -17,7 +21,7 @@ from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.files import digest_json
 from posttrain.grading.scorers import SCORERS
 from posttrain.grading.source import specs_digest
-from posttrain.protocols import Engine
+from posttrain.protocols import Engine, Ranks
 from posttrain.types import Completion, EngineInfo, Request, SamplingParams, Text, in_order
 
 _ITEMS_PER_CALL = 256
@@ -37,6 +41,12 @@ class Codec(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
+
+
+_Asked = list[tuple[tuple[int, ...], int]]
+"""What an engine is asked of an item: ids, and where in them the choice begins."""
+_Answers = tuple[Item, tuple[Completion, ...], tuple[str, ...]]
+"""The completions of an item, and as texts."""
 
 
 OwnScorer = Callable[[Suite, Sequence[Item], Sequence[str]], Sequence[tuple[float | None, str | None]]]
@@ -63,7 +73,11 @@ def _no_workers(suite: Suite) -> Sequence[tuple[float | None, str | None]]:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """An engine with what is needed to ask it in text. `progress(done, total)` is called now and then."""
+    """An engine with what is needed to ask it in text. `progress(done, total)` is called now and then.
+
+    Of several `ranks` each has an engine and asks its share of the items; all call `run`. A call of an engine stands in `ending()`,
+    which may end it.
+    """
 
     engine: Engine
     codec: Codec
@@ -76,6 +90,8 @@ class Evaluator:
     """How items are answered in several turns; None samples one."""
     tools: Sequence[Mapping[str, Any]] = ()
     """Offered beside an item's own."""
+    ranks: Ranks = field(default_factory=SingleProcess)
+    ending: Callable[[], AbstractContextManager[None]] = nullcontext
     _greedy: dict[tuple[tuple[int, ...], int], Completion] = field(default_factory=dict, repr=False)
 
     def run(
@@ -87,23 +103,31 @@ class Evaluator:
         known: Mapping[str, ItemRecord] | None = None,
         order: int = 0,
     ) -> EvalReport:
-        """Every item of the split answered and scored, except those whose record is `known`.
+        """Every item of the split answered and scored, except those whose record is `known`. The report is that of one process.
 
         Another `order` asks in another order, so that every item is batched with others; the report is in the suite's.
         """
-        started = time.monotonic()
+        started, calls = time.monotonic(), _ITEMS_PER_CALL * self.ranks.world_size
         items = suite.on(split)
         records = {item.id: known[item.id] for item in items if known and item.id in known}
         waiting = [item for item in items if item.id not in records]
         if isinstance(suite, TaskSuite):  # its few-shot examples are drawn one document after the other
-            records, waiting = {record.id: record for record in self.ask_task(suite, keys)}, []
+            found = self.ranks.main_only(partial(self._of_task, suite, keys))
+            records, waiting = {record.id: record for record in found}, []
         if order:
             random.Random(order).shuffle(waiting)
-        for start in range(0, len(waiting), _ITEMS_PER_CALL):
-            part = waiting[start : start + _ITEMS_PER_CALL]
-            made = self._ranked(part) if suite.scorer in RANKINGS else self._sampled(part, keys, suite)
-            records |= {record.id: record for record in made}
-            self.progress(suite.name, len(records), len(items))
+        for start in range(0, len(waiting), calls):
+            # All ranks read all items, so that one that cannot be asked is an error of each before any waits for an engine.
+            part = [(item, self._encoded(item)) for item in waiting[start : start + calls]]
+            shares = self.ranks.each(partial(self._answered, self.ranks.share(part), keys, suite))
+            self.ranks.main_only(partial(self._add, records, shares, suite))
+            self.progress(suite.name, len(items) - len(waiting) + start + len(part), len(items))
+        return self.ranks.main_only(partial(self._report, suite, keys, split, items, records, started))
+
+    def _report(
+        self, suite: Suite, keys: SuiteKeys, split: str, items: Sequence[Item], records: Mapping[str, ItemRecord],
+        started: float,
+    ) -> EvalReport:  # fmt: skip
         decoding = decoding_of(keys)
         return EvalReport(
             suite=suite.name, split=split, suite_digest=suite.digest(split, decoding), model_digest=self.model_digest,
@@ -111,32 +135,77 @@ class Evaluator:
             wall_s=time.monotonic() - started, engine=named(self.engine.describe()),
         )  # fmt: skip
 
-    def _sampled(self, items: Sequence[Item], keys: SuiteKeys, suite: Suite) -> Iterator[ItemRecord]:
+    def _of_task(self, suite: TaskSuite, keys: SuiteKeys) -> list[ItemRecord]:
+        with self.ending():
+            return list(self.ask_task(suite, keys))
+
+    def _encoded(self, item: Item) -> _Asked:
+        """Prompt and tools as ids, once for each choice. Raises: EvalError with the item's name."""
+        if self.tools and isinstance(item.prompt, str):
+            raise EvalError(
+                f"suite item {item.id}: its prompt is a text, and tools are offered in a chat; write it as messages"
+            )
+        try:
+            return self._ids(item, offered(item, self.tools))
+        except DataError as error:
+            raise EvalError(f"suite item {item.id}: {error}") from None
+
+    def _ids(self, item: Item, tools: Any) -> _Asked:
+        if item.scorer in RANKINGS:
+            return [self.codec.encode_choice(item.prompt, choice, tools=tools) for choice in item.choices]
+        return [(self.codec.encode_prompt(item.prompt, tools=tools), 0)]
+
+    def _answered(
+        self, part: Sequence[tuple[Item, _Asked]], keys: SuiteKeys, suite: Suite
+    ) -> list[ItemRecord] | list[_Answers]:
+        """Scored, but for a scorer of the suite's own."""
+        with self.ending():
+            if suite.scorer in RANKINGS:
+                return list(self._ranked(part))
+            answers = self._sampled(part, keys)
+            return answers if is_own(suite.scorer) else self._scored(answers, suite)
+
+    def _add(self, records: dict[str, ItemRecord], shares: Sequence[Sequence[Any]], suite: Suite) -> None:
+        """What all ranks have. Its own scorer is asked here, in the items' order: one function, one model, one judge for all."""
+        made = [answered for turn in zip_longest(*shares) for answered in turn if answered is not None]
+        if is_own(suite.scorer):
+            with self.ending():
+                made = self._scored(made, suite)
+        records |= {record.id: record for record in made}
+
+    def _sampled(self, part: Sequence[tuple[Item, _Asked]], keys: SuiteKeys) -> list[_Answers]:
         params = SamplingParams(max_tokens=keys.max_tokens, temperature=keys.temperature)
         requests = [
-            Request(
-                _encoded(item, self.codec.encode_prompt, self.tools), self.seed_of("eval", keys.seed, item.id, sample)
-            )
-            for item in items
+            Request(tuple(ids), self.seed_of("eval", keys.seed, item.id, sample))
+            for item, [(ids, _)] in part
             for sample in range(keys.num_samples)
         ]
-        each = [item for item in items for _ in range(keys.num_samples)]
-        completions = self.play(each, requests, params) if self.play else self._generate(requests, params)
-        texts = [c.episode.answer if c.episode else self.codec.decode(c.ids) for c in completions]
+        each = [item for item, _ in part for _ in range(keys.num_samples)]
+        completions = iter(self.play(each, requests, params) if self.play else self._generate(requests, params))
+        groups = [tuple(islice(completions, keys.num_samples)) for _ in part]
+        return [
+            (item, group, tuple(c.episode.answer if c.episode else self.codec.decode(c.ids) for c in group))
+            for (item, _), group in zip(part, groups, strict=True)
+        ]
+
+    def _scored(self, answers: Sequence[_Answers], suite: Suite) -> list[ItemRecord]:
+        items = [item for item, _, texts in answers for _ in texts]
+        flat = [text for _, _, texts in answers for text in texts]
         if is_own(suite.scorer):
-            scores = self.score_own(suite, each, texts)
+            scores = list(self.score_own(suite, items, flat))
         else:
             scores = [
                 (SCORERS[item.scorer](text, item.target, item.columns), None)
-                for item, text in zip(each, texts, strict=True)
+                for item, text in zip(items, flat, strict=True)
             ]
-        scores = [
-            (0.0, completion.episode.error) if completion.episode and completion.episode.error else score
-            for completion, score in zip(completions, scores, strict=True)
-        ]
-        for index, item in enumerate(items):
-            part = slice(index * keys.num_samples, (index + 1) * keys.num_samples)
-            yield _record(item, completions[part], texts[part], scores[part])
+        completions = [completion for _, group, _ in answers for completion in group]
+        kept = iter(
+            [
+                (0.0, completion.episode.error) if completion.episode and completion.episode.error else score
+                for completion, score in zip(completions, scores, strict=True)
+            ]
+        )
+        return [_record(item, group, texts, list(islice(kept, len(texts)))) for item, group, texts in answers]
 
     def _generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """Greedy answers follow from the prompt alone: suites that ask the same thing share them."""
@@ -150,28 +219,14 @@ class Evaluator:
         self._greedy.update(zip(new, in_order(self.engine.generate(list(new.values()), params)), strict=True))
         return [self._greedy[r.prompt_ids, params.max_tokens] for r in requests]
 
-    def _ranked(self, items: Sequence[Item]) -> Iterator[ItemRecord]:
+    def _ranked(self, part: Sequence[tuple[Item, _Asked]]) -> Iterator[ItemRecord]:
         """The choice that ranks highest wins; ties go to the first, as in lm-eval."""
-        sequences = [
-            _encoded(item, self.codec.encode_choice, choice=choice) for item in items for choice in item.choices
-        ]
+        sequences = [sequence for _, choices in part for sequence in choices]
         logps = iter([sum(values) for values in self.engine.score(sequences)])
-        for item in items:
+        for item, _ in part:
             ranks = [RANKINGS[item.scorer](next(logps), choice) for choice in item.choices]
             best = item.choices[max(range(len(ranks)), key=ranks.__getitem__)]
             yield ItemRecord(item.id, prompt_digest(item), (float(best == item.target),), item.cluster, (best,))
-
-
-def _encoded(item: Item, encode: Callable[..., Any], tools: Sequence[Any] = (), **more: str) -> Any:
-    """Prompt and tools of `item` as ids, with `tools` beside its own. Raises: EvalError with the item's name."""
-    if tools and isinstance(item.prompt, str):
-        raise EvalError(
-            f"suite item {item.id}: its prompt is a text, and tools are offered in a chat; write it as messages"
-        )
-    try:
-        return encode(item.prompt, tools=offered(item, tools), **more)
-    except DataError as error:
-        raise EvalError(f"suite item {item.id}: {error}") from None
 
 
 def offered(item: Item, tools: Sequence[Any]) -> Any:

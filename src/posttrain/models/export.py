@@ -53,11 +53,13 @@ _NAMES = ("target_modules", "target_parameters", "exclude_modules", "modules_to_
 
 
 def save_policy(
-    policy: Policy, folder: Path, keys: ModelKeys, *, ranks: Ranks = ALONE, trained: torch.Tensor | None = None
-) -> ExportReport:
+    policy: Policy, folder: Path, keys: ModelKeys, *, ranks: Ranks = ALONE, trained: torch.Tensor | None = None,
+    between: Callable[[], None] = lambda: None,
+) -> ExportReport:  # fmt: skip
     """Write `folder`: the whole model, merged where it was trained as an adapter, then also `folder/../adapter`.
 
-    All ranks call it, and none holds the model whole. `trained` are the policy's `probe_logits`.
+    All ranks call it, and none holds the model whole. `trained` are the policy's `probe_logits`. `between` is called now and then, by all
+    ranks at the same places, and may end it: nothing of `folder` is left then.
     Raises: ModelError if what is written is not the trained model.
     """
     trained = probe_logits(policy.model) if trained is None else trained
@@ -65,7 +67,7 @@ def save_policy(
     keys = keys.model_copy(update={name: getattr(under, name) for name in OF_THE_BASE})
     if not policy.has_adapter:
         export = _Export(policy.base, policy.tokenizer, keys, trained, compared(trained, trained, "", ROUNDING))
-        return _save(export, folder, record, policy.sharding, ranks)
+        return _save(export, folder, record, policy.sharding, ranks, between)
     adapter = folder.parent / ADAPTER
     of_base = record if under.base_model == policy.source else {"base_digest": source_digest(under.base_model)}
     if keys.load_in_4bit:  # for whoever merges it later, away from the stage's own record
@@ -78,9 +80,10 @@ def save_policy(
     ranks.main_only(
         lambda: write_folder(adapter, lambda temporary: _save_adapter(policy, temporary, of_base, state, start))
     )
+    between()
     merged, report = merge_adapter(under.base_model, adapter, keys, policy=policy, trained=trained)
     export = _Export(merged, policy.tokenizer, keys, trained, report)
-    return _save(export, folder, record | {"merged_onto": report.base}, policy.sharding, ranks)
+    return _save(export, folder, record | {"merged_onto": report.base}, policy.sharding, ranks, between)
 
 
 def _save_adapter(
@@ -109,13 +112,16 @@ class _Export:
     report: ExportReport
 
 
-def _save(export: _Export, folder: Path, record: Mapping[str, Any], sharding: Sharding, ranks: Ranks) -> ExportReport:
+def _save(
+    export: _Export, folder: Path, record: Mapping[str, Any], sharding: Sharding, ranks: Ranks = ALONE,
+    between: Callable[[], None] = lambda: None,
+) -> ExportReport:  # fmt: skip
     """Write the folder in `save_dtype`, read it back as transformers does, and compare it with the trained policy."""
     generation.complete(export.model, export.tokenizer, str(folder))
     dtype = saved_dtype(export.keys)
 
     def fill(temporary: Path) -> ExportReport:
-        failed = write_weights(export.model, temporary, dtype, sharding, is_main=ranks.is_main)
+        failed = write_weights(export.model, temporary, dtype, sharding, is_main=ranks.is_main, between=between)
 
         def finish() -> None:
             if failed is not None:
@@ -123,6 +129,7 @@ def _save(export: _Export, folder: Path, record: Mapping[str, Any], sharding: Sh
             _write_beside_weights(export, temporary, dtype, record)
 
         ranks.main_only(finish)
+        between()
         back = export.keys.model_copy(update={"base_model": str(temporary), "revision": None})
         written = probe_logits(sharding.shard(read_model(back, dtype, sharding)))
         return ranks.main_only(lambda: compared_folder(export.trained, written, export.report, dtype))
@@ -247,7 +254,7 @@ def merge_into(folder: Path, base: str, adapter: Path, keys: ModelKeys) -> Expor
     keys = keys.model_copy(update={"base_model": base})
     tokenizer = adapter_tokenizer(base, adapter, keys)
     record = {"base_digest": source_digest(base), "merged_onto": report.base}
-    return _save(_Export(merged, tokenizer, keys, probe_logits(merged), report), folder, record, Whole(), ALONE)
+    return _save(_Export(merged, tokenizer, keys, probe_logits(merged), report), folder, record, Whole())
 
 
 def adapter_tokenizer(base: str, adapter: Path, keys: ModelKeys) -> PreTrainedTokenizerBase:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from itertools import groupby
 from math import prod
@@ -31,12 +31,14 @@ _DTYPES = {
 
 
 def write_weights(
-    model: PreTrainedModel, folder: Path, dtype: torch.dtype, sharding: Sharding, *, is_main: bool, max_shard_size: str = MAX_SHARD_SIZE
+    model: PreTrainedModel, folder: Path, dtype: torch.dtype, sharding: Sharding, *, is_main: bool,
+    max_shard_size: str = MAX_SHARD_SIZE, between: Callable[[], None] = lambda: None,
 ) -> OSError | None:  # fmt: skip
     """Cast floats to `dtype` and write. All ranks call it; each tensor is gathered when it is its turn, and rank 0 writes it.
 
     A model whose file has other tensors than it has parameters (experts, one by one) is gathered a layer at a time.
-    Returns what rank 0 could not write, so that no rank waits for it in a collective.
+    `between` is called between two tensors by all ranks, and may end it. Returns what rank 0 could not write, so that no rank
+    waits for it in a collective.
     """
     own: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
     described = _described(model, own, dtype)
@@ -48,6 +50,7 @@ def write_weights(
         except OSError as error:
             failed, places = error, None
         for names in _groups(model, described, stored):
+            between()
             gathered = {name: _cast(sharding.whole(own[name]), dtype) for name in names}
             if places is None or failed is not None:
                 continue

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ from posttrain.gate.decide import Reports
 from posttrain.models.export import source_digest
 from posttrain.pipeline.selection import Suites
 from posttrain.protocols import Ranks
-from posttrain.recipes.evaluate import evaluate, summary
+from posttrain.recipes.evaluate import Asking, evaluate, summary
 
 
 class MeasuredModel(NamedTuple):
@@ -29,7 +31,7 @@ class MeasuredModel(NamedTuple):
 
 @dataclass
 class Evals:
-    """Scores models of one run; all ranks call, rank 0 works. `before(what)` may stop the run, `shown` is its progress."""
+    """Scores models of one run; all ranks call. `before(what)` may stop the run, `ending(what)` what is under way; `shown` is progress."""
 
     keys: PipelineKeys
     folder: Path
@@ -37,6 +39,7 @@ class Evals:
     say: Callable[[str], None]
     shown: Callable[[str, int, int], None]
     before: Callable[[str], None]
+    ending: Callable[[str], AbstractContextManager[None]]
     suites: Suites = field(default_factory=dict)
     _announced: set[tuple[str, str]] = field(default_factory=set)
 
@@ -63,14 +66,12 @@ class Evals:
     def _evaluated(
         self, model: MeasuredModel, suites: Sequence[tuple[Suite, SuiteKeys]], split: str, folder: Path, order: int = 0
     ) -> Reports:
-        def work() -> Reports:
-            check_same(model)
-            return evaluate(
-                scoring_keys(self.keys, model.path), suites, split, folder, self.shown, order=order, digest=model.digest,
-                rollout=self.keys.eval_rollout,
-            )  # fmt: skip
-
-        return self.ranks.main_only(work)
+        self.ranks.main_only(partial(check_same, model))
+        return evaluate(
+            scoring_keys(self.keys, model.path), suites, split, folder,
+            Asking(self.ranks, self.shown, partial(self.ending, f"the evals of {model.name}")), order=order, digest=model.digest,
+            rollout=self.keys.eval_rollout,
+        )  # fmt: skip
 
     def _of(self, names: Sequence[str]) -> list[tuple[Suite, SuiteKeys]]:
         return [self.suites[name] for name in names]

@@ -134,7 +134,10 @@ class _PipelineRun:
         self.on_change: OnChange = on_change
         self.state = RunState(self.keys.name, {})
         self.stop = StopFlag()
-        self.evals = Evals(self.keys, self.folder, ranks, watch.say, self._shown, self._stop_if_asked, suites)
+        shown = watch.evals or (lambda suite, done, total: None)
+        self.evals = Evals(
+            self.keys, self.folder, ranks, watch.say, shown, self._stop_if_asked, self.stop.ending, suites
+        )
         self.judge = Judge(self.keys, self.folder, self.evals, ranks, watch.say)
         self.stages = Stages(
             place, ranks, self.watch, data, self.stop, self._save, self._stop_if_asked, rerun=on_change == "rerun"
@@ -272,6 +275,7 @@ class _PipelineRun:
         """Register and promote what passed; what is held, or refused the alias, is registered alone."""
         if self.keys.register_ is None or verdict is not Verdict.PASS:
             return self._finish(PASSED if verdict is Verdict.PASS else DONE, "", index, verdict)
+        self._stop_if_asked("the registration")
         self.state = self.ranks.main_only(lambda: self._registered(index))
         assert self.state.registered is not None, "rank 0 registered it"
         promoted = self.state.registered["alias"] is not None
@@ -320,13 +324,6 @@ class _PipelineRun:
         """Between two pieces of work. All ranks call it. Raises: StoppedPolitely."""
         if self.ranks.sum([float(self.stop.is_set)])[0] > 0:
             raise StoppedPolitely(f"stopped before {before}; start again to go on")
-
-    def _shown(self, suite: str, done: int, total: int) -> None:
-        """Progress of an eval, on rank 0. It need not be finished: it is measured again whole. Raises: StoppedPolitely."""
-        if self.watch.evals is not None:
-            self.watch.evals(suite, done, total)
-        if self.stop.is_set:
-            raise StoppedPolitely(f"stopped before the end of suite {suite}; start again to go on")
 
     def _save(self, state: RunState | None = None, **changes: Any) -> None:
         self.state = replace(state or self.state, **changes)

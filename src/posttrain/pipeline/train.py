@@ -23,6 +23,7 @@ from posttrain.pipeline.state import DAMAGED, DONE, RUNNING, Parent, RunState, S
 from posttrain.pipeline.taken_over import begin, belongs_to, damage, damaged_error, files_made, model_of
 from posttrain.protocols import MetricSink, Ranks
 from posttrain.recipes.certify import certified_before, certify, require
+from posttrain.recipes.evaluate import Asking
 from posttrain.recipes.kinds import LOOPS
 from posttrain.recipes.run_folder import StageResult
 from posttrain.recipes.stage import Stage, run_recipe
@@ -212,11 +213,9 @@ class Stages:
             self.watch.say(f"{kind}: reward_check is off: the model of this run can be trained but not promoted")
             return
 
-        def work() -> None:
-            path = folder / "certificate.json"
-            earlier = certified_before(keys, path)
-            certificate = earlier or certify(keys, path)
-            self.watch.say(f"rewards: {certificate.verdict}" + (", checked before" if earlier else ""))
-            require(certificate)
-
-        self.ranks.main_only(work)
+        path = folder / "certificate.json"
+        earlier = self.ranks.main_only(partial(certified_before, keys, path))
+        asking = Asking(self.ranks, ending=partial(self.stop.ending, "the check of the rewards"))
+        certificate = earlier or certify(keys, path, asking)
+        self.watch.say(f"rewards: {certificate.verdict}" + (", checked before" if earlier else ""))
+        require(certificate)

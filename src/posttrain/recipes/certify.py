@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from posttrain.config.rl import RLKeys
 from posttrain.data.load import load_prompts
+from posttrain.distributed.ranks import SingleProcess
 from posttrain.errors import RewardError
 from posttrain.files import read_record
 from posttrain.models.load import load_tokenizer
 from posttrain.recipes.engines import EngineSource, make_engine, sampling_params
+from posttrain.recipes.evaluate import ALONE, Asking
 from posttrain.recipes.learned import reward_pool
 from posttrain.rewards.cases import Case, PolicySample, cases_of
 from posttrain.rewards.certificate import Certificate, check_rewards
@@ -21,34 +25,55 @@ from posttrain.rewards.resolve import reward_digest
 from posttrain.rewards.workers import RewardPool
 from posttrain.rewards.written import write
 from posttrain.rollout.collect import sample_groups
+from posttrain.types import Completion
+
+T = TypeVar("T")
 
 _NUM_CASES = 50
 _NUM_SAMPLES = 200
 _PIECE = 10_000
 
 
-def certify(keys: RLKeys, path: Path) -> Certificate:
+def certify(keys: RLKeys, path: Path, asking: Asking = ALONE) -> Certificate:
     """Check the rewards as training will call them, with completions of the starting policy; write `path`.
 
     On the held-out prompts where there are any. The samples are groups of the size that training will use, so that
-    the forecast is of its groups.
+    the forecast is of its groups. All ranks of `asking` call it; each samples its share of the groups, and rank 0 checks.
     """
+    if asking.ranks.world_size > 1 and not asking.dealt(keys.rollout):
+        return asking.ranks.main_only(partial(certify, keys, path, replace(asking, ranks=SingleProcess())))
     tokenizer = load_tokenizer(keys)
     rows, cases = _asked(keys, tokenizer)
     chosen = rows[: min(len(cases), max(1, _NUM_SAMPLES // keys.num_generations))]
-    source = EngineSource(keys.model_copy(update={"adapter": "none"}))
-    with closing(make_engine(source, keys=keys.rollout, rows=keys.rollout_batch_size, folder=path.parent)) as engine:
-        groups = sample_groups(
-            engine, chosen, keys.num_generations, sampling_params(keys), (keys.seed, -1), range(len(chosen))
-        )
+    mine = asking.ranks.share(range(len(chosen)))
+
+    def sample() -> list[tuple[int, list[Completion]]]:
+        source = EngineSource(keys.model_copy(update={"adapter": "none"}))
+        made = make_engine(source, keys=keys.rollout, rows=keys.rollout_batch_size, folder=path.parent)
+        with closing(made) as engine:
+            groups = sample_groups(
+                engine, [chosen[number] for number in mine], keys.num_generations, sampling_params(keys), (keys.seed, -1), mine
+            )  # fmt: skip
+        return list(zip(mine, groups, strict=True))
+
+    shares = asking.ranks.each(partial(_ended, asking, sample))
     samples = [
         PolicySample(case, str(tokenizer.decode(list(completion.ids), skip_special_tokens=True)))
-        for case, group in enumerate(groups)
+        for case, group in sorted((numbered for share in shares for numbered in share), key=itemgetter(0))
         for completion in group
     ]
-    certificate = _checked(keys, tokenizer, cases, samples)
-    write(certificate, path)
-    return certificate
+
+    def check() -> Certificate:
+        certificate = _checked(keys, tokenizer, cases, samples)
+        write(certificate, path)
+        return certificate
+
+    return asking.ranks.main_only(partial(_ended, asking, check))
+
+
+def _ended(asking: Asking, work: Callable[[], T]) -> T:
+    with asking.ending():
+        return work()
 
 
 def check_ahead(keys: RLKeys) -> Certificate:

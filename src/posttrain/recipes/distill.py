@@ -59,7 +59,7 @@ def run(keys: DistillKeys, stage: Stage) -> StageResult:
     )
     rows, dev_rows = ([_lesson_row(row) for row in part.rows] if part else [] for part in (data, held_out))
     _check([*rows, *dev_rows], keys, teachers)
-    suite = SuiteScore.of(policy, keys, engine)
+    suite = SuiteScore.of(policy, keys, stage.processes, engine)
     optimizer = make_optimizer(policy, keys)
     sampler, order = _Sampler(engine, keys, ranks), PromptStream(data, keys.seed, {})
 

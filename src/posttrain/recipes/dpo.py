@@ -68,7 +68,7 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
     policy = load_policy(keys, tokenizer=tokenizer, sharding=stage.sharding).without_dropout()
     if family.needs_reference and not Reference.is_precomputed(policy, keys):
         freeze_reference(policy)
-    suite = SuiteScore.of(policy, keys)
+    suite = SuiteScore.of(policy, keys, stage.processes)
     optimizer = make_optimizer(policy, keys)
 
     total_steps = schedule.total_steps(keys)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import ModelKeys
 from posttrain.data.messages import parse_messages, parse_tools
 from posttrain.data.render import chat_ids
+from posttrain.distributed.ranks import SingleProcess
 from posttrain.errors import DataError, EvalError
 from posttrain.evals.harness import TaskSuite
 from posttrain.evals.run import Evaluator, decoding_of, offered
@@ -23,7 +25,7 @@ from posttrain.files import canonical_json, write_atomic
 from posttrain.models.load import load_config, load_tokenizer, missing_chat_template
 from posttrain.models.provenance import source_digest
 from posttrain.names import LM_EVAL, QUESTIONS
-from posttrain.protocols import Engine
+from posttrain.protocols import Engine, Ranks
 from posttrain.recipes.engines import EngineSource, make_engine, named_engine
 from posttrain.recipes.episodes import Begin, Episodes, environment_of, environment_spec, sampler
 from posttrain.recipes.learned import load_learned
@@ -37,6 +39,22 @@ _ROWS = 128
 """Completions decoded at once: evals hold no gradients, so there is room for more than in training."""
 
 EvalProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Who asks a model, what is shown of it, and what may end it: a call of an engine stands in `ending()`."""
+
+    ranks: Ranks = field(default_factory=SingleProcess)
+    progress: EvalProgress = lambda name, done, total: None
+    ending: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def dealt(self, rollout: RolloutKeys) -> bool:
+        """Whether each rank asks an engine of its own for its share; a server, or vLLM in a process, is asked by rank 0."""
+        return self.ranks.world_size > 1 and rollout.engine == "embedded"
+
+
+ALONE = Asking()
 
 
 @dataclass(frozen=True)
@@ -85,7 +103,7 @@ def evaluate(
     suites: Sequence[tuple[Suite, SuiteKeys]],
     split: str,
     folder: Path,
-    progress: EvalProgress | None = None,
+    asking: Asking = ALONE,
     *,
     order: int = 0,
     digest: str | None = None,
@@ -95,37 +113,52 @@ def evaluate(
 
     Of a split such as `gate+reserve` only what the report on `gate` does not hold yet is measured. Another `order` asks
     in another order and in smaller batches. `digest` is the model's, where it is known; `rollout` the engine that answers, ours where none is named.
+    All ranks of `asking` call it.
     """
+    how, ranks = rollout or RolloutKeys(), asking.ranks
+    if ranks.world_size > 1 and not asking.dealt(how):
+        alone = replace(asking, ranks=SingleProcess())
+        work = partial(evaluate, model, suites, split, folder, alone, order=order, digest=digest, rollout=rollout)
+        return ranks.main_only(work)
     digest = digest or source_digest(model.base_model)
-    engine = named_engine(rollout or RolloutKeys())
-    reports: dict[str, EvalReport] = {}
-    missing: list[tuple[Suite, SuiteKeys]] = []
-    for suite, keys in suites:
-        report = _stored(folder / f"{suite.name}-{split}")
-        if report is not None and _is_of(report, digest, suite.digest(split, decoding_of(keys)), engine):
-            reports[suite.name] = report
-        else:
-            missing.append((suite, keys))
+    engine = named_engine(how)
+    reports = ranks.main_only(partial(_measured, suites, split, folder, (digest, engine)))
+    missing = [(suite, keys) for suite, keys in suites if suite.name not in reports]
     if missing:
         rows = _ROWS if not order else _ROWS // 4
-        with (
-            closing(OwnScorers()) as own,
-            closing(make_engine(EngineSource(model), keys=rollout, rows=rows, folder=folder)) as engine_there,
-        ):
-            tokenizer = load_tokenizer(model)
-            evaluator = _evaluator(engine_there, tokenizer, digest, progress, model, own)
+        with ExitStack() as held:
+            tokenizer, own = load_tokenizer(model), held.enter_context(closing(OwnScorers()))
+            of = _Measuring(model, tokenizer, own, rollout, rows, folder, digest)
+            evaluator = _loaded(of, asking, held)
             for suite, keys in missing:
                 check_played(suite, keys)
                 _say_if_without_roles(tokenizer, model.base_model, suite)
-                known = _known(suite, keys, split, folder, (digest, engine))
+                known = ranks.main_only(partial(_known, suite, keys, split, folder, (digest, engine)))
                 with closing(environment_of(keys)) as environment:
-                    _, episodes = sampler(environment, engine_there, tokenizer, None, keys)
-                    asking = with_episodes(evaluator, episodes) if episodes else evaluator
-                    reports[suite.name] = asking.run(suite, keys, split, known=known, order=order)
-                reports[suite.name].save(folder / f"{suite.name}-{split}")
-                if str(suite.path).startswith(LM_EVAL):
-                    _keep_questions(suite, split, folder / f"{suite.name}-{split}")
+                    _, episodes = sampler(environment, evaluator.engine, tokenizer, None, keys)
+                    played = with_episodes(evaluator, episodes) if episodes else evaluator
+                    report = reports[suite.name] = played.run(suite, keys, split, known=known, order=order)
+                ranks.main_only(partial(_save, report, suite, folder / f"{suite.name}-{split}"))
     return {suite.name: reports[suite.name] for suite, _ in suites}
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    """A model to be measured, and the engine for it."""
+
+    model: ModelKeys
+    tokenizer: Any
+    own: OwnScorers
+    rollout: RolloutKeys | None
+    rows: int
+    folder: Path
+    digest: str
+
+
+def _save(report: EvalReport, suite: Suite, folder: Path) -> None:
+    report.save(folder)
+    if str(suite.path).startswith(LM_EVAL):
+        _keep_questions(suite, report.split, folder)
 
 
 def check_played(suite: Suite, keys: SuiteKeys) -> None:
@@ -185,18 +218,39 @@ def _known(suite: Suite, keys: SuiteKeys, split: str, folder: Path, measured: tu
     return {item.id: item for item in report.items} if same else {}
 
 
-def _evaluator(
-    engine: Engine, tokenizer: Any, digest: str, progress: EvalProgress | None, model: ModelKeys, own: OwnScorers
-) -> Evaluator:
+def _loaded(of: _Measuring, asking: Asking, held: ExitStack) -> Evaluator:
+    """With an engine on every rank, which `held` closes."""
+    engines: list[Engine] = []
+
+    def load() -> None:
+        with asking.ending():
+            engine = make_engine(EngineSource(of.model), keys=of.rollout, rows=of.rows, folder=of.folder)
+            engines.append(held.enter_context(closing(engine)))
+
+    asking.ranks.each(load)
+    (engine,) = engines
+
     def ask_task(suite: TaskSuite, keys: SuiteKeys) -> Iterable[ItemRecord]:
         from posttrain.recipes.harness import ask
 
-        return ask(suite, keys, engine, tokenizer, load_config(model))
+        return ask(suite, keys, engine, of.tokenizer, load_config(of.model))
 
     return Evaluator(
-        engine, TokenizerCodec(tokenizer), digest, request_seed,
-        progress or (lambda name, done, total: None), score_own=own, ask_task=ask_task,
+        engine, TokenizerCodec(of.tokenizer), of.digest, request_seed, asking.progress, of.own, ask_task,
+        ranks=asking.ranks, ending=asking.ending,
     )  # fmt: skip
+
+
+def _measured(
+    suites: Sequence[tuple[Suite, SuiteKeys]], split: str, folder: Path, measured: tuple[str, str]
+) -> dict[str, EvalReport]:
+    """The reports in `folder` on this model, by this engine."""
+    reports: dict[str, EvalReport] = {}
+    for suite, keys in suites:
+        report = _stored(folder / f"{suite.name}-{split}")
+        if report is not None and _is_of(report, measured[0], suite.digest(split, decoding_of(keys)), measured[1]):
+            reports[suite.name] = report
+    return reports
 
 
 class OwnScorers:

@@ -78,7 +78,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
         EngineSource(keys, policy), keys=keys.rollout, rows=keys.rollout_batch_size, folder=stage.folder, ranks=stage.processes
     ))  # fmt: skip
     sample, episodes = sampler(environment, engine, tokenizer, stage.processes, keys)
-    suite = SuiteScore.of(policy, keys, engine, episodes)
+    suite = SuiteScore.of(policy, keys, stage.processes, engine, episodes)
     optimizer = make_optimizer(policy, keys)
 
     # Of samples of older weights that nobody scored again only the sampler's log-probs are known.

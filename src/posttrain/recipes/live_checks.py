@@ -49,7 +49,7 @@ class LiveSample:
 
 
 class LiveChecks:
-    """`if_due` after every generation batch; all ranks call it and ask the engine, the main one works."""
+    """`if_due` after every generation batch; all ranks call it and each asks for its share of the canaries, the main one checks."""
 
     def __init__(
         self,
@@ -100,12 +100,17 @@ class LiveChecks:
         return values
 
     def _answered_canaries(self, step: int) -> list[tuple[Case, str]]:
-        """All ranks ask: there may be one engine for all of them."""
-        keys = self._keys
+        """All of them on rank 0. All ranks ask, also one without a canary: there may be one engine for all of them."""
+        keys, ranks = self._keys, self._stage.processes
         picks = random.Random(request_seed(keys.seed, _CANARY_SEED, step))
         rows = picks.sample(self._data.rows, min(NUM_CANARIES, len(self._data.rows)))
-        seed_parts = (keys.seed, _CANARY_SEED, step)
-        groups = self._sample(rows, _COMPLETIONS_PER_CANARY, sampling_params(keys), seed_parts, range(len(rows)))
+        mine = ranks.share(range(len(rows)))
+        seed_parts, asked = (keys.seed, _CANARY_SEED, step), [rows[number] for number in mine]
+        params = sampling_params(keys)
+        sampled = ranks.each(lambda: self._sample(asked, _COMPLETIONS_PER_CANARY, params, seed_parts, mine))
+        if not ranks.is_main:
+            return []
+        groups = [sampled[number % ranks.world_size][number // ranks.world_size] for number in range(len(rows))]
         cases = cases_of([prompt for prompt, _ in rows], len(rows))
         answered = [
             (case, c.episode.answer if c.episode else self._decode(c.ids))

@@ -39,7 +39,7 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
     stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
     policy = load_policy(keys, tokenizer=tokenizer, sharding=stage.sharding)
     policy.embedding_noise = keys.neftune_noise_alpha
-    suite = SuiteScore.of(policy, keys)
+    suite = SuiteScore.of(policy, keys, stage.processes)
     optimizer = make_optimizer(policy, keys)
 
     schedule = Schedule.of(

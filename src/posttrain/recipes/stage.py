@@ -136,7 +136,7 @@ class Stage:
         if step % self.keys.logging_steps == 0 or last:
             self.run.log(step, metrics | {"num_tokens": float(state.tokens)} | memory_metrics())
         self.guard.observe(step, metrics)
-        stopping = self.processes.sum([float(self.stop.is_set)])[0] > 0
+        stopping = self._is_stopping()
         due = self._save_every > 0 and step % self._save_every == 0
         if best_score is not None:
             self.checkpoints.mark_best(step, best_score)
@@ -146,14 +146,20 @@ class Stage:
             raise StoppedPolitely(f"{self.kind}: stopped after step {step}, saved; start again to go on")
 
     def done(self, state: TrainState) -> StageResult:
-        """Export the model and write `result.json`. All ranks call it."""
+        """Export the model and write `result.json`. All ranks call it.
+
+        Raises: StoppedPolitely before it is written; the last checkpoint is, so the next start exports again.
+        """
         policy, guard = state.policy, self.guard
         logits, model_dir = probe_logits(policy.model), self.folder / "model"
         total: TotalReport | None = None
         with disk_errors(self.folder):
-            report = save_policy(policy, model_dir, self.keys, ranks=self.ranks, trained=logits)
+            report = save_policy(
+                policy, model_dir, self.keys, ranks=self.ranks, trained=logits, between=self._stop_if_asked
+            )
             self.run.event("export", state.step, asdict(report))
             if policy.has_adapter:
+                self._stop_if_asked()
                 total = write_total(policy, self.folder, self.keys, logits, self._merged_before, self.ranks)
         result = StageResult(
             kind=self.kind, folder=self.folder, model_dir=model_dir, model_digest=model_digest(model_dir),
@@ -168,6 +174,14 @@ class Stage:
             result.save()
         self.close()
         return result
+
+    def _stop_if_asked(self) -> None:
+        if self._is_stopping():
+            raise StoppedPolitely(f"{self.kind}: stopped during the export; start again to go on")
+
+    def _is_stopping(self) -> bool:
+        """Whether any process was asked to stop. All call it."""
+        return self.processes.sum([float(self.stop.is_set)])[0] > 0
 
     def close(self) -> None:
         while self._open:

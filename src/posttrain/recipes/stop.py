@@ -18,10 +18,22 @@ class StopFlag:
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self._ending: StoppedPolitely | None = None
 
     @property
     def is_set(self) -> bool:
         return self._event.is_set()
+
+    @contextmanager
+    def ending(self, what: str) -> Iterator[None]:
+        """Inside, the wish ends the work in hand at once: for what is done again whole. Raises: StoppedPolitely."""
+        self._ending = StoppedPolitely(f"stopped during {what}; start again to go on")
+        try:
+            if self.is_set:
+                raise self._ending
+            yield
+        finally:
+            self._ending = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -40,3 +52,5 @@ class StopFlag:
         if self.is_set:
             raise SystemExit(128 + number)
         self._event.set()
+        if self._ending is not None:
+            raise self._ending

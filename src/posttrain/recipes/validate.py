@@ -13,7 +13,7 @@ from posttrain.config.stages import TrainKeys, step_interval
 from posttrain.evals.run import Evaluator
 from posttrain.evals.suite import Suite, load_suite
 from posttrain.models.policy import Policy
-from posttrain.protocols import Engine
+from posttrain.protocols import Engine, Ranks
 from posttrain.recipes.engines import EngineSource, make_engine, sync_engine
 from posttrain.recipes.episodes import Episodes
 from posttrain.recipes.evaluate import OwnScorers, TokenizerCodec, with_episodes
@@ -101,30 +101,31 @@ class SuiteScore:
     """The dev split of `keys.eval_suite`, answered greedily by the weights in training."""
 
     def __init__(
-        self, suite: Suite, keys: TrainKeys, engine: Engine, policy: Policy, episodes: Episodes | None = None
-    ) -> None:
-        self._episodes = episodes
+        self, suite: Suite, keys: TrainKeys, engine: Engine, policy: Policy, ranks: Ranks, episodes: Episodes | None = None
+    ) -> None:  # fmt: skip
+        self._episodes, self._ranks = episodes, ranks
         self._suite, self._engine, self._policy = suite, engine, policy
         longest = keys.max_completion_length if isinstance(keys, SamplingKeys) else _LONGEST_ANSWER
         self._keys = SuiteKeys(path=str(suite.path), max_tokens=longest)
 
     @classmethod
     def of(
-        cls, policy: Policy, keys: TrainKeys, engine: Engine | None = None, episodes: Episodes | None = None
+        cls, policy: Policy, keys: TrainKeys, ranks: Ranks, engine: Engine | None = None, episodes: Episodes | None = None
     ) -> SuiteScore | None:  # fmt: skip
         """None where no suite is asked for; with `episodes` it is answered by them. Raises: EvalError without a dev split."""
         if keys.eval_suite is None:
             return None
         suite = load_suite("eval_suite", Path(keys.eval_suite))
         suite = replace(suite, items=suite.on(_DEV)[: keys.eval_suite_limit])
-        return cls(suite, keys, engine or make_engine(EngineSource(keys, policy)), policy, episodes)
+        return cls(suite, keys, engine or make_engine(EngineSource(keys, policy)), policy, ranks, episodes)
 
     def measure(self, step: int) -> dict[str, float]:
+        """All ranks call it, and each asks for its share of the items."""
         # Under ranks the engine samples from a copy, which must be brought up to date.
         sync_engine(self._engine, self._policy, version=step)
         codec = TokenizerCodec(self._policy.tokenizer)
         with closing(OwnScorers()) as own:
-            evaluator = Evaluator(self._engine, codec, "in training", request_seed, score_own=own)
+            evaluator = Evaluator(self._engine, codec, "in training", request_seed, score_own=own, ranks=self._ranks)
             if self._episodes is not None:
                 evaluator = with_episodes(evaluator, self._episodes)
             return {"eval_score": evaluator.run(self._suite, self._keys, _DEV).mean}
