@@ -15,7 +15,7 @@ from posttrain import files
 from posttrain.checkpoint.store import CheckpointStore
 from posttrain.errors import CheckpointError
 from posttrain.recipes.run_folder import mask_segments
-from posttrain.recipes.stop import StopFlag
+from posttrain.recipes.stop import StopFlag, StoppedPolitely
 from posttrain.types import TokenSeq
 
 
@@ -71,6 +71,34 @@ def test_the_first_signal_is_a_wish_and_the_second_an_end():
             time.sleep(0.5)
         assert ended.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_inside_what_is_done_again_whole_the_wish_is_an_end():
+    flag = StopFlag()
+    with flag.listening():
+        with (
+            pytest.raises(StoppedPolitely, match="stopped during the evals of base; start again"),
+            flag.ending("the evals of base"),
+        ):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+            raise AssertionError("it went on")
+        with pytest.raises(StoppedPolitely, match="the check of the rewards"), flag.ending("the check of the rewards"):
+            raise AssertionError("it began")
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_a_stop_within_the_export_leaves_no_model_and_the_next_start_exports(adapter, train, runner, tmp_path):
+    keys = {"max_steps": 2, "save_steps": 1, "adapter": adapter, "learning_rate": 1e-3}
+    folder = train("sft", name="stopped", stop_after=2, **keys)
+    assert not (folder / "result.json").exists()
+    assert not (folder / "model").exists()
+    train("sft", name="stopped", **keys)
+    train("sft", name="whole", **keys)
+    digests = [
+        json.loads((tmp_path / name / "result.json").read_text())["model_digest"] for name in ("stopped", "whole")
+    ]
+    assert digests[0] == digests[1]
 
 
 def test_another_thread_does_not_listen():
