@@ -194,6 +194,23 @@ def test_training_without_an_engine_of_its_own_names_the_copy_that_every_process
     assert "every process holds a whole copy to sample with, and samples slowly" in output
 
 
+def test_servers_and_copies_that_sample_are_lines_of_the_plan(folder):
+    (folder / "rl.yaml").write_text(RL.replace("vllm_server}", "vllm_server, replicas: 2}"))
+    output = _run(folder / "rl.yaml", "--gpus", "8xH100").output
+    assert "2 servers of vLLM, " in output and "on the same cards, the machine's first" in output
+    (folder / "rl.yaml").write_text(RL.replace("engine: vllm_server", "max_staleness: 2"))
+    output = _run(folder / "rl.yaml", "--gpus", "1xH100").output
+    assert "max_staleness 2: samples on a second copy (" in output
+
+
+def test_a_server_over_more_cards_than_a_machine_has_is_said_to_be_refused(folder):
+    (folder / "rl.yaml").write_text(RL.replace("vllm_server}", "vllm_server, tensor_parallel_size: 8}"))
+    result = _run(folder / "rl.yaml", "--gpus", "2x4xH100")
+    assert result.exit_code == 1
+    assert "rollout.tensor_parallel_size: 8 on a machine of 4 cards" in result.output
+    assert "is on one machine" not in _run(folder / "rl.yaml", "--gpus", "8xH100").output
+
+
 def test_gpt2_and_a_mixture_of_experts_are_planned_from_the_config_alone(folder):
     config = {
         "model_type": "gpt2",

@@ -1,10 +1,13 @@
 """What a foreign engine adds to a stage's memory."""
 
+from dataclasses import replace
+
 import pytest
 
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.planner import Workload, estimate_memory
 from posttrain.planner.engine import SamplingEngine, engine_parts
+from posttrain.planner.fit import shortfall
 from posttrain.planner.shape import ModelShape
 
 TIED = ModelShape(2, 64, 128, 1000, 4, 2, 16, tied=True)
@@ -50,3 +53,35 @@ def test_a_replica_over_several_cards_holds_a_part_on_each_and_the_head_on_its_w
     )
     assert half["vllm_weights"] == whole["vllm_weights"] // 2
     assert whole["sync_buffers"] == 2 * 1000 * 64 * 2
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_replicas_hold_each_their_own(on_cpu):
+    one, three = (plan(on_cpu, engine="vllm_server", replicas=n).parts for n in (1, 3))
+    for name in ("vllm_weights", "vllm_kv_cache", "vllm_runtime"):
+        assert three[name] == 3 * one[name], name
+    assert three["sync_buffers"] == 2 * one["sync_buffers"]
+
+
+@pytest.mark.parametrize(("asks", "copied"), [({}, 4), ({"adapter": "lora"}, 2)])
+def test_what_is_made_ahead_by_our_engine_needs_a_copy_of_what_is_trained(asks, copied):
+    """Loaded as the policy is: float32 where it is trained whole, the file's bfloat16 below an adapter, which it has too."""
+    shape = replace(TIED, stored_bytes=2)
+    made = [
+        estimate_memory(shape, Workload(samples=True, rollout=SamplingEngine(max_staleness=stale), **asks)).parts
+        for stale in (0, 1)
+    ]
+    assert "replica" not in made[0]
+    assert made[1]["replica"] == copied * shape.num_params + made[1].get("adapter", 0)
+    assert made[1]["replica"] == made[1]["weights"] + made[1].get("adapter", 0)
+
+
+def test_what_samples_while_it_trains_holds_both_at_once():
+    in_turn, ahead = (plan(max_staleness=stale) for stale in (0, 1))
+    parts = ahead.parts
+    training = sum(parts.get(name, 0) for name in ("autocast", "gradients", "activations", "logits"))
+    rollout = sum(parts.get(name, 0) for name in ("kv_cache", "prefill", "decode_weights"))
+    export = parts["export"]
+    held = sum(parts.values()) - training - rollout - export
+    assert ahead.total_bytes == int(1.05 * (held + max(training + rollout, export)))
+    assert "rollout.max_staleness: 0" in shortfall(ahead, in_turn.total_bytes, "m")

@@ -237,11 +237,14 @@ def _forecast(shape: Any, kind: str, keys: Any, target: Target, tokens: int, mea
             f"{kind}: that run took {found.train:.2f} times what is predicted of training and {found.rollout:.2f} of rollout; times are corrected"
         )
     made = forecast(shape, target.cluster, kind, workload, dumped, tokens, found)
-    return replace(made, refused=_refused(keys, target.cluster.num_devices))
+    return replace(made, refused=_refused(keys, workload, target.cluster))
 
 
-def _refused(keys: Any, processes: int) -> str:
+def _refused(keys: Any, workload: Any, cluster: Any) -> str:
     """Why so many processes are not started with these keys; nothing where they are."""
+    processes, cards = cluster.num_devices, workload.rollout.tensor_parallel_size
+    if cards > cluster.per_node and not workload.on_cpu:
+        return f"rollout.tensor_parallel_size: {cards} on a machine of {cluster.per_node} cards; a server of vLLM is on one machine: set {cluster.per_node} or less"
     if processes == 1:
         return ""
     if keys.of_one_process is not None:

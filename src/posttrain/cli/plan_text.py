@@ -32,11 +32,29 @@ def memory_lines(made: Any, base_model: str, free_bytes: int, where: str) -> lis
     if memory.shards > 1:
         lines += memory.workload.sharding.lines(memory.shards)
     lines += [f"  refused {made.refused}"] if made.refused else _offload_lines(memory, made.copy_bytes_s)
-    if "replica" in memory.parts:
-        lines.append(
+    return lines + _engine_lines(memory)
+
+
+def _engine_lines(memory: Any) -> list[str]:
+    """What the engine that samples holds beside the weights in training."""
+    rollout = memory.workload.rollout
+    if memory.shards > 1 and "replica" in memory.parts:
+        return [
             "  engine  every process holds a whole copy to sample with, and samples slowly; rollout.engine: vllm_server is one for all of them, and faster"
+        ]
+    if "replica" in memory.parts:
+        return [
+            f"  engine  max_staleness {rollout.max_staleness}: samples on a second copy ({size_text(memory.parts['replica'])}) while the first is trained; their memory adds up"
+        ]
+    if rollout.replicas > 1 and "vllm_weights" in memory.parts:
+        held = sum(size for name, size in memory.parts.items() if name.startswith("vllm_")) // rollout.replicas
+        where = (
+            "in this memory"
+            if memory.workload.on_cpu
+            else "on the same cards, the machine's first; with --ray each has cards of its own"
         )
-    return lines
+        return [f"  engine  {rollout.replicas} servers of vLLM, {size_text(held)} each, {where}"]
+    return []
 
 
 def _offload_lines(memory: Any, copy_bytes_s: float) -> list[str]:

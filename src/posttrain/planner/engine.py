@@ -26,6 +26,8 @@ class SamplingEngine:
     url: str | None = None
     transfer: str = "auto"
     tensor_parallel_size: int = 1
+    replicas: int = 1
+    max_staleness: int = 0
 
     @classmethod
     def from_keys(cls, keys: Mapping[str, Any]) -> SamplingEngine:
@@ -33,30 +35,40 @@ class SamplingEngine:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it decodes with the very weights in training."""
+        """Whether it decodes in the process that trains, by the model's own modules."""
         return self.engine == "embedded"
+
+    @property
+    def needs_copy(self) -> bool:
+        """Whether ours decodes on weights of its own, at the same time as others are trained."""
+        return self.is_ours and self.max_staleness > 0
 
 
 OURS = SamplingEngine()
 
 
 def engine_parts(shape: ModelShape, engine: SamplingEngine, *, bf16: bool, on_cpu: bool) -> dict[str, int]:
-    """Bytes that are held all the while, by each of the devices that a replica is split over. Of a server that runs already only what a transfer adds: it has what it needs."""
+    """Bytes that are held all the while, by each of the devices that a replica is split over; all replicas are on the same ones.
+
+    Of a server that runs already only what a transfer adds: it has what it needs.
+    """
     if engine.is_ours:
         return {}
     size = _BYTES[engine.dtype] if engine.dtype != "auto" else 2 if bf16 else 4
-    # What changes of weights are found and applied with: the last version, held by both ends on the host.
-    deltas = {"weight_deltas": 2 * shape.num_params * size} if engine.transfer == "delta" and on_cpu else {}
+    ends = 1 + engine.replicas
+    # What changes of weights are found and applied with: the last version, held by all ends on the host.
+    deltas = {"weight_deltas": ends * shape.num_params * size} if engine.transfer == "delta" and on_cpu else {}
     if engine.url is not None:
         return deltas
     # A CPU's kernels keep a packed copy of a head that is tied to the embedding.
     packed = shape.vocab * shape.hidden if on_cpu and shape.tied else 0
     gib = engine.memory_gib if engine.memory_gib is not None else _KV_GIB[on_cpu]
     return {
-        "vllm_weights": (shape.num_params + packed) * size // (1 if on_cpu else engine.tensor_parallel_size),
-        "vllm_kv_cache": int(gib * _GIB),
-        "vllm_runtime": int(_RUNTIME_GIB[engine.engine, on_cpu] * _GIB),
-        # One tensor on its way, whole, at both ends; the head is the largest.
-        "sync_buffers": 2 * shape.vocab * shape.hidden * size,
+        "vllm_weights": engine.replicas
+        * ((shape.num_params + packed) * size // (1 if on_cpu else engine.tensor_parallel_size)),
+        "vllm_kv_cache": engine.replicas * int(gib * _GIB),
+        "vllm_runtime": engine.replicas * int(_RUNTIME_GIB[engine.engine, on_cpu] * _GIB),
+        # One tensor on its way, whole, at all ends; the head is the largest.
+        "sync_buffers": ends * shape.vocab * shape.hidden * size,
         **deltas,
     }

@@ -42,6 +42,8 @@ _PHASES = {
     "export": ("export",),
 }
 """What is held while a stage does this, beside what it always holds."""
+_AHEAD = {"training": _PHASES["training"] + _PHASES["rollout"], "export": _PHASES["export"]}
+"""The same where an engine samples on its own copy while the stage trains; autocast is of both."""
 HELD: Mapping[str, tuple[str, ...]] = {
     "weights": ("weights", "adapter", "reference"),
     "gradients": ("gradients",),
@@ -193,10 +195,11 @@ class MemoryPlan:
         return self.parts.get(name, 0)
 
     def _peak(self, parts: Mapping[str, int]) -> int:
-        """What is always held, and the most that a phase adds; phases follow each other."""
-        passing = {name for names in _PHASES.values() for name in names}
+        """What is always held, and the most that a phase adds; phases follow each other, but for sampling ahead."""
+        phases = (_AHEAD if self.workload.rollout.needs_copy else _PHASES).values()
+        passing = {name for names in phases for name in names}
         always = sum(size for name, size in parts.items() if name not in passing)
-        return always + max(sum(parts.get(name, 0) for name in passing.intersection(p)) for p in _PHASES.values())
+        return always + max(sum(parts.get(name, 0) for name in names) for names in phases)
 
 
 def estimate_memory(shape: ModelShape, workload: Workload, shards: int = 1) -> MemoryPlan:
@@ -219,11 +222,14 @@ def estimate_memory(shape: ModelShape, workload: Workload, shards: int = 1) -> M
         # With save_steps, a thread writes copies while the run goes on; they are made on the host.
         "checkpoint": trained * _BYTES_MASTER + optimizer if workload.on_cpu and workload.save_steps else 0,
         **_engine_bytes(shape, workload),
+        "replica": _replica_bytes(shape, workload, trained) if workload.rollout.needs_copy else 0,
         "export": _export_bytes(shape, workload, shards),
         "runtime": _RUNTIME_BYTES,
     }
     if shards > 1:
         parts |= _shared_out(parts, shape, workload, shards)
+        if workload.samples and workload.rollout.is_ours:  # which cannot decode with shares
+            parts["replica"] = _replica_bytes(shape, workload, trained)
     host = {} if workload.on_cpu else _host_bytes(shape, workload, shards)
     return MemoryPlan({name: size for name, size in parts.items() if size}, shape, workload, trained, shards, host)
 
@@ -234,7 +240,7 @@ _SHARDED = ("weights", "adapter", "reference", "teachers", "gradients", "optimiz
 def _shared_out(parts: Mapping[str, int], shape: ModelShape, workload: Workload, shards: int) -> dict[str, int]:
     """What each of several processes holds instead: a share, and of the rest one layer after another, as a whole.
 
-    A 4-bit base is whole on every one. Sampling with the weights in training needs a copy that is not cut.
+    A 4-bit base is whole on every one.
     """
     how = workload.sharding
     whole = ("weights",) if workload.load_in_4bit and workload.adapter != "none" else ()
@@ -252,9 +258,14 @@ def _shared_out(parts: Mapping[str, int], shape: ModelShape, workload: Workload,
         gathered += max(0, shape.num_params - 2 * layer - shape.embedding_params) * gathered_bytes
     if trained and not how.sync_each_batch:
         shares["gradients"] = shares.get("gradients", 0) + shape.num_params * _BYTES_GRADIENT
-    replica = shape.num_params * _frozen_bytes(shape, workload) if workload.samples and workload.rollout.is_ours else 0
     shares["activations"] = math.ceil(parts["activations"] / how.sharing(shards))
-    return {**shares, "autocast": 0, "gathered": 0 if whole else gathered, "replica": replica}
+    return {**shares, "autocast": 0, "gathered": 0 if whole else gathered}
+
+
+def _replica_bytes(shape: ModelShape, workload: Workload, trained: int) -> int:
+    """A second policy that our engine decodes on, loaded as the one in training is."""
+    adapter = trained * _BYTES_MASTER if workload.adapter != "none" else 0
+    return _weight_bytes(shape, workload) + adapter
 
 
 def _reference_bytes(shape: ModelShape, workload: Workload, trained: int) -> int:
