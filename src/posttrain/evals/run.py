@@ -43,9 +43,9 @@ class Codec(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
-_Asked = list[tuple[tuple[int, ...], int]]
+_EncodedItem = list[tuple[tuple[int, ...], int]]
 """What an engine is asked of an item: ids, and where in them the choice begins."""
-_Answers = tuple[Item, tuple[Completion, ...], tuple[str, ...]]
+_AnsweredItem = tuple[Item, tuple[Completion, ...], tuple[str, ...]]
 """The completions of an item, and as texts."""
 
 
@@ -139,7 +139,7 @@ class Evaluator:
         with self.ending():
             return list(self.ask_task(suite, keys))
 
-    def _encoded(self, item: Item) -> _Asked:
+    def _encoded(self, item: Item) -> _EncodedItem:
         """Prompt and tools as ids, once for each choice. Raises: EvalError with the item's name."""
         if self.tools and isinstance(item.prompt, str):
             raise EvalError(
@@ -150,14 +150,14 @@ class Evaluator:
         except DataError as error:
             raise EvalError(f"suite item {item.id}: {error}") from None
 
-    def _ids(self, item: Item, tools: Any) -> _Asked:
+    def _ids(self, item: Item, tools: Any) -> _EncodedItem:
         if item.scorer in RANKINGS:
             return [self.codec.encode_choice(item.prompt, choice, tools=tools) for choice in item.choices]
         return [(self.codec.encode_prompt(item.prompt, tools=tools), 0)]
 
     def _answered(
-        self, part: Sequence[tuple[Item, _Asked]], keys: SuiteKeys, suite: Suite
-    ) -> list[ItemRecord] | list[_Answers]:
+        self, part: Sequence[tuple[Item, _EncodedItem]], keys: SuiteKeys, suite: Suite
+    ) -> list[ItemRecord] | list[_AnsweredItem]:
         """Scored, but for a scorer of the suite's own."""
         with self.ending():
             if suite.scorer in RANKINGS:
@@ -173,7 +173,7 @@ class Evaluator:
                 made = self._scored(made, suite)
         records |= {record.id: record for record in made}
 
-    def _sampled(self, part: Sequence[tuple[Item, _Asked]], keys: SuiteKeys) -> list[_Answers]:
+    def _sampled(self, part: Sequence[tuple[Item, _EncodedItem]], keys: SuiteKeys) -> list[_AnsweredItem]:
         params = SamplingParams(max_tokens=keys.max_tokens, temperature=keys.temperature)
         requests = [
             Request(tuple(ids), self.seed_of("eval", keys.seed, item.id, sample))
@@ -188,7 +188,7 @@ class Evaluator:
             for (item, _), group in zip(part, groups, strict=True)
         ]
 
-    def _scored(self, answers: Sequence[_Answers], suite: Suite) -> list[ItemRecord]:
+    def _scored(self, answers: Sequence[_AnsweredItem], suite: Suite) -> list[ItemRecord]:
         items = [item for item, _, texts in answers for _ in texts]
         flat = [text for _, _, texts in answers for text in texts]
         if is_own(suite.scorer):
@@ -219,7 +219,7 @@ class Evaluator:
         self._greedy.update(zip(new, in_order(self.engine.generate(list(new.values()), params)), strict=True))
         return [self._greedy[r.prompt_ids, params.max_tokens] for r in requests]
 
-    def _ranked(self, part: Sequence[tuple[Item, _Asked]]) -> Iterator[ItemRecord]:
+    def _ranked(self, part: Sequence[tuple[Item, _EncodedItem]]) -> Iterator[ItemRecord]:
         """The choice that ranks highest wins; ties go to the first, as in lm-eval."""
         sequences = [sequence for _, choices in part for sequence in choices]
         logps = iter([sum(values) for values in self.engine.score(sequences)])
