@@ -147,6 +147,19 @@ def test_four_ranks_hold_two_copies_or_four(model_dir, data_dir, found_by, tmp_p
         assert found[name]["digest"] == one["digest"]
 
 
+EXPERTS = {"lora_target": ["q_proj", "gate_up_proj", "down_proj"], "adapter": "lora", "lora_r": 4}
+
+
+def test_experts_of_a_layer_are_gathered_by_themselves(model_dir, data_dir, found_by, tmp_path):
+    """Two micro-batches: root, layers and their experts; the last two again in the backward."""
+    rows = {"all": {}, "kept": {"sharding": {"reshard_after_forward": False}}, "adapter": EXPERTS}
+    found = found_by(2, SCRIPT, _job(rows, model_dir("qwen3_moe"), data_dir, tmp_path))
+    assert (found["all"]["gathers"], found["all"]["reduces"]) == (2 * (2 * 2 * 2 + 1), 2 * (2 * 2 + 1))
+    assert found["kept"]["gathers"] == 2 * (2 * 2 + 1)
+    assert all(found[name]["probe"] and found[name]["reference"] for name in rows)
+    assert found["kept"]["digest"] == found["all"]["digest"]
+
+
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
 
 

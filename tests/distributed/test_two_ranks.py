@@ -34,6 +34,10 @@ MORE = {
     "sft, a part of the weights": ("sft", {"unfrozen_parameters": [r"model\.layers\.1\.", "model.norm"]}),
     "sft by SGD": ("sft", {"optim": "sgd", "learning_rate": 0.1}),
     "sft with experts": ("sft", {"architecture": "qwen3_moe"}),
+    "sft with an adapter on experts": (
+        "sft",
+        {**LORA, "architecture": "qwen3_moe", "lora_target": ["q_proj", "gate_up_proj", "down_proj"]},
+    ),
     "sft, rows that do not divide": ("sft", {"per_device_train_batch_size": 5, "max_steps": 6}),
     "sft, one forward a sequence": (
         "sft",

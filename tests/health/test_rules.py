@@ -63,6 +63,7 @@ CASES = {
         series(80, loss=0.6931, rewards__accuracies=lambda s: 0.48 + 0.04 * (s % 2)),
         series(80, loss=lambda s: 0.6931 - 0.001 * s, rewards__accuracies=0.52),
     ),
+    "router_collapse": ("sft", series(60, router__balance=late(0.9, 0.3)), series(60, router__balance=late(0.9, 0.6))),
     "entropy_collapse": (
         "grpo",
         series(80, entropy=lambda s: math.exp(-s / 6), frac_reward_all_right=0.1),

@@ -153,6 +153,8 @@ class FullyShard:
             "ignored_params": packed,
         }
         for layer in decoder_layers(model):
+            for experts in stacked_experts(layer):
+                fully_shard(experts, reshard_after_forward=self._spec.reshard_after_forward, **how)
             fully_shard(layer, reshard_after_forward=self._spec.reshard_after_forward, **how)
         # What the root has is wanted again as soon as the backward begins.
         fully_shard(model, reshard_after_forward=False, **how)
@@ -342,3 +344,11 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     # Experts may be such a list too, inside of a layer.
     largest = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()), default=nn.ModuleList())
     return list(largest)
+
+
+def stacked_experts(layer: nn.Module) -> list[nn.Module]:
+    """What holds all experts of a layer, one tensor for each of their matrices; with the adapters around it, which read those."""
+    names = [n for n, module in layer.named_modules() if any(p.ndim == 3 for p in module.parameters(recurse=False))]
+    while wrapped := [name for name in names if name.endswith(".base_layer")]:
+        names = [name.removesuffix(".base_layer") if name in wrapped else name for name in names]
+    return [layer.get_submodule(name) for name in dict.fromkeys(names) if name]

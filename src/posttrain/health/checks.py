@@ -32,6 +32,7 @@ CANARY_REWARD = "reward_check/canary_reward"
 TEACHER_GAP = "teacher/gap"
 CALL_FAILURES = "tools/failure_frequency"
 LOST_EPISODES = "env/failed_ratio"
+ROUTER_BALANCE = "router/balance"
 
 _ZERO_STD = "frac_reward_zero_std"
 _LENGTH = "completions/mean_length"
@@ -83,6 +84,13 @@ def gradient_spike(history: History, *, times: float, after: float, at_least: fl
 def updates_skipped(history: History, *, steps: float) -> Evidence | None:
     """One bad batch is passed over; when no step gets through, the weights themselves are at fault."""
     return {"steps": steps} if history.lasts(int(steps), lambda r: get(r, SKIPPED) > 0) else None
+
+
+def router_collapse(history: History, *, steps: float, floor: float, share: float) -> Evidence | None:
+    """Of the layer whose experts are loaded least evenly. A given model may have uneven layers; it is its start that counts."""
+    start, now = history.start(ROUTER_BALANCE), history.now(ROUTER_BALANCE, int(steps))
+    fired = not history.is_young and (now < floor or now < share * start)
+    return {ROUTER_BALANCE: now, "start": start} if fired else None
 
 
 def loss_divergence(history: History, *, steps: float, times: float, nats: float) -> Evidence | None:

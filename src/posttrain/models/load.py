@@ -30,6 +30,7 @@ from posttrain.models.offload import OffloadedLayers, checkpoint_layers
 from posttrain.models.policy import Policy
 from posttrain.models.proof import in_float32
 from posttrain.models.read import may_read_shares, read_model
+from posttrain.models.routing import router_loads
 from posttrain.models.selfcheck import ragged_is_exact
 from posttrain.models.sequence import refuse_unless_split
 from posttrain.models.vocabulary import add_tokens, grow, name_tokens
@@ -161,6 +162,8 @@ def load_policy(
         adapted, tokenizer, placement, ragged=ragged, source=keys.base_model, under=under,
         base_moved=moved, sharding=shards, exact=exact, offloaded=offloaded,
     )  # fmt: skip
+    if trainable and not wants_compiling(keys, placement):
+        policy.routing = router_loads(model)
     if trainable and wants_compiling(keys, placement):
         compile_where_it_fits(policy) if keys.torch_compile == "auto" else compile_layers(policy)
     if moved or under is not keys:

@@ -18,6 +18,7 @@ from posttrain.models.embedding_noise import noisy_embeddings
 from posttrain.models.exact import score_tiles, value_of
 from posttrain.models.lengths import by_encoding, forget_lengths, length_rule
 from posttrain.models.offload import OffloadedLayers
+from posttrain.models.routing import RouterLoads
 from posttrain.models.sequence import balancing_loss
 from posttrain.models.weights import NamedTensors, Only, named_weights
 from posttrain.objectives.distill import Head
@@ -65,6 +66,8 @@ class Policy:
     """What is trained, as it was at the start, where the model without its adapter is not that start."""
     frozen: Policy | None = field(default=None, repr=False)
     """A copy of the given model, where it is not this one without its adapter (`load.freeze_reference`)."""
+    routing: RouterLoads | None = field(default=None, repr=False)
+    """What goes to which expert, of a mixture of experts in training."""
     offloaded: OffloadedLayers | None = field(default=None, repr=False)
     """The layers whose frozen weights lie in the machine's memory, where they do."""
     embedding_noise: float = 0.0

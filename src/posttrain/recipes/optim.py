@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -61,7 +62,8 @@ def accumulating(policy: Policy, micros: Sequence[MicroBatch[T]], *, more: bool 
     """The micro-batches of a step in order, each with its backward before the next; `more` of the same step come after them."""
     for number, micro in enumerate(micros, start=1):
         policy.sharding.accumulate(policy.model, is_last=number == len(micros) and not more)
-        yield micro
+        with policy.routing.counting(on=not micro.idle) if policy.routing else nullcontext():
+            yield micro
 
 
 def update(
@@ -74,6 +76,7 @@ def update(
     """
     sharding, parameters = policy.sharding, [p for _, p in policy.trainable()]
     report = {"grad_norm": sharding.clip_grad_norm(parameters, stage.keys.max_grad_norm), "learning_rate": lr}
+    report |= policy.routing.metrics(stage.processes) if policy.routing else {}
     if not stage.guard.allows(step, {**values, **report}):
         optimizer.zero_grad(set_to_none=True)
         return report | {"skipped_step": 1.0}
