@@ -348,7 +348,12 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 def stacked_experts(layer: nn.Module) -> list[nn.Module]:
     """What holds all experts of a layer, one tensor for each of their matrices; with the adapters around it, which read those."""
-    names = [n for n, module in layer.named_modules() if any(p.ndim == 3 for p in module.parameters(recurse=False))]
+    # Convolutions are read from outside of their own forward, and have three dimensions too.
+    names = [
+        name
+        for name, module in layer.named_modules()
+        if type(module).__name__.endswith("Experts") and any(p.ndim == 3 for p in module.parameters(recurse=False))
+    ]
     while wrapped := [name for name in names if name.endswith(".base_layer")]:
         names = [name.removesuffix(".base_layer") if name in wrapped else name for name in names]
     return [layer.get_submodule(name) for name in dict.fromkeys(names) if name]
