@@ -131,7 +131,7 @@ def test_curves_zoom_by_mouse_and_keys_smooth_and_say_their_values(serve, visit)
     until(page, "document.querySelector('.tools [role=status]').textContent.includes(', steps')")
     page.locator("#smoothing").fill("0.9")
     assert page.locator(".curves path.raw").count() > 0
-    page.get_by_text("Values of Reward").click()
+    page.get_by_text("Values of Reward", exact=True).click()
     assert page.locator(".curves table tr").count() > 5
     assert "not finite" in page.locator(".curves").text_content()
     page.select_option("[aria-label='Draw another metric']", "num_tokens")
