@@ -70,6 +70,13 @@ def test_what_was_judged_is_not_asked_again_unless_something_changed(judge, judg
         assert len(requests) == 6
 
 
+def test_a_name_at_a_server_is_no_path(judge, judging, tmp_path):
+    (tmp_path / "m").mkdir()
+    with judging(polite) as (url, requests):
+        scored(judge(url), ["please"])
+    assert requests[0]["model"] == "m"
+
+
 def test_the_key_comes_from_the_environment_and_stands_nowhere(judge, monkeypatch, tmp_path, judging):
     monkeypatch.setenv("MY_KEY", "s3cret")
     with judging(polite) as (url, requests):
@@ -196,7 +203,13 @@ def test_its_digest_moves_with_its_file(judge):
 def test_a_model_of_this_process_judges_and_is_part_of_the_digest(make_local_model, tmp_path):
     model = make_local_model("qwen3")
     path = tmp_path / "local.yaml"
-    keys = {"model": str(model), "cache": "./kept", "max_tokens": 4, "verdict": "(?s)^(.).*$", "scale": [-1, 1]}
+    keys = {
+        "model": f"../{model.relative_to(tmp_path.parent)}" if model.is_relative_to(tmp_path.parent) else str(model),
+        "cache": "./kept",
+        "max_tokens": 4,
+        "verdict": "(?s)^(.).*$",
+        "scale": [-1, 1],
+    }
     path.write_text(yaml.safe_dump(keys))
     before = learned_digest(f"judge:{path}")
     one, two = scored(f"judge:{path}", ["x", "y"]), scored(f"judge:{path}", ["x", "y"])

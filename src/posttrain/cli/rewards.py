@@ -105,7 +105,7 @@ def _show_changes(rows: Sequence[Rescored]) -> None:
         largest = Table("step", "before", "after", "completion", title="paid most otherwise")
         for row in moved:
             text = row.completion if isinstance(row.completion, str) else str(row.completion[-1]["content"])
-            largest.add_row(str(row.step + 1), f"{row.before:.4g}", f"{row.after:.4g}", escape(text[:100]))
+            largest.add_row(str(row.step + 1), f"{row.before:.4g}", f"{row.after:.4g}", escape(repr(text[:100])))
         console.print(largest)
     if failed := next((row.error for row in rows if row.error), None):
         console.print(f"first that could not be scored: {escape(failed)}", soft_wrap=True)

@@ -84,11 +84,6 @@ def _suite(path: str, folder: Path) -> str:
     return f"{LM_EVAL}{found}{query}{options}"
 
 
-def _judge(model: str, folder: Path) -> str:
-    """A name at a server too, which may be anything."""
-    return resolve_path(model, folder)
-
-
 def _reward(entry: str, folder: Path) -> str:
     if entry.startswith(JUDGE):
         return JUDGE + _existing(entry.removeprefix(JUDGE), folder)
@@ -150,7 +145,6 @@ PATH_RULES: tuple[tuple[type[Keys], str, Callable[[str, Path], str]], ...] = (
     (EpisodeKeys, "tools", _tools),
     (TeacherKeys, "model", _teacher),
     (TeacherKeys, "adapter", _existing),
-    (JudgeKeys, "model", _judge),
     (JudgeKeys, "cache", _output),
     (PipelineKeys, "base_model", _existing_or_hub),
     (PipelineKeys, "output_dir", _output),

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from posttrain.config.judge import JudgeKeys
 from posttrain.config.load import load_judge
-from posttrain.config.stages import ModelKeys
+from posttrain.config.stages import ModelKeys, resolve_path
 from posttrain.data.cache import cache_root
 from posttrain.data.render import chat_ids
 from posttrain.errors import DataError, ModelError, RewardError
@@ -258,5 +258,7 @@ class LocalJudge:
 def load_judge_reward(file: Path | str, device: str) -> JudgeReward:
     """Raises: ConfigError, ModelError."""
     keys = load_judge(Path(file))
+    if keys.url is None:  # at a server it is a name, whatever lies beside the file
+        keys = keys.model_copy(update={"model": resolve_path(keys.model, Path(file).parent)})
     asked = LocalJudge(keys, device) if keys.url is None else JudgeServer(keys, f"{keys.url} {keys.model}")
     return JudgeReward(keys, asked)

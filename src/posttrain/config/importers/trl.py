@@ -117,7 +117,7 @@ ROWS: dict[str, KeyFate] = {
     "sync_ref_model": refused("the reference is the model the stage starts from, and stays", "take it out"),
     **rows(left("it is read with sync_ref_model only"), "ref_model_mixup_alpha", "ref_model_sync_steps"),
     "reward_funcs": joint("reward_funcs"),
-    "reward_model_name_or_path": refused("a model as reward is not asked here", "name reward functions"),
+    "reward_model_name_or_path": refused("a model as reward is named among the rewards here", "write reward_funcs: [model:FOLDER]"),
     "reward_weights": to("reward_weights"),
     "num_generations": to("num_generations"),
     "generation_batch_size": joint("num_prompts_per_step"),
