@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 
 from posttrain.config.judge import JudgeKeys
 from posttrain.config.load import load_judge
-from posttrain.config.stages import ModelKeys, resolve_path
+from posttrain.config.paths import resolve_path
+from posttrain.config.stages import ModelKeys
 from posttrain.data.cache import cache_root
 from posttrain.data.render import chat_ids
 from posttrain.errors import DataError, ModelError, RewardError
