@@ -98,7 +98,7 @@ def test_an_override_for_a_stage_that_is_not_there(write, pipeline_text):
         ("./base", "./bse", "train.yaml:2: base_model: ./bse does not exist in"),
         ("base_model: ./base", "seed: 1", "train.yaml:1: base_model: missing; every pipeline configuration needs it"),
         ("evals/format.jsonl", "evals/frmat.jsonl", "train.yaml:3: evals.format.path: evals/frmat.jsonl does not exist in evals; did you mean format.jsonl?"),
-        ("evals/format.jsonl }", "{path: evals/format.jsonl, n: 2} }", "train.yaml:3: evals.format.n: unknown key; valid: path, num_samples"),
+        ("evals/format.jsonl }", "{path: evals/format.jsonl, n: 2} }", "train.yaml:3: evals.format.n: unknown key; valid: env, tools, max_turns, env_timeout_s, env_workers, path, num_samples"),
         ("- sft:  {", "- stf:  {", "train.yaml:5: stages.1: no such stage: stf; expected one of sft, dpo, reward_model, grpo, distill; did you mean sft?"),
         ("- sft:  {", "- sft:\n    dpo:  {", "stages.1: got a mapping with sft, dpo, expected one of sft, dpo, reward_model, grpo, distill with its keys"),
         ("- sft:  {", "- sft\n  - sft:  {", "train.yaml:5: stages.1: got 'sft', expected one of sft, dpo, reward_model, grpo, distill with its keys"),
