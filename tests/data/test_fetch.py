@@ -3,6 +3,7 @@
 import gzip
 import http.server
 import importlib.util
+import os
 import threading
 
 import fsspec
@@ -67,9 +68,24 @@ def test_a_file_is_taken_once_and_again_when_it_changed(downloads):
     assert content_digest(source(uri)) != first and downloads == [uri, uri]
 
 
+class Silent(http.server.SimpleHTTPRequestHandler):
+    """Names neither a time nor a version of what it gives."""
+
+    def send_header(self, keyword, value):
+        if keyword != "Last-Modified":
+            super().send_header(keyword, value)
+
+
+class Breaking(http.server.SimpleHTTPRequestHandler):
+    """Promises more bytes than it gives."""
+
+    def send_header(self, keyword, value):
+        super().send_header(keyword, str(int(value) + 9) if keyword == "Content-Length" else value)
+
+
 @pytest.fixture
-def server(tmp_path):
-    class Quiet(http.server.SimpleHTTPRequestHandler):
+def server(tmp_path, request):
+    class Quiet(getattr(request, "param", http.server.SimpleHTTPRequestHandler)):
         def __init__(self, *args):
             super().__init__(*args, directory=str(tmp_path))
 
@@ -86,8 +102,45 @@ def test_a_web_server_gives_rows(server, tmp_path):
     pytest.importorskip("aiohttp", reason="needs aiohttp, which datasets brings")
     (tmp_path / "rows.jsonl.gz").write_bytes(compressed(".gz"))
     assert [row["text"] for _, row in read_source(source(f"{server}/rows.jsonl.gz")).rows] == ["one", "two"]
-    with pytest.raises(DataError, match=r"/none.jsonl: could not be read: .*; check the name"):
+    with pytest.raises(DataError, match=r"/none.jsonl: could not be read: the server answered 404; check the name"):
         read_source(source(f"{server}/none.jsonl"))
+
+
+@pytest.mark.parametrize("server", [http.server.SimpleHTTPRequestHandler, Silent], indirect=True)
+def test_a_web_server_s_file_of_the_same_size_is_taken_again(server, tmp_path):
+    """The first names the time of the last change, the second nothing at all."""
+    pytest.importorskip("aiohttp", reason="needs aiohttp, which datasets brings")
+    rows = tmp_path / "rows.jsonl"
+    for number, word in enumerate(("one", "two")):
+        rows.write_text(f'{{"text": "{word}"}}\n')
+        os.utime(rows, (1_700_000_000 + 60 * number,) * 2)
+        assert [row["text"] for _, row in read_source(source(f"{server}/rows.jsonl")).rows] == [word]
+
+
+@pytest.mark.parametrize("server", [Breaking], indirect=True)
+def test_a_download_that_breaks_off_is_said_and_not_kept(server, tmp_path, monkeypatch):
+    pytest.importorskip("aiohttp", reason="needs aiohttp, which datasets brings")
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "rows.jsonl").write_text(TEXT)
+    with pytest.raises(DataError, match=r"/rows.jsonl: could not be read: .*that it is whole"):
+        read_source(source(f"{server}/rows.jsonl"))
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+LONG = "".join(f'{{"text": "{number}"}}\n' for number in range(200_000))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_compressed_file_that_is_cut_or_damaged_gives_no_rows(tmp_path, suffix):
+    """zstandard's own reader takes the end of a cut file for the end of the rows."""
+    whole, file = compressed(suffix, LONG), tmp_path / f"rows.jsonl{suffix}"
+    damaged = whole[:10] + bytes([0xFF] * 8) + whole[18:]
+    for data in (whole[: len(whole) // 2], whole[:-1], damaged, b"no such thing", whole + b"and more"):
+        file.write_bytes(data)
+        with pytest.raises(DataError, match=rf"rows.jsonl{suffix}: could not be read: "):
+            read_source(source(file))
+    file.write_bytes(whole + whole)
+    assert len(read_source(source(file)).rows) == 400_000
 
 
 def test_a_stage_trains_on_rows_from_elsewhere(train, data_dir):
@@ -117,6 +170,7 @@ def test_what_is_wrong_in_a_fetched_file_is_said_of_it(tokenizer, tmp_path):
         ("memory://nowhere/rows.jsonl", "could not be read"),
         ("gopher://x/rows.jsonl", "expected https://, s3://, gs:// or another of fsspec's"),
         ("none.jsonl.gz", "none.jsonl.gz: no such file"),
+        ("http://[::1/rows.jsonl", "Invalid IPv6 URL; expected https://HOST/FILE"),
     ],
 )
 def test_what_cannot_be_fetched_is_named(path, said):
