@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.cli.app import _run
-from posttrain.cli.init import GOALS, SAMPLES
+from posttrain.cli.init import GOALS, OWN_REWARD, SAMPLES
 from posttrain.config.load_pipeline import load_pipeline
 from posttrain.report.records import read_run
 
@@ -97,18 +97,67 @@ def test_what_is_not_answered_is_named(monkeypatch, capsys, tmp_path):
         (["--goal", "imitate", "--reward", "boxed"], "is told by its rows alone"),
         (["--goal", "imitate", "--data", "none.jsonl"], "none.jsonl: no such file"),
         (["--goal", "solve", "--data", "bare.jsonl"], "a column `answer`, and there is prompt"),
-        (["--goal", "solve", "--reward", "nothing.py:here"], "nothing.py does not exist"),
+        (["--goal", "solve", "--reward", "nothing.py:here"], "no file nothing.py"),
+        (["--goal", "solve", "--reward", "own.py:corect"], "no function 'corect'; did you mean 'correct'?"),
+        (["--goal", "solve", "--reward", "boxd"], "did you mean 'boxed'?"),
+        (["--goal", "solve", "--reward", "model:nothing"], "model:nothing"),
+        (["--goal", "imitate", "--model", "./none"], "./none does not exist"),
         (["--goal", "imitate", "--machine", "1xabacus"], "no card abacus"),
         (["--goal", "imitate", "--machine", "eight"], "expected COUNTxCARD"),
     ],
 )
 def test_what_could_not_run_is_refused_and_nothing_is_left_behind(project, data_dir, words, said, capsys, tmp_path):
     (tmp_path / "sft.jsonl").write_text((data_dir / "sft.jsonl").read_text())
+    (tmp_path / "own.py").write_text("def correct(completions, **columns):\n    return [0.0 for _ in completions]\n")
     (tmp_path / "bare.jsonl").write_text('{"prompt": "What is 1 plus 1?"}\n')
     code, folder = project("imitate", *words)
     assert code == 64
     assert said in capsys.readouterr().err
-    assert not [path for path in folder.rglob("*") if path.is_file()]
+    assert not list(folder.rglob("*"))
+
+
+@pytest.mark.parametrize("file", ["rewards.py:other", OWN_REWARD])
+def test_a_reward_that_is_there_is_looked_into_before_anything_is_written(project, tmp_path, file, capsys):
+    (tmp_path / "rewards.py").write_text("def other(completions, **columns):\n    return [0.0 for _ in completions]\n")
+    code, folder = project("solve", "--reward", file)
+    assert code == (0 if file == "rewards.py:other" else 64)
+    if code:
+        assert "no function 'correct' (it defines other)" in capsys.readouterr().err and not folder.exists()
+
+
+def test_a_base_without_a_chat_template_learns_conversations_by_one_that_is_written(tmp_path, make_local_model, monkeypatch, data_dir, capsys):  # fmt: skip
+    raw = make_local_model("qwen3")
+    (raw / "chat_template.jinja").unlink()
+    words = ["--model", str(raw), "--goal", "imitate", "--machine", "cpu", "--yes"]
+    assert _run(["init", str(tmp_path / "p"), *words]) == 0
+    code, run = run_once(tmp_path / "p", "imitate")
+    assert code == 0, capsys.readouterr().err
+    assert (run.folder / "stages/01-sft/model/chat_template.jinja").exists()
+    (tmp_path / "texts.jsonl").write_text('{"text": "It rains."}\n')
+    assert _run(["init", str(tmp_path / "texts"), "--data", str(tmp_path / "texts.jsonl"), *words]) == 0
+    assert not (tmp_path / "texts" / "chat.jinja").exists(), "texts need none"
+
+
+@pytest.mark.parametrize("text", ["{", "\xff", "[]"])
+def test_a_tokenizer_that_cannot_be_read_is_said_in_one_line(tmp_path, make_local_model, text, capsys):
+    raw = make_local_model("qwen3")
+    (raw / "chat_template.jinja").unlink()
+    (raw / "tokenizer_config.json").write_bytes(text.encode("latin-1"))
+    assert _run(["init", str(tmp_path / "p"), "--model", str(raw), "--goal", "solve", "--yes"]) == 64
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_link_in_the_folder_is_not_written_through(project, tmp_path, capsys):
+    (tmp_path / "my imitate").mkdir()
+    (tmp_path / "my imitate" / "pipeline.yaml").symlink_to(tmp_path / "elsewhere.yaml")
+    code, _ = project("imitate")
+    assert code == 64 and "pipeline.yaml is there already" in capsys.readouterr().err
+    assert not (tmp_path / "elsewhere.yaml").exists()
+
+
+def test_what_to_type_next_can_be_pasted(project, capsys, tmp_path):
+    project("imitate")
+    assert f"posttrain run '{tmp_path}/my imitate/pipeline.yaml'" in capsys.readouterr().out
 
 
 def test_a_base_that_never_learnt_to_answer_is_refused_for_other_goals(tmp_path, make_local_model, monkeypatch, capsys):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -166,17 +169,23 @@ def write_project(folder: Path, answers: Answers) -> list[str]:
 
     _check_base(answers)
     _check_answers(answers)
+    _check_reward(answers)
     pipeline, kind = folder / "pipeline.yaml", GOALS[answers.goal].kind
     files = _files(answers)
-    taken = [name for name in (*files, pipeline.name, "README.md") if (folder / name).exists()]
+    taken = [name for name in (*files, pipeline.name, "README.md") if os.path.lexists(folder / name)]
     if taken:
         raise ConfigError(f"{folder / taken[0]} is there already; name another folder, or take it away")
     written: list[Path] = []
 
     def put(name: str, text: str) -> None:
-        written.append(folder / name)
-        written[-1].parent.mkdir(parents=True, exist_ok=True)
-        written[-1].write_text(text, encoding="utf-8")
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with path.open("w" if path in written else "x", encoding="utf-8") as file:
+                written.append(path)
+                file.write(text)
+        except FileExistsError:
+            raise ConfigError(f"{path} was made by somebody else just now; name another folder") from None
 
     try:
         for name, source in files.items():
@@ -190,32 +199,52 @@ def write_project(folder: Path, answers: Answers) -> list[str]:
     except BaseException:
         for path in written:
             path.unlink(missing_ok=True)
+        for inside in {path.parent for path in written} - {folder}:
+            with suppress(OSError):  # somebody has files there
+                inside.rmdir()
         raise
     return [*(f"wrote {path}" for path in dict.fromkeys(written)), *found]
 
 
 def _check_base(answers: Answers) -> None:
     """Raises: ConfigError if the stage would start on a base that never learnt to answer."""
-    import json
-
-    place = Path(answers.model).expanduser()
-    if answers.goal == "imitate" or not place.is_dir():
-        return
-    told = place / "tokenizer_config.json"
-    has = (place / "chat_template.jinja").exists() or (
-        told.exists() and json.loads(told.read_text()).get("chat_template")
-    )
-    if not has:
+    if answers.goal != "imitate" and _is_raw(answers.model):
         raise ConfigError(
             f"{answers.model} has no chat template, so it was never tuned to answer, and --goal {answers.goal} would mostly see noise; "
             "begin with --goal imitate, and give this goal the model that it makes (runs/NAME/stages/01-sft/model)"
         )
 
 
+def _is_raw(model: str) -> bool:
+    """Whether this is a local base without a chat template. Raises: ConfigError for a tokenizer that cannot be read."""
+    place = Path(model).expanduser()
+    told = place / "tokenizer_config.json"
+    if not place.is_dir() or (place / "chat_template.jinja").exists():
+        return False
+    try:
+        config = json.loads(told.read_bytes()) if told.exists() else {}
+    except ValueError as error:
+        raise ConfigError(f"{told}: not JSON: {error}; download the model again") from None
+    return not isinstance(config, dict) or not cast("dict[str, Any]", config).get("chat_template")
+
+
+def _check_reward(answers: Answers) -> None:
+    """Raises: ConfigError for one that is not there; nothing of it is executed."""
+    from posttrain.rewards.resolve import check_spec
+
+    if answers.goal == "solve" and not _own_reward(answers):
+        check_spec(answers.reward)
+
+
+def _own_reward(answers: Answers) -> bool:
+    """Whether the project gets a reward of its own."""
+    return answers.reward == OWN_REWARD and not Path("rewards.py").exists()
+
+
 def _check_answers(answers: Answers) -> None:
     """Raises: DataError if the reward that is written has nothing to compare with."""
     columns = {name for _, row in _rows(answers.data) for name in row}
-    if answers.reward == OWN_REWARD and not Path("rewards.py").exists() and columns and "answer" not in columns:
+    if _own_reward(answers) and columns and "answer" not in columns:
         raise DataError(
             f"{answers.data}: the reward of a new project compares with a column `answer`, and there is {', '.join(sorted(columns))}; rename it, "
             "or give your own with --reward file.py:function"
@@ -227,9 +256,19 @@ def _files(answers: Answers) -> dict[str, Path]:
     files = {}
     if not answers.data:
         files["data/train.jsonl"] = SAMPLES / f"{GOALS[answers.goal].sample or answers.goal}.jsonl"
-    if answers.reward == OWN_REWARD and not Path("rewards.py").exists():
+    if _brings_a_template(answers):
+        files["chat.jinja"] = SAMPLES / "chat.jinja"
+    if _own_reward(answers):
         files["rewards.py"] = SAMPLES / "rewards.py"
     return files
+
+
+def _brings_a_template(answers: Answers) -> bool:
+    """Whether conversations are to be rendered for a base that has no chat template; hub models are not looked into."""
+    if answers.goal != "imitate" or not _is_raw(answers.model):
+        return False
+    cells = [cell for _, row in _rows(answers.data) for cell in row.values()]
+    return not answers.data or any(isinstance(cell, list) and cell and isinstance(cell[0], dict) for cell in cells)
 
 
 def _stage(folder: Path, answers: Answers) -> dict[str, Any]:
@@ -238,16 +277,26 @@ def _stage(folder: Path, answers: Answers) -> dict[str, Any]:
         "datasets": [{"path": _place(answers.data, folder) if answers.data else "data/train.jsonl"}]
     }
     if answers.goal == "solve":
-        file, colon, function = answers.reward.rpartition(":")
-        own = answers.reward == OWN_REWARD and not Path("rewards.py").exists()
-        keys["reward_funcs"] = [answers.reward if own else f"{_place(file, folder)}{colon}{function}"]
+        keys["reward_funcs"] = [OWN_REWARD if _own_reward(answers) else _reward(answers.reward, folder)]
     elif answers.goal == "distill":
         keys["teachers"] = [{"model": _place(answers.reward, folder)}]
     elif answers.goal == "prefer" and any("label" in row for _, row in _rows(answers.data)):
         keys["loss_type"] = "kto"
+    if _brings_a_template(answers):
+        keys["chat_template"] = "chat.jinja"
     if answers.machine == "cpu":
         keys["device"] = "cpu"
     return {**keys, **goal.keys}
+
+
+def _reward(spec: str, folder: Path) -> str:
+    """A reward of the shell as the project's YAML has it."""
+    from posttrain.grading.learned import split_learned
+
+    if learned := split_learned(spec):
+        return f"{learned[0]}{_place(learned[1], folder)}"
+    file, colon, function = spec.rpartition(":")
+    return f"{_place(file, folder)}{colon}{function}"
 
 
 def _place(path: str, folder: Path) -> str:
@@ -293,10 +342,10 @@ def _fitting(pipeline: Path, kind: str, answers: Answers) -> tuple[Mapping[str, 
     from posttrain.planner import cannot_fit, fits
 
     cards = None if answers.machine in ("this", "cpu") else answers.machine
-    target = target_of(cards, "this", 1, False)
+    target, typed = target_of(cards, "this", 1, False), shlex.quote(str(pipeline))
     next_ = [
-        f"next: posttrain data {pipeline}, posttrain plan {pipeline}",
-        *start_lines(pipeline, "run", target.cluster.nodes, target.cluster.per_node)[1:],
+        f"next: posttrain data {typed}, posttrain plan {typed}",
+        *start_lines(Path(typed), "run", target.cluster.nodes, target.cluster.per_node)[1:],
     ]
     for rung in LADDER:
         sets = [f"{kind}.{key}={str(value).lower()}" for key, value in rung.items()]
