@@ -1,70 +1,22 @@
 """Ranks that share a micro-batch, each a part of its tokens, learn what one process learns."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from tests.distributed import sequence_runner
 
 from posttrain.config.stages import ModelKeys
+from posttrain.distributed.ranks import join_ranks
 from posttrain.errors import ModelError
 from posttrain.models.load import load_config
 from posttrain.models.sequence import refuse_unless_split
 
-SCRIPT = """
-import json, os, sys
-from pathlib import Path
-import torch
-from posttrain.distributed.ranks import join_ranks
-from posttrain.distributed.sharding import ShardingSpec, sharding_over
-from posttrain.models.batch import pack
-from posttrain.models.load import load_policy
-from posttrain.types import TokenSeq
-import stage_runner
-
-torch.set_num_threads(1)
-job, found = json.loads(sys.argv[1]), {}
-
-def sequence(*ids):
-    return TokenSeq(ids, tuple(place > 2 for place in range(len(ids))))
-
-shared = tuple(range(5, 60))
-BATCHES = {
-    "documents": [[sequence(*range(3 + i, 20 + 3 * i))] for i in range(4)],
-    "trees": [[sequence(*shared, *range(7, 50), 3 + i, *range(9 + i, 40)) for i in range(2)], [sequence(*shared[:9], 8 * i, 5) for i in range(3)]],
-    "fewer tokens than ranks": [[sequence(4, 5, 6, 7)]],
-}
-with join_ranks() as ranks:
-    for name, (model, options) in job["rows"].items():
-        keys = stage_runner.keys_of("sft", Path(model), Path(job["data"]), **options)
-        size = ranks.world_size if ranks.world_size > 1 else 1
-        policy = load_policy(keys, sharding=sharding_over(ranks, ShardingSpec(sp_size=size)))
-        held = []
-        layer = policy.base.get_decoder().layers[0]
-        layer.register_forward_pre_hook(lambda module, given: held.append(given[0].shape[1]))
-        for batch_name, families in BATCHES.items():
-            held.clear()
-            batch = pack(families)
-            policy.model.train()
-            scores = policy.score(batch, entropy=True, top1=True)
-            weights = torch.linspace(-1.0, 2.0, len(scores.logp_M))
-            loss = (weights * scores.logp_M).sum() + scores.entropy_M.mean()
-            if scores.aux_loss is not None:
-                loss = loss + scores.aux_loss
-            loss.backward()
-            gradients = {n: policy.sharding.whole(p.grad).double() for n, p in policy.trainable() if p.grad is not None}
-            policy.model.zero_grad(set_to_none=True)
-            tokens = len(batch.input_ids_N)
-            tokens = max(tokens, ranks.world_size)
-            assert sum(ranks.gather(held[0])) == tokens and (ranks.world_size == 1 or held[0] <= -(-tokens // ranks.world_size))
-            found[name + ", " + batch_name] = {
-                "loss": float(loss.detach()), "logp": scores.logp_M.tolist(), "top1": scores.top1_M.tolist(),
-                "gradients": {n: [float(g.norm()), float((g * torch.linspace(-1, 1, g.numel()).view_as(g)).sum())] for n, g in gradients.items()},
-            }
-    if ranks.is_main:
-        Path(os.environ["FOUND"]).write_text(json.dumps(found))
-"""
+ROOT = Path(__file__).parents[2]
 ROWS = {
     "grouped heads": ("llama", {}),
     "a window": ("mistral", {}),
@@ -89,19 +41,6 @@ def _same(found, one):
             )
 
 
-@pytest.mark.parametrize(
-    ("ranks", "names"),
-    [
-        (2, ["grouped heads", "experts"]),
-        pytest.param(2, list(ROWS), marks=pytest.mark.slow),
-        pytest.param(4, list(ROWS), marks=pytest.mark.slow),
-    ],
-)
-def test_scores_and_gradients_are_those_of_one_process(ranks, names, model_dir, data_dir, found_by):
-    job = {"data": str(data_dir), "rows": {name: (str(model_dir(ROWS[name][0])), ROWS[name][1]) for name in names}}
-    _same(found_by(ranks, SCRIPT, job), found_by(1, SCRIPT, job))
-
-
 SHARED = {"sharding": {"sp_size": 2}, "learning_rate": 1e-4, "max_steps": 2}
 STAGES = {
     "sft": {"packing": True, "sequence_len": 64, "per_device_train_batch_size": 1, "num_processes": 2, "save_steps": 1},
@@ -111,12 +50,55 @@ STAGES = {
 }
 
 
-def _started(runner, ranks, jobs):
+CASES = {
+    "fast": (2, ["grouped heads", "experts"], ["sft", "grpo"]),
+    "two": (2, list(ROWS), ["sft", "dpo", "reward_model"]),
+    "four": (4, list(ROWS), list(STAGES)),
+}
+"""Name → ranks, the rows that they score, the stages that they take."""
+ALL_CASES = ["fast", *(pytest.param(name, marks=pytest.mark.slow) for name in ("two", "four"))]
+
+
+@pytest.fixture(scope="module")
+def shared(model_dir, data_dir, tmp_path_factory):
+    """`shared("fast")`: what the ranks of a case, started once, found, and their jobs with the folders that they wrote."""
+    done = {}
+
+    def call(case):
+        if case not in done:
+            done[case] = _started(case, model_dir, data_dir, tmp_path_factory.mktemp(case))
+        return done[case]
+
+    return call
+
+
+def _started(case, model_dir, data_dir, folder):
+    ranks, names, kinds = CASES[case]
+    common = {"model": str(model_dir("llama")), "data": str(data_dir)}
+    jobs = [{**common, "kind": k, "folder": str(folder / k), "options": {**SHARED, **STAGES[k]}} for k in kinds]
+    if ranks == 4:  # two pairs: the rows of two processes
+        for job in jobs:
+            job["options"] |= {"num_processes": 4} if "num_processes" in job["options"] else {}
+    jobs.append({**jobs[0], "folder": str(folder / "stopped"), "stop_after": 1})
+    job = {"data": str(data_dir), "rows": _rows(names, model_dir), "jobs": jobs}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     done = subprocess.run(
-        [*launcher, runner.__file__, json.dumps(jobs)], capture_output=True, text=True, timeout=400, check=False
-    )
+        [*launcher, "-m", sequence_runner.__name__, json.dumps(job)], check=False, capture_output=True, text=True,
+        timeout=400, cwd=ROOT, env={**os.environ, "FOUND": str(folder / "found.json")},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads((folder / "found.json").read_text()), jobs
+
+
+def _rows(names, model_dir):
+    return {name: (str(model_dir(ROWS[name][0])), ROWS[name][1]) for name in names}
+
+
+@pytest.mark.parametrize("case", ALL_CASES)
+def test_scores_and_gradients_are_those_of_one_process(case, shared, model_dir, data_dir):
+    with join_ranks() as alone:
+        one = sequence_runner.scored(data_dir, _rows(CASES[case][1], model_dir), alone)
+    _same(shared(case)[0], one)
 
 
 def _learned_alike(runner, found, one):
@@ -129,38 +111,20 @@ def _learned_alike(runner, found, one):
         assert (runner.weights(found)[name] - tensor).abs().max() < 2e-5, name
 
 
-def _jobs(kinds, model, data_dir, folder):
-    common = {"model": str(model), "data": str(data_dir)}
-    return [{**common, "kind": k, "folder": str(folder / k), "options": {**SHARED, **STAGES[k]}} for k in kinds]
-
-
-@pytest.mark.parametrize(
-    ("ranks", "kinds"),
-    [
-        (2, ["sft", "grpo"]),
-        pytest.param(2, ["sft", "dpo", "reward_model"], marks=pytest.mark.slow),
-        pytest.param(4, list(STAGES), marks=pytest.mark.slow),
-    ],
-)
-def test_stages_take_the_steps_of_one_process_which_goes_on_from_them(
-    ranks, kinds, runner, model_dir, data_dir, tmp_path
-):
+@pytest.mark.parametrize("case", ALL_CASES)
+def test_stages_take_the_steps_of_one_process_which_goes_on_from_them(case, shared, runner, tmp_path):
     """A pair of ranks counts as one where rows are dealt; their checkpoint and their model are those of any ranks."""
-    jobs = _jobs(kinds, model_dir("llama"), data_dir, tmp_path)
-    if ranks == 4:  # two pairs: the rows of two processes
-        for job in jobs:
-            job["options"] |= {"num_processes": 4} if "num_processes" in job["options"] else {}
-    stopped = {**jobs[0], "folder": str(tmp_path / "stopped"), "stop_after": 1}
-    _started(runner, ranks, [*jobs, stopped])
-    for job in jobs:
-        keys = runner.keys_of(job["kind"], model_dir("llama"), data_dir, **job["options"])
-        folder = tmp_path / f"{job['kind']} alone"
+    *jobs, stopped = shared(case)[1]
+
+    def alone(job, folder):
+        keys = runner.keys_of(job["kind"], Path(job["model"]), Path(job["data"]), **job["options"])
         runner.run_stage(job["kind"], folder, keys)
-        _learned_alike(runner, tmp_path / job["kind"], folder)
-    runner.run_stage(
-        "sft", tmp_path / "stopped", runner.keys_of("sft", model_dir("llama"), data_dir, **jobs[0]["options"])
-    )
-    _learned_alike(runner, tmp_path / "stopped", tmp_path / "sft")
+        return folder
+
+    for job in jobs:
+        _learned_alike(runner, Path(job["folder"]), alone(job, tmp_path / job["kind"]))
+    assert not (Path(stopped["folder"]) / "result.json").exists()
+    _learned_alike(runner, alone(stopped, Path(stopped["folder"])), Path(jobs[0]["folder"]))
 
 
 @pytest.mark.parametrize(

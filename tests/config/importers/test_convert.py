@@ -7,6 +7,7 @@ import pytest
 from posttrain.config import load_stage
 from posttrain.config.importers.convert import import_file
 from posttrain.config.importers.read import TOOLS, read_foreign
+from posttrain.config.stages import ShardingKeys
 from posttrain.errors import ConfigError
 
 AXOLOTL = """\
@@ -332,3 +333,30 @@ def test_data_on_a_server_is_named_where_it_lies(imported):
     made, loaded = imported(AXOLOTL.replace("path: teknium/GPT4-LLM-Cleaned", "path: s3://bucket/rows.jsonl"))
     assert loaded.keys.datasets[0].path == "s3://bucket/rows.jsonl"
     assert "path: s3://bucket/rows.jsonl" in made.text
+
+
+SPLIT = [
+    ("context_parallel_size: 4", {"sp_size": 4}),
+    ("sequence_parallel_degree: 2\ncontext_parallel_size: 2", {"sp_size": 2}),
+    ("dp_shard_size: 2\ncontext_parallel_size: 4", {"sp_size": 4, "dp_shard_size": 8}),
+    ("context_parallel_size: 1", {}),
+    ("context_parallel_size: 0", {}),
+]
+
+
+@pytest.mark.parametrize(("lines", "sharding"), SPLIT)
+def test_processes_that_share_a_sequence_do_so_here(lines, sharding, imported):
+    loaded = imported(AXOLOTL + lines + "\n")[1]
+    assert loaded.keys.sharding == ShardingKeys(**sharding)
+
+
+def test_llama_factorys_too_and_a_size_that_is_none_is_refused(imported):
+    loaded = imported(
+        LLAMAFACTORY + "dataset_dir: data\nsequence_parallel_size: 2\nsequence_parallel_mode: zigzag-ring\n"
+    )[1]
+    assert loaded.keys.sharding.sp_size == 2
+    for size in ("many", "-2", "1.5"):
+        with pytest.raises(ConfigError, match=f"context_parallel_size: {size} has no counterpart here"):
+            imported(AXOLOTL + f"context_parallel_size: {size}\n")
+    with pytest.raises(ConfigError, match="stands against sharding"):
+        imported(AXOLOTL + "context_parallel_size: 2\nsequence_parallel_degree: 4\n")

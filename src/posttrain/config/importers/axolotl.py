@@ -15,6 +15,7 @@ from posttrain.config.importers.fates import (
     rows,
     to,
 )
+from posttrain.config.importers.sharded import SPLIT, tokens_over
 from posttrain.config.importers.values import (
     BF16,
     GENERATION,
@@ -39,6 +40,7 @@ _LORA = "take it out to train the adapter as PEFT starts it, or train with Axolo
 ROWS: dict[str, KeyFate] = {
     **TRAINER,
     "dp_shard_size": to("sharding", lambda size: {"dp_shard_size": size}),
+    **rows(to("sharding", tokens_over, SPLIT, "give the number of processes that share a sequence"), "context_parallel_size", "sequence_parallel_degree"),
     **rows(left(KERNELS), "flash_attention", "sdp_attention", "xformers_attention", "flex_attention", "eager_attention", "sage_attention",
            "flash_attn_cross_entropy", "flash_attn_rms_norm", "flash_attn_fuse_qkv", "flash_attn_fuse_mlp", "flash_optimum", "attn_implementation",
            "flex_attn_compile_kwargs", "fused_attn_kernel", "gemma4_hybrid_attn_impl", "use_kernels", "use_scattermoe", "use_sonicmoe", "use_dsv4_kernels",
@@ -48,7 +50,7 @@ ROWS: dict[str, KeyFate] = {
            "unsloth_cross_entropy_loss", "unsloth_lora_mlp", "unsloth_lora_qkv", "unsloth_lora_o", "unsloth_rms_norm", "unsloth_rope",
            "tiled_mlp", "tiled_mlp_num_shards", "tiled_mlp_use_original_mlp", "llama4_linearized_experts", "batch_flattening"),
     **rows(left(PROCESSES), "ddp", "device_map", "device", "world_size", "fsdp_final_state_dict_type", "dp_replicate_size",
-           "tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree", "expert_parallel_size", "expert_parallel_backend",
+           "tensor_parallel_size", "expert_parallel_size", "expert_parallel_backend",
            "heads_k_stride", "ring_attn_func", "use_ray", "ray_run_name", "ray_num_workers", "resources_per_worker", "torchdistx_path",
            "qlora_sharded_model_loading", "experimental_skip_move_to_device", "lora_on_cpu", "single_gpu_mode"),
     **rows(left(MEMORY), "max_memory", "gpu_memory_limit", "gc_steps", "gc_collect_steps", "embeddings_skip_upcast",

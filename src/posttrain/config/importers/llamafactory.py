@@ -21,6 +21,7 @@ from posttrain.config.importers.fates import (
     to,
 )
 from posttrain.config.importers.llamafactory_data import read_datasets
+from posttrain.config.importers.sharded import SPLIT, tokens_over
 from posttrain.config.importers.templates import named_template
 from posttrain.config.importers.values import (
     GENERATION,
@@ -54,7 +55,9 @@ ROWS: dict[str, KeyFate] = {
     **rows(left(KERNELS), "flash_attn", "enable_liger_kernel", "use_unsloth", "use_unsloth_gc", "use_v1_kernels", "use_kernels", "use_kv_cache", "fused_linear_cross_entropy"),
     **rows(left(MEMORY), "low_cpu_mem_usage", "use_reentrant_gc", "upcast_layernorm", "upcast_lmhead_output", "offload_folder", "use_kt", "kt_config", "kt_cpu_activation",
            "kt_mode", "kt_optimize_rule", "kt_maxlen", "kt_use_cuda_graph", "kt_force_think", "cpu_infer", "chunk_size", "mode"),
-    **rows(left(PROCESSES), "ray_num_workers", "sequence_parallel_size", "sequence_parallel_mode", "use_mca", "master_addr", "master_port"),
+    **rows(left(PROCESSES), "ray_num_workers", "use_mca", "master_addr", "master_port"),
+    "sequence_parallel_size": to("sharding", tokens_over, SPLIT, "give the number of processes that share a sequence"),
+    "sequence_parallel_mode": left(SPLIT),
     **rows(left(GENERATION), "eval_num_beams", "predict_with_generate", "compute_accuracy", "eval_on_each_dataset", "do_sample", "temperature", "top_p", "top_k", "num_beams",
            "max_length", "max_new_tokens", "repetition_penalty", "length_penalty", "skip_special_tokens", "infer_backend", "infer_dtype", "vllm_maxlen", "vllm_gpu_util",
            "vllm_enforce_eager", "vllm_max_lora_rank", "vllm_config", "sglang_maxlen", "sglang_mem_fraction", "sglang_tp_size", "sglang_config", "sglang_lora_backend",

@@ -27,7 +27,18 @@ STRATEGIES: dict[Any, dict[str, Any]] = {
 """FSDP1's sharding strategies and FSDP2's `reshard_after_forward` → keys of ours. (True is 1 in Python, as it is in meaning.)"""
 STAGES: dict[Any, dict[str, Any]] = {0: {"dp_shard_size": 1}, 1: _KEPT | {"sync_each_batch": False}, 2: _KEPT, 3: _ALL}
 """ZeRO's stages → keys of ours. What they leave whole, parameters and gradients, is cut here, and gathered no more often than there."""
+SPLIT = "Ulysses deals the tokens of a sequence here: the numbers of any other way"
 _WORDS: dict[Any, dict[str, Any]] = {**STRATEGIES, "auto_wrap": {}, "offload": {}}
+
+
+def tokens_over(size: Any) -> dict[str, Any]:
+    """Of so many processes that share each sequence. Raises: TypeError, ValueError."""
+    if is_off(size):
+        return {}
+    number = int(size)
+    if number < 1 or (isinstance(size, float) and number != size):
+        raise ValueError(size)
+    return {"sp_size": number} if number > 1 else {}
 
 
 def fsdp_words(value: Any) -> dict[str, Any]:
