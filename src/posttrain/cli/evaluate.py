@@ -130,6 +130,7 @@ def _measure(keys: ModelKeys, plan: SuitesToRun, split: str, folder: Path, order
     from rich.console import Console
 
     from posttrain.pipeline.show import setup_logging
+    from posttrain.recipes.evaluate import Asking
     from posttrain.recipes.evaluate import evaluate as score
 
     console = Console(stderr=True)
@@ -138,7 +139,7 @@ def _measure(keys: ModelKeys, plan: SuitesToRun, split: str, folder: Path, order
     def progress(name: str, done: int, total: int) -> None:
         console.print(f"eval {name} {done}/{total}", markup=False, highlight=False)
 
-    return score(keys, plan, split, folder, progress, order=order)
+    return score(keys, plan, split, folder, Asking(progress=progress), order=order)
 
 
 def measure_again(
