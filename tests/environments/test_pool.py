@@ -87,6 +87,20 @@ def test_a_tool_that_raises_says_so_to_the_model_and_one_that_ends_its_process_c
         assert unknown["error"] and "there are calc, slow_calc, broken, crash" in unknown["text"]
 
 
+def test_half_a_character_is_written_as_a_question_mark():
+    with pool_of(None, ("half",)) as pool:
+        said, failed = pool.ask([call("half", a=0), call("half", a=1)])
+    assert (said["text"], failed["text"]) == ("?", "error: ValueError: ?")
+
+
+@pytest.mark.parametrize("pay", [float("nan"), float("inf"), "much"])
+def test_what_is_no_reward_costs_its_episode(pay):
+    with pool_of("Pays") as pool:
+        pool.ask([reset(0, pay=pay), reset(1, pay=True)])
+        failed, paid = pool.ask([step(0), step(1)])
+    assert str(pay) in failed["failed"] and paid["reward"] == 1.0
+
+
 def test_an_environment_offers_its_own_tools_and_keeps_what_they_did():
     with pool_of("Tooled", tools=["calc"]) as pool:
         assert [tool["function"]["name"] for tool in pool.tools] == ["remember", "calc"]

@@ -78,10 +78,14 @@ def chat_ids(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Mappin
     return tuple(_ids(tokenizer, [fit(tokenizer, messages, tools, True).text])[0])
 
 
-def continuation_ids(tokenizer: Any, before: str, piece: str) -> list[int]:
-    """Ids of `piece` as it goes on behind `before`; what those of `before` are plays no part. Raises: DataError."""
-    _check_encodable(RenderedRow(piece, (), Origin("environment", 1), bos=False))
-    return _continuation(tokenizer, before, piece) if piece else []
+def continuation_ids(tokenizer: Any, before: str, pieces: Sequence[str]) -> list[int]:
+    """Ids of `pieces`, each by itself, as they go on behind `before`; what those of `before` are plays no part. Raises: DataError."""
+    ids: list[int] = []
+    for piece in filter(None, pieces):
+        _check_encodable(RenderedRow(piece, (), Origin("environment", 1), bos=False))
+        ids += _continuation(tokenizer, before, piece)
+        before += piece
+    return ids
 
 
 def tokenize(tokenizer: Any, drafts: Sequence[RenderedRow]) -> Tokenized:

@@ -101,6 +101,14 @@ def added_tokens(tokenizer: Any) -> tuple[str, ...]:
     return _added(tokenizer, len(tokenizer))
 
 
+def control_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Texts of the added tokens that are special or that the chat template writes, longest first: what gives a conversation its shape."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= set(tokenizer.all_special_tokens)
+    template = str(tokenizer.chat_template or "")
+    return tuple(t for t in added_tokens(tokenizer) if t in special or (t.strip() and t in template))
+
+
 @lru_cache(maxsize=16)
 def _added(tokenizer: Any, _length: int) -> tuple[str, ...]:
     return tuple(sorted((str(t) for t in tokenizer.get_added_vocab()), key=lambda t: (-len(t), t)))

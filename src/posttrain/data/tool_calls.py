@@ -36,7 +36,7 @@ class CallSyntax:
             return text, []
         try:
             calls = self.parse(text[at:])
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return text, []
         return (text[:at], calls) if calls else (text, [])
 
@@ -67,6 +67,7 @@ def _calls_of(records: Any, arguments: str = "arguments") -> list[SaidCall]:
         if not isinstance(name, str) or not isinstance(given, dict):
             raise ValueError("no call")
         found.append((name, json.dumps(given, ensure_ascii=False)))
+        "".join(found[-1]).encode()  # half a character cannot be told to anybody: UnicodeEncodeError, a ValueError
     return found
 
 

@@ -2,21 +2,27 @@
 
 The turns that were sampled are never rendered: words stand in for them, and only what comes behind the last of these words, and
 behind the end of its turn, is taken. So no token that the policy sampled is ever written another way.
+
+What tools and the environment say is text, whatever it says: the text of a control token in it is cut into two, which are tokenised apart.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count, pairwise
 from typing import Any
 
 from posttrain.data.forms import fit
 from posttrain.data.render import continuation_ids
-from posttrain.data.template import added_tokens, end_of_turn, render_text
+from posttrain.data.template import added_tokens, control_tokens, end_of_turn, render_text
 from posttrain.errors import DataError
 from posttrain.types import Message
 
 _WORD = "posttrainturn{}q"
+_CUT = "posttraincut{}q"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +54,10 @@ def ids_between(
     Raises: DataError where the template does not write these replies, or not where they can be told from the turn.
     """
     word = _WORD.format(number)
+    cut_here = next(mark for n in count() if (mark := _CUT.format(n)) not in str(conversation))
     turn = max(place for place, message in enumerate(conversation) if message["role"] == "assistant")
-    fitted = fit(tokenizer, conversation, tools, True)
+    behind_turn = [_cut_message(tokenizer, message, cut_here) for message in conversation[turn:]]
+    fitted = fit(tokenizer, [*conversation[:turn], *behind_turn], tools, True)
     whole = fitted.text
     until = render_text(tokenizer, fitted.messages[: turn + 1], fitted.tools)
     if whole.count(word) != 1 or until.count(word) != 1:
@@ -58,7 +66,36 @@ def ids_between(
         )
     before, _, behind = whole.partition(word)
     cut = _end_of_turn(tokenizer, behind, until.partition(word)[2], sampled)
-    return continuation_ids(tokenizer, before + word + behind[:cut], behind[cut:])
+    return continuation_ids(tokenizer, before + word + behind[:cut], behind[cut:].split(cut_here))
+
+
+def text_pieces(tokenizer: Any, text: str) -> list[str]:
+    """`text` cut behind the first character of each control token's text in it, so that none becomes the token."""
+    found = _control_texts(control_tokens(tokenizer))
+    cuts = [match.start() + 1 for match in found.finditer(text)] if found else []
+    return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
+
+
+@lru_cache(maxsize=16)
+def _control_texts(controls: Sequence[str]) -> re.Pattern[str] | None:
+    """Finds where one of them begins, overlapping ones too. A token of one character cannot be cut."""
+    long = [re.escape(token) for token in controls if len(token) > 1]
+    return re.compile(f"(?={'|'.join(long)})") if long else None
+
+
+def _cut_message(tokenizer: Any, message: Message, mark: str) -> Message:
+    """`message` with `mark` where its text, and the names that the policy gave to tools, are to be cut."""
+
+    def cut(text: str) -> str:
+        return mark.join(text_pieces(tokenizer, text))
+
+    changed = {**message, **{key: cut(message[key]) for key in ("content", "name") if key in message}}
+    if "tool_calls" in message:
+        changed["tool_calls"] = [
+            {**call, "function": {**call["function"], "name": cut(call["function"]["name"])}}
+            for call in message["tool_calls"]
+        ]
+    return changed
 
 
 def _end_of_turn(tokenizer: Any, behind: str, alone: str, sampled: Sequence[int]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import math
 import os
 import resource
 import sys
@@ -112,6 +113,8 @@ class EnvironmentHost:
         if observation is not None and not isinstance(observation, str):
             raise TypeError(f"step returned an observation of type {type(observation).__name__}; expected text or None")
         reward = said.get("reward")
+        if reward is not None and not math.isfinite(float(reward)):
+            raise ValueError(f"step paid {reward}; expected a finite number")
         done = bool(said.get("done", observation is None))
         return {
             "text": _checked(observation or ""),
@@ -132,7 +135,7 @@ class EnvironmentHost:
             said = self._done(call())
             text = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
         except Exception as error:  # noqa: BLE001 - a tool is its author's program; the model reads what it raised
-            return {"text": f"error: {type(error).__name__}: {error}"[:_MAX_MESSAGE_CHARS], "error": True}
+            return {"text": _checked(f"error: {type(error).__name__}: {error}"[:_MAX_MESSAGE_CHARS]), "error": True}
         return {"text": _checked(text)}
 
     def _done(self, value: Any) -> Any:

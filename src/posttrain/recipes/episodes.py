@@ -16,9 +16,9 @@ from typing import Any
 from posttrain.config.episodes import EpisodeKeys
 from posttrain.data.forms import fit
 from posttrain.data.render import continuation_ids
-from posttrain.data.template import end_of_turn
+from posttrain.data.template import control_tokens, end_of_turn
 from posttrain.data.tool_calls import CallSyntax, SaidCall, syntax_of
-from posttrain.data.turns import SampledCall, ids_between, stand_in
+from posttrain.data.turns import SampledCall, ids_between, stand_in, text_pieces
 from posttrain.environments.pool import EnvironmentPool, PlacedCall
 from posttrain.environments.spec import EnvironmentSpec
 from posttrain.errors import ConfigError, DataError, RewardError
@@ -262,9 +262,8 @@ class Episodes:
     def _between(self, one: _Playing, said: Sequence[Message]) -> list[int]:
         prompt = one.begin.prompt
         if isinstance(prompt.prompt, str):
-            return continuation_ids(
-                self._tokenizer, self._raw(one.ids), "".join(message["content"] for message in said)
-            )
+            text = "".join(message["content"] for message in said)
+            return continuation_ids(self._tokenizer, self._raw(one.ids), text_pieces(self._tokenizer, text))
         conversation = (*prompt.prompt, *one.rendered)
         return ids_between(self._tokenizer, conversation, prompt.tools or self.tools, one.turns, one.last)
 
@@ -326,6 +325,13 @@ def _readable_syntax(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> Call
         raise ConfigError(
             f"tools: the tokenizer has no chat template, and tools cannot be written without one; {instead}"
         )
+    controls = control_tokens(tokenizer)
+    for tool in tools:
+        if found := next((token for token in controls if token in json.dumps(tool, ensure_ascii=False)), None):
+            raise ConfigError(
+                f"tools: {tool['function']['name']!r} is described with {found}, which would become a control token in the prompt; "
+                "say it otherwise"
+            )
     syntax = syntax_of(tokenizer.get_chat_template(None, list(tools)))
     if syntax is None:
         raise ConfigError(f"tools: the chat template says no form in which tools are called; {instead}")
