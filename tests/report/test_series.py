@@ -120,6 +120,53 @@ def test_a_damaged_line_is_named_and_the_others_are_drawn(path):
     assert [problem.split(" ")[0] for problem in window.problems] == ["metrics.jsonl:2", "metrics.jsonl:3"]
 
 
+@pytest.mark.parametrize("line", ['{"step": Infinity, "loss": 2}', '{"step": 1e400}', '{"step": 1%s}' % ("0" * 30), '{"step": 2, "loss": 1%s}' % ("0" * 400), "[" * 100_000])  # fmt: skip
+def test_a_number_that_fits_nowhere_is_a_damaged_line(path, line):
+    log(path, [{"step": 1, "loss": 1.0}])
+    with path.open("a") as handle:
+        handle.write(line + "\n")
+    log(path, [{"step": 3, "loss": 3.0}])
+    window = read(MetricSeries(path))
+    assert [one[0] for one in window.curves["loss"].points] == [1, 3]
+    assert window.problems == ("metrics.jsonl:2 is no logged step and is left out",)
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e400", "1e308"])
+def test_a_value_that_cannot_be_drawn_counts_as_no_number(path, value):
+    path.write_text(f'{{"step": 1, "loss": 1.0}}\n{{"step": 2, "loss": {value}}}\n')
+    curve = read(MetricSeries(path)).curves["loss"]
+    assert curve.points == ((1, 1.0, 1.0, 1.0),) and curve.num_nonfinite == 1
+
+
+@pytest.mark.parametrize("named", [["loss"], ["loss", "loss"]])
+def test_a_metric_that_a_row_names_twice_keeps_its_steps(path, named):
+    log(path, [{"step": 1, "loss": 7.0, "nonfinite": named}, {"step": 2, "loss": 8.0}])
+    curve = read(MetricSeries(path)).curves["loss"]
+    assert curve.points == ((2, 8.0, 8.0, 8.0),) and curve.num_nonfinite == 1
+
+
+@pytest.mark.parametrize("named", [5, "abc", {"a": 1}, None])
+def test_names_that_are_no_list_name_nothing(path, named):
+    log(path, [{"step": 1, "loss": 7.0, "nonfinite": named}])
+    assert read(MetricSeries(path)).names == ("loss",)
+
+
+def test_names_without_end_are_not_all_kept(path):
+    log(path, [{"step": step, "loss": 1.0, f"of_{step}": 1.0} for step in range(1, 2101)])
+    window = read(MetricSeries(path), names=["loss"])
+    assert len(window.curves["loss"].points) == 100 and len(window.names) == 2000
+    assert window.problems == ("metrics.jsonl has more than 2,000 metrics; the others are not drawn",)
+
+
+def test_another_run_in_the_same_place_is_read_anew(path):
+    log(path, [{"step": step, "loss": 1.0} for step in range(1, 6)])
+    series = MetricSeries(path)
+    assert read(series).num_rows == 5
+    with path.open("w") as handle:  # the inode stays, as it may where a folder is removed and made again
+        handle.writelines(json.dumps({"step": step, "loss": 2.0}) + "\n" for step in range(1, 9))
+    assert [one[1] for one in read(series).curves["loss"].points] == [2.0] * 8
+
+
 def test_a_run_that_went_back_is_read_anew(tmp_path, path):
     sink = JsonlSink(tmp_path)
     for step in range(1, 11):

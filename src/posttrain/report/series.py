@@ -26,7 +26,12 @@ _BLOCK = 256
 """Rows whose lowest, highest and mean value are kept, so that a long curve is not read whole each time."""
 Points = tuple[tuple[int, float, float, float], ...]
 """(step, lowest, highest, mean) of each bucket, the step being its last."""
+_STEPS = np.iinfo(np.int64)
+_LARGEST = 1e300
+"""What lies beyond counts as no number: sums and differences of the others do."""
 _NOT_DRAWN = frozenset({"step", "time", "nonfinite"})
+MOST_METRICS = 2000
+"""Of one file; more names than these come from a step or a sample in the name, and each costs a column."""
 MOST_NUMBERS = 30_000_000
 """That `SeriesCache` keeps, 8 bytes each."""
 
@@ -66,8 +71,9 @@ class MetricSeries:
         self._summaries = dict[str, np.ndarray]()
         self._is_sorted = True
         self._problems = list[str]()
-        self._has_all = True
+        self._has_all, self._has_more_names = True, False
         self._inode, self._offset, self._size, self._lines = -1, 0, 0, 0
+        self._last = b""
 
     @property
     def num_numbers(self) -> int:
@@ -84,7 +90,7 @@ class MetricSeries:
                 return
             with handle:
                 found = os.fstat(handle.fileno())
-                if found.st_ino != self._inode or found.st_size < self._offset:
+                if found.st_ino != self._inode or not self._goes_on(handle):
                     self._forget()
                     self._inode = found.st_ino
                 self._size = found.st_size
@@ -92,6 +98,11 @@ class MetricSeries:
                 while (more := self._read_lines(handle)) and time.monotonic() < deadline_s:
                     pass
                 self._has_all = not more
+
+    def _goes_on(self, handle: Any) -> bool:
+        """Whether the line that was read last stands where it stood: a new file may have the inode of one that was removed."""
+        handle.seek(self._offset - len(self._last))
+        return handle.read(len(self._last)) == self._last
 
     def _read_lines(self, handle: Any) -> bool:
         """The whole lines of the next chunk; whether there were any."""
@@ -101,26 +112,27 @@ class MetricSeries:
         for line in lines:
             self._offset += len(line)
             self._lines += 1
+            self._last = line
             self._take(line)
         return bool(lines)
 
     def _take(self, line: bytes) -> None:
         try:
-            row = json.loads(line)
-            step = int(row["step"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+            step, values = _read_row(line)
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             if line.strip():
                 self._problems.append(f"{self.path.name}:{self._lines} is no logged step and is left out")
             return
         place = len(self._steps)
         self._is_sorted = self._is_sorted and (place == 0 or step >= self._steps[-1])
         self._steps.append(step)
-        for name, value in row.items():
-            if (type(value) is float or type(value) is int) and name != "step":
-                self._put(name, place, float(value))
-        for name in row.get("nonfinite") or ():
-            self._put(str(name), place, math.nan)
-            self._nonfinite.setdefault(str(name), []).append(place)
+        for name, value in values.items():
+            if name not in self._columns and len(self._columns) >= MOST_METRICS:
+                self._has_more_names = True
+                continue
+            self._put(name, place, value)
+            if math.isnan(value):
+                self._nonfinite.setdefault(name, []).append(place)
 
     def _put(self, name: str, place: int, value: float) -> None:
         column = self._columns.get(name)
@@ -149,7 +161,9 @@ class MetricSeries:
             }
             ends = (int(steps.min()), int(steps.max())) if len(steps) else None
             share = 1.0 if self._has_all else self._offset / self._size
-            return SeriesWindow(curves, known, ends, len(steps), share, tuple(self._problems[:20]))
+            more = f"{self.path.name} has more than {MOST_METRICS:,} metrics; the others are not drawn"
+            problems = (*self._problems[:20], *[more] * self._has_more_names)
+            return SeriesWindow(curves, known, ends, len(steps), share, problems)
 
     def _names(self) -> tuple[str, ...]:
         derived = [THROUGHPUT] * (THROUGHPUT not in self._columns and {"num_tokens", "time"} <= self._columns.keys())
@@ -203,6 +217,20 @@ class MetricSeries:
         lows, highs = (np.where(finite, values, fill) for fill in (np.inf, -np.inf))
         sums = np.where(finite, values, 0.0).sum(axis=1)
         return np.stack([last, lows.min(axis=1), highs.max(axis=1), sums, finite.sum(axis=1)])
+
+
+def _read_row(line: bytes) -> tuple[int, dict[str, float]]:
+    """The step and its numbers; NaN for those that the row names as no numbers. Raises: many, for what is no row."""
+    row = json.loads(line)
+    step = int(row["step"])
+    if not _STEPS.min <= step <= _STEPS.max:
+        raise OverflowError
+    values = {name: float(one) for name, one in row.items() if type(one) in (int, float) and name != "step"}
+    absent = row.get("nonfinite")
+    return step, {
+        **{name: one if abs(one) <= _LARGEST else math.nan for name, one in values.items()},
+        **dict.fromkeys(map(str, absent if isinstance(absent, list) else ()), math.nan),
+    }
 
 
 def _span(steps: np.ndarray, low: int | None, high: int | None) -> tuple[int, int]:
