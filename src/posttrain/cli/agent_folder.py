@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from posttrain.uris import holds_secret, names_secret, variable_names_secret, wi
 
 HIDDEN = "…"
 _SHORTEST_SECRET = 6
-_URI_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'`<>]+")
+# Without its end, a scheme would be looked for from each letter of a long word to that word's end.
+_URI_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,31}://[^\s\"'`<>]+")
 _LEVELS_OF_A_RUN = ("*", "*/*", "*/*/*", "*/*/*/*")
 
 
@@ -35,7 +37,13 @@ class ServedFolder:
         """The path with its symlinks resolved. Raises: ConfigError if it leads out of the folder."""
         if "\0" in str(text):
             raise ConfigError("got a path with a zero byte; expected the path of a file")
-        path = (self.root / text).resolve()
+        try:
+            path = (self.root / text).resolve()
+            with suppress(FileNotFoundError, NotADirectoryError):
+                path.stat()
+        except (OSError, RuntimeError) as error:  # a name that is too long; links that go in a circle
+            said = error.strerror if isinstance(error, OSError) else "links in a circle"
+            raise ConfigError(f"{_short(text)}: got no path ({said}); expected the path of a file") from error
         if not path.is_relative_to(self.root):
             raise ConfigError(
                 f"{text}: got a path that leads out of the folder served; expected one inside {self.root}"
@@ -77,6 +85,10 @@ class ServedFolder:
                 yield Path(where)
 
 
+def _short(text: str | Path) -> str:
+    return said if len(said := str(text)) <= 80 else f"{said[:80]}…"
+
+
 def _value(text: str) -> Any:
     try:
         return yaml.safe_load(text.partition("=")[2])
@@ -96,7 +108,8 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def clean_text(text: str) -> str:
-    """`text` without passwords in URIs, and without what the environment keeps under a secret's name."""
+    """`text` without passwords in URIs, and without what the environment keeps under a secret's name; half a surrogate pair written out."""
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     for name, value in os.environ.items():
         if variable_names_secret(name) and len(value) >= _SHORTEST_SECRET:
             text = text.replace(value, HIDDEN)

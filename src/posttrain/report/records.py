@@ -255,7 +255,7 @@ def _try(path: Path, read: Callable[[Path], T], absent: T, problems: list[str]) 
         return absent
     try:
         return read(path)
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
         problems.append(f"{path.name} in {path.parent.name}/ could not be read: {_one_line(error)}")
         return absent
 

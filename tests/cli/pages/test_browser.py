@@ -68,6 +68,7 @@ def visit(browser):
         page.goto(f"{address}/?token={TOKEN}")
         return page
 
+    open_tab.complaints = complaints
     yield open_tab
     for context in browser.contexts:
         context.close()
@@ -150,6 +151,32 @@ def test_a_run_that_goes_on_grows_on_the_page(serve, visit, folder, run_in):
     state.write_text(state.read_text().replace('"running"', '"passed"'))
     until(page, "document.querySelector('.curves .names').textContent.includes('9 at 6')")
     until(page, "document.querySelector('#state').textContent.includes('passed')")
+
+
+@pytest.mark.parametrize("values", [(0.1, 0.1 + 1.4e-17), (1.7e18, 1.7e18 + 256), (-1e299, 1e299), (5.0, 1e308)])
+def test_values_that_lie_as_close_or_as_far_as_numbers_can_are_drawn(serve, visit, folder, run_in, values):
+    run = run_in(folder / "runs" / "edge", "edge", steps=1)
+    rows = [f'{{"step": {2**62 + 4096 * place}, "reward": {value!r}}}\n' for place, value in enumerate(values)]
+    (run / "stages" / "01-grpo" / "metrics.jsonl").write_text("".join(rows))
+    address = serve()
+    page = visit(address)
+    page.goto(f"{address}/run?run=runs/edge")
+    assert "Reward, steps" in drawn(page).first.get_attribute("aria-label")
+
+
+def test_a_page_says_that_what_it_shows_is_gone(serve, visit, folder, run_in):
+    run = run_in(folder / "runs" / "live", "live", status="running", steps=5)
+    address = serve()
+    page = visit(address)
+    page.goto(f"{address}/run?run=runs/live")
+    drawn(page)
+    run.rename(folder / "gone")
+    until(page, "document.querySelector('#stale').textContent.includes('is not a run folder')")
+    assert page.get_by_role("alert").count() == 1 and "grpo" in page.locator("#state").text_content()
+    (folder / "gone").rename(run)
+    until(page, "document.querySelector('#stale').hidden")
+    assert all("400" in said for said in visit.complaints)  # the browser's own word for the answers
+    visit.complaints.clear()
 
 
 def test_runs_are_ticked_and_laid_over_each_other(serve, visit):

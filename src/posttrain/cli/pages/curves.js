@@ -27,11 +27,13 @@ function smoothed(values, weight) {
   return values.map((value) => (last = last === null ? value : weight * last + (1 - weight) * value));
 }
 
+// None where the step is lost in the rounding of the values: adding it would never reach the end.
 function ticks(low, high, count) {
   const rough = (high - low) / count || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].find((one) => one * power >= rough) * power;
   const found = [];
+  if (!(low + step > low && high - step < high)) return found;
   for (let value = Math.ceil(low / step) * step; value <= high + step * 1e-9; value += step) found.push(Math.abs(value) < step * 1e-9 ? 0 : value);
   return found;
 }
@@ -77,7 +79,7 @@ class CurvePanel {
     this.curves = [];
     windows.forEach((window, place) => {
       for (const name of this.panel.metrics) {
-        const curve = window.curves[name];
+        const curve = Object.hasOwn(window.curves, name) ? window.curves[name] : null;
         if (curve && (curve.points.length || curve.num_nonfinite)) this.curves.push({ name, place, label: windows.length > 1 ? `${"ABCDEFGH"[place]} ${name}` : name, ...curve });
       }
     });
@@ -86,12 +88,12 @@ class CurvePanel {
     const points = this.curves.flatMap((curve) => curve.points);
     const steps = points.map((one) => one[0]);
     const low = steps.reduce((a, b) => Math.min(a, b), Infinity), high = steps.reduce((a, b) => Math.max(a, b), -Infinity);
-    this.span = points.length ? [low, high > low ? high : low + 1] : [0, 1];
+    this.span = points.length ? [low, high > low ? high : low + Math.max(1, Math.abs(low) * 1e-9)] : [0, 1];
     const weight = this.group.weight;
     for (const curve of this.curves) curve.smooth = smoothed(curve.points.map((one) => one[3]), weight);
     let bottom = points.reduce((a, one) => Math.min(a, one[1]), Infinity), top = points.reduce((a, one) => Math.max(a, one[2]), -Infinity);
     if (!points.length) [bottom, top] = [0, 1];
-    if (top === bottom) [bottom, top] = [bottom - Math.abs(bottom || 1) * 0.1, top + Math.abs(top || 1) * 0.1];
+    if (top - bottom <= 1e-12 * Math.max(Math.abs(top), Math.abs(bottom))) [bottom, top] = [bottom - Math.abs(bottom || 1) * 0.1, top + Math.abs(top || 1) * 0.1];
     this.range = [bottom, top];
     this.paint();
   }
@@ -268,8 +270,8 @@ class CurveGroup {
     for (const name of this.wanted) query.append("name", name);
     if (this.range[0] !== null) { query.set("low", this.range[0]); query.set("high", this.range[1]); }
     const answer = await fetch(`/api/curves?${query}`);
-    const said = await answer.json();
-    if (!answer.ok) throw new Error(said.error?.message ?? said.error);
+    const said = await answer.json().catch(() => ({}));
+    if (!answer.ok) throw new Error(said.error?.message ?? said.error ?? `the server answers ${answer.status}; load the page again`);
     return said;
   }
 

@@ -61,6 +61,8 @@ class RunIndex:
             found = state.stat()
         except FileNotFoundError:
             return None  # removed since the walk
+        except OSError as error:
+            return RunLine(self._place.shown(folder), folder.name, f"unreadable: {error.strerror}", (), (), "", 0.0)
         stamp = (found.st_mtime_ns, found.st_size)
         known = self._known.get(folder)
         if known is None or known[0] != stamp:
@@ -72,7 +74,7 @@ class RunIndex:
         try:
             self._place.inside(state)
             record = as_mapping(read_json(state))
-        except (PosttrainError, OSError, ValueError) as error:
+        except (PosttrainError, OSError, ValueError, RecursionError) as error:
             return RunLine(shown, folder.name, f"unreadable: {str(error).splitlines()[0]}", (), (), "", changed)
         stages = tuple(
             (Path(str(one.get("folder"))).name, str(one.get("status"))) for one in _entries(record, "stages")

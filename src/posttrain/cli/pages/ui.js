@@ -1,7 +1,13 @@
 // What pages do by themselves: parts that change are fetched again, keys are found, two models are talked to.
 "use strict";
 
-function say(text) { document.getElementById("said").textContent = text; }
+// Said aloud once, and above the page for as long as it is so.
+function stale(text) {
+  const line = document.getElementById("stale");
+  if (line.textContent === text) return;
+  line.textContent = text;
+  line.hidden = !text;
+}
 
 // A part with data-live="SECONDS" is taken from a fresh copy of the page, unless the reader is in it.
 async function refresh(seconds) {
@@ -9,12 +15,11 @@ async function refresh(seconds) {
   if (!document.hidden) {
     try {
       const answer = await fetch(location.href, { headers: { Accept: "text/html" } });
-      if (answer.ok) {
-        const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
-        const copies = fresh.querySelectorAll("[data-live]");
-        parts.forEach((part, place) => replace(part, copies[place]));
-      }
-    } catch (error) { say("This page is no longer fresh: its server does not answer."); }
+      const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
+      stale(answer.ok ? "" : `This page is no longer fresh. ${fresh.querySelector("main p:not([hidden])")?.textContent.trim() ?? ""}`);
+      const copies = answer.ok ? fresh.querySelectorAll("[data-live]") : [];
+      parts.forEach((part, place) => replace(part, copies[place]));
+    } catch (error) { stale("This page is no longer fresh: its server does not answer."); }
   }
   const next = Math.min(...[...document.querySelectorAll("[data-live]")].map((part) => Number(part.dataset.live)), seconds * 4);
   setTimeout(() => refresh(next), next * 1000);
