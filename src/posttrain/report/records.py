@@ -156,7 +156,7 @@ def _stages(
     folder: Path, pipeline: Mapping[str, Any], problems: list[str], with_metrics: bool
 ) -> tuple[StageRecord, ...]:
     """Those the pipeline lists; without a list, those that have a folder; at last the run folder itself."""
-    listed = [as_mapping(entry) for entry in pipeline.get("stages") or []]
+    listed = _objects(pipeline.get("stages"))
     if not listed:
         listed = [{"folder": f"stages/{path.name}"} for path in sorted((folder / "stages").glob("*")) if path.is_dir()]
     if not listed and (folder / "metrics.jsonl").exists():
@@ -174,7 +174,7 @@ def _stage(folder: Path, entry: Mapping[str, Any], problems: list[str], with_met
         name=name,
         kind=str(entry.get("kind") or result.get("kind") or tail),
         status=str(entry.get("status") or ("done" if result else "unfinished")),
-        attempt=int(entry.get("attempt") or 1),
+        attempt=attempt if isinstance(attempt := entry.get("attempt"), int) else 1,
         wall_s=_first(entry, result, "wall_s"),
         tokens=_first(entry, result, "tokens"),
         steps=_first(entry, result, "steps") or (int(metrics[-1]["step"]) if metrics else None),
@@ -199,7 +199,7 @@ def _evals(folder: Path, problems: list[str]) -> dict[str, dict[EvalKey, EvalRep
 
 
 def _gates(folder: Path, pipeline: Mapping[str, Any], problems: list[str]) -> tuple[GateRecord, ...]:
-    entries = [as_mapping(entry) for entry in pipeline.get("gates") or []]
+    entries = _objects(pipeline.get("gates"))
     if not entries:
         entries = [
             {"folder": f"gates/{path.parent.name}", "after": path.parent.name}
@@ -215,7 +215,7 @@ def _gates(folder: Path, pipeline: Mapping[str, Any], problems: list[str]) -> tu
             "verdict": entry.get("verdict"),
             "tests": [],
         }
-        verdict = {"reason": "", **verdict, "tests": [_test(test) for test in verdict.get("tests") or []]}
+        verdict = {"reason": "", **verdict, "tests": [_test(test) for test in _objects(verdict.get("tests"))]}
         if said := decided.get(verdict.get("digest")):
             verdict |= _decided(verdict, said)
         if verdict.get("verdict"):
@@ -269,6 +269,11 @@ def _one_line(error: BaseException) -> str:
 def as_mapping(value: Any) -> Mapping[str, Any]:
     """A JSON object of a record; empty where something else stands there."""
     return value if isinstance(value, Mapping) else {}
+
+
+def _objects(value: Any) -> list[Mapping[str, Any]]:
+    """The objects of a list in a record, what is none being empty; none where something else stands there."""
+    return [as_mapping(one) for one in value] if isinstance(value, list) else []
 
 
 def _first(entry: Mapping[str, Any], result: Mapping[str, Any], name: str) -> Any:

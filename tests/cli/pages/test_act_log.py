@@ -108,6 +108,21 @@ def test_only_the_command_that_was_shown_runs(make_client, page_of, folder):
     assert answer.status_code == 400 and "not the command that was shown" in page_of(answer.text).text
 
 
+def test_a_command_that_cannot_be_started_has_ended(make_client, page_of, folder):
+    client = make_client(allow_acts=True)
+    fields = {
+        "act": "rollback",
+        "name": "words",
+        "reason": "a" * 200_000,
+        "alias": "champion",
+    }  # more than a word may hold
+    for number in range(2):
+        client.post("/acts/do", data=page_of(post(client, "/acts/show", **fields).text).form("/acts/do"))
+        assert len(client.site.acts.entries()) == number + 1
+        assert ended(client).is_refused and "cannot be started" in ended(client).output
+    assert "what the user must fix" in page_of(client.get("/acts").text).text
+
+
 def test_words_that_look_like_options_stay_words(make_client, page_of):
     client = make_client(allow_acts=True)
     shown = page_of(post(client, "/acts/show", act="promote", ref="--registry=/etc", registry="registry").text)

@@ -64,6 +64,12 @@ def test_another_page_cannot_post(make_client, headers):
     assert client.post("/acts/show", data=form, headers=headers).status_code == 403
 
 
+def test_a_form_of_fields_without_end_is_refused(make_client):
+    client = make_client(allow_acts=True)
+    answer = client.post("/acts/show", data={f"field{number}": "1" for number in range(2500)})
+    assert answer.status_code == 413 and "2,000 fields" in answer.text
+
+
 def test_a_form_without_its_token_is_refused(make_client):
     client = make_client(allow_acts=True)
     for form_token in ("", TOKEN, "x" * 64):

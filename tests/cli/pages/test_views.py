@@ -102,6 +102,44 @@ def test_a_state_that_cannot_be_read_is_a_line_that_says_so(make_client, folder,
     assert "could not be read" in page_of(client.get(f"/run?{RUN}").text).text
 
 
+@pytest.mark.parametrize("text", ['{"name": "\\ud800", "status": "passed"}', "[" * 100_000, '{"stages": 5, "gates": 5}', '{"stages": [{"attempt": "x"}], "gates": [5]}'])  # fmt: skip
+def test_a_damaged_state_hides_no_page(make_client, folder, text):
+    (folder / "runs" / "first" / "pipeline.json").write_text(text)
+    client = make_client()
+    for path in ("/", f"/run?{RUN}", f"/data?{RUN}", f"/compare?{RUN}&run=runs/waiting"):
+        answer = client.get(path)
+        assert answer.status_code == 200 and "runs/first" in answer.text
+
+
+def test_one_folder_that_cannot_be_read_leaves_the_others_on_the_list(make_client, folder, page_of):
+    (folder / "circle").mkdir()
+    (folder / "circle" / "pipeline.json").symlink_to("pipeline.json")
+    odd = os.fsencode(folder) + b"/\xff"
+    os.mkdir(odd)
+    with open(odd + b"/pipeline.json", "w") as state:
+        state.write("{}")
+    text = page_of(make_client().get("/").text).text
+    assert "unreadable: Too many levels" in text and "\\udcff" in text and "runs/first" in text
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000, "circle", "circle/x"])
+@pytest.mark.parametrize(
+    "path", ["/run?run=", "/data?run=", "/registry?registry=", "/api/curves?run=runs/first&stage="]
+)
+def test_a_path_that_is_none_is_refused(make_client, folder, path, name):
+    (folder / "circle").symlink_to("circle")
+    (folder / "runs" / "first" / "stages" / "circle").symlink_to("circle")
+    answer = make_client().get(path + name)
+    assert answer.status_code == 400 and "a defect" not in answer.text
+
+
+def test_a_long_word_is_read_once(make_client, folder):
+    state = folder / "runs" / "first" / "pipeline.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"name": "a" * 1_000_000 + "://me:pw@host"}))
+    text = make_client().get("/").text
+    assert "pw@" not in text and "a" * 999_000 in text
+
+
 @pytest.mark.parametrize(
     "path", ["/run?run=../outside/run", "/run?run=/etc", "/run?run=link", "/data?run=link", "/report?run=../outside/run", "/compare?run=link&run=runs/first",
              "/api/curves?run=../outside/run&stage=01-grpo", "/api/curves?run=runs/first&stage=../../../../outside/run/stages/01-grpo", "/registry?registry=../outside",
@@ -136,6 +174,14 @@ def test_no_secret_is_shown(make_client, folder, monkeypatch):
     for path in ("/", f"/run?{RUN}", f"/report?{RUN}"):
         text = client.get(path).text
         assert "hunter2" not in text and "pw@" not in text
+
+
+def test_half_a_secret_is_not_shown_where_a_sample_is_cut(make_client, folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hunter2-of-the-hub")
+    sample = {"step": 1, "prompt": "", "completion": "a" * 1190 + " hunter2-of-the-hub" + "b" * 100}
+    (folder / "runs" / "first" / "stages" / "01-grpo" / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    text = make_client().get(f"/run?{RUN}").text
+    assert "a" * 1190 in text and "hunter2" not in text
 
 
 def test_a_recorded_report_is_shown_without_its_scripts(make_client, folder):

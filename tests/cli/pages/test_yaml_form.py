@@ -66,9 +66,15 @@ def test_a_file_is_written_with_allow_acts_and_never_over_another(make_client, f
 
 
 @pytest.mark.parametrize(
-    "target", ["../new.yaml", "/tmp/new.yaml", "new.py", "nowhere/new.yaml", "runs/first/pipeline.json"]
+    "target",
+    ["../new.yaml", "/tmp/new.yaml", "a" * 300 + ".yaml", "new.py", "nowhere/new.yaml", "runs/first/pipeline.json"],
 )
 def test_a_form_writes_a_yaml_inside_the_folder_only(make_client, target):
     client = make_client(allow_acts=True)
     fields = {"form_token": client.site.form_token, "kind": "sft", "target": target, "do": "write"}
     assert client.post("/configure", data=fields).status_code == 400
+
+
+def test_what_is_no_yaml_is_said_under_the_name_of_its_key(tmp_path):
+    draft = draft_yaml("sft", {"datasets": "x\n  y: : :"}, ServedFolder(tmp_path), "new.yaml")
+    assert draft.problem.startswith("datasets:3:6: broken YAML")

@@ -6,7 +6,7 @@ import shlex
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -14,7 +14,7 @@ from pydantic_core import ArgsKwargs
 
 from posttrain.cli.agent_acts import Act, ActTools
 from posttrain.cli.agent_folder import ServedFolder
-from posttrain.errors import ConfigError
+from posttrain.errors import EXIT_USAGE, ConfigError
 
 _WAIT_S = 1.0
 _MOST_KEPT = 200
@@ -78,7 +78,10 @@ class ActLog:
     def _follow(self, entry: Started) -> None:
         _, *arguments = shlex.split(entry.act.command)
         while entry.act.code is None:
-            entry.act = self._tools.act(arguments, _WAIT_S)
+            try:
+                entry.act = self._tools.act(arguments, _WAIT_S)
+            except ConfigError as error:
+                entry.act = replace(entry.act, code=EXIT_USAGE, output=f"error: {error}")
 
 
 def _argument(key: str, value: str) -> str | Sequence[str]:

@@ -156,7 +156,10 @@ def _need_acts(site: Site) -> None:
 async def _fields(request: Request, site: Site) -> dict[str, str]:
     """A form of one of our own pages. Raises: HTTPException for another's."""
     body = (await request.body()).decode("utf-8", "replace")
-    fields = dict(parse_qsl(body, keep_blank_values=True, max_num_fields=_MOST_FIELDS))
+    try:
+        fields = dict(parse_qsl(body, keep_blank_values=True, max_num_fields=_MOST_FIELDS))
+    except ValueError:
+        raise HTTPException(413, f"got more than {_MOST_FIELDS:,} fields; expected a form of this server") from None
     if not hmac.compare_digest(fields.pop("form_token", "").encode(), site.form_token.encode()):
         raise HTTPException(403, "the form is not of this server, or of an earlier start of it; load the page again")
     return {name: value.replace("\r\n", "\n") for name, value in fields.items()}

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -56,7 +57,7 @@ def _environment() -> Environment:
         autoescape=True,  # names, completions and configs are text of strangers
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown,
     )  # fmt: skip
-    environment.filters |= {"when": _when, "kind": _kind_of_status}
+    environment.filters |= {"when": _when, "urlencode": _urlencode, "kind": _kind_of_status}
     return environment
 
 
@@ -69,13 +70,18 @@ def _clean(text: str) -> str:
     return clean_text(printable(text))
 
 
+def _urlencode(text: Any) -> str:
+    """Of any text, also of a folder's name that is no UTF-8."""
+    return quote(str(text), safe="/", errors="backslashreplace")
+
+
 def _when(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
-def _kind_of_status(status: str) -> str:
+def _kind_of_status(status: Any) -> str:
     """The colour of a status, as the report's style names it."""
-    first = status.split(":")[0].split(" ")[0]
+    first = str(status).split(":")[0].split(" ")[0]
     kinds = {"passed": "PASS", "registered": "PASS", "done": "PASS", "error": "FAIL", "failed": "FAIL", "unreadable": "FAIL", "pending": "INCONCLUSIVE"}  # fmt: skip
     return kinds.get(first, first if first.isalnum() else "")
 

@@ -11,7 +11,7 @@ from starlette.responses import HTMLResponse, Response
 from posttrain.cli.agent_folder import clean_text, clean_value
 from posttrain.cli.pages.door import REPORT_POLICY
 from posttrain.cli.pages.lineage import BOX, draw_lineage
-from posttrain.cli.pages.site import Site
+from posttrain.cli.pages.site import Site, as_list
 from posttrain.cli.registry import version_history
 from posttrain.cli.registry_folder import open_registry
 from posttrain.errors import DataError
@@ -48,8 +48,7 @@ def run_page(site: Site, path: str, stage: str, page: int) -> HTMLResponse:
     pages = max(1, -(-len(samples) // SAMPLES_PER_PAGE))
     page = min(max(1, page), pages)
     shown = [
-        {"step": one.get("step"), "reward": one.get("reward"), "prompt": tables.clip(tables.transcript(one.get("prompt"))),
-         "completion": tables.clip(tables.transcript(one.get("completion")))}
+        {"step": one.get("step"), "reward": one.get("reward"), "prompt": _clipped(one.get("prompt")), "completion": _clipped(one.get("completion"))}
         for one in samples[(page - 1) * SAMPLES_PER_PAGE : page * SAMPLES_PER_PAGE]
     ]  # fmt: skip
     shares = _shares(run)
@@ -61,6 +60,11 @@ def run_page(site: Site, path: str, stage: str, page: int) -> HTMLResponse:
         panels=_panels(chosen), series=_series(site, run, chosen), finding_steps=_finding_steps(chosen), samples=shown,
         page=page, pages=pages, num_samples=len(samples), config_file=_config_file(site, run),
     )  # fmt: skip
+
+
+def _clipped(turns: Any) -> str:
+    """Cleaned before it is cut: half a secret is not found."""
+    return tables.clip(clean_text(tables.transcript(turns)))
 
 
 def _chosen(run: RunRecord, stage: str) -> StageRecord | None:
@@ -156,7 +160,7 @@ def data_page(site: Site, path: str) -> HTMLResponse:
     examples = [
         (stage.name, view)
         for stage in run.stages
-        for example in stage.data.get("examples") or []
+        for example in as_list(stage.data.get("examples"))
         if (view := tables.mask_example(example)).segments
     ]
     return site.page(

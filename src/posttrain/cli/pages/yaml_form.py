@@ -84,7 +84,7 @@ def draft_yaml(kind: str, given: Mapping[str, str], place: ServedFolder, target:
             try:
                 values[name] = _value(name, text)
             except ConfigError as error:
-                wrong.append(f"{name}: {error}")
+                wrong.append(str(error))
     path = target_path(place, target)
     text = _text(kind, values, infos)
     problem = "\n".join(wrong) or _problem(kind, text, path)
@@ -94,11 +94,17 @@ def draft_yaml(kind: str, given: Mapping[str, str], place: ServedFolder, target:
 def _value(name: str, text: str) -> Any:
     """As it stands in a YAML: a scalar, `[…]`, `{…}`, or lines of their own. Raises: ConfigError."""
     if "\n" not in text.strip() and not text.lstrip().startswith("- "):
-        return parse_value(text)
+        try:
+            return parse_value(text)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
     with tempfile.TemporaryDirectory(prefix="posttrain-ui-") as folder:
         lines = Path(folder) / name
         lines.write_text(f"{name}:\n{textwrap.indent(text, '  ')}\n", encoding="utf-8")
-        return read_yaml(lines).data[name]
+        try:
+            return read_yaml(lines).data[name]
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(str(lines), name)) from error
 
 
 def target_path(place: ServedFolder, target: str) -> Path:
