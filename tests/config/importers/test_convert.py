@@ -360,3 +360,23 @@ def test_llama_factorys_too_and_a_size_that_is_none_is_refused(imported):
             imported(AXOLOTL + f"context_parallel_size: {size}\n")
     with pytest.raises(ConfigError, match="stands against sharding"):
         imported(AXOLOTL + "context_parallel_size: 2\nsequence_parallel_degree: 4\n")
+
+
+@pytest.mark.parametrize("key", ["eval_steps", "save_steps", "evals_per_epoch", "saves_per_epoch", "warmup_steps", "early_stopping_patience", "neftune_noise_alpha", "label_smoothing_factor"])  # fmt: skip
+@pytest.mark.parametrize("value", ["abc", "[1]", "{a: 1}", "true", ".nan", "1e400"])
+def test_what_should_be_a_number_and_is_none_is_refused_by_name(imported, key, value):
+    text = AXOLOTL.replace("warmup_steps: 10\n", "") + f"{key}: {value}\n"
+    with pytest.raises(ConfigError, match=rf"{key}: .* is no number"):
+        imported(text)
+
+
+@pytest.mark.parametrize("epochs", ["0", "abc", ".nan", "[1]"])
+def test_how_often_per_epoch_of_no_number_of_epochs_is_refused_for_the_epochs(imported, epochs):
+    with pytest.raises(ConfigError, match="num_train_epochs"):
+        imported(AXOLOTL.replace("num_epochs: 1", f"num_epochs: {epochs}") + "evals_per_epoch: 4\n")
+
+
+def test_a_no_that_yaml_reads_as_false_measures_nothing_on_the_way(imported):
+    text = AXOLOTL + "eval_strategy: no\neval_steps: 5\nsave_strategy: no\nsave_steps: 5\n"
+    _, loaded = imported(text)
+    assert (loaded.keys.eval_steps, loaded.keys.save_steps) == (0, 0)

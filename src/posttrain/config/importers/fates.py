@@ -5,6 +5,7 @@ A key that no row knows is refused: it may change what is learned.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,6 +157,20 @@ class ImportDraft:
     def asks(self, key: str) -> bool:
         """Whether their file switches `key` on."""
         return not is_off(self.source.get(key))
+
+    def number(self, key: str) -> float | None:
+        """Their number, 0 where it is switched off; None where it is unset, and where it is none, which is refused."""
+        value = self.source.get(key)
+        if value is None or is_off(value):
+            return None if value is None else 0.0
+        try:
+            found = math.nan if isinstance(value, bool) else as_float(value)
+        except (TypeError, ValueError, OverflowError):
+            found = math.nan
+        if math.isfinite(found):
+            return found
+        self.refuse(key, f"{show_short(value)} is no number", "give one, or take it out")
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from posttrain.config.importers.fates import (
@@ -10,6 +11,7 @@ from posttrain.config.importers.fates import (
     Reading,
     as_float,
     changed,
+    is_off,
     joint,
     left,
     names,
@@ -151,9 +153,9 @@ def warmup(draft: ImportDraft, key: str = "warmup_steps") -> None:
             draft.leave(key, "lr_scheduler constant has no warmup there")
         draft.put("warmup_ratio", 0.0, "lr_scheduler", "no warmup there")
         return
-    if value is None:
+    amount = draft.number(key)
+    if amount is None:
         return
-    amount = as_float(value)
     if 0 < amount < 1:
         draft.put("warmup_ratio", amount, key, "below 1 it is a share of the steps")
     else:
@@ -196,14 +198,16 @@ def sft_only(draft: ImportDraft) -> None:
         smooths = key == "label_smoothing_factor"
         if not draft.asks(key):
             draft.leave(key, f"{draft.source[key]} asks for nothing that is not so here")
-        elif draft.kind == "sft":
+        elif draft.kind == "sft" and (amount := draft.number(key)) is not None:
             ours = key if smooths else "neftune_noise_alpha"
             draft.put(
                 ours,
-                as_float(draft.source[key]),
+                amount,
                 key,
                 "" if smooths else "a row's length is its own here, not the batch's",
             )
+        elif draft.kind == "sft":
+            continue
         elif smooths:
             draft.leave(key, f"the losses of {draft.kind} do not read it there")
         else:
@@ -212,26 +216,28 @@ def sft_only(draft: ImportDraft) -> None:
 
 def early_stopping(draft: ImportDraft) -> None:
     for key in ("early_stopping_patience", "early_stopping_steps"):
-        if draft.asks(key):
-            draft.put("early_stopping_patience", int(as_float(draft.source[key])), key)
+        amount = draft.number(key)
+        if amount:
+            draft.put("early_stopping_patience", int(amount), key)
             if "load_best_model_at_end" not in draft.keys:
                 draft.put("load_best_model_at_end", True, key, "it ends with the best checkpoint")
-        elif key in draft.source:
+        elif amount is not None:
             draft.leave(key, "it asks for nothing")
 
 
 def cadence(draft: ImportDraft, what: str, ours: str, epochs: float) -> None:
     """`save_steps` and `eval_steps`, or how often per epoch, which is a share of the run's steps. `epochs` is the tool's default."""
     steps, strategy, per_epoch = f"{what}_steps", f"{what}_strategy", f"{what}s_per_epoch"
-    chosen = str(draft.source.get(strategy) or draft.source.get("evaluation_strategy") or "steps")
-    value, often = draft.source.get(steps), draft.source.get(per_epoch)
-    epochs = as_float(draft.keys.get("num_train_epochs", epochs))
+    told = draft.source.get(strategy, draft.source.get("evaluation_strategy", "steps"))
+    chosen = "no" if is_off(told) else str(told)
+    value, often = draft.number(steps), draft.number(per_epoch)
+    epochs = _epochs(draft) or epochs
     if strategy in draft.source and chosen != "epoch":
         draft.leave(strategy, f"{ours} says when, and at the end it is always done")
-    if per_epoch in draft.source and not draft.asks(per_epoch):
+    if often == 0:
         draft.leave(per_epoch, "it asks for nothing")
     elif often is not None:
-        _share(draft, ours, 1 / (as_float(often) * epochs), per_epoch)
+        _share(draft, ours, 1 / (often * epochs), per_epoch)
     if chosen == "epoch" and draft.keys.get("max_steps", -1) > 0:
         draft.refuse(
             strategy, "epoch with max_steps: the steps of an epoch are known only with the data", f"set {steps}"
@@ -240,10 +246,19 @@ def cadence(draft: ImportDraft, what: str, ours: str, epochs: float) -> None:
         _share(draft, ours, 1 / epochs, strategy if strategy in draft.source else "evaluation_strategy")
     if value is not None and chosen in ("no", "epoch", "best"):
         draft.leave(steps, f"{strategy} is {chosen}")
-    elif value is not None and 0 < as_float(value) < 1:
-        _share(draft, ours, as_float(value), steps)
+    elif value is not None and 0 < value < 1:
+        _share(draft, ours, value, steps)
     elif value is not None:
-        draft.put(ours, max(0, int(as_float(value))), steps)
+        draft.put(ours, max(0, int(value)), steps)
+
+
+def _epochs(draft: ImportDraft) -> float:
+    """Of the run; 0 where there is no such number, which our own reading of the key refuses."""
+    try:
+        epochs = as_float(draft.keys.get("num_train_epochs", 0))
+    except (TypeError, ValueError):
+        return 0.0
+    return epochs if 0 < epochs < math.inf else 0.0
 
 
 def _share(draft: ImportDraft, ours: str, share: float, key: str) -> None:
