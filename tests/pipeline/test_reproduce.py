@@ -7,6 +7,7 @@ import pytest
 
 from posttrain.cli.app import main
 from posttrain.config.load_pipeline import load_pipeline
+from posttrain.evals.run import PLAYED_WITH
 from posttrain.pipeline import reproduce
 from posttrain.pipeline.reproduce import Comparison, Version, exit_code
 
@@ -92,6 +93,13 @@ def test_what_was_not_registered_is_said(promoted, version, tmp_path):
     assert found(reproduce.repeat_verdict(bare)) == {"stored bytes": "same", "verdict": "missing"}
     assert found(reproduce.repeat_answers(bare)) == {"answers": "missing"}
     assert found(reproduce.repeat_training(bare)) == {"pins": "missing"}
+
+
+def test_a_suite_that_was_played_with_tools_is_not_asked_again_and_that_is_said(version):
+    (stored,) = (report for name, report in reproduce._judged_reports(version).items() if name == "yes")
+    played = replace(stored, decoding={**stored.decoding, PLAYED_WITH: ["a digest", 8]})
+    check = reproduce._answers(version, "yes", played, {}, "")
+    assert (check.found, check.detail) == ("missing", "yes was played with env or tools, which are not registered")
 
 
 def test_a_scratch_folder_must_be_empty(promoted, tmp_path, capsys):

@@ -323,6 +323,7 @@ def test_the_first_turn_is_what_a_completion_alone_would_be(policy, pool):
 def test_budgets_truncate_an_episode_and_what_was_sampled_stays(policy, pool):
     _, by_turns = groups_of(policy, pool("Echo"), max_tokens=400, max_turns=1)
     assert {c.episode.turns for group in by_turns for c in group} == {1}
+    assert {c.episode.env_reward for group in by_turns for c in group} == {0.0}  # cut short before it was paid
     cut = [c for group in by_turns for c in group if c.ids[-1] == 2]
     assert cut and {c.finish for c in cut} == {"length"}
     _, by_length = groups_of(policy, pool("Echo"), max_tokens=40)

@@ -42,6 +42,13 @@ def test_a_missing_column_is_named_with_those_present(write, tmp_path):
         load_reward("boxed")(["p"], ["x"])
 
 
+def test_what_an_environment_pays_is_no_column_to_rename_and_what_to_do_is_said(write, tmp_path):
+    own = load_reward(write("def f(completions, env_reward): return [1.0]"), folder=tmp_path)
+    for reward in (own, load_reward("environment")):
+        with pytest.raises(RewardError, match=r"what an environment pays.* set reward_check: off; .* not promoted"):
+            reward(["p"], ["x"], answer=["2"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

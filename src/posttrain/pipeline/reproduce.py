@@ -41,6 +41,7 @@ Agreement = Literal["same", "differs", "missing", "note"]
 EXIT_CODE = {"same": 0, "note": 0, "differs": 1, "missing": 2}
 MARGIN = 0.05
 """Within which two models' scores count as equivalent."""
+_PLAYED = "played with env or tools, which are not registered"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,8 @@ def _judged_reports(version: Version) -> dict[str, EvalReport]:
 
 
 def _answers(version: Version, name: str, stored: EvalReport, how: Mapping[str, Any], elsewhere: str) -> Comparison:
+    if PLAYED_WITH in stored.decoding:
+        return Comparison(f"answers on {name}", "missing", f"{name} was {_PLAYED}")
     again = _measured(version, name, stored, how, version.entry.path, "again")
     if again is None:
         return Comparison(
@@ -170,9 +173,7 @@ def _answers(version: Version, name: str, stored: EvalReport, how: Mapping[str, 
 def _measured(
     version: Version, name: str, like: EvalReport, how: Mapping[str, Any], model: Path, where: str
 ) -> EvalReport | None:
-    """The suite as it was registered, decoded as then; None if it was not registered, or asked with tools, which are not."""
-    if PLAYED_WITH in like.decoding:
-        return None
+    """The suite as it was registered, decoded as then; None if it was not registered."""
     kind, _ = version.book.evidence(version.entry.name, version.entry.version).get(f"suite.{name}", ("", ""))
     file = version.export(f"suite.{name}", f"suites/{name}" if kind == "tree" else f"suites/{name}.jsonl")
     if file is None:
@@ -337,6 +338,9 @@ def _equivalent(version: Version, model: Path, keys: PipelineKeys, margin: float
         for name in ("trust_remote_code", "bf16", "device", "layer_offloading", "chat_template", "chat_template_kwargs")
     }
     for name, stored in _judged_reports(version).items():
+        if PLAYED_WITH in stored.decoding:
+            yield Comparison(f"scores on {name}", "missing", f"{name} was {_PLAYED}")
+            continue
         again = _measured(version, name, stored, how, model, "retrained")
         if again is None or again.suite_digest != stored.suite_digest:
             yield Comparison(

@@ -156,7 +156,8 @@ class Episodes:
 
         Raises: RewardError where the environment loses more than half of them.
         """
-        playing = [_Playing(begin, place) for place, begin in enumerate(begins)]
+        unpaid = 0.0 if self._pool.steps else None
+        playing = [_Playing(begin, place, env_reward=unpaid) for place, begin in enumerate(begins)]
         if self._pool.has_state:
             self._reset(playing)
         while any(self._gathered(sum(one.finish is None for one in playing))):

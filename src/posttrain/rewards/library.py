@@ -215,7 +215,7 @@ def repetition_penalty(
 
 
 def environment_reward(completions: Sequence[Any], env_reward: Sequence[float | None], **columns: Any) -> RewardScores:
-    """What the environment of the episode has paid. None where it paid nothing."""
+    """What the environment of the episode has paid, 0 where an episode was cut short before it paid. None where nothing can pay."""
     return list(env_reward)
 
 

@@ -47,6 +47,11 @@ class RewardFunction:
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> Any:
         for group in self.needs:
             if not any(name in columns for name in group):
+                if "env_reward" in group:
+                    raise MissingColumnError(
+                        f"{self.where}: reward {self.name!r} is what an environment pays, which nobody knows of an answer that was not played. "
+                        "In a stage with env set reward_check: off; what it trains is then not promoted"
+                    )
                 present = ", ".join(sorted(columns)) or "none"
                 raise MissingColumnError(
                     f"{self.where}: reward {self.name!r} needs the column {' or '.join(group)}; the dataset has {present}. "
