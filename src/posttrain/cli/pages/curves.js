@@ -114,6 +114,7 @@ class CurvePanel {
       const style = `s${number % 8}`, points = curve.points;
       if (points.some((one) => one[1] !== one[2])) nodes.push(make("path", { class: `band ${style}`, d: `${path(points, (one) => one[2])}${path([...points].reverse(), (one) => one[1]).replace("M", "L")}Z` }));
       if (this.group.weight > 0) nodes.push(make("path", { class: `raw ${style}`, d: path(points, (one) => one[3]) }));
+      if (points.length === 1) nodes.push(make("path", { class: `dot ${style}`, d: `${path(points, (one) => one[3])}h0` }));
       nodes.push(make("path", { class: style, d: path(points, (_, place) => curve.smooth[place]) }));
     });
     this.selected = make("rect", { class: "select", y: SIZE.top, height: SIZE.height - SIZE.top - SIZE.bottom, width: 0, x: 0 });
