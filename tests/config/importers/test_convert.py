@@ -380,3 +380,24 @@ def test_a_no_that_yaml_reads_as_false_measures_nothing_on_the_way(imported):
     text = AXOLOTL + "eval_strategy: no\neval_steps: 5\nsave_strategy: no\nsave_steps: 5\n"
     _, loaded = imported(text)
     assert (loaded.keys.eval_steps, loaded.keys.save_steps) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "values"),
+    [
+        (AXOLOTL, "lr_scheduler_kwargs", ["abc", "[1]"]),
+        (AXOLOTL, "special_tokens", ["abc", "[1]"]),
+        (AXOLOTL, "plugins", ["true", "-1"]),
+        (AXOLOTL.replace("gradient_accumulation_steps: 4\n", ""), "batch_size", ["abc", "{a: 1}"]),
+        (AXOLOTL, "unfrozen_parameters", ["[1]", "true"]),
+        (AXOLOTL, "rl", ["[1]", "{a: 1}"]),
+        (AXOLOTL, "test_datasets", ["1.5"]),
+        (AXOLOTL, "max_steps", ["1e400"]),
+        (LLAMAFACTORY, "max_samples", ["abc", ".nan", "1e400"]),
+        (LLAMAFACTORY, "gradient_checkpointing", ["abc", "[1]"]),
+    ],
+)
+def test_a_key_of_the_wrong_form_is_refused_by_its_name(imported, text, key, values):
+    for value in values:
+        with pytest.raises(ConfigError, match=rf"theirs.yaml: {key}: .*(form that is not known|no counterpart)"):
+            imported(f"{text}{key}: {value}\n")

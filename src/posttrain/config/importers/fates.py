@@ -24,6 +24,8 @@ Reading = Mapping[Any, Any] | Callable[[Any], Any]
 OFF = (None, False, 0, "", "none", "None", "null", "no", "false", "False", [], {})
 """Values under which a feature is not asked for."""
 _LONGEST_VALUE = 60
+_MISSHAPEN = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError)
+"""What reading several keys together raises where one is a list, a text or a number and should be something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +200,36 @@ def convert(
     tool: Tool, source: Mapping[str, Any], nulls: Sequence[str], home: tuple[Path, ...], kind: Kind | None = None
 ) -> ImportDraft:
     """Every key of `source` with its fate. Refusals are in the draft."""
+    try:
+        return _converted(tool, source, nulls, home, kind)
+    except _MISSHAPEN:
+        tried = {key: _without(tool, source, key, home, kind) for key in source}
+        # Without the key of the wrong form the rest reads; without another that hides it, such as the data, something is missing.
+        good = {key: draft for key, draft in tried.items() if draft is not None}
+        if not good:
+            raise
+        key = min(good, key=lambda name: len(good[name].refusals))
+        good[key].refuse(
+            key,
+            f"{show_short(source[key])} has a form that is not known here",
+            "write it as the tool's docs do, or take it out",
+        )
+        return good[key]
+
+
+def _without(
+    tool: Tool, source: Mapping[str, Any], key: str, home: tuple[Path, ...], kind: Kind | None
+) -> ImportDraft | None:
+    """What comes of a file without `key`; None if it cannot be read even so."""
+    try:
+        return _converted(tool, {name: value for name, value in source.items() if name != key}, (), home, kind)
+    except _MISSHAPEN:
+        return None
+
+
+def _converted(
+    tool: Tool, source: Mapping[str, Any], nulls: Sequence[str], home: tuple[Path, ...], kind: Kind | None
+) -> ImportDraft:
     stage = tool.stage(source) if kind is None else kind
     draft = ImportDraft(tool.name, "sft" if isinstance(stage, Refusal) else stage, source, home)
     if isinstance(stage, Refusal):
@@ -241,7 +273,7 @@ def _follow(row: KeyFate, key: str, value: Any, draft: ImportDraft) -> None:
 def _note(row: KeyFate, reading: Reading, key: str, value: Any, draft: ImportDraft) -> None:
     try:
         draft.change(key, f"{show_short(value)}: {read_as(reading, value)}")
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         if is_off(value):
             draft.leave(key, f"{show_short(value)} asks for nothing that is not so here")
         else:
@@ -251,7 +283,7 @@ def _note(row: KeyFate, reading: Reading, key: str, value: Any, draft: ImportDra
 def _map(row: KeyFate, key: str, value: Any, draft: ImportDraft) -> None:
     try:
         ours = value if row.read is None else read_as(row.read, value)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         draft.refuse(key, f"{show_short(value)} has no counterpart here", row.todo)
         return
     note = (
