@@ -344,6 +344,16 @@ def test_a_lost_episode_is_unscored_with_its_reason_and_the_others_are_whole(tok
         episodes.play([begin(tokenizer), *[begin(tokenizer, fault="crash")] * 2], SamplingParams(500))
 
 
+def test_what_the_template_cannot_show_costs_the_episode_in_which_it_was_said(tokenizer, pool):
+    engine = WrittenEngine(lambda request: [*tokenizer("ab")["input_ids"], tokenizer.eos_token_id])
+    begins = [begin(tokenizer), begin(tokenizer, answer=stand_in(1, ())["content"]), begin(tokenizer)]
+    whole, lost, other = Episodes(pool("Echo"), engine, tokenizer, None, 8).play(begins, SamplingParams(500))
+    assert whole.episode.error is None and whole.episode.turns == other.episode.turns == 3
+    assert (
+        "own_env.py:Echo: what it wrote cannot be shown: the chat template writes a turn 2 times" in lost.episode.error
+    )
+
+
 # --- in a stage ----------------------------------------------------------------------------------------------------
 
 PLAYED = {

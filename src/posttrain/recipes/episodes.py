@@ -254,7 +254,14 @@ class Episodes:
         if one.turns >= self._max_turns:
             one.finish = "length"
             return
-        ids = self._between(one, said)
+        try:
+            ids = self._between(one, said)
+        except DataError as error:
+            one.error, one.finish = (
+                f"{self._pool.spec.env or 'tools'}: what it wrote cannot be shown: {error}",
+                "aborted",
+            )
+            return
         if len(one.ids) + len(ids) >= params.max_tokens:
             one.finish = "length"
         else:
