@@ -314,3 +314,26 @@ def test_no_torch_is_loaded(folder):
     )
     assert done.returncode == 0, done.stderr
     assert "QLoRA" in done.stdout or "fits    yes" in done.stdout
+
+
+def test_reward_models_and_judges_of_this_process_are_counted_whole_on_each(folder):
+    (folder / "rm").mkdir()
+    head = {"architectures": ["Qwen3ForSequenceClassification"], "id2label": {"0": "reward"}}
+    (folder / "rm" / "config.json").write_text(json.dumps(QWEN3_8B | head))
+    (folder / "here.yaml").write_text("model: ./base\n")
+    (folder / "served.yaml").write_text("model: ./base\nurl: http://127.0.0.1:8000/v1\n")
+    written = FLAT.replace("chat", "prompt").replace(
+        "sequence_len: 4096", "sequence_len: 4096\nmax_completion_length: 512"
+    )
+    (folder / "grpo.yaml").write_text(f"{written}reward_funcs: [rewards.py:right]\n")
+
+    def parts(cards, *rewards):
+        funcs = f"reward_funcs=[{', '.join(['rewards.py:right', *rewards])}]"
+        result = _run(folder / "grpo.yaml", "--gpus", cards, "--set", funcs, "--stage", "grpo", "--json")
+        return json.loads(result.output)["stages"][0]["parts"]
+
+    assert "judges" not in parts("1xH100", "judge:served.yaml")
+    one = parts("1xH100", "model:rm")["judges"]
+    assert one == pytest.approx(2 * 8.19e9, rel=0.01)
+    assert parts("1xH100", "model:rm", "judge:here.yaml", "judge:served.yaml")["judges"] == 2 * one
+    assert parts("4xH100", "model:rm")["judges"] == one

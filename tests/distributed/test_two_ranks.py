@@ -313,3 +313,25 @@ def test_two_ranks_ask_a_reward_model_for_their_own_share(runner, model_dir, dat
     rows = {"paid": ("grpo", {"reward_funcs": [f"model:{tmp_path / 'rm/model'}", "spread"], "num_prompts_per_step": 3})}
     _torchrun(runner, [_job(rows, "paid", tmp_path / "two", runner, model_dir, data_dir)])
     _same(runner, _alone(rows, "paid", tmp_path / "one", runner, model_dir, data_dir), tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_two_ranks_ask_a_judge_for_their_own_share(runner, model_dir, data_dir, tmp_path, judging):
+    """What one process asks, two ask between them, with a cache in common."""
+
+    def rows(name, url):
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / "rubric.yaml"
+        file.write_text(f"model: m\nurl: {url}\ncache: ./kept\nprompt: '{{completion}}'\n")
+        return {"paid": ("grpo", {"reward_funcs": [f"judge:{file}", "spread"], "num_prompts_per_step": 3})}
+
+    def verdict(question, body):
+        return f"Verdict: {sum(map(ord, question)) % 11}"
+
+    with judging(verdict) as (url, by_two):
+        _torchrun(runner, [_job(rows("judge-two", url), "paid", tmp_path / "two", runner, model_dir, data_dir)])
+    with judging(verdict) as (url, by_one):
+        alone = _alone(rows("judge-one", url), "paid", tmp_path / "one", runner, model_dir, data_dir)
+    _same(runner, alone, tmp_path / "two")
+    asked = [{request["messages"][-1]["content"] for request in requests} for requests in (by_one, by_two)]
+    assert asked[0] == asked[1] and len(asked[0]) > 10

@@ -221,6 +221,14 @@ def test_a_model_of_this_process_judges_and_is_part_of_the_digest(make_local_mod
     assert learned_digest(f"judge:{path}") != before
 
 
+def test_what_a_model_of_this_process_cannot_read_is_unscored(make_local_model, tmp_path):
+    keys = {"model": str(make_local_model("qwen3")), "cache": "./kept", "max_tokens": 4, "verdict": "(?s)^(.).*$"}
+    (tmp_path / "local.yaml").write_text(yaml.safe_dump(keys))
+    found = scored(f"judge:{tmp_path / 'local.yaml'}", ["half \ud800", "long " * 100_000])
+    assert [one.total for one in found] == [None, None]
+    assert "lone surrogate" in found[0].error and "the judge takes" in found[1].error
+
+
 def test_a_run_that_a_judge_pays_logs_its_cost_and_goes_on_as_if_it_had_not_stopped(train, runner, judge, judging):
     def rule(question, body):
         return f"Verdict: {sum(map(ord, of(question, 'answer'))) % 11}"

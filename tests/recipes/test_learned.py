@@ -1,6 +1,8 @@
 """A reward model as a reward: what it says is what transformers says, its digest is pinned, and runs with it go on as they were."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from posttrain.config.pipeline import SuiteKeys
 from posttrain.config.stages import ModelKeys
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, RewardError
 from posttrain.evals.suite import load_suite
 from posttrain.grading.learned import learned_digest
 from posttrain.pipeline.pins import data_pins
@@ -64,6 +66,18 @@ def test_beside_functions_it_is_weighed_and_what_it_cannot_read_is_unscored(rewa
     assert good.total == pytest.approx(0.5 * good.parts["model"] + 2.0)
     assert broken.total is None and "model:" in broken.error
     assert long.total is None and "the reward model takes" in long.error
+
+
+def test_a_reward_that_is_no_number_leaves_the_completion_unscored(reward_model, tmp_path):
+    broken = Path(shutil.copytree(reward_model, tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    weights["score.weight"].fill_(float("nan"))
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with RewardPool([f"model:{broken}"], load=load_learned) as pool:
+        found = pool.score(ASKED, SAID)
+        assert [one.total for one in found] == [None] * 4 and "broken: the model says nan" in found[0].error
+        with pytest.raises(RewardError, match="4 of 4 completions are unscored"):
+            pool.score(ASKED, SAID, max_unscored=0.1)
 
 
 def test_its_digest_is_that_of_the_run_and_moves_with_its_weights(reward_model, runner, model_dir, data_dir, tmp_path):

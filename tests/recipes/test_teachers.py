@@ -12,7 +12,7 @@ from posttrain.config.rl import GRPOKeys
 from posttrain.distributed.ranks import SingleProcess
 from posttrain.errors import ConfigError, DataError, ModelError
 from posttrain.models.load import load_policy
-from posttrain.recipes.teachers import Teachers, teacher_shapes
+from posttrain.recipes.teachers import Teachers, shapes_beside
 from posttrain.types import Origin, Prompt, Sample
 
 RICHER = "{prompt} A correct solution: {answer}"
@@ -236,6 +236,6 @@ def test_a_teacher_is_pinned_by_what_it_holds(other_weights, runner, model_dir, 
 
 def test_a_plan_knows_the_teachers_that_are_loaded(other_weights, runner, model_dir, data_dir):
     given = [{"model": "policy"}, {"model": str(other_weights)}, {"model": "big", "url": "http://127.0.0.1:8000"}]
-    (shape,) = teacher_shapes(runner.keys_of("grpo", model_dir("qwen3"), data_dir, teachers=given))
+    (shape,) = shapes_beside(runner.keys_of("grpo", model_dir("qwen3"), data_dir, teachers=given))["teachers"]
     assert (shape.hidden, shape.num_layers) == (64, 2)
-    assert teacher_shapes(runner.keys_of("sft", model_dir("qwen3"), data_dir)) == []
+    assert shapes_beside(runner.keys_of("sft", model_dir("qwen3"), data_dir)) == {"teachers": [], "judges": []}

@@ -207,13 +207,16 @@ def _here(devices: int, probe: bool) -> Target:
     )
 
 
-def _teacher_shapes(keys: Any) -> list[Any]:
-    """As `recipes.teachers.teacher_shapes`, without what loads a model."""
-    from posttrain.config.rl import SamplingKeys
+def _shapes_beside(keys: Any) -> dict[str, list[Any]]:
+    """As `recipes.teachers.shapes_beside`, without what loads a model."""
+    from posttrain.config.rl import RLKeys, SamplingKeys
+    from posttrain.grading.learned import held_models
     from posttrain.planner import ModelShape
 
-    asked = keys.teachers if isinstance(keys, SamplingKeys) else []
-    return [ModelShape.from_config(read_model_config(one.model)) for one in asked if one.is_loaded]
+    teachers = [one.model for one in keys.teachers if one.is_loaded] if isinstance(keys, SamplingKeys) else []
+    judges = held_models(keys.reward_funcs) if isinstance(keys, RLKeys) else []
+    named = {"teachers": teachers, "judges": judges}
+    return {name: [ModelShape.from_config(read_model_config(one)) for one in models] for name, models in named.items()}
 
 
 def _forecast(shape: Any, kind: str, keys: Any, target: Target, tokens: int, measured: Path | None) -> Any:
@@ -226,7 +229,7 @@ def _forecast(shape: Any, kind: str, keys: Any, target: Target, tokens: int, mea
     workload = Workload.from_keys(
         dumped,
         **STAGE_KINDS[kind].demands(keys),
-        teachers=_teacher_shapes(keys),
+        **_shapes_beside(keys),
         device_has_bf16=target.has_bf16,
         on_cpu=target.cluster.device.name == "cpu",
     )

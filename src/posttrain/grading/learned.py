@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,9 +58,28 @@ def learned_digest(spec: str, folder: Path | None = None) -> str:
     if source.is_dir():
         return _folder_digest(source)
     judge = _judged_by(source)
-    local = (source.parent / Path(str(judge.get("model"))).expanduser()).resolve()
+    local = _local_model(source, judge)
     held = _folder_digest(local) if judge.get("url") is None and local.is_dir() else None
     return digest_json([digest_file(source), held])
+
+
+def held_models(specs: Iterable[str]) -> list[str]:
+    """Folders or hub ids of the models that these rewards load into this process; a judge at a server is held there. Raises: ConfigError."""
+    found: list[str] = []
+    for spec in dict.fromkeys(specs):
+        if not split_learned(spec):
+            continue
+        source = learned_source(spec)
+        if not spec.startswith(JUDGE):
+            found.append(str(source))
+        elif (judge := _judged_by(Path(source))).get("url") is None:
+            local = _local_model(Path(source), judge)
+            found.append(str(local if local.is_dir() else judge.get("model")))
+    return found
+
+
+def _local_model(file: Path, judge: Mapping[str, Any]) -> Path:
+    return (file.parent / Path(str(judge.get("model"))).expanduser()).resolve()
 
 
 def _judged_by(file: Path) -> Mapping[str, Any]:

@@ -32,7 +32,7 @@ from posttrain.planner.shape import ModelShape
 from posttrain.recipes.episodes import environment_spec
 from posttrain.recipes.evaluate import check_played
 from posttrain.recipes.kinds import OBJECTIVES
-from posttrain.recipes.teachers import teacher_shapes
+from posttrain.recipes.teachers import shapes_beside
 from posttrain.tracking.trackers import require_tracker
 
 log = logging.getLogger(__name__)
@@ -163,9 +163,8 @@ def check_memory(keys: PipelineKeys) -> None:
         placement = place(stage.keys, stored if stage.keys.adapter != "none" else None)
         has_bf16 = placement.autocast_dtype is not None
         demands = stage_kind(stage.kind).demands(stage.keys)
-        teachers = teacher_shapes(stage.keys)
         workload = Workload.from_keys(
-            stage.keys.model_dump(), **demands, teachers=teachers, device_has_bf16=has_bf16, on_cpu=True
+            stage.keys.model_dump(), **demands, **shapes_beside(stage.keys), device_has_bf16=has_bf16, on_cpu=True
         )
         estimate = estimate_memory(shape, workload)
         if cannot_fit(estimate, available):

@@ -94,6 +94,8 @@ class Workload:
     rollout: SamplingEngine = OURS
     teachers_held: Sequence[ModelShape] = ()
     """Frozen models besides: those that teach, where they are other weights than the policy's."""
+    judges_held: Sequence[ModelShape] = ()
+    """Those whose opinion is a reward; whole on every process."""
     sharding: ShardingPlan = FULLY
 
     @classmethod
@@ -104,12 +106,13 @@ class Workload:
         device_has_bf16: bool,
         on_cpu: bool,
         teachers: Sequence[ModelShape] = (),
+        judges: Sequence[ModelShape] = (),
         **traits: bool,
     ) -> Workload:
         """From the dumped keys of a stage and its traits; `bf16: auto` is decided by the device."""
         known: dict[str, Any] = {name: keys[name] for name in cls.__dataclass_fields__ if name in keys}
         bf16 = device_has_bf16 if keys.get("bf16", "auto") == "auto" else bool(keys["bf16"])
-        known |= {"bf16": bf16, "on_cpu": on_cpu, "teachers_held": teachers, **traits}
+        known |= {"bf16": bf16, "on_cpu": on_cpu, "teachers_held": teachers, "judges_held": judges, **traits}
         if "rollout" in known:
             known["rollout"] = SamplingEngine.from_keys(known["rollout"])
         if "sharding" in known:
@@ -214,6 +217,7 @@ def estimate_memory(shape: ModelShape, workload: Workload, shards: int = 1) -> M
         "adapter": trained * _BYTES_MASTER if workload.adapter != "none" else 0,
         "reference": _reference_bytes(shape, workload, trained),
         "teachers": sum(teacher.num_params * _frozen_bytes(teacher, workload) for teacher in workload.teachers_held),
+        "judges": sum(judge.num_params * _frozen_bytes(judge, workload) for judge in workload.judges_held),
         "autocast": _autocast_bytes(shape, workload),
         "gradients": trained * _BYTES_GRADIENT,
         "optimizer": optimizer,

@@ -8,9 +8,10 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from http.client import HTTPException
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -22,9 +23,9 @@ from posttrain.config.paths import resolve_path
 from posttrain.config.stages import ModelKeys
 from posttrain.data.cache import cache_root
 from posttrain.data.render import chat_ids
-from posttrain.errors import DataError, ModelError, RewardError
+from posttrain.errors import ConfigError, DataError, ModelError, RewardError
 from posttrain.files import digest_json, read_json, write_json
-from posttrain.models.load import load_tokenizer, missing_chat_template
+from posttrain.models.load import load_config, load_tokenizer, missing_chat_template
 from posttrain.models.provenance import source_digest
 from posttrain.models.text import decoder
 from posttrain.recipes.engines import EngineSource, make_engine
@@ -41,6 +42,10 @@ _BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _WAIT_S = 0.5
 """Before a question is put again; twice as long each time."""
 _MAX_CHARS = 300
+_MAX_ANSWER_BYTES = 1 << 24
+_PIECE = 1 << 16
+_NOBODY = 8
+"""So many questions in a row without an answer, and none with one: nobody is there, and the rest would wait for hours."""
 
 Messages = list[dict[str, str]]
 
@@ -51,8 +56,8 @@ class JudgeModel(Protocol):
     @property
     def identity(self) -> str: ...
 
-    def replies(self, questions: Sequence[tuple[Messages, int]]) -> list[JudgeReply]:
-        """One to each of (messages, seed), in order. A question that failed has its reason."""
+    def replies(self, questions: Sequence[tuple[Messages, int]]) -> Iterator[tuple[int, JudgeReply]]:
+        """One to each of (messages, seed), with its place, as they come. A question that failed has its reason."""
         ...
 
     def close(self) -> None: ...
@@ -115,12 +120,22 @@ class JudgeReward:
         paths = [self._path(messages, seed) for messages, seed in wanted]
         found = {path: _kept(path) for path in dict.fromkeys(paths)}
         new = {path: question for path, question in zip(paths, wanted, strict=True) if found[path] is None}
-        for path, reply in zip(new, self._asked.replies(list(new.values())), strict=True):
-            found[path] = reply
+        places, answered, unanswered = list(new), 0, 0
+        for place, reply in self._asked.replies(list(new.values())):
+            found[places[place]] = reply
+            answered, unanswered = answered + (reply.text is not None), unanswered + reply.unanswered
             if reply.text is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, {"text": reply.text, "tokens": reply.tokens})
+                self._keep(places[place], reply)
+            if not answered and unanswered >= _NOBODY:
+                raise RewardError(f"{unanswered} questions and no answer yet: {reply.error}; start the server, or see to `url` and `timeout_s`")  # fmt: skip
         return [cast("JudgeReply", found[path]) for path in paths]
+
+    def _keep(self, path: Path, reply: JudgeReply) -> None:
+        """Raises: RewardError; an answer that is not kept would be paid for again, and may be another then."""
+        try:
+            write_json(path, {"text": reply.text, "tokens": reply.tokens})
+        except OSError as error:
+            raise RewardError(f"judge: its answer cannot be kept in {self._cache} ({error}); set `cache` in the judge's file to a folder that can be written") from None  # fmt: skip
 
     def _path(self, messages: Messages, seed: int) -> Path:
         keys = self._keys
@@ -132,9 +147,10 @@ class JudgeReward:
 def _kept(path: Path) -> JudgeReply | None:
     try:
         record = read_json(path)
-        return JudgeReply(record["text"], tokens=record["tokens"], cached=True)
+        text, tokens = record["text"], record["tokens"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return JudgeReply(text, tokens=tokens, cached=True) if isinstance(text, str) and isinstance(tokens, int) else None
 
 
 def _as_text(prompt: Any) -> str:
@@ -155,9 +171,14 @@ class JudgeServer:
     keys: JudgeKeys
     identity: str
 
-    def replies(self, questions: Sequence[tuple[Messages, int]]) -> list[JudgeReply]:
-        with ThreadPoolExecutor(self.keys.at_once) as threads:
-            return list(threads.map(lambda question: self._reply(*question), questions))
+    def replies(self, questions: Sequence[tuple[Messages, int]]) -> Iterator[tuple[int, JudgeReply]]:
+        threads = ThreadPoolExecutor(self.keys.at_once)
+        try:
+            asked = {threads.submit(self._reply, *question): place for place, question in enumerate(questions)}
+            for future in as_completed(asked):
+                yield asked[future], future.result()
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
         """Each question has a connection of its own."""
@@ -165,27 +186,52 @@ class JudgeServer:
     def _reply(self, messages: Messages, seed: int) -> JudgeReply:
         keys = self.keys
         body = {"model": keys.model, "messages": messages, "max_tokens": keys.max_tokens, "temperature": keys.temperature, "seed": seed}  # fmt: skip
-        why = ""
+        why, refused = "", False
         for attempt in range(keys.retries + 1):
             if attempt:
                 time.sleep(_WAIT_S * 2 ** (attempt - 1))
             try:
                 return _read_reply(self._call(json.dumps(body).encode()))
             except urllib.error.HTTPError as error:
-                why = f"answered {error.code}: {_said(error)}"
-                if error.code not in _BUSY:
-                    break
-            except (OSError, ValueError) as error:  # nobody there, too late, cut off, no JSON
-                why = f"did not answer: {error}"
-        return JudgeReply(None, f"the judge at {self.keys.url} {without_secrets(why)[:_MAX_CHARS]}")
+                why, refused = f"answered {error.code}: {_said(error)}", error.code not in _BUSY
+            # Nobody there, too late, cut off, no HTTP, no JSON.
+            except (OSError, HTTPException, ValueError, RecursionError) as error:
+                why = f"did not answer: {error!s}"
+            if refused:
+                break
+        return JudgeReply(
+            None, f"the judge at {keys.url} {self._without_key(why)[:_MAX_CHARS]}", unanswered=not refused
+        )
 
     def _call(self, body: bytes) -> Any:
-        token = os.environ.get(self.keys.token_env, "")
+        """Raises: OSError, HTTPException, ValueError."""
+        token = judge_key(self.keys)
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
         request = urllib.request.Request(f"{self.keys.url}/chat/completions", body, headers)
         opener = urllib.request.build_opener(*_no_proxy(self.keys.url or ""), _NoRedirects)
+        end = time.monotonic() + self.keys.timeout_s
+        found = bytearray()
         with opener.open(request, timeout=self.keys.timeout_s) as answer:
-            return json.loads(answer.read())
+            while piece := answer.read1(_PIECE):
+                found += piece
+                if len(found) > _MAX_ANSWER_BYTES:
+                    raise ValueError(f"over {_MAX_ANSWER_BYTES} bytes")
+                if time.monotonic() > end:  # the timeout of a socket is that of each piece
+                    raise TimeoutError("timed out")
+        return json.loads(found)
+
+    def _without_key(self, said: str) -> str:
+        """Some servers repeat the key that they refuse."""
+        key = judge_key(self.keys)
+        return without_secrets(said.replace(key, "…") if key else said)
+
+
+def judge_key(keys: JudgeKeys) -> str:
+    """Raises: ConfigError, which does not repeat it, for what no header can hold."""
+    key = os.environ.get(keys.token_env, "").strip()
+    if not key.isascii() or not key.isprintable():
+        raise ConfigError(f"{keys.token_env}: got an API key with line breaks or characters beyond ASCII; expected the key alone")  # fmt: skip
+    return key
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -208,15 +254,20 @@ def _no_proxy(url: str) -> list[urllib.request.ProxyHandler]:
 def _read_reply(answer: Any) -> JudgeReply:
     """Raises: ValueError for what is no chat completion."""
     try:
-        text = answer["choices"][0]["message"]["content"]
-        tokens = (answer.get("usage") or {}).get("total_tokens", 0)
+        text = answer["choices"][0]["message"]["content"] or ""
+        tokens = (answer.get("usage") or {}).get("total_tokens") or 0
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"expected a chat completion, got {json.dumps(answer)[:80]} ({error!r})") from error
-    return JudgeReply(text or "", tokens=int(tokens))
+    if not isinstance(text, str) or not isinstance(tokens, int):
+        raise ValueError(f"expected text and a number of tokens, got {json.dumps([text, tokens])[:80]}")
+    return JudgeReply(text, tokens=tokens)
 
 
 def _said(error: urllib.error.HTTPError) -> str:
-    return " ".join(error.read(2000).decode("utf-8", "replace").split())
+    try:
+        return " ".join(error.read(2000).decode("utf-8", "replace").split())
+    except (OSError, HTTPException):
+        return "and hung up"
 
 
 # --- a model in this process ---------------------------------------------------------------------------------------
@@ -233,27 +284,41 @@ class LocalJudge:
         if missing_chat_template(self._tokenizer):
             raise ModelError(f"judge: {keys.model} has no chat template; expected a model that answers in chats")
         self._decode = decoder(self._tokenizer)
+        self._longest = getattr(load_config(model).get_text_config(), "max_position_embeddings", None)
         self._engine = make_engine(EngineSource(model))
 
-    def replies(self, questions: Sequence[tuple[Messages, int]]) -> list[JudgeReply]:
-        found: list[JudgeReply | None] = [None] * len(questions)
+    def replies(self, questions: Sequence[tuple[Messages, int]]) -> Iterator[tuple[int, JudgeReply]]:
         requests: list[tuple[int, Request]] = []
         for place, (messages, seed) in enumerate(questions):
             try:
-                ids = chat_ids(self._tokenizer, tuple(cast("Any", messages)))
+                ids = self._ids(messages)
             except DataError as error:
-                found[place] = JudgeReply(None, f"the judge cannot read it: {error}")
+                yield place, JudgeReply(None, f"the judge cannot read it: {error}")
             else:
                 requests.append((place, Request(ids, request_seed("judge", seed, digest_json(messages)))))
         answers = (
             in_order(self._engine.generate([request for _, request in requests], self._params)) if requests else []
         )
         for (place, request), answer in zip(requests, answers, strict=True):
-            found[place] = JudgeReply(self._decode(answer.ids), tokens=len(request.prompt_ids) + len(answer.ids))
-        return [reply for reply in found if reply is not None]
+            yield place, JudgeReply(self._decode(answer.ids), tokens=len(request.prompt_ids) + len(answer.ids))
+
+    def _ids(self, messages: Messages) -> Sequence[int]:
+        """Raises: DataError."""
+        if not all(_is_text(message["content"]) for message in messages):
+            raise DataError("it holds half a character (a lone surrogate)")
+        ids = chat_ids(self._tokenizer, tuple(cast("Any", messages)))
+        if self._longest is not None and len(ids) + self._params.max_tokens > self._longest:
+            raise DataError(
+                f"{len(ids)} tokens and {self._params.max_tokens} of its answer, and the judge takes {self._longest}"
+            )
+        return ids
 
     def close(self) -> None:
         self._engine.close()
+
+
+def _is_text(value: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def load_judge_reward(file: Path | str, device: str) -> JudgeReward:
@@ -261,5 +326,7 @@ def load_judge_reward(file: Path | str, device: str) -> JudgeReward:
     keys = load_judge(Path(file))
     if keys.url is None:  # at a server it is a name, whatever lies beside the file
         keys = keys.model_copy(update={"model": resolve_path(keys.model, Path(file).parent)})
+    else:
+        judge_key(keys)
     asked = LocalJudge(keys, device) if keys.url is None else JudgeServer(keys, f"{keys.url} {keys.model}")
     return JudgeReward(keys, asked)

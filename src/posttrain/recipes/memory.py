@@ -18,7 +18,7 @@ from posttrain.planner.fit import fits, overrun, shortfall
 from posttrain.planner.machine import available_bytes
 from posttrain.planner.memory import MemoryPlan, Workload, estimate_memory
 from posttrain.planner.shape import ModelShape
-from posttrain.recipes.teachers import teacher_shapes
+from posttrain.recipes.teachers import shapes_beside
 
 _CPU_REFUSAL = "DefaultCPUAllocator: can't allocate memory"
 _TRIED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB|TiB)?")
@@ -56,7 +56,7 @@ def why_not_loaded(kind: str, keys: TrainKeys, processes: int) -> str:
 
 def _plan(kind: str, keys: TrainKeys, config: Any, placement: Placement, processes: int) -> MemoryPlan:
     workload = Workload.from_keys(
-        keys.model_dump(), **stage_kind(kind).demands(keys), teachers=teacher_shapes(keys), on_cpu=placement.device.type == "cpu",
+        keys.model_dump(), **stage_kind(kind).demands(keys), **shapes_beside(keys), on_cpu=placement.device.type == "cpu",
         device_has_bf16=placement.autocast_dtype is not None,
     )  # fmt: skip
     return estimate_memory(ModelShape.from_config(model_shape(config)), workload, processes)

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from posttrain.config.rl import SamplingKeys
+from posttrain.config.rl import RLKeys, SamplingKeys
 from posttrain.config.stages import ModelKeys, TrainKeys
 from posttrain.config.teachers import TeacherKeys
 from posttrain.data.prompt_format import columns_of
 from posttrain.data.render import draft_prompt, tokenize
 from posttrain.errors import DataError, ModelError
 from posttrain.files import digest_start
+from posttrain.grading.learned import held_models
 from posttrain.models.adapters import load_adapter
 from posttrain.models.batch import pack
 from posttrain.models.load import load_config, load_policy, load_tokenizer, model_shape
@@ -146,10 +147,17 @@ class Teachers:
         return places, groups
 
 
-def teacher_shapes(keys: TrainKeys) -> list[ModelShape]:
-    """Of the teachers that are held beside the policy, for a plan of memory. Raises: ModelError."""
+def shapes_beside(keys: TrainKeys) -> dict[str, list[ModelShape]]:
+    """Of the models that are held beside the policy, by what they do, for a plan of memory. Raises: ConfigError, ModelError."""
     asked = keys.teachers if isinstance(keys, SamplingKeys) else []
-    return [ModelShape.from_config(model_shape(load_config(_keys_of(one, keys)))) for one in asked if one.is_loaded]
+    paid_by = held_models(keys.reward_funcs) if isinstance(keys, RLKeys) else []
+    held = {
+        "teachers": [_keys_of(one, keys) for one in asked if one.is_loaded],
+        "judges": [ModelKeys.model_validate({"base_model": one, "device": keys.device}) for one in paid_by],
+    }
+    return {
+        name: [ModelShape.from_config(model_shape(load_config(one))) for one in models] for name, models in held.items()
+    }
 
 
 def _keys_of(asked: TeacherKeys, keys: TrainKeys) -> ModelKeys:

@@ -7,6 +7,7 @@ completions are cut into chunks of a fixed size; a reward must score each comple
 
 from __future__ import annotations
 
+import math
 import selectors
 import threading
 import time
@@ -115,9 +116,10 @@ class _ScoreCall:
         """A model's opinion of all completions at once."""
         opinions = reward.score(self.prompts, self.completions, self.columns)
         for item, opinion in enumerate(opinions):
-            self.values[function][item] = opinion.value
-            if opinion.error is not None:
-                self._unscored(function, item, opinion.error)
+            finite = opinion.value is None or math.isfinite(opinion.value)
+            self.values[function][item] = opinion.value if finite else None
+            if reason := opinion.error if finite else f"the model says {opinion.value}, which is no finite number":
+                self._unscored(function, item, reason)
             for name, count in opinion.counts.items():
                 self.counts[item][f"{self.names[function]}/{name}"] = count
         self._give_up_if_hopeless()
