@@ -1,6 +1,6 @@
 import pytest
 
-from posttrain.config import load_gate, load_stage
+from posttrain.config import load_gate, load_pipeline, load_stage
 from posttrain.errors import ConfigError
 
 
@@ -116,3 +116,16 @@ def test_rewards_of_the_library_are_names(write, folder):
 def test_a_baseline_is_an_alias_a_stage_or_a_path(write, folder, baseline, expected):
     gate = load_gate(write(f"baseline: {baseline}\nprimary: [{{suite: a}}]\n", "gate.yaml"))
     assert gate.baseline == expected.format(folder=folder)
+
+
+def test_a_reward_model_that_a_stage_before_would_make_is_said_to_be_needed_at_the_start(folder):
+    path = folder / "train.yaml"
+    path.write_text(
+        "base_model: ./base\nstages:\n"
+        "  - reward_model: {datasets: [{path: data/pairs.jsonl}]}\n"
+        "  - grpo: {datasets: [{path: data/prompts.jsonl}], reward_funcs: ['model:./runs/x/stages/01-reward_model/model']}\n"
+    )
+    with pytest.raises(
+        ConfigError, match=r"there is no folder .*must be there when the run starts.*posttrain reward_model"
+    ):
+        load_pipeline(path)

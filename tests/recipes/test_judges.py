@@ -123,6 +123,8 @@ def test_several_samples_are_asked_with_seeds_of_their_own_and_their_mean_taken(
         ("Verdict: 3\nVerdict: 9", "2 verdicts that differ"),
         ("Verdict: 11", "the verdict '11' is none; expected a number from 0 to 10"),
         ("Verdict: good", "the verdict 'good' is none"),
+        ("Verdict: 4/5", "the verdict '4/5' is none"),
+        ("\n" * 100_000, "no verdict"),
         ("<think>Verdict: 9</think>", "no verdict"),
         ("", "no verdict"),
     ],
@@ -137,7 +139,15 @@ def test_without_a_verdict_a_completion_is_unscored_and_never_0(says, why, judge
 
 
 @pytest.mark.parametrize(
-    "says", ["**Verdict:** 7/10", "> verdict: `7`", "Verdict: 7.", "<think>Verdict: 1</think>\nVerdict: 7"]
+    "says",
+    [
+        "**Verdict:** 7/10",
+        "> verdict: `7`",
+        "Verdict: 7.",
+        "<think>Verdict: 1</think>\nVerdict: 7",
+        "Verdict: 7, good.",
+        "Verdict: 7\n\n## Verdict: 7.0/10",
+    ],
 )
 def test_a_verdict_may_be_dressed(says, judge, judging):
     with judging(lambda question, body: says) as (url, _):

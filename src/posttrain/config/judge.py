@@ -47,7 +47,7 @@ class JudgeKeys(Keys):
     rubric: list[CriterionKeys] = knob([], "Criteria that are judged one by one; the reward is their weighted mean.", example=[{"criterion": "It is polite."}])
     against: str | None = knob(None, "Column with an answer to compare with, once in each order: the reward is 1 where the completion is better, 0 where it is worse, 0.5 for a tie and where the orders disagree.", example="answer")
     scale: tuple[float, float] = knob((0.0, 10.0), "Lowest and highest number that is a verdict; rewards are 0 to 1 between them.", example=[1, 5])
-    verdict: str = knob(r"(?im)^[\s*_#>`]*verdict[\s*_`]*:[\s*_`]*([^\s*_`]+)", "Regular expression whose one group is the verdict; an answer in which it finds none, or two that differ, gives none.")
+    verdict: str = knob(r"(?im)^[ \t*_#>`]*verdict[\s*_`]*:[\s*_`]*([^\s*_`]+)", "Regular expression whose one group is the verdict; an answer in which it finds none, or two that differ, gives none.")
     samples: int = knob(1, "Verdicts on each question, of which the mean is taken; above 1 needs a temperature.", ge=1)
     temperature: float = knob(0.0, "Of the judge's answers.", ge=0)
     max_tokens: int = knob(512, "Longest answer of the judge in tokens.", ge=1)

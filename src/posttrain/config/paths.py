@@ -88,13 +88,22 @@ def _reward(entry: str, folder: Path) -> str:
     if entry.startswith(JUDGE):
         return JUDGE + _existing(entry.removeprefix(JUDGE), folder)
     if entry.startswith(REWARD_MODEL):
-        return REWARD_MODEL + _existing_or_hub(entry.removeprefix(REWARD_MODEL), folder)
+        return REWARD_MODEL + _reward_model(entry.removeprefix(REWARD_MODEL), folder)
     file, colon, function = entry.rpartition(":")
     if not re.search(r"\.py$", file if colon else entry):
         return entry
     if not colon or not function.isidentifier():
         raise _PathError(f"got {entry}, expected file.py:function, e.g. {file or entry}:correct")
     return f"{_existing(file, folder)}:{function}"
+
+
+def _reward_model(path: str, folder: Path) -> str:
+    try:
+        return _existing_or_hub(path, folder)
+    except _PathError as error:
+        raise _PathError(
+            f"{error}; a reward model must be there when the run starts, so train it in a run of its own first (`posttrain reward_model`)"
+        ) from None
 
 
 def _environment(entry: str, folder: Path) -> str:

@@ -67,23 +67,26 @@ class VerdictForm:
         """The verdict as 0 to 1, or why there is none."""
         if reply.text is None:
             return None, reply.error
-        found = {match.casefold().rstrip(".") for match in self.pattern.findall(visible(reply.text) or "")}
-        if len(found) != 1:
-            what = f"{len(found)} verdicts that differ" if found else "no verdict"
+        found = [match.casefold().rstrip(".,;:!") for match in self.pattern.findall(visible(reply.text) or "")]
+        values = {self._value(verdict) for verdict in found}
+        if len(values) != 1:
+            what = f"{len(values)} verdicts that differ" if found else "no verdict"
             return None, f"{what} in the judge's answer {' '.join(reply.text.split())[-120:]!r}"
-        (verdict,) = found
-        value = self._value(verdict)
+        (value,) = values
         if value is None:
-            return None, f"the verdict {verdict[:40]!r} is none; expected {self._expected()}"
+            return None, f"the verdict {found[0][:40]!r} is none; expected {self._expected()}"
         return (1.0 - value if question.swapped else value), None
 
     def _value(self, verdict: str) -> float | None:
         if self.against is not None:
             return _WORDS.get(verdict)
         low, high = self.scale
+        number, out_of, best = verdict.partition("/")
         try:
-            number = float(verdict.partition("/")[0])
+            number, best = float(number), float(best) if out_of else high
         except ValueError:
+            return None
+        if best != high:  # 4/5 is no 4 of 10
             return None
         return (number - low) / (high - low) if low <= number <= high else None
 
