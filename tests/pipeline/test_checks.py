@@ -226,3 +226,26 @@ def test_an_adapter_on_a_bf16_file_is_planned_in_bf16_where_the_cpu_has_it(make_
         checks.check_memory(keys)
     assert [plan.workload.bf16 for plan in planned] == [False, True]
     assert planned[1].parts["weights"] * 2 == planned[0].parts["weights"]
+
+
+@pytest.mark.parametrize("of", ["reward", "suite"])
+@pytest.mark.parametrize(
+    ("judge", "why"),
+    [
+        ("model: m\nulr: http://127.0.0.1:9/v1\n", "did you mean url"),
+        ("model: m\nurl: http://127.0.0.1:9/v1\ntoken_env: MY_KEY\n", "MY_KEY: got an API key with line breaks"),
+        ("- no keys\n", "rubric.yaml"),
+    ],
+)
+def test_a_judge_that_cannot_work_is_refused_before_the_first_stage(
+    of, judge, why, make_project, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MY_KEY", "one\ntwo")
+    stages = [sft(), grpo(reward_funcs=["rewards.py:spread", "judge:rubric.yaml"])] if of == "reward" else [sft()]
+    run = make_project(tmp_path / "project", stages, evals={"own": {"path": "own.jsonl"}} if of == "suite" else {})
+    row = {"id": "a", "prompt": "1 is", "target": "1", "scorer": "judge:rubric.yaml"}
+    (run.folder / "own.jsonl").write_text(json.dumps(row) + "\n")
+    (run.folder / "rubric.yaml").write_text(judge)
+    with pytest.raises(ConfigError, match=why):
+        run.run()
+    assert not run.out.joinpath("stages").exists()

@@ -31,6 +31,7 @@ from posttrain.planner.memory import Workload, estimate_memory
 from posttrain.planner.shape import ModelShape
 from posttrain.recipes.episodes import environment_spec
 from posttrain.recipes.evaluate import check_played
+from posttrain.recipes.judges import check_judges
 from posttrain.recipes.kinds import OBJECTIVES
 from posttrain.recipes.teachers import shapes_beside
 from posttrain.tracking.trackers import require_tracker
@@ -65,9 +66,12 @@ def check_all(keys: PipelineKeys) -> dict[str, tuple[Suite, SuiteKeys]]:
             read_nouns(sources, stage.keys.row_kind)
         if isinstance(stage.keys, RLKeys) and stage.keys.ptx_datasets:
             read_nouns(stage.keys.ptx_datasets, "examples")
+        if isinstance(stage.keys, RLKeys):
+            check_judges(stage.keys.reward_funcs)
     suites = {name: (load_suite(name, Path(suite.path)), suite) for name, suite in keys.evals.items()}
     for suite, how in suites.values():
         check_played(suite, how)
+        check_judges([suite.scorer], suite.path.parent)
     for gate in gates_of(keys):
         for line in plan_gate(keys, gate, suites):
             log.info("gate: %s", line)

@@ -25,9 +25,11 @@ from posttrain.data.cache import cache_root
 from posttrain.data.render import chat_ids
 from posttrain.errors import ConfigError, DataError, ModelError, RewardError
 from posttrain.files import digest_json, read_json, write_json
+from posttrain.grading.learned import learned_source
 from posttrain.models.load import load_config, load_tokenizer, missing_chat_template
 from posttrain.models.provenance import source_digest
 from posttrain.models.text import decoder
+from posttrain.names import JUDGE
 from posttrain.recipes.engines import EngineSource, make_engine
 from posttrain.rewards.learned import Opinion
 from posttrain.rewards.library import text_of
@@ -319,6 +321,13 @@ class LocalJudge:
 
 def _is_text(value: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def check_judges(specs: Sequence[str], folder: Path | None = None) -> None:
+    """What can be found without asking anybody: the keys of each judge among these rewards, and its API key. Raises: ConfigError."""
+    for spec in specs:
+        if spec.startswith(JUDGE) and (keys := load_judge(Path(learned_source(spec, folder)))).url is not None:
+            judge_key(keys)
 
 
 def load_judge_reward(file: Path | str, device: str) -> JudgeReward:
