@@ -232,7 +232,7 @@ def test_an_adapter_on_a_bf16_file_is_planned_in_bf16_where_the_cpu_has_it(make_
 @pytest.mark.parametrize(
     ("judge", "why"),
     [
-        ("model: m\nulr: http://127.0.0.1:9/v1\n", "did you mean url"),
+        ("model: m\nulr: http://127.0.0.1:9/v1\n", "rubric.yaml:2: ulr: unknown key"),
         ("model: m\nurl: http://127.0.0.1:9/v1\ntoken_env: MY_KEY\n", "MY_KEY: got an API key with line breaks"),
         ("- no keys\n", "rubric.yaml"),
     ],

@@ -73,6 +73,8 @@ def held_models(specs: Iterable[str]) -> list[str]:
         if not spec.startswith(JUDGE):
             found.append(str(source))
         elif (judge := _judged_by(Path(source))).get("url") is None:
+            if not isinstance(judge.get("model"), str):
+                raise ConfigError(f"{source}: got no `model`; expected the keys of a judge")
             local = _local_model(Path(source), judge)
             found.append(str(local if local.is_dir() else judge.get("model")))
     return found

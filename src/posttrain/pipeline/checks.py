@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 
 def check_all(keys: PipelineKeys) -> dict[str, tuple[Suite, SuiteKeys]]:
     """Everything that can be known before the first step. Returns the suites. Raises: PosttrainError."""
+    for stage in keys.stages:
+        if isinstance(stage.keys, RLKeys):
+            check_judges(stage.keys.reward_funcs)
     check_memory(keys)
     check_order(keys)
     check_adapters(keys)
@@ -66,8 +69,6 @@ def check_all(keys: PipelineKeys) -> dict[str, tuple[Suite, SuiteKeys]]:
             read_nouns(sources, stage.keys.row_kind)
         if isinstance(stage.keys, RLKeys) and stage.keys.ptx_datasets:
             read_nouns(stage.keys.ptx_datasets, "examples")
-        if isinstance(stage.keys, RLKeys):
-            check_judges(stage.keys.reward_funcs)
     suites = {name: (load_suite(name, Path(suite.path)), suite) for name, suite in keys.evals.items()}
     for suite, how in suites.values():
         check_played(suite, how)
