@@ -207,7 +207,7 @@ def _here(devices: int, probe: bool) -> Target:
     )
 
 
-def _shapes_beside(keys: Any) -> dict[str, list[Any]]:
+def _shapes_beside(keys: Any) -> dict[str, Any]:
     """As `recipes.teachers.shapes_beside`, without what loads a model."""
     from posttrain.config.rl import RLKeys, SamplingKeys
     from posttrain.grading.learned import held_models

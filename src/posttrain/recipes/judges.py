@@ -304,7 +304,7 @@ class LocalJudge:
         for (place, request), answer in zip(requests, answers, strict=True):
             yield place, JudgeReply(self._decode(answer.ids), tokens=len(request.prompt_ids) + len(answer.ids))
 
-    def _ids(self, messages: Messages) -> Sequence[int]:
+    def _ids(self, messages: Messages) -> tuple[int, ...]:
         """Raises: DataError."""
         if not all(_is_text(message["content"]) for message in messages):
             raise DataError("it holds half a character (a lone surrogate)")

@@ -147,7 +147,7 @@ class Teachers:
         return places, groups
 
 
-def shapes_beside(keys: TrainKeys) -> dict[str, list[ModelShape]]:
+def shapes_beside(keys: TrainKeys) -> dict[str, Any]:
     """Of the models that are held beside the policy, by what they do, for a plan of memory. Raises: ConfigError, ModelError."""
     asked = keys.teachers if isinstance(keys, SamplingKeys) else []
     paid_by = held_models(keys.reward_funcs) if isinstance(keys, RLKeys) else []
