@@ -123,6 +123,13 @@ def test_a_command_that_cannot_be_started_has_ended(make_client, page_of, folder
     assert "what the user must fix" in page_of(client.get("/acts").text).text
 
 
+def test_no_letter_turns_the_command_that_is_shown_around(make_client, page_of):
+    client = make_client(allow_acts=True)
+    fields = {"act": "rollback", "name": "words", "reason": "\u202eon\u2066 \u05d0", "alias": "champion"}
+    text = page_of(post(client, "/acts/show", **fields).text).text
+    assert "--reason=\\u202eon\\u2066 \u05d0" in text and "\u202e" not in text
+
+
 def test_words_that_look_like_options_stay_words(make_client, page_of):
     client = make_client(allow_acts=True)
     shown = page_of(post(client, "/acts/show", act="promote", ref="--registry=/etc", registry="registry").text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -23,6 +24,9 @@ from posttrain.report import words
 from posttrain.report.series import SeriesCache
 
 _REGISTRIES = ("registry.sqlite", "*/registry.sqlite", "*/*/registry.sqlite")
+
+_REORDERS = re.compile("[\u202a-\u202e\u2066-\u2069]")
+"""Written out: a name with one of them turns what stands beside it around, a command that is shown too."""
 
 
 class Site:
@@ -67,7 +71,7 @@ def _shown(value: Any) -> Any:
 
 @lru_cache(maxsize=1 << 14)
 def _clean(text: str) -> str:
-    return clean_text(printable(text))
+    return clean_text(_REORDERS.sub(lambda found: f"\\u{ord(found[0]):04x}", printable(text)))
 
 
 def _urlencode(text: Any) -> str:
