@@ -94,6 +94,7 @@ def _rows(names, model_dir):
     return {name: (str(model_dir(ROWS[name][0])), ROWS[name][1]) for name in names}
 
 
+@pytest.mark.xdist_group("sequence")
 @pytest.mark.parametrize("case", ALL_CASES)
 def test_scores_and_gradients_are_those_of_one_process(case, shared, model_dir, data_dir):
     with join_ranks() as alone:
@@ -111,6 +112,7 @@ def _learned_alike(runner, found, one):
         assert (runner.weights(found)[name] - tensor).abs().max() < 2e-5, name
 
 
+@pytest.mark.xdist_group("sequence")
 @pytest.mark.parametrize("case", ALL_CASES)
 def test_stages_take_the_steps_of_one_process_which_goes_on_from_them(case, shared, runner, tmp_path):
     """A pair of ranks counts as one where rows are dealt; their checkpoint and their model are those of any ranks."""

@@ -7,7 +7,7 @@ What is trained on are the ids that were sampled, in the order in which they wer
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -21,7 +21,7 @@ from posttrain.data.tool_calls import CallSyntax, SaidCall, syntax_of
 from posttrain.data.turns import SampledCall, ids_between, stand_in, text_pieces
 from posttrain.environments.pool import EnvironmentPool, PlacedCall
 from posttrain.environments.spec import EnvironmentSpec
-from posttrain.errors import ConfigError, DataError, RewardError
+from posttrain.errors import ConfigError, DataError, PosttrainError, RewardError
 from posttrain.models.load import missing_chat_template
 from posttrain.models.text import decoder, end_of_turn_id
 from posttrain.protocols import Engine, Ranks
@@ -107,6 +107,16 @@ class _Playing:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Standing:
+    """A rank's episodes between two turns: those unfinished, all, why some were lost, and what stopped the rank."""
+
+    unfinished: int
+    num: int
+    lost: Sequence[str]
+    error: PosttrainError | None
+
+
 @dataclass(slots=True)
 class _TurnReply:
     """What an episode asks after a turn: calls of its tools, or a step of its environment."""
@@ -154,23 +164,30 @@ class Episodes:
     def play(self, begins: Sequence[Begin], params: SamplingParams) -> list[Completion]:
         """Each episode to its end; `params.max_tokens` holds for all that stands behind its prompt.
 
-        Raises: RewardError where the environment loses more than half of them.
+        Raises: RewardError where the environment loses more than half of all ranks'; what stops one rank is raised on all.
         """
         unpaid = 0.0 if self._pool.steps else None
         playing = [_Playing(begin, place, env_reward=unpaid) for place, begin in enumerate(begins)]
-        if self._pool.has_state:
-            self._reset(playing)
-        while any(self._gathered(sum(one.finish is None for one in playing))):
+        error = _stopped_by(self._reset, playing) if self._pool.has_state else None
+        while any(standing.unfinished for standing in self._all_standings(playing, error)):
             speaking = [one for one in playing if one.finish is None]
             requests = [self._request(one, params) for one in speaking]
             for one, completion in zip(speaking, in_order(self._engine.generate(requests, params)), strict=True):
                 one.take(completion)
-            self._answer(speaking, params)
-        _refuse_lost([one.error for one in playing if one.error], len(playing))
+            error = _stopped_by(self._answer, speaking, params)
         return [one.completion() for one in playing]
 
-    def _gathered(self, number: int) -> list[int]:
-        return [number] if self._ranks is None else self._ranks.gather(number)
+    def _all_standings(self, playing: Sequence[_Playing], error: PosttrainError | None) -> list[_Standing]:
+        """Of all ranks: each asks the engine until none has an episode to go on with, and none is left to wait for one that cannot."""
+        lost = [one.error for one in playing if one.error]
+        mine = _Standing(sum(one.finish is None for one in playing), len(playing), lost, error)
+        found = [mine] if self._ranks is None else self._ranks.gather(mine)
+        for standing in found:
+            if standing.error is not None:
+                raise standing.error
+        if not any(standing.unfinished for standing in found):
+            _refuse_lost([why for standing in found for why in standing.lost], sum(one.num for one in found))
+        return found
 
     def _request(self, one: _Playing, params: SamplingParams) -> Request:
         first = one.begin.request
@@ -357,6 +374,14 @@ def _readable_syntax(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> Call
             f"tools: the chat template writes calls in a form that is not read (tried: {syntax.name}); {instead}"
         )
     return syntax
+
+
+def _stopped_by(work: Callable[..., None], *given: Any) -> PosttrainError | None:
+    try:
+        work(*given)
+    except PosttrainError as error:
+        return error
+    return None
 
 
 def _refuse_lost(errors: Sequence[str], num: int) -> None:
