@@ -164,5 +164,8 @@ def test_keys_that_do_not_go_together_are_refused(runner, model_dir, data_dir):
 
 
 def test_a_group_counts_as_one_where_rows_are_dealt(runner, model_dir, data_dir):
-    keys = runner.keys_of("sft", model_dir("llama"), data_dir, sharding={"sp_size": 4}, gradient_accumulation_steps=2)
+    options = {"sharding": {"sp_size": 4}, "gradient_accumulation_steps": 2}
+    keys = runner.keys_of("sft", model_dir("llama"), data_dir, **options)
+    begun_by_one = runner.keys_of("sft", model_dir("llama"), data_dir, num_processes=1, **options)
+    assert [begun_by_one.micro_batches_per_step(processes) for processes in (1, 4)] == [2, 2]
     assert [keys.micro_batches_per_step(processes) for processes in (1, 4, 16)] == [2, 2, 8]

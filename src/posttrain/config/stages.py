@@ -222,7 +222,7 @@ class TrainKeys(ModelKeys):
 
     @model_validator(mode="after")
     def _sequences_are_shared_by_whole_groups(self) -> TrainKeys:
-        if self.num_processes is not None and self.num_processes % self.sharding.sp_size:
+        if (number := self.num_processes or 1) > 1 and number % self.sharding.sp_size:  # one shares nothing
             raise ValueError(
                 f"num_processes: {self.num_processes} with sharding.sp_size: {self.sharding.sp_size}; expected a multiple of it"
             )
