@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -26,6 +27,17 @@ FAMILIES = {
 
 def failed(report):
     return {check.name: check.seen for check in report.checks if not check.passed}
+
+
+def test_greedy_answers_are_the_likeliest_whatever_the_sources_way_of_sampling(model_dir, tmp_path):
+    source = tmp_path / "qwen3"
+    shutil.copytree(model_dir("qwen3"), source)
+    said = json.loads((source / "generation_config.json").read_text())
+    ways = {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2, "num_beams": 2, "min_new_tokens": 4}
+    (source / "generation_config.json").write_text(json.dumps(said | ways))
+    report = export_model(FoundModel(source), tmp_path / "out", "safetensors", "float32", None)
+    assert failed(report) == {} and report.exit_code == 0
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == said | ways
 
 
 EACH = [(family, type_) for family in FAMILIES for type_ in ("f16", "q8_0")]

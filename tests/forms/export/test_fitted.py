@@ -58,6 +58,15 @@ def test_a_fitted_form_is_the_same_model(method, written):
     assert stored[f"{NAME}_scale"].shape == (128, 64 // 32)
 
 
+def test_a_source_whose_way_of_sampling_contradicts_itself_is_fitted_and_keeps_it(quantiser, learned, texts, tmp_path):
+    source = shutil.copytree(learned, tmp_path / "source")
+    said = source / "generation_config.json"
+    said.write_text(json.dumps(json.loads(said.read_text()) | {"temperature": 0.7}))
+    report = export_model(FoundModel(source), tmp_path / "out", "gptq", TYPE, None, texts)
+    assert failed(report) == {} and report.exit_code == 0
+    assert (tmp_path / "out" / "generation_config.json").read_text() == said.read_text()
+
+
 def test_gptq_errs_less_than_nearest_rounding_on_the_texts(written):
     made, folder, view = written("gptq")
     (fit,) = [check() for check in view.more]

@@ -20,7 +20,7 @@ from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModif
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 _OWN = ("_scale", "_zero_point", "_g_idx", "_shape")
 """What the quantiser adds to a layer."""
@@ -53,6 +53,9 @@ def main(job: dict[str, Any]) -> None:
     )  # fmt: skip
     if job["unrounded"]:
         _save_unrounded(model, Path(job["unrounded"]))
+    model.generation_config = (
+        GenerationConfig()
+    )  # the source's is copied as it stands; one that contradicts itself is not saved
     model.save_pretrained(job["out"], save_compressed=True)
 
 

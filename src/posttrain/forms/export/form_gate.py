@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from posttrain.files import read_json
 from posttrain.forms.export.target import Talk, TextForm
@@ -159,11 +160,13 @@ def check_greedy(source: Any, target: Any, text: TextForm, talks: Sequence[Talk]
     prompts = [ids for ids in (text.chat_ids(messages) for messages in talks) if ids] if text.has_template else []
     prompts = (prompts or [ids for ids in map(text.text_ids, _LINES) if ids])[:_GREEDY_PROMPTS]
     same = total = 0
+    # What its own says beside the ends (penalties, beams, suppressed tokens) would choose others than the likeliest.
+    source.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=_GREEDY_TOKENS, eos_token_id=list(text.special.stops) or None, pad_token_id=0
+    )
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        whole = source.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=_GREEDY_TOKENS, pad_token_id=0
-        )
+        whole = source.generate(ids, attention_mask=torch.ones_like(ids))
         best = target(input_ids=whole, use_cache=False).logits[0, len(prompt) - 1 : -1].argmax(-1)
         same += int((best == whole[0, len(prompt) :]).sum())
         total += whole.shape[1] - len(prompt)
