@@ -1,6 +1,8 @@
 """When a run validates and saves, by steps and by shares of them, and when it ends early."""
 
 import json
+import math
+from itertools import chain, repeat
 
 import pytest
 
@@ -72,6 +74,25 @@ def test_the_count_outlives_a_stop_between_validations(train, data_dir):
     assert [row["validations_since_best"] for row in metrics(halves)] == [
         row["validations_since_best"] for row in metrics(whole)
     ]
+
+
+def test_a_validation_that_a_health_rule_asks_for_does_not_bring_the_early_end_nearer(train, data_dir, monkeypatch):
+    losses = chain([1.0], repeat(2.0))
+    monkeypatch.setattr("posttrain.recipes.sft.validation_loss", lambda *args, **kwargs: {"eval_loss": next(losses)})
+    asks = {"gradient_spike": {"times": 0.0, "after": 1, "at_least": 0.0, "action": "evaluate"}}
+    folder = train("sft", **{**WAIT, "eval_steps": 5}, health=asks, **dev(data_dir))
+    waited = {row["step"]: row["validations_since_best"] for row in metrics(folder) if "eval_loss" in row}
+    asked = [step for step in waited if step % 5]
+    assert asked[0] < 5 < asked[-1], "the rule asks before the cadence does, and again between"
+    assert waited == {asked[0]: 0.0, 5: 1.0} | dict.fromkeys(asked[1:], 1.0) | {10: 2.0}
+
+
+def test_a_validation_without_a_number_is_never_the_best(train, data_dir, monkeypatch):
+    losses = iter([math.nan, 3.0, 2.0, math.nan])
+    monkeypatch.setattr("posttrain.recipes.sft.validation_loss", lambda *args, **kwargs: {"eval_loss": next(losses)})
+    folder = train("sft", max_steps=4, eval_steps=1, load_best_model_at_end=True, **dev(data_dir))
+    events = [event for _, event in read_json_lines(folder / "events.jsonl")]
+    assert [e["step"] for e in events if e["kind"] == "notice" and "the best on held-out rows" in e["message"]] == [3]
 
 
 @pytest.mark.parametrize(

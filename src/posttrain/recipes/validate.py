@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -24,7 +25,7 @@ from posttrain.rollout.sampling import request_seed
 _DEV = "dev"
 _LONGEST_ANSWER = 256
 SINCE_BEST = "validations_since_best"
-"""How many validations in a row were no better than the best; what early stopping counts."""
+"""How many validations of the cadence in a row were no better than the best; what early stopping counts."""
 
 
 class Validation:
@@ -44,7 +45,8 @@ class Validation:
     def if_due(self, step: int, total_steps: int) -> dict[str, float]:
         """The metrics of a validation after `step`, or nothing."""
         guard, every = self._stage.guard, step_interval(self._stage.keys.eval_steps, total_steps)
-        if not guard.controls.evaluate_next and step != total_steps and not (every and step % every == 0):
+        is_due = step == total_steps or bool(every and step % every == 0)
+        if not guard.controls.evaluate_next and not is_due:
             return {}
         guard.controls = replace(guard.controls, evaluate_next=False)
         scored = self._suite.measure(step) if self._suite is not None else {}
@@ -52,7 +54,7 @@ class Validation:
         self._state.validated = self._measure() | scored
         self._measured_at, self._best = step, self._score_if_best(step)
         if self._stage.keys.early_stopping_patience:
-            self._state.validated[SINCE_BEST] = waited + 1 if self._best is None else 0.0
+            self._state.validated[SINCE_BEST] = waited + is_due if self._best is None else 0.0
         return self._state.validated
 
     def best_score(self, step: int) -> float | None:
@@ -63,6 +65,8 @@ class Validation:
         if not self._wanted or not self._state.validated:
             return None
         score, best = goodness(self._state.validated), self._stage.checkpoints.best()
+        if math.isnan(score):
+            return None
         # A step that is run again after a crash finds its own mark: it must be saved again all the same.
         return score if best is None or score > best[1] or step == best[0] else None
 
