@@ -20,14 +20,14 @@ def port():
 
 @pytest.fixture
 def on_ranks(port):
-    """`on_ranks(2, f)`: what `f(meeting)` returns or raises, by rank; `late` seconds pass before the last rank comes."""
+    """`on_ranks(2, f)`: what `f(meeting)` returns or raises, by rank; the last rank comes once `last_after` is set."""
 
-    def call(world_size, work, *, late=0.0, say=lambda line: None, limit_s=10.0, present=None):
+    def call(world_size, work, *, last_after=None, say=lambda line: None, limit_s=60.0, present=None):
         results, held = [None] * world_size, []  # the store lives as long as rank 0's meeting
 
         def be(rank):
-            if late and rank == world_size - 1:
-                time.sleep(late)
+            if last_after is not None and rank == world_size - 1:
+                last_after.wait(50)
             try:
                 meeting = meet(Launch(rank, world_size, rank, "127.0.0.1", port), say, limit_s)
                 held.append(meeting)
@@ -47,15 +47,20 @@ def on_ranks(port):
 
 def test_a_late_rank_is_waited_for_and_named(on_ranks, monkeypatch):
     monkeypatch.setattr("posttrain.distributed.meeting._NOTICE_S", 0.2)
-    said = []
-    assert on_ranks(3, lambda meeting: meeting.launch.rank, late=0.7, say=said.append) == [0, 1, 2]
-    assert "waiting for rank 2 of 3" in said
+    named = threading.Event()
+
+    def say(line):
+        if line == "waiting for rank 2 of 3":
+            named.set()
+
+    assert on_ranks(3, lambda meeting: meeting.launch.rank, last_after=named, say=say) == [0, 1, 2]
+    assert named.is_set()
 
 
 def test_a_rank_that_never_comes_ends_the_wait(on_ranks):
-    first, second, _ = on_ranks(3, lambda meeting: None, limit_s=0.5, present=[0, 1])
+    first, second, _ = on_ranks(3, lambda meeting: None, limit_s=3.0, present=[0, 1])
     assert isinstance(first, ConfigError)
-    assert "waited 0.5 s for rank 2 of 3" in str(first)
+    assert "waited 3 s for rank 2 of 3" in str(first)
     assert isinstance(second, ConfigError)
 
 
@@ -164,7 +169,7 @@ def test_a_defect_of_one_rank_is_named_by_its_rank(on_ranks):
 
 def test_a_part_may_take_longer_than_the_silence_and_a_silent_rank_ends_the_wait(on_ranks, monkeypatch):
     monkeypatch.setattr("posttrain.distributed.meeting._BEAT_S", 0.1)
-    slow = on_ranks(2, lambda meeting: meeting.each(lambda: time.sleep(1.2 * meeting.launch.rank), 0.6))
+    slow = on_ranks(2, lambda meeting: meeting.each(lambda: time.sleep(2.5 * meeting.launch.rank), 2.0))
     assert slow == [[None, None], []]
 
 
