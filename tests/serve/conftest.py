@@ -50,7 +50,7 @@ def in_thread(run):
         yield serving
     finally:
         serving.stop()
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive()
 
 

@@ -175,7 +175,7 @@ def choice_of(serving, **fields):
 
 
 def given(server, **options):
-    return {"engine": "sglang", "url": server.url, "engine_timeout_s": 5.0, "start_timeout_s": 20.0, **options}
+    return {"engine": "sglang", "url": server.url, "engine_timeout_s": 20.0, "start_timeout_s": 20.0, **options}
 
 
 @pytest.mark.parametrize("incremental", [False, True])

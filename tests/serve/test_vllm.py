@@ -38,7 +38,7 @@ def adapters(folder, make_adapter, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vllm(running, folder, adapters, tmp_path_factory):
-    options = {"engine": "vllm", "kv_memory_gib": 0.1, "max_lora_rank": 8, "max_loras": 2, "engine_timeout_s": 5.0}
+    options = {"engine": "vllm", "kv_memory_gib": 0.1, "max_lora_rank": 8, "max_loras": 2, "engine_timeout_s": 20.0}
     names = ServedNames([str(folder)], tmp_path_factory.mktemp("none"), loras=adapters, name="base")
     with running(names, **options) as serving:
         yield serving
@@ -133,7 +133,7 @@ def test_one_that_hangs_is_started_anew(vllm, embedded):
         os.kill(pid, signal.SIGSTOP)
     begun = time.monotonic()
     while rows_of(vllm).num_restarts == before:
-        assert time.monotonic() - begun < 30
+        assert time.monotonic() - begun < 120
         time.sleep(0.1)
     assert asked(vllm, model="a1")["choices"][0]["text"] == asked(embedded, model="a1")["choices"][0]["text"]
 
