@@ -376,6 +376,14 @@ def test_how_often_per_epoch_of_no_number_of_epochs_is_refused_for_the_epochs(im
         imported(AXOLOTL.replace("num_epochs: 1", f"num_epochs: {epochs}") + "evals_per_epoch: 4\n")
 
 
+@pytest.mark.parametrize("text", [AXOLOTL, LLAMAFACTORY], ids=["axolotl", "llamafactory"])
+@pytest.mark.parametrize("told", ["no", "epoch"])
+def test_when_is_validated_by_its_older_name_says_nothing_of_when_is_saved(imported, text, told):
+    kept = "".join(line for line in text.splitlines(True) if not line.startswith(("save", "eval")))
+    _, loaded = imported(f"{kept}evaluation_strategy: {told}\nsave_steps: 50\n")
+    assert loaded.keys.save_steps == 50
+
+
 def test_a_no_that_yaml_reads_as_false_measures_nothing_on_the_way(imported):
     text = AXOLOTL + "eval_strategy: no\neval_steps: 5\nsave_strategy: no\nsave_steps: 5\n"
     _, loaded = imported(text)

@@ -228,7 +228,9 @@ def early_stopping(draft: ImportDraft) -> None:
 def cadence(draft: ImportDraft, what: str, ours: str, epochs: float) -> None:
     """`save_steps` and `eval_steps`, or how often per epoch, which is a share of the run's steps. `epochs` is the tool's default."""
     steps, strategy, per_epoch = f"{what}_steps", f"{what}_strategy", f"{what}s_per_epoch"
-    told = draft.source.get(strategy, draft.source.get("evaluation_strategy", "steps"))
+    if what == "eval" and strategy not in draft.source and "evaluation_strategy" in draft.source:
+        strategy = "evaluation_strategy"  # its older name
+    told = draft.source.get(strategy, "steps")
     chosen = "no" if is_off(told) else str(told)
     value, often = draft.number(steps), draft.number(per_epoch)
     epochs = _epochs(draft) or epochs
@@ -243,7 +245,7 @@ def cadence(draft: ImportDraft, what: str, ours: str, epochs: float) -> None:
             strategy, "epoch with max_steps: the steps of an epoch are known only with the data", f"set {steps}"
         )
     elif chosen == "epoch":
-        _share(draft, ours, 1 / epochs, strategy if strategy in draft.source else "evaluation_strategy")
+        _share(draft, ours, 1 / epochs, strategy)
     if value is not None and chosen in ("no", "epoch", "best"):
         draft.leave(steps, f"{strategy} is {chosen}")
     elif value is not None and 0 < value < 1:
