@@ -4,6 +4,7 @@ import ast
 import json
 import multiprocessing
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -136,10 +137,20 @@ def test_a_folder_that_somebody_reads_is_not_taken_away_and_who_reads_it_is_name
 
 
 def test_a_reader_that_is_killed_holds_nothing(tmp_path):
+    told, tells = os.pipe()
     child = os.fork()
     if child == 0:
-        reading(tmp_path).__enter__()
-        os.kill(os.getpid(), 9)
-    os.waitpid(child, 0)
+        with reading(tmp_path):
+            os.write(tells, b"held")
+            signal.pause()
+    try:
+        assert os.read(told, 4) == b"held"
+        with pytest.raises(RunLockedError, match=f"is read by process {child};"), nobody_reading(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(told)
+        os.close(tells)
     with nobody_reading(tmp_path):
         pass
