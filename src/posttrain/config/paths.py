@@ -111,7 +111,7 @@ def _environment(entry: str, folder: Path) -> str:
     file, _, names = entry.rpartition(":")
     if not file.endswith(".py") or not all(name.isidentifier() for name in names.split(",")):
         raise _PathError(
-            f"got {entry}, expected file.py:NAME, e.g. {entry if entry.endswith('.py') else 'my_env.py'}:{'Env'}"
+            f"got {entry}, expected file.py:NAME, e.g. {entry if entry.endswith('.py') else 'my_env.py'}:Env"
         )
     return f"{_existing(file, folder)}:{names}"
 

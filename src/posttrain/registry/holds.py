@@ -1,6 +1,6 @@
 """A hold beside the version that it is on, wherever that is copied: it is set and taken off there as it was here.
 
-A remote holds `holds/NAME/V/N.json`, the last of which counts: the reason, or nothing where the hold was taken off.
+A remote holds `holds/NAME/V/DIGEST/N.json`, the last of which counts: the reason, or nothing where the hold was taken off.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from posttrain.config.importers.fates import (
     rows,
     to,
 )
-from posttrain.config.importers.sharded import OFFLOAD, SHARDED, STAGES, STRATEGIES, UNIT
+from posttrain.config.importers.sharded import OFFLOAD, SHARDED, SPLIT, STAGES, STRATEGIES, UNIT, tokens_over
 from posttrain.config.importers.values import LOADING, MEMORY, TRACKING
 from posttrain.config.yaml_lines import dump_yaml
 
@@ -87,7 +87,7 @@ _ACCELERATE: dict[str, KeyFate] = {
     **rows(left(MEMORY), *(f"dynamo_config.dynamo_{key}" for key in ("backend", "mode", "use_dynamic", "use_fullgraph", "use_regional_compilation"))),
     "parallelism_config.parallelism_config_dp_shard_size": to("sharding", _shards),
     "parallelism_config.parallelism_config_dp_replicate_size": joint("sharding", "copies are what processes are left over dp_shard_size"),
-    "parallelism_config.parallelism_config_sp_size": to("sharding", lambda size: {"sp_size": int(size)}),
+    "parallelism_config.parallelism_config_sp_size": to("sharding", tokens_over, SPLIT, "give the number of processes that share a sequence"),
     **rows(refused(_OWN, "set it to 1", off=_ONE), *(f"parallelism_config.parallelism_config_{kind}_size" for kind in ("tp", "cp"))),
 }  # fmt: skip
 
