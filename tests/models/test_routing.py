@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from posttrain.models.batch import pack
 from posttrain.models.load import load_policy
-from posttrain.models.routing import load_metrics
+from posttrain.models.routing import load_metrics, router_loads
 from posttrain.types import TokenSeq
 
 
@@ -68,3 +69,44 @@ def test_routers_that_tell_no_tokens_apart_are_seen_to_have_collapsed(runner, mo
 
 def test_a_dense_model_has_nothing_to_count(runner, model_dir, data_dir):
     assert load_policy(runner.keys_of("sft", model_dir("llama"), data_dir)).routing is None
+
+
+def _made(model_type, **sizes):
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "vocab_size": 64,
+        "pad_token_id": 0,
+    } | sizes
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**sizes))
+
+
+def test_of_a_class_that_is_no_routers_own_only_routers_are_counted():
+    """Jamba's are plain linear layers, and have one output."""
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "use_mamba_kernels": False}
+    model = _made(
+        "jamba", expert_layer_period=2, expert_layer_offset=1, attn_layer_period=1, attn_layer_offset=0, **sizes
+    )
+    loads = router_loads(model)
+    assert loads is not None
+    with loads.counting(on=True):
+        model(input_ids=torch.arange(10)[None])
+    assert [float(load.sum()) for load in loads._loads.values()] == [10 * model.config.num_experts_per_tok]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        ("jetmoe", {"num_key_value_heads": 2, "kv_channels": 8}),
+        (
+            "gemma4_text",
+            {
+                "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "hidden_size_per_layer_input": 0,
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_what_records_no_logits_of_one_choice_is_not_counted(model_type, sizes):
+    assert router_loads(_made(model_type, **sizes)) is None

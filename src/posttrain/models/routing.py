@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.output_capturing import OutputRecorder
 
 from posttrain.protocols import Ranks
 
@@ -24,7 +25,6 @@ class RouterLoads:
         self._logits_at, self._per_token, self._counts = logits_at, per_token, False
         self._loads: dict[int, Tensor] = {}
         self._entropy: dict[int, Tensor] = {}
-        self._layers = len(routers)
         for layer, router in enumerate(routers):
             router.register_forward_hook(partial(self._seen, layer))
 
@@ -37,9 +37,10 @@ class RouterLoads:
         finally:
             self._counts = False
 
-    def _seen(self, layer: int, router: nn.Module, given: Any, output: tuple[Tensor, ...]) -> None:
+    def _seen(self, layer: int, router: nn.Module, given: Any, output: Tensor | tuple[Tensor, ...]) -> None:
         if not (self._counts and torch.is_grad_enabled()):
             return
+        output = (output,) if isinstance(output, Tensor) else output
         logits_TE = output[self._logits_at].detach().flatten(0, -2).float()
         chosen = next((part for part in output if not part.is_floating_point()), None)
         if chosen is None:
@@ -82,15 +83,23 @@ def load_metrics(load_LE: Tensor, entropy_L: Tensor, per_token: int) -> dict[str
 
 
 def router_loads(model: nn.Module) -> RouterLoads | None:
-    """Counts in the routers of a model, as transformers names them for its own balancing loss; None where it has none."""
+    """Counts in the routers of a model, as transformers names them for its own balancing loss.
+
+    None where it has none, or where those are not the logits of one choice of so many experts a token (Gemma 4, JetMoE).
+    """
     recorded: Any = next(
         (table["router_logits"] for m in model.modules() if "router_logits" in (table := recorders(m))), None
     )
-    if recorded is None:
+    text: Any = model.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    per_token = getattr(text, "num_experts_per_tok", None)
+    if not isinstance(recorded, OutputRecorder) or per_token is None:
         return None
-    routers = [module for module in model.modules() if isinstance(module, recorded.target_class)]
-    text = model.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-    return RouterLoads(routers, recorded.index, text.num_experts_per_tok) if routers else None
+    routers = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, recorded.target_class) and name.endswith(recorded.layer_name or "")
+    ]
+    return RouterLoads(routers, recorded.index, per_token) if routers else None
 
 
 def recorders(module: nn.Module) -> dict[str, Any]:
