@@ -106,8 +106,9 @@ class ActTools:
 
     def stop(self) -> None:
         """Tell what still runs to finish its step and save."""
-        for process, _ in self._going.values():
-            process.terminate()
+        with self._lock:
+            for process, _ in self._going.values():
+                process.terminate()
 
     def _registry(self, folder: str) -> str:
         return f"--registry={self.place.shown(self.place.inside(folder))}"
@@ -133,13 +134,13 @@ class ActTools:
 
     def _start(self, arguments: list[str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
         # A session of its own: a client that ends the server's group must not end a run between two saves.
-        log = tempfile.TemporaryFile(prefix="posttrain-mcp-")  # noqa: SIM115 - as long as its process
         try:
+            log = tempfile.TemporaryFile(prefix="posttrain-mcp-")  # noqa: SIM115 - as long as its process
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _ENTRY, *arguments], cwd=self.place.root, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
-        except OSError as error:  # words that are too long; a folder that was removed
+        except OSError as error:  # words that are too long; a folder that was removed; a full disk
             raise ConfigError(f"the command cannot be started: {error.strerror}") from error
         return process, log
 

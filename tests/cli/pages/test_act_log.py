@@ -123,6 +123,15 @@ def test_a_command_that_cannot_be_started_has_ended(make_client, page_of, folder
     assert "what the user must fix" in page_of(client.get("/acts").text).text
 
 
+def test_a_command_whose_output_has_no_place_has_ended(make_client, page_of, tmp_path, monkeypatch):
+    client = make_client(allow_acts=True)
+    fields = {"act": "rollback", "name": "words", "reason": "x", "alias": "champion"}
+    shown = page_of(post(client, "/acts/show", **fields).text).form("/acts/do")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    client.post("/acts/do", data=shown)
+    assert ended(client).is_refused and "cannot be started" in ended(client).output
+
+
 def test_no_letter_turns_the_command_that_is_shown_around(make_client, page_of):
     client = make_client(allow_acts=True)
     fields = {"act": "rollback", "name": "words", "reason": "\u202eon\u2066 \u05d0", "alias": "champion"}
