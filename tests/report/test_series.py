@@ -151,6 +151,11 @@ def test_names_that_are_no_list_name_nothing(path, named):
     assert read(MetricSeries(path)).names == ("loss",)
 
 
+def test_a_name_of_a_panel_stands_for_what_was_logged(path):
+    log(path, [{"step": 1, "rewards/a/share": 0.3, "rewards/b/share": 0.7, "rewards/a/mean": 1.0}])
+    assert sorted(read(MetricSeries(path), names=["rewards/*/share"]).curves) == ["rewards/a/share", "rewards/b/share"]
+
+
 def test_names_without_end_are_not_all_kept(path):
     log(path, [{"step": step, "loss": 1.0, f"of_{step}": 1.0} for step in range(1, 2101)])
     window = read(MetricSeries(path), names=["loss"])

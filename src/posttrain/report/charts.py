@@ -7,7 +7,7 @@ import fnmatch
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, pairwise
 from typing import Any
@@ -204,12 +204,9 @@ def _with_gap(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return rows
 
 
-def _drawn(panel: Panel, metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The panel's metrics, those with `*` as they were logged."""
-    logged = dict.fromkeys(name for row in metrics for name in row)
-    return [
-        name for wanted in panel.metrics for name in (fnmatch.filter(logged, wanted) if "*" in wanted else [wanted])
-    ]
+def metrics_named(wanted: Sequence[str], logged: Iterable[str]) -> list[str]:
+    """The metrics of a panel, those with `*` as they were logged."""
+    return [name for one in wanted for name in (fnmatch.filter(logged, one) if "*" in one else [one])]
 
 
 def _difference(before: Mapping[str, Any], row: Mapping[str, Any], name: str) -> float:
@@ -257,7 +254,8 @@ def _row_in_words(test: Mapping[str, Any], share: bool) -> str:
 
 
 def _curve(panel: Panel, metrics: Sequence[Mapping[str, Any]], finding_steps: Sequence[int]) -> Chart | None:
-    series = {name: _points(metrics, name) for name in _drawn(panel, metrics)}
+    logged = dict.fromkeys(name for row in metrics for name in row)
+    series = {name: _points(metrics, name) for name in metrics_named(panel.metrics, logged)}
     series = {name: points for name, points in series.items() if points}
     if not series:
         return None

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.report.charts import MEMORY, THROUGHPUT
+from posttrain.report.charts import MEMORY, THROUGHPUT, metrics_named
 
 _CHUNK_BYTES = 1 << 16
 _BLOCK = 256
@@ -144,11 +144,11 @@ class MetricSeries:
         column.append(value)
 
     def window(self, names: Sequence[str], low: int | None, high: int | None, num_points: int) -> SeriesWindow:
-        """The curves of `names` (all that were logged, if none is named) between two steps."""
+        """The curves of `names`, as panels name them (all that were logged, if none is named), between two steps."""
         with self._lock:
             steps = np.frombuffer(self._steps, dtype=np.int64) if self._steps else np.zeros(0, np.int64)
             known = self._names()
-            wanted = [name for name in names if name in known] or ([] if names else list(known))
+            wanted = [name for name in metrics_named(names, known) if name in known] or ([] if names else list(known))
             span = _span(steps, low, high) if self._is_sorted else None
             curves = {
                 name: Curve(

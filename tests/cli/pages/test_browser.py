@@ -61,7 +61,7 @@ def visit(browser):
 
     def open_tab(address, **options):
         page = browser.new_context(**options).new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(60_000)
         page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("dialog", lambda dialog: complaints.append(f"a script of the records ran: {dialog.message}"))
@@ -75,7 +75,7 @@ def visit(browser):
     assert complaints == []
 
 
-def until(page, expression, within_s=15):
+def until(page, expression, within_s=60):
     """`wait_for_function` evaluates text inside the page, which the page's policy forbids."""
     end = time.monotonic() + within_s
     while not page.evaluate(expression):
@@ -137,6 +137,18 @@ def test_curves_zoom_by_mouse_and_keys_smooth_and_say_their_values(serve, visit)
     assert "not finite" in page.locator(".curves").text_content()
     page.select_option("[aria-label='Draw another metric']", "num_tokens")
     until(page, "document.querySelector('.curves').textContent.includes('num_tokens')")
+
+
+def test_each_reward_is_a_curve_of_its_panel(serve, visit, folder, run_in):
+    run = run_in(folder / "runs" / "two", "two", steps=1)
+    rows = "".join(f'{{"step": {n}, "rewards/a/share": 0.3, "rewards/b/share": 0.7}}\n' for n in (1, 2))
+    (run / "stages" / "01-grpo" / "metrics.jsonl").write_text(rows)
+    address = serve()
+    page = visit(address)
+    page.goto(f"{address}/run?run=runs/two")
+    assert drawn(page).count() == 1
+    label = drawn(page).get_attribute("aria-label")
+    assert "Who decides" in label and "rewards/a/share" in label and "rewards/b/share" in label
 
 
 def test_a_run_that_goes_on_grows_on_the_page(serve, visit, folder, run_in):
@@ -222,7 +234,7 @@ def test_the_keyboard_reaches_the_content_and_decides(serve, visit):
     page.wait_for_selector("#command")
     assert "gate decide --accept --by=me" in page.locator("#command").text_content()
     page.get_by_role("button", name="Run it").press("Enter")
-    until(page, "document.querySelector('#acts-live').textContent.includes('exit code 0')", within_s=60)
+    until(page, "document.querySelector('#acts-live').textContent.includes('exit code 0')")
 
 
 def test_a_form_finds_a_key_and_shows_the_yaml(serve, visit):
@@ -247,7 +259,7 @@ def test_two_models_answer_side_by_side(serve, visit, model_dir):
     page.get_by_label("Most tokens").fill("8")
     page.get_by_label("Message").fill("What is 1 plus 2?")
     page.get_by_label("Message").press("Enter")
-    until(page, "document.querySelector('[data-chat-stop]').disabled && document.querySelectorAll('.turns .assistant').length == 2", within_s=60)  # fmt: skip
+    until(page, "document.querySelector('[data-chat-stop]').disabled && document.querySelectorAll('.turns .assistant').length == 2")  # fmt: skip
     answers = page.locator(".turns .assistant").all_text_contents()
     assert all(one and "Error" not in one and one != "…" for one in answers) and len(answers) == 2
     chosen = page.locator("[data-chat] select").evaluate_all("all => all.map(one => one.value)")

@@ -38,6 +38,14 @@ function ticks(low, high, count) {
   return found;
 }
 
+// The metrics of a panel, those with `*` as they were logged.
+function named(wanted, logged) {
+  return wanted.flatMap((one) => {
+    const [head, tail] = one.split("*");
+    return tail === undefined ? [one] : logged.filter((name) => name.startsWith(head) && name.endsWith(tail));
+  });
+}
+
 class CurvePanel {
   constructor(group, panel) {
     this.group = group;
@@ -78,7 +86,7 @@ class CurvePanel {
   draw(windows) {
     this.curves = [];
     windows.forEach((window, place) => {
-      for (const name of this.panel.metrics) {
+      for (const name of named(this.panel.metrics, Object.keys(window.curves))) {
         const curve = Object.hasOwn(window.curves, name) ? window.curves[name] : null;
         if (curve && (curve.points.length || curve.num_nonfinite)) this.curves.push({ name, place, label: windows.length > 1 ? `${"ABCDEFGH"[place]} ${name}` : name, ...curve });
       }
