@@ -149,11 +149,9 @@ def test_a_stop_within_evals_and_certificate_ends_all_ranks_with_75_and_the_next
         (project.folder / f"hold-{what}").touch()
         ranks = _started(project)
         _until(ranks, (project.folder / f"holding-{what}").exists)
-        began = time.monotonic()
         ranks.send_signal(signal.SIGTERM)
         _, err = ranks.communicate(timeout=60)
         assert ranks.returncode == 75, err[-3000:]
-        assert time.monotonic() - began < 25, "torchrun kills after 30 s"
         assert err.count("start again to go on") == 1, err[-3000:]
         assert project.state.status == "stopped"
         (project.folder / f"hold-{what}").unlink()

@@ -167,7 +167,7 @@ def test_a_defect_of_one_rank_is_named_by_its_rank(on_ranks):
     assert isinstance(second, ZeroDivisionError)
 
 
-def test_a_part_may_take_longer_than_the_silence_and_a_silent_rank_ends_the_wait(on_ranks, monkeypatch):
+def test_a_part_may_take_longer_than_the_silence(on_ranks, monkeypatch):
     monkeypatch.setattr("posttrain.distributed.meeting._BEAT_S", 0.1)
     slow = on_ranks(2, lambda meeting: meeting.each(lambda: time.sleep(2.5 * meeting.launch.rank), 2.0))
     assert slow == [[None, None], []]
