@@ -6,17 +6,19 @@ import json
 import os
 import pickle
 import select
+import selectors
 import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from posttrain.errors import ConfigError
 from posttrain.supervised import SupervisedProcess
 
-START_TIMEOUT_S = 120.0
+_START_TIMEOUT_S = 120.0
 _MAX_LOG_BYTES = 1 << 20
 _MAX_ANSWER_BYTES = 1 << 26
 
@@ -50,7 +52,7 @@ class AskedProcess:
         self.ready = False
         self._buffer, self._num_asked = b"", 0
         self.pid = self.supervisor.pid
-        self.start_clock(START_TIMEOUT_S)
+        self.start_clock(_START_TIMEOUT_S)
         self._send(pickle.dumps(setup))
 
     # --- clock -----------------------------------------------------------------------------------------------------
@@ -110,8 +112,29 @@ class AskedProcess:
             raise ScribbledError
         return cast("dict[str, Any]", answer)
 
-    def became_ready(self, pid: int) -> None:
-        self.ready, self.pid = True, pid
+    def is_idle(self) -> bool:
+        """Alive, and silent since its last answer."""
+        try:
+            return self.receive() is None
+        except (EOFError, ScribbledError):
+            return False
+
+    def look_at_start(self, what: str, if_slow: str) -> dict[str, Any] | None:
+        """What it says once it has loaded `what`. Raises: ConfigError when that cannot be loaded, or not in time."""
+        late = self.is_late()
+        try:
+            answer = self.receive()
+        except EOFError:
+            raise ConfigError(f"while loading {what}, {self.ended()}") from None
+        except ScribbledError:
+            raise ConfigError(f"while loading, {what} wrote into the pipe that carries the answers") from None
+        if answer is not None and "error" in answer:
+            raise ConfigError(answer["error"])
+        if answer is not None:
+            self.ready, self.pid = True, answer["pid"]
+        elif late:
+            raise ConfigError(f"loading {what} took over {_START_TIMEOUT_S:.0f} s; {if_slow}")
+        return answer
 
     # --- end -------------------------------------------------------------------------------------------------------
 
@@ -137,6 +160,16 @@ class AskedProcess:
         for descriptor in (self._request_fd, self.answer_fd):
             os.close(descriptor)
         self._log.close()
+
+
+def wait_for(processes: Sequence[AskedProcess]) -> None:
+    """Until one of them has something to say or is late."""
+    if not processes:
+        return
+    with selectors.DefaultSelector() as selector:
+        for process in processes:
+            selector.register(process.answer_fd, selectors.EVENT_READ)
+        selector.select(max(0.0, min(process.deadline for process in processes) - time.monotonic()))
 
 
 def read_request(stream: Any) -> Any:

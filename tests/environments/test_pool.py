@@ -54,7 +54,7 @@ def test_an_environment_that_fails_costs_its_own_episode_within_its_deadline(fau
         pool.ask([step(0), step(1)])
         started = time.monotonic()
         failed, whole = pool.ask([step(0), step(1)])
-        assert time.monotonic() - started < 8
+        assert time.monotonic() - started < 40  # what hangs does so for 60 s
         assert len(failed["failed"]) < 2000 and "failed" not in whole, failed
         again, other = pool.ask([reset(0), step(1)])
         assert "failed" not in again and other["done"]

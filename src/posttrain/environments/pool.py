@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import selectors
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from posttrain.asked import START_TIMEOUT_S, AskedProcess, ScribbledError
+from posttrain.asked import AskedProcess, ScribbledError, wait_for
 from posttrain.environments.spec import EnvironmentSpec
-from posttrain.errors import ConfigError
 
 _ENTRY = "posttrain.environments.worker:main"
-_LOOK_S = 0.5
 _MAX_SENDS = 2
 
 PlacedCall = tuple[int, Mapping[str, Any]]
@@ -99,25 +96,14 @@ class EnvironmentPool:
 
     def _await_ready(self, slot: _Player) -> None:
         while not slot.process.ready:
-            _wait([slot.process])
+            wait_for([slot.process])
             self._look_at_start(slot.process)
 
     def _look_at_start(self, process: AskedProcess) -> None:
-        """Raises: ConfigError when what it loads cannot be loaded, or not in time."""
-        late = process.is_late()
-        try:
-            answer = process.receive()
-        except EOFError:
-            raise ConfigError(f"while loading env or tools, {process.ended()}") from None
-        except ScribbledError:
-            raise ConfigError("while loading, env or tools wrote into the pipe that carries their answers") from None
-        if answer is not None and "error" in answer:
-            raise ConfigError(answer["error"])
+        """Raises: ConfigError."""
+        answer = process.look_at_start("env or tools", "move slow work into reset")
         if answer is not None:
-            process.became_ready(answer["pid"])
             self.tools, self.steps = tuple(answer["tools"]), answer["steps"]
-        elif late:
-            raise ConfigError(f"loading env or tools took over {START_TIMEOUT_S:.0f} s; move slow work into reset")
 
     def _hand_out(self, place: int, asked: Sequence[PlacedCall], answers: list[dict[str, Any]]) -> None:
         slot = self._slots[place]
@@ -126,7 +112,7 @@ class EnvironmentPool:
         number = slot.waiting.popleft()
         slot.process.start_clock(self._timeout_s)
         slot.began = time.monotonic()
-        if _is_idle(slot.process) and slot.process.ask(asked[number][1]):
+        if slot.process.is_idle() and slot.process.ask(asked[number][1]):
             slot.running = number
             return
         gone = (
@@ -142,7 +128,7 @@ class EnvironmentPool:
 
     def _collect(self, busy: Sequence[int], answers: list[dict[str, Any]]) -> None:
         waited = [self._slots[place] for place in busy if place in self._slots]
-        _wait([slot.process for slot in waited if slot.running is not None or not slot.process.ready])
+        wait_for([slot.process for slot in waited if slot.running is not None or not slot.process.ready])
         for place in busy:
             slot = self._slots.get(place)
             if slot is None:
@@ -188,22 +174,3 @@ class EnvironmentPool:
         self._end(place)
         fresh = self._slot(place)
         fresh.waiting, fresh.num_sends = waiting, num_sends
-
-
-def _is_idle(process: AskedProcess) -> bool:
-    """Alive, and silent since its last answer."""
-    try:
-        return process.receive() is None
-    except (EOFError, ScribbledError):
-        return False
-
-
-def _wait(processes: Sequence[AskedProcess]) -> None:
-    """Until one of them has something to say, or a deadline is near."""
-    if not processes:
-        return
-    with selectors.DefaultSelector() as selector:
-        for process in processes:
-            selector.register(process.answer_fd, selectors.EVENT_READ)
-        left = min(process.deadline for process in processes) - time.monotonic()
-        selector.select(max(0.0, min(left, _LOOK_S)))

@@ -8,9 +8,7 @@ completions are cut into chunks of a fixed size; a reward must score each comple
 from __future__ import annotations
 
 import math
-import selectors
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from posttrain.asked import START_TIMEOUT_S, AskedProcess, ScribbledError
+from posttrain.asked import AskedProcess, ScribbledError, wait_for
 from posttrain.errors import ConfigError, RewardError
 from posttrain.grading.learned import split_learned
 from posttrain.rewards.learned import LearnedReward, LoadLearned
@@ -288,9 +286,7 @@ class RewardPool:
 
     def _await_ready(self, process: AskedProcess) -> None:
         while not process.ready:
-            with selectors.DefaultSelector() as selector:
-                selector.register(process.answer_fd, selectors.EVENT_READ)
-                selector.select(max(0.0, process.deadline - time.monotonic()))
+            wait_for([process])
             _look_at_start(process)
 
     def _replace(self, worker: _PoolWorker) -> None:
@@ -317,7 +313,7 @@ class RewardPool:
             process, task = worker.process, call.queue.popleft()
             process.trim_log()
             process.start_clock(self.timeout_s)
-            if _is_idle(process) and process.ask(call.request(task)):
+            if process.is_idle() and process.ask(call.request(task)):
                 worker.task = task
             else:
                 reason = process.ended() if process.has_ended() else "the reward process does not read its requests"
@@ -327,10 +323,7 @@ class RewardPool:
     def _collect(self, call: _ScoreCall) -> None:
         """Wait for the next answer or deadline, and deal with all that have come."""
         waiting = [worker for worker in self._workers if worker.task is not None or not worker.process.ready]
-        with selectors.DefaultSelector() as selector:
-            for worker in waiting:
-                selector.register(worker.process.answer_fd, selectors.EVENT_READ)
-            selector.select(max(0.0, min(worker.process.deadline for worker in waiting) - time.monotonic()))
+        wait_for([worker.process for worker in waiting])
         for worker in waiting:
             if worker.process.ready:
                 self._look_at(worker, call)
@@ -367,31 +360,9 @@ class RewardPool:
         return RewardBreakdown(total, parts, "; ".join(errors) or None, call.counts[item])
 
 
-def _is_idle(process: AskedProcess) -> bool:
-    """Alive, and silent since its last answer."""
-    try:
-        return process.receive() is None
-    except (EOFError, ScribbledError):
-        return False
-
-
 def _look_at_start(process: AskedProcess) -> None:
-    """Raises: ConfigError when the rewards could not be loaded, or not in time."""
-    late = process.is_late()
-    try:
-        answer = process.receive()
-    except EOFError:
-        raise ConfigError(f"while loading the rewards, {process.ended()}") from None
-    except ScribbledError:
-        raise ConfigError("while loading, a reward file wrote into the pipe that carries the scores") from None
-    if answer is not None and "error" in answer:
-        raise ConfigError(answer["error"])
-    if answer is not None:
-        process.became_ready(answer["pid"])
-    elif late:
-        raise ConfigError(
-            f"loading the rewards took over {START_TIMEOUT_S:.0f} s; move slow work out of the file's top level"
-        )
+    """Raises: ConfigError."""
+    process.look_at_start("the rewards", "move slow work out of the file's top level")
 
 
 def refuse_unscored(errors: Sequence[str], num: int, limit: float, already: str = "") -> None:
