@@ -41,8 +41,8 @@ class Side:
     """One mode: its policy and its engine. In exact mode the trainer's log-probs must be the engine's."""
 
     def __init__(self, case: Case, exact: bool) -> None:
+        from posttrain.config.datasets import DatasetKeys
         from posttrain.config.rl import GRPOKeys
-        from posttrain.config.stages import DatasetKeys
         from posttrain.models.load import load_policy
         from posttrain.rollout.embedded import EmbeddedEngine
 

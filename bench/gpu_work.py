@@ -69,7 +69,8 @@ def random_model(shape: Shape, device: torch.device) -> Any:
 
 def random_policy(shape: Shape, device: torch.device, *, adapter: bool = False, bf16: bool = True) -> Policy:
     """float32 masters under bf16 autocast; with an adapter on a base in bf16."""
-    from posttrain.config.stages import DatasetKeys, SFTKeys
+    from posttrain.config.datasets import DatasetKeys
+    from posttrain.config.stages import SFTKeys
 
     keys = SFTKeys(
         base_model="random",

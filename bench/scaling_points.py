@@ -124,8 +124,8 @@ def text(rng: random.Random, num_tokens: int) -> str:
 @contextmanager
 def stage_of(kind: str, size: Size, rows: Sequence[Mapping[str, str]], num_steps: int, sink: Any, **own: Any) -> Iterator[Any]:  # fmt: skip
     """The keys and the stage of a run on these rows."""
+    from posttrain.config.datasets import DatasetKeys
     from posttrain.config.kinds import STAGE_KINDS
-    from posttrain.config.stages import DatasetKeys
     from posttrain.distributed.ranks import SingleProcess
     from posttrain.recipes.stage import Stage
 
@@ -262,8 +262,8 @@ def recorded_engine(length: int) -> Callable[..., Any]:
 
 def rollout_seconds(size: Size, num_steps: int) -> list[float]:
     """The engine on the policy's weights; nothing ends before `length`, and all rows decode at once."""
+    from posttrain.config.datasets import DatasetKeys
     from posttrain.config.rl import GRPOKeys
-    from posttrain.config.stages import DatasetKeys
     from posttrain.models.load import load_policy, load_tokenizer
     from posttrain.rollout.embedded import EmbeddedEngine
     from posttrain.types import Request, SamplingParams

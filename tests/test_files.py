@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.cli.rewards import read_samples
-from posttrain.config.stages import DatasetKeys
+from posttrain.config.datasets import DatasetKeys
 from posttrain.data.sources import read_rows
 from posttrain.errors import DataError, PosttrainError, RunLockedError
 from posttrain.evals.suite import load_suite

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import posttrain as pt
+from posttrain.api.inputs import as_keys
 from posttrain.errors import ConfigError, DataError
 
 SFT = {"learning_rate": 3e-3, "max_steps": 2, "per_device_train_batch_size": 2, "sequence_len": 128, "bf16": False}
@@ -108,3 +109,10 @@ def test_importing_loads_nothing_heavy():
 def test_a_name_that_is_not_there_names_those_that_are():
     with pytest.raises(AttributeError, match=r"it has .*sft"):
         pt.trane  # noqa: B018
+
+
+def test_validation_sets_may_be_given_by_name(tmp_path):
+    row = {"prompt": "What is 1 + 1?", "completion": "2"}
+    keys = as_keys({"eval_datasets": {"math": [row], "chat": ["chat.jsonl", "more.jsonl"]}}, tmp_path)
+    names = [(entry["eval_name"], entry["path"].rpartition("/")[2][:13]) for entry in keys["eval_datasets"]]
+    assert names == [("math", "eval_datasets"), ("chat", "chat.jsonl"), ("chat", "more.jsonl")]

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
+from posttrain.config.datasets import ROWS_OF_TYPE
 from posttrain.config.pipeline import SuiteKeys
 from posttrain.config.rollout import RolloutKeys
-from posttrain.config.stages import ROWS_OF_TYPE, ModelKeys
+from posttrain.config.stages import ModelKeys
 from posttrain.data.formats import FORMATS, Format, detect_format, parse_rows
 from posttrain.data.parse import parse_text
 from posttrain.evals.run import Evaluator

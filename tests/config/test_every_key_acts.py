@@ -46,6 +46,7 @@ ELSEWHERE = {
 LORA = {"adapter": "lora", "lora_r": 8}
 QLORA = {"adapter": "qlora", "lora_r": 8}
 DEV = {"eval_datasets": [{"path": "DATA/dev-sft.jsonl"}]}
+BEST = DEV | {"eval_steps": 1, "learning_rate": 0.5, "load_best_model_at_end": True}
 KTO = {"loss_type": "kto", "datasets": [{"path": "DATA/kto.jsonl"}]}
 OFF_POLICY = {"num_iterations": 2, "learning_rate": 3e-2}
 TWO = {"reward_funcs": ["DATA/rewards.py:spread", "DATA/rewards.py:last_digit"]}
@@ -127,6 +128,12 @@ FLIPS = {
         Flip("save_total_limit", 1, {"save_steps": 1}),
         Flip("save_keep_every", 1, {"save_steps": 1, "save_total_limit": 1}),
         Flip("load_best_model_at_end", True, DEV | {"eval_steps": 1, "learning_rate": 0.5}),
+        Flip(
+            "metric_for_best_model",
+            "eval_mean_token_accuracy",
+            BEST | {"learning_rate": 1e-3, "greater_is_better": False},
+        ),
+        Flip("greater_is_better", True, BEST),
         Flip(
             "early_stopping_patience", 1, DEV | {"eval_steps": 1, "learning_rate": 0.5, "load_best_model_at_end": True}
         ),

@@ -6,10 +6,10 @@ from trl import DPOConfig, GRPOConfig, ModelConfig, RewardConfig, SFTConfig
 from trl.experimental.gkd import GKDConfig
 
 from posttrain.config import load_stage
+from posttrain.config.datasets import DatasetKeys
 from posttrain.config.foreign import CONVERTED_NAMES, CONVERTED_VALUES, NO_COUNTERPART, foreign_names, unknown_key
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.schema import keys_of
-from posttrain.config.stages import DatasetKeys
 from posttrain.errors import ConfigError
 
 MINIMAL = "base_model: ./base\ndatasets: [{path: sft_data.jsonl}]\n"

@@ -5,9 +5,10 @@ from typing import get_args
 import pytest
 
 from posttrain.config import describe_keys, detect_kind, load_gate, load_stage
+from posttrain.config.datasets import ROWS_OF_TYPE, DatasetKeys
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.load import marked_kind
-from posttrain.config.stages import ROWS_OF_TYPE, DatasetKeys, SFTKeys
+from posttrain.config.stages import SFTKeys
 from posttrain.data.formats import FORMATS
 from posttrain.errors import ConfigError
 

@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 
 from posttrain.config import load_pipeline, load_stage, resolved_yaml
+from posttrain.config.datasets import DatasetKeys
 from posttrain.config.migrate import MIGRATIONS, Migration, drift, migrate, renamed
 from posttrain.config.pipeline import GateKeys, OnFailKeys, PipelineKeys, in_pipeline
 from posttrain.config.resolved import SCHEMA
 from posttrain.config.schema import keys_of
 from posttrain.config.settings import Problems, read_settings
-from posttrain.config.stages import DatasetKeys, SFTKeys, TrainKeys
+from posttrain.config.stages import SFTKeys, TrainKeys
 from posttrain.errors import ConfigError
 
 MINIMAL = "base_model: ./base\ndatasets: [{path: sft_data.jsonl}]\n"

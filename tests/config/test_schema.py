@@ -2,6 +2,7 @@ from typing import Any, Literal
 
 import pytest
 
+from posttrain.config.datasets import DatasetKeys
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.knob import Keys, knob
 from posttrain.config.pipeline import GateKeys, PipelineKeys
@@ -16,7 +17,6 @@ from posttrain.config.schema import (
     show_value,
     type_text,
 )
-from posttrain.config.stages import DatasetKeys
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_values_are_shown_as_one_writes_them(value, text):
         (dict[str, dict[str, Any]], "a mapping of names to mappings"),
         (
             list[DatasetKeys],
-            "a list of mappings with path, type, split, name, weight, limit, prompt_format, data_files, columns",
+            "a list of mappings with path, type, split, name, eval_name, val_size, weight, limit, prompt_format, data_files, columns",
         ),
     ],
 )

@@ -9,8 +9,9 @@ import threading
 import fsspec
 import pytest
 
+from posttrain.config.datasets import DatasetKeys
 from posttrain.config.load import load_stage
-from posttrain.config.stages import DatasetKeys, SFTKeys
+from posttrain.config.stages import SFTKeys
 from posttrain.data import fetch
 from posttrain.data.load import load_sft
 from posttrain.data.sources import content_digest, read_source

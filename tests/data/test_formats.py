@@ -2,7 +2,7 @@
 
 import pytest
 
-from posttrain.config.stages import DatasetKeys
+from posttrain.config.datasets import DatasetKeys
 from posttrain.data.formats import FORMATS, detect_format, parse_rows
 from posttrain.data.load import read_nouns
 from posttrain.data.messages import parse_messages

@@ -15,7 +15,8 @@ def loaded(tmp_path, model_dir):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         made = SFTKeys(base_model=str(model_dir("llama")), datasets=[{"path": str(path)}], **keys)
-        return load_with_held_out(load_sft, made, load_tokenizer(made))
+        train, held = load_with_held_out(load_sft, made, load_tokenizer(made))
+        return train, held.get("")
 
     return load
 
@@ -59,3 +60,30 @@ def test_without_val_size_nothing_is_held_out(loaded):
 def test_a_side_without_rows_is_refused(loaded):
     with pytest.raises(DataError, match="holds out 3 and leaves 0"):
         loaded(TEXTS[:3], val_size=3)
+
+
+@pytest.fixture
+def of_sources(tmp_path, model_dir):
+    def load(*entries, **keys):
+        sources = []
+        for number, (texts, entry) in enumerate(entries):
+            path = tmp_path / f"rows-{number}.jsonl"
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+            sources.append({"path": str(path), **entry})
+        made = SFTKeys(base_model=str(model_dir("llama")), datasets=sources, **keys)
+        return load_with_held_out(load_sft, made, load_tokenizer(made))
+
+    return load
+
+
+def test_each_source_holds_out_its_own_share_into_its_own_set(of_sources):
+    math = [f"math {number}" for number in range(100)]
+    train, held = of_sources((TEXTS, {"val_size": 5}), (math, {"val_size": 9, "eval_name": "math"}), (["x", "y"], {}))
+    assert {name: len(rows) for name, rows in held.items()} == {"": 5, "math": 9}
+    assert train.sizes == (195, 91, 2)
+    assert not ids(train) & (ids(held[""]) | ids(held["math"]))
+
+
+def test_a_row_that_one_source_holds_out_is_trained_from_no_other(of_sources):
+    train, held = of_sources((TEXTS, {"val_size": 0.3, "eval_name": "a"}), (TEXTS, {"val_size": 0.1, "eval_name": "b"}))
+    assert not ids(train) & (ids(held["a"]) | ids(held["b"]))

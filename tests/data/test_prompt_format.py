@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from posttrain.config.stages import DatasetKeys
+from posttrain.config.datasets import DatasetKeys
 from posttrain.data.sources import read_rows
 from posttrain.errors import DataError
 

@@ -7,7 +7,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from posttrain.config.stages import DatasetKeys, SFTKeys
+from posttrain.config.datasets import DatasetKeys
+from posttrain.config.stages import SFTKeys
 from posttrain.data.load import INVENTED, load_sft
 from posttrain.data.sources import content_digest, read_rows, read_source
 from posttrain.errors import DataError

@@ -34,6 +34,7 @@ def every(num_steps, value):
     return lambda step: value(step) if step % num_steps == 0 else None
 
 
+RISING = every(10, lambda s: 1.0 if s <= 30 else 1.0 + (s - 30) / 50)
 MISMATCH = "sampling__sampling_logp_difference__mean"
 CASES = {
     "nonfinite": ("sft", series(3, loss=late(1.0, NAN, 3)), series(30, loss=1.0, reward=0.0)),
@@ -249,3 +250,12 @@ def test_samples_of_older_weights_are_no_mismatch_of_the_sampler():
     far = {"sampling__sampling_logp_difference__mean": 0.2}
     assert [f.rule for f in _findings("grpo", series(20, **far))] == ["sampler_mismatch"]
     assert not _findings("grpo", series(20, sampling__staleness__mean=0.9, **far))
+
+
+def test_a_validation_set_with_a_name_is_watched_for_overfitting_and_a_part_of_its_loss_is_not():
+    def fired(**metrics):
+        monitor = Monitor("sft")
+        return [f.rule for report in series(50, **metrics) for f in monitor.observe(report) if f.rule == "overfitting"]
+
+    assert fired(eval_math_loss=RISING, eval_chat_loss=every(10, lambda s: 1.0))
+    assert not fired(eval_math_aux_loss=RISING, aux_loss=1.0, eval_math_loss=every(10, lambda s: 1.0))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from posttrain.config.stages import DatasetKeys
+from posttrain.config.datasets import DatasetKeys
 from posttrain.data.load import load_sft
 from posttrain.distributed.ranks import SingleProcess
 from posttrain.models.load import load_policy, load_tokenizer

@@ -8,6 +8,7 @@ import pytest
 
 from posttrain.config.rl import GRPOKeys
 from posttrain.config.stages import DPOKeys, SFTKeys, step_interval
+from posttrain.errors import ConfigError
 from posttrain.files import read_json, read_json_lines
 
 WAIT = {
@@ -29,6 +30,87 @@ def measured(folder):
 
 def dev(data_dir, kind="sft"):
     return {"eval_datasets": [{"path": str(data_dir / f"dev-{kind}.jsonl")}]}
+
+
+def two_sets(data_dir, kind="sft", **more):
+    path = str(data_dir / f"dev-{kind}.jsonl")
+    return {
+        "eval_datasets": [{"path": path, "eval_name": "dev"}, {"path": path, "eval_name": "few", "limit": 1}],
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "metric"),
+    [
+        ("sft", "sft", "loss"),
+        ("dpo", "pairs", "loss"),
+        ("dpo", "pairs", "rewards/accuracies"),
+        ("reward_model", "pairs", "loss"),
+        ("grpo", "prompts", "reward"),
+    ],
+)
+def test_each_validation_set_has_metrics_of_its_own(train, data_dir, kind, file, metric):
+    """What a set measures is what it would measure as the only one, without a name."""
+    both = metrics(train(kind, max_steps=1, name="both", **two_sets(data_dir, file)))[-1]
+    alone = metrics(train(kind, max_steps=1, name="alone", **dev(data_dir, file)))[-1]
+    assert both[f"eval_dev_{metric}"] == alone[f"eval_{metric}"]
+    assert f"eval_few_{metric}" in both and f"eval_{metric}" not in both
+
+
+def test_the_named_metric_decides_which_checkpoint_is_best(train, data_dir, tmp_path):
+    """Of two sets that disagree: the rows of training, and other answers to them."""
+    row = {"prompt": "What is 1 + 1?", "completion": "2"}
+    files = {"same": row, "other": row | {"completion": "zzzz"}}
+    for name, one in files.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(one) + "\n")
+    sets = [{"path": str(tmp_path / f"{name}.jsonl"), "eval_name": name} for name in files]
+    keys = {"max_steps": 6, "eval_steps": 1, "learning_rate": 1e-2, "load_best_model_at_end": True}
+    given = {"datasets": [{"path": str(tmp_path / "same.jsonl")}], "eval_datasets": sets, **keys}
+    best = {}
+    for chosen, greater in (("eval_same_loss", None), ("eval_other_loss", None), ("eval_same_loss", True)):
+        folder = train(
+            "sft", name=f"{chosen}-{greater}", metric_for_best_model=chosen, greater_is_better=greater, **given
+        )
+        values = [line[chosen] for line in metrics(folder)]
+        picked = (max if greater else min)(values)
+        assert read_json(folder / "checkpoints/best.json")["step"] == 1 + values.index(picked)
+        best[chosen, greater] = 1 + values.index(picked)
+    assert len(set(best.values())) > 1
+
+
+def test_a_run_that_was_killed_measures_its_sets_as_if_it_had_not_been(train, runner, data_dir):
+    keys = {"eval_steps": 2, "save_steps": 2, "max_steps": 4, "load_best_model_at_end": True}
+    keys |= two_sets(data_dir, metric_for_best_model="eval_few_loss")
+    train("sft", name="cut", stop_after=3, **keys)
+    cut, whole = (train("sft", name=name, **keys) for name in ("cut", "whole"))
+    names = ("eval_dev_loss", "eval_few_loss")
+    assert [[row.get(n) for n in names] for row in metrics(cut)] == [
+        [row.get(n) for n in names] for row in metrics(whole)
+    ]
+    assert read_json(cut / "checkpoints/best.json") == read_json(whole / "checkpoints/best.json")
+    assert read_json(cut / "result.json")["metrics"] == read_json(whole / "result.json")["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"metric_for_best_model": "eval_art_loss"}, "eval_art_loss is not measured here; expected one of eval_dev_…, eval_few_…"),
+        ({"load_best_model_at_end": True}, "set metric_for_best_model, such as eval_dev_loss"),
+        ({"eval_datasets": [{"path": "a.jsonl", "eval_name": "a b"}]}, "expected letters, digits"),
+        ({"eval_datasets": [{"path": "a.jsonl", "val_size": 3}]}, r"eval_datasets\[0\].val_size: 3: all of its rows"),
+    ],
+)  # fmt: skip
+def test_sets_that_cannot_be_told_apart_or_do_not_decide_are_refused(data_dir, keys, message):
+    with pytest.raises(ValueError, match=message):
+        SFTKeys(base_model="m", datasets=[{"path": "d.jsonl"}], **{**two_sets(data_dir), **keys})
+
+
+def test_a_metric_that_no_validation_gives_is_named_with_those_that_it_gives(train, data_dir):
+    with pytest.raises(ConfigError, match="eval_dev_los is not measured; expected one of eval_dev_loss, "):
+        train(
+            "sft", max_steps=1, **two_sets(data_dir, metric_for_best_model="eval_dev_los", load_best_model_at_end=True)
+        )
 
 
 def test_a_share_of_the_steps_is_rounded_up_as_in_transformers():

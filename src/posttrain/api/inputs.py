@@ -44,11 +44,17 @@ def _plain(value: Any) -> Any:
 
 
 def _datasets(name: str, value: Any, folder: Path) -> list[Any]:
-    """A path, rows, a Hugging Face dataset, a mapping of dataset keys, or a list of any of these."""
+    """A path, rows, a Hugging Face dataset, a mapping of dataset keys, or a list of any of these.
+
+    Validation sets may be given by name, as in transformers' `eval_dataset`.
+    """
     if isinstance(value, list) and not _are_rows(value):
         return [entry for part in cast("list[Any]", value) for entry in _datasets(name, part, folder)]
     if isinstance(value, (str, Path)):
         return [{"path": str(value)}]
+    if isinstance(value, Mapping) and name == "eval_datasets" and "path" not in value:
+        parts = {key: _datasets(name, part, folder) for key, part in cast("Mapping[str, Any]", value).items()}
+        return [{**entry, "eval_name": key} for key, part in parts.items() for entry in part]
     if isinstance(value, Mapping):
         return [dict(value)]
     rows: Any = cast("Any", value).to_list() if hasattr(value, "to_list") else value

@@ -75,6 +75,7 @@ def _stages(
 def _show_stage(
     console: Console, title: str, keys: Any, suites: dict[str, list[str]], examples: int
 ) -> tuple[Any, list[Any]]:
+    from posttrain.data.held_out import load_eval_sets
     from posttrain.data.lint import lint_stage
     from posttrain.data.load import LOADERS
     from posttrain.models.load import load_tokenizer
@@ -90,8 +91,8 @@ def _show_stage(
     for row in loaded.rows[:examples]:
         _show_row(console, tokenizer, row)
     summaries = list(loaded.summary.sources)
-    if keys.eval_datasets:
-        summaries += load(keys, tokenizer, sources=keys.eval_datasets).summary.sources
+    for part in load_eval_sets(load, keys, tokenizer).values():
+        summaries += part.summary.sources
     console.print(_lengths(summaries))
     for line in _skips(summaries):
         console.print(_text(line))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
+from posttrain.config.datasets import RowKind
 from posttrain.config.knob import knob
 from posttrain.config.rl import SamplingKeys
-from posttrain.config.stages import RowKind
 from posttrain.config.teachers import DistillLoss, TeacherKeys
 
 # fmt: off

@@ -38,7 +38,7 @@ def _loss_is(*names: str) -> Callable[[Any], bool]:
 
 
 def _has_nothing_to_measure(keys: TrainKeys) -> bool:
-    return not keys.eval_datasets and not keys.val_size and not keys.eval_suite
+    return not keys.eval_names and not keys.eval_suite
 
 
 def _estimator(keys: GRPOKeys) -> str:
@@ -64,6 +64,7 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(TrainKeys, ("adam_beta1", "adam_beta2"), lambda k: k.optim in ("adafactor", "sgd"), "optim has no betas"),
     NoEffect(TrainKeys, ("adam_epsilon",), lambda k: k.optim in ("lion", "lion_8bit", "paged_lion_8bit", "adafactor", "sgd"), "optim does not use it"),
     NoEffect(TrainKeys, ("eval_suite_limit",), lambda k: k.eval_suite is None, "there is no eval_suite"),
+    NoEffect(TrainKeys, ("metric_for_best_model", "greater_is_better"), lambda k: not k.load_best_model_at_end, "load_best_model_at_end is false"),
     NoEffect(SFTKeys, ("eval_steps", "load_best_model_at_end"), _has_nothing_to_measure, "there are no eval_datasets, no val_size and no eval_suite"),
     NoEffect(SFTKeys, ("packing_window",), lambda k: not k.packing, "packing is false"),
     NoEffect(DPOKeys, ("eval_steps", "load_best_model_at_end"), _has_nothing_to_measure, "there are no eval_datasets, no val_size and no eval_suite"),

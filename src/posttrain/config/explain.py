@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from posttrain.config.datasets import DatasetKeys
 from posttrain.config.foreign import NO_COUNTERPART, foreign_names
 from posttrain.config.judge import CriterionKeys, JudgeKeys
 from posttrain.config.kinds import STAGE_KINDS
@@ -21,7 +22,7 @@ from posttrain.config.pipeline import (
 )
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.schema import CLOSE_KEYS, ForeignName, KeyInfo, did_you_mean, keys_of, nearest
-from posttrain.config.stages import DatasetKeys, ShardingKeys
+from posttrain.config.sharding import ShardingKeys
 from posttrain.config.teachers import TeacherKeys
 from posttrain.errors import ConfigError
 

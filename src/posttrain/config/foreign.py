@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from posttrain.config.datasets import DatasetKeys
 from posttrain.config.importers.fates import KeyFate, Reading, read_as
 from posttrain.config.importers.read import TOOLS
 from posttrain.config.importers.values import OPTIMIZERS, OVERFLOW, SCHEDULES
@@ -19,7 +20,6 @@ from posttrain.config.migrate import renamed
 from posttrain.config.pipeline import GateKeys, PipelineKeys, RegisterKeys, SuiteKeys
 from posttrain.config.schema import CLOSE_KEYS, KeyInfo, did_you_mean, keys_of, show_value
 from posttrain.config.settings import Problems, Settings
-from posttrain.config.stages import DatasetKeys
 
 
 def _one_of_roles(roles: Any) -> str:

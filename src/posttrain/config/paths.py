@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.datasets import DatasetKeys
 from posttrain.config.episodes import EpisodeKeys
 from posttrain.config.judge import JudgeKeys
 from posttrain.config.knob import Keys
@@ -16,7 +17,7 @@ from posttrain.config.places import is_uri, looks_local, resolve_path
 from posttrain.config.rl import RLKeys
 from posttrain.config.schema import annotation_below, did_you_mean, group_in, keys_of
 from posttrain.config.settings import Problems, Settings
-from posttrain.config.stages import DatasetKeys, ModelKeys, TrainKeys
+from posttrain.config.stages import ModelKeys, TrainKeys
 from posttrain.config.teachers import OF_THE_POLICY, TeacherKeys
 from posttrain.config.yaml_lines import KeyPath
 from posttrain.names import JUDGE, LM_EVAL, PREFIXES, REWARD_MODEL

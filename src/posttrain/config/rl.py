@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from posttrain.config.datasets import DatasetKeys, RowKind
 from posttrain.config.episodes import EpisodeKeys
 from posttrain.config.knob import knob
 from posttrain.config.rollout import RolloutKeys
-from posttrain.config.stages import DatasetKeys, LearningRateShape, RowKind, TrainKeys
+from posttrain.config.stages import LearningRateShape, TrainKeys
 from posttrain.config.teachers import TeacherAdvantage, TeacherKeys
 
 # fmt: off

@@ -7,47 +7,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
 
+from posttrain.config.datasets import DatasetKeys, RowKind, share_or_number
 from posttrain.config.knob import Keys, knob
-
-DatasetType = Literal["auto", "chat", "sharegpt", "alpaca", "completion", "text", "preference", "kto", "prompt"]
-
-RowKind = Literal["examples", "pairs", "labels", "prompts"]
-"""What a row of training data is: an answer to imitate, a better and a worse answer, an answer with a label, a prompt."""
-
-ROWS_OF_TYPE: Mapping[str, tuple[RowKind, ...]] = {
-    "chat": ("examples",),
-    "sharegpt": ("examples",),
-    "alpaca": ("examples",),
-    "completion": ("examples",),
-    "text": ("examples",),
-    "preference": ("pairs", "labels"),
-    "kto": ("labels",),
-    "prompt": ("prompts",),
-}
-"""Row format → the kinds of rows it can give."""
-
+from posttrain.config.sharding import ShardingKeys
 
 # fmt: off
 # One key a line: the tables below are read down, not across.
-
-
-class DatasetKeys(Keys):
-    """One source of rows."""
-
-    path: str = knob(..., "A JSONL, JSON, Parquet or CSV file, compressed (`.gz`, `.zst`) or not: relative to the YAML, or a URI that fsspec reads (`https://`, `s3://` …); or a hub dataset id.", example="./data.jsonl")
-    type: DatasetType = knob("auto", "Row format; `auto` detects it from the first rows and says what it found.", also="formatting (LLaMA-Factory)")
-    split: str = knob("train", "Split of a hub dataset.")
-    name: str | None = knob(None, "Configuration of a hub dataset.", example="main")
-    weight: float | None = knob(None, "Relative share in a weighted mixture; null takes every row once.", gt=0, example=0.5)
-    limit: int | None = knob(None, "Use only so many rows, from the start of the file.", ge=1, example=1000)
-    prompt_format: list[str] = knob([], "Write the prompt as plain text from other columns: `### Q: {question}`; of several, the first whose columns a row has and that are not empty. The row is then a `completion` (or `prompt`), without the chat template.", example=["### Question:\n{question}\n\n### Answer:\n"])
-    data_files: list[str] = knob([], "Files of a hub dataset to read, where not all of its split.", example=["data/part-1.jsonl"])
-    columns: dict[str, str] = knob({}, "Rename columns: our name → the file's name.", also="field_messages (Axolotl)", example={"messages": "conversations"})
 
 
 WITHOUT_REFERENCE = frozenset({"simpo", "cpo", "orpo", "sft"})
@@ -61,24 +30,6 @@ INITS_WITH_INPUTS = {
     "loftq": "it needs a quantiser of its own; use adapter: qlora with init_lora_weights: true",
 }
 """Inits of PEFT that take more than the weights. PEFT itself starts some of them as something else, in silence."""
-
-
-class ShardingKeys(Keys):
-    """How several processes hold the model between them (FSDP2, under its own words); one process holds all of it, and reads none of these."""
-
-    dp_shard_size: int | Literal["node"] | None = knob(None, "Processes that the model is cut over; each further group of so many holds a copy, and gradients are added up over the copies (HSDP). `node` takes the processes of one machine, null all, 1 cuts nothing.", also="dp_shard_size (Axolotl)", example="node")
-    sp_size: int = knob(1, "Neighbouring processes that go through the same micro-batch together (sequence parallelism, Ulysses): each holds a part of its tokens, and in attention all tokens of a part of the heads. They count as one process where rows are dealt.", ge=1, also="sp_size (accelerate)", example=4)
-    reshard_after_forward: bool = knob(True, "Give a layer's gathered weights back after its forward, and gather them again for its backward; false keeps them: less communication, the memory of the whole model.")
-    sync_each_batch: bool = knob(True, "Add gradients up over the processes after every micro-batch; false does it once a step: less communication, and each process keeps whole gradients until then.")
-    param_dtype: Literal["float32", "bfloat16"] = knob("float32", "Dtype that layers are gathered and run in; with bfloat16 half is sent, and activations between layers are rounded to it. What is trained is held in float32 all the same.")
-    reduce_dtype: Literal["float32", "bfloat16"] = knob("float32", "Dtype that gradients are added up over the processes in.")
-
-    @field_validator("dp_shard_size")
-    @classmethod
-    def _is_a_number_of_processes(cls, size: int | str | None) -> int | str | None:
-        if isinstance(size, int) and size < 1:
-            raise ValueError(f"{size} is no number of processes; expected 1 or more, node or null")
-        return size
 
 
 class ModelKeys(Keys):
@@ -187,6 +138,8 @@ class TrainKeys(ModelKeys):
     save_total_limit: int = knob(2, "Checkpoints to keep, the best one besides.", ge=1)
     save_keep_every: int = knob(0, "Keep for good the checkpoints of steps that this divides, whatever save_total_limit says; 0 keeps none.", ge=0, example=1000)
     load_best_model_at_end: bool = knob(False, "End with the checkpoint of the lowest validation loss (RL: highest dev score).")
+    metric_for_best_model: str | None = knob(None, "Which of the validation's metrics says which checkpoint is best; null takes `eval_loss` (RL: `eval_reward`), that of the only validation set where it has a name, or `eval_score` where there is a suite alone.", example="eval_math_loss")
+    greater_is_better: bool | None = knob(None, "Whether more of metric_for_best_model is better; null: less of what ends in `loss`, more of anything else.", example=True)
     early_stopping_patience: int = knob(0, "End after so many validations in a row without a better one, with the best checkpoint; 0 never. Needs load_best_model_at_end and eval_steps.", ge=0, also="early_stopping_steps (LLaMA-Factory)", example=3)
     health: dict[str, dict[str, Any]] = knob({}, "Health rules to change: rule → threshold, `severity`, `action` or `enabled`; docs/failure-modes.md lists them.", example={"kl_drift": {"limit": 1.0}})
     health_rollbacks: int = knob(2, "How often a run may return to its last healthy checkpoint before it stops.", ge=0)
@@ -230,10 +183,33 @@ class TrainKeys(ModelKeys):
 
     @model_validator(mode="after")
     def _held_out_rows_come_from_one_place(self) -> TrainKeys:
-        if self.val_size and self.eval_datasets:
+        share_or_number(self.val_size)
+        if self.holds_out and self.eval_datasets:
             raise ValueError("val_size and eval_datasets both name rows for the validation loss; keep one")
-        if self.val_size > 1 and not self.val_size.is_integer():
-            raise ValueError(f"val_size: {self.val_size} is neither a share below 1 nor a number of rows")
+        for place, source in enumerate(self.eval_datasets):
+            if source.val_size:
+                raise ValueError(f"eval_datasets[{place}].val_size: {source.val_size:g}: all of its rows are held out; take it out")
+        return self
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether rows of `datasets` are held out for validation."""
+        return any(self.val_size if source.val_size is None else source.val_size for source in self.datasets)
+
+    @property
+    def eval_names(self) -> tuple[str, ...]:
+        """The validation sets, in order; the one without a name is ""."""
+        held = [source for source in self.datasets if (self.val_size if source.val_size is None else source.val_size)]
+        return tuple(dict.fromkeys(source.eval_name or "" for source in self.eval_datasets or held))
+
+    @model_validator(mode="after")
+    def _best_is_one_of_those_measured(self) -> TrainKeys:
+        sets, metric = self.eval_names, self.metric_for_best_model
+        starts = [*(f"eval_{name}_" if name else "eval_" for name in sets), *(["eval_score"] if self.eval_suite else [])]
+        if metric is not None and (starts or not self.load_best_model_at_end) and not metric.startswith(tuple(starts)):
+            raise ValueError(f"metric_for_best_model: {metric} is not measured here; expected one of {', '.join(f'{start}…' for start in starts) or 'none, for nothing is validated'}")
+        if metric is None and self.load_best_model_at_end and len(sets) > 1 and "" not in sets:
+            raise ValueError(f"load_best_model_at_end: true with the validation sets {', '.join(sets)}: set metric_for_best_model, such as eval_{sets[0]}_loss, to say which of them decides")
         return self
 
     def shares_of_step(self, world_size: int) -> int:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from posttrain.config.datasets import ROWS_OF_TYPE, RowKind
 from posttrain.config.kinds import kinds_with
-from posttrain.config.stages import ROWS_OF_TYPE, RowKind
 from posttrain.data import parse
 from posttrain.data.sources import SourceRow
 from posttrain.errors import DataError

@@ -19,29 +19,57 @@ _RANGE = 1 << 64
 
 def load_with_held_out(
     load: Callable[..., Dataset[T]], keys: Any, tokenizer: Any
-) -> tuple[Dataset[T], Dataset[T] | None]:
-    """The training rows, and those for the validation loss if there are any. Raises: DataError."""
+) -> tuple[Dataset[T], dict[str, Dataset[T]]]:
+    """The training rows, and the validation sets by name ("" for the one without a name), if there are any.
+
+    Raises: DataError.
+    """
     data = load(keys, tokenizer)
     if keys.eval_datasets:
-        return data, load(keys, tokenizer, sources=keys.eval_datasets)
-    return hold_out(data, keys) if keys.val_size else (data, None)
+        return data, load_eval_sets(load, keys, tokenizer)
+    return hold_out(data, keys) if keys.holds_out else (data, {})
 
 
-def hold_out(data: Dataset[T], keys: TrainKeys) -> tuple[Dataset[T], Dataset[T]]:
+def load_eval_sets(load: Callable[..., Dataset[T]], keys: Any, tokenizer: Any) -> dict[str, Dataset[T]]:
+    """The sets of `eval_datasets` by name. Raises: DataError."""
+    return {
+        name: load(keys, tokenizer, sources=[one for one in keys.eval_datasets if (one.eval_name or "") == name])
+        for name in (keys.eval_names if keys.eval_datasets else ())
+    }
+
+
+def hold_out(data: Dataset[T], keys: TrainKeys) -> tuple[Dataset[T], dict[str, Dataset[T]]]:
     """Hold out the rows whose content has the lowest digests: a share below 1, else so many.
 
-    A row stays on its side whatever stands beside it in the file, and equal rows are on the same side; so a share is
-    met on average, and a number may be passed by copies of the last row. Raises: DataError if a side has no row.
+    A row stays on its side whatever stands beside it in the file, and equal rows are on the same side, whatever source
+    they are from; so a share is met on average, and a number may be passed by copies. Raises: DataError if a side has no row.
     """
     places = [_place(row) for row in data.rows]
-    bound = int(keys.val_size * _RANGE) if keys.val_size < 1 else _bound(places, int(keys.val_size))
-    kept, held = (_taken(data, [(place < bound) is side for place in places], str(side)) for side in (False, True))
-    if not kept.rows or not held.rows:
-        raise DataError(
-            f"val_size={keys.val_size:g} of {len(data)} rows holds out {len(held)} and leaves {len(kept)} for training; "
-            "expected rows on both sides; change val_size, or name a file in eval_datasets"
+    source_of = [source for source, size in enumerate(data.sizes) for _ in range(size)]
+    # Sources that follow the stage's val_size are measured together, a source with its own alone.
+    groups = [-1 if source.val_size is None else number for number, source in enumerate(keys.datasets)]
+    held: set[int] = set()
+    for group in dict.fromkeys(groups):
+        size = keys.val_size if group < 0 else keys.datasets[group].val_size
+        assert size is not None, "a source without a val_size is in the stage's group"
+        found = [place for place, source in zip(places, source_of, strict=True) if groups[source] == group]
+        bound = int(size * _RANGE) if size < 1 else _bound(found, int(size))
+        held |= {place for place in found if place < bound}
+    name_of = [source.eval_name or "" for source in keys.datasets]
+    kept = _taken(data, [place not in held for place in places], "False")
+    sets = {
+        name: _taken(
+            data, [p in held and name_of[s] == name for p, s in zip(places, source_of, strict=True)], f"True{name}"
         )
-    return kept, held
+        for name in keys.eval_names
+    }
+    for name, rows in sets.items():
+        if not kept.rows or not rows.rows:
+            raise DataError(
+                f"val_size{f' of {name}' if name else f'={keys.val_size:g}'} of {len(data)} rows holds out {len(rows)} and leaves "
+                f"{len(kept)} for training; expected rows on both sides; change val_size, or name a file in eval_datasets"
+            )
+    return kept, sets
 
 
 def _place(row: Any) -> int:
@@ -51,7 +79,7 @@ def _place(row: Any) -> int:
 
 
 def _bound(places: Sequence[int], count: int) -> int:
-    return sorted(places)[min(count, len(places)) - 1] + 1
+    return sorted(places)[min(count, len(places)) - 1] + 1 if places else 0
 
 
 def _taken(data: Dataset[T], chosen: Sequence[bool], side: str) -> Dataset[T]:

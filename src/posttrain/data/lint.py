@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.datasets import DatasetKeys
 from posttrain.config.schema import did_you_mean_or_one_of
-from posttrain.config.stages import DatasetKeys, ExampleKeys, TrainKeys
+from posttrain.config.stages import ExampleKeys, TrainKeys
 from posttrain.data.dataset import Dataset, sequences
 from posttrain.data.lint_input import GOLD_ROWS, LintInput
 from posttrain.data.lint_rules import RULES, Action, Offence

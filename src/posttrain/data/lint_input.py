@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from posttrain.config.stages import RowKind
+from posttrain.config.datasets import RowKind
 from posttrain.data import overlap, render
 from posttrain.data.formats import Noun
 from posttrain.types import Example, LabelledCompletion, Message, Origin, PreferencePair, Prompt, Text, TokenSeq

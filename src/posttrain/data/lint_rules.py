@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from posttrain.config.stages import RowKind
+from posttrain.config.datasets import RowKind
 from posttrain.data import overlap
 from posttrain.data.formats import Noun
 from posttrain.data.forms import fit

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from posttrain.config.datasets import DatasetKeys, RowKind
 from posttrain.config.rl import SamplingKeys
-from posttrain.config.stages import DatasetKeys, ExampleKeys, RowKind, TrainKeys
+from posttrain.config.stages import ExampleKeys, TrainKeys
 from posttrain.data import cache, render
 from posttrain.data.dataset import Dataset, DataSummary, Skipped, SourceSummary, length_percentiles
 from posttrain.data.formats import Noun, detect_format, parse_rows
@@ -328,7 +329,7 @@ def _refuse_nothing(summaries: Sequence[SourceSummary]) -> None:
 
 
 def _cache_key(plan: RowPlan, sources: Sequence[DatasetKeys], tokenizer: Any) -> cache.CacheKey:
-    asked = [source.model_dump(exclude={"weight"}) for source in sources]
+    asked = [source.model_dump(exclude={"weight", "eval_name", "val_size"}) for source in sources]
     return cache.CacheKey(
         place=[plan.kind, [source.path for source in sources]],
         contents=digest_json([content_digest(source) for source in sources]),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from string import Formatter
 from typing import Any
 
-from posttrain.config.stages import DatasetKeys
+from posttrain.config.datasets import DatasetKeys
 from posttrain.errors import DataError
 from posttrain.types import Origin
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config import hub
+from posttrain.config.datasets import DatasetKeys
 from posttrain.config.places import is_uri
-from posttrain.config.stages import DatasetKeys
 from posttrain.data.fetch import COMPRESSIONS, fetch, name_inside, needs_fetching
 from posttrain.data.prompt_format import write_prompts
 from posttrain.errors import DataError

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-from posttrain.health.history import History, get, mean, values
+from posttrain.health.history import History, eval_losses, get, mean, values
 
 Evidence = dict[str, float]
 
@@ -113,11 +113,14 @@ def masked_out(history: History) -> Evidence | None:
 
 
 def overfitting(history: History, *, evals: float, rise: float) -> Evidence | None:
-    """The validation loss rose `evals` times in a row and stands a share `rise` above its best."""
-    losses = values(history.evaluated, "eval_loss")
-    last = losses[-int(evals) - 1 :]
-    rising = len(last) == int(evals) + 1 and all(a < b for a, b in pairwise(last))
-    return {"eval_loss": last[-1], "best": min(losses)} if rising and last[-1] > (1 + rise) * min(losses) else None
+    """The loss on a validation set rose `evals` times in a row and stands a share `rise` above its best."""
+    for name in eval_losses(history.evaluated[-1]) if history.evaluated else ():
+        losses = values(history.evaluated, name)
+        last = losses[-int(evals) - 1 :]
+        rising = len(last) == int(evals) + 1 and all(a < b for a, b in pairwise(last))
+        if rising and last[-1] > (1 + rise) * min(losses):
+            return {"eval_loss": last[-1], "best": min(losses)}
+    return None
 
 
 # --- DPO -----------------------------------------------------------------------------------------------------------

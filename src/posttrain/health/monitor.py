@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from posttrain.health.history import History, get, mean, values
+from posttrain.health.history import History, eval_losses, get, mean, values
 from posttrain.health.rules import GUARDS, Rule, rules_for
 from posttrain.types import Finding, StepReport
 
@@ -15,7 +15,7 @@ WINDOW_STEPS = 64
 START_STEPS = 8
 KEPT_EVALS = 32
 QUIET_STEPS = 25
-_EVAL_METRICS = ("eval_loss", "eval_score")
+_EVAL_SCORE = "eval_score"
 _REWARD_STEPS = 10
 
 
@@ -40,7 +40,7 @@ class Monitor:
         if len(self._first) < START_STEPS:
             self._first.append(report)
         self._recent.append(report)
-        if any(math.isfinite(get(report, name)) for name in _EVAL_METRICS):
+        if any(math.isfinite(get(report, name)) for name in (*eval_losses(report), _EVAL_SCORE)):
             reward = mean(values(list(self._recent)[-_REWARD_STEPS:], "reward"))
             self._evaluated.append(StepReport(report.step, {**report.metrics, "reward": reward}))
         history = History(tuple(self._first), tuple(self._recent), tuple(self._evaluated))

@@ -11,6 +11,7 @@ from posttrain.config.resolved import to_data
 from posttrain.config.rl import RLKeys
 from posttrain.config.stages import TrainKeys
 from posttrain.data.dataset import sequences
+from posttrain.data.held_out import load_eval_sets
 from posttrain.data.lint import LintReport, lint_stage
 from posttrain.data.lint_input import plain_text
 from posttrain.data.load import LOADERS
@@ -86,7 +87,7 @@ def lint_keys(keys: TrainKeys, suites: Suites) -> LintReport:
     own_template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
     load = LOADERS[keys.row_kind]
     data = load(keys, tokenizer)
-    held_out = load(keys, tokenizer, sources=keys.eval_datasets).rows if keys.eval_datasets else ()
+    held_out = [row for part in load_eval_sets(load, keys, tokenizer).values() for row in part]
     rows = load_config(keys).get_text_config().vocab_size
     check_ids(keys, tokenizer, rows, (sequence for row in (*data.rows, *held_out) for sequence in sequences(row)))
     return lint_stage(

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 import posttrain
+from posttrain.config.datasets import DatasetKeys
 from posttrain.config.episodes import EpisodeKeys
 from posttrain.config.migrate import drift
 from posttrain.config.pipeline import PipelineKeys
 from posttrain.config.resolved import SCHEMA, to_data
 from posttrain.config.rl import RLKeys, SamplingKeys
-from posttrain.config.stages import DatasetKeys, TrainKeys
+from posttrain.config.stages import TrainKeys
 from posttrain.errors import ConfigError
 from posttrain.evals.suite import suite_file_digest
 from posttrain.files import digest_file, digest_json, digest_start

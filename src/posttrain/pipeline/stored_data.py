@@ -13,13 +13,14 @@ from typing import Any
 
 import yaml
 
+from posttrain.config.datasets import DatasetKeys
 from posttrain.config.episodes import EpisodeKeys
 from posttrain.config.paths import TEMPLATES
 from posttrain.config.pipeline import PipelineKeys
 from posttrain.config.places import looks_local
 from posttrain.config.resolved import apply_changes
 from posttrain.config.rl import RLKeys
-from posttrain.config.stages import DatasetKeys, TrainKeys
+from posttrain.config.stages import TrainKeys
 from posttrain.errors import ChangedInputsError, ConfigError
 from posttrain.evals.suite import suite_files
 from posttrain.files import digest_json, digest_start, read_json, write_atomic, write_json

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ def run(keys: DistillKeys, stage: Stage) -> StageResult:
     tokenizer = load_tokenizer(keys)
     load: Callable[..., Dataset[Any]] = load_prompts if keys.row_kind == "prompts" else load_sft
     data, held_out = load_with_held_out(load, keys, tokenizer)
-    stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
+    stage.run.describe_data(decoder(tokenizer, special=True), data, *held_out.values())
     policy = load_policy(keys, tokenizer=tokenizer, sharding=stage.sharding).without_dropout()
     if keys.holds_reference:
         freeze_reference(policy)
@@ -57,8 +58,9 @@ def run(keys: DistillKeys, stage: Stage) -> StageResult:
     engine = stage.until_done(
         make_engine(samples_for, keys=keys.rollout, rows=keys.rollout_batch_size, folder=stage.folder, ranks=ranks)
     )
-    rows, dev_rows = ([_lesson_row(row) for row in part.rows] if part else [] for part in (data, held_out))
-    _check([*rows, *dev_rows], keys, teachers)
+    rows = [_lesson_row(row) for row in data.rows]
+    dev_sets = {name: [_lesson_row(row) for row in part.rows] for name, part in held_out.items()}
+    _check([*rows, *chain.from_iterable(dev_sets.values())], keys, teachers)
     suite = SuiteScore.of(policy, keys, stage.processes, engine)
     optimizer = make_optimizer(policy, keys)
     sampler, order = _Sampler(engine, keys, ranks), PromptStream(data, keys.seed, {})
@@ -66,7 +68,8 @@ def run(keys: DistillKeys, stage: Stage) -> StageResult:
     per_step = keys.num_prompts_per_step
     total_steps = keys.max_steps if keys.max_steps > 0 else max(1, round(keys.num_train_epochs * len(data) / per_step))
     state = stage.resume(policy, optimizer, total_steps)
-    validation = Validation(stage, state, partial(_validate, policy, teachers, dev_rows, sampler, spec, stage), suite)
+    measure = partial(_validate, policy, teachers, sampler=sampler, spec=spec, stage=stage)
+    validation = Validation(stage, state, dev_sets, measure, suite)
 
     for step in range(state.step, total_steps):
         stage.begin_step(step)
@@ -224,8 +227,6 @@ def _validate(
     policy: Policy, teachers: Teachers, rows: Sequence[_Row], sampler: _Sampler, spec: DistillSpec, stage: Stage
 ) -> dict[str, float]:
     """The objective on held-out rows, with the same random numbers every time."""
-    if not rows:
-        return {}
     if sampler.keys.on_policy_share:
         assert stage.state is not None, "a stage that trains has begun"
         sync_engine(sampler.engine, policy, version=stage.state.step)

@@ -6,8 +6,9 @@ training, or a frozen copy. Which one, and what it costs, is logged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
     tokenizer = load_tokenizer(keys)
     load: Callable[..., Dataset[Any]] = load_kto if family.unpaired else load_preference
     data, held_out = load_with_held_out(load, keys, tokenizer)
-    stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
+    stage.run.describe_data(decoder(tokenizer, special=True), data, *held_out.values())
     # KTO compares a row with the one before it, so its rows keep their order.
     cost, least_rows = (None, _LEAST_KTO_ROWS) if family.unpaired else (_pair_cost, 1)
     schedule = Schedule.of(data, keys, ranks, size=_num_tokens, cost=cost, least_rows=least_rows)
@@ -75,11 +76,11 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
     # Before any step, and before a checkpoint is loaded: the reference is the given model, not the resumed one.
     last_data = total_steps + stage.guard.controls.skipped
     seen = [row for step in range(last_data) for row in flat(schedule.step(step))] if keys.max_steps > 0 else data.rows
-    reference = Reference.of(policy, keys, seen, held_out.rows if held_out else ()) if family.needs_reference else None
+    dev_rows = [rows.rows for rows in held_out.values()]
+    reference = Reference.of(policy, keys, seen, *dev_rows) if family.needs_reference else None
     state = stage.resume(policy, optimizer, total_steps)
-    validation = Validation(
-        stage, state, lambda: validation_loss(policy, reference, held_out, spec, keys, stage) if held_out else {}, suite
-    )
+    measure = partial(validation_loss, policy, reference, spec=spec, keys=keys, stage=stage)
+    validation = Validation(stage, state, held_out, measure, suite)
 
     for step in range(state.step, total_steps):
         if validation.is_over:
@@ -111,7 +112,7 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
     return stage.done(state)
 
 
-def _check_others_to_compare_with(schedule: Schedule[Labelled], held_out: Dataset[Labelled] | None) -> None:
+def _check_others_to_compare_with(schedule: Schedule[Labelled], held_out: Mapping[str, Dataset[Labelled]]) -> None:
     """KTO's z is measured on answers to other prompts. Raises: ConfigError, DataError where a step has none."""
     if schedule.micro_per_step * schedule.rows_per_micro < _LEAST_KTO_ROWS:
         raise ConfigError(
@@ -119,8 +120,8 @@ def _check_others_to_compare_with(schedule: Schedule[Labelled], held_out: Datase
             "processes = 1): its reference point is measured on the answers of the step's other rows; raise "
             "per_device_train_batch_size or gradient_accumulation_steps"
         )
-    for name, data in (("datasets", schedule.data), ("eval_datasets", held_out)):
-        if data is not None and len(data) < _LEAST_KTO_ROWS:
+    for name, data in (("datasets", schedule.data), *(("eval_datasets", rows) for rows in held_out.values())):
+        if len(data) < _LEAST_KTO_ROWS:
             raise DataError(f"{name}: loss_type: kto needs at least {_LEAST_KTO_ROWS} rows, got {len(data)}; add some")
 
 

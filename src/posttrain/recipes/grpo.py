@@ -66,7 +66,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
     environment = stage.until_done(environment_of(keys))
     data, held_out = load_with_held_out(partial(load_prompts, tools=environment.tools), keys, tokenizer)
     ptx = PtxRows(load_sft(keys, tokenizer, sources=keys.ptx_datasets), keys) if keys.ptx_datasets else None
-    stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
+    stage.run.describe_data(decoder(tokenizer, special=True), data, *held_out.values())
     decode = decoder(tokenizer)
     policy = load_policy(keys, tokenizer=tokenizer, sharding=stage.sharding, exact=keys.rollout.exact).without_dropout()
     if keys.holds_reference:
@@ -97,8 +97,8 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
         collector = Collector(keys, sampling, trainer, reference, teachers, ranks)
         watch = partial(_watch, stage, LiveChecks(keys, stage, rewards, sample, tokenizer, data))
         source = ExperienceSource(keys, stage, state, engine, collector, watch, total_steps)
-        validate = partial(_validate, engine, sample, decode, score, held_out, keys, state)
-        validation = Validation(stage, state, validate, suite)
+        validate = partial(_validate, engine, sample, decode, score, keys, state)
+        validation = Validation(stage, state, held_out, validate, suite)
 
         for step, experience, position, rollout_s in source:
             fresh = position == 0
@@ -244,14 +244,11 @@ def _validate(
     sample: SampleGroups,
     decode: Decode,
     score: ScoreRewards,
-    rows: Dataset[PromptRow] | None,
     keys: GRPOKeys,
     state: TrainState,
+    rows: Dataset[PromptRow],
 ) -> dict[str, float]:
     """Mean reward of greedy answers to the held-out prompts."""
-    if rows is None:
-        return {}
-
     # Under ranks the engine samples from a copy, which is as old as the last generation batch.
     sync_engine(engine, state.policy, version=state.step)
     completions = sample(rows.rows, 1, greedy(sampling_params(keys)), (keys.seed,), range(len(rows)))

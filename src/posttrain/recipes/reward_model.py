@@ -36,18 +36,16 @@ def run(keys: RewardModelKeys, stage: Stage) -> StageResult:
     ranks = stage.ranks
     tokenizer = load_tokenizer(keys)
     data, held_out = load_with_held_out(load_comparisons, keys, tokenizer)
-    stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
+    stage.run.describe_data(decoder(tokenizer, special=True), data, *held_out.values())
     pad: Any = tokenizer.pad_token_id
-    data, held_out = _cut(data, pad), held_out and _cut(held_out, pad)
+    data, held_out = _cut(data, pad), {name: _cut(rows, pad) for name, rows in held_out.items()}
     schedule = Schedule.of(data, keys, ranks, size=_num_tokens, cost=_pair_cost)
     policy = load_policy(keys, tokenizer=tokenizer, sharding=stage.sharding).without_dropout()
     optimizer = make_optimizer(policy, keys)
 
     total_steps = schedule.total_steps(keys)
     state = stage.resume(policy, optimizer, total_steps)
-    validation = Validation(
-        stage, state, lambda: validation_loss(policy, held_out, keys, stage) if held_out else {}
-    )  # fmt: skip
+    validation = Validation(stage, state, held_out, lambda rows: validation_loss(policy, rows, keys, stage))
 
     for step in range(state.step, total_steps):
         if validation.is_over:

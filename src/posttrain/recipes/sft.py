@@ -36,7 +36,7 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
     ranks = stage.ranks
     tokenizer = load_tokenizer(keys)
     data, held_out = load_with_held_out(load_sft, keys, tokenizer)
-    stage.run.describe_data(decoder(tokenizer, special=True), data, held_out)
+    stage.run.describe_data(decoder(tokenizer, special=True), data, *held_out.values())
     policy = load_policy(keys, tokenizer=tokenizer, sharding=stage.sharding)
     policy.embedding_noise = keys.neftune_noise_alpha
     suite = SuiteScore.of(policy, keys, stage.processes)
@@ -47,9 +47,7 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
     )
     total_steps = schedule.total_steps(keys)
     state = stage.resume(policy, optimizer, total_steps)
-    validation = Validation(
-        stage, state, lambda: validation_loss(policy, held_out, keys, stage) if held_out else {}, suite
-    )
+    validation = Validation(stage, state, held_out, lambda rows: validation_loss(policy, rows, keys, stage), suite)
 
     for step in range(state.step, total_steps):
         if validation.is_over:

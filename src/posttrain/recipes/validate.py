@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from posttrain.config.pipeline import SuiteKeys
 from posttrain.config.rl import SamplingKeys
 from posttrain.config.stages import TrainKeys, step_interval
+from posttrain.errors import ConfigError
 from posttrain.evals.run import Evaluator
 from posttrain.evals.suite import Suite, load_suite
 from posttrain.models.policy import Policy
@@ -35,10 +37,12 @@ class Validation:
         self,
         stage: Stage,
         state: TrainState,
-        measure: Callable[[], dict[str, float]],
+        sets: Mapping[str, Any],
+        measure: Callable[[Any], dict[str, float]],
         suite: SuiteScore | None = None,
     ) -> None:
-        self._stage, self._state, self._measure, self._suite = stage, state, measure, suite
+        """`measure` gives the metrics (`eval_loss` …) of one of `sets`, which are by name, "" for the one without."""
+        self._stage, self._state, self._sets, self._measure, self._suite = stage, state, sets, measure, suite
         self._measured_at = -1
         self._best: float | None = None
 
@@ -51,7 +55,11 @@ class Validation:
         guard.controls = replace(guard.controls, evaluate_next=False)
         scored = self._suite.measure(step) if self._suite is not None else {}
         waited = self._state.validated.get(SINCE_BEST, 0.0)
-        self._state.validated = self._measure() | scored
+        self._state.validated = scored | {
+            f"eval_{name}_{metric.removeprefix('eval_')}" if name else metric: value
+            for name, rows in self._sets.items()
+            for metric, value in self._measure(rows).items()
+        }
         self._measured_at, self._best = step, self._score_if_best(step)
         if self._stage.keys.early_stopping_patience:
             self._state.validated[SINCE_BEST] = waited + is_due if self._best is None else 0.0
@@ -64,7 +72,7 @@ class Validation:
     def _score_if_best(self, step: int) -> float | None:
         if not self._wanted or not self._state.validated:
             return None
-        score, best = goodness(self._state.validated), self._stage.checkpoints.best()
+        score, best = goodness(self._state.validated, self._stage.keys), self._stage.checkpoints.best()
         if math.isnan(score):
             return None
         # A step that is run again after a crash finds its own mark: it must be saved again all the same.
@@ -94,11 +102,24 @@ class Validation:
         return self._stage.keys.load_best_model_at_end
 
 
-def goodness(metrics: dict[str, float]) -> float:
-    """What the best checkpoint is chosen by: validation loss where there is one, else the dev score, else the reward."""
-    if "eval_reward" not in metrics and "eval_loss" in metrics:
-        return -metrics["eval_loss"]
-    return metrics["eval_score"] if "eval_score" in metrics else metrics["eval_reward"]
+def goodness(metrics: Mapping[str, float], keys: TrainKeys) -> float:
+    """What the best checkpoint is chosen by; more is better. Raises: ConfigError if it is not among the metrics."""
+    metric = keys.metric_for_best_model or _deciding(metrics, keys)
+    if metric not in metrics:
+        raise ConfigError(
+            f"metric_for_best_model: {metric} is not measured; expected one of {', '.join(sorted(metrics))}"
+        )
+    better = keys.greater_is_better
+    return metrics[metric] if (not metric.endswith("loss") if better is None else better) else -metrics[metric]
+
+
+def _deciding(metrics: Mapping[str, float], keys: TrainKeys) -> str:
+    """Validation loss where there is one, else the dev score, else the reward; of the only set where that has a name."""
+    names = keys.eval_names
+    start = f"eval_{names[0]}_" if len(names) == 1 and names[0] else "eval_"
+    if f"{start}reward" not in metrics and f"{start}loss" in metrics:
+        return f"{start}loss"
+    return "eval_score" if "eval_score" in metrics else f"{start}reward"
 
 
 class SuiteScore:

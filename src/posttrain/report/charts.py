@@ -46,12 +46,14 @@ class Panel:
     metrics: tuple[str, ...]
 
 
-_LOSS = Panel("Loss", "How surprised the model is by the training answers; lower is better.", ("loss", "eval_loss"))
+_LOSS = Panel(
+    "Loss", "How surprised the model is by the training answers; lower is better.", ("loss", "eval_loss", "eval_*_loss")
+)
 _GRAD = Panel("Gradient norm", "Size of each update before clipping; spikes are a warning.", ("grad_norm",))
 _PREFERENCE_LOSS = Panel(
     "Loss",
     "How far the model is from preferring the chosen answers; ln 2 = 0.69 is no preference, lower is better.",
-    ("loss", "eval_loss"),
+    ("loss", "eval_loss", "eval_*_loss"),
 )
 _RUNNING = (
     Panel("Learning rate", "Size of a step: warm-up, then decay.", ("learning_rate",)),
@@ -71,7 +73,7 @@ PANELS: dict[LearnsFrom, tuple[Panel, ...]] = {
         Panel(
             "Token accuracy",
             "Share of trained tokens the model would have chosen itself.",
-            ("mean_token_accuracy", "eval_mean_token_accuracy"),
+            ("mean_token_accuracy", "eval_mean_token_accuracy", "eval_*_mean_token_accuracy"),
         ),
         _GRAD,
     ),
@@ -80,7 +82,7 @@ PANELS: dict[LearnsFrom, tuple[Panel, ...]] = {
         Panel(
             "Preference accuracy",
             "Share of pairs whose chosen answer gained more than the rejected one.",
-            ("rewards/accuracies", "eval_rewards/accuracies"),
+            ("rewards/accuracies", "eval_rewards/accuracies", "eval_*_rewards/accuracies"),
         ),
         Panel(
             "Implicit rewards",
@@ -98,7 +100,7 @@ PANELS: dict[LearnsFrom, tuple[Panel, ...]] = {
         Panel(
             "Preference accuracy",
             "Share of pairs whose chosen answer has the higher reward.",
-            ("rewards/accuracies", "eval_rewards/accuracies"),
+            ("rewards/accuracies", "eval_rewards/accuracies", "eval_*_rewards/accuracies"),
         ),
         Panel(
             "Rewards",

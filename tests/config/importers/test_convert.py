@@ -7,7 +7,7 @@ import pytest
 from posttrain.config import load_stage
 from posttrain.config.importers.convert import import_file
 from posttrain.config.importers.read import TOOLS, read_foreign
-from posttrain.config.stages import ShardingKeys
+from posttrain.config.sharding import ShardingKeys
 from posttrain.errors import ConfigError
 
 AXOLOTL = """\

@@ -8,7 +8,7 @@ import yaml
 from posttrain.config.importers.convert import import_file
 from posttrain.config.importers.read import read_foreign
 from posttrain.config.importers.sharded import fsdp_words
-from posttrain.config.stages import ShardingKeys
+from posttrain.config.sharding import ShardingKeys
 from posttrain.errors import ConfigError
 
 FSDP1 = """

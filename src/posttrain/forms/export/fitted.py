@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import linear
 
-from posttrain.config.stages import DatasetKeys, ModelKeys
+from posttrain.config.datasets import DatasetKeys
+from posttrain.config.stages import ModelKeys
 from posttrain.data.load import read_nouns
 from posttrain.data.render import draft_example, tokenize
 from posttrain.errors import MissingExtraError, ModelError

@@ -1,0 +1,67 @@
+"""The keys of a source of rows, and what rows can be. No torch here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import field_validator
+
+from posttrain.config.knob import Keys, knob
+
+DatasetType = Literal["auto", "chat", "sharegpt", "alpaca", "completion", "text", "preference", "kto", "prompt"]
+
+RowKind = Literal["examples", "pairs", "labels", "prompts"]
+"""What a row of training data is: an answer to imitate, a better and a worse answer, an answer with a label, a prompt."""
+
+ROWS_OF_TYPE: Mapping[str, tuple[RowKind, ...]] = {
+    "chat": ("examples",),
+    "sharegpt": ("examples",),
+    "alpaca": ("examples",),
+    "completion": ("examples",),
+    "text": ("examples",),
+    "preference": ("pairs", "labels"),
+    "kto": ("labels",),
+    "prompt": ("prompts",),
+}
+"""Row format → the kinds of rows it can give."""
+
+
+def share_or_number(size: float) -> float:
+    """`val_size` as it is. Raises: ValueError."""
+    if size > 1 and not float(size).is_integer():
+        raise ValueError(f"val_size: {size} is neither a share below 1 nor a number of rows")
+    return size
+
+
+# fmt: off
+# One key a line: the table below is read down, not across.
+
+
+class DatasetKeys(Keys):
+    """One source of rows."""
+
+    path: str = knob(..., "A JSONL, JSON, Parquet or CSV file, compressed (`.gz`, `.zst`) or not: relative to the YAML, or a URI that fsspec reads (`https://`, `s3://` …); or a hub dataset id.", example="./data.jsonl")
+    type: DatasetType = knob("auto", "Row format; `auto` detects it from the first rows and says what it found.", also="formatting (LLaMA-Factory)")
+    split: str = knob("train", "Split of a hub dataset.")
+    name: str | None = knob(None, "Configuration of a hub dataset.", example="main")
+    eval_name: str | None = knob(None, "Name of the validation set that these rows belong to, or that those held out of them do: its metrics are then `eval_NAME_loss` …; sources of one name are one set, those without are the set of `eval_loss`.", example="math")
+    val_size: float | None = knob(None, "Rows of this source to hold out, where others than the stage's val_size: a share below 1, else so many.", ge=0, example=0.05)
+    weight: float | None = knob(None, "Relative share in a weighted mixture; null takes every row once.", gt=0, example=0.5)
+    limit: int | None = knob(None, "Use only so many rows, from the start of the file.", ge=1, example=1000)
+    prompt_format: list[str] = knob([], "Write the prompt as plain text from other columns: `### Q: {question}`; of several, the first whose columns a row has and that are not empty. The row is then a `completion` (or `prompt`), without the chat template.", example=["### Question:\n{question}\n\n### Answer:\n"])
+    data_files: list[str] = knob([], "Files of a hub dataset to read, where not all of its split.", example=["data/part-1.jsonl"])
+    columns: dict[str, str] = knob({}, "Rename columns: our name → the file's name.", also="field_messages (Axolotl)", example={"messages": "conversations"})
+
+    @field_validator("eval_name")
+    @classmethod
+    def _is_part_of_a_metric(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            raise ValueError(f"{name!r} becomes part of a metric's name (eval_NAME_loss); expected letters, digits, - and _")
+        return name
+
+    @field_validator("val_size")
+    @classmethod
+    def _is_a_share_or_a_number(cls, size: float | None) -> float | None:
+        return size if size is None else share_or_number(size)

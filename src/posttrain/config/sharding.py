@@ -1,0 +1,30 @@
+"""How several processes hold the model between them, as keys. No torch here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import field_validator
+
+from posttrain.config.knob import Keys, knob
+
+# fmt: off
+# One key a line: the table below is read down, not across.
+
+
+class ShardingKeys(Keys):
+    """How several processes hold the model between them (FSDP2, under its own words); one process holds all of it, and reads none of these."""
+
+    dp_shard_size: int | Literal["node"] | None = knob(None, "Processes that the model is cut over; each further group of so many holds a copy, and gradients are added up over the copies (HSDP). `node` takes the processes of one machine, null all, 1 cuts nothing.", also="dp_shard_size (Axolotl)", example="node")
+    sp_size: int = knob(1, "Neighbouring processes that go through the same micro-batch together (sequence parallelism, Ulysses): each holds a part of its tokens, and in attention all tokens of a part of the heads. They count as one process where rows are dealt.", ge=1, also="sp_size (accelerate)", example=4)
+    reshard_after_forward: bool = knob(True, "Give a layer's gathered weights back after its forward, and gather them again for its backward; false keeps them: less communication, the memory of the whole model.")
+    sync_each_batch: bool = knob(True, "Add gradients up over the processes after every micro-batch; false does it once a step: less communication, and each process keeps whole gradients until then.")
+    param_dtype: Literal["float32", "bfloat16"] = knob("float32", "Dtype that layers are gathered and run in; with bfloat16 half is sent, and activations between layers are rounded to it. What is trained is held in float32 all the same.")
+    reduce_dtype: Literal["float32", "bfloat16"] = knob("float32", "Dtype that gradients are added up over the processes in.")
+
+    @field_validator("dp_shard_size")
+    @classmethod
+    def _is_a_number_of_processes(cls, size: int | str | None) -> int | str | None:
+        if isinstance(size, int) and size < 1:
+            raise ValueError(f"{size} is no number of processes; expected 1 or more, node or null")
+        return size
