@@ -94,6 +94,8 @@ MEANINGS = {
     "judge": "A judge's file, `judge:FILE.yaml` in `reward_funcs` or as a `scorer` ([how it is asked](rewards.md#reward-models-and-judges)).",
     "judge.rubric": "An entry of `rubric`; a text alone is its `criterion`.",
     "sharding": "How several processes hold the model between them (FSDP2), in any stage; docs/scale.md.",
+    "data synth": "The file of `posttrain data synth` ([rows from samples](data-from-samples.md)).",
+    "data synth.difficulty": "`difficulty` in it.",
     "evals": "An entry of `evals`; `NAME: path` is short for `NAME: {path: path}`.",
     "gate": "A gate, at the top of a pipeline, inside a stage, or in a file for `posttrain gate --spec`.",
     "gate.guards": "An entry of `guards`.",

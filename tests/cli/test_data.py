@@ -138,3 +138,63 @@ def test_escape_codes_of_the_data_never_reach_the_terminal(folder, capsys):
     )
     code, _, err = run(capsys, "grpo.yaml")
     assert code == 64 and "\\x1b]0" in err and "\x1b" not in err
+
+
+def exit_code(*arguments):
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments])
+    return caught.value.code
+
+
+def test_rows_are_made_of_samples_and_made_again(tmp_path, model_dir, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "2+2?", "answer": "4"}\n{"prompt": "2+3?", "answer": "5"}\n')
+    (tmp_path / "rewards.py").write_text(
+        "def length(completions, **_):\n    return [float(len(c)) for c in completions]\n"
+    )
+    (tmp_path / "best.yaml").write_text(
+        f"base_model: {model_dir('qwen3')}\ndatasets: [{{ path: prompts.jsonl }}]\nreward_funcs: [rewards.py:length]\n"
+        "keep: top1\nkeep_truncated: true\nnum_generations: 4\nmax_completion_length: 4\n"
+    )
+    assert exit_code("data", "synth", "best.yaml", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["prompts"], report["completions"], report["rows"], report["left"]) == (2, 8, 2, report["left"])
+    assert exit_code("data", "synth", "best.yaml", "--remake", "all") == 0
+    assert "remade 2 rows, 2 the same to the byte" in capsys.readouterr().out
+    rows = tmp_path / "runs" / "best" / "rows.jsonl"
+    rows.write_text(rows.read_text().replace('"completion": "', '"completion": "x', 1))
+    assert exit_code("data", "synth", "best.yaml", "--remake", "1") == 1
+    assert "line 1 differs" in capsys.readouterr().out
+    assert exit_code("data", "synth", "best.yaml", "--remake", "one") == 64
+    assert "--remake one: expected the number of a line" in capsys.readouterr().err
+
+
+def test_what_is_wrong_in_a_file_of_synth_is_said_with_its_line(tmp_path, model_dir, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "2+2?", "answer": "4"}\n')
+    (tmp_path / "bad.yaml").write_text(
+        f"base_model: {model_dir('qwen3')}\ndatasets: [{{ path: prompts.jsonl }}]\nreward_funcs: [exact]\n"
+        "num_generation: 4\nkeep: best\ndifficulty: { min: 0.5, max: 0.2 }\n"
+    )
+    assert exit_code("data", "synth", "bad.yaml") == 64
+    said = capsys.readouterr().err
+    assert "bad.yaml:4: num_generation: " in said and "did you mean num_generations?" in said
+    assert "bad.yaml:5: keep: got 'best', expected" in said
+    assert "bad.yaml:6: difficulty" in said and "keeps no prompt; swap them" in said
+    assert (
+        exit_code(
+            "data",
+            "synth",
+            "bad.yaml",
+            "--set",
+            "num_generation=",
+            "--set",
+            "keep=top1",
+            "--set",
+            "difficulty=",
+            "--set",
+            "min_margin=1",
+        )
+        == 64
+    )
+    assert "min_margin does nothing with keep: top1; remove it" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from posttrain.data.origin import write_origin
 from posttrain.errors import ChangedInputsError
 from posttrain.evidence import Verdict
 from posttrain.files import file_digests, read_json
@@ -321,6 +322,16 @@ def test_gate_passes_goes_on_while_it_fails(project):
     assert run.run().verdict is Verdict.PASS
     assert attempts(run) == [("sft", 1, "done"), ("dpo", 1, "done")]
     assert verdicts(run) == [("final", 1, "PASS")]
+
+
+def test_the_lineage_says_what_rows_of_ours_were_made_from(project):
+    run = project([sft()], gate=gate(), register={"name": "yes"})
+    write_origin(run.folder / "sft.jsonl", {"made_by": "posttrain data synth", "model": "sha256:1"})
+    run.run()
+    book = run.registry()
+    (manifest,) = book.chain("yes", 1)
+    assert manifest.details["data_origins"]["sft.jsonl"]["model"] == "sha256:1"
+    book.close()
 
 
 def test_a_stage_left_over_from_a_longer_run_is_no_part_of_the_lineage(project):

@@ -1,4 +1,4 @@
-"""`posttrain data CONFIG`: the data as the model will see it, and what is wrong with it."""
+"""`posttrain data CONFIG`: the data as the model will see it, and what is wrong with it. `data synth` makes rows."""
 
 from __future__ import annotations
 
@@ -10,14 +10,30 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
+from typer.core import TyperGroup
 
+from posttrain.cli.data_rows import synth
 from posttrain.cli.json_output import AsJson, echo_json
 from posttrain.cli.model import with_base
 from posttrain.cli.terminal import printable
 from posttrain.errors import ConfigError, DataError
 
 
-def data(
+class _ShowsUnlessTold(TyperGroup):
+    """`posttrain data CONFIG` is `posttrain data show CONFIG`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        of_the_group = not args or args[0] in (*self.commands, *ctx.help_option_names)
+        return super().parse_args(ctx, args if of_the_group else [SHOW, *args])
+
+
+SHOW = "show"
+data = typer.Typer(cls=_ShowsUnlessTold, no_args_is_help=True, add_completion=False, help="Show the data as the model will see it (CONFIG alone); make rows of samples.")  # fmt: skip
+data.command("synth")(synth)
+
+
+@data.command(SHOW)
+def show_data(
     config: Annotated[Path, typer.Argument(help="A stage's YAML, or a pipeline's (all its stages).")],
     stage: Annotated[
         str | None, typer.Option(help="sft, dpo, reward_model, grpo or distill; found from the keys if left out.")

@@ -23,6 +23,7 @@ from posttrain.config.pipeline import (
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.schema import CLOSE_KEYS, ForeignName, KeyInfo, did_you_mean, keys_of, nearest
 from posttrain.config.sharding import ShardingKeys
+from posttrain.config.synth import DifficultyKeys, SynthKeys
 from posttrain.config.teachers import TeacherKeys
 from posttrain.errors import ConfigError
 
@@ -34,6 +35,8 @@ GROUPS: Mapping[str, type[Keys]] = {
     "judge": JudgeKeys,
     "judge.rubric": CriterionKeys,
     "sharding": ShardingKeys,
+    "data synth": SynthKeys,
+    "data synth.difficulty": DifficultyKeys,
     "evals": SuiteKeys,
     "gate": GateKeys,
     "gate.guards": GuardKeys,

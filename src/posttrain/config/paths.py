@@ -18,6 +18,7 @@ from posttrain.config.rl import RLKeys
 from posttrain.config.schema import annotation_below, did_you_mean, group_in, keys_of
 from posttrain.config.settings import Problems, Settings
 from posttrain.config.stages import ModelKeys, TrainKeys
+from posttrain.config.synth import SynthKeys
 from posttrain.config.teachers import OF_THE_POLICY, TeacherKeys
 from posttrain.config.yaml_lines import KeyPath
 from posttrain.names import JUDGE, LM_EVAL, PREFIXES, REWARD_MODEL
@@ -156,6 +157,11 @@ PATH_RULES: tuple[tuple[type[Keys], str, Callable[[str, Path], str]], ...] = (
     (TeacherKeys, "model", _teacher),
     (TeacherKeys, "adapter", _existing),
     (JudgeKeys, "cache", _output),
+    (SynthKeys, "base_model", _existing_or_hub),
+    (SynthKeys, "chat_template", _template),
+    (SynthKeys, "output_dir", _output),
+    (SynthKeys, "reward_funcs", _reward),
+    (SynthKeys, "decontaminate", _suite),
     (PipelineKeys, "base_model", _existing_or_hub),
     (PipelineKeys, "output_dir", _output),
     (SuiteKeys, "path", _suite),

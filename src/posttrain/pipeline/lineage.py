@@ -9,6 +9,7 @@ from typing import Any
 
 from posttrain.config.pipeline import PipelineKeys
 from posttrain.config.rl import RLKeys
+from posttrain.data.origin import data_origins
 from posttrain.errors import RegistryError
 from posttrain.evals.suite import suite_files
 from posttrain.evidence import Decision
@@ -65,6 +66,8 @@ def _details(place: Place, state: RunState, entry: StageEntry) -> dict[str, Any]
                "learning_rate": keys.learning_rate, "changed": dict(entry.changed)}  # fmt: skip
     details["base_model"] = place.parent.version if place.parent else _public_name(place.keys.base_model)
     details["datasets"] = [_public_name(source.path) for source in keys.datasets]
+    if origins := data_origins([source.path for source in keys.datasets]):
+        details["data_origins"] = origins
     if place.keys.register_ is not None and (
         licence := place.keys.register_.license or licence_of(place.keys.base_model)
     ):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.data.dataset import Dataset, sequences
+from posttrain.data.origin import data_origins
 from posttrain.files import read_record, write_json
 from posttrain.models.total import TotalReport
 from posttrain.protocols import MetricSink
@@ -99,7 +100,7 @@ class RunFolder:
         return [event for event in read_jsonl(self.path / EVENTS) if event["kind"] == kind]
 
     def describe_data(self, decode: Callable[[Sequence[int]], str], *datasets: Dataset[Any] | None) -> None:
-        """Say what was read, kept and skipped, and write it to `summary.json` with examples of the loss mask."""
+        """Say what was read, kept and skipped, and write it to `summary.json` with examples of the loss mask, and what rows of ours were made from."""
         if not self._is_main:
             return
         present = [data for data in datasets if data is not None]
@@ -109,7 +110,7 @@ class RunFolder:
         examples = [{"origin": str(s.origin), "segments": mask_segments(s, decode)} for s in shown]
         write_json(
             self.path / "summary.json",
-            {"datasets": [data.summary.to_json() for data in present], "examples": examples},
+            {"datasets": [data.summary.to_json() for data in present], "examples": examples, **_origins(present)},
         )
 
     def close(self) -> None:
@@ -122,3 +123,8 @@ def mask_segments(sequence: TokenSeq, decode: Callable[[Sequence[int]], str]) ->
     """The text of a sequence in runs of trained and untrained tokens."""
     runs = groupby(zip(sequence.ids, sequence.loss_mask, strict=True), key=lambda pair: pair[1])
     return [(decode([token for token, _ in run]), trained) for trained, run in runs]
+
+
+def _origins(datasets: Sequence[Dataset[Any]]) -> dict[str, Any]:
+    found = data_origins([source.path for data in datasets for source in data.summary.sources])
+    return {"origins": found} if found else {}

@@ -1,0 +1,75 @@
+"""`posttrain data synth CONFIG`: rows to train on, made of a model's own samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from posttrain.cli.json_output import AsJson, echo_json
+from posttrain.errors import ConfigError
+
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key.")]
+
+
+def synth(
+    config: Annotated[Path, typer.Argument(help="YAML of what is sampled and kept.", show_default=False)],
+    remake: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LINE", help="Make this line of rows.jsonl again, or `all`, and say whether it is the same."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sample completions, score them, and write those worth training on. Exit code 1 if a remade row differs."""
+    from posttrain.config.load_data import load_data_keys
+    from posttrain.config.synth import SynthKeys
+    from posttrain.recipes.synth import ROWS, synthesize
+
+    keys = load_data_keys(SynthKeys, "data synth", config, overrides or [])
+    if remake:
+        _remake(keys, remake, as_json)
+        return
+    report = synthesize(keys, lambda done, total: typer.echo(f"sampled {done}/{total} parts", err=True))
+    if as_json:
+        echo_json(report)
+        return
+    for line in report_lines(report):
+        typer.echo(line)
+    typer.echo(f"rows     {Path(keys.output_dir) / ROWS}")
+
+
+def _remake(keys: Any, wanted: list[str], as_json: bool) -> None:
+    from posttrain.recipes.synth import remake
+
+    if bad := [line for line in wanted if line != "all" and not (line.isdigit() and int(line))]:
+        raise ConfigError(f"--remake {bad[0]}: expected the number of a line of rows.jsonl, counted from 1, or all")
+    found = remake(keys, [] if "all" in wanted else sorted({int(line) for line in wanted}))
+    differ = [line for line, same in found if not same]
+    if as_json:
+        echo_json({"remade": len(found), "differ": differ})
+    else:
+        typer.echo(f"remade {len(found)} rows, {len(found) - len(differ)} the same to the byte")
+        for line in differ:
+            typer.echo(f"line {line} differs")
+    if differ:
+        raise typer.Exit(1)
+
+
+def report_lines(report: Mapping[str, Any]) -> list[str]:
+    """The numbers of a report, one a line; what left by reason."""
+    lines: list[str] = []
+    for name, value in report.items():
+        if isinstance(value, Mapping):
+            lines += [f"{name} {key}: {_shown(number)}" for key, number in value.items()]
+        else:
+            lines.append(f"{name}: {_shown(value)}")
+    return [line.replace("_", " ", 1) for line in lines]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
