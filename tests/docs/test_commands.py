@@ -14,6 +14,7 @@ from posttrain.cli.app import VERBS, load_verb
 from posttrain.config.judge import JudgeKeys
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.pipeline import GateKeys, PipelineKeys
+from posttrain.config.synth import SynthKeys
 from posttrain.forms.merging.recipe import RECIPE_KEYS
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +69,7 @@ def problem(line):
     command = load_verb(verb)
     while commands := getattr(command, "commands", None):
         # `posttrain gate CANDIDATE BASELINE` is its sub-verb `judge`, unsaid.
-        named = rest.pop(0) if rest and rest[0] in commands else "judge"
+        named = rest.pop(0) if rest and rest[0] in commands else getattr(command, "unsaid", "")
         if named not in commands:
             return None if not rest else f"{verb} has no {rest[0]}"
         command = commands[named]
@@ -119,6 +120,9 @@ def test_keys_of_yaml_that_is_shown_exist(page, block):
         return
     if "rubric" in shown:  # a judge's file
         assert sorted(set(shown) - set(JudgeKeys.model_fields)) == []
+        return
+    if "keep" in shown:  # of data synth
+        assert sorted(set(shown) - set(SynthKeys.model_fields)) == []
         return
     if "merge_method" in shown:  # mergekit's
         assert sorted(set(shown) - set(RECIPE_KEYS)) == []

@@ -10,29 +10,28 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
-from typer.core import TyperGroup
 
 from posttrain.cli.data_rows import synth
 from posttrain.cli.json_output import AsJson, echo_json
 from posttrain.cli.model import with_base
 from posttrain.cli.terminal import printable
+from posttrain.cli.unsaid import UnsaidVerb
 from posttrain.errors import ConfigError, DataError
 
-
-class _ShowsUnlessTold(TyperGroup):
-    """`posttrain data CONFIG` is `posttrain data show CONFIG`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        of_the_group = not args or args[0] in (*self.commands, *ctx.help_option_names)
-        return super().parse_args(ctx, args if of_the_group else [SHOW, *args])
+_SHOW = "show"
 
 
-SHOW = "show"
-data = typer.Typer(cls=_ShowsUnlessTold, no_args_is_help=True, add_completion=False, help="Show the data as the model will see it (CONFIG alone); make rows of samples.")  # fmt: skip
+class _Showing(UnsaidVerb):
+    """What is no command is a configuration whose data is shown."""
+
+    unsaid = _SHOW
+
+
+data = typer.Typer(cls=_Showing, add_completion=False, help="Show the data as the model will see it (CONFIG alone); make rows of samples.")  # fmt: skip
 data.command("synth")(synth)
 
 
-@data.command(SHOW)
+@data.command(_SHOW)
 def show_data(
     config: Annotated[Path, typer.Argument(help="A stage's YAML, or a pipeline's (all its stages).")],
     stage: Annotated[

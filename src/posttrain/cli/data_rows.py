@@ -11,7 +11,7 @@ import typer
 from posttrain.cli.json_output import AsJson, echo_json
 from posttrain.errors import ConfigError
 
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key.")]
+SetOptions = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key.")]
 
 
 def synth(
@@ -22,7 +22,7 @@ def synth(
             metavar="LINE", help="Make this line of rows.jsonl again, or `all`, and say whether it is the same."
         ),
     ] = None,
-    overrides: Overrides = None,
+    overrides: SetOptions = None,
     as_json: AsJson = False,
 ) -> None:
     """Sample completions, score them, and write those worth training on. Exit code 1 if a remade row differs."""

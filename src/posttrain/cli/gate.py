@@ -7,23 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
+from posttrain.cli.unsaid import UnsaidVerb
 from posttrain.errors import GateError
 from posttrain.evidence import EvalReport, GateVerdict
 
 _JUDGE = "judge"
 
 
-class _Judging(TyperGroup):
+class _Judging(UnsaidVerb):
     """What is no command is two folders to judge."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        known = args and (args[0] in self.commands or args[0] in ("--help", "-h"))
-        return super().parse_args(ctx, args if known else [_JUDGE, *args])
+    unsaid = _JUDGE
 
 
 app = typer.Typer(

@@ -39,22 +39,22 @@ _SAMPLED = "sampled.json"
 _SAMPLES = "samples"
 
 SamplingProgress = Callable[[int, int], None]
-Asked = list[tuple[str, PromptRow]]
+_PromptsById = list[tuple[str, PromptRow]]
 """Prompts by id."""
 
 
 @dataclass(frozen=True)
-class _Sampling:
+class _SynthRun:
     """What is asked of whom: all that a completion and its reward follow from is in `made_with`."""
 
     keys: SynthKeys
     folder: Path
     tokenizer: Any
-    prompts: Asked
+    prompts: _PromptsById
     made_with: Mapping[str, Any]
 
     @classmethod
-    def of(cls, keys: SynthKeys) -> tuple[_Sampling, list[dict[str, Any]]]:
+    def of(cls, keys: SynthKeys) -> tuple[_SynthRun, list[dict[str, Any]]]:
         """And the prompts that are not asked, each with why."""
         asked = keys.asked
         tokenizer = load_tokenizer(asked)
@@ -72,7 +72,7 @@ class _Sampling:
         }
         return cls(keys, Path(keys.output_dir), tokenizer, prompts, made_with), again
 
-    def parts(self) -> list[Asked]:
+    def parts(self) -> list[_PromptsById]:
         size = self.keys.prompts_per_part
         return [self.prompts[start : start + size] for start in range(0, len(self.prompts), size)]
 
@@ -82,7 +82,7 @@ def synthesize(keys: SynthKeys, progress: SamplingProgress = lambda done, total:
 
     What decides only which samples are kept may be changed: nothing is sampled again. Raises: ConfigError, DataError.
     """
-    sampling, again = _Sampling.of(keys)
+    sampling, again = _SynthRun.of(keys)
     suites = _suites(keys)
     with run_lock(sampling.folder):
         _begun(sampling)
@@ -107,7 +107,7 @@ def remake(keys: SynthKeys, lines: Sequence[int] = ()) -> list[tuple[int, bool]]
 
     Raises: ConfigError where model, sampling or rewards are not those that made them, DataError for a line that is not there.
     """
-    sampling, _ = _Sampling.of(keys)
+    sampling, _ = _SynthRun.of(keys)
     path = sampling.folder / ROWS
     if not path.is_file():
         raise DataError(f"{path}: no such file; make it first: posttrain data synth CONFIG")
@@ -123,13 +123,13 @@ def remake(keys: SynthKeys, lines: Sequence[int] = ()) -> list[tuple[int, bool]]
     return [(line, _line(_again(row, anew, sampling)) == _line(row)) for line, row in wanted.items()]
 
 
-def _again(row: Mapping[str, Any], anew: Mapping[str, Attempts], sampling: _Sampling) -> dict[str, Any]:
+def _again(row: Mapping[str, Any], anew: Mapping[str, Attempts], sampling: _SynthRun) -> dict[str, Any]:
     provenance = row[PROVENANCE_COLUMN]
     attempts = anew[provenance["prompt"]]
     return _row(Picked(attempts, tuple(attempts.candidates[number] for number in provenance["samples"])), sampling)
 
 
-def _distinct(rows: Sequence[PromptRow]) -> tuple[Asked, list[dict[str, Any]]]:
+def _distinct(rows: Sequence[PromptRow]) -> tuple[_PromptsById, list[dict[str, Any]]]:
     """Each prompt once, under its id: samples are seeded by it, so asked twice it would give the same again."""
     found: dict[str, PromptRow] = {}
     again: list[dict[str, Any]] = []
@@ -156,7 +156,7 @@ def _plain_params(keys: SynthKeys) -> dict[str, Any]:
 # --- sampling ------------------------------------------------------------------------------------------------------
 
 
-def _begun(sampling: _Sampling) -> None:
+def _begun(sampling: _SynthRun) -> None:
     """Say with what the samples are made. Raises: ConfigError where those there were made otherwise."""
     path = sampling.folder / _SAMPLED
     if not path.exists():
@@ -171,11 +171,11 @@ def _begun(sampling: _Sampling) -> None:
         )
 
 
-def _part_path(sampling: _Sampling, number: int) -> Path:
+def _part_path(sampling: _SynthRun, number: int) -> Path:
     return sampling.folder / _SAMPLES / f"part-{number:05d}.json"
 
 
-def _all_attempts(sampling: _Sampling, progress: SamplingProgress) -> list[Attempts]:
+def _all_attempts(sampling: _SynthRun, progress: SamplingProgress) -> list[Attempts]:
     """Of every prompt, in order. The model is loaded only if a part is missing."""
     parts = sampling.parts()
     missing = [number for number in range(len(parts)) if not _part_path(sampling, number).exists()]
@@ -186,7 +186,7 @@ def _all_attempts(sampling: _Sampling, progress: SamplingProgress) -> list[Attem
     return [one for number, part in enumerate(parts) for one in _read_part(_part_path(sampling, number), part)]
 
 
-def _read_part(path: Path, part: Asked) -> list[Attempts]:
+def _read_part(path: Path, part: _PromptsById) -> list[Attempts]:
     def build(record: Any) -> list[Attempts]:
         found = {one["prompt"]: tuple(Candidate(**candidate) for candidate in one["candidates"]) for one in record}
         return [Attempts(name, prompt, found[name]) for name, (prompt, _) in part]
@@ -194,7 +194,7 @@ def _read_part(path: Path, part: Asked) -> list[Attempts]:
     return read_record(path, build, f"delete {path} and start again: it is sampled anew")
 
 
-def _sample(sampling: _Sampling, wanted: Sequence[int]) -> Iterator[tuple[int, list[Attempts]]]:
+def _sample(sampling: _SynthRun, wanted: Sequence[int]) -> Iterator[tuple[int, list[Attempts]]]:
     """The parts of these numbers. A completion follows from seed, prompt and sample, whatever is asked beside it."""
     keys, asked = sampling.keys, sampling.keys.asked
     source = EngineSource(asked)
@@ -291,7 +291,7 @@ def _value(one: Picked, column: str) -> str:
     return str(columns[column])
 
 
-def _row(one: Picked, sampling: _Sampling) -> dict[str, Any]:
+def _row(one: Picked, sampling: _SynthRun) -> dict[str, Any]:
     """With all that it takes to make it again."""
     keys, k = sampling.keys, sampling.keys.difficulty.k
     scored, right = one.of.num_right(keys.correct_from)
@@ -312,7 +312,7 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _origin(sampling: _Sampling) -> dict[str, Any]:
+def _origin(sampling: _SynthRun) -> dict[str, Any]:
     keys = sampling.keys
     choice = ("keep", "correct_from", "min_reward", "min_margin", "max_per_prompt", "keep_truncated", "dedup", "balance", "balance_ratio")  # fmt: skip
     return {
