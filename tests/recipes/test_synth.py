@@ -272,3 +272,19 @@ def test_rows_that_were_edited_have_no_known_origin_and_it_is_said(make, caplog)
     Path(path).write_text(Path(path).read_text() * 2)
     assert data_origins([path]) == {}
     assert "was changed since rows.jsonl.origin.json was written" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"keep": "pairs", "keep_truncated": None, "num_generations": 1}, "num_generations: 1 with keep: pairs"),
+        ({"difficulty": {"k": 8}}, "difficulty.k: 8 with num_generations: 4"),
+        ({"balance_ratio": 2}, "balance_ratio does nothing with no balance"),
+        ({"rollout": {"max_staleness": 1}}, "rollout.max_staleness: 1 where nothing is trained"),
+        ({"datasets": [{"path": "prompts.jsonl", "weight": 2}]}, "weight of entry 1 does nothing"),
+        ({"decontaminate": ["gone.jsonl"]}, "gone.jsonl does not exist"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(changes, said, make):
+    with pytest.raises(ConfigError, match=said):
+        make(**changes)

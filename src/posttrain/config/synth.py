@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from posttrain.config.datasets import DatasetKeys
 from posttrain.config.knob import Keys, knob
 from posttrain.config.rl import RLKeys
 from posttrain.config.rollout import RolloutKeys
-from posttrain.config.stages import DatasetKeys
 
 KeepRule = Literal["top1", "all_correct", "pairs", "prompts"]
 Repeats = Literal["off", "exact", "near"]
@@ -94,6 +94,14 @@ class SynthKeys(Keys):
     def _asks_one_model(self) -> SynthKeys:
         if self.rollout.max_staleness:
             raise ValueError(f"rollout.max_staleness: {self.rollout.max_staleness} where nothing is trained; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _takes_every_prompt_once(self) -> SynthKeys:
+        for number, source in enumerate(self.datasets, start=1):
+            for name in ("weight", "val_size", "eval_name"):
+                if getattr(source, name) is not None:
+                    raise ValueError(f"datasets: {name} of entry {number} does nothing where every prompt is asked once; remove it")
         return self
 
     @model_validator(mode="after")
