@@ -144,3 +144,35 @@ def test_wrong_usage_says_what_to_do(suite, model_dir, tmp_path, capsys):
     for arguments, message in expected.items():
         assert run("eval", *arguments) == 64
         assert message in capsys.readouterr().err
+
+
+def test_best_of_n_is_shown_under_a_verifier_and_a_second_grader(suite, model_dir, tmp_path, capsys):
+    (tmp_path / "own.py").write_text(
+        "def length(completions, **_):\n    return [float(len(c[0]['content'])) for c in completions]\n"
+        "def short(completions, **_):\n    return [-float(len(c[0]['content'])) for c in completions]\n"
+    )
+    options = ("eval", model_dir("qwen3"), "--suite", suite, "--max-tokens", 3, "--out", "out", "--best-of", 4)
+    assert run(*options, "--verifier", "own.py:length", "--grader", "own.py:short") == 0
+    output = capsys.readouterr().out
+    assert "best of n on sums (6 items)" in output
+    assert "over-optimised: own.py:short is best at n = 1" in output
+    record = json.loads((tmp_path / "out" / "best-of-sums-gate.json").read_text())
+    report = EvalReport.load(tmp_path / "out" / "sums-gate")
+    assert (report.decoding["num_samples"], report.decoding["temperature"]) == (4, 1.0)
+    assert record["report"] == report.digest
+    assert [at["n"] for at in record["curve"]] == [1, 2, 4]
+    longest = [max(len(text) for text in item.completions) for item in report.items]
+    assert record["curve"][-1]["verifier"] == pytest.approx(sum(longest) / 6)
+    assert record["curve"][-1]["graders"]["own.py:short"] == pytest.approx(-sum(longest) / 6)
+    assert run(*options) == 0  # the suite's own scorer chooses; nothing is sampled again
+    assert "verifier last_number (suite)" in capsys.readouterr().out
+
+
+def test_options_of_best_of_that_do_nothing_or_name_nothing_are_refused(suite, model_dir, capsys):
+    options = ("eval", model_dir("qwen3"), "--suite", suite)
+    assert run(*options, "--verifier", "own.py:length") == 64
+    assert "--verifier does nothing without --best-of N" in capsys.readouterr().err
+    assert run(*options, "--best-of", 4, "--num-samples", 2) == 64
+    assert "--num-samples 2 beside --best-of 4" in capsys.readouterr().err
+    assert run(*options, "--best-of", 4, "--verifier", "own.py:length") == 64
+    assert "own.py does not exist" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from posttrain.cli.best_of import asked_best_of, show_best_of
 from posttrain.errors import ConfigError, EvalError
 
 if TYPE_CHECKING:
@@ -32,16 +33,38 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the reports; default: one per model in runs/evals.")
     ] = None,
+    best_of: Annotated[
+        int | None,
+        typer.Option(min=2, help="Show Best-of-n for n up to so many samples (at temperature 1 unless said)."),
+    ] = None,
+    verifier: Annotated[
+        str | None,
+        typer.Option(
+            help="With --best-of: who chooses: file.py:function, model:FOLDER, judge:FILE.yaml or a scorer; default: the suite's own."
+        ),
+    ] = None,
+    grader: Annotated[
+        list[str] | None,
+        typer.Option(help="With --best-of: who judges the choice too, beside the suite; may be repeated."),
+    ] = None,
 ) -> None:
     """Score a model on eval suites. What the reports in --out already hold is not measured again."""
     keys, plan = plan_of(model, suite or [], on)
+    asked = asked_best_of(best_of, verifier, grader or [], num_samples)
+    if asked is not None:
+        num_samples = asked.most
+        if temperature is None:
+            plan = [(s, k if k.temperature else k.model_copy(update={"temperature": 1.0})) for s, k in plan]
     decoding = {"num_samples": num_samples, "temperature": temperature, "max_tokens": max_tokens}
     plan = [(loaded, _decode_with(suite_keys, decoding)) for loaded, suite_keys in plan]
     for loaded, _ in plan:
         loaded.on(split)  # A split that is not there is said before the weights are read.
     folder = out or _folder(keys.base_model)
     reports = _measure(keys, plan, split, folder)
-    typer.echo(f"model    {keys.base_model}\n{table(reports)}\nreports  {folder}")
+    typer.echo(f"model    {keys.base_model}\n{table(reports)}")
+    if asked is not None:
+        show_best_of(asked, reports, [loaded for loaded, _ in plan], folder)
+    typer.echo(f"reports  {folder}")
 
 
 def table(reports: Mapping[str, EvalReport]) -> str:

@@ -21,6 +21,7 @@ from posttrain.config.stages import ModelKeys, TrainKeys
 from posttrain.config.synth import SynthKeys
 from posttrain.config.teachers import OF_THE_POLICY, TeacherKeys
 from posttrain.config.yaml_lines import KeyPath
+from posttrain.errors import ConfigError
 from posttrain.names import JUDGE, LM_EVAL, PREFIXES, REWARD_MODEL
 from posttrain.uris import SECRET_IN_URI, holds_secret
 
@@ -97,6 +98,14 @@ def _reward(entry: str, folder: Path) -> str:
     if not colon or not function.isidentifier():
         raise _PathError(f"got {entry}, expected file.py:function, e.g. {file or entry}:correct")
     return f"{_existing(file, folder)}:{function}"
+
+
+def reward_place(entry: str, folder: Path) -> str:
+    """An entry of `reward_funcs` that was typed in `folder`, with whole paths. Raises: ConfigError."""
+    try:
+        return _reward(entry, folder)
+    except _PathError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _reward_model(path: str, folder: Path) -> str:

@@ -1,0 +1,129 @@
+"""`posttrain eval … --best-of N`: what choosing by a verifier is worth, by n, with the bound of its KL and where it turns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from posttrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from posttrain.evals.best_of import BestOf, VerifiedItem
+    from posttrain.evals.suite import Suite
+    from posttrain.evidence import EvalReport
+
+
+@dataclass(frozen=True)
+class AskedBestOf:
+    """Up to how many samples, who chooses (None: the suite's scorer), who judges beside the suite."""
+
+    most: int
+    verifier: str | None
+    graders: tuple[str, ...]
+
+
+def asked_best_of(
+    most: int | None, verifier: str | None, graders: Sequence[str], num_samples: int | None
+) -> AskedBestOf | None:
+    """Raises: ConfigError for options that do nothing, and for a verifier or grader that is not there."""
+    if most is None:
+        if verifier or graders:
+            raise ConfigError(f"{'--verifier' if verifier else '--grader'} does nothing without --best-of N; add it")
+        return None
+    if num_samples not in (None, most):
+        raise ConfigError(
+            f"--num-samples {num_samples} beside --best-of {most}, which samples {most}; remove one of them"
+        )
+    return AskedBestOf(most, _place(verifier) if verifier else None, tuple(map(_place, graders)))
+
+
+def _place(spec: str) -> str:
+    from posttrain.config.paths import reward_place
+    from posttrain.grading.scorers import SCORERS
+    from posttrain.rewards.resolve import check_spec
+
+    if spec not in SCORERS:
+        spec = reward_place(spec, Path.cwd())
+        check_spec(spec)
+    return spec
+
+
+def show_best_of(asked: AskedBestOf, reports: Mapping[str, EvalReport], suites: Sequence[Suite], folder: Path) -> None:
+    """The curve of each suite, and `best-of-SUITE-SPLIT.json` with every item's scores."""
+    from posttrain.evals.best_of import best_of_curve, turns_down
+    from posttrain.files import write_json
+    from posttrain.gate.render import aligned
+    from posttrain.recipes.best_of import verified_items
+
+    for suite in suites:
+        report = reports[suite.name]
+        items = verified_items(report, suite, asked.verifier, asked.graders)
+        curve = best_of_curve(items, asked.most)
+        chosen_by = short(asked.verifier) if asked.verifier else f"{suite.scorer} (suite)"
+        names = list(curve[0].graders)
+        rows = [("n", "KL ≤", f"verifier {chosen_by}", *(f"{short(name)}, 95 %" for name in names))]
+        for at in curve:
+            rows.append(
+                (
+                    str(at.n),
+                    f"{at.kl:.3f}",
+                    _mean(at.verifier, items),
+                    *(_mean(at.graders[name], items) for name in names),
+                )
+            )
+        typer.echo(
+            "\n".join([f"\nbest of n on {suite.name} ({len(items)} items)", *aligned(rows, range(len(rows[0])))])
+        )
+        unscored = sum(score is None for item in items for score in item.verifier)
+        if unscored:
+            typer.echo(f"{unscored} samples without a score of the verifier, which never chooses them")
+        for name in names:
+            if (turn := turns_down(curve, name)) is not None:
+                typer.echo(
+                    f"over-optimised: {short(name)} is best at n = {turn}; beyond it the verifier chooses what only the verifier likes"
+                )
+        write_json(folder / f"best-of-{suite.name}-{report.split}.json", _record(asked, report, items, curve))
+
+
+def short(spec: str) -> str:
+    """Without the folder: what a column can hold."""
+    prefix = next((prefix for prefix in ("model:", "judge:") if spec.startswith(prefix)), "")
+    return prefix + spec.removeprefix(prefix).rpartition("/")[2]
+
+
+def _mean(values: Sequence[float], items: Sequence[VerifiedItem]) -> str:
+    from posttrain.report.intervals import t_interval
+
+    clustered = any(item.cluster is not None for item in items)
+    shown = t_interval(values, [item.cluster or item.id for item in items] if clustered else None)
+    return f"{shown.mean:.4f} [{shown.low:.4f}, {shown.high:.4f}]"
+
+
+def _record(
+    asked: AskedBestOf, report: EvalReport, items: Sequence[VerifiedItem], curve: Sequence[BestOf]
+) -> dict[str, object]:
+    return {
+        "report": report.digest,
+        "verifier": short(asked.verifier) if asked.verifier else None,
+        "curve": [
+            {
+                "n": at.n,
+                "kl_bound": at.kl,
+                "verifier": sum(at.verifier) / len(items),
+                "graders": {short(name): sum(values) / len(items) for name, values in at.graders.items()},
+            }
+            for at in curve
+        ],
+        "items": [
+            {
+                "id": item.id,
+                "verifier": list(item.verifier),
+                "graders": {short(n): list(s) for n, s in item.graders.items()},
+            }
+            for item in items
+        ],
+    }
