@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # One thread: the demo's model is too small to gain from two, and tests run in two processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo reward-hacking setup-vllm setup-ray setup-browser setup-export test test-all check format bench bench-all gpu-check gpu-bench clean help
+.PHONY: demo reward-hacking setup-vllm setup-ray setup-browser setup-export setup-envs test test-all check format bench bench-all gpu-check gpu-bench clean help
 
 help:
 	@echo "make demo      set up, then take the tiny base model through SFT, DPO and GRPO to the registry"
@@ -17,6 +17,7 @@ help:
 	@echo "make setup-ray    add Ray (240 MB); make test then runs its tests too"
 	@echo "make setup-browser   add Playwright and the distribution's Chromium; make test then looks at the pages of posttrain ui"
 	@echo "make setup-export   an environment of its own (1.5 GB) for posttrain export --to awq or gptq; make test then runs its tests too"
+	@echo "make setup-envs   an environment of its own (140 MB) for servers of OpenEnv; make test then plays with them too"
 	@echo "make check     lint, types, import layers"
 	@echo "make bench     side by side with TRL"
 	@echo "make gpu-check gpu-bench   on a machine with a GPU: are its numbers right, and how fast is it"
@@ -45,6 +46,15 @@ setup-export: .venv-export/.installed
 	$(PYTHON) -m venv .venv-export
 	.venv-export/bin/pip install --quiet --constraint export-constraints.txt torch
 	.venv-export/bin/pip install --quiet --constraint export-constraints.txt llmcompressor
+	touch $@
+
+setup-envs: .venv-envs/.installed
+
+# Without what only its web page and its command line need (gradio, pandas): 330 MB.
+.venv-envs/.installed: envs-constraints.txt
+	$(PYTHON) -m venv .venv-envs
+	.venv-envs/bin/pip install --quiet --constraint envs-constraints.txt --no-deps openenv-core
+	.venv-envs/bin/pip install --quiet --constraint envs-constraints.txt fastapi uvicorn websockets requests httpx fastmcp
 	touch $@
 
 demo: $(STAMP)
@@ -94,4 +104,4 @@ gpu-bench: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
 	$(GPU_PYTHON) bench/gpu_bench.py --doc
 
 clean:
-	rm -rf $(VENV) .venv-export examples/*/runs examples/*/registry
+	rm -rf $(VENV) .venv-export .venv-envs examples/*/runs examples/*/registry

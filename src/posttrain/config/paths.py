@@ -118,7 +118,9 @@ def _reward_model(path: str, folder: Path) -> str:
 
 
 def _environment(entry: str, folder: Path) -> str:
-    """`file.py:Class`, or `file.py:function,function`."""
+    """`file.py:Class`, or `file.py:function,function`; or the address of a server."""
+    if entry.startswith("openenv:"):
+        return entry
     file, _, names = entry.rpartition(":")
     if not file.endswith(".py") or not all(name.isidentifier() for name in names.split(",")):
         raise _PathError(

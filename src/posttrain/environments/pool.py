@@ -41,7 +41,7 @@ class EnvironmentPool:
         self.spec, self._timeout_s, self._num_workers = spec, timeout_s, num_workers
         self._slots: dict[int, _Player] = {}
         self.tools: tuple[Mapping[str, Any], ...] = ()
-        self.steps = False
+        self.steps = self.calls_pay = False
 
     @property
     def has_state(self) -> bool:
@@ -103,7 +103,7 @@ class EnvironmentPool:
         """Raises: ConfigError."""
         answer = process.look_at_start("env or tools", "move slow work into reset")
         if answer is not None:
-            self.tools, self.steps = tuple(answer["tools"]), answer["steps"]
+            self.tools, self.steps, self.calls_pay = tuple(answer["tools"]), answer["steps"], answer["calls_pay"]
 
     def _hand_out(self, place: int, asked: Sequence[PlacedCall], answers: list[dict[str, Any]]) -> None:
         slot = self._slots[place]

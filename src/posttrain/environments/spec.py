@@ -7,17 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from posttrain.errors import ConfigError
 from posttrain.grading.source import own_functions, parse_source, split_spec
 
 MCP = "mcp:"
 """Begins the entry of `tools` that is the command line of a server of the Model Context Protocol."""
+OPENENV = "openenv:"
+"""Begins an `env` that is the address of a server of OpenEnv."""
 
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentSpec:
-    """`env` is `file.py:Class` or None; each of `tools` is `file.py:function,function` or `mcp:COMMAND`."""
+    """`env` is `file.py:Class`, `openenv:URL` or None; each of `tools` is `file.py:function,function` or `mcp:COMMAND`."""
 
     env: str | None = None
     tools: tuple[str, ...] = ()
@@ -28,6 +31,9 @@ class EnvironmentSpec:
             assert spec is not None
             if spec.startswith(MCP):
                 command(spec)
+                continue
+            if key == "env" and spec.startswith(OPENENV):
+                address(spec)
                 continue
             file, names = parts(key, spec)
             known = own_functions(parse_source(file))
@@ -46,7 +52,9 @@ def parts(key: str, spec: str) -> tuple[Path, Sequence[str]]:
     names = found[1].split(",") if found else []
     if found is None or not all(name.isidentifier() for name in names) or (key == "env" and len(names) != 1):
         wanted = (
-            "file.py:Class" if key == "env" else "file.py:function (or several: file.py:search,calc), or mcp:COMMAND"
+            "file.py:Class or openenv:URL"
+            if key == "env"
+            else "file.py:function (or several: file.py:search,calc), or mcp:COMMAND"
         )
         raise ConfigError(f"{key}: got {spec!r}, expected {wanted}")
     file = Path(found[0]).expanduser()
@@ -64,3 +72,11 @@ def command(spec: str) -> list[str]:
     if not words:
         raise ConfigError(f"tools: {spec!r} names no program, expected mcp:COMMAND, e.g. mcp:python server.py")
     return words
+
+
+def address(spec: str) -> str:
+    """The URL of an `openenv:` entry, without the last slash. Raises: ConfigError."""
+    url = spec.removeprefix(OPENENV).rstrip("/")
+    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+        raise ConfigError(f"env: got {spec!r}, expected openenv:URL, e.g. openenv:http://127.0.0.1:8000")
+    return url

@@ -12,12 +12,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from posttrain.asked import read_request, write_answer
+from posttrain.environments.hosted import EpisodeLostError, HostedEnvironment, Reaction
 from posttrain.environments.schema import tool_schema
-from posttrain.environments.spec import MCP, command, parts
+from posttrain.environments.spec import MCP, OPENENV, address, command, parts
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.grading.loading import load_own_file
 
@@ -41,7 +43,9 @@ def main(request_fd: str, answer_fd: str) -> None:
         sys.exit(1)
     if not any(spec.startswith(MCP) for spec in setup["tools"]):  # runtimes of servers reserve more than they use
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    write_answer(answers, {"id": 0, "pid": os.getpid(), "tools": host.schemas, "steps": host.steps})
+    write_answer(
+        answers, {"id": 0, "pid": os.getpid(), "tools": host.schemas, "steps": host.steps, "calls_pay": host.calls_pay}
+    )
     while (request := read_request(requests)) is not None:
         write_answer(answers, {"id": request["id"], **host.answer(request)})
 
@@ -52,11 +56,13 @@ class EnvironmentHost:
     def __init__(self, env: str | None, tools: Sequence[str]) -> None:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._make = _environment_class(env) if env else None
+        self._hosted = _hosted(env) if env else None
         self._env: Any = None
-        self._of_env = _tools_of(self._make) if self._make else {}
-        self.schemas: list[dict[str, Any]] = [tool_schema(method) for method in self._of_env.values()]
-        self.steps = self._make is not None and hasattr(self._make, "step")
+        self._is_over = False
+        self._of_env = self._hosted.tool_names if self._hosted else []
+        self.schemas: list[Mapping[str, Any]] = list(self._hosted.schemas) if self._hosted else []
+        self.steps = self._hosted is not None and self._hosted.steps
+        self.calls_pay = self._hosted is not None and self._hosted.calls_pay
         self._tools: dict[str, CalledTool] = {}
         for spec in tools:
             self._add(spec)
@@ -89,12 +95,16 @@ class EnvironmentHost:
         """`failed` where the environment cannot go on; a tool that raises says so to the model (`error`)."""
         try:
             return getattr(self, f"_{request['do']}")(request)
+        except EpisodeLostError as error:
+            return {"failed": str(error)[:_MAX_MESSAGE_CHARS]}
         except BaseException as error:  # noqa: BLE001 - the process boundary; foreign code may raise anything, SystemExit too
             return {"failed": _describe(error)}
 
     def _reset(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        assert self._make is not None
-        self._env = self._make()
+        assert self._hosted is not None
+        if self._env is not None:
+            self._hosted.close(self._env)
+        self._env, self._is_over = self._hosted.make(), False
         given = {"prompt": request["prompt"], "seed": request["seed"], **request["columns"]}
         reset = getattr(self._env, "reset", None)
         if reset is not None:
@@ -106,26 +116,24 @@ class EnvironmentHost:
     def _step(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """What `step` returns: None ends the episode, text goes on, a mapping says `observation`, `reward` and `done`."""
         said = self._done(self._env.step(request["answer"]))
+        if isinstance(said, Reaction):
+            return self._answered(said)
         said = said if isinstance(said, Mapping) else {"observation": said}
         if unknown := sorted(set(said) - {"observation", "reward", "done"}):
             raise ValueError(f"step returned {unknown[0]!r}; expected observation, reward and done")
         observation = said.get("observation")
         if observation is not None and not isinstance(observation, str):
             raise TypeError(f"step returned an observation of type {type(observation).__name__}; expected text or None")
-        reward = said.get("reward")
-        if reward is not None and not math.isfinite(float(reward)):
-            raise ValueError(f"step paid {reward}; expected a finite number")
-        done = bool(said.get("done", observation is None))
-        return {
-            "text": _checked(observation or ""),
-            "reward": None if reward is None else float(reward),
-            "done": done or observation is None,
-        }
+        return self._answered(
+            Reaction(observation or "", said.get("reward"), bool(said.get("done")) or observation is None)
+        )
 
     def _call(self, request: Mapping[str, Any]) -> dict[str, Any]:
         name, arguments = request["name"], request["arguments"]
-        if name in self._of_env:
-            call: Callable[[], Any] = lambda: getattr(self._env, name)(**arguments)  # noqa: E731
+        if self._hosted is not None and name in self._of_env:
+            if self._is_over:
+                return {"text": "error: the episode is over", "error": True}
+            call: Callable[[], Any] = partial(self._hosted.call, self._env, name, arguments)
         elif name in self._tools:
             call = lambda: self._tools[name](arguments)  # noqa: E731
         else:
@@ -133,10 +141,20 @@ class EnvironmentHost:
             return {"text": f"error: there is no tool {str(name)[:100]!r}; there are {known}", "error": True}
         try:
             said = self._done(call())
-            text = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
+            text = said if isinstance(said, str | Reaction) else json.dumps(said, ensure_ascii=False)
+        except EpisodeLostError:
+            raise
         except Exception as error:  # noqa: BLE001 - a tool is its author's program; the model reads what it raised
             return {"text": _checked(f"error: {type(error).__name__}: {error}"[:_MAX_MESSAGE_CHARS]), "error": True}
-        return {"text": _checked(text)}
+        return self._answered(text) if isinstance(text, Reaction) else {"text": _checked(text)}
+
+    def _answered(self, said: Reaction) -> dict[str, Any]:
+        """Raises: ValueError for what is no reward."""
+        reward = None if said.reward is None else float(said.reward)
+        if reward is not None and not math.isfinite(reward):
+            raise ValueError(f"step paid {reward}; expected a finite number")
+        self._is_over = said.done
+        return {"text": _checked(said.text), "reward": reward, "done": said.done, "error": said.failed}
 
     def _done(self, value: Any) -> Any:
         if not inspect.isawaitable(value):
@@ -148,24 +166,36 @@ async def _awaited(value: Any) -> Any:
     return await value
 
 
-def _environment_class(spec: str) -> type:
+def _hosted(spec: str) -> HostedEnvironment:
+    """Raises: ConfigError."""
+    if spec.startswith(OPENENV):
+        from posttrain.environments.openenv_client import connect_openenv
+
+        return connect_openenv(address(spec))
     file, (name,) = parts("env", spec)
     found = getattr(load_own_file(file, "environment"), name)
     if not inspect.isclass(found):
         raise ConfigError(
             f"env: {spec}: {name} is a {type(found).__name__}, expected a class with reset, step or tools"
         )
-    if not hasattr(found, "step") and not _tools_of(found):
+    tools, steps = _tools_of(found), hasattr(found, "step")
+    if not steps and not tools:
         raise ConfigError(f"env: {spec}: {name} has neither `step` nor `tools`, so it would have no part in an episode")
-    return found
+    return HostedEnvironment(
+        found,
+        tuple(tool_schema(method) for method in tools),
+        steps,
+        False,
+        lambda env, name, arguments: getattr(env, name)(**arguments),
+    )
 
 
-def _tools_of(made: type) -> dict[str, Callable[..., Any]]:
+def _tools_of(made: type) -> list[Callable[..., Any]]:
     """The methods that `tools` of the class names. Raises: ConfigError."""
     names = getattr(made, "tools", ())
     if missing := [name for name in names if not callable(getattr(made, name, None))]:
         raise ConfigError(f"env: {made.__name__}.tools names {missing[0]!r}, which is no method of it")
-    return {name: getattr(made, name) for name in names}
+    return [getattr(made, name) for name in names]
 
 
 def _checked(text: str) -> str:

@@ -166,7 +166,7 @@ class Episodes:
 
         Raises: RewardError where the environment loses more than half of all ranks'; what stops one rank is raised on all.
         """
-        unpaid = 0.0 if self._pool.steps else None
+        unpaid = 0.0 if self._pool.steps or self._pool.calls_pay else None
         playing = [_Playing(begin, place, env_reward=unpaid) for place, begin in enumerate(begins)]
         error = _stopped_by(self._reset, playing) if self._pool.has_state else None
         while any(standing.unfinished for standing in self._all_standings(playing, error)):
@@ -239,7 +239,7 @@ class Episodes:
             return None
         if not reply.asked:
             one.finish = "stop"
-        elif calls and one.turns >= self._max_turns:
+        elif calls and one.turns >= self._max_turns and not self._pool.calls_pay:
             one.finish = "length"
         return reply if one.finish is None else None
 
@@ -259,15 +259,14 @@ class Episodes:
             ]
         else:
             (answer,) = answers
-            if answer["reward"] is not None:
-                one.env_reward = (one.env_reward or 0.0) + answer["reward"]
             said = [{"role": "user", "content": answer["text"]}] if answer["text"] else []
-            if answer["done"]:
-                one.written += said
-                one.finish = "stop"
-                return
+        for paid in (answer["reward"] for answer in answers if answer.get("reward") is not None):
+            one.env_reward = (one.env_reward or 0.0) + paid
         one.written += said
         one.rendered += said
+        if any(answer.get("done") for answer in answers):
+            one.finish = "stop"
+            return
         if one.turns >= self._max_turns:
             one.finish = "length"
             return

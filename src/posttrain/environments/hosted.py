@@ -1,0 +1,45 @@
+"""An environment as its process knows it, whatever it is made of; and what one says to an act of the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class EpisodeLostError(Exception):
+    """The environment cannot go on, so that nothing is left to tell the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reaction:
+    """What an environment answers to a turn or a call: what the policy reads next, what it is paid, and whether that was the end.
+
+    `failed` says that the call did not do what it is for; `text` then says why.
+    """
+
+    text: str
+    reward: float | None = None
+    done: bool = False
+    failed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HostedEnvironment:
+    """How environments are made, one for each episode, and how one is called.
+
+    `schemas` are those of its tools; `steps` says whether it answers a turn without a call, `calls_pay` whether calls are acts that
+    may be paid and end the episode. `call` is given the environment, a tool's name and the arguments; it returns a `Reaction`, or
+    anything for the model to read.
+    """
+
+    make: Callable[[], Any]
+    schemas: tuple[Mapping[str, Any], ...]
+    steps: bool
+    calls_pay: bool
+    call: Callable[[Any, str, Mapping[str, Any]], Any]
+    close: Callable[[Any], None] = lambda env: None
+
+    @property
+    def tool_names(self) -> list[str]:
+        return [schema["function"]["name"] for schema in self.schemas]
