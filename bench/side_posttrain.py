@@ -41,8 +41,9 @@ class TurnSink:
 
 
 def keys_of(row: Row, job: Mapping[str, Any]) -> Any:
+    from posttrain.config.preference import DPOKeys
     from posttrain.config.rl import GRPOKeys
-    from posttrain.config.stages import DPOKeys, SFTKeys
+    from posttrain.config.stages import SFTKeys
 
     options = {
         "base_model": job["model"], "datasets": [{"path": job["data"]}], "seed": SEED, "device": job["device"], "bf16": row.bf16,

@@ -55,7 +55,9 @@ class PreferencePair:
     rejected: Text
     tools: tuple[Mapping[str, Any], ...] = ()
     margin: float = 0.0
-    """By how much the chosen answer's reward is to be the greater; read by reward models."""
+    """By how much the chosen answer's reward is to be the greater; read by reward models, and with `margin_coef`."""
+    weight: float = 1.0
+    """How much the pair counts where `row_weights` are asked for."""
 
 
 @dataclass(frozen=True, slots=True)

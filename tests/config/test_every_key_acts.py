@@ -49,6 +49,7 @@ DEV = {"eval_datasets": [{"path": "DATA/dev-sft.jsonl"}]}
 BEST = DEV | {"eval_steps": 1, "learning_rate": 0.5, "load_best_model_at_end": True}
 KTO = {"loss_type": "kto", "datasets": [{"path": "DATA/kto.jsonl"}]}
 OFF_POLICY = {"num_iterations": 2, "learning_rate": 3e-2}
+WEIGHED = {"datasets": [{"path": "DATA/weighed.jsonl"}]}
 TWO = {"reward_funcs": ["DATA/rewards.py:spread", "DATA/rewards.py:last_digit"]}
 PTX = {"ptx_datasets": [{"path": "DATA/sft.jsonl"}]}
 HINTED = {"teachers": [{"model": "policy", "prompt": "{prompt} It is {answer}."}]}
@@ -150,6 +151,14 @@ FLIPS = {
         Flip("loss_type", "ipo"),
         Flip("beta", 0.5),
         Flip("label_smoothing", 0.2),
+        Flip("loss_weights", [0.2, 1.0], {"loss_type": ["sigmoid", "sft"]}),
+        Flip("f_divergence_type", "js_divergence", {"learning_rate": 1e-2}),
+        Flip("f_alpha_divergence_coef", 0.1, {"f_divergence_type": "alpha_divergence", "learning_rate": 1e-2}),
+        Flip("ld_alpha", 0.1, {"learning_rate": 1e-2}),
+        Flip("use_weighting", True),
+        Flip("row_weights", True, WEIGHED),
+        Flip("margin_coef", 0.5, WEIGHED),
+        Flip("dpop_lambda", 1.0, {"loss_type": "dpop", "learning_rate": 0.3}),
         Flip("discopop_tau", 0.5, {"loss_type": "discopop"}),
         Flip("simpo_gamma", 1.5, {"loss_type": "simpo"}),
         Flip("cpo_alpha", 0.2, {"loss_type": "cpo"}),
@@ -275,6 +284,9 @@ def record(runner, model_dir, data_dir, tmp_path_factory):
     folder, made = tmp_path_factory.mktemp("flips"), {}
     for path in data_dir.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
+    pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    weighed = [row | {"weight": number % 3, "margin": number % 2} for number, row in enumerate(pairs)]
+    (folder / "weighed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in weighed))
     (folder / "other.jinja").write_text(TEMPLATE)
     (folder / "env.py").write_text("class Env:\n    def step(self, answer):\n        return 'on'\n")
     rows = [{"id": str(n), "prompt": f"{n}", "target": "e", "scorer": "contains", "split": "dev"} for n in range(3)]

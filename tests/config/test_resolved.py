@@ -1,8 +1,9 @@
 import pytest
 
 from posttrain.config import apply_changes, load_pipeline, load_stage, resolved_yaml
+from posttrain.config.preference import DPOKeys
 from posttrain.config.rl import GRPOKeys
-from posttrain.config.stages import DPOKeys, SFTKeys
+from posttrain.config.stages import SFTKeys
 
 MINIMAL = "base_model: ./base\ndatasets: [{path: sft_data.jsonl}]\n"
 GRPO = MINIMAL + "reward_funcs: [rewards.py:correct]\n"

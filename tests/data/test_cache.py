@@ -2,8 +2,9 @@
 
 import pytest
 
+from posttrain.config.preference import DPOKeys
 from posttrain.config.rl import GRPOKeys
-from posttrain.config.stages import DPOKeys, SFTKeys
+from posttrain.config.stages import SFTKeys
 from posttrain.data import cache
 from posttrain.data.load import load_kto, load_preference, load_prompts, load_sft
 

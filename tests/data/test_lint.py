@@ -5,7 +5,8 @@ import json
 import pytest
 
 from posttrain.config.datasets import DatasetKeys
-from posttrain.config.stages import DPOKeys, SFTKeys
+from posttrain.config.preference import DPOKeys
+from posttrain.config.stages import SFTKeys
 from posttrain.data.dataset import sequences
 from posttrain.data.lint import RuleLimit, limits_of, lint, lint_stage, write_clean
 from posttrain.data.lint_input import LintInput

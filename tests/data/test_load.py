@@ -2,8 +2,9 @@
 
 import pytest
 
+from posttrain.config.preference import DPOKeys
 from posttrain.config.rl import GRPOKeys
-from posttrain.config.stages import DPOKeys, SFTKeys
+from posttrain.config.stages import SFTKeys
 from posttrain.data.dataset import origin, sequences
 from posttrain.data.load import DROPPED, REWRITTEN, load_kto, load_preference, load_prompts, load_sft, read_nouns
 from posttrain.data.parse import IDENTICAL
@@ -137,7 +138,7 @@ def test_preference_and_kto(write_jsonl, tokenizer_of):
     assert len(pairs) == 1 and pairs.summary.sources[0].skipped["identical chosen and rejected"].count == 1
     keys = DPOKeys(base_model="x", loss_type="kto", datasets=[{"path": str(path)}])
     unpaired = load_kto(keys, tokenizer)
-    assert [row for row, _ in unpaired] == list(pairs.rows[0]) and [label for _, label in unpaired] == [True, False]
+    assert [row for row, _ in unpaired] == list(pairs.rows[0][:2]) and [label for _, label in unpaired] == [True, False]
     labelled = write_jsonl([{"prompt": "The answer is", "completion": " 4", "label": True}], "kto.jsonl")
     own = load_kto(DPOKeys(base_model="x", loss_type="kto", datasets=[{"path": str(labelled)}]), tokenizer)
     assert [(row.ids, row.loss_mask, label) for row, label in own] == [
@@ -186,7 +187,28 @@ def test_nouns_and_row_access(write_jsonl, tokenizer_of):
     assert [noun.chosen for noun in read_nouns(keys.datasets, "pairs")] == ["b"]
     assert [noun.label for noun in read_nouns(keys.datasets, "labels")] == [True, False]
     row = load_preference(keys, tokenizer_of("raw")).rows[0]
-    assert sequences(row) == row and isinstance(origin(row), Origin) and origin(row).line == 1
+    assert sequences(row) == row[:2] and isinstance(origin(row), Origin) and origin(row).line == 1
+
+
+def test_margin_and_weight_of_a_pair_are_read_and_come_back_from_the_cache(write_jsonl, tokenizer_of):
+    rows = [
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "chosen": "d", "rejected": "c", "margin": 1.5, "weight": 0},
+    ]
+    keys = DPOKeys(base_model="x", datasets=[{"path": str(write_jsonl(rows))}])
+    for _ in range(2):
+        found = load_preference(keys, tokenizer_of("raw")).rows
+        assert [(row.margin, row.weight) for row in found] == [(0.0, 1.0), (1.5, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [("much", '`weight` is str "much"'), (-1, "expected 0 or more"), (True, "how much the pair counts")],
+)
+def test_a_weight_that_is_none_is_an_error_with_its_line(write_jsonl, tokenizer_of, weight, message):
+    path = write_jsonl([{"prompt": "a", "chosen": "b", "rejected": "c", "weight": weight}])
+    with pytest.raises(DataError, match=rf"train.jsonl:1: .*{message}"):
+        load_preference(DPOKeys(base_model="x", datasets=[{"path": str(path)}]), tokenizer_of("raw"))
 
 
 def test_a_pair_that_is_equal_after_truncation_counts_as_identical(write_jsonl, tokenizer_of):

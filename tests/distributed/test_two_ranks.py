@@ -50,6 +50,10 @@ MORE = {
     "dpo": ("dpo", {}),
     "dpo with an adapter": ("dpo", LORA),
     "dpo with a frozen copy": ("dpo", {"precompute_ref_log_probs": False}),
+    "dpo, a sum of losses": (
+        "dpo",
+        {"loss_type": ["sigmoid", "bco_pair", "sft"], "ld_alpha": 0.5, "use_weighting": True},
+    ),
     "dpo, compared over the step": ("dpo", {"loss_type": "aot_unpaired"}),
     "reward model": ("reward_model", {"center_rewards_coefficient": 0.1, "eval": "dev-pairs", "eval_steps": 2}),
     "reward model, one forward a sequence": (

@@ -9,22 +9,18 @@ import pytest
 import torch
 
 from posttrain.config.effects import without_effect
-from posttrain.config.stages import DPOKeys, PreferenceLoss
+from posttrain.config.preference import DPOKeys, PreferenceLoss
 from posttrain.errors import ConfigError
 from posttrain.objectives.preference import (
     PREFERENCE_LOSSES,
-    LabelledInputs,
     PairInputs,
     Pairs,
     Partners,
     PreferenceSpec,
-    kto_loss,
-    kto_reference_point,
     partners_over,
     preference_loss,
 )
 from posttrain.objectives.reduce import Normalizer
-from posttrain.types import Ratio
 
 PAIRED = [name for name, row in PREFERENCE_LOSSES.items() if not row.unpaired]
 MARGIN = [name for name in PAIRED if name not in ("sft", "aot", "aot_unpaired")]
@@ -55,6 +51,7 @@ def _pair_oracle(name, spec, w, l, rw, rl, nw, nl):  # noqa: E741 - the papers' 
     q = _sigma(z)
     m = _sigma(z / spec.discopop_tau)
     return {
+        "dpop": lambda: _smooth(beta * (a - b - spec.dpop_lambda * max(0.0, -a)), e),
         "sigmoid": lambda: _smooth(z, e),
         "ipo": lambda: (a / nw - b / nl - 1 / (2 * beta)) ** 2,
         "hinge": lambda: max(0.0, 1 - z),
@@ -130,7 +127,7 @@ def _spec(name, **knobs):
 OPTIONS = {
     "default": {},
     "smoothed": {"label_smoothing": 0.1},
-    "strong": {"beta": 0.5, "simpo_gamma": 1.5, "cpo_alpha": 0.3, "discopop_tau": 0.5},
+    "strong": {"beta": 0.5, "simpo_gamma": 1.5, "cpo_alpha": 0.3, "discopop_tau": 0.5, "dpop_lambda": 2.0},
     "rpo": {"rpo_alpha": 0.7},
 }
 
@@ -171,6 +168,7 @@ AT_ZERO = {
     "apo_down": 1.0,
     "discopop": 0.846574,
     "sigmoid_norm": math.log(2),
+    "dpop": math.log(2),
 }
 
 
@@ -187,7 +185,7 @@ def test_value_when_the_policy_is_its_reference(name):
     assert loss.item() == pytest.approx(AT_ZERO[name], abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "robust", "sigmoid_norm", "aot", "aot_unpaired", "cpo"])
+@pytest.mark.parametrize("name", ["sigmoid", "robust", "sigmoid_norm", "aot", "aot_unpaired", "dpop", "cpo"])
 def test_beta_zero_is_ln_two(name):
     loss = preference_loss(_inputs(name), _spec(name, beta=0.0, cpo_alpha=0.0), Normalizer(25, 3)).loss
     assert loss.item() == pytest.approx(math.log(2), rel=1e-15)
@@ -257,10 +255,11 @@ def test_splitting_and_permuting_change_nothing(name):
 
 def _select(inputs, keep):
     """Some pairs of a step, with what they are compared with over the whole of it."""
-    *tensors, partners = (getattr(inputs, name) for name in PairInputs.__slots__)
+    found = {name: value for name in PairInputs.__slots__ if (value := getattr(inputs, name)) is not None}
+    partners = found.pop("partners", None)
     if partners is not None:
         partners = Partners(partners.of_better[keep], partners.of_worse[keep])
-    return PairInputs(*(tensor[keep] for tensor in tensors), partners)
+    return PairInputs(**{name: tensor[keep] for name, tensor in found.items()}, partners=partners)
 
 
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
@@ -355,74 +354,140 @@ def test_configuration_says_when_label_smoothing_has_no_effect(name):
     assert ("label_smoothing" in notes) != PREFERENCE_LOSSES[name].smooths
 
 
-# --- KTO -----------------------------------------------------------------------------------------------------------
-
-LOGP, REF = [-10.0, -6.0, -8.0, -3.0], [-11.0, -5.0, -8.5, -1.0]
-LABEL = [True, True, False, False]
+# --- what is done to all rows alike -----------------------------------------------------------------------------------
 
 
-def _kto_inputs(keep=(0, 1, 2, 3)):
-    keep = list(keep)
-    return LabelledInputs(_tensor(LOGP)[keep].requires_grad_(), _tensor(REF)[keep], torch.tensor(LABEL)[keep])
+def _values(inputs, spec):
+    """Loss and its gradient in both answers' log-probs."""
+    loss = preference_loss(inputs, spec, NORM).loss
+    return loss.item(), torch.autograd.grad(loss, [inputs.chosen_logp_P, inputs.rejected_logp_P])
 
 
-def test_kto_value_and_gradient():
-    spec = PreferenceSpec(loss_type="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.7)
-    inputs, z = _kto_inputs(), 0.4
-    terms = kto_loss(inputs, z, spec, Normalizer(tokens=20, sequences=6))
-    (gradient,) = torch.autograd.grad(terms.loss, inputs.logp_S)
-    total = 0.0
-    for i in range(4):
-        ratio = LOGP[i] - REF[i]
-        gain = _sigma(0.3 * ((ratio - z) if LABEL[i] else (z - ratio)))
-        weight = 1.5 if LABEL[i] else 0.7
-        total += weight * (1 - gain) / 6
-        slope = weight * 0.3 * gain * (1 - gain) / 6 * (-1 if LABEL[i] else 1)
-        assert gradient[i].item() == pytest.approx(slope, rel=1e-12)
-    assert terms.loss.item() == pytest.approx(total, rel=1e-12)
+def _check_by_differences(inputs, spec, oracle):
+    """`oracle` of (chosen, rejected): the value, and the gradient by central differences."""
+    value, gradients = _values(inputs, spec)
+    assert value == pytest.approx(oracle(CHOSEN, REJECTED), rel=1e-12)
+    for side, gradient in enumerate(gradients):
+        for i in range(len(CHOSEN)):
+            found = []
+            for h in (1e-6, -1e-6):
+                sides = [[*CHOSEN], [*REJECTED]]
+                sides[side][i] += h
+                found.append(oracle(*sides))
+            assert gradient[i].item() == pytest.approx((found[0] - found[1]) / 2e-6, rel=1e-5, abs=1e-8)
 
 
-def test_kto_at_the_reference_is_one_half():
-    spec = PreferenceSpec(loss_type="kto")
-    terms = kto_loss(LabelledInputs(_tensor(REF), _tensor(REF), torch.tensor(LABEL)), 0.0, spec, Normalizer(4, 4))
-    assert terms.loss.item() == pytest.approx(0.5)
+def _f_prime(divergence, alpha, u):
+    """f'(u), as the paper's table has it; its α is 1 − ours."""
+    if divergence == "alpha_divergence":
+        return (1 - u ** -(1 - alpha)) / (1 - alpha)
+    return {"forward_kl": 1 - 1 / u, "js_divergence": math.log(2 * u / (1 + u)), "reverse_kl": math.log(u)}[divergence]
 
 
-def test_kto_micro_batches_add_up():
-    spec, norm = PreferenceSpec(loss_type="kto"), Normalizer(tokens=20, sequences=4)
-    whole = kto_loss(_kto_inputs(), 0.2, spec, norm)
-    parts = [kto_loss(_kto_inputs(keep), 0.2, spec, norm) for keep in ((3, 0), (1,), (2,))]
-    assert sum(float(p.loss.detach()) for p in parts) == pytest.approx(whole.loss.item(), rel=1e-14)
-    for name, ratio in whole.metrics.items():
-        total = parts[0].metrics[name] + parts[1].metrics[name] + parts[2].metrics[name]
-        assert total.value == pytest.approx(ratio.value, rel=1e-14)
+F_ROWS = [name for name, row in PREFERENCE_LOSSES.items() if row.takes_f_divergence and row.needs_reference]
+COLUMNS = (REF_CHOSEN, REF_REJECTED, CHOSEN_TOKENS, REJECTED_TOKENS)
 
 
-def test_kto_metrics_by_hand():
-    """Desirable ratios 1 and −1, undesirable 0.5 and −2, beta 0.1."""
-    metrics = kto_loss(_kto_inputs(), 0.2, PreferenceSpec(loss_type="kto"), Normalizer(20, 4)).metrics
-    assert metrics["rewards/chosen"] == Ratio(pytest.approx(0.0), 2.0)
-    assert metrics["rewards/rejected"].value == pytest.approx(0.1 * -1.5 / 2)
-    assert metrics["logps/rejected"].value == pytest.approx(-11 / 2)
-    assert metrics["kl"].value == pytest.approx(0.2)
+@pytest.mark.parametrize(
+    ("divergence", "alpha"),
+    [("reverse_kl", 0.5), ("forward_kl", 0.5), ("js_divergence", 0.5), ("alpha_divergence", 0.3)],
+)
+@pytest.mark.parametrize("name", F_ROWS)
+def test_f_divergence_puts_f_prime_in_the_place_of_the_log_ratio(name, divergence, alpha):
+    spec = _spec(name, beta=0.2, f_divergence_type=divergence, f_alpha_divergence_coef=alpha)
+
+    def oracle(chosen, rejected):
+        # ORPO's odds, which the oracle works out for every row, want log-probs below 0.
+        shift = 50.0
+        total = 0.0
+        for w, x, rw, rx, nw, nx in zip(chosen, rejected, *COLUMNS, strict=True):
+            a, b = (_f_prime(divergence, alpha, math.exp(d)) for d in (w - rw, x - rx))
+            total += _pair_oracle(name, spec, a - shift, b - shift, -shift, -shift, nw, nx)
+        return total / NORM.sequences
+
+    _check_by_differences(_inputs(), spec, oracle)
 
 
-def test_kto_extremes_stay_finite():
-    logp = torch.tensor([-500.0, 0.0, -500.0, 0.0], requires_grad=True)
-    ref = torch.tensor([0.0, -500.0, 0.0, -500.0])
-    terms = kto_loss(
-        LabelledInputs(logp, ref, torch.tensor(LABEL)), 0.0, PreferenceSpec(loss_type="kto", beta=1.0), NORM
-    )
-    terms.loss.backward()
-    assert terms.loss.isfinite() and logp.grad is not None and logp.grad.isfinite().all()
+def test_alpha_divergence_ends_at_both_kls():
+    at = {}
+    for alpha in (0.0, 1.0):
+        at[alpha] = _values(
+            _inputs(), PreferenceSpec(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=alpha)
+        )[0]
+    assert at[1.0] == _values(_inputs(), PreferenceSpec())[0]
+    assert at[0.0] == pytest.approx(_values(_inputs(), PreferenceSpec(f_divergence_type="forward_kl"))[0], rel=1e-12)
 
 
-def test_kto_reference_point():
-    assert kto_reference_point(Ratio(3.0, 2.0)) == 1.5
-    assert kto_reference_point(Ratio(-3.0, 2.0)) == 0.0
-    assert kto_reference_point(Ratio(0.0, 0.0)) == 0.0
+@pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence", "alpha_divergence"])
+@pytest.mark.parametrize("margin", [500.0, -500.0])
+def test_f_divergences_of_far_answers_stay_finite(divergence, margin):
+    chosen = torch.tensor([min(margin, 0.0)], requires_grad=True)
+    inputs = PairInputs(chosen, -abs(chosen.detach() - margin), *[torch.ones(1)] * 2, *[torch.zeros(1)] * 2)
+    loss = preference_loss(inputs, PreferenceSpec(f_divergence_type=divergence), Normalizer(1, 1)).loss
+    (gradient,) = torch.autograd.grad(loss, chosen)
+    assert loss.isfinite() and gradient.isfinite().all()
 
 
-def test_kto_rows_are_not_pairs():
-    with pytest.raises(AssertionError, match="kto_loss"):
-        preference_loss(_inputs(), PreferenceSpec(loss_type="kto"), NORM)
+def test_losses_are_added_up_by_their_weights():
+    """MPO's: preference, quality and generation; value and gradient are those of the losses alone, weighed."""
+    names, weights = ("sigmoid", "bco_pair", "sft"), (0.8, 0.2, 1.0)
+
+    def oracle(chosen, rejected):
+        alone = [_oracle(name, PreferenceSpec(loss_type=name), chosen, rejected) for name in names]
+        return sum(weight * loss for weight, loss in zip(weights, alone, strict=True))
+
+    _check_by_differences(_inputs(), PreferenceSpec(loss_type=names, loss_weights=weights), oracle)
+
+
+def test_a_sum_logs_the_rewards_under_the_reference():
+    metrics = preference_loss(_inputs(), PreferenceSpec(loss_type=("sft", "sigmoid")), NORM).metrics
+    assert metrics["rewards/chosen"].value == pytest.approx(0.1 * -1.5 / 3)
+    assert "nll_loss" in metrics
+
+
+@pytest.mark.parametrize("name", [name for name, row in PREFERENCE_LOSSES.items() if row.takes_margin])
+def test_a_margin_is_taken_off_what_the_row_pushes_up(name):
+    """βd − αm is what a row sees whose margins are m: the same as without, of a chosen answer that much less likely."""
+    margins = [0.5, 0.0, 2.0]
+    spec = _spec(name, beta=0.5, margin_coef=0.7, cpo_alpha=0.0, dpop_lambda=0.0)
+    lengths = CHOSEN_TOKENS if PREFERENCE_LOSSES[name].length_mean else [1, 1, 1]
+
+    def oracle(chosen, rejected):
+        without = replace(spec, margin_coef=0.0)
+        less = [w - 0.7 * m / 0.5 * n for w, m, n in zip(chosen, margins, lengths, strict=True)]
+        return _oracle(name, without, less, rejected)
+
+    _check_by_differences(replace(_inputs(), margin_P=_tensor(margins)), spec, oracle)
+
+
+def test_a_pairs_weight_multiplies_its_terms():
+    """Weights 2, 0 and 1: of the pair in the middle nothing is left, neither of its preference nor of its NLL."""
+    spec = PreferenceSpec(rpo_alpha=0.5)
+    weights = [2.0, 0.0, 1.0]
+
+    def oracle(chosen, rejected):
+        pairs = [_pair_oracle("sigmoid", spec, *v) for v in zip(chosen, rejected, *COLUMNS, strict=True)]
+        nll = sum(weight * -w for weight, w in zip(weights, chosen, strict=True)) / NORM.tokens
+        return sum(w * x for w, x in zip(weights, pairs, strict=True)) / NORM.sequences + 0.5 * nll
+
+    _check_by_differences(replace(_inputs(), weight_P=_tensor(weights)), spec, oracle)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"loss_type": ("sigmoid", "kto")}, "reads labelled rows, the other losses pairs; name it alone"),
+        ({"loss_type": ("aot", "aot_unpaired")}, "each sort the step in their own way; keep one"),
+        ({"loss_type": ("sigmoid", "sft"), "loss_weights": (1.0,)}, "1 entries for 2 losses"),
+        ({"loss_type": "kto", "ld_alpha": 0.5}, "has no pairs, which ld_alpha is for"),
+        ({"loss_type": "kto", "row_weights": True}, "has no pairs, which row_weights is for"),
+        ({"loss_type": "nca_pair", "f_divergence_type": "forward_kl"}, "set reverse_kl, or one of sigmoid"),
+        ({"loss_type": "simpo", "f_divergence_type": "js_divergence"}, "under a reference"),
+        ({"loss_type": "ipo", "margin_coef": 1.0}, "set it to 0, or take one of sigmoid"),
+        ({"loss_type": "aot", "use_weighting": True}, "set use_weighting: false"),
+        ({"loss_type": "aot_unpaired", "row_weights": True}, "set row_weights: false"),
+    ],
+)
+def test_what_a_row_is_not_defined_for_is_refused(knobs, message):
+    with pytest.raises(ConfigError, match=message):
+        PreferenceSpec(**knobs)

@@ -3,8 +3,8 @@ from dataclasses import dataclass, fields
 import pytest
 import torch
 
+from posttrain.config.preference import DPOKeys
 from posttrain.config.rl import GRPOKeys
-from posttrain.config.stages import DPOKeys
 from posttrain.objectives.advantages import AdvantageSpec
 from posttrain.objectives.preference import PreferenceSpec
 from posttrain.objectives.spec import PolicySpec

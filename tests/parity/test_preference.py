@@ -3,7 +3,7 @@
 import pytest
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
-from posttrain.config.stages import DPOKeys
+from posttrain.config.preference import DPOKeys
 
 SHARED = {"per_device_train_batch_size": 4, "learning_rate": 1e-3}
 LOSSES = {
@@ -36,6 +36,23 @@ def test_every_shared_loss(ours, theirs, rows, assert_parity, loss_type):
     data, options = rows["dpo"][:40], LOSSES[loss_type]
     mine = ours("dpo", DPOKeys, data, loss_type=loss_type, **SHARED, **options)
     assert_parity(mine, trl_dpo(theirs, data, loss_type=loss_type, **options))
+
+
+VARIANTS = {
+    "MPO": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "f-DPO": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+    "LD-DPO": {"ld_alpha": 0.3},
+    "WPO": {"use_weighting": True},
+}
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(n, marks=() if n == "LD-DPO" else pytest.mark.slow) for n in VARIANTS]
+)
+def test_what_is_done_to_all_losses(ours, theirs, rows, assert_parity, variant):
+    data = rows["dpo"][:40]
+    mine = ours("dpo", DPOKeys, data, **SHARED, **VARIANTS[variant])
+    assert_parity(mine, trl_dpo(theirs, data, **VARIANTS[variant]))
 
 
 @pytest.mark.parametrize("precompute", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["live", "precomputed"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from posttrain.objectives.advantages import AdvantageSpec, as_rewards, compute_advantages, soft_overlong_penalty
+from posttrain.objectives.pair_scores import summed, wpo_weights
 from posttrain.objectives.policy import PolicyInputs, PolicySpec, policy_loss
 from posttrain.objectives.preference import (
     PREFERENCE_LOSSES,
@@ -176,6 +177,18 @@ def test_sampler_correction(mode):
     torch.testing.assert_close(gradient, trl_gradient, rtol=1e-5, atol=1e-7)
 
 
+# Two pairs: TRL has both chosen answers first, ours take turns.
+ORDER = [0, 2, 1, 3]
+IN_PAIRS = MASK[ORDER].bool()
+SEQ = torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS)[ORDER])
+LOG_SUM_SQ = _logps(5)
+
+
+def _summed(logps, spec):
+    """[4, T] in TRL's order → [4] in TRL's order."""
+    return summed(logps[ORDER][IN_PAIRS], SEQ, 4, spec.ld_alpha)[ORDER]
+
+
 def _trl_preference_loss(spec, loss_types, weights):
     from trl.trainer.dpo_trainer import DPOTrainer
 
@@ -184,7 +197,8 @@ def _trl_preference_loss(spec, loss_types, weights):
     new = (NEW * MASK).requires_grad_()
     zeros = torch.zeros(4, T)
     outputs = SimpleNamespace(log_probs=new, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
-    ref = (REF * MASK).sum(1)
+    outputs.log_sum_sq_probs = LOG_SUM_SQ
+    ref = _summed(REF, spec)
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=True),
         accelerator=SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x),
@@ -193,11 +207,12 @@ def _trl_preference_loss(spec, loss_types, weights):
         loss_weights=weights,
         beta=spec.beta,
         label_smoothing=spec.label_smoothing,
-        f_divergence_type="reverse_kl",
+        f_divergence_type=spec.f_divergence_type,
+        f_alpha_divergence_coef=spec.f_alpha_divergence_coef,
         aux_loss_enabled=False,
         precompute_ref_logps=True,
-        ld_alpha=None,
-        use_weighting=False,
+        ld_alpha=spec.ld_alpha,
+        use_weighting=spec.use_weighting,
         _total_train_tokens=0,
         _tp_size=1,
         _metrics={"train": defaultdict(list)},
@@ -216,17 +231,20 @@ def _trl_preference_loss(spec, loss_types, weights):
 
 def _our_preference_loss(spec):
     new, lengths = (NEW * MASK).requires_grad_(), torch.tensor(LENGTHS)
-    sums, ref = new.sum(1), (REF * MASK).sum(1)
-    inputs = PairInputs(sums[:2], sums[2:], lengths[:2], lengths[2:], ref[:2], ref[2:])
-    if PREFERENCE_LOSSES[spec.loss_type].partners:
+    sums, ref = _summed(new, spec), _summed(REF, spec)
+    nll = -(new * MASK).sum(1)[:2]
+    inputs = PairInputs(sums[:2], sums[2:], lengths[:2], lengths[2:], ref[:2], ref[2:], chosen_nll_P=nll)
+    if spec.sorted_over_step:
         step = Pairs(sums[:2], sums[2:], ref[:2], ref[2:])
-        inputs = replace(inputs, partners=partners_over(step, spec.loss_type))
+        inputs = replace(inputs, partners=partners_over(step, spec.sorted_over_step))
+    if spec.use_weighting:
+        inputs = replace(inputs, weight_P=wpo_weights(new[ORDER][IN_PAIRS], LOG_SUM_SQ[ORDER][IN_PAIRS], SEQ, 4))
     terms = preference_loss(inputs, spec, Normalizer(tokens=sum(LENGTHS[:2]), sequences=2))
     (gradient,) = torch.autograd.grad(terms.loss, new)
     return terms.loss.detach(), gradient, {name: ratio.value for name, ratio in terms.metrics.items()}
 
 
-SHARED = [name for name in PREFERENCE_LOSSES if name not in ("simpo", "cpo", "orpo", "kto")]
+SHARED = [name for name in PREFERENCE_LOSSES if name not in ("dpop", "simpo", "cpo", "orpo", "kto")]
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -247,6 +265,31 @@ def test_rpo_is_trls_weighted_sum_with_sft():
     theirs = _trl_preference_loss(PreferenceSpec(), ["sigmoid", "sft"], [1.0, 0.5])
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours[1] * MASK, theirs[1] * MASK, rtol=1e-5, atol=1e-7)
+
+
+VARIANTS = {
+    "MPO": {"loss_type": ("sigmoid", "bco_pair", "sft"), "loss_weights": (0.8, 0.2, 1.0)},
+    "forward KL": {"f_divergence_type": "forward_kl"},
+    "JS on length means": {"loss_type": "ipo", "f_divergence_type": "js_divergence"},
+    "alpha": {"loss_type": "hinge", "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+    "LD": {"ld_alpha": 0.3},
+    "LD, sorted": {"loss_type": "aot", "ld_alpha": 0.3},
+    "LD with SFT": {"loss_type": ("ipo", "sft"), "ld_alpha": 0.3},
+    "WPO": {"use_weighting": True},
+    "WPO, robust and LD": {"loss_type": "robust", "label_smoothing": 0.1, "use_weighting": True, "ld_alpha": 0.5},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_done_to_all_losses(variant):
+    spec = PreferenceSpec(beta=0.3, **VARIANTS[variant])
+    loss, gradient, metrics = _our_preference_loss(spec)
+    weights = spec.loss_weights or [1.0] * len(spec.losses)
+    trl_loss, trl_gradient, trl_metrics = _trl_preference_loss(spec, spec.losses, weights)
+    torch.testing.assert_close(loss, trl_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient * MASK, trl_gradient * MASK, rtol=1e-5, atol=1e-7)
+    for key in ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen"):
+        assert metrics[key] == pytest.approx(trl_metrics[key], rel=1e-5), key
 
 
 @pytest.mark.parametrize(("name", "trl_name"), [("simpo", "simpo"), ("cpo", "sigmoid")])

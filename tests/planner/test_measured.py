@@ -9,8 +9,9 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from posttrain.config.kinds import STAGE_KINDS
+from posttrain.config.preference import WITHOUT_REFERENCE
 from posttrain.config.rl import GRPOKeys
-from posttrain.config.stages import WITHOUT_REFERENCE, SFTKeys
+from posttrain.config.stages import SFTKeys
 from posttrain.distributed.ranks import SingleProcess
 from posttrain.models import decode
 from posttrain.models.batch import pack

@@ -52,6 +52,7 @@ def test_sft_lowers_the_loss_and_its_model_loads(architecture, train, runner):
         ("sft", {"loss_type": "dft"}),
         ("dpo", {}),
         ("dpo", {"loss_type": "sppo_hard", "rpo_alpha": 0.5}),
+        ("dpo", {"loss_type": ["dpop", "sft"], "ld_alpha": 0.5, "use_weighting": True}),
         ("dpo", {"loss_type": "aot"}),
         ("dpo", {"loss_type": "aot_unpaired"}),
         ("kto", {}),

@@ -6,8 +6,9 @@ from itertools import chain, repeat
 
 import pytest
 
+from posttrain.config.preference import DPOKeys
 from posttrain.config.rl import GRPOKeys
-from posttrain.config.stages import DPOKeys, SFTKeys, step_interval
+from posttrain.config.stages import SFTKeys, step_interval
 from posttrain.errors import ConfigError
 from posttrain.files import read_json, read_json_lines
 

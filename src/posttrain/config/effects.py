@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.config.distill import DistillKeys
+from posttrain.config.preference import WITHOUT_REFERENCE, DPOKeys
 from posttrain.config.rl import GRPOKeys
-from posttrain.config.stages import DPOKeys, ModelKeys, RewardModelKeys, SFTKeys, TrainKeys
+from posttrain.config.stages import ModelKeys, RewardModelKeys, SFTKeys, TrainKeys
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ _TEACHERS = ("teacher_advantage", "teacher_coef", "teacher_clip", "teacher_warmu
 
 
 def _loss_is_not(*names: str) -> Callable[[Any], bool]:
-    return lambda keys: keys.loss_type not in names
+    return lambda keys: not set(names).intersection(keys.losses if isinstance(keys, DPOKeys) else (keys.loss_type,))
 
 
 def _loss_is(*names: str) -> Callable[[Any], bool]:
@@ -69,13 +70,16 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(SFTKeys, ("packing_window",), lambda k: not k.packing, "packing is false"),
     NoEffect(DPOKeys, ("eval_steps", "load_best_model_at_end"), _has_nothing_to_measure, "there are no eval_datasets, no val_size and no eval_suite"),
     NoEffect(RewardModelKeys, ("eval_steps", "load_best_model_at_end"), _has_nothing_to_measure, "there are no eval_datasets and no val_size"),
-    NoEffect(DPOKeys, ("label_smoothing",), _loss_is_not("sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired", "cpo", "simpo"), "loss_type does not use it"),
+    NoEffect(DPOKeys, ("label_smoothing",), _loss_is_not("sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired", "dpop", "cpo", "simpo"), "loss_type does not use it"),
     NoEffect(DPOKeys, ("discopop_tau",), _loss_is_not("discopop"), "loss_type is not discopop"),
+    NoEffect(DPOKeys, ("f_alpha_divergence_coef",), lambda k: k.f_divergence_type != "alpha_divergence", "f_divergence_type is not alpha_divergence"),
+    NoEffect(DPOKeys, ("dpop_lambda",), _loss_is_not("dpop"), "loss_type is not dpop"),
+    NoEffect(DPOKeys, ("f_divergence_type", "ld_alpha"), lambda k: k.losses == ("sft",), "loss_type is sft"),
     NoEffect(DPOKeys, ("simpo_gamma",), _loss_is_not("simpo"), "loss_type is not simpo"),
     NoEffect(DPOKeys, ("cpo_alpha",), _loss_is_not("cpo"), "loss_type is not cpo"),
     NoEffect(DPOKeys, ("desirable_weight", "undesirable_weight"), _loss_is_not("kto"), "loss_type is not kto"),
-    NoEffect(DPOKeys, ("beta",), lambda k: k.loss_type == "sft", "loss_type is sft"),
-    NoEffect(DPOKeys, ("precompute_ref_log_probs",), lambda k: k.loss_type in ("simpo", "cpo", "orpo", "sft"), "loss_type has no reference"),
+    NoEffect(DPOKeys, ("beta",), lambda k: k.losses == ("sft",), "loss_type is sft"),
+    NoEffect(DPOKeys, ("precompute_ref_log_probs",), lambda k: WITHOUT_REFERENCE.issuperset(k.losses), "loss_type has no reference"),
     NoEffect(GRPOKeys, ("gradient_accumulation_steps", "num_processes"), lambda k: True, "a step of RL takes num_prompts_per_step × num_generations / steps_per_generation completions, however many processes share them"),
     NoEffect(DistillKeys, ("gradient_accumulation_steps", "num_processes"), lambda k: True, "a step takes num_prompts_per_step × num_generations completions, however many processes share them"),
     NoEffect(DistillKeys, ("jsd_beta",), _loss_is_not("jsd"), "loss_type is not jsd"),

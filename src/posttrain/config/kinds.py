@@ -10,9 +10,10 @@ from typing import Literal
 
 from posttrain.config.datasets import ROWS_OF_TYPE, RowKind
 from posttrain.config.distill import DistillKeys
+from posttrain.config.preference import DPOKeys
 from posttrain.config.rl import GRPOKeys, RLKeys, SamplingKeys
 from posttrain.config.schema import did_you_mean
-from posttrain.config.stages import DPOKeys, RewardModelKeys, SFTKeys, TrainKeys
+from posttrain.config.stages import RewardModelKeys, SFTKeys, TrainKeys
 from posttrain.errors import ConfigError
 
 LearnsFrom = Literal["examples", "pairs", "rated pairs", "samples", "teachers"]

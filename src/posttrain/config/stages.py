@@ -19,10 +19,6 @@ from posttrain.config.sharding import ShardingKeys
 # One key a line: the tables below are read down, not across.
 
 
-WITHOUT_REFERENCE = frozenset({"simpo", "cpo", "orpo", "sft"})
-"""Preference losses whose beta pulls to no reference."""
-
-
 INITS_WITH_INPUTS = {
     "eva": "it needs activations on training rows, which are not collected here",
     "corda": "it needs covariances of activations, which are not collected here",
@@ -343,47 +339,6 @@ class SFTKeys(ExampleKeys):
         if self.label_smoothing_factor and self.loss_type != "nll":
             raise ValueError(f"label_smoothing_factor: {self.label_smoothing_factor:g} with loss_type: {self.loss_type}, which has no smoothed form; set one of them back")
         return self
-
-
-PreferenceLoss = Literal[
-    "sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sigmoid_norm", "sft", "simpo", "cpo", "orpo", "kto",
-]  # fmt: skip
-
-
-class DPOKeys(TrainKeys):
-    """Preference optimisation: DPO and its family."""
-
-    allow_raw_base: bool = knob(False, "Start on a base that was never tuned to answer.")
-    learning_rate: float = knob(1e-6, "Peak learning rate.", gt=0, also="lr", example=1e-6)
-    loss_type: PreferenceLoss = knob("sigmoid", "Preference loss, by its row in the table.", also="pref_loss (LLaMA-Factory)")
-    beta: float = knob(0.1, "Strength of the pull to the reference.", ge=0, also="pref_beta (LLaMA-Factory), rl_beta (Axolotl)")
-    label_smoothing: float = knob(0.0, "Assumed share of flipped pairs (sigmoid: cDPO; robust; exo_pair; aot; simpo; cpo).", ge=0, lt=0.5, also="dpo_label_smoothing (Axolotl, LLaMA-Factory)")
-    discopop_tau: float = knob(0.05, "Temperature of DiscoPOP's mixture.", gt=0)
-    simpo_gamma: float = knob(0.5, "Target margin of SimPO (its γ; beta is not applied to it).", ge=0)
-    cpo_alpha: float = knob(1.0, "Weight of CPO's likelihood term; CPO-SimPO is simpo with rpo_alpha.", ge=0)
-    rpo_alpha: float = knob(0.0, "Weight of a token-mean SFT term on the chosen answers, added to any loss on pairs (RPO).", ge=0, also="pref_ftx (LLaMA-Factory)")
-    desirable_weight: float = knob(1.0, "KTO: weight of desirable rows.", ge=0, also="kto_desirable_weight (Axolotl), kto_chosen_weight (LLaMA-Factory)")
-    undesirable_weight: float = knob(1.0, "KTO: weight of undesirable rows.", ge=0, also="kto_undesirable_weight (Axolotl), kto_rejected_weight (LLaMA-Factory)")
-    precompute_ref_log_probs: bool | Literal["auto"] = knob("auto", "Score all rows under the reference once, before training, and keep the log-probs. `auto`: for full fine-tuning, where a frozen copy is the alternative; an adapter is simply switched off.")
-
-    @property
-    def row_kind(self) -> RowKind:
-        return "labels" if self.loss_type == "kto" else "pairs"
-
-    @property
-    def may_start_raw(self) -> bool:
-        return self.allow_raw_base
-
-    @property
-    def pull(self) -> float:
-        return 0.0 if self.loss_type in WITHOUT_REFERENCE else self.beta
-
-    @property
-    def holds_reference(self) -> bool:
-        """`auto` computes the log-probs of pairs once where the alternative is a copy; those of KTO cannot be known before."""
-        kept = self.row_kind == "pairs" and bool(self.precompute_ref_log_probs)
-        return self.loss_type not in WITHOUT_REFERENCE and not kept
 
 
 class RewardModelKeys(TrainKeys):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from posttrain.config.datasets import DatasetKeys, RowKind
 from posttrain.config.rl import SamplingKeys
@@ -36,7 +36,16 @@ IN_PIECES = "prompt and answer tokenised apart (a token would have straddled the
 DROPPED = "earlier turns whose thinking the template leaves out"
 REWRITTEN = "turns as the template writes them inside the conversation, otherwise than alone"
 
-PairRow = tuple[TokenSeq, TokenSeq]
+
+class PairRow(NamedTuple):
+    """Both answers with their prompt; `margin` and `weight` as the row's columns of these names have them."""
+
+    chosen: TokenSeq
+    rejected: TokenSeq
+    margin: float = 0.0
+    weight: float = 1.0
+
+
 ComparedRow = tuple[TokenSeq, TokenSeq, float]
 LabelledRow = tuple[TokenSeq, bool]
 
@@ -74,13 +83,13 @@ def load_sft(keys: TrainKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | N
 
 
 def load_preference(keys: TrainKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None) -> Dataset[PairRow]:
-    """Rows (chosen, rejected), each with its prompt. Raises: DataError."""
+    """Preferences. Raises: DataError."""
     plan = RowPlan(
         "pairs",
         render.draft_pair,
-        build=lambda _, seqs: (seqs[0], seqs[1]),
-        extra=lambda row: None,
-        restore=lambda seqs, extra, origin: (seqs[0], seqs[1]),
+        build=lambda noun, seqs: PairRow(seqs[0], seqs[1], noun.margin, noun.weight),
+        extra=lambda row: None if row == (*row[:2], 0.0, 1.0) else [row.margin, row.weight],
+        restore=lambda seqs, extra, origin: PairRow(seqs[0], seqs[1], *map(float, extra or ())),
         **_limits(keys, keys.sequence_len),
     )
     return _load(plan, keys, tokenizer, sources)

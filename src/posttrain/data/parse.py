@@ -85,18 +85,23 @@ def parse_preference(row: Fields, origin: Origin) -> PreferencePair | Skip:
         _, rejected = _both_messages(prompt, rejected, "rejected", origin)
     if _is_empty(chosen) or _is_empty(rejected):
         return Skip(origin, EMPTY)
-    return PreferencePair(
-        origin, prompt, chosen, rejected, parse_tools(row.get("tools"), origin), _margin(row.get("margin"), origin)
-    )
+    margin, weight = _number(row, "margin", origin, 0.0), _number(row, "weight", origin, 1.0)
+    if weight < 0:
+        raise DataError(f"{origin}: `weight` is {weight:g}; expected 0 or more")
+    return PreferencePair(origin, prompt, chosen, rejected, parse_tools(row.get("tools"), origin), margin, weight)
 
 
-def _margin(value: Any, origin: Origin) -> float:
-    """0 where a row has none."""
+_MEANS = {"margin": "by how much the chosen answer is better", "weight": "how much the pair counts"}
+
+
+def _number(row: Fields, name: str, origin: Origin, default: float) -> float:
+    """`default` where the row has none."""
+    value = row.get(name)
     if value is None:
-        return 0.0
+        return default
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise DataError(
-            f"{origin}: `margin` is {describe_value(value)}; expected a number, by how much the chosen answer is better; "
+            f"{origin}: `{name}` is {describe_value(value)}; expected a number, {_MEANS[name]}; "
             "rename the column if it means something else"
         )
     return float(value)

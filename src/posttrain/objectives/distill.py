@@ -173,6 +173,22 @@ def token_scores(head: Head, target_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat(logp), torch.cat(mean), torch.cat(top1)
 
 
+def aligned_scores(head: Head, target_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-prob of each target, and without a gradient log Σ_v p_v², which it has in the mean over samples. Shapes: [M], [M]."""
+    size = max(1, head_tile_rows(head.vocab, target_M.device.type) // _TENSORS)
+    tiles = [slice(at, at + size) for at in range(0, max(1, len(target_M)), size)]
+    one: Callable[[slice], tuple[Tensor, Tensor]] = partial(_aligned_scores_of_tile, head, target_M)
+    if len(tiles) > 1 and torch.is_grad_enabled():
+        one = partial(cast(Callable[..., tuple[Tensor, Tensor]], checkpoint), one, use_reentrant=False)
+    logp, log_sum_sq = zip(*(one(rows) for rows in tiles), strict=True)
+    return torch.cat(logp), torch.cat(log_sum_sq)
+
+
+def _aligned_scores_of_tile(head: Head, target_M: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    logp_RV = _log_softmax(head.logits(rows), 1.0)
+    return logp_RV.gather(-1, target_M[rows, None]).squeeze(-1), torch.logsumexp(2 * logp_RV.detach(), -1)
+
+
 def _token_scores_of_tile(head: Head, target_M: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
     z_RV, target_R = head.logits(rows), target_M[rows]
     logp_RV = torch.log_softmax(z_RV.to(torch.promote_types(z_RV.dtype, torch.float32)), -1)

@@ -1,31 +1,41 @@
-"""Preference objectives: one table of per-pair functions, plus KTO for unpaired rows. A new loss is a function and a row.
+"""Preference objectives: one table of per-pair functions, to be added up by weight. A new loss is a function and a row.
 
 For a pair (chosen w, rejected l):  a = log π(w) − log π_ref(w),  b = log π(l) − log π_ref(l),  d = a − b.
 Rows without a reference see π_ref = 1, so a and b are the policy's own log-probs. Rows with `length_mean` see log-probs
 divided by the number of trained tokens. logσ is log sigmoid; every row is finite for |d| up to at least 500/beta.
+What is done to all rows alike: `f_divergence_type` puts f'(π/π_ref) in the place of a and b, `ld_alpha` weighs the tokens that
+they are summed over, a pair's margin is taken off βd, and its weight multiplies its terms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from posttrain.errors import ConfigError
+from posttrain.objectives.pair_scores import F_SCORES
 from posttrain.objectives.reduce import Normalizer, sequence_sum_mean, token_mean
 from posttrain.objectives.terms import LossTerms, as_ratios
-from posttrain.types import Ratio
 
 
 @dataclass(frozen=True, slots=True)
 class PreferenceSpec:
     """Knobs under their configuration names. Raises: ConfigError for values the row is not defined for."""
 
-    loss_type: str = "sigmoid"
+    loss_type: str | Sequence[str] = "sigmoid"
+    loss_weights: Sequence[float] | None = None
     beta: float = 0.1
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    ld_alpha: float | None = None
+    use_weighting: bool = False
+    margin_coef: float = 0.0
+    row_weights: bool = False
+    dpop_lambda: float = 50.0
     label_smoothing: float = 0.0
     discopop_tau: float = 0.05
     simpo_gamma: float = 0.5
@@ -35,17 +45,71 @@ class PreferenceSpec:
     undesirable_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        row = PREFERENCE_LOSSES[self.loss_type]
-        if self.loss_type == "exo_pair" and not self.label_smoothing:
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):
+            raise ConfigError(
+                f"loss_weights has {len(self.loss_weights)} entries for {len(self.losses)} losses in loss_type; give one each"
+            )
+        if "exo_pair" in self.losses and not self.label_smoothing:
             raise ConfigError(
                 "loss_type: exo_pair needs label_smoothing > 0 (its target probabilities are 1 − ε and ε); set it to 1e-3"
             )
+        for name in self.losses:
+            refused = self._refused_with(PREFERENCE_LOSSES[name])
+            if refused:
+                raise ConfigError(f"loss_type: {name} {refused}")
+        if len(over := [name for name in self.losses if PREFERENCE_LOSSES[name].partners]) > 1:
+            raise ConfigError(f"loss_type: {' and '.join(over)} each sort the step in their own way; keep one of them")
+
+    def _refused_with(self, row: PreferenceRow) -> str | None:
+        """What these knobs ask for that the row is not defined for, and what to do."""
+        if row.unpaired:
+            if len(self.losses) > 1:
+                return "reads labelled rows, the other losses pairs; name it alone"
+            of_pairs = {
+                "rpo_alpha": self.rpo_alpha, "ld_alpha": self.ld_alpha is not None, "use_weighting": self.use_weighting,
+                "margin_coef": self.margin_coef, "row_weights": self.row_weights, "loss_weights": self.loss_weights is not None,
+            }  # fmt: skip
+            if asked := [name for name, wanted in of_pairs.items() if wanted]:
+                return f"has no pairs, which {asked[0]} is for; drop it"
         if row.divides_by_beta and not self.beta:
-            raise ConfigError(f"loss_type: {self.loss_type} divides by beta, and beta is 0; set beta > 0")
-        if self.rpo_alpha and row.unpaired:
-            raise ConfigError(
-                f"rpo_alpha={self.rpo_alpha} adds an SFT term on chosen answers; loss_type: {self.loss_type} has no pairs, drop it"
+            return "divides by beta, and beta is 0; set beta > 0"
+        if self.f_divergence_type != "reverse_kl" and not row.takes_f_divergence:
+            able = ", ".join(name for name, other in PREFERENCE_LOSSES.items() if other.takes_f_divergence)
+            return (
+                f"with f_divergence_type: {self.f_divergence_type}: it is defined on differences between rewards under a "
+                f"reference, where the normaliser cancels; set reverse_kl, or one of {able}"
             )
+        if self.margin_coef and not row.takes_margin:
+            able = ", ".join(name for name, other in PREFERENCE_LOSSES.items() if other.takes_margin)
+            return f"has no margin that margin_coef could move; set it to 0, or take one of {able}"
+        if row.partners and (self.use_weighting or self.row_weights):
+            asked = "use_weighting" if self.use_weighting else "row_weights"
+            return f"sorts the step, so that no term is of one pair alone; set {asked}: false"
+        return None
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        return names_of(self.loss_type)
+
+    @property
+    def rows(self) -> list[tuple[PreferenceRow, float]]:
+        """Each loss with its weight."""
+        weights = self.loss_weights or [1.0] * len(self.losses)
+        return [(PREFERENCE_LOSSES[name], weight) for name, weight in zip(self.losses, weights, strict=True)]
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(row.needs_reference for row, _ in self.rows)
+
+    @property
+    def sorted_over_step(self) -> str | None:
+        """The loss, if there is one, that compares the pairs of a whole step."""
+        return next((name for name in self.losses if PREFERENCE_LOSSES[name].partners), None)
+
+
+def names_of(loss_type: str | Sequence[str]) -> tuple[str, ...]:
+    """One loss, or several that are added up."""
+    return (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +125,14 @@ class Partners:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """What a row sees. Shapes: all [P]."""
+    """What a row sees. `margin`: how far above 0 βd is to be. Shapes: all [P]."""
 
     chosen: Tensor
     rejected: Tensor
     ref_chosen: Tensor
     ref_rejected: Tensor
     partners: Partners | None = None
+    margin: Tensor | None = None
 
     @property
     def a(self) -> Tensor:
@@ -81,6 +146,10 @@ class Pairs:
     def d(self) -> Tensor:
         return (self.chosen - self.rejected) - (self.ref_chosen - self.ref_rejected)
 
+    def z(self, beta: float) -> Tensor:
+        """βd beyond the margin. Source: ODPO, arXiv 2402.10571."""
+        return beta * self.d if self.margin is None else beta * self.d - self.margin
+
 
 def _smoothed(z: Tensor, epsilon: float) -> Tensor:
     """−(1−ε)·logσ(z) − ε·logσ(−z): the label is flipped with probability ε. Source: cDPO, Mitchell 2023."""
@@ -89,7 +158,7 @@ def _smoothed(z: Tensor, epsilon: float) -> Tensor:
 
 def sigmoid(pairs: Pairs, spec: PreferenceSpec) -> Tensor:
     """−logσ(βd). Source: DPO, arXiv 2305.18290 eq. 7; with label_smoothing cDPO. Also sigmoid_norm and CPO's pair term."""
-    return _smoothed(spec.beta * pairs.d, spec.label_smoothing)
+    return _smoothed(pairs.z(spec.beta), spec.label_smoothing)
 
 
 def ipo(pairs: Pairs, spec: PreferenceSpec) -> Tensor:
@@ -99,18 +168,18 @@ def ipo(pairs: Pairs, spec: PreferenceSpec) -> Tensor:
 
 def hinge(pairs: Pairs, spec: PreferenceSpec) -> Tensor:
     """max(0, 1 − βd). Source: SLiC-HF, arXiv 2305.10425 sec. 2, on DPO's margin (RSO, arXiv 2309.06657)."""
-    return torch.relu(1 - spec.beta * pairs.d)
+    return torch.relu(1 - pairs.z(spec.beta))
 
 
 def robust(pairs: Pairs, spec: PreferenceSpec) -> Tensor:
     """[−(1−ε)·logσ(βd) + ε·logσ(−βd)] / (1−2ε): unbiased if a share ε is flipped. Source: arXiv 2403.00409 sec. 3.1."""
-    z, epsilon = spec.beta * pairs.d, spec.label_smoothing
+    z, epsilon = pairs.z(spec.beta), spec.label_smoothing
     return (-(1 - epsilon) * logsigmoid(z) + epsilon * logsigmoid(-z)) / (1 - 2 * epsilon)
 
 
 def exo_pair(pairs: Pairs, spec: PreferenceSpec) -> Tensor:
     """KL((σ(βd), σ(−βd)) ‖ (1−ε, ε)). Source: EXO, arXiv 2402.00856 eq. 16."""
-    z, target = spec.beta * pairs.d, torch.tensor(spec.label_smoothing, dtype=pairs.d.dtype, device=pairs.d.device)
+    z, target = pairs.z(spec.beta), torch.tensor(spec.label_smoothing, dtype=pairs.d.dtype, device=pairs.d.device)
     chosen = torch.sigmoid(z) * (logsigmoid(z) - torch.log1p(-target))
     return chosen + torch.sigmoid(-z) * (logsigmoid(-z) - torch.log(target))
 
@@ -179,15 +248,20 @@ def apo_down(pairs: Pairs, spec: PreferenceSpec) -> Tensor:
 
 def discopop(pairs: Pairs, spec: PreferenceSpec) -> Tensor:
     """(1−m)·(−logσ(z)) + m·e^(−z), z = βd, m = σ(z/τ). Source: DiscoPOP, arXiv 2406.08414 eq. 5."""
-    z = spec.beta * pairs.d
+    z = pairs.z(spec.beta)
     # m · e^(−z) in one exponent: with m → 0 where e^(−z) → inf, the product of the two would be NaN.
     exponential = torch.exp(logsigmoid(z / spec.discopop_tau) - z)
     return -torch.sigmoid(-z / spec.discopop_tau) * logsigmoid(z) + exponential
 
 
+def dpop(pairs: Pairs, spec: PreferenceSpec) -> Tensor:
+    """−logσ(β·(d − λ·max(0, −a))): a chosen answer that became less likely costs. Source: DPOP, arXiv 2402.13228."""
+    return _smoothed(pairs.z(spec.beta) - spec.beta * spec.dpop_lambda * torch.relu(-pairs.a), spec.label_smoothing)
+
+
 def simpo(pairs: Pairs, spec: PreferenceSpec) -> Tensor:
     """−logσ(β·(w − l) − γ) on length means; γ = simpo_gamma as in TRL. Source: SimPO, arXiv 2405.14734 eq. 6."""
-    return _smoothed(spec.beta * pairs.d - spec.simpo_gamma, spec.label_smoothing)
+    return _smoothed(pairs.z(spec.beta) - spec.simpo_gamma, spec.label_smoothing)
 
 
 def orpo(pairs: Pairs, spec: PreferenceSpec) -> Tensor:
@@ -210,6 +284,7 @@ class PreferenceRow:
     """A loss of the family.
 
     nll: weight of the token-mean −log π(chosen) that belongs to the loss. smooths: whether label_smoothing means something.
+    takes_margin: it reads βd, which a margin can be taken off. takes_f_divergence: it reads nothing of a and b but d.
     partners: for a loss on distributions, what the pairs of a whole step are compared with.
     """
 
@@ -219,16 +294,18 @@ class PreferenceRow:
     nll: Callable[[PreferenceSpec], float] = lambda spec: 0.0
     smooths: bool = False
     divides_by_beta: bool = False
+    takes_margin: bool = False
+    takes_f_divergence: bool = False
     partners: Callable[[Pairs], Partners] | None = None
     unpaired: bool = False
 
 
 PREFERENCE_LOSSES: dict[str, PreferenceRow] = {
-    "sigmoid": PreferenceRow(sigmoid, smooths=True),
-    "ipo": PreferenceRow(ipo, length_mean=True, divides_by_beta=True),
-    "hinge": PreferenceRow(hinge),
-    "robust": PreferenceRow(robust, smooths=True),
-    "exo_pair": PreferenceRow(exo_pair, smooths=True),
+    "sigmoid": PreferenceRow(sigmoid, smooths=True, takes_margin=True, takes_f_divergence=True),
+    "ipo": PreferenceRow(ipo, length_mean=True, divides_by_beta=True, takes_f_divergence=True),
+    "hinge": PreferenceRow(hinge, takes_margin=True, takes_f_divergence=True),
+    "robust": PreferenceRow(robust, smooths=True, takes_margin=True, takes_f_divergence=True),
+    "exo_pair": PreferenceRow(exo_pair, smooths=True, takes_margin=True, takes_f_divergence=True),
     "nca_pair": PreferenceRow(nca_pair),
     "bco_pair": PreferenceRow(bco_pair),
     "sppo_hard": PreferenceRow(sppo_hard, divides_by_beta=True),
@@ -236,11 +313,14 @@ PREFERENCE_LOSSES: dict[str, PreferenceRow] = {
     "aot_unpaired": PreferenceRow(aot_unpaired, smooths=True, partners=chosen_and_rejected),
     "apo_zero": PreferenceRow(apo_zero),
     "apo_down": PreferenceRow(apo_down),
-    "discopop": PreferenceRow(discopop),
-    "sigmoid_norm": PreferenceRow(sigmoid, length_mean=True, smooths=True),
-    "sft": PreferenceRow(no_pair_term, needs_reference=False, nll=lambda spec: 1.0),
-    "simpo": PreferenceRow(simpo, needs_reference=False, length_mean=True, smooths=True),
-    "cpo": PreferenceRow(sigmoid, needs_reference=False, nll=lambda spec: spec.cpo_alpha, smooths=True),
+    "discopop": PreferenceRow(discopop, takes_margin=True, takes_f_divergence=True),
+    "sigmoid_norm": PreferenceRow(sigmoid, length_mean=True, smooths=True, takes_margin=True, takes_f_divergence=True),
+    "dpop": PreferenceRow(dpop, smooths=True, takes_margin=True),
+    "sft": PreferenceRow(no_pair_term, needs_reference=False, nll=lambda spec: 1.0, takes_f_divergence=True),
+    "simpo": PreferenceRow(simpo, needs_reference=False, length_mean=True, smooths=True, takes_margin=True),
+    "cpo": PreferenceRow(
+        sigmoid, needs_reference=False, nll=lambda spec: spec.cpo_alpha, smooths=True, takes_margin=True
+    ),
     "orpo": PreferenceRow(orpo, needs_reference=False, length_mean=True, nll=lambda spec: 1.0),
     "kto": PreferenceRow(no_pair_term, unpaired=True),
 }
@@ -248,9 +328,11 @@ PREFERENCE_LOSSES: dict[str, PreferenceRow] = {
 
 @dataclass(frozen=True, slots=True)
 class PairInputs:
-    """One micro-batch of P pairs: log-probs summed over the trained tokens, and how many tokens those are.
+    """One micro-batch of P pairs: log-probs as `summed` gives them, and how many trained tokens those are of.
 
-    `partners` are this micro-batch's of `partners_over` the step, for the losses that have them.
+    chosen_nll_P: −log π of the chosen answers with all tokens in full, where `ld_alpha` does not leave them so.
+    margin_P, weight_P: of each pair; constants. `partners` are this micro-batch's of `partners_over` the step, for the losses
+    that have them.
     """
 
     chosen_logp_P: Tensor
@@ -260,6 +342,9 @@ class PairInputs:
     ref_chosen_logp_P: Tensor | None = None
     ref_rejected_logp_P: Tensor | None = None
     partners: Partners | None = None
+    chosen_nll_P: Tensor | None = None
+    margin_P: Tensor | None = None
+    weight_P: Tensor | None = None
 
 
 def partners_over(step: Pairs, loss_type: str) -> Partners:
@@ -270,30 +355,50 @@ def partners_over(step: Pairs, loss_type: str) -> Partners:
 
 
 def preference_loss(inputs: PairInputs, spec: PreferenceSpec, norm: Normalizer) -> LossTerms:
-    """Mean over the step's pairs, plus the weighted token-mean NLL of chosen answers where the row or rpo_alpha has one.
+    """Mean over the step's pairs of the weighted sum of losses, plus the token-mean NLL of chosen answers where one has it.
 
-    `norm.sequences` counts pairs, `norm.tokens` the trained tokens of chosen answers.
+    `norm.sequences` counts pairs, `norm.tokens` the trained tokens of chosen answers. Source of sums: MPO, arXiv 2411.10442.
     """
-    row = PREFERENCE_LOSSES[spec.loss_type]
-    assert not row.unpaired, "kto is defined on labelled rows: use kto_loss"
-    sums = _sums(inputs, row)
-    pairs = _length_means(sums, inputs) if row.length_mean else sums
-    loss = sequence_sum_mean(row.pair(pairs, spec), norm)
-    nll_weight = row.nll(spec) + spec.rpo_alpha
+    assert not any(row.unpaired for row, _ in spec.rows), "kto is defined on labelled rows: use kto_loss"
+    seen = [(row, weight, _seen_by(row, inputs, spec)) for row, weight in spec.rows]
+    term_P = torch.stack([weight * row.pair(pairs, spec) for row, weight, pairs in seen]).sum(0)
+    loss = sequence_sum_mean(_weighted(term_P, inputs), norm)
+    nll_weight = sum(weight * row.nll(spec) for row, weight in spec.rows) + spec.rpo_alpha
+    nll_P = -inputs.chosen_logp_P if inputs.chosen_nll_P is None else inputs.chosen_nll_P
     if nll_weight:
-        loss = loss + nll_weight * token_mean(-inputs.chosen_logp_P, norm)
+        loss = loss + nll_weight * token_mean(_weighted(nll_P, inputs), norm)
     # As TRL logs them: sums for losses with a reference, what the loss itself compares for those without.
-    metrics = _pair_metrics(sums if row.needs_reference else pairs, spec.beta)
+    logged = _sums(inputs, referenced=True) if spec.needs_reference else seen[0][2]
+    metrics = _pair_metrics(logged, spec.beta)
     if nll_weight:
-        metrics["nll_loss"] = (-inputs.chosen_logp_P.sum(), inputs.chosen_tokens_P.sum())
-    if spec.loss_type == "orpo":
-        odds, count = log_odds(pairs), float(pairs.chosen.numel())
+        metrics["nll_loss"] = (nll_P.sum(), inputs.chosen_tokens_P.sum())
+    if "orpo" in spec.losses:
+        odds, count = log_odds(seen[spec.losses.index("orpo")][2]), float(nll_P.numel())
         metrics |= {"log_odds_chosen": (odds.sum(), count), "log_odds_ratio": (logsigmoid(odds).sum(), count)}
+    if inputs.weight_P is not None:
+        metrics["weights/mean"] = (inputs.weight_P.sum(), float(nll_P.numel()))
     return LossTerms(loss, as_ratios(metrics))
 
 
-def _sums(inputs: PairInputs, row: PreferenceRow) -> Pairs:
-    if not row.needs_reference:
+def _weighted(term_P: Tensor, inputs: PairInputs) -> Tensor:
+    return term_P if inputs.weight_P is None else inputs.weight_P.to(term_P.dtype) * term_P
+
+
+def _seen_by(row: PreferenceRow, inputs: PairInputs, spec: PreferenceSpec) -> Pairs:
+    pairs = _sums(inputs, row.needs_reference)
+    if spec.f_divergence_type != "reverse_kl":
+        score, nothing = F_SCORES[spec.f_divergence_type], torch.zeros_like(pairs.chosen)
+        alpha = spec.f_alpha_divergence_coef
+        pairs = Pairs(score(pairs.a, alpha), score(pairs.b, alpha), nothing, nothing)
+    pairs = _length_means(pairs, inputs) if row.length_mean else pairs
+    if not spec.margin_coef:
+        return pairs
+    assert inputs.margin_P is not None, "margin_coef needs margin_P"
+    return replace(pairs, margin=spec.margin_coef * inputs.margin_P)
+
+
+def _sums(inputs: PairInputs, referenced: bool) -> Pairs:
+    if not referenced:
         zeros = torch.zeros_like(inputs.chosen_logp_P)
         return Pairs(inputs.chosen_logp_P, inputs.rejected_logp_P, zeros, zeros)
     assert inputs.ref_chosen_logp_P is not None and inputs.ref_rejected_logp_P is not None, (
@@ -323,40 +428,3 @@ def _pair_metrics(pairs: Pairs, beta: float) -> dict[str, tuple[Tensor, Tensor |
         "logps/chosen": (pairs.chosen.sum(), count),
         "logps/rejected": (pairs.rejected.sum(), count),
     }
-
-
-@dataclass(frozen=True, slots=True)
-class LabelledInputs:
-    """One micro-batch of S labelled completions: log-probs summed over the trained tokens. `label_S`: True is desirable."""
-
-    logp_S: Tensor
-    ref_logp_S: Tensor
-    label_S: Tensor
-
-
-def kto_reference_point(mean_log_ratio: Ratio) -> float:
-    """z: the mean of log π − log π_ref over completions paired with *other* rows' prompts, at least 0, a constant.
-
-    Source: KTO, arXiv 2402.01306 sec. 4. The Ratio adds over micro-batches and ranks.
-    """
-    return max(mean_log_ratio.value, 0.0) if mean_log_ratio.den else 0.0
-
-
-def kto_loss(inputs: LabelledInputs, z: float, spec: PreferenceSpec, norm: Normalizer) -> LossTerms:
-    """λ_D·(1 − σ(β(a − z))) for desirable rows, λ_U·(1 − σ(β(z − b))) for the others; mean over the step's rows.
-
-    Source: KTO, arXiv 2402.01306 sec. 4, whose λ_y − v is the same up to a constant. rewards/margins is the difference of
-    two logged means and so is left to the logger.
-    """
-    log_ratio_S = inputs.logp_S - inputs.ref_logp_S
-    desirable_S = inputs.label_S.bool()
-    shortfall_S = spec.beta * torch.where(desirable_S, z - log_ratio_S, log_ratio_S - z)
-    ones_S = torch.ones_like(log_ratio_S)
-    weight_S = torch.where(desirable_S, spec.desirable_weight * ones_S, spec.undesirable_weight * ones_S)
-    loss = sequence_sum_mean(weight_S * torch.sigmoid(shortfall_S), norm)
-    count = float(log_ratio_S.numel())
-    metrics: dict[str, tuple[Tensor, Tensor | float]] = {"kl": (torch.full_like(log_ratio_S, z).sum(), count)}
-    for side, rows_S in (("chosen", desirable_S), ("rejected", ~desirable_S)):
-        metrics[f"rewards/{side}"] = ((spec.beta * log_ratio_S * rows_S).sum(), rows_S.sum())
-        metrics[f"logps/{side}"] = ((inputs.logp_S * rows_S).sum(), rows_S.sum())
-    return LossTerms(loss, as_ratios(metrics))

@@ -13,24 +13,23 @@ from typing import Any
 
 import torch
 
-from posttrain.config.stages import DPOKeys
+from posttrain.config.preference import DPOKeys
 from posttrain.data.dataset import Dataset
 from posttrain.data.held_out import load_with_held_out
-from posttrain.data.load import load_kto, load_preference
+from posttrain.data.load import PairRow, load_kto, load_preference
 from posttrain.errors import ConfigError, DataError
 from posttrain.models.batch import Batch, pack
 from posttrain.models.load import freeze_reference, load_policy, load_tokenizer
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
+from posttrain.objectives.distill import aligned_scores
+from posttrain.objectives.kto import LabelledInputs, kto_loss, kto_reference_point
+from posttrain.objectives.pair_scores import summed, wpo_weights
 from posttrain.objectives.preference import (
-    PREFERENCE_LOSSES,
-    LabelledInputs,
     PairInputs,
     Pairs,
     Partners,
     PreferenceSpec,
-    kto_loss,
-    kto_reference_point,
     partners_over,
     preference_loss,
 )
@@ -47,7 +46,6 @@ from posttrain.recipes.steering import steered
 from posttrain.recipes.validate import SuiteScore, Validation
 from posttrain.types import Ratio, TokenSeq
 
-Pair = tuple[TokenSeq, TokenSeq]
 Labelled = tuple[TokenSeq, bool]
 _LEAST_KTO_ROWS = 2
 MicroLoss = Callable[[list[Any]], LossTerms]
@@ -56,18 +54,18 @@ MicroLoss = Callable[[list[Any]], LossTerms]
 def run(keys: DPOKeys, stage: Stage) -> StageResult:
     """Train `keys.base_model` on the preferences in `keys.datasets`; the result is in `stage.folder`."""
     ranks, spec = stage.ranks, spec_from(PreferenceSpec, keys)
-    family = PREFERENCE_LOSSES[keys.loss_type]
+    unpaired = keys.row_kind == "labels"
     tokenizer = load_tokenizer(keys)
-    load: Callable[..., Dataset[Any]] = load_kto if family.unpaired else load_preference
+    load: Callable[..., Dataset[Any]] = load_kto if unpaired else load_preference
     data, held_out = load_with_held_out(load, keys, tokenizer)
     stage.run.describe_data(decoder(tokenizer, special=True), data, *held_out.values())
     # KTO compares a row with the one before it, so its rows keep their order.
-    cost, least_rows = (None, _LEAST_KTO_ROWS) if family.unpaired else (_pair_cost, 1)
+    cost, least_rows = (None, _LEAST_KTO_ROWS) if unpaired else (_pair_cost, 1)
     schedule = Schedule.of(data, keys, ranks, size=_num_tokens, cost=cost, least_rows=least_rows)
-    if family.unpaired:
+    if unpaired:
         _check_others_to_compare_with(schedule, held_out)
     policy = load_policy(keys, tokenizer=tokenizer, sharding=stage.sharding).without_dropout()
-    if family.needs_reference and not Reference.is_precomputed(policy, keys):
+    if spec.needs_reference and not Reference.is_precomputed(policy, keys):
         freeze_reference(policy)
     suite = SuiteScore.of(policy, keys, stage.processes)
     optimizer = make_optimizer(policy, keys)
@@ -77,7 +75,7 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
     last_data = total_steps + stage.guard.controls.skipped
     seen = [row for step in range(last_data) for row in flat(schedule.step(step))] if keys.max_steps > 0 else data.rows
     dev_rows = [rows.rows for rows in held_out.values()]
-    reference = Reference.of(policy, keys, seen, *dev_rows) if family.needs_reference else None
+    reference = Reference.of(policy, keys, seen, *dev_rows) if spec.needs_reference else None
     state = stage.resume(policy, optimizer, total_steps)
     measure = partial(validation_loss, policy, reference, spec=spec, keys=keys, stage=stage)
     validation = Validation(stage, state, held_out, measure, suite)
@@ -130,49 +128,66 @@ def _step_loss(
 ) -> MicroLoss:
     """The loss of one optimizer step as a function of a micro-batch; what it is divided by is fixed here."""
     rows = flat(micros)
-    family = PREFERENCE_LOSSES[spec.loss_type]
-    if family.unpaired:
+    if not isinstance(rows[0], PairRow):
         assert reference is not None, "kto needs a reference"
         norm = Normalizer(tokens=0, sequences=len(rows))
         z = _kto_reference_point(policy, reference, micros, stage)
         return lambda micro: labelled_loss(policy, reference, micro, z, spec, norm)
-    norm = Normalizer(tokens=sum(chosen.num_loss_tokens for chosen, _ in rows), sequences=len(rows))
-    partners = _step_partners(policy, reference, micros, spec, stage) if family.partners else {}
+    norm = Normalizer(tokens=sum(row.chosen.num_loss_tokens for row in rows), sequences=len(rows))
+    partners = _step_partners(policy, reference, micros, spec, stage) if spec.sorted_over_step else {}
     return lambda micro: pair_loss(policy, reference, micro, spec, norm, partners.get(id(micro)))
 
 
 def pair_loss(
-    policy: Policy, reference: Reference | None, rows: list[Pair], spec: PreferenceSpec, norm: Normalizer,
+    policy: Policy, reference: Reference | None, rows: list[PairRow], spec: PreferenceSpec, norm: Normalizer,
     partners: Partners | None = None,
 ) -> LossTerms:  # fmt: skip
     """This micro-batch's share of the step's loss. Chosen and rejected attend to one copy of their prompt."""
-    batch = pack(rows)
-    scores = policy.score(batch)
-    inputs = replace(_pair_inputs(scores.logp_M, batch, rows, reference), partners=partners)
-    return policy.with_aux_loss(preference_loss(inputs, spec, norm), scores.aux_loss, share=len(rows) / norm.sequences)
+    batch = _packed(rows)
+    weight_P = torch.tensor([row.weight for row in rows], device=policy.placement.device) if spec.row_weights else None
+    if spec.use_weighting:
+        head, aux_loss = policy.head(batch)
+        device = head.hidden_MD.device
+        logp_M, log_sum_sq_M = aligned_scores(head, batch.target_M.to(device))
+        wpo_P = wpo_weights(logp_M, log_sum_sq_M, batch.seq_M.to(device), batch.num_sequences)
+        weight_P = wpo_P if weight_P is None else wpo_P * weight_P
+    else:
+        scores = policy.score(batch)
+        logp_M, aux_loss = scores.logp_M, scores.aux_loss
+    inputs = replace(_pair_inputs(logp_M, batch, rows, reference, spec), partners=partners, weight_P=weight_P)
+    return policy.with_aux_loss(preference_loss(inputs, spec, norm), aux_loss, share=len(rows) / norm.sequences)
 
 
-def _pair_inputs(logp_M: torch.Tensor, batch: Batch, rows: list[Pair], reference: Reference | None) -> PairInputs:
-    logp_S = segment_sum(logp_M, batch.seq_M.to(logp_M.device), batch.num_sequences)
+def _packed(rows: list[PairRow]) -> Batch:
+    return pack([(row.chosen, row.rejected) for row in rows])
+
+
+def _pair_inputs(
+    logp_M: torch.Tensor, batch: Batch, rows: list[PairRow], reference: Reference | None, spec: PreferenceSpec
+) -> PairInputs:
+    of_sequences = (batch.seq_M.to(logp_M.device), batch.num_sequences)
+    logp_S = summed(logp_M, *of_sequences, spec.ld_alpha)
     ref_S = None if reference is None else reference.logp(rows, batch)
     lengths_S = batch.lengths_S().to(logp_S)
     return PairInputs(
         logp_S[0::2], logp_S[1::2], lengths_S[0::2], lengths_S[1::2],
         None if ref_S is None else ref_S[0::2], None if ref_S is None else ref_S[1::2],
+        chosen_nll_P=None if spec.ld_alpha is None else -segment_sum(logp_M, *of_sequences)[0::2],
+        margin_P=torch.tensor([row.margin for row in rows], device=logp_M.device) if spec.margin_coef else None,
     )  # fmt: skip
 
 
 @torch.no_grad()
 def _step_partners(
-    policy: Policy, reference: Reference | None, micros: Sequence[list[Pair]], spec: PreferenceSpec, stage: Stage
+    policy: Policy, reference: Reference | None, micros: Sequence[list[PairRow]], spec: PreferenceSpec, stage: Stage
 ) -> dict[int, Partners]:
     """What the pairs of each micro-batch are compared with, by the identity of its list, which lives as long as the step."""
     policy.model.eval()
     places = {id(rows): place for place, rows in enumerate(micros)}
     mine: dict[int, list[list[float]]] = {}
     for micro in for_rank(micros, stage.ranks):
-        batch = pack(micro.rows)
-        inputs = _pair_inputs(policy.score(batch).logp_M, batch, micro.rows, reference)
+        batch = _packed(micro.rows)
+        inputs = _pair_inputs(policy.score(batch).logp_M, batch, micro.rows, reference, spec)
         assert inputs.ref_chosen_logp_P is not None and inputs.ref_rejected_logp_P is not None
         references = (inputs.ref_chosen_logp_P, inputs.ref_rejected_logp_P)
         columns = torch.stack([inputs.chosen_logp_P, inputs.rejected_logp_P, *references], 1)
@@ -180,7 +195,8 @@ def _step_partners(
     known = {place: values for rank in stage.ranks.gather(mine) for place, values in rank.items()}
     table = torch.tensor([pair for place in range(len(micros)) for pair in known[place]])
     chosen, rejected, ref_chosen, ref_rejected = table.to(policy.placement.device).unbind(1)
-    partners = partners_over(Pairs(chosen, rejected, ref_chosen, ref_rejected), spec.loss_type)
+    assert spec.sorted_over_step is not None
+    partners = partners_over(Pairs(chosen, rejected, ref_chosen, ref_rejected), spec.sorted_over_step)
     sizes = [len(rows) for rows in micros]
     dealt = zip(micros, partners.of_better.split(sizes), partners.of_worse.split(sizes), strict=True)
     return {id(rows): Partners(better, worse) for rows, better, worse in dealt}
@@ -243,9 +259,8 @@ def validation_loss(
     return {f"eval_{name}": value for name, value in metrics.reduced(stage.ranks).items()}
 
 
-def _pair_cost(row: Pair) -> float:
-    chosen, rejected = row
-    return family_cost([len(chosen.ids), len(rejected.ids)], shared=chosen.loss_mask.index(True))
+def _pair_cost(row: PairRow) -> float:
+    return family_cost([len(row.chosen.ids), len(row.rejected.ids)], shared=row.chosen.loss_mask.index(True))
 
 
 def _num_tokens(row: Any) -> int:

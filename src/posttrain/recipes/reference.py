@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from posttrain.config.stages import DPOKeys
+from posttrain.config.preference import DPOKeys
 from posttrain.models.batch import Batch, pack
 from posttrain.models.load import freeze_reference
 from posttrain.models.policy import Policy
-from posttrain.objectives.reduce import segment_sum
+from posttrain.objectives.pair_scores import summed
 from posttrain.types import TokenSeq
 
 log = logging.getLogger(__name__)
@@ -23,35 +23,38 @@ _ROWS_PER_PASS = 16
 class Reference:
     """Scores rows under the starting model: adapter off, log-probs kept from one pass, or a frozen copy."""
 
-    def __init__(self, policy: Policy, kept: dict[int, tuple[float, ...]] | None) -> None:
-        self._policy = policy
+    def __init__(
+        self, policy: Policy, ld_alpha: float | None, kept: dict[int, tuple[float, ...]] | None = None
+    ) -> None:
+        self._policy, self._ld_alpha = policy, ld_alpha
         self._kept = kept
 
     @staticmethod
     def is_precomputed(policy: Policy, keys: DPOKeys) -> bool:
         # KTO also scores prompts with other rows' answers, which no pass over the data can know.
         wanted = keys.precompute_ref_log_probs
-        return (not policy.has_adapter if wanted == "auto" else wanted) and keys.loss_type != "kto"
+        return (not policy.has_adapter if wanted == "auto" else wanted) and keys.row_kind == "pairs"
 
     @classmethod
     def of(cls, policy: Policy, keys: DPOKeys, *rows: Sequence[Any]) -> Reference:
         """Decide, say so, and do what must be done before the first step. `rows` are all that will be asked for."""
         if cls.is_precomputed(policy, keys):
             unique = list({id(row): row for part in rows for row in part}.values())
-            kept = {id(row): logp for row, logp in zip(unique, _pass(policy, unique), strict=True)}
+            passed = _pass(policy, unique, keys.ld_alpha)
+            kept = {id(row): logp for row, logp in zip(unique, passed, strict=True)}
             log.info("reference: log-probs of %d rows computed once; no second copy of the model", len(kept))
-            return cls(policy, kept)
+            return cls(policy, keys.ld_alpha, kept)
         size = freeze_reference(policy)
         adapter = "with the adapter off" if policy.start is None else "with the adapter as it started"
         log.info("reference: %s", f"a frozen copy, {size / 1e6:.0f} MB" if size else f"the same weights {adapter}")
-        return cls(policy, None)
+        return cls(policy, keys.ld_alpha)
 
     def logp(self, rows: Sequence[Any], batch: Batch) -> torch.Tensor:
         """Summed log-probs per sequence of `batch`, which packs `rows`. Shape: [S]."""
         device = self._policy.placement.device
         if self._kept is not None:
             return torch.tensor([value for row in rows for value in self._kept[id(row)]], device=device)
-        return segment_sum(self.live_logp_M(batch), batch.seq_M.to(device), batch.num_sequences)
+        return summed(self.live_logp_M(batch), batch.seq_M.to(device), batch.num_sequences, self._ld_alpha)
 
     def live_logp_M(self, batch: Batch) -> torch.Tensor:
         """Per scored token, computed now. Shape: [M]."""
@@ -59,7 +62,7 @@ class Reference:
 
 
 @torch.no_grad()
-def _pass(policy: Policy, rows: Sequence[Any]) -> list[tuple[float, ...]]:
+def _pass(policy: Policy, rows: Sequence[Any], ld_alpha: float | None) -> list[tuple[float, ...]]:
     """Summed log-probs of each row's sequences under the present weights."""
     policy.model.eval()
     result: list[tuple[float, ...]] = []
@@ -69,6 +72,6 @@ def _pass(policy: Policy, rows: Sequence[Any]) -> list[tuple[float, ...]]:
         ]
         batch = pack(families)
         logp_M = policy.score(batch).logp_M
-        sums = iter(segment_sum(logp_M, batch.seq_M.to(logp_M.device), batch.num_sequences).tolist())
+        sums = iter(summed(logp_M, batch.seq_M.to(logp_M.device), batch.num_sequences, ld_alpha).tolist())
         result += [tuple(next(sums) for _ in family) for family in families]
     return result

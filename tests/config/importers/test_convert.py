@@ -127,6 +127,32 @@ def test_a_trl_command_line_is_read_from_a_script(imported):
 
 
 @pytest.mark.parametrize(
+    ("given", "ours"),
+    [
+        ({"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}, {}),
+        ({"loss_type": ["ipo"], "f_divergence_type": "js_divergence"}, {"loss_type": "ipo"}),
+        ({"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3, "beta": 0.2}, {}),
+        ({"ld_alpha": 0.5, "use_weighting": True, "beta": 0.2}, {}),
+    ],
+)
+def test_what_trl_weighs_preferences_by_is_asked_for_here(imported, given, ours):
+    lines = "model_name_or_path: a/b\ndataset_name: c/d\n" + "".join(
+        f"{key}: {json.dumps(value)}\n" for key, value in given.items()
+    )
+    made, loaded = imported(lines)
+    assert made.kind == "dpo"
+    assert loaded.keys.model_dump(include=set(given)) == given | ours
+
+
+def test_axolotls_losses_and_weighting_are_asked_for_here(imported):
+    _, loaded = imported(
+        AXOLOTL.replace("type: alpaca", "type: chat_template.default")
+        + "rl: dpo\ndpo_loss_type: [sigmoid, ipo]\ndpo_use_weighting: true\n"
+    )
+    assert (loaded.keys.loss_type, loaded.keys.use_weighting) == (["sigmoid", "ipo"], True)
+
+
+@pytest.mark.parametrize(
     ("line", "kind"),
     [("", "sft"), ("rl: dpo", "dpo"), ("rl: kto", "dpo"), ("reward_model: false", "sft"), ("rl: false", "sft")],
 )

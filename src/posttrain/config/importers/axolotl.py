@@ -200,7 +200,7 @@ ROWS: dict[str, KeyFate] = {
     "dpo_label_smoothing": to("label_smoothing"),
     "dpo_loss_type": joint("loss_type"),
     "dpo_norm_loss": refused("this loss is not divided by length here", "set loss_type: sigmoid_norm"),
-    "dpo_use_weighting": refused("pairs have one weight here", "take it out"),
+    "dpo_use_weighting": to("use_weighting", flag),
     "dpo_use_logits_to_keep": left(MEMORY),
     "dpo_padding_free": left(PADDING),
     "precompute_ref_log_probs": to("precompute_ref_log_probs", flag),

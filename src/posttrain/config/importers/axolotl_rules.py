@@ -86,7 +86,8 @@ def _method(draft: ImportDraft) -> None:
         asked = source.get("dpo_loss_type")
         if asked is not None and rl == "dpo":
             loss = asked[0] if isinstance(asked, list) and len(asked) == 1 else asked
-        if isinstance(loss, str) and loss in (*_DPO_LOSSES, *_PREFERENCES.values()):
+        listed: list[Any] = loss if isinstance(loss, list) else [loss]
+        if all(one in (*_DPO_LOSSES, *_PREFERENCES.values()) for one in listed):
             draft.put("loss_type", loss, "rl")
         else:
             draft.refuse("dpo_loss_type", f"{loss} has no counterpart here", "set one of " + ", ".join(_DPO_LOSSES))

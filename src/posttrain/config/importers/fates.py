@@ -324,7 +324,7 @@ def choices(key: str, kind: Kind) -> tuple[str, ...]:
         choice
         for arm in arms(keys_of(STAGE_KINDS[kind].keys)[key].annotation)
         for choice in get_args(arm) or ()
-        if choice
+        if isinstance(choice, str)
     )
 
 

@@ -152,7 +152,7 @@ ROWS: dict[str, KeyFate] = {
     "simpo_gamma": to("simpo_gamma"),
     "kto_chosen_weight": to("desirable_weight"),
     "kto_rejected_weight": to("undesirable_weight"),
-    "ld_alpha": refused("lengths are not weighed (LD-DPO) here", "take it out"),
+    "ld_alpha": to("ld_alpha"),
     "ref_model": refused("the reference is the model the stage starts from", "take it out"),
     **rows(left("it is read with ref_model only"), "ref_model_adapters", "ref_model_quantization_bit"),
     "reward_model": refused("a model as reward is named among the rewards of grpo here, and there is no PPO", "write a YAML for posttrain grpo with reward_funcs: [model:FOLDER]"),

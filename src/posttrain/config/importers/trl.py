@@ -99,14 +99,14 @@ ROWS: dict[str, KeyFate] = {
     "completion_only_loss": joint("train_on"),
     "assistant_only_loss": joint("train_on"),
     "loss_type": joint("loss_type"),
-    "loss_weights": refused("several losses are not added up", "name one loss_type; SFT on the chosen answers is rpo_alpha"),
+    "loss_weights": to("loss_weights"),
     "beta": to("beta"),
     "label_smoothing": to("label_smoothing"),
-    "f_divergence_type": refused("the divergence is the reverse KL", "set reverse_kl", ("reverse_kl",)),
-    "f_alpha_divergence_coef": left("it is read with f_divergence_type only"),
+    "f_divergence_type": to("f_divergence_type"),
+    "f_alpha_divergence_coef": to("f_alpha_divergence_coef"),
     "reference_free": refused("the loss has its reference", "set loss_type: simpo or cpo for one without"),
-    "ld_alpha": refused("lengths are not weighed (LD-DPO) here", "take it out"),
-    "use_weighting": refused("pairs have one weight here", "take it out"),
+    "ld_alpha": to("ld_alpha"),
+    "use_weighting": to("use_weighting", flag),
     "discopop_tau": to("discopop_tau"),
     "rpo_alpha": to("rpo_alpha"),
     "simpo_gamma": to("simpo_gamma"),
@@ -167,7 +167,11 @@ def stage(source: Mapping[str, Any]) -> Kind | Refusal:
         return "grpo"
     preference = {"beta", "precompute_ref_log_probs", "label_smoothing", "rpo_alpha", "max_prompt_length"} & set(source)
     asked = source.get("loss_type")
-    if preference or (asked not in (None, "nll", "dft") and str(asked) in choices("loss_type", "dpo")):
+    if (
+        preference
+        or isinstance(asked, list)
+        or (asked not in (None, "nll", "dft") and str(asked) in choices("loss_type", "dpo"))
+    ):
         return "dpo"
     return "sft"
 
@@ -276,7 +280,9 @@ def _loss(draft: ImportDraft) -> None:
     if script in ("kto", "orpo", "cpo"):
         asked = script if script != "cpo" or asked in (None, "sigmoid") else asked
         draft.put("loss_type", asked, SCRIPT)
-    elif asked is not None and str(asked) in choices("loss_type", draft.kind):
+    elif (draft.kind == "dpo" and isinstance(asked, list) and set(asked) <= set(choices("loss_type", "dpo"))) or (
+        asked is not None and str(asked) in choices("loss_type", draft.kind)
+    ):
         draft.put("loss_type", asked, "loss_type")
     elif asked is not None:
         known = ", ".join(choices("loss_type", draft.kind))
