@@ -12,9 +12,10 @@ TARGET = Path(__file__).with_name("import.md")
 HEAD = """\
 # Coming from another tool
 
-`posttrain import FILE [-o OUT]` reads a configuration of Axolotl, LLaMA-Factory or TRL and writes a YAML of ours with a comment per
-key. FILE is a YAML, or a script that holds the tool's command (`trl sft --model_name_or_path …`, `accelerate launch dpo.py --…`,
-`llamafactory-cli train x.yaml`). `posttrain sft FILE` takes such a YAML in place, prints the notes and runs.
+`posttrain import FILE [-o OUT]` reads a configuration of Axolotl, LLaMA-Factory, TRL or torchtune and writes a YAML of ours with a comment
+per key. FILE is a YAML, or a script that holds the tool's command (`trl sft --model_name_or_path …`, `accelerate launch dpo.py --…`,
+`llamafactory-cli train x.yaml`, `tune run RECIPE --config x.yaml optimizer.lr=1e-4`); variables that the script sets are put in. `posttrain sft FILE` takes
+such a YAML in place, prints the notes and runs.
 
 ```
 posttrain import axolotl.yaml -o train.yaml
@@ -30,7 +31,7 @@ posttrain sft train.yaml
 - LLaMA-Factory's data names are looked up in `dataset_info.json`, in `dataset_dir` beside the file, above it, or where the command
   is started. A chat template by name is taken where the model's own tokenizer carries that format; others are refused.
 
-Each table below says what becomes of a key. *Together* means that it is read with others.
+Each table below says what becomes of a key. *Together* means that it is read with others; `a.*` stands for all keys inside `a`.
 """
 
 

@@ -43,3 +43,10 @@ def test_doubled_braces_are_braces(tmp_path):
 def test_what_cannot_be_written_is_an_error(tmp_path, record, formats, expected):
     with pytest.raises(DataError, match=expected.split(":")[0].replace("{", r"\{")):
         rows(tmp_path, record, formats=formats)
+
+
+def test_an_alpaca_row_gets_it_as_the_users_turn(tmp_path):
+    given = {"question": "2+2?", "hint": "", "output": "4"}
+    assert rows(tmp_path, given, type="alpaca") == [{"instruction": "Q: 2+2?\nA: ", "output": "4"}]
+    with pytest.raises(DataError, match="has a `instruction` of its own"):
+        rows(tmp_path, {**given, "instruction": "x"}, type="alpaca")

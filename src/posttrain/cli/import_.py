@@ -12,7 +12,7 @@ def import_(
     file: Annotated[
         Path,
         typer.Argument(
-            help="A YAML of Axolotl, LLaMA-Factory or TRL, a script with their command, or a file of accelerate or DeepSpeed.",
+            help="A YAML of Axolotl, LLaMA-Factory, TRL or torchtune, a script with their command, or a file of accelerate or DeepSpeed.",
             show_default=False,
         ),
     ],
@@ -22,7 +22,9 @@ def import_(
     ] = None,
     tool: Annotated[
         str | None,
-        typer.Option(help="axolotl, llamafactory, trl, accelerate or deepspeed; found from the keys if left out."),
+        typer.Option(
+            help="axolotl, llamafactory, trl, torchtune, accelerate or deepspeed; found from the keys if left out."
+        ),
     ] = None,
     stage: Annotated[str | None, typer.Option(help="The stage, such as sft, where the file does not say it.")] = None,
 ) -> None:

@@ -11,6 +11,8 @@ from posttrain.errors import DataError
 from posttrain.types import Origin
 
 _COLUMN = "prompt"
+_TURN = "instruction"
+"""The column that is written where rows are `alpaca`: a user's turn, which the chat template renders."""
 
 
 def write_prompts(
@@ -21,7 +23,8 @@ def write_prompts(
         return rows
     formats = [(text, columns_of(text)) for text in source.prompt_format]
     read = {name for _, names in formats for name in names}
-    return [(origin, _written(origin, row, formats, read)) for origin, row in rows]
+    column = _TURN if source.type == "alpaca" else _COLUMN
+    return [(origin, _written(origin, row, formats, read, column)) for origin, row in rows]
 
 
 def columns_of(text: str) -> list[str]:
@@ -41,18 +44,18 @@ def columns_of(text: str) -> list[str]:
 
 
 def _written(
-    origin: Origin, row: dict[str, Any], formats: Sequence[tuple[str, list[str]]], read: set[str]
+    origin: Origin, row: dict[str, Any], formats: Sequence[tuple[str, list[str]]], read: set[str], column: str
 ) -> dict[str, Any]:
-    if row.get(_COLUMN) is not None and _COLUMN not in read:
+    if row.get(column) is not None and column not in read:
         raise DataError(
-            f"{origin}: the row has a `prompt` of its own, which prompt_format would overwrite; take prompt_format out, "
-            "or name {prompt} in it"
+            f"{origin}: the row has a `{column}` of its own, which prompt_format would overwrite; take prompt_format out, "
+            f"or name {{{column}}} in it"
         )
     for text, names in formats:
         values = {name: row.get(name) for name in names}
         if all(isinstance(value, str) and value for value in values.values()):
             kept = {name: value for name, value in row.items() if name not in read}
-            return {_COLUMN: text.format(**values), **kept}
+            return {column: text.format(**values), **kept}
     found = ", ".join(f"`{name}`" for name in row)
     wanted = "; or ".join(", ".join(names) for _, names in formats)
     raise DataError(f"{origin}: no prompt_format fits: expected text in {wanted}; this row has {found}")

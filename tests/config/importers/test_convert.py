@@ -251,6 +251,7 @@ def test_the_tool_is_told_by_its_keys(tmp_path, tool):
         "axolotl": AXOLOTL,
         "llamafactory": LLAMAFACTORY,
         "trl": "model_name_or_path: a/b\ndataset_name: c/d\nmax_length: 9\n",
+        "torchtune": "model: {_component_: a.b}\nbatch_size: 2\nepochs: 1\noptimizer: {_component_: c.d}\n",
     }
     (tmp_path / "a.yaml").write_text(texts[tool])
     assert read_foreign(tmp_path / "a.yaml").tool is TOOLS[tool]

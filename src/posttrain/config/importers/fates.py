@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from posttrain.config.importers.nested import unresolved
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.schema import arms, did_you_mean, group_in, keys_of, show_value
 from posttrain.config.yaml_lines import plain_scalar
@@ -180,7 +181,8 @@ class Tool:
     """Another tool: its keys and their fates, what it does where nothing is said, and how its stage is told.
 
     `stage` returns the kind, or the refusal of a method we lack. `finish` reads what several keys say together.
-    `marks` are keys by which a file of this tool is known.
+    `marks` are keys by which a file of this tool is known. Of a `nested` tool keys stand by their path (`optimizer.lr`), and a row
+    `critic.*` is for all keys inside.
     """
 
     name: str
@@ -189,7 +191,19 @@ class Tool:
     finish: Callable[[ImportDraft], None]
     marks: frozenset[str]
     defaults: Callable[[ImportDraft], Mapping[str, Any]] = lambda draft: {}
-    unless_foreign: Sequence[str] = ()
+    nested: bool = False
+
+    def row_of(self, key: str) -> KeyFate | None:
+        """The key's row, or that of all keys inside the nearest of its holders."""
+        row = self.rows.get(key)
+        while row is None and "." in key:
+            key = key.rpartition(".")[0]
+            row = self.rows.get(f"{key}.*")
+        return row
+
+    def knows(self, key: str) -> bool:
+        """Whether it is a key of the tool, or holds keys of it."""
+        return self.row_of(key) is not None or any(name.startswith(f"{key}.") for name in self.rows)
 
 
 def is_off(value: Any) -> bool:
@@ -238,13 +252,15 @@ def _converted(
     for key in nulls:
         draft.leave(key, "it is unset, so the default applies")
     for key, value in source.items():
-        row = tool.rows.get(key)
+        row = tool.row_of(key)
         if row is None:
             close = did_you_mean(key, tool.rows)
             todo = (
                 f"take it out if nothing that is learned depends on it, else set what it does in a YAML of ours{close}"
             )
             draft.refuse(key, f"no key of {tool.name}'s that is known here; it may change what is learned", todo)
+        elif row.fate == "mapped" and unresolved(value):
+            draft.refuse(key, f"{show_short(value)} names something that is not in the file", "write the value itself")
         elif not row.joint:
             _follow(row, key, value, draft)
     tool.finish(draft)

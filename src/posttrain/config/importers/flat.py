@@ -25,8 +25,8 @@ def whose(values: Mapping[str, Any]) -> Tool | None:
         return None
     ours = {name for row in STAGE_KINDS.values() for name in (*keys_of(row.keys), *_names_read(row.keys))}
     strange = [key for key in values if not any(key in keys_of(row.keys) for row in STAGE_KINDS.values())]
-    theirs_alone = [key for key in strange if key in tool.rows and key not in ours]
-    ours_alone = [key for key in values if key not in strange and key not in tool.rows]
+    theirs_alone = [key for key in strange if tool.knows(key) and key not in ours]
+    ours_alone = [key for key in values if key not in strange and not tool.knows(key)]
     return tool if len(strange) >= _FOREIGN_KEYS and theirs_alone and not ours_alone else None
 
 
@@ -42,7 +42,7 @@ def in_place(
     tool = whose(settings.values)
     if tool is None:
         return settings, []
-    empty = tuple(str(key[0]) for key in nulls if len(key) == 1)
+    empty = tuple(".".join(str(step) for step in key) for key in nulls if tool.nested or len(key) == 1)
     draft = Foreign(tool, path, settings.values, {}, empty).convert()
     if draft.kind != kind and not draft.refusals:
         problems.add(settings.home, "", f"this {tool.name} file is for {draft.kind}; run posttrain {draft.kind} {path}")

@@ -5,7 +5,7 @@ They say nothing of model and data, so what they become is a part of a stage's Y
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from posttrain.config.importers.fates import (
     rows,
     to,
 )
+from posttrain.config.importers.nested import by_path
 from posttrain.config.importers.sharded import OFFLOAD, SHARDED, SPLIT, STAGES, STRATEGIES, UNIT, tokens_over
 from posttrain.config.importers.values import LOADING, MEMORY, TRACKING
 from posttrain.config.yaml_lines import dump_yaml
@@ -182,17 +183,9 @@ def launcher_of(values: Mapping[str, Any]) -> Tool | None:
 
 def convert_launcher(tool: Tool, values: Mapping[str, Any]) -> ImportDraft:
     """Every key, inner ones by their path, with its fate. Refusals are in the draft."""
-    flat = dict(_flat(values))
+    flat = dict(by_path(values))
     nothing = [key for key, value in flat.items() if value in (None, "auto")]
     return convert(tool, {key: value for key, value in flat.items() if key not in nothing}, nothing, (Path(),))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def torchrun_of(values: Mapping[str, Any]) -> str:

@@ -24,8 +24,8 @@ from posttrain.config.importers.sharded import SHARDED, fsdp_config, fsdp_words
 OPTIMIZERS = {
     **dict.fromkeys(
         ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_xla", "AdamW",
-         "torch.optim.AdamW"), "adamw"),
-    **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), "paged_adamw"),
+         "torch.optim.AdamW", "bitsandbytes.optim.AdamW"), "adamw"),
+    **dict.fromkeys(("paged_adamw", "paged_adamw_32bit", "bitsandbytes.optim.PagedAdamW"), "paged_adamw"),
     **dict.fromkeys(
         ("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit", "ao_adamw_8bit", "adamw_torch_4bit", "ao_adamw_4bit",
          "bitsandbytes.optim.AdamW8bit", "torchao.optim.AdamW8bit"),
@@ -35,7 +35,7 @@ OPTIMIZERS = {
     "lion_8bit": "lion_8bit",
     "paged_lion_8bit": "paged_lion_8bit",
     "adafactor": "adafactor",
-    "sgd": "sgd",
+    **dict.fromkeys(("sgd", "torch.optim.SGD"), "sgd"),
 }  # fmt: skip
 """Their optimizer → ours. Fusing and where the states lie change no number; states of 4 bits are kept in 8."""
 

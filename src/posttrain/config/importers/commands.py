@@ -1,0 +1,266 @@
+"""Shell scripts that hold the command of another tool: which tool's it is, and the keys that it gives.
+
+Variables that the script sets are put in (`$NAME`, `${NAME}`, `${NAME:-other}`), text that a here-document holds is read as commands, and
+what only a shell would know (`$(…)`, `$1`, a variable from elsewhere) stays as it is written.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.importers.nested import by_path
+from posttrain.config.importers.trl import SCRIPT
+from posttrain.config.yaml_lines import parse_value, read_yaml
+from posttrain.errors import ConfigError
+
+YAML_SUFFIXES = (".yaml", ".yml", ".json")
+_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?[-=]([^{}]*))?\})")
+_ARRAY = re.compile(r"\$\{(\w+)\[@\]\}")
+_HERE_DOCUMENT = re.compile(r"<<-?\s*['\"]?(\w+)")
+_REDIRECTION = re.compile(r"\d?&?>{1,2}.*")
+_OVERRIDE = re.compile(r"(\+{0,2}|~)([A-Za-z_][\w./@-]*)(?:=(.*))?", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptLine:
+    """A command of a script: where it begins, and its words with the script's own variables put in."""
+
+    number: int
+    words: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """How a tool is started: the word that tells it, and what reads the words from there on."""
+
+    mark: str
+    tool: str
+    read: Callable[[ScriptLine, Path], dict[str, Any]]
+
+
+def find_command(path: Path, tool: str | None) -> tuple[str, int, dict[str, Any]]:
+    """The first command of the script that is a known tool's: the tool's name, its line, its keys. Raises: ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); expected a YAML or a command line") from None
+    for line in commands_of(text):
+        for place, word in enumerate(line.words):
+            row = next((row for row in COMMANDS if re.search(row.mark, word) and tool in (None, row.tool)), None)
+            if row is not None:
+                return row.tool, line.number, row.read(ScriptLine(line.number, line.words[place:]), path)
+    known = ", ".join(dict.fromkeys(row.tool for row in COMMANDS))
+    raise ConfigError(
+        f"{path}: no command of {known} in it; expected one such as `trl sft --model_name_or_path …` or "
+        "`python3 -m verl.trainer.main_ppo …`"
+    )
+
+
+def commands_of(text: str) -> list[ScriptLine]:
+    r"""The commands of a script with their lines; `\` at the end of a line goes on, and so does an open quote."""
+    found: list[ScriptLine] = []
+    variables: dict[str, str] = {"HOME": os.path.expanduser("~")}
+    lines = text.splitlines()
+    start, ends_here = 0, ""
+    while start < len(lines):
+        here = _HERE_DOCUMENT.search(lines[start])
+        ends_here = here[1] if here else ends_here
+        if lines[start].strip() == ends_here:
+            start += 1
+            continue
+        end, words = _command_from(lines, start, ends_here)
+        for part in _parts(words):
+            if not _assigned(part, variables):
+                found.append(ScriptLine(start + 1, [_put_in(word, variables) for word in _spread(part, variables)]))
+        start = end
+    return found
+
+
+def _command_from(lines: list[str], start: int, ends_here: str) -> tuple[int, list[str]]:
+    """The line after a command that begins at `start`, and its words; a quote that is never closed opens none."""
+    pending = ""
+    for place in range(start, len(lines)):
+        if ends_here and lines[place].strip() == ends_here:
+            break
+        pending += lines[place]
+        if pending.rstrip().endswith("\\"):
+            pending = pending.rstrip()[:-1] + " "
+            continue
+        try:
+            return place + 1, shlex.split(pending, comments=True)
+        except ValueError:
+            pending += "\n"
+    try:
+        return max(place, start + 1), shlex.split(pending, comments=True)
+    except ValueError:
+        return start + 1, []
+
+
+def _parts(words: list[str]) -> list[list[str]]:
+    """The commands between `&&`, `|` and the like, without what goes into files."""
+    parts: list[list[str]] = [[]]
+    skip = False
+    for word in words:
+        if word in ("&&", "||", "|", "&", ";"):
+            parts.append([])
+        elif skip or _REDIRECTION.fullmatch(word):
+            skip = not skip and word.endswith(">")
+        elif word not in ("$@", "$*", "${@:1}", "${@}"):
+            parts[-1].append(word)
+    return [part for part in parts if part]
+
+
+def _spread(words: list[str], variables: Mapping[str, str]) -> list[str]:
+    """An array's name alone (`"${ARGS[@]}"`) stands for all its words, and so does a text of options without quotes around it."""
+    spread: list[str] = []
+    for word in words:
+        name = _ARRAY.fullmatch(word)
+        spread += shlex.split(variables[name[1]]) if name and name[1] in variables else [word]
+    return spread
+
+
+def _assigned(words: list[str], variables: dict[str, str]) -> bool:
+    """Whether the words only set variables, which are then noted."""
+    words = words[1:] if words[0] in ("export", "declare", "local", "readonly") else words
+    if not words:
+        return True
+    pairs = [_ASSIGNMENT.fullmatch(word) for word in words]
+    if pairs and pairs[0] and pairs[0][2].startswith("(") and words[-1].endswith(")"):
+        inner = [pairs[0][2][1:], *words[1:]]
+        variables[pairs[0][1]] = shlex.join(word for word in [*inner[:-1], inner[-1].removesuffix(")")] if word)
+        return True
+    for pair in pairs:
+        if pair:
+            variables[pair[1]] = _put_in(pair[2], variables)
+    return all(pairs)
+
+
+def _put_in(word: str, variables: Mapping[str, str]) -> str:
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        other = match[0] if match[3] is None else match[3]
+        return variables.get(name, other)
+
+    return _VARIABLE.sub(value, word)
+
+
+def _with_options(line: ScriptLine, path: Path) -> dict[str, Any]:
+    """A tool that takes a YAML and `--key value`."""
+    file = next(
+        (word for word in line.words[1:] if Path(word).suffix in YAML_SUFFIXES and not word.startswith("-")), None
+    )
+    values = _read_beside(file, path) if file is not None else {}
+    values |= options(line.words[1:], path, line.number)
+    values.pop("config", None)
+    return values
+
+
+def _trl(line: ScriptLine, path: Path) -> dict[str, Any]:
+    verb, *rest = line.words
+    script = rest.pop(0) if verb.endswith("trl") and rest else re.split(r"[/.]", verb.removesuffix(".py"))[-1]
+    return {**_with_options(ScriptLine(line.number, [verb, *rest]), path), SCRIPT: script.partition("_")[0]}
+
+
+def _module(line: ScriptLine, path: Path) -> dict[str, Any]:
+    """`openrlhf.cli.train_sft --key value`: the module says what is done."""
+    return {**options(line.words[1:], path, line.number), SCRIPT: line.words[0].rpartition(".")[2]}
+
+
+def _hydra(line: ScriptLine, path: Path) -> dict[str, Any]:
+    """`verl.trainer.main_ppo key=value`, and `--config-name NAME`."""
+    module = re.split(r"[/.]", line.words[0].removesuffix(".py"))[-1]
+    values: dict[str, Any] = {SCRIPT: module}
+    keys: list[str] = []
+    waiting = ""
+    for word in line.words[1:]:
+        if waiting:
+            values[waiting], waiting = word, ""
+        elif word.startswith("-"):
+            name, equals, value = word.lstrip("-").partition("=")
+            values[name.replace("-", "_")] = value
+            waiting = "" if equals else name.replace("-", "_")
+        else:
+            keys.append(word)
+    return values | overrides(keys, path, line.number)
+
+
+def _tune(line: ScriptLine, path: Path) -> dict[str, Any]:
+    """`tune run [torchrun's options] RECIPE --config FILE key=value`."""
+    words = line.words
+    place = next((n for n, word in enumerate(words) if word.startswith("--config")), None)
+    if "run" not in words or place is None or place + ("=" not in words[place]) >= len(words):
+        raise ConfigError(f"{path}:{line.number}: expected tune run RECIPE --config FILE key=value …")
+    _, equals, file = words[place].partition("=")
+    file = file if equals else words[place + 1]
+    values = dict(
+        by_path(
+            _read_beside(
+                file, path, "a name of torchtune's own; write it to a file with `tune cp NAME FILE` and name that"
+            )
+        )
+    )
+    values[SCRIPT] = words[place - 1]
+    return values | overrides(words[place + (1 if equals else 2) :], path, line.number)
+
+
+def _read_beside(file: str, path: Path, otherwise: str = "") -> dict[str, Any]:
+    found = next((home / file for home in (path.parent, Path.cwd()) if (home / file).is_file()), None)
+    if found is None and otherwise:
+        raise ConfigError(f"{path}: {file}: no such file, so it is {otherwise}")
+    return dict(read_yaml(found or Path(file)).data)
+
+
+def options(words: list[str], path: Path, line: int) -> dict[str, Any]:
+    """`--key value`, `--key=value`, `--flag`, `--list a b c`."""
+    values: dict[str, Any] = {}
+    key = None
+    for word in words:
+        if word.startswith("--") and word != "--":
+            key, equals, value = word[2:].partition("=")
+            key = key.replace("-", "_")
+            if key in values:
+                raise ConfigError(f"{path}:{line}: --{key} stands twice; keep one")
+            values[key] = parse_value(value) if equals else True
+            key = None if equals else key
+        elif key is not None:
+            before = values[key]
+            value = parse_value(word)
+            values[key] = value if before is True else [*(before if isinstance(before, list) else [before]), value]
+    return values
+
+
+def overrides(words: list[str], path: Path, line: int) -> dict[str, Any]:
+    """`key=value`, `+key=value`, `++key=value`; `~key` takes a key out. The last one wins, as it does there."""
+    values: dict[str, Any] = {}
+    for word in words:
+        match = _OVERRIDE.fullmatch(word)
+        if match is None or (match[3] is None and match[1] != "~"):
+            raise ConfigError(f"{path}:{line}: {word!r} is no key=value; take it out")
+        values[match[2].lstrip("/")] = None if match[1] == "~" else _hydra_value(match[3])
+    return values
+
+
+def _hydra_value(text: str) -> Any:
+    """Hydra's lists and quotes are YAML's; what is not is text."""
+    try:
+        return parse_value(text)
+    except ConfigError:
+        return text
+
+
+COMMANDS: tuple[Command, ...] = (
+    Command(r"(?:^|/)llamafactory-cli$", "llamafactory", _with_options),
+    Command(r"(?:^|/)axolotl(?:\.cli\.\w+)?$", "axolotl", _with_options),
+    Command(r"(?:^|/)tune$", "torchtune", _tune),
+    Command(r"^(?:verl\.trainer|recipe\.\w+)\.\w+$|(?:^|/)verl/trainer/\w+\.py$", "verl", _hydra),
+    Command(r"^openrlhf\.cli\.train_\w+$", "openrlhf", _module),
+    Command(r"(?:^|/)trl$|(?:^|/)(?:sft|dpo|grpo|kto|orpo|cpo)\w*\.py$|^trl\.scripts\.\w+$", "trl", _trl),
+)
+"""A word of a command line → whose it is. Modules stand before TRL's scripts, whose names others' may hold."""
