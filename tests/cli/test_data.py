@@ -198,3 +198,14 @@ def test_what_is_wrong_in_a_file_of_synth_is_said_with_its_line(tmp_path, model_
         == 64
     )
     assert "min_margin does nothing with keep: top1; remove it" in capsys.readouterr().err
+
+
+def test_a_set_is_curated_and_what_left_is_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"q{n % 4}", "completion": f"an answer to {n % 4}"} for n in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "clean.yaml").write_text("datasets: [{ path: rows.jsonl }]\n")
+    assert exit_code("data", "curate", "clean.yaml") == 0
+    assert capsys.readouterr().out.splitlines()[:3] == ["read: 6", "kept: 4", "left duplicate: 2"]
+    assert exit_code("data", "curate", "clean.yaml", "--set", "dedup=off", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"read": 6, "kept": 6, "left": {}}

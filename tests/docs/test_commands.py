@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from posttrain.cli.app import VERBS, load_verb
+from posttrain.config.curate import CurateKeys
 from posttrain.config.judge import JudgeKeys
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.pipeline import GateKeys, PipelineKeys
@@ -123,6 +124,9 @@ def test_keys_of_yaml_that_is_shown_exist(page, block):
         return
     if "keep" in shown:  # of data synth
         assert sorted(set(shown) - set(SynthKeys.model_fields)) == []
+        return
+    if "dedup" in shown:  # of data curate
+        assert sorted(set(shown) - set(CurateKeys.model_fields)) == []
         return
     if "merge_method" in shown:  # mergekit's
         assert sorted(set(shown) - set(RECIPE_KEYS)) == []

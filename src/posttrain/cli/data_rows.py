@@ -1,4 +1,4 @@
-"""`posttrain data synth CONFIG`: rows to train on, made of a model's own samples."""
+"""`posttrain data synth CONFIG`: rows to train on, made of a model's own samples; `curate CONFIG`: a set without what must leave it."""
 
 from __future__ import annotations
 
@@ -41,6 +41,27 @@ def synth(
     for line in report_lines(report):
         typer.echo(line)
     typer.echo(f"rows     {Path(keys.output_dir) / ROWS}")
+
+
+def curate(
+    config: Annotated[Path, typer.Argument(help="YAML of the rows and of what must leave them.", show_default=False)],
+    overrides: SetOptions = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take repeats, eval prompts, odd lengths and bad answers out of a set; each row that leaves is kept with its reason."""
+    from posttrain.config.curate import CurateKeys
+    from posttrain.config.load_data import load_data_keys
+    from posttrain.recipes.curate import curate_rows
+    from posttrain.recipes.synth import LEFT, ROWS
+
+    keys = load_data_keys(CurateKeys, "data curate", config, overrides or [])
+    report = curate_rows(keys)
+    if as_json:
+        echo_json(report)
+        return
+    for line in report_lines(report):
+        typer.echo(line)
+    typer.echo(f"rows     {Path(keys.output_dir) / ROWS}\nleft     {Path(keys.output_dir) / LEFT}")
 
 
 def _remake(keys: Any, wanted: list[str], as_json: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from posttrain.config.curate import ColumnRangeKeys, CurateKeys, QualityKeys
 from posttrain.config.datasets import DatasetKeys
 from posttrain.config.foreign import NO_COUNTERPART, foreign_names
 from posttrain.config.judge import CriterionKeys, JudgeKeys
@@ -35,6 +36,9 @@ GROUPS: Mapping[str, type[Keys]] = {
     "judge": JudgeKeys,
     "judge.rubric": CriterionKeys,
     "sharding": ShardingKeys,
+    "data curate": CurateKeys,
+    "data curate.ranges": ColumnRangeKeys,
+    "data curate.quality": QualityKeys,
     "data synth": SynthKeys,
     "data synth.difficulty": DifficultyKeys,
     "evals": SuiteKeys,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.curate import CurateKeys, QualityKeys
 from posttrain.config.datasets import DatasetKeys
 from posttrain.config.episodes import EpisodeKeys
 from posttrain.config.judge import JudgeKeys
@@ -168,6 +169,9 @@ PATH_RULES: tuple[tuple[type[Keys], str, Callable[[str, Path], str]], ...] = (
     (TeacherKeys, "model", _teacher),
     (TeacherKeys, "adapter", _existing),
     (JudgeKeys, "cache", _output),
+    (CurateKeys, "output_dir", _output),
+    (CurateKeys, "decontaminate", _suite),
+    (QualityKeys, "scorer", _reward),
     (SynthKeys, "base_model", _existing_or_hub),
     (SynthKeys, "chat_template", _template),
     (SynthKeys, "output_dir", _output),

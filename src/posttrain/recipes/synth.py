@@ -83,7 +83,7 @@ def synthesize(keys: SynthKeys, progress: SamplingProgress = lambda done, total:
     What decides only which samples are kept may be changed: nothing is sampled again. Raises: ConfigError, DataError.
     """
     sampling, again = _SynthRun.of(keys)
-    suites = _suites(keys)
+    suites = suite_prompts(keys.decontaminate)
     with run_lock(sampling.folder):
         _begun(sampling)
         attempts = _all_attempts(sampling, progress)
@@ -321,13 +321,18 @@ def _origin(sampling: _SynthRun) -> dict[str, Any]:
         "base_model": Path(keys.base_model).name if Path(keys.base_model).is_absolute() else keys.base_model,
         **sampling.made_with,
         "kept": {**{name: getattr(keys, name) for name in choice}, "difficulty": keys.difficulty.model_dump()},
-        "decontaminated": {Path(path).stem: suite_file_digest(Path(path)) for path in keys.decontaminate},
+        "decontaminated": suite_digests(keys.decontaminate),
     }
 
 
-def _suites(keys: SynthKeys) -> dict[str, list[str]]:
-    found = {Path(path).stem: load_suite(Path(path).stem, Path(path)) for path in keys.decontaminate}
+def suite_prompts(paths: Sequence[str]) -> dict[str, list[str]]:
+    """What each suite asks, by its name. Raises: EvalError."""
+    found = {Path(path).stem: load_suite(Path(path).stem, Path(path)) for path in paths}
     return {name: [plain_text(item.prompt) for item in suite.items] for name, suite in found.items()}
+
+
+def suite_digests(paths: Sequence[str]) -> dict[str, str]:
+    return {Path(path).stem: suite_file_digest(Path(path)) for path in paths}
 
 
 def _report(
