@@ -30,7 +30,7 @@ from posttrain.types import Example, LabelledCompletion, PreferencePair, Prompt
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class _ReadRow:
     """As it stands in its file, under our column names, and as its format reads it; None where that skips it."""
 
     source: SourceRow
@@ -68,22 +68,22 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, default=str) + "\n"
 
 
-def _parsed(read: Source, source: DatasetKeys, keys: CurateKeys) -> list[_Row]:
+def _parsed(read: Source, source: DatasetKeys, keys: CurateKeys) -> list[_ReadRow]:
     kind = keys.rows or rows_of(read.rows[0][1])
     name = detect_format(read.rows, kind, source.type).name
     nouns, skips = parse_rows(read.rows, name)
     of, why = {noun.origin: noun for noun in nouns}, {skip.origin: skip.reason for skip in skips}
     reads = FORMATS[name].reads
     return [
-        _Row(row, of.get(row[0]), {n: v for n, v in row[1].items() if n not in reads(row[1])}, why.get(row[0], ""))
+        _ReadRow(row, of.get(row[0]), {n: v for n, v in row[1].items() if n not in reads(row[1])}, why.get(row[0], ""))
         for row in read.rows
     ]
 
 
-_Filter = Callable[[Sequence[int]], Leaving]
+_RowFilter = Callable[[Sequence[int]], Leaving]
 
 
-def _filters(keys: CurateKeys, rows: Sequence[_Row]) -> Iterator[_Filter]:
+def _filters(keys: CurateKeys, rows: Sequence[_ReadRow]) -> Iterator[_RowFilter]:
     """In order; the costly ones last."""
     suites = suite_prompts(keys.decontaminate)
 
