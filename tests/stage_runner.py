@@ -15,7 +15,14 @@ from posttrain.recipes.kinds import LOOPS
 from posttrain.recipes.stage import Stage, run_recipe
 from posttrain.recipes.stop import StopFlag, StoppedPolitely
 
-FILES = {"sft": "sft", "dpo": "pairs", "reward_model": "pairs", "grpo": "prompts", "distill": "prompts"}
+FILES = {
+    "sft": "sft",
+    "dpo": "pairs",
+    "reward_model": "pairs",
+    "grpo": "prompts",
+    "ppo": "prompts",
+    "distill": "prompts",
+}
 COMMON = {"learning_rate": 3e-3, "max_steps": 4, "per_device_train_batch_size": 4, "sequence_len": 128, "seed": 7}
 OWN = {
     "sft": {},
@@ -24,6 +31,10 @@ OWN = {
     "grpo": {
         "num_generations": 4, "num_prompts_per_step": 2, "max_completion_length": 6, "reward_check": "off",
         "reward_funcs": ["spread"],
+    },
+    "ppo": {
+        "num_generations": 2, "num_prompts_per_step": 4, "max_completion_length": 6, "reward_check": "off",
+        "reward_funcs": ["spread"], "critic_learning_rate": 3e-3,
     },
     "distill": {
         "num_generations": 4, "num_prompts_per_step": 2, "max_completion_length": 6,
@@ -36,7 +47,7 @@ def keys_of(kind: str, model: Path, data: Path, **options):
     """Keys of a short stage on a tiny model; `spread` among the rewards means that function of `data/rewards.py`."""
     values = {**COMMON, **OWN[kind], **options}
     values.setdefault("datasets", [{"path": str(data / f"{FILES[kind]}.jsonl")}])
-    if kind == "grpo":
+    if "reward_funcs" in values:
         values["reward_funcs"] = [
             name if ":" in name else f"{data / 'rewards.py'}:{name}" for name in values["reward_funcs"]
         ]
@@ -99,11 +110,12 @@ def losses(folder: Path) -> list[float]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The trained model, or the adapter where there is one."""
+    """The trained model, or the adapter where there is one; with the critic where there is one."""
     from safetensors.torch import load_file
 
-    adapter = Path(folder) / "adapter/adapter_model.safetensors"
-    return load_file(adapter if adapter.exists() else Path(folder) / "model/model.safetensors")
+    adapter, critic = Path(folder) / "adapter/adapter_model.safetensors", Path(folder) / "critic/model.safetensors"
+    beside = {f"critic.{name}": tensor for name, tensor in load_file(critic).items()} if critic.exists() else {}
+    return load_file(adapter if adapter.exists() else Path(folder) / "model/model.safetensors") | beside
 
 
 def main(jobs: list[dict]) -> None:

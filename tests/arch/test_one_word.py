@@ -16,6 +16,7 @@ SHARED = {
     "evaluate": VERB,
     "explain": VERB,
     "grpo": VERB,
+    "ppo": VERB,
     "run": f"{VERB}; {RECIPE}",
     "run_pipeline": VERB,
     "sft": VERB,

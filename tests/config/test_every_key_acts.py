@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from posttrain.config.kinds import STAGE_KINDS
+from posttrain.config.rl import PolicyGradientKeys
 from posttrain.config.stages import TrainKeys
 from posttrain.errors import PosttrainError
 
@@ -224,6 +225,20 @@ FLIPS = {
         Flip("teacher_warmup_steps", 2, HINTED),
         Flip("teacher_decay_steps", 2, HINTED),
     ],
+    "ppo": [
+        Flip("num_generations", 3),
+        Flip("num_prompts_per_step", 2),
+        Flip("kl_in_reward", False, {"beta": 0.5}),
+        Flip("epsilon", 0.01, OFF_POLICY),
+        Flip("epsilon_high", 0.9, OFF_POLICY),
+        Flip("gamma", 0.5),
+        Flip("gae_lambda", 0.0),
+        Flip("value_model", "MODEL:llama"),
+        Flip("critic_learning_rate", 1e-4),
+        Flip("critic_warmup_steps", 2),
+        Flip("vf_coef", 0.1),
+        Flip("cliprange_value", None, OFF_POLICY | {"cliprange_value": 0.001}),
+    ],
     "distill": [
         Flip("teachers", [{"model": "policy", "prompt": "{answer}"}]),
         Flip("loss_type", "jsd"),
@@ -242,13 +257,14 @@ FLIPS = {
         Flip("rollout", {"exact": True}),
     ],
 }
-"""Stage → its flips. What every stage has is flipped under SFT, the shortest of them."""
+"""Stage → its flips. What every stage has is flipped under SFT, the shortest of them; what GRPO and PPO share under GRPO."""
 
 QUICK = {
     "sft": ("min_lr_ratio", "load_in_4bit", "train_on"),
     "dpo": ("label_smoothing",),
     "reward_model": ("center_rewards_coefficient",),
     "grpo": ("stop", "scale_rewards", "soft_overlong_cache", "rollout"),
+    "ppo": ("gae_lambda",),
     "distill": ("teacher_top_k",),
 }
 CASES = [
@@ -265,13 +281,14 @@ TEMPLATE = (
 
 @pytest.mark.parametrize("kind", STAGE_KINDS)
 def test_every_key_of_the_schema_is_flipped_or_listed(kind):
-    keys = set(STAGE_KINDS[kind].keys.model_fields) - (set() if kind == "sft" else set(TrainKeys.model_fields))
+    shared = {"sft": (), "ppo": PolicyGradientKeys.model_fields}.get(kind, TrainKeys.model_fields)
+    keys = set(STAGE_KINDS[kind].keys.model_fields) - set(shared)
     flipped = [flip.key for flip in FLIPS[kind]]
     assert len(set(flipped)) == len(flipped)
     assert set(flipped) & ELSEWHERE.keys() == set()
     missing = keys - set(flipped) - ELSEWHERE.keys()
     assert missing == set(), f"give each a Flip, or a reason in ELSEWHERE: {sorted(missing)}"
-    assert set(flipped) <= keys
+    assert set(flipped) <= set(STAGE_KINDS[kind].keys.model_fields)
 
 
 def test_what_is_listed_is_a_key():
@@ -291,7 +308,14 @@ def record(runner, model_dir, data_dir, tmp_path_factory):
     (folder / "env.py").write_text("class Env:\n    def step(self, answer):\n        return 'on'\n")
     rows = [{"id": str(n), "prompt": f"{n}", "target": "e", "scorer": "contains", "split": "dev"} for n in range(3)]
     (folder / "suite.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    usual = {"sft": "sft", "dpo": "pairs", "reward_model": "pairs", "grpo": "prompts", "distill": "prompts"}
+    usual = {
+        "sft": "sft",
+        "dpo": "pairs",
+        "reward_model": "pairs",
+        "grpo": "prompts",
+        "ppo": "prompts",
+        "distill": "prompts",
+    }
 
     def placed(value):
         text = json.dumps(value).replace("DATA/", f"{folder}/")
@@ -304,7 +328,7 @@ def record(runner, model_dir, data_dir, tmp_path_factory):
         if name not in made:
             values = runner.COMMON | {"max_steps": 3} | runner.OWN[kind]
             values |= {"base_model": "MODEL:qwen3", "datasets": [{"path": f"DATA/{usual[kind]}.jsonl"}]}
-            if kind == "grpo":
+            if kind in ("grpo", "ppo"):
                 values["reward_funcs"] = ["DATA/rewards.py:spread"]
             try:
                 keys = STAGE_KINDS[kind].keys.model_validate(placed(values | options))

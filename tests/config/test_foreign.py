@@ -131,6 +131,7 @@ OF_OTHER_TOOLS = {
     "dpo": [field.name for config in (DPOConfig, ModelConfig) for field in dataclasses.fields(config)],
     "reward_model": [field.name for config in (RewardConfig, ModelConfig) for field in dataclasses.fields(config)],
     "grpo": [field.name for config in (GRPOConfig, ModelConfig) for field in dataclasses.fields(config)],
+    "ppo": [field.name for config in (GRPOConfig, ModelConfig) for field in dataclasses.fields(config)],
     "distill": [field.name for config in (GKDConfig, ModelConfig) for field in dataclasses.fields(config)],
 }
 NAMES_SEEN = [

@@ -29,7 +29,11 @@ def test_defaults_are_not_shared_between_objects():
 @pytest.mark.parametrize("kind", STAGE_KINDS)
 def test_required_keys_are_few(kind):
     required = {name for name, field in STAGE_KINDS[kind].keys.model_fields.items() if field.is_required()}
-    assert required == {"base_model", "datasets"} | {"grpo": {"reward_funcs"}, "distill": {"teachers"}}.get(kind, set())
+    assert required == {"base_model", "datasets"} | {
+        "grpo": {"reward_funcs"},
+        "ppo": {"reward_funcs"},
+        "distill": {"teachers"},
+    }.get(kind, set())
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,11 @@ MORE = {
         "distill",
         {"architecture": "gpt_oss", "teachers": [HINTED], "loss_type": "forward_kl", "num_prompts_per_step": 1},
     ),
+    "ppo": ("ppo", {"beta": 0.1, "num_iterations": 2, "critic_warmup_steps": 1}),
+    "ppo with an adapter, shares that do not divide": (
+        "ppo",
+        {**LORA, "num_generations": 1, "num_prompts_per_step": 5, "mask_truncated_completions": False},
+    ),
     "grpo, one prompt": ("grpo", {"num_prompts_per_step": 1, "soft_overlong_cache": 3}),
 }
 GENTLE = {"learning_rate": 1e-4}
@@ -109,7 +114,7 @@ def _options(rows, name, data_dir, ranks):
     for key, target in (("data", "datasets"), ("eval", "eval_datasets")):
         if key in options:
             options[target] = [{"path": str(data_dir / f"{options.pop(key)}.jsonl")}]
-    if kind != "grpo" and ranks == 1:
+    if kind not in ("grpo", "ppo") and ranks == 1:
         options["num_processes"] = 2
     return kind, (architecture, config), options
 
@@ -222,7 +227,7 @@ def test_four_ranks_have_the_losses_of_one(runner, model_dir, data_dir, tmp_path
         assert runner.losses(tmp_path / name) == pytest.approx(runner.losses(one), rel=1e-6, abs=1e-6), name
 
 
-RESUMED = {"grpo": ("grpo", {"num_iterations": 2}), "dpo": ("dpo", LORA)}
+RESUMED = {"grpo": ("grpo", {"num_iterations": 2}), "ppo": ("ppo", {"num_iterations": 2}), "dpo": ("dpo", LORA)}
 
 
 @pytest.mark.slow

@@ -90,6 +90,11 @@ CASES = {
         series(60, reward=lambda s: 0.3 + s / 100, eval_score=every(10, lambda s: 0.5 + s / 1000)),
     ),
     "length_spiral": ("grpo", series(60, completions__mean_length=lambda s: 40.0 * 1.05**s), series(60, completions__mean_length=lambda s: 40.0 + s)),
+    "critic_explains_nothing": (
+        "ppo",
+        series(60, grad_norm=late(None, 1.0, 10), critic__vf_explained_var=every(2, lambda s: -0.01 * (s % 3))),
+        series(60, grad_norm=late(None, 1.0, 45), critic__vf_explained_var=lambda s: 0.01 if s >= 45 and s % 3 == 0 else 0.0),
+    ),
     "teacher_gap": ("grpo", series(60, teacher__gap=lambda s: 0.4 + s / 30), series(60, teacher__gap=lambda s: 0.9 - s / 90)),
     "truncation_spiral": ("grpo", series(40, completions__clipped_ratio=late(0.05, 0.4)), series(40, completions__clipped_ratio=0.4)),
     "tool_errors": ("grpo", series(40, tools__failure_frequency=0.7), series(40, tools__failure_frequency=lambda s: 0.9 if s % 3 == 0 else 0.2)),

@@ -1,6 +1,7 @@
 import math
 import statistics
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,8 +12,10 @@ from posttrain.objectives.advantages import (
     as_rewards,
     combine,
     compute_advantages,
+    gae_advantage,
     mean_std,
     soft_overlong_penalty,
+    whitened,
 )
 
 NAN = math.nan
@@ -189,3 +192,79 @@ def test_soft_overlong_by_hand(num_tokens, penalty):
 
 def test_soft_overlong_off():
     assert soft_overlong_penalty(200, 100, 0) == 0.0
+
+
+def gae_by_loop(rewards, values, gamma, lam):
+    """Backwards over each row, in numpy; nothing is to come after its last token."""
+    rows = []
+    for row, value in zip(rewards, values, strict=True):
+        advantages, later, value_after = np.zeros(len(row)), 0.0, 0.0
+        for t in reversed(range(len(row))):
+            delta = row[t] + gamma * value_after - value[t]
+            later = delta + gamma * lam * later
+            advantages[t], value_after = later, value[t]
+        rows.append(advantages)
+    return rows
+
+
+def ragged(seed, lengths=(1, 5, 3, 0, 8)):
+    draw = np.random.default_rng(seed)
+    return [draw.normal(size=n) for n in lengths], [draw.normal(size=n) for n in lengths]
+
+
+def padded(rows):
+    return torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 0.0), (0.99, 1.0), (1.0, 1.0)])
+def test_gae_is_that_of_a_loop_over_tokens(gamma, lam):
+    rewards, values = ragged(1)
+    found = gae_advantage(padded(rewards), padded(values), gamma, lam)
+    for row, expected in zip(found, gae_by_loop(rewards, values, gamma, lam), strict=True):
+        assert row[: len(expected)].tolist() == pytest.approx(expected.tolist(), abs=1e-12)
+
+
+def test_gae_with_lambda_and_gamma_of_one_is_monte_carlo():
+    """What is still to be earned, less what the critic said: whatever it says of later tokens."""
+    rewards, values = ragged(2)
+    found = gae_advantage(padded(rewards), padded(values), 1.0, 1.0)
+    for row, reward, value in zip(found, rewards, values, strict=True):
+        to_come = reward[::-1].cumsum()[::-1] - value
+        assert row[: len(to_come)].tolist() == pytest.approx(to_come.tolist(), abs=1e-12)
+
+
+def test_gae_of_the_docstring():
+    found = gae_advantage(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.75]]), 1.0, 0.5)
+    assert found.tolist() == [[0.375, 0.25]]
+
+
+def test_gae_of_no_tokens_is_nothing():
+    assert gae_advantage(torch.zeros(2, 0), torch.zeros(2, 0), 1.0, 0.95).shape == (2, 0)
+    assert gae_advantage(torch.zeros(0, 3), torch.zeros(0, 3), 1.0, 0.95).shape == (0, 3)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
+def test_of_a_critic_that_is_the_exact_value_only_noise_is_left(lam):
+    """Two fair coins, each paid 1 for heads, so that 1 is to be expected before the first and ½ before the second.
+
+    All four courses are equally likely. The advantage at a coin is what it paid beyond its half, and λ times the same of the later one: on
+    average nothing.
+    """
+    courses = [(a, b) for a in (0.0, 1.0) for b in (0.0, 1.0)]
+    rewards = torch.tensor(courses, dtype=torch.float64)
+    values = torch.tensor([[1.0, 0.5]] * 4, dtype=torch.float64)
+    found = gae_advantage(rewards, values, 1.0, lam)
+    assert found.mean(0).tolist() == pytest.approx([0.0, 0.0], abs=1e-12)
+    expected = [[(a - 0.5) + lam * (b - 0.5), b - 0.5] for a, b in courses]
+    assert found.flatten().tolist() == pytest.approx([x for row in expected for x in row], abs=1e-12)
+    blind = gae_advantage(rewards, torch.zeros_like(values), 1.0, 1.0)
+    assert found.square().mean() < blind.square().mean()
+
+
+def test_whitened_has_mean_0_and_std_1_and_equal_values_are_0():
+    x = torch.tensor([1.0, 2.0, 4.0, 9.0], dtype=torch.float64)
+    white = whitened(x)
+    assert float(white.mean()) == pytest.approx(0.0, abs=1e-12)
+    assert float(white.std()) == pytest.approx(1.0, abs=1e-7)
+    assert whitened(torch.full((3,), 0.1)).tolist() == [0.0, 0.0, 0.0]
+    assert whitened(torch.zeros(0)).tolist() == []

@@ -142,6 +142,20 @@ def test_teachers_are_held_in_what_is_computed_with_and_shared_out_like_the_rest
     )
 
 
+def test_a_critic_is_counted_with_gradients_and_optimizer_whatever_the_policy_trains():
+    alone = Workload(bf16=True, samples=True, adapter="lora", load_in_4bit=True, per_device_train_batch_size=4)
+    valued = replace(alone, critics_held=(TINY,))
+    plan = estimate_memory(TINY, valued)
+    assert plan.parts["critic"] == TINY.num_params * (4 + 4 + 8)
+    assert (
+        plan.parts["activations"]
+        == estimate_memory(TINY, replace(alone, adapter="none", load_in_4bit=False)).parts["activations"]
+    )
+    assert plan.total_bytes > estimate_memory(TINY, alone).total_bytes + plan.parts["critic"]
+    assert estimate_memory(TINY, valued, shards=2).parts["critic"] == pytest.approx(plan.parts["critic"] / 2, abs=1)
+    assert estimate_memory(TINY, replace(valued, optim="paged_adamw")).parts["critic"] == TINY.num_params * (4 + 4)
+
+
 def test_the_reference_is_a_float32_copy_whatever_the_file_holds():
     kto = estimate_memory(replace(QWEN3_8B, stored_bytes=2), workload("dpo", loss_type="kto"))
     assert kto.parts["reference"] == kto.parts["weights"] == 4 * QWEN3_8B.num_params

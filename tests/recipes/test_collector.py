@@ -14,6 +14,7 @@ from posttrain.models.load import freeze_reference, load_policy, load_tokenizer
 from posttrain.models.text import decoder
 from posttrain.recipes.alternating import Alternating
 from posttrain.recipes.collector import Collector
+from posttrain.recipes.credit import GroupCredit
 from posttrain.recipes.engines import EngineSource, make_engine
 from posttrain.recipes.prompts import PromptStream
 from posttrain.recipes.scorers import PolicyScorer, ReferenceScorer
@@ -47,12 +48,13 @@ def collector(runner, model_dir, data_dir):
 
         engine = make_engine(EngineSource(keys, policy))
         stream = PromptStream(load_prompts(keys, tokenizer), keys.seed, {})
-        scorers = (Scores(policy, keys.temperature, 4, ranks) for Scores in (PolicyScorer, ReferenceScorer))
+        trainer, reference = (Scores(policy, keys.temperature, 4, ranks) for Scores in (PolicyScorer, ReferenceScorer))
         return Collector(
             keys,
             Alternating(keys, partial(sample_groups, engine), decoder(tokenizer), score, stream, ranks),
-            *scorers,
-            Teachers([]),
+            trainer,
+            reference,
+            GroupCredit(keys, Teachers([]), trainer),
             ranks,
         )
 

@@ -32,7 +32,7 @@ from posttrain.recipes.collector import _sample
 from posttrain.recipes.engines import EngineSource, make_engine
 from posttrain.recipes.episodes import Begin, Episodes
 from posttrain.recipes.evaluate import check_played, evaluate
-from posttrain.recipes.grpo import _normalizer, loss
+from posttrain.recipes.policy_step import loss, normalizer
 from posttrain.rollout.collect import sample_groups
 from posttrain.rollout.embedded import score_sequences
 from posttrain.types import Completion, Origin, Prompt, Request, RewardBreakdown, Rollout, RolloutGroup, SamplingParams
@@ -297,7 +297,7 @@ def test_what_the_environment_wrote_has_no_gradient_of_its_own(policy, pool):
         for (prompt, ids), group in zip(rows, groups, strict=True)
     ]
     assert any(not sample.loss_mask[sample.loss_mask.argmax() :].all() for group in samples for sample in group)
-    terms = loss(made, samples, spec_from(PolicySpec, keys), _normalizer(samples, keys), keys, on_policy=True)
+    terms = loss(made, samples, spec_from(PolicySpec, keys), normalizer(samples, keys), keys, on_policy=True)
     parameters = [parameter for _, parameter in made.trainable()]
     ours = torch.autograd.grad(terms.loss, parameters, allow_unused=True)
     by_hand = torch.tensor(0.0)

@@ -15,9 +15,8 @@ from posttrain.errors import TrainingError
 from posttrain.models import decode
 from posttrain.models.batch import pack
 from posttrain.models.trie import LEAST_SHARED
-from posttrain.objectives.spec import PolicySpec
-from posttrain.objectives.terms import spec_from
-from posttrain.recipes import grpo
+from posttrain.recipes import policy_step
+from posttrain.recipes.batches import MicroBatch
 from posttrain.types import Sample
 
 ATOL = 1e-6
@@ -101,13 +100,13 @@ def test_a_group_larger_than_a_micro_batch_is_cut_along_its_tree():
         for ids in samples
     )
     keys = GRPOKeys(base_model="x", datasets=[{"path": "x"}], reward_funcs=["x.py:f"], per_device_train_batch_size=4)
-    micros = grpo._micro_batches([group], spec_from(PolicySpec, keys), keys, SingleProcess())
+    micros = policy_step.micro_batches_of([group], lambda _: True, keys.per_device_train_batch_size, SingleProcess())
     assert [[int(sample.ids[-2]) for part in micro.rows for sample in part] for micro in micros] == [
         [300, 302, 304, 306], [301, 303, 305, 307],
     ]  # fmt: skip
     assert sum(pack(micro.rows).input_ids_N.numel() for micro in micros) == 2 * (50 + 100 + 4)
     plain = tuple(group[::2])
-    assert grpo._by_branches(plain) == plain
+    assert policy_step._by_branches(plain) == plain
 
 
 def test_packing_changes_no_loss_per_token(train, runner):
@@ -210,10 +209,10 @@ def test_a_group_split_over_micro_batches_gives_the_losses_of_the_whole_one(vari
 
 
 def test_training_and_scoring_take_no_more_completions_at_once_than_the_micro_batch(train, monkeypatch):
-    from posttrain.recipes import grpo, scorers
+    from posttrain.recipes import scorers
 
     sizes = []
-    for module in (scorers, grpo):
+    for module in (scorers, policy_step):
         original = module.pack
         monkeypatch.setattr(
             module, "pack", lambda families, pack=original: sizes.append(sum(map(len, families))) or pack(families)
@@ -228,7 +227,7 @@ def test_groups_without_spread_weigh_nothing_and_count(train, runner, monkeypatc
 
     options = {"reward_funcs": ["last_digit"], "num_prompts_per_step": 4, "learning_rate": 1e-4, "max_steps": 3}
     skipped = train("grpo", name="skipped", **options)
-    monkeypatch.setattr(grpo, "_micro_batches", lambda groups, *rest: [grpo.MicroBatch([g]) for g in groups])
+    monkeypatch.setattr(grpo, "micro_batches_of", lambda groups, *rest: [MicroBatch([g]) for g in groups])
     kept = train("grpo", name="kept", **options)
     shares = [row["frac_reward_zero_std"] for row in runner.rows(skipped)]
     sampled = sum(row["completions/mean_length"] * 4 * 4 for row in runner.rows(skipped))

@@ -23,6 +23,8 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from posttrain.models.provenance import model_digest
+
 _TEMPORARY = re.compile(r"\.([^/]+)\.[a-z0-9_]{8}(?=/|$)")
 _MASKED = r".\1.*"
 _CHANGING_SQL = re.compile(
@@ -210,11 +212,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dpo": {"max_steps": 6, "save_steps": 2, "eval_steps": 1, "load_best_model_at_end": True},
     "grpo": {"max_steps": 6, "save_steps": 1, "num_iterations": 2, "beta": 0.1, "dynamic_sampling": True,
              "num_prompts_per_step": 3, "reward_funcs": ["last_digit"]},
+    "ppo": {"max_steps": 6, "save_steps": 1, "num_iterations": 2, "beta": 0.1, "critic_warmup_steps": 1, "adapter": "lora", "lora_r": 4},
 }  # fmt: skip
 
 
 def stage_driver(kind: str, runner: Any, model: Path, data: Path, **options: Any) -> Driver:
-    """One stage: packed SFT with an adapter, DPO with the best checkpoint, or GRPO that refills its batches."""
+    """One stage: packed SFT with an adapter, DPO with the best checkpoint, GRPO that refills its batches, or PPO."""
     values = {**OPTIONS[kind], **options}
     if kind == "dpo":
         values["eval_datasets"] = [{"path": str(data / "dev-pairs.jsonl")}]
@@ -226,6 +229,7 @@ def stage_driver(kind: str, runner: Any, model: Path, data: Path, **options: Any
         prompts = ledger(folder)
         return {
             "digest": result["model_digest"],
+            "critic": model_digest(folder / "critic") if kind == "ppo" else None,
             "result": result,
             "metrics": runner.rows(folder),
             "ledger": prompts,

@@ -1,4 +1,4 @@
-"""`sft`, `dpo`, `grpo`, `run`, `evaluate`, `gate`: the command's verbs as functions."""
+"""`sft`, `dpo`, `grpo`, `ppo`, `run`, `evaluate`, `gate`: the command's verbs as functions."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def dpo(config: str | Path | None = None, *, show: bool = True, **keys: Any) -> 
 def grpo(config: str | Path | None = None, *, show: bool = True, **keys: Any) -> Run:
     """One stage of RL with verifiable rewards; `reward_funcs` may hold Python functions. As `sft`."""
     return _stage("grpo", config, keys, show)
+
+
+def ppo(config: str | Path | None = None, *, show: bool = True, **keys: Any) -> Run:
+    """One stage of RL with a critic; as `grpo`."""
+    return _stage("ppo", config, keys, show)
 
 
 def run_pipeline(config: str | Path, *, show: bool = True, **keys: Any) -> Run:

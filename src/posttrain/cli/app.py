@@ -32,6 +32,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "dpo": ("posttrain.cli.train", "dpo", "Run one stage of preference optimisation."),
     "reward_model": ("posttrain.cli.train", "reward_model", "Train a reward model on preferences."),
     "grpo": ("posttrain.cli.train", "grpo", "Run one stage of RL with verifiable rewards."),
+    "ppo": ("posttrain.cli.train", "ppo", "Run one stage of RL with a critic."),
     "distill": ("posttrain.cli.train", "distill", "Distil what teachers know into the model."),
     "plan": ("posttrain.cli.plan", "plan", "Say what a run needs in memory and time before it starts."),
     "import": ("posttrain.cli.import_", "import_", "Write another tool's configuration as a YAML of ours."),
@@ -86,7 +87,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
 }
 """Verb → module, attribute (a function or a typer app), one line for `--help`."""
 
-_TRAIN = "to train: sft, dpo, reward_model, grpo or distill for a single stage, run for a pipeline"
+_TRAIN = "to train: sft, dpo, reward_model, grpo, ppo or distill for a single stage, run for a pipeline"
 _MEASURE = "to score a model: eval; to judge one against another: gate"
 _ASK = "to talk to a model: chat; for its answers to a whole suite: eval"
 _CHECK = "for a YAML's data: data; for its rewards: rewards check; for this machine: doctor"
@@ -94,8 +95,8 @@ _VERSIONS = "it stands under registry: posttrain registry --help"
 OTHER_WORDS: dict[str, str] = {
     "train": _TRAIN, "fit": _TRAIN, "finetune": _TRAIN, "fine-tune": _TRAIN, "tune": _TRAIN, "start": _TRAIN, "resume": f"{_TRAIN}; started again, it goes on",
     "pretrain": "training starts from a base model that is there", "kto": "KTO is a loss of dpo: loss_type: kto", "orpo": "ORPO is a loss of dpo: loss_type: orpo",
-    "simpo": "SimPO is a loss of dpo: loss_type: simpo", "rl": "RL is grpo, whatever its loss_type", "rlhf": "RL is grpo, whatever its loss_type",
-    "ppo": "RL is grpo, whatever its loss_type", "rloo": "RLOO is a loss of grpo: loss_type: rloo", "rlvr": "RL is grpo, whatever its loss_type",
+    "simpo": "SimPO is a loss of dpo: loss_type: simpo", "rl": "RL is grpo, or ppo where a critic is wanted", "rlhf": "RL is grpo, or ppo where a critic is wanted",
+    "rloo": "RLOO is a loss of grpo: loss_type: rloo", "rlvr": "RL is grpo, whatever its loss_type",
     "evaluate": _MEASURE, "score": _MEASURE, "test": _MEASURE, "benchmark": _MEASURE, "judge": _MEASURE,
     "generate": _ASK, "infer": _ASK, "inference": _ASK, "predict": _ASK, "sample": _ASK, "ask": _ASK,
     "check": _CHECK, "validate": _CHECK, "lint": _CHECK, "preview": _CHECK, "preprocess": f"data is read where it is used; {_CHECK}",

@@ -209,13 +209,15 @@ def _here(devices: int, probe: bool) -> Target:
 
 def _shapes_beside(keys: Any) -> dict[str, Any]:
     """As `recipes.teachers.shapes_beside`, without what loads a model."""
+    from posttrain.config.ppo import PPOKeys
     from posttrain.config.rl import RLKeys, SamplingKeys
     from posttrain.grading.learned import held_models
     from posttrain.planner import ModelShape
 
     teachers = [one.model for one in keys.teachers if one.is_loaded] if isinstance(keys, SamplingKeys) else []
     judges = held_models(keys.reward_funcs) if isinstance(keys, RLKeys) else []
-    named = {"teachers": teachers, "judges": judges}
+    critics = [keys.critic.base_model] if isinstance(keys, PPOKeys) else []
+    named = {"teachers": teachers, "judges": judges, "critics": critics}
     return {name: [ModelShape.from_config(read_model_config(one)) for one in models] for name, models in named.items()}
 
 

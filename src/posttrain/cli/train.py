@@ -90,6 +90,14 @@ def reward_model(
     _single("reward_model", config, _given(set_, on_change, quiet, verbose, on_cluster(ray, workers, worker)))
 
 
+def ppo(
+    config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False, verbose: Verbose = False,
+    ray: OnRay = None, workers: NumWorkers = 1, worker: EachWorker = "",
+) -> None:  # fmt: skip
+    """Run one stage of RL with a critic."""
+    _single("ppo", config, _given(set_, on_change, quiet, verbose, on_cluster(ray, workers, worker)))
+
+
 def distill(
     config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False, verbose: Verbose = False,
     ray: OnRay = None, workers: NumWorkers = 1, worker: EachWorker = "",

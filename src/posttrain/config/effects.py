@@ -8,7 +8,7 @@ from typing import Any
 
 from posttrain.config.distill import DistillKeys
 from posttrain.config.preference import WITHOUT_REFERENCE, DPOKeys
-from posttrain.config.rl import GRPOKeys
+from posttrain.config.rl import GRPOKeys, PolicyGradientKeys
 from posttrain.config.stages import ModelKeys, RewardModelKeys, SFTKeys, TrainKeys
 
 
@@ -80,20 +80,20 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(DPOKeys, ("desirable_weight", "undesirable_weight"), _loss_is_not("kto"), "loss_type is not kto"),
     NoEffect(DPOKeys, ("beta",), lambda k: k.losses == ("sft",), "loss_type is sft"),
     NoEffect(DPOKeys, ("precompute_ref_log_probs",), lambda k: WITHOUT_REFERENCE.issuperset(k.losses), "loss_type has no reference"),
-    NoEffect(GRPOKeys, ("gradient_accumulation_steps", "num_processes"), lambda k: True, "a step of RL takes num_prompts_per_step × num_generations / steps_per_generation completions, however many processes share them"),
+    NoEffect(PolicyGradientKeys, ("gradient_accumulation_steps", "num_processes"), lambda k: True, "a step of RL takes num_prompts_per_step × num_generations / steps_per_generation completions, however many processes share them"),
     NoEffect(DistillKeys, ("gradient_accumulation_steps", "num_processes"), lambda k: True, "a step takes num_prompts_per_step × num_generations completions, however many processes share them"),
     NoEffect(DistillKeys, ("jsd_beta",), _loss_is_not("jsd"), "loss_type is not jsd"),
     NoEffect(DistillKeys, ("teacher_top_k",), _loss_is_not("opd"), "loss_type is not opd"),
     NoEffect(DistillKeys, ("eval_steps", "load_best_model_at_end"), _has_nothing_to_measure, "there are no eval_datasets, no val_size and no eval_suite"),
-    NoEffect(GRPOKeys, _KL, lambda k: k.beta == 0, "beta is 0, so there is no KL to the reference"),
-    NoEffect(GRPOKeys, ("kl_reduction",), lambda k: k.kl_in_reward and k.beta > 0, "the KL is in the reward"),
-    NoEffect(GRPOKeys, ("ptx_coef", "ptx_rows_per_step"), lambda k: not k.ptx_datasets, "there are no ptx_datasets"),
-    NoEffect(GRPOKeys, ("use_bias_correction_kl",), lambda k: k.kl_in_reward and k.beta > 0, "the KL is in the reward"),
+    NoEffect(PolicyGradientKeys, _KL, lambda k: k.beta == 0, "beta is 0, so there is no KL to the reference"),
+    NoEffect(PolicyGradientKeys, ("kl_reduction",), lambda k: k.kl_in_reward and k.beta > 0, "the KL is in the reward"),
+    NoEffect(PolicyGradientKeys, ("ptx_coef", "ptx_rows_per_step"), lambda k: not k.ptx_datasets, "there are no ptx_datasets"),
+    NoEffect(PolicyGradientKeys, ("use_bias_correction_kl",), lambda k: k.kl_in_reward and k.beta > 0, "the KL is in the reward"),
     NoEffect(GRPOKeys, _TEACHERS, lambda k: not k.teachers, "there are no teachers"),
     NoEffect(GRPOKeys, ("teacher_clip",), lambda k: bool(k.teachers) and k.teacher_advantage != "rlsd", "teacher_advantage is not rlsd"),
-    NoEffect(GRPOKeys, ("dynamic_sampling_max_rounds",), lambda k: not k.dynamic_sampling, "dynamic_sampling is false"),
+    NoEffect(PolicyGradientKeys, ("dynamic_sampling_max_rounds",), lambda k: not k.dynamic_sampling, "dynamic_sampling is false"),
     NoEffect(GRPOKeys, ("sapo_temperature_pos", "sapo_temperature_neg"), _loss_is_not("sapo"), "loss_type is not sapo"),
-    NoEffect(GRPOKeys, ("importance_sampling_cap",), lambda k: k.importance_sampling_correction == "off", "importance_sampling_correction is off"),
+    NoEffect(PolicyGradientKeys, ("importance_sampling_cap",), lambda k: k.importance_sampling_correction == "off", "importance_sampling_correction is off"),
     NoEffect(GRPOKeys, ("advantage_estimator",), _loss_is("rloo", "reinforce_pp"), "loss_type brings its own"),
     NoEffect(GRPOKeys, ("scale_rewards",), lambda k: not _is_scaled_by_group(k), "only advantage_estimator: group with sum_then_normalize is scaled by it"),
     NoEffect(GRPOKeys, ("advantage_eps",), lambda k: _is_scaled_by_group(k) and k.scale_rewards == "none", "scale_rewards is none, so nothing is divided"),
@@ -102,8 +102,8 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(GRPOKeys, ("epsilon_high",), _loss_is("sapo"), "loss_type does not use it"),
     NoEffect(GRPOKeys, ("delta",), _loss_is("cispo", "sapo"), "loss_type does not use it"),
     NoEffect(GRPOKeys, ("importance_sampling_level",), _loss_is("gspo", "gmpo", "dppo", "rloo"), "loss_type brings its own ratio"),
-    NoEffect(GRPOKeys, ("off_policy_mask_threshold",), lambda k: k.steps_per_generation * k.num_iterations == 1 and k.rollout.engine == "embedded" and not k.rollout.max_staleness, "what is trained on was sampled with the weights that are trained"),
-    NoEffect(GRPOKeys, ("epsilon", "epsilon_high", "delta"), lambda k: k.steps_per_generation * k.num_iterations == 1, "each generation batch is trained on in one step, so the importance ratio is 1; see steps_per_generation and num_iterations"),
+    NoEffect(PolicyGradientKeys, ("off_policy_mask_threshold",), lambda k: k.steps_per_generation * k.num_iterations == 1 and k.rollout.engine == "embedded" and not k.rollout.max_staleness, "what is trained on was sampled with the weights that are trained"),
+    NoEffect(PolicyGradientKeys, ("epsilon", "epsilon_high", "delta"), lambda k: k.steps_per_generation * k.num_iterations == 1, "each generation batch is trained on in one step, so the importance ratio is 1; see steps_per_generation and num_iterations"),
 )  # fmt: skip
 """Which keys need which others."""
 

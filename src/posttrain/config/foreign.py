@@ -222,7 +222,7 @@ def _elsewhere(key: str, kind: str) -> str:
     stages = [stage for stage, row in STAGE_KINDS.items() if stage != kind and _takes(row.keys, key)]
     if stages:
         here = f"this is {kind}" if kind in STAGE_KINDS else f"put it inside the {stages[0]} stage"
-        return f"{key} is a {' and '.join(stages)} key; {here}"
+        return f"{key} is a {' and '.join(filter(None, (', '.join(stages[:-1]), stages[-1])))} key; {here}"
     if kind != "pipeline" and key in keys_of(PipelineKeys):
         return f"{key} is a pipeline key; it stands at the top of a YAML for `posttrain run`"
     holders = [holder for holder, group in _HOLDERS.items() if _takes(group, key)]

@@ -10,6 +10,7 @@ from typing import Literal
 
 from posttrain.config.datasets import ROWS_OF_TYPE, RowKind
 from posttrain.config.distill import DistillKeys
+from posttrain.config.ppo import PPOKeys
 from posttrain.config.preference import DPOKeys
 from posttrain.config.rl import GRPOKeys, RLKeys, SamplingKeys
 from posttrain.config.schema import did_you_mean
@@ -78,6 +79,7 @@ STAGE_KINDS: dict[str, StageKind] = {
         StageKind("dpo", DPOKeys, "Run one stage of preference optimisation.", ("pairs", "labels"), ("kto",)),
         StageKind("reward_model", RewardModelKeys, "Train a reward model on preferences.", ("pairs",)),
         StageKind("grpo", GRPOKeys, "Run one stage of RL with verifiable rewards.", ("prompts",)),
+        StageKind("ppo", PPOKeys, "Run one stage of RL with a critic.", ("prompts",)),
         StageKind("distill", DistillKeys, "Distil what teachers know into the model.", ("prompts", "examples")),
     )
 }

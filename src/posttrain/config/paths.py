@@ -15,6 +15,7 @@ from posttrain.config.judge import JudgeKeys
 from posttrain.config.knob import Keys
 from posttrain.config.pipeline import GateKeys, PipelineKeys, RegisterKeys, SuiteKeys
 from posttrain.config.places import is_uri, looks_local, resolve_path
+from posttrain.config.ppo import PPOKeys
 from posttrain.config.rl import RLKeys
 from posttrain.config.schema import annotation_below, did_you_mean, group_in, keys_of
 from posttrain.config.settings import Problems, Settings
@@ -164,6 +165,7 @@ PATH_RULES: tuple[tuple[type[Keys], str, Callable[[str, Path], str]], ...] = (
     (TrainKeys, "output_dir", _output),
     (TrainKeys, "eval_suite", _existing),
     (RLKeys, "reward_funcs", _reward),
+    (PPOKeys, "value_model", _reward_model),
     (EpisodeKeys, "env", _environment),
     (EpisodeKeys, "tools", _tools),
     (TeacherKeys, "model", _teacher),

@@ -137,17 +137,12 @@ class RLKeys(SamplingKeys):
         return self
 
 
-GRPOLoss = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "gspo", "gmpo", "dppo", "rloo", "reinforce_pp"]
-
-
-class GRPOKeys(RLKeys, EpisodeKeys):
-    """RL with verifiable rewards: GRPO and its family."""
+class PolicyGradientKeys(RLKeys, EpisodeKeys):
+    """What stages have that train on the likelihood of completions, weighted by what they were worth."""
 
     learning_rate: float = knob(1e-6, "Peak learning rate.", gt=0, also="lr", example=1e-6)
     lr_scheduler_type: LearningRateShape = knob("constant", "Shape of the schedule after the warmup; `wsd` holds, then decays over the last fifth.", also="lr_scheduler (Axolotl)")
     max_steps: int = knob(200, "Optimizer steps; -1 lets num_train_epochs decide.", ge=-1)
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = knob("sum_then_normalize", "Add the rewards, then normalise; or normalise each first (GDPO).")
-    loss_type: GRPOLoss = knob("dapo", "Surrogate of a token and how tokens add up to a loss.")
     kl_estimator: Literal["k1", "k2", "k3"] = knob("k3", "Estimator of the KL that beta weighs (Schulman 2020).")
     kl_reduction: Literal["token_mean", "sequence_mean_of_token_mean", "sequence_sum_over_constant", "sequence_sum_mean"] | None = knob(None, "How the KL in the loss adds up over tokens; null takes the reduction of loss_type.", example="token_mean")
     kl_in_reward: bool = knob(False, "Put the KL that beta weighs into the reward instead of the loss.")
@@ -155,12 +150,6 @@ class GRPOKeys(RLKeys, EpisodeKeys):
     epsilon: float = knob(0.2, "Clip range below 1: the importance ratio is clipped at 1 - epsilon. For gmpo the range of its logarithm (0.4 in the paper), for dppo that of the token's probability.", gt=0)
     epsilon_high: float | None = knob(None, "Clip range above 1; null means epsilon. For cispo the cap on the ratio itself; null means 5.", gt=0, example=0.28)
     delta: float | None = knob(None, "Upper bound of the unclipped ratio (two-sided clipping); null is off.", gt=1, example=4.0)
-    importance_sampling_level: Literal["token", "sequence"] = knob("token", "Ratio per token, or per sequence (GSPO).")
-    scale_rewards: Literal["group", "batch", "none"] = knob("group", "What the centred rewards are divided by: the group's std, the batch's, nothing.")
-    advantage_estimator: Literal["group", "rloo", "reinforce_pp", "reinforce_pp_baseline", "maxrl"] = knob("group", "Baseline: group mean (GRPO), leave-one-out (RLOO), batch mean (REINFORCE++), group mean and then whitened over the batch (REINFORCE++-baseline), or group mean and divided by it (MaxRL, for rewards of 0 and above); loss_type rloo and reinforce_pp bring their own.")
-    advantage_eps: float = knob(1e-4, "Added to the std; ddof is 1, as in TRL.", ge=0)
-    sapo_temperature_pos: float = knob(1.0, "SAPO's temperature for positive advantages.", gt=0)
-    sapo_temperature_neg: float = knob(1.05, "SAPO's temperature for negative advantages.", gt=0)
     mask_truncated_completions: bool = knob(False, "Leave truncated completions out of the loss.")
     dynamic_sampling: bool = knob(False, "Replace groups whose rewards are all equal by freshly sampled ones (DAPO).")
     dynamic_sampling_max_rounds: int = knob(4, "Refill rounds before the step goes on with fewer groups.", ge=1)
@@ -168,15 +157,10 @@ class GRPOKeys(RLKeys, EpisodeKeys):
     importance_sampling_correction: Literal["auto", "off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"] = knob("auto", "Correction between sampler and trainer log-probs; `geometric_mask` leaves out sequences whose ratio per token is outside 1/importance_sampling_cap … importance_sampling_cap; `auto` is off for the embedded engine with max_staleness 0, which needs none, and token_truncate for any other.", also="vllm_importance_sampling_mode (TRL)")
     off_policy_mask_threshold: float | None = knob(None, "Leave a completion with a negative advantage out of the loss where the policy has become less likely to give it by more than so many nats per token (DeepSeek-V3.2); null is off.", gt=0, example=0.5)
     allow_uncorrected: bool = knob(False, "Let importance_sampling_correction be off with an engine whose log-probs are not the trainer's.")
-    teacher_advantage: TeacherAdvantage = knob("opd", "What the teachers do to a completion's advantage: `opd` adds teacher_coef · (log teacher − log policy) to it (on-policy distillation); `rlsd` leaves its sign to the reward and lets the teachers set how much of it each token gets (arXiv 2604.03128).")
-    teacher_coef: float = knob(0.5, "Weight of the teachers: opd's factor, rlsd's λ (0 is GRPO, 1 the teachers alone).", ge=0)
-    teacher_clip: float = knob(0.2, "RLSD's ε: a token's advantage is the completion's times 1 - ε to 1 + ε.", gt=0, lt=1)
-    teacher_warmup_steps: int = knob(0, "Steps in which teacher_coef rises linearly from 0.", ge=0)
-    teacher_decay_steps: int = knob(0, "Steps after the warmup in which it falls linearly to 0; 0 lets it stay.", ge=0)
     importance_sampling_cap: float = knob(3.0, "Upper bound of the weights of importance_sampling_correction.", gt=1, also="vllm_importance_sampling_cap (TRL), vllm_importance_sampling_clip_max (TRL)")
 
     @model_validator(mode="after")
-    def _episodes_are_played_where_they_are_proven(self) -> GRPOKeys:
+    def _episodes_are_played_where_they_are_proven(self) -> PolicyGradientKeys:
         rollout = self.rollout
         refused = {
             f"rollout.max_staleness: {rollout.max_staleness}": ("rollout.max_staleness: 0", rollout.max_staleness > 0),
@@ -189,14 +173,6 @@ class GRPOKeys(RLKeys, EpisodeKeys):
                 raise ValueError(f"{'env' if self.env else 'tools'} with {beside}: episodes are not proven there yet; use {instead}")
         return self
 
-    @model_validator(mode="after")
-    def _teachers_only_weigh(self) -> GRPOKeys:
-        if self.teachers and self.teacher_advantage == "rlsd" and self.teacher_coef > 1:
-            raise ValueError(
-                f"teacher_coef: {self.teacher_coef:g} with teacher_advantage: rlsd, whose λ is a share; set it to 1 or less (0.5 in the paper)"
-            )
-        return self
-
     @model_validator(mode="before")
     @classmethod
     def _correction_is_chosen(cls, values: Any) -> Any:
@@ -206,7 +182,7 @@ class GRPOKeys(RLKeys, EpisodeKeys):
         return values
 
     @model_validator(mode="after")
-    def _correction_is_wanted(self) -> GRPOKeys:
+    def _correction_is_wanted(self) -> PolicyGradientKeys:
         off = self.importance_sampling_correction == "off" and not self.allow_uncorrected
         if off and not _samples_as_the_trainer_scores(self.rollout):
             stale = f"rollout.max_staleness: {self.rollout.max_staleness}"
@@ -214,6 +190,35 @@ class GRPOKeys(RLKeys, EpisodeKeys):
             raise ValueError(
                 f"importance_sampling_correction: off with {beside}, whose log-probs are not the "
                 "trainer's; leave it at auto (token_truncate), or set allow_uncorrected: true beside it"
+            )
+        return self
+
+
+GRPOLoss = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "gspo", "gmpo", "dppo", "rloo", "reinforce_pp"]
+
+
+class GRPOKeys(PolicyGradientKeys):
+    """RL with verifiable rewards: GRPO and its family."""
+
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = knob("sum_then_normalize", "Add the rewards, then normalise; or normalise each first (GDPO).")
+    loss_type: GRPOLoss = knob("dapo", "Surrogate of a token and how tokens add up to a loss.")
+    importance_sampling_level: Literal["token", "sequence"] = knob("token", "Ratio per token, or per sequence (GSPO).")
+    scale_rewards: Literal["group", "batch", "none"] = knob("group", "What the centred rewards are divided by: the group's std, the batch's, nothing.")
+    advantage_estimator: Literal["group", "rloo", "reinforce_pp", "reinforce_pp_baseline", "maxrl"] = knob("group", "Baseline: group mean (GRPO), leave-one-out (RLOO), batch mean (REINFORCE++), group mean and then whitened over the batch (REINFORCE++-baseline), or group mean and divided by it (MaxRL, for rewards of 0 and above); loss_type rloo and reinforce_pp bring their own.")
+    advantage_eps: float = knob(1e-4, "Added to the std; ddof is 1, as in TRL.", ge=0)
+    sapo_temperature_pos: float = knob(1.0, "SAPO's temperature for positive advantages.", gt=0)
+    sapo_temperature_neg: float = knob(1.05, "SAPO's temperature for negative advantages.", gt=0)
+    teacher_advantage: TeacherAdvantage = knob("opd", "What the teachers do to a completion's advantage: `opd` adds teacher_coef · (log teacher − log policy) to it (on-policy distillation); `rlsd` leaves its sign to the reward and lets the teachers set how much of it each token gets (arXiv 2604.03128).")
+    teacher_coef: float = knob(0.5, "Weight of the teachers: opd's factor, rlsd's λ (0 is GRPO, 1 the teachers alone).", ge=0)
+    teacher_clip: float = knob(0.2, "RLSD's ε: a token's advantage is the completion's times 1 - ε to 1 + ε.", gt=0, lt=1)
+    teacher_warmup_steps: int = knob(0, "Steps in which teacher_coef rises linearly from 0.", ge=0)
+    teacher_decay_steps: int = knob(0, "Steps after the warmup in which it falls linearly to 0; 0 lets it stay.", ge=0)
+
+    @model_validator(mode="after")
+    def _teachers_only_weigh(self) -> GRPOKeys:
+        if self.teachers and self.teacher_advantage == "rlsd" and self.teacher_coef > 1:
+            raise ValueError(
+                f"teacher_coef: {self.teacher_coef:g} with teacher_advantage: rlsd, whose λ is a share; set it to 1 or less (0.5 in the paper)"
             )
         return self
 

@@ -33,13 +33,15 @@ TEACHER_GAP = "teacher/gap"
 CALL_FAILURES = "tools/failure_frequency"
 LOST_EPISODES = "env/failed_ratio"
 ROUTER_BALANCE = "router/balance"
+CRITIC_GRAD_NORM = "critic/grad_norm"
+CRITIC_EXPLAINS = "critic/vf_explained_var"
 
 _ZERO_STD = "frac_reward_zero_std"
 _LENGTH = "completions/mean_length"
 _TRUNCATED = "completions/clipped_ratio"
 _CLIPPED = "clip_ratio/region_mean"
 _MISMATCH = "sampling/sampling_logp_difference/mean"
-_WATCHED_FOR_NAN = ("loss", "grad_norm", "reward", "kl", "entropy")
+_WATCHED_FOR_NAN = ("loss", "grad_norm", "reward", "kl", "entropy", CRITIC_GRAD_NORM)
 
 
 # --- every stage ---------------------------------------------------------------------------------------------------
@@ -208,6 +210,14 @@ def advantage_collapse(history: History, *, steps: float, limit: float, mastered
     """Almost no group has a spread of rewards, and not because most of them are solved."""
     equal, right = history.now(_ZERO_STD, int(steps)), history.now(ALL_RIGHT, int(steps))
     return {_ZERO_STD: equal, ALL_RIGHT: right} if equal > limit and not right >= mastered else None
+
+
+def critic_explains_nothing(history: History, *, batches: float, limit: float) -> Evidence | None:
+    """The values say no more of the returns than a constant would; batches in which only the critic learned do not count."""
+    known = [get(report, CRITIC_EXPLAINS) for report in history.recent if not math.isnan(get(report, "grad_norm"))]
+    known = [value for value in known if math.isfinite(value)][-int(batches) :]
+    fired = len(known) == int(batches) and max(known) <= limit
+    return {CRITIC_EXPLAINS: known[-1], "batches": batches} if fired else None
 
 
 def all_wrong(history: History, *, steps: float, limit: float) -> Evidence | None:

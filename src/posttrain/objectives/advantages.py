@@ -1,7 +1,7 @@
 """Advantages from rewards: what each completion scored against a baseline. Float64, on all ranks' rewards together.
 
 An unscored reward is NaN (None in lists): it enters no mean and no std, and its completion's advantage is 0.
-std is the sample std (ddof = 1) and `eps` is added to it, as in TRL. Knows nothing of tokens.
+std is the sample std (ddof = 1) and `eps` is added to it, as in TRL. Of tokens only `gae_advantage` knows.
 """
 
 from __future__ import annotations
@@ -168,6 +168,25 @@ def compute_advantages(rewards_BK: Tensor, group_B: Tensor, spec: AdvantageSpec)
         advantage_B = ADVANTAGES[spec.advantage_estimator](reward_B, group_B, num_groups, spec)
         zero_std_P = mean_std(reward_B, group_B, num_groups)[2] == 0
     return Advantages(advantage_B.nan_to_num(nan=0.0), reward_B, zero_std_P)
+
+
+def gae_advantage(reward_BT: Tensor, value_BT: Tensor, gamma: float, gae_lambda: float) -> Tensor:
+    """Σ_k (γλ)^k δ_{t+k} with δ_t = r_t + γ V_{t+1} − V_t: generalised advantage estimation. Source: arXiv 1506.02438 eq. 16.
+
+    After the last token of a row, which zeros follow, nothing is to come: V is 0 there, for a completion that was cut off too.
+    Example: rewards 0 1 of two tokens, values 0.5 0.75, γ = 1, λ = 0.5: δ = 0.25 0.25, advantages 0.375 0.25.
+    """
+    delta_BT = reward_BT + gamma * torch.nn.functional.pad(value_BT[:, 1:], (0, 1)) - value_BT
+    advantage_BT = torch.zeros_like(delta_BT)
+    after_B = torch.zeros_like(delta_BT[:, 0]) if delta_BT.numel() else delta_BT.new_zeros(0)
+    for t in reversed(range(delta_BT.shape[1])):
+        after_B = advantage_BT[:, t] = delta_BT[:, t] + gamma * gae_lambda * after_B
+    return advantage_BT
+
+
+def whitened(x_M: Tensor, eps: float = 1e-8) -> Tensor:
+    """(x − mean) / (std + eps) over all of it; 0 where all values are equal. Source: PPO as OpenAI's baselines have it, arXiv 2005.12729."""
+    return _standardize(x_M, torch.zeros(len(x_M), dtype=torch.long), 1, eps)
 
 
 def soft_overlong_penalty(num_tokens: int, max_tokens: int, cache_tokens: int) -> float:

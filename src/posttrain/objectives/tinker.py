@@ -38,7 +38,7 @@ def importance_sampling(logp_M: Tensor, given: Streams, config: LossConfig) -> T
     return unclipped(_ratio(logp_M, given), given["advantages"], logp_M, PolicySpec())
 
 
-def ppo(logp_M: Tensor, given: Streams, config: LossConfig) -> Tensor:
+def clipped_ratio(logp_M: Tensor, given: Streams, config: LossConfig) -> Tensor:
     """−min(p/q·A, clip(p/q, low, high)·A)."""
     return clipped(_ratio(logp_M, given), given["advantages"], logp_M, _spec(config))
 
@@ -67,7 +67,7 @@ _SAMPLED = ("logprobs", "advantages")
 TINKER_LOSSES: Mapping[str, TinkerLoss] = {
     "cross_entropy": TinkerLoss(weighted_nll, ("weights",)),
     "importance_sampling": TinkerLoss(importance_sampling, _SAMPLED),
-    "ppo": TinkerLoss(ppo, _SAMPLED, {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}),
+    "ppo": TinkerLoss(clipped_ratio, _SAMPLED, {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}),
     "cispo": TinkerLoss(cispo_of_two_sides, _SAMPLED, {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}),
     "dro": TinkerLoss(dro, _SAMPLED, {"beta": 0.05}),
 }

@@ -23,7 +23,6 @@ from posttrain.models.continued import base_keys, is_continued
 from posttrain.models.device import place
 from posttrain.models.load import load_config, load_tokenizer, missing_chat_template, model_shape, stored_dtype
 from posttrain.models.provenance import was_tuned_by_us
-from posttrain.objectives.terms import spec_from
 from posttrain.pipeline.selection import spec_of, without_dev
 from posttrain.planner.fit import cannot_fit, fits, shortfall
 from posttrain.planner.machine import available_bytes
@@ -64,7 +63,7 @@ def check_all(keys: PipelineKeys) -> dict[str, tuple[Suite, SuiteKeys]]:
         limits_of(stage.keys.lint)
         rules_for(stage.kind, stage.keys.health)
         if stage.kind in OBJECTIVES:
-            spec_from(OBJECTIVES[stage.kind], stage.keys)
+            OBJECTIVES[stage.kind](stage.keys)
         for sources in filter(None, (stage.keys.datasets, stage.keys.eval_datasets)):
             read_nouns(sources, stage.keys.row_kind)
         if isinstance(stage.keys, RLKeys) and stage.keys.ptx_datasets:

@@ -16,6 +16,7 @@ from posttrain.config.datasets import DatasetKeys
 from posttrain.config.episodes import EpisodeKeys
 from posttrain.config.migrate import drift
 from posttrain.config.pipeline import PipelineKeys
+from posttrain.config.ppo import PPOKeys
 from posttrain.config.resolved import SCHEMA, to_data
 from posttrain.config.rl import RLKeys, SamplingKeys
 from posttrain.config.stages import TrainKeys
@@ -102,6 +103,8 @@ def data_pins(keys: TrainKeys) -> dict[str, str]:
         pins[name if name not in pins else f"{name}#{len(pins) + 1}"] = _source(source)
     if isinstance(keys, RLKeys):
         pins["rewards"] = reward_digest(keys.reward_funcs, keys.reward_kwargs, keys.reward_weights)
+    if isinstance(keys, PPOKeys) and keys.value_model is not None:
+        pins["value_model"] = source_digest(keys.value_model)
     if isinstance(keys, EpisodeKeys) and keys.plays:
         pins["episodes"] = specs_digest(keys.played_with)
     for number, teacher in enumerate(keys.teachers if isinstance(keys, SamplingKeys) else ()):

@@ -136,6 +136,11 @@ def _sampling(memory: MemoryPlan, cluster: Cluster, kind: str, keys: Mapping[str
     if workload.teachers_held:
         sizes = (cluster.device, traffic.trained_tokens, cluster.num_devices, 1, traffic.sequence)
         phases["teachers"] = sum(logp_s(teacher, *sizes) for teacher in workload.teachers_held)
+    for critic in workload.critics_held:
+        sizes = (cluster.device, traffic.trained_tokens, cluster.num_devices, 1, traffic.sequence)
+        whole = replace(loop, adapter=False, scoring_models=0)
+        trained = step_time(critic, replace(cluster, device=device), traffic, whole).train_s
+        phases["critic"] = logp_s(critic, *sizes) + trained
     if not times.shares_weights:
         phases["sync"] = times.sync_s
     phases = _with_copies(phases, _copied_to_sample(memory, traffic, loop), cluster.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from posttrain.planner.engine import OURS, SamplingEngine, engine_parts
@@ -96,23 +96,26 @@ class Workload:
     """Frozen models besides: those that teach, where they are other weights than the policy's."""
     judges_held: Sequence[ModelShape] = ()
     """Those whose opinion is a reward; whole on every process."""
+    critics_held: Sequence[ModelShape] = ()
+    """Those that are trained beside the policy, with all their weights."""
     sharding: ShardingPlan = FULLY
 
     @classmethod
     def from_keys(
-        cls,
-        keys: Mapping[str, Any],
-        *,
-        device_has_bf16: bool,
-        on_cpu: bool,
-        teachers: Sequence[ModelShape] = (),
-        judges: Sequence[ModelShape] = (),
-        **traits: bool,
-    ) -> Workload:
+        cls, keys: Mapping[str, Any], *, device_has_bf16: bool, on_cpu: bool, teachers: Sequence[ModelShape] = (),
+        judges: Sequence[ModelShape] = (), critics: Sequence[ModelShape] = (), **traits: bool,
+    ) -> Workload:  # fmt: skip
         """From the dumped keys of a stage and its traits; `bf16: auto` is decided by the device."""
         known: dict[str, Any] = {name: keys[name] for name in cls.__dataclass_fields__ if name in keys}
         bf16 = device_has_bf16 if keys.get("bf16", "auto") == "auto" else bool(keys["bf16"])
-        known |= {"bf16": bf16, "on_cpu": on_cpu, "teachers_held": teachers, "judges_held": judges, **traits}
+        known |= {
+            "bf16": bf16,
+            "on_cpu": on_cpu,
+            "teachers_held": teachers,
+            "judges_held": judges,
+            "critics_held": critics,
+            **traits,
+        }
         if "rollout" in known:
             known["rollout"] = SamplingEngine.from_keys(known["rollout"])
         if "sharding" in known:
@@ -211,20 +214,25 @@ def estimate_memory(shape: ModelShape, workload: Workload, shards: int = 1) -> M
         shape.num_params if workload.adapter == "none" else adapter_params(shape, workload.lora_r, workload.lora_target)
     )
     paged_out = workload.optim in _PAGED and not workload.on_cpu
+    is_copied = workload.on_cpu and workload.save_steps > 0
     optimizer = 0 if paged_out else int(trained * _BYTES_OPTIMIZER[workload.optim])
+    # One after the other, so that the larger of them counts.
+    whole = replace(workload, adapter="none", load_in_4bit=False, layer_offloading=False)
+    in_training = [(shape, workload), *((critic, whole) for critic in workload.critics_held)]
     parts = {
         "weights": _weight_bytes(shape, workload) + (_offloaded_bytes(shape, workload) if shards == 1 else 0),
         "adapter": trained * _BYTES_MASTER if workload.adapter != "none" else 0,
         "reference": _reference_bytes(shape, workload, trained),
         "teachers": sum(teacher.num_params * _frozen_bytes(teacher, workload) for teacher in workload.teachers_held),
+        "critic": _critic_bytes(workload),
         "judges": sum(judge.num_params * _frozen_bytes(judge, workload) for judge in workload.judges_held),
-        "autocast": _autocast_bytes(shape, workload),
+        "autocast": max(_autocast_bytes(of, how) for of, how in in_training),
         "gradients": trained * _BYTES_GRADIENT,
         "optimizer": optimizer,
-        "activations": _activation_bytes(shape, workload),
+        "activations": max(_activation_bytes(of, how) for of, how in in_training),
         "logits": _logit_bytes(shape, workload),
         # With save_steps, a thread writes copies while the run goes on; they are made on the host.
-        "checkpoint": trained * _BYTES_MASTER + optimizer if workload.on_cpu and workload.save_steps else 0,
+        "checkpoint": (trained * _BYTES_MASTER + optimizer + _critic_bytes(workload, 0)) * is_copied,
         **_engine_bytes(shape, workload),
         "replica": _replica_bytes(shape, workload, trained) if workload.rollout.needs_copy else 0,
         "export": _export_bytes(shape, workload, shards),
@@ -238,7 +246,7 @@ def estimate_memory(shape: ModelShape, workload: Workload, shards: int = 1) -> M
     return MemoryPlan({name: size for name, size in parts.items() if size}, shape, workload, trained, shards, host)
 
 
-_SHARDED = ("weights", "adapter", "reference", "teachers", "gradients", "optimizer", "checkpoint")
+_SHARDED = ("weights", "adapter", "reference", "teachers", "critic", "gradients", "optimizer", "checkpoint")
 
 
 def _shared_out(parts: Mapping[str, int], shape: ModelShape, workload: Workload, shards: int) -> dict[str, int]:
@@ -339,6 +347,13 @@ def _host_bytes(shape: ModelShape, workload: Workload, shards: int) -> dict[str,
 
 def _pinned(num_bytes: int) -> int:
     return 1 << (num_bytes - 1).bit_length()
+
+
+def _critic_bytes(workload: Workload, of_gradients: int = _BYTES_GRADIENT) -> int:
+    """Masters, gradients and optimizer of what is trained whole beside the policy."""
+    paged_out = workload.optim in _PAGED and not workload.on_cpu
+    each = _BYTES_MASTER + of_gradients + (0 if paged_out else _BYTES_OPTIMIZER[workload.optim])
+    return int(sum(critic.num_params for critic in workload.critics_held) * each)
 
 
 def _frozen_bytes(shape: ModelShape, workload: Workload) -> int:

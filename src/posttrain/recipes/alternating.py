@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
-from posttrain.config.rl import GRPOKeys
+from posttrain.config.rl import PolicyGradientKeys
 from posttrain.health.controls import Controls
 from posttrain.protocols import Ranks
 from posttrain.recipes.engines import sampling_params
@@ -23,7 +23,7 @@ class Alternating:
 
     def __init__(
         self,
-        keys: GRPOKeys,
+        keys: PolicyGradientKeys,
         sample: SampleGroups,
         decode: Decode,
         score: ScoreRewards,
@@ -80,6 +80,6 @@ class Alternating:
         return score_groups(rows, completions, self._decode, self._score) if rows else []
 
 
-def batches_skipped(controls: Controls, keys: GRPOKeys) -> int:
+def batches_skipped(controls: Controls, keys: PolicyGradientKeys) -> int:
     """After rollbacks the prompts of the abandoned steps are passed over."""
     return math.ceil(controls.skipped / (keys.steps_per_generation * keys.num_iterations))

@@ -10,7 +10,7 @@ from typing import Any
 from posttrain.checkpoint.store import CheckpointStore
 from posttrain.config.stages import TrainKeys
 from posttrain.errors import TrainingError
-from posttrain.health.checks import SKIPPED
+from posttrain.health.checks import CRITIC_GRAD_NORM, SKIPPED
 from posttrain.health.controls import Controls, after
 from posttrain.health.monitor import Monitor
 from posttrain.health.rules import GUARDS, HOLDING, rules_for
@@ -47,7 +47,9 @@ class TrainingGuard:
         findings = self._findings(lambda: self._monitor.before_update(StepReport(step, metrics)))
         self._act(findings)
         # Whatever the rules were changed to: what is not a number never reaches the weights.
-        finite = all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm") if name in metrics)
+        finite = all(
+            math.isfinite(metrics[name]) for name in ("loss", "grad_norm", CRITIC_GRAD_NORM) if name in metrics
+        )
         return finite and not any(finding.action == "skip_step" for finding in findings)
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from posttrain.objectives.preference import PreferenceSpec
 from posttrain.objectives.spec import PolicySpec
-from posttrain.recipes import distill, dpo, grpo, reward_model, sft
+from posttrain.objectives.terms import spec_from
+from posttrain.recipes import distill, dpo, grpo, ppo, reward_model, sft
+from posttrain.recipes.critic import ppo_objective
 from posttrain.recipes.run_folder import StageResult
 from posttrain.recipes.stage import Stage
 
@@ -16,9 +19,14 @@ LOOPS: dict[str, Callable[[Any, Stage], StageResult]] = {
     "dpo": dpo.run,
     "reward_model": reward_model.run,
     "grpo": grpo.run,
+    "ppo": ppo.run,
     "distill": distill.run,
 }
 """Kind → its loop."""
 
-OBJECTIVES: dict[str, type[PreferenceSpec | PolicySpec]] = {"dpo": PreferenceSpec, "grpo": PolicySpec}
+OBJECTIVES: dict[str, Callable[[Any], object]] = {
+    "dpo": partial(spec_from, PreferenceSpec),
+    "grpo": partial(spec_from, PolicySpec),
+    "ppo": ppo_objective,
+}
 """Kind → what refuses combinations of keys that its loss is not defined for; a kind without a row has none to refuse."""

@@ -80,13 +80,18 @@ def update(
     if not stage.guard.allows(step, {**values, **report}):
         optimizer.zero_grad(set_to_none=True)
         return report | {"skipped_step": 1.0}
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_ratio", 1.0)
     # The last trained tensor (a norm, the head, an adapter's B) has a gradient whatever the tokens of the step are.
     probe = parameters[-1]
     before = probe.detach().clone()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    take_step(optimizer, lr)
     own = float(sharding.local(probe.detach() - before).square().sum()) if sharding.has_first_copy else 0.0
     moved = math.sqrt(stage.processes.sum([own])[0])
     return report | {"update_norm": moved}
+
+
+def take_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Move the weights at this learning rate, and clear their gradient."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""Who says how likely a sample is: the trainer, the reference."""
+"""Who says how likely a sample is: the trainer, the reference; and what may be expected of it: a critic."""
 
 from __future__ import annotations
 
@@ -43,9 +43,23 @@ class ReferenceScorer:
         return _scored(self, groups, lambda batch: self.policy.reference_logp(batch, self.temperature))
 
 
+@dataclass(frozen=True)
+class ValueScorer:
+    """What a critic expects before each trained token, under its present weights."""
+
+    policy: Policy
+    at_once: int
+    ranks: Ranks
+
+    def values(self, groups: Sequence[Sequence[Sample]]) -> list[np.ndarray]:
+        return _scored(self, groups, self.policy.rewards)
+
+
 @torch.no_grad()
 def _scored(
-    by: PolicyScorer | ReferenceScorer, groups: Sequence[Sequence[Sample]], score: Callable[[Batch], torch.Tensor]
+    by: PolicyScorer | ReferenceScorer | ValueScorer,
+    groups: Sequence[Sequence[Sample]],
+    score: Callable[[Batch], torch.Tensor],
 ) -> list[np.ndarray]:
     found: list[np.ndarray] = []
     batches = [pack(micro) for micro in fill_with_groups(split_groups(groups, by.at_once), by.at_once)]

@@ -33,10 +33,13 @@ from posttrain.recipes.memory import is_out_of_memory, why_not_loaded, why_out_o
 from posttrain.recipes.rollback import RolledBack, restore_best
 from posttrain.recipes.run_folder import RunFolder, StageResult, Watchers
 from posttrain.recipes.stop import StopFlag, StoppedPolitely
-from posttrain.recipes.train_state import Checkpoints, TrainState
+from posttrain.recipes.train_state import Checkpoints, Learner, TrainState
 from posttrain.rollout.sampling import request_seed
 
 log = logging.getLogger(__name__)
+
+CRITIC = "critic"
+"""The folder of a stage that holds its critic, where it has one."""
 
 
 class Closes(Protocol):
@@ -77,7 +80,9 @@ class Stage:
         self._open.append(part)
         return part
 
-    def resume(self, policy: Policy, optimizer: torch.optim.Optimizer, total_steps: int) -> TrainState:
+    def resume(
+        self, policy: Policy, optimizer: torch.optim.Optimizer, total_steps: int, critic: Learner | None = None
+    ) -> TrainState:  # fmt: skip
         """Where to go on: the newest valid checkpoint, or the beginning. Cuts the metrics back to it.
 
         After a rollback what was abandoned is discarded first, and the controls it decided on hold from here.
@@ -85,7 +90,8 @@ class Stage:
         store, guard = self.checkpoints.store, self.guard
 
         def tidy() -> None:
-            weights = sum(p.numel() * p.element_size() for _, p in policy.trainable())
+            models = [policy] if critic is None else [policy, critic.policy]
+            weights = sum(p.numel() * p.element_size() for model in models for _, p in model.trainable())
             check_writable(self.folder, needed_bytes=4 * weights)
             sweep(self.folder)
             sweep(store.folder)
@@ -93,7 +99,8 @@ class Stage:
 
         self.ranks.main_only(tidy)
         world_size = self.processes.world_size
-        state = self.state = TrainState(policy, optimizer, guard, world_size, self.keys.rows_per_step(world_size))
+        rows = self.keys.rows_per_step(world_size)
+        state = self.state = TrainState(policy, optimizer, guard, world_size, rows, critic=critic)
         going_back = bool(guard.rollbacks)
         ref = self.checkpoints.newest()
         if ref is not None:
@@ -151,6 +158,8 @@ class Stage:
         Raises: StoppedPolitely before it is written; the last checkpoint is, so the next start exports again.
         """
         policy, guard = state.policy, self.guard
+        if state.critic is not None:
+            self._export_critic(state.critic.policy)
         logits, model_dir = probe_logits(policy.model), self.folder / "model"
         total: TotalReport | None = None
         with disk_errors(self.folder):
@@ -174,6 +183,11 @@ class Stage:
             result.save()
         self.close()
         return result
+
+    def _export_critic(self, critic: Policy) -> None:
+        """Into a folder beside the model, from which another stage may go on: it is no part of what ships."""
+        with disk_errors(self.folder):
+            save_policy(critic, self.folder / CRITIC, critic.under, ranks=self.ranks, between=self._stop_if_asked)
 
     def _stop_if_asked(self) -> None:
         if self._is_stopping():

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from posttrain.config.ppo import PPOKeys
 from posttrain.config.rl import RLKeys, SamplingKeys
 from posttrain.config.stages import ModelKeys, TrainKeys
 from posttrain.config.teachers import TeacherKeys
@@ -153,6 +154,7 @@ def shapes_beside(keys: TrainKeys) -> dict[str, Any]:
     paid_by = held_models(keys.reward_funcs) if isinstance(keys, RLKeys) else []
     held = {
         "teachers": [_keys_of(one, keys) for one in asked if one.is_loaded],
+        "critics": [keys.critic] if isinstance(keys, PPOKeys) else [],
         "judges": [ModelKeys.model_validate({"base_model": one, "device": keys.device}) for one in paid_by],
     }
     return {

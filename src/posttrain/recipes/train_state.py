@@ -2,7 +2,7 @@
 
 A checkpoint holds `weights.safetensors` (what is trained) and `optimizer.safetensors`, of each a part per rank where there
 are several (`weights-00001-of-00002.safetensors`), in RL `experience.safetensors` (the
-samples of the generation batch in hand), and `state.json` (the rest).
+samples of the generation batch in hand), and `state.json` (the rest). A critic has files of its own: `critic_weights…`, `critic_optimizer…`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,14 @@ FORMAT = 5
 _EXPERIENCE = "experience.safetensors"
 
 
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """A model in training, and what moves it."""
+
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+
+
 @dataclass
 class TrainState:
     """All of it is in a checkpoint. `step` counts finished steps, `empty_steps` those of them that had nothing to learn from;
@@ -60,6 +68,13 @@ class TrainState:
     solved: Solved = field(default_factory=dict[int, tuple[float, bool]])
     best: tuple[int, float] | None = None
     """Step and score of the best checkpoint at the time of this one."""
+    critic: Learner | None = None
+    """What is trained beside the policy, where something is."""
+
+    def learners(self) -> dict[str, Learner]:
+        """What is trained, by how the names of its files begin."""
+        beside = {} if self.critic is None else {"critic_": self.critic}
+        return {"": Learner(self.policy, self.optimizer), **beside}
 
     def to_json(self) -> dict[str, Any]:
         """What is not a tensor."""
@@ -120,16 +135,8 @@ class Checkpoints:
                 f"process(es); this start makes it {state.rows_per_step}, on {state.world_size}. Set num_processes: "
                 f"{record['world_size']} and gradient_accumulation_steps as it was, or start anew in another output_dir"
             )
-        policy, sharding = state.policy, state.policy.sharding
-        own: dict[str, Any] = policy.model.state_dict()
-        frozen = own.keys() - {name for name, _ in policy.trainable()}
-        with TensorParts(ref.path, "weights") as parts:
-            weights = {name: _share(parts, name, own.get(name), sharding) for name in parts.names()}
-        sharding.load_state(policy.model, weights, optional=frozen)
-        with TensorParts(ref.path, "optimizer") as parts:
-            tensors = {name: _share(parts, name, own.get(name.split("|")[0]), sharding) for name in parts.names()}
-        sharding.load_optimizer_state(policy.model, state.optimizer, unflatten(tensors, record["scalars"]))
-        _keep_in_pages(state.optimizer)
+        for prefix, learner in state.learners().items():
+            _load_learner(ref.path, prefix, learner, record[f"{prefix}scalars"])
         return record
 
     def mark_best(self, step: int, score: float) -> None:
@@ -145,19 +152,15 @@ class Checkpoints:
         Raises: CheckpointError, also for the write that was under way.
         """
         self.flush()
-        policy, sharding = state.policy, state.policy.sharding
-        names = {name for name, _ in policy.trainable()}
-        own: dict[str, Any] = policy.model.state_dict()
-        tensors, scalars = flatten_optimizer(sharding.optimizer_state(policy.model, state.optimizer))
         parts: dict[str, dict[str, Share]] = {}
-        if sharding.has_first_copy:
-            weights = {name: own[name] for name in own if name in names}
-            for stem, held in (("weights", weights), ("optimizer", tensors)):
-                parts[stem] = _on_host({name: sharding.share_of(held[name]) for name in held}, copy=not wait)
-        of = sharding.num_shards
+        scalars: dict[str, Any] = {}
+        for prefix, learner in state.learners().items():
+            held, scalars[f"{prefix}scalars"] = _held_by(learner)
+            parts |= {f"{prefix}{stem}": _on_host(shares, copy=not wait) for stem, shares in held.items()}
+        of = state.policy.sharding.num_shards
         if self._ranks.is_main:
             state.best = self.store.best()
-            record = state.to_json() | {"scalars": scalars}
+            record = state.to_json() | scalars
             experience = None if state.experience is None else to_arrays(state.experience.groups)
             self._writing = self._writer.submit(self._write, state.step, parts, of, experience, record)
         else:
@@ -215,6 +218,31 @@ class Checkpoints:
             for stem, shares in parts.items():
                 write_part(folder / part_name(stem, self._ranks.rank, of), shares)
         return step, {}
+
+
+def _held_by(learner: Learner) -> tuple[dict[str, dict[str, Share]], dict[str, Any]]:
+    """This rank's shares of what is saved of it, none on a further copy of the model; and of its optimizer what is no tensor."""
+    policy, sharding = learner.policy, learner.policy.sharding
+    names = {name for name, _ in policy.trainable()}
+    own: dict[str, Any] = policy.model.state_dict()
+    tensors, scalars = flatten_optimizer(sharding.optimizer_state(policy.model, learner.optimizer))
+    if not sharding.has_first_copy:
+        return {}, scalars
+    saved = {"weights": {name: own[name] for name in own if name in names}, "optimizer": tensors}
+    return {stem: {n: sharding.share_of(held[n]) for n in held} for stem, held in saved.items()}, scalars
+
+
+def _load_learner(folder: Path, prefix: str, learner: Learner, scalars: Mapping[str, Any]) -> None:
+    policy, sharding = learner.policy, learner.policy.sharding
+    own: dict[str, Any] = policy.model.state_dict()
+    frozen = own.keys() - {name for name, _ in policy.trainable()}
+    with TensorParts(folder, f"{prefix}weights") as parts:
+        weights = {name: _share(parts, name, own.get(name), sharding) for name in parts.names()}
+    sharding.load_state(policy.model, weights, optional=frozen)
+    with TensorParts(folder, f"{prefix}optimizer") as parts:
+        tensors = {name: _share(parts, name, own.get(name.split("|")[0]), sharding) for name in parts.names()}
+    sharding.load_optimizer_state(policy.model, learner.optimizer, unflatten(tensors, scalars))
+    _keep_in_pages(learner.optimizer)
 
 
 def _on_host(shares: Mapping[str, Share], *, copy: bool) -> dict[str, Share]:

@@ -128,6 +128,11 @@ PANELS: dict[LearnsFrom, tuple[Panel, ...]] = {
         _ENTROPY,
         Panel("Distance to the start", "KL divergence from the reference model.", ("kl",)),
         _TEACHER_GAP,
+        Panel(
+            "What the critic explains",
+            "Share of the variance of the returns that its values explain: 1 is all of it, 0 no more than a constant would.",
+            ("critic/vf_explained_var",),
+        ),
         _LENGTH,
         _CUT_OFF,
         Panel(

@@ -31,7 +31,7 @@ COLUMNS: dict[LearnsFrom, tuple[Column, ...]] = {
     "rated pairs": (("loss", "loss", ".3f"), ("accuracy", "rewards/accuracies", ".2f"), ("margin", "rewards/margins", ".3f"), ("eval_loss", "eval_loss", ".3f"), *_SHARED),
     "samples": (
         ("reward", "reward", ".3f"), ("std", "reward_std", ".3f"), ("entropy", "entropy", ".2f"), ("kl", "kl", ".4f"),
-        ("length", "completions/mean_length", ".0f"), ("truncated", "completions/clipped_ratio", ".2f"), *_SHARED,
+        ("explained", "critic/vf_explained_var", ".2f"), ("length", "completions/mean_length", ".0f"), ("truncated", "completions/clipped_ratio", ".2f"), *_SHARED,
     ),
     "teachers": (
         ("loss", "loss", ".3f"), ("gap", "teacher/gap", ".3f"), ("entropy", "entropy", ".2f"), ("eval_loss", "eval_loss", ".3f"),

@@ -155,7 +155,7 @@ ROWS: dict[str, KeyFate] = {
     "ld_alpha": to("ld_alpha"),
     "ref_model": refused("the reference is the model the stage starts from", "take it out"),
     **rows(left("it is read with ref_model only"), "ref_model_adapters", "ref_model_quantization_bit"),
-    "reward_model": refused("a model as reward is named among the rewards of grpo here, and there is no PPO", "write a YAML for posttrain grpo with reward_funcs: [model:FOLDER]"),
+    "reward_model": refused("a model as reward is named among the rewards here", "write a YAML for posttrain ppo or grpo with reward_funcs: [model:FOLDER]"),
     **rows(left("it is read with reward_model only"), "reward_model_adapters", "reward_model_quantization_bit", "reward_model_type"),
     **rows(left("it is read with stage: ppo only"), "ppo_buffer_size", "ppo_epochs", "ppo_score_norm", "ppo_target", "ppo_whiten_rewards"),
     "warmup_steps": joint("warmup_steps"),
@@ -177,7 +177,7 @@ def stage(source: Mapping[str, Any]) -> Kind | Refusal:
     why = {
         "pt": "pre-training on running text",
         "rm": "the import of reward models",
-        "ppo": "PPO with a reward model",
+        "ppo": "the import of PPO",
     }.get(asked, "it")
     return Refusal("stage", f"{asked}: {why} is not done here", f"set stage: sft, dpo or kto, or {_OTHER}")
 

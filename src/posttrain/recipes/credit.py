@@ -1,0 +1,183 @@
+"""What each sampled token was worth: a completion's reward against its group's, shared out by teachers where there are any.
+
+A critic says it otherwise (`critic.py`); the collector asks either in the same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from posttrain.config.rl import GRPOKeys, PolicyGradientKeys
+from posttrain.objectives.advantages import AdvantageSpec, as_rewards, compute_advantages
+from posttrain.objectives.distill import TEACHER_ADVANTAGES, coefficient_at
+from posttrain.objectives.policy import advantage_estimator_of
+from posttrain.objectives.spec import PolicySpec
+from posttrain.objectives.terms import spec_from
+from posttrain.protocols import Scorer
+from posttrain.recipes.sampled import Numbered, group_indices
+from posttrain.recipes.teachers import Teachers
+from posttrain.recipes.train_state import Learner
+from posttrain.rollout.experience import Group
+from posttrain.types import Episode
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """One prompt's group on its way to all ranks: samples without advantage, a row of rewards for each, how each ended."""
+
+    number: int
+    samples: Group
+    rewards: list[list[float | None]]
+    lengths: list[int]
+    truncated: list[bool]
+    kl: list[float]
+    """To the reference, of each completion; empty where it is no part of the reward."""
+    counts: list[Mapping[str, float]]
+    """Of each completion: what asking models for its rewards came to."""
+    said: list[np.ndarray] | None
+    """Of each sample, what teachers or a critic say of its trained tokens; None where nobody was asked."""
+    episodes: list[Episode]
+    """What they were like, without what was said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credited:
+    """The groups with their advantages, and the rewards behind them: NaN is unscored. `zero_std_P`: which groups teach
+    nothing because their rewards are equal; None where such groups teach."""
+
+    groups: tuple[Group, ...]
+    rewards_BK: torch.Tensor
+    reward_B: torch.Tensor
+    zero_std_P: torch.Tensor | None
+    metrics: dict[str, float]
+
+
+class Credit(Protocol):
+    """Gives the samples of a generation batch their advantages."""
+
+    @property
+    def objective(self) -> PolicySpec:
+        """The loss that reads them."""
+        ...
+
+    @property
+    def critic(self) -> Learner | None:
+        """What it has of its own to train."""
+        ...
+
+    def opinions(
+        self, numbered: Sequence[Numbered], groups: Sequence[Group], olds: Sequence[np.ndarray | None]
+    ) -> Iterator[np.ndarray] | None:
+        """`Made.said` of this rank's samples; `olds` are the trainer's log-probs where they are known."""
+        ...
+
+    def credited(self, made: Sequence[Made], generation: int, beta: float) -> Credited:
+        """Of all ranks' groups, in order; `beta` weighs a KL in the reward."""
+        ...
+
+    def teaches(self, group: Group, objective: PolicySpec) -> bool:
+        """Whether a group moves weights."""
+        ...
+
+
+class GroupCredit:
+    """A `Credit`: rewards against those of their group, their batch or nothing, and what teachers make of it."""
+
+    critic = None
+
+    def __init__(self, keys: GRPOKeys, teachers: Teachers, trainer: Scorer) -> None:
+        self._keys, self._teachers, self._trainer = keys, teachers, trainer
+        self.objective = spec_from(PolicySpec, keys)
+
+    def opinions(
+        self, numbered: Sequence[Numbered], groups: Sequence[Group], olds: Sequence[np.ndarray | None]
+    ) -> Iterator[np.ndarray] | None:
+        """log teacher − log policy, both from the same forward: a sampler's rounding is no lesson."""
+        if not self._keys.teachers:
+            return None
+        corrected = self._keys.importance_sampling_correction != "off"
+        own = [known(old) for old in olds] if corrected else self._trainer.logp(groups)
+        lessons = [(group.prompt, samples) for (_, group), samples in zip(numbered, groups, strict=True)]
+        return iter([teacher - policy for teacher, policy in zip(self._teachers.logp(lessons), own, strict=True)])
+
+    def credited(self, made: Sequence[Made], generation: int, beta: float) -> Credited:
+        rewards = [row for one in made for row in one.rewards]
+        append(rewards, [-beta * kl for one in made for kl in one.kl])
+        rewards_BK = as_rewards(rewards)
+        found = compute_advantages(
+            rewards_BK, group_indices([len(one.rewards) for one in made]), self._spec(rewards_BK.shape[1])
+        )
+        coef = self._teacher_coef(generation)
+        groups = tuple(self._advised(one, each, coef) for one, each in _by_group(made, found.advantage_B))
+        metrics = _gap(made) | {"teacher/coef": coef} if self._keys.teachers else {}
+        return Credited(groups, rewards_BK, found.reward_B, found.zero_std_P, metrics)
+
+    def teaches(self, group: Group, objective: PolicySpec) -> bool:
+        """By an advantage, or by a term that needs none."""
+        pulled = objective.entropy_coef > 0 or (objective.beta > 0 and not self._keys.kl_in_reward)
+        return any(s.num_loss_tokens and (pulled or (s.advantage is not None and s.advantage.any())) for s in group)
+
+    def _spec(self, num_columns: int) -> AdvantageSpec:
+        """Some losses are defined with their own baseline."""
+        spec = spec_from(AdvantageSpec, self._keys)
+        estimator = advantage_estimator_of(self._keys.loss_type, spec.advantage_estimator)
+        return replace(spec, reward_weights=column_weights(self._keys, num_columns), advantage_estimator=estimator)
+
+    def _teacher_coef(self, generation: int) -> float:
+        """At the first step that a generation batch is trained in."""
+        keys = self._keys
+        step = generation * keys.steps_per_generation * keys.num_iterations
+        return coefficient_at(keys.teacher_coef, step, keys.teacher_warmup_steps, keys.teacher_decay_steps)
+
+    def _advised(self, one: Made, advantages: Sequence[float], coef: float) -> Group:
+        """The samples with their advantages: one value each, or what teachers make of it token by token."""
+        if one.said is None:
+            each = [sample.constant(value) for sample, value in zip(one.samples, advantages, strict=True)]
+        else:
+            of_tokens = TEACHER_ADVANTAGES[self._keys.teacher_advantage]
+            pairs = zip(advantages, one.said, strict=True)
+            each = [_of_tokens(of_tokens, value, ratio, coef, self._keys.teacher_clip) for value, ratio in pairs]
+        return tuple(
+            replace(s, advantage=values, ref_logp=None if self._keys.kl_in_reward else s.ref_logp)
+            for s, values in zip(one.samples, each, strict=True)
+        )
+
+
+def column_weights(keys: PolicyGradientKeys, num_columns: int) -> list[float]:
+    """Shaping columns come after the reward functions and weigh 1."""
+    weights = list(keys.reward_weights or [1.0] * len(keys.reward_funcs))
+    return weights + [1.0] * (num_columns - len(weights))
+
+
+def append(rows: list[list[float | None]], values: Sequence[float]) -> None:
+    """A column of shaping, where there are values. A completion that could not be scored has none: shaping alone would make it count as scored."""
+    for row, value in zip(rows, values, strict=bool(values)):
+        row.append(None if all(part is None for part in row) else value)
+
+
+def known(logp: np.ndarray | None) -> np.ndarray:
+    assert logp is not None
+    return logp
+
+
+def _by_group(made: Sequence[Made], advantage_B: torch.Tensor) -> Iterator[tuple[Made, list[float]]]:
+    parts = advantage_B.split([len(one.samples) for one in made])
+    return ((one, part.tolist()) for one, part in zip(made, parts, strict=True))
+
+
+def _of_tokens(
+    of_tokens: Callable[..., torch.Tensor], advantage: float, log_ratio: np.ndarray, coef: float, clip: float
+) -> np.ndarray:
+    values_M = of_tokens(torch.tensor(advantage, dtype=torch.float64), torch.from_numpy(log_ratio).double(), coef, clip)
+    return values_M.float().numpy()
+
+
+def _gap(made: Sequence[Made]) -> dict[str, float]:
+    """log policy − log teacher, a mean over tokens: what is left of KL(policy‖teacher), as far as the samples tell it."""
+    ratio_M = np.concatenate([ratio for one in made for ratio in one.said or ()])
+    return {"teacher/gap": -float(ratio_M.mean(dtype=np.float64))} if ratio_M.size else {}

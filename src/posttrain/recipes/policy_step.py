@@ -1,0 +1,124 @@
+"""One optimizer step of a policy on groups of samples: its loss, what that is divided by, its micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from posttrain.config.rl import PolicyGradientKeys
+from posttrain.models.batch import pack
+from posttrain.models.policy import Policy
+from posttrain.models.trie import TrieNode, shared_segments
+from posttrain.objectives.policy import PolicyInputs, policy_loss
+from posttrain.objectives.ratios import bounded_exp
+from posttrain.objectives.reduce import Normalizer
+from posttrain.objectives.spec import PolicySpec
+from posttrain.objectives.terms import LossTerms
+from posttrain.protocols import Ranks
+from posttrain.recipes.balance import deal, tree_cost
+from posttrain.recipes.batches import MicroBatch, fill_with_groups, split_groups
+from posttrain.rollout.experience import Group
+from posttrain.types import Ratio, Sample
+
+
+def loss(
+    policy: Policy,
+    groups: Sequence[Group],
+    spec: PolicySpec,
+    norm: Normalizer,
+    keys: PolicyGradientKeys,
+    *,
+    on_policy: bool,
+) -> LossTerms:
+    """This micro-batch's share of the step's loss. The completions of a group attend to one copy of their prompt."""
+    batch = pack(groups)
+    samples = [sample for group in groups for sample in group]
+    scores = policy.score(batch, temperature=keys.temperature, entropy=True)
+    device = scores.logp_M.device
+    entropy_M = scores.entropy_M if spec.entropy_coef else _detached(scores.entropy_M)
+    old = "behavior_logp" if samples[0].old_logp is None else "old_logp"
+    old_logp_M = None if on_policy else stream(samples, old, device)
+    # Where the old log-probs are the sampler's own, comparing the two says nothing.
+    compared = on_policy or keys.importance_sampling_correction != "off"
+    inputs = PolicyInputs(
+        policy_logp_M=scores.logp_M,
+        advantage_M=stream(samples, "advantage", device),
+        seq_M=batch.seq_M.to(device),
+        num_sequences=batch.num_sequences,
+        old_logp_M=old_logp_M,
+        ref_logp_M=None if samples[0].ref_logp is None else stream(samples, "ref_logp", device),
+        behavior_logp_M=stream(samples, "behavior_logp", device) if compared else None,
+        entropy_M=entropy_M,
+    )
+    terms = policy_loss(inputs, _without_kl(spec) if keys.kl_in_reward else spec, norm)
+    terms.metrics.update(_largest_ratio(scores.logp_M, old_logp_M))
+    return policy.with_aux_loss(terms, scores.aux_loss, share=batch.num_sequences / norm.sequences)
+
+
+def _largest_ratio(logp_M: torch.Tensor, old_logp_M: torch.Tensor | None) -> dict[str, Ratio]:
+    """How many times as likely a token became within its generation batch, at most."""
+    if old_logp_M is None or not len(logp_M):
+        return {}
+    return {"importance_ratio/max": Ratio(float(bounded_exp((logp_M.detach() - old_logp_M).max())), 1.0)}
+
+
+def micro_batches_of(
+    groups: Sequence[Group], teaches: Callable[[Group], bool], at_once: int, ranks: Ranks
+) -> list[MicroBatch[Group]]:
+    """At most `at_once` completions at a time, as many micro-batches on every rank.
+
+    A larger group is split: each part holds a copy of the prompt, and the normaliser is the step's. What goes on together
+    after the prompt stays together. Groups that teach nothing are left out; they still count in the normaliser. None at
+    all where no group teaches anything.
+    """
+    useful = [_by_branches(group) for group in groups if teaches(group)]
+    parts = split_groups(useful, at_once)
+    each = math.ceil(sum(map(len, parts)) / (at_once * ranks.world_size)) * at_once
+    share = deal([_group_cost(part) for part in parts], ranks.world_size, each, [len(part) for part in parts])[
+        ranks.rank
+    ]
+    micros = [MicroBatch(rows) for rows in fill_with_groups([parts[place] for place in share], at_once)]
+    most = max(ranks.gather(len(micros)))
+    return micros + [MicroBatch(split_groups(groups[:1], at_once)[:1], idle=True)] * (most - len(micros))
+
+
+def _by_branches(group: Group) -> Group:
+    """The samples as their tree has them: in their order where it has two levels."""
+    return tuple(group[node.row] for node in _segments(group) if node.is_leaf)
+
+
+def _group_cost(group: Group) -> float:
+    return tree_cost([(node.end - node.begin, node.begin) for node in _segments(group)])
+
+
+def _segments(group: Group) -> list[TrieNode]:
+    return shared_segments([[sample.ids for sample in group]])
+
+
+def normalizer(groups: Sequence[Group], keys: PolicyGradientKeys) -> Normalizer:
+    """Counted over the whole step, before it is dealt to the ranks."""
+    return Normalizer(
+        float(num_tokens(groups)), float(sum(len(group) for group in groups)), max_tokens=keys.max_completion_length
+    )
+
+
+def num_tokens(groups: Iterable[Group]) -> int:
+    return sum(sample.num_loss_tokens for group in groups for sample in group)
+
+
+def stream(samples: Sequence[Sample], name: str, device: torch.device) -> torch.Tensor:
+    """One stream of all samples, end to end. Shape: [M]."""
+    values = [getattr(sample, name) for sample in samples]
+    return torch.from_numpy(np.concatenate(values)).to(device)
+
+
+def _detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _without_kl(spec: PolicySpec) -> PolicySpec:
+    return replace(spec, beta=0.0)
