@@ -107,7 +107,7 @@ def test_episodes_are_valued_at_the_tokens_that_the_policy_sampled(train, runner
             num_prompts_per_step=8,
             max_completion_length=60,
             max_steps=2,
-            temperature=2.0,
+            stop=list("abcdefghijklmnopqrstuvwxyz "),
         )
     )
     assert max(row["env/turns"] for row in rows) > 1

@@ -89,7 +89,7 @@ def load_stage(
         if steps:
             set_key(settings, steps, override, model, problems, notes)
     settings.fill(("output_dir",), f"runs/{path.stem}")
-    marked = marked_kind(settings.values) or (next(iter(STAGE_KINDS)) if stage_kind(kind).rewarded else kind)
+    marked = marked_kind(settings.values, kind) or (next(iter(STAGE_KINDS)) if stage_kind(kind).rewarded else kind)
     keys = build(model, settings, kind, folder, problems, notes)
     if keys is not None:
         check_stage(kind, keys, settings, problems, notes)
@@ -159,8 +159,8 @@ def detect_kind(path: Path) -> str:
     return kind_of(values, tool) if tool else marked_kind(values) or next(iter(STAGE_KINDS))
 
 
-def marked_kind(values: Mapping[str, Any]) -> str | None:
-    """The kind that takes most of these keys and types of data, among equals one that needs no other key, then the first.
+def marked_kind(values: Mapping[str, Any], asked: str | None = None) -> str | None:
+    """The kind that takes most of these keys and types of data, among equals one that needs no other key, then the one asked for, then the first.
 
     None where all could be meant.
     """
@@ -173,7 +173,7 @@ def marked_kind(values: Mapping[str, Any]) -> str | None:
     taken = {name: names & _marks(row) for name, row in STAGE_KINDS.items()}
     if all(marks == set.intersection(*taken.values()) for marks in taken.values()):
         return None
-    return max(taken, key=lambda name: (len(taken[name]), _required(STAGE_KINDS[name]) <= set(values)))
+    return max(taken, key=lambda name: (len(taken[name]), _required(STAGE_KINDS[name]) <= set(values), name == asked))
 
 
 def _required(row: StageKind) -> set[str]:
