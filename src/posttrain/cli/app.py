@@ -74,6 +74,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "send_to_trackers",
         "Send to its trackers what a run has recorded and they have not got.",
     ),
+    "forecast": (
+        "posttrain.cli.forecast",
+        "forecast_run",
+        "Say where a run's reward will end, and whether to go on.",
+    ),
     "report": ("posttrain.cli.report", "report", "Write the HTML report of a run."),
     "diff": ("posttrain.cli.diff", "diff", "Compare two runs."),
     "mcp": (

@@ -12,7 +12,7 @@ from typing import Any
 
 from posttrain.data.dataset import Dataset, sequences
 from posttrain.data.origin import data_origins
-from posttrain.files import read_record, write_json
+from posttrain.files import read_json, read_record, write_json
 from posttrain.models.total import TotalReport
 from posttrain.protocols import MetricSink
 from posttrain.tracking.jsonl import EVENTS, JsonlSink, read_jsonl
@@ -80,9 +80,12 @@ class RunFolder:
         self._sink: MetricSink | None = None
 
     def open(self, step: int, total_steps: int) -> None:
-        """Cut the records back to `step` and go on from there."""
+        """Cut the records back to `step` and go on from there, to `total_steps`."""
         if not self._is_main:
             return
+        summary = self.path / "summary.json"
+        if summary.exists():
+            write_json(summary, read_json(summary) | {"total_steps": total_steps})
         records = JsonlSink(self.path)
         records.truncate_to(step)
         self._sink = MultiSink([records, *(self._watchers(self._kind, total_steps) if self._watchers else ())])

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from posttrain.files import write_atomic
-from posttrain.report import charts, checks, tables, words
+from posttrain.report import charts, checks, forecast, tables, words
 from posttrain.report.records import RunRecord, read_run
 
 
@@ -42,11 +42,12 @@ def _context(run: RunRecord) -> dict[str, Any]:
         for stage in run.stages
     ]
     samples = [(stage, tables.training_samples(stage)) for stage in run.stages if stage.samples]
+    forecasts = forecast.forecast_stages(run)
     contents = [
         ("scores", "Before and after", rows), ("gate", "The gate", run.gates), ("costs", "Cost and gain", run.stages),
         ("data", "The data", data or checks.lint_rows(run)), ("health", "Health", True),
         *((f"certificate-{place}", f"Reward certificate {view.stage}", True) for place, view in enumerate(certificates, 1)),
-        ("curves", "Learning curves", any(drawn for _, drawn in curves)), ("answers", "Same questions", pairs),
+        ("curves", "Learning curves", any(drawn for _, drawn in curves)), ("forecast", "Where the reward ends", forecasts), ("answers", "Same questions", pairs),
         ("samples", "Answers while training", samples), ("masks", "What was trained on", masks), ("origin", "Where it comes from", True),
     ]  # fmt: skip
     return {
@@ -62,6 +63,8 @@ def _context(run: RunRecord) -> dict[str, Any]:
             for gate in run.gates
         ],
         "curves": curves,
+        "forecasts": forecasts,
+        "forecast_columns": forecast.COLUMNS,
         "masks": masks,
         "pairs": pairs,
         "training_samples": samples,

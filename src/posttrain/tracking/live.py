@@ -46,6 +46,8 @@ _KEPT = {"finding", "action", "rollback"}
 _STYLES = {"hard": "bold red", "soft": "yellow"}
 _RECENT_STEPS = 20
 _SAMPLE_CHARS = 400
+_FORECASTS = 20
+"""How often a run's end is forecast, over the run."""
 
 
 class LiveView:
@@ -63,6 +65,8 @@ class LiveView:
         self._recent: deque[tuple[int, float, float | None]] = deque(maxlen=_RECENT_STEPS)
         self._started = clock()
         self._metrics: dict[str, float] = {}
+        self._rewards: dict[int, float] = {}
+        self._end = ""
         self._step = 0
         self._sample: Mapping[str, Any] | None = None
         self._notes: deque[str] = deque(maxlen=3)
@@ -78,6 +82,10 @@ class LiveView:
         kept = {name: value for name, value in self._metrics.items() if name not in _OF_AN_UPDATE}
         self._metrics = {**kept, **metrics}
         self._recent.append((step, self._clock(), _as_float(metrics.get("num_tokens"))))
+        if "reward" in metrics:
+            self._rewards[step] = metrics["reward"]
+            if step % max(1, self._total_steps // _FORECASTS) == 0:
+                self._end = self._forecast()
         if self._live is not None:
             self._live.update(self._panel())
         else:
@@ -113,7 +121,18 @@ class LiveView:
             parts.append(f"{human_count(speed)} tok/s")
         if left is not None:
             parts.append(f"eta {human_time(left)}")
+        if self._end:
+            parts.append(f"ends at {self._end}")
         return " ".join(parts)
+
+    def _forecast(self) -> str:
+        """Where the reward will end, if that can be said."""
+        from posttrain.planner.reward_curve import MIN_ROWS, forecast_reward
+
+        if len(self._rewards) < MIN_ROWS:
+            return ""
+        end = forecast_reward(list(self._rewards), list(self._rewards.values()), self._total_steps).end
+        return "" if end is None else f"{end.value:.2f} ({end.low:.2f}–{end.high:.2f})"
 
     def tokens_per_s(self) -> float | None:
         if "tokens_per_second" in self._metrics:
@@ -146,7 +165,7 @@ class LiveView:
             f"memory {human_count(memory_bytes())}B",
         )
         body = Table.grid(padding=(0, 3))
-        shown = self._shown()
+        shown = [*self._shown(), *([("reward ends at", self._end)] if self._end else [])]
         if shown:
             body.add_row(*(Text(label, style="dim") for label, _ in shown))
             body.add_row(*(Text(value) for _, value in shown))
