@@ -1,6 +1,7 @@
 """How often the intervals of a forecast hold the truth, on simulated curves."""
 
 import pytest
+
 from forecast import SCENES, coverage
 
 

@@ -21,9 +21,9 @@ def forecast_run(
     as_json: AsJson = False,
 ) -> None:
     """Say where the reward of each stage of RL ends, with 90 % intervals. Exit code 2 if no forecast can be given."""
+    from posttrain.gate.render import aligned
     from posttrain.report.forecast import COLUMNS, require_forecasts
     from posttrain.report.records import read_run
-    from posttrain.gate.render import aligned
 
     run = read_run(run_dir)
     broken = [problem for problem in run.problems if problem.startswith("metrics.jsonl")]
