@@ -4,6 +4,7 @@ The interval of a quantity is its profile likelihood: on a grid of mid-points an
 says in closed form which values it allows. Rewards of neighbouring steps are alike; so they are means of blocks, with AR(1) noise.
 Knows no run and no metric.
 """
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 
 from __future__ import annotations
 
@@ -127,21 +128,19 @@ def _fit(blocks: _Blocks, last: int) -> tuple[float, _Cells, float]:
 
 
 def _zoomed(blocks: _Blocks, last: int, alike: float) -> tuple[_Cells, float]:
-    spans = [(np.log(blocks.steps.min() / 2 + 0.5), np.log(_BEYOND * last)), tuple(np.log(_EXPONENTS))]
+    spans = np.log([[blocks.steps.min() / 2 + 0.5, _BEYOND * last], _EXPONENTS])
     degrees = len(blocks.values) - 5
-    factor = 1.0 + stats.f.ppf(_LEVEL, 1, degrees) / degrees
+    factor = 1.0 + float(stats.f.ppf(_LEVEL, 1, degrees)) / degrees
     cells, most = None, 0.0
     for _ in range(_ZOOMS):
-        axes = [np.linspace(low, high, _GRID) for low, high in spans]
-        mids, exponents = (axis.ravel() for axis in np.meshgrid(*map(np.exp, axes), indexing="ij"))
+        axes = np.linspace(spans[:, 0], spans[:, 1], _GRID, axis=1)
+        mids, exponents = np.exp(np.repeat(axes[0], _GRID)), np.exp(np.tile(axes[1], _GRID))
         cells = _cells(blocks, mids, exponents, alike)
         most = float(cells.rss.min() * factor)
-        near = cells.rss <= cells.rss.min() * (factor * 1.02)
-        spans = [
-            (max(low, chosen.min() - gap), min(high, chosen.max() + gap))
-            for (low, high), values, axis in zip(spans, (mids, exponents), axes, strict=True)
-            for chosen, gap in [(np.log(values[near]), axis[1] - axis[0])]
-        ]
+        near = np.log(np.stack([mids, exponents])[:, cells.rss <= most * 1.02])
+        gaps = axes[:, 1] - axes[:, 0]
+        low, high = np.maximum(spans[:, 0], near.min(axis=1) - gaps), np.minimum(spans[:, 1], near.max(axis=1) + gaps)
+        spans = np.stack([low, high], axis=1)
     assert cells is not None
     return cells, most
 
