@@ -337,3 +337,20 @@ def test_reward_models_and_judges_of_this_process_are_counted_whole_on_each(fold
     assert one == pytest.approx(2 * 8.19e9, rel=0.01)
     assert parts("1xH100", "model:rm", "judge:here.yaml", "judge:served.yaml")["judges"] == 2 * one
     assert parts("4xH100", "model:rm")["judges"] == one
+
+
+def test_plan_says_what_is_advised_with_its_source_and_not_what_was_switched_off(folder):
+    said = _run(folder / "sft.yaml", "--device", "h100")
+    assert "advice  lora_rate: learning_rate 2e-05 is one for all weights" in said.output
+    assert "advice  lora_layers: lora_target q_proj, k_proj, v_proj, o_proj leaves out the MLP's layers" in said.output
+    made = json.loads(_run(folder / "sft.yaml", "--device", "h100", "--json").output)
+    assert [one["name"] for one in made["stages"][0]["advice"]] == ["lora_rate", "lora_layers"]
+    quiet = _run(folder / "sft.yaml", "--device", "h100", "--set", "advice_off=[lora_rate, lora_layers]")
+    assert "advice" not in quiet.output
+
+
+def test_plan_compares_the_rank_with_the_data_that_is_there(folder):
+    """15.3 M parameters at 2 bits hold the bits of 123 MB of text."""
+    with (folder / "rows.jsonl").open("a") as file:
+        file.truncate(200_000_000)
+    assert "advice  lora_rank: lora_r 16" in _run(folder / "sft.yaml", "--device", "h100").output

@@ -27,6 +27,7 @@ ELSEWHERE = {
     "sharding": "between processes; tests/distributed/test_sharding_keys.py",
     "output_dir": "where the folder is; tests/cli/test_app.py",
     "lint": "asked before a stage is run; tests/data/test_lint.py",
+    "advice_off": "what is said before a run; tests/config/test_advice.py",
     "mlflow": "a mirror; tests/tracking/test_mirror.py",
     "report_to": "mirrors; tests/tracking/test_mirror.py",
     "prometheus_port": "a mirror; tests/tracking/test_prometheus.py",

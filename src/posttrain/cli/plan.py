@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,6 +65,7 @@ def plan(
     for made in forecasts:
         lines += [*memory_lines(made, base_model, target.free_bytes, target.where), *time_lines(made, tokens)]
         lines += cost_lines(made, target.cluster.num_devices, usd_per_gpu_hour)
+        lines += [f"  advice  {one.line()}" for one in made.advice]
     verb = "run" if len(forecasts) > 1 or _is_pipeline(config, stage, overrides or []) else forecasts[0].kind
     if target.cluster.num_devices > 1 and not refused:
         lines += start_lines(config, verb, target.cluster.nodes, target.cluster.per_node)
@@ -114,6 +115,7 @@ def _record(made: Any, target: Target, usd_per_gpu_hour: float | None) -> dict[s
         "device_hours": hours, "usd": None if hours is None or usd_per_gpu_hour is None else hours * usd_per_gpu_hour,
         "split": None if split is None else {"rollout": split.rollout, "train": split.train, "batch_s": split.times.overlapped_s},
         "growth": [{"answer_tokens": s.answer_tokens, "rollout": s.rollout, "train": s.train} for s in made.growth],
+        "advice": [asdict(one) for one in made.advice],
         "staleness": {str(n): {"batch_s": t.step_s, "trainer_idle": t.trainer_idle} for n, t in made.staleness.items()},
     }  # fmt: skip
 
@@ -222,6 +224,7 @@ def _shapes_beside(keys: Any) -> dict[str, Any]:
 
 
 def _forecast(shape: Any, kind: str, keys: Any, target: Target, tokens: int, measured: Path | None) -> Any:
+    from posttrain.config.advice import Advised, advise
     from posttrain.config.kinds import STAGE_KINDS
     from posttrain.planner import Workload
     from posttrain.planner.forecast import forecast
@@ -242,7 +245,18 @@ def _forecast(shape: Any, kind: str, keys: Any, target: Target, tokens: int, mea
             f"{kind}: that run took {found.train:.2f} times what is predicted of training and {found.rollout:.2f} of rollout; times are corrected"
         )
     made = forecast(shape, target.cluster, kind, workload, dumped, tokens, found)
-    return replace(made, refused=_refused(keys, workload, target.cluster))
+    given = Advised(kind, keys, shape.num_params, made.memory.trained_params, _data_bytes(keys))
+    return replace(made, refused=_refused(keys, workload, target.cluster), advice=tuple(advise(given)))
+
+
+def _data_bytes(keys: Any) -> int | None:
+    """Of files on this machine, as they are; None where a part is elsewhere, compressed, or taken in part."""
+    files = [Path(source.path) for source in keys.datasets if source.limit is None]
+    if len(files) < len(keys.datasets) or any(
+        not f.is_file() or f.suffix in (".gz", ".zst", ".parquet") for f in files
+    ):
+        return None
+    return sum(file.stat().st_size for file in files)
 
 
 def _refused(keys: Any, workload: Any, cluster: Any) -> str:

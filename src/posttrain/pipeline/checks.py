@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from posttrain.config.advice import Advised, advise
 from posttrain.config.episodes import EpisodeKeys
 from posttrain.config.kinds import stage_kind
 from posttrain.config.pipeline import GateKeys, PipelineKeys, SuiteKeys
@@ -156,10 +157,13 @@ def check_trackers(keys: PipelineKeys) -> None:
 
 
 def check_memory(keys: PipelineKeys) -> None:
-    """Raises: ConfigError, in one line, for the first stage that cannot fit, whatever its data."""
+    """Says what is advised about the keys. Raises: ConfigError, in one line, for the first stage that cannot fit, whatever its data."""
     available = available_bytes()
     config = load_config(keys.stages[0].keys)
     shape, stored = ModelShape.from_config(model_shape(config)), stored_dtype(config)
+    for stage in keys.stages:
+        for one in advise(Advised(stage.kind, stage.keys, shape.num_params)):
+            log.warning("%s: advice %s", stage.kind, one.line())
     if available is None or place(keys.stages[0].keys).device.type != "cpu":
         return
     for stage in keys.stages:

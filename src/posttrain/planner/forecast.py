@@ -63,6 +63,8 @@ class Forecast:
     """At which offloaded layers come to the device."""
     refused: str = ""
     """Why so many processes are not started with its keys."""
+    advice: tuple[Any, ...] = ()
+    """What its keys are told (`config/advice.py`)."""
 
     @property
     def batch_s(self) -> float:
