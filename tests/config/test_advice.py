@@ -27,6 +27,7 @@ CASES = [
     ("lora_batch", "sft", f"{LORA}per_device_train_batch_size: 64\ngradient_accumulation_steps: 5", f"{LORA}per_device_train_batch_size: 64\ngradient_accumulation_steps: 4", {}),
     ("dpo_beta", "dpo", "beta: 0.001", "beta: 0.1", {}),
     ("dpo_beta", "dpo", "loss_type: sigmoid_norm", "loss_type: sigmoid_norm\nbeta: 5", {}),
+    ("dpo_beta", "dpo", "loss_type: [sigmoid, sft]\nbeta: 0.7", "loss_type: [sigmoid, sft]\nbeta: 0.3", {}),
     ("dpo_rate", "dpo", "learning_rate: 2e-5", "learning_rate: 5e-7", {}),
     ("dpo_rate", "dpo", "adapter: lora\nlearning_rate: 2e-4", "adapter: lora\nlearning_rate: 5e-5", {}),
 ]  # fmt: skip

@@ -5,11 +5,13 @@ A rule looks at the keys and at sizes; where it needs a size that is not known, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from posttrain.config.kinds import stage_kind
-from posttrain.config.stages import DPOKeys, SFTKeys, TrainKeys
+from posttrain.config.preference import DPOKeys
+from posttrain.config.stages import SFTKeys, TrainKeys
 
 _ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "c_attn", "out_proj", "Wqkv", "qkv", "dense"})  # fmt: skip
 _LARGE = 300_000_000
@@ -100,12 +102,13 @@ def _lora_batch(given: Advised) -> str | None:
 
 
 def _dpo_beta(given: Advised) -> str | None:
-    if not isinstance(given.keys, DPOKeys) or given.keys.loss_type not in _BETAS:
+    if not isinstance(given.keys, DPOKeys):
         return None
-    low, high = _BETAS[given.keys.loss_type]
-    if low <= given.keys.beta <= high:
-        return None
-    return f"beta {given.keys.beta:g} is outside of {low:g} to {high:g}, where {given.keys.loss_type} was found to work; below it the policy drifts from the reference, above it nothing moves"
+    for loss in given.keys.losses:
+        low, high = _BETAS.get(loss, (0.0, math.inf))
+        if not low <= given.keys.beta <= high:
+            return f"beta {given.keys.beta:g} is outside of {low:g} to {high:g}, where {loss} was found to work; below it the policy drifts from the reference, above it nothing moves"
+    return None
 
 
 def _dpo_rate(given: Advised) -> str | None:
