@@ -12,9 +12,9 @@ TARGET = Path(__file__).with_name("import.md")
 HEAD = """\
 # Coming from another tool
 
-`posttrain import FILE [-o OUT]` reads a configuration of Axolotl, LLaMA-Factory, TRL or torchtune and writes a YAML of ours with a comment
-per key. FILE is a YAML, or a script that holds the tool's command (`trl sft --model_name_or_path …`, `accelerate launch dpo.py --…`,
-`llamafactory-cli train x.yaml`, `tune run RECIPE --config x.yaml optimizer.lr=1e-4`); variables that the script sets are put in. `posttrain sft FILE` takes
+`posttrain import FILE [-o OUT]` reads a configuration of Axolotl, LLaMA-Factory, TRL, torchtune or OpenRLHF and writes a YAML of ours with a
+comment per key. FILE is a YAML, or a script that holds the tool's command (`trl sft --model_name_or_path …`, `accelerate launch dpo.py --…`,
+`llamafactory-cli train x.yaml`, `tune run RECIPE --config x.yaml optimizer.lr=1e-4`, `deepspeed --module openrlhf.cli.train_sft --…`); variables that the script sets are put in. `posttrain sft FILE` takes
 such a YAML in place, prints the notes and runs.
 
 ```

@@ -23,7 +23,7 @@ def import_(
     tool: Annotated[
         str | None,
         typer.Option(
-            help="axolotl, llamafactory, trl, torchtune, accelerate or deepspeed; found from the keys if left out."
+            help="axolotl, llamafactory, trl, torchtune, openrlhf, accelerate or deepspeed; found from the keys if left out."
         ),
     ] = None,
     stage: Annotated[str | None, typer.Option(help="The stage, such as sft, where the file does not say it.")] = None,

@@ -59,7 +59,7 @@ def find_command(path: Path, tool: str | None) -> tuple[str, int, dict[str, Any]
     known = ", ".join(dict.fromkeys(row.tool for row in COMMANDS))
     raise ConfigError(
         f"{path}: no command of {known} in it; expected one such as `trl sft --model_name_or_path …` or "
-        "`python3 -m verl.trainer.main_ppo …`"
+        "`deepspeed --module openrlhf.cli.train_sft …`"
     )
 
 
@@ -173,24 +173,6 @@ def _module(line: ScriptLine, path: Path) -> dict[str, Any]:
     return {**options(line.words[1:], path, line.number), SCRIPT: line.words[0].rpartition(".")[2]}
 
 
-def _hydra(line: ScriptLine, path: Path) -> dict[str, Any]:
-    """`verl.trainer.main_ppo key=value`, and `--config-name NAME`."""
-    module = re.split(r"[/.]", line.words[0].removesuffix(".py"))[-1]
-    values: dict[str, Any] = {SCRIPT: module}
-    keys: list[str] = []
-    waiting = ""
-    for word in line.words[1:]:
-        if waiting:
-            values[waiting], waiting = word, ""
-        elif word.startswith("-"):
-            name, equals, value = word.lstrip("-").partition("=")
-            values[name.replace("-", "_")] = value
-            waiting = "" if equals else name.replace("-", "_")
-        else:
-            keys.append(word)
-    return values | overrides(keys, path, line.number)
-
-
 def _tune(line: ScriptLine, path: Path) -> dict[str, Any]:
     """`tune run [torchrun's options] RECIPE --config FILE key=value`."""
     words = line.words
@@ -227,11 +209,11 @@ def options(words: list[str], path: Path, line: int) -> dict[str, Any]:
             key = key.replace("-", "_")
             if key in values:
                 raise ConfigError(f"{path}:{line}: --{key} stands twice; keep one")
-            values[key] = parse_value(value) if equals else True
+            values[key] = _value(value) if equals else True
             key = None if equals else key
         elif key is not None:
             before = values[key]
-            value = parse_value(word)
+            value = _value(word)
             values[key] = value if before is True else [*(before if isinstance(before, list) else [before]), value]
     return values
 
@@ -243,23 +225,23 @@ def overrides(words: list[str], path: Path, line: int) -> dict[str, Any]:
         match = _OVERRIDE.fullmatch(word)
         if match is None or (match[3] is None and match[1] != "~"):
             raise ConfigError(f"{path}:{line}: {word!r} is no key=value; take it out")
-        values[match[2].lstrip("/")] = None if match[1] == "~" else _hydra_value(match[3])
+        values[match[2].lstrip("/")] = None if match[1] == "~" else _value(match[3])
     return values
 
 
-def _hydra_value(text: str) -> Any:
-    """Hydra's lists and quotes are YAML's; what is not is text."""
+def _value(word: str) -> Any:
+    """Lists, numbers and quotes are YAML's; what is not is text, with the blanks it has."""
     try:
-        return parse_value(text)
+        value = parse_value(word)
     except ConfigError:
-        return text
+        return word
+    return word if value == word.strip() else value
 
 
 COMMANDS: tuple[Command, ...] = (
     Command(r"(?:^|/)llamafactory-cli$", "llamafactory", _with_options),
     Command(r"(?:^|/)axolotl(?:\.cli\.\w+)?$", "axolotl", _with_options),
     Command(r"(?:^|/)tune$", "torchtune", _tune),
-    Command(r"^(?:verl\.trainer|recipe\.\w+)\.\w+$|(?:^|/)verl/trainer/\w+\.py$", "verl", _hydra),
     Command(r"^openrlhf\.cli\.train_\w+$", "openrlhf", _module),
     Command(r"(?:^|/)trl$|(?:^|/)(?:sft|dpo|grpo|kto|orpo|cpo)\w*\.py$|^trl\.scripts\.\w+$", "trl", _trl),
 )

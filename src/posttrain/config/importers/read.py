@@ -12,12 +12,19 @@ from posttrain.config.importers.commands import YAML_SUFFIXES, find_command
 from posttrain.config.importers.fates import ImportDraft, Kind, Tool, convert
 from posttrain.config.importers.llamafactory import LLAMAFACTORY
 from posttrain.config.importers.nested import by_path, resolved
+from posttrain.config.importers.openrlhf import OPENRLHF
 from posttrain.config.importers.torchtune import TORCHTUNE
 from posttrain.config.importers.trl import TRL
 from posttrain.config.yaml_lines import KeyPath, read_yaml
 from posttrain.errors import ConfigError
 
-TOOLS: dict[str, Tool] = {"axolotl": AXOLOTL, "llamafactory": LLAMAFACTORY, "trl": TRL, "torchtune": TORCHTUNE}
+TOOLS: dict[str, Tool] = {
+    "axolotl": AXOLOTL,
+    "llamafactory": LLAMAFACTORY,
+    "trl": TRL,
+    "torchtune": TORCHTUNE,
+    "openrlhf": OPENRLHF,
+}
 """Name on the command line → tool."""
 
 
