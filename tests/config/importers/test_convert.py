@@ -437,3 +437,37 @@ def test_a_key_of_the_wrong_form_is_refused_by_its_name(imported, text, key, val
     for value in values:
         with pytest.raises(ConfigError, match=rf"theirs.yaml: {key}: .*(form that is not known|no counterpart)"):
             imported(f"{text}{key}: {value}\n")
+
+
+@pytest.mark.parametrize("value", ["turn", "all"])
+def test_the_end_of_a_turn_is_trained_as_its_older_name_says(imported, value):
+    text = AXOLOTL.replace("type: alpaca", f"type: chat_template, train_on_eot: {value}")
+    if value == "turn":
+        assert "datasets.1.train_on_eot: left out because turn: so it is here" in imported(text)[0].text
+    else:
+        with pytest.raises(
+            ConfigError, match=r"datasets\.1\.train_on_eot: all: every trained turn is trained through its end"
+        ):
+            imported(text)
+
+
+@pytest.mark.parametrize(
+    ("line", "fate"),
+    [
+        ("selective_checkpointing: {save: [attention]}", "left out"),
+        ("swanlab_api_key: SECRET", "left out"),
+        ("multipack_real_batches: true", "changed"),
+        ("qgalore_rank: 128", "left out"),
+        ("lm_eval_tasks: [arc_easy]", "left out"),
+    ],
+)
+def test_keys_of_axolotls_schema_that_change_nothing_have_their_reason(imported, line, fate):
+    text = imported(AXOLOTL + line + "\n")[0].text
+    assert f"# {line.partition(':')[0]}: {fate} because " in text
+    assert "SECRET" not in text
+
+
+@pytest.mark.parametrize("line", ["mora: {use_mora: true}", "use_eaft: true", "dense_mixer: true", "nemo_gym_enabled: true", "scaling_softmax: true", "dpo_loss_weights: [1.0, 0.5]"])  # fmt: skip
+def test_keys_of_axolotls_schema_that_change_what_is_learned_are_refused(imported, line):
+    with pytest.raises(ConfigError, match=line.partition(":")[0] + ": "):
+        imported(AXOLOTL + line + "\n")

@@ -20,7 +20,7 @@ ALPACA_FORMATS = [
 
 _FILE_TYPES = ("json", "jsonl", "csv", "parquet", "text", "arrow")
 _KNOWN = frozenset({"path", "type", "split", "name", "data_files", "ds_type", "field", "field_messages", "message_property_mappings", "message_field_role",
-                    "message_field_content", "message_field_training", "roles", "roles_to_train", "train_on_eos", "chat_template", "chat_template_jinja", "field_tools",
+                    "message_field_content", "message_field_training", "roles", "roles_to_train", "train_on_eos", "train_on_eot", "chat_template", "chat_template_jinja", "field_tools",
                     "field_thinking", "template_thinking_key", "train_on_inputs", "field_chosen", "field_rejected", "conversation", "text_column"})  # fmt: skip
 _HARMLESS = frozenset({"trust_remote_code", "preprocess_shards", "shards_idx", "streaming"})
 _ROLES = {
@@ -225,7 +225,7 @@ def _trained(draft: ImportDraft, entries: list[Any]) -> None:
         why = "roles_to_train decides for conversations" if inputs else "only answers are trained here too"
         draft.leave("train_on_inputs", why)
     for where, holder in (("", draft.source), *((f"datasets.{n + 1}.", entry) for n, entry in enumerate(entries))):
-        roles, eos = holder.get("roles_to_train"), holder.get("train_on_eos")
+        roles = holder.get("roles_to_train")
         if roles is not None and set(roles) - {"assistant", "gpt", "model"}:
             draft.refuse(
                 f"{where}roles_to_train",
@@ -234,14 +234,15 @@ def _trained(draft: ImportDraft, entries: list[Any]) -> None:
             )
         elif roles is not None:
             draft.put("train_on", "assistant", f"{where}roles_to_train")
-        if eos not in (None, "turn"):
-            draft.refuse(
-                f"{where}train_on_eos",
-                f"{eos}: every trained turn is trained through its end, and no other",
-                "set turn",
-            )
-        elif eos is not None:
-            draft.leave(f"{where}train_on_eos", "turn: so it is here")
+        for key in ("train_on_eos", "train_on_eot"):
+            if holder.get(key) not in (None, "turn"):
+                draft.refuse(
+                    f"{where}{key}",
+                    f"{holder[key]}: every trained turn is trained through its end, and no other",
+                    "set turn",
+                )
+            elif holder.get(key) is not None:
+                draft.leave(f"{where}{key}", "turn: so it is here")
 
 
 def read_template(draft: ImportDraft) -> None:
