@@ -97,6 +97,7 @@ MEANINGS = {
     "data curate": "The file of `posttrain data curate` ([curation](data-from-samples.md#curation)).",
     "data curate.ranges": "An entry of `ranges` in it.",
     "data curate.quality": "An entry of `quality` in it.",
+    "data instruct": "The file of `posttrain data instruct` ([instructions](data-from-samples.md#instructions-from-a-teacher)).",
     "data synth": "The file of `posttrain data synth` ([rows from samples](data-from-samples.md)).",
     "data synth.difficulty": "`difficulty` in it.",
     "evals": "An entry of `evals`; `NAME: path` is short for `NAME: {path: path}`.",

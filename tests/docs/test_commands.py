@@ -12,6 +12,7 @@ import yaml
 
 from posttrain.cli.app import VERBS, load_verb
 from posttrain.config.curate import CurateKeys
+from posttrain.config.instruct import InstructKeys
 from posttrain.config.judge import JudgeKeys
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.pipeline import GateKeys, PipelineKeys
@@ -121,6 +122,9 @@ def test_keys_of_yaml_that_is_shown_exist(page, block):
         return
     if "rubric" in shown:  # a judge's file
         assert sorted(set(shown) - set(JudgeKeys.model_fields)) == []
+        return
+    if "method" in shown:  # of data instruct
+        assert sorted(set(shown) - set(InstructKeys.model_fields)) == []
         return
     if "keep" in shown:  # of data synth
         assert sorted(set(shown) - set(SynthKeys.model_fields)) == []

@@ -1,9 +1,6 @@
 # pyright: reportMissingImports=false
 """A teacher behind a real server of ours: the same lessons as from the model in this process, another vocabulary refused."""
 
-import queue
-import threading
-from contextlib import contextmanager
 from importlib.util import find_spec
 
 import numpy as np
@@ -14,33 +11,15 @@ if any(find_spec(name) is None for name in ("fastapi", "uvicorn", "llguidance", 
 
 import json
 
+from tests.serving import serving
+
 from posttrain.distributed.ranks import SingleProcess
 from posttrain.errors import ConfigError, EngineGoneError, ModelError
 from posttrain.models.load import load_policy
 from posttrain.recipes.teacher_server import ServerScorer
 from posttrain.recipes.teachers import Teachers
 from posttrain.rollout.http import Address, Client
-from posttrain.serve.options import ServeOptions
-from posttrain.serve.run import run_server
-from posttrain.serve.setup import ServedNames, make_router
 from posttrain.types import Origin, Prompt, Sample
-
-
-@contextmanager
-def serving(folder, token=None):
-    options = ServeOptions(port=0, follow_s=0.05, drain_s=5.0)
-    opened = queue.Queue()
-    names = ServedNames([str(folder)], folder.parent / "none", name="teacher")
-    thread = threading.Thread(
-        target=run_server, args=(options, lambda: make_router(names, options), opened.put), daemon=True
-    )
-    thread.start()
-    server = opened.get(timeout=120)
-    try:
-        yield server.address
-    finally:
-        server.stop()
-        thread.join(30)
 
 
 def sample(*ids, prompt=3):

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from posttrain.cli.data_rows import curate, synth
+from posttrain.cli.data_rows import curate, instruct, synth
 from posttrain.cli.json_output import AsJson, echo_json
 from posttrain.cli.model import with_base
 from posttrain.cli.terminal import printable
@@ -30,6 +30,7 @@ class _Showing(UnsaidVerb):
 data = typer.Typer(cls=_Showing, add_completion=False, help="Show the data as the model will see it (CONFIG alone); make rows of samples (synth); take out repeats, eval prompts and bad rows (curate).")  # fmt: skip
 data.command("synth")(synth)
 data.command("curate")(curate)
+data.command("instruct")(instruct)
 
 
 @data.command(_SHOW)

@@ -28,19 +28,14 @@ def synth(
     """Sample completions, score them, and write those worth training on. Exit code 1 if a remade row differs."""
     from posttrain.config.load_data import load_data_keys
     from posttrain.config.synth import SynthKeys
-    from posttrain.recipes.synth import ROWS, synthesize
+    from posttrain.recipes.synth import synthesize
 
     keys = load_data_keys(SynthKeys, "data synth", config, overrides or [])
     if remake:
         _remake(keys, remake, as_json)
         return
     report = synthesize(keys, lambda done, total: typer.echo(f"sampled {done}/{total} parts", err=True))
-    if as_json:
-        echo_json(report)
-        return
-    for line in report_lines(report):
-        typer.echo(line)
-    typer.echo(f"rows     {Path(keys.output_dir) / ROWS}")
+    _show_report(report, keys.output_dir, as_json)
 
 
 def curate(
@@ -52,16 +47,34 @@ def curate(
     from posttrain.config.curate import CurateKeys
     from posttrain.config.load_data import load_data_keys
     from posttrain.recipes.curate import curate_rows
-    from posttrain.recipes.synth import LEFT, ROWS
 
     keys = load_data_keys(CurateKeys, "data curate", config, overrides or [])
-    report = curate_rows(keys)
+    _show_report(curate_rows(keys), keys.output_dir, as_json)
+
+
+def instruct(
+    config: Annotated[Path, typer.Argument(help="YAML of the teacher and of what it is shown.", show_default=False)],
+    overrides: SetOptions = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let a teacher write instructions, from prompts or to given answers. Started again, nothing is asked twice."""
+    from posttrain.config.instruct import InstructKeys
+    from posttrain.config.load_data import load_data_keys
+    from posttrain.recipes.instruct import write_instructions
+
+    keys = load_data_keys(InstructKeys, "data instruct", config, overrides or [])
+    _show_report(write_instructions(keys), keys.output_dir, as_json)
+
+
+def _show_report(report: Mapping[str, Any], folder: str, as_json: bool) -> None:
+    from posttrain.recipes.synth import LEFT, ROWS
+
     if as_json:
         echo_json(report)
         return
     for line in report_lines(report):
         typer.echo(line)
-    typer.echo(f"rows     {Path(keys.output_dir) / ROWS}\nleft     {Path(keys.output_dir) / LEFT}")
+    typer.echo(f"rows     {Path(folder) / ROWS}\nleft     {Path(folder) / LEFT}")
 
 
 def _remake(keys: Any, wanted: list[str], as_json: bool) -> None:

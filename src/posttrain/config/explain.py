@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from posttrain.config.curate import ColumnRangeKeys, CurateKeys, QualityKeys
 from posttrain.config.datasets import DatasetKeys
 from posttrain.config.foreign import NO_COUNTERPART, foreign_names
+from posttrain.config.instruct import InstructKeys
 from posttrain.config.judge import CriterionKeys, JudgeKeys
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.knob import Keys
@@ -39,6 +40,7 @@ GROUPS: Mapping[str, type[Keys]] = {
     "data curate": CurateKeys,
     "data curate.ranges": ColumnRangeKeys,
     "data curate.quality": QualityKeys,
+    "data instruct": InstructKeys,
     "data synth": SynthKeys,
     "data synth.difficulty": DifficultyKeys,
     "evals": SuiteKeys,

@@ -11,6 +11,7 @@ from typing import Any
 from posttrain.config.curate import CurateKeys, QualityKeys
 from posttrain.config.datasets import DatasetKeys
 from posttrain.config.episodes import EpisodeKeys
+from posttrain.config.instruct import InstructKeys
 from posttrain.config.judge import JudgeKeys
 from posttrain.config.knob import Keys
 from posttrain.config.pipeline import GateKeys, PipelineKeys, RegisterKeys, SuiteKeys
@@ -171,6 +172,9 @@ PATH_RULES: tuple[tuple[type[Keys], str, Callable[[str, Path], str]], ...] = (
     (TeacherKeys, "model", _teacher),
     (TeacherKeys, "adapter", _existing),
     (JudgeKeys, "cache", _output),
+    (InstructKeys, "model", _existing_or_hub),
+    (InstructKeys, "output_dir", _output),
+    (InstructKeys, "decontaminate", _suite),
     (CurateKeys, "output_dir", _output),
     (CurateKeys, "decontaminate", _suite),
     (QualityKeys, "scorer", _reward),

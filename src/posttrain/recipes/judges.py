@@ -85,7 +85,7 @@ class JudgeReward:
             for place, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
         wanted = [(self._messages(q), self._seed(n)) for row in rows if not isinstance(row, str) for q in row for n in self._samples]  # fmt: skip
-        replies = iter(self._replies(wanted))
+        replies = iter(self.replies(wanted))
         opinions = [
             Opinion(None, row) if isinstance(row, str)
             else self._judging.opinion([(question, [next(replies) for _ in self._samples]) for question in row])
@@ -117,7 +117,7 @@ class JudgeReward:
         system = [{"role": "system", "content": self._keys.system}] if self._keys.system else []
         return [*system, {"role": "user", "content": question.text}]
 
-    def _replies(self, wanted: Sequence[tuple[Messages, int]]) -> list[JudgeReply]:
+    def replies(self, wanted: Sequence[tuple[Messages, int]]) -> list[JudgeReply]:
         """What is on disk is not asked again, nor is anything twice at once."""
         paths = [self._path(messages, seed) for messages, seed in wanted]
         found = {path: _kept(path) for path in dict.fromkeys(paths)}
@@ -337,5 +337,10 @@ def load_judge_reward(file: Path | str, device: str) -> JudgeReward:
         keys = keys.model_copy(update={"model": resolve_path(keys.model, Path(file).parent)})
     else:
         judge_key(keys)
+    return asked_judge(keys, device)
+
+
+def asked_judge(keys: JudgeKeys, device: str = "auto") -> JudgeReward:
+    """At its server, or loaded here; its answers are kept."""
     asked = LocalJudge(keys, device) if keys.url is None else JudgeServer(keys, f"{keys.url} {keys.model}")
     return JudgeReward(keys, asked)
