@@ -104,6 +104,18 @@ def test_rewards_of_the_library_are_names(write, folder):
     assert load_stage("grpo", path).keys.reward_funcs == ["boxed", f"{folder}/rewards.py:correct"]
 
 
+def test_an_environment_is_a_file_beside_the_yaml_or_the_address_of_a_server(write, folder):
+    (folder / "my_env.py").write_text("class Env: ...")
+    own, served, wrong = (
+        write(f"base_model: base\ndatasets: [{{path: sft_data.jsonl}}]\nreward_funcs: [boxed]\nenv: '{env}'\n", name)
+        for env, name in [("my_env.py:Env", "a.yaml"), ("openenv:http://h:8000", "b.yaml"), ("http://h:8000", "c.yaml")]
+    )
+    assert load_stage("grpo", own).keys.env == f"{folder}/my_env.py:Env"
+    assert load_stage("grpo", served).keys.env == "openenv:http://h:8000"
+    with pytest.raises(ConfigError, match=r"expected file\.py:NAME"):
+        load_stage("grpo", wrong)
+
+
 @pytest.mark.parametrize(
     ("baseline", "expected"),
     [
