@@ -25,6 +25,7 @@ _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?[-=]([^{}]*))?\})")
 _ARRAY = re.compile(r"\$\{(\w+)\[@\]\}")
 _HERE_DOCUMENT = re.compile(r"<<-?\s*['\"]?(\w+)")
 _REDIRECTION = re.compile(r"\d?&?>{1,2}.*")
+_NOT_READ = r"^(?:verl\.trainer|recipe\.\w+)\.\w+$|(?:^|/)verl/trainer/\w+\.py$"
 _OVERRIDE = re.compile(r"(\+{0,2}|~)([A-Za-z_][\w./@-]*)(?:=(.*))?", re.DOTALL)
 
 
@@ -56,6 +57,11 @@ def find_command(path: Path, tool: str | None) -> tuple[str, int, dict[str, Any]
             row = next((row for row in COMMANDS if re.search(row.mark, word) and tool in (None, row.tool)), None)
             if row is not None:
                 return row.tool, line.number, row.read(ScriptLine(line.number, line.words[place:]), path)
+            if re.search(_NOT_READ, word):
+                raise ConfigError(
+                    f"{path}:{line.number}: {word}: verl's keys are not read here, and its rewards have another signature; write a YAML for "
+                    "posttrain grpo with the reward as fn(prompts, completions, **columns) (docs/switching.md has the keys side by side)"
+                )
     known = ", ".join(dict.fromkeys(row.tool for row in COMMANDS))
     raise ConfigError(
         f"{path}: no command of {known} in it; expected one such as `trl sft --model_name_or_path …` or "
