@@ -147,6 +147,9 @@ FLIPS = {
         Flip("label_smoothing_factor", 0.1),
         Flip("neftune_noise_alpha", 5),
         Flip("packing_window", 1, {"packing": True, "sequence_len": 100, "per_device_train_batch_size": 2}),
+        Flip("packing_strategy", "wrapped", {"packing": True, "sequence_len": 100, "per_device_train_batch_size": 2}),
+        Flip("streaming", True),
+        Flip("buffer_size", 3, {"streaming": True}),
         Flip("packing", True, {"sequence_len": 100, "per_device_train_batch_size": 2}),
     ],
     "dpo": [

@@ -227,3 +227,41 @@ def test_a_column_that_a_reward_could_not_be_given_is_refused_when_read(write_js
     path = write_jsonl([{"prompt": "a"}, {"prompt": "b", name: 1}])
     with pytest.raises(DataError, match=rf"train\.jsonl:2: the column `{name}` has the name of a reward"):
         read_nouns(GRPOKeys(base_model="x", datasets=[{"path": str(path)}], reward_funcs=["r"]).datasets, "prompts")
+
+
+LONG = [{"text": "many words " * n + "."} for n in (1, 30, 2, 9)]
+
+
+def end_to_end(data):
+    return [token for row in data for token in row.ids]
+
+
+def test_wrapped_rows_are_all_rows_end_to_end_in_blocks_of_one_length(write_jsonl, tokenizer_of):
+    tokenizer, path = tokenizer_of("chatml"), write_jsonl(LONG)
+    whole = load_sft(sft(path, sequence_len=1000), tokenizer)
+    blocks = load_sft(sft(path, sequence_len=16, packing=True, packing_strategy="wrapped"), tokenizer)
+    assert end_to_end(blocks) == end_to_end(whole)
+    lengths = [len(row.ids) for row in blocks]
+    assert set(lengths[:-1]) == {16} and 0 < lengths[-1] <= 16 and len(lengths) > 3
+    assert origin(blocks.rows[-1]).line == 4 and origin(blocks.rows[1]).line == 2
+    again = load_sft(sft(path, sequence_len=16, packing=True, packing_strategy="wrapped"), tokenizer)
+    assert again.summary.cache == "hit" and again.rows == blocks.rows
+
+
+def test_a_text_that_is_split_loses_no_token_and_the_others_stay_whole(write_jsonl, tokenizer_of):
+    tokenizer, path = tokenizer_of("chatml"), write_jsonl(LONG)
+    whole = load_sft(sft(path, sequence_len=1000), tokenizer)
+    parts = load_sft(sft(path, sequence_len=16, overflow="split"), tokenizer)
+    assert end_to_end(parts) == end_to_end(whole)
+    assert parts.rows[0] == whole.rows[0] and max(len(row.ids) for row in parts) == 16
+    (source,) = parts.summary.sources
+    assert source.notes["cut into rows of sequence_len"] == sum(len(row.ids) > 16 for row in whole)
+
+
+def test_a_conversation_is_not_split(write_jsonl, tokenizer_of):
+    with pytest.raises(DataError, match=r"train\.jsonl:1: .* parts of this row would lack its prompt"):
+        load_sft(
+            sft(write_jsonl([chat("Hello", "fine " * 40)]), sequence_len=16, overflow="split"), tokenizer_of("chatml")
+        )
+    with pytest.raises(ValueError, match="overflow: split cuts plain text"):
+        DPOKeys(base_model="m", datasets=[{"path": "a"}], overflow="split")

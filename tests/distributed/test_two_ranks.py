@@ -29,6 +29,7 @@ NO_SPREAD = {
 }  # fmt: skip
 MORE = {
     "sft packed": ("sft", {"packing": True, "sequence_len": 64, "per_device_train_batch_size": 1}),
+    "sft on a stream": ("sft", {"streaming": True, "buffer_size": 4, "save_steps": 1}),
     "sft with an adapter": ("sft", LORA),
     "sft with an adapter on 4 bits": ("sft", {"adapter": "qlora", "lora_r": 4}),
     "sft, a part of the weights": ("sft", {"unfrozen_parameters": [r"model\.layers\.1\.", "model.norm"]}),

@@ -100,7 +100,7 @@ class TrainKeys(ModelKeys):
     output_dir: str = knob("", "Folder of the run, relative to the YAML; empty means `runs/NAME` with the name of the YAML.", example="runs/first")
     seed: int = knob(42, "Every random choice follows from this seed.", ge=0)
     sequence_len: int = knob(2048, "Longest sequence in tokens.", ge=8, also="cutoff_len (LLaMA-Factory), max_length (TRL), max_seq_length (TRL), max_seq_len (torchtune)")
-    overflow: Literal["drop", "truncate", "error"] = knob("drop", "What happens to rows longer than sequence_len; each is counted.", also="excess_length_strategy (Axolotl)")
+    overflow: Literal["drop", "truncate", "split", "error"] = knob("drop", "What happens to rows longer than sequence_len; each is counted. `split` cuts plain text into rows of that length, and no token is lost.", also="excess_length_strategy (Axolotl)")
     min_sample_len: int = knob(0, "Rows of fewer tokens are left out; each is counted.", ge=0, example=64)
     deduplicate: bool = knob(False, "Leave out rows whose tokens an earlier row has, in whatever source; each is counted.", also="dataset_exact_deduplication (Axolotl)")
     per_device_train_batch_size: int = knob(8, "Rows per micro-batch and process; in RL a row is a completion, and a larger group is split.", ge=1, also="micro_batch_size (Axolotl)")
@@ -208,6 +208,17 @@ class TrainKeys(ModelKeys):
         if metric is None and self.load_best_model_at_end and len(sets) > 1 and "" not in sets:
             raise ValueError(f"load_best_model_at_end: true with the validation sets {', '.join(sets)}: set metric_for_best_model, such as eval_{sets[0]}_loss, to say which of them decides")
         return self
+
+    @model_validator(mode="after")
+    def _splits_what_has_no_prompt(self) -> TrainKeys:
+        if self.overflow == "split" and self.row_kind != "examples":
+            raise ValueError("overflow: split cuts plain text, and rows here have a prompt that each part would need; set drop, truncate or error")
+        return self
+
+    @property
+    def rows_looked_at(self) -> int | None:
+        """How many rows of each source are read before training, by lint and for showing; None is all."""
+        return None
 
     def shares_of_step(self, world_size: int) -> int:
         """Processes that have rows of their own; of `world_size` of them where no number is set."""
@@ -325,8 +336,34 @@ class SFTKeys(ExampleKeys):
     """Supervised fine-tuning."""
 
     loss_type: Literal["nll", "dft"] = knob("nll", "Token cross-entropy, or dynamic fine-tuning (arXiv 2508.05629), which weighs it by the token's probability.", also="use_dft_loss (LLaMA-Factory)")
+    packing_strategy: Literal["bfd", "wrapped"] = knob("bfd", "How packing fills: `bfd` keeps rows whole and apart (best fit, and none attends to another); `wrapped` joins the rows of a source end to end and cuts blocks of sequence_len, across which attention goes from row to row, as in pre-training.", example="wrapped")
+    streaming: bool = knob(False, "Read rows as they are trained on, from files, URIs or the hub, without loading or counting all of them first; needs max_steps, and begins anew at the end.", also="dataset_streaming (TRL)")
+    buffer_size: int = knob(1000, "Of a streamed source, so many rows at a time are read, shuffled and (with packing) fitted together; that many are held.", ge=1, also="streaming_multipack_buffer_size (Axolotl)")
     label_smoothing_factor: float = knob(0.0, "Share of each target that is spread evenly over the vocabulary (with nll).", ge=0, lt=1, example=0.1)
     neftune_noise_alpha: float = knob(0.0, "Noise on the embeddings while training (NEFTune, arXiv 2310.05914): uniform within ± alpha / sqrt(length · width) of a row.", ge=0, also="neftune_alpha (LLaMA-Factory)", example=5)
+
+    @model_validator(mode="after")
+    def _streams_what_it_need_not_have_seen(self) -> SFTKeys:
+        if not self.streaming:
+            return self
+        if self.max_steps < 1:
+            raise ValueError("streaming: true needs max_steps: how many rows there are is not known; set it")
+        if self.holds_out:
+            raise ValueError("streaming: true with val_size, for which all rows would be read first; name rows for the validation in eval_datasets")
+        if self.deduplicate:
+            raise ValueError("streaming: true with deduplicate: true, for which all rows would be remembered; deduplicate the files, or set it to false")
+        if len({source.weight is None for source in self.datasets}) > 1:
+            raise ValueError("streaming: true with a weight for some of datasets: how long those without are is not known; give all of them a weight, or none")
+        return self
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether rows are joined and cut into blocks."""
+        return self.packing and self.packing_strategy == "wrapped"
+
+    @property
+    def rows_looked_at(self) -> int | None:
+        return self.buffer_size if self.streaming else None
 
     @model_validator(mode="after")
     def _whole_rows_are_softened(self) -> SFTKeys:

@@ -33,11 +33,13 @@ _CODE = (
     "fetch.py",
     "formats.py",
     "forms.py",
+    "gathered.py",
     "load.py",
     "messages.py",
     "parse.py",
     "render.py",
     "sources.py",
+    "stream.py",
     "spans.py",
     "template.py",
 )

@@ -8,7 +8,8 @@ from __future__ import annotations
 import gzip
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
@@ -38,11 +39,32 @@ def needs_fetching(path: str) -> bool:
 
 def fetch(path: str) -> Path:
     """The plain file, in the cache. Raises: DataError, MissingExtraError."""
-    try:
+    with _explained(path):
         version = _version(path)
         target = cache_root() / "files" / digest_json([path, version]).removeprefix("sha256:")[:16] / name_inside(path)
         if version is None or not target.exists():
             _copy(path, target)
+    return target
+
+
+def stream_lines(path: str) -> Iterator[bytes]:
+    """The lines of a file here or elsewhere, compressed or not, as they come. Raises: DataError, MissingExtraError."""
+    import fsspec
+
+    rest = b""
+    with _explained(path), fsspec.open(path, "rb") as source:
+        for piece in _parts_of(path)(cast("BinaryIO", source)):
+            *lines, rest = (rest + piece).split(b"\n")
+            yield from (line + b"\n" for line in lines)
+    if rest:
+        yield rest
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """What goes wrong in reading `path`, as a typed error of one line."""
+    try:
+        yield
     except ImportError as error:
         raise MissingExtraError(f"{without_secrets(path)}: {error}") from None
     except ValueError as error:  # fsspec's, of a protocol that it does not know
@@ -54,7 +76,6 @@ def fetch(path: str) -> Path:
             f"{without_secrets(path)}: could not be read: {without_secrets(_why(error))}; "
             "check the name, the network, that you may read it, and that it is whole"
         ) from None
-    return target
 
 
 def _why(error: BaseException) -> str:
@@ -90,7 +111,7 @@ def _copy(path: str, target: Path) -> None:
     """Download and unpack; the file is in its place whole or not at all."""
     import fsspec
 
-    parts = COMPRESSIONS.get(PurePosixPath(urlsplit(path).path if is_uri(path) else path).suffix.lower(), _as_it_is)
+    parts = _parts_of(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as into:
         try:
@@ -102,6 +123,10 @@ def _copy(path: str, target: Path) -> None:
         except BaseException:
             Path(into.name).unlink()
             raise
+
+
+def _parts_of(path: str) -> Callable[[BinaryIO], Iterator[bytes]]:
+    return COMPRESSIONS.get(PurePosixPath(urlsplit(path).path if is_uri(path) else path).suffix.lower(), _as_it_is)
 
 
 def _as_it_is(source: BinaryIO) -> Iterator[bytes]:

@@ -164,7 +164,7 @@ def lint_stage(
     return lint(
         LintInput(
             row_kind=keys.row_kind,
-            nouns=read_nouns(keys.datasets, keys.row_kind),
+            nouns=read_nouns(keys.datasets, keys.row_kind, keys.rows_looked_at),
             rendered=[sequences(row) for row in dataset],
             tokenizer=tokenizer,
             sequence_len=keys.sequence_len,

@@ -5,31 +5,32 @@ Reading, parsing, rendering, overflow, cache and the summary meet here; each doe
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from posttrain.config.datasets import DatasetKeys, RowKind
 from posttrain.config.rl import SamplingKeys
-from posttrain.config.stages import ExampleKeys, TrainKeys
+from posttrain.config.stages import ExampleKeys, SFTKeys, TrainKeys
 from posttrain.data import cache, render
 from posttrain.data.dataset import Dataset, DataSummary, Skipped, SourceSummary, length_percentiles
 from posttrain.data.formats import Noun, detect_format, parse_rows
+from posttrain.data.gathered import NOTHING_LEFT, Gathered, joined
 from posttrain.data.parse import IDENTICAL, unpair
 from posttrain.data.render import RenderedRow
 from posttrain.data.sources import Source, content_digest, read_source, short_path
+from posttrain.data.stream import first_rows
 from posttrain.data.template import template_digest, use_template
 from posttrain.errors import DataError
 from posttrain.files import digest_json
-from posttrain.types import Origin, PreferencePair, Prompt, PromptRow, TokenSeq
+from posttrain.types import Example, Origin, PreferencePair, Prompt, PromptRow, TokenSeq
 
 TOO_LONG = "longer than sequence_len"
 TOO_SHORT = "shorter than min_sample_len"
 AGAIN = "the same tokens as an earlier row"
-NOTHING_LEFT = "nothing left to train after truncation"
 NOTHING = "nothing to train"
 TRUNCATED = "truncated to sequence_len"
+SPLIT = "cut into rows of sequence_len"
 BLANK = "blank lines"
 INVENTED = "rows with null fields that nested Parquet types had added, taken out"
 IN_PIECES = "prompt and answer tokenised apart (a token would have straddled the edge)"
@@ -65,21 +66,34 @@ class RowPlan:
     deduplicate: bool
     keys: dict[str, Any]
     trains: bool = True
+    is_wrapped: bool = False
+    """Whether the rows of a source are joined, and cut every `limit` tokens."""
+    first: int | None = None
+    """Only so many rows of each source; they are read as from a stream, and kept in no cache."""
     limit_name: str = "sequence_len"
 
 
 def load_sft(keys: TrainKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None) -> Dataset[TokenSeq]:
-    """Raises: DataError. `sources` replaces `keys.datasets`, as for `keys.eval_datasets`; in RL they are `keys.ptx_datasets`."""
+    """Raises: DataError. `sources` replaces `keys.datasets`, as for `keys.eval_datasets`; in RL they are `keys.ptx_datasets`.
+
+    Of a stage that streams these are the first rows: what is shown and checked before training.
+    """
+    plan = sft_plan(keys)
+    return _load(replace(plan, first=keys.rows_looked_at if sources is None else None), keys, tokenizer, sources)
+
+
+def sft_plan(keys: TrainKeys) -> RowPlan:
     train_on = keys.train_on if isinstance(keys, ExampleKeys) else "assistant"
-    plan = RowPlan(
+    is_wrapped = isinstance(keys, SFTKeys) and keys.is_wrapped
+    return RowPlan(
         "examples",
         lambda tok, noun: render.draft_example(tok, noun, train_on),
         build=lambda _, seqs: seqs[0],
         extra=lambda row: None,
         restore=lambda seqs, extra, origin: seqs[0],
-        **_limits(keys, keys.sequence_len, train_on=train_on),
+        **_limits(keys, keys.sequence_len, train_on=train_on, is_wrapped=is_wrapped),
+        is_wrapped=is_wrapped,
     )
-    return _load(plan, keys, tokenizer, sources)
 
 
 def load_preference(keys: TrainKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None) -> Dataset[PairRow]:
@@ -161,32 +175,17 @@ LOADERS: dict[RowKind, Callable[..., Dataset[Any]]] = {
 """Kind of rows → its entry point."""
 
 
-def read_nouns(sources: Sequence[DatasetKeys], kind: RowKind) -> list[Noun]:
-    """The parsed rows, unrendered (for lint and for showing). Raises: DataError."""
+def read_nouns(sources: Sequence[DatasetKeys], kind: RowKind, first: int | None = None) -> list[Noun]:
+    """The parsed rows, unrendered (for lint and for showing); the `first` of each source, or all. Raises: DataError."""
     nouns: list[Noun] = []
     for source in sources:
-        rows = read_source(source).rows
+        rows = (read_source(source) if first is None else first_rows(source, first)).rows
         found = detect_format(rows, kind, source.type)
         nouns += _expanded(parse_rows(rows, found.name)[0], kind)
     return nouns
 
 
 # --- the one way through -------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Gathered:
-    """What one source gave so far."""
-
-    rows: list[Any] = field(default_factory=list)
-    kept: list[tuple[TokenSeq, ...]] = field(default_factory=list)
-    skipped: dict[str, list[Origin]] = field(default_factory=dict)
-    notes: Counter[str] = field(default_factory=Counter)
-    seen: set[bytes] = field(default_factory=set)
-    """Digests of the rows of this source and of those before it."""
-
-    def skip(self, reason: str, origin: Origin) -> None:
-        self.skipped.setdefault(reason, []).append(origin)
 
 
 def _limits(keys: TrainKeys, limit: int, **more: Any) -> dict[str, Any]:
@@ -198,11 +197,11 @@ def _load(plan: RowPlan, keys: TrainKeys, tokenizer: Any, given: Sequence[Datase
     sources = list(keys.datasets if given is None else given)
     use_template(tokenizer, keys.chat_template, keys.chat_template_kwargs)
     weights = tuple(source.weight for source in sources)
-    key = _cache_key(plan, sources, tokenizer)
-    found, status = cache.lookup(key)
+    key = None if plan.first else _cache_key(plan, sources, tokenizer)
+    found, status = cache.lookup(key) if key else (None, f"none: the first {plan.first:,} rows of a stream")
     if found is not None:
         return _restored(plan, found, sources, weights)
-    gathered: list[_Gathered] = []
+    gathered: list[Gathered] = []
     summaries: list[SourceSummary] = []
     seen: set[bytes] = set()
     for source in sources:
@@ -216,7 +215,7 @@ def _load(plan: RowPlan, keys: TrainKeys, tokenizer: Any, given: Sequence[Datase
         "rows_digest": cache.rows_digest(flat),
         "sizes": [len(part.rows) for part in gathered],
     }
-    status += cache.store(key, flat, facts)
+    status += cache.store(key, flat, facts) if key else ""
     rows = [row for part in gathered for row in part.rows]
     return _dataset(rows, tuple(summaries), status, facts, weights)
 
@@ -234,11 +233,18 @@ def _dataset(
 
 def _load_source(
     plan: RowPlan, source: DatasetKeys, tokenizer: Any, seen: set[bytes]
-) -> tuple[_Gathered, SourceSummary]:
-    read = read_source(source)
+) -> tuple[Gathered, SourceSummary]:
+    read = read_source(source) if plan.first is None else first_rows(source, plan.first)
+    return render_rows(plan, source, read, tokenizer, seen, join=True)
+
+
+def render_rows(
+    plan: RowPlan, source: DatasetKeys, read: Source, tokenizer: Any, seen: set[bytes], *, join: bool = False
+) -> tuple[Gathered, SourceSummary]:
+    """What becomes of the rows that were read; with `join` those of a plan that wraps are blocks. Raises: DataError."""
     found = detect_format(read.rows, plan.kind, source.type)
     parsed, skips = parse_rows(read.rows, found.name)
-    part = _Gathered(seen=seen)
+    part = Gathered(seen=seen)
     for skip in skips:
         part.skip(skip.reason, skip.origin)
     nouns = _expanded(parsed, plan.kind)
@@ -252,6 +258,9 @@ def _load_source(
     seqs = iter(tokenized.seqs)
     for noun, group in zip(nouns, drafts, strict=True):
         _keep(plan, part, noun, tuple(next(seqs) for _ in group))
+    if plan.is_wrapped and join:
+        blocks, part.rows, part.kept = joined(part.rows, plan.limit), [], []
+        part.keep_blocks(blocks)
     return part, _summary(source, read, str(found), part)
 
 
@@ -261,14 +270,16 @@ def _expanded(nouns: list[Noun], kind: RowKind) -> list[Noun]:
     return [row for noun in nouns for row in (unpair(noun) if isinstance(noun, PreferencePair) else (noun,))]
 
 
-def _keep(plan: RowPlan, part: _Gathered, noun: Noun, seqs: tuple[TokenSeq, ...]) -> None:
+def _keep(plan: RowPlan, part: Gathered, noun: Noun, seqs: tuple[TokenSeq, ...]) -> None:
     """Take a row, or count why not. Raises: DataError for an over-long row under `overflow: error`."""
     if plan.trains and not all(seq.num_loss_tokens for seq in seqs):
         return part.skip(NOTHING, noun.origin)
     if min(len(seq.ids) for seq in seqs) < plan.min_sample_len:
         return part.skip(TOO_SHORT, noun.origin)
     longest = max(len(seq.ids) for seq in seqs)
-    if longest > plan.limit:
+    if longest > plan.limit and not plan.is_wrapped:
+        if plan.overflow == "split":
+            return _keep_pieces(plan, part, noun, seqs[0])
         if plan.overflow == "error":
             raise DataError(
                 f"{noun.origin}: {longest} tokens > {plan.limit_name} = {plan.limit}; raise sequence_len, "
@@ -283,9 +294,22 @@ def _keep(plan: RowPlan, part: _Gathered, noun: Noun, seqs: tuple[TokenSeq, ...]
         return part.skip(IDENTICAL, noun.origin)
     if plan.deduplicate and _is_again(part.seen, seqs, plan.extra(plan.build(noun, seqs))):
         return part.skip(AGAIN, noun.origin)
-    part.notes[TRUNCATED] += longest > plan.limit
+    part.notes[TRUNCATED] += longest > plan.limit and not plan.is_wrapped
     part.kept.append(seqs)
     part.rows.append(plan.build(noun, seqs))
+
+
+def _keep_pieces(plan: RowPlan, part: Gathered, noun: Noun, seq: TokenSeq) -> None:
+    """A text that is longer than the limit, as rows of that length. Raises: DataError for one with a prompt."""
+    if not isinstance(noun, Example) or noun.messages or noun.prompt:
+        raise DataError(
+            f"{noun.origin}: {len(seq.ids)} tokens > {plan.limit_name} = {plan.limit}, and `overflow: split` cuts plain text: "
+            "parts of this row would lack its prompt; raise sequence_len, or set `overflow: drop` or `overflow: truncate`"
+        )
+    if plan.deduplicate and _is_again(part.seen, (seq,), None):
+        return part.skip(AGAIN, noun.origin)
+    part.keep_blocks(joined([seq], plan.limit))
+    part.notes[SPLIT] += 1
 
 
 def _is_again(seen: set[bytes], seqs: tuple[TokenSeq, ...], extra: Any) -> bool:
@@ -303,7 +327,7 @@ def _cut(seq: TokenSeq, limit: int, from_start: bool) -> TokenSeq:
     return TokenSeq(seq.ids[taken], seq.loss_mask[taken], seq.origin)
 
 
-def _summary(source: DatasetKeys, read: Source, found: str, part: _Gathered) -> SourceSummary:
+def _summary(source: DatasetKeys, read: Source, found: str, part: Gathered) -> SourceSummary:
     seqs = [seq for row in part.kept for seq in row]
     return SourceSummary(
         path=short_path(source.path),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -24,9 +23,11 @@ from posttrain.files import JSON_PER_LINE, decode_utf8, digest_bytes, digest_fil
 from posttrain.types import Origin
 from posttrain.uris import without_secrets
 
+_ROWS_PER_BATCH = 1000
+
 SourceRow = tuple[Origin, dict[str, Any]]
 
-_BLANK = object()
+BLANK = object()
 """What a reader yields for a line without a row."""
 
 
@@ -53,30 +54,45 @@ def read_source(source: DatasetKeys) -> Source:
     if not is_local(source.path):
         rows = _read_hub(source)
         digest = digest_bytes(repr([r for _, r in rows]).encode("utf-8", "surrogatepass"))
-        rows, nulls = _without_invented_nulls(write_prompts(_rename(rows, source), source))
+        rows, nulls = prepared(rows, source)
         return Source(rows, (), digest, nulls)
     if needs_fetching(source.path):
         return _read_fetched(source)
-    path = _checked(source.path)
+    path = checked(source.path)
     blank: list[Origin] = []
     rows = []
     for origin, value in READERS[path.suffix.lower()](path):
-        if value is _BLANK:
+        if value is BLANK:
             blank.append(origin)
             continue
-        if not isinstance(value, dict):
-            raise DataError(f"{origin}: a row is {_json_type(value)}; expected an object with named columns")
-        rows.append((origin, value))
+        rows.append((origin, an_object(value, origin)))
         if len(rows) == source.limit:
             break
     if not rows:
         raise DataError(
             f"{short_path(path)}: no rows in this file ({len(blank)} blank lines); expected at least one row"
         )
-    rows, nulls = write_prompts(_rename(rows, source), source), 0
-    if path.suffix.lower() == ".parquet":
-        rows, nulls = _without_invented_nulls(rows)
+    rows, nulls = prepared(rows, source)
     return Source(rows, tuple(blank), digest_file(path), nulls)
+
+
+def an_object(value: Any, origin: Origin) -> dict[str, Any]:
+    """A row as it was read. Raises: DataError for anything else."""
+    if not isinstance(value, dict):
+        raise DataError(f"{origin}: a row is {_json_type(value)}; expected an object with named columns")
+    return value
+
+
+def prepared(rows: list[SourceRow], source: DatasetKeys, *, is_first: bool = True) -> tuple[list[SourceRow], int]:
+    """Rows under our names, with prompts written, and in how many of them Arrow's types had put nulls. Raises: DataError.
+
+    Among the `first` rows each of `columns` must be found.
+    """
+    if is_first:
+        _check_columns(rows, source)
+    rows = write_prompts(_rename(rows, source), source)
+    has_types = not is_local(source.path) or Path(name_inside(source.path)).suffix.lower() == ".parquet"
+    return _without_invented_nulls(rows) if has_types else (rows, 0)
 
 
 def _read_fetched(source: DatasetKeys) -> Source:
@@ -104,7 +120,7 @@ def content_digest(source: DatasetKeys) -> str:
     """Digest of what `read_source` would read, without parsing it where that is possible."""
     if is_local(source.path) and needs_fetching(source.path):
         return digest_file(_fetched(source.path))
-    return digest_file(_checked(source.path)) if is_local(source.path) else read_source(source).digest
+    return digest_file(checked(source.path)) if is_local(source.path) else read_source(source).digest
 
 
 def is_local(path: str) -> bool:
@@ -131,7 +147,7 @@ def _there(name: str) -> Path:
     return path
 
 
-def _checked(name: str) -> Path:
+def checked(name: str) -> Path:
     path = _there(name)
     if path.is_dir():
         raise DataError(f"{short_path(path)}: is a folder; expected a file; name one of {_names(path)[:5]}")
@@ -148,9 +164,8 @@ def _names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
 
 
-def _rename(rows: list[SourceRow], source: DatasetKeys) -> list[SourceRow]:
-    """All at once, so that two columns can be swapped. Raises: DataError where a column would be lost."""
-    names = {theirs: ours for ours, theirs in source.columns.items()}
+def _check_columns(rows: list[SourceRow], source: DatasetKeys) -> None:
+    """Raises: DataError for a column that no row has."""
     for ours, theirs in source.columns.items():
         if rows and not any(theirs in row for _, row in rows):
             found = ", ".join(f"`{name}`" for name in rows[0][1])
@@ -158,6 +173,11 @@ def _rename(rows: list[SourceRow], source: DatasetKeys) -> list[SourceRow]:
                 f"{source.path}: `columns: {{{ours}: {theirs}}}` names a column that no row has; found {found}; "
                 "write it as our name → the file's name"
             )
+
+
+def _rename(rows: list[SourceRow], source: DatasetKeys) -> list[SourceRow]:
+    """All at once, so that two columns can be swapped. Raises: DataError where a column would be lost."""
+    names = {theirs: ours for ours, theirs in source.columns.items()}
     if len(names) < len(source.columns):
         twice = next(theirs for theirs in names if list(source.columns.values()).count(theirs) > 1)
         raise DataError(f"{source.path}: `columns` reads `{twice}` under two names; expected one of them")
@@ -205,9 +225,14 @@ def _json_type(value: Any) -> str:
 
 def _read_jsonl(path: Path) -> Iterator[tuple[Origin, Any]]:
     name = short_path(path)
-    for number, line in read_lines(path, name):
+    return json_rows(read_lines(path, name), name)
+
+
+def json_rows(lines: Iterable[tuple[int, str]], name: str) -> Iterator[tuple[Origin, Any]]:
+    """A row of each line of `name`."""
+    for number, line in lines:
         origin = Origin(name, number)
-        yield origin, parse_json(line, str(origin), JSON_PER_LINE) if line.strip() else _BLANK
+        yield origin, parse_json(line, str(origin), JSON_PER_LINE) if line.strip() else BLANK
 
 
 def _read_json(path: Path) -> Iterable[tuple[Origin, Any]]:
@@ -235,24 +260,36 @@ def _is_jsonl(raw: bytes) -> bool:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[Origin, Any]]:
+    return parquet_rows(path, short_path(path))
+
+
+def parquet_rows(file: Any, name: str, start: int = 0) -> Iterator[tuple[Origin, Any]]:
+    """Rows of a path or an open file from row `start` on, a batch at a time; row groups before it are not read."""
     import pyarrow
     import pyarrow.parquet
 
-    name = short_path(path)
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        table, first = pyarrow.parquet.ParquetFile(file), 0
+        for group in range(table.num_row_groups):
+            number, first = first, first + table.metadata.row_group(group).num_rows
+            for batch in table.iter_batches(_ROWS_PER_BATCH, row_groups=[group]) if first > start else ():
+                for row in batch.to_pylist():
+                    number += 1
+                    if number > start:
+                        yield Origin(name, number), row
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{name}: not Parquet: {_first_line(error)}; expected a Parquet file") from None
-    for number, row in enumerate(rows, start=1):
-        yield Origin(name, number), row
 
 
 def _read_csv(path: Path) -> Iterator[tuple[Origin, Any]]:
-    """Every value is a string; empty fields are dropped."""
     name = short_path(path)
-    text = "".join(line for _, line in read_lines(path, name))
+    return csv_rows(read_lines(path, name), name)
+
+
+def csv_rows(lines: Iterable[tuple[int, str]], name: str) -> Iterator[tuple[Origin, Any]]:
+    """Every value is a string; empty fields are dropped."""
     csv.field_size_limit(1 << 30)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.DictReader((line for _, line in lines), strict=True)
     try:
         for row in reader:
             origin = Origin(name, reader.line_num)
@@ -275,24 +312,30 @@ READERS: dict[str, Callable[[Path], Iterable[tuple[Origin, Any]]]] = {
     ".parquet": _read_parquet,
     ".csv": _read_csv,
 }
-"""File name ending → its reader. A reader yields `_BLANK` for a blank line."""
+"""File name ending → its reader. A reader yields `BLANK` for a blank line."""
 
 
-def _read_hub(source: DatasetKeys) -> list[SourceRow]:
+def hub_table(source: DatasetKeys, *, streaming: bool) -> Any:
+    """The split, as `datasets` gives it. Raises: DataError."""
     offline = hub.prepare()
     import datasets
     import datasets.config as client
 
     client.HF_HUB_OFFLINE = client.HF_HUB_OFFLINE or bool(offline)
     try:
-        table = datasets.load_dataset(
-            source.path, source.name, split=source.split, data_files=list(source.data_files) or None
-        )
+        return datasets.load_dataset(
+            source.path, source.name, split=source.split, data_files=list(source.data_files) or None,
+            streaming=streaming,
+        )  # fmt: skip
     except Exception as error:  # noqa: BLE001 - the hub's client: each HTTP library has errors of its own
         raise DataError(
             f"{source.path}: not a local file, and the hub could not give it ({offline or _first_line(error)}); "
             "check the name, `split` and `name`, go online, or give a local file"
         ) from None
+
+
+def _read_hub(source: DatasetKeys) -> list[SourceRow]:
+    table = hub_table(source, streaming=False)
     rows = table.select(range(min(source.limit, len(table)))) if source.limit else table
     if not len(rows):
         raise DataError(f"{source.path}: split {source.split!r} has no rows; expected at least one")

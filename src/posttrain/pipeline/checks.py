@@ -65,8 +65,8 @@ def check_all(keys: PipelineKeys) -> dict[str, tuple[Suite, SuiteKeys]]:
         rules_for(stage.kind, stage.keys.health)
         if stage.kind in OBJECTIVES:
             OBJECTIVES[stage.kind](stage.keys)
-        for sources in filter(None, (stage.keys.datasets, stage.keys.eval_datasets)):
-            read_nouns(sources, stage.keys.row_kind)
+        read_nouns(stage.keys.datasets, stage.keys.row_kind, stage.keys.rows_looked_at)
+        read_nouns(stage.keys.eval_datasets, stage.keys.row_kind)
         if isinstance(stage.keys, RLKeys) and stage.keys.ptx_datasets:
             read_nouns(stage.keys.ptx_datasets, "examples")
     suites = {name: (load_suite(name, Path(suite.path)), suite) for name, suite in keys.evals.items()}

@@ -27,6 +27,7 @@ from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import accumulating, learning_rate, make_optimizer, update
 from posttrain.recipes.run_folder import StageResult
 from posttrain.recipes.stage import Stage
+from posttrain.recipes.streamed import StreamedSchedule
 from posttrain.recipes.validate import SuiteScore, Validation
 from posttrain.types import TokenSeq
 
@@ -42,11 +43,14 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
     suite = SuiteScore.of(policy, keys, stage.processes)
     optimizer = make_optimizer(policy, keys)
 
-    schedule = Schedule.of(
+    streamed = StreamedSchedule(keys, tokenizer, ranks) if keys.streaming else None
+    schedule = streamed or Schedule.of(
         data, keys, ranks, size=lambda row: len(row.ids), cost=lambda row: family_cost([len(row.ids)])
     )
     total_steps = schedule.total_steps(keys)
     state = stage.resume(policy, optimizer, total_steps)
+    if streamed is not None:
+        streamed.go_on(state.stream)
     validation = Validation(stage, state, held_out, lambda rows: validation_loss(policy, rows, keys, stage), suite)
 
     for step in range(state.step, total_steps):
@@ -68,6 +72,7 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
         values |= schedule.balance(micros, ranks.world_size)
         values["epoch"] = schedule.epoch_after(step + stage.guard.controls.skipped)
 
+        state.stream = None if streamed is None else streamed.cursor
         state.step, state.tokens = step + 1, state.tokens + sum(len(row.ids) for row in flat(micros))
         values |= validation.if_due(state.step, total_steps)
         best = validation.best_score(state.step)

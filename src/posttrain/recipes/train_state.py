@@ -66,6 +66,8 @@ class TrainState:
     experience: Experience | None = None
     """The generation batch in hand; of all ranks, however many there are when it is read again."""
     solved: Solved = field(default_factory=dict[int, tuple[float, bool]])
+    stream: dict[str, Any] | None = None
+    """Where streamed rows go on."""
     best: tuple[int, float] | None = None
     """Step and score of the best checkpoint at the time of this one."""
     critic: Learner | None = None
@@ -80,7 +82,7 @@ class TrainState:
         """What is not a tensor."""
         return {
             "format": FORMAT, "world_size": self.world_size, "rows_per_step": self.rows_per_step, "step": self.step, "empty_steps": self.empty_steps, "tokens": self.tokens,
-            "wall_s": self.wall_s,
+            "wall_s": self.wall_s, "stream": self.stream,
             "validated": dict(self.validated), "best": self.best, "guard": self.guard.to_json(),
             "experience": None if self.experience is None else self.experience.header(),
             "solved": {str(row): list(seen) for row, seen in sorted(self.solved.items())},
@@ -91,6 +93,7 @@ class TrainState:
         self.tokens, self.wall_s = record["tokens"], record["wall_s"]
         self.validated, self.best = dict(record["validated"]), record["best"] and tuple(record["best"])
         self.guard.restore(record["guard"])
+        self.stream = record.get("stream")  # checkpoints of before had none
         header = record["experience"]
         self.experience = None if header is None else Experience.of(header, experience)
         self.solved = {int(row): (float(rate), bool(equal)) for row, (rate, equal) in record["solved"].items()}
