@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import Gemma3Config, LlavaConfig, Qwen2_5_VLConfig
 
 from posttrain.errors import ConfigError, ModelError
 from posttrain.models.batch import pack
@@ -102,6 +103,21 @@ def test_a_base_with_pickled_weights_alone_is_refused_at_load(model_dir, keys_of
             ModelError, match=r"has only pickled weights \(pytorch_model.bin\).*expected \*.safetensors"
         ):
             load(keys)
+
+
+@pytest.mark.parametrize("family", [Gemma3Config, Qwen2_5_VLConfig, LlavaConfig])
+def test_a_checkpoint_with_parts_for_images_is_refused_by_name_before_it_is_trained(
+    family, keys_of, model_dir, tmp_path
+):
+    shutil.copytree(model_dir("llama"), tmp_path / "base")
+    family(architectures=["OfImages"]).save_pretrained(tmp_path / "base")
+    keys = keys_of("llama").model_copy(update={"base_model": str(tmp_path / "base")})
+    with pytest.raises(ModelError, match=r"base is OfImages, with parts for images or sound \(vision_config\)"):
+        load_policy(keys)
+
+
+def test_a_model_of_text_of_such_a_family_is_trained(keys_of):
+    assert load_policy(keys_of("gemma3")).base.config.model_type == "gemma3_text"
 
 
 def test_a_given_template_replaces_the_tokenizers(keys_of, tmp_path):

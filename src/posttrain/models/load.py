@@ -59,6 +59,17 @@ def load_config(keys: ModelKeys) -> Any:
         ) from error
 
 
+def refuse_other_media(keys: ModelKeys, config: Any) -> None:
+    """Raises: ModelError for a checkpoint with parts for images or sound, which would be trained, adapted and exported as if they were layers of text."""
+    media = [part for part in config.sub_configs if part.startswith(("vision", "audio", "image", "video"))]
+    if media:
+        named = (config.architectures or [type(config).__name__])[0]
+        raise ModelError(
+            f"base_model: {keys.base_model} is {named}, with parts for images or sound ({', '.join(media)}); what is trained here is a model of "
+            "text alone: name one, such as a text-only size of its family"
+        )
+
+
 def not_fetched(source: str, reason: str) -> str:
     return (
         f"base_model: {source} is not a local folder and could not be fetched from the hub ({reason}); "
@@ -222,6 +233,8 @@ def load_base(
     What is to be offloaded is in the machine's memory, all of it. Raises: ModelError, in one line.
     """
     config = load_config(keys)
+    if trainable:
+        refuse_other_media(keys, config)
     stored = stored_dtype(config)
     placement = place(keys, stored if trainable and keys.adapter != "none" else None)
     dtype = weight_dtype(keys, placement, stored, trainable=trainable)

@@ -22,7 +22,14 @@ from posttrain.gate.spec import RESERVE_SPLIT, SELECTION_SPLIT
 from posttrain.health.rules import rules_for
 from posttrain.models.continued import base_keys, is_continued
 from posttrain.models.device import place
-from posttrain.models.load import load_config, load_tokenizer, missing_chat_template, model_shape, stored_dtype
+from posttrain.models.load import (
+    load_config,
+    load_tokenizer,
+    missing_chat_template,
+    model_shape,
+    refuse_other_media,
+    stored_dtype,
+)
 from posttrain.models.provenance import was_tuned_by_us
 from posttrain.pipeline.selection import spec_of, without_dev
 from posttrain.planner.fit import cannot_fit, fits, shortfall
@@ -157,9 +164,10 @@ def check_trackers(keys: PipelineKeys) -> None:
 
 
 def check_memory(keys: PipelineKeys) -> None:
-    """Says what is advised about the keys. Raises: ConfigError, in one line, for the first stage that cannot fit, whatever its data."""
+    """Says what is advised about the keys. Raises: ModelError for a model that is not of text alone; ConfigError, in one line, for the first stage that cannot fit."""
     available = available_bytes()
     config = load_config(keys.stages[0].keys)
+    refuse_other_media(keys.stages[0].keys, config)
     shape, stored = ModelShape.from_config(model_shape(config)), stored_dtype(config)
     for stage in keys.stages:
         for one in advise(Advised(stage.kind, stage.keys, shape.num_params)):
