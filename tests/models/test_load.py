@@ -117,7 +117,7 @@ def test_a_checkpoint_with_parts_for_images_is_refused_by_name_before_it_is_trai
 
 
 def test_a_model_of_text_of_such_a_family_is_trained(keys_of):
-    assert load_policy(keys_of("gemma3")).base.config.model_type == "gemma3_text"
+    assert load_policy(keys_of("gemma3_text")).base.config.model_type == "gemma3_text"
 
 
 def test_a_given_template_replaces_the_tokenizers(keys_of, tmp_path):
