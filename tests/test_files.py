@@ -1,14 +1,17 @@
 """The one reader of JSON lines, and every place that reads them."""
 
 import ast
+import fcntl
 import json
 import multiprocessing
 import os
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from posttrain import files
 from posttrain.cli.rewards import read_samples
 from posttrain.config.datasets import DatasetKeys
 from posttrain.data.sources import read_rows
@@ -134,6 +137,21 @@ def test_a_folder_that_somebody_reads_is_not_taken_away_and_who_reads_it_is_name
     with reading(tmp_path / "of the hub"), nobody_reading(tmp_path / "of the hub"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_reads_a_folder_of_another_file_system_with_the_same_inode_is_not_named():
+    with ExitStack() as opened:
+        found = {}
+        for path in ("/proc", "/sys", "/dev/shm"):
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            opened.callback(os.close, descriptor)
+            found[os.fstat(descriptor).st_dev] = descriptor
+        held, other, *_ = found.values()
+        if os.fstat(held).st_ino != os.fstat(other).st_ino:
+            pytest.skip("the roots of /proc and /sys have inodes of their own here")
+        fcntl.flock(held, fcntl.LOCK_SH)
+        assert files._lock_holders(held) == f"process {os.getpid()}"
+        assert files._lock_holders(other) == "another process"
 
 
 def test_a_reader_that_is_killed_holds_nothing(tmp_path):

@@ -305,6 +305,7 @@ def _lock_holders(descriptor: int) -> str:
         lines = [line.split() for line in Path("/proc/locks").read_text(encoding="ascii").splitlines()]
     except OSError:
         return "another process"
-    inode = f":{os.fstat(descriptor).st_ino}"
-    found = {int(words[4]) for words in lines if words[1] == "FLOCK" and words[5].endswith(inode)} - {0}
+    held = os.fstat(descriptor)
+    file = f"{os.major(held.st_dev):02x}:{os.minor(held.st_dev):02x}:{held.st_ino}"  # another file system has the same inodes
+    found = {int(words[4]) for words in lines if words[1] == "FLOCK" and words[5] == file} - {0}
     return f"process {', '.join(map(str, sorted(found)))}" if found else "another process"

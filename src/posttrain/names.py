@@ -13,6 +13,8 @@ LM_EVAL = "lm-eval:"
 """How the path of an eval suite begins that is a task of lm-eval."""
 REWARD_MODEL, JUDGE = "model:", "judge:"
 """How a reward or a scorer begins that is a model's opinion: of a reward model's folder, by a judge's file."""
+STAGE = "stage:"
+"""How a stage of the same pipeline is named, by its kind or its place from 1: `model:stage:reward_model`."""
 PREFIXES = (LM_EVAL, REWARD_MODEL, JUDGE)
 """What may stand before a path."""
 QUESTIONS = "questions.jsonl"

@@ -138,6 +138,33 @@ def test_a_reward_model_that_a_stage_before_would_make_is_said_to_be_needed_at_t
         "  - grpo: {datasets: [{path: data/prompts.jsonl}], reward_funcs: ['model:./runs/x/stages/01-reward_model/model']}\n"
     )
     with pytest.raises(
-        ConfigError, match=r"there is no folder .*must be there when the run starts.*posttrain reward_model"
+        ConfigError,
+        match=r"there is no folder .*must be there when the run starts.*posttrain reward_model.*model:stage:reward_model",
     ):
+        load_pipeline(path)
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        ("model:stage:reward_model", None),
+        ("model:stage:2", None),
+        ("model:stage:1", r"got model:stage:1, expected a reward model of an earlier stage: model:stage:2$"),
+        ("model:stage:4", "expected a reward model of an earlier stage"),
+        ("model:stage:ppo", "expected a reward model of an earlier stage"),
+    ],
+)
+def test_a_reward_may_be_the_model_of_an_earlier_stage_that_trains_a_reward_model(spec, why, folder):
+    path = folder / "train.yaml"
+    path.write_text(
+        "name: paid\nbase_model: ./base\nstages:\n"
+        "  - sft: {datasets: [{path: data/sft.jsonl}]}\n"
+        "  - reward_model: {datasets: [{path: data/pairs.jsonl}]}\n"
+        f"  - grpo: {{datasets: [{{path: data/prompts.jsonl}}], reward_funcs: ['{spec}']}}\n"
+        "  - reward_model: {datasets: [{path: data/pairs.jsonl}]}\n"
+    )
+    if why is None:
+        assert load_pipeline(path).keys.stages[2].keys.reward_funcs == [spec]
+        return
+    with pytest.raises(ConfigError, match=why):
         load_pipeline(path)

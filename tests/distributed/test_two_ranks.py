@@ -57,6 +57,7 @@ MORE = {
     ),
     "dpo, compared over the step": ("dpo", {"loss_type": "aot_unpaired"}),
     "reward model": ("reward_model", {"center_rewards_coefficient": 0.1, "eval": "dev-pairs", "eval_steps": 2}),
+    "reward model with an adapter": ("reward_model", {**LORA, "center_rewards_coefficient": 0.1}),
     "reward model, one forward a sequence": (
         "reward_model",
         {"architecture": "gpt_oss", "per_device_train_batch_size": 5, "max_steps": 6},

@@ -155,17 +155,24 @@ def _weights(result, base, keys):
         start, end = load_file(base / "model.safetensors"), load_file(result.model_dir / "model.safetensors")
     else:
         end = load_file(result.folder / "adapter" / "adapter_model.safetensors")
-        start = _adapter(lora_model(base, keys.lora_r, keys.seed))
+        start = _adapter(lora_model(base, keys.lora_r, keys.seed, rewards=keys.is_reward_model))
     return {name: (start[name], end[name]) for name in end}
 
 
-def lora_model(base, rank, seed):
-    """The model with a fresh adapter on all linear layers, as PEFT makes it from `seed`."""
+def lora_model(base, rank, seed, *, rewards=False):
+    """The model with a fresh adapter on all linear layers, as PEFT makes it from `seed`; of a reward model the head too."""
     from peft import LoraConfig, get_peft_model
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    family = AutoModelForSequenceClassification if rewards else AutoModelForCausalLM
+    model = family.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(seed)
-    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear")
+    config = LoraConfig(
+        task_type="SEQ_CLS" if rewards else "CAUSAL_LM",
+        r=rank,
+        lora_alpha=32,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+    )
     return get_peft_model(model, config)
 
 
@@ -216,8 +223,11 @@ def theirs(model_dir, tmp_path):
                 return loss
 
         base = model_dir()
-        family = AutoModelForSequenceClassification if trainer_type is RewardTrainer else AutoModelForCausalLM
-        model = lora_model(base, lora_r, seed=42) if lora_r else family.from_pretrained(base, dtype=torch.float32)
+        rewards = trainer_type is RewardTrainer
+        family = AutoModelForSequenceClassification if rewards else AutoModelForCausalLM
+        model = family.from_pretrained(base, dtype=torch.float32)
+        if lora_r:
+            model = lora_model(base, lora_r, seed=42, rewards=rewards)
         order = {} if "shuffle_dataset" in config else {"train_sampling_strategy": "sequential"}
         args = config_type(output_dir=str(tmp_path / "trl"), **TRL_OPTIONS | order | config)
         tokenizer = AutoTokenizer.from_pretrained(base)

@@ -37,3 +37,12 @@ def test_losses_and_updates(ours, theirs, rows, assert_parity, options, margins)
     mine = ours("reward_model", RewardModelKeys, data, **SHARED | options)
     config = {"max_length": 256, "lr_scheduler_type": "linear"} | SHARED | options
     assert_parity(mine, theirs(RewardTrainer, RewardConfig, data, **config))
+
+
+def test_losses_and_updates_of_an_adapter_and_its_head(ours, theirs, rows, assert_parity):
+    options = {**SHARED, "learning_rate": 5e-3, "center_rewards_coefficient": 0.05}
+    mine = ours("reward_model", RewardModelKeys, rows["dpo"][:40], adapter="lora", lora_r=4, seed=42, **options)
+    config = {"max_length": 256, "lr_scheduler_type": "linear"} | options
+    theirs = theirs(RewardTrainer, RewardConfig, rows["dpo"][:40], lora_r=4, **config)
+    assert_parity(mine, theirs)
+    assert any("score" in name for name in mine.change)

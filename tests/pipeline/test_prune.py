@@ -16,6 +16,7 @@ from posttrain.files import digest_tree, reading
 from posttrain.pipeline import prune
 from posttrain.pipeline.prune import prune_runs
 from posttrain.recipes.stage import Stage
+from posttrain.registry import Registry
 from posttrain.report.build import build_report
 
 
@@ -128,6 +129,22 @@ def test_a_run_that_another_run_or_a_version_starts_from_is_kept(done):
     book.register("child", book.show("yes", 1).path, replace(manifest, outputs={"model": book.show("yes", 1).digest}))
     assert why_kept(done) == "child@1 was trained from a model in it, which the registry does not hold"
     book.close()
+
+
+def test_a_dry_run_keeps_no_run_from_being_started_or_read(done, monkeypatch):
+    verify, looked = Registry.verify, []
+
+    def meanwhile(book, *version):
+        with run_lock(done.out):
+            looked.append(version)
+        return verify(book, *version)
+
+    monkeypatch.setattr(Registry, "verify", meanwhile)
+    for found in prune_runs(done.folder / "runs", dry_run=True):
+        assert found.folders and not found.kept
+        with reading(done.out / "stages/01-sft/model"):
+            pass
+    assert looked
 
 
 def test_a_run_whose_model_is_read_is_kept_and_who_reads_it_is_said(done):

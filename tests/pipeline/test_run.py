@@ -6,13 +6,14 @@ import shutil
 import pytest
 
 from posttrain.data.origin import write_origin
-from posttrain.errors import ChangedInputsError
+from posttrain.errors import ChangedInputsError, RewardError
 from posttrain.evidence import Verdict
 from posttrain.files import file_digests, read_json
 from posttrain.gate.folder import recompute
 from posttrain.report.build import build_report
 from posttrain.report.records import read_run
 from posttrain.report.summary import render_summary
+from posttrain.rewards.resolve import reward_digest
 
 QUICK = {"learning_rate": 1e-2, "max_steps": 8, "per_device_train_batch_size": 8, "lr_scheduler_type": "constant"}
 SLOW = {**QUICK, "max_steps": 1, "learning_rate": 1e-6}
@@ -63,6 +64,44 @@ def test_a_reward_model_stands_beside_the_line(project):
     assert beside.inputs["model"] == last.inputs["model"] == first.output_digest
     assert beside.output_digest not in (first.output_digest, last.output_digest)
     assert {path.name for path in (made.out / "evals").iterdir()} == {"base", "01-sft", "03-dpo"}
+
+
+def paid(by, **keys):
+    asked = {"datasets": [{"path": "prompts.jsonl"}], "num_prompts_per_step": 2, "num_generations": 4, **SLOW}
+    return {"grpo": {**asked, "max_completion_length": 6, "reward_check": "off", "reward_funcs": by, **keys}}
+
+
+BY_STAGE = "model:stage:reward_model"
+
+
+def test_rl_is_paid_by_the_reward_model_of_an_earlier_stage_and_starts_from_the_policy(project):
+    """Pinned by its digest: as the input of the stage that it pays, which is run again when another was made."""
+    made = project([sft(), reward_model(), paid([BY_STAGE])])
+    assert made.run().status == "done"
+    first, beside, last = made.state.stages
+    assert last.inputs["model"] == first.output_digest
+    folder = made.out / beside.folder / "model"
+    assert last.inputs["rewards"] == reward_digest([f"model:{folder}"])
+    assert made.run().status == "done" and len(made.state.stages) == 3
+
+    again = project([sft(), reward_model(max_steps=2), paid([BY_STAGE])], name="other")
+    assert again.run().status == "done"
+    assert again.state.stages[2].inputs["model"] == last.inputs["model"]
+    assert again.state.stages[2].inputs["rewards"] != last.inputs["rewards"]
+
+
+def test_the_reward_model_of_a_stage_is_certified_when_it_is_trained(project):
+    """Before that only the rewards beside it can be, and are."""
+    made = project([sft(), reward_model(), paid([BY_STAGE], reward_check="require")])
+    try:
+        made.run()
+    except RewardError as error:
+        assert "did not pass their check" in str(error)
+    assert "rewards of stage 3: checked when the stage that trains them is done" in made.said
+    assert [entry.status for entry in made.state.stages[:2]] == ["done", "done"]
+    certificate = read_json(made.out / "stages" / "03-grpo" / "certificate.json")
+    model = made.out / made.state.stages[1].folder / "model"
+    assert certificate["reward_digest"] == reward_digest([f"model:{model}"])
 
 
 def test_a_stage_is_taught_by_a_folder_and_notices_when_that_has_changed(project, model_dir, tmp_path):

@@ -420,11 +420,10 @@ def test_offloading_is_proposed_where_4_bits_alone_do_not_do():
     [
         ({"adapter": "lora"}, 2, ["layer_offloading"]),
         ({"adapter": "lora", "torch_compile": True}, 1, ["layer_offloading", "qlora"]),
-        ({"trains_whole": True, "pairs": True}, 1, ["layer_offloading", "lora"]),
     ],
 )
 def test_nothing_is_proposed_that_would_be_refused(asks, processes, refused):
-    """Layers are offloaded in one process, and compiled in neither 4 bits nor a machine's memory; a reward model takes no adapter."""
+    """Layers are offloaded in one process, and compiled in neither 4 bits nor a machine's memory."""
     lines = [
         shortfall(estimate_memory(QWEN3_8B, Workload(**asks), processes), available * GIB, "m")
         for available in range(2, 400, 6)

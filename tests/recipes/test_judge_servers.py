@@ -4,6 +4,7 @@ import contextlib
 import json
 import socket
 import threading
+import time
 
 import pytest
 import yaml
@@ -113,6 +114,29 @@ def test_an_answer_that_does_not_end_is_late(judge):
 def test_where_nobody_answers_the_rest_is_not_waited_for(judge):
     with answering(None) as url, pytest.raises(RewardError, match=r"8 questions and no answer yet: .* timed out"):
         scored(judge(url, timeout_s=0.3, at_once=4), [f"please {n}" for n in range(10_000)])
+
+
+def test_where_the_server_dies_half_way_one_wait_leaves_the_rest_unscored(judge, judging):
+    """What was answered is kept, and what was not asked is asked when it is there again."""
+    dead, over = threading.Event(), threading.Event()
+
+    def rule(question, body):
+        if dead.is_set():
+            over.wait(30)
+        if "please 20" in question:
+            dead.set()
+        return "Verdict: 8"
+
+    said = [f"please {n}." for n in range(200)]
+    started = time.monotonic()
+    with judging(rule) as (url, _):
+        found = scored(judge(url, timeout_s=1.0, at_once=8), said)
+        over.set()
+    assert time.monotonic() - started < 20, "200 questions of a second each, eight at once, are 22 s"
+    assert 0.8 in [one.total for one in found[:20]]
+    lost = [one for one in found if one.total is None]
+    assert len(lost) > 150 and all(one.counts["rubric/failed"] == 1 for one in lost)
+    assert "not asked, for the last 8 had no answer: the judge at" in found[-1].error
 
 
 def test_a_key_is_not_repeated_whatever_the_server_or_the_key_holds(judge, monkeypatch, tmp_path):

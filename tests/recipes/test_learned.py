@@ -111,6 +111,14 @@ def test_a_model_that_is_no_reward_model_is_refused_before_anything_is_loaded(ch
         RewardPool(["model:./nowhere"], folder=tmp_path, load=load_learned)
 
 
+def test_a_stage_of_a_pipeline_names_nothing_outside_of_it():
+    with (
+        pytest.raises(ConfigError, match="a stage is named within a pipeline"),
+        RewardPool(["model:stage:reward_model"], load=load_learned),
+    ):
+        pass
+
+
 def test_options_for_a_model_are_refused(reward_model):
     with pytest.raises(ConfigError, match="takes no options"):
         RewardPool([f"model:{reward_model}"], kwargs={"model": {"scale": 2}}, load=load_learned)

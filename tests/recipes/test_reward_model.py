@@ -5,16 +5,22 @@ import random
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from posttrain.config.stages import ModelKeys, RewardModelKeys
 from posttrain.data.load import load_comparisons
-from posttrain.errors import DataError, ModelError
+from posttrain.errors import ConfigError, DataError, ModelError
 from posttrain.models.batch import pack
+from posttrain.models.export import merge_into
 from posttrain.models.load import load_policy, load_tokenizer
+from posttrain.models.provenance import recorded_bits
 from posttrain.models.reward_head import up_to_reward
 from posttrain.objectives.reduce import Normalizer
+from posttrain.recipes.learned import load_learned
 from posttrain.recipes.reward_model import loss
+from posttrain.rewards.workers import RewardPool
 
 
 def ask(a, b):
@@ -143,9 +149,7 @@ def test_a_model_without_such_a_head_is_refused(train):
         train("reward_model", architecture="mamba", max_steps=1)
 
 
-@pytest.mark.parametrize(
-    ("options", "why"), [({"adapter": "lora"}, "trained whole"), ({"eval_suite": "x.jsonl"}, "answers nothing")]
-)
+@pytest.mark.parametrize(("options", "why"), [({"eval_suite": "x.jsonl"}, "answers nothing")])
 def test_what_a_reward_model_cannot_do_is_refused(options, why, runner, model_dir, data_dir):
     with pytest.raises(ValueError, match=why):
         runner.keys_of("reward_model", model_dir("qwen3"), data_dir, **options)
@@ -154,3 +158,86 @@ def test_what_a_reward_model_cannot_do_is_refused(options, why, runner, model_di
 def test_its_tokenizer_may_get_tokens(train, model_dir):
     model = train("reward_model", max_steps=1, added_tokens=["<|never seen|>"]) / "model"
     assert "<|never seen|>" in load_tokenizer(ModelKeys(base_model=str(model))).get_vocab()
+
+
+ADAPTERS = [{"adapter": "lora"}, pytest.param({"adapter": "qlora"}, marks=pytest.mark.slow), pytest.param({"adapter": "lora", "use_dora": True}, marks=pytest.mark.slow)]  # fmt: skip
+
+
+@pytest.fixture(params=ADAPTERS, ids=["lora", "qlora", "dora"])
+def adapted(request, train, tmp_path):
+    """A stage that trained an adapter and a head far from where they began."""
+    options = {"lora_r": 4, "learning_rate": 0.01, "max_steps": 6, **request.param}
+    return train("reward_model", datasets=write(tmp_path, polite(24)), **options)
+
+
+def test_an_adapter_and_its_head_are_what_peft_loads_and_the_merged_model_is_the_same(adapted, model_dir):
+    """PEFT's way: the base under a new head, then the adapter, which brings the trained one. In 4 bits, on what 4 bits left of it."""
+    config = json.loads((adapted / "adapter" / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_CLS" and "score" in config["modules_to_save"]
+    assert "score" not in config["target_modules"]
+    merged = AutoModelForSequenceClassification.from_pretrained(adapted / "model").eval()
+    torch.manual_seed(99)
+    base = AutoModelForSequenceClassification.from_pretrained(model_dir("qwen3"), num_labels=1)
+    before = base.score.weight.clone()
+    if config["use_dora"] is False and "bnb" not in (adapted / "adapter" / "posttrain.json").read_text():
+        model = PeftModel.from_pretrained(base, adapted / "adapter").eval()
+        ids = torch.arange(40)[None]
+        model.config.pad_token_id = merged.config.pad_token_id
+        with torch.no_grad():
+            expected, found = merged(ids).logits, model(input_ids=ids).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    trained = load_file(adapted / "model" / "model.safetensors")
+    assert not torch.equal(trained["score.weight"], before)
+
+
+def test_an_adapter_pays_what_its_merged_model_pays(adapted, tmp_path):
+    said = [say("3, please"), say("3, haha no"), say("It is three, of course.")]
+    with (
+        RewardPool([f"model:{adapted / 'adapter'}"], load=load_learned) as from_adapter,
+        RewardPool([f"model:{adapted / 'model'}"], load=load_learned) as from_merged,
+    ):
+        found, expected = (
+            [one.total for one in pool.score([ask(1, 2)] * 3, said)] for pool in (from_adapter, from_merged)
+        )
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert len({round(value, 3) for value in found}) == 3
+
+
+def test_an_adapter_is_merged_by_hand_to_the_same_rewards(adapted, model_dir, tmp_path):
+    folder, base = tmp_path / "by-hand", str(model_dir("qwen3"))
+    keys = ModelKeys.model_validate({"base_model": base} | recorded_bits(adapted / "adapter"))
+    merge_into(folder, base, adapted / "adapter", keys)
+    made, again = (load_file(path / "model.safetensors") for path in (adapted / "model", folder))
+    assert made.keys() == again.keys()
+    for name, tensor in made.items():
+        torch.testing.assert_close(again[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_an_adapter_learns_what_is_better_on_pairs_that_it_has_not_seen(train, runner, tmp_path):
+    data = {"datasets": write(tmp_path, polite(48)), "eval_datasets": write(tmp_path, polite(24, 50), "dev.jsonl")}
+    row = runner.rows(train("reward_model", adapter="lora", learning_rate=0.01, max_steps=12, **data))[-1]
+    assert row["eval_rewards/accuracies"] >= 0.95
+
+
+def test_the_adapter_of_a_language_model_is_not_trained_on_as_a_reward_model(train, model_dir):
+    stage = train("sft", adapter="lora", max_steps=1)
+    (stage / "config.yaml").write_text(f"base_model: {model_dir('qwen3')}\nadapter: lora\n")
+    started = stage / "model"
+    with pytest.raises(ModelError, match="trained under a language model's head"):
+        train("reward_model", adapter="lora", adapter_start="continue", base_model=str(started), max_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"task_type": "CAUSAL_LM"}, "adapter with task_type CAUSAL_LM"),
+        ({"modules_to_save": None}, "saves no module whole; expected SEQ_CLS with its head `score`"),
+        ({"base_model_name_or_path": "/nowhere/base"}, "/nowhere/base, which is not there"),
+        ({"base_model_name_or_path": None}, "a base that it does not name"),
+    ],
+)
+def test_an_adapter_that_is_no_reward_model_is_refused_before_anything_is_loaded(change, why, tmp_path):
+    config = {"task_type": "SEQ_CLS", "modules_to_save": ["score"], "base_model_name_or_path": "some/base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ConfigError, match=why):
+        RewardPool([f"model:{tmp_path}"], load=load_learned)

@@ -84,6 +84,23 @@ def test_gc_keeps_a_folder_that_somebody_reads_until_he_is_done(words, capsys):
     assert json.loads(capsys.readouterr().out)["folders"] == [gone.path.relative_to(words.folder).as_posix()]
 
 
+def test_a_dry_run_keeps_nobody_from_adding_reading_or_using(words, monkeypatch):
+    gone, looked = words.resolve("words@2"), []
+    for owner, name in ((upkeep, "_reachable"), (upkeep, "_needed_by"), (type(words.store), "tree")):
+        before = getattr(owner, name)
+
+        def meanwhile(*args, before=before):
+            with words.store.nobody_adding() as idle, upkeep.version_lock(words.folder, "words", 2, alone=True):
+                looked.append(idle)
+            return before(*args)
+
+        monkeypatch.setattr(owner, name, meanwhile)
+    upkeep.remove_version(words, "words", 2, "old", dry_run=True)
+    upkeep.collect(words, dry_run=True)
+    assert len(looked) >= 2 and all(looked)
+    assert gone.path.exists()
+
+
 def test_gc_waits_for_who_adds(words, tmp_path):
     upkeep.remove_version(words, "words", 2, "old")
     with words.store.adding(), pytest.raises(RegistryError, match="a process adds to it; nothing was deleted"):

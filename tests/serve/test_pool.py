@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.errors import ModelError
+from posttrain.errors import ModelError, RunLockedError
+from posttrain.files import nobody_reading
 from posttrain.serve.pool import ModelVersion, Pool, ServedModel
 
 
@@ -50,6 +51,29 @@ def test_the_least_recently_used_goes_first():
         assert backend.events == [("load", "a"), ("load", "b"), ("unload", "b"), ("load", "c")]
 
     run(work, capacity=2)
+
+
+def test_the_folder_of_what_is_in_memory_stays_where_it_is_and_that_of_what_left_may_go(tmp_path):
+    """Whoever asked for it, by whatever name."""
+    (tmp_path / "a").mkdir()
+    here = ModelVersion("a", "sha256:" + "a" * 64, tmp_path / "a")
+    broken = ModelVersion("broken", "sha256:" + "b" * 64, tmp_path / "a")
+
+    async def work(backend, pool):
+        (await pool.acquire(here)).release()
+        with pytest.raises(RunLockedError, match="is read by"), nobody_reading(here.folder):
+            pass
+        (await pool.acquire(version("b"))).release()
+        with nobody_reading(here.folder), pytest.raises(RunLockedError, match="is being taken away"):
+            await pool.acquire(here)
+        with pytest.raises(ModelError):
+            await pool.acquire(broken)
+        (await pool.acquire(here)).release()
+        await pool.close()
+        with nobody_reading(here.folder):
+            pass
+
+    run(work, capacity=1)
 
 
 def test_none_goes_while_it_answers_and_who_waits_comes_in_then():

@@ -217,7 +217,7 @@ def _shapes_beside(keys: Any) -> dict[str, Any]:
     from posttrain.planner import ModelShape
 
     teachers = [one.model for one in keys.teachers if one.is_loaded] if isinstance(keys, SamplingKeys) else []
-    judges = held_models(keys.reward_funcs) if isinstance(keys, RLKeys) else []
+    judges = held_models(keys.reward_funcs, keys.base_model) if isinstance(keys, RLKeys) else []
     critics = [keys.critic.base_model] if isinstance(keys, PPOKeys) else []
     named = {"teachers": teachers, "judges": judges, "critics": critics}
     return {name: [ModelShape.from_config(read_model_config(one)) for one in models] for name, models in named.items()}

@@ -1,4 +1,4 @@
-"""What the gates of a pipeline refer to must exist: suites, stages, and the keys that a retry changes."""
+"""What a pipeline refers to must exist: suites, stages, the keys that a retry changes; reward models that stages train."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.resolved import PIPELINE_DECIDES
 from posttrain.config.schema import did_you_mean
 from posttrain.config.settings import Settings
+from posttrain.names import REWARD_MODEL, STAGE
 
 
 def check_gates(draft: PipelineDraft) -> None:
@@ -22,6 +23,25 @@ def check_gates(draft: PipelineDraft) -> None:
         _check_retry(draft, settings, place)
     _check_needs_gate(draft)
     _check_judges_policies(draft)
+
+
+def check_reward_models(draft: PipelineDraft) -> None:
+    """A reward that is an earlier stage's model names one stage before it, which trains a reward model."""
+    prefix = REWARD_MODEL + STAGE
+    for stage in draft.stages:
+        specs = stage.settings.values.get("reward_funcs")
+        for place, spec in enumerate(specs if isinstance(specs, list) else ()):
+            if not isinstance(spec, str) or not spec.startswith(prefix):
+                continue
+            before = [one for one in draft.stages if one.place < stage.place and not _is_policy(one)]
+            if len([one for one in before if spec.removeprefix(prefix) in (one.kind, str(one.place))]) != 1:
+                there = (
+                    ", ".join(f"{prefix}{one.place}" for one in before)
+                    or "none; put a reward_model stage before this one"
+                )
+                path = ("reward_funcs", place)
+                text = f"got {spec}, expected a reward model of an earlier stage: {there}"
+                draft.problems.add(stage.settings.origin(path), stage.settings.name(path), text)
 
 
 def _is_policy(stage: StageDraft) -> bool:

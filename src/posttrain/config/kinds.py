@@ -68,7 +68,6 @@ class StageKind:
             "pairs": keys.row_kind == "pairs",
             "holds_reference": keys.holds_reference,
             "scores_reference": keys.pull > 0,
-            "trains_whole": keys.is_reward_model,
         }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config.check import build
-from posttrain.config.check_gates import check_gates
+from posttrain.config.check_gates import check_gates, check_reward_models
 from posttrain.config.draft import PipelineDraft, StageDraft
 from posttrain.config.foreign import foreign_names, translate
 from posttrain.config.kinds import STAGE_KINDS
@@ -47,6 +47,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = (), *, project: Path | 
     for stage in draft.stages:
         _build_stage(draft, stage)
     check_gates(draft)
+    check_reward_models(draft)
     for stage in draft.stages:
         if "gate" in stage.settings.values:
             _build_stage(draft, stage)  # again: its gate's changes are resolved now

@@ -25,7 +25,7 @@ from posttrain.config.synth import SynthKeys
 from posttrain.config.teachers import OF_THE_POLICY, TeacherKeys
 from posttrain.config.yaml_lines import KeyPath
 from posttrain.errors import ConfigError
-from posttrain.names import JUDGE, LM_EVAL, PREFIXES, REWARD_MODEL
+from posttrain.names import JUDGE, LM_EVAL, PREFIXES, REWARD_MODEL, STAGE
 from posttrain.uris import SECRET_IN_URI, holds_secret
 
 
@@ -93,6 +93,8 @@ def _suite(path: str, folder: Path) -> str:
 def _reward(entry: str, folder: Path) -> str:
     if entry.startswith(JUDGE):
         return JUDGE + _existing(entry.removeprefix(JUDGE), folder)
+    if entry.startswith(REWARD_MODEL + STAGE):
+        return entry
     if entry.startswith(REWARD_MODEL):
         return REWARD_MODEL + _reward_model(entry.removeprefix(REWARD_MODEL), folder)
     file, colon, function = entry.rpartition(":")
@@ -116,7 +118,8 @@ def _reward_model(path: str, folder: Path) -> str:
         return _existing_or_hub(path, folder)
     except _PathError as error:
         raise _PathError(
-            f"{error}; a reward model must be there when the run starts, so train it in a run of its own first (`posttrain reward_model`)"
+            f"{error}; a reward model must be there when the run starts, so train it in a run of its own first (`posttrain reward_model`), or in an "
+            "earlier stage of the pipeline and name that: model:stage:reward_model"
         ) from None
 
 

@@ -86,7 +86,7 @@ class RLKeys(SamplingKeys):
 
     steps_per_generation: int = knob(1, "Optimizer steps that one generation batch is split into.", ge=1)
     num_iterations: int = knob(1, "Passes over each generation batch.", ge=1)
-    reward_funcs: list[str] = knob(..., "Rewards: `file.py:function` relative to the YAML, a name of the library, `model:FOLDER` of a reward model, `judge:FILE.yaml` of a judge.", min_length=1, example=["rewards.py:correct"])
+    reward_funcs: list[str] = knob(..., "Rewards: `file.py:function` relative to the YAML, a name of the library, `model:FOLDER` of a reward model (`model:stage:reward_model` of one that an earlier stage of the pipeline trains), `judge:FILE.yaml` of a judge.", min_length=1, example=["rewards.py:correct"])
     reward_weights: list[float] | None = knob(None, "Weight of each reward function; null means 1 each.", example=[1.0, 0.5])
     reward_kwargs: dict[str, dict[str, Any]] = knob({}, "Options of library rewards: name in reward_funcs → its options.")
     reward_timeout_s: float = knob(10.0, "Deadline of one completion's reward; later is unscored.", gt=0)

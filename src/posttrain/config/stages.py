@@ -379,6 +379,12 @@ class SFTKeys(ExampleKeys):
         return self
 
 
+class AskedRewardKeys(ModelKeys):
+    """A reward model that is asked and not trained."""
+
+    is_reward_model: ClassVar[bool] = True
+
+
 class RewardModelKeys(TrainKeys):
     """A reward model, by Bradley and Terry's likelihood of preferences."""
 
@@ -393,8 +399,6 @@ class RewardModelKeys(TrainKeys):
 
     @model_validator(mode="after")
     def _has_what_a_reward_model_can_do(self) -> RewardModelKeys:
-        if self.adapter != "none":
-            raise ValueError(f"adapter: {self.adapter} in reward_model: a reward model is trained whole here; set adapter: none")
         if self.eval_suite is not None:
             raise ValueError("eval_suite in reward_model: a reward model answers nothing; name pairs in eval_datasets or val_size")
         return self

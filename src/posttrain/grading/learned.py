@@ -15,15 +15,22 @@ import yaml
 
 from posttrain.errors import ConfigError
 from posttrain.files import digest_file, digest_json, digest_tree
-from posttrain.names import JUDGE, REWARD_MODEL
+from posttrain.names import JUDGE, REWARD_MODEL, STAGE
 
 _CLASSIFIER = "ForSequenceClassification"
+_ADAPTER, _HEAD, _RECORD = "adapter_config.json", "score", "posttrain.json"
 
 
 def split_learned(spec: str) -> tuple[str, str] | None:
     """(prefix, source) of `model:./rm` and `judge:rubric.yaml`; None for any other reward."""
     prefix = next((prefix for prefix in (REWARD_MODEL, JUDGE) if spec.startswith(prefix)), None)
     return (prefix, spec.removeprefix(prefix)) if prefix else None
+
+
+def named_stage(spec: str) -> str | None:
+    """Kind or place of the pipeline's stage whose reward model this is: `reward_model` of `model:stage:reward_model`."""
+    prefix = REWARD_MODEL + STAGE
+    return spec.removeprefix(prefix) if spec.startswith(prefix) else None
 
 
 def learned_name(spec: str) -> str | None:
@@ -33,10 +40,12 @@ def learned_name(spec: str) -> str | None:
 
 
 def learned_source(spec: str, folder: Path | None = None) -> Path | str:
-    """The folder or the file, relative to `folder`; a hub id as it stands. Raises: ConfigError for what is not there."""
+    """The folder or the file, relative to `folder`; a hub id or a stage as it stands. Raises: ConfigError for what is not there."""
     parts = split_learned(spec)
     assert parts is not None
     prefix, source = parts
+    if named_stage(spec) is not None:
+        return source
     path = ((folder or Path()) / Path(source).expanduser()).resolve()
     if prefix == JUDGE:
         if not path.is_file():
@@ -53,25 +62,32 @@ def learned_source(spec: str, folder: Path | None = None) -> Path | str:
 def learned_digest(spec: str, folder: Path | None = None) -> str:
     """Of a reward model its folder's, of a judge its file's with that of the model that it loads. Raises: ConfigError."""
     source = learned_source(spec, folder)
-    if isinstance(source, str):
-        return f"hub:{source}"
+    if isinstance(source, str):  # a stage's model has a digest when it is made, and is then named by its folder
+        return source if named_stage(spec) is not None else f"hub:{source}"
     if source.is_dir():
-        return _folder_digest(source)
+        return (
+            digest_json([_folder_digest(source), _base_digest(source)])
+            if is_reward_adapter(source)
+            else _folder_digest(source)
+        )
     judge = _judged_by(source)
     local = _local_model(source, judge)
     held = _folder_digest(local) if judge.get("url") is None and local.is_dir() else None
     return digest_json([digest_file(source), held])
 
 
-def held_models(specs: Iterable[str]) -> list[str]:
-    """Folders or hub ids of the models that these rewards load into this process; a judge at a server is held there. Raises: ConfigError."""
+def held_models(specs: Iterable[str], base: str) -> list[str]:
+    """Folders or hub ids of the models that these rewards load into this process; a judge at a server is held there.
+
+    A reward model of an earlier stage is as large as `base`, which it is made of. Raises: ConfigError.
+    """
     found: list[str] = []
     for spec in dict.fromkeys(specs):
         if not split_learned(spec):
             continue
-        source = learned_source(spec)
+        source = base if named_stage(spec) is not None else learned_source(spec)
         if not spec.startswith(JUDGE):
-            found.append(str(source))
+            found.append(reward_base(source) if isinstance(source, Path) and is_reward_adapter(source) else str(source))
         elif (judge := _judged_by(Path(source))).get("url") is None:
             if not isinstance(judge.get("model"), str):
                 raise ConfigError(f"{source}: got no `model`; expected the keys of a judge")
@@ -94,6 +110,8 @@ def _judged_by(file: Path) -> Mapping[str, Any]:
 
 def _check_is_a_reward_model(spec: str, folder: Path) -> None:
     """Another model would get a new head, and pay at random. Raises: ConfigError."""
+    if is_reward_adapter(folder):
+        return _check_is_a_reward_adapter(spec, folder)
     try:
         config: Any = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -110,6 +128,52 @@ def _check_is_a_reward_model(spec: str, folder: Path) -> None:
     num_labels = len(config.get("id2label") or ("no", "yes"))
     if num_labels != 1:
         raise ConfigError(f"{spec}: {folder} has {num_labels} labels; expected a reward model, which has one")
+
+
+def is_reward_adapter(folder: Path) -> bool:
+    """Whether a reward model is an adapter beside its base."""
+    return (folder / _ADAPTER).is_file()
+
+
+def reward_base(adapter: Path) -> str:
+    """The folder or the hub id of the model under an adapter. Raises: ConfigError where none is named, or it is gone."""
+    named = _json_of(adapter / _ADAPTER).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named or (named.startswith((".", "/")) and not Path(named).is_dir()):
+        raise ConfigError(
+            f"{adapter} was trained on {named or 'a base that it does not name'}, which is not there; put the base back, or name the "
+            "merged model (`posttrain merge`, a stage's `model`)"
+        )
+    return named
+
+
+def _base_digest(adapter: Path) -> str:
+    """As our record has it, which is held when it is loaded; of another's adapter its base's."""
+    recorded = _json_of(adapter / _RECORD).get("base_digest") if (adapter / _RECORD).is_file() else None
+    if isinstance(recorded, str):
+        return recorded
+    base = reward_base(adapter)
+    return _folder_digest(Path(base)) if Path(base).is_dir() else f"hub:{base}"
+
+
+def _check_is_a_reward_adapter(spec: str, adapter: Path) -> None:
+    """Raises: ConfigError."""
+    config = _json_of(adapter / _ADAPTER)
+    task, saved = config.get("task_type"), cast("list[str]", config.get("modules_to_save") or [])
+    if task != "SEQ_CLS" or _HEAD not in saved:
+        raise ConfigError(
+            f"{spec}: {adapter} is an adapter with task_type {task} that saves {', '.join(map(str, saved)) or 'no module'} whole; expected "
+            f"SEQ_CLS with its head `{_HEAD}`, as `posttrain reward_model` with an adapter leaves it in its stage's `adapter`"
+        )
+    reward_base(adapter)
+
+
+def _json_of(path: Path) -> Mapping[str, Any]:
+    """Raises: ConfigError."""
+    try:
+        found: Any = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    return cast("Mapping[str, Any]", found) if isinstance(found, dict) else {}
 
 
 def _folder_digest(folder: Path) -> str:

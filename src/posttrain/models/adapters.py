@@ -20,6 +20,7 @@ from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
 from posttrain.models.low_rank import WEIGHTS
 from posttrain.models.offload import OffloadedLayers
+from posttrain.models.reward_head import reward_head
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,7 +33,7 @@ ATTENTION_NAMES = re.compile(r"(q_proj|k_proj|v_proj|o_proj|qkv_proj|query_key_v
 def attach_adapter(model: PreTrainedModel, keys: ModelKeys, *, grown: bool = False) -> tuple[PeftModel, bool]:
     """A fresh LoRA adapter on a frozen base, and whether its init moved a part of the base into it.
 
-    Where the embedding has `grown`, embedding and head are trained and saved whole.
+    Where the embedding has `grown`, embedding and head are trained and saved whole; so is always the head of a reward model.
 
     With the adapter the model is what it was; without it too, unless the init moved something.
     Raises: ModelError for whatever in the adapter's keys matches nothing, or cannot be trained and merged.
@@ -44,7 +45,7 @@ def attach_adapter(model: PreTrainedModel, keys: ModelKeys, *, grown: bool = Fal
     total = sum(matches.values())
     log.info("adapter: %d modules (%s)", total, ", ".join(f"{name} ×{count}" for name, count in matches.items()))
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        task_type=TaskType.SEQ_CLS if keys.is_reward_model else TaskType.CAUSAL_LM,
         r=keys.lora_r,
         lora_alpha=keys.lora_alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=keys.lora_dropout,
@@ -172,9 +173,9 @@ def linear_modules(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
 
 def _linear_names(model: PreTrainedModel, target: list[str] | str) -> list[str]:
-    """Adaptable modules; the output head only where it is named, as PEFT's `all-linear` leaves it out."""
-    head = model.get_output_embeddings() if target == "all-linear" else None
-    return [name for name, module in linear_modules(model) if module is not head]
+    """Adaptable modules; the output head only where it is named, as PEFT's `all-linear` leaves it out, that of a reward never."""
+    left_out = [reward_head(model), model.get_output_embeddings() if target == "all-linear" else None]
+    return [name for name, module in linear_modules(model) if all(module is not head for head in left_out)]
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -242,16 +243,24 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     """Attach a saved adapter. Raises: ModelError if its weights do not fill the adapter (PEFT only warns)."""
     from peft import PeftModel
 
-    adapted = PeftModel.from_pretrained(model, str(adapter))
+    try:
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+    except RuntimeError as error:
+        raise ModelError(f"{adapter} does not fit its base: {' '.join(str(error).split())}") from error
     _check_filled(adapted, load_file(adapter / WEIGHTS), adapter)
     return adapted
 
 
 def continue_adapter(model: PreTrainedModel, adapter: Path, dropout: float) -> PeftModel:
     """A saved adapter on its frozen base, to be trained on. Raises: ModelError if its weights do not fill it."""
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from peft import LoraConfig, TaskType, get_peft_model, set_peft_model_state_dict
 
     config: Any = LoraConfig.from_pretrained(str(adapter))
+    if (config.task_type == TaskType.SEQ_CLS) != (reward_head(model) is not None):
+        raise ModelError(
+            f"adapter_start: continue: {adapter} was trained under {'a reward' if reward_head(model) is None else 'a language model'}'s "
+            f"head, and {type(model).__name__} has another; set adapter_start: fresh"
+        )
     # What any other init would compute is overwritten below.
     config.inference_mode, config.init_lora_weights, config.lora_dropout = False, True, dropout
     adapted: Any = get_peft_model(model, config)

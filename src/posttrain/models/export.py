@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from posttrain.config.stages import ModelKeys
+from posttrain.config.stages import AskedRewardKeys, ModelKeys
 from posttrain.distributed.ranks import SingleProcess
 from posttrain.distributed.sharding import Whole
 from posttrain.files import begin_folder, finish_folder, read_json, write_folder
@@ -250,6 +250,8 @@ def _merged(adapted: Any, sharding: Sharding) -> Any:
 
 def merge_into(folder: Path, base: str, adapter: Path, keys: ModelKeys) -> ExportReport:
     """`merge`, written to `folder` with the adapter's tokenizer, or the base's where the adapter has none."""
+    if read_json(adapter / CONFIG).get("task_type") == "SEQ_CLS":
+        keys = AskedRewardKeys.model_validate(keys.model_dump(by_alias=True))
     merged, report = merge_adapter(base, adapter, keys)
     keys = keys.model_copy(update={"base_model": base})
     tokenizer = adapter_tokenizer(base, adapter, keys)

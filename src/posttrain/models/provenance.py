@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from posttrain.errors import ModelError
 from posttrain.files import digest_tree, read_json
@@ -24,6 +25,13 @@ def source_digest(source: str) -> str:
 def was_tuned_by_us(source: str) -> bool:
     """Whether our record says that a stage made this model."""
     return (Path(source) / PROVENANCE).is_file()
+
+
+def recorded_bits(adapter: Path) -> dict[str, Any]:
+    """The keys of the base in 4 bits that the adapter was trained on, as its record has them; none for any other base."""
+    record_path = adapter / PROVENANCE
+    record = read_json(record_path) if record_path.is_file() else {}
+    return {name: value for name, value in record.items() if "4bit" in name} if record.get("load_in_4bit") else {}
 
 
 def check_base(adapter: Path, base: Path) -> None:

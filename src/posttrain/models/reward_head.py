@@ -21,15 +21,22 @@ class _RewardPerToken:
 
     def forward(self, input_ids: torch.Tensor, logits_to_keep: int | torch.Tensor = 0, **options: Any) -> Any:
         """Shapes: [1, N] → logits [1, M, 1] at the M places to keep; all N where none are named."""
+        options.pop("labels", None)  # which PEFT hands on, also where there are none
         hidden = self.base_model(input_ids=input_ids, **options).last_hidden_state
         kept = slice(None) if isinstance(logits_to_keep, int) else logits_to_keep
         return SequenceClassifierOutputWithPast(logits=self.score(hidden[:, kept]))
 
 
+def reward_head(model: torch.nn.Module) -> torch.nn.Linear | None:
+    """What makes a reward of a hidden state, in a model that has such a head."""
+    score = getattr(model, "score", None)
+    return score if isinstance(score, torch.nn.Linear) else None
+
+
 def with_reward_per_token(model: PreTrainedModel) -> PreTrainedModel:
     """The same model, of a class of the same name whose forward gives a reward per token. Raises: ModelError without such a head."""
     of = type(model)
-    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+    if reward_head(model) is None:
         raise ModelError(
             f"reward_model: {of.__name__} has no linear `score` on its decoder; expected a decoder-only model, "
             "such as Qwen, Llama, Mistral or Gemma"

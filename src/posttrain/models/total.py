@@ -151,6 +151,9 @@ def _reasons(
         yield "added_tokens gave the embedding rows that the given base lacks"
     if before is None:
         return
+    if config["task_type"] == "SEQ_CLS":
+        yield "a reward model's adapter stands on the model of the stage before, merged, and no language model is trained on"
+        return
     total, name = before.folder / ADAPTER_TOTAL, before.folder.name
     if not (total / CONFIG).is_file():
         unsaid = "it was made without one" if (before.folder / ADAPTER).is_dir() else "it trained all weights"

@@ -136,6 +136,11 @@ def check_adapters(keys: PipelineKeys) -> None:
     before: TrainKeys | None = None
     for number, stage in enumerate(keys.stages, start=1):
         name = f"stages.{number}.adapter_start: continue"
+        if is_continued(stage.keys) and stage.keys.is_reward_model and before is not None:
+            raise ConfigError(
+                f"{name}: stage {number} is a reward model, and the adapter of stage {number - 1} was trained under a head that gives "
+                "tokens; set adapter_start: fresh"
+            )
         if before is None:
             base_keys(stage.keys)
         elif is_continued(stage.keys) and before.adapter == "none":

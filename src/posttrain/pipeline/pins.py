@@ -5,7 +5,7 @@ A change is noticed and named. The text of the source is no pin: see `posttrain.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import posttrain
 from posttrain.config.datasets import DatasetKeys
 from posttrain.config.episodes import EpisodeKeys
+from posttrain.config.kinds import stage_kind
 from posttrain.config.migrate import drift
 from posttrain.config.pipeline import PipelineKeys
 from posttrain.config.ppo import PPOKeys
@@ -23,10 +24,12 @@ from posttrain.config.stages import TrainKeys
 from posttrain.errors import ConfigError
 from posttrain.evals.suite import suite_file_digest
 from posttrain.files import digest_file, digest_json, digest_start
+from posttrain.grading.learned import named_stage
 from posttrain.grading.source import specs_digest
 from posttrain.models.provenance import source_digest
-from posttrain.names import PREFIXES
+from posttrain.names import PREFIXES, REWARD_MODEL
 from posttrain.numerics import changes_between, installed_version, revision
+from posttrain.pipeline.state import StageEntry
 from posttrain.registry.manifest import MODEL, environment_pins
 from posttrain.rewards.resolve import reward_digest
 
@@ -118,6 +121,27 @@ def data_pins(keys: TrainKeys) -> dict[str, str]:
     if keys.chat_template is not None:
         pins["chat_template"] = digest_file(Path(keys.chat_template))
     return pins
+
+
+def with_reward_models(keys: TrainKeys, run: Path, before: Sequence[StageEntry]) -> TrainKeys:
+    """The keys with the folders of the reward models that earlier stages made. Raises: ConfigError where one names none of them."""
+    if not isinstance(keys, RLKeys):
+        return keys
+    specs = [_made(spec, run, before) for spec in keys.reward_funcs]
+    return keys.model_copy(update={"reward_funcs": specs})
+
+
+def _made(spec: str, run: Path, before: Sequence[StageEntry]) -> str:
+    name = named_stage(spec)
+    if name is None:
+        return spec
+    found = [entry for entry in before if name in (entry.kind, str(entry.index))]
+    if len(found) != 1 or not stage_kind(found[0].kind).keys.is_reward_model:
+        there = ", ".join(f"{entry.index} {entry.kind}" for entry in before) or "none"
+        raise ConfigError(
+            f"reward_funcs: {spec} names no reward model of an earlier stage; before this one are: {there}"
+        )
+    return f"{REWARD_MODEL}{run / found[0].folder / MODEL}"
 
 
 def stage_inputs(kind: str, keys: TrainKeys, parent_digest: str) -> dict[str, str]:

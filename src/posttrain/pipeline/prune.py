@@ -52,7 +52,10 @@ def prune_runs(root: Path, registry: Path | None = None, *, dry_run: bool = Fals
     beside = sorted({path.parent for run in runs for path in run.resolve().parent.glob(f"*/{STATE_FILE}")})
     for run in runs:
         try:
-            with run_lock(run):
+            with ExitStack() as held:
+                held.enter_context(run_lock(run))
+                if dry_run:
+                    held.close()  # the run may be started while its files are looked through
                 yield _pruned(run, beside, registry, dry_run)
         except PosttrainError as error:
             yield PruneResult(str(run), kept="; ".join(str(error).splitlines()))
@@ -85,6 +88,8 @@ def _pruned(run: Path, beside: list[Path], registry: Path | None, dry_run: bool)
             folders = list(_spare(run, state))
             for folder in folders:
                 unread.enter_context(nobody_reading(folder))
+            if dry_run:
+                unread.close()
             size = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
             if not dry_run and (folders or not (run / PRUNED_FILE).exists()):
                 write_json(run / PRUNED_FILE, {"version": version, "at": now(), "by": user()})

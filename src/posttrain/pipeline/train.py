@@ -18,7 +18,7 @@ from posttrain.files import digest_json, write_atomic
 from posttrain.models.continued import base_keys, is_continued
 from posttrain.models.total import MergedBefore
 from posttrain.pipeline.data_checks import DataChecks, Suites
-from posttrain.pipeline.pins import pinned_environment, stage_inputs, training_keys
+from posttrain.pipeline.pins import pinned_environment, stage_inputs, training_keys, with_reward_models
 from posttrain.pipeline.state import DAMAGED, DONE, RUNNING, Parent, RunState, StageEntry
 from posttrain.pipeline.taken_over import begin, belongs_to, damage, damaged_error, files_made, model_of
 from posttrain.protocols import MetricSink, Ranks
@@ -119,7 +119,9 @@ class Stages:
 
     def _keys(self, state: RunState, index: int, stage: ConfiguredStage) -> TrainKeys:
         keys = apply_changes(stage.keys, state.changes.get(str(index), {}))
-        return keys.model_copy(update={"base_model": self.place.model_before(state, index), "seed": keys.seed})
+        keys = keys.model_copy(update={"base_model": self.place.model_before(state, index), "seed": keys.seed})
+        before = [entry for place in range(1, index) if (entry := state.stage(place)) is not None]
+        return with_reward_models(keys, self.place.folder, before)
 
     def _merged_before(self, state: RunState, index: int) -> MergedBefore | None:
         """The stage whose merged model the adapter of stage `index` was begun on, where that is not the given base."""
@@ -131,7 +133,9 @@ class Stages:
             return None
         folder = self.place.folder / entry.folder
         total = StageResult.load(folder).adapter_total
-        return MergedBefore(folder, base_keys(self._keys(state, 1, stages[0])), "" if total is None else total.refused)
+        first = next(place for place, stage in enumerate(stages, start=1) if not stage.keys.is_reward_model)
+        given = base_keys(self._keys(state, first, stages[first - 1]))
+        return MergedBefore(folder, given, "" if total is None else total.refused)
 
     def _newest(self, state: RunState, entry: StageEntry) -> RunState:
         if entry == state.stage(entry.index):

@@ -124,7 +124,6 @@ def _go_together(plan: MemoryPlan, changes: list[dict[str, Any]]) -> bool:
         len(set(named)) == len(named)
         and (offloads or not after.layer_offloading)
         and (as_written or not after.load_in_4bit)
-        and not (adapted and after.trains_whole)
     )
 
 

@@ -60,15 +60,13 @@ class Workload:
     """What decides the memory of a stage: its traits, and its keys under the names the configuration uses.
 
     `samples`: trains on completions of its own, which share their prompts; `pairs`: a row is two sequences;
-    `holds_reference`: full fine-tuning keeps a frozen copy; `scores_reference`: each row is scored under the reference too;
-    `trains_whole`: it takes no adapter.
+    `holds_reference`: full fine-tuning keeps a frozen copy; `scores_reference`: each row is scored under the reference too.
     """
 
     samples: bool = False
     pairs: bool = False
     holds_reference: bool = False
     scores_reference: bool = False
-    trains_whole: bool = False
     adapter: str = "none"
     adapter_start: str = "fresh"
     load_in_4bit: bool = False

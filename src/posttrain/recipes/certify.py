@@ -15,6 +15,7 @@ from posttrain.data.load import load_prompts
 from posttrain.distributed.ranks import SingleProcess
 from posttrain.errors import RewardError
 from posttrain.files import read_record
+from posttrain.grading.learned import named_stage
 from posttrain.models.load import load_tokenizer
 from posttrain.recipes.engines import EngineSource, make_engine, sampling_params
 from posttrain.recipes.evaluate import ALONE, Asking
@@ -77,7 +78,16 @@ def _ended(asking: Asking, work: Callable[[], T]) -> T:
 
 
 def check_ahead(keys: RLKeys) -> Certificate:
-    """The same without completions, whose policy is not trained yet: what can be known before any training."""
+    """The same without completions, whose policy is not trained yet: what can be known before any training.
+
+    Reward models that earlier stages train are left out; there is another reward.
+    """
+    weights = keys.reward_weights or [1.0] * len(keys.reward_funcs)
+    there = [
+        (spec, weight) for spec, weight in zip(keys.reward_funcs, weights, strict=True) if named_stage(spec) is None
+    ]
+    named = {"reward_funcs": [spec for spec, _ in there], "reward_weights": [weight for _, weight in there]}
+    keys = keys.model_copy(update=named)
     tokenizer = load_tokenizer(keys)
     return _checked(keys, tokenizer, _asked(keys, tokenizer)[1])
 

@@ -8,8 +8,9 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from http.client import HTTPException
 from ipaddress import ip_address
@@ -47,7 +48,7 @@ _MAX_CHARS = 300
 _MAX_ANSWER_BYTES = 1 << 24
 _PIECE = 1 << 16
 _NOBODY = 8
-"""So many questions in a row without an answer, and none with one: nobody is there, and the rest would wait for hours."""
+"""So many questions in a row without an answer: nobody is there, and the rest would wait for hours."""
 
 Messages = list[dict[str, str]]
 
@@ -58,7 +59,7 @@ class JudgeModel(Protocol):
     @property
     def identity(self) -> str: ...
 
-    def replies(self, questions: Sequence[tuple[Messages, int]]) -> Iterator[tuple[int, JudgeReply]]:
+    def replies(self, questions: Sequence[tuple[Messages, int]]) -> Generator[tuple[int, JudgeReply]]:
         """One to each of (messages, seed), with its place, as they come. A question that failed has its reason."""
         ...
 
@@ -118,18 +119,28 @@ class JudgeReward:
         return [*system, {"role": "user", "content": question.text}]
 
     def replies(self, wanted: Sequence[tuple[Messages, int]]) -> list[JudgeReply]:
-        """What is on disk is not asked again, nor is anything twice at once."""
+        """What is on disk is not asked again, nor is anything twice at once; nor is what is left when the server has gone.
+
+        Raises: RewardError where it was never there.
+        """
         paths = [self._path(messages, seed) for messages, seed in wanted]
         found = {path: _kept(path) for path in dict.fromkeys(paths)}
         new = {path: question for path, question in zip(paths, wanted, strict=True) if found[path] is None}
-        places, answered, unanswered = list(new), 0, 0
-        for place, reply in self._asked.replies(list(new.values())):
-            found[places[place]] = reply
-            answered, unanswered = answered + (reply.text is not None), unanswered + reply.unanswered
-            if reply.text is not None:
-                self._keep(places[place], reply)
-            if not answered and unanswered >= _NOBODY:
-                raise RewardError(f"{unanswered} questions and no answer yet: {reply.error}; start the server, or see to `url` and `timeout_s`")  # fmt: skip
+        places, answered, silent = list(new), False, 0
+        with closing(self._asked.replies(list(new.values()))) as replies:
+            for place, reply in replies:
+                found[places[place]] = reply
+                if reply.text is not None:
+                    self._keep(places[place], reply)
+                    answered, silent = True, 0
+                    continue
+                silent += reply.unanswered
+                if silent >= _NOBODY and not answered:
+                    raise RewardError(f"{silent} questions and no answer yet: {reply.error}; start the server, or see to `url` and `timeout_s`")  # fmt: skip
+                if silent >= _NOBODY:
+                    gone = JudgeReply(None, f"not asked, for the last {silent} had no answer: {reply.error}", unanswered=True)  # fmt: skip
+                    found |= {path: gone for path in places if found[path] is None}
+                    break
         return [cast("JudgeReply", found[path]) for path in paths]
 
     def _keep(self, path: Path, reply: JudgeReply) -> None:
@@ -173,7 +184,7 @@ class JudgeServer:
     keys: JudgeKeys
     identity: str
 
-    def replies(self, questions: Sequence[tuple[Messages, int]]) -> Iterator[tuple[int, JudgeReply]]:
+    def replies(self, questions: Sequence[tuple[Messages, int]]) -> Generator[tuple[int, JudgeReply]]:
         threads = ThreadPoolExecutor(self.keys.at_once)
         try:
             asked = {threads.submit(self._reply, *question): place for place, question in enumerate(questions)}
@@ -289,7 +300,7 @@ class LocalJudge:
         self._longest = getattr(load_config(model).get_text_config(), "max_position_embeddings", None)
         self._engine = make_engine(EngineSource(model))
 
-    def replies(self, questions: Sequence[tuple[Messages, int]]) -> Iterator[tuple[int, JudgeReply]]:
+    def replies(self, questions: Sequence[tuple[Messages, int]]) -> Generator[tuple[int, JudgeReply]]:
         requests: list[tuple[int, Request]] = []
         for place, (messages, seed) in enumerate(questions):
             try:

@@ -6,19 +6,29 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 
 from posttrain.config.rl import RLKeys
-from posttrain.config.stages import ModelKeys
+from posttrain.config.stages import AskedRewardKeys
 from posttrain.data.render import draft_labelled, tokenize
-from posttrain.errors import DataError
-from posttrain.grading.learned import learned_digest, learned_source, split_learned
+from posttrain.errors import ConfigError, DataError
+from posttrain.grading.learned import (
+    is_reward_adapter,
+    learned_digest,
+    learned_source,
+    named_stage,
+    reward_base,
+    split_learned,
+)
+from posttrain.models.adapters import load_adapter
 from posttrain.models.batch import pack
+from posttrain.models.export import adapter_tokenizer
 from posttrain.models.load import load_policy
 from posttrain.models.policy import Policy
+from posttrain.models.provenance import check_base, recorded_bits
 from posttrain.models.reward_head import up_to_reward
 from posttrain.names import JUDGE, REWARD_MODEL
 from posttrain.recipes.judges import load_judge_reward
@@ -30,12 +40,6 @@ _AT_ONCE = 16
 """Completions of one forward."""
 _ROUNDING = {None: 1e-4, torch.bfloat16: 0.1}
 """Dtype of the autocast → how far the rewards of one completion may lie apart that is packed with others."""
-
-
-class AskedRewardKeys(ModelKeys):
-    """A reward model that is asked and not trained."""
-
-    is_reward_model: ClassVar[bool] = True
 
 
 class ModelReward:
@@ -90,6 +94,10 @@ def load_learned(spec: str, folder: Path | None = None, *, device: str = "auto")
     """Raises: ConfigError, ModelError."""
     parts = split_learned(spec)
     assert parts is not None
+    if named_stage(spec) is not None:
+        raise ConfigError(
+            f"{spec}: a stage is named within a pipeline, whose earlier stage it is; here expected model:FOLDER of a reward model"
+        )
     return LEARNED[parts[0]](learned_source(spec, folder), device)
 
 
@@ -101,9 +109,22 @@ def _reward_model(source: Path | str, device: str) -> LearnedReward:
     place = (learned_digest(f"{REWARD_MODEL}{source}"), device)
     reward = _loaded.get(place)
     if reward is None:
-        keys = AskedRewardKeys.model_validate({"base_model": str(source), "device": device})
-        _loaded[place] = reward = ModelReward(load_policy(keys, trainable=False).without_dropout())
+        _loaded[place] = reward = ModelReward(_asked(str(source), device).without_dropout())
     return reward
+
+
+def _asked(source: str, device: str) -> Policy:
+    """A whole model; or an adapter on its base, in 4 bits where it was trained so. Raises: ModelError."""
+    keys = AskedRewardKeys.model_validate({"base_model": source, "device": device})
+    adapter = Path(source)
+    if not is_reward_adapter(adapter):
+        return load_policy(keys, trainable=False)
+    base = reward_base(adapter)
+    check_base(adapter, Path(base))
+    keys = keys.model_copy(update={"base_model": base} | recorded_bits(adapter))
+    policy = load_policy(keys, tokenizer=adapter_tokenizer(base, adapter, keys), trainable=False)
+    policy.model = load_adapter(policy.base, adapter).requires_grad_(False).eval()
+    return policy
 
 
 LEARNED: Mapping[str, Callable[[Path | str, str], LearnedReward]] = {

@@ -151,7 +151,7 @@ class Teachers:
 def shapes_beside(keys: TrainKeys) -> dict[str, Any]:
     """Of the models that are held beside the policy, by what they do, for a plan of memory. Raises: ConfigError, ModelError."""
     asked = keys.teachers if isinstance(keys, SamplingKeys) else []
-    paid_by = held_models(keys.reward_funcs) if isinstance(keys, RLKeys) else []
+    paid_by = held_models(keys.reward_funcs, keys.base_model) if isinstance(keys, RLKeys) else []
     held = {
         "teachers": [_keys_of(one, keys) for one in asked if one.is_loaded],
         "critics": [keys.critic] if isinstance(keys, PPOKeys) else [],

@@ -71,7 +71,12 @@ def remove_version(
     entry, rows = registry.show(name, version), registry.rows
     if not reason.strip():
         raise RegistryError("a removal needs a reason: it stays in the log")
-    with version_lock(registry.folder, name, version, alone=True), rows.writing():
+    with ExitStack() as held:
+        held.enter_context(version_lock(registry.folder, name, version, alone=True))
+        if dry_run:
+            held.close()  # whether it could be, and nobody waits for the answer
+        else:
+            held.enter_context(rows.writing())
         if why := _needed_by(registry, entry):
             raise RegistryError(f"{name}@{version} is kept: {why}")
         if not dry_run:
@@ -97,14 +102,18 @@ def collect(registry: Registry, *, dry_run: bool = False) -> Garbage:
     a list of files is damaged.
     """
     store = registry.store
-    with store.nobody_adding() as idle, ExitStack() as unread:
-        if not idle:
+    with ExitStack() as held, ExitStack() as unread:
+        if not held.enter_context(store.nobody_adding()):
             raise RegistryError(f"{store.folder}: a process adds to it; nothing was deleted, try again once it is done")
+        if dry_run:
+            held.close()  # others may begin: what is said is of this moment
         rows = registry.rows.all_objects()
         needed = {digest.removeprefix("sha256:") for digest in _reachable(store, rows)}
         ready = {registry.checkouts.place(digest, role) for role, _, digest in rows if role in READY_TO_LOAD}
         folders = [path for kind in READY_TO_LOAD.values() for path in sorted((store.folder / kind).glob("[!.]*"))]
         spare, read = _without_readers([path for path in folders if path not in ready], unread)
+        if dry_run:
+            unread.close()
         objects = [(path, path.stat().st_size) for path in sorted((store.folder / "objects").glob("??/*"))]
         unneeded = [(path, size) for path, size in objects if path.name not in needed]
         if not dry_run:

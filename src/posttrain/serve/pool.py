@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from posttrain.files import reading
 from posttrain.models.slots import Factors
 from posttrain.rollout.decoding import DecodingRow, Likeliest
 from posttrain.serve.codec import ServedCodec
@@ -80,6 +82,8 @@ class Backend(Protocol):
 class _Entry:
     version: ModelVersion
     loading: asyncio.Task[ServedModel]
+    folder: ExitStack
+    """Held while it is in memory: what answers may be started anew from it."""
     refs: int = 0
     used: int = 0
     is_closing: bool = False
@@ -152,13 +156,16 @@ class Pool:
             self._wanted.remove(version.id)
 
     def _enter(self, version: ModelVersion) -> _Entry | None:
-        """The entry where there is one to enter, or room for one; else room is being made."""
+        """The entry where there is one to enter, or room for one; else room is being made. Raises: RunLockedError."""
         entry = self._entries.get(version.id)
         if entry is not None:
             return None if entry.is_closing else entry
         others = [e for e in self._entries.values() if e.version not in self._kept]
         if self._capacity is None or version in self._kept or len(others) < self._capacity:
-            entry = _Entry(version, asyncio.create_task(self._backend.load(version)))
+            with ExitStack() as held:
+                held.enter_context(reading(version.folder))
+                folder = held.pop_all()
+            entry = _Entry(version, asyncio.create_task(self._backend.load(version)), folder)
             self._entries[version.id] = entry
             return entry
         absent = {wanted for wanted in self._wanted if wanted not in self._entries}
@@ -195,6 +202,7 @@ class Pool:
         await self._drop(entry)
 
     async def _drop(self, entry: _Entry) -> None:
+        entry.folder.close()
         if self._entries.get(entry.version.id) is entry:
             del self._entries[entry.version.id]
         async with self._changed:
@@ -205,6 +213,7 @@ class Pool:
             await asyncio.wait([entry.loading])
             if not _failed(entry.loading):
                 await self._backend.unload(entry.loading.result())
+            entry.folder.close()
         self._entries.clear()
         await self._backend.close()
 

@@ -51,7 +51,7 @@ class Router:
         self._failed: tuple[ModelVersion | None, float] = None, 0.0
         """The version that did not load last, and when it may be tried again (seconds of the loop's clock)."""
         self._reading: dict[ModelVersion, contextlib.ExitStack] = {}
-        """Versions whose folders stay where they are: those that answer may be started anew from them."""
+        """Eager versions, whose folders stay where they are as long as a name means them, in memory or not."""
         self.default = default
         self._names: dict[str, ModelVersion] = {}
         self._thread = ThreadPoolExecutor(1, "registry")

@@ -156,6 +156,8 @@ SHARDED = [
     (COPIES, {"reshard_after_forward": False, "dp_shard_size": 4}),
     (COPIES.replace("replicate_size: 2", "shard_size: 2"), {"reshard_after_forward": False, "dp_shard_size": 2}),
     (COPIES.replace("dp_replicate_size", "sp_size"), {"reshard_after_forward": False, "sp_size": 2}),
+    (COPIES.replace("dp_replicate_size: 2", "sp_size: 2, parallelism_config_dp_shard_size: 4"), {"reshard_after_forward": False, "dp_shard_size": 8, "sp_size": 2}),
+    (COPIES.replace("size: 2", "size: 2, parallelism_config_dp_shard_size: 2, parallelism_config_sp_size: 2"), {"reshard_after_forward": False, "dp_shard_size": 4, "sp_size": 2}),
     ({**ZERO, "zero_optimization": {"stage": 1}}, {"reshard_after_forward": False, "sync_each_batch": False}),
     ({**ZERO, "zero_optimization": {"stage": 2}, "communication_data_type": "bf16"}, {"reshard_after_forward": False, "reduce_dtype": "bfloat16"}),
     ({**ZERO, "zero_optimization": {"stage": 3, "mics_shard_size": 8}}, {"reshard_after_forward": True, "dp_shard_size": 8}),

@@ -76,6 +76,10 @@ def test_gptq_errs_less_than_nearest_rounding_on_the_texts(written):
         name: fitted._nearest(source.get_parameter(name).detach(), 32) if f"{name}_packed" in load_file(folder / "model.safetensors") else tensor
         for name, tensor in view.tensors.items()
     }  # fmt: skip
+    none = fitted.check_fit(
+        made.folder, {"model.norm.weight": view.tensors["model.norm.weight"]}, TYPE, made.calibration
+    )
+    assert not none.passed and "no layer is compressed" in none.seen
     same = fitted.check_fit(made.folder, nearest, TYPE, made.calibration)
     assert "is left 1.00 on average and at most 1.00" in same.seen
 

@@ -9,6 +9,7 @@ from typing import Any
 from posttrain.config.importers.axolotl_data import read_datasets, read_template
 from posttrain.config.importers.fates import ImportDraft, Kind, Refusal, as_float, is_off, names
 from posttrain.config.importers.paths import reward_file
+from posttrain.config.importers.sharded import count_shards_together
 from posttrain.config.importers.values import (
     OPTIMIZERS,
     adapter_defaults,
@@ -61,22 +62,13 @@ def finish(draft: ImportDraft) -> None:
     _adapter(draft)
     _model(draft)
     _training(draft)
-    _shards(draft)
+    count_shards_together(draft)
     _trackers(draft)
     compiling(draft)
     sft_only(draft)
     early_stopping(draft)
     cadence(draft, "save", "save_steps", 1)
     cadence(draft, "eval", "eval_steps", 1)
-
-
-def _shards(draft: ImportDraft) -> None:
-    """There shards are counted apart from the processes that share a sequence, and both hold the model; here they are counted together."""
-    said = draft.keys.get("sharding", {})
-    shards, sharing = said.get("dp_shard_size"), said.get("sp_size", 1)
-    if isinstance(shards, int) and sharing > 1:
-        draft.keys["sharding"] = said | {"dp_shard_size": shards * sharing}
-        draft.notes["sharding"].append(f"{shards} shards there, each over the {sharing} that share a sequence")
 
 
 def _method(draft: ImportDraft) -> None:

@@ -24,7 +24,16 @@ from posttrain.config.importers.fates import (
     to,
 )
 from posttrain.config.importers.nested import by_path
-from posttrain.config.importers.sharded import OFFLOAD, SHARDED, SPLIT, STAGES, STRATEGIES, UNIT, tokens_over
+from posttrain.config.importers.sharded import (
+    OFFLOAD,
+    SHARDED,
+    SPLIT,
+    STAGES,
+    STRATEGIES,
+    UNIT,
+    count_shards_together,
+    tokens_over,
+)
 from posttrain.config.importers.values import LOADING, MEMORY, TRACKING
 from posttrain.config.yaml_lines import dump_yaml
 
@@ -137,6 +146,7 @@ def _finish_accelerate(draft: ImportDraft) -> None:
     for key in ("num_machines", "machine_rank", "main_process_ip", "main_process_port", "rdzv_backend", "same_network"):
         if key in draft.source:
             draft.change(key, "it is in the line that starts the processes")
+    count_shards_together(draft)
     copies = "parallelism_config.parallelism_config_dp_replicate_size"
     processes, number = draft.source.get("num_processes"), draft.source.get(copies, 1)
     if int(number) > 1 and isinstance(processes, int) and processes % int(number) == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain.config.importers.fates import is_off
+from posttrain.config.importers.fates import ImportDraft, is_off
 
 UNIT = "each decoder layer is a unit of its own here"
 OFFLOAD = "shares are not offloaded here: what does not fit wants more processes, a smaller micro-batch or adapter: qlora; in one process see layer_offloading"
@@ -56,3 +56,12 @@ def fsdp_config(value: Any) -> dict[str, Any]:
     said = {str(key).removeprefix("fsdp_"): word for key, word in value.items()}
     known = (said[key] for key in ("sharding_strategy", "reshard_after_forward") if said.get(key) is not None)
     return {key: ours for word in known for key, ours in STRATEGIES[word].items()}
+
+
+def count_shards_together(draft: ImportDraft) -> None:
+    """There shards are counted apart from the processes that share a sequence, and both hold the model; here they are counted together."""
+    said = draft.keys.get("sharding", {})
+    shards, sharing = said.get("dp_shard_size"), said.get("sp_size", 1)
+    if isinstance(shards, int) and sharing > 1:
+        draft.keys["sharding"] = said | {"dp_shard_size": shards * sharing}
+        draft.notes["sharding"].append(f"{shards} shards there, each over the {sharing} that share a sequence")

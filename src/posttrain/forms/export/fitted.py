@@ -176,6 +176,10 @@ def check_fit(source: Path, tensors: Mapping[str, torch.Tensor], type_: str, giv
         return FormCheck(
             "fit", False, f"{lost[0]} and {len(lost) - 1} more are of no layer whose outputs could be compared"
         )
+    if not names:
+        return FormCheck(
+            "fit", False, f"no layer is compressed to {type_}, so there is none whose outputs could be compared"
+        )
     errors = {name: _watched(layers[name], tensors[name], size) for name in names}
     for row in given.rows[:_CHECKED_ROWS]:
         model(input_ids=torch.tensor([list(row)]), use_cache=False)
