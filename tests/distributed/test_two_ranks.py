@@ -27,6 +27,8 @@ NO_SPREAD = {
     "dynamic_sampling": True, "dynamic_sampling_max_rounds": 2, "reward_funcs": ["constant"], "num_prompts_per_step": 3,
     "beta": 0.1,
 }  # fmt: skip
+SLOW_CRITIC = {"critic_learning_rate": 1e-4, "adam_epsilon": 1e-6}
+"""As slow as the policy of these rows; and of a gradient that is only rounding AdamW makes no step as large as its rate."""
 MORE = {
     "sft packed": ("sft", {"packing": True, "sequence_len": 64, "per_device_train_batch_size": 1}),
     "sft on a stream": ("sft", {"streaming": True, "buffer_size": 4, "save_steps": 1}),
@@ -97,10 +99,10 @@ MORE = {
         "distill",
         {"architecture": "gpt_oss", "teachers": [HINTED], "loss_type": "forward_kl", "num_prompts_per_step": 1},
     ),
-    "ppo": ("ppo", {"beta": 0.1, "num_iterations": 2, "critic_warmup_steps": 1}),
+    "ppo": ("ppo", {"beta": 0.1, "num_iterations": 2, "critic_warmup_steps": 1, **SLOW_CRITIC}),
     "ppo with an adapter, shares that do not divide": (
         "ppo",
-        {**LORA, "num_generations": 1, "num_prompts_per_step": 5, "mask_truncated_completions": False},
+        {**LORA, "num_generations": 1, "num_prompts_per_step": 5, **SLOW_CRITIC},
     ),
     "grpo, one prompt": ("grpo", {"num_prompts_per_step": 1, "soft_overlong_cache": 3}),
 }
@@ -229,7 +231,11 @@ def test_four_ranks_have_the_losses_of_one(runner, model_dir, data_dir, tmp_path
         assert runner.losses(tmp_path / name) == pytest.approx(runner.losses(one), rel=1e-6, abs=1e-6), name
 
 
-RESUMED = {"grpo": ("grpo", {"num_iterations": 2}), "ppo": ("ppo", {"num_iterations": 2}), "dpo": ("dpo", LORA)}
+RESUMED = {
+    "grpo": ("grpo", {"num_iterations": 2}),
+    "ppo": ("ppo", {"num_iterations": 2, **SLOW_CRITIC}),
+    "dpo": ("dpo", LORA),
+}
 
 
 @pytest.mark.slow
