@@ -39,7 +39,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "data": (
         "posttrain.cli.data",
         "data",
-        "Show the data as the model will see it: format, loss mask, lengths, skips.",
+        "Show the data as the model will see it; make rows of samples (synth), let a teacher write them (instruct), curate them.",
     ),
     "rewards": ("posttrain.cli.rewards", "rewards", "Check reward functions and certify them."),
     "eval": ("posttrain.cli.evaluate", "evaluate", "Score a model on eval suites."),

@@ -27,7 +27,7 @@ class _Showing(UnsaidVerb):
     unsaid = _SHOW
 
 
-data = typer.Typer(cls=_Showing, add_completion=False, help="Show the data as the model will see it (CONFIG alone); make rows of samples (synth); take out repeats, eval prompts and bad rows (curate).")  # fmt: skip
+data = typer.Typer(cls=_Showing, add_completion=False, help="Show the data as the model will see it (CONFIG alone); make rows of samples (synth), let a teacher write them (instruct), take out what should not be trained on (curate).")  # fmt: skip
 data.command("synth")(synth)
 data.command("curate")(curate)
 data.command("instruct")(instruct)
