@@ -53,6 +53,7 @@ MORE = {
     "dpo": ("dpo", {}),
     "dpo with an adapter": ("dpo", LORA),
     "dpo with a frozen copy": ("dpo", {"precompute_ref_log_probs": False}),
+    "dpo with a reference that follows": ("dpo", {"sync_ref_model": True, "ref_model_sync_steps": 1}),
     "dpo, a sum of losses": (
         "dpo",
         {"loss_type": ["sigmoid", "bco_pair", "sft"], "ld_alpha": 0.5, "use_weighting": True},
@@ -235,6 +236,7 @@ RESUMED = {
     "grpo": ("grpo", {"num_iterations": 2}),
     "ppo": ("ppo", {"num_iterations": 2, **SLOW_CRITIC}),
     "dpo": ("dpo", LORA),
+    "dpo with a reference that follows": ("dpo", {"sync_ref_model": True, "ref_model_sync_steps": 1}),
 }
 
 

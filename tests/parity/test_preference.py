@@ -43,6 +43,7 @@ VARIANTS = {
     "f-DPO": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
     "LD-DPO": {"ld_alpha": 0.3},
     "WPO": {"use_weighting": True},
+    "TR-DPO": {"sync_ref_model": True, "ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 2},
 }
 
 

@@ -1,7 +1,13 @@
 import json
 import math
+import shutil
 
 import pytest
+import torch
+
+from posttrain.config.preference import DPOKeys
+from posttrain.config.stages import ModelKeys
+from posttrain.models.load import freeze_reference, load_policy
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -14,3 +20,53 @@ def test_the_first_dpo_loss_is_ln_2_whatever_the_init_moved_out_of_the_base(init
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     [export] = [event for event in events if event["kind"] == "export"]
     assert export["max_logit_difference"] < 1e-4 * export["max_logit"]
+
+
+def _losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_reference_that_becomes_the_policy_after_every_step_leaves_each_loss_at_ln_2(train):
+    options = {"sync_ref_model": True, "ref_model_sync_steps": 1, "learning_rate": 1e-3, "max_steps": 3}
+    assert _losses(train("dpo", name="all", ref_model_mixup_alpha=1.0, **options)) == pytest.approx(
+        [math.log(2)] * 3, abs=1e-6
+    )
+    half = _losses(train("dpo", name="half", ref_model_mixup_alpha=0.5, **options))
+    assert half[0] == pytest.approx(math.log(2), abs=1e-6) and abs(half[2] - math.log(2)) > 1e-5
+
+
+def test_a_resumed_run_has_the_reference_that_it_had_moved(train, runner):
+    options = {"sync_ref_model": True, "ref_model_sync_steps": 2, "learning_rate": 1e-3, "save_steps": 3}
+    whole = train("dpo", name="whole", max_steps=5, **options)
+    (whole / "result.json").unlink()
+    losses, weights = _losses(whole), runner.weights(whole)
+    for late in (whole / "checkpoints").glob("*00005"):
+        shutil.rmtree(late)
+    again = train("dpo", name="whole", max_steps=5, **options)
+    assert _losses(again) == losses
+    assert all(torch.equal(weights[name], tensor) for name, tensor in runner.weights(again).items())
+
+
+def test_following_mixes_weight_by_weight(make_local_model):
+    policy = load_policy(ModelKeys(base_model=str(make_local_model("qwen3"))))
+    freeze_reference(policy)
+    before = [p.detach().clone() for p in policy.model.parameters()]
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(1.0)
+    policy.follow(0.25)
+    for kept, start in zip(policy.frozen.model.parameters(), before, strict=True):
+        torch.testing.assert_close(kept, start + 0.25)
+
+
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        ({"adapter": "lora"}, "set adapter: none"),
+        ({"precompute_ref_log_probs": True}, "set it to auto"),
+        ({"loss_type": "simpo"}, "take sync_ref_model out"),
+    ],
+)
+def test_what_no_reference_can_follow_beside_is_refused(beside, message):
+    with pytest.raises(ValueError, match=f"sync_ref_model: true with .*{message}"):
+        DPOKeys(base_model="x", datasets=[{"path": "x"}], sync_ref_model=True, **beside)

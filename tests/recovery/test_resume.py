@@ -67,6 +67,7 @@ ROWS = {
     "sft: the best checkpoint": ("sft", {"eval_steps": 1, "load_best_model_at_end": True, "eval": "dev-sft"}),
     **{f"dpo: {name}": ("dpo", {"loss_type": name, "data": ["kto" if row.unpaired else "pairs"], **NEEDED.get(name, {})}) for name, row in PREFERENCE_LOSSES.items()},
     "dpo: a sum of losses, all that weighs a pair": ("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 1.0], "f_divergence_type": "js_divergence", "ld_alpha": 0.5, "use_weighting": True}),
+    "dpo: a reference that follows": ("dpo", {"sync_ref_model": True, "ref_model_sync_steps": 1}),
     "dpo: an adapter, accumulated": ("dpo", {**LORA, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
     "dpo: a frozen copy as reference, over epochs": ("dpo", {"precompute_ref_log_probs": False, "max_steps": -1, "num_train_epochs": 2}),
     **{f"grpo: {name}": ("grpo", {"loss_type": name, **TWICE, **NEEDED.get(name, {})}) for name in POLICY_LOSSES},

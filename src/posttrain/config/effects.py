@@ -76,6 +76,7 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(DPOKeys, ("label_smoothing",), _loss_is_not("sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired", "dpop", "cpo", "simpo"), "loss_type does not use it"),
     NoEffect(DPOKeys, ("discopop_tau",), _loss_is_not("discopop"), "loss_type is not discopop"),
     NoEffect(DPOKeys, ("f_alpha_divergence_coef",), lambda k: k.f_divergence_type != "alpha_divergence", "f_divergence_type is not alpha_divergence"),
+    NoEffect(DPOKeys, ("ref_model_mixup_alpha", "ref_model_sync_steps"), lambda k: not k.sync_ref_model, "sync_ref_model is false"),
     NoEffect(DPOKeys, ("dpop_lambda",), _loss_is_not("dpop"), "loss_type is not dpop"),
     NoEffect(DPOKeys, ("f_divergence_type", "ld_alpha"), lambda k: k.losses == ("sft",), "loss_type is sft"),
     NoEffect(DPOKeys, ("simpo_gamma",), _loss_is_not("simpo"), "loss_type is not simpo"),

@@ -48,6 +48,10 @@ class DPOKeys(TrainKeys):
     undesirable_weight: float = knob(1.0, "KTO: weight of undesirable rows.", ge=0, also="kto_undesirable_weight (Axolotl), kto_rejected_weight (LLaMA-Factory)")
     precompute_ref_log_probs: bool | Literal["auto"] = knob("auto", "Score all rows under the reference once, before training, and keep the log-probs. `auto`: for full fine-tuning, where a frozen copy is the alternative; an adapter is simply switched off.")
 
+    sync_ref_model: bool = knob(False, "Let the reference follow the policy (TR-DPO, arXiv 2404.09656); for full fine-tuning, which then keeps a copy as reference.")
+    ref_model_mixup_alpha: float = knob(0.6, "Share of the policy in the reference each time it follows; 1 replaces it.", gt=0, le=1)
+    ref_model_sync_steps: int = knob(512, "Optimizer steps between two times.", ge=1)
+
     @field_validator("loss_type")
     @classmethod
     def _names_losses(cls, loss_type: str | list[str]) -> str | list[str]:
@@ -59,6 +63,18 @@ class DPOKeys(TrainKeys):
     def _whole_rows_are_weighed(self) -> DPOKeys:
         if self.use_weighting and self.sharding.sp_size > 1:
             raise ValueError(f"use_weighting: true with sharding.sp_size: {self.sharding.sp_size}, where no process has whole distributions; set one of them back")
+        return self
+
+    @model_validator(mode="after")
+    def _a_reference_can_follow(self) -> DPOKeys:
+        refused = {
+            f"adapter: {self.adapter}": (self.adapter != "none", "the reference is the model under the adapter; set adapter: none"),
+            "precompute_ref_log_probs: true": (self.precompute_ref_log_probs is True, "kept log-probs would be an earlier reference's; set it to auto"),
+            f"loss_type: {self.loss_type}": (WITHOUT_REFERENCE.issuperset(self.losses), "it has no reference; take sync_ref_model out"),
+        }
+        for beside, (found, why) in refused.items():
+            if self.sync_ref_model and found:
+                raise ValueError(f"sync_ref_model: true with {beside}: {why}")
         return self
 
     @property
@@ -80,5 +96,5 @@ class DPOKeys(TrainKeys):
     @property
     def holds_reference(self) -> bool:
         """`auto` computes the log-probs of pairs once where the alternative is a copy; those of KTO cannot be known before."""
-        kept = self.row_kind == "pairs" and bool(self.precompute_ref_log_probs)
+        kept = self.row_kind == "pairs" and bool(self.precompute_ref_log_probs) and not self.sync_ref_model
         return not WITHOUT_REFERENCE.issuperset(self.losses) and not kept

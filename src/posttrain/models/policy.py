@@ -66,6 +66,8 @@ class Policy:
     """What is trained, as it was at the start, where the model without its adapter is not that start."""
     frozen: Policy | None = field(default=None, repr=False)
     """A copy of the given model, where it is not this one without its adapter (`load.freeze_reference`)."""
+    frozen_follows: bool = False
+    """Whether that copy is moved towards the model in training, and so belongs into a checkpoint."""
     routing: RouterLoads | None = field(default=None, repr=False)
     """What goes to which expert, of a mixture of experts in training."""
     offloaded: OffloadedLayers | None = field(default=None, repr=False)
@@ -260,6 +262,16 @@ class Policy:
             self.sharding.release(self.model)
             for (_, parameter), values in zip(trained, kept, strict=True):
                 local(parameter).data.copy_(values)
+
+    @torch.no_grad()
+    def follow(self, alpha: float) -> None:
+        """The frozen copy becomes alpha · model + (1 − alpha) · itself, weight by weight. Source: TR-DPO, arXiv 2404.09656."""
+        assert self.frozen is not None, "freeze_reference comes before follow"
+        local = self.sharding.local
+        # Of a sharded copy each rank moves its share; what a pass gathered is of the values before.
+        self.sharding.release(self.frozen.model)
+        for kept, trained in zip(self.frozen.model.parameters(), self.model.parameters(), strict=True):
+            local(kept).mul_(1 - alpha).add_(local(trained), alpha=alpha)
 
     def reference_tensors(self) -> list[torch.Tensor]:
         """What is kept of the starting point beside the model."""

@@ -67,6 +67,7 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
     policy = load_policy(keys, tokenizer=tokenizer, sharding=stage.sharding).without_dropout()
     if spec.needs_reference and not Reference.is_precomputed(policy, keys):
         freeze_reference(policy)
+        policy.frozen_follows = keys.sync_ref_model
     suite = SuiteScore.of(policy, keys, stage.processes)
     optimizer = make_optimizer(policy, keys)
 
@@ -98,6 +99,8 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
         lr = learning_rate(step, total_steps, keys) * stage.guard.controls.lr_scale
         values = metrics.reduced(ranks)
         values |= update(policy, optimizer, stage, lr, values, step + 1)
+        if keys.sync_ref_model and (step + 1) % keys.ref_model_sync_steps == 0:
+            policy.follow(keys.ref_model_mixup_alpha)
         values |= schedule.balance(micros, ranks.world_size)
         values["epoch"] = schedule.epoch_after(step + stage.guard.controls.skipped)
 

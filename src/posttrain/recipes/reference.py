@@ -33,6 +33,8 @@ class Reference:
     def is_precomputed(policy: Policy, keys: DPOKeys) -> bool:
         # KTO also scores prompts with other rows' answers, which no pass over the data can know.
         wanted = keys.precompute_ref_log_probs
+        if keys.sync_ref_model:
+            return False
         return (not policy.has_adapter if wanted == "auto" else wanted) and keys.row_kind == "pairs"
 
     @classmethod

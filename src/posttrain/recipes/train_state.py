@@ -232,6 +232,8 @@ def _held_by(learner: Learner) -> tuple[dict[str, dict[str, Share]], dict[str, A
     if not sharding.has_first_copy:
         return {}, scalars
     saved = {"weights": {name: own[name] for name in own if name in names}, "optimizer": tensors}
+    if (reference := _following(policy)) is not None:
+        saved["reference"] = reference
     return {stem: {n: sharding.share_of(held[n]) for n in held} for stem, held in saved.items()}, scalars
 
 
@@ -246,6 +248,18 @@ def _load_learner(folder: Path, prefix: str, learner: Learner, scalars: Mapping[
         tensors = {name: _share(parts, name, own.get(name.split("|")[0]), sharding) for name in parts.names()}
     sharding.load_optimizer_state(policy.model, learner.optimizer, unflatten(tensors, scalars))
     _keep_in_pages(learner.optimizer)
+    if (reference := _following(policy)) is not None:
+        with TensorParts(folder, f"{prefix}reference") as parts, torch.no_grad():
+            for name, kept in reference.items():
+                sharding.local(kept).copy_(_share(parts, name, kept, sharding))
+
+
+def _following(policy: Policy) -> dict[str, torch.Tensor] | None:
+    """The weights of a reference that moves: a part of the state, where one that stays is made again."""
+    if not policy.frozen_follows:
+        return None
+    assert policy.frozen is not None
+    return dict(policy.frozen.model.named_parameters())
 
 
 def _on_host(shares: Mapping[str, Share], *, copy: bool) -> dict[str, Share]:

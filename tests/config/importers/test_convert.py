@@ -133,6 +133,7 @@ def test_a_trl_command_line_is_read_from_a_script(imported):
         ({"loss_type": ["ipo"], "f_divergence_type": "js_divergence"}, {"loss_type": "ipo"}),
         ({"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3, "beta": 0.2}, {}),
         ({"ld_alpha": 0.5, "use_weighting": True, "beta": 0.2}, {}),
+        ({"sync_ref_model": True, "ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 8, "beta": 0.2}, {}),
     ],
 )
 def test_what_trl_weighs_preferences_by_is_asked_for_here(imported, given, ours):
