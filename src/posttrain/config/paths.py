@@ -169,7 +169,7 @@ PATH_RULES: tuple[tuple[type[Keys], str, Callable[[str, Path], str]], ...] = (
     (TrainKeys, "output_dir", _output),
     (TrainKeys, "eval_suite", _existing),
     (RLKeys, "reward_funcs", _reward),
-    (PPOKeys, "value_model", _reward_model),
+    (PPOKeys, "value_model", _existing_or_hub),
     (EpisodeKeys, "env", _environment),
     (EpisodeKeys, "tools", _tools),
     (TeacherKeys, "model", _teacher),
