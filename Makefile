@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # One thread: the demo's model is too small to gain from two, and tests run in two processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo reward-hacking setup-vllm setup-ray setup-browser setup-export setup-envs test test-all check format bench bench-all gpu-check gpu-bench clean help
+.PHONY: demo reward-hacking setup-vllm setup-ray setup-browser setup-export setup-envs docs test test-all check format bench bench-all gpu-check gpu-bench clean help
 
 help:
 	@echo "make demo      set up, then take the tiny base model through SFT, DPO and GRPO to the registry"
@@ -18,6 +18,7 @@ help:
 	@echo "make setup-browser   add Playwright and the distribution's Chromium; make test then looks at the pages of posttrain ui"
 	@echo "make setup-export   an environment of its own (1.5 GB) for posttrain export --to awq or gptq; make test then runs its tests too"
 	@echo "make setup-envs   an environment of its own (140 MB) for servers of OpenEnv; make test then plays with them too"
+	@echo "make docs      the documentation as a site, in build/site (60 MB more to install); its links and anchors are checked"
 	@echo "make check     lint, types, import layers"
 	@echo "make bench     side by side with TRL"
 	@echo "make gpu-check gpu-bench   on a machine with a GPU: are its numbers right, and how fast is it"
@@ -56,6 +57,10 @@ setup-envs: .venv-envs/.installed
 	.venv-envs/bin/pip install --quiet --constraint envs-constraints.txt --no-deps openenv-core
 	.venv-envs/bin/pip install --quiet --constraint envs-constraints.txt fastapi uvicorn websockets requests httpx fastmcp
 	touch $@
+
+docs: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python docs/make_site.py
 
 demo: $(STAMP)
 	$(BIN)/posttrain run examples/quickstart/pipeline.yaml --quiet

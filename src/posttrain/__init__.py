@@ -1,21 +1,21 @@
 """posttrain: from an open-weight base model to an evaluated, gated, registered, servable one.
 
-`import posttrain as pt` gives `pt.sft`, `pt.dpo`, `pt.grpo`, `pt.ppo`, `pt.run`, `pt.evaluate`, `pt.gate` and `pt.load_run`; nothing
-is loaded before one of them is used.
+`import posttrain as pt` gives a function for each kind of stage (`pt.sft`, `pt.dpo`, `pt.grpo` …), `pt.run`, `pt.evaluate`, `pt.gate` and
+`pt.load_run`; nothing is loaded before one of them is used.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from posttrain.api import Metrics, Run, dpo, evaluate, grpo, load_run, ppo, run, sft
+    from posttrain.api import Metrics, Run, distill, dpo, evaluate, grpo, load_run, ppo, reward_model, run, sft
 
     gate: Any
     """A verb and a package."""
 
 __version__ = "0.1.0"
 
-__all__ = ["Metrics", "Run", "dpo", "evaluate", "gate", "grpo", "load_run", "ppo", "run", "sft"]
+__all__ = ["Metrics", "Run", "distill", "dpo", "evaluate", "gate", "grpo", "load_run", "ppo", "reward_model", "run", "sft"]
 
 
 def __getattr__(name: str) -> Any:

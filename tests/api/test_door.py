@@ -8,6 +8,7 @@ import pytest
 
 import posttrain as pt
 from posttrain.api.inputs import as_keys
+from posttrain.config.kinds import STAGE_KINDS
 from posttrain.errors import ConfigError, DataError
 
 SFT = {"learning_rate": 3e-3, "max_steps": 2, "per_device_train_batch_size": 2, "sequence_len": 128, "bf16": False}
@@ -98,6 +99,13 @@ def test_evaluate_and_gate(model_dir, tmp_path):
     second = pt.evaluate(model_dir("qwen3"), [suite], out="b", max_tokens=4)
     verdict = pt.gate(second, first, "gate.yaml")
     assert verdict.tests[0].num_items == 6 and verdict.baseline_digest == first["tiny"].model_digest
+    assert pt.gate(second, first, {"guards": [{"suite": "tiny", "margin": 0.5}]}) == verdict
+    with pytest.raises(ConfigError, match=r"argument: guards.*margn"):
+        pt.gate(second, first, {"guards": [{"suite": "tiny", "margn": 0.5}]})
+
+
+def test_every_kind_of_stage_is_a_function():
+    assert set(STAGE_KINDS) <= set(pt.__all__)
 
 
 def test_importing_loads_nothing_heavy():

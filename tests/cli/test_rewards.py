@@ -48,6 +48,20 @@ def test_a_bad_reward_exits_with_one(run, tmp_path):
     assert json.loads((tmp_path / "here.json").read_text())["verdict"] == "fail"
 
 
+def test_of_a_pipeline_the_stage_that_has_rewards_is_checked(run, tmp_path):
+    stage = "{ datasets: [{ path: p.jsonl, type: prompt }], reward_funcs: [boxed] }"
+    sft = "{ datasets: [{ path: p.jsonl, type: completion }] }"
+    head = "name: two\nbase_model: ./base\nstages:\n"
+    (tmp_path / "pipeline.yaml").write_text(f"{head}  - sft: {sft}\n  - grpo: {stage}\n")
+    result = CliRunner().invoke(rewards, ["check", "pipeline.yaml", "--cases", "4"])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "runs/two/certificate.json").exists()
+    for stages, number in ((f"  - sft: {sft}\n", 0), (f"  - grpo: {stage}\n" * 2, 2)):
+        (tmp_path / "pipeline.yaml").write_text(head + stages)
+        refused = CliRunner().invoke(rewards, ["check", "pipeline.yaml"]).exception
+        assert isinstance(refused, ConfigError) and f"{number} of its" in str(refused)
+
+
 def test_what_is_wrong_with_the_input_is_said(run, tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'boxed'"):
         run("boxd")

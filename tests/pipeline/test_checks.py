@@ -228,6 +228,15 @@ def test_an_adapter_on_a_bf16_file_is_planned_in_bf16_where_the_cpu_has_it(make_
     assert planned[1].parts["weights"] * 2 == planned[0].parts["weights"]
 
 
+def test_a_model_whose_memory_cannot_be_counted_is_trained_all_the_same(model_dir, project, caplog):
+    from posttrain.config.load_pipeline import load_pipeline
+    from posttrain.pipeline import checks
+
+    made = project([{"sft": {"datasets": [{"path": "sft.jsonl"}]}}], base_model=str(model_dir("mamba")))
+    checks.check_memory(load_pipeline(made.path).keys)
+    assert "model_type mamba" in caplog.text and "not known before it is loaded" in caplog.text
+
+
 @pytest.mark.parametrize("of", ["reward", "suite"])
 @pytest.mark.parametrize(
     ("judge", "why"),

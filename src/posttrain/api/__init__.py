@@ -16,10 +16,10 @@ from typing import Any
 
 import posttrain.gate as gate_package
 from posttrain.api.run import Metrics, Run, load_run
-from posttrain.api.verbs import dpo, evaluate, grpo, judge, ppo, sft
+from posttrain.api.verbs import distill, dpo, evaluate, grpo, judge, ppo, reward_model, sft
 from posttrain.api.verbs import run_pipeline as run
 
-__all__ = ["Metrics", "Run", "dpo", "evaluate", "gate", "grpo", "load_run", "ppo", "run", "sft"]
+__all__ = ["Metrics", "Run", "distill", "dpo", "evaluate", "gate", "grpo", "load_run", "ppo", "reward_model", "run", "sft"]
 
 
 class _CallableGate(ModuleType):

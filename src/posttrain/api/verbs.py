@@ -1,4 +1,4 @@
-"""`sft`, `dpo`, `grpo`, `ppo`, `run`, `evaluate`, `gate`: the command's verbs as functions."""
+"""The command's verbs as functions: one for each kind of stage, `run`, `evaluate`, `gate`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,16 @@ def sft(config: str | Path | None = None, *, show: bool = True, **keys: Any) -> 
 def dpo(config: str | Path | None = None, *, show: bool = True, **keys: Any) -> Run:
     """One stage of preference optimisation; as `sft`."""
     return _stage("dpo", config, keys, show)
+
+
+def reward_model(config: str | Path | None = None, *, show: bool = True, **keys: Any) -> Run:
+    """A reward model from preferences; as `sft`."""
+    return _stage("reward_model", config, keys, show)
+
+
+def distill(config: str | Path | None = None, *, show: bool = True, **keys: Any) -> Run:
+    """One stage of distillation from `teachers`; as `sft`."""
+    return _stage("distill", config, keys, show)
 
 
 def grpo(config: str | Path | None = None, *, show: bool = True, **keys: Any) -> Run:
@@ -70,10 +80,13 @@ def evaluate(
 
 
 def judge(
-    candidate: Mapping[str, EvalReport], baseline: Mapping[str, EvalReport], spec: str | Path | GateSpec
-) -> GateVerdict:
-    """Whether the candidate is good enough to replace the baseline; `spec` is a YAML or a `GateSpec`."""
-    rules = spec if isinstance(spec, GateSpec) else GateSpec.from_keys(load_gate(Path(spec)))
+    candidate: Mapping[str, EvalReport], baseline: Mapping[str, EvalReport],
+    spec: str | Path | Mapping[str, Any] | GateSpec,
+) -> GateVerdict:  # fmt: skip
+    """Whether the candidate is good enough to replace the baseline; `spec` is a YAML, its keys, or a `GateSpec`."""
+    rules = spec
+    if not isinstance(rules, GateSpec):
+        rules = GateSpec.from_keys(load_gate(rules if isinstance(rules, Mapping) else Path(rules)))
     return decide(rules, candidate, baseline)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from posttrain.errors import DataError
+from posttrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from posttrain.config.rl import RLKeys
@@ -27,7 +27,7 @@ def _root() -> None:
 
 @rewards.command()
 def check(
-    config: Annotated[Path, typer.Argument(help="YAML of an RL stage.")],
+    config: Annotated[Path, typer.Argument(help="YAML of an RL stage, or of a pipeline that has one.")],
     samples: Annotated[
         Path | None, typer.Option(help="JSONL of {index or prompt, completion}, written by the starting policy.")
     ] = None,
@@ -39,12 +39,8 @@ def check(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, overrides the YAML.")] = None,
 ) -> None:
     """Check the rewards of CONFIG. Exit code: 0 passed (or partial), 1 failed, 64 wrong usage."""
-    from posttrain.config.load import load_stage
-    from posttrain.config.rl import RLKeys
-
-    keys = load_stage(_rewarded_kind(config), config, overrides or []).keys
-    assert isinstance(keys, RLKeys)
-    path = out or Path(keys.output_dir) / "certificate.json"
+    keys, folder = _rewarded(config, overrides or [])
+    path = out or folder / "certificate.json"
     if policy:
         from posttrain.recipes.certify import certify
 
@@ -111,14 +107,28 @@ def _show_changes(rows: Sequence[Rescored]) -> None:
         console.print(f"first that could not be scored: {escape(failed)}", soft_wrap=True)
 
 
-def _rewarded_kind(config: Path) -> str:
-    """The kind of `config` where that has rewards, else the first that has, whose keys then say what is missing."""
-    from posttrain.config.kinds import STAGE_KINDS
-    from posttrain.config.load import detect_kind
+def _rewarded(config: Path, overrides: Sequence[str]) -> tuple[RLKeys, Path]:
+    """The keys of the stage that has rewards, and the run's folder; of a YAML of another kind what the first such kind misses."""
+    from posttrain.config.kinds import STAGE_KINDS, stage_kind
+    from posttrain.config.load import detect_kind, load_stage
+    from posttrain.config.load_pipeline import load_pipeline
+    from posttrain.config.rl import RLKeys
 
-    rewarded = [row.name for row in STAGE_KINDS.values() if row.rewarded]
-    found = detect_kind(config)
-    return found if found in rewarded else rewarded[0]
+    kind = detect_kind(config)
+    if kind == "pipeline":
+        pipeline = load_pipeline(config, overrides).keys
+        stages = [stage.keys for stage in pipeline.stages if stage_kind(stage.kind).rewarded]
+        if len(stages) != 1:
+            raise ConfigError(
+                f"{config}: {len(stages)} of its {len(pipeline.stages)} stages have rewards; expected one: write the stage to check as a YAML of its own"
+            )
+        keys, folder = stages[0], Path(pipeline.output_dir)
+    else:
+        rewarded = [row.name for row in STAGE_KINDS.values() if row.rewarded]
+        keys = load_stage(kind if kind in rewarded else rewarded[0], config, overrides).keys
+        folder = Path(keys.output_dir)
+    assert isinstance(keys, RLKeys)
+    return keys, folder
 
 
 def _check(keys: RLKeys, samples: Path | None, limit: int, path: Path) -> Certificate:

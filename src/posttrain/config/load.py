@@ -121,10 +121,13 @@ def as_pipeline(loaded: LoadedStage) -> PipelineKeys:
     )  # fmt: skip
 
 
-def load_gate(path: Path) -> GateKeys:
-    """A gate spec: its keys at the top of the file, or under `gate` of a pipeline. Raises: ConfigError."""
-    path, problems = Path(path), Problems()
-    settings, _ = read_settings(path)
+def load_gate(given: Path | Mapping[str, Any]) -> GateKeys:
+    """A gate spec: its keys at the top of a file, under `gate` of a pipeline, or as Python values. Raises: ConfigError."""
+    problems = Problems()
+    if isinstance(given, Mapping):
+        path, settings = Path("gate.yaml"), Settings(dict(given), {}, KeyOrigin("argument", "argument"))
+    else:
+        path, (settings, _) = given, read_settings(given)
     folder = take_project(settings, path, problems)
     migrate(settings, [PipelineKeys if "gate" in settings.values else GateKeys], problems)
     if isinstance(settings.values.get("gate"), dict):

@@ -15,7 +15,7 @@ from posttrain.config.rl import RLKeys
 from posttrain.config.stages import TrainKeys
 from posttrain.data.lint import limits_of
 from posttrain.data.load import read_nouns
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, ModelError
 from posttrain.evals.suite import Suite, load_suite
 from posttrain.gate.decide import plan_lines
 from posttrain.gate.spec import RESERVE_SPLIT, SELECTION_SPLIT
@@ -173,7 +173,11 @@ def check_memory(keys: PipelineKeys) -> None:
     available = available_bytes()
     config = load_config(keys.stages[0].keys)
     refuse_other_media(keys.stages[0].keys, config)
-    shape, stored = ModelShape.from_config(model_shape(config)), stored_dtype(config)
+    try:
+        shape, stored = ModelShape.from_config(model_shape(config)), stored_dtype(config)
+    except ModelError as uncounted:  # it may be trained all the same
+        log.warning("%s; whether it fits in memory is not known before it is loaded", uncounted)
+        return
     for stage in keys.stages:
         for one in advise(Advised(stage.kind, stage.keys, shape.num_params)):
             log.warning("%s: advice %s", stage.kind, one.line())

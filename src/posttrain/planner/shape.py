@@ -64,6 +64,8 @@ class ModelShape:
         """Raises: ModelError naming the keys that are missing, or the kind of model that has no such sizes."""
         try:
             return cls._from_values(config)
+        except ModelError:
+            raise
         except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ModelError(
                 f"config.json: got a size that is none ({error}); expected the config of a transformers causal LM"

@@ -10,6 +10,7 @@ import torch
 
 from posttrain.config.kinds import stage_kind
 from posttrain.config.stages import TrainKeys
+from posttrain.errors import ModelError
 from posttrain.files import size_text
 from posttrain.models.device import Placement, peak_memory_bytes, place
 from posttrain.models.load import load_config, model_shape, stored_dtype
@@ -34,7 +35,10 @@ def why_out_of_memory(
     error: BaseException, kind: str, keys: TrainKeys, policy: Policy, optimizer: torch.optim.Optimizer, processes: int
 ) -> str:  # fmt: skip
     """In one of so many processes."""
-    plan = _plan(kind, keys, policy.base.config, policy.placement, processes)
+    try:
+        plan = _plan(kind, keys, policy.base.config, policy.placement, processes)
+    except ModelError as uncounted:
+        return f"{kind}: out of memory: {uncounted}"
     needed = int(peak_memory_bytes()) + _asked_for(str(error))
     device = policy.placement.device
     why = overrun(plan, _held(policy, optimizer), needed, _there_is(device), _named(device))
@@ -45,7 +49,10 @@ def why_not_loaded(kind: str, keys: TrainKeys, processes: int) -> str:
     """Before there was anything to count: what the plan says of the model and of the memory that there is."""
     config = load_config(keys)
     placement = place(keys, stored_dtype(config) if keys.adapter != "none" else None)
-    plan = _plan(kind, keys, config, placement, processes)
+    try:
+        plan = _plan(kind, keys, config, placement, processes)
+    except ModelError as uncounted:
+        return f"{kind}: out of memory before the first step: {uncounted}"
     there_is, where = _there_is(placement.device), _named(placement.device)
     if fits(plan, there_is):
         why = f"the plan counts {size_text(plan.total_bytes)} in all, and {where} has {size_text(there_is)}: other programs hold the rest"

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from posttrain.errors import MissingExtraError
+from posttrain.errors import MissingExtraError, ModelError
+from posttrain.files import read_json
 from posttrain.forms.merging.shards import ShardWriter
 from posttrain.forms.merging.vocabulary import IS_OF_TOKENS
 from posttrain.forms.merging.weights import StoredModel
@@ -60,11 +61,17 @@ def _scale(tensor: torch.Tensor, largest: float) -> torch.Tensor:
 
 
 def read_compressed(folder: Path, tied: bool) -> Mapping[str, torch.Tensor]:
-    """The tensors in float32, dequantised by transformers and compressed-tensors."""
+    """The tensors in float32, dequantised by transformers and compressed-tensors. Raises: ModelError if these cannot."""
     read: Any = AutoModelForCausalLM
-    model = read.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
-    )
+    try:
+        model = read.from_pretrained(
+            folder, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
+        )
+    except (RuntimeError, ValueError, TypeError) as error:  # NotImplementedError is a RuntimeError
+        kind = read_json(folder / "config.json").get("model_type")
+        raise ModelError(
+            f"a {kind} in this form is not read back by transformers ({str(error).splitlines()[0]}); export it --to safetensors"
+        ) from error
     found: dict[str, torch.Tensor] = model.state_dict()
     kept = {
         name: tensor.float()
