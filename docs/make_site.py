@@ -86,7 +86,7 @@ def build(folder: Path) -> subprocess.CompletedProcess[str]:
     config = folder / "mkdocs.yml"
     config.write_text(CONFIG.read_text(encoding="utf-8").replace("paths: [../src]", f"paths: [{ROOT / 'src'}]"))
     return subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--config-file", str(config)],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(config)],
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
