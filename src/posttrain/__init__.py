@@ -15,7 +15,20 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Metrics", "Run", "distill", "dpo", "evaluate", "gate", "grpo", "load_run", "ppo", "reward_model", "run", "sft"]
+__all__ = [
+    "Metrics",
+    "Run",
+    "distill",
+    "dpo",
+    "evaluate",
+    "gate",
+    "grpo",
+    "load_run",
+    "ppo",
+    "reward_model",
+    "run",
+    "sft",
+]
 
 
 def __getattr__(name: str) -> Any:

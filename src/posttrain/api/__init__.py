@@ -19,7 +19,20 @@ from posttrain.api.run import Metrics, Run, load_run
 from posttrain.api.verbs import distill, dpo, evaluate, grpo, judge, ppo, reward_model, sft
 from posttrain.api.verbs import run_pipeline as run
 
-__all__ = ["Metrics", "Run", "distill", "dpo", "evaluate", "gate", "grpo", "load_run", "ppo", "reward_model", "run", "sft"]
+__all__ = [
+    "Metrics",
+    "Run",
+    "distill",
+    "dpo",
+    "evaluate",
+    "gate",
+    "grpo",
+    "load_run",
+    "ppo",
+    "reward_model",
+    "run",
+    "sft",
+]
 
 
 class _CallableGate(ModuleType):
