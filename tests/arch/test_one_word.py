@@ -12,6 +12,7 @@ VERB = "one verb: the command, the Python door and what does the work"
 TOOL = "a part of the row that each tool has in TOOLS"
 RECIPE = "each recipe has its own; LOOPS names them"
 SHARED = {
+    "distill": VERB,
     "dpo": VERB,
     "evaluate": VERB,
     "explain": VERB,
@@ -19,6 +20,7 @@ SHARED = {
     "ppo": VERB,
     "run": f"{VERB}; {RECIPE}",
     "run_pipeline": VERB,
+    "reward_model": VERB,
     "sft": VERB,
     "defaults": TOOL,
     "finish": TOOL,
