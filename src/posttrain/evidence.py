@@ -6,7 +6,7 @@ import json
 import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -31,6 +31,13 @@ class ItemRecord:
     def score(self) -> float:
         """Mean over the samples."""
         return sum(self.scores) / len(self.scores) if self.scores else math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as they are: `asdict` would copy each of a large report's values, and there is nothing nested."""
+        return {name: getattr(self, name) for name in _ITEM_FIELDS}
+
+
+_ITEM_FIELDS = tuple(one.name for one in fields(ItemRecord))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +65,7 @@ class EvalReport:
     @property
     def digest(self) -> str:
         """Digest of what was measured; the time it took is not part of it."""
-        return digest_json([self._header(), [asdict(item) for item in self.items]])
+        return digest_json([self._header(), [item.to_json() for item in self.items]])
 
     def _header(self) -> dict[str, Any]:
         names = ("suite", "split", "suite_digest", "model_digest", "scorer")
@@ -71,7 +78,7 @@ class EvalReport:
         def fill(temporary: Path) -> None:
             header = self._header() | {"wall_s": self.wall_s, "mean": self.mean, "digest": self.digest}
             (temporary / "report.json").write_text(json.dumps(header, indent=2))
-            lines = (canonical_json(asdict(item)) + "\n" for item in self.items)
+            lines = (canonical_json(item.to_json()) + "\n" for item in self.items)
             (temporary / "items.jsonl").write_text("".join(lines), encoding="utf-8", errors="surrogatepass")
 
         write_folder(folder, fill)

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from posttrain.data import overlap
 from posttrain.data.overlap import contaminated, exact_duplicates, hash_words, near_duplicates, words
 
 VOCABULARY = [f"word{i}" for i in range(500)]
@@ -61,6 +62,17 @@ def test_thirteen_words_of_an_eval_prompt_are_contamination():
     short = other[:10] + prompt[5:17] + other[10:]
     rows = [("", " ".join(row)), ("", " ".join(short))]
     assert contaminated(both(*rows), {"heldout": [" ".join(prompt)]}) == [(0, "heldout")]
+
+
+def test_the_index_of_the_suites_is_built_once_however_many_rows_there_are(monkeypatch):
+    """It was built anew for every 256 rows, which made the lint rows × items."""
+    built, of = [], overlap._filter
+    monkeypatch.setattr(overlap, "_filter", lambda wanted: built.append(len(wanted)) or of(wanted))
+    rng = random.Random(3)
+    prompt = text(rng, 13)
+    rows = [("", " ".join(text(rng, 8)))] * 1000 + [("", " ".join(["so", *prompt]))]
+    assert contaminated(both(*rows), {"heldout": [" ".join(prompt)]}) == [(1000, "heldout")]
+    assert built == [1]
 
 
 def test_short_eval_prompts_must_be_there_whole():

@@ -1,4 +1,5 @@
 import random
+from dataclasses import dataclass, field, fields
 
 import pytest
 
@@ -6,6 +7,8 @@ from posttrain.config.stages import SFTKeys
 from posttrain.data.dataset import Dataset, DataSummary
 from posttrain.distributed.ranks import SingleProcess
 from posttrain.recipes.batches import Schedule, best_fit, fill_by_tokens, fill_with_groups, flat, for_rank, split_groups
+
+ARGUMENTS = [one.name for one in fields(Schedule) if not one.name.startswith("_")]
 
 
 class Rank:
@@ -42,6 +45,26 @@ def test_any_step_can_be_asked_for_in_any_order(packing):
     expected = [forward.step(number) for number in range(30)]
     backward, _ = schedule(list(range(1, 8)), **options)
     assert [backward.step(number) for number in reversed(range(30))] == expected[::-1]
+
+
+@dataclass(frozen=True)
+class Counted(Schedule):
+    """A schedule that notes which epochs it counts the steps of."""
+
+    counted: list = field(default_factory=list)
+
+    def steps_in(self, epoch):
+        self.counted.append(epoch)
+        return super().steps_in(epoch)
+
+
+def test_a_step_is_found_without_a_walk_over_the_epochs_before_it():
+    """Two rows for 300 epochs: what a late step costs does not grow with the epochs that went before."""
+    made = Counted(**{name: getattr(schedule([3, 4])[0], name) for name in ARGUMENTS})
+    assert [made.locate(number) for number in range(300)] == [(number, 0) for number in range(300)]
+    assert made.counted == list(range(300))
+    assert made.locate(7) == (7, 0)
+    assert len(made.counted) == 300
 
 
 def test_a_last_step_with_too_few_rows_is_folded_into_the_one_before():

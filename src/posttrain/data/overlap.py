@@ -93,14 +93,14 @@ def contaminated(rows: Sequence[tuple[Words, Words]], suites: Mapping[str, Seque
     for i, (prompt, _) in enumerate(rows) if any(size < _SHORTEST for size in by_length) else ():
         wanted = by_length.get(len(prompt), {}) if 0 < len(prompt) < _SHORTEST else {}
         found |= {(i, name) for gram in _ngrams(prompt, len(prompt))[:1].tolist() for name in wanted.get(gram, ())}
-    long = {size: wanted for size, wanted in by_length.items() if size >= _SHORTEST}
+    long = [(size, wanted, _filter(wanted)) for size, wanted in by_length.items() if size >= _SHORTEST]
     for start in range(0, len(rows) if long else 0, _TEXTS_PER_CHUNK):
         chunk = [text for _, text in rows[start : start + _TEXTS_PER_CHUNK]]
         owner = np.repeat(np.arange(len(chunk)), [len(text) for text in chunk])
         joined = np.concatenate(chunk)
-        for size, wanted in long.items():
+        for size, wanted, may_be in long:
             grams = _ngrams(joined, size)
-            hits = np.flatnonzero(_filter(wanted)[(grams >> (np.uint64(64) - _FILTER_BITS)).astype(np.intp)])
+            hits = np.flatnonzero(may_be[(grams >> (np.uint64(64) - _FILTER_BITS)).astype(np.intp)])
             # A run of words that crosses from one text into the next is no text's.
             hits = hits[owner[hits] == owner[hits + size - 1]]
             for at, gram in zip(owner[hits].tolist(), grams[hits].tolist(), strict=True):

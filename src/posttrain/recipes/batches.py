@@ -53,6 +53,8 @@ class Schedule(Generic[T]):
     """A last step of an epoch with fewer rows is folded into the one before it."""
     _plans: dict[int, list[list[list[int]]]] = field(default_factory=dict, repr=False, compare=False)
     _steps: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
+    _ends: list[int] = field(default_factory=list, repr=False, compare=False)
+    """The step after each epoch's last one, as far as any step was located."""
 
     @classmethod
     def of(
@@ -131,11 +133,10 @@ class Schedule(Generic[T]):
 
     def locate(self, number: int) -> tuple[int, int]:
         """Epoch and step within it."""
-        epoch = 0
-        while number >= (steps := self.steps_in(epoch)):
-            number -= steps
-            epoch += 1
-        return epoch, number
+        while not self._ends or number >= self._ends[-1]:
+            self._ends.append((self._ends[-1] if self._ends else 0) + self.steps_in(len(self._ends)))
+        epoch = bisect.bisect_right(self._ends, number)
+        return epoch, number - (self._ends[epoch - 1] if epoch else 0)
 
     def epoch_after(self, number: int) -> float:
         """Passes over the data once step `number` is done, as TRL logs it."""
