@@ -61,6 +61,7 @@ setup-envs: .venv-envs/.installed
 docs: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/python docs/make_site.py
+	@echo "to look at it: $(BIN)/python -m http.server -d build/site"
 
 demo: $(STAMP)
 	$(BIN)/posttrain run examples/quickstart/pipeline.yaml --quiet
