@@ -1,7 +1,15 @@
 import pytest
 
 from posttrain.errors import ConfigError
-from posttrain.uris import holds_secret, loopback, names_secret, refuse_secret, variable_names_secret, without_secrets
+from posttrain.uris import (
+    command_holds_secret,
+    holds_secret,
+    loopback,
+    names_secret,
+    refuse_secret,
+    variable_names_secret,
+    without_secrets,
+)
 
 
 @pytest.mark.parametrize(
@@ -13,6 +21,10 @@ from posttrain.uris import holds_secret, loopback, names_secret, refuse_secret, 
         ("postgresql://host/db?sslmode=require&password=x", True),
         ("https://host/data.jsonl?X-Amz-Signature=x", True),
         ("http://[broken:x@host", True),
+        ("openenv:http://user:x@host:8000", True),
+        ("openenv:http://host:8000?token=x", True),
+        ("openenv:http://[broken:x@host", True),
+        ("openenv:http://host:8000", False),
         ("postgresql://user@host/db", False),
         ("http://host:5000/a@b", False),
         ("https://host/data.jsonl?design=x&monkey=y", False),
@@ -26,6 +38,21 @@ def test_a_uri_with_a_password_is_known_from_one_without(uri, secret):
     if secret:
         with pytest.raises(ConfigError, match="password or token"):
             refuse_secret(uri)
+
+
+@pytest.mark.parametrize(
+    ("command", "secret"),
+    [
+        ("mcp:npx search --api-key x", True),
+        ("mcp:npx search --api-key=x", True),
+        ("mcp:env SEARCH_API_KEY=x npx search", True),
+        ("mcp:python server.py https://user:x@host", True),
+        ("mcp:python server.py --max-tokens 5 --tokenizer=x https://host", False),
+        ("mcp:python token", False),
+    ],
+)
+def test_a_command_with_a_password_is_known_from_one_without(command, secret):
+    assert command_holds_secret(command) is secret
 
 
 def test_messages_leave_out_who_logs_in():

@@ -9,7 +9,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 from posttrain.errors import ConfigError
 
-_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*")
+_URI = re.compile(r"(?:[a-z]+:)?([A-Za-z][A-Za-z0-9+.-]*://\S*)")
+"""Also behind a word that says what is there, as in `openenv:https://…`."""
 _USER_INFO = re.compile(r"(?<=://)[^/?#\s]*@")
 _CREDENTIALS = re.compile(r"\b(Basic|Bearer)\s+[^\s\"']+", re.IGNORECASE)
 _SECRET_NAME = re.compile(
@@ -28,10 +29,11 @@ def holds_secret(text: str) -> bool:
 
     A web address needs no user; a database may name one.
     """
-    if not _URI.fullmatch(text.strip()):
+    found = _URI.fullmatch(text.strip())
+    if found is None:
         return False
     try:
-        parts = urlsplit(text.strip())
+        parts = urlsplit(found[1])
     except ValueError:
         return _USER_INFO.search(text) is not None
     user, at, _ = parts.netloc.rpartition("@")
@@ -49,6 +51,12 @@ def variable_names_secret(name: str) -> bool:
     return name not in _WORKING_FOLDERS and names_secret(name)
 
 
+def command_holds_secret(command: str) -> bool:
+    """Whether a word of it is a URI with a password, or names one: `--api-key …`, `API_KEY=…`."""
+    named = (word.partition("=") for word in command.split() if word.startswith("-") or "=" in word)
+    return any(map(holds_secret, command.split())) or any(names_secret(name.lstrip("-")) for name, _, _ in named)
+
+
 def refuse_secret(text: str) -> None:
     """Raises: ConfigError, which does not repeat it, for a URI that holds a password."""
     if holds_secret(text):
@@ -59,6 +67,12 @@ SECRET_IN_URI = (
     "got a URI that holds a password or token, which would be copied into config.yaml, reports and the registry; expected one "
     "without. For MLflow set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN; for a database "
     "what its driver reads (PGPASSWORD, ~/.pgpass, ~/.my.cnf)"
+)
+
+
+SECRET_IN_COMMAND = (
+    "got a command that holds a password or token, which would be copied into config.yaml and reports; give it in a variable of "
+    "the environment that you start posttrain in, which the server has too"
 )
 
 

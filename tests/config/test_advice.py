@@ -1,5 +1,6 @@
 """Each rule of advice rings where it should, is silent where the keys follow it, and can be switched off by its name."""
 
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -10,6 +11,7 @@ from posttrain.config.advice import ADVICE, Advised, advise
 from posttrain.config.stages import TrainKeys
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+README = (EXAMPLES.parent / "README.md").read_text()
 LARGE = {"num_params": 8_000_000_000, "trained_params": 40_000_000, "data_bytes": 1_000_000}
 LORA = "adapter: lora\nlearning_rate: 2e-4\n"
 
@@ -69,6 +71,15 @@ def test_the_examples_of_one_stage_follow_the_advice(name, tmp_path):
         (tmp_path / data).write_text("{}")
     path = tmp_path / "sft.yaml"
     path.write_text((EXAMPLES / name).read_text())
+    assert list(advise(Advised("sft", load_stage("sft", path).keys, **LARGE))) == []
+
+
+def test_the_readmes_stage_follows_the_advice(write):
+    (text,) = [
+        text for text in re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL) if "stages:" not in text
+    ]
+    path = write(text)
+    (path.parent / "sft_data.jsonl").touch()
     assert list(advise(Advised("sft", load_stage("sft", path).keys, **LARGE))) == []
 
 

@@ -62,3 +62,12 @@ def test_true_is_not_a_number_unless_a_switch_is_meant():
     assert problems_of(items=[{"size": True}]) == [
         "a.yaml:2: items.1.size: got true, expected an integer (≥ 1); e.g. size: 4"
     ]
+
+
+def test_a_password_in_an_address_or_a_command_is_refused_without_being_repeated():
+    for value, said in (
+        ("openenv:https://me:sesame@host", "a URI that holds a password"),
+        ("mcp:search --token sesame", "a command that holds"),
+    ):
+        (found,) = problems_of(choice=value)
+        assert found.startswith(f"a.yaml:2: choice: got {said}") and "sesame" not in found

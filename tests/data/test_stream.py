@@ -53,6 +53,14 @@ def test_a_dataset_of_the_hubs_library_is_read_from_any_row_on(files):
     assert [row for _, row in open_rows(source, 13)] == ROWS[13:]
 
 
+def test_what_the_hubs_library_cannot_read_on_is_said_in_a_line(tmp_path):
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"text": "a"}\n' * 3 + "{broken\n")
+    rows = open_rows(DatasetKeys(path="json", data_files=[str(path)]))
+    with pytest.raises(DataError, match=r"json: could not be read on behind row 0: .*check the network and the files"):
+        list(rows)
+
+
 def test_a_file_is_read_no_further_than_it_is_needed(files, tmp_path):
     """What is broken behind the rows that are taken is not come upon."""
     broken = tmp_path / "broken.jsonl"

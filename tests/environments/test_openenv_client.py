@@ -4,13 +4,16 @@
 """
 
 import contextlib
+import socket
 import subprocess
 import sys
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from posttrain.environments.openenv_client import connect_openenv
 from posttrain.environments.pool import EnvironmentPool
 from posttrain.environments.spec import EnvironmentSpec
 from posttrain.errors import ConfigError
@@ -141,9 +144,30 @@ def test_a_server_that_dies_costs_its_episodes(serve):
     ("address", "said"),
     [
         ("openenv:127.0.0.1:8000", "expected openenv:URL"),
+        ("openenv:http://[::1", "expected openenv:URL"),
+        ("openenv:http://127.0.0.1:port", "expected openenv:URL"),
         ("openenv:http://127.0.0.1:9", "expected a running server of OpenEnv"),
     ],
 )
 def test_an_address_without_a_server_is_refused(address, said):
     with pytest.raises(ConfigError, match=said), pool_of(address):
         pass
+
+
+@pytest.mark.parametrize(
+    "answer", [b"SSH-2.0-OpenSSH_9.6\r\n", b'HTTP/1.0 200 OK\r\n\r\n{"action": {"properties": []}}']
+)
+def test_a_server_of_something_else_is_refused_in_a_line(answer):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve_one():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(answer)
+
+        server = threading.Thread(target=serve_one, daemon=True)
+        server.start()
+        with pytest.raises(ConfigError, match="expected a running server of OpenEnv"):
+            connect_openenv(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        server.join()

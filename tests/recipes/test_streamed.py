@@ -133,6 +133,26 @@ def test_a_format_that_changes_on_the_way_is_named(streamed, tmp_path):
             schedule.step(step)
 
 
+def test_a_column_that_only_the_first_rows_have_is_asked_for_of_no_later_ones(streamed, tmp_path):
+    """Not of the window that a resume begins in, and not of a share whose first rows lack it."""
+    path, columns = tmp_path / "rare.jsonl", {"messages": "said", "tools": "offered"}
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path.write_text(
+        "".join(json.dumps({"said": said} | ({"offered": "[]"} if n == 0 else {})) + "\n" for n in range(40))
+    )
+    options = {
+        "datasets": [{"path": str(path), "columns": columns}],
+        "buffer_size": 4,
+        "num_processes": 2,
+        "sequence_len": 256,
+    }
+    whole = streamed(**options)
+    whole.step(6)
+    later = streamed(**options)
+    later.go_on(whole.cursor)
+    assert later.step(7) == whole.step(7)
+
+
 def test_a_checkpoint_of_other_shares_is_refused(streamed):
     schedule = streamed(num_processes=2)
     schedule.step(0)

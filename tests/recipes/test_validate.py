@@ -99,12 +99,13 @@ def test_a_run_that_was_killed_measures_its_sets_as_if_it_had_not_been(train, ru
         ({"metric_for_best_model": "eval_art_loss"}, "eval_art_loss is not measured here; expected one of eval_dev_…, eval_few_…"),
         ({"load_best_model_at_end": True}, "set metric_for_best_model, such as eval_dev_loss"),
         ({"eval_datasets": [{"path": "a.jsonl", "eval_name": "a b"}]}, "expected letters, digits"),
+        ({"datasets": [{"path": "d.jsonl", "eval_name": "math"}]}, r"datasets\[0\].eval_name: math: none of its rows are held out"),
         ({"eval_datasets": [{"path": "a.jsonl", "val_size": 3}]}, r"eval_datasets\[0\].val_size: 3: all of its rows"),
     ],
 )  # fmt: skip
 def test_sets_that_cannot_be_told_apart_or_do_not_decide_are_refused(data_dir, keys, message):
     with pytest.raises(ValueError, match=message):
-        SFTKeys(base_model="m", datasets=[{"path": "d.jsonl"}], **{**two_sets(data_dir), **keys})
+        SFTKeys(**{"base_model": "m", "datasets": [{"path": "d.jsonl"}], **two_sets(data_dir), **keys})
 
 
 def test_a_metric_that_no_validation_gives_is_named_with_those_that_it_gives(train, data_dir):

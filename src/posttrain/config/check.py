@@ -16,7 +16,7 @@ from posttrain.config.schema import annotation_at, annotation_below, arms, did_y
 from posttrain.config.settings import Problems, Settings, dotted, holds
 from posttrain.config.stages import TrainKeys
 from posttrain.config.yaml_lines import KeyPath
-from posttrain.uris import SECRET_IN_URI, holds_secret
+from posttrain.uris import SECRET_IN_COMMAND, SECRET_IN_URI, command_holds_secret, holds_secret
 
 KeysModel = TypeVar("KeysModel", bound=Keys)
 _LONGEST_VALUE = 60
@@ -33,8 +33,8 @@ def build(
     before = len(problems.found)
     for path, value in _booleans_for_numbers(settings.values, model, ()):
         problems.add(settings.origin(path), settings.name(path), _got(model, path, value))
-    for path in _uris_with_secrets(settings.values, ()):
-        problems.add(settings.origin(path), settings.name(path), SECRET_IN_URI)
+    for path, message in _secrets(settings.values, ()):
+        problems.add(settings.origin(path), settings.name(path), message)
     resolve_paths(settings, model, folder, problems)
     try:
         built = model.model_validate(settings.values)
@@ -77,15 +77,18 @@ def _booleans_for_numbers(value: Any, annotation: Any, path: KeyPath) -> Iterato
             yield from _booleans_for_numbers(item, annotation_below(annotation, place), (*path, place))
 
 
-def _uris_with_secrets(value: Any, path: KeyPath) -> Iterator[KeyPath]:
+def _secrets(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
+    """Where a URI or a server's command holds a password, and what to say."""
     if isinstance(value, str) and holds_secret(value):
-        yield path
+        yield path, SECRET_IN_URI
+    elif isinstance(value, str) and value.startswith("mcp:") and command_holds_secret(value):
+        yield path, SECRET_IN_COMMAND
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from _uris_with_secrets(item, (*path, key))
+            yield from _secrets(item, (*path, key))
     elif isinstance(value, list):
         for place, item in enumerate(value):
-            yield from _uris_with_secrets(item, (*path, place))
+            yield from _secrets(item, (*path, place))
 
 
 def _report(error: ValidationError, model: type[Keys], settings: Settings, kind: str, problems: Problems) -> None:

@@ -183,6 +183,9 @@ class TrainKeys(ModelKeys):
         share_or_number(self.val_size)
         if self.holds_out and self.eval_datasets:
             raise ValueError("val_size and eval_datasets both name rows for the validation loss; keep one")
+        for place, source in enumerate(self.datasets):
+            if source.eval_name and not (self.val_size if source.val_size is None else source.val_size):
+                raise ValueError(f"datasets[{place}].eval_name: {source.eval_name}: none of its rows are held out; set its val_size, or name rows in eval_datasets")
         for place, source in enumerate(self.eval_datasets):
             if source.val_size:
                 raise ValueError(f"eval_datasets[{place}].val_size: {source.val_size:g}: all of its rows are held out; take it out")

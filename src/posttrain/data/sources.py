@@ -278,7 +278,7 @@ def parquet_rows(file: Any, name: str, start: int = 0) -> Iterator[tuple[Origin,
                     if number > start:
                         yield Origin(name, number), row
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{name}: not Parquet: {_first_line(error)}; expected a Parquet file") from None
+        raise DataError(f"{name}: not Parquet: {first_line(error)}; expected a Parquet file") from None
 
 
 def _read_csv(path: Path) -> Iterator[tuple[Origin, Any]]:
@@ -329,7 +329,7 @@ def hub_table(source: DatasetKeys, *, streaming: bool) -> Any:
         )  # fmt: skip
     except Exception as error:  # noqa: BLE001 - the hub's client: each HTTP library has errors of its own
         raise DataError(
-            f"{source.path}: not a local file, and the hub could not give it ({offline or _first_line(error)}); "
+            f"{source.path}: not a local file, and the hub could not give it ({offline or first_line(error)}); "
             "check the name, `split` and `name`, go online, or give a local file"
         ) from None
 
@@ -342,6 +342,6 @@ def _read_hub(source: DatasetKeys) -> list[SourceRow]:
     return [(Origin(source.path, number), dict(row)) for number, row in enumerate(rows, start=1)]
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     text = str(error).strip()
     return (text.splitlines()[0] if text else type(error).__name__).rstrip(".")

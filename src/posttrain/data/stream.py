@@ -6,7 +6,7 @@ A place is a number of passes and of rows, so whoever goes on from it reads the 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from posttrain.data.sources import (
     an_object,
     checked,
     csv_rows,
+    first_line,
     hub_table,
     is_local,
     json_rows,
@@ -32,6 +33,7 @@ from posttrain.data.sources import (
 from posttrain.errors import DataError
 from posttrain.files import decode_utf8, digest_json
 from posttrain.types import Origin
+from posttrain.uris import without_secrets
 
 _OF_LINES = {".jsonl": json_rows, ".ndjson": json_rows, ".csv": csv_rows}
 """What is read line by line, wherever it lies."""
@@ -109,8 +111,7 @@ class RowStream:
 def open_rows(source: DatasetKeys, start: int = 0) -> Iterator[tuple[Origin, Any]]:
     """The rows of a source from row `start` on, without loading it; a blank line counts as a row. Raises: DataError."""
     if not is_local(source.path):
-        table = hub_table(source, streaming=True).skip(start)
-        return ((Origin(source.path, number), dict(row)) for number, row in enumerate(table, start=start + 1))
+        return _hub_rows(source, hub_table(source, streaming=True).skip(start), start)
     name, suffix = short_path(source.path), Path(name_inside(source.path)).suffix.lower()
     if suffix == ".json":
         raise DataError(f"{name}: streaming: true reads line by line, and a JSON list is one value; write it as JSONL")
@@ -128,6 +129,18 @@ def open_rows(source: DatasetKeys, start: int = 0) -> Iterator[tuple[Origin, Any
         for number, raw in enumerate(stream_lines(path), start=1)
     )
     return islice(_OF_LINES[suffix](lines, name), start, None)
+
+
+def _hub_rows(source: DatasetKeys, table: Iterable[Any], start: int) -> Iterator[tuple[Origin, Any]]:
+    number = start
+    try:
+        for number, row in enumerate(table, start=start + 1):
+            yield Origin(source.path, number), dict(row)
+    except Exception as error:  # noqa: BLE001 - the hub's client, once it reads: each format and HTTP library has errors of its own
+        raise DataError(
+            f"{source.path}: could not be read on behind row {number}: {without_secrets(first_line(error))}; "
+            "check the network and the files, or give a local file"
+        ) from None
 
 
 def first_rows(source: DatasetKeys, count: int) -> Source:

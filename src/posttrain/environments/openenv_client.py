@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
+from http.client import HTTPException
 from typing import Any
 from urllib.request import urlopen
 
@@ -100,7 +101,7 @@ def connect_openenv(url: str) -> HostedEnvironment:
         with urlopen(f"{url}/schema", timeout=_TIMEOUT_S) as response:
             action = json.load(response)["action"]
         properties = {name: field for name, field in action["properties"].items() if name != "metadata"}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, HTTPException, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"env: openenv:{url} did not tell its actions at {url}/schema: {error}; expected a running server of OpenEnv"
         ) from None

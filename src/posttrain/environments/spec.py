@@ -77,6 +77,11 @@ def command(spec: str) -> list[str]:
 def address(spec: str) -> str:
     """The URL of an `openenv:` entry, without the last slash. Raises: ConfigError."""
     url = spec.removeprefix(OPENENV).rstrip("/")
-    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+    try:
+        found = urlsplit(url)
+        is_one = found.scheme in ("http", "https") and bool(found.hostname) and found.port != 0
+    except ValueError:  # brackets or a port that are none
+        is_one = False
+    if not is_one:
         raise ConfigError(f"env: got {spec!r}, expected openenv:URL, e.g. openenv:http://127.0.0.1:8000")
     return url

@@ -155,7 +155,8 @@ class _ShareReader:
         rendered: list[list[TokenSeq]] = []
         taken = self._stream.take(self._keys.buffer_size)
         for number, (source, found) in enumerate(zip(self._keys.datasets, taken, strict=True)):
-            read = as_source(source, found, is_first=number not in self._formats)
+            # That the rows have the columns which `columns` names was asked of the first ones, before training.
+            read = as_source(source, found, is_first=False)
             self._skipped["blank lines"] += len(read.blank_lines)
             if not read.rows:
                 continue
