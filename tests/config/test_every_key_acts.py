@@ -177,6 +177,7 @@ FLIPS = {
     "reward_model": [Flip("center_rewards_coefficient", 0.5)],
     "grpo": [
         Flip("off_policy_mask_threshold", 1e-9, OFF_POLICY),
+        Flip("top_entropy_quantile", 0.2),
         Flip("env", "DATA/env.py:Env"),
         Flip("max_turns", 1, {"env": "DATA/env.py:Env", "max_completion_length": 40, "temperature": 2.0}),
         Flip("reward_funcs", ["DATA/rewards.py:last_digit"]),

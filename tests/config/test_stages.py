@@ -83,6 +83,12 @@ def test_a_kl_target_steers_a_beta_that_is_there():
     assert GRPOKeys(**REQUIRED, reward_funcs=["a"], kl_target=0.1, beta=0.01).kl_target == 0.1
 
 
+def test_gmpo_with_tokens_that_have_no_side_to_be_clipped_at_is_refused():
+    with pytest.raises(ValidationError, match=r"top_entropy_quantile: 0.2 with loss_type: gmpo.* take gspo"):
+        GRPOKeys(**REQUIRED, reward_funcs=["a"], loss_type="gmpo", top_entropy_quantile=0.2)
+    assert GRPOKeys(**REQUIRED, reward_funcs=["a"], loss_type="gspo", top_entropy_quantile=0.2).loss_type == "gspo"
+
+
 @pytest.mark.parametrize("change", [{"loss_type": "rloo"}, {"advantage_estimator": "reinforce_pp"}])
 def test_gdpo_with_another_baseline_than_the_groups_is_refused(change):
     with pytest.raises(ValidationError, match="normalize_then_sum is defined on advantage_estimator: group"):

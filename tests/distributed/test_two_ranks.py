@@ -70,6 +70,10 @@ MORE = {
     "grpo with kl": ("grpo", {"beta": 0.1, "num_iterations": 2}),
     "grpo with an adapter": ("grpo", {**LORA, "beta": 0.1}),
     "grpo, batches split over steps": ("grpo", {"num_prompts_per_step": 3, "steps_per_generation": 3}),
+    "grpo, uncertain tokens": (
+        "grpo",
+        {"top_entropy_quantile": 0.3, "num_iterations": 2, "num_prompts_per_step": 3, "adam_epsilon": 1e-6},
+    ),
     "grpo, refilled": ("grpo", {"dynamic_sampling": True, "reward_funcs": ["last_digit"], "num_prompts_per_step": 3}),
     "grpo, nothing has spread": ("grpo", NO_SPREAD),
     "grpo, shares that do not divide": ("grpo", {**LORA, "beta": 0.1, "num_prompts_per_step": 3}),

@@ -6,6 +6,7 @@ is the whole step, where both normalise alike; docs/algorithms.md says where the
 
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ from posttrain.objectives.preference import (
     preference_loss,
 )
 from posttrain.objectives.reduce import Normalizer
+from posttrain.objectives.token_masks import entropy_threshold, is_uncertain
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +45,7 @@ SAMPLER = _logps(3, OLD, 1.0)
 ENTROPY = -_logps(4)
 
 
-def _trl_policy_loss(spec, weights, on_policy, trainer_type=None):
+def _trl_policy_loss(spec, weights, on_policy, trainer_type=None, share=1.0):
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     new, entropy = NEW.clone().requires_grad_(), ENTROPY.clone().requires_grad_()
@@ -51,7 +53,11 @@ def _trl_policy_loss(spec, weights, on_policy, trainer_type=None):
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (new, entropy, None),
         model=SimpleNamespace(training=True),
         accelerator=SimpleNamespace(
-            num_processes=1, sync_gradients=True, gather=lambda x: x, reduce=lambda x, reduction: x
+            num_processes=1,
+            sync_gradients=True,
+            gather=lambda x: x,
+            reduce=lambda x, reduction: x,
+            pad_across_processes=lambda x, dim, pad_index: x,
         ),
         args=SimpleNamespace(
             use_bias_correction_kl=spec.use_bias_correction_kl,
@@ -68,7 +74,7 @@ def _trl_policy_loss(spec, weights, on_policy, trainer_type=None):
         entropy_coef=spec.entropy_coef,
         max_completion_length=8,
         current_gradient_accumulation_steps=1,
-        top_entropy_quantile=1.0,
+        top_entropy_quantile=share,
         off_policy_mask_threshold=spec.off_policy_mask_threshold,
         get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
         aux_loss_enabled=False,
@@ -93,17 +99,19 @@ def _trl_policy_loss(spec, weights, on_policy, trainer_type=None):
         inputs["old_per_token_logps"] = OLD
     if spec.off_policy_mask_threshold is not None:
         inputs |= {"sampling_per_token_logps": SAMPLER, "advantages": ADVANTAGE.unsqueeze(1)}
+    trainer.get_high_entropy_mask = partial(GRPOTrainer.get_high_entropy_mask, trainer)
     loss = (trainer_type or GRPOTrainer)._compute_loss(trainer, None, inputs)
     (gradient,) = torch.autograd.grad(loss, new)
     return loss.detach(), gradient[MASK.bool()], {k: v[0] for k, v in trainer._metrics["train"].items()}
 
 
-def _our_policy_loss(spec, on_policy):
+def _our_policy_loss(spec, on_policy, share=1.0):
     flat = MASK.bool()
-    new = NEW[flat].requires_grad_()
+    new, entropy = NEW[flat].requires_grad_(), ENTROPY[flat].numpy()
+    keep_M = torch.from_numpy(is_uncertain(entropy, entropy_threshold(entropy, share)))
     inputs = PolicyInputs(
         policy_logp_M=new,
-        advantage_M=ADVANTAGE.repeat_interleave(torch.tensor(LENGTHS)),
+        advantage_M=ADVANTAGE.repeat_interleave(torch.tensor(LENGTHS)) * keep_M,
         seq_M=torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS)),
         num_sequences=4,
         old_logp_M=None if on_policy else OLD[flat],
@@ -141,6 +149,16 @@ def test_policy_loss(loss_type, level, option, on_policy):
     assert {"entropy"} <= shared
     for name in shared:
         assert metrics[name] == pytest.approx(trl_metrics[name], rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+@pytest.mark.parametrize(("loss_type", "level"), LEVELS)
+def test_top_entropy_quantile(loss_type, level, share):
+    spec = PolicySpec(loss_type=loss_type, importance_sampling_level=level, beta=0.1)
+    loss, gradient, _ = _our_policy_loss(spec, False, share)
+    trl_loss, trl_gradient, _ = _trl_policy_loss(spec, None, False, share=share)
+    torch.testing.assert_close(loss, trl_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, trl_gradient, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("threshold", [-0.2, 0.0, 0.3])

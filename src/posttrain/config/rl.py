@@ -156,6 +156,7 @@ class PolicyGradientKeys(RLKeys, EpisodeKeys):
     soft_overlong_cache: int = knob(0, "Length in tokens of DAPO's soft overlong penalty before max_completion_length; 0 is off.", ge=0)
     importance_sampling_correction: Literal["auto", "off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"] = knob("auto", "Correction between sampler and trainer log-probs; `geometric_mask` leaves out sequences whose ratio per token is outside 1/importance_sampling_cap … importance_sampling_cap; `auto` is off for the embedded engine with max_staleness 0, which needs none, and token_truncate for any other.", also="vllm_importance_sampling_mode (TRL)")
     off_policy_mask_threshold: float | None = knob(None, "Leave a completion with a negative advantage out of the loss where the policy has become less likely to give it by more than so many nats per token (DeepSeek-V3.2); null is off.", gt=0, example=0.5)
+    top_entropy_quantile: float = knob(1.0, "Give a policy gradient only to so large a share of an optimizer step's tokens, those at which the policy is least certain (0.2 in arXiv 2506.01939); 1 is all. Costs a forward pass more.", gt=0, le=1, example=0.2)
     allow_uncorrected: bool = knob(False, "Let importance_sampling_correction be off with an engine whose log-probs are not the trainer's.")
     importance_sampling_cap: float = knob(3.0, "Upper bound of the weights of importance_sampling_correction.", gt=1, also="vllm_importance_sampling_cap (TRL), vllm_importance_sampling_clip_max (TRL)")
 
@@ -229,6 +230,15 @@ class GRPOKeys(PolicyGradientKeys):
             raise ValueError(
                 f"advantage_estimator: maxrl divides by a group's mean reward, and {subtracts[0]} makes rewards negative; "
                 f"take {subtracts[0]} out, or set advantage_estimator: group"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_have_the_sign_of_their_completion(self) -> GRPOKeys:
+        if self.loss_type == "gmpo" and self.top_entropy_quantile < 1:
+            raise ValueError(
+                f"top_entropy_quantile: {self.top_entropy_quantile:g} with loss_type: gmpo, whose ratio is made of all tokens of a completion, "
+                "each clipped by its advantage; set it to 1, or take gspo"
             )
         return self
 

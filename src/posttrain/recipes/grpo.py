@@ -15,7 +15,7 @@ from posttrain.protocols import Scorer
 from posttrain.recipes.credit import GroupCredit
 from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import accumulating, learning_rate, update
-from posttrain.recipes.policy_step import loss, micro_batches_of, normalizer, num_tokens
+from posttrain.recipes.policy_step import loss, micro_batches_of, normalizer, num_tokens, select_tokens
 from posttrain.recipes.ptx import ptx_loss, ptx_micro_batches, ptx_norm
 from posttrain.recipes.rl import EMPTY_STEP, begun, is_uncorrected
 from posttrain.recipes.run_folder import StageResult
@@ -39,6 +39,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
         for step, experience, position, rollout_s in rl.source:
             fresh = position == 0
             groups = experience.part(position % keys.steps_per_generation, keys.steps_per_generation)
+            groups, selection = select_tokens(policy, groups, keys, ranks)
             norm, objective = normalizer(groups, keys), steered(credit.objective, stage.guard.controls)
             metrics, teaches = StepMetrics(), partial(credit.teaches, objective=objective)
             micros = micro_batches_of(groups, teaches, keys.per_device_train_batch_size, ranks)
@@ -56,7 +57,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
                 terms = ptx_loss(policy, micro.rows, ptx_norm(supervised), keys.ptx_coef)
                 micro.backward(terms.loss)
                 metrics.add({} if micro.idle else terms.metrics)
-            values = metrics.reduced(ranks) | (experience.metrics if fresh else {})
+            values = metrics.reduced(ranks) | selection | (experience.metrics if fresh else {})
             if micros or supervised:
                 lr = learning_rate(step, rl.total_steps, keys) * stage.guard.controls.lr_scale
                 values |= update(policy, rl.optimizer, stage, lr, values, step + 1)

@@ -18,9 +18,11 @@ from posttrain.objectives.ratios import bounded_exp
 from posttrain.objectives.reduce import Normalizer
 from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import LossTerms
+from posttrain.objectives.token_masks import entropy_threshold, is_uncertain
 from posttrain.protocols import Ranks
 from posttrain.recipes.balance import deal, tree_cost
 from posttrain.recipes.batches import MicroBatch, fill_with_groups, split_groups
+from posttrain.recipes.scorers import PolicyScorer
 from posttrain.rollout.experience import Group
 from posttrain.types import Ratio, Sample
 
@@ -97,6 +99,40 @@ def _group_cost(group: Group) -> float:
 
 def _segments(group: Group) -> list[TrieNode]:
     return shared_segments([[sample.ids for sample in group]])
+
+
+def select_tokens(
+    policy: Policy, groups: Sequence[Group], keys: PolicyGradientKeys, ranks: Ranks
+) -> tuple[Sequence[Group], dict[str, float]]:
+    """The step's groups with an advantage of 0 at tokens that `top_entropy_quantile` leaves out, and the threshold. Those of all ranks."""
+    if keys.top_entropy_quantile == 1 or not num_tokens(groups):
+        return groups, {}
+    policy.model.eval()
+    scorer = PolicyScorer(policy, keys.temperature, keys.per_device_train_batch_size, ranks)
+    entropies = _over_ranks(scorer.entropy, groups, ranks)
+    threshold = entropy_threshold(np.concatenate(entropies), keys.top_entropy_quantile)
+    of_sample = iter(entropies)
+    masked = [tuple(_masked(sample, is_uncertain(next(of_sample), threshold)) for sample in group) for group in groups]
+    return masked, {"entropy_threshold": threshold}
+
+
+def _masked(sample: Sample, keep: np.ndarray) -> Sample:
+    assert sample.advantage is not None
+    return replace(sample, advantage=np.where(keep, sample.advantage, np.float32(0)))
+
+
+def _over_ranks(
+    score: Callable[[Sequence[Group]], list[np.ndarray]], groups: Sequence[Group], ranks: Ranks
+) -> list[np.ndarray]:
+    """What each rank finds of its share of the groups, a stream a sample, in the order of `groups`."""
+    found: list[list[np.ndarray]] = [[]] * len(groups)
+    places = ranks.share(range(len(groups)))
+    scored = iter(score([groups[place] for place in places]))
+    mine = {place: [next(scored) for _ in groups[place]] for place in places}
+    for part in ranks.gather(mine):
+        for place, streams in part.items():
+            found[place] = streams
+    return [stream for streams in found for stream in streams]
 
 
 def normalizer(groups: Sequence[Group], keys: PolicyGradientKeys) -> Normalizer:

@@ -29,6 +29,15 @@ class PolicyScorer:
     def logp(self, groups: Sequence[Sequence[Sample]]) -> list[np.ndarray]:
         return _scored(self, groups, lambda batch: self.policy.score(batch, temperature=self.temperature).logp_M)
 
+    def entropy(self, groups: Sequence[Sequence[Sample]]) -> list[np.ndarray]:
+        """In nats, of what the policy says at each trained token."""
+        return _scored(self, groups, self._entropy_M)
+
+    def _entropy_M(self, batch: Batch) -> torch.Tensor:
+        entropy_M = self.policy.score(batch, temperature=self.temperature, entropy=True).entropy_M
+        assert entropy_M is not None
+        return entropy_M
+
 
 @dataclass(frozen=True)
 class ReferenceScorer:

@@ -145,6 +145,14 @@ def test_what_trl_weighs_preferences_by_is_asked_for_here(imported, given, ours)
     assert loaded.keys.model_dump(include=set(given)) == given | ours
 
 
+def test_trls_share_of_uncertain_tokens_is_asked_for_here(imported, tmp_path):
+    (tmp_path / "my_rewards.py").write_text("def correct(completions, **_):\n    return [0.0] * len(completions)\n")
+    made, loaded = imported(
+        "model_name_or_path: a/b\ndataset_name: c/d\nreward_funcs: [my_rewards.correct]\ntop_entropy_quantile: 0.2\n"
+    )
+    assert (made.kind, loaded.keys.top_entropy_quantile) == ("grpo", 0.2)
+
+
 def test_axolotls_losses_and_weighting_are_asked_for_here(imported):
     _, loaded = imported(
         AXOLOTL.replace("type: alpaca", "type: chat_template.default")

@@ -141,7 +141,7 @@ ROWS: dict[str, KeyFate] = {
     "multi_objective_aggregation": to("multi_objective_aggregation"),
     "scale_rewards": to("scale_rewards", {True: "group", False: "none", "group": "group", "batch": "batch", "none": "none"}),
     "mask_truncated_completions": to("mask_truncated_completions", flag),
-    "top_entropy_quantile": refused("all tokens are trained, not only those of high entropy", "set 1.0", (1, 1.0)),
+    "top_entropy_quantile": to("top_entropy_quantile"),
     "entropy_coef": to("entropy_coef"),
     "use_adaptive_entropy": refused("its controller is another one than entropy_target's", "set entropy_target in a YAML of ours"),
     **rows(left("it is read with use_adaptive_entropy only"), "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
