@@ -5,6 +5,9 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+CUT = "<cut>"
+"""Ends an answer that is to end as one that was cut at max_tokens."""
+
 
 @contextmanager
 def judging(rule, failures=()):
@@ -17,7 +20,9 @@ def judging(rule, failures=()):
             requests.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
             status = failures.pop(0) if failures else 200
             text = rule(body["messages"][-1]["content"], body)
-            said = {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": {"total_tokens": 7}}
+            ended = "length" if text.endswith(CUT) else "stop"
+            choice = {"message": {"role": "assistant", "content": text.removesuffix(CUT)}, "finish_reason": ended}
+            said = {"choices": [choice], "usage": {"total_tokens": 7}}
             answer = json.dumps(said if status == 200 else {"error": {"message": "no"}}).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")

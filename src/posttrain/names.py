@@ -6,7 +6,9 @@ One rule per noun, in words too, so that a message can say it.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 PREVIOUS = "previous"
 LM_EVAL = "lm-eval:"
@@ -69,3 +71,18 @@ REPOSITORY = NameRule(
     "the name of a repository of the hub, OWNER/NAME: letters, digits and . _ -",
 )
 """Of a model or of data on the Hugging Face hub."""
+
+
+def told_apart(paths: Iterable[str]) -> dict[str, str]:
+    """Path → the file's name, after as many of its folders as tell it from the other paths."""
+    parts = {path: Path(path).parts for path in paths}
+
+    def tail(path: str, depth: int) -> str:
+        return "/".join(parts[path][-depth:])
+
+    def name(path: str) -> str:
+        others = [other for other in parts if parts[other] != parts[path]]
+        depths = range(1, len(parts[path]) + 1)
+        return tail(path, next(d for d in depths if all(tail(other, d) != tail(path, d) for other in others)))
+
+    return {path: name(path) for path in parts}

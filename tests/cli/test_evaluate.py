@@ -168,6 +168,21 @@ def test_best_of_n_is_shown_under_a_verifier_and_a_second_grader(suite, model_di
     assert "verifier last_number (suite)" in capsys.readouterr().out
 
 
+def test_graders_of_one_file_name_are_told_apart(suite, model_dir, tmp_path, capsys):
+    for folder, value in (("one", 1.0), ("two", 0.0)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "own.py").write_text(
+            f"def score(completions, **_):\n    return [{value}] * len(completions)\n"
+        )
+    options = ("eval", model_dir("qwen3"), "--suite", suite, "--max-tokens", 3, "--out", "out", "--best-of", 2)
+    assert run(*options, "--grader", "one/own.py:score", "--grader", "two/own.py:score") == 0
+    record = json.loads((tmp_path / "out" / "best-of-sums-gate.json").read_text())
+    graders = record["curve"][0]["graders"]
+    assert (graders["one/own.py:score"], graders["two/own.py:score"]) == (1.0, 0.0)
+    assert len(record["items"][0]["graders"]) == 3
+    assert re.search(r"one/own.py:score, 95 % +two/own.py:score, 95 %", capsys.readouterr().out)
+
+
 def test_options_of_best_of_that_do_nothing_or_name_nothing_are_refused(suite, model_dir, capsys):
     options = ("eval", model_dir("qwen3"), "--suite", suite)
     assert run(*options, "--verifier", "own.py:length") == 64

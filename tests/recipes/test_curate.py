@@ -91,6 +91,40 @@ def test_rows_leave_by_a_number_in_them_and_one_without_it_is_named(write):
         curate_rows(write([*rows[2:4], row("a", "b")], ranges=[{"column": "provenance.pass@1", "min": 0.2}]))
 
 
+def test_a_number_that_is_none_is_named(write):
+    with pytest.raises(DataError, match=r"data.jsonl:2: ranges: score is nan; expected a number"):
+        curate_rows(write([row("a", "b", score=1.0), row("c", "d", score=float("nan"))], ranges=[{"column": "score", "min": 0}]))  # fmt: skip
+
+
+def test_a_share_is_that_of_its_decimals(write, tmp_path):
+    (tmp_path / "scorer.py").write_text("def same(completions, **_):\n    return [1.0] * len(completions)\n")
+    rows = [row(f"q {n}", f"answer {n}") for n in range(25)]
+    keys = write(rows, dedup="off", quality=[{"scorer": "scorer.py:same", "keep_share": 0.28}])
+    assert curate_rows(keys)["kept"] == 7
+
+
+def test_sets_of_one_file_name_are_each_told_in_the_origin(write, tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "set.jsonl").write_text(json.dumps(row(f"What of {folder}?", f"It is {folder}.")) + "\n")
+    keys = write([], datasets=[{"path": "one/set.jsonl"}, {"path": "two/set.jsonl"}])
+    assert curate_rows(keys)["kept"] == 2
+    origin = data_origins([f"{keys.output_dir}/rows.jsonl"])["rows.jsonl"]
+    assert sorted(origin["data"]) == ["one/set.jsonl", "two/set.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "left.jsonl"])
+def test_what_is_read_is_never_written_over(name, write, tmp_path):
+    (tmp_path / "out").mkdir()
+    before = json.dumps(row("a", "b")) + "\n"
+    (tmp_path / "out" / name).write_text(before)
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "out" / name)
+    for path in (f"out/{name}", "link.jsonl"):
+        with pytest.raises(ConfigError, match=rf"curate.yaml: output_dir: .*out would write {name} over .*, which is read"):  # fmt: skip
+            curate_rows(write([], datasets=[{"path": path}], output_dir="out"))
+    assert (tmp_path / "out" / name).read_text() == before
+
+
 def test_the_best_share_stays_and_what_cannot_be_scored_leaves(write, tmp_path):
     (tmp_path / "scorer.py").write_text(
         "def size(completions, grade, **_):\n    return [None if g < 0 else float(g) for g in grade]\n"
@@ -132,6 +166,8 @@ def test_rows_that_a_format_skips_leave_with_its_reason_and_columns_take_our_nam
         ({"min_chars": 9, "max_chars": 3}, r"curate.yaml:1: m\w+_chars: .*keeps no row"),
         ({"dedup": "exact", "near": 0.9}, "near does nothing with dedup: exact"),
         ({"quality": [{"scorer": "exact"}]}, "needs one of min and keep_share"),
+        ({"ranges": [{"column": "score"}]}, "column: score needs min, max or both"),
+        ({"ranges": [{"column": "score", "min": 2, "max": 1}]}, "min: 2 above max: 1 keeps no row"),
         ({"quality": [{"scorer": "gone.py:f", "min": 1}]}, "gone.py does not exist"),
         ({"datasets": [{"path": "data.jsonl", "weight": 1}]}, "weight of entry 1 does nothing"),
         ({"minchars": 3}, "did you mean min_chars"),

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from tests.judge_server import judging
+from tests.judge_server import CUT, judging
 
 from posttrain.config.instruct import InstructKeys
 from posttrain.config.load_data import load_data_keys
@@ -124,6 +124,36 @@ def test_prompts_of_a_suite_and_overlong_and_empty_ones_leave(write, tmp_path):
         assert write_instructions(keys)["left"] == {"length": 2, "contaminated": 1}
 
 
+def test_an_instruction_that_was_cut_leaves_also_when_it_is_read_again_and_may_be_kept(write):
+    def rule(question, body):
+        return different(question, body) + (CUT if "Name 2 " in question else "")
+
+    with judging(rule) as (url, requests):
+        for _ in range(2):
+            assert write_instructions(write(url, method="evolve"))["left"] == {"cut": 1}
+        assert write_instructions(write(url, method="evolve", keep_truncated=True))["left"] == {}
+        assert len(requests) == 6
+
+
+def test_what_a_teacher_thinks_is_no_part_of_the_instruction(write):
+    says = {
+        0: "<think>Rivers, then.</think>\n\nName all rivers.",
+        1: "So lakes it is.</think>Name all lakes of one place.",
+        2: "<think>Hm",
+    }
+
+    def rule(question, body):
+        return says.get(int(re.findall(r"Name (\d)", question)[0])) or different(question, body)
+
+    with judging(rule) as (url, _):
+        keys = write(url, method="evolve")
+        assert write_instructions(keys)["left"] == {"length": 1}
+    assert [row["prompt"][0]["content"] for row in read(keys)[:2]] == [
+        "Name all rivers.",
+        "Name all lakes of one place.",
+    ]
+
+
 def test_a_run_that_is_killed_asks_only_what_is_missing_and_ends_with_the_same_bytes(write, tmp_path):
     with judging(different) as (url, _):
         whole = write(url, num_instructions=12, at_once=1, output_dir="whole")
@@ -181,7 +211,7 @@ def test_our_own_server_teaches_the_same_twice_and_as_the_model_in_this_process(
     from tests.serving import serving
 
     folder = make_model_in(tmp_path / "served" / "teacher", "qwen3", initializer_range=0.2)
-    options = {"method": "evolve", "max_tokens": 12, "dedup": "off", "at_once": 2}
+    options = {"method": "evolve", "max_tokens": 12, "keep_truncated": True, "dedup": "off", "at_once": 2}
     said = []
     with serving(folder) as address:
         for out in ("first", "second"):

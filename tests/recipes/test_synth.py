@@ -144,6 +144,19 @@ def test_a_row_is_made_again_to_the_byte_and_a_changed_one_is_seen(make):
         remake(keys, [99])
 
 
+def test_a_row_whose_provenance_was_edited_differs(make):
+    keys = make()
+    synthesize(keys)
+    path = Path(keys.output_dir, "rows.jsonl")
+    rows = read(keys)
+    del rows[0]["provenance"]
+    rows[1]["provenance"]["prompt"] = "another"
+    rows[2]["provenance"]["samples"] = [99]
+    rows[3]["provenance"]["samples"] = "0"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    assert remake(keys, [1, 2, 3, 4, 5]) == [(1, False), (2, False), (3, False), (4, False), (5, True)]
+
+
 def test_what_only_selects_may_change_and_what_samples_may_not(make):
     first = make()
     synthesize(first)
@@ -155,6 +168,8 @@ def test_what_only_selects_may_change_and_what_samples_may_not(make):
         ConfigError, match=r"made with another rewards and seed; put it back, or set another output_dir"
     ):
         synthesize(make(seed=6, reward_funcs=["rewards.py:graded"]))
+    with pytest.raises(ConfigError, match="made with another bf16"):
+        synthesize(make(bf16=True))
 
 
 def test_a_damaged_part_is_named_with_what_to_do(make):
@@ -177,6 +192,20 @@ def test_prompts_of_a_suite_never_become_rows(make, tmp_path):
     report = synthesize(keys)
     assert report["left"]["contaminated"] == 1
     assert all("What is 3 plus 1?" not in row["messages"][0]["content"] for row in read(keys))
+
+
+def test_of_two_suites_of_one_file_name_each_is_kept_out_and_named(make, tmp_path):
+    for number in (3, 5):
+        asked = {"id": "a", "messages": [{"role": "user", "content": f"What is {number} plus 1?"}], "target": "4"}
+        (tmp_path / f"of{number}").mkdir()
+        (tmp_path / f"of{number}" / "heldout.jsonl").write_text(json.dumps(asked) + "\n")
+    keys = make(keep="top1", decontaminate=["of3/heldout.jsonl", "of5/heldout.jsonl"])
+    assert synthesize(keys)["left"]["contaminated"] == 2
+    asked = "".join(row["messages"][0]["content"] for row in read(keys))
+    assert "What is 3 plus" not in asked
+    assert "What is 5 plus" not in asked
+    suites = data_origins([f"{keys.output_dir}/rows.jsonl"])["rows.jsonl"]["decontaminated"]
+    assert sorted(suites) == ["of3/heldout.jsonl", "of5/heldout.jsonl"]
 
 
 def test_balance_holds_the_ratio_and_names_a_column_that_is_missing(make):
@@ -274,6 +303,15 @@ def test_rows_that_were_edited_have_no_known_origin_and_it_is_said(make, caplog)
     assert "was changed since rows.jsonl.origin.json was written" in caplog.text
 
 
+def test_files_of_one_name_have_an_origin_each(make):
+    paths = list[str]()
+    for folder in ("one", "two"):
+        keys = make(output_dir=folder)
+        synthesize(keys)
+        paths.append(f"{keys.output_dir}/rows.jsonl")
+    assert sorted(data_origins(paths)) == ["one/rows.jsonl", "two/rows.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -283,8 +321,11 @@ def test_rows_that_were_edited_have_no_known_origin_and_it_is_said(make, caplog)
         ({"rollout": {"max_staleness": 1}}, "rollout.max_staleness: 1 where nothing is trained"),
         ({"datasets": [{"path": "prompts.jsonl", "weight": 2}]}, "weight of entry 1 does nothing"),
         ({"decontaminate": ["gone.jsonl"]}, "gone.jsonl does not exist"),
+        ({"datasets": [{"path": "prompts.jsonl"}, {"path": "runs/synth/rows.jsonl"}]}, "would write rows.jsonl over "),
     ],
 )
-def test_what_cannot_be_meant_is_refused(changes, said, make):
+def test_what_cannot_be_meant_is_refused(changes, said, make, tmp_path):
+    (tmp_path / "runs" / "synth").mkdir(parents=True)
+    (tmp_path / "runs" / "synth" / "rows.jsonl").write_text('{"prompt": "a"}\n')
     with pytest.raises(ConfigError, match=said):
         make(**changes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 import typer
 
 from posttrain.errors import ConfigError
+from posttrain.names import JUDGE, REWARD_MODEL, told_apart
 
 if TYPE_CHECKING:
     from posttrain.evals.best_of import BestOf, VerifiedItem
     from posttrain.evals.suite import Suite
     from posttrain.evidence import EvalReport
+    from posttrain.report.intervals import Interval
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def asked_best_of(
         raise ConfigError(
             f"--num-samples {num_samples} beside --best-of {most}, which samples {most}; remove one of them"
         )
-    return AskedBestOf(most, _place(verifier) if verifier else None, tuple(map(_place, graders)))
+    return AskedBestOf(most, _place(verifier) if verifier else None, tuple(dict.fromkeys(map(_place, graders))))
 
 
 def _place(spec: str) -> str:
@@ -54,7 +56,7 @@ def _place(spec: str) -> str:
 
 def show_best_of(asked: AskedBestOf, reports: Mapping[str, EvalReport], suites: Sequence[Suite], folder: Path) -> None:
     """The curve of each suite, and `best-of-SUITE-SPLIT.json` with every item's scores."""
-    from posttrain.evals.best_of import best_of_curve, turns_down
+    from posttrain.evals.best_of import best_of_curve
     from posttrain.files import write_json
     from posttrain.gate.render import aligned
     from posttrain.recipes.best_of import verified_items
@@ -63,9 +65,10 @@ def show_best_of(asked: AskedBestOf, reports: Mapping[str, EvalReport], suites: 
         report = reports[suite.name]
         items = verified_items(report, suite, asked.verifier, asked.graders)
         curve = best_of_curve(items, asked.most)
-        chosen_by = short(asked.verifier) if asked.verifier else f"{suite.scorer} (suite)"
         names = list(curve[0].graders)
-        rows = [("n", "KL ≤", f"verifier {chosen_by}", *(f"{short(name)}, 95 %" for name in names))]
+        short = short_names([*names, *([asked.verifier] if asked.verifier else [])])
+        chosen_by = short[asked.verifier] if asked.verifier else f"{suite.scorer} (suite)"
+        rows = [("n", "KL ≤", f"verifier {chosen_by}", *(f"{short[name]}, 95 %" for name in names))]
         for at in curve:
             rows.append(
                 (
@@ -82,39 +85,64 @@ def show_best_of(asked: AskedBestOf, reports: Mapping[str, EvalReport], suites: 
         if unscored:
             typer.echo(f"{unscored} samples without a score of the verifier, which never chooses them")
         for name in names:
-            if (turn := turns_down(curve, name)) is not None:
+            if (turn := over_optimised_from(curve, name, items)) is not None:
                 typer.echo(
-                    f"over-optimised: {short(name)} is best at n = {turn}; beyond it the verifier chooses what only the verifier likes"
+                    f"over-optimised: {short[name]} is best at n = {turn}; beyond it the verifier chooses what only the verifier likes"
                 )
-        write_json(folder / f"best-of-{suite.name}-{report.split}.json", _record(asked, report, items, curve))
+        write_json(folder / f"best-of-{suite.name}-{report.split}.json", _record(asked, report, items, curve, short))
 
 
-def short(spec: str) -> str:
-    """Without the folder: what a column can hold."""
-    prefix = next((prefix for prefix in ("model:", "judge:") if spec.startswith(prefix)), "")
-    return prefix + spec.removeprefix(prefix).rpartition("/")[2]
+def short_names(specs: Iterable[str]) -> dict[str, str]:
+    """What a column can hold: without the folders, but for those that tell one from another."""
+    paths = {spec: spec.removeprefix(_prefix(spec)) for spec in specs}
+    names = told_apart(paths.values())
+    return {spec: _prefix(spec) + names[path] for spec, path in paths.items()}
+
+
+def _prefix(spec: str) -> str:
+    return next((prefix for prefix in (REWARD_MODEL, JUDGE) if spec.startswith(prefix)), "")
+
+
+def over_optimised_from(curve: Sequence[BestOf], grader: str, items: Sequence[VerifiedItem]) -> int | None:
+    """The n beyond which the grader loses more than by chance: item by item, the 95 % interval of its loss to the last n is above 0."""
+    from posttrain.evals.best_of import turns_down
+
+    turn = turns_down(curve, grader)
+    if turn is None:
+        return None
+    best = next(at for at in curve if at.n == turn).graders[grader]
+    lost = [before - after for before, after in zip(best, curve[-1].graders[grader], strict=True)]
+    return turn if _interval(lost, items).low > 0 else None
 
 
 def _mean(values: Sequence[float], items: Sequence[VerifiedItem]) -> str:
-    from posttrain.report.intervals import t_interval
-
-    clustered = any(item.cluster is not None for item in items)
-    shown = t_interval(values, [item.cluster or item.id for item in items] if clustered else None)
+    shown = _interval(values, items)
     return f"{shown.mean:.4f} [{shown.low:.4f}, {shown.high:.4f}]"
 
 
+def _interval(values: Sequence[float], items: Sequence[VerifiedItem]) -> Interval:
+    from posttrain.report.intervals import t_interval
+
+    clustered = any(item.cluster is not None for item in items)
+    return t_interval(values, [item.cluster or item.id for item in items] if clustered else None)
+
+
 def _record(
-    asked: AskedBestOf, report: EvalReport, items: Sequence[VerifiedItem], curve: Sequence[BestOf]
+    asked: AskedBestOf,
+    report: EvalReport,
+    items: Sequence[VerifiedItem],
+    curve: Sequence[BestOf],
+    short: Mapping[str, str],
 ) -> dict[str, object]:
     return {
         "report": report.digest,
-        "verifier": short(asked.verifier) if asked.verifier else None,
+        "verifier": short[asked.verifier] if asked.verifier else None,
         "curve": [
             {
                 "n": at.n,
                 "kl_bound": at.kl,
                 "verifier": sum(at.verifier) / len(items),
-                "graders": {short(name): sum(values) / len(items) for name, values in at.graders.items()},
+                "graders": {short[name]: sum(values) / len(items) for name, values in at.graders.items()},
             }
             for at in curve
         ],
@@ -122,7 +150,7 @@ def _record(
             {
                 "id": item.id,
                 "verifier": list(item.verifier),
-                "graders": {short(n): list(s) for n, s in item.graders.items()},
+                "graders": {short[n]: list(s) for n, s in item.graders.items()},
             }
             for item in items
         ],

@@ -97,12 +97,13 @@ def _remake(keys: Any, wanted: list[str], as_json: bool) -> None:
 def report_lines(report: Mapping[str, Any]) -> list[str]:
     """The numbers of a report, one a line; what left by reason."""
     lines: list[str] = []
-    for name, value in report.items():
+    for key, value in report.items():
+        name = key.replace("_", " ")
         if isinstance(value, Mapping):
-            lines += [f"{name} {key}: {_shown(number)}" for key, number in value.items()]
+            lines += [f"{name} {of}: {_shown(number)}" for of, number in value.items()]
         else:
             lines.append(f"{name}: {_shown(value)}")
-    return [line.replace("_", " ", 1) for line in lines]
+    return lines
 
 
 def _shown(value: Any) -> str:

@@ -19,6 +19,14 @@ class ColumnRangeKeys(Keys):
     min: float | None = knob(None, "Rows of less leave.", example=0.1)
     max: float | None = knob(None, "Rows of more leave.", example=0.9)
 
+    @model_validator(mode="after")
+    def _takes_something_out(self) -> ColumnRangeKeys:
+        if self.min is None and self.max is None:
+            raise ValueError(f"column: {self.column} needs min, max or both; without, nothing leaves")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min: {self.min:g} above max: {self.max:g} keeps no row; swap them")
+        return self
+
 
 class QualityKeys(Keys):
     """Rows by what a scorer gives their answer."""

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from posttrain.config.check import build
-from posttrain.config.knob import Keys
+from posttrain.config.curate import CurateKeys
+from posttrain.config.instruct import InstructKeys
 from posttrain.config.load import set_key
+from posttrain.config.places import is_uri
 from posttrain.config.settings import Problems, parse_overrides, read_settings, take_project
+from posttrain.config.synth import LEFT, ROWS, SynthKeys
+from posttrain.errors import ConfigError
 
-DataKeys = TypeVar("DataKeys", bound=Keys)
+DataKeys = TypeVar("DataKeys", SynthKeys, CurateKeys, InstructKeys)
 
 
 def load_data_keys(model: type[DataKeys], verb: str, path: Path, overrides: Sequence[str] = ()) -> DataKeys:
@@ -25,4 +29,16 @@ def load_data_keys(model: type[DataKeys], verb: str, path: Path, overrides: Sequ
     keys = build(model, settings, verb, folder, problems, notes)
     problems.raise_if_any()
     assert keys is not None
+    _check_output(path, keys)
     return keys
+
+
+def _check_output(config: Path, keys: SynthKeys | CurateKeys | InstructKeys) -> None:
+    """Raises: ConfigError where what is written would take the place of what is read."""
+    written = {Path(keys.output_dir, name).resolve(): name for name in (ROWS, LEFT)}
+    for source in keys.datasets:
+        if not is_uri(source.path) and (name := written.get(Path(source.path).resolve())):
+            raise ConfigError(
+                f"{config}: output_dir: {keys.output_dir} would write {name} over {source.path}, which is read; "
+                "set another output_dir"
+            )

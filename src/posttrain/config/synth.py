@@ -15,6 +15,9 @@ from posttrain.config.rollout import RolloutKeys
 KeepRule = Literal["top1", "all_correct", "pairs", "prompts"]
 Repeats = Literal["off", "exact", "near"]
 
+ROWS, LEFT = "rows.jsonl", "left.jsonl"
+"""What is written in `output_dir`: the rows, and what is in none of them."""
+
 # fmt: off
 # One key a line, as in `stages`.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.files import digest_file, read_record, write_json
+from posttrain.names import told_apart
 
 log = logging.getLogger(__name__)
 
@@ -21,15 +22,16 @@ def write_origin(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def data_origins(paths: Sequence[str]) -> dict[str, Any]:
-    """File name → record, of the files that have one. One that was changed since has none any more, which is said."""
+    """File name (with folders where two have one name) → record, of the files that have one. One that was changed since has none any more, which is said."""
     found: dict[str, Any] = {}
-    for path in map(Path, paths):
+    for given, name in told_apart(paths).items():
+        path = Path(given)
         beside = Path(f"{path}{SUFFIX}")
         if not (path.is_file() and beside.is_file()):
             continue
         record = read_record(beside, dict, f"delete {beside} to train without knowing where the rows are from")
         if record.get(_FILE) == digest_file(path):
-            found[path.name] = record
+            found[name] = record
         else:
             log.warning("%s was changed since %s was written: its rows have no known origin", path, beside.name)
     return found

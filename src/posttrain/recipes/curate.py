@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import posttrain
 from posttrain.checkpoint.lock import run_lock
 from posttrain.config.curate import ColumnRangeKeys, CurateKeys, QualityKeys
 from posttrain.config.datasets import DatasetKeys
+from posttrain.config.synth import LEFT, ROWS
 from posttrain.data.curation import Leaving, eval_prompts, repeats, without
 from posttrain.data.formats import FORMATS, Noun, detect_format, parse_rows, rows_of
 from posttrain.data.lint_input import answers_of, prompt_of, whole
@@ -21,8 +23,9 @@ from posttrain.data.origin import data_origins, write_origin
 from posttrain.data.sources import Source, SourceRow, read_source
 from posttrain.errors import DataError
 from posttrain.files import write_atomic, write_json
+from posttrain.names import told_apart
 from posttrain.recipes.learned import load_learned
-from posttrain.recipes.synth import LEFT, REPORT, ROWS, suite_digests, suite_prompts
+from posttrain.recipes.synth import REPORT, suite_digests, suite_prompts
 from posttrain.rewards.resolve import reward_digest
 from posttrain.rewards.workers import RewardPool
 from posttrain.rollout.collect import as_reward_input
@@ -119,7 +122,7 @@ def _out_of_range(row: SourceRow, window: ColumnRangeKeys) -> str | None:
     origin, value = row[0], row[1]
     for step in window.column.split("."):
         value = value.get(step) if isinstance(value, dict) else None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
         raise DataError(
             f"{origin}: ranges: {window.column} is {value!r}; expected a number; its columns are {', '.join(row[1])}"
         )
@@ -145,7 +148,7 @@ def _bad(quality: QualityKeys, rows: Sequence[tuple[Noun, Mapping[str, Any]]]) -
     scores = {n: one.total for n, one in enumerate(found) if one.total is not None}
     ranked = sorted(scores, key=lambda n: (-scores[n], n))
     if quality.keep_share is not None:
-        ranked = ranked[math.ceil(quality.keep_share * len(rows)) :]
+        ranked = ranked[math.ceil(Fraction(str(quality.keep_share)) * len(rows)) :]
     low = math.inf if quality.min is None else quality.min
     return left | {n: f"quality: {scores[n]:g}" for n in ranked if scores[n] < low}
 
@@ -169,11 +172,12 @@ def _asked_and_said(noun: Noun) -> tuple[Any, Any]:
 
 def _origin(keys: CurateKeys, read: Sequence[Source]) -> dict[str, Any]:
     rules = ("dedup", "near", "min_chars", "max_chars")
+    names = told_apart(source.path for source in keys.datasets)
     scorers = [quality.scorer for quality in keys.quality]
     return {
         "made_by": "posttrain data curate",
         "posttrain": posttrain.__version__,
-        "data": {Path(source.path).name: found.digest for source, found in zip(keys.datasets, read, strict=True)},
+        "data": {names[source.path]: found.digest for source, found in zip(keys.datasets, read, strict=True)},
         "data_origins": data_origins([source.path for source in keys.datasets]),
         "kept": {
             **{name: getattr(keys, name) for name in rules},

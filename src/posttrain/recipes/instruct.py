@@ -14,6 +14,7 @@ import posttrain
 from posttrain.checkpoint.lock import run_lock
 from posttrain.config.datasets import RowKind
 from posttrain.config.instruct import InstructKeys
+from posttrain.config.synth import LEFT, ROWS
 from posttrain.data.curation import Leaving, eval_prompts, repeats, without
 from posttrain.data.formats import Noun
 from posttrain.data.lint_input import answers_of, prompt_of
@@ -22,9 +23,11 @@ from posttrain.data.origin import write_origin
 from posttrain.data.sources import content_digest
 from posttrain.errors import DataError
 from posttrain.files import digest_json, write_atomic, write_json
+from posttrain.grading.slots import visible
 from posttrain.models.provenance import source_digest
+from posttrain.names import told_apart
 from posttrain.recipes.judges import JudgeReply, asked_judge
-from posttrain.recipes.synth import LEFT, PROVENANCE_COLUMN, REPORT, ROWS, suite_digests, suite_prompts
+from posttrain.recipes.synth import PROVENANCE_COLUMN, REPORT, suite_digests, suite_prompts
 from posttrain.rollout.sampling import request_seed
 
 _ALONE = "Answer with it alone: no introduction, no answer to it."
@@ -77,6 +80,8 @@ def write_instructions(keys: InstructKeys) -> dict[str, Any]:
     kind, draw = INSTRUCT_METHODS[keys.method]
     nouns = read_nouns(keys.datasets, kind)
     seen = [_answer(noun) if kind == "examples" else prompt_of(noun) for noun in nouns]
+    names = told_apart(noun.origin.path for noun in nouns)
+    stands = [f"{names[noun.origin.path]}:{noun.origin.line}" for noun in nouns]
     count = keys.num_instructions or len(nouns)
     seeds = [request_seed("instruct", keys.seed, number) for number in range(count)]
     shown = [draw(random.Random(seed), n, len(nouns), keys.num_shown) for n, seed in enumerate(seeds)]
@@ -91,7 +96,8 @@ def write_instructions(keys: InstructKeys) -> dict[str, Any]:
         finally:
             teacher.close()
         rows = [
-            _row(keys, reply, one, seed, nouns) for reply, one, (_, seed) in zip(replies, shown, asked, strict=True)
+            _row(keys, reply, [stands[row] for row in one.rows], seed)
+            for reply, one, (_, seed) in zip(replies, shown, asked, strict=True)
         ]
         staying, left = _sorted_out(keys, rows, replies, [prompt_of(noun) for noun in nouns], suites)
         gone = [
@@ -125,15 +131,15 @@ def _answer(noun: Noun) -> str:
     return answers[0]
 
 
-def _row(keys: InstructKeys, reply: JudgeReply, one: ShownRows, seed: int, nouns: Sequence[Noun]) -> dict[str, Any]:
+def _row(keys: InstructKeys, reply: JudgeReply, shown: Sequence[str], seed: int) -> dict[str, Any]:
     provenance = {
         "teacher": _teacher(keys),
         "method": keys.method,
-        "shown": [f"{Path(nouns[row].origin.path).name}:{nouns[row].origin.line}" for row in one.rows],
+        "shown": list(shown),
         "seed": seed,
         "sampling": {"temperature": keys.temperature, "max_tokens": keys.max_tokens},
     }
-    return {"prompt": (reply.text or "").strip(), PROVENANCE_COLUMN: provenance}
+    return {"prompt": (visible(reply.text or "") or "").strip(), PROVENANCE_COLUMN: provenance}
 
 
 def _teacher(keys: InstructKeys) -> str:
@@ -163,6 +169,8 @@ def _sorted_out(
             reply, text = replies[place], rows[place]["prompt"]
             if reply.text is None:
                 found[n] = f"unanswered: {reply.error}"
+            elif reply.cut and not keys.keep_truncated:
+                found[n] = f"cut: at max_tokens {keys.max_tokens}"
             elif not text or len(text) > keys.max_chars:
                 found[n] = f"length: {len(text)} characters"
         return found
@@ -187,13 +195,14 @@ def _json_line(row: Mapping[str, Any]) -> str:
 
 
 def _origin(keys: InstructKeys) -> dict[str, Any]:
+    names = told_apart(source.path for source in keys.datasets)
     return {
         "made_by": "posttrain data instruct",
         "posttrain": posttrain.__version__,
         "teacher": _teacher(keys),
         "method": keys.method,
         "seed": keys.seed,
-        "data": {Path(source.path).name: content_digest(source) for source in keys.datasets},
+        "data": {names[source.path]: content_digest(source) for source in keys.datasets},
         "asked": digest_json([keys.prompt, keys.num_shown, keys.temperature, keys.max_tokens]),
         "decontaminated": suite_digests(keys.decontaminate),
     }

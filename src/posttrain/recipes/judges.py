@@ -146,7 +146,7 @@ class JudgeReward:
     def _keep(self, path: Path, reply: JudgeReply) -> None:
         """Raises: RewardError; an answer that is not kept would be paid for again, and may be another then."""
         try:
-            write_json(path, {"text": reply.text, "tokens": reply.tokens})
+            write_json(path, {"text": reply.text, "tokens": reply.tokens, "cut": reply.cut})
         except OSError as error:
             raise RewardError(f"judge: its answer cannot be kept in {self._cache} ({error}); set `cache` in the judge's file to a folder that can be written") from None  # fmt: skip
 
@@ -160,10 +160,14 @@ class JudgeReward:
 def _kept(path: Path) -> JudgeReply | None:
     try:
         record = read_json(path)
-        text, tokens = record["text"], record["tokens"]
+        text, tokens, cut = record["text"], record["tokens"], record.get("cut") is True
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return JudgeReply(text, tokens=tokens, cached=True) if isinstance(text, str) and isinstance(tokens, int) else None
+    return (
+        JudgeReply(text, tokens=tokens, cached=True, cut=cut)
+        if isinstance(text, str) and isinstance(tokens, int)
+        else None
+    )
 
 
 def _as_text(prompt: Any) -> str:
@@ -267,13 +271,15 @@ def _no_proxy(url: str) -> list[urllib.request.ProxyHandler]:
 def _read_reply(answer: Any) -> JudgeReply:
     """Raises: ValueError for what is no chat completion."""
     try:
-        text = answer["choices"][0]["message"]["content"] or ""
+        choice = answer["choices"][0]
+        text = choice["message"]["content"] or ""
+        cut = choice.get("finish_reason") == "length"
         tokens = (answer.get("usage") or {}).get("total_tokens") or 0
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"expected a chat completion, got {json.dumps(answer)[:80]} ({error!r})") from error
     if not isinstance(text, str) or not isinstance(tokens, int):
         raise ValueError(f"expected text and a number of tokens, got {json.dumps([text, tokens])[:80]}")
-    return JudgeReply(text, tokens=tokens)
+    return JudgeReply(text, tokens=tokens, cut=cut)
 
 
 def _said(error: urllib.error.HTTPError) -> str:
@@ -313,7 +319,8 @@ class LocalJudge:
             in_order(self._engine.generate([request for _, request in requests], self._params)) if requests else []
         )
         for (place, request), answer in zip(requests, answers, strict=True):
-            yield place, JudgeReply(self._decode(answer.ids), tokens=len(request.prompt_ids) + len(answer.ids))
+            tokens = len(request.prompt_ids) + len(answer.ids)
+            yield place, JudgeReply(self._decode(answer.ids), tokens=tokens, cut=answer.finish == "length")
 
     def _ids(self, messages: Messages) -> tuple[int, ...]:
         """Raises: DataError."""

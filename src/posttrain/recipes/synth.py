@@ -12,7 +12,7 @@ from typing import Any
 
 import posttrain
 from posttrain.checkpoint.lock import run_lock
-from posttrain.config.synth import SynthKeys
+from posttrain.config.synth import LEFT, ROWS, SynthKeys
 from posttrain.data.curation import Leaving, eval_prompts, repeats, too_many, without
 from posttrain.data.lint_input import plain_text
 from posttrain.data.load import load_prompts
@@ -26,6 +26,7 @@ from posttrain.files import digest_json, read_json_lines, read_record, write_ato
 from posttrain.models.load import load_tokenizer
 from posttrain.models.provenance import source_digest
 from posttrain.models.text import decoder
+from posttrain.names import told_apart
 from posttrain.objectives.terms import spec_from
 from posttrain.recipes.engines import EngineSource, make_engine, named_engine, sampling_params
 from posttrain.recipes.learned import reward_pool
@@ -33,7 +34,7 @@ from posttrain.rewards.resolve import reward_digest
 from posttrain.rollout.collect import sample_groups, score_groups
 from posttrain.types import Prompt, PromptRow, RolloutGroup
 
-ROWS, LEFT, REPORT = "rows.jsonl", "left.jsonl", "report.json"
+REPORT = "report.json"
 PROVENANCE_COLUMN = "provenance"
 _SAMPLED = "sampled.json"
 _SAMPLES = "samples"
@@ -62,6 +63,7 @@ class _SynthRun:
         made_with = {
             "model": source_digest(keys.base_model),
             "engine": named_engine(keys.rollout) or "embedded",
+            "bf16": keys.bf16,
             "template": template_digest(tokenizer),
             "prompts": digest_json([name for name, _ in prompts]),
             "prompts_per_part": keys.prompts_per_part,
@@ -116,17 +118,28 @@ def remake(keys: SynthKeys, lines: Sequence[int] = ()) -> list[tuple[int, bool]]
     if missing := [line for line in lines if line not in stored]:
         raise DataError(f"{path}: has no line {missing[0]}; expected 1 to {len(stored)}")
     wanted = {line: stored[line] for line in lines or stored}
-    names = {row[PROVENANCE_COLUMN]["prompt"] for row in wanted.values()}
+    names = {_asked_and_samples(row)[0] for row in wanted.values()}
     chosen = replace(sampling, prompts=[one for one in sampling.prompts if one[0] in names])
     parts = _sample(chosen, range(len(chosen.parts())))
     anew = {attempts.id: attempts for _, part in parts for attempts in part}
-    return [(line, _line(_again(row, anew, sampling)) == _line(row)) for line, row in wanted.items()]
+    return [(line, _is_made_again(row, anew, sampling)) for line, row in wanted.items()]
 
 
-def _again(row: Mapping[str, Any], anew: Mapping[str, Attempts], sampling: _SynthRun) -> dict[str, Any]:
-    provenance = row[PROVENANCE_COLUMN]
-    attempts = anew[provenance["prompt"]]
-    return _row(Picked(attempts, tuple(attempts.candidates[number] for number in provenance["samples"])), sampling)
+def _is_made_again(row: Mapping[str, Any], anew: Mapping[str, Attempts], sampling: _SynthRun) -> bool:
+    name, samples = _asked_and_samples(row)
+    if name not in anew or not set(samples) <= set(range(sampling.keys.num_generations)):
+        return False
+    parts = tuple(anew[name].candidates[number] for number in samples)
+    return _line(_row(Picked(anew[name], parts), sampling)) == _line(row)
+
+
+def _asked_and_samples(row: Mapping[str, Any]) -> tuple[str, list[int]]:
+    """Prompt and samples of its provenance; an empty name where an edited row has lost it."""
+    match row.get(PROVENANCE_COLUMN):
+        case {"prompt": str(name), "samples": [*samples]} if all(type(number) is int for number in samples):
+            return name, samples
+        case _:
+            return "", []
 
 
 def _distinct(rows: Sequence[PromptRow]) -> tuple[_PromptsById, list[dict[str, Any]]]:
@@ -327,12 +340,18 @@ def _origin(sampling: _SynthRun) -> dict[str, Any]:
 
 def suite_prompts(paths: Sequence[str]) -> dict[str, list[str]]:
     """What each suite asks, by its name. Raises: EvalError."""
-    found = {Path(path).stem: load_suite(Path(path).stem, Path(path)) for path in paths}
+    found = {name: load_suite(name, Path(path)) for path, name in _suite_names(paths).items()}
     return {name: [plain_text(item.prompt) for item in suite.items] for name, suite in found.items()}
 
 
 def suite_digests(paths: Sequence[str]) -> dict[str, str]:
-    return {Path(path).stem: suite_file_digest(Path(path)) for path in paths}
+    return {name: suite_file_digest(Path(path)) for path, name in _suite_names(paths).items()}
+
+
+def _suite_names(paths: Sequence[str]) -> dict[str, str]:
+    """Path → name: that of its file, with folders where two have one name."""
+    stems = Counter(Path(path).stem for path in set(paths))
+    return {path: Path(path).stem if stems[Path(path).stem] == 1 else name for path, name in told_apart(paths).items()}
 
 
 def _report(

@@ -30,13 +30,14 @@ class JudgeQuestion:
 
 @dataclass(frozen=True, slots=True)
 class JudgeReply:
-    """One answer of the judge, or why there is none: it was refused, or `unanswered`. `tokens` were read and written for it, now or when it was `cached`."""
+    """One answer of the judge, or why there is none: it was refused, or `unanswered`. `tokens` were read and written for it, now or when it was `cached`. `cut` at its longest."""
 
     text: str | None
     error: str | None = None
     tokens: int = 0
     cached: bool = False
     unanswered: bool = False
+    cut: bool = False
 
 
 @dataclass(frozen=True)
