@@ -20,6 +20,7 @@ class Outer(Keys):
     named: dict[str, Inner] = knob({}, "A mapping of groups.")
     share: float | int | None = knob(None, "A number.", example=0.5)
     flag: bool | int = knob(False, "A switch or a number.")
+    words: list[str] = knob([], "Texts.")
 
 
 def problems_of(**values):
@@ -69,5 +70,5 @@ def test_a_password_in_an_address_or_a_command_is_refused_without_being_repeated
         ("openenv:https://me:sesame@host", "a URI that holds a password"),
         ("mcp:search --token sesame", "a command that holds"),
     ):
-        (found,) = problems_of(choice=value)
-        assert found.startswith(f"a.yaml:2: choice: got {said}") and "sesame" not in found
+        (found,) = problems_of(words=["plain", value])
+        assert found.startswith(f"a.yaml:2: words.2: got {said}") and "sesame" not in found
