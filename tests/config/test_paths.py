@@ -168,3 +168,48 @@ def test_a_reward_may_be_the_model_of_an_earlier_stage_that_trains_a_reward_mode
         return
     with pytest.raises(ConfigError, match=why):
         load_pipeline(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("stage:reward_model", None),
+        ("stage:2", None),
+        ("stage:3", None),
+        ("stage:1", r"got stage:1, expected a reward model or a critic of an earlier stage: stage:2, stage:3$"),
+        ("stage:ppo", None),
+        ("stage:4", "expected a reward model or a critic of an earlier stage"),
+        ("./runs/rm/model", r"there is no folder .*named by it: stage:reward_model"),
+    ],
+)
+def test_a_critic_may_begin_as_what_an_earlier_stage_makes(name, why, folder):
+    path = folder / "train.yaml"
+    ppo = "  - ppo: {{datasets: [{{path: data/prompts.jsonl}}], reward_funcs: [boxed], {}}}\n"
+    path.write_text(
+        "name: valued\nbase_model: ./base\nstages:\n"
+        "  - sft: {datasets: [{path: data/sft.jsonl}]}\n"
+        "  - reward_model: {datasets: [{path: data/pairs.jsonl}]}\n"
+        + ppo.format("seed: 1")
+        + ppo.format(f"value_model: '{name}'")
+    )
+    if why is None:
+        assert load_pipeline(path).keys.stages[3].keys.value_model == name
+        return
+    with pytest.raises(ConfigError, match=why):
+        load_pipeline(path)
+
+
+def test_a_stage_by_itself_has_no_earlier_one_that_makes_its_critic(write):
+    path = write(
+        "base_model: base\ndatasets: [{path: sft_data.jsonl}]\nreward_funcs: [boxed]\nvalue_model: stage:reward_model\n"
+    )
+    with pytest.raises(ConfigError, match="stage:reward_model"):
+        load_stage("ppo", path)
+
+
+def test_a_stage_by_itself_has_no_earlier_one_that_pays(write):
+    path = write("base_model: base\ndatasets: [{path: sft_data.jsonl}]\nreward_funcs: ['model:stage:reward_model']\n")
+    with pytest.raises(
+        ConfigError, match=r"reward_funcs.1: got model:stage:reward_model, which names .*expected model:FOLDER"
+    ):
+        load_stage("grpo", path)

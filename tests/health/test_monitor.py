@@ -122,3 +122,22 @@ def test_the_evidence_says_since_when():
         loss = {"eval_loss": 1.0 + max(0, step - 20) / 10} if step % 10 == 0 else {}
         found += monitor.observe(StepReport(step, loss))
     assert [(f.rule, f.step, f.since) for f in found] == [("overfitting", 40, 30)]
+
+
+def test_a_rule_sees_as_many_batches_as_it_asks_for_however_many_steps_are_between_them():
+    """What is known of samples is logged in the first step of a batch alone."""
+    per_batch = 16
+    for kind, name, metric, value in (
+        ("ppo", "critic_explains_nothing", "critic/vf_explained_var", 0.0),
+        ("grpo", "all_wrong", "frac_reward_all_wrong", 1.0),
+    ):
+        monitor, fired = Monitor(kind, steps_per_batch=per_batch), []
+        for step in range(1, 12 * per_batch + 1):
+            metrics = {"grad_norm": 1.0} | ({metric: value} if step % per_batch == 1 else {})
+            fired += [finding.step for finding in monitor.observe(StepReport(step, metrics)) if finding.rule == name]
+        assert fired[0] == 9 * per_batch + 1
+    asked = rules_for("sft", {"zero_gradient": {"steps": 100}})
+    monitor, found = Monitor("sft", asked), []
+    for step in range(1, 111):
+        found += monitor.observe(StepReport(step, {"grad_norm": 0.0}))
+    assert [finding.step for finding in found if finding.rule == "zero_gradient"] == [100]

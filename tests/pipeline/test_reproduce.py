@@ -8,8 +8,10 @@ import pytest
 from posttrain.cli.app import main
 from posttrain.config.load_pipeline import load_pipeline
 from posttrain.evals.run import PLAYED_WITH
+from posttrain.models.provenance import model_digest
 from posttrain.pipeline import reproduce
 from posttrain.pipeline.reproduce import Comparison, Version, exit_code
+from posttrain.pipeline.taken_over import damage
 
 
 def command(run, level, *words):
@@ -164,3 +166,74 @@ def test_a_suite_with_a_scorer_of_its_own_is_repeated_without_the_project(projec
         with pytest.raises(SystemExit) as caught:
             main(["reproduce", "yes@1", "--level", str(level), "--registry", str(tmp_path / "registry")])
         assert caught.value.code == 0
+
+
+@pytest.fixture(scope="module")
+def valued(make_project, tmp_path_factory):
+    """sft → a reward model with an adapter → ppo, which both that pays and that its critic begins as → ppo with that critic."""
+    quick = {"learning_rate": 1e-2, "max_steps": 8, "lr_scheduler_type": "constant", "per_device_train_batch_size": 8}
+    ppo = {
+        "datasets": [{"path": "prompts.jsonl"}], "reward_funcs": ["model:stage:reward_model", "rewards.py:spread"], "max_steps": 1,
+        "reward_check": "off", "num_prompts_per_step": 2, "max_completion_length": 6, "learning_rate": 1e-6,
+    }  # fmt: skip
+    rows = [
+        {"sft": {"datasets": [{"path": "sft.jsonl"}], **quick}},
+        {
+            "reward_model": {
+                "datasets": [{"path": "pairs.jsonl"}],
+                **quick,
+                "max_steps": 1,
+                "adapter": "lora",
+                "lora_r": 4,
+            }
+        },
+        {"ppo": {**ppo, "value_model": "stage:reward_model"}},
+        {"ppo": {**ppo, "value_model": "stage:3"}},
+    ]
+    gate = {"baseline": "stage:base", "primary": [{"suite": "yes", "min_delta": 0.35}]}
+    made = make_project(
+        tmp_path_factory.mktemp("valued"), rows, gate=gate, register={"name": "yes", "alias": "champion"}
+    )
+    assert made.run().status == "passed"
+    return made
+
+
+def test_what_earlier_stages_make_is_paid_by_and_begins_critics(valued):
+    first, beside, second, last = valued.state.stages
+    assert second.inputs["model"] == first.output_digest and last.inputs["model"] == second.output_digest
+    assert second.inputs["value_model"] == beside.output_digest
+    assert last.inputs["value_model"] == model_digest(valued.out / second.folder / "critic")
+    assert valued.run().status == "passed"
+    assert len(valued.state.stages) == 4
+
+
+def test_a_version_that_stages_of_its_run_paid_and_valued_is_trained_again_to_the_bit(valued, capsys):
+    assert command(valued, 2) == 0
+    said = capsys.readouterr().out
+    for line in ("same     weights of reward_model: sha256:", "same     weights of ppo: sha256:"):
+        assert line in said
+    assert "pin stages" not in said
+
+
+def test_of_a_reward_beside_a_stage_s_model_another_text_is_noticed(valued, tmp_path):
+    book = valued.registry()
+    version = Version(book, book.resolve("yes@1"), tmp_path / "scratch", lambda line: None)
+    path = valued.folder / "rewards.py"
+    before = path.read_text()
+    try:
+        path.write_text(before.replace("% 17 / 17.0", "% 13 / 13.0"))
+        checks = found(reproduce.repeat_training(version))
+    finally:
+        path.write_text(before)
+        book.close()
+    assert checks["pin stages.3.ppo.rewards"] == "missing"
+    assert checks["pin stages.4.ppo.rewards"] in ("missing", "note")
+
+
+def test_a_critic_that_a_later_stage_begins_from_is_looked_at_like_a_model(valued, tmp_path):
+    entry = valued.state.stages[2]
+    stage = tmp_path / "stage"
+    shutil.copytree(valued.out / entry.folder, stage)
+    assert damage(stage, entry) == []
+    (stage / "critic/config.json").unlink()
+    assert damage(stage, entry) == [f"{stage / 'critic/config.json'} is gone"]

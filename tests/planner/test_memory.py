@@ -8,8 +8,19 @@ import pytest
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.errors import ModelError
 from posttrain.files import size_text
-from posttrain.planner import ModelShape, Workload, available_bytes, cannot_fit, estimate_memory, fits, shortfall
+from posttrain.planner import (
+    DEVICES,
+    Cluster,
+    ModelShape,
+    Workload,
+    available_bytes,
+    cannot_fit,
+    estimate_memory,
+    fits,
+    shortfall,
+)
 from posttrain.planner.fit import overrun
+from posttrain.planner.forecast import forecast
 from posttrain.planner.memory import HELD, adapter_params
 from posttrain.planner.sharding import ShardingPlan
 
@@ -438,3 +449,20 @@ def test_full_fine_tuning_is_not_told_to_offload_what_it_trains():
     for available in range(4, 100, 4):
         line = shortfall(estimate_memory(QWEN3_8B, Workload()), available * GIB, "m")
         assert "layer_offloading" not in line or ("adapter: " in line and "gradient_checkpointing: " in line), line
+
+
+def test_a_critic_is_counted_in_checkpoints_and_exports():
+    keys = {
+        **STAGE_KINDS["ppo"]
+        .keys(base_model="m", datasets=[{"path": "d.jsonl"}], reward_funcs=["exact_match"])
+        .model_dump(),
+        "save_steps": 5,
+        "save_total_limit": 2,
+    }
+    alone, valued = (
+        forecast(
+            TINY, Cluster(DEVICES["h100"], 1), "ppo", replace(workload("ppo"), critics_held=critics), keys
+        ).disk_bytes
+        for critics in ((), (TINY,))
+    )
+    assert valued == 2 * alone == 2 * (4 * 12 + TINY.stored_bytes) * TINY.num_params

@@ -58,3 +58,21 @@ def test_a_manifest_from_before_it_said_so_keeps_its_digest_and_needs_a_certific
 def test_a_manifest_says_itself_whether_its_model_needs_a_certificate(rewarded):
     made = Manifest("ppo", {"model": "a"}, {"model": "b"}, rewarded=rewarded)
     assert Manifest.from_json(made.to_json()) == made and made.needs_certificate is rewarded
+
+
+def test_a_model_that_helps_to_train_stands_beside_the_line():
+    def made(stage, start, end, **details):
+        return Manifest(stage, {"model": start}, {"model": end}, details=details)
+
+    beside = made("reward_model", "a", "r", beside=True)
+    chained = [made("sft", "0", "a"), beside, made("ppo", "a", "b")]
+    for chain in (chained, chained[1:]):
+        for place in range(1, len(chain)):
+            chain[place] = chain[place].after(chain[place - 1])
+        check_chain(chain)
+    for place, wrong in ((1, made("reward_model", "0", "r", beside=True)), (2, made("ppo", "r", "b"))):
+        broken = [*chained[:place], wrong.after(chained[place - 1])]
+        with pytest.raises(RegistryError, match="but sft made a: a stage is missing"):
+            check_chain(broken)
+    with pytest.raises(RegistryError, match="but the line starts from a"):
+        check_chain([beside, made("ppo", "r", "b").after(beside)])

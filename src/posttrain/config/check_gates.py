@@ -26,22 +26,27 @@ def check_gates(draft: PipelineDraft) -> None:
 
 
 def check_reward_models(draft: PipelineDraft) -> None:
-    """A reward that is an earlier stage's model names one stage before it, which trains a reward model."""
-    prefix = REWARD_MODEL + STAGE
+    """A reward, or the beginning of a critic, that is an earlier stage's model names one stage before it, which makes such a one."""
     for stage in draft.stages:
+        before = [one for one in draft.stages if one.place < stage.place]
+        pay = [one for one in before if not _is_policy(one)]
+        value = [one for one in before if not _is_policy(one) or STAGE_KINDS[one.kind].has_critic]
         specs = stage.settings.values.get("reward_funcs")
         for place, spec in enumerate(specs if isinstance(specs, list) else ()):
-            if not isinstance(spec, str) or not spec.startswith(prefix):
-                continue
-            before = [one for one in draft.stages if one.place < stage.place and not _is_policy(one)]
-            if len([one for one in before if spec.removeprefix(prefix) in (one.kind, str(one.place))]) != 1:
-                there = (
-                    ", ".join(f"{prefix}{one.place}" for one in before)
-                    or "none; put a reward_model stage before this one"
-                )
-                path = ("reward_funcs", place)
-                text = f"got {spec}, expected a reward model of an earlier stage: {there}"
-                draft.problems.add(stage.settings.origin(path), stage.settings.name(path), text)
+            _check_names_one(draft, stage, ("reward_funcs", place), spec, REWARD_MODEL + STAGE, pay)
+        _check_names_one(draft, stage, ("value_model",), stage.settings.values.get("value_model"), STAGE, value)
+
+
+def _check_names_one(
+    draft: PipelineDraft, stage: StageDraft, path: tuple[str | int, ...], spec: Any, prefix: str, made: list[StageDraft]
+) -> None:  # fmt: skip
+    if not isinstance(spec, str) or not spec.startswith(prefix):
+        return
+    if len([one for one in made if spec.removeprefix(prefix) in (one.kind, str(one.place))]) != 1:
+        what = "a reward model" if path[0] == "reward_funcs" else "a reward model or a critic"
+        there = ", ".join(f"{prefix}{one.place}" for one in made) or "none; put a reward_model stage before this one"
+        text = f"got {spec}, expected {what} of an earlier stage: {there}"
+        draft.problems.add(stage.settings.origin(path), stage.settings.name(path), text)
 
 
 def _is_policy(stage: StageDraft) -> bool:

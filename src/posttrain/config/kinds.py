@@ -61,6 +61,11 @@ class StageKind:
             return "teachers"
         return "samples" if self.samples else "examples"
 
+    @property
+    def has_critic(self) -> bool:
+        """Whether it trains a critic beside the policy."""
+        return issubclass(self.keys, PPOKeys)
+
     def demands(self, keys: TrainKeys) -> dict[str, bool]:
         """What a plan of memory and time must know of the kind, by the names that the planner uses."""
         return {

@@ -19,6 +19,7 @@ from posttrain.config.kinds import STAGE_KINDS, StageKind, stage_kind
 from posttrain.config.knob import Keys
 from posttrain.config.migrate import migrate
 from posttrain.config.pipeline import ConfiguredStage, GateKeys, PipelineKeys, in_pipeline
+from posttrain.config.ppo import PPOKeys
 from posttrain.config.resolved import leaves
 from posttrain.config.rl import RLKeys
 from posttrain.config.schema import did_you_mean, keys_of
@@ -35,7 +36,7 @@ from posttrain.config.settings import (
 )
 from posttrain.config.stages import ModelKeys, TrainKeys
 from posttrain.config.yaml_lines import KeyPath
-from posttrain.names import name_of
+from posttrain.names import REWARD_MODEL, STAGE, name_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +94,25 @@ def load_stage(
     keys = build(model, settings, kind, folder, problems, notes)
     if keys is not None:
         check_stage(kind, keys, settings, problems, notes)
+        _check_alone(keys, settings, problems)
     if problems.found and marked != kind:
         problems.add(KeyOrigin(str(path), path.name), "", f"if this is meant as {marked}: posttrain {marked} {path}")
     problems.raise_if_any()
     assert keys is not None
     return LoadedStage(kind, keys, path, folder, provenance(keys, settings), tuple(notes))
+
+
+def _check_alone(keys: Keys, settings: Settings, problems: Problems) -> None:
+    """A stage by itself has no earlier one that could be named."""
+    named = [
+        (("reward_funcs", place), spec, REWARD_MODEL + STAGE)
+        for place, spec in enumerate(keys.reward_funcs if isinstance(keys, RLKeys) else ())
+    ]
+    named += [(("value_model",), keys.value_model or "", STAGE)] if isinstance(keys, PPOKeys) else []
+    for path, spec, prefix in named:
+        if spec.startswith(prefix):
+            text = f"got {spec}, which names an earlier stage of the same pipeline; here expected {prefix.removesuffix(STAGE)}FOLDER"
+            problems.add(settings.origin(path), settings.name(path), text)
 
 
 def load_model_keys(path: Path) -> ModelKeys:

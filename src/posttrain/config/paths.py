@@ -123,6 +123,15 @@ def _reward_model(path: str, folder: Path) -> str:
         ) from None
 
 
+def _value_model(path: str, folder: Path) -> str:
+    try:
+        return path if path.startswith(STAGE) else _existing_or_hub(path, folder)
+    except _PathError as error:
+        raise _PathError(
+            f"{error}; one that an earlier stage of the pipeline trains is named by it: stage:reward_model"
+        ) from None
+
+
 def _environment(entry: str, folder: Path) -> str:
     """`file.py:Class`, or `file.py:function,function`; or the address of a server."""
     if entry.startswith("openenv:"):
@@ -169,7 +178,7 @@ PATH_RULES: tuple[tuple[type[Keys], str, Callable[[str, Path], str]], ...] = (
     (TrainKeys, "output_dir", _output),
     (TrainKeys, "eval_suite", _existing),
     (RLKeys, "reward_funcs", _reward),
-    (PPOKeys, "value_model", _existing_or_hub),
+    (PPOKeys, "value_model", _value_model),
     (EpisodeKeys, "env", _environment),
     (EpisodeKeys, "tools", _tools),
     (TeacherKeys, "model", _teacher),

@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from posttrain.config.knob import knob
 from posttrain.config.rl import PolicyGradientKeys
+from posttrain.names import STAGE
 
 # fmt: off
 # One key a line: the tables below are read down, not across.
@@ -23,7 +24,7 @@ class PPOKeys(PolicyGradientKeys):
     epsilon_high: float | None = knob(None, "Clip range above 1; null means epsilon.", gt=0, example=0.28)
     gamma: float = knob(1.0, "Discount of a reward per token that it comes later.", gt=0, le=1)
     gae_lambda: float = knob(0.95, "λ of generalised advantage estimation: 1 trusts the rewards alone (Monte-Carlo), 0 the critic's next value.", ge=0, le=1, also="lam (TRL, verl), lambd (OpenRLHF)")
-    value_model: str | None = knob(None, "The critic to begin with: a reward model's folder, or the `critic/` that an earlier stage of ppo left; null is base_model under a value head that begins at 0. It has the policy's tokenizer, and is trained whole.", also="value_model_path (TRL), critic_pretrain (OpenRLHF)", example="runs/rm/model")
+    value_model: str | None = knob(None, "The critic to begin with: a reward model's folder, or the `critic/` that a stage of ppo left; `stage:reward_model` or `stage:2` is that of an earlier stage of the pipeline; null is base_model under a value head that begins at 0. It has the policy's tokenizer, and is trained whole.", also="value_model_path (TRL), critic_pretrain (OpenRLHF)", example="runs/rm/model")
     critic_learning_rate: float = knob(1e-5, "Peak learning rate of the critic; its schedule has the shape of the policy's.", gt=0)
     critic_warmup_steps: int = knob(0, "First steps, in which the critic is trained and the policy is not.", ge=0, also="critic_warmup (verl), freezing_actor_steps (OpenRLHF)")
     vf_coef: float = knob(0.5, "Weight of the value loss. The critic has its own optimizer, so with AdamW it matters where max_grad_norm clips.", gt=0)
@@ -32,7 +33,8 @@ class PPOKeys(PolicyGradientKeys):
     @property
     def critic(self) -> CriticKeys:
         """How the critic is loaded and trained: as the policy, but whole, and at its own rate."""
-        start = {"base_model": self.base_model, "revision": self.revision} if self.value_model is None else {"base_model": self.value_model, "revision": None}
+        own = self.value_model is None or self.value_model.startswith(STAGE)  # that of a stage is made of the base, and as large
+        start = {"base_model": self.base_model, "revision": self.revision} if own else {"base_model": self.value_model, "revision": None}
         return CriticKeys.model_construct(**{**dict(self), **_TRAINED_WHOLE, **start, "learning_rate": self.critic_learning_rate})
 
     @model_validator(mode="after")

@@ -102,6 +102,11 @@ class RLKeys(SamplingKeys):
     ptx_coef: float = knob(0.05, "Weight of the token-mean cross-entropy of ptx_datasets, divided by its own tokens.", ge=0)
     ptx_rows_per_step: int = knob(8, "Rows of ptx_datasets in an optimizer step, over all processes.", ge=1)
 
+    @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps from one generation batch to the next."""
+        return self.steps_per_generation * self.num_iterations
+
     def rows_per_step(self, world_size: int) -> int:
         return super().rows_per_step(world_size) // self.steps_per_generation
 

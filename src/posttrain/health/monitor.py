@@ -17,13 +17,20 @@ KEPT_EVALS = 32
 QUIET_STEPS = 25
 _EVAL_SCORE = "eval_score"
 _REWARD_STEPS = 10
+_COUNTS = ("steps", "batches")
+"""Thresholds that say how many of the latest values a rule looks at."""
 
 
 class Monitor:
-    """Give it every step report; a rule that fired stays quiet for `QUIET_STEPS` steps."""
+    """Give it every step report; a rule that fired stays quiet for `QUIET_STEPS` steps.
 
-    def __init__(self, kind: str, rules: Sequence[Rule] | None = None, window: int = WINDOW_STEPS) -> None:
+    What is known of samples is logged once in `steps_per_batch` steps; as many as a rule asks for are remembered.
+    """
+
+    def __init__(self, kind: str, rules: Sequence[Rule] | None = None, steps_per_batch: int = 1) -> None:
         self._rules = tuple(rules if rules is not None else rules_for(kind))
+        asked = max((rule.thresholds.get(name, 0) for rule in self._rules for name in _COUNTS), default=0)
+        window = max(WINDOW_STEPS, int(asked) * steps_per_batch)
         self._first: list[StepReport] = []
         self._recent: deque[StepReport] = deque(maxlen=window)
         self._evaluated: deque[StepReport] = deque(maxlen=KEPT_EVALS)

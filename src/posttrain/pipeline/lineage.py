@@ -23,7 +23,7 @@ from posttrain.pipeline.stored_data import DATA, stored_files
 from posttrain.pipeline.taken_over import adapter_total_of
 from posttrain.pipeline.train import Place
 from posttrain.registry.card import model_card
-from posttrain.registry.manifest import ADAPTER_TOTAL, CERTIFICATE, MODEL, Manifest
+from posttrain.registry.manifest import ADAPTER_TOTAL, BESIDE, CERTIFICATE, MODEL, Manifest
 from posttrain.registry.registry import Registry
 
 
@@ -44,7 +44,7 @@ def manifests(place: Place, state: RunState, last: int, decisions: Sequence[Deci
         rewarded = isinstance(keys, RLKeys)
         if rewarded and keys.reward_check == "require" and (certificate := certificate_of(place.folder / entry.folder)):
             inputs[CERTIFICATE] = digest_json(certificate)
-        details = _details(place, state, entry)
+        details = _details(place, state, entry) | ({BESIDE: "the line"} if keys.is_reward_model else {})
         if index == last:
             details |= _people(place.keys, last, decisions)
         adapter = adapter_total_of(entry.files)

@@ -27,9 +27,10 @@ from posttrain.files import digest_file, digest_json, digest_start
 from posttrain.grading.learned import named_stage
 from posttrain.grading.source import specs_digest
 from posttrain.models.provenance import source_digest
-from posttrain.names import PREFIXES, REWARD_MODEL
+from posttrain.names import PREFIXES, REWARD_MODEL, STAGE
 from posttrain.numerics import changes_between, installed_version, revision
 from posttrain.pipeline.state import StageEntry
+from posttrain.recipes.stage import CRITIC
 from posttrain.registry.manifest import MODEL, environment_pins
 from posttrain.rewards.resolve import reward_digest
 
@@ -47,6 +48,8 @@ _HOW_IT_IS_WATCHED = {
     "lint",
 }
 """Keys that cannot change a stage's weights."""
+MADE_BY_STAGES = {"rewards": "reward_funcs", "value_model": "value_model"}
+"""Pin → key that may name what an earlier stage of the same pipeline makes; then its digest is known when that is done."""
 _VERSION, _SCHEMA, _NUMBERS, _PACKAGE = "posttrain", "schema", "numbers.", "package."
 _PACKAGES = ("torch", "transformers", "tokenizers", "jinja2", "peft", "bitsandbytes")
 """Those that render, tokenise and compute."""
@@ -107,7 +110,8 @@ def data_pins(keys: TrainKeys) -> dict[str, str]:
     if isinstance(keys, RLKeys):
         pins["rewards"] = reward_digest(keys.reward_funcs, keys.reward_kwargs, keys.reward_weights)
     if isinstance(keys, PPOKeys) and keys.value_model is not None:
-        pins["value_model"] = source_digest(keys.value_model)
+        of_a_stage = keys.value_model.startswith(STAGE)  # it has a digest when it is made
+        pins["value_model"] = keys.value_model if of_a_stage else source_digest(keys.value_model)
     if isinstance(keys, EpisodeKeys) and keys.plays:
         pins["episodes"] = specs_digest(keys.played_with)
     for number, teacher in enumerate(keys.teachers if isinstance(keys, SamplingKeys) else ()):
@@ -123,25 +127,37 @@ def data_pins(keys: TrainKeys) -> dict[str, str]:
     return pins
 
 
-def with_reward_models(keys: TrainKeys, run: Path, before: Sequence[StageEntry]) -> TrainKeys:
-    """The keys with the folders of the reward models that earlier stages made. Raises: ConfigError where one names none of them."""
-    if not isinstance(keys, RLKeys):
-        return keys
-    specs = [_made(spec, run, before) for spec in keys.reward_funcs]
-    return keys.model_copy(update={"reward_funcs": specs})
+def with_models_made(keys: TrainKeys, run: Path, before: Sequence[StageEntry]) -> TrainKeys:
+    """The keys with the folders of the reward models and critics that earlier stages made. Raises: ConfigError where one names none of them."""
+    made: dict[str, Any] = {}
+    if isinstance(keys, RLKeys):
+        made["reward_funcs"] = [
+            spec
+            if (name := named_stage(spec)) is None
+            else f"{REWARD_MODEL}{_made('reward_funcs', spec, name, run, before)}"
+            for spec in keys.reward_funcs
+        ]
+    if isinstance(keys, PPOKeys) and (value := keys.value_model) is not None and value.startswith(STAGE):
+        made["value_model"] = str(_made("value_model", value, value.removeprefix(STAGE), run, before))
+    return keys.model_copy(update=made)
 
 
-def _made(spec: str, run: Path, before: Sequence[StageEntry]) -> str:
-    name = named_stage(spec)
-    if name is None:
-        return spec
-    found = [entry for entry in before if name in (entry.kind, str(entry.index))]
-    if len(found) != 1 or not stage_kind(found[0].kind).keys.is_reward_model:
+def _made(key: str, spec: str, name: str, run: Path, before: Sequence[StageEntry]) -> Path:
+    left: list[tuple[StageEntry, str]] = []
+    for entry in before:
+        kind = stage_kind(entry.kind)
+        if kind.keys.is_reward_model:
+            left.append((entry, MODEL))
+        elif kind.has_critic and key == "value_model":
+            left.append((entry, CRITIC))
+    found = [(entry, folder) for entry, folder in left if name in (entry.kind, str(entry.index))]
+    if len(found) != 1:
         there = ", ".join(f"{entry.index} {entry.kind}" for entry in before) or "none"
         raise ConfigError(
-            f"reward_funcs: {spec} names no reward model of an earlier stage; before this one are: {there}"
+            f"{key}: {spec} names no reward model or critic of an earlier stage; before this one are: {there}"
         )
-    return f"{REWARD_MODEL}{run / found[0].folder / MODEL}"
+    entry, folder = found[0]
+    return run / entry.folder / folder
 
 
 def stage_inputs(kind: str, keys: TrainKeys, parent_digest: str) -> dict[str, str]:

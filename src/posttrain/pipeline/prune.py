@@ -155,7 +155,7 @@ def _names(value: Any, project: Path, run: Path) -> bool:
 
 
 def _spare(run: Path, state: RunState) -> Iterator[Path]:
-    """Folders of the stages that hold weights. A reward model is registered nowhere, so it stays."""
+    """Folders of the stages that hold weights. A reward model and a critic are registered nowhere, so they stay."""
     for entry in state.stages:
         stays = {MODEL} if stage_kind(entry.kind).keys.is_reward_model else set[str]()
         for name in _OF_A_STAGE:

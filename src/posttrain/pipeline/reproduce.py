@@ -13,7 +13,7 @@ import yaml
 from posttrain.config.draft import StageKeys
 from posttrain.config.load_pipeline import load_pipeline
 from posttrain.config.pipeline import ConfiguredStage, PipelineKeys, SuiteKeys
-from posttrain.config.resolved import apply_changes
+from posttrain.config.resolved import apply_changes, to_data
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.settings import PROJECT_KEY
 from posttrain.config.stages import ModelKeys
@@ -22,15 +22,22 @@ from posttrain.errors import PosttrainError
 from posttrain.evals.run import PLAYED_WITH
 from posttrain.evals.suite import load_suite
 from posttrain.evidence import EvalReport, RegistryEntry, Verdict
-from posttrain.files import read_json
+from posttrain.files import digest_json, read_json
 from posttrain.gate.decide import decide
 from posttrain.gate.folder import load_verdict, recompute, verdict_from_json
 from posttrain.gate.spec import GateSpec, Guard
 from posttrain.models.device import place
 from posttrain.models.provenance import source_digest
-from posttrain.pipeline.pins import is_version, pinned_environment, stage_inputs
+from posttrain.pipeline.pins import (
+    MADE_BY_STAGES,
+    is_version,
+    pinned_environment,
+    stage_inputs,
+    training_keys,
+    with_models_made,
+)
 from posttrain.pipeline.run import Watch, run_pipeline
-from posttrain.pipeline.state import RunState
+from posttrain.pipeline.state import RunState, StageEntry
 from posttrain.pipeline.stored_data import DATA, stored_base, stored_changes, stored_config
 from posttrain.pipeline.taken_over import adapter_total_of
 from posttrain.recipes.evaluate import evaluate
@@ -264,8 +271,16 @@ def _moved_pins(keys: PipelineKeys, chain: list[Manifest]) -> Iterator[Compariso
     moved: dict[str, Comparison] = {}
     for index, (stage, manifest) in enumerate(zip(keys.stages, chain, strict=False), start=1):
         parent = source_digest(keys.base_model) if index == 1 else manifest.inputs[MODEL]
-        now = stage_inputs(stage.kind, _as_trained(stage, manifest), parent)
-        for name, value in now.items():
+        trained = _as_trained(stage, manifest)
+        before = [
+            StageEntry(place, one.kind, 1, "", "", "") for place, one in enumerate(keys.stages[: index - 1], start=1)
+        ]
+        made = with_models_made(trained, Path("/"), before)
+        now = stage_inputs(stage.kind, trained, parent) | {"keys": digest_json(training_keys(made))}
+        named, folders = to_data(trained), to_data(made)
+        unknown = {pin for pin, key in MADE_BY_STAGES.items() if named.get(key) != folders.get(key)}
+        for name in [name for name in now if name not in unknown]:
+            value = now[name]
             recorded = manifest.inputs.get(name, "absent")
             what = (
                 name if is_version(name) else "base_model" if name == MODEL else f"stages.{index}.{stage.kind}.{name}"
@@ -292,6 +307,11 @@ def _retrained(
     equal = True
     for manifest, entry in zip(chain, made, strict=True):
         assert entry is not None, "every stage ran"
+        for name in MADE_BY_STAGES:
+            recorded, now = manifest.inputs.get(name), entry.inputs.get(name)
+            if recorded != now:
+                pin = f"pin stages.{entry.index}.{entry.kind}.{name}"
+                yield Comparison(pin, "note" if notes or not equal else "missing", f"recorded {recorded}, now {now}")
         same = entry.output_digest == manifest.outputs[MODEL]
         equal = equal and same
         text = entry.output_digest if same else f"recorded {manifest.outputs[MODEL]}, now {entry.output_digest}"

@@ -26,7 +26,7 @@ from posttrain.evals.suite import suite_files
 from posttrain.files import digest_json, digest_start, read_json, write_atomic, write_json
 from posttrain.grading.source import source_of, split_spec
 from posttrain.names import JUDGE
-from posttrain.pipeline.pins import data_pins, with_reward_models
+from posttrain.pipeline.pins import data_pins, with_models_made
 from posttrain.pipeline.state import StageEntry
 from posttrain.registry.manifest import MODEL, Manifest
 from posttrain.registry.registry import Registry
@@ -57,7 +57,7 @@ def stored_files(keys: PipelineKeys, project: Path | None, run: Path, entries: S
     named: dict[str, str] = {}
     for stage, entry in zip(keys.stages, entries, strict=False):
         before = [other for other in entries if other.index < entry.index]
-        trained = with_reward_models(apply_changes(stage.keys, entry.changed), run, before)
+        trained = with_models_made(apply_changes(stage.keys, entry.changed), run, before)
         now = data_pins(trained)
         if entry.accepted:  # by a person, under other versions: those are part of a reward's digest
             now.pop("rewards", None)

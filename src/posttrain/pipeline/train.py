@@ -18,7 +18,7 @@ from posttrain.files import digest_json, write_atomic
 from posttrain.models.continued import base_keys, is_continued
 from posttrain.models.total import MergedBefore
 from posttrain.pipeline.data_checks import DataChecks, Suites
-from posttrain.pipeline.pins import pinned_environment, stage_inputs, training_keys, with_reward_models
+from posttrain.pipeline.pins import pinned_environment, stage_inputs, training_keys, with_models_made
 from posttrain.pipeline.state import DAMAGED, DONE, RUNNING, Parent, RunState, StageEntry
 from posttrain.pipeline.taken_over import begin, belongs_to, damage, damaged_error, files_made, model_of
 from posttrain.protocols import MetricSink, Ranks
@@ -121,7 +121,7 @@ class Stages:
         keys = apply_changes(stage.keys, state.changes.get(str(index), {}))
         keys = keys.model_copy(update={"base_model": self.place.model_before(state, index), "seed": keys.seed})
         before = [entry for place in range(1, index) if (entry := state.stage(place)) is not None]
-        return with_reward_models(keys, self.place.folder, before)
+        return with_models_made(keys, self.place.folder, before)
 
     def _merged_before(self, state: RunState, index: int) -> MergedBefore | None:
         """The stage whose merged model the adapter of stage `index` was begun on, where that is not the given base."""

@@ -214,7 +214,8 @@ def _staleness(shape: ModelShape, cluster: Cluster, traffic: Traffic, loop: Loop
 
 
 def _disk(memory: MemoryPlan, keys: Mapping[str, Any]) -> int:
-    """Checkpoints that are kept at once and one being written, and the export."""
-    state = 3 * 4 * memory.trained_params
+    """Checkpoints that are kept at once and one being written, and the exports; a critic has its part in each."""
+    critics = memory.workload.critics_held
+    state = 3 * 4 * (memory.trained_params + sum(critic.num_params for critic in critics))
     kept = keys["save_total_limit"] + 2 if keys["save_steps"] else 2
-    return kept * state + memory.shape.num_params * memory.shape.stored_bytes
+    return kept * state + sum(shape.num_params * shape.stored_bytes for shape in (memory.shape, *critics))

@@ -48,7 +48,7 @@ class Ahead:
     ) -> None:  # fmt: skip
         self._keys, self._engine, self._decode, self._score = keys, engine, decode, score
         self._prompts, self._ranks, self._folder, self._resumable_from = prompts, ranks, folder, resumable_from
-        self._steps_per_batch = keys.steps_per_generation * keys.num_iterations
+        self._steps_per_batch = keys.steps_per_batch
         self._changed = threading.Condition()
         self._ledger: Ledger | None = None
         self._to_ask = deque[int]()

@@ -82,4 +82,4 @@ class Alternating:
 
 def batches_skipped(controls: Controls, keys: PolicyGradientKeys) -> int:
     """After rollbacks the prompts of the abandoned steps are passed over."""
-    return math.ceil(controls.skipped / (keys.steps_per_generation * keys.num_iterations))
+    return math.ceil(controls.skipped / keys.steps_per_batch)

@@ -131,7 +131,7 @@ class GroupCredit:
     def _teacher_coef(self, generation: int) -> float:
         """At the first step that a generation batch is trained in."""
         keys = self._keys
-        step = generation * keys.steps_per_generation * keys.num_iterations
+        step = generation * keys.steps_per_batch
         return coefficient_at(keys.teacher_coef, step, keys.teacher_warmup_steps, keys.teacher_decay_steps)
 
     def _advised(self, one: Made, advantages: Sequence[float], coef: float) -> Group:

@@ -15,6 +15,7 @@ from posttrain.models.batch import pack
 from posttrain.models.load import load_config, load_policy, load_tokenizer
 from posttrain.models.policy import Policy
 from posttrain.models.vocabulary import vocabulary_digest
+from posttrain.names import STAGE
 from posttrain.objectives.advantages import as_rewards, combine, gae_advantage, whitened
 from posttrain.objectives.reduce import Normalizer
 from posttrain.objectives.spec import PolicySpec
@@ -43,6 +44,9 @@ def ppo_objective(keys: PPOKeys) -> PolicySpec:
 def load_critic(keys: PPOKeys, policy: Policy) -> Learner:
     """`value_model`, or the policy's base under a head that says 0. Raises: ModelError for another vocabulary."""
     own = keys.critic
+    assert not (keys.value_model or "").startswith(STAGE), (
+        "the pipeline puts the folder of a stage in the place of its name"
+    )
     if keys.value_model is not None:
         theirs = load_tokenizer(own)
         if vocabulary_digest(theirs) != vocabulary_digest(policy.tokenizer):

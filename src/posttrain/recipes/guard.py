@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from posttrain.checkpoint.store import CheckpointStore
+from posttrain.config.rl import RLKeys
 from posttrain.config.stages import TrainKeys
 from posttrain.errors import TrainingError
 from posttrain.health.checks import CRITIC_GRAD_NORM, SKIPPED
@@ -34,7 +35,8 @@ class TrainingGuard:
         settle: Callable[[], None],
     ) -> None:  # fmt: skip
         self._keys, self._run, self._store, self._ranks, self._settle = keys, run, store, ranks, settle
-        self._monitor = Monitor(kind, rules_for(kind, keys.health))
+        steps_per_batch = keys.steps_per_batch if isinstance(keys, RLKeys) else 1
+        self._monitor = Monitor(kind, rules_for(kind, keys.health), steps_per_batch)
         self.held: list[str] = []
         self.rollbacks: tuple[Rollback, ...] = ranks.broadcast(read_rollbacks(run.path) if ranks.is_main else ())
         self.controls: Controls = self.rollbacks[-1].controls if self.rollbacks else first_controls(keys)

@@ -67,10 +67,7 @@ class LiveChecks:
 
     def if_due(self, step: int, groups: Sequence[RolloutGroup]) -> dict[str, float]:
         """`reward_check/…` if the step that begins with `groups` is one of every `reward_check_steps`."""
-        every, steps_per_batch = (
-            self._keys.reward_check_steps,
-            self._keys.steps_per_generation * self._keys.num_iterations,
-        )
+        every, steps_per_batch = self._keys.reward_check_steps, self._keys.steps_per_batch
         if not every or not step or step % every >= steps_per_batch:
             return {}
         best = best_samples([sample for rank in self._stage.ranks.gather(_samples(groups)) for sample in rank])

@@ -107,7 +107,7 @@ def _total_steps(keys: PolicyGradientKeys, num_prompts: int) -> int:
     if keys.max_steps > 0:
         return keys.max_steps
     batches = max(1, round(keys.num_train_epochs * num_prompts / keys.num_prompts_per_step))
-    return batches * keys.steps_per_generation * keys.num_iterations
+    return batches * keys.steps_per_batch
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ class ExperienceSource:
     ) -> None:  # fmt: skip
         self._stage, self._state, self._engine, self._collector = stage, state, engine, collector
         self._watch, self._total_steps = watch, total_steps
-        self._steps_per_batch = keys.steps_per_generation * keys.num_iterations
+        self._steps_per_batch = keys.steps_per_batch
 
     def __iter__(self) -> Iterator[TrainStep]:
         for step in range(self._state.step, self._total_steps):

@@ -20,6 +20,8 @@ MODEL = "model"
 ADAPTER_TOTAL = "adapter_total"
 """Name, among outputs and in a version's evidence, of one adapter for the base that the whole lineage started from."""
 CERTIFICATE = "certificate"
+BESIDE = "beside"
+"""Name, among details, that says a stage stands beside the line."""
 _ONCE_REWARDED = frozenset({"grpo"})
 """Stages that earned rewards when manifests did not say so themselves."""
 
@@ -42,6 +44,11 @@ class Manifest:
     @property
     def needs_certificate(self) -> bool:
         return self.stage in _ONCE_REWARDED if self.rewarded is None else self.rewarded
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether it made a model that helps to train, as a reward model does: the next stage starts from where this one did."""
+        return bool(self.details.get(BESIDE, False))
 
     @property
     def num_approvals(self) -> int:
@@ -74,9 +81,10 @@ class Manifest:
 
 
 def check_chain(chain: Sequence[Manifest]) -> None:
-    """From first to last, each starts from the model that the one before made. Raises: RegistryError where it breaks."""
+    """From first to last, each starts from the model that the one before on the line made. Raises: RegistryError where it breaks."""
     if not chain:
         raise RegistryError("got no manifest, expected one per stage: lineage cannot be recorded afterwards")
+    made, by = "", ""
     for place, manifest in enumerate(chain):
         if MODEL not in manifest.inputs or MODEL not in manifest.outputs:
             raise RegistryError(f"manifest of {manifest.stage}: inputs and outputs must both name {MODEL!r}")
@@ -84,11 +92,14 @@ def check_chain(chain: Sequence[Manifest]) -> None:
         if manifest.parent != (before.digest if before else None):
             expected = before.digest if before else "no parent (it is the first)"
             raise RegistryError(f"manifest of {manifest.stage}: got parent {manifest.parent}, expected {expected}")
-        if before and manifest.inputs[MODEL] != before.outputs[MODEL]:
+        if before and manifest.inputs[MODEL] != made:
             raise RegistryError(
-                f"manifest of {manifest.stage} starts from {manifest.inputs[MODEL]}, but {before.stage} made "
-                f"{before.outputs[MODEL]}: a stage is missing between them"
+                f"manifest of {manifest.stage} starts from {manifest.inputs[MODEL]}, but {by} {made}: a stage is missing between them"
             )
+        if not manifest.is_beside:
+            made, by = manifest.outputs[MODEL], f"{manifest.stage} made"
+        elif before is None:
+            made, by = manifest.inputs[MODEL], "the line starts from"
 
 
 def environment_pins(packages: Iterable[str] | None = None) -> dict[str, Any]:

@@ -7,7 +7,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from posttrain.config.kinds import STAGE_KINDS
+from posttrain.config.resolved import resolved_yaml
 from posttrain.errors import ConfigError, ModelError
+from posttrain.forms.merging.adapters import trained_on
 from posttrain.forms.merging.merge import MergeOptions, merge_models
 from posttrain.forms.merging.recipe import read_recipe
 
@@ -211,3 +214,17 @@ def test_a_fault_is_said_before_the_first_tensor_is_read(pair, model_dir, tmp_pa
         )
     with pytest.raises(ConfigError, match=r"merge.yaml:1: chat_template: expected the text of a Jinja template"):
         merging(tmp_path, "chat_template: chatml\n" + LINEAR.replace("W", "1").replace("V", "1"), pair)
+
+
+def test_an_adapter_for_the_given_base_loads_that_as_the_first_stage_of_a_policy_did(pair, tmp_path):
+    """A reward model that is trained before it, over the base in 4 bits, says nothing of it."""
+    for number, (kind, base, adapter) in enumerate(
+        (("reward_model", "a", "qlora"), ("sft", "a", "lora"), ("dpo", "b", "lora")), start=1
+    ):
+        keys = STAGE_KINDS[kind].keys(base_model=str(pair[base]), datasets=[{"path": "rows.jsonl"}], adapter=adapter)
+        stage = tmp_path / f"stages/{number:02d}-{kind}"
+        (stage / "adapter_total").mkdir(parents=True)
+        (stage / "config.yaml").write_text(resolved_yaml(keys, tmp_path, stage))
+    (tmp_path / "rows.jsonl").touch()
+    keys = trained_on(stage / "adapter_total")
+    assert (keys.base_model, keys.load_in_4bit) == (str(pair["a"]), False)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from posttrain.config.kinds import stage_kind
 from posttrain.config.load import detect_kind
 from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
@@ -37,10 +38,14 @@ def trained_on(adapter: Path) -> ModelKeys | None:
     if not path.is_file() or detect_kind(path) == "pipeline":
         return None
     if adapter.resolve().name == ADAPTER_TOTAL:
-        # The base that the pipeline was given is that of its first stage.
-        stages = sorted(folder for folder in path.parent.parent.glob("*-*") if (folder / "config.yaml").is_file())
+        # The base that the pipeline was given is that of its first stage on the line; a reward model stands beside it.
+        stages = sorted(folder for folder in path.parent.parent.glob("*-*") if _is_of_a_policy(folder / "config.yaml"))
         return base_keys(stage_keys(stages[0] if path.parent in stages else path.parent))
     return base_keys(stage_keys(path.parent)) if adapter.resolve().name == ADAPTER else None
+
+
+def _is_of_a_policy(config: Path) -> bool:
+    return config.is_file() and not stage_kind(detect_kind(config)).keys.is_reward_model
 
 
 def record_of(adapter: Path) -> Mapping[str, Any]:
