@@ -163,7 +163,15 @@ def test_axolotls_losses_and_weighting_are_asked_for_here(imported):
 
 @pytest.mark.parametrize(
     ("line", "kind"),
-    [("", "sft"), ("rl: dpo", "dpo"), ("rl: kto", "dpo"), ("reward_model: false", "sft"), ("rl: false", "sft")],
+    [
+        ("", "sft"),
+        ("rl: dpo", "dpo"),
+        ("rl: kto", "dpo"),
+        ("reward_model: false", "sft"),
+        ("rl: false", "sft"),
+        ("reward_model: true", "reward_model"),
+        ("rl: gdpo", "grpo"),
+    ],
 )
 def test_the_stage_comes_from_the_keys(tmp_path, line, kind):
     (tmp_path / "a.yaml").write_text(AXOLOTL + line + "\n")
@@ -173,9 +181,10 @@ def test_the_stage_comes_from_the_keys(tmp_path, line, kind):
 @pytest.mark.parametrize(
     ("line", "refusal"),
     [
+        ("reward_model: true\nrl: dpo", "rl: dpo beside reward_model: true are two stages; keep one of the two"),
         (
             "reward_model: true",
-            "reward_model: true: reward models are not imported; write a YAML for posttrain reward_model",
+            "datasets.1.type: alpaca: texts in system, input, chosen and rejected become conversations",
         ),
         ("rl: ppo", "rl: ppo: no such method here; set rl: dpo"),
         (
@@ -476,7 +485,7 @@ def test_keys_of_axolotls_schema_that_change_nothing_have_their_reason(imported,
     assert "SECRET" not in text
 
 
-@pytest.mark.parametrize("line", ["mora: {use_mora: true}", "use_eaft: true", "dense_mixer: true", "nemo_gym_enabled: true", "scaling_softmax: true", "dpo_loss_weights: [1.0, 0.5]"])  # fmt: skip
+@pytest.mark.parametrize("line", ["mora: {use_mora: true}", "use_eaft: true", "dense_mixer: true", "nemo_gym_enabled: true", "scaling_softmax: true"])  # fmt: skip
 def test_keys_of_axolotls_schema_that_change_what_is_learned_are_refused(imported, line):
     with pytest.raises(ConfigError, match=line.partition(":")[0] + ": "):
         imported(AXOLOTL + line + "\n")

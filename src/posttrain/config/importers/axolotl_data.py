@@ -8,6 +8,7 @@ from typing import Any
 from posttrain.config.importers.fates import ImportDraft, is_off
 from posttrain.config.importers.paths import local_file
 from posttrain.config.importers.templates import named_template
+from posttrain.config.importers.values import streaming
 
 _INTRO = "Below is an instruction that describes a task"
 _TASK = "Write a response that appropriately completes the request."
@@ -38,10 +39,14 @@ _TAKE_OUT = "take it out, or change the data once"
 
 def read_datasets(draft: ImportDraft) -> None:
     """`datasets` and what decides which of their tokens are trained."""
-    entries = [e for key in ("datasets",) for e in draft.source.get(key) or []]
-    if not entries and "pretraining_dataset" not in draft.source:
+    entries, texts = draft.source.get("datasets") or [], draft.source.get("pretraining_dataset")
+    if not entries and not texts:
         draft.refuse("datasets", "missing: a run needs rows", "name the data")
         return
+    if entries and texts:
+        draft.refuse("datasets", "they are not read beside pretraining_dataset", "keep one of the two")
+    elif texts:
+        _pretraining(draft, texts)
     for key, ours in (("datasets", "datasets"), ("test_datasets", "eval_datasets")):
         read = [
             one
@@ -52,6 +57,67 @@ def read_datasets(draft: ImportDraft) -> None:
             draft.put(ours, read, key)
     if draft.kind == "sft":
         _trained(draft, entries)
+
+
+def _pretraining(draft: ImportDraft, texts: Any) -> None:
+    """`pretraining_dataset`: running text, streamed. Only the first of several is read there."""
+    key, entries = "pretraining_dataset", texts if isinstance(texts, list) else [{"path": texts}]
+    if len(entries) > 1:
+        draft.refuse(key, f"{len(entries)} of them: Axolotl reads the first alone", "keep one")
+    entry = entries[0] if isinstance(entries[0], Mapping) else {"path": entries[0]}
+    if draft.kind != "sft":
+        draft.refuse(key, f"running text in {draft.kind}", "take rl or reward_model out")
+    elif entry.get("type") not in (None, "pretrain"):
+        draft.refuse(f"{key}.type", f"{entry['type']}: a style of text that is not known here", "set pretrain")
+    elif entry.get("skip"):
+        draft.refuse(f"{key}.skip", f"{entry['skip']}: rows are read from the start here", "take it out")
+    else:
+        rows = {name: value for name, value in entry.items() if name not in ("type", "skip", "text_column")}
+        rows |= {"type": "completion", "field": entry.get("text_column")}
+        draft.put("datasets", _entry(draft, rows, key), key)
+        _blocks(draft)
+
+
+def _blocks(draft: ImportDraft) -> None:
+    """How texts fill rows of sequence_len: packed apart from each other, joined, or one by one."""
+    apart, joined = "pretrain_multipack_attn", "pretraining_sample_concatenation"
+    draft.drop("overflow", "pretraining_dataset says how long texts are cut")
+    if draft.asks("sample_packing"):
+        note = "of a long text the parts overlap by 256 tokens there, and each ends in EOS; here no token comes twice"
+        draft.put("overflow", "split", "pretraining_dataset", note)
+        if draft.source.get(apart, True) is False:
+            draft.put(
+                "packing_strategy", "wrapped", apart, "attention goes across texts; blocks are filled to the last token"
+            )
+    elif draft.asks(joined):
+        draft.drop("packing", "pretraining_sample_concatenation joins the texts")
+        draft.put("packing", True, joined)
+        draft.put(
+            "packing_strategy",
+            "wrapped",
+            joined,
+            "a text that does not fit goes on in the next block; there it begins it",
+        )
+    else:
+        draft.put("overflow", "truncate", "pretraining_dataset", "a text is cut at sequence_len there, without an EOS")
+
+
+def read_streaming(draft: ImportDraft) -> None:
+    """`streaming`, which `pretraining_dataset` asks for by itself, and its keys."""
+    entries, texts = draft.source.get("datasets") or [], draft.asks("pretraining_dataset")
+    for key in ("pretrain_multipack_attn", "pretraining_sample_concatenation"):
+        if key in draft.source and key not in draft.came_from.values():
+            draft.leave(key, "it asks for what is so here" if texts else "it is read with pretraining_dataset only")
+    if texts and not draft.refusals and not draft.asks("streaming"):
+        draft.put("streaming", True, "pretraining_dataset")
+    streaming(draft, "streaming_multipack_buffer_size", "streaming")
+    if "pretrain_multipack_buffer_size" in draft.source:
+        if "streaming_multipack_buffer_size" in draft.source:
+            draft.leave("pretrain_multipack_buffer_size", "streaming_multipack_buffer_size says it")
+        else:
+            streaming(draft, "pretrain_multipack_buffer_size")
+    if draft.asks("streaming") and draft.asks("sample_packing") and len(entries) > 1:
+        draft.refuse("datasets", f"{len(entries)} streamed and packed: Axolotl reads the first alone", "keep one")
 
 
 def _entry(draft: ImportDraft, entry: Any, where: str) -> list[dict[str, Any]]:
@@ -87,6 +153,13 @@ def _rows(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str,
     if isinstance(kind, Mapping):
         return _own_prompt(draft, kind, where)
     reader = _READERS.get((draft.kind, str(kind)))
+    if draft.kind == "reward_model":
+        why = (
+            f"{kind}: texts in system, input, chosen and rejected become conversations there, and stay plain texts here"
+        )
+        todo = "write prompt, chosen and rejected as messages, and give a YAML with type: preference to posttrain reward_model"
+        draft.refuse(f"{where}.type", why, todo)
+        return {}
     if reader is None:
         known = ", ".join(name for stage, name in _READERS if stage == draft.kind)
         draft.refuse(
@@ -139,11 +212,20 @@ def _check_messages(draft: ImportDraft, entry: Mapping[str, Any], where: str) ->
 
 def _text(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     field = entry.get("field") or "text"
-    draft.change(
-        f"{where}.type",
-        "completion: a text longer than sequence_len is cut there, and not split into several rows; split long texts once",
-    )
+    others = [other for other in draft.source.get("datasets") or [] if not _is_text(other)]
+    if others:
+        draft.change(
+            f"{where}.type",
+            "completion: beside conversations a text longer than sequence_len is no row of its own parts; split long texts once",
+        )
+    elif draft.keys.get("overflow") != "split" and not draft.asks("pretraining_dataset"):
+        draft.drop("overflow", "texts are split, so none is too long")
+        draft.put("overflow", "split", f"{where}.type", "completion: parts of a long text are rows there too")
     return {"type": "text", **({} if field == "text" else {"columns": {"text": field}})}
+
+
+def _is_text(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and entry.get("type") == "completion"
 
 
 def _pair(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -6,16 +6,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain.config.importers.axolotl_data import read_datasets, read_template
+from posttrain.config.importers.axolotl_data import read_datasets, read_streaming, read_template
 from posttrain.config.importers.fates import ImportDraft, Kind, Refusal, as_float, is_off, names
 from posttrain.config.importers.paths import reward_file
 from posttrain.config.importers.sharded import count_shards_together
 from posttrain.config.importers.values import (
     OPTIMIZERS,
     adapter_defaults,
+    best_model,
     cadence,
     compiling,
-    early_stopping,
     schedule,
     sft_only,
     warmup,
@@ -41,15 +41,14 @@ def stage(source: Mapping[str, Any]) -> Kind | Refusal:
     if source.get("process_reward_model"):
         return Refusal("process_reward_model", "true: process reward models are not trained here", OTHER)
     if source.get("reward_model"):
-        how = "write a YAML for posttrain reward_model"
-        return Refusal("reward_model", "true: reward models are not imported", how)
+        return "reward_model"
     if is_off(rl):
         return "sft"
     if rl in _PREFERENCES:
         return "dpo"
-    if rl == "grpo":
+    if rl in ("grpo", "gdpo"):
         return "grpo"
-    return Refusal("rl", f"{rl}: no such method here", "set rl: dpo, ipo, kto, orpo, simpo or grpo, or " + OTHER)
+    return Refusal("rl", f"{rl}: no such method here", "set rl: dpo, ipo, kto, orpo, simpo, grpo or gdpo, or " + OTHER)
 
 
 def finish(draft: ImportDraft) -> None:
@@ -66,7 +65,8 @@ def finish(draft: ImportDraft) -> None:
     _trackers(draft)
     compiling(draft)
     sft_only(draft)
-    early_stopping(draft)
+    read_streaming(draft)
+    best_model(draft)
     cadence(draft, "save", "save_steps", 1)
     cadence(draft, "eval", "eval_steps", 1)
 
@@ -84,11 +84,26 @@ def _method(draft: ImportDraft) -> None:
         else:
             draft.refuse("dpo_loss_type", f"{loss} has no counterpart here", "set one of " + ", ".join(_DPO_LOSSES))
     elif "rl" in source and is_off(rl):
-        draft.leave("rl", "it is supervised fine-tuning")
+        draft.leave("rl", f"it is no RL: the stage is {draft.kind}")
+    _rewards(draft)
     if draft.kind == "grpo":
         _grpo(draft)
     elif "trl" in source:
         draft.leave("trl", f"it plays no part in {draft.kind}")
+
+
+def _rewards(draft: ImportDraft) -> None:
+    """`reward_model`, and the outputs of its head."""
+    rewarded = draft.kind == "reward_model"
+    if "reward_model" in draft.source:
+        draft.leave("reward_model", f"it is run by `posttrain {draft.kind}`" if rewarded else "it is off")
+    if rewarded and draft.asks("rl"):
+        draft.refuse("rl", f"{draft.source['rl']} beside reward_model: true are two stages", "keep one of the two")
+    if draft.asks("num_labels") and not (rewarded and draft.source["num_labels"] == 1):
+        what = "a reward is one number" if rewarded else "classification is not trained here"
+        draft.refuse("num_labels", f"{draft.source['num_labels']}: {what}", "set 1" if rewarded else OTHER)
+    elif "num_labels" in draft.source:
+        draft.leave("num_labels", "a reward is one number here too")
 
 
 _GRPO: dict[str, Any] = {
@@ -123,6 +138,10 @@ def _grpo(draft: ImportDraft) -> None:
             )
         elif not is_off(value):
             draft.refuse(f"trl.{key}", f"{value}: it has no counterpart here", "take it out")
+    if draft.source["rl"] == "gdpo":
+        draft.put("multi_objective_aggregation", "normalize_then_sum", "rl", "gdpo there")
+    else:
+        draft.leave("rl", "grpo: it is run by `posttrain grpo`")
     draft.assume("loss_type", "bnpo")
     draft.assume("beta", 0.0)
 
@@ -271,10 +290,11 @@ def defaults(draft: ImportDraft) -> Mapping[str, Any]:
     filled: dict[str, Any] = {"per_device_train_batch_size": 1, **adapter_defaults(draft, 8, 8)}
     if not {"warmup_steps", "warmup_ratio"} & set(draft.keys):
         filled["warmup_ratio"] = 0.03
-    if draft.kind == "sft":
-        filled["lr_scheduler_type"] = "cosine"
+    filled["lr_scheduler_type"] = "cosine"
     if draft.kind == "dpo":
-        filled |= {"lr_scheduler_type": "cosine", "beta": 0.1, "loss_type": "sigmoid"}
-    if draft.kind == "grpo":
-        filled["lr_scheduler_type"] = "cosine"
+        filled |= {"beta": 0.1, "loss_type": "sigmoid"}
+    if draft.kind == "reward_model":
+        filled["overflow"] = "truncate"
+    if draft.keys.get("streaming"):
+        filled["buffer_size"] = 10_000
     return filled

@@ -171,7 +171,8 @@ def _with_options(line: ScriptLine, path: Path) -> dict[str, Any]:
 def _trl(line: ScriptLine, path: Path) -> dict[str, Any]:
     verb, *rest = line.words
     script = rest.pop(0) if verb.endswith("trl") and rest else re.split(r"[/.]", verb.removesuffix(".py"))[-1]
-    return {**_with_options(ScriptLine(line.number, [verb, *rest]), path), SCRIPT: script.partition("_")[0]}
+    script = "online_dpo" if script in ("dpo_online", "online_dpo") else script.partition("_")[0]
+    return {**_with_options(ScriptLine(line.number, [verb, *rest]), path), SCRIPT: script}
 
 
 def _module(line: ScriptLine, path: Path) -> dict[str, Any]:
@@ -249,6 +250,10 @@ COMMANDS: tuple[Command, ...] = (
     Command(r"(?:^|/)axolotl(?:\.cli\.\w+)?$", "axolotl", _with_options),
     Command(r"(?:^|/)tune$", "torchtune", _tune),
     Command(r"^openrlhf\.cli\.train_\w+$", "openrlhf", _module),
-    Command(r"(?:^|/)trl$|(?:^|/)(?:sft|dpo|grpo|kto|orpo|cpo)\w*\.py$|^trl\.scripts\.\w+$", "trl", _trl),
+    Command(
+        r"(?:^|/)trl$|(?:^|/)(?:(?:sft|dpo|grpo|kto|orpo|cpo)\w*|reward(?:_modeling)?|online_dpo|rloo|ppo)\.py$|^trl\.scripts\.\w+$",
+        "trl",
+        _trl,
+    ),
 )
 """A word of a command line → whose it is. Modules stand before TRL's scripts, whose names others' may hold."""

@@ -34,11 +34,12 @@ from posttrain.config.importers.values import (
     TRACKING,
     TRAINER,
     adapter_defaults,
+    best_model,
     cadence,
     compiling,
-    early_stopping,
     schedule,
     sft_only,
+    streaming,
     warmup,
 )
 
@@ -51,14 +52,14 @@ ROWS: dict[str, KeyFate] = {
     **TRAINER,
     **rows(left(TRACKING), "plot_loss", "use_swanlab", "swanlab_project", "swanlab_workspace", "swanlab_run_name", "swanlab_mode", "swanlab_api_key", "swanlab_logdir",
            "swanlab_lark_webhook_url", "swanlab_lark_secret", "include_effective_tokens_per_second", "print_param_status", "wandb_project", "trackio_project"),
-    **rows(left(LOADING), "overwrite_cache", "buffer_size", "tokenized_path", "cache_dir", "preprocessing_batch_size", "preprocessing_num_workers", "media_dir", "data_shared_file_system"),
+    **rows(left(LOADING), "overwrite_cache", "tokenized_path", "cache_dir", "preprocessing_batch_size", "preprocessing_num_workers", "media_dir", "data_shared_file_system"),
     **rows(left(KERNELS), "flash_attn", "enable_liger_kernel", "use_unsloth", "use_unsloth_gc", "use_v1_kernels", "use_kernels", "use_kv_cache", "fused_linear_cross_entropy"),
     **rows(left(MEMORY), "low_cpu_mem_usage", "use_reentrant_gc", "upcast_layernorm", "upcast_lmhead_output", "offload_folder", "use_kt", "kt_config", "kt_cpu_activation",
            "kt_mode", "kt_optimize_rule", "kt_maxlen", "kt_use_cuda_graph", "kt_force_think", "cpu_infer", "chunk_size", "mode"),
     **rows(left(PROCESSES), "ray_num_workers", "use_mca", "master_addr", "master_port"),
     "sequence_parallel_size": to("sharding", tokens_over, SPLIT, "give the number of processes that share a sequence"),
     "sequence_parallel_mode": left(SPLIT),
-    **rows(left(GENERATION), "eval_num_beams", "predict_with_generate", "compute_accuracy", "eval_on_each_dataset", "do_sample", "temperature", "top_p", "top_k", "num_beams",
+    **rows(left(GENERATION), "eval_num_beams", "predict_with_generate", "compute_accuracy", "do_sample", "temperature", "top_p", "top_k", "num_beams",
            "max_length", "max_new_tokens", "repetition_penalty", "length_penalty", "skip_special_tokens", "infer_backend", "infer_dtype", "vllm_maxlen", "vllm_gpu_util",
            "vllm_enforce_eager", "vllm_max_lora_rank", "vllm_config", "sglang_maxlen", "sglang_mem_fraction", "sglang_tp_size", "sglang_config", "sglang_lora_backend",
            "per_device_eval_batch_size", "generation_max_length", "generation_num_beams", "task", "task_dir", "lang", "n_shot", "save_dir"),
@@ -77,13 +78,15 @@ ROWS: dict[str, KeyFate] = {
     "template": joint("chat_template"),
     "dataset": joint("datasets"),
     "eval_dataset": joint("eval_datasets"),
+    "eval_on_each_dataset": joint("eval_datasets", "true: each is a set of its own (eval_name)"),
     "dataset_dir": joint("datasets"),
     "max_samples": joint("datasets"),
     "mix_strategy": joint("datasets"),
     "interleave_probs": joint("datasets"),
     "cutoff_len": to("sequence_len"),
     "val_size": to("val_size"),
-    "streaming": refused("rows are not streamed here", "take it out: the rows are read whole"),
+    "streaming": joint("streaming"),
+    "buffer_size": joint("buffer_size", "with streaming"),
     "packing": joint("packing"),
     "neat_packing": joint("packing"),
     "train_on_prompt": joint("train_on"),
@@ -180,15 +183,17 @@ _LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo",
 
 def stage(source: Mapping[str, Any]) -> Kind | Refusal:
     asked = source.get("stage", "sft")
-    known: dict[str, Kind] = {"sft": "sft", "dpo": "dpo", "kto": "dpo"}
+    known: dict[str, Kind] = {"pt": "sft", "sft": "sft", "rm": "reward_model", "dpo": "dpo", "kto": "dpo"}
     if asked in known:
         return known[asked]
-    why = {
-        "pt": "pre-training on running text",
-        "rm": "the import of reward models",
-        "ppo": "the import of PPO",
-    }.get(asked, "it")
-    return Refusal("stage", f"{asked}: {why} is not done here", f"set stage: sft, dpo or kto, or {_OTHER}")
+    if asked == "ppo":
+        why = "ppo: its critic is a head on the policy, its rewards are scaled as they come, and its beta follows a target, none of which is so here"
+        return Refusal(
+            "stage",
+            why,
+            "write a YAML for posttrain ppo with reward_funcs: [model:FOLDER], FOLDER from posttrain reward_model",
+        )
+    return Refusal("stage", f"{asked}: no such method here", f"set stage: {', '.join(known)}, or {_OTHER}")
 
 
 def finish(draft: ImportDraft) -> None:
@@ -202,7 +207,8 @@ def finish(draft: ImportDraft) -> None:
     schedule(draft)
     compiling(draft)
     sft_only(draft)
-    early_stopping(draft)
+    streaming(draft, "buffer_size", "streaming")
+    best_model(draft)
     cadence(draft, "save", "save_steps", 3)
     cadence(draft, "eval", "eval_steps", 3)
 
@@ -247,10 +253,39 @@ def _template(draft: ImportDraft) -> None:
     name, thinking = draft.source.get("template"), draft.source.get("enable_thinking")
     if thinking is not None:
         draft.put("chat_template_kwargs", {"enable_thinking": thinking}, "enable_thinking")
-    if name is None:
+    if draft.source.get("stage") == "pt":
+        _text_ends(draft, name)
+    elif name is None:
         draft.change("template", "none is named, so the tokenizer's own is used")
     else:
         named_template(draft, "template", str(name))
+
+
+def _text_ends(draft: ImportDraft, template: Any) -> None:
+    """Running text is no conversation; of all templates one says what it ends with."""
+    if template == "llama3":
+        draft.put("special_tokens", {"eos_token": "<|end_of_text|>"}, "template", "llama3 ends a text so")
+    elif template is not None:
+        draft.leave("template", "running text is no conversation, so nothing is rendered by it")
+
+
+def _blocks(draft: ImportDraft) -> None:
+    """Running text is joined and cut into blocks unless `packing: false` says that each text is a row."""
+    if draft.asks("neat_packing"):
+        draft.refuse("neat_packing", "true: there it is for stage: sft only", "take it out")
+    elif "neat_packing" in draft.source:
+        draft.leave("neat_packing", "it is off")
+    if draft.source.get("packing") is not None and not draft.asks("packing"):
+        draft.leave("packing", "false: each text is a row of its own")
+        return
+    key = "packing" if "packing" in draft.source else "stage"
+    draft.put("packing", True, key, "" if key == "packing" else "pt packs unless it is told not to")
+    draft.put(
+        "packing_strategy",
+        "wrapped",
+        key,
+        "what is left over of 1,000 texts is dropped there, and joined to the next here",
+    )
 
 
 def _trained(draft: ImportDraft) -> None:
@@ -259,6 +294,8 @@ def _trained(draft: ImportDraft) -> None:
             draft.put("train_on", ours, key)
         elif key in draft.source:
             draft.leave(key, "it is off" if not draft.asks(key) else f"it plays no part in {draft.kind}")
+    if draft.source.get("stage") == "pt":
+        return _blocks(draft)
     for key in ("packing", "neat_packing"):
         if draft.asks(key) and draft.kind == "sft":
             note = (
@@ -278,7 +315,12 @@ def _loss(draft: ImportDraft) -> None:
     elif asked == "dpo":
         draft.put("loss_type", _LOSSES[loss], "pref_loss" if "pref_loss" in draft.source else "stage")
     elif "stage" in draft.source:
-        draft.leave("stage", "sft: it is run by `posttrain sft`")
+        draft.leave("stage", f"{asked}: it is run by `posttrain {draft.kind}`")
+    if asked == "rm":
+        draft.change(
+            "stage",
+            "rm: the head reads the last token's state as it is, where theirs drops a tenth of it (dropout) while training",
+        )
     if asked != "dpo" and "pref_loss" in draft.source:
         draft.leave("pref_loss", f"it plays no part in {asked}")
     if draft.asks("use_dft_loss") and draft.kind == "sft":
@@ -303,7 +345,7 @@ def defaults(draft: ImportDraft) -> Mapping[str, Any]:
     return {
         "overflow": "truncate", "learning_rate": 5e-5, "num_train_epochs": 3.0, "lr_scheduler_type": "linear",
         "per_device_train_batch_size": 8, "gradient_checkpointing": True, "bf16": False, "beta": 0.1,
-        **adapter_defaults(draft, 8, lambda rank: 2 * rank),
+        **({"buffer_size": 16_384} if draft.keys.get("streaming") else {}), **adapter_defaults(draft, 8, lambda rank: 2 * rank),
     }  # fmt: skip
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from posttrain.config.importers.fates import ImportDraft, names
+from posttrain.config.kinds import STAGE_KINDS
 
 _INFO = "dataset_info.json"
 _TAGS = {"role_tag": ("role", "from"), "content_tag": ("content", "value")}
@@ -39,6 +41,11 @@ def read_datasets(draft: ImportDraft) -> None:
             read = [{**entry, "weight": weight} for entry, weight in zip(read, mixed, strict=True)]
         if read:
             draft.put(ours, read, key, f"as {_INFO} describes them")
+    if "eval_on_each_dataset" in draft.source:
+        apart = draft.asks("eval_on_each_dataset") and "eval_datasets" in draft.keys
+        draft.leave(
+            "eval_on_each_dataset", "each has its eval_name" if apart else "there is one set of validation rows"
+        )
 
 
 def _weights(draft: ImportDraft, wanted: list[str]) -> list[float]:
@@ -91,8 +98,12 @@ def _entry(draft: ImportDraft, key: str, name: str, folder: Path, entries: Mappi
     chosen = {"split": entry["split"]} if entry.get("split", "train") != "train" else {}
     chosen |= {"name": entry["subset"]} if entry.get("subset") else {}
     limit = draft.source.get("max_samples")
-    if limit and key == "dataset":
+    if limit:
         chosen["limit"] = int(limit)
+    if key == "eval_dataset" and draft.asks("eval_on_each_dataset"):
+        chosen["eval_name"] = re.sub(r"[^A-Za-z0-9_-]", "_", name)
+        if chosen["eval_name"] != name:
+            draft.change(where, f"it is the set {chosen['eval_name']} here, which is part of a metric's name")
     if entry.get("num_samples") is not None:
         draft.refuse(where, "num_samples draws rows at random", "set max_samples, which takes the first rows")
     return [{"path": path, **rows, **chosen}]
@@ -122,7 +133,9 @@ def _rows(
     _check_tags(draft, where, entry.get("tags") or {})
     if draft.source.get("stage") == "kto":
         return _labelled(draft, where, formatting, columns)
-    if ranking != (draft.kind == "dpo"):
+    if draft.source.get("stage") == "pt":
+        return _running_text(draft, where, formatting, columns)
+    if ranking != STAGE_KINDS[draft.kind].pairs:
         what = "preferences" if ranking else "no preferences"
         draft.refuse(where, f"it holds {what} and the stage is {draft.kind}", "name other data, or another stage")
         return None
@@ -134,6 +147,18 @@ def _rows(
         return _with("preference", {ours: theirs for ours, theirs in renamed.items() if ours != theirs})
     renamed |= _renames(columns, {"system": "system", "tools": "tools"})
     return _with("sharegpt", {ours: theirs for ours, theirs in renamed.items() if ours != theirs})
+
+
+def _running_text(draft: ImportDraft, where: str, formatting: str, columns: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The prompt alone is read in pre-training, whatever the entry's other columns say."""
+    if formatting != "alpaca" or not columns.get("prompt") or columns.get("query"):
+        draft.refuse(
+            where,
+            "running text is one column here, which the entry does not name alone",
+            "give it columns: {prompt: NAME}",
+        )
+        return None
+    return _with("text", {} if columns["prompt"] == "text" else {"text": str(columns["prompt"])})
 
 
 def _alpaca(draft: ImportDraft, where: str, ranking: bool, columns: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -32,11 +32,12 @@ from posttrain.config.importers.values import (
     TRACKING,
     TRAINER,
     adapter_defaults,
+    best_model,
     cadence,
     compiling,
-    early_stopping,
     schedule,
     sft_only,
+    streaming,
     warmup,
 )
 
@@ -83,7 +84,7 @@ ROWS: dict[str, KeyFate] = {
     "dataset_test_split": joint("eval_datasets"),
     "datasets": joint("datasets"),
     "test_split_size": to("val_size"),
-    **rows(refused("rows are not streamed here", "take it out: the rows are read whole"), "dataset_streaming", "streaming"),
+    **rows(joint("streaming"), "dataset_streaming", "streaming"),
     "dataset_text_field": joint("datasets"),
     "chat_template_path": joint("chat_template"),
     "chat_template_kwargs": to("chat_template_kwargs"),
@@ -94,11 +95,12 @@ ROWS: dict[str, KeyFate] = {
     "max_prompt_length": changed("sequence_len limits the prompt together with its answer"),
     "shuffle_dataset": left("rows are always shuffled here"),
     "packing": to("packing", flag),
-    "packing_strategy": changed("packing fills micro-batches by tokens, best fit, and splits no row", ("bfd",)),
+    "packing_strategy": joint("packing_strategy", "with packing; bfd_split asks for overflow: split"),
     "completion_only_loss": joint("train_on"),
     "assistant_only_loss": joint("train_on"),
     "loss_type": joint("loss_type"),
     "loss_weights": to("loss_weights"),
+    "center_rewards_coefficient": to("center_rewards_coefficient"),
     "beta": to("beta"),
     "label_smoothing": to("label_smoothing"),
     "f_divergence_type": to("f_divergence_type"),
@@ -160,11 +162,27 @@ _LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
 def stage(source: Mapping[str, Any]) -> Kind | Refusal:
     script = source.get(SCRIPT)
-    known: dict[str, Kind] = {"sft": "sft", "dpo": "dpo", "grpo": "grpo", "kto": "dpo", "orpo": "dpo", "cpo": "dpo"}
+    known: dict[str, Kind] = {
+        "sft": "sft",
+        "dpo": "dpo",
+        "grpo": "grpo",
+        "kto": "dpo",
+        "orpo": "dpo",
+        "cpo": "dpo",
+        "reward": "reward_model",
+    }
     if script is not None:
-        return known.get(script) or Refusal(SCRIPT, f"{script}: no such method here", f"known are {', '.join(known)}")
+        what = (
+            "pairs of completions are not sampled and judged while training here"
+            if script == "online_dpo"
+            else "no such method here"
+        )
+        todo = f"known are {', '.join(known)}; posttrain ppo and grpo learn from a reward model while they sample"
+        return known.get(script) or Refusal(SCRIPT, f"{script}: {what}", todo)
     if {"reward_funcs", "num_generations", "max_completion_length"} & set(source):
         return "grpo"
+    if "center_rewards_coefficient" in source:
+        return "reward_model"
     preference = {"beta", "precompute_ref_log_probs", "label_smoothing", "rpo_alpha", "max_prompt_length"} & set(source)
     asked = source.get("loss_type")
     if (
@@ -196,9 +214,25 @@ def finish(draft: ImportDraft) -> None:
     schedule(draft)
     compiling(draft)
     sft_only(draft)
-    early_stopping(draft)
+    streaming(draft, "", "dataset_streaming", "streaming")
+    _packing(draft)
+    best_model(draft)
     cadence(draft, "save", "save_steps", 3)
     cadence(draft, "eval", "eval_steps", 3)
+
+
+def _packing(draft: ImportDraft) -> None:
+    asked = draft.source.get("packing_strategy")
+    if asked is None:
+        return
+    if draft.kind != "sft" or not draft.keys.get("packing"):
+        draft.leave("packing_strategy", "nothing is packed")
+    elif asked in ("bfd", "wrapped"):
+        draft.put("packing_strategy", asked, "packing_strategy")
+    elif asked in ("bfd_split", "bfd-requeue"):
+        draft.put("overflow", "split", "packing_strategy", f"{asked} there: parts of a long text are rows")
+    else:
+        draft.refuse("packing_strategy", f"{asked} has no counterpart here", "set bfd, bfd_split or wrapped")
 
 
 def _adapter(draft: ImportDraft) -> None:
@@ -353,6 +387,7 @@ def defaults(draft: ImportDraft) -> Mapping[str, Any]:
     }  # fmt: skip
     filled |= {"sft": {"learning_rate": 2e-5, "train_on": "all", "sequence_len": 1024},
                "dpo": {"learning_rate": 1e-6, "beta": 0.1, "sequence_len": 1024},
+               "reward_model": {"learning_rate": 1e-4, "sequence_len": 1024, "overflow": "drop"},
                "grpo": {"learning_rate": 1e-6, "max_steps": -1, "max_completion_length": 512}}[draft.kind]  # fmt: skip
     if draft.keys.get("adapter") == "qlora":
         filled["bnb_4bit_use_double_quant"] = False

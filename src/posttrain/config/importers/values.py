@@ -11,6 +11,7 @@ from posttrain.config.importers.fates import (
     Reading,
     as_float,
     changed,
+    flag,
     is_off,
     joint,
     left,
@@ -20,6 +21,8 @@ from posttrain.config.importers.fates import (
     to,
 )
 from posttrain.config.importers.sharded import SHARDED, fsdp_config, fsdp_words
+from posttrain.config.kinds import STAGE_KINDS
+from posttrain.config.schema import keys_of
 
 OPTIMIZERS = {
     **dict.fromkeys(
@@ -68,6 +71,8 @@ OWN_LOOP = "it belongs to their training loop; ours is the same for every run"
 
 _SET = "set it in a YAML of ours if a stage here has it, or train with the other tool"
 _NO_FREEZE = "train all weights (take it out), or use adapter: lora with lora_target"
+
+_OF_PAIRS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
 
 _TRACKERS = ("mlflow", "wandb", "trackio", "tensorboard")
 
@@ -135,8 +140,7 @@ TRAINER: dict[str, KeyFate] = {
     "label_smoothing_factor": joint("label_smoothing_factor"),
     "neftune_noise_alpha": joint("neftune_noise_alpha"),
     "load_best_model_at_end": to("load_best_model_at_end"),
-    "metric_for_best_model": refused("the best checkpoint is that of the lowest validation loss here", "set eval_loss, or take it out", ("loss", "eval_loss")),
-    "greater_is_better": refused("the best checkpoint is that of the lowest validation loss here", "take it out"),
+    **rows(joint("metric_for_best_model", "with load_best_model_at_end"), "metric_for_best_model", "greater_is_better"),
     **rows(joint("early_stopping_patience", "with load_best_model_at_end, which it needs"), "early_stopping_patience", "early_stopping_steps"),
     "lr_scheduler_kwargs": joint("lr_scheduler_type", "its num_cycles, power, min_lr, min_lr_rate and lr_end are read", "set min_lr_ratio, lr_num_cycles, lr_power, warmup_steps or lr_scheduler_type"),
     "save_total_limit": to("save_total_limit"),
@@ -193,7 +197,7 @@ def compiling(draft: ImportDraft) -> None:
 
 def sft_only(draft: ImportDraft) -> None:
     """Label smoothing, which the losses of other stages do not read there, and NEFTune, which they do."""
-    for key in ("label_smoothing_factor", "neftune_noise_alpha", "neftune_alpha"):
+    for key in ("label_smoothing_factor", "neftune_noise_alpha", "neftune_alpha", "noisy_embedding_alpha"):
         if key not in draft.source:
             continue
         smooths = key == "label_smoothing_factor"
@@ -215,7 +219,37 @@ def sft_only(draft: ImportDraft) -> None:
             draft.refuse(key, f"{draft.source[key]}: noise on the embeddings is added in sft only", "take it out")
 
 
-def early_stopping(draft: ImportDraft) -> None:
+def best_model(draft: ImportDraft) -> None:
+    """Early stopping, and by which metric the best checkpoint is told."""
+    _early_stopping(draft)
+    for key in ("metric_for_best_model", "greater_is_better"):
+        value = draft.source.get(key)
+        if value is None:
+            continue
+        if not draft.asks("load_best_model_at_end") and "load_best_model_at_end" not in draft.keys:
+            draft.leave(key, "load_best_model_at_end is off, so nothing is chosen by it")
+        elif key == "greater_is_better":
+            draft.put(key, flag(value), key)
+        elif _is_measured(metric := f"eval_{str(value).removeprefix('eval_')}", draft):
+            draft.put(key, metric, key)
+        else:
+            draft.refuse(
+                key,
+                f"{value} is not measured here under this name",
+                "set eval_loss, or a metric that a run's metrics.jsonl has",
+            )
+
+
+def _is_measured(metric: str, draft: ImportDraft) -> bool:
+    """Whether the validation of this kind of stage has it; other tools count tokens that are right, too."""
+    kind = STAGE_KINDS[draft.kind]
+    if kind.samples:
+        return metric == "eval_reward"
+    of_pairs = kind.pairs and draft.keys.get("loss_type") != "kto"
+    return metric.endswith("loss") or (of_pairs and metric.endswith(_OF_PAIRS))
+
+
+def _early_stopping(draft: ImportDraft) -> None:
     for key in ("early_stopping_patience", "early_stopping_steps"):
         amount = draft.number(key)
         if amount:
@@ -224,6 +258,31 @@ def early_stopping(draft: ImportDraft) -> None:
                 draft.put("load_best_model_at_end", True, key, "it ends with the best checkpoint")
         elif amount is not None:
             draft.leave(key, "it asks for nothing")
+
+
+def streaming(draft: ImportDraft, buffer: str, *switches: str) -> None:
+    """Rows that are read as they are trained on. `buffer` says of how many at a time the order is drawn."""
+    for key in switches:
+        if draft.asks(key) and "streaming" in keys_of(STAGE_KINDS[draft.kind].keys):
+            draft.put("streaming", True, key)
+        elif draft.asks(key):
+            draft.change(key, f"{draft.kind} reads the same rows whole")
+        elif key in draft.source:
+            draft.leave(key, "it is off")
+    if buffer in draft.source and draft.keys.get("streaming"):
+        draft.put("buffer_size", draft.source[buffer], buffer)
+    elif buffer in draft.source:
+        draft.leave(buffer, "rows that are not streamed are shuffled whole")
+    if not draft.keys.get("streaming"):
+        return
+    if draft.keys.get("max_steps", -1) < 1:
+        draft.refuse("max_steps", "missing: how many rows are streamed is not known", "set it")
+    if draft.keys.get("val_size"):
+        draft.refuse(
+            draft.came_from["val_size"],
+            "rows that are streamed are not held out",
+            "name rows for the validation, and set it to 0",
+        )
 
 
 def cadence(draft: ImportDraft, what: str, ours: str, epochs: float) -> None:

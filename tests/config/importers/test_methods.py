@@ -1,0 +1,289 @@
+"""Methods beside plain fine-tuning: pre-training, streamed rows, reward models, several validation sets, the best checkpoint."""
+
+import json
+
+import pytest
+
+from posttrain.config import load_stage
+from posttrain.config.importers.convert import import_file
+from posttrain.config.importers.read import read_foreign
+
+AXOLOTL = """\
+base_model: a/b
+micro_batch_size: 2
+learning_rate: 2e-4
+sequence_len: 512
+max_steps: 9
+"""
+TEXTS = AXOLOTL + "pretraining_dataset: [{path: allenai/c4, name: en, split: train, type: pretrain}]\n"
+CHATS = AXOLOTL + "datasets: [{path: c/d, type: chat_template}]\n"
+LLAMAFACTORY = """\
+model_name_or_path: a/b
+finetuning_type: full
+template: default
+cutoff_len: 256
+"""
+TRL = "model_name_or_path: a/b\ndataset_name: c/d\nuse_peft: false\n"
+PAIRS = {
+    "formatting": "sharegpt",
+    "ranking": True,
+    "columns": {"messages": "talk", "chosen": "good", "rejected": "bad"},
+}
+DATA = {
+    "wiki": {"file_name": "wiki.json", "columns": {"prompt": "body"}},
+    "odd": {"file_name": "odd.json"},
+    "a.b": {"file_name": "ab.json", "formatting": "sharegpt"},
+    "c": {"file_name": "c.json", "formatting": "sharegpt"},
+    "pairs": {"file_name": "pairs.json", **PAIRS},
+}
+
+
+@pytest.fixture
+def loaded(tmp_path):
+    """The keys that a file of another tool comes to here, by way of the YAML that is written."""
+
+    def run(text, name="theirs.yaml"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(DATA))
+        for entry in DATA.values():
+            (tmp_path / "data" / entry["file_name"]).write_text("[]")
+        (tmp_path / name).write_text(text)
+        made = import_file(tmp_path / name, tmp_path / "ours.yaml")
+        return made, load_stage(made.kind, tmp_path / "ours.yaml").keys
+
+    return run
+
+
+@pytest.fixture
+def refused(tmp_path):
+    def run(text, name="theirs.yaml"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(DATA))
+        (tmp_path / name).write_text(text)
+        return "\n".join(str(refusal) for refusal in read_foreign(tmp_path / name).convert().refusals)
+
+    return run
+
+
+def test_axolotls_running_text_is_streamed(loaded):
+    made, keys = loaded(TEXTS)
+    source = keys.datasets[0]
+    assert (source.path, source.name, source.type) == ("allenai/c4", "en", "text")
+    assert (keys.streaming, keys.buffer_size, keys.packing, keys.overflow) == (True, 10_000, False, "truncate")
+    assert "streaming: true  # mapped from pretraining_dataset" in made.text
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        ("sample_packing: true", (True, "bfd", "split")),
+        ("sample_packing: true\npretrain_multipack_attn: true", (True, "bfd", "split")),
+        ("sample_packing: true\nexcess_length_strategy: drop", (True, "bfd", "split")),
+        ("sample_packing: true\npretrain_multipack_attn: false", (True, "wrapped", "split")),
+        ("pretraining_sample_concatenation: true", (True, "wrapped", "drop")),
+        ("sample_packing: false\npretraining_sample_concatenation: true", (True, "wrapped", "drop")),
+    ],
+)
+def test_how_axolotl_fills_rows_with_texts_is_how_they_are_filled_here(loaded, lines, found):
+    keys = loaded(TEXTS + lines + "\n")[1]
+    assert (keys.packing, keys.packing_strategy, keys.overflow) == found
+
+
+@pytest.mark.parametrize(
+    ("lines", "size"),
+    [("streaming_multipack_buffer_size: 50", 50), ("pretrain_multipack_buffer_size: 60", 60)],
+)
+def test_so_many_texts_at_a_time_are_shuffled_as_axolotl_shuffles(loaded, lines, size):
+    assert loaded(TEXTS + lines + "\n")[1].buffer_size == size
+
+
+def test_the_column_of_the_text_keeps_its_name(loaded):
+    text = AXOLOTL + "pretraining_dataset: [{path: a/c, text_column: body}]\n"
+    assert loaded(text)[1].datasets[0].columns == {"text": "body"}
+    assert loaded(AXOLOTL + "pretraining_dataset: a/c\n")[1].datasets[0].path == "a/c"
+
+
+@pytest.mark.parametrize(
+    ("text", "refusal"),
+    [
+        (TEXTS.replace("max_steps: 9\n", ""), "max_steps: missing: how many rows are streamed is not known; set it"),
+        (TEXTS + "val_set_size: 0.1\n", "val_set_size: rows that are streamed are not held out; name rows for"),
+        (TEXTS.replace("split: train", "skip: 5"), "pretraining_dataset.skip: 5: rows are read from the start here"),
+        (TEXTS.replace("type: pretrain", "type: mine"), "pretraining_dataset.type: mine: a style of text"),
+        (TEXTS + "datasets: [{path: c/d, type: alpaca}]\n", "datasets: they are not read beside pretraining_dataset"),
+        (TEXTS + "rl: dpo\n", "pretraining_dataset: running text in dpo; take rl or reward_model out"),
+        (AXOLOTL + "pretraining_dataset: [{path: a/b}, {path: c/d}]\n", "pretraining_dataset: 2 of them: Axolotl reads the first"),
+        (CHATS.replace("d,", "d, nope: 1,"), "datasets.1.nope: 1: it has no counterpart"),
+    ],
+)  # fmt: skip
+def test_running_text_that_cannot_be_had_is_refused_by_name(refused, text, refusal):
+    assert refusal in refused(text)
+
+
+def test_axolotls_streamed_conversations_are_streamed(loaded, refused):
+    assert loaded(CHATS + "streaming: true\n")[1].streaming
+    assert not loaded(CHATS + "streaming: false\nstreaming_multipack_buffer_size: 5\n")[1].streaming
+    two = "datasets: [{path: a/b, type: chat_template}, {path: c/d, type: chat_template}]\n"
+    assert "datasets: 2 streamed and packed" in refused(AXOLOTL + two + "streaming: true\nsample_packing: true\n")
+
+
+def test_rows_that_another_stage_reads_whole_are_said_to_be(loaded):
+    made, _ = loaded(CHATS.replace("chat_template", "chat_template.default") + "rl: dpo\nstreaming: true\n")
+    assert "# streaming: changed because dpo reads the same rows whole" in made.text
+
+
+def test_parts_of_a_long_completion_are_rows_as_in_axolotl(loaded):
+    text = AXOLOTL + "datasets: [{path: c/d, type: completion}]\nexcess_length_strategy: drop\n"
+    assert loaded(text)[1].overflow == "split"
+
+
+def test_axolotls_test_datasets_are_one_validation_set(loaded):
+    more = "test_datasets: [{path: e/f, type: chat_template, split: test}, {path: g/h, type: chat_template}]\n"
+    keys = loaded(CHATS + more)[1]
+    assert [(source.path, source.split) for source in keys.eval_datasets] == [("e/f", "test"), ("g/h", "train")]
+    assert keys.eval_names == ("",)
+
+
+def test_axolotls_several_losses_are_weighed_and_its_older_noise_is_added(loaded):
+    pairs = CHATS.replace("chat_template", "chat_template.default")
+    keys = loaded(pairs + "rl: dpo\ndpo_loss_type: [sigmoid, ipo]\ndpo_loss_weights: [1.0, 0.5]\n")[1]
+    assert (keys.loss_type, keys.loss_weights) == (["sigmoid", "ipo"], [1.0, 0.5])
+    assert loaded(CHATS + "noisy_embedding_alpha: 5\n")[1].neftune_noise_alpha == 5
+
+
+def test_gdpo_is_grpo_that_normalises_each_reward(loaded, tmp_path):
+    (tmp_path / "r.py").write_text("def f(prompts, completions, **_): return [0.0 for _ in completions]\n")
+    rows = AXOLOTL + "datasets: [{path: c/d, type: r.rows}]\n"
+    text = rows + "rl: gdpo\ntrl: {reward_funcs: [r.f]}\n"
+    (tmp_path / "theirs.yaml").write_text(text)
+    draft = read_foreign(tmp_path / "theirs.yaml").convert()
+    assert (draft.kind, draft.keys["multi_objective_aggregation"]) == ("grpo", "normalize_then_sum")
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        ("", (True, "wrapped")),
+        ("packing: true", (True, "wrapped")),
+        ("packing: false", (False, "bfd")),
+    ],
+)
+def test_llama_factorys_pre_training_joins_texts_unless_told_not_to(loaded, lines, found):
+    keys = loaded(f"{LLAMAFACTORY}stage: pt\ndataset: wiki\n{lines}\n")[1]
+    assert (keys.packing, keys.packing_strategy) == found
+    assert (keys.datasets[0].type, keys.datasets[0].columns) == ("text", {"text": "body"})
+
+
+def test_llama3s_texts_end_as_llama_factory_ends_them(loaded):
+    keys = loaded(LLAMAFACTORY.replace("default", "llama3") + "stage: pt\ndataset: wiki\n")[1]
+    assert keys.special_tokens == {"eos_token": "<|end_of_text|>"}
+
+
+def test_llama_factory_streams(loaded, refused):
+    rows = LLAMAFACTORY + "stage: pt\ndataset: wiki\nstreaming: true\n"
+    assert loaded(rows + "max_steps: 9\n")[1].buffer_size == 16_384
+    keys = loaded(rows + "max_steps: 9\nbuffer_size: 7\n")[1]
+    assert (keys.streaming, keys.buffer_size) == (True, 7)
+    assert "max_steps: missing: how many rows are streamed" in refused(rows)
+
+
+def test_llama_factorys_reward_models_are_trained(loaded):
+    made, keys = loaded(LLAMAFACTORY.replace("full", "lora") + "stage: rm\ndataset: pairs\n")
+    assert (made.kind, keys.adapter, keys.lora_r) == ("reward_model", "lora", 8)
+    assert keys.datasets[0].columns == {"conversations": "talk", "chosen": "good", "rejected": "bad"}
+    assert "# stage: changed because rm: the head reads the last token's state as it is" in made.text
+
+
+@pytest.mark.parametrize(
+    ("lines", "refusal"),
+    [
+        ("stage: ppo\nreward_model: x\ndataset: wiki", "stage: ppo: its critic is a head on the policy"),
+        ("stage: rm\ndataset: wiki", "dataset wiki: it holds no preferences and the stage is reward_model"),
+        ("stage: pt\ndataset: odd", "dataset odd: running text is one column here"),
+        ("stage: pt\ndataset: wiki\nneat_packing: true", "neat_packing: true: there it is for stage: sft only"),
+        ("stage: mystery\ndataset: wiki", "stage: mystery: no such method here; set stage: pt, sft, rm, dpo, kto"),
+    ],
+)
+def test_what_llama_factorys_stages_have_and_we_lack_is_refused_by_name(refused, lines, refusal):
+    assert refusal in refused(f"{LLAMAFACTORY}{lines}\n")
+
+
+@pytest.mark.parametrize(("apart", "names"), [("true", ("a_b", "c")), ("false", ("",))])
+def test_llama_factory_measures_each_validation_set_apart_where_asked(loaded, apart, names):
+    text = f"dataset: c\neval_dataset: a.b,c\neval_on_each_dataset: {apart}\nmax_samples: 5\n"
+    keys = loaded(LLAMAFACTORY + text)[1]
+    assert keys.eval_names == names
+    assert [source.limit for source in (*keys.datasets, *keys.eval_datasets)] == [5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        ("metric_for_best_model: loss\nload_best_model_at_end: true", ("eval_loss", None)),
+        ("metric_for_best_model: eval_loss\ngreater_is_better: false\nload_best_model_at_end: true", ("eval_loss", False)),
+        ("metric_for_best_model: loss\ngreater_is_better: false", (None, None)),
+        ("metric_for_best_model: eval_loss\nearly_stopping_patience: 3", ("eval_loss", None)),
+    ],
+)  # fmt: skip
+def test_the_best_checkpoint_is_told_by_the_metric_that_is_named(loaded, lines, found):
+    keys = loaded(f"{CHATS}val_set_size: 0.1\neval_steps: 5\n{lines}\n")[1]
+    assert (keys.metric_for_best_model, keys.greater_is_better) == found
+
+
+def test_a_metric_of_the_other_tools_own_is_refused(refused, loaded):
+    best = "load_best_model_at_end: true\neval_strategy: steps\neval_steps: 5\nmetric_for_best_model: "
+    assert "metric_for_best_model: eval_mean_token_accuracy is not measured" in refused(
+        f"{TRL}{best}eval_mean_token_accuracy\n"
+    )
+    pairs = loaded(f"{TRL}{best}eval_rewards/accuracies\nbeta: 0.2\n")[1]
+    assert pairs.metric_for_best_model == "eval_rewards/accuracies"
+    kto = "#!/bin/bash\npython kto.py --model_name_or_path a/b --dataset_name c/d --load_best_model_at_end true --metric_for_best_model rewards/margins"
+    assert "metric_for_best_model: rewards/margins is not measured" in refused(kto, "kto.sh")
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        ("packing: true\npacking_strategy: wrapped", ("wrapped", "truncate")),
+        ("packing: true\npacking_strategy: bfd", ("bfd", "truncate")),
+        ("packing: true\npacking_strategy: bfd_split", ("bfd", "split")),
+        ("packing: false\npacking_strategy: wrapped", ("bfd", "truncate")),
+    ],
+)
+def test_trl_packs_by_the_strategy_that_is_named(loaded, lines, found):
+    keys = loaded(f"{TRL}{lines}\n")[1]
+    assert (keys.packing_strategy, keys.overflow) == found
+
+
+def test_trl_streams_and_a_strategy_of_no_name_is_refused(loaded, refused):
+    assert loaded(TRL + "dataset_streaming: true\nmax_steps: 9\n")[1].streaming
+    assert "packing_strategy: odd has no counterpart" in refused(TRL + "packing: true\npacking_strategy: odd\n")
+
+
+@pytest.mark.parametrize(
+    "script", ["trl reward", "python examples/scripts/reward_modeling.py", "python -m trl.scripts.reward"]
+)
+def test_trls_reward_models_are_trained(loaded, script):
+    line = f"{script} --model_name_or_path a/b --dataset_name c/d --center_rewards_coefficient 0.01 --use_peft --lora_target_modules all-linear\n"
+    made, keys = loaded(line, "run.sh")
+    assert (made.kind, keys.center_rewards_coefficient, keys.adapter) == ("reward_model", 0.01, "lora")
+    assert (keys.learning_rate, keys.sequence_len, keys.overflow) == (1e-4, 1024, "drop")
+
+
+@pytest.mark.parametrize("script", ["examples/scripts/dpo_online.py", "online_dpo.py", "ppo.py"])
+def test_trls_methods_that_are_none_here_are_refused_by_name(refused, script):
+    name = "ppo" if script == "ppo.py" else "online_dpo"
+    assert f"posttrain_stage: {name}: " in refused(
+        f"python {script} --model_name_or_path a/b --dataset_name c/d\n", "run.sh"
+    )
+
+
+@pytest.mark.parametrize("name", ["Mxfp4Config", "FineGrainedFP8Config"])
+def test_weights_that_are_stored_quantised_are_refused_by_name(refused, name):
+    said = refused(
+        f"{CHATS}model_quantization_config: {name}\nmodel_quantization_config_kwargs: {{dequantize: true}}\n"
+    )
+    assert (
+        f"model_quantization_config: {name}: weights that are stored quantised are not unpacked here; name a base_model"
+        in said
+    )
