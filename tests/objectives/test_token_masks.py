@@ -68,7 +68,7 @@ def test_tokens_left_out_give_no_term_and_still_count(loss_type, level):
     spec = PolicySpec(loss_type=loss_type, importance_sampling_level=level)
     loss = policy_loss(inputs, spec, Normalizer(tokens=10, sequences=3)).loss
     loss.backward()
-    assert float(loss) == pytest.approx(by_loops(logp), abs=1e-12)
+    assert loss.item() == pytest.approx(by_loops(logp), abs=1e-12)
     h = 1e-6 * np.eye(10)
     slopes = [(by_loops(logp + e) - by_loops(logp - e)) / 2e-6 for e in h]
     np.testing.assert_allclose(policy_logp_M.grad, slopes, atol=1e-8)

@@ -75,7 +75,7 @@ ROWS = {
     **{f"grpo: {name}": ("grpo", {**TWO_REWARDS, "multi_objective_aggregation": name}) for name in choices("grpo", "multi_objective_aggregation")},
     "grpo: uncertain tokens": ("grpo", {"top_entropy_quantile": 0.2, "mask_truncated_completions": True, **TWICE}),
     "grpo: taught": ("grpo", {"teachers": HINTED, "teacher_advantage": "rlsd", "teacher_decay_steps": 3, **TWICE}),
-    "ppo: after a warm-up": ("ppo", {"critic_warmup_steps": 1, "beta": 0.1, **TWICE}),
+    "ppo: after a warm-up": ("ppo", {"critic_warmup_steps": 1, "beta": 0.1, "top_entropy_quantile": 0.3, **TWICE}),
     "ppo: an adapter": ("ppo", {**LORA, "beta": 0.1, "kl_in_reward": False, "optim": "adafactor", "cliprange_value": None}),
     "distill: opd": ("distill", {}),
     "distill: top-k, held out": ("distill", {"teacher_top_k": 4, "eval_steps": 1, "eval": "dev-prompts"}),
