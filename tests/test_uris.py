@@ -2,6 +2,8 @@ import pytest
 
 from posttrain.errors import ConfigError
 from posttrain.uris import (
+    clean_text,
+    clean_value,
     command_holds_secret,
     holds_secret,
     loopback,
@@ -103,3 +105,14 @@ def test_the_folders_of_the_shell_are_no_secrets_and_pwd_in_an_address_is_one():
     assert not variable_names_secret("PWD")
     assert not variable_names_secret("OLDPWD")
     assert holds_secret("mssql://host/db?PWD=sesame")
+
+
+def test_no_secret_is_in_a_text_that_is_shown_or_sent(monkeypatch):
+    secret = "hunter2-of-the-server"
+    monkeypatch.setenv("HF_TOKEN", secret)
+    monkeypatch.setenv("PWD", "/home/me")
+    assert clean_text("/home/me/runs: not there") == "/home/me/runs: not there"
+    assert clean_text(f"got {secret} at mlflow=http://me:pw@host/x") == "got … at mlflow=…"
+    assert clean_value({"api_key": "abc", "tokens": 3, "x": [float("nan"), "s3://b/k?token=abc"]}) == {
+        "api_key": "…", "tokens": 3, "x": [None, "…"],
+    }  # fmt: skip

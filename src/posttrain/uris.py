@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+import math
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from posttrain.errors import ConfigError
@@ -22,6 +26,10 @@ _NO_SECRET = re.compile(
 """Tokens of a tokenizer."""
 _WORKING_FOLDERS = frozenset({"PWD", "OLDPWD"})
 _WEB = ("http", "https")
+HIDDEN = "…"
+_SHORTEST_SECRET = 6
+# Without its end, a scheme would be looked for from each letter of a long word to that word's end.
+_URI_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,31}://[^\s\"'`<>]+")
 
 
 def holds_secret(text: str) -> bool:
@@ -79,6 +87,33 @@ SECRET_IN_COMMAND = (
 def without_secrets(text: str) -> str:
     """`text` without the user part of any URI and the credentials of any header, for messages that quote what was given or answered."""
     return _CREDENTIALS.sub(r"\1 …", _USER_INFO.sub("…@", text))
+
+
+def clean_text(text: str) -> str:
+    """`text` without passwords in URIs, and without what the environment keeps under a secret's name; half a surrogate pair written out."""
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    for name, value in os.environ.items():
+        if variable_names_secret(name) and len(value) >= _SHORTEST_SECRET:
+            text = text.replace(value, HIDDEN)
+    return without_secrets(_URI_IN_TEXT.sub(lambda uri: HIDDEN if holds_secret(uri[0]) else uri[0], text))
+
+
+def clean_value(value: Any) -> Any:
+    """JSON data without secrets; a number that is not finite is null, as in `metrics.jsonl`."""
+    match value:
+        case str() | Path():
+            return clean_text(str(value))
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {
+                clean_text(str(key)): HIDDEN if isinstance(one, str) and names_secret(str(key)) else clean_value(one)
+                for key, one in value.items()
+            }
+        case list() | tuple():
+            return [clean_value(one) for one in value]
+        case _:
+            return value
 
 
 def absolute_sqlite(uri: str) -> str:

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -65,19 +67,22 @@ def _mlflow(run):
 
 
 def _wandb(run):
+    return [(items["step"], items["loss"]) for items in _history(run)]
+
+
+def _history(run):
+    """The rows that `wandb sync` would send."""
+    rows = [record.history for record in _wandb_records(run) if record.WhichOneof("record_type") == "history"]
+    return [{(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in row.item} for row in rows]
+
+
+def _wandb_records(run):
     from wandb.proto.wandb_internal_pb2 import Record
 
     from posttrain.tracking.trackers.wandb_run import _log_records
 
-    found = []
-    for file in run.folder.glob("wandb/offline-run-*/run-*.wandb"):
-        for data in _log_records(file.read_bytes()):
-            record = Record()
-            record.ParseFromString(data)
-            if record.WhichOneof("record_type") == "history":
-                items = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
-                found.append((items["step"], items["loss"]))
-    return found
+    files = run.folder.glob("wandb/offline-run-*/run-*.wandb")
+    return [Record.FromString(data) for file in files for data in _log_records(file.read_bytes())]
 
 
 def _trackio(run):
@@ -96,6 +101,182 @@ def _tensorboard(run):
 
 
 _READ = {"mlflow": _mlflow, "wandb": _wandb, "trackio": _trackio, "tensorboard": _tensorboard}
+
+
+SECRET = "hf_Zq81mmPwT3"
+
+
+def sampled(run, steps, secret="nothing"):
+    """A sample of each step and then its row, as a run writes them."""
+    sink = JsonlSink(run.folder)
+    for step in steps:
+        turns = [{"role": "user", "content": f"key {secret}"}]
+        text = f"answer {step}: {secret}, postgres://me:pw@host/db"
+        sink.event("sample", step, {"prompt": "a|b?", "completion": text, "reward": step / 4, "messages": turns})
+        sink.log(step, {"loss": 1.0 / step})
+    sink.close()
+
+
+def samples(run, name):
+    """[(step, completion, reward)] as a reader of the tracker finds them."""
+    return [(row["step"], row["completion"], row["reward"]) for row in _SAMPLES[name](run)]
+
+
+def _mlflow_samples(run):
+    client = MlflowClient(run.uri, run.uri)
+    (there,) = client.search_runs([client.get_experiment_by_name("words").experiment_id])
+    found = []
+    for listed in json.loads(there.data.tags["mlflow.loggedArtifacts"]):
+        assert listed["type"] == "table"
+        table = json.loads(Path(client.download_artifacts(there.info.run_id, listed["path"])).read_text())
+        found += [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    return found
+
+
+def _wandb_samples(run):
+    found = []
+    for items in sorted(_history(run), key=lambda items: items["step"]):
+        (file,) = run.folder.glob(f"wandb/offline-run-*/files/{items['samples/path']}")
+        table = json.loads(file.read_text())
+        found += [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    return found
+
+
+def _trackio_samples(run):
+    (path,) = glob.glob(os.environ["TRACKIO_DIR"] + "/*.db")
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        rows = connection.execute("SELECT metrics FROM metrics ORDER BY step").fetchall()
+    return [row for (metrics,) in rows for row in json.loads(metrics)["samples"]["_value"]]
+
+
+def _tensorboard_samples(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(run.folder / "tensorboard"), size_guidance={"tensors": 0})
+    reader.Reload()
+    texts = [event.tensor_proto.string_val[0].decode() for event in reader.Tensors("samples")]
+    found = [dict(line.strip().split(": ", 1) for line in text.splitlines()) for text in texts]
+    return [one | {"step": int(one["step"]), "reward": float(one["reward"])} for one in found]
+
+
+_SAMPLES = {
+    "mlflow": _mlflow_samples, "wandb": _wandb_samples, "trackio": _trackio_samples, "tensorboard": _tensorboard_samples
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_sample_is_there_once_without_secrets(run, name, monkeypatch):
+    """Copied in two goes; between them the run went back to its checkpoint of step 2. Nothing that was written holds a secret."""
+    pytest.importorskip(TRACKERS[name].module)
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    sampled(run, [1, 2, 3], SECRET)
+    in_process(run, name)
+    JsonlSink(run.folder).truncate_to(2)
+    sampled(run, [3, 4, 5], SECRET)
+    assert in_process(run, name) == MirrorState(recorded=5, waiting=0)
+    assert samples(run, name) == [(step, f"answer {step}: …, …", step / 4) for step in range(1, 6)]
+    assert losses(run, name) == expected(range(1, 6))
+    recorded = {run.folder / "samples.jsonl"}
+    sent = [path for path in run.folder.parent.rglob("*") if path.is_file() and path not in recorded]
+    assert len(sent) > 2 and not [path for path in sent if SECRET.encode() in path.read_bytes()]
+
+
+def _mlflow_reports(run):
+    client = MlflowClient(run.uri, run.uri)
+    (there,) = client.search_runs([client.get_experiment_by_name("words").experiment_id])
+    pages = [found.path for found in client.list_artifacts(there.info.run_id) if not found.is_dir]
+    return [Path(client.download_artifacts(there.info.run_id, page)).read_text("utf-8") for page in pages]
+
+
+def _wandb_reports(run):
+    """By name and digest, which are one version there."""
+    kept = [record.artifact for record in _wandb_records(run) if record.WhichOneof("record_type") == "artifact"]
+    files = {
+        (one.name, one.digest): Path(file.local_path).read_text("utf-8")
+        for one in kept if one.type == "report" for file in one.manifest.contents
+    }  # fmt: skip
+    return list(files.values())
+
+
+def _trackio_reports(run):
+    (path,) = glob.glob(os.environ["TRACKIO_DIR"] + "/*.db")
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        manifests = connection.execute("SELECT manifest FROM artifact_versions").fetchall()
+    digests = [entry["digest"].rpartition(":")[2] for (manifest,) in manifests for entry in json.loads(manifest)]
+    kept = {sha256(file.read_bytes()).hexdigest(): file for file in Path(path).parent.rglob("*") if file.is_file()}
+    return [kept[digest].read_text("utf-8") for digest in digests]
+
+
+_REPORTS = {"mlflow": _mlflow_reports, "wandb": _wandb_reports, "trackio": _trackio_reports}
+
+
+@pytest.mark.parametrize("name", _REPORTS)
+def test_the_report_is_there_once_without_secrets(run, name, monkeypatch, tmp_path):
+    pytest.importorskip(TRACKERS[name].module)
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
+    (tmp_path / "report.html").write_text(f"<p>größer, {SECRET}</p>", "utf-8")
+    reported = replace(run, report="../report.html")
+    reported.save()
+    assert tracked_run(run.folder) == reported
+    record(run, [1])
+    for _ in range(2):
+        assert in_process(run, name) == MirrorState(1, 0)
+    assert _REPORTS[name](run) == ["<p>größer, …</p>"]
+
+
+def test_samples_that_were_sent_without_their_rows_are_sent_again_and_there_once(run, monkeypatch):
+    """The server goes away between a step's table and its numbers; another mirror goes on."""
+    from posttrain.tracking.trackers.mlflow_run import MlflowRun
+
+    real = MlflowRun._send_samples
+    sampled(run, [1, 2, 3])
+
+    def cut(self, samples):
+        real(self, samples)
+        raise ConnectionError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowRun, "_send_samples", cut)
+        assert keep_copy(run, "mlflow", ENDED, patience_s=0.0) == MirrorState(-1, 3, "away")
+    assert [step for step, _, _ in samples(run, "mlflow")] == [1, 2, 3]
+    sampled(run, [4])
+    assert keep_copy(run, "mlflow", ENDED) == MirrorState(4, 0)
+    assert [step for step, _, _ in samples(run, "mlflow")] == [1, 2, 3, 4]
+
+
+def test_a_store_of_files_that_fails_costs_no_number_and_gets_its_samples_later(run, monkeypatch, caplog):
+    monkeypatch.setattr(mirror_module, "_ROWS_PER_CALL", 2)
+    sampled(run, [1, 2, 3, 99, 100, 101])
+    calls, real = [], MlflowClient.log_dict
+
+    def log_dict(self, *args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise OSError("no such bucket")
+        real(self, *args)
+
+    monkeypatch.setattr(MlflowClient, "log_dict", log_dict)
+    assert keep_copy(run, "mlflow", ENDED) == MirrorState(101, 0)
+    assert "store of files refuses samples/000000.json (no such bucket)" in caplog.text
+    assert [step for step, _, _ in samples(run, "mlflow")] == [1, 2, 3, 99, 100, 101]
+    assert losses(run, "mlflow") == expected([1, 2, 3, 99, 100, 101])
+
+
+def test_rows_that_wait_while_their_run_goes_back_are_there_once(run, monkeypatch):
+    """A mirror that outlives its run sees the record written anew by the next one."""
+    from posttrain.tracking.mirror import _GrowingFile, _Unsent
+
+    files = [_GrowingFile(run.folder / name) for name in ("metrics.jsonl", "events.jsonl", "samples.jsonl")]
+    unsent = _Unsent(run, "mlflow")
+    sampled(run, [1, 2, 3])
+    unsent.take(*files)
+    JsonlSink(run.folder).truncate_to(1)
+    sampled(run, [2, 3])
+    unsent.take(*files)
+    assert unsent.state.waiting == 3 and unsent.send()
+    assert losses(run, "mlflow") == expected([1, 2, 3])
+    assert [step for step, _, _ in samples(run, "mlflow")] == [1, 2, 3]
 
 
 def expected(steps):
@@ -245,8 +426,8 @@ def test_a_tracker_that_fails_half_way_is_asked_again_where_it_stands(run, monke
 
     calls, real = [], MlflowRun.rows
 
-    def rows(self, some):
-        real(self, some)
+    def rows(self, some, samples):
+        real(self, some, samples)
         calls.append([row["step"] for row in some])
         if len(calls) == 3:
             raise ConnectionError("cut off before the answer")
@@ -266,11 +447,11 @@ def test_what_was_found_arrives_where_the_tracker_fails_between_two_calls(run, m
 
     calls, real = [], MlflowRun.rows
 
-    def rows(self, some):
+    def rows(self, some, samples):
         calls.append(some)
         if len(calls) == 2:
             raise ConnectionError("away")
-        real(self, some)
+        real(self, some, samples)
 
     monkeypatch.setattr(MlflowRun, "rows", rows)
     record(run, [1, 2], kinds=["finding"])

@@ -1,8 +1,7 @@
-"""What an agent may see: paths inside one folder, and text without secrets. Knows no tool."""
+"""What an agent may see: paths inside one folder. Knows no tool."""
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,12 +12,7 @@ from typing import Any
 import yaml
 
 from posttrain.errors import ConfigError
-from posttrain.uris import holds_secret, names_secret, variable_names_secret, without_secrets
 
-HIDDEN = "…"
-_SHORTEST_SECRET = 6
-# Without its end, a scheme would be looked for from each letter of a long word to that word's end.
-_URI_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,31}://[^\s\"'`<>]+")
 _LEVELS_OF_A_RUN = ("*", "*/*", "*/*/*", "*/*/*/*")
 
 
@@ -105,30 +99,3 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for one in value:
             yield from _texts(one)
-
-
-def clean_text(text: str) -> str:
-    """`text` without passwords in URIs, and without what the environment keeps under a secret's name; half a surrogate pair written out."""
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    for name, value in os.environ.items():
-        if variable_names_secret(name) and len(value) >= _SHORTEST_SECRET:
-            text = text.replace(value, HIDDEN)
-    return without_secrets(_URI_IN_TEXT.sub(lambda uri: HIDDEN if holds_secret(uri[0]) else uri[0], text))
-
-
-def clean_value(value: Any) -> Any:
-    """JSON data without secrets; a number that is not finite is null, as in `metrics.jsonl`."""
-    match value:
-        case str() | Path():
-            return clean_text(str(value))
-        case float():
-            return value if math.isfinite(value) else None
-        case Mapping():
-            return {
-                clean_text(str(key)): HIDDEN if isinstance(one, str) and names_secret(str(key)) else clean_value(one)
-                for key, one in value.items()
-            }
-        case list() | tuple():
-            return [clean_value(one) for one in value]
-        case _:
-            return value

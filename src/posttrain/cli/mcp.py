@@ -86,9 +86,9 @@ def tool_answer(adapters: dict[str, Any], name: str, arguments: dict[str, Any]) 
     from pydantic_core import ArgsKwargs
 
     from posttrain.cli.agent_acts import Act
-    from posttrain.cli.agent_folder import clean_text, clean_value
     from posttrain.cli.app import error_message, no_place
     from posttrain.cli.terminal import printable
+    from posttrain.uris import clean_text, clean_value
 
     if name not in adapters:
         return [f"error: got no tool {name!r}; expected one of {', '.join(adapters)}"], True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,7 +32,7 @@ from posttrain.recipes.stop import StopFlag
 from posttrain.registry.rows import now
 from posttrain.tracking.mirror_sink import MirrorSink
 from posttrain.tracking.prometheus import PrometheusSink
-from posttrain.tracking.trackers import TrackedRun, as_params
+from posttrain.tracking.trackers import REPORT_NAME, TrackedRun, as_params
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +202,8 @@ class Stages:
         sinks = list(self.watch.sinks(kind, total_steps))
         stage = folder.name
         params = as_params(training_keys(keys))
-        tracked = TrackedRun(folder, self.place.keys.name, f"{run_id}/{stage}", stage, params, keys.mlflow)
+        report = os.path.relpath(self.place.folder / REPORT_NAME, folder)
+        tracked = TrackedRun(folder, self.place.keys.name, f"{run_id}/{stage}", stage, params, keys.mlflow, report)
         failed = partial(self._mirror_failed, stage)
         sinks += [MirrorSink(tracked, name, failed) for name in keys.trackers]
         if keys.prometheus_port is not None:

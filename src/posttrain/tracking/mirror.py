@@ -1,7 +1,8 @@
 """What copies a run to a tracker: a process that reads the run's own files as they grow.
 
-`metrics.jsonl` is the outbox, and the tracker says itself how far its copy goes: a step is sent once, whoever was killed between sending
-and hearing of it. What a tracker that is away did not get stays in the files for the next start, or for `posttrain mirror`.
+`metrics.jsonl` is the outbox, a step's samples go with its row, and the tracker says itself how far its copy goes: a step is sent once,
+whoever was killed between sending and hearing of it. What a tracker that is away did not get stays in the files for the next start, or for
+`posttrain mirror`. All text passes `clean_text`.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from posttrain.errors import EXIT_AGAIN
 from posttrain.files import read_json, write_json
-from posttrain.tracking.jsonl import EVENTS, METRICS
+from posttrain.tracking.jsonl import EVENTS, METRICS, SAMPLES
 from posttrain.tracking.trackers import TRACKERS, TrackedRun, Tracker, tracked_run
-from posttrain.uris import without_secrets
+from posttrain.uris import clean_text, clean_value
 
 _log = logging.getLogger(__name__)
 
@@ -53,15 +55,15 @@ class MirrorState:
 
 def keep_copy(run: TrackedRun, name: str, ended: threading.Event, patience_s: float = PATIENCE_S) -> MirrorState:
     """Copy what is recorded, and what is added until `ended`; then at most `patience_s` more. One process a tracker at a time."""
-    rows, remarks = _GrowingFile(run.folder / METRICS), _GrowingFile(run.folder / EVENTS)
+    rows, remarks, samples = (_GrowingFile(run.folder / name) for name in (METRICS, EVENTS, SAMPLES))
     unsent = _Unsent(run, name)
     with _alone(run, name):
         retry_at, give_up_at = 0.0, None
         while True:
             over = ended.is_set()  # asked before the files are read: then they are whole
-            unsent.take(rows.new(), remarks.new())
+            unsent.take(rows, remarks, samples)
             if time.monotonic() >= retry_at:
-                retry_at = 0.0 if unsent.send() else time.monotonic() + _RETRY_AFTER_S
+                retry_at = 0.0 if unsent.send(with_report=over) else time.monotonic() + _RETRY_AFTER_S
             if over:
                 give_up_at = give_up_at or time.monotonic() + patience_s
                 if unsent.is_whole or time.monotonic() > give_up_at:
@@ -78,8 +80,10 @@ class _Unsent:
         self._run, self._name = run, name
         self._rows: list[dict[str, Any]] = []
         self._remarks: list[dict[str, Any]] = []
+        self._samples: list[dict[str, Any]] = []
         self._tracker: Tracker | None = None
         self._recorded, self._error = -1, ""
+        self._has_report = False
         self._said: MirrorState | None = None
 
     @property
@@ -90,18 +94,22 @@ class _Unsent:
     def state(self) -> MirrorState:
         return MirrorState(self._recorded, len(self._rows), self._error)
 
-    def take(self, rows: list[dict[str, Any]], remarks: list[dict[str, Any]]) -> None:
+    def take(self, rows: _GrowingFile, remarks: _GrowingFile, samples: _GrowingFile) -> None:
+        """Rows first: what goes with a row was written before it."""
         # A run that went on from a checkpoint writes steps again that are there already; the first copy stays.
-        self._rows += [row for row in rows if row["step"] > self._recorded]
-        self._remarks += [remark for remark in remarks if remark["kind"] == _NOTED]
+        self._rows = [row for row in rows.behind(self._rows) if row["step"] > self._recorded]
+        self._remarks = [remark for remark in remarks.behind(self._remarks) if remark["kind"] == _NOTED]
+        self._samples = [sample for sample in samples.behind(self._samples) if sample["step"] > self._recorded]
 
-    def send(self) -> bool:
-        """Whether the tracker took everything."""
+    def send(self, with_report: bool = True) -> bool:
+        """Whether the tracker took everything; the report, if there is one, comes last and once."""
         try:
             self._send()
+            if with_report:
+                self._send_report()
             self._error = ""
         except Exception as error:  # noqa: BLE001 - the border to another system: whatever it raises is tried again later
-            self._tracker, self._error = None, without_secrets(_first_line(error))
+            self._tracker, self._error = None, clean_text(_first_line(error))
             if self._said is None or self._said.error != self._error:
                 _log.warning("%s does not answer: %s", self._name, self._error)
         self._say()
@@ -109,25 +117,45 @@ class _Unsent:
 
     def _send(self) -> None:
         if self._tracker is None:
-            self._tracker = TRACKERS[self._name].open(self._run)
+            self._tracker = TRACKERS[self._name].open(replace(self._run, params=clean_value(self._run.params)))
             self._recorded = self._tracker.recorded()
             self._rows = [row for row in self._rows if row["step"] > self._recorded]
+            self._samples = [sample for sample in self._samples if sample["step"] > self._recorded]
             self._remarks = [remark for remark in self._remarks if remark["step"] >= self._recorded]
         while self._rows:
             some = self._rows[:_ROWS_PER_CALL]
             last = some[-1]["step"]
             self._note(self._tracker, last)  # first: where a step is, what was found up to it is too
-            self._tracker.rows(some)
+            samples = self._with(some)
+            self._tracker.rows(some, samples)
             self._recorded = last
+            del self._samples[: sum(map(len, samples.values()))]
             del self._rows[: len(some)]
         self._note(self._tracker)
+
+    def _send_report(self) -> None:
+        page = self._run.folder / self._run.report
+        if self._tracker is not None and not self._has_report and page.is_file():
+            self._tracker.report(clean_text(page.read_text("utf-8")))
+            self._has_report = True
+
+    def _with(self, rows: Sequence[Mapping[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+        """The samples that go with these rows: those up to a row's step. One without a row waits for the row behind it."""
+        found: dict[int, list[dict[str, Any]]] = {}
+        steps = [row["step"] for row in rows]
+        for sample in self._samples:
+            at = bisect_left(steps, sample["step"])
+            if at == len(steps):
+                break
+            found.setdefault(steps[at], []).append(clean_value(sample))
+        return found
 
     def _note(self, tracker: Tracker, last: float = math.inf) -> None:
         """Send the remarks up to step `last`."""
         while self._remarks and self._remarks[0]["step"] <= last:
             remark = self._remarks[0]
             name = ".".join(str(remark[part]) for part in ("kind", "rule", "step") if part in remark)
-            tracker.note(name, remark["step"], remark["message"])
+            tracker.note(name, remark["step"], clean_text(remark["message"]))
             del self._remarks[0]
 
     def close(self) -> None:
@@ -142,23 +170,24 @@ class _Unsent:
 
 
 class _GrowingFile:
-    """The whole lines that were added to a file since the last look. A file that was written anew is read anew."""
+    """The whole lines that are added to a file."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._inode, self._at = path, 0, 0
 
-    def new(self) -> list[dict[str, Any]]:
+    def behind(self, waiting: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """`waiting` and the lines that were added since the last look; of a file that was written anew, its lines alone."""
         if not self._path.exists():
-            return []
+            return waiting
         with self._path.open("rb") as handle:
             inode = os.fstat(handle.fileno()).st_ino
             if inode != self._inode:
-                self._inode, self._at = inode, 0
+                self._inode, self._at, waiting = inode, 0, []
             handle.seek(self._at)
             data = handle.read()
         whole = data[: data.rfind(b"\n") + 1]
         self._at += len(whole)
-        return [json.loads(line) for line in whole.split(b"\n") if line]
+        return [*waiting, *(json.loads(line) for line in whole.split(b"\n") if line)]
 
 
 @contextmanager

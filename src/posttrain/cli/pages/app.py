@@ -15,7 +15,6 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp
 
 import posttrain
-from posttrain.cli.agent_folder import clean_text
 from posttrain.cli.app import error_message
 from posttrain.cli.pages import views
 from posttrain.cli.pages.door import PageDoor
@@ -24,6 +23,7 @@ from posttrain.cli.pages.yaml_form import FORM_KINDS, draft_yaml, key_fields, ta
 from posttrain.errors import PosttrainError
 from posttrain.serve.guard import ServeGuard
 from posttrain.serve.options import ServeOptions
+from posttrain.uris import clean_text
 
 log = logging.getLogger(__name__)
 _KEY = "key."

@@ -14,7 +14,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from starlette.responses import HTMLResponse
 
-from posttrain.cli.agent_folder import ServedFolder, clean_text
+from posttrain.cli.agent_folder import ServedFolder
 from posttrain.cli.agent_tools import ReadTools
 from posttrain.cli.pages.act_log import ActLog
 from posttrain.cli.pages.door import form_token
@@ -22,6 +22,7 @@ from posttrain.cli.pages.run_index import RunIndex
 from posttrain.cli.terminal import printable
 from posttrain.report import words
 from posttrain.report.series import SeriesCache
+from posttrain.uris import clean_text
 
 _REGISTRIES = ("registry.sqlite", "*/registry.sqlite", "*/*/registry.sqlite")
 

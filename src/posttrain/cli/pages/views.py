@@ -8,7 +8,6 @@ from typing import Any
 
 from starlette.responses import HTMLResponse, Response
 
-from posttrain.cli.agent_folder import clean_text, clean_value
 from posttrain.cli.pages.door import REPORT_POLICY
 from posttrain.cli.pages.lineage import BOX, draw_lineage
 from posttrain.cli.pages.site import Site, as_list
@@ -21,6 +20,7 @@ from posttrain.report.charts import panels_of
 from posttrain.report.diff import compare
 from posttrain.report.records import RunRecord, StageRecord, as_mapping
 from posttrain.report.series import window_record
+from posttrain.uris import clean_text, clean_value
 
 RUNS_PER_PAGE, SAMPLES_PER_PAGE = 100, 20
 MOST_COMPARED = 8

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -16,13 +19,23 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
-from posttrain.tracking.trackers.table import MetricRow, TrackedRun, numbers
+from posttrain.tracking.trackers.table import (
+    REPORT_NAME,
+    SAMPLES_NAME,
+    MetricRow,
+    Samples,
+    TrackedRun,
+    as_table,
+    numbers,
+)
 
 _log = logging.getLogger(__name__)
 
 _RUN_TAG = "posttrain.run"
 _STEP = "step"
+_STEPS_PER_TABLE = 100
 _MAX_NAME_CHARS, _MAX_TAG_CHARS = 250, 500
 _MAX_PER_CALL = {"metrics": 1000, "params": 100, "tags": 100}
 _NO_NAME_THERE = re.compile(r"[^\w./: -]", re.ASCII)
@@ -37,18 +50,25 @@ class MlflowRun:
         self._refused: set[tuple[str, str]] = set()
         key = run.key.replace("'", "")
         found = self._client.get_experiment_by_name(run.project)
-        experiment = self._client.create_experiment(run.project) if found is None else found.experiment_id
+        experiment = (
+            self._client.create_experiment(run.project, _artifacts_beside(self._client.tracking_uri))
+            if found is None
+            else found.experiment_id
+        )
         same = self._client.search_runs([experiment], f"tags.`{_RUN_TAG}` = '{key}'", max_results=1)
         there = same[0] if same else self._client.create_run(experiment, tags={_RUN_TAG: key}, run_name=run.name)
         self._id = there.info.run_id
         if same:
             self._client.update_run(self._id, status="RUNNING")
+        self._waiting: dict[str, list[Mapping[str, Any]]] = {}
+        self._table: tuple[str, list[Mapping[str, Any]]] = ("", [])
         self._send("params", _params(run.params, known=there.data.params))
 
     def recorded(self) -> int:
         return int(self._client.get_run(self._id).data.metrics.get(_STEP, -1))
 
-    def rows(self, rows: Sequence[MetricRow]) -> None:
+    def rows(self, rows: Sequence[MetricRow], samples: Samples) -> None:
+        self._send_samples([one for some in samples.values() for one in some])
         waiting: list[Metric] = []
         for row in rows:
             metrics = _metrics(row)
@@ -61,8 +81,41 @@ class MlflowRun:
     def note(self, name: str, step: int, text: str) -> None:
         self._send("tags", [RunTag(name_there(name), text[:_MAX_TAG_CHARS])])
 
+    def report(self, html: str) -> None:
+        self._client.log_text(self._id, html, REPORT_NAME)
+
     def close(self) -> None:
+        self._send_samples(())
         self._client.set_terminated(self._id)
+
+    def _send_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Tables of some steps each, written again as they grow. Where the files' store fails, the numbers go on without."""
+        for one in samples:
+            path = f"{SAMPLES_NAME}/{one['step'] // _STEPS_PER_TABLE * _STEPS_PER_TABLE:06d}.json"
+            self._waiting.setdefault(path, []).append(one)
+        for path, some in list(self._waiting.items()):
+            try:
+                self._send_table(path, some)
+            except Exception as error:  # noqa: BLE001 - the border to another system: a store of files raises what its package does
+                _log.warning("MLflow's store of files refuses %s (%s)", path, str(error).partition("\n")[0][:200])
+                return
+            del self._waiting[path]
+
+    def _send_table(self, path: str, samples: Sequence[Mapping[str, Any]]) -> None:
+        if path != self._table[0]:
+            paths = {found.path for found in self._client.list_artifacts(self._id, SAMPLES_NAME)}
+            listed = [{"path": name, "type": "table"} for name in sorted(paths | {path})]
+            self._client.set_tag(self._id, MLFLOW_LOGGED_ARTIFACTS, json.dumps(listed))
+            self._table = (path, self._rows_there(path) if path in paths else [])
+        rows = [*(one for one in self._table[1] if one["step"] < samples[0]["step"]), *samples]
+        columns, data = as_table(rows)
+        self._client.log_dict(self._id, {"columns": columns, "data": data}, path)
+        self._table = (path, rows)
+
+    def _rows_there(self, path: str) -> list[Mapping[str, Any]]:
+        with tempfile.TemporaryDirectory() as folder:
+            table = json.loads(Path(self._client.download_artifacts(self._id, path, folder)).read_text("utf-8"))
+        return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
 
     def _send(self, kind: str, entities: Sequence[Any]) -> None:
         wanted = [entity for entity in entities if (kind, entity.key) not in self._refused]
@@ -85,6 +138,12 @@ class MlflowRun:
             middle = len(entities) // 2
             yield from self._refusals(kind, entities[:middle])
             yield from self._refusals(kind, entities[middle:])
+
+
+def _artifacts_beside(uri: str) -> str | None:
+    """The folder for files of a database on this machine: beside it, not where the process happens to stand."""
+    _, is_file, path = uri.partition("?")[0].partition("sqlite:///")
+    return (Path(path).absolute().parent / "mlruns").as_uri() if is_file else None
 
 
 def _params(params: Mapping[str, str], known: Mapping[str, str]) -> list[Param]:

@@ -6,6 +6,8 @@ A tracker's package is imported in the mirror's own process alone, never beside 
 from __future__ import annotations
 
 import importlib
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -18,14 +20,21 @@ from posttrain.uris import absolute_sqlite, refuse_secret
 
 _SETTINGS = "run.json"
 _MAX_PARAM_CHARS = 500
+_MAX_NAME_CHARS = 100
 
 MetricRow = Mapping[str, Any]
 """A line of metrics.jsonl: `step`, `time` in seconds, and numbers by name; null where one is not finite."""
 
+Samples = Mapping[int, Sequence[Mapping[str, Any]]]
+"""Lines of samples.jsonl by the step of the row that they go with, secrets taken out."""
+
+SAMPLES_NAME, REPORT_NAME = "samples", "report.html"
+
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What is copied. The same `key` is the same run there, also after a restart; `uri` is MLflow's server."""
+    """What is copied. The same `key` is the same run there, also after a restart; `uri` is MLflow's server; `report` is
+    the file of the run's report, as seen from the folder."""
 
     folder: Path
     project: str
@@ -33,6 +42,7 @@ class TrackedRun:
     name: str
     params: Mapping[str, str] = field(default_factory=dict)
     uri: str | None = None
+    report: str = ""
 
     @property
     def mirrors(self) -> Path:
@@ -43,7 +53,7 @@ class TrackedRun:
         if self.uri is not None:
             refuse_secret(self.uri)
         self.mirrors.mkdir(parents=True, exist_ok=True)
-        fields = {name: getattr(self, name) for name in ("project", "key", "name")}
+        fields = {name: getattr(self, name) for name in ("project", "key", "name", "report")}
         uri = None if self.uri is None else absolute_sqlite(self.uri)  # `posttrain mirror` may be called elsewhere
         write_json(self.mirrors / _SETTINGS, fields | {"uri": uri, "params": dict(self.params)})
 
@@ -55,12 +65,16 @@ class Tracker(Protocol):
         """The last step of which everything is there, by asking there; -1 if none is."""
         ...
 
-    def rows(self, rows: Sequence[MetricRow]) -> None:
-        """Take them, in the order of their steps."""
+    def rows(self, rows: Sequence[MetricRow], samples: Samples) -> None:
+        """Take them, in the order of their steps; a row's samples are there when the row is."""
         ...
 
     def note(self, name: str, step: int, text: str) -> None:
         """Take a remark; the same one may come twice."""
+        ...
+
+    def report(self, html: str) -> None:
+        """Take the run's report; the same one may come twice."""
         ...
 
     def close(self) -> None:
@@ -117,6 +131,21 @@ def as_params(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{name}"] = str(value)[:_MAX_PARAM_CHARS]
     return flat
+
+
+def as_table(samples: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:
+    """Columns and rows, `step` first; what is no text and no number is written as JSON."""
+    columns = list(dict.fromkeys(["step", *(name for one in samples for name in one if name not in ("kind", "time"))]))
+    return columns, [[_cell(one.get(name)) for name in columns] for one in samples]
+
+
+def report_name(run: TrackedRun) -> str:
+    """The name of an artifact, in the letters that are taken everywhere."""
+    return "report-" + re.sub(r"[^A-Za-z0-9._-]", "-", run.key)[:_MAX_NAME_CHARS]
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (Mapping, list)) else value
 
 
 def numbers(row: MetricRow) -> dict[str, float]:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from textwrap import indent
+from typing import Any
 
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
@@ -12,7 +14,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from posttrain.tracking.trackers.table import MetricRow, TrackedRun, numbers
+from posttrain.tracking.trackers.table import SAMPLES_NAME, MetricRow, Samples, TrackedRun, as_table, numbers
 
 
 class TensorBoardRun:
@@ -29,17 +31,29 @@ class TensorBoardRun:
     def recorded(self) -> int:
         return self._recorded
 
-    def rows(self, rows: Sequence[MetricRow]) -> None:
+    def rows(self, rows: Sequence[MetricRow], samples: Samples) -> None:
         for row in rows:
             values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers(row).items()]
+            if one := samples.get(row["step"]):
+                values += text_pb(SAMPLES_NAME, _as_text(one)).value
             self._writer.add_event(Event(wall_time=row["time"], step=row["step"], summary=Summary(value=values)))
         self._writer.flush()
 
     def note(self, name: str, step: int, text: str) -> None:
         self._writer.add_event(Event(wall_time=time.time(), step=step, summary=text_pb(name, text)))
 
+    def report(self, html: str) -> None:
+        """TensorBoard keeps no files of others."""
+
     def close(self) -> None:
         self._writer.close()
+
+
+def _as_text(samples: Sequence[Mapping[str, Any]]) -> str:
+    """Indented, which Markdown shows as it is."""
+    columns, data = as_table(samples)
+    blocks = ["\n".join(f"{name}: {cell}" for name, cell in zip(columns, row, strict=True)) for row in data]
+    return indent("\n\n".join(blocks), "    ")
 
 
 def _steps(file: str) -> list[int]:

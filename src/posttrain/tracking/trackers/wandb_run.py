@@ -6,14 +6,24 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
 from posttrain.files import digest_json
-from posttrain.tracking.trackers.table import MetricRow, TrackedRun, numbers
+from posttrain.tracking.trackers.table import (
+    REPORT_NAME,
+    SAMPLES_NAME,
+    MetricRow,
+    Samples,
+    TrackedRun,
+    as_table,
+    numbers,
+    report_name,
+)
 
 _STEP = "step"
 _ID_CHARS = 16
@@ -30,6 +40,7 @@ class WandbRun:
 
     def __init__(self, run: TrackedRun) -> None:
         self._id = digest_json(run.key).removeprefix("sha256:")[:_ID_CHARS]
+        self._report_name = report_name(run)
         self._folder = Path(os.environ.get("WANDB_DIR", run.folder))
         settings = wandb.Settings(
             silent=True, console="off", disable_git=True, save_code=False, x_disable_stats=True, x_disable_meta=True,
@@ -49,15 +60,28 @@ class WandbRun:
             return max((step for file in files for step in _steps(file)), default=-1)
         return int(self._run.summary.get(_STEP, -1))
 
-    def rows(self, rows: Sequence[MetricRow]) -> None:
+    def rows(self, rows: Sequence[MetricRow], samples: Samples) -> None:
         for row in rows:
-            self._run.log({**numbers(row), _STEP: row["step"]})
+            said = {SAMPLES_NAME: _table(one)} if (one := samples.get(row["step"])) else {}
+            self._run.log({**numbers(row), **said, _STEP: row["step"]})
 
     def note(self, name: str, step: int, text: str) -> None:
         self._run.summary[name] = text
 
+    def report(self, html: str) -> None:
+        """The same content is the same version there."""
+        page = wandb.Artifact(self._report_name, "report")
+        with page.new_file(REPORT_NAME, encoding="utf-8") as handle:
+            handle.write(html)
+        self._run.log_artifact(page)
+
     def close(self) -> None:
         self._run.finish()
+
+
+def _table(samples: Sequence[Mapping[str, Any]]) -> wandb.Table:
+    columns, data = as_table(samples)
+    return wandb.Table(columns=columns, data=data, allow_mixed_types=True)
 
 
 def _steps(file: Path) -> Iterator[int]:
