@@ -124,6 +124,16 @@ def test_prompts_of_a_suite_and_overlong_and_empty_ones_leave(write, tmp_path):
         assert write_instructions(keys)["left"] == {"length": 2, "contaminated": 1}
 
 
+def test_where_no_instruction_is_left_none_of_an_earlier_choice_lies_there(write):
+    with judging(different) as (url, requests):
+        keys = write(url, method="evolve")
+        write_instructions(keys)
+        with pytest.raises(DataError, match="no instruction is left of 6: length: "):
+            write_instructions(write(url, method="evolve", max_chars=1))
+        assert not Path(keys.output_dir, "rows.jsonl").exists()
+        assert len(requests) == 6
+
+
 def test_an_instruction_that_was_cut_leaves_also_when_it_is_read_again_and_may_be_kept(write):
     def rule(question, body):
         return different(question, body) + (CUT if "Name 2 " in question else "")

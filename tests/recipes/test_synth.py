@@ -219,9 +219,16 @@ def test_balance_holds_the_ratio_and_names_a_column_that_is_missing(make):
 
 
 def test_nothing_left_is_an_error_that_counts_the_reasons(make):
-    keys = make(keep="all_correct", correct_from=2.0)
+    keys = make(keep="all_correct")
+    synthesize(keys)
+    rows = Path(keys.output_dir, "rows.jsonl")
+    before = rows.read_text()
     with pytest.raises(DataError, match=r"no row is left of 28 completions: .*not correct"):
-        synthesize(keys)
+        synthesize(make(keep="all_correct", correct_from=2.0))
+    assert not rows.exists(), "rows of another choice do not lie beside this one's report"
+    assert not Path(f"{rows}.origin.json").exists()
+    synthesize(make(keep="all_correct"))
+    assert rows.read_text() == before
 
 
 def test_repeats_of_completions_leave_once(make):

@@ -21,6 +21,12 @@ def write_origin(path: Path, record: Mapping[str, Any]) -> None:
     write_json(Path(f"{path}{SUFFIX}"), {_FILE: digest_file(path), **record})
 
 
+def remove_rows(path: Path) -> None:
+    """With their origin: rows of an earlier choice are not left beside the report of one that leaves none."""
+    path.unlink(missing_ok=True)
+    Path(f"{path}{SUFFIX}").unlink(missing_ok=True)
+
+
 def data_origins(paths: Sequence[str]) -> dict[str, Any]:
     """File name (with folders where two have one name) → record, of the files that have one. One that was changed since has none any more, which is said."""
     found: dict[str, Any] = {}

@@ -19,7 +19,7 @@ from posttrain.data.curation import Leaving, eval_prompts, repeats, without
 from posttrain.data.formats import Noun
 from posttrain.data.lint_input import answers_of, prompt_of
 from posttrain.data.load import read_nouns
-from posttrain.data.origin import write_origin
+from posttrain.data.origin import remove_rows, write_origin
 from posttrain.data.sources import content_digest
 from posttrain.errors import DataError
 from posttrain.files import digest_json, write_atomic, write_json
@@ -108,6 +108,7 @@ def write_instructions(keys: InstructKeys) -> dict[str, Any]:
         write_atomic(folder / LEFT, "".join(map(_json_line, gone)))
         write_json(folder / REPORT, report := {"asked": count, "rows": len(staying), "left": reasons})
         if not staying:
+            remove_rows(folder / ROWS)
             raise DataError(
                 f"{folder}: no instruction is left of {count}: {next(iter(left.values()))}; see left.jsonl there"
             )

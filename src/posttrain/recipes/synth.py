@@ -16,7 +16,7 @@ from posttrain.config.synth import LEFT, ROWS, SynthKeys
 from posttrain.data.curation import Leaving, eval_prompts, repeats, too_many, without
 from posttrain.data.lint_input import plain_text
 from posttrain.data.load import load_prompts
-from posttrain.data.origin import write_origin
+from posttrain.data.origin import remove_rows, write_origin
 from posttrain.data.selection import Attempts, Candidate, KeepSpec, Left, Picked, pick
 from posttrain.data.template import template_digest
 from posttrain.errors import ConfigError, DataError
@@ -94,6 +94,7 @@ def synthesize(keys: SynthKeys, progress: SamplingProgress = lambda done, total:
         write_atomic(sampling.folder / LEFT, "".join(_line(row) for row in (*again, *left)))
         write_json(sampling.folder / REPORT, report)
         if not picked:
+            remove_rows(sampling.folder / ROWS)
             raise DataError(
                 f"{sampling.folder}: no row is left of {report['completions']} completions: {_counts(report['left'])}; "
                 "lower correct_from or min_reward, widen difficulty, or raise num_generations"
