@@ -113,6 +113,7 @@ CASES = {
         series(60, reward_check__canary_paid_rate=every(50, lambda s: 0.0), reward_check__canary_reward=0.5),
     ),
     "judge_fails": ("grpo", series(10, judge__failed=0.1), series(10, judge__failed=lambda s: 0.0 if s % 5 else 0.05)),
+    "judge_drift": ("grpo", series(60, judge__agreement=every(50, lambda s: 0.7)), series(60, judge__agreement=every(50, lambda s: 0.85))),
     "rollout_starvation": (
         "grpo",
         series(20, time__rollout_s=19.0, time__train_s=1.0),

@@ -25,9 +25,11 @@ CONDITIONAL = {
     "time/engine_idle": "as above",
     "time/trainer_idle": "as above",
     "judge/failed": "a judge is among the rewards",
+    "judge/agreement": "it is asked at a server, and reward_check_steps is reached",
     "env/failed_ratio": "there is an env, or there are tools",
     "tools/failure_frequency": "tools were called",
     "router/balance": "the model is a mixture of experts",
+    "critic/vf_explained_var": "the stage is ppo",
 }
 """Metric → when it is logged; every other one is there in the plainest run."""
 
@@ -104,7 +106,7 @@ RUNS = {
     "dpo": lambda judge: [{}],
     "grpo": lambda judge: [
         {"beta": 0.1, "num_iterations": 2, "rollout": {"max_staleness": 1}, "teachers": [{"model": "start"}]},
-        {"env": f"{ENV}:Echo", "max_completion_length": 60, "reward_funcs": ["spread", judge]},
+        {"env": f"{ENV}:Echo", "max_completion_length": 60, "reward_funcs": ["spread", judge], "reward_check_steps": 1},
     ],
 }
 """Kind → the options of runs that together meet every condition."""
@@ -121,8 +123,11 @@ def test_with_all_conditions_met_every_rule_can_fire(kind, file, train, judging,
             *(logged(train(kind, **common, **dev, **({"eval_suite": str(suite)} | options))) for options in runs)
         )
     missing = {name for name in wanted(kind) - found if not name.startswith("reward_check/")}
-    # Nothing is skipped here, and a model that was taught nothing calls no tool.
-    assert missing == {"skipped_step", *(["tools/failure_frequency"] if kind == "grpo" else [])}
+    # Nothing is skipped here, a model that was taught nothing calls no tool, and grpo has no critic.
+    assert missing == {
+        "skipped_step",
+        *(["tools/failure_frequency", "critic/vf_explained_var"] if kind == "grpo" else []),
+    }
 
 
 def test_the_dev_score_is_that_of_the_evals_and_chooses_the_best(train, runner, suite, data_dir):
@@ -185,10 +190,10 @@ def stale_engine(monkeypatch):
     """The engine keeps sampling from the weights of the start."""
     import copy
 
-    from posttrain.recipes import grpo
+    from posttrain.recipes import rl
     from posttrain.rollout.embedded import EmbeddedEngine
 
-    original = grpo.make_engine
+    original = rl.make_engine
 
     def stale(source, *rest, **options):
         engine = original(source, *rest, **options)
@@ -196,7 +201,7 @@ def stale_engine(monkeypatch):
         frozen.model = copy.deepcopy(source.policy.model)
         return EmbeddedEngine(frozen, stop_token_ids=tuple(engine._stop_token_ids), batch_size=8)
 
-    monkeypatch.setattr(grpo, "make_engine", stale)
+    monkeypatch.setattr(rl, "make_engine", stale)
 
 
 def test_a_run_whose_weights_do_not_arrive_at_the_engine_stops(train, stale_engine):

@@ -97,7 +97,7 @@ class RLKeys(SamplingKeys):
     entropy_coef: float = knob(0.0, "Weight of an entropy bonus.", ge=0)
     entropy_target: float | None = knob(None, "Steer an entropy bonus, besides entropy_coef, that grows while the entropy is below so many nats per token.", gt=0, example=0.2)
     reward_check: Literal["require", "off"] = knob("require", "`off` trains without a reward certificate, and what it makes cannot be promoted.")
-    reward_check_steps: int = knob(50, "Steps between checks of the rewards on live samples and canary prompts; 0 is off.", ge=0)
+    reward_check_steps: int = knob(50, "Steps between checks of the rewards on live samples and canary prompts, and of judges at servers against their first verdicts; 0 is off.", ge=0)
     ptx_datasets: list[DatasetKeys] = knob([], "Supervised rows that are trained on beside the rollouts, so that what they teach is not unlearned (PPO-ptx, arXiv 2203.02155 eq. 2).", also="pretrain_data (OpenRLHF)", example=[{"path": "data/sft.jsonl"}])
     ptx_coef: float = knob(0.05, "Weight of the token-mean cross-entropy of ptx_datasets, divided by its own tokens.", ge=0)
     ptx_rows_per_step: int = knob(8, "Rows of ptx_datasets in an optimizer step, over all processes.", ge=1)

@@ -27,6 +27,7 @@ ENGINE_IDLE = "time/engine_idle"
 STALENESS = "sampling/staleness/mean"
 FALSE_PASSES = "reward_check/false_pass_rate"
 JUDGE_FAILED = "judge/failed"
+JUDGE_AGREEMENT = "judge/agreement"
 CANARY_PAID = "reward_check/canary_paid_rate"
 CANARY_REWARD = "reward_check/canary_reward"
 TEACHER_GAP = "teacher/gap"
@@ -262,6 +263,12 @@ def truncation_spiral(history: History, *, steps: float, limit: float, rise: flo
 def judge_fails(history: History, *, steps: float, limit: float) -> Evidence | None:
     """Verdicts do not come or cannot be read; the completions are left out."""
     return above(history, JUDGE_FAILED, steps, limit)
+
+
+def judge_drift(history: History, *, limit: float) -> Evidence | None:
+    """A judge no longer says what it said of the same answers when the run began."""
+    agreement = get(history.newest, JUDGE_AGREEMENT)
+    return {JUDGE_AGREEMENT: agreement, "limit": limit} if agreement < limit else None
 
 
 def tool_errors(history: History, *, steps: float, limit: float) -> Evidence | None:

@@ -51,6 +51,8 @@ _NOBODY = 8
 """So many questions in a row without an answer: nobody is there, and the rest would wait for hours."""
 
 Messages = list[dict[str, str]]
+AskedJudge = tuple[Messages, int]
+"""A question as it is put, with the seed of its answer."""
 
 
 class JudgeModel(Protocol):
@@ -59,7 +61,7 @@ class JudgeModel(Protocol):
     @property
     def identity(self) -> str: ...
 
-    def replies(self, questions: Sequence[tuple[Messages, int]]) -> Generator[tuple[int, JudgeReply]]:
+    def replies(self, questions: Sequence[AskedJudge]) -> Generator[tuple[int, JudgeReply]]:
         """One to each of (messages, seed), with its place, as they come. A question that failed has its reason."""
         ...
 
@@ -85,7 +87,7 @@ class JudgeReward:
             self._questions(prompt, completion, {name: column[place] for name, column in columns.items()})
             for place, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
-        wanted = [(self._messages(q), self._seed(n)) for row in rows if not isinstance(row, str) for q in row for n in self._samples]  # fmt: skip
+        wanted = [one for row in rows if not isinstance(row, str) for one in self._put(row)]
         replies = iter(self.replies(wanted))
         opinions = [
             Opinion(None, row) if isinstance(row, str)
@@ -97,8 +99,25 @@ class JudgeReward:
             raise RewardError(f"judge {self._asked.identity}: {failed}; on_failure: stop ends the run here")
         return opinions
 
+    @property
+    def is_served(self) -> bool:
+        """Whether it is asked at a server, where another model may come to answer."""
+        return self._keys.url is not None
+
+    def asked(self, prompt: Any, completion: Any, columns: Mapping[str, Any]) -> list[AskedJudge]:
+        """All that is asked about one completion; nothing where its row lacks what the judge is to read."""
+        row = self._questions(prompt, completion, columns)
+        return [] if isinstance(row, str) else self._put(row)
+
+    def verdicts(self, asked: Sequence[AskedJudge], *, anew: bool = False) -> list[float | None]:
+        """Question by question, 0 to 1, of A in a comparison; `anew` asks also for what is kept, and keeps nothing."""
+        return [self._judging.read(reply, JudgeQuestion(""))[0] for reply in self.replies(asked, anew=anew)]
+
     def close(self) -> None:
         self._asked.close()
+
+    def _put(self, row: Sequence[JudgeQuestion]) -> list[AskedJudge]:
+        return [(self._messages(question), self._seed(sample)) for question in row for sample in self._samples]
 
     @property
     def _samples(self) -> range:
@@ -118,20 +137,21 @@ class JudgeReward:
         system = [{"role": "system", "content": self._keys.system}] if self._keys.system else []
         return [*system, {"role": "user", "content": question.text}]
 
-    def replies(self, wanted: Sequence[tuple[Messages, int]]) -> list[JudgeReply]:
-        """What is on disk is not asked again, nor is anything twice at once; nor is what is left when the server has gone.
+    def replies(self, wanted: Sequence[AskedJudge], *, anew: bool = False) -> list[JudgeReply]:
+        """What is on disk is not asked again unless `anew`, nor is anything twice at once; nor is what is left when the server has gone.
 
         Raises: RewardError where it was never there.
         """
         paths = [self._path(messages, seed) for messages, seed in wanted]
-        found = {path: _kept(path) for path in dict.fromkeys(paths)}
+        found = {path: None if anew else _kept(path) for path in dict.fromkeys(paths)}
         new = {path: question for path, question in zip(paths, wanted, strict=True) if found[path] is None}
         places, answered, silent = list(new), False, 0
         with closing(self._asked.replies(list(new.values()))) as replies:
             for place, reply in replies:
                 found[places[place]] = reply
                 if reply.text is not None:
-                    self._keep(places[place], reply)
+                    if not anew:
+                        self._keep(places[place], reply)
                     answered, silent = True, 0
                     continue
                 silent += reply.unanswered
@@ -188,7 +208,7 @@ class JudgeServer:
     keys: JudgeKeys
     identity: str
 
-    def replies(self, questions: Sequence[tuple[Messages, int]]) -> Generator[tuple[int, JudgeReply]]:
+    def replies(self, questions: Sequence[AskedJudge]) -> Generator[tuple[int, JudgeReply]]:
         threads = ThreadPoolExecutor(self.keys.at_once)
         try:
             asked = {threads.submit(self._reply, *question): place for place, question in enumerate(questions)}
@@ -306,7 +326,7 @@ class LocalJudge:
         self._longest = getattr(load_config(model).get_text_config(), "max_position_embeddings", None)
         self._engine = make_engine(EngineSource(model))
 
-    def replies(self, questions: Sequence[tuple[Messages, int]]) -> Generator[tuple[int, JudgeReply]]:
+    def replies(self, questions: Sequence[AskedJudge]) -> Generator[tuple[int, JudgeReply]]:
         requests: list[tuple[int, Request]] = []
         for place, (messages, seed) in enumerate(questions):
             try:

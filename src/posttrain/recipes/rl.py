@@ -22,6 +22,7 @@ from posttrain.recipes.collector import Collected, Collector
 from posttrain.recipes.credit import Credit
 from posttrain.recipes.engines import EngineSource, greedy, make_engine, sampling_params, sync_engine
 from posttrain.recipes.episodes import environment_of, sampler
+from posttrain.recipes.judge_drift import JudgeDrift
 from posttrain.recipes.learned import reward_pool
 from posttrain.recipes.live_checks import LiveChecks
 from posttrain.recipes.optim import make_optimizer
@@ -91,7 +92,8 @@ def begun(
         made = make_sampling(keys, stage, state, engine, decode, rewards, score, prompts, sample)
         sampling = open_parts.enter_context(closing(made))
         collector = Collector(keys, sampling, trainer, reference, credit, ranks)
-        watch = partial(_watch, stage, LiveChecks(keys, stage, rewards, sample, tokenizer, data))
+        checks = LiveChecks(keys, stage, rewards, sample, tokenizer, data), JudgeDrift(keys, stage, rewards)
+        watch = partial(_watch, stage, checks)
         source = ExperienceSource(keys, stage, state, engine, collector, watch, total_steps)
         validate = partial(_validate, engine, sample, decode, score, keys, state)
         validation = Validation(stage, state, held_out, validate, suite)
@@ -129,9 +131,9 @@ def _validate(
     return {"eval_reward": sum(scored) / len(scored)}
 
 
-def _watch(stage: Stage, live: LiveChecks, step: int, collected: Collected) -> dict[str, float]:
+def _watch(stage: Stage, checks: tuple[LiveChecks, JudgeDrift], step: int, collected: Collected) -> dict[str, float]:
     """Show a sample of a batch; what checks of its rewards say."""
-    values = live.if_due(step, collected.groups)
+    values = {name: value for check in checks for name, value in check.if_due(step, collected.groups).items()}
     if collected.groups:
         group = collected.groups[0]
         rollout = group.rollouts[0]

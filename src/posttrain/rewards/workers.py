@@ -204,9 +204,14 @@ class RewardPool:
         return frozenset(name for name, spec in zip(self.names, self.specs, strict=True) if split_learned(spec))
 
     @property
+    def opinions(self) -> dict[str, LearnedReward]:
+        """Those of `learned` that are loaded, by name."""
+        return {self.names[place]: reward for place, reward in self._learned.items()}
+
+    @property
     def rounding(self) -> dict[str, float]:
         """How far two scores of one completion may lie apart, by reward; those that are not named give the same each time."""
-        return {self.names[place]: reward.rounding for place, reward in self._learned.items()}
+        return {name: reward.rounding for name, reward in self.opinions.items()}
 
     def __enter__(self) -> RewardPool:
         """Load the models, start the workers and wait until each has loaded the functions. Raises: ConfigError, ModelError."""
