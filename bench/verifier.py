@@ -62,10 +62,10 @@ def run_rates(rates: Rates, seed: int, before: tuple[str, str], options: Options
 
 
 def render(before: Mapping[int, Done], after: Mapping[tuple[int, Rates], Done], grpo_steps: int) -> str:
-    seeds = ", ".join(map(str, before))
+    seeds = f"seed{'s' * (len(before) > 1)} {', '.join(map(str, before))}"
     sft = share(_score(list(before.values())))
     return "\n".join([
-        f"{grpo_steps or 'All'} steps; seeds {seeds}; {sft} after SFT.",
+        f"{grpo_steps or 'All'} steps; {seeds}; {sft} after SFT.",
         "",
         "| wrong answers paid | right answers not paid | held-out accuracy (95 %) | gained over SFT (95 %) | what the verifier pays, last 10 steps |",
         "|---|---|---|---|---|",
