@@ -46,13 +46,13 @@ def test_it_runs_as_it_stands_and_the_model_has_learned(project):
     import nbformat
     from nbclient import NotebookClient
 
-    notebook = nbformat.from_dict(NOTEBOOK)
+    notebook = nbformat.reads(json.dumps(NOTEBOOK), as_version=4)
     NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(project)}}
     ).execute()
-    shown = [
-        cell.outputs[-1].data["text/plain"] for cell in notebook.cells if cell.cell_type == "code" and cell.outputs
-    ]
+    outputs = [one for cell in notebook.cells if cell.cell_type == "code" for one in cell.outputs]
+    shown = [one.data["text/plain"] for one in outputs if one.output_type == "execute_result"]
+    assert any("RL does not start" in one.get("text", "") for one in outputs), "the first reward is refused"
     before, after, verdict = re.fullmatch(
         r"\(([\d.]+), ([\d.]+), .*?'?(PASS|FAIL|INCONCLUSIVE)'?.*\)", shown[-2]
     ).groups()
