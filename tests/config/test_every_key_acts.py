@@ -78,6 +78,7 @@ FLIPS = {
         Flip("adapter", "lora"),
         Flip("adapter_start", "continue", LORA),
         Flip("load_in_4bit", True),
+        Flip("load_in_8bit", True, LORA),
         Flip("bnb_4bit_quant_type", "fp4", QLORA),
         Flip("bnb_4bit_use_double_quant", False, QLORA),
         Flip("lora_r", 4, LORA),

@@ -43,6 +43,7 @@ VARIANTS = {
     "olora": {"init_lora_weights": "olora", "use_rslora": True, "rank_pattern": {"q_proj": 2}},
     "head": {"lora_modules_to_save": ["lm_head"]},
     "qlora": {"adapter": "qlora", "load_in_4bit": True},
+    "8 bits": {"load_in_8bit": True},
     "added": {"added_tokens": ["<tool>"]},
 }
 
@@ -62,7 +63,7 @@ def test_a_continued_adapter_is_the_trained_one_and_its_own_reference(variant, k
     torch.testing.assert_close(policy.reference_logp(batch), start, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["plain", "dora", "olora", "head", "qlora"])
+@pytest.mark.parametrize("variant", ["plain", "dora", "olora", "head", "qlora", "8 bits"])
 def test_what_a_continued_adapter_exports_is_for_the_given_base_and_needs_no_merge_before(
     variant, keys_of, model_dir, tmp_path
 ):
@@ -76,7 +77,7 @@ def test_what_a_continued_adapter_exports_is_for_the_given_base_and_needs_no_mer
     assert source_digest(str(model_dir("llama"))) in record
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "three/model")
     torch.testing.assert_close(probe_logits(merged), trained, atol=2e-3, rtol=1e-3)
-    if variant != "qlora":
+    if variant not in ("qlora", "8 bits"):
         base = AutoModelForCausalLM.from_pretrained(model_dir("llama"))
         torch.testing.assert_close(
             probe_logits(PeftModel.from_pretrained(base, tmp_path / "three/adapter")), trained, atol=1e-3, rtol=1e-3

@@ -97,6 +97,12 @@ def test_adapter_parameters_by_hand_and_by_peft():
     assert adapter_params(QWEN3_8B, 16, "all-linear") == 43_646_976
 
 
+def test_a_base_in_8_bits_takes_a_byte_in_the_linear_modules():
+    full = estimate_memory(QWEN3_8B, Workload(adapter="lora")).parts["weights"]
+    eight = estimate_memory(QWEN3_8B, Workload(adapter="lora", load_in_8bit=True)).parts["weights"]
+    assert full - eight == QWEN3_8B.linear_params
+
+
 def test_qlora_weights_take_half_a_byte_in_the_linear_modules():
     full = estimate_memory(QWEN3_8B, Workload(adapter="lora")).parts["weights"]
     packed = estimate_memory(QWEN3_8B, Workload(adapter="qlora", load_in_4bit=True)).parts["weights"]

@@ -60,6 +60,7 @@ ROWS = {
     **{f"sft: {name}": ("sft", {"loss_type": name}) for name in SFT_LOSSES},
     "reward_model": ("reward_model", {"center_rewards_coefficient": 0.1}),
     **{f"sft: adapter {name}": ("sft", {"adapter": name, **PAIRED_WITH.get(name, {})}) for name in choices("sft", "adapter")},
+    "sft: adapter lora on 8 bits": ("sft", {"adapter": "lora", "load_in_8bit": True, "lora_r": 4}),
     **{f"sft: {name}": ("sft", {"optim": name}) for name in choices("sft", "optim")},
     **{f"sft: {name} after a warmup": ("sft", {"lr_scheduler_type": name, "warmup_steps": 1}) for name in choices("sft", "lr_scheduler_type")},
     "sft: packed, accumulated": ("sft", {"packing": True, "sequence_len": 64, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 6}),

@@ -24,7 +24,7 @@ def merge(
     out: Annotated[Path, typer.Option(help="New folder for the merged model.")],
     base: Annotated[str | None, typer.Option(help="Base model; default: the one the adapter names.")] = None,
     onto: Annotated[
-        Literal["dequantized", "original"] | None, typer.Option(help="QLoRA: which weights of the base to merge onto.")
+        Literal["dequantized", "original"] | None, typer.Option(help="A base in 4 or 8 bits: which weights of the base to merge onto.")
     ] = None,
     load_in_4bit: Annotated[
         bool | None, typer.Option("--load-in-4bit/--no-load-in-4bit", help="The adapter was trained on a 4-bit base.")
@@ -55,8 +55,8 @@ def merge(
         raise ConfigError("--adapter-rank and --register are about a YAML that names models to merge")
     _check_adapter(source)
     keys = _keys(source, base, load_in_4bit)
-    if onto is not None and not keys.load_in_4bit:
-        raise ConfigError(f"--onto {onto} is about a 4-bit base; add --load-in-4bit, or leave --onto out")
+    if onto is not None and not keys.base_bits:
+        raise ConfigError(f"--onto {onto} is about a base in 4 or 8 bits; add --load-in-4bit, or leave --onto out")
     _merge(source, out, keys.model_copy(update={"merge_onto": onto or keys.merge_onto}))
 
 
@@ -124,10 +124,10 @@ def _merge(adapter: Path, out: Path, keys: ModelKeys) -> None:
 
     with reading(adapter), reading(Path(keys.base_model)):
         report = merge_into(out, keys.base_model, adapter, keys)
-    weights = {"base": keys.base_model, "dequantized": f"{keys.base_model}, dequantised from 4 bits"}
+    weights = {"base": keys.base_model, "dequantized": f"{keys.base_model}, dequantised from {keys.base_bits} bits"}
     typer.echo(
         f"adapter  {adapter}\n"
-        f"base     {weights.get(report.base, f'{keys.base_model}, original weights (trained on 4 bits)')}\n"
+        f"base     {weights.get(report.base, f'{keys.base_model}, original weights (trained on {keys.base_bits} bits)')}\n"
         f"logits   differ by at most {report.max_logit_difference:.1e} of {report.max_logit:.1e} "
         f"({report.relative:.1e} relative)\n"
         f"model    {out}"

@@ -25,7 +25,7 @@ class NoEffect:
 _SHAPE = ("lora_r", "lora_alpha", "lora_target", "lora_modules_to_save", "use_rslora", "use_dora", "init_lora_weights",
           "rank_pattern", "alpha_pattern")  # fmt: skip
 _LORA = (*_SHAPE, "lora_dropout", "adapter_start")
-_QUANT = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "merge_onto")
+_QUANT = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 _KL = ("kl_estimator", "kl_reduction", "kl_in_reward", "use_bias_correction_kl")
 _TEACHERS = ("teacher_advantage", "teacher_coef", "teacher_clip", "teacher_warmup_steps", "teacher_decay_steps")
 
@@ -54,6 +54,7 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(TrainKeys, _LORA, lambda k: k.adapter == "none", "adapter is none; set adapter: lora or qlora"),
     NoEffect(TrainKeys, _SHAPE, lambda k: k.adapter != "none" and k.adapter_start == "continue", "adapter_start is continue, and the adapter keeps the form that it was begun with"),
     NoEffect(TrainKeys, _QUANT, lambda k: not k.load_in_4bit, "the base is not in 4 bits; set adapter: qlora"),
+    NoEffect(TrainKeys, ("merge_onto",), lambda k: not k.base_bits, "the base is not in 4 bits, nor in 8; set adapter: qlora, or load_in_8bit: true"),
     NoEffect(TrainKeys, ("unfrozen_parameters",), lambda k: k.adapter != "none", "an adapter is trained, and all of it"),
     NoEffect(TrainKeys, ("num_train_epochs",), lambda k: k.max_steps > 0, "max_steps decides; set max_steps: -1 to count epochs"),
     NoEffect(TrainKeys, ("warmup_ratio",), lambda k: k.warmup_steps > 0, "warmup_steps decides"),

@@ -51,7 +51,7 @@ class PPOKeys(PolicyGradientKeys):
 
 
 _TRAINED_WHOLE: dict[str, Any] = {
-    "adapter": "none", "adapter_start": "fresh", "load_in_4bit": False, "layer_offloading": False, "unfrozen_parameters": [],
+    "adapter": "none", "adapter_start": "fresh", "load_in_4bit": False, "load_in_8bit": False, "layer_offloading": False, "unfrozen_parameters": [],
 }
 
 

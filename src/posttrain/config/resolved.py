@@ -112,4 +112,6 @@ def apply_changes(keys: KeysT, changes: Mapping[str, Any]) -> KeysT:
     present = keys.model_dump(by_alias=True)
     if "adapter" in changes:
         present.pop("load_in_4bit")  # it was implied by the old adapter
+        if changes["adapter"] != "lora":
+            present.pop("load_in_8bit")  # which only that one has
     return type(keys).model_validate(present | dict(changes))

@@ -67,6 +67,12 @@ class SamplingKeys(TrainKeys):
         return self
 
     @model_validator(mode="after")
+    def _samples_from_4_bits_or_16(self) -> SamplingKeys:
+        if self.load_in_8bit:
+            raise ValueError("load_in_8bit: true where the policy samples, which engines here do from 4 bits or from 16; set adapter: qlora, or load_in_8bit: false")
+        return self
+
+    @model_validator(mode="after")
     def _exact_layers_are_as_they_are(self) -> SamplingKeys:
         if self.torch_compile is True and self.rollout.exact:
             raise ValueError("torch_compile: true with rollout.exact: true, which computes in tiles of its own; set one of them to false")

@@ -44,6 +44,7 @@ class ModelKeys(Keys):
     adapter: Literal["none", "lora", "qlora"] = knob("none", "Train all weights, a LoRA adapter, or a LoRA adapter on a 4-bit base.", also="finetuning_type (LLaMA-Factory), use_peft (TRL)")
     adapter_start: Literal["fresh", "continue"] = knob("fresh", "A new adapter on the model that the stage starts from, or the adapter of the stage before trained on, without a merge in between: its base stays, and its starting values are the reference.")
     load_in_4bit: bool = knob(False, "Quantise the frozen base to 4 bits; implied by `adapter: qlora`.", also="quantization_bit (LLaMA-Factory)")
+    load_in_8bit: bool = knob(False, "Quantise the frozen base under `adapter: lora` to 8 bits, a scale per row of a matrix; it is multiplied with as dequantised, so that the exported model is the trained one.")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = knob("nf4", "4-bit data type.")
     bnb_4bit_use_double_quant: bool = knob(True, "Quantise the quantisation constants too (double quantisation).", also="use_bnb_nested_quant (TRL), double_quantization (LLaMA-Factory)")
     lora_r: int = knob(16, "Rank of the adapter.", ge=1, also="lora_rank (LLaMA-Factory)")
@@ -57,7 +58,7 @@ class ModelKeys(Keys):
     init_lora_weights: bool | str = knob(True, "Initialisation of the adapter, as in PEFT: true, false, gaussian, orthogonal, pissa, pissa_niter_N, olora or mica.", also="peft_init_lora_weights (Axolotl)")
     rank_pattern: dict[str, int] = knob({}, "Rank where it differs from lora_r: module name or pattern → rank.", also="lora_rank_pattern (Axolotl)", example={"q_proj": 8})
     alpha_pattern: dict[str, int] = knob({}, "Alpha where it differs from lora_alpha: module name or pattern → alpha.", also="lora_alpha_pattern (Axolotl)", example={"q_proj": 16})
-    merge_onto: Literal["dequantized", "original"] = knob("dequantized", "Base that a QLoRA adapter is merged onto: the 4-bit weights it was trained on, or the original ones.")
+    merge_onto: Literal["dequantized", "original"] = knob("dequantized", "Base that an adapter on 4 or 8 bits is merged onto: the dequantised weights it was trained on, or the original ones.")
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "Dtype of the exported model; `auto` is that of the base's file.")
     bf16: bool | Literal["auto"] = knob("auto", "bfloat16 autocast, with float32 masters where trained; `auto` is on for a GPU that has it, and on a CPU only for an adapter on a bf16 file where the CPU has bf16 units. Without it, adapters and their base are float32.")
     gradient_checkpointing: bool | Literal["offload"] = knob(False, "Recompute activations in the backward pass: less memory, more time. `offload` also keeps the layers' inputs, from which they are recomputed, in the machine's memory.", also="disable_gradient_checkpointing (LLaMA-Factory)")
@@ -66,12 +67,17 @@ class ModelKeys(Keys):
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "Where to run; `auto` takes a GPU when there is one.")
 
 
+    @property
+    def base_bits(self) -> Literal[4, 8] | None:
+        """In how many bits the linears of the frozen base lie; None for its own precision."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
     @model_validator(mode="after")
     def _compiles_layers_that_stay_as_they_are(self) -> ModelKeys:
         if self.torch_compile is True and self.layer_offloading:
             raise ValueError("torch_compile: true with layer_offloading: true, which copies a layer's weights in and out around it; set one of them to false")
-        if self.torch_compile is True and self.load_in_4bit:
-            raise ValueError("torch_compile: true with load_in_4bit: true, whose products are kernels of bitsandbytes; set torch_compile: false")
+        if self.torch_compile is True and self.base_bits:
+            raise ValueError(f"torch_compile: true with load_in_{self.base_bits}bit: true, whose products are kernels of bitsandbytes; set torch_compile: false")
         return self
 
     @model_validator(mode="after")
@@ -324,6 +330,13 @@ class TrainKeys(ModelKeys):
             raise ValueError("load_in_4bit: false contradicts adapter: qlora; set it to true, or use adapter: lora")
         if self.load_in_4bit and self.adapter == "none":
             raise ValueError("load_in_4bit: true with adapter: none would train nothing; set adapter: qlora")
+        if self.load_in_8bit and self.adapter != "lora":
+            why = "would train nothing" if self.adapter == "none" else "asks for 4 bits and 8"
+            raise ValueError(f"load_in_8bit: true with adapter: {self.adapter} {why}; set adapter: lora, or load_in_8bit: false")
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("load_in_8bit: true with load_in_4bit: true; set one of them to false")
+        if self.load_in_8bit and self.layer_offloading:
+            raise ValueError("load_in_8bit: true with layer_offloading: true, which copies 4-bit and plain layers only; set adapter: qlora, or one of them to false")
         return self
 
 

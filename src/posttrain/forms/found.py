@@ -13,7 +13,7 @@ from posttrain.errors import ModelError
 from posttrain.evidence import RegistryEntry
 from posttrain.files import read_json
 from posttrain.models.low_rank import CONFIG
-from posttrain.models.provenance import PROVENANCE, source_digest
+from posttrain.models.provenance import recorded_bits, source_digest
 from posttrain.registry.manifest import CERTIFICATE, MODEL, Manifest
 from posttrain.registry.promotion import CHAMPION
 from posttrain.registry.registry import Registry
@@ -73,7 +73,7 @@ def find_model(name: str, registry: Path | None, beside: Path = Path()) -> Found
         book.verify(entry.name, entry.version)
         chain, adapter = tuple(book.chain(entry.name, entry.version)), book.adapter(entry.name, entry.version)
         found = FoundModel(Path(entry.path), f"{entry.name}@{entry.version}", chain)
-        if adapter is None or not read_json(adapter / PROVENANCE).get("load_in_4bit"):
+        if adapter is None or not recorded_bits(adapter):
             return found
         return replace(found, adapter=adapter, base=_given_base(book, entry, chain[0].inputs[MODEL]))
     finally:

@@ -73,8 +73,8 @@ def attach_adapter(model: PreTrainedModel, keys: ModelKeys, *, grown: bool = Fal
     _train_in_float32(adapted)
     present = {id(parameter) for parameter in adapted.parameters()}
     moved = any(id(p) not in present or _fingerprint(p) != digest for p, digest in before)
-    if moved and (keys.use_dora or keys.load_in_4bit):
-        other = "use_dora: true" if keys.use_dora else "a base in 4 bits"
+    if moved and (keys.use_dora or keys.base_bits):
+        other = "use_dora: true" if keys.use_dora else f"a base in {keys.base_bits} bits"
         raise ModelError(
             f"init_lora_weights: {keys.init_lora_weights} moves a part of the base into the adapter, which with {other} "
             "cannot be taken apart again at the export; set init_lora_weights: true"
@@ -181,7 +181,8 @@ def _linear_names(model: PreTrainedModel, target: list[str] | str) -> list[str]:
 def _is_linear(module: nn.Module) -> bool:
     """Whether its forward is x·W, which PEFT adds to: a router that is a linear by class answers with scores and choices."""
     plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
-    return plain or (isinstance(module, nn.Linear) and hasattr(module, "compute_dtype"))
+    quantised = hasattr(module, "compute_dtype") or hasattr(module, "init_8bit_state")  # those of bitsandbytes
+    return plain or (isinstance(module, nn.Linear) and quantised)
 
 
 def _odd_linears(model: PreTrainedModel) -> list[str]:
@@ -223,13 +224,17 @@ def _named(name: str, entry: str) -> bool:
 def dequantized_weights(
     model: PreTrainedModel | PeftModel, offloaded: OffloadedLayers | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The 4-bit linears of the base as float32 matrices, one at a time, with their module's name in the base model."""
+    """The quantised linears of the base as float32 matrices, one at a time, with their module's name in the base model."""
     from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    from posttrain.models.eight_bit import dequantized
 
     base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore
     for name, module in base.named_modules():
-        if isinstance(module, Linear4bit):
+        if isinstance(module, Linear8bitLt):
+            yield name.removesuffix(".base_layer"), dequantized(module)
+        elif isinstance(module, Linear4bit):
             packed: Any = module.weight
             if offloaded is not None:
                 offloaded.fetch_those_of([packed])

@@ -95,8 +95,8 @@ def _misfit(policy: Policy) -> str:
         return f"is sharded over {policy.sharding.num_shards} processes, whose hooks lie in the layers"
     if policy.offloaded is not None:
         return "has its layers in the machine's memory (layer_offloading), and hooks fetch them"
-    if policy.under.load_in_4bit:
-        return "lies in 4 bits, whose products are kernels of bitsandbytes"
+    if policy.under.base_bits:
+        return f"lies in {policy.under.base_bits} bits, whose products are kernels of bitsandbytes"
     if not policy.ragged:
         return "has attention that does not fit the ragged layout"
     return "" if _layers(policy) else "has no list of layers"

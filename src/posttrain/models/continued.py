@@ -12,8 +12,9 @@ from posttrain.models.provenance import check_base
 
 ADAPTER = "adapter"
 """Folder beside a stage's `model`: what that stage trained."""
-OF_THE_BASE = ("base_model", "revision", "added_tokens", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")  # fmt: skip
+OF_THE_BASE = ("base_model", "revision", "added_tokens", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")  # fmt: skip
 """Keys that decide which numbers lie under an adapter."""
+_PRECISIONS = {4: ("4 bits", "adapter: qlora"), 8: ("8 bits", "load_in_8bit: true"), None: ("its own precision", "adapter: lora, load_in_8bit: false")}
 
 
 def is_continued(keys: ModelKeys) -> bool:
@@ -40,10 +41,10 @@ def base_keys(keys: ModelKeys) -> ModelKeys:
         return keys
     adapter = adapter_before(keys)
     made = base_keys(stage_keys(adapter.parent))
-    if made.load_in_4bit != keys.load_in_4bit:
-        bits, wanted = ("4 bits", "qlora") if made.load_in_4bit else ("its own precision", "lora")
+    if made.base_bits != keys.base_bits:
+        bits, wanted = _PRECISIONS[made.base_bits]
         raise ModelError(
-            f"adapter_start: continue: {adapter} was trained on a base in {bits}; set adapter: {wanted}, or adapter_start: fresh"
+            f"adapter_start: continue: {adapter} was trained on a base in {bits}; set {wanted}, or adapter_start: fresh"
         )
     check_base(adapter, Path(made.base_model))
     return keys.model_copy(update={name: getattr(made, name) for name in OF_THE_BASE})

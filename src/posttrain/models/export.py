@@ -70,8 +70,8 @@ def save_policy(
         return _save(export, folder, record, policy.sharding, ranks, between)
     adapter = folder.parent / ADAPTER
     of_base = record if under.base_model == policy.source else {"base_digest": source_digest(under.base_model)}
-    if keys.load_in_4bit:  # for whoever merges it later, away from the stage's own record
-        of_base = of_base | {name: getattr(keys, name) for name in OF_THE_BASE if "4bit" in name}
+    if keys.base_bits:  # for whoever merges it later, away from the stage's own record
+        of_base = of_base | {name: getattr(keys, name) for name in OF_THE_BASE if "bit" in name}
     # What PEFT looks for: all but the frozen base, tied tensors under each of their names.
     own = policy.model.state_dict(keep_vars=True)
     kept = {id(parameter) for _, parameter in policy.trainable()} | {id(buffer) for buffer in policy.model.buffers()}
@@ -202,10 +202,10 @@ def merge_adapter(
     """
     check_base(adapter, Path(base))
     keys = keys.model_copy(update={"base_model": base})
-    onto = keys.merge_onto if keys.load_in_4bit else "base"
+    onto = keys.merge_onto if keys.base_bits else "base"
     quantised: Any = None if policy is None else policy.model
     tokenizer = adapter_tokenizer(base, adapter, keys) if policy is None else policy.tokenizer
-    if keys.load_in_4bit and policy is None:
+    if keys.base_bits and policy is None:
         quantised = load_base(keys, trainable=False)[0]
         grow(quantised, tokenizer, keys)
         quantised = load_adapter(quantised, adapter)

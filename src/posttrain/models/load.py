@@ -129,6 +129,11 @@ def load_policy(
             f"layer_offloading: true with {shards.num_shards} processes, which share the weights between them: set it to false, or "
             "train in one process"
         )
+    if keys.load_in_8bit and shards.is_sharded:
+        raise ModelError(
+            f"load_in_8bit: true with {shards.num_shards} processes, which share the weights between them: set adapter: qlora, "
+            "or load_in_8bit: false, or train in one process"
+        )
     if exact and shards.is_sharded:
         raise ModelError(f"rollout.exact: true with {shards.num_shards} processes; expected one: set it to false")
     tokenizer = tokenizer or load_tokenizer(keys)
@@ -241,18 +246,19 @@ def load_base(
     # Layers that are offloaded never lie on the device all at once.
     device = torch.device("cpu") if keys.layer_offloading else placement.device
     options: dict[str, Any] = {}
-    if keys.load_in_4bit:
+    if keys.base_bits:
         options = {"quantization_config": _bnb_config(keys, placement), "device_map": {"": str(device)}}
     # Quantised from the file's own dtype wherever it runs, so that the same adapter has the same base.
-    model = read_model(keys, stored if keys.load_in_4bit else dtype, sharding, **options)
+    model = read_model(keys, stored if keys.base_bits else dtype, sharding, **options)
     model.config.use_cache = False
-    if keys.load_in_4bit:
-        _prepare_4bit(model, dtype)
+    if keys.base_bits:
+        _prepare_quantised(model, dtype)
     if stored != torch.float32 and not (trainable and keys.adapter == "none"):
         log.info("%s: %s file, held in %s (%s)", keys.base_model, *_names(stored, dtype), _reason(placement, dtype))
-    model.to(device)  # pyright: ignore[reportArgumentType]
-    if keys.load_in_4bit:
-        _check_runs(model, placement)
+    if keys.base_bits != 8:  # transformers refuses to move those, and has put them there
+        model.to(device)  # pyright: ignore[reportArgumentType]
+    if keys.base_bits:
+        _check_runs(model, placement, keys.base_bits)
     return model, placement
 
 
@@ -278,9 +284,11 @@ def _bnb_config(keys: ModelKeys, placement: Placement) -> Any:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise ModelError("load_in_4bit needs bitsandbytes; install it with: pip install 'posttrain[qlora]'") from error
+        raise ModelError(f"load_in_{keys.base_bits}bit needs bitsandbytes; install it with: pip install 'posttrain[qlora]'") from error
     from transformers import BitsAndBytesConfig
 
+    if keys.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=keys.bnb_4bit_quant_type,
@@ -289,7 +297,7 @@ def _bnb_config(keys: ModelKeys, placement: Placement) -> Any:
     )
 
 
-def _prepare_4bit(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def _prepare_quantised(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Freeze the base, hold what is not quantised in `dtype` and norms in float32, and keep the forward differentiable."""
     import bitsandbytes
 
@@ -301,18 +309,23 @@ def _prepare_4bit(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # On CPUs with AVX512-BF16 an eval forward repacks the weights for a kernel without autograd.
             module.support_avx512bf16_for_cpu = False
+        elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            from posttrain.models.eight_bit import DequantizedLinear
+
+            module.__class__ = DequantizedLinear
+            module.init_8bit_state()
 
 
 @torch.no_grad()
-def _check_runs(model: PreTrainedModel, placement: Placement) -> None:
-    """Raises: ModelError for an architecture that multiplies with a linear's weight itself, which is packed in 4 bits."""
+def _check_runs(model: PreTrainedModel, placement: Placement, bits: int) -> None:
+    """Raises: ModelError for an architecture that multiplies with a linear's weight itself, which is quantised."""
     try:
         with placement.autocast():
             model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device))
     except RuntimeError as error:
         raise ModelError(
-            f"adapter: qlora: {type(model).__name__} does not run on a base in 4 bits ({' '.join(str(error).split())}); "
-            "set adapter: lora"
+            f"{'adapter: qlora' if bits == 4 else 'load_in_8bit'}: {type(model).__name__} does not run on a base in {bits} bits ({' '.join(str(error).split())}); "
+            f"set adapter: lora{'' if bits == 4 else ' and load_in_8bit: false'}"
         ) from error
 
 

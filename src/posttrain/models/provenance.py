@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,15 @@ def was_tuned_by_us(source: str) -> bool:
 
 
 def recorded_bits(adapter: Path) -> dict[str, Any]:
-    """The keys of the base in 4 bits that the adapter was trained on, as its record has them; none for any other base."""
+    """The keys of the quantised base that the adapter was trained on, as its record has them; none for any other base."""
     record_path = adapter / PROVENANCE
-    record = read_json(record_path) if record_path.is_file() else {}
-    return {name: value for name, value in record.items() if "4bit" in name} if record.get("load_in_4bit") else {}
+    return bits_in(read_json(record_path)) if record_path.is_file() else {}
+
+
+def bits_in(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that say how a base is quantised; none where it is not."""
+    quantised = record.get("load_in_4bit") or record.get("load_in_8bit")
+    return {name: value for name, value in record.items() if "4bit" in name or "8bit" in name} if quantised else {}
 
 
 def check_base(adapter: Path, base: Path) -> None:

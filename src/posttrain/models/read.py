@@ -42,7 +42,7 @@ def read_model(
 
 def may_read_shares(keys: ModelKeys) -> bool:
     """Whether nothing that is done between reading and sharding needs a whole tensor of the base."""
-    if keys.load_in_4bit or keys.added_tokens or keys.is_reward_model:
+    if keys.base_bits or keys.added_tokens or keys.is_reward_model:
         return False
     if is_continued(keys):
         return fits_shares(adapter_before(keys))

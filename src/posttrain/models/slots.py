@@ -19,7 +19,7 @@ from posttrain.errors import ModelError
 from posttrain.files import read_json
 from posttrain.models.low_rank import CONFIG, WEIGHTS, split
 from posttrain.models.policy import Policy
-from posttrain.models.provenance import PROVENANCE
+from posttrain.models.provenance import recorded_bits
 
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 """Module of the base → A, and B times the adapter's scale. Shapes: [r, inputs], [outputs, r]."""
@@ -163,10 +163,9 @@ def read_factors(adapter: Path) -> Factors:
                 f"{adapter}: {key}: {value} cannot be served beside other adapters; merge it (posttrain merge) and serve the "
                 "merged folder"
             )
-    record = adapter / PROVENANCE
-    if record.is_file() and read_json(record).get("load_in_4bit"):
+    if bits := recorded_bits(adapter):
         raise ModelError(
-            f"{adapter} was trained on a base in 4 bits, which is not the base that is served; serve the stage's model/"
+            f"{adapter} was trained on a base in {8 if bits.get('load_in_8bit') else 4} bits, which is not the base that is served; serve the stage's model/"
         )
     tensors = load_file(adapter / WEIGHTS)
     pairs, saved = split(tensors)

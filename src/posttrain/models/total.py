@@ -26,7 +26,7 @@ from posttrain.models.load import load_base, load_config, stored_dtype
 from posttrain.models.low_rank import CONFIG, WEIGHTS, side_by_side, split
 from posttrain.models.policy import Policy
 from posttrain.models.proof import HALF_ROUNDING, ROUNDING, probe_logits
-from posttrain.models.provenance import PROVENANCE, source_digest
+from posttrain.models.provenance import PROVENANCE, recorded_bits, source_digest
 from posttrain.models.read import fits_shares, read_model
 from posttrain.protocols import Ranks, Sharding
 
@@ -96,7 +96,7 @@ def write_total(
     earlier = None if before is None else before.folder / ADAPTER_TOTAL
     rounded = () if before is None else _rounded(before.folder)
     half = bool(rounded) or (policy.base_moved and policy.placement.autocast_dtype is not None)
-    record = {"base_digest": source_digest(given.base_model), "load_in_4bit": given.load_in_4bit, "rounded": rounded}
+    record = {"base_digest": source_digest(given.base_model), "load_in_4bit": given.load_in_4bit, "load_in_8bit": given.load_in_8bit, "rounded": rounded}
 
     def write(folder: Path) -> int:
         tensors, config = _joined(policy, stage / ADAPTER, earlier)
@@ -122,7 +122,7 @@ def write_total(
 def _logits_on(folder: Path, given: ModelKeys, sharding: Sharding) -> torch.Tensor:
     """The probe's logits of base and adapter, loaded by PEFT."""
     shares = sharding if fits_shares(folder) else None
-    base = load_base(given, trainable=False)[0] if given.load_in_4bit else read_model(given, torch.float32, shares)
+    base = load_base(given, trainable=False)[0] if given.base_bits else read_model(given, torch.float32, shares)
     return probe_logits(sharding.shard(load_adapter(base, folder)))
 
 
@@ -159,7 +159,7 @@ def _reasons(
         unsaid = "it was made without one" if (before.folder / ADAPTER).is_dir() else "it trained all weights"
         yield f"{name} left none: {before.reason or unsaid}"
         return
-    if keys.load_in_4bit or read_json(total / PROVENANCE)["load_in_4bit"]:
+    if keys.base_bits or recorded_bits(total):
         yield f"the model of {name} was quantised or dequantised in between; adapter_start: continue trains one adapter on"
     mine, theirs = (frozenset[str](c["target_parameters"] or ()) for c in (config, read_json(total / CONFIG)))
     if mine and theirs and mine != theirs:

@@ -12,7 +12,7 @@ from posttrain.config.episodes import EpisodeKeys
 from posttrain.config.kinds import stage_kind
 from posttrain.config.pipeline import GateKeys, PipelineKeys, SuiteKeys
 from posttrain.config.rl import RLKeys
-from posttrain.config.stages import TrainKeys
+from posttrain.config.stages import ModelKeys, TrainKeys
 from posttrain.data.lint import limits_of
 from posttrain.data.load import read_nouns
 from posttrain.errors import ConfigError, ModelError
@@ -148,12 +148,16 @@ def check_adapters(keys: PipelineKeys) -> None:
                 f"{name}: stage {number - 1} trains all weights, so there is no adapter to train on; set adapter_start: fresh, "
                 f"or adapter: {stage.keys.adapter} for stage {number - 1} too"
             )
-        elif is_continued(stage.keys) and before.load_in_4bit != stage.keys.load_in_4bit:
+        elif is_continued(stage.keys) and before.base_bits != stage.keys.base_bits:
             raise ConfigError(
-                f"{name}: stage {number - 1} has adapter: {before.adapter}, this one adapter: {stage.keys.adapter}; an adapter is "
+                f"{name}: stage {number - 1} has adapter: {before.adapter}{_in_8_bits(before)}, this one adapter: {stage.keys.adapter}{_in_8_bits(stage.keys)}; an adapter is "
                 "trained on over the base in the precision that it was begun in; set both the same, or adapter_start: fresh"
             )
         before = before if stage.keys.is_reward_model else stage.keys
+
+
+def _in_8_bits(keys: ModelKeys) -> str:
+    return " with load_in_8bit: true" if keys.load_in_8bit else ""
 
 
 def check_trackers(keys: PipelineKeys) -> None:

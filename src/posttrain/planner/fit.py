@@ -62,7 +62,7 @@ _CHANGES: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("per_device_train_batch_size: 1", {"per_device_train_batch_size": 1}, 2),
     ("rollout_batch_size: 8", {"rollout_batch_size": 8}, 2),
     ("adapter: lora", {"adapter": "lora"}, 3),
-    ("adapter: qlora", {"adapter": "qlora", "load_in_4bit": True}, 6),
+    ("adapter: qlora", {"adapter": "qlora", "load_in_4bit": True, "load_in_8bit": False}, 6),
     ("layer_offloading: true", {"layer_offloading": True}, 7),
     ("sequence_len: 512", {"sequence_len": 512}, 9),
 )
@@ -119,7 +119,7 @@ def _go_together(plan: MemoryPlan, changes: list[dict[str, Any]]) -> bool:
     named = [next(iter(change)) for change in changes]
     after = replace(plan.workload, **{name: value for change in changes for name, value in change.items()})
     adapted, as_written = after.adapter != "none", after.torch_compile is not True
-    offloads = adapted and bool(after.gradient_checkpointing) and plan.shards == 1 and as_written
+    offloads = adapted and bool(after.gradient_checkpointing) and plan.shards == 1 and as_written and not after.load_in_8bit
     return (
         len(set(named)) == len(named)
         and (offloads or not after.layer_offloading)

@@ -70,6 +70,7 @@ class Workload:
     adapter: str = "none"
     adapter_start: str = "fresh"
     load_in_4bit: bool = False
+    load_in_8bit: bool = False
     bnb_4bit_use_double_quant: bool = True
     lora_r: int = 16
     lora_target: Sequence[str] | str = "all-linear"
@@ -215,7 +216,7 @@ def estimate_memory(shape: ModelShape, workload: Workload, shards: int = 1) -> M
     is_copied = workload.on_cpu and workload.save_steps > 0
     optimizer = 0 if paged_out else int(trained * _BYTES_OPTIMIZER[workload.optim])
     # One after the other, so that the larger of them counts.
-    whole = replace(workload, adapter="none", load_in_4bit=False, layer_offloading=False)
+    whole = replace(workload, adapter="none", load_in_4bit=False, load_in_8bit=False, layer_offloading=False)
     in_training = [(shape, workload), *((critic, whole) for critic in workload.critics_held)]
     parts = {
         "weights": _weight_bytes(shape, workload) + (_offloaded_bytes(shape, workload) if shards == 1 else 0),
@@ -306,12 +307,12 @@ def _bytes_per_value(workload: Workload) -> int:
 
 
 def _weight_bytes(shape: ModelShape, workload: Workload) -> int:
-    """Trained weights are float32 masters; frozen ones have the type that is computed in, or 4 bits in the linear modules."""
+    """Trained weights are float32 masters; frozen ones have the type that is computed in, or 4 or 8 bits in the linear modules."""
     if workload.adapter == "none":
         return shape.num_params * _BYTES_MASTER
-    if not workload.load_in_4bit:
+    if not (workload.load_in_4bit or workload.load_in_8bit):
         return shape.num_params * _frozen_bytes(shape, workload)
-    packed = _BYTES_NF4_DOUBLE if workload.bnb_4bit_use_double_quant else _BYTES_NF4
+    packed = 1 if workload.load_in_8bit else _BYTES_NF4_DOUBLE if workload.bnb_4bit_use_double_quant else _BYTES_NF4
     return int(shape.linear_params * packed + (shape.num_params - shape.linear_params) * _frozen_bytes(shape, workload))
 
 
@@ -361,7 +362,7 @@ def _frozen_bytes(shape: ModelShape, workload: Workload) -> int:
 
 def _autocast_bytes(shape: ModelShape, workload: Workload) -> int:
     """The bf16 copies of float32 matrices that autocast makes and the backward pass needs."""
-    if not workload.bf16 or (workload.adapter != "none" and (workload.load_in_4bit or shape.stored_bytes == 2)):
+    if not workload.bf16 or (workload.adapter != "none" and (workload.load_in_4bit or workload.load_in_8bit or shape.stored_bytes == 2)):
         return 0
     return 2 * (shape.linear_params + shape.vocab * shape.hidden)
 

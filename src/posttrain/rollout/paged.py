@@ -31,7 +31,7 @@ def paged_rows(policy: Policy) -> PagedRows | None:
     dtype = policy.placement.autocast_dtype or base.dtype
     fits = (
         policy.placement.device.type == "cuda"
-        and policy.ragged and not policy.exact and not policy.sharded and not policy.under.load_in_4bit
+        and policy.ragged and not policy.exact and not policy.sharded and not policy.under.base_bits
         and policy.offloaded is None
         and base.config.model_type in FAMILIES and length_rule(base.config) is None
         and reads_pages(policy.placement.device, dtype, base.get_decoder().layers[0].self_attn.head_dim)

@@ -107,7 +107,7 @@ def test_the_comments_say_each_fate(imported):
     assert "bf16: auto  # mapped from bf16; the default here" in text
     assert "# wandb_project: left out because it is unset, so the default applies" in text
     assert "# flash_attention: left out because attention and kernels are chosen for the machine here" in text
-    assert "# load_in_8bit: left out because false asks for nothing" in text
+    assert "load_in_8bit: false  # mapped" in text
 
 
 def test_llamafactory_data_is_looked_up_and_its_defaults_are_written_out(imported):

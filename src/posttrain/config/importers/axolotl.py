@@ -126,7 +126,7 @@ ROWS: dict[str, KeyFate] = {
     "layer_offloading": joint("layer_offloading", "under an adapter with gradient_checkpointing; else the layers stay where they are computed with"),
     "adapter": to("adapter", {"lora": "lora", "qlora": "qlora", "none": "none", "": "none"}, todo="set adapter: lora or qlora, or leave it out"),
     "load_in_4bit": to("load_in_4bit", flag),
-    "load_in_8bit": changed("the frozen base stays in 16 bits, which 8 bits approximate; it takes twice the memory (adapter: qlora takes a half)"),
+    "load_in_8bit": to("load_in_8bit", flag),
     "lora_model_dir": refused("a stage does not start from an adapter", "merge it first (`posttrain merge`) and name the merged folder as base_model"),
     "lora_r": to("lora_r"),
     "lora_alpha": to("lora_alpha"),

@@ -16,6 +16,7 @@ from posttrain.config.importers.values import (
     best_model,
     cadence,
     compiling,
+    eight_bits,
     schedule,
     sft_only,
     warmup,
@@ -63,6 +64,7 @@ def finish(draft: ImportDraft) -> None:
     _training(draft)
     count_shards_together(draft)
     _trackers(draft)
+    eight_bits(draft)
     compiling(draft)
     sft_only(draft)
     read_streaming(draft)

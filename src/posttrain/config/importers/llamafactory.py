@@ -37,6 +37,7 @@ from posttrain.config.importers.values import (
     best_model,
     cadence,
     compiling,
+    eight_bits,
     schedule,
     sft_only,
     streaming,
@@ -205,6 +206,7 @@ def finish(draft: ImportDraft) -> None:
     _memory(draft)
     warmup(draft)
     schedule(draft)
+    eight_bits(draft)
     compiling(draft)
     sft_only(draft)
     streaming(draft, "buffer_size", "streaming")
@@ -218,13 +220,15 @@ def _adapter(draft: ImportDraft) -> None:
     if kind not in ("lora", "full"):
         draft.refuse("finetuning_type", f"{kind}: weights are trained whole or by LoRA here", "set lora or full")
         return
-    if bits not in (None, 4):
-        draft.refuse("quantization_bit", f"{bits}: the frozen base is kept in 4 bits or in 16", "set 4, or take it out")
+    if bits not in (None, 4, 8):
+        draft.refuse("quantization_bit", f"{bits}: the frozen base is kept in 4, 8 or 16 bits", "set 4 or 8, or take it out")
     adapter = "none" if kind == "full" else "qlora" if bits == 4 else "lora"
     key = "finetuning_type" if "finetuning_type" in draft.source else "LLaMA-Factory's default"
     draft.put("adapter", adapter, key, f"{kind} there" if adapter != kind else "")
     if bits == 4:
         draft.leave("quantization_bit", "adapter: qlora says it")
+    elif bits == 8:
+        draft.put("load_in_8bit", True, "quantization_bit")
     target = draft.source.get("lora_target", "all")
     if adapter != "none":
         text = target if isinstance(target, list) else names(target)

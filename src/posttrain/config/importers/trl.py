@@ -35,6 +35,7 @@ from posttrain.config.importers.values import (
     best_model,
     cadence,
     compiling,
+    eight_bits,
     schedule,
     sft_only,
     streaming,
@@ -65,7 +66,7 @@ ROWS: dict[str, KeyFate] = {
     "model_revision": to("revision"),
     "use_peft": joint("adapter"),
     "load_in_4bit": joint("adapter"),
-    "load_in_8bit": changed("the frozen base stays in 16 bits, which 8 bits approximate; it takes twice the memory"),
+    "load_in_8bit": to("load_in_8bit", flag),
     "lora_r": joint("lora_r"),
     "lora_alpha": joint("lora_alpha"),
     "lora_dropout": joint("lora_dropout"),
@@ -212,6 +213,7 @@ def finish(draft: ImportDraft) -> None:
         draft.put("special_tokens", {"eos_token": eos}, "eos_token")
     warmup(draft)
     schedule(draft)
+    eight_bits(draft)
     compiling(draft)
     sft_only(draft)
     streaming(draft, "", "dataset_streaming", "streaming")

@@ -190,9 +190,26 @@ def schedule(draft: ImportDraft) -> None:
 
 def compiling(draft: ImportDraft) -> None:
     """Where layers are not compiled here, which changes no more than roundings, they run as they are."""
-    for key in ("load_in_4bit", "layer_offloading"):
+    for key in ("load_in_4bit", "load_in_8bit", "layer_offloading"):
         if draft.keys.get(key) or (key == "load_in_4bit" and draft.keys.get("adapter") == "qlora"):
             draft.drop("torch_compile", f"with {key}: true layers are not compiled here")
+
+
+def eight_bits(draft: ImportDraft) -> None:
+    """A base in 8 bits, which is had under LoRA where nothing is sampled; elsewhere it stays in 16, which 8 bits approximate."""
+    if not draft.keys.get("load_in_8bit"):
+        return
+    if draft.keys.get("adapter") != "lora":
+        why = f"adapter is {draft.keys.get('adapter', 'none')}, and 8 bits lie under lora only"
+    elif draft.kind not in ("sft", "dpo", "reward"):
+        why = f"{draft.kind} samples from a base in 4 bits or in 16; this one stays in 16, which 8 bits approximate"
+    elif draft.keys.get("layer_offloading"):
+        why = "offloaded layers stay in 16 bits, which 8 bits approximate"
+    else:
+        return
+    theirs = draft.came_from.pop("load_in_8bit")
+    del draft.keys["load_in_8bit"], draft.notes["load_in_8bit"]
+    draft.change(theirs, why)
 
 
 def sft_only(draft: ImportDraft) -> None:

@@ -18,7 +18,7 @@ from posttrain.errors import ModelError
 from posttrain.files import read_json
 from posttrain.models.continued import ADAPTER, OF_THE_BASE, base_keys, stage_keys
 from posttrain.models.low_rank import CONFIG, WEIGHTS
-from posttrain.models.provenance import PROVENANCE
+from posttrain.models.provenance import PROVENANCE, bits_in
 from posttrain.models.total import ADAPTER_TOTAL
 
 
@@ -55,10 +55,10 @@ def record_of(adapter: Path) -> Mapping[str, Any]:
 
 
 def bits_of(adapter: Path) -> Mapping[str, Any]:
-    """The keys of a base in 4 bits that the adapter was trained on, as its stage wrote them; empty for any other base."""
+    """The keys of a quantised base that the adapter was trained on, as its stage wrote them; empty for any other base."""
     keys = trained_on(adapter)
     said = record_of(adapter) if keys is None else {name: getattr(keys, name) for name in OF_THE_BASE}
-    return {name: value for name, value in said.items() if "4bit" in name} if said.get("load_in_4bit") else {}
+    return bits_in(said)
 
 
 def base_of(adapter: Path) -> str:

@@ -21,7 +21,7 @@ def served_rank(keys: ModelKeys) -> int | None:
     """
     rank = max([keys.lora_r, *keys.rank_pattern.values()])
     plain = not isinstance(keys.init_lora_weights, str) or keys.init_lora_weights in _PLAIN_INITS
-    beside = keys.use_dora or keys.lora_modules_to_save or keys.added_tokens or keys.load_in_4bit
+    beside = keys.use_dora or keys.lora_modules_to_save or keys.added_tokens or keys.base_bits
     return rank if keys.adapter == "lora" and plain and not beside and serves_rank(rank) else None
 
 
