@@ -24,7 +24,8 @@ def merge(
     out: Annotated[Path, typer.Option(help="New folder for the merged model.")],
     base: Annotated[str | None, typer.Option(help="Base model; default: the one the adapter names.")] = None,
     onto: Annotated[
-        Literal["dequantized", "original"] | None, typer.Option(help="A base in 4 or 8 bits: which weights of the base to merge onto.")
+        Literal["dequantized", "original"] | None,
+        typer.Option(help="A base in 4 or 8 bits: which weights of the base to merge onto."),
     ] = None,
     load_in_4bit: Annotated[
         bool | None, typer.Option("--load-in-4bit/--no-load-in-4bit", help="The adapter was trained on a 4-bit base.")

@@ -14,7 +14,11 @@ ADAPTER = "adapter"
 """Folder beside a stage's `model`: what that stage trained."""
 OF_THE_BASE = ("base_model", "revision", "added_tokens", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")  # fmt: skip
 """Keys that decide which numbers lie under an adapter."""
-_PRECISIONS = {4: ("4 bits", "adapter: qlora"), 8: ("8 bits", "load_in_8bit: true"), None: ("its own precision", "adapter: lora, load_in_8bit: false")}
+_PRECISIONS = {
+    4: ("4 bits", "adapter: qlora"),
+    8: ("8 bits", "load_in_8bit: true"),
+    None: ("its own precision", "adapter: lora, load_in_8bit: false"),
+}
 
 
 def is_continued(keys: ModelKeys) -> bool:

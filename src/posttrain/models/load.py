@@ -284,7 +284,9 @@ def _bnb_config(keys: ModelKeys, placement: Placement) -> Any:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise ModelError(f"load_in_{keys.base_bits}bit needs bitsandbytes; install it with: pip install 'posttrain[qlora]'") from error
+        raise ModelError(
+            f"load_in_{keys.base_bits}bit needs bitsandbytes; install it with: pip install 'posttrain[qlora]'"
+        ) from error
     from transformers import BitsAndBytesConfig
 
     if keys.load_in_8bit:

@@ -96,7 +96,12 @@ def write_total(
     earlier = None if before is None else before.folder / ADAPTER_TOTAL
     rounded = () if before is None else _rounded(before.folder)
     half = bool(rounded) or (policy.base_moved and policy.placement.autocast_dtype is not None)
-    record = {"base_digest": source_digest(given.base_model), "load_in_4bit": given.load_in_4bit, "load_in_8bit": given.load_in_8bit, "rounded": rounded}
+    record = {
+        "base_digest": source_digest(given.base_model),
+        "load_in_4bit": given.load_in_4bit,
+        "load_in_8bit": given.load_in_8bit,
+        "rounded": rounded,
+    }
 
     def write(folder: Path) -> int:
         tensors, config = _joined(policy, stage / ADAPTER, earlier)

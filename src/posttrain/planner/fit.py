@@ -119,7 +119,9 @@ def _go_together(plan: MemoryPlan, changes: list[dict[str, Any]]) -> bool:
     named = [next(iter(change)) for change in changes]
     after = replace(plan.workload, **{name: value for change in changes for name, value in change.items()})
     adapted, as_written = after.adapter != "none", after.torch_compile is not True
-    offloads = adapted and bool(after.gradient_checkpointing) and plan.shards == 1 and as_written and not after.load_in_8bit
+    offloads = (
+        adapted and bool(after.gradient_checkpointing) and plan.shards == 1 and as_written and not after.load_in_8bit
+    )
     return (
         len(set(named)) == len(named)
         and (offloads or not after.layer_offloading)

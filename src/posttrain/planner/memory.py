@@ -362,7 +362,9 @@ def _frozen_bytes(shape: ModelShape, workload: Workload) -> int:
 
 def _autocast_bytes(shape: ModelShape, workload: Workload) -> int:
     """The bf16 copies of float32 matrices that autocast makes and the backward pass needs."""
-    if not workload.bf16 or (workload.adapter != "none" and (workload.load_in_4bit or workload.load_in_8bit or shape.stored_bytes == 2)):
+    if not workload.bf16 or (
+        workload.adapter != "none" and (workload.load_in_4bit or workload.load_in_8bit or shape.stored_bytes == 2)
+    ):
         return 0
     return 2 * (shape.linear_params + shape.vocab * shape.hidden)
 

@@ -37,6 +37,10 @@ from posttrain.config.importers.values import (
     best_model,
     cadence,
     compiling,
+<<<<<<< HEAD
+=======
+    early_stopping,
+>>>>>>> 0badcd1 (Sort imports)
     eight_bits,
     schedule,
     sft_only,
@@ -221,7 +225,9 @@ def _adapter(draft: ImportDraft) -> None:
         draft.refuse("finetuning_type", f"{kind}: weights are trained whole or by LoRA here", "set lora or full")
         return
     if bits not in (None, 4, 8):
-        draft.refuse("quantization_bit", f"{bits}: the frozen base is kept in 4, 8 or 16 bits", "set 4 or 8, or take it out")
+        draft.refuse(
+            "quantization_bit", f"{bits}: the frozen base is kept in 4, 8 or 16 bits", "set 4 or 8, or take it out"
+        )
     adapter = "none" if kind == "full" else "qlora" if bits == 4 else "lora"
     key = "finetuning_type" if "finetuning_type" in draft.source else "LLaMA-Factory's default"
     draft.put("adapter", adapter, key, f"{kind} there" if adapter != kind else "")
