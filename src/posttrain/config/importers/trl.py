@@ -35,10 +35,6 @@ from posttrain.config.importers.values import (
     best_model,
     cadence,
     compiling,
-<<<<<<< HEAD
-=======
-    early_stopping,
->>>>>>> 0badcd1 (Sort imports)
     eight_bits,
     schedule,
     sft_only,
