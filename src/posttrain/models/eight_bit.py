@@ -29,4 +29,5 @@ class DequantizedLinear(Linear8bitLt):
 def dequantized(module: Linear8bitLt) -> torch.Tensor:
     """Its weight as a float32 matrix."""
     weight: Any = module.weight
-    return weight.data.float().mul_(module.state.SCB.unsqueeze(1).mul(1.0 / 127.0))
+    scale: Any = module.state.SCB
+    return weight.data.float().mul_(scale.unsqueeze(1).mul(1.0 / 127.0))
