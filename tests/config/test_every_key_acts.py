@@ -30,6 +30,7 @@ ELSEWHERE = {
     "advice_off": "what is said before a run; tests/config/test_advice.py",
     "mlflow": "a mirror; tests/tracking/test_mirror.py",
     "report_to": "mirrors; tests/tracking/test_mirror.py",
+    "log_completions": "mirrors; tests/tracking/test_mirror.py",
     "prometheus_port": "a mirror; tests/tracking/test_prometheus.py",
     "allow_raw_base": "what a pipeline may start on; tests/pipeline/test_checks.py",
     "precompute_ref_log_probs": "memory for time, with the same numbers; tests/recipes/test_loops.py",

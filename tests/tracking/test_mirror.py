@@ -40,7 +40,7 @@ def run(tmp_path, monkeypatch):
     for variable in ("WANDB_DIR", "WANDB_PROJECT", "TRACKIO_PROJECT"):
         monkeypatch.delenv(variable, raising=False)
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    made = TrackedRun(tmp_path / "01-sft", "words", "run1/01-sft", "01-sft", {"seed": "42"}, uri)
+    made = TrackedRun(tmp_path / "01-sft", "words", "run1/01-sft", "01-sft", {"seed": "42"}, uri, log_completions=True)
     made.save()
     return made
 
@@ -179,6 +179,20 @@ def test_each_sample_is_there_once_without_secrets(run, name, monkeypatch):
     recorded = {run.folder / "samples.jsonl"}
     sent = [path for path in run.folder.parent.rglob("*") if path.is_file() and path not in recorded]
     assert len(sent) > 2 and not [path for path in sent if SECRET.encode() in path.read_bytes()]
+
+
+def test_what_shows_completions_stays_here_unless_it_is_asked_for(run):
+    pytest.importorskip("tensorboard")
+    (run.folder.parent / "report.html").write_text("<p>answer 1</p>")
+    for asked in (False, True):
+        quiet = replace(
+            run, folder=run.folder.with_name(f"asked-{asked}"), report="../report.html", log_completions=asked
+        )
+        quiet.save()
+        sampled(quiet, [1, 2], "nothing")
+        keep_copy(tracked_run(quiet.folder), "tensorboard", ENDED)
+        copies = [path for path in quiet.folder.rglob("*") if path.is_file() and path.name != "samples.jsonl"]
+        assert any(b"answer 1" in path.read_bytes() for path in copies) == asked
 
 
 def _mlflow_reports(run):

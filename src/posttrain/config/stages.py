@@ -148,6 +148,7 @@ class TrainKeys(ModelKeys):
     lint: dict[str, dict[str, Any]] = knob({}, "Data lints to change: rule → `limit` (share of the rows) and `action` (warn, refuse or off); docs/data-formats.md lists them.", example={"near_duplicate": {"limit": 0.05}})
     advice_off: list[Literal["lora_rate", "lora_layers", "lora_rank", "lora_batch", "dpo_beta", "dpo_rate"]] = knob([], "Advice that is not to be said before a run and in `posttrain plan`; docs/advice.md lists it.", example=["lora_rate"])
     report_to: list[Literal["mlflow", "wandb", "trackio", "tensorboard"]] = knob([], "Keep a copy of each stage's metrics and findings there; it never delays a step. `mlflow` needs the key mlflow or MLFLOW_TRACKING_URI; the others are told what they need by their own variables (WANDB_PROJECT, WANDB_MODE, TRACKIO_SPACE_ID …).", also="use_wandb, use_tensorboard, use_trackio (Axolotl)", example=["wandb"])
+    log_completions: bool = knob(False, "Send samples of an RL stage (prompt, completion, reward) and the run's report, which shows them, to the trackers of report_to too; a run's own folder has them in any case.")
     mlflow: str | None = knob(None, "Mirror metrics to this MLflow server, or to sqlite:///file.db; it never blocks a run. No password here: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.", example="sqlite:///mlflow.db")
     prometheus_port: int | None = knob(None, "Serve the newest metrics to Prometheus on this port of localhost.", ge=1, le=65535)
 

@@ -42,6 +42,7 @@ _HOW_IT_IS_WATCHED = {
     "output_dir",
     "base_model",
     "report_to",
+    "log_completions",
     "mlflow",
     "prometheus_port",
     "ddp_timeout",

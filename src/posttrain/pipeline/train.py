@@ -203,7 +203,9 @@ class Stages:
         stage = folder.name
         params = as_params(training_keys(keys))
         report = os.path.relpath(self.place.folder / REPORT_NAME, folder)
-        tracked = TrackedRun(folder, self.place.keys.name, f"{run_id}/{stage}", stage, params, keys.mlflow, report)
+        tracked = TrackedRun(
+            folder, self.place.keys.name, f"{run_id}/{stage}", stage, params, keys.mlflow, report, keys.log_completions
+        )
         failed = partial(self._mirror_failed, stage)
         sinks += [MirrorSink(tracked, name, failed) for name in keys.trackers]
         if keys.prometheus_port is not None:

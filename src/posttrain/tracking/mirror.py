@@ -99,7 +99,8 @@ class _Unsent:
         # A run that went on from a checkpoint writes steps again that are there already; the first copy stays.
         self._rows = [row for row in rows.behind(self._rows) if row["step"] > self._recorded]
         self._remarks = [remark for remark in remarks.behind(self._remarks) if remark["kind"] == _NOTED]
-        self._samples = [sample for sample in samples.behind(self._samples) if sample["step"] > self._recorded]
+        if self._run.log_completions:
+            self._samples = [sample for sample in samples.behind(self._samples) if sample["step"] > self._recorded]
 
     def send(self, with_report: bool = True) -> bool:
         """Whether the tracker took everything; the report, if there is one, comes last and once."""
@@ -135,6 +136,8 @@ class _Unsent:
 
     def _send_report(self) -> None:
         page = self._run.folder / self._run.report
+        if not self._run.log_completions:  # it shows them
+            return
         if self._tracker is not None and not self._has_report and page.is_file():
             self._tracker.report(clean_text(page.read_text("utf-8")))
             self._has_report = True

@@ -113,9 +113,9 @@ _GRPO: dict[str, Any] = {
     "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "epsilon": "epsilon", "epsilon_high": "epsilon_high", "delta": "delta", "loss_type": "loss_type",
     "num_iterations": "num_iterations", "reward_weights": "reward_weights", "mask_truncated_completions": "mask_truncated_completions",
     "importance_sampling_level": "importance_sampling_level", "entropy_coef": "entropy_coef", "multi_objective_aggregation": "multi_objective_aggregation",
-    "off_policy_mask_threshold": "off_policy_mask_threshold", "use_bias_correction_kl": "use_bias_correction_kl", "reward_num_workers": "reward_workers",
+    "off_policy_mask_threshold": "off_policy_mask_threshold", "use_bias_correction_kl": "use_bias_correction_kl", "reward_num_workers": "reward_workers", "log_completions": "log_completions",
 }  # fmt: skip
-_GRPO_LEFT = ("use_vllm", "log_completions", "use_liger_loss", "ref_model_mixup_alpha", "ref_model_sync_steps", "num_completions_to_print",
+_GRPO_LEFT = ("use_vllm", "use_liger_loss", "ref_model_mixup_alpha", "ref_model_sync_steps", "num_completions_to_print",
               "rollout_func")  # fmt: skip
 
 

@@ -55,7 +55,7 @@ ROWS: dict[str, KeyFate] = {
     **rows(left(MEMORY), "activation_offloading", "cast_lm_head_to_fp32", "bnb_4bit_quant_storage", "dtype", "torch_dtype", "gradient_checkpointing_use_reentrant",
            "bnb_4bit_compute_dtype", "cache_implementation"),
     **rows(left(GENERATION), "eval_packing", "num_generations_eval"),
-    **rows(left(TRACKING), "log_multimodal", "log_completions", "num_completions_to_print", "log_unique_prompts", "trackio_project"),
+    **rows(left(TRACKING), "log_multimodal", "num_completions_to_print", "log_unique_prompts", "trackio_project"),
     **rows(left(_SAMPLER), "use_vllm", "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
            "vllm_group_port", "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode",
            "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min", "vllm_importance_sampling_cap", "use_transformers_paged", "use_transformers_continuous_batching",

@@ -34,7 +34,7 @@ SAMPLES_NAME, REPORT_NAME = "samples", "report.html"
 @dataclass(frozen=True)
 class TrackedRun:
     """What is copied. The same `key` is the same run there, also after a restart; `uri` is MLflow's server; `report` is
-    the file of the run's report, as seen from the folder."""
+    the file of the run's report, as seen from the folder; `log_completions`: samples and report may leave too."""
 
     folder: Path
     project: str
@@ -43,6 +43,7 @@ class TrackedRun:
     params: Mapping[str, str] = field(default_factory=dict)
     uri: str | None = None
     report: str = ""
+    log_completions: bool = False
 
     @property
     def mirrors(self) -> Path:
@@ -53,7 +54,7 @@ class TrackedRun:
         if self.uri is not None:
             refuse_secret(self.uri)
         self.mirrors.mkdir(parents=True, exist_ok=True)
-        fields = {name: getattr(self, name) for name in ("project", "key", "name", "report")}
+        fields = {name: getattr(self, name) for name in ("project", "key", "name", "report", "log_completions")}
         uri = None if self.uri is None else absolute_sqlite(self.uri)  # `posttrain mirror` may be called elsewhere
         write_json(self.mirrors / _SETTINGS, fields | {"uri": uri, "params": dict(self.params)})
 
