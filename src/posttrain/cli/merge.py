@@ -57,7 +57,7 @@ def merge(
     _check_adapter(source)
     keys = _keys(source, base, load_in_4bit)
     if onto is not None and not keys.base_bits:
-        raise ConfigError(f"--onto {onto} is about a base in 4 or 8 bits; add --load-in-4bit, or leave --onto out")
+        raise ConfigError(f"--onto {onto} is about a 4-bit base; add --load-in-4bit, or leave --onto out")
     _merge(source, out, keys.model_copy(update={"merge_onto": onto or keys.merge_onto}))
 
 
