@@ -180,7 +180,7 @@ def test_keys_that_differ_are_listed_by_name_and_value(write):
 def test_keys_an_older_version_did_not_have_or_called_otherwise_are_listed_too(write):
     keys = load_stage("sft", write(MINIMAL + "learning_rate: 1e-3\n")).keys
     lines = resolved_yaml(keys).splitlines()
-    kept = [line for line in lines if not line.startswith(("schema", "packing", "revision", "learning_rate"))]
+    kept = [line for line in lines if not line.startswith(("schema", "packing:", "revision", "learning_rate"))]
     run = write("\n".join(["schema: 0", "lr: 1e-3", "fancy: 1", "odd: 2", *kept]), "config.yaml")
     assert drift(run, keys, TABLE) == [
         "lr: 0.001 is read as learning_rate: 0.001; lr is now learning_rate since schema 1: it has TRL's name",
