@@ -21,10 +21,12 @@ from posttrain.models.provenance import source_digest
 from posttrain.recipes.synth import remake, synthesize
 
 REWARDS = """
-import time
+import glob, os, time
 
-def slowly(prompts, completions, **columns):
-    time.sleep(0.3)
+def held(prompts, completions, **columns):
+    beside = os.path.dirname(os.path.abspath(__file__))
+    while os.path.exists(f"{beside}/hold") and len(glob.glob(f"{beside}/killed/samples/part*")) >= 2:
+        time.sleep(0.01)
     return even(prompts, completions)
 
 def even(prompts, completions, **columns):
@@ -241,9 +243,10 @@ def test_repeats_of_completions_leave_once(make):
 
 
 def test_a_run_that_is_killed_between_parts_ends_with_the_same_bytes(make, tmp_path):
-    slowly = {"reward_funcs": ["rewards.py:slowly"], "prompts_per_part": 1}
-    synthesize(make(output_dir="whole", **slowly))
-    killed = make(output_dir="killed", **slowly)
+    by_one = {"reward_funcs": ["rewards.py:held"], "reward_timeout_s": 100.0, "prompts_per_part": 1}
+    synthesize(make(output_dir="whole", **by_one))
+    killed = make(output_dir="killed", **by_one)
+    (tmp_path / "hold").touch()
     command = [
         sys.executable,
         "-c",
@@ -259,6 +262,7 @@ def test_a_run_that_is_killed_between_parts_ends_with_the_same_bytes(make, tmp_p
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    (tmp_path / "hold").unlink()
     assert len(os.listdir(folder)) < 7
     assert not (tmp_path / "killed" / "rows.jsonl").exists()
     synthesize(killed)
