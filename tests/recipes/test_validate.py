@@ -108,11 +108,13 @@ def test_sets_that_cannot_be_told_apart_or_do_not_decide_are_refused(data_dir, k
         SFTKeys(**{"base_model": "m", "datasets": [{"path": "d.jsonl"}], **two_sets(data_dir), **keys})
 
 
-def test_a_metric_that_no_validation_gives_is_named_with_those_that_it_gives(train, data_dir):
-    with pytest.raises(ConfigError, match="eval_dev_los is not measured; expected one of eval_dev_loss, "):
-        train(
-            "sft", max_steps=1, **two_sets(data_dir, metric_for_best_model="eval_dev_los", load_best_model_at_end=True)
-        )
+def test_a_metric_that_no_validation_gives_is_named_and_costs_no_training_that_is_over(train, data_dir, caplog):
+    mistyped = two_sets(data_dir, metric_for_best_model="eval_dev_los", load_best_model_at_end=True)
+    why = "eval_dev_los is not measured; expected one of eval_dev_loss, "
+    with pytest.raises(ConfigError, match=why):
+        train("sft", name="early", max_steps=2, **mistyped | {"eval_steps": 1})
+    folder = train("sft", name="late", max_steps=1, **mistyped)
+    assert (folder / "model" / "model.safetensors").exists() and why in caplog.text
 
 
 def test_a_share_of_the_steps_is_rounded_up_as_in_transformers():

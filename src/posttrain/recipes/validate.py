@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -23,6 +24,8 @@ from posttrain.recipes.evaluate import OwnScorers, TokenizerCodec, with_episodes
 from posttrain.recipes.stage import Stage
 from posttrain.recipes.train_state import TrainState
 from posttrain.rollout.sampling import request_seed
+
+log = logging.getLogger(__name__)
 
 _DEV = "dev"
 _LONGEST_ANSWER = 256
@@ -60,7 +63,7 @@ class Validation:
             for name, rows in self._sets.items()
             for metric, value in self._measure(rows).items()
         }
-        self._measured_at, self._best = step, self._score_if_best(step)
+        self._measured_at, self._best = step, self._score_if_best(step, is_over=step == total_steps)
         if self._stage.keys.early_stopping_patience:
             self._state.validated[SINCE_BEST] = waited + is_due if self._best is None else 0.0
         return self._state.validated
@@ -69,10 +72,16 @@ class Validation:
         """The score of `step` if it was validated and is the best so far, and the best one is wanted. All ranks ask."""
         return self._best if self._measured_at == step else None
 
-    def _score_if_best(self, step: int) -> float | None:
+    def _score_if_best(self, step: int, *, is_over: bool) -> float | None:
         if not self._wanted or not self._state.validated:
             return None
-        score, best = goodness(self._state.validated, self._stage.keys), self._stage.checkpoints.best()
+        try:
+            score, best = goodness(self._state.validated, self._stage.keys), self._stage.checkpoints.best()
+        except ConfigError as unknown:
+            if not is_over:
+                raise
+            log.warning("%s; the stage keeps the weights of its last step", unknown)  # they are not lost for a name
+            return None
         if math.isnan(score):
             return None
         # A step that is run again after a crash finds its own mark: it must be saved again all the same.
