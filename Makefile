@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # One thread: the demo's model is too small to gain from two, and tests run in two processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo reward-hacking setup-vllm setup-ray setup-browser setup-export setup-envs docs test test-all check format bench bench-all gpu-check gpu-bench clean help
+.PHONY: demo reward-hacking setup-vllm setup-ray setup-browser setup-export setup-envs docs lock test test-all check format bench bench-all gpu-check gpu-bench clean help
 
 help:
 	@echo "make demo      set up, then take the tiny base model through SFT, DPO and GRPO to the registry"
@@ -19,6 +19,7 @@ help:
 	@echo "make setup-export   an environment of its own (1.5 GB) for posttrain export --to awq or gptq; make test then runs its tests too"
 	@echo "make setup-envs   an environment of its own (140 MB) for servers of OpenEnv; make test then plays with them too"
 	@echo "make docs      the documentation as a site, in build/site (60 MB more to install); its links and anchors are checked"
+	@echo "make lock      requirements.lock anew from pyproject.toml and constraints.txt (needs uv and the index)"
 	@echo "make check     lint, types, import layers"
 	@echo "make bench     side by side with TRL"
 	@echo "make gpu-check gpu-bench   on a machine with a GPU: are its numbers right, and how fast is it"
@@ -57,6 +58,13 @@ setup-envs: .venv-envs/.installed
 	.venv-envs/bin/pip install --quiet --constraint envs-constraints.txt --no-deps openenv-core
 	.venv-envs/bin/pip install --quiet --constraint envs-constraints.txt fastapi uvicorn websockets requests httpx fastmcp
 	touch $@
+
+# One file for all platforms, with hashes; what it holds of extras is what a user installs, not what the tests need.
+LOCKED := qlora math serve ui mcp eval export mlflow wandb trackio tensorboard
+lock: $(STAMP)
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile --quiet pyproject.toml $(addprefix --extra ,$(LOCKED)) --constraint constraints.txt --python-version 3.11 --universal \
+	  --generate-hashes --no-header --no-annotate --no-emit-index-url --output-file requirements.lock
 
 docs: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
