@@ -55,7 +55,10 @@ def test_both_sides_train_the_same_sft_tokens_in_the_same_order(first_rows):
 def test_both_sides_train_the_same_pairs(first_rows):
     keys, tokenizer = first_rows("dpo"), AutoTokenizer.from_pretrained(QUICKSTART / "base")
     data = load_preference(keys, tokenizer)
-    ours = [tuple(map(without_tail, data.rows[index])) for index in data.order(keys.seed, 0)]
+    ours = [
+        (without_tail(row.chosen), without_tail(row.rejected))
+        for row in map(data.rows.__getitem__, data.order(keys.seed, 0))
+    ]
     rows = stage_trl.rows_of(keys, tokenizer)
     assert [tuple(trained(tokenizer, row, side) for side in ("chosen", "rejected")) for row in rows] == ours
 
