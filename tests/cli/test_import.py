@@ -28,7 +28,7 @@ def test_import_refuses_with_exit_code_64_and_writes_nothing(tmp_path, capsys):
     file = tmp_path / "axolotl.yaml"
     file.write_text(CONFIG + "reward_model: true\n")
     assert _run(["import", str(file), "-o", str(tmp_path / "out.yaml")]) == 64
-    assert "reward_model: true: reward models are not imported" in capsys.readouterr().err
+    assert "datasets.1.type: chat_template" in capsys.readouterr().err
     assert not (tmp_path / "out.yaml").exists()
 
 

@@ -9,7 +9,6 @@ import pytest
 from trl import GRPOConfig, GRPOTrainer
 
 from posttrain.config.rl import GRPOKeys
-from posttrain.recipes import grpo as recipe
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.types import Completion
 
@@ -82,7 +81,7 @@ def both(ours, theirs, rows, recorded, tmp_path, monkeypatch):
         return {"prompt_ids": [list(recorded[p][0]) for p in prompts], "completion_ids": completions, "logprobs": None}
 
     def train(lora_r=0, **options):
-        monkeypatch.setattr(recipe, "make_engine", engine)
+        monkeypatch.setattr("posttrain.recipes.rl.make_engine", engine)
         shared = {"learning_rate": 3e-3, "num_iterations": 2, "num_generations": GROUP, "lr_scheduler_type": "linear"}
         shared |= {"per_device_train_batch_size": PROMPTS * GROUP, "max_completion_length": LONGEST} | options
         adapter = {"adapter": "lora", "lora_r": lora_r} if lora_r else {}

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from posttrain.recipes import grpo, source
+from posttrain.recipes import rl, source
 from posttrain.recipes.certify import certify
 from posttrain.recipes.engines import greedy, sampling_params
 from posttrain.rollout.embedded import EmbeddedEngine
@@ -24,7 +24,7 @@ def asked(monkeypatch):
         return generate(engine, requests, params)
 
     monkeypatch.setattr(EmbeddedEngine, "generate", recording)
-    for module in (grpo, source):
+    for module in (rl, source):
         monkeypatch.setattr(
             module,
             "sync_engine",

@@ -238,4 +238,8 @@ def test_a_plan_knows_the_teachers_that_are_loaded(other_weights, runner, model_
     given = [{"model": "policy"}, {"model": str(other_weights)}, {"model": "big", "url": "http://127.0.0.1:8000"}]
     (shape,) = shapes_beside(runner.keys_of("grpo", model_dir("qwen3"), data_dir, teachers=given))["teachers"]
     assert (shape.hidden, shape.num_layers) == (64, 2)
-    assert shapes_beside(runner.keys_of("sft", model_dir("qwen3"), data_dir)) == {"teachers": [], "judges": []}
+    assert shapes_beside(runner.keys_of("sft", model_dir("qwen3"), data_dir)) == {
+        "teachers": [],
+        "judges": [],
+        "critics": [],
+    }

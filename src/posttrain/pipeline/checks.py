@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from posttrain.config.advice import Advised, advise
 from posttrain.config.episodes import EpisodeKeys
@@ -174,22 +175,27 @@ def check_trackers(keys: PipelineKeys) -> None:
 
 def check_memory(keys: PipelineKeys) -> None:
     """Says what is advised about the keys. Raises: ModelError for a model that is not of text alone; ConfigError, in one line, for the first stage that cannot fit."""
-    available = available_bytes()
     config = load_config(keys.stages[0].keys)
     refuse_other_media(keys.stages[0].keys, config)
     try:
-        shape, stored = ModelShape.from_config(model_shape(config)), stored_dtype(config)
+        shape = ModelShape.from_config(model_shape(config))
     except ModelError as uncounted:  # it may be trained all the same
         log.warning("%s; whether it fits in memory is not known before it is loaded", uncounted)
         return
+    _check_fit(keys, shape, config)
     for stage in keys.stages:
         for one in advise(Advised(stage.kind, stage.keys, shape.num_params)):
             log.warning("%s: advice %s", stage.kind, one.line())
+
+
+def _check_fit(keys: PipelineKeys, shape: ModelShape, config: Any) -> None:
+    """Raises: ConfigError."""
+    available = available_bytes()
     if available is None or place(keys.stages[0].keys).device.type != "cpu":
         return
     for stage in keys.stages:
         # As it will be loaded: a CPU with bf16 units holds the frozen base of an adapter in the bf16 of its file.
-        placement = place(stage.keys, stored if stage.keys.adapter != "none" else None)
+        placement = place(stage.keys, stored_dtype(config) if stage.keys.adapter != "none" else None)
         has_bf16 = placement.autocast_dtype is not None
         demands = stage_kind(stage.kind).demands(stage.keys)
         workload = Workload.from_keys(
