@@ -182,6 +182,9 @@ def length(prompts, completions, target, bonus, **columns):
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
     return [len(text) + float(target[i]) + bonus[i] for i, text in enumerate(texts)]
 
+def paid(prompts, completions, answer, label):
+    return [float(one) + 10 * float(other) for one, other in zip(answer, label)]
+
 def fails(completions, target, **columns):
     if "2" in target: raise KeyError("no")
     return [1.0 for _ in completions]
@@ -208,6 +211,13 @@ def test_a_scorer_of_ones_own_is_a_function_with_the_signature_of_a_reward(evalu
         ours.run(*suite([row | {"scorer": "own.py:silent"} for row in rows], name="n"), "gate")
     with pytest.raises(EvalError, match="no process to run it in"):
         evaluator.run(*suite(rows, name="w"), "gate")
+
+
+def test_what_paid_in_training_finds_the_target_under_the_name_that_it_asks_for(evaluator, suite, tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    rows = [row | {"scorer": "own.py:paid", "target": str(n), "label": 7} for n, row in enumerate(items())]
+    report = replace(evaluator, score_own=OwnScorers()).run(*suite(rows), "gate")
+    assert [item.scores for item in report.items] == [(n + 70.0,) for n in range(len(rows))]
 
 
 def test_an_item_that_cannot_be_scored_is_named_before_anything_is_asked(suite):

@@ -29,6 +29,7 @@ from posttrain.protocols import Engine, Ranks
 from posttrain.recipes.engines import EngineSource, make_engine, named_engine
 from posttrain.recipes.episodes import Begin, Episodes, environment_of, environment_spec, sampler
 from posttrain.recipes.learned import load_learned
+from posttrain.rewards.library import GOLD_COLUMNS
 from posttrain.rewards.workers import RewardPool
 from posttrain.rollout.sampling import request_seed
 from posttrain.types import Completion, Origin, Prompt, Request, SamplingParams, Text
@@ -254,7 +255,8 @@ def _measured(
 
 
 class OwnScorers:
-    """Suites' own scorers, which have the signature of a reward or are a model's opinion, started once each. `target` is a column."""
+    """Suites' own scorers, which have the signature of a reward or are a model's opinion, started once each. `target` is a column,
+    under every name that a dataset may call it by: what paid in training scores here as it stands."""
 
     def __init__(self) -> None:
         self._pools: dict[tuple[Path, str], RewardPool] = {}
@@ -264,8 +266,9 @@ class OwnScorers:
     ) -> Sequence[tuple[float | None, str | None]]:
         """Of one completion of each item."""
         names = dict.fromkeys(name for item in items for name in item.columns)
-        columns: dict[str, list[Any]] = {name: [item.columns.get(name) for item in items] for name in names}
-        columns["target"] = [item.target for item in items]
+        targets = [item.target for item in items]
+        columns: dict[str, list[Any]] = dict.fromkeys(GOLD_COLUMNS, targets)
+        columns |= {name: [item.columns.get(name) for item in items] for name in names} | {"target": targets}
         prompts = [item.prompt if isinstance(item.prompt, str) else [dict(m) for m in item.prompt] for item in items]
         completions: list[Any] = [
             text if isinstance(item.prompt, str) else [{"role": "assistant", "content": text}]
