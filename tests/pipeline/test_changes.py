@@ -146,7 +146,7 @@ def test_a_change_that_is_taken_back_finds_the_old_results(changed):
 
 def test_how_a_run_is_watched_is_no_change(copied):
     state = read_json(copied.out / "pipeline.json")
-    copied.run("logging_steps=2", "save_steps=1", "save_total_limit=5")
+    copied.run("logging_steps=2", "save_steps=1", "save_total_limit=5", "sft.advice_off=[lora_rate]")
     assert read_json(copied.out / "pipeline.json") == state
 
 

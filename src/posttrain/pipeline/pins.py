@@ -47,6 +47,7 @@ _HOW_IT_IS_WATCHED = {
     "prometheus_port",
     "ddp_timeout",
     "lint",
+    "advice_off",
 }
 """Keys that cannot change a stage's weights."""
 MADE_BY_STAGES = {"rewards": "reward_funcs", "value_model": "value_model"}
