@@ -232,9 +232,10 @@ def test_a_model_whose_memory_cannot_be_counted_is_trained_all_the_same(model_di
     from posttrain.config.load_pipeline import load_pipeline
     from posttrain.pipeline import checks
 
-    made = project([{"sft": {"datasets": [{"path": "sft.jsonl"}]}}], base_model=str(model_dir("mamba")))
+    made = project([dpo(beta=0.001)], base_model=str(model_dir("mamba")))
     checks.check_memory(load_pipeline(made.path).keys)
     assert "model_type mamba" in caplog.text and "not known before it is loaded" in caplog.text
+    assert "dpo: advice dpo_beta: beta 0.001 is outside" in caplog.text
 
 
 @pytest.mark.parametrize("of", ["reward", "suite"])

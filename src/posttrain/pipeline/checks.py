@@ -177,14 +177,16 @@ def check_memory(keys: PipelineKeys) -> None:
     """Says what is advised about the keys. Raises: ModelError for a model that is not of text alone; ConfigError, in one line, for the first stage that cannot fit."""
     config = load_config(keys.stages[0].keys)
     refuse_other_media(keys.stages[0].keys, config)
+    num_params = None
     try:
         shape = ModelShape.from_config(model_shape(config))
     except ModelError as uncounted:  # it may be trained all the same
         log.warning("%s; whether it fits in memory is not known before it is loaded", uncounted)
-        return
-    _check_fit(keys, shape, config)
+    else:
+        _check_fit(keys, shape, config)
+        num_params = shape.num_params
     for stage in keys.stages:
-        for one in advise(Advised(stage.kind, stage.keys, shape.num_params)):
+        for one in advise(Advised(stage.kind, stage.keys, num_params)):
             log.warning("%s: advice %s", stage.kind, one.line())
 
 
