@@ -51,6 +51,8 @@ def test_a_uri_with_a_password_is_known_from_one_without(uri, secret):
         ("mcp:python server.py https://user:x@host", True),
         ("mcp:python server.py --max-tokens 5 --tokenizer=x https://host", False),
         ("mcp:python token", False),
+        ('mcp:npx mcp-remote https://host --header "Authorization: Bearer abc.def"', True),
+        ('mcp:npx mcp-remote https://host --header "Authorization: Bearer ${AUTH}"', False),
     ],
 )
 def test_a_command_with_a_password_is_known_from_one_without(command, secret):

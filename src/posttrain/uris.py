@@ -16,7 +16,8 @@ from posttrain.errors import ConfigError
 _URI = re.compile(r"(?:[a-z]+:)?([A-Za-z][A-Za-z0-9+.-]*://\S*)")
 """Also behind a word that says what is there, as in `openenv:https://…`."""
 _USER_INFO = re.compile(r"(?<=://)[^/?#\s]*@")
-_CREDENTIALS = re.compile(r"\b(Basic|Bearer)\s+[^\s\"']+", re.IGNORECASE)
+_CREDENTIALS = re.compile(r"\b(Basic|Bearer)\s+(?!\$)[^\s\"']+", re.IGNORECASE)
+"""Not the name of a variable that holds them."""
 _SECRET_NAME = re.compile(
     r"(.*[-_])?(pass(word|wd)?|pwd|token|secret|(api|access)[-_]?key|sig(nature)?|credentials?)", re.IGNORECASE
 )
@@ -60,9 +61,13 @@ def variable_names_secret(name: str) -> bool:
 
 
 def command_holds_secret(command: str) -> bool:
-    """Whether a word of it is a URI with a password, or names one: `--api-key …`, `API_KEY=…`."""
+    """Whether a word of it is a URI with a password, or names one (`--api-key …`, `API_KEY=…`), or it has credentials of a header."""
     named = (word.partition("=") for word in command.split() if word.startswith("-") or "=" in word)
-    return any(map(holds_secret, command.split())) or any(names_secret(name.lstrip("-")) for name, _, _ in named)
+    return (
+        _CREDENTIALS.search(command) is not None
+        or any(map(holds_secret, command.split()))
+        or any(names_secret(name.lstrip("-")) for name, _, _ in named)
+    )
 
 
 def refuse_secret(text: str) -> None:
