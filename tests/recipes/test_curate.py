@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -179,5 +180,10 @@ def test_what_cannot_be_meant_is_refused(changes, said, write):
 
 
 def test_nothing_left_is_an_error_that_counts_why(write):
+    rows = [row("a", "b"), row("c", "d")]
+    curate_rows(write(rows))
+    keys = write(rows, min_chars=5)
     with pytest.raises(DataError, match=r"no row of 2 is left: \{'length': 2\}"):
-        curate_rows(write([row("a", "b"), row("c", "d")], min_chars=5))
+        curate_rows(keys)
+    assert not Path(keys.output_dir, "rows.jsonl").exists(), "rows of another choice do not lie beside this one's report"
+    assert [one["row"] for one in read(keys, "left.jsonl")] == rows

@@ -93,6 +93,17 @@ def test_all_correct_keeps_what_is_correct_and_every_other_completion_has_its_re
     assert rows[0]["messages"][-1]["role"] == "assistant"
 
 
+def test_a_prompt_that_cannot_be_asked_is_named_with_why(make, tmp_path):
+    keys = make(sequence_len=60)
+    with (tmp_path / "prompts.jsonl").open("a") as prompts:
+        prompts.write(json.dumps({"prompt": "far too long " * 30}) + "\n")
+    report = synthesize(keys)
+    (left,) = [row for row in read(keys, "left.jsonl") if "origin" in row]
+    assert left["origin"].endswith("prompts.jsonl:9")
+    assert left["reason"] == "skipped: longer than sequence_len"
+    assert report["left"]["skipped"] == 1
+
+
 def test_in_a_pair_the_chosen_reward_is_always_higher_and_by_the_margin_where_one_is_asked_for(make):
     for margin in (0.0, 0.3):
         keys = make(keep="pairs", reward_funcs=["rewards.py:graded"], num_generations=6, min_margin=margin, output_dir=f"m{margin}")  # fmt: skip

@@ -19,7 +19,7 @@ from posttrain.config.synth import LEFT, ROWS
 from posttrain.data.curation import Leaving, eval_prompts, repeats, without
 from posttrain.data.formats import FORMATS, Noun, detect_format, parse_rows, rows_of
 from posttrain.data.lint_input import answers_of, prompt_of, whole
-from posttrain.data.origin import data_origins, write_origin
+from posttrain.data.origin import data_origins, remove_rows, write_origin
 from posttrain.data.sources import Source, SourceRow, read_source
 from posttrain.errors import DataError
 from posttrain.files import write_atomic, write_json
@@ -53,16 +53,19 @@ def curate_rows(keys: CurateKeys) -> dict[str, Any]:
         "left": dict(Counter(why.partition(":")[0] for why in left.values()).most_common()),
     }
     folder = Path(keys.output_dir)
-    if not staying:
-        raise DataError(f"no row of {len(rows)} is left: {report['left']}; loosen the key that takes most of them out")
     with run_lock(folder):
-        write_atomic(folder / ROWS, "".join(_line(rows[place].source[1]) for place in staying))
         gone = [
             {"origin": str(rows[place].source[0]), "reason": left[place], "row": rows[place].source[1]}
             for place in sorted(left)
         ]
         write_atomic(folder / LEFT, "".join(map(_line, gone)))
         write_json(folder / REPORT, report)
+        if not staying:
+            remove_rows(folder / ROWS)
+            raise DataError(
+                f"{folder}: no row of {len(rows)} is left: {report['left']}; loosen the key that takes most of them out"
+            )
+        write_atomic(folder / ROWS, "".join(_line(rows[place].source[1]) for place in staying))
         write_origin(folder / ROWS, _origin(keys, read))
     return report
 

@@ -14,6 +14,7 @@ import posttrain
 from posttrain.checkpoint.lock import run_lock
 from posttrain.config.synth import LEFT, ROWS, SynthKeys
 from posttrain.data.curation import Leaving, eval_prompts, repeats, too_many, without
+from posttrain.data.dataset import DataSummary
 from posttrain.data.lint_input import plain_text
 from posttrain.data.load import load_prompts
 from posttrain.data.origin import remove_rows, write_origin
@@ -32,7 +33,7 @@ from posttrain.recipes.engines import EngineSource, make_engine, named_engine, s
 from posttrain.recipes.learned import reward_pool
 from posttrain.rewards.resolve import reward_digest
 from posttrain.rollout.collect import sample_groups, score_groups
-from posttrain.types import Prompt, PromptRow, RolloutGroup
+from posttrain.types import Origin, Prompt, PromptRow, RolloutGroup
 
 REPORT = "report.json"
 PROVENANCE_COLUMN = "provenance"
@@ -56,10 +57,11 @@ class _SynthRun:
 
     @classmethod
     def of(cls, keys: SynthKeys) -> tuple[_SynthRun, list[dict[str, Any]]]:
-        """And the prompts that are not asked, each with why."""
+        """And the prompts that are not asked, each with why, where it stands or its id."""
         asked = keys.asked
         tokenizer = load_tokenizer(asked)
-        prompts, again = _distinct(load_prompts(asked, tokenizer).rows)
+        data = load_prompts(asked, tokenizer)
+        prompts, again = _distinct(data.rows)
         made_with = {
             "model": source_digest(keys.base_model),
             "engine": named_engine(keys.rollout) or "embedded",
@@ -72,7 +74,7 @@ class _SynthRun:
             "sampling": _plain_params(keys),
             "rewards": reward_digest(keys.reward_funcs, keys.reward_kwargs, keys.reward_weights),
         }
-        return cls(keys, Path(keys.output_dir), tokenizer, prompts, made_with), again
+        return cls(keys, Path(keys.output_dir), tokenizer, prompts, made_with), [*_skipped(data.summary), *again]
 
     def parts(self) -> list[_PromptsById]:
         size = self.keys.prompts_per_part
@@ -141,6 +143,16 @@ def _asked_and_samples(row: Mapping[str, Any]) -> tuple[str, list[int]]:
             return name, samples
         case _:
             return "", []
+
+
+def _skipped(summary: DataSummary) -> list[dict[str, Any]]:
+    """What is no prompt, or too long a one."""
+    return [
+        {"origin": str(Origin(source.path, line)), "reason": f"skipped: {reason}"}
+        for source in summary.sources
+        for reason, skipped in source.skipped.items()
+        for line in skipped.lines
+    ]
 
 
 def _distinct(rows: Sequence[PromptRow]) -> tuple[_PromptsById, list[dict[str, Any]]]:
