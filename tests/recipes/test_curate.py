@@ -185,5 +185,7 @@ def test_nothing_left_is_an_error_that_counts_why(write):
     keys = write(rows, min_chars=5)
     with pytest.raises(DataError, match=r"no row of 2 is left: \{'length': 2\}"):
         curate_rows(keys)
-    assert not Path(keys.output_dir, "rows.jsonl").exists(), "rows of another choice do not lie beside this one's report"
+    assert not Path(keys.output_dir, "rows.jsonl").exists(), (
+        "rows of another choice do not lie beside this one's report"
+    )
     assert [one["row"] for one in read(keys, "left.jsonl")] == rows

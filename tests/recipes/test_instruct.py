@@ -16,7 +16,7 @@ from tests.judge_server import CUT, judging
 from posttrain.config.instruct import InstructKeys
 from posttrain.config.load_data import load_data_keys
 from posttrain.data.formats import detect_format
-from posttrain.data.origin import data_origins
+from posttrain.data.origin import data_origins, write_origin
 from posttrain.data.sources import read_rows
 from posttrain.errors import ConfigError, DataError, RewardError
 from posttrain.recipes.instruct import write_instructions
@@ -71,7 +71,11 @@ def test_self_instruct_shows_several_and_each_question_is_asked_once(write):
     by_seed = {request["seed"]: request for request in requests}
     for row in rows:  # made again from its provenance
         assert row["prompt"][0]["content"] == different("", by_seed[row["provenance"]["seed"]])
-    assert data_origins([f"{keys.output_dir}/rows.jsonl"])["rows.jsonl"]["method"] == "self_instruct"
+    write_origin(Path(keys.datasets[0].path), {"made_by": "hand"})
+    write_instructions(keys)
+    origin = data_origins([f"{keys.output_dir}/rows.jsonl"])["rows.jsonl"]
+    assert origin["method"] == "self_instruct"
+    assert origin["data_origins"]["seeds.jsonl"]["made_by"] == "hand"
     assert (
         detect_format(
             read_rows(keys.datasets[0].model_copy(update={"path": f"{keys.output_dir}/rows.jsonl"})), "prompts"
@@ -209,6 +213,7 @@ def test_a_teacher_that_is_not_there_is_one_error_and_one_that_refuses_leaves_it
         ({"method": "evolve", "num_shown": 2}, "num_shown does nothing with method: evolve"),
         ({"url": "localhost:8000"}, "expected http://HOST"),
         ({"methode": "evolve"}, "did you mean method"),
+        ({"datasets": [{"path": "seeds.jsonl", "val_size": 1}]}, "datasets: val_size of entry 1 does nothing"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(changes, said, write):

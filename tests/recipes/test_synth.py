@@ -14,7 +14,7 @@ import pytest
 from posttrain.cli.app import main
 from posttrain.config.load_data import load_data_keys
 from posttrain.config.synth import SynthKeys
-from posttrain.data.origin import data_origins
+from posttrain.data.origin import data_origins, write_origin
 from posttrain.errors import ConfigError, DamagedFileError, DataError
 from posttrain.evals.run import pass_at_k
 from posttrain.models.provenance import source_digest
@@ -183,6 +183,8 @@ def test_what_only_selects_may_change_and_what_samples_may_not(make):
         synthesize(make(seed=6, reward_funcs=["rewards.py:graded"]))
     with pytest.raises(ConfigError, match="made with another bf16"):
         synthesize(make(bf16=True))
+    with pytest.raises(ConfigError, match="made with another revision"):
+        synthesize(make(revision="main"))
 
 
 def test_a_damaged_part_is_named_with_what_to_do(make):
@@ -292,6 +294,7 @@ STAGES = {
 def test_the_rows_train_as_they_are_and_the_run_says_where_they_are_from(kind, make, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     keys = make(**STAGES[kind])
+    write_origin(tmp_path / "prompts.jsonl", {"made_by": "a teacher"})
     synthesize(keys)
     config = {
         "base_model": keys.base_model, "datasets": [{"path": "runs/synth/rows.jsonl"}], "output_dir": "trained", "max_steps": 1,
@@ -313,6 +316,7 @@ def test_the_rows_train_as_they_are_and_the_run_says_where_they_are_from(kind, m
     origin = json.loads(summary.read_text())["origins"]["rows.jsonl"]
     assert (origin["made_by"], origin["model"]) == ("posttrain data synth", source_digest(keys.base_model))
     assert origin["kept"]["keep"] == keys.keep
+    assert origin["data_origins"]["prompts.jsonl"]["made_by"] == "a teacher"
 
 
 def test_rows_that_were_edited_have_no_known_origin_and_it_is_said(make, caplog):

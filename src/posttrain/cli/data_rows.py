@@ -67,7 +67,7 @@ def instruct(
 
 
 def _show_report(report: Mapping[str, Any], folder: str, as_json: bool) -> None:
-    from posttrain.recipes.synth import LEFT, ROWS
+    from posttrain.config.synth import LEFT, ROWS
 
     if as_json:
         echo_json(report)

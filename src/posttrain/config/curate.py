@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
-from posttrain.config.datasets import DatasetKeys, RowKind
+from posttrain.config.datasets import DatasetKeys, RowKind, read_once
 from posttrain.config.knob import Keys, knob
 from posttrain.config.synth import Repeats
 
@@ -57,14 +57,12 @@ class CurateKeys(Keys):
     ranges: list[ColumnRangeKeys] = knob([], "Rows by numbers in their columns, such as a measured difficulty.", example=[{"column": "provenance.pass@1", "min": 0.1, "max": 0.9}])
     quality: list[QualityKeys] = knob([], "Rows by the score of their answer (of pairs, the chosen one); those that cannot be scored leave.", example=[{"scorer": "model:./rm", "keep_share": 0.8}])
 
+    _once = field_validator("datasets")(read_once)
+
     @model_validator(mode="after")
     def _reads_every_key(self) -> CurateKeys:
         if self.dedup != "near" and self.near != 0.8:
             raise ValueError(f"near does nothing with dedup: {self.dedup}; remove it")
-        for number, source in enumerate(self.datasets, start=1):
-            for name in ("weight", "val_size", "eval_name"):
-                if getattr(source, name) is not None:
-                    raise ValueError(f"datasets: {name} of entry {number} does nothing where every row is read once; remove it")
         if self.max_chars is not None and self.max_chars < self.min_chars:
             raise ValueError(f"max_chars: {self.max_chars} below min_chars: {self.min_chars} keeps no row; swap them")
         return self

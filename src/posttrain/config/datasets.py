@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import field_validator
@@ -33,6 +33,15 @@ def share_or_number(size: float) -> float:
     if size > 1 and not float(size).is_integer():
         raise ValueError(f"val_size: {size} is neither a share below 1 nor a number of rows")
     return size
+
+
+def read_once(sources: Sequence[DatasetKeys]) -> list[DatasetKeys]:
+    """Sources of which every row is read once, as they are. Raises: ValueError."""
+    for number, source in enumerate(sources, start=1):
+        for name in ("weight", "val_size", "eval_name"):
+            if getattr(source, name) is not None:
+                raise ValueError(f"{name} of entry {number} does nothing where every row is read once; remove it")
+    return list(sources)
 
 
 # fmt: off

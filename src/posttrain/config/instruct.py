@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from posttrain.config.datasets import DatasetKeys
+from posttrain.config.datasets import DatasetKeys, read_once
 from posttrain.config.judge import JudgeKeys
 from posttrain.config.knob import Keys, knob
 from posttrain.config.synth import Repeats
@@ -53,6 +53,8 @@ class InstructKeys(Keys):
         same = ("model", "url", "token_env", "temperature", "max_tokens", "timeout_s", "retries", "at_once")
         return JudgeKeys.model_validate({**{name: getattr(self, name) for name in same}, "cache": cache})
 
+    _once = field_validator("datasets")(read_once)
+
     @field_validator("prompt")
     @classmethod
     def _shows_something(cls, prompt: str | None) -> str | None:
@@ -73,8 +75,4 @@ class InstructKeys(Keys):
             raise ValueError(f"num_shown does nothing with method: {self.method}, which shows one; remove it")
         if self.dedup != "near" and self.near != 0.7:
             raise ValueError(f"near does nothing with dedup: {self.dedup}; remove it")
-        for number, source in enumerate(self.datasets, start=1):
-            for name in ("weight", "val_size", "eval_name"):
-                if getattr(source, name) is not None:
-                    raise ValueError(f"datasets: {name} of entry {number} does nothing where every row is read once; remove it")
         return self

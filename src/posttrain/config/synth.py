@@ -5,9 +5,9 @@ from __future__ import annotations
 from copy import copy
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
-from posttrain.config.datasets import DatasetKeys
+from posttrain.config.datasets import DatasetKeys, read_once
 from posttrain.config.knob import Keys, knob
 from posttrain.config.rl import RLKeys
 from posttrain.config.rollout import RolloutKeys
@@ -99,13 +99,7 @@ class SynthKeys(Keys):
             raise ValueError(f"rollout.max_staleness: {self.rollout.max_staleness} where nothing is trained; remove it")
         return self
 
-    @model_validator(mode="after")
-    def _takes_every_prompt_once(self) -> SynthKeys:
-        for number, source in enumerate(self.datasets, start=1):
-            for name in ("weight", "val_size", "eval_name"):
-                if getattr(source, name) is not None:
-                    raise ValueError(f"datasets: {name} of entry {number} does nothing where every prompt is asked once; remove it")
-        return self
+    _once = field_validator("datasets")(read_once)
 
     @model_validator(mode="after")
     def _samples_what_it_measures(self) -> SynthKeys:

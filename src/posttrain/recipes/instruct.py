@@ -19,7 +19,7 @@ from posttrain.data.curation import Leaving, eval_prompts, repeats, without
 from posttrain.data.formats import Noun
 from posttrain.data.lint_input import answers_of, prompt_of
 from posttrain.data.load import read_nouns
-from posttrain.data.origin import remove_rows, write_origin
+from posttrain.data.origin import data_origins, remove_rows, write_origin
 from posttrain.data.sources import content_digest
 from posttrain.errors import DataError
 from posttrain.files import digest_json, write_atomic, write_json
@@ -204,6 +204,7 @@ def _origin(keys: InstructKeys) -> dict[str, Any]:
         "method": keys.method,
         "seed": keys.seed,
         "data": {names[source.path]: content_digest(source) for source in keys.datasets},
+        "data_origins": data_origins([source.path for source in keys.datasets]),
         "asked": digest_json([keys.prompt, keys.num_shown, keys.temperature, keys.max_tokens]),
         "decontaminated": suite_digests(keys.decontaminate),
     }

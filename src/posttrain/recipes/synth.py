@@ -17,7 +17,7 @@ from posttrain.data.curation import Leaving, eval_prompts, repeats, too_many, wi
 from posttrain.data.dataset import DataSummary
 from posttrain.data.lint_input import plain_text
 from posttrain.data.load import load_prompts
-from posttrain.data.origin import remove_rows, write_origin
+from posttrain.data.origin import data_origins, remove_rows, write_origin
 from posttrain.data.selection import Attempts, Candidate, KeepSpec, Left, Picked, pick
 from posttrain.data.template import template_digest
 from posttrain.errors import ConfigError, DataError
@@ -64,6 +64,7 @@ class _SynthRun:
         prompts, again = _distinct(data.rows)
         made_with = {
             "model": source_digest(keys.base_model),
+            "revision": keys.revision,
             "engine": named_engine(keys.rollout) or "embedded",
             "bf16": keys.bf16,
             "template": template_digest(tokenizer),
@@ -346,6 +347,7 @@ def _origin(sampling: _SynthRun) -> dict[str, Any]:
         "posttrain": posttrain.__version__,
         "base_model": Path(keys.base_model).name if Path(keys.base_model).is_absolute() else keys.base_model,
         **sampling.made_with,
+        "data_origins": data_origins([source.path for source in keys.datasets]),
         "kept": {**{name: getattr(keys, name) for name in choice}, "difficulty": keys.difficulty.model_dump()},
         "decontaminated": suite_digests(keys.decontaminate),
     }
