@@ -28,21 +28,6 @@ from posttrain.types import TokenSeq
 _KEPT = 4
 _ABANDONED_S = 24 * 3600.0
 _FILES = ("rows.npz", "extras.json")
-_CODE = (
-    "cache.py",
-    "fetch.py",
-    "formats.py",
-    "forms.py",
-    "gathered.py",
-    "load.py",
-    "messages.py",
-    "parse.py",
-    "render.py",
-    "sources.py",
-    "stream.py",
-    "spans.py",
-    "template.py",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +80,8 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 @lru_cache(maxsize=1)
 def cache_code_digest() -> str:
-    """Digest of the source that makes rows and of the libraries that render and tokenise."""
-    own = {name: digest_file(Path(__file__).parent / name) for name in _CODE}
+    """Digest of this package's source, for any of it may make rows, and of the libraries that render and tokenise."""
+    own = {path.name: digest_file(path) for path in Path(__file__).parent.glob("*.py")}
     return digest_json([own, {name: version(name) for name in ("transformers", "tokenizers", "jinja2")}])
 
 
