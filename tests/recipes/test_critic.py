@@ -112,7 +112,7 @@ def test_a_completion_that_was_cut_off_ends_there(collected):
 
 
 def test_completions_that_were_cut_off_can_be_left_out(collected):
-    batch, *_ = collected(max_completion_length=3, mask_truncated_completions=True)
+    batch, *_ = collected(max_completion_length=3, mask_truncated_completions=True, beta=0.2)
     assert not any(sample.num_loss_tokens for group in batch.groups for sample in group)
     assert "critic/vf_explained_var" not in batch.metrics
 

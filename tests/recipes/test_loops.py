@@ -162,6 +162,12 @@ GRPO = {
     "two iterations": {"num_iterations": 2},
     "two steps a generation": {"steps_per_generation": 2},
     "masked": {"mask_truncated_completions": True},
+    "masked under a kl": {
+        "mask_truncated_completions": True,
+        "beta": 0.1,
+        "importance_sampling_correction": "token_truncate",
+        "num_prompts_per_step": 8,
+    },
     "gspo": {"loss_type": "gspo", "num_iterations": 2},
     "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
     "corrected": {"importance_sampling_correction": "token_truncate"},
@@ -201,7 +207,8 @@ def test_grpo_does_not_depend_on_its_micro_batches(train, runner):
 
 
 @pytest.mark.parametrize(
-    "variant", ["plain", "gspo", "dr_grpo", "kl", "corrected", "entropy", "masked", "uncertain tokens"]
+    "variant",
+    ["plain", "gspo", "dr_grpo", "kl", "corrected", "entropy", "masked", "masked under a kl", "uncertain tokens"],
 )
 def test_a_group_split_over_micro_batches_gives_the_losses_of_the_whole_one(variant, train, runner):
     options = {"max_steps": 2, "learning_rate": 1e-4, "max_completion_length": 8, **GRPO[variant]}

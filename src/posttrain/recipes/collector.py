@@ -121,11 +121,11 @@ class Collector:
                 _total(s.behavior_logp if old is None else old) - _total(ref)
                 for s, (old, ref) in zip(samples, scored, strict=True)
             ]
+        filled = [replace(s, old_logp=old, ref_logp=ref) for s, (old, ref) in zip(samples, scored, strict=True)]
         kept = tuple(
-            sample.untrained() if keys.mask_truncated_completions and cut
-            else replace(sample, old_logp=old, ref_logp=ref)
-            for sample, (old, ref), cut in zip(samples, scored, truncated, strict=True)
-        )  # fmt: skip
+            sample.untrained() if keys.mask_truncated_completions and cut else sample
+            for sample, cut in zip(filled, truncated, strict=True)
+        )
         if said is not None:
             said = [values[: s.num_loss_tokens] for s, values in zip(kept, said, strict=True)]
         counts = [rollout.reward.counts for rollout in group.rollouts]
