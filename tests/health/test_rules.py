@@ -264,4 +264,6 @@ def test_a_validation_set_with_a_name_is_watched_for_overfitting_and_a_part_of_i
         return [f.rule for report in series(50, **metrics) for f in monitor.observe(report) if f.rule == "overfitting"]
 
     assert fired(eval_math_loss=RISING, eval_chat_loss=every(10, lambda s: 1.0))
+    assert fired(eval_math_loss=RISING, eval_loss=every(10, lambda s: 1.0))
+    assert not fired(eval_nll_loss=RISING, nll_loss=1.0, eval_loss=every(10, lambda s: 1.0))
     assert not fired(eval_math_aux_loss=RISING, aux_loss=1.0, eval_math_loss=every(10, lambda s: 1.0))

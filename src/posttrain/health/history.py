@@ -51,8 +51,6 @@ def get(report: StepReport, name: str) -> float:
 
 def eval_losses(report: StepReport) -> list[str]:
     """The losses of its validation sets: `eval_loss`, or `eval_NAME_loss` where a set has a name."""
-    if "eval_loss" in report.metrics:
-        return ["eval_loss"]
     # A part of the loss that is logged in training too (aux_loss, nll_loss) is no validation set.
     parts = tuple(f"_{name}" for name in report.metrics if name.endswith("_loss") and not name.startswith("eval_"))
     return [n for n in report.metrics if n.startswith("eval_") and n.endswith("_loss") and not n.endswith(parts)]
