@@ -75,16 +75,28 @@ def test_a_batch_is_trained_on_in_as_many_minibatches_and_epochs_as_asked(train,
 
 
 def test_a_step_whose_value_loss_is_no_number_moves_neither(train, monkeypatch):
-    original, calls = ppo.critic_loss, []
+    value, policy, before = ppo.critic_loss, ppo.loss, []
 
-    def broken(*args):
-        terms = original(*args)
-        calls.append(1)
-        return type(terms)(terms.loss * (float("nan") if len(calls) == 2 else 1.0), terms.metrics)
+    def kept(model):
+        return model, {name: p.detach().clone() for name, p in model.trainable()}
+
+    def broken(critic, *args):
+        terms = value(critic, *args)
+        before.append(kept(critic))
+        return type(terms)(terms.loss * (float("nan") if len(before) == 3 else 1.0), terms.metrics)
+
+    def seen(model, *args, **options):
+        before.append(kept(model))
+        return policy(model, *args, **options)
 
     monkeypatch.setattr(ppo, "critic_loss", broken)
+    monkeypatch.setattr(ppo, "loss", seen)
     with pytest.raises(TrainingError, match="not a number"):
         train("ppo", name="broken", max_steps=4, num_prompts_per_step=2, health_rollbacks=0)
+    assert len(before) == 4
+    for (_, first), (model, last) in zip(before[:2], before[2:], strict=True):
+        assert any(not torch.equal(first[name], tensor) for name, tensor in last.items()), "a sound step moves it"
+        assert all(torch.equal(last[name], p) for name, p in model.trainable())
 
 
 def test_a_critic_that_explains_nothing_rings(train):
