@@ -29,7 +29,7 @@ class JudgeDrift:
     """`if_due` after every generation batch; all ranks call it and the main one asks."""
 
     def __init__(self, keys: PolicyGradientKeys, stage: Stage, rewards: RewardPool) -> None:
-        self._every, self._steps_per_batch = keys.reward_check_steps, keys.steps_per_generation * keys.num_iterations
+        self._every, self._steps_per_batch = keys.reward_check_steps, keys.steps_per_batch
         self._stage, self._path = stage, stage.folder / FILE
         found = rewards.opinions.items()
         self._judges = {name: one for name, one in found if isinstance(one, JudgeReward) and one.is_served}
