@@ -72,7 +72,7 @@ MORE = {
     "grpo, batches split over steps": ("grpo", {"num_prompts_per_step": 3, "steps_per_generation": 3}),
     "grpo, uncertain tokens": (
         "grpo",
-        {"top_entropy_quantile": 0.3, "num_iterations": 2, "num_prompts_per_step": 3, "adam_epsilon": 1e-6},
+        {"top_entropy_quantile": 0.3, "num_iterations": 2, "num_prompts_per_step": 3},
     ),
     "grpo, refilled": ("grpo", {"dynamic_sampling": True, "reward_funcs": ["last_digit"], "num_prompts_per_step": 3}),
     "grpo, nothing has spread": ("grpo", NO_SPREAD),
