@@ -1,4 +1,5 @@
 import pytest
+from markupsafe import escape
 
 from posttrain.errors import ConfigError
 from posttrain.uris import (
@@ -118,3 +119,9 @@ def test_no_secret_is_in_a_text_that_is_shown_or_sent(monkeypatch):
     assert clean_value({"api_key": "abc", "tokens": 3, "x": [float("nan"), "s3://b/k?token=abc"]}) == {
         "api_key": "…", "tokens": 3, "x": [None, "…"],
     }  # fmt: skip
+
+
+def test_no_secret_is_in_a_page_either(monkeypatch):
+    monkeypatch.setenv("DB_PASSWORD", """a&b<c>"d'""")
+    said = str(escape("""got a&b<c>"d' & x at https://host/x?a=1&token=zz"""))
+    assert clean_text(f"<p>{said}</p>") == "<p>got … &amp; x at …</p>"

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from html import unescape
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -29,6 +30,7 @@ _WORKING_FOLDERS = frozenset({"PWD", "OLDPWD"})
 _WEB = ("http", "https")
 HIDDEN = "…"
 _SHORTEST_SECRET = 6
+_IN_HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&#34;", "'": "&#39;"})
 # Without its end, a scheme would be looked for from each letter of a long word to that word's end.
 _URI_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,31}://[^\s\"'`<>]+")
 
@@ -95,12 +97,12 @@ def without_secrets(text: str) -> str:
 
 
 def clean_text(text: str) -> str:
-    """`text` without passwords in URIs, and without what the environment keeps under a secret's name; half a surrogate pair written out."""
+    """`text` without passwords in URIs, and without what the environment keeps under a secret's name, in HTML too; half a surrogate pair written out."""
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     for name, value in os.environ.items():
         if variable_names_secret(name) and len(value) >= _SHORTEST_SECRET:
-            text = text.replace(value, HIDDEN)
-    return without_secrets(_URI_IN_TEXT.sub(lambda uri: HIDDEN if holds_secret(uri[0]) else uri[0], text))
+            text = text.replace(value, HIDDEN).replace(value.translate(_IN_HTML), HIDDEN)
+    return without_secrets(_URI_IN_TEXT.sub(lambda uri: HIDDEN if holds_secret(unescape(uri[0])) else uri[0], text))
 
 
 def clean_value(value: Any) -> Any:
