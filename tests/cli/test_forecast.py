@@ -92,10 +92,10 @@ def test_damaged_metrics_are_named_and_nothing_is_forecast(run_of, capsys):
     assert "metrics.jsonl" in said.err
 
 
-def test_the_report_shows_the_table_and_none_where_no_reward_was_logged(run_of):
-    html = build_report(run_of(_rewards("grown", 200), 400)).read_text()
-    assert 'id="forecast"' in html
-    assert "200/400" in html
+@pytest.mark.parametrize("metric", ["reward", "accuracy"])
+def test_the_report_shows_the_table_and_none_where_no_reward_was_logged(run_of, metric):
+    html = build_report(run_of(_rewards("grown", 200), 400, metric)).read_text()
+    assert ('id="forecast"' in html) == ("200/400" in html) == (metric == "reward")
 
 
 def test_the_live_view_says_where_the_reward_ends_once_that_can_be_said():
