@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from posttrain.data.sources import first_line
 from posttrain.errors import MissingExtraError, ModelError
 from posttrain.files import read_json
 from posttrain.forms.merging.shards import ShardWriter
@@ -70,7 +71,7 @@ def read_compressed(folder: Path, tied: bool) -> Mapping[str, torch.Tensor]:
     except (RuntimeError, ValueError, TypeError) as error:  # NotImplementedError is a RuntimeError
         kind = read_json(folder / "config.json").get("model_type")
         raise ModelError(
-            f"a {kind} in this form is not read back by transformers ({str(error).splitlines()[0]}); export it --to safetensors"
+            f"a {kind} in this form is not read back by transformers ({first_line(error)}); export it --to safetensors"
         ) from error
     found: dict[str, torch.Tensor] = model.state_dict()
     kept = {
