@@ -144,6 +144,37 @@ def test_a_command_line_sets_keys_over_the_file(imported):
     assert (keys.lr_scheduler_type, keys.warmup_steps) == ("constant", 0)
 
 
+def test_a_sections_name_alone_sets_its_component_or_takes_the_section_out(imported):
+    start = "tune run lora_finetune_single_device --config theirs.yaml "
+    keys = imported(LORA, start + "dataset=torchtune.datasets.slimorca_dataset optimizer=torch.optim.SGD")[1].keys
+    assert (keys.datasets[0].path, keys.datasets[0].type, keys.optim) == ("Open-Orca/SlimOrca-Dedup", "sharegpt", "sgd")
+    keys = imported(LORA, start + "~lr_scheduler epochs=2 clip_grad_norm=None")[1].keys
+    assert (keys.lr_scheduler_type, keys.warmup_steps, keys.max_grad_norm) == ("constant", 0, 0)
+
+
+def test_a_reference_inside_a_list_of_datasets_is_followed(imported):
+    entry = (
+        "\n  - _component_: torchtune.datasets.alpaca_dataset\n    train_on_input: ${compile}\n    packed: ${compile}\n"
+    )
+    text = LORA.replace(LORA[LORA.index("dataset:") : LORA.index("seed:")], f"dataset:{entry}")
+    keys = imported(text)[1].keys
+    assert (keys.train_on, keys.packing) == ("assistant", False)
+
+
+def test_a_limit_of_the_texts_is_that_of_the_run(imported):
+    texts = "text_completion_dataset\n  source: a/b\n  column: text\n  max_seq_len: 512"
+    keys = imported(LORA.replace("alpaca_cleaned_dataset", texts))[1].keys
+    assert (keys.sequence_len, keys.overflow) == (512, "truncate")
+
+
+def test_a_line_break_in_their_file_begins_no_line_of_ours(imported):
+    text = LORA.replace("  enabled: False", '  "enabled\\nseed: 666": 1')
+    text = text.replace("torchtune.models.llama3_2.lora_llama3_2_1b", '"torchtune.models.lora_a\\nseed: 666"')
+    made, loaded = imported(text)
+    assert "666" in made.text
+    assert loaded.keys.seed != 666
+
+
 def test_it_is_taken_in_place_with_a_note_per_key(imported, tmp_path):
     (tmp_path / "in_place.yaml").write_text(LORA)
     loaded = load_stage("sft", tmp_path / "in_place.yaml")
@@ -166,6 +197,7 @@ def test_it_is_taken_in_place_with_a_note_per_key(imported, tmp_path):
         ("dtype: bf16", "dtype: fp16", "dtype: fp16 has no counterpart here"),
         ("checkpoint_dir: base", "checkpoint_dir: ${nowhere}/base", "checkpointer.checkpoint_dir: .*names something that is not in the file"),
         ("log_every_n_steps: 1", "quantizer: {_component_: torchtune.QAT}", "quantizer._component_: .*QAT"),
+        ("  packed: False", "  packed: [1, '${nowhere}']", "dataset.packed: .*names something that is not in the file"),
         ("epochs: 1\nmax_steps_per_epoch: null", "epochs: 2\nmax_steps_per_epoch: 5", "max_steps_per_epoch: 5 with 2 epochs"),
         ("lora_llama3_2_1b", "lora_llama3_2_vision_11b", "images are not trained here"),
         ("  beta: 0.05", "  beta: 0.05\nref_checkpointer: {checkpoint_dir: other}", "ref_checkpointer.checkpoint_dir: other"),

@@ -23,6 +23,7 @@ YAML_SUFFIXES = (".yaml", ".yml", ".json")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?[-=]([^{}]*))?\})")
 _ARRAY = re.compile(r"\$\{(\w+)\[@\]\}")
+_ANSI_QUOTES = re.compile(r"(?:(?<=[\s=])|^)\$'((?:[^'\\]|\\.)*)'")
 _HERE_DOCUMENT = re.compile(r"<<-?\s*['\"]?(\w+)")
 _REDIRECTION = re.compile(r"\d?&?>{1,2}.*")
 _NOT_READ = r"^(?:verl\.trainer|recipe\.\w+)\.\w+$|(?:^|/)verl/trainer/\w+\.py$"
@@ -100,13 +101,18 @@ def _command_from(lines: list[str], start: int, ends_here: str) -> tuple[int, li
             pending = pending.rstrip()[:-1] + " "
             continue
         try:
-            return place + 1, shlex.split(pending, comments=True)
+            return place + 1, shlex.split(_ANSI_QUOTES.sub(_unquoted, pending), comments=True)
         except ValueError:
             pending += "\n"
     try:
         return max(place, start + 1), shlex.split(pending, comments=True)
     except ValueError:
         return start + 1, []
+
+
+def _unquoted(match: re.Match[str]) -> str:
+    r"""`$'a\nb'` as a word with a line break in it; other escapes than those of breaks and tabs stand for their character."""
+    return shlex.quote(re.sub(r"\\(.)", lambda escape: {"n": "\n", "t": "\t"}.get(escape[1], escape[1]), match[1]))
 
 
 def _parts(words: list[str]) -> list[list[str]]:
@@ -196,7 +202,18 @@ def _tune(line: ScriptLine, path: Path) -> dict[str, Any]:
         )
     )
     values[SCRIPT] = words[place - 1]
-    return values | overrides(words[place + (1 if equals else 2) :], path, line.number)
+    return _over(values, overrides(words[place + (1 if equals else 2) :], path, line.number))
+
+
+def _over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A section's name alone sets its component (`optimizer=torch.optim.SGD`), or takes all its keys out."""
+    merged = dict(values)
+    for key, value in given.items():
+        inner = [name for name in merged if name.startswith(f"{key}.")]
+        if value is None:
+            merged = {name: kept for name, kept in merged.items() if name not in inner}
+        merged[f"{key}._component_" if value is not None and f"{key}._component_" in inner else key] = value
+    return merged
 
 
 def _read_beside(file: str, path: Path, otherwise: str = "") -> dict[str, Any]:
@@ -232,7 +249,7 @@ def overrides(words: list[str], path: Path, line: int) -> dict[str, Any]:
         match = _OVERRIDE.fullmatch(word)
         if match is None or (match[3] is None and match[1] != "~"):
             raise ConfigError(f"{path}:{line}: {word!r} is no key=value; take it out")
-        values[match[2].lstrip("/")] = None if match[1] == "~" else _value(match[3])
+        values[match[2].lstrip("/")] = None if match[1] == "~" or match[3] == "None" else _value(match[3])
     return values
 
 

@@ -26,12 +26,16 @@ def resolved(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def unresolved(value: Any) -> bool:
     """Whether there is a name in it that only a shell or OmegaConf would know."""
+    if isinstance(value, list | Mapping):
+        return any(unresolved(item) for item in (value.values() if isinstance(value, Mapping) else value))
     return isinstance(value, str) and _NAMED.search(value) is not None
 
 
 def _resolve(value: Any, values: Mapping[str, Any], depth: int) -> Any:
     if isinstance(value, list):
         return [_resolve(item, values, depth) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _resolve(item, values, depth) for key, item in value.items()}
     if not isinstance(value, str) or not depth:
         return value
     whole = _REFERENCE.fullmatch(value)

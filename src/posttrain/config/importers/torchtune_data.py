@@ -10,6 +10,7 @@ from posttrain.config.importers.axolotl_data import ALPACA_FORMATS
 from posttrain.config.importers.fates import ImportDraft
 from posttrain.config.importers.nested import part_of
 from posttrain.config.importers.paths import local_file
+from posttrain.config.importers.values import ALPACA_COLUMNS
 
 TAKE_OUT = "take it out, or change the data once"
 _FILE_TYPES = ("json", "csv", "parquet", "text")
@@ -115,6 +116,7 @@ def _alpaca(draft: ImportDraft, entry: TuneEntry, where: str) -> dict[str, Any]:
 
 
 def _instruct(draft: ImportDraft, entry: TuneEntry, where: str) -> dict[str, Any]:
+    draft.change(f"{where}.column_map", ALPACA_COLUMNS)
     return _with("alpaca", _columns(entry, instruction="input", output="output"))
 
 
@@ -137,6 +139,8 @@ def _text(draft: ImportDraft, entry: TuneEntry, where: str) -> dict[str, Any]:
             f"{where}.add_eos", "false: a text ends with the tokenizer's EOS here, and it is trained", "set it to true"
         )
     column = str(entry.get("column") or _TEXT_COLUMNS.get(_builder(entry), "text"))
+    if entry.get("max_seq_len") is not None:
+        draft.put("sequence_len", entry["max_seq_len"], f"{where}.max_seq_len")
     draft.change(
         f"{where}._component_",
         "a text longer than sequence_len is cut there, and packing splits none; split long texts once",

@@ -63,6 +63,9 @@ PROCESSES = "torchrun starts the processes here, and FSDP2 shards; which process
 TRACKING = "every run writes metrics.jsonl; who else is told of them changes nothing that is learned"
 LOADING = "it says how fast rows are read, and not which"
 SAVING = "it says what is written down, and not what is learned"
+ALPACA_COLUMNS = (
+    "columns `input`, `system` and `history` are read too where the rows have them; take them out of the rows"
+)
 PADDING = "nothing is padded here"
 HUB = "a stage uploads nothing; a pipeline pushes what it registered: register: {hub_model_id: OWNER/NAME}, with HF_TOKEN in the environment"
 KERNELS = "attention and kernels are chosen for the machine here"
