@@ -117,6 +117,23 @@ def test_the_form_of_its_rows_is_told_by_several_keys(imported, flags, source, t
     assert keys.train_on == train_on
 
 
+def test_a_constant_rate_has_no_warmup_as_it_has_none_there(imported):
+    start = "openrlhf.cli.train_sft --pretrain base --dataset a/b --output_key a --lr_warmup_ratio 0.1 --lr_scheduler "
+    assert imported(start + "constant\n")[1].keys.warmup_ratio == 0
+    assert imported(start + "constant_with_warmup\n")[1].keys.warmup_ratio == 0.1
+
+
+def test_a_template_in_bashs_own_quotes_has_its_line_break(imported):
+    start = "openrlhf.cli.train_sft --pretrain base --dataset a/b --output_key a "
+    keys = imported(start + r"--input_template $'It\'s: {}\nA: '" + "\n")[1].keys
+    assert keys.datasets[0].prompt_format == ["It's: {input}\nA: "]
+
+
+def test_a_token_that_only_the_shell_knows_is_no_obstacle(imported):
+    text = "openrlhf.cli.train_sft --pretrain base --dataset a/b --output_key a --use_wandb $WANDB_API_KEY\n"
+    assert imported(text)[1].keys.report_to == ["wandb"]
+
+
 def test_several_sets_of_rows_have_their_shares(imported):
     text = "openrlhf.cli.train_sft --pretrain base --dataset a/b,c/d --dataset_probs 0.3,0.7 --output_key a --eval_dataset e/f --eval_split test\n"
     keys = imported(text)[1].keys
@@ -136,6 +153,8 @@ def test_several_sets_of_rows_have_their_shares(imported):
         ("--input_template 'no place'", "input_template: no place: the prompt has no place in it"),
         ("--max_len $LENGTH", "max_len: .*names something that is not in the file"),
         ("--ref_pretrain other", "ref_pretrain: other: the reference is the model the stage starts from"),
+        ("--pretrain_mode", "output_key: a: with pretrain_mode it follows the text of input"),
+        ("--eval_dataset c/d@folder", "dataset: c/d@folder: a folder inside a dataset"),
         ("--use_ms", "use_ms: .*ModelScope"),
     ],
 )  # fmt: skip

@@ -24,6 +24,7 @@ from posttrain.config.importers.paths import local_file
 from posttrain.config.importers.sharded import OFFLOAD, SHARDED, SPLIT, STAGES, tokens_over
 from posttrain.config.importers.trl import SCRIPT
 from posttrain.config.importers.values import (
+    ALPACA_COLUMNS,
     KERNELS,
     LOADING,
     MEMORY,
@@ -34,6 +35,7 @@ from posttrain.config.importers.values import (
     SCHEDULES,
     TRACKING,
     adapter_defaults,
+    warmup,
 )
 
 _OTHER = "train with OpenRLHF"
@@ -95,7 +97,7 @@ ROWS: dict[str, KeyFate] = {
     **rows(to("save_steps", _every), "ckpt.save_steps", "save_steps"),
     **rows(to("eval_steps", _every), "eval.steps", "eval_steps"),
     **rows(to("logging_steps"), "logger.logging_steps", "logging_steps"),
-    **rows(joint("report_to", "the token is read from WANDB_API_KEY, and not written down"), "logger.wandb.key", "use_wandb"),
+    **rows(KeyFate("changed", "report_to", "the token is read from WANDB_API_KEY, and not written down", joint=True), "logger.wandb.key", "use_wandb"),
     **rows(joint("report_to"), "logger.tensorboard_dir", "use_tensorboard"),
     **rows(left(TRACKING), "logger.wandb.org", "logger.wandb.group", "logger.wandb.project", "logger.wandb.run_name", "wandb_org", "wandb_group", "wandb_project", "wandb_run_name"),
     **rows(left(OWN_LOOP), "train.full_determinism_enable", "full_determinism"),
@@ -133,6 +135,7 @@ def finish(draft: ImportDraft) -> None:
     _datasets(draft)
     _batch(draft)
     _betas(draft)
+    warmup(draft)
     _loss(draft)
     _trackers(draft)
 
@@ -190,6 +193,9 @@ def _datasets(draft: ImportDraft) -> None:
 
 
 def _entry(draft: ImportDraft, path: str, split: str, form: Mapping[str, Any]) -> dict[str, Any]:
+    if "@" in path:
+        todo = "name the files in data_files of an entry of ours"
+        draft.refuse("dataset", f"{path}: a folder inside a dataset is not chosen by `@`", todo)
     return {"path": local_file(draft, path), **form, **({} if split == "train" else {"split": split})}
 
 
@@ -220,6 +226,9 @@ def _examples(draft: ImportDraft) -> dict[str, Any]:
     template_key, template = _given(draft, "data.input_template", "input_template")
     turns_key, turns = _given(draft, "data.multiturn", "multiturn")
     if draft.asks("model.pretrain_mode_enable") or draft.asks("pretrain_mode"):
+        if outputs is not None:
+            todo = "write both texts into one column, and take it out"
+            draft.refuse("output_key", f"{outputs}: with pretrain_mode it follows the text of {inputs}", todo)
         return {"type": "text", **({} if inputs == "text" else {"columns": {"text": inputs}})}
     if draft.asks("data.apply_chat_template") or draft.asks("apply_chat_template"):
         if template is not None:
@@ -232,6 +241,7 @@ def _examples(draft: ImportDraft) -> dict[str, Any]:
                 "" if turns else "the last answer of a conversation there",
             )
             return {"type": "chat", **({} if inputs == "messages" else {"columns": {"messages": inputs}})}
+        draft.change("input_key", ALPACA_COLUMNS)
         columns = {"instruction": inputs, "output": str(outputs)}
         return {"type": "alpaca", "columns": {ours: theirs for ours, theirs in columns.items() if ours != theirs}}
     if outputs is None:
