@@ -35,7 +35,7 @@ from posttrain.config.importers.sharded import (
     tokens_over,
 )
 from posttrain.config.importers.values import LOADING, MEMORY, TRACKING
-from posttrain.config.importers.write import one_line
+from posttrain.config.importers.write import as_comment
 from posttrain.config.yaml_lines import dump_yaml
 
 FSDP2 = "FSDP2 is the only way to shard here, and what it does by itself"
@@ -213,18 +213,18 @@ def torchrun_of(values: Mapping[str, Any]) -> str:
 def launcher_yaml(draft: ImportDraft, source: Path) -> str:
     """What to put into a stage's YAML, a comment per key, and the line that starts it."""
     lines = [
-        f"# {draft.tool}'s {one_line(source.name)}: put this into the YAML of a stage, and start it with:",
+        f"# {draft.tool}'s {as_comment(source.name)}: put this into the YAML of a stage, and start it with:",
         f"#   {torchrun_of(draft.source)} sft stage.yaml",
     ]
     for key, value in draft.keys.items():
-        lines.append(f"{dump_yaml({key: value}).rstrip()}  # {one_line('; '.join(draft.notes[key]))}")
+        lines.append(f"{dump_yaml({key: value}).rstrip()}  # {as_comment('; '.join(draft.notes[key]))}")
     return (
         "\n".join(
             [
                 *lines,
                 "",
                 "# The other keys of the file:",
-                *(f"# {one_line(f'{key}: {text}')}" for key, text in draft.other),
+                *(f"# {as_comment(f'{key}: {text}')}" for key, text in draft.other),
             ]
         )
         + "\n"

@@ -19,17 +19,17 @@ def to_yaml(draft: ImportDraft, source: Path, folder: Path) -> str:
     model = STAGE_KINDS[draft.kind].keys
     data: dict[str, Any] = {key: draft.keys[key] for key in keys_of(model) if key in draft.keys}
     make_relative(data, model, folder.resolve())
-    lines = [f"# {draft.tool}'s {one_line(source.name)}, as `posttrain {draft.kind}` reads it."]
+    lines = [f"# {draft.tool}'s {as_comment(source.name)}, as `posttrain {draft.kind}` reads it."]
     for key, value in data.items():
         text = dump_yaml({key: value}).rstrip("\n")
-        comment = one_line("; ".join(draft.notes[key]))
+        comment = as_comment("; ".join(draft.notes[key]))
         if "\n" in text or len(text) + len(comment) + 4 > _WIDTH:
             lines += [f"# {comment}", text]
         else:
             lines.append(f"{text}  # {comment}")
     if draft.other:
         lines += ["", "# The other keys of the file:"]
-        lines += [f"# {one_line(f'{key}: {text}')}" for key, text in draft.other]
+        lines += [f"# {as_comment(f'{key}: {text}')}" for key, text in draft.other]
     return "\n".join(lines) + "\n"
 
 
@@ -45,6 +45,6 @@ def notes(draft: ImportDraft) -> list[str]:
     return changed + assumed
 
 
-def one_line(text: str) -> str:
+def as_comment(text: str) -> str:
     """For a comment, which a line break of theirs would end: what follows it would be read as YAML."""
     return " ".join(text.splitlines())
