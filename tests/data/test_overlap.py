@@ -65,7 +65,7 @@ def test_thirteen_words_of_an_eval_prompt_are_contamination():
 
 
 def test_the_index_of_the_suites_is_built_once_however_many_rows_there_are(monkeypatch):
-    """It was built anew for every 256 rows, which made the lint rows × items."""
+    """Not for each chunk of them, which would cost rows × items."""
     built, of = [], overlap._filter
     monkeypatch.setattr(overlap, "_filter", lambda wanted: built.append(len(wanted)) or of(wanted))
     rng = random.Random(3)

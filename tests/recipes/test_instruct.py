@@ -114,6 +114,22 @@ def test_back_translation_writes_the_question_to_an_answer(write):
     ]
 
 
+def test_rows_without_an_answer_are_named_and_where_no_other_is_there_that_is_an_error(write):
+    rows = [
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]}
+        for said in ("", "Two rivers meet here.")
+    ]
+    with judging(different) as (url, requests):
+        keys = write(url, rows=rows, method="back_translate")
+        assert write_instructions(keys) == {"asked": 1, "rows": 1, "left": {"skipped": 1}}
+        (left,) = read(keys, "left.jsonl")
+        assert left["origin"].endswith("seeds.jsonl:1")
+        for number in (None, 3):
+            with pytest.raises(DataError, match=r"seeds.jsonl: has no row that can be shown to a teacher: "):
+                write_instructions(write(url, rows=rows[:1], method="back_translate", num_instructions=number))
+        assert len(requests) == 1
+
+
 def test_prompts_of_a_suite_and_overlong_and_empty_ones_leave(write, tmp_path):
     (tmp_path / "heldout.jsonl").write_text(
         json.dumps({"id": "1", "prompt": "name all of the rivers in Peru", "target": "x"}) + "\n"

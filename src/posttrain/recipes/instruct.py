@@ -16,11 +16,10 @@ from posttrain.config.datasets import RowKind
 from posttrain.config.instruct import InstructKeys
 from posttrain.config.synth import LEFT, ROWS
 from posttrain.data.curation import Leaving, eval_prompts, repeats, without
-from posttrain.data.formats import Noun
+from posttrain.data.formats import Noun, detect_format, parse_rows
 from posttrain.data.lint_input import answers_of, prompt_of
-from posttrain.data.load import read_nouns
 from posttrain.data.origin import data_origins, remove_rows, write_origin
-from posttrain.data.sources import content_digest
+from posttrain.data.sources import read_source, short_path
 from posttrain.errors import DataError
 from posttrain.files import digest_json, write_atomic, write_json
 from posttrain.grading.slots import visible
@@ -78,7 +77,7 @@ INSTRUCT_METHODS: Mapping[str, tuple[RowKind, Callable[[random.Random, int, int,
 def write_instructions(keys: InstructKeys) -> dict[str, Any]:
     """Rows, what left and why, and a report, in `output_dir`. Started again, nothing is asked twice. Raises: DataError, RewardError."""
     kind, draw = INSTRUCT_METHODS[keys.method]
-    nouns = read_nouns(keys.datasets, kind)
+    nouns, skipped, digests = _read(keys, kind)
     seen = [_answer(noun) if kind == "examples" else prompt_of(noun) for noun in nouns]
     names = told_apart(noun.origin.path for noun in nouns)
     stands = [f"{names[noun.origin.path]}:{noun.origin.line}" for noun in nouns]
@@ -100,11 +99,11 @@ def write_instructions(keys: InstructKeys) -> dict[str, Any]:
             for reply, one, (_, seed) in zip(replies, shown, asked, strict=True)
         ]
         staying, left = _sorted_out(keys, rows, replies, [prompt_of(noun) for noun in nouns], suites)
-        gone = [
+        gone = skipped + [
             {"instruction": rows[n]["prompt"], "reason": left[n], PROVENANCE_COLUMN: rows[n][PROVENANCE_COLUMN]}
             for n in sorted(left)
         ]
-        reasons = dict(Counter(why.partition(":")[0] for why in left.values()).most_common())
+        reasons = dict(Counter(one["reason"].partition(":")[0] for one in gone).most_common())
         write_atomic(folder / LEFT, "".join(map(_json_line, gone)))
         write_json(folder / REPORT, report := {"asked": count, "rows": len(staying), "left": reasons})
         if not staying:
@@ -113,8 +112,25 @@ def write_instructions(keys: InstructKeys) -> dict[str, Any]:
                 f"{folder}: no instruction is left of {count}: {next(iter(left.values()))}; see left.jsonl there"
             )
         write_atomic(folder / ROWS, "".join(_json_line(_written(rows[n], nouns, shown[n])) for n in staying))
-        write_origin(folder / ROWS, _origin(keys))
+        write_origin(folder / ROWS, _origin(keys, digests))
     return report
+
+
+def _read(keys: InstructKeys, kind: RowKind) -> tuple[list[Noun], list[dict[str, Any]], dict[str, str]]:
+    """What can be shown, what cannot with why, and the digest of each source. Raises: DataError."""
+    nouns, skipped, digests = list[Noun](), list[dict[str, Any]](), dict[str, str]()
+    for source in keys.datasets:
+        read = read_source(source)
+        found, skips = parse_rows(read.rows, detect_format(read.rows, kind, source.type).name)
+        if not found:
+            raise DataError(
+                f"{short_path(source.path)}: has no row that can be shown to a teacher: {skips[0].reason} ({skips[0].origin} "
+                "and the others); expected at least one"
+            )
+        nouns += found
+        skipped += [{"origin": str(skip.origin), "reason": f"skipped: {skip.reason}"} for skip in skips]
+        digests[source.path] = read.digest
+    return nouns, skipped, digests
 
 
 def _question(one: ShownRows, seen: Sequence[str], form: str | None) -> list[dict[str, str]]:
@@ -195,7 +211,7 @@ def _json_line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _origin(keys: InstructKeys) -> dict[str, Any]:
+def _origin(keys: InstructKeys, digests: Mapping[str, str]) -> dict[str, Any]:
     names = told_apart(source.path for source in keys.datasets)
     return {
         "made_by": "posttrain data instruct",
@@ -203,7 +219,7 @@ def _origin(keys: InstructKeys) -> dict[str, Any]:
         "teacher": _teacher(keys),
         "method": keys.method,
         "seed": keys.seed,
-        "data": {names[source.path]: content_digest(source) for source in keys.datasets},
+        "data": {names[path]: digest for path, digest in digests.items()},
         "data_origins": data_origins([source.path for source in keys.datasets]),
         "asked": digest_json([keys.prompt, keys.num_shown, keys.temperature, keys.max_tokens]),
         "decontaminated": suite_digests(keys.decontaminate),
