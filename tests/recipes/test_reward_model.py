@@ -160,10 +160,10 @@ def test_its_tokenizer_may_get_tokens(train, model_dir):
     assert "<|never seen|>" in load_tokenizer(ModelKeys(base_model=str(model))).get_vocab()
 
 
-ADAPTERS = [{"adapter": "lora"}, pytest.param({"adapter": "qlora"}, marks=pytest.mark.slow), pytest.param({"adapter": "lora", "use_dora": True}, marks=pytest.mark.slow)]  # fmt: skip
+ADAPTERS = [{"adapter": "lora"}, pytest.param({"adapter": "qlora"}, marks=pytest.mark.slow), pytest.param({"adapter": "lora", "load_in_8bit": True}, marks=pytest.mark.slow), pytest.param({"adapter": "lora", "use_dora": True}, marks=pytest.mark.slow)]  # fmt: skip
 
 
-@pytest.fixture(params=ADAPTERS, ids=["lora", "qlora", "dora"])
+@pytest.fixture(params=ADAPTERS, ids=["lora", "qlora", "8 bits", "dora"])
 def adapted(request, train, tmp_path):
     """A stage that trained an adapter and a head far from where they began."""
     options = {"lora_r": 4, "learning_rate": 0.01, "max_steps": 6, **request.param}

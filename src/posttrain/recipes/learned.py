@@ -114,7 +114,7 @@ def _reward_model(source: Path | str, device: str) -> LearnedReward:
 
 
 def _asked(source: str, device: str) -> Policy:
-    """A whole model; or an adapter on its base, in 4 bits where it was trained so. Raises: ModelError."""
+    """A whole model; or an adapter on its base, in 4 or 8 bits where it was trained so. Raises: ModelError."""
     keys = AskedRewardKeys.model_validate({"base_model": source, "device": device})
     adapter = Path(source)
     if not is_reward_adapter(adapter):
