@@ -1,4 +1,4 @@
-"""What KTO compares a step's rows with."""
+"""What KTO compares a step's rows with; columns of pairs that are asked for and not there."""
 
 import json
 
@@ -83,3 +83,9 @@ def test_a_remainder_of_one_row_is_folded_in(train, runner, data_dir, tmp_path):
     data = rows(data_dir, tmp_path, 5)
     folder = train("dpo", loss_type="kto", datasets=data, max_steps=-1, num_train_epochs=2)
     assert [row["epoch"] for row in runner.rows(folder)] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(("asked", "column"), [({"row_weights": True}, "weight"), ({"margin_coef": 0.5}, "margin")])
+def test_a_key_that_reads_a_column_which_no_pair_has_is_refused(asked, column, train):
+    with pytest.raises(DataError, match=f"no row has a `{column}` other than"):
+        train("dpo", **asked)

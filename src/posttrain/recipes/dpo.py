@@ -59,6 +59,7 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
     load: Callable[..., Dataset[Any]] = load_kto if unpaired else load_preference
     data, held_out = load_with_held_out(load, keys, tokenizer)
     stage.run.describe_data(decoder(tokenizer, special=True), data, *held_out.values())
+    _check_columns_are_there(data, spec)
     # KTO compares a row with the one before it, so its rows keep their order.
     cost, least_rows = (None, _LEAST_KTO_ROWS) if unpaired else (_pair_cost, 1)
     schedule = Schedule.of(data, keys, ranks, size=_num_tokens, cost=cost, least_rows=least_rows)
@@ -111,6 +112,20 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
 
     validation.restore_best()
     return stage.done(state)
+
+
+def _check_columns_are_there(data: Dataset[Any], spec: PreferenceSpec) -> None:
+    """Raises: DataError where a key reads a column that no row has, and so would do nothing."""
+    read = {
+        "row_weights: true": (spec.row_weights, "weight", 1.0),
+        f"margin_coef: {spec.margin_coef:g}": (spec.margin_coef > 0, "margin", 0.0),
+    }
+    for key, (wanted, column, missing) in read.items():
+        if wanted and all(getattr(row, column) == missing for row in data.rows):
+            raise DataError(
+                f"datasets: {key}, and no row has a `{column}` other than {missing:g}; add the column, name yours under `columns`, "
+                "or take the key out"
+            )
 
 
 def _check_others_to_compare_with(schedule: Schedule[Labelled], held_out: Mapping[str, Dataset[Labelled]]) -> None:
