@@ -22,7 +22,7 @@ live = set()
 
 
 class RejectedError(Exception):
-    pass
+    """A field of the action, and what is wrong with it."""
 
 
 @app.get("/schema")
@@ -32,6 +32,8 @@ def schema():
 
 
 def guess(state, action):
+    if len(action["message"]) > 20:
+        raise RejectedError("message", "String should have at most 20 characters")
     if action["message"] == "die":
         os._exit(3)
     said, wanted = int(action["message"]), state["seed"] % 10
@@ -47,7 +49,7 @@ def echo(state, action):
 
 def walk(state, action):
     if not isinstance(action["dx"], int):
-        raise RejectedError
+        raise RejectedError("dx", "Input should be a valid integer")
     state["x"], state["y"] = state["x"] + action["dx"], state["y"] + action.get("dy", 0)
     return {"x": state["x"], "y": state["y"]}, float(action["dx"]), state["x"] > 1
 
@@ -88,8 +90,8 @@ async def session(socket: WebSocket):
             message = await socket.receive_json()
             try:
                 answer = react(state, message)
-            except RejectedError:
-                wrong = [{"loc": ["dx"], "msg": "Input should be a valid integer"}]
+            except RejectedError as error:
+                wrong = [{"loc": [error.args[0]], "msg": error.args[1]}]
                 answer = {"type": "error", "data": {"message": "Invalid", "code": "VALIDATION_ERROR", "errors": wrong}}
             except ValueError as error:
                 answer = {"type": "error", "data": {"message": str(error), "code": "EXECUTION_ERROR"}}

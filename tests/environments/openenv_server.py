@@ -16,7 +16,7 @@ from pydantic import Field
 
 
 class Said(Action):
-    message: str = Field(description="What is said")
+    message: str = Field(description="What is said", max_length=20)
 
 
 class Heard(Observation):

@@ -87,6 +87,14 @@ def test_each_episode_has_a_session_of_its_own_and_is_answered_by_text(serve):
     assert again["text"] == "more"
 
 
+def test_a_turn_that_the_server_rejects_is_told_why_and_the_episode_goes_on(serve):
+    with pool_of(serve("guess")) as pool:
+        pool.ask([reset(0)])
+        wrong, right = pool.ask([step(0, "7" * 21)]) + pool.ask([step(0, "7")])
+    assert wrong["text"] == "error: message: String should have at most 20 characters"
+    assert (wrong["reward"], wrong["done"], right["done"]) == (None, False, True)
+
+
 def test_a_rows_seed_is_the_environments(serve):
     with pool_of(serve("guess")) as pool:
         pool.ask([(0, {"do": "reset", "prompt": "Guess a digit.", "seed": 7, "columns": {"seed": 3}})])

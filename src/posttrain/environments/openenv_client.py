@@ -55,9 +55,12 @@ class OpenEnvSession:
             raise EpisodeLostError(f"reset(seed={seed}) began an episode that was over")
 
     def step(self, answer: str) -> Reaction:
-        """The policy's turn as an action."""
+        """The policy's turn as an action; one that is rejected is answered with the reason."""
         assert self._text_field is not None
-        return self.act({self._text_field: answer})
+        try:
+            return self.act({self._text_field: answer})
+        except ActionRejectedError as error:
+            return Reaction(f"error: {error}", failed=True)
 
     def act(self, action: Mapping[str, Any]) -> Reaction:
         """Raises: ActionRejectedError."""
