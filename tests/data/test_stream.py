@@ -86,6 +86,8 @@ def test_a_limit_reads_no_further_than_its_rows(tmp_path, files, suffix):
         raw[at : at + 20] = b"\xff" * 20
         path.write_bytes(bytes(raw))
     assert len(read_source(DatasetKeys(path=str(path), limit=2)).rows) == 2
+    whole = 2 if suffix == "csv" else 20
+    assert len(first_rows(DatasetKeys(path=str(path), limit=whole), 99).rows) == whole
     with pytest.raises(DataError):
         read_source(DatasetKeys(path=str(path)))
 

@@ -101,9 +101,8 @@ class RowStream:
 
     def _rows(self, source: DatasetKeys, start: int) -> Iterator[tuple[int, SourceRow | Origin]]:
         """Rows of this share, each with how many rows have been gone by."""
-        for number, (origin, value) in enumerate(open_rows(source, start), start=start):
-            if number == source.limit:
-                return
+        left = None if source.limit is None else max(source.limit - start, 0)
+        for number, (origin, value) in enumerate(islice(open_rows(source, start), left), start=start):
             if number % self._num_shares == self._share:
                 yield number + 1, origin if value is BLANK else (origin, an_object(value, origin))
 
