@@ -194,6 +194,11 @@ def test_llama_factorys_reward_models_are_trained(loaded):
     assert "# stage: changed because rm: the head reads the last token's state as it is" in made.text
 
 
+def test_a_reward_models_base_lies_in_8_bits_where_llama_factorys_does(loaded):
+    lines = LLAMAFACTORY.replace("full", "lora") + "quantization_bit: 8\nstage: rm\ndataset: pairs\n"
+    assert loaded(lines)[1].load_in_8bit
+
+
 @pytest.mark.parametrize(
     ("lines", "refusal"),
     [

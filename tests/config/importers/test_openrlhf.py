@@ -134,6 +134,11 @@ def test_a_token_that_only_the_shell_knows_is_no_obstacle(imported):
     assert imported(text)[1].keys.report_to == ["wandb"]
 
 
+def test_a_stray_apostrophe_far_above_the_command_does_not_swallow_it(imported):
+    command = "openrlhf.cli.train_sft --pretrain base --dataset a/b --output_key a\n"
+    assert imported("it's\n" + "a line\n" * 200 + command + "isn't\n")[0].kind == "sft"
+
+
 def test_several_sets_of_rows_have_their_shares(imported):
     text = "openrlhf.cli.train_sft --pretrain base --dataset a/b,c/d --dataset_probs 0.3,0.7 --output_key a --eval_dataset e/f --eval_split test\n"
     keys = imported(text)[1].keys
@@ -154,6 +159,7 @@ def test_several_sets_of_rows_have_their_shares(imported):
         ("--max_len $LENGTH", "max_len: .*names something that is not in the file"),
         ("--ref_pretrain other", "ref_pretrain: other: the reference is the model the stage starts from"),
         ("--pretrain_mode", "output_key: a: with pretrain_mode it follows the text of input"),
+        ("--apply_chat_template --multiturn", "multiturn: true: with output_key an answer is put behind a conversation"),
         ("--eval_dataset c/d@folder", "dataset: c/d@folder: a folder inside a dataset"),
         ("--use_ms", "use_ms: .*ModelScope"),
     ],

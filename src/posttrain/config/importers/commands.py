@@ -24,6 +24,8 @@ _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?[-=]([^{}]*))?\})")
 _ARRAY = re.compile(r"\$\{(\w+)\[@\]\}")
 _ANSI_QUOTES = re.compile(r"(?:(?<=[\s=])|^)\$'((?:[^'\\]|\\.)*)'")
+_LONGEST_QUOTE = 100
+"""Lines: each is read with all before it, and a stray apostrophe would have that done to the end of the file."""
 _HERE_DOCUMENT = re.compile(r"<<-?\s*['\"]?(\w+)")
 _REDIRECTION = re.compile(r"\d?&?>{1,2}.*")
 _NOT_READ = r"^(?:verl\.trainer|recipe\.\w+)\.\w+$|(?:^|/)verl/trainer/\w+\.py$"
@@ -103,6 +105,8 @@ def _command_from(lines: list[str], start: int, ends_here: str) -> tuple[int, li
         try:
             return place + 1, shlex.split(_ANSI_QUOTES.sub(_unquoted, pending), comments=True)
         except ValueError:
+            if place - start > _LONGEST_QUOTE:
+                return start + 1, []
             pending += "\n"
     try:
         return max(place, start + 1), shlex.split(pending, comments=True)

@@ -241,6 +241,10 @@ def _examples(draft: ImportDraft) -> dict[str, Any]:
                 "" if turns else "the last answer of a conversation there",
             )
             return {"type": "chat", **({} if inputs == "messages" else {"columns": {"messages": inputs}})}
+        if turns:
+            draft.refuse(
+                turns_key, "true: with output_key an answer is put behind a conversation", "write it into the rows"
+            )
         draft.change("input_key", ALPACA_COLUMNS)
         columns = {"instruction": inputs, "output": str(outputs)}
         return {"type": "alpaca", "columns": {ours: theirs for ours, theirs in columns.items() if ours != theirs}}

@@ -205,7 +205,7 @@ def eight_bits(draft: ImportDraft) -> None:
         return
     if draft.keys.get("adapter") != "lora":
         why = f"adapter is {draft.keys.get('adapter', 'none')}, and 8 bits lie under lora only"
-    elif draft.kind not in ("sft", "dpo", "reward"):
+    elif STAGE_KINDS[draft.kind].samples:
         why = f"{draft.kind} samples from a base in 4 bits or in 16; this one stays in 16, which 8 bits approximate"
     elif draft.keys.get("layer_offloading"):
         why = "offloaded layers stay in 16 bits, which 8 bits approximate"
