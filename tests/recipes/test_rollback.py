@@ -10,15 +10,20 @@ import torch
 from posttrain.checkpoint.store import CheckpointStore
 from posttrain.errors import TrainingError
 from posttrain.health.controls import Controls
-from posttrain.recipes import dpo, grpo, rollback, sft
+from posttrain.recipes import dpo, grpo, ppo, rollback, sft
 from posttrain.recipes.guard import TrainingGuard
 from posttrain.recipes.optim import learning_rate
 from posttrain.recipes.rollback import begin_rollback, read_rollbacks
 from posttrain.types import Finding, Severity
 
-RECIPES = {"sft": (sft, "loss"), "grpo": (grpo, "loss"), "dpo": (dpo, "pair_loss")}
+RECIPES = {"sft": (sft, "loss"), "grpo": (grpo, "loss"), "dpo": (dpo, "pair_loss"), "ppo": (ppo, "critic_loss")}
 ONE_BY_ONE = {"per_device_train_batch_size": 1, "save_steps": 1, "max_steps": 5}
-OPTIONS = {"sft": ONE_BY_ONE, "grpo": {**ONE_BY_ONE, "num_iterations": 2}, "dpo": ONE_BY_ONE}
+OPTIONS = {
+    "sft": ONE_BY_ONE,
+    "grpo": {**ONE_BY_ONE, "num_iterations": 2},
+    "dpo": ONE_BY_ONE,
+    "ppo": {**ONE_BY_ONE, "num_prompts_per_step": 1},
+}
 
 
 def events(folder, *kinds):
@@ -57,7 +62,7 @@ def _key(row):
     return first.ids if isinstance(first.ids, tuple) else tuple(first.ids[~first.loss_mask].tolist())
 
 
-@pytest.mark.parametrize("kind", ["sft", "grpo", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", "grpo", "dpo", "ppo"])
 def test_a_poisoned_row_is_passed_over_and_the_run_ends_well(kind, faulty, train, runner):
     faulty(kind)
     folder = train(kind, **OPTIONS[kind])
