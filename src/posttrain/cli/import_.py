@@ -12,7 +12,7 @@ def import_(
     file: Annotated[
         Path,
         typer.Argument(
-            help="A YAML of Axolotl, LLaMA-Factory, TRL or torchtune, a script with their command, or a file of accelerate or DeepSpeed.",
+            help="A YAML of Axolotl, LLaMA-Factory, TRL or torchtune, a script with their command or one of OpenRLHF, or a file of accelerate or DeepSpeed.",
             show_default=False,
         ),
     ],
