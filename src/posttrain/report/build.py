@@ -10,12 +10,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from posttrain.files import write_atomic
 from posttrain.report import charts, checks, forecast, tables, words
 from posttrain.report.records import RunRecord, read_run
+from posttrain.tracking.trackers import REPORT_NAME
 
 
 def build_report(run_dir: Path) -> Path:
     """Write `report.html` into the run folder and return its path. Raises: DataError if it is no run folder."""
     run = read_run(Path(run_dir))
-    path = run.folder / "report.html"
+    path = run.folder / REPORT_NAME
     write_atomic(path, render_report(run))
     return path
 

@@ -20,6 +20,7 @@ from posttrain.report.charts import panels_of
 from posttrain.report.diff import compare
 from posttrain.report.records import RunRecord, StageRecord, as_mapping
 from posttrain.report.series import window_record
+from posttrain.tracking.trackers import REPORT_NAME
 from posttrain.uris import clean_text, clean_value
 
 RUNS_PER_PAGE, SAMPLES_PER_PAGE = 100, 20
@@ -174,7 +175,7 @@ def report_page(site: Site, path: str) -> Response:
     from posttrain.report.build import render_report
 
     run = site.place.run_folder(path)
-    written = run / "report.html"
+    written = run / REPORT_NAME
     html = written.read_text("utf-8", "replace") if written.exists() else render_report(site.reading.record(path, with_metrics=True))  # fmt: skip
     return HTMLResponse(clean_text(html), headers={"Content-Security-Policy": REPORT_POLICY})
 
