@@ -7,8 +7,11 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from datetime import date
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from posttrain.cli.app import main
@@ -102,6 +105,14 @@ def test_a_prompt_that_cannot_be_asked_is_named_with_why(make, tmp_path):
     assert left["origin"].endswith("prompts.jsonl:9")
     assert left["reason"] == "skipped: longer than sequence_len"
     assert report["left"]["skipped"] == 1
+
+
+def test_a_prompt_with_a_column_that_is_no_json_is_named(make, tmp_path):
+    (tmp_path / "nan.jsonl").write_text('{"prompt": "a", "score": NaN}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "when": [date(2020, 1, 1)]}), tmp_path / "day.parquet")
+    for name in ("nan.jsonl", "day.parquet"):
+        with pytest.raises(DataError, match=rf"{name}:1: a column is no JSON, .*; write it as text, or take it out"):
+            synthesize(make(datasets=[{"path": name}]))
 
 
 def test_in_a_pair_the_chosen_reward_is_always_higher_and_by_the_margin_where_one_is_asked_for(make):

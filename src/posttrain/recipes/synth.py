@@ -170,9 +170,14 @@ def _distinct(rows: Sequence[PromptRow]) -> tuple[_PromptsById, list[dict[str, A
 
 
 def prompt_id(prompt: Prompt) -> str:
-    """Of what is asked and its columns, wherever it stands."""
+    """Of what is asked and its columns, wherever it stands. Raises: DataError for a column that is no JSON."""
     asked = prompt.prompt if isinstance(prompt.prompt, str) else [dict(message) for message in prompt.prompt]
-    digest = digest_json([asked, dict(prompt.columns), [dict(tool) for tool in prompt.tools]])
+    try:
+        digest = digest_json([asked, dict(prompt.columns), [dict(tool) for tool in prompt.tools]])
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{prompt.origin}: a column is no JSON, which rows of samples are: {error}; write it as text, or take it out"
+        ) from None
     return digest.removeprefix("sha256:")[:16]
 
 
