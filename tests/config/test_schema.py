@@ -48,6 +48,8 @@ def test_values_are_shown_as_one_writes_them(value, text):
         (bool | Literal["auto"], "true or false or auto"),
         (Literal["a", "b"], "one of a, b"),
         (list[str] | str, "a list of strings or a string"),
+        (list[Literal["wandb", "mlflow"]], "a list of wandb, mlflow"),
+        (Literal["a", "b"] | list[Literal["a", "b"]], "one of a, b or a list of them"),
         (dict[str, int], "a mapping of names to integers"),
         (dict[str, dict[str, Any]], "a mapping of names to mappings"),
         (

@@ -120,7 +120,9 @@ def type_text(annotation: Any) -> str:
             choices = ", ".join(str(choice) for choice in get_args(arm))
             words.append(f"one of {choices}" if len(get_args(arm)) > 1 else choices)
         elif get_origin(arm) is list:
-            words.append(f"a list of {_plural(get_args(arm)[0])}")
+            inner = get_args(arm)[0]
+            said = get_origin(inner) is Literal and inner in arms(annotation)
+            words.append("a list of them" if said else f"a list of {_plural(inner)}")
         elif get_origin(arm) is dict:
             words.append(f"a mapping of names to {_plural(get_args(arm)[1])}")
         elif isinstance(arm, type) and issubclass(arm, Keys):
@@ -134,6 +136,8 @@ def _plural(annotation: Any) -> str:
     plural = {int: "integers", float: "numbers", bool: "true or false", str: "strings"}
     if get_origin(annotation) is dict:
         return "mappings"
+    if get_origin(annotation) is Literal:
+        return ", ".join(str(choice) for choice in get_args(annotation))
     group = group_in(annotation)
     if group:
         return "mappings with " + ", ".join(keys_of(group))
