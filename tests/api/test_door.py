@@ -9,7 +9,7 @@ import pytest
 import posttrain as pt
 from posttrain.api.inputs import as_keys
 from posttrain.config.kinds import STAGE_KINDS
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import ConfigError, DataError, EvalError
 
 SFT = {"learning_rate": 3e-3, "max_steps": 2, "per_device_train_batch_size": 2, "sequence_len": 128, "bf16": False}
 GRPO = {
@@ -102,6 +102,16 @@ def test_evaluate_and_gate(model_dir, tmp_path):
     assert pt.gate(second, first, {"guards": [{"suite": "tiny", "margin": 0.5}]}) == verdict
     with pytest.raises(ConfigError, match=r"argument: guards.*margn"):
         pt.gate(second, first, {"guards": [{"suite": "tiny", "margn": 0.5}]})
+
+
+def test_two_files_that_would_be_one_suite_are_refused(tmp_path):
+    item = json.dumps({"id": "1", "prompt": "1+1=", "target": "2", "scorer": "exact"})
+    files = [tmp_path / folder / "sums.jsonl" for folder in ("a", "b")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(item)
+    with pytest.raises(EvalError, match="would both be suite 'sums'"):
+        pt.evaluate("never-loaded", files)
 
 
 def test_every_kind_of_stage_is_a_function():

@@ -12,7 +12,7 @@ from posttrain.config.load import as_pipeline, load_gate, load_stage
 from posttrain.config.load_pipeline import load_pipeline
 from posttrain.config.pipeline import PipelineKeys, SuiteKeys
 from posttrain.config.stages import ModelKeys
-from posttrain.evals.suite import load_suite
+from posttrain.evals.suite import by_name, load_suite
 from posttrain.evidence import EvalReport, GateVerdict
 from posttrain.gate import GateSpec, decide
 
@@ -70,8 +70,8 @@ def evaluate(
     source = model.model if isinstance(model, Run) else model
     files = [suites] if isinstance(suites, (str, Path)) else list(suites)
     plan = [
-        (load_suite(Path(file).stem, Path(file)), SuiteKeys.model_validate({"path": str(file), **decoding}))
-        for file in files
+        (load_suite(name, Path(file)), SuiteKeys.model_validate({"path": file, **decoding}))
+        for name, file in by_name(files).items()
     ]
     for suite, _ in plan:
         suite.on(split)

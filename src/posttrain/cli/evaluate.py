@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from posttrain.cli.best_of import asked_best_of, show_best_of
-from posttrain.errors import ConfigError, EvalError
+from posttrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from posttrain.config.pipeline import SuiteKeys
@@ -87,7 +87,8 @@ def table(reports: Mapping[str, EvalReport]) -> str:
 def plan_of(model: str, files: Sequence[Path], on: str | None) -> tuple[ModelKeys, SuitesToRun]:
     """What to score, and on what. Raises: ConfigError if one of the two was not said."""
     from posttrain.cli.model import model_keys
-    from posttrain.evals.suite import load_suite
+    from posttrain.config.pipeline import SuiteKeys
+    from posttrain.evals.suite import by_name, load_suite
 
     if Path(model).suffix in (".yaml", ".yml"):
         keys, suites = _of_yaml(Path(model), on)
@@ -95,21 +96,11 @@ def plan_of(model: str, files: Sequence[Path], on: str | None) -> tuple[ModelKey
         raise ConfigError(f"--model {on} beside {model}: expected a YAML first, or the model alone")
     else:
         keys, suites = model_keys(model), {}
-    suites = _of_files(files) if files else suites
+    if files:
+        suites = {name: SuiteKeys(path=file) for name, file in by_name(files).items()}
     if not suites:
         raise ConfigError(f"{model}: got no suite; add --suite FILE, or name suites under `evals` of a pipeline")
     return keys, [(load_suite(name, Path(found.path)), found) for name, found in suites.items()]
-
-
-def _of_files(files: Sequence[Path]) -> dict[str, SuiteKeys]:
-    from posttrain.config.pipeline import SuiteKeys
-
-    found: dict[str, SuiteKeys] = {}
-    for file in files:
-        if file.stem in found:
-            raise EvalError(f"{file} and {found[file.stem].path} would both be suite {file.stem!r}; rename one of them")
-        found[file.stem] = SuiteKeys(path=str(file))
-    return found
 
 
 def _of_yaml(path: Path, on: str | None) -> tuple[ModelKeys, Mapping[str, SuiteKeys]]:

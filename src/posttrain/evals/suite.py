@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -92,6 +92,17 @@ class Suite:
             digests, modules = source_of(self.path.parent / own[0])
             return digest_json([own[1], digests, dependency_versions(modules)])
         return scorer_digest(self.scorer)
+
+
+def by_name(files: Iterable[str | Path]) -> dict[str, str]:
+    """Files under the names of the suites that they are. Raises: EvalError where two would be one."""
+    found: dict[str, str] = {}
+    for file in map(str, files):
+        name = Path(file).stem
+        if name in found:
+            raise EvalError(f"{file} and {found[name]} would both be suite {name!r}; rename one of them")
+        found[name] = file
+    return found
 
 
 def load_suite(name: str, path: Path) -> Suite:
