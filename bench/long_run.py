@@ -103,7 +103,7 @@ def child(kind: str, steps: int, folder: Path, samples: Path) -> None:
     from posttrain.config.kinds import STAGE_KINDS
     from posttrain.distributed.ranks import SingleProcess
     from posttrain.recipes.kinds import LOOPS
-    from posttrain.recipes.stage import Stage
+    from posttrain.recipes.run.stage import Stage
     from posttrain.tracking.live import LiveView
 
     fill_interned()

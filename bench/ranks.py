@@ -80,8 +80,8 @@ def work(size: str, steps: int, folder: Path, *, again: bool) -> None:
     from posttrain.distributed.ranks import join_ranks
     from posttrain.models.policy import Policy
     from posttrain.recipes import sft
-    from posttrain.recipes.stage import Stage, StageResult
-    from posttrain.recipes.train_state import Checkpoints, TrainState
+    from posttrain.recipes.run.stage import Stage, StageResult
+    from posttrain.recipes.run.train_state import Checkpoints, TrainState
 
     torch.set_num_threads(1)
     with join_ranks() as ranks:

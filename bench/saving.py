@@ -76,8 +76,8 @@ def measure(size: str, every: int, steps: int) -> tuple[Costs, float]:
     from posttrain.config.stages import SFTKeys
     from posttrain.distributed.ranks import SingleProcess
     from posttrain.recipes import sft
-    from posttrain.recipes.stage import Stage
-    from posttrain.recipes.train_state import Checkpoints, TrainState
+    from posttrain.recipes.run.stage import Stage
+    from posttrain.recipes.run.train_state import Checkpoints, TrainState
 
     costs, ends = Costs(), list[float]()
 

@@ -127,7 +127,7 @@ def stage_of(kind: str, size: Size, rows: Sequence[Mapping[str, str]], num_steps
     from posttrain.config.datasets import DatasetKeys
     from posttrain.config.kinds import STAGE_KINDS
     from posttrain.distributed.ranks import SingleProcess
-    from posttrain.recipes.stage import Stage
+    from posttrain.recipes.run.stage import Stage
 
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.jsonl"

@@ -64,7 +64,7 @@ def keys_of(row: Row, job: Mapping[str, Any]) -> Any:
 def train(row: Row, job: Mapping[str, Any], turns: Turns) -> None:
     from posttrain.distributed.ranks import SingleProcess
     from posttrain.recipes import dpo, grpo, sft
-    from posttrain.recipes.stage import Stage
+    from posttrain.recipes.run.stage import Stage
 
     extra_seconds = charge_reference_pass(dpo, job["max_steps"]) if row.task == "dpo" else lambda: 0.0
     if row.task == "grpo_train":
@@ -134,7 +134,7 @@ def roll_out(row: Row, job: Mapping[str, Any], turns: Turns) -> None:
     """The engine of the recipe, given the prompts of one generation batch after the other."""
     from posttrain.data.load import load_prompts
     from posttrain.models.load import load_policy, load_tokenizer
-    from posttrain.recipes.engines import EngineSource, make_engine
+    from posttrain.recipes.experience.engines import EngineSource, make_engine
     from posttrain.rollout.collect import sample_groups
     from posttrain.types import SamplingParams
 

@@ -42,9 +42,9 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, Qwen3ForCausalLM  # noqa: F401
 
     from posttrain.distributed.ranks import SingleProcess
-    from posttrain.recipes.certify import certify, require
     from posttrain.recipes.kinds import LOOPS
-    from posttrain.recipes.stage import Stage
+    from posttrain.recipes.measure.certify import certify, require
+    from posttrain.recipes.run.stage import Stage
 
     job = json.loads(sys.argv[1])
     folder, keys = Path(job["folder"]), keys_of(job)

@@ -137,7 +137,7 @@ def evaluated(model: Path, folder: Path, options: Options) -> dict[str, EvalRepo
 
     from posttrain.config.stages import ModelKeys
     from posttrain.evals.suite import load_suite
-    from posttrain.recipes.evaluate import evaluate
+    from posttrain.recipes.measure.evaluate import evaluate
 
     disable_progress_bar()
     suites = pipeline_of(0).evals

@@ -19,7 +19,7 @@ from posttrain.objectives.advantages import AdvantageSpec, as_rewards, compute_a
 from posttrain.objectives.policy import PolicyInputs, policy_loss
 from posttrain.objectives.reduce import Normalizer
 from posttrain.objectives.spec import PolicySpec
-from posttrain.recipes.engines import EngineSource, make_engine, sync_engine
+from posttrain.recipes.experience.engines import EngineSource, make_engine, sync_engine
 from posttrain.rollout.sampling import request_seed
 from posttrain.types import Request, Sample, SamplingParams, in_order
 

@@ -12,8 +12,8 @@ import torch
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.distributed.ranks import join_ranks
 from posttrain.recipes.kinds import LOOPS
-from posttrain.recipes.stage import Stage, run_recipe
-from posttrain.recipes.stop import StopFlag, StoppedPolitely
+from posttrain.recipes.run.stage import Stage, run_recipe
+from posttrain.recipes.run.stop import StopFlag, StoppedPolitely
 
 FILES = {
     "sft": "sft",

@@ -10,8 +10,8 @@ import peft  # noqa: F401  (once, here, not in the process of every run with an 
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.distributed.ranks import join_ranks
 from posttrain.recipes.kinds import LOOPS
-from posttrain.recipes.run_folder import StageResult
-from posttrain.recipes.stage import Stage
+from posttrain.recipes.run.run_folder import StageResult
+from posttrain.recipes.run.stage import Stage
 
 
 def train(kind: str, folder: Path, values: dict[str, Any]) -> StageResult:

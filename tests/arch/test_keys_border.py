@@ -8,7 +8,7 @@ from pathlib import Path
 import posttrain
 
 SOURCE = Path(posttrain.__file__).parent
-OWNERS = frozenset({"config", "recipes", "cli", "pipeline", "api"})
+OWNERS = frozenset({"config", "recipes", "synthesis", "cli", "pipeline", "api"})
 """Packages that may hand keys to any other: where they are made, and where the parts are put together."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -20,8 +20,8 @@ from posttrain.models.load import load_policy
 from posttrain.objectives.policy import POLICY_LOSSES, PolicyLoss
 from posttrain.objectives.preference import PREFERENCE_LOSSES, PreferenceRow
 from posttrain.objectives.surrogates import SURROGATES, Surrogate, no_flags
-from posttrain.recipes.engines import ENGINES
-from posttrain.recipes.evaluate import TokenizerCodec
+from posttrain.recipes.experience.engines import ENGINES
+from posttrain.recipes.measure.evaluate import TokenizerCodec
 from posttrain.rewards.library import REWARDS, RewardRow
 from posttrain.rewards.resolve import load_reward
 from posttrain.rollout.embedded import EmbeddedEngine

@@ -37,7 +37,7 @@ ELSEWHERE = {
     "reward_timeout_s": "a deadline; tests/rewards/test_workers.py",
     "env_timeout_s": "a deadline; tests/environments/test_pool.py",
     "env_workers": "how many answer at once; tests/environments/test_pool.py",
-    "tools": "needs a template that writes calls; tests/recipes/test_episodes.py",
+    "tools": "needs a template that writes calls; tests/recipes/experience/test_episodes.py",
     "reward_workers": "how many score at once; tests/rewards/test_workers.py",
     "importance_sampling_cap": "binds where sampler and trainer disagree, which they do not here; tests/objectives/test_ratios.py",
     "allow_uncorrected": "with another engine than ours; tests/config/test_rollout.py",
@@ -224,7 +224,7 @@ FLIPS = {
         ),
         Flip("soft_overlong_cache", 3, {"stop": list("aeiou ")}),
         Flip("importance_sampling_correction", "token_truncate"),
-        # Of its other keys, which are another engine's: tests/recipes/test_engines.py.
+        # Of its other keys, which are another engine's: tests/recipes/experience/test_engines.py.
         Flip("rollout", {"exact": True}),
         Flip("keep_rollouts", True),
         Flip("reward_check_steps", 1, {"reward_funcs": ["DATA/rewards.py:last_digit"]}),
@@ -263,7 +263,7 @@ FLIPS = {
         Flip("top_k", 3),
         Flip("min_p", 0.5),
         Flip("stop", list("abcdefghijklmnopqrstuvwxyz ")),
-        # Of its keys those of other engines: tests/recipes/test_engines.py; our own has none that distill may set.
+        # Of its keys those of other engines: tests/recipes/experience/test_engines.py; our own has none that distill may set.
         Flip("rollout", {"exact": True}),
     ],
 }

@@ -7,7 +7,7 @@ from tests import stage_runner
 
 from posttrain.errors import EngineError, EngineGoneError
 from posttrain.models.load import load_policy
-from posttrain.recipes import engines
+from posttrain.recipes.experience import engines
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.types import Moved
 

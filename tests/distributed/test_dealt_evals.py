@@ -16,8 +16,8 @@ from posttrain.config.rl import GRPOKeys
 from posttrain.config.stages import ModelKeys
 from posttrain.evals.suite import load_suite
 from posttrain.evidence import EvalReport
-from posttrain.recipes.certify import certify, read_certificate
-from posttrain.recipes.evaluate import evaluate
+from posttrain.recipes.measure.certify import certify, read_certificate
+from posttrain.recipes.measure.evaluate import evaluate
 
 OWN = '''
 def half(completions, target, hint):
@@ -33,7 +33,7 @@ from posttrain.config.rl import GRPOKeys
 from posttrain.config.stages import ModelKeys
 from posttrain.distributed.ranks import join_ranks
 from posttrain.evals.suite import load_suite
-from posttrain.recipes import certify as certifies, evaluate as measures
+from posttrain.recipes.measure import certify as certifies, evaluate as measures
 from posttrain.rollout.embedded import EmbeddedEngine
 
 job, asked = json.loads(sys.argv[1]), []

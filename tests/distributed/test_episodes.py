@@ -53,7 +53,7 @@ from posttrain.environments.pool import EnvironmentPool
 from posttrain.environments.spec import EnvironmentSpec
 from posttrain.errors import PosttrainError
 from posttrain.models.load import load_policy
-from posttrain.recipes.episodes import Begin, Episodes
+from posttrain.recipes.experience.episodes import Begin, Episodes
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.types import Origin, Prompt, Request, SamplingParams
 

@@ -10,7 +10,7 @@ import pytest
 from tests.distributed import one_engine_runner
 from tests.distributed.one_engine_runner import copies
 
-from posttrain.recipes import engines
+from posttrain.recipes.experience import engines
 
 RUNNER = one_engine_runner.__name__
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,8 @@ from posttrain.checkpoint.store import CheckpointStore
 from posttrain.distributed.ranks import join_ranks
 from posttrain.models.load import load_policy
 from posttrain.recipes.optim import make_optimizer
-from posttrain.recipes.stage import Stage
-from posttrain.recipes.train_state import TrainState
+from posttrain.recipes.run.stage import Stage
+from posttrain.recipes.run.train_state import TrainState
 import stage_runner
 
 def digest(tensor):

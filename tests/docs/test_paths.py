@@ -49,7 +49,7 @@ def test_every_table_that_a_page_names_is_there(page):
 
 
 def test_the_rule_sees_what_it_forbids():
-    page = "`recipes/engines.py`, `no_such.py`, `tests/nowhere/`; ```\n`gone.py`\n``` `ENGINES` and `NO_SUCH_TABLE`"
+    page = "`recipes/experience/engines.py`, `no_such.py`, `tests/nowhere/`; ```\n`gone.py`\n``` `ENGINES` and `NO_SUCH_TABLE`"
     assert sorted(name for name in named(page) if not is_there(name)) == ["no_such.py", "tests/nowhere/"]
     assert tables(page) == {"ENGINES", "NO_SUCH_TABLE"}
 

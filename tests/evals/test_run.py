@@ -14,7 +14,7 @@ from posttrain.evals.run import Evaluator, pass_at_k, pass_at_ks
 from posttrain.evals.suite import load_suite
 from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.models.load import load_policy
-from posttrain.recipes.evaluate import OwnScorers, TokenizerCodec, evaluate
+from posttrain.recipes.measure.evaluate import OwnScorers, TokenizerCodec, evaluate
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.sampling import request_seed
 
@@ -249,7 +249,7 @@ def test_pass_at_ks_goes_up_to_the_number_of_samples():
 
 
 def test_what_was_measured_is_not_measured_again(suite, model_dir, tmp_path, monkeypatch):
-    from posttrain.recipes import engines as module
+    from posttrain.recipes.experience import engines as module
 
     keys, made = ModelKeys(base_model=str(model_dir("qwen3"))), suite(items())
     loads, original = [], module.load_policy

@@ -130,7 +130,7 @@ def ours(model_dir, tmp_path, in_file_order, monkeypatch):
     """Run one of our stages: (kind, keys type, rows, keys) → Run."""
     from posttrain.distributed.ranks import SingleProcess
     from posttrain.recipes.kinds import LOOPS
-    from posttrain.recipes.stage import Stage
+    from posttrain.recipes.run.stage import Stage
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 

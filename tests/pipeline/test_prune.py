@@ -15,7 +15,7 @@ from posttrain.distributed.ranks import SingleProcess
 from posttrain.files import digest_tree, reading
 from posttrain.pipeline import prune
 from posttrain.pipeline.prune import prune_runs
-from posttrain.recipes.stage import Stage
+from posttrain.recipes.run.stage import Stage
 from posttrain.registry import Registry
 from posttrain.report.build import build_report
 

@@ -18,7 +18,7 @@ from posttrain.evals.run import Evaluator
 from posttrain.evidence import EvalReport
 from posttrain.pipeline import judge, train
 from posttrain.pipeline.state import RunState
-from posttrain.recipes.stop import StoppedPolitely
+from posttrain.recipes.run.stop import StoppedPolitely
 from posttrain.registry.registry import Registry
 from posttrain.report.build import build_report
 from posttrain.report.records import read_run

@@ -20,7 +20,7 @@ from posttrain.models.load import freeze_reference, load_policy
 from posttrain.objectives.preference import PREFERENCE_LOSSES
 from posttrain.planner import ModelShape, Workload, estimate_memory, memory, shape
 from posttrain.recipes.optim import make_optimizer
-from posttrain.recipes.stage import Stage
+from posttrain.recipes.run.stage import Stage
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.types import Request, SamplingParams, TokenSeq, in_order
 

@@ -13,11 +13,11 @@ from posttrain.health.controls import Controls
 from posttrain.models.batch import pack
 from posttrain.models.load import freeze_reference, load_policy, load_tokenizer
 from posttrain.models.text import decoder
-from posttrain.recipes.alternating import Alternating
-from posttrain.recipes.collector import Collector
 from posttrain.recipes.critic import CriticCredit, load_critic, ppo_objective
-from posttrain.recipes.engines import EngineSource, make_engine
-from posttrain.recipes.prompts import PromptStream
+from posttrain.recipes.experience.alternating import Alternating
+from posttrain.recipes.experience.collector import Collector
+from posttrain.recipes.experience.engines import EngineSource, make_engine
+from posttrain.recipes.experience.prompts import PromptStream
 from posttrain.recipes.scorers import PolicyScorer, ReferenceScorer, ValueScorer
 from posttrain.rollout.collect import sample_groups
 from posttrain.types import RewardBreakdown

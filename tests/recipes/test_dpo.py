@@ -30,7 +30,7 @@ def test_z_of_conversations_is_the_mean_over_their_trained_tokens(train, runner,
     """After one step z is what loops over the exchanged rows give, with the turns of the user left out."""
     from posttrain.data.load import load_kto
     from posttrain.models.load import load_policy
-    from posttrain.recipes.engines import EngineSource, make_engine
+    from posttrain.recipes.experience.engines import EngineSource, make_engine
 
     def row(n):
         prompt = [{"role": "user", "content": f"What is {n} plus 2?"}]

@@ -8,7 +8,7 @@ from posttrain.distributed.ranks import join_ranks
 from posttrain.errors import OutOfMemoryError
 from posttrain.recipes.kinds import LOOPS
 from posttrain.recipes.memory import is_out_of_memory, why_not_loaded
-from posttrain.recipes.stage import Stage, run_recipe
+from posttrain.recipes.run.stage import Stage, run_recipe
 
 
 class AsksForTooMuch:

@@ -6,7 +6,7 @@ from posttrain.config.stages import SFTKeys
 from posttrain.errors import ConfigError
 from posttrain.models.load import load_policy
 from posttrain.recipes.optim import learning_rate, make_optimizer
-from posttrain.recipes.train_state import _keep_in_pages
+from posttrain.recipes.run.train_state import _keep_in_pages
 
 
 def keys(**options):

@@ -18,7 +18,7 @@ from posttrain.models.load import load_policy, load_tokenizer
 from posttrain.models.provenance import recorded_bits
 from posttrain.models.reward_head import up_to_reward
 from posttrain.objectives.reduce import Normalizer
-from posttrain.recipes.learned import load_learned
+from posttrain.recipes.measure.learned import load_learned
 from posttrain.recipes.reward_model import loss
 from posttrain.rewards.workers import RewardPool
 

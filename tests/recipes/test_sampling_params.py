@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from posttrain.recipes import rl, source
-from posttrain.recipes.certify import certify
-from posttrain.recipes.engines import greedy, sampling_params
+from posttrain.recipes import rl
+from posttrain.recipes.experience import source
+from posttrain.recipes.experience.engines import greedy, sampling_params
+from posttrain.recipes.measure.certify import certify
 from posttrain.rollout.embedded import EmbeddedEngine
 
 KEYS = {

@@ -135,7 +135,7 @@ def test_the_dev_score_is_that_of_the_evals_and_chooses_the_best(train, runner, 
     from posttrain.config.pipeline import SuiteKeys
     from posttrain.config.stages import ModelKeys
     from posttrain.evals.suite import load_suite
-    from posttrain.recipes.evaluate import evaluate
+    from posttrain.recipes.measure.evaluate import evaluate
 
     dev = [json.loads(line) for line in (data_dir / "dev-prompts.jsonl").read_text().splitlines()]
     rows = [
@@ -210,7 +210,7 @@ def test_a_run_whose_weights_do_not_arrive_at_the_engine_stops(train, stale_engi
 
 
 def test_weights_that_drift_below_what_the_canary_sees_show_as_a_mismatch(train, stale_engine, monkeypatch):
-    from posttrain.recipes import source
+    from posttrain.recipes.experience import source
 
     monkeypatch.setattr(
         source,

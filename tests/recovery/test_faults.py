@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 
 from posttrain.checkpoint.store import CheckpointStore
 from posttrain.errors import CheckpointError
-from posttrain.recipes import stage, train_state
-from posttrain.recipes.stage import Stage
+from posttrain.recipes.run import stage, train_state
+from posttrain.recipes.run.stage import Stage
 
 OPTIONS = {"save_steps": 1, "max_steps": 4, "save_total_limit": 4}
 

@@ -3,9 +3,9 @@
 import pytest
 
 from posttrain.distributed.ranks import SingleProcess
-from posttrain.recipes.replay import ReplayedRewards
-from posttrain.recipes.stage import Stage
-from posttrain.recipes.train_state import TrainState
+from posttrain.recipes.experience.replay import ReplayedRewards
+from posttrain.recipes.run.stage import Stage
+from posttrain.recipes.run.train_state import TrainState
 from posttrain.types import RewardBreakdown
 
 PROMPTS, TEXTS, COLUMNS = ["p", "q"], ["a", "b"], {"completion_ids": [[1], [2]]}

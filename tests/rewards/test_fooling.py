@@ -6,7 +6,7 @@ import re
 import pytest
 import yaml
 
-from posttrain.recipes.learned import load_learned
+from posttrain.recipes.measure.learned import load_learned
 from posttrain.rewards.cases import PolicySample, cases_of
 from posttrain.rewards.certificate import Certificate, check_rewards
 from posttrain.rewards.check import Thresholds

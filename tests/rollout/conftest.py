@@ -6,7 +6,7 @@ import pytest
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import SFTKeys
 from posttrain.models.load import load_policy
-from posttrain.recipes.engines import EngineSource, make_engine
+from posttrain.recipes.experience.engines import EngineSource, make_engine
 from posttrain.rollout.embedded import EmbeddedEngine
 
 

@@ -12,7 +12,7 @@ from posttrain.config.stages import SFTKeys
 from posttrain.errors import EngineError
 from posttrain.models.batch import pack
 from posttrain.models.load import load_policy
-from posttrain.recipes.engines import EngineSource, make_engine
+from posttrain.recipes.experience.engines import EngineSource, make_engine
 from posttrain.rollout import decoding, pages
 from posttrain.rollout.decoding import Decoding, DecodingRow, Ends
 from posttrain.rollout.embedded import EmbeddedEngine

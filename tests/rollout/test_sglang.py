@@ -16,7 +16,7 @@ from posttrain.config.stages import SFTKeys
 from posttrain.errors import EngineError, EngineGoneError
 from posttrain.models.load import load_policy
 from posttrain.protocols import Engine
-from posttrain.recipes.engines import EngineSource, make_engine, named_engine, sync_engine
+from posttrain.recipes.experience.engines import EngineSource, make_engine, named_engine, sync_engine
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.sglang import sampled, scored, sglang_finish
 from posttrain.types import Request, SamplingParams, in_order

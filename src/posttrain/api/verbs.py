@@ -65,7 +65,7 @@ def evaluate(
 
     What the reports in `out` (default `runs/evals/NAME`) already hold is not measured again. Raises: PosttrainError.
     """
-    from posttrain.recipes.evaluate import evaluate as measure
+    from posttrain.recipes.measure.evaluate import evaluate as measure
 
     source = model.model if isinstance(model, Run) else model
     files = [suites] if isinstance(suites, (str, Path)) else list(suites)

@@ -59,7 +59,7 @@ def show_best_of(asked: AskedBestOf, reports: Mapping[str, EvalReport], suites: 
     from posttrain.evals.best_of import best_of_curve
     from posttrain.files import write_json
     from posttrain.gate.render import aligned
-    from posttrain.recipes.best_of import verified_items
+    from posttrain.recipes.measure.best_of import verified_items
 
     for suite in suites:
         report = reports[suite.name]

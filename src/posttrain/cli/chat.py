@@ -100,8 +100,8 @@ class Conversation:
 def _load(keys: Any, params: SamplingParams, system: str | None, seed: int) -> Conversation:
     from posttrain.models.load import load_policy
     from posttrain.pipeline.show import quiet_libraries
-    from posttrain.recipes.engines import EngineSource, make_engine
-    from posttrain.recipes.evaluate import TokenizerCodec
+    from posttrain.recipes.experience.engines import EngineSource, make_engine
+    from posttrain.recipes.measure.evaluate import TokenizerCodec
 
     quiet_libraries()
     policy = load_policy(keys, trainable=False)

@@ -96,7 +96,7 @@ def _show_stage(
     from posttrain.data.lint import lint_stage
     from posttrain.data.load import LOADERS
     from posttrain.models.load import load_tokenizer
-    from posttrain.recipes.golds import gold_check
+    from posttrain.recipes.experience.golds import gold_check
 
     tokenizer = load_tokenizer(keys.model_copy(update={"chat_template": None}))
     own_template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None

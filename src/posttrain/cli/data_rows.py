@@ -28,7 +28,7 @@ def synth(
     """Sample completions, score them, and write those worth training on. Exit code 1 if a remade row differs."""
     from posttrain.config.load_data import load_data_keys
     from posttrain.config.synth import SynthKeys
-    from posttrain.recipes.synth import synthesize
+    from posttrain.synthesis.synth import synthesize
 
     keys = load_data_keys(SynthKeys, "data synth", config, overrides or [])
     if remake:
@@ -46,7 +46,7 @@ def curate(
     """Take repeats, eval prompts, odd lengths and bad answers out of a set; each row that leaves is kept with its reason."""
     from posttrain.config.curate import CurateKeys
     from posttrain.config.load_data import load_data_keys
-    from posttrain.recipes.curate import curate_rows
+    from posttrain.synthesis.curate import curate_rows
 
     keys = load_data_keys(CurateKeys, "data curate", config, overrides or [])
     _show_report(curate_rows(keys), keys.output_dir, as_json)
@@ -60,7 +60,7 @@ def instruct(
     """Let a teacher write instructions, from prompts or to given answers. Started again, nothing is asked twice."""
     from posttrain.config.instruct import InstructKeys
     from posttrain.config.load_data import load_data_keys
-    from posttrain.recipes.instruct import write_instructions
+    from posttrain.synthesis.instruct import write_instructions
 
     keys = load_data_keys(InstructKeys, "data instruct", config, overrides or [])
     _show_report(write_instructions(keys), keys.output_dir, as_json)
@@ -78,7 +78,7 @@ def _show_report(report: Mapping[str, Any], folder: str, as_json: bool) -> None:
 
 
 def _remake(keys: Any, wanted: list[str], as_json: bool) -> None:
-    from posttrain.recipes.synth import remake
+    from posttrain.synthesis.synth import remake
 
     if bad := [line for line in wanted if line != "all" and not (line.isdigit() and int(line))]:
         raise ConfigError(f"--remake {bad[0]}: expected the number of a line of rows.jsonl, counted from 1, or all")

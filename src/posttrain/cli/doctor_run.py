@@ -86,7 +86,7 @@ def _intact(folder: Path) -> Iterator[Diagnosis]:
 def _adapters(folder: Path) -> Iterator[Diagnosis]:
     """What the newest LoRA stage left for the base that the run was given."""
     from posttrain.models.total import ADAPTER_TOTAL
-    from posttrain.recipes.run_folder import StageResult
+    from posttrain.recipes.run.run_folder import StageResult
 
     for path in sorted(folder.glob("stages/*/result.json"), reverse=True):
         total = StageResult.load(path.parent).adapter_total

@@ -144,8 +144,8 @@ def _measure(keys: ModelKeys, plan: SuitesToRun, split: str, folder: Path, order
     from rich.console import Console
 
     from posttrain.pipeline.show import setup_logging
-    from posttrain.recipes.evaluate import Asking
-    from posttrain.recipes.evaluate import evaluate as score
+    from posttrain.recipes.measure.evaluate import Asking
+    from posttrain.recipes.measure.evaluate import evaluate as score
 
     console = Console(stderr=True)
     setup_logging(console)

@@ -42,7 +42,7 @@ def check(
     keys, folder = _rewarded(config, overrides or [])
     path = out or folder / "certificate.json"
     if policy:
-        from posttrain.recipes.certify import certify
+        from posttrain.recipes.measure.certify import certify
 
         certificate = certify(keys, path)
     else:
@@ -69,7 +69,7 @@ def rescore(
     from posttrain.rewards.workers import RewardPool
 
     def load(spec: str, folder: Path | None) -> LearnedReward:
-        from posttrain.recipes.learned import load_learned
+        from posttrain.recipes.measure.learned import load_learned
 
         return load_learned(spec, folder)
 
@@ -132,7 +132,7 @@ def _rewarded(config: Path, overrides: Sequence[str]) -> tuple[RLKeys, Path]:
 
 
 def _check(keys: RLKeys, samples: Path | None, limit: int, path: Path) -> Certificate:
-    from posttrain.recipes.learned import reward_pool
+    from posttrain.recipes.measure.learned import reward_pool
     from posttrain.rewards.certificate import check_rewards
     from posttrain.rewards.written import write
 

@@ -64,7 +64,7 @@ def run_as_roles(on: OnCluster, arguments: Sequence[str], folder: Path, engines:
     from posttrain.distributed.on_ray import CALL_S, LEASE_S, RayCluster
     from posttrain.distributed.rank_group import KeptRole, RankGroup, RankProgram
     from posttrain.distributed.roles import Role
-    from posttrain.recipes.stop import StopFlag
+    from posttrain.recipes.run.stop import StopFlag
 
     resources, placement = worker_resources(on.worker)
     make = LocalCluster if on.address == "local" else RayCluster

@@ -162,7 +162,7 @@ def _run(
     # Only now torch: a typo in the YAML is answered at once.
     from posttrain.distributed.ranks import join_ranks
     from posttrain.pipeline.run import run_pipeline
-    from posttrain.recipes.stop import StoppedPolitely
+    from posttrain.recipes.run.stop import StoppedPolitely
 
     with join_ranks(meeting, max(stage.keys.ddp_timeout for stage in keys.stages)) as ranks:
         try:

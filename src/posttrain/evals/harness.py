@@ -1,6 +1,6 @@
 """Tasks of lm-eval as suites: `lm-eval:arc_easy`, `lm-eval:./tasks/mine.yaml`, either with `?num_fewshot=5&metric=acc_norm`.
 
-Needs the extra `[eval]`. What asks a model with them is `posttrain.recipes.harness`.
+Needs the extra `[eval]`. What asks a model with them is `posttrain.recipes.measure.harness`.
 """
 
 from __future__ import annotations

@@ -37,10 +37,10 @@ from posttrain.planner.fit import cannot_fit, fits, shortfall
 from posttrain.planner.machine import available_bytes
 from posttrain.planner.memory import Workload, estimate_memory
 from posttrain.planner.shape import ModelShape
-from posttrain.recipes.episodes import environment_spec
-from posttrain.recipes.evaluate import check_played
-from posttrain.recipes.judges import check_judges
+from posttrain.recipes.experience.episodes import environment_spec
 from posttrain.recipes.kinds import OBJECTIVES
+from posttrain.recipes.measure.evaluate import check_played
+from posttrain.recipes.measure.judges import check_judges
 from posttrain.recipes.teachers import shapes_beside
 from posttrain.tracking.trackers import require_tracker
 

@@ -21,8 +21,8 @@ from posttrain.models.load import load_config, load_tokenizer
 from posttrain.models.vocabulary import check_ids
 from posttrain.pipeline.selection import Suites
 from posttrain.pipeline.state import DONE, RunState
-from posttrain.recipes.certify import check_ahead, require
-from posttrain.recipes.golds import gold_check
+from posttrain.recipes.experience.golds import gold_check
+from posttrain.recipes.measure.certify import check_ahead, require
 
 
 def check_rewards_ahead(keys: PipelineKeys, state: RunState | None, say: Callable[[str], None]) -> None:

@@ -18,7 +18,7 @@ from posttrain.gate.decide import Reports
 from posttrain.models.export import source_digest
 from posttrain.pipeline.selection import Suites
 from posttrain.protocols import Ranks
-from posttrain.recipes.evaluate import Asking, evaluate, summary
+from posttrain.recipes.measure.evaluate import Asking, evaluate, summary
 
 
 class MeasuredModel(NamedTuple):

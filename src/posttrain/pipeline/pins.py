@@ -30,7 +30,7 @@ from posttrain.models.provenance import source_digest
 from posttrain.names import PREFIXES, REWARD_MODEL, STAGE
 from posttrain.numerics import changes_between, installed_version, revision
 from posttrain.pipeline.state import StageEntry
-from posttrain.recipes.stage import CRITIC
+from posttrain.recipes.run.stage import CRITIC
 from posttrain.registry.manifest import MODEL, environment_pins
 from posttrain.rewards.resolve import reward_digest
 

@@ -40,7 +40,7 @@ from posttrain.pipeline.run import Watch, run_pipeline
 from posttrain.pipeline.state import RunState, StageEntry
 from posttrain.pipeline.stored_data import DATA, stored_base, stored_changes, stored_config
 from posttrain.pipeline.taken_over import adapter_total_of
-from posttrain.recipes.evaluate import evaluate
+from posttrain.recipes.measure.evaluate import evaluate
 from posttrain.registry.manifest import ADAPTER_TOTAL, MODEL, Manifest
 from posttrain.registry.registry import Registry
 

@@ -55,7 +55,7 @@ from posttrain.pipeline.state import (
 from posttrain.pipeline.stored_data import check_can_be_stored
 from posttrain.pipeline.train import Place, Stages, Watch
 from posttrain.protocols import Ranks
-from posttrain.recipes.stop import StopFlag, StoppedPolitely
+from posttrain.recipes.run.stop import StopFlag, StoppedPolitely
 
 __all__ = ["Outcome", "Watch", "run_pipeline"]
 

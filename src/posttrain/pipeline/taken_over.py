@@ -10,7 +10,7 @@ from posttrain.files import digest_file, digest_json, file_digests, read_record,
 from posttrain.models.continued import ADAPTER
 from posttrain.models.total import ADAPTER_TOTAL
 from posttrain.pipeline.state import StageEntry
-from posttrain.recipes.stage import CRITIC
+from posttrain.recipes.run.stage import CRITIC
 
 _MADE = ("model", ADAPTER, CRITIC, ADAPTER_TOTAL, "result.json", "certificate.json")
 """What later stages, evals, the gate and the registry read of a stage."""

@@ -23,12 +23,12 @@ from posttrain.pipeline.pins import pinned_environment, stage_inputs, training_k
 from posttrain.pipeline.state import DAMAGED, DONE, RUNNING, Parent, RunState, StageEntry
 from posttrain.pipeline.taken_over import begin, belongs_to, damage, damaged_error, files_made, model_of
 from posttrain.protocols import MetricSink, Ranks
-from posttrain.recipes.certify import certified_before, certify, require
-from posttrain.recipes.evaluate import Asking
 from posttrain.recipes.kinds import LOOPS
-from posttrain.recipes.run_folder import StageResult
-from posttrain.recipes.stage import Stage, run_recipe
-from posttrain.recipes.stop import StopFlag
+from posttrain.recipes.measure.certify import certified_before, certify, require
+from posttrain.recipes.measure.evaluate import Asking
+from posttrain.recipes.run.run_folder import StageResult
+from posttrain.recipes.run.stage import Stage, run_recipe
+from posttrain.recipes.run.stop import StopFlag
 from posttrain.registry.rows import now
 from posttrain.tracking.mirror_sink import MirrorSink
 from posttrain.tracking.prometheus import PrometheusSink

@@ -19,9 +19,9 @@ from posttrain.objectives.policy import advantage_estimator_of
 from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import spec_from
 from posttrain.protocols import Scorer
-from posttrain.recipes.sampled import Numbered, group_indices
+from posttrain.recipes.experience.sampled import Numbered, group_indices
+from posttrain.recipes.run.train_state import Learner
 from posttrain.recipes.teachers import Teachers
-from posttrain.recipes.train_state import Learner
 from posttrain.rollout.experience import Group
 from posttrain.types import Episode
 

@@ -23,11 +23,11 @@ from posttrain.objectives.terms import LossTerms
 from posttrain.objectives.value import explained_variance, value_loss
 from posttrain.protocols import Ranks
 from posttrain.recipes.credit import Credited, Made, column_weights, known
+from posttrain.recipes.experience.sampled import Numbered
 from posttrain.recipes.optim import make_optimizer
 from posttrain.recipes.policy_step import stream
-from posttrain.recipes.sampled import Numbered
+from posttrain.recipes.run.train_state import Learner
 from posttrain.recipes.scorers import ValueScorer
-from posttrain.recipes.train_state import Learner
 from posttrain.rollout.experience import Group
 from posttrain.types import Sample
 

@@ -30,14 +30,14 @@ from posttrain.objectives.reduce import Normalizer, token_mean
 from posttrain.objectives.terms import LossTerms, as_ratios, spec_from
 from posttrain.protocols import Engine, Ranks
 from posttrain.recipes.batches import fill_with_groups, flat, for_rank
-from posttrain.recipes.engines import EngineSource, make_engine, sampling_params, sync_engine
+from posttrain.recipes.experience.engines import EngineSource, make_engine, sampling_params, sync_engine
+from posttrain.recipes.experience.prompts import PromptStream
+from posttrain.recipes.measure.validate import SuiteScore, Validation
 from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import accumulating, learning_rate, make_optimizer, update
-from posttrain.recipes.prompts import PromptStream
-from posttrain.recipes.run_folder import StageResult
-from posttrain.recipes.stage import Stage
+from posttrain.recipes.run.run_folder import StageResult
+from posttrain.recipes.run.stage import Stage
 from posttrain.recipes.teachers import Lesson, Teachers
-from posttrain.recipes.validate import SuiteScore, Validation
 from posttrain.rollout.collect import sample_groups
 from posttrain.rollout.sampling import request_seed, uniforms
 from posttrain.types import Completion, Prompt, PromptRow, Sample, TokenSeq

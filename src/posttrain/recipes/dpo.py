@@ -37,13 +37,13 @@ from posttrain.objectives.reduce import Normalizer, segment_sum
 from posttrain.objectives.terms import LossTerms, spec_from
 from posttrain.recipes.balance import family_cost
 from posttrain.recipes.batches import Schedule, flat, for_rank
+from posttrain.recipes.measure.validate import SuiteScore, Validation
 from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import accumulating, learning_rate, make_optimizer, update
 from posttrain.recipes.reference import Reference
-from posttrain.recipes.run_folder import StageResult
-from posttrain.recipes.stage import Stage
-from posttrain.recipes.steering import steered
-from posttrain.recipes.validate import SuiteScore, Validation
+from posttrain.recipes.run.run_folder import StageResult
+from posttrain.recipes.run.stage import Stage
+from posttrain.recipes.run.steering import steered
 from posttrain.types import Ratio, TokenSeq
 
 Labelled = tuple[TokenSeq, bool]

@@ -18,9 +18,9 @@ from posttrain.recipes.optim import accumulating, learning_rate, update
 from posttrain.recipes.policy_step import loss, micro_batches_of, normalizer, num_tokens, select_tokens
 from posttrain.recipes.ptx import ptx_loss, ptx_micro_batches, ptx_norm
 from posttrain.recipes.rl import EMPTY_STEP, begun, is_uncorrected
-from posttrain.recipes.run_folder import StageResult
-from posttrain.recipes.stage import Stage
-from posttrain.recipes.steering import steered
+from posttrain.recipes.run.run_folder import StageResult
+from posttrain.recipes.run.stage import Stage
+from posttrain.recipes.run.steering import steered
 from posttrain.recipes.teachers import Teachers
 from posttrain.types import PromptRow
 

@@ -11,8 +11,8 @@ from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import spec_from
 from posttrain.recipes import distill, dpo, grpo, ppo, reward_model, sft
 from posttrain.recipes.critic import ppo_objective
-from posttrain.recipes.run_folder import StageResult
-from posttrain.recipes.stage import Stage
+from posttrain.recipes.run.run_folder import StageResult
+from posttrain.recipes.run.stage import Stage
 
 LOOPS: dict[str, Callable[[Any, Stage], StageResult]] = {
     "sft": sft.run,

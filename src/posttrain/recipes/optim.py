@@ -13,7 +13,7 @@ from posttrain.config.stages import TrainKeys
 from posttrain.models.policy import Policy
 from posttrain.recipes.batches import MicroBatch
 from posttrain.recipes.optimizers import optimizer_of
-from posttrain.recipes.stage import Stage
+from posttrain.recipes.run.stage import Stage
 
 T = TypeVar("T")
 

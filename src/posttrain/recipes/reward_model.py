@@ -24,11 +24,11 @@ from posttrain.objectives.reward_model import reward_model_loss
 from posttrain.objectives.terms import LossTerms
 from posttrain.recipes.balance import family_cost
 from posttrain.recipes.batches import Schedule, flat, for_rank
+from posttrain.recipes.measure.validate import Validation
 from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import accumulating, learning_rate, make_optimizer, update
-from posttrain.recipes.run_folder import StageResult
-from posttrain.recipes.stage import Stage
-from posttrain.recipes.validate import Validation
+from posttrain.recipes.run.run_folder import StageResult
+from posttrain.recipes.run.stage import Stage
 
 
 def run(keys: RewardModelKeys, stage: Stage) -> StageResult:

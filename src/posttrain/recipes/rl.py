@@ -18,22 +18,22 @@ from posttrain.models.load import freeze_reference, load_policy, load_tokenizer
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
 from posttrain.protocols import Engine, Scorer
-from posttrain.recipes.collector import Collected, Collector
 from posttrain.recipes.credit import Credit
-from posttrain.recipes.engines import EngineSource, greedy, make_engine, sampling_params, sync_engine
-from posttrain.recipes.episodes import environment_of, sampler
-from posttrain.recipes.judge_drift import JudgeDrift
-from posttrain.recipes.learned import reward_pool
-from posttrain.recipes.live_checks import LiveChecks
+from posttrain.recipes.experience.collector import Collected, Collector
+from posttrain.recipes.experience.engines import EngineSource, greedy, make_engine, sampling_params, sync_engine
+from posttrain.recipes.experience.episodes import environment_of, sampler
+from posttrain.recipes.experience.judge_drift import JudgeDrift
+from posttrain.recipes.experience.prompts import PromptStream
+from posttrain.recipes.experience.replay import ReplayedRewards
+from posttrain.recipes.experience.source import ExperienceSource, make_sampling
+from posttrain.recipes.measure.learned import reward_pool
+from posttrain.recipes.measure.live_checks import LiveChecks
+from posttrain.recipes.measure.validate import SuiteScore, Validation
 from posttrain.recipes.optim import make_optimizer
-from posttrain.recipes.prompts import PromptStream
 from posttrain.recipes.ptx import PtxRows
-from posttrain.recipes.replay import ReplayedRewards
+from posttrain.recipes.run.stage import Stage
+from posttrain.recipes.run.train_state import TrainState
 from posttrain.recipes.scorers import PolicyScorer, ReferenceScorer
-from posttrain.recipes.source import ExperienceSource, make_sampling
-from posttrain.recipes.stage import Stage
-from posttrain.recipes.train_state import TrainState
-from posttrain.recipes.validate import SuiteScore, Validation
 from posttrain.rewards.workers import MAX_UNSCORED
 from posttrain.rollout.collect import SampleGroups, ScoreRewards, score_groups
 from posttrain.types import Decode, PromptRow

@@ -23,12 +23,12 @@ from posttrain.objectives.sft import Smoothing, sft_loss
 from posttrain.objectives.terms import LossTerms
 from posttrain.recipes.balance import family_cost
 from posttrain.recipes.batches import Schedule, flat, for_rank
+from posttrain.recipes.measure.validate import SuiteScore, Validation
 from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import accumulating, learning_rate, make_optimizer, update
-from posttrain.recipes.run_folder import StageResult
-from posttrain.recipes.stage import Stage
+from posttrain.recipes.run.run_folder import StageResult
+from posttrain.recipes.run.stage import Stage
 from posttrain.recipes.streamed import StreamedSchedule
-from posttrain.recipes.validate import SuiteScore, Validation
 from posttrain.types import TokenSeq
 
 

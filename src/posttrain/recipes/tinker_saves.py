@@ -21,9 +21,9 @@ from posttrain.models.proof import probe_logits
 from posttrain.models.provenance import model_digest, source_digest
 from posttrain.models.total import write_total
 from posttrain.protocols import Share
-from posttrain.recipes.run_folder import StageResult
+from posttrain.recipes.run.run_folder import StageResult
+from posttrain.recipes.run.train_state import flatten_optimizer, unflatten
 from posttrain.recipes.tinker import AdapterHost, Tenant, Tensors
-from posttrain.recipes.train_state import flatten_optimizer, unflatten
 
 _FORMAT = 1
 _STATE = "state.json"

@@ -10,7 +10,7 @@ import pytest
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import SFTKeys
 from posttrain.errors import ConfigError, EngineError, EngineGoneError
-from posttrain.recipes.engines import EngineSource, make_engine, named_engine
+from posttrain.recipes.experience.engines import EngineSource, make_engine, named_engine
 from posttrain.rollout.embedded import score_sequences
 from posttrain.rollout.vllm import connect
 from posttrain.rollout.vllm.connect import token_of

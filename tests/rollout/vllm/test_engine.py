@@ -11,7 +11,7 @@ from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import SFTKeys
 from posttrain.errors import EngineError
 from posttrain.models.load import load_policy
-from posttrain.recipes.engines import EngineSource, make_engine, sync_engine
+from posttrain.recipes.experience.engines import EngineSource, make_engine, sync_engine
 from posttrain.rollout.embedded import score_sequences
 from posttrain.rollout.sampling import cut
 from posttrain.rollout.transfer.delta import DeltaReceiver

@@ -16,7 +16,7 @@ from tests.processes import all_gone, family
 from posttrain.config.stages import SFTKeys
 from posttrain.errors import EngineError, EngineGoneError
 from posttrain.models.load import load_policy
-from posttrain.recipes.engines import sync_engine
+from posttrain.recipes.experience.engines import sync_engine
 from posttrain.rollout.embedded import score_sequences
 from posttrain.rollout.folder import OwnFolder
 from posttrain.rollout.vllm.server_engine import VLLMServerEngine

@@ -14,7 +14,7 @@ from posttrain.cli.gate import app as gate
 from posttrain.errors import RunLockedError
 from posttrain.files import nobody_reading
 from posttrain.models.provenance import check_base, source_digest
-from posttrain.recipes.run_folder import StageResult
+from posttrain.recipes.run.run_folder import StageResult
 from posttrain.serve.backends import of_folder
 from posttrain.serve.setup import ServedNames
 

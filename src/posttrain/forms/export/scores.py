@@ -13,7 +13,7 @@ from posttrain.evals.suite import Suite
 from posttrain.evidence import GateVerdict
 from posttrain.gate.decide import decide, plan_lines
 from posttrain.gate.spec import GateSpec, Guard
-from posttrain.recipes.evaluate import evaluate
+from posttrain.recipes.measure.evaluate import evaluate
 from posttrain.registry.registry import Registry
 
 _DISCORDANCE = 0.05
