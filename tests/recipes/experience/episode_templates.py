@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken
 
-OURS = sorted((Path(__file__).parents[1] / "data" / "templates").glob("*.jinja"))
+OURS = sorted((Path(__file__).parents[2] / "data" / "templates").glob("*.jinja"))
 _TRL = find_spec("trl")
 THEIRS = sorted((Path(_TRL.origin).parent / "chat_templates").glob("*.jinja")) if _TRL and _TRL.origin else []
 NO_TEXT = ("idefics3", "smolvlm", "llava_next")

@@ -37,7 +37,7 @@ from posttrain.rollout.collect import sample_groups
 from posttrain.rollout.embedded import score_sequences
 from posttrain.types import Completion, Origin, Prompt, Request, RewardBreakdown, Rollout, RolloutGroup, SamplingParams
 
-OWN = Path(__file__).parents[1] / "environments" / "own_env.py"
+OWN = Path(__file__).parents[2] / "environments" / "own_env.py"
 ASK = ({"role": "user", "content": "What is 1 plus 1? 🙂"},)
 
 

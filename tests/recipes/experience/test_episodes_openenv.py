@@ -18,7 +18,7 @@ from posttrain.types import Completion, Origin, Prompt, Request, SamplingParams
 sys.path.insert(0, str(Path(__file__).parent))
 from episode_templates import with_template
 
-SERVER = Path(__file__).parents[1] / "environments" / "openenv_protocol.py"
+SERVER = Path(__file__).parents[2] / "environments" / "openenv_protocol.py"
 NEEDED = ("websockets", "fastapi", "uvicorn")
 pytestmark = pytest.mark.skipif(
     not all(map(find_spec, NEEDED)), reason="needs posttrain[openenv], and posttrain[serve] for the server"

@@ -9,7 +9,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make setup-vllm"),
 ]
-ENV = Path(__file__).parents[1] / "environments" / "own_env.py"
+ENV = Path(__file__).parents[2] / "environments" / "own_env.py"
 
 
 def test_a_stage_learns_from_episodes_of_vllm(train, runner):
