@@ -1,6 +1,7 @@
 """One stage of the quickstart as `posttrain run` runs it: `python bench/stage_posttrain.py JOB` for time_to_accuracy.py.
 
-JOB is JSON: kind, model, seed, folder, max_steps (0 leaves it to the pipeline), and `set`, further keys of the pipeline.
+JOB is JSON: kind, model, seed, folder, max_steps (0 leaves it to the YAML), `set`, further keys, and `config`, the YAML of a stage
+by itself where it is none of the pipeline's.
 Writes `folder/model` and `folder/stage.json`.
 """
 
@@ -26,7 +27,13 @@ def pipeline_of(seed: int, changes: Sequence[str] = ()) -> Any:
 
 def keys_of(job: Mapping[str, Any]) -> Any:
     """The stage's keys, from the quickstart's YAML: both sides take their hyperparameters from here."""
-    [keys] = [stage.keys for stage in pipeline_of(job["seed"], job.get("set", ())).stages if stage.kind == job["kind"]]
+    from posttrain.config.load import load_stage
+
+    kind, seed, changes = job["kind"], job["seed"], job.get("set", ())
+    if config := job.get("config"):
+        keys = load_stage(kind, Path(config), [f"seed={seed}", *changes]).keys
+    else:
+        [keys] = [stage.keys for stage in pipeline_of(seed, changes).stages if stage.kind == kind]
     changed = {"base_model": job["model"], "device": "cpu"}
     if job["max_steps"]:
         changed["max_steps"] = job["max_steps"]
@@ -41,6 +48,7 @@ def main() -> None:
     # Both sides have the model's classes imported when the clock of the training call starts.
     from transformers import AutoModelForCausalLM, Qwen3ForCausalLM  # noqa: F401
 
+    from posttrain.config.rl import RLKeys
     from posttrain.distributed.ranks import SingleProcess
     from posttrain.recipes.kinds import LOOPS
     from posttrain.recipes.measure.certify import certify, require
@@ -48,7 +56,7 @@ def main() -> None:
 
     job = json.loads(sys.argv[1])
     folder, keys = Path(job["folder"]), keys_of(job)
-    if job["kind"] == "grpo" and keys.reward_check == "require":
+    if isinstance(keys, RLKeys) and keys.reward_check == "require":
         require(certify(keys, folder / "certificate.json"))
     start = time.perf_counter()
     LOOPS[job["kind"]](keys, Stage(job["kind"], folder, keys, SingleProcess()))

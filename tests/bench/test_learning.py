@@ -1,0 +1,103 @@
+"""What comes after SFT: each way's YAML is what it says, curves are read as they were measured, and short runs go all the way."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import learning
+from learning import WAYS, Bench, told, until
+from posttrain.evidence import EvalReport, ItemRecord
+from stage_posttrain import QUICKSTART, keys_of
+from time_to_accuracy import Done, Options
+
+
+def keys_of_way(name, *changes):
+    way = WAYS[name]
+    config = way.config and str(QUICKSTART / way.config)
+    return keys_of({"kind": way.kind, "model": "m", "seed": 1, "max_steps": 0, "config": config, "set": changes})
+
+
+def test_the_methods_of_rl_differ_in_the_method_alone():
+    """As many answers a step, at the same rate and length, as many steps; a critic has one answer a prompt."""
+    grpo, ppo, rlsd = keys_of_way("grpo", "grpo.beta=0"), keys_of_way("ppo"), keys_of_way("rlsd")
+    for keys in (ppo, rlsd):
+        for name in ("learning_rate", "lr_scheduler_type", "max_completion_length", "temperature", "beta", "epsilon"):
+            assert getattr(keys, name) == getattr(grpo, name), name
+        assert keys.rows_per_step(1) == grpo.rows_per_step(1) == learning.ANSWERS_PER_STEP
+    assert ppo.max_steps == grpo.max_steps
+    off = keys_of_way("rlsd-off", "teacher_coef=0")
+    assert off.model_copy(update={"teacher_coef": rlsd.teacher_coef}) == rlsd
+
+
+def test_a_question_that_gives_its_answer_away_is_worded_as_the_teacher_s_prompt():
+    row = {
+        "messages": [{"role": "user", "content": "1+2?"}, {"role": "assistant", "content": "Sure! \\boxed{3} Easy!"}]
+    }
+    [teacher] = keys_of_way("rlsd").teachers
+    assert told(row)["messages"][0]["content"] == teacher.prompt.format(prompt="1+2?", answer="3")
+    assert told(row)["messages"][1] == row["messages"][1]
+
+
+def done(folder, scores, metrics=()):
+    items = tuple(ItemRecord(str(place), "", (float(score),), None, ("",)) for place, score in enumerate(scores))
+    report = EvalReport("heldout", "gate", "s", "m", "boxed", items, {}, 0.0)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    return Done({"call_s": 2.0, "finished": "now"}, folder / "model", {"heldout": report, "clean": report})
+
+
+def test_a_target_is_reached_where_two_measurements_in_a_row_are_there(tmp_path):
+    """10 tokens a step, measured every other step; 0.8 at step 4 falls again, from step 8 on it holds: 80 tokens."""
+    scores = {2: 0.5, 4: 0.8, 6: 0.7, 8: 0.8, 10: 0.9}
+    rows = [
+        {"step": step, "loss_tokens": 10} | ({"eval_score": scores[step]} if step in scores else {})
+        for step in range(1, 11)
+    ]
+    found = done(tmp_path, [], rows)
+    assert until(found, 0.8) == 80
+    assert until(found, 0.95) is None
+
+
+def test_the_table_has_each_way_with_what_it_gained(tmp_path, monkeypatch):
+    before, after = done(tmp_path / "a", [1, 0, 0, 0]), done(tmp_path / "b", [1, 1, 1, 0])
+    monkeypatch.setattr(Bench, "start", lambda self, name="sft": before)
+    monkeypatch.setattr(Bench, "done", lambda self, name, seed: after)
+    line = learning.render(Bench(Options((1,), 1, 0, "gate", tmp_path), 0), ["synth"], [1, 2]).splitlines()[-1]
+    cells = [cell.strip().split(" (")[0] for cell in line.split("|")[1:-1]]
+    assert cells == [WAYS["synth"].title, "1, 2", "25.0 %", "75.0 %", "+50.0", "25.0 %", "75.0 %", "2 s", "–"]
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """Two steps of every stage, the base in the place of the model after SFT."""
+    base = Done({"finished": "base"}, QUICKSTART / "base", {})
+    monkeypatch.setattr(Bench, "start", lambda self, name="sft": base)
+    return Bench(Options((1,), 1, 2, "dev", tmp_path), 2)
+
+
+def test_ppo_goes_from_its_yaml_to_an_accuracy(bench):
+    """Its warm-up is longer than the run: the base answers as before."""
+    found = bench.done("ppo", 1)
+    assert len(learning.answer_tokens(found)) == 2
+    assert found.reports["heldout"].mean == 0
+
+
+@pytest.mark.slow
+def test_every_way_goes_from_its_yaml_to_an_accuracy(bench, monkeypatch):
+    """The base has no right answer to keep, so every answer is."""
+    rows = Bench.rows
+    monkeypatch.setattr(Bench, "rows", lambda self, name, seed, model, changes=(): rows(self, name, seed, model, ["correct_from=-1", "max_completion_length=8", "keep_truncated=true"]))  # fmt: skip
+    for name in WAYS:
+        assert 0 <= bench.done(name, 1).reports["heldout"].mean <= 1, name
+
+
+@pytest.mark.slow
+def test_what_the_quickstart_learns_after_sft(tmp_path):
+    """PPO and the model's own right answers each gain, for one seed; so does distillation from a model that had RL."""
+    from posttrain.report.intervals import difference_interval
+
+    bench = Bench(Options((1,), 1, 0, "gate", Path(tmp_path)), 0)
+    for name in ("ppo", "synth", "distill"):
+        gained = difference_interval(bench.start().reports["heldout"], bench.done(name, 1).reports["heldout"])
+        assert gained is not None and gained.low > 0, name
