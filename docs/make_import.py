@@ -12,9 +12,9 @@ TARGET = Path(__file__).with_name("import.md")
 HEAD = """\
 # Coming from another tool
 
-`posttrain import FILE [-o OUT]` reads a configuration of Axolotl, LLaMA-Factory, TRL, torchtune or OpenRLHF and writes a YAML of ours with a
+`posttrain import FILE [-o OUT]` reads a configuration of Axolotl, LLaMA-Factory, TRL, torchtune, OpenRLHF or verl and writes a YAML of ours with a
 comment per key. FILE is a YAML, or a script that holds the tool's command (`trl sft --model_name_or_path …`, `accelerate launch dpo.py --…`,
-`llamafactory-cli train x.yaml`, `tune run RECIPE --config x.yaml optimizer.lr=1e-4`, `deepspeed --module openrlhf.cli.train_sft --…`); variables that the script sets are put in. `posttrain sft FILE` takes
+`llamafactory-cli train x.yaml`, `tune run RECIPE --config x.yaml optimizer.lr=1e-4`, `deepspeed --module openrlhf.cli.train_sft --…`, `python -m verl.trainer.main_ppo key=value …`); variables that the script sets are put in. `posttrain sft FILE` takes
 such a YAML in place, prints the notes and runs.
 
 ```
@@ -30,6 +30,8 @@ posttrain sft train.yaml
   is listed with what to do; nothing is written then, and the exit code is 64.
 - LLaMA-Factory's data names are looked up in `dataset_info.json`, in `dataset_dir` beside the file, above it, or where the command
   is started. A chat template by name is taken where the model's own tokenizer carries that format; others are refused.
+- verl's `custom_reward_function` is called as verl calls it ([rewards](rewards.md)); a reward that verl picks by a row's `data_source` is refused. Its
+  steps are generation batches, ours optimizer steps: `save_freq`, `test_freq` and `total_training_steps` are multiplied.
 
 Each table below says what becomes of a key. *Together* means that it is read with others; `a.*` stands for all keys inside `a`.
 """

@@ -110,6 +110,17 @@ def test_unreachable_hub_is_one_line(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def test_what_lies_inside_a_column_is_read_by_its_path(write_jsonl):
+    row = {"extra_info": {"question": "2+2?", "answer": "4"}, "a.b": "whole"}
+    path = write_jsonl([row, {"extra_info": {"question": "1+1?"}, "a.b": "other"}])
+    columns = {"instruction": "extra_info.question", "output": "extra_info.answer", "text": "a.b"}
+    first, second = read_rows(DatasetKeys(path=str(path), columns=columns))
+    assert first[1] == {"extra_info": row["extra_info"], "instruction": "2+2?", "output": "4", "text": "whole"}
+    assert second[1] == {"extra_info": {"question": "1+1?"}, "instruction": "1+1?", "text": "other"}
+    with pytest.raises(DataError, match=r"names a column that no row has"):
+        read_rows(DatasetKeys(path=str(path), columns={"text": "extra_info.none"}))
+
+
 def test_a_swap_of_columns_swaps(write_jsonl):
     path = write_jsonl([{"prompt": "q", "chosen": "bad", "rejected": "good"}])
     rows = read_rows(DatasetKeys(path=str(path), columns={"chosen": "rejected", "rejected": "chosen"}))

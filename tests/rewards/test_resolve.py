@@ -34,6 +34,34 @@ def test_an_async_function_is_awaited(write, tmp_path):
     assert reward(["p"], ["x"]) == [1.0]
 
 
+VERL_ROWS = {
+    "data_source": ["mine"] * 2,
+    "reward_model": [{"style": "rule", "ground_truth": "4"}, {"style": "rule", "ground_truth": "5"}],
+    "extra_info": [{"index": 0, "bonus": 0.5}, None],
+}
+
+
+def test_a_reward_in_verls_signature_is_asked_per_completion_with_verls_columns(write, tmp_path):
+    text = """
+def f(data_source, solution_str, ground_truth, extra_info=None, scale=1.0):
+    assert data_source == "mine" and isinstance(extra_info, dict)
+    return {"score": scale * (solution_str == ground_truth) + extra_info.pop("bonus", 0), "acc": 1}
+"""
+    reward = load_reward(write(text), {"scale": 2}, tmp_path)
+    assert reward.needs == (("data_source",), ("ground_truth", "reward_model"))
+    completions = [[{"role": "assistant", "content": "4"}], "4"]
+    assert reward(["p"] * 2, completions, **VERL_ROWS, other=[1, 2]) == [2.5, 0.0]
+    assert VERL_ROWS["extra_info"][0]["bonus"] == 0.5, "the row is not the reward's to change"
+    assert reward(["p"] * 2, completions, **VERL_ROWS, ground_truth=["no", "4"]) == [0.5, 2.0]
+    with pytest.raises(RewardError, match="needs the column ground_truth or reward_model; the dataset has data_source"):
+        reward(["p"], ["4"], data_source=["mine"])
+
+
+def test_an_async_reward_of_verls_that_takes_all_is_given_all(write, tmp_path):
+    text = "async def f(solution_str, **given): return float(sorted(given) == ['data_source', 'extra_info', 'ground_truth'])"
+    assert load_reward(write(text), folder=tmp_path)(["p"] * 2, ["4", "5"], **VERL_ROWS) == [1.0, 1.0]
+
+
 def test_a_missing_column_is_named_with_those_present(write, tmp_path):
     reward = load_reward(write("def f(completions, answer): return [1.0]"), folder=tmp_path)
     with pytest.raises(RewardError, match=r"r\.py:1: reward 'f' needs the column answer; the dataset has level, topic"):

@@ -12,7 +12,7 @@ def import_(
     file: Annotated[
         Path,
         typer.Argument(
-            help="A YAML of Axolotl, LLaMA-Factory, TRL or torchtune, a script with their command or one of OpenRLHF, or a file of accelerate or DeepSpeed.",
+            help="A YAML of Axolotl, LLaMA-Factory, TRL or torchtune, a script with their command or one of OpenRLHF or verl, or a file of accelerate or DeepSpeed.",
             show_default=False,
         ),
     ],
@@ -23,7 +23,7 @@ def import_(
     tool: Annotated[
         str | None,
         typer.Option(
-            help="axolotl, llamafactory, trl, torchtune, openrlhf, accelerate or deepspeed; found from the keys if left out."
+            help="axolotl, llamafactory, trl, torchtune, openrlhf, verl, accelerate or deepspeed; found from the keys if left out."
         ),
     ] = None,
     stage: Annotated[str | None, typer.Option(help="The stage, such as sft, where the file does not say it.")] = None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import difflib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,7 @@ def _names(folder: Path) -> list[str]:
 def _check_columns(rows: list[SourceRow], source: DatasetKeys) -> None:
     """Raises: DataError for a column that no row has."""
     for ours, theirs in source.columns.items():
-        if rows and not any(theirs in row for _, row in rows):
+        if rows and not any(theirs in row or inside(row, theirs) is not None for _, row in rows):
             found = ", ".join(f"`{name}`" for name in rows[0][1])
             raise DataError(
                 f"{source.path}: `columns: {{{ours}: {theirs}}}` names a column that no row has; found {found}; "
@@ -181,20 +181,30 @@ def _rename(rows: list[SourceRow], source: DatasetKeys) -> list[SourceRow]:
     if len(names) < len(source.columns):
         twice = next(theirs for theirs in names if list(source.columns.values()).count(theirs) > 1)
         raise DataError(f"{source.path}: `columns` reads `{twice}` under two names; expected one of them")
-    for origin, row in rows if names else ():
-        present = {name for name, value in row.items() if value is not None}
-        lost = next((ours for theirs, ours in names.items() if {theirs, ours} <= present and ours not in names), None)
-        if lost is not None:
-            raise DataError(
-                f"{origin}: `columns: {{{lost}: {source.columns[lost]}}}` would overwrite the row's own `{lost}`; "
-                f"rename that one too (`columns: {{old_{lost}: {lost}}}`), or take it out"
-            )
-    return [(origin, _renamed(row, names)) for origin, row in rows]
+    if not names:
+        return rows
+    return [(origin, _renamed(row, names, origin, source)) for origin, row in rows]
 
 
-def _renamed(row: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    kept = {name: value for name, value in row.items() if name not in names}
-    return kept | {names[name]: value for name, value in row.items() if name in names}
+def _renamed(row: dict[str, Any], names: dict[str, str], origin: Origin, source: DatasetKeys) -> dict[str, Any]:
+    """A column is taken away under its old name; what lies inside one stays there too."""
+    given = {ours: row[theirs] if theirs in row else inside(row, theirs) for theirs, ours in names.items()}
+    given = {ours: value for ours, value in given.items() if value is not None or source.columns[ours] in row}
+    lost = next((name for name, value in given.items() if value is not None and row.get(name) is not None and name not in names), None)  # fmt: skip
+    if lost is not None:
+        raise DataError(
+            f"{origin}: `columns: {{{lost}: {source.columns[lost]}}}` would overwrite the row's own `{lost}`; "
+            f"rename that one too (`columns: {{old_{lost}: {lost}}}`), or take it out"
+        )
+    return {name: value for name, value in row.items() if name not in names} | given
+
+
+def inside(row: Mapping[str, Any], path: str) -> Any:
+    """What `outer.inner` names in a row; None where there is nothing."""
+    value: Any = row if "." in path else None
+    for step in path.split("."):
+        value = value.get(step) if isinstance(value, Mapping) else None
+    return value
 
 
 def _without_invented_nulls(rows: list[SourceRow]) -> tuple[list[SourceRow], int]:

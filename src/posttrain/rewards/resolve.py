@@ -27,6 +27,7 @@ from posttrain.grading.source import (
 )
 from posttrain.numerics import revision
 from posttrain.rewards.library import REWARDS
+from posttrain.rewards.signatures import adapted_from_verl, is_of_verl
 
 
 class MissingColumnError(RewardError):
@@ -157,7 +158,8 @@ def _bind(
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if stray := [n for n, p in parameters.items() if p.kind is p.POSITIONAL_ONLY]:
         raise ConfigError(f"{where}: {name}: parameter {stray[0]!r} is positional-only; rewards are called by name")
-    if "completions" not in by_name and not takes_all:
+    of_verl = is_of_verl(parameters)
+    if "completions" not in by_name and not takes_all and not of_verl:
         raise ConfigError(
             f"{where}: {name}({', '.join(parameters)}) has no parameter `completions`; expected fn(prompts, completions, **columns)"
         )
@@ -168,11 +170,15 @@ def _bind(
         )
     if "reward_timeout_s" in by_name:
         options = {"reward_timeout_s": timeout_s} | options
+    bound = functools.partial(fn, **options) if options else fn
+    if of_verl:
+        adapted = adapted_from_verl(bound, {n: p for n, p in parameters.items() if n not in options})
+        return RewardFunction(spec, name, where, adapted.fn, adapted.needs, adapted.accepts)
     if needs is None:
         ours = {"prompts", "completions", *options}
         needs = tuple((n,) for n, p in by_name.items() if p.default is p.empty and n not in ours)
     accepts = None if takes_all else frozenset(by_name) - set(options)
-    return RewardFunction(spec, name, where, functools.partial(fn, **options) if options else fn, needs, accepts)
+    return RewardFunction(spec, name, where, bound, needs, accepts)
 
 
 # --- digest --------------------------------------------------------------------------------------------------------

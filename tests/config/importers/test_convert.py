@@ -271,6 +271,7 @@ def test_the_tool_is_told_by_its_keys(tmp_path, tool):
         "trl": "model_name_or_path: a/b\ndataset_name: c/d\nmax_length: 9\n",
         "torchtune": "model: {_component_: a.b}\nbatch_size: 2\nepochs: 1\noptimizer: {_component_: c.d}\n",
         "openrlhf": "pretrain: a/b\nmicro_train_batch_size: 2\n",
+        "verl": "actor_rollout_ref: {model: {path: a/b}, rollout: {n: 2}}\nalgorithm: {adv_estimator: grpo}\n",
     }
     (tmp_path / "a.yaml").write_text(texts[tool])
     assert read_foreign(tmp_path / "a.yaml").tool is TOOLS[tool]

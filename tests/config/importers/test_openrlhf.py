@@ -173,8 +173,3 @@ def test_reinforcement_learning_is_refused_with_what_to_do(imported):
     submit = "ray job submit --address=x --runtime-env-json='{\"a\": 1}' -- python3 -m openrlhf.cli.train_ppo_ray --pretrain base\n"
     with pytest.raises(ConfigError, match=r"train_ppo_ray: .*fn\(prompts, completions, \*\*columns\)"):
         imported(submit)
-
-
-def test_a_command_of_verl_is_refused_by_name_with_what_to_do(imported):
-    with pytest.raises(ConfigError, match=r"run.sh:2: verl.trainer.main_ppo: .*posttrain grpo"):
-        imported("set -x\npython3 -m verl.trainer.main_ppo algorithm.adv_estimator=grpo trainer.nnodes=1 $@\n")

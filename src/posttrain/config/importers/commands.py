@@ -28,7 +28,10 @@ _LONGEST_QUOTE = 100
 """Lines: each is read with all before it, and a stray apostrophe would have that done to the end of the file."""
 _HERE_DOCUMENT = re.compile(r"<<-?\s*['\"]?(\w+)")
 _REDIRECTION = re.compile(r"\d?&?>{1,2}.*")
-_NOT_READ = r"^(?:verl\.trainer|recipe\.\w+)\.\w+$|(?:^|/)verl/trainer/\w+\.py$"
+_NOT_READ = r"^(?:verl\.trainer|recipe\.\w+)\.\w+$|(?:^|/)(?:verl/trainer|recipe/\w+)/\w+\.py$"
+_VERL = r"(?:main_ppo|fsdp_sft_trainer|sft_trainer)"
+_VERLS_OWN = ("ppo_trainer", "ppo_megatron_trainer", "sft_trainer", "sft_trainer_engine")
+"""Configurations that lie in verl itself, whose values are its defaults."""
 _OVERRIDE = re.compile(r"(\+{0,2}|~)([A-Za-z_][\w./@-]*)(?:=(.*))?", re.DOTALL)
 
 
@@ -62,8 +65,8 @@ def find_command(path: Path, tool: str | None) -> tuple[str, int, dict[str, Any]
                 return row.tool, line.number, row.read(ScriptLine(line.number, line.words[place:]), path)
             if re.search(_NOT_READ, word):
                 raise ConfigError(
-                    f"{path}:{line.number}: {word}: verl's keys are not read here, and its rewards have another signature; write a YAML for "
-                    "posttrain grpo with the reward as fn(prompts, completions, **columns) (docs/switching.md has the keys side by side)"
+                    f"{path}:{line.number}: {word}: of verl its main_ppo, fsdp_sft_trainer and sft_trainer are read here; write a YAML for "
+                    "posttrain grpo (docs/switching.md has the keys side by side)"
                 )
     known = ", ".join(dict.fromkeys(row.tool for row in COMMANDS))
     raise ConfigError(
@@ -209,6 +212,29 @@ def _tune(line: ScriptLine, path: Path) -> dict[str, Any]:
     return _over(values, overrides(words[place + (1 if equals else 2) :], path, line.number))
 
 
+def _verl(line: ScriptLine, path: Path) -> dict[str, Any]:
+    """`verl.trainer.main_ppo key=value …`, with a configuration of one's own (`--config-path`, `--config-name`) below it."""
+    given: dict[str, str] = {}
+    words: list[str] = []
+    rest = iter(line.words[1:])
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            words.append(word)
+        else:
+            given[{"-cn": "--config-name", "-cp": "--config-path", "--config-dir": "--config-path"}.get(name, name)] = value if equals else next(rest, "")  # fmt: skip
+    if odd := next((name for name in given if name not in ("--config-name", "--config-path")), None):
+        raise ConfigError(f"{path}:{line.number}: {odd} is no option of verl's that is known here; take it out")
+    stem = given.get("--config-name", "").removesuffix(".yaml")
+    file = f"{given.get('--config-path', '.')}/{stem}.yaml"
+    here = any((home / file).is_file() for home in (path.parent, Path.cwd()))
+    values = dict(by_path(_read_beside(file, path))) if stem and here else {}
+    if stem and not here and stem not in _VERLS_OWN:
+        raise ConfigError(f"{path}:{line.number}: {file}: no such file beside the script; name its folder with --config-path")  # fmt: skip
+    script = re.split(r"[/.]", line.words[0].removesuffix(".py"))[-1]
+    return {**values, **overrides(words, path, line.number), SCRIPT: script}
+
+
 def _over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """A section's name alone sets its component (`optimizer=torch.optim.SGD`), or takes all its keys out."""
     merged = dict(values)
@@ -271,6 +297,7 @@ COMMANDS: tuple[Command, ...] = (
     Command(r"(?:^|/)axolotl(?:\.cli\.\w+)?$", "axolotl", _with_options),
     Command(r"(?:^|/)tune$", "torchtune", _tune),
     Command(r"^openrlhf\.cli\.train_\w+$", "openrlhf", _module),
+    Command(rf"^verl\.trainer\.{_VERL}$|(?:^|/)verl/trainer/{_VERL}\.py$", "verl", _verl),
     Command(
         r"(?:^|/)trl$|(?:^|/)(?:(?:sft|dpo|grpo|kto|orpo|cpo)\w*|reward(?:_modeling)?|online_dpo|rloo|ppo)\.py$|^trl\.scripts\.\w+$",
         "trl",

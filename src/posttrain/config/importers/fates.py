@@ -266,7 +266,18 @@ def _converted(
     tool.finish(draft)
     for ours, value in tool.defaults(draft).items():
         draft.assume(ours, value)
+    _tell_the_rest(tool, draft)
     return draft
+
+
+def _tell_the_rest(tool: Tool, draft: ImportDraft) -> None:
+    """A key that was read beside others, and that no note names: where it went."""
+    told = "\n".join([*(text for texts in draft.notes.values() for text in texts), *draft.came_from.values()])
+    known = {key for key, _ in draft.other} | {refusal.key for refusal in draft.refusals}
+    for key in draft.source:
+        row = tool.row_of(key)
+        if row is not None and row.joint and key not in known and key not in told:
+            draft.other.append((key, f"read with others for {row.to}"))
 
 
 def _follow(row: KeyFate, key: str, value: Any, draft: ImportDraft) -> None:

@@ -15,6 +15,7 @@ from posttrain.config.importers.nested import by_path, resolved
 from posttrain.config.importers.openrlhf import OPENRLHF
 from posttrain.config.importers.torchtune import TORCHTUNE
 from posttrain.config.importers.trl import TRL
+from posttrain.config.importers.verl import VERL
 from posttrain.config.yaml_lines import KeyPath, read_yaml
 from posttrain.errors import ConfigError
 
@@ -24,6 +25,7 @@ TOOLS: dict[str, Tool] = {
     "trl": TRL,
     "torchtune": TORCHTUNE,
     "openrlhf": OPENRLHF,
+    "verl": VERL,
 }
 """Name on the command line → tool."""
 
