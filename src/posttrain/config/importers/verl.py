@@ -159,7 +159,7 @@ def defaults(draft: ImportDraft) -> Mapping[str, Any]:
     """What verl does where its command is silent."""
     shared = {"weight_decay": 0.01, **adapter_defaults(draft, 16, 16), "overflow": "error"}
     if draft.kind != "sft":
-        return shared | rl_defaults(draft)
+        return {**shared, **rl_defaults(draft)}
     shared |= {"num_train_epochs": 4.0, "sequence_len": 1024, "seed": 1}
     if draft.source.get(SCRIPT) == "sft_trainer":
         return shared | {"learning_rate": 1e-3, "lr_scheduler_type": "constant"}
