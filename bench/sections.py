@@ -1,10 +1,11 @@
-"""Parts of docs/performance.md that a bench writes, each between its own two markers."""
+"""Parts of docs/performance.md, and of other pages, that a bench writes, each between its own two markers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-DOC = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOC = DOCS / "performance.md"
 
 
 def write(name: str, text: str, path: Path = DOC) -> None:

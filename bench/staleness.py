@@ -1,6 +1,6 @@
 """What staleness costs and saves: the quickstart's GRPO stage with `rollout.max_staleness` 0, 1, 2 and 4.
 
-    python bench/staleness.py --seeds 1 2 3     the table of docs/performance.md
+    python bench/staleness.py --seeds 1 2 3     the table of docs/scale.md
     python bench/staleness.py --quick           three steps: to see that it runs
 
 Each seed's SFT and DPO are run once, and every bound starts from their model; accuracy is that of our evaluator on the same held-out items.
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--grpo-steps", type=int, default=0, help="0 leaves it to the pipeline")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--doc", action="store_true", help="write the table into docs/performance.md")
+    parser.add_argument("--doc", action="store_true", help="write the table into docs/scale.md")
     asked = parser.parse_args()
     steps, seeds = (3, asked.seeds[:1]) if asked.quick else (asked.grpo_steps, asked.seeds)
     folder = HERE / "out" / ("staleness-quick" if asked.quick else "staleness")
@@ -103,7 +103,7 @@ def main() -> None:
     table = render(run_all(options, steps), options, steps)
     print(table)
     if asked.doc:
-        sections.write("staleness", table)
+        sections.write("staleness", table, sections.DOCS / "scale.md")
 
 
 if __name__ == "__main__":

@@ -54,6 +54,10 @@ class Engine(Protocol):
         """Take these weights as `version`. All ranks call it."""
         ...
 
+    def rest(self) -> None:
+        """Nothing is sampled until the next call: let go of memory that others can use meanwhile."""
+        ...
+
     def close(self) -> None:
         """Let go of what it holds; no other call follows."""
         ...

@@ -252,6 +252,7 @@ class EngineInfo:
     `logprobs`: `uncut` log-probs are those of the temperature-scaled distribution before top-p, top-k and min-p cut it,
     which is what a trainer computes; `processed` ones are those after the cut, which is what the token was drawn from.
     `exact_logprobs`: whether they are the trainer's to the last bit.
+    `sleeps`: whether it lets go of memory while it rests, on the cards that train.
     `exact_resume`: whether a run that is stopped and started samples what it would have sampled.
     """
 
@@ -262,6 +263,7 @@ class EngineInfo:
     seed_bits: int
     exact_resume: bool
     exact_logprobs: bool = False
+    sleeps: bool = False
 
 
 @dataclass(frozen=True, slots=True)

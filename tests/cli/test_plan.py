@@ -152,7 +152,7 @@ def test_a_cluster_shares_the_model_out_and_ends_with_the_lines_that_start_it(fo
     for says in (
         "on each card of 2x8xh100@eth100, 67.1 GiB free", "on each of 16 whatever the data", "sync_buffers", "vllm_weights",
         "as answers grow (rollout:training): 256 tokens", "if answers may be so many versions old: 0:", " device hours, ", "USD",
-        "torchrun --nnodes 2", "--nproc-per-node 8 --no-python posttrain grpo", "srun --nodes 2 --ntasks-per-node 8", "--ray auto --workers 16 --worker gpus=1",
+        "torchrun --nnodes 2", "--nproc-per-node 8 --no-python posttrain grpo", "srun --nodes 2 --ntasks-per-node 8", "--ray auto --workers 15 --worker gpus=1",
     ):  # fmt: skip
         assert says in run.output
     faster = _run(folder / "rl.yaml", "--gpus", "2x8xH100@ib400", "--tokens", "300", "--json")
@@ -197,10 +197,63 @@ def test_training_without_an_engine_of_its_own_names_the_copy_that_every_process
 def test_servers_and_copies_that_sample_are_lines_of_the_plan(folder):
     (folder / "rl.yaml").write_text(RL.replace("vllm_server}", "vllm_server, replicas: 2}"))
     output = _run(folder / "rl.yaml", "--gpus", "8xH100").output
-    assert "2 servers of vLLM, " in output and "on the same cards, the machine's first" in output
+    assert (
+        "engine  colocated: 2 servers of vLLM on the cards that train, " in output
+        and "asleep while it trains" in output
+    )
     (folder / "rl.yaml").write_text(RL.replace("engine: vllm_server", "max_staleness: 2"))
     output = _run(folder / "rl.yaml", "--gpus", "1xH100").output
     assert "max_staleness 2: samples on a second copy (" in output
+
+
+def test_a_split_is_planned_on_the_cards_that_are_left_and_started_so(folder):
+    def planned(gpus, *options, rollout="placement: split, replicas: 2, tensor_parallel_size: 2"):
+        (folder / "rl.yaml").write_text(RL.replace("vllm_server}", f"vllm_server, {rollout}}}"))
+        return _run(folder / "rl.yaml", "--gpus", gpus, "--tokens", "300", *options)
+
+    split = planned("8xH100")
+    for says in (
+        "engine  split: 2 servers of vLLM over 2 cards, 4 cards of their own beside 4 for training", "on each of 4 whatever the data",
+        "--nproc-per-node 4 --no-python", "--ntasks-per-node 4 --gpus-per-node 8", "--ray auto --workers 4 --worker gpus=1",
+    ):  # fmt: skip
+        assert says in split.output
+    assert "vllm_weights" not in split.output
+    (apart,), (together,), (alone,) = (
+        json.loads(made.output)["stages"]
+        for made in (
+            planned("8xH100", "--json"),
+            planned("8xH100", "--json", rollout="replicas: 2, tensor_parallel_size: 2"),
+            planned("4xH100", "--json", rollout="replicas: 2, tensor_parallel_size: 2"),
+        )
+    )
+    assert apart["phases_s"]["rollout"] == together["phases_s"]["rollout"]
+    assert apart["phases_s"]["training"] == alone["phases_s"]["training"] > together["phases_s"]["training"]
+    assert apart["shards"] == 4 and together["shards"] == 8
+
+
+@pytest.mark.parametrize(
+    ("gpus", "rollout", "says"),
+    [
+        ("2xH100", "placement: split, replicas: 2", "split with 2 servers on a card each beside 1 for training needs 3 cards, and 2 are seen here; set rollout.replicas: 1"),
+        ("1xL4", "placement: split", "needs 2 cards, and 1 are seen here; set fewer training processes, or placement: colocated"),
+        ("2x4xH100", "placement: split, replicas: 3", "split keeps 3 of 8 cards on 2 machines; keep as many of each, or whole machines"),
+        ("4xL4", "placement: split, memory_gib: 40", "a server of vLLM needs "),
+    ],
+)  # fmt: skip
+def test_a_split_that_cannot_be_is_refused_by_name(folder, gpus, rollout, says):
+    (folder / "rl.yaml").write_text(RL.replace("vllm_server}", f"vllm_server, {rollout}}}"))
+    result = _run(folder / "rl.yaml", "--gpus", gpus)
+    assert result.exit_code == 1 and says in result.output and "torchrun" not in result.output
+
+
+def test_a_split_over_machines_is_started_by_ray_and_one_that_ray_has_no_room_for_is_said(folder):
+    (folder / "rl.yaml").write_text(RL.replace("vllm_server}", "vllm_server, placement: split, replicas: 8}"))
+    output = _run(folder / "rl.yaml", "--gpus", "2x8xH100").output
+    assert "--ray auto --workers 8 --worker gpus=1" in output and "--nproc-per-node" not in output
+    assert "torchrun and SLURM start servers on the first machine alone" in output
+    (folder / "rl.yaml").write_text(RL.replace("vllm_server}", "vllm_server, tensor_parallel_size: 8}"))
+    output = _run(folder / "rl.yaml", "--gpus", "8xH100").output
+    assert "Ray gives servers cards of their own, 8 here, and leaves none to train on" in output
 
 
 def test_a_server_over_more_cards_than_a_machine_has_is_said_to_be_refused(folder):

@@ -38,6 +38,13 @@ def test_an_engine_of_the_runs_own_has_a_place(keys_of):
     ]
 
 
+def test_servers_on_the_trainers_cards_are_refused_where_the_cluster_gives_cards(keys_of):
+    assert engine_resources(keys_of("engine=vllm_server", "placement=colocated"), "") == [RoleResources(1.0, 0.0)]
+    assert engine_resources(keys_of("engine=vllm_server", "placement=split"), "gpus=1") == [RoleResources(1.0, 1.0)]
+    with pytest.raises(ConfigError, match=r"placement: colocated with --ray and cards.* set placement: split"):
+        engine_resources(keys_of("engine=vllm_server", "placement=colocated"), "gpus=1")
+
+
 def test_secrets_stay_in_the_terminal():
     environ = {
         "HF_HOME": "/models",

@@ -142,7 +142,9 @@ def test_what_cannot_be_made_ahead_is_refused_with_the_way_out(options, message)
     ],
 )
 def test_several_replicas_are_servers_that_the_run_starts(options):
-    assert RolloutKeys(engine="vllm_server", replicas=2).replicas == 2
+    assert RolloutKeys(engine="vllm_server", replicas=2, placement="split").cards(2).taken == 2
+    with pytest.raises(ValueError, match=r"rollout.placement does nothing with"):
+        RolloutKeys(placement="split", **options)
     with pytest.raises(ValueError, match=r"rollout.replicas does nothing with"):
         RolloutKeys(replicas=2, **options)
 

@@ -181,3 +181,34 @@ def _until(process, condition):
         time.sleep(0.02)
     assert process.poll() is None, process.stderr.read()[-3000:]
     assert condition()
+
+
+COUNTING = """
+import os, pathlib
+
+def spread(prompts, completions, answer, **columns):
+    with pathlib.Path("{place}").open("a") as scored:
+        scored.write(f"{{os.environ.get('RANK', 'alone')}} {{len(completions)}}\\n")
+    return [sum(map(ord, c[0]["content"])) % 17 / 17.0 for c in completions]
+"""
+
+
+def test_held_out_prompts_are_dealt_and_their_reward_is_that_of_one_process(
+    torchrun, write_yaml, runner, data_dir, tmp_path
+):
+    held_out = data_dir / "dev-prompts.jsonl"
+    rows, found = len(held_out.read_text().splitlines()), {}
+    for ranks in (1, 2):
+        scored = tmp_path / f"scored-{ranks}"
+        (tmp_path / f"counts{ranks}.py").write_text(COUNTING.format(place=scored))
+        keys = {"reward_funcs": [f"{tmp_path}/counts{ranks}.py:spread"], "eval_datasets": [{"path": str(held_out)}]}
+        run = tmp_path / f"run-{ranks}"
+        torchrun(ranks, "grpo", write_yaml("grpo", max_steps=1, output_dir=str(run), save_steps=0, **keys))
+        [row] = [row for row in runner.rows(run / "stages/01-grpo") if "eval_reward" in row]
+        lines = [line.split() for line in scored.read_text().splitlines()]
+        found[ranks] = row["eval_reward"], lines
+    assert found[2][0] == found[1][0]
+    # The last call of each process is of the held-out rows: the first one's are of the batch.
+    last = {who: int(count) for who, count in found[2][1]}
+    assert sorted(last.values()) == sorted([rows // 2, rows - rows // 2])
+    assert int(found[1][1][-1][1]) == rows

@@ -1,15 +1,34 @@
 """What several processes are refused before any of them trains."""
 
+from contextlib import nullcontext
+
 import pytest
 from tests.pipeline.conftest import stages
 
 from posttrain.config.load_pipeline import load_pipeline
 from posttrain.distributed.ranks import SingleProcess
 from posttrain.errors import ConfigError
+from posttrain.pipeline.processes import refuse_without_room
 from posttrain.pipeline.run import run_pipeline
 
 SFT = {"datasets": [{"path": "sft.jsonl"}], "max_steps": 1}
 GRPO = {"datasets": [{"path": "prompts.jsonl"}], "reward_funcs": ["rewards.py:spread"], "max_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("rollout", "cards", "said"),
+    [
+        ({"placement": "split"}, 2, "needs 3 cards, and 2 are seen here"),
+        ({"tensor_parallel_size": 4}, 2, "tensor_parallel_size: 4 on a machine of 2 cards"),
+        ({"placement": "split"}, 3, ""),
+        ({"placement": "split"}, 0, ""),
+    ],
+)
+def test_servers_of_a_late_stage_without_cards_are_refused_before_the_first_is_trained(project, rollout, cards, said):
+    made = project(stages(("sft", SFT), ("grpo", {**GRPO, "rollout": {"engine": "vllm_server", **rollout}})))
+    keys = load_pipeline(made.path).keys
+    with pytest.raises(ConfigError, match=f"stages.2.grpo: .*{said}") if said else nullcontext():
+        refuse_without_room(keys, 2, cards)
 
 
 class Two(SingleProcess):

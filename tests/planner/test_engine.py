@@ -63,6 +63,18 @@ def test_replicas_hold_each_their_own(on_cpu):
     assert three["sync_buffers"] == 2 * one["sync_buffers"]
 
 
+def test_only_servers_on_the_cards_that_train_take_memory_of_them():
+    def parts(trainers, **options):
+        return engine_parts(TIED, SamplingEngine("vllm_server", **options), bf16=True, on_cpu=False, trainers=trainers)
+
+    one = parts(1)
+    assert parts(4, replicas=4) == one, "one on each card"
+    assert parts(2, replicas=3)["vllm_kv_cache"] == 2 * one["vllm_kv_cache"]
+    apart = parts(4, replicas=4, placement="split")
+    assert {name for name, size in apart.items() if size} == {"sync_buffers"}
+    assert apart["sync_buffers"] == one["sync_buffers"] // 2
+
+
 @pytest.mark.parametrize(("asks", "copied"), [({}, 4), ({"adapter": "lora"}, 2)])
 def test_what_is_made_ahead_by_our_engine_needs_a_copy_of_what_is_trained(asks, copied):
     """Loaded as the policy is: float32 where it is trained whole, the file's bfloat16 below an adapter, which it has too."""

@@ -345,7 +345,7 @@ def _fitting(pipeline: Path, kind: str, answers: Answers) -> tuple[Mapping[str, 
     target, typed = target_of(cards, "this", 1, False), shlex.quote(str(pipeline))
     next_ = [
         f"next: posttrain data {typed}, posttrain plan {typed}",
-        *start_lines(Path(typed), "run", target.cluster.nodes, target.cluster.per_node)[1:],
+        *start_lines(Path(typed), "run", target.cluster)[1:],
     ]
     for rung in LADDER:
         sets = [f"{kind}.{key}={str(value).lower()}" for key, value in rung.items()]

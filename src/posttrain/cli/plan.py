@@ -68,7 +68,8 @@ def plan(
         lines += [f"  advice  {one.line()}" for one in made.advice]
     verb = "run" if len(forecasts) > 1 or _is_pipeline(config, stage, overrides or []) else forecasts[0].kind
     if target.cluster.num_devices > 1 and not refused:
-        lines += start_lines(config, verb, target.cluster.nodes, target.cluster.per_node)
+        placed = max(made.memory.workload.rollout.num_cards for made in forecasts)
+        lines += start_lines(config, verb, target.cluster, planned.kept, placed)
     typer.echo("\n".join(lines))
     raise typer.Exit(code)
 
@@ -81,6 +82,8 @@ class StagePlans:
     shape: Any
     target: Target
     forecasts: list[Any]
+    kept: int = 0
+    """Cards that are kept from training, for servers."""
 
     def record(self, usd_per_gpu_hour: float | None) -> dict[str, Any]:
         """As JSON data, in bytes and seconds."""
@@ -97,8 +100,18 @@ def make_plan(
 
     base_model, stages = _stages(config, stage, overrides)
     shape = ModelShape.from_config(read_model_config(base_model))
-    forecasts = [_forecast(shape, kind, keys, target, tokens, measured) for kind, keys in stages]
-    return StagePlans(base_model, shape, target, forecasts)
+    kept = _kept(stages, target.cluster)
+    forecasts = [_forecast(shape, kind, keys, target, tokens, measured, kept) for kind, keys in stages]
+    return StagePlans(base_model, shape, target, forecasts, kept)
+
+
+def _kept(stages: list[tuple[str, Any]], cluster: Any) -> int:
+    """Cards that the hungriest stage's servers have for themselves, so that at least one is left to train on."""
+    from posttrain.config.rl import SamplingKeys
+
+    rollouts = [keys.rollout for _, keys in stages if isinstance(keys, SamplingKeys)]
+    taken = max((rollout.cards(1).taken for rollout in rollouts if rollout.starts_servers), default=0)
+    return 0 if cluster.device.name == "cpu" else min(taken, cluster.num_devices - 1)
 
 
 def _record(made: Any, target: Target, usd_per_gpu_hour: float | None) -> dict[str, Any]:
@@ -223,7 +236,7 @@ def _shapes_beside(keys: Any) -> dict[str, Any]:
     return {name: [ModelShape.from_config(read_model_config(one)) for one in models] for name, models in named.items()}
 
 
-def _forecast(shape: Any, kind: str, keys: Any, target: Target, tokens: int, measured: Path | None) -> Any:
+def _forecast(shape: Any, kind: str, keys: Any, target: Target, tokens: int, measured: Path | None, kept: int) -> Any:
     from posttrain.config.advice import Advised, advise
     from posttrain.config.kinds import STAGE_KINDS
     from posttrain.planner import Workload
@@ -240,13 +253,15 @@ def _forecast(shape: Any, kind: str, keys: Any, target: Target, tokens: int, mea
     )
     found = AS_PREDICTED
     if measured is not None:
-        found = correction_from(_metrics(measured), shape, target.cluster, workload, dumped)
+        found = correction_from(_metrics(measured), shape, target.cluster.without(kept), workload, dumped)
         typer.echo(
             f"{kind}: that run took {found.train:.2f} times what is predicted of training and {found.rollout:.2f} of rollout; times are corrected"
         )
-    made = forecast(shape, target.cluster, kind, workload, dumped, tokens, found)
+    made = forecast(shape, target.cluster, kind, workload, dumped, tokens, found, kept)
     given = Advised(kind, keys, shape.num_params, made.memory.trained_params, _data_bytes(keys))
-    return replace(made, refused=_refused(keys, workload, target.cluster), advice=tuple(advise(given)))
+    return replace(
+        made, refused=_refused(keys, workload, target, shape, made.memory.shards), advice=tuple(advise(given))
+    )
 
 
 def _data_bytes(keys: Any) -> int | None:
@@ -259,11 +274,10 @@ def _data_bytes(keys: Any) -> int | None:
     return sum(file.stat().st_size for file in files)
 
 
-def _refused(keys: Any, workload: Any, cluster: Any) -> str:
+def _refused(keys: Any, workload: Any, target: Target, shape: Any, processes: int) -> str:
     """Why so many processes are not started with these keys; nothing where they are."""
-    processes, cards = cluster.num_devices, workload.rollout.tensor_parallel_size
-    if cards > cluster.per_node and not workload.on_cpu:
-        return f"rollout.tensor_parallel_size: {cards} on a machine of {cluster.per_node} cards; a server of vLLM is on one machine: set {cluster.per_node} or less"
+    if not workload.on_cpu and (lack := _no_place(workload, target, shape)):
+        return lack
     if processes == 1:
         return ""
     if keys.of_one_process is not None:
@@ -274,6 +288,29 @@ def _refused(keys: Any, workload: Any, cluster: Any) -> str:
         if isinstance(size, int) and processes % size:
             return f"sharding.{name}: {size} with {processes} processes; set a number that divides them"
     return _not_split(keys) if keys.sharding.sp_size > 1 else ""
+
+
+def _no_place(workload: Any, target: Target, shape: Any) -> str:
+    """Why the servers of vLLM cannot be where the keys put them."""
+    from posttrain.planner.engine import engine_parts
+
+    rollout, cluster = workload.rollout, target.cluster
+    cards = rollout.cards(1)
+    if rollout.starts_servers and cards.is_split and cluster.nodes > 1:
+        left = cluster.num_devices - cards.taken
+        if left < 1 or (left % cluster.nodes and left % cluster.per_node):
+            return f"rollout.placement: split keeps {cards.taken} of {cluster.num_devices} cards on {cluster.nodes} machines; keep as many of each, or whole machines"
+        lack = replace(cards, is_split=False).lack(cluster.per_node)
+    else:
+        lack = cards.lack(cluster.per_node)
+    if lack or not (rollout.starts_servers and cards.is_split):
+        return lack
+    alone = replace(rollout, placement="colocated", replicas=1)
+    held = engine_parts(shape, alone, bf16=workload.bf16, on_cpu=False)
+    needs = sum(size for name, size in held.items() if name.startswith("vllm_"))
+    if needs <= target.free_bytes:
+        return ""
+    return f"a server of vLLM needs {size_text(needs)} on each of its cards, which have {size_text(target.free_bytes)}; raise rollout.tensor_parallel_size or lower memory_gib"
 
 
 def _not_split(keys: Any) -> str:

@@ -46,15 +46,28 @@ def _engine_lines(memory: Any) -> list[str]:
         return [
             f"  engine  max_staleness {rollout.max_staleness}: samples on a second copy ({size_text(memory.parts['replica'])}) while the first is trained; their memory adds up"
         ]
-    if rollout.replicas > 1 and "vllm_weights" in memory.parts:
-        held = sum(size for name, size in memory.parts.items() if name.startswith("vllm_")) // rollout.replicas
-        where = (
-            "in this memory"
-            if memory.workload.on_cpu
-            else "on the same cards, the machine's first; with --ray each has cards of its own"
+    return _server_lines(memory) if rollout.starts_servers else []
+
+
+def _server_lines(memory: Any) -> list[str]:
+    """Where the servers that the run starts are, and what they take of a card."""
+    rollout, workload = memory.workload.rollout, memory.workload
+    many = f"{rollout.replicas} servers of vLLM" if rollout.replicas > 1 else "a server of vLLM"
+    over = f" over {rollout.tensor_parallel_size} cards" if rollout.tensor_parallel_size > 1 else ""
+    held = sum(size for name, size in memory.parts.items() if name.startswith("vllm_"))
+    if workload.on_cpu:
+        return (
+            [f"  engine  {many}, {size_text(held // rollout.replicas)} each, in this memory"]
+            if rollout.replicas > 1
+            else []
         )
-        return [f"  engine  {rollout.replicas} servers of vLLM, {size_text(held)} each, {where}"]
-    return []
+    if rollout.placement == "split":
+        return [
+            f"  engine  split: {many}{over}, {rollout.num_cards} cards of their own beside {memory.shards} for training"
+        ]
+    sleeps = "" if rollout.max_staleness else ", asleep while it trains (counted as awake)"
+    ray = "; with --ray each has cards of its own" if rollout.placement == "auto" else ""
+    return [f"  engine  colocated: {many}{over} on the cards that train, {size_text(held)} of the fullest{sleeps}{ray}"]
 
 
 def _offload_lines(memory: Any, copy_bytes_s: float) -> list[str]:
@@ -116,20 +129,25 @@ def cost_lines(made: Any, num_devices: int, usd_per_gpu_hour: float | None) -> l
     return lines
 
 
-def start_lines(config: Path, verb: str, nodes: int, per_node: int) -> list[str]:
-    """Commands that start it on such machines."""
-    posttrain = f"posttrain {verb} {config}"
-    meet = f" --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id plan" if nodes > 1 else ""
-    where = " (on every machine)" if nodes > 1 else ""
+def start_lines(config: Path, verb: str, cluster: Any, kept: int = 0, placed: int = 0) -> list[str]:
+    """Commands that start it on such machines, of whose cards servers have `kept` for themselves, or `placed` where Ray places them."""
+    nodes, per_node, posttrain = cluster.nodes, cluster.per_node, f"posttrain {verb} {config}"
     if nodes * per_node == 1:
         return ["", "start", f"  {posttrain}"]
-    return [
-        "",
-        "start",
-        f"  torchrun{where}: torchrun{meet} --nproc-per-node {per_node} --no-python {posttrain}",
-        f"  Ray{' (once; docs/scale.md)' if nodes > 1 else ''}: {posttrain} --ray auto --workers {nodes * per_node} --worker gpus=1",
-        f"  SLURM: srun --nodes {nodes} --ntasks-per-node {per_node} --gpus-per-node {per_node} {posttrain}",
-    ]
+    meet = f" --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id plan" if nodes > 1 else ""
+    where, once = (" (on every machine)", " (once; docs/scale.md)") if nodes > 1 else ("", "")
+    each, workers = per_node - kept // nodes, nodes * per_node - placed
+    if kept and nodes > 1:
+        started = ["  torchrun and SLURM start servers on the first machine alone; Ray places them on any"]
+    else:
+        started = [
+            f"  torchrun{where}: torchrun{meet} --nproc-per-node {each} --no-python {posttrain}",
+            f"  SLURM: srun --nodes {nodes} --ntasks-per-node {each} --gpus-per-node {per_node} {posttrain}",
+        ]
+    on_ray = f"  Ray{once}: {posttrain} --ray auto --workers {workers} --worker gpus=1"
+    if workers < 1:
+        on_ray = f"  Ray gives servers cards of their own, {placed} here, and leaves none to train on"
+    return ["", "start", started[0], on_ray, *started[1:]]
 
 
 def seconds_text(seconds: float) -> str:

@@ -97,7 +97,7 @@ def run_as_roles(on: OnCluster, arguments: Sequence[str], folder: Path, engines:
 
 
 def engine_resources(keys: PipelineKeys, worker: str) -> list[RoleResources]:
-    """What the engines that a run starts as servers of their own take, as many as its hungriest stage or its evals have at once."""
+    """What the engines that a run starts as servers of their own take, as many as its hungriest stage or its evals have at once. Raises: ConfigError."""
     from posttrain.config.rl import SamplingKeys
     from posttrain.distributed.roles import RoleResources
 
@@ -105,10 +105,16 @@ def engine_resources(keys: PipelineKeys, worker: str) -> list[RoleResources]:
         keys.eval_rollout,
         *(stage.keys.rollout for stage in keys.stages if isinstance(stage.keys, SamplingKeys)),
     ]
-    own = [rollout for rollout in rollouts if rollout.engine == "vllm_server" and rollout.url is None]
+    own = [rollout for rollout in rollouts if rollout.starts_servers]
     if not own:
         return []
-    gpus = max(rollout.tensor_parallel_size for rollout in own) if worker_resources(worker)[0].gpus else 0
+    has_cards = worker_resources(worker)[0].gpus > 0
+    if has_cards and any(rollout.placement == "colocated" for rollout in own):
+        raise ConfigError(
+            "rollout.placement: colocated with --ray and cards; the cluster gives each server cards of its own: set placement: split (or auto), "
+            "or start with torchrun"
+        )
+    gpus = max(rollout.tensor_parallel_size for rollout in own) if has_cards else 0
     return [RoleResources(cpus=1.0, gpus=float(gpus))] * max(rollout.replicas for rollout in own)
 
 

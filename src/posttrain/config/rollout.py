@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from posttrain.cards import ServerCards
 from posttrain.config.knob import Keys, knob
 from posttrain.uris import loopback
 
@@ -19,7 +20,7 @@ TRANSFERS_OF = {
 _VLLM = ("dtype", "max_model_len", "memory_gib", "tensor_parallel_size")
 _STARTED = (*_VLLM, "enforce_eager")
 _SERVER = ("timeout_s", "start_timeout_s", "max_restarts", "pause")
-_OWN_SERVER = ("replicas",)
+_OWN_SERVER = ("replicas", "placement")
 _GIVEN = ("token_env", "token_file")
 
 # fmt: off
@@ -41,6 +42,7 @@ class RolloutKeys(Keys):
     transfer: Literal["auto", "shared", "copy", "file", "delta", "broadcast"] = knob("auto", "How weights get to the engine; `auto` is the first that it can: `embedded` decodes with those in training (`shared`), `vllm` takes a `copy` or a `file`, `vllm_server` and `sglang` a `file`; vLLM takes a file of what changed too (`delta`), and a server of it that the run starts a `broadcast`, without files.")
     delta_anchor: int = knob(20, "With `transfer: delta`, every so many pushes the whole model is sent.", ge=1)
     replicas: int = knob(1, "Servers of vLLM that the run starts; groups are dealt to them, and what one that died had not answered is asked of the others.", ge=1, also="num_engines, vllm_num_engines (OpenRLHF)", example=2)
+    placement: Literal["auto", "colocated", "split"] = knob("auto", "Cards of the servers of vLLM that the run starts: `colocated` on those that train, where a server that is not sampling sleeps unless groups are made ahead; `split` on others, `replicas` × `tensor_parallel_size` of them. `auto` is colocated, but with --ray and cards split. Without cards it decides nothing.", example="split")
     max_staleness: int = knob(0, "Generation batches that the weights a completion began with may be older than those it is trained on with; 0 takes turns, above it groups are made ahead while the trainer trains.", ge=0, also="max_head_offpolicyness (AReaL), max_off_policy_steps (prime-rl)", example=1)
     url: str | None = knob(None, "A server that runs already, on this machine, for `vllm_server` or `sglang`; null starts one of vLLM that ends with the run.", also="vllm_server_base_url (TRL)", example="http://127.0.0.1:8000")
     token_env: str = knob("VLLM_API_KEY", "Environment variable that holds the API key of the server at `url`.")
@@ -54,6 +56,14 @@ class RolloutKeys(Keys):
     def way(self) -> str:
         """`transfer`, with `auto` resolved."""
         return TRANSFERS_OF[self.engine][0] if self.transfer == "auto" else self.transfer
+
+    @property
+    def starts_servers(self) -> bool:
+        return self.engine == "vllm_server" and self.url is None
+
+    def cards(self, trainers: int) -> ServerCards:
+        """Beside so many training processes of a machine."""
+        return ServerCards(self.placement == "split", trainers, self.replicas, self.tensor_parallel_size)
 
     @property
     def of_one_process(self) -> tuple[str, str] | None:

@@ -105,6 +105,11 @@ def places_variable(address: str, namespace: str, count: int) -> dict[str, str]:
     return {_VARIABLE: f"{address} {namespace} {count}"} if count else {}
 
 
+def are_placed(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether a cluster gives this trainer's engines their places."""
+    return _VARIABLE in environ
+
+
 def engine_places(environ: Mapping[str, str] = os.environ) -> EnginePlaces | None:
     """None for a trainer whose engines are its own children. Raises: EngineGoneError."""
     said = environ.get(_VARIABLE)

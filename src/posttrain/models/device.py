@@ -73,6 +73,12 @@ def uploaded(values: Sequence[Any], device: torch.device, dtype: torch.dtype | N
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
+def release_cached() -> None:
+    """What torch keeps of a card for itself is free for other processes."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def memory_metrics() -> dict[str, float]:
     """The peak; of a GPU also what its allocator holds of it at most, and how often it had to clear its cache to go on."""
     metrics = {"memory_peak_bytes": peak_memory_bytes()}

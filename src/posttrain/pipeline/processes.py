@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from functools import cache
 from pathlib import Path
 
+import torch
+
 import posttrain
 from posttrain.config.pipeline import PipelineKeys
 from posttrain.config.resolved import leaves
+from posttrain.config.rl import SamplingKeys
+from posttrain.distributed.engine_roles import are_placed
 from posttrain.errors import ConfigError
 from posttrain.files import digest_file, digest_json, digest_start
 from posttrain.models.load import load_config
@@ -40,6 +45,24 @@ def kept_rows(keys: PipelineKeys, begun_with: int, world_size: int) -> str:
         f"begun with {begun_with} process(es), going on with {world_size}: the rows of an optimizer step stay as they were "
         f"({rows}); --on-change new-run begins a run of its own"
     )
+
+
+def check_cards(keys: PipelineKeys, ranks: Ranks) -> None:
+    """Raises: ConfigError where this machine has no place for the servers of a stage. A cluster has placed them already."""
+    here = socket.gethostname()
+    trainers = ranks.gather(here).count(here)
+    if not are_placed():
+        refuse_without_room(keys, trainers, torch.cuda.device_count())
+
+
+def refuse_without_room(keys: PipelineKeys, trainers: int, cards: int) -> None:
+    """Raises: ConfigError for servers that have no place on a machine of so many cards beside its trainers, before a stage is trained."""
+    for number, stage in enumerate(keys.stages, start=1):
+        if not cards or stage.keys.device == "cpu" or not isinstance(stage.keys, SamplingKeys):
+            continue
+        rollout = stage.keys.rollout
+        if rollout.starts_servers and (lack := rollout.cards(trainers).lack(cards)):
+            raise ConfigError(f"stages.{number}.{stage.kind}: {lack}")
 
 
 def check_engines(keys: PipelineKeys, world_size: int) -> None:

@@ -33,6 +33,7 @@ from posttrain.pipeline.notify import RunNotices
 from posttrain.pipeline.opening import fresh, state_to_go_on_from
 from posttrain.pipeline.pins import pinned_environment, pins_of
 from posttrain.pipeline.processes import (
+    check_cards,
     check_engines,
     check_folder_is_shared,
     check_started_alike,
@@ -99,6 +100,7 @@ def run_pipeline(
     keys, parent = from_version(keys, earlier)
     keys = counted_for(keys, ranks.world_size if earlier is None else earlier.num_processes or ranks.world_size)
     check_engines(keys, ranks.world_size)
+    check_cards(keys, ranks)
     suites, data = check_all(keys), DataChecks(watch.say)
     check_can_be_stored(keys)
     check_can_be_pushed(keys)

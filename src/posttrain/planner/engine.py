@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from posttrain.cards import ServerCards
 from posttrain.planner.shape import ModelShape
 
 _GIB = 1 << 30
@@ -28,6 +29,7 @@ class SamplingEngine:
     tensor_parallel_size: int = 1
     replicas: int = 1
     max_staleness: int = 0
+    placement: str = "auto"
 
     @classmethod
     def from_keys(cls, keys: Mapping[str, Any]) -> SamplingEngine:
@@ -39,6 +41,19 @@ class SamplingEngine:
         return self.engine == "embedded"
 
     @property
+    def starts_servers(self) -> bool:
+        return self.engine == "vllm_server" and self.url is None
+
+    @property
+    def num_cards(self) -> int:
+        """Of a machine, over which the servers that a run starts are split."""
+        return self.replicas * self.tensor_parallel_size if self.starts_servers else 0
+
+    def cards(self, trainers: int) -> ServerCards:
+        """Beside so many training processes of a machine."""
+        return ServerCards(self.placement == "split", trainers, self.replicas, self.tensor_parallel_size)
+
+    @property
     def needs_copy(self) -> bool:
         """Whether ours decodes on weights of its own, at the same time as others are trained."""
         return self.is_ours and self.max_staleness > 0
@@ -47,15 +62,24 @@ class SamplingEngine:
 OURS = SamplingEngine()
 
 
-def engine_parts(shape: ModelShape, engine: SamplingEngine, *, bf16: bool, on_cpu: bool) -> dict[str, int]:
-    """Bytes that are held all the while, by each of the devices that a replica is split over; all replicas are on the same ones.
+def engine_parts(
+    shape: ModelShape, engine: SamplingEngine, *, bf16: bool, on_cpu: bool, trainers: int = 1
+) -> dict[str, int]:
+    """Bytes that are held all the while by the fullest of the devices that train, `trainers` of a machine.
 
     Of a server that runs already only what a transfer adds: it has what it needs.
     """
     if engine.is_ours:
         return {}
     size = _BYTES[engine.dtype] if engine.dtype != "auto" else 2 if bf16 else 4
-    ends = 1 + engine.replicas
+    cards = engine.cards(trainers)
+    here = (
+        engine.replicas
+        if on_cpu or not engine.starts_servers
+        else cards.on_one_card(max(trainers, engine.tensor_parallel_size))
+    )
+    here = 0 if cards.is_split and not on_cpu else here
+    ends = 1 + here
     # What changes of weights are found and applied with: the last version, held by all ends on the host.
     deltas = {"weight_deltas": ends * shape.num_params * size} if engine.transfer == "delta" and on_cpu else {}
     if engine.url is not None:
@@ -64,10 +88,9 @@ def engine_parts(shape: ModelShape, engine: SamplingEngine, *, bf16: bool, on_cp
     packed = shape.vocab * shape.hidden if on_cpu and shape.tied else 0
     gib = engine.memory_gib if engine.memory_gib is not None else _KV_GIB[on_cpu]
     return {
-        "vllm_weights": engine.replicas
-        * ((shape.num_params + packed) * size // (1 if on_cpu else engine.tensor_parallel_size)),
-        "vllm_kv_cache": engine.replicas * int(gib * _GIB),
-        "vllm_runtime": engine.replicas * int(_RUNTIME_GIB[engine.engine, on_cpu] * _GIB),
+        "vllm_weights": here * ((shape.num_params + packed) * size // (1 if on_cpu else engine.tensor_parallel_size)),
+        "vllm_kv_cache": here * int(gib * _GIB),
+        "vllm_runtime": here * int(_RUNTIME_GIB[engine.engine, on_cpu] * _GIB),
         # One tensor on its way, whole, at all ends; the head is the largest.
         "sync_buffers": ends * shape.vocab * shape.hidden * size,
         **deltas,

@@ -87,12 +87,16 @@ class Forecast:
 
 def forecast(
     shape: ModelShape, cluster: Cluster, kind: str, workload: Workload, keys: Mapping[str, Any],
-    mean_tokens: int = 0, correction: Correction = AS_PREDICTED,
+    mean_tokens: int = 0, correction: Correction = AS_PREDICTED, kept: int = 0,
 ) -> Forecast:  # fmt: skip
-    """`keys`: the stage's, dumped; `mean_tokens`: of a row, or of a prompt and of an answer, 0 for the longest there may be."""
+    """`kept`: devices that are kept from all stages of a run, for servers that sample in one. `keys`: the stage's, dumped; `mean_tokens`: of a row, or of a prompt and of an answer, 0 for the longest there may be."""
     workload = replace(workload, sharding=workload.sharding.on(cluster.per_node))
-    memory = estimate_memory(shape, workload, cluster.num_devices)
-    made = (_sampling if workload.samples else _training)(memory, cluster, kind, keys, mean_tokens)
+    trainers = cluster.without(kept)
+    memory = estimate_memory(shape, workload, trainers.num_devices)
+    if workload.samples:
+        made = _sampling(memory, cluster, trainers, kind, keys, mean_tokens)
+    else:
+        made = _training(memory, trainers, kind, keys, mean_tokens)
     phases = {n: s * (correction.rollout if n == "rollout" else correction.train) for n, s in made.phases.items()}
     rate = _copy_bytes_s(cluster.device)
     return replace(made, phases=phases, steps=keys["max_steps"], disk_bytes=_disk(memory, keys), copy_bytes_s=rate)
@@ -128,20 +132,25 @@ def _copy_bytes_s(device: Device) -> float:
     return device.host_link * device.rates.host_copy
 
 
-def _sampling(memory: MemoryPlan, cluster: Cluster, kind: str, keys: Mapping[str, Any], mean: int) -> Forecast:
+def _sampling(
+    memory: MemoryPlan, cluster: Cluster, trainers: Cluster, kind: str, keys: Mapping[str, Any], mean: int
+) -> Forecast:
+    """Each side on its devices, one after the other; then what other splits of all `cluster` would take."""
     shape, workload = memory.shape, memory.workload
     traffic, loop = traffic_of(shape, workload, keys, mean), loop_of(workload)
     # Layers that are not on the device leave their room to the cache.
     device = replace(cluster.device, memory_bytes=cluster.device.memory_bytes + memory.copied_bytes)
-    times = step_time(shape, replace(cluster, device=device), traffic, loop)
+    on = replace(cluster, device=device)
+    sampling = min(workload.rollout.num_cards, cluster.num_devices) if not workload.on_cpu else 0
+    times = step_time(shape, on, traffic, loop, rollout_devices=sampling, train_devices=trainers.num_devices)
     phases = {"rollout": times.rollout_s, "log-probs": times.logp_s, "training": times.train_s}
     if workload.teachers_held:
-        sizes = (cluster.device, traffic.trained_tokens, cluster.num_devices, 1, traffic.sequence)
+        sizes = (cluster.device, traffic.trained_tokens, trainers.num_devices, 1, traffic.sequence)
         phases["teachers"] = sum(logp_s(teacher, *sizes) for teacher in workload.teachers_held)
     for critic in workload.critics_held:
-        sizes = (cluster.device, traffic.trained_tokens, cluster.num_devices, 1, traffic.sequence)
+        sizes = (cluster.device, traffic.trained_tokens, trainers.num_devices, 1, traffic.sequence)
         whole = replace(loop, adapter=False, scoring_models=0)
-        trained = step_time(critic, replace(cluster, device=device), traffic, whole).train_s
+        trained = step_time(critic, replace(trainers, device=device), traffic, whole).train_s
         phases["critic"] = logp_s(critic, *sizes) + trained
     if not times.shares_weights:
         phases["sync"] = times.sync_s

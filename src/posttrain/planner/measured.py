@@ -41,6 +41,7 @@ def correction_from(
 ) -> Correction:
     """Medians, over the steps, of what was measured over what is predicted of the same tokens; the first step is left out."""
     rows = _rows(workload, keys, cluster)
+    devices = cluster.num_devices if workload.on_cpu else workload.rollout.num_cards or cluster.num_devices
     train: list[float] = []
     sampled: list[float] = []
     for before, m in pairwise(metrics):
@@ -55,7 +56,7 @@ def correction_from(
                 keys["num_prompts_per_step"], keys["num_generations"], prompt, answer, m["completions/max_length"]
             )
             limit = workload.rollout_batch_size if workload.rollout.is_ours else 256
-            sampled.append(m["time/rollout_s"] / rollout_s(shape, cluster.device, traffic, cluster.num_devices, limit))
+            sampled.append(m["time/rollout_s"] / rollout_s(shape, cluster.device, traffic, devices, limit))
     return Correction(_median(sampled), _median(train))
 
 

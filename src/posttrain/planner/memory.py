@@ -232,7 +232,7 @@ def estimate_memory(shape: ModelShape, workload: Workload, shards: int = 1) -> M
         "logits": _logit_bytes(shape, workload),
         # With save_steps, a thread writes copies while the run goes on; they are made on the host.
         "checkpoint": (trained * _BYTES_MASTER + optimizer + _critic_bytes(workload, 0)) * is_copied,
-        **_engine_bytes(shape, workload),
+        **_engine_bytes(shape, workload, min(shards, workload.sharding.per_node or shards)),
         "replica": _replica_bytes(shape, workload, trained) if workload.rollout.needs_copy else 0,
         "export": _export_bytes(shape, workload, shards),
         "runtime": _RUNTIME_BYTES,
@@ -399,10 +399,10 @@ def _logit_bytes(shape: ModelShape, workload: Workload) -> int:
     return (_TILES_CURVED if curved else _TILES) * min(workload.scored_tokens(shape) * row, most) + gradient
 
 
-def _engine_bytes(shape: ModelShape, workload: Workload) -> dict[str, int]:
+def _engine_bytes(shape: ModelShape, workload: Workload, trainers: int) -> dict[str, int]:
     """Ours needs memory while it samples, on the weights in training; a foreign one has its own all the while."""
     if not workload.rollout.is_ours:
-        return engine_parts(shape, workload.rollout, bf16=workload.bf16, on_cpu=workload.on_cpu)
+        return engine_parts(shape, workload.rollout, bf16=workload.bf16, on_cpu=workload.on_cpu, trainers=trainers)
     return {
         "decode_weights": _decode_weight_bytes(shape, workload),
         "kv_cache": _kv_bytes(shape, workload),

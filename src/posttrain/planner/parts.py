@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from posttrain.errors import ConfigError
 
@@ -110,6 +110,13 @@ class Cluster:
     @property
     def num_devices(self) -> int:
         return self.per_node * self.nodes
+
+    def without(self, devices: int) -> Cluster:
+        """What is left to train on where others take so many: of one machine some of it, of several whole ones or as many of each."""
+        left = self.num_devices - devices
+        if left % self.nodes == 0:
+            return replace(self, per_node=left // self.nodes)
+        return replace(self, nodes=-(-left // self.per_node))
 
     @property
     def device_link(self) -> float:

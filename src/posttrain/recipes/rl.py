@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from posttrain.data.load import load_prompts, load_sft
 from posttrain.models.load import freeze_reference, load_policy, load_tokenizer
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
-from posttrain.protocols import Engine, Scorer
+from posttrain.protocols import Engine, Ranks, Scorer
 from posttrain.recipes.credit import Credit
 from posttrain.recipes.experience.collector import Collected, Collector
 from posttrain.recipes.experience.engines import EngineSource, greedy, make_engine, sampling_params, sync_engine
@@ -95,7 +95,7 @@ def begun(
         checks = LiveChecks(keys, stage, rewards, sample, tokenizer, data), JudgeDrift(keys, stage, rewards)
         watch = partial(_watch, stage, checks)
         source = ExperienceSource(keys, stage, state, engine, collector, watch, total_steps)
-        validate = partial(_validate, engine, sample, decode, score, keys, state)
+        validate = partial(_validate, ranks, engine, sample, decode, score, keys, state)
         validation = Validation(stage, state, held_out, validate, suite)
         yield RLRun(policy, optimizer, credit, ptx, state, source, validation, total_steps)
 
@@ -114,6 +114,7 @@ def _total_steps(keys: PolicyGradientKeys, num_prompts: int) -> int:
 
 @torch.no_grad()
 def _validate(
+    ranks: Ranks,
     engine: Engine,
     sample: SampleGroups,
     decode: Decode,
@@ -122,11 +123,23 @@ def _validate(
     state: TrainState,
     rows: Dataset[PromptRow],
 ) -> dict[str, float]:
-    """Mean reward of greedy answers to the held-out prompts."""
+    """Mean reward of greedy answers to the held-out prompts, which are dealt over the ranks. All ranks call it."""
     # Under ranks the engine samples from a copy, which is as old as the last generation batch.
     sync_engine(engine, state.policy, version=state.step)
-    completions = sample(rows.rows, 1, greedy(sampling_params(keys)), (keys.seed,), range(len(rows)))
-    totals = [r.reward.total for g in score_groups(rows.rows, completions, decode, score) for r in g.rollouts]
+
+    def rewards(places: Sequence[int]) -> list[float | None]:
+        """A rank without a row asks too: there may be one engine for all of them."""
+        mine = [rows.rows[place] for place in places]
+        completions = sample(mine, 1, greedy(sampling_params(keys)), (keys.seed,), places)
+        groups = score_groups(mine, completions, decode, score) if mine else []
+        return [rollout.reward.total for group in groups for rollout in group.rollouts]
+
+    mine = ranks.share(range(len(rows)))
+    each = ranks.gather(list(zip(mine, ranks.among(mine, rewards), strict=True)))
+    engine.rest()
+    # Added up in the order of one process.
+    found = dict(pair for rank in each for pair in rank)
+    totals = [found[place] for place in range(len(rows))]
     scored = [total for total in totals if total is not None]
     return {"eval_reward": sum(scored) / len(scored)}
 

@@ -96,6 +96,9 @@ class EmbeddedEngine:
         self._version = version
         return Moved(num_bytes, num_bytes)
 
+    def rest(self) -> None:
+        """What it holds is the trainer's."""
+
     def close(self) -> None:
         pass
 

@@ -121,6 +121,9 @@ class MainRankEngine:
         self._version = version
         return moved
 
+    def rest(self) -> None:
+        self._together(lambda engine: engine.rest())
+
     def close(self) -> None:
         """Each rank for itself: it may be the only one that ends."""
         if self._engine is not None:

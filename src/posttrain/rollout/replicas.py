@@ -285,6 +285,16 @@ class Replicas:
             replica.state = "HEALTHY" if self._pushed is None else "STALE"
             self._changed.notify_all()
 
+    def rest(self) -> None:
+        """One that is being started meanwhile stays awake until the next time."""
+        for replica in self._replicas:
+            if replica.state == "HEALTHY":
+                engine = replica.engine
+                try:
+                    engine.rest()
+                except EngineGoneError as error:
+                    self._lose(replica, engine, error)
+
     def close(self) -> None:
         with self._changed:
             self._is_closing, self._left = True, 0

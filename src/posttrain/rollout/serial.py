@@ -43,6 +43,9 @@ class SerialEngine:
         with self._turn():
             return self._engine.update(weights, version)
 
+    def rest(self) -> None:
+        """Threads may ask it at any time."""
+
     def close(self) -> None:
         with self._turn():
             self._engine.close()

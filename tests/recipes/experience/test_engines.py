@@ -10,14 +10,25 @@ from posttrain.config.pipeline import SuiteKeys
 from posttrain.config.rl import GRPOKeys
 from posttrain.config.rollout import RolloutKeys
 from posttrain.distributed.sharding import Whole
-from posttrain.errors import ConfigError, EngineError
+from posttrain.errors import ConfigError, EngineError, EngineGoneError
 from posttrain.evals.suite import load_suite
 from posttrain.evidence import EvalReport
 from posttrain.gate.pairing import PairingError, pair
 from posttrain.models.load import load_policy, load_tokenizer
-from posttrain.recipes.experience.engines import EngineSource, _Ask, _vllm_options, make_engine, named_engine
+from posttrain.recipes.experience.engines import (
+    EngineSource,
+    _Ask,
+    _cards_of,
+    _own_server,
+    _sleeps,
+    _vllm_options,
+    make_engine,
+    named_engine,
+)
 from posttrain.recipes.measure.certify import certified_before, certify
 from posttrain.recipes.measure.evaluate import evaluate
+from posttrain.rollout.vllm import server
+from posttrain.rollout.vllm.connect import ServerOptions
 
 NEEDS_VLLM = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make setup-vllm")
 
@@ -79,6 +90,55 @@ def test_it_starts_as_the_trainer_computes_and_stops_where_we_do(keys):
     assert (made.dtype, made.max_num_seqs) == ("float32", 5)
     assert made.engine_args()["max_model_len"] == -1
     assert made.stop_token_ids == (2,)
+
+
+SHOWS = "import json, os, sys; print(json.dumps([os.environ.get('CUDA_VISIBLE_DEVICES'), sys.argv[1:]])); raise ValueError('enough')"
+
+
+@pytest.mark.parametrize(
+    ("placement", "seen", "trainers", "each"),
+    [
+        ("split", "0123", 2, ["2", "3"]),
+        ("colocated", "0123", 2, ["0", "1"]),
+        ("auto", "0123", 1, ["0", "0"]),
+        ("split", "", 2, [None, None]),
+    ],
+)
+def test_each_server_of_a_stage_is_started_on_the_cards_that_the_placement_says(
+    placement, seen, trainers, each, keys, tmp_path, monkeypatch
+):
+    (tmp_path / "program_shows.py").write_text(SHOWS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(server, "_MODULE", "program_shows")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    given = keys(rollout={"engine": "vllm_server", "replicas": 2, "placement": placement})
+    ask = _Ask(EngineSource(given), given.rollout, 4, tmp_path, trainers)
+    options, how = options_of(given), ServerOptions(5.0, 30.0, "file", 1, "wait")
+    for number in range(2):
+        mine = replace(options, cards=_cards_of(ask, number, seen))
+        with pytest.raises(EngineGoneError, match="ValueError: enough"):
+            _own_server(ask, number, mine, how, str, None)()
+    shown = [json.loads((tmp_path / f"vllm_server-{n}.log").read_text().splitlines()[0]) for n in range(2)]
+    assert [cards for cards, _ in shown] == each
+    assert len({arguments[arguments.index("--uds") + 1] for _, arguments in shown}) == 2
+
+
+def test_a_stage_whose_servers_have_no_card_is_refused_with_what_to_set(keys):
+    given = keys(rollout={"engine": "vllm_server", "replicas": 4, "placement": "split"})
+    ask = _Ask(EngineSource(given), given.rollout, 4, trainers=2)
+    with pytest.raises(
+        ConfigError, match=r"needs 6 cards, and 4 are seen here; set rollout.replicas: 2, or placement: colocated"
+    ):
+        _cards_of(ask, 0, "0123")
+
+
+def test_only_a_server_that_takes_turns_on_the_trainers_cards_sleeps(keys):
+    own = {"engine": "vllm_server"}
+    for device, rollout, sleeps in (
+        ("cuda", own, True), ("cuda", own | {"placement": "split"}, False), ("cuda", own | {"max_staleness": 1}, False),
+        ("cpu", own, False), ("cuda", {"engine": "vllm"}, False), ("cuda", own | {"url": "http://127.0.0.1:1"}, False),
+    ):  # fmt: skip
+        assert _sleeps(keys(rollout=rollout).rollout, device) == sleeps, (device, rollout)
 
 
 def test_tokens_that_the_given_model_lacks_are_refused(keys):

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,9 @@ def started(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     running = []
 
-    def start(program, folder=None):
+    def start(program, folder=None, options=OPTIONS, log="log"):
         monkeypatch.setattr(server, "_MODULE", f"program_{program}")
-        running.append(OwnServer(OPTIONS, folder or tmp_path, tmp_path / "log", 1.0))
+        running.append(OwnServer(options, folder or tmp_path, tmp_path / log, 1.0))
         return running[-1]
 
     yield start
@@ -65,6 +66,27 @@ def test_the_key_goes_through_the_environment_alone(started, tmp_path):
     assert arguments[:2] == ["--uds", str(tmp_path / "socket")]
     other = started("sleeps")
     assert other.client.token != one.client.token
+
+
+def test_a_process_sees_the_cards_of_its_server_alone_and_sleeps_where_it_is_to(started, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b,GPU-c,GPU-d")
+    found = {}
+    for log, changes in {
+        "split": {"cards": ("GPU-c", "GPU-d"), "device": "cuda", "tensor_parallel_size": 2},
+        "colocated": {"cards": ("GPU-a",), "device": "cuda", "sleeps": True},
+        "cpu": {},
+    }.items():
+        started("shows", options=replace(OPTIONS, **changes), log=log)
+        while not (tmp_path / log).read_text().endswith("\n"):
+            time.sleep(0.05)
+        arguments, environment = json.loads((tmp_path / log).read_text())
+        found[log] = environment["CUDA_VISIBLE_DEVICES"], set(arguments)
+    assert [cards for cards, _ in found.values()] == ["GPU-c,GPU-d", "GPU-a", "GPU-a,GPU-b,GPU-c,GPU-d"]
+    assert "--tensor-parallel-size=2" in found["split"][1]
+    assert [log for log, (_, arguments) in found.items() if "--enable-sleep-mode" in arguments] == ["colocated"]
+    # vLLM asks for so much of a card to be free, whoever else is on it; the bytes of its cache are given.
+    shares = [log for log, (_, arguments) in found.items() if "--gpu-memory-utilization=0.01" in arguments]
+    assert shares == ["split", "colocated"]
 
 
 def test_closing_ends_it(started, tmp_path):

@@ -65,6 +65,34 @@ def server_of(engine):
     return engine._replicas[0].engine._server
 
 
+def test_a_server_that_rests_is_asleep_and_wakes_for_whatever_it_is_asked(engine, policy_with):
+    """On a CPU vLLM only stops its scheduler: that memory is let go of a card is not seen here."""
+    server = engine._replicas[0].engine
+    awake = in_order(engine.generate(REQUESTS, SamplingParams(max_tokens=6)))
+    engine.rest()
+    assert not asleep(server), "one that has cards of its own does not sleep"
+    server._served = replace(server._served, sleeps=True)
+    try:
+        engine.rest()
+        engine.rest()
+        assert asleep(server)
+        assert in_order(engine.generate(REQUESTS, SamplingParams(max_tokens=6))) == awake
+        assert not asleep(server)
+        engine.rest()
+        policy = moved(policy_with())
+        sync_engine(engine, policy, 3)
+        assert not asleep(server)
+        assert max(gaps(engine, policy)) < 2e-4
+        engine.rest()
+        assert engine.score([((5, 6, 7), 1)]) and not asleep(server)
+    finally:
+        server._served = replace(server._served, sleeps=False)
+
+
+def asleep(server):
+    return server._server.client.call("GET", "/is_sleeping")["is_sleeping"]
+
+
 # --- weights -------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,14 +12,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
+from posttrain.cards import visible_cards
 from posttrain.config.rl import SamplingKeys
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import ModelKeys
-from posttrain.distributed.engine_roles import EnginePlaces, engine_places
+from posttrain.distributed.engine_roles import EnginePlaces, are_placed, engine_places
 from posttrain.errors import ConfigError, EngineError
-from posttrain.models.device import place, weight_dtype
+from posttrain.models.device import place, release_cached, weight_dtype
 from posttrain.models.generation import stop_token_ids, stored_stop_token_ids
 from posttrain.models.load import load_config, load_policy, load_tokenizer, stored_dtype
 from posttrain.models.policy import Policy
@@ -54,12 +58,13 @@ class EngineSource:
 
 @dataclass(frozen=True)
 class _Ask:
-    """An engine to be made: what from, how, how many completions at once, and where its log goes."""
+    """An engine to be made: what from, how, how many completions at once, where its log goes, and beside how many trainers of this machine."""
 
     source: EngineSource
     keys: RolloutKeys
     rows: int
     folder: Path | None = None
+    trainers: int = 1
 
 
 def _embedded(ask: _Ask) -> Engine:
@@ -100,7 +105,11 @@ def _vllm_server(ask: _Ask) -> Engine:
     if keys.url is None:
         require_vllm()
         places = engine_places()
-        starts = [_own_server(ask, number, options, how, decode, places) for number in range(keys.replicas)]
+        seen = visible_cards(os.environ, torch.cuda.device_count()) if options.device == "cuda" else ()
+        starts = [
+            _own_server(ask, n, replace(options, cards=_cards_of(ask, n, seen)), how, decode, places)
+            for n in range(keys.replicas)
+        ]
         if places is None:
             return _restarted(ask, starts, ask.source.policy)
         # One that a trainer left when it was killed serves on, so it comes with any weights.
@@ -119,6 +128,14 @@ def _own_server(
         return partial(start_server, options, how, decode)
     make = partial(_placed_server, places, number)
     return partial(start_server, options, replace(how, shared=ask.folder), decode, make)
+
+
+def _cards_of(ask: _Ask, number: int, seen: Sequence[str]) -> tuple[str, ...]:
+    """Of those that are seen here; () of none. Raises: ConfigError where they are too few."""
+    cards = ask.keys.cards(ask.trainers)
+    if seen and (lack := cards.lack(len(seen))):
+        raise ConfigError(lack)
+    return tuple(seen[card] for card in cards.of(number, len(seen)))
 
 
 def _placed_server(
@@ -215,7 +232,14 @@ def _vllm_options(ask: _Ask, tokenizer: PreTrainedTokenizerBase) -> VLLMOptions:
         tensor_parallel_size=keys.tensor_parallel_size,
         enforce_eager=keys.enforce_eager,
         lora_rank=served_rank(model) if policy else None,
+        sleeps=_sleeps(keys, placement.device.type),
     )
+
+
+def _sleeps(keys: RolloutKeys, device: str) -> bool:
+    """A server on the cards that train, in turns with them. The cluster gives servers cards of their own, and a CPU has no cards."""
+    takes_turns = keys.starts_servers and keys.placement != "split" and not keys.max_staleness
+    return takes_turns and device == "cuda" and not are_placed()
 
 
 ENGINES: Mapping[str, Callable[[_Ask], Engine]] = {
@@ -238,8 +262,10 @@ def make_engine(
     """
     if keys is not None and keys.enforce_eager and place(source.model).device.type == "cpu":
         log.warning("enforce_eager: no effect, because engines compile nothing and record no graphs on a CPU")
-    ask = _Ask(source, keys or RolloutKeys(enforce_eager=True), rows, folder)
-    start, policy = partial(ENGINES[ask.keys.engine], ask), source.policy
+    policy, here = source.policy, socket.gethostname()
+    trainers = ranks.gather(here).count(here) if ranks is not None else 1
+    ask = _Ask(source, keys or RolloutKeys(enforce_eager=True), rows, folder, trainers)
+    start = partial(ENGINES[ask.keys.engine], ask)
     if policy is None or not policy.sharded or ask.keys.engine == "embedded":
         return start()
     if ask.keys.engine == "vllm":
@@ -279,6 +305,8 @@ def sync_engine(engine: Engine, policy: Policy, version: int) -> dict[str, float
     Raises: EngineError if a canary shows that they did not arrive.
     """
     started = time.monotonic()
+    if engine.describe().sleeps:
+        release_cached()
     moved = engine.update(policy, version)
     gap = check_arrival(engine, partial(score_sequences, policy))
     return {

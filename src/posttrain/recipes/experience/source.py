@@ -61,6 +61,7 @@ class ExperienceSource:
         prompts = dict(collected.ledger)
         self._stage.run.event("rollouts", step + 1, {"generation": generation, "prompts": prompts})
         experience.metrics.update(synced | self._watch(step, collected))
+        self._engine.rest()
         return experience, collected.wall_s
 
 

@@ -162,4 +162,6 @@ class SuiteScore:
             evaluator = Evaluator(self._engine, codec, "in training", request_seed, score_own=own, ranks=self._ranks)
             if self._episodes is not None:
                 evaluator = with_episodes(evaluator, self._episodes)
-            return {"eval_score": evaluator.run(self._suite, self._keys, _DEV).mean}
+            score = evaluator.run(self._suite, self._keys, _DEV).mean
+        self._engine.rest()
+        return {"eval_score": score}

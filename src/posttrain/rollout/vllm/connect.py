@@ -64,6 +64,7 @@ def start_server(
         served = Served(
             BASE, found.version, dtype, found.max_model_len, options.stop_token_ids, 2 * options.max_num_seqs,
             options.lora_rank is not None, how.transfer, how.delta_anchor, how.pause, options.tensor_parallel_size,
+            options.sleeps,
         )  # fmt: skip
         return VLLMServerEngine(server, served, decode, folder)
     except BaseException:

@@ -183,6 +183,9 @@ class VLLMEngine:
 
     # --- end -------------------------------------------------------------------------------------------------------
 
+    def rest(self) -> None:
+        """Its memory is in this process, where vLLM's own allocator and the trainer's do not share."""
+
     def close(self) -> None:
         """Its memory is free once all engines of this process are closed: vLLM tears down what they share with the first."""
         self._open.discard(self)

@@ -17,6 +17,8 @@ WORKER_EXTENSION = "posttrain.rollout.vllm.receiver.Worker"
 """Imported in every worker of vLLM, which registers the engine there."""
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _GIB = 1 << 30
+_SHARE = 0.01
+"""Of a card, that vLLM must find free before it loads; nothing else follows from it where the bytes of its cache are given."""
 _KV_CACHE_GIB = {"cpu": 1.0, "cuda": 8.0}
 _ENVIRONMENT: Mapping[str, str] = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -32,7 +34,8 @@ class VLLMOptions:
 
     `lora_rank`: the largest rank of the adapters that it is to serve; None where whole models are pushed to it.
     `stop_token_ids`: what ends a completion besides what a request says. `max_loras`: adapters that a batch may hold. `beside`:
-    arguments of vLLM beside and before those that follow from the others.
+    arguments of vLLM beside and before those that follow from the others. `cards`: those that a server gets of the ones that are seen
+    here, as `CUDA_VISIBLE_DEVICES` names them; () leaves it all. `sleeps`: whether it lets go of its memory while it has nothing to do.
     """
 
     model: str
@@ -48,6 +51,8 @@ class VLLMOptions:
     enforce_eager: bool = False
     lora_rank: int | None = None
     max_loras: int = 1
+    cards: tuple[str, ...] = ()
+    sleeps: bool = False
     beside: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def engine_args(self) -> dict[str, Any]:
@@ -65,6 +70,11 @@ class VLLMOptions:
         if self.device == "cpu":
             # Seeded requests whose prompt is prefilled in parts fail there: a CPU's generator cannot be set back.
             args["enable_chunked_prefill"] = False
+        else:
+            # It would not start where others hold a part of the card. What it takes is what the cache's bytes say.
+            args["gpu_memory_utilization"] = _SHARE
+        if self.sleeps:
+            args["enable_sleep_mode"] = True
         if self.revision is not None:
             args["revision"] = args["tokenizer_revision"] = self.revision
         if self.lora_rank is not None:
@@ -109,6 +119,11 @@ def torchvision_misfit() -> str:
         f"torchvision {vision} does not fit torch {torch}, and nothing here needs it: "
         "pip uninstall torchvision torchaudio torchcodec"
     )
+
+
+def on_cards(cards: tuple[str, ...]) -> dict[str, str]:
+    """What shows these cards alone to a process; nothing where nobody chose."""
+    return {"CUDA_VISIBLE_DEVICES": ",".join(cards)} if cards else {}
 
 
 def environment() -> dict[str, str]:

@@ -19,7 +19,7 @@ from typing import Protocol
 from posttrain.distributed.launch import without_launch
 from posttrain.errors import EngineError, EngineGoneError
 from posttrain.rollout.http import Address, Client, RefusedError
-from posttrain.rollout.vllm.options import VLLMOptions, environment
+from posttrain.rollout.vllm.options import VLLMOptions, environment, on_cards
 from posttrain.supervised import SupervisedProcess
 
 BASE = "base"
@@ -90,7 +90,8 @@ class OwnServer:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log.open("a+b")
-        variables = without_launch(os.environ) | server_environment() | {"VLLM_API_KEY": token}
+        variables = without_launch(os.environ) | server_environment() | on_cards(options.cards)
+        variables |= {"VLLM_API_KEY": token}
         command = [sys.executable, *server_command(options, str(socket))]
         self._process = SupervisedProcess("posttrain.supervised:run_program", command, self._log, variables)
 

@@ -47,6 +47,7 @@ class Served:
     delta_anchor: int = 1
     pause: Pause = "wait"
     num_workers: int = 1
+    sleeps: bool = False
 
 
 class VLLMServerEngine:
@@ -68,7 +69,7 @@ class VLLMServerEngine:
         self._salt = f"{self._run}-0"
         self._adapter: tuple[str, int] | None = None
         self._under_way = Counter[str]()
-        self._cache_is_stale = False
+        self._cache_is_stale, self._is_asleep = False, False
         self._sender = TRANSFERS[served.transfer].sender(
             TransferOptions(
                 self._folder, served.dtype, served.delta_anchor, served.num_workers, server.client.timeout_s
@@ -85,7 +86,9 @@ class VLLMServerEngine:
 
     def describe(self) -> EngineInfo:
         dtype, version = self._served.dtype, self._served.version
-        return EngineInfo("vllm_server", version, dtype, "processed", asking.SEED_BITS, exact_resume=False)
+        return EngineInfo(
+            "vllm_server", version, dtype, "processed", asking.SEED_BITS, exact_resume=False, sleeps=self._served.sleeps
+        )
 
     # --- sampling --------------------------------------------------------------------------------------------------
 
@@ -142,6 +145,7 @@ class VLLMServerEngine:
         """The answers as they end. Who stops asking for more ends the others: the server is hung up on."""
         model = self._adapter[0] if self._adapter else ""
         with self._asking("generate"):
+            self._wake()
             self._settle()
         self._under_way[model] += len(bodies)
         return self._answers(bodies, at_once, model)
@@ -182,6 +186,7 @@ class VLLMServerEngine:
         """An adapter under a name of its own where the server can, else the whole model, an adapter merged into it."""
         label = f"{self._run}@{version}.{next(self._pushes)}"
         with self._lock, self._asking("take its weights"):
+            self._wake()
             self._server.synced(-1)
             by_name = weights.has_adapter and self._served.serves_adapters
             moved = self._take_adapter(weights, version, label) if by_name else self._take_all(weights, version)
@@ -242,6 +247,24 @@ class VLLMServerEngine:
 
     def _update(self, message: TransferMessage) -> None:
         self._post("/update_weights", {"update_info": {"message": message}})
+
+    # --- memory ----------------------------------------------------------------------------------------------------
+
+    def rest(self) -> None:
+        """Its weights go to the machine's memory, what is cached goes; the next call that needs them waits until they are back."""
+        if not self._served.sleeps:
+            return
+        with self._lock, self._asking("sleep"):
+            assert not self._under_way.total(), "somebody waits for completions"
+            if not self._is_asleep:
+                # What it was asked for and nobody takes any more may still be under way there.
+                list(self._calls("/sleep?level=1&mode=wait", [None], 1))
+                self._is_asleep = True
+
+    def _wake(self) -> None:
+        if self._is_asleep:
+            list(self._calls("/wake_up", [None], 1))
+            self._is_asleep = False
 
     # --- the server ------------------------------------------------------------------------------------------------
 
