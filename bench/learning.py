@@ -15,7 +15,7 @@ import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 SFT_SEED = 42
 """That of the pipeline as it is shipped."""
-CURVE_ITEMS, CURVE_EVERY = 300, 4
-"""Questions that are answered while a curve is made, and the steps between two times."""
-OF_TEACHER = 0.95
+CURVE_ITEMS = 300
+"""Questions that are answered while a curve is made."""
+OF_TEACHER = (0.85, 0.9, 0.95)
 ANSWERS_PER_STEP = 64
 """Of every stage here that samples."""
 
@@ -55,13 +55,21 @@ class Bench:
 
     def __init__(self, options: Options, steps: int) -> None:
         self.options, self.steps = options, steps
+        self._made: dict[tuple[str, int], Done] = {}
 
     def start(self, name: str = "sft") -> Done:
-        if name == "sft":
-            return run_stage(SFT_SEED, "ours", "sft", ("base", str(QUICKSTART / "base")), self.options)
-        return self._told_sft()
+        if (name, SFT_SEED) not in self._made:
+            base = ("base", str(QUICKSTART / "base"))
+            made = run_stage(SFT_SEED, "ours", "sft", base, self.options) if name == "sft" else self._told_sft()
+            self._made[name, SFT_SEED] = made
+        return self._made[name, SFT_SEED]
 
     def done(self, name: str, seed: int) -> Done:
+        if (name, seed) not in self._made:
+            self._made[name, seed] = self._run(name, seed)
+        return self._made[name, seed]
+
+    def _run(self, name: str, seed: int) -> Done:
         way = WAYS[name]
         before = self.start(way.start)
         job = {
@@ -116,24 +124,28 @@ def told(row: Mapping[str, list[dict[str, str]]]) -> dict[str, list[dict[str, st
     return {"messages": [question | {"content": f"{question['content']} ({value})"}, answer]}
 
 
-def _curve(bench: Bench) -> list[str]:
-    return [f"eval_suite={bench.curve_suite()}", f"eval_suite_limit={CURVE_ITEMS}", f"eval_steps={CURVE_EVERY}"]
+def _curve(bench: Bench, every: int) -> list[str]:
+    return [f"eval_suite={bench.curve_suite()}", f"eval_suite_limit={CURVE_ITEMS}", f"eval_steps={every}"]
 
 
-def _taught(bench: Bench, seed: int) -> list[str]:
-    return [f"teachers=[{{model: {bench.done('grpo', TEACHER_SEED).model}}}]", "max_steps=40", *_curve(bench)]
+def _taught(bench: Bench, seed: int, steps: int = 40, every: int = 4) -> list[str]:
+    return [
+        f"teachers=[{{model: {bench.done('grpo', TEACHER_SEED).model}}}]",
+        f"max_steps={steps}",
+        *_curve(bench, every),
+    ]
+
+
+def _taught_exactly(bench: Bench, seed: int) -> list[str]:
+    """The same divergence summed over the vocabulary: without the sampled token's noise it bears the rate of SFT."""
+    return [*_taught(bench, seed, 24, 2), "loss_type=reverse_kl", *_SFT_RATE]
 
 
 def _of_teacher(bench: Bench, seed: int) -> list[str]:
-    """One sample of the teacher for each prompt, right or wrong."""
+    """Two samples of the teacher for each prompt, right or wrong, without repeats."""
     teacher = bench.done("grpo", TEACHER_SEED).model
     rows = bench.rows("teacher-samples", seed, teacher, ["num_generations=2", "correct_from=-1"])
-    return [
-        f"datasets=[{{path: {rows}, type: chat}}]",
-        "learning_rate=3e-4",
-        "lr_scheduler_type=constant",
-        *_curve(bench),
-    ]
+    return [f"datasets=[{{path: {rows}, type: chat}}]", "max_steps=80", *_SFT_RATE, *_curve(bench, 4)]
 
 
 def _own(bench: Bench, seed: int) -> list[str]:
@@ -141,10 +153,12 @@ def _own(bench: Bench, seed: int) -> list[str]:
 
 
 TEACHER_SEED = 1
+_SFT_RATE = ("learning_rate=3e-4", "lr_scheduler_type=constant")
 WAYS = {
     "grpo": Way("GRPO", "grpo", None, lambda bench, seed: ["grpo.beta=0"]),
     "ppo": Way("PPO with a critic", "ppo", "ppo.yaml"),
-    "distill": Way("on-policy distillation from the GRPO row's model", "distill", "distill.yaml", _taught),
+    "opd": Way("OPD from the GRPO row's model", "distill", "distill.yaml", _taught),
+    "distill": Way("reverse KL to the GRPO row's model", "distill", "distill.yaml", _taught_exactly),
     "imitate": Way("SFT on that model's samples", "sft", "again.yaml", _of_teacher),
     "synth": Way("SFT on its own right answers", "sft", "again.yaml", _own),
     "rlsd": Way("RLSD, told the answer", "grpo", "rlsd.yaml", start="told"),
@@ -186,34 +200,32 @@ def answer_tokens(done: Done) -> list[float]:
     return [ANSWERS_PER_STEP * length for length in lengths] if lengths else logged(done, "loss_tokens")
 
 
-def until(done: Done, target: float) -> float | None:
-    """Trained tokens until the curve is at `target` for two measurements in a row, the first of them counted."""
+def curve_of(done: Done) -> list[tuple[float, float]]:
+    """Trained tokens so far and the share of the curve's questions that is right, at each measurement."""
     from posttrain.files import read_json_lines
 
     steps = [row for _, row in read_json_lines(done.model.parent / "metrics.jsonl")]
-    tokens, total = answer_tokens(done), 0.0
-    curve: list[tuple[float, float]] = []
-    for row, count in zip(steps, tokens, strict=True):
-        total += count
-        if "eval_score" in row:
-            curve.append((total, row["eval_score"]))
-    print("   curve", " ".join(f"{tokens:.0f}:{score:.3f}" for tokens, score in curve))
+    totals = accumulate(answer_tokens(done))
+    return [(total, row["eval_score"]) for row, total in zip(steps, totals, strict=True) if "eval_score" in row]
+
+
+def until(curve: Sequence[tuple[float, float]], target: float) -> float | None:
+    """Trained tokens until the curve is at `target` for two measurements in a row, the first of them counted."""
     return next((reached for (reached, one), (_, two) in pairwise(curve) if min(one, two) >= target), None)
 
 
-def tokens_to_teacher(bench: Bench, seeds: Sequence[int]) -> str:
-    """Trained tokens until 95 % of the teacher's accuracy on the curve's questions: distillation against SFT on its samples."""
-    teacher = [item.score for item in bench.done("grpo", TEACHER_SEED).reports["heldout"].items][:CURVE_ITEMS]
-    target = OF_TEACHER * statistics.mean(teacher)
+def tokens_to_teacher(bench: Bench, names: Sequence[str], seeds: Sequence[int]) -> str:
+    """Trained tokens until shares of the teacher's accuracy on the curve's questions."""
+    teacher = statistics.mean(item.score for item in bench.done("grpo", TEACHER_SEED).reports["heldout"].items[:CURVE_ITEMS])  # fmt: skip
     lines = [
-        f"95 % of the teacher's {100 * statistics.mean(teacher):.1f} % on {CURVE_ITEMS} questions: {100 * target:.1f} %",
-        "",
-    ]
-    lines += ["| seed | distillation, trained tokens | SFT on the teacher's samples | ratio |", "|---|---|---|---|"]
-    for seed in seeds:
-        ours, theirs = (until(bench.done(name, seed), target) for name in ("distill", "imitate"))
-        ratio = f"{ours / theirs:.2f}" if ours and theirs else "–"
-        lines.append(f"| {seed} | {_count(ours)} | {_count(theirs)} | {ratio} |")
+        f"Trained tokens until a share of the teacher's {100 * teacher:.1f} % on {CURVE_ITEMS} questions:", "",
+        "| after SFT | seed | " + " | ".join(f"{share:.0%}" for share in OF_TEACHER) + " |", "|---" * (2 + len(OF_TEACHER)) + "|",
+    ]  # fmt: skip
+    for name in names:
+        for seed in seeds:
+            curve = curve_of(bench.done(name, seed))
+            cells = [_count(until(curve, share * teacher)) for share in OF_TEACHER]
+            lines.append("| " + " | ".join([WAYS[name].title, str(seed), *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -236,8 +248,8 @@ def main() -> None:
         Options(tuple(seeds), asked.threads, 3 if asked.quick else 0, "dev" if asked.quick else "gate", folder), steps
     )
     print(render(bench, asked.ways, seeds))
-    if {"distill", "imitate"} <= set(asked.ways):
-        print("\n" + tokens_to_teacher(bench, seeds))
+    if taught := [name for name in asked.ways if name in ("opd", "distill", "imitate")]:
+        print("\n" + tokens_to_teacher(bench, taught, seeds))
 
 
 if __name__ == "__main__":

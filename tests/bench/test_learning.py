@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import learning
-from learning import WAYS, Bench, told, until
+from learning import WAYS, Bench, curve_of, told, until
 from posttrain.evidence import EvalReport, ItemRecord
 from stage_posttrain import QUICKSTART, keys_of
 from time_to_accuracy import Done, Options
@@ -54,9 +54,10 @@ def test_a_target_is_reached_where_two_measurements_in_a_row_are_there(tmp_path)
         {"step": step, "loss_tokens": 10} | ({"eval_score": scores[step]} if step in scores else {})
         for step in range(1, 11)
     ]
-    found = done(tmp_path, [], rows)
-    assert until(found, 0.8) == 80
-    assert until(found, 0.95) is None
+    curve = curve_of(done(tmp_path, [], rows))
+    assert curve == [(10 * step, score) for step, score in scores.items()]
+    assert until(curve, 0.8) == 80
+    assert until(curve, 0.95) is None
 
 
 def test_the_table_has_each_way_with_what_it_gained(tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def test_of_a_step_that_was_made_again_the_later_reward_counts_and_what_is_no_nu
 
 
 def test_recorded_curves_of_a_small_model_are_refused_rather_than_guessed():
-    """Seven runs of the quickstart's task, 64 answers a step: at half of the run one may be forecast, and that holds."""
+    """Runs of the examples, most with 64 answers a step: at half of the run one may be forecast, and that holds."""
     held = []
     for rewards in RECORDED.values():
         half, tail = len(rewards) // 2, np.array(rewards[-len(rewards) // 8 :])
@@ -86,5 +86,5 @@ def test_recorded_curves_of_a_small_model_are_refused_rather_than_guessed():
         if not made.refused:
             error = 1.645 * tail.std() / len(tail) ** 0.5
             held.append(made.end.low - error <= tail.mean() <= made.end.high + error)
-    assert len(RECORDED) == 7
+    assert len(RECORDED) == 19
     assert held == [True]
