@@ -2,7 +2,8 @@
 
     python bench/import_coverage.py FOLDER_OR_JSONL [--refused]
 
-FOLDER holds YAML files; a JSONL has a row {"tool": …, "config": …} per file. `plan` reads a tiny model's config.json of the family that
+FOLDER holds YAML files, and scripts of verl and OpenRLHF, whose data must be where they name it; a JSONL has a row {"tool": …, "config": …}
+per file. `plan` reads a tiny model's config.json of the family that
 `base_model` names, and LLaMA-Factory's names are looked up in a `dataset_info.json` with its demo data; both are made here.
 Prints per tool: accepted, refused, failed to plan, crashed; and the share accepted of those whose method posttrain has.
 """
@@ -41,6 +42,8 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "n
 
 DEMO = ("identity", "alpaca_en_demo", "alpaca_zh_demo", "glaive_toolcall_en_demo", "glaive_toolcall_zh_demo", "dpo_en_demo", "dpo_zh_demo", "kto_en_demo", "c4_demo", "wiki_demo", "mllm_demo", "mllm_video_demo", "mllm_audio_demo",
         "mllm_video_audio_demo", "med", "reason_tool_use_demo_50")  # fmt: skip
+SCRIPTS = {"verl.trainer.": "verl", "openrlhf.cli.": "openrlhf"}
+"""A word of a script → whose command it holds."""
 METHODS = frozenset({
     "processor_type", "reward_model", "process_reward_model", "num_labels", "rl", "stage", "finetuning_type", "diffusion", "ebft", "kd_trainer", "qat", "fp8", "pretraining_dataset", "relora", "relora_steps",
     "reinit_weights", "use_llama_pro", "mixture_of_depths", "use_asft_loss", "use_eaft_loss", "use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon", "streaming", "lisa_n_layers",
@@ -80,12 +83,15 @@ def main() -> None:
 def measure(source: Path, folder: Path) -> Iterator[Verdict]:
     make_demo_data(folder / "data")
     for number, (tool, name, config) in enumerate(configs(source)):
-        path = folder / f"{number}.yaml"
-        path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-        yield judge(path, tool, name, config, folder)
+        path = config if isinstance(config, Path) else folder / f"{number}.yaml"
+        if not isinstance(config, Path):
+            path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        out = folder / f"{number}.ours.yaml"
+        yield judge(path, out, tool, name, folder)
 
 
-def configs(source: Path) -> Iterator[tuple[str | None, str, dict[str, Any]]]:
+def configs(source: Path) -> Iterator[tuple[str | None, str, dict[str, Any] | Path]]:
+    """A tool, a name and a configuration: keys, or a script."""
     if source.is_file():
         for number, row in read_json_lines(source):
             yield row["tool"], f"row {number}", row["config"]
@@ -94,10 +100,13 @@ def configs(source: Path) -> Iterator[tuple[str | None, str, dict[str, Any]]]:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
         if isinstance(config, dict) and {"base_model", "model_name_or_path"} & set(config):
             yield None, str(path.relative_to(source)), config
+    for path in sorted(source.rglob("*.sh")):
+        text = path.read_text(encoding="utf-8")
+        if tool := next((tool for mark, tool in SCRIPTS.items() if mark in text), None):
+            yield tool, str(path.relative_to(source)), path
 
 
-def judge(path: Path, tool: str | None, name: str, config: dict[str, Any], folder: Path) -> Verdict:
-    out = path.with_suffix(".ours.yaml")
+def judge(path: Path, out: Path, tool: str | None, name: str, folder: Path) -> Verdict:
     named = tool or "unnamed"
     try:
         imported = import_file(path, out, tool)
@@ -105,7 +114,7 @@ def judge(path: Path, tool: str | None, name: str, config: dict[str, Any], folde
         return Verdict(named, name, "refused", tuple(str(error).splitlines()))
     except Exception:  # noqa: BLE001 - what is counted here
         return Verdict(named, name, "crashed", tuple(traceback.format_exc().splitlines()[-3:]))
-    model = tiny_model(str(config.get("base_model") or config.get("model_name_or_path")), folder)
+    model = tiny_model(str(imported.keys["base_model"]), folder)
     result = CliRunner().invoke(_plan(), [str(out), "--set", f"base_model={model}"])
     if isinstance(result.exception, PosttrainError):
         return Verdict(named, name, "plan failed", tuple(str(result.exception).splitlines()))

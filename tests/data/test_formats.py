@@ -49,6 +49,28 @@ def test_every_spelling_of_a_conversation_is_the_same(case):
     assert parse_one(detection.name, row).messages == (USER, ASSISTANT)
 
 
+def test_an_alpaca_row_with_two_answers_is_a_pair_of_its_conversation():
+    row = {
+        "instruction": "2+2?",
+        "input": "Now.",
+        "system": "Add.",
+        "history": [["1+1?", "2"]],
+        "chosen": "4",
+        "rejected": "5",
+    }
+    pair = parse_one("alpaca_preference", {**row, "margin": 2})
+    assert [(m["role"], m["content"]) for m in pair.prompt] == [
+        ("system", "Add."), ("user", "1+1?"), ("assistant", "2"), ("user", "2+2?\nNow."),
+    ]  # fmt: skip
+    assert (pair.chosen, pair.rejected, pair.margin) == ((ASSISTANT,), ({"role": "assistant", "content": "5"},), 2.0)
+    assert isinstance(parse_one("alpaca_preference", {**row, "rejected": "4"}), Skip)
+    for rows in ("pairs", "labels"):
+        assert detect_format(rows_of(row), rows, "alpaca_preference").name == "alpaca_preference"
+    assert detect_format(rows_of(row), "pairs").name == "preference", "it is taken by name alone"
+    with pytest.raises(DataError, match=r"`chosen` is list .*; expected text"):
+        parse_one("alpaca_preference", {**row, "chosen": [ASSISTANT]})
+
+
 def test_text_rows():
     example = parse_one("completion", {"prompt": "Q: 2+2? A:", "completion": " 4"})
     assert (example.prompt, example.completion, example.messages) == ("Q: 2+2? A:", " 4", ())

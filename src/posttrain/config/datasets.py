@@ -10,7 +10,9 @@ from pydantic import field_validator
 
 from posttrain.config.knob import Keys, knob
 
-DatasetType = Literal["auto", "chat", "sharegpt", "alpaca", "completion", "text", "preference", "kto", "prompt"]
+DatasetType = Literal[
+    "auto", "chat", "sharegpt", "alpaca", "completion", "text", "preference", "alpaca_preference", "kto", "prompt"
+]
 
 RowKind = Literal["examples", "pairs", "labels", "prompts"]
 """What a row of training data is: an answer to imitate, a better and a worse answer, an answer with a label, a prompt."""
@@ -22,6 +24,7 @@ ROWS_OF_TYPE: Mapping[str, tuple[RowKind, ...]] = {
     "completion": ("examples",),
     "text": ("examples",),
     "preference": ("pairs", "labels"),
+    "alpaca_preference": ("pairs", "labels"),
     "kto": ("labels",),
     "prompt": ("prompts",),
 }

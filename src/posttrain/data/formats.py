@@ -17,7 +17,9 @@ from posttrain.data.sources import SourceRow
 from posttrain.errors import DataError
 from posttrain.types import Example, LabelledCompletion, Origin, PreferencePair, Prompt
 
-FormatName = Literal["chat", "sharegpt", "alpaca", "completion", "text", "preference", "kto", "prompt"]
+FormatName = Literal[
+    "chat", "sharegpt", "alpaca", "completion", "text", "preference", "alpaca_preference", "kto", "prompt"
+]
 Noun = Example | PreferencePair | LabelledCompletion | Prompt
 
 
@@ -29,6 +31,8 @@ class Format:
     needs: tuple[tuple[str, ...], ...]
     parse: Callable[[Mapping[str, Any], Origin], Noun | parse.Skip]
     also: tuple[str, ...] = ()
+    by_name: bool = False
+    """Whether it is taken where `type` names it, and never found: its columns mean another thing elsewhere."""
 
     def score(self, columns: Iterable[str]) -> int:
         """How many of its columns are there; 0 unless one alternative is complete."""
@@ -60,6 +64,13 @@ FORMATS: dict[str, Format] = {
         (("chosen", "rejected"),),
         parse.parse_preference,
         ("prompt", "conversations", "tools"),
+    ),
+    "alpaca_preference": Format(
+        ROWS_OF_TYPE["alpaca_preference"],
+        (("instruction", "chosen", "rejected"),),
+        parse.parse_alpaca_preference,
+        ("input", "system", "history", "tools"),
+        by_name=True,
     ),
     "kto": Format(
         ROWS_OF_TYPE["kto"], (("prompt", "completion", "label"), ("messages", "label")), parse.parse_kto, ("tools",)
@@ -122,7 +133,7 @@ def detect_format(rows: Sequence[SourceRow], kind: RowKind, named: str = "auto")
 
 def rows_of(columns: Iterable[str]) -> RowKind:
     """What rows with these columns most likely are; examples where nothing is known of them."""
-    scores = {name: form.score(columns) for name, form in FORMATS.items()}
+    scores = {name: form.score(columns) for name, form in FORMATS.items() if not form.by_name}
     best = max(scores, key=lambda name: scores[name])
     return FORMATS[best].rows[0] if scores[best] else "examples"
 
@@ -142,7 +153,7 @@ def parse_rows(rows: Sequence[SourceRow], name: str) -> tuple[list[Noun], list[p
 
 
 def _best(columns: frozenset[str], kind: RowKind, origin: Origin) -> str:
-    scores = {name: fmt.score(columns) for name, fmt in FORMATS.items() if kind in fmt.rows}
+    scores = {name: fmt.score(columns) for name, fmt in FORMATS.items() if kind in fmt.rows and not fmt.by_name}
     name = max(scores, key=lambda candidate: scores[candidate])
     if scores[name]:
         return name
@@ -153,14 +164,14 @@ def _best(columns: frozenset[str], kind: RowKind, origin: Origin) -> str:
 
 def _hint(columns: frozenset[str], kind: RowKind) -> str:
     """What to write so that these columns are understood."""
-    scores = {name: fmt.score(columns) for name, fmt in FORMATS.items() if kind not in fmt.rows}
+    scores = {name: fmt.score(columns) for name, fmt in FORMATS.items() if kind not in fmt.rows and not fmt.by_name}
     other = max(scores, key=lambda candidate: scores[candidate])
     if scores[other]:
         if kind == "pairs" and other == "kto":
             return "This is the kto format: set `loss_type: kto`"
         return f"This is the {other} format, which is for {' and '.join(kinds_with(other))}"
     for name, fmt in FORMATS.items():
-        if kind not in fmt.rows:
+        if kind not in fmt.rows or fmt.by_name:
             continue
         for needed in fmt.needs:
             renames = {ours: _alias(ours, columns) for ours in needed if ours not in columns}

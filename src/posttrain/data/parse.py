@@ -43,6 +43,22 @@ def parse_sharegpt(row: Fields, origin: Origin) -> Example | Skip:
 
 def parse_alpaca(row: Fields, origin: Origin) -> Example | Skip:
     """`instruction` and `input` are joined by a newline; `history` is a list of [user, assistant] turns, not trained."""
+    answer: Message = {"role": "assistant", "content": _text(row, "output", origin)}
+    return _conversation((*_alpaca_turns(row, origin), answer), row, origin)
+
+
+def parse_alpaca_preference(row: Fields, origin: Origin) -> PreferencePair | Skip:
+    """The conversation of an alpaca row, with two answers as text."""
+    answers = {
+        name: ({"role": "assistant", "content": _text(row, name, origin)},) if row.get(name) is not None else None
+        for name in ("chosen", "rejected")
+    }
+    kept = {name: value for name, value in row.items() if name not in ("conversations", *answers)}
+    return parse_preference({**kept, "prompt": _alpaca_turns(row, origin), **answers}, origin)
+
+
+def _alpaca_turns(row: Fields, origin: Origin) -> tuple[Message, ...]:
+    """All before the answer."""
     question = "\n".join(
         part for part in (_text(row, "instruction", origin), _optional_text(row, "input", origin)) if part
     )
@@ -52,9 +68,7 @@ def parse_alpaca(row: Fields, origin: Origin) -> Example | Skip:
         if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(part, str) for part in turn):
             raise DataError(f"{origin}: `history` holds {describe_value(turn)}; expected [user text, assistant text]")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1], "weight": 0}]
-    messages.append({"role": "user", "content": question})
-    messages.append({"role": "assistant", "content": _text(row, "output", origin)})
-    return _conversation(tuple(messages), row, origin)
+    return (*messages, {"role": "user", "content": question})
 
 
 def parse_completion(row: Fields, origin: Origin) -> Example | Skip:

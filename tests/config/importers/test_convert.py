@@ -184,7 +184,7 @@ def test_the_stage_comes_from_the_keys(tmp_path, line, kind):
         ("reward_model: true\nrl: dpo", "rl: dpo beside reward_model: true are two stages; keep one of the two"),
         (
             "reward_model: true",
-            "datasets.1.type: alpaca: texts in system, input, chosen and rejected become conversations",
+            "datasets.1.type: alpaca: a prompt style that is not known here; known are bradley_terry.chat_template",
         ),
         ("rl: ppo", "rl: ppo: no such method here; set rl: dpo"),
         (

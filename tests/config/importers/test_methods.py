@@ -35,6 +35,11 @@ DATA = {
     "a.b": {"file_name": "ab.json", "formatting": "sharegpt"},
     "c": {"file_name": "c.json", "formatting": "sharegpt"},
     "pairs": {"file_name": "pairs.json", **PAIRS},
+    "texts": {
+        "file_name": "texts.json",
+        "ranking": True,
+        "columns": {"prompt": "instruction", "query": "input", "chosen": "good", "rejected": "bad"},
+    },
 }
 
 
@@ -292,3 +297,24 @@ def test_weights_that_are_stored_quantised_are_refused_by_name(refused, name):
         f"model_quantization_config: {name}: weights that are stored quantised are not unpacked here; name a base_model"
         in said
     )
+
+
+@pytest.mark.parametrize(("stage", "kind"), [("dpo", "dpo"), ("rm", "reward_model")])
+def test_llamafactorys_pairs_in_text_columns_become_conversations(loaded, stage, kind):
+    made, keys = loaded(f"{LLAMAFACTORY}stage: {stage}\ndataset: texts\n")
+    source = keys.datasets[0]
+    assert (made.kind, source.type, source.columns) == (
+        kind,
+        "alpaca_preference",
+        {"chosen": "good", "rejected": "bad"},
+    )
+
+
+def test_axolotls_scored_texts_become_conversations(loaded):
+    text = "base_model: a/b\nreward_model: true\nsequence_len: 64\ndatasets: [{path: c/d, type: bradley_terry.chat_template}]\n"
+    made, keys = loaded(
+        text
+        + "chat_template: tokenizer_default\nmicro_batch_size: 1\nnum_epochs: 1\nlearning_rate: 1e-4\noptimizer: adamw_torch\nlr_scheduler: cosine\n"
+    )
+    source = keys.datasets[0]
+    assert (made.kind, source.type, source.columns) == ("reward_model", "alpaca_preference", {"instruction": "input"})

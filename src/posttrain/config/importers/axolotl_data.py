@@ -153,13 +153,6 @@ def _rows(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str,
     if isinstance(kind, Mapping):
         return _own_prompt(draft, kind, where)
     reader = _READERS.get((draft.kind, str(kind)))
-    if draft.kind == "reward_model":
-        why = (
-            f"{kind}: texts in system, input, chosen and rejected become conversations there, and stay plain texts here"
-        )
-        todo = "write prompt, chosen and rejected as messages, and give a YAML with type: preference to posttrain reward_model"
-        draft.refuse(f"{where}.type", why, todo)
-        return {}
     if reader is None:
         known = ", ".join(name for stage, name in _READERS if stage == draft.kind)
         draft.refuse(
@@ -242,11 +235,16 @@ def _whole_pairs(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> di
     return {"type": "preference"}
 
 
+def _scored_texts(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    return {"type": "alpaca_preference", "columns": {"instruction": "input"}}
+
+
 _READERS: dict[tuple[str, str], Any] = {
     ("sft", "alpaca"): _alpaca,
     ("sft", "chat_template"): _chat,
     ("sft", "completion"): _text,
     ("dpo", "chat_template.default"): _pair,
+    ("reward_model", "bradley_terry.chat_template"): _scored_texts,
     ("dpo", "chat_template.argilla_chat"): _whole_pairs,
     ("dpo", "chat_template.argilla"): _whole_pairs,
 }

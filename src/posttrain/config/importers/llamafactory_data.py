@@ -163,12 +163,9 @@ def _running_text(draft: ImportDraft, where: str, formatting: str, columns: Mapp
 
 def _alpaca(draft: ImportDraft, where: str, ranking: bool, columns: Mapping[str, Any]) -> dict[str, Any] | None:
     if ranking:
-        draft.refuse(
-            where,
-            "preferences in alpaca columns would be rendered as plain text here",
-            "write prompt, chosen and rejected as messages",
-        )
-        return None
+        renamed = {"instruction": "prompt", "input": "query", "system": "system", "history": "history"}
+        renamed = _renames(columns, renamed | {"chosen": "chosen", "rejected": "rejected", "tools": "tools"})
+        return _with("alpaca_preference", {ours: theirs for ours, theirs in renamed.items() if ours != theirs})
     if columns.get("history"):
         draft.refuse(
             where,

@@ -122,7 +122,7 @@ def stage(source: Mapping[str, Any]) -> Kind | Refusal:
         return Refusal(
             script,
             "RL there reads a reward by a server, or a function in another signature than here",
-            "write a YAML for posttrain grpo, with the reward as fn(prompts, completions, **columns)",
+            "write a YAML for posttrain grpo or ppo (reward_funcs: [model:FOLDER] where there is a reward_pretrain), with a function as fn(prompts, completions, **columns)",
         )
     return Refusal(
         SCRIPT, f"{script or 'missing'}: no such method here", f"known are {', '.join(_KINDS)}; else {_OTHER}"
