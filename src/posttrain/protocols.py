@@ -137,14 +137,27 @@ class Ranks(Protocol):
 
 
 class Share(NamedTuple):
-    """Rows of a tensor that one rank holds, the number of the first, and the shape of the whole."""
+    """Rows of a tensor that one rank holds, the number of the first, and the shape of the whole; of some columns, from `column` on."""
 
     rows: Any
     start: int
     shape: tuple[int, ...]
+    column: int = 0
 
 
-class TokenSplit(Protocol):
+class RowSplit(Protocol):
+    """A micro-batch among the ranks that go through it together: each scores a part of its rows."""
+
+    def part(self, batch: Any) -> tuple[Any, Any]:
+        """What this rank runs of the batch, and the places of the scored tokens that it predicts."""
+        ...
+
+    def whole(self, part: Any, places: Any, length: int) -> Any:
+        """Rows that the ranks have at these places, of all ranks. Shape: [n, ...] → [length, ...]."""
+        ...
+
+
+class TokenSplit(RowSplit, Protocol):
     """A micro-batch's tokens dealt to ranks that hold a part each, and in attention a part of the heads."""
 
     @property
@@ -170,10 +183,6 @@ class TokenSplit(Protocol):
         """The way back. Shapes: [1, N, h, D] → [1, n, H, D]."""
         ...
 
-    def whole(self, part: Any, places: Any, length: int) -> Any:
-        """Rows that the ranks have at these places, of all ranks. Shape: [n, ...] → [length, ...]."""
-        ...
-
 
 class SequenceRanks(Protocol):
     """Ranks that go through the same micro-batches together."""
@@ -182,6 +191,15 @@ class SequenceRanks(Protocol):
     def size(self) -> int: ...
 
     def split(self, num_tokens: int) -> TokenSplit: ...
+
+
+class TensorRanks(Protocol):
+    """Ranks that go through the same tokens together, and hold each layer between them."""
+
+    @property
+    def size(self) -> int: ...
+
+    def split(self, num_scored: int) -> RowSplit: ...
 
 
 class Sharding(Protocol):
@@ -200,7 +218,20 @@ class Sharding(Protocol):
 
     @property
     def sequence(self) -> SequenceRanks | None:
-        """Those with whom this rank shares its micro-batches; None where it goes through them alone."""
+        """Those with whom this rank shares the tokens of its micro-batches; None where it has all of them."""
+        ...
+
+    @property
+    def tensor(self) -> TensorRanks | None:
+        """Those with whom this rank shares the matrices of its layers; None where it computes with whole ones."""
+        ...
+
+    def square_sum(self, tensor: Any) -> float:
+        """This rank's part of the sum of squares: over all ranks each element counts once."""
+        ...
+
+    def together(self, parameters: Sequence[Any]) -> list[list[Any]]:
+        """Parameters apart, where one kernel cannot update all of them."""
         ...
 
     def largest(self, number: int) -> int:

@@ -179,6 +179,16 @@ def test_a_shared_micro_batch_is_counted_with_and_what_cannot_share_is_refused(f
     assert "refused sharding.sp_size: 4 with 6 processes; set a number that divides them" in planned(4).output
 
 
+def test_layers_held_between_processes_are_counted_with_and_what_cannot_be_held_so_is_refused(folder):
+    def planned(size):
+        sets = ["--set", f"sharding={{tensor_parallel_size: {size}}}", "--set", "adapter=none"]
+        return _run(folder / "sft.yaml", "--gpus", "6xH100", *sets)
+
+    assert "layers are held by 2 processes between them: each computes 1/2 of their heads" in planned(2).output
+    assert "refused sharding.tensor_parallel_size: 3 with " in planned(3).output
+    assert "refused sharding.tensor_parallel_size: 4 with 6 processes; set a number that divides" in planned(4).output
+
+
 def test_vllm_inside_one_of_several_processes_is_said_to_be_refused(folder):
     (folder / "rl.yaml").write_text(RL.replace("vllm_server", "vllm"))
     says = "a run of 8 is refused; set rollout.engine: vllm_server"

@@ -1,20 +1,26 @@
-"""Runs for tests of sequence parallelism: scores and gradients of some batches, then stages, by the same ranks.
+"""Runs for tests of ranks that share a micro-batch: scores and gradients of some batches, then stages, by the same ranks.
 
-As a script it takes `{data, rows, jobs}` and writes to the file FOUND what was scored.
+As a script it takes `{spec, data, rows, jobs}` and maybe `exports`, and writes to the file FOUND what was scored.
 """
 
 import json
 import os
+import subprocess
 import sys
+import zlib
 from pathlib import Path
 
+import pytest
 import torch
 from tests import stage_runner
 
+from posttrain.config.stages import SFTKeys
 from posttrain.distributed.ranks import join_ranks
 from posttrain.distributed.sharding import ShardingSpec, sharding_over
 from posttrain.models.batch import pack
+from posttrain.models.export import save_policy
 from posttrain.models.load import load_policy
+from posttrain.models.proof import probe_logits
 from posttrain.types import TokenSeq
 
 
@@ -33,26 +39,29 @@ BATCHES = {
 }
 
 
-def scored(data, rows, ranks):
-    """Name and batch → loss, log-probs, gradients. All ranks share each batch."""
+def scored(data, rows, ranks, spec):
+    """Name and batch → loss, log-probs, gradients. All ranks share each batch, or those of the key in `spec`."""
     found = {}
     for name, (model, options) in rows.items():
         keys = stage_runner.keys_of("sft", Path(model), Path(data), **options)
-        policy = load_policy(keys, sharding=sharding_over(ranks, ShardingSpec(sp_size=ranks.world_size)))
+        policy = load_policy(keys, sharding=sharding_over(ranks, ShardingSpec(**spec)))
         held = []
+        copies = ranks.world_size // spec.get("tensor_parallel_size", ranks.world_size)
         layer = policy.base.get_decoder().layers[0]
         layer.register_forward_pre_hook(lambda module, given, held=held: held.append(given[0].shape[1]))
         for batch_name, families in BATCHES.items():
             held.clear()
             batch = pack(families)
-            found[f"{name}, {batch_name}"] = _of_batch(policy, batch)
-            tokens = max(len(batch.input_ids_N), ranks.world_size)
-            assert sum(ranks.gather(held[0])) == tokens
-            assert held[0] <= -(-tokens // ranks.world_size)
+            found[f"{name}, {batch_name}"] = _of_batch(policy, batch, copies)
+            if spec.get("sp_size"):
+                tokens = max(len(batch.input_ids_N), ranks.world_size)
+                assert sum(ranks.gather(held[0])) == tokens
+                assert held[0] <= -(-tokens // ranks.world_size)
     return found
 
 
-def _of_batch(policy, batch):
+def _of_batch(policy, batch, copies):
+    """`copies` groups of ranks run it each, and gradients add up."""
     policy.model.train()
     scores = policy.score(batch, entropy=True, top1=True)
     weights = torch.linspace(-1.0, 2.0, len(scores.logp_M))
@@ -60,7 +69,9 @@ def _of_batch(policy, batch):
     if scores.aux_loss is not None:
         loss = loss + scores.aux_loss
     loss.backward()
-    gradients = {n: policy.sharding.whole(p.grad).double() for n, p in policy.trainable() if p.grad is not None}
+    gradients = {
+        n: policy.sharding.whole(p.grad).double() / copies for n, p in policy.trainable() if p.grad is not None
+    }
     policy.model.zero_grad(set_to_none=True)
     return {
         "loss": float(loss.detach()),
@@ -73,10 +84,75 @@ def _of_batch(policy, batch):
     }
 
 
+def exported(exports, ranks, spec):
+    """Name → what each rank read of the file and held, in bytes; the folder holds the model, moved by a noise of its names."""
+    found = {}
+    for name, (model, folder) in exports.items():
+        keys = SFTKeys(base_model=model, datasets=[{"path": "x"}], device="cpu")
+        sharding, read = sharding_over(ranks, ShardingSpec(**spec)), []
+        cut = sharding.cut
+
+        def cut_and_seen(model, cut=cut, read=read, sharding=sharding):
+            model = cut(model)
+            read.append(sum(sharding.local(p).nbytes for p in model.parameters()))
+            return model
+
+        sharding.cut = cut_and_seen
+        policy = load_policy(keys, sharding=sharding)
+        for key, parameter in policy.trainable():
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(zlib.crc32(key.encode())))
+            sharding.fill(parameter, sharding.whole(parameter) + 0.02 * noise)
+        save_policy(policy, Path(folder), keys, ranks=ranks, trained=probe_logits(policy.model))
+        held = sum(sharding.local(p).nbytes for p in policy.model.parameters())
+        found[name] = ranks.gather([*read, held])
+    return found
+
+
+def same(found, one):
+    assert found.keys() == one.keys()
+    for name, expected in one.items():
+        assert found[name]["loss"] == pytest.approx(expected["loss"], rel=1e-6), name
+        assert found[name]["logp"] == pytest.approx(expected["logp"], rel=1e-6, abs=2e-6), name
+        assert found[name]["top1"] == expected["top1"], name
+        assert found[name]["gradients"].keys() == expected["gradients"].keys()
+        largest = max(norm for norm, _ in expected["gradients"].values())
+        for parameter, values in expected["gradients"].items():
+            assert found[name]["gradients"][parameter] == pytest.approx(values, rel=1e-5, abs=1e-6 * largest), (
+                name,
+                parameter,
+            )
+
+
+def started(ranks, job, model, folder, stages):
+    """What so many ranks found of a job, started once, and its stages with the folders that they wrote; the last one was stopped."""
+    common = {"model": model, "data": job["data"]}
+    jobs = [{**common, "kind": k, "folder": str(folder / k), "options": options} for k, options in stages.items()]
+    jobs.append({**jobs[0], "folder": str(folder / "stopped"), "stop_after": 1})
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    done = subprocess.run(
+        [*launcher, "-m", __name__, json.dumps({**job, "jobs": jobs})], check=False, capture_output=True, text=True,
+        timeout=400, cwd=Path(__file__).parents[2], env={**os.environ, "FOUND": str(folder / "found.json")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads((folder / "found.json").read_text()), jobs
+
+
+def learned_alike(runner, found, one):
+    assert [row.keys() for row in runner.rows(found)] == [row.keys() for row in runner.rows(one)]
+    for mine, expected in zip(runner.rows(found), runner.rows(one), strict=True):
+        for name, value in expected.items():
+            assert mine[name] == pytest.approx(value, rel=5e-6 if name == "loss" else 1e-4, abs=2e-6), name
+    assert runner.losses(found) == pytest.approx(runner.losses(one), rel=1e-6, abs=1e-6)
+    for name, tensor in runner.weights(one).items():
+        assert (runner.weights(found)[name] - tensor).abs().max() < 2e-5, name
+
+
 def main(job):
     torch.set_num_threads(1)
     with join_ranks() as ranks:
-        found = scored(job["data"], job["rows"], ranks)
+        found = scored(job["data"], job["rows"], ranks, job["spec"])
+        if "exports" in job:
+            found |= exported(job["exports"], ranks, job["spec"])
         for stage in job["jobs"]:
             keys = stage_runner.keys_of(stage["kind"], Path(stage["model"]), Path(stage["data"]), **stage["options"])
             stage_runner.run_stage(stage["kind"], Path(stage["folder"]), keys, stage.get("stop_after"), ranks)

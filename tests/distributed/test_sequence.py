@@ -1,9 +1,5 @@
 """Ranks that share a micro-batch, each a part of its tokens, learn what one process learns."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +12,6 @@ from posttrain.errors import ModelError
 from posttrain.models.load import load_config
 from posttrain.models.sequence import refuse_unless_split
 
-ROOT = Path(__file__).parents[2]
 ROWS = {
     "grouped heads": ("llama", {}),
     "a window": ("mistral", {}),
@@ -26,21 +21,6 @@ ROWS = {
 }
 
 
-def _same(found, one):
-    assert found.keys() == one.keys()
-    for name, expected in one.items():
-        assert found[name]["loss"] == pytest.approx(expected["loss"], rel=1e-6), name
-        assert found[name]["logp"] == pytest.approx(expected["logp"], rel=1e-6, abs=2e-6), name
-        assert found[name]["top1"] == expected["top1"], name
-        assert found[name]["gradients"].keys() == expected["gradients"].keys()
-        largest = max(norm for norm, _ in expected["gradients"].values())
-        for parameter, values in expected["gradients"].items():
-            assert found[name]["gradients"][parameter] == pytest.approx(values, rel=1e-5, abs=1e-6 * largest), (
-                name,
-                parameter,
-            )
-
-
 SHARED = {"sharding": {"sp_size": 2}, "learning_rate": 1e-4, "max_steps": 2}
 STAGES = {
     "sft": {"packing": True, "sequence_len": 64, "per_device_train_batch_size": 1, "num_processes": 2, "save_steps": 1},
@@ -48,6 +28,10 @@ STAGES = {
     "grpo": {"beta": 0.1, "num_iterations": 2, "max_steps": 3},
     "reward_model": {"num_processes": 2},
 }
+
+
+def _rows(names, model_dir):
+    return {name: (str(model_dir(ROWS[name][0])), ROWS[name][1]) for name in names}
 
 
 CASES = {
@@ -66,50 +50,24 @@ def shared(model_dir, data_dir, tmp_path_factory):
 
     def call(case):
         if case not in done:
-            done[case] = _started(case, model_dir, data_dir, tmp_path_factory.mktemp(case))
+            ranks, names, kinds = CASES[case]
+            stages = {kind: {**SHARED, **STAGES[kind]} for kind in kinds}
+            if ranks == 4:  # two pairs: the rows of two processes
+                stages = {k: o | ({"num_processes": 4} if "num_processes" in o else {}) for k, o in stages.items()}
+            job = {"spec": {"sp_size": ranks}, "data": str(data_dir), "rows": _rows(names, model_dir)}
+            folder = tmp_path_factory.mktemp(case)
+            done[case] = sequence_runner.started(ranks, job, str(model_dir("llama")), folder, stages)
         return done[case]
 
     return call
-
-
-def _started(case, model_dir, data_dir, folder):
-    ranks, names, kinds = CASES[case]
-    common = {"model": str(model_dir("llama")), "data": str(data_dir)}
-    jobs = [{**common, "kind": k, "folder": str(folder / k), "options": {**SHARED, **STAGES[k]}} for k in kinds]
-    if ranks == 4:  # two pairs: the rows of two processes
-        for job in jobs:
-            job["options"] |= {"num_processes": 4} if "num_processes" in job["options"] else {}
-    jobs.append({**jobs[0], "folder": str(folder / "stopped"), "stop_after": 1})
-    job = {"data": str(data_dir), "rows": _rows(names, model_dir), "jobs": jobs}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*launcher, "-m", sequence_runner.__name__, json.dumps(job)], check=False, capture_output=True, text=True,
-        timeout=400, cwd=ROOT, env={**os.environ, "FOUND": str(folder / "found.json")},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
-    return json.loads((folder / "found.json").read_text()), jobs
-
-
-def _rows(names, model_dir):
-    return {name: (str(model_dir(ROWS[name][0])), ROWS[name][1]) for name in names}
 
 
 @pytest.mark.xdist_group("sequence")
 @pytest.mark.parametrize("case", ALL_CASES)
 def test_scores_and_gradients_are_those_of_one_process(case, shared, model_dir, data_dir):
     with join_ranks() as alone:
-        one = sequence_runner.scored(data_dir, _rows(CASES[case][1], model_dir), alone)
-    _same(shared(case)[0], one)
-
-
-def _learned_alike(runner, found, one):
-    assert [row.keys() for row in runner.rows(found)] == [row.keys() for row in runner.rows(one)]
-    for mine, expected in zip(runner.rows(found), runner.rows(one), strict=True):
-        for name, value in expected.items():
-            assert mine[name] == pytest.approx(value, rel=5e-6 if name == "loss" else 1e-4, abs=2e-6), name
-    assert runner.losses(found) == pytest.approx(runner.losses(one), rel=1e-6, abs=1e-6)
-    for name, tensor in runner.weights(one).items():
-        assert (runner.weights(found)[name] - tensor).abs().max() < 2e-5, name
+        one = sequence_runner.scored(data_dir, _rows(CASES[case][1], model_dir), alone, {})
+    sequence_runner.same(shared(case)[0], one)
 
 
 @pytest.mark.xdist_group("sequence")
@@ -124,9 +82,9 @@ def test_stages_take_the_steps_of_one_process_which_goes_on_from_them(case, shar
         return folder
 
     for job in jobs:
-        _learned_alike(runner, Path(job["folder"]), alone(job, tmp_path / job["kind"]))
+        sequence_runner.learned_alike(runner, Path(job["folder"]), alone(job, tmp_path / job["kind"]))
     assert not (Path(stopped["folder"]) / "result.json").exists()
-    _learned_alike(runner, alone(stopped, Path(stopped["folder"])), Path(jobs[0]["folder"]))
+    sequence_runner.learned_alike(runner, alone(stopped, Path(stopped["folder"])), Path(jobs[0]["folder"]))
 
 
 @pytest.mark.parametrize(

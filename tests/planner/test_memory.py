@@ -390,6 +390,10 @@ def test_keys_of_sharding_move_what_a_process_holds():
     shared = plan(sp_size=4)
     assert shared.part("activations") == pytest.approx(usual.part("activations") / 4, rel=1e-6)
     assert shared.part("weights") == usual.part("weights")
+    parallel = plan(tensor_parallel_size=4)
+    assert parallel.part("weights") == usual.part("weights")
+    assert usual.part("activations") / 4 < parallel.part("activations") < usual.part("activations")
+    assert parallel.part("gathered") < usual.part("gathered")
     kept, once, half = plan(reshard_after_forward=False), plan(sync_each_batch=False), plan(param_dtype="bfloat16")
     assert kept.part("gathered") > QWEN3_8B.num_params * 4 > usual.part("gathered") > half.part("gathered")
     assert once.part("gradients") - usual.part("gradients") == QWEN3_8B.num_params * 4

@@ -183,6 +183,8 @@ def test_keys_of_sharding_move_what_is_sent():
     assert sent(reshard_after_forward=False) == pytest.approx(sent() * 2 / 3)
     assert sent(sync_each_batch=False) == pytest.approx(sent() * 9 / 12)
     assert sent(param_dtype="bfloat16", reduce_dtype="bfloat16") == pytest.approx(sent() / 2)
+    # Of a layer that four hold between them a quarter is gathered, over the four groups.
+    assert sent(tensor_parallel_size=4) == pytest.approx(4 * 3 * 1e9 * 3 / 4 / 10e9)
     # In copies the gathers stay in a machine, and an eighth of the gradients goes between the two.
     inside = 4 * 3 * 4e9 * 7 / 8 / 100e9
     assert sent(dp_shard_size="node") == pytest.approx(inside + 4 * 4e9 / 8 * 2 / 2 / 10e9)

@@ -283,11 +283,11 @@ def _refused(keys: Any, workload: Any, target: Target, shape: Any, processes: in
     if keys.of_one_process is not None:
         said, instead = keys.of_one_process
         return f"{said} is for one training process: a run of {processes} is refused; set {instead}"
-    for name in ("dp_shard_size", "sp_size"):
+    for name in ("dp_shard_size", "sp_size", "tensor_parallel_size"):
         size = getattr(keys.sharding, name)
         if isinstance(size, int) and processes % size:
             return f"sharding.{name}: {size} with {processes} processes; set a number that divides them"
-    return _not_split(keys) if keys.sharding.sp_size > 1 else ""
+    return _not_shared(keys) if keys.sharding.group_size > 1 else ""
 
 
 def _no_place(workload: Any, target: Target, shape: Any) -> str:
@@ -313,13 +313,13 @@ def _no_place(workload: Any, target: Target, shape: Any) -> str:
     return f"a server of vLLM needs {size_text(needs)} on each of its cards, which have {size_text(target.free_bytes)}; raise rollout.tensor_parallel_size or lower memory_gib"
 
 
-def _not_split(keys: Any) -> str:
-    """Why a micro-batch's tokens are not dealt over processes; the model is asked, which takes seconds."""
+def _not_shared(keys: Any) -> str:
+    """Why processes do not share a micro-batch; the model is asked, which takes seconds."""
     from posttrain.models.load import load_config
-    from posttrain.models.sequence import refuse_unless_split
+    from posttrain.models.tensor_parallel import refuse_unless_shared
 
     try:
-        refuse_unless_split(keys.base_model, load_config(keys), keys.sharding.sp_size)
+        refuse_unless_shared(keys.base_model, load_config(keys), keys.sharding)
     except ModelError as error:
         return str(error)
     return ""

@@ -61,8 +61,8 @@ class DPOKeys(TrainKeys):
 
     @model_validator(mode="after")
     def _whole_rows_are_weighed(self) -> DPOKeys:
-        if self.use_weighting and self.sharding.sp_size > 1:
-            raise ValueError(f"use_weighting: true with sharding.sp_size: {self.sharding.sp_size}, where no process has whole distributions; set one of them back")
+        if self.use_weighting and self.sharding.group_size > 1:
+            raise ValueError(f"use_weighting: true with {self.sharding.group_text}, where no process has whole distributions; set one of them back")
         return self
 
     @model_validator(mode="after")

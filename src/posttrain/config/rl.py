@@ -62,8 +62,8 @@ class SamplingKeys(TrainKeys):
 
     @model_validator(mode="after")
     def _teachers_see_whole_sequences(self) -> SamplingKeys:
-        if self.sharding.sp_size > 1 and self.teachers:
-            raise ValueError(f"sharding.sp_size: {self.sharding.sp_size} with teachers, which score whole sequences; set it to 1")
+        if self.sharding.group_size > 1 and self.teachers:
+            raise ValueError(f"{self.sharding.group_text} with teachers, which score whole sequences; set it to 1")
         return self
 
     @model_validator(mode="after")
@@ -178,7 +178,7 @@ class PolicyGradientKeys(RLKeys, EpisodeKeys):
             f"rollout.max_staleness: {rollout.max_staleness}": ("rollout.max_staleness: 0", rollout.max_staleness > 0),
             f"rollout.engine: {rollout.engine}": ("embedded or vllm", rollout.engine not in ("embedded", "vllm")),
             "teachers": ("a stage without teachers", bool(self.teachers)),
-            f"sharding.sp_size: {self.sharding.sp_size}": ("sharding.sp_size: 1", self.sharding.sp_size > 1),
+            self.sharding.group_text: (f"{self.sharding.group_key}: 1", self.sharding.group_size > 1),
         }
         for beside, (instead, found) in refused.items():
             if found and self.plays:

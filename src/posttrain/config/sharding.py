@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from posttrain.config.knob import Keys, knob
 
@@ -17,10 +17,33 @@ class ShardingKeys(Keys):
 
     dp_shard_size: int | Literal["node"] | None = knob(None, "Processes that the model is cut over; each further group of so many holds a copy, and gradients are added up over the copies (HSDP). `node` takes the processes of one machine, null all, 1 cuts nothing.", also="dp_shard_size (Axolotl)", example="node")
     sp_size: int = knob(1, "Neighbouring processes that go through the same micro-batch together (sequence parallelism, Ulysses): each holds a part of its tokens, and in attention all tokens of a part of the heads. They count as one process where rows are dealt.", ge=1, also="sp_size (accelerate)", example=4)
+    tensor_parallel_size: int = knob(1, "Neighbouring processes that hold each layer between them (tensor parallelism, by the model's own plan): each computes a part of its heads and of its MLP, or some of its experts, for all tokens of a micro-batch. They count as one process where rows are dealt.", ge=1, also="tensor_parallel_size (Axolotl), parallelism_config_tp_size (accelerate)", example=2)
     reshard_after_forward: bool = knob(True, "Give a layer's gathered weights back after its forward, and gather them again for its backward; false keeps them: less communication, the memory of the whole model.")
     sync_each_batch: bool = knob(True, "Add gradients up over the processes after every micro-batch; false does it once a step: less communication, and each process keeps whole gradients until then.")
     param_dtype: Literal["float32", "bfloat16"] = knob("float32", "Dtype that layers are gathered and run in; with bfloat16 half is sent, and activations between layers are rounded to it. What is trained is held in float32 all the same.")
     reduce_dtype: Literal["float32", "bfloat16"] = knob("float32", "Dtype that gradients are added up over the processes in.")
+
+    @property
+    def group_size(self) -> int:
+        """Neighbouring processes that go through the same micro-batch, and count as one where rows are dealt."""
+        return max(self.sp_size, self.tensor_parallel_size)
+
+    @property
+    def group_key(self) -> str:
+        """The key that says how many those are."""
+        return f"sharding.{'tensor_parallel_size' if self.tensor_parallel_size > 1 else 'sp_size'}"
+
+    @property
+    def group_text(self) -> str:
+        return f"{self.group_key}: {self.group_size}"
+
+    @model_validator(mode="after")
+    def _neighbours_share_one_thing(self) -> ShardingKeys:
+        beside = {f"sp_size: {self.sp_size}": self.sp_size > 1, f"dp_shard_size: {self.dp_shard_size}": self.dp_shard_size is not None}
+        for name, found in beside.items():
+            if found and self.tensor_parallel_size > 1:
+                raise ValueError(f"tensor_parallel_size: {self.tensor_parallel_size} with {name}: not proven together; set one of them back")
+        return self
 
     @field_validator("dp_shard_size")
     @classmethod

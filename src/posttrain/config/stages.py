@@ -179,10 +179,23 @@ class TrainKeys(ModelKeys):
 
     @model_validator(mode="after")
     def _sequences_are_shared_by_whole_groups(self) -> TrainKeys:
-        if (number := self.num_processes or 1) > 1 and number % self.sharding.sp_size:  # one shares nothing
+        if (number := self.num_processes or 1) > 1 and number % self.sharding.group_size:  # one shares nothing
             raise ValueError(
-                f"num_processes: {self.num_processes} with sharding.sp_size: {self.sharding.sp_size}; expected a multiple of it"
+                f"num_processes: {self.num_processes} with {self.sharding.group_text}; expected a multiple of it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _layers_are_held_between_processes(self) -> TrainKeys:
+        refused = {
+            f"adapter: {self.adapter}": ("an adapter's matrices are in no model's plan: set adapter: none", self.adapter != "none"),
+            "a reward model": ("its head scores whole sequences: set it to 1", self.is_reward_model),
+            "param_dtype: bfloat16": ("not proven together: set it to float32, and bf16: true", self.sharding.param_dtype != "float32"),
+            f"optim: {self.optim}": ("set adamw", self.optim != "adamw"),
+        }
+        for beside, (why, found) in refused.items():
+            if found and self.sharding.tensor_parallel_size > 1:
+                raise ValueError(f"{self.sharding.group_text} with {beside}: {why}")
         return self
 
     @model_validator(mode="after")
@@ -232,7 +245,7 @@ class TrainKeys(ModelKeys):
 
     def shares_of_step(self, world_size: int) -> int:
         """Processes that have rows of their own; of `world_size` of them where no number is set."""
-        return max(1, (self.num_processes or world_size) // self.sharding.sp_size)
+        return max(1, (self.num_processes or world_size) // self.sharding.group_size)
 
     def micro_batches_per_step(self, world_size: int) -> int:
         """Of all processes; of `world_size` of them where no number is set."""
@@ -385,8 +398,8 @@ class SFTKeys(ExampleKeys):
     @model_validator(mode="after")
     def _whole_rows_are_softened(self) -> SFTKeys:
         for name in ("label_smoothing_factor", "neftune_noise_alpha"):
-            if (value := getattr(self, name)) and self.sharding.sp_size > 1:
-                raise ValueError(f"{name}: {value:g} with sharding.sp_size: {self.sharding.sp_size}, where no process has a whole row; set one of them back")
+            if (value := getattr(self, name)) and self.sharding.group_size > 1:
+                raise ValueError(f"{name}: {value:g} with {self.sharding.group_text}, where no process has a whole row; set one of them back")
         return self
 
     @model_validator(mode="after")

@@ -42,6 +42,10 @@ class UlyssesSplit:
     lengths: tuple[int, ...]
     num_tokens: int
 
+    def part(self, batch: Any) -> tuple[Any, Tensor]:
+        """What a rank runs of the batch, and the places of the scored tokens that it predicts."""
+        return batch.held(self)
+
     @property
     def span(self) -> tuple[int, int]:
         """The packed positions that this rank holds."""
@@ -77,8 +81,13 @@ class UlyssesSplit:
 
         Each rank computes the same loss of the whole, so a rank's gradient is that of its own rows.
         """
-        found: Any = _GatherRows.apply(part, places, length, self.ranks.group)
-        return found
+        return gathered_rows(part, places, length, self.ranks.group)
+
+
+def gathered_rows(part: Tensor, places: Tensor, length: int, group: Any) -> Tensor:
+    """See `UlyssesSplit.whole`."""
+    found: Any = _GatherRows.apply(part, places, length, group)
+    return found
 
 
 def _by_rank(heads: Tensor, size: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from posttrain.distributed.precision import precision
 from posttrain.distributed.sequence import SequenceGroup
+from posttrain.distributed.tensor_parallel import TensorGroup
 from posttrain.errors import ConfigError, ModelError
 from posttrain.protocols import Ranks, Sharding, Share
 
@@ -29,6 +30,7 @@ class ShardingSpec:
 
     dp_shard_size: int | Literal["node"] | None = None
     sp_size: int = 1
+    tensor_parallel_size: int = 1
     reshard_after_forward: bool = True
     sync_each_batch: bool = True
     param_dtype: str = "float32"
@@ -42,6 +44,13 @@ class Whole:
     is_sharded = False
     has_first_copy = True
     sequence = None
+    tensor = None
+
+    def square_sum(self, tensor: torch.Tensor) -> float:
+        return float(tensor.square().sum())
+
+    def together(self, parameters: Sequence[Any]) -> list[list[Any]]:
+        return [list(parameters)]
 
     def largest(self, number: int) -> int:
         return number
@@ -98,7 +107,8 @@ class Whole:
 class FullyShard:
     """Every parameter is cut along its first dimension, one share a rank; a layer is gathered while it runs.
 
-    Over `num_shards` neighbours at a time; where there are more ranks, each further group of so many holds a copy (HSDP).
+    Over `num_shards` neighbours at a time; where there are more ranks, each further group of so many holds a copy (HSDP). Where
+    neighbours hold a layer between them, the part that each computes with is cut over the ranks at its place in the other groups.
     """
 
     is_sharded = True
@@ -111,6 +121,11 @@ class FullyShard:
             self._mesh = init_device_mesh(device, (num_shards,))
         else:
             self._mesh = init_device_mesh(device, (copies, num_shards), mesh_dim_names=("dp_replicate", "dp_shard"))
+        self.tensor, self._layer_mesh = None, self._mesh
+        if (size := spec.tensor_parallel_size) > 1:
+            grid = init_device_mesh(device, (num_shards // size, size), mesh_dim_names=("dp_shard", "tp"))
+            self.tensor = TensorGroup(grid["tp"], grid.get_group("tp"), size, grid.get_local_rank("tp"))
+            self._layer_mesh = grid["dp_shard"]
         self.sequence = _sequence_group(device, spec.sp_size) if spec.sp_size > 1 else None
 
     @property
@@ -118,20 +133,36 @@ class FullyShard:
         return dist.get_rank() < self.num_shards
 
     def cut(self, model: Any) -> Any:
-        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+        from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
         places = [Shard(0)] if self._mesh.ndim == 1 else [Replicate(), Shard(0)]
+        if self.tensor is not None:
+            self.tensor.cut(model, decoder_layers(model))
+        inside = self._in_layers(model)
 
         def share(parameter: nn.Parameter) -> nn.Parameter:
-            local = distribute_tensor(parameter.detach(), self._mesh, places, src_data_rank=None)
+            mesh = self._layer_mesh if id(parameter) in inside else self._mesh
+            if isinstance(parameter, DTensor):
+                return nn.Parameter(_cut_again(parameter.detach(), mesh), parameter.requires_grad)
+            local = distribute_tensor(parameter.detach(), mesh, places, src_data_rank=None)
             return nn.Parameter(local, parameter.requires_grad)
 
+        def rows(parameter: nn.Parameter) -> int:
+            return self.local(parameter).shape[0]
+
+        def shards(parameter: nn.Parameter) -> int:
+            return self._layer_mesh.size() if id(parameter) in inside else self.num_shards
+
         # Who reads experts one by one wants some for every rank.
-        whole = [
-            p for p in model.parameters() if -(-p.shape[0] // self.num_shards) * (self.num_shards - 1) < p.shape[0]
-        ]
+        whole = [p for p in model.parameters() if -(-rows(p) // shards(p)) * (shards(p) - 1) < rows(p)]
         _replace(model, {id(parameter): share(parameter) for parameter in whole})
         return model
+
+    def _in_layers(self, model: Any) -> set[int]:
+        """The parameters that are cut over `_layer_mesh`: none where that is the whole one."""
+        if self.tensor is None:
+            return set()
+        return {id(parameter) for layer in decoder_layers(model) for parameter in layer.parameters()}
 
     def largest(self, number: int) -> int:
         found = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -144,20 +175,22 @@ class FullyShard:
 
         # Packed 4-bit weights are no tensors that can be cut: with their scales beside them, each rank holds all of them.
         packed = {p for p in model.parameters() if not p.is_floating_point()}
+        if self.tensor is not None and not any(isinstance(p, DTensor) for p in model.parameters()):
+            self.tensor.cut(model, decoder_layers(model))
         # FSDP shards whole parameters. In the place of those that were read as shares it gets empty ones.
-        shares = {id(p): p for p in model.parameters() if isinstance(p, DTensor)}
-        places = _replace(model, {key: _empty(parameter) for key, parameter in shares.items()})
-        how = {
-            "mesh": self._mesh,
+        shares = {id(p): p for p in model.parameters() if isinstance(p, DTensor) and not self._is_part(p)}
+        places = _replace(model, {key: self._empty(parameter) for key, parameter in shares.items()})
+        how: dict[str, Any] = {
             "mp_policy": precision(self._spec.param_dtype, self._spec.reduce_dtype),
             "ignored_params": packed,
         }
+        inner = {"mesh": self._layer_mesh, "reshard_after_forward": self._spec.reshard_after_forward, **how}
         for layer in decoder_layers(model):
             for experts in stacked_experts(layer):
-                fully_shard(experts, reshard_after_forward=self._spec.reshard_after_forward, **how)
-            fully_shard(layer, reshard_after_forward=self._spec.reshard_after_forward, **how)
+                fully_shard(experts, **inner)
+            fully_shard(layer, **inner)
         # What the root has is wanted again as soon as the backward begins.
-        fully_shard(model, reshard_after_forward=False, **how)
+        fully_shard(model, mesh=self._mesh, reshard_after_forward=False, **how)
         for module, name, key in places:
             setattr(module, name, shares[key])
         for module in model.modules():
@@ -166,6 +199,18 @@ class FullyShard:
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         return model
+
+    def _is_part(self, parameter: torch.Tensor) -> bool:
+        """Whether it is what a rank computes with, not yet cut over the ranks at its place."""
+        return self.tensor is not None and parameter.device_mesh == self.tensor.mesh  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _empty(self, share: Any) -> nn.Parameter:
+        from torch.distributed.tensor import distribute_tensor
+
+        empty = torch.empty(share.shape, dtype=share.dtype, device="meta")
+        if self.tensor is not None and share.device_mesh.ndim == 2:
+            empty = distribute_tensor(empty, self.tensor.mesh, [share.placements[-1]], src_data_rank=None)
+        return nn.Parameter(empty, share.requires_grad)
 
     def accumulate(self, model: Any, *, is_last: bool) -> None:
         if not self._spec.sync_each_batch:
@@ -176,8 +221,36 @@ class FullyShard:
             model.reset_iter_state()
 
     def clip_grad_norm(self, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
-        return float(_full(norm))
+        limit = max_norm if max_norm > 0 else float("inf")
+        if self.tensor is None:
+            return float(_full(torch.nn.utils.clip_grad_norm_(parameters, limit)))
+        # torch has no norm over several meshes.
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        device = self.local(gradients[0]).device
+        total = torch.tensor(sum(map(self.square_sum, gradients)), dtype=torch.float32, device=device)
+        dist.all_reduce(total)
+        norm = float(total.sqrt())
+        if (scale := limit / (norm + 1e-6)) < 1.0:
+            for gradient in gradients:
+                self.local(gradient).mul_(scale)
+        return norm
+
+    def square_sum(self, tensor: torch.Tensor) -> float:
+        from torch.distributed.tensor import DTensor
+
+        tensor_ranks, counted = self.tensor, self.has_first_copy
+        if counted and tensor_ranks is not None and tensor_ranks.place and isinstance(tensor, DTensor):
+            is_part, is_of_layer = tensor.device_mesh.ndim == 2, tensor.device_mesh == self._layer_mesh
+            counted = not (tensor.placements[-1].is_replicate() if is_part else is_of_layer)
+        return float(self.local(tensor).square().sum()) if counted else 0.0
+
+    def together(self, parameters: Sequence[Any]) -> list[list[Any]]:
+        if self.tensor is None:
+            return [list(parameters)]
+        by_mesh: dict[Any, list[Any]] = {}
+        for parameter in parameters:
+            by_mesh.setdefault(parameter.device_mesh, []).append(parameter)
+        return list(by_mesh.values())
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
@@ -200,8 +273,9 @@ class FullyShard:
                 place._parameters[name] = shares[key]
 
     def fill(self, parameter: torch.Tensor, whole: torch.Tensor) -> None:
-        rows, start, shape = self.share_of(parameter)
-        rows.copy_(whole[start : start + len(rows)] if shape else whole)
+        rows, start, shape, column = self.share_of(parameter)
+        own = whole[start : start + len(rows)] if shape else whole
+        rows.copy_(own if len(shape) < 2 else own[:, column : column + rows.shape[1]])
 
     def share_of(self, tensor: torch.Tensor) -> Share:
         from torch.distributed.tensor import DTensor
@@ -210,7 +284,7 @@ class FullyShard:
         if not isinstance(tensor, DTensor):
             return Share(tensor.detach(), 0, tuple(tensor.shape))
         _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        return Share(self.local(tensor.detach()), offset[0], tuple(tensor.shape))
+        return Share(self.local(tensor.detach()), offset[0], tuple(tensor.shape), offset[1] if tensor.ndim > 1 else 0)
 
     @torch.no_grad()
     def load_state(self, model: nn.Module, state: dict[str, torch.Tensor], optional: Collection[str] = ()) -> None:
@@ -237,10 +311,11 @@ def sharding_over(ranks: Ranks, spec: ShardingSpec = ShardingSpec()) -> Sharding
         if spec != ShardingSpec():
             log.warning("sharding: no effect, because there is one process, which holds all of the model")
         return Whole()
-    if ranks.world_size % spec.sp_size:
-        raise ConfigError(
-            f"sharding.sp_size: {spec.sp_size} with {ranks.world_size} processes; expected a number that divides them"
-        )
+    for name, size in (("sp_size", spec.sp_size), ("tensor_parallel_size", spec.tensor_parallel_size)):
+        if ranks.world_size % size:
+            raise ConfigError(
+                f"sharding.{name}: {size} with {ranks.world_size} processes; expected a number that divides them"
+            )
     return FullyShard(spec, _num_shards(spec.dp_shard_size, ranks))
 
 
@@ -281,8 +356,19 @@ def _like(parameter: torch.Tensor, value: Any) -> Any:
     )  # fmt: skip
 
 
-def _empty(parameter: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), parameter.requires_grad)
+def _cut_again(part: Any, mesh: Any) -> Any:
+    """A rank's part of a matrix, cut over the ranks at its place as FSDP2 does it."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    number = part._spec.num_shards_map[0]
+    place = _StridedShard(0, split_factor=number) if number > 1 else Shard(0)
+    rows = part.to_local().chunk(mesh.size(), 0)[mesh.get_local_rank()]
+    return DTensor.from_local(
+        rows, DeviceMesh._concatenate([mesh, part.device_mesh]), (place, *part.placements), run_check=False,
+        shape=part.shape, stride=part.stride(),
+    )  # fmt: skip
 
 
 def _replace(model: nn.Module, by_id: Mapping[int, nn.Parameter]) -> list[tuple[nn.Module, str, int]]:

@@ -33,6 +33,7 @@ from posttrain.models.read import may_read_shares, read_model
 from posttrain.models.routing import router_loads
 from posttrain.models.selfcheck import ragged_is_exact
 from posttrain.models.sequence import refuse_unless_split
+from posttrain.models.tensor_parallel import refuse_unless_parallel
 from posttrain.models.vocabulary import add_tokens, grow, name_tokens
 from posttrain.protocols import Sharding
 
@@ -136,6 +137,8 @@ def load_policy(
         )
     if exact and shards.is_sharded:
         raise ModelError(f"rollout.exact: true with {shards.num_shards} processes; expected one: set it to false")
+    if shards.tensor is not None:
+        refuse_unless_parallel(keys.base_model, load_config(keys), shards.tensor.size)
     tokenizer = tokenizer or load_tokenizer(keys)
     attention.register()
     with_adapter = trainable and keys.adapter != "none"

@@ -24,7 +24,7 @@ from posttrain.models.weights import NamedTensors, Only, named_weights
 from posttrain.objectives.distill import Head
 from posttrain.objectives.logprobs import chunked_logprobs, token_entropy, token_logprobs
 from posttrain.objectives.terms import LossTerms
-from posttrain.protocols import Sharding, TokenSplit
+from posttrain.protocols import RowSplit, Sharding, TokenSplit
 from posttrain.types import Ratio, TokenSeq
 
 if TYPE_CHECKING:
@@ -149,12 +149,14 @@ class Policy:
         split = self._split(batch)
         if split is None:
             return self._logits(batch, {})[0][:, 0].float()
-        part, places = batch.to(self.placement.device).held(split)
+        part, places = split.part(batch.to(self.placement.device))
         return split.whole(self._logits(part, {})[0][:, 0].float(), places, len(batch.source_M))
 
     def head(self, batch: Batch) -> tuple[Head, torch.Tensor | None]:
         """What makes the logits at the batch's scored positions; the router's balancing loss of a mixture of experts."""
-        assert self.sharding.sequence is None, "a loss of whole distributions is not split over tokens"
+        assert self.sharding.sequence is None and self.sharding.tensor is None, (
+            "a loss of whole distributions is not split"
+        )
         if not (self.ragged and length_rule(self.base.config) is None and self._head_is_plain):
             logits_MV, aux_loss = self._logits(batch, self._router_options)
             return Head(logits_MV), aux_loss
@@ -203,7 +205,7 @@ class Policy:
         split = self._split(batch)
         if split is None:
             return self._score_here(batch, temperature, entropy, top1)
-        part, places = batch.held(split)
+        part, places = split.part(batch)
         found = self._score_here(part, temperature, entropy, top1)
         columns = [column for column in (found.logp_M, found.entropy_M, found.top1_M) if column is not None]
         rows = torch.stack([column.to(found.logp_M.dtype) for column in columns], 1)
@@ -212,10 +214,12 @@ class Policy:
         entropy_M = None if found.entropy_M is None else next(whole)
         return Scores(logp_M, entropy_M, None if found.top1_M is None else next(whole) > 0, found.aux_loss)
 
-    def _split(self, batch: Batch) -> TokenSplit | None:
-        """How the ranks that share this batch hold its tokens; None where each has batches of its own."""
-        sequence = self.sharding.sequence
-        return None if sequence is None else sequence.split(len(batch.input_ids_N))
+    def _split(self, batch: Batch) -> RowSplit | None:
+        """How the ranks that share this batch score its rows; None where each has batches of its own."""
+        sequence, tensor = self.sharding.sequence, self.sharding.tensor
+        if sequence is not None:
+            return sequence.split(len(batch.input_ids_N))
+        return None if tensor is None else tensor.split(len(batch.source_M))
 
     def _score_here(self, batch: Batch, temperature: float, entropy: bool, top1: bool) -> Scores:
         if self._head_is_plain:

@@ -17,7 +17,7 @@ from posttrain.distributed.engine_roles import are_placed
 from posttrain.errors import ConfigError
 from posttrain.files import digest_file, digest_json, digest_start
 from posttrain.models.load import load_config
-from posttrain.models.sequence import refuse_unless_split
+from posttrain.models.tensor_parallel import refuse_unless_shared
 from posttrain.pipeline.pins import is_version, pins_of
 from posttrain.protocols import Ranks
 
@@ -74,14 +74,15 @@ def check_engines(keys: PipelineKeys, world_size: int) -> None:
                 f"stages.{number}.{stage.kind}: {said} is for one training process, and there are {world_size} of them; set {instead}, or "
                 "train in one process"
             )
-        size = stage.keys.sharding.sp_size
+        shared = stage.keys.sharding
+        size = shared.group_size
         if world_size == 1 or size == 1:
             continue
         if world_size % size:
             raise ConfigError(
-                f"stages.{number}.{stage.kind}: sharding.sp_size: {size} with {world_size} processes; expected a number that divides them"
+                f"stages.{number}.{stage.kind}: {shared.group_text} with {world_size} processes; expected a number that divides them"
             )
-        refuse_unless_split(keys.base_model, load_config(stage.keys), size)
+        refuse_unless_shared(keys.base_model, load_config(stage.keys), shared)
 
 
 def check_started_alike(ranks: Ranks, keys: PipelineKeys, on_change: str) -> None:

@@ -228,7 +228,7 @@ def estimate_memory(shape: ModelShape, workload: Workload, shards: int = 1) -> M
         "autocast": max(_autocast_bytes(of, how) for of, how in in_training),
         "gradients": trained * _BYTES_GRADIENT,
         "optimizer": optimizer,
-        "activations": max(_activation_bytes(of, how) for of, how in in_training),
+        "activations": max(_activation_bytes(of, how, shards) for of, how in in_training),
         "logits": _logit_bytes(shape, workload),
         # With save_steps, a thread writes copies while the run goes on; they are made on the host.
         "checkpoint": (trained * _BYTES_MASTER + optimizer + _critic_bytes(workload, 0)) * is_copied,
@@ -257,7 +257,8 @@ def _shared_out(parts: Mapping[str, int], shape: ModelShape, workload: Workload,
     whole = ("weights",) if workload.load_in_4bit and workload.adapter != "none" else ()
     over = how.num_shards(shards)
     shares = {name: math.ceil(parts[name] / over) for name in _SHARDED if name in parts and name not in whole}
-    layer = shape.linear_params // shape.num_layers
+    inner = (shape.num_params - shape.embedding_params) // how.layer_parts(shards)
+    layer = shape.linear_params // shape.num_layers // how.layer_parts(shards)
     trained = workload.adapter == "none"
     held = _BYTES_MASTER if trained else _frozen_bytes(shape, workload)
     gathered_bytes = min(held, how.param_bytes)
@@ -266,10 +267,10 @@ def _shared_out(parts: Mapping[str, int], shape: ModelShape, workload: Workload,
     # The next layer is gathered while one is computed, and embedding and head stay until the pass is over.
     gathered = (2 * layer + shape.embedding_params) * value
     if not how.reshard_after_forward:
-        gathered += max(0, shape.num_params - 2 * layer - shape.embedding_params) * gathered_bytes
+        gathered += max(0, inner - 2 * layer) * gathered_bytes
     if trained and not how.sync_each_batch:
-        shares["gradients"] = shares.get("gradients", 0) + shape.num_params * _BYTES_GRADIENT
-    shares["activations"] = math.ceil(parts["activations"] / how.sharing(shards))
+        shares["gradients"] = shares.get("gradients", 0) + (inner + shape.embedding_params) * _BYTES_GRADIENT
+    shares["activations"] = math.ceil(parts["activations"] / how.token_parts(shards))
     return {**shares, "autocast": 0, "gathered": 0 if whole else gathered}
 
 
@@ -339,7 +340,7 @@ def _host_bytes(shape: ModelShape, workload: Workload, shards: int) -> dict[str,
         found["layers"] = sum(n * _pinned(int(rows * out * size)) for rows, out, n in shape.linear_shapes.values())
     if workload.gradient_checkpointing == "offload":
         found["activations"] = shape.num_layers * _pinned(
-            math.ceil(workload.tokens(shape) / workload.sharding.sharing(shards)) * shape.hidden * 4
+            math.ceil(workload.tokens(shape) / workload.sharding.token_parts(shards)) * shape.hidden * 4
         )
     return found
 
@@ -369,7 +370,7 @@ def _autocast_bytes(shape: ModelShape, workload: Workload) -> int:
     return 2 * (shape.linear_params + shape.vocab * shape.hidden)
 
 
-def _activation_bytes(shape: ModelShape, workload: Workload) -> int:
+def _activation_bytes(shape: ModelShape, workload: Workload, shards: int = 1) -> int:
     """What the backward pass needs of each token, without a score matrix unless a soft cap needs one on a CPU.
 
     A norm keeps its input and its output, in float32, and if it is trained the normalised input too. The input of a
@@ -380,7 +381,8 @@ def _activation_bytes(shape: ModelShape, workload: Workload) -> int:
     scores = 2 * shape.num_heads * workload.family(shape) * 4 if shape.attention_softcap and workload.on_cpu else 0
     mlp = 4 * shape.widest_mlp
     casts = 2 * shape.hidden if workload.bf16 else 0
-    per_layer = shape.norms_per_layer * per_norm + scores + (attention + mlp + casts) * _bytes_per_value(workload)
+    per_layer = shape.norms_per_layer * per_norm + scores + casts * _bytes_per_value(workload)
+    per_layer += (attention + mlp) * _bytes_per_value(workload) // workload.sharding.layer_parts(shards)
     tokens = workload.tokens(shape)
     if not workload.gradient_checkpointing:
         return tokens * (shape.num_layers * per_layer + per_norm)

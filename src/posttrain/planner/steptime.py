@@ -224,12 +224,17 @@ def _sent_s(shape: ModelShape, device: Device, work: Work, num_devices: int, lin
     if num_devices == 1:
         return 0.0
     links = (device.link, link or device.link)
-    sp = work.sharding.sharing(num_devices)
+    sp, tp = work.sharding.token_parts(num_devices), work.sharding.layer_parts(num_devices)
     # Queries, keys, values and outputs change hands in each layer, and so do their gradients.
     exchanged = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim * shape.num_layers * device.bytes_per_value
     exchanges_s = (3 if work.recompute else 2) * work.tokens / num_devices * exchanged * (sp - 1) / sp / device.link
-    return exchanges_s + work.sharding.sent_s(
-        shape.num_params, work.micro_batches, num_devices, links, trained=not work.adapter
+    # What a layer's two halves give is added up over those that hold it, each way, and sent twice for that.
+    summed = 2 * (3 if work.recompute else 2) * shape.num_layers * shape.hidden * device.bytes_per_value
+    sums_s = work.tokens * tp / num_devices * summed * 2 * (tp - 1) / tp / device.link
+    return (
+        exchanges_s
+        + sums_s
+        + work.sharding.sent_s(shape.num_params, work.micro_batches, num_devices, links, trained=not work.adapter)
     )
 
 

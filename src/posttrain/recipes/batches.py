@@ -62,7 +62,7 @@ class Schedule(Generic[T]):
         cost: Callable[[T], float] | None = None, least_rows: int = 1,
     ) -> Schedule[T]:  # fmt: skip
         packing = isinstance(keys, ExampleKeys) and keys.packing
-        processes = ranks.world_size * keys.sharding.sp_size
+        processes = ranks.world_size * keys.sharding.group_size
         micro_per_step = keys.micro_batches_per_step(processes)
         return cls(
             data=data,

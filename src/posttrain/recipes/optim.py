@@ -84,8 +84,7 @@ def update(
     probe = parameters[-1]
     before = probe.detach().clone()
     take_step(optimizer, lr)
-    own = float(sharding.local(probe.detach() - before).square().sum()) if sharding.has_first_copy else 0.0
-    moved = math.sqrt(stage.processes.sum([own])[0])
+    moved = math.sqrt(stage.processes.sum([sharding.square_sum(probe.detach() - before)])[0])
     return report | {"update_norm": moved}
 
 

@@ -22,7 +22,9 @@ def _betas(keys: TrainKeys) -> tuple[float, float]:
 
 def _adamw(policy: Policy, groups: list[ParamGroup], keys: TrainKeys) -> torch.optim.Optimizer:
     options = {"lr": keys.learning_rate, "betas": _betas(keys), "eps": keys.adam_epsilon}
-    return torch.optim.AdamW(groups, fused=True, **options)
+    # One kernel takes the parameters of a group together, where they are cut over the same ranks.
+    apart = [group | {"params": part} for group in groups for part in policy.sharding.together(group["params"])]
+    return torch.optim.AdamW(apart, fused=True, **options)
 
 
 def _bitsandbytes(name: str, *, has_epsilon: bool = True) -> MakeOptimizer:

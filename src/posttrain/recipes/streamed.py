@@ -32,7 +32,7 @@ class StreamedSchedule:
     def __init__(self, keys: SFTKeys, tokenizer: Any, ranks: Ranks) -> None:
         use_template(tokenizer, keys.chat_template, keys.chat_template_kwargs)
         self._keys, self._ranks = keys, ranks
-        self._num_shares = keys.shares_of_step(ranks.world_size * keys.sharding.sp_size)
+        self._num_shares = keys.shares_of_step(ranks.world_size * keys.sharding.group_size)
         self._own = {
             number: _ShareReader(keys, tokenizer, number, self._num_shares)
             for number in range(ranks.rank, self._num_shares, ranks.world_size)

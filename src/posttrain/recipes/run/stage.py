@@ -59,7 +59,7 @@ class Stage:
     ) -> None:  # fmt: skip
         self._merged_before = merged_before
         self.kind, self.folder, self.keys, self.processes = kind, folder, keys, ranks
-        self.ranks = data_ranks(ranks, keys.sharding.sp_size)
+        self.ranks = data_ranks(ranks, keys.sharding.group_size)
         """Those that have rows of their own; fewer than the processes where several share their sequences."""
         self.sharding = sharding_over(ranks, spec_from(ShardingSpec, keys.sharding))
         self.stop = stop or StopFlag()
@@ -121,7 +121,9 @@ class Stage:
 
     def begin_step(self, step: int) -> None:
         """All of torch's randomness in a step (dropout) follows from seed, step and rank, so none is to be saved."""
-        torch.manual_seed(request_seed(self.guard.controls.seed(self.keys.seed), step, self.processes.rank) >> 1)
+        # Who go through the same tokens drop the same of them.
+        ranks = self.ranks if self.sharding.tensor is not None else self.processes
+        torch.manual_seed(request_seed(self.guard.controls.seed(self.keys.seed), step, ranks.rank) >> 1)
         self._step_started = time.monotonic()
 
     def times(self, *, rollout_s: float) -> dict[str, float]:

@@ -279,7 +279,10 @@ def _share(parts: TensorParts, name: str, like: torch.Tensor | None, sharding: S
     if like is None or parts.shape(name) != tuple(like.shape):
         return parts.read(name)
     share = sharding.share_of(like)
-    return parts.read(name, share.start, share.start + len(share.rows)) if share.shape else parts.read(name)
+    if not share.shape:
+        return parts.read(name)
+    columns = (share.column, share.column + share.rows.shape[1]) if len(share.shape) > 1 else None
+    return parts.read(name, share.start, share.start + len(share.rows), columns)
 
 
 def _keep_in_pages(optimizer: Any) -> None:

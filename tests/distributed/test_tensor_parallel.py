@@ -1,0 +1,127 @@
+"""Ranks that hold layers between them, by the model's own plan, learn what one process learns, and write what it writes."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from tests.distributed import sequence_runner
+
+from posttrain.distributed.ranks import join_ranks
+from posttrain.distributed.sharding import ShardingSpec
+from posttrain.files import file_digests
+
+ROWS = {
+    "norms of heads, a tied head": ("qwen3", {}),
+    "experts": ("qwen3_moe", {}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "soft caps": ("gemma2", {}),
+}
+STAGES = {
+    "sft": {"per_device_train_batch_size": 2, "num_processes": 2, "save_steps": 1, "gradient_checkpointing": True},
+    "dpo": {"per_device_train_batch_size": 2, "num_processes": 2},
+    "grpo": {"beta": 0.1, "num_iterations": 2, "max_steps": 3},
+}
+SHARED = {"sharding": {"tensor_parallel_size": 2}, "learning_rate": 1e-4, "max_steps": 2}
+CASES = {
+    "fast": (2, ["norms of heads, a tied head", "experts"], ["sft"]),
+    "two": (2, list(ROWS), list(STAGES)),
+    "four": (4, list(ROWS), list(STAGES)),
+}
+"""Name → ranks, two of which hold a layer between them; the rows that they score and export, the stages that they take."""
+ALL_CASES = ["fast", *(pytest.param(name, marks=pytest.mark.slow) for name in ("two", "four"))]
+
+
+@pytest.fixture(scope="module")
+def shared(model_dir, data_dir, tmp_path_factory):
+    """`shared("fast")`: what the ranks of a case, started once, found, and their jobs with the folders that they wrote."""
+    done = {}
+
+    def call(case):
+        if case not in done:
+            ranks, names, kinds = CASES[case]
+            folder = tmp_path_factory.mktemp(case)
+            stages = {kind: {**SHARED, **STAGES[kind]} for kind in kinds}
+            if ranks == 4:  # the rows of two processes
+                stages = {k: o | ({"num_processes": 4} if "num_processes" in o else {}) for k, o in stages.items()}
+            rows = _rows(names, model_dir)
+            job = {
+                "spec": {"tensor_parallel_size": 2}, "data": str(data_dir), "rows": rows,
+                "exports": {name: (model, str(folder / name / "model")) for name, (model, _) in rows.items()},
+            }  # fmt: skip
+            found, jobs = sequence_runner.started(ranks, job, str(model_dir("qwen3")), folder, stages)
+            done[case] = found, jobs, folder
+        return done[case]
+
+    return call
+
+
+def _rows(names, model_dir):
+    return {name: (str(model_dir(ROWS[name][0], **ROWS[name][1])), {}) for name in names}
+
+
+@pytest.mark.xdist_group("tensor parallel")
+@pytest.mark.parametrize("case", ALL_CASES)
+def test_scores_and_gradients_are_those_of_one_process(case, shared, model_dir, data_dir):
+    with join_ranks() as alone:
+        one = sequence_runner.scored(data_dir, _rows(CASES[case][1], model_dir), alone, {})
+    found = shared(case)[0]
+    sequence_runner.same({name: found[name] for name in one}, one)
+
+
+@pytest.mark.xdist_group("tensor parallel")
+@pytest.mark.parametrize("case", ALL_CASES)
+def test_stages_take_the_steps_of_one_process_which_goes_on_from_them(case, shared, runner, tmp_path):
+    *jobs, stopped = shared(case)[1]
+
+    def alone(job, folder):
+        keys = runner.keys_of(job["kind"], Path(job["model"]), Path(job["data"]), **job["options"])
+        runner.run_stage(job["kind"], folder, keys)
+        return folder
+
+    for job in jobs:
+        sequence_runner.learned_alike(runner, Path(job["folder"]), alone(job, tmp_path / job["kind"]))
+    assert not (Path(stopped["folder"]) / "result.json").exists()
+    sequence_runner.learned_alike(runner, alone(stopped, Path(stopped["folder"])), Path(jobs[0]["folder"]))
+
+
+@pytest.mark.xdist_group("tensor parallel")
+@pytest.mark.parametrize("case", ALL_CASES)
+def test_each_rank_reads_its_shares_alone_and_all_write_the_files_of_one_process(case, shared, model_dir, tmp_path):
+    ranks, names, _ = CASES[case]
+    found, _, folder = shared(case)
+    exports = {name: (model, str(tmp_path / name / "model")) for name, (model, _) in _rows(names, model_dir).items()}
+    with join_ranks() as alone:
+        one = sequence_runner.exported(exports, alone, {})
+    for name, [[whole]] in one.items():
+        assert file_digests(folder / name / "model") == file_digests(tmp_path / name / "model"), name
+        for *reads, held in found[name]:  # the proof of an export reads them too; a head is cut before it is tied
+            assert len(reads) == 2 and held <= min(reads) and max(reads) < 1.25 * whole / ranks
+
+
+def test_keys_that_do_not_go_together_are_refused(runner, model_dir, data_dir):
+    def keys(kind, tp=2, **options):
+        sharding = {"tensor_parallel_size": tp, **options.pop("sharding", {})}
+        return runner.keys_of(kind, model_dir("llama"), data_dir, sharding=sharding, **options)
+
+    for says, kind, options in (
+        ("tensor_parallel_size: 2 with sp_size: 2", "sft", {"sharding": {"sp_size": 2}}),
+        ("tensor_parallel_size: 2 with dp_shard_size: node", "sft", {"sharding": {"dp_shard_size": "node"}}),
+        ("sharding.tensor_parallel_size: 2 with adapter: lora", "sft", {"adapter": "lora"}),
+        ("sharding.tensor_parallel_size: 2 with optim: sgd", "sft", {"optim": "sgd"}),
+        (
+            "tensor_parallel_size: 2 with param_dtype: bfloat16",
+            "sft",
+            {"sharding": {"param_dtype": "bfloat16"}},
+        ),
+        ("tensor_parallel_size: 2 with a reward model", "reward_model", {}),
+        ("sharding.tensor_parallel_size: 2 with teachers", "distill", {}),
+        ("num_processes: 3 with sharding.tensor_parallel_size: 2; expected a multiple", "sft", {"num_processes": 3}),
+    ):
+        with pytest.raises(ValidationError, match=says):
+            keys(kind, **options)
+
+
+def test_a_group_counts_as_one_where_rows_are_dealt(runner, model_dir, data_dir):
+    keys = runner.keys_of("sft", model_dir("llama"), data_dir, sharding={"tensor_parallel_size": 4})
+    assert [keys.micro_batches_per_step(processes) for processes in (1, 4, 16)] == [1, 1, 4]
+    assert ShardingSpec().tensor_parallel_size == 1
