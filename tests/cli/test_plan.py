@@ -181,7 +181,14 @@ def test_a_shared_micro_batch_is_counted_with_and_what_cannot_share_is_refused(f
 
 def test_layers_held_between_processes_are_counted_with_and_what_cannot_be_held_so_is_refused(folder):
     def planned(size):
-        sets = ["--set", f"sharding={{tensor_parallel_size: {size}}}", "--set", "adapter=none"]
+        sets = [
+            "--set",
+            f"sharding={{tensor_parallel_size: {size}}}",
+            "--set",
+            "adapter=none",
+            "--set",
+            "load_in_4bit=false",
+        ]
         return _run(folder / "sft.yaml", "--gpus", "6xH100", *sets)
 
     assert "layers are held by 2 processes between them: each computes 1/2 of their heads" in planned(2).output
