@@ -259,8 +259,7 @@ def _shared_out(parts: Mapping[str, int], shape: ModelShape, workload: Workload,
     shares = {name: math.ceil(parts[name] / over) for name in _SHARDED if name in parts and name not in whole}
     inner = (shape.num_params - shape.embedding_params) // how.layer_parts(shards)
     layer = shape.linear_params // shape.num_layers // how.layer_parts(shards)
-    trained = workload.adapter == "none"
-    held = _BYTES_MASTER if trained else _frozen_bytes(shape, workload)
+    held = _BYTES_MASTER if (trained := workload.adapter == "none") else _frozen_bytes(shape, workload)
     gathered_bytes = min(held, how.param_bytes)
     # Autocast's copy of what is gathered in float32, and the gradients of what is trained.
     value = gathered_bytes + (2 if workload.bf16 and gathered_bytes > 2 else 0) + (gathered_bytes if trained else 0)
@@ -377,12 +376,11 @@ def _activation_bytes(shape: ModelShape, workload: Workload, shards: int = 1) ->
     layer is the first norm's. With checkpointing a layer at a time is computed again, once the logits are gone.
     """
     per_norm = (3 if workload.adapter == "none" else 2) * shape.hidden * 4
-    attention = 3 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
+    inner = 3 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim + 4 * shape.widest_mlp
     scores = 2 * shape.num_heads * workload.family(shape) * 4 if shape.attention_softcap and workload.on_cpu else 0
-    mlp = 4 * shape.widest_mlp
     casts = 2 * shape.hidden if workload.bf16 else 0
-    per_layer = shape.norms_per_layer * per_norm + scores + casts * _bytes_per_value(workload)
-    per_layer += (attention + mlp) * _bytes_per_value(workload) // workload.sharding.layer_parts(shards)
+    inner //= workload.sharding.layer_parts(shards)
+    per_layer = shape.norms_per_layer * per_norm + scores + (inner + casts) * _bytes_per_value(workload)
     tokens = workload.tokens(shape)
     if not workload.gradient_checkpointing:
         return tokens * (shape.num_layers * per_layer + per_norm)
