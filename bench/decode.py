@@ -1,6 +1,6 @@
 """Decoding where nothing can be left out: rows of equal length and distinct prompts, beside `generate` of transformers, in turns.
 
-python bench/decode.py                          nano (5 M) at 1, 16 and 64 rows; medians of five pairs
+python bench/decode.py                          nano (5 M) at 1, 16 and 64 rows; medians of five pairs; with and without `rollout.prepack`
 python bench/decode.py --near 48                prompts up to 48 tokens shorter than the longest; with and without `rollout.pad_prompts`
 """
 
@@ -52,6 +52,7 @@ def measure(policy: Policy, shape: work.Shape, rows: int, options: argparse.Name
         model.generate(input_ids=ids, attention_mask=mask, use_cache=True, **sampling)
 
     engines = {"ours": EmbeddedEngine(policy, stop_token_ids=(), batch_size=rows)}
+    engines["prepack"] = EmbeddedEngine(policy, stop_token_ids=(), batch_size=rows, prepack=True)
     if options.near:
         engines["pad_prompts"] = EmbeddedEngine(policy, stop_token_ids=(), batch_size=rows, pad_prompts=True)
     sides = [*map(by, engines.values()), generate]

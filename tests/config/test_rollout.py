@@ -92,6 +92,8 @@ def test_filled_up_prompts_are_refused_where_another_way_attends_to_them(beside)
         ValueError, match=r"prefix_cache_gib: 0.5 with rollout.(exact: true|engine: vllm), which encodes"
     ):
         RolloutKeys(prefix_cache_gib=0.5, **beside)
+    with pytest.raises(ValueError, match=r"prepack: true with rollout.(exact: true|engine: vllm), which multiplies"):
+        RolloutKeys(prepack=True, **beside)
 
 
 def test_keys_written_out_with_their_defaults_are_read_back():

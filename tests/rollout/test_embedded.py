@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from posttrain.config.stages import SFTKeys
 from posttrain.errors import EngineError
-from posttrain.models import decode
+from posttrain.models import decode, packed
 from posttrain.models.batch import pack
 from posttrain.models.load import load_policy
 from posttrain.rollout.embedded import EmbeddedEngine
@@ -36,6 +38,62 @@ def test_the_fast_decode_step_computes_what_the_modules_compute(shared_policy, m
         assert one.logp == pytest.approx(other.logp, abs=1e-5)
 
 
+def _count_packed(monkeypatch):
+    """Rows of each product with laid-out weights; tiny ones are made such products too."""
+    rows, ops = [], packed._ops
+    product = lambda x, *args: (rows.append(len(x)), ops._linear_pointwise(x, *args))[1]  # noqa: E731
+    layout = SimpleNamespace(_reorder_linear_weight=ops._reorder_linear_weight, _linear_pointwise=product)
+    monkeypatch.setattr(packed, "_ops", layout)
+    monkeypatch.setattr(packed, "_LEAST_WORK", 0)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llama", {}), ("mistral", {}), ("qwen2", {}), ("qwen3", {}), ("qwen3", {"adapter": "lora", "lora_r": 4})],
+)
+def test_laid_out_weights_give_the_tokens_and_the_trainers_log_probs(model_dir, monkeypatch, family, options):
+    policy, rows = _own_policy(model_dir, family, **options), _count_packed(monkeypatch)
+    with torch.no_grad():
+        for name, parameter in policy.trainable():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    prompts = [tuple(range(9, 9 + 3 * n)) for n in (1, 2, 2, 7)]
+    requests, params = [Request(prompt, n) for n, prompt in enumerate(prompts)], SamplingParams(max_tokens=24)
+    plain = in_order(EmbeddedEngine(policy, stop_token_ids=()).generate(requests, params))
+    assert not rows
+    engine = EmbeddedEngine(policy, stop_token_ids=(), prepack=True)
+    laid_out = in_order(engine.generate(requests, params))
+    layers = policy.base.config.num_hidden_layers
+    # Queries, keys and values are one product, gate and up another; the head sees a prompt's last token alone.
+    assert rows == [30] * 4 * layers + [3] + ([4] * (4 * layers + 1)) * 23
+    assert [c.ids for c in laid_out] == [c.ids for c in plain]
+    scored = engine.score([((*p, *c.ids), len(p)) for p, c in zip(prompts, laid_out, strict=True)])
+    for completion, logp in zip(laid_out, scored, strict=True):
+        assert completion.logp == pytest.approx(logp, abs=1e-5)
+
+
+def test_weights_are_laid_out_anew_when_they_have_changed(model_dir, monkeypatch):
+    policy, rows = _own_policy(model_dir), _count_packed(monkeypatch)
+    engine = EmbeddedEngine(policy, stop_token_ids=(), prepack=True)
+    [before] = in_order(engine.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=6)))
+    with torch.no_grad():
+        for _, parameter in policy.trainable():
+            parameter.mul_(1.1)
+    [after] = in_order(engine.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=6)))
+    assert rows and before.logp != after.logp
+    assert after.logp == pytest.approx(engine.score([((5, 6, 7, *after.ids), 3)])[0], abs=1e-5)
+
+
+def test_where_no_weights_are_laid_out_the_key_says_why(shared_policy, model_dir, caplog):
+    EmbeddedEngine(shared_policy("qwen3"), stop_token_ids=(), prepack=True)
+    assert not caplog.text
+    for family, why in (("gemma2", "decodes by its own modules"), ("mamba", "decodes row by row")):
+        caplog.clear()
+        EmbeddedEngine(shared_policy(family), stop_token_ids=(), prepack=True)
+        assert "rollout.prepack: no effect, because" in caplog.text and why in caplog.text
+
+
 def test_more_completions_than_places_start_one_by_one_as_places_fall_free(shared_policy):
     engine = EmbeddedEngine(shared_policy("qwen3"), stop_token_ids=(), batch_size=2)
     prompts = [(5, 6, 7), (8,), (5, 6, 7), tuple(range(30, 42))]
@@ -57,8 +115,8 @@ def test_generating_leaves_the_mode_of_the_model_and_no_gradient(shared_policy):
     assert all(p.grad is None for p in policy.model.parameters())
 
 
-def _own_policy(model_dir, **options):
-    return load_policy(SFTKeys(base_model=str(model_dir("qwen3")), datasets=[{"path": "unused.jsonl"}], **options))
+def _own_policy(model_dir, family="qwen3", **options):
+    return load_policy(SFTKeys(base_model=str(model_dir(family)), datasets=[{"path": "unused.jsonl"}], **options))
 
 
 def test_dropout_is_off_while_sampling(model_dir):

@@ -39,6 +39,25 @@ class KVStore(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Prefill:
+    """A `KVStore` for a step that encodes prompts: each attends to itself as `layout` says, and `store` keeps its keys and values."""
+
+    layout: Layout
+    store: KVStore
+
+    def keep(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        self.store.keep(layer, key, value)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttendOptions
+    ) -> torch.Tensor:
+        """Shapes: [1, H, N, D], of all prompts' tokens → [1, Hq, N, D]."""
+        self.keep(layer, key, value)
+        out = _attended(query, key, value, self.layout, options.scale, options.window, options.softcap, 0.0)
+        return out.transpose(1, 2)
+
+
 def window_of(module: Any, sliding_window: int | None) -> Window | None:
     """The window of an attention layer. Chunks are not handed to the attention function: the config has them."""
     config: Any = getattr(module, "config", None)

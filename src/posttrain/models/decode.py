@@ -2,7 +2,8 @@
 
 At a few live rows a step costs what its Python and its small tensor operations cost. A step is made for one call of
 `generate`, during which weights do not change: the LoRA adapter of a small model is added to its weights once, not to every product.
-Projections of any other kind (quantised, DoRA) are called as the modules they are.
+Projections of any other kind (quantised, DoRA) are called as the modules they are. With `prepack` those that share an input are one
+product with weights laid out for it, the head's too, and prompts are encoded by the step as well.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch.nn.functional import linear, rms_norm, silu
 
 from posttrain.models.attention import AttendOptions, KVStore, window_of
+from posttrain.models.packed import Projections, WeightAndBias, can_be_packed, packed, why_not_packed
 from posttrain.models.policy import Policy
 
 FAMILIES: dict[str, Callable[[Any], int | None]] = {
@@ -32,14 +34,27 @@ _MOST_COPIED = 256 << 20
 """Bytes of a model up to which its weights are copied to add an adapter; a larger one must not need memory twice."""
 
 
-def decode_step(policy: Policy) -> DecodeStep:
+def decode_step(policy: Policy, prepack: bool = False) -> DecodeStep:
     """The fast step where the model is of a known family and everything has one dtype, else the model's own forward."""
+    if _is_written_out(policy):
+        return LlamaStep(policy, prepack and not why_not_prepacked(policy))
+    return lambda ids_R, positions_R, cache: _by_modules(policy, ids_R, positions_R, cache)
+
+
+def why_not_prepacked(policy: Policy) -> str:
+    """Why `prepack` does nothing for the policy; empty where it does."""
+    if not _is_written_out(policy):
+        return f"{policy.source} decodes by its own modules"
+    if policy.base.dtype != torch.float32:
+        return f"the weights are in {str(policy.base.dtype).removeprefix('torch.')}, and only float32 is laid out"
+    return why_not_packed(policy)
+
+
+def _is_written_out(policy: Policy) -> bool:
     config = policy.base.config
     dtypes = {parameter.dtype for parameter in policy.base.parameters() if parameter.dtype.is_floating_point}
     plain = policy.placement.autocast_dtype is None and len(dtypes) == 1
-    if plain and config.model_type in FAMILIES and getattr(config, "hidden_act", "silu") == "silu":
-        return _LlamaStep(policy)
-    return lambda ids_R, positions_R, cache: _by_modules(policy, ids_R, positions_R, cache)
+    return plain and config.model_type in FAMILIES and getattr(config, "hidden_act", "silu") == "silu"
 
 
 def _by_modules(policy: Policy, ids_R: torch.Tensor, positions_R: torch.Tensor, cache: KVStore) -> torch.Tensor:
@@ -48,13 +63,13 @@ def _by_modules(policy: Policy, ids_R: torch.Tensor, positions_R: torch.Tensor, 
     return output.logits[0]
 
 
-class _LlamaStep:
+class LlamaStep:
     """Source: the forward of transformers' Llama, Mistral, Qwen2 and Qwen3 at one token per row."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, prepack: bool) -> None:
+        self.is_packed = prepack
         self._model: Any = policy.base.get_decoder()
         self._offloaded = policy.offloaded
-        self._head: Any = policy.base.get_output_embeddings()
         sliding_window = FAMILIES[policy.base.config.model_type]
         attentions = [layer.self_attn for layer in self._model.layers]
         self._options = [
@@ -63,28 +78,35 @@ class _LlamaStep:
         ]
         size = sum(parameter.numel() * parameter.element_size() for parameter in policy.base.parameters())
         copied = size <= _MOST_COPIED and policy.offloaded is None
-        project = _projection if copied else lambda module: module
-        self._qkv = [[project(layer.q_proj), project(layer.k_proj), project(layer.v_proj)] for layer in attentions]
-        self._out = [project(layer.o_proj) for layer in attentions]
-        self._mlps = [
-            [project(layer.mlp.gate_proj), project(layer.mlp.up_proj), project(layer.mlp.down_proj)]
-            for layer in self._model.layers
-        ]
 
-    def __call__(self, ids_R: torch.Tensor, positions_R: torch.Tensor, cache: KVStore) -> torch.Tensor:
+        def project(*modules: Any) -> Projections:
+            return _projections(modules, copied, prepack)
+
+        self._qkv = [project(layer.q_proj, layer.k_proj, layer.v_proj) for layer in attentions]
+        self._out = [project(layer.o_proj) for layer in attentions]
+        self._gate_up = [project(layer.mlp.gate_proj, layer.mlp.up_proj) for layer in self._model.layers]
+        self._down = [project(layer.mlp.down_proj) for layer in self._model.layers]
+        self._head = project(policy.base.get_output_embeddings())
+
+    def __call__(
+        self, ids_R: torch.Tensor, positions_R: torch.Tensor, cache: KVStore, wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`wanted`: the places whose logits are computed; all where it is None."""
         x_RE = self._model.embed_tokens(ids_R)
         cos_RD, sin_RD = self._rotation(x_RE, positions_R)
         for number, layer in enumerate(self._model.layers):
             if self._offloaded is not None:
                 self._offloaded.fetch(number)  # these layers are not called as modules
             h_RE = _norm(x_RE, layer.input_layernorm)
-            q, k, v = _turned(layer.self_attn, [project(h_RE) for project in self._qkv[number]], cos_RD, sin_RD)
+            q, k, v = _turned(layer.self_attn, self._qkv[number](h_RE), cos_RD, sin_RD)
             heads = cache.attend(number, q, k, v, self._options[number])
-            x_RE = x_RE + self._out[number](heads[0].transpose(0, 1).flatten(1))
-            gate, up, down = self._mlps[number]
-            h_RE = _norm(x_RE, layer.post_attention_layernorm)
-            x_RE = x_RE + down(silu(gate(h_RE)) * up(h_RE))
-        return self._head(_norm(x_RE, self._model.norm))
+            [update] = self._out[number](heads[0].transpose(0, 1).flatten(1))
+            x_RE = x_RE + update
+            gate, up = self._gate_up[number](_norm(x_RE, layer.post_attention_layernorm))
+            [update] = self._down[number](silu(gate).mul_(up))
+            x_RE = x_RE + update
+        [logits] = self._head(_norm(x_RE if wanted is None else x_RE[wanted], self._model.norm))
+        return logits
 
     def _rotation(self, x_RE: torch.Tensor, positions_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine, and sine with the first half negated, so that turning is one roll. Shapes: [R, 1, D]."""
@@ -93,16 +115,37 @@ class _LlamaStep:
         return cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
 
 
+def _projections(modules: Sequence[Any], copied: bool, prepack: bool) -> Projections:
+    """Matrices that share an input. `copied`: a LoRA update may be added to a copy of the weight."""
+    projections = [_projection(module) if copied else module for module in modules]
+
+    def plain(x: torch.Tensor) -> Sequence[torch.Tensor]:
+        return [project(x) for project in projections]
+
+    weights = [_with_update(module) for module in modules] if prepack else []
+    return packed([one for one in weights if one], plain) if prepack and can_be_packed(weights) else plain
+
+
 def _projection(module: Any) -> Projection:
     """The module, or one product with its weight and the LoRA update that it would add."""
+    if type(module) is torch.nn.Linear or (found := _with_update(module)) is None:
+        return module
+    weight, bias = found
+    return lambda x: linear(x, weight, bias)
+
+
+def _with_update(module: Any) -> WeightAndBias | None:
+    """The weight that a linear layer multiplies by, any LoRA update added to it; None of another kind."""
+    if type(module) is torch.nn.Linear:
+        return module.weight, module.bias
     kind = f"{type(module).__module__}.{type(module).__name__}"
     if kind != "peft.tuners.lora.layer.Linear" or type(module.base_layer) is not torch.nn.Linear:
-        return module
+        return None
     adapters = [name for name in module.active_adapters if name in module.lora_A]
     if module.merged or module.disable_adapters or module.lora_variant or any(module.lora_bias[a] for a in adapters):
-        return module
+        return None
     weight = module.base_layer.weight + sum(module.get_delta_weight(name) for name in adapters)
-    return lambda x: linear(x, weight, module.base_layer.bias)
+    return weight, module.base_layer.bias
 
 
 def _turned(

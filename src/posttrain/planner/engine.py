@@ -30,6 +30,7 @@ class SamplingEngine:
     replicas: int = 1
     max_staleness: int = 0
     placement: str = "auto"
+    prepack: bool = False
 
     @classmethod
     def from_keys(cls, keys: Mapping[str, Any]) -> SamplingEngine:

@@ -411,10 +411,14 @@ def _engine_bytes(shape: ModelShape, workload: Workload, trainers: int) -> dict[
 
 
 def _decode_weight_bytes(shape: ModelShape, workload: Workload) -> int:
-    """The matrices with the adapter added, which decoding multiplies with; not under autocast."""
+    """The matrices with the adapter added, and those laid out for products, which decoding multiplies with; not under autocast."""
+    if workload.bf16 or not (shape.decodes_by_weights and workload.rollout_batch_size):
+        return 0
     size = _frozen_bytes(shape, workload)
-    copied = workload.adapter == "lora" and not workload.bf16 and shape.num_params * size <= MOST_COPIED
-    return shape.linear_params * size if copied and shape.decodes_by_weights and workload.rollout_batch_size else 0
+    copied = workload.adapter == "lora" and shape.num_params * size <= MOST_COPIED
+    laid_out = workload.rollout.prepack and workload.on_cpu
+    head = shape.vocab * shape.hidden
+    return (shape.linear_params * size if copied else 0) + (4 * (shape.linear_params + head) if laid_out else 0)
 
 
 def _kv_bytes(shape: ModelShape, workload: Workload) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from posttrain.models.batch import pack
-from posttrain.models.decode import decode_step
+from posttrain.models.attention import Prefill
+from posttrain.models.batch import Batch, pack
+from posttrain.models.decode import LlamaStep, decode_step
 from posttrain.models.device import uploaded
 from posttrain.models.policy import Policy
 from posttrain.rollout.kv import Padding, RowCache
@@ -17,14 +19,25 @@ from posttrain.rollout.prompts import PromptKV
 from posttrain.types import TokenSeq
 
 
-class CachedRows:
-    """Rows on the K/V cache, with their logits. `pad_prompts`: those of prompts of near length are attended to together."""
+@dataclass(frozen=True)
+class Shortcuts:
+    """What makes rows faster, with other last bits.
 
-    def __init__(self, policy: Policy, pad_prompts: bool = False) -> None:
+    `pad_prompts`: those of prompts of near length are attended to together. `prepack`: weights are laid out for the products.
+    """
+
+    pad_prompts: bool = False
+    prepack: bool = False
+
+
+class CachedRows:
+    """Rows on the K/V cache, with their logits."""
+
+    def __init__(self, policy: Policy, shortcuts: Shortcuts) -> None:
         self._policy, self._device = policy, policy.placement.device
         channels = policy.base.config.get_text_config().hidden_size
-        self._cache = RowCache(self._device, Padding.of(channels) if pad_prompts else None)
-        self._decode = decode_step(policy)
+        self._cache = RowCache(self._device, Padding.of(channels) if shortcuts.pad_prompts else None)
+        self._decode = decode_step(policy, shortcuts.prepack)
         self.add_row, self.drop_row = self._cache.add_row, self._cache.drop_row
 
     def prefill(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[PromptKV, torch.Tensor]]:
@@ -34,11 +47,17 @@ class CachedRows:
         batch = pack(rows, least_shared=math.inf).to(self._device)
         kept = self._cache.expect([(tree.start, tree.split) for tree in batch.layout.trees])
         last = torch.tensor([tree.split - 1 for tree in batch.layout.trees], device=self._device)
+        return list(zip(kept, self._encoded(batch, last), strict=True))
+
+    def _encoded(self, batch: Batch, last: torch.Tensor) -> torch.Tensor:
+        """By the model's own modules, whose bits are the trainer's, unless weights are laid out for the step."""
+        if isinstance(self._decode, LlamaStep) and self._decode.is_packed:
+            return self._decode(batch.input_ids_N, batch.position_ids_N, Prefill(batch.layout, self._cache), last)
         output = self._policy.model(
             input_ids=batch.input_ids_N[None], position_ids=batch.position_ids_N[None],
             logits_to_keep=last, use_cache=False, layout=batch.layout, kv_store=self._cache,
         )  # fmt: skip
-        return list(zip(kept, output.logits[0], strict=True))
+        return output.logits[0]
 
     def prefill_from(
         self, prefixes: PrefixCache, adapter: str | None, prompt: tuple[int, ...], assign: Callable[[int], None]

@@ -18,13 +18,14 @@ from posttrain.models.device import uploaded
 from posttrain.models.lengths import forget_lengths
 from posttrain.models.policy import Policy
 from posttrain.rollout.alone import AloneRows
-from posttrain.rollout.cached import CachedRows
+from posttrain.rollout.cached import CachedRows, Shortcuts
 from posttrain.rollout.exact import ExactRows
 from posttrain.rollout.paged import PagedRows
 from posttrain.rollout.prefixes import PrefixCache
 from posttrain.rollout.sampling import StopTest, sample, sample_scored
 from posttrain.types import Finish, Request, SamplingParams
 
+_NO_SHORTCUTS = Shortcuts()
 Shaper = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
 """The ids sampled so far and the logits of the next one, [V] → the logits to sample from: a grammar, a bias, a penalty."""
 
@@ -96,14 +97,14 @@ class Decoding:
     """Samples rows until they end, or would be longer than `longest` inputs.
 
     `alone`: each row by itself and without a cache, for models whose rows cannot be run together; no `adapters` then.
-    `paged`: the cache to use where nobody else is using it; else `pad_prompts` is `CachedRows`'.
+    `paged`: the cache to use where nobody else is using it; else `shortcuts` are `CachedRows`'.
     `prefixes`: what is known of how prompts begin, of rows on `CachedRows`.
     """
 
     def __init__(
         self, policy: Policy, rows: Iterable[DecodingRow] = (), *,
         longest: int | None = None, alone: bool = False, adapters: TokenAdapters | None = None,
-        paged: PagedRows | None = None, pad_prompts: bool = False, prefixes: PrefixCache | None = None,
+        paged: PagedRows | None = None, shortcuts: Shortcuts = _NO_SHORTCUTS, prefixes: PrefixCache | None = None,
     ) -> None:  # fmt: skip
         assert not (alone and adapters), "tokens of several forwards cannot be assigned at once"
         forget_lengths(policy.base)
@@ -115,7 +116,7 @@ class Decoding:
         temperature = next((row.params.temperature for row in self._waiting), 1.0)
         self._running: Any = (
             AloneRows(policy) if alone else ExactRows(policy, temperature) if policy.exact
-            else paged.begin() if paged is not None and not paged.is_busy else CachedRows(policy, pad_prompts)
+            else paged.begin() if paged is not None and not paged.is_busy else CachedRows(policy, shortcuts)
         )  # fmt: skip
         self._prefixes = prefixes if isinstance(self._running, CachedRows) else None
         self._sample = sample_scored if policy.exact and not alone else sample

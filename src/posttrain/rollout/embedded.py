@@ -17,10 +17,12 @@ import posttrain
 from posttrain.errors import EngineError
 from posttrain.models.batch import pack
 from posttrain.models.compiled import as_written
+from posttrain.models.decode import why_not_prepacked
 from posttrain.models.lengths import LengthRule, length_rule
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
 from posttrain.protocols import Weights
+from posttrain.rollout.cached import Shortcuts
 from posttrain.rollout.decoding import Decoding, DecodingRow, Ends
 from posttrain.rollout.paged import paged_rows
 from posttrain.rollout.prefixes import PrefixCache
@@ -39,24 +41,26 @@ class EmbeddedEngine:
 
     `shares_weights` where `policy` is the one that is trained; else it is a copy, which an update fills. With `enforce_eager` a GPU
     decodes by the loop of a CPU, without pages and graphs. `pad_prompts`: that loop attends to prompts of near length together.
-    `prefix_bytes`: room for how prompts begin, kept from one call to the next until an update; prompts that are longer than a block
+    `prepack`: it lays weights out for its products, anew in each call. `prefix_bytes`: room for how prompts begin, kept from one call to the next until an update; prompts that are longer than a block
     are then always encoded by blocks.
     """
 
     def __init__(
         self, policy: Policy, *, stop_token_ids: Sequence[int], batch_size: int = 64, shares_weights: bool = True,
-        enforce_eager: bool = False, pad_prompts: bool = False, prefix_bytes: int = 0,
+        enforce_eager: bool = False, pad_prompts: bool = False, prepack: bool = False, prefix_bytes: int = 0,
     ) -> None:  # fmt: skip
         self._policy = policy
         self._stop_token_ids = frozenset(stop_token_ids)
         self._batch_size = batch_size
         self._shares_weights = shares_weights
-        self._pad_prompts = pad_prompts
+        self._shortcuts = Shortcuts(pad_prompts, prepack)
         self._version = 0
         self._paged = None if enforce_eager else paged_rows(policy)
         if pad_prompts and (self._paged or not policy.ragged):
             why = "pages need no filling up" if self._paged else f"{policy.source} decodes row by row"
             log.warning("pad_prompts: no effect, because %s", why)
+        if prepack and (why := self._why_not_prepacked()):
+            log.warning("rollout.prepack: no effect, because %s", why)
         self._prefix_bytes = prefix_bytes if prefix_bytes and self._keeps_beginnings() else 0
         self._prefixes = self._no_prefixes()
 
@@ -102,6 +106,11 @@ class EmbeddedEngine:
     def close(self) -> None:
         pass
 
+    def _why_not_prepacked(self) -> str:
+        if not self._policy.ragged:
+            return f"{self._policy.source} decodes row by row"
+        return why_not_prepacked(self._policy)
+
     def _keeps_beginnings(self) -> bool:
         why = "a GPU's pages hold whole prompts" if self._paged else ""
         if not self._policy.ragged or length_rule(self._policy.base.config) is not None:
@@ -143,7 +152,7 @@ class EmbeddedEngine:
     ) -> Iterator[DecodingRow]:
         with self._computing():
             decoding = Decoding(
-                self._policy, rows, longest=longest, alone=alone, paged=self._paged, pad_prompts=self._pad_prompts,
+                self._policy, rows, longest=longest, alone=alone, paged=self._paged, shortcuts=self._shortcuts,
                 prefixes=self._prefixes,
             )  # fmt: skip
         try:

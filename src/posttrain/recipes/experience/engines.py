@@ -78,7 +78,7 @@ def _embedded(ask: _Ask) -> Engine:
     stops = stop_token_ids(policy.base, policy.tokenizer)
     engine = EmbeddedEngine(
         policy, stop_token_ids=stops, batch_size=ask.rows, shares_weights=shares, enforce_eager=ask.keys.enforce_eager,
-        pad_prompts=ask.keys.pad_prompts, prefix_bytes=int(ask.keys.prefix_cache_gib * (1 << 30)),
+        pad_prompts=ask.keys.pad_prompts, prepack=ask.keys.prepack, prefix_bytes=int(ask.keys.prefix_cache_gib * (1 << 30)),
     )  # fmt: skip
     return _in_turn(ask, engine)
 
