@@ -23,6 +23,14 @@ def plan(on_cpu=True, **rollout):
     return estimate_memory(TIED, workload)
 
 
+def test_weights_laid_out_for_sampling_are_counted_on_a_cpu_where_the_step_is_written_out(monkeypatch):
+    assert "decode_weights" not in plan(prepack=True).parts
+    monkeypatch.setitem(globals(), "TIED", replace(TIED, decodes_by_weights=True))
+    assert "decode_weights" not in plan().parts
+    assert plan(prepack=True).parts["decode_weights"] == 4 * (TIED.linear_params + 1000 * 64)
+    assert "decode_weights" not in plan(on_cpu=False, prepack=True).parts
+
+
 @pytest.mark.parametrize("engine", ["vllm", "vllm_server"])
 def test_vllm_holds_weights_and_cache_of_its_own_all_the_while(engine):
     ours, theirs = plan(), plan(engine=engine, memory_gib=2.0)

@@ -63,6 +63,11 @@ class SamplingEngine:
 OURS = SamplingEngine()
 
 
+def laid_out_bytes(shape: ModelShape, engine: SamplingEngine, size: int) -> int:
+    """The matrices and the head that ours lays out for a CPU's products while it samples; `size` is that of a value."""
+    return size * (shape.linear_params + shape.vocab * shape.hidden) if engine.prepack else 0
+
+
 def engine_parts(
     shape: ModelShape, engine: SamplingEngine, *, bf16: bool, on_cpu: bool, trainers: int = 1
 ) -> dict[str, int]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from posttrain.planner.engine import OURS, SamplingEngine, engine_parts
+from posttrain.planner.engine import OURS, SamplingEngine, engine_parts, laid_out_bytes
 from posttrain.planner.shape import ModelShape
 from posttrain.planner.sharding import FULLY, ShardingPlan
 
@@ -411,14 +411,10 @@ def _engine_bytes(shape: ModelShape, workload: Workload, trainers: int) -> dict[
 
 
 def _decode_weight_bytes(shape: ModelShape, workload: Workload) -> int:
-    """The matrices with the adapter added, and those laid out for products, which decoding multiplies with; not under autocast."""
-    if workload.bf16 or not (shape.decodes_by_weights and workload.rollout_batch_size):
-        return 0
-    size = _frozen_bytes(shape, workload)
-    copied = workload.adapter == "lora" and shape.num_params * size <= MOST_COPIED
-    laid_out = workload.rollout.prepack and workload.on_cpu
-    head = shape.vocab * shape.hidden
-    return (shape.linear_params * size if copied else 0) + (4 * (shape.linear_params + head) if laid_out else 0)
+    """The matrices with the adapter added, and those laid out, which decoding multiplies with; not under autocast."""
+    size = _frozen_bytes(shape, workload) if shape.decodes_by_weights and not workload.bf16 else 0
+    copied = workload.adapter == "lora" and shape.num_params * size <= MOST_COPIED and workload.rollout_batch_size > 0
+    return copied * shape.linear_params * size + laid_out_bytes(shape, workload.rollout, size * workload.on_cpu)
 
 
 def _kv_bytes(shape: ModelShape, workload: Workload) -> int:
