@@ -134,11 +134,16 @@ def render() -> str:
         for kind in kinds
         if (some := [row for row in judged if row["kind"] == kind])
     ]
+    systems = [
+        f"| {system} | {len(some)} | {median_error(some):.0%} | {sum(error(row) < 0 for row in some)} |"
+        for system in DATA["sources"]
+        if (some := [row for row in judged if row["system"] == system])
+    ]
     table = [_line(row) for row in DATA["rows"]]
     head = (HERE / "planning" / "head.md").read_text(encoding="utf-8")
     return head.format(
-        median=f"{median_error(judged):.0%}", count=len(judged), fitted=len(rows("fit")), excluded=len(rows("excluded")),
-        medians="\n".join(medians), table="\n".join(table), sources="\n".join(f"- {k}: {v}." for k, v in DATA["sources"].items()),
+        median=f"{median_error(judged):.1%}", count=len(judged), fitted=len(rows("fit")), excluded=len(rows("excluded")),
+        medians="\n".join(medians), systems="\n".join(systems), table="\n".join(table), sources="\n".join(f"- {k}: {v}." for k, v in DATA["sources"].items()),
         cards="\n".join(_card(device) for device in DEVICES.values()),
         links="\n".join(f"| `{link.name}` | {link.bytes_s / 1e9:g} GB/s | {link.source} |" for link in LINKS.values()),
         rates="\n".join(f"| `{name}` | {getattr(PUBLISHED, name):g} |" for name in Rates.__dataclass_fields__),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.distributed.conftest import environment
+from tests.processes import all_gone
 
 
 @pytest.fixture
@@ -97,6 +98,22 @@ def check_like_straight(workers, write_yaml, runner, tmp_path):
 @pytest.mark.slow
 def test_a_rank_that_is_killed_costs_a_restart_and_nothing_twice(workers, write_yaml, runner, tmp_path):
     check_killed(workers("local", "sft", write_yaml("sft"), "--workers", 2), tmp_path / "run", kill_rank)
+    check_like_straight(workers, write_yaml, runner, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_is_ended_and_costs_a_restart(workers, write_yaml, runner, tmp_path):
+    """SIGSTOP: the others give it up after `ddp_timeout` and end with an error, the one that stands still ends by nothing of its own."""
+    process = workers("local", "sft", write_yaml("sft", ddp_timeout=8), "--workers", 2)
+    run = tmp_path / "run"
+    await_steps(run, 2, process)
+    stopped = rank_pids(run)[1]
+    os.kill(stopped, signal.SIGSTOP)
+    began = time.monotonic()
+    _, err = done(process)
+    assert "rank 1 on 127.0.0.1 stands still" in err and "the ranks start again from the last checkpoint" in err
+    print(f"recovered after {time.monotonic() - began:.1f} s")
+    assert all_gone([stopped])
     check_like_straight(workers, write_yaml, runner, tmp_path)
 
 

@@ -1,10 +1,13 @@
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from tests.processes import all_gone
 
 from posttrain.errors import ConfigError, RewardError
 from posttrain.rewards.workers import CHUNK_SIZE, MAX_UNSCORED, RewardPool
@@ -50,6 +53,10 @@ def needs(completions, answer):
 
 def pid(completions):
     return [float(os.getpid())] * len(completions)
+
+def slow_pid(completions):
+    time.sleep(0.2)
+    return pid(completions)
 
 def modules(completions):
     return [float("torch" in sys.modules)] * len(completions)
@@ -265,6 +272,23 @@ def test_replacing_one_worker_takes_no_time_from_the_others(folder):
     with RewardPool(["slow_start.py:crashing"], timeout_s=1.2, num_workers=2, folder=folder) as pool:
         scores = pool.score(["p"] * len(texts), texts)
     assert [i for i, s in enumerate(scores) if s.total is None] == [0]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("doing", ["idle", "scoring"])
+def test_a_worker_struck_from_outside_costs_at_most_what_it_had(folder, how, doing):
+    asked = ["a"] * 4 * CHUNK_SIZE
+    with RewardPool(["r.py:slow_pid"], timeout_s=2.0, num_workers=2, folder=folder) as pool:
+        [struck, *_] = sorted({int(one.total) for one in pool.score(asked, asked, {})})
+        timer = threading.Timer(0.0 if doing == "idle" else 0.1, os.kill, [struck, how])
+        timer.start()
+        if doing == "idle":
+            timer.join()
+        found = pool.score(asked, asked, {}, max_unscored=1.0)
+        assert sum(one.total is None for one in found) <= CHUNK_SIZE
+        again = pool.score(asked, asked, {})
+        assert all(one.total is not None and int(one.total) != struck for one in again)
+        assert all_gone([struck])
 
 
 @pytest.mark.parametrize("text", ["stay", "exit"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,8 @@ from posttrain.errors import EXIT_CRASH, EXIT_USAGE, ConfigError
 
 _POLL_S = 0.25
 _EXIT_KILLED = 137
+_STILL_S = 10.0
+"""How long the others may take to end once a rank has ended with an error."""
 
 
 class KeptRole(Protocol):
@@ -131,6 +134,7 @@ class RankGroup:
 
     def _watch(self) -> _Lost | None:
         """Until all have ended, or one was lost."""
+        failed_at = math.inf
         while len(self._codes) < len(self.roles):
             time.sleep(_POLL_S)
             if self.wants_stop() and not self._told:
@@ -143,10 +147,25 @@ class RankGroup:
             for rank, call in asked.items():
                 if lost := self._look(rank, call, until):
                     return lost
+            if any(code in (EXIT_USAGE, EXIT_CRASH) for code in self._codes.values()):
+                failed_at = min(failed_at, time.monotonic())
+            if time.monotonic() - failed_at > _STILL_S and (lost := self._left_behind()):
+                return lost
             # All of them load the last checkpoint, which is the sync of a rank.
             if not self._codes and all(role.state.health is RoleHealth.STALE for role in self.roles):
                 for role in self.roles:
                     role.see(RoleSign.SYNCED)
+        return None
+
+    def _left_behind(self) -> _Lost | None:
+        """Of ranks that an error of another one did not end: what the user must fix ends them all, else one that stands still was the cause."""
+        still = [rank for rank in range(len(self.roles)) if rank not in self._codes]
+        if EXIT_USAGE in self._codes.values():
+            self._codes |= dict.fromkeys(still, EXIT_USAGE)
+        elif still:
+            return _Lost(
+                f"rank {still[0]} on {self._kept[still[0]].node.address} stands still, and another one gave it up", 0.0
+            )
         return None
 
     def _look(self, rank: int, call: Any, until: float) -> _Lost | None:

@@ -302,6 +302,28 @@ def test_a_server_killed_while_it_takes_weights_comes_back_with_them(engine, pol
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("doing", ["idle", "syncing"])
+def test_a_server_that_stands_still_comes_back_with_its_weights(engine, policy_with, monkeypatch, doing):
+    policy, kind = moved(policy_with()), type(engine._replicas[0].engine)
+    monkeypatch.setattr(server_of(engine).client, "timeout_s", 2.0)
+    update, restarts, pids = kind._update, engine.restarts, family(server_of(engine).pid)
+
+    def standing(self, message):
+        monkeypatch.setattr(kind, "_update", update)
+        killed(engine, signal.SIGSTOP)
+        update(self, message)
+
+    if doing == "idle":
+        killed(engine, signal.SIGSTOP)
+    else:
+        monkeypatch.setattr(kind, "_update", standing)
+    sync_engine(engine, policy, version=3)
+    assert max(gaps(engine, policy)) <= 1e-4
+    assert (engine.restarts, engine.policy_version) == (restarts + 1, 3)
+    assert all_gone(pids)
+
+
+@pytest.mark.slow
 def test_a_server_that_stands_still_is_taken_for_dead_within_seconds(engine, policy_with, monkeypatch):
     sync_engine(engine, policy_with(), version=3)
     monkeypatch.setattr(server_of(engine).client, "timeout_s", 2.0)
