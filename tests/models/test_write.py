@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from posttrain.distributed.sharding import Whole
+from posttrain.distributed.whole import Whole
 from posttrain.models.write import write_weights
 
 

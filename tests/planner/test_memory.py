@@ -205,13 +205,6 @@ def test_deltas_of_weights_hold_the_last_version_at_both_ends():
     assert held(transfer="delta", dtype="bfloat16") == 2 * 2 * TINY.num_params
 
 
-def test_a_micro_batch_of_rl_holds_its_completions_and_their_prompts_once():
-    """128 tokens, 32 of them the completion: of a group of 8, four completions are 4·32 + 96, sixteen are 16·32 + 2·96."""
-    rl = Workload(samples=True, sequence_len=128, max_completion_length=32, num_generations=8)
-    tokens = [replace(rl, per_device_train_batch_size=size).tokens(TINY) for size in (1, 4, 16)]
-    assert tokens == [128, 224, 704]
-
-
 def test_checkpointing_saves_most_activations_and_length_costs_in_proportion():
     def activations(**changes):
         return estimate_memory(QWEN3_8B, Workload(**changes)).parts["activations"]
@@ -264,11 +257,6 @@ def test_a_model_without_that_many_positions_needs_no_memory_for_them():
 def test_frozen_weights_keep_the_type_they_were_saved_in():
     lora = Workload(adapter="lora")
     assert estimate_memory(replace(QWEN3_8B, stored_bytes=4), lora).parts["weights"] == 4 * QWEN3_8B.num_params
-
-
-def test_bf16_auto_is_the_devices_choice():
-    assert Workload.from_keys({"bf16": "auto"}, device_has_bf16=False, on_cpu=False).bf16 is False
-    assert Workload.from_keys({"bf16": "auto"}, device_has_bf16=True, on_cpu=False).bf16 is True
 
 
 def test_the_container_limit_counts(tmp_path):

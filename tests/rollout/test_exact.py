@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from posttrain.config.stages import SFTKeys
-from posttrain.distributed.sharding import Whole
+from posttrain.distributed.whole import Whole
 from posttrain.errors import EngineError, ModelError
 from posttrain.models import exact
 from posttrain.models.batch import pack

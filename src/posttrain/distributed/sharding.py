@@ -1,11 +1,11 @@
-"""Where the parameters of a model lie: whole in one process, or in shares over the ranks (FSDP2). Knows no loop."""
+"""A model in shares over the ranks (FSDP2), and how ranks hold one between them. Knows no loop."""
 
 from __future__ import annotations
 
 import logging
 import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -18,7 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from posttrain.distributed.precision import precision
 from posttrain.distributed.sequence import SequenceGroup
 from posttrain.distributed.tensor_parallel import TensorGroup
-from posttrain.errors import ConfigError, ModelError
+from posttrain.distributed.whole import Whole, check_names, parameter_names, trained_parameters
+from posttrain.errors import ConfigError
 from posttrain.protocols import Ranks, Sharding, Share
 
 log = logging.getLogger(__name__)
@@ -35,73 +36,6 @@ class ShardingSpec:
     sync_each_batch: bool = True
     param_dtype: str = "float32"
     reduce_dtype: str = "float32"
-
-
-class Whole:
-    """One process holds all of it."""
-
-    num_shards = 1
-    is_sharded = False
-    has_first_copy = True
-    sequence = None
-    tensor = None
-
-    def square_sum(self, tensor: torch.Tensor) -> float:
-        return float(tensor.square().sum())
-
-    def together(self, parameters: Sequence[Any]) -> list[list[Any]]:
-        return [list(parameters)]
-
-    def largest(self, number: int) -> int:
-        return number
-
-    def cut(self, model: Any) -> Any:
-        return model
-
-    def shard(self, model: Any) -> Any:
-        return model
-
-    def release(self, model: Any) -> None:
-        pass
-
-    def accumulate(self, model: Any, *, is_last: bool) -> None:
-        pass
-
-    def clip_grad_norm(self, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
-        return float(norm)
-
-    def local(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().cpu()
-
-    def gathered(self, module: nn.Module) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def fill(self, parameter: torch.Tensor, whole: torch.Tensor) -> None:
-        parameter.data.copy_(whole)
-
-    def load_state(self, model: nn.Module, state: dict[str, torch.Tensor], optional: Collection[str] = ()) -> None:
-        _check_names(model, state, optional)
-        model.load_state_dict(state, strict=False)
-
-    def share_of(self, tensor: torch.Tensor) -> Share:
-        return Share(tensor.detach(), 0, tuple(tensor.shape))
-
-    def optimizer_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-        names = _parameter_names(model, optimizer)
-        state = optimizer.state_dict()
-        return {names[index]: values for index, values in state["state"].items()}
-
-    def load_optimizer_state(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Any]]
-    ) -> None:
-        names = _parameter_names(model, optimizer)
-        present = optimizer.state_dict()
-        present["state"] = {index: state[name] for index, name in enumerate(names) if name in state}
-        optimizer.load_state_dict(present)
 
 
 class FullyShard:
@@ -288,19 +222,19 @@ class FullyShard:
 
     @torch.no_grad()
     def load_state(self, model: nn.Module, state: dict[str, torch.Tensor], optional: Collection[str] = ()) -> None:
-        _check_names(model, state, optional)
+        check_names(model, state, optional)
         own = model.state_dict()
         for name, rows in state.items():
             self.local(own[name]).copy_(rows)
 
     def optimizer_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-        named = zip(_parameter_names(model, optimizer), _parameters(optimizer), strict=True)
+        named = zip(parameter_names(model, optimizer), trained_parameters(optimizer), strict=True)
         return {name: optimizer.state[parameter] for name, parameter in named if parameter in optimizer.state}
 
     def load_optimizer_state(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Any]]
     ) -> None:
-        for name, parameter in zip(_parameter_names(model, optimizer), _parameters(optimizer), strict=True):
+        for name, parameter in zip(parameter_names(model, optimizer), trained_parameters(optimizer), strict=True):
             if name in state:
                 optimizer.state[parameter] = {key: _like(parameter, value) for key, value in state[name].items()}
 
@@ -384,26 +318,6 @@ def _replace(model: nn.Module, by_id: Mapping[int, nn.Parameter]) -> list[tuple[
     return places
 
 
-def _check_names(model: nn.Module, state: Mapping[str, Any], optional: Collection[str]) -> None:
-    """Raises: ModelError unless `state` has every name of the model but `optional` and tied ones, and no other."""
-    own = model.state_dict(keep_vars=True)
-    # A tied weight has several names, and one of them fills it.
-    filled = {id(tensor) for name, tensor in own.items() if name in state}
-    missing = sorted(
-        n for n, tensor in own.items() if n not in state and n not in optional and id(tensor) not in filled
-    )
-    unexpected = sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        raise ModelError(
-            f"weights and model do not fit: {len(missing)} of the model's {len(own)} are missing ({_some(missing)}), "
-            f"{len(unexpected)} are not the model's ({_some(unexpected)}); they were written by another model, adapter or version"
-        )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "") if names else "none"
-
-
 def _whole(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
@@ -412,16 +326,6 @@ def _whole(value: Any) -> Any:
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Names of the optimizer's parameters, in the order of its state."""
-    by_id = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [by_id[id(parameter)] for parameter in _parameters(optimizer)]
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

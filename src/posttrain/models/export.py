@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from posttrain.config.stages import AskedRewardKeys, ModelKeys
 from posttrain.distributed.ranks import SingleProcess
-from posttrain.distributed.sharding import Whole
+from posttrain.distributed.whole import Whole
 from posttrain.files import begin_folder, finish_folder, read_json, write_folder
 from posttrain.models import generation
 from posttrain.models.adapters import dequantized_weights, load_adapter

@@ -17,7 +17,7 @@ from posttrain.config import hub
 from posttrain.config.chat_template import chat_template
 from posttrain.config.places import is_an_adapter
 from posttrain.config.stages import ModelKeys, TrainKeys
-from posttrain.distributed.sharding import Whole
+from posttrain.distributed.whole import Whole
 from posttrain.errors import ModelError
 from posttrain.files import size_text
 from posttrain.models import attention, generation

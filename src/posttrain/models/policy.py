@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.config.stages import ModelKeys
-from posttrain.distributed.sharding import Whole
+from posttrain.distributed.whole import Whole
 from posttrain.models.batch import Batch, pack
 from posttrain.models.device import Placement
 from posttrain.models.embedding_noise import noisy_embeddings

@@ -35,8 +35,9 @@ from posttrain.models.provenance import was_tuned_by_us
 from posttrain.pipeline.selection import spec_of, without_dev
 from posttrain.planner.fit import cannot_fit, fits, shortfall
 from posttrain.planner.machine import available_bytes
-from posttrain.planner.memory import Workload, estimate_memory
+from posttrain.planner.memory import estimate_memory
 from posttrain.planner.shape import ModelShape
+from posttrain.planner.workload import Workload
 from posttrain.recipes.experience.episodes import environment_spec
 from posttrain.recipes.kinds import OBJECTIVES
 from posttrain.recipes.measure.evaluate import check_played

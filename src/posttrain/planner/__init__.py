@@ -2,10 +2,11 @@
 
 from posttrain.planner.fit import cannot_fit, fits, shortfall
 from posttrain.planner.machine import available_bytes
-from posttrain.planner.memory import MemoryPlan, Workload, estimate_memory
+from posttrain.planner.memory import MemoryPlan, estimate_memory
 from posttrain.planner.parts import DEVICES, Cluster, Device, parse_cluster
 from posttrain.planner.shape import ModelShape
 from posttrain.planner.steptime import Loop, StepTime, Traffic, Work, best_split, step_time
+from posttrain.planner.workload import Workload
 
 __all__ = [
     "DEVICES",

@@ -8,7 +8,8 @@ from itertools import combinations
 from typing import Any
 
 from posttrain.files import size_text
-from posttrain.planner.memory import HELD, MemoryPlan, Workload, estimate_memory
+from posttrain.planner.memory import HELD, MemoryPlan, estimate_memory
+from posttrain.planner.workload import Workload
 
 
 def fits(plan: MemoryPlan, available: int) -> bool:

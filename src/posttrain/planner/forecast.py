@@ -9,7 +9,7 @@ from typing import Any
 
 from posttrain.planner.lengths import Lengths
 from posttrain.planner.measured import AS_PREDICTED, Correction
-from posttrain.planner.memory import MemoryPlan, Workload, estimate_memory
+from posttrain.planner.memory import MemoryPlan, estimate_memory
 from posttrain.planner.parts import Cluster, Device
 from posttrain.planner.shape import ModelShape
 from posttrain.planner.simulate import Failures, Setup, Timeline, simulate
@@ -25,6 +25,7 @@ from posttrain.planner.steptime import (
     step_time,
     train_s,
 )
+from posttrain.planner.workload import Workload
 
 _SEQUENCES = 256
 """Most that vLLM decodes at once by default, in a replica."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from posttrain.planner.memory import Workload
 from posttrain.planner.parts import Cluster
 from posttrain.planner.shape import ModelShape
 from posttrain.planner.steptime import Traffic, Work, logp_s, rollout_s, train_s
+from posttrain.planner.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)

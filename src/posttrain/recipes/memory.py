@@ -17,8 +17,9 @@ from posttrain.models.load import load_config, model_shape, stored_dtype
 from posttrain.models.policy import Policy
 from posttrain.planner.fit import fits, overrun, shortfall
 from posttrain.planner.machine import available_bytes
-from posttrain.planner.memory import MemoryPlan, Workload, estimate_memory
+from posttrain.planner.memory import MemoryPlan, estimate_memory
 from posttrain.planner.shape import ModelShape
+from posttrain.planner.workload import Workload
 from posttrain.recipes.teachers import shapes_beside
 
 _CPU_REFUSAL = "DefaultCPUAllocator: can't allocate memory"

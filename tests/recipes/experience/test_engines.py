@@ -9,7 +9,7 @@ import pytest
 from posttrain.config.pipeline import SuiteKeys
 from posttrain.config.rl import GRPOKeys
 from posttrain.config.rollout import RolloutKeys
-from posttrain.distributed.sharding import Whole
+from posttrain.distributed.whole import Whole
 from posttrain.errors import ConfigError, EngineError, EngineGoneError
 from posttrain.evals.suite import load_suite
 from posttrain.evidence import EvalReport

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from posttrain.distributed.sharding import Whole
+from posttrain.distributed.whole import Whole
 from posttrain.errors import ModelError
 
 
