@@ -65,6 +65,15 @@ def test_ranks_share_an_engine_also_one_that_is_lost_and_comes_back(job, runner,
         same(runner, alone(runner, one), Path(one["folder"]))
 
 
+def test_ranks_share_two_engines_which_each_get_all_weights(job, runner, monkeypatch):
+    """The second one after the canary of the first has scored, without a step between them."""
+    two = job("two", max_steps=2)
+    done = torchrun(["-m", RUNNER], json.dumps([two]), "two")
+    assert done.returncode == 0, done.stderr[:12000]
+    monkeypatch.setitem(engines.ENGINES, "vllm_server", copies())
+    same(runner, alone(runner, two), Path(two["folder"]))
+
+
 def test_an_error_of_the_engine_ends_every_rank(job):
     done = torchrun(["-m", RUNNER], json.dumps([job("refused")]), "refusing")
     assert done.returncode != 0

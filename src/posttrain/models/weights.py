@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
 
 from posttrain.models.offload import OffloadedLayers
+from posttrain.protocols import Sharding
 
 Only = Literal["adapter", "trained", "all"]
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
@@ -26,17 +27,19 @@ class Trained(Protocol):
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]: ...
     @property
     def offloaded(self) -> OffloadedLayers | None: ...
+    @property
+    def sharding(self) -> Sharding: ...
 
 
 def named_weights(policy: Trained, only: Only) -> NamedTensors:
     """Under the names of the given base's file (`adapter`: under those of an adapter's file, as PEFT writes it).
 
     `adapter` are the adapter's own tensors, `trained` what has gradients, `all` the whole model, an adapter added to its
-    weights module by module. A sharded tensor is gathered when it is its turn: all ranks iterate together.
+    weights module by module. A sharded tensor is gathered when it is its turn: all ranks iterate together, between steps.
     """
-    if only == "adapter":
-        return _adapter(policy)
-    return _whole(policy) if only == "all" else _trained(policy)
+    # After a pass without a backward the module holds what was gathered for it: rounded, and freed by the next `state_dict`.
+    policy.sharding.release(policy.model)
+    yield from _READ[only](policy)
 
 
 def _adapter(policy: Trained) -> NamedTensors:
@@ -109,6 +112,9 @@ def _saved_buffers(base: Any) -> list[tuple[str, torch.Tensor]]:
     """Buffers that are part of the model's file."""
     kept = base.state_dict().keys()
     return [(name, buffer) for name, buffer in base.named_buffers() if name in kept]
+
+
+_READ: Mapping[Only, Callable[[Trained], NamedTensors]] = {"adapter": _adapter, "trained": _trained, "all": _whole}
 
 
 def trained_name(name: str) -> str:
