@@ -46,7 +46,7 @@ SCRIPTS = {"verl.trainer.": "verl", "openrlhf.cli.": "openrlhf"}
 """A word of a script → whose command it holds."""
 METHODS = frozenset({
     "processor_type", "reward_model", "process_reward_model", "num_labels", "rl", "stage", "finetuning_type", "diffusion", "ebft", "kd_trainer", "qat", "fp8", "pretraining_dataset", "relora", "relora_steps",
-    "reinit_weights", "use_llama_pro", "mixture_of_depths", "use_asft_loss", "use_eaft_loss", "use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon", "streaming", "lisa_n_layers",
+    "reinit_weights", "use_llama_pro", "mixture_of_depths", "use_asft_loss", "use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon", "streaming", "lisa_n_layers",
     "kt_weight_path", "dsv4_fp4_grouped_mode",
 })  # fmt: skip
 """A refusal of one of these keys says that the method itself is not here (multimodal, reward models, pre-training, …)."""

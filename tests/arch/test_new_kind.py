@@ -31,7 +31,7 @@ def train(keys, stage):
     for step in range(state.step, keys.max_steps):
         stage.begin_step(step)
         metrics, norm = StepMetrics(), Normalizer.of(sft.loss_counts(rows))
-        terms = sft.loss(policy, rows, norm, keys.loss_type)
+        terms = sft.loss(policy, rows, norm)
         terms.loss.backward()
         metrics.add(terms.metrics)
         values = metrics.reduced(stage.ranks)

@@ -146,6 +146,8 @@ FLIPS = {
         Flip("health_rollbacks", 0, {"health": {"gradient_spike": SPIKE | {"action": "rollback"}}}),
         Flip("train_on", "all"),
         Flip("loss_type", "dft"),
+        Flip("eaft_alpha", 0.5, {"loss_type": "eaft"}),
+        Flip("eaft_k", 5, {"loss_type": "eaft"}),
         Flip("label_smoothing_factor", 0.1),
         Flip("neftune_noise_alpha", 5),
         Flip("packing_window", 1, {"packing": True, "sequence_len": 100, "per_device_train_batch_size": 2}),

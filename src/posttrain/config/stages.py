@@ -365,7 +365,9 @@ class ExampleKeys(TrainKeys):
 class SFTKeys(ExampleKeys):
     """Supervised fine-tuning."""
 
-    loss_type: Literal["nll", "dft"] = knob("nll", "Token cross-entropy, or dynamic fine-tuning (arXiv 2508.05629), which weighs it by the token's probability.", also="use_dft_loss (LLaMA-Factory)")
+    loss_type: Literal["nll", "dft", "eaft"] = knob("nll", "Token cross-entropy; or weighted by the token's probability (dynamic fine-tuning, arXiv 2508.05629); or by the model's own doubt (entropy-adaptive fine-tuning, arXiv 2601.02151).", also="use_dft_loss (LLaMA-Factory)")
+    eaft_alpha: float = knob(1.0, "eaft: exponent of the weight; 0 is nll.", ge=0)
+    eaft_k: int = knob(20, "eaft: number of likeliest tokens whose entropy is the weight.", ge=2)
     packing_strategy: Literal["bfd", "wrapped"] = knob("bfd", "How packing fills: `bfd` keeps rows whole and apart (best fit, and none attends to another); `wrapped` joins the rows of a source end to end and cuts blocks of sequence_len, across which attention goes from row to row, as in pre-training.", example="wrapped")
     streaming: bool = knob(False, "Read rows as they are trained on, from files, URIs or the hub, without loading or counting all of them first; needs max_steps, and begins anew at the end.", also="dataset_streaming (TRL)")
     buffer_size: int = knob(1000, "Of a streamed source, so many rows at a time are read, shuffled and (with packing) fitted together; that many are held.", ge=1, also="streaming_multipack_buffer_size (Axolotl)")
@@ -400,6 +402,8 @@ class SFTKeys(ExampleKeys):
         for name in ("label_smoothing_factor", "neftune_noise_alpha"):
             if (value := getattr(self, name)) and self.sharding.group_size > 1:
                 raise ValueError(f"{name}: {value:g} with {self.sharding.group_text}, where no process has a whole row; set one of them back")
+        if self.loss_type == "eaft" and self.sharding.group_size > 1:
+            raise ValueError(f"loss_type: eaft with {self.sharding.group_text}, where no process has a whole row; set one of them back")
         return self
 
     @model_validator(mode="after")

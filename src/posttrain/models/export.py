@@ -22,7 +22,7 @@ from posttrain.files import begin_folder, finish_folder, read_json, write_folder
 from posttrain.models import generation
 from posttrain.models.adapters import dequantized_weights, load_adapter
 from posttrain.models.continued import ADAPTER, OF_THE_BASE
-from posttrain.models.load import load_base, load_config, load_tokenizer, stored_dtype
+from posttrain.models.load import load_base, load_config, load_tokenizer
 from posttrain.models.low_rank import CONFIG, subtract_start
 from posttrain.models.policy import Policy
 from posttrain.models.proof import (
@@ -37,6 +37,7 @@ from posttrain.models.proof import (
 )
 from posttrain.models.provenance import PROVENANCE, check_base, source_digest
 from posttrain.models.read import fits_shares, read_model
+from posttrain.models.stored import stored_dtype
 from posttrain.models.vocabulary import grow
 from posttrain.models.write import write_weights
 from posttrain.protocols import Ranks, Sharding

@@ -33,6 +33,7 @@ from posttrain.models.read import may_read_shares, read_model
 from posttrain.models.routing import router_loads
 from posttrain.models.selfcheck import ragged_is_exact
 from posttrain.models.sequence import refuse_unless_split
+from posttrain.models.stored import refuse_quantised, stored_dtype
 from posttrain.models.tensor_parallel import refuse_unless_parallel
 from posttrain.models.vocabulary import add_tokens, grow, name_tokens
 from posttrain.protocols import Sharding
@@ -243,6 +244,7 @@ def load_base(
     config = load_config(keys)
     if trainable:
         refuse_other_media(keys, config)
+        refuse_quantised(keys, config)
     stored = stored_dtype(config)
     placement = place(keys, stored if trainable and keys.adapter != "none" else None)
     dtype = weight_dtype(keys, placement, stored, trainable=trainable)
@@ -263,11 +265,6 @@ def load_base(
     if keys.base_bits:
         _check_runs(model, placement, keys.base_bits)
     return model, placement
-
-
-def stored_dtype(config: Any) -> torch.dtype:
-    """The dtype that a config says its file has; float32 where it says nothing."""
-    return getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
 
 
 def _names(*dtypes: torch.dtype) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.distributed import DistributedConfig
@@ -19,6 +19,7 @@ from posttrain.files import read_json
 from posttrain.models.continued import adapter_before, is_continued
 from posttrain.models.low_rank import CONFIG
 from posttrain.models.reward_head import with_reward_per_token
+from posttrain.models.stored import as_floats, unpacking
 from posttrain.protocols import Sharding
 
 
@@ -29,6 +30,8 @@ def read_model(
 
     With `sharding` each rank reads its own rows of each tensor, and no tensor is ever whole.
     """
+    if packed := unpacking(_config(keys)):  # whole: a share of what is packed is no share of the floats
+        return as_floats(_read(keys, dtype, **packed, **options), dtype)
     if sharding is None or not sharding.is_sharded:
         return _read(keys, dtype, **options)
     if torch.cuda.is_available():  # where the shares lie
@@ -61,6 +64,19 @@ _ONE = DistributedConfig(tp_size=1, fsdp_size=1, pp_size=1, ep_size=1)
 _BY_ROWS = (MergeModulelist, Concatenate)
 
 
+def _config(keys: ModelKeys) -> Any:
+    try:
+        return AutoConfig.from_pretrained(
+            keys.base_model, revision=keys.revision, trust_remote_code=keys.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _unloadable(keys, error) from error
+
+
+def _unloadable(keys: ModelKeys, error: Exception) -> ModelError:
+    return ModelError(f"base_model: {keys.base_model} did not load: {str(error).strip().splitlines()[0]}")
+
+
 def _read(keys: ModelKeys, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     family: Any = AutoModelForSequenceClassification if keys.is_reward_model else AutoModelForCausalLM
     if keys.is_reward_model:
@@ -72,7 +88,7 @@ def _read(keys: ModelKeys, dtype: torch.dtype, **options: Any) -> PreTrainedMode
             use_safetensors=True, **options,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"base_model: {keys.base_model} did not load: {str(error).strip().splitlines()[0]}") from error
+        raise _unloadable(keys, error) from error
     if keys.is_reward_model:
         return with_reward_per_token(model)
     if any("ForSequenceClassification" in name for name in model.config.architectures or ()):

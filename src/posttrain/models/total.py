@@ -22,12 +22,13 @@ from posttrain.files import digest_tree, read_json
 from posttrain.models.adapters import load_adapter
 from posttrain.models.continued import ADAPTER
 from posttrain.models.export import ALONE, save_tokenizer, write_folder_together
-from posttrain.models.load import load_base, load_config, stored_dtype
+from posttrain.models.load import load_base, load_config
 from posttrain.models.low_rank import CONFIG, WEIGHTS, side_by_side, split
 from posttrain.models.policy import Policy
 from posttrain.models.proof import HALF_ROUNDING, ROUNDING, probe_logits
 from posttrain.models.provenance import PROVENANCE, recorded_bits, source_digest
 from posttrain.models.read import fits_shares, read_model
+from posttrain.models.stored import stored_dtype
 from posttrain.protocols import Ranks, Sharding
 
 _PREFIX = "base_model.model."

@@ -162,26 +162,28 @@ def divergence(student: Head, teacher: Head, target_M: Tensor, spec: DistillSpec
     return torch.cat([term for term, _ in found]), torch.cat([said for _, said in found], 1)
 
 
-def token_scores(head: Head, target_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob of each target, the mean log-prob over the vocabulary, and whether the target is the likeliest, a tile at a time. Shapes: [M]."""
-    size = max(1, head_tile_rows(head.vocab, target_M.device.type) // _TENSORS)
-    tiles = [slice(at, at + size) for at in range(0, max(1, len(target_M)), size)]
-    one: Callable[[slice], tuple[Tensor, Tensor, Tensor]] = partial(_token_scores_of_tile, head, target_M)
-    if len(tiles) > 1 and torch.is_grad_enabled():
-        one = partial(cast(Callable[..., tuple[Tensor, Tensor, Tensor]], checkpoint), one, use_reentrant=False)
-    logp, mean, top1 = zip(*(one(rows) for rows in tiles), strict=True)
-    return torch.cat(logp), torch.cat(mean), torch.cat(top1)
+def token_scores(head: Head, target_M: Tensor, top_k: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-prob of each target and the mean log-prob over the vocabulary; whether the target is the likeliest, and without a gradient
+    the entropy (nats) of the `top_k` likeliest tokens made to sum to 1. A tile at a time. Shapes: [M].
+    """
+    one: Callable[[slice], tuple[Tensor, ...]] = partial(_token_scores_of_tile, head, target_M, min(top_k, head.vocab))
+    logp, mean, top1, entropy = _by_tiles(one, head, target_M)
+    return logp, mean, top1, entropy
 
 
 def aligned_scores(head: Head, target_M: Tensor) -> tuple[Tensor, Tensor]:
     """Log-prob of each target, and without a gradient log Σ_v p_v², which it has in the mean over samples. Shapes: [M], [M]."""
+    logp, log_sum_sq = _by_tiles(partial(_aligned_scores_of_tile, head, target_M), head, target_M)
+    return logp, log_sum_sq
+
+
+def _by_tiles(one: Callable[[slice], tuple[Tensor, ...]], head: Head, target_M: Tensor) -> list[Tensor]:
+    """`one` of all tokens, a tile at a time; more than one tile is computed again in the backward."""
     size = max(1, head_tile_rows(head.vocab, target_M.device.type) // _TENSORS)
     tiles = [slice(at, at + size) for at in range(0, max(1, len(target_M)), size)]
-    one: Callable[[slice], tuple[Tensor, Tensor]] = partial(_aligned_scores_of_tile, head, target_M)
     if len(tiles) > 1 and torch.is_grad_enabled():
-        one = partial(cast(Callable[..., tuple[Tensor, Tensor]], checkpoint), one, use_reentrant=False)
-    logp, log_sum_sq = zip(*(one(rows) for rows in tiles), strict=True)
-    return torch.cat(logp), torch.cat(log_sum_sq)
+        one = partial(cast(Callable[..., tuple[Tensor, ...]], checkpoint), one, use_reentrant=False)
+    return [torch.cat(found) for found in zip(*(one(rows) for rows in tiles), strict=True)]
 
 
 def _aligned_scores_of_tile(head: Head, target_M: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
@@ -189,10 +191,16 @@ def _aligned_scores_of_tile(head: Head, target_M: Tensor, rows: slice) -> tuple[
     return logp_RV.gather(-1, target_M[rows, None]).squeeze(-1), torch.logsumexp(2 * logp_RV.detach(), -1)
 
 
-def _token_scores_of_tile(head: Head, target_M: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-    z_RV, target_R = head.logits(rows), target_M[rows]
-    logp_RV = torch.log_softmax(z_RV.to(torch.promote_types(z_RV.dtype, torch.float32)), -1)
-    return logp_RV.gather(-1, target_R[:, None]).squeeze(-1), logp_RV.mean(-1), logp_RV.argmax(-1) == target_R
+def _token_scores_of_tile(head: Head, target_M: Tensor, top_k: int, rows: slice) -> tuple[Tensor, ...]:
+    logp_RV, target_R = _log_softmax(head.logits(rows), 1.0), target_M[rows]
+    top_RK = _log_softmax(logp_RV.detach().topk(top_k, -1).values, 1.0)
+    entropy_R = -(top_RK.exp() * top_RK).sum(-1)
+    return (
+        logp_RV.gather(-1, target_R[:, None]).squeeze(-1),
+        logp_RV.mean(-1),
+        logp_RV.argmax(-1) == target_R,
+        entropy_R,
+    )
 
 
 def _of_tile(

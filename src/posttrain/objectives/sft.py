@@ -22,7 +22,18 @@ def dft(logp_M: Tensor) -> Tensor:
     return -torch.exp(logp_M.detach()) * logp_M
 
 
-SFT_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"nll": nll, "dft": dft}
+SFT_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"nll": nll, "dft": dft, "eaft": nll}
+"""name → a term per token; eaft's are weighted by `eaft_weight`."""
+_TOP_20_NATS = 3.0
+"""About the most that 20 tokens can have: ln 20."""
+
+
+def eaft_weight(entropy_M: Tensor, alpha: float) -> Tensor:
+    """(H / 3)^α, H the entropy of the likeliest tokens: what the model is sure of and the row contradicts is pulled at least.
+
+    Source: Entropy-Adaptive Fine-Tuning, arXiv 2601.02151; 3 ≈ ln 20 as in its authors' code.
+    """
+    return (entropy_M / _TOP_20_NATS) ** alpha
 
 
 class Smoothing(NamedTuple):
@@ -39,15 +50,18 @@ def sft_loss(
     top1_M: Tensor | None = None,
     entropy_M: Tensor | None = None,
     smoothing: Smoothing | None = None,
+    weight_M: Tensor | None = None,
 ) -> LossTerms:
-    """Token mean over the whole optimizer step. Metrics: loss, nll_loss (dft, smoothing), mean_token_accuracy, entropy.
+    """Token mean over the whole optimizer step. Metrics: loss, nll_loss (all but plain nll), mean_token_accuracy, entropy.
 
-    Shapes: logp_M, top1_M, entropy_M: one entry per trained token of this micro-batch.
+    Shapes: logp_M, top1_M, entropy_M, weight_M (what a token's term counts for): one entry per trained token of this micro-batch.
     Source: smoothing of Szegedy et al., arXiv 1512.00567 sec. 7, as in transformers' LabelSmoother.
     """
     term_M = SFT_LOSSES[loss_type](logp_M)
     if smoothing is not None:
         term_M = (1 - smoothing.share) * term_M - smoothing.share * smoothing.mean_logp_M
+    if weight_M is not None:
+        term_M = weight_M * term_M
     count = float(logp_M.numel())
     sums: dict[str, tuple[Tensor, Tensor | float]] = {"loss": (term_M.sum(), count)}
     if loss_type != "nll" or smoothing is not None:

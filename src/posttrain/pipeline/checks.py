@@ -29,9 +29,9 @@ from posttrain.models.load import (
     missing_chat_template,
     model_shape,
     refuse_other_media,
-    stored_dtype,
 )
 from posttrain.models.provenance import was_tuned_by_us
+from posttrain.models.stored import stored_dtype
 from posttrain.pipeline.selection import spec_of, without_dev
 from posttrain.planner.fit import cannot_fit, fits, shortfall
 from posttrain.planner.machine import available_bytes

@@ -13,8 +13,9 @@ from posttrain.config.stages import TrainKeys
 from posttrain.errors import ModelError
 from posttrain.files import size_text
 from posttrain.models.device import Placement, peak_memory_bytes, place
-from posttrain.models.load import load_config, model_shape, stored_dtype
+from posttrain.models.load import load_config, model_shape
 from posttrain.models.policy import Policy
+from posttrain.models.stored import stored_dtype
 from posttrain.planner.fit import fits, overrun, shortfall
 from posttrain.planner.machine import available_bytes
 from posttrain.planner.memory import MemoryPlan, estimate_memory

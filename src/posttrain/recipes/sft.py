@@ -19,7 +19,7 @@ from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
 from posttrain.objectives.distill import token_scores
 from posttrain.objectives.reduce import Normalizer
-from posttrain.objectives.sft import Smoothing, sft_loss
+from posttrain.objectives.sft import Smoothing, eaft_weight, sft_loss
 from posttrain.objectives.terms import LossTerms
 from posttrain.recipes.balance import family_cost
 from posttrain.recipes.batches import Schedule, flat, for_rank
@@ -63,7 +63,7 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
         metrics = StepMetrics()
         policy.model.train()
         for micro in accumulating(policy, for_rank(micros, ranks)):
-            terms = loss(policy, micro.rows, norm, keys.loss_type, keys.label_smoothing_factor)
+            terms = loss(policy, micro.rows, norm, keys)
             micro.backward(terms.loss)
             metrics.add({} if micro.idle else terms.metrics)
         lr = learning_rate(step, total_steps, keys) * stage.guard.controls.lr_scale
@@ -82,17 +82,21 @@ def run(keys: SFTKeys, stage: Stage) -> StageResult:
     return stage.done(state)
 
 
-def loss(policy: Policy, rows: list[TokenSeq], norm: Normalizer, loss_type: str, smoothing: float = 0.0) -> LossTerms:
-    """This micro-batch's share of the step's loss."""
+def loss(policy: Policy, rows: list[TokenSeq], norm: Normalizer, keys: SFTKeys | None = None) -> LossTerms:
+    """This micro-batch's share of the step's loss; without keys plain cross-entropy."""
     batch = pack([[row] for row in rows], least_shared=math.inf)
-    if smoothing:
+    if keys is not None and (keys.label_smoothing_factor or keys.loss_type == "eaft"):
         head, aux_loss = policy.head(batch)
         with policy.placement.autocast():
-            logp_M, mean_logp_M, top1_M = token_scores(head, batch.target_M.to(policy.placement.device))
-        terms = sft_loss(logp_M, norm, loss_type, top1_M=top1_M, smoothing=Smoothing(smoothing, mean_logp_M))
+            target_M = batch.target_M.to(policy.placement.device)
+            logp_M, mean_M, top1_M, entropy_M = token_scores(head, target_M, keys.eaft_k)
+        smoothing = Smoothing(keys.label_smoothing_factor, mean_M) if keys.label_smoothing_factor else None
+        weight_M = eaft_weight(entropy_M, keys.eaft_alpha) if keys.loss_type == "eaft" else None
+        terms = sft_loss(logp_M, norm, keys.loss_type, top1_M=top1_M, smoothing=smoothing, weight_M=weight_M)
     else:
         scores = policy.score(batch, top1=True)
-        terms, aux_loss = sft_loss(scores.logp_M, norm, loss_type, top1_M=scores.top1_M), scores.aux_loss
+        terms = sft_loss(scores.logp_M, norm, keys.loss_type if keys else "nll", top1_M=scores.top1_M)
+        aux_loss = scores.aux_loss
     return policy.with_aux_loss(terms, aux_loss, share=len(rows) / norm.sequences)
 
 
@@ -104,6 +108,6 @@ def validation_loss(policy: Policy, rows: Dataset[TokenSeq], keys: SFTKeys, stag
     norm = Normalizer.of(loss_counts(rows))
     size = keys.per_device_train_batch_size
     for micro in for_rank([rows.rows[i : i + size] for i in range(0, len(rows), size)], stage.ranks):
-        terms = loss(policy, micro.rows, norm, "nll")
+        terms = loss(policy, micro.rows, norm)
         metrics.add({} if micro.idle else terms.metrics)
     return {f"eval_{name}": value for name, value in metrics.reduced(stage.ranks).items()}

@@ -15,8 +15,8 @@ from posttrain.config.stages import ModelKeys
 from posttrain.errors import EngineError
 from posttrain.files import digest_bytes
 from posttrain.models.device import place, weight_dtype
-from posttrain.models.load import stored_dtype
 from posttrain.models.slots import Factors
+from posttrain.models.stored import stored_dtype
 from posttrain.rollout.decoding import DecodingRow, Likeliest
 from posttrain.rollout.folder import OwnFolder
 from posttrain.rollout.vllm.options import VLLMOptions, require_vllm

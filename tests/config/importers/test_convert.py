@@ -161,6 +161,23 @@ def test_axolotls_losses_and_weighting_are_asked_for_here(imported):
     assert (loaded.keys.loss_type, loaded.keys.use_weighting) == (["sigmoid", "ipo"], True)
 
 
+def test_entropy_adaptive_fine_tuning_is_asked_for_here(imported):
+    axolotl = imported(AXOLOTL + "use_eaft: true\neaft_alpha: 0.5\neaft_k: 10\n")[1].keys
+    assert (axolotl.loss_type, axolotl.eaft_alpha, axolotl.eaft_k) == ("eaft", 0.5, 10)
+    llamafactory = imported(LLAMAFACTORY + "use_eaft_loss: true\n")[1].keys
+    assert (llamafactory.loss_type, llamafactory.eaft_alpha, llamafactory.eaft_k) == ("eaft", 1.0, 20)
+    assert imported(AXOLOTL + "use_eaft: false\neaft_alpha: 0.5\n")[1].keys.loss_type == "nll"
+
+
+def test_experts_in_mxfp4_are_taken_where_they_are_unpacked_there_too(imported):
+    key = "model_quantization_config"
+    text = imported(AXOLOTL + f"{key}: Mxfp4Config\n{key}_kwargs: {{dequantize: true}}\n")[0].text
+    assert f"# {key}: left out because experts in MXFP4 are always unpacked" in text
+    for given in (f"{key}: Mxfp4Config\n", f"{key}: FineGrainedFP8Config\n{key}_kwargs: {{dequantize: true}}\n"):
+        with pytest.raises(ConfigError, match=rf"{key}: \w+: the base is trained as stored.*; set "):
+            imported(AXOLOTL + given)
+
+
 @pytest.mark.parametrize(
     ("line", "kind"),
     [
@@ -486,7 +503,7 @@ def test_keys_of_axolotls_schema_that_change_nothing_have_their_reason(imported,
     assert "SECRET" not in text
 
 
-@pytest.mark.parametrize("line", ["mora: {use_mora: true}", "use_eaft: true", "dense_mixer: true", "nemo_gym_enabled: true", "scaling_softmax: true"])  # fmt: skip
+@pytest.mark.parametrize("line", ["mora: {use_mora: true}", "dense_mixer: true", "nemo_gym_enabled: true", "scaling_softmax: true"])  # fmt: skip
 def test_keys_of_axolotls_schema_that_change_what_is_learned_are_refused(imported, line):
     with pytest.raises(ConfigError, match=line.partition(":")[0] + ": "):
         imported(AXOLOTL + line + "\n")

@@ -18,6 +18,7 @@ from posttrain.config.importers.values import (
     compiling,
     eight_bits,
     schedule,
+    sft_losses,
     sft_only,
     warmup,
 )
@@ -61,6 +62,7 @@ def finish(draft: ImportDraft) -> None:
     _batch(draft)
     _adapter(draft)
     _model(draft)
+    _storage(draft)
     _training(draft)
     count_shards_together(draft)
     _trackers(draft)
@@ -251,7 +253,21 @@ def _model(draft: ImportDraft) -> None:
             draft.refuse("plugins", f"{name}: what it does to training is not known here", "take it out, or " + OTHER)
 
 
+def _storage(draft: ImportDraft) -> None:
+    """How the base's weights are stored: MXFP4 is unpacked when it is read, as `dequantize: true` does there."""
+    key, options = "model_quantization_config", "model_quantization_config_kwargs"
+    method, given = draft.source.get(key), draft.source.get(options) or {}
+    if method == "Mxfp4Config" and given.get("dequantize"):
+        draft.leave(key, "experts in MXFP4 are always unpacked to bf16 here")
+        draft.leave(options, "they are unpacked")
+    elif method:
+        draft.refuse(key, f"{method}: the base is trained as stored, in few bits", f"set {key}: Mxfp4Config with dequantize: true, or name a base_model in 16 bits")  # fmt: skip
+    elif options in draft.source:
+        draft.leave(options, f"it is read with {key} only")
+
+
 def _training(draft: ImportDraft) -> None:
+    sft_losses(draft, {"use_eaft": "eaft"})
     if "shuffle_merged_datasets" in draft.source:
         if draft.source["shuffle_merged_datasets"]:
             draft.leave("shuffle_merged_datasets", "rows are always shuffled here")

@@ -39,6 +39,7 @@ from posttrain.config.importers.values import (
     compiling,
     eight_bits,
     schedule,
+    sft_losses,
     sft_only,
     streaming,
     warmup,
@@ -145,9 +146,10 @@ ROWS: dict[str, KeyFate] = {
            "apollo_scale_front"),
     **rows(left("it is read with use_badam only"), "badam_mode", "badam_start_block", "badam_switch_mode", "badam_switch_interval", "badam_update_ratio", "badam_mask_mode", "badam_verbose"),
     "use_dft_loss": joint("loss_type"),
-    **rows(refused("another objective than cross-entropy and DFT", "take it out, or " + _OTHER), "use_asft_loss", "use_eaft_loss"),
+    **rows(refused("another objective than cross-entropy, DFT and EAFT", "take it out, or " + _OTHER), "use_asft_loss"),
+    **rows(joint("loss_type"), "use_eaft_loss"),
     "asft_alpha": left("it is read with use_asft_loss only"),
-    "eaft_alpha": left("it is read with use_eaft_loss only"),
+    "eaft_alpha": joint("eaft_alpha", "with use_eaft_loss"),
     "pref_beta": to("beta"),
     "pref_loss": joint("loss_type"),
     "pref_ftx": to("rpo_alpha"),
@@ -329,10 +331,7 @@ def _loss(draft: ImportDraft) -> None:
         )
     if asked != "dpo" and "pref_loss" in draft.source:
         draft.leave("pref_loss", f"it plays no part in {asked}")
-    if draft.asks("use_dft_loss") and draft.kind == "sft":
-        draft.put("loss_type", "dft", "use_dft_loss")
-    elif "use_dft_loss" in draft.source:
-        draft.leave("use_dft_loss", "it is off")
+    sft_losses(draft, {"use_dft_loss": "dft", "use_eaft_loss": "eaft"})
 
 
 def _memory(draft: ImportDraft) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from posttrain.config.importers.fates import (
@@ -238,6 +239,22 @@ def sft_only(draft: ImportDraft) -> None:
             draft.leave(key, f"the losses of {draft.kind} do not read it there")
         else:
             draft.refuse(key, f"{draft.source[key]}: noise on the embeddings is added in sft only", "take it out")
+
+
+def sft_losses(draft: ImportDraft, switches: Mapping[str, str]) -> None:
+    """Their switches of a loss in `sft`, with EAFT's knobs, which none but it reads."""
+    for key, loss_type in switches.items():
+        if key not in draft.source:
+            continue
+        if draft.asks(key) and draft.kind == "sft":
+            draft.put("loss_type", loss_type, key)
+        else:
+            draft.leave(key, f"it plays no part in {draft.kind}" if draft.asks(key) else "it is off")
+    for key in ("eaft_alpha", "eaft_k"):
+        if key in draft.source and draft.keys.get("loss_type") == "eaft":
+            draft.put(key, draft.source[key], key)
+        elif key in draft.source:
+            draft.leave(key, "only EAFT reads it")
 
 
 def best_model(draft: ImportDraft) -> None:

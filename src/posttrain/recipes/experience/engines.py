@@ -23,8 +23,9 @@ from posttrain.distributed.engine_roles import EnginePlaces, are_placed, engine_
 from posttrain.errors import ConfigError, EngineError
 from posttrain.models.device import place, release_cached, weight_dtype
 from posttrain.models.generation import stop_token_ids, stored_stop_token_ids
-from posttrain.models.load import load_config, load_policy, load_tokenizer, stored_dtype
+from posttrain.models.load import load_config, load_policy, load_tokenizer
 from posttrain.models.policy import Policy
+from posttrain.models.stored import stored_dtype
 from posttrain.models.text import decoder
 from posttrain.protocols import Engine, Ranks, Weights
 from posttrain.rollout.canary import check_arrival
