@@ -57,6 +57,8 @@ TWO = {"reward_funcs": ["DATA/rewards.py:spread", "DATA/rewards.py:last_digit"]}
 PTX = {"ptx_datasets": [{"path": "DATA/sft.jsonl"}]}
 HINTED = {"teachers": [{"model": "policy", "prompt": "{prompt} It is {answer}."}]}
 GIVEN = {"datasets": [{"path": "DATA/sft.jsonl"}], "teachers": [{"model": "start"}], "loss_type": "jsd"}
+CLIP_COV = {"loss_type": "clip_cov", "clip_cov_ratio": 0.3, "clip_cov_lb": -50, "clip_cov_ub": 50}
+KL_COV = {"loss_type": "kl_cov", "kl_cov_ratio": 0.1, "num_iterations": 2, "learning_rate": 1e-2}
 SPIKE = {"times": 0.0, "after": 1, "at_least": 0.0}
 
 
@@ -182,6 +184,11 @@ FLIPS = {
     "grpo": [
         Flip("off_policy_mask_threshold", 1e-9, OFF_POLICY),
         Flip("top_entropy_quantile", 0.2),
+        Flip("clip_cov_ratio", 0.9, CLIP_COV),
+        Flip("clip_cov_lb", 0.0, CLIP_COV),
+        Flip("clip_cov_ub", 0.0, CLIP_COV),
+        Flip("kl_cov_ratio", 0.5, KL_COV),
+        Flip("ppo_kl_coef", 5.0, KL_COV),
         Flip("env", "DATA/env.py:Env"),
         Flip("max_turns", 1, {"env": "DATA/env.py:Env", "max_completion_length": 40, "temperature": 2.0}),
         Flip("reward_funcs", ["DATA/rewards.py:last_digit"]),

@@ -86,6 +86,8 @@ def test_a_kl_target_steers_a_beta_that_is_there():
 def test_gmpo_with_tokens_that_have_no_side_to_be_clipped_at_is_refused():
     with pytest.raises(ValidationError, match=r"top_entropy_quantile: 0.2 with loss_type: gmpo.* take gspo"):
         GRPOKeys(**REQUIRED, reward_funcs=["a"], loss_type="gmpo", top_entropy_quantile=0.2)
+    with pytest.raises(ValidationError, match=r"top_entropy_quantile: 0.2 with loss_type: kl_cov.* take dapo"):
+        GRPOKeys(**REQUIRED, reward_funcs=["a"], loss_type="kl_cov", top_entropy_quantile=0.2)
     assert GRPOKeys(**REQUIRED, reward_funcs=["a"], loss_type="gspo", top_entropy_quantile=0.2).loss_type == "gspo"
 
 

@@ -74,6 +74,26 @@ MORE = {
         "grpo",
         {"top_entropy_quantile": 0.3, "num_iterations": 2, "num_prompts_per_step": 3},
     ),
+    "grpo, tokens of high covariance": (
+        "grpo",
+        {
+            "loss_type": "clip_cov",
+            "clip_cov_ratio": 0.3,
+            "clip_cov_lb": -50,
+            "clip_cov_ub": 50,
+            "num_prompts_per_step": 3,
+        },
+    ),
+    "grpo, tokens of the highest covariance": (
+        "grpo",
+        {
+            "loss_type": "kl_cov",
+            "kl_cov_ratio": 0.3,
+            "num_iterations": 2,
+            "num_prompts_per_step": 3,
+            "adam_epsilon": 1e-6,
+        },
+    ),
     "grpo, refilled": ("grpo", {"dynamic_sampling": True, "reward_funcs": ["last_digit"], "num_prompts_per_step": 3}),
     "grpo, nothing has spread": ("grpo", NO_SPREAD),
     "grpo, shares that do not divide": ("grpo", {**LORA, "beta": 0.1, "num_prompts_per_step": 3}),

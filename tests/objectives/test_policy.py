@@ -187,7 +187,7 @@ OPTIONS = {
 
 
 def _is_defined(loss_type, option):
-    return loss_type not in ("gmpo", "dppo") or "delta" not in OPTIONS[option]
+    return loss_type not in ("gmpo", "dppo", "kl_cov") or "delta" not in OPTIONS[option]
 
 
 @pytest.mark.parametrize(
@@ -221,6 +221,17 @@ def test_oracle_data_reaches_every_branch():
         assert 0 < share < 1, option
     free, bound = (policy_loss(_inputs(), PolicySpec(loss_type="dppo", epsilon=e), NORM).loss for e in (1.0, 0.2))
     assert free != bound
+
+
+def test_the_off_policy_mask_counts_each_completion_once_by_the_tokens_that_teach():
+    """Two of an advantage below 0, one far from what sampled it; of one and a third, half of the tokens are left out otherwise."""
+    seq_M = torch.tensor([0, 0, 1, 1, 1, 1, 2, 2])
+    advantage_M = torch.tensor([-1.0, -1.0, 0.0, -1.0, 0.0, -1.0, 1.0, 0.0])
+    logp_M = torch.full((8,), -1.0)
+    sampled_M = logp_M + torch.tensor([0.0, 0.0, 2.0, 2.0, 2.0, 2.0, 5.0, 5.0])
+    inputs = PolicyInputs(logp_M, advantage_M, seq_M, 3, behavior_logp_M=sampled_M)
+    share = policy_loss(inputs, PolicySpec(off_policy_mask_threshold=1.0), NORM).metrics["off_policy_mask/kept_mean"]
+    assert (share.num, share.den) == (2.0, 3.0)
 
 
 def test_entropy_bonus_gradient():

@@ -177,6 +177,20 @@ GRPO = {
     "entropy": {"entropy_coef": 0.01},
     # Of a gradient that is only rounding AdamW makes no step as large as its rate.
     "uncertain tokens": {"top_entropy_quantile": 0.2, "adam_epsilon": 1e-6},
+    "clip_cov": {
+        "loss_type": "clip_cov",
+        "clip_cov_ratio": 0.2,
+        "clip_cov_lb": -50,
+        "clip_cov_ub": 50,
+        "adam_epsilon": 1e-6,
+    },
+    "kl_cov": {
+        "loss_type": "kl_cov",
+        "kl_cov_ratio": 0.2,
+        "ppo_kl_coef": 1.0,
+        "num_iterations": 2,
+        "adam_epsilon": 1e-6,
+    },
     "one by one": {"architecture": "mamba"},
 }
 
@@ -199,6 +213,16 @@ def test_grpo_moves_off_policy_only_in_later_steps_of_a_batch(train, runner):
     assert rows[2]["importance_ratio/mean"] == pytest.approx(1.0, abs=1e-4)
 
 
+def test_tokens_of_high_covariance_are_chosen_over_the_step_and_only_where_that_acts(train, runner):
+    rows = runner.rows(train("grpo", max_steps=2, **GRPO["clip_cov"]))
+    assert [0.1 < row["clip_cov/share"] <= 0.2 for row in rows] == [True, True]
+    rows = runner.rows(train("grpo", name="kl", max_steps=2, **GRPO["kl_cov"]))
+    assert ["kl_cov/share" in row for row in rows] == [False, True], (
+        "on the weights that sampled there is nothing to hold"
+    )
+    assert {"covariance/mean"} <= rows[1].keys()
+
+
 def test_grpo_does_not_depend_on_its_micro_batches(train, runner):
     options = {"num_prompts_per_step": 4, "learning_rate": 1e-4, "max_steps": 2}
     whole, split = (train("grpo", name=str(n), per_device_train_batch_size=n, **options) for n in (16, 4))
@@ -208,7 +232,19 @@ def test_grpo_does_not_depend_on_its_micro_batches(train, runner):
 
 @pytest.mark.parametrize(
     "variant",
-    ["plain", "gspo", "dr_grpo", "kl", "corrected", "entropy", "masked", "masked under a kl", "uncertain tokens"],
+    [
+        "plain",
+        "gspo",
+        "dr_grpo",
+        "kl",
+        "corrected",
+        "entropy",
+        "masked",
+        "masked under a kl",
+        "uncertain tokens",
+        "clip_cov",
+        "kl_cov",
+    ],
 )
 def test_a_group_split_over_micro_batches_gives_the_losses_of_the_whole_one(variant, train, runner):
     options = {"max_steps": 2, "learning_rate": 1e-4, "max_completion_length": 8, **GRPO[variant]}

@@ -43,6 +43,11 @@ def test_a_warm_up_leaves_the_policy_s_bytes(options, train, model_dir):
     assert any(not torch.equal(critic[name], tensor) for name, tensor in before.items() if name in critic)
 
 
+def test_a_warm_up_chooses_no_tokens_for_a_policy_that_it_does_not_train(train, runner):
+    rows = runner.rows(train("ppo", critic_warmup_steps=2, max_steps=3, top_entropy_quantile=0.3))
+    assert ["entropy_threshold" in row for row in rows] == [False, False, True]
+
+
 def test_after_a_warm_up_the_policy_moves(train, runner):
     rows = runner.rows(train("ppo", critic_warmup_steps=2, max_steps=3))
     assert ["update_norm" in row for row in rows] == [False, False, True]

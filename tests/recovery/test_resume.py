@@ -27,7 +27,12 @@ from posttrain.objectives.sft import SFT_LOSSES
 LORA = {"adapter": "lora", "lora_r": 4}
 TWICE = {"num_iterations": 2, "max_steps": 4}
 """Stopped after three of four steps: in the second pass over the second generation batch."""
-NEEDED = {"luspo": {"importance_sampling_level": "sequence"}, "exo_pair": {"label_smoothing": 1e-3}}
+NEEDED = {
+    "luspo": {"importance_sampling_level": "sequence"},
+    "exo_pair": {"label_smoothing": 1e-3},
+    "clip_cov": {"clip_cov_ratio": 0.2, "clip_cov_lb": -50, "clip_cov_ub": 50},
+    "kl_cov": {"kl_cov_ratio": 0.2},
+}
 """What a row of a table cannot do without."""
 PAIRED_WITH = {"qlora": {"lora_r": 4}, "lora": {"lora_r": 4, "lora_dropout": 0.2}}
 

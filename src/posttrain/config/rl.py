@@ -206,7 +206,7 @@ class PolicyGradientKeys(RLKeys, EpisodeKeys):
         return self
 
 
-GRPOLoss = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "gspo", "gmpo", "dppo", "rloo", "reinforce_pp"]
+GRPOLoss = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "gspo", "gmpo", "dppo", "clip_cov", "kl_cov", "rloo", "reinforce_pp"]
 
 
 class GRPOKeys(PolicyGradientKeys):
@@ -220,6 +220,11 @@ class GRPOKeys(PolicyGradientKeys):
     advantage_eps: float = knob(1e-4, "Added to the std; ddof is 1, as in TRL.", ge=0)
     sapo_temperature_pos: float = knob(1.0, "SAPO's temperature for positive advantages.", gt=0)
     sapo_temperature_neg: float = knob(1.05, "SAPO's temperature for negative advantages.", gt=0)
+    clip_cov_ratio: float = knob(2e-4, "loss_type clip_cov: share of an optimizer step's tokens that lose their gradient, drawn from those with a covariance of log-prob and advantage between clip_cov_lb and clip_cov_ub.", gt=0, le=1)
+    clip_cov_lb: float = knob(1.0, "The covariance above which clip_cov draws tokens.")
+    clip_cov_ub: float = knob(5.0, "The covariance below which clip_cov draws tokens.")
+    kl_cov_ratio: float = knob(2e-4, "loss_type kl_cov: share of an optimizer step's tokens, those of highest covariance of log-prob and advantage, that are held by ppo_kl_coef.", gt=0, le=1)
+    ppo_kl_coef: float = knob(0.1, "loss_type kl_cov: weight of |log π − log π_old| at those tokens (1 in arXiv 2505.22617, 0.1 in verl).", gt=0)
     teacher_advantage: TeacherAdvantage = knob("opd", "What the teachers do to a completion's advantage: `opd` adds teacher_coef · (log teacher − log policy) to it (on-policy distillation); `rlsd` leaves its sign to the reward and lets the teachers set how much of it each token gets (arXiv 2604.03128).")
     teacher_coef: float = knob(0.5, "Weight of the teachers: opd's factor, rlsd's λ (0 is GRPO, 1 the teachers alone).", ge=0)
     teacher_clip: float = knob(0.2, "RLSD's ε: a token's advantage is the completion's times 1 - ε to 1 + ε.", gt=0, lt=1)
@@ -250,6 +255,15 @@ class GRPOKeys(PolicyGradientKeys):
             raise ValueError(
                 f"top_entropy_quantile: {self.top_entropy_quantile:g} with loss_type: gmpo, whose ratio is made of all tokens of a completion, "
                 "each clipped by its advantage; set it to 1, or take gspo"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_are_chosen_once(self) -> GRPOKeys:
+        if self.loss_type in ("clip_cov", "kl_cov") and self.top_entropy_quantile < 1:
+            raise ValueError(
+                f"top_entropy_quantile: {self.top_entropy_quantile:g} with loss_type: {self.loss_type}, which chooses tokens by their covariance; "
+                "set it to 1, or take dapo"
             )
         return self
 

@@ -39,6 +39,8 @@ class PolicyLoss:
     ratio: str | None = None
     advantage: str | None = None
     clips_log_ratio: bool = False
+    selection: str | None = None
+    """Which tokens of the step it treats otherwise: a row of `TOKEN_SELECTIONS`."""
 
 
 POLICY_LOSSES: dict[str, PolicyLoss] = {
@@ -54,6 +56,8 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
         "unclipped", "sequence_mean_of_token_mean", "arXiv 2507.20673 eq. 4", ratio="sequence", clips_log_ratio=True
     ),
     "dppo": PolicyLoss("dppo", "token_mean", "arXiv 2602.04879, binary total variation", ratio="token"),
+    "clip_cov": PolicyLoss("clipped", "token_mean", "arXiv 2505.22617 sec. 4.2", ratio="token", selection="clip_cov"),
+    "kl_cov": PolicyLoss("unclipped", "token_mean", "arXiv 2505.22617 sec. 4.2", ratio="token", selection="kl_cov"),
     "rloo": PolicyLoss(
         "clipped", "sequence_mean_of_token_mean", "arXiv 2402.14740", ratio="sequence_product", advantage="rloo"
     ),
@@ -73,6 +77,7 @@ class PolicyInputs:
     old_logp_M: trainer log-probs at the weights that sampled; None when those are the present weights (ratio 1).
     behavior_logp_M: the sampler's own log-probs; NaN where it had none.
     entropy_M: differentiable if `entropy_coef` is used.
+    penalty_M: weight of |log π − log π_old| at each token, which kl_cov sets.
     """
 
     policy_logp_M: Tensor
@@ -83,6 +88,7 @@ class PolicyInputs:
     ref_logp_M: Tensor | None = None
     behavior_logp_M: Tensor | None = None
     entropy_M: Tensor | None = None
+    penalty_M: Tensor | None = None
 
 
 def policy_loss(inputs: PolicyInputs, spec: PolicySpec, norm: Normalizer) -> LossTerms:
@@ -100,6 +106,8 @@ def policy_loss(inputs: PolicyInputs, spec: PolicySpec, norm: Normalizer) -> Los
         clipped_M = clip_one_side(log_ratio_M, advantage_M, spec.epsilon, spec.high)
         bounded_M = RATIOS[level](clipped_M, seq_M, inputs.num_sequences)
     term_M = surrogate.term(bounded_M, advantage_M, logp_M, spec)
+    if inputs.penalty_M is not None:
+        term_M = term_M + inputs.penalty_M * log_ratio_M.abs()
     weight_M = _sampler_weights(inputs, spec)
     if weight_M is not None:
         term_M = weight_M * term_M
@@ -124,7 +132,7 @@ def policy_loss(inputs: PolicyInputs, spec: PolicySpec, norm: Normalizer) -> Los
     sums = {name: (flag_M * share_M, share_M) for name, flag_M in surrogate.flags(ratio_M, advantage_M, spec).items()}
     sums["importance_ratio/mean"] = (ratio_M * share_M, share_M)
     if keep_M is not None:
-        sums["off_policy_mask/kept_mean"] = (keep_M / lengths_S[seq_M], 1 / lengths_S[seq_M])
+        sums["off_policy_mask/kept_mean"] = _kept_share(keep_M, inputs)
     sums |= _token_metrics(inputs, kl_M, weight_M)
     totals: dict[str, tuple[Tensor, Tensor | float]] = {name: (a.sum(), b.sum()) for name, (a, b) in sums.items()}
     totals["policy_loss"] = (policy * norm.sequences, float(inputs.num_sequences))
@@ -153,6 +161,16 @@ def _kept(inputs: PolicyInputs, spec: PolicySpec, advantage_M: Tensor) -> Tensor
         return None
     where = (inputs.seq_M, inputs.num_sequences)
     return off_policy_keep(spec.off_policy_mask_threshold, advantage_M, inputs.policy_logp_M, sampled_M, *where)
+
+
+def _kept_share(keep_M: Tensor, inputs: PolicyInputs) -> tuple[Tensor, Tensor]:
+    """Each sequence counts once, by those of its tokens that have a policy gradient otherwise."""
+    has_M = (inputs.advantage_M != 0).double()
+    count_S = torch.zeros(inputs.num_sequences, dtype=has_M.dtype, device=has_M.device).index_add(
+        0, inputs.seq_M, has_M
+    )
+    share_M = has_M / count_S[inputs.seq_M].clamp(min=1)
+    return keep_M * share_M, share_M
 
 
 def _kl(inputs: PolicyInputs, spec: PolicySpec, ratio_M: Tensor) -> Tensor | None:

@@ -27,6 +27,11 @@ class PolicySpec:
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
     off_policy_mask_threshold: float | None = None
+    clip_cov_ratio: float = 2e-4
+    clip_cov_lb: float = 1.0
+    clip_cov_ub: float = 5.0
+    kl_cov_ratio: float = 2e-4
+    ppo_kl_coef: float = 0.1
     importance_sampling_correction: str = "off"
     importance_sampling_cap: float = 3.0
 
@@ -46,9 +51,14 @@ class PolicySpec:
                 f"loss_type: luspo with importance_sampling_level: {self.importance_sampling_level}: LUSPO is defined on "
                 "sequence ratios; set importance_sampling_level: sequence"
             )
-        if self.loss_type in ("dppo", "gmpo") and self.delta is not None:
+        if self.loss_type == "clip_cov" and self.clip_cov_lb >= self.clip_cov_ub:
             raise ConfigError(
-                f"loss_type: {self.loss_type} with delta={self.delta}: it has its own bounds; leave delta out"
+                f"clip_cov_lb={self.clip_cov_lb:g} with clip_cov_ub={self.clip_cov_ub:g}: tokens are drawn from those with a covariance "
+                "between them; set clip_cov_lb below clip_cov_ub (1 and 5 in verl)"
+            )
+        if self.loss_type in ("dppo", "gmpo", "kl_cov") and self.delta is not None:
+            raise ConfigError(
+                f"loss_type: {self.loss_type} with delta={self.delta}: it does not clip the ratio; leave delta out"
             )
 
     @property

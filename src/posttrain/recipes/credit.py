@@ -120,7 +120,7 @@ class GroupCredit:
     def teaches(self, group: Group, objective: PolicySpec) -> bool:
         """By an advantage, or by a term that needs none."""
         pulled = objective.entropy_coef > 0 or (objective.beta > 0 and not self._keys.kl_in_reward)
-        return any(s.num_loss_tokens and (pulled or (s.advantage is not None and s.advantage.any())) for s in group)
+        return any(s.num_loss_tokens and (pulled or _moves(s.advantage) or _moves(s.penalty)) for s in group)
 
     def _spec(self, num_columns: int) -> AdvantageSpec:
         """Some losses are defined with their own baseline."""
@@ -158,6 +158,10 @@ def append(rows: list[list[float | None]], values: Sequence[float]) -> None:
     """A column of shaping, where there are values. A completion that could not be scored has none: shaping alone would make it count as scored."""
     for row, value in zip(rows, values, strict=bool(values)):
         row.append(None if all(part is None for part in row) else value)
+
+
+def _moves(stream: np.ndarray | None) -> bool:
+    return stream is not None and bool(stream.any())
 
 
 def known(logp: np.ndarray | None) -> np.ndarray:

@@ -39,15 +39,15 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
         for step, experience, position, rollout_s in rl.source:
             fresh = position == 0
             groups = experience.part(position % keys.steps_per_generation, keys.steps_per_generation)
-            groups, selection = select_tokens(policy, groups, keys, ranks)
+            # The first step of a batch is on-policy: the ratio is 1 by definition, not by subtraction.
+            on_policy = fresh and not is_uncorrected(keys)
             norm, objective = normalizer(groups, keys), steered(credit.objective, stage.guard.controls)
+            groups, selection = select_tokens(policy, groups, objective, keys, ranks, step, on_policy=on_policy)
             metrics, teaches = StepMetrics(), partial(credit.teaches, objective=objective)
             micros = micro_batches_of(groups, teaches, keys.per_device_train_batch_size, ranks)
             supervised = ptx.of_step(step) if ptx else []
             policy.model.train()
             for micro in accumulating(policy, micros, more=bool(supervised)):
-                # The first step of a batch is on-policy: the ratio is 1 by definition, not by subtraction.
-                on_policy = fresh and not is_uncorrected(keys)
                 terms = loss(policy, micro.rows, objective, norm, keys, on_policy=on_policy)
                 micro.backward(terms.loss)
                 if not micro.idle:

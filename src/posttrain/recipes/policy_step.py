@@ -13,15 +13,16 @@ from posttrain.config.rl import PolicyGradientKeys
 from posttrain.models.batch import pack
 from posttrain.models.policy import Policy
 from posttrain.models.trie import TrieNode, shared_segments
-from posttrain.objectives.policy import PolicyInputs, policy_loss
+from posttrain.objectives.policy import POLICY_LOSSES, PolicyInputs, policy_loss
 from posttrain.objectives.ratios import bounded_exp
 from posttrain.objectives.reduce import Normalizer
 from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import LossTerms
-from posttrain.objectives.token_masks import entropy_threshold, is_uncertain
+from posttrain.objectives.token_masks import TOKEN_SELECTIONS, StepTokens, entropy_threshold, is_uncertain
 from posttrain.protocols import Ranks
 from posttrain.recipes.balance import deal, tree_cost
 from posttrain.recipes.batches import MicroBatch, fill_with_groups, split_groups
+from posttrain.recipes.credit import known
 from posttrain.recipes.scorers import PolicyScorer
 from posttrain.rollout.experience import Group
 from posttrain.types import Ratio, Sample
@@ -55,6 +56,7 @@ def loss(
         ref_logp_M=None if samples[0].ref_logp is None else stream(samples, "ref_logp", device),
         behavior_logp_M=stream(samples, "behavior_logp", device) if compared else None,
         entropy_M=entropy_M,
+        penalty_M=None if samples[0].penalty is None else stream(samples, "penalty", device),
     )
     terms = policy_loss(inputs, _without_kl(spec) if keys.kl_in_reward else spec, norm)
     terms.metrics.update(_largest_ratio(scores.logp_M, old_logp_M))
@@ -102,23 +104,60 @@ def _segments(group: Group) -> list[TrieNode]:
 
 
 def select_tokens(
-    policy: Policy, groups: Sequence[Group], keys: PolicyGradientKeys, ranks: Ranks
+    policy: Policy,
+    groups: Sequence[Group],
+    objective: PolicySpec,
+    keys: PolicyGradientKeys,
+    ranks: Ranks,
+    step: int,
+    *,
+    on_policy: bool,
 ) -> tuple[Sequence[Group], dict[str, float]]:
-    """The step's groups with an advantage of 0 at tokens that `top_entropy_quantile` leaves out, and the threshold. Those of all ranks."""
-    if keys.top_entropy_quantile == 1 or not num_tokens(groups):
+    """The step's groups, those of all ranks, with what the objective does to tokens that it chooses over all of them, and what is logged of it."""
+    selection = POLICY_LOSSES[objective.loss_type].selection
+    # Weights that are where they sampled are no way from themselves, and a penalty on the way has no gradient.
+    idle = selection is None or (selection == "kl_cov" and on_policy)
+    if (keys.top_entropy_quantile == 1 and idle) or not num_tokens(groups):
         return groups, {}
     policy.model.eval()
     scorer = PolicyScorer(policy, keys.temperature, keys.per_device_train_batch_size, ranks)
-    entropies = _over_ranks(scorer.entropy, groups, ranks)
-    threshold = entropy_threshold(np.concatenate(entropies), keys.top_entropy_quantile)
-    of_sample = iter(entropies)
-    masked = [tuple(_masked(sample, is_uncertain(next(of_sample), threshold)) for sample in group) for group in groups]
-    return masked, {"entropy_threshold": threshold}
+    if selection is None:
+        return _uncertain(groups, _over_ranks(scorer.entropy, groups, ranks), keys.top_entropy_quantile)
+    logps = _over_ranks(scorer.logp, groups, ranks)
+    samples = [sample for group in groups for sample in group]
+    olds = logps if on_policy else [s.behavior_logp if s.old_logp is None else s.old_logp for s in samples]
+    tokens = StepTokens(*map(_flat, (logps, olds, [sample.advantage for sample in samples])))
+    chosen_M = TOKEN_SELECTIONS[selection](tokens, objective, np.random.default_rng((keys.seed, step)))
+    metrics = {f"{selection}/share": float(chosen_M.mean()), "covariance/mean": float(tokens.covariance_M.mean())}
+    if selection == "clip_cov":
+        return _changed(groups, chosen_M, lambda sample, chosen: _masked(sample, ~chosen)), metrics
+    coef = np.float32(objective.ppo_kl_coef)
+    return _changed(groups, chosen_M, lambda sample, chosen: replace(sample, penalty=chosen * coef)), metrics
+
+
+def _uncertain(
+    groups: Sequence[Group], entropies: Sequence[np.ndarray], share: float
+) -> tuple[Sequence[Group], dict[str, float]]:
+    """An advantage of 0 at tokens below the threshold."""
+    entropy_M = np.concatenate(entropies)
+    threshold = entropy_threshold(entropy_M, share)
+    return _changed(groups, is_uncertain(entropy_M, threshold), _masked), {"entropy_threshold": threshold}
+
+
+def _changed(
+    groups: Sequence[Group], chosen_M: np.ndarray, change: Callable[[Sample, np.ndarray], Sample]
+) -> list[Group]:
+    ends = np.cumsum([sample.num_loss_tokens for group in groups for sample in group])
+    of_sample = iter(np.split(chosen_M, ends[:-1]))
+    return [tuple(change(sample, next(of_sample)) for sample in group) for group in groups]
+
+
+def _flat(streams: Sequence[np.ndarray | None]) -> np.ndarray:
+    return np.concatenate([known(one) for one in streams]).astype(np.float64)
 
 
 def _masked(sample: Sample, keep: np.ndarray) -> Sample:
-    assert sample.advantage is not None
-    return replace(sample, advantage=np.where(keep, sample.advantage, np.float32(0)))
+    return replace(sample, advantage=np.where(keep, known(sample.advantage), np.float32(0)))
 
 
 def _over_ranks(

@@ -38,8 +38,12 @@ def run(keys: PPOKeys, stage: Stage) -> StageResult:
         for step, experience, position, rollout_s in rl.source:
             fresh, warming = position == 0, step < keys.critic_warmup_steps
             groups = experience.part(position % keys.steps_per_generation, keys.steps_per_generation)
-            groups, selection = select_tokens(policy, groups, keys, ranks)
+            # The first step of a batch is on-policy: the ratio is 1 by definition, not by subtraction.
+            on_policy = fresh and not is_uncorrected(keys)
             norm, objective = normalizer(groups, keys), steered(credit.objective, stage.guard.controls)
+            selection: dict[str, float] = {}
+            if not warming:
+                groups, selection = select_tokens(policy, groups, objective, keys, ranks, step, on_policy=on_policy)
             metrics, teaches = StepMetrics(), partial(credit.teaches, objective=objective)
             micros = micro_batches_of(groups, teaches, keys.per_device_train_batch_size, ranks)
             supervised = ptx.of_step(step) if ptx and not warming else []
@@ -52,8 +56,6 @@ def run(keys: PPOKeys, stage: Stage) -> StageResult:
                     metrics.add_share("loss", keys.vf_coef * float(terms.loss.detach()))
             policy.model.train()
             for micro in accumulating(policy, [] if warming else micros, more=bool(supervised)):
-                # The first step of a batch is on-policy: the ratio is 1 by definition, not by subtraction.
-                on_policy = fresh and not is_uncorrected(keys)
                 terms = loss(policy, micro.rows, objective, norm, keys, on_policy=on_policy)
                 micro.backward(terms.loss)
                 if not micro.idle:
