@@ -15,6 +15,8 @@ LM_EVAL = "lm-eval:"
 """How the path of an eval suite begins that is a task of lm-eval."""
 REWARD_MODEL, JUDGE = "model:", "judge:"
 """How a reward or a scorer begins that is a model's opinion: of a reward model's folder, by a judge's file."""
+ENVIRONMENT = "environment"
+"""The reward of the library that is what an episode's environment paid."""
 STAGE = "stage:"
 """How a stage of the same pipeline is named, by its kind or its place from 1: `model:stage:reward_model`."""
 PREFIXES = (LM_EVAL, REWARD_MODEL, JUDGE)

@@ -197,7 +197,8 @@ class Episode:
     """What took place behind a prompt: turns of the policy, and what tools and environment wrote between them.
 
     `sampled` says of each id of the completion whether the policy sampled it. `messages` are what a reward is given.
-    `error`: why the environment could not go on; such an episode is unscored.
+    `error`: why the environment could not go on; such an episode is unscored. `turn_tokens`: how many ids each turn sampled;
+    `turn_rewards`: what the environment paid for it, None where it said nothing.
     """
 
     sampled: tuple[bool, ...]
@@ -208,6 +209,8 @@ class Episode:
     env_reward: float | None = None
     env_s: float = 0.0
     error: str | None = None
+    turn_tokens: tuple[int, ...] = ()
+    turn_rewards: tuple[float | None, ...] = ()
 
     @property
     def answer(self) -> str:

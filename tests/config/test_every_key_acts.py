@@ -57,6 +57,10 @@ TWO = {"reward_funcs": ["DATA/rewards.py:spread", "DATA/rewards.py:last_digit"]}
 PTX = {"ptx_datasets": [{"path": "DATA/sft.jsonl"}]}
 HINTED = {"teachers": [{"model": "policy", "prompt": "{prompt} It is {answer}."}]}
 GIVEN = {"datasets": [{"path": "DATA/sft.jsonl"}], "teachers": [{"model": "start"}], "loss_type": "jsd"}
+PAYING = {
+    "env": "DATA/paying.py:Env", "reward_funcs": ["environment"], "reward_check": "off", "max_completion_length": 60,
+    "temperature": 2.0,
+}  # fmt: skip
 CLIP_COV = {"loss_type": "clip_cov", "clip_cov_ratio": 0.3, "clip_cov_lb": -50, "clip_cov_ub": 50}
 KL_COV = {"loss_type": "kl_cov", "kl_cov_ratio": 0.1, "num_iterations": 2, "learning_rate": 1e-2}
 SPIKE = {"times": 0.0, "after": 1, "at_least": 0.0}
@@ -190,6 +194,8 @@ FLIPS = {
         Flip("kl_cov_ratio", 0.5, KL_COV),
         Flip("ppo_kl_coef", 5.0, KL_COV),
         Flip("env", "DATA/env.py:Env"),
+        Flip("credit", "turn", PAYING),
+        Flip("gamma", 0.5, PAYING | {"credit": "turn"}),
         Flip("max_turns", 1, {"env": "DATA/env.py:Env", "max_completion_length": 40, "temperature": 2.0}),
         Flip("reward_funcs", ["DATA/rewards.py:last_digit"]),
         Flip("reward_weights", [1.0, 0.1], TWO),
@@ -325,6 +331,10 @@ def record(runner, model_dir, data_dir, tmp_path_factory):
     (folder / "weighed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in weighed))
     (folder / "other.jinja").write_text(TEMPLATE)
     (folder / "env.py").write_text("class Env:\n    def step(self, answer):\n        return 'on'\n")
+    paying = (
+        "class Env:\n    def step(self, answer):\n        return {'observation': 'on', 'reward': len(answer) % 5 / 5}\n"
+    )
+    (folder / "paying.py").write_text(paying)
     rows = [{"id": str(n), "prompt": f"{n}", "target": "e", "scorer": "contains", "split": "dev"} for n in range(3)]
     (folder / "suite.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     usual = {

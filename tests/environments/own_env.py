@@ -32,6 +32,16 @@ class AsyncEcho(Echo):
         return super().step(answer)
 
 
+class Paying(Echo):
+    """Echoes, and pays for each turn but the second."""
+
+    def step(self, answer):
+        said = super().step(answer)
+        if isinstance(said, dict):
+            return said
+        return {"observation": said, "reward": None if self.turns == 2 else len(answer) % 5 / 5}
+
+
 class Silent:
     """Ends each episode with its first turn."""
 

@@ -15,6 +15,7 @@ from posttrain.objectives.advantages import (
     gae_advantage,
     mean_std,
     soft_overlong_penalty,
+    turn_advantages,
     whitened,
 )
 
@@ -268,3 +269,17 @@ def test_whitened_has_mean_0_and_std_1_and_equal_values_are_0():
     assert float(white.std()) == pytest.approx(1.0, abs=1e-7)
     assert whitened(torch.full((3,), 0.1)).tolist() == [0.0, 0.0, 0.0]
     assert whitened(torch.zeros(0)).tolist() == []
+
+
+def test_turn_advantages_of_the_docstring():
+    found = turn_advantages(
+        [[1.0, None, 0.0], [None, 1.0]], torch.tensor([0, 0]), AdvantageSpec(scale_rewards="none"), 1.0
+    )
+    assert found[0] == pytest.approx([-1 / 3, -2 / 3, -2 / 3]) and found[1] == pytest.approx([1 / 3, 1 / 3])
+
+
+def test_groups_know_nothing_of_each_others_turns_and_nothing_paid_is_nothing_earned():
+    paid = [[1.0, 0.0], [0.5], [None, None], [4.0, 4.0], []]
+    found = turn_advantages(paid, torch.tensor([0, 0, 0, 1, 1]), AdvantageSpec(scale_rewards="none"), 0.5)
+    assert found == [[0.25, -0.5], [0.0], [0.0, 0.0], [0.0, 0.0], []]
+    assert turn_advantages([[None], []], torch.tensor([0, 0]), AdvantageSpec(), 1.0) == [[0.0], []]

@@ -185,6 +185,7 @@ def test_every_choice_that_decides_what_is_computed_is_in_a_row():
         "bnb_4bit_quant_type",
         "reward_check",
         "adapter",
+        "credit",  # tests/recipes/experience/test_episodes.py resumes it
         "adapter_start",  # tests/recipes/test_adapter_start.py resumes it
         "optim",
     }

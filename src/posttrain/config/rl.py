@@ -12,6 +12,7 @@ from posttrain.config.knob import knob
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import LearningRateShape, TrainKeys
 from posttrain.config.teachers import TeacherAdvantage, TeacherKeys
+from posttrain.names import ENVIRONMENT
 
 # fmt: off
 # One key a line: the tables below are read down, not across.
@@ -161,6 +162,7 @@ class PolicyGradientKeys(RLKeys, EpisodeKeys):
     epsilon: float = knob(0.2, "Clip range below 1: the importance ratio is clipped at 1 - epsilon. For gmpo the range of its logarithm (0.4 in the paper), for dppo that of the token's probability.", gt=0)
     epsilon_high: float | None = knob(None, "Clip range above 1; null means epsilon. For cispo the cap on the ratio itself; null means 5.", gt=0, example=0.28)
     delta: float | None = knob(None, "Upper bound of the unclipped ratio (two-sided clipping); null is off.", gt=1, example=4.0)
+    credit: Literal["episode", "turn"] = knob("episode", "Of stages with an env, which tokens a reward is for: all of the episode, or with `turn` those up to the turn at which the environment paid it (return-to-go; arXiv 2402.03300 sec. 4.1.3); all other rewards are the last turn's.")
     mask_truncated_completions: bool = knob(False, "Leave truncated completions out of the loss.")
     dynamic_sampling: bool = knob(False, "Replace groups whose rewards are all equal by freshly sampled ones (DAPO).")
     dynamic_sampling_max_rounds: int = knob(4, "Refill rounds before the step goes on with fewer groups.", ge=1)
@@ -183,6 +185,16 @@ class PolicyGradientKeys(RLKeys, EpisodeKeys):
         for beside, (instead, found) in refused.items():
             if found and self.plays:
                 raise ValueError(f"{'env' if self.env else 'tools'} with {beside}: episodes are not proven there yet; use {instead}")
+        return self
+
+    @model_validator(mode="after")
+    def _turns_are_paid_by_an_environment(self) -> PolicyGradientKeys:
+        if self.credit == "turn" and not (self.env and self.reward_funcs.count(ENVIRONMENT) == 1):
+            named = "no env" if not self.env else f"reward_funcs: [{', '.join(self.reward_funcs)}]"
+            raise ValueError(
+                f"credit: turn with {named}: what a turn earns is what the environment pays for it; set env, and name `{ENVIRONMENT}` once in "
+                "reward_funcs, or set credit: episode"
+            )
         return self
 
     @model_validator(mode="before")
@@ -217,6 +229,7 @@ class GRPOKeys(PolicyGradientKeys):
     importance_sampling_level: Literal["token", "sequence"] = knob("token", "Ratio per token, or per sequence (GSPO).")
     scale_rewards: Literal["group", "batch", "none"] = knob("group", "What the centred rewards are divided by: the group's std, the batch's, nothing.")
     advantage_estimator: Literal["group", "rloo", "reinforce_pp", "reinforce_pp_baseline", "maxrl"] = knob("group", "Baseline: group mean (GRPO), leave-one-out (RLOO), batch mean (REINFORCE++), group mean and then whitened over the batch (REINFORCE++-baseline), or group mean and divided by it (MaxRL, for rewards of 0 and above); loss_type rloo and reinforce_pp bring their own.")
+    gamma: float = knob(1.0, "With credit: turn, the discount of a reward per turn that it comes later.", gt=0, le=1)
     advantage_eps: float = knob(1e-4, "Added to the std; ddof is 1, as in TRL.", ge=0)
     sapo_temperature_pos: float = knob(1.0, "SAPO's temperature for positive advantages.", gt=0)
     sapo_temperature_neg: float = knob(1.05, "SAPO's temperature for negative advantages.", gt=0)
@@ -256,6 +269,14 @@ class GRPOKeys(PolicyGradientKeys):
                 f"top_entropy_quantile: {self.top_entropy_quantile:g} with loss_type: gmpo, whose ratio is made of all tokens of a completion, "
                 "each clipped by its advantage; set it to 1, or take gspo"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _turns_are_normalised_in_their_group(self) -> GRPOKeys:
+        own = self.loss_type in ("rloo", "reinforce_pp")
+        if self.credit == "turn" and (own or self.advantage_estimator != "group" or self.multi_objective_aggregation != "sum_then_normalize"):
+            got = f"loss_type: {self.loss_type}" if own else f"advantage_estimator: {self.advantage_estimator}, multi_objective_aggregation: {self.multi_objective_aggregation}"
+            raise ValueError(f"credit: turn is defined on advantage_estimator: group with sum_then_normalize alone, got {got}")
         return self
 
     @model_validator(mode="after")

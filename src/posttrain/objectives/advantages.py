@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -168,6 +168,29 @@ def compute_advantages(rewards_BK: Tensor, group_B: Tensor, spec: AdvantageSpec)
         advantage_B = ADVANTAGES[spec.advantage_estimator](reward_B, group_B, num_groups, spec)
         zero_std_P = mean_std(reward_B, group_B, num_groups)[2] == 0
     return Advantages(advantage_B.nan_to_num(nan=0.0), reward_B, zero_std_P)
+
+
+def turn_advantages(
+    paid: Sequence[Sequence[float | None]], group_B: Tensor, spec: AdvantageSpec, gamma: float
+) -> list[list[float]]:
+    """Σ_{j ≥ k} γ^(j−k) r̃_j for each turn k of each episode; r̃ is a turn's reward against all that turns of its group were paid.
+
+    A turn that was paid nothing (None) has no r̃, and enters no mean. Source: DeepSeekMath, arXiv 2402.03300 sec. 4.1.3, process
+    supervision with turns as its steps; γ = 1 there. Where one turn of each episode is paid, and no turn comes after it, every turn has
+    the advantage of the episode. Example: rewards (1, None, 0) and (None, 1) of a group, centred and not scaled: the mean is 2/3, r̃ is
+    1/3, −2/3 and 1/3; advantages −1/3 −2/3 −2/3 and 1/3 1/3.
+    """
+    places = [(b, k) for b, turns in enumerate(paid) for k, reward in enumerate(turns) if reward is not None]
+    rewards = as_rewards([[paid[b][k]] for b, k in places]).reshape(len(places), 1)
+    of_groups = group_B[torch.tensor([b for b, _ in places], dtype=torch.long)]
+    found = compute_advantages(rewards, of_groups, replace(spec, reward_weights=None)).advantage_B.tolist()
+    values = [[0.0] * len(turns) for turns in paid]
+    for (b, k), value in zip(places, found, strict=True):
+        values[b][k] = value
+    for turns in values:
+        for k in reversed(range(len(turns) - 1)):
+            turns[k] += gamma * turns[k + 1]
+    return values
 
 
 def gae_advantage(reward_BT: Tensor, value_BT: Tensor, gamma: float, gae_lambda: float) -> Tensor:

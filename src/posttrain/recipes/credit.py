@@ -5,6 +5,7 @@ A critic says it otherwise (`critic.py`); the collector asks either in the same 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -13,7 +14,8 @@ import numpy as np
 import torch
 
 from posttrain.config.rl import GRPOKeys, PolicyGradientKeys
-from posttrain.objectives.advantages import AdvantageSpec, as_rewards, compute_advantages
+from posttrain.names import ENVIRONMENT
+from posttrain.objectives.advantages import AdvantageSpec, as_rewards, compute_advantages, turn_advantages
 from posttrain.objectives.distill import TEACHER_ADVANTAGES, coefficient_at
 from posttrain.objectives.policy import advantage_estimator_of
 from posttrain.objectives.spec import PolicySpec
@@ -109,9 +111,13 @@ class GroupCredit:
         rewards = [row for one in made for row in one.rewards]
         append(rewards, [-beta * kl for one in made for kl in one.kl])
         rewards_BK = as_rewards(rewards)
-        found = compute_advantages(
-            rewards_BK, group_indices([len(one.rewards) for one in made]), self._spec(rewards_BK.shape[1])
-        )
+        group_B, spec = group_indices([len(one.rewards) for one in made]), self._spec(rewards_BK.shape[1])
+        found = compute_advantages(rewards_BK, group_B, spec)
+        if self._keys.credit == "turn":
+            paid = turn_rewards(made, found.reward_B, self._keys)
+            turns = iter(turn_advantages(paid, group_B, spec, self._keys.gamma))
+            groups = tuple(self._by_turn(one, turns) for one in made)
+            return Credited(groups, rewards_BK, found.reward_B, found.zero_std_P, paid_share(paid))
         coef = self._teacher_coef(generation)
         groups = tuple(self._advised(one, each, coef) for one, each in _by_group(made, found.advantage_B))
         metrics = _gap(made) | {"teacher/coef": coef} if self._keys.teachers else {}
@@ -142,10 +148,47 @@ class GroupCredit:
             of_tokens = TEACHER_ADVANTAGES[self._keys.teacher_advantage]
             pairs = zip(advantages, one.said, strict=True)
             each = [_of_tokens(of_tokens, value, ratio, coef, self._keys.teacher_clip) for value, ratio in pairs]
+        return self._with(one.samples, each)
+
+    def _by_turn(self, one: Made, turns: Iterator[list[float]]) -> Group:
+        """A sample that is left out of the loss has no tokens, whatever its turns had."""
+        each = [
+            np.repeat(np.array(next(turns), np.float32), np.array(episode.turn_tokens, np.int64))[
+                : sample.num_loss_tokens
+            ]
+            for sample, episode in zip(one.samples, one.episodes, strict=True)
+        ]
+        return self._with(one.samples, each)
+
+    def _with(self, samples: Group, advantages: Sequence[np.ndarray]) -> Group:
         return tuple(
             replace(s, advantage=values, ref_logp=None if self._keys.kl_in_reward else s.ref_logp)
-            for s, values in zip(one.samples, each, strict=True)
+            for s, values in zip(samples, advantages, strict=True)
         )
+
+
+def turn_rewards(made: Sequence[Made], reward_B: torch.Tensor, keys: PolicyGradientKeys) -> list[list[float | None]]:
+    """Per episode, what each turn earned: the weighted `environment` reward when it was paid, and all else at the last turn.
+
+    Nothing at all where the episode could not be scored. The rewards of an episode add up to its reward.
+    """
+    weight = column_weights(keys, len(keys.reward_funcs))[keys.reward_funcs.index(ENVIRONMENT)]
+    episodes = [episode for one in made for episode in one.episodes]
+    found: list[list[float | None]] = []
+    for episode, reward in zip(episodes, reward_B.tolist(), strict=True):
+        turns = [None if paid is None else weight * paid for paid in episode.turn_rewards]
+        if math.isnan(reward):
+            turns = [None] * len(turns)
+        elif turns:
+            turns[-1] = reward - sum(paid for paid in turns[:-1] if paid is not None)
+        found.append(turns)
+    return found
+
+
+def paid_share(paid: Sequence[Sequence[float | None]]) -> dict[str, float]:
+    """Of all turns, how many earned something of their own."""
+    turns = [reward is not None for episode in paid for reward in episode]
+    return {"env/paid_turns": sum(turns) / len(turns)} if turns else {}
 
 
 def column_weights(keys: PolicyGradientKeys, num_columns: int) -> list[float]:

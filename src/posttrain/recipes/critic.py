@@ -22,7 +22,7 @@ from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import LossTerms
 from posttrain.objectives.value import explained_variance, value_loss
 from posttrain.protocols import Ranks
-from posttrain.recipes.credit import Credited, Made, column_weights, known
+from posttrain.recipes.credit import Credited, Made, column_weights, known, paid_share, turn_rewards
 from posttrain.recipes.experience.sampled import Numbered
 from posttrain.recipes.optim import make_optimizer
 from posttrain.recipes.policy_step import stream
@@ -98,13 +98,20 @@ class CriticCredit:
             for (sample, value), scored in zip(_valued(made), (~reward_B.isnan()).tolist(), strict=True)
         ]
         paid = [self._paid(sample, reward, beta) for sample, reward in zip(samples, reward_B.tolist(), strict=True)]
+        metrics: dict[str, float] = {}
+        if self._keys.credit == "turn":
+            turns = turn_rewards(made, reward_B, self._keys)
+            metrics = paid_share(turns)
+            episodes = [episode for one in made for episode in one.episodes]
+            for paid_T, rewards, episode in zip(paid, turns, episodes, strict=True):
+                _advance(paid_T, rewards, episode.turn_tokens)
         found = _estimated(samples, paid, self._keys)
         each = iter(
             replace(sample, advantage=advantage, returns=returns, ref_logp=None if self._keys.kl_in_reward else sample.ref_logp)
             for sample, advantage, returns in zip(samples, found.advantages, found.returns, strict=True)
         )  # fmt: skip
         groups = tuple(tuple(next(each) for _ in one.samples) for one in made)
-        return Credited(groups, rewards_BK, reward_B, None, found.metrics)
+        return Credited(groups, rewards_BK, reward_B, None, found.metrics | metrics)
 
     def teaches(self, group: Group, objective: PolicySpec) -> bool:
         return any(sample.num_loss_tokens for sample in group)
@@ -118,6 +125,14 @@ class CriticCredit:
         if len(paid_T):
             paid_T[-1] += reward
         return paid_T
+
+
+def _advance(paid_T: torch.Tensor, turns: Sequence[float | None], turn_tokens: Sequence[int]) -> None:
+    """Give what earlier turns earned at the last token of each, not of all."""
+    if len(paid_T):
+        for reward, end in zip(turns[:-1], np.cumsum(turn_tokens), strict=False):
+            paid_T[end - 1] += reward or 0.0
+            paid_T[-1] -= reward or 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from posttrain.grading.equality import equal_values, math_equal, same_answer
 from posttrain.grading.sandbox import SandboxLimits
 from posttrain.grading.schema import check_schema, read_json_text
 from posttrain.grading.scorers import score_json
+from posttrain.names import ENVIRONMENT
 
 GOLD_COLUMNS = ("answer", "target", "solution", "ground_truth", "label")
 """The reference answer is the first of these columns that a dataset has."""
@@ -260,6 +261,6 @@ REWARDS: dict[str, RewardRow] = {
     "code_tests": _row(code_tests, ("tests",), slot="```python\nANSWER\n```", alone=True),
     "length_penalty": _row(length_penalty, _TOKENS, low=-1.0, high=0.0),
     "soft_overlong": _row(soft_overlong, _TOKENS, low=-1.0, high=0.0),
-    "environment": _row(environment_reward, ("env_reward",)),
+    ENVIRONMENT: _row(environment_reward, ("env_reward",)),
     "repetition_penalty": _row(repetition_penalty, _TOKENS, low=-1.0, high=0.0),
 }

@@ -320,6 +320,16 @@ def test_the_first_turn_is_what_a_completion_alone_would_be(policy, pool):
     assert [[c.logp for c in group] for group in groups] == [[c.logp for c in group] for group in alone]
 
 
+def test_what_was_paid_stands_at_the_turn_that_it_was_paid_for(tokenizer, pool):
+    turn = [*tokenizer("ab")["input_ids"], tokenizer.eos_token_id]
+    (played,) = Episodes(pool("Paying"), WrittenEngine(lambda _: turn), tokenizer, None, 8).play(
+        [begin(tokenizer)], SamplingParams(500)
+    )
+    assert played.episode.turn_tokens == (len(turn),) * 3
+    assert played.episode.turn_rewards == (0.4, None, 2 / 3)
+    assert played.episode.env_reward == 0.4 + 2 / 3
+
+
 def test_budgets_truncate_an_episode_and_what_was_sampled_stays(policy, pool):
     _, by_turns = groups_of(policy, pool("Echo"), max_tokens=400, max_turns=1)
     assert {c.episode.turns for group in by_turns for c in group} == {1}
@@ -394,6 +404,17 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(runner, played_keys
     assert runner.run_stage("grpo", tmp_path / "parts", keys, stop_after=1) is None
     parts = runner.run_stage("grpo", tmp_path / "parts", keys)
     assert whole.model_digest == parts.model_digest
+
+
+def test_turns_are_credited_with_what_they_earned_and_a_run_resumes_in_it(runner, played_keys, tmp_path):
+    keys = played_keys(env=f"{OWN}:Paying", reward_check="off", max_completion_length=100, max_steps=2, save_steps=1)
+    by_episode = keys.model_copy(update={"reward_funcs": ["environment"]})
+    by_turn = by_episode.model_copy(update={"credit": "turn"})
+    whole = runner.run_stage("grpo", tmp_path / "whole", by_turn)
+    assert all(0 < row["env/paid_turns"] <= 1 for row in runner.rows(tmp_path / "whole"))
+    assert runner.run_stage("grpo", tmp_path / "parts", by_turn, stop_after=1) is None
+    assert runner.run_stage("grpo", tmp_path / "parts", by_turn).model_digest == whole.model_digest
+    assert runner.run_stage("grpo", tmp_path / "episode", by_episode).model_digest != whole.model_digest
 
 
 @pytest.mark.parametrize(

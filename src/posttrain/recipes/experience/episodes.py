@@ -71,7 +71,8 @@ class _Playing:
     rendered: list[Message] = field(default_factory=list)
     """For the template: the same with stand-ins for what was sampled."""
     last: Sequence[int] = ()
-    turns: int = 0
+    turn_tokens: list[int] = field(default_factory=list[int])
+    turn_rewards: list[float | None] = field(default_factory=list[float | None])
     calls: int = 0
     failed_calls: int = 0
     env_reward: float | None = None
@@ -79,8 +80,13 @@ class _Playing:
     error: str | None = None
     finish: Finish | None = None
 
+    @property
+    def turns(self) -> int:
+        return len(self.turn_tokens)
+
     def take(self, completion: Completion) -> None:
-        self.turns += 1
+        self.turn_tokens.append(len(completion.ids))
+        self.turn_rewards.append(None)
         self.last = completion.ids
         self.ids += completion.ids
         self.logp += completion.logp
@@ -96,9 +102,15 @@ class _Playing:
         self.versions += [self.versions[-1]] * len(ids)
         self.sampled += [False] * len(ids)
 
+    def earn(self, paid: float) -> None:
+        """What the environment pays for the last turn."""
+        self.env_reward = (self.env_reward or 0.0) + paid
+        self.turn_rewards[-1] = (self.turn_rewards[-1] or 0.0) + paid
+
     def completion(self) -> Completion:
         episode = Episode(
-            tuple(self.sampled), tuple(self.written), self.turns, self.calls, self.failed_calls, self.env_reward, self.env_s, self.error
+            tuple(self.sampled), tuple(self.written), self.turns, self.calls, self.failed_calls, self.env_reward, self.env_s, self.error,
+            tuple(self.turn_tokens), tuple(self.turn_rewards),
         )  # fmt: skip
         first = self.versions[0] if self.versions else 0
         versions = tuple(self.versions) if len(set(self.versions)) > 1 else ()
@@ -261,7 +273,7 @@ class Episodes:
             (answer,) = answers
             said = [{"role": "user", "content": answer["text"]}] if answer["text"] else []
         for paid in (answer["reward"] for answer in answers if answer.get("reward") is not None):
-            one.env_reward = (one.env_reward or 0.0) + paid
+            one.earn(paid)
         one.written += said
         one.rendered += said
         if any(answer.get("done") for answer in answers):
