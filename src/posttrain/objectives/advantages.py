@@ -180,13 +180,13 @@ def turn_advantages(
     the advantage of the episode. Example: rewards (1, None, 0) and (None, 1) of a group, centred and not scaled: the mean is 2/3, r̃ is
     1/3, −2/3 and 1/3; advantages −1/3 −2/3 −2/3 and 1/3 1/3.
     """
-    places = [(b, k) for b, turns in enumerate(paid) for k, reward in enumerate(turns) if reward is not None]
-    rewards = as_rewards([[paid[b][k]] for b, k in places]).reshape(len(places), 1)
-    of_groups = group_B[torch.tensor([b for b, _ in places], dtype=torch.long)]
-    found = compute_advantages(rewards, of_groups, replace(spec, reward_weights=None)).advantage_B.tolist()
+    earned = [(b, k, reward) for b, turns in enumerate(paid) for k, reward in enumerate(turns) if reward is not None]
+    rewards = as_rewards([[reward] for *_, reward in earned]).reshape(len(earned), 1)
+    of_groups = group_B[torch.tensor([b for b, *_ in earned], dtype=torch.long)]
+    found = compute_advantages(rewards, of_groups, replace(spec, reward_weights=None)).advantage_B
     values = [[0.0] * len(turns) for turns in paid]
-    for (b, k), value in zip(places, found, strict=True):
-        values[b][k] = value
+    for place, (b, k, _) in enumerate(earned):
+        values[b][k] = found[place].item()
     for turns in values:
         for k in reversed(range(len(turns) - 1)):
             turns[k] += gamma * turns[k + 1]

@@ -176,10 +176,9 @@ def turn_rewards(made: Sequence[Made], reward_B: torch.Tensor, keys: PolicyGradi
     episodes = [episode for one in made for episode in one.episodes]
     found: list[list[float | None]] = []
     for episode, reward in zip(episodes, reward_B.tolist(), strict=True):
-        turns = [None if paid is None else weight * paid for paid in episode.turn_rewards]
-        if math.isnan(reward):
-            turns = [None] * len(turns)
-        elif turns:
+        lost = math.isnan(reward)
+        turns = [None if paid is None or lost else weight * paid for paid in episode.turn_rewards]
+        if turns and not lost:
             turns[-1] = reward - sum(paid for paid in turns[:-1] if paid is not None)
         found.append(turns)
     return found

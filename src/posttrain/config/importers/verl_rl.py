@@ -17,7 +17,8 @@ _ESTIMATORS: dict[str, str] = {"grpo": "group", "rloo": "rloo"}
 _REDUCTIONS = {"token-mean": "dapo", "seq-mean-token-sum": "luspo", "seq-mean-token-mean": "grpo"}
 """How tokens add up under the clipped surrogate → the loss that is so here."""
 _KL_REDUCTIONS = {"token-mean": "token_mean", "seq-mean-token-sum": "sequence_sum_mean", "seq-mean-token-mean": "sequence_mean_of_token_mean"}  # fmt: skip
-_MODES = {"vanilla": None, "gspo": "gspo", "geo_mean": "gmpo"}
+_MODES = {"vanilla": None, "gspo": "gspo", "geo_mean": "gmpo", "clip_cov": "clip_cov", "kl_cov": "kl_cov"}
+_COVARIANCE = {"clip_cov": ("clip_cov_ratio", "clip_cov_lb", "clip_cov_ub"), "kl_cov": ("kl_cov_ratio", "ppo_kl_coef")}
 _KL = {"kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
 _CLIP = 3.0
 _WHITENED = "its advantages are whitened token by token, which weighs long completions more"
@@ -130,11 +131,15 @@ def _surrogate(draft: ImportDraft) -> None:
     mode_key, sum_key = f"{_ACTOR}.policy_loss.loss_mode", f"{_ACTOR}.loss_agg_mode"
     mode, adding = draft.source.get(mode_key, "vanilla"), draft.source.get(sum_key, "token-mean")
     if mode not in _MODES or (draft.kind == "ppo" and mode != "vanilla"):
-        draft.refuse(mode_key, f"{mode}: no such loss in {draft.kind}", "set vanilla" + (", gspo or geo_mean" if draft.kind == "grpo" else ""))  # fmt: skip
+        draft.refuse(mode_key, f"{mode}: no such loss in {draft.kind}", "set vanilla" + (", gspo, geo_mean, clip_cov or kl_cov" if draft.kind == "grpo" else ""))  # fmt: skip
         return
-    if adding not in _REDUCTIONS or (draft.kind == "ppo" and adding != "token-mean"):
+    if adding not in _REDUCTIONS or ((draft.kind == "ppo" or mode in _COVARIANCE) and adding != "token-mean"):
         why = "it divides by another constant from release to release" if "norm" in str(adding) else "no such mean here"
-        todo = "set token-mean" if draft.kind == "ppo" else "set token-mean, or write a YAML with loss_type: dr_grpo"
+        todo = (
+            "set token-mean"
+            if draft.kind == "ppo" or mode in _COVARIANCE
+            else "set token-mean, or write a YAML with loss_type: dr_grpo"
+        )
         draft.refuse(sum_key, f"{adding}: {why}", todo)
         return
     if draft.kind == "grpo":
@@ -145,6 +150,12 @@ def _surrogate(draft: ImportDraft) -> None:
         if key in draft.source and (draft.kind == "ppo" or key != draft.came_from["loss_type"]):
             draft.leave(key, "loss_type says it" if draft.kind == "grpo" else "it is PPO's clipped surrogate, a mean over tokens")  # fmt: skip
     _clip(draft, dual=mode == "vanilla")
+    for key, name in ((key, name) for name, keys in _COVARIANCE.items() for key in keys):
+        place = f"{_ACTOR}.policy_loss.{key}"
+        if place in draft.source and name == mode:
+            draft.put(key, as_float(draft.source[place]), place)
+        elif place in draft.source:
+            draft.leave(place, f"it is read with loss_mode {name} only")
     weight = draft.number(f"{_ACTOR}.entropy_coeff")
     if weight and adding != "token-mean":
         draft.refuse(f"{_ACTOR}.entropy_coeff", f"{weight:g} with {adding}: the entropy is a mean over tokens here", "set loss_agg_mode: token-mean, or 0")  # fmt: skip

@@ -70,6 +70,7 @@ _ACTOR_ROWS: dict[str, KeyFate] = {
     f"{_ACTOR}.clip_ratio_high": to("epsilon_high", as_float),
     f"{_ACTOR}.clip_ratio_c": joint("delta"),
     f"{_ACTOR}.policy_loss.loss_mode": joint("loss_type"),
+    **{f"{_ACTOR}.policy_loss.{key}": joint(key) for key in ("clip_cov_ratio", "clip_cov_lb", "clip_cov_ub", "kl_cov_ratio", "ppo_kl_coef")},
     f"{_ACTOR}.policy_loss.*": left("it is read with a loss_mode that is refused"),
     f"{_ACTOR}.use_gpg_loss": refused("no such loss here", "set it to false"),
     f"{_ACTOR}.loss_agg_mode": joint("loss_type"),
