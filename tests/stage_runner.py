@@ -21,6 +21,7 @@ FILES = {
     "reward_model": "pairs",
     "grpo": "prompts",
     "ppo": "prompts",
+    "online_dpo": "prompts",
     "distill": "prompts",
 }
 COMMON = {"learning_rate": 3e-3, "max_steps": 4, "per_device_train_batch_size": 4, "sequence_len": 128, "seed": 7}
@@ -35,6 +36,10 @@ OWN = {
     "ppo": {
         "num_generations": 2, "num_prompts_per_step": 4, "max_completion_length": 6, "reward_check": "off",
         "reward_funcs": ["spread"], "critic_learning_rate": 3e-3,
+    },
+    "online_dpo": {
+        "num_generations": 4, "num_prompts_per_step": 2, "max_completion_length": 6, "reward_check": "off",
+        "reward_funcs": ["spread"],
     },
     "distill": {
         "num_generations": 4, "num_prompts_per_step": 2, "max_completion_length": 6,

@@ -8,7 +8,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from posttrain.api import Metrics, Run, distill, dpo, evaluate, grpo, load_run, ppo, reward_model, run, sft
+    from posttrain.api import (
+        Metrics,
+        Run,
+        distill,
+        dpo,
+        evaluate,
+        grpo,
+        load_run,
+        online_dpo,
+        ppo,
+        reward_model,
+        run,
+        sft,
+    )
 
     gate: Any
     """A verb and a package."""
@@ -24,6 +37,7 @@ __all__ = [
     "gate",
     "grpo",
     "load_run",
+    "online_dpo",
     "ppo",
     "reward_model",
     "run",

@@ -16,6 +16,7 @@ REVISIONS: Mapping[str, tuple[str, ...]] = {
     "reward_model": ("the numbers of 0.1",),
     "grpo": ("the numbers of 0.1",),
     "ppo": ("its first numbers",),
+    "online_dpo": ("its first numbers",),
     "distill": ("its first numbers",),
     "grading": ("the scores of 0.1",),
     "rewards": ("the library of 0.1",),

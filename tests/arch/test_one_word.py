@@ -17,6 +17,7 @@ SHARED = {
     "evaluate": VERB,
     "explain": VERB,
     "grpo": VERB,
+    "online_dpo": VERB,
     "ppo": VERB,
     "run": f"{VERB}; {RECIPE}",
     "run_pipeline": VERB,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from posttrain.config.kinds import STAGE_KINDS
-from posttrain.config.rl import PolicyGradientKeys
+from posttrain.config.rl import PolicyGradientKeys, RewardedKeys
 from posttrain.config.stages import TrainKeys
 from posttrain.errors import PosttrainError
 
@@ -238,6 +238,7 @@ FLIPS = {
             "dynamic_sampling_max_rounds", 1, {"reward_funcs": ["DATA/rewards.py:constant"], "dynamic_sampling": True}
         ),
         Flip("soft_overlong_cache", 3, {"stop": list("aeiou ")}),
+        Flip("missing_eos_penalty", 1.0, {"stop": list("aeiou ")}),
         Flip("importance_sampling_correction", "token_truncate"),
         # Of its other keys, which are another engine's: tests/recipes/experience/test_engines.py.
         Flip("rollout", {"exact": True}),
@@ -263,6 +264,24 @@ FLIPS = {
         Flip("critic_warmup_steps", 2),
         Flip("vf_coef", 0.1),
         Flip("cliprange_value", None, OFF_POLICY | {"cliprange_value": 0.001}),
+    ],
+    "online_dpo": [
+        Flip("loss_type", "ipo"),
+        Flip("loss_weights", [0.2, 1.0], {"loss_type": ["sigmoid", "sft"]}),
+        Flip("beta", 0.5),
+        Flip("num_generations", 3),
+        Flip("num_iterations", 2),
+        Flip("temperature", 0.5),
+        Flip("missing_eos_penalty", 1.0, {"stop": list("aeiou ")}),
+        Flip("label_smoothing", 0.2),
+        Flip("f_divergence_type", "js_divergence", {"learning_rate": 1e-2}),
+        Flip("f_alpha_divergence_coef", 0.1, {"f_divergence_type": "alpha_divergence", "learning_rate": 1e-2}),
+        Flip("ld_alpha", 0.1, {"learning_rate": 1e-2, "stop": list("aeiou ")}),
+        Flip("dpop_lambda", 1.0, {"loss_type": "dpop", "learning_rate": 0.3}),
+        Flip("discopop_tau", 0.5, {"loss_type": "discopop"}),
+        Flip("simpo_gamma", 1.5, {"loss_type": "simpo"}),
+        Flip("cpo_alpha", 0.2, {"loss_type": "cpo"}),
+        Flip("rpo_alpha", 0.5),
     ],
     "distill": [
         Flip("teachers", [{"model": "policy", "prompt": "{answer}"}]),
@@ -290,6 +309,7 @@ QUICK = {
     "reward_model": ("center_rewards_coefficient",),
     "grpo": ("stop", "scale_rewards", "soft_overlong_cache", "rollout"),
     "ppo": ("gae_lambda",),
+    "online_dpo": ("loss_type",),
     "distill": ("teacher_top_k",),
 }
 CASES = [
@@ -306,7 +326,7 @@ TEMPLATE = (
 
 @pytest.mark.parametrize("kind", STAGE_KINDS)
 def test_every_key_of_the_schema_is_flipped_or_listed(kind):
-    shared = {"sft": (), "ppo": PolicyGradientKeys.model_fields}.get(kind, TrainKeys.model_fields)
+    shared = {"sft": (), "ppo": PolicyGradientKeys.model_fields, "online_dpo": RewardedKeys.model_fields}.get(kind, TrainKeys.model_fields)
     keys = set(STAGE_KINDS[kind].keys.model_fields) - set(shared)
     flipped = [flip.key for flip in FLIPS[kind]]
     assert len(set(flipped)) == len(flipped)
@@ -343,6 +363,7 @@ def record(runner, model_dir, data_dir, tmp_path_factory):
         "reward_model": "pairs",
         "grpo": "prompts",
         "ppo": "prompts",
+        "online_dpo": "prompts",
         "distill": "prompts",
     }
 
@@ -357,7 +378,7 @@ def record(runner, model_dir, data_dir, tmp_path_factory):
         if name not in made:
             values = runner.COMMON | {"max_steps": 3} | runner.OWN[kind]
             values |= {"base_model": "MODEL:qwen3", "datasets": [{"path": f"DATA/{usual[kind]}.jsonl"}]}
-            if kind in ("grpo", "ppo"):
+            if kind in ("grpo", "ppo", "online_dpo"):
                 values["reward_funcs"] = ["DATA/rewards.py:spread"]
             try:
                 keys = STAGE_KINDS[kind].keys.model_validate(placed(values | options))

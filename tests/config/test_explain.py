@@ -15,9 +15,10 @@ def test_a_key_with_a_default_of_its_own_per_stage():
         "reward_model": "1e-5",
         "grpo": "1e-6",
         "ppo": "1e-6",
+        "online_dpo": "1e-6",
         "distill": "2e-5",
     }
-    assert explanation.stages == ("sft", "dpo", "reward_model", "grpo", "ppo", "distill")
+    assert explanation.stages == ("sft", "dpo", "reward_model", "grpo", "ppo", "online_dpo", "distill")
     assert ForeignName("lr") in explanation.also
 
 
@@ -29,7 +30,7 @@ def test_another_tools_name_leads_to_ours():
 
 def test_a_name_with_two_meanings_has_two_uses():
     assert {use.places for use in explain("path").uses} == {("datasets",), ("evals",)}
-    assert {use.places for use in explain("loss_type").uses} == {("sft",), ("dpo",), ("grpo",), ("distill",)}
+    assert {use.places for use in explain("loss_type").uses} == {("sft",), ("dpo", "online_dpo"), ("grpo",), ("distill",)}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import re
 import pytest
 from trl import DPOConfig, GRPOConfig, ModelConfig, RewardConfig, SFTConfig
 from trl.experimental.gkd import GKDConfig
+from trl.experimental.online_dpo import OnlineDPOConfig
 
 from posttrain.config import load_stage
 from posttrain.config.datasets import DatasetKeys
@@ -132,6 +133,7 @@ OF_OTHER_TOOLS = {
     "reward_model": [field.name for config in (RewardConfig, ModelConfig) for field in dataclasses.fields(config)],
     "grpo": [field.name for config in (GRPOConfig, ModelConfig) for field in dataclasses.fields(config)],
     "ppo": [field.name for config in (GRPOConfig, ModelConfig) for field in dataclasses.fields(config)],
+    "online_dpo": [field.name for config in (OnlineDPOConfig, ModelConfig) for field in dataclasses.fields(config)],
     "distill": [field.name for config in (GKDConfig, ModelConfig) for field in dataclasses.fields(config)],
 }
 NAMES_SEEN = [

@@ -90,8 +90,8 @@ def test_qlora_implies_4_bits_and_says_why(write):
         ("lerning_rate: 1", "train.yaml:3: lerning_rate: unknown key; did you mean learning_rate?"),
         ("Learning-Rate: 1", "train.yaml:3: Learning-Rate: unknown key; did you mean learning_rate?"),
         ("zzz: 1", "train.yaml:3: zzz: unknown key; `posttrain explain` lists the keys"),
-        ("num_generations: 4", "train.yaml:3: num_generations is a grpo, ppo and distill key; this is sft"),
-        ("beta: 0.1", "train.yaml:3: beta is a dpo, grpo and ppo key; this is sft"),
+        ("num_generations: 4", "train.yaml:3: num_generations is a grpo, ppo, online_dpo and distill key; this is sft"),
+        ("beta: 0.1", "train.yaml:3: beta is a dpo, grpo, ppo and online_dpo key; this is sft"),
         ("pref_beta: 0.1", "train.yaml:3: pref_beta is a dpo key; this is sft"),
         ("evals: {}", "train.yaml:3: evals is a pipeline key; it stands at the top of a YAML for `posttrain run`"),
         ("weight: 2", "train.yaml:3: weight: unknown key; it belongs inside an entry of datasets"),
@@ -195,7 +195,10 @@ def test_set_can_unset_add_and_reach_inside(folder):
         ("datasets.9.path=x", "--set datasets.9.path=x: datasets: got place 9, expected 1 to 2"),
         ("seed.x=1", "--set seed.x=1: seed"),
         ("lora_target=[a", "--set lora_target=[a: value:1:"),
-        ("num_generations=4", "--set num_generations=4: num_generations is a grpo, ppo and distill key; this is sft"),
+        (
+            "num_generations=4",
+            "--set num_generations=4: num_generations is a grpo, ppo, online_dpo and distill key; this is sft",
+        ),
     ],
 )
 def test_a_bad_override_is_named_as_such(folder, override, expected):
@@ -272,7 +275,7 @@ def test_the_yaml_of_another_stage_is_told_by_its_verb(write, kind, text, expect
 
 @pytest.mark.parametrize("kind", STAGE_KINDS)
 def test_a_typo_alone_sends_nobody_to_another_verb(write, kind):
-    text = MINIMAL + ("reward_funcs: [a]\n" if kind in ("grpo", "ppo") else "")
+    text = MINIMAL + ("reward_funcs: [a]\n" if kind in ("grpo", "ppo", "online_dpo") else "")
     assert "if this is meant" not in refusal(kind, write(text + "lerning_rate: 1\n"))
 
 

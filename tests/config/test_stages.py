@@ -32,6 +32,7 @@ def test_required_keys_are_few(kind):
     assert required == {"base_model", "datasets"} | {
         "grpo": {"reward_funcs"},
         "ppo": {"reward_funcs"},
+        "online_dpo": {"reward_funcs"},
         "distill": {"teachers"},
     }.get(kind, set())
 

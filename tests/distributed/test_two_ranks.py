@@ -129,6 +129,12 @@ MORE = {
         "ppo",
         {**LORA, "num_generations": 1, "num_prompts_per_step": 5, **SLOW_CRITIC},
     ),
+    "online dpo": ("online_dpo", {"num_iterations": 2, "eval": "dev-prompts", "eval_steps": 2}),
+    "online dpo with an adapter, ties, shares that do not divide": (
+        "online_dpo",
+        {**LORA, "reward_funcs": ["last_digit"], "num_prompts_per_step": 5, "num_generations": 2},
+    ),
+    "online dpo, compared over the step": ("online_dpo", {"loss_type": "aot", "num_prompts_per_step": 3}),
     "grpo, one prompt": ("grpo", {"num_prompts_per_step": 1, "soft_overlong_cache": 3}),
 }
 GENTLE = {"learning_rate": 1e-4}
@@ -143,7 +149,7 @@ def _options(rows, name, data_dir, ranks):
     for key, target in (("data", "datasets"), ("eval", "eval_datasets")):
         if key in options:
             options[target] = [{"path": str(data_dir / f"{options.pop(key)}.jsonl")}]
-    if kind not in ("grpo", "ppo") and ranks == 1:
+    if kind not in ("grpo", "ppo", "online_dpo") and ranks == 1:
         options["num_processes"] = 2
     return kind, (architecture, config), options
 
@@ -259,6 +265,7 @@ def test_four_ranks_have_the_losses_of_one(runner, model_dir, data_dir, tmp_path
 RESUMED = {
     "grpo": ("grpo", {"num_iterations": 2}),
     "ppo": ("ppo", {"num_iterations": 2, **SLOW_CRITIC}),
+    "online dpo": ("online_dpo", {"num_iterations": 2, "num_prompts_per_step": 3}),
     "dpo": ("dpo", LORA),
     "dpo with a reference that follows": ("dpo", {"sync_ref_model": True, "ref_model_sync_steps": 1}),
 }

@@ -212,12 +212,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dpo": {"max_steps": 6, "save_steps": 2, "eval_steps": 1, "load_best_model_at_end": True},
     "grpo": {"max_steps": 6, "save_steps": 1, "num_iterations": 2, "beta": 0.1, "dynamic_sampling": True,
              "num_prompts_per_step": 3, "reward_funcs": ["last_digit"]},
+    "online_dpo": {"max_steps": 6, "save_steps": 1, "num_iterations": 2, "num_prompts_per_step": 3, "reward_funcs": ["last_digit"]},
     "ppo": {"max_steps": 6, "save_steps": 1, "num_iterations": 2, "beta": 0.1, "critic_warmup_steps": 1, "adapter": "lora", "lora_r": 4},
 }  # fmt: skip
 
 
 def stage_driver(kind: str, runner: Any, model: Path, data: Path, **options: Any) -> Driver:
-    """One stage: packed SFT with an adapter, DPO with the best checkpoint, GRPO that refills its batches, or PPO."""
+    """One stage: packed SFT with an adapter, DPO with the best checkpoint, GRPO that refills its batches, online DPO with tied groups, or PPO."""
     values = {**OPTIONS[kind], **options}
     if kind == "dpo":
         values["eval_datasets"] = [{"path": str(data / "dev-pairs.jsonl")}]

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-KINDS = ("sft", "dpo", "grpo", "ppo")
+KINDS = ("sft", "dpo", "grpo", "ppo", "online_dpo")
 SHORT = {"max_steps": 3, "save_total_limit": 1}
 
 

@@ -83,6 +83,8 @@ ROWS = {
     "grpo: taught": ("grpo", {"teachers": HINTED, "teacher_advantage": "rlsd", "teacher_decay_steps": 3, **TWICE}),
     "ppo: after a warm-up": ("ppo", {"critic_warmup_steps": 1, "beta": 0.1, "top_entropy_quantile": 0.3, **TWICE}),
     "ppo: an adapter": ("ppo", {**LORA, "beta": 0.1, "kl_in_reward": False, "optim": "adafactor", "cliprange_value": None}),
+    "online_dpo: a batch used four times": ("online_dpo", {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 4}),
+    "online_dpo: an adapter, two losses, ties": ("online_dpo", {**LORA, "loss_type": ["sigmoid", "sft"], "reward_funcs": ["last_digit"], "missing_eos_penalty": 0.5, "num_prompts_per_step": 3}),
     "distill: opd": ("distill", {}),
     "distill: top-k, held out": ("distill", {"teacher_top_k": 4, "eval_steps": 1, "eval": "dev-prompts"}),
     "distill: half given": ("distill", {"loss_type": "jsd", "on_policy_share": 0.5, "teachers": [{"model": "start"}], "data": ["sft"]}),

@@ -50,6 +50,11 @@ def ppo(config: str | Path | None = None, *, show: bool = True, **keys: Any) -> 
     return _stage("ppo", config, keys, show)
 
 
+def online_dpo(config: str | Path | None = None, *, show: bool = True, **keys: Any) -> Run:
+    """One stage of DPO on the policy's own completions; as `grpo`."""
+    return _stage("online_dpo", config, keys, show)
+
+
 def run_pipeline(config: str | Path, *, show: bool = True, **keys: Any) -> Run:
     """A whole pipeline from its YAML; `keys` are overrides, a stage's keys as a dict: `grpo={"max_steps": 20}`."""
     overrides = [f"{name}={_text(value)}" for name, value in _flat(keys)]

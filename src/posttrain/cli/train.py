@@ -98,6 +98,14 @@ def ppo(
     _single("ppo", config, _given(set_, on_change, quiet, verbose, on_cluster(ray, workers, worker)))
 
 
+def online_dpo(
+    config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False, verbose: Verbose = False,
+    ray: OnRay = None, workers: NumWorkers = 1, worker: EachWorker = "",
+) -> None:  # fmt: skip
+    """Run one stage of DPO on the policy's own completions."""
+    _single("online_dpo", config, _given(set_, on_change, quiet, verbose, on_cluster(ray, workers, worker)))
+
+
 def distill(
     config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False, verbose: Verbose = False,
     ray: OnRay = None, workers: NumWorkers = 1, worker: EachWorker = "",

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.config.distill import DistillKeys
-from posttrain.config.preference import WITHOUT_REFERENCE, DPOKeys
-from posttrain.config.rl import GRPOKeys, PolicyGradientKeys
+from posttrain.config.knob import Keys
+from posttrain.config.preference import WITHOUT_REFERENCE, DPOKeys, PreferenceKeys
+from posttrain.config.rl import GRPOKeys, PolicyGradientKeys, RewardedKeys
 from posttrain.config.stages import ModelKeys, RewardModelKeys, SFTKeys, TrainKeys
 
 
@@ -16,7 +17,7 @@ from posttrain.config.stages import ModelKeys, RewardModelKeys, SFTKeys, TrainKe
 class NoEffect:
     """`keys` do nothing when `when` holds, because of `why`."""
 
-    model: type[ModelKeys]
+    model: type[Keys]
     keys: tuple[str, ...]
     when: Callable[[Any], bool]
     why: str
@@ -31,7 +32,9 @@ _TEACHERS = ("teacher_advantage", "teacher_coef", "teacher_clip", "teacher_warmu
 
 
 def _loss_is_not(*names: str) -> Callable[[Any], bool]:
-    return lambda keys: not set(names).intersection(keys.losses if isinstance(keys, DPOKeys) else (keys.loss_type,))
+    return lambda keys: (
+        not set(names).intersection(keys.losses if isinstance(keys, PreferenceKeys) else (keys.loss_type,))
+    )
 
 
 def _loss_is(*names: str) -> Callable[[Any], bool]:
@@ -74,29 +77,29 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(SFTKeys, ("buffer_size",), lambda k: not k.streaming, "streaming is false"),
     NoEffect(DPOKeys, ("eval_steps", "load_best_model_at_end"), _has_nothing_to_measure, "there are no eval_datasets, no val_size and no eval_suite"),
     NoEffect(RewardModelKeys, ("eval_steps", "load_best_model_at_end"), _has_nothing_to_measure, "there are no eval_datasets and no val_size"),
-    NoEffect(DPOKeys, ("label_smoothing",), _loss_is_not("sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired", "dpop", "cpo", "simpo"), "loss_type does not use it"),
-    NoEffect(DPOKeys, ("discopop_tau",), _loss_is_not("discopop"), "loss_type is not discopop"),
-    NoEffect(DPOKeys, ("f_alpha_divergence_coef",), lambda k: k.f_divergence_type != "alpha_divergence", "f_divergence_type is not alpha_divergence"),
+    NoEffect(PreferenceKeys, ("label_smoothing",), _loss_is_not("sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired", "dpop", "cpo", "simpo"), "loss_type does not use it"),
+    NoEffect(PreferenceKeys, ("discopop_tau",), _loss_is_not("discopop"), "loss_type is not discopop"),
+    NoEffect(PreferenceKeys, ("f_alpha_divergence_coef",), lambda k: k.f_divergence_type != "alpha_divergence", "f_divergence_type is not alpha_divergence"),
     NoEffect(DPOKeys, ("ref_model_mixup_alpha", "ref_model_sync_steps"), lambda k: not k.sync_ref_model, "sync_ref_model is false"),
-    NoEffect(DPOKeys, ("dpop_lambda",), _loss_is_not("dpop"), "loss_type is not dpop"),
-    NoEffect(DPOKeys, ("f_divergence_type", "ld_alpha"), lambda k: k.losses == ("sft",), "loss_type is sft"),
-    NoEffect(DPOKeys, ("simpo_gamma",), _loss_is_not("simpo"), "loss_type is not simpo"),
-    NoEffect(DPOKeys, ("cpo_alpha",), _loss_is_not("cpo"), "loss_type is not cpo"),
+    NoEffect(PreferenceKeys, ("dpop_lambda",), _loss_is_not("dpop"), "loss_type is not dpop"),
+    NoEffect(PreferenceKeys, ("f_divergence_type", "ld_alpha"), lambda k: k.losses == ("sft",), "loss_type is sft"),
+    NoEffect(PreferenceKeys, ("simpo_gamma",), _loss_is_not("simpo"), "loss_type is not simpo"),
+    NoEffect(PreferenceKeys, ("cpo_alpha",), _loss_is_not("cpo"), "loss_type is not cpo"),
     NoEffect(DPOKeys, ("desirable_weight", "undesirable_weight"), _loss_is_not("kto"), "loss_type is not kto"),
     NoEffect(DPOKeys, ("beta",), lambda k: k.losses == ("sft",), "loss_type is sft"),
     NoEffect(DPOKeys, ("precompute_ref_log_probs",), lambda k: WITHOUT_REFERENCE.issuperset(k.losses), "loss_type has no reference"),
-    NoEffect(PolicyGradientKeys, ("gradient_accumulation_steps", "num_processes"), lambda k: True, "a step of RL takes num_prompts_per_step × num_generations / steps_per_generation completions, however many processes share them"),
+    NoEffect(RewardedKeys, ("gradient_accumulation_steps", "num_processes"), lambda k: True, "a step of RL takes num_prompts_per_step × num_generations / steps_per_generation completions, however many processes share them"),
     NoEffect(DistillKeys, ("gradient_accumulation_steps", "num_processes"), lambda k: True, "a step takes num_prompts_per_step × num_generations completions, however many processes share them"),
     NoEffect(DistillKeys, ("jsd_beta",), _loss_is_not("jsd"), "loss_type is not jsd"),
     NoEffect(DistillKeys, ("teacher_top_k",), _loss_is_not("opd"), "loss_type is not opd"),
     NoEffect(DistillKeys, ("eval_steps", "load_best_model_at_end"), _has_nothing_to_measure, "there are no eval_datasets, no val_size and no eval_suite"),
     NoEffect(PolicyGradientKeys, _KL, lambda k: k.beta == 0, "beta is 0, so there is no KL to the reference"),
     NoEffect(PolicyGradientKeys, ("kl_reduction",), lambda k: k.kl_in_reward and k.beta > 0, "the KL is in the reward"),
-    NoEffect(PolicyGradientKeys, ("ptx_coef", "ptx_rows_per_step"), lambda k: not k.ptx_datasets, "there are no ptx_datasets"),
+    NoEffect(RewardedKeys, ("ptx_coef", "ptx_rows_per_step"), lambda k: not k.ptx_datasets, "there are no ptx_datasets"),
     NoEffect(PolicyGradientKeys, ("use_bias_correction_kl",), lambda k: k.kl_in_reward and k.beta > 0, "the KL is in the reward"),
     NoEffect(GRPOKeys, _TEACHERS, lambda k: not k.teachers, "there are no teachers"),
     NoEffect(GRPOKeys, ("teacher_clip",), lambda k: bool(k.teachers) and k.teacher_advantage != "rlsd", "teacher_advantage is not rlsd"),
-    NoEffect(PolicyGradientKeys, ("dynamic_sampling_max_rounds",), lambda k: not k.dynamic_sampling, "dynamic_sampling is false"),
+    NoEffect(RewardedKeys, ("dynamic_sampling_max_rounds",), lambda k: not k.dynamic_sampling, "dynamic_sampling is false"),
     NoEffect(GRPOKeys, ("sapo_temperature_pos", "sapo_temperature_neg"), _loss_is_not("sapo"), "loss_type is not sapo"),
     NoEffect(GRPOKeys, ("clip_cov_ratio", "clip_cov_lb", "clip_cov_ub"), _loss_is_not("clip_cov"), "loss_type is not clip_cov"),
     NoEffect(GRPOKeys, ("kl_cov_ratio", "ppo_kl_coef"), _loss_is_not("kl_cov"), "loss_type is not kl_cov"),

@@ -10,9 +10,10 @@ from typing import Literal
 
 from posttrain.config.datasets import ROWS_OF_TYPE, RowKind
 from posttrain.config.distill import DistillKeys
+from posttrain.config.online_dpo import OnlineDPOKeys
 from posttrain.config.ppo import PPOKeys
 from posttrain.config.preference import DPOKeys
-from posttrain.config.rl import GRPOKeys, RLKeys, SamplingKeys
+from posttrain.config.rl import GRPOKeys, PolicyGradientKeys, RLKeys, SamplingKeys
 from posttrain.config.schema import did_you_mean
 from posttrain.config.stages import RewardModelKeys, SFTKeys, TrainKeys
 from posttrain.errors import ConfigError
@@ -66,6 +67,11 @@ class StageKind:
         """Whether it trains a critic beside the policy."""
         return issubclass(self.keys, PPOKeys)
 
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """Whether its loss has a term that a health rule can raise the entropy by."""
+        return issubclass(self.keys, PolicyGradientKeys)
+
     def demands(self, keys: TrainKeys) -> dict[str, bool]:
         """What a plan of memory and time must know of the kind, by the names that the planner uses."""
         return {
@@ -84,6 +90,7 @@ STAGE_KINDS: dict[str, StageKind] = {
         StageKind("reward_model", RewardModelKeys, "Train a reward model on preferences.", ("pairs",)),
         StageKind("grpo", GRPOKeys, "Run one stage of RL with verifiable rewards.", ("prompts",)),
         StageKind("ppo", PPOKeys, "Run one stage of RL with a critic.", ("prompts",)),
+        StageKind("online_dpo", OnlineDPOKeys, "Run one stage of DPO on the policy's own completions.", ("prompts",)),
         StageKind("distill", DistillKeys, "Distil what teachers know into the model.", ("prompts", "examples")),
     )
 }

@@ -101,8 +101,6 @@ class RLKeys(SamplingKeys):
     keep_rollouts: bool = knob(False, "Keep prompts, completions and rewards in the stage's folder, for `posttrain rewards rescore`.")
     beta: float = knob(0.0, "Weight of the KL to the reference; 0 keeps no reference.", ge=0)
     kl_target: float | None = knob(None, "Steer beta, from its value on, so that the KL to the reference stays near so many nats per token.", gt=0, example=0.05)
-    entropy_coef: float = knob(0.0, "Weight of an entropy bonus.", ge=0)
-    entropy_target: float | None = knob(None, "Steer an entropy bonus, besides entropy_coef, that grows while the entropy is below so many nats per token.", gt=0, example=0.2)
     reward_check: Literal["require", "off"] = knob("require", "`off` trains without a reward certificate, and what it makes cannot be promoted.")
     reward_check_steps: int = knob(50, "Steps between checks of the rewards on live samples and canary prompts, and of judges at servers against their first verdicts; 0 is off.", ge=0)
     ptx_datasets: list[DatasetKeys] = knob([], "Supervised rows that are trained on beside the rollouts, so that what they teach is not unlearned (PPO-ptx, arXiv 2203.02155 eq. 2).", also="pretrain_data (OpenRLHF)", example=[{"path": "data/sft.jsonl"}])
@@ -123,7 +121,7 @@ class RLKeys(SamplingKeys):
 
     @property
     def holds_reference(self) -> bool:
-        return self.beta > 0 or super().holds_reference
+        return self.pull > 0 or super().holds_reference
 
     @model_validator(mode="after")
     def _prompts_split_evenly(self) -> RLKeys:
@@ -144,37 +142,40 @@ class RLKeys(SamplingKeys):
 
     @model_validator(mode="after")
     def _kl_can_be_steered(self) -> RLKeys:
-        if self.kl_target is not None and not self.beta:
+        if self.kl_target is not None and not self.pull:
             raise ValueError("kl_target steers beta, which is 0 (no reference is kept); set beta to its starting value, e.g. 0.01")
         return self
 
 
-class PolicyGradientKeys(RLKeys, EpisodeKeys):
-    """What stages have that train on the likelihood of completions, weighted by what they were worth."""
+class RewardedKeys(RLKeys, EpisodeKeys):
+    """What stages have that train on rewarded completions, whatever their loss makes of the rewards."""
 
     learning_rate: float = knob(1e-6, "Peak learning rate.", gt=0, also="lr", example=1e-6)
     lr_scheduler_type: LearningRateShape = knob("constant", "Shape of the schedule after the warmup; `wsd` holds, then decays over the last fifth.", also="lr_scheduler (Axolotl)")
     max_steps: int = knob(200, "Optimizer steps; -1 lets num_train_epochs decide.", ge=-1)
-    kl_estimator: Literal["k1", "k2", "k3"] = knob("k3", "Estimator of the KL that beta weighs (Schulman 2020).")
-    kl_reduction: Literal["token_mean", "sequence_mean_of_token_mean", "sequence_sum_over_constant", "sequence_sum_mean"] | None = knob(None, "How the KL in the loss adds up over tokens; null takes the reduction of loss_type.", example="token_mean")
-    kl_in_reward: bool = knob(False, "Put the KL that beta weighs into the reward instead of the loss.")
-    use_bias_correction_kl: bool = knob(True, "Multiply the KL in the loss by the importance ratio, as TRL and DeepSeek-V3.2 do: its gradient is then that of the KL, also off-policy.")
-    epsilon: float = knob(0.2, "Clip range below 1: the importance ratio is clipped at 1 - epsilon. For gmpo the range of its logarithm (0.4 in the paper), for dppo that of the token's probability.", gt=0)
-    epsilon_high: float | None = knob(None, "Clip range above 1; null means epsilon. For cispo the cap on the ratio itself; null means 5.", gt=0, example=0.28)
-    delta: float | None = knob(None, "Upper bound of the unclipped ratio (two-sided clipping); null is off.", gt=1, example=4.0)
-    credit: Literal["episode", "turn"] = knob("episode", "Of stages with an env, which tokens a reward is for: all of the episode, or with `turn` those up to the turn at which the environment paid it (return-to-go; arXiv 2402.03300 sec. 4.1.3); all other rewards are the last turn's.")
     mask_truncated_completions: bool = knob(False, "Leave truncated completions out of the loss.")
     dynamic_sampling: bool = knob(False, "Replace groups whose rewards are all equal by freshly sampled ones (DAPO).")
     dynamic_sampling_max_rounds: int = knob(4, "Refill rounds before the step goes on with fewer groups.", ge=1)
     soft_overlong_cache: int = knob(0, "Length in tokens of DAPO's soft overlong penalty before max_completion_length; 0 is off.", ge=0)
-    importance_sampling_correction: Literal["auto", "off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"] = knob("auto", "Correction between sampler and trainer log-probs; `geometric_mask` leaves out sequences whose ratio per token is outside 1/importance_sampling_cap … importance_sampling_cap; `auto` is off for the embedded engine with max_staleness 0, which needs none, and token_truncate for any other.", also="vllm_importance_sampling_mode (TRL)")
-    off_policy_mask_threshold: float | None = knob(None, "Leave a completion with a negative advantage out of the loss where the policy has become less likely to give it by more than so many nats per token (DeepSeek-V3.2); null is off.", gt=0, example=0.5)
-    top_entropy_quantile: float = knob(1.0, "Give a policy gradient only to so large a share of an optimizer step's tokens, those at which the policy is least certain (0.2 in arXiv 2506.01939); 1 is all. Costs a forward pass more.", gt=0, le=1, example=0.2)
-    allow_uncorrected: bool = knob(False, "Let importance_sampling_correction be off with an engine whose log-probs are not the trainer's.")
-    importance_sampling_cap: float = knob(3.0, "Upper bound of the weights of importance_sampling_correction.", gt=1, also="vllm_importance_sampling_cap (TRL), vllm_importance_sampling_clip_max (TRL)")
+    missing_eos_penalty: float | None = knob(None, "Taken off the reward of a completion that was cut at max_completion_length; null is nothing.", gt=0, example=1.0)
+
+    @property
+    def asks_trainer(self) -> bool:
+        """Whether the trainer says again how likely a new completion is, beside the sampler."""
+        return False
+
+    @property
+    def asks_reference(self) -> bool:
+        """Whether the reference says how likely a new completion is."""
+        return False
+
+    @property
+    def pays_kl(self) -> bool:
+        """Whether the KL to the reference is taken off the reward."""
+        return False
 
     @model_validator(mode="after")
-    def _episodes_are_played_where_they_are_proven(self) -> PolicyGradientKeys:
+    def _episodes_are_played_where_they_are_proven(self) -> RewardedKeys:
         rollout = self.rollout
         refused = {
             f"rollout.max_staleness: {rollout.max_staleness}": ("rollout.max_staleness: 0", rollout.max_staleness > 0),
@@ -186,6 +187,38 @@ class PolicyGradientKeys(RLKeys, EpisodeKeys):
             if found and self.plays:
                 raise ValueError(f"{'env' if self.env else 'tools'} with {beside}: episodes are not proven there yet; use {instead}")
         return self
+
+
+class PolicyGradientKeys(RewardedKeys):
+    """What stages have that train on the likelihood of completions, weighted by what they were worth."""
+
+    entropy_coef: float = knob(0.0, "Weight of an entropy bonus.", ge=0)
+    entropy_target: float | None = knob(None, "Steer an entropy bonus, besides entropy_coef, that grows while the entropy is below so many nats per token.", gt=0, example=0.2)
+    kl_estimator: Literal["k1", "k2", "k3"] = knob("k3", "Estimator of the KL that beta weighs (Schulman 2020).")
+    kl_reduction: Literal["token_mean", "sequence_mean_of_token_mean", "sequence_sum_over_constant", "sequence_sum_mean"] | None = knob(None, "How the KL in the loss adds up over tokens; null takes the reduction of loss_type.", example="token_mean")
+    kl_in_reward: bool = knob(False, "Put the KL that beta weighs into the reward instead of the loss.")
+    use_bias_correction_kl: bool = knob(True, "Multiply the KL in the loss by the importance ratio, as TRL and DeepSeek-V3.2 do: its gradient is then that of the KL, also off-policy.")
+    epsilon: float = knob(0.2, "Clip range below 1: the importance ratio is clipped at 1 - epsilon. For gmpo the range of its logarithm (0.4 in the paper), for dppo that of the token's probability.", gt=0)
+    epsilon_high: float | None = knob(None, "Clip range above 1; null means epsilon. For cispo the cap on the ratio itself; null means 5.", gt=0, example=0.28)
+    delta: float | None = knob(None, "Upper bound of the unclipped ratio (two-sided clipping); null is off.", gt=1, example=4.0)
+    importance_sampling_correction: Literal["auto", "off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"] = knob("auto", "Correction between sampler and trainer log-probs; `geometric_mask` leaves out sequences whose ratio per token is outside 1/importance_sampling_cap … importance_sampling_cap; `auto` is off for the embedded engine with max_staleness 0, which needs none, and token_truncate for any other.", also="vllm_importance_sampling_mode (TRL)")
+    off_policy_mask_threshold: float | None = knob(None, "Leave a completion with a negative advantage out of the loss where the policy has become less likely to give it by more than so many nats per token (DeepSeek-V3.2); null is off.", gt=0, example=0.5)
+    top_entropy_quantile: float = knob(1.0, "Give a policy gradient only to so large a share of an optimizer step's tokens, those at which the policy is least certain (0.2 in arXiv 2506.01939); 1 is all. Costs a forward pass more.", gt=0, le=1, example=0.2)
+    allow_uncorrected: bool = knob(False, "Let importance_sampling_correction be off with an engine whose log-probs are not the trainer's.")
+    importance_sampling_cap: float = knob(3.0, "Upper bound of the weights of importance_sampling_correction.", gt=1, also="vllm_importance_sampling_cap (TRL), vllm_importance_sampling_clip_max (TRL)")
+    credit: Literal["episode", "turn"] = knob("episode", "Of stages with an env, which tokens a reward is for: all of the episode, or with `turn` those up to the turn at which the environment paid it (return-to-go; arXiv 2402.03300 sec. 4.1.3); all other rewards are the last turn's.")
+
+    @property
+    def asks_trainer(self) -> bool:
+        return self.importance_sampling_correction != "off"
+
+    @property
+    def asks_reference(self) -> bool:
+        return self.beta > 0
+
+    @property
+    def pays_kl(self) -> bool:
+        return self.kl_in_reward and self.beta > 0
 
     @model_validator(mode="after")
     def _turns_are_paid_by_an_environment(self) -> PolicyGradientKeys:
@@ -254,7 +287,7 @@ class GRPOKeys(PolicyGradientKeys):
 
     @model_validator(mode="after")
     def _maxrl_divides_by_what_is_not_negative(self) -> GRPOKeys:
-        subtracts = [name for name in ("soft_overlong_cache", "kl_in_reward") if getattr(self, name)]
+        subtracts = [name for name in ("soft_overlong_cache", "missing_eos_penalty", "kl_in_reward") if getattr(self, name)]
         if self.advantage_estimator == "maxrl" and subtracts:
             raise ValueError(
                 f"advantage_estimator: maxrl divides by a group's mean reward, and {subtracts[0]} makes rewards negative; "

@@ -36,7 +36,7 @@ HOLDING = frozenset({"evaluate", "hold"})
 """Actions after which a model is not promoted."""
 
 _DEFAULT_ACTION = {Severity.INFO: "log", Severity.SOFT: "evaluate", Severity.HARD: "rollback"}
-_SAMPLING_ONLY = frozenset({"resample", "raise_group_size", "raise_entropy"})
+_SAMPLING_ONLY = frozenset({"resample", "raise_group_size"})
 
 _IMITATING: tuple[LearnsFrom, ...] = ("examples",)
 _PREFERRING: tuple[LearnsFrom, ...] = ("pairs",)
@@ -182,7 +182,10 @@ def _changed(rule: Rule, change: Mapping[str, Any], kind: str) -> Rule:
 
 def _check_action(rule: Rule, action: Any, kind: str) -> None:
     """Raises: ConfigError for an action that does not exist, or that this rule or stage cannot carry out."""
-    known = [name for name in ACTIONS if stage_kind(kind).samples or name not in _SAMPLING_ONLY]
+    can = {name: stage_kind(kind).samples for name in _SAMPLING_ONLY} | {
+        "raise_entropy": stage_kind(kind).has_entropy_bonus
+    }
+    known = [name for name in ACTIONS if can.get(name, True)]
     if action not in known:
         raise ConfigError(f"health.{rule.name}.action: got {action!r}, expected one of {', '.join(known)}")
     if action == "skip_step" and not rule.early:

@@ -212,6 +212,16 @@ def whitened(x_M: Tensor, eps: float = 1e-8) -> Tensor:
     return _standardize(x_M, torch.zeros(len(x_M), dtype=torch.long), 1, eps)
 
 
+def best_and_worst(rewards: Sequence[float]) -> tuple[int, int] | None:
+    """Places of the highest and the lowest of a group's rewards, NaN being none; of equals the first. None where all are equal, or fewer than two."""
+    scored = [place for place, reward in enumerate(rewards) if not math.isnan(reward)]
+    if not scored:
+        return None
+    best, worst = max(scored, key=lambda place: rewards[place]), min(scored, key=lambda place: rewards[place])
+    high, low = rewards[best], rewards[worst]
+    return None if high - low <= _EQUAL * max(abs(high), abs(low)) else (best, worst)
+
+
 def soft_overlong_penalty(num_tokens: int, max_tokens: int, cache_tokens: int) -> float:
     """0 up to max − cache, then linearly down to −1 at max, −1 beyond. Source: DAPO, arXiv 2503.14476 eq. 13."""
     if cache_tokens == 0:

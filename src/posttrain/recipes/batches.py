@@ -111,15 +111,9 @@ class Schedule(Generic[T]):
             each = math.ceil(len(micros) / self.num_shares)
             shares = deal([sum(costs[index] for index in micro) for micro in micros], self.num_shares, each)
             return in_turn([[micros[place] for place in share] for share in shares])
-        rows, at_once = flat(micros), self.rows_per_micro
-        each = math.ceil(len(rows) / (self.num_shares * at_once)) * at_once
-        shares = deal([costs[index] for index in rows], self.num_shares, each)
-        return in_turn(
-            [
-                [[rows[place] for place in share[i : i + at_once]] for i in range(0, len(share), at_once)]
-                for share in shares
-            ]
-        )
+        rows = flat(micros)
+        dealt = dealt_micros([costs[index] for index in rows], self.rows_per_micro, self.num_shares)
+        return [[rows[place] for place in micro] for micro in dealt]
 
     def balance(self, micros: Sequence[Sequence[T]], world_size: int) -> dict[str, float]:
         """How evenly a step's micro-batches cost the ranks."""
@@ -213,6 +207,13 @@ def in_turn(shares: Sequence[Sequence[T]]) -> list[T]:
     """The first of each share, then the second of each …; the shares with most come first, so that every n-th is of one share."""
     ordered = sorted(shares, key=lambda share: -len(share))
     return [share[turn] for turn in range(len(ordered[0])) for share in ordered if turn < len(share)]
+
+
+def dealt_micros(costs: Sequence[float], at_once: int, num_shares: int) -> list[list[int]]:
+    """The places of `costs` in micro-batches of at most `at_once`; every `num_shares`-th is one share's, all of nearly equal cost."""
+    each = math.ceil(len(costs) / (num_shares * at_once)) * at_once
+    shares = deal(costs, num_shares, each)
+    return in_turn([[share[i : i + at_once] for i in range(0, len(share), at_once)] for share in shares])
 
 
 def split_groups(groups: Sequence[Sequence[T]], at_once: int) -> list[tuple[T, ...]]:

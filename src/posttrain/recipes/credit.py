@@ -13,7 +13,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from posttrain.config.rl import GRPOKeys, PolicyGradientKeys
+from posttrain.config.rl import GRPOKeys, PolicyGradientKeys, RewardedKeys
+from posttrain.health.controls import Controls
 from posttrain.names import ENVIRONMENT
 from posttrain.objectives.advantages import AdvantageSpec, as_rewards, compute_advantages, turn_advantages
 from posttrain.objectives.distill import TEACHER_ADVANTAGES, coefficient_at
@@ -22,6 +23,7 @@ from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import spec_from
 from posttrain.protocols import Scorer
 from posttrain.recipes.experience.sampled import Numbered, group_indices
+from posttrain.recipes.run.steering import steered
 from posttrain.recipes.run.train_state import Learner
 from posttrain.recipes.teachers import Teachers
 from posttrain.rollout.experience import Group
@@ -63,11 +65,6 @@ class Credit(Protocol):
     """Gives the samples of a generation batch their advantages."""
 
     @property
-    def objective(self) -> PolicySpec:
-        """The loss that reads them."""
-        ...
-
-    @property
     def critic(self) -> Learner | None:
         """What it has of its own to train."""
         ...
@@ -82,8 +79,8 @@ class Credit(Protocol):
         """Of all ranks' groups, in order; `beta` weighs a KL in the reward."""
         ...
 
-    def teaches(self, group: Group, objective: PolicySpec) -> bool:
-        """Whether a group moves weights."""
+    def teaches(self, group: Group, controls: Controls) -> bool:
+        """Whether a group moves weights, as the run's controls have the loss now."""
         ...
 
 
@@ -102,8 +99,7 @@ class GroupCredit:
         """log teacher − log policy, both from the same forward: a sampler's rounding is no lesson."""
         if not self._keys.teachers:
             return None
-        corrected = self._keys.importance_sampling_correction != "off"
-        own = [known(old) for old in olds] if corrected else self._trainer.logp(groups)
+        own = [known(old) for old in olds] if self._keys.asks_trainer else self._trainer.logp(groups)
         lessons = [(group.prompt, samples) for (_, group), samples in zip(numbered, groups, strict=True)]
         return iter([teacher - policy for teacher, policy in zip(self._teachers.logp(lessons), own, strict=True)])
 
@@ -123,8 +119,9 @@ class GroupCredit:
         metrics = _gap(made) | {"teacher/coef": coef} if self._keys.teachers else {}
         return Credited(groups, rewards_BK, found.reward_B, found.zero_std_P, metrics)
 
-    def teaches(self, group: Group, objective: PolicySpec) -> bool:
+    def teaches(self, group: Group, controls: Controls) -> bool:
         """By an advantage, or by a term that needs none."""
+        objective = steered(self.objective, controls)
         pulled = objective.entropy_coef > 0 or (objective.beta > 0 and not self._keys.kl_in_reward)
         return any(s.num_loss_tokens and (pulled or _moves(s.advantage) or _moves(s.penalty)) for s in group)
 
@@ -190,7 +187,7 @@ def paid_share(paid: Sequence[Sequence[float | None]]) -> dict[str, float]:
     return {"env/paid_turns": sum(turns) / len(turns)} if turns else {}
 
 
-def column_weights(keys: PolicyGradientKeys, num_columns: int) -> list[float]:
+def column_weights(keys: RewardedKeys, num_columns: int) -> list[float]:
     """Shaping columns come after the reward functions and weigh 1."""
     weights = list(keys.reward_weights or [1.0] * len(keys.reward_funcs))
     return weights + [1.0] * (num_columns - len(weights))

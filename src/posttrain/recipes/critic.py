@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from posttrain.config.ppo import PPOKeys
 from posttrain.errors import ModelError
+from posttrain.health.controls import Controls
 from posttrain.models.batch import pack
 from posttrain.models.load import load_config, load_policy, load_tokenizer
 from posttrain.models.policy import Policy
@@ -113,13 +114,13 @@ class CriticCredit:
         groups = tuple(tuple(next(each) for _ in one.samples) for one in made)
         return Credited(groups, rewards_BK, reward_B, None, found.metrics | metrics)
 
-    def teaches(self, group: Group, objective: PolicySpec) -> bool:
+    def teaches(self, group: Group, controls: Controls) -> bool:
         return any(sample.num_loss_tokens for sample in group)
 
     def _paid(self, sample: Sample, reward: float, beta: float) -> torch.Tensor:
         """What each trained token earns. Shape: [T] float64."""
         paid_T = torch.zeros(sample.num_loss_tokens, dtype=torch.float64)
-        if self._keys.kl_in_reward and self._keys.beta:
+        if self._keys.pays_kl:
             own = known(sample.behavior_logp if sample.old_logp is None else sample.old_logp)
             paid_T -= beta * torch.from_numpy(own.astype(np.float64) - known(sample.ref_logp).astype(np.float64))
         if len(paid_T):

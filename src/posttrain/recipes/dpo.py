@@ -61,7 +61,7 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
     stage.run.describe_data(decoder(tokenizer, special=True), data, *held_out.values())
     _check_columns_are_there(data, spec)
     # KTO compares a row with the one before it, so its rows keep their order.
-    cost, least_rows = (None, _LEAST_KTO_ROWS) if unpaired else (_pair_cost, 1)
+    cost, least_rows = (None, _LEAST_KTO_ROWS) if unpaired else (pair_cost, 1)
     schedule = Schedule.of(data, keys, ranks, size=_num_tokens, cost=cost, least_rows=least_rows)
     if unpaired:
         _check_others_to_compare_with(schedule, held_out)
@@ -88,7 +88,7 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
         stage.begin_step(step)
         micros = schedule.step(step + stage.guard.controls.skipped)
         mine = for_rank(micros, ranks)
-        loss = _step_loss(policy, reference, micros, steered(spec, stage.guard.controls), stage)
+        loss = step_loss(policy, reference, micros, steered(spec, stage.guard.controls), stage)
         metrics = StepMetrics()
         policy.model.train()
         for micro in accumulating(policy, mine):
@@ -141,7 +141,7 @@ def _check_others_to_compare_with(schedule: Schedule[Labelled], held_out: Mappin
             raise DataError(f"{name}: loss_type: kto needs at least {_LEAST_KTO_ROWS} rows, got {len(data)}; add some")
 
 
-def _step_loss(
+def step_loss(
     policy: Policy, reference: Reference | None, micros: Sequence[list[Any]], spec: PreferenceSpec, stage: Stage
 ) -> MicroLoss:
     """The loss of one optimizer step as a function of a micro-batch; what it is divided by is fixed here."""
@@ -267,7 +267,7 @@ def validation_loss(
     size = keys.per_device_train_batch_size
     micros = [rows.rows[i : i + size] for i in range(0, len(rows), size)]
     mine = for_rank(micros, stage.ranks)
-    loss = _step_loss(policy, reference, micros, spec, stage)
+    loss = step_loss(policy, reference, micros, spec, stage)
     metrics = StepMetrics()
     for micro in mine:
         terms = loss(micro.rows)
@@ -277,7 +277,7 @@ def validation_loss(
     return {f"eval_{name}": value for name, value in metrics.reduced(stage.ranks).items()}
 
 
-def _pair_cost(row: PairRow) -> float:
+def pair_cost(row: PairRow) -> float:
     return family_cost([len(row.chosen.ids), len(row.rejected.ids)], shared=row.chosen.loss_mask.index(True))
 
 

@@ -43,7 +43,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
             on_policy = fresh and not is_uncorrected(keys)
             norm, objective = normalizer(groups, keys), steered(credit.objective, stage.guard.controls)
             groups, selection = select_tokens(policy, groups, objective, keys, ranks, step, on_policy=on_policy)
-            metrics, teaches = StepMetrics(), partial(credit.teaches, objective=objective)
+            metrics, teaches = StepMetrics(), partial(credit.teaches, controls=stage.guard.controls)
             micros = micro_batches_of(groups, teaches, keys.per_device_train_batch_size, ranks)
             supervised = ptx.of_step(step) if ptx else []
             policy.model.train()

@@ -44,7 +44,7 @@ def run(keys: PPOKeys, stage: Stage) -> StageResult:
             selection: dict[str, float] = {}
             if not warming:
                 groups, selection = select_tokens(policy, groups, objective, keys, ranks, step, on_policy=on_policy)
-            metrics, teaches = StepMetrics(), partial(credit.teaches, objective=objective)
+            metrics, teaches = StepMetrics(), partial(credit.teaches, controls=stage.guard.controls)
             micros = micro_batches_of(groups, teaches, keys.per_device_train_batch_size, ranks)
             supervised = ptx.of_step(step) if ptx and not warming else []
             critic.policy.model.train()

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from posttrain.config.rl import PolicyGradientKeys
+from posttrain.config.rl import PolicyGradientKeys, RewardedKeys
 from posttrain.data.dataset import Dataset
 from posttrain.data.held_out import load_with_held_out
 from posttrain.data.load import load_prompts, load_sft
@@ -60,7 +60,7 @@ class RLRun(Generic[CreditT]):
 
 @contextmanager
 def begun(
-    keys: PolicyGradientKeys, stage: Stage, credit_of: Callable[[Policy, Scorer, Dataset[PromptRow]], CreditT]
+    keys: RewardedKeys, stage: Stage, credit_of: Callable[[Policy, Scorer, Dataset[PromptRow]], CreditT]
 ) -> Iterator[RLRun[CreditT]]:
     """`credit_of` is given the policy, who scores with it, and the prompts."""
     ranks = stage.ranks
@@ -105,7 +105,7 @@ def is_uncorrected(keys: PolicyGradientKeys) -> bool:
     return keys.rollout.max_staleness > 0 and keys.importance_sampling_correction == "off"
 
 
-def _total_steps(keys: PolicyGradientKeys, num_prompts: int) -> int:
+def _total_steps(keys: RewardedKeys, num_prompts: int) -> int:
     if keys.max_steps > 0:
         return keys.max_steps
     batches = max(1, round(keys.num_train_epochs * num_prompts / keys.num_prompts_per_step))
@@ -119,7 +119,7 @@ def _validate(
     sample: SampleGroups,
     decode: Decode,
     score: ScoreRewards,
-    keys: PolicyGradientKeys,
+    keys: RewardedKeys,
     state: TrainState,
     rows: Dataset[PromptRow],
 ) -> dict[str, float]:

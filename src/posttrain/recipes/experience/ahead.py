@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from posttrain.config.rl import PolicyGradientKeys
+from posttrain.config.rl import RewardedKeys
 from posttrain.errors import CheckpointError
 from posttrain.health.controls import Controls
 from posttrain.protocols import Engine, Ranks
@@ -43,7 +43,7 @@ class Ahead:
     """
 
     def __init__(
-        self, keys: PolicyGradientKeys, engine: Engine, decode: Decode, score: ScoreRewards, prompts: PromptStream, ranks: Ranks,
+        self, keys: RewardedKeys, engine: Engine, decode: Decode, score: ScoreRewards, prompts: PromptStream, ranks: Ranks,
         folder: Path, resumable_from: Callable[[], int],
     ) -> None:  # fmt: skip
         self._keys, self._engine, self._decode, self._score = keys, engine, decode, score

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
-from posttrain.config.rl import PolicyGradientKeys
+from posttrain.config.rl import RewardedKeys
 from posttrain.health.controls import Controls
 from posttrain.protocols import Ranks
 from posttrain.recipes.experience.engines import sampling_params
@@ -23,7 +23,7 @@ class Alternating:
 
     def __init__(
         self,
-        keys: PolicyGradientKeys,
+        keys: RewardedKeys,
         sample: SampleGroups,
         decode: Decode,
         score: ScoreRewards,
@@ -80,6 +80,6 @@ class Alternating:
         return score_groups(rows, completions, self._decode, self._score) if rows else []
 
 
-def batches_skipped(controls: Controls, keys: PolicyGradientKeys) -> int:
+def batches_skipped(controls: Controls, keys: RewardedKeys) -> int:
     """After rollbacks the prompts of the abandoned steps are passed over."""
     return math.ceil(controls.skipped / keys.steps_per_batch)

@@ -12,13 +12,12 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from posttrain.config.rl import PolicyGradientKeys
+from posttrain.config.rl import RewardedKeys
 from posttrain.health.controls import Controls
 from posttrain.objectives.advantages import soft_overlong_penalty
 from posttrain.protocols import Ranks, Scorer
 from posttrain.recipes.credit import Credit, Credited, Made, append, column_weights, known
 from posttrain.recipes.experience.sampled import Sampled, reward_parts
-from posttrain.recipes.run.steering import steered
 from posttrain.rewards.learned import ASKED, FAILED
 from posttrain.rewards.measures import mutual_information, spread_shares
 from posttrain.rewards.resolve import reward_names
@@ -45,10 +44,10 @@ class Sampling(Protocol):
 
 
 class Collector:
-    """Makes experience of what `sampling` gives it: scores, lets `credit` give advantages over all ranks. `reference` is asked only where beta is used."""
+    """Makes experience of what `sampling` gives it: scores, lets `credit` give advantages over all ranks. `reference` is asked only where the keys say so."""
 
     def __init__(
-        self, keys: PolicyGradientKeys, sampling: Sampling, trainer: Scorer, reference: Scorer, credit: Credit, ranks: Ranks
+        self, keys: RewardedKeys, sampling: Sampling, trainer: Scorer, reference: Scorer, credit: Credit, ranks: Ranks
     ) -> None:  # fmt: skip
         self._keys, self._sampling = keys, sampling
         self._trainer, self._reference, self._credit, self._ranks = trainer, reference, credit, ranks
@@ -65,9 +64,8 @@ class Collector:
         )
         credited = self._credit.credited(made, generation, self._keys.beta * controls.beta_scale)
         # Every prompt group is issued once and either trained on or let go; counted along the surviving weights.
-        objective = steered(self._credit.objective, controls)
         numbered = zip(made, credited.groups, strict=True)
-        trained = [one.number for one, group in numbered if self._credit.teaches(group, objective)]
+        trained = [one.number for one, group in numbered if self._credit.teaches(group, controls)]
         ledger = {"issued": sampled.issued, "trained": trained, "passed_over": sampled.passed_over}
         weights = column_weights(self._keys, credited.rewards_BK.shape[1])
         metrics = (
@@ -91,11 +89,9 @@ class Collector:
         """This rank's groups, scored by whoever the objective asks."""
         keys = self._keys
         unmasked = [tuple(_sample(group, rollout) for rollout in group.rollouts) for _, group in numbered]
-        wants_reference = keys.beta > 0
-        references = self._reference.logp(unmasked) if wants_reference else [None] * _count(unmasked)
+        references = self._reference.logp(unmasked) if keys.asks_reference else [None] * _count(unmasked)
         # The embedded engine's log-probs are the trainer's own; another sampler's are corrected for.
-        corrected = keys.importance_sampling_correction != "off"
-        olds = self._trainer.logp(unmasked) if corrected else [None] * _count(unmasked)
+        olds = self._trainer.logp(unmasked) if keys.asks_trainer else [None] * _count(unmasked)
         scored = iter(zip(olds, references, strict=True))
         said = self._credit.opinions(numbered, unmasked, olds)
         return [
@@ -114,8 +110,10 @@ class Collector:
             longest, cache = keys.max_completion_length, keys.soft_overlong_cache
             whole = [len(rollout.completion.ids) for rollout in group.rollouts]
             append(rows, [soft_overlong_penalty(length, longest, cache) for length in whole])
+        if (penalty := keys.missing_eos_penalty) is not None:
+            append(rows, [-penalty if cut else 0.0 for cut in truncated])
         kls: list[float] = []
-        if keys.kl_in_reward and keys.beta:
+        if keys.pays_kl:
             # k1, summed over each completion.
             kls = [
                 _total(s.behavior_logp if old is None else old) - _total(ref)

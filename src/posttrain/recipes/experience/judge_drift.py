@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any
 
 from posttrain.checkpoint.store import disk_errors
-from posttrain.config.rl import PolicyGradientKeys
+from posttrain.config.rl import RewardedKeys
 from posttrain.files import read_record, write_json
 from posttrain.health.checks import JUDGE_AGREEMENT
 from posttrain.recipes.measure.judges import AskedJudge, JudgeReward
@@ -28,7 +28,7 @@ _NUM_QUESTIONS = 16
 class JudgeDrift:
     """`if_due` after every generation batch; all ranks call it and the main one asks."""
 
-    def __init__(self, keys: PolicyGradientKeys, stage: Stage, rewards: RewardPool) -> None:
+    def __init__(self, keys: RewardedKeys, stage: Stage, rewards: RewardPool) -> None:
         self._every, self._steps_per_batch = keys.reward_check_steps, keys.steps_per_batch
         self._stage, self._path = stage, stage.folder / FILE
         found = rewards.opinions.items()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from posttrain.config.rl import PolicyGradientKeys
+from posttrain.config.rl import RewardedKeys
 from posttrain.objectives.advantages import as_rewards
 from posttrain.protocols import Ranks
 from posttrain.recipes.experience.reward_range import judging_weights, shares, widened
@@ -36,7 +36,7 @@ class Sampled:
     def of_this_rank(self) -> list[Numbered]:
         return self.kept + self.let_go
 
-    def judge(self, bounds: Bounds, keys: PolicyGradientKeys, ranks: Ranks) -> None:
+    def judge(self, bounds: Bounds, keys: RewardedKeys, ranks: Ranks) -> None:
         """What the rewards say of all that was sampled, on all ranks, whether it is kept or not; `bounds` are those before it."""
         mine = [[reward_parts(rollout) for rollout in group.rollouts] for _, group in self.of_this_rank]
         groups = [group for rank in ranks.gather(mine) for group in rank]

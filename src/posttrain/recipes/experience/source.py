@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from posttrain.config.rl import PolicyGradientKeys
+from posttrain.config.rl import RewardedKeys
 from posttrain.protocols import Engine
 from posttrain.recipes.experience.ahead import Ahead
 from posttrain.recipes.experience.alternating import Alternating
@@ -38,7 +38,7 @@ class ExperienceSource:
     """
 
     def __init__(
-        self, keys: PolicyGradientKeys, stage: Stage, state: TrainState, engine: Engine, collector: Collector,
+        self, keys: RewardedKeys, stage: Stage, state: TrainState, engine: Engine, collector: Collector,
         watch: Callable[[int, Collected], dict[str, float]], total_steps: int,
     ) -> None:  # fmt: skip
         self._stage, self._state, self._engine, self._collector = stage, state, engine, collector
@@ -66,7 +66,7 @@ class ExperienceSource:
 
 
 def make_sampling(
-    keys: PolicyGradientKeys, stage: Stage, state: TrainState, engine: Engine, decode: Decode, rewards: RewardPool,
+    keys: RewardedKeys, stage: Stage, state: TrainState, engine: Engine, decode: Decode, rewards: RewardPool,
     score: ReplayedRewards, prompts: PromptStream, sample: SampleGroups,
 ) -> Sampling:  # fmt: skip
     """Taking turns with `rollout.max_staleness: 0`, else ahead of the trainer."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from posttrain.config.rl import PolicyGradientKeys
+from posttrain.config.rl import RewardedKeys
 from posttrain.data.dataset import Dataset
 from posttrain.files import digest_json
 from posttrain.models.text import decoder
@@ -53,7 +53,7 @@ class LiveChecks:
 
     def __init__(
         self,
-        keys: PolicyGradientKeys,
+        keys: RewardedKeys,
         stage: Stage,
         rewards: RewardPool,
         sample: SampleGroups,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from posttrain.config.rl import RLKeys
+from posttrain.config.rl import PolicyGradientKeys, RLKeys
 from posttrain.config.stages import TrainKeys
 from posttrain.health.controls import Controls
 from posttrain.objectives.kl import AdaptiveEntropy, AdaptiveKL
@@ -21,7 +21,8 @@ def first_controls(keys: TrainKeys) -> Controls:
     """Those of a run that begins: controllers that the keys ask for are on from the first step."""
     if not isinstance(keys, RLKeys):
         return Controls()
-    return Controls(kl_target=keys.kl_target, entropy_target=keys.entropy_target)
+    entropy_target = keys.entropy_target if isinstance(keys, PolicyGradientKeys) else None
+    return Controls(kl_target=keys.kl_target, entropy_target=entropy_target)
 
 
 def steered(spec: SteeredSpec, controls: Controls) -> SteeredSpec:
