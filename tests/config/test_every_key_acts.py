@@ -326,7 +326,9 @@ TEMPLATE = (
 
 @pytest.mark.parametrize("kind", STAGE_KINDS)
 def test_every_key_of_the_schema_is_flipped_or_listed(kind):
-    shared = {"sft": (), "ppo": PolicyGradientKeys.model_fields, "online_dpo": RewardedKeys.model_fields}.get(kind, TrainKeys.model_fields)
+    shared = {"sft": (), "ppo": PolicyGradientKeys.model_fields, "online_dpo": RewardedKeys.model_fields}.get(
+        kind, TrainKeys.model_fields
+    )
     keys = set(STAGE_KINDS[kind].keys.model_fields) - set(shared)
     flipped = [flip.key for flip in FLIPS[kind]]
     assert len(set(flipped)) == len(flipped)

@@ -30,7 +30,12 @@ def test_another_tools_name_leads_to_ours():
 
 def test_a_name_with_two_meanings_has_two_uses():
     assert {use.places for use in explain("path").uses} == {("datasets",), ("evals",)}
-    assert {use.places for use in explain("loss_type").uses} == {("sft",), ("dpo", "online_dpo"), ("grpo",), ("distill",)}
+    assert {use.places for use in explain("loss_type").uses} == {
+        ("sft",),
+        ("dpo", "online_dpo"),
+        ("grpo",),
+        ("distill",),
+    }
 
 
 @pytest.mark.parametrize(

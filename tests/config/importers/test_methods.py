@@ -280,12 +280,29 @@ def test_trls_reward_models_are_trained(loaded, script):
     assert (keys.learning_rate, keys.sequence_len, keys.overflow) == (1e-4, 1024, "drop")
 
 
-@pytest.mark.parametrize("script", ["examples/scripts/dpo_online.py", "online_dpo.py", "ppo.py"])
-def test_trls_methods_that_are_none_here_are_refused_by_name(refused, script):
-    name = "ppo" if script == "ppo.py" else "online_dpo"
-    assert f"posttrain_stage: {name}: " in refused(
-        f"python {script} --model_name_or_path a/b --dataset_name c/d\n", "run.sh"
+@pytest.mark.parametrize("script", ["examples/scripts/dpo_online.py", "online_dpo.py"])
+def test_trls_online_dpo_is_ours(loaded, script):
+    asked = "--model_name_or_path a/b --dataset_name c/d --reward_model_path e/f --missing_eos_penalty 1.0 --max_new_tokens 32"
+    made, keys = loaded(
+        f"python {script} {asked} --per_device_train_batch_size 4 --gradient_accumulation_steps 2\n", "run.sh"
     )
+    assert (made.kind, keys.reward_funcs, keys.missing_eos_penalty) == ("online_dpo", ["model:e/f"], 1.0)
+    assert (keys.num_prompts_per_step, keys.num_generations, keys.max_completion_length) == (8, 2, 32)
+    assert (keys.beta, keys.loss_type, keys.temperature, keys.learning_rate) == (0.1, "sigmoid", 0.9, 5e-7)
+    assert any("they add up there" in note for note in made.notes)
+
+
+def test_trls_betas_by_epoch_are_refused_and_one_is_read(loaded, refused):
+    text = TRL + "reward_model_path: e/f\nloss_type: ipo\n"
+    made, keys = loaded(text + "beta: [0.3]\n")
+    assert (keys.beta, keys.losses) == (0.3, ("ipo",))
+    assert any("compares sums" in note for note in made.notes)
+    assert "beta: [0.3, 0.1] has no counterpart here" in refused(text + "beta: [0.3, 0.1]\n")
+    assert "judge: pair_rm: a judge stands in a file" in refused(text + "judge: pair_rm\n")
+
+
+def test_trls_methods_that_are_none_here_are_refused_by_name(refused):
+    assert "posttrain_stage: ppo: " in refused("python ppo.py --model_name_or_path a/b --dataset_name c/d\n", "run.sh")
 
 
 @pytest.mark.parametrize("name", ["Mxfp4Config", "FineGrainedFP8Config"])

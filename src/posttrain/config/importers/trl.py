@@ -102,7 +102,7 @@ ROWS: dict[str, KeyFate] = {
     "loss_type": joint("loss_type"),
     "loss_weights": to("loss_weights"),
     "center_rewards_coefficient": to("center_rewards_coefficient"),
-    "beta": to("beta"),
+    "beta": to("beta", lambda value: _only_one(value) if isinstance(value, list) else value),
     "label_smoothing": to("label_smoothing"),
     "f_divergence_type": to("f_divergence_type"),
     "f_alpha_divergence_coef": to("f_alpha_divergence_coef"),
@@ -121,12 +121,16 @@ ROWS: dict[str, KeyFate] = {
     "ref_model_sync_steps": to("ref_model_sync_steps"),
     "reward_funcs": joint("reward_funcs"),
     "reward_model_name_or_path": refused("a model as reward is named among the rewards here", "write reward_funcs: [model:FOLDER]"),
+    "reward_model_path": joint("reward_funcs", "model:FOLDER"),
+    "judge": refused("a judge stands in a file of its own here", "write reward_funcs: [judge:FILE.yaml]"),
     "reward_weights": to("reward_weights"),
     "num_generations": to("num_generations"),
     "generation_batch_size": joint("num_prompts_per_step"),
     "steps_per_generation": joint("num_prompts_per_step"),
     "num_iterations": to("num_iterations"),
     "max_completion_length": to("max_completion_length"),
+    "max_new_tokens": to("max_completion_length"),
+    "missing_eos_penalty": to("missing_eos_penalty"),
     "temperature": to("temperature"),
     "top_p": to("top_p"),
     "top_k": to("top_k"),
@@ -170,16 +174,14 @@ def stage(source: Mapping[str, Any]) -> Kind | Refusal:
         "kto": "dpo",
         "orpo": "dpo",
         "cpo": "dpo",
+        "online_dpo": "online_dpo",
         "reward": "reward_model",
     }
     if script is not None:
-        what = (
-            "pairs of completions are not sampled and judged while training here"
-            if script == "online_dpo"
-            else "no such method here"
-        )
         todo = f"known are {', '.join(known)}; posttrain ppo and grpo learn from a reward model while they sample"
-        return known.get(script) or Refusal(SCRIPT, f"{script}: {what}", todo)
+        return known.get(script) or Refusal(SCRIPT, f"{script}: no such method here", todo)
+    if "reward_model_path" in source:
+        return "online_dpo"
     if {"reward_funcs", "num_generations", "max_completion_length"} & set(source):
         return "grpo"
     if "center_rewards_coefficient" in source:
@@ -200,9 +202,13 @@ def finish(draft: ImportDraft) -> None:
     _datasets(draft)
     _loss(draft)
     if draft.kind == "grpo":
+        _rewards(draft)
         _sampling(draft)
+    elif draft.kind == "online_dpo":
+        _rewards(draft)
+        _pairs(draft)
     else:
-        for key in ("reward_funcs", "generation_batch_size", "steps_per_generation"):
+        for key in ("reward_funcs", "reward_model_path", "generation_batch_size", "steps_per_generation"):
             if key in draft.source:
                 draft.leave(key, f"it plays no part in {draft.kind}")
     template = draft.source.get("chat_template_path")
@@ -332,7 +338,20 @@ def _loss(draft: ImportDraft) -> None:
             draft.put("train_on", "assistant" if flag(draft.source[key]) else "all", key)
 
 
-def _sampling(draft: ImportDraft) -> None:
+def _only_one(values: list[Any]) -> Any:
+    (value,) = values
+    return value
+
+
+def _rewards(draft: ImportDraft) -> None:
+    model = draft.source.get("reward_model_path")
+    if model:
+        draft.put("reward_funcs", [f"model:{local_file(draft, str(model))}"], "reward_model_path")
+        if "reward_funcs" in draft.source:
+            draft.refuse(
+                "reward_funcs", "beside reward_model_path: one of them is not read there", "keep one of the two"
+            )
+        return
     funcs = draft.source.get("reward_funcs")
     listed = names(funcs) if funcs else []
     if not listed:
@@ -348,6 +367,33 @@ def _sampling(draft: ImportDraft) -> None:
         )
     else:
         draft.put("reward_funcs", [reward_file(draft, name) for name in listed], "reward_funcs")
+
+
+def _pairs(draft: ImportDraft) -> None:
+    """A row there is a prompt with its two completions."""
+    accumulated = int(draft.source.get("gradient_accumulation_steps", 1))
+    prompts = int(draft.source.get("per_device_train_batch_size", 8)) * accumulated
+    draft.put(
+        "num_prompts_per_step",
+        prompts,
+        "per_device_train_batch_size",
+        f"{prompts} prompts of one process; multiply it by the number of processes",
+    )
+    if accumulated > 1:
+        draft.change(
+            "gradient_accumulation_steps", "the gradients of its micro-batches are averaged here; they add up there"
+        )
+    if draft.keys.get("loss_type") == "ipo":
+        draft.change(
+            "loss_type",
+            "ipo compares means over tokens here, as in TRL's DPOTrainer; its OnlineDPOTrainer compares sums",
+        )
+    for name in ("generation_batch_size", "steps_per_generation"):
+        if name in draft.source:
+            draft.leave(name, "it plays no part in online_dpo")
+
+
+def _sampling(draft: ImportDraft) -> None:
     rows_per_step = draft.source.get("per_device_train_batch_size", 8) * draft.source.get(
         "gradient_accumulation_steps", 1
     )
@@ -390,6 +436,7 @@ def defaults(draft: ImportDraft) -> Mapping[str, Any]:
     filled |= {"sft": {"learning_rate": 2e-5, "train_on": "all", "sequence_len": 1024},
                "dpo": {"learning_rate": 1e-6, "beta": 0.1, "sequence_len": 1024},
                "reward_model": {"learning_rate": 1e-4, "sequence_len": 1024, "overflow": "drop"},
+               "online_dpo": {"learning_rate": 5e-7, "max_steps": -1, "max_completion_length": 64, "sequence_len": 512, "temperature": 0.9},
                "grpo": {"learning_rate": 1e-6, "max_steps": -1, "max_completion_length": 512}}[draft.kind]  # fmt: skip
     if draft.keys.get("adapter") == "qlora":
         filled["bnb_4bit_use_double_quant"] = False
