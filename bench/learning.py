@@ -157,6 +157,7 @@ _SFT_RATE = ("learning_rate=3e-4", "lr_scheduler_type=constant")
 WAYS = {
     "grpo": Way("GRPO", "grpo", None, lambda bench, seed: ["grpo.beta=0"]),
     "ppo": Way("PPO with a critic", "ppo", "ppo.yaml"),
+    "online_dpo": Way("online DPO", "online_dpo", "online_dpo.yaml"),
     "opd": Way("OPD from the GRPO row's model", "distill", "distill.yaml", _taught),
     "distill": Way("reverse KL to the GRPO row's model", "distill", "distill.yaml", _taught_exactly),
     "imitate": Way("SFT on that model's samples", "sft", "again.yaml", _of_teacher),
