@@ -102,7 +102,7 @@ ROWS: dict[str, KeyFate] = {
     "loss_type": joint("loss_type"),
     "loss_weights": to("loss_weights"),
     "center_rewards_coefficient": to("center_rewards_coefficient"),
-    "beta": to("beta", lambda value: _only_one(value) if isinstance(value, list) else value),
+    "beta": to("beta", lambda value: float(*value) if isinstance(value, list) else value),
     "label_smoothing": to("label_smoothing"),
     "f_divergence_type": to("f_divergence_type"),
     "f_alpha_divergence_coef": to("f_alpha_divergence_coef"),
@@ -336,11 +336,6 @@ def _loss(draft: ImportDraft) -> None:
             draft.leave(key, f"it plays no part in {draft.kind}")
         else:
             draft.put("train_on", "assistant" if flag(draft.source[key]) else "all", key)
-
-
-def _only_one(values: list[Any]) -> Any:
-    (value,) = values
-    return value
 
 
 def _rewards(draft: ImportDraft) -> None:
