@@ -134,3 +134,30 @@ def test_power_is_that_of_the_test_itself(bench, n, line, share):
     effect = 0.05 if line == 0.0 else 0.0
     enumerated = exact.probability(bench("enumeration").first_passing(n, line, 0.05), n, effect, np.array([share]))
     assert_allclose(exact.power(n, line, 0.05, effect, share), enumerated[0], atol=0.005)
+
+
+def test_numbers_that_are_left_out_of_the_sum_change_nothing(monkeypatch):
+    """At 40,000 items: each difference of rates on both sides of the one seen, and one far away."""
+    n, good, bad = 40_000, 4_400, 3_600
+    tail = exact._tail(good, bad, n, 0.05)
+    for delta in (-0.3, -0.01, 0.0, 0.015, 0.02, 0.025):
+        shares = exact._shares(n, delta, tail.low, tail.high)[::7]
+        left_out = exact.probability(tail.first_M, n, delta, shares)
+        monkeypatch.setattr(exact, "_LEAST_LEFT_OUT", n + 1)
+        whole = exact.probability(tail.first_M, n, delta, shares)
+        monkeypatch.undo()
+        assert_allclose(left_out, whole, rtol=1e-9, atol=1e-13)
+
+
+def test_what_a_bound_sums_grows_slower_than_the_items(monkeypatch):
+    """Numbers of differing items looked at, at the shares that are plausible: as the root of the items, not as the items."""
+    summed, original = {}, exact._probability
+
+    def counting(first_M, *rest):
+        summed[n] = summed.get(n, 0) + len(first_M)
+        return original(first_M, *rest)
+
+    monkeypatch.setattr(exact, "_probability", counting)
+    for n in (30_000, 120_000):
+        exact._tail(n // 5, n // 5 - 300, n, 0.05).p_value(0.0)
+    assert summed[120_000] < 2.5 * summed[30_000] < 2.5 * 30_000

@@ -206,3 +206,20 @@ def test_more_processes_than_micro_batches_share_them():
     whole, _ = schedule(lengths(16))
     assert [len(micro) for micro in shares.step(0)] == [1, 1]
     assert flat(shares.step(0)) == flat(whole.step(0))
+
+
+@dataclass(frozen=True)
+class Planned(Schedule):
+    """A schedule that notes which epochs it plans."""
+
+    planned: list = field(default_factory=list)
+
+    def _plan(self, epoch):
+        self.planned.append(epoch)
+        return super()._plan(epoch)
+
+
+def test_a_resume_plans_its_own_epoch_and_not_those_before_it():
+    made = Planned(**{name: getattr(schedule([3, 4, 5])[0], name) for name in ARGUMENTS})
+    made.step(2 * 300)
+    assert made.planned == [0, 300]

@@ -2,12 +2,14 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from posttrain.config.preference import DPOKeys
 from posttrain.config.stages import ModelKeys
 from posttrain.models.load import freeze_reference, load_policy
+from posttrain.recipes.reference import KEPT
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -70,3 +72,50 @@ def test_following_mixes_weight_by_weight(make_local_model):
 def test_what_no_reference_can_follow_beside_is_refused(beside, message):
     with pytest.raises(ValueError, match=f"sync_ref_model: true with .*{message}"):
         DPOKeys(base_model="x", datasets=[{"path": "x"}], sync_ref_model=True, **beside)
+
+
+def _kept(folder):
+    with np.load(folder / KEPT) as kept:
+        return kept["logp"]
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 1}, {"max_steps": -1, "num_train_epochs": 0.25}])
+def test_only_rows_that_are_trained_are_scored_before_the_first_step(options, train):
+    folder = train("dpo", per_device_train_batch_size=2, **options)
+    steps = json.loads((folder / "result.json").read_text())["steps"]
+    assert len(_kept(folder)) == 2 * steps
+
+
+def test_a_resumed_run_scores_no_row_again_and_one_that_was_cut_only_the_rest(train, runner, caplog):
+    whole = train("dpo", name="whole", max_steps=4, save_steps=2)
+    losses, first = _losses(whole), _kept(whole)
+    (whole / "result.json").unlink()
+    shutil.rmtree(next((whole / "checkpoints").glob("*00004")))
+    with caplog.at_level("INFO"):
+        assert _losses(train("dpo", name="whole", max_steps=4, save_steps=2)) == losses
+    assert f"log-probs of {len(first)} rows computed once, {len(first)} of them before" in caplog.text
+
+    with np.load(whole / KEPT) as kept:
+        cut = {"of": kept["of"], "logp": np.where(np.arange(len(first))[:, None] < 1, kept["logp"], np.nan)}
+    np.savez(whole / KEPT, **cut)
+    (whole / "result.json").unlink()
+    shutil.rmtree(whole / "checkpoints")
+    assert _losses(train("dpo", name="whole", max_steps=4, save_steps=2)) == losses
+    assert np.array_equal(_kept(whole), first)
+
+
+def test_log_probs_of_another_model_or_other_rows_are_not_taken(train, other_weights, caplog):
+    folder = train("dpo", name="one", max_steps=1)
+    for change in ({"base_model": str(other_weights)}, {"ld_alpha": 0.5}, {"seed": 7}):
+        caplog.clear()
+        (folder / "result.json").unlink()
+        shutil.rmtree(folder / "checkpoints")
+        with caplog.at_level("INFO"):
+            losses = _losses(train("dpo", name="one", max_steps=1, **change))
+        assert "of them before" not in caplog.text
+        assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    (folder / KEPT).write_bytes(b"torn")
+    (folder / "result.json").unlink()
+    with caplog.at_level("WARNING"):
+        train("dpo", name="one", max_steps=1, **change)
+    assert "cannot be read" in caplog.text

@@ -1,33 +1,44 @@
 """Tokenised rows on disk, found again by what made them: contents, template, tokenizer, keys and code.
 
-A lookup says why it hit or missed. An entry that does not match its checksum is not used. Knows nothing of formats:
-a row is its token sequences plus one JSON value.
+A lookup says why it hit or missed. An entry that does not match its checksums is not used. Knows nothing of formats:
+a row is its token sequences plus one JSON value. Rows are written as they come and mapped into memory, so that nobody holds
+all of them and the processes of a machine share the pages.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
+import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from posttrain.files import digest_bytes, digest_file, digest_json, write_folder
-from posttrain.types import TokenSeq
+from posttrain.errors import DataError
+from posttrain.files import begin_folder, digest_bytes, digest_file, digest_json, finish_folder
+from posttrain.types import Origin, TokenSeq
+
+log = logging.getLogger(__name__)
 
 _KEPT = 4
 _ABANDONED_S = 24 * 3600.0
-_FILES = ("rows.npz", "extras.json")
+_TOKENS = {"ids.bin": np.int32, "mask.bin": np.uint8, "extras.jsonl": np.uint8}
+"""What grows with the tokens: ids, masks (eight tokens a byte, each sequence on whole bytes), a line of JSON for each row."""
+_INDEX, _FACTS, _META = "index.npz", "facts.json", "meta.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +66,41 @@ class CacheKey:
 
 @dataclass(frozen=True, slots=True)
 class Cached:
-    """Per row its sequences and a JSON value; `facts` is whatever else was worth keeping, as JSON."""
+    """The rows of an entry, read when they are asked for; `facts` is whatever else was worth keeping, as JSON.
 
-    rows: list[tuple[list[tuple[tuple[int, ...], tuple[bool, ...]]], int, Any]]
+    arrays: the mapped files by name. starts: per sequence where its ids and its mask begin, per row its first sequence and
+    where its extra begins, each with one end more than there are. `odd` are extras that are no JSON, by row.
+    """
+
+    arrays: dict[str, np.ndarray]
+    starts: dict[str, np.ndarray]
+    lines: np.ndarray
     facts: dict[str, Any]
+    odd: dict[int, Any] = field(default_factory=dict[int, Any])
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def seqs(self, row: int, path: str) -> tuple[TokenSeq, ...]:
+        """The sequences of a row of the file `path`."""
+        first, end = self.starts["seqs"][row : row + 2].tolist()
+        origin = Origin(path, int(self.lines[row]))
+        return tuple(TokenSeq(*self._seq(number), origin) for number in range(first, end))
+
+    def extra(self, row: int) -> Any:
+        first, end = self.starts["extras"][row : row + 2].tolist()
+        return self.odd[row] if row in self.odd else json.loads(self.arrays["extras.jsonl"][first:end].tobytes())
+
+    def num_tokens(self, row: int) -> int:
+        """Of all sequences of a row."""
+        first, end = self.starts["seqs"][row : row + 2].tolist()
+        return int(self.starts["ids"][end] - self.starts["ids"][first])
+
+    def _seq(self, number: int) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+        start, end = self.starts["ids"][number : number + 2].tolist()
+        first, last = self.starts["mask"][number : number + 2].tolist()
+        bits = np.unpackbits(self.arrays["mask.bin"][first:last], count=end - start)
+        return tuple(self.arrays["ids.bin"][start:end].tolist()), tuple(bits.astype(np.bool_).tolist())
 
 
 def cache_root() -> Path:
@@ -96,71 +138,136 @@ def lookup(key: CacheKey) -> tuple[Cached | None, str]:
         return None, f"miss: the cache cannot be read ({error.strerror or error})"
 
 
-def store(key: CacheKey, rows: Sequence[tuple[Sequence[TokenSeq], Any]], facts: dict[str, Any]) -> str:
-    """Write an entry and drop the oldest ones. Returns "" or why nothing was written: a cache never stops a run."""
-    try:
-        extras = json.dumps({"extras": [extra for _, extra in rows], "facts": facts}, ensure_ascii=True)
-    except (TypeError, ValueError) as error:
-        return f"; not stored: a column is not JSON ({error})"
-    arrays = _pack(rows)
-
-    def fill(folder: Path) -> None:
-        (folder / "rows.npz").write_bytes(arrays)
-        (folder / "extras.json").write_text(extras)
-        checksums = {name: digest_bytes((folder / name).read_bytes()) for name in _FILES}
-        (folder / "meta.json").write_text(json.dumps({"parts": key.parts(), "checksums": checksums}))
-
-    try:
-        write_folder(key.entry, fill)
-        _drop_old(key.folder)
-    except OSError as error:
-        return f"; not stored: {error.strerror or error}"
-    return ""
+@contextmanager
+def alone(key: CacheKey) -> Generator[None]:
+    """Inside, no other process of this machine looks for the same data: the first one writes, the others read."""
+    with ExitStack() as opened:
+        try:
+            key.folder.mkdir(parents=True, exist_ok=True)
+            handle = opened.enter_context(open(key.folder / ".lock", "w"))
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            log.debug("%s: not locked: %s", key.folder, error)  # then each process writes an entry of its own
+        yield
 
 
-def _pack(rows: Sequence[tuple[Sequence[TokenSeq], Any]]) -> bytes:
-    seqs = [seq for row, _ in rows for seq in row]
-    total = sum(len(seq.ids) for seq in seqs)
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        ids_N=np.fromiter((i for seq in seqs for i in seq.ids), np.int32, total),
-        mask_N=np.packbits(np.fromiter((m for seq in seqs for m in seq.loss_mask), np.bool_, total)),
-        lengths=np.array([len(seq.ids) for seq in seqs], np.int64),
-        seqs_per_row=np.array([len(row) for row, _ in rows], np.int64),
-        lines=np.array([row[0].origin.line if row[0].origin else 0 for row, _ in rows], np.int64),
-    )
-    return buffer.getvalue()
+class RowWriter:
+    """Writes rows as they come. `read` ends it: what was written is then the entry of `key`, or nobody's.
+
+    Nobody's are rows without a key, in a cache that cannot be written, or with a column that is no JSON; they last as long as they are
+    mapped.
+    """
+
+    def __init__(self, key: CacheKey | None) -> None:
+        self._key, self._hasher = key, hashlib.sha256()
+        self.why_not_kept = ""
+        self._folder = self._begin()
+        self._files: dict[str, BinaryIO] = {name: open(self._folder / name, "wb") for name in _TOKENS}  # noqa: SIM115
+        self._checksums = {name: hashlib.sha256() for name in _TOKENS}
+        self._index = {name: array("q") for name in ("lengths", "seqs_per_row", "extras", "lines")}
+        self._odd: dict[int, Any] = {}
+
+    def __enter__(self) -> RowWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+        shutil.rmtree(self._folder, ignore_errors=True)  # not there any more where it has become the entry
+
+    def add(self, seqs: Sequence[TokenSeq], extra: Any) -> None:
+        """Raises: DataError where there is no room."""
+        try:
+            line = json.dumps(extra, ensure_ascii=True)
+        except (TypeError, ValueError) as error:
+            self.why_not_kept, line = f"; not stored: a column is not JSON ({error})", "null"
+            self._odd[len(self._index["lines"])] = extra
+        self._hasher.update(_row_bytes(seqs, extra))
+        for seq in seqs:
+            self._write("ids.bin", np.array(seq.ids, np.int32).tobytes())
+            self._write("mask.bin", np.packbits(np.array(seq.loss_mask, np.bool_)).tobytes())
+            self._index["lengths"].append(len(seq.ids))
+        self._write("extras.jsonl", f"{line}\n".encode())
+        self._index["extras"].append(len(line) + 1)
+        self._index["seqs_per_row"].append(len(seqs))
+        self._index["lines"].append(seqs[0].origin.line if seqs[0].origin else 0)
+
+    def read(self, facts: dict[str, Any]) -> Cached:
+        """All rows, with `facts` and the digest of the rows. Raises: DataError where there is no room."""
+        facts = {**facts, "rows_digest": "sha256:" + self._hasher.hexdigest()}
+        with self._saying_why():
+            for file in self._files.values():
+                file.close()
+            checksums = {name: "sha256:" + hasher.hexdigest() for name, hasher in self._checksums.items()}
+            index = io.BytesIO()
+            np.savez(
+                index, allow_pickle=False, **{name: np.array(values, np.int64) for name, values in self._index.items()}
+            )
+            for name, raw in ((_INDEX, index.getvalue()), (_FACTS, json.dumps(facts).encode())):
+                (self._folder / name).write_bytes(raw)
+                checksums[name] = digest_bytes(raw)
+            found = _opened(self._folder, self._odd)
+        if self._key is not None and not self.why_not_kept:
+            self._keep(self._key, checksums)
+        return found
+
+    def _keep(self, key: CacheKey, checksums: dict[str, str]) -> None:
+        """Make the folder the entry of `key`. What is mapped stays so, whether that can be done or not."""
+        try:
+            (self._folder / _META).write_text(json.dumps({"parts": key.parts(), "checksums": checksums}))
+            finish_folder(self._folder, key.entry)
+            _drop_old(key.folder)
+        except OSError as error:
+            self.why_not_kept = f"; not stored: {error.strerror or error}"
+
+    def _begin(self) -> Path:
+        if self._key is not None:
+            try:
+                return begin_folder(self._key.entry)
+            except OSError as error:
+                self.why_not_kept = f"; not stored: {error.strerror or error}"
+        return Path(tempfile.mkdtemp(prefix="posttrain-rows-"))
+
+    def _write(self, name: str, raw: bytes) -> None:
+        with self._saying_why():
+            self._files[name].write(raw)
+        self._checksums[name].update(raw)
+
+    @contextmanager
+    def _saying_why(self) -> Generator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"{self._folder.parent}: tokenised rows cannot be written: {error.strerror or error}; they take some 5 bytes a token; "
+                "make room, or name a folder with room in POSTTRAIN_CACHE"
+            ) from error
 
 
 def _read(entry: Path) -> Cached | None:
     """Raises nothing for damage: a wrong checksum, a missing file or broken JSON is `None`."""
     try:
-        meta = json.loads((entry / "meta.json").read_text())
-        raw = {name: (entry / name).read_bytes() for name in _FILES}
-        if any(digest_bytes(raw[name]) != meta["checksums"][name] for name in _FILES):
+        meta = json.loads((entry / _META).read_text())
+        names = (*_TOKENS, _INDEX, _FACTS)
+        if any(digest_file(entry / name) != meta["checksums"][name] for name in names):
             return None
-        extras = json.loads(raw["extras.json"])
-        with np.load(io.BytesIO(raw["rows.npz"]), allow_pickle=False) as arrays:
-            return Cached(_unpack(arrays, extras["extras"]), extras["facts"])
+        return _opened(entry, {})
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None
 
 
-def _unpack(arrays: Any, extras: list[Any]) -> list[tuple[list[tuple[tuple[int, ...], tuple[bool, ...]]], int, Any]]:
-    ids_N = arrays["ids_N"].tolist()
-    mask_N = np.unpackbits(arrays["mask_N"], count=len(ids_N)).astype(np.bool_).tolist()
-    lengths, lines = iter(arrays["lengths"].tolist()), arrays["lines"].tolist()
-    rows = []
-    at = 0
-    for count, line, extra in zip(arrays["seqs_per_row"].tolist(), lines, extras, strict=True):
-        seqs = []
-        for _ in range(count):
-            end = at + next(lengths)
-            seqs.append((tuple(ids_N[at:end]), tuple(mask_N[at:end])))
-            at = end
-        rows.append((seqs, line, extra))
-    return rows
+def _opened(folder: Path, odd: dict[int, Any]) -> Cached:
+    with np.load(folder / _INDEX, allow_pickle=False) as index:
+        lengths, lines = index["lengths"], index["lines"]
+        counts = {"ids": lengths, "mask": -(-lengths // 8), "seqs": index["seqs_per_row"], "extras": index["extras"]}
+    starts = {name: np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64) for name, sizes in counts.items()}
+    arrays = {name: _mapped(folder / name, dtype) for name, dtype in _TOKENS.items()}
+    return Cached(arrays, starts, lines, json.loads((folder / _FACTS).read_text()), odd)
+
+
+def _mapped(path: Path, dtype: type[np.generic]) -> np.ndarray:
+    """The pages of a file, which stay readable when the file is taken away. A file without a byte cannot be mapped."""
+    return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
 
 
 def _why_missing(key: CacheKey) -> str:
@@ -168,7 +275,7 @@ def _why_missing(key: CacheKey) -> str:
     if not entries:
         return "first time"
     try:
-        last = json.loads((entries[-1] / "meta.json").read_text())["parts"]
+        last = json.loads((entries[-1] / _META).read_text())["parts"]
     except (OSError, ValueError, KeyError):
         return "the last entry was damaged"
     now = key.parts()
@@ -182,8 +289,8 @@ def _why_missing(key: CacheKey) -> str:
 
 def _entries(folder: Path) -> list[Path]:
     """Complete entries, oldest first."""
-    found = [path for path in folder.glob("*") if not path.name.startswith(".") and (path / "meta.json").exists()]
-    return sorted(found, key=lambda path: ((path / "meta.json").stat().st_mtime_ns, path.name))
+    found = [path for path in folder.glob("*") if not path.name.startswith(".") and (path / _META).exists()]
+    return sorted(found, key=lambda path: ((path / _META).stat().st_mtime_ns, path.name))
 
 
 def _drop_old(folder: Path) -> None:
@@ -191,14 +298,6 @@ def _drop_old(folder: Path) -> None:
     abandoned = [path for path in folder.glob(".*") if time.time() - path.stat().st_mtime > _ABANDONED_S]
     for path in (*_entries(folder)[:-_KEPT], *abandoned):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def rows_digest(rows: Sequence[tuple[Sequence[TokenSeq], Any]]) -> str:
-    """Digest of ids, masks and extras: what a run is trained on, whatever file it came from."""
-    hasher = hashlib.sha256()
-    for seqs, extra in rows:
-        hasher.update(_row_bytes(seqs, extra))
-    return "sha256:" + hasher.hexdigest()
 
 
 def row_digest(seqs: Sequence[TokenSeq], extra: Any) -> bytes:

@@ -72,9 +72,9 @@ class DataSummary:
 
 @dataclass(frozen=True, slots=True)
 class Dataset(Generic[T]):
-    """Rows in file order; `sizes` are the rows of each source, in the order of the config, and `weights` its shares."""
+    """Rows in file order, made when they are asked for; `sizes` are the rows of each source, in the order of the config, and `weights` its shares."""
 
-    rows: list[T]
+    rows: Sequence[T]
     summary: DataSummary
     digest: str
     sizes: tuple[int, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 from posttrain.config.stages import TrainKeys
 from posttrain.data.dataset import Dataset, sequences
+from posttrain.data.rows import ChosenRows
 from posttrain.errors import DataError
 from posttrain.files import digest_json
 
@@ -86,5 +88,5 @@ def _taken(data: Dataset[T], chosen: Sequence[bool], side: str) -> Dataset[T]:
     """The chosen rows; weights stay with their sources. A source without a row left is kept, with none."""
     starts = [0, *accumulate(data.sizes)]
     sizes = tuple(sum(chosen[start : start + size]) for start, size in zip(starts, data.sizes, strict=False))
-    rows = [row for row, take in zip(data.rows, chosen, strict=True) if take]
+    rows = ChosenRows(data.rows, array("l", (place for place, take in enumerate(chosen) if take)))
     return replace(data, rows=rows, sizes=sizes, digest=digest_json([data.digest, side, sizes]))

@@ -15,6 +15,7 @@ from posttrain.data.dataset import Dataset, sequences
 from posttrain.data.lint_input import GOLD_ROWS, LintInput
 from posttrain.data.lint_rules import RULES, Action, Offence
 from posttrain.data.load import read_nouns
+from posttrain.data.rows import MappedRows
 from posttrain.data.sources import read_rows
 from posttrain.errors import ConfigError, DataError
 from posttrain.files import write_atomic, write_json
@@ -165,7 +166,7 @@ def lint_stage(
         LintInput(
             row_kind=keys.row_kind,
             nouns=read_nouns(keys.datasets, keys.row_kind, keys.rows_looked_at),
-            rendered=[sequences(row) for row in dataset],
+            rendered=MappedRows(dataset.rows, sequences),
             tokenizer=tokenizer,
             sequence_len=keys.sequence_len,
             train_on=keys.train_on if isinstance(keys, ExampleKeys) else "assistant",

@@ -6,6 +6,7 @@ Reading, parsing, rendering, overflow, cache and the summary meet here; each doe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -15,9 +16,10 @@ from posttrain.config.stages import ExampleKeys, SFTKeys, TrainKeys
 from posttrain.data import cache, render
 from posttrain.data.dataset import Dataset, DataSummary, Skipped, SourceSummary, length_percentiles
 from posttrain.data.formats import Noun, detect_format, parse_rows
-from posttrain.data.gathered import NOTHING_LEFT, Gathered, joined
+from posttrain.data.gathered import NOTHING_LEFT, Gathered, Joiner, Out, joined
 from posttrain.data.parse import IDENTICAL, unpair
 from posttrain.data.render import RenderedRow
+from posttrain.data.rows import StoredRows
 from posttrain.data.sources import Source, content_digest, read_source, short_path
 from posttrain.data.stream import first_rows
 from posttrain.data.template import template_digest, use_template
@@ -36,6 +38,8 @@ INVENTED = "rows with null fields that nested Parquet types had added, taken out
 IN_PIECES = "prompt and answer tokenised apart (a token would have straddled the edge)"
 DROPPED = "earlier turns whose thinking the template leaves out"
 REWRITTEN = "turns as the template writes them inside the conversation, otherwise than alone"
+_ROWS_AT_ONCE = 2048
+"""Rows that are text and tokens at once, on their way to the cache."""
 
 
 class PairRow(NamedTuple):
@@ -198,70 +202,63 @@ def _load(plan: RowPlan, keys: TrainKeys, tokenizer: Any, given: Sequence[Datase
     use_template(tokenizer, keys.chat_template, keys.chat_template_kwargs)
     weights = tuple(source.weight for source in sources)
     key = None if plan.first else _cache_key(plan, sources, tokenizer)
-    found, status = cache.lookup(key) if key else (None, f"none: the first {plan.first:,} rows of a stream")
-    if found is not None:
-        return _restored(plan, found, sources, weights)
-    gathered: list[Gathered] = []
+    with cache.alone(key) if key else nullcontext():
+        found, status = cache.lookup(key) if key else (None, f"none: the first {plan.first:,} rows of a stream")
+        if found is None:
+            found, why_not_kept = _tokenized(plan, sources, tokenizer, key)
+            status += why_not_kept
+    return _restored(plan, found, sources, weights, status)
+
+
+def _tokenized(
+    plan: RowPlan, sources: Sequence[DatasetKeys], tokenizer: Any, key: cache.CacheKey | None
+) -> tuple[cache.Cached, str]:
+    """The rows as the next start will find them, and why it will not. Raises: DataError."""
     summaries: list[SourceSummary] = []
     seen: set[bytes] = set()
-    for source in sources:
-        part, summary = _load_source(plan, source, tokenizer, seen)
-        gathered.append(part)
-        summaries.append(summary)
-    _refuse_nothing(summaries)
-    flat = [(seqs, plan.extra(row)) for part in gathered for seqs, row in zip(part.kept, part.rows, strict=True)]
-    facts = {
-        "summaries": [asdict(summary) for summary in summaries],
-        "rows_digest": cache.rows_digest(flat),
-        "sizes": [len(part.rows) for part in gathered],
-    }
-    status += cache.store(key, flat, facts) if key else ""
-    rows = [row for part in gathered for row in part.rows]
-    return _dataset(rows, tuple(summaries), status, facts, weights)
-
-
-def _dataset(
-    rows: list[Any],
-    summaries: tuple[SourceSummary, ...],
-    status: str,
-    facts: dict[str, Any],
-    weights: tuple[float | None, ...],
-) -> Dataset[Any]:
-    digest = digest_json([facts["rows_digest"], facts["sizes"], weights])
-    return Dataset(rows, DataSummary(summaries, status), digest, tuple(facts["sizes"]), weights)
-
-
-def _load_source(
-    plan: RowPlan, source: DatasetKeys, tokenizer: Any, seen: set[bytes]
-) -> tuple[Gathered, SourceSummary]:
-    read = read_source(source) if plan.first is None else first_rows(source, plan.first)
-    return render_rows(plan, source, read, tokenizer, seen, join=True)
+    with cache.RowWriter(key) as writer:
+        for source in sources:
+            read = read_source(source) if plan.first is None else first_rows(source, plan.first)
+            part = Gathered(lambda seqs, row: writer.add(seqs, plan.extra(row)), seen)
+            summaries.append(render_rows(plan, source, read, tokenizer, part, join=True))
+        _refuse_nothing(summaries)
+        facts = {
+            "summaries": [asdict(summary) for summary in summaries],
+            "sizes": [summary.rows_kept for summary in summaries],
+        }
+        return writer.read(facts), writer.why_not_kept
 
 
 def render_rows(
-    plan: RowPlan, source: DatasetKeys, read: Source, tokenizer: Any, seen: set[bytes], *, join: bool = False
-) -> tuple[Gathered, SourceSummary]:
+    plan: RowPlan, source: DatasetKeys, read: Source, tokenizer: Any, part: Gathered, *, join: bool = False
+) -> SourceSummary:
     """What becomes of the rows that were read; with `join` those of a plan that wraps are blocks. Raises: DataError."""
     found = detect_format(read.rows, plan.kind, source.type)
     parsed, skips = parse_rows(read.rows, found.name)
-    part = Gathered(seen=seen)
     for skip in skips:
         part.skip(skip.reason, skip.origin)
-    nouns = _expanded(parsed, plan.kind)
-    drafts = [plan.draft(tokenizer, noun) for noun in nouns]
-    tokenized = render.tokenize(tokenizer, [draft for group in drafts for draft in group])
-    part.notes[IN_PIECES] = tokenized.split
-    part.notes[REWRITTEN] = sum(draft.rewritten for group in drafts for draft in group)
-    part.notes[DROPPED] = sum(draft.dropped for group in drafts for draft in group)
+    part.notes.update(dict.fromkeys((IN_PIECES, REWRITTEN, DROPPED), 0))
     part.notes[INVENTED] = read.invented_nulls
     part.notes[BLANK] = len(read.blank_lines)
+    joiner = Joiner(part, plan.limit) if plan.is_wrapped and join else None
+    keep = part.keep if joiner is None else joiner.add
+    nouns = _expanded(parsed, plan.kind)
+    for at in range(0, len(nouns), _ROWS_AT_ONCE):
+        _render(plan, part, nouns[at : at + _ROWS_AT_ONCE], tokenizer, keep)
+        if joiner is not None:
+            joiner.cut(is_last=at + _ROWS_AT_ONCE >= len(nouns))
+    return _summary(source, read, str(found), part)
+
+
+def _render(plan: RowPlan, part: Gathered, nouns: Sequence[Noun], tokenizer: Any, keep: Out) -> None:
+    drafts = [plan.draft(tokenizer, noun) for noun in nouns]
+    tokenized = render.tokenize(tokenizer, [draft for group in drafts for draft in group])
+    part.notes[IN_PIECES] += tokenized.split
+    part.notes[REWRITTEN] += sum(draft.rewritten for group in drafts for draft in group)
+    part.notes[DROPPED] += sum(draft.dropped for group in drafts for draft in group)
     seqs = iter(tokenized.seqs)
     for noun, group in zip(nouns, drafts, strict=True):
-        _keep(plan, part, noun, tuple(next(seqs) for _ in group))
-    if plan.is_wrapped and join:
-        blocks, part.rows, part.kept = joined(part.rows, plan.limit), [], []
-        part.keep_blocks(blocks)
-    return part, _summary(source, read, str(found), part)
+        _keep(plan, part, noun, tuple(next(seqs) for _ in group), keep)
 
 
 def _expanded(nouns: list[Noun], kind: RowKind) -> list[Noun]:
@@ -270,7 +267,7 @@ def _expanded(nouns: list[Noun], kind: RowKind) -> list[Noun]:
     return [row for noun in nouns for row in (unpair(noun) if isinstance(noun, PreferencePair) else (noun,))]
 
 
-def _keep(plan: RowPlan, part: Gathered, noun: Noun, seqs: tuple[TokenSeq, ...]) -> None:
+def _keep(plan: RowPlan, part: Gathered, noun: Noun, seqs: tuple[TokenSeq, ...], keep: Out) -> None:
     """Take a row, or count why not. Raises: DataError for an over-long row under `overflow: error`."""
     if plan.trains and not all(seq.num_loss_tokens for seq in seqs):
         return part.skip(NOTHING, noun.origin)
@@ -295,8 +292,7 @@ def _keep(plan: RowPlan, part: Gathered, noun: Noun, seqs: tuple[TokenSeq, ...])
     if plan.deduplicate and _is_again(part.seen, seqs, plan.extra(plan.build(noun, seqs))):
         return part.skip(AGAIN, noun.origin)
     part.notes[TRUNCATED] += longest > plan.limit and not plan.is_wrapped
-    part.kept.append(seqs)
-    part.rows.append(plan.build(noun, seqs))
+    keep(seqs, plan.build(noun, seqs))
 
 
 def _keep_pieces(plan: RowPlan, part: Gathered, noun: Noun, seq: TokenSeq) -> None:
@@ -328,19 +324,18 @@ def _cut(seq: TokenSeq, limit: int, from_start: bool) -> TokenSeq:
 
 
 def _summary(source: DatasetKeys, read: Source, found: str, part: Gathered) -> SourceSummary:
-    seqs = [seq for row in part.kept for seq in row]
     return SourceSummary(
         path=short_path(source.path),
         format=found,
         rows_read=len(read.rows),
-        rows_kept=len(part.rows),
+        rows_kept=part.num_rows,
         skipped={
             reason: Skipped(len(at), tuple(str(o) for o in at[:3]), tuple(o.line for o in at))
             for reason, at in part.skipped.items()
         },
-        tokens=sum(len(seq.ids) for seq in seqs),
-        loss_tokens=sum(seq.num_loss_tokens for seq in seqs),
-        lengths=length_percentiles([len(seq.ids) for seq in seqs]),
+        tokens=sum(part.lengths),
+        loss_tokens=part.loss_tokens,
+        lengths=length_percentiles(part.lengths),
         digest=read.digest,
         notes={note: count for note, count in part.notes.items() if count},
         weight=source.weight,
@@ -374,18 +369,15 @@ def _cache_key(plan: RowPlan, sources: Sequence[DatasetKeys], tokenizer: Any) ->
 
 
 def _restored(
-    plan: RowPlan, found: cache.Cached, sources: Sequence[DatasetKeys], weights: tuple[float | None, ...]
+    plan: RowPlan, found: cache.Cached, sources: Sequence[DatasetKeys], weights: tuple[float | None, ...], status: str
 ) -> Dataset[Any]:
-    names = [short_path(source.path) for source in sources]
-    owner = [name for name, size in zip(names, found.facts["sizes"], strict=True) for _ in range(size)]
-    rows = []
-    for (seqs, line, extra), name in zip(found.rows, owner, strict=True):
-        origin = Origin(name, line)
-        rows.append(plan.restore(tuple(TokenSeq(ids, mask, origin) for ids, mask in seqs), extra, origin))
+    sizes = tuple(found.facts["sizes"])
     summaries = tuple(
         _restored_summary(raw, source) for raw, source in zip(found.facts["summaries"], sources, strict=True)
     )
-    return _dataset(rows, summaries, "hit", found.facts, weights)
+    rows = StoredRows(found, plan.restore, [short_path(source.path) for source in sources], sizes)
+    digest = digest_json([found.facts["rows_digest"], sizes, weights])
+    return Dataset(rows, DataSummary(summaries, status), digest, sizes, weights)
 
 
 def _restored_summary(raw: dict[str, Any], source: DatasetKeys) -> SourceSummary:

@@ -33,6 +33,8 @@ _STEP = 0.1
 """Distance between two shares that are tried, in standard errors: between them the probability moves by far less than gamma."""
 _REACH = 10
 """Standard errors of the number of differing items beyond which it is not summed (a probability below 1e-20)."""
+_LEAST_LEFT_OUT = 4096
+"""Numbers of differing items too low to matter are left out of the sum where there are so many of them."""
 _TIE = 1e-9
 _TINY = 1e-300
 _CHUNK_CELLS = 1 << 20
@@ -107,18 +109,23 @@ def probability(first_M: Ints, n: int, delta: float, shares_S: Floats) -> Floats
     P[good ≥ first | m differ] follows from that of m - 1 by one binomial term, since `first` rises by 0 or 1.
     """
     top = min(n, math.ceil(_top(n, float(shares_S.max()))))
-    first_M = first_M[: top + 1]
+    bottom = max(0, math.floor(n - _top(n, 1.0 - float(shares_S.min()))))
+    bottom = bottom if bottom >= _LEAST_LEFT_OUT else 0
+    first_M = first_M[bottom : top + 1]
     rises_M = np.diff(first_M)
     assert bool(np.all((rises_M == 0) | (rises_M == 1))), "an outcome with one more good or one less bad must be better"
-    parts = math.ceil(len(shares_S) * (top + 1) / _CHUNK_CELLS)
+    parts = math.ceil(len(shares_S) * len(first_M) / _CHUNK_CELLS)
     chunks = np.array_split(shares_S, parts)
-    return np.concatenate([_probability(first_M, rises_M == 0, n, delta, chunk[:, None]) for chunk in chunks])
+    return np.concatenate([_probability(first_M, bottom, rises_M == 0, n, delta, chunk[:, None]) for chunk in chunks])
 
 
-def _probability(first_M: Ints, stays_M: npt.NDArray[np.bool_], n: int, delta: float, share_S1: Floats) -> Floats:
+def _probability(
+    first_M: Ints, bottom: int, stays_M: npt.NDArray[np.bool_], n: int, delta: float, share_S1: Floats
+) -> Floats:
+    """`first_M` begins with that of `bottom` differing items; fewer have no part in the sum."""
     log_good, log_bad = _log((share_S1 + delta) / (2.0 * share_S1)), _log((share_S1 - delta) / (2.0 * share_S1))
-    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
-    numbers_M = np.arange(len(first_M))
+    log_factorial = _log_factorials(n)
+    numbers_M = bottom + np.arange(len(first_M))
     before_M = numbers_M[:-1]
     # With m + 1 items: the same `first` gains the outcomes one short of it, a `first` one higher loses those just at it.
     good_M = first_M[:-1] - stays_M
@@ -128,11 +135,32 @@ def _probability(first_M: Ints, stays_M: npt.NDArray[np.bool_], n: int, delta: f
     log_term = log_factorial[before_M] - log_factorial[good_M] - log_factorial[bad_M]
     log_term = log_term + good_M * log_good + bad_M * log_bad + np.where(stays_M, log_good, log_bad)
     change = np.where(inside_M, np.where(stays_M, 1.0, -1.0), 0.0) * np.exp(log_term)
-    start = np.full((len(share_S1), 1), float(first_M[0] <= 0))
+    start = _at_least(int(first_M[0]), bottom, log_good, log_bad)
     given_number = np.cumsum(np.concatenate([start, change], axis=1), axis=1)
     log_number = log_factorial[n] - log_factorial[numbers_M] - log_factorial[n - numbers_M]
     log_number = log_number + numbers_M * _log(share_S1) + (n - numbers_M) * _log(1.0 - share_S1)
     return np.asarray(np.sum(np.exp(log_number) * given_number, axis=1), dtype=np.float64)
+
+
+def _at_least(k: int, m: int, log_good_S1: Floats, log_bad_S1: Floats) -> Floats:
+    """P[good ≥ k] of `m` differing items, summed over the numbers within reach of the mean."""
+    if k <= 0 or m == 0:
+        return np.full((len(log_good_S1), 1), float(k <= 0))
+    good_S1 = np.exp(log_good_S1)
+    reach = _REACH * (math.sqrt(m) / 2.0 + 1.0)
+    low, high = (
+        max(k, math.floor(m * float(good_S1.min()) - reach)),
+        min(m, math.ceil(m * float(good_S1.max()) + reach)),
+    )
+    good_K, log_factorial = np.arange(low, high + 1), _log_factorials(m)
+    log_term = log_factorial[m] - log_factorial[good_K] - log_factorial[m - good_K]
+    log_term = log_term + good_K * log_good_S1 + (m - good_K) * log_bad_S1
+    return np.sum(np.exp(log_term), axis=1, keepdims=True)
+
+
+@lru_cache(maxsize=8)
+def _log_factorials(n: int) -> Floats:
+    return np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
 
 
 def _tail(good: int, bad: int, n: int, alpha: float) -> Tail:

@@ -91,9 +91,11 @@ def lint_keys(keys: TrainKeys, suites: Suites) -> LintReport:
     own_template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
     load = LOADERS[keys.row_kind]
     data = load(keys, tokenizer)
-    held_out = [row for part in load_eval_sets(load, keys, tokenizer).values() for row in part]
+    held_out = load_eval_sets(load, keys, tokenizer).values()
     rows = load_config(keys).get_text_config().vocab_size
-    check_ids(keys, tokenizer, rows, (sequence for row in (*data.rows, *held_out) for sequence in sequences(row)))
+    check_ids(
+        keys, tokenizer, rows, (sequence for part in (data, *held_out) for row in part for sequence in sequences(row))
+    )
     return lint_stage(
         keys,
         tokenizer,

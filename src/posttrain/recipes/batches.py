@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -13,6 +13,7 @@ import torch
 
 from posttrain.config.stages import ExampleKeys, TrainKeys
 from posttrain.data.dataset import Dataset
+from posttrain.data.rows import num_tokens
 from posttrain.errors import DataError
 from posttrain.protocols import Ranks
 from posttrain.recipes.balance import deal, rank_metrics
@@ -92,17 +93,26 @@ class Schedule(Generic[T]):
         return steps
 
     def steps_in(self, epoch: int) -> int:
+        """Without packing every epoch has as many, so that one is planned however late the run goes on."""
+        epoch = 0 if self.tokens_per_micro is None else epoch
         if epoch not in self._steps:
             self._steps[epoch] = len(self._epoch(epoch))
         return self._steps[epoch]
 
     def step(self, number: int) -> list[list[T]]:
         """The micro-batches of optimizer step `number`, counted from 0, over all ranks; every `num_shares`-th is one share's."""
+        return [[self.data.rows[index] for index in part] for part in self._places(number)]
+
+    def places_until(self, number: int) -> list[int]:
+        """The rows that the steps before `number` train, each once, in the order in which they come."""
+        return list(dict.fromkeys(index for step in range(number) for part in self._places(step) for index in part))
+
+    def _places(self, number: int) -> list[list[int]]:
         epoch, first = self.locate(number)
         micros = self._epoch(epoch)[first]
         if self.num_shares > 1 and self.cost is not None:
             micros = self._balanced(micros, self.cost)
-        return [[self.data.rows[index] for index in part] for micro in micros for part in self._cut(micro)]
+        return [part for micro in micros for part in self._cut(micro)]
 
     def _balanced(self, micros: list[list[int]], cost: Callable[[T], float]) -> list[list[int]]:
         """The rows of a step dealt to the shares by their cost; where rows are packed, whole micro-batches."""
@@ -151,6 +161,10 @@ class Schedule(Generic[T]):
             steps[-2:] = [steps[-2] + steps[-1]]
         return steps
 
+    def _tokens_of(self, index: int) -> int:
+        known = num_tokens(self.data.rows, index)
+        return self.size(self.data.rows[index]) if known is None else known
+
     def _plan(self, epoch: int) -> list[list[int]]:
         order = self.data.order(self.seed, epoch)
         if self.tokens_per_micro is None:
@@ -158,9 +172,7 @@ class Schedule(Generic[T]):
         window = self.packing_window or max(1, len(order))
         packed: list[list[int]] = []
         for at in range(0, len(order), window):
-            bins = best_fit(
-                order[at : at + window], lambda index: self.size(self.data.rows[index]), self.tokens_per_micro
-            )
+            bins = best_fit(order[at : at + window], self._tokens_of, self.tokens_per_micro)
             # The first bins hold the long rows and the last ones what is left over: no stretch of steps should.
             random.Random(f"{self.seed}/packing/{epoch}/{at}").shuffle(bins)
             packed += bins
@@ -233,6 +245,13 @@ def for_rank(micros: Sequence[list[T]], ranks: Ranks) -> list[MicroBatch[T]]:
     while len(mine) < math.ceil(len(micros) / ranks.world_size):
         mine.append(MicroBatch(micros[0], idle=True))
     return mine
+
+
+def in_their_order(rows: Sequence[T], at_once: int, ranks: Ranks) -> Iterator[MicroBatch[T]]:
+    """This rank's micro-batches of rows that are gone through once, made when it is their turn."""
+    for micro in for_rank([[at] for at in range(0, len(rows), at_once)], ranks):
+        (at,) = micro.rows
+        yield MicroBatch(list(rows[at : at + at_once]), micro.idle)
 
 
 def flat(micros: Sequence[Sequence[Any]]) -> list[Any]:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from posttrain.config.distill import DistillKeys
 from posttrain.data.dataset import Dataset
 from posttrain.data.held_out import load_with_held_out
 from posttrain.data.load import load_prompts, load_sft
+from posttrain.data.rows import MappedRows
 from posttrain.errors import DataError
 from posttrain.models.batch import pack
 from posttrain.models.load import freeze_reference, load_policy, load_tokenizer
@@ -58,9 +58,10 @@ def run(keys: DistillKeys, stage: Stage) -> StageResult:
     engine = stage.until_done(
         make_engine(samples_for, keys=keys.rollout, rows=keys.rollout_batch_size, folder=stage.folder, ranks=ranks)
     )
-    rows = [_lesson_row(row) for row in data.rows]
-    dev_sets = {name: [_lesson_row(row) for row in part.rows] for name, part in held_out.items()}
-    _check([*rows, *chain.from_iterable(dev_sets.values())], keys, teachers)
+    rows = MappedRows(data.rows, _lesson_row)
+    dev_sets = {name: MappedRows(part.rows, _lesson_row) for name, part in held_out.items()}
+    for part in (rows, *dev_sets.values()):
+        _check(part, keys, teachers)
     suite = SuiteScore.of(policy, keys, stage.processes, engine)
     optimizer = make_optimizer(policy, keys)
     sampler, order = _Sampler(engine, keys, ranks), PromptStream(data, keys.seed, {})
@@ -167,7 +168,7 @@ def _check(rows: Sequence[_Row], keys: DistillKeys, teachers: Teachers) -> None:
                 f"{row.prompt.origin}: the row has {why}, so nothing can be sampled for it (on_policy_share: {keys.on_policy_share:g}); "
                 "expected a prompt that leaves room; change the row or sequence_len, or set on_policy_share: 0"
             )
-    teachers.check([(row.prompt, row.ids) for row in rows], longest)
+    teachers.check(((row.prompt, row.ids) for row in rows), longest)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from posttrain.config.preference import DPOKeys
 from posttrain.data.dataset import Dataset
 from posttrain.data.held_out import load_with_held_out
 from posttrain.data.load import PairRow, load_kto, load_preference
+from posttrain.data.rows import ChosenRows
 from posttrain.errors import ConfigError, DataError
 from posttrain.models.batch import Batch, pack
 from posttrain.models.load import freeze_reference, load_policy, load_tokenizer
@@ -75,9 +76,10 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
     total_steps = schedule.total_steps(keys)
     # Before any step, and before a checkpoint is loaded: the reference is the given model, not the resumed one.
     last_data = total_steps + stage.guard.controls.skipped
-    seen = [row for step in range(last_data) for row in flat(schedule.step(step))] if keys.max_steps > 0 else data.rows
+    is_part = keys.max_steps > 0 or keys.num_train_epochs < 1
+    seen = ChosenRows(data.rows, schedule.places_until(last_data)) if is_part else data.rows
     dev_rows = [rows.rows for rows in held_out.values()]
-    reference = Reference.of(policy, keys, seen, *dev_rows) if spec.needs_reference else None
+    reference = Reference.of(policy, keys, ranks, stage.folder, seen, *dev_rows) if spec.needs_reference else None
     state = stage.resume(policy, optimizer, total_steps)
     measure = partial(validation_loss, policy, reference, spec=spec, keys=keys, stage=stage)
     validation = Validation(stage, state, held_out, measure, suite)
@@ -265,7 +267,7 @@ def validation_loss(
     """The objective and its metrics over all held-out rows."""
     policy.model.eval()
     size = keys.per_device_train_batch_size
-    micros = [rows.rows[i : i + size] for i in range(0, len(rows), size)]
+    micros = [list(rows.rows[i : i + size]) for i in range(0, len(rows), size)]
     mine = for_rank(micros, stage.ranks)
     loss = step_loss(policy, reference, micros, spec, stage)
     metrics = StepMetrics()

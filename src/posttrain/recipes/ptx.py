@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache, partial
 
 from posttrain.config.rl import RLKeys
 from posttrain.data.dataset import Dataset
@@ -26,6 +27,7 @@ class PtxRows:
 
     def __init__(self, data: Dataset[TokenSeq], keys: RLKeys) -> None:
         self._data, self._keys = data, keys
+        self._order = lru_cache(maxsize=2)(partial(data.order, keys.seed))
 
     def of_step(self, step: int) -> list[TokenSeq]:
         first = step * self._keys.ptx_rows_per_step
@@ -33,7 +35,7 @@ class PtxRows:
 
     def _row(self, number: int) -> TokenSeq:
         epoch, place = divmod(number, len(self._data))
-        return self._data.rows[self._data.order(self._keys.seed, epoch)[place]]
+        return self._data.rows[self._order(epoch)[place]]
 
 
 def ptx_micro_batches(rows: Sequence[TokenSeq], keys: RLKeys, ranks: Ranks) -> list[MicroBatch[TokenSeq]]:

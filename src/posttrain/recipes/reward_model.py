@@ -14,6 +14,7 @@ from posttrain.config.stages import RewardModelKeys
 from posttrain.data.dataset import Dataset
 from posttrain.data.held_out import load_with_held_out
 from posttrain.data.load import ComparedRow, load_comparisons
+from posttrain.data.rows import MappedRows
 from posttrain.models.batch import common_prefix, pack
 from posttrain.models.load import load_policy, load_tokenizer
 from posttrain.models.policy import Policy
@@ -23,7 +24,7 @@ from posttrain.objectives.reduce import Normalizer
 from posttrain.objectives.reward_model import reward_model_loss
 from posttrain.objectives.terms import LossTerms
 from posttrain.recipes.balance import family_cost
-from posttrain.recipes.batches import Schedule, flat, for_rank
+from posttrain.recipes.batches import Schedule, flat, for_rank, in_their_order
 from posttrain.recipes.measure.validate import Validation
 from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import accumulating, learning_rate, make_optimizer, update
@@ -89,9 +90,9 @@ def validation_loss(
 ) -> dict[str, float]:
     """The objective and its metrics over all held-out pairs."""
     policy.model.eval()
-    size, norm = keys.per_device_train_batch_size, Normalizer(tokens=0, sequences=len(rows))
+    norm = Normalizer(tokens=0, sequences=len(rows))
     metrics = StepMetrics()
-    for micro in for_rank([rows.rows[i : i + size] for i in range(0, len(rows), size)], stage.ranks):
+    for micro in in_their_order(rows.rows, keys.per_device_train_batch_size, stage.ranks):
         terms = loss(policy, micro.rows, keys.center_rewards_coefficient, norm)
         if not micro.idle:
             metrics.add(terms.metrics)
@@ -100,8 +101,11 @@ def validation_loss(
 
 
 def _cut(data: Dataset[ComparedRow], pad_token_id: int) -> Dataset[ComparedRow]:
-    cut = [(up_to_reward(a, pad_token_id), up_to_reward(b, pad_token_id), margin) for a, b, margin in data.rows]
-    return replace(data, rows=cut)
+    def cut(row: ComparedRow) -> ComparedRow:
+        chosen, rejected, margin = row
+        return up_to_reward(chosen, pad_token_id), up_to_reward(rejected, pad_token_id), margin
+
+    return replace(data, rows=MappedRows(data.rows, cut))
 
 
 def _pair_cost(row: ComparedRow) -> float:

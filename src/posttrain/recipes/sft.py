@@ -22,7 +22,7 @@ from posttrain.objectives.reduce import Normalizer
 from posttrain.objectives.sft import Smoothing, eaft_weight, sft_loss
 from posttrain.objectives.terms import LossTerms
 from posttrain.recipes.balance import family_cost
-from posttrain.recipes.batches import Schedule, flat, for_rank
+from posttrain.recipes.batches import Schedule, flat, for_rank, in_their_order
 from posttrain.recipes.measure.validate import SuiteScore, Validation
 from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import accumulating, learning_rate, make_optimizer, update
@@ -106,8 +106,7 @@ def validation_loss(policy: Policy, rows: Dataset[TokenSeq], keys: SFTKeys, stag
     policy.model.eval()
     metrics = StepMetrics()
     norm = Normalizer.of(loss_counts(rows))
-    size = keys.per_device_train_batch_size
-    for micro in for_rank([rows.rows[i : i + size] for i in range(0, len(rows), size)], stage.ranks):
+    for micro in in_their_order(rows.rows, keys.per_device_train_batch_size, stage.ranks):
         terms = loss(policy, micro.rows, norm)
         metrics.add({} if micro.idle else terms.metrics)
     return {f"eval_{name}": value for name, value in metrics.reduced(stage.ranks).items()}

@@ -137,10 +137,11 @@ class _ShareReader:
         rows = [row for part in self._rendered() for row in part]
         random.Random(f"{self._keys.seed}/{self._number}/window/{self._window}").shuffle(rows)
         if self._keys.is_wrapped:
-            blocks = Gathered()
-            blocks.keep_blocks(joined(rows, self._keys.sequence_len))
-            self._count(blocks)
-            rows = blocks.rows
+            blocks: list[TokenSeq] = []
+            part = Gathered(lambda _, block: blocks.append(block))
+            part.keep_blocks(joined(rows, self._keys.sequence_len))
+            self._count(part)
+            rows = blocks
         self._micros = self._cut(rows)
         if rows:
             self._read_anything_in = self.passes
@@ -160,7 +161,9 @@ class _ShareReader:
             self._skipped["blank lines"] += len(read.blank_lines)
             if not read.rows:
                 continue
-            part, summary = render_rows(self._plan, source, read, self._tokenizer, set())
+            rows: list[TokenSeq] = []
+            part = Gathered(lambda _, row, rows=rows: rows.append(row))
+            summary = render_rows(self._plan, source, read, self._tokenizer, part)
             name = summary.format.partition(" ")[0]
             if self._formats.setdefault(number, name) != name:
                 raise DataError(
@@ -168,7 +171,7 @@ class _ShareReader:
                     "format per source; split it, or name the format with `type`"
                 )
             self._count(part)
-            rendered.append(part.rows)
+            rendered.append(rows)
         return rendered
 
     def _count(self, part: Gathered) -> None:

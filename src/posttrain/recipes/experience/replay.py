@@ -28,6 +28,7 @@ class ReplayedRewards:
     def __init__(self, stage: Stage, score: ScoreRewards, state: TrainState) -> None:
         self._stage, self._score, self._state = stage, score, state
         self._folder = stage.folder / FOLDER
+        self._forgotten = -1
         if stage.ranks.is_main:
             sweep(self._folder)
         stage.ranks.barrier()
@@ -46,7 +47,10 @@ class ReplayedRewards:
         return breakdowns
 
     def _forget(self, step: int) -> None:
-        """No start goes on from before `step`."""
+        """No start goes on from before `step`. The folder is listed once for each checkpoint, not for each call."""
+        if step == self._forgotten:
+            return
+        self._forgotten = step
         for path in self._folder.glob("*.json"):
             if int(path.name[:8]) < step:
                 path.unlink(missing_ok=True)
