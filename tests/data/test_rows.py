@@ -23,7 +23,7 @@ def tokenizer(tokenizer_of):
 
 
 def text(number):
-    return {"prompt": f"row {number} says", "completion": " good day" * (number % 11)}
+    return {"prompt": f"row {number} says", "completion": " good day" * (number % 11 + 1)}
 
 
 def test_rows_of_every_length_come_back_with_their_masks_and_lines(write_jsonl, tokenizer):
@@ -51,7 +51,7 @@ def test_rows_are_read_as_a_list_is(write_jsonl, tokenizer):
 
 def test_a_start_that_finds_its_rows_holds_less_than_a_byte_a_token(write_jsonl, tokenizer):
     """A tuple of ints holds 47, and reading it took 66."""
-    path = write_jsonl([{"prompt": "a", "completion": " good day" * 1000} for _ in range(400)])
+    path = write_jsonl([{"prompt": f"{n}", "completion": " good day" * 1000} for n in range(400)])
     keys = keys_of(path, sequence_len=8192, packing=True, val_size=0.5)
     tokens = load_sft(keys, tokenizer).summary.tokens
     assert tokens > 1_500_000

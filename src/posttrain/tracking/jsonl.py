@@ -52,10 +52,10 @@ class JsonlSink:
             path = self._folder / name
             if not path.exists():
                 continue
-            records = read_jsonl(path)
-            kept = [record for record in records if record.get("step", 0) <= step]
-            if len(kept) < len(records):
-                write_atomic(path, b"".join(map(encode_line, kept)))
+            # Line by line: a long run's records are many times its file.
+            if any(record.get("step", 0) > step for _, record in read_json_lines(path, growing=True)):
+                lines = read_json_lines(path, growing=True)
+                write_atomic(path, b"".join(encode_line(one) for _, one in lines if one.get("step", 0) <= step))
 
     def close(self) -> None:
         for descriptor in self._descriptors.values():
