@@ -32,9 +32,9 @@ def gradient(policy, batches, norm, coef):
 
 def test_a_steps_rows_follow_from_its_number_and_pass_through_the_data(made):
     _, _, ptx = made
-    twelve = [id(row) for step in range(12) for row in ptx.of_step(step)]
+    twelve = [row.origin for step in range(12) for row in ptx.of_step(step)]
     assert len(set(twelve)) == 12 and all(twelve.count(row) == 5 for row in twelve)
-    assert [id(row) for row in ptx.of_step(7)] == twelve[35:40]
+    assert [row.origin for row in ptx.of_step(7)] == twelve[35:40]
 
 
 def test_the_loss_is_the_weighted_mean_over_the_steps_own_tokens(made):
