@@ -9,7 +9,7 @@ import pytest
 from posttrain.config.stages import SFTKeys
 from posttrain.data.held_out import load_with_held_out
 from posttrain.data.load import load_sft
-from posttrain.data.rows import ChosenRows, MappedRows, num_tokens
+from posttrain.data.rows import ChosenRows, MappedRows, stored_length
 from posttrain.errors import DataError
 
 
@@ -32,7 +32,7 @@ def test_rows_of_every_length_come_back_with_their_masks_and_lines(write_jsonl, 
     for number, row in enumerate(data):
         alone = load_sft(keys_of(write_jsonl([text(number)], f"{number}.jsonl")), tokenizer).rows[0]
         assert (row.ids, row.loss_mask) == (alone.ids, alone.loss_mask)
-        assert row.origin.line == number + 1 and num_tokens(data.rows, number) == len(row.ids)
+        assert row.origin.line == number + 1 and stored_length(data.rows, number) == len(row.ids)
         assert all(type(token) is int for token in row.ids) and all(type(on) is bool for on in row.loss_mask)
 
 
@@ -44,9 +44,9 @@ def test_rows_are_read_as_a_list_is(write_jsonl, tokenizer):
     with pytest.raises(IndexError):
         rows[9]
     chosen = ChosenRows(rows, [3, 1])
-    assert list(chosen) == [listed[3], listed[1]] and num_tokens(chosen, 0) == len(listed[3].ids)
+    assert list(chosen) == [listed[3], listed[1]] and stored_length(chosen, 0) == len(listed[3].ids)
     lengths = MappedRows(chosen, lambda row: len(row.ids))
-    assert list(lengths) == [len(listed[3].ids), len(listed[1].ids)] and num_tokens(lengths, 0) is None
+    assert list(lengths) == [len(listed[3].ids), len(listed[1].ids)] and stored_length(lengths, 0) is None
 
 
 def test_a_start_that_finds_its_rows_holds_less_than_a_byte_a_token(write_jsonl, tokenizer):

@@ -90,8 +90,8 @@ class MappedRows(LazyRows[T]):
         return self._of(self._rows[index])
 
 
-def num_tokens(rows: Sequence[Any], index: int) -> int | None:
+def stored_length(rows: Sequence[Any], index: int) -> int | None:
     """Of all sequences of a row, where that is known without making the row."""
     if isinstance(rows, ChosenRows):
-        return num_tokens(rows.rows, int(rows.places[index]))
+        return stored_length(rows.rows, int(rows.places[index]))
     return rows.num_tokens(index) if isinstance(rows, StoredRows) else None

@@ -13,7 +13,7 @@ import torch
 
 from posttrain.config.stages import ExampleKeys, TrainKeys
 from posttrain.data.dataset import Dataset
-from posttrain.data.rows import num_tokens
+from posttrain.data.rows import stored_length
 from posttrain.errors import DataError
 from posttrain.protocols import Ranks
 from posttrain.recipes.balance import deal, rank_metrics
@@ -162,7 +162,7 @@ class Schedule(Generic[T]):
         return steps
 
     def _tokens_of(self, index: int) -> int:
-        known = num_tokens(self.data.rows, index)
+        known = stored_length(self.data.rows, index)
         return self.size(self.data.rows[index]) if known is None else known
 
     def _plan(self, epoch: int) -> list[list[int]]:

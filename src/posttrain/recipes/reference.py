@@ -41,7 +41,7 @@ _KEEP_EVERY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class KeptScores:
     """Log-probs of rows under the starting model, one of each sequence. Shape of logp: [rows, 2], float32."""
 
     logp: np.ndarray
@@ -54,7 +54,7 @@ class Kept:
 class Reference:
     """Scores rows under the starting model: adapter off, log-probs kept from one pass, or a frozen copy."""
 
-    def __init__(self, policy: Policy, ld_alpha: float | None, kept: Kept | None = None) -> None:
+    def __init__(self, policy: Policy, ld_alpha: float | None, kept: KeptScores | None = None) -> None:
         self._policy, self._ld_alpha = policy, ld_alpha
         self._kept = kept
 
@@ -89,7 +89,7 @@ class Reference:
         return self._policy.reference_logp(batch)
 
 
-def _passed(policy: Policy, keys: DPOKeys, ranks: Ranks, path: Path, rows: Sequence[Sequence[Any]]) -> Kept:
+def _passed(policy: Policy, keys: DPOKeys, ranks: Ranks, path: Path, rows: Sequence[Sequence[Any]]) -> KeptScores:
     """The log-probs of all rows, each scored once: also if the run is stopped on the way, or resumed."""
     names = [_name(row) for row in chain(*rows)]
     made_of = {
@@ -112,7 +112,7 @@ def _passed(policy: Policy, keys: DPOKeys, ranks: Ranks, path: Path, rows: Seque
         "reference: log-probs of %d rows computed once%s; no second copy of the model",
         len(names), f", {known} of them before" if known else "",
     )  # fmt: skip
-    return Kept(logp, {name: place for place, name in reversed(list(enumerate(names)))})
+    return KeptScores(logp, {name: place for place, name in reversed(list(enumerate(names)))})
 
 
 def _scores(
