@@ -5,7 +5,7 @@
 
 A row of `WAYS` is a stage and its YAML in examples/quickstart. SFT is run once, with the pipeline's seed; `--seeds` are those of what comes after it.
 Each stage is a process of its own. Accuracy is that of our evaluator on all 1,000 gate questions. Finished stages are kept under bench/out/
-and not run again, so ways and seeds can be added one at a time.
+and not run again, also where the checkout was moved, so ways and seeds can be added one at a time.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Bench:
         from posttrain.synthesis.synth import synthesize
 
         folder = self.options.folder / f"seed-{seed}" / name
-        prompts = [f"datasets=[{{path: {self._short_prompts()}, type: prompt}}]"] if self.steps else []
+        prompts = [f"datasets=[{{path: {self._short_prompts()}, type: prompt}}]"] if self.options.max_steps else []
         asked = [f"base_model={model}", f"output_dir={folder}", f"seed={seed}", "device=cpu", *prompts, *changes]
         synthesize(load_data_keys(SynthKeys, "synth", QUICKSTART / "synth.yaml", asked))
         return folder / ROWS
@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("ways", nargs="*", metavar="WAY", choices=[[], *WAYS], default=list(WAYS), help=", ".join(WAYS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=0, help="0 leaves it to the YAML")
+    parser.add_argument("--steps", type=int, default=0, help="of what comes after SFT; 0 leaves it to the YAML")
     parser.add_argument("--quick", action="store_true")
     asked = parser.parse_args()
     seeds, steps = (asked.seeds[:1], 3) if asked.quick else (asked.seeds, asked.steps)

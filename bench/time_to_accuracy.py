@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from posttrain.report.intervals import Interval
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 STAGES = ("sft", "dpo", "grpo")
 SIDES = {"ours": "stage_posttrain.py", "trl": "stage_trl.py"}
 SUITES = ("heldout", "clean")
@@ -99,10 +100,10 @@ def run_job(title: str, script: str, job: Mapping[str, Any], options: Options) -
     folder = Path(job["folder"])
     kept = folder / "done.json"
     record = json.loads(kept.read_text()) if kept.exists() else {"job": None}
-    if record["job"] != job:
+    if record["job"] != (asked := from_root(job)):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        record = {"job": job, **timed(script, job, folder, options)}
+        record = {"job": asked, **timed(script, job, folder, options)}
         kept.write_text(json.dumps(record, indent=1))
     done = Done(record, folder / "model", evaluated(folder / "model", folder / "evals", options))
     shown = ", ".join(f"{name} {report.mean:.3f}" for name, report in done.reports.items())
@@ -111,6 +112,12 @@ def run_job(title: str, script: str, job: Mapping[str, Any], options: Options) -
     if done["others_cpus"] > QUIET:
         print("  warning: others used the machine; the ratio is less certain", file=sys.stderr)
     return done
+
+
+def from_root(job: Mapping[str, Any]) -> dict[str, Any]:
+    """With paths as they are from the repository's root, so that a checkout that was moved knows what it finished."""
+    root = json.dumps(f"{ROOT}/")[1:-1]
+    return json.loads(json.dumps(job).replace(root, ""))
 
 
 def timed(script: str, job: Mapping[str, Any], folder: Path, options: Options) -> dict[str, Any]:

@@ -138,6 +138,21 @@ def test_a_finished_stage_is_not_run_again(tmp_path, monkeypatch):
     assert started == [SIDES["ours"]] * 2
 
 
+def test_a_checkout_that_was_moved_runs_no_finished_stage_again(tmp_path, monkeypatch):
+    """Paths stand in the job itself and within the keys that are changed."""
+    monkeypatch.setattr(time_to_accuracy, "evaluated", lambda *_: {})
+    started = []
+    for name in ("here", "thére"):
+        root = tmp_path / name
+        if started:
+            (tmp_path / "here").rename(root)
+        monkeypatch.setattr(time_to_accuracy, "ROOT", root)
+        monkeypatch.setattr(time_to_accuracy, "timed", lambda *_, root=root: started.append(root) or {"call_s": 1.0, "process_s": 2.0, "others_cpus": 0.0})  # fmt: skip
+        job = {"kind": "sft", "model": str(root / "base"), "folder": str(root / "out" / "sft"), "set": [f"datasets=[{{path: {root}/rows.jsonl, type: chat}}]"]}  # fmt: skip
+        time_to_accuracy.run_job("sft", "stage_posttrain.py", job, Options((1,), 1, 3, "dev", root / "out"))
+    assert started == [tmp_path / "here"]
+
+
 @pytest.mark.slow
 def test_three_steps_a_stage_go_all_the_way(tmp_path, monkeypatch):
     """Two processes per stage; from the base both sides follow the same losses."""
