@@ -32,6 +32,9 @@ posttrain sft train.yaml
   is started. A chat template by name is taken where the model's own tokenizer carries that format; others are refused.
 - verl's `custom_reward_function` is called as verl calls it ([rewards](rewards.md)); a reward that verl picks by a row's `data_source` is refused. Its
   steps are generation batches, ours optimizer steps: `save_freq`, `test_freq` and `total_training_steps` are multiplied.
+- OpenRLHF's `train_ppo_ray` is `ppo` with `gae`, and `grpo` with `group_norm`, `dr_grpo` and `rloo`. It cuts rewards at ±10 unasked, which is refused where something
+  could be cut, until `--reward_clip_range -1e9 1e9` says that nothing is. `--remote_rm_url FILE.py` is taken where its `reward_func` is called as ours are, `(prompts, completions, **columns)`,
+  with the column of `label_key` as `labels`. Its `(queries, prompts, labels)`, servers, REINFORCE++ and a KL in the reward of groups are refused. Its steps are generation batches too.
 
 Each table below says what becomes of a key. *Together* means that it is read with others; `a.*` stands for all keys inside `a`.
 """

@@ -167,9 +167,3 @@ def test_several_sets_of_rows_have_their_shares(imported):
 def test_what_has_no_counterpart_is_refused_by_name(imported, more, message):
     with pytest.raises(ConfigError, match=message):
         imported(f"openrlhf.cli.train_sft --pretrain base --dataset a/b --output_key a {more}\n")
-
-
-def test_reinforcement_learning_is_refused_with_what_to_do(imported):
-    submit = "ray job submit --address=x --runtime-env-json='{\"a\": 1}' -- python3 -m openrlhf.cli.train_ppo_ray --pretrain base\n"
-    with pytest.raises(ConfigError, match=r"train_ppo_ray: .*fn\(prompts, completions, \*\*columns\)"):
-        imported(submit)

@@ -20,11 +20,12 @@ from posttrain.config.importers.fates import (
     rows,
     to,
 )
-from posttrain.config.importers.paths import local_file
+from posttrain.config.importers.openrlhf_data import given, read_data
+from posttrain.config.importers.openrlhf_rl import is_ppo, read_rl, rl_defaults
+from posttrain.config.importers.openrlhf_rows import RL_ROWS
 from posttrain.config.importers.sharded import OFFLOAD, SHARDED, SPLIT, STAGES, tokens_over
 from posttrain.config.importers.trl import SCRIPT
 from posttrain.config.importers.values import (
-    ALPACA_COLUMNS,
     KERNELS,
     LOADING,
     MEMORY,
@@ -38,15 +39,9 @@ from posttrain.config.importers.values import (
     warmup,
 )
 
+_SCHEDULE = "cosine_with_min_lr"
 _OTHER = "train with OpenRLHF"
 _MUON = "Muon's own options are not passed on"
-_MANY = 1_000_000
-"""OpenRLHF's own default for max_samples: from here on it limits nothing."""
-
-
-def _every(value: Any) -> int:
-    """-1 is never."""
-    return max(0, int(as_float(value)))
 
 
 ROWS: dict[str, KeyFate] = {
@@ -59,10 +54,10 @@ ROWS: dict[str, KeyFate] = {
     **rows(joint("eval_datasets"), "eval.dataset", "eval_dataset", "eval.split", "eval_split"),
     **rows(joint("train_on"), "data.multiturn", "multiturn"),
     **rows(refused("a template written into the command", "save it as a Jinja file and set chat_template: FILE in a YAML of ours"), "data.tokenizer_chat_template", "tokenizer_chat_template"),
-    **rows(to("sequence_len"), "data.max_len", "max_len"),
+    **rows(joint("sequence_len"), "data.max_len", "max_len"),
     **rows(to("per_device_train_batch_size"), "train.micro_batch_size", "micro_train_batch_size"),
     **rows(joint("gradient_accumulation_steps"), "train.batch_size", "train_batch_size"),
-    **rows(to("num_train_epochs"), "train.max_epochs", "max_epochs"),
+    **rows(joint("num_train_epochs", "passes over the data; in RL over a generation batch (num_iterations)"), "train.max_epochs", "max_epochs"),
     **rows(to("learning_rate", as_float), "adam.lr", "learning_rate"),
     **rows(joint("adam_beta1"), "adam.betas", "adam_betas"),
     "adam.eps": to("adam_epsilon", as_float),
@@ -83,19 +78,20 @@ ROWS: dict[str, KeyFate] = {
     "bf16": to("bf16"),
     **rows(to("packing"), "ds.packing_samples", "packing_samples"),
     **rows(to("sharding", STAGES, SHARDED, "give a stage from 0 to 3"), "ds.zero_stage", "zero_stage"),
-    **rows(to("sharding", tokens_over, SPLIT, "give the number of processes that share a sequence"), "ds.ring_attn_size", "ring_attn_size"),
+    **rows(joint("sharding", SPLIT), "ds.ring_attn_size", "ring_attn_size"),
     **rows(changed(OFFLOAD), "ds.adam_offload", "adam_offload", "ref.offload", "ref_offload"),
     **rows(left(PROCESSES), "ds.zpg", "zpg", "ds.tensor_parallel_size", "ds_tensor_parallel_size", "local_rank", "ds.ring_attn_head_stride", "ring_head_stride", "ds.disable_ds", "ckpt.disable_ds"),
     **rows(left(MEMORY), "ds.overlap_comm", "overlap_comm", "ds.grad_accum_dtype", "grad_accum_dtype", "ds.deepcompile", "deepcompile", "model.gradient_checkpointing_reentrant",
            "gradient_checkpointing_use_reentrant", "model.compute_fp32_loss_enable", "compute_fp32_loss", "ds.use_universal_ckpt", "use_ds_universal_ckpt"),
     **rows(left(KERNELS), "ds.attn_implementation", "attn_implementation", "flash_attn", "ds.use_liger_kernel", "use_liger_kernel", "ds.experts_implementation"),
     **rows(left(LOADING), "data.dataloader_num_workers", "dataloader_num_workers", "data.disable_fast_tokenizer", "disable_fast_tokenizer"),
-    **rows(left(SAVING), "ckpt.save_hf", "save_hf_ckpt", "ckpt.path", "ckpt_path", "ckpt.max_mem", "max_ckpt_mem", "disable_ds_ckpt", "ds.value_head_prefix", "value_head_prefix"),
+    **rows(left(SAVING), "ckpt.save_hf", "save_hf_ckpt", "ckpt.path", "ckpt_path", "ckpt.max_mem", "max_ckpt_mem", "disable_ds_ckpt"),
+    **rows(joint("base_model", "what a model's files name its head; another than `score` is refused in RL"), "ds.value_head_prefix", "value_head_prefix"),
     **rows(to("output_dir"), "ckpt.output_dir", "save_path"),
     **rows(left("a run that is started again goes on by itself"), "ckpt.load_enable", "load_checkpoint"),
     **rows(to("save_total_limit"), "ckpt.max_num", "max_ckpt_num"),
-    **rows(to("save_steps", _every), "ckpt.save_steps", "save_steps"),
-    **rows(to("eval_steps", _every), "eval.steps", "eval_steps"),
+    **rows(joint("save_steps"), "ckpt.save_steps", "save_steps"),
+    **rows(joint("eval_steps"), "eval.steps", "eval_steps"),
     **rows(to("logging_steps"), "logger.logging_steps", "logging_steps"),
     **rows(KeyFate("changed", "report_to", "the token is read from WANDB_API_KEY, and not written down", joint=True), "logger.wandb.key", "use_wandb"),
     **rows(joint("report_to"), "logger.tensorboard_dir", "use_tensorboard"),
@@ -109,8 +105,10 @@ ROWS: dict[str, KeyFate] = {
     **rows(to("label_smoothing", as_float), "model.label_smoothing", "label_smoothing"),
     **rows(to("rpo_alpha", as_float), "model.nll_loss_coef", "nll_loss_coef"),
     **rows(left("a column `margin` of the rows is read where there is one"), "model.margin_loss_enable", "margin_loss"),
+    **RL_ROWS,
 }  # fmt: skip
 
+_RL = "train_ppo_ray"
 _KINDS: dict[str, Kind] = {"train_sft": "sft", "train_dpo": "dpo", "train_rm": "reward_model"}
 
 
@@ -118,36 +116,30 @@ def stage(source: Mapping[str, Any]) -> Kind | Refusal:
     script = str(source.get(SCRIPT, ""))
     if script in _KINDS:
         return _KINDS[script]
-    if script == "train_ppo_ray":
-        return Refusal(
-            script,
-            "RL there reads a reward by a server, or a function in another signature than here",
-            "write a YAML for posttrain grpo or ppo (reward_funcs: [model:FOLDER] where there is a reward_pretrain), with a function as fn(prompts, completions, **columns)",
-        )
+    if script == _RL:
+        return "ppo" if is_ppo(source) else "grpo"
     return Refusal(
-        SCRIPT, f"{script or 'missing'}: no such method here", f"known are {', '.join(_KINDS)}; else {_OTHER}"
+        SCRIPT, f"{script or 'missing'}: no such method here", f"known are {', '.join((*_KINDS, _RL))}; else {_OTHER}"
     )
 
 
 def finish(draft: ImportDraft) -> None:
     _reference(draft)
     _adapter(draft)
-    _datasets(draft)
-    _batch(draft)
+    if draft.kind in ("grpo", "ppo"):
+        read_rl(draft)
+    else:
+        read_data(draft)
+        _batch(draft)
+        _loops(draft)
     _betas(draft)
     warmup(draft)
     _loss(draft)
     _trackers(draft)
 
 
-def _given(draft: ImportDraft, *spellings: str) -> tuple[str, Any]:
-    """The spelling that the command has, and its value; None where it has none."""
-    found = next((key for key in spellings if key in draft.source), spellings[0])
-    return found, draft.source.get(found)
-
-
 def _reference(draft: ImportDraft) -> None:
-    key, reference = _given(draft, "ref.model_name_or_path", "ref_pretrain")
+    key, reference = given(draft, "ref.model_name_or_path", "ref_pretrain")
     if reference is not None and reference != draft.keys.get("base_model"):
         draft.refuse(key, f"{reference}: the reference is the model the stage starts from", "name the same model")
     elif reference is not None:
@@ -155,9 +147,9 @@ def _reference(draft: ImportDraft) -> None:
 
 
 def _adapter(draft: ImportDraft) -> None:
-    key, rank = _given(draft, "ds.lora.rank", "lora_rank")
-    four, quantised = _given(draft, "ds.load_in_4bit", "load_in_4bit")
-    target, modules = _given(draft, "ds.lora.target_modules", "target_modules")
+    key, rank = given(draft, "ds.lora.rank", "lora_rank")
+    four, quantised = given(draft, "ds.load_in_4bit", "load_in_4bit")
+    target, modules = given(draft, "ds.lora.target_modules", "target_modules")
     if not rank:
         for name in (key, four, target):
             if name in draft.source:
@@ -173,117 +165,9 @@ def _adapter(draft: ImportDraft) -> None:
         draft.leave(four, "adapter says it")
 
 
-def _datasets(draft: ImportDraft) -> None:
-    key, wanted = _given(draft, "data.dataset", "dataset")
-    if not wanted:
-        draft.refuse(key, "missing: a run needs rows", "name the data")
-        return
-    form = _pairs(draft) if draft.kind != "sft" else _examples(draft)
-    split = str(_given(draft, "data.dataset_split", "dataset_split")[1] or "train")
-    paths = [part.strip() for part in str(wanted).split(",") if part.strip()]
-    entries = [_entry(draft, path, split, form) for path in paths]
-    _share(draft, entries)
-    draft.put("datasets", entries, key)
-    key, held = _given(draft, "eval.dataset", "eval_dataset")
-    if held:
-        split = str(_given(draft, "eval.split", "eval_split")[1] or ("test" if draft.kind == "dpo" else "train"))
-        draft.put("eval_datasets", [_entry(draft, part.strip(), split, form) for part in str(held).split(",")], key)
-    elif _given(draft, "eval.split", "eval_split")[1] is not None:
-        draft.leave(_given(draft, "eval.split", "eval_split")[0], "no data to validate on is named")
-
-
-def _entry(draft: ImportDraft, path: str, split: str, form: Mapping[str, Any]) -> dict[str, Any]:
-    if "@" in path:
-        todo = "name the files in data_files of an entry of ours"
-        draft.refuse("dataset", f"{path}: a folder inside a dataset is not chosen by `@`", todo)
-    return {"path": local_file(draft, path), **form, **({} if split == "train" else {"split": split})}
-
-
-def _share(draft: ImportDraft, entries: list[dict[str, Any]]) -> None:
-    """`dataset_probs` are weights; `max_samples` takes the first rows."""
-    key, shares = _given(draft, "data.dataset_probs", "dataset_probs")
-    if shares is not None and len(entries) > 1:
-        weights = [float(share) for share in names(str(shares))]
-        for entry, weight in zip(entries, weights, strict=True):
-            entry["weight"] = weight
-        draft.change(key, "they are the weights of a mixture, which takes as many rows as there are")
-    elif shares is not None:
-        draft.leave(key, "there is one set of rows")
-    key, most = _given(draft, "data.max_samples", "max_samples")
-    if most is not None and as_float(most) >= _MANY:
-        draft.leave(key, "so many rows are no limit")
-    elif most is not None and len(entries) > 1:
-        draft.refuse(key, f"{most} of several sets of rows taken together", "write the rows that you want to a file")
-    elif most is not None:
-        entries[0]["limit"] = int(as_float(most))
-        draft.leave(key, "it is the limit of the entry of datasets")
-
-
-def _examples(draft: ImportDraft) -> dict[str, Any]:
-    """Rows of SFT: text to go on with, a conversation, or a prompt and its answer."""
-    inputs = str(_given(draft, "data.input_key", "input_key")[1] or "input")
-    outputs = _given(draft, "data.output_key", "output_key")[1]
-    template_key, template = _given(draft, "data.input_template", "input_template")
-    turns_key, turns = _given(draft, "data.multiturn", "multiturn")
-    if draft.asks("model.pretrain_mode_enable") or draft.asks("pretrain_mode"):
-        if outputs is not None:
-            todo = "write both texts into one column, and take it out"
-            draft.refuse("output_key", f"{outputs}: with pretrain_mode it follows the text of {inputs}", todo)
-        return {"type": "text", **({} if inputs == "text" else {"columns": {"text": inputs}})}
-    if draft.asks("data.apply_chat_template") or draft.asks("apply_chat_template"):
-        if template is not None:
-            draft.leave(template_key, "the chat template writes the prompt")
-        if outputs is None:
-            draft.put(
-                "train_on",
-                "assistant" if turns else "last",
-                turns_key,
-                "" if turns else "the last answer of a conversation there",
-            )
-            return {"type": "chat", **({} if inputs == "messages" else {"columns": {"messages": inputs}})}
-        if turns:
-            draft.refuse(
-                turns_key, "true: with output_key an answer is put behind a conversation", "write it into the rows"
-            )
-        draft.change("input_key", ALPACA_COLUMNS)
-        columns = {"instruction": inputs, "output": str(outputs)}
-        return {"type": "alpaca", "columns": {ours: theirs for ours, theirs in columns.items() if ours != theirs}}
-    if outputs is None:
-        draft.refuse(
-            "output_key",
-            "missing: without it and without a chat template the text has no answer",
-            "set it, or pretrain_mode",
-        )
-        return {}
-    written = str("User: {}\nAssistant: " if template is None else template or "{}")
-    around = [part.replace("{", "{{").replace("}", "}}") for part in written.split("{}", 1)]
-    if len(around) == 1:
-        draft.refuse(template_key, f"{written}: the prompt has no place in it", "write {} where it stands")
-        return {}
-    return {
-        "type": "completion",
-        "prompt_format": [f"{around[0]}{{{inputs}}}{around[1]}"],
-        "columns": {"completion": str(outputs)},
-    }
-
-
-def _pairs(draft: ImportDraft) -> dict[str, Any]:
-    """Rows of preferences."""
-    key, template = _given(draft, "data.input_template", "input_template")
-    if template and not (draft.asks("data.apply_chat_template") or draft.asks("apply_chat_template")):
-        draft.refuse(key, "words around the prompt of a pair", "write them into the rows")
-    columns = {
-        "prompt": _given(draft, "data.prompt_key", "prompt_key")[1],
-        "chosen": _given(draft, "data.chosen_key", "chosen_key")[1],
-        "rejected": _given(draft, "data.rejected_key", "rejected_key")[1],
-    }
-    renamed = {ours: str(theirs) for ours, theirs in columns.items() if theirs and theirs != ours}
-    return {"type": "preference", **({"columns": renamed} if renamed else {})}
-
-
 def _batch(draft: ImportDraft) -> None:
     """The rows of a step are counted over all processes there."""
-    key, total = _given(draft, "train.batch_size", "train_batch_size")
+    key, total = given(draft, "train.batch_size", "train_batch_size")
     total, micro = int(total or 128), int(draft.keys.get("per_device_train_batch_size") or _MICRO[draft.kind])
     if total % micro:
         draft.refuse(key, f"{total} is no multiple of {micro} rows at once", "set micro_batch_size to a divisor")
@@ -292,8 +176,26 @@ def _batch(draft: ImportDraft) -> None:
     draft.put("num_processes", 1, key, "so that the rows of a step are the same under any number of processes")
 
 
+def _loops(draft: ImportDraft) -> None:
+    """Lengths and passes, whose keys say other things in RL; -1 steps are never."""
+    for ours, spellings in (("sequence_len", ("data.max_len", "max_len")), ("num_train_epochs", ("train.max_epochs", "max_epochs"))):  # fmt: skip
+        key, value = given(draft, *spellings)
+        if value is not None:
+            draft.put(ours, value, key)
+    for ours, spellings in (("save_steps", ("ckpt.save_steps", "save_steps")), ("eval_steps", ("eval.steps", "eval_steps"))):  # fmt: skip
+        key, value = given(draft, *spellings)
+        if value is not None:
+            draft.put(ours, max(0, int(as_float(value))), key)
+    key, size = given(draft, "ds.ring_attn_size", "ring_attn_size")
+    if size is not None:
+        draft.put("sharding", tokens_over(size), key, SPLIT)
+    key = given(draft, "ds.value_head_prefix", "value_head_prefix")[0]
+    if key in draft.source:
+        draft.leave(key, SAVING)
+
+
 def _betas(draft: ImportDraft) -> None:
-    key, betas = _given(draft, "adam.betas", "adam_betas")
+    key, betas = given(draft, "adam.betas", "adam_betas", "actor.adam.betas")
     if betas is not None:
         first, second = betas
         draft.put("adam_beta1", first, key)
@@ -301,12 +203,12 @@ def _betas(draft: ImportDraft) -> None:
 
 
 def _loss(draft: ImportDraft) -> None:
-    key, ipo = _given(draft, "model.ipo_enable", "ipo")
+    key, ipo = given(draft, "model.ipo_enable", "ipo")
     if draft.kind == "dpo":
         draft.put("loss_type", "ipo" if ipo else "sigmoid", key if ipo else SCRIPT)
     else:
         draft.leave(SCRIPT, f"it is run by `posttrain {draft.kind}`")
-    key, loss = _given(draft, "model.loss_type", "loss")
+    key, loss = given(draft, "model.loss_type", "loss")
     if loss is not None and loss not in ("sigmoid", "logexp"):
         draft.refuse(key, f"{loss}: a reward model learns by Bradley and Terry's likelihood here", "set sigmoid")
     elif loss is not None:
@@ -315,8 +217,8 @@ def _loss(draft: ImportDraft) -> None:
 
 def _trackers(draft: ImportDraft) -> None:
     wandb, tensorboard = (
-        _given(draft, "logger.wandb.key", "use_wandb"),
-        _given(draft, "logger.tensorboard_dir", "use_tensorboard"),
+        given(draft, "logger.wandb.key", "use_wandb"),
+        given(draft, "logger.tensorboard_dir", "use_tensorboard"),
     )
     asked = [(key, name) for (key, value), name in ((wandb, "wandb"), (tensorboard, "tensorboard")) if value]
     if asked:
@@ -331,15 +233,17 @@ _MICRO = {"sft": 8, "dpo": 8, "reward_model": 1}
 
 def defaults(draft: ImportDraft) -> Mapping[str, Any]:
     """What OpenRLHF does where its command is silent."""
-    rates = {"sft": 5e-6, "dpo": 1e-5, "reward_model": 9e-6}
     filled: dict[str, Any] = {
-        "learning_rate": rates[draft.kind], "num_train_epochs": 2.0 if draft.kind == "sft" else 1.0, "sequence_len": 2048 if draft.kind == "sft" else 512,
-        "per_device_train_batch_size": _MICRO[draft.kind], "lr_scheduler_type": "cosine", "warmup_ratio": 0.03, "adam_beta2": 0.95, "overflow": "truncate",
-        **adapter_defaults(draft, 8, 16),
+        "lr_scheduler_type": "cosine", "warmup_ratio": 0.03, "adam_beta2": 0.95, **adapter_defaults(draft, 8, 16),
     }  # fmt: skip
-    if draft.source.get("lr_scheduler", "cosine_with_min_lr") == "cosine_with_min_lr":
+    if (given(draft, "lr_scheduler", "actor.lr_scheduler")[1] or _SCHEDULE) == _SCHEDULE:
         filled["min_lr_ratio"] = 0.1
-    return filled
+    if draft.kind in ("grpo", "ppo"):
+        return {**filled, **rl_defaults(draft)}
+    return filled | {
+        "learning_rate": {"sft": 5e-6, "dpo": 1e-5, "reward_model": 9e-6}[draft.kind], "num_train_epochs": 2.0 if draft.kind == "sft" else 1.0,
+        "sequence_len": 2048 if draft.kind == "sft" else 512, "per_device_train_batch_size": _MICRO[draft.kind], "overflow": "truncate",
+    }  # fmt: skip
 
 
 OPENRLHF = Tool("OpenRLHF", ROWS, stage, finish, frozenset({"micro_train_batch_size", "pretrain"}), defaults)
