@@ -21,7 +21,7 @@ from posttrain.config.importers.fates import (
     to,
 )
 from posttrain.config.importers.openrlhf_data import given, read_data
-from posttrain.config.importers.openrlhf_rl import is_ppo, read_rl, rl_defaults
+from posttrain.config.importers.openrlhf_rl import is_ppo, ppo_ray_defaults, read_ppo_ray
 from posttrain.config.importers.openrlhf_rows import RL_ROWS
 from posttrain.config.importers.sharded import OFFLOAD, SHARDED, SPLIT, STAGES, tokens_over
 from posttrain.config.importers.trl import SCRIPT
@@ -127,7 +127,7 @@ def finish(draft: ImportDraft) -> None:
     _reference(draft)
     _adapter(draft)
     if draft.kind in ("grpo", "ppo"):
-        read_rl(draft)
+        read_ppo_ray(draft)
     else:
         read_data(draft)
         _batch(draft)
@@ -239,7 +239,7 @@ def defaults(draft: ImportDraft) -> Mapping[str, Any]:
     if (given(draft, "lr_scheduler", "actor.lr_scheduler")[1] or _SCHEDULE) == _SCHEDULE:
         filled["min_lr_ratio"] = 0.1
     if draft.kind in ("grpo", "ppo"):
-        return {**filled, **rl_defaults(draft)}
+        return {**filled, **ppo_ray_defaults(draft)}
     return filled | {
         "learning_rate": {"sft": 5e-6, "dpo": 1e-5, "reward_model": 9e-6}[draft.kind], "num_train_epochs": 2.0 if draft.kind == "sft" else 1.0,
         "sequence_len": 2048 if draft.kind == "sft" else 512, "per_device_train_batch_size": _MICRO[draft.kind], "overflow": "truncate",

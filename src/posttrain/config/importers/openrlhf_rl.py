@@ -16,7 +16,7 @@ from posttrain.config.importers.openrlhf_rows import ADVANTAGE, ALIKE
 from posttrain.config.importers.paths import local_file
 from posttrain.config.importers.sharded import tokens_over
 from posttrain.config.importers.verl_data import settle
-from posttrain.config.importers.verl_rl import equal_values
+from posttrain.config.importers.verl_rl import same_setting
 
 _NO_LIMIT = 1e6
 _SHAPED = {"group_norm": {"advantage_estimator": "group", "scale_rewards": "group", "advantage_eps": 1e-9}, "dr_grpo": {"advantage_estimator": "group", "scale_rewards": "none"}, "rloo": {"advantage_estimator": "rloo"}}  # fmt: skip
@@ -28,7 +28,7 @@ def is_ppo(source: Mapping[str, Any]) -> bool:
     return next((source[key] for key in ADVANTAGE if key in source), "gae") == "gae"
 
 
-def read_rl(draft: ImportDraft) -> None:
+def read_ppo_ray(draft: ImportDraft) -> None:
     """All that several keys say together."""
     _batch(draft)
     _lengths(draft)
@@ -301,13 +301,13 @@ def _critic(draft: ImportDraft) -> None:
         draft.change(key, "the policy's own base: its head begins at 0 here, at random there")
     for name, default in ALIKE.items():
         ours, theirs = (draft.source.get(f"{side}.{name}", default) for side in ("actor", "critic"))
-        if not equal_values(ours, theirs):
+        if not same_setting(ours, theirs):
             draft.refuse(f"critic.{name}", f"{show_short(theirs)} beside the policy's {show_short(ours)}: a critic has the policy's here", "set both alike")  # fmt: skip
         elif f"critic.{name}" in draft.source:
             draft.leave(f"critic.{name}", "it is the policy's own")
 
 
-def rl_defaults(draft: ImportDraft) -> Mapping[str, Any]:
+def ppo_ray_defaults(draft: ImportDraft) -> Mapping[str, Any]:
     """What train_ppo_ray does where its command is silent."""
     filled: dict[str, Any] = {"learning_rate": 1e-6, "num_train_epochs": 1.0, "max_steps": -1, "per_device_train_batch_size": 4, "overflow": "error"}  # fmt: skip
     if draft.kind == "ppo":

@@ -285,13 +285,13 @@ def _critic(draft: ImportDraft) -> None:
         ours, theirs = draft.source.get(f"{_ACTOR}.{name}", default), draft.source.get(f"critic.{name}")
         # What is inherited from the policy where it is silent has no default of its own.
         theirs = (ours if default is None else default) if theirs is None else theirs
-        if ours is not None and not equal_values(ours, theirs):
+        if ours is not None and not same_setting(ours, theirs):
             draft.refuse(f"critic.{name}", f"{theirs} beside the policy's {ours}: a critic has the policy's here", "set both alike")  # fmt: skip
         elif f"critic.{name}" in draft.source:
             draft.leave(f"critic.{name}", "it is the policy's own")
 
 
-def equal_values(one: Any, other: Any) -> bool:
+def same_setting(one: Any, other: Any) -> bool:
     try:
         return as_float(one) == as_float(other)
     except (TypeError, ValueError):
