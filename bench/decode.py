@@ -2,11 +2,14 @@
 
 python bench/decode.py                          nano (5 M) at 1, 16 and 64 rows; medians of five pairs; with and without `rollout.prepack`
 python bench/decode.py --near 48                prompts up to 48 tokens shorter than the longest; with and without `rollout.pad_prompts`
+python bench/decode.py --peak --rows 64 --prompt 1024 --tokens 1
+                                                what one call holds at most, over the keys and values of its prompts
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -67,6 +70,23 @@ def measure(policy: Policy, shape: work.Shape, rows: int, options: argparse.Name
     return f"{rows:>4} rows: " + ", ".join(found)
 
 
+def measure_peak(policy: Policy, shape: work.Shape, rows: int, options: argparse.Namespace) -> str:
+    """Of the process's first call: the high-water mark never falls."""
+    prompts = [tuple(work.sequence(shape.vocab, options.prompt, prompt_seed=n, seed=n).ids) for n in range(rows)]
+    engine = EmbeddedEngine(policy, stop_token_ids=(), batch_size=rows)
+    list(engine.generate([Request(prompts[0][:8], 0)], SamplingParams(2)))
+    before = _peak_mib()
+    list(engine.generate([Request(prompt, n) for n, prompt in enumerate(prompts)], SamplingParams(options.tokens)))
+    text = policy.base.config.get_text_config()
+    kept = 8 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * rows * options.prompt / (1 << 20)
+    above = _peak_mib() - before
+    return f"{rows:>4} rows: {above:.0f} MiB, {above / kept:.1f} times the {kept:.0f} MiB of keys and values"
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="nano")
@@ -77,12 +97,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--peak", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     shape = SHAPES[options.model]
     policy = work.random_policy(shape, CPU, bf16=False)
     for rows in options.rows:
-        print(measure(policy, shape, rows, options), flush=True)
+        print((measure_peak if options.peak else measure)(policy, shape, rows, options), flush=True)
 
 
 if __name__ == "__main__":

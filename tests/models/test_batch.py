@@ -2,7 +2,16 @@ import math
 
 import torch
 
-from posttrain.models.batch import Layout, Segment, Tree, common_prefix, loss_counts, pack, split_by_length
+from posttrain.models.batch import (
+    Layout,
+    Segment,
+    Tree,
+    common_prefix,
+    fill_by_tokens,
+    loss_counts,
+    pack,
+    split_by_length,
+)
 from posttrain.types import Counts, TokenSeq
 
 
@@ -19,6 +28,12 @@ def test_a_document_is_laid_out_without_its_last_token():
     assert batch.source_M.tolist() == [1, 2]
     assert batch.target_M.tolist() == [7, 8]
     assert batch.counts == Counts(tokens=2, sequences=1)
+
+
+def test_filling_by_tokens_splits_and_drops_nothing():
+    sizes = [5, 4, 1, 9, 3, 12, 3, 3]
+    filled = fill_by_tokens(range(8), sizes.__getitem__, 10)
+    assert filled == [[0, 1, 2], [3], [4], [5], [6, 7]]
 
 
 def test_documents_follow_each_other_and_count_positions_from_zero():

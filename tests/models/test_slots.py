@@ -11,7 +11,6 @@ from posttrain.models.adapters import load_adapter
 from posttrain.models.load import load_policy, read_model
 from posttrain.models.slots import AdapterSlots, read_factors
 from posttrain.rollout.decoding import Decoding, DecodingRow, Ends
-from posttrain.rollout.sampling import uniforms
 from posttrain.types import Request, SamplingParams
 
 OPTIONS = [
@@ -52,7 +51,7 @@ def test_rows_of_several_adapters_decode_together_as_each_does_alone(model_dir, 
         slots.load(folder.name, read_factors(folder))
     params, ends = SamplingParams(10), Ends(10, frozenset(), None)
     rows = [
-        DecodingRow(n, Request((5, 6, 7), n), params, ends, uniforms(n, 10), adapter=name, num_top=0)
+        DecodingRow(n, Request((5, 6, 7), n), params, ends, adapter=name, num_top=0)
         for n, name in enumerate(["a0", "a1", None, "a2", "a0", None, "a1"])
     ]
     with torch.no_grad():

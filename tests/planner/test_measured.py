@@ -21,6 +21,7 @@ from posttrain.objectives.preference import PREFERENCE_LOSSES
 from posttrain.planner import ModelShape, Workload, estimate_memory, memory, shape
 from posttrain.recipes.optim import make_optimizer
 from posttrain.recipes.run.stage import Stage
+from posttrain.rollout import decoding
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.types import Request, SamplingParams, TokenSeq, in_order
 
@@ -132,8 +133,9 @@ def test_every_part_of_a_plan_is_what_is_allocated(model, variant, make_local_mo
     check(planned_and_measured(make_local_model(model, **MODELS[model], **COMMON), tmp_path, **VARIANTS[variant]))
 
 
-def test_the_planner_knows_up_to_which_size_decoding_copies_weights():
+def test_the_planner_knows_up_to_which_size_decoding_copies_weights_and_encodes_at_once():
     assert memory.MOST_COPIED == decode._MOST_COPIED
+    assert memory.ENCODED_AT_ONCE == decoding._ENCODED_AT_ONCE
     assert set(shape.DECODED_BY_WEIGHTS) == set(decode.FAMILIES)
 
 

@@ -195,6 +195,16 @@ def test_phases_follow_each_other_and_only_the_largest_counts():
     assert not {"checkpoint", "export"} & estimate_memory(TINY, replace(lora, on_cpu=False)).parts.keys()
 
 
+def test_prompts_that_are_encoded_in_parts_need_the_memory_of_one():
+    def prefill(prompts):
+        keys = {"max_completion_length": 64, "num_generations": 1, "sequence_len": 1088, "on_cpu": True}
+        return estimate_memory(TINY, Workload(samples=True, rollout_batch_size=prompts, **keys)).parts["prefill"]
+
+    assert 0 < prefill(4) < prefill(8)
+    # The cache of completions, which takes the place of the forward's memory, grows with the rows.
+    assert prefill(8) - prefill(16) == 8 * 65 * TINY.kv_bytes_per_token(2) < prefill(16)
+
+
 def test_deltas_of_weights_hold_the_last_version_at_both_ends():
     def held(**rollout):
         keys = workload("grpo", rollout={"engine": "vllm", **rollout})

@@ -6,7 +6,7 @@ import pytest
 from posttrain.config.stages import SFTKeys
 from posttrain.data.dataset import Dataset, DataSummary
 from posttrain.distributed.ranks import SingleProcess
-from posttrain.recipes.batches import Schedule, best_fit, fill_by_tokens, fill_with_groups, flat, for_rank, split_groups
+from posttrain.recipes.batches import Schedule, best_fit, fill_with_groups, flat, for_rank, split_groups
 
 ARGUMENTS = [one.name for one in fields(Schedule) if not one.name.startswith("_")]
 
@@ -83,12 +83,6 @@ def test_part_of_an_epoch_and_the_epoch_that_is_logged():
     made, keys = schedule(list(range(1, 9)), num_train_epochs=1.5)
     assert made.total_steps(keys) == 6
     assert [made.epoch_after(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.25]
-
-
-def test_filling_by_tokens_splits_and_drops_nothing():
-    sizes = [5, 4, 1, 9, 3, 3, 3, 3]
-    filled = fill_by_tokens(range(8), sizes.__getitem__, 10)
-    assert filled == [[0, 1, 2], [3], [4, 5, 6], [7]]
 
 
 def lognormal(count, sequence_len=1024):

@@ -1,12 +1,15 @@
 """Rows join and leave while others decode; each is what it is alone."""
 
+import tracemalloc
+
 import pytest
 import torch
 
+from posttrain.rollout import decoding as decoding_module
 from posttrain.rollout.decoding import Decoding, DecodingRow, Ends
 from posttrain.rollout.embedded import EmbeddedEngine
-from posttrain.rollout.sampling import uniforms
-from posttrain.types import Request, SamplingParams
+from posttrain.rollout.sampling import sample, uniforms
+from posttrain.types import Request, SamplingParams, in_order
 
 ARCHITECTURES = ["qwen3", "gemma2", "mamba"]
 
@@ -14,7 +17,7 @@ ARCHITECTURES = ["qwen3", "gemma2", "mamba"]
 def row(seed, prompt=(5, 6, 7), max_tokens=8, stop_ids=(), **options):
     params = SamplingParams(max_tokens, **options.pop("params", {}))
     ends = Ends(max_tokens, frozenset(stop_ids), None)
-    return DecodingRow(seed, Request(prompt, seed), params, ends, uniforms(seed, max_tokens), **options)
+    return DecodingRow(seed, Request(prompt, seed), params, ends, **options)
 
 
 def decode(policy, plan):
@@ -85,7 +88,7 @@ def test_a_waiting_prompt_is_looked_at_a_few_times_however_many_wait(shared_poli
         rows = []
         for seed in range(count):
             one = row(seed, (5 + seed // 2 % 40, 6), max_tokens=2)
-            rows.append(CountedRow(one.place, one.request, one.params, one.ends, one.uniform))
+            rows.append(CountedRow(one.place, one.request, one.params, one.ends))
         with torch.no_grad():
             decoding = Decoding(policy, rows)
             decoding.leave(rows[-1])
@@ -113,6 +116,44 @@ def test_a_prompt_is_kept_while_a_row_waits_for_it_and_no_longer(shared_policy):
         while decoding.is_busy:
             decoding.advance(1)
     assert (len(encoded), decoding._prompts) == (3, {})
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2"])
+def test_prompts_encoded_in_parts_give_the_same_tokens_and_log_probs(shared_policy, monkeypatch, architecture):
+    """Prompts of one length and of others, more than a part's limit, and one shared by two rows."""
+    policy, sizes = shared_policy(architecture), []
+    prompts = [tuple(range(9 + n, 9 + n + length)) for n, length in enumerate((6, 6, 30, 2, 6, 6, 9))]
+    requests = [Request(prompt, n) for n, prompt in enumerate([*prompts, prompts[0]])]
+    engine, params = EmbeddedEngine(policy, stop_token_ids=()), SamplingParams(12)
+    whole = in_order(engine.generate(requests, params))
+    monkeypatch.setattr(decoding_module, "_ENCODED_AT_ONCE", 14)
+    hook = policy.base.get_input_embeddings().register_forward_hook(lambda _, args, __: sizes.append(args[0].numel()))
+    parts = in_order(engine.generate(requests, params))
+    hook.remove()
+    assert sizes[:5] == [12, 30, 14, 9, 8]
+    assert [c.ids for c in parts] == [c.ids for c in whole]
+    for one, other in zip(parts, whole, strict=True):
+        assert one.logp == pytest.approx(other.logp, abs=1e-5)
+
+
+def test_tokens_are_drawn_from_the_whole_stream_of_their_request_in_double_precision(shared_policy, monkeypatch):
+    found = []
+
+    def noted(logits_RV, uniform_R, params):
+        found.append(uniform_R)
+        return sample(logits_RV, uniform_R, params)
+
+    monkeypatch.setattr(decoding_module, "sample", noted)
+    decode(shared_policy("qwen3"), {0: [row(7, max_tokens=70)]})
+    assert torch.equal(torch.cat(found), torch.from_numpy(uniforms(7, 70)))
+
+
+def test_a_row_that_waits_takes_no_memory_for_how_long_it_may_become():
+    tracemalloc.start()
+    rows = [row(seed, max_tokens=100_000) for seed in range(50)]
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(rows) == 50 and taken < 50 * 4000
 
 
 def test_likeliest_tokens_are_those_of_the_model_before_temperature_and_cuts(shared_policy):

@@ -76,13 +76,24 @@ def test_laid_out_weights_give_the_tokens_and_the_trainers_log_probs(model_dir, 
 def test_weights_are_laid_out_anew_when_they_have_changed(model_dir, monkeypatch):
     policy, rows = _own_policy(model_dir), _count_packed(monkeypatch)
     engine = EmbeddedEngine(policy, stop_token_ids=(), prepack=True)
-    [before] = in_order(engine.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=6)))
+    requests = [Request((5, 6, 7), 1), Request((5, 6, 7), 2)]
+    [before, _] = in_order(engine.generate(requests, SamplingParams(max_tokens=6)))
     with torch.no_grad():
         for _, parameter in policy.trainable():
             parameter.mul_(1.1)
-    [after] = in_order(engine.generate([Request((5, 6, 7), 1)], SamplingParams(max_tokens=6)))
+    [after, _] = in_order(engine.generate(requests, SamplingParams(max_tokens=6)))
     assert rows and before.logp != after.logp
     assert after.logp == pytest.approx(engine.score([((5, 6, 7, *after.ids), 3)])[0], abs=1e-5)
+
+
+def test_for_one_row_no_weights_are_laid_out(shared_policy, monkeypatch):
+    policy, rows = shared_policy("qwen3"), _count_packed(monkeypatch)
+    plain, prepack = (EmbeddedEngine(policy, stop_token_ids=(), prepack=on) for on in (False, True))
+    requests, params = [Request((5, 6, 7), 1), Request((8, 9), 2)], SamplingParams(max_tokens=6)
+    assert in_order(prepack.generate(requests[:1], params)) == in_order(plain.generate(requests[:1], params))
+    assert not rows
+    in_order(prepack.generate(requests, params))
+    assert rows
 
 
 def test_where_no_weights_are_laid_out_the_key_says_why(shared_policy, model_dir, caplog):

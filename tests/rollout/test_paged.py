@@ -18,7 +18,6 @@ from posttrain.rollout.decoding import Decoding, DecodingRow, Ends
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.graphs import bucket_of
 from posttrain.rollout.paged import PagedRows, paged_rows
-from posttrain.rollout.sampling import uniforms
 from posttrain.types import Request, SamplingParams, TokenSeq, in_order
 
 REQUESTS = [
@@ -202,7 +201,7 @@ class HostWaits(TorchFunctionMode):
 def _decoding(policy, paged, temperatures=(1.0, 0.7)):
     ends = Ends(64, frozenset(), None)
     rows = [
-        DecodingRow(n, request, SamplingParams(64, temperatures[n % 2], top_p=0.9), ends, uniforms(n, 64))
+        DecodingRow(n, request, SamplingParams(64, temperatures[n % 2], top_p=0.9), ends)
         for n, request in enumerate(REQUESTS)
     ]
     return Decoding(policy, rows, paged=PagedRows(policy, Recorder()) if paged else None)

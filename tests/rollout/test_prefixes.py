@@ -9,7 +9,6 @@ from posttrain.models.slots import AdapterSlots
 from posttrain.rollout.decoding import Decoding, DecodingRow, Ends
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.prefixes import BLOCK, PrefixCache
-from posttrain.rollout.sampling import uniforms
 from posttrain.types import Request, SamplingParams, in_order
 
 MAX_TOKENS = 6
@@ -33,7 +32,7 @@ def decoded(policy, prefixes, prompts, adapters=None, names=(None,)):
     """Of each prompt and adapter: the ids, and their log-probs to the bit."""
     ends = Ends(MAX_TOKENS, frozenset(), None)
     rows = [
-        DecodingRow(n, Request(prompt, n), PARAMS, ends, uniforms(n, MAX_TOKENS), adapter=names[n % len(names)])
+        DecodingRow(n, Request(prompt, n), PARAMS, ends, adapter=names[n % len(names)])
         for n, prompt in enumerate(prompts)
     ]
     with torch.no_grad():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from posttrain.rollout.sampling import cut, request_seed, sample, stop_test, uniforms
+from posttrain.rollout.sampling import RequestUniforms, cut, request_seed, sample, stop_test, uniforms
 from posttrain.types import SamplingParams
 
 
@@ -103,6 +103,21 @@ def test_uniforms_are_a_stream_that_only_the_seed_decides():
     assert uniforms(5, 4).tolist() == uniforms(5, 9)[:4].tolist()
     assert uniforms(5, 4).tolist() != uniforms(6, 4).tolist()
     assert uniforms(2**64 - 1, 3).min() >= 0
+
+
+def test_random_numbers_drawn_as_they_are_needed_are_those_drawn_at_once():
+    for seed in (0, 5, 2**64 - 1):
+        drawn = RequestUniforms(seed)
+        assert [drawn[number] for number in range(300)] == uniforms(seed, 300).tolist()
+        assert [drawn[number] for number in (299, 0, 64, 63)] == uniforms(seed, 300)[[299, 0, 64, 63]].tolist()
+    assert uniforms(5, 3, first=8).tolist() == uniforms(5, 11)[8:].tolist()
+    # The stream is what resumed runs continue, on every machine.
+    assert uniforms(5, 66)[[0, 1, 64, 65]].tolist() == [
+        0.7337459554446363,
+        0.5905206445727093,
+        0.23977256769716782,
+        0.3229888799124798,
+    ]
 
 
 def test_request_seeds_tell_their_parts_apart():

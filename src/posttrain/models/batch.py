@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ import torch
 from posttrain.models.trie import LEAST_SHARED, TrieNode, shared_segments
 from posttrain.protocols import TokenSplit
 from posttrain.types import Counts, Sample, TokenSeq
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +221,20 @@ def _trees(nodes: Sequence[TrieNode], begins: Sequence[int]) -> tuple[Tree, ...]
 def _tree(borders: Sequence[int], parents: Sequence[int]) -> Tree:
     """The tree of adjacent segments; one of two levels says no more than where its branches end."""
     return Tree(borders[0], borders[1], tuple(borders[2:]), tuple(parents) if any(parents) else ())
+
+
+def fill_by_tokens(items: Iterable[T], tokens: Callable[[T], int], budget: int) -> list[list[T]]:
+    """Items in order, a new part wherever the next one would exceed the budget; nothing is split or dropped."""
+    parts: list[list[T]] = []
+    used = budget + 1
+    for item in items:
+        size = tokens(item)
+        if used + size > budget:
+            parts.append([])
+            used = 0
+        parts[-1].append(item)
+        used += size
+    return parts
 
 
 def split_by_length(batch: Batch, key: Callable[[int], Hashable]) -> list[tuple[Batch, torch.Tensor | None]]:

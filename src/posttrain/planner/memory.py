@@ -34,6 +34,7 @@ _EXPORT_PROBE = 64
 _LAYERS_AT_ONCE = 2
 _CACHE_GROWTH = 65
 MOST_COPIED = 256 << 20
+ENCODED_AT_ONCE = 8192
 """Bytes of a model up to which decoding adds a LoRA adapter to a copy of its matrices."""
 _PHASES = {
     "training": ("autocast", "gathered", "gradients", "activations", "logits"),
@@ -325,12 +326,11 @@ def _cached_completions(shape: ModelShape, workload: Workload) -> int:
 
 
 def _prefill_bytes(shape: ModelShape, workload: Workload) -> int:
-    """The widest point of a forward over all prompts at once, less the cache of completions, which comes after it."""
-    prompts = workload.prompts() * (workload.longest(shape) - workload.completion(shape))
-    per_token = 3 * shape.widest_mlp * _bytes_per_value(workload)
-    widest = prompts * (per_token + 4 * shape.hidden * 4)
-    later = _cached_completions(shape, workload) * shape.kv_bytes_per_token(_bytes_per_value(workload))
-    return max(0, widest - later)
+    """The widest point of a forward over as many prompts as go at once, less the cache of completions, which comes after it."""
+    size, longest = _bytes_per_value(workload), workload.longest(shape) - workload.completion(shape)
+    at_once = min(workload.prompts() * longest, max(longest, ENCODED_AT_ONCE))
+    widest = at_once * (3 * shape.widest_mlp * size + 4 * shape.hidden * 4)
+    return max(0, widest - _cached_completions(shape, workload) * shape.kv_bytes_per_token(size))
 
 
 def _export_bytes(shape: ModelShape, workload: Workload, shards: int) -> int:

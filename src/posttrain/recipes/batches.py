@@ -15,6 +15,7 @@ from posttrain.config.stages import ExampleKeys, TrainKeys
 from posttrain.data.dataset import Dataset
 from posttrain.data.rows import stored_length
 from posttrain.errors import DataError
+from posttrain.models.batch import fill_by_tokens
 from posttrain.protocols import Ranks
 from posttrain.recipes.balance import deal, rank_metrics
 
@@ -201,20 +202,6 @@ def best_fit(order: Sequence[int], size: Callable[[int], int], budget: int) -> l
     return [sorted(rows, key=place.__getitem__) for rows in bins]
 
 
-def fill_by_tokens(order: Sequence[int], size: Callable[[int], int], budget: int) -> list[list[int]]:
-    """Rows in order, a new micro-batch wherever the next row would exceed the budget; nothing is split or dropped."""
-    micros: list[list[int]] = []
-    used = budget + 1
-    for index in order:
-        tokens = size(index)
-        if used + tokens > budget:
-            micros.append([])
-            used = 0
-        micros[-1].append(index)
-        used += tokens
-    return micros
-
-
 def in_turn(shares: Sequence[Sequence[T]]) -> list[T]:
     """The first of each share, then the second of each …; the shares with most come first, so that every n-th is of one share."""
     ordered = sorted(shares, key=lambda share: -len(share))
@@ -235,8 +222,7 @@ def split_groups(groups: Sequence[Sequence[T]], at_once: int) -> list[tuple[T, .
 
 def fill_with_groups(parts: Sequence[tuple[T, ...]], at_once: int) -> list[list[tuple[T, ...]]]:
     """Parts of groups in micro-batches of at most `at_once` members."""
-    filled = fill_by_tokens(range(len(parts)), lambda index: len(parts[index]), at_once)
-    return [[parts[index] for index in micro] for micro in filled]
+    return fill_by_tokens(parts, len, at_once)
 
 
 def for_rank(micros: Sequence[list[T]], ranks: Ranks) -> list[MicroBatch[T]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,6 +18,9 @@ from posttrain.rollout.prefixes import PrefixCache
 from posttrain.rollout.prompts import PromptKV
 from posttrain.types import TokenSeq
 
+_LEAST_ROWS = 2
+"""Rows of a call that repay it to lay weights out: a count, with no clock."""
+
 
 @dataclass(frozen=True)
 class Shortcuts:
@@ -28,6 +31,10 @@ class Shortcuts:
 
     pad_prompts: bool = False
     prepack: bool = False
+
+    def of_call(self, num_rows: int) -> Shortcuts:
+        """Those for a call that begins with so many rows."""
+        return replace(self, prepack=self.prepack and num_rows >= _LEAST_ROWS)
 
 
 class CachedRows:

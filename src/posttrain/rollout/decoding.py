@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
+from posttrain.models.batch import fill_by_tokens
 from posttrain.models.device import uploaded
 from posttrain.models.lengths import forget_lengths
 from posttrain.models.policy import Policy
@@ -22,10 +22,12 @@ from posttrain.rollout.cached import CachedRows, Shortcuts
 from posttrain.rollout.exact import ExactRows
 from posttrain.rollout.paged import PagedRows
 from posttrain.rollout.prefixes import PrefixCache
-from posttrain.rollout.sampling import StopTest, sample, sample_scored
+from posttrain.rollout.sampling import RequestUniforms, StopTest, sample, sample_scored
 from posttrain.types import Finish, Request, SamplingParams
 
 _NO_SHORTCUTS = Shortcuts()
+_ENCODED_AT_ONCE = 8192
+"""Tokens of whole prompts in one forward, whose activations need several times the memory of the keys and values it leaves."""
 Shaper = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
 """The ids sampled so far and the logits of the next one, [V] → the logits to sample from: a grammar, a bias, a penalty."""
 
@@ -49,7 +51,7 @@ class Likeliest:
 
 @dataclass(eq=False)
 class DecodingRow:
-    """A completion under way: the place of its request, its random numbers, what was sampled so far, and how it ended.
+    """A completion under way: the place of its request, what was sampled so far, and how it ended.
 
     `logp` is that of the distribution after `shaper` and temperature, before the cuts. With `num_top`, `likeliest` says for
     each token what else was likely. `adapter` names the adapter that the row goes through, where there are several.
@@ -59,7 +61,6 @@ class DecodingRow:
     request: Request
     params: SamplingParams
     ends: Ends
-    uniform: np.ndarray
     adapter: str | None = None
     shaper: Shaper | None = None
     num_top: int | None = None
@@ -67,6 +68,9 @@ class DecodingRow:
     logp: list[float] = field(default_factory=list)
     likeliest: list[Likeliest] = field(default_factory=list)
     finish: Finish | None = None
+
+    def __post_init__(self) -> None:
+        self.uniform = RequestUniforms(self.request.seed)
 
     @property
     def sequence(self) -> tuple[int, ...]:
@@ -116,7 +120,7 @@ class Decoding:
         temperature = next((row.params.temperature for row in self._waiting), 1.0)
         self._running: Any = (
             AloneRows(policy) if alone else ExactRows(policy, temperature) if policy.exact
-            else paged.begin() if paged is not None and not paged.is_busy else CachedRows(policy, shortcuts)
+            else paged.begin() if paged is not None and not paged.is_busy else CachedRows(policy, shortcuts.of_call(len(self._waiting)))
         )  # fmt: skip
         self._prefixes = prefixes if isinstance(self._running, CachedRows) else None
         self._sample = sample_scored if policy.exact and not alone else sample
@@ -183,9 +187,9 @@ class Decoding:
                 assign = partial(self._assign_all, adapter)
                 self._prompts[adapter, ids] = self._running.prefill_from(self._prefixes, adapter, ids, assign)
             new = [prompt for prompt in new if prompt not in self._prompts]
-        if new:
-            self._assign([adapter for adapter, ids in new for _ in ids])
-            self._prompts.update(zip(new, self._running.prefill([ids for _, ids in new]), strict=True))
+        for part in fill_by_tokens(new, lambda prompt: len(prompt[1]), _ENCODED_AT_ONCE):
+            self._assign([adapter for adapter, ids in part for _ in ids])
+            self._prompts.update(zip(part, self._running.prefill([ids for _, ids in part]), strict=True))
 
     def _step(self) -> None:
         self._assign([row.adapter for row in self._rows])

@@ -15,7 +15,7 @@ import torch
 
 import posttrain
 from posttrain.errors import EngineError
-from posttrain.models.batch import pack
+from posttrain.models.batch import fill_by_tokens, pack
 from posttrain.models.compiled import as_written
 from posttrain.models.decode import why_not_prepacked
 from posttrain.models.lengths import LengthRule, length_rule
@@ -27,7 +27,7 @@ from posttrain.rollout.decoding import Decoding, DecodingRow, Ends
 from posttrain.rollout.paged import paged_rows
 from posttrain.rollout.prefixes import PrefixCache
 from posttrain.rollout.replica import receive
-from posttrain.rollout.sampling import stop_test, uniforms
+from posttrain.rollout.sampling import stop_test
 from posttrain.types import Completion, EngineInfo, Moved, Request, SamplingParams, TokenSeq
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class EmbeddedEngine:
 
     `shares_weights` where `policy` is the one that is trained; else it is a copy, which an update fills. With `enforce_eager` a GPU
     decodes by the loop of a CPU, without pages and graphs. `pad_prompts`: that loop attends to prompts of near length together.
-    `prepack`: it lays weights out for its products, anew in each call. `prefix_bytes`: room for how prompts begin, kept from one call to the next until an update; prompts that are longer than a block
+    `prepack`: it lays weights out for its products, anew in each call of two rows or more. `prefix_bytes`: room for how prompts begin, kept from one call to the next until an update; prompts that are longer than a block
     are then always encoded by blocks.
     """
 
@@ -86,7 +86,7 @@ class EmbeddedEngine:
         stops = self._stop_token_ids | set(params.stop_token_ids)
         most = [request.most(params) for request in requests]
         rows = [
-            DecodingRow(place, request, params, Ends(n, stops, should_stop), uniforms(request.seed, n))
+            DecodingRow(place, request, params, Ends(n, stops, should_stop))
             for place, (request, n) in enumerate(zip(requests, most, strict=True))
         ]
         return self._completions(rows)
@@ -192,7 +192,7 @@ def score_sequences(
     was_training = policy.model.training
     policy.model.eval()
     scores: list[list[float]] = []
-    for chunk in _by_tokens(sequences, limit=_SCORED_AT_ONCE):
+    for chunk in fill_by_tokens(sequences, lambda sequence: len(sequence[0]), _SCORED_AT_ONCE):
         batch = pack([[_scored(ids, start)] for ids, start in chunk])
         logp_M = policy.score(batch, temperature=temperature).logp_M
         scores += [part.tolist() for part in logp_M.split(batch.lengths_S().tolist())]
@@ -204,15 +204,3 @@ def _scored(ids: Sequence[int], start: int) -> TokenSeq:
     if not 1 <= start <= len(ids):
         raise EngineError(f"score: start={start} of a sequence of {len(ids)} tokens; the first token has no log-prob")
     return TokenSeq(tuple(ids), (False,) * start + (True,) * (len(ids) - start))
-
-
-def _by_tokens(sequences: Sequence[tuple[Sequence[int], int]], limit: int) -> list[list[tuple[Sequence[int], int]]]:
-    chunks: list[list[tuple[Sequence[int], int]]] = []
-    size = limit
-    for item in sequences:
-        if size + len(item[0]) > limit:
-            chunks.append([])
-            size = 0
-        chunks[-1].append(item)
-        size += len(item[0])
-    return chunks

@@ -12,6 +12,8 @@ from posttrain.types import SamplingParams
 
 _LEAST_TEMPERATURE = 1e-30
 """Logits divided by less are no numbers any more; the most likely token is certain long before."""
+_DRAWN_AT_ONCE = 64
+"""Random numbers of a request."""
 
 StopTest = Callable[[Sequence[int]], bool]
 """Whether the ids sampled so far end a completion."""
@@ -23,9 +25,30 @@ def request_seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def uniforms(seed: int, count: int) -> np.ndarray:
-    """The request's random numbers in [0, 1), by a counter-based generator: number t does not depend on t' > t."""
-    return np.random.Generator(np.random.Philox(key=seed)).random(count, dtype=np.float64)
+def uniforms(seed: int, count: int, first: int = 0) -> np.ndarray:
+    """The request's random numbers in [0, 1), by a counter-based generator: number t does not depend on the others.
+
+    `first`: that of the first of them, a multiple of 4, because one count of the generator makes four.
+    """
+    assert first % 4 == 0, first
+    return np.random.Generator(np.random.Philox(key=seed, counter=first // 4)).random(count, dtype=np.float64)
+
+
+class RequestUniforms:
+    """`uniforms(seed, …)`, a block at a time: a request that waits holds none, one under way a block, however long it may become."""
+
+    __slots__ = ("_block", "_drawn", "_seed")
+
+    def __init__(self, seed: int) -> None:
+        self._seed, self._block = seed, -1
+        self._drawn: np.ndarray | None = None
+
+    def __getitem__(self, number: int) -> np.float64:
+        block, place = divmod(number, _DRAWN_AT_ONCE)
+        if self._drawn is None or block != self._block:
+            self._block, self._drawn = block, uniforms(self._seed, _DRAWN_AT_ONCE, block * _DRAWN_AT_ONCE)
+        # Not a float: of a list of those torch makes single precision, which is another number.
+        return self._drawn[place]
 
 
 def sample(

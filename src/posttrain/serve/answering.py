@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass, field
 
 from posttrain.rollout.decoding import DecodingRow, Ends, Likeliest, Shaper
-from posttrain.rollout.sampling import request_seed, stop_test, uniforms
+from posttrain.rollout.sampling import request_seed, stop_test
 from posttrain.serve.codec import ServedCodec
 from posttrain.serve.faults import ApiRefusal, bad_request
 from posttrain.serve.loop import News
@@ -67,7 +67,7 @@ def make_choices(
         request = Request(prompt, request_seed("serve", seed, number))
         ends = Ends(max_tokens, stop_ids, stop_test(params.stop, _stop_text(codec, hidden)))
         row = DecodingRow(
-            number, request, params, ends, uniforms(request.seed, max_tokens),
+            number, request, params, ends,
             adapter=lease.served.adapter, shaper=shaper, num_top=wanted.num_top,
         )  # fmt: skip
         choices.append(Choice(number, row, AnswerText(Detokenizer(codec.decode, hidden), params.stop, stop_ids)))
