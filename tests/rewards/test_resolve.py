@@ -62,6 +62,36 @@ def test_an_async_reward_of_verls_that_takes_all_is_given_all(write, tmp_path):
     assert load_reward(write(text), folder=tmp_path)(["p"] * 2, ["4", "5"], **VERL_ROWS) == [1.0, 1.0]
 
 
+def test_a_reward_of_verls_takes_its_options_among_all_that_it_takes(write, tmp_path):
+    text = "def f(data_source, solution_str, ground_truth, extra_info=None, **options): return options['scale']"
+    assert load_reward(write(text), {"scale": 2}, tmp_path)(["p"] * 2, ["4", "5"], **VERL_ROWS) == [2, 2]
+
+
+def test_an_extra_info_that_is_no_object_is_given_as_it_is(write, tmp_path):
+    reward = load_reward(write("def f(solution_str, extra_info): return float(len(extra_info))"), folder=tmp_path)
+    assert reward(["p"] * 3, ["4"] * 3, extra_info=['{"a": 1}', [1, 2], None]) == [8, 2, 0]
+
+
+def test_a_parameter_that_verl_does_not_give_is_refused_before_the_run(write, tmp_path):
+    text = "def f(solution_str, ground_truth, tokenizer): return 1.0"
+    with pytest.raises(ConfigError, match="nothing gives the parameter 'tokenizer'; set it in reward_kwargs"):
+        load_reward(write(text), folder=tmp_path)
+    assert load_reward(write(text), {"tokenizer": None}, tmp_path)(["p"] * 2, ["4"] * 2, **VERL_ROWS) == [1, 1]
+
+
+@pytest.mark.parametrize("holder", [None, "{}", {"style": "rule"}])
+def test_a_row_of_verls_without_ground_truth_is_an_error_that_says_so(write, tmp_path, holder):
+    reward = load_reward(write("def f(solution_str, ground_truth): return 1.0"), folder=tmp_path)
+    with pytest.raises(RewardError, match="a row has no ground truth"):
+        reward(["p"], ["4"], reward_model=[holder], ground_truth=[None])
+
+
+def test_an_object_without_score_is_an_error_that_names_what_it_has(write, tmp_path):
+    reward = load_reward(write("def f(solution_str): return {'acc': 1}"), folder=tmp_path)
+    with pytest.raises(RewardError, match="an object with 'acc'; expected a number, or an object with 'score'"):
+        reward(["p"], ["4"])
+
+
 def test_a_missing_column_is_named_with_those_present(write, tmp_path):
     reward = load_reward(write("def f(completions, answer): return [1.0]"), folder=tmp_path)
     with pytest.raises(RewardError, match=r"r\.py:1: reward 'f' needs the column answer; the dataset has level, topic"):

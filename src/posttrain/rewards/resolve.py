@@ -163,7 +163,8 @@ def _bind(
         raise ConfigError(
             f"{where}: {name}({', '.join(parameters)}) has no parameter `completions`; expected fn(prompts, completions, **columns)"
         )
-    if unknown := sorted(set(options) - set(by_name)):
+    # What a function of ours takes besides its own parameters are columns; what verl's takes are its options.
+    if unknown := sorted(set(options) - set(by_name)) if not (of_verl and takes_all) else []:
         allowed = [n for n, p in by_name.items() if p.default is not p.empty]
         raise ConfigError(
             f"reward_kwargs: {name}: unknown option {unknown[0]!r}; it takes {', '.join(allowed) or 'none'}"
@@ -172,7 +173,9 @@ def _bind(
         options = {"reward_timeout_s": timeout_s} | options
     bound = functools.partial(fn, **options) if options else fn
     if of_verl:
-        adapted = adapted_from_verl(bound, {n: p for n, p in parameters.items() if n not in options})
+        adapted = adapted_from_verl(
+            bound, {n: p for n, p in parameters.items() if n not in options}, f"{where}: {name}"
+        )
         return RewardFunction(spec, name, where, adapted.fn, adapted.needs, adapted.accepts)
     if needs is None:
         ours = {"prompts", "completions", *options}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import fields
 
 import datasets
 import pytest
@@ -11,6 +12,7 @@ from posttrain.cli.app import _run
 from posttrain.config import load_stage
 from posttrain.config.importers.convert import import_file
 from posttrain.errors import ConfigError
+from posttrain.objectives.spec import PolicySpec
 from posttrain.rewards.resolve import load_reward
 
 GRPO = """\
@@ -200,7 +202,11 @@ ACTS = [
     (f"{ACTOR}.policy_loss.loss_mode=kl_cov {ACTOR}.policy_loss.ppo_kl_coef=1.0", "ppo_kl_coef", 1.0),
     (f"{ACTOR}.policy_loss.loss_mode=kl_cov {ACTOR}.policy_loss.clip_cov_lb=2", "loss_type", "kl_cov"),
     (f"{ACTOR}.loss_agg_mode=seq-mean-token-mean", "loss_type", "grpo"),
-    (f"{ACTOR}.loss_agg_mode=seq-mean-token-sum", "loss_type", "luspo"),
+    (
+        f"{ACTOR}.policy_loss.loss_mode=gspo {ACTOR}.loss_agg_mode=seq-mean-token-sum",
+        "kl_reduction",
+        "sequence_sum_mean",
+    ),
     (f"{ACTOR}.ppo_epochs=3", "num_iterations", 3),
     (f"{ACTOR}.tis_imp_ratio_cap=2.0", "importance_sampling_cap", 2),
     (f"{ACTOR}.tis_imp_ratio_cap=2.0", "importance_sampling_correction", "token_truncate"),
@@ -210,6 +216,12 @@ ACTS = [
     (f"{ROLLOUT}.top_k=40", "top_k", 40),
     ("algorithm.norm_adv_by_std_in_grpo=False", "scale_rewards", "none"),
     ("reward_model.overlong_buffer.enable=True reward_model.overlong_buffer.len=50", "soft_overlong_cache", 50),
+    ("data.apply_chat_template_kwargs.tools.style=short", "chat_template_kwargs", {"tools": {"style": "short"}}),
+    (
+        "+custom_reward_function.reward_kwargs.judge.url=x",
+        "reward_kwargs",
+        {"compute_score": {"scale": 2, "judge": {"url": "x"}}},
+    ),
     ("data.apply_chat_template_kwargs.enable_thinking=False", "chat_template_kwargs", {"enable_thinking": False}),
     ("actor_rollout_ref.model.lora_rank=8 actor_rollout_ref.model.lora_alpha=4", "lora_alpha", 4),
     ("actor_rollout_ref.model.lora_rank=8", "lora_target", "all-linear"),
@@ -218,6 +230,22 @@ ACTS = [
     ("trainer.total_training_steps=5", "max_steps", 20),
     ("custom_reward_function.name=compute_score", "num_generations", 5),
 ]
+
+
+def test_every_loss_of_a_command_is_one_that_the_loss_itself_takes(imported):
+    """What is mapped can be run: the objective has rules of its own beside those of the YAML."""
+    for mode in ("vanilla", "gspo", "geo_mean", "clip_cov", "kl_cov"):
+        for adding in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"):
+            try:
+                keys = imported(
+                    f"{GRPO.rstrip()[:-3]} {ACTOR}.policy_loss.loss_mode={mode} {ACTOR}.loss_agg_mode={adding}\n"
+                )[1]
+            except ConfigError:
+                assert mode.endswith("_cov") or (mode, adding) == ("vanilla", "seq-mean-token-sum")
+                continue
+            PolicySpec(
+                **{field.name: getattr(keys, field.name) for field in fields(PolicySpec) if hasattr(keys, field.name)}
+            )
 
 
 @pytest.mark.parametrize(("more", "key", "value"), ACTS)
@@ -232,6 +260,7 @@ REFUSED = [
     (f"{ACTOR}.policy_loss.loss_mode=gpg", "no such loss in grpo"),
     (f"{ACTOR}.policy_loss.loss_mode=kl_cov {ACTOR}.loss_agg_mode=seq-mean-token-mean", "no such mean here; set token-mean"),
     (f"{ACTOR}.loss_agg_mode=seq-mean-token-sum-norm", "loss_type: dr_grpo"),
+    (f"{ACTOR}.loss_agg_mode=seq-mean-token-sum", "no such mean here; set token-mean, or write"),
     (f"{ACTOR}.clip_ratio=0.1", "set clip_ratio_low and clip_ratio_high"),
     (f"{ACTOR}.clip_ratio_c=1.1", "set it above 1.2"),
     (f"{ACTOR}.kl_loss_type=abs", "abs: no such estimator here"),

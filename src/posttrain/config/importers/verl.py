@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain.config.importers.fates import ImportDraft, Kind, Refusal, Tool, as_float, flag, names
+from posttrain.config.importers.nested import part_of
 from posttrain.config.importers.sharded import STRATEGIES, count_shards_together, tokens_over
 from posttrain.config.importers.trl import SCRIPT
 from posttrain.config.importers.values import adapter_defaults, trackers
@@ -107,10 +108,9 @@ def _output(draft: ImportDraft) -> None:
 
 
 def _template_values(draft: ImportDraft) -> None:
-    start = "data.apply_chat_template_kwargs."
-    given = {key.removeprefix(start): value for key, value in draft.source.items() if key.startswith(start)}
-    if given:
-        draft.put("chat_template_kwargs", given, f"{start}*")
+    start = "data.apply_chat_template_kwargs"
+    if given := part_of(draft.source, start):
+        draft.put("chat_template_kwargs", given, f"{start}.*")
 
 
 def _sharding(draft: ImportDraft) -> None:

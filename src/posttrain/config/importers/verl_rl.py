@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain.config.importers.fates import ImportDraft, as_float, flag
+from posttrain.config.importers.nested import part_of
 from posttrain.config.importers.paths import local_file
 from posttrain.config.importers.verl_data import read_files, settle
 
 _ACTOR = "actor_rollout_ref.actor"
 _ESTIMATORS: dict[str, str] = {"grpo": "group", "rloo": "rloo"}
-_REDUCTIONS = {"token-mean": "dapo", "seq-mean-token-sum": "luspo", "seq-mean-token-mean": "grpo"}
-"""How tokens add up under the clipped surrogate → the loss that is so here."""
+_REDUCTIONS = {"token-mean": "dapo", "seq-mean-token-mean": "grpo"}
+"""How tokens add up under the clipped surrogate of token ratios → the loss that is so here."""
 _KL_REDUCTIONS = {"token-mean": "token_mean", "seq-mean-token-sum": "sequence_sum_mean", "seq-mean-token-mean": "sequence_mean_of_token_mean"}  # fmt: skip
 _MODES = {"vanilla": None, "gspo": "gspo", "geo_mean": "gmpo", "clip_cov": "clip_cov", "kl_cov": "kl_cov"}
 _COVARIANCE = {"clip_cov": ("clip_cov_ratio", "clip_cov_lb", "clip_cov_ub"), "kl_cov": ("kl_cov_ratio", "ppo_kl_coef")}
@@ -133,13 +134,12 @@ def _surrogate(draft: ImportDraft) -> None:
     if mode not in _MODES or (draft.kind == "ppo" and mode != "vanilla"):
         draft.refuse(mode_key, f"{mode}: no such loss in {draft.kind}", "set vanilla" + (", gspo, geo_mean, clip_cov or kl_cov" if draft.kind == "grpo" else ""))  # fmt: skip
         return
-    if adding not in _REDUCTIONS or ((draft.kind == "ppo" or mode in _COVARIANCE) and adding != "token-mean"):
+    # GSPO and GMPO add up their own way; it then says how the KL does.
+    only_tokens = draft.kind == "ppo" or mode in _COVARIANCE
+    known = {"token-mean"} if only_tokens else _REDUCTIONS if mode == "vanilla" else _KL_REDUCTIONS
+    if adding not in known:
         why = "it divides by another constant from release to release" if "norm" in str(adding) else "no such mean here"
-        todo = (
-            "set token-mean"
-            if draft.kind == "ppo" or mode in _COVARIANCE
-            else "set token-mean, or write a YAML with loss_type: dr_grpo"
-        )
+        todo = "set token-mean" if only_tokens else "set token-mean, or write a YAML with loss_type: dr_grpo"
         draft.refuse(sum_key, f"{adding}: {why}", todo)
         return
     if draft.kind == "grpo":
@@ -235,8 +235,8 @@ def _rewards(draft: ImportDraft) -> None:
     enabled, model = "reward_model.enable", "reward_model.model.path"
     place = "reward." if "reward.custom_reward_function.path" in draft.source else ""
     path, name = f"{place}custom_reward_function.path", f"{place}custom_reward_function.name"
-    options = f"{place}custom_reward_function.reward_kwargs."
-    kwargs = {key.removeprefix(options): value for key, value in draft.source.items() if key.startswith(options)}
+    options = f"{place}custom_reward_function.reward_kwargs"
+    kwargs = part_of(draft.source, options)
     if draft.asks(enabled):
         if not draft.asks(model):
             draft.refuse(model, "missing: it is another model's folder there", "name the reward model")
@@ -256,7 +256,7 @@ def _rewards(draft: ImportDraft) -> None:
     if name in draft.source:
         draft.leave(name, "reward_funcs names it")
     if kwargs:
-        draft.put("reward_kwargs", {function: kwargs}, f"{options}*")
+        draft.put("reward_kwargs", {function: kwargs}, f"{options}.*")
 
 
 def _overlong(draft: ImportDraft) -> None:
