@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import workload
+from posttrain.files import read_json_lines
 from stage_posttrain import QUICKSTART
 from staleness import logged
 from time_to_accuracy import Done, Options, over_seeds, points, run_job, run_stage, share
@@ -94,7 +95,7 @@ class Bench:
     def curve_suite(self) -> Path:
         """The first gate questions as a dev split: nothing is chosen by them."""
         path = self.options.folder / "curve.jsonl"
-        rows = [json.loads(line) for line in (QUICKSTART / "evals" / "heldout.jsonl").read_text().splitlines()]
+        rows = [row for _, row in read_json_lines(QUICKSTART / "evals" / "heldout.jsonl")]
         asked = [row | {"split": "dev"} for row in rows if row["split"] == "gate"][:CURVE_ITEMS]
         path.write_text("".join(json.dumps(row) + "\n" for row in asked))
         return path
@@ -107,7 +108,7 @@ class Bench:
     def _told_sft(self) -> Done:
         """SFT in which every second question ends in what its demonstration answers: a policy that can read a solution it is told."""
         path = self.options.folder / "told.jsonl"
-        rows = [json.loads(line) for line in (QUICKSTART / "data" / "sft.jsonl").read_text().splitlines()]
+        rows = [row for _, row in read_json_lines(QUICKSTART / "data" / "sft.jsonl")]
         path.write_text("".join(json.dumps(told(row) if place % 2 else row) + "\n" for place, row in enumerate(rows)))
         job = {
             "kind": "sft", "model": str(QUICKSTART / "base"), "parent": "base", "seed": SFT_SEED, "max_steps": self.options.max_steps,
@@ -203,7 +204,6 @@ def answer_tokens(done: Done) -> list[float]:
 
 def curve_of(done: Done) -> list[tuple[float, float]]:
     """Trained tokens so far and the share of the curve's questions that is right, at each measurement."""
-    from posttrain.files import read_json_lines
 
     steps = [row for _, row in read_json_lines(done.model.parent / "metrics.jsonl")]
     totals = accumulate(answer_tokens(done))

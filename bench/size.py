@@ -259,7 +259,7 @@ def points(name: str, sizes: Sequence[int]) -> Iterator[dict[str, float]]:
             for what in ("prepare", "measure"):
                 command = [sys.executable, __file__, "--part", what, name, folder, str(size)]
                 answer = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-            yield json.loads(answer.splitlines()[-1])
+            yield json.loads(answer.rstrip().rpartition("\n")[2])
 
 
 def exponent(found: Sequence[dict[str, float]]) -> float:

@@ -14,9 +14,9 @@ TIED = ModelShape(2, 64, 128, 1000, 4, 2, 16, tied=True)
 GIB = 1 << 30
 
 
-def plan(on_cpu=True, **rollout):
+def plan(on_cpu=True, options=None, **rollout):
     keys = STAGE_KINDS["grpo"].keys(
-        base_model="m", datasets=[{"path": "d.jsonl"}], reward_funcs=["exact_match"], rollout=rollout
+        base_model="m", datasets=[{"path": "d.jsonl"}], reward_funcs=["exact_match"], rollout=rollout, **options or {}
     )
     demands = STAGE_KINDS["grpo"].demands(keys)
     workload = Workload.from_keys(keys.model_dump(), **demands, device_has_bf16=False, on_cpu=on_cpu)
@@ -97,7 +97,8 @@ def test_what_is_made_ahead_by_our_engine_needs_a_copy_of_what_is_trained(asks, 
 
 
 def test_what_samples_while_it_trains_holds_both_at_once():
-    in_turn, ahead = (plan(max_staleness=stale) for stale in (0, 1))
+    smallest = {"per_device_train_batch_size": 1, "gradient_checkpointing": True, "rollout_batch_size": 8}
+    in_turn, ahead = (plan(options=smallest, max_staleness=stale) for stale in (0, 1))
     parts = ahead.parts
     training = sum(parts.get(name, 0) for name in ("autocast", "gradients", "activations", "logits"))
     rollout = sum(parts.get(name, 0) for name in ("kv_cache", "prefill", "decode_weights"))

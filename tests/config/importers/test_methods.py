@@ -305,17 +305,6 @@ def test_trls_methods_that_are_none_here_are_refused_by_name(refused):
     assert "posttrain_stage: ppo: " in refused("python ppo.py --model_name_or_path a/b --dataset_name c/d\n", "run.sh")
 
 
-@pytest.mark.parametrize("name", ["Mxfp4Config", "FineGrainedFP8Config"])
-def test_weights_that_are_stored_quantised_are_refused_by_name(refused, name):
-    said = refused(
-        f"{CHATS}model_quantization_config: {name}\nmodel_quantization_config_kwargs: {{dequantize: true}}\n"
-    )
-    assert (
-        f"model_quantization_config: {name}: weights that are stored quantised are not unpacked here; name a base_model"
-        in said
-    )
-
-
 @pytest.mark.parametrize(("stage", "kind"), [("dpo", "dpo"), ("rm", "reward_model")])
 def test_llamafactorys_pairs_in_text_columns_become_conversations(loaded, stage, kind):
     made, keys = loaded(f"{LLAMAFACTORY}stage: {stage}\ndataset: texts\n")
