@@ -1,5 +1,6 @@
 """Every part of a plan against what torch allocates: one pass of the work that the part stands for."""
 
+import gc
 import json
 from functools import partial
 
@@ -37,6 +38,7 @@ TOLERANCE = 0.15
 
 def allocated(work):
     """(peak, left, result) of a call: bytes allocated on the CPU beyond those there were."""
+    gc.collect()  # a model of before that is let go of within would be taken off
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = work()
     events, waiting = [], list(profiled.profiler.kineto_results.experimental_event_tree())
