@@ -138,9 +138,8 @@ class ImportDraft:
         if ours not in self.keys and ours in keys_of(STAGE_KINDS[self.kind].keys):
             self.keys[ours] = value
             self.came_from[ours] = f"{self.tool}'s default"
-            self.notes[ours] = [
-                f"{self.tool}'s default; here it is {keys_of(STAGE_KINDS[self.kind].keys)[ours].default}"
-            ]
+            here = keys_of(STAGE_KINDS[self.kind].keys)[ours].default
+            self.notes[ours] = [f"{self.tool}'s default{'' if here == value else f'; here it is {here}'}"]
 
     def drop(self, ours: str, why: str) -> None:
         """Take back a key of ours, if it is set."""
