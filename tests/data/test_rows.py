@@ -1,6 +1,7 @@
 """Rows on disk: made when they are asked for, equal to what was tokenised, and held by nobody."""
 
 import gc
+import resource
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
@@ -96,6 +97,18 @@ def test_a_load_that_fails_leaves_nothing_half_written(write_jsonl, tokenizer, o
     path = write_jsonl([text(number) for number in range(10)])
     with pytest.raises(DataError, match="sequence_len"):
         load_sft(keys_of(path, sequence_len=8, overflow="error"), tokenizer)
+    assert [file.name for file in own_cache.rglob("*") if file.is_file()] == [".lock"]
+
+
+def test_without_room_the_message_says_so_and_nothing_is_left_that_takes_room(write_jsonl, tokenizer, own_cache):
+    path = write_jsonl([text(number) for number in range(3000)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        with pytest.raises(DataError, match="tokenised rows cannot be written: File too large"):
+            load_sft(keys_of(path), tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [file.name for file in own_cache.rglob("*") if file.is_file()] == [".lock"]
 
 

@@ -19,7 +19,7 @@ import time
 import zipfile
 from array import array
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
@@ -172,7 +172,8 @@ class RowWriter:
 
     def __exit__(self, *_: object) -> None:
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # what could not be written has been said
+                file.close()
         shutil.rmtree(self._folder, ignore_errors=True)  # not there any more where it has become the entry
 
     def add(self, seqs: Sequence[TokenSeq], extra: Any) -> None:
