@@ -7,7 +7,8 @@ from posttrain.config.datasets import DatasetKeys
 from posttrain.data.load import load_sft
 from posttrain.distributed.ranks import SingleProcess
 from posttrain.models.load import load_policy, load_tokenizer
-from posttrain.recipes.ptx import PtxRows, ptx_loss, ptx_micro_batches, ptx_norm
+from posttrain.recipes.batches import in_their_order
+from posttrain.recipes.ptx import PtxRows, ptx_loss, ptx_norm
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_the_loss_is_the_weighted_mean_over_the_steps_own_tokens(made):
             trained = [t for t in range(1, len(row.ids)) if row.loss_mask[t]]
             total += sum(float(logp[t - 1, row.ids[t]]) for t in trained)
             count += len(trained)
-    micros = [micro.rows for micro in ptx_micro_batches(rows, keys, SingleProcess())]
+    micros = [micro.rows for micro in in_their_order(rows, keys.per_device_train_batch_size, SingleProcess())]
     assert [len(micro) for micro in micros] == [2, 2, 1]
     loss, whole = gradient(policy, micros, ptx_norm(rows), 0.5)
     assert loss == pytest.approx(-0.5 * total / count, rel=1e-6)

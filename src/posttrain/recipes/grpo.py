@@ -16,7 +16,7 @@ from posttrain.recipes.credit import GroupCredit
 from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import accumulating, learning_rate, update
 from posttrain.recipes.policy_step import loss, micro_batches_of, normalizer, num_tokens, select_tokens
-from posttrain.recipes.ptx import ptx_loss, ptx_micro_batches, ptx_norm
+from posttrain.recipes.ptx import learn_from
 from posttrain.recipes.rl import EMPTY_STEP, begun, is_uncorrected
 from posttrain.recipes.run.run_folder import StageResult
 from posttrain.recipes.run.stage import Stage
@@ -53,10 +53,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
                 if not micro.idle:
                     metrics.add(terms.metrics)
                     metrics.add_share("loss", float(terms.loss.detach()))
-            for micro in accumulating(policy, ptx_micro_batches(supervised, keys, ranks)):
-                terms = ptx_loss(policy, micro.rows, ptx_norm(supervised), keys.ptx_coef)
-                micro.backward(terms.loss)
-                metrics.add({} if micro.idle else terms.metrics)
+            learn_from(policy, supervised, keys, ranks, metrics)
             values = metrics.reduced(ranks) | selection | (experience.metrics if fresh else {})
             if micros or supervised:
                 lr = learning_rate(step, rl.total_steps, keys) * stage.guard.controls.lr_scale
@@ -66,12 +63,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
                 # Nothing had a difference in reward: nothing moves, not even by AdamW's momentum.
                 values[EMPTY_STEP] = 1.0
                 state.empty_steps += 1
-
-            state.step = step + 1
-            values |= stage.times(rollout_s=rollout_s)
-            values |= rl.validation.if_due(state.step, rl.total_steps)
-            best = rl.validation.best_score(state.step)
-            stage.finish_step(state, values, state.step == rl.total_steps, best)
+            rl.finish_step(stage, step, values, rollout_s)
 
         rl.validation.restore_best()
     return stage.done(state)

@@ -17,7 +17,7 @@ from posttrain.recipes.dpo import step_loss
 from posttrain.recipes.metrics import StepMetrics
 from posttrain.recipes.optim import accumulating, learning_rate, update
 from posttrain.recipes.policy_step import num_tokens
-from posttrain.recipes.ptx import ptx_loss, ptx_micro_batches, ptx_norm
+from posttrain.recipes.ptx import learn_from
 from posttrain.recipes.reference import Reference
 from posttrain.recipes.rl import EMPTY_STEP, begun
 from posttrain.recipes.run.run_folder import StageResult
@@ -52,10 +52,7 @@ def run(keys: OnlineDPOKeys, stage: Stage) -> StageResult:
                 if not micro.idle:
                     metrics.add(terms.metrics | distance(terms, micro.rows, spec))
                     metrics.add_share("loss", float(terms.loss.detach()))
-            for micro in accumulating(policy, ptx_micro_batches(supervised, keys, ranks)):
-                terms = ptx_loss(policy, micro.rows, ptx_norm(supervised), keys.ptx_coef)
-                micro.backward(terms.loss)
-                metrics.add({} if micro.idle else terms.metrics)
+            learn_from(policy, supervised, keys, ranks, metrics)
             values = metrics.reduced(ranks) | (experience.metrics if position == 0 else {})
             if micros or supervised:
                 lr = learning_rate(step, rl.total_steps, keys) * stage.guard.controls.lr_scale
@@ -65,12 +62,7 @@ def run(keys: OnlineDPOKeys, stage: Stage) -> StageResult:
                 # Every group was tied: nothing moves, not even by AdamW's momentum.
                 values[EMPTY_STEP] = 1.0
                 state.empty_steps += 1
-
-            state.step = step + 1
-            values |= stage.times(rollout_s=rollout_s)
-            values |= rl.validation.if_due(state.step, rl.total_steps)
-            best = rl.validation.best_score(state.step)
-            stage.finish_step(state, values, state.step == rl.total_steps, best)
+            rl.finish_step(stage, step, values, rollout_s)
 
         rl.validation.restore_best()
     return stage.done(state)

@@ -18,7 +18,9 @@ from posttrain.objectives.reduce import Normalizer
 from posttrain.objectives.sft import sft_loss
 from posttrain.objectives.terms import LossTerms
 from posttrain.protocols import Ranks
-from posttrain.recipes.batches import MicroBatch, for_rank
+from posttrain.recipes.batches import in_their_order
+from posttrain.recipes.metrics import StepMetrics
+from posttrain.recipes.optim import accumulating
 from posttrain.types import TokenSeq
 
 
@@ -38,10 +40,13 @@ class PtxRows:
         return self._data.rows[self._order(epoch)[place]]
 
 
-def ptx_micro_batches(rows: Sequence[TokenSeq], keys: RLKeys, ranks: Ranks) -> list[MicroBatch[TokenSeq]]:
-    """This rank's, `per_device_train_batch_size` rows at a time, as many on every rank."""
-    size = keys.per_device_train_batch_size
-    return for_rank([list(rows[i : i + size]) for i in range(0, len(rows), size)], ranks)
+def learn_from(policy: Policy, rows: Sequence[TokenSeq], keys: RLKeys, ranks: Ranks, metrics: StepMetrics) -> None:
+    """Add the gradient of a step's supervised rows, `per_device_train_batch_size` at a time, as often on every rank."""
+    micros, norm = list(in_their_order(rows, keys.per_device_train_batch_size, ranks)), ptx_norm(rows)
+    for micro in accumulating(policy, micros):
+        terms = ptx_loss(policy, micro.rows, norm, keys.ptx_coef)
+        micro.backward(terms.loss)
+        metrics.add({} if micro.idle else terms.metrics)
 
 
 def ptx_loss(policy: Policy, rows: Sequence[TokenSeq], norm: Normalizer, coef: float) -> LossTerms:

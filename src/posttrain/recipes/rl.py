@@ -57,6 +57,14 @@ class RLRun(Generic[CreditT]):
     validation: Validation
     total_steps: int
 
+    def finish_step(self, stage: Stage, step: int, values: dict[str, float], rollout_s: float) -> None:
+        """Count optimizer step `step`, validate where it is due, and hand its `values` to the stage. All ranks call it."""
+        self.state.step = step + 1
+        values |= stage.times(rollout_s=rollout_s)
+        values |= self.validation.if_due(self.state.step, self.total_steps)
+        best = self.validation.best_score(self.state.step)
+        stage.finish_step(self.state, values, self.state.step == self.total_steps, best)
+
 
 @contextmanager
 def begun(
