@@ -9,7 +9,7 @@ import torch
 from posttrain.config.preference import DPOKeys
 from posttrain.config.stages import ModelKeys
 from posttrain.models.load import freeze_reference, load_policy
-from posttrain.recipes.reference import KEPT
+from posttrain.recipes.reference import KEPT, _found, _packed
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -119,3 +119,19 @@ def test_log_probs_of_another_model_or_other_rows_are_not_taken(train, other_wei
     with caplog.at_level("WARNING"):
         train("dpo", name="one", max_steps=1, **change)
     assert "cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: b"",
+        lambda raw: raw[: len(raw) // 2],
+        lambda raw: raw.replace(b"PK\x01\x02", b"PK\x01\x02\xff\xff\xff\xff"),
+    ],
+)
+def test_a_file_of_log_probs_that_is_damaged_is_not_taken(damage, tmp_path, caplog):
+    raw = _packed(np.zeros((4, 2), np.float32), "sha256:of")
+    (tmp_path / KEPT).write_bytes(raw)
+    assert np.isfinite(_found(tmp_path / KEPT, "sha256:of", 4)).all()
+    (tmp_path / KEPT).write_bytes(damage(raw))
+    assert np.isnan(_found(tmp_path / KEPT, "sha256:of", 4)).all() and "cannot be read" in caplog.text

@@ -144,7 +144,7 @@ def _found(path: Path, digest: str, num_rows: int) -> np.ndarray:
             with np.load(path, allow_pickle=False) as kept:
                 if str(kept["of"]) == digest:
                     return kept["logp"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
             log.warning("%s cannot be read (%s): the reference's log-probs are computed again", path, error)
     return np.full((num_rows, 2), np.nan, np.float32)
 
