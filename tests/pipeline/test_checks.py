@@ -228,6 +228,18 @@ def test_an_adapter_on_a_bf16_file_is_planned_in_bf16_where_the_cpu_has_it(make_
     assert planned[1].parts["weights"] * 2 == planned[0].parts["weights"]
 
 
+def test_a_base_that_is_stored_quantised_is_refused_before_the_first_stage_runs(make_local_model, project):
+    base = make_local_model("llama")
+    config = json.loads((base / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "gptq", "bits": 4}
+    }
+    (base / "config.json").write_text(json.dumps(config))
+    run = project([sft()], base_model=str(base))
+    with pytest.raises(ModelError, match=r"quantised \(gptq in config.json\)"):
+        run.run()
+    assert not run.out.joinpath("stages").exists() and not run.out.joinpath("evals").exists()
+
+
 def test_a_model_whose_memory_cannot_be_counted_is_trained_all_the_same(model_dir, project, caplog):
     from posttrain.config.load_pipeline import load_pipeline
     from posttrain.pipeline import checks

@@ -31,7 +31,7 @@ from posttrain.models.load import (
     refuse_other_media,
 )
 from posttrain.models.provenance import was_tuned_by_us
-from posttrain.models.stored import stored_dtype
+from posttrain.models.stored import refuse_quantised, stored_dtype
 from posttrain.pipeline.selection import spec_of, without_dev
 from posttrain.planner.fit import cannot_fit, fits, shortfall
 from posttrain.planner.machine import available_bytes
@@ -175,9 +175,10 @@ def check_trackers(keys: PipelineKeys) -> None:
 
 
 def check_memory(keys: PipelineKeys) -> None:
-    """Says what is advised about the keys. Raises: ModelError for a model that is not of text alone; ConfigError, in one line, for the first stage that cannot fit."""
+    """Says what is advised about the keys. Raises: ModelError for a model that is not of text alone, or quantised; ConfigError, in one line, for the first stage that cannot fit."""
     config = load_config(keys.stages[0].keys)
     refuse_other_media(keys.stages[0].keys, config)
+    refuse_quantised(keys.stages[0].keys, config)
     num_params = None
     try:
         shape = ModelShape.from_config(model_shape(config))
