@@ -1,6 +1,7 @@
 """OpenRLHF's `train_ppo_ray` all the way to a YAML that the strict loader takes, and each of its keys acting."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -98,10 +99,16 @@ def test_the_dotted_spelling_says_the_same(imported, folder):
 
 def test_no_key_is_dropped_silently(imported):
     """Every key of the command is in the YAML: at a key of ours, or among the others."""
-    for text in (GRPO, PPO, DOTTED):
+    for text in (GRPO, PPO, DOTTED, f"{GRPO.rstrip()} --max_len 4096\n"):
         made = imported(text)[0]
         given = [word[2:] for word in text.partition("train_ppo_ray")[2].split() if word.startswith("--")]
-        assert [key for key in given if key not in made.text] == []
+        assert [key for key in given if not re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", made.text)] == []
+
+
+def test_a_default_of_theirs_that_is_ours_is_no_news(imported):
+    notes = imported(PPO)[0].notes
+    assert "warmup_ratio: 0.03 (OpenRLHF's default; here it is 0)" in notes
+    assert not [note for note in notes if note.startswith(("kl_in_reward", "num_train_epochs"))]
 
 
 ACTS = [

@@ -63,7 +63,7 @@ torchrun --standalone --nproc_per_node=$1 -m verl.trainer.fsdp_sft_trainer data.
     data.prompt_key=extra_info data.response_key=extra_info +data.prompt_dict_keys=['question'] +data.response_dict_keys=['answer'] \\
     data.micro_batch_size_per_gpu=8 model.partial_pretrain=base model.lora_rank=32 model.target_modules=[q_proj,v_proj] trainer.default_local_dir=$2
 """
-REWARD = "def compute_score(data_source, solution_str, ground_truth, extra_info=None, scale=1): return scale * (solution_str == ground_truth)\n"
+REWARD = "def compute_score(data_source, solution_str, ground_truth, extra_info=None, scale=1): return scale * (solution_str == ground_truth)\nsecond = compute_score\n"
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ ACTS = [
     ("trainer.default_local_dir=out/x", "output_dir", "out/x"),
     ("trainer.max_actor_ckpt_to_keep=7", "save_total_limit", 7),
     ("trainer.total_training_steps=5", "max_steps", 20),
-    ("custom_reward_function.name=compute_score", "num_generations", 5),
+    ("custom_reward_function.name=second", "reward_kwargs", {"second": {"scale": 2}}),
 ]
 
 

@@ -6,6 +6,7 @@ A key that no row knows is refused: it may change what is learned.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,7 +140,7 @@ class ImportDraft:
             self.keys[ours] = value
             self.came_from[ours] = f"{self.tool}'s default"
             here = keys_of(STAGE_KINDS[self.kind].keys)[ours].default
-            self.notes[ours] = [f"{self.tool}'s default{'' if here == value else f'; here it is {here}'}"]
+            self.notes[ours] = [f"{self.tool}'s default{'' if here == show_value(value) else f'; here it is {here}'}"]
 
     def drop(self, ours: str, why: str) -> None:
         """Take back a key of ours, if it is set."""
@@ -275,7 +276,8 @@ def _tell_the_rest(tool: Tool, draft: ImportDraft) -> None:
     known = {key for key, _ in draft.other} | {refusal.key for refusal in draft.refusals}
     for key in draft.source:
         row = tool.row_of(key)
-        if row is not None and row.joint and key not in known and key not in told:
+        named = re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", told)
+        if row is not None and row.joint and key not in known and not named:
             draft.other.append((key, f"read with others for {row.to}"))
 
 

@@ -78,6 +78,8 @@ def _lengths(draft: ImportDraft) -> None:
         answer = int(as_float(answer or 1024))
         settle(draft, "max_completion_length", answer, answer_key)
         settle(draft, "sequence_len", int(as_float(prompt or 1024)) + answer, prompt_key, "a prompt with its completion")  # fmt: skip
+        if whole is not None:
+            draft.leave(whole_key, "a prompt and a completion each have a length")
     elif answer is None:
         draft.refuse(answer_key, "missing: a completion then has the room that its prompt leaves, from 1024 to all of it by release", "set max_new_tokens")  # fmt: skip
         return

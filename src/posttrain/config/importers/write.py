@@ -8,7 +8,7 @@ from typing import Any
 from posttrain.config.importers.fates import ImportDraft
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.paths import make_relative
-from posttrain.config.schema import keys_of
+from posttrain.config.schema import keys_of, show_value
 from posttrain.config.yaml_lines import dump_yaml
 
 _WIDTH = 118
@@ -37,7 +37,7 @@ def notes(draft: ImportDraft) -> list[str]:
     """What a reader should look at: what is changed, and the tool's defaults that are not ours."""
     changed = [f"{key}: {text}" for key, text in draft.other if text.startswith("changed")]
     assumed = [
-        f"{key}: {draft.keys[key]} ({text})"
+        f"{key}: {show_value(draft.keys[key])} ({text})"
         for key, texts in draft.notes.items()
         for text in texts
         if "'s default;" in text
