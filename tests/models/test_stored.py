@@ -79,6 +79,13 @@ def test_another_way_of_storing_is_refused_by_name(make_local_model, method):
         load_policy(keys_for(folder))
 
 
+def test_a_way_of_storing_whose_library_is_missing_is_one_line_where_it_is_only_scored(make_local_model):
+    folder = make_local_model("qwen3")
+    say_stored(folder, {"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ModelError, match=r"did not load: Loading a GPTQ quantized model requires optimum"):
+        load_policy(keys_for(folder), trainable=False)
+
+
 def test_what_is_packed_is_not_quantised_once_more(packed_model):
     with pytest.raises(ModelError, match=r"MXFP4.*set adapter: lora"):
         load_policy(keys_for(packed_model, adapter="qlora"))

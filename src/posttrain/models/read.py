@@ -87,7 +87,12 @@ def _read(keys: ModelKeys, dtype: torch.dtype, **options: Any) -> PreTrainedMode
             keys.base_model, dtype=dtype, revision=keys.revision, trust_remote_code=keys.trust_remote_code,
             use_safetensors=True, **options,
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        ImportError,
+    ) as error:  # the last: of a library that a way of storing needs
         raise _unloadable(keys, error) from error
     if keys.is_reward_model:
         return with_reward_per_token(model)
