@@ -1,6 +1,7 @@
 """A checkpoint whose weights are stored in MXFP4 is unpacked; another way of storing is refused by name."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -79,6 +80,7 @@ def test_another_way_of_storing_is_refused_by_name(make_local_model, method):
         load_policy(keys_for(folder))
 
 
+@pytest.mark.skipif(find_spec("optimum") is not None, reason="optimum is installed, which reads GPTQ")
 def test_a_way_of_storing_whose_library_is_missing_is_one_line_where_it_is_only_scored(make_local_model):
     folder = make_local_model("qwen3")
     say_stored(folder, {"quant_method": "gptq", "bits": 4})
