@@ -217,3 +217,13 @@ def test_a_resume_plans_its_own_epoch_and_not_those_before_it():
     made = Planned(**{name: getattr(schedule([3, 4, 5])[0], name) for name in ARGUMENTS})
     made.step(2 * 300)
     assert made.planned == [0, 300]
+
+
+def test_the_rows_of_many_steps_are_known_once_all_were_seen():
+    costs = []
+    rows = list(range(1, 33))
+    made, _ = schedule(rows, Rank(0, 2), cost=lambda row: costs.append(row) or float(row))
+    part, whole = made.places_until(3), made.places_until(8)
+    assert part == whole[:12] and sorted(whole) == list(range(32))
+    costs.clear()
+    assert made.places_until(10_000) == whole and len(costs) == 32

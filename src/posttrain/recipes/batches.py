@@ -106,7 +106,12 @@ class Schedule(Generic[T]):
 
     def places_until(self, number: int) -> list[int]:
         """The rows that the steps before `number` train, each once, in the order in which they come."""
-        return list(dict.fromkeys(index for step in range(number) for part in self._places(step) for index in part))
+        seen: dict[int, None] = {}
+        for step in range(number):
+            seen.update(dict.fromkeys(index for part in self._places(step) for index in part))
+            if len(seen) == len(self.data):
+                break
+        return list(seen)
 
     def _places(self, number: int) -> list[list[int]]:
         epoch, first = self.locate(number)
