@@ -204,6 +204,7 @@ def test_beta_is_steered_to_the_distance_that_is_asked_for(train, runner):
         ({"num_generations": 1}, r"greater than or equal to 2"),
         ({"beta": 0}, r"greater than 0"),
         ({"loss_type": "simpo", "kl_target": 0.1}, r"kl_target steers beta, which is 0 \(no reference is kept\)"),
+        ({"ld_alpha": 0.5, "kl_target": 0.1}, r"kl_target with ld_alpha: 0.5.*no KL is measured"),
         ({"rollout": {"exact": True}}, r"rollout.exact: true in online_dpo"),
         ({"epsilon": 0.1}, r"epsilon"),
         ({"entropy_coef": 0.1}, r"entropy_coef"),
