@@ -14,7 +14,7 @@ HEAD = """\
 
 `posttrain import FILE [-o OUT]` reads a configuration of Axolotl, LLaMA-Factory, TRL, torchtune, OpenRLHF or verl and writes a YAML of ours with a
 comment per key. FILE is a YAML, or a script that holds the tool's command (`trl sft --model_name_or_path …`, `accelerate launch dpo.py --…`,
-`llamafactory-cli train x.yaml`, `tune run RECIPE --config x.yaml optimizer.lr=1e-4`, `deepspeed --module openrlhf.cli.train_sft --…`, `python -m verl.trainer.main_ppo key=value …`); variables that the script sets are put in. `posttrain sft FILE` takes
+`llamafactory-cli train x.yaml`, `tune run RECIPE --config x.yaml optimizer.lr=1e-4`, `deepspeed --module openrlhf.cli.train_sft --…`, `python -m verl.trainer.main_ppo key=value …`); variables that the script sets are put in, and `$((1024 * 2))` as its number. `posttrain sft FILE` takes
 such a YAML in place, prints the notes and runs.
 
 ```

@@ -232,6 +232,15 @@ ACTS = [
 ]
 
 
+def test_lengths_that_the_shell_computes_are_read(imported):
+    text = GRPO.replace("DATA=data\n", "DATA=data\nquestion=$((1024 * 2))\nwhole=$(((question + 100) * 2))\n")
+    text = text.replace("prompt_length=100", "prompt_length=${question}").replace("=200", "=$((whole / 2 - 48))")
+    keys = imported(text)[1]
+    assert (keys.max_completion_length, keys.sequence_len) == (2100, 2048 + 2100)
+    with pytest.raises(ConfigError, match=r"data.max_prompt_length: \$\(\(elsewhere\*2\)\)"):
+        imported(GRPO.replace("prompt_length=100", "prompt_length=$((elsewhere * 2))"))
+
+
 def test_every_loss_of_a_command_is_one_that_the_loss_itself_takes(imported):
     """What is mapped can be run: the objective has rules of its own beside those of the YAML."""
     for mode in ("vanilla", "gspo", "geo_mean", "clip_cov", "kl_cov"):

@@ -1,11 +1,13 @@
 """Shell scripts that hold the command of another tool: which tool's it is, and the keys that it gives.
 
-Variables that the script sets are put in (`$NAME`, `${NAME}`, `${NAME:-other}`), text that a here-document holds is read as commands, and
+Variables that the script sets are put in (`$NAME`, `${NAME}`, `${NAME:-other}`, `$((NAME * 2))`), text that a here-document holds is read as commands, and
 what only a shell would know (`$(…)`, `$1`, a variable from elsewhere) stays as it is written.
 """
 
 from __future__ import annotations
 
+import ast
+import operator
 import os
 import re
 import shlex
@@ -23,6 +25,11 @@ YAML_SUFFIXES = (".yaml", ".yml", ".json")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?[-=]([^{}]*))?\})")
 _ARRAY = re.compile(r"\$\{(\w+)\[@\]\}")
+_ARITHMETIC = re.compile(r"\$\(\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)\)")
+_LONGEST_SUM = 200
+_OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.floordiv, ast.Mod: operator.mod,
+}  # fmt: skip
 _ANSI_QUOTES = re.compile(r"(?:(?<=[\s=])|^)\$'((?:[^'\\]|\\.)*)'")
 _LONGEST_QUOTE = 100
 """Lines: each is read with all before it, and a stray apostrophe would have that done to the end of the file."""
@@ -106,15 +113,21 @@ def _command_from(lines: list[str], start: int, ends_here: str) -> tuple[int, li
             pending = pending.rstrip()[:-1] + " "
             continue
         try:
-            return place + 1, shlex.split(_ANSI_QUOTES.sub(_unquoted, pending), comments=True)
+            return place + 1, _words_of(pending)
         except ValueError:
             if place - start > _LONGEST_QUOTE:
                 return start + 1, []
             pending += "\n"
     try:
-        return max(place, start + 1), shlex.split(pending, comments=True)
+        return max(place, start + 1), _words_of(pending)
     except ValueError:
         return start + 1, []
+
+
+def _words_of(command: str) -> list[str]:
+    """Raises: ValueError for a quote that is not closed."""
+    joined = _ARITHMETIC.sub(lambda match: "".join(match[0].split()), command)
+    return shlex.split(_ANSI_QUOTES.sub(_unquoted, joined), comments=True)
 
 
 def _unquoted(match: re.Match[str]) -> str:
@@ -167,7 +180,25 @@ def _put_in(word: str, variables: Mapping[str, str]) -> str:
         other = match[0] if match[3] is None else match[3]
         return variables.get(name, other)
 
-    return _VARIABLE.sub(value, word)
+    return _ARITHMETIC.sub(lambda match: _computed(match, variables), _VARIABLE.sub(value, word))
+
+
+def _computed(match: re.Match[str], variables: Mapping[str, str]) -> str:
+    """`$((2 * LENGTH))` as its number; as it is written where that is not known."""
+    text = re.sub(r"[A-Za-z_]\w*", lambda name: variables.get(name[0], name[0]), match[1])
+    try:
+        return str(_value_of(ast.parse(text, mode="eval").body)) if len(text) <= _LONGEST_SUM else match[0]
+    except (SyntaxError, KeyError, ZeroDivisionError):
+        return match[0]
+
+
+def _value_of(node: ast.expr) -> int:
+    """Raises: KeyError for all but sums, products and quotients of whole numbers."""
+    if isinstance(node, ast.BinOp):
+        return _OPERATORS[type(node.op)](_value_of(node.left), _value_of(node.right))
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    raise KeyError(ast.dump(node))
 
 
 def _with_options(line: ScriptLine, path: Path) -> dict[str, Any]:
