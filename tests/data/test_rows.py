@@ -1,7 +1,9 @@
 """Rows on disk: made when they are asked for, equal to what was tokenised, and held by nobody."""
 
+import fcntl
 import gc
 import resource
+import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
@@ -81,6 +83,26 @@ def test_of_two_that_start_at_once_one_tokenises_and_the_other_reads(write_jsonl
         found = list(pool.map(lambda tokenizer: load_sft(keys, tokenizer), tokenizers))
     assert sorted(data.summary.cache for data in found) == ["hit", "miss: first time"]
     assert found[0].rows == found[1].rows and found[0].digest == found[1].digest
+
+
+def test_who_finds_its_rows_does_not_wait_for_one_that_tokenises_and_who_waits_says_so(
+    write_jsonl, tokenizer, own_cache, caplog
+):
+    path = write_jsonl([text(number) for number in range(5)])
+    load_sft(keys_of(path), tokenizer)
+    [lock] = own_cache.rglob(".lock")
+    with open(lock, "w") as held, ThreadPoolExecutor(1) as pool, caplog.at_level("INFO", "posttrain"):
+        fcntl.flock(held, fcntl.LOCK_EX)
+        try:
+            assert pool.submit(load_sft, keys_of(path), tokenizer).result(timeout=60).summary.cache == "hit"
+            waiting = pool.submit(load_sft, keys_of(path, sequence_len=60), tokenizer)
+            until = time.monotonic() + 60
+            while "waiting for it" not in caplog.text and time.monotonic() < until:
+                time.sleep(0.01)
+            assert "another process tokenises the same data" in caplog.text and not waiting.done()
+        finally:
+            fcntl.flock(held, fcntl.LOCK_UN)
+        assert waiting.result(timeout=60).summary.cache == "miss: keys changed: sequence_len"
 
 
 def test_rows_stay_readable_when_their_entry_is_taken_away(write_jsonl, tokenizer, own_cache):

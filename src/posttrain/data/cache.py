@@ -140,12 +140,16 @@ def lookup(key: CacheKey) -> tuple[Cached | None, str]:
 
 @contextmanager
 def alone(key: CacheKey) -> Generator[None]:
-    """Inside, no other process of this machine looks for the same data: the first one writes, the others read."""
+    """Inside, no other process of this machine tokenises the same data: the first one writes, the others read."""
     with ExitStack() as opened:
         try:
             key.folder.mkdir(parents=True, exist_ok=True)
             handle = opened.enter_context(open(key.folder / ".lock", "w"))
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("%s: another process tokenises the same data: waiting for it", key.folder)
+                fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:
             log.debug("%s: not locked: %s", key.folder, error)  # then each process writes an entry of its own
         yield

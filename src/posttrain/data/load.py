@@ -202,11 +202,14 @@ def _load(plan: RowPlan, keys: TrainKeys, tokenizer: Any, given: Sequence[Datase
     use_template(tokenizer, keys.chat_template, keys.chat_template_kwargs)
     weights = tuple(source.weight for source in sources)
     key = None if plan.first else _cache_key(plan, sources, tokenizer)
-    with cache.alone(key) if key else nullcontext():
-        found, status = cache.lookup(key) if key else (None, f"none: the first {plan.first:,} rows of a stream")
-        if found is None:
-            found, why_not_kept = _tokenized(plan, sources, tokenizer, key)
-            status += why_not_kept
+    found, status = cache.lookup(key) if key else (None, f"none: the first {plan.first:,} rows of a stream")
+    if found is None:
+        with cache.alone(key) if key else nullcontext():
+            if key:  # who had to wait finds it now
+                found, status = cache.lookup(key)
+            if found is None:
+                found, why_not_kept = _tokenized(plan, sources, tokenizer, key)
+                status += why_not_kept
     return _restored(plan, found, sources, weights, status)
 
 
