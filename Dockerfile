@@ -1,7 +1,7 @@
 # posttrain in a container. No builder was at hand where this file was written: it was never built.
 #   CPU    docker build -t posttrain .
 #   CUDA   docker build -t posttrain:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 --build-arg EXTRAS=qlora,math,serve,gpu .
-#   run    docker run --rm [--gpus all --ipc=host] -v "$PWD:/work" posttrain sft sft.yaml
+#   run    docker run --rm --user "$(id -u):$(id -g)" [--gpus all --ipc=host] -v "$PWD:/work" posttrain sft sft.yaml
 # torch's wheels bring CUDA; the host needs the driver and NVIDIA's container toolkit.
 FROM python:3.11-slim AS build
 COPY pyproject.toml README.md LICENSE MANIFEST.in CHANGELOG.md constraints.txt vllm-overrides.txt /source/
@@ -17,7 +17,8 @@ COPY constraints.txt /constraints.txt
 RUN pip install --no-cache-dir --constraint /constraints.txt --index-url "$TORCH_INDEX" --extra-index-url https://pypi.org/simple torch
 COPY --from=build /wheels /wheels
 RUN pip install --no-cache-dir --constraint /constraints.txt "$(echo /wheels/posttrain-*.whl)[$EXTRAS]"
-# Runs, registry and the hub's cache lie in the mounted folder and belong to whoever starts the container with --user.
+# Runs, registry and the hub's cache lie in the mounted folder and belong to the --user of `docker run`; nobody needs to be root.
 ENV HF_HOME=/work/.cache/huggingface HOME=/tmp
 WORKDIR /work
+USER 1000:1000
 ENTRYPOINT ["posttrain"]

@@ -89,7 +89,7 @@ def refusal(words: list[str]) -> str | None:
         verb, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
 
 
-def _said(refused: Exception, words: list[str]) -> str | None:
+def _said(refused: typer.BadParameter, words: list[str]) -> str | None:
     text = refused.format_message()
     unnamed = "Missing argument" in text or "requires an argument" in text
     unnumbered = any(end in text for end in NO_VALUE) and any(PLACEHOLDER.search(word) for word in words)

@@ -94,7 +94,7 @@ def test_python_imports_what_is_there(text):
     for node in ast.walk(ast.parse(text)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
         if isinstance(node, ast.ImportFrom):
-            module = pytest.importorskip(node.module)
+            module = pytest.importorskip(str(node.module))
             assert [name for name in names if not hasattr(module, name)] == [], node.module
         for name in names if isinstance(node, ast.Import) else ():
             pytest.importorskip(name)
