@@ -302,7 +302,8 @@ class Sample:
     ids: int32; loss_mask: bool, as long as ids. A stream has one value per trained token, in order; None where nobody
     asked for it. `behavior_logp` is what sampled the token, `old_logp` the trainer's at the same weights (None: the
     sampler's are the trainer's own), `policy_version` the weights it was sampled from. Log-probs in nats. `value` is what a critic
-    said before the token was sampled, `returns` what it was to have said; `penalty` weighs |log π − log π_old|.
+    said before the token was sampled, `returns` what it was to have said; `penalty` weighs |log π − log π_old|. `prompt_tokens` is no
+    stream: the trained tokens of all completions of its prompt in the step, 0 where nobody counted.
 
     Example: a prompt (5, 6) answered by (7, 8, 9) at version 4, with a reward above the group's: ids 5 6 7 8 9,
     loss_mask F F T T T, behavior_logp −0.1 −2.0 −0.7, advantage 0.5 0.5 0.5, policy_version 4 4 4.
@@ -319,6 +320,7 @@ class Sample:
     returns: np.ndarray | None = None
     penalty: np.ndarray | None = None
     policy_version: np.ndarray | None = None
+    prompt_tokens: int = 0
 
     def __post_init__(self) -> None:
         assert len(self.ids) == len(self.loss_mask), (len(self.ids), len(self.loss_mask))

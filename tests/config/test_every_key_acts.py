@@ -202,6 +202,10 @@ FLIPS = {
         Flip("reward_kwargs", {"soft_overlong": {"max_length": 4, "cache": 4}}, {"reward_funcs": ["soft_overlong"]}),
         Flip("multi_objective_aggregation", "normalize_then_sum", TWO),
         Flip("kl_reduction", "sequence_sum_mean", {"beta": 0.5, "num_iterations": 2, "learning_rate": 3e-2}),
+        Flip("loss_reduction", "prompt_mean_of_token_mean", {"num_prompts_per_step": 3, "stop": list("aeiou ")}),
+        Flip(
+            "zero_variance_filtering", True, {"reward_funcs": ["DATA/rewards.py:last_digit"], "num_prompts_per_step": 4}
+        ),
         Flip("ptx_datasets", [{"path": "DATA/sft.jsonl"}]),
         Flip("ptx_coef", 0.5, PTX),
         Flip("ptx_rows_per_step", 3, PTX),

@@ -3,7 +3,7 @@
 import math
 from dataclasses import fields as dataclass_fields
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -261,7 +261,7 @@ def test_on_policy_losses_share_the_policy_gradient():
 def _select(inputs, keep):
     """The micro-batch of the sequences in `keep`, in that order."""
     index = torch.cat([(inputs.seq_M == s).nonzero().squeeze(1) for s in keep])
-    pick = {
+    pick: dict[str, Any] = {
         name: None if getattr(inputs, name) is None else getattr(inputs, name)[index]
         for name in ("policy_logp_M", "advantage_M", "old_logp_M", "ref_logp_M", "behavior_logp_M", "entropy_M")
     }
@@ -343,6 +343,7 @@ def test_the_kl_has_a_reduction_of_its_own(kl_reduction):
     whole, apart = _inputs(), _inputs()
     together = policy_loss(whole, replace(spec, kl_reduction=kl_reduction), NORM).loss
     logp_M, ref_M = apart.policy_logp_M, apart.ref_logp_M
+    assert ref_M is not None
     kl_M = torch.exp(ref_M - logp_M) - (ref_M - logp_M) - 1
     divisor = {"token_mean": NORM.tokens, "sequence_sum_mean": NORM.sequences}[kl_reduction]
     expected = policy_loss(apart, replace(spec, beta=0.0), NORM).loss + 0.3 * kl_M.sum() / divisor
@@ -352,6 +353,31 @@ def test_the_kl_has_a_reduction_of_its_own(kl_reduction):
     # Naming the loss's own reduction changes nothing, to the bit.
     own = replace(spec, kl_reduction="sequence_mean_of_token_mean")
     assert policy_loss(_inputs(), own, NORM).loss.item() == policy_loss(_inputs(), spec, NORM).loss.item()
+
+
+PROMPT_TOKENS = [sum(LENGTHS[s // 2 * 2 : s // 2 * 2 + 2]) for s in range(len(LENGTHS))]
+"""Two completions a prompt."""
+
+
+@pytest.mark.parametrize("knobs", [{}, {"beta": 0.3, "use_bias_correction_kl": False}])
+def test_the_mean_over_prompts_of_the_mean_inside_of_them(knobs):
+    """Loss and gradient of ScaleRL's surrogate, from its definition; they are sums over completions, however those are split."""
+    spec = _spec("cispo", loss_reduction="prompt_mean_of_token_mean", epsilon_high=1.1, **knobs)
+    inputs = replace(_inputs(), prompt_tokens_S=torch.tensor(PROMPT_TOKENS))
+    norm = replace(NORM, prompts=len(LENGTHS) / 2)
+    loss = policy_loss(inputs, spec, norm).loss
+    (found,) = torch.autograd.grad(loss, inputs.policy_logp_M)
+    total, gradient = 0.0, []
+    for s, length in enumerate(LENGTHS):
+        for t in range(length):
+            new, weight = NEW[s][t], min(math.exp(NEW[s][t] - OLD[s][t]), 1.1) * ADVANTAGE[s]
+            x = new - REF[s][t]
+            kl, slope = math.exp(-x) + x - 1, 1 - math.exp(-x)
+            share = 1 / PROMPT_TOKENS[s] / norm.prompts
+            total += share * (-weight * new + spec.beta * kl)
+            gradient.append(share * (-weight + spec.beta * slope))
+    assert loss.item() == pytest.approx(total, rel=1e-12)
+    assert found.tolist() == pytest.approx(gradient, rel=1e-12)
 
 
 def test_all_masked_is_zero():
@@ -365,13 +391,13 @@ def test_all_masked_is_zero():
 
 def test_missing_inputs_are_named():
     bare = replace(_inputs(), ref_logp_M=None, behavior_logp_M=None, entropy_M=None)
-    for knobs, name in (
-        ({"beta": 0.1}, "ref_logp_M"),
-        ({"entropy_coef": 0.1}, "entropy_M"),
-        ({"importance_sampling_correction": "token_mask"}, "behavior_logp_M"),
+    for spec, name in (
+        (PolicySpec(beta=0.1), "ref_logp_M"),
+        (PolicySpec(entropy_coef=0.1), "entropy_M"),
+        (PolicySpec(importance_sampling_correction="token_mask"), "behavior_logp_M"),
     ):
         with pytest.raises(AssertionError, match=name):
-            policy_loss(bare, PolicySpec(**knobs), NORM)
+            policy_loss(bare, spec, NORM)
 
 
 def test_rows_that_bring_their_advantage():

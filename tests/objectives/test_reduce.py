@@ -3,6 +3,7 @@ import torch
 
 from posttrain.objectives.reduce import (
     REDUCTIONS,
+    LossSegments,
     Normalizer,
     segment_lengths,
     segment_mean,
@@ -14,12 +15,15 @@ from posttrain.types import Counts
 # Three sequences of 2, 0 and 3 tokens.
 SEQ = torch.tensor([0, 0, 2, 2, 2])
 TERM = torch.tensor([1.0, 3.0, 2.0, 4.0, 6.0], dtype=torch.float64)
-NORM = Normalizer(tokens=5, sequences=3, max_tokens=10)
+NORM = Normalizer(tokens=5, sequences=3, max_tokens=10, prompts=2)
+# The first two are of one prompt, the last of another.
+PROMPT_TOKENS = torch.tensor([2, 2, 3])
 
 # Σ = 16, token means 2 and 4, the empty sequence counts in every mean over sequences.
 BY_HAND = {
     "token_mean": 16 / 5,
     "sequence_mean_of_token_mean": (2 + 0 + 4) / 3,
+    "prompt_mean_of_token_mean": (4 / 2 + 12 / 3) / 2,
     "sequence_sum_over_constant": 16 / (3 * 10),
     "sequence_sum_mean": 16 / 3,
 }
@@ -27,7 +31,7 @@ BY_HAND = {
 
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_reduction_by_hand(name):
-    value = REDUCTIONS[name](TERM, SEQ, segment_lengths(SEQ, 3), NORM)
+    value = REDUCTIONS[name](TERM, LossSegments(SEQ, segment_lengths(SEQ, 3), PROMPT_TOKENS), NORM)
     assert value.item() == pytest.approx(BY_HAND[name], rel=1e-15)
 
 
@@ -35,9 +39,9 @@ def test_reduction_by_hand(name):
 def test_micro_batches_add_up(name):
     """Counts are global, so [sequence 0] + [sequences 1, 2] is the whole step."""
     lengths = segment_lengths(SEQ, 3)
-    whole = REDUCTIONS[name](TERM, SEQ, lengths, NORM)
-    first = REDUCTIONS[name](TERM[:2], SEQ[:2], lengths[:1], NORM)
-    second = REDUCTIONS[name](TERM[2:], SEQ[2:] - 1, lengths[1:], NORM)
+    whole = REDUCTIONS[name](TERM, LossSegments(SEQ, lengths, PROMPT_TOKENS), NORM)
+    first = REDUCTIONS[name](TERM[:2], LossSegments(SEQ[:2], lengths[:1], PROMPT_TOKENS[:1]), NORM)
+    second = REDUCTIONS[name](TERM[2:], LossSegments(SEQ[2:] - 1, lengths[1:], PROMPT_TOKENS[1:]), NORM)
     assert (first + second).item() == pytest.approx(whole.item(), rel=1e-15)
 
 
@@ -45,7 +49,8 @@ def test_micro_batches_add_up(name):
 def test_nothing_to_train_is_zero_with_a_gradient(name):
     term = torch.zeros(0, dtype=torch.float64, requires_grad=True)
     none = torch.zeros(0, dtype=torch.int64)
-    loss = REDUCTIONS[name](term, none, segment_lengths(none, 2), Normalizer(tokens=0, sequences=2, max_tokens=4))
+    nothing = LossSegments(none, segment_lengths(none, 2), torch.zeros(2, dtype=torch.int64))
+    loss = REDUCTIONS[name](term, nothing, Normalizer(tokens=0, sequences=2, max_tokens=4, prompts=1))
     loss.backward()
     assert loss.item() == 0
     assert term.grad is not None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from posttrain.config.datasets import DatasetKeys
 from posttrain.config.rl import GRPOKeys
 from posttrain.distributed.ranks import SingleProcess
 from posttrain.errors import TrainingError
@@ -99,7 +100,9 @@ def test_a_group_larger_than_a_micro_batch_is_cut_along_its_tree():
         Sample(np.array(ids, np.int32), np.arange(len(ids)) >= 50, advantage=np.full(len(ids) - 50, 0.5, np.float32))
         for ids in samples
     )
-    keys = GRPOKeys(base_model="x", datasets=[{"path": "x"}], reward_funcs=["x.py:f"], per_device_train_batch_size=4)
+    keys = GRPOKeys(
+        base_model="x", datasets=[DatasetKeys(path="x")], reward_funcs=["x.py:f"], per_device_train_batch_size=4
+    )
     micros = policy_step.micro_batches_of([group], lambda _: True, keys.per_device_train_batch_size, SingleProcess())
     assert [[int(sample.ids[-2]) for part in micro.rows for sample in part] for micro in micros] == [
         [300, 302, 304, 306], [301, 303, 305, 307],
@@ -285,6 +288,39 @@ def test_groups_without_spread_weigh_nothing_and_count(train, runner, monkeypatc
     close(runner.weights(skipped), runner.weights(kept), atol=2e-6)
 
 
+def test_the_mean_inside_of_a_prompt_does_not_hang_on_how_its_group_is_split(train, runner):
+    options = {"loss_reduction": "prompt_mean_of_token_mean", "num_generations": 5, "num_prompts_per_step": 3,
+               "stop": list("aeiou "), "learning_rate": 1e-4, "max_steps": 2}  # fmt: skip
+    whole, split = (train("grpo", name=f"by{n}", per_device_train_batch_size=n, **options) for n in (15, 2))
+    assert all(row["completions/min_length"] < row["completions/max_length"] for row in runner.rows(whole))
+    assert runner.losses(split) == pytest.approx(runner.losses(whole), abs=ATOL, rel=ATOL)
+    close(runner.weights(split), runner.weights(whole), atol=2e-6)
+
+
+def test_filtered_prompts_are_in_no_denominator(train, runner):
+    """The first step's gradient is that of a mean over fewer prompts."""
+    options = {
+        "reward_funcs": ["last_digit"],
+        "num_prompts_per_step": 8,
+        "num_generations": 2,
+        "temperature": 0.3,
+        "max_steps": 1,
+        "max_grad_norm": 1e9,
+    }
+    for loss_type in ("grpo", "dr_grpo"):
+        plain, filtered = (
+            runner.rows(
+                train("grpo", name=f"{loss_type}{on}", loss_type=loss_type, zero_variance_filtering=on, **options)
+            )[0]
+            for on in (False, True)
+        )
+        left = 1 - plain["frac_reward_zero_std"]
+        assert 0 < left < 1, left
+        assert filtered["grad_norm"] == pytest.approx(plain["grad_norm"] / left, rel=1e-4)
+    flat = runner.rows(train("grpo", reward_funcs=["constant"], zero_variance_filtering=True, max_steps=1))
+    assert flat[0]["empty_step"] == 1.0
+
+
 def test_a_step_without_any_spread_moves_nothing(train, runner, model_dir):
     from safetensors.torch import load_file
 
@@ -324,7 +360,8 @@ def test_a_loss_that_is_not_finite_stops_and_saves_nothing_over_the_good_checkpo
     monkeypatch.setattr(sft, "loss", poisoned)
     with pytest.raises(TrainingError, match=r"step 3: nonfinite: .*Training stops here; the checkpoint of step 2 is"):
         train("sft", name="poisoned", save_steps=1, health_rollbacks=0)
-    assert CheckpointStore(tmp_path / "poisoned/checkpoints").newest_valid().step == 2
+    newest = CheckpointStore(tmp_path / "poisoned/checkpoints").newest_valid()
+    assert newest is not None and newest.step == 2
     assert not (tmp_path / "poisoned/model").exists()
     monkeypatch.setattr(sft, "loss", original)
     train("sft", name="poisoned", save_steps=1, health_rollbacks=0)
@@ -340,7 +377,7 @@ def test_the_best_checkpoint_is_what_a_stage_ends_with(train, runner, data_dir, 
     }
     folder = train("sft", name="best", load_best_model_at_end=True, save_total_limit=1, **dev)
     scores = {row["step"]: row["eval_loss"] for row in runner.rows(folder)}
-    best = min(scores, key=scores.get)
+    best = min(scores, key=lambda step: scores[step])
     assert best != 6, "raise learning_rate: the last step must not be the best for this test to say something"
     kept = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
     assert f"step-{best:08d}" in kept

@@ -18,6 +18,9 @@ from posttrain.names import ENVIRONMENT
 # One key a line: the tables below are read down, not across.
 
 
+LossReduction = Literal["token_mean", "sequence_mean_of_token_mean", "prompt_mean_of_token_mean", "sequence_sum_over_constant", "sequence_sum_mean"]
+
+
 class SamplingKeys(TrainKeys):
     """What stages have that train on completions of the policy itself."""
 
@@ -195,7 +198,7 @@ class PolicyGradientKeys(RewardedKeys):
     entropy_coef: float = knob(0.0, "Weight of an entropy bonus.", ge=0)
     entropy_target: float | None = knob(None, "Steer an entropy bonus, besides entropy_coef, that grows while the entropy is below so many nats per token.", gt=0, example=0.2)
     kl_estimator: Literal["k1", "k2", "k3"] = knob("k3", "Estimator of the KL that beta weighs (Schulman 2020).")
-    kl_reduction: Literal["token_mean", "sequence_mean_of_token_mean", "sequence_sum_over_constant", "sequence_sum_mean"] | None = knob(None, "How the KL in the loss adds up over tokens; null takes the reduction of loss_type.", example="token_mean")
+    kl_reduction: LossReduction | None = knob(None, "How the KL in the loss adds up over tokens; null takes that of the rest of the loss.", example="token_mean")
     kl_in_reward: bool = knob(False, "Put the KL that beta weighs into the reward instead of the loss.")
     use_bias_correction_kl: bool = knob(True, "Multiply the KL in the loss by the importance ratio, as TRL and DeepSeek-V3.2 do: its gradient is then that of the KL, also off-policy.")
     epsilon: float = knob(0.2, "Clip range below 1: the importance ratio is clipped at 1 - epsilon. For gmpo the range of its logarithm (0.4 in the paper), for dppo that of the token's probability.", gt=0)
@@ -259,6 +262,8 @@ class GRPOKeys(PolicyGradientKeys):
 
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = knob("sum_then_normalize", "Add the rewards, then normalise; or normalise each first (GDPO).")
     loss_type: GRPOLoss = knob("dapo", "Surrogate of a token and how tokens add up to a loss.")
+    loss_reduction: LossReduction | None = knob(None, "How tokens add up to a loss; null is that of loss_type. `prompt_mean_of_token_mean` is the mean over prompts of the mean over all tokens of a prompt's completions (ScaleRL).", also="loss_agg_mode (verl)", example="prompt_mean_of_token_mean")
+    zero_variance_filtering: bool = knob(False, "Leave prompts whose completions all earned the same out of the loss, and out of what it is divided by (ScaleRL). Unlike dynamic_sampling it samples no others instead.")
     importance_sampling_level: Literal["token", "sequence"] = knob("token", "Ratio per token, or per sequence (GSPO).")
     scale_rewards: Literal["group", "batch", "none"] = knob("group", "What the centred rewards are divided by: the group's std, the batch's, nothing.")
     advantage_estimator: Literal["group", "rloo", "reinforce_pp", "reinforce_pp_baseline", "maxrl"] = knob("group", "Baseline: group mean (GRPO), leave-one-out (RLOO), batch mean (REINFORCE++), group mean and then whitened over the batch (REINFORCE++-baseline), or group mean and divided by it (MaxRL, for rewards of 0 and above); loss_type rloo and reinforce_pp bring their own.")
@@ -310,6 +315,16 @@ class GRPOKeys(PolicyGradientKeys):
         if self.credit == "turn" and (own or self.advantage_estimator != "group" or self.multi_objective_aggregation != "sum_then_normalize"):
             got = f"loss_type: {self.loss_type}" if own else f"advantage_estimator: {self.advantage_estimator}, multi_objective_aggregation: {self.multi_objective_aggregation}"
             raise ValueError(f"credit: turn is defined on advantage_estimator: group with sum_then_normalize alone, got {got}")
+        return self
+
+    @model_validator(mode="after")
+    def _filters_what_rewards_alone_say(self) -> GRPOKeys:
+        beside = "credit: turn" if self.credit == "turn" else "teachers" if self.teachers else ""
+        if self.zero_variance_filtering and beside:
+            raise ValueError(
+                f"zero_variance_filtering with {beside}, where a prompt whose completions earned the same in all still teaches; set "
+                "zero_variance_filtering: false"
+            )
         return self
 
     @model_validator(mode="after")

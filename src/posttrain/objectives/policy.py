@@ -1,7 +1,7 @@
 """Policy-gradient objectives: a loss is a row, ratio × surrogate × reduction, and `policy_loss` reads in that order.
 
 It is the sum of two token streams: `rl` (surrogate × advantage) and `kl` (to a reference), each reduced and divided on its own;
-`kl` by the row's reduction unless `kl_reduction` names another. The third one, `ce`, is `sft_loss`.
+`rl` by the row's reduction unless `loss_reduction` names another, `kl` as `rl` unless `kl_reduction` does. The third one, `ce`, is `sft_loss`.
 
 Ragged: per-token tensors hold the M trained tokens of S sequences, those of a sequence contiguous and in order.
 Knows nothing of models, rewards or how advantages came about.
@@ -23,7 +23,7 @@ from posttrain.objectives.ratios import (
     log_ratios,
     off_policy_keep,
 )
-from posttrain.objectives.reduce import REDUCTIONS, Normalizer, segment_lengths, token_mean
+from posttrain.objectives.reduce import REDUCTIONS, LossSegments, Normalizer, segment_lengths, token_mean
 from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.surrogates import SURROGATES
 from posttrain.objectives.terms import LossTerms, as_ratios
@@ -78,6 +78,7 @@ class PolicyInputs:
     behavior_logp_M: the sampler's own log-probs; NaN where it had none.
     entropy_M: differentiable if `entropy_coef` is used.
     penalty_M: weight of |log π − log π_old| at each token, which kl_cov sets.
+    prompt_tokens_S: trained tokens of all completions of a sequence's prompt, for a mean inside of prompts.
     """
 
     policy_logp_M: Tensor
@@ -89,6 +90,7 @@ class PolicyInputs:
     behavior_logp_M: Tensor | None = None
     entropy_M: Tensor | None = None
     penalty_M: Tensor | None = None
+    prompt_tokens_S: Tensor | None = None
 
 
 def policy_loss(inputs: PolicyInputs, spec: PolicySpec, norm: Normalizer) -> LossTerms:
@@ -98,6 +100,7 @@ def policy_loss(inputs: PolicyInputs, spec: PolicySpec, norm: Normalizer) -> Los
     level = row.ratio or spec.importance_sampling_level
     logp_M, seq_M = inputs.policy_logp_M, inputs.seq_M
     lengths_S = segment_lengths(seq_M, inputs.num_sequences)
+    segments = LossSegments(seq_M, lengths_S, inputs.prompt_tokens_S)
     advantage_M = inputs.advantage_M.to(logp_M.dtype)
 
     log_ratio_M = log_ratios(logp_M, inputs.old_logp_M)
@@ -115,13 +118,14 @@ def policy_loss(inputs: PolicyInputs, spec: PolicySpec, norm: Normalizer) -> Los
     if keep_M is not None:
         term_M = keep_M * term_M
     kl_M = _kl(inputs, spec, ratio_M)
-    kl_reduction = spec.kl_reduction or row.reduction
-    if kl_M is not None and kl_reduction == row.reduction:
+    reduction = spec.loss_reduction or row.reduction
+    kl_reduction = spec.kl_reduction or reduction
+    if kl_M is not None and kl_reduction == reduction:
         # After the correction, as in TRL: a token the sampler disagrees on is still held to the reference.
         term_M = term_M + spec.beta * kl_M
-    loss = REDUCTIONS[row.reduction](term_M, seq_M, lengths_S, norm)
-    if kl_M is not None and kl_reduction != row.reduction:
-        loss = loss + spec.beta * REDUCTIONS[kl_reduction](kl_M, seq_M, lengths_S, norm)
+    loss = REDUCTIONS[reduction](term_M, segments, norm)
+    if kl_M is not None and kl_reduction != reduction:
+        loss = loss + spec.beta * REDUCTIONS[kl_reduction](kl_M, segments, norm)
     policy = loss
     if spec.entropy_coef:
         assert inputs.entropy_M is not None, "entropy_coef needs entropy_M"

@@ -20,16 +20,29 @@ class Normalizer:
     """Counts over the whole optimizer step: all micro-batches, all ranks.
 
     tokens: trained tokens. sequences: completions (or pairs), also those without a trained token and those left out of
-    the forward because their advantage is 0: they are part of the mean. max_tokens: longest completion allowed.
+    the forward because their advantage is 0: they are part of the mean. max_tokens: longest completion allowed. prompts: their groups.
     """
 
     tokens: float
     sequences: float
     max_tokens: float = 0.0
+    prompts: float = 0.0
 
     @classmethod
     def of(cls, counts: Counts, max_tokens: float = 0.0) -> Normalizer:
         return cls(float(counts.tokens), float(counts.sequences), float(max_tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class LossSegments:
+    """Which sequence each trained token is of, and how many there are. Shapes: M tokens, S sequences.
+
+    prompt_tokens_S: trained tokens of all completions of the sequence's prompt, wherever in the step those are.
+    """
+
+    seq_M: Tensor
+    lengths_S: Tensor
+    prompt_tokens_S: Tensor | None = None
 
 
 def segment_sum(x_M: Tensor, seq_M: Tensor, num_sequences: int) -> Tensor:
@@ -53,9 +66,15 @@ def token_mean(term_M: Tensor, norm: Normalizer) -> Tensor:
     return term_M.sum() / max(norm.tokens, 1.0)
 
 
-def sequence_mean_of_token_mean(term_M: Tensor, seq_M: Tensor, lengths_S: Tensor, norm: Normalizer) -> Tensor:
+def sequence_mean_of_token_mean(term_M: Tensor, segments: LossSegments, norm: Normalizer) -> Tensor:
     """Every sequence weighs the same, whatever its length. Source: GRPO, arXiv 2402.03300 eq. 3."""
-    return (term_M / lengths_S[seq_M]).sum() / max(norm.sequences, 1.0)
+    return (term_M / segments.lengths_S[segments.seq_M]).sum() / max(norm.sequences, 1.0)
+
+
+def prompt_mean_of_token_mean(term_M: Tensor, segments: LossSegments, norm: Normalizer) -> Tensor:
+    """Every prompt weighs the same, and so does every token of its completions. Source: ScaleRL, arXiv 2510.13786."""
+    assert segments.prompt_tokens_S is not None, "a mean inside of prompts needs prompt_tokens_S"
+    return (term_M / segments.prompt_tokens_S[segments.seq_M]).sum() / max(norm.prompts, 1.0)
 
 
 def sequence_sum_over_constant(term_M: Tensor, norm: Normalizer) -> Tensor:
@@ -69,12 +88,13 @@ def sequence_sum_mean(term_M: Tensor, norm: Normalizer) -> Tensor:
     return term_M.sum() / max(norm.sequences, 1.0)
 
 
-Reduction = Callable[[Tensor, Tensor, Tensor, Normalizer], Tensor]
-"""(term_M, seq_M, lengths_S, norm) → scalar."""
+Reduction = Callable[[Tensor, LossSegments, Normalizer], Tensor]
+"""(term_M, segments, norm) → scalar."""
 
 REDUCTIONS: dict[str, Reduction] = {
-    "token_mean": lambda term_M, seq_M, lengths_S, norm: token_mean(term_M, norm),
+    "token_mean": lambda term_M, segments, norm: token_mean(term_M, norm),
     "sequence_mean_of_token_mean": sequence_mean_of_token_mean,
-    "sequence_sum_over_constant": lambda term_M, seq_M, lengths_S, norm: sequence_sum_over_constant(term_M, norm),
-    "sequence_sum_mean": lambda term_M, seq_M, lengths_S, norm: sequence_sum_mean(term_M, norm),
+    "prompt_mean_of_token_mean": prompt_mean_of_token_mean,
+    "sequence_sum_over_constant": lambda term_M, segments, norm: sequence_sum_over_constant(term_M, norm),
+    "sequence_sum_mean": lambda term_M, segments, norm: sequence_sum_mean(term_M, norm),
 }

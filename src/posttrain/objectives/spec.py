@@ -22,6 +22,7 @@ class PolicySpec:
     beta: float = 0.0
     kl_estimator: str = "k3"
     kl_reduction: str | None = None
+    loss_reduction: str | None = None
     use_bias_correction_kl: bool = True
     entropy_coef: float = 0.0
     sapo_temperature_pos: float = 1.0

@@ -116,6 +116,10 @@ class GroupCredit:
             return Credited(groups, rewards_BK, found.reward_B, found.zero_std_P, paid_share(paid))
         coef = self._teacher_coef(generation)
         groups = tuple(self._advised(one, each, coef) for one, each in _by_group(made, found.advantage_B))
+        if self._keys.zero_variance_filtering:
+            groups = tuple(
+                _filtered(group, equal) for group, equal in zip(groups, found.zero_std_P.tolist(), strict=True)
+            )
         metrics = _gap(made) | {"teacher/coef": coef} if self._keys.teachers else {}
         return Credited(groups, rewards_BK, found.reward_B, found.zero_std_P, metrics)
 
@@ -197,6 +201,11 @@ def append(rows: list[list[float | None]], values: Sequence[float]) -> None:
     """A column of shaping, where there are values. A completion that could not be scored has none: shaping alone would make it count as scored."""
     for row, value in zip(rows, values, strict=bool(values)):
         row.append(None if all(part is None for part in row) else value)
+
+
+def _filtered(group: Group, equal: bool) -> Group:
+    """Nothing of it is trained where its rewards are equal."""
+    return tuple(sample.untrained() for sample in group) if equal else group
 
 
 def _moves(stream: np.ndarray | None) -> bool:

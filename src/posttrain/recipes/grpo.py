@@ -41,7 +41,8 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
             groups = experience.part(position % keys.steps_per_generation, keys.steps_per_generation)
             # The first step of a batch is on-policy: the ratio is 1 by definition, not by subtraction.
             on_policy = fresh and not is_uncorrected(keys)
-            norm, objective = normalizer(groups, keys), steered(credit.objective, stage.guard.controls)
+            counted = [group for group in groups if num_tokens([group])] if keys.zero_variance_filtering else groups
+            norm, objective = normalizer(counted, keys), steered(credit.objective, stage.guard.controls)
             groups, selection = select_tokens(policy, groups, objective, keys, ranks, step, on_policy=on_policy)
             metrics, teaches = StepMetrics(), partial(credit.teaches, controls=stage.guard.controls)
             micros = micro_batches_of(groups, teaches, keys.per_device_train_batch_size, ranks)

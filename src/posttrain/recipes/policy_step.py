@@ -57,6 +57,7 @@ def loss(
         behavior_logp_M=stream(samples, "behavior_logp", device) if compared else None,
         entropy_M=entropy_M,
         penalty_M=None if samples[0].penalty is None else stream(samples, "penalty", device),
+        prompt_tokens_S=torch.tensor([sample.prompt_tokens for sample in samples], device=device),
     )
     terms = policy_loss(inputs, _without_kl(spec) if keys.kl_in_reward else spec, norm)
     terms.metrics.update(_largest_ratio(scores.logp_M, old_logp_M))
@@ -79,6 +80,7 @@ def micro_batches_of(
     after the prompt stays together. Groups that teach nothing are left out; they still count in the normaliser. None at
     all where no group teaches anything.
     """
+    groups = [_counted(group) for group in groups]
     useful = [_by_branches(group) for group in groups if teaches(group)]
     parts = split_groups(useful, at_once)
     each = math.ceil(sum(map(len, parts)) / (at_once * ranks.world_size)) * at_once
@@ -88,6 +90,12 @@ def micro_batches_of(
     micros = [MicroBatch(rows) for rows in fill_with_groups([parts[place] for place in share], at_once)]
     most = max(ranks.gather(len(micros)))
     return micros + [MicroBatch(split_groups(groups[:1], at_once)[:1], idle=True)] * (most - len(micros))
+
+
+def _counted(group: Group) -> Group:
+    """The samples with how many tokens of their prompt are trained: a group may be split, and this is of all of it."""
+    total = num_tokens([group])
+    return tuple(replace(sample, prompt_tokens=total) for sample in group)
 
 
 def _by_branches(group: Group) -> Group:
@@ -176,8 +184,9 @@ def _over_ranks(
 
 def normalizer(groups: Sequence[Group], keys: PolicyGradientKeys) -> Normalizer:
     """Counted over the whole step, before it is dealt to the ranks."""
+    sequences = float(sum(len(group) for group in groups))
     return Normalizer(
-        float(num_tokens(groups)), float(sum(len(group) for group in groups)), max_tokens=keys.max_completion_length
+        float(num_tokens(groups)), sequences, float(keys.max_completion_length), prompts=float(len(groups))
     )
 
 
