@@ -424,3 +424,58 @@ def test_plan_compares_the_rank_with_the_data_that_is_there(folder):
     with (folder / "rows.jsonl").open("a") as file:
         file.truncate(200_000_000)
     assert "advice  lora_rank: lora_r 16" in _run(folder / "sft.yaml", "--device", "h100").output
+
+
+def _grpo(folder, **options):
+    (folder / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    written = {
+        "base_model": "./base", "datasets": [{"path": "./prompts.jsonl"}], "reward_funcs": ["rewards.py:right"], "sequence_len": 4096,
+        "max_completion_length": 512, "num_iterations": 2, **options,
+    }  # fmt: skip
+    path = folder / "grpo.yaml"
+    path.write_text(json.dumps(written))
+    return path
+
+
+def test_plan_notes_what_has_no_effect(folder):
+    path = _grpo(folder, sapo_temperature_pos=2.0)
+    said = _run(path, "--stage", "grpo", "--device", "h100")
+    assert "note    sapo_temperature_pos: no effect, because loss_type is not sapo" in said.output
+    made = json.loads(_run(path, "--stage", "grpo", "--device", "h100", "--json").output)
+    assert made["notes"] == ["sapo_temperature_pos: no effect, because loss_type is not sapo"]
+
+
+def test_plan_refuses_exactly_what_the_loop_refuses(folder):
+    from posttrain.config.rl import GRPOKeys
+    from posttrain.objectives.policy import POLICY_LOSSES
+    from posttrain.objectives.spec import PolicySpec
+    from posttrain.objectives.terms import spec_from
+
+    refused = 0
+    for loss_type in POLICY_LOSSES:
+        for options in ({}, {"delta": 4.0}, {"delta": 1.1}, {"epsilon_high": 0.28}, {"clip_cov_lb": 9.0}):
+            path = _grpo(folder, loss_type=loss_type, **options)
+            given = {"base_model": "b", "datasets": [{"path": "p"}], "reward_funcs": ["r"]}
+            try:
+                spec_from(PolicySpec, GRPOKeys.model_validate({**given, "loss_type": loss_type, **options}))
+            except ConfigError as error:
+                refused += 1
+                with pytest.raises(ConfigError) as found:
+                    _run(path, "--stage", "grpo", "--device", "h100")
+                assert str(found.value) == str(error)
+            else:
+                _run(path, "--stage", "grpo", "--device", "h100")
+    assert refused > 10
+
+
+@pytest.mark.parametrize("options", [{"loss_type": "clip_cov"}, {"loss_type": "kl_cov"}, {"top_entropy_quantile": 0.2}])
+def test_the_pass_that_chooses_tokens_is_in_the_time_of_a_step(options, folder):
+    """As long as the pass that a reference takes, once a pass over the batch."""
+
+    def phases(**given):
+        made = _run(_grpo(folder, **given), "--stage", "grpo", "--device", "h100", "--json")
+        return json.loads(made.output)["stages"][0]["phases_s"]
+
+    assert "log-probs" not in phases()
+    scored = phases(beta=0.1)["log-probs"]
+    assert phases(**options)["log-probs"] == pytest.approx(2 * scored)

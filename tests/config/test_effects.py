@@ -49,6 +49,7 @@ def notes(write, kind, lines):
             "epsilon_high: 0.3",
             "epsilon_high: no effect, because each generation batch is trained on in one step",
         ),
+        ("grpo", "loss_type: kl_cov", "loss_type: no effect, because what is trained on was sampled with the weights"),
         ("grpo", "loss_type: rloo\nadvantage_eps: 1", "advantage_eps: no effect, because leave-one-out advantages"),
         ("grpo", "loss_type: reinforce_pp\nscale_rewards: none", "scale_rewards: no effect, because only"),
         ("grpo", "loss_type: gspo\nimportance_sampling_level: token", "importance_sampling_level: no effect, because"),

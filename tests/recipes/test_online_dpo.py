@@ -187,6 +187,16 @@ def test_it_samples_ahead_of_its_training(train, runner):
     assert all(row["pairs/count"] == 2 for row in rows)
 
 
+@pytest.mark.parametrize("options", [{}, {"ld_alpha": 0.5}])
+def test_the_distance_is_k3_of_each_token_and_never_below_0(options, train, runner, model_dir):
+    """A batch used over and over: its pairs are no samples of the policy any more, and log π/π_ref of them falls below 0."""
+    rows = runner.rows(train("online_dpo", num_iterations=6, max_steps=6, learning_rate=1e-2, beta=0.01, **options))
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-9)
+    moved = [row["rewards/chosen"] + row["rewards/rejected"] for row in rows]
+    assert min(moved) < 0, "k1 would have been below 0"
+    assert all(row["kl"] > 0 for row in rows[1:])
+
+
 def test_beta_is_steered_to_the_distance_that_is_asked_for(train, runner):
     options = {"max_steps": 4, "learning_rate": 1e-2}
     free = runner.rows(train("online_dpo", name="free", **options))
@@ -203,8 +213,10 @@ def test_beta_is_steered_to_the_distance_that_is_asked_for(train, runner):
         ({"teachers": [{"model": "start"}]}, r"teachers in online_dpo: .* use grpo or distill"),
         ({"num_generations": 1}, r"greater than or equal to 2"),
         ({"beta": 0}, r"greater than 0"),
-        ({"loss_type": "simpo", "kl_target": 0.1}, r"kl_target steers beta, which is 0 \(no reference is kept\)"),
-        ({"ld_alpha": 0.5, "kl_target": 0.1}, r"kl_target with ld_alpha: 0.5.*no KL is measured"),
+        (
+            {"loss_type": "simpo", "kl_target": 0.1},
+            r"kl_target steers beta by the KL.*beside beta: 0.1 the loss_type here keeps none",
+        ),
         ({"rollout": {"exact": True}}, r"rollout.exact: true in online_dpo"),
         ({"epsilon": 0.1}, r"epsilon"),
         ({"entropy_coef": 0.1}, r"entropy_coef"),

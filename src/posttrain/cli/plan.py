@@ -66,6 +66,7 @@ def plan(
         lines += [*memory_lines(made, base_model, target.free_bytes, target.where), *time_lines(made, tokens)]
         lines += cost_lines(made, target.cluster.num_devices, usd_per_gpu_hour)
         lines += [f"  advice  {one.line()}" for one in made.advice]
+    lines += [f"  note    {note}" for note in planned.notes]
     verb = "run" if len(forecasts) > 1 or _is_pipeline(config, stage, overrides or []) else forecasts[0].kind
     if target.cluster.num_devices > 1 and not refused:
         placed = max(made.memory.workload.rollout.num_cards for made in forecasts)
@@ -84,25 +85,47 @@ class StagePlans:
     forecasts: list[Any]
     kept: int = 0
     """Cards that are kept from training, for servers."""
+    notes: tuple[str, ...] = ()
+    """Of the configuration: keys without effect, keys of other tools."""
 
     def record(self, usd_per_gpu_hour: float | None) -> dict[str, Any]:
         """As JSON data, in bytes and seconds."""
         counts = {"num_params": self.shape.num_params, "active_params": self.shape.active_params}
         rows = [_record(made, self.target, usd_per_gpu_hour) for made in self.forecasts]
-        return {"base_model": self.base_model, **counts, "on": self.target.where, "stages": rows}
+        return {
+            "base_model": self.base_model,
+            **counts,
+            "on": self.target.where,
+            "stages": rows,
+            "notes": list(self.notes),
+        }
 
 
 def make_plan(
     config: Path, target: Target, stage: str | None, overrides: list[str], tokens: int = 0, measured: Path | None = None
 ) -> StagePlans:
-    """Raises: ConfigError, ModelError."""
+    """Raises: ConfigError, ModelError; of what a run would refuse before its first stage, what its losses are not defined for."""
     from posttrain.planner import ModelShape
 
-    base_model, stages = _stages(config, stage, overrides)
+    base_model, stages, notes = _stages(config, stage, overrides)
+    for kind, keys in stages:
+        _refuse_what_no_loss_takes(kind, keys)
     shape = ModelShape.from_config(read_model_config(base_model))
     kept = _kept(stages, target.cluster)
     forecasts = [_forecast(shape, kind, keys, target, tokens, measured, kept) for kind, keys in stages]
-    return StagePlans(base_model, shape, target, forecasts, kept)
+    return StagePlans(base_model, shape, target, forecasts, kept, notes)
+
+
+def _refuse_what_no_loss_takes(kind: str, keys: Any) -> None:
+    """By the object that the loop makes of the keys. Torch is loaded for it, so only where a loss has options that may not go together."""
+    from posttrain.config.preference import PreferenceKeys
+    from posttrain.config.rl import RLKeys
+
+    if isinstance(keys, (RLKeys, PreferenceKeys)):
+        from posttrain.recipes.kinds import OBJECTIVES
+
+        if kind in OBJECTIVES:
+            OBJECTIVES[kind](keys)
 
 
 def _kept(stages: list[tuple[str, Any]], cluster: Any) -> int:
@@ -164,18 +187,23 @@ def _is_pipeline(config: Path, stage: str | None, overrides: list[str]) -> bool:
     return kind_in(config, stage, overrides) == "pipeline"
 
 
-def _stages(config: Path, stage: str | None, overrides: list[str]) -> tuple[str, list[tuple[str, Any]]]:
-    """The base model, and (kind, keys) of every stage asked for."""
+def _stages(
+    config: Path, stage: str | None, overrides: list[str]
+) -> tuple[str, list[tuple[str, Any]], tuple[str, ...]]:
+    """The base model, (kind, keys) of every stage asked for, and what loading them noted."""
     from posttrain.cli.stage import kind_in
     from posttrain.config import load_pipeline, load_stage
     from posttrain.config.load import as_pipeline
 
     kind = kind_in(config, stage, overrides)
     if kind == "pipeline":
-        pipeline = with_base(load_pipeline(config, overrides).keys)
-        return pipeline.base_model, [(s.kind, s.keys) for s in pipeline.stages if stage in (None, s.kind)]
-    alone = with_base(as_pipeline(load_stage(kind, config, overrides)))
-    return alone.base_model, [(s.kind, s.keys) for s in alone.stages]
+        loaded = load_pipeline(config, overrides)
+        pipeline = with_base(loaded.keys)
+        chosen = [(s.kind, s.keys) for s in pipeline.stages if stage in (None, s.kind)]
+        return pipeline.base_model, chosen, loaded.notes
+    one = load_stage(kind, config, overrides)
+    alone = with_base(as_pipeline(one))
+    return alone.base_model, [(s.kind, s.keys) for s in alone.stages], one.notes
 
 
 def target_of(gpus: str | None, device: str, devices: int, probe: bool) -> Target:

@@ -79,6 +79,7 @@ class StageKind:
             "pairs": keys.row_kind == "pairs",
             "holds_reference": keys.holds_reference,
             "scores_reference": keys.pull > 0,
+            "selects_tokens": keys.selects_tokens,
         }
 
 

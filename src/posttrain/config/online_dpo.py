@@ -32,12 +32,6 @@ class OnlineDPOKeys(PreferenceKeys, RewardedKeys):
         return self
 
     @model_validator(mode="after")
-    def _distance_is_measured(self) -> OnlineDPOKeys:
-        if self.kl_target is not None and self.ld_alpha is not None:
-            raise ValueError(f"kl_target with ld_alpha: {self.ld_alpha:g}, which weighs tokens, so that no KL is measured to steer beta by; remove one of them")
-        return self
-
-    @model_validator(mode="after")
     def _compares_nothing_with_its_sampler(self) -> OnlineDPOKeys:
         if self.rollout.exact:
             raise ValueError("rollout.exact: true in online_dpo, whose loss compares nothing with the sampler's log-probs; remove it")

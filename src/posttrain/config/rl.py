@@ -145,6 +145,8 @@ class RLKeys(SamplingKeys):
 
     @model_validator(mode="after")
     def _kl_can_be_steered(self) -> RLKeys:
+        if self.kl_target is not None and self.beta and not self.pull:
+            raise ValueError(f"kl_target steers beta by the KL to the reference, and beside beta: {self.beta:g} the loss_type here keeps none; remove kl_target, or take a loss_type with a reference, e.g. sigmoid")
         if self.kl_target is not None and not self.pull:
             raise ValueError("kl_target steers beta, which is 0 (no reference is kept); set beta to its starting value, e.g. 0.01")
         return self
@@ -210,6 +212,10 @@ class PolicyGradientKeys(RewardedKeys):
     allow_uncorrected: bool = knob(False, "Let importance_sampling_correction be off with an engine whose log-probs are not the trainer's.")
     importance_sampling_cap: float = knob(3.0, "Upper bound of the weights of importance_sampling_correction.", gt=1, also="vllm_importance_sampling_cap (TRL), vllm_importance_sampling_clip_max (TRL)")
     credit: Literal["episode", "turn"] = knob("episode", "Of stages with an env, which tokens a reward is for: all of the episode, or with `turn` those up to the turn at which the environment paid it (return-to-go; arXiv 2402.03300 sec. 4.1.3); all other rewards are the last turn's.")
+
+    @property
+    def selects_tokens(self) -> bool:
+        return self.top_entropy_quantile < 1
 
     @property
     def asks_trainer(self) -> bool:
@@ -281,6 +287,10 @@ class GRPOKeys(PolicyGradientKeys):
     teacher_clip: float = knob(0.2, "RLSD's ε: a token's advantage is the completion's times 1 - ε to 1 + ε.", gt=0, lt=1)
     teacher_warmup_steps: int = knob(0, "Steps in which teacher_coef rises linearly from 0.", ge=0)
     teacher_decay_steps: int = knob(0, "Steps after the warmup in which it falls linearly to 0; 0 lets it stay.", ge=0)
+
+    @property
+    def selects_tokens(self) -> bool:
+        return self.loss_type in ("clip_cov", "kl_cov") or super().selects_tokens
 
     @model_validator(mode="after")
     def _teachers_only_weigh(self) -> GRPOKeys:

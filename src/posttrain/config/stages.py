@@ -285,6 +285,11 @@ class TrainKeys(ModelKeys):
         return 0.0
 
     @property
+    def selects_tokens(self) -> bool:
+        """Whether a pass over each optimizer step's tokens comes before it, to choose among them."""
+        return False
+
+    @property
     def holds_reference(self) -> bool:
         """Whether full fine-tuning keeps a frozen copy of the model that it starts from."""
         return False

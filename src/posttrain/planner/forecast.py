@@ -183,7 +183,7 @@ def _copied_to_sample(memory: MemoryPlan, traffic: Traffic, loop: Loop) -> dict[
 def loop_of(workload: Workload) -> Loop:
     ours = workload.rollout.is_ours
     return Loop(
-        scoring_models=int(workload.scores_reference), recompute=bool(workload.gradient_checkpointing),
+        scoring_models=int(workload.scores_reference) + workload.num_iterations * workload.selects_tokens, recompute=bool(workload.gradient_checkpointing),
         adapter=workload.adapter != "none", iterations=workload.num_iterations, micro_rows=workload.per_device_train_batch_size,
         batch_limit=workload.rollout_batch_size if ours else _SEQUENCES,
         split=1 if ours else workload.rollout.tensor_parallel_size, shares_weights=ours, sharding=workload.sharding,

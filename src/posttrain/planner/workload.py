@@ -17,13 +17,15 @@ class Workload:
     """What decides the memory of a stage: its traits, and its keys under the names the configuration uses.
 
     `samples`: trains on completions of its own, which share their prompts; `pairs`: a row is two sequences;
-    `holds_reference`: full fine-tuning keeps a frozen copy; `scores_reference`: each row is scored under the reference too.
+    `holds_reference`: full fine-tuning keeps a frozen copy; `scores_reference`: each row is scored under the reference too;
+    `selects_tokens`: the step of an optimizer begins with a pass over its tokens.
     """
 
     samples: bool = False
     pairs: bool = False
     holds_reference: bool = False
     scores_reference: bool = False
+    selects_tokens: bool = False
     adapter: str = "none"
     adapter_start: str = "fresh"
     load_in_4bit: bool = False

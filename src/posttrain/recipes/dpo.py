@@ -24,6 +24,7 @@ from posttrain.models.load import freeze_reference, load_policy, load_tokenizer
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
 from posttrain.objectives.distill import aligned_scores
+from posttrain.objectives.kl import k3
 from posttrain.objectives.kto import LabelledInputs, kto_loss, kto_reference_point
 from posttrain.objectives.pair_scores import summed, wpo_weights
 from posttrain.objectives.preference import (
@@ -144,9 +145,13 @@ def _check_others_to_compare_with(schedule: Schedule[Labelled], held_out: Mappin
 
 
 def step_loss(
-    policy: Policy, reference: Reference | None, micros: Sequence[list[Any]], spec: PreferenceSpec, stage: Stage
-) -> MicroLoss:
-    """The loss of one optimizer step as a function of a micro-batch; what it is divided by is fixed here."""
+    policy: Policy, reference: Reference | None, micros: Sequence[list[Any]], spec: PreferenceSpec, stage: Stage, *,
+    measures_kl: bool = False,
+) -> MicroLoss:  # fmt: skip
+    """The loss of one optimizer step as a function of a micro-batch; what it is divided by is fixed here.
+
+    `measures_kl`: the pairs are the policy's own samples, and tell how far it is from its reference.
+    """
     rows = flat(micros)
     if not isinstance(rows[0], PairRow):
         assert reference is not None, "kto needs a reference"
@@ -155,12 +160,14 @@ def step_loss(
         return lambda micro: labelled_loss(policy, reference, micro, z, spec, norm)
     norm = Normalizer(tokens=sum(row.chosen.num_loss_tokens for row in rows), sequences=len(rows))
     partners = _step_partners(policy, reference, micros, spec, stage) if spec.sorted_over_step else {}
-    return lambda micro: pair_loss(policy, reference, micro, spec, norm, partners.get(id(micro)))
+    return lambda micro: pair_loss(
+        policy, reference, micro, spec, norm, partners.get(id(micro)), measures_kl=measures_kl
+    )
 
 
 def pair_loss(
     policy: Policy, reference: Reference | None, rows: list[PairRow], spec: PreferenceSpec, norm: Normalizer,
-    partners: Partners | None = None,
+    partners: Partners | None = None, *, measures_kl: bool = False,
 ) -> LossTerms:  # fmt: skip
     """This micro-batch's share of the step's loss. Chosen and rejected attend to one copy of their prompt."""
     batch = _packed(rows)
@@ -174,8 +181,21 @@ def pair_loss(
     else:
         scores = policy.score(batch)
         logp_M, aux_loss = scores.logp_M, scores.aux_loss
-    inputs = replace(_pair_inputs(logp_M, batch, rows, reference, spec), partners=partners, weight_P=weight_P)
-    return policy.with_aux_loss(preference_loss(inputs, spec, norm), aux_loss, share=len(rows) / norm.sequences)
+    of_sequences = (batch.seq_M.to(logp_M.device), batch.num_sequences)
+    kl: dict[str, Ratio] = {}
+    if reference is None:
+        ref_S = None
+    elif measures_kl:
+        ref_M = reference.live_logp_M(batch)
+        ref_S = summed(ref_M, *of_sequences, spec.ld_alpha)
+        # k3, token by token: k1 of samples that the policy has moved on from falls below 0, and would hide how far it is.
+        kl["kl"] = Ratio(float(k3(logp_M.detach(), ref_M).sum()), float(len(ref_M)))
+    else:
+        ref_S = reference.logp(rows, batch)
+    inputs = replace(_pair_inputs(logp_M, batch, rows, ref_S, spec), partners=partners, weight_P=weight_P)
+    terms = preference_loss(inputs, spec, norm)
+    terms.metrics.update(kl)
+    return policy.with_aux_loss(terms, aux_loss, share=len(rows) / norm.sequences)
 
 
 def _packed(rows: list[PairRow]) -> Batch:
@@ -183,11 +203,10 @@ def _packed(rows: list[PairRow]) -> Batch:
 
 
 def _pair_inputs(
-    logp_M: torch.Tensor, batch: Batch, rows: list[PairRow], reference: Reference | None, spec: PreferenceSpec
+    logp_M: torch.Tensor, batch: Batch, rows: list[PairRow], ref_S: torch.Tensor | None, spec: PreferenceSpec
 ) -> PairInputs:
     of_sequences = (batch.seq_M.to(logp_M.device), batch.num_sequences)
     logp_S = summed(logp_M, *of_sequences, spec.ld_alpha)
-    ref_S = None if reference is None else reference.logp(rows, batch)
     lengths_S = batch.lengths_S().to(logp_S)
     return PairInputs(
         logp_S[0::2], logp_S[1::2], lengths_S[0::2], lengths_S[1::2],

@@ -23,7 +23,7 @@ from posttrain.recipes.rl import EMPTY_STEP, begun
 from posttrain.recipes.run.run_folder import StageResult
 from posttrain.recipes.run.stage import Stage
 from posttrain.recipes.run.steering import steered
-from posttrain.recipes.sampled_pairs import PairCredit, distance, pair_micros, pair_objective, pair_rows
+from posttrain.recipes.sampled_pairs import PairCredit, pair_micros, pair_objective, pair_rows
 from posttrain.types import PromptRow
 
 
@@ -42,7 +42,7 @@ def run(keys: OnlineDPOKeys, stage: Stage) -> StageResult:
             paired = list(filter(partial(rl.credit.teaches, controls=stage.guard.controls), groups))
             micros = pair_micros(pair_rows(paired), keys.per_device_train_batch_size, ranks.world_size)
             spec, metrics = steered(objective, stage.guard.controls), StepMetrics()
-            loss = step_loss(policy, reference, micros, spec, stage) if micros else None
+            loss = step_loss(policy, reference, micros, spec, stage, measures_kl=True) if micros else None
             supervised = ptx.of_step(step) if ptx else []
             policy.model.train()
             for micro in accumulating(policy, for_rank(micros, ranks), more=bool(supervised)):
@@ -50,7 +50,7 @@ def run(keys: OnlineDPOKeys, stage: Stage) -> StageResult:
                 terms = loss(micro.rows)
                 micro.backward(terms.loss)
                 if not micro.idle:
-                    metrics.add(terms.metrics | distance(terms, micro.rows, spec))
+                    metrics.add(terms.metrics)
                     metrics.add_share("loss", float(terms.loss.detach()))
             learn_from(policy, supervised, keys, ranks, metrics)
             values = metrics.reduced(ranks) | (experience.metrics if position == 0 else {})

@@ -13,13 +13,12 @@ from posttrain.data.load import PairRow
 from posttrain.health.controls import Controls
 from posttrain.objectives.advantages import as_rewards, best_and_worst, combine
 from posttrain.objectives.preference import PreferenceSpec
-from posttrain.objectives.terms import LossTerms
 from posttrain.recipes.batches import dealt_micros
 from posttrain.recipes.credit import Credited, Made, column_weights, known
 from posttrain.recipes.dpo import pair_cost
 from posttrain.recipes.experience.sampled import Numbered
 from posttrain.rollout.experience import Group
-from posttrain.types import Ratio, Sample, TokenSeq
+from posttrain.types import Sample, TokenSeq
 
 
 def pair_objective(keys: OnlineDPOKeys) -> PreferenceSpec:
@@ -89,13 +88,3 @@ def pair_micros(rows: Sequence[PairRow], completions_at_once: int, world_size: i
     """The micro-batches of a step over all ranks, at most so many completions in each, but a whole pair."""
     at_once = max(1, completions_at_once // 2)
     return [[rows[place] for place in micro] for micro in dealt_micros([*map(pair_cost, rows)], at_once, world_size)]
-
-
-def distance(terms: LossTerms, rows: Sequence[PairRow], spec: PreferenceSpec) -> dict[str, Ratio]:
-    """`kl` to the reference in nats per token (k1), as far as the pairs tell it."""
-    if not spec.needs_reference or spec.ld_alpha is not None:
-        return {}
-    # `rewards/…` are beta · log(π / π_ref), summed over each completion.
-    nats = (terms.metrics["rewards/chosen"].num + terms.metrics["rewards/rejected"].num) / spec.beta
-    tokens = sum(answer.num_loss_tokens for row in rows for answer in (row.chosen, row.rejected))
-    return {"kl": Ratio(nats, float(tokens))}
