@@ -3,12 +3,14 @@
 import json
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from posttrain.config.datasets import DatasetKeys
 from posttrain.config.online_dpo import OnlineDPOKeys
 from posttrain.data.dataset import Dataset
 from posttrain.errors import ConfigError
@@ -37,7 +39,7 @@ def kept(folder):
 
 def summed_logp(model, prompt_ids, ids):
     logits = model(torch.tensor([prompt_ids + ids])).logits[0, len(prompt_ids) - 1 : -1]
-    return sum(logits.log_softmax(-1)[t, token] for t, token in enumerate(ids))
+    return torch.stack([logits.log_softmax(-1)[t, token] for t, token in enumerate(ids)]).sum()
 
 
 def test_a_step_is_the_mean_of_dpo_s_loss_over_the_best_and_the_worst_of_each_prompt(train, runner, model_dir):
@@ -59,12 +61,12 @@ def test_a_step_is_the_mean_of_dpo_s_loss_over_the_best_and_the_worst_of_each_pr
         # The reference is the model itself: its log-probs are these, as constants.
         d = (w - w.detach()) - (b - b.detach())
         losses.append(-torch.log(torch.sigmoid(beta * d)))
-    loss = sum(losses) / len(losses)
+    loss = torch.stack(losses).mean()
     loss.backward()
     row = runner.rows(folder)[0]
     assert row["loss"] == pytest.approx(loss.item(), abs=ATOL)
     assert row["pairs/count"] == 3
-    gradient = {name: p.grad for name, p in model.named_parameters()}
+    gradient: dict[str, Any] = {name: p.grad for name, p in model.named_parameters()}
     assert row["grad_norm"] == pytest.approx(sum(float(g.square().sum()) for g in gradient.values()) ** 0.5, rel=1e-5)
     before, after = load_file(model_dir("qwen3") / "model.safetensors"), runner.weights(folder)
     for name, start in before.items():
@@ -228,7 +230,7 @@ def test_what_has_no_pair_to_prefer_is_refused_by_name(options, said):
 
 
 def test_combinations_that_a_loss_is_not_defined_for_are_refused_as_in_dpo(runner):
-    keys = partial(OnlineDPOKeys, base_model="m", datasets=[{"path": "p"}], reward_funcs=["r"])
+    keys = partial(OnlineDPOKeys, base_model="m", datasets=[DatasetKeys(path="p")], reward_funcs=["r"])
     with pytest.raises(ConfigError, match="exo_pair needs label_smoothing"):
         online_dpo.pair_objective(keys(loss_type="exo_pair"))
 

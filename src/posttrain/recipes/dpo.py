@@ -226,7 +226,8 @@ def _step_partners(
     mine: dict[int, list[list[float]]] = {}
     for micro in for_rank(micros, stage.ranks):
         batch = _packed(micro.rows)
-        inputs = _pair_inputs(policy.score(batch).logp_M, batch, micro.rows, reference, spec)
+        ref_S = None if reference is None else reference.logp(micro.rows, batch)
+        inputs = _pair_inputs(policy.score(batch).logp_M, batch, micro.rows, ref_S, spec)
         assert inputs.ref_chosen_logp_P is not None and inputs.ref_rejected_logp_P is not None
         references = (inputs.ref_chosen_logp_P, inputs.ref_rejected_logp_P)
         columns = torch.stack([inputs.chosen_logp_P, inputs.rejected_logp_P, *references], 1)
