@@ -4,6 +4,8 @@
     python bench/learning.py synth --quick           three steps a stage: to see that it runs
 
 A row of `WAYS` is a stage and its YAML in examples/quickstart. SFT is run once, with the pipeline's seed; `--seeds` are those of what comes after it.
+Those that learn from a teacher (taught.py) have the GRPO row's model, or one of 4.8 M parameters that the same base script and stages make
+(`--teacher large`); their curves are a second table.
 Each stage is a process of its own. Accuracy is that of our evaluator on all 1,000 gate questions. Finished stages are kept under bench/out/
 and not run again, also where the checkout was moved, so ways and seeds can be added one at a time.
 """
@@ -13,28 +15,28 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import workload
 from posttrain.files import read_json_lines
 from stage_posttrain import QUICKSTART
-from staleness import logged
-from time_to_accuracy import Done, Options, over_seeds, points, run_job, run_stage, share
+from taught import SEARCH_SEED, SEARCHED, answer_tokens, distilling, imitating, teacher, tokens_to_teacher
+from time_to_accuracy import Done, Options, evaluated, over_seeds, points, run_job, run_stage, share
 
 if TYPE_CHECKING:
     from posttrain.report.intervals import Interval
 
 SFT_SEED = 42
 """That of the pipeline as it is shipped."""
-CURVE_ITEMS = 300
-"""Questions that are answered while a curve is made."""
-OF_TEACHER = (0.85, 0.9, 0.95)
+TOLD_EPOCHS = 4
+"""After one the model hardly reads what it is told: it copies late."""
 ANSWERS_PER_STEP = 64
-"""Of every stage here that samples."""
+"""Of every stage here that is paid by a reward."""
 
 Changes = Callable[["Bench", int], Sequence[str]]
 """Further keys of a way, where they follow from what ran before."""
@@ -54,24 +56,22 @@ class Way:
 class Bench:
     """What ran so far, made where it is asked for."""
 
-    def __init__(self, options: Options, steps: int) -> None:
-        self.options, self.steps = options, steps
+    def __init__(self, options: Options, steps: int, teacher: str = "grpo") -> None:
+        self.options, self.steps, self.teacher = options, steps, teacher
         self._made: dict[tuple[str, int], Done] = {}
 
     def start(self, name: str = "sft") -> Done:
         if (name, SFT_SEED) not in self._made:
-            base = ("base", str(QUICKSTART / "base"))
-            made = run_stage(SFT_SEED, "ours", "sft", base, self.options) if name == "sft" else self._told_sft()
-            self._made[name, SFT_SEED] = made
+            self._made[name, SFT_SEED] = STARTS[name](self)
         return self._made[name, SFT_SEED]
 
-    def done(self, name: str, seed: int) -> Done:
+    def done(self, name: str, seed: int, way: Way | None = None) -> Done:
+        """What `way`, or that row of `WAYS`, came to."""
         if (name, seed) not in self._made:
-            self._made[name, seed] = self._run(name, seed)
+            self._made[name, seed] = self._run(name, seed, way or WAYS[name])
         return self._made[name, seed]
 
-    def _run(self, name: str, seed: int) -> Done:
-        way = WAYS[name]
+    def _run(self, name: str, seed: int, way: Way) -> Done:
         before = self.start(way.start)
         job = {
             "kind": way.kind, "model": str(before.model), "parent": before["finished"], "seed": seed, "max_steps": self.steps,
@@ -79,6 +79,23 @@ class Bench:
             "config": way.config and str(QUICKSTART / way.config), "set": list(way.changes(self, seed)),
         }  # fmt: skip
         return run_job(f"seed {seed} {name}", "stage_posttrain.py", job, self.options)
+
+    def sft(self, name: str, base: Path, changes: Sequence[str] = ()) -> Done:
+        """The pipeline's SFT of another base, or on other rows."""
+        job = {
+            "kind": "sft", "model": str(base), "parent": base.name, "seed": SFT_SEED, "max_steps": self.options.max_steps,
+            "threads": self.options.threads, "folder": str(self.options.folder / f"seed-{SFT_SEED}" / name), "set": list(changes),
+        }  # fmt: skip
+        return run_job(name, "stage_posttrain.py", job, self.options)
+
+    def large_base(self) -> Path:
+        """The quickstart's base with 4.8 M parameters, made by its script."""
+        folder = self.options.folder / "large-base"
+        if not (folder / "tokenizer_config.json").exists():
+            short = ["--steps-share", "0.002"] if self.options.max_steps else []
+            made = [sys.executable, str(QUICKSTART / "make_base.py"), "--size", "large", "--to", str(folder), *short]
+            subprocess.run(made, check=True, stdout=sys.stderr)
+        return folder
 
     def rows(self, name: str, seed: int, model: Path, changes: Sequence[str] = ()) -> Path:
         """What `posttrain data synth` keeps of this model's samples. Started again, it takes over what was sampled."""
@@ -92,76 +109,52 @@ class Bench:
         synthesize(load_data_keys(SynthKeys, "synth", QUICKSTART / "synth.yaml", asked))
         return folder / ROWS
 
-    def curve_suite(self) -> Path:
-        """The first gate questions as a dev split: nothing is chosen by them."""
-        path = self.options.folder / "curve.jsonl"
-        rows = [row for _, row in read_json_lines(QUICKSTART / "evals" / "heldout.jsonl")]
-        asked = [row | {"split": "dev"} for row in rows if row["split"] == "gate"][:CURVE_ITEMS]
-        path.write_text("".join(json.dumps(row) + "\n" for row in asked))
-        return path
-
     def _short_prompts(self) -> Path:
         path = self.options.folder / "prompts.jsonl"
         path.write_text("".join((QUICKSTART / "data" / "prompts.jsonl").read_text().splitlines(keepends=True)[:64]))
         return path
 
-    def _told_sft(self) -> Done:
-        """SFT in which every second question ends in what its demonstration answers: a policy that can read a solution it is told."""
-        path = self.options.folder / "told.jsonl"
-        rows = [row for _, row in read_json_lines(QUICKSTART / "data" / "sft.jsonl")]
-        path.write_text("".join(json.dumps(told(row) if place % 2 else row) + "\n" for place, row in enumerate(rows)))
-        job = {
-            "kind": "sft", "model": str(QUICKSTART / "base"), "parent": "base", "seed": SFT_SEED, "max_steps": self.options.max_steps,
-            "threads": self.options.threads, "folder": str(self.options.folder / f"seed-{SFT_SEED}" / "told-sft"),
-            "set": [f"sft.datasets=[{{path: {path}, type: chat}}]"],
-        }  # fmt: skip
-        return run_job("sft, told", "stage_posttrain.py", job, self.options)
-
 
 def told(row: Mapping[str, list[dict[str, str]]]) -> dict[str, list[dict[str, str]]]:
-    """The same demonstration behind a question that gives its answer away, in the words of rlsd.yaml."""
+    """The same demonstration behind a question that gives its answer away."""
     question, answer = row["messages"]
-    value = answer["content"].rpartition("\\boxed{")[2].partition("}")[0]
-    return {"messages": [question | {"content": f"{question['content']} ({value})"}, answer]}
+    return {"messages": [hinted(question, answer["content"].rpartition("\\boxed{")[2].partition("}")[0]), answer]}
 
 
-def _curve(bench: Bench, every: int) -> list[str]:
-    return [f"eval_suite={bench.curve_suite()}", f"eval_suite_limit={CURVE_ITEMS}", f"eval_steps={every}"]
+def hinted(question: Mapping[str, str], value: str) -> dict[str, str]:
+    """The question that ends in its answer, in the words of rlsd.yaml."""
+    return {**question, "content": f"{question['content']} ({value})"}
 
 
-def _taught(bench: Bench, seed: int, steps: int = 40, every: int = 4) -> list[str]:
-    return [
-        f"teachers=[{{model: {bench.done('grpo', TEACHER_SEED).model}}}]",
-        f"max_steps={steps}",
-        *_curve(bench, every),
-    ]
-
-
-def _taught_exactly(bench: Bench, seed: int) -> list[str]:
-    """The same divergence summed over the vocabulary: without the sampled token's noise it bears the rate of SFT."""
-    return [*_taught(bench, seed, 24, 2), "loss_type=reverse_kl", *_SFT_RATE]
-
-
-def _of_teacher(bench: Bench, seed: int) -> list[str]:
-    """Two samples of the teacher for each prompt, right or wrong, without repeats."""
-    teacher = bench.done("grpo", TEACHER_SEED).model
-    rows = bench.rows("teacher-samples", seed, teacher, ["num_generations=2", "correct_from=-1"])
-    return [f"datasets=[{{path: {rows}, type: chat}}]", "max_steps=80", *_SFT_RATE, *_curve(bench, 4)]
+def _told_sft(bench: Bench) -> Done:
+    """SFT in which every second question ends in what its demonstration answers: a policy that can read a solution it is told."""
+    path = bench.options.folder / "told.jsonl"
+    rows = [row for _, row in read_json_lines(QUICKSTART / "data" / "sft.jsonl")]
+    path.write_text("".join(json.dumps(told(row) if place % 2 else row) + "\n" for place, row in enumerate(rows)))
+    return bench.sft(
+        "told-sft",
+        QUICKSTART / "base",
+        [f"sft.datasets=[{{path: {path}, type: chat}}]", f"sft.num_train_epochs={TOLD_EPOCHS}"],
+    )
 
 
 def _own(bench: Bench, seed: int) -> list[str]:
     return [f"datasets=[{{path: {bench.rows('samples', seed, bench.start().model)}, type: chat}}]"]
 
 
-TEACHER_SEED = 1
-_SFT_RATE = ("learning_rate=3e-4", "lr_scheduler_type=constant")
+STARTS: Mapping[str, Callable[[Bench], Done]] = {
+    "sft": lambda bench: run_stage(SFT_SEED, "ours", "sft", ("base", str(QUICKSTART / "base")), bench.options),
+    "told": _told_sft,
+    "large-sft": lambda bench: bench.sft("large-sft", bench.large_base()),
+}
 WAYS = {
     "grpo": Way("GRPO", "grpo", None, lambda bench, seed: ["grpo.beta=0"]),
     "ppo": Way("PPO with a critic", "ppo", "ppo.yaml"),
     "online_dpo": Way("online DPO", "online_dpo", "online_dpo.yaml"),
-    "opd": Way("OPD from the GRPO row's model", "distill", "distill.yaml", _taught),
-    "distill": Way("reverse KL to the GRPO row's model", "distill", "distill.yaml", _taught_exactly),
-    "imitate": Way("SFT on that model's samples", "sft", "again.yaml", _of_teacher),
+    "large": Way("GRPO of the 4.8 M model", "grpo", None, lambda bench, seed: ["grpo.beta=0"], "large-sft"),
+    "opd": Way("OPD from a teacher", "distill", "distill.yaml", distilling(SEARCHED["distill"][0])),
+    "distill": Way("reverse KL to the teacher", "distill", "distill.yaml", distilling(SEARCHED["distill"][1])),
+    "imitate": Way("SFT on the teacher's samples", "sft", "again.yaml", imitating(SEARCHED["imitate"][0])),
     "synth": Way("SFT on its own right answers", "sft", "again.yaml", _own),
     "rlsd": Way("RLSD, told the answer", "grpo", "rlsd.yaml", start="told"),
     "rlsd-off": Way("GRPO from the same start", "grpo", "rlsd.yaml", lambda bench, seed: ["teacher_coef=0"], "told"),
@@ -178,7 +171,9 @@ def render(bench: Bench, names: Sequence[str], seeds: Sequence[int]) -> str:
 
 def _line(way: Way, before: Done, each: Sequence[Done], seeds: Sequence[int]) -> str:
     same = [before] * len(each)
-    sampled = statistics.median(sum(answer_tokens(done)) for done in each) if way.kind != "sft" else None
+    sampled = (
+        statistics.median(sum(answer_tokens(done, ANSWERS_PER_STEP)) for done in each) if way.kind != "sft" else None
+    )
     cells = [
         way.title, ", ".join(map(str, seeds)), share(_score(same[:1])), share(_score(each)),
         points(over_seeds([done.reports["heldout"] for done in each], [done.reports["heldout"] for done in same])),
@@ -196,42 +191,29 @@ def _score(each: Sequence[Done]) -> Interval:
     return score_interval(reports[0]) if len(reports) == 1 else over_seeds(reports)
 
 
-def answer_tokens(done: Done) -> list[float]:
-    """Trained tokens of each step: those of the answers."""
-    lengths = logged(done, "completions/mean_length")
-    return [ANSWERS_PER_STEP * length for length in lengths] if lengths else logged(done, "loss_tokens")
+def told_and_not(bench: Bench) -> str:
+    """What the start of RLSD makes of a question that ends in its answer: what its teacher knows more than the policy."""
+    start = bench.start("told")
+    path = bench.options.folder / "told-heldout.jsonl"
+    rows = [row for _, row in read_json_lines(QUICKSTART / "evals" / "heldout.jsonl")]
+    path.write_text(
+        "".join(json.dumps(row | {"messages": [hinted(row["messages"][0], row["target"])]}) + "\n" for row in rows)
+    )
+    reports = evaluated(start.model, start.model.parent / "evals-told", bench.options, {"heldout": path})
+    knows = replace(start, reports=reports)
+    return f"Of the start of RLSD, told the answer: {share(_score([knows]))}; not told: {share(_score([start]))}."
 
 
-def curve_of(done: Done) -> list[tuple[float, float]]:
-    """Trained tokens so far and the share of the curve's questions that is right, at each measurement."""
-
-    steps = [row for _, row in read_json_lines(done.model.parent / "metrics.jsonl")]
-    totals = accumulate(answer_tokens(done))
-    return [(total, row["eval_score"]) for row, total in zip(steps, totals, strict=True) if "eval_score" in row]
-
-
-def until(curve: Sequence[tuple[float, float]], target: float) -> float | None:
-    """Trained tokens until the curve is at `target` for two measurements in a row, the first of them counted."""
-    return next((reached for (reached, one), (_, two) in pairwise(curve) if min(one, two) >= target), None)
-
-
-def tokens_to_teacher(bench: Bench, names: Sequence[str], seeds: Sequence[int]) -> str:
-    """Trained tokens until shares of the teacher's accuracy on the curve's questions."""
-    teacher = statistics.mean(item.score for item in bench.done("grpo", TEACHER_SEED).reports["heldout"].items[:CURVE_ITEMS])  # fmt: skip
-    lines = [
-        f"Trained tokens until a share of the teacher's {100 * teacher:.1f} % on {CURVE_ITEMS} questions:", "",
-        "| after SFT | seed | " + " | ".join(f"{share:.0%}" for share in OF_TEACHER) + " |", "|---" * (2 + len(OF_TEACHER)) + "|",
-    ]  # fmt: skip
+def search(bench: Bench, names: Sequence[str]) -> str:
+    """Each setting of `SEARCHED` on the dev questions, from one seed."""
+    kinds = {"distill": (distilling, "distill", "distill.yaml"), "imitate": (imitating, "sft", "again.yaml")}
+    found: list[tuple[str, int, Done]] = []
     for name in names:
-        for seed in seeds:
-            curve = curve_of(bench.done(name, seed))
-            cells = [_count(until(curve, share * teacher)) for share in OF_TEACHER]
-            lines.append("| " + " | ".join([WAYS[name].title, str(seed), *cells]) + " |")
-    return "\n".join(lines)
-
-
-def _count(tokens: float | None) -> str:
-    return "not reached" if tokens is None else f"{tokens:,.0f}"
+        changes, kind, config = kinds[name]
+        for place, setting in enumerate(SEARCHED[name]):
+            way = Way(str(setting), kind, config, changes(setting))
+            found.append((way.title, SEARCH_SEED, bench.done(f"search-{name}-{place}", SEARCH_SEED, way)))
+    return tokens_to_teacher("searched", teacher(bench), bench.options.split, found)
 
 
 def main() -> None:
@@ -240,17 +222,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=0, help="of what comes after SFT; 0 leaves it to the YAML")
+    parser.add_argument("--teacher", choices=("grpo", "large"), default="grpo", help="the row whose model teaches")
+    parser.add_argument("--search", nargs="+", choices=list(SEARCHED), help="settings of these, on the dev questions")
     parser.add_argument("--quick", action="store_true")
     asked = parser.parse_args()
     seeds, steps = (asked.seeds[:1], 3) if asked.quick else (asked.seeds, asked.steps)
     folder = workload.OUT / ("learning-quick" if asked.quick else "learning")
     folder.mkdir(parents=True, exist_ok=True)
-    bench = Bench(
-        Options(tuple(seeds), asked.threads, 3 if asked.quick else 0, "dev" if asked.quick else "gate", folder), steps
-    )
+    split = "dev" if asked.quick or asked.search else "gate"
+    bench = Bench(Options(tuple(seeds), asked.threads, 3 if asked.quick else 0, split, folder), steps, asked.teacher)
+    if asked.search:
+        print(search(bench, asked.search))
+        return
     print(render(bench, asked.ways, seeds))
-    if taught := [name for name in asked.ways if name in ("opd", "distill", "imitate")]:
-        print("\n" + tokens_to_teacher(bench, taught, seeds))
+    taught = [name for name in asked.ways if name in ("opd", *SEARCHED)]
+    if curves := [(WAYS[name].title, seed, bench.done(name, seed)) for name in taught for seed in seeds]:
+        print("\n" + tokens_to_teacher("after SFT", teacher(bench), split, curves))
+    if any(WAYS[name].start == "told" for name in asked.ways):
+        print("\n" + told_and_not(bench))
 
 
 if __name__ == "__main__":

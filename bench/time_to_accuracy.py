@@ -138,8 +138,10 @@ def timed(script: str, job: Mapping[str, Any], folder: Path, options: Options) -
     return stage | {"process_s": process_s, "others_cpus": max(0.0, others), "finished": finished}
 
 
-def evaluated(model: Path, folder: Path, options: Options) -> dict[str, EvalReport]:
-    """Our evaluator on the quickstart's suites; a report that is already there is taken over. Not timed."""
+def evaluated(
+    model: Path, folder: Path, options: Options, others: Mapping[str, Path] | None = None
+) -> dict[str, EvalReport]:
+    """Our evaluator on the quickstart's suites, or on `others` in their places; a report that is already there is taken over. Not timed."""
     from transformers.utils.logging import disable_progress_bar
 
     from posttrain.config.stages import ModelKeys
@@ -148,7 +150,8 @@ def evaluated(model: Path, folder: Path, options: Options) -> dict[str, EvalRepo
 
     disable_progress_bar()
     suites = pipeline_of(0).evals
-    asked = [(load_suite(name, Path(suites[name].path)), suites[name]) for name in SUITES]
+    paths = others or {name: Path(suites[name].path) for name in SUITES}
+    asked = [(load_suite(name, path), suites[name]) for name, path in paths.items()]
     return evaluate(ModelKeys(base_model=str(model), device="cpu"), asked, options.split, folder)
 
 

@@ -5,9 +5,11 @@ import json
 import pytest
 
 import learning
-from learning import WAYS, Bench, curve_of, told, until
+import taught
+from learning import WAYS, Bench, told
 from posttrain.evidence import EvalReport, ItemRecord
 from stage_posttrain import QUICKSTART, keys_of
+from taught import curve_of, until
 from time_to_accuracy import Done, Options
 
 
@@ -68,6 +70,22 @@ def test_the_table_has_each_way_with_what_it_gained(tmp_path, monkeypatch):
     assert cells == [WAYS["synth"].title, "1, 2", "25.0 %", "75.0 %", "+50.0", "25.0 %", "75.0 %", "2 s", "–"]
 
 
+def test_tokens_are_counted_until_shares_of_the_teacher_s_accuracy(tmp_path):
+    """The teacher has 0.5 of four questions: 0.45 is 90 % of it, reached after 100 tokens; 0.475 never is for two readings."""
+    steps = [{"step": step, "loss_tokens": 50, "eval_score": score} for step, score in enumerate((0.2, 0.46, 0.47), 1)]
+    of_teacher, student = done(tmp_path / "t", [1, 1, 0, 0]), done(tmp_path / "s", [], steps)
+    text = taught.tokens_to_teacher("after SFT", of_teacher, "gate", [("OPD", 1, student)])
+    assert "50.0 % on 4 gate questions" in text
+    assert text.splitlines()[-1] == "| OPD | 1 | 100 | 100 | not in 150 | 47.0 % |"
+
+
+def test_a_search_reads_dev_questions_and_the_rows_read_gate(tmp_path):
+    asked = {split: taught.curve_suite(tmp_path, split).read_text() for split in taught.CURVE_ITEMS}
+    questions = {split: {json.loads(line)["id"] for line in text.splitlines()} for split, text in asked.items()}
+    assert {split: len(ids) for split, ids in questions.items()} == taught.CURVE_ITEMS
+    assert not questions["dev"] & questions["gate"]
+
+
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
     """Two steps of every stage, the base in the place of the model after SFT."""
@@ -79,7 +97,7 @@ def bench(tmp_path, monkeypatch):
 def test_ppo_goes_from_its_yaml_to_an_accuracy(bench):
     """Its warm-up is longer than the run: the base answers as before."""
     found = bench.done("ppo", 1)
-    assert len(learning.answer_tokens(found)) == 2
+    assert len(learning.answer_tokens(found, learning.ANSWERS_PER_STEP)) == 2
     assert found.reports["heldout"].mean == 0
 
 
@@ -90,3 +108,14 @@ def test_every_way_goes_from_its_yaml_to_an_accuracy(bench, monkeypatch):
     monkeypatch.setattr(Bench, "rows", lambda self, name, seed, model, changes=(): rows(self, name, seed, model, ["correct_from=-1", "max_completion_length=8", "keep_truncated=true"]))  # fmt: skip
     for name in WAYS:
         assert 0 <= bench.done(name, 1).reports["heldout"].mean <= 1, name
+
+
+@pytest.mark.slow
+def test_the_large_base_is_the_small_one_s_but_for_its_width(bench):
+    """A step of each phase: it loads, and its tokenizer is the student's."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    made = bench.large_base()
+    assert AutoModelForCausalLM.from_pretrained(made).num_parameters() == 4_756_096
+    of_teacher, of_student = (AutoTokenizer.from_pretrained(path).get_vocab() for path in (made, QUICKSTART / "base"))
+    assert of_teacher == of_student

@@ -1,0 +1,135 @@
+"""Students of a teacher: distillation against SFT on its samples, in trained tokens until shares of its accuracy (for learning.py).
+
+Rates and batches are searched for on the dev questions, with a seed of their own: `python bench/learning.py --search distill imitate`.
+What won there is a row of `learning.WAYS`, and is read on gate questions.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from posttrain.files import read_json_lines
+from stage_posttrain import QUICKSTART
+from staleness import logged
+
+if TYPE_CHECKING:
+    from learning import Bench
+    from time_to_accuracy import Done
+
+TEACHER_SEED = 1
+SEARCH_SEED = 11
+OF_TEACHER = (0.85, 0.9, 0.95)
+CURVE_ITEMS = {"dev": 200, "gate": 300}
+"""Questions that are answered while a curve is made."""
+ANSWER_TOKENS = 24
+"""About so many: steps follow from the tokens that are to be trained on."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`answers` of a step, all of different prompts, at `rate`."""
+
+    loss: str
+    answers: int
+    rate: float
+
+    def __str__(self) -> str:
+        return f"{self.loss}, {self.answers} answers a step, {self.rate:g}"
+
+
+SEARCHED: Mapping[str, tuple[Setting, ...]] = {
+    "distill": (
+        Setting("opd", 64, 1e-4),
+        Setting("reverse_kl", 16, 3e-4),
+        Setting("reverse_kl", 16, 1e-3),
+        Setting("jsd", 16, 3e-4),
+    ),
+    "imitate": (Setting("nll", 32, 3e-4), Setting("nll", 16, 3e-4), Setting("nll", 32, 1e-3)),
+}
+TOKENS = {"distill": 32_000, "imitate": 64_000}
+READINGS = 16
+
+
+def distilling(setting: Setting) -> Callable[[Bench, int], list[str]]:
+    return lambda bench, seed: [
+        f"teachers=[{{model: {teacher(bench).model}}}]", f"loss_type={setting.loss}",
+        f"num_prompts_per_step={setting.answers}", "num_generations=1", *_run("distill", setting, bench),
+    ]  # fmt: skip
+
+
+def imitating(setting: Setting) -> Callable[[Bench, int], list[str]]:
+    """SFT on two samples of the teacher for each prompt, right or wrong, without repeats."""
+
+    def changes(bench: Bench, seed: int) -> list[str]:
+        rows = bench.rows(
+            f"samples-of-{bench.teacher}", seed, teacher(bench).model, ["num_generations=2", "correct_from=-1"]
+        )
+        at_once = f"per_device_train_batch_size={setting.answers}"
+        return [f"datasets=[{{path: {rows}, type: chat}}]", at_once, *_run("imitate", setting, bench)]
+
+    return changes
+
+
+def _run(way: str, setting: Setting, bench: Bench) -> list[str]:
+    split = bench.options.split
+    steps = TOKENS[way] // (ANSWER_TOKENS * setting.answers)
+    return [
+        f"learning_rate={setting.rate}", "lr_scheduler_type=constant", f"max_steps={steps}", f"eval_steps={max(1, steps // READINGS)}",
+        f"eval_suite={curve_suite(bench.options.folder, split)}", f"eval_suite_limit={CURVE_ITEMS[split]}",
+    ]  # fmt: skip
+
+
+def teacher(bench: Bench) -> Done:
+    return bench.done(bench.teacher, TEACHER_SEED)
+
+
+def curve_suite(folder: Path, split: str) -> Path:
+    """The first questions of the split, as the dev split that a run reads: nothing is chosen by those of gate."""
+    path = folder / f"curve-{split}.jsonl"
+    rows = [row for _, row in read_json_lines(QUICKSTART / "evals" / "heldout.jsonl")]
+    asked = [row | {"split": "dev"} for row in rows if row["split"] == split][: CURVE_ITEMS[split]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    return path
+
+
+def answer_tokens(done: Done, answers_per_step: int) -> list[float]:
+    """Trained tokens of each step: those of the answers."""
+    lengths = logged(done, "completions/mean_length")
+    return logged(done, "loss_tokens") or [answers_per_step * length for length in lengths]
+
+
+def curve_of(done: Done) -> list[tuple[float, float]]:
+    """Trained tokens so far and the share of the curve's questions that is right, at each measurement."""
+    steps = [row for _, row in read_json_lines(done.model.parent / "metrics.jsonl")]
+    totals = accumulate(logged(done, "loss_tokens"))
+    return [(total, row["eval_score"]) for row, total in zip(steps, totals, strict=True) if "eval_score" in row]
+
+
+def until(curve: Sequence[tuple[float, float]], target: float) -> float | None:
+    """Trained tokens until the curve is at `target` for two measurements in a row, the first of them counted."""
+    return next((reached for (reached, one), (_, two) in pairwise(curve) if min(one, two) >= target), None)
+
+
+def tokens_to_teacher(title: str, of_teacher: Done, split: str, curves: Sequence[tuple[str, int, Done]]) -> str:
+    """Trained tokens until shares of the teacher's accuracy on the curve's questions, a line for each (way, seed, what it did)."""
+    items = of_teacher.reports["heldout"].items[: CURVE_ITEMS[split]]
+    reached = statistics.mean(item.score for item in items)
+    lines = [
+        f"Trained tokens until a share of the teacher's {100 * reached:.1f} % on {len(items)} {split} questions:", "",
+        f"| {title} | seed | " + " | ".join(f"{share:.0%}" for share in OF_TEACHER) + " | last reading |", "|---" * (3 + len(OF_TEACHER)) + "|",
+    ]  # fmt: skip
+    for name, seed, done in curves:
+        curve = curve_of(done)
+        cells = [_count(until(curve, share * reached), curve) for share in OF_TEACHER]
+        lines.append("| " + " | ".join([name, str(seed), *cells, f"{100 * curve[-1][1]:.1f} %"]) + " |")
+    return "\n".join(lines)
+
+
+def _count(tokens: float | None, curve: Sequence[tuple[float, float]]) -> str:
+    return f"not in {curve[-1][0]:,.0f}" if tokens is None else f"{tokens:,.0f}"
