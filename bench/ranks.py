@@ -2,6 +2,7 @@
 
     python bench/ranks.py                      a model of 42 M parameters, full fine-tuning in float32 with AdamW
     python bench/ranks.py --size 5M --ranks 1 2 --steps 5
+    python bench/ranks.py --transfer copy      GRPO instead, sampled on a whole copy; `shared`: with the ranks' shares
 
 The same global batch whatever the number of ranks: four rows, 512 tokens. Bytes are anonymous memory above that of the process
 after its imports and the ranks' meeting, sampled every 5 ms; "and files" adds pages of files that are mapped into the process,
@@ -25,12 +26,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import saving
 import workload
 from posttrain.files import read_json, write_json
 from posttrain.tracking.jsonl import read_jsonl
+
+if TYPE_CHECKING:
+    from posttrain.config.stages import TrainKeys
+    from posttrain.recipes.run.train_state import Learner
 
 GOALS = {2: 0.65, 4: 0.45}
 PHASES = ("load", "train", "save", "export", "resume")
@@ -72,14 +77,33 @@ class Watch:
         self._thread.join()
 
 
-def work(size: str, steps: int, folder: Path, *, again: bool) -> None:
+def stage_keys(size: str, steps: int, transfer: str | None) -> TrainKeys:
+    """SFT, or with `transfer` GRPO whose completions are sampled so: 16 of a step, 32 tokens each."""
+    from posttrain.config.rl import GRPOKeys
+    from posttrain.config.stages import SFTKeys
+
+    common = {
+        "base_model": str(saving.model_dir(size)), "max_steps": steps, "num_processes": 4, "save_steps": 0, "sequence_len": 256,
+        "learning_rate": 1e-5, "bf16": False, "device": "cpu",
+    }  # fmt: skip
+    if transfer is None:
+        return SFTKeys.model_validate(
+            {**common, "datasets": [{"path": str(saving.rows_file())}], "per_device_train_batch_size": 1}
+        )
+    return GRPOKeys.model_validate({
+        **common, "datasets": [{"path": str(workload.data_file("grpo", 64)), "type": "prompt"}], "reward_funcs": [str(Path(__file__).with_name("rewards.py")) + ":vowels"],
+        "num_prompts_per_step": 4, "num_generations": 4, "max_completion_length": 32, "per_device_train_batch_size": 4,
+        "allow_raw_base": True, "rollout": {"transfer": transfer},
+    })  # fmt: skip
+
+
+def work(size: str, steps: int, transfer: str | None, folder: Path, *, again: bool) -> None:
     """One rank: a stage to its end, or its last checkpoint read `again`. Rank 0 writes what the largest rank held."""
     import torch
 
-    from posttrain.config.stages import SFTKeys
     from posttrain.distributed.ranks import join_ranks
     from posttrain.models.policy import Policy
-    from posttrain.recipes import sft
+    from posttrain.recipes.kinds import LOOPS
     from posttrain.recipes.run.stage import Stage, StageResult
     from posttrain.recipes.run.train_state import Checkpoints, TrainState
 
@@ -94,9 +118,11 @@ def work(size: str, steps: int, folder: Path, *, again: bool) -> None:
                     super().save(state, wait=wait)
 
         class WatchedStage(Stage):
-            def resume(self, policy: Policy, optimizer: torch.optim.Optimizer, total_steps: int) -> TrainState:
+            def resume(
+                self, policy: Policy, optimizer: torch.optim.Optimizer, total_steps: int, critic: Learner | None = None
+            ) -> TrainState:
                 with watch.during("resume" if again else "load"):
-                    state = super().resume(policy, optimizer, total_steps)
+                    state = super().resume(policy, optimizer, total_steps, critic)
                 watch.phase = "train"
                 return state
 
@@ -108,14 +134,11 @@ def work(size: str, steps: int, folder: Path, *, again: bool) -> None:
                 with watch.during("export"):
                     return super().done(state)
 
-        keys = SFTKeys.model_validate({
-            "base_model": str(saving.model_dir(size)), "datasets": [{"path": str(saving.rows_file())}], "max_steps": steps,
-            "per_device_train_batch_size": 1, "num_processes": 4, "save_steps": 0, "sequence_len": 256, "learning_rate": 1e-5,
-            "bf16": False, "device": "cpu",
-        })  # fmt: skip
-        stage = WatchedStage("sft", folder, keys, ranks)
+        keys = stage_keys(size, steps, transfer)
+        kind = "sft" if transfer is None else "grpo"
+        stage = WatchedStage(kind, folder, keys, ranks)
         stage.checkpoints = WatchedCheckpoints(stage.checkpoints.store, ranks, stage.run)
-        sft.run(keys, stage)
+        LOOPS[kind](keys, stage)
         watch.close()
         peaks = ranks.gather(watch.peaks)
         cpu_s = ranks.sum([after - before for before, after in itertools.pairwise(cpu_s)])[1:]
@@ -129,11 +152,12 @@ def work(size: str, steps: int, folder: Path, *, again: bool) -> None:
             )
 
 
-def run(size: str, steps: int, num_ranks: int, folder: Path, *, again: bool) -> dict[str, Any]:
+def run(size: str, steps: int, transfer: str | None, num_ranks: int, folder: Path, *, again: bool) -> dict[str, Any]:
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)] if num_ranks > 1 else []
     )
     worker = [__file__, "--worker", str(folder), "--size", size, "--steps", str(steps), *(["--again"] if again else [])]
+    worker += [] if transfer is None else ["--transfer", transfer]
     done = subprocess.run(
         [sys.executable, *launcher, *worker], check=False, capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
@@ -143,11 +167,11 @@ def run(size: str, steps: int, num_ranks: int, folder: Path, *, again: bool) -> 
     return read_json(folder / _FOUND)
 
 
-def measure(size: str, steps: int, num_ranks: int) -> dict[str, Any]:
+def measure(size: str, steps: int, transfer: str | None, num_ranks: int) -> dict[str, Any]:
     folder = workload.OUT / "ranks-run"
     shutil.rmtree(folder, ignore_errors=True)
-    found = run(size, steps, num_ranks, folder, again=False)
-    found["peaks"]["resume"] = run(size, steps, num_ranks, folder, again=True)["peaks"]["resume"]
+    found = run(size, steps, transfer, num_ranks, folder, again=False)
+    found["peaks"]["resume"] = run(size, steps, transfer, num_ranks, folder, again=True)["peaks"]["resume"]
     shutil.rmtree(folder)
     return found
 
@@ -157,18 +181,19 @@ def main() -> None:
     parser.add_argument("--size", choices=saving.SHAPES, default="42M")
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--transfer", choices=["copy", "shared"])
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--again", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is not None:
-        work(options.size, options.steps, options.worker, again=options.again)
+        work(options.size, options.steps, options.transfer, options.worker, again=options.again)
         return
     saving.model_dir(options.size), saving.rows_file()
     print(f"| ranks | {' | '.join(PHASES)} | peak | and files | of one process | goal | tokens/s | CPU s |")
     print(f"|{'---|' * (len(PHASES) + 7)}")
     one = 0
     for num_ranks in options.ranks:
-        found = measure(options.size, options.steps, num_ranks)
+        found = measure(options.size, options.steps, options.transfer, num_ranks)
         peaks = [found["peaks"][phase] for phase in PHASES]
         peak, resident = (max(pair[i] for pair in peaks) for i in (0, 1))
         one = one or peak

@@ -44,6 +44,29 @@ def test_weights_take_the_best_way_that_the_engine_has(engine, way):
     assert RolloutKeys(engine=engine).way == RolloutKeys(engine=engine, transfer=way).way == way
 
 
+def test_our_engine_takes_a_copy_where_the_weights_are_dealt_or_move_unless_it_is_told():
+    auto, shared, copy = RolloutKeys(), RolloutKeys(transfer="shared"), RolloutKeys(transfer="copy")
+    assert [keys.takes_copy(sharded=False) for keys in (auto, shared, copy)] == [False, False, True]
+    assert [keys.takes_copy(sharded=True) for keys in (auto, shared, copy)] == [True, False, True]
+    assert RolloutKeys(max_staleness=1).takes_copy(sharded=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rollout": {"transfer": "shared", "max_staleness": 1}}, r"shared with rollout.max_staleness: 1; .* set transfer: copy"),
+        ({"rollout": {"transfer": "copy", "exact": True}}, r"exact: true with rollout.transfer: copy; .* set transfer: shared"),
+        (
+            {"rollout": {"transfer": "shared"}, "sharding": {"tensor_parallel_size": 2}},
+            r"sharding.tensor_parallel_size: 2 with rollout.transfer: shared, .* set rollout.transfer: copy",
+        ),
+    ],
+)  # fmt: skip
+def test_shares_are_not_decoded_with_where_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        GRPOKeys.model_validate(BASE | options)
+
+
 def test_a_way_that_the_engine_does_not_have_is_refused():
     with pytest.raises(
         ValueError, match=r"transfer: file with rollout.engine: embedded, which takes its weights by shared"

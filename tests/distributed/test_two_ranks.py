@@ -97,6 +97,16 @@ MORE = {
     "grpo, refilled": ("grpo", {"dynamic_sampling": True, "reward_funcs": ["last_digit"], "num_prompts_per_step": 3}),
     "grpo, nothing has spread": ("grpo", NO_SPREAD),
     "grpo, shares that do not divide": ("grpo", {**LORA, "beta": 0.1, "num_prompts_per_step": 3}),
+    "grpo, decoded from the shares": ("grpo", {"rollout": {"transfer": "shared"}, "num_prompts_per_step": 3}),
+    "grpo, decoded from the shares with an adapter": ("grpo", {**LORA, "rollout": {"transfer": "shared"}, "beta": 0.1}),
+    "grpo, decoded from the shares, one forward a sequence": (
+        "grpo",
+        {"rollout": {"transfer": "shared"}, "architecture": "gpt_oss", "num_prompts_per_step": 3, "max_steps": 2},
+    ),
+    "grpo, experts decoded from the shares": (
+        "grpo",
+        {"rollout": {"transfer": "shared"}, "architecture": "qwen3_moe", "eval": "dev-prompts", "eval_steps": 2},
+    ),
     "grpo, taught": (
         "grpo",
         {"teachers": [{"model": "start"}, HINTED], "num_iterations": 2, "num_prompts_per_step": 3},

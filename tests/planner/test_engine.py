@@ -106,3 +106,29 @@ def test_what_samples_while_it_trains_holds_both_at_once():
     held = sum(parts.values()) - training - rollout - export
     assert ahead.total_bytes == int(1.05 * (held + max(training + rollout, export)))
     assert "rollout.max_staleness: 0" in shortfall(ahead, in_turn.total_bytes, "m")
+
+
+def test_several_processes_hold_a_copy_to_sample_with_unless_they_decode_with_their_shares():
+    def plan(shards, **rollout):
+        return estimate_memory(TIED, Workload(samples=True, rollout=SamplingEngine(**rollout)), shards)
+
+    assert "replica" not in plan(1).parts and "replica" not in plan(1, transfer="shared").parts
+    whole = plan(1).parts["weights"]
+    assert plan(1, transfer="copy").parts["replica"] == plan(4).parts["replica"] == whole
+    assert "replica" not in plan(4, transfer="shared").parts
+    assert plan(4).total_bytes - plan(4, transfer="shared").total_bytes > 0.9 * whole
+
+
+def test_a_copy_that_does_not_fit_is_proposed_to_be_left_out():
+    smallest = {
+        "per_device_train_batch_size": 1,
+        "gradient_checkpointing": True,
+        "rollout_batch_size": 8,
+        "adapter": "lora",
+    }
+    large = replace(TIED, num_layers=40, hidden=640, intermediate=1280)
+    copied = estimate_memory(large, Workload(samples=True, on_cpu=True, **smallest), 4)
+    shared = replace(copied.workload, rollout=SamplingEngine(transfer="shared"))
+    room = estimate_memory(large, shared, 4).total_bytes
+    assert copied.total_bytes > room
+    assert "it would fit with rollout.transfer: shared (" in shortfall(copied, room, "m")

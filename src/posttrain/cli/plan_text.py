@@ -42,6 +42,10 @@ def _engine_lines(memory: Any) -> list[str]:
         return [
             "  engine  every process holds a whole copy to sample with, and samples slowly; rollout.engine: vllm_server is one for all of them, and faster"
         ]
+    if memory.workload.samples and rollout.gathers(memory.shards):
+        return [
+            "  engine  no copy: every layer is gathered for each token that is sampled, which is slow; rollout.engine: vllm_server is one for all processes, and faster"
+        ]
     if "replica" in memory.parts:
         return [
             f"  engine  max_staleness {rollout.max_staleness}: samples on a second copy ({size_text(memory.parts['replica'])}) while the first is trained; their memory adds up"

@@ -71,6 +71,12 @@ class SamplingKeys(TrainKeys):
         return self
 
     @model_validator(mode="after")
+    def _decodes_whole_rows(self) -> SamplingKeys:
+        if self.sharding.group_size > 1 and self.rollout.engine == "embedded" and self.rollout.transfer == "shared":
+            raise ValueError(f"{self.sharding.group_text} with rollout.transfer: shared, which decodes whole rows on each process; set rollout.transfer: copy")
+        return self
+
+    @model_validator(mode="after")
     def _samples_from_4_bits_or_16(self) -> SamplingKeys:
         if self.load_in_8bit:
             raise ValueError("load_in_8bit: true where the policy samples, which engines here do from 4 bits or from 16; set adapter: qlora, or load_in_8bit: false")

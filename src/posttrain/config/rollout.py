@@ -11,7 +11,7 @@ from posttrain.config.knob import Keys, knob
 from posttrain.uris import loopback
 
 TRANSFERS_OF = {
-    "embedded": ("shared",),
+    "embedded": ("shared", "copy"),
     "vllm": ("copy", "file", "delta"),
     "vllm_server": ("file", "delta", "broadcast"),
     "sglang": ("file",),
@@ -40,7 +40,7 @@ class RolloutKeys(Keys):
     memory_gib: float | None = knob(None, "GiB for vLLM's keys and values; null takes 1 on a CPU, 8 on a GPU.", gt=0, example=4.0)
     tensor_parallel_size: int = knob(1, "Processes that vLLM splits the model over.", ge=1, also="vllm_tensor_parallel_size (TRL)")
     enforce_eager: bool = knob(False, "Compile nothing and record no CUDA graphs: `vllm` and servers of it that the run starts as vLLM means it, `embedded` decodes by the loop of a CPU; on a CPU neither does anyway.")
-    transfer: Literal["auto", "shared", "copy", "file", "delta", "broadcast"] = knob("auto", "How weights get to the engine; `auto` is the first that it can: `embedded` decodes with those in training (`shared`), `vllm` takes a `copy` or a `file`, `vllm_server` and `sglang` a `file`; vLLM takes a file of what changed too (`delta`), and a server of it that the run starts a `broadcast`, without files.")
+    transfer: Literal["auto", "shared", "copy", "file", "delta", "broadcast"] = knob("auto", "How weights get to the engine; `auto` is the first that it can: `embedded` decodes with those in training (`shared`), or with several processes and where groups are made ahead on a whole `copy`; `shared` with several processes gathers them layer by layer for each token, slowly and without a copy; `vllm` takes a `copy` or a `file`, `vllm_server` and `sglang` a `file`; vLLM takes a file of what changed too (`delta`), and a server of it that the run starts a `broadcast`, without files.")
     delta_anchor: int = knob(20, "With `transfer: delta`, every so many pushes the whole model is sent.", ge=1)
     replicas: int = knob(1, "Servers of vLLM that the run starts; groups are dealt to them, and what one that died had not answered is asked of the others.", ge=1, also="num_engines, vllm_num_engines (OpenRLHF)", example=2)
     placement: Literal["auto", "colocated", "split"] = knob("auto", "Cards of the servers of vLLM that the run starts: `colocated` on those that train, where a server that is not sampling sleeps unless groups are made ahead; `split` on others, `replicas` × `tensor_parallel_size` of them. `auto` is colocated, but with --ray and cards split. Without cards it decides nothing.", example="split")
@@ -57,6 +57,10 @@ class RolloutKeys(Keys):
     def way(self) -> str:
         """`transfer`, with `auto` resolved."""
         return TRANSFERS_OF[self.engine][0] if self.transfer == "auto" else self.transfer
+
+    def takes_copy(self, *, sharded: bool) -> bool:
+        """Whether our engine decodes on a whole copy of the weights in training."""
+        return bool(self.max_staleness) or self.transfer == "copy" or (sharded and self.transfer == "auto")
 
     @property
     def starts_servers(self) -> bool:
@@ -93,6 +97,8 @@ class RolloutKeys(Keys):
     def _only_ours_is_exact(self) -> RolloutKeys:
         if self.exact and self.engine != "embedded":
             raise ValueError(f"rollout.exact: true with rollout.engine: {self.engine}; only the embedded engine can be; set exact: false")
+        if self.exact and self.transfer == "copy":
+            raise ValueError("rollout.exact: true with rollout.transfer: copy; only the weights in training give log-probs to the last bit; set transfer: shared")
         return self
 
     @model_validator(mode="after")
@@ -136,6 +142,8 @@ class RolloutKeys(Keys):
         if not self.max_staleness:
             return self
         ahead = f"rollout.max_staleness: {self.max_staleness}"
+        if self.transfer == "shared":
+            raise ValueError(f"rollout.transfer: shared with {ahead}; the weights in training move while it samples; set transfer: copy, or max_staleness: 0")
         if self.exact:
             raise ValueError(f"rollout.exact: true with {ahead}; log-probs under older weights are not the trainer's; set exact: false, or max_staleness: 0")
         if self.engine == "sglang":

@@ -35,7 +35,7 @@ _MOST_COPIED = 256 << 20
 
 
 def decode_step(policy: Policy, prepack: bool = False) -> DecodeStep:
-    """The fast step where the model is of a known family and everything has one dtype, else the model's own forward."""
+    """The fast step where the model is of a known family, whole and of one dtype, else the model's own forward."""
     if _is_written_out(policy):
         return LlamaStep(policy, prepack and not why_not_prepacked(policy))
     return lambda ids_R, positions_R, cache: _by_modules(policy, ids_R, positions_R, cache)
@@ -54,7 +54,13 @@ def _is_written_out(policy: Policy) -> bool:
     config = policy.base.config
     dtypes = {parameter.dtype for parameter in policy.base.parameters() if parameter.dtype.is_floating_point}
     plain = policy.placement.autocast_dtype is None and len(dtypes) == 1
-    return plain and config.model_type in FAMILIES and getattr(config, "hidden_act", "silu") == "silu"
+    # Shares of a layer are gathered when its module is called.
+    return (
+        plain
+        and not policy.sharded
+        and config.model_type in FAMILIES
+        and getattr(config, "hidden_act", "silu") == "silu"
+    )
 
 
 def _by_modules(policy: Policy, ids_R: torch.Tensor, positions_R: torch.Tensor, cache: KVStore) -> torch.Tensor:

@@ -55,9 +55,17 @@ class SamplingEngine:
         return ServerCards(self.placement == "split", trainers, self.replicas, self.tensor_parallel_size)
 
     @property
-    def needs_copy(self) -> bool:
-        """Whether ours decodes on weights of its own, at the same time as others are trained."""
+    def is_ahead(self) -> bool:
+        """Whether ours decodes while the stage trains."""
         return self.is_ours and self.max_staleness > 0
+
+    def takes_copy(self, shards: int) -> bool:
+        """Whether ours decodes on weights of its own beside those that so many processes train."""
+        return self.is_ahead or (self.is_ours and (self.transfer == "copy" or (shards > 1 and self.transfer == "auto")))
+
+    def gathers(self, shards: int) -> bool:
+        """Whether ours decodes with the shares of so many processes."""
+        return self.is_ours and shards > 1 and not self.takes_copy(shards)
 
 
 OURS = SamplingEngine()

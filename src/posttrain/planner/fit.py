@@ -98,18 +98,20 @@ def _proposals(plan: MemoryPlan) -> list[tuple[tuple[str, dict[str, Any], int], 
     """Sets of changes, those that change least first."""
     workload = plan.workload
     found = [row for row in _CHANGES if _is_smaller(workload, row[1]) and not (workload.on_cpu and row[0] in _OF_A_GPU)]
-    found += _of_rollout(workload)
+    found += _of_rollout(workload, plan.shards)
     sets = [chosen for count in range(1, len(found) + 1) for chosen in combinations(found, count)]
     apart = [chosen for chosen in sets if _go_together(plan, [change for _, change, _ in chosen])]
     return sorted(apart, key=lambda chosen: sum(cost for *_, cost in chosen))
 
 
-def _of_rollout(workload: Workload) -> list[tuple[str, dict[str, Any], int]]:
+def _of_rollout(workload: Workload, shards: int) -> list[tuple[str, dict[str, Any], int]]:
     """What of `rollout` costs only time."""
     rollout = workload.rollout
     rows: list[tuple[str, dict[str, Any], int]] = []
-    if rollout.needs_copy:
+    if rollout.is_ahead:
         rows.append(("rollout.max_staleness: 0", {"rollout": replace(rollout, max_staleness=0)}, 2))
+    elif rollout.takes_copy(shards):
+        rows.append(("rollout.transfer: shared", {"rollout": replace(rollout, transfer="shared")}, 4))
     if rollout.replicas > 1:
         rows.append(("rollout.replicas: 1", {"rollout": replace(rollout, replicas=1)}, 1))
     return rows

@@ -144,7 +144,12 @@ def _sampling(
     on = replace(cluster, device=device)
     sampling = min(workload.rollout.num_cards, cluster.num_devices) if not workload.on_cpu else 0
     times = step_time(shape, on, traffic, loop, rollout_devices=sampling, train_devices=trainers.num_devices)
-    phases = {"rollout": times.rollout_s, "log-probs": times.logp_s, "training": times.train_s}
+    rollout_s = times.rollout_s
+    if workload.rollout.gathers(trainers.num_devices):
+        links = (device.link, cluster.device_link or device.link)
+        gathered_s = loop.sharding.gather_s(shape.num_params, trainers.num_devices, links)
+        rollout_s = max(rollout_s, _forwards_to_sample(traffic, loop) * gathered_s)
+    phases = {"rollout": rollout_s, "log-probs": times.logp_s, "training": times.train_s}
     if workload.teachers_held:
         sizes = (cluster.device, traffic.trained_tokens, trainers.num_devices, 1, traffic.sequence)
         phases["teachers"] = sum(logp_s(teacher, *sizes) for teacher in workload.teachers_held)
@@ -168,11 +173,16 @@ def _sampling(
     return replace(made, split=split, growth=growth, staleness=_staleness(shape, cluster, traffic, loop, split))
 
 
+def _forwards_to_sample(traffic: Traffic, loop: Loop) -> float:
+    """Tokens that one process decodes one after the other, for so many completions at once."""
+    waves = max(0.0, traffic.num_completions / loop.batch_limit - 1)
+    return waves * traffic.answer_tokens + traffic.longest_answer
+
+
 def _copied_to_sample(memory: MemoryPlan, traffic: Traffic, loop: Loop) -> dict[str, float]:
     """Bytes of a generation batch, which one process makes; decoding copies every layer a token."""
     micros = math.ceil(traffic.num_completions / loop.micro_rows)
-    waves = max(0.0, traffic.num_completions / loop.batch_limit - 1)
-    decoded = (waves * traffic.answer_tokens + traffic.longest_answer) if loop.shares_weights else 0
+    decoded = _forwards_to_sample(traffic, loop) if loop.shares_weights else 0
     return {
         "rollout": decoded * memory.copied_bytes,
         "log-probs": loop.scoring_models * micros * memory.copied_bytes,

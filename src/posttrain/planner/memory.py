@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from posttrain.planner.engine import engine_parts, laid_out_bytes
+from posttrain.planner.engine import SamplingEngine, engine_parts, laid_out_bytes
 from posttrain.planner.shape import ModelShape
 from posttrain.planner.workload import Workload
 
@@ -44,6 +44,8 @@ _PHASES = {
 """What is held while a stage does this, beside what it always holds."""
 _AHEAD = {"training": _PHASES["training"] + _PHASES["rollout"], "export": _PHASES["export"]}
 """The same where an engine samples on its own copy while the stage trains; autocast is of both."""
+_GATHERING = {**_PHASES, "rollout": ("gathered", *_PHASES["rollout"])}
+"""The same where it decodes with the shares."""
 HELD: Mapping[str, tuple[str, ...]] = {
     "weights": ("weights", "adapter", "reference"),
     "gradients": ("gradients",),
@@ -98,10 +100,14 @@ class MemoryPlan:
 
     def _peak(self, parts: Mapping[str, int]) -> int:
         """What is always held, and the most that a phase adds; phases follow each other, but for sampling ahead."""
-        phases = (_AHEAD if self.workload.rollout.needs_copy else _PHASES).values()
+        phases = _phases(self.workload.rollout, self.shards).values()
         passing = {name for names in phases for name in names}
         always = sum(size for name, size in parts.items() if name not in passing)
         return always + max(sum(parts.get(name, 0) for name in names) for names in phases)
+
+
+def _phases(rollout: SamplingEngine, shards: int) -> Mapping[str, tuple[str, ...]]:
+    return _AHEAD if rollout.is_ahead else _GATHERING if rollout.gathers(shards) else _PHASES
 
 
 def estimate_memory(shape: ModelShape, workload: Workload, shards: int = 1) -> MemoryPlan:
@@ -130,14 +136,14 @@ def estimate_memory(shape: ModelShape, workload: Workload, shards: int = 1) -> M
         # With save_steps, a thread writes copies while the run goes on; they are made on the host.
         "checkpoint": (trained * _BYTES_MASTER + optimizer + _critic_bytes(workload, 0)) * is_copied,
         **_engine_bytes(shape, workload, min(shards, workload.sharding.per_node or shards)),
-        "replica": _replica_bytes(shape, workload, trained) if workload.rollout.needs_copy else 0,
+        "replica": _replica_bytes(shape, workload, trained)
+        if workload.samples and workload.rollout.takes_copy(shards)
+        else 0,
         "export": _export_bytes(shape, workload, shards),
         "runtime": _RUNTIME_BYTES,
     }
     if shards > 1:
         parts |= _shared_out(parts, shape, workload, shards)
-        if workload.samples and workload.rollout.is_ours:  # which cannot decode with shares
-            parts["replica"] = _replica_bytes(shape, workload, trained)
     host = {} if workload.on_cpu else _host_bytes(shape, workload, shards)
     return MemoryPlan({name: size for name, size in parts.items() if size}, shape, workload, trained, shards, host)
 

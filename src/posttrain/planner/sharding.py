@@ -67,6 +67,11 @@ class ShardingPlan:
         seconds = (gathers + reduces) * params * (shards - 1) / shards / near
         return seconds + 2 * reduces * params / shards * (copies - 1) / copies / outer
 
+    def gather_s(self, params: int, processes: int, links: tuple[float, float]) -> float:
+        """Seconds in which a device gets all that it does not hold, layer by layer."""
+        once = replace(self, reshard_after_forward=False)
+        return once.sent_s(params, 1, processes, links, trained=False)
+
     def lines(self, processes: int) -> list[str]:
         """In words, what differs from cutting the model over all of them."""
         shards, sp = self.num_shards(processes), self.token_parts(processes)

@@ -31,6 +31,7 @@ from posttrain.protocols import Engine, Ranks, Weights
 from posttrain.rollout.canary import check_arrival
 from posttrain.rollout.embedded import EmbeddedEngine, score_sequences
 from posttrain.rollout.folder import OwnFolder
+from posttrain.rollout.in_step import InStepEngine
 from posttrain.rollout.main_rank import CalledWeights, MainRankEngine
 from posttrain.rollout.replicas import Replicas
 from posttrain.rollout.serial import SerialEngine
@@ -66,12 +67,13 @@ class _Ask:
     rows: int
     folder: Path | None = None
     trainers: int = 1
+    ranks: Ranks | None = None
 
 
 def _embedded(ask: _Ask) -> Engine:
-    """On the policy's own weights; on a whole copy of them where those are sharded, or move while it samples."""
+    """On the policy's own weights, those of all ranks where they are dealt; or on a whole copy, where they move while it samples or the keys say so."""
     model, policy = ask.source.model, ask.source.policy
-    shares = policy is None or not (policy.sharded or ask.keys.max_staleness)
+    shares = policy is None or not ask.keys.takes_copy(sharded=policy.sharded)
     if policy is None:
         policy = load_policy(model, trainable=False)
     elif not shares:
@@ -81,6 +83,9 @@ def _embedded(ask: _Ask) -> Engine:
         policy, stop_token_ids=stops, batch_size=ask.rows, shares_weights=shares, enforce_eager=ask.keys.enforce_eager,
         pad_prompts=ask.keys.pad_prompts, prepack=ask.keys.prepack, prefix_bytes=int(ask.keys.prefix_cache_gib * (1 << 30)),
     )  # fmt: skip
+    if shares and policy.sharded:
+        assert ask.ranks is not None, "who trains a sharded policy says with whom"
+        return InStepEngine(engine, policy, ask.ranks)
     return _in_turn(ask, engine)
 
 
@@ -265,7 +270,7 @@ def make_engine(
         log.warning("enforce_eager: no effect, because engines compile nothing and record no graphs on a CPU")
     policy, here = source.policy, socket.gethostname()
     trainers = ranks.gather(here).count(here) if ranks is not None else 1
-    ask = _Ask(source, keys or RolloutKeys(enforce_eager=True), rows, folder, trainers)
+    ask = _Ask(source, keys or RolloutKeys(enforce_eager=True), rows, folder, trainers, ranks)
     start = partial(ENGINES[ask.keys.engine], ask)
     if policy is None or not policy.sharded or ask.keys.engine == "embedded":
         return start()
