@@ -41,7 +41,7 @@ def test_a_model_whose_rows_are_encoded_anew_is_refused(model_dir):
     with join_ranks() as ranks:
         policy = load_policy(keys)
         with pytest.raises(
-            ConfigError, match="encodes long sequences in another way than short ones; set rollout.transfer: copy"
+            ConfigError, match=r"encodes long sequences in another way than short ones; set rollout.transfer: copy"
         ):
             InStepEngine(EmbeddedEngine(policy, stop_token_ids=()), policy, ranks)
 
