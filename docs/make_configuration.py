@@ -22,7 +22,7 @@ This page is written by `docs/make_configuration.py` from the schema in `src/pos
 
 ## A single stage
 
-`posttrain sft|dpo|reward_model|grpo|ppo|online_dpo|distill CONFIG` takes a flat YAML. `base_model` and `datasets` are required (`reward_funcs` too for
+`posttrain sft|dpo|reward_model|process_reward_model|grpo|ppo|online_dpo|distill CONFIG` takes a flat YAML. `base_model` and `datasets` are required (`reward_funcs` too for
 `grpo`, `ppo` and `online_dpo`, `teachers` for `distill`); every other key has a default, and the run saves all of them.
 
 ```yaml

@@ -163,6 +163,11 @@ ROWS = {
         "completion": [_answer(f"The answer is {a + b}.")],
         "label": b % 2 == 0,
     },
+    "steps": lambda a, b: {
+        "prompt": _chat(a, b),
+        "completions": [f"{a} plus {b} is {a + b + b % 3 // 2}.", "So that is it.", "Yes!" * (1 + b % 2)],
+        "labels": [b % 3 < 2, b % 3 == 0, b % 2 == 0],
+    },
     "prompts": lambda a, b: {"prompt": _chat(a, b), "answer": str(a + b)},
 }
 REWARDS = '''
@@ -183,7 +188,7 @@ def last_digit(prompts, completions, answer, **columns):
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
-    """`sft.jsonl`, `pairs.jsonl`, `turns.jsonl` (pairs), `kto.jsonl`, `prompts.jsonl` of 12 rows each, `dev-*.jsonl` of 4, and `rewards.py`."""
+    """`sft.jsonl`, `pairs.jsonl`, `turns.jsonl` (pairs), `kto.jsonl`, `steps.jsonl`, `prompts.jsonl` of 12 rows each, `dev-*.jsonl` of 4, and `rewards.py`."""
     folder = tmp_path_factory.mktemp("data")
     for name, row in ROWS.items():
         for prefix, numbers in (("", range(12)), ("dev-", range(12, 16))):

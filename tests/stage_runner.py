@@ -19,6 +19,7 @@ FILES = {
     "sft": "sft",
     "dpo": "pairs",
     "reward_model": "pairs",
+    "process_reward_model": "steps",
     "grpo": "prompts",
     "ppo": "prompts",
     "online_dpo": "prompts",
@@ -29,6 +30,7 @@ OWN = {
     "sft": {},
     "dpo": {},
     "reward_model": {},
+    "process_reward_model": {},
     "grpo": {
         "num_generations": 4, "num_prompts_per_step": 2, "max_completion_length": 6, "reward_check": "off",
         "reward_funcs": ["spread"],

@@ -14,6 +14,7 @@ REVISIONS: Mapping[str, tuple[str, ...]] = {
     "sft": ("the numbers of 0.1",),
     "dpo": ("the numbers of 0.1",),
     "reward_model": ("the numbers of 0.1",),
+    "process_reward_model": ("its first numbers",),
     "grpo": ("the numbers of 0.1",),
     "ppo": ("its first numbers",),
     "online_dpo": ("its first numbers",),

@@ -72,6 +72,17 @@ class LabelledCompletion:
 
 
 @dataclass(frozen=True, slots=True)
+class SteppedCompletion:
+    """An answer in steps, and how right each of them is: 1 is right, 0 wrong, a share in between a soft label."""
+
+    origin: Origin
+    prompt: Text
+    steps: tuple[str, ...]
+    labels: tuple[float, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """An RL row; `columns` are all its other columns, handed to the reward functions by name."""
 

@@ -21,6 +21,7 @@ SHARED = {
     "ppo": VERB,
     "run": f"{VERB}; {RECIPE}",
     "run_pipeline": VERB,
+    "process_reward_model": VERB,
     "reward_model": VERB,
     "sft": VERB,
     "defaults": TOOL,

@@ -115,7 +115,10 @@ def test_refused_data_exits_with_64_and_can_be_cleaned(folder, capsys):
     ("arguments", "message"),
     [
         (["sft.yaml", "--set", "datasets.1.path=empty.jsonl"], "empty.jsonl: the file is empty"),
-        (["sft.yaml", "--stage", "rlhf"], "--stage rlhf: expected one of sft, dpo, kto, reward_model, grpo"),
+        (
+            ["sft.yaml", "--stage", "rlhf"],
+            "--stage rlhf: expected one of sft, dpo, kto, reward_model, process_reward_model, grpo",
+        ),
         (["sft.yaml", "--set", "base_model=./nothing"], "./nothing"),
     ],
 )

@@ -11,7 +11,13 @@ runner = CliRunner()
     [
         (
             "learning_rate",
-            ["Peak learning rate.", "2e-5 (sft), 1e-6 (dpo), 1e-5 (reward_model), 1e-6 (grpo)", "a number (> 0)", "lr"],
+            [
+                "Peak learning rate.",
+                "2e-5 (sft), 1e-6 (dpo), 1e-5 (reward_model), 1e-5",
+                "(process_reward_model), 1e-6 (grpo)",
+                "a number (> 0)",
+                "lr",
+            ],
         ),
         ("cutoff_len", ["sequence_len", "asked as cutoff_len", "LLaMA-Factory", "2048"]),
         ("gate.alpha", ["0.05", "gate"]),

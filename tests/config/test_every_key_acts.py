@@ -185,6 +185,11 @@ FLIPS = {
         Flip("undesirable_weight", 2.0, KTO),
     ],
     "reward_model": [Flip("center_rewards_coefficient", 0.5)],
+    "process_reward_model": [
+        Flip("step_separator", "\n\n"),
+        Flip("max_completion_length", 24),
+        Flip("train_on_last_step_only", True),
+    ],
     "grpo": [
         Flip("off_policy_mask_threshold", 1e-9, OFF_POLICY),
         Flip("top_entropy_quantile", 0.2),
@@ -311,6 +316,7 @@ QUICK = {
     "sft": ("min_lr_ratio", "load_in_4bit", "train_on"),
     "dpo": ("label_smoothing",),
     "reward_model": ("center_rewards_coefficient",),
+    "process_reward_model": ("train_on_last_step_only",),
     "grpo": ("stop", "scale_rewards", "soft_overlong_cache", "rollout"),
     "ppo": ("gae_lambda",),
     "online_dpo": ("loss_type",),
@@ -367,6 +373,7 @@ def record(runner, model_dir, data_dir, tmp_path_factory):
         "sft": "sft",
         "dpo": "pairs",
         "reward_model": "pairs",
+        "process_reward_model": "steps",
         "grpo": "prompts",
         "ppo": "prompts",
         "online_dpo": "prompts",

@@ -13,12 +13,22 @@ def test_a_key_with_a_default_of_its_own_per_stage():
         "sft": "2e-5",
         "dpo": "1e-6",
         "reward_model": "1e-5",
+        "process_reward_model": "1e-5",
         "grpo": "1e-6",
         "ppo": "1e-6",
         "online_dpo": "1e-6",
         "distill": "2e-5",
     }
-    assert explanation.stages == ("sft", "dpo", "reward_model", "grpo", "ppo", "online_dpo", "distill")
+    assert explanation.stages == (
+        "sft",
+        "dpo",
+        "reward_model",
+        "process_reward_model",
+        "grpo",
+        "ppo",
+        "online_dpo",
+        "distill",
+    )
     assert ForeignName("lr") in explanation.also
 
 

@@ -365,3 +365,32 @@ def test_a_turn_without_content_is_named_with_file_and_line(role, write_jsonl):
     keys = DatasetKeys(path=str(write_jsonl(rows)))
     with pytest.raises(DataError, match=rf"train\.jsonl:1: `messages\[1\]` \({role}\) has no content"):
         read_nouns([keys], "examples")
+
+
+STEPS = {"prompt": "2+2?", "completions": ["2+2 is 4.", "So 4."], "labels": [True, 0.25]}
+
+
+def test_steps_have_a_label_each():
+    assert detect_format(rows_of(STEPS), "steps").name == "stepwise_supervised"
+    noun = parse_one("stepwise_supervised", STEPS)
+    assert (noun.prompt, noun.steps, noun.labels) == ("2+2?", ("2+2 is 4.", "So 4."), (1.0, 0.25))
+    assert parse_one("stepwise_supervised", {**STEPS, "prompt": [USER], "labels": ["true", 0]}).labels == (1.0, 0.0)
+    assert isinstance(parse_one("stepwise_supervised", {**STEPS, "completions": [], "labels": []}), Skip)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"labels": [True]}, "2 `completions` and 1 `labels`; expected a label for each step"),
+        ({"labels": [True, 2]}, "label 2 of `labels` is int 2"),
+        ({"labels": [True, "+"]}, "label 2 of `labels` is .*expected true"),
+        ({"labels": [True, None]}, "label 2 of `labels`"),
+        ({"labels": [True, float("nan")]}, "label 2 of `labels`"),
+        ({"completions": ["2+2 is 4.", " "]}, "step 2 of `completions` is .*expected text; take an empty step out"),
+        ({"completions": "2+2 is 4."}, "`completions` is .*expected a list"),
+        ({"prompt": [USER, ASSISTANT]}, "`prompt` has no question at its end"),
+    ],
+)
+def test_broken_steps_are_refused_with_their_line(change, why):
+    with pytest.raises(DataError, match=rf"train\.jsonl:41: .*{why}"):
+        parse_one("stepwise_supervised", STEPS | change)

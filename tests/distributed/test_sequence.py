@@ -27,6 +27,7 @@ STAGES = {
     "dpo": {"num_processes": 2},
     "grpo": {"beta": 0.1, "num_iterations": 2, "max_steps": 3},
     "reward_model": {"num_processes": 2},
+    "process_reward_model": {"num_processes": 2},
 }
 
 
@@ -36,7 +37,7 @@ def _rows(names, model_dir):
 
 CASES = {
     "fast": (2, ["grouped heads", "experts"], ["sft", "grpo"]),
-    "two": (2, list(ROWS), ["sft", "dpo", "reward_model"]),
+    "two": (2, list(ROWS), ["sft", "dpo", "reward_model", "process_reward_model"]),
     "four": (4, list(ROWS), list(STAGES)),
 }
 """Name → ranks, the rows that they score, the stages that they take."""

@@ -60,6 +60,7 @@ MORE = {
     ),
     "dpo, compared over the step": ("dpo", {"loss_type": "aot_unpaired"}),
     "reward model": ("reward_model", {"center_rewards_coefficient": 0.1, "eval": "dev-pairs", "eval_steps": 2}),
+    "process reward model": ("process_reward_model", {"eval": "dev-steps", "eval_steps": 2}),
     "reward model with an adapter": ("reward_model", {**LORA, "center_rewards_coefficient": 0.1}),
     "reward model, one forward a sequence": (
         "reward_model",

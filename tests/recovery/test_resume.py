@@ -64,6 +64,7 @@ TWO_REWARDS = {"reward_funcs": ["spread", "last_digit"], "reward_weights": [1.0,
 ROWS = {
     **{f"sft: {name}": ("sft", {"loss_type": name}) for name in SFT_LOSSES},
     "reward_model": ("reward_model", {"center_rewards_coefficient": 0.1}),
+    "process_reward_model": ("process_reward_model", {"data": ["steps"]}),
     **{f"sft: adapter {name}": ("sft", {"adapter": name, **PAIRED_WITH.get(name, {})}) for name in choices("sft", "adapter")},
     "sft: adapter lora on 8 bits": ("sft", {"adapter": "lora", "load_in_8bit": True, "lora_r": 4}),
     **{f"sft: {name}": ("sft", {"optim": name}) for name in choices("sft", "optim")},

@@ -16,7 +16,18 @@ from typing import Any
 
 import posttrain.gate as gate_package
 from posttrain.api.run import Metrics, Run, load_run
-from posttrain.api.verbs import distill, dpo, evaluate, grpo, judge, online_dpo, ppo, reward_model, sft
+from posttrain.api.verbs import (
+    distill,
+    dpo,
+    evaluate,
+    grpo,
+    judge,
+    online_dpo,
+    ppo,
+    process_reward_model,
+    reward_model,
+    sft,
+)
 from posttrain.api.verbs import run_pipeline as run
 
 __all__ = [
@@ -30,6 +41,7 @@ __all__ = [
     "load_run",
     "online_dpo",
     "ppo",
+    "process_reward_model",
     "reward_model",
     "run",
     "sft",

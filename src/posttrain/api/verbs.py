@@ -35,6 +35,11 @@ def reward_model(config: str | Path | None = None, *, show: bool = True, **keys:
     return _stage("reward_model", config, keys, show)
 
 
+def process_reward_model(config: str | Path | None = None, *, show: bool = True, **keys: Any) -> Run:
+    """A process reward model from rated steps; as `sft`."""
+    return _stage("process_reward_model", config, keys, show)
+
+
 def distill(config: str | Path | None = None, *, show: bool = True, **keys: Any) -> Run:
     """One stage of distillation from `teachers`; as `sft`."""
     return _stage("distill", config, keys, show)

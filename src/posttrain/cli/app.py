@@ -31,6 +31,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "sft": ("posttrain.cli.train", "sft", "Run one stage of supervised fine-tuning."),
     "dpo": ("posttrain.cli.train", "dpo", "Run one stage of preference optimisation."),
     "reward_model": ("posttrain.cli.train", "reward_model", "Train a reward model on preferences."),
+    "process_reward_model": (
+        "posttrain.cli.train",
+        "process_reward_model",
+        "Train a process reward model on rated steps.",
+    ),
     "grpo": ("posttrain.cli.train", "grpo", "Run one stage of RL with verifiable rewards."),
     "ppo": ("posttrain.cli.train", "ppo", "Run one stage of RL with a critic."),
     "online_dpo": ("posttrain.cli.train", "online_dpo", "Run one stage of DPO on the policy's own completions."),
@@ -93,7 +98,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
 }
 """Verb → module, attribute (a function or a typer app), one line for `--help`."""
 
-_TRAIN = "to train: sft, dpo, reward_model, grpo, ppo, online_dpo or distill for a single stage, run for a pipeline"
+_TRAIN = "to train: sft, dpo, reward_model, process_reward_model, grpo, ppo, online_dpo or distill for a single stage, run for a pipeline"
 _MEASURE = "to score a model: eval; to judge one against another: gate"
 _ASK = "to talk to a model: chat; for its answers to a whole suite: eval"
 _CHECK = "for a YAML's data: data; for its rewards: rewards check; for this machine: doctor"

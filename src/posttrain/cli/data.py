@@ -38,7 +38,9 @@ def show_data(
     config: Annotated[Path, typer.Argument(help="A stage's YAML, or a pipeline's (all its stages).")],
     stage: Annotated[
         str | None,
-        typer.Option(help="sft, dpo, reward_model, grpo, ppo, online_dpo or distill; found from the keys if left out."),
+        typer.Option(
+            help="sft, dpo, reward_model, process_reward_model, grpo, ppo, online_dpo or distill; found from the keys if left out."
+        ),
     ] = None,
     write_clean: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the data without the rows that lint found.")

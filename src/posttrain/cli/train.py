@@ -90,6 +90,14 @@ def reward_model(
     _single("reward_model", config, _given(set_, on_change, quiet, verbose, on_cluster(ray, workers, worker)))
 
 
+def process_reward_model(
+    config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False, verbose: Verbose = False,
+    ray: OnRay = None, workers: NumWorkers = 1, worker: EachWorker = "",
+) -> None:  # fmt: skip
+    """Train a process reward model on rated steps."""
+    _single("process_reward_model", config, _given(set_, on_change, quiet, verbose, on_cluster(ray, workers, worker)))
+
+
 def ppo(
     config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False, verbose: Verbose = False,
     ray: OnRay = None, workers: NumWorkers = 1, worker: EachWorker = "",

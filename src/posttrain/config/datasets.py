@@ -11,11 +11,22 @@ from pydantic import field_validator
 from posttrain.config.knob import Keys, knob
 
 DatasetType = Literal[
-    "auto", "chat", "sharegpt", "alpaca", "completion", "text", "preference", "alpaca_preference", "kto", "prompt"
+    "auto",
+    "chat",
+    "sharegpt",
+    "alpaca",
+    "completion",
+    "text",
+    "preference",
+    "alpaca_preference",
+    "kto",
+    "stepwise_supervised",
+    "prompt",
 ]
 
-RowKind = Literal["examples", "pairs", "labels", "prompts"]
-"""What a row of training data is: an answer to imitate, a better and a worse answer, an answer with a label, a prompt."""
+RowKind = Literal["examples", "pairs", "labels", "steps", "prompts"]
+"""What a row of training data is: an answer to imitate, a better and a worse answer, an answer with a label, an answer in steps with a label
+each, a prompt."""
 
 ROWS_OF_TYPE: Mapping[str, tuple[RowKind, ...]] = {
     "chat": ("examples",),
@@ -26,6 +37,7 @@ ROWS_OF_TYPE: Mapping[str, tuple[RowKind, ...]] = {
     "preference": ("pairs", "labels"),
     "alpaca_preference": ("pairs", "labels"),
     "kto": ("labels",),
+    "stepwise_supervised": ("steps",),
     "prompt": ("prompts",),
 }
 """Row format → the kinds of rows it can give."""

@@ -9,6 +9,7 @@ from typing import Any
 from posttrain.config.distill import DistillKeys
 from posttrain.config.knob import Keys
 from posttrain.config.preference import WITHOUT_REFERENCE, DPOKeys, PreferenceKeys
+from posttrain.config.process_reward import ProcessRewardModelKeys
 from posttrain.config.rl import GRPOKeys, PolicyGradientKeys, RewardedKeys
 from posttrain.config.stages import ModelKeys, RewardModelKeys, SFTKeys, TrainKeys
 
@@ -77,6 +78,7 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(SFTKeys, ("buffer_size",), lambda k: not k.streaming, "streaming is false"),
     NoEffect(DPOKeys, ("eval_steps", "load_best_model_at_end"), _has_nothing_to_measure, "there are no eval_datasets, no val_size and no eval_suite"),
     NoEffect(RewardModelKeys, ("eval_steps", "load_best_model_at_end"), _has_nothing_to_measure, "there are no eval_datasets and no val_size"),
+    NoEffect(ProcessRewardModelKeys, ("eval_steps", "load_best_model_at_end"), _has_nothing_to_measure, "there are no eval_datasets and no val_size"),
     NoEffect(PreferenceKeys, ("label_smoothing",), _loss_is_not("sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired", "dpop", "cpo", "simpo"), "loss_type does not use it"),
     NoEffect(PreferenceKeys, ("discopop_tau",), _loss_is_not("discopop"), "loss_type is not discopop"),
     NoEffect(PreferenceKeys, ("f_alpha_divergence_coef",), lambda k: k.f_divergence_type != "alpha_divergence", "f_divergence_type is not alpha_divergence"),

@@ -13,13 +13,15 @@ from posttrain.config.distill import DistillKeys
 from posttrain.config.online_dpo import OnlineDPOKeys
 from posttrain.config.ppo import PPOKeys
 from posttrain.config.preference import DPOKeys
+from posttrain.config.process_reward import ProcessRewardModelKeys
 from posttrain.config.rl import GRPOKeys, PolicyGradientKeys, RLKeys, SamplingKeys
 from posttrain.config.schema import did_you_mean
 from posttrain.config.stages import RewardModelKeys, SFTKeys, TrainKeys
 from posttrain.errors import ConfigError
 
-LearnsFrom = Literal["examples", "pairs", "rated pairs", "samples", "teachers"]
-"""What a kind learns from: answers of its rows, which of two answers is better, the same as a reward of each, rewards of completions
+LearnsFrom = Literal["examples", "pairs", "rated pairs", "rated steps", "samples", "teachers"]
+"""What a kind learns from: answers of its rows, which of two answers is better, the same as a reward of each,
+which steps of an answer are right, rewards of completions
 of the policy itself, or what teachers say of tokens."""
 
 
@@ -58,6 +60,8 @@ class StageKind:
     def learns_from(self) -> LearnsFrom:
         if self.pairs:
             return "rated pairs" if issubclass(self.keys, RewardModelKeys) else "pairs"
+        if "steps" in self.rows:
+            return "rated steps"
         if issubclass(self.keys, DistillKeys):
             return "teachers"
         return "samples" if self.samples else "examples"
@@ -89,6 +93,9 @@ STAGE_KINDS: dict[str, StageKind] = {
         StageKind("sft", SFTKeys, "Run one stage of supervised fine-tuning.", ("examples",)),
         StageKind("dpo", DPOKeys, "Run one stage of preference optimisation.", ("pairs", "labels"), ("kto",)),
         StageKind("reward_model", RewardModelKeys, "Train a reward model on preferences.", ("pairs",)),
+        StageKind(
+            "process_reward_model", ProcessRewardModelKeys, "Train a process reward model on rated steps.", ("steps",)
+        ),
         StageKind("grpo", GRPOKeys, "Run one stage of RL with verifiable rewards.", ("prompts",)),
         StageKind("ppo", PPOKeys, "Run one stage of RL with a critic.", ("prompts",)),
         StageKind("online_dpo", OnlineDPOKeys, "Run one stage of DPO on the policy's own completions.", ("prompts",)),

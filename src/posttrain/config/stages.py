@@ -33,6 +33,8 @@ class ModelKeys(Keys):
 
     is_reward_model: ClassVar[bool] = False
     """Whether the model has a head that gives a reward in place of the one that gives tokens."""
+    rates_steps: ClassVar[bool] = False
+    """Whether that head has two labels, and says of each step of an answer whether it is right."""
 
     base_model: str = knob(..., "A local folder or a hub id of any transformers causal LM.", also="model_name_or_path (TRL, LLaMA-Factory)", example="Qwen/Qwen3-8B")
     revision: str | None = knob(None, "Revision (branch, tag or commit) of a hub model.", also="model_revision (Axolotl, LLaMA-Factory, TRL)", example="main")

@@ -15,12 +15,21 @@ from posttrain.config.kinds import kinds_with
 from posttrain.data import parse
 from posttrain.data.sources import SourceRow
 from posttrain.errors import DataError
-from posttrain.types import Example, LabelledCompletion, Origin, PreferencePair, Prompt
+from posttrain.types import Example, LabelledCompletion, Origin, PreferencePair, Prompt, SteppedCompletion
 
 FormatName = Literal[
-    "chat", "sharegpt", "alpaca", "completion", "text", "preference", "alpaca_preference", "kto", "prompt"
+    "chat",
+    "sharegpt",
+    "alpaca",
+    "completion",
+    "text",
+    "preference",
+    "alpaca_preference",
+    "kto",
+    "stepwise_supervised",
+    "prompt",
 ]
-Noun = Example | PreferencePair | LabelledCompletion | Prompt
+Noun = Example | PreferencePair | LabelledCompletion | SteppedCompletion | Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +84,9 @@ FORMATS: dict[str, Format] = {
     "kto": Format(
         ROWS_OF_TYPE["kto"], (("prompt", "completion", "label"), ("messages", "label")), parse.parse_kto, ("tools",)
     ),
+    "stepwise_supervised": Format(
+        ROWS_OF_TYPE["stepwise_supervised"], (("prompt", "completions", "labels"),), parse.parse_stepwise, ("tools",)
+    ),
     "prompt": Format(ROWS_OF_TYPE["prompt"], (("prompt",), ("messages",)), parse.parse_prompt, ("tools",)),
 }
 """Name → format. Where two score alike, the earlier one is taken."""
@@ -89,6 +101,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "text": ("content", "body", "document", "raw_content"),
     "chosen": ("preferred", "chosen_response", "win", "response_chosen"),
     "rejected": ("dispreferred", "rejected_response", "lose", "response_rejected"),
+    "completions": ("steps", "solution_steps"),
+    "labels": ("ratings", "step_labels"),
     "label": ("kto_tag", "is_good", "thumbs_up"),
 }
 """Our column → what others call it; used to propose `columns:` in errors."""

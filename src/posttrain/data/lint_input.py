@@ -9,7 +9,17 @@ from typing import Any, TypeVar
 from posttrain.config.datasets import RowKind
 from posttrain.data import overlap, render
 from posttrain.data.formats import Noun
-from posttrain.types import Example, LabelledCompletion, Message, Origin, PreferencePair, Prompt, Text, TokenSeq
+from posttrain.types import (
+    Example,
+    LabelledCompletion,
+    Message,
+    Origin,
+    PreferencePair,
+    Prompt,
+    SteppedCompletion,
+    Text,
+    TokenSeq,
+)
 
 T = TypeVar("T")
 
@@ -89,6 +99,8 @@ def answers_of(noun: Noun) -> tuple[str, ...]:
         return tuple(spoken) if noun.messages else (noun.completion,)
     if isinstance(noun, PreferencePair):
         return (plain_text(noun.chosen), plain_text(noun.rejected))
+    if isinstance(noun, SteppedCompletion):
+        return ("\n".join(noun.steps),)
     return (plain_text(noun.completion),) if isinstance(noun, LabelledCompletion) else ()
 
 
@@ -108,6 +120,8 @@ def messages_of(noun: Noun) -> tuple[Message, ...]:
         return ()
     if isinstance(noun, Prompt):
         return noun.prompt
+    if isinstance(noun, SteppedCompletion):
+        return ()  # what is behind the question is no message
     answer = noun.chosen if isinstance(noun, PreferencePair) else noun.completion
     return (*noun.prompt, *answer) if not isinstance(answer, str) else noun.prompt
 

@@ -322,8 +322,9 @@ def _is_blank(value: Any) -> bool:
     )
 
 
-_ALL: tuple[RowKind, ...] = ("examples", "pairs", "labels", "prompts")
-_TRAINED: tuple[RowKind, ...] = ("examples", "pairs", "labels")
+_ALL: tuple[RowKind, ...] = ("examples", "pairs", "labels", "steps", "prompts")
+_ENDED: tuple[RowKind, ...] = ("examples", "pairs", "labels")
+_TRAINED: tuple[RowKind, ...] = (*_ENDED, "steps")
 
 RULES: dict[str, LintRule] = {
     "duplicate": LintRule("the same row again", _ALL, "refuse", 0.5, True, _duplicates),
@@ -335,10 +336,10 @@ RULES: dict[str, LintRule] = {
     "control_tokens": LintRule("control tokens inside a message", _ALL, "warn", 0.0, True, _control_tokens),
     "nothing_trained": LintRule("nothing is trained", _TRAINED, "refuse", 0.5, True, _nothing_trained),
     "too_long": LintRule("longer than sequence_len", _ALL, "refuse", 0.5, True, _too_long),
-    "prompt_trained": LintRule("the prompt is trained", _TRAINED, "refuse", 0.0, True, _prompt_trained, _decoded),
-    "no_end": LintRule("no end of turn or EOS is trained", _TRAINED, "refuse", 0.5, False, _no_end),
-    "truncated": LintRule("the answer is cut by sequence_len", _TRAINED, "refuse", 0.2, True, _truncated),
-    "unfinished": LintRule("the answer was cut before it came here", _TRAINED, "warn", 0.0, True, _unfinished),
+    "prompt_trained": LintRule("the prompt is trained", _ENDED, "refuse", 0.0, True, _prompt_trained, _decoded),
+    "no_end": LintRule("no end of turn or EOS is trained", _ENDED, "refuse", 0.5, False, _no_end),
+    "truncated": LintRule("the answer is cut by sequence_len", _ENDED, "refuse", 0.2, True, _truncated),
+    "unfinished": LintRule("the answer was cut before it came here", _ENDED, "warn", 0.0, True, _unfinished),
     "length_outlier": LintRule("far longer or shorter than the others", _ALL, "warn", 0.0, False, _length_outliers),
     "pair_alike": LintRule("chosen and rejected are alike", ("pairs",), "refuse", 0.2, True, _pair_alike),
     "contradiction": LintRule("preferences contradict", ("pairs", "labels"), "refuse", 0.05, True, _pair_contradicts),

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 from posttrain.config.datasets import DatasetKeys, RowKind
+from posttrain.config.process_reward import ProcessRewardModelKeys
 from posttrain.config.rl import SamplingKeys
 from posttrain.config.stages import ExampleKeys, SFTKeys, TrainKeys
 from posttrain.data import cache, render
@@ -36,6 +38,8 @@ SPLIT = "cut into rows of sequence_len"
 BLANK = "blank lines"
 INVENTED = "rows with null fields that nested Parquet types had added, taken out"
 IN_PIECES = "prompt and answer tokenised apart (a token would have straddled the edge)"
+STEPS_CUT = "steps cut off by max_completion_length"
+SEPARATED = "steps with the step_separator inside, which are several where answers are scored"
 DROPPED = "earlier turns whose thinking the template leaves out"
 REWRITTEN = "turns as the template writes them inside the conversation, otherwise than alone"
 _ROWS_AT_ONCE = 2048
@@ -49,6 +53,13 @@ class PairRow(NamedTuple):
     rejected: TokenSeq
     margin: float = 0.0
     weight: float = 1.0
+
+
+class StepRow(NamedTuple):
+    """An answer in steps: marked is the last token of each, in whose order the labels stand."""
+
+    seq: TokenSeq
+    labels: tuple[float, ...]
 
 
 ComparedRow = tuple[TokenSeq, TokenSeq, float]
@@ -170,10 +181,30 @@ def load_prompts(
     return _load(plan, keys, tokenizer, sources)
 
 
+def load_steps(
+    keys: ProcessRewardModelKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None
+) -> Dataset[StepRow]:
+    """Answers in steps. Raises: DataError."""
+    form = render.StepForm(keys.step_separator, keys.max_completion_length)
+    plan = RowPlan(
+        "steps",
+        lambda tok, noun: render.draft_steps(tok, noun, form),
+        # Of a row that was cut, those whose steps are still whole.
+        build=lambda noun, seqs: StepRow(seqs[0], noun.labels[: seqs[0].num_loss_tokens]),
+        extra=lambda row: list(row.labels),
+        restore=lambda seqs, extra, origin: StepRow(seqs[0], tuple(map(float, extra))),
+        **_limits(
+            keys, keys.sequence_len, step_separator=form.separator, max_completion_length=form.max_completion_length
+        ),
+    )
+    return _load(plan, keys, tokenizer, sources)
+
+
 LOADERS: dict[RowKind, Callable[..., Dataset[Any]]] = {
     "examples": load_sft,
     "pairs": load_preference,
     "labels": load_kto,
+    "steps": load_steps,
     "prompts": load_prompts,
 }
 """Kind of rows → its entry point."""
@@ -259,6 +290,11 @@ def _render(plan: RowPlan, part: Gathered, nouns: Sequence[Noun], tokenizer: Any
     part.notes[IN_PIECES] += tokenized.split
     part.notes[REWRITTEN] += sum(draft.rewritten for group in drafts for draft in group)
     part.notes[DROPPED] += sum(draft.dropped for group in drafts for draft in group)
+    stepped = [
+        (draft.steps, seq) for draft, seq in zip(chain(*drafts), tokenized.seqs, strict=True) if draft.steps is not None
+    ]
+    part.notes[STEPS_CUT] += sum(len(steps.texts) - seq.num_loss_tokens for steps, seq in stepped)
+    part.notes[SEPARATED] += sum(steps.form.separator in text for steps, _ in stepped for text in steps.texts)
     seqs = iter(tokenized.seqs)
     for noun, group in zip(nouns, drafts, strict=True):
         _keep(plan, part, noun, tuple(next(seqs) for _ in group), keep)

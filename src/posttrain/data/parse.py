@@ -12,7 +12,16 @@ from typing import Any
 
 from posttrain.data.messages import describe_value, parse_messages, parse_tools
 from posttrain.errors import DataError
-from posttrain.types import Example, LabelledCompletion, Message, Origin, PreferencePair, Prompt, Text
+from posttrain.types import (
+    Example,
+    LabelledCompletion,
+    Message,
+    Origin,
+    PreferencePair,
+    Prompt,
+    SteppedCompletion,
+    Text,
+)
 
 Fields = Mapping[str, Any]
 
@@ -142,6 +151,48 @@ def _labelled_texts(row: Fields, origin: Origin) -> tuple[Text, Text]:
 
 
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+def parse_stepwise(row: Fields, origin: Origin) -> SteppedCompletion | Skip:
+    """TRL's stepwise supervision: `prompt`, `completions` (its steps) and `labels`, one for each step."""
+    prompt = _text_or_messages(row, "prompt", origin)
+    if not isinstance(prompt, str) and (not prompt or prompt[-1]["role"] == "assistant"):
+        raise DataError(
+            f"{origin}: `prompt` has no question at its end; expected a user turn there, and the answer in `completions`"
+        )
+    steps, labels = _list(row, "completions", origin), _list(row, "labels", origin)
+    if len(steps) != len(labels):
+        raise DataError(
+            f"{origin}: {len(steps)} `completions` and {len(labels)} `labels`; expected a label for each step"
+        )
+    for number, step in enumerate(steps, start=1):
+        if not isinstance(step, str) or not step.strip():
+            raise DataError(
+                f"{origin}: step {number} of `completions` is {describe_value(step)}; expected text; take an empty step out, with its label"
+            )
+    rated = tuple(_step_label(label, number, origin) for number, label in enumerate(labels, start=1))
+    return (
+        SteppedCompletion(origin, prompt, tuple(steps), rated, parse_tools(row.get("tools"), origin))
+        if steps
+        else Skip(origin, EMPTY)
+    )
+
+
+def _step_label(label: Any, number: int, origin: Origin) -> float:
+    value = LABELS.get(label.strip().lower()) if isinstance(label, str) else label
+    if not isinstance(value, (bool, int, float)) or not 0 <= value <= 1:
+        raise DataError(
+            f"{origin}: label {number} of `labels` is {describe_value(label)}; expected true (the step is right) or false, or the "
+            "share of its continuations that end right, from 0 to 1"
+        )
+    return float(value)
+
+
+def _list(row: Fields, column: str, origin: Origin) -> list[Any]:
+    value = row.get(column)
+    if not isinstance(value, (list, tuple)):
+        raise DataError(f"{origin}: `{column}` is {describe_value(value)}; expected a list, one entry for each step")
+    return list(value)
 
 
 RESERVED_COLUMNS = {"prompts", "completions", "self"}

@@ -7,7 +7,7 @@ the spans become token masks. Masks never look at pad or EOS ids, so EOS stays t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -15,7 +15,17 @@ from posttrain.data.forms import fit
 from posttrain.data.spans import assistant_spans
 from posttrain.data.template import Span, added_tokens
 from posttrain.errors import DataError
-from posttrain.types import Example, LabelledCompletion, Message, Origin, PreferencePair, Prompt, Text, TokenSeq
+from posttrain.types import (
+    Example,
+    LabelledCompletion,
+    Message,
+    Origin,
+    PreferencePair,
+    Prompt,
+    SteppedCompletion,
+    Text,
+    TokenSeq,
+)
 
 TrainOn = Literal["assistant", "last", "all"]
 _CHUNK = 2048
@@ -34,6 +44,23 @@ class RenderedRow:
     bos: bool
     rewritten: int = 0
     dropped: int = 0
+    steps: StepsBehind | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepForm:
+    """How an answer in steps is written: `separator` behind each; what is longer than `max_completion_length` tokens is cut off."""
+
+    separator: str
+    max_completion_length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepsBehind:
+    """Steps that go on behind a row's text. Step and separator are tokenised by themselves, as in TRL; the last token of each is marked."""
+
+    texts: tuple[str, ...]
+    form: StepForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +92,12 @@ def draft_labelled(tokenizer: Any, row: LabelledCompletion) -> list[RenderedRow]
     return [_draft_answer(tokenizer, row.prompt, row.completion, row.tools, row.origin)]
 
 
+def draft_steps(tokenizer: Any, row: SteppedCompletion, form: StepForm) -> list[RenderedRow]:
+    """The answer that a chat's prompt asks for, or a text's; no turn ends behind it, for the last step ends like every other."""
+    (asked,) = draft_prompt(tokenizer, Prompt(row.origin, row.prompt, tools=row.tools))
+    return [replace(asked, steps=StepsBehind(row.steps, form))]
+
+
 def draft_prompt(tokenizer: Any, prompt: Prompt) -> list[RenderedRow]:
     if isinstance(prompt.prompt, str):
         return [RenderedRow(prompt.prompt, (), prompt.origin, bos=True)]
@@ -80,12 +113,14 @@ def chat_ids(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Mappin
 
 def continuation_ids(tokenizer: Any, before: str, pieces: Sequence[str]) -> list[int]:
     """Ids of `pieces`, each by itself, as they go on behind `before`; what those of `before` are plays no part. Raises: DataError."""
-    ids: list[int] = []
+    return [id_ for ids in _continuations(tokenizer, before, pieces, Origin("environment", 1)) for id_ in ids]
+
+
+def _continuations(tokenizer: Any, before: str, pieces: Sequence[str], origin: Origin) -> Iterable[list[int]]:
     for piece in filter(None, pieces):
-        _check_encodable(RenderedRow(piece, (), Origin("environment", 1), bos=False))
-        ids += _continuation(tokenizer, before, piece)
+        _check_encodable(RenderedRow(piece, (), origin, bos=False))
+        yield _continuation(tokenizer, before, piece)
         before += piece
-    return ids
 
 
 def tokenize(tokenizer: Any, drafts: Sequence[RenderedRow]) -> Tokenized:
@@ -167,7 +202,20 @@ def _tokenize_chunk(tokenizer: Any, drafts: Sequence[RenderedRow]) -> Iterable[t
         aligned = encoding is not None and _align(encoding, draft, prefix_ids)
         ids, ranges = aligned or _in_pieces(tokenizer, draft)
         prefix = bos if draft.bos and tuple(ids[: len(bos)]) != bos else ()
-        yield _sequence(prefix, ids, ranges, draft.origin), not aligned
+        seq = _sequence(prefix, ids, ranges, draft.origin)
+        yield seq if draft.steps is None else _with_steps(tokenizer, draft, draft.steps, seq), not aligned
+
+
+def _with_steps(tokenizer: Any, draft: RenderedRow, steps: StepsBehind, asked: TokenSeq) -> TokenSeq:
+    """Example: a question 5 6, steps 7 8 and 9, a separator 1: ids 5 6 7 8 1 9 1, loss_mask F F F F T F T."""
+    pieces = [piece for step in steps.texts for piece in (step, steps.form.separator)]
+    ids: list[int] = []
+    mask: list[bool] = []
+    for number, piece in enumerate(_continuations(tokenizer, draft.text, pieces, draft.origin)):
+        ids += piece
+        mask += [False] * (len(piece) - 1) + [number % 2 == 1] * bool(piece)
+    kept = slice(steps.form.max_completion_length)
+    return TokenSeq((*asked.ids, *ids[kept]), (*asked.loss_mask, *mask[kept]), draft.origin)
 
 
 def _sequence(prefix: tuple[int, ...], ids: Sequence[int], ranges: Sequence[Span], origin: Origin) -> TokenSeq:

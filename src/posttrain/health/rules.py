@@ -41,9 +41,10 @@ _SAMPLING_ONLY = frozenset({"resample", "raise_group_size"})
 _IMITATING: tuple[LearnsFrom, ...] = ("examples",)
 _PREFERRING: tuple[LearnsFrom, ...] = ("pairs",)
 _COMPARING: tuple[LearnsFrom, ...] = (*_PREFERRING, "rated pairs")
+_RATING: tuple[LearnsFrom, ...] = ("rated steps",)
 _SAMPLING: tuple[LearnsFrom, ...] = ("samples",)
 _TAUGHT: tuple[LearnsFrom, ...] = ("teachers",)
-_ALL = (*_IMITATING, *_COMPARING, *_SAMPLING, *_TAUGHT)
+_ALL = (*_IMITATING, *_COMPARING, *_RATING, *_SAMPLING, *_TAUGHT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ RULES: tuple[Rule, ...] = (
     Rule("router_collapse", _ALL, checks.router_collapse, {"steps": 5, "floor": 0.05, "share": 0.5}, Severity.SOFT, "evaluate",
          "in one layer nearly all tokens go to the same experts: the balance of loads is {router_balance:.2f}, from {start:.2f} at the start",
          "Lower learning_rate, or raise router_aux_loss_coef in the model's config.json."),
-    Rule("loss_divergence", _IMITATING + _COMPARING, checks.loss_divergence, {"steps": 5, "times": 1.5, "nats": 0.5}, Severity.SOFT, "evaluate",
+    Rule("loss_divergence", _IMITATING + _COMPARING + _RATING, checks.loss_divergence, {"steps": 5, "times": 1.5, "nats": 0.5}, Severity.SOFT, "evaluate",
          "the loss is {loss:.3f}, up from {start:.3f} at the start", "Lower learning_rate, or give it a warmup.", early=True),
     Rule("updates_skipped", _ALL, checks.updates_skipped, {"steps": 10}, Severity.HARD, "rollback",
          "the updates of {steps:.0f} steps in a row were thrown away", "See the findings before this one: what skips every step is no single bad batch."),
@@ -85,7 +86,7 @@ RULES: tuple[Rule, ...] = (
          "the loss was {loss:.1e} for {steps:.0f} steps", "Nothing is left to learn or nothing is trained: see the masks with `posttrain data`."),
     Rule("masked_out", _IMITATING + _TAUGHT, checks.masked_out, {}, Severity.SOFT, "evaluate",
          "a step had no trained token", "See the masks with `posttrain data`; check train_on and the chat template.", early=True),
-    Rule("overfitting", _IMITATING + _TAUGHT, checks.overfitting, {"evals": 2, "rise": 0.2}, Severity.SOFT, "evaluate",
+    Rule("overfitting", _IMITATING + _RATING + _TAUGHT, checks.overfitting, {"evals": 2, "rise": 0.2}, Severity.SOFT, "evaluate",
          "validation loss {eval_loss:.3f} keeps rising from its best {best:.3f}", "Train fewer epochs, or set load_best_model_at_end."),
     Rule("margins_run_away", _PREFERRING, checks.margins_run_away, {"steps": 10, "share": 0.5, "nats": 20.0}, Severity.SOFT, "evaluate",
          "chosen answers fell to log-prob {logps_chosen:.1f} from {start:.1f} while the margins grow", "Beta is too low: raise beta, lower learning_rate, or add rpo_alpha."),

@@ -20,7 +20,7 @@ from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
 from posttrain.models.low_rank import WEIGHTS
 from posttrain.models.offload import OffloadedLayers
-from posttrain.models.reward_head import reward_head
+from posttrain.models.reward_head import REWARD_TASKS, reward_head, task_type
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,13 +45,13 @@ def attach_adapter(model: PreTrainedModel, keys: ModelKeys, *, grown: bool = Fal
     total = sum(matches.values())
     log.info("adapter: %d modules (%s)", total, ", ".join(f"{name} ×{count}" for name, count in matches.items()))
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS if keys.is_reward_model else TaskType.CAUSAL_LM,
+        task_type=TaskType(task_type(keys)),
         r=keys.lora_r,
         lora_alpha=keys.lora_alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=keys.lora_dropout,
         target_modules=_targets_in(_linear_names(model, keys.lora_target), keys.lora_target),
         target_parameters=_expert_targets(model, keys) or None,
-        exclude_modules=_odd_linears(model) or None,
+        exclude_modules=[*_odd_linears(model), *_token_head(model, keys)] or None,
         modules_to_save=saved or None,
         ensure_weight_tying=is_tied(model) and bool({name.rsplit(".", 1)[-1] for name in saved} & _ends_of(model)),
         use_rslora=keys.use_rslora,
@@ -185,6 +185,11 @@ def _is_linear(module: nn.Module) -> bool:
     return plain or (isinstance(module, nn.Linear) and quantised)
 
 
+def _token_head(model: PreTrainedModel, keys: ModelKeys) -> list[str]:
+    """The head that labels tokens, which PEFT's `all-linear` would adapt, other than that of a sequence."""
+    return [name for name, module in model.named_modules() if keys.rates_steps and module is reward_head(model)]
+
+
 def _odd_linears(model: PreTrainedModel) -> list[str]:
     return [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and not _is_linear(module)]
 
@@ -258,10 +263,10 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
 
 def continue_adapter(model: PreTrainedModel, adapter: Path, dropout: float) -> PeftModel:
     """A saved adapter on its frozen base, to be trained on. Raises: ModelError if its weights do not fill it."""
-    from peft import LoraConfig, TaskType, get_peft_model, set_peft_model_state_dict
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
     config: Any = LoraConfig.from_pretrained(str(adapter))
-    if (config.task_type == TaskType.SEQ_CLS) != (reward_head(model) is not None):
+    if (config.task_type in REWARD_TASKS) != (reward_head(model) is not None):
         raise ModelError(
             f"adapter_start: continue: {adapter} was trained under {'a reward' if reward_head(model) is None else 'a language model'}'s "
             f"head, and {type(model).__name__} has another; set adapter_start: fresh"

@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from posttrain.config.stages import AskedRewardKeys, ModelKeys
+from posttrain.config.process_reward import ProcessRewardModelKeys
+from posttrain.config.stages import ModelKeys
 from posttrain.distributed.ranks import SingleProcess
 from posttrain.distributed.whole import Whole
 from posttrain.files import begin_folder, finish_folder, read_json, write_folder
@@ -35,8 +36,9 @@ from posttrain.models.proof import (
     probe_logits,
     relative_difference,
 )
-from posttrain.models.provenance import PROVENANCE, check_base, source_digest
+from posttrain.models.provenance import PROVENANCE, STEP_SEPARATOR, check_base, recorded_separator, source_digest
 from posttrain.models.read import fits_shares, read_model
+from posttrain.models.reward_head import REWARD_TASKS
 from posttrain.models.stored import stored_dtype
 from posttrain.models.vocabulary import grow
 from posttrain.models.write import write_weights
@@ -64,13 +66,13 @@ def save_policy(
     Raises: ModelError if what is written is not the trained model.
     """
     trained = probe_logits(policy.model) if trained is None else trained
-    under, record = policy.under, {"base_digest": source_digest(policy.source)}
+    under, record = policy.under, {"base_digest": source_digest(policy.source)} | _cutting(keys)
     keys = keys.model_copy(update={name: getattr(under, name) for name in OF_THE_BASE})
     if not policy.has_adapter:
         export = _Export(policy.base, policy.tokenizer, keys, trained, compared(trained, trained, "", ROUNDING))
         return _save(export, folder, record, policy.sharding, ranks, between)
     adapter = folder.parent / ADAPTER
-    of_base = record if under.base_model == policy.source else {"base_digest": source_digest(under.base_model)}
+    of_base = record if under.base_model == policy.source else record | {"base_digest": source_digest(under.base_model)}
     if keys.base_bits:  # for whoever merges it later, away from the stage's own record
         of_base = of_base | {name: getattr(keys, name) for name in OF_THE_BASE if "bit" in name}
     # What PEFT looks for: all but the frozen base, tied tensors under each of their names.
@@ -85,6 +87,11 @@ def save_policy(
     merged, report = merge_adapter(under.base_model, adapter, keys, policy=policy, trained=trained)
     export = _Export(merged, policy.tokenizer, keys, trained, report)
     return _save(export, folder, record | {"merged_onto": report.base}, policy.sharding, ranks, between)
+
+
+def _cutting(keys: ModelKeys) -> dict[str, str]:
+    """What cuts answers into steps, of a model that rates these."""
+    return {STEP_SEPARATOR: keys.step_separator} if isinstance(keys, ProcessRewardModelKeys) else {}
 
 
 def _save_adapter(
@@ -251,12 +258,15 @@ def _merged(adapted: Any, sharding: Sharding) -> Any:
 
 def merge_into(folder: Path, base: str, adapter: Path, keys: ModelKeys) -> ExportReport:
     """`merge`, written to `folder` with the adapter's tokenizer, or the base's where the adapter has none."""
-    if read_json(adapter / CONFIG).get("task_type") == "SEQ_CLS":
-        keys = AskedRewardKeys.model_validate(keys.model_dump(by_alias=True))
+    asked = REWARD_TASKS.get(read_json(adapter / CONFIG).get("task_type"))
+    if asked is not None:
+        keys = asked.model_validate(keys.model_dump(by_alias=True))
     merged, report = merge_adapter(base, adapter, keys)
     keys = keys.model_copy(update={"base_model": base})
     tokenizer = adapter_tokenizer(base, adapter, keys)
+    separator = recorded_separator(adapter)
     record = {"base_digest": source_digest(base), "merged_onto": report.base}
+    record |= {} if separator is None else {STEP_SEPARATOR: separator}
     return _save(_Export(merged, tokenizer, keys, probe_logits(merged), report), folder, record, Whole())
 
 

@@ -146,11 +146,15 @@ class Policy:
 
     def rewards(self, batch: Batch) -> torch.Tensor:
         """What the head of a reward model says at the scored positions. Shape: [M]."""
+        return self.label_logits(batch)[:, 0]
+
+    def label_logits(self, batch: Batch) -> torch.Tensor:
+        """What a head that classifies says at the scored positions. Shape: [M, labels]."""
         split = self._split(batch)
         if split is None:
-            return self._logits(batch, {})[0][:, 0].float()
+            return self._logits(batch, {})[0].float()
         part, places = split.part(batch.to(self.placement.device))
-        return split.whole(self._logits(part, {})[0][:, 0].float(), places, len(batch.source_M))
+        return split.whole(self._logits(part, {})[0].float(), places, len(batch.source_M))
 
     def head(self, batch: Batch) -> tuple[Head, torch.Tensor | None]:
         """What makes the logits at the batch's scored positions; the router's balancing loss of a mixture of experts."""

@@ -12,6 +12,9 @@ from posttrain.files import digest_tree, read_json
 PROVENANCE = "posttrain.json"
 """Beside the weights: what they were made from, by digest. It names no path, so the same model is the same anywhere."""
 
+STEP_SEPARATOR = "step_separator"
+"""In that record: what stood behind each step that a process reward model learned to rate."""
+
 
 def model_digest(folder: Path) -> str:
     """Digest of a model folder: weights, config, tokenizer, template and our record of what it was made from."""
@@ -38,6 +41,12 @@ def bits_in(record: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that say how a base is quantised; none where it is not."""
     quantised = record.get("load_in_4bit") or record.get("load_in_8bit")
     return {name: value for name, value in record.items() if "4bit" in name or "8bit" in name} if quantised else {}
+
+
+def recorded_separator(folder: Path) -> str | None:
+    """What cuts answers into the steps that a model or adapter rates; None where no record says it."""
+    record_path = folder / PROVENANCE
+    return read_json(record_path).get(STEP_SEPARATOR) if record_path.is_file() else None
 
 
 def check_base(adapter: Path, base: Path) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.distributed import DistributedConfig
@@ -61,6 +68,7 @@ def fits_shares(adapter: Path) -> bool:
 
 _ONE = DistributedConfig(tp_size=1, fsdp_size=1, pp_size=1, ep_size=1)
 """Makes transformers call `maybe_distribute_model`, with nothing for it to do."""
+_CLASSIFIERS = re.compile("For(Sequence|Token)Classification")
 _BY_ROWS = (MergeModulelist, Concatenate)
 
 
@@ -77,10 +85,16 @@ def _unloadable(keys: ModelKeys, error: Exception) -> ModelError:
     return ModelError(f"base_model: {keys.base_model} did not load: {str(error).strip().splitlines()[0]}")
 
 
+def _family(keys: ModelKeys) -> Any:
+    if not keys.is_reward_model:
+        return AutoModelForCausalLM
+    return AutoModelForTokenClassification if keys.rates_steps else AutoModelForSequenceClassification
+
+
 def _read(keys: ModelKeys, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    family: Any = AutoModelForSequenceClassification if keys.is_reward_model else AutoModelForCausalLM
+    family = _family(keys)
     if keys.is_reward_model:
-        options |= {"num_labels": 1}
+        options |= {"num_labels": 2 if keys.rates_steps else 1}
         torch.manual_seed(keys.seed if isinstance(keys, TrainKeys) else 0)  # a new head is random
     try:
         model = family.from_pretrained(
@@ -96,7 +110,7 @@ def _read(keys: ModelKeys, dtype: torch.dtype, **options: Any) -> PreTrainedMode
         raise _unloadable(keys, error) from error
     if keys.is_reward_model:
         return with_reward_per_token(model)
-    if any("ForSequenceClassification" in name for name in model.config.architectures or ()):
+    if any(_CLASSIFIERS.search(name) for name in model.config.architectures or ()):
         raise ModelError(
             f"base_model: {keys.base_model} is a reward model: it has no head that gives tokens; expected a language model, "
             "such as the one that it was trained from"

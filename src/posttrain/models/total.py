@@ -28,6 +28,7 @@ from posttrain.models.policy import Policy
 from posttrain.models.proof import HALF_ROUNDING, ROUNDING, probe_logits
 from posttrain.models.provenance import PROVENANCE, recorded_bits, source_digest
 from posttrain.models.read import fits_shares, read_model
+from posttrain.models.reward_head import REWARD_TASKS
 from posttrain.models.stored import stored_dtype
 from posttrain.protocols import Ranks, Sharding
 
@@ -157,7 +158,7 @@ def _reasons(
         yield "added_tokens gave the embedding rows that the given base lacks"
     if before is None:
         return
-    if config["task_type"] == "SEQ_CLS":
+    if config["task_type"] in REWARD_TASKS:
         yield "a reward model's adapter stands on the model of the stage before, merged, and no language model is trained on"
         return
     total, name = before.folder / ADAPTER_TOTAL, before.folder.name

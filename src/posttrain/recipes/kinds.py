@@ -9,7 +9,7 @@ from typing import Any
 from posttrain.objectives.preference import PreferenceSpec
 from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import spec_from
-from posttrain.recipes import distill, dpo, grpo, online_dpo, ppo, reward_model, sft
+from posttrain.recipes import distill, dpo, grpo, online_dpo, ppo, process_reward_model, reward_model, sft
 from posttrain.recipes.critic import ppo_objective
 from posttrain.recipes.run.run_folder import StageResult
 from posttrain.recipes.run.stage import Stage
@@ -19,6 +19,7 @@ LOOPS: dict[str, Callable[[Any, Stage], StageResult]] = {
     "sft": sft.run,
     "dpo": dpo.run,
     "reward_model": reward_model.run,
+    "process_reward_model": process_reward_model.run,
     "grpo": grpo.run,
     "ppo": ppo.run,
     "online_dpo": online_dpo.run,

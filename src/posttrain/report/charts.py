@@ -108,6 +108,23 @@ PANELS: dict[LearnsFrom, tuple[Panel, ...]] = {
             ("rewards/chosen", "rewards/rejected", "rewards/margins"),
         ),
     ),
+    "rated steps": (
+        Panel(
+            "Loss",
+            "How surprised the model is by whether a step is right; lower is better.",
+            ("loss", "eval_loss", "eval_*_loss"),
+        ),
+        Panel(
+            "Step accuracy",
+            "Share of the steps that it rates as they are labelled.",
+            ("accuracy", "eval_accuracy", "eval_*_accuracy"),
+        ),
+        Panel(
+            "Accuracy by label",
+            "Of the right steps and of the wrong ones; where one label is rare, look here.",
+            ("accuracy/right", "accuracy/wrong", "eval_accuracy/right", "eval_accuracy/wrong"),
+        ),
+    ),
     "samples": (
         Panel("Reward", "Mean score of the sampled answers; higher is better.", ("reward", "reward_std")),
         Panel(

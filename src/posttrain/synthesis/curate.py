@@ -29,7 +29,7 @@ from posttrain.rewards.resolve import reward_digest
 from posttrain.rewards.workers import RewardPool
 from posttrain.rollout.collect import as_reward_input
 from posttrain.synthesis.synth import REPORT, suite_digests, suite_prompts
-from posttrain.types import Example, LabelledCompletion, PreferencePair, Prompt
+from posttrain.types import Example, LabelledCompletion, PreferencePair, Prompt, SteppedCompletion
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +167,8 @@ def _asked_and_said(noun: Noun) -> tuple[Any, Any]:
             return as_reward_input(noun.prompt), as_reward_input(noun.chosen)
         case LabelledCompletion():
             return as_reward_input(noun.prompt), as_reward_input(noun.completion)
+        case SteppedCompletion():
+            return as_reward_input(noun.prompt), "\n".join(noun.steps)
         case Prompt():
             raise DataError(
                 f"{noun.origin}: quality scores an answer, and this row is a prompt alone; remove quality, or sample answers with `posttrain data synth`"

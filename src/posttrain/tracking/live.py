@@ -29,6 +29,7 @@ COLUMNS: dict[LearnsFrom, tuple[Column, ...]] = {
     "examples": (("loss", "loss", ".3f"), ("entropy", "entropy", ".2f"), ("accuracy", "mean_token_accuracy", ".3f"), ("eval_loss", "eval_loss", ".3f"), *_SHARED),
     "pairs": (("loss", "loss", ".3f"), ("accuracy", "rewards/accuracies", ".2f"), ("margin", "rewards/margins", ".3f"), ("eval_loss", "eval_loss", ".3f"), *_SHARED),
     "rated pairs": (("loss", "loss", ".3f"), ("accuracy", "rewards/accuracies", ".2f"), ("margin", "rewards/margins", ".3f"), ("eval_loss", "eval_loss", ".3f"), *_SHARED),
+    "rated steps": (("loss", "loss", ".3f"), ("accuracy", "accuracy", ".3f"), ("of wrong", "accuracy/wrong", ".3f"), ("eval_loss", "eval_loss", ".3f"), ("eval_accuracy", "eval_accuracy", ".3f"), *_SHARED),
     "samples": (
         ("reward", "reward", ".3f"), ("std", "reward_std", ".3f"), ("entropy", "entropy", ".2f"), ("kl", "kl", ".4f"),
         ("explained", "critic/vf_explained_var", ".2f"), ("length", "completions/mean_length", ".0f"), ("truncated", "completions/clipped_ratio", ".2f"), *_SHARED,

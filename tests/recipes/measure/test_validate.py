@@ -48,6 +48,7 @@ def two_sets(data_dir, kind="sft", **more):
         ("dpo", "pairs", "loss"),
         ("dpo", "pairs", "rewards/accuracies"),
         ("reward_model", "pairs", "loss"),
+        ("process_reward_model", "steps", "accuracy"),
         ("grpo", "prompts", "reward"),
     ],
 )

@@ -1,0 +1,121 @@
+"""A process reward model: of each step of an answer, whether it is right. Read `run` from top to bottom.
+
+The model is a transformers token-classification model with two labels: `AutoModelForTokenClassification` loads it, as it does
+those of TRL's PRMTrainer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from posttrain.config.process_reward import ProcessRewardModelKeys
+from posttrain.data.dataset import Dataset
+from posttrain.data.held_out import load_with_held_out
+from posttrain.data.load import StepRow, load_steps
+from posttrain.data.rows import MappedRows
+from posttrain.models.batch import pack
+from posttrain.models.load import load_policy, load_tokenizer
+from posttrain.models.policy import Policy
+from posttrain.models.reward_head import at_steps
+from posttrain.models.text import decoder
+from posttrain.objectives.process_reward_model import process_reward_model_loss
+from posttrain.objectives.reduce import Normalizer
+from posttrain.objectives.terms import LossTerms
+from posttrain.recipes.balance import family_cost
+from posttrain.recipes.batches import Schedule, flat, for_rank, in_their_order
+from posttrain.recipes.measure.validate import Validation
+from posttrain.recipes.metrics import StepMetrics
+from posttrain.recipes.optim import accumulating, learning_rate, make_optimizer, update
+from posttrain.recipes.run.run_folder import StageResult
+from posttrain.recipes.run.stage import Stage
+
+
+def run(keys: ProcessRewardModelKeys, stage: Stage) -> StageResult:
+    """Train `keys.base_model` under a new head on the rated steps in `keys.datasets`; the result is in `stage.folder`."""
+    ranks = stage.ranks
+    tokenizer = load_tokenizer(keys)
+    data, held_out = load_with_held_out(load_steps, keys, tokenizer)
+    stage.run.describe_data(decoder(tokenizer, special=True), data, *held_out.values())
+    pad: Any = tokenizer.pad_token_id
+    data = _placed(data, pad, last_only=keys.train_on_last_step_only)
+    held_out = {name: _placed(rows, pad) for name, rows in held_out.items()}
+    schedule = Schedule.of(data, keys, ranks, size=_num_tokens, cost=lambda row: family_cost([_num_tokens(row)]))
+    policy = load_policy(keys, tokenizer=tokenizer, sharding=stage.sharding).without_dropout()
+    optimizer = make_optimizer(policy, keys)
+
+    total_steps = schedule.total_steps(keys)
+    state = stage.resume(policy, optimizer, total_steps)
+    validation = Validation(stage, state, held_out, lambda rows: validation_loss(policy, rows, keys, stage))
+
+    for step in range(state.step, total_steps):
+        if validation.is_over:
+            break
+        stage.begin_step(step)
+        micros = schedule.step(step + stage.guard.controls.skipped)
+        norm = Normalizer(tokens=_num_steps(flat(micros)), sequences=len(flat(micros)))
+        metrics = StepMetrics()
+        policy.model.train()
+        for micro in accumulating(policy, for_rank(micros, ranks)):
+            terms = loss(policy, micro.rows, norm)
+            micro.backward(terms.loss)
+            if not micro.idle:
+                metrics.add(terms.metrics)
+                metrics.add_share("loss", float(terms.loss.detach()))
+        lr = learning_rate(step, total_steps, keys) * stage.guard.controls.lr_scale
+        values = metrics.reduced(ranks)
+        values |= update(policy, optimizer, stage, lr, values, step + 1)
+        values |= schedule.balance(micros, ranks.world_size)
+        values["epoch"] = schedule.epoch_after(step + stage.guard.controls.skipped)
+
+        state.step, state.tokens = step + 1, state.tokens + sum(_num_tokens(row) for row in flat(micros))
+        values |= validation.if_due(state.step, total_steps)
+        best = validation.best_score(state.step)
+        stage.finish_step(state, values, validation.is_last(state.step, total_steps), best)
+
+    validation.restore_best()
+    return stage.done(state)
+
+
+def loss(policy: Policy, rows: list[StepRow], norm: Normalizer) -> LossTerms:
+    """This micro-batch's share of the step's loss."""
+    logits_M2 = policy.label_logits(pack([[row.seq] for row in rows]))
+    label_M = torch.tensor([label for row in rows for label in row.labels], device=logits_M2.device)
+    return process_reward_model_loss(logits_M2, label_M, norm)
+
+
+@torch.no_grad()
+def validation_loss(
+    policy: Policy, rows: Dataset[StepRow], keys: ProcessRewardModelKeys, stage: Stage
+) -> dict[str, float]:
+    """The objective and its metrics over all steps that are held out."""
+    policy.model.eval()
+    norm = Normalizer(tokens=_num_steps(list(rows.rows)), sequences=len(rows))
+    metrics = StepMetrics()
+    for micro in in_their_order(rows.rows, keys.per_device_train_batch_size, stage.ranks):
+        terms = loss(policy, micro.rows, norm)
+        if not micro.idle:
+            metrics.add(terms.metrics)
+            metrics.add_share("loss", float(terms.loss))
+    return {f"eval_{name}": value for name, value in metrics.reduced(stage.ranks).items()}
+
+
+def _placed(data: Dataset[StepRow], pad_token_id: int, last_only: bool = False) -> Dataset[StepRow]:
+    def placed(row: StepRow) -> StepRow:
+        seq = at_steps(row.seq, pad_token_id)
+        if not last_only:
+            return StepRow(seq, row.labels)
+        mask = (*(False for _ in seq.ids[1:]), True)
+        return StepRow(replace(seq, loss_mask=mask), row.labels[-1:])
+
+    return replace(data, rows=MappedRows(data.rows, placed))
+
+
+def _num_steps(rows: list[StepRow]) -> int:
+    return sum(len(row.labels) for row in rows)
+
+
+def _num_tokens(row: StepRow) -> int:
+    return len(row.seq.ids)
