@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,10 +68,10 @@ def rescore(
     from posttrain.rewards.rescore import find_calls, paid_anew, write_rescored
     from posttrain.rewards.workers import RewardPool
 
-    def load(spec: str, folder: Path | None) -> LearnedReward:
+    def load(spec: str, folder: Path | None, options: Mapping[str, Any]) -> LearnedReward:
         from posttrain.recipes.measure.learned import load_learned
 
-        return load_learned(spec, folder)
+        return load_learned(spec, folder, options)
 
     calls = find_calls(run)
     with RewardPool(with_, weights or None, None, workers, timeout_s, load=load) as pool:

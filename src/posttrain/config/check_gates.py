@@ -30,7 +30,7 @@ def check_reward_models(draft: PipelineDraft) -> None:
     for stage in draft.stages:
         before = [one for one in draft.stages if one.place < stage.place]
         pay = [one for one in before if not _is_policy(one)]
-        value = [one for one in before if not _is_policy(one) or STAGE_KINDS[one.kind].has_critic]
+        value = [one for one in before if _gives_value(one)]
         specs = stage.settings.values.get("reward_funcs")
         for place, spec in enumerate(specs if isinstance(specs, list) else ()):
             _check_names_one(draft, stage, ("reward_funcs", place), spec, REWARD_MODEL + STAGE, pay)
@@ -47,6 +47,12 @@ def _check_names_one(
         there = ", ".join(f"{prefix}{one.place}" for one in made) or "none; put a reward_model stage before this one"
         text = f"got {spec}, expected {what} of an earlier stage: {there}"
         draft.problems.add(stage.settings.origin(path), stage.settings.name(path), text)
+
+
+def _gives_value(stage: StageDraft) -> bool:
+    """Whether a critic can begin with it: what rates steps has another head."""
+    kind = STAGE_KINDS.get(stage.kind)
+    return kind is not None and (kind.has_critic or (kind.keys.is_reward_model and not kind.keys.rates_steps))
 
 
 def _is_policy(stage: StageDraft) -> bool:

@@ -104,7 +104,7 @@ class RLKeys(SamplingKeys):
     num_iterations: int = knob(1, "Passes over each generation batch.", ge=1)
     reward_funcs: list[str] = knob(..., "Rewards: `file.py:function` relative to the YAML, a name of the library, `model:FOLDER` of a reward model (`model:stage:reward_model` of one that an earlier stage of the pipeline trains), `judge:FILE.yaml` of a judge.", min_length=1, example=["rewards.py:correct"])
     reward_weights: list[float] | None = knob(None, "Weight of each reward function; null means 1 each.", example=[1.0, 0.5])
-    reward_kwargs: dict[str, dict[str, Any]] = knob({}, "Options of library rewards: name in reward_funcs → its options.")
+    reward_kwargs: dict[str, dict[str, Any]] = knob({}, "Options of rewards: name in reward_funcs → its options. A process reward model (`model:FOLDER`, by the folder's name) has `aggregate`, what the scores of an answer's steps become (min, product, last or mean; min), and `step_separator`, what cuts it into steps (what it was trained with).")
     reward_timeout_s: float = knob(10.0, "Deadline of one completion's reward; later is unscored.", gt=0)
     reward_workers: int = knob(1, "Worker processes that score.", ge=1)
     keep_rollouts: bool = knob(False, "Keep prompts, completions and rewards in the stage's folder, for `posttrain rewards rescore`.")

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +19,63 @@ from posttrain.errors import ConfigError
 from posttrain.files import digest_file, digest_json, digest_tree
 from posttrain.names import JUDGE, REWARD_MODEL, STAGE
 
-_CLASSIFIER = "ForSequenceClassification"
+_KINDS = {"ForSequenceClassification": 1, "ForTokenClassification": 2}
+"""What the architecture of a model that pays ends in → its labels; the second rates each step of an answer."""
+_TASKS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
+"""PEFT's task of an adapter → the same."""
+STEP_AGGREGATES: Mapping[str, Callable[[Sequence[float]], float]] = {
+    "min": min,
+    "product": math.prod,
+    "last": lambda steps: steps[-1],
+    "mean": lambda steps: math.fsum(steps) / len(steps),
+}
+"""How the scores of an answer's steps become its own. Source: min, Math-Shepherd, arXiv 2312.08935 sec. 3.4; product, arXiv 2305.20050 sec. 2.6;
+last, arXiv 2211.14275."""
 _ADAPTER, _HEAD, _RECORD = "adapter_config.json", "score", "posttrain.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StepOptions:
+    """How a process reward model pays for an answer: what cuts it into steps (None: what the model was trained with), what their scores become."""
+
+    step_separator: str | None = None
+    aggregate: str = "min"
+
+
+def step_options(name: str, options: Mapping[str, Any]) -> StepOptions:
+    """Raises: ConfigError."""
+    known = ("step_separator", "aggregate")
+    if unknown := [option for option in options if option not in known]:
+        raise ConfigError(f"reward_kwargs: {name}: {unknown[0]}: a process reward model has {' and '.join(known)}")
+    separator, aggregate = options.get("step_separator"), options.get("aggregate", "min")
+    if separator is not None and (not isinstance(separator, str) or not separator):
+        raise ConfigError(
+            f"reward_kwargs: {name}: step_separator: got {separator!r}, expected the text behind each step"
+        )
+    if aggregate not in STEP_AGGREGATES:
+        raise ConfigError(
+            f"reward_kwargs: {name}: aggregate: got {aggregate!r}, expected one of {', '.join(STEP_AGGREGATES)}"
+        )
+    return StepOptions(separator, aggregate)
+
+
+def check_learned_options(name: str, spec: str, options: Mapping[str, Any], folder: Path | None = None) -> None:
+    """What can be known before anything is loaded. Raises: ConfigError."""
+    if spec.startswith(JUDGE):
+        raise ConfigError(f"reward_kwargs: {name!r} takes no options; a judge's stand in its file")
+    source = learned_source(spec, folder)
+    if isinstance(source, Path) and not rates_steps(source):
+        raise ConfigError(f"reward_kwargs: {name!r} takes no options: it rates whole answers, no steps")
+    step_options(name, options)
+
+
+def rates_steps(folder: Path) -> bool:
+    """Whether the reward model rates each step of an answer."""
+    if is_reward_adapter(folder):
+        return _TASKS.get(str(_json_of(folder / _ADAPTER).get("task_type"))) == "ForTokenClassification"
+    return any(
+        "ForTokenClassification" in str(kind) for kind in _json_of(folder / "config.json").get("architectures") or ()
+    )
 
 
 def split_learned(spec: str) -> tuple[str, str] | None:
@@ -119,15 +176,17 @@ def _check_is_a_reward_model(spec: str, folder: Path) -> None:
             f"{spec}: {folder} has no config.json that can be read ({error}); expected a model folder"
         ) from None
     kinds = config.get("architectures") or ["no architecture"]
-    if not any(_CLASSIFIER in kind for kind in kinds):
+    expected = next((labels for name, labels in _KINDS.items() if any(name in kind for kind in kinds)), None)
+    if expected is None:
         raise ConfigError(
             f"{spec}: {folder} is a {kinds[0]}; expected a sequence-classification model with one label, as `posttrain reward_model` "
-            "leaves it in its stage's `model`"
+            "leaves it in its stage's `model`, or a token-classification model with two, as `posttrain process_reward_model` does"
         )
     # transformers writes the names of labels down unless there are two of them.
     num_labels = len(config.get("id2label") or ("no", "yes"))
-    if num_labels != 1:
-        raise ConfigError(f"{spec}: {folder} has {num_labels} labels; expected a reward model, which has one")
+    if num_labels != expected:
+        what = "a reward model, which has one" if expected == 1 else "a process reward model, which has two"
+        raise ConfigError(f"{spec}: {folder} has {num_labels} labels; expected {what}")
 
 
 def is_reward_adapter(folder: Path) -> bool:
@@ -159,10 +218,11 @@ def _check_is_a_reward_adapter(spec: str, adapter: Path) -> None:
     """Raises: ConfigError."""
     config = _json_of(adapter / _ADAPTER)
     task, saved = config.get("task_type"), cast("list[str]", config.get("modules_to_save") or [])
-    if task != "SEQ_CLS" or _HEAD not in saved:
+    if task not in _TASKS or _HEAD not in saved:
         raise ConfigError(
             f"{spec}: {adapter} is an adapter with task_type {task} that saves {', '.join(map(str, saved)) or 'no module'} whole; expected "
-            f"SEQ_CLS with its head `{_HEAD}`, as `posttrain reward_model` with an adapter leaves it in its stage's `adapter`"
+            f"SEQ_CLS with its head `{_HEAD}`, as `posttrain reward_model` with an adapter leaves it in its stage's `adapter`, or TOKEN_CLS of "
+            "`posttrain process_reward_model`"
         )
     reward_base(adapter)
 

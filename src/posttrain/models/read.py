@@ -50,6 +50,12 @@ def read_model(
     return model
 
 
+def is_token_classifier(source: str) -> bool:
+    """Whether a model's config says so, of a folder or of a hub id. Raises: ModelError."""
+    config = _config(ModelKeys(base_model=source))
+    return any("ForTokenClassification" in name for name in config.architectures or ())
+
+
 def may_read_shares(keys: ModelKeys) -> bool:
     """Whether nothing that is done between reading and sharding needs a whole tensor of the base."""
     if keys.base_bits or keys.added_tokens or keys.is_reward_model:

@@ -35,5 +35,5 @@ class LearnedReward(Protocol):
     def close(self) -> None: ...
 
 
-LoadLearned = Callable[[str, Path | None], LearnedReward]
-"""`model:FOLDER` or `judge:FILE.yaml`, relative to a folder → the reward."""
+LoadLearned = Callable[[str, Path | None, Mapping[str, Any]], LearnedReward]
+"""`model:FOLDER` or `judge:FILE.yaml`, relative to a folder, with its options → the reward."""

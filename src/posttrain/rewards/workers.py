@@ -18,7 +18,7 @@ from typing import Any
 
 from posttrain.asked import AskedProcess, ScribbledError, wait_for
 from posttrain.errors import ConfigError, RewardError
-from posttrain.grading.learned import split_learned
+from posttrain.grading.learned import check_learned_options, split_learned
 from posttrain.rewards.learned import LearnedReward, LoadLearned
 from posttrain.rewards.library import REWARDS
 from posttrain.rewards.resolve import check_spec, options_by_name, reward_digest, reward_names
@@ -174,10 +174,10 @@ class RewardPool:
             )
         if unknown := sorted(set(self.kwargs) - set(self.names)):
             raise ConfigError(f"reward_kwargs: no reward {unknown[0]!r}; reward_funcs are {', '.join(self.names)}")
-        if optioned := sorted(self.learned & set(self.kwargs)):
-            raise ConfigError(f"reward_kwargs: {optioned[0]!r} takes no options; a judge's stand in its file")
-        for spec in specs:
+        for name, spec in zip(self.names, specs, strict=True):
             check_spec(spec, folder)
+            if split_learned(spec) and name in self.kwargs:
+                check_learned_options(name, spec, self.kwargs[name], folder)
         self._load, self._learned = load, dict[int, LearnedReward]()
         self.num_workers, self.memory_bytes, self._hash_seed = num_workers, memory_bytes, hash_seed
         self._workers: list[_PoolWorker] = []
@@ -220,7 +220,7 @@ class RewardPool:
                 if split_learned(spec) and place not in self._learned:
                     if self._load is None:
                         raise ConfigError(f"{spec}: a model's opinion cannot be asked here; expected functions")
-                    self._learned[place] = self._load(spec, self.folder)
+                    self._learned[place] = self._load(spec, self.folder, self.kwargs.get(self.names[place], {}))
             while len(self._workers) < self.num_workers * (len(self._learned) < len(self.specs)):
                 self._workers.append(self._start())
             for worker in self._workers:

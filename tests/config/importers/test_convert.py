@@ -187,6 +187,7 @@ def test_experts_in_mxfp4_are_taken_where_they_are_unpacked_there_too(imported):
         ("reward_model: false", "sft"),
         ("rl: false", "sft"),
         ("reward_model: true", "reward_model"),
+        ("process_reward_model: true", "process_reward_model"),
         ("rl: gdpo", "grpo"),
     ],
 )
@@ -203,6 +204,15 @@ def test_the_stage_comes_from_the_keys(tmp_path, line, kind):
             "reward_model: true",
             "datasets.1.type: alpaca: a prompt style that is not known here; known are bradley_terry.chat_template",
         ),
+        (
+            "process_reward_model: true",
+            "datasets.1.type: alpaca: a prompt style that is not known here; known are stepwise_supervised",
+        ),
+        (
+            "process_reward_model: true\nreward_model: true",
+            "reward_model: true beside process_reward_model: true are two stages; keep one of the two",
+        ),
+        ("process_reward_model: true\nnum_labels: 3", "num_labels: 3: a step is right or wrong; set 2"),
         ("rl: ppo", "rl: ppo: no such method here; set rl: dpo"),
         (
             "processor_type: AutoProcessor",
@@ -507,3 +517,30 @@ def test_keys_of_axolotls_schema_that_change_nothing_have_their_reason(imported,
 def test_keys_of_axolotls_schema_that_change_what_is_learned_are_refused(imported, line):
     with pytest.raises(ConfigError, match=line.partition(":")[0] + ": "):
         imported(AXOLOTL + line + "\n")
+
+
+STEPPED = """
+base_model: org/model
+model_type: AutoModelForTokenClassification
+num_labels: 2
+process_reward_model: true
+sequence_len: 512
+micro_batch_size: 2
+num_epochs: 1
+learning_rate: 0.00005
+datasets:
+  - {path: trl-lib/math_shepherd, type: stepwise_supervised, step_separator: "\\n\\n", max_completion_length: 64, split: train}
+"""
+
+
+def test_axolotls_rated_steps_are_a_stage_of_their_own(imported):
+    made, loaded = imported(STEPPED)
+    assert made.kind == "process_reward_model"
+    assert [source.type for source in loaded.keys.datasets] == ["stepwise_supervised"]
+    keys = loaded.keys
+    assert (keys.step_separator, keys.max_completion_length, keys.train_on_last_step_only) == ("\n\n", 64, False)
+
+
+def test_entries_whose_steps_are_written_otherwise_are_refused(imported):
+    with pytest.raises(ConfigError, match=r"datasets\.2\.step_separator: .* stands against step_separator"):
+        imported(STEPPED + "  - {path: org/other, type: stepwise_supervised, max_completion_length: 64}\n")

@@ -22,7 +22,7 @@ ALPACA_FORMATS = [
 _FILE_TYPES = ("json", "jsonl", "csv", "parquet", "text", "arrow")
 _KNOWN = frozenset({"path", "type", "split", "name", "data_files", "ds_type", "field", "field_messages", "message_property_mappings", "message_field_role",
                     "message_field_content", "message_field_training", "roles", "roles_to_train", "train_on_eos", "train_on_eot", "chat_template", "chat_template_jinja", "field_tools",
-                    "field_thinking", "template_thinking_key", "train_on_inputs", "field_chosen", "field_rejected", "conversation", "text_column"})  # fmt: skip
+                    "field_thinking", "template_thinking_key", "train_on_inputs", "field_chosen", "field_rejected", "conversation", "text_column", "step_separator", "max_completion_length", "train_on_last_step_only"})  # fmt: skip
 _HARMLESS = frozenset({"trust_remote_code", "preprocess_shards", "shards_idx", "streaming"})
 _ROLES = {
     "system": "system",
@@ -239,12 +239,30 @@ def _scored_texts(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> d
     return {"type": "alpaca_preference", "columns": {"instruction": "input"}}
 
 
+_STEPS = {"step_separator": "\n", "max_completion_length": None, "train_on_last_step_only": False}
+"""What an entry says of its steps, and what it means where it is silent."""
+
+
+def _steps(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """How steps are written is one thing for the stage here."""
+    measured = where.startswith("test_datasets")
+    for key, default in _STEPS.items():
+        value = default if entry.get(key) is None else entry[key]
+        if measured and key == "train_on_last_step_only":
+            if value:
+                draft.refuse(f"{where}.{key}", "true: a validation is over all steps here", "take it out")
+        elif value is not None or key in draft.keys:
+            draft.put(key, value, f"{where}.{key}")
+    return {"type": "stepwise_supervised"}
+
+
 _READERS: dict[tuple[str, str], Any] = {
     ("sft", "alpaca"): _alpaca,
     ("sft", "chat_template"): _chat,
     ("sft", "completion"): _text,
     ("dpo", "chat_template.default"): _pair,
     ("reward_model", "bradley_terry.chat_template"): _scored_texts,
+    ("process_reward_model", "stepwise_supervised"): _steps,
     ("dpo", "chat_template.argilla_chat"): _whole_pairs,
     ("dpo", "chat_template.argilla"): _whole_pairs,
 }

@@ -38,10 +38,15 @@ _PREFERENCES = {"dpo": "sigmoid", "ipo": "ipo", "kto": "kto", "orpo": "orpo", "s
 _DPO_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "apo_zero", "apo_down", "discopop", "sigmoid_norm")  # fmt: skip
 
 
+_LABELS = {"reward_model": 1, "process_reward_model": 2}
+"""Kind, and Axolotl's key for it → what its head says."""
+_HEADS = {"reward_model": "a reward is one number", "process_reward_model": "a step is right or wrong"}
+
+
 def stage(source: Mapping[str, Any]) -> Kind | Refusal:
     rl = source.get("rl")
     if source.get("process_reward_model"):
-        return Refusal("process_reward_model", "true: process reward models are not trained here", OTHER)
+        return "process_reward_model"
     if source.get("reward_model"):
         return "reward_model"
     if is_off(rl):
@@ -97,17 +102,20 @@ def _method(draft: ImportDraft) -> None:
 
 
 def _rewards(draft: ImportDraft) -> None:
-    """`reward_model`, and the outputs of its head."""
-    rewarded = draft.kind == "reward_model"
-    if "reward_model" in draft.source:
-        draft.leave("reward_model", f"it is run by `posttrain {draft.kind}`" if rewarded else "it is off")
-    if rewarded and draft.asks("rl"):
-        draft.refuse("rl", f"{draft.source['rl']} beside reward_model: true are two stages", "keep one of the two")
-    if draft.asks("num_labels") and not (rewarded and draft.source["num_labels"] == 1):
-        what = "a reward is one number" if rewarded else "classification is not trained here"
-        draft.refuse("num_labels", f"{draft.source['num_labels']}: {what}", "set 1" if rewarded else OTHER)
+    """`reward_model`, `process_reward_model`, and the outputs of their head."""
+    labels = _LABELS.get(draft.kind)
+    for key in _LABELS:
+        if key in draft.source:
+            draft.leave(key, f"it is run by `posttrain {draft.kind}`" if key == draft.kind else "it is off")
+        if key != draft.kind and labels and draft.asks(key):
+            draft.refuse(key, f"true beside {draft.kind}: true are two stages", "keep one of the two")
+    if labels and draft.asks("rl"):
+        draft.refuse("rl", f"{draft.source['rl']} beside {draft.kind}: true are two stages", "keep one of the two")
+    if draft.asks("num_labels") and draft.source["num_labels"] != labels:
+        what = _HEADS.get(draft.kind, "classification is not trained here")
+        draft.refuse("num_labels", f"{draft.source['num_labels']}: {what}", f"set {labels}" if labels else OTHER)
     elif "num_labels" in draft.source:
-        draft.leave("num_labels", "a reward is one number here too")
+        draft.leave("num_labels", f"{_HEADS.get(draft.kind, 'it is off')}, here too" if labels else "it is off")
 
 
 _GRPO: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Rewards that are a model's opinion, loaded: a reward model's folder; and the pool of all rewards of a stage."""
+"""Rewards that are a model's opinion, loaded: a reward model's folder, of whole answers or of steps; and the pool of all rewards of a stage."""
 
 from __future__ import annotations
 
@@ -11,43 +11,53 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from posttrain.config.process_reward import AskedProcessRewardKeys
 from posttrain.config.rl import RLKeys
 from posttrain.config.stages import AskedRewardKeys
-from posttrain.data.render import draft_labelled, tokenize
+from posttrain.data.render import StepForm, draft_labelled, draft_steps, tokenize
 from posttrain.errors import ConfigError, DataError
+from posttrain.files import digest_json
 from posttrain.grading.learned import (
+    STEP_AGGREGATES,
     is_reward_adapter,
     learned_digest,
+    learned_name,
     learned_source,
     named_stage,
+    rates_steps,
     reward_base,
     split_learned,
+    step_options,
 )
 from posttrain.models.adapters import load_adapter
-from posttrain.models.batch import pack
+from posttrain.models.batch import Batch, pack
 from posttrain.models.export import adapter_tokenizer
 from posttrain.models.load import load_policy
 from posttrain.models.policy import Policy
-from posttrain.models.provenance import check_base, recorded_bits
-from posttrain.models.reward_head import up_to_reward
+from posttrain.models.provenance import check_base, recorded_bits, recorded_separator
+from posttrain.models.read import is_token_classifier
+from posttrain.models.reward_head import at_steps, up_to_reward
 from posttrain.names import JUDGE, REWARD_MODEL
 from posttrain.recipes.measure.judges import load_judge_reward
 from posttrain.rewards.learned import LearnedReward, Opinion
 from posttrain.rewards.workers import RewardPool
-from posttrain.types import LabelledCompletion, Origin, TokenSeq
+from posttrain.types import LabelledCompletion, Origin, SteppedCompletion, TokenSeq
 
 _AT_ONCE = 16
 """Completions of one forward."""
+_STEP_ROUNDING = {None: 1e-5, torch.bfloat16: 0.02}
 _ROUNDING = {None: 1e-4, torch.bfloat16: 0.1}
-"""Dtype of the autocast → how far the rewards of one completion may lie apart that is packed with others."""
+"""Dtype of the autocast → how far the rewards of one completion may lie apart that is packed with others; probabilities of steps less."""
 
 
 class ModelReward:
     """A sequence-classification model: what its one label says at the last token of prompt and completion."""
 
+    _rounding = _ROUNDING
+
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self.rounding = _ROUNDING[policy.placement.autocast_dtype]
+        self.rounding = self._rounding[policy.placement.autocast_dtype]
         self._longest = getattr(policy.base.config.get_text_config(), "max_position_embeddings", None)
 
     def score(
@@ -72,8 +82,7 @@ class ModelReward:
 
     @torch.no_grad()
     def _rewards(self, prompts: Sequence[Any], rows: Sequence[tuple[int, TokenSeq]]) -> list[float]:
-        families = [[seq for _, seq in family] for _, family in groupby(rows, key=lambda row: prompts[row[0]])]
-        return self._policy.rewards(pack(families)).tolist()
+        return self._policy.rewards(_packed(prompts, rows)).tolist()
 
     def _sequence(self, prompt: Any, completion: Any) -> TokenSeq:
         """As its training writes an answer. Raises: DataError."""
@@ -84,13 +93,59 @@ class ModelReward:
         if not any(seq.loss_mask):
             raise DataError("the reward model's chat template writes no token for this answer")
         pad: Any = tokenizer.pad_token_id
-        cut = up_to_reward(seq, pad)
+        return self._fitting(up_to_reward(seq, pad))
+
+    def _fitting(self, cut: TokenSeq) -> TokenSeq:
+        """Raises: DataError for what is too long for the model."""
         if self._longest is not None and len(cut.ids) - 1 > self._longest:
             raise DataError(f"{len(cut.ids) - 1} tokens, and the reward model takes {self._longest}")
         return cut
 
 
-def load_learned(spec: str, folder: Path | None = None, *, device: str = "auto") -> LearnedReward:
+class StepReward(ModelReward):
+    """A process reward model: how likely each step of the answer is right, and of these their minimum, or another aggregate."""
+
+    _rounding = _STEP_ROUNDING
+
+    def __init__(self, policy: Policy, separator: str, aggregate: str) -> None:
+        super().__init__(policy)
+        self._form, self._aggregate = StepForm(separator), STEP_AGGREGATES[aggregate]
+
+    @torch.no_grad()
+    def _rewards(self, prompts: Sequence[Any], rows: Sequence[tuple[int, TokenSeq]]) -> list[float]:
+        right_M = self._policy.label_logits(_packed(prompts, rows)).softmax(-1)[:, 1]
+        each = right_M.split([seq.num_loss_tokens for _, seq in rows])
+        return [self._aggregate(steps.tolist()) for steps in each]
+
+    def _sequence(self, prompt: Any, completion: Any) -> TokenSeq:
+        """As its training writes steps; of a completion of several messages the last one is the answer. Raises: DataError."""
+        tokenizer, separator = self._policy.tokenizer, self._form.separator
+        if not isinstance(completion, str):
+            prompt, completion = _answered(prompt, completion)
+        steps = tuple(step for step in completion.split(separator) if step.strip())
+        if not steps:
+            raise DataError("the answer has no step: nothing is written in it")
+        asked = prompt if isinstance(prompt, str) else tuple(prompt)
+        row = SteppedCompletion(Origin("completion", 1), asked, steps, ())
+        pad: Any = tokenizer.pad_token_id
+        return self._fitting(at_steps(tokenize(tokenizer, draft_steps(tokenizer, row, self._form)).seqs[0], pad))
+
+
+def _answered(prompt: Any, completion: Sequence[Any]) -> tuple[Any, str]:
+    """What comes before a completion's last message, and the text of that."""
+    *before, last = completion
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+    return (asked + before if before or not isinstance(prompt, str) else prompt), str(last["content"])
+
+
+def _packed(prompts: Sequence[Any], rows: Sequence[tuple[int, TokenSeq]]) -> Batch:
+    """Completions of one prompt share it."""
+    return pack([[seq for _, seq in family] for _, family in groupby(rows, key=lambda row: prompts[row[0]])])
+
+
+def load_learned(
+    spec: str, folder: Path | None = None, options: Mapping[str, Any] | None = None, *, device: str = "auto"
+) -> LearnedReward:
     """Raises: ConfigError, ModelError."""
     parts = split_learned(spec)
     assert parts is not None
@@ -98,24 +153,43 @@ def load_learned(spec: str, folder: Path | None = None, *, device: str = "auto")
         raise ConfigError(
             f"{spec}: a stage is named within a pipeline, whose earlier stage it is; here expected model:FOLDER of a reward model"
         )
-    return LEARNED[parts[0]](learned_source(spec, folder), device)
+    source, name = learned_source(spec, folder), learned_name(spec) or spec
+    return LEARNED[parts[0]](source, name, options or {}, device)
 
 
-_loaded: WeakValueDictionary[tuple[str, str], ModelReward] = WeakValueDictionary()
+_loaded: WeakValueDictionary[tuple[str, str, str], ModelReward] = WeakValueDictionary()
 """Those that somebody holds: a stage and its suite ask one copy."""
 
 
-def _reward_model(source: Path | str, device: str) -> LearnedReward:
-    place = (learned_digest(f"{REWARD_MODEL}{source}"), device)
+def _reward_model(source: Path | str, name: str, options: Mapping[str, Any], device: str) -> LearnedReward:
+    place = (learned_digest(f"{REWARD_MODEL}{source}"), digest_json(dict(options)), device)
     reward = _loaded.get(place)
     if reward is None:
-        _loaded[place] = reward = ModelReward(_asked(str(source), device).without_dropout())
+        _loaded[place] = reward = _read_reward(str(source), name, options, device)
     return reward
 
 
-def _asked(source: str, device: str) -> Policy:
+def _read_reward(source: str, name: str, options: Mapping[str, Any], device: str) -> ModelReward:
+    of_steps = rates_steps(Path(source)) if Path(source).is_dir() else is_token_classifier(source)
+    policy = _asked(source, device, of_steps).without_dropout()
+    if not of_steps:
+        if options:
+            raise ConfigError(f"reward_kwargs: {name!r} takes no options: it rates whole answers, no steps")
+        return ModelReward(policy)
+    wanted = step_options(name, options)
+    return StepReward(policy, wanted.step_separator or recorded_separator(Path(source)) or "\n", wanted.aggregate)
+
+
+def _judge(source: Path | str, name: str, options: Mapping[str, Any], device: str) -> LearnedReward:
+    if options:
+        raise ConfigError(f"reward_kwargs: {name!r} takes no options; a judge's stand in its file")
+    return load_judge_reward(source, device)
+
+
+def _asked(source: str, device: str, of_steps: bool) -> Policy:
     """A whole model; or an adapter on its base, in 4 or 8 bits where it was trained so. Raises: ModelError."""
-    keys = AskedRewardKeys.model_validate({"base_model": source, "device": device})
+    of = AskedProcessRewardKeys if of_steps else AskedRewardKeys
+    keys = of.model_validate({"base_model": source, "device": device})
     adapter = Path(source)
     if not is_reward_adapter(adapter):
         return load_policy(keys, trainable=False)
@@ -127,11 +201,11 @@ def _asked(source: str, device: str) -> Policy:
     return policy
 
 
-LEARNED: Mapping[str, Callable[[Path | str, str], LearnedReward]] = {
+LEARNED: Mapping[str, Callable[[Path | str, str, Mapping[str, Any], str], LearnedReward]] = {
     REWARD_MODEL: _reward_model,
-    JUDGE: load_judge_reward,
+    JUDGE: _judge,
 }
-"""Prefix → what loads such a reward on a device."""
+"""Prefix → what loads such a reward by its source, name and options on a device."""
 
 
 def reward_pool(keys: RLKeys) -> RewardPool:

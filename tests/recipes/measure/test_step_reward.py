@@ -1,0 +1,123 @@
+"""A process reward model as a reward: its steps are those of its training, and pay what transformers says of them."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+from posttrain.errors import ConfigError, ModelError
+from posttrain.recipes.measure.learned import load_learned
+from posttrain.rewards.workers import RewardPool
+
+
+def chat(text):
+    return [{"role": "user", "content": text}]
+
+
+def say(text):
+    return [{"role": "assistant", "content": text}]
+
+
+@pytest.fixture(scope="module")
+def stage(runner, model_dir, data_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prm")
+    options = {"max_steps": 2, "adapter": "lora", "lora_r": 4, "step_separator": "\n\n"}
+    runner.run_stage(
+        "process_reward_model",
+        folder,
+        runner.keys_of("process_reward_model", model_dir("qwen3"), data_dir, **options),
+    )
+    return folder
+
+
+ASKED = [chat("What is 1 plus 2?"), chat("What is 1 plus 2?"), "1 plus 2?", chat("What is 2 plus 2?")]
+SAID = [say("1 plus 2 is 3.\n\nYes!\n\n"), say("No.\n\n \n\nI say 4.\nSo."), "3.\n\nNo.", say("4")]
+STEPS = [["1 plus 2 is 3.", "Yes!"], ["No.", "I say 4.\nSo."], ["3.", "No."], ["4"]]
+
+
+def by_transformers(folder, prompt, steps):
+    """p of each step, as TRL lays out a row: steps and separators tokenised by themselves."""
+    model = AutoModelForTokenClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)  # fmt: skip
+    ids, ends = list(tokenizer(text, add_special_tokens=False)["input_ids"]), []
+    for step in steps:
+        for piece in (step, "\n\n"):
+            ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+        ends.append(len(ids) - 1)
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0, ends].softmax(-1)[:, 1].tolist()
+
+
+AGGREGATES = {"min": min, "product": math.prod, "last": lambda p: p[-1], "mean": lambda p: sum(p) / len(p)}
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_it_pays_what_transformers_says_of_the_steps(aggregate, stage):
+    expected = [by_transformers(stage / "model", *row) for row in zip(ASKED, STEPS, strict=True)]
+    options = {} if aggregate == "min" else {"model": {"aggregate": aggregate}}
+    with RewardPool([f"model:{stage / 'model'}"], kwargs=options, load=load_learned) as pool:
+        found = [one.total for one in pool.score(ASKED, SAID)]
+    assert found == pytest.approx([AGGREGATES[aggregate](steps) for steps in expected], abs=1e-5)
+    assert max(found) - min(found) > 1e-3, "rewards that are all alike prove nothing"
+
+
+def test_an_adapter_pays_what_its_merged_model_pays(stage):
+    with (
+        RewardPool([f"model:{stage / 'adapter'}"], load=load_learned) as adapter,
+        RewardPool([f"model:{stage / 'model'}"], load=load_learned) as merged,
+    ):
+        found, expected = ([one.total for one in pool.score(ASKED, SAID)] for pool in (adapter, merged))
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_another_separator_cuts_otherwise(stage):
+    spec = [f"model:{stage / 'model'}"]
+    with RewardPool(spec, load=load_learned) as pool:
+        known = pool.score(ASKED[1:2], [say("I say 4.\nSo.")])[0].total
+    with RewardPool(spec, kwargs={"model": {"step_separator": "\n"}}, load=load_learned) as pool:
+        assert pool.score(ASKED[1:2], [say("I say 4.\nSo.")])[0].total != pytest.approx(known, abs=1e-4)
+
+
+def test_an_answer_without_a_step_or_too_long_is_unscored(stage):
+    with RewardPool([f"model:{stage / 'model'}"], load=load_learned) as pool:
+        empty, long, good = pool.score(ASKED[:3], [say(" \n\n"), say("3 " * 4000), "3."])
+    assert empty.total is None and "the answer has no step" in empty.error
+    assert long.total is None and "the reward model takes" in long.error
+    assert 0 < good.total < 1
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"aggregate": "max"}, "aggregate: got 'max', expected one of min, product, last, mean"),
+        ({"step_separator": ""}, "step_separator: got '', expected the text behind each step"),
+        ({"separator": "x"}, "a process reward model has step_separator and aggregate"),
+    ],
+)
+def test_options_that_it_has_not_are_refused_before_anything_is_loaded(options, why, stage):
+    with pytest.raises(ConfigError, match=why):
+        RewardPool([f"model:{stage / 'model'}"], kwargs={"model": options}, load=load_learned)
+
+
+def test_a_model_with_other_labels_and_one_that_rates_no_steps_are_refused(stage, tmp_path):
+    config = json.loads((stage / "model" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b", "2": "c"}}))
+    with pytest.raises(ConfigError, match="has 3 labels; expected a process reward model, which has two"):
+        RewardPool([f"model:{tmp_path}"], load=load_learned)
+    config |= {"architectures": ["Qwen3ForSequenceClassification"], "id2label": {"0": "reward"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="takes no options: it rates whole answers, no steps"):
+        RewardPool([f"model:{tmp_path}"], kwargs={tmp_path.name: {"aggregate": "min"}}, load=load_learned)
+
+
+def test_a_critic_does_not_begin_with_it(train, stage):
+    with pytest.raises(ModelError, match="did not load"):
+        train("ppo", value_model=str(stage / "model"), max_steps=1)
+
+
+def test_a_policy_is_trained_with_it(train, runner, stage):
+    rows = runner.rows(train("grpo", reward_funcs=[f"model:{stage / 'model'}"], max_steps=2))
+    assert 0 < rows[-1]["rewards/model/mean"] < 1
