@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.rl import PolicyGradientKeys, RewardedKeys
@@ -78,6 +79,7 @@ class Flip:
 FLIPS = {
     "sft": [
         Flip("base_model", "MODEL:llama"),
+        Flip("tokenizer_name_or_path", "DATA/tokenizer"),
         Flip("chat_template", "DATA/other.jinja"),
         Flip("chat_template_kwargs", {"loud": True}, {"chat_template": "DATA/other.jinja"}),
         Flip("added_tokens", ["<|never seen|>"]),
@@ -121,11 +123,15 @@ FLIPS = {
         Flip("warmup_ratio", 0.5),
         Flip("warmup_steps", 2),
         Flip("unfrozen_parameters", [r"model\.layers\.1\."]),
+        Flip("unfrozen_layers", 1),
+        Flip("unfrozen_layers_spread", True, {"unfrozen_layers": 1, "base_model": "MODEL:llama"}),
+        Flip("unfrozen_layer_modules", ["mlp"], {"unfrozen_layers": 1}),
         Flip("warmup_type", "quadratic", {"warmup_steps": 3}),
         Flip("lr_num_cycles", 2, {"lr_scheduler_type": "cosine_with_restarts"}),
         Flip("lr_power", 2.0, {"lr_scheduler_type": "polynomial"}),
         Flip("lr_decay_ratio", 0.5),
         Flip("optim", "adamw_8bit"),
+        Flip("muon_adjust_lr", "spectral_norm", {"optim": "muon"}),
         Flip("adam_beta1", 0.5),
         Flip("adam_beta2", 0.9),
         Flip("adam_epsilon", 1e-2),
@@ -367,6 +373,9 @@ def record(runner, model_dir, data_dir, tmp_path_factory):
         "class Env:\n    def step(self, answer):\n        return {'observation': 'on', 'reward': len(answer) % 5 / 5}\n"
     )
     (folder / "paying.py").write_text(paying)
+    other = AutoTokenizer.from_pretrained(model_dir("qwen3"))
+    other.eos_token = "<|endoftext|>"
+    other.save_pretrained(folder / "tokenizer")
     rows = [{"id": str(n), "prompt": f"{n}", "target": "e", "scorer": "contains", "split": "dev"} for n in range(3)]
     (folder / "suite.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     usual = {

@@ -21,6 +21,7 @@ from posttrain.config.rl import RLKeys
 from posttrain.config.schema import annotation_below, did_you_mean, group_in, keys_of
 from posttrain.config.settings import Problems, Settings
 from posttrain.config.stages import ModelKeys, TrainKeys
+from posttrain.config.starting import StartKeys
 from posttrain.config.synth import SynthKeys
 from posttrain.config.teachers import OF_THE_POLICY, TeacherKeys
 from posttrain.config.yaml_lines import KeyPath
@@ -172,7 +173,8 @@ def _teacher(model: str, folder: Path) -> str:
 
 
 PATH_RULES: tuple[tuple[type[Keys], str, Callable[[str, Path], str]], ...] = (
-    (ModelKeys, "base_model", _existing_or_hub),
+    (StartKeys, "base_model", _existing_or_hub),
+    (StartKeys, "tokenizer_name_or_path", _existing_or_hub),
     (ModelKeys, "chat_template", _template),
     (DatasetKeys, "path", _data),
     (TrainKeys, "output_dir", _output),

@@ -12,8 +12,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import field_validator, model_validator
 
 from posttrain.config.datasets import DatasetKeys, RowKind, share_or_number
-from posttrain.config.knob import Keys, knob
+from posttrain.config.knob import knob
+from posttrain.config.optimizing import TAKE_SHARES, OptimizerKeys
 from posttrain.config.sharding import ShardingKeys
+from posttrain.config.starting import StartKeys
 
 # fmt: off
 # One key a line: the tables below are read down, not across.
@@ -28,7 +30,7 @@ INITS_WITH_INPUTS = {
 """Inits of PEFT that take more than the weights. PEFT itself starts some of them as something else, in silence."""
 
 
-class ModelKeys(Keys):
+class ModelKeys(StartKeys):
     """Which weights, and what of them is trained."""
 
     is_reward_model: ClassVar[bool] = False
@@ -36,9 +38,6 @@ class ModelKeys(Keys):
     rates_steps: ClassVar[bool] = False
     """Whether that head has two labels, and says of each step of an answer whether it is right."""
 
-    base_model: str = knob(..., "A local folder or a hub id of any transformers causal LM.", also="model_name_or_path (TRL, LLaMA-Factory)", example="Qwen/Qwen3-8B")
-    revision: str | None = knob(None, "Revision (branch, tag or commit) of a hub model.", also="model_revision (Axolotl, LLaMA-Factory, TRL)", example="main")
-    trust_remote_code: bool = knob(False, "Run code shipped with the model.")
     chat_template: str | None = knob(None, "A Jinja file, or `llama3` or `gemma` for the plain format of that name; null keeps the tokenizer's own template.", also="chat_template_path (TRL), chat_template_jinja (Axolotl)", example="./chat.jinja")
     chat_template_kwargs: dict[str, Any] = knob({}, "Values for variables of the chat template, such as `enable_thinking`; they become its defaults, in every rendering and in what is exported.", example={"enable_thinking": False})
     added_tokens: list[str] = knob([], "Tokens to add where the tokenizer lacks them; all of its tokens beyond the embedding get rows, each the mean of those there are. With an adapter, embedding and head are then trained and saved whole.", example=["<tool>"])
@@ -93,13 +92,10 @@ class ModelKeys(Keys):
         )
 
 
-TAKE_SHARES = ("adamw", "sgd")
-"""Values of `optim` that step parameters of which each process holds a share. Kernels of bitsandbytes do not, and others look at whole matrices."""
-
 LearningRateShape = Literal["cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "wsd"]
 
 
-class TrainKeys(ModelKeys):
+class TrainKeys(OptimizerKeys, ModelKeys):
     """What every stage has."""
 
     datasets: list[DatasetKeys] = knob(..., "Where the rows come from.", min_length=1, example=[{"path": "./data.jsonl"}])
@@ -127,14 +123,7 @@ class TrainKeys(ModelKeys):
     warmup_ratio: float = knob(0.0, "Share of the steps that warm up.", ge=0, lt=1)
     warmup_steps: int = knob(0, "Steps that warm up; overrides warmup_ratio.", ge=0)
     warmup_type: Literal["linear", "quadratic"] = knob("linear", "Whether the learning rate rises with the step or with its square.", also="lr_quadratic_warmup (Axolotl)")
-    optim: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "lion_8bit", "paged_lion_8bit", "adafactor", "muon", "sgd"] = knob("adamw", "Optimizer: states in float32 or 8 bits; `muon` takes the matrices inside the layers, and AdamW the rest; `paged` lets a GPU put them into the machine's memory while others need the room (on a CPU it is the same as without).", also="optimizer (Axolotl)")
-    adam_beta1: float = knob(0.9, "First beta of AdamW or Lion.", ge=0, lt=1)
-    adam_beta2: float = knob(0.999, "Second beta of AdamW or Lion.", ge=0, lt=1)
-    adam_epsilon: float = knob(1e-8, "AdamW's epsilon.", gt=0)
-    weight_decay: float = knob(0.0, "Decoupled weight decay, on matrices only.", ge=0)
-    max_grad_norm: float = knob(1.0, "Clip the global gradient norm; 0 turns it off.", ge=0, also="clip_grad_norm (torchtune)")
     logging_steps: int = knob(1, "Log every so many steps.", ge=1)
-    unfrozen_parameters: list[str] = knob([], "Train only the parameters whose names match one of these regular expressions from their start; empty trains all. An adapter is trained whole.", example=["model.layers.2[0-9].", "lm_head.weight"])
     eval_suite: str | None = knob(None, "A JSONL eval suite, relative to the YAML; its dev split is answered greedily at every validation and scored as `eval_score`.", example="evals/heldout.jsonl")
     eval_suite_limit: int = knob(100, "Measure only so many items of eval_suite, from its start.", ge=1)
     eval_steps: int | float = knob(0, "Validate every so many steps; 0 is only at the end, below 1 a share of all steps (0.25: four times).", ge=0)
@@ -168,16 +157,6 @@ class TrainKeys(ModelKeys):
         if isinstance(trackers, str):
             return [] if trackers == "none" else [trackers]
         return trackers
-
-    @field_validator("unfrozen_parameters")
-    @classmethod
-    def _patterns_compile(cls, patterns: list[str]) -> list[str]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern} is no regular expression: {error}") from error
-        return patterns
 
     @model_validator(mode="after")
     def _sequences_are_shared_by_whole_groups(self) -> TrainKeys:

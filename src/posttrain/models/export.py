@@ -273,7 +273,8 @@ def merge_into(folder: Path, base: str, adapter: Path, keys: ModelKeys) -> Expor
 def adapter_tokenizer(base: str, adapter: Path, keys: ModelKeys) -> PreTrainedTokenizerBase:
     """The tokenizer saved with an adapter, or the base's where it has none."""
     source = str(adapter) if (adapter / "tokenizer_config.json").exists() else base
-    return load_tokenizer(keys.model_copy(update={"base_model": source, "chat_template": None}))
+    own = {"tokenizer_name_or_path": None} if source != base else {}
+    return load_tokenizer(keys.model_copy(update={"base_model": source, "chat_template": None} | own))
 
 
 def _load_dequantized(model: PreTrainedModel, weights: Iterable[tuple[str, torch.Tensor]], sharding: Sharding) -> None:

@@ -52,6 +52,14 @@ def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: s
         _drop_sampling_keys(config, name)
 
 
+def forget_special_tokens(model: PreTrainedModel) -> None:
+    """Take out the special tokens that the model's configs name: they are ids of another tokenizer than the one it is given."""
+    for config in (model.config.get_text_config(), model.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if config is not None and hasattr(config, name):
+                setattr(config, name, None)
+
+
 def _configured(model: PreTrainedModel) -> list[int]:
     return _ends(model.generation_config)
 

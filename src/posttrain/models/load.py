@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from posttrain.models.compiled import compile_layers, compile_where_it_fits, is_
 from posttrain.models.continued import adapter_before, base_keys
 from posttrain.models.device import Placement, has_bf16, place, weight_dtype
 from posttrain.models.exact import refuse_unless_exact
+from posttrain.models.freezing import freeze
 from posttrain.models.offload import OffloadedLayers, checkpoint_layers
 from posttrain.models.policy import Policy
 from posttrain.models.proof import in_float32
@@ -35,7 +35,7 @@ from posttrain.models.selfcheck import ragged_is_exact
 from posttrain.models.sequence import refuse_unless_split
 from posttrain.models.stored import refuse_quantised, stored_dtype
 from posttrain.models.tensor_parallel import refuse_unless_parallel
-from posttrain.models.vocabulary import add_tokens, grow, name_tokens
+from posttrain.models.vocabulary import add_tokens, check_fits, grow, name_tokens
 from posttrain.protocols import Sharding
 
 log = logging.getLogger(__name__)
@@ -72,9 +72,9 @@ def refuse_other_media(keys: ModelKeys, config: Any) -> None:
         )
 
 
-def not_fetched(source: str, reason: str) -> str:
+def not_fetched(source: str, reason: str, key: str = "base_model") -> str:
     return (
-        f"base_model: {source} is not a local folder and could not be fetched from the hub ({reason}); "
+        f"{key}: {source} is not a local folder and could not be fetched from the hub ({reason}); "
         "give a local folder, or connect to the hub and log in if the model is gated"
     )
 
@@ -91,27 +91,30 @@ def _refuse_pickles(folder: Path) -> None:
 
 def load_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerBase:
     """The tokenizer, with the given chat template if there is one and a pad token for tools that want one."""
-    local = Path(keys.base_model).is_dir()
+    key, source, revision = keys.tokenizer_source
+    local = Path(source).is_dir()
     offline = "" if local else hub.prepare()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            keys.base_model, revision=keys.revision, trust_remote_code=keys.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=keys.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # what a damaged file comes to
         why = offline or (str(error).splitlines() or [type(error).__name__])[0]
         if not local:
-            raise ModelError(not_fetched(keys.base_model, why)) from error
-        raise ModelError(f"base_model: {keys.base_model} has no tokenizer that loads: {why}") from error
+            raise ModelError(not_fetched(source, why, key)) from error
+        raise ModelError(
+            f"{key}: {source} has no tokenizer that loads: {why}; mend it, or name one in tokenizer_name_or_path"
+        ) from error
     if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()):
         raise ModelError(  # what transformers makes of a folder without these files
-            f"base_model: {keys.base_model} has no tokenizer: its config.json is there, tokenizer.json and "
-            "tokenizer_config.json are not; copy them from where the model came from"
+            f"{key}: {source} has no tokenizer: its config.json is there, tokenizer.json and "
+            "tokenizer_config.json are not; copy them from where the model came from, or name one in tokenizer_name_or_path"
         )
     tokenizer.chat_template = chat_template(tokenizer.chat_template, keys.chat_template, keys.chat_template_kwargs)
     add_tokens(tokenizer, keys.added_tokens)
     name_tokens(tokenizer, keys.special_tokens)
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"{keys.base_model}: the tokenizer has no eos_token; a model could never learn to stop")
+        raise ModelError(f"{source}: the tokenizer has no eos_token; a model could never learn to stop")
+    if keys.tokenizer_name_or_path is not None:
+        check_fits(keys, tokenizer, load_config(keys).get_text_config().vocab_size)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -159,8 +162,8 @@ def load_policy(
         adapted, moved = attach_adapter(model, keys, grown=grown)
     elif not trainable:
         model.requires_grad_(False)
-    elif isinstance(keys, TrainKeys) and keys.unfrozen_parameters:
-        freeze_all_but(model, keys.unfrozen_parameters)
+    elif isinstance(keys, TrainKeys):
+        freeze(model, keys)
     if trainable and keys.gradient_checkpointing:
         checkpoint_layers(adapted, offload=keys.gradient_checkpointing == "offload")
     offloaded = _offload(adapted, placement) if keys.layer_offloading else None
@@ -199,19 +202,6 @@ def _offload(model: torch.nn.Module, placement: Placement) -> OffloadedLayers:
         size = size_text(offloaded.host_bytes)
         log.info("layer_offloading: %s of frozen layers in pinned memory, two layers at a time on the GPU", size)
     return offloaded
-
-
-def freeze_all_but(model: torch.nn.Module, patterns: Sequence[str]) -> None:
-    """Train the parameters whose name a pattern matches from its start, and no other. Raises: ModelError for a pattern that matches none."""
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
-        if not any(re.match(pattern, name) for name in names):
-            raise ModelError(
-                f"unfrozen_parameters: {pattern} matches no parameter of the model; expected a regular expression for names "
-                f"such as {names[0]} or {names[len(names) // 2]}"
-            )
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(re.match(pattern, name) for pattern in patterns))
 
 
 def freeze_reference(policy: Policy) -> int:

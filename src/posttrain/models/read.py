@@ -24,6 +24,7 @@ from posttrain.config.stages import ModelKeys, TrainKeys
 from posttrain.errors import ModelError
 from posttrain.files import read_json
 from posttrain.models.continued import adapter_before, is_continued
+from posttrain.models.generation import forget_special_tokens
 from posttrain.models.low_rank import CONFIG
 from posttrain.models.reward_head import with_reward_per_token
 from posttrain.models.stored import as_floats, unpacking
@@ -114,6 +115,8 @@ def _read(keys: ModelKeys, dtype: torch.dtype, **options: Any) -> PreTrainedMode
         ImportError,
     ) as error:  # the last: of a library that a way of storing needs
         raise _unloadable(keys, error) from error
+    if keys.tokenizer_name_or_path is not None:
+        forget_special_tokens(model)
     if keys.is_reward_model:
         return with_reward_per_token(model)
     if any(_CLASSIFIERS.search(name) for name in model.config.architectures or ()):

@@ -56,6 +56,17 @@ def check_ids(keys: ModelKeys, tokenizer: Any, rows: int, sequences: Iterable[To
         )
 
 
+def check_fits(keys: ModelKeys, tokenizer: Any, rows: int) -> None:
+    """Raises: ModelError for a tokenizer of another model's with tokens that an embedding of so many `rows` lacks."""
+    beyond = sorted((token for token in tokenizer.get_vocab().items() if token[1] >= rows), key=lambda token: token[1])
+    if beyond and not keys.added_tokens:
+        (first, number), last = beyond[0], beyond[-1][1]
+        raise ModelError(
+            f"tokenizer_name_or_path: {keys.tokenizer_name_or_path} has ids up to {last}, and the embedding of {keys.base_model} has {rows} rows; set "
+            f"added_tokens: [{first!r}], which gives id {number} and all after it a row, or name the tokenizer that belongs to the model"
+        )
+
+
 def grow(model: PreTrainedModel, tokenizer: Any, keys: ModelKeys) -> bool:
     """With `added_tokens`, give every token a row: the mean of the rows there are. Returns whether any was added."""
     rows = max(tokenizer.get_vocab().values()) + 1

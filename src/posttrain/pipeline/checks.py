@@ -23,6 +23,7 @@ from posttrain.gate.spec import RESERVE_SPLIT, SELECTION_SPLIT
 from posttrain.health.rules import rules_for
 from posttrain.models.continued import base_keys, is_continued
 from posttrain.models.device import place
+from posttrain.models.freezing import unfrozen_layers
 from posttrain.models.load import (
     load_config,
     load_tokenizer,
@@ -55,6 +56,7 @@ def check_all(keys: PipelineKeys) -> dict[str, tuple[Suite, SuiteKeys]]:
             check_judges(stage.keys.reward_funcs)
     check_memory(keys)
     check_order(keys)
+    check_tokenizers(keys)
     check_adapters(keys)
     check_trackers(keys)
     if keys.gate is not None and keys.stages[-1].keys.gate is not None:
@@ -133,6 +135,19 @@ def check_order(keys: PipelineKeys) -> None:
     )
 
 
+def check_tokenizers(keys: PipelineKeys) -> None:
+    """Raises: ConfigError where stages name different tokenizers; ModelError for one that does not fit the model."""
+    named = [stage.keys.tokenizer_name_or_path for stage in keys.stages]
+    for number, (stage, tokenizer) in enumerate(zip(keys.stages, named, strict=True), start=1):
+        if tokenizer != named[0]:
+            raise ConfigError(
+                f"stages.{number}.{stage.kind}.tokenizer_name_or_path: {tokenizer}, and stage 1 has {named[0]}; a stage has the tokenizer of the "
+                "model that it starts from: set it once, beside `stages`"
+            )
+    if named[0] is not None:
+        load_tokenizer(keys.stages[0].keys)
+
+
 def check_adapters(keys: PipelineKeys) -> None:
     """Raises: ConfigError, ModelError where a stage would train on an adapter that the stage before does not leave."""
     before: TrainKeys | None = None
@@ -179,6 +194,9 @@ def check_memory(keys: PipelineKeys) -> None:
     config = load_config(keys.stages[0].keys)
     refuse_other_media(keys.stages[0].keys, config)
     refuse_quantised(keys.stages[0].keys, config)
+    for stage in keys.stages:
+        if stage.keys.adapter == "none" and stage.keys.unfrozen_layers:
+            unfrozen_layers(stage.keys, config.get_text_config().num_hidden_layers)
     num_params = None
     try:
         shape = ModelShape.from_config(model_shape(config))

@@ -95,4 +95,5 @@ def scoring_keys(keys: PipelineKeys, model: str) -> ModelKeys:
     """How a model of this pipeline is loaded to be scored."""
     first = keys.stages[0].keys
     how = ("trust_remote_code", "chat_template", "chat_template_kwargs", "bf16", "device", "layer_offloading")
-    return ModelKeys(base_model=model, **{name: getattr(first, name) for name in how})
+    own = {"tokenizer_name_or_path": first.tokenizer_name_or_path} if model == keys.base_model else {}
+    return ModelKeys(base_model=model, **own, **{name: getattr(first, name) for name in how})

@@ -52,6 +52,7 @@ _HOW_IT_IS_WATCHED = {
 """Keys that cannot change a stage's weights."""
 MADE_BY_STAGES = {"rewards": "reward_funcs", "value_model": "value_model"}
 """Pin → key that may name what an earlier stage of the same pipeline makes; then its digest is known when that is done."""
+_OF_A_TOKENIZER = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 _VERSION, _SCHEMA, _NUMBERS, _PACKAGE = "posttrain", "schema", "numbers.", "package."
 _PACKAGES = ("torch", "transformers", "tokenizers", "jinja2", "peft", "bitsandbytes")
 """Those that render, tokenise and compute."""
@@ -124,6 +125,8 @@ def data_pins(keys: TrainKeys) -> dict[str, str]:
             pins[f"teachers.{number}.adapter"] = source_digest(teacher.adapter)
     if keys.eval_suite is not None:
         pins["eval_suite"] = suite_file_digest(Path(keys.eval_suite))
+    if keys.tokenizer_name_or_path is not None:
+        pins["tokenizer"] = _tokenizer(keys.tokenizer_name_or_path)
     if keys.chat_template is not None:
         pins["chat_template"] = digest_file(Path(keys.chat_template))
     return pins
@@ -217,6 +220,18 @@ def _could_differ(name: str, old: str | None, new: str | None) -> str:
         if name == _VERSION
         else ""
     )
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Its files, where weights may lie beside them."""
+    return sorted(path for path in folder.iterdir() if path.suffix in _OF_A_TOKENIZER and path.is_file())
+
+
+def _tokenizer(source: str) -> str:
+    folder = Path(source)
+    if not folder.is_dir():
+        return f"hub:{source}"
+    return digest_json({path.name: digest_file(path) for path in tokenizer_files(folder)})
 
 
 def _source(source: DatasetKeys) -> str:

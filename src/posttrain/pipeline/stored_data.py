@@ -26,7 +26,7 @@ from posttrain.evals.suite import suite_files
 from posttrain.files import digest_json, digest_start, read_json, write_atomic, write_json
 from posttrain.grading.source import source_of, split_spec
 from posttrain.names import JUDGE
-from posttrain.pipeline.pins import data_pins, with_models_made
+from posttrain.pipeline.pins import data_pins, tokenizer_files, with_models_made
 from posttrain.pipeline.state import StageEntry
 from posttrain.registry.manifest import MODEL, Manifest
 from posttrain.registry.registry import Registry
@@ -71,6 +71,9 @@ def stored_files(keys: PipelineKeys, project: Path | None, run: Path, entries: S
             files[place] = file
             if not _below(file, project) or str(file) in str(entry.changed):
                 named[str(file)] = place
+        folder = trained.tokenizer_name_or_path
+        if folder is not None and looks_local(folder) and not _below(Path(folder), project):
+            named[folder] = _place(Path(folder) / "tokenizer.json", project).rpartition("/")[0]
     write_json(run / _TABLE, named)
     return files | {_TABLE: run / _TABLE}
 
@@ -118,6 +121,8 @@ def _read_by(keys: TrainKeys) -> Iterator[Path]:
     yield from (Path(source.path) for source in _sources(keys))
     if keys.chat_template is not None and Path(keys.chat_template).parent != TEMPLATES:
         yield Path(keys.chat_template)
+    if keys.tokenizer_name_or_path is not None and looks_local(keys.tokenizer_name_or_path):
+        yield from tokenizer_files(Path(keys.tokenizer_name_or_path))
     if keys.eval_suite is not None:
         yield from suite_files(Path(keys.eval_suite)).values()
     played = keys.played_with if isinstance(keys, EpisodeKeys) else []

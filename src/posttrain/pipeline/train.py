@@ -121,6 +121,8 @@ class Stages:
     def _keys(self, state: RunState, index: int, stage: ConfiguredStage) -> TrainKeys:
         keys = apply_changes(stage.keys, state.changes.get(str(index), {}))
         keys = keys.model_copy(update={"base_model": self.place.model_before(state, index), "seed": keys.seed})
+        if self.place.before(index):  # its folder holds the tokenizer, and what was added to it
+            keys = keys.model_copy(update={"tokenizer_name_or_path": None})
         before = [entry for place in range(1, index) if (entry := state.stage(place)) is not None]
         return with_models_made(keys, self.place.folder, before)
 

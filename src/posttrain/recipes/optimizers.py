@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from posttrain.config.stages import TAKE_SHARES, TrainKeys
+from posttrain.config.optimizing import TAKE_SHARES
+from posttrain.config.stages import TrainKeys
 from posttrain.errors import ConfigError, MissingExtraError
 from posttrain.models.policy import Policy
 
@@ -53,15 +54,34 @@ def _sgd(policy: Policy, groups: list[ParamGroup], keys: TrainKeys) -> torch.opt
 
 
 def _muon(policy: Policy, groups: list[ParamGroup], keys: TrainKeys) -> torch.optim.Optimizer:
-    """Muon for the matrices inside the layers, AdamW for embeddings, head and vectors, with updates of one size, so that both take
-    one learning rate. Source: Liu et al. 2025, arXiv 2502.16982, equation 4."""
+    """Muon for the matrices inside the layers, AdamW for embeddings, head and vectors.
+
+    By default both have updates of one size, so that they take one learning rate. Source: Liu et al. 2025, arXiv 2502.16982, equation 4.
+    """
     inner = {id(parameter) for parameter in _inner_matrices(policy)}
     parts: list[torch.optim.Optimizer] = []
     if muon := _only(groups, lambda parameter: id(parameter) in inner):
-        parts.append(torch.optim.Muon(muon, lr=keys.learning_rate, adjust_lr_fn="match_rms_adamw"))
+        spectral = keys.muon_adjust_lr == "spectral_norm"
+        muon, adjust = (_wide_apart(muon), "original") if spectral else (muon, "match_rms_adamw")
+        parts.append(torch.optim.Muon(muon, lr=keys.learning_rate, adjust_lr_fn=adjust))
     if others := _only(groups, lambda parameter: id(parameter) not in inner):
         parts.append(_adamw(policy, others, keys))
     return JointOptimizer(parts)
+
+
+def _wide_apart(groups: list[ParamGroup]) -> list[ParamGroup]:
+    """Matrices by shape, at sqrt(rows / columns) of the learning rate where they are wider than high, which torch leaves at 1; the decay stays."""
+    apart: list[ParamGroup] = []
+    for group in groups:
+        by_ratio: dict[float, list[torch.Tensor]] = {}
+        for matrix in group["params"]:
+            by_ratio.setdefault(min(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5, []).append(matrix)
+        for ratio, matrices in by_ratio.items():
+            lr_ratio = group.get("lr_ratio", 1.0) * ratio
+            apart.append(
+                group | {"params": matrices, "lr_ratio": lr_ratio, "weight_decay": group["weight_decay"] / ratio}
+            )
+    return apart
 
 
 def _inner_matrices(policy: Policy) -> list[torch.Tensor]:

@@ -205,7 +205,9 @@ def _adapter(draft: ImportDraft) -> None:
 def _target(draft: ImportDraft, modules: Any, linear: Any) -> None:
     """Modules and parameters that get an adapter. Those of fused experts are named among the modules here."""
     parameters = names(draft.source.get("lora_target_parameters") or [])
-    if linear:
+    if draft.asks("peft_layers_to_transform"):
+        _layers(draft, modules, in_all=linear or parameters)
+    elif linear:
         draft.put("lora_target", "all-linear", "lora_target_linear")
         if modules:
             draft.change("lora_target_modules", "lora_target_linear takes every linear layer, these among them")
@@ -230,6 +232,23 @@ def _target(draft: ImportDraft, modules: Any, linear: Any) -> None:
         draft.leave("lora_target_parameters", "they stand in lora_target")
 
 
+def _layers(draft: ImportDraft, modules: Any, in_all: Any) -> None:
+    """Modules by name in some layers: the number behind a list of layers is one of these."""
+    given = draft.source["peft_layers_to_transform"]
+    numbers = given if isinstance(given, list) else [given]
+    named = [str(module) for module in modules or []] if isinstance(modules, list) else []
+    if in_all or not named or not all(re.fullmatch(r"[\w.]+", name) for name in named):
+        draft.refuse("peft_layers_to_transform", f"{given} without a list of module names", "name them in lora_target_modules, and set lora_target_linear: false")  # fmt: skip
+        return
+    layers, ends = "|".join(str(int(number)) for number in numbers), "|".join(map(re.escape, named))
+    lists = names(draft.source.get("peft_layers_pattern") or [])
+    # Without a list's name PEFT takes the first number in a module's name.
+    before = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, lists))})\." if lists else r"(?:[^.]*[^.\d][^.]*\.){2,}"
+    draft.put("lora_target", rf"{before}(?:{layers})\.(?:.*\.)?(?:{ends})", "lora_target_modules", "in the layers of peft_layers_to_transform")  # fmt: skip
+    if lists:
+        draft.leave("peft_layers_pattern", "it stands in lora_target")
+
+
 def _model(draft: ImportDraft) -> None:
     for key in ("tokenizer_config", "base_model_config"):
         other = draft.source.get(key)
@@ -237,8 +256,10 @@ def _model(draft: ImportDraft) -> None:
             continue
         if other == draft.source.get("base_model"):
             draft.leave(key, "it is the model's own")
+        elif key == "tokenizer_config":
+            draft.put("tokenizer_name_or_path", other, key)
         else:
-            draft.refuse(key, f"{other}: config and tokenizer are those of base_model", "put both into one folder")
+            draft.refuse(key, f"{other}: the config is that of base_model", "write it into the config.json of a copy")
     config = draft.source.get("model_config")
     if config == {"output_router_logits": True}:
         draft.leave("model_config", "the routers' balancing loss of a mixture of experts is always trained here")
@@ -281,6 +302,7 @@ def _training(draft: ImportDraft) -> None:
             draft.leave("shuffle_merged_datasets", "rows are always shuffled here")
         else:
             draft.refuse("shuffle_merged_datasets", "false: rows are always shuffled here", "take it out")
+    _muon(draft)
     if "eta_min" in draft.source:
         floor, peak = as_float(draft.source["eta_min"]), draft.keys.get("learning_rate")
         if draft.source.get("optimizer") in OPTIMIZERS:
@@ -297,6 +319,24 @@ def _training(draft: ImportDraft) -> None:
     _offloading(draft)
     if "adam_eps" in draft.source:
         draft.leave("adam_eps", "Axolotl reads adam_epsilon, and ignores this name")
+
+
+_MESHES = ("fsdp", "fsdp_config", "dp_shard_size", "dp_replicate_size", "tensor_parallel_size", "context_parallel_size")
+"""Keys under which Axolotl's processes form a mesh, for which it has a Muon of another scale."""
+
+
+def _muon(draft: ImportDraft) -> None:
+    if draft.source.get("optimizer") != "muon":
+        return
+    if mesh := next((key for key in _MESHES if draft.asks(key) and draft.source[key] != 1), None):
+        draft.put("muon_adjust_lr", "spectral_norm", "optimizer", f"with {mesh} muon is another one there")
+        draft.change(
+            "optimizer", "the momentum of muon is Nesterov's here, and with a mesh of processes it is plain there"
+        )
+        draft.assume("adam_beta1", 0.9)
+    else:
+        draft.assume("adam_beta1", 0.95)
+    draft.assume("adam_beta2", 0.95)
 
 
 def _offloading(draft: ImportDraft) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -122,9 +123,11 @@ ROWS: dict[str, KeyFate] = {
     "gradient_checkpointing": joint("gradient_checkpointing"),
     "learning_rate": TRAINER["learning_rate"],
     "freeze_language_model": refused("parameters are not frozen by name here", _WEIGHTS),
-    **rows(left("it is read with finetuning_type: freeze only"), "freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
+    "freeze_trainable_layers": joint("unfrozen_layers", "with finetuning_type: freeze"),
+    "freeze_trainable_modules": joint("unfrozen_layer_modules", "with finetuning_type: freeze"),
+    "freeze_extra_modules": joint("unfrozen_parameters", "with finetuning_type: freeze"),
     **rows(left("it is read with finetuning_type: oft only"), "oft_rank", "oft_block_size", "oft_target", "module_dropout"),
-    "use_llama_pro": refused("layers are not added to a model here", _WEIGHTS),
+    "use_llama_pro": joint("unfrozen_layers_spread", "with finetuning_type: freeze, on a model that has its added layers already"),
     "mixture_of_depths": refused("a model's architecture is not changed here", "take it out"),
     "shift_attn": refused("shifted sparse attention gives other numbers than attention does", "take it out"),
     "rope_scaling": refused("positions are encoded as the model's config says", "write it into the config.json of a copy of the model"),
@@ -219,14 +222,17 @@ def finish(draft: ImportDraft) -> None:
 
 def _adapter(draft: ImportDraft) -> None:
     kind, bits = draft.source.get("finetuning_type", "lora"), draft.source.get("quantization_bit")
-    if kind not in ("lora", "full"):
-        draft.refuse("finetuning_type", f"{kind}: weights are trained whole or by LoRA here", "set lora or full")
+    if kind not in ("lora", "full", "freeze"):
+        draft.refuse(
+            "finetuning_type", f"{kind}: weights are trained whole or by LoRA here", "set lora, full or freeze"
+        )
         return
+    _frozen(draft, kind)
     if bits not in (None, 4, 8):
         draft.refuse(
             "quantization_bit", f"{bits}: the frozen base is kept in 4, 8 or 16 bits", "set 4 or 8, or take it out"
         )
-    adapter = "none" if kind == "full" else "qlora" if bits == 4 else "lora"
+    adapter = "none" if kind != "lora" else "qlora" if bits == 4 else "lora"
     key = "finetuning_type" if "finetuning_type" in draft.source else "LLaMA-Factory's default"
     draft.put("adapter", adapter, key, f"{kind} there" if adapter != kind else "")
     if bits == 4:
@@ -245,6 +251,42 @@ def _adapter(draft: ImportDraft) -> None:
     elif "lora_target" in draft.source:
         draft.leave("lora_target", "there is no adapter")
     _pissa(draft, adapter)
+
+
+def _frozen(draft: ImportDraft, kind: str) -> None:
+    """`freeze`: the last layers (below 0 the first, with LLaMA Pro every so many), and modules outside of them."""
+    asked = [
+        key
+        for key in ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules")
+        if key in draft.source
+    ]
+    if kind != "freeze":
+        for key in asked:
+            draft.leave(key, "it is read with finetuning_type: freeze only")
+        if draft.asks("use_llama_pro") and kind == "lora":
+            draft.refuse("use_llama_pro", "true: an adapter stands in all layers here, or in those that lora_target names", "write lora_target as a regular expression with the layers in it")  # fmt: skip
+        elif "use_llama_pro" in draft.source:
+            draft.leave("use_llama_pro", "it is read with finetuning_type: freeze and lora only")
+        return
+    layers = draft.number("freeze_trainable_layers")
+    if layers == 0:
+        draft.refuse(
+            "freeze_trainable_layers", "0: no layer would be trained", "set how many, or finetuning_type: full"
+        )
+        return
+    draft.put(
+        "unfrozen_layers",
+        2 if layers is None else int(layers),
+        "freeze_trainable_layers" if asked[:1] else "finetuning_type",
+    )
+    modules = names(draft.source.get("freeze_trainable_modules", "all"))
+    if modules != ["all"]:
+        draft.put("unfrozen_layer_modules", modules, "freeze_trainable_modules")
+    if draft.asks("freeze_extra_modules"):
+        extra = [f".*{re.escape(name)}" for name in names(draft.source["freeze_extra_modules"])]
+        draft.put("unfrozen_parameters", extra, "freeze_extra_modules", "anywhere in a parameter's name there")
+    if "use_llama_pro" in draft.source:
+        draft.put("unfrozen_layers_spread", draft.asks("use_llama_pro"), "use_llama_pro")
 
 
 def _pissa(draft: ImportDraft, adapter: str) -> None:

@@ -142,6 +142,7 @@ TRAINER: dict[str, KeyFate] = {
     "fp16_full_eval": left(GENERATION),
     "gradient_checkpointing": to("gradient_checkpointing", GRADIENT_CHECKPOINTING),
     "trust_remote_code": to("trust_remote_code"),
+    **rows(to("tokenizer_name_or_path"), "tokenizer_name_or_path", "tokenizer_name"),
     "label_smoothing_factor": joint("label_smoothing_factor"),
     "neftune_noise_alpha": joint("neftune_noise_alpha"),
     "load_best_model_at_end": to("load_best_model_at_end"),

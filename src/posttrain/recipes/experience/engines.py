@@ -198,6 +198,11 @@ def _tokenizer(ask: _Ask) -> PreTrainedTokenizerBase:
             f"rollout.engine: {engine} starts from base_model as it is, which has no rows for added_tokens; train them in an "
             "SFT stage first, or set rollout.engine: embedded"
         )
+    if model.tokenizer_name_or_path is not None:
+        raise ConfigError(
+            f"rollout.engine: {engine} reads the tokenizer that base_model has, and not tokenizer_name_or_path; train in an SFT stage first, whose "
+            "model/ has that tokenizer, or set rollout.engine: embedded"
+        )
     return trained.tokenizer if trained else load_tokenizer(model)
 
 

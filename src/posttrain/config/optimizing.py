@@ -1,0 +1,52 @@
+"""The keys that say which parameters are stepped, and by which optimizer."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import field_validator, model_validator
+
+from posttrain.config.knob import Keys, knob
+
+# fmt: off
+
+TAKE_SHARES = ("adamw", "sgd")
+"""Values of `optim` that step parameters of which each process holds a share. Kernels of bitsandbytes do not, and others look at whole matrices."""
+
+
+class OptimizerKeys(Keys):
+    """Optimizer and what it steps."""
+
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "lion_8bit", "paged_lion_8bit", "adafactor", "muon", "sgd"] = knob("adamw", "Optimizer: states in float32 or 8 bits; `muon` takes the matrices inside the layers, and AdamW the rest; `paged` lets a GPU put them into the machine's memory while others need the room (on a CPU it is the same as without).", also="optimizer (Axolotl)")
+    muon_adjust_lr: Literal["match_rms_adamw", "spectral_norm"] = knob("match_rms_adamw", "How large a step of `muon` is: as AdamW's, 0.2 · sqrt(max(rows, columns)) (arXiv 2502.16982 eq. 4), or sqrt(rows / columns), which keeps the change of a layer's output the same whatever its width (arXiv 2310.17813).")
+    adam_beta1: float = knob(0.9, "First beta of AdamW or Lion.", ge=0, lt=1)
+    adam_beta2: float = knob(0.999, "Second beta of AdamW or Lion.", ge=0, lt=1)
+    adam_epsilon: float = knob(1e-8, "AdamW's epsilon.", gt=0)
+    weight_decay: float = knob(0.0, "Decoupled weight decay, on matrices only.", ge=0)
+    max_grad_norm: float = knob(1.0, "Clip the global gradient norm; 0 turns it off.", ge=0, also="clip_grad_norm (torchtune)")
+    unfrozen_parameters: list[str] = knob([], "Train only the parameters whose names match one of these regular expressions from their start; empty trains all. An adapter is trained whole.", example=["model.layers.2[0-9].", "lm_head.weight"])
+    unfrozen_layers: int = knob(0, "Train only so many of the last layers, or below 0 of the first, beside what unfrozen_parameters names; 0 chooses no layers.", also="freeze_trainable_layers (LLaMA-Factory)", example=8)
+    unfrozen_layers_spread: bool = knob(False, "Of unfrozen_layers: spread them evenly, the last of each block, where layers were put in between (LLaMA Pro, arXiv 2401.02415).", also="use_llama_pro (LLaMA-Factory)")
+    unfrozen_layer_modules: list[str] = knob([], "Of unfrozen_layers: train only these modules of a layer; empty trains all.", also="freeze_trainable_modules (LLaMA-Factory)", example=["mlp"])
+
+    @property
+    def freezes(self) -> bool:
+        """Whether a part of a whole model stays as it is."""
+        return bool(self.unfrozen_parameters or self.unfrozen_layers)
+
+    @model_validator(mode="after")
+    def _spreads_a_number_of_layers(self) -> OptimizerKeys:
+        if self.unfrozen_layers_spread and self.unfrozen_layers < 1:
+            raise ValueError(f"unfrozen_layers_spread: true with unfrozen_layers: {self.unfrozen_layers}; set how many layers are trained")
+        return self
+
+    @field_validator("unfrozen_parameters")
+    @classmethod
+    def _patterns_compile(cls, patterns: list[str]) -> list[str]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern} is no regular expression: {error}") from error
+        return patterns

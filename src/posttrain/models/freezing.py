@@ -1,0 +1,73 @@
+"""Which parameters of a whole model are trained: those that patterns name, and those of chosen layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from posttrain.config.optimizing import OptimizerKeys
+from posttrain.errors import ModelError
+
+
+def freeze(model: PreTrainedModel, keys: OptimizerKeys) -> None:
+    """Train the parameters that the keys leave unfrozen, and no other. Raises: ModelError for a key that names none."""
+    if not keys.freezes:
+        return
+    names = [name for name, _ in model.named_parameters()]
+    trained = _matching(names, keys.unfrozen_parameters)
+    if keys.unfrozen_layers:
+        trained |= _in_layers(model, names, keys)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+def unfrozen_layers(keys: OptimizerKeys, num_layers: int) -> range:
+    """The numbers of the layers that are trained. Raises: ModelError where the model has too few, or they cannot be spread evenly."""
+    count = abs(keys.unfrozen_layers)
+    if count > num_layers:
+        raise ModelError(
+            f"unfrozen_layers: {keys.unfrozen_layers}: the model has {num_layers} layers; set at most {num_layers}"
+        )
+    if keys.unfrozen_layers_spread:
+        if num_layers % count:
+            fitting = ", ".join(str(number) for number in range(1, num_layers + 1) if num_layers % number == 0)
+            raise ModelError(
+                f"unfrozen_layers: {count} with unfrozen_layers_spread: true: {num_layers} layers are no multiple of it; set one of {fitting}"
+            )
+        return range(num_layers // count - 1, num_layers, num_layers // count)
+    return range(num_layers - count, num_layers) if keys.unfrozen_layers > 0 else range(count)
+
+
+def _matching(names: Sequence[str], patterns: Collection[str]) -> set[str]:
+    for pattern in patterns:
+        if not any(re.match(pattern, name) for name in names):
+            raise ModelError(
+                f"unfrozen_parameters: {pattern} matches no parameter of the model; expected a regular expression for names "
+                f"such as {names[0]} or {names[len(names) // 2]}"
+            )
+    return {name for name in names if any(re.match(pattern, name) for pattern in patterns)}
+
+
+def _in_layers(model: PreTrainedModel, names: Sequence[str], keys: OptimizerKeys) -> set[str]:
+    """The parameters of the layers that are trained, of all their modules or of those that are named."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if not lists:
+        raise ModelError(
+            f"unfrozen_layers: {type(model).__name__} has no list of its {count} layers; set unfrozen_parameters"
+        )
+    chosen = unfrozen_layers(keys, count)
+    inside = {name: name.removeprefix(f"{lists[0]}.").split(".") for name in names if name.startswith(f"{lists[0]}.")}
+    known = {parts[1] for parts in inside.values()}
+    for module in keys.unfrozen_layer_modules:
+        if module not in known:
+            raise ModelError(
+                f"unfrozen_layer_modules: {module} is no module of a layer; they have {', '.join(sorted(known))}"
+            )
+    modules = set(keys.unfrozen_layer_modules) or known
+    return {name for name, parts in inside.items() if int(parts[0]) in chosen and parts[1] in modules}
