@@ -252,6 +252,9 @@ FLIPS = {
         Flip(
             "dynamic_sampling_max_rounds", 1, {"reward_funcs": ["DATA/rewards.py:constant"], "dynamic_sampling": True}
         ),
+        Flip("no_resampling_pass_rate", 0.1, {"reward_funcs": ["DATA/rewards.py:last_digit"], "max_steps": 8}),
+        Flip("cast_lm_head_to_fp32", True, {"bf16": True}),
+        Flip("preset", "scalerl", {"rollout": {"max_staleness": 0}}),
         Flip("soft_overlong_cache", 3, {"stop": list("aeiou ")}),
         Flip("missing_eos_penalty", 1.0, {"stop": list("aeiou ")}),
         Flip("importance_sampling_correction", "token_truncate"),

@@ -21,7 +21,7 @@ from posttrain.config.migrate import migrate
 from posttrain.config.pipeline import ConfiguredStage, GateKeys, PipelineKeys, in_pipeline
 from posttrain.config.ppo import PPOKeys
 from posttrain.config.resolved import leaves
-from posttrain.config.rl import RLKeys
+from posttrain.config.rl import PRESETS, RLKeys
 from posttrain.config.schema import did_you_mean, keys_of
 from posttrain.config.settings import (
     KeyOrigin,
@@ -217,7 +217,17 @@ def _came_from(path: KeyPath, value: Any, settings: Settings) -> str:
         return settings.origin(path).short
     if path == ("load_in_4bit",) and value:
         return settings.origin(("adapter",)).short  # implied by `adapter: qlora`
+    if (preset := settings.values.get("preset")) in PRESETS and _holds(PRESETS[preset], path):
+        return f"preset {preset}"
     return "default"
+
+
+def _holds(values: Any, path: KeyPath) -> bool:
+    for step in path:
+        if not isinstance(values, dict) or step not in values:
+            return False
+        values = values[step]
+    return True
 
 
 def _steps_in_stage(kind: str, override: Override, problems: Problems) -> Sequence[str]:

@@ -167,6 +167,8 @@ class RewardedKeys(RLKeys, EpisodeKeys):
     mask_truncated_completions: bool = knob(False, "Leave truncated completions out of the loss.")
     dynamic_sampling: bool = knob(False, "Replace groups whose rewards are all equal by freshly sampled ones (DAPO).")
     dynamic_sampling_max_rounds: int = knob(4, "Refill rounds before the step goes on with fewer groups.", ge=1)
+    cast_lm_head_to_fp32: bool = knob(False, "Multiply the head's matrix in float32 where the model computes in bfloat16, in training and in the embedded engine; a server of vLLM has its own.", also="cast_lm_head_to_fp32 (TRL)")
+    no_resampling_pass_rate: float | None = knob(None, "Ask a prompt no more in later epochs once the mean reward of its completions reached so much (no-positive-resampling of ScaleRL, 0.9 there, for rewards of 0 and 1); null asks all.", gt=0, also="no_resampling_pass_rate (open-instruct)", example=0.9)
     soft_overlong_cache: int = knob(0, "Length in tokens of DAPO's soft overlong penalty before max_completion_length; 0 is off.", ge=0)
     missing_eos_penalty: float | None = knob(None, "Taken off the reward of a completion that was cut at max_completion_length; null is nothing.", gt=0, example=1.0)
 
@@ -266,12 +268,23 @@ class PolicyGradientKeys(RewardedKeys):
         return self
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "scalerl": {
+        "loss_type": "cispo", "loss_reduction": "prompt_mean_of_token_mean", "scale_rewards": "batch", "zero_variance_filtering": True,
+        "no_resampling_pass_rate": 0.9, "cast_lm_head_to_fp32": True, "rollout": {"max_staleness": 8},
+        # The surrogate's ratio is to what sampled a token, so there is nothing left to correct.
+        "importance_sampling_correction": "off", "allow_uncorrected": True,
+    },
+}
+"""Name → what it writes where the configuration says nothing. `scalerl`: arXiv 2510.13786."""
+
 GRPOLoss = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "gspo", "gmpo", "dppo", "clip_cov", "kl_cov", "rloo", "reinforce_pp"]
 
 
 class GRPOKeys(PolicyGradientKeys):
     """RL with verifiable rewards: GRPO and its family."""
 
+    preset: Literal["scalerl"] | None = knob(None, "A recipe whose keys stand where the configuration names none of its own; docs/algorithms.md lists what it sets.", example="scalerl")
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = knob("sum_then_normalize", "Add the rewards, then normalise; or normalise each first (GDPO).")
     loss_type: GRPOLoss = knob("dapo", "Surrogate of a token and how tokens add up to a loss.")
     loss_reduction: LossReduction | None = knob(None, "How tokens add up to a loss; null is that of loss_type. `prompt_mean_of_token_mean` is the mean over prompts of the mean over all tokens of a prompt's completions (ScaleRL).", also="loss_agg_mode (verl)", example="prompt_mean_of_token_mean")
@@ -293,6 +306,17 @@ class GRPOKeys(PolicyGradientKeys):
     teacher_clip: float = knob(0.2, "RLSD's ε: a token's advantage is the completion's times 1 - ε to 1 + ε.", gt=0, lt=1)
     teacher_warmup_steps: int = knob(0, "Steps in which teacher_coef rises linearly from 0.", ge=0)
     teacher_decay_steps: int = knob(0, "Steps after the warmup in which it falls linearly to 0; 0 lets it stay.", ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_fills_what_is_not_written(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("preset") not in PRESETS:
+            return values
+        filled = {**PRESETS[values["preset"]], **values}
+        written = values.get("rollout", {})
+        if isinstance(written, dict):
+            filled["rollout"] = {**PRESETS[values["preset"]]["rollout"], **written}
+        return filled
 
     @property
     def selects_tokens(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +16,7 @@ from posttrain.models.batch import Batch, pack
 from posttrain.models.device import Placement
 from posttrain.models.embedding_noise import noisy_embeddings
 from posttrain.models.exact import score_tiles, value_of
+from posttrain.models.float32_head import Float32Head
 from posttrain.models.lengths import by_encoding, forget_lengths, length_rule
 from posttrain.models.offload import OffloadedLayers
 from posttrain.models.routing import RouterLoads
@@ -301,7 +302,7 @@ class Policy:
         """Whether logits are hidden states times one matrix, so that they need never exist all at once."""
         config = self.base.config.get_text_config()
         scaled = any(getattr(config, name, None) not in (None, 1.0) for name in ("logit_scale", "logits_scaling"))
-        plain = type(self.base.get_output_embeddings()) is torch.nn.Linear
+        plain = type(self.base.get_output_embeddings()) in (torch.nn.Linear, Float32Head)
         # A cap on the logits would be put on what a sharded model gives in their place.
         return plain and not (scaled or self._wants_aux_loss or (self.sharded and self._softcap is not None))
 
@@ -311,10 +312,15 @@ class Policy:
 
     def _score_hidden(self, batch: Batch, temperature: float, entropy: bool, top1: bool) -> Scores:
         hidden_MD, head = self._hidden(batch), cast("torch.nn.Linear", self.base.get_output_embeddings())
-        scores = chunked_logprobs(
-            hidden_MD, head.weight, batch.target_M,
-            temperature=temperature, bias=head.bias, softcap=self._softcap, with_entropy=entropy, with_top1=top1,
-        )  # fmt: skip
+        weight_VD, bias = head.weight, head.bias
+        is_float32 = isinstance(head, Float32Head)
+        if is_float32:
+            hidden_MD, weight_VD, bias = hidden_MD.float(), weight_VD.float(), None if bias is None else bias.float()
+        with torch.autocast(hidden_MD.device.type, enabled=False) if is_float32 else nullcontext():
+            scores = chunked_logprobs(
+                hidden_MD, weight_VD, batch.target_M,
+                temperature=temperature, bias=bias, softcap=self._softcap, with_entropy=entropy, with_top1=top1,
+            )  # fmt: skip
         return Scores(*scores)
 
     def _hidden(self, batch: Batch) -> torch.Tensor:

@@ -14,6 +14,7 @@ from posttrain.config.rl import PolicyGradientKeys, RewardedKeys
 from posttrain.data.dataset import Dataset
 from posttrain.data.held_out import load_with_held_out
 from posttrain.data.load import load_prompts, load_sft
+from posttrain.models.float32_head import put_head_in_float32
 from posttrain.models.load import freeze_reference, load_policy, load_tokenizer
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
@@ -79,6 +80,8 @@ def begun(
     stage.run.describe_data(decoder(tokenizer, special=True), data, *held_out.values())
     decode = decoder(tokenizer)
     policy = load_policy(keys, tokenizer=tokenizer, sharding=stage.sharding, exact=keys.rollout.exact).without_dropout()
+    if keys.cast_lm_head_to_fp32:
+        put_head_in_float32(policy.base)
     if keys.holds_reference:
         freeze_reference(policy)
     how = (keys.temperature, keys.per_device_train_batch_size, ranks)
@@ -96,7 +99,7 @@ def begun(
     with ExitStack() as open_parts:
         rewards = open_parts.enter_context(reward_pool(keys))
         score = ReplayedRewards(stage, partial(rewards.score, max_unscored=MAX_UNSCORED), state)
-        prompts = PromptStream(data, keys.seed, state.solved)
+        prompts = PromptStream(data, keys.seed, state.solved, keys.no_resampling_pass_rate)
         made = make_sampling(keys, stage, state, engine, decode, rewards, score, prompts, sample)
         sampling = open_parts.enter_context(closing(made))
         collector = Collector(keys, sampling, trainer, reference, credit, ranks)

@@ -154,6 +154,7 @@ class Ahead:
         self._refuse_unscored(sampled.kept)
         sampled.judge(bounds, keys, self._ranks)
         self._prompts.learn_from(sampled.of_this_rank, self._ranks)
+        sampled.metrics |= self._prompts.metrics()
         return sampled
 
     def _group(self, number: int, rollouts: Rollouts) -> RolloutGroup:

@@ -59,6 +59,7 @@ class Alternating:
             if done or (mastered and sampled.shares["frac_reward_all_right"] == 1.0):
                 break
         self._prompts.learn_from(sampled.of_this_rank, self._ranks)
+        sampled.metrics |= self._prompts.metrics()
         if total == 0:
             # Nothing to learn from: go on with what there is, the first of all ranks, which the zero-spread metrics then show.
             mine = [number for number, _ in sampled.let_go]

@@ -20,10 +20,14 @@ Solved = dict[int, tuple[float, bool]]
 
 
 class PromptStream:
-    """The run's endless row of prompts: epoch after epoch, each shuffled by (seed, epoch). Keeps `solved` up to date."""
+    """The run's endless row of prompts: epoch after epoch, each shuffled by (seed, epoch). Keeps `solved` up to date.
 
-    def __init__(self, data: Dataset[PromptRow], seed: int, solved: Solved) -> None:
-        self._data, self._seed = data, seed
+    A row whose mean reward reached `retired_at` is asked no more, as long as others are left.
+    Source: no-positive-resampling of ScaleRL, arXiv 2510.13786.
+    """
+
+    def __init__(self, data: Dataset[PromptRow], seed: int, solved: Solved, retired_at: float | None = None) -> None:
+        self._data, self._seed, self._retired_at = data, seed, retired_at
         self._order = lru_cache(maxsize=2)(partial(data.order, seed))
         self.solved = solved
 
@@ -37,13 +41,15 @@ class PromptStream:
     def next(self, cursor: int, count: int, *, resample: bool) -> tuple[list[int], int]:
         """`count` numbers from `cursor` on, and where the next ones start.
 
-        With `resample`, of those whose row taught nothing the last time only one in four is asked again.
+        With `resample`, of those whose row taught nothing the last time only one in four is asked again. Where two
+        epochs have fewer rows left than are wanted, the last ones are taken as they come.
         """
-        end = cursor + (_LONGEST_WALK * count if resample else 0)
+        walk = max(_LONGEST_WALK * count if resample else 0, 0 if self._retired_at is None else 2 * len(self._data))
+        end = cursor + walk
         numbers: list[int] = []
         while len(numbers) < count:
             left = count - len(numbers)
-            if cursor + left > end or not self._is_passed_over(cursor):
+            if cursor + left > end or not (self._is_retired(cursor) or (resample and self._is_passed_over(cursor))):
                 numbers.append(cursor)
             cursor += 1
         return numbers, cursor
@@ -59,7 +65,19 @@ class PromptStream:
         """What this rank's groups say of their rows; of all ranks, so that all go on with the same prompts."""
         seen = [note for number, group in groups if (note := self.note(number, group)) is not None]
         notes = [note for rank in ranks.gather(seen) for note in rank]
-        self.solved.update({row: (rate, equal) for row, rate, equal in notes})
+        self.solved.update({row: (rate, equal) for row, rate, equal in notes if not self._has_retired(row)})
+
+    def metrics(self) -> dict[str, float]:
+        """The share of all rows that is asked no more, where rows retire."""
+        if self._retired_at is None:
+            return {}
+        return {"prompts/retired": sum(map(self._has_retired, self.solved)) / len(self._data)}
+
+    def _is_retired(self, number: int) -> bool:
+        return self._retired_at is not None and self._has_retired(self.row_of(number))
+
+    def _has_retired(self, row: int) -> bool:
+        return self._retired_at is not None and row in self.solved and self.solved[row][0] >= self._retired_at
 
     def _is_passed_over(self, number: int) -> bool:
         _, equal = self.solved.get(self.row_of(number), (0.0, False))
