@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # One thread: the demo's model is too small to gain from two, and tests run in two processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo reward-hacking setup-vllm setup-ray setup-browser setup-export setup-envs docs lock test test-all check format bench bench-all gpu-check gpu-bench clean help
+.PHONY: demo reward-hacking setup-vllm setup-ray setup-browser setup-export setup-envs setup-verifiers docs lock test test-all check format bench bench-all gpu-check gpu-bench clean help
 
 help:
 	@echo "make demo      set up, then take the tiny base model through SFT, DPO and GRPO to the registry"
@@ -18,6 +18,7 @@ help:
 	@echo "make setup-browser   add Playwright and the distribution's Chromium; make test then looks at the pages of posttrain ui"
 	@echo "make setup-export   an environment of its own (1.5 GB) for posttrain export --to awq or gptq; make test then runs its tests too"
 	@echo "make setup-envs   an environment of its own (140 MB) for servers of OpenEnv; make test then plays with them too"
+	@echo "make setup-verifiers   one of its own (570 MB) for verifiers; make test then plays its environments too"
 	@echo "make docs      the documentation as a site, in build/site (60 MB more to install); its links and anchors are checked"
 	@echo "make lock      requirements.lock anew from pyproject.toml and constraints.txt (needs uv and the index)"
 	@echo "make check     lint, types, import layers"
@@ -57,6 +58,13 @@ setup-envs: .venv-envs/.installed
 	$(PYTHON) -m venv .venv-envs
 	.venv-envs/bin/pip install --quiet --constraint envs-constraints.txt --no-deps openenv-core
 	.venv-envs/bin/pip install --quiet --constraint envs-constraints.txt fastapi uvicorn websockets requests httpx fastmcp
+	touch $@
+
+setup-verifiers: .venv-verifiers/.installed
+
+.venv-verifiers/.installed: verifiers-constraints.txt
+	$(PYTHON) -m venv .venv-verifiers
+	.venv-verifiers/bin/pip install --quiet --constraint verifiers-constraints.txt verifiers
 	touch $@
 
 # One file for all platforms, with hashes; what it holds of extras is what a user installs, not what the tests need.
@@ -118,4 +126,4 @@ gpu-bench: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
 	$(GPU_PYTHON) bench/gpu_bench.py --doc
 
 clean:
-	rm -rf $(VENV) .venv-export .venv-envs examples/*/runs examples/*/registry
+	rm -rf $(VENV) .venv-export .venv-envs .venv-verifiers examples/*/runs examples/*/registry

@@ -209,7 +209,7 @@ class Episode:
 
     `sampled` says of each id of the completion whether the policy sampled it. `messages` are what a reward is given.
     `error`: why the environment could not go on; such an episode is unscored. `turn_tokens`: how many ids each turn sampled;
-    `turn_rewards`: what the environment paid for it, None where it said nothing.
+    `turn_rewards`: what the environment paid for it, None where it said nothing; `env_metrics`: what it measured besides.
     """
 
     sampled: tuple[bool, ...]
@@ -222,6 +222,7 @@ class Episode:
     error: str | None = None
     turn_tokens: tuple[int, ...] = ()
     turn_rewards: tuple[float | None, ...] = ()
+    env_metrics: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property
     def answer(self) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from posttrain.cli.data_env import env
 from posttrain.cli.data_rows import curate, instruct, synth
 from posttrain.cli.json_output import AsJson, echo_json
 from posttrain.cli.model import with_base
@@ -27,10 +28,11 @@ class _Showing(UnsaidVerb):
     unsaid = _SHOW
 
 
-data = typer.Typer(cls=_Showing, add_completion=False, help="Show the data as the model will see it (CONFIG alone); make rows of samples (synth), let a teacher write them (instruct), take out what should not be trained on (curate).")  # fmt: skip
+data = typer.Typer(cls=_Showing, add_completion=False, help="Show the data as the model will see it (CONFIG alone); make rows of samples (synth), let a teacher write them (instruct), take out what should not be trained on (curate), write those of an environment's tasks (env).")  # fmt: skip
 data.command("synth")(synth)
 data.command("curate")(curate)
 data.command("instruct")(instruct)
+data.command("env")(env)
 
 
 @data.command(_SHOW)

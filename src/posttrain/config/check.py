@@ -81,7 +81,7 @@ def _secrets(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
     """Where a URI or a server's command holds a password, and what to say."""
     if isinstance(value, str) and holds_secret(value):
         yield path, SECRET_IN_URI
-    elif isinstance(value, str) and value.startswith("mcp:") and command_holds_secret(value):
+    elif isinstance(value, str) and value.startswith(("mcp:", "verifiers:")) and command_holds_secret(value):
         yield path, SECRET_IN_COMMAND
     elif isinstance(value, dict):
         for key, item in value.items():

@@ -13,7 +13,7 @@ from posttrain.config.knob import Keys, knob
 class EpisodeKeys(Keys):
     """Tools that a completion may call, and an environment that answers it."""
 
-    env: str | None = knob(None, "An environment, `file.py:Class` relative to the YAML, or `openenv:URL`, a server of OpenEnv: it answers each turn of the policy, until it ends the episode.", also="environment_factory (TRL)", example="my_env.py:Env")
+    env: str | None = knob(None, "An environment, `file.py:Class` relative to the YAML, `openenv:URL`, a server of OpenEnv, or `verifiers:PYTHON ID --env.KEY VALUE`, an environment of verifiers installed in that Python: it answers each turn of the policy, until it ends the episode.", also="environment_factory (TRL)", example="my_env.py:Env")
     tools: list[str] = knob([], "Tools that the policy may call: `file.py:function,function` relative to the YAML, or `mcp:COMMAND`, a server of the Model Context Protocol by stdio.", example=["my_tools.py:search,calc"])
     max_turns: int = knob(8, "Turns of the policy in an episode; one that would go on is truncated.", ge=1, also="max_tool_calling_iterations (TRL), max_assistant_turns (verl)")
     env_timeout_s: float = knob(30.0, "Deadline of one call of a tool or the environment; a later one loses its episode.", gt=0)

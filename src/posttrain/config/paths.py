@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -137,6 +138,8 @@ def _environment(entry: str, folder: Path) -> str:
     """`file.py:Class`, or `file.py:function,function`; or the address of a server."""
     if entry.startswith("openenv:"):
         return entry
+    if entry.startswith("verifiers:"):
+        return _command(entry, folder)
     file, _, names = entry.rpartition(":")
     if not file.endswith(".py") or not all(name.isidentifier() for name in names.split(",")):
         raise _PathError(
@@ -149,15 +152,23 @@ def _tools(entry: str, folder: Path) -> str:
     """The same, or the command line of an MCP server, whose words that are files here are made whole."""
     if not entry.startswith("mcp:"):
         return _environment(entry, folder)
+    return _command(entry, folder)
+
+
+def _command(entry: str, folder: Path) -> str:
+    """`mcp:` or `verifiers:` and a command line, whose words that are files here are made whole."""
+    prefix, _, line = entry.partition(":")
     try:
-        words = shlex.split(entry.removeprefix("mcp:"))
+        words = shlex.split(line)
     except ValueError as error:
         raise _PathError(f"got {entry}, which is no command line: {error}") from None
-    return "mcp:" + shlex.join(str((folder / word).resolve()) if _is_file(folder / word) else word for word in words)
+    return f"{prefix}:" + shlex.join(_whole(word, folder) for word in words)
 
 
-def _is_file(path: Path) -> bool:
-    return path.suffix != "" and path.is_file()
+def _whole(word: str, folder: Path) -> str:
+    """A link stays one: a Python of a virtual environment is known by where the link lies."""
+    is_file = (Path(word).suffix != "" or "/" in word) and (folder / word).is_file()
+    return os.path.abspath(folder / word) if is_file else word
 
 
 def _output(path: str, folder: Path) -> str:

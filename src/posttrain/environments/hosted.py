@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -15,13 +15,17 @@ class EpisodeLostError(Exception):
 class Reaction:
     """What an environment answers to a turn or a call: what the policy reads next, what it is paid, and whether that was the end.
 
-    `failed` says that the call did not do what it is for; `text` then says why.
+    `failed` says that the call did not do what it is for; `text` then says why. To a whole turn, `messages` are all that stands before the
+    next one; `was_cut` says that the end was the budget's, and `metrics` what was measured of the episode.
     """
 
     text: str
     reward: float | None = None
     done: bool = False
     failed: bool = False
+    messages: tuple[Mapping[str, Any], ...] = ()
+    was_cut: bool = False
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,8 @@ class HostedEnvironment:
 
     `schemas` are those of its tools; `steps` says whether it answers a turn without a call, `calls_pay` whether calls are acts that
     may be paid and end the episode. `call` is given the environment, a tool's name and the arguments; it returns a `Reaction`, or
-    anything for the model to read.
+    anything for the model to read. An environment with `turn` is given whole turns instead, calls and all: `text`, `calls`, `is_last` (none
+    will follow) and `is_cut` (it was cut short); or `do: cut`, after which there are no more.
     """
 
     make: Callable[[], Any]
@@ -39,6 +44,7 @@ class HostedEnvironment:
     calls_pay: bool
     call: Callable[[Any, str, Mapping[str, Any]], Any]
     close: Callable[[Any], None] = lambda env: None
+    turn: Callable[[Any, Mapping[str, Any]], Reaction] | None = None
 
     @property
     def tool_names(self) -> list[str]:

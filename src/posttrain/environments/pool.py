@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain.asked import AskedProcess, ScribbledError, wait_for
-from posttrain.environments.spec import EnvironmentSpec
+from posttrain.environments.spec import VERIFIERS, EnvironmentSpec, program
+from posttrain.environments.verifiers_client import VerifiersServer
 
 _ENTRY = "posttrain.environments.worker:main"
 _MAX_SENDS = 2
@@ -41,7 +42,9 @@ class EnvironmentPool:
         self.spec, self._timeout_s, self._num_workers = spec, timeout_s, num_workers
         self._slots: dict[int, _Player] = {}
         self.tools: tuple[Mapping[str, Any], ...] = ()
-        self.steps = self.calls_pay = False
+        self.steps = self.calls_pay = self.takes_turns = False
+        self._server: VerifiersServer | None = None
+        self._served: dict[str, Any] | None = None
 
     @property
     def has_state(self) -> bool:
@@ -51,6 +54,9 @@ class EnvironmentPool:
     def open(self) -> EnvironmentPool:
         """Start a process, and learn from it which tools there are."""
         try:
+            if self.spec.env is not None and self.spec.env.startswith(VERIFIERS):
+                self._server = VerifiersServer(program(self.spec.env))
+                self._served = {"path": self._server.path, "tools": self._server.tools()}
             self._await_ready(self._slot(0))
         except BaseException:
             self.close()
@@ -64,6 +70,13 @@ class EnvironmentPool:
         self.close()
 
     def close(self) -> None:
+        """End all processes; one that is asked again is started again."""
+        self._end_players()
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    def _end_players(self) -> None:
         for place in list(self._slots):
             self._end(place)
 
@@ -79,7 +92,7 @@ class EnvironmentPool:
                 self._collect(busy, answers)
         except BaseException:
             # A process that is still at work would answer into the next call.
-            self.close()
+            self._end_players()
             raise
         return answers
 
@@ -87,7 +100,7 @@ class EnvironmentPool:
 
     def _slot(self, place: int) -> _Player:
         if place not in self._slots:
-            setup = {"env": self.spec.env, "tools": list(self.spec.tools)}
+            setup = {"env": self.spec.env, "tools": list(self.spec.tools), "served": self._served}
             self._slots[place] = _Player(AskedProcess(_ENTRY, "the environment's process", "posttrain-env-", setup))
         return self._slots[place]
 
@@ -103,7 +116,8 @@ class EnvironmentPool:
         """Raises: ConfigError."""
         answer = process.look_at_start("env or tools", "move slow work into reset")
         if answer is not None:
-            self.tools, self.steps, self.calls_pay = tuple(answer["tools"]), answer["steps"], answer["calls_pay"]
+            self.tools, self.takes_turns = tuple(answer["tools"]), answer["takes_turns"]
+            self.steps, self.calls_pay = answer["steps"], answer["calls_pay"]
 
     def _hand_out(self, place: int, asked: Sequence[PlacedCall], answers: list[dict[str, Any]]) -> None:
         slot = self._slots[place]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,11 +18,13 @@ MCP = "mcp:"
 """Begins the entry of `tools` that is the command line of a server of the Model Context Protocol."""
 OPENENV = "openenv:"
 """Begins an `env` that is the address of a server of OpenEnv."""
+VERIFIERS = "verifiers:"
+"""Begins an `env` that is an environment of the package verifiers, and the Python in which it is installed."""
 
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentSpec:
-    """`env` is `file.py:Class`, `openenv:URL` or None; each of `tools` is `file.py:function,function` or `mcp:COMMAND`."""
+    """`env` is `file.py:Class`, `openenv:URL`, `verifiers:PYTHON ID` or None; each of `tools` is `file.py:function,function` or `mcp:COMMAND`."""
 
     env: str | None = None
     tools: tuple[str, ...] = ()
@@ -34,6 +38,9 @@ class EnvironmentSpec:
                 continue
             if key == "env" and spec.startswith(OPENENV):
                 address(spec)
+                continue
+            if key == "env" and spec.startswith(VERIFIERS):
+                program(spec)
                 continue
             file, names = parts(key, spec)
             known = own_functions(parse_source(file))
@@ -52,7 +59,7 @@ def parts(key: str, spec: str) -> tuple[Path, Sequence[str]]:
     names = found[1].split(",") if found else []
     if found is None or not all(name.isidentifier() for name in names) or (key == "env" and len(names) != 1):
         wanted = (
-            "file.py:Class or openenv:URL"
+            "file.py:Class, openenv:URL or verifiers:PYTHON ID"
             if key == "env"
             else "file.py:function (or several: file.py:search,calc), or mcp:COMMAND"
         )
@@ -85,3 +92,23 @@ def address(spec: str) -> str:
     if not is_one:
         raise ConfigError(f"env: got {spec!r}, expected openenv:URL, e.g. openenv:http://127.0.0.1:8000")
     return url
+
+
+def program(spec: str) -> list[str]:
+    """The words of a `verifiers:` entry: a Python that is there, the environment, and its options. Raises: ConfigError."""
+    try:
+        words = shlex.split(spec.removeprefix(VERIFIERS))
+    except ValueError as error:
+        raise ConfigError(f"env: {spec!r} is no command line: {error}") from None
+    if len(words) < 2:
+        raise ConfigError(
+            f"env: got {spec!r}, expected verifiers:PYTHON ID, the Python in which verifiers and the environment are installed and the "
+            "environment's name, e.g. verifiers:.venv-verifiers/bin/python gsm8k-v1"
+        )
+    python, ident, *options = words
+    if (found := shutil.which(python)) is None:
+        what = "is no program" if os.path.exists(python) else "does not exist"
+        raise ConfigError(f"env: {spec}: {python} {what}; expected a Python with the package verifiers")
+    if ident.endswith(".py") and not os.path.isfile(ident):
+        raise ConfigError(f"env: {spec}: no file {ident}; paths are relative to the YAML")
+    return [found, ident, *options]

@@ -19,7 +19,7 @@ from typing import Any
 from posttrain.asked import read_request, write_answer
 from posttrain.environments.hosted import EpisodeLostError, HostedEnvironment, Reaction
 from posttrain.environments.schema import tool_schema
-from posttrain.environments.spec import MCP, OPENENV, address, command, parts
+from posttrain.environments.spec import MCP, OPENENV, VERIFIERS, address, command, parts
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.grading.loading import load_own_file
 
@@ -37,15 +37,14 @@ def main(request_fd: str, answer_fd: str) -> None:
     requests, answers = os.fdopen(int(request_fd), "rb"), os.fdopen(int(answer_fd), "w", encoding="ascii")
     setup = read_request(requests)
     try:
-        host = EnvironmentHost(setup["env"], setup["tools"])
+        host = EnvironmentHost(setup["env"], setup["tools"], setup["served"])
     except PosttrainError as error:
         write_answer(answers, {"id": 0, "error": str(error)})
         sys.exit(1)
     if not any(spec.startswith(MCP) for spec in setup["tools"]):  # runtimes of servers reserve more than they use
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    write_answer(
-        answers, {"id": 0, "pid": os.getpid(), "tools": host.schemas, "steps": host.steps, "calls_pay": host.calls_pay}
-    )
+    how = {"steps": host.steps, "calls_pay": host.calls_pay, "takes_turns": host.takes_turns}
+    write_answer(answers, {"id": 0, "pid": os.getpid(), "tools": host.schemas, **how})
     while (request := read_request(requests)) is not None:
         write_answer(answers, {"id": request["id"], **host.answer(request)})
 
@@ -53,16 +52,17 @@ def main(request_fd: str, answer_fd: str) -> None:
 class EnvironmentHost:
     """An environment for one episode after the other, and tools; async ones run on a loop of their own. Raises: ConfigError."""
 
-    def __init__(self, env: str | None, tools: Sequence[str]) -> None:
+    def __init__(self, env: str | None, tools: Sequence[str], served: Mapping[str, Any] | None = None) -> None:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._hosted = _hosted(env) if env else None
+        self._hosted = _hosted(env, served) if env else None
         self._env: Any = None
         self._is_over = False
         self._of_env = self._hosted.tool_names if self._hosted else []
         self.schemas: list[Mapping[str, Any]] = list(self._hosted.schemas) if self._hosted else []
         self.steps = self._hosted is not None and self._hosted.steps
         self.calls_pay = self._hosted is not None and self._hosted.calls_pay
+        self.takes_turns = self._hosted is not None and self._hosted.turn is not None
         self._tools: dict[str, CalledTool] = {}
         for spec in tools:
             self._add(spec)
@@ -148,6 +148,14 @@ class EnvironmentHost:
             return {"text": _checked(f"error: {type(error).__name__}: {error}"[:_MAX_MESSAGE_CHARS]), "error": True}
         return self._answered(text) if isinstance(text, Reaction) else {"text": _checked(text)}
 
+    def _turn(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        assert self._hosted is not None and self._hosted.turn is not None
+        said = self._hosted.turn(self._env, request)
+        messages = [{**message, "content": _checked(message["content"])} for message in said.messages]
+        return {**self._answered(said), "messages": messages, "was_cut": said.was_cut, "metrics": dict(said.metrics)}
+
+    _cut = _turn
+
     def _answered(self, said: Reaction) -> dict[str, Any]:
         """Raises: ValueError for what is no reward."""
         reward = None if said.reward is None else float(said.reward)
@@ -166,8 +174,13 @@ async def _awaited(value: Any) -> Any:
     return await value
 
 
-def _hosted(spec: str) -> HostedEnvironment:
-    """Raises: ConfigError."""
+def _hosted(spec: str, served: Mapping[str, Any] | None) -> HostedEnvironment:
+    """`served`: what a server of its pool's says of itself. Raises: ConfigError."""
+    if spec.startswith(VERIFIERS):
+        from posttrain.environments.verifiers_client import connect_verifiers
+
+        assert served is not None
+        return connect_verifiers(served["path"], served["tools"])
     if spec.startswith(OPENENV):
         from posttrain.environments.openenv_client import connect_openenv
 

@@ -123,6 +123,7 @@ def _scored(flat: Sequence[tuple[Prompt, Completion, tuple[str, Any]]], score: S
     columns["completion_ids"] = [list(completion.ids) for _, completion, _ in flat]
     if any(completion.episode is not None for _, completion, _ in flat):
         columns["env_reward"] = [completion.episode and completion.episode.env_reward for _, completion, _ in flat]
+        columns["env_metrics"] = [completion.episode and completion.episode.env_metrics for _, completion, _ in flat]
     prompts = [as_reward_input(prompt.prompt) for prompt, _, _ in flat]
     return score(prompts, [said for _, _, (_, said) in flat], columns)
 

@@ -235,6 +235,9 @@ def _episode_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     }
     if calls:
         metrics["tools/failure_frequency"] = sum(episode.failed_calls for episode in episodes) / calls
+    for name in sorted({name for episode in episodes for name in episode.env_metrics}):
+        measured = [episode.env_metrics[name] for episode in episodes if name in episode.env_metrics]
+        metrics[f"env/{name}"] = sum(measured) / len(measured)
     return metrics | ({"env/reward": sum(paid) / len(paid)} if paid else {})
 
 

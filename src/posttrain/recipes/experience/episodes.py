@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -43,6 +43,7 @@ MAX_FAILED = 0.5
 """Share of the episodes of a batch that may be lost to their environment."""
 _MOST_CALLS = 16
 """Calls of one turn that are answered; the model reads that there were more."""
+_TOO_MANY = f"error: at most {_MOST_CALLS} calls in a turn"
 _CALL_ID = "call{:05d}"
 """Nine letters and digits, as Mistral's templates want it."""
 
@@ -76,7 +77,10 @@ class _Playing:
     calls: int = 0
     failed_calls: int = 0
     env_reward: float | None = None
+    env_metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     env_s: float = 0.0
+    has_ended: bool = False
+    """Whether the environment says that this was all."""
     error: str | None = None
     finish: Finish | None = None
 
@@ -102,15 +106,19 @@ class _Playing:
         self.versions += [self.versions[-1]] * len(ids)
         self.sampled += [False] * len(ids)
 
-    def earn(self, paid: float) -> None:
-        """What the environment pays for the last turn."""
-        self.env_reward = (self.env_reward or 0.0) + paid
-        self.turn_rewards[-1] = (self.turn_rewards[-1] or 0.0) + paid
+    def earn(self, answers: Sequence[Mapping[str, Any]]) -> bool:
+        """What the environment pays for the last turn; whether it says that this was the end."""
+        for paid in (answer["reward"] for answer in answers if answer.get("reward") is not None):
+            self.env_reward = (self.env_reward or 0.0) + paid
+            self.turn_rewards[-1] = (self.turn_rewards[-1] or 0.0) + paid
+        self.env_metrics = next((answer["metrics"] for answer in answers if answer.get("metrics")), {})
+        self.has_ended = any(answer.get("done") for answer in answers)
+        return self.has_ended
 
     def completion(self) -> Completion:
         episode = Episode(
             tuple(self.sampled), tuple(self.written), self.turns, self.calls, self.failed_calls, self.env_reward, self.env_s, self.error,
-            tuple(self.turn_tokens), tuple(self.turn_rewards),
+            tuple(self.turn_tokens), tuple(self.turn_rewards), self.env_metrics,
         )  # fmt: skip
         first = self.versions[0] if self.versions else 0
         versions = tuple(self.versions) if len(set(self.versions)) > 1 else ()
@@ -226,6 +234,15 @@ class Episodes:
         answers = iter(self._pool.ask(list(chain.from_iterable(reply.asked for reply in wanted))))
         for reply in wanted:
             self._take(reply, [next(answers) for _ in reply.asked], params)
+        if self._pool.takes_turns:
+            self._end_cut([reply.playing for reply in wanted])
+
+    def _end_cut(self, played: Sequence[_Playing]) -> None:
+        """An environment that takes turns still waits for one where the budget is spent; what it pays for the episode as it is counts."""
+        cut = [one for one in played if one.finish == "length" and not one.has_ended]
+        for one, answer in zip(cut, self._pool.ask([(one.place, {"do": "cut"}) for one in cut]), strict=True):
+            if self._account(one, [answer], "cut"):
+                one.earn([answer])
 
     def _reply(self, one: _Playing) -> _TurnReply | None:
         """What this turn asks of tools or environment. None where the episode ends with it."""
@@ -235,11 +252,8 @@ class Episodes:
             one.calls, one.failed_calls = one.calls + 1, one.failed_calls + 1  # begun, and no call
         if calls:
             one.calls += len(calls)
-            reply = _TurnReply(
-                one,
-                calls,
-                [(one.place, {"do": "call", "name": n, "arguments": json_object(a)}) for n, a in calls[:_MOST_CALLS]],
-            )
+            asked = [{"do": "call", "name": n, "arguments": json_object(a)} for n, a in calls[:_MOST_CALLS]]
+            reply = _TurnReply(one, calls, [(one.place, call) for call in asked])
             shown = [_shown(call, said) for call, said in zip(reply.sampled_calls, calls, strict=True)]
             one.written.append({"role": "assistant", "content": words, "tool_calls": shown})
         else:
@@ -247,6 +261,8 @@ class Episodes:
             one.written.append({"role": "assistant", "content": text})
             reply = _TurnReply(one, (), [(one.place, {"do": "step", "answer": text})] if self._pool.steps else [])
         one.rendered.append(stand_in(one.turns, reply.sampled_calls))
+        if self._pool.takes_turns and one.finish in (None, "length"):
+            return self._whole_turn(reply)
         if one.finish is not None:
             return None
         if not reply.asked:
@@ -255,29 +271,28 @@ class Episodes:
             one.finish = "length"
         return reply if one.finish is None else None
 
+    def _whole_turn(self, reply: _TurnReply) -> _TurnReply:
+        """The last turn too, even if it was cut short: only the environment can say what the episode is worth."""
+        one = reply.playing
+        calls = [
+            {"id": call.id, "name": call.name, "arguments": arguments}
+            for call, (_, arguments) in zip(reply.sampled_calls[:_MOST_CALLS], reply.calls, strict=False)
+        ]
+        is_cut = one.finish == "length"
+        is_last = is_cut or one.turns >= self._max_turns
+        turn = {"do": "turn", "text": one.written[-1]["content"], "calls": calls, "is_last": is_last, "is_cut": is_cut}
+        return replace(reply, asked=[(one.place, turn)])
+
     def _take(self, reply: _TurnReply, answers: Sequence[Mapping[str, Any]], params: SamplingParams) -> None:
         one = reply.playing
-        if not self._account(one, answers, "call" if reply.calls else "step"):
+        if not self._account(one, answers, str(reply.asked[0][1]["do"])):
             return
-        if reply.calls:
-            one.failed_calls += sum(bool(answer.get("error")) for answer in answers) + max(
-                0, len(reply.calls) - len(answers)
-            )
-            texts = [answer["text"] for answer in answers]
-            texts += [f"error: at most {_MOST_CALLS} calls in a turn"] * (len(reply.calls) - len(texts))
-            said: list[Message] = [
-                {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": text}
-                for call, text in zip(reply.sampled_calls, texts, strict=True)
-            ]
-        else:
-            (answer,) = answers
-            said = [{"role": "user", "content": answer["text"]}] if answer["text"] else []
-        for paid in (answer["reward"] for answer in answers if answer.get("reward") is not None):
-            one.earn(paid)
+        said = _whole_reply(reply, answers[0]["messages"]) if self._pool.takes_turns else _replies(reply, answers)
         one.written += said
         one.rendered += said
-        if any(answer.get("done") for answer in answers):
-            one.finish = "stop"
+        if one.earn(answers):
+            if one.finish is None:
+                one.finish = "length" if any(answer.get("was_cut") for answer in answers) else "stop"
             return
         if one.turns >= self._max_turns:
             one.finish = "length"
@@ -311,6 +326,31 @@ class Episodes:
             return True
         one.error, one.finish = f"{self._pool.spec.env or 'tools'}: {what}: {failed}", "aborted"
         return False
+
+
+def _replies(reply: _TurnReply, answers: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """What was answered to each call, or to the words."""
+    if not reply.calls:
+        (answer,) = answers
+        return [{"role": "user", "content": answer["text"]}] if answer["text"] else []
+    unasked = len(reply.calls) - len(answers)
+    reply.playing.failed_calls += sum(bool(answer.get("error")) for answer in answers) + unasked
+    texts = [answer["text"] for answer in answers] + [_TOO_MANY] * unasked
+    return [_tool_message(call, text) for call, text in zip(reply.sampled_calls, texts, strict=True)]
+
+
+def _whole_reply(reply: _TurnReply, messages: Sequence[Message]) -> list[Message]:
+    """All that stands before the next turn: what was answered to the calls first. An environment that ends answers no call."""
+    by_id = {call.id: call for call in reply.sampled_calls}
+    answered = [_tool_message(by_id[str(m["tool_call_id"])], m["content"]) for m in messages if m["role"] == "tool"]
+    unasked = reply.sampled_calls[_MOST_CALLS:] if messages else []
+    reply.playing.failed_calls += len(unasked)
+    spoken = [message for message in messages if message["role"] != "tool"]
+    return [*answered, *(_tool_message(call, _TOO_MANY) for call in unasked), *spoken]
+
+
+def _tool_message(call: SampledCall, text: Any) -> Message:
+    return {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": text}
 
 
 class NoEnvironment:
