@@ -12,6 +12,8 @@ from packaging.utils import canonicalize_name
 import posttrain
 
 ROOT = Path(__file__).parents[2]
+SOURCE = Path(posttrain.__file__).parent
+IN_ANOTHER_PYTHON = SOURCE / "environments" / "verifiers_side"
 BROUGHT_BY = {
     "annotated-types": "pydantic", "pydantic-core": "pydantic", "huggingface-hub": "transformers", "markupsafe": "jinja2",
     "packaging": "transformers", "pandas": "datasets", "pyarrow": "datasets", "referencing": "jsonschema", "anyio": "mcp", "mcp-types": "mcp",
@@ -49,8 +51,16 @@ def missing(modules: set[str]) -> list[str]:
 
 
 def test_what_is_imported_is_installed_with_the_core_or_with_an_extra():
-    modules = {m for path in Path(posttrain.__file__).parent.rglob("*.py") for m in imported(path.read_text())}
+    files = [path for path in SOURCE.rglob("*.py") if IN_ANOTHER_PYTHON not in path.parents]
+    modules = {m for path in files for m in imported(path.read_text())}
     assert "torch" in modules and missing(modules - ELSEWHERE.keys()) == []
+
+
+def test_what_runs_in_another_python_imports_nothing_of_ours():
+    files = list(IN_ANOTHER_PYTHON.glob("*.py"))
+    modules = {m for path in files for m in imported(path.read_text())} - {path.stem for path in files}
+    assert modules == {"openai", "verifiers"}  # verifiers brings openai
+    assert not any("posttrain." in line for path in files for line in path.read_text().splitlines() if "import" in line)
 
 
 def test_what_only_the_tests_have_is_found():
