@@ -30,7 +30,7 @@ _MARK = "POSTTRAIN_VERIFIERS_FORK"
 _MAX_LINE_BYTES = 1 << 26
 
 
-class Connection:
+class VerifiersEpisodes:
     """Answers what a connection asks: `describe`, `rows`, `reset`, `turn` and `cut`."""
 
     def __init__(self, game: Game, endpoint: Endpoint) -> None:
@@ -106,7 +106,7 @@ async def _converse(connection: socket.socket, game: Game) -> None:
     await endpoint.open()
     try:
         async with game.serving():
-            player = Connection(game, endpoint)
+            player = VerifiersEpisodes(game, endpoint)
             while line := await reader.readline():
                 writer.write(json.dumps(await player.answer(json.loads(line))).encode() + b"\n")
                 await writer.drain()
