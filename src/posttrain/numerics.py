@@ -15,7 +15,10 @@ REVISIONS: Mapping[str, tuple[str, ...]] = {
     "dpo": ("the numbers of 0.1",),
     "reward_model": ("the numbers of 0.1",),
     "process_reward_model": ("its first numbers",),
-    "grpo": ("the numbers of 0.1",),
+    "grpo": (
+        "the numbers of 0.1",
+        "credit: turn: a last turn that nobody paid for is no 0 among what turns earned, where earlier ones were paid",
+    ),
     "ppo": ("its first numbers",),
     "online_dpo": ("its first numbers",),
     "distill": ("its first numbers",),

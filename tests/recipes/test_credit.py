@@ -51,6 +51,23 @@ def test_what_a_turn_earned_is_what_the_environment_paid_for_it_and_the_last_one
     assert found == [[0.5, None, 0.25], [None, 2.0], [1.0], [0.125, 0.0]]
 
 
+def test_a_last_turn_that_nobody_paid_for_is_no_zero_among_what_turns_earned():
+    """Worked by hand, centred and not scaled: R is 1, 0.5 and, of the episode that was never paid, 0; the mean 0.5. With a 0 for the first
+    episode's last turn it would be 0.375."""
+    alone = {"credit": "turn", "reward_funcs": ["environment"], "reward_weights": [1.0], "scale_rewards": "none"}
+    played = [([2, 1], [1.0, None], [1.0]), ([1, 2], [0.5, None], [0.5]), ([1, 1], [None, None], [0.0])]
+    made = [_group(*map(_made, played))]
+    rewards = as_rewards([row for one in made for row in one.rewards])
+    keys = GRPOKeys(**REQUIRED, **alone)
+    assert turn_rewards(made, combine(rewards, rewards.new_tensor([1.0])), keys) == [
+        [1.0, None],
+        [0.5, None],
+        [None, 0.0],
+    ]
+    (group,) = GroupCredit(keys, None, None).credited(made, 0, 0.0).groups
+    assert [sample.advantage.tolist() for sample in group] == [[0.5, 0.5, 0.0], [0.0, 0.0, 0.0], [-0.5, -0.5]]
+
+
 @pytest.mark.parametrize("gamma", [1.0, 0.5])
 def test_tokens_of_a_turn_have_what_it_and_later_ones_earned_against_all_turns_of_the_group(gamma):
     (group,) = _credited([_group(*map(_made, TURNS.values()))], gamma=gamma, advantage_eps=0.1).groups

@@ -171,15 +171,19 @@ class GroupCredit:
 def turn_rewards(made: Sequence[Made], reward_B: torch.Tensor, keys: PolicyGradientKeys) -> list[list[float | None]]:
     """Per episode, what each turn earned: the weighted `environment` reward when it was paid, and all else at the last turn.
 
-    Nothing at all where the episode could not be scored. The rewards of an episode add up to its reward.
+    Nothing at all where the episode could not be scored. A last turn has nothing where no other reward says anything and the environment
+    paid for earlier turns alone: a step that nobody rates is no 0 among the step rewards (arXiv 2402.03300 sec. 4.1.3). Where no turn
+    was paid, the last one has the episode's reward. The rewards of an episode add up to its reward.
     """
-    weight = column_weights(keys, len(keys.reward_funcs))[keys.reward_funcs.index(ENVIRONMENT)]
-    episodes = [episode for one in made for episode in one.episodes]
+    place = keys.reward_funcs.index(ENVIRONMENT)
+    weight = column_weights(keys, len(keys.reward_funcs))[place]
+    episodes = [(episode, row) for one in made for episode, row in zip(one.episodes, one.rewards, strict=True)]
     found: list[list[float | None]] = []
-    for episode, reward in zip(episodes, reward_B.tolist(), strict=True):
+    for (episode, row), reward in zip(episodes, reward_B.tolist(), strict=True):
         lost = math.isnan(reward)
         turns = [None if paid is None or lost else weight * paid for paid in episode.turn_rewards]
-        if turns and not lost:
+        others = any(value is not None for column, value in enumerate(row) if column != place)
+        if turns and not lost and (others or all(paid is None for paid in turns)):
             turns[-1] = reward - sum(paid for paid in turns[:-1] if paid is not None)
         found.append(turns)
     return found
