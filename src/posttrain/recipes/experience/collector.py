@@ -227,7 +227,7 @@ def _episode_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     """TRL's names for tools; seconds are a mean over episodes of the time that their environment took."""
     num, calls = len(episodes), sum(episode.calls for episode in episodes)
     paid = [episode.env_reward for episode in episodes if episode.env_reward is not None]
-    metrics = {
+    metrics = _measured(episodes) | {
         "env/turns": sum(episode.turns for episode in episodes) / num,
         "time/env_s": sum(episode.env_s for episode in episodes) / num,
         "env/failed_ratio": sum(episode.error is not None for episode in episodes) / num,
@@ -235,10 +235,14 @@ def _episode_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     }
     if calls:
         metrics["tools/failure_frequency"] = sum(episode.failed_calls for episode in episodes) / calls
-    for name in sorted({name for episode in episodes for name in episode.env_metrics}):
-        measured = [episode.env_metrics[name] for episode in episodes if name in episode.env_metrics]
-        metrics[f"env/{name}"] = sum(measured) / len(measured)
     return metrics | ({"env/reward": sum(paid) / len(paid)} if paid else {})
+
+
+def _measured(episodes: Sequence[Episode]) -> dict[str, float]:
+    """`env/NAME` of what the environment measured: a mean over the episodes in which it did."""
+    names = sorted({name for episode in episodes for name in episode.env_metrics})
+    values = {name: [e.env_metrics[name] for e in episodes if name in e.env_metrics] for name in names}
+    return {f"env/{name}": sum(found) / len(found) for name, found in values.items()}
 
 
 def _std(values: torch.Tensor) -> float:
