@@ -79,6 +79,7 @@ class Flip:
 FLIPS = {
     "sft": [
         Flip("base_model", "MODEL:llama"),
+        Flip("init_seed", 7),
         Flip("tokenizer_name_or_path", "DATA/tokenizer"),
         Flip("chat_template", "DATA/other.jinja"),
         Flip("chat_template_kwargs", {"loud": True}, {"chat_template": "DATA/other.jinja"}),
@@ -111,6 +112,7 @@ FLIPS = {
         Flip("sequence_len", 34),
         Flip("overflow", "truncate", {"sequence_len": 34}),
         Flip("min_sample_len", 34),
+        Flip("train_sampling_strategy", "sequential"),
         Flip("deduplicate", True, {"datasets": [{"path": "DATA/sft.jsonl"}, {"path": "DATA/sft.jsonl"}]}),
         Flip("per_device_train_batch_size", 2),
         Flip("gradient_accumulation_steps", 2),

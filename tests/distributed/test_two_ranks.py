@@ -34,6 +34,7 @@ MORE = {
     "sft on a stream": ("sft", {"streaming": True, "buffer_size": 4, "save_steps": 1}),
     "sft with an adapter": ("sft", LORA),
     "sft with an adapter on 4 bits": ("sft", {"adapter": "qlora", "lora_r": 4}),
+    "sft, weights by seed": ("sft", {"init_seed": 3}),
     "sft, a part of the weights": ("sft", {"unfrozen_parameters": [r"model\.layers\.1\.", "model.norm"]}),
     "sft by SGD": ("sft", {"optim": "sgd", "learning_rate": 0.1}),
     "sft with experts": ("sft", {"architecture": "qwen3_moe"}),

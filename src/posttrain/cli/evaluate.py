@@ -117,7 +117,7 @@ def _of_yaml(path: Path, on: str | None) -> tuple[ModelKeys, Mapping[str, SuiteK
         first = load_stage(kind, path).keys
         base = first.base_model
     how = ("trust_remote_code", "chat_template", "chat_template_kwargs", "bf16", "device", "layer_offloading") + (
-        () if on else ("revision", "tokenizer_name_or_path")
+        () if on else ("revision", "tokenizer_name_or_path", "init_seed")
     )
     return model_keys(on or base).model_copy(update={name: getattr(first, name) for name in how}), suites
 

@@ -76,6 +76,7 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(SFTKeys, ("eval_steps", "load_best_model_at_end"), _has_nothing_to_measure, "there are no eval_datasets, no val_size and no eval_suite"),
     NoEffect(SFTKeys, ("packing_window", "packing_strategy"), lambda k: not k.packing, "packing is false"),
     NoEffect(SFTKeys, ("overflow",), lambda k: k.is_wrapped, "packing_strategy is wrapped, which cuts rows wherever a block ends"),
+    NoEffect(SFTKeys, ("packing_window",), lambda k: k.train_sampling_strategy == "sequential", "train_sampling_strategy is sequential, and rows are packed as they come"),
     NoEffect(SFTKeys, ("packing_window",), lambda k: k.streaming, "streaming is true, and buffer_size says it"),
     NoEffect(SFTKeys, ("buffer_size",), lambda k: not k.streaming, "streaming is false"),
     NoEffect(DPOKeys, ("eval_steps", "load_best_model_at_end"), _has_nothing_to_measure, "there are no eval_datasets, no val_size and no eval_suite"),

@@ -34,7 +34,7 @@ class PPOKeys(PolicyGradientKeys):
     def critic(self) -> CriticKeys:
         """How the critic is loaded and trained: as the policy, but whole, and at its own rate."""
         own = self.value_model is None or self.value_model.startswith(STAGE)  # that of a stage is made of the base, and as large
-        start = {"base_model": self.base_model, "revision": self.revision} if own else {"base_model": self.value_model, "revision": None, "tokenizer_name_or_path": None}
+        start = {"base_model": self.base_model, "revision": self.revision} if own else {"base_model": self.value_model, "revision": None, "tokenizer_name_or_path": None, "init_seed": None}
         return CriticKeys.model_construct(**{**dict(self), **_TRAINED_WHOLE, **start, "learning_rate": self.critic_learning_rate})
 
     @model_validator(mode="after")

@@ -82,6 +82,13 @@ class ModelKeys(StartKeys):
         return self
 
     @model_validator(mode="after")
+    def _trains_all_that_is_drawn(self) -> ModelKeys:
+        if self.init_seed is not None and (self.adapter != "none" or self.base_bits):
+            what = f"adapter: {self.adapter}" if self.adapter != "none" else f"load_in_{self.base_bits}bit: true"
+            raise ValueError(f"init_seed: {self.init_seed} with {what}: weights that were drawn and stay frozen say nothing; set adapter: none, or take init_seed out")
+        return self
+
+    @model_validator(mode="after")
     def _init_is_one_we_have(self) -> ModelKeys:
         init = self.init_lora_weights
         if isinstance(init, bool) or re.fullmatch(r"gaussian|orthogonal|pissa(_niter_\d+)?|olora|mica", init):
@@ -107,6 +114,7 @@ class TrainKeys(OptimizerKeys, ModelKeys):
     overflow: Literal["drop", "truncate", "split", "error"] = knob("drop", "What happens to rows longer than sequence_len; each is counted. `split` cuts plain text into rows of that length, and no token is lost.", also="excess_length_strategy (Axolotl)")
     min_sample_len: int = knob(0, "Rows of fewer tokens are left out; each is counted.", ge=0, example=64)
     deduplicate: bool = knob(False, "Leave out rows whose tokens an earlier row has, in whatever source; each is counted.", also="dataset_exact_deduplication (Axolotl)")
+    train_sampling_strategy: Literal["random", "sequential"] = knob("random", "Order of the rows: a new random one each epoch, or that of the files, source after source; `sequential` packs rows as they come, too.", also="disable_shuffling (LLaMA-Factory), curriculum_sampling (Axolotl)")
     per_device_train_batch_size: int = knob(8, "Rows per micro-batch and process; in RL a row is a completion, and a larger group is split.", ge=1, also="micro_batch_size (Axolotl)")
     gradient_accumulation_steps: int = knob(1, "Micro-batches per optimizer step and process.", ge=1)
     num_processes: int | None = knob(None, "Processes that an optimizer step's rows are counted for: per_device_train_batch_size × gradient_accumulation_steps × num_processes; null takes those that the run was begun with. Started on more or fewer, a run keeps its rows per step.", ge=1, example=8)

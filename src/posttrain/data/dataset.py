@@ -86,8 +86,8 @@ class Dataset(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         return iter(self.rows)
 
-    def order(self, seed: int, epoch: int) -> list[int]:
-        """Row indices of one epoch, which is as long as all rows: a pure function of (seed, epoch).
+    def order(self, seed: int, epoch: int, *, sequential: bool = False) -> list[int]:
+        """Row indices of one epoch, which is as long as all rows: a pure function of (seed, epoch); `sequential` shuffles nothing.
 
         Without weights, each row once. With weights, a source without one still gives each row once, and the others
         share the rest by weight. A source's rows come in its own shuffled passes that run on over the epochs, so a small
@@ -97,8 +97,12 @@ class Dataset(Generic[T]):
         starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
         picked: list[int] = []
         for source, (start, size, share) in enumerate(zip(starts, self.sizes, shares, strict=True)):
-            picked += (start + row for row in _drawn(f"{seed}/{source}", size, epoch * share, share))
-        random.Random(f"{seed}/epoch/{epoch}").shuffle(picked)
+            if sequential:
+                picked += (start + place % size for place in range(epoch * share, (epoch + 1) * share))
+            else:
+                picked += (start + row for row in _drawn(f"{seed}/{source}", size, epoch * share, share))
+        if not sequential:
+            random.Random(f"{seed}/epoch/{epoch}").shuffle(picked)
         return picked
 
 

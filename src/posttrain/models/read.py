@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from posttrain.models.reward_head import with_reward_per_token
 from posttrain.models.stored import as_floats, unpacking
 from posttrain.protocols import Sharding
 
+log = logging.getLogger(__name__)
+
 
 def read_model(
     keys: ModelKeys, dtype: torch.dtype, sharding: Sharding | None = None, **options: Any
@@ -38,6 +41,8 @@ def read_model(
 
     With `sharding` each rank reads its own rows of each tensor, and no tensor is ever whole.
     """
+    if keys.init_seed is not None:
+        return _drawn(keys, dtype)
     if packed := unpacking(_config(keys)):  # whole: a share of what is packed is no share of the floats
         return as_floats(_read(keys, dtype, **packed, **options), dtype)
     if sharding is None or not sharding.is_sharded:
@@ -59,7 +64,7 @@ def is_token_classifier(source: str) -> bool:
 
 def may_read_shares(keys: ModelKeys) -> bool:
     """Whether nothing that is done between reading and sharding needs a whole tensor of the base."""
-    if keys.base_bits or keys.added_tokens or keys.is_reward_model:
+    if keys.base_bits or keys.added_tokens or keys.is_reward_model or keys.init_seed is not None:
         return False
     if is_continued(keys):
         return fits_shares(adapter_before(keys))
@@ -98,10 +103,37 @@ def _family(keys: ModelKeys) -> Any:
     return AutoModelForTokenClassification if keys.rates_steps else AutoModelForSequenceClassification
 
 
+def _num_labels(keys: ModelKeys) -> int:
+    return 2 if keys.rates_steps else 1
+
+
+def _drawn(keys: ModelKeys, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of this config with random weights: the same in every process, for they are drawn whole, in float32, on the CPU."""
+    assert keys.init_seed is not None
+    family, config = _family(keys), _config(keys)
+    if keys.is_reward_model:
+        config.num_labels = _num_labels(keys)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(keys.init_seed)
+        try:
+            model = family.from_config(config, dtype=torch.float32, trust_remote_code=keys.trust_remote_code).to(dtype)
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise _unloadable(keys, error) from error
+    log.info("%s: weights drawn by seed %d from its config", keys.base_model, keys.init_seed)
+    return _prepared(model.eval(), keys)
+
+
+def _prepared(model: PreTrainedModel, keys: ModelKeys) -> PreTrainedModel:
+    """Without what the keys take from elsewhere."""
+    if keys.tokenizer_name_or_path is not None:
+        forget_special_tokens(model)
+    return with_reward_per_token(model) if keys.is_reward_model else model
+
+
 def _read(keys: ModelKeys, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     family = _family(keys)
     if keys.is_reward_model:
-        options |= {"num_labels": 2 if keys.rates_steps else 1}
+        options |= {"num_labels": _num_labels(keys)}
         torch.manual_seed(keys.seed if isinstance(keys, TrainKeys) else 0)  # a new head is random
     try:
         model = family.from_pretrained(
@@ -115,10 +147,9 @@ def _read(keys: ModelKeys, dtype: torch.dtype, **options: Any) -> PreTrainedMode
         ImportError,
     ) as error:  # the last: of a library that a way of storing needs
         raise _unloadable(keys, error) from error
-    if keys.tokenizer_name_or_path is not None:
-        forget_special_tokens(model)
+    model = _prepared(model, keys)
     if keys.is_reward_model:
-        return with_reward_per_token(model)
+        return model
     if any(_CLASSIFIERS.search(name) for name in model.config.architectures or ()):
         raise ModelError(
             f"base_model: {keys.base_model} is a reward model: it has no head that gives tokens; expected a language model, "

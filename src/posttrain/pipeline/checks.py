@@ -14,6 +14,7 @@ from posttrain.config.kinds import stage_kind
 from posttrain.config.pipeline import GateKeys, PipelineKeys, SuiteKeys
 from posttrain.config.rl import RLKeys
 from posttrain.config.stages import ModelKeys, TrainKeys
+from posttrain.config.starting import OF_THE_GIVEN
 from posttrain.data.lint import limits_of
 from posttrain.data.load import read_nouns
 from posttrain.errors import ConfigError, ModelError
@@ -56,7 +57,7 @@ def check_all(keys: PipelineKeys) -> dict[str, tuple[Suite, SuiteKeys]]:
             check_judges(stage.keys.reward_funcs)
     check_memory(keys)
     check_order(keys)
-    check_tokenizers(keys)
+    check_given(keys)
     check_adapters(keys)
     check_trackers(keys)
     if keys.gate is not None and keys.stages[-1].keys.gate is not None:
@@ -135,17 +136,19 @@ def check_order(keys: PipelineKeys) -> None:
     )
 
 
-def check_tokenizers(keys: PipelineKeys) -> None:
-    """Raises: ConfigError where stages name different tokenizers; ModelError for one that does not fit the model."""
-    named = [stage.keys.tokenizer_name_or_path for stage in keys.stages]
-    for number, (stage, tokenizer) in enumerate(zip(keys.stages, named, strict=True), start=1):
-        if tokenizer != named[0]:
-            raise ConfigError(
-                f"stages.{number}.{stage.kind}.tokenizer_name_or_path: {tokenizer}, and stage 1 has {named[0]}; a stage has the tokenizer of the "
-                "model that it starts from: set it once, beside `stages`"
-            )
-    if named[0] is not None:
-        load_tokenizer(keys.stages[0].keys)
+def check_given(keys: PipelineKeys) -> None:
+    """Raises: ConfigError where a later stage says other than the first what is given; ModelError for a tokenizer that does not fit."""
+    first = keys.stages[0].keys
+    for number, stage in enumerate(keys.stages, start=1):
+        for name in OF_THE_GIVEN:
+            said, given = getattr(stage.keys, name), getattr(first, name)
+            if said not in (None, given):
+                raise ConfigError(
+                    f"stages.{number}.{stage.kind}.{name}: {said}, and stage 1 has {given}; it is about the model that the pipeline starts "
+                    "from: set it in stage 1, or beside `stages`"
+                )
+    if first.tokenizer_name_or_path is not None:
+        load_tokenizer(first)
 
 
 def check_adapters(keys: PipelineKeys) -> None:

@@ -10,6 +10,7 @@ from posttrain.config.pipeline import PipelineKeys
 from posttrain.config.resolved import to_data
 from posttrain.config.rl import RLKeys
 from posttrain.config.stages import TrainKeys
+from posttrain.config.starting import OF_THE_GIVEN
 from posttrain.data.dataset import sequences
 from posttrain.data.held_out import load_eval_sets
 from posttrain.data.lint import LintReport, lint_stage
@@ -49,10 +50,11 @@ def _templates(keys: PipelineKeys) -> Iterator[tuple[TrainKeys, str | None, dict
     """Each stage's keys with its chat template; without one of its own it has that of the stage before, saved with it."""
     template: str | None = None
     kwargs: dict[str, Any] = {}
+    given = {name: getattr(keys.stages[0].keys, name) for name in OF_THE_GIVEN}
     for stage in keys.stages:
         kwargs = {**({} if stage.keys.chat_template else kwargs), **stage.keys.chat_template_kwargs}
         template = stage.keys.chat_template or template
-        yield stage.keys, template, kwargs
+        yield stage.keys.model_copy(update=given), template, kwargs
 
 
 class DataChecks:

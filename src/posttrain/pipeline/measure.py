@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from posttrain.config.pipeline import PipelineKeys, SuiteKeys
 from posttrain.config.stages import ModelKeys
+from posttrain.config.starting import OF_THE_GIVEN
 from posttrain.errors import ChangedInputsError
 from posttrain.evals.suite import Suite
 from posttrain.evidence import EvalReport
@@ -95,5 +96,5 @@ def scoring_keys(keys: PipelineKeys, model: str) -> ModelKeys:
     """How a model of this pipeline is loaded to be scored."""
     first = keys.stages[0].keys
     how = ("trust_remote_code", "chat_template", "chat_template_kwargs", "bf16", "device", "layer_offloading")
-    own = {"tokenizer_name_or_path": first.tokenizer_name_or_path} if model == keys.base_model else {}
+    own = {name: getattr(first, name) for name in OF_THE_GIVEN} if model == keys.base_model else {}
     return ModelKeys(base_model=model, **own, **{name: getattr(first, name) for name in how})

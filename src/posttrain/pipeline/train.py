@@ -14,6 +14,7 @@ from posttrain.config.pipeline import ConfiguredStage, PipelineKeys
 from posttrain.config.resolved import apply_changes, resolved_yaml
 from posttrain.config.rl import RLKeys
 from posttrain.config.stages import TrainKeys
+from posttrain.config.starting import OF_THE_GIVEN
 from posttrain.errors import ChangedInputsError
 from posttrain.files import digest_json, write_atomic
 from posttrain.models.continued import base_keys, is_continued
@@ -121,8 +122,9 @@ class Stages:
     def _keys(self, state: RunState, index: int, stage: ConfiguredStage) -> TrainKeys:
         keys = apply_changes(stage.keys, state.changes.get(str(index), {}))
         keys = keys.model_copy(update={"base_model": self.place.model_before(state, index), "seed": keys.seed})
-        if self.place.before(index):  # its folder holds the tokenizer, and what was added to it
-            keys = keys.model_copy(update={"tokenizer_name_or_path": None})
+        first = self.place.keys.stages[0].keys
+        given = {name: None if self.place.before(index) else getattr(first, name) for name in OF_THE_GIVEN}
+        keys = keys.model_copy(update=given)
         before = [entry for place in range(1, index) if (entry := state.stage(place)) is not None]
         return with_models_made(keys, self.place.folder, before)
 

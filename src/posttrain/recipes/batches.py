@@ -51,6 +51,8 @@ class Schedule(Generic[T]):
     """In how many parts a micro-batch is cut, so that more processes than that have rows."""
     cost: Callable[[T], float] | None = None
     """What a row costs, against others; None deals micro-batches as they come."""
+    sequential: bool = False
+    """Whether rows come, and are packed, in the order of the files."""
     least_rows: int = 1
     """A last step of an epoch with fewer rows is folded into the one before it."""
     _plans: dict[int, list[list[list[int]]]] = field(default_factory=dict, repr=False, compare=False)
@@ -69,6 +71,7 @@ class Schedule(Generic[T]):
         return cls(
             data=data,
             seed=keys.seed,
+            sequential=keys.train_sampling_strategy == "sequential",
             micro_per_step=micro_per_step,
             rows_per_micro=keys.per_device_train_batch_size,
             tokens_per_micro=keys.per_device_train_batch_size * keys.sequence_len if packing else None,
@@ -172,9 +175,11 @@ class Schedule(Generic[T]):
         return self.size(self.data.rows[index]) if known is None else known
 
     def _plan(self, epoch: int) -> list[list[int]]:
-        order = self.data.order(self.seed, epoch)
+        order = self.data.order(self.seed, epoch, sequential=self.sequential)
         if self.tokens_per_micro is None:
             return [order[i : i + self.rows_per_micro] for i in range(0, len(order), self.rows_per_micro)]
+        if self.sequential:
+            return fill_by_tokens(order, self._tokens_of, self.tokens_per_micro)
         window = self.packing_window or max(1, len(order))
         packed: list[list[int]] = []
         for at in range(0, len(order), window):

@@ -18,6 +18,7 @@ from posttrain.data.load import render_rows, sft_plan
 from posttrain.data.stream import RowStream, as_source
 from posttrain.data.template import use_template
 from posttrain.errors import CheckpointError, DataError
+from posttrain.models.batch import fill_by_tokens
 from posttrain.protocols import Ranks
 from posttrain.recipes.balance import family_cost, rank_metrics
 from posttrain.recipes.batches import best_fit, flat
@@ -101,6 +102,7 @@ class _ShareReader:
 
     def __init__(self, keys: SFTKeys, tokenizer: Any, number: int, num_shares: int) -> None:
         self._keys, self._tokenizer, self._plan, self._number = keys, tokenizer, sft_plan(keys), number
+        self._is_sequential = keys.train_sampling_strategy == "sequential"
         self._stream = RowStream(keys.datasets, keys.seed, number, num_shares)
         self._formats: dict[int, str] = {}
         self._skipped: Counter[str] = Counter()
@@ -135,7 +137,8 @@ class _ShareReader:
         self._begin = {"places": [list(place) for place in self._stream.places], "drawn": self._stream.drawn}
         self._window, self._taken = self._window + 1, 0
         rows = [row for part in self._rendered() for row in part]
-        random.Random(f"{self._keys.seed}/{self._number}/window/{self._window}").shuffle(rows)
+        if not self._is_sequential:
+            random.Random(f"{self._keys.seed}/{self._number}/window/{self._window}").shuffle(rows)
         if self._keys.is_wrapped:
             blocks: list[TokenSeq] = []
             part = Gathered(lambda _, block: blocks.append(block))
@@ -185,6 +188,8 @@ class _ShareReader:
         size = self._keys.per_device_train_batch_size
         if not self._keys.packing:
             return [rows[at : at + size] for at in range(0, len(rows), size)]
+        if self._is_sequential:
+            return fill_by_tokens(rows, lambda row: len(row.ids), size * self._keys.sequence_len)
         bins = best_fit(range(len(rows)), lambda row: len(rows[row].ids), size * self._keys.sequence_len)
         # The first bins hold the long rows and the last ones what is left over: no stretch of steps should.
         random.Random(f"{self._keys.seed}/{self._number}/packing/{self._window}").shuffle(bins)

@@ -101,6 +101,44 @@ def test_layers_that_are_not_to_be_had_are_refused(refused, text, words):
     assert words in refused(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "seed"),
+    [
+        (AXOLOTL + "reinit_weights: true\n", 42),
+        (AXOLOTL + "reinit_weights: true\nseed: 7\n", 7),
+        (AXOLOTL + "reinit_weights: false\nadapter: lora\nlora_target_linear: true\n", None),
+        (LLAMAFACTORY + "finetuning_type: full\ntrain_from_scratch: true\n", 42),
+    ],
+)
+def test_training_from_scratch_draws_the_weights_by_seed(loaded, text, seed):
+    assert loaded(text)[1].init_seed == seed
+
+
+def test_drawn_weights_under_an_adapter_are_refused(refused):
+    text = AXOLOTL + "adapter: lora\nlora_target_linear: true\nreinit_weights: true\n"
+    assert "reinit_weights: true beside an adapter: the random weights under it" in refused(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "order"),
+    [
+        (LLAMAFACTORY + "finetuning_type: full\ndisable_shuffling: true\n", "sequential"),
+        (LLAMAFACTORY + "finetuning_type: full\ngroup_by_length: true\n", "random"),
+        (AXOLOTL + "curriculum_sampling: true\nshuffle_merged_datasets: false\n", "sequential"),
+        (AXOLOTL + "shuffle_merged_datasets: false\n", "random"),
+        (AXOLOTL + "streaming: true\nmax_steps: 3\nshuffle_merged_datasets: false\n", "sequential"),
+        ("model_name_or_path: a/b\ndataset_name: c/d\ntrain_sampling_strategy: sequential\n", "sequential"),
+        ("model_name_or_path: a/b\ndataset_name: c/d\ntrain_sampling_strategy: group_by_length\n", "random"),
+    ],
+)
+def test_the_order_of_rows_is_that_of_the_other_tool(loaded, text, order):
+    assert loaded(text)[1].train_sampling_strategy == order
+
+
+def test_one_shuffle_for_all_epochs_is_refused(refused):
+    assert "curriculum_sampling: true with shuffle_merged_datasets" in refused(AXOLOTL + "curriculum_sampling: true\n")
+
+
 NAMES = [
     f"model.layers.{layer}.{module}"
     for layer in (1, 11, 3)

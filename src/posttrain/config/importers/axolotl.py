@@ -33,6 +33,7 @@ from posttrain.config.importers.values import (
     SCHEDULES,
     TRACKING,
     TRAINER,
+    in_order,
 )
 
 _LORA = "take it out to train the adapter as PEFT starts it, or train with Axolotl"
@@ -84,8 +85,8 @@ ROWS: dict[str, KeyFate] = {
     "sample_packing": to("packing", flag),
     "sample_packing_bin_size": changed("packing looks at the whole epoch's order (packing_window) and splits no row"),
     "sample_packing_sequentially": refused("rows are packed best-fit here", "take it out"),
-    "curriculum_sampling": refused("rows come in a shuffled order here", "take it out"),
-    "shuffle_merged_datasets": joint("datasets", "rows are always shuffled here"),
+    "curriculum_sampling": to("train_sampling_strategy", in_order),
+    "shuffle_merged_datasets": joint("train_sampling_strategy", "read with curriculum_sampling and pretraining_dataset; else a random order is drawn there all the same"),
     "shuffle_before_merging_datasets": left("rows are shuffled once more when they are taken, so this shuffle is not seen"),
     "dataset_exact_deduplication": to("deduplicate", flag),
     "min_sample_len": to("min_sample_len"),
@@ -163,7 +164,7 @@ ROWS: dict[str, KeyFate] = {
     "spectrum_top_fraction": refused("parameters are not frozen by name here", "use adapter: lora"),
     "spectrum_model_name": left("it is read with spectrum_top_fraction only"),
     "llama_pro": refused("layers are not added to a model here", OTHER),
-    "reinit_weights": refused("training starts from the weights of base_model", OTHER),
+    "reinit_weights": joint("init_seed", "with seed, or 42"),
     "model_config": joint("base_model", todo="write it into the config.json of a copy of the model"),
     "overrides_of_model_config": refused("the model's config is taken as it is", "write it into the config.json of a copy of the model"),
     "overrides_of_model_kwargs": refused("the model is loaded in one way here", "take it out"),

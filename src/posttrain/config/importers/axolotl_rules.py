@@ -16,6 +16,7 @@ from posttrain.config.importers.values import (
     best_model,
     cadence,
     compiling,
+    drawn_by_seed,
     eight_bits,
     schedule,
     sft_losses,
@@ -75,6 +76,7 @@ def finish(draft: ImportDraft) -> None:
     compiling(draft)
     sft_only(draft)
     read_streaming(draft)
+    _order(draft)
     best_model(draft)
     cadence(draft, "save", "save_steps", 1)
     cadence(draft, "eval", "eval_steps", 1)
@@ -250,6 +252,7 @@ def _layers(draft: ImportDraft, modules: Any, in_all: Any) -> None:
 
 
 def _model(draft: ImportDraft) -> None:
+    drawn_by_seed(draft, "reinit_weights")
     for key in ("tokenizer_config", "base_model_config"):
         other = draft.source.get(key)
         if other is None:
@@ -297,11 +300,6 @@ def _storage(draft: ImportDraft) -> None:
 
 def _training(draft: ImportDraft) -> None:
     sft_losses(draft, {"use_eaft": "eaft"})
-    if "shuffle_merged_datasets" in draft.source:
-        if draft.source["shuffle_merged_datasets"]:
-            draft.leave("shuffle_merged_datasets", "rows are always shuffled here")
-        else:
-            draft.refuse("shuffle_merged_datasets", "false: rows are always shuffled here", "take it out")
     _muon(draft)
     if "eta_min" in draft.source:
         floor, peak = as_float(draft.source["eta_min"]), draft.keys.get("learning_rate")
@@ -337,6 +335,25 @@ def _muon(draft: ImportDraft) -> None:
     else:
         draft.assume("adam_beta1", 0.95)
     draft.assume("adam_beta2", 0.95)
+
+
+def _order(draft: ImportDraft) -> None:
+    """Rows are merged in an order, and their order is drawn anew each epoch unless `curriculum_sampling` takes them as they were merged."""
+    ordered = draft.keys.get("train_sampling_strategy") == "sequential"
+    if ordered and draft.source.get("shuffle_merged_datasets", True):
+        draft.refuse("curriculum_sampling", "true with shuffle_merged_datasets: rows come once shuffled, and in that order each epoch", "set shuffle_merged_datasets: false for the order of the files, or take it out")  # fmt: skip
+    elif draft.source.get("shuffle_merged_datasets") is False and draft.keys.get("streaming"):
+        draft.put(
+            "train_sampling_strategy",
+            "sequential",
+            "shuffle_merged_datasets",
+            "streamed rows come as they are read there",
+        )
+    elif "shuffle_merged_datasets" in draft.source:
+        draft.leave(
+            "shuffle_merged_datasets",
+            "curriculum_sampling says it" if ordered else "an epoch's order is drawn all the same",
+        )
 
 
 def _offloading(draft: ImportDraft) -> None:

@@ -38,7 +38,9 @@ from posttrain.config.importers.values import (
     best_model,
     cadence,
     compiling,
+    drawn_by_seed,
     eight_bits,
+    in_order,
     schedule,
     sft_losses,
     sft_only,
@@ -98,7 +100,7 @@ ROWS: dict[str, KeyFate] = {
     "default_system": refused("no system message is added to rows", "write it into the rows"),
     "enable_thinking": joint("chat_template"),
     "preserve_thinking": refused("the chat template decides which thinking is kept", "take it out"),
-    "disable_shuffling": refused("rows are always shuffled here", "take it out"),
+    "disable_shuffling": to("train_sampling_strategy", in_order),
     "lora_rank": to("lora_r"),
     "lora_alpha": to("lora_alpha"),
     "lora_dropout": to("lora_dropout"),
@@ -132,7 +134,7 @@ ROWS: dict[str, KeyFate] = {
     "shift_attn": refused("shifted sparse attention gives other numbers than attention does", "take it out"),
     "rope_scaling": refused("positions are encoded as the model's config says", "write it into the config.json of a copy of the model"),
     "moe_aux_loss_coef": refused("the routers' loss has the weight that the model's config gives it", "set router_aux_loss_coef in the config.json of a copy"),
-    "train_from_scratch": refused("training starts from the weights of base_model", _OTHER),
+    "train_from_scratch": joint("init_seed", "with seed, or 42"),
     "resize_vocab": changed("only tokens that are added get rows"),
     "split_special_tokens": refused("special tokens in texts are not taken apart", "take it out"),
     "add_tokens": to("added_tokens", names),
@@ -207,6 +209,7 @@ def finish(draft: ImportDraft) -> None:
     read_datasets(draft)
     _template(draft)
     _trained(draft)
+    drawn_by_seed(draft, "train_from_scratch")
     _loss(draft)
     _memory(draft)
     warmup(draft)

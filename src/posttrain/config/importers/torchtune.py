@@ -34,6 +34,7 @@ from posttrain.config.importers.values import (
     SAVING,
     TRACKING,
     adapter_defaults,
+    shuffled,
 )
 
 _OTHER = "train with torchtune"
@@ -79,7 +80,7 @@ ROWS: dict[str, KeyFate] = {
     "batch_size_val": left("validation changes nothing that is learned"),
     "run_val_every_n_steps": to("eval_steps"),
     "save_every_n_steps": to("save_steps"),
-    "shuffle": joint("datasets", "rows are always shuffled here"),
+    "shuffle": to("train_sampling_strategy", shuffled),
     "seed": to("seed"),
     "batch_size": to("per_device_train_batch_size"),
     "gradient_accumulation_steps": to("gradient_accumulation_steps"),
@@ -326,10 +327,6 @@ def _memory(draft: ImportDraft) -> None:
             if draft.asks(offload)
             else "it is off",
         )
-    if draft.source.get("shuffle") is False:
-        draft.refuse("shuffle", "false: rows are always shuffled here", "set it to true")
-    elif "shuffle" in draft.source:
-        draft.leave("shuffle", "rows are always shuffled here")
     if draft.keys.get("torch_compile") and draft.keys.get("adapter") == "qlora":
         draft.drop("torch_compile", "in 4 bits layers are not compiled here")
 

@@ -38,6 +38,7 @@ from posttrain.config.importers.values import (
     eight_bits,
     schedule,
     sft_only,
+    shuffled,
     streaming,
     warmup,
 )
@@ -94,7 +95,7 @@ ROWS: dict[str, KeyFate] = {
     "max_seq_length": to("sequence_len"),
     "truncation_mode": refused("a row that is too long keeps its beginning here", "set keep_start", ("keep_start",)),
     "max_prompt_length": changed("sequence_len limits the prompt together with its answer"),
-    "shuffle_dataset": left("rows are always shuffled here"),
+    "shuffle_dataset": to("train_sampling_strategy", shuffled),
     "packing": to("packing", flag),
     "packing_strategy": joint("packing_strategy", "with packing; bfd_split asks for overflow: split"),
     "completion_only_loss": joint("train_on"),

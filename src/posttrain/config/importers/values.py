@@ -81,6 +81,16 @@ _OF_PAIRS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards
 _TRACKERS = ("mlflow", "wandb", "trackio", "tensorboard")
 
 
+def in_order(value: Any) -> str:
+    """Raises: KeyError."""
+    return "sequential" if flag(value) else "random"
+
+
+def shuffled(value: Any) -> str:
+    """Raises: KeyError."""
+    return "random" if flag(value) else "sequential"
+
+
 def trackers(value: Any) -> list[str]:
     """Those that are here; `all` is whoever is installed there, which a configuration does not say."""
     return [name for name in names(value) if name in _TRACKERS]
@@ -109,11 +119,12 @@ TRAINER: dict[str, KeyFate] = {
     **rows(left(KERNELS), "attn_implementation", "use_liger_kernel", "use_liger_loss", "liger_kernel_config", "flash_attn", "use_flash_attention_2"),
     **rows(left(OWN_LOOP), "do_train", "do_eval", "do_predict", "past_index", "label_names", "full_determinism", "jit_mode_eval", "debug", "tpu_num_cores",
            "ignore_data_skip", "dataloader_drop_last", "split_batches", "half_precision_backend", "fp16_backend", "fp16_opt_level", "use_legacy_prediction_loop",
-           "auto_find_batch_size", "disable_dropout", "data_seed", "train_sampling_strategy", "eval_do_concat_batches", "eval_use_gather_object",
+           "auto_find_batch_size", "disable_dropout", "data_seed", "eval_do_concat_batches", "eval_use_gather_object",
            "dataloader_multiprocessing_context", "dataloader_in_order", "ddp_static_graph"),
     "fsdp": to("sharding", fsdp_words, SHARDED, "give full_shard, shard_grad_op, hybrid_shard or no_shard, with auto_wrap or offload"),
     "fsdp_config": to("sharding", fsdp_config, SHARDED, "give one of FSDP's strategies as its reshard_after_forward"),
     "resume_from_checkpoint": left("a run that is started again goes on by itself"),
+    "train_sampling_strategy": to("train_sampling_strategy", {"random": "random", "sequential": "sequential", "group_by_length": "random"}, "nothing is padded, so sorting by length saves nothing", "set random or sequential"),
     "group_by_length": changed("rows come in a shuffled order here; nothing is padded, so sorting them by length saves nothing"),
     "length_column_name": left("rows are not sorted by length here"),
     "torch_compile": to("torch_compile", why="neither in 4 bits nor beside layer_offloading"),
@@ -192,6 +203,24 @@ def schedule(draft: ImportDraft) -> None:
             draft.leave(key, "it is what this schedule does by itself")
         else:
             draft.refuse(key, f"{value}: the schedule {kind} has no such option here", "take it out")
+
+
+def drawn_by_seed(draft: ImportDraft, key: str) -> None:
+    """Weights by the family's own initialisation. Which numbers a seed gives depends on the library there, too."""
+    if draft.asks(key) and draft.keys.get("adapter", "none") != "none":
+        draft.refuse(
+            key, "true beside an adapter: the random weights under it would stay as they are", "take one of them out"
+        )
+    elif draft.asks(key):
+        seed = draft.number("seed")
+        draft.put(
+            "init_seed",
+            42 if seed is None else int(seed),
+            key,
+            "drawn by the seed of the run; other numbers than there, as random",
+        )
+    elif key in draft.source:
+        draft.leave(key, "it is off")
 
 
 def compiling(draft: ImportDraft) -> None:

@@ -7,7 +7,17 @@ from typing import Any
 from posttrain.config.importers.fates import KeyFate, as_float, changed, flag, joint, left, noted, refused, rows, to
 from posttrain.config.importers.sharded import OFFLOAD
 from posttrain.config.importers.trl import SCRIPT
-from posttrain.config.importers.values import KERNELS, LOADING, MEMORY, OWN_LOOP, PADDING, PROCESSES, SAVING, TRACKING
+from posttrain.config.importers.values import (
+    KERNELS,
+    LOADING,
+    MEMORY,
+    OWN_LOOP,
+    PADDING,
+    PROCESSES,
+    SAVING,
+    TRACKING,
+    shuffled,
+)
 
 _SAMPLER = "the embedded engine samples here, from the policy's own weights"
 _VALIDATION = "it is about answers while validating, not about training"
@@ -198,7 +208,7 @@ _DATA_ROWS: dict[str, KeyFate] = {
     **_in(joint("per_device_train_batch_size"), "data", "micro_batch_size_per_gpu"),
     "data.micro_batch_size": changed("rows at once are counted for each process here (per_device_train_batch_size); how a step is split changes no number"),
     "data.apply_chat_template_kwargs.*": joint("chat_template_kwargs"),
-    "data.shuffle": changed("rows always come in a shuffled order"),
+    "data.shuffle": to("train_sampling_strategy", shuffled),
     "data.seed": left("the order of rows follows from seed"),
     "data.tokenizer": to("tokenizer_name_or_path"),
     "data.chat_template": refused("a template written into the command", "save it as a Jinja file and set chat_template: FILE in a YAML of ours"),

@@ -203,6 +203,11 @@ def _tokenizer(ask: _Ask) -> PreTrainedTokenizerBase:
             f"rollout.engine: {engine} reads the tokenizer that base_model has, and not tokenizer_name_or_path; train in an SFT stage first, whose "
             "model/ has that tokenizer, or set rollout.engine: embedded"
         )
+    if model.init_seed is not None:
+        raise ConfigError(
+            f"rollout.engine: {engine} reads the weights of base_model, and not those of init_seed: {model.init_seed}; train in an SFT stage first, or "
+            "set rollout.engine: embedded"
+        )
     return trained.tokenizer if trained else load_tokenizer(model)
 
 
