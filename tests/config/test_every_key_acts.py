@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.rl import PolicyGradientKeys, RewardedKeys
@@ -80,6 +81,7 @@ FLIPS = {
     "sft": [
         Flip("base_model", "MODEL:llama"),
         Flip("init_seed", 7),
+        Flip("adapter_name_or_path", "DATA/adapter", LORA),
         Flip("tokenizer_name_or_path", "DATA/tokenizer"),
         Flip("chat_template", "DATA/other.jinja"),
         Flip("chat_template_kwargs", {"loud": True}, {"chat_template": "DATA/other.jinja"}),
@@ -381,6 +383,8 @@ def record(runner, model_dir, data_dir, tmp_path_factory):
     other = AutoTokenizer.from_pretrained(model_dir("qwen3"))
     other.eos_token = "<|endoftext|>"
     other.save_pretrained(folder / "tokenizer")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir("qwen3")), lora).save_pretrained(folder / "adapter")
     rows = [{"id": str(n), "prompt": f"{n}", "target": "e", "scorer": "contains", "split": "dev"} for n in range(3)]
     (folder / "suite.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     usual = {

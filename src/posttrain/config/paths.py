@@ -186,6 +186,7 @@ def _teacher(model: str, folder: Path) -> str:
 PATH_RULES: tuple[tuple[type[Keys], str, Callable[[str, Path], str]], ...] = (
     (StartKeys, "base_model", _existing_or_hub),
     (StartKeys, "tokenizer_name_or_path", _existing_or_hub),
+    (StartKeys, "adapter_name_or_path", _existing),
     (ModelKeys, "chat_template", _template),
     (DatasetKeys, "path", _data),
     (TrainKeys, "output_dir", _output),

@@ -51,7 +51,7 @@ class PPOKeys(PolicyGradientKeys):
 
 
 _TRAINED_WHOLE: dict[str, Any] = {
-    "adapter": "none", "adapter_start": "fresh", "load_in_4bit": False, "load_in_8bit": False, "layer_offloading": False, "unfrozen_parameters": [], "unfrozen_layers": 0, "unfrozen_layers_spread": False,
+    "adapter": "none", "adapter_start": "fresh", "adapter_name_or_path": None, "load_in_4bit": False, "load_in_8bit": False, "layer_offloading": False, "unfrozen_parameters": [], "unfrozen_layers": 0, "unfrozen_layers_spread": False,
 }
 
 

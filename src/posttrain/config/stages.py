@@ -82,6 +82,12 @@ class ModelKeys(StartKeys):
         return self
 
     @model_validator(mode="after")
+    def _has_one_adapter_to_start_from(self) -> ModelKeys:
+        if self.adapter_name_or_path is not None and self.adapter_start == "continue":
+            raise ValueError(f"adapter_name_or_path: {self.adapter_name_or_path} with adapter_start: continue, which is about the adapter of the stage before; take one of them out")
+        return self
+
+    @model_validator(mode="after")
     def _trains_all_that_is_drawn(self) -> ModelKeys:
         if self.init_seed is not None and (self.adapter != "none" or self.base_bits):
             what = f"adapter: {self.adapter}" if self.adapter != "none" else f"load_in_{self.base_bits}bit: true"

@@ -268,8 +268,8 @@ def continue_adapter(model: PreTrainedModel, adapter: Path, dropout: float) -> P
     config: Any = LoraConfig.from_pretrained(str(adapter))
     if (config.task_type in REWARD_TASKS) != (reward_head(model) is not None):
         raise ModelError(
-            f"adapter_start: continue: {adapter} was trained under {'a reward' if reward_head(model) is None else 'a language model'}'s "
-            f"head, and {type(model).__name__} has another; set adapter_start: fresh"
+            f"{adapter} was trained under {'a reward' if reward_head(model) is None else 'a language model'}'s "
+            f"head, and {type(model).__name__} has another; begin a new adapter (adapter_start: fresh, without adapter_name_or_path)"
         )
     # What any other init would compute is overwritten below.
     config.inference_mode, config.init_lora_weights, config.lora_dropout = False, True, dropout

@@ -22,7 +22,7 @@ from posttrain.files import size_text
 from posttrain.models import attention, generation
 from posttrain.models.adapters import ATTENTION_NAMES, attach_adapter, continue_adapter, is_tied, linear_modules
 from posttrain.models.compiled import compile_layers, compile_where_it_fits, is_compiled, wants_compiling
-from posttrain.models.continued import adapter_before, base_keys
+from posttrain.models.continued import adapter_before, base_keys, is_continued
 from posttrain.models.device import Placement, has_bf16, place, weight_dtype
 from posttrain.models.exact import refuse_unless_exact
 from posttrain.models.freezing import freeze
@@ -156,7 +156,7 @@ def load_policy(
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     adapted: Any = model
     moved = False
-    if with_adapter and keys.adapter_start == "continue":
+    if with_adapter and is_continued(keys):
         adapted = continue_adapter(model, adapter_before(keys), keys.lora_dropout)
     elif with_adapter:
         torch.manual_seed(keys.seed if isinstance(keys, TrainKeys) else 0)

@@ -75,7 +75,7 @@ def may_read_shares(keys: ModelKeys) -> bool:
 def fits_shares(adapter: Path) -> bool:
     """Whether a saved adapter can be put on a base of which each rank holds its share."""
     config = read_json(adapter / CONFIG)
-    return not (config["use_dora"] or config["modules_to_save"])
+    return not (config.get("use_dora") or config.get("modules_to_save"))  # which older versions of PEFT do not write
 
 
 _ONE = DistributedConfig(tp_size=1, fsdp_size=1, pp_size=1, ep_size=1)

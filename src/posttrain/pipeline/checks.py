@@ -156,6 +156,9 @@ def check_adapters(keys: PipelineKeys) -> None:
     before: TrainKeys | None = None
     for number, stage in enumerate(keys.stages, start=1):
         name = f"stages.{number}.adapter_start: continue"
+        if before is not None and stage.keys.adapter_start != "continue":
+            before = before if stage.keys.is_reward_model else stage.keys
+            continue
         if is_continued(stage.keys) and stage.keys.is_reward_model and before is not None:
             raise ConfigError(
                 f"{name}: stage {number} is a reward model, and the adapter of stage {number - 1} was trained under a head that gives "

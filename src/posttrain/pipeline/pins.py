@@ -21,6 +21,7 @@ from posttrain.config.ppo import PPOKeys
 from posttrain.config.resolved import SCHEMA, to_data
 from posttrain.config.rl import RLKeys, SamplingKeys
 from posttrain.config.stages import TrainKeys
+from posttrain.config.starting import OF_THE_GIVEN
 from posttrain.errors import ConfigError
 from posttrain.evals.suite import suite_file_digest
 from posttrain.files import digest_file, digest_json, digest_start
@@ -127,9 +128,18 @@ def data_pins(keys: TrainKeys) -> dict[str, str]:
         pins["eval_suite"] = suite_file_digest(Path(keys.eval_suite))
     if keys.tokenizer_name_or_path is not None:
         pins["tokenizer"] = _tokenizer(keys.tokenizer_name_or_path)
+    if keys.adapter_name_or_path is not None:
+        pins["adapter"] = source_digest(keys.adapter_name_or_path)
     if keys.chat_template is not None:
         pins["chat_template"] = digest_file(Path(keys.chat_template))
     return pins
+
+
+def with_given(keys: PipelineKeys, index: int, stage: TrainKeys) -> TrainKeys:
+    """The keys of a stage (`index` counts from 1) with what the pipeline is given, or without it where the stage starts from an earlier one's model."""
+    starts = all(before.keys.is_reward_model for before in keys.stages[: index - 1])
+    first = keys.stages[0].keys
+    return stage.model_copy(update={name: getattr(first, name) if starts else None for name in OF_THE_GIVEN})
 
 
 def with_models_made(keys: TrainKeys, run: Path, before: Sequence[StageEntry]) -> TrainKeys:

@@ -25,8 +25,9 @@ from posttrain.errors import ChangedInputsError, ConfigError
 from posttrain.evals.suite import suite_files
 from posttrain.files import digest_json, digest_start, read_json, write_atomic, write_json
 from posttrain.grading.source import source_of, split_spec
+from posttrain.models.low_rank import CONFIG
 from posttrain.names import JUDGE
-from posttrain.pipeline.pins import data_pins, tokenizer_files, with_models_made
+from posttrain.pipeline.pins import data_pins, tokenizer_files, with_given, with_models_made
 from posttrain.pipeline.state import StageEntry
 from posttrain.registry.manifest import MODEL, Manifest
 from posttrain.registry.registry import Registry
@@ -57,7 +58,8 @@ def stored_files(keys: PipelineKeys, project: Path | None, run: Path, entries: S
     named: dict[str, str] = {}
     for stage, entry in zip(keys.stages, entries, strict=False):
         before = [other for other in entries if other.index < entry.index]
-        trained = with_models_made(apply_changes(stage.keys, entry.changed), run, before)
+        trained = with_given(keys, entry.index, apply_changes(stage.keys, entry.changed))
+        trained = with_models_made(trained, run, before)
         now = data_pins(trained)
         if entry.accepted:  # by a person, under other versions: those are part of a reward's digest
             now.pop("rewards", None)
@@ -71,9 +73,9 @@ def stored_files(keys: PipelineKeys, project: Path | None, run: Path, entries: S
             files[place] = file
             if not _below(file, project) or str(file) in str(entry.changed):
                 named[str(file)] = place
-        folder = trained.tokenizer_name_or_path
-        if folder is not None and looks_local(folder) and not _below(Path(folder), project):
-            named[folder] = _place(Path(folder) / "tokenizer.json", project).rpartition("/")[0]
+        for folder in _folders(trained):
+            if not _below(folder, project):
+                named[str(folder)] = _place(folder / CONFIG, project).rpartition("/")[0]
     write_json(run / _TABLE, named)
     return files | {_TABLE: run / _TABLE}
 
@@ -116,6 +118,12 @@ def _sources(keys: TrainKeys) -> list[DatasetKeys]:
     return [*keys.datasets, *keys.eval_datasets, *(keys.ptx_datasets if isinstance(keys, RLKeys) else ())]
 
 
+def _folders(keys: TrainKeys) -> list[Path]:
+    """Those that are read as a whole."""
+    named = (keys.tokenizer_name_or_path, keys.adapter_name_or_path)
+    return [Path(folder) for folder in named if folder is not None and looks_local(folder)]
+
+
 def _read_by(keys: TrainKeys) -> Iterator[Path]:
     """The files that a stage reads, beside its model."""
     yield from (Path(source.path) for source in _sources(keys))
@@ -123,6 +131,8 @@ def _read_by(keys: TrainKeys) -> Iterator[Path]:
         yield Path(keys.chat_template)
     if keys.tokenizer_name_or_path is not None and looks_local(keys.tokenizer_name_or_path):
         yield from tokenizer_files(Path(keys.tokenizer_name_or_path))
+    if keys.adapter_name_or_path is not None:
+        yield from (path for path in sorted(Path(keys.adapter_name_or_path).iterdir()) if path.is_file())
     if keys.eval_suite is not None:
         yield from suite_files(Path(keys.eval_suite)).values()
     played = keys.played_with if isinstance(keys, EpisodeKeys) else []

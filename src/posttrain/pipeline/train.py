@@ -14,13 +14,12 @@ from posttrain.config.pipeline import ConfiguredStage, PipelineKeys
 from posttrain.config.resolved import apply_changes, resolved_yaml
 from posttrain.config.rl import RLKeys
 from posttrain.config.stages import TrainKeys
-from posttrain.config.starting import OF_THE_GIVEN
 from posttrain.errors import ChangedInputsError
 from posttrain.files import digest_json, write_atomic
 from posttrain.models.continued import base_keys, is_continued
 from posttrain.models.total import MergedBefore
 from posttrain.pipeline.data_checks import DataChecks, Suites
-from posttrain.pipeline.pins import pinned_environment, stage_inputs, training_keys, with_models_made
+from posttrain.pipeline.pins import pinned_environment, stage_inputs, training_keys, with_given, with_models_made
 from posttrain.pipeline.state import DAMAGED, DONE, RUNNING, Parent, RunState, StageEntry
 from posttrain.pipeline.taken_over import begin, belongs_to, damage, damaged_error, files_made, model_of
 from posttrain.protocols import MetricSink, Ranks
@@ -122,9 +121,7 @@ class Stages:
     def _keys(self, state: RunState, index: int, stage: ConfiguredStage) -> TrainKeys:
         keys = apply_changes(stage.keys, state.changes.get(str(index), {}))
         keys = keys.model_copy(update={"base_model": self.place.model_before(state, index), "seed": keys.seed})
-        first = self.place.keys.stages[0].keys
-        given = {name: None if self.place.before(index) else getattr(first, name) for name in OF_THE_GIVEN}
-        keys = keys.model_copy(update=given)
+        keys = with_given(self.place.keys, index, keys)
         before = [entry for place in range(1, index) if (entry := state.stage(place)) is not None]
         return with_models_made(keys, self.place.folder, before)
 

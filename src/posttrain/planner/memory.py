@@ -184,7 +184,9 @@ def _replica_bytes(shape: ModelShape, workload: Workload, trained: int) -> int:
 
 def _reference_bytes(shape: ModelShape, workload: Workload, trained: int) -> int:
     """A float32 copy of the trained model, or of the adapter that is trained on as it started."""
-    if workload.adapter != "none" and workload.adapter_start == "continue":
+    if workload.adapter != "none" and (
+        workload.adapter_start == "continue" or workload.adapter_name_or_path is not None
+    ):
         return trained * _BYTES_MASTER
     return shape.num_params * _BYTES_MASTER if workload.has_reference else 0
 

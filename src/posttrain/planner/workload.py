@@ -28,6 +28,7 @@ class Workload:
     selects_tokens: bool = False
     adapter: str = "none"
     adapter_start: str = "fresh"
+    adapter_name_or_path: str | None = None
     load_in_4bit: bool = False
     load_in_8bit: bool = False
     bnb_4bit_use_double_quant: bool = True

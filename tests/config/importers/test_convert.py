@@ -227,10 +227,6 @@ def test_the_stage_comes_from_the_keys(tmp_path, line, kind):
             "save_strategy: epoch with max_steps: the steps of an epoch are known only",
         ),
         (
-            "lora_model_dir: ./before",
-            "lora_model_dir: ./before: a stage does not start from an adapter; merge it first",
-        ),
-        (
             "no_such_key: 3",
             "no_such_key: no key of Axolotl's that is known here; it may change what is learned; take it out",
         ),

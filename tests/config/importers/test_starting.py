@@ -139,6 +139,37 @@ def test_one_shuffle_for_all_epochs_is_refused(refused):
     assert "curriculum_sampling: true with shuffle_merged_datasets" in refused(AXOLOTL + "curriculum_sampling: true\n")
 
 
+@pytest.fixture
+def before(tmp_path):
+    (tmp_path / "before" / "inner").mkdir(parents=True)
+    return str((tmp_path / "before").resolve())
+
+
+@pytest.mark.parametrize(
+    ("text", "inner"),
+    [
+        (LORA + "lora_model_dir: ./before\n", ""),
+        (AXOLOTL + "adapter: lora\nlora_model_dir: ./before\n", ""),
+        (LLAMAFACTORY + "adapter_name_or_path: before\n", ""),
+        (LLAMAFACTORY + "adapter_name_or_path: before\nadapter_folder: inner\ncreate_new_adapter: false\n", "/inner"),
+    ],
+)
+def test_an_adapter_is_started_from(loaded, before, text, inner):
+    assert loaded(text)[1].adapter_name_or_path == before + inner
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (LLAMAFACTORY + "adapter_name_or_path: a, b\n", "adapter_name_or_path: a, b: adapters are merged before training there; merge"),
+        (LLAMAFACTORY + "adapter_name_or_path: a\ncreate_new_adapter: true\n", "create_new_adapter: a: adapters are merged before"),
+        (LORA + "lora_model_dir: ./before\nrl: dpo\n", "lora_model_dir: ./before: the reference is the base without it there"),
+    ],
+)  # fmt: skip
+def test_adapters_that_are_used_otherwise_there_are_refused(refused, before, text, words):
+    assert words in refused(text)
+
+
 NAMES = [
     f"model.layers.{layer}.{module}"
     for layer in (1, 11, 3)

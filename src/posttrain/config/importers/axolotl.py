@@ -128,7 +128,7 @@ ROWS: dict[str, KeyFate] = {
     "adapter": to("adapter", {"lora": "lora", "qlora": "qlora", "none": "none", "": "none"}, todo="set adapter: lora or qlora, or leave it out"),
     "load_in_4bit": to("load_in_4bit", flag),
     "load_in_8bit": to("load_in_8bit", flag),
-    "lora_model_dir": refused("a stage does not start from an adapter", "merge it first (`posttrain merge`) and name the merged folder as base_model"),
+    "lora_model_dir": joint("adapter_name_or_path", "its own rank, alpha and modules count there too"),
     "lora_r": to("lora_r"),
     "lora_alpha": to("lora_alpha"),
     "lora_dropout": to("lora_dropout"),

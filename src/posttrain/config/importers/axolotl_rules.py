@@ -21,6 +21,7 @@ from posttrain.config.importers.values import (
     schedule,
     sft_losses,
     sft_only,
+    start_from_adapter,
     warmup,
 )
 
@@ -190,10 +191,12 @@ def _batch(draft: ImportDraft) -> None:
 def _adapter(draft: ImportDraft) -> None:
     modules, linear = draft.source.get("lora_target_modules"), draft.source.get("lora_target_linear")
     if draft.keys.get("adapter", "none") == "none":
-        for key in ("lora_target_modules", "lora_target_linear", "bnb_config_kwargs"):
+        for key in ("lora_target_modules", "lora_target_linear", "bnb_config_kwargs", "lora_model_dir"):
             if key in draft.source:
                 draft.leave(key, "there is no adapter")
         return
+    if draft.asks("lora_model_dir"):
+        start_from_adapter(draft, "lora_model_dir", str(draft.source["lora_model_dir"]))
     _target(draft, modules, linear)
     for key, value in (draft.source.get("bnb_config_kwargs") or {}).items():
         if key in ("bnb_4bit_use_double_quant", "bnb_4bit_quant_type"):
@@ -220,6 +223,8 @@ def _target(draft: ImportDraft, modules: Any, linear: Any) -> None:
         key = "lora_target_modules" if modules else "lora_target_parameters"
         draft.put("lora_target", [*(modules or []), *parameters], key)
     else:
+        if draft.asks("lora_model_dir"):
+            return  # the adapter says it
         draft.refuse(
             "lora_target_modules", "missing: PEFT then takes modules that depend on the family",
             "set lora_target_linear: true or name them",

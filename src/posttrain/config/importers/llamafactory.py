@@ -44,6 +44,7 @@ from posttrain.config.importers.values import (
     schedule,
     sft_losses,
     sft_only,
+    start_from_adapter,
     streaming,
     warmup,
 )
@@ -76,8 +77,8 @@ ROWS: dict[str, KeyFate] = {
     "ignore_pad_token_for_loss": left(PADDING),
     "model_name_or_path": to("base_model"),
     "model_revision": to("revision"),
-    "adapter_name_or_path": refused("a stage does not start from an adapter", "merge it first (`posttrain merge`) and name the merged folder as base_model"),
-    **rows(left("it is read with adapter_name_or_path only"), "adapter_folder", "create_new_adapter"),
+    "adapter_name_or_path": joint("adapter_name_or_path", "its own rank, alpha and modules count there too"),
+    **rows(joint("adapter_name_or_path", "with adapter_name_or_path"), "adapter_folder", "create_new_adapter"),
     "stage": joint("loss_type"),
     "finetuning_type": joint("adapter"),
     "template": joint("chat_template"),
@@ -211,6 +212,7 @@ def finish(draft: ImportDraft) -> None:
     _trained(draft)
     drawn_by_seed(draft, "train_from_scratch")
     _loss(draft)
+    _adapter_before(draft)
     _memory(draft)
     warmup(draft)
     schedule(draft)
@@ -254,6 +256,32 @@ def _adapter(draft: ImportDraft) -> None:
     elif "lora_target" in draft.source:
         draft.leave("lora_target", "there is no adapter")
     _pissa(draft, adapter)
+
+
+def _adapter_before(draft: ImportDraft) -> None:
+    """Of several adapters all but the last are merged there, and with `create_new_adapter` the last one too."""
+    adapter = draft.keys.get("adapter", "none")
+    folders = names(draft.source.get("adapter_name_or_path") or [])
+    for key in ("adapter_name_or_path", "adapter_folder", "create_new_adapter"):
+        if key in draft.source and (not folders or adapter == "none" or not draft.asks(key)):
+            draft.leave(
+                key,
+                "there is no adapter to start from"
+                if not folders
+                else "there is no adapter"
+                if adapter == "none"
+                else "it is off",
+            )
+    if not folders or adapter == "none":
+        return
+    if len(folders) > 1 or draft.asks("create_new_adapter"):
+        merged = "create_new_adapter" if draft.asks("create_new_adapter") else "adapter_name_or_path"
+        draft.refuse(merged, f"{', '.join(folders)}: adapters are merged before training there", "merge them first (`posttrain merge`), and name the merged folder as model_name_or_path")  # fmt: skip
+        return
+    inner = draft.source.get("adapter_folder")
+    start_from_adapter(draft, "adapter_name_or_path", f"{folders[0]}/{inner}" if inner else folders[0])
+    if inner:
+        draft.leave("adapter_folder", "it stands in adapter_name_or_path")
 
 
 def _frozen(draft: ImportDraft, kind: str) -> None:

@@ -21,6 +21,7 @@ from posttrain.config.importers.fates import (
     rows,
     to,
 )
+from posttrain.config.importers.paths import local_file
 from posttrain.config.importers.sharded import SHARDED, fsdp_config, fsdp_words
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.schema import keys_of
@@ -221,6 +222,16 @@ def drawn_by_seed(draft: ImportDraft, key: str) -> None:
         )
     elif key in draft.source:
         draft.leave(key, "it is off")
+
+
+def start_from_adapter(draft: ImportDraft, key: str, folder: str) -> None:
+    """The adapter at `folder` is trained on. Their preferences have the base without it for a reference."""
+    pulled = draft.kind == "dpo" and draft.keys.get("loss_type", "sigmoid") not in ("orpo", "simpo")
+    if pulled or (STAGE_KINDS[draft.kind].samples and draft.keys.get("beta")):
+        draft.refuse(key, f"{folder}: the reference is the base without it there, and the model with it here", "merge it first (`posttrain merge`) and name the merged folder as base_model for ours")  # fmt: skip
+        return
+    draft.put("adapter_name_or_path", local_file(draft, folder), key)
+    draft.change(key, "lora_dropout is that of the file here, and the adapter's own there")
 
 
 def compiling(draft: ImportDraft) -> None:
