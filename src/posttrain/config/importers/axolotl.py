@@ -33,7 +33,7 @@ from posttrain.config.importers.values import (
     SCHEDULES,
     TRACKING,
     TRAINER,
-    in_order,
+    unshuffled,
 )
 
 _LORA = "take it out to train the adapter as PEFT starts it, or train with Axolotl"
@@ -85,7 +85,7 @@ ROWS: dict[str, KeyFate] = {
     "sample_packing": to("packing", flag),
     "sample_packing_bin_size": changed("packing looks at the whole epoch's order (packing_window) and splits no row"),
     "sample_packing_sequentially": refused("rows are packed best-fit here", "take it out"),
-    "curriculum_sampling": to("train_sampling_strategy", in_order),
+    "curriculum_sampling": to("train_sampling_strategy", unshuffled),
     "shuffle_merged_datasets": joint("train_sampling_strategy", "read with curriculum_sampling and pretraining_dataset; else a random order is drawn there all the same"),
     "shuffle_before_merging_datasets": left("rows are shuffled once more when they are taken, so this shuffle is not seen"),
     "dataset_exact_deduplication": to("deduplicate", flag),

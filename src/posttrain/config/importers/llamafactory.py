@@ -40,12 +40,12 @@ from posttrain.config.importers.values import (
     compiling,
     drawn_by_seed,
     eight_bits,
-    in_order,
     schedule,
     sft_losses,
     sft_only,
     start_from_adapter,
     streaming,
+    unshuffled,
     warmup,
 )
 
@@ -101,7 +101,7 @@ ROWS: dict[str, KeyFate] = {
     "default_system": refused("no system message is added to rows", "write it into the rows"),
     "enable_thinking": joint("chat_template"),
     "preserve_thinking": refused("the chat template decides which thinking is kept", "take it out"),
-    "disable_shuffling": to("train_sampling_strategy", in_order),
+    "disable_shuffling": to("train_sampling_strategy", unshuffled),
     "lora_rank": to("lora_r"),
     "lora_alpha": to("lora_alpha"),
     "lora_dropout": to("lora_dropout"),

@@ -82,7 +82,7 @@ _OF_PAIRS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards
 _TRACKERS = ("mlflow", "wandb", "trackio", "tensorboard")
 
 
-def in_order(value: Any) -> str:
+def unshuffled(value: Any) -> str:
     """Raises: KeyError."""
     return "sequential" if flag(value) else "random"
 
