@@ -29,7 +29,9 @@ posttrain sft train.yaml
 - A key that changes what is learned and cannot be had here is refused, and so is a key that no table knows. Every refusal
   is listed with what to do; nothing is written then, and the exit code is 64.
 - LLaMA-Factory's data names are looked up in `dataset_info.json`, in `dataset_dir` beside the file, above it, or where the command
-  is started. A chat template by name is taken where the model's own tokenizer carries that format; others are refused.
+  is started. A chat template by name is ours that renders the same text (`axolotl_chatml`, `llamafactory_llama3` …: a test holds its rendering of
+  200 conversations against what the tool rendered), else the tokenizer's own where the model is known to carry that format; others are refused. LLaMA-Factory's write no tools here, so rows with
+  tools are left to the tokenizer's own.
 - verl's `custom_reward_function` is called as verl calls it ([rewards](rewards.md)); a reward that verl picks by a row's `data_source` is refused. Its
   steps are generation batches, ours optimizer steps: `save_freq`, `test_freq` and `total_training_steps` are multiplied.
 - OpenRLHF's `train_ppo_ray` is `ppo` with `gae`, and `grpo` with `group_norm`, `dr_grpo` and `rloo`. It cuts rewards at ±10 unasked, which is refused where something

@@ -66,6 +66,7 @@ def imported(tmp_path):
         info = {
             "mine": {"file_name": "mine.json", "columns": {"prompt": "q", "response": "a"}},
             "pairs": {"file_name": "pairs.json", "ranking": True, "formatting": "sharegpt"},
+            "calls": {"file_name": "mine.json", "formatting": "sharegpt", "columns": {"tools": "tools"}},
         }
         (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
         (tmp_path / name).write_text(text)
@@ -274,10 +275,26 @@ def test_names_without_dataset_info_are_refused(tmp_path):
 
 def test_a_template_by_name_needs_a_model_that_carries_it(imported):
     assert any("qwen3 is the format" in note for note in imported(LLAMAFACTORY)[0].notes)
+    with pytest.raises(ConfigError, match="template: solar: a template by name, and Qwen3-8B is not known to carry it"):
+        imported(LLAMAFACTORY.replace("template: qwen3", "template: solar"))
+
+
+def test_a_template_of_another_tools_name_is_the_one_here_that_renders_the_same(imported):
+    loaded = imported(LLAMAFACTORY.replace("template: qwen3", "template: llama3"))[1]
+    assert loaded.keys.chat_template.endswith("/llamafactory_llama3.jinja")
+    assert loaded.keys.special_tokens == {"eos_token": "<|eot_id|>"}
+    text = AXOLOTL.replace("type: alpaca", "type: chat_template") + "chat_template: falcon_h1\n"
+    assert imported(text)[1].keys.chat_template.endswith("/axolotl_falcon_h1.jinja")
+
+
+def test_rows_with_tools_are_left_to_the_tokenizers_own_template(imported):
+    text = LLAMAFACTORY.replace("template: qwen3", "template: qwen3_nothink").replace("dataset: mine", "dataset: calls")
+    assert imported(text.replace("calls", "mine"))[1].keys.chat_template.endswith("/llamafactory_chatml.jinja")
+    assert imported(text)[1].keys.chat_template is None
     with pytest.raises(
-        ConfigError, match="template: mistral: a template by name, and Qwen3-8B is not known to carry it"
+        ConfigError, match=r"template: phi4: .* not known to carry it, and its own template here writes no tools"
     ):
-        imported(LLAMAFACTORY.replace("template: qwen3", "template: mistral"))
+        imported(text.replace("qwen3_nothink", "phi4"))
 
 
 def test_a_file_of_no_tool_is_refused(tmp_path):

@@ -21,7 +21,7 @@ from posttrain.config.importers.fates import (
     rows,
     to,
 )
-from posttrain.config.importers.llamafactory_data import read_datasets
+from posttrain.config.importers.llamafactory_data import has_tools, read_datasets
 from posttrain.config.importers.sharded import SPLIT, tokens_over
 from posttrain.config.importers.templates import named_template
 from posttrain.config.importers.values import (
@@ -339,7 +339,7 @@ def _template(draft: ImportDraft) -> None:
     elif name is None:
         draft.change("template", "none is named, so the tokenizer's own is used")
     else:
-        named_template(draft, "template", str(name))
+        named_template(draft, "template", str(name), has_tools(draft))
 
 
 def _text_ends(draft: ImportDraft, template: Any) -> None:

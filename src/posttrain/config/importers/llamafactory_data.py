@@ -67,13 +67,28 @@ def _weights(draft: ImportDraft, wanted: list[str]) -> list[float]:
     return [float(share) for share in names(shares)][: len(wanted)]
 
 
-def _info(draft: ImportDraft) -> tuple[Path, Mapping[str, Any]] | None:
+def has_tools(draft: ImportDraft) -> bool:
+    """Whether rows of a dataset that is named have a column of tools."""
+    _, entries = _find_info(draft) or (None, {})
+    chosen = [entries.get(name) for key in ("dataset", "eval_dataset") for name in names(draft.source.get(key) or [])]
+    return any(isinstance(entry, Mapping) and (entry.get("columns") or {}).get("tools") for entry in chosen)
+
+
+def _find_info(draft: ImportDraft) -> tuple[Path, Mapping[str, Any]] | None:
     asked = str(draft.source.get("dataset_dir") or "data")
     for folder in (place / asked for home in draft.home for place in (home, *home.parents)):
         if (folder / _INFO).is_file():
-            if "dataset_dir" in draft.source:
-                draft.leave("dataset_dir", "datasets name the files themselves")
             return folder, json.loads((folder / _INFO).read_text(encoding="utf-8"))
+    return None
+
+
+def _info(draft: ImportDraft) -> tuple[Path, Mapping[str, Any]] | None:
+    found = _find_info(draft)
+    if found:
+        if "dataset_dir" in draft.source:
+            draft.leave("dataset_dir", "datasets name the files themselves")
+        return found
+    asked = str(draft.source.get("dataset_dir") or "data")
     draft.refuse(
         "dataset", f"{draft.source['dataset']}: names in {asked}/{_INFO}, which was not found beside this file or above it",
         "import where LLaMA-Factory is started, or set dataset_dir to the folder that has it",

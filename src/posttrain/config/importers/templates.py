@@ -1,4 +1,4 @@
-"""Other tools' names for chat templates, and the models whose own tokenizer carries that format."""
+"""Other tools' names for chat templates: ours that render the same, and the models whose own tokenizer carries that format."""
 
 from __future__ import annotations
 
@@ -50,19 +50,44 @@ OWN: tuple[tuple[str, str], ...] = (
     (r"mimo.*", r"mimo"),
 )  # fmt: skip
 """A name, as pattern, and the models that carry the format, as pattern of their name."""
-BUILT_IN = {"llama3": "llama3", "gemma": "gemma", "gemma2": "gemma"}
-"""A name → the template of that format here."""
+_AXOLOTL = ("alpaca", "chatml", "cohere", "deepseek_v2", "exaone", "falcon_h1", "gemma3", "gemma4", "llama4", "metharme", "mistral_v1", "mistral_v2v3",
+            "mistral_v3_tekken", "nemotron_h",
+            "phi_3", "phi_35", "qwen3", "qwen_25")  # fmt: skip
+_LLAMAFACTORY = ("alpaca", "chatml", "cohere", "deepseek", "deepseek3", "default", "exaone", "falcon_h1", "gemma", "granite3", "granite4", "lfm2", "llama2", "llama2_zh",
+                 "llama3", "llama4", "ministral", "mistral", "mistral_small", "olmo", "openchat", "phi", "phi4", "phi4_mini", "qwen", "qwen2_vl", "smollm2", "starchat", "vicuna", "zephyr")  # fmt: skip
+BUILT_IN: dict[str, dict[str, str]] = {
+    "Axolotl": {"llama3": "llama3", "gemma": "gemma", "aya": "axolotl_cohere", "gemma3n": "axolotl_gemma3", "gemma4_unified": "axolotl_gemma4", "qwen3_5": "axolotl_qwen3",
+                **{name: f"axolotl_{name}" for name in _AXOLOTL}},
+    "LLaMA-Factory": {
+        **dict.fromkeys(("yi", "smollm", "qwen3_nothink", "qwen3_vl_nothink", "qwen3_5_nothink"), "llamafactory_chatml"),
+        **dict.fromkeys(("cpm4", "intern_s1"), "llamafactory_falcon_h1"), **dict.fromkeys(("gemma3", "gemma3n"), "llamafactory_gemma"),
+        **{name: f"llamafactory_{name}" for name in _LLAMAFACTORY},
+    },
+}  # fmt: skip
+"""Tool → a template by its name there → the one here that renders the same text."""
+_ENDS = {
+    "<|im_end|>": ("chatml", "lfm2", "phi4", "qwen", "qwen2_vl", "qwen3_nothink", "qwen3_vl_nothink", "qwen3_5_nothink"),
+    "<end_of_turn>": ("gemma", "gemma3", "gemma3n"), "<|eot_id|>": ("llama3",), "<|eot|>": ("llama4",), "<|end|>": ("phi", "phi4_mini"),
+}  # fmt: skip
+EOS = {name: token for token, names in _ENDS.items() for name in names}
+"""LLaMA-Factory's templates that give the tokenizer another end of text."""
 TOKENIZERS_OWN = ("tokenizer_default", "default", "auto", "")
 _ADVICE = "save the template as a Jinja file and set chat_template: FILE"
 
 
-def named_template(draft: ImportDraft, key: str, name: str) -> None:
-    """Read a template by name as the tokenizer's own where the model carries that format; else refuse it."""
+def named_template(draft: ImportDraft, key: str, name: str, has_tools: bool = False) -> None:
+    """Read a template by name as ours that renders the same, or as the tokenizer's own where the model carries that format; else refuse it.
+
+    LLaMA-Factory writes tools in ways that ours of its names do not, so rows that have tools (`has_tools`) are left to the tokenizer's own.
+    """
     if name in TOKENIZERS_OWN:
         draft.leave(key, f"{name or 'it is empty'}: the tokenizer's own template is the default here")
         return
-    if name in BUILT_IN:
-        draft.put("chat_template", BUILT_IN[name], key, "the plain format of that name")
+    built_in = BUILT_IN.get(draft.tool, {}).get(name)
+    if built_in and not has_tools:
+        draft.put("chat_template", built_in, key, "it renders what the template of that name does there")
+        if draft.tool == "LLaMA-Factory" and name in EOS:
+            draft.put("special_tokens", {"eos_token": EOS[name]}, key, "the template makes it the end of a text there")
         return
     model = str(draft.keys.get("base_model", "")).rpartition("/")[2]
     if name.startswith("tokenizer_default_fallback_"):
@@ -73,5 +98,6 @@ def named_template(draft: ImportDraft, key: str, name: str) -> None:
             f"{name} is the format that {model}'s own tokenizer carries, and that one is used; `posttrain data` shows the rows as rendered",
         )
     else:
-        why = f"{name}: a template by name, and {model or 'the model'} is not known to carry it"
+        tools = ", and its own template here writes no tools" if built_in else ""
+        why = f"{name}: a template by name, and {model or 'the model'} is not known to carry it{tools}"
         draft.refuse(key, why, _ADVICE)
