@@ -88,3 +88,8 @@ def told_apart(paths: Iterable[str]) -> dict[str, str]:
         return tail(path, next(d for d in depths if all(tail(other, d) != tail(path, d) for other in others)))
 
     return {path: name(path) for path in parts}
+
+
+def is_pattern(entry: str) -> bool:
+    """Whether an entry of `lora_target` is a regular expression for whole names of modules: a name has none of these signs."""
+    return any(sign in entry for sign in "*+?[](){}|\\^$")

@@ -66,9 +66,26 @@ def test_an_alpaca_row_with_two_answers_is_a_pair_of_its_conversation():
     assert isinstance(parse_one("alpaca_preference", {**row, "rejected": "4"}), Skip)
     for rows in ("pairs", "labels"):
         assert detect_format(rows_of(row), rows, "alpaca_preference").name == "alpaca_preference"
-    assert detect_format(rows_of(row), "pairs").name == "preference", "it is taken by name alone"
+    assert detect_format(rows_of({**row, "prompt": "2+2?"}), "pairs").name == "preference", "it is taken by name alone"
     with pytest.raises(DataError, match=r"`chosen` is list .*; expected text"):
         parse_one("alpaca_preference", {**row, "chosen": [ASSISTANT]})
+
+
+@pytest.mark.parametrize(
+    ("question", "remedy"),
+    [
+        ("instruction", r"set `type: alpaca_preference` for a conversation, or `columns: \{prompt: instruction\}`"),
+        ("question", r"`type: alpaca_preference` and `columns: \{instruction: question\}` .*`columns: \{prompt: question\}`"),
+    ],
+)
+def test_a_pair_whose_question_would_be_left_out_is_refused(question, remedy):
+    row = {question: "2+2?", "chosen": "4", "rejected": "5"}
+    for kind in ("pairs", "labels"):
+        with pytest.raises(DataError, match=rf"`{question}` beside them would be left out.*{remedy}"):
+            detect_format(rows_of(row), kind)
+    assert detect_format(rows_of(row), "pairs", "preference").name == "preference", "who names the type has looked"
+    talked = [USER, ASSISTANT]
+    assert detect_format(rows_of({**row, "chosen": talked, "rejected": talked}), "pairs").name == "preference"
 
 
 def test_text_rows():

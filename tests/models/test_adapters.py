@@ -78,6 +78,8 @@ def test_counts_per_entry_and_kind_of_target(policy_of, caplog):
     model = policy_of("qwen3").model
     assert check_targets(model, ["q_proj", "self_attn.k_proj"]) == {"q_proj": 2, "self_attn.k_proj": 2}
     assert check_targets(model, "all-linear") == {"all-linear": 14}
+    mixed = [r".*layers\.0\.self_attn\.[qk]_proj", "up_proj"]
+    assert check_targets(model, mixed) == {mixed[0]: 2, "up_proj": 2}
     assert check_targets(model, r".*layers\.0\.self_attn\..*") == {r".*layers\.0\.self_attn\..*": 4}
     with caplog.at_level(logging.INFO, logger="posttrain"):
         policy_of("qwen3", adapter="lora", lora_target=["q_proj", "v_proj"])
@@ -120,6 +122,14 @@ def test_experts_take_an_adapter_and_train(policy_of, families):
     moved = {name: float(p.detach().abs().max()) for name, p in policy.trainable() if "lora_B" in name}
     assert len(moved) == 2 + 4
     assert min(moved.values()) > 0
+
+
+def test_a_pattern_of_modules_stands_beside_experts_by_name(policy_of):
+    pattern = r".*layers\.1\.self_attn\.(q|v)_proj"
+    policy = policy_of("qwen3_moe", adapter="lora", lora_r=4, lora_target=[pattern, "experts.gate_up_proj"])
+    adapted = {name.split(".lora_")[0].removeprefix("base_model.model.") for name, _ in policy.trainable()}
+    assert {name for name in adapted if "self_attn" in name} == {f"model.layers.1.self_attn.{p}_proj" for p in "qv"}
+    assert len({name for name in adapted if "experts" in name}) == 2
 
 
 def test_expert_names_are_offered_and_dropout_on_them_is_refused(policy_of):

@@ -94,6 +94,7 @@ def test_adapter_parameters_by_hand_and_by_peft():
         == 15_335_424
     )
     assert adapter_params(QWEN3_8B, 16, r".*\.mlp\.(gate|up)_proj") == 36 * 16 * 2 * (4096 + 12288)
+    assert adapter_params(QWEN3_8B, 16, [r".*\.mlp\.(gate|up)_proj"]) == 36 * 16 * 2 * (4096 + 12288)
     assert adapter_params(QWEN3_8B, 16, "all-linear") == 43_646_976
 
 

@@ -51,7 +51,7 @@ class ModelKeys(StartKeys):
     lora_r: int = knob(16, "Rank of the adapter.", ge=1, also="lora_rank (LLaMA-Factory)")
     lora_alpha: float = knob(32, "Scale: the update is (alpha / r) · B·A.", gt=0)
     lora_dropout: float = knob(0.0, "Dropout on the adapter's input while training.", ge=0, lt=1)
-    lora_target: list[str] | str = knob("all-linear", "Module names, `all-linear`, or a regular expression; every entry must match.", also="lora_target_modules (Axolotl, TRL), lora_target_linear (Axolotl)", example=["q_proj", "v_proj"])
+    lora_target: list[str] | str = knob("all-linear", "Module names, `all-linear`, or a regular expression for whole names; in a list names and expressions may stand together, and every entry must match.", also="lora_target_modules (Axolotl, TRL), lora_target_linear (Axolotl)", example=["q_proj", "v_proj"])
     lora_modules_to_save: list[str] = knob([], "Modules trained in full beside the adapter.", also="additional_target (LLaMA-Factory)", example=["lm_head"])
     loraplus_lr_ratio: float = knob(1.0, "Learning rate of the adapter's B matrices over that of A and all else (LoRA+, arXiv 2402.12354).", gt=0, example=16)
     use_rslora: bool = knob(False, "Scale by alpha / sqrt(r).", also="peft_use_rslora (Axolotl)")

@@ -132,6 +132,8 @@ def detect_format(rows: Sequence[SourceRow], kind: RowKind, named: str = "auto")
         if columns not in found:
             found[columns] = _best(columns, kind, origin)
         name = found[columns]
+        if name == "preference":
+            _refuse_prompt_beside(row, columns, origin)
         if first is None:
             first = (name, origin)
         elif name != first[0]:
@@ -174,6 +176,17 @@ def _best(columns: frozenset[str], kind: RowKind, origin: Origin) -> str:
     shown = ", ".join(f"`{column}`" for column in sorted(columns)) or "none"
     expected = "; ".join(f"{name}: {FORMATS[name].shape}" for name in scores)
     raise DataError(f"{origin}: found columns {shown}; expected for {kind} one of: {expected}. {_hint(columns, kind)}")
+
+
+def _refuse_prompt_beside(row: Mapping[str, Any], columns: frozenset[str], origin: Origin) -> None:
+    """Answers as text beside a question under another name: read as they are, the question would be left out."""
+    question = _alias("prompt", columns)
+    if not {"prompt", "conversations"} & columns and question and isinstance(row["chosen"], str):
+        renamed = "" if question == "instruction" else f" and `columns: {{instruction: {question}}}`"
+        raise DataError(
+            f"{origin}: `chosen` and `rejected` are text, and `{question}` beside them would be left out; expected it as the prompt; "
+            f"set `type: alpaca_preference`{renamed} for a conversation, or `columns: {{prompt: {question}}}` for plain text"
+        )
 
 
 def _hint(columns: frozenset[str], kind: RowKind) -> str:

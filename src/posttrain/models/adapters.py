@@ -21,6 +21,7 @@ from posttrain.errors import ModelError
 from posttrain.models.low_rank import WEIGHTS
 from posttrain.models.offload import OffloadedLayers
 from posttrain.models.reward_head import REWARD_TASKS, reward_head, task_type
+from posttrain.names import is_pattern
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -217,12 +218,19 @@ def _expert_targets(model: PreTrainedModel, keys: ModelKeys) -> list[str]:
 
 
 def _targets_in(names: list[str], target: list[str] | str) -> list[str] | str:
-    return (
-        target if isinstance(target, str) else [entry for entry in target if any(_named(name, entry) for name in names)]
-    )
+    """What PEFT is given: of a list the entries that are in `names`, and for a pattern the names that it is of."""
+    if isinstance(target, str):
+        return target
+    found: list[str] = []
+    for entry in target:
+        matched = [name for name in names if _named(name, entry)]
+        found += matched if is_pattern(entry) else [entry] * bool(matched)
+    return list(dict.fromkeys(found))
 
 
 def _named(name: str, entry: str) -> bool:
+    if is_pattern(entry):
+        return re.fullmatch(entry, name) is not None
     return name == entry or name.endswith(f".{entry}")
 
 

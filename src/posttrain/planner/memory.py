@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from posttrain.names import is_pattern
 from posttrain.planner.engine import SamplingEngine, engine_parts, laid_out_bytes
 from posttrain.planner.shape import ModelShape
 from posttrain.planner.workload import Workload
@@ -198,8 +199,14 @@ def adapter_params(shape: ModelShape, rank: int, target: Sequence[str] | str) ->
         pattern = re.compile(target) if target != "all-linear" else None
         names = [n for n in shapes if pattern is None or any(pattern.fullmatch(path) for path in _paths(n))]
     else:
-        names = [n for n in shapes if any(entry.split(".")[-1] == n.split(".")[-1] for entry in target)]
+        names = [n for n in shapes if any(_is_named(n, entry) for entry in target)]
     return sum(rank * (shapes[n][0] + shapes[n][1]) * shapes[n][2] for n in names)
+
+
+def _is_named(name: str, entry: str) -> bool:
+    if is_pattern(entry):
+        return any(re.fullmatch(entry, path) for path in _paths(name))
+    return entry.split(".")[-1] == name.split(".")[-1]
 
 
 def _paths(name: str) -> tuple[str, ...]:

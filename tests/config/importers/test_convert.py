@@ -344,6 +344,8 @@ def test_parameters_of_experts_are_named_among_the_modules(imported):
         "lora_target_linear: true", "lora_target_modules: [q_proj]\nlora_target_parameters: [mlp.experts.gate_up_proj]"
     )
     assert imported(text)[1].keys.lora_target == ["q_proj", "mlp.experts.gate_up_proj"]
+    text = text.replace("[q_proj]", r"'.*layers\.\d+\.self_attn\.[qv]_proj'")
+    assert imported(text)[1].keys.lora_target == [r".*layers\.\d+\.self_attn\.[qv]_proj", "mlp.experts.gate_up_proj"]
 
 
 def test_the_constant_schedule_has_no_warmup_there(imported):

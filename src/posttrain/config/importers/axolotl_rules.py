@@ -218,7 +218,9 @@ def _target(draft: ImportDraft, modules: Any, linear: Any) -> None:
             draft.change("lora_target_modules", "lora_target_linear takes every linear layer, these among them")
     elif isinstance(modules, str) or (modules and len(modules) == 1 and not modules[0].isidentifier()):
         text = modules if isinstance(modules, str) else modules[0]
-        draft.put("lora_target", "all-linear" if text == "all_linear" else text, "lora_target_modules")
+        text = "all-linear" if text == "all_linear" else text
+        is_apart = not parameters or text == "all-linear"
+        draft.put("lora_target", text if is_apart else [text, *parameters], "lora_target_modules")
     elif modules or parameters:
         key = "lora_target_modules" if modules else "lora_target_parameters"
         draft.put("lora_target", [*(modules or []), *parameters], key)
@@ -233,7 +235,7 @@ def _target(draft: ImportDraft, modules: Any, linear: Any) -> None:
         draft.leave("lora_target_linear", "false: the modules are named")
     if parameters and not isinstance(draft.keys.get("lora_target"), list):
         draft.refuse(
-            "lora_target_parameters", f"{parameters[0]} beside a pattern of modules", "name the modules in a list"
+            "lora_target_parameters", f"{parameters[0]} beside all linear layers", "name the modules in a list, or by a pattern"
         )
     elif parameters and modules:
         draft.leave("lora_target_parameters", "they stand in lora_target")
