@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from posttrain.config.datasets import ROWS_OF_TYPE
+from posttrain.config.datasets import ROWS_OF_TYPE, DatasetKeys
 from posttrain.config.pipeline import SuiteKeys
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import ModelKeys
@@ -135,5 +135,5 @@ def test_a_data_format_is_a_parser_and_a_row(monkeypatch):
     )
     rows = [(Origin("verses.jsonl", 1), {"verse": "Tyger"})]
     assert detect_format(rows, "examples").name == "verse"
-    [[example], skipped] = parse_rows(rows, "verse")
+    [[example], skipped] = parse_rows(rows, "verse", DatasetKeys(path="verses.jsonl"))
     assert "Tyger" in repr(example) and skipped == []

@@ -98,7 +98,7 @@ MISTAKES = [
     ("sft pipeline.yaml", "posttrain run pipeline.yaml", ""),
     ("sft grpo.yaml", "if this is meant as grpo: posttrain grpo grpo.yaml", ""),
     ("sft pairs.yaml -q", "This is the preference format, which is for dpo", ""),
-    ("dpo chat.yaml", "chat is not for dpo, which takes preference or alpaca_preference or kto", "learning_rate"),
+    ("dpo chat.yaml", "chat is not for dpo, which takes preference or alpaca_preference or kto or alpaca_kto", "learning_rate"),
     ("dpo chat.yaml", "posttrain sft chat.yaml", ""),
     ("dpo sft.yaml -q --set allow_raw_base=true", "expected for pairs", ""),
     ("grpo chat.yaml", "posttrain sft chat.yaml", ""),

@@ -282,7 +282,7 @@ def test_a_typo_alone_sends_nobody_to_another_verb(write, kind):
 def test_rows_of_another_stage_are_refused_at_their_line(write):
     text = "base_model: ./base\ndatasets:\n  - {path: sft_data.jsonl}\n  - {path: sft_data.jsonl, type: chat}\n"
     assert (
-        "train.yaml:4: datasets.2.type: chat is not for dpo, which takes preference or alpaca_preference or kto"
+        "train.yaml:4: datasets.2.type: chat is not for dpo, which takes preference or alpaca_preference or kto or alpaca_kto"
         in refusal("dpo", write(text))
     )
 

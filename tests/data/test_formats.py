@@ -75,7 +75,10 @@ def test_an_alpaca_row_with_two_answers_is_a_pair_of_its_conversation():
     ("question", "remedy"),
     [
         ("instruction", r"set `type: alpaca_preference` for a conversation, or `columns: \{prompt: instruction\}`"),
-        ("question", r"`type: alpaca_preference` and `columns: \{instruction: question\}` .*`columns: \{prompt: question\}`"),
+        (
+            "question",
+            r"`type: alpaca_preference` and `columns: \{instruction: question\}` .*`columns: \{prompt: question\}`",
+        ),
     ],
 )
 def test_a_pair_whose_question_would_be_left_out_is_refused(question, remedy):
@@ -341,7 +344,7 @@ def test_named_type_is_checked():
 
 
 def test_parse_rows_separates_skips():
-    nouns, skips = parse_rows(rows_of({"text": "a"}, {"text": ""}), "text")
+    nouns, skips = parse_rows(rows_of({"text": "a"}, {"text": ""}), "text", DatasetKeys(path="train.jsonl"))
     assert [n.origin.line for n in nouns] == [1] and [s.origin.line for s in skips] == [2]
 
 

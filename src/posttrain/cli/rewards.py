@@ -153,7 +153,7 @@ def read_cases(keys: RLKeys, limit: int) -> tuple[Case, ...]:
     prompts: list[Any] = []
     for source in keys.eval_datasets or keys.datasets:
         rows = read_rows(source)
-        prompts += parse_rows(rows, detect_format(rows, "prompts", source.type).name)[0]
+        prompts += parse_rows(rows, detect_format(rows, "prompts", source.type).name, source)[0]
     stride = max(1, len(prompts) // limit)
     return cases_of(prompts[::stride], limit)
 

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from posttrain.config.datasets import ROWS_OF_TYPE, RowKind
+from posttrain.config.datasets import ROWS_OF_TYPE, DatasetKeys, RowKind
 from posttrain.config.kinds import kinds_with
 from posttrain.data import parse
+from posttrain.data.additions import Noun, with_additions
 from posttrain.data.sources import SourceRow
 from posttrain.errors import DataError
-from posttrain.types import Example, LabelledCompletion, Origin, PreferencePair, Prompt, SteppedCompletion
+from posttrain.types import Origin
 
 FormatName = Literal[
     "chat",
@@ -26,10 +27,10 @@ FormatName = Literal[
     "preference",
     "alpaca_preference",
     "kto",
+    "alpaca_kto",
     "stepwise_supervised",
     "prompt",
 ]
-Noun = Example | PreferencePair | LabelledCompletion | SteppedCompletion | Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,13 @@ FORMATS: dict[str, Format] = {
     ),
     "stepwise_supervised": Format(
         ROWS_OF_TYPE["stepwise_supervised"], (("prompt", "completions", "labels"),), parse.parse_stepwise, ("tools",)
+    ),
+    "alpaca_kto": Format(
+        ROWS_OF_TYPE["alpaca_kto"],
+        (("instruction", "output", "label"),),
+        parse.parse_alpaca_kto,
+        ("input", "system", "history", "tools"),
+        by_name=True,
     ),
     "prompt": Format(ROWS_OF_TYPE["prompt"], (("prompt",), ("messages",)), parse.parse_prompt, ("tools",)),
 }
@@ -154,8 +162,8 @@ def rows_of(columns: Iterable[str]) -> RowKind:
     return FORMATS[best].rows[0] if scores[best] else "examples"
 
 
-def parse_rows(rows: Sequence[SourceRow], name: str) -> tuple[list[Noun], list[parse.Skip]]:
-    """Raises: DataError at the first malformed row."""
+def parse_rows(rows: Sequence[SourceRow], name: str, source: DatasetKeys) -> tuple[list[Noun], list[parse.Skip]]:
+    """The rows of `source`, with what it adds to them. Raises: DataError at the first malformed row."""
     nouns: list[Noun] = []
     skips: list[parse.Skip] = []
     read = FORMATS[name].parse
@@ -164,7 +172,7 @@ def parse_rows(rows: Sequence[SourceRow], name: str) -> tuple[list[Noun], list[p
         if isinstance(noun, parse.Skip):
             skips.append(noun)
         else:
-            nouns.append(noun)
+            nouns.append(with_additions(noun, source))
     return nouns, skips
 
 

@@ -216,7 +216,7 @@ def read_nouns(sources: Sequence[DatasetKeys], kind: RowKind, first: int | None 
     for source in sources:
         rows = (read_source(source) if first is None else first_rows(source, first)).rows
         found = detect_format(rows, kind, source.type)
-        nouns += _expanded(parse_rows(rows, found.name)[0], kind)
+        nouns += _expanded(parse_rows(rows, found.name, source)[0], kind)
     return nouns
 
 
@@ -268,7 +268,7 @@ def render_rows(
 ) -> SourceSummary:
     """What becomes of the rows that were read; with `join` those of a plan that wraps are blocks. Raises: DataError."""
     found = detect_format(read.rows, plan.kind, source.type)
-    parsed, skips = parse_rows(read.rows, found.name)
+    parsed, skips = parse_rows(read.rows, found.name, source)
     for skip in skips:
         part.skip(skip.reason, skip.origin)
     part.notes.update(dict.fromkeys((IN_PIECES, REWRITTEN, DROPPED), 0))

@@ -142,6 +142,13 @@ def parse_kto(row: Fields, origin: Origin) -> LabelledCompletion | Skip:
     return LabelledCompletion(origin, prompt, completion, label, parse_tools(row.get("tools"), origin))
 
 
+def parse_alpaca_kto(row: Fields, origin: Origin) -> LabelledCompletion | Skip:
+    """The conversation of an alpaca row, whose answer has a label."""
+    answer: Message = {"role": "assistant", "content": _text(row, "output", origin)}
+    kept = {name: row.get(name) for name in ("label", "tools")}
+    return parse_kto({**kept, "prompt": _alpaca_turns(row, origin), "completion": (answer,)}, origin)
+
+
 def _labelled_texts(row: Fields, origin: Origin) -> tuple[Text, Text]:
     """`prompt` and `completion`, or `messages`, whose last turn is the completion."""
     if row.get("completion") is not None or row.get("messages") is None:

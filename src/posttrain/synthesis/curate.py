@@ -77,7 +77,7 @@ def _line(row: Mapping[str, Any]) -> str:
 def _parsed(read: Source, source: DatasetKeys, keys: CurateKeys) -> list[_ReadRow]:
     kind = keys.rows or rows_of(read.rows[0][1])
     name = detect_format(read.rows, kind, source.type).name
-    nouns, skips = parse_rows(read.rows, name)
+    nouns, skips = parse_rows(read.rows, name, source)
     of, why = {noun.origin: noun for noun in nouns}, {skip.origin: skip.reason for skip in skips}
     reads = FORMATS[name].reads
     return [

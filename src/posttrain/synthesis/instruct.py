@@ -121,7 +121,7 @@ def _read(keys: InstructKeys, kind: RowKind) -> tuple[list[Noun], list[dict[str,
     nouns, skipped, digests = list[Noun](), list[dict[str, Any]](), dict[str, str]()
     for source in keys.datasets:
         read = read_source(source)
-        found, skips = parse_rows(read.rows, detect_format(read.rows, kind, source.type).name)
+        found, skips = parse_rows(read.rows, detect_format(read.rows, kind, source.type).name, source)
         if not found:
             raise DataError(
                 f"{short_path(source.path)}: has no row that can be shown to a teacher: {skips[0].reason} ({skips[0].origin} "

@@ -283,6 +283,8 @@ def test_a_template_of_another_tools_name_is_the_one_here_that_renders_the_same(
     loaded = imported(LLAMAFACTORY.replace("template: qwen3", "template: llama3"))[1]
     assert loaded.keys.chat_template.endswith("/llamafactory_llama3.jinja")
     assert loaded.keys.special_tokens == {"eos_token": "<|eot_id|>"}
+    words = imported(LLAMAFACTORY.replace("template: qwen3", "template: default"))[1].keys.chat_template
+    assert words.endswith("/llamafactory_default.jinja"), "a format of that name, not the tokenizer's own"
     text = AXOLOTL.replace("type: alpaca", "type: chat_template") + "chat_template: falcon_h1\n"
     assert imported(text)[1].keys.chat_template.endswith("/axolotl_falcon_h1.jinja")
 

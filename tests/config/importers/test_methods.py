@@ -35,6 +35,9 @@ DATA = {
     "a.b": {"file_name": "ab.json", "formatting": "sharegpt"},
     "c": {"file_name": "c.json", "formatting": "sharegpt"},
     "pairs": {"file_name": "pairs.json", **PAIRS},
+    "good": {"file_name": "good.json", "columns": {"prompt": "q", "response": "a", "kto_tag": "good"}},
+    "unsaid": {"file_name": "good.json", "columns": {"prompt": "q", "response": "a"}},
+    "part": {"hf_hub_url": "c/d", "folder": "en"},
     "texts": {
         "file_name": "texts.json",
         "ranking": True,
@@ -51,7 +54,7 @@ def loaded(tmp_path):
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(DATA))
         for entry in DATA.values():
-            (tmp_path / "data" / entry["file_name"]).write_text("[]")
+            (tmp_path / "data" / entry.get("file_name", "none.json")).write_text("[]")
         (tmp_path / name).write_text(text)
         made = import_file(tmp_path / name, tmp_path / "ours.yaml")
         return made, load_stage(made.kind, tmp_path / "ours.yaml").keys
@@ -324,3 +327,80 @@ def test_axolotls_scored_texts_become_conversations(loaded):
     )
     source = keys.datasets[0]
     assert (made.kind, source.type, source.columns) == ("reward_model", "alpaca_preference", {"instruction": "input"})
+
+
+def test_llamafactorys_labelled_answers_in_text_columns_become_conversations(loaded, refused):
+    made, keys = loaded(f"{LLAMAFACTORY}stage: kto\ndataset: good\n")
+    source = keys.datasets[0]
+    assert (made.kind, source.type) == ("dpo", "alpaca_kto")
+    assert source.columns == {"instruction": "q", "output": "a", "label": "good"}
+    assert "no column says which answers are good; give it columns: {kto_tag: NAME}" in refused(
+        f"{LLAMAFACTORY}stage: kto\ndataset: unsaid\n"
+    )
+
+
+def test_llamafactorys_names_are_of_the_hub_where_it_says_so(loaded, refused):
+    source = loaded(f"{LLAMAFACTORY}stage: sft\ndataset: c/d\ndataset_dir: ONLINE\n")[1].datasets[0]
+    assert (source.path, source.type) == ("c/d", "alpaca")
+    assert "folder en: one folder of a hub dataset" in refused(f"{LLAMAFACTORY}stage: sft\ndataset: part\n")
+
+
+@pytest.mark.parametrize(("line", "found"), [("default_system: Be brief.", "Be brief."), ("default_system: ''", "")])
+def test_llamafactorys_system_message_is_that_of_each_dataset(loaded, line, found):
+    keys = loaded(f"{LLAMAFACTORY}stage: sft\ndataset: c\neval_dataset: a.b\n{line}\n")[1]
+    assert [source.default_system for source in (*keys.datasets, *keys.eval_datasets)] == [found] * 2
+    assert keys.chat_template_kwargs == ({} if found else {"default_system": ""})
+
+
+ASKED = AXOLOTL + "rl: {rl}\ndatasets: [{{path: c/d, type: {style}}}]\n"
+
+
+@pytest.mark.parametrize(
+    ("rl", "style", "form", "prompt"),
+    [
+        ("dpo", "chatml.intel", "preference", "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"),
+        ("dpo", "chatml.icr", "preference", "<|im_start|>user\n{input}<|im_end|>\n<|im_start|>assistant\n"),
+        ("kto", "chatml.argilla", "kto", "<|im_start|>user\n{instruction}<|im_end|>\n<|im_start|>assistant\n"),
+    ],
+)
+def test_axolotls_styles_of_pairs_write_prompt_and_end_as_text(loaded, rl, style, form, prompt):
+    source = loaded(ASKED.format(rl=rl, style=style))[1].datasets[0]
+    system = "<|im_start|>system\n{system}<|im_end|>\n"
+    assert (source.type, source.prompt_format) == (form, [system + prompt, prompt])
+    assert source.completion_suffix == "<|im_end|>"
+    headers = loaded(ASKED.format(rl=rl, style=style.replace("chatml", "llama3")))[1].datasets[0]
+    assert headers.completion_suffix == "<|eot_id|>" and len(headers.prompt_format) == 2
+
+
+def test_axolotls_pairs_as_they_are_and_in_a_style_of_ones_own(loaded, refused):
+    assert loaded(ASKED.format(rl="ipo", style="passthrough"))[1].datasets[0].type == "preference"
+    own = "{field_prompt: q, field_chosen: good, prompt_format: '{system}Q: {prompt} A:', chosen_format: '{chosen}</a>', rejected_format: '{rejected}</a>'}"
+    source = loaded(ASKED.format(rl="dpo", style=own))[1].datasets[0]
+    assert source.prompt_format == ["{system}Q: {q} A:", "Q: {q} A:"]
+    assert (source.completion_suffix, source.columns) == ("</a>", {"chosen": "good"})
+    odd = own.replace("'{rejected}</a>'", "'{rejected}'")
+    assert "chosen_format and rejected_format: answers end alike here" in refused(ASKED.format(rl="dpo", style=odd))
+    assert "chatml.ultra: a prompt style that is not known here; known are" in refused(
+        ASKED.format(rl="dpo", style="chatml.ultra")
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "refusal"),
+    [
+        (
+            "train_on_inputs: true",
+            "train_on_inputs: true: of conversations Axolotl then trains the texts of every turn",
+        ),
+        ("roles_to_train: []", "roles_to_train: []: which turns are trained is then told by flags in the rows"),
+    ],
+)
+def test_what_axolotl_trains_of_a_conversation_is_refused_where_it_is_not_the_answers(refused, line, refusal):
+    assert refusal in refused(CHATS + line + "\n")
+
+
+def test_where_thinking_stands_has_its_note(loaded):
+    text = CHATS.replace("chat_template}", "chat_template, field_thinking: thinking, template_thinking_key: reasoning}")
+    notes = loaded(text)[0].text
+    assert "datasets.1.field_thinking: left out because thinking is read as thinking" in notes
+    assert "datasets.1.template_thinking_key: left out because reasoning is read as thinking" in notes

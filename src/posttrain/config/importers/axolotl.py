@@ -182,7 +182,7 @@ ROWS: dict[str, KeyFate] = {
     "chat_template": joint("chat_template"),
     "chat_template_jinja": joint("chat_template"),
     "chat_template_kwargs": to("chat_template_kwargs"),
-    "default_system_message": refused("no system message is added to rows", "write it into the rows"),
+    "default_system_message": left("Axolotl puts it in place of a sentence that none of its templates has, so it does nothing there"),
     "loss_watchdog_threshold": changed("the health rules watch the loss here (docs/failure-modes.md)"),
     "loss_watchdog_patience": left("it is read with loss_watchdog_threshold only"),
     "processor_type": refused("images, audio and video are not trained here", "name a text-only model and data"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from posttrain.config.importers.axolotl_pairs import read_own_style, read_style, styles
 from posttrain.config.importers.fates import ImportDraft, is_off
 from posttrain.config.importers.paths import local_file
 from posttrain.config.importers.templates import named_template
@@ -34,6 +35,7 @@ _ROLES = {
     "tool": "tool",
 }
 _FLAGS = ("weight", "train", "trainable", "loss", "training")
+_THINKING = ("reasoning_content", "reasoning", "thinking")
 _TAKE_OUT = "take it out, or change the data once"
 
 
@@ -152,9 +154,11 @@ def _rows(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str,
     kind = entry.get("type")
     if isinstance(kind, Mapping):
         return _own_prompt(draft, kind, where)
+    if kind in styles(draft):
+        return read_style(draft, str(kind))
     reader = _READERS.get((draft.kind, str(kind)))
     if reader is None:
-        known = ", ".join(name for stage, name in _READERS if stage == draft.kind)
+        known = ", ".join((*(name for stage, name in _READERS if stage == draft.kind), *styles(draft)))
         draft.refuse(
             f"{where}.type",
             f"{kind}: a prompt style that is not known here",
@@ -184,16 +188,20 @@ def _check_messages(draft: ImportDraft, entry: Mapping[str, Any], where: str) ->
     mapped.setdefault("role", entry.get("message_field_role") or "role")
     mapped.setdefault("content", entry.get("message_field_content") or "content")
     known = {"role": ("role", "from"), "content": ("content", "value"), "tool_calls": ("tool_calls",), "name": ("name",),
-             "tool_call_id": ("tool_call_id",), "reasoning_content": ("reasoning_content", "reasoning", "thinking"), "weight": _FLAGS}  # fmt: skip
+             "tool_call_id": ("tool_call_id",), "reasoning_content": _THINKING, "weight": _FLAGS}  # fmt: skip
     for ours, theirs in mapped.items():
         if theirs not in known.get(ours, ()):
             draft.refuse(f"{where}.message_property_mappings", f"{ours}: {theirs} is no name that is read inside a message",
                          f"rename it in the data to {known.get(ours, (ours,))[0]}")  # fmt: skip
-    thinking = entry.get("field_thinking")
-    if thinking and thinking not in ("reasoning_content", "reasoning", "thinking"):
-        draft.refuse(
-            f"{where}.field_thinking", f"{thinking}: not read as thinking here", "rename it to reasoning_content"
-        )
+    for key in ("field_thinking", "template_thinking_key"):
+        thinking = entry.get(key)
+        if thinking and thinking not in _THINKING:
+            draft.refuse(f"{where}.{key}", f"{thinking}: not read as thinking here", "rename it to reasoning_content")
+        elif thinking:
+            draft.leave(
+                f"{where}.{key}",
+                f"{thinking} is read as thinking, and given to the template under the name that it reads",
+            )
     flag = entry.get("message_field_training")
     if flag and flag not in _FLAGS[:-1]:
         draft.refuse(f"{where}.message_field_training", f"{flag}: not read as a flag here", "rename it to train")
@@ -270,13 +278,11 @@ _READERS: dict[tuple[str, str], Any] = {
 
 
 def _own_prompt(draft: ImportDraft, style: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A prompt style of the user's: a format with {instruction} and {input}."""
+    """A prompt style of the user's: a format with {instruction} and {input}, or that of a preference."""
+    if draft.kind == "dpo":
+        return read_own_style(draft, style, where)
     if draft.kind != "sft":
-        draft.refuse(
-            f"{where}.type",
-            "a prompt style of one's own for preferences",
-            "write prompt, chosen and rejected into the data",
-        )
+        draft.refuse(f"{where}.type", f"a prompt style of one's own in {draft.kind}", "write the prompts into the data")
         return {}
     fields = {name: style.get(f"field_{name}") or name for name in ("instruction", "input", "output", "system")}
     with_input = style.get("format")
@@ -319,12 +325,23 @@ def _trained(draft: ImportDraft, entries: list[Any]) -> None:
         )
     elif inputs and not any(chats):
         draft.put("train_on", "all", "train_on_inputs")
+    elif inputs:
+        draft.refuse(
+            "train_on_inputs",
+            "true: of conversations Axolotl then trains the texts of every turn, without the words around them",
+            "take it out, or set train_on: all in a YAML of ours, which trains these words too",
+        )
     elif "train_on_inputs" in draft.source:
-        why = "roles_to_train decides for conversations" if inputs else "only answers are trained here too"
-        draft.leave("train_on_inputs", why)
+        draft.leave("train_on_inputs", "only answers are trained here too")
     for where, holder in (("", draft.source), *((f"datasets.{n + 1}.", entry) for n, entry in enumerate(entries))):
         roles = holder.get("roles_to_train")
-        if roles is not None and set(roles) - {"assistant", "gpt", "model"}:
+        if roles is not None and not roles:
+            draft.refuse(
+                f"{where}roles_to_train",
+                "[]: which turns are trained is then told by flags in the rows",
+                "set [assistant]",
+            )
+        elif roles is not None and set(roles) - {"assistant", "gpt", "model"}:
             draft.refuse(
                 f"{where}roles_to_train",
                 f"{roles}: only the assistant's turns are trained here, or all",
@@ -347,7 +364,9 @@ def read_template(draft: ImportDraft) -> None:
     """`chat_template` and `chat_template_jinja`, of the file and of its entries."""
     entries = [entry for entry in draft.source.get("datasets") or [] if isinstance(entry, Mapping)]
     given = [("", draft.source), *((f"datasets.{n + 1}.", entry) for n, entry in enumerate(entries))]
+    written = [entry.get("type") in styles(draft) or isinstance(entry.get("type"), Mapping) for entry in entries]
     chat = draft.kind != "sft" or any(entry.get("type") == "chat_template" for entry in entries)
+    chat &= not (written and all(written))
     for where, holder in given:
         name, jinja = holder.get("chat_template"), holder.get("chat_template_jinja")
         if not chat and (name or jinja):

@@ -235,7 +235,9 @@ def _target(draft: ImportDraft, modules: Any, linear: Any) -> None:
         draft.leave("lora_target_linear", "false: the modules are named")
     if parameters and not isinstance(draft.keys.get("lora_target"), list):
         draft.refuse(
-            "lora_target_parameters", f"{parameters[0]} beside all linear layers", "name the modules in a list, or by a pattern"
+            "lora_target_parameters",
+            f"{parameters[0]} beside all linear layers",
+            "name the modules in a list, or by a pattern",
         )
     elif parameters and modules:
         draft.leave("lora_target_parameters", "they stand in lora_target")

@@ -98,7 +98,7 @@ ROWS: dict[str, KeyFate] = {
     "train_on_prompt": joint("train_on"),
     "mask_history": joint("train_on"),
     "tool_format": refused("tools are written by the chat template", "take it out if the template writes them as you wish"),
-    "default_system": refused("no system message is added to rows", "write it into the rows"),
+    "default_system": joint("datasets"),
     "enable_thinking": joint("chat_template"),
     "preserve_thinking": refused("the chat template decides which thinking is kept", "take it out"),
     "disable_shuffling": to("train_sampling_strategy", unshuffled),
@@ -209,6 +209,7 @@ def finish(draft: ImportDraft) -> None:
     _adapter(draft)
     read_datasets(draft)
     _template(draft)
+    _default_system(draft)
     _trained(draft)
     drawn_by_seed(draft, "train_from_scratch")
     _loss(draft)
@@ -340,6 +341,15 @@ def _template(draft: ImportDraft) -> None:
         draft.change("template", "none is named, so the tokenizer's own is used")
     else:
         named_template(draft, "template", str(name), has_tools(draft))
+
+
+def _default_system(draft: ImportDraft) -> None:
+    """A text goes to the rows of each dataset; an empty one takes away what the template says by itself."""
+    text = draft.source.get("default_system")
+    if text == "" and draft.keys.get("chat_template"):
+        draft.put("chat_template_kwargs", {"default_system": ""}, "default_system")
+    elif text is not None and (not text or draft.source.get("stage") == "pt"):
+        draft.leave("default_system", "running text is no conversation" if text else "it is empty")
 
 
 def _text_ends(draft: ImportDraft, template: Any) -> None:

@@ -17,7 +17,11 @@ _ROLE_TAGS = {
     "user_tag": ("user", "human"), "assistant_tag": ("assistant", "gpt", "model"), "observation_tag": ("observation", "tool"),
     "function_tag": ("function_call",), "system_tag": ("system",),
 }  # fmt: skip
+_ONLINE = "ONLINE"
+"""The `dataset_dir` under which names are datasets of the hub, in alpaca columns."""
 _MEDIA = ("images", "videos", "audios")
+_ALPACA = {"instruction": "prompt", "input": "query", "system": "system", "tools": "tools"}
+"""Our column → theirs, of what stands before an answer."""
 _CHANGE = "change the data once, or its entry in dataset_info.json"
 
 
@@ -76,6 +80,9 @@ def has_tools(draft: ImportDraft) -> bool:
 
 def _find_info(draft: ImportDraft) -> tuple[Path, Mapping[str, Any]] | None:
     asked = str(draft.source.get("dataset_dir") or "data")
+    if asked == _ONLINE:
+        chosen = [name for key in ("dataset", "eval_dataset") for name in names(draft.source.get(key) or [])]
+        return Path(), {name: {"hf_hub_url": name} for name in chosen}
     for folder in (place / asked for home in draft.home for place in (home, *home.parents)):
         if (folder / _INFO).is_file():
             return folder, json.loads((folder / _INFO).read_text(encoding="utf-8"))
@@ -112,6 +119,8 @@ def _entry(draft: ImportDraft, key: str, name: str, folder: Path, entries: Mappi
         return []
     chosen = {"split": entry["split"]} if entry.get("split", "train") != "train" else {}
     chosen |= {"name": entry["subset"]} if entry.get("subset") else {}
+    if draft.asks("default_system") and draft.source.get("stage") != "pt":
+        chosen["default_system"] = str(draft.source["default_system"])
     limit = draft.source.get("max_samples")
     if limit:
         chosen["limit"] = int(limit)
@@ -125,9 +134,14 @@ def _entry(draft: ImportDraft, key: str, name: str, folder: Path, entries: Mappi
 
 
 def _path(draft: ImportDraft, where: str, entry: Mapping[str, Any], folder: Path) -> str | None:
-    for hub in ("hf_hub_url",):
-        if entry.get(hub):
-            return str(entry[hub])
+    if entry.get("folder"):
+        draft.refuse(
+            where, f"folder {entry['folder']}: one folder of a hub dataset is not taken apart", "name its files"
+        )
+        return None
+    for elsewhere in ("hf_hub_url", "cloud_file_name"):
+        if entry.get(elsewhere):
+            return str(entry[elsewhere])
     file = entry.get("file_name")
     if file is None:
         draft.refuse(where, "it is neither a file nor a dataset of the hub", "give it file_name or hf_hub_url")
@@ -178,8 +192,7 @@ def _running_text(draft: ImportDraft, where: str, formatting: str, columns: Mapp
 
 def _alpaca(draft: ImportDraft, where: str, ranking: bool, columns: Mapping[str, Any]) -> dict[str, Any] | None:
     if ranking:
-        renamed = {"instruction": "prompt", "input": "query", "system": "system", "history": "history"}
-        renamed = _renames(columns, renamed | {"chosen": "chosen", "rejected": "rejected", "tools": "tools"})
+        renamed = _renames(columns, {**_ALPACA, "history": "history", "chosen": "chosen", "rejected": "rejected"})
         return _with("alpaca_preference", {ours: theirs for ours, theirs in renamed.items() if ours != theirs})
     if columns.get("history"):
         draft.refuse(
@@ -187,21 +200,19 @@ def _alpaca(draft: ImportDraft, where: str, ranking: bool, columns: Mapping[str,
             "turns of `history` are trained there, and not here",
             "write the rows as conversations (formatting: sharegpt)",
         )
-    renamed = _renames(
-        columns, {"instruction": "prompt", "input": "query", "output": "response", "system": "system", "tools": "tools"}
-    )
+    renamed = _renames(columns, {**_ALPACA, "output": "response"})
     return _with("alpaca", {ours: theirs for ours, theirs in renamed.items() if ours != theirs})
 
 
 def _labelled(draft: ImportDraft, where: str, formatting: str, columns: Mapping[str, Any]) -> dict[str, Any] | None:
-    if formatting == "alpaca":
-        draft.refuse(
-            where,
-            "labelled answers in alpaca columns would be rendered as plain text here",
-            "write them as conversations",
-        )
+    if not columns.get("kto_tag"):
+        draft.refuse(where, "stage: kto, and no column says which answers are good", "give it columns: {kto_tag: NAME}")
         return None
-    renamed = {"messages": columns.get("messages") or "conversations", "label": columns.get("kto_tag") or "label"}
+    if formatting == "alpaca":
+        renamed = _renames(columns, {**_ALPACA, "output": "response", "history": "history", "label": "kto_tag"})
+        return _with("alpaca_kto", {ours: theirs for ours, theirs in renamed.items() if ours != theirs})
+    renamed = {"messages": columns.get("messages") or "conversations"}
+    renamed |= _renames(columns, {"label": "kto_tag", "tools": "tools"})
     return _with("kto", {ours: theirs for ours, theirs in renamed.items() if ours != theirs})
 
 

@@ -80,10 +80,10 @@ def named_template(draft: ImportDraft, key: str, name: str, has_tools: bool = Fa
 
     LLaMA-Factory writes tools in ways that ours of its names do not, so rows that have tools (`has_tools`) are left to the tokenizer's own.
     """
-    if name in TOKENIZERS_OWN:
+    built_in = BUILT_IN.get(draft.tool, {}).get(name)
+    if name in TOKENIZERS_OWN and not built_in:
         draft.leave(key, f"{name or 'it is empty'}: the tokenizer's own template is the default here")
         return
-    built_in = BUILT_IN.get(draft.tool, {}).get(name)
     if built_in and not has_tools:
         draft.put("chat_template", built_in, key, "it renders what the template of that name does there")
         if draft.tool == "LLaMA-Factory" and name in EOS:
