@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import workload
 from posttrain.files import read_json_lines
 from stage_posttrain import QUICKSTART
-from taught import SEARCH_SEED, SEARCHED, answer_tokens, distilling, imitating, teacher, tokens_to_teacher
+from taught import SEARCH_SEED, SEARCHED, Setting, answer_tokens, distilling, imitating, teacher, tokens_to_teacher
 from time_to_accuracy import Done, Options, evaluated, over_seeds, points, run_job, run_stage, share
 
 if TYPE_CHECKING:
@@ -152,9 +152,13 @@ WAYS = {
     "ppo": Way("PPO with a critic", "ppo", "ppo.yaml"),
     "online_dpo": Way("online DPO", "online_dpo", "online_dpo.yaml"),
     "large": Way("GRPO of the 4.8 M model", "grpo", None, lambda bench, seed: ["grpo.beta=0"], "large-sft"),
-    "opd": Way("OPD from a teacher", "distill", "distill.yaml", distilling(SEARCHED["distill"][0])),
-    "distill": Way("reverse KL to the teacher", "distill", "distill.yaml", distilling(SEARCHED["distill"][1])),
-    "imitate": Way("SFT on the teacher's samples", "sft", "again.yaml", imitating(SEARCHED["imitate"][0])),
+    "opd": Way(
+        "OPD from a teacher", "distill", "distill.yaml", distilling(Setting("opd", 16, 4, 1e-4, 40, 4, "cosine"))
+    ),
+    "distill": Way(
+        "reverse KL to the teacher", "distill", "distill.yaml", distilling(Setting("reverse_kl", 16, 4, 3e-4, 24, 2))
+    ),
+    "imitate": Way("SFT on the teacher's samples", "sft", "again.yaml", imitating(Setting("nll", 32, 1, 3e-4, 80, 4))),
     "synth": Way("SFT on its own right answers", "sft", "again.yaml", _own),
     "rlsd": Way("RLSD, told the answer", "grpo", "rlsd.yaml", start="told"),
     "rlsd-off": Way("GRPO from the same start", "grpo", "rlsd.yaml", lambda bench, seed: ["teacher_coef=0"], "told"),
@@ -204,6 +208,11 @@ def told_and_not(bench: Bench) -> str:
     return f"Of the start of RLSD, told the answer: {share(_score([knows]))}; not told: {share(_score([start]))}."
 
 
+def rlsd_against_grpo(bench: Bench, seeds: Sequence[int]) -> str:
+    with_it, without = ([bench.done(name, seed).reports["heldout"] for seed in seeds] for name in ("rlsd", "rlsd-off"))
+    return f"RLSD against GRPO from that start: {points(over_seeds(with_it, without))} points."
+
+
 def search(bench: Bench, names: Sequence[str]) -> str:
     """Each setting of `SEARCHED` on the dev questions, from one seed."""
     kinds = {"distill": (distilling, "distill", "distill.yaml"), "imitate": (imitating, "sft", "again.yaml")}
@@ -240,6 +249,8 @@ def main() -> None:
         print("\n" + tokens_to_teacher("after SFT", teacher(bench), split, curves))
     if any(WAYS[name].start == "told" for name in asked.ways):
         print("\n" + told_and_not(bench))
+    if {"rlsd", "rlsd-off"} <= set(asked.ways):
+        print(rlsd_against_grpo(bench, seeds))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Students of a teacher: distillation against SFT on its samples, in trained tokens until shares of its accuracy (for learning.py).
 
-Rates and batches are searched for on the dev questions, with a seed of their own: `python bench/learning.py --search distill imitate`.
-What won there is a row of `learning.WAYS`, and is read on gate questions.
+`python bench/learning.py --search distill imitate` reads other rates and batches on the dev questions, with a seed of their own; rows of
+`learning.WAYS` are read on gate questions.
 """
 
 from __future__ import annotations
@@ -27,39 +27,43 @@ SEARCH_SEED = 11
 OF_TEACHER = (0.85, 0.9, 0.95)
 CURVE_ITEMS = {"dev": 200, "gate": 300}
 """Questions that are answered while a curve is made."""
-ANSWER_TOKENS = 24
-"""About so many: steps follow from the tokens that are to be trained on."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """`answers` of a step, all of different prompts, at `rate`."""
+    """`prompts` of a step, with so many `answers` each, at `rate`; read every so many steps."""
 
     loss: str
+    prompts: int
     answers: int
     rate: float
+    steps: int
+    every: int
+    schedule: str = "constant"
 
     def __str__(self) -> str:
-        return f"{self.loss}, {self.answers} answers a step, {self.rate:g}"
+        return f"{self.loss}, {self.prompts} prompts with {self.answers} answers a step, {self.rate:g} {self.schedule}"
 
 
 SEARCHED: Mapping[str, tuple[Setting, ...]] = {
     "distill": (
-        Setting("opd", 64, 1e-4),
-        Setting("reverse_kl", 16, 3e-4),
-        Setting("reverse_kl", 16, 1e-3),
-        Setting("jsd", 16, 3e-4),
+        Setting("opd", 16, 4, 1e-4, 20, 2, "cosine"),
+        Setting("reverse_kl", 16, 1, 3e-4, 80, 5),
+        Setting("reverse_kl", 16, 1, 1e-3, 80, 5),
+        Setting("jsd", 16, 1, 3e-4, 80, 5),
     ),
-    "imitate": (Setting("nll", 32, 3e-4), Setting("nll", 16, 3e-4), Setting("nll", 32, 1e-3)),
+    "imitate": (
+        Setting("nll", 32, 1, 3e-4, 80, 5),
+        Setting("nll", 16, 1, 3e-4, 160, 10),
+        Setting("nll", 32, 1, 1e-3, 80, 5),
+    ),
 }
-TOKENS = {"distill": 32_000, "imitate": 64_000}
-READINGS = 16
 
 
 def distilling(setting: Setting) -> Callable[[Bench, int], list[str]]:
     return lambda bench, seed: [
         f"teachers=[{{model: {teacher(bench).model}}}]", f"loss_type={setting.loss}",
-        f"num_prompts_per_step={setting.answers}", "num_generations=1", *_run("distill", setting, bench),
+        f"num_prompts_per_step={setting.prompts}", f"num_generations={setting.answers}", *_run(setting, bench),
     ]  # fmt: skip
 
 
@@ -70,17 +74,16 @@ def imitating(setting: Setting) -> Callable[[Bench, int], list[str]]:
         rows = bench.rows(
             f"samples-of-{bench.teacher}", seed, teacher(bench).model, ["num_generations=2", "correct_from=-1"]
         )
-        at_once = f"per_device_train_batch_size={setting.answers}"
-        return [f"datasets=[{{path: {rows}, type: chat}}]", at_once, *_run("imitate", setting, bench)]
+        at_once = f"per_device_train_batch_size={setting.prompts}"
+        return [f"datasets=[{{path: {rows}, type: chat}}]", at_once, *_run(setting, bench)]
 
     return changes
 
 
-def _run(way: str, setting: Setting, bench: Bench) -> list[str]:
+def _run(setting: Setting, bench: Bench) -> list[str]:
     split = bench.options.split
-    steps = TOKENS[way] // (ANSWER_TOKENS * setting.answers)
     return [
-        f"learning_rate={setting.rate}", "lr_scheduler_type=constant", f"max_steps={steps}", f"eval_steps={max(1, steps // READINGS)}",
+        f"learning_rate={setting.rate}", f"lr_scheduler_type={setting.schedule}", f"max_steps={setting.steps}", f"eval_steps={setting.every}",
         f"eval_suite={curve_suite(bench.options.folder, split)}", f"eval_suite_limit={CURVE_ITEMS[split]}",
     ]  # fmt: skip
 
