@@ -1,4 +1,4 @@
-# posttrain in a container. No builder was at hand where this file was written: it was never built.
+# posttrain in a container. Built and run for a CPU, over a Debian 12 base of our own with Python 3.11 in the place of python:3.11-slim; never for CUDA.
 #   CPU    docker build -t posttrain .
 #   CUDA   docker build -t posttrain:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 --build-arg EXTRAS=qlora,math,serve,gpu .
 #   run    docker run --rm --user "$(id -u):$(id -g)" [--gpus all --ipc=host] -v "$PWD:/work" posttrain sft sft.yaml

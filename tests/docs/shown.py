@@ -19,8 +19,6 @@ PAGES = sorted(
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 PLACEHOLDER = re.compile(r"[A-Z][A-Z_]*|…|\.\.\.")
 """A word that the reader puts his own for: N, RUN_DIR."""
-NO_VALUE = ("does not exist", "unable to parse string")
-"""What is said of a placeholder where a folder or a number belongs."""
 
 
 def text_of(page: str) -> str:
@@ -73,24 +71,33 @@ def refusal(words: list[str]) -> str | None:
 
     Words that name a verb and nothing that it works on are no whole command; a placeholder is neither a number nor a folder.
     """
+    text = _said_by_the_parser(words)
+    placeless = "does not exist" in text and any(PLACEHOLDER.search(word) for word in words)
+    return None if not text or placeless or _is_unfinished(text) else f"{' '.join(words)}: {text}"
+
+
+def is_mention(line: str) -> bool:
+    """Running text that names a verb or options of it, and is no whole command."""
+    commands = commands_in(line)
+    return not commands or any(_is_unfinished(_said_by_the_parser(words)) for words in commands)
+
+
+def _is_unfinished(said: str) -> bool:
+    return any(part in said for part in ("Missing argument", "requires an argument", "unable to parse string"))
+
+
+def _said_by_the_parser(words: list[str]) -> str:
     verb, *rest = words
     if verb not in VERBS and verb not in STAGE_KINDS:
-        return None if PLACEHOLDER.fullmatch(verb) or verb.startswith("-") else f"no verb {verb}"
+        return "" if PLACEHOLDER.fullmatch(verb) or verb.startswith("-") else f"no verb {verb}"
     command, context = load_verb(verb), None
     while True:
         try:
             context = command.make_context(verb, list(rest), parent=context)
         except typer.Exit:
-            return None
+            return ""
         except _UsageError as refused:
-            return _said(refused, words)
+            return refused.format_message()
         if not hasattr(command, "commands"):
-            return None
+            return ""
         verb, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
-
-
-def _said(refused: typer.BadParameter, words: list[str]) -> str | None:
-    text = refused.format_message()
-    unnamed = "Missing argument" in text or "requires an argument" in text
-    unnumbered = any(end in text for end in NO_VALUE) and any(PLACEHOLDER.search(word) for word in words)
-    return None if unnamed or unnumbered else f"{' '.join(words)}: {text}"

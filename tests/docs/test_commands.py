@@ -26,7 +26,7 @@ def test_the_parser_finds_what_is_wrong():
         "posttrain runn pipeline.yaml": "no verb runn",
         "posttrain run pipeline.yaml --one-change rerun": "No such option: --one-change",
         "posttrain gate aa pipeline.yaml --time 2  # twice": "No such option: --time",
-        "posttrain gate aa pipeline.yaml --times many": "--times",
+        "posttrain serve a --port 99999999": "--port",
         "posttrain export MODEL --to gguf": "Missing option '--out'",
         "posttrain export MODEL --to gguf|zip --out DIR": "'zip' is not one of",
         "posttrain report a b c": "unexpected extra argument",
