@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 HUB = "needs the Hugging Face hub"
+GGUF = "tests/forms writes it; the tiny project's tokenizer cuts text as none that llama.cpp knows"
 VLLM, SGLANG = "tests/serve/test_vllm.py starts vLLM", "needs a server of SGLang"
 OWN_TEST = {
     "CHANGELOG.md": "says what changed; the pages show the commands",
@@ -57,7 +58,7 @@ SPECIAL: dict[str, Page] = {
             "posttrain registry promote word-problems@2": "posttrain registry promote words@3 --verdict runs/new/gate",
             'posttrain registry rollback word-problems --reason "why"': "posttrain registry rollback words --reason why",
         },
-        adds={"posttrain export": "--without-scores"},
+        not_run={"posttrain export MODEL --to gguf --out DIR": GGUF},
         exits={"posttrain diff runs/A runs/B": (1,), "posttrain doctor --json": (0, 1), "posttrain rewards check pipeline.yaml": (0, 1)},
     ),
     "docs/agents.md": Page(),
@@ -73,9 +74,8 @@ SPECIAL: dict[str, Page] = {
         adds={"posttrain eval": "--max-tokens 8"},
     ),
     "docs/export.md": Page(
-        stands_for={"runs/NAME/stages/03-grpo/model": "runs/word-problems/stages/03-grpo/model", "suite.jsonl": "evals/heldout.jsonl"},
         adds={"posttrain export": "--margin 0.9"},
-        not_run={"posttrain export words@3 --to gptq --calibration data/sft.jsonl --out words-gptq": "tests/forms calls llm-compressor in its own environment"},
+        not_run={"posttrain export words@champion --to gguf --out words-gguf": GGUF, "posttrain export runs/NAME/stages/03-grpo/model --to gguf --type f16 --suite suite.jsonl --out words-f16": GGUF, "posttrain export words@3 --to gptq --calibration data/sft.jsonl --out words-gptq": "tests/forms calls llm-compressor in its own environment"},
     ),
     "docs/failure-modes.md": Page(exits={"posttrain diff RUN_A RUN_B": (1,), "posttrain rewards check CONFIG": (0, 1)}),
     "docs/forecast.md": Page(exits=dict.fromkeys(("posttrain forecast runs/first", "posttrain forecast runs/first --steps 2000", "posttrain forecast runs/first --metric rewards/correct/mean --worth 0.02 --json"), (2,))),
@@ -83,10 +83,10 @@ SPECIAL: dict[str, Page] = {
         'posttrain gate decide runs/new --accept --by Ada --reason "safe to try"': "posttrain gate decide runs/waits --accept --by Ada --reason 'safe to try'",
         'posttrain gate decide RUN --accept|--reject --by NAME --reason "…"': "posttrain gate decide runs/waits --accept --by Ada --reason x",
     }),
-    "docs/gpu.md": Page(stands_for={"CONFIG": "runs/first/stages/01-sft/model"}, adds={"posttrain eval": "--suite evals/heldout.jsonl"}),
+    "docs/gpu.md": Page(stands_for={"CONFIG": "runs/first/stages/01-sft/model"}, adds={"posttrain eval": "--suite evals/heldout.jsonl", "posttrain plan": "--set adapter=lora --set gradient_checkpointing=offload"}),
     "docs/import.md": Page(instead={"posttrain import FILE [-o OUT]": "posttrain import axolotl.yaml -o other.yaml", "posttrain sft FILE": "posttrain sft axolotl.yaml"}),
     "docs/merging.md": Page(
-        stands_for={"runs/NAME/stages/01-sft/adapter": "runs/math/stages/01-sft/adapter", "suite.jsonl": "evals/heldout.jsonl"},
+        stands_for={"runs/NAME/stages/01-sft/adapter": "runs/math/stages/01-sft/adapter", "suite.jsonl": "evals/clean.jsonl"},
         not_run={"posttrain registry promote words@1 --verdict verdict": "a judgement of another version"},
     ),
     "docs/planning.md": Page(),
@@ -110,9 +110,8 @@ SPECIAL: dict[str, Page] = {
         },
     ),
     "docs/switching.md": Page(
-        not_run=dict.fromkeys(AXOLOTL_LINES, "tests/docs/test_switching.py"),
-        stands_for={"ADAPTER": "out/stages/01-sft/adapter", "MODEL": "out/stages/01-sft/model"},
-        adds={"posttrain export": "--without-scores"},
+        not_run=dict.fromkeys(AXOLOTL_LINES, "tests/docs/test_switching.py") | {"posttrain export MODEL --to gguf --out DIR": GGUF},
+        stands_for={"ADAPTER": "out/stages/01-sft/adapter"},
     ),
     "docs/tinker.md": Page(not_run=dict.fromkeys(TINKER_LINES, "tests/serve/tinker/test_page.py trains as the page's script; its numbers are in the path")),
     "docs/tracking.md": Page(stands_for={"runs/NAME": "runs/first"}),

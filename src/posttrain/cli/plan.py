@@ -41,7 +41,7 @@ def plan(
         bool, typer.Option("--probe", help="Measure this machine's rates first; at most two minutes.")
     ] = False,
     measured: Annotated[
-        Path | None, typer.Option(help="Folder of a finished run of this config here: correct times by what it took.")
+        Path | None, typer.Option(help="Folder of a finished stage of this config here: correct times by what it took.")
     ] = None,
     usd_per_gpu_hour: Annotated[float | None, typer.Option(min=0, help="Price of a device's hour.")] = None,
     stage: Annotated[str | None, typer.Option(help="Kind of stage; found from the keys if left out.")] = None,
@@ -359,6 +359,6 @@ def _metrics(run: Path) -> list[dict[str, float]]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise ConfigError(
-            f"--measured {run}: got no metrics.jsonl there, expected the folder of a finished stage, such as runs/first"
+            f"--measured {run}: got no metrics.jsonl there, expected the folder of a finished stage, such as runs/first/stages/01-sft"
         )
     return read_jsonl(path)
