@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tests.docs.shown import in_text
+
 HUB = "needs the Hugging Face hub"
 GGUF = "tests/forms writes it; the tiny project's tokenizer cuts text as none that llama.cpp knows"
 VLLM, SGLANG = "tests/serve/test_vllm.py starts vLLM", "needs a server of SGLang"
@@ -46,6 +48,7 @@ class Page:
     """Commands that the page takes for done."""
 
 
+ANY_STAGE = next(line for line in in_text("docs/configuration.md") if "sft|dpo|" in line)
 SHORT = "--set max_steps=2 --set per_device_train_batch_size=8 --set max_completion_length=12"
 AXOLOTL_LINES = ("posttrain import axolotl.yaml", "posttrain data axolotl.posttrain.yaml --examples 1", "posttrain plan axolotl.posttrain.yaml", "posttrain sft axolotl.posttrain.yaml", "posttrain eval base --suite heldout.jsonl --max-tokens 8 --out evals/base", "posttrain eval out/stages/01-sft/model --suite heldout.jsonl --max-tokens 8 --out evals/mine", "posttrain gate evals/mine evals/base --spec gate.yaml", "posttrain serve base --lora mine=out/stages/01-sft/adapter")  # fmt: skip
 TINKER_LINES = ("posttrain eval tinker/session-…-train-0/sampler_weights/last/model --suite heldout.jsonl --out evals/last", "posttrain gate evals/last evals/base --spec gate.yaml", "posttrain serve tinker/session-…-train-0/sampler_weights/last/model", "posttrain serve BASE --lora last=tinker/session-…-train-0/sampler_weights/last/adapter_total")  # fmt: skip
@@ -63,7 +66,7 @@ SPECIAL: dict[str, Page] = {
     ),
     "docs/agents.md": Page(),
     "docs/architecture.md": Page(exits={"posttrain doctor RUN": (0, 1)}),
-    "docs/configuration.md": Page(instead={"posttrain sft|dpo|reward_model|grpo|ppo|online_dpo|distill CONFIG": "posttrain sft sft.yaml"}),
+    "docs/configuration.md": Page(instead={ANY_STAGE: "posttrain sft sft.yaml"}),
     "docs/data-from-samples.md": Page(
         instead={"posttrain data synth CONFIG": "posttrain data synth synth.yaml", "posttrain data synth CONFIG --remake 7": "posttrain data synth synth.yaml --remake 1", "posttrain data curate CONFIG": "posttrain data curate curate.yaml"},
         not_run={"posttrain data instruct CONFIG": "tests/synthesis/test_instruct.py asks a teacher"},
