@@ -136,6 +136,7 @@ FLIPS = {
         Flip("lr_decay_ratio", 0.5),
         Flip("optim", "adamw_8bit"),
         Flip("muon_adjust_lr", "spectral_norm", {"optim": "muon"}),
+        Flip("embedding_lr_scale", 0.1),
         Flip("adam_beta1", 0.5),
         Flip("adam_beta2", 0.9),
         Flip("adam_epsilon", 1e-2),

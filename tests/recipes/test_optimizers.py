@@ -1,8 +1,10 @@
 """Steps of the optimizers in the table."""
 
+import pytest
 import torch
 
 from posttrain.config.stages import SFTKeys
+from posttrain.errors import ConfigError
 from posttrain.models.load import load_policy
 from posttrain.recipes.optim import make_optimizer, take_step
 
@@ -25,3 +27,18 @@ def test_muons_spectral_norm_steps_are_as_large_as_rows_over_columns_and_decay_a
         rows, columns = p.shape
         step = (before[name] * (1 - 1e-2 * 0.5) - p.detach()) / (1e-2 * (rows / columns) ** 0.5)
         assert (step - left @ right).norm() < 0.35 * (left @ right).norm(), name
+
+
+@pytest.mark.parametrize("adapter", [{}, {"adapter": "lora", "lora_modules_to_save": ["embed_tokens", "lm_head"]}])
+def test_embedding_and_head_have_a_learning_rate_of_their_own(adapter, model_dir):
+    options = {"embedding_lr_scale": 0.25, "weight_decay": 0.5, **adapter}
+    keys = SFTKeys.model_validate({"base_model": str(model_dir("llama")), "datasets": [{"path": "x.jsonl"}], **options})
+    policy = load_policy(keys)
+    groups = [group for group in make_optimizer(policy, keys).param_groups if group.get("lr_ratio") == 0.25]
+    found = {id(p) for group in groups for p in group["params"]}
+    assert found == {id(p) for name, p in policy.trainable() if "embed_tokens" in name or "lm_head" in name}
+    assert len(found) == 2 and all(group["weight_decay"] == 0 for group in groups)
+    if adapter:
+        with pytest.raises(ConfigError, match="embedding_lr_scale: neither embedding nor head is trained here"):
+            bare = keys.model_copy(update={"lora_modules_to_save": []})
+            make_optimizer(load_policy(bare), bare)

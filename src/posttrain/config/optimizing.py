@@ -23,6 +23,7 @@ class OptimizerKeys(Keys):
     adam_beta1: float = knob(0.9, "First beta of AdamW or Lion.", ge=0, lt=1)
     adam_beta2: float = knob(0.999, "Second beta of AdamW or Lion.", ge=0, lt=1)
     adam_epsilon: float = knob(1e-8, "AdamW's epsilon.", gt=0)
+    embedding_lr_scale: float = knob(1.0, "Learning rate of embedding and head over that of all else, where they are trained; not 1, and they have no weight decay.", gt=0, also="embedding_lr (Axolotl)", example=0.1)
     weight_decay: float = knob(0.0, "Decoupled weight decay, on matrices only.", ge=0)
     max_grad_norm: float = knob(1.0, "Clip the global gradient norm; 0 turns it off.", ge=0, also="clip_grad_norm (torchtune)")
     unfrozen_parameters: list[str] = knob([], "Train only the parameters whose names match one of these regular expressions from their start; empty trains all. An adapter is trained whole.", example=["model.layers.2[0-9].", "lm_head.weight"])

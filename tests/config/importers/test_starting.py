@@ -139,6 +139,19 @@ def test_one_shuffle_for_all_epochs_is_refused(refused):
     assert "curriculum_sampling: true with shuffle_merged_datasets" in refused(AXOLOTL + "curriculum_sampling: true\n")
 
 
+@pytest.mark.parametrize(
+    ("lines", "scale"),
+    [
+        ("embedding_lr_scale: 0.5", 0.5),
+        ("embedding_lr: 2e-5", 0.1),
+        ("embedding_lr: 2e-5\nadapter: lora\nlora_target_linear: true", 1.0),
+        ("embedding_lr: 2e-5\nadapter: lora\nlora_target_linear: true\nlora_modules_to_save: [embed_tokens]", 0.1),
+    ],
+)
+def test_embeddings_have_a_learning_rate_of_their_own(loaded, lines, scale):
+    assert loaded(AXOLOTL + lines + "\n")[1].embedding_lr_scale == pytest.approx(scale)
+
+
 @pytest.fixture
 def before(tmp_path):
     (tmp_path / "before" / "inner").mkdir(parents=True)

@@ -309,6 +309,7 @@ def _storage(draft: ImportDraft) -> None:
 
 def _training(draft: ImportDraft) -> None:
     sft_losses(draft, {"use_eaft": "eaft"})
+    _embedding_lr(draft)
     _muon(draft)
     if "eta_min" in draft.source:
         floor, peak = as_float(draft.source["eta_min"]), draft.keys.get("learning_rate")
@@ -326,6 +327,18 @@ def _training(draft: ImportDraft) -> None:
     _offloading(draft)
     if "adam_eps" in draft.source:
         draft.leave("adam_eps", "Axolotl reads adam_epsilon, and ignores this name")
+
+
+def _embedding_lr(draft: ImportDraft) -> None:
+    """A learning rate of the embeddings' own, where they are trained."""
+    trained = draft.keys.get("adapter", "none") == "none" or draft.keys.get("lora_modules_to_save")
+    peak = draft.keys.get("learning_rate")
+    for key in ("embedding_lr", "embedding_lr_scale"):
+        value = draft.number(key)
+        if value and trained and (key == "embedding_lr_scale" or peak):
+            draft.put("embedding_lr_scale", value if key == "embedding_lr_scale" else value / as_float(peak), key)
+        elif value is not None:
+            draft.leave(key, "it is off" if not value else "neither embedding nor head is trained under this adapter")
 
 
 _MESHES = ("fsdp", "fsdp_config", "dp_shard_size", "dp_replicate_size", "tensor_parallel_size", "context_parallel_size")
