@@ -4,6 +4,7 @@
 """
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -12,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from posttrain.cli.data_env import env as write_rows
+from posttrain.environments.hosted import EpisodeLostError
 from posttrain.environments.pool import EnvironmentPool
 from posttrain.environments.spec import EnvironmentSpec, program
-from posttrain.environments.verifiers_client import VerifiersServer
+from posttrain.environments.verifiers_client import VerifiersServer, VerifiersSession
 from posttrain.errors import ConfigError
 
 HERE = Path(__file__).parent
@@ -151,6 +153,14 @@ def test_a_tool_is_called_as_verifiers_calls_it():
 def test_a_wrong_spec_is_said_without_starting_anything(spec, expected):
     with pytest.raises(ConfigError, match=expected):
         EnvironmentSpec(spec).check()
+
+
+def test_one_that_never_answers_is_waited_for_until_the_deadline(tmp_path):
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket"))
+        listening.listen()
+        with pytest.raises(EpisodeLostError, match="timed out"):
+            VerifiersSession(str(tmp_path / "socket"), 0.2).ask({"do": "describe"})
 
 
 def test_a_python_without_verifiers_is_named_with_what_to_install():

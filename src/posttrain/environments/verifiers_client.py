@@ -63,14 +63,14 @@ class VerifiersServer:
 
     def tools(self) -> list[dict[str, Any]]:
         """What it offers with the first request of its first task. Raises: ConfigError."""
-        return [_schema(tool["function"]) for tool in self._asked({"do": "describe"})["tools"]]
+        return [_schema(tool["function"]) for tool in self._asked({"do": "describe"}, _START_TIMEOUT_S)["tools"]]
 
     def rows(self, limit: int) -> list[dict[str, Any]]:
         """A row for each of its first tasks: the prompt, and which task it is. Raises: ConfigError."""
         return self._asked({"do": "rows", "limit": limit})["rows"]
 
-    def _asked(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        session = VerifiersSession(self.path)
+    def _asked(self, request: Mapping[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
+        session = VerifiersSession(self.path, timeout_s)
         try:
             return session.ask(request)
         except EpisodeLostError as error:
@@ -85,10 +85,13 @@ class VerifiersServer:
 
 
 class VerifiersSession:
-    """One episode after the other on a connection of its own. Raises: EpisodeLostError from every method."""
+    """One episode after the other on a connection of its own. Raises: EpisodeLostError from every method.
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    In a pool the deadline is the pool's, which kills the process of the session; elsewhere it is `timeout_s`.
+    """
+
+    def __init__(self, path: str, timeout_s: float | None = None) -> None:
+        self._path, self._timeout_s = path, timeout_s
         self._socket: socket.socket | None = None
 
     def reset(self, prompt: Any, seed: int, **columns: Any) -> None:
@@ -118,6 +121,7 @@ class VerifiersSession:
         try:
             if self._socket is None:
                 self._socket = socket.socket(socket.AF_UNIX)
+                self._socket.settimeout(self._timeout_s)
                 self._socket.connect(self._path)
                 self._answers = self._socket.makefile("rb")
             self._socket.sendall(json.dumps(request).encode() + b"\n")
