@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -217,26 +218,28 @@ def convert(
     try:
         return _converted(tool, source, nulls, home, kind)
     except _MISSHAPEN:
-        tried = {key: _without(tool, source, key, home, kind) for key in source}
-        # Without the key of the wrong form the rest reads; without another that hides it, such as the data, something is missing.
-        good = {key: draft for key, draft in tried.items() if draft is not None}
-        if not good:
+        # Without the keys of the wrong form the rest reads; without another that hides them, such as the data, something is missing.
+        for number in (1, 2):
+            tried = {keys: _without(tool, source, keys, home, kind) for keys in combinations(source, number)}
+            good = {keys: draft for keys, draft in tried.items() if draft is not None}
+            if good:
+                break
+        else:
             raise
-        key = min(good, key=lambda name: len(good[name].refusals))
-        good[key].refuse(
-            key,
-            f"{show_short(source[key])} has a form that is not known here",
-            "write it as the tool's docs do, or take it out",
-        )
-        return good[key]
+        # Of several that would do, a word (`adapter: lora`) is least likely the wrong one: what it switches on is read no more.
+        odd = min(good, key=lambda keys: (len(good[keys].refusals), sum(isinstance(source[key], str) for key in keys)))
+        for key in odd:
+            why = f"{show_short(source[key])} has a form that is not known here"
+            good[odd].refuse(key, why, "write it as the tool's docs do, or take it out")
+        return good[odd]
 
 
 def _without(
-    tool: Tool, source: Mapping[str, Any], key: str, home: tuple[Path, ...], kind: Kind | None
+    tool: Tool, source: Mapping[str, Any], keys: Sequence[str], home: tuple[Path, ...], kind: Kind | None
 ) -> ImportDraft | None:
-    """What comes of a file without `key`; None if it cannot be read even so."""
+    """What comes of a file without `keys`; None if it cannot be read even so."""
     try:
-        return _converted(tool, {name: value for name, value in source.items() if name != key}, (), home, kind)
+        return _converted(tool, {name: value for name, value in source.items() if name not in keys}, (), home, kind)
     except _MISSHAPEN:
         return None
 
