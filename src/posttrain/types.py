@@ -356,14 +356,20 @@ class Sample:
         return np.broadcast_to(np.float32(value), (self.num_loss_tokens,))
 
 
+StepScores = Sequence[tuple[int, float]]
+"""Of each step of an answer where it ends, in characters, and how right it is."""
+
+
 @dataclass(frozen=True, slots=True)
 class RewardBreakdown:
-    """Reward per function; `None` is unscored. `total` is the weighted sum of what was scored, `None` if nothing was."""
+    """Reward per function; `None` is unscored. `total` is the weighted sum of what was scored, `None` if nothing was. `steps` are
+    those of the process reward models among the rewards."""
 
     total: float | None
     parts: Mapping[str, float | None]
     error: str | None = None
     counts: Mapping[str, float] = field(default_factory=dict[str, float])
+    steps: Mapping[str, StepScores] = field(default_factory=dict[str, StepScores])
 
 
 @dataclass(frozen=True, slots=True)

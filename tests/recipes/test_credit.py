@@ -1,16 +1,20 @@
 """What tokens are credited with, of groups that are written down by hand."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from posttrain.config.ppo import PPOKeys
 from posttrain.config.rl import GRPOKeys
+from posttrain.errors import ConfigError
 from posttrain.objectives.advantages import as_rewards, combine
-from posttrain.recipes.credit import GroupCredit, Made, turn_rewards
+from posttrain.recipes.credit import GroupCredit, Made, Steps, step_rewards
 from posttrain.recipes.critic import CriticCredit
-from posttrain.types import Episode, Sample
+from posttrain.recipes.experience.collector import steps_of
+from posttrain.recipes.measure.learned import step_ends
+from posttrain.types import Completion, Episode, RewardBreakdown, Rollout, Sample
 
 REQUIRED = {"base_model": "m", "datasets": [{"path": "p.jsonl"}], "env": "env.py:Env"}
 BY_TURN = {"credit": "turn", "reward_funcs": ["right", "environment"], "reward_weights": [1.0, 0.5]}
@@ -47,7 +51,7 @@ def _credited(made, **more):
 def test_what_a_turn_earned_is_what_the_environment_paid_for_it_and_the_last_one_earned_the_rest():
     made = [_group(*map(_made, TURNS.values()))]
     rewards = as_rewards([row for one in made for row in one.rewards])
-    found = turn_rewards(made, combine(rewards, rewards.new_tensor([1.0, 0.5])), GRPOKeys(**REQUIRED, **BY_TURN))
+    found = step_rewards(made, combine(rewards, rewards.new_tensor([1.0, 0.5])), GRPOKeys(**REQUIRED, **BY_TURN))
     assert found == [[0.5, None, 0.25], [None, 2.0], [1.0], [0.125, 0.0]]
 
 
@@ -59,7 +63,7 @@ def test_a_last_turn_that_nobody_paid_for_is_no_zero_among_what_turns_earned():
     made = [_group(*map(_made, played))]
     rewards = as_rewards([row for one in made for row in one.rewards])
     keys = GRPOKeys(**REQUIRED, **alone)
-    assert turn_rewards(made, combine(rewards, rewards.new_tensor([1.0])), keys) == [
+    assert step_rewards(made, combine(rewards, rewards.new_tensor([1.0])), keys) == [
         [1.0, None],
         [0.5, None],
         [None, 0.0],
@@ -136,3 +140,89 @@ def test_a_critic_is_told_of_each_turn_s_earnings_at_its_last_token():
 def test_what_turns_cannot_be_credited_with_is_refused(more, said):
     with pytest.raises(ValueError, match=said):
         GRPOKeys(**{**REQUIRED, **BY_TURN, **more})
+
+
+BY_STEP = {
+    "base_model": "m", "datasets": [{"path": "p.jsonl"}], "credit": "step", "reward_funcs": ["right", "model:./prm"],
+    "reward_weights": [1.0, 0.5], "scale_rewards": "none",
+}  # fmt: skip
+
+
+def _answered(tokens, scores, right):
+    """A sample of an answer in steps, what both rewards came to (the second the least of its steps), and its steps."""
+    sample, *_ = _made((tokens, scores, []))
+    return sample, [right, None if right is None else min(scores)], Steps(tuple(tokens), tuple(scores))
+
+
+def _stepped(*each):
+    samples, rewards, steps = zip(*each, strict=True)
+    return Made(0, samples, list(rewards), [1] * len(each), [False] * len(each), [], [{}] * len(each), None, [], list(steps))  # fmt: skip
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_tokens_of_a_step_have_the_normalised_scores_of_it_and_of_all_later_ones(gamma):
+    """By hand: half of each step's score, the last with the other reward too: R = 0.4 0.1+1 of one, 0.2 0.3 0.1+0 of the other; the mean
+    is 0.42. Source: DeepSeekMath, arXiv 2402.03300 sec. 4.1.3; without γ there."""
+    made = [_stepped(_answered([2, 1], [0.8, 0.2], 1.0), _answered([1, 2, 3], [0.4, 0.6, 0.2], 0.0))]
+    credit = GroupCredit(GRPOKeys(**BY_STEP, gamma=gamma), None, None)
+    found = credit.credited(made, 0, 0.0)
+    g = gamma
+    expected = [
+        [*[-0.02 + g * 0.68] * 2, 0.68],
+        [-0.22 + g * -0.12 + g * g * -0.32, *[-0.12 + g * -0.32] * 2, *[-0.32] * 3],
+    ]
+    for sample, advantages in zip(found.groups[0], expected, strict=True):
+        np.testing.assert_allclose(sample.advantage, advantages, rtol=1e-6)
+    assert found.metrics == {"env/paid_turns": 1.0}
+
+
+def test_an_answer_whose_steps_could_not_be_scored_has_no_advantage_and_enters_no_mean():
+    scored = [_answered([2, 1], [0.8, 0.2], 1.0), _answered([3], [0.4], 0.0)]
+    lost = (_answered([4], [0.0], None)[0], [None, None], Steps((4,), (None,)))
+    credit = GroupCredit(GRPOKeys(**BY_STEP), None, None)
+    with_it, without = (credit.credited([_stepped(*rows)], 0, 0.0).groups[0] for rows in ([*scored, lost], scored))
+    assert not with_it[2].advantage.any()
+    assert [a.advantage.tolist() for a in with_it[:2]] == [b.advantage.tolist() for b in without]
+
+
+def test_a_critic_is_told_of_each_step_s_score_at_its_last_token():
+    made = [replace(_stepped(_answered([2, 1], [0.8, 0.2], 1.0)), said=[np.zeros(3, np.float32)])]
+    credit = CriticCredit.__new__(CriticCredit)
+    credit._keys = PPOKeys(
+        **{k: v for k, v in BY_STEP.items() if k != "scale_rewards"}, gae_lambda=1.0, num_generations=1
+    )
+    (sample,) = credit.credited(made, 0, 0.0).groups[0]
+    np.testing.assert_allclose(sample.returns, [1.5, 1.5, 1.1], rtol=1e-6)
+
+
+def _rollout(text, steps, reward=0.5):
+    completion = Completion(tuple(map(ord, text)), (-1.0,) * len(text), "stop", 0)
+    return Rollout(completion, text, RewardBreakdown(reward, {"prm": reward}, steps={"prm": steps}))
+
+
+def _decode(ids):
+    return "".join(chr(id_) for id_ in ids if id_ != ord("$"))
+
+
+def test_a_step_has_the_tokens_up_to_its_end_and_the_last_one_all_that_follows():
+    """`$` is the end of the answer, which is not written."""
+    assert step_ends("one\n\ntwo\n3", "\n") == [4, 9, 10]
+    scores = list(zip(step_ends("one\n\ntwo\n3", "\n"), (0.9, 0.5, 0.1), strict=True))
+    assert steps_of(_rollout("one\n\ntwo\n3$", scores), "prm", _decode) == Steps((4, 5, 2), (0.9, 0.5, 0.1))
+    assert steps_of(_rollout("ab$", (), reward=None), "prm", _decode) == Steps((3,), (None,))
+    with pytest.raises(ConfigError, match="credit: step: prm rates whole answers"):
+        steps_of(_rollout("ab$", ()), "prm", _decode)
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"reward_funcs": ["right"], "reward_weights": None}, "credit: step with 0 times model: in reward_funcs"),
+        ({"reward_funcs": ["model:a", "model:b"]}, "credit: step with 2 times model: in reward_funcs"),
+        ({"env": "env.py:Env"}, "credit: step with env"),
+        ({"advantage_estimator": "rloo"}, "credit: step is defined on advantage_estimator: group"),
+    ],
+)
+def test_credit_by_step_wants_one_model_that_rates_them(more, why):
+    with pytest.raises(ValueError, match=why):
+        GRPOKeys(**BY_STEP | more)

@@ -111,7 +111,7 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(GRPOKeys, ("clip_cov_ratio", "clip_cov_lb", "clip_cov_ub"), _loss_is_not("clip_cov"), "loss_type is not clip_cov"),
     NoEffect(GRPOKeys, ("kl_cov_ratio", "ppo_kl_coef"), _loss_is_not("kl_cov"), "loss_type is not kl_cov"),
     NoEffect(GRPOKeys, ("loss_type", "kl_cov_ratio", "ppo_kl_coef"), lambda k: k.loss_type == "kl_cov" and k.steps_per_batch == 1 and k.rollout.engine == "embedded" and not k.rollout.max_staleness, "what is trained on was sampled with the weights that are trained, which are no way from themselves: kl_cov is then the plain policy gradient; set num_iterations or steps_per_generation to 2 or more"),
-    NoEffect(GRPOKeys, ("gamma",), lambda k: k.credit == "episode", "credit is episode; set credit: turn"),
+    NoEffect(GRPOKeys, ("gamma",), lambda k: k.credit == "episode", "credit is episode; set credit: turn or step"),
     NoEffect(PolicyGradientKeys, ("importance_sampling_cap",), lambda k: k.importance_sampling_correction == "off", "importance_sampling_correction is off"),
     NoEffect(GRPOKeys, ("advantage_estimator",), _loss_is("rloo", "reinforce_pp"), "loss_type brings its own"),
     NoEffect(GRPOKeys, ("scale_rewards",), lambda k: not _is_scaled_by_group(k), "only advantage_estimator: group with sum_then_normalize is scaled by it"),

@@ -12,7 +12,7 @@ from posttrain.config.knob import knob
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import LearningRateShape, TrainKeys
 from posttrain.config.teachers import TeacherAdvantage, TeacherKeys
-from posttrain.names import ENVIRONMENT
+from posttrain.names import ENVIRONMENT, REWARD_MODEL
 
 # fmt: off
 # One key a line: the tables below are read down, not across.
@@ -219,7 +219,7 @@ class PolicyGradientKeys(RewardedKeys):
     top_entropy_quantile: float = knob(1.0, "Give a policy gradient only to so large a share of an optimizer step's tokens, those at which the policy is least certain (0.2 in arXiv 2506.01939); 1 is all. Costs a forward pass more.", gt=0, le=1, example=0.2)
     allow_uncorrected: bool = knob(False, "Let importance_sampling_correction be off with an engine whose log-probs are not the trainer's.")
     importance_sampling_cap: float = knob(3.0, "Upper bound of the weights of importance_sampling_correction.", gt=1, also="vllm_importance_sampling_cap (TRL), vllm_importance_sampling_clip_max (TRL)")
-    credit: Literal["episode", "turn"] = knob("episode", "Of stages with an env, which tokens a reward is for: all of the episode, or with `turn` those up to the turn at which the environment paid it (return-to-go; arXiv 2402.03300 sec. 4.1.3); all other rewards are the last turn's.")
+    credit: Literal["episode", "turn", "step"] = knob("episode", "Which tokens a reward is for: all of the episode; with `turn`, of stages with an env, those up to the turn at which the environment paid it (return-to-go; arXiv 2402.03300 sec. 4.1.3); with `step` those up to the end of the step whose score by the process reward model among reward_funcs it is (the paper's process supervision). All other rewards are the last turn's, or the last step's.")
 
     @property
     def selects_tokens(self) -> bool:
@@ -245,6 +245,22 @@ class PolicyGradientKeys(RewardedKeys):
                 f"credit: turn with {named}: what a turn earns is what the environment pays for it; set env, and name `{ENVIRONMENT}` once in "
                 "reward_funcs, or set credit: episode"
             )
+        return self
+
+    @property
+    def paying_step(self) -> int:
+        """Of `reward_funcs` the place of that which pays by turn or step, where credit is by these."""
+        return next(
+            place for place, spec in enumerate(self.reward_funcs)
+            if (spec.startswith(REWARD_MODEL) if self.credit == "step" else spec == ENVIRONMENT)
+        )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _steps_are_paid_by_one_model(self) -> PolicyGradientKeys:
+        models = sum(spec.startswith(REWARD_MODEL) for spec in self.reward_funcs)
+        if self.credit == "step" and (models != 1 or self.env):
+            named = "env" if self.env else f"{models} times model: in reward_funcs"
+            raise ValueError(f"credit: step with {named}: one process reward model says what the steps of an answer are worth; name one `model:FOLDER`, without env, or set credit: episode")
         return self
 
     @model_validator(mode="before")
@@ -292,7 +308,7 @@ class GRPOKeys(PolicyGradientKeys):
     importance_sampling_level: Literal["token", "sequence"] = knob("token", "Ratio per token, or per sequence (GSPO).")
     scale_rewards: Literal["group", "batch", "none"] = knob("group", "What the centred rewards are divided by: the group's std, the batch's, nothing.")
     advantage_estimator: Literal["group", "rloo", "reinforce_pp", "reinforce_pp_baseline", "maxrl"] = knob("group", "Baseline: group mean (GRPO), leave-one-out (RLOO), batch mean (REINFORCE++), group mean and then whitened over the batch (REINFORCE++-baseline), or group mean and divided by it (MaxRL, for rewards of 0 and above); loss_type rloo and reinforce_pp bring their own.")
-    gamma: float = knob(1.0, "With credit: turn, the discount of a reward per turn that it comes later.", gt=0, le=1)
+    gamma: float = knob(1.0, "With credit: turn or step, the discount of a reward per turn, or step, that it comes later.", gt=0, le=1)
     advantage_eps: float = knob(1e-4, "Added to the std; ddof is 1, as in TRL.", ge=0)
     sapo_temperature_pos: float = knob(1.0, "SAPO's temperature for positive advantages.", gt=0)
     sapo_temperature_neg: float = knob(1.05, "SAPO's temperature for negative advantages.", gt=0)
@@ -352,14 +368,14 @@ class GRPOKeys(PolicyGradientKeys):
     @model_validator(mode="after")
     def _turns_are_normalised_in_their_group(self) -> GRPOKeys:
         own = self.loss_type in ("rloo", "reinforce_pp")
-        if self.credit == "turn" and (own or self.advantage_estimator != "group" or self.multi_objective_aggregation != "sum_then_normalize"):
+        if self.credit != "episode" and (own or self.advantage_estimator != "group" or self.multi_objective_aggregation != "sum_then_normalize"):
             got = f"loss_type: {self.loss_type}" if own else f"advantage_estimator: {self.advantage_estimator}, multi_objective_aggregation: {self.multi_objective_aggregation}"
-            raise ValueError(f"credit: turn is defined on advantage_estimator: group with sum_then_normalize alone, got {got}")
+            raise ValueError(f"credit: {self.credit} is defined on advantage_estimator: group with sum_then_normalize alone, got {got}")
         return self
 
     @model_validator(mode="after")
     def _filters_what_rewards_alone_say(self) -> GRPOKeys:
-        beside = "credit: turn" if self.credit == "turn" else "teachers" if self.teachers else ""
+        beside = f"credit: {self.credit}" if self.credit != "episode" else "teachers" if self.teachers else ""
         if self.zero_variance_filtering and beside:
             raise ValueError(
                 f"zero_variance_filtering with {beside}, where a prompt whose completions earned the same in all still teaches; set "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +15,6 @@ import torch
 
 from posttrain.config.rl import GRPOKeys, PolicyGradientKeys, RewardedKeys
 from posttrain.health.controls import Controls
-from posttrain.names import ENVIRONMENT
 from posttrain.objectives.advantages import AdvantageSpec, as_rewards, compute_advantages, turn_advantages
 from posttrain.objectives.distill import TEACHER_ADVANTAGES, coefficient_at
 from posttrain.objectives.policy import advantage_estimator_of
@@ -28,6 +27,17 @@ from posttrain.recipes.run.train_state import Learner
 from posttrain.recipes.teachers import Teachers
 from posttrain.rollout.experience import Group
 from posttrain.types import Episode
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What a completion is credited by, turns or steps: how many tokens each has, and what was paid for it; None is nothing.
+
+    Example: a prompt answered in two steps of three and four tokens, rated 0.9 and 0.2: tokens 3 4, paid 0.9 0.2.
+    """
+
+    tokens: tuple[int, ...]
+    paid: tuple[float | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +57,8 @@ class Made:
     """Of each sample, what teachers or a critic say of its trained tokens; None where nobody was asked."""
     episodes: list[Episode]
     """What they were like, without what was said."""
+    steps: list[Steps] = field(default_factory=list["Steps"])
+    """Of each completion, where a process reward model pays by step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +121,11 @@ class GroupCredit:
         rewards_BK = as_rewards(rewards)
         group_B, spec = group_indices([len(one.rewards) for one in made]), self._spec(rewards_BK.shape[1])
         found = compute_advantages(rewards_BK, group_B, spec)
-        if self._keys.credit == "turn":
-            paid = turn_rewards(made, found.reward_B, self._keys)
-            turns = iter(turn_advantages(paid, group_B, spec, self._keys.gamma))
-            groups = tuple(self._by_turn(one, turns) for one in made)
+        if self._keys.credit != "episode":
+            paid = step_rewards(made, found.reward_B, self._keys)
+            each = iter(turn_advantages(paid, group_B, spec, self._keys.gamma))
+            tokens = iter([steps.tokens for steps in credited_steps(made, self._keys)])
+            groups = tuple(self._by_step(one, each, tokens) for one in made)
             return Credited(groups, rewards_BK, found.reward_B, found.zero_std_P, paid_share(paid))
         coef = self._teacher_coef(generation)
         groups = tuple(self._advised(one, each, coef) for one, each in _by_group(made, found.advantage_B))
@@ -151,13 +164,13 @@ class GroupCredit:
             each = [_of_tokens(of_tokens, value, ratio, coef, self._keys.teacher_clip) for value, ratio in pairs]
         return self._with(one.samples, each)
 
-    def _by_turn(self, one: Made, turns: Iterator[list[float]]) -> Group:
-        """A sample that is left out of the loss has no tokens, whatever its turns had."""
+    def _by_step(self, one: Made, advantages: Iterator[list[float]], tokens: Iterator[tuple[int, ...]]) -> Group:
+        """A sample that is left out of the loss has no tokens, whatever its turns or steps had."""
         each = [
-            np.repeat(np.array(next(turns), np.float32), np.array(episode.turn_tokens, np.int64))[
+            np.repeat(np.array(next(advantages), np.float32), np.array(next(tokens), np.int64))[
                 : sample.num_loss_tokens
             ]
-            for sample, episode in zip(one.samples, one.episodes, strict=True)
+            for sample in one.samples
         ]
         return self._with(one.samples, each)
 
@@ -168,29 +181,40 @@ class GroupCredit:
         )
 
 
-def turn_rewards(made: Sequence[Made], reward_B: torch.Tensor, keys: PolicyGradientKeys) -> list[list[float | None]]:
-    """Per episode, what each turn earned: the weighted `environment` reward when it was paid, and all else at the last turn.
+def credited_steps(made: Sequence[Made], keys: PolicyGradientKeys) -> list[Steps]:
+    """Of each completion its turns, or the steps of its answer."""
+    if keys.credit == "step":
+        return [steps for one in made for steps in one.steps]
+    return [Steps(episode.turn_tokens, episode.turn_rewards) for one in made for episode in one.episodes]
 
-    Nothing at all where the episode could not be scored. A last turn has nothing where no other reward says anything and the environment
+
+def step_rewards(made: Sequence[Made], reward_B: torch.Tensor, keys: PolicyGradientKeys) -> list[list[float | None]]:
+    """Per completion, what each turn or step earned: its weighted pay when it was paid, and all other rewards at the last one.
+
+    Nothing at all where the completion could not be scored. A last turn has nothing where no other reward says anything and the environment
     paid for earlier turns alone: a step that nobody rates is no 0 among the step rewards (arXiv 2402.03300 sec. 4.1.3). Where no turn
-    was paid, the last one has the episode's reward. The rewards of an episode add up to its reward.
+    was paid, the last one has the episode's reward. Turns add up to the episode's reward; for steps, which are paid each, the aggregate of
+    their scores plays no part.
     """
-    place = keys.reward_funcs.index(ENVIRONMENT)
+    place = keys.paying_step
     weight = column_weights(keys, len(keys.reward_funcs))[place]
-    episodes = [(episode, row) for one in made for episode, row in zip(one.episodes, one.rewards, strict=True)]
+    rows = [row for one in made for row in one.rewards]
     found: list[list[float | None]] = []
-    for (episode, row), reward in zip(episodes, reward_B.tolist(), strict=True):
+    for steps, row, reward in zip(credited_steps(made, keys), rows, reward_B.tolist(), strict=True):
         lost = math.isnan(reward)
-        turns = [None if paid is None or lost else weight * paid for paid in episode.turn_rewards]
+        paid = [None if each is None or lost else weight * each for each in steps.paid]
         others = any(value is not None for column, value in enumerate(row) if column != place)
-        if turns and not lost and (others or all(paid is None for paid in turns)):
-            turns[-1] = reward - sum(paid for paid in turns[:-1] if paid is not None)
-        found.append(turns)
+        if paid and not lost and (others or all(each is None for each in paid)):
+            whole = reward
+            if keys.credit == "step":
+                whole += sum(each or 0.0 for each in paid) - weight * (row[place] or 0.0)
+            paid[-1] = whole - sum(each for each in paid[:-1] if each is not None)
+        found.append(paid)
     return found
 
 
 def paid_share(paid: Sequence[Sequence[float | None]]) -> dict[str, float]:
-    """Of all turns, how many earned something of their own."""
+    """Of all turns or steps, how many earned something of their own."""
     turns = [reward is not None for episode in paid for reward in episode]
     return {"env/paid_turns": sum(turns) / len(turns)} if turns else {}
 

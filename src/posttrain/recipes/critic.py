@@ -23,7 +23,7 @@ from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import LossTerms
 from posttrain.objectives.value import explained_variance, value_loss
 from posttrain.protocols import Ranks
-from posttrain.recipes.credit import Credited, Made, column_weights, known, paid_share, turn_rewards
+from posttrain.recipes.credit import Credited, Made, column_weights, credited_steps, known, paid_share, step_rewards
 from posttrain.recipes.experience.sampled import Numbered
 from posttrain.recipes.optim import make_optimizer
 from posttrain.recipes.policy_step import stream
@@ -100,12 +100,14 @@ class CriticCredit:
         ]
         paid = [self._paid(sample, reward, beta) for sample, reward in zip(samples, reward_B.tolist(), strict=True)]
         metrics: dict[str, float] = {}
-        if self._keys.credit == "turn":
-            turns = turn_rewards(made, reward_B, self._keys)
-            metrics = paid_share(turns)
-            episodes = [episode for one in made for episode in one.episodes]
-            for paid_T, rewards, episode in zip(paid, turns, episodes, strict=True):
-                _advance(paid_T, rewards, episode.turn_tokens)
+        if self._keys.credit != "episode":
+            earned = step_rewards(made, reward_B, self._keys)
+            metrics = paid_share(earned)
+            each = zip(paid, earned, credited_steps(made, self._keys), reward_B.tolist(), strict=True)
+            for paid_T, rewards, steps, reward in each:
+                if self._keys.credit == "step" and len(paid_T):  # all scores are paid, not their aggregate
+                    paid_T[-1] += sum(one or 0.0 for one in rewards) - reward
+                _advance(paid_T, rewards, steps.tokens)
         found = _estimated(samples, paid, self._keys)
         each = iter(
             replace(sample, advantage=advantage, returns=returns, ref_logp=None if self._keys.kl_in_reward else sample.ref_logp)

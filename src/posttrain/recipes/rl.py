@@ -102,7 +102,7 @@ def begun(
         prompts = PromptStream(data, keys.seed, state.solved, keys.no_resampling_pass_rate)
         made = make_sampling(keys, stage, state, engine, decode, rewards, score, prompts, sample)
         sampling = open_parts.enter_context(closing(made))
-        collector = Collector(keys, sampling, trainer, reference, credit, ranks)
+        collector = Collector(keys, sampling, trainer, reference, credit, ranks, decode)
         checks = LiveChecks(keys, stage, rewards, sample, tokenizer, data), JudgeDrift(keys, stage, rewards)
         watch = partial(_watch, stage, checks)
         source = ExperienceSource(keys, stage, state, engine, collector, watch, total_steps)

@@ -7,17 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from posttrain.types import StepScores
+
 ASKED, FAILED = "verdicts", "failed"
 """Counts of a judge: what it was asked for, and what of that did not come or could not be read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Opinion:
-    """Of one completion: a value, or why there is none. `counts` is what it cost and how it came about, summed over completions."""
+    """Of one completion: a value, or why there is none. `counts` is what it cost and how it came about, summed over completions; `steps`
+    what a process reward model says of each step."""
 
     value: float | None
     error: str | None = None
     counts: Mapping[str, float] = field(default_factory=dict[str, float])
+    steps: StepScores = ()
 
 
 class LearnedReward(Protocol):

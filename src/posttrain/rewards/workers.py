@@ -22,7 +22,7 @@ from posttrain.grading.learned import check_learned_options, split_learned
 from posttrain.rewards.learned import LearnedReward, LoadLearned
 from posttrain.rewards.library import REWARDS
 from posttrain.rewards.resolve import check_spec, options_by_name, reward_digest, reward_names
-from posttrain.types import RewardBreakdown
+from posttrain.types import RewardBreakdown, StepScores
 
 CHUNK_SIZE = 16
 """Completions per call of a reward function."""
@@ -72,6 +72,7 @@ class _ScoreCall:
     max_unscored: float
     answered_before: set[int]
     counts: list[dict[str, float]]
+    steps: list[dict[str, StepScores]]
     queue: deque[_Task] = field(default_factory=deque)
     num_hung: Counter[int] = field(default_factory=Counter)
 
@@ -118,6 +119,8 @@ class _ScoreCall:
             self.values[function][item] = opinion.value if finite else None
             if reason := opinion.error if finite else f"the model says {opinion.value}, which is no finite number":
                 self._unscored(function, item, reason)
+            if opinion.steps:
+                self.steps[item][self.names[function]] = opinion.steps
             for name, count in opinion.counts.items():
                 self.counts[item][f"{self.names[function]}/{name}"] = count
         self._give_up_if_hopeless()
@@ -261,7 +264,7 @@ class RewardPool:
             assert len(column) == num, f"{name} has {len(column)} rows for {num} completions"
         call = _ScoreCall(
             self.names, prompts, completions, columns, [[None] * num for _ in self.specs], [[None] * num for _ in self.specs],
-            max_unscored, self._answered, [{} for _ in range(num)],
+            max_unscored, self._answered, [{} for _ in range(num)], [{} for _ in range(num)],
         )  # fmt: skip
         for start in range(0, num, CHUNK_SIZE):
             items = tuple(range(start, min(start + CHUNK_SIZE, num)))
@@ -362,7 +365,7 @@ class RewardPool:
             weight * value for weight, value in zip(self.weights, parts.values(), strict=True) if value is not None
         ]
         total = sum(scored) if scored and not errors else None
-        return RewardBreakdown(total, parts, "; ".join(errors) or None, call.counts[item])
+        return RewardBreakdown(total, parts, "; ".join(errors) or None, call.counts[item], call.steps[item])
 
 
 def _look_at_start(process: AskedProcess) -> None:

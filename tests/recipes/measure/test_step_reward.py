@@ -121,3 +121,25 @@ def test_a_critic_does_not_begin_with_it(train, stage):
 def test_a_policy_is_trained_with_it(train, runner, stage):
     rows = runner.rows(train("grpo", reward_funcs=[f"model:{stage / 'model'}"], max_steps=2))
     assert 0 < rows[-1]["rewards/model/mean"] < 1
+
+
+def test_credit_by_step_gives_tokens_of_one_completion_several_advantages(train, runner, stage):
+    """The policy is taught otherwise than by one reward for all."""
+    paid = {"reward_funcs": [f"model:{stage / 'model'}"], "reward_kwargs": {"model": {"step_separator": "e"}}, "max_completion_length": 24, "max_steps": 1}  # fmt: skip
+    by_step, again, whole = (
+        train("grpo", name=name, credit=credit, **paid)
+        for name, credit in (("steps", "step"), ("again", "step"), ("whole", "episode"))
+    )
+    weights = [runner.weights(folder) for folder in (by_step, again, whole)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert any(not torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+    assert runner.rows(by_step)[-1]["env/paid_turns"] == 1.0
+
+
+def test_credit_by_step_refuses_a_model_of_whole_answers_before_anything_is_loaded(train, stage, tmp_path):
+    config = json.loads((stage / "model" / "config.json").read_text())
+    config |= {"architectures": ["Qwen3ForSequenceClassification"], "id2label": {"0": "reward"}}
+    (tmp_path / "rm").mkdir()
+    (tmp_path / "rm" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"credit: step: .* rates whole answers"):
+        train("grpo", credit="step", reward_funcs=[f"model:{tmp_path / 'rm'}"], max_steps=1)

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from posttrain.config.rl import RewardedKeys
+from posttrain.config.rl import PolicyGradientKeys, RewardedKeys
+from posttrain.errors import ConfigError
 from posttrain.health.controls import Controls
 from posttrain.objectives.advantages import soft_overlong_penalty
 from posttrain.protocols import Ranks, Scorer
-from posttrain.recipes.credit import Credit, Credited, Made, append, column_weights, known
+from posttrain.recipes.credit import Credit, Credited, Made, Steps, append, column_weights, known
 from posttrain.recipes.experience.sampled import Sampled, reward_parts
 from posttrain.rewards.learned import ASKED, FAILED
 from posttrain.rewards.measures import mutual_information, spread_shares
 from posttrain.rewards.resolve import reward_names
 from posttrain.rollout.experience import Experience, Group
-from posttrain.types import Episode, Rollout, RolloutGroup, Sample
+from posttrain.types import Decode, Episode, Rollout, RolloutGroup, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +50,10 @@ class Collector:
     """Makes experience of what `sampling` gives it: scores, lets `credit` give advantages over all ranks. `reference` is asked only where the keys say so."""
 
     def __init__(
-        self, keys: RewardedKeys, sampling: Sampling, trainer: Scorer, reference: Scorer, credit: Credit, ranks: Ranks
+        self, keys: RewardedKeys, sampling: Sampling, trainer: Scorer, reference: Scorer, credit: Credit, ranks: Ranks,
+        decode: Decode | None = None,
     ) -> None:  # fmt: skip
-        self._keys, self._sampling = keys, sampling
+        self._keys, self._sampling, self._decode = keys, sampling, decode
         self._trainer, self._reference, self._credit, self._ranks = trainer, reference, credit, ranks
         self._names = reward_names(keys.reward_funcs)
 
@@ -129,7 +133,33 @@ class Collector:
         counts = [rollout.reward.counts for rollout in group.rollouts]
         episodes = [rollout.completion.episode for rollout in group.rollouts if rollout.completion.episode is not None]
         played = [replace(episode, sampled=(), messages=()) for episode in episodes]
-        return Made(number, kept, rows, lengths, truncated, kls, counts, said, played)
+        return Made(number, kept, rows, lengths, truncated, kls, counts, said, played, self._steps(group))
+
+    def _steps(self, group: RolloutGroup) -> list[Steps]:
+        if not (isinstance(self._keys, PolicyGradientKeys) and self._keys.credit == "step"):
+            return []
+        assert self._decode is not None, "credit by step is given what decodes"
+        name, decode = self._names[self._keys.paying_step], self._decode
+        return [steps_of(rollout, name, decode) for rollout in group.rollouts]
+
+
+def steps_of(rollout: Rollout, reward: str, decode: Decode) -> Steps:
+    """The tokens up to the character at which each step ends; those behind the last step are its own, the end of the answer among them.
+
+    Raises: ConfigError where the reward rates no steps.
+    """
+    scores, ids = rollout.reward.steps.get(reward, ()), rollout.completion.ids
+    if not scores:
+        if rollout.status == "scored":
+            raise ConfigError(
+                f"credit: step: {reward} rates whole answers; name a process reward model, or set credit: episode"
+            )
+        return Steps((len(ids),), (None,))
+    ends = [
+        bisect.bisect_left(range(len(ids)), end, key=lambda num: len(decode(ids[:num]))) for end, _ in list(scores)[:-1]
+    ]
+    tokens = tuple(stop - begin for begin, stop in pairwise((0, *ends, len(ids))))
+    return Steps(tokens, tuple(score for _, score in scores))
 
 
 def _count(groups: Sequence[Group]) -> int:

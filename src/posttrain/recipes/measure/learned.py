@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from posttrain.config.process_reward import AskedProcessRewardKeys
-from posttrain.config.rl import RLKeys
+from posttrain.config.rl import PolicyGradientKeys, RLKeys
 from posttrain.config.stages import AskedRewardKeys
 from posttrain.data.render import StepForm, draft_labelled, draft_steps, tokenize
 from posttrain.errors import ConfigError, DataError
@@ -73,16 +73,18 @@ class ModelReward:
                 found[place] = Opinion(None, str(error))
         for begin in range(0, len(rows), _AT_ONCE):
             part = rows[begin : begin + _AT_ONCE]
-            for (place, _), value in zip(part, self._rewards(prompts, part), strict=True):
-                found[place] = Opinion(value)
+            for (place, _), opinion in zip(part, self._opinions(prompts, completions, part), strict=True):
+                found[place] = opinion
         return [opinion for opinion in found if opinion is not None]
 
     def close(self) -> None:
         """Its memory goes with it."""
 
     @torch.no_grad()
-    def _rewards(self, prompts: Sequence[Any], rows: Sequence[tuple[int, TokenSeq]]) -> list[float]:
-        return self._policy.rewards(_packed(prompts, rows)).tolist()
+    def _opinions(
+        self, prompts: Sequence[Any], completions: Sequence[Any], rows: Sequence[tuple[int, TokenSeq]]
+    ) -> list[Opinion]:
+        return [Opinion(value) for value in self._policy.rewards(_packed(prompts, rows)).tolist()]
 
     def _sequence(self, prompt: Any, completion: Any) -> TokenSeq:
         """As its training writes an answer. Raises: DataError."""
@@ -112,17 +114,22 @@ class StepReward(ModelReward):
         self._form, self._aggregate = StepForm(separator), STEP_AGGREGATES[aggregate]
 
     @torch.no_grad()
-    def _rewards(self, prompts: Sequence[Any], rows: Sequence[tuple[int, TokenSeq]]) -> list[float]:
+    def _opinions(
+        self, prompts: Sequence[Any], completions: Sequence[Any], rows: Sequence[tuple[int, TokenSeq]]
+    ) -> list[Opinion]:
         right_M = self._policy.label_logits(_packed(prompts, rows)).softmax(-1)[:, 1]
         each = right_M.split([seq.num_loss_tokens for _, seq in rows])
-        return [self._aggregate(steps.tolist()) for steps in each]
+        said = [_answered(prompts[place], completions[place])[1] for place, _ in rows]
+        return [
+            Opinion(self._aggregate(p), steps=tuple(zip(step_ends(text, self._form.separator), p, strict=True)))
+            for text, p in zip(said, (scores.tolist() for scores in each), strict=True)
+        ]
 
     def _sequence(self, prompt: Any, completion: Any) -> TokenSeq:
         """As its training writes steps; of a completion of several messages the last one is the answer. Raises: DataError."""
         tokenizer, separator = self._policy.tokenizer, self._form.separator
-        if not isinstance(completion, str):
-            prompt, completion = _answered(prompt, completion)
-        steps = tuple(step for step in completion.split(separator) if step.strip())
+        prompt, text = _answered(prompt, completion)
+        steps = tuple(step for step in text.split(separator) if step.strip())
         if not steps:
             raise DataError("the answer has no step: nothing is written in it")
         asked = prompt if isinstance(prompt, str) else tuple(prompt)
@@ -131,8 +138,21 @@ class StepReward(ModelReward):
         return self._fitting(at_steps(tokenize(tokenizer, draft_steps(tokenizer, row, self._form)).seqs[0], pad))
 
 
-def _answered(prompt: Any, completion: Sequence[Any]) -> tuple[Any, str]:
+def step_ends(text: str, separator: str) -> list[int]:
+    """Where the steps of an answer end, behind their separators. Example: "a\n\nb" cut at "\n" gives 2 and 4: what is blank is no step."""
+    ends: list[int] = []
+    at = 0
+    for part in text.split(separator):
+        at = min(at + len(part) + len(separator), len(text))
+        if part.strip():
+            ends.append(at)
+    return ends
+
+
+def _answered(prompt: Any, completion: Any) -> tuple[Any, str]:
     """What comes before a completion's last message, and the text of that."""
+    if isinstance(completion, str):
+        return prompt, completion
     *before, last = completion
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
     return (asked + before if before or not isinstance(prompt, str) else prompt), str(last["content"])
@@ -209,7 +229,13 @@ LEARNED: Mapping[str, Callable[[Path | str, str, Mapping[str, Any], str], Learne
 
 
 def reward_pool(keys: RLKeys) -> RewardPool:
-    """The rewards of a stage. Models among them are loaded beside the policy, whole on every rank."""
+    """The rewards of a stage. Models among them are loaded beside the policy, whole on every rank. Raises: ConfigError."""
+    if isinstance(keys, PolicyGradientKeys) and keys.credit == "step":
+        source = learned_source(keys.reward_funcs[keys.paying_step])
+        if isinstance(source, Path) and not rates_steps(source):
+            raise ConfigError(
+                f"credit: step: {keys.reward_funcs[keys.paying_step]} rates whole answers; name a process reward model, or set credit: episode"
+            )
     return RewardPool(
         keys.reward_funcs, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s,
         load=partial(load_learned, device=keys.device),
