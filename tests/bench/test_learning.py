@@ -119,3 +119,17 @@ def test_the_large_base_is_the_small_one_s_but_for_its_width(bench):
     assert AutoModelForCausalLM.from_pretrained(made).num_parameters() == 4_756_096
     of_teacher, of_student = (AutoTokenizer.from_pretrained(path).get_vocab() for path in (made, QUICKSTART / "base"))
     assert of_teacher == of_student
+
+
+@pytest.mark.slow
+def test_a_search_reads_each_setting_on_what_it_trained(bench, monkeypatch):
+    """Two steps of each kind: the tokens of its line are those that it was trained on."""
+    searched = {name: settings[:1] for name, settings in taught.SEARCHED.items()}
+    monkeypatch.setattr(learning, "SEARCHED", searched)
+    rows = Bench.rows
+    monkeypatch.setattr(Bench, "rows", lambda self, name, seed, model, changes=(): rows(self, name, seed, model, [*changes, "max_completion_length=8", "keep_truncated=true"]))  # fmt: skip
+    lines = learning.search(bench, list(searched)).splitlines()[-2:]
+    assert [line.split(" | ")[0] for line in lines] == [f"| {settings[0]}" for settings in searched.values()]
+    student = bench.done("search-imitate-0", taught.SEARCH_SEED)
+    [(trained, _)] = curve_of(student)
+    assert trained == sum(learning.answer_tokens(student, 0)) > 0
