@@ -47,7 +47,7 @@ class Workload:
     num_generations: int = 1
     steps_per_generation: int = 1
     num_iterations: int = 1
-    max_completion_length: int = 0
+    max_completion_length: int | None = 0
     save_dtype: str = "auto"
     on_cpu: bool = False
     rollout: SamplingEngine = OURS
@@ -86,8 +86,8 @@ class Workload:
         return min(self.sequence_len, shape.max_positions or self.sequence_len)
 
     def completion(self, shape: ModelShape) -> int:
-        """Longest completion of RL, in tokens."""
-        return min(self.max_completion_length, self.longest(shape))
+        """Longest completion of RL, in tokens; none where a stage that samples nothing sets no limit."""
+        return min(self.max_completion_length or 0, self.longest(shape))
 
     def tokens(self, shape: ModelShape) -> int:
         """Tokens of a micro-batch at its longest; a preference pair is two sequences, a group of RL has one prompt."""
