@@ -22,7 +22,7 @@ This page is written by `docs/make_configuration.py` from the schema in `src/pos
 
 ## A single stage
 
-`posttrain sft|dpo|reward_model|process_reward_model|grpo|ppo|online_dpo|distill CONFIG` takes a flat YAML. `base_model` and `datasets` are required (`reward_funcs` too for
+`posttrain sft|dpo|reward_model|process_reward_model|grpo|ppo|online_dpo|distill|ebft CONFIG` takes a flat YAML. `base_model` and `datasets` are required (`reward_funcs` too for
 `grpo`, `ppo` and `online_dpo`, `teachers` for `distill`); every other key has a default, and the run saves all of them.
 
 ```yaml
@@ -89,7 +89,7 @@ Where several reach the same key, the one that names the fewest stages wins.
 MEANINGS = {
     "pipeline": "Keys of a pipeline; the model and training keys may stand here too.",
     "datasets": "An entry of `datasets` or `eval_datasets`.",
-    "rollout": "The engine that samples, in a `grpo`, `ppo`, `online_dpo` or `distill` stage; docs/rollout-engines.md compares them.",
+    "rollout": "The engine that samples, in a `grpo`, `ppo`, `online_dpo`, `distill` or `ebft` stage; docs/rollout-engines.md compares them.",
     "teachers": "An entry of `teachers`, in a `grpo` or `distill` stage; docs/algorithms.md says what is learned from them.",
     "judge": "A judge's file, `judge:FILE.yaml` in `reward_funcs` or as a `scorer` ([how it is asked](rewards.md#reward-models-and-judges)).",
     "judge.rubric": "An entry of `rubric`; a text alone is its `criterion`.",

@@ -24,6 +24,7 @@ FILES = {
     "ppo": "prompts",
     "online_dpo": "prompts",
     "distill": "prompts",
+    "ebft": "sft",
 }
 COMMON = {"learning_rate": 3e-3, "max_steps": 4, "per_device_train_batch_size": 4, "sequence_len": 128, "seed": 7}
 OWN = {
@@ -47,6 +48,7 @@ OWN = {
         "num_generations": 4, "num_prompts_per_step": 2, "max_completion_length": 6,
         "teachers": [{"model": "policy", "prompt": "{prompt} A correct solution: {answer}"}],
     },
+    "ebft": {"num_generations": 4, "num_prompts_per_step": 2, "max_completion_length": 6},
 }  # fmt: skip
 
 

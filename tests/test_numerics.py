@@ -52,7 +52,17 @@ def computed(tmp_path_factory, model_dir, data_dir, runner):
     folder = tmp_path_factory.mktemp("numerics")
     values = {
         kind: curve(kind, folder / kind, model_dir, data_dir, runner)
-        for kind in ("sft", "dpo", "reward_model", "process_reward_model", "grpo", "ppo", "online_dpo", "distill")
+        for kind in (
+            "sft",
+            "dpo",
+            "reward_model",
+            "process_reward_model",
+            "grpo",
+            "ppo",
+            "online_dpo",
+            "distill",
+            "ebft",
+        )
     }
     values |= {"grading": scores(), "rewards": rewarded()}
     if os.environ.get("RECORD"):

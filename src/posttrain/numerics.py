@@ -22,6 +22,7 @@ REVISIONS: Mapping[str, tuple[str, ...]] = {
     "ppo": ("its first numbers",),
     "online_dpo": ("its first numbers",),
     "distill": ("its first numbers",),
+    "ebft": ("its first numbers",),
     "grading": ("the scores of 0.1",),
     "rewards": ("the library of 0.1",),
 }

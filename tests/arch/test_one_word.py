@@ -14,6 +14,7 @@ RECIPE = "each recipe has its own; LOOPS names them"
 SHARED = {
     "distill": VERB,
     "dpo": VERB,
+    "ebft": VERB,
     "evaluate": VERB,
     "explain": VERB,
     "grpo": VERB,

@@ -78,6 +78,8 @@ class Flip:
     base: dict[str, Any] = field(default_factory=dict)
 
 
+STRIDED = {"mode": "strided", "max_completion_length": 3}
+
 FLIPS = {
     "sft": [
         Flip("base_model", "MODEL:llama"),
@@ -323,6 +325,36 @@ FLIPS = {
         # Of its keys those of other engines: tests/recipes/experience/test_engines.py; our own has none that distill may set.
         Flip("rollout", {"exact": True}),
     ],
+    "ebft": [
+        Flip("learning_rate", 1e-4),
+        Flip("num_generations", 3),
+        Flip("num_prompts_per_step", 4),
+        Flip("max_completion_length", 3),
+        Flip("temperature", 0.5),
+        Flip("top_p", 0.5),
+        Flip("top_k", 3),
+        Flip("min_p", 0.5),
+        Flip("stop", list("abcdefghijklmnopqrstuvwxyz ")),
+        Flip("mode", "strided"),
+        Flip("stride", 3, STRIDED),
+        Flip("context_length", 20, STRIDED),
+        Flip("min_completion_prefix", 2, STRIDED),
+        Flip("feature_layers", [1.0]),
+        Flip("embed_method", "mean_pooling"),
+        Flip("normalize_layers", True, {"feature_layers": [0.5, 1.0]}),
+        Flip("use_whitening", False),
+        Flip("alignment_coef", 0.5, {"use_whitening": False}),
+        Flip("diversity_coef", 0.5, {"use_whitening": False}),
+        Flip("unbiased_baseline", False, {"use_whitening": False}),
+        Flip("advantage_estimator", "group"),
+        Flip("scale_rewards", "none", {"advantage_estimator": "group"}),
+        Flip("advantage_eps", 0.5, {"advantage_estimator": "group"}),
+        Flip("loss_type", "dr_grpo"),
+        Flip("ce_coef", 0.5),
+        Flip("teachers", [{"model": "start"}]),
+        # Of its keys those of other engines: as of distill.
+        Flip("rollout", {"exact": True}),
+    ],
 }
 """Stage → its flips. What every stage has is flipped under SFT, the shortest of them; what GRPO and PPO share under GRPO."""
 
@@ -335,6 +367,7 @@ QUICK = {
     "ppo": ("gae_lambda",),
     "online_dpo": ("loss_type",),
     "distill": ("teacher_top_k",),
+    "ebft": ("mode",),
 }
 CASES = [
     pytest.param(kind, flip, id=f"{kind}-{flip.key}", marks=() if flip.key in QUICK[kind] else pytest.mark.slow)
@@ -397,6 +430,7 @@ def record(runner, model_dir, data_dir, tmp_path_factory):
         "ppo": "prompts",
         "online_dpo": "prompts",
         "distill": "prompts",
+        "ebft": "sft",
     }
 
     def placed(value):

@@ -18,6 +18,7 @@ def test_a_key_with_a_default_of_its_own_per_stage():
         "ppo": "1e-6",
         "online_dpo": "1e-6",
         "distill": "2e-5",
+        "ebft": "1e-6",
     }
     assert explanation.stages == (
         "sft",
@@ -28,6 +29,7 @@ def test_a_key_with_a_default_of_its_own_per_stage():
         "ppo",
         "online_dpo",
         "distill",
+        "ebft",
     )
     assert ForeignName("lr") in explanation.also
 
@@ -45,6 +47,7 @@ def test_a_name_with_two_meanings_has_two_uses():
         ("dpo", "online_dpo"),
         ("grpo",),
         ("distill",),
+        ("ebft",),
     }
 
 

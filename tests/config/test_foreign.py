@@ -135,6 +135,7 @@ OF_OTHER_TOOLS = {
     "ppo": [field.name for config in (GRPOConfig, ModelConfig) for field in dataclasses.fields(config)],
     "online_dpo": [field.name for config in (OnlineDPOConfig, ModelConfig) for field in dataclasses.fields(config)],
     "distill": [field.name for config in (GKDConfig, ModelConfig) for field in dataclasses.fields(config)],
+    "ebft": [field.name for config in (SFTConfig, ModelConfig) for field in dataclasses.fields(config)],
 }
 NAMES_SEEN = [
     "adam_eps",

@@ -90,7 +90,7 @@ def test_qlora_implies_4_bits_and_says_why(write):
         ("lerning_rate: 1", "train.yaml:3: lerning_rate: unknown key; did you mean learning_rate?"),
         ("Learning-Rate: 1", "train.yaml:3: Learning-Rate: unknown key; did you mean learning_rate?"),
         ("zzz: 1", "train.yaml:3: zzz: unknown key; `posttrain explain` lists the keys"),
-        ("num_generations: 4", "train.yaml:3: num_generations is a grpo, ppo, online_dpo and distill key; this is sft"),
+        ("num_generations: 4", "train.yaml:3: num_generations is a grpo, ppo, online_dpo, distill and ebft key; this is sft"),
         ("beta: 0.1", "train.yaml:3: beta is a dpo, grpo, ppo and online_dpo key; this is sft"),
         ("pref_beta: 0.1", "train.yaml:3: pref_beta is a dpo key; this is sft"),
         ("evals: {}", "train.yaml:3: evals is a pipeline key; it stands at the top of a YAML for `posttrain run`"),
@@ -197,7 +197,7 @@ def test_set_can_unset_add_and_reach_inside(folder):
         ("lora_target=[a", "--set lora_target=[a: value:1:"),
         (
             "num_generations=4",
-            "--set num_generations=4: num_generations is a grpo, ppo, online_dpo and distill key; this is sft",
+            "--set num_generations=4: num_generations is a grpo, ppo, online_dpo, distill and ebft key; this is sft",
         ),
     ],
 )
@@ -294,7 +294,7 @@ def test_every_row_format_is_a_type_of_dataset_and_gives_rows():
 
 @pytest.mark.parametrize(
     ("given", "kind"),
-    [({"teachers": [{"model": "start"}]}, "distill"), ({"reward_funcs": ["exact"]}, "grpo"), ({"reward_funcs": ["exact"], "gae_lambda": 1.0}, "ppo"), ({}, "grpo"), ({"teachers": [], "reward_funcs": ["exact"]}, "grpo")],
+    [({"teachers": [{"model": "start"}]}, "distill"), ({"reward_funcs": ["exact"]}, "grpo"), ({"reward_funcs": ["exact"], "gae_lambda": 1.0}, "ppo"), ({}, "ebft"), ({"teachers": [], "reward_funcs": ["exact"]}, "grpo")],
 )  # fmt: skip
 def test_of_kinds_that_take_the_same_keys_one_that_needs_no_other_is_meant(given, kind):
     values = {"base_model": "m", "datasets": [{"path": "p.jsonl"}], "num_generations": 2, "max_completion_length": 8}

@@ -136,6 +136,12 @@ MORE = {
         "distill",
         {"architecture": "gpt_oss", "teachers": [HINTED], "loss_type": "forward_kl", "num_prompts_per_step": 1},
     ),
+    "ebft, shares that do not divide": (
+        "ebft",
+        {"num_prompts_per_step": 3, "ce_coef": 0.1, "eval": "dev-sft", "eval_steps": 2, "use_whitening": False},
+    ),
+    "ebft, strided, with an adapter": ("ebft", {**LORA, "mode": "strided", "max_completion_length": 3}),
+    "ebft, a rank without a prompt": ("ebft", {"num_prompts_per_step": 1}),
     "ppo": ("ppo", {"beta": 0.1, "num_iterations": 2, "critic_warmup_steps": 1, **SLOW_CRITIC}),
     "ppo with an adapter, shares that do not divide": (
         "ppo",

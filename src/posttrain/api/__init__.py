@@ -19,6 +19,7 @@ from posttrain.api.run import Metrics, Run, load_run
 from posttrain.api.verbs import (
     distill,
     dpo,
+    ebft,
     evaluate,
     grpo,
     judge,
@@ -35,6 +36,7 @@ __all__ = [
     "Run",
     "distill",
     "dpo",
+    "ebft",
     "evaluate",
     "gate",
     "grpo",

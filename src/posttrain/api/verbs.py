@@ -45,6 +45,11 @@ def distill(config: str | Path | None = None, *, show: bool = True, **keys: Any)
     return _stage("distill", config, keys, show)
 
 
+def ebft(config: str | Path | None = None, *, show: bool = True, **keys: Any) -> Run:
+    """One stage of energy-based fine-tuning on rows with answers; as `sft`."""
+    return _stage("ebft", config, keys, show)
+
+
 def grpo(config: str | Path | None = None, *, show: bool = True, **keys: Any) -> Run:
     """One stage of RL with verifiable rewards; `reward_funcs` may hold Python functions. As `sft`."""
     return _stage("grpo", config, keys, show)

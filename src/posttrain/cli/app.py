@@ -40,6 +40,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "ppo": ("posttrain.cli.train", "ppo", "Run one stage of RL with a critic."),
     "online_dpo": ("posttrain.cli.train", "online_dpo", "Run one stage of DPO on the policy's own completions."),
     "distill": ("posttrain.cli.train", "distill", "Distil what teachers know into the model."),
+    "ebft": ("posttrain.cli.train", "ebft", "Match answers in the features of the given model."),
     "plan": ("posttrain.cli.plan", "plan", "Say what a run needs in memory and time before it starts."),
     "import": ("posttrain.cli.import_", "import_", "Write another tool's configuration as a YAML of ours."),
     "data": (
@@ -98,7 +99,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
 }
 """Verb → module, attribute (a function or a typer app), one line for `--help`."""
 
-_TRAIN = "to train: sft, dpo, reward_model, process_reward_model, grpo, ppo, online_dpo or distill for a single stage, run for a pipeline"
+_TRAIN = "to train: sft, dpo, reward_model, process_reward_model, grpo, ppo, online_dpo, distill or ebft for a single stage, run for a pipeline"
 _MEASURE = "to score a model: eval; to judge one against another: gate"
 _ASK = "to talk to a model: chat; for its answers to a whole suite: eval"
 _CHECK = "for a YAML's data: data; for its rewards: rewards check; for this machine: doctor"

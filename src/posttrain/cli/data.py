@@ -41,7 +41,7 @@ def show_data(
     stage: Annotated[
         str | None,
         typer.Option(
-            help="sft, dpo, reward_model, process_reward_model, grpo, ppo, online_dpo or distill; found from the keys if left out."
+            help="sft, dpo, reward_model, process_reward_model, grpo, ppo, online_dpo, distill or ebft; found from the keys if left out."
         ),
     ] = None,
     write_clean: Annotated[

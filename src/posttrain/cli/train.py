@@ -122,6 +122,14 @@ def distill(
     _single("distill", config, _given(set_, on_change, quiet, verbose, on_cluster(ray, workers, worker)))
 
 
+def ebft(
+    config: Config, set_: Sets = None, on_change: Change = "refuse", quiet: Quiet = False, verbose: Verbose = False,
+    ray: OnRay = None, workers: NumWorkers = 1, worker: EachWorker = "",
+) -> None:  # fmt: skip
+    """Match answers in the features of the given model."""
+    _single("ebft", config, _given(set_, on_change, quiet, verbose, on_cluster(ray, workers, worker)))
+
+
 def stage_verb(kind: str) -> Callable[..., None]:
     """The verb of a kind of stage. Raises: ConfigError if there is no such kind."""
     from posttrain.config.kinds import stage_kind

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.config.distill import DistillKeys
+from posttrain.config.ebft import EBFTKeys
 from posttrain.config.knob import Keys
 from posttrain.config.preference import WITHOUT_REFERENCE, DPOKeys, PreferenceKeys
 from posttrain.config.process_reward import ProcessRewardModelKeys
@@ -100,6 +101,12 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(DistillKeys, ("jsd_beta",), _loss_is_not("jsd"), "loss_type is not jsd"),
     NoEffect(DistillKeys, ("teacher_top_k",), _loss_is_not("opd"), "loss_type is not opd"),
     NoEffect(DistillKeys, ("eval_steps", "load_best_model_at_end"), _has_nothing_to_measure, "there are no eval_datasets, no val_size and no eval_suite"),
+    NoEffect(EBFTKeys, ("gradient_accumulation_steps", "num_processes"), lambda k: True, "a step takes num_prompts_per_step rows, with num_generations completions for each answer or anchor, however many processes share them"),
+    NoEffect(EBFTKeys, ("stride", "context_length", "min_completion_prefix"), lambda k: k.mode != "strided", "mode is structured; set mode: strided"),
+    NoEffect(EBFTKeys, ("unbiased_baseline",), lambda k: not k.diversity_coef, "diversity_coef is 0"),
+    NoEffect(EBFTKeys, ("scale_rewards", "advantage_eps"), lambda k: k.advantage_estimator == "rloo", "leave-one-out advantages are not divided"),
+    NoEffect(EBFTKeys, ("advantage_eps",), lambda k: k.advantage_estimator == "group" and k.scale_rewards == "none", "scale_rewards is none, so nothing is divided"),
+    NoEffect(EBFTKeys, ("eval_steps", "load_best_model_at_end"), _has_nothing_to_measure, "there are no eval_datasets, no val_size and no eval_suite"),
     NoEffect(PolicyGradientKeys, _KL, lambda k: k.beta == 0, "beta is 0, so there is no KL to the reference"),
     NoEffect(PolicyGradientKeys, ("kl_reduction",), lambda k: k.kl_in_reward and k.beta > 0, "the KL is in the reward"),
     NoEffect(RewardedKeys, ("ptx_coef", "ptx_rows_per_step"), lambda k: not k.ptx_datasets, "there are no ptx_datasets"),

@@ -10,6 +10,7 @@ from typing import Literal
 
 from posttrain.config.datasets import ROWS_OF_TYPE, RowKind
 from posttrain.config.distill import DistillKeys
+from posttrain.config.ebft import EBFTKeys
 from posttrain.config.online_dpo import OnlineDPOKeys
 from posttrain.config.ppo import PPOKeys
 from posttrain.config.preference import DPOKeys
@@ -100,6 +101,7 @@ STAGE_KINDS: dict[str, StageKind] = {
         StageKind("ppo", PPOKeys, "Run one stage of RL with a critic.", ("prompts",)),
         StageKind("online_dpo", OnlineDPOKeys, "Run one stage of DPO on the policy's own completions.", ("prompts",)),
         StageKind("distill", DistillKeys, "Distil what teachers know into the model.", ("prompts", "examples")),
+        StageKind("ebft", EBFTKeys, "Match answers in the features of the given model.", ("examples",)),
     )
 }
 """Name → row. A program may add rows of its own before it loads a configuration."""

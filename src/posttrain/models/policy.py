@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -170,28 +171,50 @@ class Policy:
             hidden_MD = self._hidden(batch.to(self.placement.device))
         return Head(hidden_MD, head.weight, head.bias, self._softcap), None
 
+    @torch.no_grad()
+    def hidden_states(self, batch: Batch, depths: Sequence[float]) -> torch.Tensor:
+        """After the layers that lie at these shares of the depth (rounded down), at the scored positions. Shape: [M, K, D]."""
+        num_layers = self.base.config.get_text_config().num_hidden_layers
+        layers = [max(1, math.floor(depth * num_layers)) for depth in depths]
+        calls = self._calls(batch)
+
+        def run(part: Batch | _Sequence) -> torch.Tensor:
+            # The logits are not read: as few as a model gives.
+            output = self._output_of(part, output_hidden_states=True, logits_to_keep=part.source_M[:1])
+            return torch.stack([output.hidden_states[layer][0][part.source_M].float() for layer in layers], 1)
+
+        with self.placement.autocast():
+            found = [run(part) for part in (*calls.parts, *calls.idle)]
+        return torch.cat(found[: len(calls.parts)])[calls.order_M]
+
     def _logits(self, batch: Batch, options: dict[str, bool]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Whole, as the model gives them; the router's balancing loss. Shape: [M, V]."""
-        batch = batch.to(self.placement.device)
-        together = self.ragged and length_rule(self.base.config) is None
-        parts = [(batch, torch.arange(len(batch.source_M)))] if together else self._parts(batch)
-        idle = 0 if together else self.sharding.largest(len(parts)) - len(parts)
+        calls = self._calls(batch)
         with self.placement.autocast():
-            outputs = [self._output_of(part, options) for part, _ in parts]
+            outputs = [self._output_of(part, **options) for part in calls.parts]
             found = [output.logits[0] for output in outputs]
-            for _ in range(idle):
-                ((nothing, _),) = self._parts(pack([[TokenSeq((0, 0), (False, True))]]).to(self.placement.device))
-                found[0] = found[0] + 0.0 * self._output_of(nothing, options).logits.sum()
+            for nothing in calls.idle:
+                found[0] = found[0] + 0.0 * self._output_of(nothing, **options).logits.sum()
         losses = [loss for output in outputs if (loss := self._aux_loss(output)) is not None]
-        order_M = torch.cat([places for _, places in parts]).argsort()
-        return torch.cat(found)[order_M], torch.stack(losses).mean() if losses else None
+        return torch.cat(found)[calls.order_M], torch.stack(losses).mean() if losses else None
 
-    def _output_of(self, part: Batch | _Sequence, options: dict[str, bool]) -> Any:
+    def _calls(self, batch: Batch) -> _Calls:
+        batch = batch.to(self.placement.device)
+        if self.ragged and length_rule(self.base.config) is None:
+            return _Calls([batch], [], torch.arange(len(batch.source_M)))
+        found = self._parts(batch)
+        order_M = torch.cat([places for _, places in found]).argsort()
+        parts, idle = [part for part, _ in found], self.sharding.largest(len(found)) - len(found)
+        ((nothing, _),) = self._parts(pack([[TokenSeq((0, 0), (False, True))]]).to(self.placement.device))
+        return _Calls(parts, [nothing] * idle, order_M)
+
+    def _output_of(self, part: Batch | _Sequence, **options: Any) -> Any:
         forget_lengths(self.base)
+        options = {"logits_to_keep": part.source_M} | options
         if isinstance(part, Batch):
-            return self._forward(self.model, part, logits_to_keep=part.source_M, **options)
+            return self._forward(self.model, part, **options)
         with noisy_embeddings(self.base, self.embedding_noise, torch.arange(part.ids_N.numel())):
-            return self.model(input_ids=part.ids_N[None], use_cache=False, logits_to_keep=part.source_M, **options)
+            return self.model(input_ids=part.ids_N[None], use_cache=False, **options)
 
     def _parts(self, batch: Batch) -> list[tuple[Batch | _Sequence, torch.Tensor]]:
         """What goes through the model in a call of its own, with the places of its scored tokens."""
@@ -232,7 +255,7 @@ class Policy:
         return self._score_output(batch, temperature, entropy)
 
     def _score_output(self, part: Batch | _Sequence, temperature: float, entropy: bool) -> Scores:
-        output = self._output_of(part, self._router_options)
+        output = self._output_of(part, **self._router_options)
         aux_loss = self._aux_loss(output, part.layout.split if isinstance(part, Batch) else None)
         return _from_logits(output.logits[0], part.target_M, temperature, entropy, aux_loss)
 
@@ -392,6 +415,15 @@ class _Sequence:
     ids_N: torch.Tensor
     source_M: torch.Tensor
     target_M: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Calls:
+    """What goes through the model in calls of its own; as many with nothing in them as another rank has more; the scored tokens' order."""
+
+    parts: Sequence[Batch | _Sequence]
+    idle: Sequence[Batch | _Sequence]
+    order_M: torch.Tensor
 
 
 def _sequences(batch: Batch) -> Iterator[tuple[_Sequence, torch.Tensor]]:

@@ -54,7 +54,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
                 if not micro.idle:
                     metrics.add(terms.metrics)
                     metrics.add_share("loss", float(terms.loss.detach()))
-            learn_from(policy, supervised, keys, ranks, metrics)
+            learn_from(policy, supervised, keys.ptx_coef, keys.per_device_train_batch_size, ranks, metrics)
             values = metrics.reduced(ranks) | selection | (experience.metrics if fresh else {})
             if micros or supervised:
                 lr = learning_rate(step, rl.total_steps, keys) * stage.guard.controls.lr_scale

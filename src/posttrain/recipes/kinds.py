@@ -9,7 +9,7 @@ from typing import Any
 from posttrain.objectives.preference import PreferenceSpec
 from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import spec_from
-from posttrain.recipes import distill, dpo, grpo, online_dpo, ppo, process_reward_model, reward_model, sft
+from posttrain.recipes import distill, dpo, ebft, grpo, online_dpo, ppo, process_reward_model, reward_model, sft
 from posttrain.recipes.critic import ppo_objective
 from posttrain.recipes.run.run_folder import StageResult
 from posttrain.recipes.run.stage import Stage
@@ -24,6 +24,7 @@ LOOPS: dict[str, Callable[[Any, Stage], StageResult]] = {
     "ppo": ppo.run,
     "online_dpo": online_dpo.run,
     "distill": distill.run,
+    "ebft": ebft.run,
 }
 """Kind → its loop."""
 

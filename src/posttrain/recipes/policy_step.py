@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from posttrain.config.rl import PolicyGradientKeys
+from posttrain.config.rl import PolicyGradientKeys, SamplingKeys
 from posttrain.models.batch import pack
 from posttrain.models.policy import Policy
 from posttrain.models.trie import TrieNode, shared_segments
@@ -38,15 +38,23 @@ def loss(
     on_policy: bool,
 ) -> LossTerms:
     """This micro-batch's share of the step's loss. The completions of a group attend to one copy of their prompt."""
+    # Where the old log-probs are the sampler's own, comparing the two says nothing.
+    compared = on_policy or keys.importance_sampling_correction != "off"
+    spec = replace(spec, beta=0.0) if keys.kl_in_reward else spec
+    return sampled_loss(policy, groups, spec, norm, keys.temperature, on_policy=on_policy, compared=compared)
+
+
+def sampled_loss(
+    policy: Policy, groups: Sequence[Group], spec: PolicySpec, norm: Normalizer, temperature: float, *, on_policy: bool, compared: bool
+) -> LossTerms:  # fmt: skip
+    """`loss` by plain values; `compared` says whether the sampler's log-probs are held against the trainer's."""
     batch = pack(groups)
     samples = [sample for group in groups for sample in group]
-    scores = policy.score(batch, temperature=keys.temperature, entropy=True)
+    scores = policy.score(batch, temperature=temperature, entropy=True)
     device = scores.logp_M.device
     entropy_M = scores.entropy_M if spec.entropy_coef else _detached(scores.entropy_M)
     old = "behavior_logp" if samples[0].old_logp is None else "old_logp"
     old_logp_M = None if on_policy else stream(samples, old, device)
-    # Where the old log-probs are the sampler's own, comparing the two says nothing.
-    compared = on_policy or keys.importance_sampling_correction != "off"
     inputs = PolicyInputs(
         policy_logp_M=scores.logp_M,
         advantage_M=stream(samples, "advantage", device),
@@ -59,7 +67,7 @@ def loss(
         penalty_M=None if samples[0].penalty is None else stream(samples, "penalty", device),
         prompt_tokens_S=torch.tensor([sample.prompt_tokens for sample in samples], device=device),
     )
-    terms = policy_loss(inputs, _without_kl(spec) if keys.kl_in_reward else spec, norm)
+    terms = policy_loss(inputs, spec, norm)
     terms.metrics.update(_largest_ratio(scores.logp_M, old_logp_M))
     return policy.with_aux_loss(terms, scores.aux_loss, share=batch.num_sequences / norm.sequences)
 
@@ -182,7 +190,7 @@ def _over_ranks(
     return [stream for streams in found for stream in streams]
 
 
-def normalizer(groups: Sequence[Group], keys: PolicyGradientKeys) -> Normalizer:
+def normalizer(groups: Sequence[Group], keys: SamplingKeys) -> Normalizer:
     """Counted over the whole step, before it is dealt to the ranks."""
     sequences = float(sum(len(group) for group in groups))
     return Normalizer(
@@ -202,7 +210,3 @@ def stream(samples: Sequence[Sample], name: str, device: torch.device) -> torch.
 
 def _detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.detach()
-
-
-def _without_kl(spec: PolicySpec) -> PolicySpec:
-    return replace(spec, beta=0.0)

@@ -40,13 +40,15 @@ class PtxRows:
         return self._data.rows[self._order(epoch)[place]]
 
 
-def learn_from(policy: Policy, rows: Sequence[TokenSeq], keys: RLKeys, ranks: Ranks, metrics: StepMetrics) -> None:
-    """Add the gradient of a step's supervised rows, `per_device_train_batch_size` at a time, as often on every rank."""
-    micros, norm = list(in_their_order(rows, keys.per_device_train_batch_size, ranks)), ptx_norm(rows)
+def learn_from(
+    policy: Policy, rows: Sequence[TokenSeq], coef: float, at_once: int, ranks: Ranks, metrics: StepMetrics, name: str = "ptx_loss"
+) -> None:  # fmt: skip
+    """Add the gradient of a step's supervised rows, `at_once` at a time, as often on every rank; their loss is logged as `name`."""
+    micros, norm = list(in_their_order(rows, at_once, ranks)), ptx_norm(rows)
     for micro in accumulating(policy, micros):
-        terms = ptx_loss(policy, micro.rows, norm, keys.ptx_coef)
+        terms = ptx_loss(policy, micro.rows, norm, coef)
         micro.backward(terms.loss)
-        metrics.add({} if micro.idle else terms.metrics)
+        metrics.add({} if micro.idle else {name: terms.metrics["ptx_loss"]})
 
 
 def ptx_loss(policy: Policy, rows: Sequence[TokenSeq], norm: Normalizer, coef: float) -> LossTerms:
