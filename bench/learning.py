@@ -151,6 +151,7 @@ WAYS = {
     "grpo": Way("GRPO", "grpo", None, lambda bench, seed: ["grpo.beta=0"]),
     "ppo": Way("PPO with a critic", "ppo", "ppo.yaml"),
     "online_dpo": Way("online DPO", "online_dpo", "online_dpo.yaml"),
+    "ebft": Way("EBFT on SFT's rows", "ebft", "ebft.yaml"),
     "large": Way("GRPO of the 4.8 M model", "grpo", None, lambda bench, seed: ["grpo.beta=0"], "large-sft"),
     "opd": Way(
         "OPD from a teacher", "distill", "distill.yaml", distilling(Setting("opd", 16, 4, 1e-4, 40, 4, "cosine"))

@@ -404,3 +404,84 @@ def test_where_thinking_stands_has_its_note(loaded):
     notes = loaded(text)[0].text
     assert "datasets.1.field_thinking: left out because thinking is read as thinking" in notes
     assert "datasets.1.template_thinking_key: left out because reasoning is read as thinking" in notes
+
+
+EBFT = AXOLOTL + "gradient_accumulation_steps: 4\nrl: ebft\n"
+SOLVED = EBFT + "datasets: [{path: c/d, type: ebft_opencode.transform}]\n"
+CODE = EBFT + "datasets: [{path: c/d, type: ebft_pretrain.transform}]\n"
+
+
+def test_axolotls_feature_matching_is_that_of_whole_answers(loaded):
+    """Its trainer is that of GRPO: groups of completions, divided by their spread."""
+    made, keys = loaded(
+        SOLVED
+        + "ebft: {diversity_coef: 0.5}\ntrl: {num_generations: 4, scale_rewards: true, epsilon: 0.2, loss_type: grpo, use_vllm: true}\n"
+    )
+    assert made.kind == "ebft"
+    assert (keys.mode, keys.num_prompts_per_step, keys.num_generations, keys.per_device_train_batch_size) == (
+        "structured",
+        2,
+        4,
+        2,
+    )
+    assert (keys.advantage_estimator, keys.scale_rewards, keys.loss_type) == ("group", "group", "grpo")
+    assert (keys.unbiased_baseline, keys.use_whitening, keys.normalize_layers, keys.diversity_coef) == (
+        False,
+        False,
+        False,
+        0.5,
+    )
+    assert (keys.datasets[0].type, keys.datasets[0].prompt_format) == ("alpaca", ["{input}"])
+    assert "# ebft.adaptive_max_tokens: changed because completions are not cut" in made.text
+    assert "# trl.epsilon: left out because each generation batch is trained on once" in made.text
+
+
+def test_axolotls_strided_texts_make_a_step_of_as_many(loaded):
+    made, keys = loaded(
+        CODE
+        + "ebft: {mode: strided, stride: 4, generate_max_len: 6, context_length: 10, n_samples_per_prompt: 3, ce_coef: 0.03, use_whitening: true, rl_coef: 1.0}\n"
+    )
+    assert (keys.mode, keys.stride, keys.context_length, keys.max_completion_length) == ("strided", 4, 10, 6)
+    # (512 − 6 − 10) // 4 + 1 anchors of a text, as Axolotl counts them.
+    assert (keys.num_prompts_per_step, keys.per_device_train_batch_size) == (8, 2 * 125 * 3)
+    assert (keys.temperature, keys.ce_coef, keys.use_whitening, keys.normalize_layers) == (0.6, 0.03, True, True)
+    assert (keys.advantage_estimator, keys.unbiased_baseline, keys.diversity_coef) == ("rloo", False, 1.0)
+    assert (keys.datasets[0].type, keys.datasets[0].columns, keys.overflow) == (
+        "text",
+        {"text": "question"},
+        "truncate",
+    )
+    assert "the loss uses it too, which Axolotl's does not" in made.text
+
+
+def test_features_of_several_layers_are_longer_in_axolotls_strided_mode(loaded):
+    """√3 where each of three has length 1: products of two are three times as large."""
+    keys = loaded(CODE + "ebft: {mode: strided, feature_layers: [0.25, 0.5, 0.75], diversity_coef: 0.5}\n")[1]
+    assert (keys.use_whitening, keys.diversity_coef) == (False, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            "ebft: {embed_method: mean_pooling}",
+            "ebft.embed_method: mean_pooling: with mode: structured the mean goes over the prompt too",
+        ),
+        ("ebft: {embed_method: completion_mean}", "ebft.embed_method: completion_mean"),
+        ("ebft: {embed_method: concat}", "ebft.embed_method: concat: it takes three places"),
+        ("ebft: {mode: strided, embed_method: concat}", "ebft.embed_method: concat: it is read as last_token"),
+        ("ebft: {mode: strided, rl_coef: 0.5}", "ebft.rl_coef: 0.5"),
+        ("ebft: {mode: strided, advantage_estimator: reinforce}", "ebft.advantage_estimator: reinforce"),
+        ("ebft: {ce_coef: 0.03}", "ebft.ce_coef: 0.03: Axolotl reads it with mode: strided only"),
+        ("ebft: {critic_learning_rate: 1e-6}", "ebft.critic_learning_rate"),
+        ("trl: {beta: 0.1}", "trl.beta: 0.1"),
+        ("trl: {num_iterations: 2}", "trl.num_iterations: 2"),
+        ("trl: {num_generations: 3}", "2 × 4 completions are no groups of 3"),
+    ],
+)
+def test_what_axolotls_feature_matching_does_otherwise_is_refused(refused, lines, message):
+    assert message in refused(SOLVED + lines + "\n")
+
+
+def test_a_function_of_the_users_own_is_not_guessed(refused):
+    assert "own.transform: a prompt style that is not known here" in refused(SOLVED.replace("ebft_opencode", "own"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from posttrain.config.importers.axolotl_ebft import is_strided
 from posttrain.config.importers.axolotl_pairs import read_own_style, read_style, styles
 from posttrain.config.importers.fates import ImportDraft, is_off
 from posttrain.config.importers.paths import local_file
@@ -264,6 +265,26 @@ def _steps(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str
     return {"type": "stepwise_supervised"}
 
 
+def _asked_and_solved(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    _told(draft, where)
+    return {"type": "alpaca", "prompt_format": ["{input}"]}
+
+
+def _input_and_output(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    _told(draft, where)
+    return {"type": "completion", "prompt_format": ["{input}"], "columns": {"completion": "output"}}
+
+
+def _question_texts(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    draft.change(f"{where}.type", "the text is the column question; where the rows have it as text, remove columns")
+    return {"type": "text", "columns": {"text": "question"}}
+
+
+def _told(draft: ImportDraft, where: str) -> None:
+    why = "the columns input and output are read, as by the function of this name beside Axolotl's examples; another one may do otherwise"
+    draft.change(f"{where}.type", why)
+
+
 _READERS: dict[tuple[str, str], Any] = {
     ("sft", "alpaca"): _alpaca,
     ("sft", "chat_template"): _chat,
@@ -273,6 +294,9 @@ _READERS: dict[tuple[str, str], Any] = {
     ("process_reward_model", "stepwise_supervised"): _steps,
     ("dpo", "chat_template.argilla_chat"): _whole_pairs,
     ("dpo", "chat_template.argilla"): _whole_pairs,
+    ("ebft", "ebft_opencode.transform"): _asked_and_solved,
+    ("ebft", "ebft_strided_structured.transform"): _input_and_output,
+    ("ebft", "ebft_pretrain.transform"): _question_texts,
 }
 """Stage and Axolotl's `type` → how its rows are written here."""
 
@@ -365,7 +389,9 @@ def read_template(draft: ImportDraft) -> None:
     entries = [entry for entry in draft.source.get("datasets") or [] if isinstance(entry, Mapping)]
     given = [("", draft.source), *((f"datasets.{n + 1}.", entry) for n, entry in enumerate(entries))]
     written = [entry.get("type") in styles(draft) or isinstance(entry.get("type"), Mapping) for entry in entries]
-    chat = draft.kind != "sft" or any(entry.get("type") == "chat_template" for entry in entries)
+    chat = (draft.kind != "sft" and not is_strided(draft.source)) or any(
+        entry.get("type") == "chat_template" for entry in entries
+    )
     chat &= not (written and all(written))
     for where, holder in given:
         name, jinja = holder.get("chat_template"), holder.get("chat_template_jinja")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain.config.importers.axolotl_data import read_datasets, read_streaming, read_template
+from posttrain.config.importers.axolotl_ebft import read_ebft
 from posttrain.config.importers.fates import ImportDraft, Kind, Refusal, as_float, is_off, names
 from posttrain.config.importers.paths import reward_file
 from posttrain.config.importers.sharded import count_shards_together
@@ -57,7 +58,11 @@ def stage(source: Mapping[str, Any]) -> Kind | Refusal:
         return "dpo"
     if rl in ("grpo", "gdpo"):
         return "grpo"
-    return Refusal("rl", f"{rl}: no such method here", "set rl: dpo, ipo, kto, orpo, simpo, grpo or gdpo, or " + OTHER)
+    if rl == "ebft":
+        return "ebft"
+    return Refusal(
+        "rl", f"{rl}: no such method here", "set rl: dpo, ipo, kto, orpo, simpo, grpo, gdpo or ebft, or " + OTHER
+    )
 
 
 def finish(draft: ImportDraft) -> None:
@@ -98,8 +103,12 @@ def _method(draft: ImportDraft) -> None:
     elif "rl" in source and is_off(rl):
         draft.leave("rl", f"it is no RL: the stage is {draft.kind}")
     _rewards(draft)
+    if "ebft" in source and draft.kind != "ebft":
+        draft.leave("ebft", "it is read with rl: ebft only")
     if draft.kind == "grpo":
         _grpo(draft)
+    elif draft.kind == "ebft":
+        read_ebft(draft)
     elif "trl" in source:
         draft.leave("trl", f"it plays no part in {draft.kind}")
 
@@ -175,7 +184,7 @@ def _trackers(draft: ImportDraft) -> None:
 
 def _batch(draft: ImportDraft) -> None:
     total = draft.source.get("batch_size")
-    if not total:
+    if not total or draft.kind == "ebft":
         return
     micro = draft.source.get("micro_batch_size", 1)
     if "gradient_accumulation_steps" in draft.source:
