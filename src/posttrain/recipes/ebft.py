@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,8 @@ def run(keys: EBFTKeys, stage: Stage) -> StageResult:
     """Train `keys.base_model` towards the answers in `keys.datasets`; the result is in `stage.folder`."""
     ranks, spec, objective = stage.ranks, spec_from(MatchingSpec, keys), PolicySpec(keys.loss_type)
     tokenizer = load_tokenizer(keys)
-    data, held_out = load_with_held_out(load_sft, keys, tokenizer)
+    load: Callable[..., Dataset[Any]] = load_sft
+    data, held_out = load_with_held_out(load, keys, tokenizer)
     stage.run.describe_data(decoder(tokenizer, special=True), data, *held_out.values())
     for part in (data, *held_out.values()):
         check_spans(part, keys)
