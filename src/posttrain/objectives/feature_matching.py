@@ -8,7 +8,7 @@ matrix is as large as φ. Knows no model and no tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -62,9 +62,7 @@ def _whitened(own_GG: Tensor, with_answer_G: Tensor) -> tuple[Tensor, Tensor, Te
 
     With K = X Xᵀ and k = X φ(y) these are K K⁺, K⁺ k and ‖K⁺ k‖². Samples with independent features are orthonormal then.
     """
-    spectrum: Any = torch.linalg.eigh(own_GG)  # pyright: ignore[reportUnknownMemberType]
-    values: Tensor = spectrum[0]
-    vectors: Tensor = spectrum[1]
+    values, vectors = cast("tuple[Tensor, Tensor]", torch.linalg.eigh(own_GG))  # pyright: ignore[reportUnknownMemberType]
     kept = values > _LEAST_SINGULAR**2 * values.max().clamp(min=0)
     basis = vectors[:, kept]
     shares_G = basis @ ((basis.T @ with_answer_G) / values[kept])
