@@ -123,7 +123,7 @@ SPECIAL: dict[str, Page] = {
         instead={"posttrain registry rollback word-problems --reason 'a test'": "posttrain registry rollback words --reason 'a test'"},
         before=("posttrain registry promote words@3 --alias champion --verdict runs/new/gate",),
         exits={"posttrain run further.yaml": (1, 2)},
-        adds={"posttrain run further.yaml": SHORT, "posttrain distill": SHORT, "posttrain ppo": SHORT, "posttrain sft": "--set max_steps=2", "posttrain reward_model": "--set max_steps=2 --set val_size=8", "posttrain data synth": "--set max_completion_length=48"},
+        adds={"posttrain run further.yaml": "--set grpo.max_steps=2 --set grpo.per_device_train_batch_size=8 --set grpo.max_completion_length=12", "posttrain distill": SHORT, "posttrain ppo": SHORT, "posttrain sft": "--set max_steps=2", "posttrain reward_model": "--set max_steps=2 --set val_size=8", "posttrain data synth": "--set max_completion_length=48"},
     ),
 }  # fmt: skip
 """Pages of which something is to be said beside `OWN_TEST`; of the others every command runs as it stands."""
