@@ -84,7 +84,8 @@ async def serve_until_stopped(
     def stop() -> None:
         loop.call_soon_threadsafe(lambda: server.handle_exit(signal.SIGTERM, None))
 
-    ready(Serving(f"http://{_shown_host(options)}:{listening.getsockname()[1]}", service, stop))
+    serving = Serving(f"http://{_shown_host(options)}:{listening.getsockname()[1]}", service, stop)
+    server.when_started = lambda: ready(serving)
     await server.serve([listening])
 
 
@@ -95,6 +96,12 @@ class _DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._service, self._drain_s = service, drain_s
         self._draining: asyncio.Task[None] | None = None
+        self.when_started: Callable[[], None] = lambda: None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        # Only here are signals caught: whoever was told before, and sends one, would kill it.
+        await super().startup(sockets)
+        self.when_started()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._draining is not None or not self.started:
