@@ -248,11 +248,23 @@ class Completion:
     policy_versions: tuple[int, ...] = ()
     episode: Episode | None = None
     """Of several turns: then `ids` hold what the environment wrote too, with a log-prob of 0."""
+    inserted: tuple[int, ...] = ()
+    """From where to where `ids` were put in, with a log-prob of 0, to end a thought that was too long; empty where none were."""
 
     @property
     def num_sampled(self) -> int:
         """Tokens that the policy sampled."""
-        return len(self.ids) if self.episode is None else sum(self.episode.sampled)
+        return len(self.ids) if self.sampled is None else sum(self.sampled)
+
+    @property
+    def sampled(self) -> tuple[bool, ...] | None:
+        """Of each id whether the policy sampled it; None where it sampled all."""
+        if self.episode is not None:
+            return self.episode.sampled
+        if not self.inserted:
+            return None
+        start, end = self.inserted
+        return tuple(not start <= place < end for place in range(len(self.ids)))
 
 
 def in_order(completions: Iterable[Completion]) -> list[Completion]:

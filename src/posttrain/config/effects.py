@@ -113,6 +113,7 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(PolicyGradientKeys, ("use_bias_correction_kl",), lambda k: k.kl_in_reward and k.beta > 0, "the KL is in the reward"),
     NoEffect(GRPOKeys, _TEACHERS, lambda k: not k.teachers, "there are no teachers"),
     NoEffect(GRPOKeys, ("teacher_clip",), lambda k: bool(k.teachers) and k.teacher_advantage != "rlsd", "teacher_advantage is not rlsd"),
+    NoEffect(RewardedKeys, ("thinking_budget_spread", "interruption"), lambda k: k.thinking_budget is None, "there is no thinking_budget"),
     NoEffect(RewardedKeys, ("dynamic_sampling_max_rounds",), lambda k: not k.dynamic_sampling, "dynamic_sampling is false"),
     NoEffect(GRPOKeys, ("sapo_temperature_pos", "sapo_temperature_neg"), _loss_is_not("sapo"), "loss_type is not sapo"),
     NoEffect(GRPOKeys, ("clip_cov_ratio", "clip_cov_lb", "clip_cov_ub"), _loss_is_not("clip_cov"), "loss_type is not clip_cov"),

@@ -167,6 +167,9 @@ class RewardedKeys(RLKeys, EpisodeKeys):
     mask_truncated_completions: bool = knob(False, "Leave truncated completions out of the loss.")
     dynamic_sampling: bool = knob(False, "Replace groups whose rewards are all equal by freshly sampled ones (DAPO).")
     dynamic_sampling_max_rounds: int = knob(4, "Refill rounds before the step goes on with fewer groups.", ge=1)
+    thinking_budget: int | None = knob(None, "Tokens of a completion after which a thought that has not ended is interrupted: `interruption` is put in, without a gradient, and the answer is sampled behind it; null never.", ge=1, example=12288)
+    thinking_budget_spread: int = knob(0, "Tokens by which a completion's thinking_budget may be smaller, at random (2000 of 12000 in ScaleRL).", ge=0)
+    interruption: str = knob("Okay, time is up. Let me stop thinking and formulate a final answer now. </think>", "What interrupts a thought. One has ended where the completion holds the last word of it.", min_length=1)
     cast_lm_head_to_fp32: bool = knob(False, "Multiply the head's matrix in float32 where the model computes in bfloat16, in training and in the embedded engine; a server of vLLM has its own.", also="cast_lm_head_to_fp32 (TRL)")
     no_resampling_pass_rate: float | None = knob(None, "Ask a prompt no more in later epochs once the mean reward of its completions reached so much (no-positive-resampling of ScaleRL, 0.9 there, for rewards of 0 and 1); null asks all.", gt=0, also="no_resampling_pass_rate (open-instruct)", example=0.9)
     soft_overlong_cache: int = knob(0, "Length in tokens of DAPO's soft overlong penalty before max_completion_length; 0 is off.", ge=0)
@@ -186,6 +189,21 @@ class RewardedKeys(RLKeys, EpisodeKeys):
     def pays_kl(self) -> bool:
         """Whether the KL to the reference is taken off the reward."""
         return False
+
+    @model_validator(mode="after")
+    def _thoughts_leave_room_for_an_answer(self) -> RewardedKeys:
+        budget = self.thinking_budget
+        if budget is None:
+            return self
+        if budget >= self.max_completion_length:
+            raise ValueError(f"thinking_budget: {budget} with max_completion_length: {self.max_completion_length} interrupts nothing; expected less")
+        if self.thinking_budget_spread >= budget:
+            raise ValueError(f"thinking_budget_spread: {self.thinking_budget_spread} with thinking_budget: {budget}; expected less, for a thought has a token")
+        if not self.interruption.split():
+            raise ValueError("interruption: only blanks; expected a phrase whose last word ends a thought")
+        if self.plays or self.stop:
+            raise ValueError(f"thinking_budget with {'stop' if self.stop else 'env or tools'}: completions that are sampled in two parts are not proven there; remove one of them")
+        return self
 
     @model_validator(mode="after")
     def _episodes_are_played_where_they_are_proven(self) -> RewardedKeys:

@@ -59,6 +59,8 @@ class Made:
     """What they were like, without what was said."""
     steps: list[Steps] = field(default_factory=list["Steps"])
     """Of each completion, where a process reward model pays by step."""
+    interrupted: list[bool] = field(default_factory=list[bool])
+    """Of each completion whether its thought was cut short; empty where none may be."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,14 @@ from posttrain.models.text import decoder
 from posttrain.protocols import Engine, Ranks, Scorer
 from posttrain.recipes.credit import Credit
 from posttrain.recipes.experience.collector import Collected, Collector
-from posttrain.recipes.experience.engines import EngineSource, greedy, make_engine, sampling_params, sync_engine
+from posttrain.recipes.experience.engines import (
+    EngineSource,
+    greedy,
+    interrupted,
+    make_engine,
+    sampling_params,
+    sync_engine,
+)
 from posttrain.recipes.experience.episodes import environment_of, sampler
 from posttrain.recipes.experience.judge_drift import JudgeDrift
 from posttrain.recipes.experience.prompts import PromptStream
@@ -90,7 +97,8 @@ def begun(
     engine = stage.until_done(make_engine(
         EngineSource(keys, policy), keys=keys.rollout, rows=keys.rollout_batch_size, folder=stage.folder, ranks=stage.processes
     ))  # fmt: skip
-    sample, episodes = sampler(environment, engine, tokenizer, stage.processes, keys)
+    asked = interrupted(engine, keys, tokenizer)
+    sample, episodes = sampler(environment, asked, tokenizer, stage.processes, keys)
     suite = SuiteScore.of(policy, keys, stage.processes, engine, episodes)
     optimizer = make_optimizer(policy, keys)
     total_steps = _total_steps(keys, len(data))
@@ -100,7 +108,7 @@ def begun(
         rewards = open_parts.enter_context(reward_pool(keys))
         score = ReplayedRewards(stage, partial(rewards.score, max_unscored=MAX_UNSCORED), state)
         prompts = PromptStream(data, keys.seed, state.solved, keys.no_resampling_pass_rate)
-        made = make_sampling(keys, stage, state, engine, decode, rewards, score, prompts, sample)
+        made = make_sampling(keys, stage, state, asked, decode, rewards, score, prompts, sample)
         sampling = open_parts.enter_context(closing(made))
         collector = Collector(keys, sampling, trainer, reference, credit, ranks, decode)
         checks = LiveChecks(keys, stage, rewards, sample, tokenizer, data), JudgeDrift(keys, stage, rewards)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from posttrain.protocols import Engine
 from posttrain.rollout.sampling import request_seed
 from posttrain.types import (
     Completion,
@@ -27,6 +26,12 @@ class ScoreRewards(Protocol):
     ) -> list[RewardBreakdown]: ...
 
 
+class Generates(Protocol):
+    """An engine, as far as it samples."""
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[Completion]: ...
+
+
 class SampleGroups(Protocol):
     """Makes `num_generations` completions of each prompt: one turn each, or whole episodes."""
 
@@ -41,7 +46,7 @@ class SampleGroups(Protocol):
 
 
 def sample_groups(
-    engine: Engine, rows: Sequence[PromptRow], num_generations: int, params: SamplingParams,
+    engine: Generates, rows: Sequence[PromptRow], num_generations: int, params: SamplingParams,
     seed_parts: Sequence[int], numbers: Sequence[int],
 ) -> list[list[Completion]]:  # fmt: skip
     """`num_generations` completions of each prompt; `numbers` are the prompts' places in the run, which seed them."""
@@ -51,7 +56,7 @@ def sample_groups(
 
 
 def groups_as_they_end(
-    engine: Engine, rows: Sequence[PromptRow], num_generations: int, params: SamplingParams,
+    engine: Generates, rows: Sequence[PromptRow], num_generations: int, params: SamplingParams,
     seed_parts: Sequence[int], numbers: Sequence[int],
 ) -> Generator[tuple[int, list[Completion]]]:  # fmt: skip
     """Each group of `sample_groups` with the place of its prompt, when its last completion is there."""

@@ -29,6 +29,7 @@ from posttrain.rewards.workers import MAX_UNSCORED, refuse_unscored
 from posttrain.rollout.admission import Arrived, Batched, BatchRecord, Dropped, Issued
 from posttrain.rollout.collect import ScoreRewards, groups_as_they_end, score_groups
 from posttrain.rollout.experience import Experience
+from posttrain.rollout.interrupt import InterruptedEngine
 from posttrain.rollout.replicas import Replicas
 from posttrain.types import Decode, RolloutGroup
 
@@ -43,10 +44,11 @@ class Ahead:
     """
 
     def __init__(
-        self, keys: RewardedKeys, engine: Engine, decode: Decode, score: ScoreRewards, prompts: PromptStream, ranks: Ranks,
+        self, keys: RewardedKeys, engine: Engine | InterruptedEngine, decode: Decode, score: ScoreRewards, prompts: PromptStream, ranks: Ranks,
         folder: Path, resumable_from: Callable[[], int],
     ) -> None:  # fmt: skip
-        self._keys, self._engine, self._decode, self._score = keys, engine, decode, score
+        self._keys, self._asked, self._decode, self._score = keys, engine, decode, score
+        self._engine = engine.engine if isinstance(engine, InterruptedEngine) else engine
         self._prompts, self._ranks, self._folder, self._resumable_from = prompts, ranks, folder, resumable_from
         self._steps_per_batch = keys.steps_per_batch
         self._changed = threading.Condition()
@@ -223,7 +225,7 @@ class Ahead:
         keys = self._keys
         rows = [self._prompts(number) for number in numbers]
         found = groups_as_they_end(
-            self._engine, rows, keys.num_generations * controls.group_scale, sampling_params(keys),
+            self._asked, rows, keys.num_generations * controls.group_scale, sampling_params(keys),
             (controls.seed(keys.seed),), numbers,
         )  # fmt: skip
         # An error is kept until it is raised, and with it this frame: the engine would never be given back.

@@ -133,7 +133,8 @@ class Collector:
         counts = [rollout.reward.counts for rollout in group.rollouts]
         episodes = [rollout.completion.episode for rollout in group.rollouts if rollout.completion.episode is not None]
         played = [replace(episode, sampled=(), messages=()) for episode in episodes]
-        return Made(number, kept, rows, lengths, truncated, kls, counts, said, played, self._steps(group))
+        cut = [bool(rollout.completion.inserted) for rollout in group.rollouts] if keys.thinking_budget else []
+        return Made(number, kept, rows, lengths, truncated, kls, counts, said, played, self._steps(group), cut)
 
     def _steps(self, group: RolloutGroup) -> list[Steps]:
         if not (isinstance(self._keys, PolicyGradientKeys) and self._keys.credit == "step"):
@@ -172,8 +173,8 @@ def _sample(group: RolloutGroup, rollout: Rollout) -> Sample:
     mask = np.arange(len(ids)) >= len(group.prompt_ids)
     logp = np.array(completion.logp, np.float32)
     versions = np.broadcast_to(np.array(completion.policy_versions or completion.policy_version, np.int32), logp.shape)
-    if completion.episode is not None:
-        sampled = np.array(completion.episode.sampled, np.bool_)
+    if completion.sampled is not None:
+        sampled = np.array(completion.sampled, np.bool_)
         mask[len(group.prompt_ids) :] = sampled
         logp, versions = logp[sampled], versions[sampled]
     return Sample(ids, mask, logp, policy_version=versions)
@@ -207,6 +208,8 @@ def _metrics(made: Sequence[Made], names: Sequence[str], credited: Credited) -> 
             "completions/min_terminated_length": float(min(ended)),
             "completions/max_terminated_length": float(max(ended)),
         }
+    if any(one.interrupted for one in made):
+        metrics["completions/interrupted_ratio"] = sum(flag for one in made for flag in one.interrupted) / len(lengths)
     metrics |= opinion_metrics([counts for one in made for counts in one.counts])
     if episodes := [episode for one in made for episode in one.episodes]:
         metrics |= _episode_metrics(episodes)

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.cards import visible_cards
-from posttrain.config.rl import SamplingKeys
+from posttrain.config.rl import RewardedKeys, SamplingKeys
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import ModelKeys
 from posttrain.distributed.engine_roles import EnginePlaces, are_placed, engine_places
@@ -32,6 +32,7 @@ from posttrain.rollout.canary import check_arrival
 from posttrain.rollout.embedded import EmbeddedEngine, score_sequences
 from posttrain.rollout.folder import OwnFolder
 from posttrain.rollout.in_step import InStepEngine
+from posttrain.rollout.interrupt import InterruptedEngine, Interruption
 from posttrain.rollout.main_rank import CalledWeights, MainRankEngine
 from posttrain.rollout.replicas import Replicas
 from posttrain.rollout.serial import SerialEngine
@@ -308,6 +309,22 @@ def sampling_params(keys: SamplingKeys) -> SamplingParams:
         max_tokens=keys.max_completion_length, temperature=keys.temperature, top_p=keys.top_p, top_k=keys.top_k,
         min_p=keys.min_p, stop=tuple(keys.stop),
     )  # fmt: skip
+
+
+def interrupted(engine: Engine, keys: RewardedKeys, tokenizer: PreTrainedTokenizerBase) -> Engine | InterruptedEngine:
+    """The engine as a stage samples from it. Raises: ConfigError where nothing could be said behind the phrase."""
+    if keys.thinking_budget is None:
+        return engine
+    phrase = tuple(tokenizer.encode(keys.interruption, add_special_tokens=False))
+    if keys.thinking_budget + len(phrase) >= keys.max_completion_length:
+        raise ConfigError(
+            f"thinking_budget: {keys.thinking_budget} and an interruption of {len(phrase)} tokens leave nothing of max_completion_length: "
+            f"{keys.max_completion_length} for an answer; lower thinking_budget, or raise max_completion_length"
+        )
+    end, decode = keys.interruption.split()[-1], decoder(tokenizer, special=True)
+    return InterruptedEngine(
+        engine, Interruption(keys.thinking_budget, keys.thinking_budget_spread, phrase, lambda ids: end in decode(ids))
+    )
 
 
 def greedy(params: SamplingParams) -> SamplingParams:

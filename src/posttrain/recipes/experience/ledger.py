@@ -212,7 +212,9 @@ def _lines(path: Path, is_last: bool) -> list[dict[str, Any]]:
 
 def _rollout(record: Mapping[str, Any]) -> Rollout:
     sampled: dict[str, Any] = dict(record["completion"])
-    tuples: dict[str, Any] = {name: tuple(sampled[name]) for name in ("ids", "logp", "policy_versions")}
+    tuples: dict[str, Any] = {
+        name: tuple(sampled.get(name, ())) for name in ("ids", "logp", "policy_versions", "inserted")
+    }
     return Rollout(Completion(**{**sampled, **tuples}), record["text"], RewardBreakdown(**record["reward"]))
 
 
