@@ -260,9 +260,9 @@ FLIPS = {
             "dynamic_sampling_max_rounds", 1, {"reward_funcs": ["DATA/rewards.py:constant"], "dynamic_sampling": True}
         ),
         Flip("no_resampling_pass_rate", 0.1, {"reward_funcs": ["DATA/rewards.py:last_digit"], "max_steps": 8}),
-        Flip("thinking_budget", 2, {"max_completion_length": 8, "interruption": "So: ."}),
-        Flip("thinking_budget_spread", 2, {"max_completion_length": 8, "interruption": "So: .", "thinking_budget": 3}),
-        Flip("interruption", "No.", {"max_completion_length": 8, "interruption": "So: .", "thinking_budget": 3}),
+        Flip("thinking_budget", 2, {"max_completion_length": 16, "interruption": "So: ."}),
+        Flip("thinking_budget_spread", 2, {"max_completion_length": 16, "interruption": "So: .", "thinking_budget": 3}),
+        Flip("interruption", "No.", {"max_completion_length": 16, "interruption": "So: .", "thinking_budget": 3}),
         Flip("cast_lm_head_to_fp32", True, {"bf16": True}),
         Flip("preset", "scalerl", {"rollout": {"max_staleness": 0}}),
         Flip("soft_overlong_cache", 3, {"stop": list("aeiou ")}),
