@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from posttrain.protocols import Engine
+from posttrain.protocols import Engine, Weights
 from posttrain.rollout.sampling import request_seed
-from posttrain.types import Completion, Request, SamplingParams
+from posttrain.types import Completion, EngineInfo, Moved, Request, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,25 @@ class InterruptedEngine:
 
     engine: Engine
     interruption: Interruption
+
+    @property
+    def policy_version(self) -> int:
+        return self.engine.policy_version
+
+    def describe(self) -> EngineInfo:
+        return self.engine.describe()
+
+    def score(self, sequences: Sequence[tuple[Sequence[int], int]], temperature: float = 1.0) -> list[list[float]]:
+        return self.engine.score(sequences, temperature)
+
+    def update(self, weights: Weights, version: int) -> Moved:
+        return self.engine.update(weights, version)
+
+    def rest(self) -> None:
+        self.engine.rest()
+
+    def close(self) -> None:
+        self.engine.close()
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[Completion]:
         """As `Engine.generate`."""

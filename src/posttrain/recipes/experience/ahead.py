@@ -44,7 +44,7 @@ class Ahead:
     """
 
     def __init__(
-        self, keys: RewardedKeys, engine: Engine | InterruptedEngine, decode: Decode, score: ScoreRewards, prompts: PromptStream, ranks: Ranks,
+        self, keys: RewardedKeys, engine: Engine, decode: Decode, score: ScoreRewards, prompts: PromptStream, ranks: Ranks,
         folder: Path, resumable_from: Callable[[], int],
     ) -> None:  # fmt: skip
         self._keys, self._asked, self._decode, self._score = keys, engine, decode, score

@@ -311,7 +311,7 @@ def sampling_params(keys: SamplingKeys) -> SamplingParams:
     )  # fmt: skip
 
 
-def interrupted(engine: Engine, keys: RewardedKeys, tokenizer: PreTrainedTokenizerBase) -> Engine | InterruptedEngine:
+def interrupted(engine: Engine, keys: RewardedKeys, tokenizer: PreTrainedTokenizerBase) -> Engine:
     """The engine as a stage samples from it. Raises: ConfigError where nothing could be said behind the phrase."""
     if keys.thinking_budget is None:
         return engine

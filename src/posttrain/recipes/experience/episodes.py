@@ -26,7 +26,6 @@ from posttrain.models.load import missing_chat_template
 from posttrain.models.text import decoder, end_of_turn_id
 from posttrain.protocols import Engine, Ranks
 from posttrain.rollout.collect import SampleGroups, as_reward_input, sample_groups
-from posttrain.rollout.interrupt import InterruptedEngine
 from posttrain.rollout.sampling import request_seed
 from posttrain.types import (
     Completion,
@@ -375,16 +374,11 @@ def environment_spec(keys: EpisodeKeys) -> EnvironmentSpec:
 
 
 def sampler(
-    environment: EnvironmentPool | NoEnvironment,
-    engine: Engine | InterruptedEngine,
-    tokenizer: Any,
-    ranks: Ranks | None,
-    keys: EpisodeKeys,
+    environment: EnvironmentPool | NoEnvironment, engine: Engine, tokenizer: Any, ranks: Ranks | None, keys: EpisodeKeys
 ) -> tuple[SampleGroups, Episodes | None]:
     """How groups are made: a completion each, or an episode each. Raises: ConfigError."""
     if isinstance(environment, NoEnvironment):
         return partial(sample_groups, engine), None
-    assert not isinstance(engine, InterruptedEngine), "thinking_budget is refused with episodes"
     episodes = Episodes(environment, engine, tokenizer, ranks, keys.max_turns)
     return episodes.groups, episodes
 

@@ -19,7 +19,6 @@ from posttrain.recipes.run.train_state import TrainState
 from posttrain.rewards.workers import RewardPool
 from posttrain.rollout.collect import SampleGroups
 from posttrain.rollout.experience import Experience
-from posttrain.rollout.interrupt import InterruptedEngine
 from posttrain.types import Decode
 
 
@@ -67,7 +66,7 @@ class ExperienceSource:
 
 
 def make_sampling(
-    keys: RewardedKeys, stage: Stage, state: TrainState, engine: Engine | InterruptedEngine, decode: Decode, rewards: RewardPool,
+    keys: RewardedKeys, stage: Stage, state: TrainState, engine: Engine, decode: Decode, rewards: RewardPool,
     score: ReplayedRewards, prompts: PromptStream, sample: SampleGroups,
 ) -> Sampling:  # fmt: skip
     """Taking turns with `rollout.max_staleness: 0`, else ahead of the trainer."""
