@@ -21,8 +21,9 @@ from posttrain.planner import (
 )
 from posttrain.planner.fit import overrun
 from posttrain.planner.forecast import forecast
-from posttrain.planner.memory import HELD, adapter_params
+from posttrain.planner.memory import HELD
 from posttrain.planner.sharding import ShardingPlan
+from posttrain.planner.trained import adapter_params
 
 QWEN3_8B = ModelShape.from_config({
     "hidden_size": 4096, "num_hidden_layers": 36, "vocab_size": 151936, "intermediate_size": 12288,

@@ -6,13 +6,12 @@ An estimate: it counts tensors, not the allocator. It leans to the high side, so
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from posttrain.names import is_pattern
 from posttrain.planner.engine import SamplingEngine, engine_parts, laid_out_bytes
 from posttrain.planner.shape import ModelShape
+from posttrain.planner.trained import trained_params
 from posttrain.planner.workload import Workload
 
 GIB = float(1 << 30)
@@ -113,9 +112,7 @@ def _phases(rollout: SamplingEngine, shards: int) -> Mapping[str, tuple[str, ...
 
 def estimate_memory(shape: ModelShape, workload: Workload, shards: int = 1) -> MemoryPlan:
     """Peak memory of one device that holds a model, or its share where there are `shards` processes to hold it between them."""
-    trained = (
-        shape.num_params if workload.adapter == "none" else adapter_params(shape, workload.lora_r, workload.lora_target)
-    )
+    trained = trained_params(shape, workload)
     paged_out = workload.optim in _PAGED and not workload.on_cpu
     is_copied = workload.on_cpu and workload.save_steps > 0
     optimizer = 0 if paged_out else int(trained * _BYTES_OPTIMIZER[workload.optim])
@@ -190,28 +187,6 @@ def _reference_bytes(shape: ModelShape, workload: Workload, trained: int) -> int
     ):
         return trained * _BYTES_MASTER
     return shape.num_params * _BYTES_MASTER if workload.has_reference else 0
-
-
-def adapter_params(shape: ModelShape, rank: int, target: Sequence[str] | str) -> int:
-    """Parameters of a LoRA adapter: rank · (inputs + outputs) of every module it is put on."""
-    shapes = shape.linear_shapes
-    if isinstance(target, str):
-        pattern = re.compile(target) if target != "all-linear" else None
-        names = [n for n in shapes if pattern is None or any(pattern.fullmatch(path) for path in _paths(n))]
-    else:
-        names = [n for n in shapes if any(_is_named(n, entry) for entry in target)]
-    return sum(rank * (shapes[n][0] + shapes[n][1]) * shapes[n][2] for n in names)
-
-
-def _is_named(name: str, entry: str) -> bool:
-    if is_pattern(entry):
-        return any(re.fullmatch(entry, path) for path in _paths(name))
-    return entry.split(".")[-1] == name.split(".")[-1]
-
-
-def _paths(name: str) -> tuple[str, ...]:
-    parent = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
-    return name, f"model.layers.0.{parent}.{name}"
 
 
 def _bytes_per_value(workload: Workload) -> int:

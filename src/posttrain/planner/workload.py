@@ -26,6 +26,7 @@ class Workload:
     holds_reference: bool = False
     scores_reference: bool = False
     selects_tokens: bool = False
+    base_model: str = ""
     adapter: str = "none"
     adapter_start: str = "fresh"
     adapter_name_or_path: str | None = None
@@ -34,6 +35,9 @@ class Workload:
     bnb_4bit_use_double_quant: bool = True
     lora_r: int = 16
     lora_target: Sequence[str] | str = "all-linear"
+    unfrozen_parameters: Sequence[str] = ()
+    unfrozen_layers: int = 0
+    unfrozen_layer_modules: Sequence[str] = ()
     bf16: bool = True
     gradient_checkpointing: bool | Literal["offload"] = False
     layer_offloading: bool = False
