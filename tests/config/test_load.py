@@ -101,6 +101,11 @@ def test_qlora_implies_4_bits_and_says_why(write):
             "adapter: lora\ngradient_checkpointing: false\nlayer_offloading: true",
             "layer_offloading: true with gradient_checkpointing: false",
         ),
+        ("lora_target: [q_proj, 'layers.[01']", "lora_target: layers.[01 is no regular expression: unterminated"),
+        ("lora_target: 'a(b'", "lora_target: a(b is no regular expression"),
+        ("lora_target: []", "lora_target: got [], expected a list of strings"),
+        ("rank_pattern: {'q[': 3}", "rank_pattern: q[ is no regular expression"),
+        ("unfrozen_parameters: ['*']", "unfrozen_parameters: * is no regular expression"),
         ("load_in_4bit: true", "train.yaml:3: load_in_4bit: true with adapter: none would train nothing; set adapter: qlora"),
     ],
 )  # fmt: skip

@@ -75,6 +75,11 @@ def test_a_file_in_the_current_folder_is_a_hint(write, tmp_path_factory, monkeyp
         ({"base": "''"}, "base_model: got an empty path"),
         ({"more": "chat_template: chat.jnja\n"}, "train.yaml:3: chat_template: chat.jnja does not exist in"),
         (
+            {"more": "chat_template: chatml\n"},
+            "the name of no template; did you mean axolotl_chatml or llamafactory_chatml?",
+        ),
+        ({"more": "chat_template: axolotl_chtml\n"}, "did you mean axolotl_chatml?"),
+        (
             {"more": "eval_datasets: [{path: dev.jsonl}]\n"},
             "train.yaml:3: eval_datasets.1.path: dev.jsonl does not exist in",
         ),

@@ -54,7 +54,7 @@ def test_values_are_shown_as_one_writes_them(value, text):
         (dict[str, dict[str, Any]], "a mapping of names to mappings"),
         (
             list[DatasetKeys],
-            "a list of mappings with path, type, split, name, eval_name, val_size, weight, limit, prompt_format, data_files, columns",
+            "a list of mappings with path, type, split, name, eval_name, val_size, weight, limit, prompt_format, completion_suffix, default_system, data_files, columns",
         ),
     ],
 )

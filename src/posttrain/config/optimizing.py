@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import field_validator, model_validator
@@ -45,9 +46,14 @@ class OptimizerKeys(Keys):
     @field_validator("unfrozen_parameters")
     @classmethod
     def _patterns_compile(cls, patterns: list[str]) -> list[str]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern} is no regular expression: {error}") from error
+        check_patterns(patterns)
         return patterns
+
+
+def check_patterns(patterns: Iterable[str]) -> None:
+    """Raises: ValueError for one that is no regular expression."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern} is no regular expression: {error}") from error

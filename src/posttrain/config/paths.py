@@ -19,7 +19,7 @@ from posttrain.config.pipeline import GateKeys, PipelineKeys, RegisterKeys, Suit
 from posttrain.config.places import is_uri, looks_local, resolve_path
 from posttrain.config.ppo import PPOKeys
 from posttrain.config.rl import RLKeys
-from posttrain.config.schema import annotation_below, did_you_mean, group_in, keys_of
+from posttrain.config.schema import annotation_below, did_you_mean, did_you_mean_or_one_of, group_in, keys_of
 from posttrain.config.settings import Problems, Settings
 from posttrain.config.stages import ModelKeys, TrainKeys
 from posttrain.config.starting import StartKeys
@@ -65,10 +65,14 @@ TEMPLATES = Path(__file__).with_name("templates")
 
 def _template(path: str, folder: Path) -> str:
     """A Jinja file, or a template by name."""
-    named = TEMPLATES / f"{path}.jinja"
-    if path.isidentifier() and named.is_file() and not (folder / path).exists():
-        return str(named)
-    return _existing(path, folder)
+    if not path.isidentifier() or (folder / path).exists():
+        return _existing(path, folder)
+    known = sorted(file.stem for file in TEMPLATES.glob("*.jinja"))
+    if path in known:
+        return str(TEMPLATES / f"{path}.jinja")
+    near = [name for name in known if name.endswith(f"_{path}")]
+    hint = f"; did you mean {' or '.join(near)}?" if near else did_you_mean_or_one_of(path, known)
+    raise _PathError(f"{path} is no file in {folder.resolve()}, and the name of no template{hint}")
 
 
 def _where_else(path: str, local: Path, folder: Path) -> str:

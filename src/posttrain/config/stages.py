@@ -13,7 +13,7 @@ from pydantic import field_validator, model_validator
 
 from posttrain.config.datasets import DatasetKeys, RowKind, share_or_number
 from posttrain.config.knob import knob
-from posttrain.config.optimizing import TAKE_SHARES, OptimizerKeys
+from posttrain.config.optimizing import TAKE_SHARES, OptimizerKeys, check_patterns
 from posttrain.config.sharding import ShardingKeys
 from posttrain.config.starting import StartKeys
 
@@ -38,7 +38,7 @@ class ModelKeys(StartKeys):
     rates_steps: ClassVar[bool] = False
     """Whether that head has two labels, and says of each step of an answer whether it is right."""
 
-    chat_template: str | None = knob(None, "A Jinja file, or `llama3` or `gemma` for the plain format of that name; null keeps the tokenizer's own template.", also="chat_template_path (TRL), chat_template_jinja (Axolotl)", example="./chat.jinja")
+    chat_template: str | None = knob(None, "A Jinja file, or the name of a template of ours, such as `llama3`, `axolotl_chatml` or `llamafactory_qwen`; null keeps the tokenizer's own template.", also="chat_template_path (TRL), chat_template_jinja (Axolotl)", example="./chat.jinja")
     chat_template_kwargs: dict[str, Any] = knob({}, "Values for variables of the chat template, such as `enable_thinking`; they become its defaults, in every rendering and in what is exported.", example={"enable_thinking": False})
     added_tokens: list[str] = knob([], "Tokens to add where the tokenizer lacks them; all of its tokens beyond the embedding get rows, each the mean of those there are. With an adapter, embedding and head are then trained and saved whole.", example=["<tool>"])
     special_tokens: dict[Literal["bos_token", "eos_token", "unk_token"], str] = knob({}, "Which tokens the tokenizer uses as beginning, end and unknown, where they are others than its own; each must be a token of it (or in added_tokens).", example={"eos_token": "<|im_end|>"})
@@ -51,7 +51,7 @@ class ModelKeys(StartKeys):
     lora_r: int = knob(16, "Rank of the adapter.", ge=1, also="lora_rank (LLaMA-Factory)")
     lora_alpha: float = knob(32, "Scale: the update is (alpha / r) · B·A.", gt=0)
     lora_dropout: float = knob(0.0, "Dropout on the adapter's input while training.", ge=0, lt=1)
-    lora_target: list[str] | str = knob("all-linear", "Module names, `all-linear`, or a regular expression for whole names; in a list names and expressions may stand together, and every entry must match.", also="lora_target_modules (Axolotl, TRL), lora_target_linear (Axolotl)", example=["q_proj", "v_proj"])
+    lora_target: list[str] | str = knob("all-linear", "Module names, `all-linear`, or a regular expression for whole names; in a list names and expressions may stand together, and every entry must match.", min_length=1, also="lora_target_modules (Axolotl, TRL), lora_target_linear (Axolotl)", example=["q_proj", "v_proj"])
     lora_modules_to_save: list[str] = knob([], "Modules trained in full beside the adapter.", also="additional_target (LLaMA-Factory)", example=["lm_head"])
     loraplus_lr_ratio: float = knob(1.0, "Learning rate of the adapter's B matrices over that of A and all else (LoRA+, arXiv 2402.12354).", gt=0, example=16)
     use_rslora: bool = knob(False, "Scale by alpha / sqrt(r).", also="peft_use_rslora (Axolotl)")
@@ -67,11 +67,16 @@ class ModelKeys(StartKeys):
     torch_compile: bool | Literal["auto"] = knob(False, "Compile the layers for training and scoring: norms, rotation, SwiGLU and casts in few kernels; the first steps take a minute more, and numbers round otherwise. `auto` does it in bf16 on cards that have a row for it (A100, L4, L40S, H100, H200, B200).")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "Where to run; `auto` takes a GPU when there is one.")
 
-
     @property
     def base_bits(self) -> Literal[4, 8] | None:
         """In how many bits the linears of the frozen base lie; None for its own precision."""
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
+    @field_validator("lora_target", "rank_pattern", "alpha_pattern")
+    @classmethod
+    def _names_by_patterns_that_compile(cls, given: Any) -> Any:
+        check_patterns([given] if isinstance(given, str) else given)
+        return given
 
     @model_validator(mode="after")
     def _compiles_layers_that_stay_as_they_are(self) -> ModelKeys:
