@@ -16,7 +16,7 @@ LM_EVAL = "lm-eval:"
 REWARD_MODEL, JUDGE = "model:", "judge:"
 """How a reward or a scorer begins that is a model's opinion: of a reward model's folder, by a judge's file."""
 ENVIRONMENT = "environment"
-"""The reward of the library that is what an episode's environment paid."""
+"""The reward of the library, and the scorer, that is what an episode's environment paid."""
 STAGE = "stage:"
 """How a stage of the same pipeline is named, by its kind or its place from 1: `model:stage:reward_model`."""
 PREFIXES = (LM_EVAL, REWARD_MODEL, JUDGE)

@@ -1,6 +1,9 @@
 """A fall under a grader is over-optimisation where it is more than chance."""
 
-from posttrain.cli.best_of import over_optimised_from
+import pytest
+
+from posttrain.cli.best_of import asked_best_of, over_optimised_from
+from posttrain.errors import ConfigError
 from posttrain.evals.best_of import VerifiedItem, best_of_curve
 
 
@@ -16,3 +19,8 @@ def test_what_falls_on_every_item_is_over_optimised_and_what_falls_by_chance_is_
     curve = best_of_curve(by_chance, 2)
     assert sum(curve[1].graders["own"]) < sum(curve[0].graders["own"]), "the mean does fall"
     assert over_optimised_from(curve, "own", by_chance) is None
+
+
+def test_what_an_environment_pays_is_no_verifier_of_texts():
+    with pytest.raises(ConfigError, match="no opinion of a text"):
+        asked_best_of(4, "environment", (), None)

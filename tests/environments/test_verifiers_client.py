@@ -18,6 +18,7 @@ from posttrain.environments.pool import EnvironmentPool
 from posttrain.environments.spec import EnvironmentSpec, program
 from posttrain.environments.verifiers_client import VerifiersServer, VerifiersSession
 from posttrain.errors import ConfigError
+from posttrain.evals.suite import load_suite
 
 HERE = Path(__file__).parent
 PYTHON = HERE.parents[1] / ".venv-verifiers" / "bin" / "python"
@@ -120,6 +121,11 @@ def test_rows_are_written_of_a_taskset_with_options(tmp_path, capsys):
         "prompt": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Say 1"}],
         "task": 1,
     }
+    write_rows(spec_of("echo_env", "--env.taskset.count 2"), tmp_path / "suite.jsonl", 10, suite=True)
+    items = load_suite("echo", tmp_path / "suite.jsonl").items
+    assert [(item.id, item.scorer, item.columns) for item in items] == [
+        (str(n), "environment", {"task": n}) for n in range(2)
+    ]
     with EnvironmentPool(EnvironmentSpec(spec_of("echo_env")), 30.0, 1) as pool:
         pool.ask([reset(0, 1, "Say 1", "Be short.")])
         (answer,) = pool.ask([turn(0, "1")])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from posttrain.errors import ConfigError
-from posttrain.names import JUDGE, REWARD_MODEL, told_apart
+from posttrain.names import ENVIRONMENT, JUDGE, REWARD_MODEL, told_apart
 
 if TYPE_CHECKING:
     from posttrain.evals.best_of import BestOf, VerifiedItem
@@ -48,6 +48,10 @@ def _place(spec: str) -> str:
     from posttrain.grading.scorers import SCORERS
     from posttrain.rewards.resolve import check_spec
 
+    if spec == ENVIRONMENT:
+        raise ConfigError(
+            f"{spec}: what an environment pays is no opinion of a text; leave it out, a suite with this scorer has it anyway"
+        )
     if spec not in SCORERS:
         spec = reward_place(spec, Path.cwd())
         check_spec(spec)

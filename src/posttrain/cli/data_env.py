@@ -19,6 +19,7 @@ def env(
     ],
     out: Annotated[Path, typer.Argument(help="The file to write, JSON lines.", show_default=False)],
     limit: Annotated[int, typer.Option(min=1, help="Tasks to write at most; some environments have no end.")] = 1000,
+    suite: Annotated[bool, typer.Option("--suite", help="Write an eval suite that the environment scores.")] = False,
 ) -> None:
     """Write a row for each task of an environment of verifiers: its prompt, and which task it is."""
     import json
@@ -26,6 +27,7 @@ def env(
     from posttrain.environments.spec import VERIFIERS, program
     from posttrain.environments.verifiers_client import VerifiersServer
     from posttrain.files import write_atomic
+    from posttrain.names import ENVIRONMENT
 
     if not name.startswith(VERIFIERS):
         raise ConfigError(
@@ -38,5 +40,7 @@ def env(
         rows = server.rows(limit)
     finally:
         server.close()
+    if suite:
+        rows = [{"id": str(row["task"]), "scorer": ENVIRONMENT, **row} for row in rows]
     write_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     typer.echo(f"wrote {len(rows)} rows to {out}")

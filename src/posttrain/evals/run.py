@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice, zip_longest
 from typing import Any, Protocol
@@ -189,7 +189,7 @@ class Evaluator:
         ]
 
     def _scored(self, answers: Sequence[_AnsweredItem], suite: Suite) -> list[ItemRecord]:
-        items = [item for item, _, texts in answers for _ in texts]
+        items = [_played(item, completion) for item, group, _ in answers for completion in group]
         flat = [text for _, _, texts in answers for text in texts]
         if is_own(suite.scorer):
             scores = list(self.score_own(suite, items, flat))
@@ -227,6 +227,14 @@ class Evaluator:
             ranks = [RANKINGS[item.scorer](next(logps), choice) for choice in item.choices]
             best = item.choices[max(range(len(ranks)), key=ranks.__getitem__)]
             yield ItemRecord(item.id, prompt_digest(item), (float(best == item.target),), item.cluster, (best,))
+
+
+def _played(item: Item, completion: Completion) -> Item:
+    """With what the environment of its episode paid and measured, under the names that rewards have it by."""
+    if (episode := completion.episode) is None:
+        return item
+    paid = {"env_reward": episode.env_reward, "env_metrics": episode.env_metrics}
+    return replace(item, columns={**item.columns, **paid})
 
 
 def offered(item: Item, tools: Sequence[Any]) -> Any:

@@ -12,6 +12,7 @@ from posttrain.grading import answers
 from posttrain.grading.equality import equal_values
 from posttrain.grading.numbers import normalise
 from posttrain.grading.schema import NotJsonError, conforms, read_json_text, same_json
+from posttrain.names import ENVIRONMENT
 from posttrain.numerics import revision
 
 AnswerScorer = Callable[[str, str | None, Mapping[str, Any]], float | None]
@@ -73,6 +74,7 @@ SCORERS: dict[str, AnswerScorer] = {
     "format": _of_text(answers.has_think_format),
     "clean": _of_text(answers.is_clean),
     "json_schema": _json_schema,
+    ENVIRONMENT: lambda text, target, columns: columns.get("env_reward"),
 }
 
 
@@ -89,6 +91,7 @@ def unusable(name: str, target: str | None, columns: Mapping[str, Any]) -> str:
 _UNUSABLE = {
     "regex": "its `target` must be a pattern of Python's `re`",
     "json_schema": "it needs a JSON schema in the column `schema` or in `target`, and beside the column a `target` that is JSON",
+    ENVIRONMENT: "",  # the episode says it
 }
 _NO_ANSWER: tuple[Callable[[str], bool], str] = (
     lambda target: bool(normalise(answers.reference_answer(target))),

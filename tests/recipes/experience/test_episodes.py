@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from episode_templates import TEMPLATES, with_template
 
 from posttrain.config.pipeline import SuiteKeys
-from posttrain.config.stages import ModelKeys
+from posttrain.config.stages import ModelKeys, SFTKeys
 from posttrain.data.forms import fit
 from posttrain.data.render import chat_ids
 from posttrain.data.template import control_tokens, end_of_turn, render_text
@@ -32,6 +32,7 @@ from posttrain.recipes.experience.collector import _sample
 from posttrain.recipes.experience.engines import EngineSource, make_engine
 from posttrain.recipes.experience.episodes import Begin, Episodes
 from posttrain.recipes.measure.evaluate import check_played, evaluate
+from posttrain.recipes.measure.validate import SuiteScore
 from posttrain.recipes.policy_step import loss, normalizer
 from posttrain.rollout.collect import sample_groups
 from posttrain.rollout.embedded import score_sequences
@@ -455,6 +456,53 @@ def test_an_eval_answers_by_the_same_episodes_and_its_report_says_with_what(mode
     assert "played_with" not in alone.decoding and len({report.suite_digest for report in reports}) == 3
     again = EvalReport.load(folder / "heldout-gate")
     assert again.digest == echo.digest
+
+
+def _suite(tmp_path, *rows, **row):
+    asked = [
+        {"id": str(n), "messages": [{"role": "user", "content": "1?"}], **row, **more}
+        for n, more in enumerate(rows or [{}])
+    ]
+    (tmp_path / "suite.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    return load_suite("paid", tmp_path / "suite.jsonl")
+
+
+def test_an_environment_scores_a_suite_by_what_it_paid_and_an_own_scorer_reads_it(model_dir, tmp_path):
+    (tmp_path / "scorers.py").write_text(
+        "def half(prompts, completions, env_reward, **columns):\n    return [reward / 2 for reward in env_reward]\n"
+    )
+    scores = {}
+    for scorer in ("environment", "scorers.py:half"):
+        suite = _suite(tmp_path, scorer=scorer, env_reward=7.0)
+        keys = SuiteKeys(path=str(suite.path), env=f"{OWN}:Paying", max_tokens=100, temperature=1.0, num_samples=4)
+        model = ModelKeys(base_model=str(model_dir("qwen3")))
+        report = evaluate(model, [(suite, keys)], "gate", tmp_path / scorer[:5])["paid"]
+        scores[scorer] = report.items[0].scores
+    assert any(scores["environment"]) and set(scores["environment"]) < {n / 5 for n in range(20)}
+    assert scores["scorers.py:half"] == tuple(score / 2 for score in scores["environment"])
+
+
+def test_an_episode_that_is_lost_scores_nothing_and_its_item_says_why(model_dir, tmp_path):
+    (tmp_path / "envs.py").write_text(
+        "class Half:\n    def reset(self, broken):\n        assert not broken, 'no level of that name'\n"
+        "    def step(self, answer):\n        return {'reward': 0.5, 'done': True}\n"
+    )
+    suite = _suite(tmp_path, {"broken": False}, {"broken": True}, scorer="environment")
+    keys = SuiteKeys(path=str(suite.path), env=f"{tmp_path}/envs.py:Half", max_tokens=2)
+    whole, lost = evaluate(ModelKeys(base_model=str(model_dir("qwen3"))), [(suite, keys)], "gate", tmp_path)[
+        "paid"
+    ].items
+    assert whole.error is None and lost.scores == (0.0,)
+    assert "reset: raised AssertionError: no level of that name" in (lost.error or "")
+
+
+@pytest.mark.parametrize("played", [{}, {"tools": [f"{OWN}:calc"]}])
+def test_the_environments_score_needs_an_environment(played, tmp_path):
+    suite = _suite(tmp_path, scorer="environment", env_reward=1.0)
+    with pytest.raises(EvalError, match="is what an environment pays, and it is answered without one"):
+        check_played(suite, SuiteKeys(path=str(suite.path), **played))
+    with pytest.raises(EvalError, match="is what an environment pays"):
+        SuiteScore.of(None, SFTKeys.model_construct(eval_suite=str(suite.path)), None)
 
 
 def test_a_suite_that_ranks_choices_is_refused_with_tools(tmp_path):

@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 
+from posttrain.config.pipeline import SuiteKeys
+from posttrain.config.stages import ModelKeys
 from posttrain.data.render import chat_ids
 from posttrain.environments.pool import EnvironmentPool
 from posttrain.environments.spec import EnvironmentSpec
+from posttrain.evals.suite import load_suite
 from posttrain.recipes.experience.episodes import Begin, Episodes
+from posttrain.recipes.measure.evaluate import evaluate
 from posttrain.types import Completion, Origin, Prompt, Request, SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -94,3 +98,12 @@ def test_a_stage_learns_from_a_servers_episodes_twice_to_the_bit(runner, model_d
     rows = runner.rows(tmp_path / "one")
     assert all(row["env/failed_ratio"] == 0 and row["env/turns"] > 1 for row in rows)
     assert results[0].model_digest == results[1].model_digest
+
+
+def test_a_server_scores_a_suite_by_what_it_paid(model_dir, tmp_path, serve):
+    row = {"id": "1", "messages": PROMPTS[3]["prompt"], "seed": 3, "scorer": "environment"}
+    (tmp_path / "suite.jsonl").write_text(json.dumps(row) + "\n")
+    suite = load_suite("talk", tmp_path / "suite.jsonl")
+    keys = SuiteKeys(path=str(suite.path), env=serve("echo"), max_tokens=300, temperature=1.0, num_samples=8)
+    report = evaluate(ModelKeys(base_model=str(model_dir("qwen3"))), [(suite, keys)], "gate", tmp_path)["talk"]
+    assert report.items[0].error is None and any(score > 0 for score in report.items[0].scores)

@@ -24,7 +24,7 @@ from posttrain.evidence import EvalReport, ItemRecord
 from posttrain.files import canonical_json, write_atomic
 from posttrain.models.load import load_config, load_tokenizer, missing_chat_template
 from posttrain.models.provenance import source_digest
-from posttrain.names import LM_EVAL, QUESTIONS
+from posttrain.names import ENVIRONMENT, LM_EVAL, QUESTIONS
 from posttrain.protocols import Engine, Ranks
 from posttrain.recipes.experience.engines import EngineSource, make_engine, named_engine
 from posttrain.recipes.experience.episodes import Begin, Episodes, environment_of, environment_spec, sampler
@@ -164,6 +164,7 @@ def _save(report: EvalReport, suite: Suite, folder: Path) -> None:
 
 def check_played(suite: Suite, keys: SuiteKeys) -> None:
     """Raises: EvalError for a suite whose items nobody samples an answer to, ConfigError for what cannot be played with."""
+    check_paid(suite, keys.env)
     if not keys.plays:
         return
     if str(suite.path).startswith(LM_EVAL) or suite.scorer in RANKINGS:
@@ -172,6 +173,14 @@ def check_played(suite: Suite, keys: SuiteKeys) -> None:
             f"evals.{suite.name}: env and tools answer turns of a sampled answer, and this suite is {what}; leave them out"
         )
     environment_spec(keys).check()
+
+
+def check_paid(suite: Suite, env: str | None) -> None:
+    """Raises: EvalError for a suite that is scored by an environment, where there is none."""
+    if suite.scorer == ENVIRONMENT and env is None:
+        raise EvalError(
+            f"{suite.path}: its scorer {ENVIRONMENT!r} is what an environment pays, and it is answered without one; set `env` beside the suite in the YAML"
+        )
 
 
 def with_episodes(evaluator: Evaluator, episodes: Episodes) -> Evaluator:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.episodes import EpisodeKeys
 from posttrain.config.pipeline import SuiteKeys
 from posttrain.config.rl import SamplingKeys
 from posttrain.config.stages import TrainKeys, step_interval
@@ -20,7 +21,7 @@ from posttrain.models.policy import Policy
 from posttrain.protocols import Engine, Ranks
 from posttrain.recipes.experience.engines import EngineSource, make_engine, sync_engine
 from posttrain.recipes.experience.episodes import Episodes
-from posttrain.recipes.measure.evaluate import OwnScorers, TokenizerCodec, with_episodes
+from posttrain.recipes.measure.evaluate import OwnScorers, TokenizerCodec, check_paid, with_episodes
 from posttrain.recipes.run.stage import Stage
 from posttrain.recipes.run.train_state import TrainState
 from posttrain.rollout.sampling import request_seed
@@ -150,6 +151,7 @@ class SuiteScore:
         if keys.eval_suite is None:
             return None
         suite = load_suite("eval_suite", Path(keys.eval_suite))
+        check_paid(suite, keys.env if isinstance(keys, EpisodeKeys) else None)
         suite = replace(suite, items=suite.on(_DEV)[: keys.eval_suite_limit])
         return cls(suite, keys, engine or make_engine(EngineSource(keys, policy)), policy, ranks, episodes)
 
