@@ -62,8 +62,9 @@ HINTED = {"teachers": [{"model": "policy", "prompt": "{prompt} It is {answer}."}
 GIVEN = {"datasets": [{"path": "DATA/sft.jsonl"}], "teachers": [{"model": "start"}], "loss_type": "jsd"}
 PAYING = {
     "env": "DATA/paying.py:Env", "reward_funcs": ["environment"], "reward_check": "off", "max_completion_length": 60,
-    "temperature": 2.0,
+    "temperature": 2.0, "stop": list("aeiou "),
 }  # fmt: skip
+"""Answers end at a vowel, so that there are several turns, each with its reward; an EOS alone would rarely come in time."""
 CLIP_COV = {"loss_type": "clip_cov", "clip_cov_ratio": 0.3, "clip_cov_lb": -50, "clip_cov_ub": 50}
 KL_COV = {"loss_type": "kl_cov", "kl_cov_ratio": 0.1, "num_iterations": 2, "learning_rate": 1e-2}
 SPIKE = {"times": 0.0, "after": 1, "at_least": 0.0}
@@ -411,6 +412,8 @@ def record(runner, model_dir, data_dir, tmp_path_factory):
     pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     weighed = [row | {"weight": number % 3, "margin": number % 2} for number, row in enumerate(pairs)]
     (folder / "weighed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in weighed))
+    texts = [{"prompt": f"{number} and {number} is", "completion": f" {2 * number}."} for number in range(8)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     (folder / "other.jinja").write_text(TEMPLATE)
     (folder / "env.py").write_text("class Env:\n    def step(self, answer):\n        return 'on'\n")
     paying = (
@@ -476,6 +479,18 @@ def recorded(runner, folder):
 def test_a_second_value_changes_what_is_recorded(kind, flip, record):
     first, second = record(kind, flip.base), record(kind, flip.base | {flip.key: flip.second})
     assert not isinstance(first, str) or flip.key == "health_rollbacks", first
+    assert first != second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "inner"),
+    [("sft.jsonl", {"default_system": "Be brief."}), ("texts.jsonl", {"completion_suffix": "!"})],
+    ids=["default_system", "completion_suffix"],
+)
+def test_a_key_of_a_source_changes_what_is_recorded(file, inner, record):
+    first, second = (record("sft", {"datasets": [{"path": f"DATA/{file}", **keys}]}) for keys in ({}, inner))
+    assert not isinstance(first, str) and not isinstance(second, str), (first, second)
     assert first != second
 
 

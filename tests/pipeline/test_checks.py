@@ -240,13 +240,16 @@ def test_a_base_that_is_stored_quantised_is_refused_before_the_first_stage_runs(
     assert not run.out.joinpath("stages").exists() and not run.out.joinpath("evals").exists()
 
 
-def test_a_model_whose_memory_cannot_be_counted_is_trained_all_the_same(model_dir, project, caplog):
+def test_a_model_whose_memory_cannot_be_counted_is_trained_all_the_same(make_local_model, project, caplog):
     from posttrain.config.load_pipeline import load_pipeline
     from posttrain.pipeline import checks
 
-    made = project([dpo(beta=0.001)], base_model=str(model_dir("mamba")))
+    model = make_local_model("qwen3")
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(config.replace('"model_type": "qwen3"', '"model_type": "rwkv"'))
+    made = project([dpo(beta=0.001)], base_model=str(model))
     checks.check_memory(load_pipeline(made.path).keys)
-    assert "model_type mamba" in caplog.text and "not known before it is loaded" in caplog.text
+    assert "model_type rwkv" in caplog.text and "not known before it is loaded" in caplog.text
     assert "dpo: advice dpo_beta: beta 0.001 is outside" in caplog.text
 
 

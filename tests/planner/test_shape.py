@@ -18,6 +18,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 LATENT = {"q_lora_rank": 64, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
 NEOX = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
 GPT_SIZES = {key: value for key, value in NEOX.items() if key != "intermediate_size"}
+STATES = {"vocab_size": 999, "hidden_size": 256, "num_hidden_layers": 3, "state_size": 8}
 CONFIGS = {
     "gpt2": GPT,
     "gpt_bigcode": GPT,
@@ -49,6 +50,9 @@ CONFIGS = {
     "qwen3_moe": {**SIZES, **EXPERTS, "mlp_only_layers": [1]},
     "gpt_oss": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32},
     "deepseek_v3": {**SIZES, **LATENT, "num_key_value_heads": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "mamba": STATES,
+    "falcon_mamba": {**STATES, "use_bias": True, "use_conv_bias": False},
+    "mamba2": {**STATES, "num_heads": 32, "head_dim": 16, "n_groups": 2},
     "glm4_moe": {**SIZES, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 32, "n_group": 1, "topk_group": 1},
 }  # fmt: skip
 
@@ -100,8 +104,14 @@ def test_latent_attention_keeps_576_values_of_a_token_and_layer():
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"model_type": "t5", "is_encoder_decoder": True, "d_model": 8}, "model_type t5; expected a decoder-only"),
-        ({"model_type": "mamba", "hidden_size": 8}, "model_type mamba; expected a decoder-only transformer"),
+        (
+            {"model_type": "t5", "is_encoder_decoder": True, "d_model": 8},
+            "model_type t5; expected a decoder-only model",
+        ),
+        (
+            {"model_type": "rwkv", "hidden_size": 8},
+            "model_type rwkv; expected a decoder-only model whose layers are known",
+        ),
         ({"model_type": "llama", "vocab_size": 9}, "no hidden_size, num_hidden_layers"),
     ],
 )
@@ -118,10 +128,24 @@ JUNK = st.one_of(
 
 @given(
     st.dictionaries(
-        st.sampled_from([*EXPERTS, *LATENT, *SIZES, "head_dim", "sliding_window", "layer_types", "text_config"]), JUNK
+        st.sampled_from(
+            [
+                *EXPERTS,
+                *LATENT,
+                *SIZES,
+                "head_dim",
+                "state_size",
+                "time_step_rank",
+                "expand",
+                "sliding_window",
+                "layer_types",
+                "text_config",
+            ]
+        ),
+        JUNK,
     )
 )
 def test_a_config_of_no_sizes_is_refused_and_nothing_else_is_raised(changes):
-    for model_type in ("llama", "qwen3_moe", "gemma3_text", "deepseek_v3"):
+    for model_type in ("llama", "qwen3_moe", "gemma3_text", "deepseek_v3", "mamba", "mamba2"):
         with suppress(ModelError):
             ModelShape.from_config({"model_type": model_type, **SIZES, **changes})

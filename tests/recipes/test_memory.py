@@ -66,9 +66,12 @@ def test_another_error_stays_what_it_is(runner, model_dir, data_dir, tmp_path):
         run_recipe(LOOPS["sft"], keys, lambda: Stage("sft", tmp_path, keys, ranks, watchers=lambda *_: [Fails()]))
 
 
-def test_out_of_memory_with_a_model_that_cannot_be_counted_is_said_all_the_same(runner, model_dir, data_dir):
-    keys = runner.keys_of("sft", model_dir("mamba"), data_dir)
-    assert re.match(r"sft: out of memory before the first step: .*model_type mamba", why_not_loaded("sft", keys, 1))
+def test_out_of_memory_with_a_model_that_cannot_be_counted_is_said_all_the_same(runner, make_local_model, data_dir):
+    model = make_local_model("qwen3")
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(config.replace('"model_type": "qwen3"', '"model_type": "rwkv"'))
+    keys = runner.keys_of("sft", model, data_dir)
+    assert re.match(r"sft: out of memory before the first step: .*model_type rwkv", why_not_loaded("sft", keys, 1))
 
 
 def test_one_of_several_processes_is_told_what_it_holds_itself(make_local_model, runner, data_dir):

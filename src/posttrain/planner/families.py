@@ -60,6 +60,9 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family(tied=True),
     "gemma2": Family(norms_per_layer=4, tied=True),
     "gemma3": Family(norms_per_layer=4, head_norms=True, tied=True),
+    "mamba": Family(norms_per_layer=1, tied=True),
+    "falcon_mamba": Family(norms_per_layer=1, tied=True),
+    "mamba2": Family(norms_per_layer=1),
     "gemma3_text": Family(norms_per_layer=4, head_norms=True, tied=True),
 }  # fmt: skip
 LLAMA = Family()

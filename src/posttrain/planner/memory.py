@@ -264,6 +264,7 @@ def _activation_bytes(shape: ModelShape, workload: Workload, shards: int = 1) ->
     """
     per_norm = (3 if workload.adapter == "none" else 2) * shape.hidden * 4
     inner = 3 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim + 4 * shape.widest_mlp
+    inner += shape.mixer.kept_values if shape.mixer is not None else 0
     scores = 2 * shape.num_heads * workload.family(shape) * 4 if shape.attention_softcap and workload.on_cpu else 0
     casts = 2 * shape.hidden if workload.bf16 else 0
     inner //= workload.sharding.layer_parts(shards)
@@ -307,7 +308,9 @@ def _decode_weight_bytes(shape: ModelShape, workload: Workload) -> int:
 def _kv_bytes(shape: ModelShape, workload: Workload) -> int:
     """Keys and values of the completions that are decoded at once, and of their prompts, each held once."""
     prompts = workload.prompts() * (workload.longest(shape) - workload.completion(shape))
-    return (_cached_completions(shape, workload) + prompts) * shape.kv_bytes_per_token(_bytes_per_value(workload))
+    size = _bytes_per_value(workload)
+    states = workload.rollout_batch_size * int(shape.cache_bytes(0, size))
+    return (_cached_completions(shape, workload) + prompts) * shape.kv_bytes_per_token(size) + states
 
 
 def _cached_completions(shape: ModelShape, workload: Workload) -> int:

@@ -8,10 +8,11 @@ from typing import Any
 
 from posttrain.errors import ModelError
 from posttrain.planner.families import FAMILIES, LLAMA, NAMES, Family
+from posttrain.planner.state_space import StateSpace, state_space_of
 
 DECODED_BY_WEIGHTS = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose decode step adds a LoRA adapter to a copy of the matrices."""
-_WITHOUT_ATTENTION = ("mamba", "mamba2", "falcon_mamba", "rwkv", "jamba", "bamba", "zamba", "zamba2", "recurrent_gemma")
+_NOT_COUNTED = ("rwkv", "jamba", "bamba", "zamba", "zamba2", "recurrent_gemma")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class ModelShape:
     `num_experts` is 0 for a dense model. Of an MoE, `dense_layers` have one MLP of `dense_intermediate` instead, and
     `shared_intermediate` is the width of what every token passes beside its experts. `stored_bytes` is a saved weight's size;
     `windowed_layers` see no more than `window` tokens back; `max_positions` 0 is unlimited; `other_params` are biases, head norms and learned positions.
+    With a `mixer` a layer is that alone: no heads, no MLP, nothing kept of a token.
     """
 
     num_layers: int
@@ -58,6 +60,7 @@ class ModelShape:
     window: int = 0
     windowed_layers: int = 0
     other_params: int = 0
+    mixer: StateSpace | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -76,6 +79,8 @@ class ModelShape:
         text = config.get("text_config")
         values: Mapping[str, Any] = {**config, **text} if isinstance(text, Mapping) else config
         _refuse_other_kinds(values)
+        if (mixer := state_space_of(values)) is not None:
+            return cls._of_mixers(values, mixer)
         model_type = str(values.get("model_type", ""))
         family = FAMILIES.get(model_type, LLAMA)
         hidden, heads, layers = _size(values, "hidden"), _size(values, "heads") or 1, _size(values, "layers")
@@ -94,9 +99,7 @@ class ModelShape:
             tied=bool(values.get("tie_word_embeddings", family.tied)),
             num_experts=experts,
             experts_per_token=_size(values, "experts_per_token") or (1 if experts else 0),
-            stored_bytes=2
-            if str(values.get("dtype") or values.get("torch_dtype") or "").endswith(("float16", "bfloat16"))
-            else 4,
+            stored_bytes=_stored_bytes(values),
             max_positions=positions,
             norms_per_layer=family.norms_per_layer,
             decodes_by_weights=model_type in DECODED_BY_WEIGHTS,
@@ -111,6 +114,16 @@ class ModelShape:
             windowed_layers=sum(kind == "sliding_attention" for kind in values.get("layer_types") or ()),
             other_params=_other_params(family, layers, hidden, (heads, kv_heads, head_dim), wide, positions),
         )
+
+    @classmethod
+    def _of_mixers(cls, values: Mapping[str, Any], mixer: StateSpace) -> ModelShape:
+        hidden, layers = _size(values, "hidden"), _size(values, "layers")
+        family = FAMILIES[str(values["model_type"])]
+        return cls(
+            num_layers=layers, hidden=hidden, intermediate=0, vocab=_size(values, "vocab"), num_heads=0, num_kv_heads=0, head_dim=0,
+            tied=bool(values.get("tie_word_embeddings", family.tied)), stored_bytes=_stored_bytes(values), norms_per_layer=family.norms_per_layer,
+            family=family, other_params=layers * mixer.other_params(hidden), mixer=mixer,
+        )  # fmt: skip
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int, int]]:
@@ -129,6 +142,8 @@ class ModelShape:
         return found
 
     def _attention(self) -> dict[str, tuple[int, int]]:
+        if self.mixer is not None:
+            return self.mixer.linear(self.hidden)
         if self.latent is not None:
             latent, heads = self.latent, self.num_heads
             query = heads * (latent.nope + latent.rope)
@@ -214,17 +229,27 @@ class ModelShape:
             return self.num_layers * (self.latent.key_value + self.latent.rope) * bytes_per_value
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_value
 
+    def cache_bytes(self, tokens: float, bytes_per_value: int = 2) -> float:
+        """What a sequence of so many tokens leaves for the next one: keys and values of each, or a mixer's states, however many there were."""
+        states = self.num_layers * self.mixer.state_values if self.mixer is not None else 0
+        return tokens * self.kv_bytes_per_token(bytes_per_value) + states * bytes_per_value
+
 
 def _size(values: Mapping[str, Any], name: str) -> int:
     """0 where the config has none of its keys."""
     return int(next((values[key] for key in NAMES[name] if values.get(key)), 0))
 
 
+def _stored_bytes(values: Mapping[str, Any]) -> int:
+    kind = str(values.get("dtype") or values.get("torch_dtype") or "")
+    return 2 if kind.endswith(("float16", "bfloat16")) else 4
+
+
 def _refuse_other_kinds(values: Mapping[str, Any]) -> None:
     kind = str(values.get("model_type", ""))
-    if values.get("is_encoder_decoder") or kind in _WITHOUT_ATTENTION:
+    if values.get("is_encoder_decoder") or kind in _NOT_COUNTED:
         raise ModelError(
-            f"config.json has model_type {kind}; expected a decoder-only transformer: its layers cannot be counted"
+            f"config.json has model_type {kind}; expected a decoder-only model whose layers are known: these cannot be counted"
         )
     missing = [NAMES[name][0] for name in ("hidden", "layers", "vocab") if not _size(values, name)]
     if missing:

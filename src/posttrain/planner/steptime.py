@@ -92,7 +92,7 @@ def weight_bytes(shape: ModelShape, device: Device) -> float:
 def max_batch(shape: ModelShape, device: Device, mean_context: float, split: int = 1) -> float:
     """Sequences whose keys and values fit beside the weights of a replica over `split` devices."""
     free = split * device.memory_use * device.memory_bytes - weight_bytes(shape, device)
-    return max(0.0, free / (shape.kv_bytes_per_token(device.bytes_per_value) * mean_context))
+    return max(0.0, free / shape.cache_bytes(mean_context, device.bytes_per_value))
 
 
 def weight_bound_tokens(shape: ModelShape, device: Device) -> float:
@@ -104,8 +104,8 @@ def decode_step_s(shape: ModelShape, device: Device, batch: float, mean_context:
     """Time of one token for each of `batch` sequences of a replica: memory traffic or arithmetic, whichever is slower."""
     rates, size = device.rates, device.bytes_per_value
     weights = _weights_read(shape, batch) * size / split
-    heads = 1 if shape.latent is not None else min(split, shape.num_kv_heads)
-    traffic = weights + batch * mean_context * shape.kv_bytes_per_token(size) / heads
+    heads = 1 if shape.latent is not None or shape.mixer is not None else min(split, shape.num_kv_heads)
+    traffic = weights + batch * shape.cache_bytes(mean_context, size) / heads
     arithmetic = 2 * shape.active_params * batch / split / (device.flops * rates.decode_flops)
     calls = rates.decode_step_s + shape.num_layers * rates.layer_call_s
     return (
