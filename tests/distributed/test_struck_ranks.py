@@ -1,0 +1,130 @@
+"""One of two ranks killed, or stopped for good, while it samples, syncs, checks a sync or saves: the others end, all start again, nothing differs."""
+
+import json
+import math
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from tests.distributed import struck_runner
+from tests.distributed.conftest import environment
+from tests.processes import all_gone
+from tests.recovery.harness import is_exactly_once, ledger, leftovers
+
+from posttrain.distributed.keeper import LocalKeeper
+from posttrain.distributed.rank_group import RankGroup, RankProgram
+from posttrain.distributed.roles import Role
+
+ROOT = Path(__file__).parents[2]
+LONGEST_S = 400.0
+
+
+@dataclass
+class Struck:
+    """`signal` for the process that holds still at a point; when, who, and what all ranks wrote. `recovered_s`: until the next step is logged."""
+
+    marker: Path
+    metrics: Path
+    signal: int
+    at: float = 0.0
+    pid: int = 0
+    written: dict[str, bytes] = field(default_factory=lambda: {"out": b"", "err": b""})
+    states: list[str] = field(default_factory=list)
+    recovered_s: float = 0.0
+
+    def look(self) -> None:
+        if not self.pid and self.marker.exists():
+            self.pid, self.at = int(self.marker.read_text()), time.monotonic()
+            os.kill(self.pid, self.signal)
+        if self.pid and not self.recovered_s and self.metrics.read_bytes().count(b"\n") > struck_runner.VERSION:
+            self.recovered_s = time.monotonic() - self.at
+
+    def write(self, stream: str, data: bytes) -> None:
+        self.written[stream] += data
+
+    def tell(self, details) -> None:
+        if details["role"] == "rank-0":
+            self.states.append(details["to"])
+
+
+def run_ranks(yaml, point="", rank=0, number=0):
+    """GRPO on two ranks of this machine as `--ray local` runs them."""
+    struck = Struck(yaml.with_suffix(".held"), yaml.with_suffix("") / "stages/01-grpo/metrics.jsonl", number)
+    command = ("{python}", "-m", struck_runner.__name__, point, str(rank), str(struck.marker), "grpo", str(yaml))
+    roles = [Role(f"rank-{n}", struck.tell) for n in range(2)]
+    until = time.monotonic() + LONGEST_S
+    code = RankGroup(
+        RankProgram(command, str(ROOT), environment()), roles, lambda rank: LocalKeeper(), struck.write,
+        lambda: time.monotonic() > until, struck.look, math.inf, 5.0,
+    ).run()  # fmt: skip
+    assert code == 0, struck.written["err"][-6000:].decode()
+    return struck
+
+
+@pytest.fixture
+def stage_yaml(write_yaml, tmp_path):
+    def write(name, transfer):
+        return write_yaml(
+            "grpo", name=f"{name}.yaml", output_dir=str(tmp_path / name), max_steps=4, num_prompts_per_step=3, ddp_timeout=20,
+            rollout={"transfer": transfer},
+        )  # fmt: skip
+
+    return write
+
+
+def end_of(run, runner):
+    """What must be the same, whatever happened on the way."""
+    stage = run / "stages/01-grpo"
+    prompts = ledger(stage)
+    assert is_exactly_once(prompts)
+    return {
+        "digest": json.loads((stage / "result.json").read_text())["model_digest"],
+        "metrics": runner.rows(stage),
+        "ledger": prompts,
+        "leftovers": leftovers(run),
+    }
+
+
+@pytest.fixture(scope="module")
+def ends():
+    """Of runs that nothing happened to, by transfer."""
+    return {}
+
+
+@pytest.fixture
+def straight(ends, stage_yaml, runner, tmp_path):
+    def end(transfer):
+        if transfer not in ends:
+            run_ranks(stage_yaml("straight", transfer))
+            ends[transfer] = end_of(tmp_path / "straight", runner)
+        return ends[transfer]
+
+    return end
+
+
+STRIKES = [
+    ("copy", "generating", signal.SIGKILL, 0), ("copy", "generating", signal.SIGSTOP, 1),
+    ("copy", "syncing", signal.SIGKILL, 1), ("copy", "syncing", signal.SIGSTOP, 0),
+    ("copy", "checking", signal.SIGKILL, 0), ("copy", "checking", signal.SIGSTOP, 1),
+    ("copy", "saving", signal.SIGKILL, 1), ("copy", "saving", signal.SIGSTOP, 0),
+    ("shared", "generating", signal.SIGKILL, 1), ("shared", "generating", signal.SIGSTOP, 0),
+    ("shared", "checking", signal.SIGKILL, 0), ("shared", "checking", signal.SIGSTOP, 1),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("transfer", "point", "number", "rank"), STRIKES)
+def test_a_rank_that_is_struck_costs_a_restart_and_nothing_else(
+    transfer, point, number, rank, stage_yaml, straight, runner, tmp_path
+):
+    struck = run_ranks(stage_yaml("struck", transfer), point, rank, number)
+    assert struck.pid, "the rank never came to its point"
+    assert struck.states == ["restarting", "stale", "healthy", "dead"] * 2
+    said = f"rank {rank} on 127.0.0.1 " + ("was killed by SIGKILL" if number == signal.SIGKILL else "stands still")
+    assert said in struck.written["err"].decode()
+    assert all_gone([struck.pid])
+    print(f"{transfer} {point} {signal.Signals(number).name}: recovered after {struck.recovered_s:.1f} s")
+    assert end_of(tmp_path / "struck", runner) == straight(transfer)
