@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from tests.distributed import struck_runner
 from tests.distributed.conftest import environment
 from tests.processes import all_gone
-from tests.recovery.harness import is_exactly_once, ledger, leftovers
+from tests.recovery.harness import is_exactly_once, ledger, leftovers, start
 
 from posttrain.distributed.keeper import LocalKeeper
 from posttrain.distributed.rank_group import RankGroup, RankProgram
@@ -75,16 +76,15 @@ def stage_yaml(write_yaml, tmp_path):
     return write
 
 
-def end_of(run, runner):
+def end_of(stage, runner):
     """What must be the same, whatever happened on the way."""
-    stage = run / "stages/01-grpo"
     prompts = ledger(stage)
     assert is_exactly_once(prompts)
     return {
         "digest": json.loads((stage / "result.json").read_text())["model_digest"],
         "metrics": runner.rows(stage),
         "ledger": prompts,
-        "leftovers": leftovers(run),
+        "leftovers": leftovers(stage),
     }
 
 
@@ -99,7 +99,7 @@ def straight(ends, stage_yaml, runner, tmp_path):
     def end(transfer):
         if transfer not in ends:
             run_ranks(stage_yaml("straight", transfer))
-            ends[transfer] = end_of(tmp_path / "straight", runner)
+            ends[transfer] = end_of(tmp_path / "straight/stages/01-grpo", runner)
         return ends[transfer]
 
     return end
@@ -127,4 +127,45 @@ def test_a_rank_that_is_struck_costs_a_restart_and_nothing_else(
     assert said in struck.written["err"].decode()
     assert all_gone([struck.pid])
     print(f"{transfer} {point} {signal.Signals(number).name}: recovered after {struck.recovered_s:.1f} s")
-    assert end_of(tmp_path / "struck", runner) == straight(transfer)
+    assert end_of(tmp_path / "struck/stages/01-grpo", runner) == straight(transfer)
+
+
+def forked_ranks(runner, keys, folder, point=""):
+    """Both ranks as children of this process, which need not import anything; rank 1 is to hold still. Their exit codes."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    marker, children = folder.with_suffix(".held"), []
+    for rank in range(2):
+
+        def run(rank=rank):
+            os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
+            struck_runner.arm(point, 1, marker)
+            assert runner.run_stage("grpo", folder, keys)
+
+        children.append(start(run, folder.with_suffix(f".{rank}.err")))
+    if point:
+        until = time.monotonic() + LONGEST_S
+        while not marker.exists():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        os.kill(int(marker.read_text()), signal.SIGKILL)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def test_a_rank_that_is_killed_while_all_decode_from_their_shares_costs_nothing_but_time(
+    runner, model_dir, data_dir, tmp_path
+):
+    keys = runner.keys_of(
+        "grpo",
+        model_dir("llama"),
+        data_dir,
+        max_steps=3,
+        num_prompts_per_step=3,
+        save_steps=1,
+        rollout={"transfer": "shared"},
+    )
+    assert forked_ranks(runner, keys, tmp_path / "struck", "generating") == [1, -signal.SIGKILL]
+    assert not (tmp_path / "struck/result.json").exists()
+    for name in ("struck", "straight"):
+        assert forked_ranks(runner, keys, tmp_path / name) == [0, 0]
+    assert end_of(tmp_path / "struck", runner) == end_of(tmp_path / "straight", runner)
