@@ -6,7 +6,7 @@ One rule per noun, in words too, so that a message can say it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +73,30 @@ REPOSITORY = NameRule(
     "the name of a repository of the hub, OWNER/NAME: letters, digits and . _ -",
 )
 """Of a model or of data on the Hugging Face hub."""
+
+
+def reward_name(spec: str) -> str:
+    """What a reward is called, in `reward_kwargs` too: its function; of a model's opinion the folder, the stage or the judge's file."""
+    if spec.startswith(REWARD_MODEL + STAGE):
+        return spec.removeprefix(REWARD_MODEL + STAGE)
+    if spec.startswith(REWARD_MODEL):
+        return Path(spec.removeprefix(REWARD_MODEL)).name
+    if spec.startswith(JUDGE):
+        return Path(spec.removeprefix(JUDGE)).stem
+    return spec.rpartition(":")[2]
+
+
+def reward_names(specs: Sequence[str]) -> list[str]:
+    """The name each reward is logged under: its own, with the file's stem where two functions are alike."""
+    names = [reward_name(spec) for spec in specs]
+    unique: list[str] = []
+    for spec, name in zip(specs, names, strict=True):
+        is_function = ":" in spec and not spec.startswith((REWARD_MODEL, JUDGE))
+        label = f"{Path(spec.rpartition(':')[0]).stem}.{name}" if is_function and names.count(name) > 1 else name
+        while label in unique:
+            label += "_"
+        unique.append(label)
+    return unique
 
 
 def told_apart(paths: Iterable[str]) -> dict[str, str]:

@@ -176,6 +176,39 @@ def test_a_reward_may_be_the_model_of_an_earlier_stage_that_trains_a_reward_mode
 
 
 @pytest.mark.parametrize(
+    ("kind", "keys", "why"),
+    [
+        ("process_reward_model", "reward_kwargs: {process_reward_model: {aggregate: mean}}, credit: step", None),
+        ("process_reward_model", "reward_kwargs: {'model:stage:2': {aggregate: mean}}", r"stages.3.reward_kwargs.model:stage:2: no such entry"),
+        ("reward_model", "reward_kwargs: {reward_model: {aggregate: mean}}", r"stages.3.reward_kwargs.reward_model: model:stage:reward_model rates whole answers"),
+        ("reward_model", "credit: step", r"stages.3.credit: step: model:stage:reward_model rates whole answers, no steps; name a process_reward_model stage"),
+    ],
+)  # fmt: skip
+def test_steps_are_rated_by_a_stage_that_trains_a_process_reward_model(kind, keys, why, folder):
+    path = folder / "train.yaml"
+    path.write_text(
+        "name: paid\nbase_model: ./base\nstages:\n"
+        "  - sft: {datasets: [{path: data/sft.jsonl}]}\n"
+        f"  - {kind}: {{datasets: [{{path: data/pairs.jsonl}}]}}\n"
+        f"  - grpo: {{datasets: [{{path: data/prompts.jsonl}}], reward_funcs: ['model:stage:{kind}'], {keys}}}\n"
+    )
+    if why is None:
+        assert load_pipeline(path).keys.stages[2].keys.reward_kwargs == {kind: {"aggregate": "mean"}}
+        return
+    with pytest.raises(ConfigError, match=why):
+        load_pipeline(path)
+
+
+@pytest.mark.parametrize("name", ["rm", "model:./rm"])
+def test_options_of_a_reward_model_stand_under_its_folders_name(name, folder):
+    (folder / "rm").mkdir()
+    path = folder / "grpo.yaml"
+    paid = f"reward_funcs: ['model:./rm']\nreward_kwargs: {{'{name}': {{aggregate: mean}}}}\n"
+    path.write_text("base_model: ./base\ndatasets: [{path: data/prompts.jsonl}]\n" + paid)
+    assert load_stage("grpo", path).keys.reward_kwargs == {name: {"aggregate": "mean"}}
+
+
+@pytest.mark.parametrize(
     ("name", "why"),
     [
         ("stage:reward_model", None),

@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from posttrain.data.origin import write_origin
-from posttrain.errors import ChangedInputsError, RewardError
+from posttrain.errors import ChangedInputsError, ConfigError, RewardError
 from posttrain.evidence import Verdict
-from posttrain.files import file_digests, read_json
+from posttrain.files import file_digests, read_json, read_json_lines
 from posttrain.gate.folder import recompute
 from posttrain.report.build import build_report
 from posttrain.report.records import read_run
@@ -88,6 +88,34 @@ def test_rl_is_paid_by_the_reward_model_of_an_earlier_stage_and_starts_from_the_
     assert again.run().status == "done"
     assert again.state.stages[2].inputs["model"] == last.inputs["model"]
     assert again.state.stages[2].inputs["rewards"] != last.inputs["rewards"]
+
+
+def steps(first):
+    asked = [{"role": "user", "content": f"What is {first} plus 2?"}]
+    return {"prompt": asked, "completions": [f"{first} plus 2 is {first + 2}.", "Yes."], "labels": [True, False]}
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "max"])
+def test_rl_is_paid_by_the_process_reward_model_of_an_earlier_stage_with_its_options(project, aggregate):
+    """Named by its stage before it is made and by its folder then; options that it has not are refused before any training."""
+    prm = {"process_reward_model": {"datasets": [{"path": "steps.jsonl", "type": "stepwise_supervised"}], **SLOW}}
+    name = "process_reward_model"
+    asked = {"reward_kwargs": {name: {"aggregate": aggregate}, "spread": {}}, "credit": "step"}
+    made = project([sft(), prm, paid([f"model:stage:{name}", "rewards.py:spread"], **asked)])
+    (made.folder / "steps.jsonl").write_text("".join(f"{json.dumps(steps(n))}\n" for n in range(8)))
+    if aggregate == "max":
+        with pytest.raises(ConfigError, match="aggregate: got 'max', expected one of min"):
+            made.run()
+        assert not (made.out / "stages").exists()
+        return
+    assert made.run().status == "done"
+    _, beside, last = made.state.stages
+    specs = [f"model:{made.out / beside.folder / 'model'}", f"{made.folder / 'rewards.py'}:spread"]
+    assert last.inputs["rewards"] == reward_digest(specs, {"model": {"aggregate": "mean"}})
+    assert last.inputs["rewards"] != reward_digest(specs)
+    *_, (_, metrics) = read_json_lines(made.out / last.folder / "metrics.jsonl")
+    assert 0 < metrics["rewards/model/mean"] < 1
+    assert made.run().status == "done" and len(made.state.stages) == 3
 
 
 def test_the_reward_model_of_a_stage_is_certified_when_it_is_trained(project):

@@ -1,7 +1,8 @@
 import pytest
 
 from posttrain.errors import ConfigError, RewardError
-from posttrain.rewards.resolve import check_spec, load_reward, reward_digest, reward_names
+from posttrain.names import reward_names
+from posttrain.rewards.resolve import check_spec, load_reward, reward_digest
 
 
 @pytest.fixture
@@ -146,6 +147,18 @@ def test_an_unknown_option_is_named(write, tmp_path):
 def test_names():
     assert reward_names(["a.py:f", "boxed"]) == ["f", "boxed"]
     assert reward_names(["a.py:f", "b.py:f"]) == ["a.f", "b.f"]
+    models = [
+        "model:/runs/prm-v1.5",
+        "model:Qwen/Qwen2.5-Math-PRM-7B",
+        "model:stage:process_reward_model",
+        "model:stage:2",
+    ]
+    assert reward_names(models) == ["prm-v1.5", "Qwen2.5-Math-PRM-7B", "process_reward_model", "2"]
+    assert reward_names(["judge:/x/rubric.v2.yaml", "model:a/model", "model:b/model"]) == [
+        "rubric.v2",
+        "model",
+        "model_",
+    ]
 
 
 def test_the_digest_sees_all_that_decides(write, tmp_path):

@@ -12,7 +12,7 @@ from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.resolved import PIPELINE_DECIDES
 from posttrain.config.schema import did_you_mean
 from posttrain.config.settings import Settings
-from posttrain.names import REWARD_MODEL, STAGE
+from posttrain.names import REWARD_MODEL, STAGE, reward_name
 
 
 def check_gates(draft: PipelineDraft) -> None:
@@ -34,6 +34,7 @@ def check_reward_models(draft: PipelineDraft) -> None:
         specs = stage.settings.values.get("reward_funcs")
         for place, spec in enumerate(specs if isinstance(specs, list) else ()):
             _check_names_one(draft, stage, ("reward_funcs", place), spec, REWARD_MODEL + STAGE, pay)
+            _check_rates_what_is_asked(draft, stage, spec, pay)
         _check_names_one(draft, stage, ("value_model",), stage.settings.values.get("value_model"), STAGE, value)
 
 
@@ -46,6 +47,27 @@ def _check_names_one(
         what = "a reward model" if path[0] == "reward_funcs" else "a reward model or a critic"
         there = ", ".join(f"{prefix}{one.place}" for one in made) or "none; put a reward_model stage before this one"
         text = f"got {spec}, expected {what} of an earlier stage: {there}"
+        draft.problems.add(stage.settings.origin(path), stage.settings.name(path), text)
+
+
+def _check_rates_what_is_asked(draft: PipelineDraft, stage: StageDraft, spec: Any, made: list[StageDraft]) -> None:
+    """Steps are rated by a process reward model alone."""
+    found = [
+        one
+        for one in made
+        if isinstance(spec, str) and spec in (f"{REWARD_MODEL}{STAGE}{name}" for name in (one.kind, one.place))
+    ]
+    if len(found) != 1 or found[0].kind not in STAGE_KINDS or STAGE_KINDS[found[0].kind].keys.rates_steps:
+        return
+    values = stage.settings.values
+    options = values.get("reward_kwargs")
+    given = [
+        key for key in (options if isinstance(options, dict) else ()) if reward_name(str(key)) == reward_name(spec)
+    ]
+    asked: list[tuple[tuple[str | int, ...], str]] = [(("reward_kwargs", key), "") for key in given]
+    asked += [(("credit",), "step: ")] if values.get("credit") == "step" else []
+    for path, got in asked:
+        text = f"{got}{spec} rates whole answers, no steps; name a process_reward_model stage, or take it away"
         draft.problems.add(stage.settings.origin(path), stage.settings.name(path), text)
 
 

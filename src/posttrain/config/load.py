@@ -36,7 +36,7 @@ from posttrain.config.settings import (
 )
 from posttrain.config.stages import ModelKeys, TrainKeys
 from posttrain.config.yaml_lines import KeyPath
-from posttrain.names import REWARD_MODEL, STAGE, name_of
+from posttrain.names import REWARD_MODEL, STAGE, name_of, reward_name, reward_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,9 +269,9 @@ def check_stage(kind: str, keys: TrainKeys, settings: Settings, problems: Proble
     ]
     _check_types(kind, keys, settings, problems)
     if isinstance(keys, RLKeys):
-        names = [*keys.reward_funcs, *(entry.rpartition(":")[2] for entry in keys.reward_funcs if ":" in entry)]
+        names = reward_names(keys.reward_funcs)
         for name in keys.reward_kwargs:
-            if name not in names:
+            if reward_name(name) not in names:
                 path = ("reward_kwargs", name)
                 text = f"no such entry in reward_funcs{did_you_mean(name, names)}"
                 problems.add(settings.origin(path), settings.name(path), text)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
@@ -12,7 +13,7 @@ from posttrain.config.knob import knob
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import LearningRateShape, TrainKeys
 from posttrain.config.teachers import TeacherAdvantage, TeacherKeys
-from posttrain.names import ENVIRONMENT, REWARD_MODEL
+from posttrain.names import ENVIRONMENT, REWARD_MODEL, reward_name, reward_names
 
 # fmt: off
 # One key a line: the tables below are read down, not across.
@@ -104,7 +105,7 @@ class RLKeys(SamplingKeys):
     num_iterations: int = knob(1, "Passes over each generation batch.", ge=1)
     reward_funcs: list[str] = knob(..., "Rewards: `file.py:function` relative to the YAML, a name of the library, `model:FOLDER` of a reward model (`model:stage:reward_model` of one that an earlier stage of the pipeline trains), `judge:FILE.yaml` of a judge.", min_length=1, example=["rewards.py:correct"])
     reward_weights: list[float] | None = knob(None, "Weight of each reward function; null means 1 each.", example=[1.0, 0.5])
-    reward_kwargs: dict[str, dict[str, Any]] = knob({}, "Options of rewards: name in reward_funcs → its options. A process reward model (`model:FOLDER`, by the folder's name) has `aggregate`, what the scores of an answer's steps become (min, product, last or mean; min), and `step_separator`, what cuts it into steps (what it was trained with).")
+    reward_kwargs: dict[str, dict[str, Any]] = knob({}, "Options of rewards: name in reward_funcs → its options. A process reward model (`model:FOLDER` by the folder's name, `model:stage:2` by the stage's kind or place as it is named there) has `aggregate`, what the scores of an answer's steps become (min, product, last or mean; min), and `step_separator`, what cuts it into steps (what it was trained with).")
     reward_timeout_s: float = knob(10.0, "Deadline of one completion's reward; later is unscored.", gt=0)
     reward_workers: int = knob(1, "Worker processes that score.", ge=1)
     keep_rollouts: bool = knob(False, "Keep prompts, completions and rewards in the stage's folder, for `posttrain rewards rescore`.")
@@ -115,6 +116,16 @@ class RLKeys(SamplingKeys):
     ptx_datasets: list[DatasetKeys] = knob([], "Supervised rows that are trained on beside the rollouts, so that what they teach is not unlearned (PPO-ptx, arXiv 2203.02155 eq. 2).", also="pretrain_data (OpenRLHF)", example=[{"path": "data/sft.jsonl"}])
     ptx_coef: float = knob(0.05, "Weight of the token-mean cross-entropy of ptx_datasets, divided by its own tokens.", ge=0)
     ptx_rows_per_step: int = knob(8, "Rows of ptx_datasets in an optimizer step, over all processes.", ge=1)
+
+    def with_rewards(self, specs: Sequence[str | None]) -> Self:
+        """The keys with these rewards in place of `reward_funcs`, None for none; weights and options go along."""
+        kept = [place for place, spec in enumerate(specs) if spec is not None]
+        named = [spec for spec in specs if spec is not None]
+        before, weights = reward_names(self.reward_funcs), self.reward_weights
+        now_called = dict(zip([before[place] for place in kept], reward_names(named), strict=True))
+        options = {now_called[name]: given for key, given in self.reward_kwargs.items() if (name := reward_name(key)) in now_called}
+        kept_weights = None if weights is None else [weights[place] for place in kept]
+        return self.model_copy(update={"reward_funcs": named, "reward_weights": kept_weights, "reward_kwargs": options})
 
     @property
     def steps_per_batch(self) -> int:

@@ -30,7 +30,7 @@ STEP_AGGREGATES: Mapping[str, Callable[[Sequence[float]], float]] = {
     "mean": lambda steps: math.fsum(steps) / len(steps),
 }
 """How the scores of an answer's steps become its own. Source: min, Math-Shepherd, arXiv 2312.08935 sec. 3.4; product, arXiv 2305.20050 sec. 2.6;
-last, arXiv 2211.14275."""
+last, arXiv 2408.03314 app. E."""
 _ADAPTER, _HEAD, _RECORD = "adapter_config.json", "score", "posttrain.json"
 
 
@@ -88,12 +88,6 @@ def named_stage(spec: str) -> str | None:
     """Kind or place of the pipeline's stage whose reward model this is: `reward_model` of `model:stage:reward_model`."""
     prefix = REWARD_MODEL + STAGE
     return spec.removeprefix(prefix) if spec.startswith(prefix) else None
-
-
-def learned_name(spec: str) -> str | None:
-    """What it is logged under: the folder's or the file's name."""
-    parts = split_learned(spec)
-    return Path(parts[1]).stem if parts else None
 
 
 def learned_source(spec: str, folder: Path | None = None) -> Path | str:

@@ -17,13 +17,15 @@ from posttrain.data.lint import LintReport, lint_stage
 from posttrain.data.lint_input import plain_text
 from posttrain.data.load import LOADERS
 from posttrain.files import digest_json, write_json
-from posttrain.grading.learned import named_stage
+from posttrain.grading.learned import check_learned_options, named_stage
 from posttrain.models.load import load_config, load_tokenizer
 from posttrain.models.vocabulary import check_ids
+from posttrain.names import reward_names
 from posttrain.pipeline.selection import Suites
 from posttrain.pipeline.state import DONE, RunState
 from posttrain.recipes.experience.golds import gold_check
 from posttrain.recipes.measure.certify import check_ahead, require
+from posttrain.rewards.resolve import options_by_name
 
 
 def check_rewards_ahead(keys: PipelineKeys, state: RunState | None, say: Callable[[str], None]) -> None:
@@ -32,6 +34,8 @@ def check_rewards_ahead(keys: PipelineKeys, state: RunState | None, say: Callabl
     Raises: RewardError.
     """
     for index, (stage, template, kwargs) in enumerate(_templates(keys), start=1):
+        if isinstance(stage, RLKeys):
+            _check_options_of_stages(stage)
         before = None if state is None else state.stage(index - 1)
         next_to_start = index == 1 or (before is not None and before.status == DONE)
         if isinstance(stage, RLKeys) and stage.reward_check != "off" and not next_to_start:
@@ -44,6 +48,14 @@ def check_rewards_ahead(keys: PipelineKeys, state: RunState | None, say: Callabl
                 f"rewards of stage {index}: {certificate.verdict} before any training, without completions of its policy"
             )
             require(certificate)
+
+
+def _check_options_of_stages(keys: RLKeys) -> None:
+    """Options of rewards that earlier stages train would be read only then. Raises: ConfigError."""
+    options = options_by_name(keys.reward_kwargs)
+    for name, spec in zip(reward_names(keys.reward_funcs), keys.reward_funcs, strict=True):
+        if named_stage(spec) is not None and name in options:
+            check_learned_options(name, spec, options[name])
 
 
 def _templates(keys: PipelineKeys) -> Iterator[tuple[TrainKeys, str | None, dict[str, Any]]]:

@@ -145,13 +145,15 @@ def with_given(keys: PipelineKeys, index: int, stage: TrainKeys) -> TrainKeys:
 def with_models_made(keys: TrainKeys, run: Path, before: Sequence[StageEntry]) -> TrainKeys:
     """The keys with the folders of the reward models and critics that earlier stages made. Raises: ConfigError where one names none of them."""
     made: dict[str, Any] = {}
-    if isinstance(keys, RLKeys):
-        made["reward_funcs"] = [
-            spec
-            if (name := named_stage(spec)) is None
-            else f"{REWARD_MODEL}{_made('reward_funcs', spec, name, run, before)}"
-            for spec in keys.reward_funcs
-        ]
+    if isinstance(keys, RLKeys) and any(map(named_stage, keys.reward_funcs)):
+        keys = keys.with_rewards(
+            [
+                spec
+                if (name := named_stage(spec)) is None
+                else f"{REWARD_MODEL}{_made('reward_funcs', spec, name, run, before)}"
+                for spec in keys.reward_funcs
+            ]
+        )
     if isinstance(keys, PPOKeys) and (value := keys.value_model) is not None and value.startswith(STAGE):
         made["value_model"] = str(_made("value_model", value, value.removeprefix(STAGE), run, before))
     return keys.model_copy(update=made)

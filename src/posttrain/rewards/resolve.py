@@ -14,7 +14,7 @@ from typing import Any
 
 from posttrain.errors import ConfigError, RewardError
 from posttrain.files import digest_json
-from posttrain.grading.learned import learned_digest, learned_name, learned_source, split_learned
+from posttrain.grading.learned import learned_digest, learned_source, split_learned
 from posttrain.grading.loading import load_own_file
 from posttrain.grading.scorers import grading_digest
 from posttrain.grading.source import (
@@ -25,6 +25,7 @@ from posttrain.grading.source import (
     source_of,
     split_spec,
 )
+from posttrain.names import reward_name, reward_names
 from posttrain.numerics import revision
 from posttrain.rewards.library import REWARDS
 from posttrain.rewards.signatures import adapted_from_verl, is_of_verl
@@ -69,22 +70,9 @@ async def _awaited(value: Any) -> Any:
     return await value
 
 
-def reward_names(specs: Sequence[str]) -> list[str]:
-    """The name each reward is logged under: its function's, with the file's stem where two are alike."""
-    names = [learned_name(spec) or (split_spec(spec) or ("", spec))[1] for spec in specs]
-    unique: list[str] = []
-    for spec, name in zip(specs, names, strict=True):
-        parts = split_spec(spec)
-        label = f"{Path(parts[0]).stem}.{name}" if parts and names.count(name) > 1 else name
-        while label in unique:
-            label += "_"
-        unique.append(label)
-    return unique
-
-
 def options_by_name(kwargs: Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
     """`reward_kwargs` keyed by the reward's name; `rewards.py:correct` counts as `correct`."""
-    return {key.rpartition(":")[2]: dict(options) for key, options in (kwargs or {}).items()}
+    return {reward_name(key): dict(options) for key, options in (kwargs or {}).items()}
 
 
 def _file_of(spec: str, path: str, folder: Path | None) -> Path:
@@ -214,7 +202,7 @@ def reward_digest(
     return digest_json(
         {
             **({"learned": list(learned.values())} if learned else {}),
-            "rewards": [learned_name(spec) or (split_spec(spec) or ("", spec))[1] for spec in specs],
+            "rewards": [reward_name(spec) for spec in specs],
             "sources": sources,
             "library": [revision("rewards"), grading_digest()],
             "versions": dependency_versions(imported),

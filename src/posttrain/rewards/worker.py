@@ -17,7 +17,8 @@ from typing import Any
 from posttrain.asked import read_request, write_answer
 from posttrain.errors import ConfigError
 from posttrain.grading.learned import split_learned
-from posttrain.rewards.resolve import MissingColumnError, RewardFunction, load_reward, reward_names
+from posttrain.names import reward_names
+from posttrain.rewards.resolve import MissingColumnError, RewardFunction, load_reward
 
 _MAX_MESSAGE_CHARS = 500
 

@@ -19,9 +19,10 @@ from typing import Any
 from posttrain.asked import AskedProcess, ScribbledError, wait_for
 from posttrain.errors import ConfigError, RewardError
 from posttrain.grading.learned import check_learned_options, split_learned
+from posttrain.names import reward_names
 from posttrain.rewards.learned import LearnedReward, LoadLearned
 from posttrain.rewards.library import REWARDS
-from posttrain.rewards.resolve import check_spec, options_by_name, reward_digest, reward_names
+from posttrain.rewards.resolve import check_spec, options_by_name, reward_digest
 from posttrain.types import RewardBreakdown, StepScores
 
 CHUNK_SIZE = 16

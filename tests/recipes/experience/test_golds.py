@@ -41,6 +41,13 @@ def test_rewards_that_do_not_look_at_the_gold_say_nothing():
     assert unreadable_golds(keys("boxed"), prompts(None, None)) == [None, None]
 
 
+def test_options_of_a_model_that_pays_beside_it_stop_no_check(tmp_path):
+    """A model's opinion is not asked; nor are its options, or its weight."""
+    options = {"prm": {"aggregate": "mean"}, "boxed": {}}
+    beside = keys("model:./prm", "boxed", reward_kwargs=options, reward_weights=[5.0, 1.0])
+    assert unreadable_golds(beside, prompts("4", "5")) == [None, None]
+
+
 def test_a_reward_of_ones_own_and_one_that_fails(tmp_path):
     file = tmp_path / "rewards.py"
     file.write_text(

@@ -17,13 +17,13 @@ import torch
 from posttrain.config.rl import PolicyGradientKeys, RewardedKeys
 from posttrain.errors import ConfigError
 from posttrain.health.controls import Controls
+from posttrain.names import reward_names
 from posttrain.objectives.advantages import soft_overlong_penalty
 from posttrain.protocols import Ranks, Scorer
 from posttrain.recipes.credit import Credit, Credited, Made, Steps, append, column_weights, known
 from posttrain.recipes.experience.sampled import Sampled, reward_parts
 from posttrain.rewards.learned import ASKED, FAILED
 from posttrain.rewards.measures import mutual_information, spread_shares
-from posttrain.rewards.resolve import reward_names
 from posttrain.rollout.experience import Experience, Group
 from posttrain.types import Decode, Episode, Rollout, RolloutGroup, Sample
 

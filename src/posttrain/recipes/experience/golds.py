@@ -34,14 +34,13 @@ def unreadable_golds(keys: RLKeys, prompts: Sequence[Prompt]) -> list[str | None
     """
     reasons: list[str | None] = [None] * len(prompts)
     # A model's opinion knows no full reward.
-    weights = keys.reward_weights or [1.0] * len(keys.reward_funcs)
-    weighted = [
-        (spec, weight) for spec, weight in zip(keys.reward_funcs, weights, strict=True) if not split_learned(spec)
-    ]
-    if not weighted:
+    keys = keys.with_rewards([None if split_learned(spec) else spec for spec in keys.reward_funcs])
+    functions = keys.reward_funcs
+    if not functions:
         return reasons
-    functions, weights = zip(*weighted, strict=True)
-    with RewardPool(functions, weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s) as pool:
+    with RewardPool(
+        functions, keys.reward_weights, keys.reward_kwargs, keys.reward_workers, keys.reward_timeout_s
+    ) as pool:
         check = RewardCheck(pool, (), (), Thresholds(), lambda text: text.encode("utf-8", "surrogatepass"))
         probed = [case for case in cases_of(prompts, _PROBED) if case.gold is not None]
         if not probed:

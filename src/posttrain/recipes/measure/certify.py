@@ -82,12 +82,7 @@ def check_ahead(keys: RLKeys) -> Certificate:
 
     Reward models that earlier stages train are left out; there is another reward.
     """
-    weights = keys.reward_weights or [1.0] * len(keys.reward_funcs)
-    there = [
-        (spec, weight) for spec, weight in zip(keys.reward_funcs, weights, strict=True) if named_stage(spec) is None
-    ]
-    named = {"reward_funcs": [spec for spec, _ in there], "reward_weights": [weight for _, weight in there]}
-    keys = keys.model_copy(update=named)
+    keys = keys.with_rewards([spec if named_stage(spec) is None else None for spec in keys.reward_funcs])
     tokenizer = load_tokenizer(keys)
     return _checked(keys, tokenizer, _asked(keys, tokenizer)[1])
 

@@ -21,7 +21,6 @@ from posttrain.grading.learned import (
     STEP_AGGREGATES,
     is_reward_adapter,
     learned_digest,
-    learned_name,
     learned_source,
     named_stage,
     rates_steps,
@@ -37,7 +36,7 @@ from posttrain.models.policy import Policy
 from posttrain.models.provenance import check_base, recorded_bits, recorded_separator
 from posttrain.models.read import is_token_classifier
 from posttrain.models.reward_head import at_steps, up_to_reward
-from posttrain.names import JUDGE, REWARD_MODEL
+from posttrain.names import JUDGE, REWARD_MODEL, reward_name
 from posttrain.recipes.measure.judges import load_judge_reward
 from posttrain.rewards.learned import LearnedReward, Opinion
 from posttrain.rewards.workers import RewardPool
@@ -173,8 +172,7 @@ def load_learned(
         raise ConfigError(
             f"{spec}: a stage is named within a pipeline, whose earlier stage it is; here expected model:FOLDER of a reward model"
         )
-    source, name = learned_source(spec, folder), learned_name(spec) or spec
-    return LEARNED[parts[0]](source, name, options or {}, device)
+    return LEARNED[parts[0]](learned_source(spec, folder), reward_name(spec), options or {}, device)
 
 
 _loaded: WeakValueDictionary[tuple[str, str, str], ModelReward] = WeakValueDictionary()
