@@ -9,7 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from posttrain.errors import ModelError
+from posttrain.models.adapters import load_adapter
+from posttrain.models.continued import base_keys
 from posttrain.models.load import load_policy
+from posttrain.models.slots import read_factors
 
 
 @pytest.fixture
@@ -90,3 +93,14 @@ def test_another_name_of_the_base_is_said(adapter, keys_of, caplog):
     edit(adapter, base_model_name_or_path="someone/other-model")
     load_policy(keys_of("qwen3", adapter="lora", adapter_name_or_path=str(adapter)))
     assert "names someone/other-model as its base" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_damaged_file_is_named_wherever_an_adapter_is_read(file, adapter, model_dir, keys_of):
+    (adapter / file).write_bytes((adapter / file).read_bytes()[:-30])
+    with pytest.raises(ModelError, match=f"{file} cannot be read"):
+        base_keys(keys_of("qwen3", adapter="lora", adapter_name_or_path=str(adapter)))
+    with pytest.raises(ModelError, match=f"{file} cannot be read"):
+        load_adapter(AutoModelForCausalLM.from_pretrained(model_dir("qwen3")), adapter)
+    with pytest.raises(ModelError, match=f"{file} cannot be read"):
+        read_factors(adapter)

@@ -139,15 +139,11 @@ def _keys(adapter: Path, base: str | None, load_in_4bit: bool | None) -> ModelKe
     """How the adapter was trained: by the command line, else the stage's own record, else what PEFT wrote."""
     from posttrain.cli.model import model_keys
     from posttrain.config.stages import ModelKeys
-    from posttrain.files import read_json
     from posttrain.forms.merging.adapters import bits_of, trained_on
+    from posttrain.models.low_rank import adapter_config
 
     trained = trained_on(adapter) or ModelKeys(base_model="", **bits_of(adapter))
-    named = (
-        base
-        or trained.base_model
-        or str(read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or "")
-    )
+    named = base or trained.base_model or str(adapter_config(adapter).get("base_model_name_or_path") or "")
     if not named:
         raise ModelError(f"{adapter} does not name its base; add --base MODEL")
     changes = {"base_model": model_keys(named).base_model}

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
-from posttrain.models.low_rank import WEIGHTS
+from posttrain.models.low_rank import adapter_config, adapter_weights
 from posttrain.models.offload import OffloadedLayers
 from posttrain.models.reward_head import REWARD_TASKS, reward_head, task_type
 from posttrain.names import is_pattern
@@ -261,11 +260,13 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     """Attach a saved adapter. Raises: ModelError if its weights do not fill the adapter (PEFT only warns)."""
     from peft import PeftModel
 
+    adapter_config(adapter)
+    saved = adapter_weights(adapter)
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter))
     except RuntimeError as error:
         raise ModelError(f"{adapter} does not fit its base: {' '.join(str(error).split())}") from error
-    _check_filled(adapted, load_file(adapter / WEIGHTS), adapter)
+    _check_filled(adapted, saved, adapter)
     return adapted
 
 
@@ -283,7 +284,7 @@ def continue_adapter(model: PreTrainedModel, adapter: Path, dropout: float) -> P
     config.inference_mode, config.init_lora_weights, config.lora_dropout = False, True, dropout
     adapted: Any = get_peft_model(model, config)
     _train_in_float32(adapted)
-    saved = load_file(adapter / WEIGHTS)
+    saved = adapter_weights(adapter)
     _check_filled(adapted, saved, adapter)
     try:
         set_peft_model_state_dict(adapted, saved)

@@ -8,8 +8,7 @@ from pathlib import Path
 from posttrain.config.load import load_model_keys
 from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
-from posttrain.files import read_json
-from posttrain.models.low_rank import CONFIG, WEIGHTS
+from posttrain.models.low_rank import CONFIG, WEIGHTS, adapter_config, adapter_weights
 from posttrain.models.provenance import PROVENANCE, check_base, recorded_bits
 
 log = logging.getLogger(__name__)
@@ -72,7 +71,8 @@ def _check_given(adapter: Path, keys: ModelKeys) -> None:
         raise ModelError(
             f"{key} has no {CONFIG} with {WEIGHTS} beside it; expected the folder of a LoRA adapter, as PEFT saves it"
         )
-    config = read_json(adapter / CONFIG)
+    config = adapter_config(adapter)
+    adapter_weights(adapter)
     if (kind := config.get("peft_type")) != "LORA":
         raise ModelError(f"{key} is an adapter of the kind {kind}; expected LORA")
     ours, init = (adapter / PROVENANCE).is_file(), config.get("init_lora_weights", True)

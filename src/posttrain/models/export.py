@@ -24,7 +24,7 @@ from posttrain.models import generation
 from posttrain.models.adapters import dequantized_weights, load_adapter
 from posttrain.models.continued import ADAPTER, OF_THE_BASE
 from posttrain.models.load import load_base, load_config, load_tokenizer
-from posttrain.models.low_rank import CONFIG, subtract_start
+from posttrain.models.low_rank import CONFIG, adapter_config, subtract_start
 from posttrain.models.policy import Policy
 from posttrain.models.proof import (
     HALF_ROUNDING,
@@ -268,7 +268,7 @@ def _merged(adapted: Any, sharding: Sharding) -> Any:
 
 def merge_into(folder: Path, base: str, adapter: Path, keys: ModelKeys) -> ExportReport:
     """`merge`, written to `folder` with the adapter's tokenizer, or the base's where the adapter has none."""
-    asked = REWARD_TASKS.get(read_json(adapter / CONFIG).get("task_type"))
+    asked = REWARD_TASKS.get(adapter_config(adapter).get("task_type", ""))
     if asked is not None:
         keys = asked.model_validate(keys.model_dump(by_alias=True))
     merged, report = merge_adapter(base, adapter, keys)

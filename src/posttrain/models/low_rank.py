@@ -6,15 +6,43 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from posttrain.errors import ModelError
+from posttrain.files import read_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """Files of an adapter, as PEFT names them."""
 
 _PARTS = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
 """How the file names the two factors, of a linear layer and of an embedding."""
+
+
+def adapter_config(adapter: Path) -> dict[str, Any]:
+    """What PEFT wrote beside the weights. Raises: ModelError."""
+    try:
+        config = read_json(adapter / CONFIG)
+    except (OSError, ValueError) as error:
+        raise _unreadable(adapter / CONFIG, error) from error
+    if not isinstance(config, dict):
+        raise _unreadable(adapter / CONFIG, f"got a {type(config).__name__}, expected an object")
+    return config
+
+
+def adapter_weights(adapter: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter's file, by the names in it. Raises: ModelError."""
+    try:
+        return load_file(adapter / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(adapter / WEIGHTS, error) from error
+
+
+def _unreadable(path: Path, why: object) -> ModelError:
+    return ModelError(f"{path} cannot be read: {why}; expected that of a LoRA adapter, as PEFT saves it")
 
 
 def split(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, tuple[str, str]], dict[str, torch.Tensor]]:

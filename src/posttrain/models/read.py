@@ -23,10 +23,9 @@ from transformers.distributed import DistributedConfig
 
 from posttrain.config.stages import ModelKeys, TrainKeys
 from posttrain.errors import ModelError
-from posttrain.files import read_json
 from posttrain.models.continued import adapter_before, is_continued
 from posttrain.models.generation import forget_special_tokens
-from posttrain.models.low_rank import CONFIG
+from posttrain.models.low_rank import adapter_config
 from posttrain.models.reward_head import with_reward_per_token
 from posttrain.models.stored import as_floats, unpacking
 from posttrain.protocols import Sharding
@@ -74,7 +73,7 @@ def may_read_shares(keys: ModelKeys) -> bool:
 
 def fits_shares(adapter: Path) -> bool:
     """Whether a saved adapter can be put on a base of which each rank holds its share."""
-    config = read_json(adapter / CONFIG)
+    config = adapter_config(adapter)
     return not (config.get("use_dora") or config.get("modules_to_save"))  # which older versions of PEFT do not write
 
 

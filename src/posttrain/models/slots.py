@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import linear
 
 from posttrain.errors import ModelError
-from posttrain.files import read_json
-from posttrain.models.low_rank import CONFIG, WEIGHTS, split
+from posttrain.models.low_rank import adapter_config, adapter_weights, split
 from posttrain.models.policy import Policy
 from posttrain.models.provenance import recorded_bits
 
@@ -155,7 +153,7 @@ def read_factors(adapter: Path) -> Factors:
     """The updates of a PEFT adapter. Raises: ModelError for one that is more than a sum of low-rank updates."""
     from peft.utils.other import get_pattern_key
 
-    config = read_json(adapter / CONFIG)
+    config = adapter_config(adapter)
     for key, only in _MORE_THAN_LORA.items():
         value = config.get(key, only)
         if value != only and value:
@@ -167,7 +165,7 @@ def read_factors(adapter: Path) -> Factors:
         raise ModelError(
             f"{adapter} was trained on a base in {8 if bits.get('load_in_8bit') else 4} bits, which is not the base that is served; serve the stage's model/"
         )
-    tensors = load_file(adapter / WEIGHTS)
+    tensors = adapter_weights(adapter)
     pairs, saved = split(tensors)
     if saved or any(".lora_embedding_" in name for pair in pairs.values() for name in pair):
         raise ModelError(

@@ -17,7 +17,7 @@ from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
 from posttrain.files import read_json
 from posttrain.models.continued import ADAPTER, OF_THE_BASE, base_keys, stage_keys
-from posttrain.models.low_rank import CONFIG, WEIGHTS
+from posttrain.models.low_rank import CONFIG, WEIGHTS, adapter_config
 from posttrain.models.provenance import PROVENANCE, bits_in
 from posttrain.models.total import ADAPTER_TOTAL
 
@@ -64,7 +64,7 @@ def bits_of(adapter: Path) -> Mapping[str, Any]:
 def base_of(adapter: Path) -> str:
     """The base that an adapter names, by its stage's record or by PEFT's. Raises: ModelError where it names none."""
     keys = trained_on(adapter)
-    named = keys.base_model if keys is not None else read_json(adapter / CONFIG).get("base_model_name_or_path")
+    named = keys.base_model if keys is not None else adapter_config(adapter).get("base_model_name_or_path")
     if not named:
         raise ModelError(f"{adapter} does not name its base; add base_model")
     return str(named)

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from posttrain.errors import ModelError
 from posttrain.files import read_json
-from posttrain.models.low_rank import CONFIG, WEIGHTS, split
+from posttrain.models.low_rank import WEIGHTS, adapter_config, split
 
 _PREFIX = "base_model.model."
 """What PEFT puts before the names of the base's modules."""
@@ -91,7 +91,7 @@ class AdaptedModel:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        return read_json(self.folder / CONFIG)
+        return adapter_config(self.folder)
 
     @cached_property
     def _factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
