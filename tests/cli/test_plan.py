@@ -131,6 +131,16 @@ def test_rl_shows_the_rollout_share_and_the_best_split(folder):
     assert "split   best" in output and "for rollout and" in output
 
 
+def test_every_anchor_of_a_row_is_a_prompt(folder):
+    (folder / "ebft.yaml").write_text(
+        "base_model: ./base\ndatasets: [{path: rows.jsonl, type: chat}]\nmode: strided\nsequence_len: 100\ncontext_length: 4\n"
+        "max_completion_length: 16\nstride: 16\nnum_prompts_per_step: 2\nnum_generations: 4\nmax_steps: 3\n"
+    )
+    # At 4, 20, 36, 52, 68 and 84 of a row of 100 tokens; at 4 and 20 of one of 40.
+    assert "a generation batch of 48 completions" in _run(folder / "ebft.yaml", "--device", "h200").output
+    assert "of 16 completions" in _run(folder / "ebft.yaml", "--device", "h200", "--tokens", "40").output
+
+
 RL = (
     "base_model: ./base\ndatasets: [{path: rows.jsonl, type: prompt}]\nreward_funcs: [rewards.py:right]\nnum_generations: 8\n"
     "max_completion_length: 2048\nnum_prompts_per_step: 32\nmax_steps: 100\nsequence_len: 2304\nrollout: {engine: vllm_server}\n"

@@ -214,6 +214,18 @@ def test_a_step_has_the_tokens_up_to_its_end_and_the_last_one_all_that_follows()
         steps_of(_rollout("ab$", ()), "prm", _decode)
 
 
+def test_a_step_has_no_token_that_was_put_in():
+    """`two` and the break behind it interrupted the thought; what stands behind keeps its own step."""
+    scores = list(zip(step_ends("one\n\ntwo\n\n3", "\n\n"), (0.9, 0.5, 0.1), strict=True))
+    for inserted, tokens in (((5, 10), (5, 0, 2)), ((3, 7), (3, 3, 2))):
+        rollout = _rollout("one\n\ntwo\n\n3$", scores)
+        rollout = replace(rollout, completion=replace(rollout.completion, inserted=inserted))
+        found = steps_of(rollout, "prm", _decode)
+        assert found.tokens == tokens and sum(found.tokens) == rollout.completion.num_sampled
+        unrated = replace(rollout, reward=RewardBreakdown(None, {"prm": None}))
+        assert steps_of(unrated, "prm", _decode).tokens == (sum(tokens),)
+
+
 @pytest.mark.parametrize(
     ("more", "why"),
     [

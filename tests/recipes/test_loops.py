@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from posttrain.config.datasets import DatasetKeys
-from posttrain.config.rl import GRPOKeys
+from posttrain.config.kinds import STAGE_KINDS
+from posttrain.config.rl import GRPOKeys, SamplingKeys
 from posttrain.distributed.ranks import SingleProcess
 from posttrain.errors import TrainingError
 from posttrain.models import decode
@@ -424,3 +425,11 @@ def test_offloaded_layers_change_no_number_and_a_resumed_run_has_them_too(
     assert runner.rows(tmp_path / "offloaded") == runner.rows(tmp_path / "whole")
     for file in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
         assert (tmp_path / "offloaded" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+@pytest.mark.parametrize("kind", [name for name, kind in STAGE_KINDS.items() if issubclass(kind.keys, SamplingKeys)])
+def test_every_stage_that_samples_says_how_long_completions_are(kind, train, runner):
+    """Reports show it, and a plan is corrected by it."""
+    row = runner.rows(train(kind, max_steps=1))[0]
+    lengths = [row[f"completions/{name}_length"] for name in ("min", "mean", "max")]
+    assert 1 <= lengths[0] <= lengths[1] <= lengths[2] <= 6 and 0 <= row["completions/clipped_ratio"] <= 1

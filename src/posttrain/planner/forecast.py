@@ -203,10 +203,20 @@ def loop_of(workload: Workload) -> Loop:
 def traffic_of(shape: ModelShape, workload: Workload, keys: Mapping[str, Any], mean: int) -> Traffic:
     """What a generation batch samples; without a mean, every prompt and answer as long as allowed."""
     whole, longest = workload.longest(shape), workload.completion(shape)
+    if keys.get("mode") == "strided":
+        return _strided(keys, min(mean or whole, whole), longest)
     prompt = min(mean, whole) if mean else max(1, whole - longest)
     return Traffic(
         keys["num_prompts_per_step"], keys["num_generations"], prompt, min(mean or longest, longest), longest
     )
+
+
+def _strided(keys: Mapping[str, Any], row: int, answer: int) -> Traffic:
+    """Each anchor of a row of so many tokens is a prompt: all that stands before it."""
+    first, stride = keys["context_length"], keys["stride"]
+    anchors = max(1, (row - answer - first) // stride + 1)
+    before = first + (anchors - 1) * stride / 2
+    return Traffic(keys["num_prompts_per_step"] * anchors, keys["num_generations"], before, answer, answer)
 
 
 def _split(shape: ModelShape, cluster: Cluster, traffic: Traffic, loop: Loop) -> Split:

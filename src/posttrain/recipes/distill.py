@@ -33,7 +33,7 @@ from posttrain.recipes.batches import fill_with_groups, flat, for_rank
 from posttrain.recipes.experience.engines import EngineSource, make_engine, sampling_params, sync_engine
 from posttrain.recipes.experience.prompts import PromptStream
 from posttrain.recipes.measure.validate import SuiteScore, Validation
-from posttrain.recipes.metrics import StepMetrics
+from posttrain.recipes.metrics import StepMetrics, length_metrics
 from posttrain.recipes.optim import accumulating, learning_rate, make_optimizer, update
 from posttrain.recipes.run.run_folder import StageResult
 from posttrain.recipes.run.stage import Stage
@@ -217,10 +217,7 @@ def _normalizer(lessons: Sequence[Lesson]) -> Normalizer:
 
 
 def _lengths(completions: Sequence[Completion]) -> dict[str, float]:
-    if not completions:
-        return {}
-    lengths, cut = [len(one.ids) for one in completions], sum(one.finish == "length" for one in completions)
-    return {"completions/mean_length": sum(lengths) / len(lengths), "completions/clipped_ratio": cut / len(lengths)}
+    return length_metrics([len(one.ids) for one in completions], sum(one.finish == "length" for one in completions))
 
 
 @torch.no_grad()

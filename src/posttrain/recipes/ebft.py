@@ -34,7 +34,7 @@ from posttrain.recipes.batches import in_their_order
 from posttrain.recipes.experience.engines import EngineSource, make_engine, sampling_params, sync_engine
 from posttrain.recipes.experience.prompts import PromptStream
 from posttrain.recipes.measure.validate import SuiteScore, Validation
-from posttrain.recipes.metrics import StepMetrics
+from posttrain.recipes.metrics import StepMetrics, length_metrics
 from posttrain.recipes.optim import accumulating, learning_rate, make_optimizer, update
 from posttrain.recipes.policy_step import micro_batches_of, normalizer, num_tokens, sampled_loss
 from posttrain.recipes.ptx import learn_from, ptx_loss, ptx_norm
@@ -227,12 +227,11 @@ def credited(matched: Sequence[Matched], spec: MatchingSpec) -> tuple[list[Group
         for one in matched
     ]  # fmt: skip
     lengths = [sample.num_loss_tokens for group in groups for sample in group]
-    return groups, matching_metrics(matched) | {
+    num_cut = sum(one.num_cut for one in matched)
+    return groups, matching_metrics(matched) | length_metrics(lengths, num_cut) | {
         "reward": float(found.reward_B.mean()),
         "reward_std": float(found.reward_B.std()),
         "frac_reward_zero_std": float(found.zero_std_P.double().mean()),
-        "completions/mean_length": sum(lengths) / len(lengths),
-        "completions/clipped_ratio": sum(one.num_cut for one in matched) / len(lengths),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from posttrain.protocols import Ranks
 from posttrain.types import Ratio
@@ -33,6 +33,18 @@ class StepMetrics:
             for name, value in rank._shares.items():
                 shares[name] = shares.get(name, 0.0) + value
         return {name: ratio.value for name, ratio in total.items() if ratio.den} | shares
+
+
+def length_metrics(lengths: Sequence[int], num_cut: int) -> dict[str, float]:
+    """Of all completions of a batch, under TRL's names; nothing of none. `num_cut` of them had no room to end."""
+    if not lengths:
+        return {}
+    return {
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": num_cut / len(lengths),
+    }
 
 
 def _combined(name: str, one: Ratio | None, other: Ratio) -> Ratio:

@@ -22,6 +22,7 @@ from posttrain.objectives.advantages import soft_overlong_penalty
 from posttrain.protocols import Ranks, Scorer
 from posttrain.recipes.credit import Credit, Credited, Made, Steps, append, column_weights, known
 from posttrain.recipes.experience.sampled import Sampled, reward_parts
+from posttrain.recipes.metrics import length_metrics
 from posttrain.rewards.learned import ASKED, FAILED
 from posttrain.rewards.measures import mutual_information, spread_shares
 from posttrain.rollout.experience import Experience, Group
@@ -145,21 +146,22 @@ class Collector:
 
 
 def steps_of(rollout: Rollout, reward: str, decode: Decode) -> Steps:
-    """The tokens up to the character at which each step ends; those behind the last step are its own, the end of the answer among them.
+    """The sampled tokens up to the character at which each step ends; those behind the last step are its own, the end of the answer among them.
 
     Raises: ConfigError where the reward rates no steps.
     """
-    scores, ids = rollout.reward.steps.get(reward, ()), rollout.completion.ids
+    scores, completion = rollout.reward.steps.get(reward, ()), rollout.completion
+    ids, sampled = completion.ids, completion.sampled or (True,) * len(completion.ids)
     if not scores:
         if rollout.status == "scored":
             raise ConfigError(
                 f"credit: step: {reward} rates whole answers; name a process reward model, or set credit: episode"
             )
-        return Steps((len(ids),), (None,))
+        return Steps((completion.num_sampled,), (None,))
     ends = [
         bisect.bisect_left(range(len(ids)), end, key=lambda num: len(decode(ids[:num]))) for end, _ in list(scores)[:-1]
     ]
-    tokens = tuple(stop - begin for begin, stop in pairwise((0, *ends, len(ids))))
+    tokens = tuple(sum(sampled[begin:stop]) for begin, stop in pairwise((0, *ends, len(ids))))
     return Steps(tokens, tuple(score for _, score in scores))
 
 
@@ -195,10 +197,7 @@ def _metrics(made: Sequence[Made], names: Sequence[str], credited: Credited) -> 
         "reward": float(scored_B.mean()),
         "reward_std": _std(scored_B),
         "frac_unscored": float(reward_B.isnan().double().mean()),
-        "completions/mean_length": sum(lengths) / len(lengths),
-        "completions/min_length": float(min(lengths)),
-        "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": 1.0 - len(ended) / len(lengths),
+        **length_metrics(lengths, len(lengths) - len(ended)),
     }
     if credited.zero_std_P is not None:
         metrics["frac_reward_zero_std"] = float(credited.zero_std_P.double().mean())
