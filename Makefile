@@ -62,9 +62,10 @@ setup-envs: .venv-envs/.installed
 
 setup-verifiers: .venv-verifiers/.installed
 
-.venv-verifiers/.installed: verifiers-constraints.txt
+.venv-verifiers/.installed: verifiers-constraints.txt | $(STAMP)
 	$(PYTHON) -m venv .venv-verifiers
-	.venv-verifiers/bin/pip install --quiet --constraint verifiers-constraints.txt verifiers
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python .venv-verifiers/bin/python --constraint verifiers-constraints.txt verifiers
 	touch $@
 
 # One file for all platforms, with hashes; what it holds of extras is what a user installs, not what the tests need.
