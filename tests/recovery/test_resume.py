@@ -91,6 +91,7 @@ ROWS = {
     "distill: half given": ("distill", {"loss_type": "jsd", "on_policy_share": 0.5, "teachers": [{"model": "start"}], "data": ["sft"]}),
     "ebft: held out": ("ebft", {"eval_steps": 1, "eval": "dev-sft", "ce_coef": 0.1}),
     "ebft: an adapter, strided": ("ebft", {**LORA, "mode": "strided", "max_completion_length": 4, "use_whitening": False}),
+    "grpo: scalerl, thoughts interrupted": ("grpo", {"preset": "scalerl", "rollout": {"max_staleness": 0}, "reward_funcs": ["last_digit"], "no_resampling_pass_rate": 0.1, "num_prompts_per_step": 12, "thinking_budget": 4, "thinking_budget_spread": 3, "interruption": "So: .", "max_completion_length": 16}),
     "grpo: a batch used four times": ("grpo", {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 4}),
     "grpo: refilled": ("grpo", {"dynamic_sampling": True, "reward_funcs": ["last_digit"], "num_prompts_per_step": 3, **TWICE}),
     "grpo: an adapter, kl in the reward": ("grpo", {**LORA, "beta": 0.1, "kl_in_reward": True}),
