@@ -1,7 +1,7 @@
 """The command as one of several ranks, which holds still once at a point of its work, so that whoever watches can strike it there.
 
 Points: `generating` (answers are half made), `syncing` (the engine's copy has the first tensor of a version,
-and not the others), `checking` (the canary that follows a sync is half made), `saving` (a file of a checkpoint is being opened).
+and not the others), `checking` (the canary that follows a sync is half made).
 """
 
 import os
@@ -17,9 +17,6 @@ HELD_S = 120.0
 VERSION = 2
 """Of the engine's weights, when it holds still: there is a checkpoint to go on from."""
 _CANARY_TOKENS = 2
-
-
-_WRITING = os.O_WRONLY | os.O_RDWR
 
 
 def hold_once(marker: Path) -> None:
@@ -76,19 +73,10 @@ def _in_update(act: Callable[[], None]) -> None:
     EmbeddedEngine.update = update
 
 
-def _in_save(act: Callable[[], None]) -> None:
-    def hook(event, arguments):
-        if event == "open" and f"step-{VERSION:08d}" in str(arguments[0]) and (arguments[2] or 0) & _WRITING:
-            act()
-
-    sys.addaudithook(hook)
-
-
 POINTS = {
     "generating": lambda act: _in_generate(act, lambda tokens: tokens > _CANARY_TOKENS, token=3),
     "checking": lambda act: _in_generate(act, lambda tokens: tokens == _CANARY_TOKENS, token=2),
     "syncing": _in_update,
-    "saving": _in_save,
 }
 
 

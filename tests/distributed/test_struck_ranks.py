@@ -1,4 +1,4 @@
-"""One of two ranks killed, or stopped for good, while it samples, syncs, checks a sync or saves: the others end, all start again, nothing differs."""
+"""One of two ranks killed, or stopped for good, while it samples, syncs or checks a sync: the others end, all start again, nothing differs."""
 
 import json
 import math
@@ -17,10 +17,14 @@ from tests.recovery.harness import is_exactly_once, ledger, leftovers, start
 
 from posttrain.distributed.keeper import LocalKeeper
 from posttrain.distributed.rank_group import RankGroup, RankProgram
+from posttrain.distributed.ranks import join_ranks
 from posttrain.distributed.roles import Role
 
 ROOT = Path(__file__).parents[2]
 LONGEST_S = 400.0
+PATIENCE_S = 10.0
+"""Of a rank with another one that says nothing."""
+QUICK = "shared generating SIGKILL"
 
 
 @dataclass
@@ -105,18 +109,14 @@ def straight(ends, stage_yaml, runner, tmp_path):
     return end
 
 
-STRIKES = [
+SUPERVISED = [
     ("copy", "generating", signal.SIGKILL, 0), ("copy", "generating", signal.SIGSTOP, 1),
-    ("copy", "syncing", signal.SIGKILL, 1), ("copy", "syncing", signal.SIGSTOP, 0),
-    ("copy", "checking", signal.SIGKILL, 0), ("copy", "checking", signal.SIGSTOP, 1),
-    ("copy", "saving", signal.SIGKILL, 1), ("copy", "saving", signal.SIGSTOP, 0),
-    ("shared", "generating", signal.SIGKILL, 1), ("shared", "generating", signal.SIGSTOP, 0),
-    ("shared", "checking", signal.SIGKILL, 0), ("shared", "checking", signal.SIGSTOP, 1),
+    ("shared", "generating", signal.SIGKILL, 1),
 ]  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("transfer", "point", "number", "rank"), STRIKES)
+@pytest.mark.parametrize(("transfer", "point", "number", "rank"), SUPERVISED)
 def test_a_rank_that_is_struck_costs_a_restart_and_nothing_else(
     transfer, point, number, rank, stage_yaml, straight, runner, tmp_path
 ):
@@ -130,8 +130,26 @@ def test_a_rank_that_is_struck_costs_a_restart_and_nothing_else(
     assert end_of(tmp_path / "struck/stages/01-grpo", runner) == straight(transfer)
 
 
-def forked_ranks(runner, keys, folder, point=""):
-    """Both ranks as children of this process, which need not import anything; rank 1 is to hold still. Their exit codes."""
+# --- without a supervisor ------------------------------------------------------------------------------------------
+
+STRIKES = {
+    "shared generating SIGKILL": ("shared", "generating", signal.SIGKILL, 1),
+    "shared generating SIGSTOP": ("shared", "generating", signal.SIGSTOP, 0),
+    "shared checking SIGKILL": ("shared", "checking", signal.SIGKILL, 0),
+    "copy syncing SIGKILL": ("copy", "syncing", signal.SIGKILL, 1),
+}
+"""How weights reach the engine, what the rank is at, by what it is struck, and which it is."""
+
+
+@dataclass(frozen=True)
+class Strike:
+    point: str
+    number: int
+    rank: int
+
+
+def forked_ranks(runner, keys, folder, strike=None):
+    """Both ranks as children of this process, which need not import anything. Their exit codes."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
     marker, children = folder.with_suffix(".held"), []
@@ -139,33 +157,53 @@ def forked_ranks(runner, keys, folder, point=""):
 
         def run(rank=rank):
             os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
-            struck_runner.arm(point, 1, marker)
-            assert runner.run_stage("grpo", folder, keys)
+            if strike:
+                struck_runner.arm(strike.point, strike.rank, marker)
+            with join_ranks(timeout_s=PATIENCE_S) as ranks:
+                assert runner.run_stage("grpo", folder, keys, ranks=ranks)
 
         children.append(start(run, folder.with_suffix(f".{rank}.err")))
-    if point:
-        until = time.monotonic() + LONGEST_S
-        while not marker.exists():
-            assert time.monotonic() < until
-            time.sleep(0.01)
-        os.kill(int(marker.read_text()), signal.SIGKILL)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if strike:
+        strike_at(marker, strike.number)
+        survivor = 1 - strike.rank
+        codes = {survivor: code_of_child(children[survivor])}
+        os.kill(children[strike.rank], signal.SIGKILL)
+        return codes | {strike.rank: code_of_child(children[strike.rank])}
+    return {rank: code_of_child(child) for rank, child in enumerate(children)}
 
 
-def test_a_rank_that_is_killed_while_all_decode_from_their_shares_costs_nothing_but_time(
-    runner, model_dir, data_dir, tmp_path
+def strike_at(marker, number):
+    until = time.monotonic() + 60
+    while not marker.exists():
+        assert time.monotonic() < until, "the rank never came to its point"
+        time.sleep(0.01)
+    os.kill(int(marker.read_text()), number)
+
+
+def code_of_child(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.fixture(scope="module")
+def straight_ends():
+    """Of runs that nothing happened to, by transfer."""
+    return {}
+
+
+@pytest.mark.parametrize("name", [n if n == QUICK else pytest.param(n, marks=pytest.mark.slow) for n in STRIKES])
+def test_ranks_that_are_started_again_after_a_strike_end_the_same(
+    name, straight_ends, runner, model_dir, data_dir, tmp_path
 ):
+    transfer, *strike = STRIKES[name]
+    strike = Strike(*strike)
     keys = runner.keys_of(
-        "grpo",
-        model_dir("llama"),
-        data_dir,
-        max_steps=3,
-        num_prompts_per_step=3,
-        save_steps=1,
-        rollout={"transfer": "shared"},
-    )
-    assert forked_ranks(runner, keys, tmp_path / "struck", "generating") == [1, -signal.SIGKILL]
+        "grpo", model_dir("llama"), data_dir, max_steps=3, num_prompts_per_step=3, save_steps=1,
+        rollout={"transfer": transfer},
+    )  # fmt: skip
+    assert forked_ranks(runner, keys, tmp_path / "struck", strike) == {1 - strike.rank: 1, strike.rank: -signal.SIGKILL}
     assert not (tmp_path / "struck/result.json").exists()
-    for name in ("struck", "straight"):
-        assert forked_ranks(runner, keys, tmp_path / name) == [0, 0]
-    assert end_of(tmp_path / "struck", runner) == end_of(tmp_path / "straight", runner)
+    assert forked_ranks(runner, keys, tmp_path / "struck") == {0: 0, 1: 0}
+    if transfer not in straight_ends:
+        assert forked_ranks(runner, keys, tmp_path / "straight") == {0: 0, 1: 0}
+        straight_ends[transfer] = end_of(tmp_path / "straight", runner)
+    assert end_of(tmp_path / "struck", runner) == straight_ends[transfer]
