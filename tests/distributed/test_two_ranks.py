@@ -27,6 +27,11 @@ NO_SPREAD = {
     "dynamic_sampling": True, "dynamic_sampling_max_rounds": 2, "reward_funcs": ["constant"], "num_prompts_per_step": 3,
     "beta": 0.1,
 }  # fmt: skip
+SCALERL = {
+    "preset": "scalerl", "rollout": {"max_staleness": 0}, "reward_funcs": ["last_digit"], "num_prompts_per_step": 5,
+    "no_resampling_pass_rate": 0.1,
+}  # fmt: skip
+INTERRUPTED = {"thinking_budget": 4, "thinking_budget_spread": 3, "interruption": "So: .", "max_completion_length": 16}
 SLOW_CRITIC = {"critic_learning_rate": 1e-4, "adam_epsilon": 1e-6}
 """As slow as the policy of these rows; and of a gradient that is only rounding AdamW makes no step as large as its rate."""
 MORE = {
@@ -109,6 +114,12 @@ MORE = {
         "grpo",
         {"rollout": {"transfer": "shared"}, "architecture": "qwen3_moe", "eval": "dev-prompts", "eval_steps": 2},
     ),
+    "grpo, scalerl": ("grpo", SCALERL),
+    "grpo, thoughts interrupted": ("grpo", {**INTERRUPTED, "mask_truncated_completions": True}),
+    "grpo, thoughts interrupted, decoded from the shares": (
+        "grpo",
+        {**INTERRUPTED, "rollout": {"transfer": "shared"}, "num_prompts_per_step": 1},
+    ),
     "grpo, taught": (
         "grpo",
         {"teachers": [{"model": "start"}, HINTED], "num_iterations": 2, "num_prompts_per_step": 3},
@@ -142,6 +153,7 @@ MORE = {
     ),
     "ebft, strided, with an adapter": ("ebft", {**LORA, "mode": "strided", "max_completion_length": 3}),
     "ebft, a rank without a prompt": ("ebft", {"num_prompts_per_step": 1}),
+    "ebft, decoded from the shares": ("ebft", {"rollout": {"transfer": "shared"}, "num_prompts_per_step": 3}),
     "ppo": ("ppo", {"beta": 0.1, "num_iterations": 2, "critic_warmup_steps": 1, **SLOW_CRITIC}),
     "ppo with an adapter, shares that do not divide": (
         "ppo",
