@@ -35,6 +35,13 @@ _LONGEST_QUOTE = 100
 """Lines: each is read with all before it, and a stray apostrophe would have that done to the end of the file."""
 _HERE_DOCUMENT = re.compile(r"<<-?\s*['\"]?(\w+)")
 _REDIRECTION = re.compile(r"\d?&?>{1,2}.*")
+_FUNCTION = re.compile(r"\s*(?:function\s+)?([\w-]+)\s*(?:\(\s*\))?\s*\{\s*$")
+_ALL_ARGUMENTS = re.compile(r"\$[@*]|\$\{@")
+_STEP_BESIDE = re.compile(
+    r"axolotl(?:\.cli\.| )(?:preprocess|inference|merge|fetch|evaluate)|(?:llamafactory-cli|tune|trl) (?:export|chat|api|webchat|webui|eval|env|version|help|ls|cp|download|validate|cat|vllm-serve)$"
+)
+"""Commands of the tools that train nothing: what prepares a stage, or uses what it left."""
+_MOST_STAGES = 20
 _NOT_READ = r"^(?:verl\.trainer|recipe\.\w+)\.\w+$|(?:^|/)(?:verl/trainer|recipe/\w+)/\w+\.py$"
 _VERL = r"(?:main_ppo|fsdp_sft_trainer|sft_trainer)"
 _VERLS_OWN = ("ppo_trainer", "ppo_megatron_trainer", "sft_trainer", "sft_trainer_engine")
@@ -60,26 +67,61 @@ class Command:
 
 
 def find_command(path: Path, tool: str | None) -> tuple[str, int, dict[str, Any]]:
-    """The first command of the script that is a known tool's: the tool's name, its line, its keys. Raises: ConfigError."""
+    """The command of the script that is a known tool's: the tool's name, its line, its keys. Raises: ConfigError; also where there are several stages."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); expected a YAML or a command line") from None
-    for line in commands_of(text):
-        for place, word in enumerate(line.words):
-            row = next((row for row in COMMANDS if re.search(row.mark, word) and tool in (None, row.tool)), None)
-            if row is not None:
-                return row.tool, line.number, row.read(ScriptLine(line.number, line.words[place:]), path)
-            if re.search(_NOT_READ, word):
-                raise ConfigError(
-                    f"{path}:{line.number}: {word}: of verl its main_ppo, fsdp_sft_trainer and sft_trainer are read here; write a YAML for "
-                    "posttrain grpo (docs/switching.md has the keys side by side)"
-                )
+    found = [(row, line) for line in commands_of(text) if (row := _command_in(line, tool, path))]
+    stages = [line for (_, words), line in found if not _STEP_BESIDE.search(" ".join(words[:2]))]
+    chosen = [((row, words), line) for (row, words), line in found if not stages or line in stages]
+    if chosen:
+        (row, _), line = chosen[0]
+        read = [_read_command(*one, path) for one in chosen[: _MOST_STAGES if len(stages) > 1 else 1]]
+        if any(values != read[0] for values in read):
+            numbers = ", ".join(str(other.number) for other in stages)
+            raise ConfigError(f"{path}: {len(stages)} stages, in lines {numbers}; put each into a file of its own, and import them one by one")  # fmt: skip
+        _refuse_arguments(text, line.number, path)
+        return row.tool, line.number, read[0]
     known = ", ".join(dict.fromkeys(row.tool for row in COMMANDS))
     raise ConfigError(
         f"{path}: no command of {known} in it; expected one such as `trl sft --model_name_or_path …` or "
         "`deepspeed --module openrlhf.cli.train_sft …`"
     )
+
+
+def _command_in(line: ScriptLine, tool: str | None, path: Path) -> tuple[Command, list[str]] | None:
+    """The tool's row and the words from its mark on. Raises: ConfigError for a trainer of verl's that is not read."""
+    for place, word in enumerate(line.words):
+        row = next((row for row in COMMANDS if re.search(row.mark, word) and tool in (None, row.tool)), None)
+        if row is not None:
+            return row, line.words[place:]
+        if re.search(_NOT_READ, word):
+            raise ConfigError(
+                f"{path}:{line.number}: {word}: of verl its main_ppo, fsdp_sft_trainer and sft_trainer are read here; write a YAML for "
+                "posttrain grpo (docs/switching.md has the keys side by side)"
+            )
+    return None
+
+
+def _read_command(command: tuple[Command, list[str]], line: ScriptLine, path: Path) -> dict[str, Any]:
+    row, words = command
+    return row.read(ScriptLine(line.number, words), path)
+
+
+def _refuse_arguments(text: str, number: int, path: Path) -> None:
+    """Raises: ConfigError where the command stands in a function that is called with arguments, and `"$@"` stands for them."""
+    lines = text.splitlines()
+    for start, line in enumerate(lines):
+        head = _FUNCTION.match(line)
+        if head is None:
+            continue
+        end = next((place for place in range(start, len(lines)) if lines[place].rstrip() in ("}", "};")), len(lines))
+        given = [
+            place + 1 for place, other in enumerate(lines) if re.match(rf"\s*{re.escape(head[1])}\s+[^\s(){{]", other)
+        ]
+        if start < number <= end and given and any(_ALL_ARGUMENTS.search(inner) for inner in lines[start:end]):
+            raise ConfigError(f'{path}:{number}: the command ends with the arguments ("$@") of the function {head[1]}, which line {given[0]} gives; write them into the command')  # fmt: skip
 
 
 def commands_of(text: str) -> list[ScriptLine]:

@@ -176,6 +176,14 @@ class ImportDraft:
         self.refuse(key, f"{show_short(value)} is no number", "give one, or take it out")
         return None
 
+    def size(self, key: str, default: int) -> int:
+        """Their whole number from 1 on; `default` where it is unset, and where it is none, which is refused."""
+        amount = self.number(key)
+        if amount is not None and (amount < 1 or amount != int(amount)):
+            self.refuse(key, f"{show_short(self.source[key])} is no size", "give a whole number from 1 on, or take it out")  # fmt: skip
+            return default
+        return default if amount is None else int(amount)
+
 
 @dataclass(frozen=True, slots=True)
 class Tool:
@@ -183,7 +191,7 @@ class Tool:
 
     `stage` returns the kind, or the refusal of a method we lack. `finish` reads what several keys say together.
     `marks` are keys by which a file of this tool is known. Of a `nested` tool keys stand by their path (`optimizer.lr`), and a row
-    `critic.*` is for all keys inside.
+    `critic.*` is for all keys inside, `*._target_` for all of that name.
     """
 
     name: str
@@ -196,7 +204,7 @@ class Tool:
 
     def row_of(self, key: str) -> KeyFate | None:
         """The key's row, or that of all keys inside the nearest of its holders."""
-        row = self.rows.get(key)
+        row = self.rows.get(key) or self.rows.get(f"*.{key.rpartition('.')[2]}")
         while row is None and "." in key:
             key = key.rpartition(".")[0]
             row = self.rows.get(f"{key}.*")

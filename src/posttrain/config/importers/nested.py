@@ -6,7 +6,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_REFERENCE = re.compile(r"\$\{\s*(?:oc\.env:)?([\w.@-]+)\s*(?:,([^{}]*))?\}")
+from posttrain.config.yaml_lines import parse_value
+
+_REFERENCE = re.compile(r"\$\{\s*(?:oc\.(?:env|select):)?([\w.@-]+)\s*(?:,([^{}]*))?\}")
+_SELECT = re.compile(r"\$\{\s*oc\.select:\s*([\w@-][\w.@-]*)\s*,([^{}]*)\}")
+_MANDATORY = "???"
 _NAMED = re.compile(r"\$[\w{(]")
 
 
@@ -20,7 +24,7 @@ def by_path(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def resolved(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values with `${other.key}` replaced where that key is there; what is not found stays as it is written."""
+    """Values with `${other.key}` replaced where that key is there, and `${oc.select:other.key,4}` by its default where it is not; the rest stays as it is written."""
     return {key: _resolve(value, values, depth=8) for key, value in values.items()}
 
 
@@ -28,7 +32,7 @@ def unresolved(value: Any) -> bool:
     """Whether there is a name in it that only a shell or OmegaConf would know."""
     if isinstance(value, list | Mapping):
         return any(unresolved(item) for item in (value.values() if isinstance(value, Mapping) else value))
-    return isinstance(value, str) and _NAMED.search(value) is not None
+    return isinstance(value, str) and (value == _MANDATORY or _NAMED.search(value) is not None)
 
 
 def _resolve(value: Any, values: Mapping[str, Any], depth: int) -> Any:
@@ -41,6 +45,8 @@ def _resolve(value: Any, values: Mapping[str, Any], depth: int) -> Any:
     whole = _REFERENCE.fullmatch(value)
     if whole and whole[1] in values:
         return _resolve(values[whole[1]], values, depth - 1)
+    if select := _SELECT.fullmatch(value):
+        return parse_value(select[2])
 
     def found(match: re.Match[str]) -> str:
         return str(_resolve(values[match[1]], values, depth - 1)) if match[1] in values else match[0]

@@ -167,8 +167,8 @@ def _adapter(draft: ImportDraft) -> None:
 
 def _batch(draft: ImportDraft) -> None:
     """The rows of a step are counted over all processes there."""
-    key, total = given(draft, "train.batch_size", "train_batch_size")
-    total, micro = int(total or 128), int(draft.keys.get("per_device_train_batch_size") or _MICRO[draft.kind])
+    key = given(draft, "train.batch_size", "train_batch_size")[0]
+    total, micro = draft.size(key, 128), int(draft.keys.get("per_device_train_batch_size") or _MICRO[draft.kind])
     if total % micro:
         draft.refuse(key, f"{total} is no multiple of {micro} rows at once", "set micro_batch_size to a divisor")
         return

@@ -45,16 +45,16 @@ def read_ppo_ray(draft: ImportDraft) -> None:
 
 
 def _samples(draft: ImportDraft) -> tuple[str, int]:
-    key, number = given(draft, "rollout.n_samples_per_prompt", "n_samples_per_prompt")
-    return key, int(as_float(number or 1))
+    key = given(draft, "rollout.n_samples_per_prompt", "n_samples_per_prompt")[0]
+    return key, draft.size(key, 1)
 
 
 def _batch(draft: ImportDraft) -> None:
     """A step has so many completions over all processes there, and so many prompts here."""
-    prompts_key, prompts = given(draft, "rollout.batch_size", "rollout_batch_size")
-    total_key, total = given(draft, "train.batch_size", "train_batch_size")
+    prompts_key = given(draft, "rollout.batch_size", "rollout_batch_size")[0]
+    total_key = given(draft, "train.batch_size", "train_batch_size")[0]
     samples_key, samples = _samples(draft)
-    prompts, total = int(as_float(prompts or 1024)), int(as_float(total or 128))
+    prompts, total = draft.size(prompts_key, 1024), draft.size(total_key, 128)
     settle(draft, "num_prompts_per_step", prompts, prompts_key)
     if draft.kind == "grpo" and samples < 2:
         draft.refuse(samples_key, f"{samples}: a completion is compared with others of its prompt", "set it to 2 or more")  # fmt: skip
@@ -75,17 +75,17 @@ def _lengths(draft: ImportDraft) -> None:
     whole_key, whole = given(draft, "data.max_len", "max_len")
     answer_key, answer = given(draft, "rollout.max_new_tokens", "max_new_tokens", "generate_max_len")
     if prompt is not None or answer_key == "generate_max_len":
-        answer = int(as_float(answer or 1024))
+        answer = draft.size(answer_key, 1024)
         settle(draft, "max_completion_length", answer, answer_key)
-        settle(draft, "sequence_len", int(as_float(prompt or 1024)) + answer, prompt_key, "a prompt with its completion")  # fmt: skip
+        settle(draft, "sequence_len", draft.size(prompt_key, 1024) + answer, prompt_key, "a prompt with its completion")  # fmt: skip
         if whole is not None:
             draft.leave(whole_key, "a prompt and a completion each have a length")
     elif answer is None:
         draft.refuse(answer_key, "missing: a completion then has the room that its prompt leaves, from 1024 to all of it by release", "set max_new_tokens")  # fmt: skip
         return
     else:
-        draft.put("max_completion_length", int(as_float(answer)), answer_key)
-        settle(draft, "sequence_len", int(as_float(whole or 2048)), whole_key)
+        draft.put("max_completion_length", draft.size(answer_key, 1), answer_key)
+        settle(draft, "sequence_len", draft.size(whole_key, 2048), whole_key)
 
 
 def _schedule(draft: ImportDraft) -> None:

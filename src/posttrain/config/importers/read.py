@@ -42,8 +42,11 @@ class Foreign:
 
     def convert(self, kind: Kind | None = None) -> ImportDraft:
         home = tuple(dict.fromkeys((self.path.resolve().parent, Path.cwd())))
-        values = resolved(dict(by_path(self.values))) if self.tool.nested else self.values
-        return convert(self.tool, values, self.nulls, home, kind)
+        if not self.tool.nested:
+            return convert(self.tool, self.values, self.nulls, home, kind)
+        known = resolved({**dict.fromkeys(self.nulls), **dict(by_path(self.values))})
+        values = {key: value for key, value in known.items() if value is not None}
+        return convert(self.tool, values, tuple(key for key in known if key not in values), home, kind)
 
 
 def read_foreign(path: Path, tool: str | None = None) -> Foreign:

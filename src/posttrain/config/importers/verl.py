@@ -132,8 +132,8 @@ def _sharding(draft: ImportDraft) -> None:
 def _read_sft(draft: ImportDraft) -> None:
     entry = examples_of(draft)
     read_files(draft, entry)
-    total, micro_key = int(as_float(draft.source.get("data.train_batch_size", 256))), "data.micro_batch_size_per_gpu"
-    micro = int(as_float(draft.source.get(micro_key) or 4))
+    total, micro_key = draft.size("data.train_batch_size", 256), "data.micro_batch_size_per_gpu"
+    micro = draft.size(micro_key, 4)
     settle(draft, "per_device_train_batch_size", micro, micro_key)
     if total % micro:
         draft.refuse("data.train_batch_size", f"{total} is no multiple of {micro} rows at once", f"set {micro_key} to a divisor")  # fmt: skip

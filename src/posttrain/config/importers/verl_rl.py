@@ -51,19 +51,15 @@ def read_rl(draft: ImportDraft) -> None:
     _prompts(draft)
 
 
-def _whole(draft: ImportDraft, key: str, default: int) -> int:
-    return int(as_float(draft.source.get(key, default)))
-
-
 def _batch(draft: ImportDraft) -> None:
-    prompts, mini_key = _whole(draft, "data.train_batch_size", 1024), f"{_ACTOR}.ppo_mini_batch_size"
-    mini = _whole(draft, mini_key, 256)
+    prompts, mini_key = draft.size("data.train_batch_size", 1024), f"{_ACTOR}.ppo_mini_batch_size"
+    mini = draft.size(mini_key, 256)
     settle(draft, "num_prompts_per_step", prompts, "data.train_batch_size")
     if prompts % mini:
         draft.refuse(mini_key, f"{prompts} prompts are no whole steps of {mini}", "set it to a divisor of data.train_batch_size")  # fmt: skip
         return
     settle(draft, "steps_per_generation", prompts // mini, mini_key, f"steps of {mini} prompts")
-    if draft.kind == "grpo" and _whole(draft, "actor_rollout_ref.rollout.n", 1) < 2:
+    if draft.kind == "grpo" and draft.size("actor_rollout_ref.rollout.n", 1) < 2:
         draft.refuse("actor_rollout_ref.rollout.n", "1: a completion is compared with others of its prompt", "set it to 2 or more")  # fmt: skip
     if "data.micro_batch_size_per_gpu" in draft.source:
         draft.leave("data.micro_batch_size_per_gpu", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu says it")
@@ -75,9 +71,14 @@ def _steps_per_batch(draft: ImportDraft) -> int:
 
 def _lengths(draft: ImportDraft) -> None:
     prompt, answer = "data.max_prompt_length", "data.max_response_length"
-    longest = _whole(draft, answer, 512)
+    longest, asked = draft.size(answer, 512), draft.size(prompt, 512)
     settle(draft, "max_completion_length", longest, answer)
-    settle(draft, "sequence_len", _whole(draft, prompt, 512) + longest, prompt, "a prompt with its completion")
+    settle(draft, "sequence_len", asked + longest, prompt, "a prompt with its completion")
+    again = "actor_rollout_ref.rollout.prompt_length"
+    if again in draft.source and draft.size(again, asked) != asked:
+        draft.refuse(again, f"{draft.source[again]}: a prompt's length is that of data", "set data.max_prompt_length")
+    elif again in draft.source:
+        draft.leave(again, "data.max_prompt_length says it")
 
 
 def _schedule(draft: ImportDraft) -> None:
@@ -260,16 +261,29 @@ def _rewards(draft: ImportDraft) -> None:
 
 
 def _overlong(draft: ImportDraft) -> None:
+    """The penalty on long completions, which the manager `dapo` alone takes."""
+    manager = str(draft.source.get("reward_model.reward_manager", draft.source.get("reward.reward_manager.name", "naive")))  # fmt: skip
     for place in ("reward_model.overlong_buffer", "reward_model.reward_kwargs.overlong_buffer_cfg"):
         length, factor = f"{place}.len", f"{place}.penalty_factor"
         if not draft.asks(f"{place}.enable"):
             for key in (f"{place}.enable", length, factor):
                 if key in draft.source:
                     draft.leave(key, "no penalty is asked for")
+        elif manager != "dapo":
+            _not_read(draft, place, manager)
         elif as_float(draft.source.get(factor, 1.0)) != 1:
             draft.refuse(factor, f"{draft.source[factor]}: the penalty ends at -1 here", "set 1.0")
         else:
             draft.put("soft_overlong_cache", int(as_float(draft.source[length])), length)
+
+
+def _not_read(draft: ImportDraft, place: str, manager: str) -> None:
+    if "reward_kwargs" in place:
+        draft.refuse(f"{place}.enable", f"true: the reward manager {manager} takes no such argument, and verl stops", "set reward_manager to dapo, or take it out")  # fmt: skip
+        return
+    for key in ("enable", "len", "penalty_factor"):
+        if f"{place}.{key}" in draft.source:
+            draft.leave(f"{place}.{key}", f"the reward manager {manager} does not read it")
 
 
 def _critic(draft: ImportDraft) -> None:

@@ -112,7 +112,7 @@ _ROLLOUT_ROWS: dict[str, KeyFate] = {
     f"{_ROLLOUT}.n": to("num_generations"),
     f"{_ROLLOUT}.do_sample": refused("completions are sampled", "set it to true", (True,)),
     f"{_ROLLOUT}.response_length": to("max_completion_length"),
-    f"{_ROLLOUT}.prompt_length": refused("a prompt's length is that of data", "set data.max_prompt_length"),
+    f"{_ROLLOUT}.prompt_length": joint("sequence_len", "as long as data.max_prompt_length"),
     f"{_ROLLOUT}.ignore_eos": refused("a completion ends with its end-of-turn token", "set it to false"),
     f"{_ROLLOUT}.repetition_penalty": refused("sampling has no such penalty, and the loss would not know of it", "set 1.0", (1, 1.0)),
     f"{_ROLLOUT}.over_sample_rate": refused("no more is sampled than is trained on", "set 0"),
@@ -256,15 +256,32 @@ _SFT_ROWS: dict[str, KeyFate] = {
 }  # fmt: skip
 
 
+_OWN_GROUPS = frozenset({
+    "_self_", "ppo_trainer", "ppo_megatron_trainer", "sft_trainer", "sft_trainer_engine", "legacy_data", "rollout", "hf_model", "rollout_correction", "fsdp", "fsdp2", "megatron",
+    *(f"{way}_{part}" for way in ("dp", "megatron") for part in ("actor", "ref", "critic", "reward_model", "reward_loop")),
+})  # fmt: skip
+"""Configurations that verl's trainers are put together from; what they say is its defaults."""
+
+
 def _own_groups(value: Any) -> str:
     """Raises: ValueError for a group that is no default of verl's."""
-    if not all(isinstance(name, str) and name in ("_self_", "ppo_trainer", "ppo_megatron_trainer", "sft_trainer", "sft_trainer_engine") for name in value):  # fmt: skip
+    listed = value if isinstance(value, list) else [value]
+    chosen = [name for entry in listed for name in (entry.values() if isinstance(entry, dict) else [entry])]
+    if not all(isinstance(name, str) and name in _OWN_GROUPS for name in chosen):
         raise ValueError(value)
     return "its defaults are written out where they are not ours"
 
 
+def _own_class(value: Any) -> str:
+    """Raises: ValueError for a class of another's."""
+    if not (isinstance(value, str) and value.startswith("verl.")):
+        raise ValueError(value)
+    return "the keys beside it say what it does"
+
+
 VERL_ROWS: dict[str, KeyFate] = {
     SCRIPT: joint("loss_type"),
+    "*._target_": noted(_own_class, "write what it does into a YAML of ours"),
     "defaults": noted(_own_groups, "import the configuration as hydra prints it (--cfg job)"),
     **_ACTOR_ROWS, **_ROLLOUT_ROWS, **_ALGORITHM_ROWS, **_CRITIC_ROWS, **_REWARD_ROWS, **_DATA_ROWS, **_TRAINER_ROWS, **_SFT_ROWS,
     **rows(left("it says which of its engines holds the model"), "engine", "optim", "model_engine", "actor@actor_rollout_ref.actor", "ref@actor_rollout_ref.ref", "critic@critic"),
