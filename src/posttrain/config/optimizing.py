@@ -56,4 +56,4 @@ def check_patterns(patterns: Iterable[str]) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"{pattern} is no regular expression: {error}") from error
+            raise ValueError(f"{pattern} is no regular expression: {error}; expected names of modules or a pattern of their paths") from error
