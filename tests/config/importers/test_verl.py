@@ -215,7 +215,7 @@ ACTS = [
     (f"{ROLLOUT}.top_k=-1", "top_k", 0),
     (f"{ROLLOUT}.top_k=40", "top_k", 40),
     ("algorithm.norm_adv_by_std_in_grpo=False", "scale_rewards", "none"),
-    ("reward_model.overlong_buffer.enable=True reward_model.overlong_buffer.len=50", "soft_overlong_cache", 50),
+    ("reward_model.reward_manager=dapo reward_model.overlong_buffer.enable=True reward_model.overlong_buffer.len=50", "soft_overlong_cache", 50),
     ("data.apply_chat_template_kwargs.tools.style=short", "chat_template_kwargs", {"tools": {"style": "short"}}),
     (
         "+custom_reward_function.reward_kwargs.judge.url=x",
@@ -284,7 +284,7 @@ REFUSED = [
     ("algorithm.rollout_is_threshold=2.0", "importance_sampling_correction"),
     ("actor_rollout_ref.model.exclude_modules=x", "target_modules"),
     ("actor_rollout_ref.actor.no_such_key=1", "no key of verl's that is known here"),
-    ("reward_model.overlong_buffer.enable=True reward_model.overlong_buffer.len=50 reward_model.overlong_buffer.penalty_factor=2", "set 1.0"),
+    ("reward_model.reward_manager=dapo reward_model.overlong_buffer.enable=True reward_model.overlong_buffer.len=50 reward_model.overlong_buffer.penalty_factor=2", "set 1.0"),
 ]  # fmt: skip
 
 
