@@ -189,7 +189,6 @@ def test_it_is_taken_in_place_with_a_note_per_key(imported, tmp_path):
         ("  fused: True", "  fuzed: True", r"optimizer.fuzed: no key of torchtune's"),
         ("  packed: False", "  filter_fn: mine.keep", "dataset.filter_fn: mine.keep: it has no counterpart here and may change the rows"),
         ("train[:500]", "'train[:10%]'", "dataset.split: .*only the first so many rows"),
-        ("shuffle: True", "shuffle: False", "shuffle: false: rows are always shuffled here; set it to true"),
         ("  max_seq_len: null", "  prompt_template: torchtune.data.ChatMLTemplate", "tokenizer.prompt_template: .*set chat_template: FILE"),
         ("LinearCrossEntropyLoss", "MyLoss", "loss._component_: MyLoss: no such loss here"),
         ("torch.optim.AdamW", "torch.optim.Adam", "optimizer._component_: torch.optim.Adam has no counterpart here"),
