@@ -215,7 +215,11 @@ ACTS = [
     (f"{ROLLOUT}.top_k=-1", "top_k", 0),
     (f"{ROLLOUT}.top_k=40", "top_k", 40),
     ("algorithm.norm_adv_by_std_in_grpo=False", "scale_rewards", "none"),
-    ("reward_model.reward_manager=dapo reward_model.overlong_buffer.enable=True reward_model.overlong_buffer.len=50", "soft_overlong_cache", 50),
+    (
+        "reward_model.reward_manager=dapo reward_model.overlong_buffer.enable=True reward_model.overlong_buffer.len=50",
+        "soft_overlong_cache",
+        50,
+    ),
     ("data.apply_chat_template_kwargs.tools.style=short", "chat_template_kwargs", {"tools": {"style": "short"}}),
     (
         "+custom_reward_function.reward_kwargs.judge.url=x",
