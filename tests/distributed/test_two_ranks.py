@@ -115,6 +115,7 @@ MORE = {
         {"rollout": {"transfer": "shared"}, "architecture": "qwen3_moe", "eval": "dev-prompts", "eval_steps": 2},
     ),
     "grpo, scalerl": ("grpo", SCALERL),
+    "grpo, the head in float32": ("grpo", {"bf16": True, "cast_lm_head_to_fp32": True}),
     "grpo, thoughts interrupted": ("grpo", {**INTERRUPTED, "mask_truncated_completions": True}),
     "grpo, thoughts interrupted, decoded from the shares": (
         "grpo",

@@ -22,6 +22,7 @@ from posttrain.config.stages import ModelKeys
 from posttrain.distributed.engine_roles import EnginePlaces, are_placed, engine_places
 from posttrain.errors import ConfigError, EngineError
 from posttrain.models.device import place, release_cached, weight_dtype
+from posttrain.models.float32_head import Float32Head, put_head_in_float32
 from posttrain.models.generation import stop_token_ids, stored_stop_token_ids
 from posttrain.models.load import load_config, load_policy, load_tokenizer
 from posttrain.models.policy import Policy
@@ -78,7 +79,10 @@ def _embedded(ask: _Ask) -> Engine:
     if policy is None:
         policy = load_policy(model, trainable=False)
     elif not shares:
+        is_float32 = isinstance(policy.base.get_output_embeddings(), Float32Head)
         policy = load_policy(model, tokenizer=policy.tokenizer).without_dropout()
+        if is_float32:
+            put_head_in_float32(policy.base)
     stops = stop_token_ids(policy.base, policy.tokenizer)
     engine = EmbeddedEngine(
         policy, stop_token_ids=stops, batch_size=ask.rows, shares_weights=shares, enforce_eager=ask.keys.enforce_eager,
