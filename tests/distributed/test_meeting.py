@@ -1,11 +1,16 @@
 """Ranks meet at a store, wait there for rank 0, and an error that several share is said once. Each rank is a thread here."""
 
+import os
+import signal
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import pytest
+from tests.recovery.harness import start
 
+from posttrain.distributed import meeting
 from posttrain.distributed.launch import Launch
 from posttrain.distributed.meeting import PeerFailedError, meet
 from posttrain.errors import ConfigError, DataError
@@ -195,3 +200,20 @@ def test_a_rank_whose_store_went_with_rank_0_leaves_the_error_to_it(port):
         thread.join()
     del meetings[0]
     assert not meetings[1].is_mine_to_say(DataError("item 7 has no target"))
+
+
+def test_a_rank_does_not_wait_for_a_store_whose_keeper_stands_still(port, tmp_path, monkeypatch):
+    """Its connection stays open, so that a question would wait for ever."""
+    monkeypatch.setattr(meeting, "_ANSWER_S", 0.5)
+    launch = Launch(0, 2, 0, "127.0.0.1", port)
+    keeper = start(lambda: (meet(launch, print), time.sleep(60)), tmp_path / "err")
+    mine = meet(replace(launch, rank=1), print)
+    os.kill(keeper, signal.SIGSTOP)
+    try:
+        with pytest.raises(PeerFailedError, match="rank 0 gave no sign of life"):
+            mine.main_only(lambda: None, 0.5)
+        assert mine.another_failed()
+        assert not mine.is_mine_to_say(ConfigError("x"))
+    finally:
+        os.kill(keeper, signal.SIGKILL)
+        os.waitpid(keeper, 0)

@@ -111,7 +111,7 @@ def straight(ends, stage_yaml, runner, tmp_path):
 
 SUPERVISED = [
     ("copy", "generating", signal.SIGKILL, 0), ("copy", "generating", signal.SIGSTOP, 1),
-    ("shared", "generating", signal.SIGKILL, 1),
+    ("shared", "generating", signal.SIGKILL, 1), ("shared", "generating", signal.SIGSTOP, 0),
 ]  # fmt: skip
 
 
@@ -136,7 +136,13 @@ STRIKES = {
     "shared generating SIGKILL": ("shared", "generating", signal.SIGKILL, 1),
     "shared generating SIGSTOP": ("shared", "generating", signal.SIGSTOP, 0),
     "shared checking SIGKILL": ("shared", "checking", signal.SIGKILL, 0),
+    "shared checking SIGSTOP": ("shared", "checking", signal.SIGSTOP, 1),
+    "copy generating SIGKILL": ("copy", "generating", signal.SIGKILL, 0),
+    "copy generating SIGSTOP": ("copy", "generating", signal.SIGSTOP, 1),
     "copy syncing SIGKILL": ("copy", "syncing", signal.SIGKILL, 1),
+    "copy syncing SIGSTOP": ("copy", "syncing", signal.SIGSTOP, 0),
+    "copy checking SIGKILL": ("copy", "checking", signal.SIGKILL, 0),
+    "copy checking SIGSTOP": ("copy", "checking", signal.SIGSTOP, 1),
 }
 """How weights reach the engine, what the rank is at, by what it is struck, and which it is."""
 

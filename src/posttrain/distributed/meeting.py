@@ -10,6 +10,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -31,9 +32,32 @@ _SAME_ERROR_S = 1.0
 _NEWS_S = 3.0
 """How long a rank whose collective broke waits for the rank that broke it to say why, and rank 0 for those that fail with it."""
 
+_ANSWER_S = 10.0
+"""How long a rank that ends with an error waits for the store, whose keeper may stand still."""
+
 
 class PeerFailedError(Exception):
     """Another rank has failed and says why; this one only ends."""
+
+
+class _SilentStoreError(DistError):
+    """Whoever keeps the store stands still: its connection is open, and a question waits for ever."""
+
+
+def _answered(ask: Callable[[], T], within_s: float) -> T:
+    """Raises: _SilentStoreError, and what `ask` raises. The thread that waits is left behind: nothing ends it before its process."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(ask())
+        except BaseException as error:  # noqa: BLE001 - raised by who asked
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="ask").start()
+    if not wait([future], within_s).done:
+        raise _SilentStoreError(f"no answer of the store within {within_s:g} s")
+    return future.result()
 
 
 class Meeting:
@@ -100,10 +124,10 @@ class Meeting:
     def _result(self, key: str, rank: int, silence_s: float) -> Any:
         """What `rank` wrote under `key`, once it is there."""
         beats, pause, beat, heard = f"beat/{rank}", 0.005, None, time.monotonic()
-        while not self.store.check([key]):
+        while not self._asked(partial(self.store.check, [key]), silence_s):
             time.sleep(pause)
             pause = min(0.2, pause * 1.5)
-            if (now := self.store.add(beats, 0)) != beat:
+            if (now := self._asked(partial(self.store.add, beats, 0), silence_s)) != beat:
                 beat, heard = now, time.monotonic()
             if time.monotonic() - heard > silence_s:
                 raise PeerFailedError(f"rank {rank} gave no sign of life for {silence_s:g} s")
@@ -111,6 +135,15 @@ class Meeting:
         if isinstance(value, BaseException):
             raise value
         return value
+
+    def _asked(self, ask: Callable[[], T], silence_s: float) -> T:
+        """Raises: PeerFailedError if rank 0, which keeps the store, stands still."""
+        if self.is_main:
+            return ask()
+        try:
+            return _answered(ask, silence_s)
+        except _SilentStoreError as error:
+            raise PeerFailedError(f"rank 0 gave no sign of life for {silence_s:g} s") from error
 
     @contextmanager
     def _beating(self) -> Iterator[None]:
@@ -137,29 +170,35 @@ class Meeting:
 
         Rank 0, which the store goes with, returns after the others.
         """
-        key, others = f"error/{digest_json(str(error))}", self.launch.world_size - 1
         try:
-            self.store.add("failed", 1)
-            if not self.is_main:
-                self._waits_for(lambda: self.store.check([key]), _SAME_ERROR_S)
-            is_mine = self.store.add(key, 1) == 1
-            if self.store.add("asked", int(not self.is_main)) < others and self.is_main:
-                self._waits_for(lambda: self.store.add("asked", 0) == others, _NEWS_S)
-            return is_mine
+            return _answered(lambda: self._claim(f"error/{digest_json(str(error))}"), _ANSWER_S)
         except DistError:  # the store went with rank 0, which said why
             return False
 
+    def _claim(self, key: str) -> bool:
+        others = self.launch.world_size - 1
+        self.store.add("failed", 1)
+        if not self.is_main:
+            self._waits_for(lambda: self.store.check([key]), _SAME_ERROR_S)
+        is_mine = self.store.add(key, 1) == 1
+        if self.store.add("asked", int(not self.is_main)) < others and self.is_main:
+            self._waits_for(lambda: self.store.add("asked", 0) == others, _NEWS_S)
+        return is_mine
+
     def another_failed(self) -> bool:
         """Whether another rank said that it failed; where not, that this one did is noted."""
-        until = time.monotonic() + _NEWS_S
         try:
-            while time.monotonic() < until:
-                if self.store.add("failed", 0):
-                    return True
-                time.sleep(0.05)
-            self.store.add("failed", 1)
+            return _answered(self._hear_of_failure, _ANSWER_S)
         except DistError:  # the store went with whoever kept it
             return True
+
+    def _hear_of_failure(self) -> bool:
+        until = time.monotonic() + _NEWS_S
+        while time.monotonic() < until:
+            if self.store.add("failed", 0):
+                return True
+            time.sleep(0.05)
+        self.store.add("failed", 1)
         return False
 
     def _waits_for(self, condition: Callable[[], bool], seconds: float) -> None:
