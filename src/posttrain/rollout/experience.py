@@ -77,7 +77,9 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> tuple[Group, ...]:
     masks = _split(mask, lengths)
     prefixes = _split(arrays["shared_ids"], arrays["shared_lengths_P"].tolist())
     counts = [int(part.sum()) for part in masks]
-    streams = {name: _stream(name, arrays, counts) for name in STREAMS if f"{name}.kept" in arrays}
+    streams: dict[str, list[Any]] = {
+        name: _stream(name, arrays, counts) for name in STREAMS if f"{name}.kept" in arrays
+    }
     groups: list[Group] = []
     at = 0
     for prefix, size in zip(prefixes, arrays["group_sizes_P"].tolist(), strict=True):
