@@ -82,9 +82,9 @@ SPECIAL: dict[str, Page] = {
     ),
     "docs/failure-modes.md": Page(exits={"posttrain diff RUN_A RUN_B": (1,), "posttrain rewards check CONFIG": (0, 1)}),
     "docs/forecast.md": Page(exits=dict.fromkeys(("posttrain forecast runs/first", "posttrain forecast runs/first --steps 2000", "posttrain forecast runs/first --metric rewards/correct/mean --worth 0.02 --json"), (2,))),
-    "docs/gate.md": Page(instead={
+    "docs/environments.md": Page(not_run={"posttrain data env 'verifiers:.venv-verifiers/bin/python my-environment' data/prompts.jsonl --limit 1000": "tests/environments/test_verifiers_client.py runs it where verifiers is"}),
+    "docs/gate.md": Page(not_run={'posttrain gate decide RUN --accept|--reject --by NAME --reason "…"': "a form; one of it is run"}, instead={
         'posttrain gate decide runs/new --accept --by Ada --reason "safe to try"': "posttrain gate decide runs/waits --accept --by Ada --reason 'safe to try'",
-        'posttrain gate decide RUN --accept|--reject --by NAME --reason "…"': "posttrain gate decide runs/waits --accept --by Ada --reason x",
     }),
     "docs/gpu.md": Page(stands_for={"CONFIG": "runs/first/stages/01-sft/model"}, adds={"posttrain eval": "--suite evals/heldout.jsonl", "posttrain plan": "--set adapter=lora --set gradient_checkpointing=offload"}),
     "docs/import.md": Page(instead={"posttrain import FILE [-o OUT]": "posttrain import axolotl.yaml -o other.yaml", "posttrain sft FILE": "posttrain sft axolotl.yaml"}),
@@ -122,8 +122,8 @@ SPECIAL: dict[str, Page] = {
     "examples/quickstart/README.md": Page(
         instead={"posttrain registry rollback word-problems --reason 'a test'": "posttrain registry rollback words --reason 'a test'"},
         before=("posttrain registry promote words@3 --alias champion --verdict runs/new/gate",),
-        exits={"posttrain run further.yaml": (1, 2)},
-        adds={"posttrain run further.yaml": "--set grpo.max_steps=2 --set grpo.per_device_train_batch_size=8 --set grpo.max_completion_length=12", "posttrain distill": SHORT, "posttrain ppo": SHORT, "posttrain sft": "--set max_steps=2", "posttrain reward_model": "--set max_steps=2 --set val_size=8", "posttrain data synth": "--set max_completion_length=48"},
+        not_run={"posttrain run further.yaml": "its guard wants 504 questions, and the tiny project has 32"},
+        adds={"posttrain distill": SHORT, "posttrain ppo": SHORT, "posttrain sft": "--set max_steps=2", "posttrain reward_model": "--set max_steps=2 --set val_size=8", "posttrain data synth": "--set max_completion_length=48"},
     ),
 }  # fmt: skip
 """Pages of which something is to be said beside `OWN_TEST`; of the others every command runs as it stands."""
