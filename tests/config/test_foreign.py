@@ -131,6 +131,9 @@ OF_OTHER_TOOLS = {
     "sft": [field.name for config in (SFTConfig, ModelConfig) for field in dataclasses.fields(config)],
     "dpo": [field.name for config in (DPOConfig, ModelConfig) for field in dataclasses.fields(config)],
     "reward_model": [field.name for config in (RewardConfig, ModelConfig) for field in dataclasses.fields(config)],
+    "process_reward_model": [
+        field.name for config in (RewardConfig, ModelConfig) for field in dataclasses.fields(config)
+    ],
     "grpo": [field.name for config in (GRPOConfig, ModelConfig) for field in dataclasses.fields(config)],
     "ppo": [field.name for config in (GRPOConfig, ModelConfig) for field in dataclasses.fields(config)],
     "online_dpo": [field.name for config in (OnlineDPOConfig, ModelConfig) for field in dataclasses.fields(config)],

@@ -54,7 +54,7 @@ def read(text, folder):
     for name in (*FILE.findall(re.sub(r"https?://\S+", "", text)), "data/train.jsonl", "rewards.py"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
-    for name in ("base", "../base", "runs/rm/model", "rm"):
+    for name in ("base", "../base", "runs/rm/model", "rm", "runs/prm"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     path = folder / "shown.yaml"
     if reader := next((reader for key, reader in READERS.items() if key in shown), None):

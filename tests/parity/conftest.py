@@ -119,7 +119,9 @@ def in_file_order(monkeypatch):
     from posttrain.data.dataset import Dataset
 
     def use(order=None):
-        monkeypatch.setattr(Dataset, "order", lambda self, seed, epoch: order or list(range(len(self))))
+        monkeypatch.setattr(
+            Dataset, "order", lambda self, seed, epoch, sequential=False: order or list(range(len(self)))
+        )
 
     use()
     return use

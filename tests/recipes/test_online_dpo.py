@@ -97,7 +97,7 @@ def test_on_the_same_pairs_its_steps_are_those_of_dpo(options, train, runner, mo
     rows, load = [row for step in seen for row in step], dpo.load_with_held_out
     assert [len(step) for step in seen] == [2] * shared["max_steps"]
     monkeypatch.setattr(dpo, "load_with_held_out", lambda *args: (replace(load(*args)[0], rows=rows), {}))
-    monkeypatch.setattr(Dataset, "order", lambda self, seed, epoch: list(range(len(self))))
+    monkeypatch.setattr(Dataset, "order", lambda self, seed, epoch, sequential=False: list(range(len(self))))
     shared = {name: value for name, value in shared.items() if name not in ("num_iterations", "temperature")}
     given = train("dpo", name="given", per_device_train_batch_size=2, precompute_ref_log_probs=False, **shared)
     assert runner.losses(sampled) == pytest.approx(runner.losses(given), abs=ATOL)

@@ -75,7 +75,7 @@ def test_losses_and_weights_are_those_of_trls_rows_in_transformers_own_model(run
     """The same head, rows in file order, padded there and packed here, plain SGD."""
     from posttrain.data.dataset import Dataset
 
-    monkeypatch.setattr(Dataset, "order", lambda self, seed, epoch: list(range(len(self))))
+    monkeypatch.setattr(Dataset, "order", lambda self, seed, epoch, sequential=False: list(range(len(self))))
     base, rows = tmp_path / "headed", list(solved(16, chat=False))
     torch.manual_seed(3)
     model = AutoModelForTokenClassification.from_pretrained(model_dir("qwen3"), num_labels=2, dtype=torch.float32)

@@ -194,6 +194,8 @@ def test_every_choice_that_decides_what_is_computed_is_in_a_row():
         "credit",  # tests/recipes/experience/test_episodes.py resumes it
         "adapter_start",  # tests/recipes/test_adapter_start.py resumes it
         "optim",
+        "muon_adjust_lr",
+        "train_sampling_strategy",
     }
     used = {}
     for kind, options in ROWS.values():

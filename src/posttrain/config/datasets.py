@@ -78,7 +78,7 @@ class DatasetKeys(Keys):
     limit: int | None = knob(None, "Use only so many rows, from the start of the file.", ge=1, example=1000)
     prompt_format: list[str] = knob([], "Write the prompt as plain text from other columns: `### Q: {question}`; of several, the first whose columns a row has and that are not empty. The row is then a `completion` (or `prompt`), without the chat template; with `type: alpaca` the text is the user's turn.", example=["### Question:\n{question}\n\n### Answer:\n"])
     completion_suffix: str = knob("", "Text that ends every answer (`completion`, `chosen`, `rejected`) of rows that are text; EOS follows.", example="<|im_end|>")
-    default_system: str = knob("", "System message of conversations that have none, or an empty one.", also="default_system (LLaMA-Factory)", example="You answer in one sentence.")
+    default_system: str = knob("", "System message of conversations that have none, or an empty one.", example="You answer in one sentence.")
     data_files: list[str] = knob([], "Files of a hub dataset to read, where not all of its split.", example=["data/part-1.jsonl"])
     columns: dict[str, str] = knob({}, "Rename columns: our name → the file's name; `outer.inner` is what a column that holds objects has under that name.", also="field_messages (Axolotl)", example={"messages": "conversations"})
 

@@ -181,8 +181,8 @@ class RewardedKeys(RLKeys, EpisodeKeys):
     thinking_budget: int | None = knob(None, "Tokens of a completion after which a thought that has not ended is interrupted: `interruption` is put in, without a gradient, and the answer is sampled behind it; null never.", ge=1, example=12288)
     thinking_budget_spread: int = knob(0, "Tokens by which a completion's thinking_budget may be smaller, at random (2000 of 12000 in ScaleRL).", ge=0)
     interruption: str = knob("Okay, time is up. Let me stop thinking and formulate a final answer now. </think>", "What interrupts a thought. One has ended where the completion holds the last word of it.", min_length=1)
-    cast_lm_head_to_fp32: bool = knob(False, "Multiply the head's matrix in float32 where the model computes in bfloat16, in training and in the embedded engine; a server of vLLM has its own.", also="cast_lm_head_to_fp32 (TRL)")
-    no_resampling_pass_rate: float | None = knob(None, "Ask a prompt no more in later epochs once the mean reward of its completions reached so much (no-positive-resampling of ScaleRL, 0.9 there, for rewards of 0 and 1); null asks all.", gt=0, also="no_resampling_pass_rate (open-instruct)", example=0.9)
+    cast_lm_head_to_fp32: bool = knob(False, "Multiply the head's matrix in float32 where the model computes in bfloat16, in training and in the embedded engine; a server of vLLM has its own.")
+    no_resampling_pass_rate: float | None = knob(None, "Ask a prompt no more in later epochs once the mean reward of its completions reached so much (no-positive-resampling of ScaleRL, 0.9 there, for rewards of 0 and 1); null asks all.", gt=0, example=0.9)
     soft_overlong_cache: int = knob(0, "Length in tokens of DAPO's soft overlong penalty before max_completion_length; 0 is off.", ge=0)
     missing_eos_penalty: float | None = knob(None, "Taken off the reward of a completion that was cut at max_completion_length; null is nothing.", gt=0, example=1.0)
 
