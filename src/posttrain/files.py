@@ -222,8 +222,13 @@ def begin_folder(target: Path) -> Path:
 
 def finish_folder(temporary: Path, target: Path, *, keep: bool = False) -> Mapping[str, str]:
     """Put a folder that is complete in the place of `target`; see `write_folder`."""
-    target = Path(target)
     digests = file_digests(temporary)
+    put_folder(temporary, Path(target), keep=keep)
+    return digests
+
+
+def put_folder(temporary: Path, target: Path, *, keep: bool = False) -> None:
+    """`finish_folder` for who knows the digests already."""
     for folder, _, names in os.walk(temporary):
         for name in names:
             with open(Path(folder) / name, "rb") as handle:
@@ -232,7 +237,6 @@ def finish_folder(temporary: Path, target: Path, *, keep: bool = False) -> Mappi
     os.chmod(temporary, 0o755)
     _put_in_place(temporary, target, keep)
     fsync_dir(target.parent)
-    return digests
 
 
 def _put_in_place(temporary: Path, target: Path, keep: bool) -> None:

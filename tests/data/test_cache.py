@@ -1,5 +1,8 @@
 """The cache: equal rows on a hit, a stated reason on a miss, damage found."""
 
+import os
+import shutil
+
 import pytest
 
 from posttrain.config.preference import DPOKeys
@@ -7,6 +10,7 @@ from posttrain.config.rl import GRPOKeys
 from posttrain.config.stages import SFTKeys
 from posttrain.data import cache
 from posttrain.data.load import load_kto, load_preference, load_prompts, load_sft
+from posttrain.errors import DataError
 
 
 def chat(question, answer):
@@ -134,3 +138,30 @@ def test_without_the_variable_the_cache_is_in_the_home_folder(monkeypatch, tmp_p
     monkeypatch.delenv("POSTTRAIN_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache.cache_root() == tmp_path / ".cache" / "posttrain" / "data"
+
+
+@pytest.mark.parametrize("name", ["ids.bin", "mask.bin", "extras.jsonl"])
+@pytest.mark.parametrize("found", ["first", "hit"])
+def test_rows_of_a_file_that_is_shortened_while_it_is_read_say_so(write_jsonl, tokenizer, own_cache, name, found):
+    """A mapped page of such a file ends the process with SIGBUS."""
+    keys = GRPOKeys(
+        base_model="x",
+        datasets=[{"path": str(write_jsonl([{"prompt": "Hello", "answer": 1}] * 3000))}],
+        reward_funcs=["r"],
+    )
+    data = load_prompts(keys, tokenizer)
+    data = load_prompts(keys, tokenizer) if found == "hit" else data
+    assert len(data.rows[2999][1])
+    (file,) = own_cache.rglob(name)
+    os.truncate(file, 0)
+    with pytest.raises(
+        DataError, match=f"{name}: tokenised rows cannot be read: got 0 of the .* it was shortened; start again"
+    ):
+        data.rows[2999]
+
+
+def test_rows_stay_when_their_entry_is_taken_away(write_jsonl, tokenizer, own_cache):
+    data = load_sft(sft(write_jsonl([chat("a", "b")])), tokenizer)
+    rows = list(data)
+    shutil.rmtree(own_cache)
+    assert list(data) == rows

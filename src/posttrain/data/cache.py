@@ -1,8 +1,8 @@
 """Tokenised rows on disk, found again by what made them: contents, template, tokenizer, keys and code.
 
 A lookup says why it hit or missed. An entry that does not match its checksums is not used. Knows nothing of formats:
-a row is its token sequences plus one JSON value. Rows are written as they come and mapped into memory, so that nobody holds
-all of them and the processes of a machine share the pages.
+a row is its token sequences plus one JSON value. Rows are written as they come and read when they are asked for, so that nobody
+holds all of them and the processes of a machine share the system's copy.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 import time
+import weakref
 import zipfile
 from array import array
 from collections.abc import Generator, Sequence
@@ -29,14 +30,15 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from posttrain.errors import DataError
-from posttrain.files import begin_folder, digest_bytes, digest_file, digest_json, finish_folder
+from posttrain.files import begin_folder, digest_bytes, digest_file, digest_json, put_folder
 from posttrain.types import Origin, TokenSeq
 
 log = logging.getLogger(__name__)
 
 _KEPT = 4
 _ABANDONED_S = 24 * 3600.0
-_TOKENS = {"ids.bin": np.int32, "mask.bin": np.uint8, "extras.jsonl": np.uint8}
+_ID = np.dtype(np.int32)
+_TOKENS = ("ids.bin", "mask.bin", "extras.jsonl")
 """What grows with the tokens: ids, masks (eight tokens a byte, each sequence on whole bytes), a line of JSON for each row."""
 _INDEX, _FACTS, _META = "index.npz", "facts.json", "meta.json"
 
@@ -64,15 +66,42 @@ class CacheKey:
         return {name: getattr(self, name) for name in ("contents", "template", "tokenizer", "code", "keys")}
 
 
+class RowFile:
+    """The bytes of a file by their place, also once it was taken away. One that was shortened says so; a page of it that is mapped would end
+    the process without a word."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._handle = path, os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._handle)
+
+    def read(self, start: int, end: int) -> bytes:
+        """Raises: DataError where they are not there."""
+        try:
+            raw = os.pread(self._handle, end - start, start)
+        except OSError as error:
+            raise self._unreadable(error.strerror or str(error)) from error
+        if len(raw) < end - start:
+            raise self._unreadable(
+                f"got {len(raw)} of the {end - start} bytes from byte {start:,} on; it was shortened"
+            )
+        return raw
+
+    def _unreadable(self, why: str) -> DataError:
+        return DataError(
+            f"{self._path}: tokenised rows cannot be read: {why}; start again, which makes them anew, and let nobody else change "
+            "files in that folder"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Cached:
     """The rows of an entry, read when they are asked for; `facts` is whatever else was worth keeping, as JSON.
 
-    arrays: the mapped files by name. starts: per sequence where its ids and its mask begin, per row its first sequence and
+    files: by name. starts: per sequence where its ids and its mask begin, per row its first sequence and
     where its extra begins, each with one end more than there are. `odd` are extras that are no JSON, by row.
     """
 
-    arrays: dict[str, np.ndarray]
+    files: dict[str, RowFile]
     starts: dict[str, np.ndarray]
     lines: np.ndarray
     facts: dict[str, Any]
@@ -89,7 +118,7 @@ class Cached:
 
     def extra(self, row: int) -> Any:
         first, end = self.starts["extras"][row : row + 2].tolist()
-        return self.odd[row] if row in self.odd else json.loads(self.arrays["extras.jsonl"][first:end].tobytes())
+        return self.odd[row] if row in self.odd else json.loads(self.files["extras.jsonl"].read(first, end))
 
     def num_tokens(self, row: int) -> int:
         """Of all sequences of a row."""
@@ -99,8 +128,10 @@ class Cached:
     def _seq(self, number: int) -> tuple[tuple[int, ...], tuple[bool, ...]]:
         start, end = self.starts["ids"][number : number + 2].tolist()
         first, last = self.starts["mask"][number : number + 2].tolist()
-        bits = np.unpackbits(self.arrays["mask.bin"][first:last], count=end - start)
-        return tuple(self.arrays["ids.bin"][start:end].tolist()), tuple(bits.astype(np.bool_).tolist())
+        ids = np.frombuffer(self.files["ids.bin"].read(start * _ID.itemsize, end * _ID.itemsize), _ID)
+        packed = np.frombuffer(self.files["mask.bin"].read(first, last), np.uint8)
+        bits = np.unpackbits(packed, count=end - start)
+        return tuple(ids.tolist()), tuple(bits.astype(np.bool_).tolist())
 
 
 def cache_root() -> Path:
@@ -158,8 +189,8 @@ def alone(key: CacheKey) -> Generator[None]:
 class RowWriter:
     """Writes rows as they come. `read` ends it: what was written is then the entry of `key`, or nobody's.
 
-    Nobody's are rows without a key, in a cache that cannot be written, or with a column that is no JSON; they last as long as they are
-    mapped.
+    Nobody's are rows without a key, in a cache that cannot be written, or with a column that is no JSON; they last as long as their
+    files are open.
     """
 
     def __init__(self, key: CacheKey | None) -> None:
@@ -189,7 +220,7 @@ class RowWriter:
             self._odd[len(self._index["lines"])] = extra
         self._hasher.update(_row_bytes(seqs, extra))
         for seq in seqs:
-            self._write("ids.bin", np.array(seq.ids, np.int32).tobytes())
+            self._write("ids.bin", np.array(seq.ids, _ID).tobytes())
             self._write("mask.bin", np.packbits(np.array(seq.loss_mask, np.bool_)).tobytes())
             self._index["lengths"].append(len(seq.ids))
         self._write("extras.jsonl", f"{line}\n".encode())
@@ -217,10 +248,10 @@ class RowWriter:
         return found
 
     def _keep(self, key: CacheKey, checksums: dict[str, str]) -> None:
-        """Make the folder the entry of `key`. What is mapped stays so, whether that can be done or not."""
+        """Make the folder the entry of `key`. What is open stays so, whether that can be done or not."""
         try:
             (self._folder / _META).write_text(json.dumps({"parts": key.parts(), "checksums": checksums}))
-            finish_folder(self._folder, key.entry)
+            put_folder(self._folder, key.entry)
             _drop_old(key.folder)
         except OSError as error:
             self.why_not_kept = f"; not stored: {error.strerror or error}"
@@ -266,13 +297,8 @@ def _opened(folder: Path, odd: dict[int, Any]) -> Cached:
         lengths, lines = index["lengths"], index["lines"]
         counts = {"ids": lengths, "mask": -(-lengths // 8), "seqs": index["seqs_per_row"], "extras": index["extras"]}
     starts = {name: np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64) for name, sizes in counts.items()}
-    arrays = {name: _mapped(folder / name, dtype) for name, dtype in _TOKENS.items()}
-    return Cached(arrays, starts, lines, json.loads((folder / _FACTS).read_text()), odd)
-
-
-def _mapped(path: Path, dtype: type[np.generic]) -> np.ndarray:
-    """The pages of a file, which stay readable when the file is taken away. A file without a byte cannot be mapped."""
-    return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
+    files = {name: RowFile(folder / name) for name in _TOKENS}
+    return Cached(files, starts, lines, json.loads((folder / _FACTS).read_text()), odd)
 
 
 def _why_missing(key: CacheKey) -> str:
