@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
@@ -191,18 +191,27 @@ def main() -> None:
     saving.model_dir(options.size), saving.rows_file()
     print(f"| ranks | {' | '.join(PHASES)} | peak | and files | of one process | goal | tokens/s | CPU s |")
     print(f"|{'---|' * (len(PHASES) + 7)}")
-    one = 0
-    for num_ranks in options.ranks:
+    one = None
+    # One process comes first: the others are shares of it.
+    for num_ranks in sorted(set(options.ranks)):
         found = measure(options.size, options.steps, options.transfer, num_ranks)
-        peaks = [found["peaks"][phase] for phase in PHASES]
-        peak, resident = (max(pair[i] for pair in peaks) for i in (0, 1))
-        one = one or peak
-        cells = [f"{anonymous / 1e6:.0f}" for anonymous, _ in peaks] + [f"{peak / 1e6:.0f}", f"{resident / 1e6:.0f}"]
-        goal = f"{GOALS[num_ranks]}" if num_ranks in GOALS else "–"
-        print(
-            f"| {num_ranks} | {' | '.join(cells)} | {peak / one:.2f} | {goal} | {found['tok_s']:.0f} | {found['cpu_s']:.2f} |",
-            flush=True,
-        )
+        if num_ranks == 1:
+            one = found
+        print(line(num_ranks, found, one), flush=True)
+
+
+def line(num_ranks: int, found: Mapping[str, Any], one: Mapping[str, Any] | None) -> str:
+    """A row of the table; without a measurement of `one` process nothing is a share of it."""
+    cells = [str(num_ranks), *(f"{found['peaks'][phase][0] / 1e6:.0f}" for phase in PHASES)]
+    cells += [f"{_largest(found, 0) / 1e6:.0f}", f"{_largest(found, 1) / 1e6:.0f}"]
+    cells.append("–" if one is None else f"{_largest(found, 0) / _largest(one, 0):.2f}")
+    cells += [str(GOALS.get(num_ranks, "–")), f"{found['tok_s']:.0f}", f"{found['cpu_s']:.2f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _largest(found: Mapping[str, Any], kind: int) -> int:
+    """Over the phases; kind 0 is anonymous memory, 1 all that is resident."""
+    return max(found["peaks"][phase][kind] for phase in PHASES)
 
 
 if __name__ == "__main__":
