@@ -25,7 +25,17 @@ from typing import TYPE_CHECKING
 import workload
 from posttrain.files import read_json_lines
 from stage_posttrain import QUICKSTART
-from taught import SEARCH_SEED, SEARCHED, Setting, answer_tokens, distilling, imitating, teacher, tokens_to_teacher
+from taught import (
+    SEARCH_SEED,
+    SEARCHED,
+    Setting,
+    against,
+    answer_tokens,
+    distilling,
+    imitating,
+    teacher,
+    tokens_to_teacher,
+)
 from time_to_accuracy import Done, Options, evaluated, over_seeds, points, run_job, run_stage, share
 
 if TYPE_CHECKING:
@@ -35,8 +45,6 @@ SFT_SEED = 42
 """That of the pipeline as it is shipped."""
 TOLD_EPOCHS = 4
 """After one the model hardly reads what it is told: it copies late."""
-ANSWERS_PER_STEP = 64
-"""Of every stage here that is paid by a reward."""
 
 Changes = Callable[["Bench", int], Sequence[str]]
 """Further keys of a way, where they follow from what ran before."""
@@ -51,6 +59,13 @@ class Way:
     config: str | None = None
     changes: Changes = lambda bench, seed: ()
     start: str = "sft"
+    taught: bool = False
+    """By the model of `--teacher`."""
+
+    def folder(self, name: str, bench: Bench) -> str:
+        """Another one where the teacher or the steps are others: what is finished is not lost to another question."""
+        of_teacher = f"-of-{bench.teacher}" if self.taught else ""
+        return name + of_teacher + (f"-{bench.steps}-steps" if bench.steps else "")
 
 
 class Bench:
@@ -75,7 +90,7 @@ class Bench:
         before = self.start(way.start)
         job = {
             "kind": way.kind, "model": str(before.model), "parent": before["finished"], "seed": seed, "max_steps": self.steps,
-            "threads": self.options.threads, "folder": str(self.options.folder / f"seed-{seed}" / name),
+            "threads": self.options.threads, "folder": str(self.options.folder / f"seed-{seed}" / way.folder(name, self)),
             "config": way.config and str(QUICKSTART / way.config), "set": list(way.changes(self, seed)),
         }  # fmt: skip
         return run_job(f"seed {seed} {name}", "stage_posttrain.py", job, self.options)
@@ -154,12 +169,22 @@ WAYS = {
     "ebft": Way("EBFT on SFT's rows", "ebft", "ebft.yaml"),
     "large": Way("GRPO of the 4.8 M model", "grpo", None, lambda bench, seed: ["grpo.beta=0"], "large-sft"),
     "opd": Way(
-        "OPD from a teacher", "distill", "distill.yaml", distilling(Setting("opd", 16, 4, 1e-4, 40, 4, "cosine"))
+        "OPD from a teacher",
+        "distill",
+        "distill.yaml",
+        distilling(Setting("opd", 16, 4, 1e-4, 40, 2, "cosine")),
+        taught=True,
     ),
     "distill": Way(
-        "reverse KL to the teacher", "distill", "distill.yaml", distilling(Setting("reverse_kl", 16, 4, 3e-4, 24, 2))
+        "reverse KL to the teacher",
+        "distill",
+        "distill.yaml",
+        distilling(Setting("reverse_kl", 16, 4, 3e-4, 24, 2)),
+        taught=True,
     ),
-    "imitate": Way("SFT on the teacher's samples", "sft", "again.yaml", imitating(Setting("nll", 32, 1, 3e-4, 80, 4))),
+    "imitate": Way(
+        "SFT on the teacher's samples", "sft", "again.yaml", imitating(Setting("nll", 32, 1, 3e-4, 80, 4)), taught=True
+    ),
     "synth": Way("SFT on its own right answers", "sft", "again.yaml", _own),
     "rlsd": Way("RLSD, told the answer", "grpo", "rlsd.yaml", start="told"),
     "rlsd-off": Way("GRPO from the same start", "grpo", "rlsd.yaml", lambda bench, seed: ["teacher_coef=0"], "told"),
@@ -168,19 +193,18 @@ WAYS = {
 
 def render(bench: Bench, names: Sequence[str], seeds: Sequence[int]) -> str:
     return "\n".join([
-        "| after SFT | seeds | before (95 %) | after (95 %) | gained (95 %) | clean, before | after | training call, median | sampled tokens |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| after SFT | seeds | before (95 %) | after (95 %) | each seed | gained (95 %) | clean, before | after | training call, median | sampled tokens |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *(_line(WAYS[name], bench.start(WAYS[name].start), [bench.done(name, seed) for seed in seeds], seeds) for name in names),
     ])  # fmt: skip
 
 
 def _line(way: Way, before: Done, each: Sequence[Done], seeds: Sequence[int]) -> str:
     same = [before] * len(each)
-    sampled = (
-        statistics.median(sum(answer_tokens(done, ANSWERS_PER_STEP)) for done in each) if way.kind != "sft" else None
-    )
+    sampled = statistics.median(sum(answer_tokens(done)) for done in each) if way.kind != "sft" else None
     cells = [
         way.title, ", ".join(map(str, seeds)), share(_score(same[:1])), share(_score(each)),
+        " ".join(f"{100 * done.reports['heldout'].mean:.1f}" for done in each),
         points(over_seeds([done.reports["heldout"] for done in each], [done.reports["heldout"] for done in same])),
         *(f"{100 * statistics.mean(one.reports['clean'].mean for one in some):.1f} %" for some in (same, each)),
         f"{statistics.median(done['call_s'] for done in each):.0f} s", f"{sampled:,.0f}" if sampled else "–",
@@ -221,7 +245,7 @@ def search(bench: Bench, names: Sequence[str]) -> str:
     for name in names:
         changes, kind, config = kinds[name]
         for place, setting in enumerate(SEARCHED[name]):
-            way = Way(str(setting), kind, config, changes(setting))
+            way = Way(str(setting), kind, config, changes(setting), taught=True)
             found.append((way.title, SEARCH_SEED, bench.done(f"search-{name}-{place}", SEARCH_SEED, way)))
     return tokens_to_teacher("searched", teacher(bench), bench.options.split, found)
 
@@ -245,9 +269,11 @@ def main() -> None:
         print(search(bench, asked.search))
         return
     print(render(bench, asked.ways, seeds))
-    taught = [name for name in asked.ways if name in ("opd", *SEARCHED)]
+    taught = [name for name in asked.ways if WAYS[name].taught]
     if curves := [(WAYS[name].title, seed, bench.done(name, seed)) for name in taught for seed in seeds]:
         print("\n" + tokens_to_teacher("after SFT", teacher(bench), split, curves))
+        if "imitate" in taught:
+            print("\n" + against(WAYS["imitate"].title, teacher(bench), split, curves))
     if any(WAYS[name].start == "told" for name in asked.ways):
         print("\n" + told_and_not(bench))
     if {"rlsd", "rlsd-off"} <= set(asked.ways):

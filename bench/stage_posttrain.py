@@ -66,7 +66,8 @@ def main() -> None:
     parts = {name: sum(step.get(name, 0.0) for step in steps) for name in ("time/rollout_s", "time/train_s")}
     names = ("reward", "completions/mean_length", "completions/clipped_ratio")
     first = {name: [step[name] for step in steps[:5] if name in step] for name in names}
-    report(folder, call_s=call_s, losses=[step["loss"] for step in steps if "loss" in step], metrics=parts | first)
+    metrics = parts | first | {"rows_per_step": keys.rows_per_step(1)}
+    report(folder, call_s=call_s, losses=[step["loss"] for step in steps if "loss" in step], metrics=metrics)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 import sections
 from posttrain.files import read_json_lines
 from stage_posttrain import QUICKSTART
-from time_to_accuracy import Done, Options, run_job, run_stage
+from time_to_accuracy import Done, Options, over_seeds, points, run_job, run_stage, share
 
 BOUNDS = (0, 1, 2, 4)
 HERE = Path(__file__).resolve().parent
@@ -29,6 +29,8 @@ Runs = dict[tuple[int, int], Done]
 
 def run_all(options: Options, grpo_steps: int) -> Runs:
     runs: Runs = {}
+    # In a folder of their own: what ran to its end is not lost to a shorter run.
+    short = f"-{grpo_steps}-steps" if grpo_steps else ""
     for number, seed in enumerate(options.seeds):
         before = ("base", str(QUICKSTART / "base"))
         for stage in ("sft", "dpo"):
@@ -38,7 +40,7 @@ def run_all(options: Options, grpo_steps: int) -> Runs:
         for bound in BOUNDS if number % 2 == 0 else BOUNDS[::-1]:
             job = {
                 "kind": "grpo", "model": before[1], "parent": before[0], "seed": seed, "max_steps": grpo_steps,
-                "threads": options.threads, "folder": str(options.folder / f"seed-{seed}" / f"staleness-{bound}"),
+                "threads": options.threads, "folder": str(options.folder / f"seed-{seed}" / (f"staleness-{bound}" + short)),
                 "set": [f"grpo.rollout.max_staleness={bound}"],
             }  # fmt: skip
             runs[seed, bound] = run_job(f"seed {seed} staleness {bound}", "stage_posttrain.py", job, options)
@@ -57,7 +59,7 @@ def mean(found: Sequence[float]) -> str:
 
 def line(bound: int, runs: Runs, seeds: Sequence[int]) -> str:
     each = [runs[seed, bound] for seed in seeds]
-    scores = [done.reports["heldout"].mean for done in each]
+    reports = [done.reports["heldout"] for done in each]
     ratio = [done["call_s"] / runs[seed, 0]["call_s"] for seed, done in zip(seeds, each, strict=True)]
     ages, largest, trainer, engine = (
         [value for done in each for value in logged(done, name)]
@@ -70,7 +72,8 @@ def line(bound: int, runs: Runs, seeds: Sequence[int]) -> str:
     )
     reward = [value for done in each for value in logged(done, "reward")[-10:]]
     cells = [
-        str(bound), f"{statistics.mean(scores):.3f}", " ".join(f"{score:.3f}" for score in scores), mean(reward),
+        str(bound), share(over_seeds(reports)), " ".join(f"{100 * report.mean:.1f}" for report in reports),
+        "–" if bound == 0 else points(over_seeds(reports, [runs[seed, 0].reports["heldout"] for seed in seeds])), mean(reward),
         f"{statistics.median(done['call_s'] for done in each):.0f} s", f"{statistics.median(ratio):.2f}", mean(ages),
         f"{max(largest):.0f}" if largest else "–", mean(trainer), mean(engine),
     ]  # fmt: skip
@@ -83,8 +86,8 @@ def render(runs: Runs, options: Options, grpo_steps: int) -> str:
     return "\n".join([
         f"{steps}; seeds {', '.join(map(str, options.seeds))}; {options.threads} threads, float32; others used up to {others:.2f} CPUs.",
         "",
-        "| max_staleness | held-out accuracy, mean | each seed | reward, last 10 batches | training call, median | of that with 0 | age of tokens, mean | largest | trainer waits | engine waits |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| max_staleness | held-out accuracy (95 %) | each seed | less that with 0 (95 %) | reward, last 10 batches | training call, median | of that with 0 | age of tokens, mean | largest | trainer waits | engine waits |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
         *(line(bound, runs, options.seeds) for bound in BOUNDS),
     ])  # fmt: skip
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,10 @@ CURVE_ITEMS = {"dev": 200, "gate": 300}
 
 @dataclass(frozen=True)
 class Setting:
-    """`prompts` of a step, with so many `answers` each, at `rate`; read every so many steps."""
+    """`prompts` of a step, with so many `answers` each, at `rate`; read every so many steps.
+
+    All are read after equally many answers: who is read more often has more chances that two readings in a row are there.
+    """
 
     loss: str
     prompts: int
@@ -48,14 +52,14 @@ class Setting:
 SEARCHED: Mapping[str, tuple[Setting, ...]] = {
     "distill": (
         Setting("opd", 16, 4, 1e-4, 20, 2, "cosine"),
-        Setting("reverse_kl", 16, 1, 3e-4, 80, 5),
-        Setting("reverse_kl", 16, 1, 1e-3, 80, 5),
-        Setting("jsd", 16, 1, 3e-4, 80, 5),
+        Setting("reverse_kl", 16, 1, 3e-4, 80, 8),
+        Setting("reverse_kl", 16, 1, 1e-3, 80, 8),
+        Setting("jsd", 16, 1, 3e-4, 80, 8),
     ),
     "imitate": (
-        Setting("nll", 32, 1, 3e-4, 80, 5),
-        Setting("nll", 16, 1, 3e-4, 160, 10),
-        Setting("nll", 32, 1, 1e-3, 80, 5),
+        Setting("nll", 32, 1, 3e-4, 80, 4),
+        Setting("nll", 16, 1, 3e-4, 160, 8),
+        Setting("nll", 32, 1, 1e-3, 80, 4),
     ),
 }
 
@@ -101,10 +105,10 @@ def curve_suite(folder: Path, split: str) -> Path:
     return path
 
 
-def answer_tokens(done: Done, answers_per_step: int) -> list[float]:
+def answer_tokens(done: Done) -> list[float]:
     """Trained tokens of each step: those of the answers."""
     lengths = logged(done, "completions/mean_length")
-    return logged(done, "loss_tokens") or [answers_per_step * length for length in lengths]
+    return logged(done, "loss_tokens") or [done["metrics"]["rows_per_step"] * length for length in lengths]
 
 
 def curve_of(done: Done) -> list[tuple[float, float]]:
@@ -121,8 +125,8 @@ def until(curve: Sequence[tuple[float, float]], target: float) -> float | None:
 
 def tokens_to_teacher(title: str, of_teacher: Done, split: str, curves: Sequence[tuple[str, int, Done]]) -> str:
     """Trained tokens until shares of the teacher's accuracy on the curve's questions, a line for each (way, seed, what it did)."""
-    items = of_teacher.reports["heldout"].items[: CURVE_ITEMS[split]]
-    reached = statistics.mean(item.score for item in items)
+    items = _on_curve(of_teacher, split)
+    reached = statistics.mean(items)
     lines = [
         f"Trained tokens until a share of the teacher's {100 * reached:.1f} % on {len(items)} {split} questions:", "",
         f"| {title} | seed | " + " | ".join(f"{share:.0%}" for share in OF_TEACHER) + " | last reading |", "|---" * (3 + len(OF_TEACHER)) + "|",
@@ -132,6 +136,40 @@ def tokens_to_teacher(title: str, of_teacher: Done, split: str, curves: Sequence
         cells = [_count(until(curve, share * reached), curve) for share in OF_TEACHER]
         lines.append("| " + " | ".join([name, str(seed), *cells, f"{100 * curve[-1][1]:.1f} %"]) + " |")
     return "\n".join(lines)
+
+
+def against(base: str, of_teacher: Done, split: str, curves: Sequence[tuple[str, int, Done]]) -> str:
+    """Each way's tokens as a share of those of the way `base` with the same seed: geometric means over the seeds, t intervals of the logarithms."""
+    reached = statistics.mean(_on_curve(of_teacher, split))
+    tokens = {
+        (name, seed, share): until(curve_of(done), share * reached)
+        for name, seed, done in curves for share in OF_TEACHER
+    }  # fmt: skip
+    lines = [
+        f"Tokens as a share of those of {base}, geometric mean over seeds (95 %):", "",
+        "| | " + " | ".join(f"{share:.0%}" for share in OF_TEACHER) + " |", "|---" * (1 + len(OF_TEACHER)) + "|",
+    ]  # fmt: skip
+    seeds = sorted({seed for name, seed, _ in curves if name == base})
+    for way in dict.fromkeys(name for name, _, _ in curves if name != base):
+        pairs = [[(tokens.get((way, s, share)), tokens[base, s, share]) for s in seeds] for share in OF_TEACHER]
+        lines.append("| " + " | ".join([way, *map(_ratio, pairs)]) + " |")
+    return "\n".join(lines)
+
+
+def _ratio(pairs: Sequence[tuple[float | None, float | None]]) -> str:
+    from posttrain.report.intervals import t_interval
+
+    both = [math.log(one / other) for one, other in pairs if one is not None and other is not None]
+    if len(both) < len(pairs):
+        return f"there with both in {len(both)} of {len(pairs)} seeds"
+    found = t_interval(both)
+    spread = "" if math.isnan(found.low) else f" ({math.exp(found.low):.2f}–{math.exp(found.high):.2f})"
+    return f"{math.exp(found.mean):.2f}{spread}"
+
+
+def _on_curve(of_teacher: Done, split: str) -> list[float]:
+    """The teacher's scores on the questions that the curves are made of."""
+    return [item.score for item in of_teacher.reports["heldout"].items[: CURVE_ITEMS[split]]]
 
 
 def _count(tokens: float | None, curve: Sequence[tuple[float, float]]) -> str:

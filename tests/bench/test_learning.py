@@ -1,6 +1,7 @@
 """What comes after SFT: each way's YAML is what it says, curves are read as they were measured, and short runs go all the way."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -25,7 +26,7 @@ def test_the_methods_of_rl_differ_in_the_method_alone():
     for keys in (ppo, rlsd):
         for name in ("learning_rate", "lr_scheduler_type", "max_completion_length", "temperature", "beta", "epsilon"):
             assert getattr(keys, name) == getattr(grpo, name), name
-        assert keys.rows_per_step(1) == grpo.rows_per_step(1) == learning.ANSWERS_PER_STEP
+        assert keys.rows_per_step(1) == grpo.rows_per_step(1)
     assert ppo.max_steps == grpo.max_steps
     off = keys_of_way("rlsd-off", "teacher_coef=0")
     assert off.model_copy(update={"teacher_coef": rlsd.teacher_coef}) == rlsd
@@ -67,7 +68,18 @@ def test_the_table_has_each_way_with_what_it_gained(tmp_path, monkeypatch):
     monkeypatch.setattr(Bench, "done", lambda self, name, seed: after)
     line = learning.render(Bench(Options((1,), 1, 0, "gate", tmp_path), 0), ["synth"], [1, 2]).splitlines()[-1]
     cells = [cell.strip().split(" (")[0] for cell in line.split("|")[1:-1]]
-    assert cells == [WAYS["synth"].title, "1, 2", "25.0 %", "75.0 %", "+50.0", "25.0 %", "75.0 %", "2 s", "–"]
+    assert cells == [
+        WAYS["synth"].title,
+        "1, 2",
+        "25.0 %",
+        "75.0 %",
+        "75.0 75.0",
+        "+50.0",
+        "25.0 %",
+        "75.0 %",
+        "2 s",
+        "–",
+    ]
 
 
 def test_tokens_are_counted_until_shares_of_the_teacher_s_accuracy(tmp_path):
@@ -77,6 +89,53 @@ def test_tokens_are_counted_until_shares_of_the_teacher_s_accuracy(tmp_path):
     text = taught.tokens_to_teacher("after SFT", of_teacher, "gate", [("OPD", 1, student)])
     assert "50.0 % on 4 gate questions" in text
     assert text.splitlines()[-1] == "| OPD | 1 | 100 | 100 | not in 150 | 47.0 % |"
+
+
+def test_answers_are_counted_as_the_stage_samples_them(tmp_path):
+    """Two steps of 128 answers, 3 and 4 tokens long."""
+    lengths = [{"step": step, "completions/mean_length": length} for step, length in ((1, 3), (2, 4))]
+    found = done(tmp_path, [], lengths)
+    assert learning.answer_tokens(replace(found, record={"metrics": {"rows_per_step": 128}})) == [384, 512]
+    assert keys_of_way("ebft").rows_per_step(1) == 128
+
+
+def test_a_share_of_another_way_s_tokens_is_a_geometric_mean_over_seeds(tmp_path):
+    """OPD takes a half and an eighth of SFT's tokens to 90 % of 0.5: a quarter; and with seed 2 it never gets to 95 %."""
+
+    def student(name, tokens, last):
+        scores = (0.1, 0.46, last, last)
+        rows = [{"step": step, "loss_tokens": tokens / 2, "eval_score": score} for step, score in enumerate(scores, 1)]
+        return done(tmp_path / name, [], rows)
+
+    curves = [
+        ("SFT", 1, student("a", 200, 0.5)), ("SFT", 2, student("b", 800, 0.5)),
+        ("OPD", 1, student("c", 100, 0.5)), ("OPD", 2, student("d", 100, 0.46)),
+    ]  # fmt: skip
+    text = taught.against("SFT", done(tmp_path / "t", [1, 1, 0, 0]), "gate", curves)
+    cells = [cell.strip() for cell in text.splitlines()[-1].split("|")[1:-1]]
+    assert cells[0] == "OPD" and cells[3] == "there with both in 1 of 2 seeds"
+    assert cells[2].split(" (")[0] == "0.25"
+
+
+def test_who_is_read_is_read_after_as_many_answers_as_the_others(tmp_path, monkeypatch):
+    """Two readings in a row are likelier there by chance where there are more of them."""
+    settings = {str(setting): setting for found in taught.SEARCHED.values() for setting in found}
+    assert {name: one.prompts * one.answers * one.every for name, one in settings.items()} == dict.fromkeys(settings, 128)  # fmt: skip
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "rows.jsonl").touch()
+    monkeypatch.setattr(Bench, "done", lambda self, name, seed: Done({}, tmp_path / "teacher", {}))
+    monkeypatch.setattr(Bench, "rows", lambda self, *_: tmp_path / "rows.jsonl")
+    bench = Bench(Options((1,), 1, 0, "gate", tmp_path), 0)
+    for name in [name for name, way in WAYS.items() if way.taught]:
+        keys = keys_of_way(name, *WAYS[name].changes(bench, 1))
+        assert keys.rows_per_step(1) * keys.eval_steps == 128, name
+
+
+def test_what_another_teacher_or_other_steps_made_is_kept(tmp_path):
+    options = Options((1,), 1, 0, "gate", tmp_path)
+    asked = [Bench(options, steps, of_teacher) for of_teacher, steps in (("grpo", 0), ("large", 0), ("large", 2))]
+    assert len({WAYS["opd"].folder("opd", bench) for bench in asked}) == 3
+    assert len({WAYS["ppo"].folder("ppo", bench) for bench in asked}) == 2
 
 
 def test_a_search_reads_dev_questions_and_the_rows_read_gate(tmp_path):
@@ -97,7 +156,8 @@ def bench(tmp_path, monkeypatch):
 def test_ppo_goes_from_its_yaml_to_an_accuracy(bench):
     """Its warm-up is longer than the run: the base answers as before."""
     found = bench.done("ppo", 1)
-    assert len(learning.answer_tokens(found, learning.ANSWERS_PER_STEP)) == 2
+    assert len(learning.answer_tokens(found)) == 2
+    assert found["metrics"]["rows_per_step"] == keys_of_way("ppo").rows_per_step(1) == 64
     assert found.reports["heldout"].mean == 0
 
 
@@ -132,4 +192,4 @@ def test_a_search_reads_each_setting_on_what_it_trained(bench, monkeypatch):
     assert [line.split(" | ")[0] for line in lines] == [f"| {settings[0]}" for settings in searched.values()]
     student = bench.done("search-imitate-0", taught.SEARCH_SEED)
     [(trained, _)] = curve_of(student)
-    assert trained == sum(learning.answer_tokens(student, 0)) > 0
+    assert trained == sum(learning.answer_tokens(student)) > 0
