@@ -62,11 +62,6 @@ class Way:
     taught: bool = False
     """By the model of `--teacher`."""
 
-    def folder(self, name: str, bench: Bench) -> str:
-        """Another one where the teacher or the steps are others: what is finished is not lost to another question."""
-        of_teacher = f"-of-{bench.teacher}" if self.taught else ""
-        return name + of_teacher + (f"-{bench.steps}-steps" if bench.steps else "")
-
 
 class Bench:
     """What ran so far, made where it is asked for."""
@@ -90,7 +85,7 @@ class Bench:
         before = self.start(way.start)
         job = {
             "kind": way.kind, "model": str(before.model), "parent": before["finished"], "seed": seed, "max_steps": self.steps,
-            "threads": self.options.threads, "folder": str(self.options.folder / f"seed-{seed}" / way.folder(name, self)),
+            "threads": self.options.threads, "folder": str(self.options.folder / f"seed-{seed}" / name),
             "config": way.config and str(QUICKSTART / way.config), "set": list(way.changes(self, seed)),
         }  # fmt: skip
         return run_job(f"seed {seed} {name}", "stage_posttrain.py", job, self.options)

@@ -29,8 +29,6 @@ Runs = dict[tuple[int, int], Done]
 
 def run_all(options: Options, grpo_steps: int) -> Runs:
     runs: Runs = {}
-    # In a folder of their own: what ran to its end is not lost to a shorter run.
-    short = f"-{grpo_steps}-steps" if grpo_steps else ""
     for number, seed in enumerate(options.seeds):
         before = ("base", str(QUICKSTART / "base"))
         for stage in ("sft", "dpo"):
@@ -40,7 +38,7 @@ def run_all(options: Options, grpo_steps: int) -> Runs:
         for bound in BOUNDS if number % 2 == 0 else BOUNDS[::-1]:
             job = {
                 "kind": "grpo", "model": before[1], "parent": before[0], "seed": seed, "max_steps": grpo_steps,
-                "threads": options.threads, "folder": str(options.folder / f"seed-{seed}" / (f"staleness-{bound}" + short)),
+                "threads": options.threads, "folder": str(options.folder / f"seed-{seed}" / f"staleness-{bound}"),
                 "set": [f"grpo.rollout.max_staleness={bound}"],
             }  # fmt: skip
             runs[seed, bound] = run_job(f"seed {seed} staleness {bound}", "stage_posttrain.py", job, options)

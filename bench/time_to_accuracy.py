@@ -5,7 +5,8 @@
 
 Model, data, reward and every hyperparameter are those of examples/quickstart; each stage starts from the model the same side made
 before. A stage is a process of its own, and the sides take turns. All models are evaluated by our evaluator on the same held-out
-items. Finished stages are kept under bench/out/ and not run again, so a run that was cut goes on; `--doc` writes the table.
+items. Finished stages are kept under bench/out/ and not run again, so a run that was cut goes on; one with other settings is made
+beside it. `--doc` writes the table.
 """
 
 from __future__ import annotations
@@ -97,14 +98,13 @@ def run_stage(seed: int, side: str, stage: str, before: tuple[str, str], options
 
 def run_job(title: str, script: str, job: Mapping[str, Any], options: Options) -> Done:
     """Run `script` on it and evaluate its model, unless the same job was finished before."""
-    folder = Path(job["folder"])
-    kept = folder / "done.json"
-    record = json.loads(kept.read_text()) if kept.exists() else {"job": None}
-    if record["job"] != (asked := from_root(job)):
+    asked = from_root(job)
+    folder, record = kept_run(Path(job["folder"]), asked)
+    if record is None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        record = {"job": asked, **timed(script, job, folder, options)}
-        kept.write_text(json.dumps(record, indent=1))
+        record = {"job": asked, **timed(script, {**job, "folder": str(folder)}, folder, options)}
+        (folder / "done.json").write_text(json.dumps(record, indent=1))
     done = Done(record, folder / "model", evaluated(folder / "model", folder / "evals", options))
     shown = ", ".join(f"{name} {report.mean:.3f}" for name, report in done.reports.items())
     print(f"{title}: call {done['call_s']:.1f} s, process {done['process_s']:.1f} s, "
@@ -112,6 +112,20 @@ def run_job(title: str, script: str, job: Mapping[str, Any], options: Options) -
     if done["others_cpus"] > QUIET:
         print("  warning: others used the machine; the ratio is less certain", file=sys.stderr)
     return done
+
+
+def kept_run(folder: Path, asked: Mapping[str, Any]) -> tuple[Path, dict[str, Any] | None]:
+    """Where `asked` was finished, and its record; else where it may run: in `folder`, or beside it where another job is finished there."""
+    place, free, number = folder, None, 1
+    while place.exists():
+        kept = place / "done.json"
+        record = json.loads(kept.read_text()) if kept.exists() else None
+        if record is not None and record["job"] == asked:
+            return place, record
+        free = free or (place if record is None else None)
+        number += 1
+        place = folder.with_name(f"{folder.name}.{number}")
+    return free or place, None
 
 
 def from_root(job: Mapping[str, Any]) -> dict[str, Any]:

@@ -131,13 +131,6 @@ def test_who_is_read_is_read_after_as_many_answers_as_the_others(tmp_path, monke
         assert keys.rows_per_step(1) * keys.eval_steps == 128, name
 
 
-def test_what_another_teacher_or_other_steps_made_is_kept(tmp_path):
-    options = Options((1,), 1, 0, "gate", tmp_path)
-    asked = [Bench(options, steps, of_teacher) for of_teacher, steps in (("grpo", 0), ("large", 0), ("large", 2))]
-    assert len({WAYS["opd"].folder("opd", bench) for bench in asked}) == 3
-    assert len({WAYS["ppo"].folder("ppo", bench) for bench in asked}) == 2
-
-
 def test_a_search_reads_dev_questions_and_the_rows_read_gate(tmp_path):
     asked = {split: taught.curve_suite(tmp_path, split).read_text() for split in taught.CURVE_ITEMS}
     questions = {split: {json.loads(line)["id"] for line in text.splitlines()} for split, text in asked.items()}

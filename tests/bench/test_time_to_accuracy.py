@@ -133,9 +133,22 @@ def test_a_finished_stage_is_not_run_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(time_to_accuracy, "timed", timed)
     options = Options((1,), 1, 3, "dev", tmp_path)
-    for parent in ("base", "base", "another"):
+    done = [
         time_to_accuracy.run_stage(1, "ours", "sft", (parent, "model"), options)
+        for parent in ("base", "base", "another", "base", "another")
+    ]
     assert started == [SIDES["ours"]] * 2
+    folders = [one.model.parent for one in done]
+    assert folders == [folders[0], folders[0], folders[2], folders[0], folders[2]] and folders[0] != folders[2]
+
+
+def test_a_cut_run_makes_place_for_the_next_and_hides_no_finished_one(tmp_path):
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "log.txt").touch()
+    (tmp_path / "sft.2").mkdir()
+    (tmp_path / "sft.2" / "done.json").write_text('{"job": {"seed": 1}}')
+    assert time_to_accuracy.kept_run(tmp_path / "sft", {"seed": 2}) == (tmp_path / "sft", None)
+    assert time_to_accuracy.kept_run(tmp_path / "sft", {"seed": 1}) == (tmp_path / "sft.2", {"job": {"seed": 1}})
 
 
 def test_a_checkout_that_was_moved_runs_no_finished_stage_again(tmp_path, monkeypatch):
