@@ -22,24 +22,28 @@ pytestmark = [
 STORE_BYTES = 100 << 20
 
 
-def _started():
+def _started(num_cpus):
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": STORE_BYTES}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
+    cluster.add_node(num_cpus=num_cpus, object_store_memory=STORE_BYTES)
     return cluster
+
+
+def started(num_cpus=2):
+    """A head of two CPUs and a node. A cluster that does not start within Ray's own limit is started once more."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    try:
+        return _started(num_cpus)
+    except Exception as error:  # noqa: BLE001 - Ray raises a bare one
+        assert "timed out during startup" in str(error), error
+        return _started(num_cpus)
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two nodes of two CPUs. One that does not start within Ray's own limit is started once more."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    try:
-        found = _started()
-    except Exception as error:  # noqa: BLE001 - Ray raises a bare one
-        assert "timed out during startup" in str(error), error
-        found = _started()
+    found = started()
     yield found
     found.shutdown()
 

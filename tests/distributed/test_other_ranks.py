@@ -15,7 +15,7 @@ RESUMED = [
 ]
 
 
-def _same(runner, one, two):
+def same_run(runner, one, two):
     mine, theirs = runner.rows(one), runner.rows(two)
     assert [row["step"] for row in mine] == [row["step"] for row in theirs]
     for a, b in zip(mine, theirs, strict=True):
@@ -36,7 +36,7 @@ def test_a_run_keeps_its_rows_per_step_on_other_ranks(
     assert again.stderr.count(said) == 1
     straight = write_yaml(kind, name="straight.yaml", output_dir=str(tmp_path / "straight"), num_processes=before)
     torchrun(1, kind, straight)
-    _same(runner, tmp_path / f"straight/stages/01-{kind}", stage)
+    same_run(runner, tmp_path / f"straight/stages/01-{kind}", stage)
 
 
 def test_a_checkpoint_of_another_global_batch_is_refused_with_both(runner, model_dir, data_dir, tmp_path):

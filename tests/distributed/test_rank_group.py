@@ -13,6 +13,10 @@ import pytest
 from tests.distributed.conftest import environment
 from tests.processes import all_gone
 
+from posttrain.distributed.keeper import LocalKeeper
+from posttrain.distributed.rank_group import RankGroup, RankProgram
+from posttrain.distributed.roles import Role
+
 
 @pytest.fixture
 def workers():
@@ -47,6 +51,27 @@ def test_two_workers_take_the_steps_of_torchrun_to_the_bit(workers, torchrun, wr
     assert [row["loss"] for row in runner.rows(mine)] == [row["loss"] for row in runner.rows(theirs)]
     digests = [json.loads((stage / "result.json").read_text())["model_digest"] for stage in (mine, theirs)]
     assert digests[0] == digests[1]
+
+
+HALF_SAY_IT = """
+import os, time
+from posttrain.distributed.keeper import say_synced
+if os.environ["RANK"] == "1":
+    say_synced(3)
+time.sleep(0.6)
+"""
+
+
+def test_a_rank_is_stale_until_it_says_that_it_has_the_state(tmp_path):
+    told = []
+    roles = [Role(f"rank-{n}", told.append) for n in range(2)]
+    program = RankProgram(("{python}", "-c", HALF_SAY_IT), str(tmp_path), {})
+    code = RankGroup(
+        program, roles, lambda rank: LocalKeeper(), lambda *_: None, lambda: False, lambda: None, 0.0, 5.0
+    ).run()  # fmt: skip
+    assert code == 0
+    states = {role.name: [event["to"] for event in told if event["role"] == role.name] for role in roles}
+    assert states == {"rank-0": ["restarting", "stale", "dead"], "rank-1": ["restarting", "stale", "healthy", "dead"]}
 
 
 def rank_pids(folder):

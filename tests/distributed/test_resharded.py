@@ -44,9 +44,9 @@ def _job(folder, model_dir, data_dir, options):
     return {"model": str(model_dir("llama")), "data": str(data_dir), "folder": str(folder), "options": options}
 
 
-def _stopped(folder, ranks, model_dir, data_dir, runner, options):
+def _stopped(folder, ranks, model_dir, data_dir, runner, options, kind="sft"):
     """A run that two steps were taken of."""
-    job = {"kind": "sft", "model": str(model_dir("llama")), "data": str(data_dir), "folder": str(folder)}
+    job = {"kind": kind, "model": str(model_dir("llama")), "data": str(data_dir), "folder": str(folder)}
     command = [runner.__file__, json.dumps([{**job, "options": options, "stop_after": 2}])]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     done = subprocess.run(
@@ -76,3 +76,19 @@ def test_four_ranks_go_on_from_two_and_one_from_four(model_dir, data_dir, runner
         _stopped(folder, written_by, model_dir, data_dir, runner, options)
         one, other = (found_by(ranks, SCRIPT, _job(folder, model_dir, data_dir, options)) for ranks in read_by)
         assert one == other
+
+
+@pytest.mark.slow
+def test_a_reference_that_moves_is_written_in_shares_after_it_has_scored(model_dir, data_dir, runner, tmp_path):
+    options = {"sync_ref_model": True, "ref_model_sync_steps": 1, "save_steps": 1, "max_steps": 3}
+    half = {**options, "per_device_train_batch_size": 2}
+    _stopped(tmp_path / "run", 2, model_dir, data_dir, runner, half, kind="dpo")
+    parts = tmp_path / "run/checkpoints/step-00000002"
+    for rank in (1, 2):
+        sizes = [
+            (parts / f"{stem}-0000{rank}-of-00002.safetensors").stat().st_size for stem in ("reference", "weights")
+        ]
+        assert abs(sizes[0] - sizes[1]) < 0.01 * sizes[1]
+    _stopped(tmp_path / "alone", 1, model_dir, data_dir, runner, options, kind="dpo")
+    one, two = ([row["loss"] for row in runner.rows(tmp_path / name)] for name in ("alone", "run"))
+    assert two == pytest.approx(one, rel=1e-6)

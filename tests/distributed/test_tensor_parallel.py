@@ -1,5 +1,6 @@
 """Ranks that hold layers between them, by the model's own plan, learn what one process learns, and write what it writes."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,37 @@ def test_a_group_counts_as_one_where_rows_are_dealt(runner, model_dir, data_dir)
     keys = runner.keys_of("sft", model_dir("llama"), data_dir, sharding={"tensor_parallel_size": 4})
     assert [keys.micro_batches_per_step(processes) for processes in (1, 4, 16)] == [1, 1, 4]
     assert ShardingSpec().tensor_parallel_size == 1
+
+
+@pytest.mark.slow
+def test_bf16_between_two_processes_is_as_near_to_float32_as_that_of_one(model_dir, data_dir, runner, tmp_path):
+    models = {
+        name: str(model_dir(ROWS[name][0], **ROWS[name][1])) for name in ("norms of heads, a tied head", "biases")
+    }
+    rows = {f"{name} {bf16}": (model, {"bf16": bf16}) for name, model in models.items() for bf16 in (False, True)}
+    job = {"spec": {"tensor_parallel_size": 2}, "data": str(data_dir), "rows": rows}
+    stages = {"sft": {**SHARED, **STAGES["sft"], "bf16": True}}
+    found, (trained, _) = sequence_runner.started(2, job, str(model_dir("qwen3")), tmp_path, stages)
+    with join_ranks() as alone:
+        one = sequence_runner.scored(data_dir, rows, alone, {})
+
+    def far(some, name, batch):
+        pairs = zip(some[f"{name} True, {batch}"]["logp"], one[f"{name} False, {batch}"]["logp"], strict=True)
+        return math.dist(*zip(*pairs, strict=True))
+
+    for name in models:
+        for batch in sequence_runner.BATCHES:
+            assert 0 < far(found, name, batch) < 2 * far(one, name, batch)
+    keys = runner.keys_of("sft", Path(trained["model"]), data_dir, **trained["options"])
+    runner.run_stage("sft", tmp_path / "alone", keys)
+    together, by_one = runner.losses(Path(trained["folder"])), runner.losses(tmp_path / "alone")
+    assert together == pytest.approx(by_one, rel=2e-3)
+    assert together != by_one
+
+
+@pytest.mark.slow
+def test_an_adapter_is_refused_by_every_process_in_one_line(refused, write_yaml, tmp_path):
+    done = refused(2, "sft", write_yaml("sft", sharding={"tensor_parallel_size": 2}, adapter="lora"))
+    said = "sharding.tensor_parallel_size: 2 with adapter: lora: an adapter's matrices are in no model's plan: set adapter: none"
+    assert done.stderr.count(said) == 1
+    assert not (tmp_path / "run").exists()

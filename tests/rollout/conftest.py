@@ -6,7 +6,7 @@ import pytest
 from posttrain.config.rollout import RolloutKeys
 from posttrain.config.stages import SFTKeys
 from posttrain.models.load import load_policy
-from posttrain.recipes.experience.engines import EngineSource, make_engine
+from posttrain.recipes.experience.engines import EngineSource, make_engine, sync_engine
 from posttrain.rollout.embedded import EmbeddedEngine
 
 
@@ -62,6 +62,7 @@ def vllm_server_engine(shared_policy, model_dir, tmp_path_factory):
     # Some tests kill it; it comes back.
     rollout = RolloutKeys(engine="vllm_server", memory_gib=0.1, max_restarts=6)
     engine = make_engine(EngineSource(keys, policy), keys=rollout, folder=tmp_path_factory.mktemp("server"))
+    sync_engine(engine, policy, version=0)
     yield engine
     engine.close()
 

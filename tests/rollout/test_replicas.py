@@ -59,7 +59,7 @@ def started(shared_policy):
     def start(*deaths, max_restarts=2, check=None):
         left, made = iter(deaths), []
         check = check or (lambda engine, weights: check_arrival(engine, partial(score_sequences, weights)))
-        engine = Replicas([lambda: Mortal(policy, dict(next(left, {})), made)], check, max_restarts)
+        engine = Replicas([lambda: Mortal(policy, dict(next(left, {})), made)], check, max_restarts, start_synced=True)
         return engine, made
 
     return start
@@ -132,8 +132,9 @@ def several(shared_policy):
 
         check = partial(check_with, policy)
         engine = Replicas(
-            [partial(begin, number) for number in range(len(lives))], check, options.get("max_restarts", 2)
-        )
+            [partial(begin, number) for number in range(len(lives))], check, options.get("max_restarts", 2),
+            start_synced=options.get("start_synced", True),
+        )  # fmt: skip
         opened.append(engine)
         return engine, made
 
@@ -174,15 +175,15 @@ def test_what_a_lost_engine_had_not_answered_the_others_do_while_it_is_started_a
     found = list(engine.generate(REQUESTS, PARAMS))
     alone, _ = several([])
     assert same(found, alone.generate(REQUESTS, PARAMS))
-    assert engine.states == ["RESTARTING", "HEALTHY"]
+    assert engine.states == ["restarting", "healthy"]
     # With their seeds, and only what was not given out.
     again, first = made[1][0].asked[-1], made[0][0].asked[-1]
     assert len(again) == len(first) - 1
     assert set(again) < set(first)
     may_start.set()
-    until(lambda: engine.states == ["STALE", "HEALTHY"])
+    until(lambda: engine.states == ["stale", "healthy"])
     engine.update(shared_policy("qwen3"), 4)
-    assert engine.states == ["HEALTHY", "HEALTHY"]
+    assert engine.states == ["healthy", "healthy"]
     assert [made[0][-1].policy_version, made[1][0].policy_version] == [4, 4]
 
 
@@ -193,7 +194,7 @@ def test_one_that_was_started_again_is_asked_nothing_before_it_has_the_weights(s
     found = []
     sampling = threading.Thread(target=lambda: found.extend(engine.generate(REQUESTS, PARAMS)))
     sampling.start()
-    until(lambda: engine.states == ["STALE"])
+    until(lambda: engine.states == ["stale"])
     time.sleep(0.3)
     assert sampling.is_alive()
     assert made[0][1].asked == []
@@ -203,10 +204,41 @@ def test_one_that_was_started_again_is_asked_nothing_before_it_has_the_weights(s
     assert sorted(completion.request for completion in found) == list(range(len(REQUESTS)))
 
 
+def test_engines_that_start_with_other_weights_are_asked_nothing_before_the_first_update(several, shared_policy):
+    engine, made = several([], [], start_synced=False)
+    assert engine.states == ["stale", "stale"]
+    with pytest.raises(AssertionError, match="before they have the weights"):
+        engine.generate(REQUESTS, PARAMS)
+    engine.revive()
+    assert engine.states == ["stale", "stale"]
+    assert not any(one.asked for life in made for one in life)
+    engine.update(shared_policy("qwen3"), 0)
+    assert engine.states == ["healthy", "healthy"]
+    assert len(list(engine.generate(REQUESTS, PARAMS))) == len(REQUESTS)
+
+
+def test_what_a_lost_engine_still_delivers_is_dropped_counted_and_asked_again(several, shared_policy, caplog):
+    engine, made = several([])
+    engine.update(shared_policy("qwen3"), 3)
+    completions = engine.generate(REQUESTS, PARAMS)
+    found = [next(completions)]
+    orphan = made[0][0]
+    orphan.deaths["score"] = 0
+    engine.score([((5, 6, 7), 1)])
+    assert (engine.restarts, engine.dropped, engine.states) == (1, 0, ["healthy"])
+    found += completions
+    alone, _ = several([])
+    assert same(found, alone.generate(REQUESTS, PARAMS))
+    assert {completion.policy_version for completion in found} == {3}
+    assert len(made[0][1].asked[-1]) == len(REQUESTS) - 1
+    assert engine.dropped == 1
+    assert "engine-0 answered after it was lost: what it said is not taken (1 times so far)" in caplog.text
+
+
 def test_without_restarts_left_the_others_go_on_until_the_last(several):
     engine, made = several([{"generate": 1}], [{"generate": 8}], max_restarts=0)
     assert len(list(engine.generate(REQUESTS, PARAMS))) == len(REQUESTS)
-    assert engine.states == ["DEAD", "HEALTHY"]
+    assert engine.states == ["dead", "healthy"]
     with pytest.raises(EngineGoneError, match="gone in generate"):
         list(engine.generate(REQUESTS, PARAMS))
     assert all(one.closed for life in made for one in life)
@@ -219,5 +251,5 @@ def test_one_that_cannot_be_started_leaves_none(shared_policy):
         raise EngineGoneError("no room")
 
     with pytest.raises(EngineGoneError, match="no room"):
-        Replicas([partial(Mortal, shared_policy("qwen3"), {}, made), fail], lambda *_: None, 2)
+        Replicas([partial(Mortal, shared_policy("qwen3"), {}, made), fail], lambda *_: None, 2, start_synced=True)
     assert [one.closed for one in made] == [True]

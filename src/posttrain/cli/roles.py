@@ -28,6 +28,8 @@ _FORWARDED = ("ACCELERATE_", "GLOO_", "HF_", "MKL_", "MLFLOW_", "NCCL_", "OMP_",
 """Variables of the terminal that the workers get, but those that hold a secret: what Ray carries is not encrypted."""
 
 
+PROGRAM = ("{python}", "-P", "-m", "posttrain.cli.app")
+"""What every rank runs, before the arguments."""
 _MAX_RESTARTS = 3
 """How often all ranks are started again, and a lost keeper of an engine is made again."""
 
@@ -82,9 +84,7 @@ def run_as_roles(on: OnCluster, arguments: Sequence[str], folder: Path, engines:
             [Role(engine_name(n), events.tell) for n in range(len(engines))], keep_engine, CALL_S, _MAX_RESTARTS
         )
         variables = _forwarded(os.environ) | places_variable(cluster.address, cluster.namespace, len(engines))
-        program = RankProgram(
-            ("{python}", "-P", "-m", "posttrain.cli.app", *arguments), os.getcwd(), variables, _MAX_RESTARTS
-        )
+        program = RankProgram((*PROGRAM, *arguments), os.getcwd(), variables, _MAX_RESTARTS)
         roles = [Role(f"rank-{rank}", events.tell) for rank in range(on.workers)]
         with stop.listening(), closing(kept):
             return RankGroup(

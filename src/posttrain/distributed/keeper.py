@@ -21,10 +21,13 @@ from typing import IO, Any, NoReturn
 
 from posttrain.distributed.relay import Relay
 from posttrain.distributed.roles import RoleNode, RoleProgram, RoleReport, RoleResources
+from posttrain.files import write_atomic
 from posttrain.supervised import SupervisedProcess, run_program
 
 NODE_VARIABLE = "POSTTRAIN_NODE"
 """Tells a program the name of its node. What a cluster says of a process may be that of another node on its machine."""
+_SYNCED_VARIABLE = "POSTTRAIN_SYNCED"
+"""Tells a program the file in which it says which version of the run's state it has."""
 _LOOK_S = 0.25
 _HERE = "127.0.0.1"
 _MOST_BYTES = 1 << 20
@@ -79,7 +82,7 @@ class Keeper:
             self._asked = time.monotonic()
             if self._running is None:
                 return RoleReport(self._lease, is_idle=True)
-            return replace(self._running.report(self._lease), version=self._version)
+            return replace(self._running.report(self._lease), version=max(self._version, self._running.version()))
 
     def signal(self, number: int) -> None:
         with self._lock:
@@ -115,14 +118,19 @@ class _Running:
         self._err: IO[bytes] = _opened(program.log)
         self._read = {"out": 0, "err": 0}
         self._relay = Relay(address, self._private / "socket", program.token) if program.token else None
+        self._synced = self._private / "synced"
         command = [word.replace("{private}", str(self._private)) for word in program.command]
         self.process = SupervisedProcess(
             "posttrain.distributed.keeper:run_in_folder", [program.folder, *command], self._err,
-            os.environ | program.environment | {NODE_VARIABLE: node}, out=None if program.log else self._out,
+            os.environ | program.environment | {NODE_VARIABLE: node, _SYNCED_VARIABLE: str(self._synced)}, out=None if program.log else self._out,
         )  # fmt: skip
 
     def serves(self, program: RoleProgram) -> bool:
         return self._program.command == program.command and not self.process.has_ended()
+
+    def version(self) -> int:
+        """That the program said it has; -1 before that."""
+        return int(self._synced.read_text()) if self._synced.exists() else -1
 
     def reach(self) -> dict[str, Any]:
         port = self._relay.port if self._relay else 0
@@ -191,6 +199,12 @@ def _opened(log: str) -> IO[bytes]:
         return tempfile.TemporaryFile()
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     return Path(log).open("a+b")
+
+
+def say_synced(version: int, environ: Mapping[str, str] = os.environ) -> None:
+    """To the keeper of this process, where it has one: it has this version of the run's state, and goes on from it."""
+    if place := environ.get(_SYNCED_VARIABLE):
+        write_atomic(Path(place), str(version))
 
 
 def run_in_folder(folder: str, *command: str) -> NoReturn:

@@ -151,10 +151,6 @@ class RankGroup:
                 failed_at = min(failed_at, time.monotonic())
             if time.monotonic() - failed_at > _STILL_S and (lost := self._left_behind()):
                 return lost
-            # All of them load the last checkpoint, which is the sync of a rank.
-            if not self._codes and all(role.state.health is RoleHealth.STALE for role in self.roles):
-                for role in self.roles:
-                    role.see(RoleSign.SYNCED)
         return None
 
     def _left_behind(self) -> _Lost | None:
@@ -182,6 +178,8 @@ class RankGroup:
         if rank in self._codes or not role.takes(report.lease):
             return None
         role.see(RoleSign.ANSWERED)
+        if report.version >= 0:
+            role.see(RoleSign.SYNCED)
         for name, data in (("out", report.out), ("err", report.err)):
             if data:
                 self.write(name, data)

@@ -14,6 +14,7 @@ from posttrain.config.pipeline import ConfiguredStage, PipelineKeys
 from posttrain.config.resolved import apply_changes, resolved_yaml
 from posttrain.config.rl import RLKeys
 from posttrain.config.stages import TrainKeys
+from posttrain.distributed.keeper import say_synced
 from posttrain.errors import ChangedInputsError
 from posttrain.files import digest_json, write_atomic
 from posttrain.models.continued import base_keys, is_continued
@@ -101,6 +102,8 @@ class Stages:
                 self.save(state)
             else:
                 self.watch.say(f"{stage.kind}: done before with the same inputs, not run again")
+                if index == len(self.place.keys.stages):  # no checkpoint is left to go on from
+                    say_synced(index)
                 return self._newest(state, entry), entry
         self.before(stage.kind)
         entry = entry or self._new(state, index, stage.kind, inputs)

@@ -1,7 +1,8 @@
 """Engines of one run as one engine: groups are dealt to them, and what one that is gone had not answered is asked of the others.
 
-HEALTHY → DEAD → RESTARTING → STALE → HEALTHY: one that was started again is asked nothing before it has got the weights of the last
-update and the canary has compared them. Any thread may sample; weights come from the thread that made this.
+One that was started is STALE, and asked nothing, until it has got the weights of the last update and the canary has compared them. One that is
+lost may answer for a while yet: what an earlier start delivers is dropped, counted and asked again. Any thread may sample; weights come
+from the thread that made this.
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any
 
+from posttrain.distributed.roles import Role, RoleHealth, RoleSign
 from posttrain.errors import EngineGoneError
 from posttrain.protocols import Engine, Weights
 from posttrain.types import Completion, EngineInfo, Moved, Request, SamplingParams
 
 log = logging.getLogger(__name__)
 
-State = Literal["HEALTHY", "DEAD", "RESTARTING", "STALE"]
 _LOOK_S = 0.2
 
 
@@ -29,10 +30,18 @@ class _Replica:
     number: int
     start: Callable[[], Engine]
     engine: Engine
-    state: State = "HEALTHY"
+    role: Role
     under_way: int = 0
     """Calls that sample from it."""
     is_open: bool = True
+
+    @property
+    def health(self) -> RoleHealth:
+        return self.role.state.health
+
+    @property
+    def lease(self) -> int:
+        return self.role.state.lease
 
     def close(self) -> None:
         if self.is_open:
@@ -45,13 +54,15 @@ class Replicas:
 
     A request is asked again with its seed, and only where no completion of it was given out. The weights that a new one gets are those
     of the last update, at a call of `update`, `revive` or, from the thread that made this, of anything that samples: they must
-    not have moved since. `check` (the canary) compares with them. Raises: EngineGoneError, of the last one, with no restarts left.
+    not have moved since. `check` (the canary) compares with them. `start_synced`: an engine starts with the weights that are wanted of it,
+    until the first update. Raises: EngineGoneError, of the last one, with no restarts left.
     """
 
     def __init__(
-        self, starts: Sequence[Callable[[], Engine]], check: Callable[[Engine, Weights], object], max_restarts: int
-    ) -> None:
-        self._check, self._left = check, max_restarts
+        self, starts: Sequence[Callable[[], Engine]], check: Callable[[Engine, Weights], object], max_restarts: int,
+        *, start_synced: bool,
+    ) -> None:  # fmt: skip
+        self._check, self._left, self._start_synced = check, max_restarts, start_synced
         self._changed = threading.Condition()
         self._owner = threading.get_ident()
         self._pushed: tuple[Weights, int] | None = None
@@ -61,23 +72,34 @@ class Replicas:
         self.restarts = 0
         engines = _all_started(starts)
         self._replicas = [
-            _Replica(n, start, engine) for n, (start, engine) in enumerate(zip(starts, engines, strict=True))
+            _Replica(n, start, engine, Role(f"engine-{n}", _tell))
+            for n, (start, engine) in enumerate(zip(starts, engines, strict=True))
         ]
+        for replica in self._replicas:
+            replica.role.see(RoleSign.STARTING)
+            self._has_started(replica)
         self._info = engines[0].describe()
 
     @property
     def policy_version(self) -> int:
         with self._changed:
-            return next((r.engine.policy_version for r in self._replicas if r.state == "HEALTHY"), self._last_version)
+            healthy = (r.engine.policy_version for r in self._replicas if r.health is RoleHealth.HEALTHY)
+            return next(healthy, self._last_version)
 
     @property
     def _last_version(self) -> int:
         return 0 if self._pushed is None else self._pushed[1]
 
     @property
-    def states(self) -> list[State]:
+    def states(self) -> list[RoleHealth]:
         with self._changed:
-            return [replica.state for replica in self._replicas]
+            return [replica.health for replica in self._replicas]
+
+    @property
+    def dropped(self) -> int:
+        """Deliveries of engines that were lost by then."""
+        with self._changed:
+            return sum(replica.role.dropped for replica in self._replicas)
 
     def describe(self) -> EngineInfo:
         return self._info
@@ -94,15 +116,18 @@ class Replicas:
     def score(self, sequences: Sequence[tuple[Sequence[int], int]], temperature: float = 1.0) -> list[list[float]]:
         while True:
             replica = self._healthy()
-            engine = replica.engine
+            lease = replica.lease
             try:
-                return engine.score(sequences, temperature)
+                scores = replica.engine.score(sequences, temperature)
             except EngineGoneError as error:
-                self._lose(replica, engine, error)
+                self._lose(replica, lease, error)
+                continue
+            if self._takes(replica, lease):
+                return scores
 
     def _shares(self, requests: Sequence[Request]) -> list[list[int]]:
         """The places of the requests, a share for each engine that can answer, of nearly as many."""
-        count = max(1, self.states.count("HEALTHY"))
+        count = max(1, self.states.count(RoleHealth.HEALTHY))
         groups: list[list[int]] = []
         for place, request in enumerate(requests):
             if not groups or requests[groups[-1][0]].prompt_ids != request.prompt_ids:
@@ -115,27 +140,30 @@ class Replicas:
 
     def _begin(
         self, places: Sequence[int], requests: Sequence[Request], params: SamplingParams, skip: int = 0
-    ) -> tuple[_Replica, Engine, Iterator[Completion]]:
+    ) -> tuple[_Replica, int, Iterator[Completion]]:
         replica = self._healthy(skip)
-        engine = replica.engine
-        return replica, engine, engine.generate([requests[place] for place in places], params)
+        lease = replica.lease
+        return replica, lease, replica.engine.generate([requests[place] for place in places], params)
 
     def _completions(
         self, places: list[int], requests: Sequence[Request], params: SamplingParams,
-        begun: tuple[_Replica, Engine, Iterator[Completion]],
+        begun: tuple[_Replica, int, Iterator[Completion]],
     ) -> Iterator[Completion]:  # fmt: skip
         left = set(places)
         while True:
-            replica, engine, found = begun
+            replica, lease, found = begun
             self._count(replica, 1)
             try:
                 for completion in found:
+                    if not self._takes(replica, lease):
+                        break
                     place = places[completion.request]
                     left.discard(place)
                     yield replace(completion, request=place)
-                return
+                else:
+                    return
             except EngineGoneError as error:
-                self._lose(replica, engine, error)
+                self._lose(replica, lease, error)
             finally:
                 self._count(replica, -1)
             places = sorted(left)
@@ -175,6 +203,10 @@ class Replicas:
         finally:
             given_up.set()
 
+    def _takes(self, replica: _Replica, lease: int) -> bool:
+        with self._changed:
+            return replica.role.takes(lease)
+
     def _count(self, replica: _Replica, change: int) -> None:
         with self._changed:
             replica.under_way += change
@@ -186,8 +218,9 @@ class Replicas:
         self._pushed = weights, version
         moved = Moved(0, 0)
         for replica in self._replicas:
-            if replica.state in ("HEALTHY", "STALE"):
-                got = self._push(replica, checked=len(self._replicas) > 1 or replica.state == "STALE")
+            if replica.health in (RoleHealth.HEALTHY, RoleHealth.STALE):
+                is_back = replica.lease > 1 and replica.health is RoleHealth.STALE
+                got = self._push(replica, self._pushed, checked=is_back or len(self._replicas) > 1)
                 moved = Moved(moved.num_bytes + got.num_bytes, moved.whole_bytes + got.whole_bytes)
         self._healthy()
         return moved
@@ -195,23 +228,22 @@ class Replicas:
     def revive(self) -> None:
         """Engines that were started again get the weights of the last update."""
         for replica in self._replicas:
-            if replica.state == "STALE":
-                self._push(replica, checked=True)
+            if replica.health is RoleHealth.STALE and self._pushed is not None:
+                self._push(replica, self._pushed, checked=True)
 
-    def _push(self, replica: _Replica, *, checked: bool) -> Moved:
+    def _push(self, replica: _Replica, pushed: tuple[Weights, int], *, checked: bool) -> Moved:
         """What came, nothing where the engine is gone meanwhile."""
-        engine, moved = replica.engine, Moved(0, 0)
+        engine, lease = replica.engine, replica.lease
         try:
-            if self._pushed is not None:
-                moved = engine.update(*self._pushed)
-                if checked:
-                    self._check(engine, self._pushed[0])
+            moved = engine.update(*pushed)
+            if checked:
+                self._check(engine, pushed[0])
         except EngineGoneError as error:
-            self._lose(replica, engine, error)
+            self._lose(replica, lease, error)
             return Moved(0, 0)
         with self._changed:
-            if replica.engine is engine and replica.state == "STALE":
-                replica.state = "HEALTHY"
+            if replica.lease == lease:
+                replica.role.see(RoleSign.SYNCED)
                 self._changed.notify_all()
         return moved
 
@@ -226,8 +258,9 @@ class Replicas:
                     raise self._failure
                 if self._is_closing:
                     raise EngineGoneError("the engines are closed")
+                assert self._start_synced or self._pushed, "nothing is asked of engines before they have the weights"
                 able = sorted(
-                    (replica for replica in self._replicas if replica.state == "HEALTHY"),
+                    (replica for replica in self._replicas if replica.health is RoleHealth.HEALTHY),
                     key=lambda replica: (replica.under_way, replica.number),
                 )
                 if able:
@@ -238,27 +271,27 @@ class Replicas:
         if threading.get_ident() == self._owner:
             self.revive()
 
-    def _lose(self, replica: _Replica, engine: Engine, error: EngineGoneError) -> None:
+    def _lose(self, replica: _Replica, lease: int, error: EngineGoneError) -> None:
         """Begin to start it again, where nobody has yet. Raises: `error` where none is left and none may be started."""
         with self._changed:
-            if replica.engine is engine and replica.state in ("HEALTHY", "STALE"):
-                replica.state = "DEAD"
+            if replica.lease == lease and replica.health is not RoleHealth.DEAD:
                 self._restart(replica, error)
             if self._is_closing or self._failure is not None:
                 raise self._failure or error
 
     def _restart(self, replica: _Replica, error: EngineGoneError) -> None:
+        replica.role.see(RoleSign.ENDED, str(error))
         if self._left:
             self._left -= 1
             self.restarts += 1
             log.warning("%s; it is started again (%d more times at most)", error, self._left)
-            replica.state = "RESTARTING"
+            replica.role.see(RoleSign.STARTING)
             thread = threading.Thread(target=self._started_again, args=(replica,), daemon=True, name="restart")
             self._threads.append(thread)
             thread.start()
         else:
             replica.close()
-            if all(one.state == "DEAD" for one in self._replicas):
+            if all(one.health is RoleHealth.DEAD for one in self._replicas):
                 self._failure = error
             else:
                 log.warning("%s; it is not started again (rollout.max_restarts), the others go on", error)
@@ -272,7 +305,6 @@ class Replicas:
             engine = replica.start()
         except EngineGoneError as error:
             with self._changed:
-                replica.state = "DEAD"
                 self._restart(replica, error)
             return
         except BaseException as error:  # noqa: BLE001 - raised again by whoever waits for it
@@ -282,18 +314,23 @@ class Replicas:
             return
         with self._changed:
             replica.engine, replica.is_open = engine, True
-            replica.state = "HEALTHY" if self._pushed is None else "STALE"
+            self._has_started(replica)
             self._changed.notify_all()
+
+    def _has_started(self, replica: _Replica) -> None:
+        replica.role.see(RoleSign.STARTED)
+        if self._start_synced and self._pushed is None:
+            replica.role.see(RoleSign.SYNCED)
 
     def rest(self) -> None:
         """One that is being started meanwhile stays awake until the next time."""
         for replica in self._replicas:
-            if replica.state == "HEALTHY":
-                engine = replica.engine
+            if replica.health is RoleHealth.HEALTHY:
+                lease = replica.lease
                 try:
-                    engine.rest()
+                    replica.engine.rest()
                 except EngineGoneError as error:
-                    self._lose(replica, engine, error)
+                    self._lose(replica, lease, error)
 
     def close(self) -> None:
         with self._changed:
@@ -303,6 +340,15 @@ class Replicas:
             thread.join()
         for replica in self._replicas:
             replica.close()
+
+
+def _tell(details: Mapping[str, Any]) -> None:
+    if "dropped" in details:
+        log.warning(
+            "%s answered after it was lost: what it said is not taken (%d times so far)",
+            details["role"],
+            details["dropped"],
+        )
 
 
 def _all_started(starts: Sequence[Callable[[], Engine]]) -> list[Engine]:

@@ -61,8 +61,8 @@ def test_one_of_two_servers_is_lost_and_the_run_goes_on(train, monkeypatch, capl
     """Whichever of them is hit: its groups are asked of the other, and it comes back with the weights."""
     started, reached = [], []
 
-    def seen(replicas, starts, check, max_restarts, make=Replicas.__init__):
-        make(replicas, starts, check, max_restarts)
+    def seen(replicas, *starts, make=Replicas.__init__, **how):
+        make(replicas, *starts, **how)
         started.append(replicas)
         threading.Thread(target=strike, args=(replicas,), daemon=True).start()
 
@@ -72,7 +72,7 @@ def test_one_of_two_servers_is_lost_and_the_run_goes_on(train, monkeypatch, capl
         supervisor = replicas._replicas[0].engine._server.pid
         for child in family(supervisor)[1:]:
             os.kill(child, how)
-        while "STALE" not in replicas.states and not replicas._is_closing:
+        while "stale" not in replicas.states and not replicas._is_closing:
             time.sleep(0.005)
         reached.append(True)
 

@@ -187,7 +187,7 @@ def _policy_of(ask: _Ask) -> Policy:
 
 
 def _restarted(ask: _Ask, starts: Sequence[Callable[[], Engine]], policy: Policy | None) -> Engine:
-    engine = Replicas(starts, _check_again, ask.keys.max_restarts)
+    engine = Replicas(starts, _check_again, ask.keys.max_restarts, start_synced=policy is None)
     if policy is not None and ask.source.policy is None:
         with _closed_on_error(engine):
             sync_engine(engine, policy, version=0)

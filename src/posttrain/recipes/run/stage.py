@@ -15,6 +15,7 @@ import torch
 
 from posttrain.checkpoint.store import CheckpointStore, check_writable, disk_errors, sweep
 from posttrain.config.stages import TrainKeys, step_interval
+from posttrain.distributed.keeper import say_synced
 from posttrain.distributed.sequence import data_ranks
 from posttrain.distributed.sharding import ShardingSpec, sharding_over
 from posttrain.errors import ModelError, OutOfMemoryError
@@ -117,6 +118,7 @@ class Stage:
             guard.tell_rollbacks(state.step)
         self._started = time.monotonic() - state.wall_s
         self._save_every = step_interval(self.keys.save_steps, total_steps)
+        say_synced(state.step)
         return state
 
     def begin_step(self, step: int) -> None:

@@ -259,6 +259,7 @@ def _following(policy: Policy) -> dict[str, torch.Tensor] | None:
     if not policy.frozen_follows:
         return None
     assert policy.frozen is not None
+    policy.sharding.release(policy.frozen.model)  # a rank writes its share, not what a pass gathered
     return dict(policy.frozen.model.named_parameters())
 
 

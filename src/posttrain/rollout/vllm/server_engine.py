@@ -60,7 +60,7 @@ class VLLMServerEngine:
     def __init__(self, server: Server, served: Served, decode: asking.Decode, folder: OwnFolder) -> None:
         self._server, self._served, self._decode = server, served, decode
         self._own_folder, self._folder = folder, folder.path
-        self._half_updated = ""
+        self._half_updated: EngineError | None = None
         # Held while the name of the weights that a request asks for is chosen and counted; not while it is answered.
         self._lock = threading.RLock()
         self._version, self._pushes = 0, count(1)
@@ -215,7 +215,12 @@ class VLLMServerEngine:
         try:
             yield
         except BaseException as error:
-            self._half_updated = f"an update failed in the middle ({type(error).__name__})"
+            # Who samples meanwhile asks another one where this one is lost.
+            is_lost = isinstance(error, EngineGoneError) or (isinstance(error, RefusedError) and error.status >= 500)
+            kind = EngineGoneError if is_lost else EngineError
+            self._half_updated = kind(
+                f"vLLM's server is not asked again: an update failed in the middle ({type(error).__name__})"
+            )
             raise
         if sampling:
             self._post("/resume")
@@ -282,8 +287,8 @@ class VLLMServerEngine:
     @contextmanager
     def _asking(self, doing: str) -> Iterator[None]:
         """Errors with what became of the server."""
-        if self._half_updated:
-            raise EngineError(f"vLLM's server is not asked again: {self._half_updated}")
+        if self._half_updated is not None:
+            raise self._half_updated
         try:
             yield
         except RefusedError as error:

@@ -1,0 +1,262 @@
+"""Engines of vLLM on a cluster of Ray, struck while they generate or take weights, or lost with their node; one of two ranks lost beside two engines.
+
+No group is lost or trained on twice, and every token says of which weights it is.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from tests.distributed import struck_engine_runner
+from tests.distributed.conftest import environment
+from tests.distributed.test_on_ray import STORE_BYTES, events, started
+from tests.recovery.harness import is_exactly_once, ledger, leftovers
+
+pytestmark = [
+    pytest.mark.skipif(
+        not (find_spec("ray") and find_spec("vllm")), reason="Ray or vLLM is not installed: make setup-ray setup-vllm"
+    ),
+    pytest.mark.xdist_group("ray"),
+    pytest.mark.slow,
+]
+ROOT = Path(__file__).parents[2]
+LONGEST_S = 1500.0
+STEPS, BATCH, STALENESS = 4, 2, 1
+GRPO = {
+    "max_steps": STEPS, "num_generations": 2, "num_prompts_per_step": BATCH, "max_completion_length": 320, "sequence_len": 480,
+    "learning_rate": 3e-3, "save_total_limit": 9,
+}  # fmt: skip
+ENGINE = {"engine": "vllm_server", "memory_gib": 0.1}
+LIVES = ["restarting", "stale", "healthy"]
+SLOW_REWARD = """
+import pathlib, time
+
+def spread(prompts, completions, answer, **columns):
+    with pathlib.Path("{place}").open("a") as scored:
+        scored.write(".")
+    time.sleep(3)
+    return [sum(map(ord, c[0]["content"])) % 17 / 17.0 for c in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A node of two CPUs, and two of one, where a second one is lost with what it holds."""
+    found = started(num_cpus=1)
+    found.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+    yield found
+    found.shutdown()
+
+
+class Run:
+    """The command on a cluster, and what can be seen of it from outside."""
+
+    def __init__(self, cluster, yaml, point, how):
+        self.folder = yaml.parent / "run"
+        self.stage = self.folder / "stages/01-grpo"
+        self.marker = yaml.with_suffix(".marker")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", struck_engine_runner.__name__, "drive", point, str(self.marker), "grpo", str(yaml),
+             "--ray", cluster.address, *map(str, how)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT,
+        )  # fmt: skip
+
+    def until(self, seen):
+        """What `seen` gives once that is something."""
+        until = time.monotonic() + LONGEST_S
+        while not (found := seen()):
+            assert self.process.poll() is None, self.process.communicate()[1][-4000:]
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        return found
+
+    def struck(self, strike):
+        """Strikes at the point; how long until the engine is healthy again, and a further step is logged."""
+        self.until(self.marker.exists)
+        strike()
+        self.marker.with_suffix(".struck").write_text("")
+        return self.recovered(lambda: self.lives(0).count("healthy") >= 2)
+
+    def recovered(self, is_back):
+        began, steps = time.monotonic(), self.steps()
+        self.until(lambda: is_back() and self.steps() > steps)
+        return time.monotonic() - began
+
+    def steps(self):
+        metrics = self.stage / "metrics.jsonl"
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+    def lives(self, engine):
+        told = events(self.folder) if (self.folder / "events.jsonl").exists() else []
+        return [event["to"] for event in told if event.get("role") == f"engine-{engine}" and "to" in event]
+
+    def servers(self, log="vllm_server.log"):
+        """The processes that write this log, those of vLLM: a supervisor and a keeper are none of them."""
+        return [
+            pid
+            for pid in processes()
+            if log_of(pid) == str(self.stage / log) and b"posttrain.supervised" not in command_of(pid)
+        ]
+
+    def ranks(self):
+        found = {}
+        for pid in processes():
+            words = command_of(pid).split(b"\0")
+            if (
+                str(self.marker).encode() in words
+                and b"rank" in words
+                and b"posttrain.supervised" not in command_of(pid)
+            ):
+                with suppress(OSError):
+                    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                    found[int(next(v for v in variables if v.startswith(b"RANK="))[5:])] = pid
+        return found
+
+    def done(self):
+        _, err = self.process.communicate(timeout=LONGEST_S)
+        assert self.process.returncode == 0, err[-6000:]
+        return err
+
+
+def processes():
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def command_of(pid):
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+def log_of(pid):
+    with suppress(OSError):
+        return os.readlink(f"/proc/{pid}/fd/2")
+    return ""
+
+
+def strike_all(pids, number):
+    assert pids
+    for pid in pids:
+        os.kill(pid, number)
+
+
+@pytest.fixture
+def run(cluster, write_yaml):
+    running = []
+
+    def start(point, *how, **keys):
+        running.append(Run(cluster, write_yaml("grpo", architecture="qwen3", **GRPO | keys), point, how))
+        return running[-1]
+
+    yield start
+    for one in running:
+        if one.process.poll() is None:
+            one.process.terminate()
+            one.process.communicate(timeout=120)
+
+
+def check_whole(run, runner):
+    """Every step once, every group once, each with the weights that it says."""
+    rows = runner.rows(run.stage)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert all(row["sync/canary_gap"] < 1e-4 for row in rows)
+    assert is_exactly_once(ledger(run.stage))
+    assert leftovers(run.stage) == []
+
+
+def check_tokens(run):
+    """Of groups made ahead: none of a batch is older than allowed, and no token of weights to come."""
+    lines = [json.loads(line) for path in sorted((run.stage / "rollouts").glob("*.jsonl")) for line in path.open()]
+    arrived = {line["arrived"][0]: line["rollouts"] for line in lines if "arrived" in line}
+    assert len(arrived) == sum("arrived" in line for line in lines)
+    batches = [tuple(line["batched"]) for line in lines if "batched" in line]
+    assert [generation for generation, _ in batches] == list(range(STEPS))
+    for generation, numbers in batches:
+        for rollout in (rollout for number in numbers for rollout in arrived[number]):
+            completion = rollout["completion"]
+            versions = completion["policy_versions"] or [completion["policy_version"]]
+            assert versions == sorted(versions)
+            assert generation - STALENESS <= versions[0] <= versions[-1] <= generation
+
+
+SAYS = {"generating": "could not generate", "syncing": "could not take its weights"}
+STRIKES = [(point, number) for point in SAYS for number in (signal.SIGKILL, signal.SIGSTOP)]
+
+
+@pytest.mark.parametrize(("point", "number"), STRIKES)
+def test_an_engine_that_is_struck_comes_back_with_the_weights(point, number, run, runner):
+    rollout = ENGINE | {"max_staleness": STALENESS, "pause": "keep", "timeout_s": 20.0}
+    one = run(point, rollout=rollout)
+    took = one.struck(lambda: strike_all(one.servers(), number))
+    err = one.done()
+    print(f"engine {point} {signal.Signals(number).name}: recovered after {took:.0f} s")
+    assert SAYS[point] in err and "it is started again (1 more times at most)" in err
+    assert one.lives(0)[:7] == [*LIVES, "dead", *LIVES]
+    check_whole(one, runner)
+    check_tokens(one)
+
+
+def test_an_engine_that_is_lost_with_its_node_is_placed_on_another(cluster, run, runner):
+    """SIGKILL of the raylet: for a while the server there answers on, whose keeper is gone."""
+    how = ("--worker", "cpus=2,placement=strict_spread")
+    one = run("generating", *how, rollout=ENGINE | {"max_staleness": STALENESS, "pause": "keep"})
+    lost = []
+
+    def strike():
+        supervisor = parent_of(one.servers()[0])
+        while not any(supervisor == node_pid(node) for node in cluster.worker_nodes):
+            supervisor = parent_of(supervisor)
+        lost.extend(node for node in cluster.worker_nodes if node_pid(node) == supervisor)
+        os.kill(supervisor, signal.SIGKILL)
+
+    try:
+        took = one.struck(strike)
+        err = one.done()
+    finally:
+        for node in lost:
+            cluster.remove_node(node, allow_graceful=False)
+            cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+    print(f"engine's node generating SIGKILL: recovered after {took:.0f} s")
+    assert "it is started again (1 more times at most)" in err
+    assert one.lives(0)[:7] == [*LIVES, "dead", *LIVES]
+    check_whole(one, runner)
+    check_tokens(one)
+
+
+def node_pid(node):
+    return node.all_processes["raylet"][0].process.pid
+
+
+def parent_of(pid):
+    assert pid > 1, "no raylet of a node that may be lost"
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_two_ranks_with_two_engines_lose_one_of_each(run, runner, tmp_path):
+    """First an engine while it generates, whose groups the other one answers; then a rank, and both engines are kept warm."""
+    scored = tmp_path / "scored"
+    (tmp_path / "slow.py").write_text(SLOW_REWARD.format(place=scored))
+    one = run(
+        "generating", "--workers", 2, rollout=ENGINE | {"replicas": 2}, reward_funcs=[f"{tmp_path / 'slow.py'}:spread"]
+    )
+    took = one.struck(lambda: strike_all(one.servers("vllm_server-0.log"), signal.SIGKILL))
+    print(f"one of two engines of two ranks, generating SIGKILL: recovered after {took:.0f} s")
+    begun = scored.stat().st_size
+    one.until(lambda: scored.stat().st_size > begun)  # no update is on its way while completions are scored
+    warm = [one.servers(f"vllm_server-{number}.log") for number in range(2)]
+    os.kill(one.ranks()[1], signal.SIGKILL)
+    print(f"one of two ranks, scoring SIGKILL: recovered after {one.recovered(lambda: True):.0f} s, engines kept warm")
+    assert [one.servers(f"vllm_server-{number}.log") for number in range(2)] == warm
+    err = one.done()
+    assert "it is started again (1 more times at most)" in err
+    assert "rank 1 on" in err and "was killed by SIGKILL; the ranks start again" in err
+    assert one.lives(0)[:7] == [*LIVES, "dead", *LIVES]
+    assert "dead" not in one.lives(1)[:2]
+    check_whole(one, runner)
