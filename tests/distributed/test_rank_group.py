@@ -88,7 +88,7 @@ def rank_pids(folder):
 
 def await_steps(run, number, process):
     metrics = next(iter(run.glob("stages/*/metrics.jsonl")), None)
-    until = time.monotonic() + 200
+    until = time.monotonic() + 600
     while metrics is None or metrics.read_bytes().count(b"\n") < number:
         assert process.poll() is None, process.communicate()[1][-4000:]
         assert time.monotonic() < until

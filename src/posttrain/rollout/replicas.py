@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from posttrain.distributed.roles import Role, RoleHealth, RoleSign
 from posttrain.errors import EngineGoneError
@@ -47,6 +47,15 @@ class _Replica:
         if self.is_open:
             self.is_open = False
             self.engine.close()
+
+
+class _Start(NamedTuple):
+    """One start of a replica, as it was chosen: what it says counts while the replica has this lease."""
+
+    replica: _Replica
+    engine: Engine
+    lease: int
+    health: RoleHealth
 
 
 class Replicas:
@@ -115,14 +124,13 @@ class Replicas:
 
     def score(self, sequences: Sequence[tuple[Sequence[int], int]], temperature: float = 1.0) -> list[list[float]]:
         while True:
-            replica = self._healthy()
-            lease = replica.lease
+            start = self._healthy()
             try:
-                scores = replica.engine.score(sequences, temperature)
+                scores = start.engine.score(sequences, temperature)
             except EngineGoneError as error:
-                self._lose(replica, lease, error)
+                self._lose(start, error)
                 continue
-            if self._takes(replica, lease):
+            if self._takes(start):
                 return scores
 
     def _shares(self, requests: Sequence[Request]) -> list[list[int]]:
@@ -140,22 +148,21 @@ class Replicas:
 
     def _begin(
         self, places: Sequence[int], requests: Sequence[Request], params: SamplingParams, skip: int = 0
-    ) -> tuple[_Replica, int, Iterator[Completion]]:
-        replica = self._healthy(skip)
-        lease = replica.lease
-        return replica, lease, replica.engine.generate([requests[place] for place in places], params)
+    ) -> tuple[_Start, Iterator[Completion]]:
+        start = self._healthy(skip)
+        return start, start.engine.generate([requests[place] for place in places], params)
 
     def _completions(
         self, places: list[int], requests: Sequence[Request], params: SamplingParams,
-        begun: tuple[_Replica, int, Iterator[Completion]],
+        begun: tuple[_Start, Iterator[Completion]],
     ) -> Iterator[Completion]:  # fmt: skip
         left = set(places)
         while True:
-            replica, lease, found = begun
-            self._count(replica, 1)
+            start, found = begun
+            self._count(start.replica, 1)
             try:
                 for completion in found:
-                    if not self._takes(replica, lease):
+                    if not self._takes(start):
                         break
                     place = places[completion.request]
                     left.discard(place)
@@ -163,9 +170,9 @@ class Replicas:
                 else:
                     return
             except EngineGoneError as error:
-                self._lose(replica, lease, error)
+                self._lose(start, error)
             finally:
-                self._count(replica, -1)
+                self._count(start.replica, -1)
             places = sorted(left)
             begun = self._begin(places, requests, params)
 
@@ -203,9 +210,9 @@ class Replicas:
         finally:
             given_up.set()
 
-    def _takes(self, replica: _Replica, lease: int) -> bool:
+    def _takes(self, start: _Start) -> bool:
         with self._changed:
-            return replica.role.takes(lease)
+            return start.replica.role.takes(start.lease)
 
     def _count(self, replica: _Replica, change: int) -> None:
         with self._changed:
@@ -218,38 +225,42 @@ class Replicas:
         self._pushed = weights, version
         moved = Moved(0, 0)
         for replica in self._replicas:
-            if replica.health in (RoleHealth.HEALTHY, RoleHealth.STALE):
-                is_back = replica.lease > 1 and replica.health is RoleHealth.STALE
-                got = self._push(replica, self._pushed, checked=is_back or len(self._replicas) > 1)
-                moved = Moved(moved.num_bytes + got.num_bytes, moved.whole_bytes + got.whole_bytes)
+            got = self._push(self._present(replica), self._pushed)
+            moved = Moved(moved.num_bytes + got.num_bytes, moved.whole_bytes + got.whole_bytes)
         self._healthy()
         return moved
 
     def revive(self) -> None:
         """Engines that were started again get the weights of the last update."""
         for replica in self._replicas:
-            if replica.health is RoleHealth.STALE and self._pushed is not None:
-                self._push(replica, self._pushed, checked=True)
+            if self._pushed is not None and (start := self._present(replica)).health is RoleHealth.STALE:
+                self._push(start, self._pushed)
 
-    def _push(self, replica: _Replica, pushed: tuple[Weights, int], *, checked: bool) -> Moved:
-        """What came, nothing where the engine is gone meanwhile."""
-        engine, lease = replica.engine, replica.lease
+    def _push(self, start: _Start, pushed: tuple[Weights, int]) -> Moved:
+        """What came, nothing where the engine is gone. The first weights of a single one are checked by whoever brings them."""
+        if start.health not in (RoleHealth.HEALTHY, RoleHealth.STALE):
+            return Moved(0, 0)
+        is_back = start.lease > 1 and start.health is RoleHealth.STALE
         try:
-            moved = engine.update(*pushed)
-            if checked:
-                self._check(engine, pushed[0])
+            moved = start.engine.update(*pushed)
+            if is_back or len(self._replicas) > 1:
+                self._check(start.engine, pushed[0])
         except EngineGoneError as error:
-            self._lose(replica, lease, error)
+            self._lose(start, error)
             return Moved(0, 0)
         with self._changed:
-            if replica.lease == lease:
-                replica.role.see(RoleSign.SYNCED)
+            if start.replica.lease == start.lease:
+                start.replica.role.see(RoleSign.SYNCED)
                 self._changed.notify_all()
         return moved
 
     # --- who is there ----------------------------------------------------------------------------------------------
 
-    def _healthy(self, skip: int = 0) -> _Replica:
+    def _present(self, replica: _Replica) -> _Start:
+        with self._changed:
+            return _Start(replica, replica.engine, replica.lease, replica.health)
+
+    def _healthy(self, skip: int = 0) -> _Start:
         """The one with the least to do, or the `skip`-th after it; waits for one that is being started."""
         while True:
             self._revive_if_owner()
@@ -264,18 +275,18 @@ class Replicas:
                     key=lambda replica: (replica.under_way, replica.number),
                 )
                 if able:
-                    return able[skip % len(able)]
+                    return self._present(able[skip % len(able)])
                 self._changed.wait(_LOOK_S)
 
     def _revive_if_owner(self) -> None:
         if threading.get_ident() == self._owner:
             self.revive()
 
-    def _lose(self, replica: _Replica, lease: int, error: EngineGoneError) -> None:
+    def _lose(self, start: _Start, error: EngineGoneError) -> None:
         """Begin to start it again, where nobody has yet. Raises: `error` where none is left and none may be started."""
         with self._changed:
-            if replica.lease == lease and replica.health is not RoleHealth.DEAD:
-                self._restart(replica, error)
+            if start.replica.lease == start.lease and start.replica.health is not RoleHealth.DEAD:
+                self._restart(start.replica, error)
             if self._is_closing or self._failure is not None:
                 raise self._failure or error
 
@@ -325,12 +336,11 @@ class Replicas:
     def rest(self) -> None:
         """One that is being started meanwhile stays awake until the next time."""
         for replica in self._replicas:
-            if replica.health is RoleHealth.HEALTHY:
-                lease = replica.lease
+            if (start := self._present(replica)).health is RoleHealth.HEALTHY:
                 try:
-                    replica.engine.rest()
+                    start.engine.rest()
                 except EngineGoneError as error:
-                    self._lose(replica, lease, error)
+                    self._lose(start, error)
 
     def close(self) -> None:
         with self._changed:
@@ -344,11 +354,8 @@ class Replicas:
 
 def _tell(details: Mapping[str, Any]) -> None:
     if "dropped" in details:
-        log.warning(
-            "%s answered after it was lost: what it said is not taken (%d times so far)",
-            details["role"],
-            details["dropped"],
-        )
+        said = "%s answered after it was lost: what it said is not taken (%d times so far)"
+        log.warning(said, details["role"], details["dropped"])
 
 
 def _all_started(starts: Sequence[Callable[[], Engine]]) -> list[Engine]:
