@@ -57,6 +57,22 @@ def test_an_engine_is_healthy_only_once_its_trainer_has_synced_it(watched, tmp_p
     assert told == ["restarting", "stale", "healthy", "dead", "restarting", "stale", "dead"]
 
 
+def test_an_engine_that_is_kept_warm_is_stale_until_the_next_trainer_has_synced_it(watched, tmp_path):
+    roles, (keeper,), told = watched
+    serve(keeper, tmp_path, "one")
+    keeper.call("synced", 4)
+    roles.look()
+    keeper.call("synced", -1)  # the next update is on its way
+    roles.look()
+    keeper.call("synced", 5)
+    serve(keeper, tmp_path, "one")
+    roles.look()
+    roles.look()
+    keeper.call("synced", 3)
+    roles.look()
+    assert told == ["restarting", "stale", "healthy", "stale", "healthy"]
+
+
 def test_a_keeper_that_is_lost_is_made_again_as_often_as_may_be(watched, tmp_path):
     roles, made, told = watched
     serve(made[0], tmp_path, "one")

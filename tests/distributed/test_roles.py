@@ -34,7 +34,7 @@ def walked(signs):
 def test_a_role_is_healthy_only_after_a_sync_of_its_present_start(signs):
     synced = False
     for sign, before, after in zip(signs, walked(signs), walked(signs)[1:], strict=False):
-        if before.health is RoleHealth.DEAD or after.health is RoleHealth.DEAD:
+        if before.health is RoleHealth.DEAD or after.health is RoleHealth.DEAD or sign is RoleSign.HANDED_ON:
             synced = False
         synced |= sign is RoleSign.SYNCED and before.health is RoleHealth.STALE
         assert after.health is not RoleHealth.HEALTHY or synced
@@ -58,12 +58,13 @@ def test_a_role_that_misses_its_deadlines_is_dead_after_as_many_as_may_be_missed
 
 def test_the_life_of_a_role():
     signs = (
-        "STARTING STARTED SYNCED MISSED ANSWERED MISSED MISSED MISSED ANSWERED STARTING STARTED MISSED ANSWERED SYNCED"
+        "STARTING STARTED SYNCED MISSED ANSWERED MISSED MISSED MISSED ANSWERED STARTING STARTED MISSED ANSWERED SYNCED HANDED_ON "
+        "ANSWERED SYNCED"
     )
     found = [str(state.health) for state in walked(RoleSign[name] for name in signs.split())]
     assert found == [
         "dead", "restarting", "stale", "healthy", "suspect", "healthy", "suspect", "suspect", "dead", "dead", "restarting", "stale",
-        "suspect", "stale", "healthy",
+        "suspect", "stale", "healthy", "stale", "stale", "healthy",
     ]  # fmt: skip
 
 
@@ -84,7 +85,7 @@ def test_what_an_earlier_start_delivers_is_dropped_counted_and_told():
 
 REPORTS = st.builds(
     RoleReport, lease=st.integers(0, 3), code=st.sampled_from([None, None, None, -9]), version=st.integers(-1, 1),
-    is_idle=st.sampled_from([False, False, True]),
+    is_idle=st.sampled_from([False, False, True]), asked=st.integers(0, 3),
 )  # fmt: skip
 ANSWERS = st.lists(st.one_of(REPORTS, st.sampled_from([RoleLateError("late"), RoleLostError("lost")])), max_size=20)
 

@@ -124,6 +124,18 @@ def connect(server, policy, model_dir):
     return partial(make_engine, EngineSource(keys, policy), keys=rollout)
 
 
+@pytest.fixture
+def synced(connect, policy):
+    """Connected, and brought the weights of the policy."""
+
+    def call():
+        engine = connect()
+        engine.update(policy, 0)
+        return engine
+
+    return call
+
+
 def test_trained_weights_arrive_as_a_checkpoint_and_the_canary_holds(server, connect, policy):
     engine = connect()
     assert isinstance(engine, Engine)
@@ -140,8 +152,8 @@ def test_trained_weights_arrive_as_a_checkpoint_and_the_canary_holds(server, con
     engine.close()
 
 
-def test_completions_and_scores_are_those_of_the_engine_behind_it(server, connect):
-    engine, params = connect(), SamplingParams(max_tokens=6, temperature=0.8, top_p=0.9, top_k=40, min_p=0.01)
+def test_completions_and_scores_are_those_of_the_engine_behind_it(server, synced):
+    engine, params = synced(), SamplingParams(max_tokens=6, temperature=0.8, top_p=0.9, top_k=40, min_p=0.01)
     requests = [Request(PROMPT, seed) for seed in range(5)] + [Request((7,), (1 << 40) + 3)]
     found = in_order(engine.generate(requests, params))
     expected = in_order(server.engine.generate([*requests[:5], Request((7,), 3)], params))
@@ -153,8 +165,8 @@ def test_completions_and_scores_are_those_of_the_engine_behind_it(server, connec
     assert engine.describe().logprobs == "uncut"
 
 
-def test_a_stop_string_ends_with_the_token_that_completes_it(server, connect, policy):
-    engine = connect()
+def test_a_stop_string_ends_with_the_token_that_completes_it(server, synced, policy):
+    engine = synced()
     [free] = engine.generate([Request(PROMPT, 1)], SamplingParams(max_tokens=8))
     stop = policy.tokenizer.decode([free.ids[2]])
     [stopped] = engine.generate([Request(PROMPT, 1)], SamplingParams(max_tokens=8, stop=(stop,)))
@@ -206,8 +218,8 @@ def test_weights_of_somebody_else_are_noticed(server, connect, policy):
         in_order(engine.generate([Request(PROMPT, 0)], SamplingParams(max_tokens=2)))
 
 
-def test_weights_wait_for_completions_that_are_being_sampled(connect, policy):
-    engine = connect()
+def test_weights_wait_for_completions_that_are_being_sampled(synced, policy):
+    engine = synced()
     running = engine.generate([Request(PROMPT, seed) for seed in range(3)], SamplingParams(max_tokens=2))
     next(running)
     with pytest.raises(EngineError, match="weights of version 1 came while completions of version 0"):
@@ -216,12 +228,12 @@ def test_weights_wait_for_completions_that_are_being_sampled(connect, policy):
     engine.update(policy, 1)
 
 
-def test_a_prompt_that_it_cannot_take_is_refused(server, connect):
+def test_a_prompt_that_it_cannot_take_is_refused(server, synced):
     server.info["max_req_input_len"] = 10
     with pytest.raises(EngineError, match=r"request 0: 15 tokens; SGLang at .* takes 10"):
-        connect().generate([Request(PROMPT, 0)], SamplingParams(max_tokens=10))
+        synced().generate([Request(PROMPT, 0)], SamplingParams(max_tokens=10))
     with pytest.raises(EngineError, match="request 0 has an empty prompt"):
-        connect().generate([Request((), 0)], SamplingParams(max_tokens=1))
+        synced().generate([Request((), 0)], SamplingParams(max_tokens=1))
 
 
 @pytest.mark.parametrize(("said", "computes"), [("auto", "float16"), ("bfloat16", "bfloat16"), ("half", "float16")])

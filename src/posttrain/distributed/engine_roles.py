@@ -33,7 +33,7 @@ class EngineRoles:
         self._left = [max_restarts] * len(roles)
         self._kept = [make(number) for number in range(len(roles))]
         self._asked: dict[int, tuple[Any, float]] = {}
-        self._lease = [0] * len(roles)
+        self._lease, self._served = [0] * len(roles), [0] * len(roles)
 
     def look(self) -> None:
         for number, role in enumerate(self._roles):
@@ -63,6 +63,9 @@ class EngineRoles:
             role.see(RoleSign.ENDED, "another one was asked for")
             role.see(RoleSign.STARTING)
             role.see(RoleSign.STARTED, node=self._kept[number].node.address)
+        elif report.asked > self._served[number]:
+            role.see(RoleSign.HANDED_ON, "another trainer goes on with it")
+        self._served[number] = report.asked
         if report.code is not None or report.is_idle:
             role.see(RoleSign.ENDED, report.how or "its trainer let it go")
             return

@@ -42,7 +42,7 @@ class Keeper:
         self._lease_s, self._name, self._address, self._on_expiry = lease_s, name, address, on_expiry
         self._lock = threading.Lock()
         self._running: _Running | None = None
-        self._lease, self._asked, self._version = 0, time.monotonic(), -1
+        self._lease, self._asked, self._version, self._served = 0, time.monotonic(), -1, 0
         self._closed = threading.Event()
         threading.Thread(target=self._watch, daemon=True, name="lease").start()
 
@@ -70,6 +70,7 @@ class Keeper:
                 self._running = _Running(program, self._name, self._address)
             assert self._running is not None
             self._asked, self._version = time.monotonic(), -1
+            self._served += 1
             return self._running.reach() | {"warm": warm}
 
     def synced(self, version: int) -> None:
@@ -82,7 +83,8 @@ class Keeper:
             self._asked = time.monotonic()
             if self._running is None:
                 return RoleReport(self._lease, is_idle=True)
-            return replace(self._running.report(self._lease), version=max(self._version, self._running.version()))
+            version = max(self._version, self._running.version())
+            return replace(self._running.report(self._lease), version=version, asked=self._served)
 
     def signal(self, number: int) -> None:
         with self._lock:

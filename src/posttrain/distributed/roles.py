@@ -31,6 +31,7 @@ class RoleSign(StrEnum):
     STARTING = "starting"
     STARTED = "started"
     SYNCED = "synced"  # it has the state that the run is at
+    HANDED_ON = "handed on"  # to one that goes on from another state
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ def next_state(state: RoleState, sign: RoleSign) -> RoleState:
             return replace(state, health=RoleHealth.STALE, missed=0)
         case RoleSign.SYNCED if health is RoleHealth.STALE:
             return replace(state, health=RoleHealth.HEALTHY, synced=True, missed=0)
+        case RoleSign.HANDED_ON:
+            return replace(state, health=RoleHealth.STALE if health is RoleHealth.HEALTHY else health, synced=False)
         case RoleSign.ANSWERED if health is RoleHealth.SUSPECT:
             return replace(state, health=RoleHealth.HEALTHY if state.synced else RoleHealth.STALE, missed=0)
         case RoleSign.ANSWERED:
@@ -138,7 +141,7 @@ class RoleProgram:
 class RoleReport:
     """What is delivered of a role: what it has written since the last one, and, once it ended, its code and how, in words.
 
-    `version`: of the state that it was brought to, -1 before that. `is_idle`: whether nothing runs there.
+    `version`: of the state that it was brought to, -1 before that. `is_idle`: whether nothing runs there. `asked`: how often it was asked to serve.
     """
 
     lease: int
@@ -148,6 +151,7 @@ class RoleReport:
     how: str = ""
     version: int = -1
     is_idle: bool = False
+    asked: int = 0
 
 
 @dataclass(frozen=True)
