@@ -3,6 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
+from posttrain.config.paths import TEMPLATES
 from posttrain.data.render import chat_ids, draft_example, draft_labelled, draft_pair, draft_prompt, tokenize
 from posttrain.data.template import end_of_turn, render_text, template_digest, use_template
 from posttrain.errors import ConfigError, DataError
@@ -51,6 +52,23 @@ def trained(tokenizer, seq):
 
 def whole(tokenizer, messages, **options):
     return tuple(tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=False, **options))
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (assistant("46"), "46<|im_end|>"),
+        (assistant("46", reasoning_content="hm"), "hm\n</think>\n\n46<|im_end|>"),
+        (assistant("<think>\nhm\n</think>\n\n46"), "hm\n</think>\n\n46<|im_end|>"),
+    ],
+)
+def test_axolotls_qwen3_trains_a_thought_that_is_given_and_no_marks_around_none(tokenizer_of, answer, expected):
+    """Axolotl trains what differs where the answer is another: marks that stand around every answer do not."""
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template = (TEMPLATES / "axolotl_qwen3.jinja").read_text()
+    messages = (user("Hello there"), assistant("I am fine."), user("and 12 + 34?"), answer)
+    seq = render_example(tokenizer, Example(ORIGIN, messages=messages))
+    assert trained(tokenizer, seq) == ["I am fine.<|im_end|>", expected]
 
 
 @pytest.mark.parametrize("family", CHAT_FAMILIES)

@@ -59,7 +59,6 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(TrainKeys, _LORA, lambda k: k.adapter == "none", "adapter is none; set adapter: lora or qlora"),
     NoEffect(TrainKeys, _SHAPE, lambda k: k.adapter != "none" and k.adapter_start == "continue", "adapter_start is continue, and the adapter keeps the form that it was begun with"),
     NoEffect(TrainKeys, _SHAPE, lambda k: k.adapter != "none" and k.adapter_name_or_path is not None, "adapter_name_or_path says it: that adapter keeps the form that it was begun with"),
-    NoEffect(TrainKeys, ("adapter_name_or_path",), lambda k: k.adapter == "none", "adapter is none; set adapter: lora or qlora"),
     NoEffect(TrainKeys, _QUANT, lambda k: not k.load_in_4bit, "the base is not in 4 bits; set adapter: qlora"),
     NoEffect(TrainKeys, ("merge_onto",), lambda k: not k.base_bits, "the base is not in 4 bits, nor in 8; set adapter: qlora, or load_in_8bit: true"),
     NoEffect(TrainKeys, ("unfrozen_parameters", "unfrozen_layers"), lambda k: k.adapter != "none", "an adapter is trained, and all of it"),

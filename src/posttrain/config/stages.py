@@ -88,6 +88,8 @@ class ModelKeys(StartKeys):
 
     @model_validator(mode="after")
     def _has_one_adapter_to_start_from(self) -> ModelKeys:
+        if self.adapter_name_or_path is not None and self.adapter == "none":
+            raise ValueError(f"adapter_name_or_path: {self.adapter_name_or_path} with adapter: none, which would train the base without it; set adapter: lora or qlora, or merge it first (`posttrain merge`) and name the merged folder as base_model")
         if self.adapter_name_or_path is not None and self.adapter_start == "continue":
             raise ValueError(f"adapter_name_or_path: {self.adapter_name_or_path} with adapter_start: continue, which is about the adapter of the stage before; take one of them out")
         return self
@@ -340,6 +342,19 @@ class TrainKeys(OptimizerKeys, ModelKeys):
             raise ValueError(
                 "layer_offloading: true with gradient_checkpointing: false: a layer's weights are there in the backward pass only "
                 "where it is recomputed; set gradient_checkpointing: true or offload"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _embeddings_with_their_own_rate_are_trained(self) -> TrainKeys:
+        # A continued adapter, and added tokens, say only when they are loaded what of the embeddings they train.
+        begun = self.adapter != "none" and self.adapter_start == "fresh" and self.adapter_name_or_path is None
+        targets = [self.lora_target] if isinstance(self.lora_target, str) else self.lora_target
+        only_layers = all(name == "all-linear" or re.fullmatch(r"\w+_proj", name) for name in targets)
+        if self.embedding_lr_scale != 1 and begun and only_layers and not (self.lora_modules_to_save or self.added_tokens):
+            raise ValueError(
+                f"embedding_lr_scale: {self.embedding_lr_scale:g} with adapter: {self.adapter} on the linear layers: neither embedding nor "
+                "head is trained; set it to 1, or train them (lora_modules_to_save)"
             )
         return self
 

@@ -161,11 +161,52 @@ def test_axolotls_several_losses_are_weighed_and_its_older_noise_is_added(loaded
 
 def test_gdpo_is_grpo_that_normalises_each_reward(loaded, tmp_path):
     (tmp_path / "r.py").write_text("def f(prompts, completions, **_): return [0.0 for _ in completions]\n")
-    rows = AXOLOTL + "datasets: [{path: c/d, type: r.rows}]\n"
-    text = rows + "rl: gdpo\ntrl: {reward_funcs: [r.f]}\n"
-    (tmp_path / "theirs.yaml").write_text(text)
-    draft = read_foreign(tmp_path / "theirs.yaml").convert()
-    assert (draft.kind, draft.keys["multi_objective_aggregation"]) == ("grpo", "normalize_then_sum")
+    made, keys = loaded(GRPO.replace("rl: grpo", "rl: gdpo"))
+    assert (made.kind, keys.multi_objective_aggregation) == ("grpo", "normalize_then_sum")
+
+
+GRPO = (
+    AXOLOTL + "datasets: [{path: c/d}]\nrl: grpo\ngradient_accumulation_steps: 8\n"
+    "trl: {reward_funcs: [r.f, e/reward-1.5b], num_generations: 4, max_completion_length: 64, loss_type: dr_grpo, use_vllm: true}\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("more", "found"),
+    [
+        ("", (4, 1)),  # 2 rows × 8 micro-batches are 16 completions, 4 groups of 4
+        ("generation_batch_size: 64, ", (16, 4)),
+        ("temperature: 0.9, ", (4, 1)),
+    ],
+)
+def test_axolotls_grpo_counts_completions_and_ours_prompts(loaded, tmp_path, more, found):
+    (tmp_path / "r.py").write_text("def f(prompts, completions, **_): return [0.0 for _ in completions]\n")
+    made, keys = loaded(GRPO.replace("trl: {", "trl: {" + more))
+    assert (keys.num_prompts_per_step, keys.steps_per_generation) == found
+    assert (keys.reward_funcs[1], keys.loss_type, keys.beta) == ("model:e/reward-1.5b", "dr_grpo", 0)
+    assert ("multiply it by the number of processes" in made.text) == ("batch_size" not in more)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ("num_generations: 4", "num_generations: 5", "micro_batch_size: 16 completions are no whole groups of 5 and whole steps of 16 rows; set trl.num_generations"),
+        ("num_generations: 4", "num_generations: four", "trl.num_generations: four is no size; give"),
+        ("use_vllm: true", "sync_ref_model: true", "trl.sync_ref_model: true: the reference of grpo stays"),
+        ("use_vllm: true", "rollout_func: a.b", "trl.rollout_func: a.b: it is a program"),
+        ("use_vllm: true", "repetition_penalty: 1.1", "trl.repetition_penalty: 1.1: sampling has no such"),
+        ("max_completion_length: 64, ", "", "trl.max_completion_length: missing"),
+        ("{path: c/d}", "{path: c/d, type: r.rows}", "datasets.1.type: r.rows: a function that makes prompts"),
+    ],
+)  # fmt: skip
+def test_what_axolotls_grpo_has_and_ours_lacks_is_refused(refused, before, after, words):
+    assert words in refused(GRPO.replace(before, after))
+
+
+def test_trls_moving_reference_of_grpo_is_refused(refused):
+    text = "model_name_or_path: a/b\ndataset_name: c/d\nreward_funcs: [r.f]\nuse_peft: false\nsync_ref_model: true\n"
+    assert "sync_ref_model: true: the reference of grpo stays" in refused(text + "beta: 0.1\n")
+    assert "sync_ref_model" not in refused(text)
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,8 @@ def test_an_adapter_is_started_from(loaded, before, text, inner):
     [
         (LLAMAFACTORY + "adapter_name_or_path: a, b\n", "adapter_name_or_path: a, b: adapters are merged before training there; merge"),
         (LLAMAFACTORY + "adapter_name_or_path: a\ncreate_new_adapter: true\n", "create_new_adapter: a: adapters are merged before"),
+        (LLAMAFACTORY + "adapter_name_or_path: a\nfinetuning_type: full\n", "adapter_name_or_path: a with finetuning_type: full, which LLaMA-Factory refuses too"),
+        (AXOLOTL + "lora_model_dir: ./before\n", "lora_model_dir: ./before without adapter: Axolotl trains the base"),
         (LORA + "lora_model_dir: ./before\nrl: dpo\n", "lora_model_dir: ./before: the reference is the base without it there"),
     ],
 )  # fmt: skip

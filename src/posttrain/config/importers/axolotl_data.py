@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain.config.importers.axolotl_ebft import is_strided
-from posttrain.config.importers.axolotl_pairs import read_own_style, read_style, styles
+from posttrain.config.importers.axolotl_pairs import PLAIN, read_own_style, read_style, styles
 from posttrain.config.importers.fates import ImportDraft, is_off
 from posttrain.config.importers.paths import local_file
 from posttrain.config.importers.templates import named_template
@@ -157,7 +157,15 @@ def _rows(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str,
         return _own_prompt(draft, kind, where)
     if kind in styles(draft):
         return read_style(draft, str(kind))
+    if kind is None and draft.kind == "dpo":
+        return read_style(draft, PLAIN)  # rows without a type are taken as they are
     reader = _READERS.get((draft.kind, str(kind)))
+    if kind is None and draft.kind == "grpo":
+        return {}
+    if draft.kind == "grpo":
+        why = f"{kind}: a function that makes prompts of the rows there, and none of yours is called here"
+        draft.refuse(f"{where}.type", why, "write its rows to a file, with a column prompt and those that the rewards read, and take type out")  # fmt: skip
+        return {}
     if reader is None:
         known = ", ".join((*(name for stage, name in _READERS if stage == draft.kind), *styles(draft)))
         draft.refuse(

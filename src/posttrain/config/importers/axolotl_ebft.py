@@ -180,7 +180,7 @@ def _structured(draft: ImportDraft, given: Mapping[str, Any]) -> None:
         "num_generations": 8,
         "max_completion_length": 256,
         "advantage_estimator": "group",
-        "loss_type": "bnpo",
+        "loss_type": "dapo",
     }.items():
         draft.assume(ours, value)
     _completions_per_step(draft)

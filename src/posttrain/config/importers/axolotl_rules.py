@@ -8,8 +8,8 @@ from typing import Any
 
 from posttrain.config.importers.axolotl_data import read_datasets, read_streaming, read_template
 from posttrain.config.importers.axolotl_ebft import read_ebft
+from posttrain.config.importers.axolotl_grpo import read_batches, read_grpo
 from posttrain.config.importers.fates import ImportDraft, Kind, Refusal, as_float, is_off, names
-from posttrain.config.importers.paths import reward_file
 from posttrain.config.importers.sharded import count_shards_together
 from posttrain.config.importers.values import (
     OPTIMIZERS,
@@ -72,6 +72,7 @@ def finish(draft: ImportDraft) -> None:
     warmup(draft)
     schedule(draft)
     _batch(draft)
+    read_batches(draft)
     _adapter(draft)
     _model(draft)
     _storage(draft)
@@ -106,7 +107,7 @@ def _method(draft: ImportDraft) -> None:
     if "ebft" in source and draft.kind != "ebft":
         draft.leave("ebft", "it is read with rl: ebft only")
     if draft.kind == "grpo":
-        _grpo(draft)
+        read_grpo(draft)
     elif draft.kind == "ebft":
         read_ebft(draft)
     elif "trl" in source:
@@ -128,46 +129,6 @@ def _rewards(draft: ImportDraft) -> None:
         draft.refuse("num_labels", f"{draft.source['num_labels']}: {what}", f"set {labels}" if labels else OTHER)
     elif "num_labels" in draft.source:
         draft.leave("num_labels", f"{_HEADS.get(draft.kind, 'it is off')}, here too" if labels else "it is off")
-
-
-_GRPO: dict[str, Any] = {
-    "beta": "beta", "num_generations": "num_generations", "max_completion_length": "max_completion_length", "temperature": "temperature",
-    "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "epsilon": "epsilon", "epsilon_high": "epsilon_high", "delta": "delta", "loss_type": "loss_type",
-    "num_iterations": "num_iterations", "reward_weights": "reward_weights", "mask_truncated_completions": "mask_truncated_completions",
-    "importance_sampling_level": "importance_sampling_level", "entropy_coef": "entropy_coef", "multi_objective_aggregation": "multi_objective_aggregation",
-    "off_policy_mask_threshold": "off_policy_mask_threshold", "use_bias_correction_kl": "use_bias_correction_kl", "reward_num_workers": "reward_workers", "log_completions": "log_completions",
-}  # fmt: skip
-_GRPO_LEFT = ("use_vllm", "use_liger_loss", "ref_model_mixup_alpha", "ref_model_sync_steps", "num_completions_to_print",
-              "rollout_func")  # fmt: skip
-
-
-def _grpo(draft: ImportDraft) -> None:
-    trl = draft.source.get("trl") or {}
-    funcs = trl.get("reward_funcs")
-    if not funcs:
-        draft.refuse("trl.reward_funcs", "missing: RL needs a reward", "name reward functions, as file.py:function")
-    else:
-        files = [reward_file(draft, str(name)) for name in funcs]
-        draft.put("reward_funcs", files, "trl.reward_funcs", "module.function there, file.py:function here")
-    for key, value in trl.items():
-        if value is None or key in ("reward_funcs",):
-            continue
-        if key in _GRPO:
-            draft.put(_GRPO[key], value, f"trl.{key}")
-        elif key == "scale_rewards":
-            draft.put("scale_rewards", {True: "group", False: "none"}.get(value, value), f"trl.{key}")
-        elif key in _GRPO_LEFT or key.startswith("vllm_"):
-            draft.leave(
-                f"trl.{key}", "it says where completions are sampled or logged; the embedded engine samples here"
-            )
-        elif not is_off(value):
-            draft.refuse(f"trl.{key}", f"{value}: it has no counterpart here", "take it out")
-    if draft.source["rl"] == "gdpo":
-        draft.put("multi_objective_aggregation", "normalize_then_sum", "rl", "gdpo there")
-    else:
-        draft.leave("rl", "grpo: it is run by `posttrain grpo`")
-    draft.assume("loss_type", "bnpo")
-    draft.assume("beta", 0.0)
 
 
 def _trackers(draft: ImportDraft) -> None:
@@ -200,9 +161,11 @@ def _batch(draft: ImportDraft) -> None:
 def _adapter(draft: ImportDraft) -> None:
     modules, linear = draft.source.get("lora_target_modules"), draft.source.get("lora_target_linear")
     if draft.keys.get("adapter", "none") == "none":
-        for key in ("lora_target_modules", "lora_target_linear", "bnb_config_kwargs", "lora_model_dir"):
+        for key in ("lora_target_modules", "lora_target_linear", "bnb_config_kwargs"):
             if key in draft.source:
                 draft.leave(key, "there is no adapter")
+        if draft.asks("lora_model_dir"):
+            draft.refuse("lora_model_dir", f"{draft.source['lora_model_dir']} without adapter: Axolotl trains the base without it, and says nothing", "set adapter: lora or qlora, or take it out to train the base")  # fmt: skip
         return
     if draft.asks("lora_model_dir"):
         start_from_adapter(draft, "lora_model_dir", str(draft.source["lora_model_dir"]))

@@ -273,7 +273,7 @@ def _converted(
         elif row.fate == "mapped" and unresolved(value):
             draft.refuse(key, f"{show_short(value)} names something that is not in the file", "write the value itself")
         elif not row.joint:
-            _follow(row, key, value, draft)
+            follow(row, key, value, draft)
     tool.finish(draft)
     for ours, value in tool.defaults(draft).items():
         draft.assume(ours, value)
@@ -292,7 +292,8 @@ def _tell_the_rest(tool: Tool, draft: ImportDraft) -> None:
             draft.other.append((key, f"read with others for {row.to}"))
 
 
-def _follow(row: KeyFate, key: str, value: Any, draft: ImportDraft) -> None:
+def follow(row: KeyFate, key: str, value: Any, draft: ImportDraft) -> None:
+    """Give the key the fate of its row."""
     if row.fate in ("changed", "refused") and row.read is None and (is_off(value) or value in row.off):
         draft.leave(key, f"{show_short(value)} asks for nothing that is not so here")
     elif row.fate == "left out":

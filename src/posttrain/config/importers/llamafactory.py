@@ -264,16 +264,13 @@ def _adapter_before(draft: ImportDraft) -> None:
     adapter = draft.keys.get("adapter", "none")
     folders = names(draft.source.get("adapter_name_or_path") or [])
     for key in ("adapter_name_or_path", "adapter_folder", "create_new_adapter"):
-        if key in draft.source and (not folders or adapter == "none" or not draft.asks(key)):
-            draft.leave(
-                key,
-                "there is no adapter to start from"
-                if not folders
-                else "there is no adapter"
-                if adapter == "none"
-                else "it is off",
-            )
-    if not folders or adapter == "none":
+        if key in draft.source and (not folders or not draft.asks(key)):
+            draft.leave(key, "it is off" if folders else "there is no adapter to start from")
+    if not folders:
+        return
+    if adapter == "none":
+        kind = draft.source.get("finetuning_type", "lora")
+        draft.refuse("adapter_name_or_path", f"{', '.join(folders)} with finetuning_type: {kind}, which LLaMA-Factory refuses too: the base would be trained without it", "set finetuning_type: lora, or merge it first (`posttrain merge`) and name the merged folder as model_name_or_path")  # fmt: skip
         return
     if len(folders) > 1 or draft.asks("create_new_adapter"):
         merged = "create_new_adapter" if draft.asks("create_new_adapter") else "adapter_name_or_path"

@@ -22,6 +22,7 @@ from posttrain.config.importers.fates import (
     rows,
     to,
 )
+from posttrain.config.importers.groups import Devices, generation_batches
 from posttrain.config.importers.paths import local_file, reward_file
 from posttrain.config.importers.values import (
     GENERATION,
@@ -390,37 +391,11 @@ def _pairs(draft: ImportDraft) -> None:
 
 
 def _sampling(draft: ImportDraft) -> None:
-    rows_per_step = draft.source.get("per_device_train_batch_size", 8) * draft.source.get(
-        "gradient_accumulation_steps", 1
-    )
-    group, steps = draft.source.get("num_generations", 8), draft.source.get("steps_per_generation")
-    total = draft.source.get("generation_batch_size")
-    if total is None:
-        # TRL's default: as many micro-batches as are accumulated, which is one optimizer step.
-        total = rows_per_step if steps is None else steps * draft.source.get("per_device_train_batch_size", 8)
-    if total % group or total % rows_per_step:
-        draft.refuse(
-            "generation_batch_size",
-            f"{total} completions are no whole groups of {group} and whole steps of {rows_per_step} rows",
-            "set num_generations to a divisor",
-        )
-        return
-    key = "generation_batch_size" if "generation_batch_size" in draft.source else "per_device_train_batch_size"
-    draft.put(
-        "num_prompts_per_step",
-        total // group,
-        key,
-        f"{total} completions of one process in groups of {group}; multiply it by the number of processes",
-    )
-    draft.put(
-        "steps_per_generation",
-        total // rows_per_step,
-        "steps_per_generation" if steps is not None else key,
-        "in optimizer steps here",
-    )
-    for name in ("generation_batch_size", "steps_per_generation"):
-        if name in draft.source and name not in draft.came_from.values():
-            draft.leave(name, "num_prompts_per_step and steps_per_generation say it")
+    rows, accumulated = draft.size("per_device_train_batch_size", 8), draft.size("gradient_accumulation_steps", 1)
+    generation_batches(draft, draft.source, Devices("per_device_train_batch_size", rows, accumulated))
+    synced = draft.asks("sync_ref_model")
+    if synced and draft.keys.get("beta"):
+        draft.refuse("sync_ref_model", "true: the reference of grpo stays where the stage begins", "take it out, or set beta: 0, which needs no reference")  # fmt: skip
 
 
 def defaults(draft: ImportDraft) -> Mapping[str, Any]:

@@ -1,0 +1,59 @@
+"""Generation batches of TRL's GRPO, by whichever tool's keys: completions per device there, prompts and optimizer steps here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.config.importers.fates import ImportDraft, show_short
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """Rows of a micro-batch, the key that says so, and how many micro-batches a step has."""
+
+    rows_key: str
+    rows: int
+    accumulated: int
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.rows * self.accumulated
+
+
+def generation_batches(draft: ImportDraft, given: Mapping[str, Any], devices: Devices, before: str = "") -> None:
+    """Put `num_prompts_per_step` and `steps_per_generation`. The keys in `given` are named with `before`.
+
+    A micro-batch of TRL holds completions, `generation_batch_size` counts those of all processes; where it is silent, a
+    generation batch is as many micro-batches as are accumulated, which is one optimizer step.
+    """
+    sizes = {key: _size(draft, before + key, given.get(key)) for key in ("num_generations", "generation_batch_size", "steps_per_generation")}  # fmt: skip
+    group, steps = sizes["num_generations"] or 8, sizes["steps_per_generation"] or devices.accumulated
+    total = sizes["generation_batch_size"] or steps * devices.rows
+    said = "generation_batch_size" if sizes["generation_batch_size"] else "steps_per_generation"
+    key = before + said if sizes[said] else devices.rows_key
+    if total % group or total % devices.rows_per_step:
+        why = f"{total} completions are no whole groups of {group} and whole steps of {devices.rows_per_step} rows"
+        draft.refuse(key, why, f"set {before}num_generations to a divisor of both")
+        return
+    of_all = said == "generation_batch_size" and bool(sizes[said])
+    note = f"{total} completions in groups of {group}" if of_all else f"{total} completions of one process in groups of {group}; multiply it by the number of processes"  # fmt: skip
+    draft.put("num_prompts_per_step", total // group, key, note)
+    per_step = "in optimizer steps here" + ("; divide it by the number of processes" if of_all else "")
+    draft.put("steps_per_generation", total // devices.rows_per_step, key, per_step)
+    for name in ("generation_batch_size", "steps_per_generation"):
+        if name in given and before + name not in draft.came_from.values():
+            draft.leave(before + name, "num_prompts_per_step and steps_per_generation say it")
+
+
+def _size(draft: ImportDraft, key: str, value: Any) -> int:
+    """A whole number from 1 on; 0 where nothing is said, and where it is none, which is refused."""
+    try:
+        number = 0 if value is None else int(value)
+    except (TypeError, ValueError, OverflowError):
+        number = -1
+    if number < 0 or (value is not None and (number == 0 or isinstance(value, bool) or number != float(value))):
+        draft.refuse(key, f"{show_short(value)} is no size", "give a whole number from 1 on, or take it out")
+        return 0
+    return number
