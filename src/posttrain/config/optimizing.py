@@ -16,6 +16,12 @@ TAKE_SHARES = ("adamw", "sgd")
 """Values of `optim` that step parameters of which each process holds a share. Kernels of bitsandbytes do not, and others look at whole matrices."""
 
 
+def only_layers(lora_target: str | list[str]) -> bool:
+    """Whether an adapter there leaves embedding and head alone, as far as names say: a pattern may reach them."""
+    names = [lora_target] if isinstance(lora_target, str) else lora_target
+    return all(name == "all-linear" or re.fullmatch(r"\w+_proj", name) for name in names)
+
+
 class OptimizerKeys(Keys):
     """Optimizer and what it steps."""
 

@@ -13,7 +13,7 @@ from pydantic import field_validator, model_validator
 
 from posttrain.config.datasets import DatasetKeys, RowKind, share_or_number
 from posttrain.config.knob import knob
-from posttrain.config.optimizing import TAKE_SHARES, OptimizerKeys, check_patterns
+from posttrain.config.optimizing import TAKE_SHARES, OptimizerKeys, check_patterns, only_layers
 from posttrain.config.sharding import ShardingKeys
 from posttrain.config.starting import StartKeys
 
@@ -325,37 +325,23 @@ class TrainKeys(OptimizerKeys, ModelKeys):
     @model_validator(mode="after")
     def _kept_ones_are_saved(self) -> TrainKeys:
         if self.save_keep_every and (self.save_steps < 1 or self.save_keep_every % self.save_steps):
-            raise ValueError(
-                f"save_keep_every={self.save_keep_every} is not a multiple of save_steps={self.save_steps}; "
-                "set it to one, so that there is a checkpoint to keep"
-            )
+            raise ValueError(f"save_keep_every={self.save_keep_every} is not a multiple of save_steps={self.save_steps}; set it to one, so that there is a checkpoint to keep")
         return self
 
     @model_validator(mode="after")
     def _offloaded_layers_are_frozen_and_recomputed(self) -> TrainKeys:
         if self.layer_offloading and self.adapter == "none":
-            raise ValueError(
-                "layer_offloading: true with adapter: none: weights that are trained stay on the device; set adapter: lora or "
-                "qlora, or layer_offloading: false"
-            )
+            raise ValueError("layer_offloading: true with adapter: none: weights that are trained stay on the device; set adapter: lora or qlora, or layer_offloading: false")
         if self.layer_offloading and not self.gradient_checkpointing:
-            raise ValueError(
-                "layer_offloading: true with gradient_checkpointing: false: a layer's weights are there in the backward pass only "
-                "where it is recomputed; set gradient_checkpointing: true or offload"
-            )
+            raise ValueError("layer_offloading: true with gradient_checkpointing: false: a layer's weights are there in the backward pass only where it is recomputed; set gradient_checkpointing: true or offload")
         return self
 
     @model_validator(mode="after")
     def _embeddings_with_their_own_rate_are_trained(self) -> TrainKeys:
-        # A continued adapter, and added tokens, say only when they are loaded what of the embeddings they train.
+        # A continued adapter says only when it is loaded what of the embeddings it trains.
         begun = self.adapter != "none" and self.adapter_start == "fresh" and self.adapter_name_or_path is None
-        targets = [self.lora_target] if isinstance(self.lora_target, str) else self.lora_target
-        only_layers = all(name == "all-linear" or re.fullmatch(r"\w+_proj", name) for name in targets)
-        if self.embedding_lr_scale != 1 and begun and only_layers and not (self.lora_modules_to_save or self.added_tokens):
-            raise ValueError(
-                f"embedding_lr_scale: {self.embedding_lr_scale:g} with adapter: {self.adapter} on the linear layers: neither embedding nor "
-                "head is trained; set it to 1, or train them (lora_modules_to_save)"
-            )
+        if self.embedding_lr_scale != 1 and begun and only_layers(self.lora_target) and not (self.lora_modules_to_save or self.added_tokens):
+            raise ValueError(f"embedding_lr_scale: {self.embedding_lr_scale:g} with adapter: {self.adapter} on layers alone: neither embedding nor head is trained; set it to 1, or train them (lora_modules_to_save)")
         return self
 
     @model_validator(mode="after")

@@ -99,4 +99,12 @@ def test_arguments_of_a_function_are_refused_and_those_of_the_script_are_none(br
     ):
         bring(f"{body}run --learning-rate 1e-5\n")
     assert bring(f"{body}run\n").keys["base_model"] == "a/b"
-    assert bring('axolotl train sft.yaml "$@"\n').keys["base_model"] == "a/b"
+    made = bring('axolotl train sft.yaml "$@"\n')
+    assert made.keys["base_model"] == "a/b"
+    assert '# "$@": changed because what the script is called with is not in the file' in made.text
+
+
+@pytest.mark.parametrize("words", ["$@", '"${@:2}"', "$*", '"${MORE[@]}"'])
+def test_arguments_of_the_script_are_said_to_be_left_out(bring, words):
+    made = bring(f'MORE=("$@")\naxolotl train sft.yaml --seed 3 {words}\n')
+    assert made.keys["seed"] == 3 and any("what the script is called with" in note for note in made.notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from posttrain.config.importers.axolotl_grpo import ROWS as GRPO
 from posttrain.config.importers.axolotl_rules import OTHER, defaults, finish, stage
 from posttrain.config.importers.fates import (
     KeyFate,
@@ -177,7 +178,7 @@ ROWS: dict[str, KeyFate] = {
     "added_tokens_overrides": refused("tokens of the tokenizer are not renamed", "set added_tokens"),
     "special_tokens": joint("special_tokens"),
     "tokens": to("added_tokens"),
-    "eot_tokens": left("a turn is trained through the end-of-turn token that the chat template writes"),
+    "eot_tokens": changed("a turn is trained through the token that the chat template ends it with, and through no other"),
     "chat_template": joint("chat_template"),
     "chat_template_jinja": joint("chat_template"),
     "chat_template_kwargs": to("chat_template_kwargs"),
@@ -196,6 +197,9 @@ ROWS: dict[str, KeyFate] = {
     "rl": joint("loss_type"),
     "ebft": joint("mode", "with rl: ebft; all of its keys"),
     "trl": joint("reward_funcs"),
+    **{f"trl.{key}": row for key, row in GRPO.items()},
+    **rows(joint("num_prompts_per_step", "with micro_batch_size, gradient_accumulation_steps and trl.num_generations"), "trl.generation_batch_size"),
+    "trl.reward_funcs": joint("reward_funcs", "module.function is file.py:function here, and a reward model model:FOLDER"),
     "vllm": left("rollouts use the embedded engine, which samples from the policy's own weights"),
     "rl_beta": to("beta"),
     "dpo_beta": to("beta"),

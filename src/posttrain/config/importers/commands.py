@@ -37,6 +37,8 @@ _HERE_DOCUMENT = re.compile(r"<<-?\s*['\"]?(\w+)")
 _REDIRECTION = re.compile(r"\d?&?>{1,2}.*")
 _FUNCTION = re.compile(r"\s*(?:function\s+)?([\w-]+)\s*(?:\(\s*\))?\s*\{\s*$")
 _ALL_ARGUMENTS = re.compile(r"\$[@*]|\$\{@")
+_ARGUMENTS = re.compile(r"\$[@*]|\$\{[@*](?::\d+)?\}")
+"""A word that stands for what the script itself is called with."""
 _STEP_BESIDE = re.compile(
     r"axolotl(?:\.cli\.| )(?:preprocess|inference|merge|fetch|evaluate)|(?:llamafactory-cli|tune|trl) (?:export|chat|api|webchat|webui|eval|env|version|help|ls|cp|download|validate|cat|vllm-serve)$"
 )
@@ -51,10 +53,11 @@ _OVERRIDE = re.compile(r"(\+{0,2}|~)([A-Za-z_][\w./@-]*)(?:=(.*))?", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class ScriptLine:
-    """A command of a script: where it begins, and its words with the script's own variables put in."""
+    """A command of a script: where it begins, its words with the script's own variables put in, and whether the script's own arguments are among them."""
 
     number: int
     words: list[str]
+    has_arguments: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +69,17 @@ class Command:
     read: Callable[[ScriptLine, Path], dict[str, Any]]
 
 
-def find_command(path: Path, tool: str | None) -> tuple[str, int, dict[str, Any]]:
-    """The command of the script that is a known tool's: the tool's name, its line, its keys. Raises: ConfigError; also where there are several stages."""
+@dataclass(frozen=True, slots=True)
+class FoundCommand:
+    """A known tool's command in a script, and the keys that it gives."""
+
+    tool: str
+    line: ScriptLine
+    keys: dict[str, Any]
+
+
+def find_command(path: Path, tool: str | None) -> FoundCommand:
+    """The command of the script that is a known tool's. Raises: ConfigError; also where there are several stages."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -82,7 +94,7 @@ def find_command(path: Path, tool: str | None) -> tuple[str, int, dict[str, Any]
             numbers = ", ".join(str(other.number) for other in stages)
             raise ConfigError(f"{path}: {len(stages)} stages, in lines {numbers}; put each into a file of its own, and import them one by one")  # fmt: skip
         _refuse_arguments(text, line.number, path)
-        return row.tool, line.number, read[0]
+        return FoundCommand(row.tool, line, read[0])
     known = ", ".join(dict.fromkeys(row.tool for row in COMMANDS))
     raise ConfigError(
         f"{path}: no command of {known} in it; expected one such as `trl sft --model_name_or_path …` or "
@@ -139,7 +151,9 @@ def commands_of(text: str) -> list[ScriptLine]:
         end, words = _command_from(lines, start, ends_here)
         for part in _parts(words):
             if not _assigned(part, variables):
-                found.append(ScriptLine(start + 1, [_put_in(word, variables) for word in _spread(part, variables)]))
+                spread = _spread(part, variables)
+                words = [_put_in(word, variables) for word in spread if not _ARGUMENTS.fullmatch(word)]
+                found.append(ScriptLine(start + 1, words, len(words) < len(spread)))
         start = end
     return found
 
@@ -186,7 +200,7 @@ def _parts(words: list[str]) -> list[list[str]]:
             parts.append([])
         elif skip or _REDIRECTION.fullmatch(word):
             skip = not skip and word.endswith(">")
-        elif word not in ("$@", "$*", "${@:1}", "${@}"):
+        else:
             parts[-1].append(word)
     return [part for part in parts if part]
 

@@ -39,8 +39,16 @@ class Foreign:
     values: Mapping[str, Any]
     lines: Mapping[KeyPath, int]
     nulls: tuple[str, ...]
+    has_arguments: bool = False
+    """Whether the command goes on with the arguments that its script is called with."""
 
     def convert(self, kind: Kind | None = None) -> ImportDraft:
+        draft = self._converted(kind)
+        if self.has_arguments:
+            draft.change('"$@"', "what the script is called with is not in the file; write into the command what matters of it")
+        return draft
+
+    def _converted(self, kind: Kind | None) -> ImportDraft:
         home = tuple(dict.fromkeys((self.path.resolve().parent, Path.cwd())))
         if not self.tool.nested:
             return convert(self.tool, self.values, self.nulls, home, kind)
@@ -54,21 +62,22 @@ def read_foreign(path: Path, tool: str | None = None) -> Foreign:
     if tool is not None and tool not in TOOLS:
         raise ConfigError(f"--tool {tool}: expected one of {', '.join(TOOLS)}")
     if path.suffix.lower() not in YAML_SUFFIXES:
-        name, line, given = find_command(path, tool)
-        values = {key: value for key, value in given.items() if value is not None}
-        unset = tuple(key for key in given if key not in values)
-        return Foreign(TOOLS[name], path, values, dict.fromkeys(((key,) for key in values), line), unset)
+        found = find_command(path, tool)
+        values = {key: value for key, value in found.keys.items() if value is not None}
+        unset = tuple(key for key in found.keys if key not in values)
+        lines = dict.fromkeys(((key,) for key in values), found.line.number)
+        return Foreign(TOOLS[found.tool], path, values, lines, unset, found.line.has_arguments)
     document = read_yaml(path)
     nulls = tuple(str(key[0]) for key in document.nulls if len(key) == 1)
-    found = TOOLS[tool] if tool else tool_of({**document.data, **dict.fromkeys(nulls)})
-    if found is not None and found.nested:
+    known = TOOLS[tool] if tool else tool_of({**document.data, **dict.fromkeys(nulls)})
+    if known is not None and known.nested:
         nulls = tuple(".".join(str(step) for step in key) for key in document.nulls)
-    if found is None:
+    if known is None:
         raise ConfigError(
             f"{path}: no key says which tool it is for; expected a configuration of {', '.join(t.name for t in TOOLS.values())}; "
             f"name the tool with --tool {'|'.join(TOOLS)}"
         )
-    return Foreign(found, path, document.data, document.lines, nulls)
+    return Foreign(known, path, document.data, document.lines, nulls)
 
 
 def tool_of(values: Mapping[str, Any]) -> Tool | None:
