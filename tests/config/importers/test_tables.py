@@ -1,5 +1,8 @@
 """What holds of every tool's table."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from posttrain.config.importers.read import TOOLS
@@ -29,3 +32,18 @@ def test_what_is_mapped_is_mapped_to_a_key_of_ours():
 @pytest.mark.parametrize("tool", TOOLS.values(), ids=lambda tool: tool.name)
 def test_the_marks_of_a_tool_are_keys_of_it(tool):
     assert tool.marks <= tool.rows.keys()
+
+
+DOCUMENTED = {
+    tool: names.split()
+    for tool, names in re.findall(
+        r"\[(\w+) [^\]]*\]\n([^\[]+)", Path(__file__).with_name("documented_keys.txt").read_text()
+    )
+}
+
+
+@pytest.mark.parametrize("tool", ["axolotl", "llamafactory", "trl"])
+def test_every_documented_key_has_a_fate(tool):
+    """Their releases add keys: a newer list in documented_keys.txt says here which."""
+    assert len(DOCUMENTED[tool]) > 200
+    assert [key for key in DOCUMENTED[tool] if not TOOLS[tool].knows(key)] == []

@@ -65,7 +65,7 @@ def read_foreign(path: Path, tool: str | None = None) -> Foreign:
         found = find_command(path, tool)
         values = {key: value for key, value in found.keys.items() if value is not None}
         unset = tuple(key for key in found.keys if key not in values)
-        lines = dict.fromkeys(((key,) for key in values), found.line.number)
+        lines: dict[KeyPath, int] = dict.fromkeys(((key,) for key in values), found.line.number)
         return Foreign(TOOLS[found.tool], path, values, lines, unset, found.line.has_arguments)
     document = read_yaml(path)
     nulls = tuple(str(key[0]) for key in document.nulls if len(key) == 1)
