@@ -111,7 +111,7 @@ def test_a_kl_that_would_be_normalised_away_is_refused():
 
 
 def test_an_adapter_to_start_from_is_not_left_aside():
-    with pytest.raises(ValidationError, match="adapter_name_or_path: a with adapter: none.*merge it first"):
+    with pytest.raises(ValidationError, match=r"adapter_name_or_path: a with adapter: none.*merge it first"):
         SFTKeys(**REQUIRED, adapter_name_or_path="a")
     assert SFTKeys(**REQUIRED, adapter_name_or_path="a", adapter="lora").adapter_name_or_path == "a"
 
@@ -119,7 +119,9 @@ def test_an_adapter_to_start_from_is_not_left_aside():
 @pytest.mark.parametrize("target", ["all-linear", ["q_proj", "v_proj"]])
 def test_a_learning_rate_of_embeddings_that_no_adapter_trains_is_refused(target):
     keys = REQUIRED | {"adapter": "lora", "lora_target": target, "embedding_lr_scale": 0.5}
-    with pytest.raises(ValidationError, match="embedding_lr_scale: 0.5 with adapter: lora.*neither embedding nor head"):
+    with pytest.raises(
+        ValidationError, match=r"embedding_lr_scale: 0.5 with adapter: lora.*neither embedding nor head"
+    ):
         SFTKeys(**keys)
     for trained in ({"lora_modules_to_save": ["lm_head"]}, {"added_tokens": ["<a>"]}, {"adapter_name_or_path": "a"}):
         assert SFTKeys(**keys, **trained).embedding_lr_scale == 0.5

@@ -45,7 +45,9 @@ class Foreign:
     def convert(self, kind: Kind | None = None) -> ImportDraft:
         draft = self._converted(kind)
         if self.has_arguments:
-            draft.change('"$@"', "what the script is called with is not in the file; write into the command what matters of it")
+            draft.change(
+                '"$@"', "what the script is called with is not in the file; write into the command what matters of it"
+            )
         return draft
 
     def _converted(self, kind: Kind | None) -> ImportDraft:
