@@ -54,7 +54,7 @@ def _existing(path: str, folder: Path) -> str:
     local = (folder / Path(path).expanduser()).resolve() if path.strip() else None
     if local is None:
         raise _PathError("got an empty path, expected a file")
-    if local.exists():
+    if os.path.exists(local):
         return str(local)
     raise _PathError(f"{path} does not exist{_where_else(path, local, folder)}")
 
@@ -65,7 +65,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 
 def _template(path: str, folder: Path) -> str:
     """A Jinja file, or a template by name."""
-    if not path.isidentifier() or (folder / path).exists():
+    if not path.isidentifier() or os.path.exists(folder / path):
         return _existing(path, folder)
     known = sorted(file.stem for file in TEMPLATES.glob("*.jinja"))
     if path in known:
@@ -82,7 +82,7 @@ def _where_else(path: str, local: Path, folder: Path) -> str:
     close = did_you_mean(local.name, names)
     if close:
         return f" in {local.parent}{close}"
-    if (Path.cwd() / path).exists():
+    if os.path.exists(Path.cwd() / path):
         return f" in {folder.resolve()}; it exists in the current folder, but paths are relative to the YAML"
     return f" in {local.parent}" + (f", which has {', '.join(names[:5])}" if names else ", which is empty")
 
@@ -171,7 +171,7 @@ def _command(entry: str, folder: Path) -> str:
 
 def _whole(word: str, folder: Path) -> str:
     """A link stays one: a Python of a virtual environment is known by where the link lies."""
-    is_file = (Path(word).suffix != "" or "/" in word) and (folder / word).is_file()
+    is_file = (Path(word).suffix != "" or "/" in word) and os.path.isfile(folder / word)
     return os.path.abspath(folder / word) if is_file else word
 
 

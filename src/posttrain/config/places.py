@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -31,4 +32,4 @@ def looks_local(path: str) -> bool:
 def resolve_path(path: str, folder: Path) -> str:
     """`path` relative to `folder` where it exists there or looks local; a hub id is returned as it is."""
     local = folder / Path(path).expanduser()
-    return str(local.resolve()) if path and (looks_local(path) or local.exists()) else path
+    return str(local.resolve()) if path and (looks_local(path) or os.path.exists(local)) else path

@@ -314,7 +314,7 @@ def _verl(line: ScriptLine, path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}:{line.number}: {odd} is no option of verl's that is known here; take it out")
     stem = given.get("--config-name", "").removesuffix(".yaml")
     file = f"{given.get('--config-path', '.')}/{stem}.yaml"
-    here = any((home / file).is_file() for home in (path.parent, Path.cwd()))
+    here = any(os.path.isfile(home / file) for home in (path.parent, Path.cwd()))
     values = dict(by_path(_read_beside(file, path))) if stem and here else {}
     if stem and not here and stem not in _VERLS_OWN:
         raise ConfigError(f"{path}:{line.number}: {file}: no such file beside the script; name its folder with --config-path")  # fmt: skip
@@ -334,7 +334,7 @@ def _over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _read_beside(file: str, path: Path, otherwise: str = "") -> dict[str, Any]:
-    found = next((home / file for home in (path.parent, Path.cwd()) if (home / file).is_file()), None)
+    found = next((home / file for home in (path.parent, Path.cwd()) if os.path.isfile(home / file)), None)
     if found is None and otherwise:
         raise ConfigError(f"{path}: {file}: no such file, so it is {otherwise}")
     return dict(read_yaml(found or Path(file)).data)

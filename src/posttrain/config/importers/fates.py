@@ -93,7 +93,7 @@ class Refusal:
     todo: str
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.why}; {self.todo}"
+        return " ".join(f"{self.key}: {self.why}; {self.todo}".splitlines())
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,7 +85,7 @@ def _find_info(draft: ImportDraft) -> tuple[Path, Mapping[str, Any]] | None:
         chosen = [name for key in ("dataset", "eval_dataset") for name in names(draft.source.get(key) or [])]
         return Path(), {name: {"hf_hub_url": name} for name in chosen}
     for folder in (place / asked for home in draft.home for place in (home, *home.parents)):
-        if (folder / _INFO).is_file():
+        if os.path.isfile(folder / _INFO):
             return folder, json.loads((folder / _INFO).read_text(encoding="utf-8"))
     return None
 
@@ -146,7 +147,7 @@ def _path(draft: ImportDraft, where: str, entry: Mapping[str, Any], folder: Path
     if file is None:
         draft.refuse(where, "it is neither a file nor a dataset of the hub", "give it file_name or hf_hub_url")
         return None
-    if (folder / file).is_dir():
+    if os.path.isdir(folder / file):
         draft.refuse(where, f"{file} is a folder", "name the files one by one")
         return None
     return str((folder / file).resolve())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from posttrain.config.importers.fates import ImportDraft
@@ -10,9 +11,10 @@ from posttrain.config.importers.fates import ImportDraft
 def local_file(draft: ImportDraft, path: str) -> str:
     """The file at `path` from one of the folders it may be relative to; as it is written where none has it."""
     for folder in draft.home:
-        found = folder / Path(path).expanduser()
-        if path and found.exists():
-            return str(found.resolve())
+        # Of `os`, which says of a name that no file can have (too long, with a zero byte) that it is not there.
+        found = os.path.join(folder, os.path.expanduser(path))
+        if path and os.path.exists(found):
+            return str(Path(found).resolve())
     return path
 
 
