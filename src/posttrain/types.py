@@ -248,6 +248,8 @@ class Completion:
     policy_versions: tuple[int, ...] = ()
     episode: Episode | None = None
     """Of several turns: then `ids` hold what the environment wrote too, with a log-prob of 0."""
+    routed_experts: np.ndarray | None = field(default=None, compare=False)
+    """Of each id the experts of the pass that it was drawn from, 0 where it was not sampled; None where nobody asked. Shape: [ids, layers, experts a token]."""
     inserted: tuple[int, ...] = ()
     """From where to where `ids` were put in, with a log-prob of 0, to end a thought that was too long; empty where none were."""
 
@@ -305,7 +307,7 @@ class Moved:
         return self.num_bytes / self.whole_bytes if self.whole_bytes else 0.0
 
 
-STREAMS: Mapping[str, type[np.generic]] = {
+STREAMS: Mapping[str, type[np.generic] | None] = {
     "behavior_logp": np.float32,
     "advantage": np.float32,
     "old_logp": np.float32,
@@ -315,8 +317,9 @@ STREAMS: Mapping[str, type[np.generic]] = {
     "returns": np.float32,
     "penalty": np.float32,
     "policy_version": np.int32,
+    "routed_experts": None,
 }
-"""What a `Sample` can say of each trained token, and how it is kept."""
+"""What a `Sample` can say of each trained token, and how it is kept; None is as it came."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -326,8 +329,8 @@ class Sample:
     ids: int32; loss_mask: bool, as long as ids. A stream has one value per trained token, in order; None where nobody
     asked for it. `behavior_logp` is what sampled the token, `old_logp` the trainer's at the same weights (None: the
     sampler's are the trainer's own), `policy_version` the weights it was sampled from. Log-probs in nats. `value` is what a critic
-    said before the token was sampled, `returns` what it was to have said; `penalty` weighs |log π − log π_old|. `prompt_tokens` is no
-    stream: the trained tokens of all completions of its prompt in the step, 0 where nobody counted.
+    said before the token was sampled, `returns` what it was to have said; `penalty` weighs |log π − log π_old|. `routed_experts` are the
+    experts that the sampler sent the token before it to, [tokens, layers, experts a token]. `prompt_tokens` is no stream: the trained tokens of all completions of its prompt in the step, 0 where nobody counted.
 
     Example: a prompt (5, 6) answered by (7, 8, 9) at version 4, with a reward above the group's: ids 5 6 7 8 9,
     loss_mask F F T T T, behavior_logp −0.1 −2.0 −0.7, advantage 0.5 0.5 0.5, policy_version 4 4 4.
@@ -344,6 +347,7 @@ class Sample:
     returns: np.ndarray | None = None
     penalty: np.ndarray | None = None
     policy_version: np.ndarray | None = None
+    routed_experts: np.ndarray | None = None
     prompt_tokens: int = 0
 
     def __post_init__(self) -> None:

@@ -67,6 +67,18 @@ def test_shares_are_not_decoded_with_where_that_cannot_be(options, message):
         GRPOKeys.model_validate(BASE | options)
 
 
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        ({"engine": "sglang", "url": "http://127.0.0.1:1"}, "compare with rollout.engine: sglang, .* set routed_experts: off, or engine:"),
+        ({"exact": True}, "compare with rollout.exact: true, .* remove one of them"),
+    ],
+)  # fmt: skip
+def test_experts_are_asked_of_who_can_say_them(beside, message):
+    with pytest.raises(ValueError, match=f"rollout.routed_experts: {message}"):
+        RolloutKeys(routed_experts="compare", **beside)
+
+
 def test_a_way_that_the_engine_does_not_have_is_refused():
     with pytest.raises(
         ValueError, match=r"transfer: file with rollout.engine: embedded, which takes its weights by shared"

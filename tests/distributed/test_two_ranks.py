@@ -114,6 +114,15 @@ MORE = {
         "grpo",
         {"rollout": {"transfer": "shared"}, "architecture": "qwen3_moe", "eval": "dev-prompts", "eval_steps": 2},
     ),
+    "grpo, experts replayed": (
+        "grpo",
+        {
+            "rollout": {"routed_experts": "replay"},
+            "architecture": "qwen3_moe",
+            "num_iterations": 2,
+            "num_prompts_per_step": 3,
+        },
+    ),
     "grpo, scalerl": ("grpo", SCALERL),
     "grpo, the head in float32": ("grpo", {"bf16": True, "cast_lm_head_to_fp32": True}),
     "grpo, thoughts interrupted": ("grpo", {**INTERRUPTED, "mask_truncated_completions": True}),

@@ -101,6 +101,7 @@ CASES = {
     "episodes_lost": ("grpo", series(20, env__failed_ratio=0.2), series(20, env__failed_ratio=lambda s: 0.25 if s % 4 == 0 else 0.0)),
     "clip_fraction": ("grpo", series(20, clip_ratio__region_mean=0.35), series(20, clip_ratio__region_mean=lambda s: 0.4 if s % 3 == 0 else 0.1)),
     "ratio_tails": ("grpo", series(20, importance_ratio__max=25.0), series(20, importance_ratio__max=lambda s: 100.0 if s % 3 == 0 else 2.0)),
+    "router_mismatch": ("grpo", series(10, router__mismatch=0.3), series(10, router__mismatch=0.1)),
     "sampler_mismatch": ("grpo", series(10, **{MISMATCH: 0.08}), series(10, **{MISMATCH: 0.01})),
     "live_false_passes": (
         "grpo",

@@ -19,6 +19,7 @@ from posttrain.planner import (
     fits,
     shortfall,
 )
+from posttrain.planner.engine import SamplingEngine
 from posttrain.planner.fit import overrun
 from posttrain.planner.forecast import forecast
 from posttrain.planner.memory import HELD
@@ -63,6 +64,25 @@ def test_parameters_equal_transformers_for_several_architectures():
         with device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         assert ModelShape.from_config(config.to_dict()).num_params == sum(p.numel() for p in model.parameters())
+
+
+def test_recorded_experts_are_counted_where_they_lie():
+    """4 prompts × 2 answers × 10 tokens, 2 layers, 2 of 4 experts a token, a byte each; two where there are more than 256."""
+    shape = replace(TINY, num_experts=4, experts_per_token=2)
+    asked = SamplingEngine(routed_experts="replay")
+    work = Workload(
+        samples=True,
+        sequence_len=30,
+        max_completion_length=10,
+        num_prompts_per_step=4,
+        num_generations=2,
+        rollout=asked,
+    )
+    assert estimate_memory(shape, work).host == {"routed_experts": 320}
+    assert estimate_memory(shape, replace(work, on_cpu=True), shards=2).parts["routed_experts"] == 320
+    assert estimate_memory(replace(shape, num_experts=512), work).host == {"routed_experts": 640}
+    assert estimate_memory(shape, replace(work, rollout=SamplingEngine())).host == {}
+    assert estimate_memory(TINY, work).host == {}
 
 
 def test_experts_count_in_full_for_memory_and_in_part_for_time():

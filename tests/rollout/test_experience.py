@@ -35,12 +35,14 @@ def groups(draw):
             streams = {}
             for name, dtype in STREAMS.items():
                 how = draw(st.sampled_from(["absent", "constant", "whole"]))
+                width = () if dtype else (2, 3)
+                dtype = dtype or np.uint16
                 if how == "constant":
-                    streams[name] = np.broadcast_to(dtype(draw(st.integers(-3, 3))), (sum(mask),))
+                    value = np.full(width, draw(st.integers(0, 3))).astype(dtype)
+                    streams[name] = np.broadcast_to(value, (sum(mask), *width))
                 elif how == "whole":
-                    streams[name] = np.array(
-                        draw(st.lists(st.integers(-3, 3), min_size=sum(mask), max_size=sum(mask))), dtype
-                    )
+                    values = draw(st.lists(st.integers(0, 3), min_size=sum(mask), max_size=sum(mask)))
+                    streams[name] = np.array([np.full(width, value) for value in values], dtype).reshape(-1, *width)
             members.append(sample(prompt, answer, mask, **streams))
         made.append(tuple(members))
     return tuple(made)

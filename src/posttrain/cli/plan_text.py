@@ -76,7 +76,8 @@ def _server_lines(memory: Any) -> list[str]:
 
 def _offload_lines(memory: Any, copy_bytes_s: float) -> list[str]:
     """What lies in the machine's memory, and how long copies of it take."""
-    held = " and ".join(f"{size_text(size)} for {name}" for name, size in memory.host.items())
+    pinned = {name: size for name, size in memory.host.items() if name != "routed_experts"}
+    held = " and ".join(f"{size_text(size)} for {name}" for name, size in pinned.items())
     each = " by each process" if memory.shards > 1 else ""
     lines = [f"  offload {held} in the machine's memory, pinned{each}"] if held else []
     if memory.copied_bytes:
@@ -87,6 +88,8 @@ def _offload_lines(memory: Any, copy_bytes_s: float) -> list[str]:
         lines.append(
             f"          copied at {copy_bytes_s / 1e9:.1f} GB/s: {trained} a micro-batch, {passed} a pass without gradients, as each decoded token is"
         )
+    if routed := memory.host.get("routed_experts"):
+        lines.append(f"  experts {size_text(routed)} of recorded choices in the machine's memory, a batch{each}")
     return lines
 
 

@@ -7,6 +7,7 @@ from pydantic import model_validator
 from posttrain.config.datasets import RowKind
 from posttrain.config.knob import knob
 from posttrain.config.rl import SamplingKeys
+from posttrain.config.rollout import OF_TRAINING
 from posttrain.config.teachers import DistillLoss, TeacherKeys
 
 # fmt: off
@@ -64,10 +65,9 @@ class DistillKeys(SamplingKeys):
 
     @model_validator(mode="after")
     def _samples_from_what_it_trains(self) -> DistillKeys:
-        for name in ("max_staleness", "exact"):
-            if value := getattr(self.rollout, name):
-                raise ValueError(
-                    f"rollout.{name}: {str(value).lower()} in distill, which samples from the weights that it trains and has "
-                    f"no ratio to correct; remove {name}, or use grpo with teachers"
-                )
+        for name, value in self.rollout.given(*OF_TRAINING):
+            raise ValueError(
+                f"rollout.{name}: {value} in distill, which samples from the weights that it trains and has "
+                f"no ratio to correct; remove {name}, or use grpo with teachers"
+            )
         return self

@@ -9,6 +9,7 @@ from pydantic import field_validator, model_validator
 from posttrain.config.datasets import RowKind
 from posttrain.config.knob import knob
 from posttrain.config.rl import SamplingKeys
+from posttrain.config.rollout import OF_TRAINING
 
 # fmt: off
 # One key a line: the tables below are read down, not across.
@@ -77,11 +78,10 @@ class EBFTKeys(SamplingKeys):
     def _learns_from_features_alone(self) -> EBFTKeys:
         if self.teachers:
             raise ValueError("teachers in ebft, where the given model's features say what a completion is worth: use grpo or distill")
-        for name in ("max_staleness", "exact"):
-            if value := getattr(self.rollout, name):
-                raise ValueError(
-                    f"rollout.{name}: {str(value).lower()} in ebft, which samples from the weights that it trains and has no ratio to correct; remove {name}"
-                )
+        for name, value in self.rollout.given(*OF_TRAINING):
+            raise ValueError(
+                f"rollout.{name}: {value} in ebft, which samples from the weights that it trains and has no ratio to correct; remove {name}"
+            )
         if self.sharding.group_size > 1:
             raise ValueError(f"{self.sharding.group_text} in ebft, whose features are those of whole sequences; set it to 1")
         return self

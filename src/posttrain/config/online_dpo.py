@@ -33,6 +33,6 @@ class OnlineDPOKeys(PreferenceKeys, RewardedKeys):
 
     @model_validator(mode="after")
     def _compares_nothing_with_its_sampler(self) -> OnlineDPOKeys:
-        if self.rollout.exact:
-            raise ValueError("rollout.exact: true in online_dpo, whose loss compares nothing with the sampler's log-probs; remove it")
+        for name, value in self.rollout.given("exact", "routed_experts"):
+            raise ValueError(f"rollout.{name}: {value} in online_dpo, whose loss compares nothing with the sampler's log-probs; remove it")
         return self

@@ -11,7 +11,7 @@ from pydantic import SerializeAsAny, field_validator, model_validator
 from posttrain.config.episodes import EpisodeKeys
 from posttrain.config.kinds import STAGE_KINDS, stage_kind
 from posttrain.config.knob import Keys, knob
-from posttrain.config.rollout import RolloutKeys
+from posttrain.config.rollout import OF_TRAINING, RolloutKeys
 from posttrain.config.stages import TrainKeys
 from posttrain.names import FREE, REPOSITORY, STRICT, NameRule, kept_alias
 
@@ -215,9 +215,8 @@ class PipelineKeys(Keys):
     @field_validator("eval_rollout")
     @classmethod
     def _has_no_trainer(cls, rollout: RolloutKeys) -> RolloutKeys:
-        for name in ("max_staleness", "exact"):
-            if value := getattr(rollout, name):
-                raise ValueError(f"eval_rollout.{name}: {str(value).lower()} does nothing, for evals train nothing; remove it, or set it in the rollout of a grpo stage")
+        for name, value in rollout.given(*OF_TRAINING):
+            raise ValueError(f"eval_rollout.{name}: {value} does nothing, for evals train nothing; remove it, or set it in the rollout of a grpo stage")
         return rollout
 
     @field_validator("evals", "notify")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import model_validator
@@ -22,6 +23,8 @@ _STARTED = (*_VLLM, "enforce_eager")
 _SERVER = ("timeout_s", "start_timeout_s", "max_restarts", "pause")
 _OWN_SERVER = ("replicas", "placement")
 _GIVEN = ("token_env", "token_file")
+OF_TRAINING = ("max_staleness", "exact", "routed_experts")
+"""What is between the engine and a loss that compares with it."""
 
 # fmt: off
 # One key a line, as in `stages`.
@@ -35,6 +38,7 @@ class RolloutKeys(Keys):
     pad_prompts: bool = knob(False, "The embedded engine attends to distinct prompts of near length in one call, the shorter ones filled up, where that is counted as less work; faster on a CPU for evals and wide batches, and the last bits of log-probs are others than without.")
     prepack: bool = knob(False, "The embedded engine lays the weights out for oneDNN's products in each call of two rows or more, and encodes and decodes with these; on a CPU, in float32, for Llama, Mistral, Qwen2 and Qwen3: faster, with the weights in memory a second time while it samples, and the last bits of log-probs are others than without.")
     prefix_cache_gib: float = knob(0.0, "GiB in which the embedded engine keeps keys and values of how prompts begin, in blocks of 128 tokens, until the weights change: faster where prompts share a long beginning (few-shot examples, a system message), slower where they do not, and the last bits of log-probs are others than without.", ge=0, example=0.5)
+    routed_experts: Literal["off", "compare", "replay"] = knob("off", "Of a mixture of experts, whether the engine says which experts each sampled token was computed with: `compare` logs how often the trainer's routers choose others (router/mismatch), `replay` also makes them choose the same, with the weights that their own logits give them (R3, arXiv 2510.11370).", example="replay", also="router_replay.mode (verl)")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "Dtype that vLLM computes in; `auto` is the trainer's.")
     max_model_len: int | None = knob(None, "Longest prompt and answer together, in tokens; null is as long as model and memory allow.", ge=2, also="vllm_max_model_length (TRL)", example=4096)
     memory_gib: float | None = knob(None, "GiB for vLLM's keys and values; null takes 1 on a CPU, 8 on a GPU.", gt=0, example=4.0)
@@ -61,6 +65,12 @@ class RolloutKeys(Keys):
     def takes_copy(self, *, sharded: bool) -> bool:
         """Whether our engine decodes on a whole copy of the weights in training."""
         return bool(self.max_staleness) or self.transfer == "copy" or (sharded and self.transfer == "auto")
+
+    def given(self, *names: str) -> Iterator[tuple[str, str]]:
+        """Those of these keys that are not as they are by default, with their value as a YAML has it."""
+        for name in names:
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                yield name, str(value).lower()
 
     @property
     def starts_servers(self) -> bool:
@@ -102,6 +112,15 @@ class RolloutKeys(Keys):
         return self
 
     @model_validator(mode="after")
+    def _says_its_experts(self) -> RolloutKeys:
+        asked = f"rollout.routed_experts: {self.routed_experts}"
+        if self.routed_experts != "off" and self.engine == "sglang":
+            raise ValueError(f"{asked} with rollout.engine: sglang, which is not asked for them here; set routed_experts: off, or engine: vllm_server or embedded")
+        if self.routed_experts != "off" and self.exact:
+            raise ValueError(f"{asked} with rollout.exact: true, whose log-probs are the trainer's already; remove one of them")
+        return self
+
+    @model_validator(mode="after")
     def _hurries_only_ours(self) -> RolloutKeys:
         if self.exact or self.engine != "embedded":
             beside = "rollout.exact: true" if self.exact else f"rollout.engine: {self.engine}"
@@ -126,9 +145,8 @@ class RolloutKeys(Keys):
             "no rollout.url": () if self.url else _GIVEN,
         }
         for beside, names in unread.items():
-            for name in names:
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"rollout.{name} does nothing with {beside}; remove it, or choose what reads it")
+            for name, _ in self.given(*names):
+                raise ValueError(f"rollout.{name} does nothing with {beside}; remove it, or choose what reads it")
         return self
 
     @model_validator(mode="after")

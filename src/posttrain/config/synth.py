@@ -95,8 +95,8 @@ class SynthKeys(Keys):
 
     @model_validator(mode="after")
     def _asks_one_model(self) -> SynthKeys:
-        if self.rollout.max_staleness:
-            raise ValueError(f"rollout.max_staleness: {self.rollout.max_staleness} where nothing is trained; remove it")
+        for name, value in self.rollout.given("max_staleness", "routed_experts"):
+            raise ValueError(f"rollout.{name}: {value} where nothing is trained; remove it")
         return self
 
     _once = field_validator("datasets")(read_once)

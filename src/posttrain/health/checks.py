@@ -34,6 +34,7 @@ TEACHER_GAP = "teacher/gap"
 CALL_FAILURES = "tools/failure_frequency"
 LOST_EPISODES = "env/failed_ratio"
 ROUTER_BALANCE = "router/balance"
+ROUTER_MISMATCH = "router/mismatch"
 CRITIC_GRAD_NORM = "critic/grad_norm"
 CRITIC_EXPLAINS = "critic/vf_explained_var"
 
@@ -198,6 +199,13 @@ def sampler_mismatch(history: History, *, steps: float, limit: float) -> Evidenc
     if any(staleness > 0 for staleness in values(history.recent[-int(steps) :], STALENESS)):
         return None
     return above(history, _MISMATCH, steps, limit)
+
+
+def router_mismatch(history: History, *, steps: float, limit: float) -> Evidence | None:
+    """As `sampler_mismatch`, of the experts that are chosen."""
+    if any(staleness > 0 for staleness in values(history.recent[-int(steps) :], STALENESS)):
+        return None
+    return above(history, ROUTER_MISMATCH, steps, limit)
 
 
 def ratio_tails(history: History, *, steps: float, limit: float) -> Evidence | None:

@@ -105,7 +105,8 @@ class Batch:
 
     Shapes: input_ids_N, position_ids_N; source_M indexes N: the position whose hidden state predicts target_M;
     seq_M: the sequence each scored token belongs to, tokens of a sequence contiguous and in order. `leaves`: the sequence
-    that ends with each leaf of the trees, in packed order.
+    that ends with each leaf of the trees, in packed order. routed_N: the experts that a sampler sent each token to, [N, layers, experts a
+    token], -1 where nobody knows; None where nobody knows any.
     """
 
     input_ids_N: torch.Tensor
@@ -115,6 +116,7 @@ class Batch:
     target_M: torch.Tensor
     seq_M: torch.Tensor
     leaves: tuple[int, ...]
+    routed_N: torch.Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -137,6 +139,7 @@ class Batch:
         part = Batch(
             self.input_ids_N[begin:end], self.position_ids_N[begin:end], replace(self.layout, split=split),
             self.source_M[places] - begin, self.target_M[places], self.seq_M[places], self.leaves,
+            None if self.routed_N is None else self.routed_N[begin:end],
         )  # fmt: skip
         return part, places
 
@@ -144,14 +147,18 @@ class Batch:
         """With a document behind it that nothing is predicted from."""
         present = len(self.input_ids_N)
         more = torch.arange(num_tokens - present, device=self.input_ids_N.device)
+        routed_N = self.routed_N
+        if routed_N is not None:
+            routed_N = torch.cat([routed_N, routed_N.new_full((len(more), *routed_N.shape[1:]), -1)])
         return replace(
             self, input_ids_N=torch.cat([self.input_ids_N, torch.zeros_like(more)]),
             position_ids_N=torch.cat([self.position_ids_N, more]),
-            layout=replace(self.layout, trees=(*self.layout.trees, Tree(present, num_tokens))),
+            layout=replace(self.layout, trees=(*self.layout.trees, Tree(present, num_tokens))), routed_N=routed_N,
         )  # fmt: skip
 
     def to(self, device: torch.device) -> Batch:
-        names = ("input_ids_N", "position_ids_N", "source_M", "target_M", "seq_M")
+        names = ["input_ids_N", "position_ids_N", "source_M", "target_M", "seq_M"]
+        names += [] if self.routed_N is None else ["routed_N"]
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
@@ -188,17 +195,36 @@ def _laid_out(sequences: Sequence[TokenSeq | Sample], inputs: Sequence[np.ndarra
     # The token behind each input, where it is trained; the first of a sequence has no input before it.
     trained = [np.flatnonzero(np.asarray(sequence.loss_mask, dtype=bool)[1:]) for sequence in sequences]
     targets = [np.asarray(sequence.ids)[1:][at] for sequence, at in zip(sequences, trained, strict=True)]
+    sources = [place[at] for place, at in zip(placed, trained, strict=True)]
     return Batch(
         input_ids_N=_joined([inputs[node.row][node.begin : node.end] for node in nodes]),
         position_ids_N=_joined([np.arange(node.begin, node.end) for node in nodes]),
         layout=Layout(_trees(nodes, begins)),
-        source_M=_joined([place[at] for place, at in zip(placed, trained, strict=True)]),
+        source_M=_joined(sources),
         target_M=_joined(targets),
         seq_M=torch.repeat_interleave(
             torch.arange(len(sequences)), torch.tensor([len(at) for at in trained], dtype=torch.long)
         ),
         leaves=tuple(node.row for node in nodes if node.is_leaf),
+        routed_N=_routed(sequences, sources, begins[-1]),
     )
+
+
+def _routed(
+    sequences: Sequence[TokenSeq | Sample], sources: Sequence[np.ndarray], num_tokens: int
+) -> torch.Tensor | None:
+    """Of a token that sequences share, as the last of them has it."""
+    known = [
+        (at, sequence.routed_experts)
+        for sequence, at in zip(sequences, sources, strict=True)
+        if isinstance(sequence, Sample) and sequence.routed_experts is not None
+    ]
+    if not known:
+        return None
+    routed_N = np.full((num_tokens, *known[0][1].shape[1:]), -1, np.int16)
+    for at, routed in known:
+        routed_N[at] = routed
+    return torch.from_numpy(routed_N)
 
 
 _NOTHING = np.empty(0, dtype=np.int64)
@@ -280,6 +306,7 @@ def _part(batch: Batch, members: Sequence[tuple[Tree, Sequence[tuple[int, int]]]
     part = Batch(
         batch.input_ids_N[taken_N], batch.position_ids_N[taken_N], Layout(tuple(trees)), where[batch.source_M[places]],
         batch.target_M[places], torch.searchsorted(numbers, batch.seq_M[places]), tuple(leaves.tolist()),
+        None if batch.routed_N is None else batch.routed_N[taken_N],
     )  # fmt: skip
     return part, places
 

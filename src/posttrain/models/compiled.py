@@ -91,6 +91,8 @@ def _misfit(policy: Policy) -> str:
     """Why its layers cannot be compiled each by itself, or nothing."""
     if policy.exact:
         return "computes exactly (rollout.exact), in tiles of its own"
+    if policy.choices is not None:
+        return "has routers whose choices are looked at (rollout.routed_experts)"
     if policy.sharded:
         return f"is sharded over {policy.sharding.num_shards} processes, whose hooks lie in the layers"
     if policy.offloaded is not None:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -30,7 +30,7 @@ from posttrain.models.offload import OffloadedLayers, checkpoint_layers
 from posttrain.models.policy import Policy
 from posttrain.models.proof import in_float32
 from posttrain.models.read import may_read_shares, read_model
-from posttrain.models.routing import router_loads
+from posttrain.models.routing import expert_choices, router_loads
 from posttrain.models.selfcheck import ragged_is_exact
 from posttrain.models.sequence import refuse_unless_split
 from posttrain.models.stored import refuse_quantised, stored_dtype
@@ -123,11 +123,11 @@ def load_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerBase:
 
 def load_policy(
     keys: ModelKeys, *, tokenizer: PreTrainedTokenizerBase | None = None, trainable: bool = True, exact: bool = False,
-    sharding: Sharding | None = None,
+    sharding: Sharding | None = None, routed: Literal["off", "compare", "replay"] = "off",
 ) -> Policy:  # fmt: skip
     """The model that a stage trains or an eval scores, in the precision that `device.weight_dtype` chooses.
 
-    `exact`: see `Policy`. Raises: ModelError where that is not to be had.
+    `exact`: see `Policy`; `routed`: what is done with recorded choices of its routers. Raises: ModelError where that is not to be had.
     """
     shards: Sharding = sharding or Whole()
     if keys.layer_offloading and shards.is_sharded:
@@ -186,8 +186,10 @@ def load_policy(
         adapted, tokenizer, placement, ragged=ragged, source=keys.base_model, under=under,
         base_moved=moved, sharding=shards, exact=exact, offloaded=offloaded,
     )  # fmt: skip
-    if trainable and not wants_compiling(keys, placement):
-        policy.routing = router_loads(model)
+    if routed != "off":
+        policy.choices = expert_choices(model, routed, keys.base_model, ragged=ragged)
+    if trainable and (policy.choices or not wants_compiling(keys, placement)):
+        policy.routing = router_loads(model, policy.choices)
     if trainable and wants_compiling(keys, placement):
         compile_where_it_fits(policy) if keys.torch_compile == "auto" else compile_layers(policy)
     if moved or under is not keys:

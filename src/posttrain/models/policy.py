@@ -20,7 +20,7 @@ from posttrain.models.exact import score_tiles, value_of
 from posttrain.models.float32_head import Float32Head
 from posttrain.models.lengths import by_encoding, forget_lengths, length_rule
 from posttrain.models.offload import OffloadedLayers
-from posttrain.models.routing import RouterLoads
+from posttrain.models.routing import ExpertChoices, RouterLoads
 from posttrain.models.sequence import balancing_loss
 from posttrain.models.weights import NamedTensors, Only, named_weights
 from posttrain.objectives.distill import Head
@@ -72,6 +72,8 @@ class Policy:
     """Whether that copy is moved towards the model in training, and so belongs into a checkpoint."""
     routing: RouterLoads | None = field(default=None, repr=False)
     """What goes to which expert, of a mixture of experts in training."""
+    choices: ExpertChoices | None = field(default=None, repr=False)
+    """Its routers' choices, where they are recorded, or held against recorded ones."""
     offloaded: OffloadedLayers | None = field(default=None, repr=False)
     """The layers whose frozen weights lie in the machine's memory, where they do."""
     embedding_noise: float = 0.0
@@ -261,8 +263,9 @@ class Policy:
 
     def reference_logp(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
         """The same scores under the given starting model. Shape: [M], no gradient."""
+        # It goes its own way: where a sampler of other weights sent tokens says nothing of its distribution.
         with torch.no_grad(), self.reference() as reference:
-            return reference.score(batch, temperature=temperature).logp_M
+            return reference.score(replace(batch, routed_N=None), temperature=temperature).logp_M
 
     @contextmanager
     def reference(self) -> Iterator[Policy]:
@@ -311,7 +314,8 @@ class Policy:
         return kept if self.frozen is None else [*kept, *self.frozen.model.parameters()]
 
     def _forward(self, model: Any, batch: Batch, **options: Any) -> Any:
-        with noisy_embeddings(self.base, self.embedding_noise, batch.position_ids_N):
+        routed = self.choices.given(batch.routed_N) if self.choices else nullcontext()
+        with noisy_embeddings(self.base, self.embedding_noise, batch.position_ids_N), routed:
             return model(
                 input_ids=batch.input_ids_N[None],
                 position_ids=batch.position_ids_N[None],

@@ -31,6 +31,7 @@ class SamplingEngine:
     max_staleness: int = 0
     placement: str = "auto"
     prepack: bool = False
+    routed_experts: str = "off"
 
     @classmethod
     def from_keys(cls, keys: Mapping[str, Any]) -> SamplingEngine:

@@ -67,7 +67,7 @@ class MemoryPlan:
     trained_params: int = field(default=0)
     shards: int = 1
     host: Mapping[str, int] = field(default_factory=dict[str, int])
-    """Bytes of the machine's memory that a GPU copies from: frozen layers, inputs of layers."""
+    """Bytes of the machine's memory: frozen layers and inputs of layers that a GPU copies from, what a batch of rollouts brings along."""
 
     @property
     def copied_bytes(self) -> int:
@@ -138,6 +138,7 @@ def estimate_memory(shape: ModelShape, workload: Workload, shards: int = 1) -> M
         if workload.samples and workload.rollout.takes_copy(shards)
         else 0,
         "export": _export_bytes(shape, workload, shards),
+        "routed_experts": _routed_bytes(shape, workload) if workload.on_cpu else 0,
         "runtime": _RUNTIME_BYTES,
     }
     if shards > 1:
@@ -228,7 +229,17 @@ def _host_bytes(shape: ModelShape, workload: Workload, shards: int) -> dict[str,
         found["activations"] = shape.num_layers * _pinned(
             math.ceil(workload.tokens(shape) / workload.sharding.token_parts(shards)) * shape.hidden * 4
         )
+    if routed := _routed_bytes(shape, workload):
+        found["routed_experts"] = routed
     return found
+
+
+def _routed_bytes(shape: ModelShape, workload: Workload) -> int:
+    """The experts that a generation batch was computed with: of each token of each completion, and of all layers; every process has all of them."""
+    if workload.rollout.routed_experts == "off" or not shape.num_experts:
+        return 0
+    tokens = workload.num_prompts_per_step * workload.num_generations * workload.completion(shape)
+    return tokens * shape.num_layers * shape.experts_per_token * (1 if shape.num_experts <= 256 else 2)
 
 
 def _pinned(num_bytes: int) -> int:

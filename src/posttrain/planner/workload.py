@@ -48,6 +48,7 @@ class Workload:
     entropy_coef: float = 0.0
     save_steps: int = 0
     rollout_batch_size: int = 0
+    num_prompts_per_step: int = 0
     num_generations: int = 1
     steps_per_generation: int = 1
     num_iterations: int = 1

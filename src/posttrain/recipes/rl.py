@@ -86,7 +86,9 @@ def begun(
     ptx = PtxRows(load_sft(keys, tokenizer, sources=keys.ptx_datasets), keys) if keys.ptx_datasets else None
     stage.run.describe_data(decoder(tokenizer, special=True), data, *held_out.values())
     decode = decoder(tokenizer)
-    policy = load_policy(keys, tokenizer=tokenizer, sharding=stage.sharding, exact=keys.rollout.exact).without_dropout()
+    policy = load_policy(
+        keys, tokenizer=tokenizer, sharding=stage.sharding, exact=keys.rollout.exact, routed=keys.rollout.routed_experts
+    ).without_dropout()
     if keys.cast_lm_head_to_fp32:
         put_head_in_float32(policy.base)
     if keys.holds_reference:

@@ -9,8 +9,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from posttrain.models.batch import fill_by_tokens
@@ -24,6 +26,8 @@ from posttrain.rollout.paged import PagedRows
 from posttrain.rollout.prefixes import PrefixCache
 from posttrain.rollout.sampling import RequestUniforms, StopTest, sample, sample_scored
 from posttrain.types import Finish, Request, SamplingParams
+
+T = TypeVar("T")
 
 _NO_SHORTCUTS = Shortcuts()
 _ENCODED_AT_ONCE = 8192
@@ -54,7 +58,7 @@ class DecodingRow:
     """A completion under way: the place of its request, what was sampled so far, and how it ended.
 
     `logp` is that of the distribution after `shaper` and temperature, before the cuts. With `num_top`, `likeliest` says for
-    each token what else was likely. `adapter` names the adapter that the row goes through, where there are several.
+    each token what else was likely; `routed` the experts that the token before it went to, where they are recorded. `adapter` names the adapter that the row goes through, where there are several.
     """
 
     place: int
@@ -67,6 +71,7 @@ class DecodingRow:
     ids: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
     likeliest: list[Likeliest] = field(default_factory=list)
+    routed: list[np.ndarray] = field(default_factory=list[np.ndarray])
     finish: Finish | None = None
 
     def __post_init__(self) -> None:
@@ -89,6 +94,14 @@ class DecodingRow:
             self.finish = "stop"
         elif len(self.ids) >= self.ends.max_tokens:
             self.finish = "length"
+
+
+class _Encoded(NamedTuple):
+    """A prompt: its keys and values, the logits of what follows it, the experts of its last token where they are recorded."""
+
+    kept: Any
+    scores_V: torch.Tensor
+    routed_LK: np.ndarray | None
 
 
 class TokenAdapters(Protocol):
@@ -124,7 +137,8 @@ class Decoding:
         )  # fmt: skip
         self._prefixes = prefixes if isinstance(self._running, CachedRows) else None
         self._sample = sample_scored if policy.exact and not alone else sample
-        self._prompts: dict[tuple[str | None, tuple[int, ...]], tuple[Any, torch.Tensor]] = {}
+        self._choices = policy.choices
+        self._prompts: dict[tuple[str | None, tuple[int, ...]], _Encoded] = {}
 
     @property
     def is_busy(self) -> bool:
@@ -162,11 +176,11 @@ class Decoding:
         rows = self._first_waiting(free, prefill_tokens)
         prompts = [row.encoded_with for row in rows]
         self._prefill(prompts)
-        scores_RV = torch.stack([self._prompts[prompt][1] for prompt in prompts])
-        for prompt in prompts:
-            self._running.add_row(self._prompts[prompt][0])
+        encoded = [self._prompts[prompt] for prompt in prompts]
+        for one in encoded:
+            self._running.add_row(one.kept)
         self._rows += rows
-        self._extend(rows, scores_RV)
+        self._extend(rows, torch.stack([one.scores_V for one in encoded]), [one.routed_LK for one in encoded])
         self._forget_prompts(prompts)
 
     def _first_waiting(self, free: int, prefill_tokens: int | None) -> list[DecodingRow]:
@@ -185,15 +199,29 @@ class Decoding:
         if self._prefixes is not None:
             for adapter, ids in [prompt for prompt in new if self._prefixes.takes(prompt[1])]:
                 assign = partial(self._assign_all, adapter)
-                self._prompts[adapter, ids] = self._running.prefill_from(self._prefixes, adapter, ids, assign)
+                encode = partial(self._running.prefill_from, self._prefixes, adapter, ids, assign)
+                (kept, scores_V), routed = self._noted(encode)
+                self._prompts[adapter, ids] = _Encoded(kept, scores_V, None if routed is None else routed[-1])
             new = [prompt for prompt in new if prompt not in self._prompts]
         for part in fill_by_tokens(new, lambda prompt: len(prompt[1]), _ENCODED_AT_ONCE):
             self._assign([adapter for adapter, ids in part for _ in ids])
-            self._prompts.update(zip(part, self._running.prefill([ids for _, ids in part]), strict=True))
+            found, routed = self._noted(partial(self._running.prefill, [ids for _, ids in part]))
+            ends = accumulate(len(ids) for _, ids in part)
+            for prompt, (kept, scores_V), end in zip(part, found, ends, strict=True):
+                self._prompts[prompt] = _Encoded(kept, scores_V, None if routed is None else routed[end - 1])
 
     def _step(self) -> None:
         self._assign([row.adapter for row in self._rows])
-        self._extend(self._rows, self._running.step([row.ids[-1] for row in self._rows]))
+        scores_RV, routed = self._noted(partial(self._running.step, [row.ids[-1] for row in self._rows]))
+        self._extend(self._rows, scores_RV, [None] * len(self._rows) if routed is None else routed)
+
+    def _noted(self, run: Callable[[], T]) -> tuple[T, np.ndarray | None]:
+        """With the experts of all tokens that went through, in order, where they are recorded. Shape: [T, L, K]."""
+        if self._choices is None:
+            return run(), None
+        with self._choices.recording() as found:
+            result = run()
+        return result, found[0]
 
     def _assign(self, names: Sequence[str | None]) -> None:
         if self._adapters is not None:
@@ -202,15 +230,18 @@ class Decoding:
     def _assign_all(self, adapter: str | None, num_tokens: int) -> None:
         self._assign([adapter] * num_tokens)
 
-    def _extend(self, rows: Sequence[DecodingRow], scores_RV: torch.Tensor) -> None:
+    def _extend(
+        self, rows: Sequence[DecodingRow], scores_RV: torch.Tensor, routed: Iterable[np.ndarray | None]
+    ) -> None:
         """Sample the next token of each row and retire those that are finished."""
         ids_R, logp_R = self._sampled(rows, _shaped(rows, scores_RV))
         _note(rows, scores_RV, ids_R)
         # Both at once: on a GPU this is where the host waits, once a step. Doubles hold either exactly.
         both = torch.stack([ids_R.double(), logp_R.double()]).tolist()
-        for row, token, logp in zip(list(rows), *both, strict=True):
+        for row, token, logp, routed_LK in zip(list(rows), *both, routed, strict=True):
             if row.finish is None:
                 row.take(int(token), logp)
+                row.routed += [] if routed_LK is None else [routed_LK]
         for place in reversed(range(len(self._rows))):
             if self._is_over(self._rows[place]):
                 self._ended += [self._rows[place]] if self._rows[place].finish is not None else []

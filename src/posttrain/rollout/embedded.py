@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 import posttrain
@@ -128,7 +129,10 @@ class EmbeddedEngine:
         try:
             for row in self._finished(rows):
                 assert row.finish is not None, "only what has ended is handed out"
-                yield Completion(tuple(row.ids), tuple(row.logp), row.finish, self._version, row.place)
+                routed = np.stack(row.routed) if row.routed else None
+                yield Completion(
+                    tuple(row.ids), tuple(row.logp), row.finish, self._version, row.place, routed_experts=routed
+                )
         finally:
             self._policy.model.train(was_training)
 

@@ -111,7 +111,7 @@ def _first_trained(sample: Sample) -> int:
     return int(trained[0]) if len(trained) else len(sample.ids)
 
 
-def _stream_arrays(name: str, dtype: type[np.generic], samples: Sequence[Sample]) -> Arrays:
+def _stream_arrays(name: str, dtype: type[np.generic] | None, samples: Sequence[Sample]) -> Arrays:
     """`kept`: per sample 0 absent, 1 constant (one value), 2 whole; `values`: what is stored, end to end."""
     streams = [getattr(sample, name) for sample in samples]
     if all(values is None for values in streams):
@@ -132,13 +132,14 @@ def _stream(name: str, arrays: Mapping[str, np.ndarray], counts: Sequence[int]) 
     for how, count in zip(kept, counts, strict=True):
         size = (0, 1, count)[how]
         part = values[at : at + size]
-        found.append(None if how == 0 else np.broadcast_to(part, (count,)) if how == 1 else part)
+        found.append(None if how == 0 else np.broadcast_to(part, (count, *part.shape[1:])) if how == 1 else part)
         at += size
     return found
 
 
-def _joined(parts: Sequence[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
-    return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
+def _joined(parts: Sequence[np.ndarray], dtype: type[np.generic] | None) -> np.ndarray:
+    """`dtype` None is that of the parts."""
+    return np.concatenate(parts).astype(dtype or parts[0].dtype, copy=False) if parts else np.zeros(0, dtype)
 
 
 def _split(values: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from posttrain.protocols import Engine, Weights
+from posttrain.rollout.routed import experts_along
 from posttrain.rollout.sampling import request_seed
 from posttrain.types import Completion, EngineInfo, Moved, Request, SamplingParams
 
@@ -96,4 +97,5 @@ def _joined(begun: Completion, phrase: tuple[int, ...], end: Completion | None) 
         begun, ids=(*begun.ids, *phrase, *(() if end is None else end.ids)),
         logp=(*begun.logp, *(0.0,) * len(phrase), *(() if end is None else end.logp)),
         finish="length" if end is None else end.finish, policy_versions=tuple(versions) if len(set(versions)) > 1 else (), inserted=(at, at + len(phrase)) if phrase else (),
+        routed_experts=experts_along([(begun, len(phrase)), *([] if end is None else [(end, 0)])]),
     )  # fmt: skip

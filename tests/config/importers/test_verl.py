@@ -267,7 +267,14 @@ def test_a_key_acts(imported, folder, more, key, value):
     assert found == (str(folder / value) if key == "output_dir" else value)
 
 
+def test_the_samplers_experts_are_replayed(imported):
+    for mode, how in (("R3", "replay"), ("disabled", "off")):
+        text = f"{GRPO.rstrip()[:-3]} {ACTOR}.router_replay.mode={mode}\n"
+        assert imported(text)[1].rollout.routed_experts == how
+
+
 REFUSED = [
+    (f"{ACTOR}.router_replay.mode=R2", "set R3 or disabled"),
     ("algorithm.adv_estimator=reinforce_plus_plus", "whitened token by token"),
     ("algorithm.adv_estimator=remax", "remax: no such advantage here; set one of gae, grpo, rloo"),
     (f"{ACTOR}.policy_loss.loss_mode=gpg", "no such loss in grpo"),

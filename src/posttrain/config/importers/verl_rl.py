@@ -40,6 +40,7 @@ def read_rl(draft: ImportDraft) -> None:
     _surrogate(draft)
     _kl(draft)
     _correction(draft)
+    _router_replay(draft)
     _rewards(draft)
     _overlong(draft)
     if draft.kind == "ppo":
@@ -229,6 +230,19 @@ def _correction(draft: ImportDraft) -> None:
         draft.put("importance_sampling_cap", cap, key)
     else:
         draft.leave(key, "it is off")
+
+
+def _router_replay(draft: ImportDraft) -> None:
+    key = f"{_ACTOR}.router_replay.mode"
+    mode = draft.source.get(key)
+    if mode is None:
+        return
+    if mode == "R3":
+        draft.put("rollout", {"routed_experts": "replay"}, key)
+    elif mode == "disabled":
+        draft.leave(key, "experts are chosen anew at each pass here too")
+    else:
+        draft.refuse(key, "the choices of the trainer's own earlier pass are not replayed, those of the sampler are", "set R3 or disabled")  # fmt: skip
 
 
 def _rewards(draft: ImportDraft) -> None:

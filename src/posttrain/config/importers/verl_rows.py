@@ -95,7 +95,7 @@ _ACTOR_ROWS: dict[str, KeyFate] = {
     **_in(joint("sharding"), _ACTOR, "ulysses_sequence_parallel_size fsdp_config.fsdp_size fsdp_config.reshard_after_forward"),
     **_in(changed(OFFLOAD), _ACTOR, "fsdp_config.param_offload fsdp_config.grad_offload fsdp_config.optimizer_offload fsdp_config.offload_policy"),
     f"{_ACTOR}.fsdp_config.*": left(PROCESSES),
-    f"{_ACTOR}.router_replay.mode": refused("experts are chosen anew at each pass", "set disabled", ("disabled",)),
+    f"{_ACTOR}.router_replay.mode": joint("rollout"),
     **_in(left(MEMORY), _ACTOR, "use_dynamic_bsz ppo_max_token_len_per_gpu ppo_infer_max_token_len_per_gpu entropy_from_logits_with_chunking entropy_checkpointing"),
     **_in(left(KERNELS), _ACTOR, "use_torch_compile use_fused_kernels"),
     **_in(left(PADDING), _ACTOR, "use_remove_padding"),

@@ -175,11 +175,13 @@ def _sample(group: RolloutGroup, rollout: Rollout) -> Sample:
     mask = np.arange(len(ids)) >= len(group.prompt_ids)
     logp = np.array(completion.logp, np.float32)
     versions = np.broadcast_to(np.array(completion.policy_versions or completion.policy_version, np.int32), logp.shape)
+    routed = completion.routed_experts
     if completion.sampled is not None:
         sampled = np.array(completion.sampled, np.bool_)
         mask[len(group.prompt_ids) :] = sampled
         logp, versions = logp[sampled], versions[sampled]
-    return Sample(ids, mask, logp, policy_version=versions)
+        routed = None if routed is None else routed[sampled]
+    return Sample(ids, mask, logp, policy_version=versions, routed_experts=routed)
 
 
 def _total(logp: np.ndarray | None) -> float:

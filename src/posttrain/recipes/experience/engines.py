@@ -75,12 +75,17 @@ class _Ask:
 def _embedded(ask: _Ask) -> Engine:
     """On the policy's own weights, those of all ranks where they are dealt; or on a whole copy, where they move while it samples or the keys say so."""
     model, policy = ask.source.model, ask.source.policy
+    if ask.keys.routed_experts != "off" and place(model).device.type == "cuda" and not ask.keys.enforce_eager:
+        raise ConfigError(
+            f"rollout.routed_experts: {ask.keys.routed_experts} with rollout.engine: embedded on a GPU, whose recorded graphs do not say "
+            "which experts they take; set rollout.enforce_eager: true, or routed_experts: off"
+        )
     shares = policy is None or not ask.keys.takes_copy(sharded=policy.sharded)
     if policy is None:
         policy = load_policy(model, trainable=False)
     elif not shares:
         is_float32 = isinstance(policy.base.get_output_embeddings(), Float32Head)
-        policy = load_policy(model, tokenizer=policy.tokenizer).without_dropout()
+        policy = load_policy(model, tokenizer=policy.tokenizer, routed=ask.keys.routed_experts).without_dropout()
         if is_float32:
             put_head_in_float32(policy.base)
     stops = stop_token_ids(policy.base, policy.tokenizer)
@@ -238,6 +243,11 @@ def _vllm_options(ask: _Ask, tokenizer: PreTrainedTokenizerBase) -> VLLMOptions:
     model, keys, policy = ask.source.model, ask.keys, ask.source.policy
     config = load_config(model)
     placement = policy.placement if policy else place(model)
+    if keys.routed_experts != "off" and placement.device.type == "cpu" and keys.url is None:
+        raise ConfigError(
+            f"rollout.routed_experts: {keys.routed_experts} with rollout.engine: {keys.engine} on a CPU: vLLM says which experts it takes only "
+            "with its second model runner, which needs Triton; set routed_experts: off, or engine: embedded"
+        )
     held = policy.base.dtype if policy else weight_dtype(model, placement, stored_dtype(config), trainable=False)
     computed = str(placement.autocast_dtype or held).removeprefix("torch.")
     return VLLMOptions(
@@ -254,6 +264,7 @@ def _vllm_options(ask: _Ask, tokenizer: PreTrainedTokenizerBase) -> VLLMOptions:
         enforce_eager=keys.enforce_eager,
         lora_rank=served_rank(model) if policy else None,
         sleeps=_sleeps(keys, placement.device.type),
+        routed_experts=policy is not None and keys.routed_experts != "off",
     )
 
 

@@ -26,6 +26,7 @@ from posttrain.models.load import missing_chat_template
 from posttrain.models.text import decoder, end_of_turn_id
 from posttrain.protocols import Engine, Ranks
 from posttrain.rollout.collect import SampleGroups, as_reward_input, sample_groups
+from posttrain.rollout.routed import experts_along
 from posttrain.rollout.sampling import request_seed
 from posttrain.types import (
     Completion,
@@ -67,6 +68,8 @@ class _Playing:
     logp: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
+    parts: list[tuple[Completion, int]] = field(default_factory=list)
+    """What was sampled, each with how many ids were written behind it."""
     written: list[Message] = field(default_factory=list)
     """For rewards: what was said."""
     rendered: list[Message] = field(default_factory=list)
@@ -92,6 +95,7 @@ class _Playing:
         self.turn_tokens.append(len(completion.ids))
         self.turn_rewards.append(None)
         self.last = completion.ids
+        self.parts.append((completion, 0))
         self.ids += completion.ids
         self.logp += completion.logp
         self.versions += completion.policy_versions or [completion.policy_version] * len(completion.ids)
@@ -101,6 +105,7 @@ class _Playing:
 
     def read(self, ids: Sequence[int]) -> None:
         """What the environment wrote."""
+        self.parts[-1] = (self.parts[-1][0], self.parts[-1][1] + len(ids))
         self.ids += ids
         self.logp += [0.0] * len(ids)
         self.versions += [self.versions[-1]] * len(ids)
@@ -123,8 +128,8 @@ class _Playing:
         first = self.versions[0] if self.versions else 0
         versions = tuple(self.versions) if len(set(self.versions)) > 1 else ()
         return Completion(
-            tuple(self.ids), tuple(self.logp), self.finish or "aborted", first, self.place, versions, episode
-        )
+            tuple(self.ids), tuple(self.logp), self.finish or "aborted", first, self.place, versions, episode, experts_along(self.parts)
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from posttrain.checkpoint.store import disk_errors, sweep
 from posttrain.errors import CheckpointError
 from posttrain.files import fsync_dir, write_atomic
 from posttrain.rollout.admission import Admission, AdmissionEvent, Arrived, Batched, BatchRecord, Dropped, Issued
+from posttrain.rollout.routed import routed_of, routed_text
 from posttrain.types import Completion, RewardBreakdown, Rollout
 
 FOLDER = "rollouts"
@@ -174,7 +175,7 @@ class Ledger:
         record: dict[str, Any] = {_NAMES[type(event)]: list(event)}
         if rollouts:
             record["rollouts"] = [asdict(rollout) for rollout in rollouts]
-        raw = memoryview((json.dumps(record) + "\n").encode())
+        raw = memoryview((json.dumps(record, default=routed_text) + "\n").encode())
         start = os.fstat(self._file).st_size
         with disk_errors(self._folder):
             try:
@@ -215,7 +216,13 @@ def _rollout(record: Mapping[str, Any]) -> Rollout:
     tuples: dict[str, Any] = {
         name: tuple(sampled.get(name, ())) for name in ("ids", "logp", "policy_versions", "inserted")
     }
-    return Rollout(Completion(**{**sampled, **tuples}), record["text"], RewardBreakdown(**record["reward"]))
+    said = sampled.get("routed_experts")
+    routed = None if said is None else routed_of(said)
+    return Rollout(
+        Completion(**{**sampled, **tuples, "routed_experts": routed}),
+        record["text"],
+        RewardBreakdown(**record["reward"]),
+    )
 
 
 def staleness(rollouts: Sequence[Rollout], generation: int, steps_per_batch: int) -> list[float]:

@@ -64,7 +64,7 @@ def start_server(
         served = Served(
             BASE, found.version, dtype, found.max_model_len, options.stop_token_ids, 2 * options.max_num_seqs,
             options.lora_rank is not None, how.transfer, how.delta_anchor, how.pause, options.tensor_parallel_size,
-            options.sleeps,
+            options.sleeps, options.routed_experts,
         )  # fmt: skip
         return VLLMServerEngine(server, served, decode, folder)
     except BaseException:
@@ -85,6 +85,7 @@ def given_server(url: str, token: str, options: VLLMOptions, how: ServerOptions,
     served = Served(
         found.model, found.version, dtype, found.max_model_len, options.stop_token_ids, 2 * options.max_num_seqs,
         bool(adapters and options.lora_rank and options.lora_rank <= adapters["max_lora_rank"]), how.transfer, how.delta_anchor, how.pause,
+        routed_experts=options.routed_experts,
     )  # fmt: skip
     return VLLMServerEngine(server, served, decode, OwnFolder())
 

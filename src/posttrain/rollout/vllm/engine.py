@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from posttrain.errors import EngineError
 from posttrain.protocols import Weights
 from posttrain.rollout.folder import OwnFolder
+from posttrain.rollout.routed import of_sampled
 from posttrain.rollout.transfer import TRANSFERS, TransferMessage, TransferOptions
 from posttrain.rollout.vllm import asking
 from posttrain.rollout.vllm.adapter import write_adapter
@@ -76,13 +77,16 @@ class VLLMEngine:
             self._add(r.prompt_ids, {**options, **asking.of_request(r, params)}): n for n, r in enumerate(requests)
         }
         for name, output in self._outputs(list(asked)):
-            yield self._completion(output.outputs[0], params, asked[name])
+            place = asked[name]
+            yield self._completion(output.outputs[0], params, place, len(requests[place].prompt_ids))
 
-    def _completion(self, output: Any, params: SamplingParams, place: int) -> Completion:
+    def _completion(self, output: Any, params: SamplingParams, place: int, prompt_len: int) -> Completion:
         ids = tuple(output.token_ids)
         logp = tuple(at[token].logprob for token, at in zip(ids, output.logprobs, strict=True))
         kept = asking.kept_length(ids, params.stop, self._decode)
-        return Completion(ids[:kept], logp[:kept], asking.finish_of(output.finish_reason), self._version, place)
+        routed = of_sampled(output.routed_experts, prompt_len, kept, "vLLM") if self._options.routed_experts else None
+        finish = asking.finish_of(output.finish_reason)
+        return Completion(ids[:kept], logp[:kept], finish, self._version, place, routed_experts=routed)
 
     def score(self, sequences: Sequence[tuple[Sequence[int], int]], temperature: float = 1.0) -> list[list[float]]:
         """At temperature 1 only. Raises: EngineError at another."""

@@ -36,6 +36,7 @@ class VLLMOptions:
     `stop_token_ids`: what ends a completion besides what a request says. `max_loras`: adapters that a batch may hold. `beside`:
     arguments of vLLM beside and before those that follow from the others. `cards`: those that a server gets of the ones that are seen
     here, as `CUDA_VISIBLE_DEVICES` names them; () leaves it all. `sleeps`: whether it lets go of its memory while it has nothing to do.
+    `routed_experts`: whether completions come with the experts that were taken.
     """
 
     model: str
@@ -53,6 +54,7 @@ class VLLMOptions:
     max_loras: int = 1
     cards: tuple[str, ...] = ()
     sleeps: bool = False
+    routed_experts: bool = False
     beside: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def engine_args(self) -> dict[str, Any]:
@@ -75,6 +77,8 @@ class VLLMOptions:
             args["gpu_memory_utilization"] = _SHARE
         if self.sleeps:
             args["enable_sleep_mode"] = True
+        if self.routed_experts:
+            args["enable_return_routed_experts"] = True
         if self.revision is not None:
             args["revision"] = args["tokenizer_revision"] = self.revision
         if self.lora_rank is not None:

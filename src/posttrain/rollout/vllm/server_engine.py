@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from posttrain.errors import EngineError, EngineGoneError
 from posttrain.protocols import Weights
 from posttrain.rollout.folder import OwnFolder
 from posttrain.rollout.http import LateError, RefusedError
+from posttrain.rollout.routed import of_sampled, routed_of
 from posttrain.rollout.transfer import TRANSFERS, TransferMessage, TransferOptions
 from posttrain.rollout.vllm import asking
 from posttrain.rollout.vllm.adapter import write_adapter
@@ -33,7 +34,7 @@ class Served:
     """What a server is and how it is used. `model`: the name of the base there. `at_once`: requests under way together.
 
     `pause`: what an update does with completions that are being sampled. `serves_adapters`: whether an adapter is loaded
-    by name, or merged and pushed whole. `num_workers`: processes that the model is split over, where that is known. `stop_token_ids`: what ends a completion besides what a request says.
+    by name, or merged and pushed whole. `routed_experts`: whether it says which experts it took. `num_workers`: processes that the model is split over, where that is known. `stop_token_ids`: what ends a completion besides what a request says.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Served:
     pause: Pause = "wait"
     num_workers: int = 1
     sleeps: bool = False
+    routed_experts: bool = False
 
 
 class VLLMServerEngine:
@@ -104,7 +106,16 @@ class VLLMServerEngine:
             asked = [self._body(r.prompt_ids, {**options, **asking.of_request(r, params)}) for r in requests]
             answers = self._ask(asked, self._served.at_once)
         for place, answer in answers:
-            yield self._completion(answer["choices"][0], params, place, adapter)
+            completion = self._completion(answer["choices"][0], params, place, adapter)
+            yield self._with_experts(completion, answer["choices"][0], requests[place])
+
+    def _with_experts(self, completion: Completion, choice: Mapping[str, Any], request: Request) -> Completion:
+        if not self._served.routed_experts:
+            return completion
+        said = choice.get("routed_experts")
+        found = None if said is None else routed_of(said)
+        routed = of_sampled(found, len(request.prompt_ids), len(completion.ids), "vLLM's server")
+        return replace(completion, routed_experts=routed)
 
     def _completion(
         self, choice: Mapping[str, Any], params: SamplingParams, place: int, adapter: tuple[str, int] | None
