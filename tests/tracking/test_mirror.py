@@ -590,7 +590,7 @@ def wandb_hosts(log):
 
 def test_a_pipeline_is_refused_before_it_starts_where_a_tracker_is_not_there(monkeypatch):
     from posttrain.config.pipeline import PipelineKeys
-    from posttrain.pipeline.checks import check_trackers
+    from posttrain.pipeline.before_data import check_trackers
 
     def asked(**keys):
         stage = {"kind": "sft", "keys": {"base_model": "m", "datasets": [{"path": "a.jsonl"}], **keys}}

@@ -28,7 +28,7 @@ def import_(
     ] = None,
     stage: Annotated[str | None, typer.Option(help="The stage, such as sft, where the file does not say it.")] = None,
 ) -> None:
-    """Write another tool's configuration as ours. Exit code 64 if a key changes what is learned and cannot be had here."""
+    """Write another tool's configuration as ours. Exit code 64 if a key changes what is learned and cannot be had here, or the model's files, where they are here, do not go with it."""
     from posttrain.config.importers.convert import import_file
 
     target = out or file.with_name(f"{file.stem}.posttrain.yaml")
@@ -42,3 +42,16 @@ def import_(
         typer.echo(f"wrote {target}: put its keys into the YAML of a stage; its first lines say how to start it")
         return
     typer.echo(f"wrote {target}; next: posttrain plan {target}, then posttrain {imported.kind} {target}")
+    _ask_the_model(imported.kind, target)
+
+
+def _ask_the_model(kind: str, written: Path) -> None:
+    """Where the model's files are here. Raises: PosttrainError for what a run of the written YAML would refuse before it reads any data."""
+    from posttrain.cli.model import has_files
+    from posttrain.config.load import as_pipeline, load_stage
+
+    keys = as_pipeline(load_stage(kind, written))
+    if has_files(keys.base_model):
+        from posttrain.pipeline.before_data import check_before_data
+
+        check_before_data(keys, here=False)

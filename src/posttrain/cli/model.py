@@ -37,3 +37,13 @@ def with_base(keys: PipelineKeys) -> PipelineKeys:
 
 def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
+
+
+def has_files(model: str) -> bool:
+    """Whether more of a model than its config.json is in its folder, or in the hub's cache: what a run would ask of its files can be asked."""
+    folder = Path(model)
+    if folder.is_dir():
+        return any(path.name.startswith("tokenizer") or path.suffix == ".safetensors" for path in folder.iterdir())
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(model, "tokenizer_config.json"), str)

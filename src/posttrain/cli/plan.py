@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from posttrain.cli.json_output import AsJson, echo_json
-from posttrain.cli.model import with_base
+from posttrain.cli.model import has_files, with_base
 from posttrain.cli.plan_text import cost_lines, memory_lines, start_lines, time_lines
 from posttrain.errors import ConfigError, DataError, ModelError
 from posttrain.files import decode_utf8, parse_json, size_text
@@ -23,6 +23,7 @@ class Target:
     free_bytes: int
     where: str
     has_bf16: bool
+    is_here: bool = False
 
 
 def plan(
@@ -104,16 +105,35 @@ class StagePlans:
 def make_plan(
     config: Path, target: Target, stage: str | None, overrides: list[str], tokens: int = 0, measured: Path | None = None
 ) -> StagePlans:
-    """Raises: ConfigError, ModelError; of what a run would refuse before its first stage, what its losses are not defined for."""
+    """Raises: PosttrainError for what a run would refuse before it reads any data; of a model of which only config.json is here, less."""
     from posttrain.planner import ModelShape
 
-    base_model, stages, notes = _stages(config, stage, overrides)
-    for kind, keys in stages:
+    pipeline, chosen, notes = _stages(config, stage, overrides)
+    for kind, keys in chosen:
         _refuse_what_no_loss_takes(kind, keys)
-    shape = ModelShape.from_config(read_model_config(base_model))
-    kept = _kept(stages, target.cluster)
-    forecasts = [_forecast(shape, kind, keys, target, tokens, measured, kept) for kind, keys in stages]
-    return StagePlans(base_model, shape, target, forecasts, kept, notes)
+    shape = ModelShape.from_config(read_model_config(pipeline.base_model))
+    kept = _kept(chosen, target.cluster)
+    notes += _check_before_data(pipeline, shape, target, target.cluster.num_devices - kept)
+    forecasts = [_forecast(shape, kind, keys, target, tokens, measured, kept) for kind, keys in chosen]
+    return StagePlans(pipeline.base_model, shape, target, forecasts, kept, notes)
+
+
+def _check_before_data(pipeline: Any, shape: Any, target: Target, processes: int) -> tuple[str, ...]:
+    """A note where the model's files are not here to be asked. Raises: PosttrainError."""
+    from posttrain.config.optimizing import unfrozen_layers
+
+    if not has_files(pipeline.base_model):
+        for stage in pipeline.stages:
+            if stage.keys.adapter == "none" and stage.keys.unfrozen_layers:
+                unfrozen_layers(stage.keys, shape.num_layers)
+        return (
+            f"only config.json of {pipeline.base_model} is here: whether its tokenizer, and the names of its layers, take these keys is asked when the run starts",
+        )
+    from posttrain.pipeline.before_data import check_before_data
+    from posttrain.pipeline.processes import counted_for
+
+    check_before_data(counted_for(pipeline, processes), here=target.is_here)
+    return ()
 
 
 def _refuse_what_no_loss_takes(kind: str, keys: Any) -> None:
@@ -189,8 +209,8 @@ def _is_pipeline(config: Path, stage: str | None, overrides: list[str]) -> bool:
 
 def _stages(
     config: Path, stage: str | None, overrides: list[str]
-) -> tuple[str, list[tuple[str, Any]], tuple[str, ...]]:
-    """The base model, (kind, keys) of every stage asked for, and what loading them noted."""
+) -> tuple[Any, list[tuple[str, Any]], tuple[str, ...]]:
+    """The pipeline, (kind, keys) of every stage asked for, and what loading them noted."""
     from posttrain.cli.stage import kind_in
     from posttrain.config import load_pipeline, load_stage
     from posttrain.config.load import as_pipeline
@@ -200,10 +220,10 @@ def _stages(
         loaded = load_pipeline(config, overrides)
         pipeline = with_base(loaded.keys)
         chosen = [(s.kind, s.keys) for s in pipeline.stages if stage in (None, s.kind)]
-        return pipeline.base_model, chosen, loaded.notes
+        return pipeline, chosen, loaded.notes
     one = load_stage(kind, config, overrides)
     alone = with_base(as_pipeline(one))
-    return alone.base_model, [(s.kind, s.keys) for s in alone.stages], one.notes
+    return alone, [(s.kind, s.keys) for s in alone.stages], one.notes
 
 
 def target_of(gpus: str | None, device: str, devices: int, probe: bool) -> Target:
@@ -239,7 +259,7 @@ def _here(devices: int, probe: bool) -> Target:
 
         found = measure()
     if found.name != "cpu":
-        return replace(_cards(Cluster(found, devices)), where=f"this machine's {found.name}")
+        return replace(_cards(Cluster(found, devices)), where=f"this machine's {found.name}", is_here=True)
     free = available_bytes()
     # Processes on one machine share its memory.
     return Target(
@@ -247,6 +267,7 @@ def _here(devices: int, probe: bool) -> Target:
         (int(found.memory_bytes) if free is None else free) // devices,
         "this machine's processor",
         False,
+        is_here=True,
     )
 
 

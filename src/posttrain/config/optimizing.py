@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import field_validator, model_validator
 
 from posttrain.config.knob import Keys, knob
+from posttrain.errors import ModelError
 
 # fmt: off
 
@@ -63,3 +64,20 @@ def check_patterns(patterns: Iterable[str]) -> None:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"{pattern} is no regular expression: {error}; expected names of modules or a pattern of their paths") from error
+
+
+def unfrozen_layers(keys: OptimizerKeys, num_layers: int) -> range:
+    """The numbers of the layers that are trained. Raises: ModelError where the model has too few, or they cannot be spread evenly."""
+    count = abs(keys.unfrozen_layers)
+    if count > num_layers:
+        raise ModelError(
+            f"unfrozen_layers: {keys.unfrozen_layers}: the model has {num_layers} layers; set at most {num_layers}"
+        )
+    if keys.unfrozen_layers_spread:
+        if num_layers % count:
+            fitting = ", ".join(str(number) for number in range(1, num_layers + 1) if num_layers % number == 0)
+            raise ModelError(
+                f"unfrozen_layers: {count} with unfrozen_layers_spread: true: {num_layers} layers are no multiple of it; set one of {fitting}"
+            )
+        return range(num_layers // count - 1, num_layers, num_layers // count)
+    return range(num_layers - count, num_layers) if keys.unfrozen_layers > 0 else range(count)

@@ -17,13 +17,13 @@ from transformers.pytorch_utils import Conv1D
 
 from posttrain.config.stages import ModelKeys
 from posttrain.errors import ModelError
-from posttrain.models.low_rank import adapter_config, adapter_weights
+from posttrain.models.low_rank import CONFIG, adapter_config, adapter_weights
 from posttrain.models.offload import OffloadedLayers
 from posttrain.models.reward_head import REWARD_TASKS, reward_head, task_type
 from posttrain.names import is_pattern
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +38,72 @@ def attach_adapter(model: PreTrainedModel, keys: ModelKeys, *, grown: bool = Fal
     With the adapter the model is what it was; without it too, unless the init moved something.
     Raises: ModelError for whatever in the adapter's keys matches nothing, or cannot be trained and merged.
     """
-    from peft import LoraConfig, TaskType, get_peft_model
+    config, matches = _adapter_of(model, keys, grown=grown)
+    _check_init(keys)
+    log.info(
+        "adapter: %d modules (%s)",
+        sum(matches.values()),
+        ", ".join(f"{name} ×{count}" for name, count in matches.items()),
+    )
+    if (
+        keys.lora_target != "all-linear"
+        and not any(map(ATTENTION_NAMES.search, matches))
+        and not isinstance(keys.lora_target, str)
+    ):
+        log.warning(
+            "lora_target leaves out the attention projections (%s); that usually learns less", ", ".join(matches)
+        )
+    # PEFT's own default, and none at all, leave the base alone by definition.
+    before = [] if isinstance(keys.init_lora_weights, bool) else [(p, _fingerprint(p)) for p in model.parameters()]
+    adapted = _adapted(model, config, keys)
+    _check_patterns(adapted, keys)
+    present = {id(parameter) for parameter in adapted.parameters()}
+    return adapted, any(id(p) not in present or _fingerprint(p) != digest for p, digest in before)
+
+
+def check_adapter(model: PreTrainedModel, keys: ModelKeys, *, grown: bool) -> PeftModel:
+    """A fresh adapter on a model without weights. Raises: ModelError for what `attach_adapter` would refuse of one with them."""
+    config, _ = _adapter_of(model, keys, grown=grown)
+    # Of what an init computes there is nothing here: PEFT is asked on a layer of its own.
+    config.init_lora_weights = True
+    adapted = _adapted(model, config, keys)
+    _check_patterns(adapted, keys)
+    _check_init(keys)
+    return adapted
+
+
+def _check_init(keys: ModelKeys) -> None:
+    """Raises: ModelError where PEFT does not begin an adapter so, or where that moves a part of a base out of which it cannot be taken again."""
+    from peft import LoraConfig
+
+    if isinstance(keys.init_lora_weights, bool):
+        return
+    rank = (
+        keys.lora_r if keys.init_lora_weights == "orthogonal" else min(keys.lora_r, 8)
+    )  # that one wants an even rank; of others the size is no matter
+    size = 2 * rank
+    config = LoraConfig(
+        r=rank, target_modules=["0"], use_rslora=keys.use_rslora, use_dora=keys.use_dora,
+        init_lora_weights=keys.init_lora_weights,  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):  # what is drawn after it is what would have been
+        layer: Any = nn.Sequential(nn.Linear(size, size, bias=False))
+        before = _fingerprint(layer[0].weight)
+        adapted = _adapted(layer, config, keys)
+    if _fingerprint(adapted.base_model.model[0].base_layer.weight) != before and (keys.use_dora or keys.base_bits):
+        other = "use_dora: true" if keys.use_dora else f"a base in {keys.base_bits} bits"
+        raise ModelError(
+            f"init_lora_weights: {keys.init_lora_weights} moves a part of the base into the adapter, which with {other} "
+            "cannot be taken apart again at the export; set init_lora_weights: true"
+        )
+
+
+def _adapter_of(model: PreTrainedModel, keys: ModelKeys, *, grown: bool) -> tuple[LoraConfig, Mapping[str, int]]:
+    """What PEFT is asked for, and how many modules each entry of `lora_target` matches. Raises: ModelError."""
+    from peft import LoraConfig, TaskType
 
     matches = check_targets(model, keys.lora_target)
     saved = sorted({*check_saved(model, keys), *(_ends_of(model) if grown else ())})
-    total = sum(matches.values())
-    log.info("adapter: %d modules (%s)", total, ", ".join(f"{name} ×{count}" for name, count in matches.items()))
     config = LoraConfig(
         task_type=TaskType(task_type(keys)),
         r=keys.lora_r,
@@ -60,8 +120,13 @@ def attach_adapter(model: PreTrainedModel, keys: ModelKeys, *, grown: bool = Fal
         rank_pattern=dict(keys.rank_pattern),
         alpha_pattern=dict(keys.alpha_pattern),
     )
-    # PEFT's own default, and none at all, leave the base alone by definition.
-    before = [] if isinstance(keys.init_lora_weights, bool) else [(p, _fingerprint(p)) for p in model.parameters()]
+    return config, matches
+
+
+def _adapted(model: PreTrainedModel, config: LoraConfig, keys: ModelKeys) -> Any:
+    """The model with the adapter, which is trained in float32. Raises: ModelError."""
+    from peft import get_peft_model
+
     try:
         adapted: Any = get_peft_model(model, config)
     except (ValueError, TypeError, KeyError, ImportError) as error:
@@ -69,17 +134,8 @@ def attach_adapter(model: PreTrainedModel, keys: ModelKeys, *, grown: bool = Fal
             f"PEFT refuses this adapter (init_lora_weights: {keys.init_lora_weights}, lora_target: {keys.lora_target}): "
             f"{' '.join(str(error).split())}"
         ) from error
-    _check_patterns(adapted, keys)
     _train_in_float32(adapted)
-    present = {id(parameter) for parameter in adapted.parameters()}
-    moved = any(id(p) not in present or _fingerprint(p) != digest for p, digest in before)
-    if moved and (keys.use_dora or keys.base_bits):
-        other = "use_dora: true" if keys.use_dora else f"a base in {keys.base_bits} bits"
-        raise ModelError(
-            f"init_lora_weights: {keys.init_lora_weights} moves a part of the base into the adapter, which with {other} "
-            "cannot be taken apart again at the export; set init_lora_weights: true"
-        )
-    return adapted, moved
+    return adapted
 
 
 def _fingerprint(parameter: torch.Tensor) -> bytes:
@@ -111,10 +167,6 @@ def check_targets(model: PreTrainedModel, target: list[str] | str) -> Mapping[st
                 f"lora_target: {entry!r} matches no module of {type(model).__name__}; it has {', '.join(known)}"
             )
         matches[entry] = len(matched)
-    if not any(ATTENTION_NAMES.search(entry) or isinstance(target, str) for entry in entries):
-        log.warning(
-            "lora_target leaves out the attention projections (%s); that usually learns less", ", ".join(entries)
-        )
     return matches
 
 
@@ -274,7 +326,12 @@ def continue_adapter(model: PreTrainedModel, adapter: Path, dropout: float) -> P
     """A saved adapter on its frozen base, to be trained on. Raises: ModelError if its weights do not fill it."""
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-    config: Any = LoraConfig.from_pretrained(str(adapter))
+    try:
+        config: Any = LoraConfig.from_pretrained(str(adapter))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(
+            f"{adapter / CONFIG}: PEFT reads no adapter from it: {' '.join(str(error).split())}"
+        ) from error
     if (config.task_type in REWARD_TASKS) != (reward_head(model) is not None):
         raise ModelError(
             f"{adapter} was trained under {'a reward' if reward_head(model) is None else 'a language model'}'s "
@@ -282,7 +339,10 @@ def continue_adapter(model: PreTrainedModel, adapter: Path, dropout: float) -> P
         )
     # What any other init would compute is overwritten below.
     config.inference_mode, config.init_lora_weights, config.lora_dropout = False, True, dropout
-    adapted: Any = get_peft_model(model, config)
+    try:
+        adapted: Any = get_peft_model(model, config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{adapter} does not fit its base: {' '.join(str(error).split())}") from error
     _train_in_float32(adapted)
     saved = adapter_weights(adapter)
     _check_filled(adapted, saved, adapter)
@@ -290,7 +350,6 @@ def continue_adapter(model: PreTrainedModel, adapter: Path, dropout: float) -> P
         set_peft_model_state_dict(adapted, saved)
     except RuntimeError as error:
         raise ModelError(f"{adapter} does not fit its base: {' '.join(str(error).split())}") from error
-    log.info("adapter: %s, trained on", adapter)
     return adapted
 
 

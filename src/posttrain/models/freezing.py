@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from posttrain.config.optimizing import OptimizerKeys
+from posttrain.config.optimizing import OptimizerKeys, unfrozen_layers
 from posttrain.errors import ModelError
 
 
@@ -22,23 +22,6 @@ def freeze(model: PreTrainedModel, keys: OptimizerKeys) -> None:
         trained |= _in_layers(model, names, keys)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
-
-
-def unfrozen_layers(keys: OptimizerKeys, num_layers: int) -> range:
-    """The numbers of the layers that are trained. Raises: ModelError where the model has too few, or they cannot be spread evenly."""
-    count = abs(keys.unfrozen_layers)
-    if count > num_layers:
-        raise ModelError(
-            f"unfrozen_layers: {keys.unfrozen_layers}: the model has {num_layers} layers; set at most {num_layers}"
-        )
-    if keys.unfrozen_layers_spread:
-        if num_layers % count:
-            fitting = ", ".join(str(number) for number in range(1, num_layers + 1) if num_layers % number == 0)
-            raise ModelError(
-                f"unfrozen_layers: {count} with unfrozen_layers_spread: true: {num_layers} layers are no multiple of it; set one of {fitting}"
-            )
-        return range(num_layers // count - 1, num_layers, num_layers // count)
-    return range(num_layers - count, num_layers) if keys.unfrozen_layers > 0 else range(count)
 
 
 def _matching(names: Sequence[str], patterns: Collection[str]) -> set[str]:

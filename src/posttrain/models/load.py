@@ -6,11 +6,12 @@ import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.config import hub
 from posttrain.config.chat_template import chat_template
@@ -29,7 +30,7 @@ from posttrain.models.freezing import freeze
 from posttrain.models.offload import OffloadedLayers, checkpoint_layers
 from posttrain.models.policy import Policy
 from posttrain.models.proof import in_float32
-from posttrain.models.read import may_read_shares, read_model
+from posttrain.models.read import may_read_shares, read_model, skeleton
 from posttrain.models.routing import expert_choices, router_loads
 from posttrain.models.selfcheck import ragged_is_exact
 from posttrain.models.sequence import refuse_unless_split
@@ -158,6 +159,7 @@ def load_policy(
     moved = False
     if with_adapter and is_continued(keys):
         adapted = continue_adapter(model, adapter_before(keys), keys.lora_dropout)
+        log.info("adapter: %s, trained on", adapter_before(keys))
     elif with_adapter:
         torch.manual_seed(keys.seed if isinstance(keys, TrainKeys) else 0)
         adapted, moved = attach_adapter(model, keys, grown=grown)
@@ -273,13 +275,16 @@ def _reason(placement: Placement, dtype: torch.dtype) -> str:
     return f"this {kind} computes in it"
 
 
-def _bnb_config(keys: ModelKeys, placement: Placement) -> Any:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
+def refuse_without_bitsandbytes(keys: ModelKeys) -> None:
+    """Raises: ModelError."""
+    if keys.base_bits and find_spec("bitsandbytes") is None:
         raise ModelError(
             f"load_in_{keys.base_bits}bit needs bitsandbytes; install it with: pip install 'posttrain[qlora]'"
-        ) from error
+        )
+
+
+def _bnb_config(keys: ModelKeys, placement: Placement) -> Any:
+    refuse_without_bitsandbytes(keys)
     from transformers import BitsAndBytesConfig
 
     if keys.load_in_8bit:
@@ -338,9 +343,8 @@ def adapter_targets(keys: ModelKeys, *, attention: bool, mlp: bool, head: bool) 
 
     Raises: ModelError where nothing is left.
     """
-    config = load_config(keys)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=keys.trust_remote_code)
+    load_config(keys)
+    model = skeleton(keys)
     wanted = {True: attention, False: mlp}
     last = model.get_output_embeddings()
     inner = [name for name, module in linear_modules(model) if module is not last]

@@ -109,17 +109,29 @@ def _num_labels(keys: ModelKeys) -> int:
 def _drawn(keys: ModelKeys, dtype: torch.dtype) -> PreTrainedModel:
     """A model of this config with random weights: the same in every process, for they are drawn whole, in float32, on the CPU."""
     assert keys.init_seed is not None
-    family, config = _family(keys), _config(keys)
-    if keys.is_reward_model:
-        config.num_labels = _num_labels(keys)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keys.init_seed)
-        try:
-            model = family.from_config(config, dtype=torch.float32, trust_remote_code=keys.trust_remote_code).to(dtype)
-        except (ValueError, RuntimeError, ImportError) as error:
-            raise _unloadable(keys, error) from error
+        made: Any = _from_config(keys, torch.float32)
+        model = made.to(dtype)
     log.info("%s: weights drawn by seed %d from its config", keys.base_model, keys.init_seed)
     return _prepared(model.eval(), keys)
+
+
+def skeleton(keys: ModelKeys) -> PreTrainedModel:
+    """The model of this config without any weight: its modules and the names and sizes of its parameters. Raises: ModelError."""
+    with torch.device("meta"):
+        model = _prepared(_from_config(keys, torch.float32), keys)
+    return _with_its_head(model, keys)
+
+
+def _from_config(keys: ModelKeys, dtype: torch.dtype) -> PreTrainedModel:
+    config = _config(keys)
+    if keys.is_reward_model:
+        config.num_labels = _num_labels(keys)
+    try:
+        return _family(keys).from_config(config, dtype=dtype, trust_remote_code=keys.trust_remote_code)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise _unloadable(keys, error) from error
 
 
 def _prepared(model: PreTrainedModel, keys: ModelKeys) -> PreTrainedModel:
@@ -146,10 +158,12 @@ def _read(keys: ModelKeys, dtype: torch.dtype, **options: Any) -> PreTrainedMode
         ImportError,
     ) as error:  # the last: of a library that a way of storing needs
         raise _unloadable(keys, error) from error
-    model = _prepared(model, keys)
-    if keys.is_reward_model:
-        return model
-    if any(_CLASSIFIERS.search(name) for name in model.config.architectures or ()):
+    return _with_its_head(_prepared(model, keys), keys)
+
+
+def _with_its_head(model: PreTrainedModel, keys: ModelKeys) -> PreTrainedModel:
+    """Raises: ModelError for a reward model where a language model is asked for."""
+    if not keys.is_reward_model and any(_CLASSIFIERS.search(name) for name in model.config.architectures or ()):
         raise ModelError(
             f"base_model: {keys.base_model} is a reward model: it has no head that gives tokens; expected a language model, "
             "such as the one that it was trained from"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from transformers import AddedToken, PreTrainedModel
+from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.config.stages import ModelKeys
 from posttrain.errors import DataError, ModelError
@@ -67,12 +67,17 @@ def check_fits(keys: ModelKeys, tokenizer: Any, rows: int) -> None:
         )
 
 
+def rows_wanted(tokenizer: PreTrainedTokenizerBase, keys: ModelKeys) -> int:
+    """Rows that the embedding has to have at least; 0 without `added_tokens`."""
+    return max(tokenizer.get_vocab().values()) + 1 if keys.added_tokens else 0
+
+
 def grow(model: PreTrainedModel, tokenizer: Any, keys: ModelKeys) -> bool:
     """With `added_tokens`, give every token a row: the mean of the rows there are. Returns whether any was added."""
-    rows = max(tokenizer.get_vocab().values()) + 1
     embedding: Any = model.get_input_embeddings()
     present = embedding.weight.shape[0]
-    if not keys.added_tokens or rows <= present:
+    rows = rows_wanted(tokenizer, keys)
+    if rows <= present:
         return False
     model.resize_token_embeddings(rows, mean_resizing=False)
     ends: list[Any] = [e for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None]

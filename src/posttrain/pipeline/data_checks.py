@@ -33,7 +33,7 @@ def check_rewards_ahead(keys: PipelineKeys, state: RunState | None, say: Callabl
 
     Raises: RewardError.
     """
-    for index, (stage, template, kwargs) in enumerate(_templates(keys), start=1):
+    for index, (stage, template, kwargs) in enumerate(with_templates(keys), start=1):
         if isinstance(stage, RLKeys):
             _check_options_of_stages(stage)
         before = None if state is None else state.stage(index - 1)
@@ -58,7 +58,7 @@ def _check_options_of_stages(keys: RLKeys) -> None:
             check_learned_options(name, spec, options[name])
 
 
-def _templates(keys: PipelineKeys) -> Iterator[tuple[TrainKeys, str | None, dict[str, Any]]]:
+def with_templates(keys: PipelineKeys) -> Iterator[tuple[TrainKeys, str | None, dict[str, Any]]]:
     """Each stage's keys with its chat template; without one of its own it has that of the stage before, saved with it."""
     template: str | None = None
     kwargs: dict[str, Any] = {}
@@ -78,7 +78,7 @@ class DataChecks:
 
     def check_stages(self, keys: PipelineKeys, suites: Suites) -> None:
         """Raises: DataError for what must not be trained on; ConfigError for a lint that does not exist."""
-        for stage, template, kwargs in _templates(keys):
+        for stage, template, kwargs in with_templates(keys):
             self._report(stage, suites, template, kwargs).raise_if_refused()
 
     def check_stage(self, keys: TrainKeys, suites: Suites, folder: Path | None) -> None:

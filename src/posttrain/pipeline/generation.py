@@ -13,7 +13,7 @@ from posttrain.evals.run import decoding_of, prompt_digest
 from posttrain.evidence import RegistryEntry
 from posttrain.gate.spec import GateSpec
 from posttrain.models.provenance import source_digest
-from posttrain.pipeline.checks import gates_of
+from posttrain.pipeline.before_data import gates_of
 from posttrain.pipeline.selection import Suites
 from posttrain.pipeline.state import DONE, Parent, RunState
 from posttrain.registry.looks import JudgedSuite

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from posttrain.config.ppo import PPOKeys
 from posttrain.errors import ModelError
@@ -48,19 +49,24 @@ def load_critic(keys: PPOKeys, policy: Policy) -> Learner:
     assert not (keys.value_model or "").startswith(STAGE), (
         "the pipeline puts the folder of a stage in the place of its name"
     )
-    if keys.value_model is not None:
-        theirs = load_tokenizer(own)
-        if vocabulary_digest(theirs) != vocabulary_digest(policy.tokenizer):
-            raise ModelError(
-                f"value_model: {keys.value_model} has another vocabulary than the policy, so it would read other tokens; expected a "
-                "reward model or critic trained from a model with the policy's tokenizer"
-            )
+    refuse_other_critic(keys, policy.tokenizer)
     critic = load_policy(own, tokenizer=policy.tokenizer, sharding=policy.sharding).without_dropout()
     if not any("ForSequenceClassification" in name for name in load_config(own).architectures or ()):
         # What a random head says would be noise in the first advantages.
         head: torch.nn.Linear = critic.base.score  # pyright: ignore[reportAssignmentType]
         critic.sharding.local(head.weight).data.zero_()
     return Learner(critic, make_optimizer(critic, own))
+
+
+def refuse_other_critic(keys: PPOKeys, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises: ModelError for a given `value_model` that reads other tokens; that of an earlier stage is not there yet."""
+    if keys.value_model is None or keys.value_model.startswith(STAGE):
+        return
+    if vocabulary_digest(load_tokenizer(keys.critic)) != vocabulary_digest(tokenizer):
+        raise ModelError(
+            f"value_model: {keys.value_model} has another vocabulary than the policy, so it would read other tokens; expected a "
+            "reward model or critic trained from a model with the policy's tokenizer"
+        )
 
 
 def critic_loss(

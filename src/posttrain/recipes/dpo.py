@@ -131,14 +131,19 @@ def _check_columns_are_there(data: Dataset[Any], spec: PreferenceSpec) -> None:
             )
 
 
-def _check_others_to_compare_with(schedule: Schedule[Labelled], held_out: Mapping[str, Dataset[Labelled]]) -> None:
-    """KTO's z is measured on answers to other prompts. Raises: ConfigError, DataError where a step has none."""
-    if schedule.micro_per_step * schedule.rows_per_micro < _LEAST_KTO_ROWS:
+def check_compared_rows(rows_per_step: int) -> None:
+    """Raises: ConfigError where a step of KTO has one row, which nothing is compared with."""
+    if rows_per_step < _LEAST_KTO_ROWS:
         raise ConfigError(
             "loss_type: kto with one row per optimizer step (per_device_train_batch_size × gradient_accumulation_steps × "
             "processes = 1): its reference point is measured on the answers of the step's other rows; raise "
             "per_device_train_batch_size or gradient_accumulation_steps"
         )
+
+
+def _check_others_to_compare_with(schedule: Schedule[Labelled], held_out: Mapping[str, Dataset[Labelled]]) -> None:
+    """KTO's z is measured on answers to other prompts. Raises: ConfigError, DataError where a step has none."""
+    check_compared_rows(schedule.micro_per_step * schedule.rows_per_micro)
     for name, data in (("datasets", schedule.data), *(("eval_datasets", rows) for rows in held_out.values())):
         if len(data) < _LEAST_KTO_ROWS:
             raise DataError(f"{name}: loss_type: kto needs at least {_LEAST_KTO_ROWS} rows, got {len(data)}; add some")

@@ -187,20 +187,31 @@ def _has_no_model() -> AbstractContextManager[Policy]:
     raise AssertionError("keys refuse a server where distributions are compared")
 
 
-def _load(number: int, asked: TeacherKeys, keys: SamplingKeys, policy: Policy) -> Policy:
-    """Raises: ModelError."""
+def refuse_other_vocabulary(
+    number: int, asked: TeacherKeys, keys: SamplingKeys, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raises: ModelError for a teacher of this process that reads other tokens, or whose adapter is for another base."""
+    if not asked.is_loaded:
+        return
     of_model = _keys_of(asked, keys)
-    ours, theirs = (vocabulary_digest(tokenizer) for tokenizer in (policy.tokenizer, load_tokenizer(of_model)))
+    ours, theirs = (vocabulary_digest(one) for one in (tokenizer, load_tokenizer(of_model)))
     if ours != theirs:
         raise ModelError(
             f"teachers.{number}.model: {asked.model} has another vocabulary (digest {digest_start(theirs)}…) than the policy "
             f"({digest_start(ours)}…), so its log-probs are of other tokens; name a model with the policy's tokenizer, or train SFT "
             "on what it says"
         )
+    if asked.adapter is not None:
+        check_base(Path(asked.adapter), Path(asked.model))
+
+
+def _load(number: int, asked: TeacherKeys, keys: SamplingKeys, policy: Policy) -> Policy:
+    """Raises: ModelError."""
+    refuse_other_vocabulary(number, asked, keys, policy.tokenizer)
+    of_model = _keys_of(asked, keys)
     if asked.adapter is None:
         teacher = load_policy(of_model, tokenizer=policy.tokenizer, trainable=False, sharding=policy.sharding)
         return teacher.without_dropout()
-    check_base(Path(asked.adapter), Path(asked.model))
     teacher = load_policy(of_model, tokenizer=policy.tokenizer, trainable=False)
     teacher.model = load_adapter(teacher.base, Path(asked.adapter)).eval()
     return teacher.without_dropout()

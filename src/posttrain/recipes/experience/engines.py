@@ -201,8 +201,13 @@ def _restarted(ask: _Ask, starts: Sequence[Callable[[], Engine]], policy: Policy
 
 def _tokenizer(ask: _Ask) -> PreTrainedTokenizerBase:
     """Raises: ConfigError for what vLLM cannot be asked for."""
-    engine, model = ask.keys.engine, ask.source.model
+    refuse_not_served(ask.source.model, ask.keys.engine)
     trained = ask.source.policy
+    return trained.tokenizer if trained else load_tokenizer(ask.source.model)
+
+
+def refuse_not_served(model: ModelKeys, engine: str) -> None:
+    """Raises: ConfigError where an engine that reads the files of `base_model` would not start from what the keys make of it."""
     if model.added_tokens:
         raise ConfigError(
             f"rollout.engine: {engine} starts from base_model as it is, which has no rows for added_tokens; train them in an "
@@ -218,7 +223,6 @@ def _tokenizer(ask: _Ask) -> PreTrainedTokenizerBase:
             f"rollout.engine: {engine} reads the weights of base_model, and not those of init_seed: {model.init_seed}; train in an SFT stage first, or "
             "set rollout.engine: embedded"
         )
-    return trained.tokenizer if trained else load_tokenizer(model)
 
 
 def _check_again(engine: Engine, weights: Weights) -> None:
@@ -326,10 +330,10 @@ def sampling_params(keys: SamplingKeys) -> SamplingParams:
     )  # fmt: skip
 
 
-def interrupted(engine: Engine, keys: RewardedKeys, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    """The engine as a stage samples from it. Raises: ConfigError where nothing could be said behind the phrase."""
+def interruption(keys: RewardedKeys, tokenizer: PreTrainedTokenizerBase) -> Interruption | None:
+    """What cuts thoughts short, if anything does. Raises: ConfigError where nothing could be said behind the phrase."""
     if keys.thinking_budget is None:
-        return engine
+        return None
     phrase = tuple(tokenizer.encode(keys.interruption, add_special_tokens=False))
     if keys.thinking_budget + len(phrase) >= keys.max_completion_length:
         raise ConfigError(
@@ -337,9 +341,13 @@ def interrupted(engine: Engine, keys: RewardedKeys, tokenizer: PreTrainedTokeniz
             f"{keys.max_completion_length} for an answer; lower thinking_budget, or raise max_completion_length"
         )
     end, decode = keys.interruption.split()[-1], decoder(tokenizer, special=True)
-    return InterruptedEngine(
-        engine, Interruption(keys.thinking_budget, keys.thinking_budget_spread, phrase, lambda ids: end in decode(ids))
-    )
+    return Interruption(keys.thinking_budget, keys.thinking_budget_spread, phrase, lambda ids: end in decode(ids))
+
+
+def interrupted(engine: Engine, keys: RewardedKeys, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    """The engine as a stage samples from it. Raises: ConfigError."""
+    found = interruption(keys, tokenizer)
+    return engine if found is None else InterruptedEngine(engine, found)
 
 
 def greedy(params: SamplingParams) -> SamplingParams:
