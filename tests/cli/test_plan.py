@@ -327,6 +327,30 @@ def test_what_a_finished_run_took_corrects_the_times(folder):
     assert plain["stages"][0]["total_s"] == pytest.approx(10 * plain["stages"][0]["step_s"])
 
 
+STRIDED = (
+    "base_model: ./base\ndatasets: [{path: rows.jsonl, type: chat}]\nmode: strided\nsequence_len: 100\ncontext_length: 4\n"
+    "max_completion_length: 16\nstride: 16\nnum_prompts_per_step: 2\nnum_generations: 4\nmax_steps: 3\nper_device_train_batch_size: 8\n"
+)
+SAMPLED = (
+    "base_model: ./base\ndatasets: [{path: rows.jsonl, type: prompt}]\nreward_funcs: [rewards.py:right]\nsequence_len: 80\nmax_completion_length: 16\n"
+    "num_prompts_per_step: 12\nnum_generations: 4\nmax_steps: 3\nper_device_train_batch_size: 8\n"
+)
+
+
+@pytest.mark.parametrize(("kind", "text"), [("ebft", STRIDED), ("grpo", SAMPLED)])
+def test_a_run_that_samples_corrects_a_plan_of_the_same_to_what_it_took(kind, text, folder):
+    """48 completions of 16 tokens a step, which is what is counted as tokens; the prompts before them are planned."""
+    (folder / "rl.yaml").write_text(text)
+    (folder / "run").mkdir()
+    took = {"time/train_s": 3.0, "time/rollout_s": 5.0, "step_time": 8.0, "completions/mean_length": 16.0, "completions/max_length": 16.0}  # fmt: skip
+    rows = [{"step": n, "num_tokens": n * 48 * 16.0, **took} for n in range(1, 5)]
+    (folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = (folder / "rl.yaml", "--device", "h100", "--stage", kind, "--measured", folder / "run", "--json")
+    made = json.loads(_run(*asked).output.partition("\n")[2])["stages"][0]["phases_s"]
+    assert made["rollout"] == pytest.approx(5.0, rel=0.01)
+    assert made.get("log-probs", 0.0) + made["training"] == pytest.approx(3.0, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

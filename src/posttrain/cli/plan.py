@@ -302,7 +302,7 @@ def _forecast(shape: Any, kind: str, keys: Any, target: Target, tokens: int, mea
     )
     found = AS_PREDICTED
     if measured is not None:
-        found = correction_from(_metrics(measured), shape, target.cluster.without(kept), workload, dumped)
+        found = correction_from(_metrics(measured), shape, target.cluster.without(kept), workload, dumped, tokens)
         typer.echo(
             f"{kind}: that run took {found.train:.2f} times what is predicted of training and {found.rollout:.2f} of rollout; times are corrected"
         )

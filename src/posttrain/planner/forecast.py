@@ -25,10 +25,9 @@ from posttrain.planner.steptime import (
     step_time,
     train_s,
 )
+from posttrain.planner.traffic import loop_of, traffic_of
 from posttrain.planner.workload import Workload
 
-_SEQUENCES = 256
-"""Most that vLLM decodes at once by default, in a replica."""
 _STEPS, _MOST_ANSWERS = 24, 65_536
 _HOURS_BETWEEN_FAILURES = 50_000.0
 """Of one GPU. Source: Llama 3, arXiv 2407.21783 §3.3.4: 419 interruptions of 16,384 GPUs in 54 days."""
@@ -188,35 +187,6 @@ def _copied_to_sample(memory: MemoryPlan, traffic: Traffic, loop: Loop) -> dict[
         "log-probs": loop.scoring_models * micros * memory.copied_bytes,
         "training": loop.iterations * micros * memory.copied_to_train_bytes,
     }
-
-
-def loop_of(workload: Workload) -> Loop:
-    ours = workload.rollout.is_ours
-    return Loop(
-        scoring_models=int(workload.scores_reference) + workload.num_iterations * workload.selects_tokens, recompute=bool(workload.gradient_checkpointing),
-        adapter=workload.adapter != "none", iterations=workload.num_iterations, micro_rows=workload.per_device_train_batch_size,
-        batch_limit=workload.rollout_batch_size if ours else _SEQUENCES,
-        split=1 if ours else workload.rollout.tensor_parallel_size, shares_weights=ours, sharding=workload.sharding,
-    )  # fmt: skip
-
-
-def traffic_of(shape: ModelShape, workload: Workload, keys: Mapping[str, Any], mean: int) -> Traffic:
-    """What a generation batch samples; without a mean, every prompt and answer as long as allowed."""
-    whole, longest = workload.longest(shape), workload.completion(shape)
-    if keys.get("mode") == "strided":
-        return _strided(keys, min(mean or whole, whole), longest)
-    prompt = min(mean, whole) if mean else max(1, whole - longest)
-    return Traffic(
-        keys["num_prompts_per_step"], keys["num_generations"], prompt, min(mean or longest, longest), longest
-    )
-
-
-def _strided(keys: Mapping[str, Any], row: int, answer: int) -> Traffic:
-    """Each anchor of a row of so many tokens is a prompt: all that stands before it."""
-    first, stride = keys["context_length"], keys["stride"]
-    anchors = max(1, (row - answer - first) // stride + 1)
-    before = first + (anchors - 1) * stride / 2
-    return Traffic(keys["num_prompts_per_step"] * anchors, keys["num_generations"], before, answer, answer)
 
 
 def _split(shape: ModelShape, cluster: Cluster, traffic: Traffic, loop: Loop) -> Split:
