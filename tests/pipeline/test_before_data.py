@@ -4,10 +4,10 @@ import json
 import shutil
 
 import pytest
+from tests.pipeline.conftest import Project
 
 from posttrain.cli.plan import make_plan, target_of
 from posttrain.errors import PosttrainError
-from tests.pipeline.conftest import Project
 
 SFT = {"datasets": [{"path": "sft.jsonl"}], "max_steps": 1}
 DPO = {"datasets": [{"path": "pairs.jsonl"}], "max_steps": 1}
