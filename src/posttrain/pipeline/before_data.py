@@ -50,14 +50,14 @@ def check_before_data(keys: PipelineKeys, *, here: bool = True) -> None:
         check(keys)
 
 
-def check_rewards(keys: PipelineKeys) -> None:
+def check_reward_judges(keys: PipelineKeys) -> None:
     """Raises: ConfigError for a judge's file."""
     for stage in keys.stages:
         if isinstance(stage.keys, RLKeys):
             check_judges(stage.keys.reward_funcs)
 
 
-def check_base(keys: PipelineKeys) -> None:
+def check_base_model(keys: PipelineKeys) -> None:
     """Raises: ModelError for a model that is not of text alone, or quantised."""
     config = load_config(keys.stages[0].keys)
     refuse_other_media(keys.stages[0].keys, config)
@@ -166,7 +166,7 @@ def check_stages(keys: PipelineKeys) -> None:
             refuse_not_served(with_given(keys, index, stage.keys), stage.keys.rollout.engine)
 
 
-def check_gates(keys: PipelineKeys) -> None:
+def check_verdicts(keys: PipelineKeys) -> None:
     """Raises: ConfigError for two verdicts after one stage, or a baseline that nothing says where to look for."""
     if keys.gate is not None and keys.stages[-1].keys.gate is not None:
         raise ConfigError(
@@ -204,7 +204,7 @@ def check_trackers(keys: PipelineKeys) -> None:
 
 
 BEFORE_DATA: tuple[Callable[[PipelineKeys], None], ...] = (
-    check_rewards, check_base, check_order, check_given, check_adapters, check_models, check_gates, check_stages,
+    check_reward_judges, check_base_model, check_order, check_given, check_adapters, check_models, check_verdicts, check_stages,
 )  # fmt: skip
 """What is the same wherever it trains."""
 ON_THIS_MACHINE: tuple[Callable[[PipelineKeys], None], ...] = (check_machine, check_trackers)
