@@ -51,7 +51,7 @@ def _data(path: str, folder: Path) -> str:
 
 
 def _existing(path: str, folder: Path) -> str:
-    local = (folder / Path(path).expanduser()).resolve() if path.strip() else None
+    local = (folder / os.path.expanduser(path)).resolve() if path.strip() else None
     if local is None:
         raise _PathError("got an empty path, expected a file")
     if os.path.exists(local):
@@ -176,7 +176,7 @@ def _whole(word: str, folder: Path) -> str:
 
 
 def _output(path: str, folder: Path) -> str:
-    return str((folder / Path(path).expanduser()).resolve()) if path else path
+    return str((folder / os.path.expanduser(path)).resolve()) if path else path
 
 
 def _baseline(reference: str, folder: Path) -> str:

@@ -31,5 +31,5 @@ def looks_local(path: str) -> bool:
 
 def resolve_path(path: str, folder: Path) -> str:
     """`path` relative to `folder` where it exists there or looks local; a hub id is returned as it is."""
-    local = folder / Path(path).expanduser()
+    local = folder / os.path.expanduser(path)
     return str(local.resolve()) if path and (looks_local(path) or os.path.exists(local)) else path

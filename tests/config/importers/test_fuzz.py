@@ -42,7 +42,7 @@ SCRIPTS = {
 ODD = ("", "null", "~", "true", "'yes'", "0", "-1", "1.5", "'1e-5'", "1e400", ".nan", "9" * 400, "abc", "[]", "[1, null]", "{}", "{a: {b: 1}}", "[[1]]", "${X}", "$X", "${a.b}",
        "${oc.env:HOME}", "${base_model}", "???", "!!python/object:os.system x", "&a 1", "*a", "2024-01-01", "|\n  text", "'it''s'", "\\", "é\u2028")  # fmt: skip
 _NAMED = re.compile(
-    r"^.+: .*(;|, expected|: the file|missing|not a \w+ configuration here:|cannot be read|expected|broken YAML: |a key must be text).*$"
+    r"^.+: .*(;|, expected|: the file|missing|not a \w+ configuration here:|cannot be read|expected|does not exist|broken YAML: |a key must be text).*$"
 )
 """A key or the file, and what to do; or a line over those of our own loader."""
 
@@ -141,7 +141,7 @@ def test_many_files_that_are_damaged_are_imported_or_refused_by_name(folder):
     answered(300, folder)
 
 
-@pytest.mark.parametrize("path", ["9" * 400, "~nobody/rows.jsonl", "a\\0b"])
+@pytest.mark.parametrize("path", ["9" * 400, "~nosuchuser/rows.jsonl", "a\\0b"])
 def test_a_path_that_no_file_can_have_is_answered(folder, path):
     text = YAMLS["trl"].replace("c/d", f'"{path}"')
     assert fails("trl", text, folder / "broken.yaml") is None
