@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,26 +21,53 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AskedBestOf:
-    """Up to how many samples, who chooses (None: the suite's scorer), who judges beside the suite."""
+    """Up to how many samples, who chooses (None: the suite's scorer), who judges beside the suite, and the verifier's options."""
 
     most: int
     verifier: str | None
     graders: tuple[str, ...]
+    verifier_kwargs: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def asked_best_of(
-    most: int | None, verifier: str | None, graders: Sequence[str], num_samples: int | None
+    most: int | None,
+    verifier: str | None,
+    graders: Sequence[str],
+    num_samples: int | None,
+    verifier_kwargs: Sequence[str] = (),
 ) -> AskedBestOf | None:
     """Raises: ConfigError for options that do nothing, and for a verifier or grader that is not there."""
     if most is None:
-        if verifier or graders:
-            raise ConfigError(f"{'--verifier' if verifier else '--grader'} does nothing without --best-of N; add it")
+        given = {"--verifier": verifier, "--grader": graders, "--verifier-kwargs": verifier_kwargs}
+        for name, value in given.items():
+            if value:
+                raise ConfigError(f"{name} does nothing without --best-of N; add it")
         return None
     if num_samples not in (None, most):
         raise ConfigError(
             f"--num-samples {num_samples} beside --best-of {most}, which samples {most}; remove one of them"
         )
-    return AskedBestOf(most, _place(verifier) if verifier else None, tuple(dict.fromkeys(map(_place, graders))))
+    place = _place(verifier) if verifier else None
+    return AskedBestOf(most, place, tuple(dict.fromkeys(map(_place, graders))), _options(place, verifier_kwargs))
+
+
+def _options(verifier: str | None, given: Sequence[str]) -> dict[str, str]:
+    """Of `KEY=VALUE` each. Raises: ConfigError where the verifier has no such option."""
+    from posttrain.grading.learned import check_learned_options, split_learned
+    from posttrain.names import reward_name
+
+    options: dict[str, str] = {}
+    for text in given:
+        name, equals, options[name] = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--verifier-kwargs: got {text!r}, expected KEY=VALUE, e.g. aggregate=product")
+    if options and (verifier is None or not split_learned(verifier)):
+        raise ConfigError(
+            f"--verifier-kwargs: {verifier or 'the scorer of the suite'} takes no options; expected --verifier model:FOLDER of a process reward model"
+        )
+    if options and verifier is not None:
+        check_learned_options(reward_name(verifier), verifier, options, key="--verifier-kwargs")
+    return options
 
 
 def _place(spec: str) -> str:
@@ -67,7 +94,7 @@ def show_best_of(asked: AskedBestOf, reports: Mapping[str, EvalReport], suites: 
 
     for suite in suites:
         report = reports[suite.name]
-        items = verified_items(report, suite, asked.verifier, asked.graders)
+        items = verified_items(report, suite, asked.verifier, asked.graders, asked.verifier_kwargs)
         curve = best_of_curve(items, asked.most)
         names = list(curve[0].graders)
         short = short_names([*names, *([asked.verifier] if asked.verifier else [])])
@@ -141,6 +168,7 @@ def _record(
     return {
         "report": report.digest,
         "verifier": short[asked.verifier] if asked.verifier else None,
+        "verifier_kwargs": dict(asked.verifier_kwargs),
         "curve": [
             {
                 "n": at.n,

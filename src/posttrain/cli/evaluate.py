@@ -43,6 +43,13 @@ def evaluate(
             help="With --best-of: who chooses: file.py:function, model:FOLDER, judge:FILE.yaml or a scorer; default: the suite's own."
         ),
     ] = None,
+    verifier_kwargs: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Options of a process reward model that chooses, as in reward_kwargs: aggregate (min, product, last or mean), step_separator; may be repeated.",
+        ),
+    ] = None,
     grader: Annotated[
         list[str] | None,
         typer.Option(help="With --best-of: who judges the choice too, beside the suite; may be repeated."),
@@ -50,7 +57,7 @@ def evaluate(
 ) -> None:
     """Score a model on eval suites. What the reports in --out already hold is not measured again."""
     keys, plan = plan_of(model, suite or [], on)
-    asked = asked_best_of(best_of, verifier, grader or [], num_samples)
+    asked = asked_best_of(best_of, verifier, grader or [], num_samples, verifier_kwargs or [])
     if asked is not None:
         num_samples = asked.most
         if temperature is None:

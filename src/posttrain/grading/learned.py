@@ -42,31 +42,33 @@ class StepOptions:
     aggregate: str = "min"
 
 
-def step_options(name: str, options: Mapping[str, Any]) -> StepOptions:
-    """Raises: ConfigError."""
+def step_options(where: str, options: Mapping[str, Any]) -> StepOptions:
+    """`where` is what messages begin with. Raises: ConfigError."""
     known = ("step_separator", "aggregate")
     if unknown := [option for option in options if option not in known]:
-        raise ConfigError(f"reward_kwargs: {name}: {unknown[0]}: a process reward model has {' and '.join(known)}")
+        raise ConfigError(f"{where}: {unknown[0]}: a process reward model has {' and '.join(known)}")
     separator, aggregate = options.get("step_separator"), options.get("aggregate", "min")
     if separator is not None and (not isinstance(separator, str) or not separator):
         raise ConfigError(
-            f"reward_kwargs: {name}: step_separator: got {separator!r}, expected the text behind each step"
+            f"{where}: step_separator: got {separator!r}, expected the text behind each step"
         )
     if aggregate not in STEP_AGGREGATES:
         raise ConfigError(
-            f"reward_kwargs: {name}: aggregate: got {aggregate!r}, expected one of {', '.join(STEP_AGGREGATES)}"
+            f"{where}: aggregate: got {aggregate!r}, expected one of {', '.join(STEP_AGGREGATES)}"
         )
     return StepOptions(separator, aggregate)
 
 
-def check_learned_options(name: str, spec: str, options: Mapping[str, Any], folder: Path | None = None) -> None:
-    """What can be known before anything is loaded. Raises: ConfigError."""
+def check_learned_options(
+    name: str, spec: str, options: Mapping[str, Any], folder: Path | None = None, *, key: str = "reward_kwargs"
+) -> None:
+    """What can be known before anything is loaded; `key` is where the options were given. Raises: ConfigError."""
     if spec.startswith(JUDGE):
-        raise ConfigError(f"reward_kwargs: {name!r} takes no options; a judge's stand in its file")
+        raise ConfigError(f"{key}: {name!r} takes no options; a judge's stand in its file")
     source = learned_source(spec, folder)
     if isinstance(source, Path) and not rates_steps(source):
-        raise ConfigError(f"reward_kwargs: {name!r} takes no options: it rates whole answers, no steps")
-    step_options(name, options)
+        raise ConfigError(f"{key}: {name!r} takes no options: it rates whole answers, no steps")
+    step_options(f"{key}: {name}", options)
 
 
 def rates_steps(folder: Path) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 
@@ -15,11 +15,15 @@ from posttrain.recipes.measure.evaluate import OwnScorers
 
 
 def verified_items(
-    report: EvalReport, suite: Suite, verifier: str | None, graders: Sequence[str]
+    report: EvalReport,
+    suite: Suite,
+    verifier: str | None,
+    graders: Sequence[str],
+    options: Mapping[str, str] | None = None,
 ) -> list[VerifiedItem]:
     """Every item's samples by `verifier` (the suite's own scorer where none is named), that scorer, and each of `graders`.
 
-    A name is a scorer, `file.py:function`, `model:FOLDER` or `judge:FILE.yaml` (whole paths). Raises: EvalError, ConfigError.
+    A name is a scorer, `file.py:function`, `model:FOLDER` or `judge:FILE.yaml` (whole paths); `options` are the verifier's. Raises: EvalError, ConfigError.
     """
     if len(report.items[0].completions) != len(report.items[0].scores):
         raise EvalError(
@@ -31,7 +35,8 @@ def verified_items(
     own = [score for record in report.items for score in record.scores]
     with closing(OwnScorers()) as scorers:
         specs = sorted({spec for spec in (verifier, *graders) if spec is not None})
-        seen = {spec: _scores(spec, suite, items, texts, scorers) for spec in specs}
+        own_options = {verifier: options}
+        seen = {spec: _scores(spec, suite, items, texts, scorers, own_options.get(spec)) for spec in specs}
     chosen_by = seen[verifier] if verifier else own
     by_name = {f"{suite.scorer} (suite)": own, **{spec: seen[spec] for spec in graders}}
     found, start = list[VerifiedItem](), 0
@@ -44,7 +49,12 @@ def verified_items(
 
 
 def _scores(
-    spec: str, suite: Suite, items: Sequence[Item], texts: Sequence[str], scorers: OwnScorers
+    spec: str,
+    suite: Suite,
+    items: Sequence[Item],
+    texts: Sequence[str],
+    scorers: OwnScorers,
+    options: Mapping[str, str] | None,
 ) -> list[float | None]:
     """Of each text. Raises: EvalError where none could be scored."""
     if spec in SCORERS:
@@ -52,7 +62,7 @@ def _scores(
         reasons = [None] * len(found)
     else:
         judged = replace(suite, items=tuple(replace(item, scorer=spec) for item in suite.items))
-        pairs = scorers(judged, items, texts)
+        pairs = scorers(judged, items, texts, options)
         found, reasons = [score for score, _ in pairs], [reason for _, reason in pairs]
     if all(score is None for score in found):
         why = next((reason for reason in reasons if reason), "it gives no score")

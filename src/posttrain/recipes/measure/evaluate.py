@@ -271,9 +271,9 @@ class OwnScorers:
         self._pools: dict[tuple[Path, str], RewardPool] = {}
 
     def __call__(
-        self, suite: Suite, items: Sequence[Item], texts: Sequence[str]
+        self, suite: Suite, items: Sequence[Item], texts: Sequence[str], options: Mapping[str, str] | None = None
     ) -> Sequence[tuple[float | None, str | None]]:
-        """Of one completion of each item."""
+        """Of one completion of each item. `options` are the scorer's, the same at every call."""
         names = dict.fromkeys(name for item in items for name in item.columns)
         targets = [item.target for item in items]
         columns: dict[str, list[Any]] = dict.fromkeys(GOLD_COLUMNS, targets)
@@ -283,17 +283,19 @@ class OwnScorers:
             text if isinstance(item.prompt, str) else [{"role": "assistant", "content": text}]
             for item, text in zip(items, texts, strict=True)
         ]
-        pool = self._pool(suite)
+        pool = self._pool(suite, options)
         return [(found.total, found.error) for found in pool.score(prompts, completions, columns)]
 
     def close(self) -> None:
         for pool in self._pools.values():
             pool.close()
 
-    def _pool(self, suite: Suite) -> RewardPool:
+    def _pool(self, suite: Suite, options: Mapping[str, str] | None) -> RewardPool:
         folder = suite.path.parent
         if (folder, suite.scorer) not in self._pools:
-            self._pools[folder, suite.scorer] = RewardPool([suite.scorer], folder=folder, load=load_learned)
+            kwargs = {suite.scorer: options} if options else None
+            pool = RewardPool([suite.scorer], kwargs=kwargs, folder=folder, load=load_learned)
+            self._pools[folder, suite.scorer] = pool
         return self._pools[folder, suite.scorer]
 
 

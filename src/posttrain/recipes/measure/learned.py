@@ -194,7 +194,7 @@ def _read_reward(source: str, name: str, options: Mapping[str, Any], device: str
         if options:
             raise ConfigError(f"reward_kwargs: {name!r} takes no options: it rates whole answers, no steps")
         return ModelReward(policy)
-    wanted = step_options(name, options)
+    wanted = step_options(f"reward_kwargs: {name}", options)
     return StepReward(policy, wanted.step_separator or recorded_separator(Path(source)) or "\n", wanted.aggregate)
 
 
