@@ -16,8 +16,10 @@ from posttrain.data.dataset import Dataset
 from posttrain.data.rows import stored_length
 from posttrain.errors import DataError
 from posttrain.models.batch import fill_by_tokens
+from posttrain.objectives.terms import LossTerms
 from posttrain.protocols import Ranks
 from posttrain.recipes.balance import deal, rank_metrics
+from posttrain.recipes.metrics import StepMetrics
 
 T = TypeVar("T")
 
@@ -32,6 +34,17 @@ class MicroBatch(Generic[T]):
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of this rank's share of the loss."""
         (loss * 0.0 if self.idle else loss).backward()
+
+    def learn(self, terms: LossTerms, metrics: StepMetrics, weight: float = 1.0) -> None:
+        """Add the gradient of this rank's share of the loss, `weight` times; and to `metrics` what it says."""
+        self.backward(weight * terms.loss)
+        self.count(terms, metrics, weight)
+
+    def count(self, terms: LossTerms, metrics: StepMetrics, weight: float = 1.0) -> None:
+        """Add to `metrics` what the loss says; nothing of idle rows."""
+        if not self.idle:
+            metrics.add(terms.metrics)
+            metrics.add_share("loss", weight * float(terms.loss.detach()))
 
 
 @dataclass(frozen=True)

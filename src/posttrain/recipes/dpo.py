@@ -95,11 +95,7 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
         metrics = StepMetrics()
         policy.model.train()
         for micro in accumulating(policy, mine):
-            terms = loss(micro.rows)
-            micro.backward(terms.loss)
-            if not micro.idle:
-                metrics.add(terms.metrics)
-                metrics.add_share("loss", float(terms.loss.detach()))
+            micro.learn(loss(micro.rows), metrics)
         lr = learning_rate(step, total_steps, keys) * stage.guard.controls.lr_scale
         values = metrics.reduced(ranks)
         values |= update(policy, optimizer, stage, lr, values, step + 1)

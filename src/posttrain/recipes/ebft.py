@@ -92,11 +92,10 @@ def run(keys: EBFTKeys, stage: Stage) -> StageResult:
         supervised = list(rows.values()) if keys.ce_coef else []
         policy.model.train()
         for micro in accumulating(policy, micros, more=bool(supervised)):
-            terms = sampled_loss(policy, micro.rows, objective, norm, keys.temperature, on_policy=True, compared=True)
-            micro.backward(terms.loss)
-            if not micro.idle:
-                metrics.add(terms.metrics)
-                metrics.add_share("loss", float(terms.loss.detach()))
+            micro.learn(
+                sampled_loss(policy, micro.rows, objective, norm, keys.temperature, on_policy=True, compared=True),
+                metrics,
+            )
         if supervised:
             learn_from(policy, supervised, keys.ce_coef, keys.per_device_train_batch_size, ranks, metrics, "ce_loss")
         values |= metrics.reduced(ranks) | synced

@@ -49,11 +49,7 @@ def run(keys: GRPOKeys, stage: Stage) -> StageResult:
             supervised = ptx.of_step(step) if ptx else []
             policy.model.train()
             for micro in accumulating(policy, micros, more=bool(supervised)):
-                terms = loss(policy, micro.rows, objective, norm, keys, on_policy=on_policy)
-                micro.backward(terms.loss)
-                if not micro.idle:
-                    metrics.add(terms.metrics)
-                    metrics.add_share("loss", float(terms.loss.detach()))
+                micro.learn(loss(policy, micro.rows, objective, norm, keys, on_policy=on_policy), metrics)
             learn_from(policy, supervised, keys.ptx_coef, keys.per_device_train_batch_size, ranks, metrics)
             values = metrics.reduced(ranks) | selection | (experience.metrics if fresh else {})
             if micros or supervised:

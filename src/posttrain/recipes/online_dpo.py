@@ -47,11 +47,7 @@ def run(keys: OnlineDPOKeys, stage: Stage) -> StageResult:
             policy.model.train()
             for micro in accumulating(policy, for_rank(micros, ranks), more=bool(supervised)):
                 assert loss is not None
-                terms = loss(micro.rows)
-                micro.backward(terms.loss)
-                if not micro.idle:
-                    metrics.add(terms.metrics)
-                    metrics.add_share("loss", float(terms.loss.detach()))
+                micro.learn(loss(micro.rows), metrics)
             learn_from(policy, supervised, keys.ptx_coef, keys.per_device_train_batch_size, ranks, metrics)
             values = metrics.reduced(ranks) | (experience.metrics if position == 0 else {})
             if micros or supervised:

@@ -49,18 +49,12 @@ def run(keys: PPOKeys, stage: Stage) -> StageResult:
             supervised = ptx.of_step(step) if ptx and not warming else []
             critic.policy.model.train()
             for micro in accumulating(critic.policy, micros):
-                terms = critic_loss(critic.policy, micro.rows, keys.cliprange_value, norm)
-                micro.backward(keys.vf_coef * terms.loss)
-                if not micro.idle:
-                    metrics.add(terms.metrics)
-                    metrics.add_share("loss", keys.vf_coef * float(terms.loss.detach()))
+                micro.learn(
+                    critic_loss(critic.policy, micro.rows, keys.cliprange_value, norm), metrics, weight=keys.vf_coef
+                )
             policy.model.train()
             for micro in accumulating(policy, [] if warming else micros, more=bool(supervised)):
-                terms = loss(policy, micro.rows, objective, norm, keys, on_policy=on_policy)
-                micro.backward(terms.loss)
-                if not micro.idle:
-                    metrics.add(terms.metrics)
-                    metrics.add_share("loss", float(terms.loss.detach()))
+                micro.learn(loss(policy, micro.rows, objective, norm, keys, on_policy=on_policy), metrics)
             learn_from(policy, supervised, keys.ptx_coef, keys.per_device_train_batch_size, ranks, metrics)
             values = metrics.reduced(ranks) | selection | (experience.metrics if fresh else {})
             if micros or supervised:

@@ -6,6 +6,7 @@ The model is a transformers sequence-classification model with one label: `AutoM
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,57 +25,34 @@ from posttrain.objectives.reduce import Normalizer
 from posttrain.objectives.reward_model import reward_model_loss
 from posttrain.objectives.terms import LossTerms
 from posttrain.recipes.balance import family_cost
-from posttrain.recipes.batches import Schedule, flat, for_rank, in_their_order
-from posttrain.recipes.measure.validate import Validation
+from posttrain.recipes.batches import Schedule, flat, for_rank
+from posttrain.recipes.example_run import ExampleRun, held_out_metrics
 from posttrain.recipes.metrics import StepMetrics
-from posttrain.recipes.optim import accumulating, learning_rate, make_optimizer, update
+from posttrain.recipes.optim import accumulating
 from posttrain.recipes.run.run_folder import StageResult
 from posttrain.recipes.run.stage import Stage
 
 
 def run(keys: RewardModelKeys, stage: Stage) -> StageResult:
     """Train `keys.base_model` under a new head on the preferences in `keys.datasets`; the result is in `stage.folder`."""
-    ranks = stage.ranks
     tokenizer = load_tokenizer(keys)
     data, held_out = load_with_held_out(load_comparisons, keys, tokenizer)
     stage.run.describe_data(decoder(tokenizer, special=True), data, *held_out.values())
     pad: Any = tokenizer.pad_token_id
     data, held_out = _cut(data, pad), {name: _cut(rows, pad) for name, rows in held_out.items()}
-    schedule = Schedule.of(data, keys, ranks, size=_num_tokens, cost=_pair_cost)
+    schedule = Schedule.of(data, keys, stage.ranks, size=_num_tokens, cost=_pair_cost)
     policy = load_policy(keys, tokenizer=tokenizer, sharding=stage.sharding).without_dropout()
-    optimizer = make_optimizer(policy, keys)
+    measure = partial(validation_loss, policy, keys=keys, stage=stage)
+    examples = ExampleRun.begun(policy, schedule, held_out, measure, keys, stage)
 
-    total_steps = schedule.total_steps(keys)
-    state = stage.resume(policy, optimizer, total_steps)
-    validation = Validation(stage, state, held_out, lambda rows: validation_loss(policy, rows, keys, stage))
-
-    for step in range(state.step, total_steps):
-        if validation.is_over:
-            break
-        stage.begin_step(step)
-        micros = schedule.step(step + stage.guard.controls.skipped)
+    for step, micros in examples.steps():
         norm = Normalizer(tokens=0, sequences=len(flat(micros)))
         metrics = StepMetrics()
         policy.model.train()
-        for micro in accumulating(policy, for_rank(micros, ranks)):
-            terms = loss(policy, micro.rows, keys.center_rewards_coefficient, norm)
-            micro.backward(terms.loss)
-            if not micro.idle:
-                metrics.add(terms.metrics)
-                metrics.add_share("loss", float(terms.loss.detach()))
-        lr = learning_rate(step, total_steps, keys) * stage.guard.controls.lr_scale
-        values = metrics.reduced(ranks)
-        values |= update(policy, optimizer, stage, lr, values, step + 1)
-        values |= schedule.balance(micros, ranks.world_size)
-        values["epoch"] = schedule.epoch_after(step + stage.guard.controls.skipped)
-
-        state.step, state.tokens = step + 1, state.tokens + sum(_num_tokens(row) for row in flat(micros))
-        values |= validation.if_due(state.step, total_steps)
-        best = validation.best_score(state.step)
-        stage.finish_step(state, values, validation.is_last(state.step, total_steps), best)
-
-    validation.restore_best()
-    return stage.done(state)
+        for micro in accumulating(policy, for_rank(micros, stage.ranks)):
+            micro.learn(loss(policy, micro.rows, keys.center_rewards_coefficient, norm), metrics)
+        examples.finish_step(step, micros, metrics.reduced(stage.ranks))
+    return examples.done()
 
 
 def loss(policy: Policy, rows: list[ComparedRow], center_rewards_coefficient: float, norm: Normalizer) -> LossTerms:
@@ -84,20 +62,13 @@ def loss(policy: Policy, rows: list[ComparedRow], center_rewards_coefficient: fl
     return reward_model_loss(reward_S[0::2], reward_S[1::2], margin_P, center_rewards_coefficient, norm)
 
 
-@torch.no_grad()
 def validation_loss(
     policy: Policy, rows: Dataset[ComparedRow], keys: RewardModelKeys, stage: Stage
 ) -> dict[str, float]:
     """The objective and its metrics over all held-out pairs."""
-    policy.model.eval()
     norm = Normalizer(tokens=0, sequences=len(rows))
-    metrics = StepMetrics()
-    for micro in in_their_order(rows.rows, keys.per_device_train_batch_size, stage.ranks):
-        terms = loss(policy, micro.rows, keys.center_rewards_coefficient, norm)
-        if not micro.idle:
-            metrics.add(terms.metrics)
-            metrics.add_share("loss", float(terms.loss))
-    return {f"eval_{name}": value for name, value in metrics.reduced(stage.ranks).items()}
+    each = partial(loss, policy, center_rewards_coefficient=keys.center_rewards_coefficient, norm=norm)
+    return held_out_metrics(policy, rows, each, keys, stage)
 
 
 def _cut(data: Dataset[ComparedRow], pad_token_id: int) -> Dataset[ComparedRow]:
