@@ -1,8 +1,10 @@
 """Tiny models of real architectures, a tokenizer trained on the spot, and small data files; made once per session."""
 
+import contextlib
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -170,6 +172,8 @@ ROWS = {
     },
     "prompts": lambda a, b: {"prompt": _chat(a, b), "answer": str(a + b)},
 }
+_CALLING: list[Path] = []
+"""The model that calls a tool, once it was made."""
 REWARDS = '''
 def spread(prompts, completions, answer, **columns):
     """A number that differs between almost any two completions."""
@@ -198,10 +202,10 @@ def data_dir(tmp_path_factory) -> Path:
     return folder
 
 
-def _stage_runner():
-    path = Path(__file__).with_name("stage_runner.py")
-    spec = importlib.util.spec_from_file_location("stage_runner", path)
-    module = importlib.util.module_from_spec(spec)
+def _module(file):
+    path = Path(__file__).parent / file
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -209,17 +213,28 @@ def _stage_runner():
 @pytest.fixture(scope="session")
 def runner():
     """The module `stage_runner`."""
-    return _stage_runner()
+    return _module("stage_runner.py")
 
 
 @pytest.fixture(scope="session")
 def judging():
     """`with judging(rule) as (url, requests)`: a server that judges by a rule."""
-    path = Path(__file__).with_name("judge_server.py")
-    spec = importlib.util.spec_from_file_location("judge_server", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.judging
+    return _module("judge_server.py").judging
+
+
+@pytest.fixture
+def playing(runner, model_dir, tmp_path, tmp_path_factory):
+    """`playing("openenv")`: a short grpo stage with that kind of environment (`played_stages.PlayedStage`), until the test ends."""
+    module = _module("environments/played_stages.py")
+    with contextlib.ExitStack() as stack:
+
+        def play(kind, architecture="qwen3"):
+            if kind == "mcp" and not _CALLING:
+                _CALLING.append(module.make_calling_model(runner, tmp_path_factory.mktemp("calling")))
+            model = model_dir(architecture)
+            return stack.enter_context(module.played(kind, tmp_path / "played", model, *_CALLING))
+
+        yield play
 
 
 @pytest.fixture

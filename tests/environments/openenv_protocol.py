@@ -1,6 +1,7 @@
 """A small server that speaks OpenEnv's protocol, with the environments of `openenv_server.py` and one that echoes: `openenv_protocol.py KIND SESSIONS`."""
 # pyright: reportMissingImports=false
 
+import asyncio
 import os
 import socket
 import sys
@@ -36,6 +37,8 @@ def guess(state, action):
         raise RejectedError("message", "String should have at most 20 characters")
     if action["message"] == "die":
         os._exit(3)
+    if action["message"] == "flood":
+        return {"text": "x" * 2_000_000}, 0.0, False
     said, wanted = int(action["message"]), state["seed"] % 10
     if said == wanted:
         return {"text": "yes"}, 1.0, True
@@ -88,6 +91,8 @@ async def session(socket: WebSocket):
     try:
         while True:
             message = await socket.receive_json()
+            if message["data"].get("message") == "hang":
+                await asyncio.sleep(60)
             try:
                 answer = react(state, message)
             except RejectedError as error:

@@ -4,6 +4,7 @@
 import os
 import socket
 import sys
+import time
 
 import uvicorn
 from fastmcp import FastMCP
@@ -44,6 +45,10 @@ class Guess(Environment):
         self.turns += 1
         if action.message == "die":
             os._exit(3)
+        if action.message == "hang":
+            time.sleep(60)
+        if action.message == "flood":
+            return Heard(text="x" * 2_000_000, reward=0.0)
         guess = int(action.message)
         if guess == self.wanted:
             return Heard(text="yes", reward=1.0, done=True)

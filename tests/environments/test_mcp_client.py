@@ -22,7 +22,7 @@ def call(name, **arguments):
 def test_a_servers_tools_are_called_and_one_that_hangs_costs_its_episode():
     spec = EnvironmentSpec(None, (f"mcp:{sys.executable} {SERVER}",))
     with EnvironmentPool(spec, timeout_s=5.0, num_workers=1) as pool:
-        assert [tool["function"]["name"] for tool in pool.tools] == ["add", "fail", "hang"]
+        assert [tool["function"]["name"] for tool in pool.tools] == ["add", "fail", "hang", "crash", "flood"]
         assert pool.tools[0]["function"]["parameters"]["required"] == ["a", "b"]
         added, failed, hung, again = pool.ask(
             [call("add", a=40, b=2), call("fail"), call("hang"), call("add", a=1, b=1)]
