@@ -49,13 +49,9 @@ def step_options(where: str, options: Mapping[str, Any]) -> StepOptions:
         raise ConfigError(f"{where}: {unknown[0]}: a process reward model has {' and '.join(known)}")
     separator, aggregate = options.get("step_separator"), options.get("aggregate", "min")
     if separator is not None and (not isinstance(separator, str) or not separator):
-        raise ConfigError(
-            f"{where}: step_separator: got {separator!r}, expected the text behind each step"
-        )
+        raise ConfigError(f"{where}: step_separator: got {separator!r}, expected the text behind each step")
     if aggregate not in STEP_AGGREGATES:
-        raise ConfigError(
-            f"{where}: aggregate: got {aggregate!r}, expected one of {', '.join(STEP_AGGREGATES)}"
-        )
+        raise ConfigError(f"{where}: aggregate: got {aggregate!r}, expected one of {', '.join(STEP_AGGREGATES)}")
     return StepOptions(separator, aggregate)
 
 
