@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from posttrain.config.stages import ExampleKeys
+from posttrain.config.stages import TrainKeys
 from posttrain.data.dataset import Dataset
 from posttrain.models.policy import Policy
 from posttrain.objectives.terms import LossTerms
@@ -33,7 +33,7 @@ class ExampleRun(Generic[T]):
     state: TrainState
     validation: Validation
     total_steps: int
-    keys: ExampleKeys
+    keys: TrainKeys
     stage: Stage
 
     @classmethod
@@ -43,7 +43,7 @@ class ExampleRun(Generic[T]):
         schedule: Schedule[T],
         held_out: dict[str, Dataset[T]],
         measure: Callable[[Dataset[T]], dict[str, float]],
-        keys: ExampleKeys,
+        keys: TrainKeys,
         stage: Stage,
     ) -> ExampleRun[T]:
         """`measure` says what is logged of rows that are held out."""
@@ -79,7 +79,7 @@ class ExampleRun(Generic[T]):
 
 @torch.no_grad()
 def held_out_metrics(
-    policy: Policy, rows: Dataset[T], loss: Callable[[list[T]], LossTerms], keys: ExampleKeys, stage: Stage
+    policy: Policy, rows: Dataset[T], loss: Callable[[list[T]], LossTerms], keys: TrainKeys, stage: Stage
 ) -> dict[str, float]:
     """The objective and its metrics over all rows that are held out; `loss` is that of some of them, divided by what all count."""
     policy.model.eval()
