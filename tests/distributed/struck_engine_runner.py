@@ -47,9 +47,9 @@ def _in_generate(places):
 def _in_update(places):
     plain_all, plain_update, versions = VLLMServerEngine._take_all, VLLMServerEngine._update, []
 
-    def take_all(self, weights, version, label):
+    def take_all(self, weights, version):
         versions.append(version)
-        return plain_all(self, weights, version, label)
+        return plain_all(self, weights, version)
 
     def update(self, message):
         plain_update(self, message)
