@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import time
+from contextlib import closing, suppress
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from tests.distributed.test_rank_group import (  # noqa: F401 - one is a fixture
@@ -14,6 +17,11 @@ from tests.distributed.test_rank_group import (  # noqa: F401 - one is a fixture
     kill_rank,
     workers,
 )
+from tests.processes import all_gone
+
+from posttrain.distributed.engine_roles import EngineRoles, engine_name
+from posttrain.distributed.on_ray import RayCluster
+from posttrain.distributed.roles import Role, RoleLateError, RoleLostError, RoleProgram, RoleResources
 
 pytestmark = [
     pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: make setup-ray"),
@@ -33,7 +41,7 @@ def _started(num_cpus):
 
 def started(num_cpus=2):
     """A head of two CPUs and a node. A cluster that does not start within Ray's own limit is started once more."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "120"}
     try:
         return _started(num_cpus)
     except Exception as error:  # noqa: BLE001 - Ray raises a bare one
@@ -115,3 +123,71 @@ def test_a_node_that_is_lost_is_replaced_by_another_with_room(cluster, workers, 
     assert "is lost" in err
     steps = [row["step"] for row in runner.rows(tmp_path / "run/stages/01-sft")]
     assert steps == list(range(1, 41))
+
+
+@pytest.mark.slow
+def test_what_a_lost_node_kept_ends_and_another_node_keeps_an_engine_under_its_name(cluster, tmp_path):
+    """SIGKILL of the raylet under the keeper of an engine: what it served goes, and who looks for it by its name finds the next one."""
+    extra = [cluster.add_node(num_cpus=3, object_store_memory=STORE_BYTES) for _ in range(2)]
+    joined, told = RayCluster(cluster.address, "kept"), []
+    program = RoleProgram(
+        ("{python}", "-c", "import time; time.sleep(600)", str(tmp_path)), str(tmp_path), {}, token="t"
+    )
+    place = RoleResources(cpus=3)
+    try:
+        joined.reserve([place], "pack")
+        make = lambda number: joined.keeper(0, engine_name(number), place, 120.0)  # noqa: E731
+        with closing(EngineRoles([Role(engine_name(0), told.append)], make, 10.0, max_restarts=3)) as roles:
+            kept = joined.named(engine_name(0))
+            kept.node  # noqa: B018 - it has its place
+            kept.call("serve", program)
+            kept.call("synced", 1)
+            looked_until(roles, lambda: states(told) == ["restarting", "stale", "healthy"])
+            lost = next(node for node in extra if node.node_id == kept.node.name)
+            served = [pid for pid in processes_of(tmp_path) if "supervised" not in command_line(pid)]
+            os.kill(lost.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+            began = time.monotonic()
+            looked_until(roles, lambda: states(told)[-1] == "dead")
+            print(f"the node's end was seen after {time.monotonic() - began:.1f} s")
+            assert all_gone(served)
+            again = looked_until(roles, lambda: found_again(joined, kept.node.name))
+            again.call("serve", program)
+            again.call("synced", 1)
+            looked_until(roles, lambda: states(told)[-1] == "healthy")
+            print(f"another node served after {time.monotonic() - began:.1f} s")
+        assert states(told) == ["restarting", "stale", "healthy", "dead", "restarting", "stale", "healthy"]
+    finally:
+        joined.close()
+        for node in extra:
+            cluster.remove_node(node, allow_graceful=False)
+
+
+def states(told):
+    return [details["to"] for details in told if "to" in details]
+
+
+def looked_until(roles, seen):
+    until = time.monotonic() + 300
+    while not (found := seen()):
+        assert time.monotonic() < until
+        roles.look()
+        time.sleep(0.1)
+    return found
+
+
+def found_again(joined, lost):
+    """The keeper on another node than the lost one."""
+    with suppress(RoleLateError, RoleLostError):
+        kept = joined.named(engine_name(0))
+        return kept if kept.take(kept.ask("node"), 1.0).name != lost else None
+
+
+def command_line(pid):
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    return ""
+
+
+def processes_of(folder):
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [pid for pid in pids if "time.sleep(600)" in command_line(pid) and str(folder) in command_line(pid)]
