@@ -193,6 +193,7 @@ def spread(prompts, completions, answer, **columns):
 """
 
 
+@pytest.mark.slow
 def test_held_out_prompts_are_dealt_and_their_reward_is_that_of_one_process(
     torchrun, write_yaml, runner, data_dir, tmp_path
 ):

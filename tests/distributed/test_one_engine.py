@@ -65,6 +65,7 @@ def test_ranks_share_an_engine_also_one_that_is_lost_and_comes_back(job, runner,
         same(runner, alone(runner, one), Path(one["folder"]))
 
 
+@pytest.mark.slow
 def test_ranks_share_two_engines_which_each_get_all_weights(job, runner, monkeypatch):
     """The second one after the canary of the first has scored, without a step between them."""
     two = job("two", max_steps=2)

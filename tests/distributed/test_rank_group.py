@@ -43,6 +43,7 @@ def done(process, code=0, timeout=200):
     return out, err
 
 
+@pytest.mark.slow
 def test_two_workers_take_the_steps_of_torchrun_to_the_bit(workers, torchrun, write_yaml, runner, tmp_path):
     out, _ = done(workers("local", "sft", write_yaml("sft", max_steps=3), "--workers", 2))
     assert "model   " in out

@@ -150,6 +150,7 @@ def test_four_ranks_hold_two_copies_or_four(model_dir, data_dir, found_by, tmp_p
 EXPERTS = {"lora_target": ["q_proj", "gate_up_proj", "down_proj"], "adapter": "lora", "lora_r": 4}
 
 
+@pytest.mark.slow
 def test_experts_of_a_layer_are_gathered_by_themselves(model_dir, data_dir, found_by, tmp_path):
     """Two micro-batches: root, layers and their experts; the last two again in the backward."""
     rows = {"all": {}, "kept": {"sharding": {"reshard_after_forward": False}}, "adapter": EXPERTS}

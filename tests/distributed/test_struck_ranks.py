@@ -24,7 +24,6 @@ ROOT = Path(__file__).parents[2]
 LONGEST_S = 400.0
 PATIENCE_S = 10.0
 """Of a rank with another one that says nothing."""
-QUICK = "shared generating SIGKILL"
 
 
 @dataclass
@@ -196,7 +195,8 @@ def straight_ends():
     return {}
 
 
-@pytest.mark.parametrize("name", [n if n == QUICK else pytest.param(n, marks=pytest.mark.slow) for n in STRIKES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRIKES)
 def test_ranks_that_are_started_again_after_a_strike_end_the_same(
     name, straight_ends, runner, model_dir, data_dir, tmp_path
 ):

@@ -71,6 +71,7 @@ def issued(folder):
     return [number for event in events if event["kind"] == "rollouts" for number in event["prompts"]["issued"]]
 
 
+@pytest.mark.slow
 def test_a_stage_samples_with_a_server_of_its_own_that_ends_with_it(started):
     process = started()
     await_step(started.folder, 1, process)

@@ -135,6 +135,7 @@ def test_with_a_passing_certificate_rl_is_promoted(project, tmp_path):
     book.close()
 
 
+@pytest.mark.slow
 def test_each_rl_stage_has_its_own_certificate(project):
     grpo = [
         {"grpo": {**GRPO, "max_steps": 1, "reward_funcs": rewards}}
@@ -154,6 +155,7 @@ def test_each_rl_stage_has_its_own_certificate(project):
 HACKABLE = {**GRPO, "reward_funcs": ["rewards.py:is_in"]}
 
 
+@pytest.mark.slow
 def test_a_hackable_reward_of_a_later_stage_stops_the_run_before_any_training(project):
     run = project(
         [{"sft": SFT}, {"grpo": {**GRPO, "max_steps": 1, "reward_funcs": ["number"]}}, {"grpo": HACKABLE}], evals={}

@@ -37,6 +37,7 @@ def mlflow_runs(uri):
     return {run.info.run_name: run.info.run_id for run in runs}, steps
 
 
+@pytest.mark.slow
 def test_two_rl_stages_are_two_runs_in_mlflow_which_stay_the_same_where_the_project_is_moved(project, tmp_path):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     run = project([{"grpo": GRPO}, {"grpo": {**GRPO, "max_steps": 1}}], evals={}, allow_raw_base=True, mlflow=uri)

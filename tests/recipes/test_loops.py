@@ -239,15 +239,12 @@ def test_grpo_does_not_depend_on_its_micro_batches(train, runner):
     [
         "plain",
         "gspo",
-        "dr_grpo",
-        "kl",
-        "corrected",
-        "entropy",
-        "masked",
         "masked under a kl",
         "uncertain tokens",
-        "clip_cov",
-        "kl_cov",
+        *(
+            pytest.param(variant, marks=pytest.mark.slow)
+            for variant in ("dr_grpo", "kl", "corrected", "entropy", "masked", "clip_cov", "kl_cov")
+        ),
     ],
 )
 def test_a_group_split_over_micro_batches_gives_the_losses_of_the_whole_one(variant, train, runner):

@@ -89,6 +89,7 @@ def test_every_second_micro_batch_has_the_rows_of_one_of_two_shares(streamed):
     assert {line % 2 for line in lines(both[::2])} == {1} and {line % 2 for line in lines(both[1::2])} == {0}
 
 
+@pytest.mark.slow
 def test_what_is_held_does_not_grow_with_the_file(streamed, rows_file):
     """Counted are the sequences that are alive, after many passes' worth of rows."""
     rows_file.write_text("".join(json.dumps({"text": f"row {number}"}) + "\n" for number in range(2000)))

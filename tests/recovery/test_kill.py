@@ -6,6 +6,7 @@ import pytest
 
 KINDS = ("sft", "dpo", "grpo", "ppo", "online_dpo")
 SHORT = {"max_steps": 3, "save_total_limit": 1}
+QUICK = [kind if kind in ("sft", "grpo") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def check(tally, kills):
     assert tally.differences == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUICK)
 def test_killed_at_commit_points_it_ends_the_same(kind, drivers, harness, tmp_path):
     """Each *kind* of commit point once (which step it is makes no difference), where a name appears, changes or goes."""
     died = set()
@@ -59,7 +60,7 @@ def _first(point, folder, wanted):
     return wanted(point)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUICK)
 def test_killed_at_random_instants_it_ends_the_same(kind, drivers, harness, tmp_path):
     driver = drivers(kind, short=True)
     expected, longest_s = harness.uninterrupted(driver, tmp_path / "straight")

@@ -116,6 +116,7 @@ TARGETS = (
 """The writes at which something appears for others."""
 
 
+@pytest.mark.slow
 def test_killed_at_promotion_and_at_the_report_there_is_one_promotion_and_a_whole_page(driver, harness, tmp_path):
     """Each *kind* of write that others see, once."""
     died = {}

@@ -98,6 +98,12 @@ ROWS = {
     "grpo: overlong, truncated, entropy": ("grpo", {"soft_overlong_cache": 3, "mask_truncated_completions": True, "entropy_coef": 0.01, **TWICE}),
     "grpo: the best checkpoint": ("grpo", {"eval_steps": 1, "load_best_model_at_end": True, "eval": "dev-prompts"}),
 }  # fmt: skip
+ALIKE = (
+    {f"sft: {name}" for name in list(SFT_LOSSES)[1:]}
+    | {f"sft: {name} after a warmup" for name in choices("sft", "lr_scheduler_type")[2:]}
+    | {f"dpo: {name}" for name in list(PREFERENCE_LOSSES)[3:]}
+)
+"""Losses and schedules that carry no state of their own: of each table the first few run in every run of the tests."""
 
 
 def job_of(name, model, data, folder):
@@ -161,7 +167,7 @@ def _in_a_fresh_process(runner, jobs):
 
 
 @pytest.mark.xdist_group("resume")
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in ROWS])
 def test_a_continued_run_is_the_uninterrupted_one(name, resumed, runner):
     straight, stopped = (resumed / f"{list(ROWS).index(name)}-{part}" for part in ("straight", "stopped"))
     assert runner.rows(stopped) == runner.rows(straight)

@@ -63,7 +63,7 @@ def _key(row):
     return first.ids if isinstance(first.ids, tuple) else tuple(first.ids[~first.loss_mask].tolist())
 
 
-@pytest.mark.parametrize("kind", ["sft", "grpo", "dpo", "ppo"])
+@pytest.mark.parametrize("kind", ["sft", "grpo", "dpo", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_a_poisoned_row_is_passed_over_and_the_run_ends_well(kind, faulty, train, runner):
     faulty(kind)
     folder = train(kind, **OPTIONS[kind])
