@@ -7,6 +7,7 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 import shutil
 
+import pytest
 from mlflow import MlflowClient
 
 from posttrain.files import digest_json, read_json
