@@ -14,7 +14,7 @@ import pytest
 from posttrain import files
 from posttrain.cli.rewards import read_samples
 from posttrain.config.datasets import DatasetKeys
-from posttrain.data.sources import read_rows
+from posttrain.data.opened import read_rows
 from posttrain.errors import DataError, PosttrainError, RunLockedError
 from posttrain.evals.suite import load_suite
 from posttrain.evidence import EvalReport, ItemRecord

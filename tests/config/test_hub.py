@@ -76,7 +76,7 @@ def test_a_model_and_a_dataset_of_the_hub_are_refused_in_one_line(client, closed
 
     from posttrain.config.datasets import DatasetKeys
     from posttrain.config.stages import ModelKeys
-    from posttrain.data.sources import read_rows
+    from posttrain.data.opened import read_rows
     from posttrain.errors import DataError, ModelError
     from posttrain.models.load import load_config
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from posttrain.data import load, parse
+from posttrain.data import gathered, parse, rendered
 from posttrain.data.formats import FORMATS
 from posttrain.data.lint_rules import GOLD_COLUMNS, RULES
 
@@ -34,6 +34,13 @@ def test_every_format_is_documented_with_its_columns():
 
 def test_every_skip_reason_is_documented():
     text = " ".join(PAGE.split())
-    reasons = [load.TOO_LONG, load.NOTHING_LEFT, load.NOTHING, parse.NO_ASSISTANT, parse.EMPTY, parse.IDENTICAL]
-    reasons += [load.TOO_SHORT, load.AGAIN]
+    reasons = [
+        rendered.TOO_LONG,
+        gathered.NOTHING_LEFT,
+        rendered.NOTHING,
+        parse.NO_ASSISTANT,
+        parse.EMPTY,
+        parse.IDENTICAL,
+    ]
+    reasons += [rendered.TOO_SHORT, rendered.AGAIN]
     assert [reason for reason in reasons if f"`{reason}`" not in text] == []

@@ -14,7 +14,7 @@ from posttrain.config.load import load_stage
 from posttrain.config.stages import SFTKeys
 from posttrain.data import fetch
 from posttrain.data.load import load_sft
-from posttrain.data.sources import content_digest, read_source
+from posttrain.data.opened import OpenSource, read_source
 from posttrain.errors import ConfigError, DataError, MissingExtraError
 
 TEXT = '{"text": "one"}\n\n{"text": "two"}\n'
@@ -57,16 +57,16 @@ def test_rows_and_digest_are_those_of_the_plain_file(tmp_path, place, suffix):
     assert [row for _, row in mine.rows] == [row for _, row in theirs.rows]
     assert [origin.line for origin, _ in mine.rows] == [1, 3] and [origin.line for origin in mine.blank_lines] == [2]
     assert str(mine.rows[0][0]).endswith(f"rows.jsonl{suffix}:1"), "named as it is in the YAML, not by its copy"
-    assert mine.digest == theirs.digest == content_digest(source(path)) == content_digest(source(plain))
+    assert mine.digest == theirs.digest == OpenSource(source(path)).digest == OpenSource(source(plain)).digest
 
 
 def test_a_file_is_taken_once_and_again_when_it_changed(downloads):
     uri = "memory://again/rows.jsonl"
     put(uri, TEXT.encode())
-    first = content_digest(source(uri))
-    assert content_digest(source(uri)) == first and downloads == [uri]
+    first = OpenSource(source(uri)).digest
+    assert OpenSource(source(uri)).digest == first and downloads == [uri]
     put(uri, TEXT.replace("one", "six").encode())
-    assert content_digest(source(uri)) != first and downloads == [uri, uri]
+    assert OpenSource(source(uri)).digest != first and downloads == [uri, uri]
 
 
 class Silent(http.server.SimpleHTTPRequestHandler):

@@ -8,9 +8,10 @@ import pytest
 
 from posttrain.config.stages import SFTKeys
 from posttrain.data.forms import fit
-from posttrain.data.load import DROPPED, load_sft
+from posttrain.data.load import load_sft
 from posttrain.data.messages import parse_messages, parse_tools
 from posttrain.data.render import draft_example, draft_prompt, tokenize
+from posttrain.data.rendered import DROPPED
 from posttrain.data.template import render_text
 from posttrain.errors import DataError
 from posttrain.types import Example, Origin, Prompt

@@ -6,9 +6,10 @@ from posttrain.config.preference import DPOKeys
 from posttrain.config.rl import GRPOKeys
 from posttrain.config.stages import SFTKeys
 from posttrain.data.dataset import origin, sequences
-from posttrain.data.load import DROPPED, REWRITTEN, load_kto, load_preference, load_prompts, load_sft, read_nouns
+from posttrain.data.load import load_kto, load_preference, load_prompts, load_sft, read_nouns
 from posttrain.data.parse import IDENTICAL
 from posttrain.data.render import draft_example, tokenize
+from posttrain.data.rendered import DROPPED, REWRITTEN
 from posttrain.errors import DataError
 from posttrain.types import Example, Origin
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from posttrain.config.datasets import DatasetKeys
-from posttrain.data.sources import read_rows
+from posttrain.data.opened import read_rows
 from posttrain.errors import DataError
 
 FORMATS = ["Q: {question}\nHint: {hint}\nA: ", "Q: {question}\nA: "]

@@ -139,7 +139,7 @@ def test_blocks_do_not_depend_on_how_many_rows_are_tokenised_at_once(at_once, wr
     path = write_jsonl([{"text": " good day" * (number % 7 + 1)} for number in range(30)])
     keys = keys_of(path, sequence_len=16, packing=True, packing_strategy="wrapped")
     expected = load_sft(keys, tokenizer)
-    monkeypatch.setattr("posttrain.data.load._ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr("posttrain.data.opened.ROWS_OF_PART", at_once)
     monkeypatch.setenv("POSTTRAIN_CACHE", str(path.parent / "other"))
     again = load_sft(keys, tokenizer)
     assert again.summary.cache == "miss: first time" and again.digest == expected.digest

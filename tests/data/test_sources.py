@@ -9,8 +9,9 @@ import pytest
 
 from posttrain.config.datasets import DatasetKeys
 from posttrain.config.stages import SFTKeys
-from posttrain.data.load import INVENTED, load_sft
-from posttrain.data.sources import content_digest, read_rows, read_source
+from posttrain.data.load import load_sft
+from posttrain.data.opened import OpenSource, read_rows, read_source
+from posttrain.data.rendered import INVENTED
 from posttrain.errors import DataError
 
 
@@ -48,10 +49,10 @@ def test_limit_and_renamed_columns(write_jsonl):
 
 def test_digest_follows_the_contents(write_jsonl):
     path = write_jsonl([{"text": "a"}])
-    before = content_digest(DatasetKeys(path=str(path)))
+    before = OpenSource(DatasetKeys(path=str(path))).digest
     assert read_source(DatasetKeys(path=str(path))).digest == before
     write_jsonl([{"text": "b"}])
-    assert content_digest(DatasetKeys(path=str(path))) != before
+    assert OpenSource(DatasetKeys(path=str(path))).digest != before
 
 
 BAD_FILES = {

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from posttrain.config.datasets import DatasetKeys
-from posttrain.data.sources import read_source
+from posttrain.data.opened import read_source
 from posttrain.data.stream import RowStream, first_rows, open_rows
 from posttrain.errors import DataError
 from posttrain.types import Origin

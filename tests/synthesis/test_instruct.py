@@ -16,8 +16,8 @@ from tests.judge_server import CUT, judging
 from posttrain.config.instruct import InstructKeys
 from posttrain.config.load_data import load_data_keys
 from posttrain.data.formats import detect_format
+from posttrain.data.opened import read_rows
 from posttrain.data.origin import data_origins, write_origin
-from posttrain.data.sources import read_rows
 from posttrain.errors import ConfigError, DataError, RewardError
 from posttrain.synthesis.instruct import write_instructions
 

@@ -138,7 +138,8 @@ def goals_of(data: str) -> list[str]:
 def _rows(data: str) -> list[Any]:
     """The first rows of a local file; none of a hub dataset, which is read when the project runs."""
     from posttrain.config.datasets import DatasetKeys
-    from posttrain.data.sources import is_local, read_rows
+    from posttrain.data.opened import read_rows
+    from posttrain.data.sources import is_local
 
     return read_rows(DatasetKeys(path=data, limit=ROWS_LOOKED_AT)) if data and is_local(data) else []
 

@@ -147,7 +147,7 @@ def _check(keys: RLKeys, samples: Path | None, limit: int, path: Path) -> Certif
 def read_cases(keys: RLKeys, limit: int) -> tuple[Case, ...]:
     """Prompts of eval_datasets where there are any, else of datasets, spread evenly. Raises: DataError."""
     from posttrain.data.formats import detect_format, parse_rows
-    from posttrain.data.sources import read_rows
+    from posttrain.data.opened import read_rows
     from posttrain.rewards.cases import cases_of
 
     prompts: list[Any] = []

@@ -17,7 +17,7 @@ def kind_in(config: Path, stage: str | None, overrides: Sequence[str] = ()) -> s
     from posttrain.config.load import load_stage, marked_kind
     from posttrain.config.settings import read_settings
     from posttrain.data.formats import rows_of
-    from posttrain.data.sources import read_rows
+    from posttrain.data.opened import read_rows
 
     names = kinds_by_name()
     if stage is not None and stage not in names:

@@ -62,6 +62,11 @@ class CacheKey:
     def entry(self) -> Path:
         return self.folder / digest_json(self.parts()).removeprefix("sha256:")[:32]
 
+    @property
+    def shelf(self) -> Path:
+        """Where parts of the entry lie until it is whole; dropped as abandoned when nobody goes on with them."""
+        return self.folder / f".parts-{self.entry.name}"
+
     def parts(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("contents", "template", "tokenizer", "code", "keys")}
 

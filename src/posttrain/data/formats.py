@@ -5,7 +5,6 @@ Detection looks at every row, so a mixture is found and refused at its first odd
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -131,28 +130,59 @@ class Detection:
 
 def detect_format(rows: Sequence[SourceRow], kind: RowKind, named: str = "auto") -> Detection:
     """The one format of all `rows` for `kind`. Raises: DataError on wrong columns, a wrong `type` or a mixture."""
-    if named != "auto":
-        return _check_named(rows, kind, named)
-    found: dict[frozenset[str], str] = {}
-    first: tuple[str, Origin] | None = None
-    for origin, row in rows:
-        columns = frozenset(name for name, value in row.items() if value is not None)
-        if columns not in found:
-            found[columns] = _best(columns, kind, origin)
-        name = found[columns]
+    detector = Detector(kind, named)
+    detector.add(rows)
+    return detector.found()
+
+
+class Detector:
+    """`detect_format` for rows that are told part by part."""
+
+    def __init__(self, kind: RowKind, named: str = "auto") -> None:
+        self._kind: RowKind = kind
+        self._named = named
+        self._of: dict[frozenset[str], str] = {}
+        self._first: tuple[Origin, Mapping[str, Any]] | None = None
+        self._columns: set[str] = set()
+        self._num_rows = 0
+        self.name = named
+        """The format of the rows so far."""
+
+    def add(self, rows: Sequence[SourceRow]) -> None:
+        """Raises: DataError at the first row that does not fit."""
+        if rows and self._first is None:
+            self._first = rows[0]
+            if self._named != "auto":
+                _check_kind(rows[0][0], self._kind, self._named)
+        for origin, row in rows:
+            columns = frozenset(name for name, value in row.items() if value is not None)
+            if self._named == "auto":
+                self._add(origin, row, columns)
+            else:
+                _check_named(origin, columns, self._kind, self._named)
+            self._columns.update(row)
+        self._num_rows += len(rows)
+
+    def _add(self, origin: Origin, row: Mapping[str, Any], columns: frozenset[str]) -> None:
+        if columns not in self._of:
+            self._of[columns] = _best(columns, self._kind, origin)
+        name = self._of[columns]
         if name == "preference":
             _refuse_prompt_beside(row, columns, origin)
-        if first is None:
-            first = (name, origin)
-        elif name != first[0]:
+        if self.name == "auto":
+            self.name = name
+        elif name != self.name:
+            assert self._first is not None, "a row was the first"
             raise DataError(
-                f"{origin}: this row is {name} ({FORMATS[name].shape}), but the rows from {first[1]} on are {first[0]} "
-                f"({FORMATS[first[0]].shape}); expected one format per file; split the file, or name it with `type: {first[0]}`"
+                f"{origin}: this row is {name} ({FORMATS[name].shape}), but the rows from {self._first[0]} on are {self.name} "
+                f"({FORMATS[self.name].shape}); expected one format per file; split the file, or name it with `type: {self.name}`"
             )
-    assert first is not None, "sources never give an empty list"
-    return Detection(
-        first[0], f"{_shown(FORMATS[first[0]], rows[0][1])} in all {len(rows):,} rows", _ignored(rows, first[0])
-    )
+
+    def found(self) -> Detection:
+        assert self._first is not None, "sources never give an empty list"
+        used = _shown(FORMATS[self.name], self._first[1]) if self._named == "auto" else ""
+        why = f"{used} in all {self._num_rows:,} rows" if used else "named in the config"
+        return Detection(self.name, why, _ignored(self._columns, self.name))
 
 
 def rows_of(columns: Iterable[str]) -> RowKind:
@@ -222,23 +252,22 @@ def _alias(ours: str, columns: frozenset[str]) -> str | None:
     return next((lowered[other] for other in (ours, *ALIASES.get(ours, ())) if other in lowered), None)
 
 
-def _check_named(rows: Sequence[SourceRow], kind: RowKind, named: str) -> Detection:
-    fmt = FORMATS[named]
-    origin, row = rows[0]
-    if kind not in fmt.rows:
+def _check_kind(origin: Origin, kind: RowKind, named: str) -> None:
+    """Raises: DataError for a `type` that gives no such rows."""
+    if kind not in FORMATS[named].rows:
         takes = ", ".join(name for name, other in FORMATS.items() if kind in other.rows)
-        extra = "; with `loss_type: kto` it is" if kind == "pairs" and "labels" in fmt.rows else ""
+        extra = "; with `loss_type: kto` it is" if kind == "pairs" and "labels" in FORMATS[named].rows else ""
         raise DataError(
             f"{origin.path}: `type: {named}` is not for {kind}{extra}; expected one of {takes}, or `type: auto`"
         )
-    for origin, row in rows:
-        columns = frozenset(name for name, value in row.items() if value is not None)
-        if not fmt.score(columns):
-            shown = ", ".join(f"`{column}`" for column in sorted(columns)) or "none"
-            raise DataError(
-                f"{origin}: found columns {shown}; expected {fmt.shape} for `type: {named}`. {_hint(columns, kind)}"
-            )
-    return Detection(named, "named in the config", _ignored(rows, named))
+
+
+def _check_named(origin: Origin, columns: frozenset[str], kind: RowKind, named: str) -> None:
+    if not FORMATS[named].score(columns):
+        shown = ", ".join(f"`{column}`" for column in sorted(columns)) or "none"
+        raise DataError(
+            f"{origin}: found columns {shown}; expected {FORMATS[named].shape} for `type: {named}`. {_hint(columns, kind)}"
+        )
 
 
 def _shown(fmt: Format, row: Mapping[str, Any]) -> str:
@@ -246,8 +275,7 @@ def _shown(fmt: Format, row: Mapping[str, Any]) -> str:
     return "column " * (len(used) == 1) + "columns " * (len(used) > 1) + ", ".join(f"`{name}`" for name in used)
 
 
-def _ignored(rows: Sequence[SourceRow], name: str) -> tuple[str, ...]:
+def _ignored(columns: set[str], name: str) -> tuple[str, ...]:
     if name == "prompt":  # every other column is the reward functions'
         return ()
-    counts = Counter(column for _, row in rows for column in row)
-    return tuple(sorted(set(counts) - FORMATS[name].reads(counts)))
+    return tuple(sorted(columns - FORMATS[name].reads(columns)))

@@ -30,6 +30,7 @@ class Gathered:
     notes: Counter[str] = field(default_factory=Counter)
     lengths: array[int] = field(default_factory=lambda: array("l"))
     """Tokens of each sequence."""
+    num_read: int = 0
     num_rows: int = 0
     loss_tokens: int = 0
 

@@ -15,8 +15,8 @@ from posttrain.data.dataset import Dataset, sequences
 from posttrain.data.lint_input import GOLD_ROWS, LintInput
 from posttrain.data.lint_rules import RULES, Action, Offence
 from posttrain.data.load import read_nouns
+from posttrain.data.opened import read_rows
 from posttrain.data.rows import MappedRows
-from posttrain.data.sources import read_rows
 from posttrain.errors import ConfigError, DataError
 from posttrain.files import write_atomic, write_json
 from posttrain.types import Origin, Prompt

@@ -17,6 +17,7 @@ from posttrain.config.datasets import RowKind
 from posttrain.data import overlap
 from posttrain.data.formats import Noun
 from posttrain.data.forms import fit
+from posttrain.data.gathered import NOTHING_LEFT
 from posttrain.data.lint_input import (
     CODE_GOLD_ROWS,
     DECODED_ROWS,
@@ -31,8 +32,8 @@ from posttrain.data.lint_input import (
     spread,
     whole,
 )
-from posttrain.data.load import NOTHING, NOTHING_LEFT, TOO_LONG
 from posttrain.data.parse import EMPTY, IDENTICAL, NO_ASSISTANT
+from posttrain.data.rendered import NOTHING, TOO_LONG
 from posttrain.data.template import added_tokens, end_of_turn, render_text, render_with
 from posttrain.errors import DataError
 from posttrain.types import LabelledCompletion, Origin, PreferencePair, Prompt, TokenSeq

@@ -6,9 +6,7 @@ Reading, parsing, rendering, overflow, cache and the summary meet here; each doe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from posttrain.config.datasets import DatasetKeys, RowKind
@@ -16,34 +14,19 @@ from posttrain.config.process_reward import ProcessRewardModelKeys
 from posttrain.config.rl import SamplingKeys
 from posttrain.config.stages import ExampleKeys, SFTKeys, TrainKeys
 from posttrain.data import cache, render
-from posttrain.data.dataset import Dataset, DataSummary, Skipped, SourceSummary, length_percentiles
+from posttrain.data.dataset import Dataset, DataSummary, Skipped, SourceSummary
 from posttrain.data.formats import Noun, detect_format, parse_rows
-from posttrain.data.gathered import NOTHING_LEFT, Gathered, Joiner, Out, joined
-from posttrain.data.parse import IDENTICAL, unpair
-from posttrain.data.render import RenderedRow
+from posttrain.data.gathered import Gathered
+from posttrain.data.opened import OpenSource, read_source
+from posttrain.data.rendered import RowPlan, expanded, render_rows, render_source, summary_of, surveyed
 from posttrain.data.rows import StoredRows
-from posttrain.data.sources import Source, content_digest, read_source, short_path
+from posttrain.data.shelf import Shelf
+from posttrain.data.sources import short_path
 from posttrain.data.stream import first_rows
 from posttrain.data.template import template_digest, use_template
 from posttrain.errors import DataError
 from posttrain.files import digest_json
-from posttrain.types import Example, Origin, PreferencePair, Prompt, PromptRow, TokenSeq
-
-TOO_LONG = "longer than sequence_len"
-TOO_SHORT = "shorter than min_sample_len"
-AGAIN = "the same tokens as an earlier row"
-NOTHING = "nothing to train"
-TRUNCATED = "truncated to sequence_len"
-SPLIT = "cut into rows of sequence_len"
-BLANK = "blank lines"
-INVENTED = "rows with null fields that nested Parquet types had added, taken out"
-IN_PIECES = "prompt and answer tokenised apart (a token would have straddled the edge)"
-STEPS_CUT = "steps cut off by max_completion_length"
-SEPARATED = "steps with the step_separator inside, which are several where answers are scored"
-DROPPED = "earlier turns whose thinking the template leaves out"
-REWRITTEN = "turns as the template writes them inside the conversation, otherwise than alone"
-_ROWS_AT_ONCE = 2048
-"""Rows that are text and tokens at once, on their way to the cache."""
+from posttrain.types import Origin, Prompt, PromptRow, TokenSeq
 
 
 class PairRow(NamedTuple):
@@ -64,28 +47,6 @@ class StepRow(NamedTuple):
 
 ComparedRow = tuple[TokenSeq, TokenSeq, float]
 LabelledRow = tuple[TokenSeq, bool]
-
-
-@dataclass(frozen=True, slots=True)
-class RowPlan:
-    """How one stage's rows are made. `extra` and `restore` take a row to JSON and back, for the cache."""
-
-    kind: RowKind
-    draft: Callable[[Any, Any], list[RenderedRow]]
-    build: Callable[[Any, tuple[TokenSeq, ...]], Any]
-    extra: Callable[[Any], Any]
-    restore: Callable[[tuple[TokenSeq, ...], Any, Origin], Any]
-    limit: int
-    overflow: str
-    min_sample_len: int
-    deduplicate: bool
-    keys: dict[str, Any]
-    trains: bool = True
-    is_wrapped: bool = False
-    """Whether the rows of a source are joined, and cut every `limit` tokens."""
-    first: int | None = None
-    """Only so many rows of each source; they are read as from a stream, and kept in no cache."""
-    limit_name: str = "sequence_len"
 
 
 def load_sft(keys: TrainKeys, tokenizer: Any, sources: Sequence[DatasetKeys] | None = None) -> Dataset[TokenSeq]:
@@ -216,7 +177,7 @@ def read_nouns(sources: Sequence[DatasetKeys], kind: RowKind, first: int | None 
     for source in sources:
         rows = (read_source(source) if first is None else first_rows(source, first)).rows
         found = detect_format(rows, kind, source.type)
-        nouns += _expanded(parse_rows(rows, found.name, source)[0], kind)
+        nouns += expanded(parse_rows(rows, found.name, source)[0], kind)
     return nouns
 
 
@@ -231,154 +192,58 @@ def _limits(keys: TrainKeys, limit: int, **more: Any) -> dict[str, Any]:
 def _load(plan: RowPlan, keys: TrainKeys, tokenizer: Any, given: Sequence[DatasetKeys] | None) -> Dataset[Any]:
     sources = list(keys.datasets if given is None else given)
     use_template(tokenizer, keys.chat_template, keys.chat_template_kwargs)
-    weights = tuple(source.weight for source in sources)
-    key = None if plan.first else _cache_key(plan, sources, tokenizer)
-    found, status = cache.lookup(key) if key else (None, f"none: the first {plan.first:,} rows of a stream")
+    if plan.first is not None:
+        found, status = _first_rows(plan, sources, tokenizer), f"none: the first {plan.first:,} rows of a stream"
+        return _restored(plan, found, sources, status)
+    opened = [OpenSource(source) for source in sources]
+    key = _cache_key(plan, opened, tokenizer)
+    found, status = cache.lookup(key)
     if found is None:
-        with cache.alone(key) if key else nullcontext():
-            if key:  # who had to wait finds it now
-                found, status = cache.lookup(key)
+        with cache.alone(key):
+            found, status = cache.lookup(key)  # who had to wait finds it now
             if found is None:
-                found, why_not_kept = _tokenized(plan, sources, tokenizer, key)
-                status += why_not_kept
-    return _restored(plan, found, sources, weights, status)
+                found, how = _tokenized(plan, opened, tokenizer, key)
+                status += how
+    return _restored(plan, found, sources, status)
+
+
+def _first_rows(plan: RowPlan, sources: Sequence[DatasetKeys], tokenizer: Any) -> cache.Cached:
+    """Raises: DataError."""
+    summaries: list[SourceSummary] = []
+    seen: set[bytes] = set()
+    with cache.RowWriter(None) as writer:
+        for source in sources:
+            read = first_rows(source, plan.first or 0)
+            part = Gathered(lambda seqs, row: writer.add(seqs, plan.extra(row)), seen)
+            found = render_rows(plan, source, read, tokenizer, part, join=True)
+            summaries.append(summary_of(source, found, read.digest, part))
+        return writer.read(_facts(summaries))
 
 
 def _tokenized(
-    plan: RowPlan, sources: Sequence[DatasetKeys], tokenizer: Any, key: cache.CacheKey | None
+    plan: RowPlan, sources: Sequence[OpenSource], tokenizer: Any, key: cache.CacheKey
 ) -> tuple[cache.Cached, str]:
-    """The rows as the next start will find them, and why it will not. Raises: DataError."""
+    """The rows as the next start will find them, and in words why it will not and what an earlier one had left. Raises: DataError."""
+    surveys = [surveyed(source, plan.kind) for source in sources]
+    shelf = Shelf(key.shelf if sum(survey.num_parts for survey in surveys) > 1 else None)
     summaries: list[SourceSummary] = []
     seen: set[bytes] = set()
     with cache.RowWriter(key) as writer:
-        for source in sources:
-            read = read_source(source) if plan.first is None else first_rows(source, plan.first)
+        for survey in surveys:
             part = Gathered(lambda seqs, row: writer.add(seqs, plan.extra(row)), seen)
-            summaries.append(render_rows(plan, source, read, tokenizer, part, join=True))
-        _refuse_nothing(summaries)
-        facts = {
-            "summaries": [asdict(summary) for summary in summaries],
-            "sizes": [summary.rows_kept for summary in summaries],
-        }
-        return writer.read(facts), writer.why_not_kept
+            render_source(plan, survey, tokenizer, part, shelf)
+            summaries.append(summary_of(survey.source.keys, survey.format, survey.source.digest, part))
+        found = writer.read(_facts(summaries))
+    shelf.clear()
+    return found, shelf.found_text + writer.why_not_kept
 
 
-def render_rows(
-    plan: RowPlan, source: DatasetKeys, read: Source, tokenizer: Any, part: Gathered, *, join: bool = False
-) -> SourceSummary:
-    """What becomes of the rows that were read; with `join` those of a plan that wraps are blocks. Raises: DataError."""
-    found = detect_format(read.rows, plan.kind, source.type)
-    parsed, skips = parse_rows(read.rows, found.name, source)
-    for skip in skips:
-        part.skip(skip.reason, skip.origin)
-    part.notes.update(dict.fromkeys((IN_PIECES, REWRITTEN, DROPPED), 0))
-    part.notes[INVENTED] = read.invented_nulls
-    part.notes[BLANK] = len(read.blank_lines)
-    joiner = Joiner(part, plan.limit) if plan.is_wrapped and join else None
-    keep = part.keep if joiner is None else joiner.add
-    nouns = _expanded(parsed, plan.kind)
-    for at in range(0, len(nouns), _ROWS_AT_ONCE):
-        _render(plan, part, nouns[at : at + _ROWS_AT_ONCE], tokenizer, keep)
-        if joiner is not None:
-            joiner.cut(is_last=at + _ROWS_AT_ONCE >= len(nouns))
-    return _summary(source, read, str(found), part)
-
-
-def _render(plan: RowPlan, part: Gathered, nouns: Sequence[Noun], tokenizer: Any, keep: Out) -> None:
-    drafts = [plan.draft(tokenizer, noun) for noun in nouns]
-    tokenized = render.tokenize(tokenizer, [draft for group in drafts for draft in group])
-    part.notes[IN_PIECES] += tokenized.split
-    part.notes[REWRITTEN] += sum(draft.rewritten for group in drafts for draft in group)
-    part.notes[DROPPED] += sum(draft.dropped for group in drafts for draft in group)
-    stepped = [
-        (draft.steps, seq) for draft, seq in zip(chain(*drafts), tokenized.seqs, strict=True) if draft.steps is not None
-    ]
-    part.notes[STEPS_CUT] += sum(len(steps.texts) - seq.num_loss_tokens for steps, seq in stepped)
-    part.notes[SEPARATED] += sum(steps.form.separator in text for steps, _ in stepped for text in steps.texts)
-    seqs = iter(tokenized.seqs)
-    for noun, group in zip(nouns, drafts, strict=True):
-        _keep(plan, part, noun, tuple(next(seqs) for _ in group), keep)
-
-
-def _expanded(nouns: list[Noun], kind: RowKind) -> list[Noun]:
-    if kind != "labels":
-        return nouns
-    return [row for noun in nouns for row in (unpair(noun) if isinstance(noun, PreferencePair) else (noun,))]
-
-
-def _keep(plan: RowPlan, part: Gathered, noun: Noun, seqs: tuple[TokenSeq, ...], keep: Out) -> None:
-    """Take a row, or count why not. Raises: DataError for an over-long row under `overflow: error`."""
-    if plan.trains and not all(seq.num_loss_tokens for seq in seqs):
-        return part.skip(NOTHING, noun.origin)
-    if min(len(seq.ids) for seq in seqs) < plan.min_sample_len:
-        return part.skip(TOO_SHORT, noun.origin)
-    longest = max(len(seq.ids) for seq in seqs)
-    if longest > plan.limit and not plan.is_wrapped:
-        if plan.overflow == "split":
-            return _keep_pieces(plan, part, noun, seqs[0])
-        if plan.overflow == "error":
-            raise DataError(
-                f"{noun.origin}: {longest} tokens > {plan.limit_name} = {plan.limit}; raise sequence_len, "
-                "or set `overflow: drop` or `overflow: truncate`"
-            )
-        if plan.overflow == "drop":
-            return part.skip(TOO_LONG, noun.origin)
-        seqs = tuple(_cut(seq, plan.limit, from_start=not plan.trains) for seq in seqs)
-        if plan.trains and not all(seq.num_loss_tokens for seq in seqs):
-            return part.skip(NOTHING_LEFT, noun.origin)
-    if len(seqs) == 2 and seqs[0].ids == seqs[1].ids:
-        return part.skip(IDENTICAL, noun.origin)
-    if plan.deduplicate and _is_again(part.seen, seqs, plan.extra(plan.build(noun, seqs))):
-        return part.skip(AGAIN, noun.origin)
-    part.notes[TRUNCATED] += longest > plan.limit and not plan.is_wrapped
-    keep(seqs, plan.build(noun, seqs))
-
-
-def _keep_pieces(plan: RowPlan, part: Gathered, noun: Noun, seq: TokenSeq) -> None:
-    """A text that is longer than the limit, as rows of that length. Raises: DataError for one with a prompt."""
-    if not isinstance(noun, Example) or noun.messages or noun.prompt:
-        raise DataError(
-            f"{noun.origin}: {len(seq.ids)} tokens > {plan.limit_name} = {plan.limit}, and `overflow: split` cuts plain text: "
-            "parts of this row would lack its prompt; raise sequence_len, or set `overflow: drop` or `overflow: truncate`"
-        )
-    if plan.deduplicate and _is_again(part.seen, (seq,), None):
-        return part.skip(AGAIN, noun.origin)
-    part.keep_blocks(joined([seq], plan.limit))
-    part.notes[SPLIT] += 1
-
-
-def _is_again(seen: set[bytes], seqs: tuple[TokenSeq, ...], extra: Any) -> bool:
-    """Whether a row of these tokens, masks and columns has been seen; from now on it has."""
-    digest = cache.row_digest(seqs, extra)
-    if digest in seen:
-        return True
-    seen.add(digest)
-    return False
-
-
-def _cut(seq: TokenSeq, limit: int, from_start: bool) -> TokenSeq:
-    """The first `limit` tokens; of a prompt the last ones, which the answer follows."""
-    taken = slice(-limit, None) if from_start else slice(limit)
-    return TokenSeq(seq.ids[taken], seq.loss_mask[taken], seq.origin)
-
-
-def _summary(source: DatasetKeys, read: Source, found: str, part: Gathered) -> SourceSummary:
-    return SourceSummary(
-        path=short_path(source.path),
-        format=found,
-        rows_read=len(read.rows),
-        rows_kept=part.num_rows,
-        skipped={
-            reason: Skipped(len(at), tuple(str(o) for o in at[:3]), tuple(o.line for o in at))
-            for reason, at in part.skipped.items()
-        },
-        tokens=sum(part.lengths),
-        loss_tokens=part.loss_tokens,
-        lengths=length_percentiles(part.lengths),
-        digest=read.digest,
-        notes={note: count for note, count in part.notes.items() if count},
-        weight=source.weight,
-    )
+def _facts(summaries: Sequence[SourceSummary]) -> dict[str, Any]:
+    _refuse_nothing(summaries)
+    return {
+        "summaries": [asdict(summary) for summary in summaries],
+        "sizes": [summary.rows_kept for summary in summaries],
+    }
 
 
 def _refuse_nothing(summaries: Sequence[SourceSummary]) -> None:
@@ -395,11 +260,11 @@ def _refuse_nothing(summaries: Sequence[SourceSummary]) -> None:
 # --- cache ---------------------------------------------------------------------------------------------------------
 
 
-def _cache_key(plan: RowPlan, sources: Sequence[DatasetKeys], tokenizer: Any) -> cache.CacheKey:
-    asked = [source.model_dump(exclude={"weight", "eval_name", "val_size"}) for source in sources]
+def _cache_key(plan: RowPlan, sources: Sequence[OpenSource], tokenizer: Any) -> cache.CacheKey:
+    asked = [source.keys.model_dump(exclude={"weight", "eval_name", "val_size"}) for source in sources]
     return cache.CacheKey(
-        place=[plan.kind, [source.path for source in sources]],
-        contents=digest_json([content_digest(source) for source in sources]),
+        place=[plan.kind, [source.keys.path for source in sources]],
+        contents=digest_json([source.digest for source in sources]),
         template=template_digest(tokenizer),
         tokenizer=cache.tokenizer_digest(tokenizer),
         code=cache.cache_code_digest(),
@@ -407,13 +272,12 @@ def _cache_key(plan: RowPlan, sources: Sequence[DatasetKeys], tokenizer: Any) ->
     )
 
 
-def _restored(
-    plan: RowPlan, found: cache.Cached, sources: Sequence[DatasetKeys], weights: tuple[float | None, ...], status: str
-) -> Dataset[Any]:
+def _restored(plan: RowPlan, found: cache.Cached, sources: Sequence[DatasetKeys], status: str) -> Dataset[Any]:
     sizes = tuple(found.facts["sizes"])
     summaries = tuple(
         _restored_summary(raw, source) for raw, source in zip(found.facts["summaries"], sources, strict=True)
     )
+    weights = tuple(source.weight for source in sources)
     rows = StoredRows(found, plan.restore, [short_path(source.path) for source in sources], sizes)
     digest = digest_json([found.facts["rows_digest"], sizes, weights])
     return Dataset(rows, DataSummary(summaries, status), digest, sizes, weights)

@@ -9,17 +9,17 @@ import csv
 import difflib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from posttrain.config import hub
 from posttrain.config.datasets import DatasetKeys
 from posttrain.config.places import is_uri
-from posttrain.data.fetch import COMPRESSIONS, fetch, name_inside, needs_fetching
+from posttrain.data.fetch import COMPRESSIONS, fetch, name_inside
 from posttrain.data.prompt_format import write_prompts
 from posttrain.errors import DataError
-from posttrain.files import JSON_PER_LINE, decode_utf8, digest_bytes, digest_file, parse_json, read_lines
+from posttrain.files import JSON_PER_LINE, decode_utf8, parse_json, read_lines
 from posttrain.types import Origin
 from posttrain.uris import without_secrets
 
@@ -44,38 +44,6 @@ class Source:
     invented_nulls: int = 0
 
 
-def read_rows(source: DatasetKeys) -> list[SourceRow]:
-    """Raises: DataError if the source is missing, empty or malformed."""
-    return read_source(source).rows
-
-
-def read_source(source: DatasetKeys) -> Source:
-    """Rows with renamed columns, cut to `limit`. Raises: DataError, with file and line where there is one."""
-    if not is_local(source.path):
-        rows = _read_hub(source)
-        digest = digest_bytes(repr([r for _, r in rows]).encode("utf-8", "surrogatepass"))
-        rows, nulls = prepared(rows, source)
-        return Source(rows, (), digest, nulls)
-    if needs_fetching(source.path):
-        return _read_fetched(source)
-    path = checked(source.path)
-    blank: list[Origin] = []
-    rows = []
-    for origin, value in READERS[path.suffix.lower()](path):
-        if value is BLANK:
-            blank.append(origin)
-            continue
-        rows.append((origin, an_object(value, origin)))
-        if len(rows) == source.limit:
-            break
-    if not rows:
-        raise DataError(
-            f"{short_path(path)}: no rows in this file ({len(blank)} blank lines); expected at least one row"
-        )
-    rows, nulls = prepared(rows, source)
-    return Source(rows, tuple(blank), digest_file(path), nulls)
-
-
 def an_object(value: Any, origin: Origin) -> dict[str, Any]:
     """A row as it was read. Raises: DataError for anything else."""
     if not isinstance(value, dict):
@@ -89,24 +57,13 @@ def prepared(rows: list[SourceRow], source: DatasetKeys, *, is_first: bool = Tru
     Among the `first` rows each of `columns` must be found.
     """
     if is_first:
-        _check_columns(rows, source)
+        check_columns(rows, source)
     rows = write_prompts(_rename(rows, source), source)
     has_types = not is_local(source.path) or Path(name_inside(source.path)).suffix.lower() == ".parquet"
     return _without_invented_nulls(rows) if has_types else (rows, 0)
 
 
-def _read_fetched(source: DatasetKeys) -> Source:
-    """Rows of a file elsewhere, or of a compressed one; each says that it is from there, and so does what is wrong."""
-    here, there = _fetched(source.path), short_path(source.path)
-    try:
-        found = read_source(source.model_copy(update={"path": str(here)}))
-    except DataError as error:
-        raise DataError(str(error).replace(short_path(here), there).replace(str(here), there)) from None
-    rows = [(Origin(there, origin.line), row) for origin, row in found.rows]
-    return replace(found, rows=rows, blank_lines=tuple(Origin(there, origin.line) for origin in found.blank_lines))
-
-
-def _fetched(path: str) -> Path:
+def fetched(path: str) -> Path:
     """Raises: DataError before anything is fetched that could not be read."""
     inside = Path(name_inside(path)).suffix.lower()
     if inside not in READERS:
@@ -114,13 +71,6 @@ def _fetched(path: str) -> Path:
             f"{short_path(path)}: got a {inside or 'nameless'} file; expected one of {', '.join(READERS)}, compressed or not"
         )
     return fetch(path if is_uri(path) else str(_there(path)))
-
-
-def content_digest(source: DatasetKeys) -> str:
-    """Digest of what `read_source` would read, without parsing it where that is possible."""
-    if is_local(source.path) and needs_fetching(source.path):
-        return digest_file(_fetched(source.path))
-    return digest_file(checked(source.path)) if is_local(source.path) else read_source(source).digest
 
 
 def is_local(path: str) -> bool:
@@ -164,15 +114,21 @@ def _names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
 
 
-def _check_columns(rows: list[SourceRow], source: DatasetKeys) -> None:
-    """Raises: DataError for a column that no row has."""
-    for ours, theirs in source.columns.items():
-        if rows and not any(theirs in row or inside(row, theirs) is not None for _, row in rows):
-            found = ", ".join(f"`{name}`" for name in rows[0][1])
-            raise DataError(
-                f"{source.path}: `columns: {{{ours}: {theirs}}}` names a column that no row has; found {found}; "
-                "write it as our name → the file's name"
-            )
+def check_columns(rows: Iterable[SourceRow], source: DatasetKeys) -> None:
+    """Raises: DataError for a column that no row has; reads on until all are found."""
+    missing, first = dict(source.columns), None
+    for _, row in rows:
+        first = row if first is None else first
+        missing = {ours: name for ours, name in missing.items() if not (name in row or inside(row, name) is not None)}
+        if not missing:
+            return
+    if first is not None and missing:
+        ours, theirs = next(iter(missing.items()))
+        found = ", ".join(f"`{name}`" for name in first)
+        raise DataError(
+            f"{source.path}: `columns: {{{ours}: {theirs}}}` names a column that no row has; found {found}; "
+            "write it as our name → the file's name"
+        )
 
 
 def _rename(rows: list[SourceRow], source: DatasetKeys) -> list[SourceRow]:
@@ -342,14 +298,6 @@ def hub_table(source: DatasetKeys, *, streaming: bool) -> Any:
             f"{source.path}: not a local file, and the hub could not give it ({offline or first_line(error)}); "
             "check the name, `split` and `name`, go online, or give a local file"
         ) from None
-
-
-def _read_hub(source: DatasetKeys) -> list[SourceRow]:
-    table = hub_table(source, streaming=False)
-    rows = table.select(range(min(source.limit, len(table)))) if source.limit else table
-    if not len(rows):
-        raise DataError(f"{source.path}: split {source.split!r} has no rows; expected at least one")
-    return [(Origin(source.path, number), dict(row)) for number, row in enumerate(rows, start=1)]
 
 
 def first_line(error: BaseException) -> str:

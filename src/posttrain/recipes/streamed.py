@@ -14,7 +14,8 @@ from typing import Any
 
 from posttrain.config.stages import SFTKeys
 from posttrain.data.gathered import Gathered, joined
-from posttrain.data.load import render_rows, sft_plan
+from posttrain.data.load import sft_plan
+from posttrain.data.rendered import render_rows
 from posttrain.data.stream import RowStream, as_source
 from posttrain.data.template import use_template
 from posttrain.errors import CheckpointError, DataError
@@ -166,8 +167,8 @@ class _ShareReader:
                 continue
             rows: list[TokenSeq] = []
             part = Gathered(lambda _, row, rows=rows: rows.append(row))
-            summary = render_rows(self._plan, source, read, self._tokenizer, part)
-            name = summary.format.partition(" ")[0]
+            found_format = render_rows(self._plan, source, read, self._tokenizer, part)
+            name = found_format.partition(" ")[0]
             if self._formats.setdefault(number, name) != name:
                 raise DataError(
                     f"{read.rows[0][0]}: rows from here on are {name}, and those before were {self._formats[number]}; expected one "

@@ -19,8 +19,9 @@ from posttrain.config.synth import LEFT, ROWS
 from posttrain.data.curation import Leaving, eval_prompts, repeats, without
 from posttrain.data.formats import FORMATS, Noun, detect_format, parse_rows, rows_of
 from posttrain.data.lint_input import answers_of, prompt_of, whole
+from posttrain.data.opened import read_source
 from posttrain.data.origin import data_origins, remove_rows, write_origin
-from posttrain.data.sources import Source, SourceRow, read_source
+from posttrain.data.sources import Source, SourceRow
 from posttrain.errors import DataError
 from posttrain.files import write_atomic, write_json
 from posttrain.names import told_apart

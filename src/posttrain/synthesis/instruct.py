@@ -18,8 +18,9 @@ from posttrain.config.synth import LEFT, ROWS
 from posttrain.data.curation import Leaving, eval_prompts, repeats, without
 from posttrain.data.formats import Noun, detect_format, parse_rows
 from posttrain.data.lint_input import answers_of, prompt_of
+from posttrain.data.opened import read_source
 from posttrain.data.origin import data_origins, remove_rows, write_origin
-from posttrain.data.sources import read_source, short_path
+from posttrain.data.sources import short_path
 from posttrain.errors import DataError
 from posttrain.files import digest_json, write_atomic, write_json
 from posttrain.grading.slots import visible

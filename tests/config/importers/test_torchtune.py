@@ -7,7 +7,7 @@ import pytest
 from posttrain.config import load_stage
 from posttrain.config.datasets import DatasetKeys
 from posttrain.config.importers.convert import import_file
-from posttrain.data.sources import read_rows
+from posttrain.data.opened import read_rows
 from posttrain.errors import ConfigError
 
 LORA = """\
