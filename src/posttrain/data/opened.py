@@ -33,7 +33,7 @@ from posttrain.types import Origin
 ROWS_OF_PART, _CHARACTERS_OF_PART = 2048, 1 << 20
 
 
-class Part(NamedTuple):
+class RowPart(NamedTuple):
     """Rows that follow each other in a source, as `Source` has all of them."""
 
     rows: list[SourceRow]
@@ -63,7 +63,7 @@ class OpenSource:
         except DataError as error:  # of a file that was fetched, or unpacked, the name that was given
             raise DataError(str(error).replace(short_path(here), there).replace(str(here), there)) from None
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[RowPart]:
         """All rows as they are needed: so many rows or characters at once, which depends on nothing but what is read. Raises: DataError."""
         check_columns((row for row in self.rows() if not isinstance(row, Origin)), self.keys)
         rows: list[SourceRow] = []
@@ -88,9 +88,9 @@ class OpenSource:
                 f"{short_path(self.keys.path)}: was written while it was read; start again when it stays as it is"
             )
 
-    def _part(self, rows: list[SourceRow], blank: list[Origin]) -> Part:
+    def _part(self, rows: list[SourceRow], blank: list[Origin]) -> RowPart:
         rows, nulls = prepared(rows, self.keys, is_first=False)
-        return Part(rows, blank, nulls)
+        return RowPart(rows, blank, nulls)
 
     def _last_written(self) -> tuple[int, ...]:
         """What changes when somebody writes the file."""

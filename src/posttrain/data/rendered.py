@@ -15,7 +15,7 @@ from posttrain.data import cache, render
 from posttrain.data.dataset import Skipped, SourceSummary, length_percentiles
 from posttrain.data.formats import Detector, Noun, detect_format, parse_rows
 from posttrain.data.gathered import NOTHING_LEFT, Gathered, Joiner, Out, joined
-from posttrain.data.opened import ROWS_OF_PART, OpenSource, Part
+from posttrain.data.opened import ROWS_OF_PART, OpenSource, RowPart
 from posttrain.data.parse import IDENTICAL, unpair
 from posttrain.data.render import RenderedRow
 from posttrain.data.shelf import Rendered, Shelf
@@ -104,7 +104,7 @@ def render_rows(
     into.notes[INVENTED] += read.invented_nulls
     into.notes[BLANK] += len(read.blank_lines)
     for at in range(0, len(read.rows), ROWS_OF_PART):
-        part = Part(read.rows[at : at + ROWS_OF_PART], [], 0)
+        part = RowPart(read.rows[at : at + ROWS_OF_PART], [], 0)
         _take(plan, source, found.name, part, tokenizer, into, keep, Shelf(None))
     if joiner is not None:
         joiner.cut(is_last=True)
@@ -112,7 +112,14 @@ def render_rows(
 
 
 def _take(
-    plan: RowPlan, source: DatasetKeys, name: str, part: Part, tokenizer: Any, into: Gathered, keep: Out, shelf: Shelf
+    plan: RowPlan,
+    source: DatasetKeys,
+    name: str,
+    part: RowPart,
+    tokenizer: Any,
+    into: Gathered,
+    keep: Out,
+    shelf: Shelf,
 ) -> None:
     into.num_read += len(part.rows)
     into.notes[INVENTED] += part.invented_nulls
