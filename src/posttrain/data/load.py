@@ -18,7 +18,7 @@ from posttrain.data.dataset import Dataset, DataSummary, Skipped, SourceSummary
 from posttrain.data.formats import Noun, detect_format, parse_rows
 from posttrain.data.gathered import Gathered
 from posttrain.data.opened import OpenSource, read_source
-from posttrain.data.rendered import RowPlan, expanded, render_rows, render_source, summary_of, surveyed
+from posttrain.data.rendered import RowPlan, expanded, render_rows, render_source, source_summary, surveyed
 from posttrain.data.rows import StoredRows
 from posttrain.data.shelf import Shelf
 from posttrain.data.sources import short_path
@@ -216,7 +216,7 @@ def _first_rows(plan: RowPlan, sources: Sequence[DatasetKeys], tokenizer: Any) -
             read = first_rows(source, plan.first or 0)
             part = Gathered(lambda seqs, row: writer.add(seqs, plan.extra(row)), seen)
             found = render_rows(plan, source, read, tokenizer, part, join=True)
-            summaries.append(summary_of(source, found, read.digest, part))
+            summaries.append(source_summary(source, found, read.digest, part))
         return writer.read(_facts(summaries))
 
 
@@ -232,7 +232,7 @@ def _tokenized(
         for survey in surveys:
             part = Gathered(lambda seqs, row: writer.add(seqs, plan.extra(row)), seen)
             render_source(plan, survey, tokenizer, part, shelf)
-            summaries.append(summary_of(survey.source.keys, survey.format, survey.source.digest, part))
+            summaries.append(source_summary(survey.source.keys, survey.format, survey.source.digest, part))
         found = writer.read(_facts(summaries))
     shelf.clear()
     return found, shelf.found_text + writer.why_not_kept

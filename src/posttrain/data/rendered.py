@@ -213,7 +213,7 @@ def _cut(seq: TokenSeq, limit: int, from_start: bool) -> TokenSeq:
     return TokenSeq(seq.ids[taken], seq.loss_mask[taken], seq.origin)
 
 
-def summary_of(source: DatasetKeys, found: str, digest: str, part: Gathered) -> SourceSummary:
+def source_summary(source: DatasetKeys, found: str, digest: str, part: Gathered) -> SourceSummary:
     """What became of the rows that were taken; `digest` is of what was read."""
     return SourceSummary(
         path=short_path(source.path),
