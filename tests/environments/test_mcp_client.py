@@ -14,8 +14,8 @@ SERVER = Path(__file__).with_name("mcp_server.py")
 needs_mcp = pytest.mark.skipif(find_spec("mcp") is None, reason="the protocol needs posttrain[mcp]")
 
 
-def call(name, **arguments):
-    return 0, {"do": "call", "name": name, "arguments": arguments}
+def call(name, place=0, **arguments):
+    return place, {"do": "call", "name": name, "arguments": arguments}
 
 
 @needs_mcp
@@ -30,6 +30,23 @@ def test_a_servers_tools_are_called_and_one_that_hangs_costs_its_episode():
     assert added["text"] == "42" and again["text"] == "2"
     assert failed["error"] and "no luck" in failed["text"]
     assert "took longer than 5 s" in hung["failed"]
+
+
+@needs_mcp
+@pytest.mark.parametrize("workers", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_server_that_crashes_or_floods_costs_the_episode_in_which_it_does(workers):
+    spec = EnvironmentSpec(None, (f"mcp:{sys.executable} {SERVER}",))
+    with EnvironmentPool(spec, timeout_s=10.0, num_workers=workers) as pool:
+        said = ["add", "crash", "add", "flood", "add", "add"] if workers == 1 else ["add", "crash", "flood"] * 8
+        asked = [
+            call(name, place, **({"a": place, "b": 1} if name == "add" else {})) for place, name in enumerate(said)
+        ]
+        answers = pool.ask(asked)
+    for place, (name, answer) in enumerate(zip(said, answers, strict=True)):
+        if name == "add":
+            assert answer.get("text") == str(place + 1), answer
+        else:
+            assert ("ended" if name == "crash" else "2,000,000 characters") in answer["failed"], (name, answer)
 
 
 @needs_mcp

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NoReturn
 
 from posttrain.errors import ConfigError, MissingExtraError
 
@@ -23,6 +24,8 @@ def connect_mcp(words: Sequence[str], loop: asyncio.AbstractEventLoop) -> tuple[
     """Start the server and ask for its tools: their schemas, and how one is called. Raises: ConfigError, MissingExtraError."""
     try:
         from mcp.client.session import ClientSession
+        from mcp.shared.exceptions import MCPError
+        from mcp_types import CONNECTION_CLOSED
     except ImportError as error:
         raise MissingExtraError(
             f"tools: mcp: needs {error.name}; install it with: pip install 'posttrain[mcp]'"
@@ -39,7 +42,12 @@ def connect_mcp(words: Sequence[str], loop: asyncio.AbstractEventLoop) -> tuple[
         raise ConfigError(f"tools: {' '.join(words)!r} did not start as an MCP server: {_reason(error)}") from None
 
     async def call(name: str, arguments: dict[str, Any]) -> str:
-        result = await session.call_tool(name, arguments)
+        try:
+            result = await session.call_tool(name, arguments)
+        except MCPError as error:
+            if error.code == CONNECTION_CLOSED:
+                _end_with_server(words)
+            raise
         text = "\n".join(getattr(part, "text", f"[{part.type}]") for part in result.content)
         if result.is_error:
             raise ToolFailedError(text)
@@ -64,6 +72,13 @@ async def _live(words: Sequence[str], ready: Future[Any]) -> None:
         if ready.done():
             raise
         ready.set_exception(error)
+
+
+def _end_with_server(words: Sequence[str]) -> NoReturn:
+    """A server that is gone answers no later episode either: the pool takes a process with a new one for this one."""
+    sys.stderr.write(f"the MCP server {' '.join(words)} ended\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _schema(tool: Any) -> dict[str, Any]:
