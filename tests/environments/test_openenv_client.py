@@ -148,6 +148,27 @@ def test_a_server_that_dies_costs_its_episodes(serve):
     assert "the server closed the session at step" in dead["failed"]
 
 
+def test_a_server_that_floods_costs_the_episode_in_which_it_does(serve):
+    with pool_of(serve("guess", sessions=12)) as pool:
+        pool.ask([reset(place, seed=3) for place in range(12)])
+        answers = pool.ask([step(place, "flood" if place == 5 else "3") for place in range(12)])
+        assert "2,000,000 characters" in answers[5].pop("failed")
+        assert all(answer["done"] for place, answer in enumerate(answers) if place != 5)
+        (again,) = pool.ask([reset(5, seed=3)])
+    assert "failed" not in again
+
+
+@pytest.mark.slow
+def test_a_session_that_hangs_costs_its_episode_at_the_deadline(serve):
+    with pool_of(serve("guess", sessions=8), timeout_s=4.0) as pool:
+        pool.ask([reset(place, seed=3) for place in range(6)])
+        answers = pool.ask([step(place, "hang" if place == 2 else "3") for place in range(6)])
+        assert "took longer than 4 s" in answers[2]["failed"]
+        assert all(answer["done"] for place, answer in enumerate(answers) if place != 2)
+        (again,) = pool.ask([reset(2, seed=3)])
+    assert "failed" not in again
+
+
 @pytest.mark.parametrize(
     ("address", "said"),
     [

@@ -84,6 +84,17 @@ def test_one_that_breaks_costs_its_episode_and_no_other(guessing):
 
 
 @needs_verifiers
+def test_what_breaks_in_a_turn_that_many_play_is_lost_alone(guessing):
+    begun = guessing.ask([reset(place, place) for place in range(12)])
+    assert all("failed" not in answer for answer in begun)
+    said = [{1: "crash", 5: "flood", 9: "raise"}.get(place, str(place % 10)) for place in range(12)]
+    answers = guessing.ask([turn(place, text) for place, text in enumerate(said)])
+    assert [place for place, answer in enumerate(answers) if "failed" in answer] == [1, 5, 9]
+    assert all(answer["reward"] == 1.0 for answer in answers if "failed" not in answer)
+    assert all("failed" not in answer for answer in guessing.ask([reset(1, 3), reset(5, 3)]))
+
+
+@needs_verifiers
 @pytest.mark.slow
 def test_one_that_hangs_ends_at_its_deadline_with_all_that_it_started():
     with EnvironmentPool(EnvironmentSpec(spec_of("guess_env")), 20.0, 1) as pool:
