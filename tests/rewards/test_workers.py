@@ -333,3 +333,29 @@ def test_too_many_unscored_is_an_error_with_counts_and_reasons(bad):
         bad.score(["p"] * 10, ["a"] * 8 + ["raise"] * 2, max_unscored=MAX_UNSCORED)
     with pytest.raises(RewardError, match="every reward returned None"):
         bad.score(["p"] * 4, ["a"] * 2 + ["none"] * 2, max_unscored=MAX_UNSCORED)
+
+
+class Unsendable:
+    """What would be pickled into a request says so."""
+
+    def __reduce__(self):
+        raise AssertionError("was sent")
+
+
+@pytest.mark.parametrize("spec", ["r.py:needs", "boxed", "json_schema"])
+def test_columns_that_a_reward_does_not_take_are_not_sent(folder, spec):
+    columns = {
+        "answer": ["1", "2"],
+        "schema": [{}, {}],
+        "completion_ids": [Unsendable()] * 2,
+        "other": [Unsendable()] * 2,
+    }
+    with RewardPool([spec], folder=folder) as pool:
+        assert len(pool.score(["", ""], ["1", "2"], columns)) == 2
+        columns.pop("answer" if spec != "json_schema" else "schema")
+        with pytest.raises(
+            RewardError, match=r"the dataset has .*completion_ids, other"
+        ):  # the message names all of them
+            pool.score(["", ""], ["1", "2"], {**columns, "completion_ids": [[1], [2]], "other": [1, 2]})
+    with RewardPool(["r.py:length"], folder=folder) as pool, pytest.raises(AssertionError, match="was sent"):
+        pool.score(["", ""], ["1", "2"], columns)

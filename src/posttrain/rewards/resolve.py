@@ -7,7 +7,7 @@ import functools
 import inspect
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from posttrain.grading.source import (
 )
 from posttrain.names import reward_name, reward_names
 from posttrain.numerics import revision
-from posttrain.rewards.library import REWARDS
+from posttrain.rewards.library import GOLD_COLUMNS, REWARDS
 from posttrain.rewards.signatures import adapted_from_verl, is_of_verl
 
 
@@ -64,6 +64,10 @@ class RewardFunction:
             **{name: value for name, value in given.items() if self.accepts is None or name in self.accepts}
         )
         return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+
+    def reads(self) -> dict[str, Any]:
+        """As JSON, which columns it takes (null: all), and of which groups it needs one each."""
+        return {"accepts": None if self.accepts is None else sorted(self.accepts), "needs": self.needs}
 
 
 async def _awaited(value: Any) -> Any:
@@ -120,7 +124,11 @@ def load_reward(
     parts = split_spec(spec)
     if parts is None:
         row = REWARDS[spec]
-        return _bind(spec, spec, f"reward {spec}", row.fn, options, row.needs, timeout_s)
+        bound = _bind(spec, spec, f"reward {spec}", row.fn, options, row.needs, timeout_s)
+        # They take `**columns` as TRL's do, and read the columns of answers alone besides those that they name.
+        named = {name for name in inspect.signature(row.fn).parameters if name != "columns"}
+        read = named.union(GOLD_COLUMNS, *row.needs) - set(options)
+        return replace(bound, accepts=frozenset(read))
     file = _file_of(spec, parts[0], folder)
     fn = getattr(load_own_file(file, "reward"), parts[1], None)
     line = getattr(getattr(fn, "__code__", None), "co_firstlineno", 1)

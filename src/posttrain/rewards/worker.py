@@ -53,7 +53,8 @@ def _load(setup: dict[str, Any], answers: Any) -> dict[int, RewardFunction]:
     except ConfigError as error:
         write_answer(answers, {"id": 0, "error": str(error)})
         sys.exit(1)
-    write_answer(answers, {"id": 0, "pid": os.getpid()})
+    reads = {place: function.reads() for place, function in functions.items()}
+    write_answer(answers, {"id": 0, "pid": os.getpid(), "reads": reads})
     return functions
 
 

@@ -74,6 +74,7 @@ class _ScoreCall:
     answered_before: set[int]
     counts: list[dict[str, float]]
     steps: list[dict[str, StepScores]]
+    reads: Mapping[int, Mapping[str, Any]]
     queue: deque[_Task] = field(default_factory=deque)
     num_hung: Counter[int] = field(default_factory=Counter)
 
@@ -83,8 +84,16 @@ class _ScoreCall:
             "function": task.function,
             "prompts": [self.prompts[i] for i in items],
             "completions": [self.completions[i] for i in items],
-            "columns": {name: [column[i] for i in items] for name, column in self.columns.items()},
+            "columns": {name: [column[i] for i in items] for name, column in self._columns_for(task.function).items()},
         }
+
+    def _columns_for(self, function: int) -> Mapping[str, Sequence[Any]]:
+        """Those that it takes; all where it lacks one, because the message names what there is."""
+        reads = self.reads[function]
+        lacks = not all(any(name in self.columns for name in group) for group in reads["needs"])
+        if lacks or reads["accepts"] is None:
+            return self.columns
+        return {name: column for name, column in self.columns.items() if name in reads["accepts"]}
 
     def not_begun(self, task: _Task, reason: str) -> None:
         """Its worker was gone before it had the task: another one gets it."""
@@ -187,6 +196,7 @@ class RewardPool:
         self._workers: list[_PoolWorker] = []
         self._lock = threading.Lock()
         self._answered: set[int] = set()
+        self._reads: dict[int, Mapping[str, Any]] = {}
 
     @property
     def digest(self) -> str:
@@ -265,7 +275,7 @@ class RewardPool:
             assert len(column) == num, f"{name} has {len(column)} rows for {num} completions"
         call = _ScoreCall(
             self.names, prompts, completions, columns, [[None] * num for _ in self.specs], [[None] * num for _ in self.specs],
-            max_unscored, self._answered, [{} for _ in range(num)], [{} for _ in range(num)],
+            max_unscored, self._answered, [{} for _ in range(num)], [{} for _ in range(num)], self._reads,
         )  # fmt: skip
         for start in range(0, num, CHUNK_SIZE):
             items = tuple(range(start, min(start + CHUNK_SIZE, num)))
@@ -296,7 +306,13 @@ class RewardPool:
     def _await_ready(self, process: AskedProcess) -> None:
         while not process.ready:
             wait_for([process])
-            _look_at_start(process)
+            self._look_at_start(process)
+
+    def _look_at_start(self, process: AskedProcess) -> None:
+        """Raises: ConfigError."""
+        answer = process.look_at_start("the rewards", "move slow work out of the file's top level")
+        if answer is not None:
+            self._reads = {int(place): reads for place, reads in answer["reads"].items()}
 
     def _replace(self, worker: _PoolWorker) -> None:
         """By one that gets work when it has loaded the rewards; the others work on meanwhile."""
@@ -337,7 +353,7 @@ class RewardPool:
             if worker.process.ready:
                 self._look_at(worker, call)
             else:
-                _look_at_start(worker.process)
+                self._look_at_start(worker.process)
 
     def _look_at(self, worker: _PoolWorker, call: _ScoreCall) -> None:
         late = worker.process.is_late()
@@ -367,11 +383,6 @@ class RewardPool:
         ]
         total = sum(scored) if scored and not errors else None
         return RewardBreakdown(total, parts, "; ".join(errors) or None, call.counts[item], call.steps[item])
-
-
-def _look_at_start(process: AskedProcess) -> None:
-    """Raises: ConfigError."""
-    process.look_at_start("the rewards", "move slow work out of the file's top level")
 
 
 def refuse_unscored(errors: Sequence[str], num: int, limit: float, already: str = "") -> None:
