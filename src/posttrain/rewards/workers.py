@@ -312,7 +312,7 @@ class RewardPool:
         """Raises: ConfigError."""
         answer = process.look_at_start("the rewards", "move slow work out of the file's top level")
         if answer is not None:
-            self._reads = {int(place): reads for place, reads in answer["reads"].items()}
+            self._reads.update({int(place): reads for place, reads in answer["reads"].items()})
 
     def _replace(self, worker: _PoolWorker) -> None:
         """By one that gets work when it has loaded the rewards; the others work on meanwhile."""
