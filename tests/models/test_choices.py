@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from posttrain.config.stages import SFTKeys
+from posttrain.distributed.sequence import SequenceGroup
 from posttrain.errors import ModelError
 from posttrain.models.batch import pack
 from posttrain.models.load import load_policy
@@ -207,6 +208,16 @@ def test_choices_stand_at_the_tokens_behind_which_one_was_sampled():
     assert batch.input_ids_N.tolist() == [5, 6, 7, 8, 9]
     assert batch.routed_N[:, 0, 0].tolist() == [-1, 0, 1, 5, 6]
     assert pack([[samples[0].untrained()]]).routed_N[:, 0, 0].tolist() == [-1] * 3
+
+
+@pytest.mark.parametrize("ranks", [2, 7])
+def test_a_rank_that_holds_some_tokens_has_their_choices(ranks):
+    """Five tokens among two ranks, and among more ranks than there are tokens: those that fill up have none."""
+    routed = np.arange(5, dtype=np.uint8).reshape(5, 1, 1)
+    sample = Sample(np.arange(5, 11, dtype=np.int32), np.array([False] + [True] * 5), routed_experts=routed)
+    batch = pack([[sample]])
+    held = [batch.held(SequenceGroup(None, ranks, place).split(5))[0].routed_N[:, 0, 0] for place in range(ranks)]
+    assert torch.cat(held).tolist() == [0, 1, 2, 3, 4] + [-1] * max(0, ranks - 5)
 
 
 @pytest.mark.parametrize(
