@@ -131,6 +131,16 @@ def test_filled_up_prompts_are_refused_where_another_way_attends_to_them(beside)
         RolloutKeys(prepack=True, **beside)
 
 
+@pytest.mark.parametrize(
+    ("beside", "reason"),
+    [({"engine": "vllm"}, "only the embedded engine drafts"), ({"max_staleness": 1}, "which thread samples first")],
+)
+def test_speculation_is_refused_where_it_could_not_be_or_would_change_bits_from_run_to_run(beside, reason):
+    with pytest.raises(ValueError, match=reason):
+        RolloutKeys(speculation="suffix", **beside)
+    assert RolloutKeys(speculation="suffix", exact=True).speculation == "suffix"
+
+
 def test_keys_written_out_with_their_defaults_are_read_back():
     for engine in ("embedded", "vllm", "vllm_server"):
         assert RolloutKeys(**RolloutKeys(engine=engine).model_dump()) == RolloutKeys(engine=engine)

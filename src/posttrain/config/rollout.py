@@ -39,6 +39,7 @@ class RolloutKeys(Keys):
     prepack: bool = knob(False, "The embedded engine lays the weights out for oneDNN's products in each call of two rows or more, and encodes and decodes with these; on a CPU, in float32, for Llama, Mistral, Qwen2 and Qwen3: faster, with the weights in memory a second time while it samples, and the last bits of log-probs are others than without.")
     prefix_cache_gib: float = knob(0.0, "GiB in which the embedded engine keeps keys and values of how prompts begin, in blocks of 128 tokens, until the weights change: faster where prompts share a long beginning (few-shot examples, a system message), slower where they do not, and the last bits of log-probs are others than without.", ge=0, example=0.5)
     routed_experts: Literal["off", "compare", "replay"] = knob("off", "Of a mixture of experts, whether the engine says which experts each sampled token was computed with: `compare` logs how often the trainer's routers choose others (router/mismatch), `replay` also makes them choose the same, with the weights that their own logits give them (R3, arXiv 2510.11370).", example="replay", also="router_replay.mode (verl)")
+    speculation: Literal["off", "suffix"] = knob("off", "`suffix` has the embedded engine guess how a completion goes on, from completions of the same prompt (siblings that are ahead, earlier epochs) and from its own end, and verify up to 7 tokens in one pass: the same tokens from the same random numbers, on a CPU faster where a prompt comes again and completions are alike; with `exact: true` the same log-probs to the bit, else their last bits differ.", also="speculative_config (vLLM)", example="suffix")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "Dtype that vLLM computes in; `auto` is the trainer's.")
     max_model_len: int | None = knob(None, "Longest prompt and answer together, in tokens; null is as long as model and memory allow.", ge=2, also="vllm_max_model_length (TRL)", example=4096)
     memory_gib: float | None = knob(None, "GiB for vLLM's keys and values; null takes 1 on a CPU, 8 on a GPU.", gt=0, example=4.0)
@@ -135,6 +136,12 @@ class RolloutKeys(Keys):
         return self
 
     @model_validator(mode="after")
+    def _speculates_by_itself(self) -> RolloutKeys:
+        if self.speculation != "off" and self.engine != "embedded":
+            raise ValueError(f"rollout.speculation: {self.speculation} with rollout.engine: {self.engine}; only the embedded engine drafts; set speculation: off")
+        return self
+
+    @model_validator(mode="after")
     def _reads_every_key(self) -> RolloutKeys:
         unread = {
             "rollout.engine: embedded": (*_VLLM, "url", *_SERVER, *_OWN_SERVER, *_GIVEN) if self.engine == "embedded" else (),
@@ -164,6 +171,8 @@ class RolloutKeys(Keys):
             raise ValueError(f"rollout.transfer: shared with {ahead}; the weights in training move while it samples; set transfer: copy, or max_staleness: 0")
         if self.exact:
             raise ValueError(f"rollout.exact: true with {ahead}; log-probs under older weights are not the trainer's; set exact: false, or max_staleness: 0")
+        if self.speculation != "off":
+            raise ValueError(f"rollout.speculation: {self.speculation} with {ahead}; what is drafted would depend on which thread samples first, and the last bits with it; set speculation: off, or max_staleness: 0")
         if self.engine == "sglang":
             raise ValueError(f"rollout.engine: sglang with {ahead}; it does not say which weights each token was sampled from; set engine: vllm_server, or max_staleness: 0")
         if self.pause == "abort":

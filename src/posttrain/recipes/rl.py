@@ -44,6 +44,7 @@ from posttrain.recipes.run.train_state import TrainState
 from posttrain.recipes.scorers import PolicyScorer, ReferenceScorer
 from posttrain.rewards.workers import MAX_UNSCORED
 from posttrain.rollout.collect import SampleGroups, ScoreRewards, score_groups
+from posttrain.rollout.drafts import Speculation
 from posttrain.types import Decode, PromptRow
 
 EMPTY_STEP = "empty_step"
@@ -96,15 +97,17 @@ def begun(
     how = (keys.temperature, keys.per_device_train_batch_size, ranks)
     trainer, reference = PolicyScorer(policy, *how), ReferenceScorer(policy, *how)
     credit = credit_of(policy, trainer, data)
+    speculation = Speculation() if keys.rollout.speculation == "suffix" else None
     engine = stage.until_done(make_engine(
-        EngineSource(keys, policy), keys=keys.rollout, rows=keys.rollout_batch_size, folder=stage.folder, ranks=stage.processes
+        EngineSource(keys, policy), keys=keys.rollout, rows=keys.rollout_batch_size, folder=stage.folder, ranks=stage.processes,
+        speculation=speculation,
     ))  # fmt: skip
     asked = interrupted(engine, keys, tokenizer)
     sample, episodes = sampler(environment, asked, tokenizer, stage.processes, keys)
     suite = SuiteScore.of(policy, keys, stage.processes, engine, episodes)
     optimizer = make_optimizer(policy, keys)
     total_steps = _total_steps(keys, len(data))
-    state = stage.resume(policy, optimizer, total_steps, credit.critic)
+    state = stage.resume(policy, optimizer, total_steps, credit.critic, speculation)
 
     with ExitStack() as open_parts:
         rewards = open_parts.enter_context(reward_pool(keys))

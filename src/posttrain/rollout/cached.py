@@ -46,6 +46,7 @@ class CachedRows:
         self._cache = RowCache(self._device, Padding.of(channels) if shortcuts.pad_prompts else None)
         self._decode = decode_step(policy, shortcuts.prepack)
         self.add_row, self.drop_row = self._cache.add_row, self._cache.drop_row
+        self.keep_drafts = self._cache.keep_step
 
     def prefill(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[PromptKV, torch.Tensor]]:
         """Each prompt with the logits of what follows it, [V]."""
@@ -75,7 +76,11 @@ class CachedRows:
 
     def step(self, ids: Sequence[int]) -> torch.Tensor:
         """One more token in each row → logits of what follows it, [R, V]."""
-        self._cache.begin_step()
-        ids_R = uploaded(ids, self._device)
-        positions_R = uploaded(self._cache.positions(), self._device)
-        return self._decode(ids_R, positions_R, self._cache)
+        return self.run_drafts([(one,) for one in ids])
+
+    def run_drafts(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
+        """More tokens in each row → logits of what follows each of all, [N, V]. With several in one, `keep_drafts` must follow, with how many of each stay."""
+        self._cache.begin_step([len(own) for own in ids])
+        ids_N = uploaded([one for own in ids for one in own], self._device)
+        positions_N = uploaded(self._cache.positions(), self._device)
+        return self._decode(ids_N, positions_N, self._cache)

@@ -6,10 +6,10 @@ The one way in which tokens are decoded here, for rollouts, evals, chat and the 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -21,6 +21,7 @@ from posttrain.models.lengths import forget_lengths
 from posttrain.models.policy import Policy
 from posttrain.rollout.alone import AloneRows
 from posttrain.rollout.cached import CachedRows, Shortcuts
+from posttrain.rollout.drafts import Drafter
 from posttrain.rollout.exact import ExactRows
 from posttrain.rollout.paged import PagedRows
 from posttrain.rollout.prefixes import PrefixCache
@@ -86,6 +87,16 @@ class DecodingRow:
         """What decides its keys and values: rows share them where this is equal."""
         return self.adapter, self.sequence
 
+    @property
+    def drafted_for(self) -> tuple[str | None, tuple[int, ...]]:
+        """Rows of which this is equal may go on alike."""
+        return self.adapter, self.request.prompt_ids
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that it may still get."""
+        return self.ends.max_tokens - len(self.ids)
+
     def take(self, token: int, logp: float) -> None:
         """The next token; afterwards `finish` says whether it was the last."""
         self.ids.append(token)
@@ -115,13 +126,14 @@ class Decoding:
 
     `alone`: each row by itself and without a cache, for models whose rows cannot be run together; no `adapters` then.
     `paged`: the cache to use where nobody else is using it; else `shortcuts` are `CachedRows`'.
-    `prefixes`: what is known of how prompts begin, of rows on `CachedRows`.
+    `prefixes`: what is known of how prompts begin, of rows on `CachedRows`. `drafter` guesses how rows on these, or on `ExactRows`, go on.
     """
 
     def __init__(
         self, policy: Policy, rows: Iterable[DecodingRow] = (), *,
         longest: int | None = None, alone: bool = False, adapters: TokenAdapters | None = None,
         paged: PagedRows | None = None, shortcuts: Shortcuts = _NO_SHORTCUTS, prefixes: PrefixCache | None = None,
+        drafter: Drafter | None = None,
     ) -> None:  # fmt: skip
         assert not (alone and adapters), "tokens of several forwards cannot be assigned at once"
         forget_lengths(policy.base)
@@ -136,6 +148,7 @@ class Decoding:
             else paged.begin() if paged is not None and not paged.is_busy else CachedRows(policy, shortcuts.of_call(len(self._waiting)))
         )  # fmt: skip
         self._prefixes = prefixes if isinstance(self._running, CachedRows) else None
+        self._drafter = drafter if isinstance(self._running, CachedRows | ExactRows) else None
         self._sample = sample_scored if policy.exact and not alone else sample
         self._choices = policy.choices
         self._prompts: dict[tuple[str | None, tuple[int, ...]], _Encoded] = {}
@@ -211,9 +224,31 @@ class Decoding:
                 self._prompts[prompt] = _Encoded(kept, scores_V, None if routed is None else routed[end - 1])
 
     def _step(self) -> None:
+        drafts = self._drafter.drafts(self._rows) if self._drafter is not None else []
+        if any(drafts):
+            self._verify(drafts)
+            return
         self._assign([row.adapter for row in self._rows])
         scores_RV, routed = self._noted(partial(self._running.step, [row.ids[-1] for row in self._rows]))
         self._extend(self._rows, scores_RV, [None] * len(self._rows) if routed is None else routed)
+
+    def _verify(self, drafts: Sequence[Sequence[int]]) -> None:
+        """Sample behind each token of a draft as if those before it had been sampled, and keep what was, up to the first that differs."""
+        assert self._drafter is not None, "somebody drafted"
+        written = [(row.ids[-1], *draft) for row, draft in zip(self._rows, drafts, strict=True)]
+        rows_N = [row for row, own in zip(self._rows, written, strict=True) for _ in own]
+        self._assign([row.adapter for row in rows_N])
+        scores_NV, routed = self._noted(partial(self._running.run_drafts, written))
+        numbers_N = [len(row.ids) + n for row, own in zip(self._rows, written, strict=True) for n in range(len(own))]
+        sampled = list(_tokens(*self._sampled(rows_N, numbers_N, scores_NV)))
+        kept: list[int] = []
+        firsts = accumulate((len(own) for own in written), initial=0)
+        for row, draft, first in zip(self._rows, drafts, islice(firsts, len(written)), strict=True):
+            kept.append(_take_verified(row, draft, sampled[first : first + len(draft) + 1]))
+            row.routed += [] if routed is None else list(routed[first : first + kept[-1]])
+            self._drafter.note(row, len(draft), kept[-1] - 1)
+        self._running.keep_drafts(kept)
+        self._retire()
 
     def _noted(self, run: Callable[[], T]) -> tuple[T, np.ndarray | None]:
         """With the experts of all tokens that went through, in order, where they are recorded. Shape: [T, L, K]."""
@@ -234,22 +269,25 @@ class Decoding:
         self, rows: Sequence[DecodingRow], scores_RV: torch.Tensor, routed: Iterable[np.ndarray | None]
     ) -> None:
         """Sample the next token of each row and retire those that are finished."""
-        ids_R, logp_R = self._sampled(rows, _shaped(rows, scores_RV))
+        ids_R, logp_R = self._sampled(rows, [len(row.ids) for row in rows], _shaped(rows, scores_RV))
         _note(rows, scores_RV, ids_R)
-        # Both at once: on a GPU this is where the host waits, once a step. Doubles hold either exactly.
-        both = torch.stack([ids_R.double(), logp_R.double()]).tolist()
-        for row, token, logp, routed_LK in zip(list(rows), *both, routed, strict=True):
+        for row, (token, logp), routed_LK in zip(list(rows), _tokens(ids_R, logp_R), routed, strict=True):
             if row.finish is None:
-                row.take(int(token), logp)
+                row.take(token, logp)
                 row.routed += [] if routed_LK is None else [routed_LK]
+        self._retire()
+
+    def _retire(self) -> None:
         for place in reversed(range(len(self._rows))):
             if self._is_over(self._rows[place]):
                 self._ended += [self._rows[place]] if self._rows[place].finish is not None else []
                 self._drop(place)
 
-    def _sampled(self, rows: Sequence[DecodingRow], scores_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows that are sampled alike at once."""
-        uniform_R = uploaded([row.uniform[len(row.ids)] for row in rows], self._device)
+    def _sampled(
+        self, rows: Sequence[DecodingRow], numbers: Sequence[int], scores_RV: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each row the token of this number; rows that are sampled alike at once."""
+        uniform_R = uploaded([row.uniform[number] for row, number in zip(rows, numbers, strict=True)], self._device)
         alike: dict[tuple[float, ...], list[int]] = {}
         for place, row in enumerate(rows):
             params = row.params
@@ -265,6 +303,8 @@ class Decoding:
 
     def _drop(self, place: int) -> None:
         """Rows stay dense: the last one takes its place."""
+        if self._drafter is not None:
+            self._drafter.leave(self._rows[place], is_whole=self._rows[place].finish is not None)
         self._running.drop_row(place)
         self._rows[place] = self._rows[-1]
         self._rows.pop()
@@ -279,6 +319,21 @@ class Decoding:
             if not self._needed[prompt]:
                 del self._needed[prompt]
                 self._prompts.pop(prompt, None)
+
+
+def _tokens(ids_N: torch.Tensor, logp_N: torch.Tensor) -> Iterator[tuple[int, float]]:
+    """Both at once: on a GPU this is where the host waits, once a step. Doubles hold either exactly."""
+    ids, logps = torch.stack([ids_N.double(), logp_N.double()]).tolist()
+    return zip(map(int, ids), logps, strict=True)
+
+
+def _take_verified(row: DecodingRow, draft: Sequence[int], sampled: Sequence[tuple[int, float]]) -> int:
+    """How many of what was sampled behind a row and its draft the row takes: those behind what it would have sampled itself."""
+    for number, (token, logp) in enumerate(sampled):
+        row.take(token, logp)
+        if row.finish is not None or number == len(draft) or token != draft[number]:
+            return number + 1
+    raise AssertionError("one more is sampled than was drafted")
 
 
 def _shaped(rows: Sequence[DecodingRow], scores_RV: torch.Tensor) -> torch.Tensor:

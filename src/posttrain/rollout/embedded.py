@@ -25,6 +25,7 @@ from posttrain.models.text import decoder
 from posttrain.protocols import Weights
 from posttrain.rollout.cached import Shortcuts
 from posttrain.rollout.decoding import Decoding, DecodingRow, Ends
+from posttrain.rollout.drafts import Speculation
 from posttrain.rollout.paged import paged_rows
 from posttrain.rollout.prefixes import PrefixCache
 from posttrain.rollout.replica import receive
@@ -43,12 +44,12 @@ class EmbeddedEngine:
     `shares_weights` where `policy` is the one that is trained; else it is a copy, which an update fills. With `enforce_eager` a GPU
     decodes by the loop of a CPU, without pages and graphs. `pad_prompts`: that loop attends to prompts of near length together.
     `prepack`: it lays weights out for its products, anew in each call of two rows or more. `prefix_bytes`: room for how prompts begin, kept from one call to the next until an update; prompts that are longer than a block
-    are then always encoded by blocks.
+    are then always encoded by blocks. `speculation`: what it may draft from, and learns from what it samples; an update does not end that.
     """
 
     def __init__(
         self, policy: Policy, *, stop_token_ids: Sequence[int], batch_size: int = 64, shares_weights: bool = True,
-        enforce_eager: bool = False, pad_prompts: bool = False, prepack: bool = False, prefix_bytes: int = 0,
+        enforce_eager: bool = False, pad_prompts: bool = False, prepack: bool = False, prefix_bytes: int = 0, speculation: Speculation | None = None,
     ) -> None:  # fmt: skip
         self._policy = policy
         self._stop_token_ids = frozenset(stop_token_ids)
@@ -64,6 +65,7 @@ class EmbeddedEngine:
             log.warning("rollout.prepack: no effect, because %s", why)
         self._prefix_bytes = prefix_bytes if prefix_bytes and self._keeps_beginnings() else 0
         self._prefixes = self._no_prefixes()
+        self._speculation = speculation if speculation is not None and self._can_verify() else None
 
     @property
     def policy_version(self) -> int:
@@ -120,6 +122,14 @@ class EmbeddedEngine:
             log.warning("prefix_cache_gib: no effect, because %s", why)
         return not why
 
+    def _can_verify(self) -> bool:
+        why = "a GPU's graphs are of one token a row" if self._paged else ""
+        if not self._policy.ragged or length_rule(self._policy.base.config) is not None:
+            why = f"{self._policy.source} decodes row by row, or by length"
+        if why:
+            log.warning("rollout.speculation: no effect, because %s", why)
+        return not why
+
     def _no_prefixes(self) -> PrefixCache | None:
         return PrefixCache(self._policy, self._prefix_bytes) if self._prefix_bytes else None
 
@@ -157,7 +167,7 @@ class EmbeddedEngine:
         with self._computing():
             decoding = Decoding(
                 self._policy, rows, longest=longest, alone=alone, paged=self._paged, shortcuts=self._shortcuts,
-                prefixes=self._prefixes,
+                prefixes=self._prefixes, drafter=self._speculation and self._speculation.of_call(),
             )  # fmt: skip
         try:
             while decoding.is_busy:

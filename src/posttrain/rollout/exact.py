@@ -32,6 +32,7 @@ class ExactRows:
         """How many tokens there is room for, and the filler."""
         self._prompt_of: list[StoredPrompt] = []
         self._lengths: list[int] = []
+        self._written: list[int] = []
         self._past = torch.zeros(0, 0, dtype=torch.long, device=self._device)
 
     def prefill(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[StoredPrompt, torch.Tensor]]:
@@ -68,16 +69,31 @@ class ExactRows:
 
     def step(self, ids: Sequence[int]) -> torch.Tensor:
         """One more token in each row → log-probs of what follows it, [R, V]."""
-        count = len(self._lengths)
-        self._make_room(count, max(self._lengths) + 1)
-        ids_R, positions_R, places_R = (
-            torch.tensor(values, device=self._device) for values in (ids, self._lengths, self._take_places(count))
+        scores_RV = self.run_drafts([(one,) for one in ids])
+        self.keep_drafts([1] * len(ids))
+        return scores_RV
+
+    def run_drafts(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
+        """More tokens in each row → log-probs of what follows each of all, [N, V]. `keep_drafts` must follow, with how many of each stay."""
+        rows = [row for row, own in enumerate(ids) for _ in own]
+        positions = [length + n for length, own in zip(self._lengths, ids, strict=True) for n in range(len(own))]
+        self._make_room(len(ids), max(positions) + 1)
+        ids_N, rows_N, positions_N, places_N = (
+            torch.tensor(values, device=self._device)
+            for values in ([one for own in ids for one in own], rows, positions, self._take_places(len(rows)))
         )
-        self._past[torch.arange(count), positions_R] = places_R
-        self._lengths = [length + 1 for length in self._lengths]
-        tiles = torch.arange(count).split(self._forward.rows)
-        parts = [self._forward(ids_R[t], positions_R[t], places_R[t], self._past[t]) for t in tiles]
-        return torch.cat(parts)
+        self._past[rows_N, positions_N] = places_N
+        self._written = [len(own) for own in ids]
+        past_NK = self._past[rows_N]
+        tiles = torch.arange(len(rows)).split(self._forward.rows)
+        return torch.cat([self._forward(ids_N[t], positions_N[t], places_N[t], past_NK[t]) for t in tiles])
+
+    def keep_drafts(self, counts: Sequence[int]) -> None:
+        """Of what each row wrote its first tokens stay; the others' places are free again."""
+        for row, (kept, written) in enumerate(zip(counts, self._written, strict=True)):
+            length = self._lengths[row]
+            self._free += self._past[row, length + kept : length + written].tolist() if kept < written else []
+            self._lengths[row] = length + kept
 
     def _take_places(self, count: int) -> list[int]:
         missing = count - len(self._free)

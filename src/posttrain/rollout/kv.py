@@ -86,6 +86,42 @@ class _Plan:
     inverse: torch.Tensor | None
 
 
+class _Step:
+    """What rows write at once. Row 0, of 5 tokens, writes two more, row 1, of 3, one: before [5, 3], counts [2, 1], width 2; the
+    three tokens lie end to end. Queries are attended to as [rows, width], a row's first token standing in where it has fewer.
+    """
+
+    def __init__(self, before: Sequence[int], counts: Sequence[int]) -> None:
+        self.before, self.counts = list(before), list(counts)
+        self.width = max(counts, default=1)
+        self.rows_N = [row for row, count in enumerate(counts) for _ in range(count)]
+        self.columns_N = [first + n for first, count in zip(before, counts, strict=True) for n in range(count)]
+        self.last = 0
+        """The largest position that is written."""
+        self._slots, self._places = list[int](), list[int]()
+        if self.width > 1:
+            for row, count in enumerate(counts):
+                first = len(self._places)
+                self._slots += [first + (n if n < count else 0) for n in range(self.width)]
+                self._places += [row * self.width + n for n in range(count)]
+
+    def by_row(self, query: torch.Tensor, num_kv: int) -> torch.Tensor:
+        """The query heads of one kv head act as so many query positions: no head is repeated. Shapes: [Hq, N, D] → [R, Hkv, width × G, D]."""
+        if self.width == 1:
+            return query.view(num_kv, -1, *query.shape[1:]).permute(2, 0, 1, 3)
+        padded = query.transpose(0, 1)[uploaded(self._slots, query.device)]
+        padded = padded.view(len(self.before), self.width, num_kv, -1, query.shape[-1])
+        return padded.transpose(1, 2).flatten(2, 3)
+
+    def by_token(self, out_R: torch.Tensor) -> torch.Tensor:
+        """The way back. Shapes: [R, Hkv, width × G, D] → [Hq, N, D]."""
+        if self.width == 1:
+            return out_R.reshape(len(out_R), -1, out_R.shape[-1]).transpose(0, 1)
+        out = out_R.unflatten(2, (self.width, -1)).transpose(1, 2)
+        out = out.reshape(len(out_R) * self.width, -1, out_R.shape[-1])
+        return out[uploaded(self._places, out.device)].transpose(0, 1)
+
+
 class RowCache:
     """The K/V store that a model's attention layers read and write while the engine decodes.
 
@@ -103,7 +139,8 @@ class RowCache:
         self._prefilling: list[tuple[PromptKV, int, int]] = []
         self._pools: dict[int, PromptPool] = {}
         self._plan: _Plan | None = None
-        self._longest, self._positions = 0, list[int]()
+        self._longest, self._step = 0, _Step([], [])
+        self._hidden: dict[Window | None, torch.Tensor] = {}
 
     @property
     def num_rows(self) -> int:
@@ -160,17 +197,24 @@ class RowCache:
         self.lengths.pop()
         self.prompt_of.pop()
 
-    def begin_step(self) -> None:
-        """Every row is about to write one token: make room, open its mask, group rows by prompt."""
-        needed = max(self.lengths) + 1
-        if needed > self._mask.shape[1]:
-            self._resize(rows=self._mask.shape[0], columns=needed + _GROWTH)
+    def begin_step(self, counts: Sequence[int]) -> None:
+        """Every row is about to write so many tokens: make room. Where it is one of each it stays, else `keep_step` says what does."""
+        self._step = step = _Step(self.lengths, counts)
+        self._longest = max(self.lengths) + step.width
+        if self._longest > self._mask.shape[1]:
+            self._resize(rows=self._mask.shape[0], columns=self._longest + _GROWTH)
         device = self._mask.device
-        rows, columns = torch.arange(self.num_rows, device=device), uploaded(self.lengths, device)
-        self._mask[rows, columns] = 0.0
-        self._where = (rows, columns)
-        self.lengths = [length + 1 for length in self.lengths]
-        self._longest, self._positions = needed, self.positions()
+        self._where = uploaded(step.rows_N, device), uploaded(step.columns_N, device)
+        step.last = max(self.positions())
+        self._hidden.clear()
+        if step.width == 1:
+            self.keep_step(counts)
+
+    def keep_step(self, counts: Sequence[int]) -> None:
+        """Of what each row wrote its first tokens stay."""
+        kept, device = _Step(self._step.before, counts), self._mask.device
+        self._mask[uploaded(kept.rows_N, device), uploaded(kept.columns_N, device)] = 0.0
+        self.lengths = [first + count for first, count in zip(kept.before, counts, strict=True)]
 
     def _planned(self) -> _Plan:
         """What all layers share, until a row comes or goes."""
@@ -210,26 +254,25 @@ class RowCache:
             yield run
 
     def positions(self) -> list[int]:
-        """Absolute position of each row's newest token."""
-        return [prompt.length + length - 1 for prompt, length in zip(self.prompt_of, self.lengths, strict=True)]
+        """Absolute position of each token that is being written."""
+        step = self._step
+        return [self.prompt_of[row].length + column for row, column in zip(step.rows_N, step.columns_N, strict=True)]
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttendOptions
     ) -> torch.Tensor:
-        """Shapes: query [1, Hq, R, D], key and value [1, Hkv, R, D] → [1, Hq, R, D]."""
-        num_kv, num_rows, width = key.shape[1:]
+        """Of all tokens that are being written. Shapes: query [1, Hq, N, D], key and value [1, Hkv, N, D] → [1, Hq, N, D]."""
+        num_kv, num_rows, step = key.shape[1], self.num_rows, self._step
         self._write(layer, key, value)
-        window = options.window if options.window is not None and max(self._positions) >= options.window.size else None
-        # The query heads of one kv head act as so many query positions: no head is repeated.
-        query_R = query[0].view(num_kv, -1, num_rows, width).permute(2, 0, 1, 3)
+        window = options.window if options.window is not None and step.last >= options.window.size else None
+        query_R = step.by_row(query[0], num_kv)
         own_k, own_v = (cache[layer][:num_rows, :, : self._longest] for cache in (self._keys, self._values))
-        mask = self._own_mask(num_rows, self._longest, window, query.dtype)
+        mask = self._own_mask(num_rows, query_R.shape[2] // step.width, window, query.dtype)
         out_R, lse_R = attend_masked(query_R, own_k, own_v, mask, options)
         out_P, lse_P = self._attend_prompts(layer, query_R, window, options)
         # As `merge` of models/tree_attention.py, whose log-sum-exp nobody needs here.
         share = torch.sigmoid(lse_R - lse_P).unsqueeze(-1).to(out_R.dtype)
-        out_R = torch.lerp(out_P, out_R, share)
-        return out_R.reshape(num_rows, -1, out_R.shape[-1]).transpose(0, 1)[None]
+        return step.by_token(torch.lerp(out_P, out_R, share))[None]
 
     def _attend_prompts(
         self, layer: int, query_R: torch.Tensor, window: Window | None, options: AttendOptions
@@ -272,13 +315,28 @@ class RowCache:
         self._keys[layer][rows, :, columns] = key[0].transpose(0, 1)
         self._values[layer][rows, :, columns] = value[0].transpose(0, 1)
 
-    def _own_mask(self, num_rows: int, longest: int, window: Window | None, dtype: torch.dtype) -> torch.Tensor:
-        mask = self._mask[:num_rows, None, None, :longest]
-        if window is not None:
-            age = uploaded(self.lengths, mask.device)[:, None] - 1 - torch.arange(longest, device=mask.device)
-            reach = window.reach(uploaded(self._positions, mask.device))
-            mask = mask.masked_fill(age[:, None, None] >= reach[:, None, None, None], -torch.inf)
-        return mask.to(dtype)
+    def _own_mask(self, num_rows: int, group: int, window: Window | None, dtype: torch.dtype) -> torch.Tensor:
+        """Shape: [R, 1, 1 or width × group, K]."""
+        if self._step.width == 1 and window is None:
+            return self._mask[:num_rows, None, None, : self._longest].to(dtype)
+        if window not in self._hidden:
+            newest_RS = self._newest_RS(self._step.before)
+            age_RSK = newest_RS[..., None] - torch.arange(self._longest, device=self._mask.device)
+            hidden = age_RSK < 0
+            if window is not None:
+                hidden |= age_RSK >= window.reach(self._positions_RS())[..., None]
+            hidden = hidden.repeat_interleave(group, 1) if self._step.width > 1 else hidden
+            self._hidden[window] = torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, -torch.inf)
+        return self._hidden[window][:, None].to(dtype)
+
+    def _newest_RS(self, first: Sequence[int]) -> torch.Tensor:
+        device = self._mask.device
+        return uploaded(first, device)[:, None] + torch.arange(self._step.width, device=device)
+
+    def _positions_RS(self) -> torch.Tensor:
+        """Of each row's tokens, as if all wrote as many."""
+        before = zip(self.prompt_of, self._step.before, strict=True)
+        return self._newest_RS([prompt.length + own for prompt, own in before])
 
     def _prompt_mask(
         self, run: _SideBySide, first: int, group: int, window: Window | None, dtype: torch.dtype
@@ -291,9 +349,9 @@ class RowCache:
             hidden = hidden | run.behind_end[:, None]
         if window is not None:
             rows = self._planned().rows[first : first + run.num_rows]
-            positions = torch.tensor([self._positions[row] for row in rows])
+            positions = self._positions_RS().cpu()[rows].flatten()
             age = positions[:, None] - torch.arange(run.longest)
-            too_old = (age >= window.reach(positions)[:, None]).repeat_interleave(group, 0)
+            too_old = (age >= window.reach(positions)[:, None]).repeat_interleave(group // self._step.width, 0)
             hidden = hidden | too_old.unflatten(0, (run.num_prompts, -1))
         mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf)
         return mask.to(self._mask.device, non_blocking=True)[:, None]

@@ -30,6 +30,7 @@ from posttrain.models.stored import stored_dtype
 from posttrain.models.text import decoder
 from posttrain.protocols import Engine, Ranks, Weights
 from posttrain.rollout.canary import check_arrival
+from posttrain.rollout.drafts import Speculation
 from posttrain.rollout.embedded import EmbeddedEngine, score_sequences
 from posttrain.rollout.folder import OwnFolder
 from posttrain.rollout.in_step import InStepEngine
@@ -70,6 +71,7 @@ class _Ask:
     folder: Path | None = None
     trainers: int = 1
     ranks: Ranks | None = None
+    speculation: Speculation | None = None
 
 
 def _embedded(ask: _Ask) -> Engine:
@@ -92,6 +94,7 @@ def _embedded(ask: _Ask) -> Engine:
     engine = EmbeddedEngine(
         policy, stop_token_ids=stops, batch_size=ask.rows, shares_weights=shares, enforce_eager=ask.keys.enforce_eager,
         pad_prompts=ask.keys.pad_prompts, prepack=ask.keys.prepack, prefix_bytes=int(ask.keys.prefix_cache_gib * (1 << 30)),
+        speculation=ask.speculation or (Speculation() if ask.keys.speculation == "suffix" else None),
     )  # fmt: skip
     if shares and policy.sharded:
         assert ask.ranks is not None, "who trains a sharded policy says with whom"
@@ -289,18 +292,18 @@ ENGINES: Mapping[str, Callable[[_Ask], Engine]] = {
 
 def make_engine(
     source: EngineSource, *, keys: RolloutKeys | None = None, rows: int = _ROWS, folder: Path | None = None,
-    ranks: Ranks | None = None,
+    ranks: Ranks | None = None, speculation: Speculation | None = None,
 ) -> Engine:  # fmt: skip
     """The engine that a stage, an eval, a certificate or a chat samples with.
 
     Without keys it is ours, and eager: nobody could switch graphs off. `folder` is where a process of the engine's own writes its log.
-    `ranks` are those that train a sharded policy: a server is one for all of them. Raises: ConfigError for what there cannot be under ranks.
+    `speculation` is what ours drafts from, where it is to outlive the engine; else it has one of its own if the keys say so. `ranks` are those that train a sharded policy: a server is one for all of them. Raises: ConfigError for what there cannot be under ranks.
     """
     if keys is not None and keys.enforce_eager and place(source.model).device.type == "cpu":
         log.warning("enforce_eager: no effect, because engines compile nothing and record no graphs on a CPU")
     policy, here = source.policy, socket.gethostname()
     trainers = ranks.gather(here).count(here) if ranks is not None else 1
-    ask = _Ask(source, keys or RolloutKeys(enforce_eager=True), rows, folder, trainers, ranks)
+    ask = _Ask(source, keys or RolloutKeys(enforce_eager=True), rows, folder, trainers, ranks, speculation)
     start = partial(ENGINES[ask.keys.engine], ask)
     if policy is None or not policy.sharded or ask.keys.engine == "embedded":
         return start()

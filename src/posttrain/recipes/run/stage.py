@@ -35,6 +35,7 @@ from posttrain.recipes.run.rollback import RolledBack, restore_best
 from posttrain.recipes.run.run_folder import RunFolder, StageResult, Watchers
 from posttrain.recipes.run.stop import StopFlag, StoppedPolitely
 from posttrain.recipes.run.train_state import Checkpoints, Learner, TrainState
+from posttrain.rollout.drafts import Speculation
 from posttrain.rollout.sampling import request_seed
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,8 @@ class Stage:
         return part
 
     def resume(
-        self, policy: Policy, optimizer: torch.optim.Optimizer, total_steps: int, critic: Learner | None = None
+        self, policy: Policy, optimizer: torch.optim.Optimizer, total_steps: int, critic: Learner | None = None,
+        speculation: Speculation | None = None,
     ) -> TrainState:  # fmt: skip
         """Where to go on: the newest valid checkpoint, or the beginning. Cuts the metrics back to it.
 
@@ -101,7 +103,9 @@ class Stage:
         self.ranks.main_only(tidy)
         world_size = self.processes.world_size
         rows = self.keys.rows_per_step(world_size)
-        state = self.state = TrainState(policy, optimizer, guard, world_size, rows, critic=critic)
+        state = self.state = TrainState(
+            policy, optimizer, guard, world_size, rows, critic=critic, speculation=speculation
+        )
         going_back = bool(guard.rollbacks)
         ref = self.checkpoints.newest()
         if ref is not None:

@@ -30,6 +30,7 @@ from posttrain.protocols import Ranks, Sharding, Share
 from posttrain.recipes.experience.prompts import Solved
 from posttrain.recipes.run.guard import TrainingGuard
 from posttrain.recipes.run.run_folder import RunFolder
+from posttrain.rollout.drafts import Speculation
 from posttrain.rollout.experience import Arrays, Experience, to_arrays
 from posttrain.types import CheckpointRef
 
@@ -72,6 +73,8 @@ class TrainState:
     """Step and score of the best checkpoint at the time of this one."""
     critic: Learner | None = None
     """What is trained beside the policy, where something is."""
+    speculation: Speculation | None = None
+    """What this rank's engine drafts from, where it does."""
 
     def learners(self) -> dict[str, Learner]:
         """What is trained, by how the names of its files begin."""
@@ -120,6 +123,9 @@ class Checkpoints:
         """Fill `state` from a checkpoint. Raises: CheckpointError for one of another format."""
         record = self._load_tensors(ref, state)
         state.restore(record, load_arrays(ref.path / _EXPERIENCE) if record["experience"] is not None else {})
+        # Other processes have other shares of the prompts: they begin to draft anew. So do runs that did not draft before.
+        if state.speculation is not None and len(of_ranks := record.get("speculation") or ()) == self._ranks.world_size:
+            state.speculation.restore(of_ranks[self._ranks.rank])
 
     def load_best(self, step: int, state: TrainState) -> None:
         """The weights of an earlier step, and what held them; the run's own count of steps stays."""
@@ -161,9 +167,10 @@ class Checkpoints:
             held, scalars[f"{prefix}scalars"] = _held_by(learner)
             parts |= {f"{prefix}{stem}": _on_host(shares, copy=not wait) for stem, shares in held.items()}
         of = state.policy.sharding.num_shards
+        speculation = None if state.speculation is None else self._ranks.gather(state.speculation.to_json())
         if self._ranks.is_main:
             state.best = self.store.best()
-            record = state.to_json() | scalars
+            record = state.to_json() | scalars | {"speculation": speculation}
             experience = None if state.experience is None else to_arrays(state.experience.groups)
             self._writing = self._writer.submit(self._write, state.step, parts, of, experience, record)
         else:

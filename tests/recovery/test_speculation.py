@@ -1,0 +1,30 @@
+"""A run that drafts and is stopped goes on to the bit: what it drafts from is in its checkpoint."""
+
+import json
+
+import pytest
+
+OPTIONS = {"max_steps": 4, "save_steps": 2, "max_completion_length": 8, "learning_rate": 1e-4}
+
+
+@pytest.fixture
+def few_prompts(data_dir, tmp_path):
+    """Few enough to come again in each step."""
+    path = tmp_path / "few.jsonl"
+    path.write_text("".join((data_dir / "prompts.jsonl").read_text().splitlines(keepends=True)[:2]))
+    return [{"path": str(path), "type": "prompt"}]
+
+
+def test_a_stopped_run_drafts_as_it_would_have(runner, model_dir, data_dir, few_prompts, tmp_path):
+    options = {**OPTIONS, "datasets": few_prompts, "rollout": {"speculation": "suffix"}}
+    keys = runner.keys_of("grpo", model_dir("qwen3"), data_dir, **options)
+    runner.run_stage("grpo", tmp_path / "whole", keys)
+    runner.run_stage("grpo", tmp_path / "stopped", keys, stop_after=2)
+    saved = json.loads((tmp_path / "stopped/checkpoints/step-00000002/state.json").read_text())["speculation"]
+    assert len(saved) == 1 and saved[0]["store"] and saved[0]["counts"]["suffix"]
+    runner.run_stage("grpo", tmp_path / "stopped", keys)
+    rows = runner.rows(tmp_path / "whole")
+    assert runner.rows(tmp_path / "stopped") == rows
+    assert all(0 <= row["speculation/acceptance_rate"] <= 1 <= row["speculation/tokens_per_pass"] for row in rows[1:])
+    file = "model/model.safetensors"
+    assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

@@ -1,0 +1,124 @@
+"""Speculation changes nothing: the same tokens with the same random numbers, the same log-probs, in fewer passes of the model."""
+
+import pytest
+
+from posttrain.config.stages import SFTKeys
+from posttrain.models.load import load_policy
+from posttrain.rollout import drafts
+from posttrain.rollout.drafts import Acceptance, Drafter, DraftStore, DraftTree, Speculation
+from posttrain.rollout.embedded import EmbeddedEngine
+from posttrain.types import Request, SamplingParams, in_order
+
+ARCHITECTURES = ["qwen3", "llama", "gemma3_text", "mistral"]
+WAYS = {
+    "greedy": {"temperature": 0.0},
+    "plain": {},
+    "top_p": {"temperature": 0.8, "top_p": 0.7},
+}
+PROMPTS = [(5, 6, 7), (9,), tuple(range(40, 60))]
+MAX_TOKENS = 14
+
+
+def requests(first_seed):
+    """Groups of three; of each prompt in turn."""
+    return [Request(PROMPTS[n // 3], first_seed + n) for n in range(3 * len(PROMPTS))]
+
+
+def engines(policy, **options):
+    options = {"stop_token_ids": tuple(range(100, 104)), "batch_size": 6, **options}
+    return EmbeddedEngine(policy, **options), EmbeddedEngine(policy, speculation=Speculation(), **options)
+
+
+@pytest.fixture
+def widths(monkeypatch):
+    """How many tokens each row wrote, pass by pass."""
+    found = []
+
+    def record(self, rows, *, real=Drafter.drafts):
+        made = real(self, rows)
+        found.append([1 + len(draft) for draft in made])
+        return made
+
+    monkeypatch.setattr(Drafter, "drafts", record)
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tokens_are_those_of_plain_sampling_whether_drafts_were_right_or_wrong(
+    shared_policy, architecture, way, widths
+):
+    params = SamplingParams(MAX_TOKENS, **WAYS[way])
+    plain, speculating = engines(shared_policy(architecture))
+    # Other seeds, whose drafts are mostly wrong; then the first ones again, whose drafts are mostly right.
+    for seed in (0, 100, 0, 100, 200):
+        theirs, ours = (in_order(engine.generate(requests(seed), params)) for engine in (plain, speculating))
+        assert [(one.ids, one.finish) for one in ours] == [(one.ids, one.finish) for one in theirs]
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.logp == pytest.approx(other.logp, abs=1e-5)
+    assert max(map(max, widths)) > 4 and any(min(one) == 1 < max(one) for one in widths), "rows of several widths"
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text"])
+def test_in_exact_mode_they_and_their_log_probs_are_equal_to_the_bit(model_dir, architecture, widths):
+    keys = SFTKeys(base_model=str(model_dir(architecture)), datasets=[{"path": "unused.jsonl"}])
+    plain, speculating = engines(load_policy(keys, exact=True))
+    for seed in (0, 100, 0):
+        theirs, ours = (list(engine.generate(requests(seed), SamplingParams(8))) for engine in (plain, speculating))
+        assert in_order(ours) == in_order(theirs)
+    assert max(map(max, widths)) > 4
+
+
+def test_what_was_sampled_before_is_verified_in_fewer_passes(shared_policy, widths):
+    _, engine = engines(shared_policy("qwen3"), stop_token_ids=(), batch_size=9)
+    passes = []
+    for _ in range(2):
+        widths.clear()
+        list(engine.generate(requests(0), SamplingParams(16)))
+        passes.append(len(widths))
+    assert passes[0] == 15 and passes[1] < 8
+
+
+def test_an_update_forgets_no_completions_and_a_caller_who_leaves_early_leaves_nothing_half_known(shared_policy):
+    _, engine = engines(shared_policy("qwen3"), stop_token_ids=())
+    first = next(iter(engine.generate(requests(0), SamplingParams(4))))
+    assert sum(len(engine._speculation.store.of((None, prompt))) for prompt in PROMPTS) >= 1
+    kept = engine._speculation.store.of((None, PROMPTS[first.request // 3]))
+    assert first.ids in kept and all(len(ids) == 4 for ids in kept)
+
+
+def test_a_draft_follows_the_most_completions_and_ends_where_it_is_in_doubt():
+    tree = DraftTree()
+    for ids in ([5, 6, 7], [5, 6, 8, 8], [5, 6, 8, 9]):
+        tree.add(ids)
+    node = tree.root.next[5]
+    assert tree.draft(node, 7, 1.0, 0.4) == [6, 8]
+    assert tree.draft(node, 7, 1.0, 0.6) == [6]  # 3 / 3.5, then times 2 / 3.5
+    assert tree.draft(node, 1, 1.0, 0.0) == [6]
+    assert tree.draft(node, 7, 0.1, 0.4) == []
+    assert tree.elsewhere([1, 1, 5, 6]) is tree.root.next[5].next[6]
+    assert tree.elsewhere([6, 5]) is None
+
+
+def test_the_store_holds_no_more_than_it_may_and_the_newest():
+    store = DraftStore(max_tokens=20, most_each=2)
+    for number in range(3):
+        store.add((None, (1, 2)), (number,) * 3)
+    assert list(store.of((None, (1, 2)))) == [(1, 1, 1), (2, 2, 2)]
+    assert store.num_tokens == 8
+    store.add((None, (3,)), (4,) * 10)
+    assert store.num_tokens == 19
+    store.add((None, (5,)), (4,))
+    assert not store.of((None, (1, 2))) and store.num_tokens == 13
+    store.add((None, (6,)), (1,) * 40)
+    assert store.num_tokens == 0
+
+
+def test_a_source_that_is_wrong_is_asked_no_more_where_many_rows_pay_for_it():
+    counts = Acceptance()
+    assert counts.rate > 64 / (64 + drafts._PASS_TOKENS)
+    counts.note(offered=100, accepted=3)
+    assert counts.rate < 64 / (64 + drafts._PASS_TOKENS)
+    for _ in range(100):
+        counts.note(offered=100, accepted=90)
+    assert counts.rate > 0.8 and counts.offered <= drafts._REMEMBERED
