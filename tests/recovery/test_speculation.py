@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-OPTIONS = {"max_steps": 4, "save_steps": 2, "max_completion_length": 8, "learning_rate": 1e-4}
+OPTIONS = {"max_steps": 4, "save_steps": 2, "max_completion_length": 8, "learning_rate": 1e-4, "temperature": 0.3}
 
 
 @pytest.fixture
@@ -25,6 +25,7 @@ def test_a_stopped_run_drafts_as_it_would_have(runner, model_dir, data_dir, few_
     runner.run_stage("grpo", tmp_path / "stopped", keys)
     rows = runner.rows(tmp_path / "whole")
     assert runner.rows(tmp_path / "stopped") == rows
-    assert all(0 <= row["speculation/acceptance_rate"] <= 1 <= row["speculation/tokens_per_pass"] for row in rows[1:])
+    assert all(row["speculation/tokens_per_pass"] >= 1 for row in rows)
+    assert 0 < rows[-1]["speculation/acceptance_rate"] <= 1
     file = "model/model.safetensors"
     assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

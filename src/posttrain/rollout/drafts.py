@@ -185,7 +185,9 @@ class Drafter:
         )
         if node is None:
             return []
-        return cursor.tree.draft(node, min(self._most, row.num_left - 1), self._known.sources[cursor.source].rate, least)
+        return cursor.tree.draft(
+            node, min(self._most, row.num_left - 1), self._known.sources[cursor.source].rate, least
+        )
 
     def note(self, row: Drafted, offered: int, accepted: int) -> None:
         """What became of the row's draft."""

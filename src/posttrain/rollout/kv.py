@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 
@@ -91,25 +92,29 @@ class _Step:
     three tokens lie end to end. Queries are attended to as [rows, width], a row's first token standing in where it has fewer.
     """
 
-    def __init__(self, before: Sequence[int], counts: Sequence[int]) -> None:
+    def __init__(self, before: Sequence[int], counts: Sequence[int], device: torch.device) -> None:
         self.before, self.counts = list(before), list(counts)
         self.width = max(counts, default=1)
         self.rows_N = [row for row, count in enumerate(counts) for _ in range(count)]
         self.columns_N = [first + n for first, count in zip(before, counts, strict=True) for n in range(count)]
         self.last = 0
         """The largest position that is written."""
-        self._slots, self._places = list[int](), list[int]()
+        self.where = uploaded(self.rows_N, device), uploaded(self.columns_N, device)
         if self.width > 1:
-            for row, count in enumerate(counts):
-                first = len(self._places)
-                self._slots += [first + (n if n < count else 0) for n in range(self.width)]
-                self._places += [row * self.width + n for n in range(count)]
+            firsts = accumulate(counts, initial=0)
+            slots = [
+                first + (n if n < count else 0)
+                for first, count in zip(firsts, counts, strict=False)
+                for n in range(self.width)
+            ]
+            places = [row * self.width + n for row, count in enumerate(counts) for n in range(count)]
+            self._slots, self._places = uploaded(slots, device), uploaded(places, device)
 
     def by_row(self, query: torch.Tensor, num_kv: int) -> torch.Tensor:
         """The query heads of one kv head act as so many query positions: no head is repeated. Shapes: [Hq, N, D] → [R, Hkv, width × G, D]."""
         if self.width == 1:
             return query.view(num_kv, -1, *query.shape[1:]).permute(2, 0, 1, 3)
-        padded = query.transpose(0, 1)[uploaded(self._slots, query.device)]
+        padded = query.transpose(0, 1)[self._slots]
         padded = padded.view(len(self.before), self.width, num_kv, -1, query.shape[-1])
         return padded.transpose(1, 2).flatten(2, 3)
 
@@ -119,7 +124,7 @@ class _Step:
             return out_R.reshape(len(out_R), -1, out_R.shape[-1]).transpose(0, 1)
         out = out_R.unflatten(2, (self.width, -1)).transpose(1, 2)
         out = out.reshape(len(out_R) * self.width, -1, out_R.shape[-1])
-        return out[uploaded(self._places, out.device)].transpose(0, 1)
+        return out[self._places].transpose(0, 1)
 
 
 class RowCache:
@@ -139,7 +144,7 @@ class RowCache:
         self._prefilling: list[tuple[PromptKV, int, int]] = []
         self._pools: dict[int, PromptPool] = {}
         self._plan: _Plan | None = None
-        self._longest, self._step = 0, _Step([], [])
+        self._longest, self._step = 0, _Step([], [], device)
         self._hidden: dict[Window | None, torch.Tensor] = {}
 
     @property
@@ -199,12 +204,10 @@ class RowCache:
 
     def begin_step(self, counts: Sequence[int]) -> None:
         """Every row is about to write so many tokens: make room. Where it is one of each it stays, else `keep_step` says what does."""
-        self._step = step = _Step(self.lengths, counts)
+        self._step = step = _Step(self.lengths, counts, self._mask.device)
         self._longest = max(self.lengths) + step.width
         if self._longest > self._mask.shape[1]:
             self._resize(rows=self._mask.shape[0], columns=self._longest + _GROWTH)
-        device = self._mask.device
-        self._where = uploaded(step.rows_N, device), uploaded(step.columns_N, device)
         step.last = max(self.positions())
         self._hidden.clear()
         if step.width == 1:
@@ -212,9 +215,10 @@ class RowCache:
 
     def keep_step(self, counts: Sequence[int]) -> None:
         """Of what each row wrote its first tokens stay."""
-        kept, device = _Step(self._step.before, counts), self._mask.device
-        self._mask[uploaded(kept.rows_N, device), uploaded(kept.columns_N, device)] = 0.0
-        self.lengths = [first + count for first, count in zip(kept.before, counts, strict=True)]
+        step = self._step
+        kept = step if list(counts) == step.counts else _Step(step.before, counts, self._mask.device)
+        self._mask[kept.where] = 0.0
+        self.lengths = [first + count for first, count in zip(step.before, counts, strict=True)]
 
     def _planned(self) -> _Plan:
         """What all layers share, until a row comes or goes."""
@@ -311,7 +315,7 @@ class RowCache:
             shape = (self._mask.shape[0], key.shape[1], self._mask.shape[1])
             self._keys.append(key.new_zeros(*shape, key.shape[-1]))
             self._values.append(value.new_zeros(*shape, value.shape[-1]))
-        rows, columns = self._where
+        rows, columns = self._step.where
         self._keys[layer][rows, :, columns] = key[0].transpose(0, 1)
         self._values[layer][rows, :, columns] = value[0].transpose(0, 1)
 
