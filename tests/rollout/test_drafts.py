@@ -74,6 +74,17 @@ def test_in_exact_mode_they_and_their_log_probs_are_equal_to_the_bit(model_dir, 
     assert max(map(max, widths)) > 4
 
 
+def test_the_experts_of_verified_tokens_are_those_of_plain_sampling(model_dir, widths):
+    keys = SFTKeys(base_model=str(model_dir("qwen3_moe")), datasets=[{"path": "unused.jsonl"}])
+    plain, speculating = engines(load_policy(keys, trainable=False, routed="compare"))
+    for _ in range(2):
+        theirs, ours = (in_order(e.generate(requests(0), SamplingParams(6))) for e in (plain, speculating))
+        assert [one.ids for one in ours] == [one.ids for one in theirs]
+        for one, other in zip(ours, theirs, strict=True):
+            assert len(one.routed_experts) == len(one.ids) and (one.routed_experts == other.routed_experts).all()
+    assert max(map(max, widths)) > 4
+
+
 def test_what_was_sampled_before_is_verified_in_fewer_passes(shared_policy, widths):
     _, engine = engines(shared_policy("qwen3"), stop_token_ids=(), batch_size=9)
     passes = []
