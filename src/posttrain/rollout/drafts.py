@@ -21,7 +21,7 @@ _PASS_TOKENS = 128
 _REMEMBERED = 4096
 """Drafted tokens after which those of before count half."""
 
-Prompt = tuple[str | None, tuple[int, ...]]
+AdapterPrompt = tuple[str | None, tuple[int, ...]]
 
 
 @dataclass(eq=False, slots=True)
@@ -76,13 +76,13 @@ class DraftStore:
 
     def __init__(self, max_tokens: int = 1 << 19, most_each: int = 16) -> None:
         self._max_tokens, self._most_each = max_tokens, most_each
-        self._completions: OrderedDict[Prompt, list[tuple[int, ...]]] = OrderedDict()
+        self._completions: OrderedDict[AdapterPrompt, list[tuple[int, ...]]] = OrderedDict()
         self.num_tokens = 0
 
-    def of(self, prompt: Prompt) -> Sequence[tuple[int, ...]]:
+    def of(self, prompt: AdapterPrompt) -> Sequence[tuple[int, ...]]:
         return self._completions.get(prompt, ())
 
-    def add(self, prompt: Prompt, ids: tuple[int, ...]) -> None:
+    def add(self, prompt: AdapterPrompt, ids: tuple[int, ...]) -> None:
         kept = self._completions.setdefault(prompt, [])
         self._completions.move_to_end(prompt)
         if not kept:
@@ -131,7 +131,7 @@ class Drafted(Protocol):
     ids: list[int]
 
     @property
-    def drafted_for(self) -> Prompt: ...
+    def drafted_for(self) -> AdapterPrompt: ...
 
     @property
     def num_left(self) -> int: ...
@@ -152,7 +152,7 @@ class Drafter:
 
     def __init__(self, known: Speculation, most: int) -> None:
         self._known, self._most = known, most
-        self._trees: WeakValueDictionary[Prompt, DraftTree] = WeakValueDictionary()
+        self._trees: WeakValueDictionary[AdapterPrompt, DraftTree] = WeakValueDictionary()
         self._cursors: dict[Any, _Cursor] = {}
 
     def drafts(self, rows: Sequence[Drafted]) -> list[list[int]]:
@@ -172,7 +172,7 @@ class Drafter:
         cursor.seen = len(row.ids)
         return cursor
 
-    def _tree(self, prompt: Prompt) -> DraftTree:
+    def _tree(self, prompt: AdapterPrompt) -> DraftTree:
         if (tree := self._trees.get(prompt)) is None:
             tree = self._trees[prompt] = DraftTree()
             for ids in self._known.store.of(prompt):
@@ -204,7 +204,7 @@ class Drafter:
 
 
 @dataclass
-class Counts:
+class DraftCounts:
     """Rows of all passes, tokens that were drafted for them, and those of these that were right."""
 
     rows: int = 0
@@ -218,7 +218,7 @@ class Speculation:
     def __init__(self, most: int = 7) -> None:
         self.store, self._most = DraftStore(), most
         self.sources = {"tree": Acceptance(), "suffix": Acceptance()}
-        self.counts = Counts()
+        self.counts = DraftCounts()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -235,12 +235,12 @@ class Speculation:
 
     def take_counts(self) -> tuple[int, int, int]:
         """Those since the last call."""
-        taken, self.counts = self.counts, Counts()
+        taken, self.counts = self.counts, DraftCounts()
         return astuple(taken)
 
 
 def speculation_metrics(counts: Sequence[float]) -> dict[str, float]:
-    """Of `Counts`, as numbers in their order."""
+    """Of `DraftCounts`, as numbers in their order."""
     rows, offered, accepted = counts
     rate = {"speculation/acceptance_rate": accepted / offered} if offered else {}
     return rate | ({"speculation/tokens_per_pass": 1 + accepted / rows} if rows else {})
