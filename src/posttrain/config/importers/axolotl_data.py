@@ -7,19 +7,11 @@ from typing import Any
 
 from posttrain.config.importers.axolotl_ebft import is_strided
 from posttrain.config.importers.axolotl_pairs import PLAIN, read_own_style, read_style, styles
+from posttrain.config.importers.axolotl_styles import REFUSED, STYLES, read_own
 from posttrain.config.importers.fates import ImportDraft, is_off
 from posttrain.config.importers.paths import local_file
 from posttrain.config.importers.templates import named_template
 from posttrain.config.importers.values import streaming
-
-_INTRO = "Below is an instruction that describes a task"
-_TASK = "Write a response that appropriately completes the request."
-ALPACA_FORMATS = [
-    f"{_INTRO}, paired with an input that provides further context. {_TASK}\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
-    f"{_INTRO}. {_TASK}\n\n### Instruction:\n{{instruction}}\n\n### Response:\n",
-]
-"""The text that Axolotl writes an alpaca row in: with an input, and without."""
 
 _FILE_TYPES = ("json", "jsonl", "csv", "parquet", "text", "arrow")
 _KNOWN = frozenset({"path", "type", "split", "name", "data_files", "ds_type", "field", "field_messages", "message_property_mappings", "message_field_role",
@@ -157,6 +149,12 @@ def _rows(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str,
         return _own_prompt(draft, kind, where)
     if kind in styles(draft):
         return read_style(draft, str(kind))
+    if draft.kind == "sft" and kind in STYLES:
+        return STYLES[str(kind)].rows()
+    if draft.kind == "sft" and kind in REFUSED:
+        why, todo = REFUSED[str(kind)]
+        draft.refuse(f"{where}.type", f"{kind}: {why}", todo)
+        return {}
     if kind is None and draft.kind == "dpo":
         return read_style(draft, PLAIN)  # rows without a type are taken as they are
     reader = _READERS.get((draft.kind, str(kind)))
@@ -167,7 +165,8 @@ def _rows(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str,
         draft.refuse(f"{where}.type", why, "write its rows to a file, with a column prompt and those that the rewards read, and take type out")  # fmt: skip
         return {}
     if reader is None:
-        known = ", ".join((*(name for stage, name in _READERS if stage == draft.kind), *styles(draft)))
+        written = STYLES if draft.kind == "sft" else ()
+        known = ", ".join((*(name for stage, name in _READERS if stage == draft.kind), *styles(draft), *written))
         draft.refuse(
             f"{where}.type",
             f"{kind}: a prompt style that is not known here",
@@ -175,10 +174,6 @@ def _rows(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str,
         )
         return {}
     return reader(draft, entry, where)
-
-
-def _alpaca(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
-    return {"type": "completion", "prompt_format": ALPACA_FORMATS, "columns": {"completion": "output"}}
 
 
 def _chat(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -294,7 +289,6 @@ def _told(draft: ImportDraft, where: str) -> None:
 
 
 _READERS: dict[tuple[str, str], Any] = {
-    ("sft", "alpaca"): _alpaca,
     ("sft", "chat_template"): _chat,
     ("sft", "completion"): _text,
     ("dpo", "chat_template.default"): _pair,
@@ -310,38 +304,13 @@ _READERS: dict[tuple[str, str], Any] = {
 
 
 def _own_prompt(draft: ImportDraft, style: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A prompt style of the user's: a format with {instruction} and {input}, or that of a preference."""
+    """A prompt style of the user's: of SFT, or of a preference."""
     if draft.kind == "dpo":
         return read_own_style(draft, style, where)
     if draft.kind != "sft":
         draft.refuse(f"{where}.type", f"a prompt style of one's own in {draft.kind}", "write the prompts into the data")
         return {}
-    fields = {name: style.get(f"field_{name}") or name for name in ("instruction", "input", "output", "system")}
-    with_input = style.get("format")
-    without = style.get("no_input_format") or with_input
-    if not with_input:
-        draft.refuse(f"{where}.type", "a prompt style without a format", "write format: '{instruction}'")
-        return {}
-    system = _system(style)
-    formats = [system + _with_columns(text, fields) for text in dict.fromkeys((str(with_input), str(without)))]
-    return {"type": "completion", "prompt_format": formats, "columns": {"completion": fields["output"]}}
-
-
-def _system(style: Mapping[str, Any]) -> str:
-    text = style.get("system_prompt") or ""
-    return (
-        (style.get("system_format") or "{system}").replace("{system}", text).replace("{", "{{").replace("}", "}}")
-        if text
-        else ""
-    )
-
-
-def _with_columns(text: str, fields: Mapping[str, str]) -> str:
-    """The file's column for each name in braces; other braces are text."""
-    escaped = text.replace("{", "{{").replace("}", "}}")
-    for name, column in fields.items():
-        escaped = escaped.replace("{{" + name + "}}", "{" + column + "}")
-    return escaped
+    return read_own(draft, style, where)
 
 
 def _trained(draft: ImportDraft, entries: list[Any]) -> None:

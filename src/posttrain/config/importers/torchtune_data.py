@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from posttrain.config.importers.axolotl_data import ALPACA_FORMATS
+from posttrain.config.importers.axolotl_styles import ALPACA_FORMATS
 from posttrain.config.importers.fates import ImportDraft
 from posttrain.config.importers.nested import part_of
 from posttrain.config.importers.paths import local_file
