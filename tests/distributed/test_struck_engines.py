@@ -249,7 +249,7 @@ def parent_of(pid):
 
 
 def test_two_ranks_with_two_engines_lose_one_of_each(run, runner, tmp_path):
-    """First an engine while it generates, whose groups the other one answers; then a rank, and both engines are kept warm."""
+    """First an engine while it generates, whose groups the other one answers; then a rank, and the other engine is kept warm."""
     scored = tmp_path / "scored"
     (tmp_path / "slow.py").write_text(SLOW_REWARD.format(place=scored))
     one = run(
@@ -259,18 +259,20 @@ def test_two_ranks_with_two_engines_lose_one_of_each(run, runner, tmp_path):
         rollout=ENGINE | {"replicas": 2},
         reward_funcs=[f"{tmp_path / 'slow.py'}:spread"],
     )
-    took = one.struck(1, lambda: strike_all(one.servers("vllm_server-0.log"), KILL))
-    print(f"one of two engines of two ranks, generating SIGKILL: recovered after {took:.0f} s")
+    one.until(Path(f"{one.marker}.1").exists)
+    strike_all(one.servers("vllm_server-0.log"), KILL)
+    print(f"one of two engines of two ranks, generating SIGKILL: recovered after {one.recovered(lambda: True):.0f} s")
     begun = scored.stat().st_size
     one.until(lambda: scored.stat().st_size > begun)  # no update is on its way while completions are scored
-    warm = [one.servers(f"vllm_server-{number}.log") for number in range(2)]
-    os.kill(one.ranks()[1], signal.SIGKILL)
-    print(f"one of two ranks, scoring SIGKILL: recovered after {one.recovered(lambda: True):.0f} s, engines kept warm")
-    assert [one.servers(f"vllm_server-{number}.log") for number in range(2)] == warm
+    warm = one.servers("vllm_server-1.log")
+    os.kill(one.ranks()[1], KILL)
+    print(
+        f"one of two ranks, scoring SIGKILL: recovered after {one.recovered(lambda: True):.0f} s, an engine kept warm"
+    )
+    assert one.servers("vllm_server-1.log") == warm
     err = one.done()
     assert "it is started again (1 more times at most)" in err
     assert "rank 1 on" in err and "was killed by SIGKILL; the ranks start again" in err
-    assert one.lives(0)[:9] == [*LIVES, "dead", *LIVES, "stale", "healthy"]
     assert one.lives(1)[:5] == [*LIVES, "stale", "healthy"]
     check_whole(one, runner)
     assert is_exactly_once(ledger(one.stage))
