@@ -15,6 +15,7 @@ def few_prompts(data_dir, tmp_path):
     return [{"path": str(path), "type": "prompt"}]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_drafts_as_it_would_have(runner, model_dir, data_dir, few_prompts, tmp_path):
     options = {**OPTIONS, "datasets": few_prompts, "rollout": {"speculation": "suffix"}}
     keys = runner.keys_of("grpo", model_dir("qwen3"), data_dir, **options)

@@ -15,6 +15,7 @@ WAYS = {
     "plain": {},
     "top_p": {"temperature": 0.8, "top_p": 0.7},
 }
+FAST = {("qwen3", "greedy"), ("llama", "top_p"), ("mistral", "plain")}
 PROMPTS = [(5, 6, 7), (9,), tuple(range(40, 60))]
 MAX_TOKENS = 10
 
@@ -43,8 +44,14 @@ def widths(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "way"),
+    [
+        pytest.param(architecture, way, marks=[] if (architecture, way) in FAST else pytest.mark.slow)
+        for architecture in ARCHITECTURES
+        for way in WAYS
+    ],
+)
 def test_tokens_are_those_of_plain_sampling_whether_drafts_were_right_or_wrong(
     shared_policy, architecture, way, widths
 ):
