@@ -38,7 +38,7 @@ FAMILIES = (
 )  # fmt: skip
 """Part of a model's name → its family; what matches none is read as a Llama."""
 _MOE = ("moe", "mixtral", "gpt_oss", "deepseek", "llama4", "minimax", "jamba")
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 524_288}  # fmt: skip
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 524_288}  # fmt: skip
 
 DEMO = ("identity", "alpaca_en_demo", "alpaca_zh_demo", "glaive_toolcall_en_demo", "glaive_toolcall_zh_demo", "dpo_en_demo", "dpo_zh_demo", "kto_en_demo", "c4_demo", "wiki_demo", "mllm_demo", "mllm_video_demo", "mllm_audio_demo",
         "mllm_video_audio_demo", "med", "reason_tool_use_demo_50")  # fmt: skip

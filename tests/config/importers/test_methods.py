@@ -203,6 +203,52 @@ def test_what_axolotls_grpo_has_and_ours_lacks_is_refused(refused, before, after
     assert words in refused(GRPO.replace(before, after))
 
 
+RLOO = "trl rloo --model_name_or_path a/b --dataset_name c/d --reward_funcs r.f --per_device_train_batch_size 4 "
+
+
+@pytest.mark.parametrize(
+    ("more", "found"),
+    [
+        ("", {"beta": 0.05, "kl_in_reward": True, "num_generations": 2, "num_prompts_per_step": 2}),
+        ("--beta 0 --num_generations 4", {"beta": 0, "kl_in_reward": False, "num_generations": 4, "num_prompts_per_step": 1}),
+    ],
+)  # fmt: skip
+def test_trls_rloo_is_grpo_with_its_loss(loaded, tmp_path, more, found):
+    (tmp_path / "r.py").write_text("def f(prompts, completions, **_): return [0.0 for _ in completions]\n")
+    made, keys = loaded(RLOO + more, "run.sh")
+    assert (made.kind, keys.loss_type) == ("grpo", "rloo")
+    assert {key: getattr(keys, key) for key in found} == found
+
+
+@pytest.mark.parametrize("key", ["normalize_advantages true", "reward_clip_range '[-1,1]'"])
+def test_what_trls_rloo_has_and_ours_lacks_is_refused(refused, key):
+    assert refused(f"{RLOO}--{key}", "run.sh").startswith(f"{key.split()[0]}: ")
+
+
+STEPS = "trl grpo --model_name_or_path a/b --dataset_name c/d --reward_funcs r.f --per_device_train_batch_size 8 --gradient_accumulation_steps 4 --num_generations 4 "
+
+
+@pytest.mark.parametrize(("loss", "told"), [("dr_grpo", False), ("dapo", True), ("cispo", True)])
+def test_several_generation_batches_of_a_step_are_one(loaded, tmp_path, loss, told):
+    """The policy that samples 2 × 16 completions of a step is the same for both."""
+    (tmp_path / "r.py").write_text("def f(prompts, completions, **_): return [0.0 for _ in completions]\n")
+    made, keys = loaded(f"{STEPS}--steps_per_generation 2 --loss_type {loss}", "run.sh")
+    assert (keys.num_prompts_per_step, keys.steps_per_generation) == (8, 1)
+    assert (f"{loss} is a mean over the tokens of the step here" in made.text) == told
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("--steps_per_generation 3", "24 completions are no whole groups of 4 and whole steps of 32 rows"),
+        ("--steps_per_generation 2 --scale_rewards batch", "2 generation batches of a step with scale_rewards: batch come to"),
+        ("--steps_per_generation 2 --num_iterations 2", "2 generation batches of a step with num_iterations: 2 come to"),
+    ],
+)  # fmt: skip
+def test_generation_batches_that_are_not_one_are_refused(refused, more, words):
+    assert f"steps_per_generation: {words}" in refused(STEPS + more, "run.sh")
+
+
 def test_trls_moving_reference_of_grpo_is_refused(refused):
     text = "model_name_or_path: a/b\ndataset_name: c/d\nreward_funcs: [r.f]\nuse_peft: false\nsync_ref_model: true\n"
     assert "sync_ref_model: true: the reference of grpo stays" in refused(text + "beta: 0.1\n")

@@ -151,6 +151,8 @@ ROWS: dict[str, KeyFate] = {
     "scale_rewards": to("scale_rewards", {True: "group", False: "none", "group": "group", "batch": "batch", "none": "none"}),
     "mask_truncated_completions": to("mask_truncated_completions", flag),
     "top_entropy_quantile": to("top_entropy_quantile"),
+    "normalize_advantages": refused("leave-one-out advantages are not normalised over the batch here", "take it out, or train with TRL"),
+    "reward_clip_range": refused("a reward counts as it is returned", "clip it in the reward function"),
     "entropy_coef": to("entropy_coef"),
     "use_adaptive_entropy": refused("its controller is another one than entropy_target's", "set entropy_target in a YAML of ours"),
     **rows(left("it is read with use_adaptive_entropy only"), "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
@@ -173,6 +175,7 @@ def stage(source: Mapping[str, Any]) -> Kind | Refusal:
         "sft": "sft",
         "dpo": "dpo",
         "grpo": "grpo",
+        "rloo": "grpo",
         "kto": "dpo",
         "orpo": "dpo",
         "cpo": "dpo",
@@ -321,7 +324,9 @@ def _loss(draft: ImportDraft) -> None:
     asked, script = draft.source.get("loss_type"), draft.source.get(SCRIPT)
     if isinstance(asked, list) and len(asked) == 1:
         asked = asked[0]
-    if script in ("kto", "orpo", "cpo"):
+    if script == "rloo":
+        draft.put("loss_type", "rloo", SCRIPT)
+    elif script in ("kto", "orpo", "cpo"):
         asked = script if script != "cpo" or asked in (None, "sigmoid") else asked
         draft.put("loss_type", asked, SCRIPT)
     elif (draft.kind == "dpo" and isinstance(asked, list) and set(asked) <= set(choices("loss_type", "dpo"))) or (
@@ -392,10 +397,17 @@ def _pairs(draft: ImportDraft) -> None:
 
 def _sampling(draft: ImportDraft) -> None:
     rows, accumulated = draft.size("per_device_train_batch_size", 8), draft.size("gradient_accumulation_steps", 1)
-    generation_batches(draft, draft.source, Devices("per_device_train_batch_size", rows, accumulated))
+    generation_batches(
+        draft, draft.source, Devices("per_device_train_batch_size", rows, accumulated), group=_group(draft)
+    )
     synced = draft.asks("sync_ref_model")
     if synced and draft.keys.get("beta"):
         draft.refuse("sync_ref_model", "true: the reference of grpo stays where the stage begins", "take it out, or set beta: 0, which needs no reference")  # fmt: skip
+
+
+def _group(draft: ImportDraft) -> int:
+    """Completions of a prompt where nothing is said."""
+    return 2 if draft.source.get(SCRIPT) == "rloo" else 8
 
 
 def defaults(draft: ImportDraft) -> Mapping[str, Any]:
@@ -409,6 +421,8 @@ def defaults(draft: ImportDraft) -> Mapping[str, Any]:
                "reward_model": {"learning_rate": 1e-4, "sequence_len": 1024, "overflow": "drop"},
                "online_dpo": {"learning_rate": 5e-7, "max_steps": -1, "max_completion_length": 64, "sequence_len": 512, "temperature": 0.9},
                "grpo": {"learning_rate": 1e-6, "max_steps": -1, "max_completion_length": 512}}[draft.kind]  # fmt: skip
+    if draft.source.get(SCRIPT) == "rloo":
+        filled |= {"num_generations": _group(draft), "beta": 0.05, **({"kl_in_reward": True} if draft.keys.get("beta", 0.05) else {})}  # fmt: skip
     if draft.keys.get("adapter") == "qlora":
         filled["bnb_4bit_use_double_quant"] = False
     return filled
