@@ -324,23 +324,23 @@ class RowCache:
         if self._step.width == 1 and window is None:
             return self._mask[:num_rows, None, None, : self._longest].to(dtype)
         if window not in self._hidden:
-            newest_RS = self._newest_RS(self._step.before)
-            age_RSK = newest_RS[..., None] - torch.arange(self._longest, device=self._mask.device)
+            device = self._mask.device
+            newest_RS = self._newest_RS(self._step.before, device)
+            age_RSK = newest_RS[..., None] - torch.arange(self._longest, device=device)
             hidden = age_RSK < 0
             if window is not None:
-                hidden |= age_RSK >= window.reach(self._positions_RS())[..., None]
+                hidden |= age_RSK >= window.reach(self._positions_RS(device))[..., None]
             hidden = hidden.repeat_interleave(group, 1) if self._step.width > 1 else hidden
-            self._hidden[window] = torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, -torch.inf)
+            self._hidden[window] = torch.zeros(hidden.shape, device=device).masked_fill(hidden, -torch.inf)
         return self._hidden[window][:, None].to(dtype)
 
-    def _newest_RS(self, first: Sequence[int]) -> torch.Tensor:
-        device = self._mask.device
+    def _newest_RS(self, first: Sequence[int], device: torch.device) -> torch.Tensor:
         return uploaded(first, device)[:, None] + torch.arange(self._step.width, device=device)
 
-    def _positions_RS(self) -> torch.Tensor:
+    def _positions_RS(self, device: torch.device) -> torch.Tensor:
         """Of each row's tokens, as if all wrote as many."""
         before = zip(self.prompt_of, self._step.before, strict=True)
-        return self._newest_RS([prompt.length + own for prompt, own in before])
+        return self._newest_RS([prompt.length + own for prompt, own in before], device)
 
     def _prompt_mask(
         self, run: _SideBySide, first: int, group: int, window: Window | None, dtype: torch.dtype
@@ -353,7 +353,7 @@ class RowCache:
             hidden = hidden | run.behind_end[:, None]
         if window is not None:
             rows = self._planned().rows[first : first + run.num_rows]
-            positions = self._positions_RS().cpu()[rows].flatten()
+            positions = self._positions_RS(torch.device("cpu"))[rows].flatten()  # masks of prompts are made on the host
             age = positions[:, None] - torch.arange(run.longest)
             too_old = (age >= window.reach(positions)[:, None]).repeat_interleave(group // self._step.width, 0)
             hidden = hidden | too_old.unflatten(0, (run.num_prompts, -1))
