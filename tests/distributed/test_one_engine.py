@@ -75,6 +75,7 @@ def test_ranks_share_two_engines_which_each_get_all_weights(job, runner, monkeyp
     same(runner, alone(runner, two), Path(two["folder"]))
 
 
+@pytest.mark.slow
 def test_an_error_of_the_engine_ends_every_rank(job):
     done = torchrun(["-m", RUNNER], json.dumps([job("refused")]), "refusing")
     assert done.returncode != 0

@@ -30,7 +30,8 @@ def sent(policy, only, folder):
     return found
 
 
-@pytest.mark.parametrize("adapter", [pytest.param(None, marks=pytest.mark.slow), "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [None, "lora"])
 def test_a_second_server_gets_what_the_first_one_got_in_the_dtype_that_is_trained(adapter, model_dir, tmp_path):
     options = {} if adapter is None else {"adapter": adapter, "lora_r": 4, "lora_modules_to_save": ["norm"]}
     job = {"model": str(model_dir("qwen3")), "folder": str(tmp_path), "options": options}

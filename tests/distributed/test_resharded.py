@@ -55,7 +55,8 @@ def _stopped(folder, ranks, model_dir, data_dir, runner, options, kind="sft"):
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("written_by, read_by", [(2, [1, 2]), pytest.param(1, [1, 2, 4], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("written_by, read_by", [(2, [1, 2]), (1, [1, 2, 4])])
 def test_state_is_the_same_bit_for_bit_under_another_number_of_ranks(
     written_by, read_by, model_dir, data_dir, runner, found_by, tmp_path
 ):

@@ -51,6 +51,7 @@ with join_ranks() as ranks:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architectures", [["llama", "qwen3"]])
 def test_two_ranks_score_through_the_chunked_head_and_a_fused_one_as_one_process_does(
     architectures, model_dir, found_by

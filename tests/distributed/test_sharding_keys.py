@@ -164,6 +164,7 @@ def test_experts_of_a_layer_are_gathered_by_themselves(model_dir, data_dir, foun
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
 
 
+@pytest.mark.slow
 def test_two_copies_take_the_steps_of_one_process_which_goes_on_from_them(model_dir, data_dir, runner, tmp_path):
     """The checkpoint holds the first copy, in as many parts as that has."""
     options = {"learning_rate": 1e-4, "max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 1}

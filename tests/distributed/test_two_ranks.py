@@ -15,6 +15,7 @@ import torch
 from posttrain.models.batch import pack
 from posttrain.recipes import dpo
 
+pytestmark = pytest.mark.xdist_group("two ranks")  # one of them makes the runs that all look at
 LORA = {"adapter": "lora", "lora_r": 4}
 # One process sees per step what two ranks see together.
 QUICK = {

@@ -141,6 +141,8 @@ def test_where_8b_does_not_fit_it_says_so_in_one_line(config, model_dir, tmp_pat
     big = tmp_path / "Qwen3-8B"
     big.mkdir()
     (big / "config.json").write_text(json.dumps(sizes))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (big / name).write_bytes((model_dir("qwen3") / name).read_bytes())
     monkeypatch.setattr("posttrain.pipeline.checks.available_bytes", lambda: 4 << 30)
     path = config("sft")
     assert call("sft", path, "--quiet", *sets(f"base_model={big}")) == 64

@@ -70,6 +70,7 @@ def test_kto_then_rl_is_promoted_with_a_manifest_of_each(project):
     assert chain[-1].inputs["certificate"] == digest_json(certificate)
 
 
+@pytest.mark.slow
 def test_two_rl_stages_carry_two_certificates_into_the_registry(project):
     second = {**GRPO, "reward_funcs": ["number", "soft_overlong"]}
     run = project([{"sft": SFT}, {"grpo": GRPO}, {"grpo": second}], gate=GATE, register={"name": "yes"})

@@ -29,6 +29,7 @@ CONDITIONAL = {
     "env/failed_ratio": "there is an env, or there are tools",
     "tools/failure_frequency": "tools were called",
     "router/balance": "the model is a mixture of experts",
+    "router/mismatch": "the experts that the engine took are recorded",
     "critic/vf_explained_var": "the stage is ppo",
 }
 """Metric → when it is logged; every other one is there in the plainest run."""
@@ -107,7 +108,12 @@ RUNS = {
     "sft": lambda judge: [{}],
     "dpo": lambda judge: [{}],
     "grpo": lambda judge: [
-        {"beta": 0.1, "num_iterations": 2, "rollout": {"max_staleness": 1}, "teachers": [{"model": "start"}]},
+        {
+            "beta": 0.1,
+            "num_iterations": 2,
+            "rollout": {"max_staleness": 1, "routed_experts": "compare"},
+            "teachers": [{"model": "start"}],
+        },
         {"env": f"{ENV}:Echo", "max_completion_length": 60, "reward_funcs": ["spread", judge], "reward_check_steps": 1},
     ],
 }
