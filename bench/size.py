@@ -286,6 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", default=list(KINDS), help=", ".join(KINDS))
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--sizes", type=int, nargs="+", help="in the place of those of each kind")
     parser.add_argument("--doc", action="store_true")
     parser.add_argument("--part", nargs=4, metavar=("WHAT", "KIND", "FOLDER", "SIZE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -300,7 +301,8 @@ def main() -> None:
     lines = [HEAD]
     for name in given.kinds:
         kind = KINDS[name]
-        lines.append(line(kind, list(points(name, kind.full if given.full else kind.small))))
+        sizes = given.sizes or (kind.full if given.full else kind.small)
+        lines.append(line(kind, list(points(name, sizes))))
         print(lines[-1], flush=True)
     if given.doc:
         sections.write("size", "\n".join(lines))

@@ -133,16 +133,19 @@ def test_a_column_of_a_later_part_is_found(write_jsonl, tokenizer, parts):
         load_sft(keys, tokenizer)
 
 
-def test_a_file_that_is_written_while_it_is_read_is_refused(write_jsonl, tokenizer, own_cache, monkeypatch):
+@pytest.mark.parametrize("does", [lambda path: path.write_text(path.read_text() + "\n"), lambda path: path.unlink()])
+def test_a_file_that_is_written_or_taken_away_while_it_is_read_is_refused(
+    does, write_jsonl, tokenizer, own_cache, monkeypatch
+):
     """Its rows would stand in the cache under the digest of others."""
     path = write_jsonl([chat(number) for number in range(4)])
     tokenize = render.tokenize
 
     def written(*given):
-        path.write_text(path.read_text().replace("What", "When"))
+        does(path)
         return tokenize(*given)
 
     monkeypatch.setattr(render, "tokenize", written)
-    with pytest.raises(DataError, match="was written while it was read; start again"):
+    with pytest.raises(DataError, match="was written, or taken away, while it was read; start again"):
         load_sft(sft(path), tokenizer)
     assert not list(own_cache.rglob("meta.json"))

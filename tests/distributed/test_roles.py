@@ -142,8 +142,11 @@ def test_a_rank_is_healthy_only_once_its_present_start_said_that_it_has_the_stat
         keeper.next = answer
         told.hear(role, answer, lambda: group._look(0, None, time.monotonic()))
         if role.state.health is RoleHealth.DEAD:
-            group._codes = {}
+            group._codes, keeper.next = {}, None
             group._start()
+    keeper.next = RoleReport(role.state.lease, version=0)
+    told.hear(role, keeper.next, lambda: group._look(0, None, time.monotonic()))
+    assert role.state.health is RoleHealth.HEALTHY
 
 
 class OfEngine(Synced):
@@ -166,3 +169,7 @@ def test_an_engine_is_healthy_only_once_a_trainer_said_that_it_has_the_weights(a
     for answer in answers:
         keeper.next = answer
         told.hear(role, answer, roles.look)
+    lease = roles._lease[0] + 1
+    keeper.next = RoleReport(lease, version=0, asked=1)
+    told.hear(role, keeper.next, roles.look)
+    assert role.state.health is RoleHealth.HEALTHY

@@ -85,7 +85,7 @@ class OpenSource:
         """Raises: DataError where the rows that were read are not those of the digest."""
         if self._last_written() != self._written:
             raise DataError(
-                f"{short_path(self.keys.path)}: was written while it was read; start again when it stays as it is"
+                f"{short_path(self.keys.path)}: was written, or taken away, while it was read; start again when it stays as it is"
             )
 
     def _part(self, rows: list[SourceRow], blank: list[Origin]) -> RowPart:
@@ -93,11 +93,12 @@ class OpenSource:
         return RowPart(rows, blank, nulls)
 
     def _last_written(self) -> tuple[int, ...]:
-        """What changes when somebody writes the file."""
-        if self._file is None:
-            return ()
-        stat = self._file.stat()
-        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+        """What changes when somebody writes the file, or takes it away."""
+        try:
+            stat = self._file.stat() if self._file else None
+        except FileNotFoundError:
+            stat = None
+        return () if stat is None else (stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
     def _table_rows(self) -> Iterator[SourceRow]:
         table, limit = self._table, self.keys.limit

@@ -78,9 +78,8 @@ def _check_init(keys: ModelKeys) -> None:
 
     if isinstance(keys.init_lora_weights, bool):
         return
-    rank = (
-        keys.lora_r if keys.init_lora_weights == "orthogonal" else min(keys.lora_r, 8)
-    )  # that one wants an even rank; of others the size is no matter
+    # That one wants an even rank; of others the size is no matter.
+    rank = keys.lora_r if keys.init_lora_weights == "orthogonal" else min(keys.lora_r, 8)
     size = 2 * rank
     config = LoraConfig(
         r=rank, target_modules=["0"], use_rslora=keys.use_rslora, use_dora=keys.use_dora,

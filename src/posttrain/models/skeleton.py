@@ -28,9 +28,8 @@ def check_loads(keys: ModelKeys, tokenizer: PreTrainedTokenizerBase) -> None:
     made: Any = model
     if with_adapter and is_continued(keys):
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "for .*: copying from a non-meta parameter"
-            )  # sizes are compared all the same
+            # Sizes are compared all the same.
+            warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
             made = continue_adapter(model, adapter_before(keys), keys.lora_dropout)
     elif with_adapter:
         embedding: Any = model.get_input_embeddings()

@@ -63,9 +63,11 @@ class EmbeddedEngine:
             log.warning("pad_prompts: no effect, because %s", why)
         if prepack and (why := self._why_not_prepacked()):
             log.warning("rollout.prepack: no effect, because %s", why)
-        self._prefix_bytes = prefix_bytes if prefix_bytes and self._keeps_beginnings() else 0
+        keeps = self._runs_side_by_side("prefix_cache_gib", "pages hold whole prompts") if prefix_bytes else False
+        self._prefix_bytes = prefix_bytes if keeps else 0
         self._prefixes = self._no_prefixes()
-        self._speculation = speculation if speculation is not None and self._can_verify() else None
+        verifies = speculation and self._runs_side_by_side("rollout.speculation", "graphs are of one token a row")
+        self._speculation = speculation if verifies else None
 
     @property
     def policy_version(self) -> int:
@@ -114,20 +116,13 @@ class EmbeddedEngine:
             return f"{self._policy.source} decodes row by row"
         return why_not_prepacked(self._policy)
 
-    def _keeps_beginnings(self) -> bool:
-        why = "a GPU's pages hold whole prompts" if self._paged else ""
+    def _runs_side_by_side(self, key: str, on_a_gpu: str) -> bool:
+        """Whether rows lie in `CachedRows`, wherever they begin and however many tokens they write; else a warning that `key` does nothing."""
+        why = f"a GPU's {on_a_gpu}" if self._paged else ""
         if not self._policy.ragged or length_rule(self._policy.base.config) is not None:
-            why = f"{self._policy.source} encodes prompts row by row, or by their length"
+            why = f"{self._policy.source} encodes and decodes row by row, or by length"
         if why:
-            log.warning("prefix_cache_gib: no effect, because %s", why)
-        return not why
-
-    def _can_verify(self) -> bool:
-        why = "a GPU's graphs are of one token a row" if self._paged else ""
-        if not self._policy.ragged or length_rule(self._policy.base.config) is not None:
-            why = f"{self._policy.source} decodes row by row, or by length"
-        if why:
-            log.warning("rollout.speculation: no effect, because %s", why)
+            log.warning("%s: no effect, because %s", key, why)
         return not why
 
     def _no_prefixes(self) -> PrefixCache | None:

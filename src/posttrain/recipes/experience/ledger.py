@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from posttrain.checkpoint.store import disk_errors, sweep
 from posttrain.errors import CheckpointError
 from posttrain.files import fsync_dir, write_atomic
@@ -175,7 +177,7 @@ class Ledger:
         record: dict[str, Any] = {_NAMES[type(event)]: list(event)}
         if rollouts:
             record["rollouts"] = [asdict(rollout) for rollout in rollouts]
-        raw = memoryview((json.dumps(record, default=routed_text) + "\n").encode())
+        raw = memoryview((json.dumps(record, default=_as_text) + "\n").encode())
         start = os.fstat(self._file).st_size
         with disk_errors(self._folder):
             try:
@@ -209,6 +211,13 @@ def _lines(path: Path, is_last: bool) -> list[dict[str, Any]]:
             raise CheckpointError(f"{path}:{number}: got {line[:40]!r}, expected an event; {_GO_ON}")
         found.append(value)
     return found
+
+
+def _as_text(value: Any) -> str:
+    """Of what JSON does not have, arrays alone. Raises: TypeError for anything else, which would come back as another thing."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{type(value).__name__} has no place in a ledger")
+    return routed_text(value)
 
 
 def _rollout(record: Mapping[str, Any]) -> Rollout:
