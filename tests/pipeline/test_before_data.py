@@ -42,6 +42,9 @@ REFUSED = {
     "critic": ([{"ppo": {**{k: v for k, v in GRPO.items() if k != "num_generations"}, "value_model": "other"}}], "has another vocabulary"),
     "environment": ([{"grpo": {**GRPO, "env": "rewards.py:Nobody"}}], "has no 'Nobody'"),
     "tracker": ([{"sft": {**SFT, "report_to": ["mlflow"]}}], "report_to: mlflow"),
+    "experts": ([{"grpo": {**GRPO, "rollout": {"routed_experts": "compare"}}}], "is a qwen3, and choices of experts are known of"),
+    "experts_of_vllm": ([{"grpo": {**GRPO, "rollout": {"routed_experts": "replay", "engine": "vllm"}}}], "engine: vllm on a CPU"),
+    "experts_compiled": ([{"grpo": {**GRPO, "torch_compile": True, "rollout": {"routed_experts": "replay"}}}], "looks into the layers"),
     "device": ([{"sft": {**SFT, "device": "cuda"}}], "torch sees no CUDA device here"),
 }  # fmt: skip
 
@@ -88,7 +91,8 @@ def test_plan_refuses_what_the_run_refuses(name, folder, model_dir, monkeypatch)
     stages, says = REFUSED[name]
     gate = {"gates": "stage:base", "baseline": "alias:champion"}.get(name)
     more = {} if gate is None else {"gate": {"baseline": gate, "primary": [{"suite": "yes"}]}}
-    values = {"name": name, "base_model": str(model_dir("qwen3")), "sequence_len": 64, "stages": stages, **more}
+    base = "qwen3_moe" if name.startswith("experts_") else "qwen3"
+    values = {"name": name, "base_model": str(model_dir(base)), "sequence_len": 64, "stages": stages, **more}
     run = Project(folder, values | {"evals": {"yes": {"path": "yes.jsonl", "max_tokens": 6}}})
     ran = _said(run.run)
     planned = _said(lambda: make_plan(run.path, target_of(None, "this", 1, False), None, []))

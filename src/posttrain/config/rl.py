@@ -87,6 +87,8 @@ class SamplingKeys(TrainKeys):
     def _exact_layers_are_as_they_are(self) -> SamplingKeys:
         if self.torch_compile is True and self.rollout.exact:
             raise ValueError("torch_compile: true with rollout.exact: true, which computes in tiles of its own; set one of them to false")
+        if self.torch_compile is True and (how := self.rollout.routed_experts) != "off":
+            raise ValueError(f"torch_compile: true with rollout.routed_experts: {how}, which looks into the layers; set torch_compile: false, or routed_experts: off")
         return self
 
     @property

@@ -234,12 +234,27 @@ class _Answered(TorchFunctionMode):
 def expert_choices(model: nn.Module, how: Literal["compare", "replay"], source: str, *, ragged: bool) -> ExpertChoices:
     """Those of a model's routers. Raises: ModelError for a model in which they cannot be recorded and replaced."""
     config, routers = _text_config(model), _routers(model)[0]
-    why = ""
-    if config.model_type not in ONE_CHOICE or not routers:
-        why = f"is a {config.model_type}, and choices of experts are known of {', '.join(sorted(ONE_CHOICE))}"
-    elif not ragged or length_rule(config) is not None:
-        why = "is run sequence by sequence, or encoded otherwise by length"
-    if why:
-        raise ModelError(f"rollout.routed_experts: {how}: {source} {why}; set rollout.routed_experts: off")
+    refuse_other_routers(config, how, source)
+    if not routers:
+        raise _unchosen(how, source, "has no layer with experts")
+    if not ragged:
+        raise _unchosen(how, source, _ONE_BY_ONE)
     num_experts: Any = next(iter(routers.values())).num_experts
     return ExpertChoices(routers, config.num_hidden_layers, num_experts, replaces=how == "replay")
+
+
+def refuse_other_routers(config: Any, how: str, source: str) -> None:
+    """What a model's config alone says. Raises: ModelError for one whose choices cannot be recorded and replaced."""
+    text = config.get_text_config()
+    if text.model_type not in ONE_CHOICE:
+        known = ", ".join(sorted(ONE_CHOICE))
+        raise _unchosen(how, source, f"is a {text.model_type}, and choices of experts are known of {known}")
+    if length_rule(text) is not None:
+        raise _unchosen(how, source, _ONE_BY_ONE)
+
+
+_ONE_BY_ONE = "is run sequence by sequence, or encoded otherwise by length"
+
+
+def _unchosen(how: str, source: str, why: str) -> ModelError:
+    return ModelError(f"rollout.routed_experts: {how}: {source} {why}; set rollout.routed_experts: off")

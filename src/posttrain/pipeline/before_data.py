@@ -28,13 +28,14 @@ from posttrain.models.load import (
     refuse_without_bitsandbytes,
 )
 from posttrain.models.provenance import was_tuned_by_us
+from posttrain.models.routing import refuse_other_routers
 from posttrain.models.skeleton import check_loads
 from posttrain.models.stored import refuse_quantised
 from posttrain.pipeline.data_checks import with_templates
 from posttrain.pipeline.pins import with_given
 from posttrain.recipes.critic import refuse_other_critic
 from posttrain.recipes.dpo import check_compared_rows
-from posttrain.recipes.experience.engines import interruption, refuse_not_served
+from posttrain.recipes.experience.engines import interruption, refuse_not_served, refuse_untold_experts
 from posttrain.recipes.experience.episodes import environment_spec
 from posttrain.recipes.kinds import OBJECTIVES
 from posttrain.recipes.measure.judges import check_judges
@@ -58,11 +59,13 @@ def check_reward_judges(keys: PipelineKeys) -> None:
 
 
 def check_base_model(keys: PipelineKeys) -> None:
-    """Raises: ModelError for a model that is not of text alone, or quantised."""
+    """Raises: ModelError for a model that is not of text alone, or quantised, or whose choices of experts are asked for and not known."""
     config = load_config(keys.stages[0].keys)
     refuse_other_media(keys.stages[0].keys, config)
     for stage in keys.stages:
         refuse_quantised(stage.keys, config)
+        if isinstance(stage.keys, SamplingKeys) and (how := stage.keys.rollout.routed_experts) != "off":
+            refuse_other_routers(config, how, keys.base_model)
 
 
 def check_order(keys: PipelineKeys) -> None:
@@ -185,9 +188,11 @@ def gates_of(keys: PipelineKeys) -> list[GateKeys]:
 
 
 def check_machine(keys: PipelineKeys) -> None:
-    """Raises: ConfigError for a device that is not here; ModelError for a library that is not."""
+    """Raises: ConfigError for a device that is not here, or on which an engine does not do what is asked; ModelError for a library that is not."""
     for stage in keys.stages:
-        place(stage.keys)
+        placement = place(stage.keys)
+        if isinstance(stage.keys, SamplingKeys):
+            refuse_untold_experts(stage.keys.rollout, placement.device.type)
         refuse_without_bitsandbytes(stage.keys)
 
 

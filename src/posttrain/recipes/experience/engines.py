@@ -77,11 +77,7 @@ class _Ask:
 def _embedded(ask: _Ask) -> Engine:
     """On the policy's own weights, those of all ranks where they are dealt; or on a whole copy, where they move while it samples or the keys say so."""
     model, policy = ask.source.model, ask.source.policy
-    if ask.keys.routed_experts != "off" and place(model).device.type == "cuda" and not ask.keys.enforce_eager:
-        raise ConfigError(
-            f"rollout.routed_experts: {ask.keys.routed_experts} with rollout.engine: embedded on a GPU, whose recorded graphs do not say "
-            "which experts they take; set rollout.enforce_eager: true, or routed_experts: off"
-        )
+    refuse_untold_experts(ask.keys, place(model).device.type)
     shares = policy is None or not ask.keys.takes_copy(sharded=policy.sharded)
     if policy is None:
         policy = load_policy(model, trainable=False)
@@ -228,6 +224,23 @@ def refuse_not_served(model: ModelKeys, engine: str) -> None:
         )
 
 
+def refuse_untold_experts(keys: RolloutKeys, device: str) -> None:
+    """Raises: ConfigError where an engine on such a device does not say which experts it takes."""
+    asked = f"rollout.routed_experts: {keys.routed_experts} with rollout.engine: {keys.engine}"
+    if keys.routed_experts == "off":
+        return
+    if keys.engine == "embedded" and device == "cuda" and not keys.enforce_eager:
+        raise ConfigError(
+            f"{asked} on a GPU, whose recorded graphs do not say which experts they take; set rollout.enforce_eager: true, or "
+            "routed_experts: off"
+        )
+    if keys.engine in ("vllm", "vllm_server") and device == "cpu" and keys.url is None:
+        raise ConfigError(
+            f"{asked} on a CPU: vLLM says which experts it takes only with its second model runner, which needs Triton; set "
+            "routed_experts: off, or engine: embedded"
+        )
+
+
 def _check_again(engine: Engine, weights: Weights) -> None:
     """Raises: EngineError unless the engine decodes with the weights of this policy."""
     if isinstance(weights, CalledWeights):
@@ -250,11 +263,7 @@ def _vllm_options(ask: _Ask, tokenizer: PreTrainedTokenizerBase) -> VLLMOptions:
     model, keys, policy = ask.source.model, ask.keys, ask.source.policy
     config = load_config(model)
     placement = policy.placement if policy else place(model)
-    if keys.routed_experts != "off" and placement.device.type == "cpu" and keys.url is None:
-        raise ConfigError(
-            f"rollout.routed_experts: {keys.routed_experts} with rollout.engine: {keys.engine} on a CPU: vLLM says which experts it takes only "
-            "with its second model runner, which needs Triton; set routed_experts: off, or engine: embedded"
-        )
+    refuse_untold_experts(keys, placement.device.type)
     held = policy.base.dtype if policy else weight_dtype(model, placement, stored_dtype(config), trainable=False)
     computed = str(placement.autocast_dtype or held).removeprefix("torch.")
     return VLLMOptions(
