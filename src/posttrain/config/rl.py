@@ -59,10 +59,7 @@ class SamplingKeys(TrainKeys):
     @model_validator(mode="after")
     def _a_server_knows_one_temperature(self) -> SamplingKeys:
         if self.temperature != 1 and any(teacher.url for teacher in self.teachers):
-            raise ValueError(
-                f"temperature: {self.temperature:g} with teachers.url: a server's log-probs are those of temperature 1; set temperature: 1, or "
-                "give the teacher as a model folder"
-            )
+            raise ValueError(f"temperature: {self.temperature:g} with teachers.url: a server's log-probs are those of temperature 1; set temperature: 1, or give the teacher as a model folder")
         return self
 
     @model_validator(mode="after")
