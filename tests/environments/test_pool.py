@@ -56,10 +56,21 @@ def test_an_environment_that_fails_costs_its_own_episode_within_its_deadline(fau
         failed, whole = pool.ask([step(0), step(1)])
         assert time.monotonic() - started < 40  # what hangs does so for 60 s
         assert len(failed["failed"]) < 2000 and "failed" not in whole, failed
-        again, other = pool.ask([reset(0), step(1)])
-        assert "failed" not in again and other["done"]
+        gone, other = pool.ask([step(0), step(1)])
+        assert "there is no episode" in gone["failed"] and other["done"], "its process began none"
+        (again,) = pool.ask([reset(0)])
+        assert "failed" not in again
     for pid in map(int, pids.read_text().split()):
         assert not os.path.exists(f"/proc/{pid}"), "what it had started lives on"
+
+
+@pytest.mark.parametrize(("env", "asked"), [("Faulty", step(0)), ("Tooled", call("remember", word="x"))])
+def test_what_is_asked_of_an_episode_that_did_not_begin_says_so(env, asked):
+    with pool_of(env) as pool:
+        (before,) = pool.ask([asked])
+        pool.ask([reset(0)])
+        assert "failed" not in pool.ask([asked])[0]
+    assert "there is no episode: none was begun, or it was lost" in before["failed"]
 
 
 def test_what_is_larger_than_anybody_reads_is_no_answer():

@@ -76,6 +76,14 @@ BAD = {
         '{"id": "a", "prompt": "x", "scorer": "no.py:f"}\n',
         r"suite\.jsonl: scorer 'no\.py:f': no file .*relative to its suite",
     ),
+    "options of a scorer by name": (
+        '{"id": "a", "prompt": "x", "target": "y", "scorer": "exact", "scorer_kwargs": {"aggregate": "mean"}}\n',
+        r"suite\.jsonl:1: `scorer_kwargs`: scorer 'exact' takes no options",
+    ),
+    "options that are a text": (
+        '{"id": "a", "prompt": "x", "scorer": "s.py:f", "scorer_kwargs": "mean"}\n',
+        r"suite\.jsonl:1: `scorer_kwargs` is 'mean'; expected options by name",
+    ),
     "empty": ("\n\n", "is empty; expected one JSON object per line"),
 }
 
@@ -96,6 +104,21 @@ def test_line_numbers_count_blank_lines_and_ids_are_unique(suite):
 def test_a_suite_has_one_scorer(suite):
     with pytest.raises(EvalError, match=r"items use several scorers \(choices, exact\); make one suite of each"):
         suite(GOOD, {"id": "b", "prompt": "x", "choices": ["y", "z"], "target": "y"})
+
+
+def test_the_options_of_a_process_reward_model_are_checked_and_those_of_a_suite_are_alike(suite, tmp_path):
+    (tmp_path / "prm").mkdir()
+    (tmp_path / "prm" / "config.json").write_text(json.dumps({"architectures": ["Qwen3ForTokenClassification"]}))
+    row = {"id": "a", "prompt": "x", "scorer": "model:./prm"}
+    made = suite(row | {"scorer_kwargs": {"aggregate": "product"}})
+    assert (made.scorer_kwargs, made.items[0].columns) == ({"aggregate": "product"}, {})
+    assert made.digest("gate", {}) != suite(row).digest("gate", {})
+    with pytest.raises(EvalError, match=r"suite\.jsonl: scorer_kwargs: prm: aggregate: got 'max', expected one of min"):
+        suite(row | {"scorer_kwargs": {"aggregate": "max"}})
+    with pytest.raises(
+        EvalError, match=r"other options \(a: \{'aggregate': 'last'\}, b: \{\}\); make one suite of each"
+    ):
+        suite(row | {"scorer_kwargs": {"aggregate": "last"}}, row | {"id": "b"})
 
 
 def test_a_missing_file_and_a_missing_split(suite, tmp_path):

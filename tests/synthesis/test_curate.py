@@ -139,10 +139,10 @@ def test_the_best_share_stays_and_what_cannot_be_scored_leaves(write, tmp_path):
 
 def test_pairs_are_scored_by_their_chosen_answer_and_prompts_by_none(write, tmp_path):
     (tmp_path / "scorer.py").write_text(
-        "def good(completions, **_):\n    return [float('good' in c) for c in completions]\n"
+        "def good(completions, word='none', **_):\n    return [float(word in c) for c in completions]\n"
     )
     pairs = [{"prompt": f"q{n}", "chosen": f"{'good' if n else 'poor'} {n}", "rejected": f"bad {n}"} for n in range(3)]
-    keys = write(pairs, quality=[{"scorer": "scorer.py:good", "min": 1}])
+    keys = write(pairs, quality=[{"scorer": "scorer.py:good", "scorer_kwargs": {"word": "good"}, "min": 1}])
     curate_rows(keys)
     assert [one["prompt"] for one in read(keys, "rows.jsonl")] == ["q1", "q2"]
     with pytest.raises(DataError, match="this row is a prompt alone"):
@@ -177,6 +177,16 @@ def test_rows_that_a_format_skips_leave_with_its_reason_and_columns_take_our_nam
 def test_what_cannot_be_meant_is_refused(changes, said, write):
     with pytest.raises(ConfigError, match=said):
         write([row("a", "b")], **changes)
+
+
+def test_options_that_a_process_reward_model_has_not_are_refused_before_any_row_is_read(write, tmp_path):
+    (tmp_path / "prm").mkdir()
+    (tmp_path / "prm" / "config.json").write_text(json.dumps({"architectures": ["Qwen3ForTokenClassification"]}))
+    bad = {"scorer": "model:prm", "scorer_kwargs": {"aggregate": "max"}, "min": 0.5}
+    keys = write([row("a", "b")], quality=[bad])
+    (tmp_path / "data.jsonl").unlink()
+    with pytest.raises(ConfigError, match="quality: scorer_kwargs: prm: aggregate: got 'max', expected one of min"):
+        curate_rows(keys)
 
 
 def test_nothing_left_is_an_error_that_counts_why(write):

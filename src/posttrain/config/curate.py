@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import field_validator, model_validator
 
 from posttrain.config.datasets import DatasetKeys, RowKind, read_once
@@ -32,6 +34,7 @@ class QualityKeys(Keys):
     """Rows by what a scorer gives their answer."""
 
     scorer: str = knob(..., "`model:FOLDER` of a reward model, `judge:FILE.yaml` of a judge, `file.py:function`, or a reward of the library.", example="judge:rubric.yaml")
+    scorer_kwargs: dict[str, Any] = knob({}, "Options of the scorer, as `reward_kwargs` has them for a reward: of a process reward model `aggregate` and `step_separator`.", example={"aggregate": "mean"})
     min: float | None = knob(None, "Rows of less leave.", example=0.5)
     keep_share: float | None = knob(None, "Only this share of the rows stays, the best first.", gt=0, le=1, example=0.8)
     timeout_s: float = knob(10.0, "Deadline of one row's score where a function gives it.", gt=0)

@@ -93,17 +93,26 @@ class EnvironmentHost:
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """`failed` where the environment cannot go on; a tool that raises says so to the model (`error`)."""
+        if self._hosted is not None and self._env is None and request["do"] != "reset":
+            return {"failed": f"{request['do']}: there is no episode: none was begun, or it was lost"}
         try:
             return getattr(self, f"_{request['do']}")(request)
         except EpisodeLostError as error:
-            return {"failed": str(error)[:_MAX_MESSAGE_CHARS]}
+            failed = str(error)[:_MAX_MESSAGE_CHARS]
         except BaseException as error:  # noqa: BLE001 - the process boundary; foreign code may raise anything, SystemExit too
-            return {"failed": _describe(error)}
+            failed = _describe(error)
+        self._drop()
+        return {"failed": failed}
+
+    def _drop(self) -> None:
+        """The episode under way, if there is one: what is asked of it later finds none."""
+        env, self._env = self._env, None
+        if self._hosted is not None and env is not None:
+            self._hosted.close(env)
 
     def _reset(self, request: Mapping[str, Any]) -> dict[str, Any]:
         assert self._hosted is not None
-        if self._env is not None:
-            self._hosted.close(self._env)
+        self._drop()
         self._env, self._is_over = self._hosted.make(), False
         given = {"prompt": request["prompt"], "seed": request["seed"], **request["columns"]}
         reset = getattr(self._env, "reset", None)

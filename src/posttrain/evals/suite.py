@@ -1,6 +1,6 @@
 """A suite is a JSONL file: what is asked, what is right, and how it is scored.
 
-One object a line: `id`, `prompt` (text) or `messages`, `target`, and optionally `choices`, `scorer`, `split`, `cluster`;
+One object a line: `id`, `prompt` (text) or `messages`, `target`, and optionally `choices`, `scorer`, `scorer_kwargs`, `split`, `cluster`;
 every other column is handed to the scorer.
 """
 
@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, cast
 
 from posttrain.errors import ConfigError, DataError, EvalError
 from posttrain.files import canonical_json, digest_file, digest_json, neighbours, read_json_lines
-from posttrain.grading.learned import learned_digest, learned_source, split_learned
+from posttrain.grading.learned import check_learned_options, learned_digest, learned_source, split_learned
 from posttrain.grading.scorers import SCORERS, scorer_digest, unusable
 from posttrain.grading.source import defined_names, dependency_versions, parse_source, source_of, split_spec
-from posttrain.names import JUDGE, LM_EVAL
+from posttrain.names import JUDGE, LM_EVAL, reward_name
 from posttrain.types import Text
 
 CHOICES = "choices"
@@ -32,7 +32,7 @@ RANKINGS: dict[str, Callable[[float, str], float]] = {
 }
 """Scorer → what a choice is ranked by, instead of sampling an answer. Source: lm-eval's `multiple_choice`; its length is in characters,
 without the space that parts prompt and choice."""
-_KNOWN = {"id", "prompt", "messages", "target", "choices", "scorer", "split", "cluster"}
+_KNOWN = {"id", "prompt", "messages", "target", "choices", "scorer", "scorer_kwargs", "split", "cluster"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +45,18 @@ class Item:
     cluster: str | None = None
     choices: tuple[str, ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
+    scorer_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def to_json(self) -> dict[str, Any]:
         prompt = self.prompt if isinstance(self.prompt, str) else [dict(m) for m in self.prompt]
+        options = {"scorer_kwargs": dict(self.scorer_kwargs)} if self.scorer_kwargs else {}
         return {"id": self.id, "prompt": prompt, "target": self.target, "scorer": self.scorer, "split": self.split,
-                "cluster": self.cluster, "choices": list(self.choices), "columns": dict(self.columns)}  # fmt: skip
+                "cluster": self.cluster, "choices": list(self.choices), "columns": dict(self.columns), **options}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """The items of all splits; items of one suite share a scorer."""
+    """The items of all splits; items of one suite share a scorer and its options."""
 
     name: str
     path: Path
@@ -63,6 +65,11 @@ class Suite:
     @property
     def scorer(self) -> str:
         return self.items[0].scorer
+
+    @property
+    def scorer_kwargs(self) -> Mapping[str, Any]:
+        """Options of a scorer of its own, as rewards have them."""
+        return self.items[0].scorer_kwargs
 
     def on(self, split: str) -> tuple[Item, ...]:
         """The items of a split, or of several: `gate+reserve`. Raises: EvalError if there are none."""
@@ -137,7 +144,12 @@ def load_suite(name: str, path: Path) -> Suite:
         raise EvalError(
             f"{path.name}: items use several scorers ({', '.join(sorted(scorers))}); make one suite of each"
         )
-    _check_own_scorer(items[0].scorer, path)
+    if other := next((item for item in items if item.scorer_kwargs != items[0].scorer_kwargs), None):
+        raise EvalError(
+            f"{path.name}: items give their scorer other options ({items[0].id}: {dict(items[0].scorer_kwargs)}, {other.id}: "
+            f"{dict(other.scorer_kwargs)}); make one suite of each"
+        )
+    _check_own_scorer(items[0].scorer, items[0].scorer_kwargs, path)
     return Suite(name, path, tuple(items))
 
 
@@ -173,12 +185,14 @@ def is_own(scorer: str) -> bool:
     return (split_spec(scorer) or split_learned(scorer)) is not None
 
 
-def _check_own_scorer(scorer: str, path: Path) -> None:
+def _check_own_scorer(scorer: str, options: Mapping[str, Any], path: Path) -> None:
     if split_learned(scorer):
         try:
             learned_source(scorer, path.parent)
         except ConfigError as error:
             raise EvalError(f"{path.name}: scorer {error}; its path is relative to the suite") from None
+        if options:
+            _check_options(scorer, options, path)
     own = split_spec(scorer)
     if own is None:
         return
@@ -191,6 +205,26 @@ def _check_own_scorer(scorer: str, path: Path) -> None:
         raise EvalError(f"{path.name}: scorer {scorer!r}: {error}") from None
     if own[1] not in defined:
         raise EvalError(f"{path.name}: scorer {scorer!r}: {file} defines {', '.join(sorted(defined)) or 'nothing'}")
+
+
+def _check_options(scorer: str, options: Mapping[str, Any], path: Path) -> None:
+    try:
+        check_learned_options(reward_name(scorer), scorer, options, path.parent, key="scorer_kwargs")
+    except ConfigError as error:
+        raise EvalError(f"{path.name}: {error}") from None
+
+
+def _options_of(scorer: str, options: Any, where: str) -> Mapping[str, Any]:
+    """Raises: EvalError for what is no mapping, and for a scorer by name, which has none."""
+    if not isinstance(options, dict):
+        raise EvalError(
+            f'{where}: `scorer_kwargs` is {options!r}; expected options by name, e.g. {{"aggregate": "product"}}'
+        )
+    if options and not is_own(scorer):
+        raise EvalError(
+            f"{where}: `scorer_kwargs`: scorer {scorer!r} takes no options; remove them, or name one of your own"
+        )
+    return cast("Mapping[str, Any]", options)
 
 
 def _parse(row: Mapping[str, Any], where: str) -> Item:
@@ -228,7 +262,7 @@ def _parse(row: Mapping[str, Any], where: str) -> Item:
     return Item(
         id=row["id"], prompt=prompt, target=target, scorer=scorer,
         split=str(row.get("split") or "gate"), cluster=None if cluster is None else str(cluster), choices=tuple(choices),
-        columns=columns,
+        columns=columns, scorer_kwargs=_options_of(scorer, row.get("scorer_kwargs") or {}, where),
     )  # fmt: skip
 
 

@@ -24,7 +24,8 @@ from posttrain.data.origin import data_origins, remove_rows, write_origin
 from posttrain.data.sources import Source, SourceRow
 from posttrain.errors import DataError
 from posttrain.files import write_atomic, write_json
-from posttrain.names import told_apart
+from posttrain.grading.learned import check_learned_options, split_learned
+from posttrain.names import reward_name, told_apart
 from posttrain.recipes.measure.learned import load_learned
 from posttrain.rewards.resolve import reward_digest
 from posttrain.rewards.workers import RewardPool
@@ -45,6 +46,10 @@ class _ReadRow:
 
 def curate_rows(keys: CurateKeys) -> dict[str, Any]:
     """The rows that stay, those that leave with their reason, and a report, in `output_dir`. Raises: DataError, ConfigError."""
+    for quality in keys.quality:
+        if quality.scorer_kwargs and split_learned(quality.scorer):
+            name = reward_name(quality.scorer)
+            check_learned_options(name, quality.scorer, quality.scorer_kwargs, key="quality: scorer_kwargs")
     read = [read_source(source) for source in keys.datasets]
     rows = [row for source, found in zip(keys.datasets, read, strict=True) for row in _parsed(found, source, keys)]
     staying, left = without(range(len(rows)), list(_filters(keys, rows)))
@@ -146,7 +151,8 @@ def _bad(quality: QualityKeys, rows: Sequence[tuple[Noun, Mapping[str, Any]]]) -
     asked = [_asked_and_said(noun) for noun, _ in rows]
     names = sorted({name for _, others in rows for name in others} - {"prompts", "completions", "self"})
     columns = {name: [others.get(name) for _, others in rows] for name in names}
-    with RewardPool([quality.scorer], timeout_s=quality.timeout_s, load=load_learned) as pool:
+    options = {quality.scorer: quality.scorer_kwargs} if quality.scorer_kwargs else None
+    with RewardPool([quality.scorer], kwargs=options, timeout_s=quality.timeout_s, load=load_learned) as pool:
         found = pool.score([prompt for prompt, _ in asked], [said for _, said in asked], columns)
     left = {n: f"unscored: {one.error or 'no score'}" for n, one in enumerate(found) if one.total is None}
     scores = {n: one.total for n, one in enumerate(found) if one.total is not None}
@@ -188,7 +194,10 @@ def _origin(keys: CurateKeys, read: Sequence[Source]) -> dict[str, Any]:
         "kept": {
             **{name: getattr(keys, name) for name in rules},
             "ranges": [window.model_dump() for window in keys.ranges],
-            "quality": [{"min": quality.min, "keep_share": quality.keep_share} for quality in keys.quality],
+            "quality": [
+                {"min": one.min, "keep_share": one.keep_share, "scorer_kwargs": one.scorer_kwargs}
+                for one in keys.quality
+            ],
         },
         "scorers": reward_digest(scorers) if scorers else None,
         "decontaminated": suite_digests(keys.decontaminate),

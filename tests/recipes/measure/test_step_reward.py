@@ -2,12 +2,17 @@
 
 import json
 import math
+from contextlib import closing
 
 import pytest
 import torch
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from posttrain.errors import ConfigError, ModelError
+from posttrain.evals.suite import load_suite
+from posttrain.evidence import EvalReport, ItemRecord
+from posttrain.recipes.measure.best_of import verified_items
+from posttrain.recipes.measure.evaluate import OwnScorers
 from posttrain.recipes.measure.learned import load_learned
 from posttrain.rewards.workers import RewardPool
 
@@ -62,6 +67,28 @@ def test_it_pays_what_transformers_says_of_the_steps(aggregate, stage):
         found = [one.total for one in pool.score(ASKED, SAID)]
     assert found == pytest.approx([AGGREGATES[aggregate](steps) for steps in expected], abs=1e-5)
     assert max(found) - min(found) > 1e-3, "rewards that are all alike prove nothing"
+
+
+def test_as_a_scorer_it_has_the_options_of_its_suite_and_as_a_verifier_those_of_the_command(stage, tmp_path):
+    spec, columns = f"model:{stage / 'model'}", {"scorer": "exact", "target": "4"}
+    rows = [{"id": str(n), "messages": ASKED[0], **columns} for n in range(2)]
+    path = tmp_path / "suite.jsonl"
+    found = {}
+    for name in AGGREGATES:
+        own = {"scorer": spec, "scorer_kwargs": {"aggregate": name}}
+        path.write_text("".join(json.dumps(row | own) + "\n" for row in rows))
+        suite = load_suite("steps", path)
+        with closing(OwnScorers()) as scorers:
+            found[name] = [score for score, _ in scorers(suite, suite.items, [SAID[0][0]["content"], "4"])]
+    p = by_transformers(stage / "model", ASKED[0], STEPS[0])
+    assert [found[name][0] for name in AGGREGATES] == pytest.approx([of(p) for of in AGGREGATES.values()], abs=1e-5)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite, texts = load_suite("steps", path), (SAID[0][0]["content"], "4")
+    records = tuple(ItemRecord(str(n), "", (0.0, 1.0), completions=texts) for n in range(2))
+    report = EvalReport("steps", "gate", "", "", "exact", records)
+    seen, _ = verified_items(report, suite, spec, [spec], {"aggregate": "mean"})
+    assert list(seen.verifier) == pytest.approx(found["mean"], abs=1e-5)
+    assert list(seen.graders[spec]) == pytest.approx(found["min"], abs=1e-5), "a grader has no options"
 
 
 def test_an_adapter_pays_what_its_merged_model_pays(stage):

@@ -34,11 +34,13 @@ def verified_items(
     texts = [text for record in report.items for text in record.completions]
     own = [score for record in report.items for score in record.scores]
     with closing(OwnScorers()) as scorers:
-        specs = sorted({spec for spec in (verifier, *graders) if spec is not None})
-        own_options = {verifier: options}
-        seen = {spec: _scores(spec, suite, items, texts, scorers, own_options.get(spec)) for spec in specs}
-    chosen_by = seen[verifier] if verifier else own
-    by_name = {f"{suite.scorer} (suite)": own, **{spec: seen[spec] for spec in graders}}
+        chosen_by = _scores(verifier, suite, items, texts, scorers, options or {}) if verifier else own
+        # A grader that is the verifier too is asked once; with options of the verifier's it is another.
+        seen = {
+            spec: chosen_by if spec == verifier and not options else _scores(spec, suite, items, texts, scorers, {})
+            for spec in graders
+        }
+    by_name = {f"{suite.scorer} (suite)": own, **seen}
     found, start = list[VerifiedItem](), 0
     for record in report.items:
         end = start + len(record.completions)
@@ -54,15 +56,15 @@ def _scores(
     items: Sequence[Item],
     texts: Sequence[str],
     scorers: OwnScorers,
-    options: Mapping[str, str] | None,
+    options: Mapping[str, str],
 ) -> list[float | None]:
     """Of each text. Raises: EvalError where none could be scored."""
     if spec in SCORERS:
         found = [SCORERS[spec](text, item.target, item.columns) for item, text in zip(items, texts, strict=True)]
         reasons = [None] * len(found)
     else:
-        judged = replace(suite, items=tuple(replace(item, scorer=spec) for item in suite.items))
-        pairs = scorers(judged, items, texts, options)
+        own = tuple(replace(item, scorer=spec, scorer_kwargs=options) for item in suite.items)
+        pairs = scorers(replace(suite, items=own), items, texts)
         found, reasons = [score for score, _ in pairs], [reason for _, reason in pairs]
     if all(score is None for score in found):
         why = next((reason for reason in reasons if reason), "it gives no score")

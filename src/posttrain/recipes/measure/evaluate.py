@@ -268,12 +268,12 @@ class OwnScorers:
     under every name that a dataset may call it by: what paid in training scores here as it stands."""
 
     def __init__(self) -> None:
-        self._pools: dict[tuple[Path, str], RewardPool] = {}
+        self._pools: dict[tuple[Path, str, str], RewardPool] = {}
 
     def __call__(
-        self, suite: Suite, items: Sequence[Item], texts: Sequence[str], options: Mapping[str, str] | None = None
+        self, suite: Suite, items: Sequence[Item], texts: Sequence[str]
     ) -> Sequence[tuple[float | None, str | None]]:
-        """Of one completion of each item. `options` are the scorer's, the same at every call."""
+        """Of one completion of each item."""
         names = dict.fromkeys(name for item in items for name in item.columns)
         targets = [item.target for item in items]
         columns: dict[str, list[Any]] = dict.fromkeys(GOLD_COLUMNS, targets)
@@ -283,20 +283,20 @@ class OwnScorers:
             text if isinstance(item.prompt, str) else [{"role": "assistant", "content": text}]
             for item, text in zip(items, texts, strict=True)
         ]
-        pool = self._pool(suite, options)
+        pool = self._pool(suite)
         return [(found.total, found.error) for found in pool.score(prompts, completions, columns)]
 
     def close(self) -> None:
         for pool in self._pools.values():
             pool.close()
 
-    def _pool(self, suite: Suite, options: Mapping[str, str] | None) -> RewardPool:
-        folder = suite.path.parent
-        if (folder, suite.scorer) not in self._pools:
+    def _pool(self, suite: Suite) -> RewardPool:
+        folder, options = suite.path.parent, suite.scorer_kwargs
+        place = (folder, suite.scorer, canonical_json(options))
+        if place not in self._pools:
             kwargs = {suite.scorer: options} if options else None
-            pool = RewardPool([suite.scorer], kwargs=kwargs, folder=folder, load=load_learned)
-            self._pools[folder, suite.scorer] = pool
-        return self._pools[folder, suite.scorer]
+            self._pools[place] = RewardPool([suite.scorer], kwargs=kwargs, folder=folder, load=load_learned)
+        return self._pools[place]
 
 
 def _stored(folder: Path) -> EvalReport | None:
