@@ -123,6 +123,72 @@ def test_a_draft_follows_the_most_completions_and_ends_where_it_is_in_doubt():
     assert tree.elsewhere([6, 5]) is None
 
 
+def nodes_below(node):
+    return sum(1 + nodes_below(child) for child in node.next.values())
+
+
+def test_a_tree_forgets_the_completion_that_ended_first_and_what_it_alone_had():
+    tree, without = DraftTree(), DraftTree()
+    for ids in ([5, 6, 7, 1], [5, 6, 8, 8], [5, 9], [5, 6, 8, 8]):
+        tree.add(ids)
+    under_way = tree.root
+    for end in (1, 2, 3):
+        under_way = tree.grow(under_way, [5, 6, 7][max(0, end - 2) : end])
+    tree.forget_oldest()
+    for ids in ([5, 6, 8, 8], [5, 9], [5, 6, 8, 8], [5, 6, 7]):
+        without.add(ids)
+    assert tree.num_tokens == without.num_tokens == 13
+    assert nodes_below(tree.root) == nodes_below(without.root) == 6
+    assert tree.elsewhere([6, 7]) is under_way and tree.elsewhere([7, 1]) is None
+    while tree.has_finished:
+        tree.forget_oldest()
+    assert tree.root.counts == {5: 1} and nodes_below(tree.root) == 3 and tree.elsewhere([8, 8]) is None
+
+
+class Row:
+    """Of one prompt; as a row of `Decoding` is, as far as drafts go."""
+
+    def __init__(self, prompt, num_left=1000):
+        self.ids, self.drafted_for, self.num_left = [], (None, prompt), num_left
+
+
+def test_the_trees_of_a_call_hold_no_more_than_they_may():
+    def drafted():
+        drafter = Drafter(Speculation(), most=3, tree_tokens=60)
+        stays, found, largest = Row((1,)), [], 0
+        for number in range(40):
+            row = Row((1,))
+            for token in range(8):
+                row.ids.append(number % 20 * 8 + token)
+                found.append(drafter.drafts([row, stays])[0])
+                (tree,) = drafter._trees.values()
+                largest = max(largest, nodes_below(tree.root))
+            drafter.leave(row, is_whole=True)
+        return found, largest
+
+    found, largest = drafted()
+    assert 50 < largest <= 62 and not any(found)
+    assert drafted() == (found, largest)
+
+
+def test_a_row_that_outgrows_the_trees_goes_on_by_what_it_said_before():
+    drafter, endless = Drafter(Speculation(), most=3, tree_tokens=60), Row((9,))
+    for number in range(200):
+        endless.ids.append(5 if number % 3 else 6)
+        found = drafter.drafts([endless])
+    (tree,) = drafter._trees.values()
+    assert nodes_below(tree.root) == 60 and found == [[5, 6, 5]]
+
+
+def test_drafts_from_trees_without_room_change_no_token(shared_policy, widths, monkeypatch):
+    monkeypatch.setattr(Drafter.__init__, "__defaults__", (24,))
+    plain, speculating = engines(shared_policy("qwen3"), stop_token_ids=())
+    for _ in range(2):
+        theirs, ours = (in_order(e.generate(requests(0), SamplingParams(12))) for e in (plain, speculating))
+        assert [one.ids for one in ours] == [one.ids for one in theirs]
+    assert max(map(max, widths)) > 2
+
+
 def test_the_store_holds_no_more_than_it_may_and_the_newest():
     store = DraftStore(max_tokens=20, most_each=2)
     for number in range(3):

@@ -6,7 +6,7 @@ SuffixDecoding (arXiv 2411.04975), from a tree for each prompt; the random numbe
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from typing import Any, Protocol
@@ -20,6 +20,8 @@ _PASS_TOKENS = 128
 """What a CPU could verify in the time that a pass costs beside its tokens: an estimate, and no clock."""
 _REMEMBERED = 4096
 """Drafted tokens after which those of before count half."""
+_TREE_TOKENS = 1 << 18
+"""Of the completions in all trees of a call, up to 0.7 kB each."""
 
 AdapterPrompt = tuple[str | None, tuple[int, ...]]
 
@@ -37,11 +39,18 @@ class DraftTree:
 
     def __init__(self) -> None:
         self.root = _Node()
+        self.num_tokens = 0
         self._after: dict[tuple[int, ...], _Node] = {}
+        self._finished: deque[tuple[int, ...]] = deque()
+
+    @property
+    def has_finished(self) -> bool:
+        return bool(self._finished)
 
     def grow(self, node: _Node, ids: Sequence[int]) -> _Node:
         """One that is at `node` went on to the last of its `ids`."""
         token = ids[-1]
+        self.num_tokens += 1
         node.counts[token] = node.counts.get(token, 0) + 1
         if (child := node.next.get(token)) is None:
             child = node.next[token] = _Node()
@@ -53,6 +62,25 @@ class DraftTree:
         node = self.root
         for end in range(1, len(ids) + 1):
             node = self.grow(node, ids[max(0, end - _CONTEXT) : end])
+        self.finish(ids)
+
+    def finish(self, ids: Sequence[int]) -> None:
+        """`ids`, to which the tree was grown, get no longer: they may be forgotten, the oldest first."""
+        if ids:
+            self._finished.append(tuple(ids))
+
+    def forget_oldest(self) -> None:
+        """As if the completion that finished first had never been; what others share with it stays."""
+        node, ids = self.root, self._finished.popleft()
+        self.num_tokens -= len(ids)
+        for end, token in enumerate(ids, start=1):
+            here, node = node, node.next[token]
+            here.counts[token] -= 1
+            if here.counts[token]:
+                continue
+            del here.counts[token], here.next[token]
+            if self._after.get(last := ids[max(0, end - _CONTEXT) : end]) is node:
+                del self._after[last]
 
     def draft(self, node: _Node, most: int, chance: float, least: float) -> list[int]:
         """The most frequent way on, until the chance that all of it is right falls below `least`; it begins with `chance`."""
@@ -139,19 +167,22 @@ class Drafted(Protocol):
 
 @dataclass(eq=False)
 class _Cursor:
-    """How far a row came in the tree of its prompt, and where its last draft was from."""
+    """How far a row came in the tree of its prompt, none where the tree has no room for its last tokens, and where its last draft was from."""
 
     tree: DraftTree
-    node: _Node
+    node: _Node | None
     seen: int = 0
     source: str = ""
 
 
 class Drafter:
-    """Drafts for the rows of one call. Of a row that is at token 5, after which `DraftTree` knows of [6, 8]: the draft is [6, 8]."""
+    """Drafts for the rows of one call. Of a row that is at token 5, after which `DraftTree` knows of [6, 8]: the draft is [6, 8].
 
-    def __init__(self, known: Speculation, most: int) -> None:
-        self._known, self._most = known, most
+    Its trees have `tree_tokens` together, and what a pass adds. Then the largest forgets the completion that ended first; where none has ended, what rows go on with is kept no more.
+    """
+
+    def __init__(self, known: Speculation, most: int, tree_tokens: int = _TREE_TOKENS) -> None:
+        self._known, self._most, self._tree_tokens = known, most, tree_tokens
         self._trees: WeakValueDictionary[AdapterPrompt, DraftTree] = WeakValueDictionary()
         self._cursors: dict[Any, _Cursor] = {}
 
@@ -160,16 +191,20 @@ class Drafter:
         self._known.counts.rows += len(rows)
         # A token that is right saves its row a pass, of which there are as many rows to pay.
         least = len(rows) / (len(rows) + _PASS_TOKENS)
-        cursors = [self._caught_up(row) for row in rows]
+        has_room = self._make_room()
+        cursors = [self._caught_up(row, has_room) for row in rows]
         return [self._draft(row, cursor, least) for row, cursor in zip(rows, cursors, strict=True)]
 
-    def _caught_up(self, row: Drafted) -> _Cursor:
+    def _caught_up(self, row: Drafted, has_room: bool) -> _Cursor:
         if (cursor := self._cursors.get(row)) is None:
             tree = self._tree(row.drafted_for)
             cursor = self._cursors[row] = _Cursor(tree, tree.root)
-        for end in range(cursor.seen + 1, len(row.ids) + 1):
-            cursor.node = cursor.tree.grow(cursor.node, row.ids[max(0, end - _CONTEXT) : end])
-        cursor.seen = len(row.ids)
+        if not has_room:
+            cursor.node = None
+        if cursor.node is not None:
+            for end in range(cursor.seen + 1, len(row.ids) + 1):
+                cursor.node = cursor.tree.grow(cursor.node, row.ids[max(0, end - _CONTEXT) : end])
+            cursor.seen = len(row.ids)
         return cursor
 
     def _tree(self, prompt: AdapterPrompt) -> DraftTree:
@@ -177,12 +212,22 @@ class Drafter:
             tree = self._trees[prompt] = DraftTree()
             for ids in self._known.store.of(prompt):
                 tree.add(ids)
+                self._make_room()
         return tree
 
+    def _make_room(self) -> bool:
+        """Whether there is any, once what may be forgotten is."""
+        trees = list(self._trees.values())
+        while sum(tree.num_tokens for tree in trees) >= self._tree_tokens:
+            if not (may_forget := [tree for tree in trees if tree.has_finished]):
+                return False
+            max(may_forget, key=lambda tree: tree.num_tokens).forget_oldest()
+        return True
+
     def _draft(self, row: Drafted, cursor: _Cursor, least: float) -> list[int]:
-        cursor.source, node = (
-            ("tree", cursor.node) if cursor.node.counts else ("suffix", cursor.tree.elsewhere(row.ids))
-        )
+        cursor.source, node = "tree", cursor.node
+        if node is None or not node.counts:
+            cursor.source, node = "suffix", cursor.tree.elsewhere(row.ids)
         if node is None:
             return []
         return cursor.tree.draft(
@@ -198,7 +243,8 @@ class Drafter:
 
     def leave(self, row: Drafted, *, is_whole: bool) -> None:
         """A row that is not sampled any more; one that is whole is remembered."""
-        self._cursors.pop(row, None)
+        if (cursor := self._cursors.pop(row, None)) is not None:
+            cursor.tree.finish(row.ids[: cursor.seen])
         if is_whole:
             self._known.store.add(row.drafted_for, tuple(row.ids))
 
