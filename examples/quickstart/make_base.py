@@ -25,23 +25,25 @@ ROWS_PER_STEP = 16
 ROW_TOKENS = 96
 WARMUP_STEPS = 30
 FACT_SHARE = 0.1
+SEEDS_PER_ROUND = 100
 
 
 @dataclass(frozen=True)
 class Size:
-    """What `--size` sets: width and heads, and how long and how fast it is trained against the small one's phases."""
+    """What `--size` sets: width and heads, how long and how fast it is trained against the small one's phases, and how often through them."""
 
     hidden: int
     num_heads: int
     num_kv_heads: int
     steps_share: float = 1.0
     lr_share: float = 1.0
+    rounds: int = 1
 
 
 SIZES = {
     "small": Size(128, 4, 2),
-    # Larger models learn more in a step, and a step of this one takes three times as long.
-    "large": Size(320, 8, 4, steps_share=0.375, lr_share=0.5),
+    # It knows 8 % of the sums on dev after one round, 97 % in the middle of the second, and 79 % after its worded half.
+    "large": Size(320, 8, 4, steps_share=0.375, lr_share=0.5, rounds=2),
 }
 
 
@@ -191,8 +193,15 @@ def pretrain(model: Qwen3ForCausalLM, phase: Phase, tokenizer: PreTrainedTokeniz
 
 
 def phases_of(size: Size) -> tuple[Phase, ...]:
+    """Each round reads other text."""
     return tuple(
-        replace(phase, num_steps=round(phase.num_steps * size.steps_share), peak_lr=phase.peak_lr * size.lr_share)
+        replace(
+            phase,
+            seed=phase.seed + SEEDS_PER_ROUND * number,
+            num_steps=round(phase.num_steps * size.steps_share),
+            peak_lr=phase.peak_lr * size.lr_share,
+        )
+        for number in range(size.rounds)
         for phase in PHASES
     )
 
