@@ -24,7 +24,7 @@ ASKED = [{"role": "user", "content": "Guess a number from 0 to 9."}]
 REWARD = """
 def by_text(prompts, completions, env_reward, **columns):
     said = [[m["content"] for m in c if m["role"] == "assistant"] for c in completions]
-    return [paid + sum(map(len, texts)) % 7 / 7 + len(texts) for texts, paid in zip(said, env_reward)]
+    return [(paid or 0.0) + sum(map(len, texts)) % 7 / 7 + len(texts) for texts, paid in zip(said, env_reward)]
 """
 
 

@@ -96,6 +96,21 @@ def test_what_breaks_in_a_turn_that_many_play_is_lost_alone(guessing):
 
 @needs_verifiers
 @pytest.mark.slow
+def test_many_that_hang_end_together_at_their_deadline():
+    with EnvironmentPool(EnvironmentSpec(spec_of("guess_env")), 90.0, 1) as pool:
+        assert all("failed" not in answer for answer in pool.ask([reset(place, 3) for place in range(16)]))
+        began = time.monotonic()
+        answers = pool.ask([turn(place, "3" if place % 2 else "hang") for place in range(16)])
+        assert time.monotonic() - began < 8 * 90  # one after the other they would take that long
+        for place, answer in enumerate(answers):
+            assert answer.get("reward") == 1.0 if place % 2 else "took longer than 90 s" in answer["failed"], (
+                place,
+                answer,
+            )
+
+
+@needs_verifiers
+@pytest.mark.slow
 def test_one_that_hangs_ends_at_its_deadline_with_all_that_it_started():
     with EnvironmentPool(EnvironmentSpec(spec_of("guess_env")), 20.0, 1) as pool:
         pool.ask([reset(0, 3), reset(1, 3)])

@@ -30,7 +30,7 @@ from posttrain.objectives.reduce import Normalizer, token_mean
 from posttrain.objectives.terms import LossTerms, as_ratios, spec_from
 from posttrain.protocols import Engine, Ranks
 from posttrain.recipes.batches import fill_with_groups, flat, for_rank
-from posttrain.recipes.experience.engines import EngineSource, make_engine, sampling_params, sync_engine
+from posttrain.recipes.experience.engines import EngineSource, make_engine, sampling_params, speculation_of, sync_engine
 from posttrain.recipes.experience.prompts import PromptStream
 from posttrain.recipes.measure.validate import SuiteScore, Validation
 from posttrain.recipes.metrics import StepMetrics, length_metrics
@@ -55,9 +55,10 @@ def run(keys: DistillKeys, stage: Stage) -> StageResult:
         freeze_reference(policy)
     teachers = Teachers.of(keys.teachers, keys, policy, ranks)
     samples_for = EngineSource(keys, policy)
+    speculation = speculation_of(keys.rollout)
     engine = stage.until_done(
-        make_engine(samples_for, keys=keys.rollout, rows=keys.rollout_batch_size, folder=stage.folder, ranks=ranks)
-    )
+        make_engine(samples_for, keys=keys.rollout, rows=keys.rollout_batch_size, folder=stage.folder, ranks=ranks, speculation=speculation)
+    )  # fmt: skip
     rows = MappedRows(data.rows, _lesson_row)
     dev_sets = {name: MappedRows(part.rows, _lesson_row) for name, part in held_out.items()}
     for part in (rows, *dev_sets.values()):
@@ -68,7 +69,7 @@ def run(keys: DistillKeys, stage: Stage) -> StageResult:
 
     per_step = keys.num_prompts_per_step
     total_steps = keys.max_steps if keys.max_steps > 0 else max(1, round(keys.num_train_epochs * len(data) / per_step))
-    state = stage.resume(policy, optimizer, total_steps)
+    state = stage.resume(policy, optimizer, total_steps, speculation=speculation)
     measure = partial(_validate, policy, teachers, sampler=sampler, spec=spec, stage=stage)
     validation = Validation(stage, state, dev_sets, measure, suite)
 
@@ -90,7 +91,7 @@ def run(keys: DistillKeys, stage: Stage) -> StageResult:
             micro.backward(terms.loss)
             metrics.add({} if micro.idle else terms.metrics)
         lr = learning_rate(step, total_steps, keys) * stage.guard.controls.lr_scale
-        values = metrics.reduced(ranks) | synced | lengths | {"loss_tokens": norm.tokens}
+        values = metrics.reduced(ranks) | synced | state.speculated(ranks) | lengths | {"loss_tokens": norm.tokens}
         values |= update(policy, optimizer, stage, lr, values, step + 1)
         values["epoch"] = (first + per_step) / len(data)
 

@@ -1,7 +1,7 @@
 """Energy-based fine-tuning: completions are to be like the rows' answers in the features of the given model. Read `run` from top to bottom.
 
 Every step samples from the weights that it trains, so a step is a function of those and of its number, and nothing of it is kept in
-a checkpoint. What a completion earns is `objectives.feature_matching`. Source: arXiv 2603.12248, alg. 1; differs: the frozen model
+a checkpoint but what `rollout.speculation` drafts from. What a completion earns is `objectives.feature_matching`. Source: arXiv 2603.12248, alg. 1; differs: the frozen model
 that gives the features is this stage's start.
 """
 
@@ -31,7 +31,7 @@ from posttrain.objectives.spec import PolicySpec
 from posttrain.objectives.terms import spec_from
 from posttrain.protocols import Engine, Ranks
 from posttrain.recipes.batches import in_their_order
-from posttrain.recipes.experience.engines import EngineSource, make_engine, sampling_params, sync_engine
+from posttrain.recipes.experience.engines import EngineSource, make_engine, sampling_params, speculation_of, sync_engine
 from posttrain.recipes.experience.prompts import PromptStream
 from posttrain.recipes.measure.validate import SuiteScore, Validation
 from posttrain.recipes.metrics import StepMetrics, length_metrics
@@ -60,9 +60,11 @@ def run(keys: EBFTKeys, stage: Stage) -> StageResult:
         check_spans(part, keys)
     policy = load_policy(keys, tokenizer=tokenizer, sharding=stage.sharding).without_dropout()
     freeze_reference(policy)
-    engine = stage.until_done(
-        make_engine(EngineSource(keys, policy), keys=keys.rollout, rows=keys.rollout_batch_size, folder=stage.folder, ranks=ranks)
-    )  # fmt: skip
+    speculation = speculation_of(keys.rollout)
+    engine = stage.until_done(make_engine(
+        EngineSource(keys, policy), keys=keys.rollout, rows=keys.rollout_batch_size, folder=stage.folder, ranks=ranks,
+        speculation=speculation,
+    ))  # fmt: skip
     suite = SuiteScore.of(policy, keys, stage.processes, engine)
     optimizer = make_optimizer(policy, keys)
     features = FeatureScorer(
@@ -72,7 +74,7 @@ def run(keys: EBFTKeys, stage: Stage) -> StageResult:
 
     per_step = keys.num_prompts_per_step
     total_steps = keys.max_steps if keys.max_steps > 0 else max(1, round(keys.num_train_epochs * len(data) / per_step))
-    state = stage.resume(policy, optimizer, total_steps)
+    state = stage.resume(policy, optimizer, total_steps, speculation=speculation)
     validation = Validation(stage, state, held_out, partial(_validate, matcher, stage), suite)
 
     for step in range(state.step, total_steps):
@@ -98,7 +100,7 @@ def run(keys: EBFTKeys, stage: Stage) -> StageResult:
             )
         if supervised:
             learn_from(policy, supervised, keys.ce_coef, keys.per_device_train_batch_size, ranks, metrics, "ce_loss")
-        values |= metrics.reduced(ranks) | synced
+        values |= metrics.reduced(ranks) | synced | state.speculated(ranks)
         if micros or supervised:
             lr = learning_rate(step, total_steps, keys) * stage.guard.controls.lr_scale
             values |= update(policy, optimizer, stage, lr, values, step + 1)

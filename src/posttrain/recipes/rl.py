@@ -27,6 +27,7 @@ from posttrain.recipes.experience.engines import (
     interrupted,
     make_engine,
     sampling_params,
+    speculation_of,
     sync_engine,
 )
 from posttrain.recipes.experience.episodes import environment_of, sampler
@@ -44,7 +45,6 @@ from posttrain.recipes.run.train_state import TrainState
 from posttrain.recipes.scorers import PolicyScorer, ReferenceScorer
 from posttrain.rewards.workers import MAX_UNSCORED
 from posttrain.rollout.collect import SampleGroups, ScoreRewards, score_groups
-from posttrain.rollout.drafts import Speculation
 from posttrain.types import Decode, PromptRow
 
 EMPTY_STEP = "empty_step"
@@ -97,7 +97,7 @@ def begun(
     how = (keys.temperature, keys.per_device_train_batch_size, ranks)
     trainer, reference = PolicyScorer(policy, *how), ReferenceScorer(policy, *how)
     credit = credit_of(policy, trainer, data)
-    speculation = Speculation() if keys.rollout.speculation == "suffix" else None
+    speculation = speculation_of(keys.rollout)
     engine = stage.until_done(make_engine(
         EngineSource(keys, policy), keys=keys.rollout, rows=keys.rollout_batch_size, folder=stage.folder, ranks=stage.processes,
         speculation=speculation,

@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 
+from posttrain.cli.data_env import env as write_rows
+from posttrain.config.pipeline import SuiteKeys
+from posttrain.config.stages import ModelKeys
 from posttrain.data.render import chat_ids
 from posttrain.environments.pool import EnvironmentPool
 from posttrain.environments.spec import EnvironmentSpec
+from posttrain.evals.suite import load_suite
 from posttrain.recipes.experience.episodes import Begin, Episodes
+from posttrain.recipes.measure.evaluate import evaluate
 from posttrain.types import Completion, Origin, Prompt, Request, SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -93,6 +98,21 @@ def test_calls_of_one_turn_go_to_the_environment_together(tokenizer):
         played, tokenizer = play(pool, tokenizer, [f"{calls.strip()}<|im_end|>", "It is 12.<|im_end|>"], asked, 1)
     assert (played.finish, played.episode.env_reward, played.episode.calls) == ("stop", 1.0, 2)
     assert "<tool_response>\n12\n</tool_response>" in tokenizer.decode(played.ids)
+
+
+@pytest.mark.slow
+def test_an_environment_scores_a_suite_by_what_it_paid(model_dir, tmp_path):
+    write_rows(GUESS, tmp_path / "suite.jsonl", 6, suite=True)
+    suite = load_suite("guess", tmp_path / "suite.jsonl")
+    keys = SuiteKeys(
+        path=str(suite.path), env=GUESS, max_tokens=60, max_turns=2, temperature=1.0, num_samples=4, env_timeout_s=120.0
+    )
+    model = ModelKeys(base_model=str(model_dir("qwen3")))
+    one, two = (evaluate(model, [(suite, keys)], "gate", tmp_path / name)["guess"] for name in ("one", "two"))
+    assert [item.scores for item in one.items] == [item.scores for item in two.items]
+    for item in one.items:
+        assert item.error is None and len(item.scores) == 4
+        assert [float(text.strip() == item.id) for text in item.completions] == list(item.scores)
 
 
 @pytest.mark.slow

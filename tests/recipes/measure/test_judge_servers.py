@@ -85,6 +85,8 @@ def scored(spec, said):
         says(["Verdict: 9"]),
         says({"text": "Verdict: 9"}),
         says("Verdict: 9", usage={"total_tokens": "many"}),
+        says("Verdict: 9", usage={"total_tokens": 10**400}),
+        says("Verdict: 9", usage={"total_tokens": -7}),
         http(b'{"choices":[{"message":{"content":"Verdict: 9"}}],"usage":{"total_tokens":1e999}}'),
         http(b"no", "500 Oh", length=1000),
         http(b"", "302 Found\r\nLocation: http://127.0.0.1:9/"),

@@ -90,7 +90,7 @@ def _embedded(ask: _Ask) -> Engine:
     engine = EmbeddedEngine(
         policy, stop_token_ids=stops, batch_size=ask.rows, shares_weights=shares, enforce_eager=ask.keys.enforce_eager,
         pad_prompts=ask.keys.pad_prompts, prepack=ask.keys.prepack, prefix_bytes=int(ask.keys.prefix_cache_gib * (1 << 30)),
-        speculation=ask.speculation or (Speculation() if ask.keys.speculation == "suffix" else None),
+        speculation=ask.speculation or speculation_of(ask.keys),
     )  # fmt: skip
     if shares and policy.sharded:
         assert ask.ranks is not None, "who trains a sharded policy says with whom"
@@ -297,6 +297,11 @@ ENGINES: Mapping[str, Callable[[_Ask], Engine]] = {
     "sglang": _sglang,
 }
 """`rollout.engine` → an engine on a source."""
+
+
+def speculation_of(keys: RolloutKeys) -> Speculation | None:
+    """What the embedded engine drafts from, if the keys say so; a stage has it in its checkpoints, so that it goes on to the bit."""
+    return Speculation() if keys.speculation == "suffix" else None
 
 
 def make_engine(

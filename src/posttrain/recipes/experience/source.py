@@ -18,7 +18,6 @@ from posttrain.recipes.run.stage import Stage
 from posttrain.recipes.run.train_state import TrainState
 from posttrain.rewards.workers import RewardPool
 from posttrain.rollout.collect import SampleGroups
-from posttrain.rollout.drafts import speculation_metrics
 from posttrain.rollout.experience import Experience
 from posttrain.types import Decode
 
@@ -61,15 +60,9 @@ class ExperienceSource:
         self._state.experience = experience = collected.experience
         prompts = dict(collected.ledger)
         self._stage.run.event("rollouts", step + 1, {"generation": generation, "prompts": prompts})
-        experience.metrics.update(synced | self._speculated() | self._watch(step, collected))
+        experience.metrics.update(synced | self._state.speculated(self._stage.ranks) | self._watch(step, collected))
         self._engine.rest()
         return experience, collected.wall_s
-
-    def _speculated(self) -> dict[str, float]:
-        """Of all ranks, since the last batch."""
-        if self._state.speculation is None:
-            return {}
-        return speculation_metrics(self._stage.ranks.sum(self._state.speculation.take_counts()))
 
 
 def make_sampling(

@@ -47,6 +47,8 @@ _WAIT_S = 0.5
 _MAX_CHARS = 300
 _MAX_ANSWER_BYTES = 1 << 24
 _PIECE = 1 << 16
+_MOST_TOKENS = 1 << 40
+"""What a server may say that one answer took: it is added up as a float."""
 _NOBODY = 8
 """So many questions in a row without an answer: nobody is there, and the rest would wait for hours."""
 
@@ -297,7 +299,7 @@ def _read_reply(answer: Any) -> JudgeReply:
         tokens = (answer.get("usage") or {}).get("total_tokens") or 0
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"expected a chat completion, got {json.dumps(answer)[:80]} ({error!r})") from error
-    if not isinstance(text, str) or not isinstance(tokens, int):
+    if not isinstance(text, str) or not isinstance(tokens, int) or not 0 <= tokens < _MOST_TOKENS:
         raise ValueError(f"expected text and a number of tokens, got {json.dumps([text, tokens])[:80]}")
     return JudgeReply(text, tokens=tokens, cut=cut)
 

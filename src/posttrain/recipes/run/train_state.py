@@ -30,7 +30,7 @@ from posttrain.protocols import Ranks, Sharding, Share
 from posttrain.recipes.experience.prompts import Solved
 from posttrain.recipes.run.guard import TrainingGuard
 from posttrain.recipes.run.run_folder import RunFolder
-from posttrain.rollout.drafts import Speculation
+from posttrain.rollout.drafts import Speculation, speculation_metrics
 from posttrain.rollout.experience import Arrays, Experience, to_arrays
 from posttrain.types import CheckpointRef
 
@@ -80,6 +80,10 @@ class TrainState:
         """What is trained, by how the names of its files begin."""
         beside = {} if self.critic is None else {"critic_": self.critic}
         return {"": Learner(self.policy, self.optimizer), **beside}
+
+    def speculated(self, ranks: Ranks) -> dict[str, float]:
+        """How well the engines of all ranks drafted since the last call."""
+        return {} if self.speculation is None else speculation_metrics(ranks.sum(self.speculation.take_counts()))
 
     def to_json(self) -> dict[str, Any]:
         """What is not a tensor."""
