@@ -247,7 +247,7 @@ def search(bench: Bench, names: Sequence[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("ways", nargs="*", metavar="WAY", choices=[[], *WAYS], default=list(WAYS), help=", ".join(WAYS))
+    parser.add_argument("ways", nargs="*", metavar="WAY", choices=[[], *WAYS], default=[], help=", ".join(WAYS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=0, help="of what comes after SFT; 0 leaves it to the YAML")
@@ -255,6 +255,7 @@ def main() -> None:
     parser.add_argument("--search", nargs="+", choices=list(SEARCHED), help="settings of these, on the dev questions")
     parser.add_argument("--quick", action="store_true")
     asked = parser.parse_args()
+    ways = asked.ways or list(WAYS)
     seeds, steps = (asked.seeds[:1], 3) if asked.quick else (asked.seeds, asked.steps)
     folder = workload.OUT / ("learning-quick" if asked.quick else "learning")
     folder.mkdir(parents=True, exist_ok=True)
@@ -263,15 +264,15 @@ def main() -> None:
     if asked.search:
         print(search(bench, asked.search))
         return
-    print(render(bench, asked.ways, seeds))
-    taught = [name for name in asked.ways if WAYS[name].taught]
+    print(render(bench, ways, seeds))
+    taught = [name for name in ways if WAYS[name].taught]
     if curves := [(WAYS[name].title, seed, bench.done(name, seed)) for name in taught for seed in seeds]:
         print("\n" + tokens_to_teacher("after SFT", teacher(bench), split, curves))
         if "imitate" in taught:
             print("\n" + against(WAYS["imitate"].title, teacher(bench), split, curves))
-    if any(WAYS[name].start == "told" for name in asked.ways):
+    if any(WAYS[name].start == "told" for name in ways):
         print("\n" + told_and_not(bench))
-    if {"rlsd", "rlsd-off"} <= set(asked.ways):
+    if {"rlsd", "rlsd-off"} <= set(ways):
         print(rlsd_against_grpo(bench, seeds))
 
 
