@@ -41,6 +41,11 @@ REFUSED = {
     "teacher": ([{"distill": {"datasets": [{"path": "prompts.jsonl"}], "max_steps": 1, "teachers": [{"model": "other"}]}}], "has another vocabulary"),
     "critic": ([{"ppo": {**{k: v for k, v in GRPO.items() if k != "num_generations"}, "value_model": "other"}}], "has another vocabulary"),
     "environment": ([{"grpo": {**GRPO, "env": "rewards.py:Nobody"}}], "has no 'Nobody'"),
+    "ends_of_layers_alone": ([{"sft": {**SFT, "unfrozen_parameters": [".*mlp.*"], "embedding_lr_scale": 0.1}}], "embedding_lr_scale: neither embedding nor head is trained here"),
+    "ends_beside_a_pattern": ([{"sft": {**SFT, **LORA, "lora_target": ".*q_proj", "embedding_lr_scale": 0.1}}], "embedding_lr_scale: neither embedding nor head"),
+    "head_that_is_adapted": ([{"grpo": {**GRPO, **LORA, "lora_modules_to_save": ["embed_tokens", "lm_head"], "cast_lm_head_to_fp32": True}}], "cast_lm_head_to_fp32: true with a head that is"),
+    "exact_with_an_odd_rank": ([{"grpo": {**GRPO, **LORA, "lora_r": 3, "rollout": {"exact": True}}}], "has 3 inputs, no multiple of 4"),
+    "calls_that_are_not_read": ([{"grpo": {**GRPO, "tools": ["rewards.py:spread"]}}], "tools: the chat template says no form in which tools are called"),
     "tracker": ([{"sft": {**SFT, "report_to": ["mlflow"]}}], "report_to: mlflow"),
     "experts": ([{"grpo": {**GRPO, "rollout": {"routed_experts": "compare"}}}], "is a qwen3, and choices of experts are known of"),
     "experts_of_vllm": ([{"grpo": {**GRPO, "rollout": {"routed_experts": "replay", "engine": "vllm"}}}], "engine: vllm on a CPU"),
@@ -99,6 +104,29 @@ def test_plan_refuses_what_the_run_refuses(name, folder, model_dir, monkeypatch)
     assert says in ran[1], ran
     assert planned == ran
     assert not run.out.exists()
+
+
+@pytest.mark.parametrize(("broken", "says"), [
+    (lambda base: (base / "model.safetensors").unlink(), "has no weights (model.safetensors, or"),
+    (lambda base: (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-9]), "model.safetensors is not there whole"),
+    (lambda base: _indexed(base, {"weight_map": {"a": "model-1.safetensors"}}), "model-1.safetensors is not there whole"),
+    (lambda base: _indexed(base, {"weights": 1}), "index.json names no files of weights"),
+])  # fmt: skip
+def test_weights_that_are_not_here_are_missed_before_the_data(broken, says, folder, model_dir, tmp_path):
+    base = shutil.copytree(model_dir("qwen3"), tmp_path / "base")
+    broken(base)
+    run = Project(folder, {"name": "weights", "base_model": str(base), "stages": [{"sft": SFT}], "evals": {}})
+    ran = _said(run.run)
+    assert says in ran[1]
+    assert _said(lambda: make_plan(run.path, target_of(None, "this", 1, False), None, [])) == ran
+    assert make_plan(run.path, target_of("1xH100", "this", 1, False), None, []).forecasts
+    run.values["stages"] = [{"sft": {**SFT, "init_seed": 1}}]
+    assert make_plan(run.path, target_of(None, "this", 1, False), None, []).forecasts
+
+
+def _indexed(base, index):
+    (base / "model.safetensors").unlink()
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize("name", ["sft", "lora", "dpo", "grpo"])

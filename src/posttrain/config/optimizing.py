@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from typing import Literal
@@ -81,3 +82,8 @@ def unfrozen_layers(keys: OptimizerKeys, num_layers: int) -> range:
             )
         return range(num_layers // count - 1, num_layers, num_layers // count)
     return range(num_layers - count, num_layers) if keys.unfrozen_layers > 0 else range(count)
+
+
+def step_interval(steps: int | float, total_steps: int) -> int:
+    """`eval_steps` or `save_steps` in steps of a run of so many; 0 is never. A share is rounded up, as in transformers."""
+    return math.ceil(steps * total_steps) if 0 < steps < 1 else int(steps)

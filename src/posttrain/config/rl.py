@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
@@ -170,6 +170,8 @@ class RLKeys(SamplingKeys):
 
 class RewardedKeys(RLKeys, EpisodeKeys):
     """What stages have that train on rewarded completions, whatever their loss makes of the rewards."""
+
+    validated: ClassVar[tuple[str, ...]] = ("reward",)
 
     learning_rate: float = knob(1e-6, "Peak learning rate.", gt=0, also="lr", example=1e-6)
     lr_scheduler_type: LearningRateShape = knob("constant", "Shape of the schedule after the warmup; `wsd` holds, then decays over the last fifth.", also="lr_scheduler (Axolotl)")

@@ -5,7 +5,6 @@ Names are those of the flat YAML form where it has one, and TRL's elsewhere. No 
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any, ClassVar, Literal
 
@@ -37,6 +36,8 @@ class ModelKeys(StartKeys):
     """Whether the model has a head that gives a reward in place of the one that gives tokens."""
     rates_steps: ClassVar[bool] = False
     """Whether that head has two labels, and says of each step of an answer whether it is right."""
+    validated: ClassVar[tuple[str, ...]] = ("…",)
+    """What a validation measures; `…` where that depends on the loss."""
 
     chat_template: str | None = knob(None, "A Jinja file, or the name of a template of ours, such as `llama3`, `axolotl_chatml` or `llamafactory_qwen`; null keeps the tokenizer's own template.", also="chat_template_path (TRL), chat_template_jinja (Axolotl)", example="./chat.jinja")
     chat_template_kwargs: dict[str, Any] = knob({}, "Values for variables of the chat template, such as `enable_thinking`; they become its defaults, in every rendering and in what is exported.", example={"enable_thinking": False})
@@ -227,9 +228,10 @@ class TrainKeys(OptimizerKeys, ModelKeys):
     @model_validator(mode="after")
     def _best_is_one_of_those_measured(self) -> TrainKeys:
         sets, metric = self.eval_names, self.metric_for_best_model
-        starts = [*(f"eval_{name}_" if name else "eval_" for name in sets), *(["eval_score"] if self.eval_suite else [])]
-        if metric is not None and (starts or not self.load_best_model_at_end) and not metric.startswith(tuple(starts)):
-            raise ValueError(f"metric_for_best_model: {metric} is not measured here; expected one of {', '.join(f'{start}…' for start in starts) or 'none, for nothing is validated'}")
+        known = [*(f"eval_{name}_{what}" if name else f"eval_{what}" for name in sets for what in self.validated), *(["eval_score"] if self.eval_suite else [])]
+        unknown = metric is not None and not any(metric == name or (name.endswith("…") and metric.startswith(name[:-1])) for name in known)
+        if unknown and (known or not self.load_best_model_at_end):
+            raise ValueError(f"metric_for_best_model: {metric} is not measured here; expected one of {', '.join(known) or 'none, for nothing is validated'}")
         if metric is None and self.load_best_model_at_end and len(sets) > 1 and "" not in sets:
             raise ValueError(f"load_best_model_at_end: true with the validation sets {', '.join(sets)}: set metric_for_best_model, such as eval_{sets[0]}_loss, to say which of them decides")
         return self
@@ -371,6 +373,8 @@ class ExampleKeys(TrainKeys):
 class SFTKeys(ExampleKeys):
     """Supervised fine-tuning."""
 
+    validated: ClassVar[tuple[str, ...]] = ("loss", "mean_token_accuracy", "aux_loss")
+
     loss_type: Literal["nll", "dft", "eaft"] = knob("nll", "Token cross-entropy; or weighted by the token's probability (dynamic fine-tuning, arXiv 2508.05629); or by the model's own doubt (entropy-adaptive fine-tuning, arXiv 2601.02151).", also="use_dft_loss (LLaMA-Factory)")
     eaft_alpha: float = knob(1.0, "eaft: exponent of the weight; 0 is nll.", ge=0)
     eaft_k: int = knob(20, "eaft: number of likeliest tokens whose entropy is the weight.", ge=2)
@@ -429,6 +433,7 @@ class RewardModelKeys(TrainKeys):
     """A reward model, by Bradley and Terry's likelihood of preferences."""
 
     is_reward_model: ClassVar[bool] = True
+    validated: ClassVar[tuple[str, ...]] = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 
     learning_rate: float = knob(1e-5, "Peak learning rate.", gt=0, also="lr", example=1e-5)
     center_rewards_coefficient: float = knob(0.0, "Weight of the mean of (reward of chosen + reward of rejected)², which keeps rewards around 0 (arXiv 2312.09244 eq. 2).", ge=0, example=0.01)
@@ -442,8 +447,3 @@ class RewardModelKeys(TrainKeys):
         if self.eval_suite is not None:
             raise ValueError("eval_suite in reward_model: a reward model answers nothing; name pairs in eval_datasets or val_size")
         return self
-
-
-def step_interval(steps: int | float, total_steps: int) -> int:
-    """`eval_steps` or `save_steps` in steps of a run of so many; 0 is never. A share is rounded up, as in transformers."""
-    return math.ceil(steps * total_steps) if 0 < steps < 1 else int(steps)

@@ -43,25 +43,31 @@ FILLER = 0
 
 def refuse_unless_exact(model: Any, ragged: bool) -> None:
     """Raises: ModelError saying why this model cannot be run with `rollout.exact: true`."""
-    config: Any = model.config.get_text_config()
-    kind, device = config.model_type, model.device.type
+    refuse_inexact_layers(model, ragged)
+    device = model.device.type
+    if device not in (_TESTED_ON, _TRIED_ON):
+        raise _inexact(f"the model is on {device}, and it is for CPUs and CUDA's devices")
+    if device != _TESTED_ON and not keeps_its_bits(model):
+        raise _inexact(f"on this {device} device the log-probs of a token depend on what is computed with it")
+
+
+def refuse_inexact_layers(model: Any, ragged: bool = True) -> None:
+    """What needs no weight to be known. Raises: ModelError."""
+    kind = model.config.get_text_config().model_type
     if kind not in TILE_ROWS or not ragged:
-        reason = f"{kind} is not among the architectures it is tested for ({', '.join(sorted(TILE_ROWS))})"
-    elif length_rule(model.config) is not None:
-        reason = f"the rotary embedding of this {kind} changes with the length of a sequence"
-    elif device not in (_TESTED_ON, _TRIED_ON):
-        reason = f"the model is on {device}, and it is for CPUs and CUDA's devices"
-    elif uneven := _uneven_inputs(model):
+        raise _inexact(f"{kind} is not among the architectures it is tested for ({', '.join(sorted(TILE_ROWS))})")
+    if length_rule(model.config) is not None:
+        raise _inexact(f"the rotary embedding of this {kind} changes with the length of a sequence")
+    if uneven := _uneven_inputs(model):
         name, width = uneven
-        reason = (
+        raise _inexact(
             f"{name} has {width} inputs, no multiple of {_MULTIPLE}, so that its rounding depends on a row's place in memory "
             f"(of a LoRA adapter that is lora_r)"
         )
-    elif device != _TESTED_ON and not keeps_its_bits(model):
-        reason = f"on this {device} device the log-probs of a token depend on what is computed with it"
-    else:
-        return
-    raise ModelError(f"rollout.exact: true: {reason}; set rollout.exact: false")
+
+
+def _inexact(reason: str) -> ModelError:
+    return ModelError(f"rollout.exact: true: {reason}; set rollout.exact: false")
 
 
 def keeps_its_bits(model: Any) -> bool:

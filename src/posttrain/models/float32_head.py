@@ -20,6 +20,11 @@ class Float32Head(torch.nn.Linear):
 
 
 def put_head_in_float32(model: torch.nn.Module) -> None:
+    """Raises: ModelError."""
+    plain_head(model).__class__ = Float32Head
+
+
+def plain_head(model: torch.nn.Module) -> torch.nn.Linear:
     """Raises: ModelError for a head that is no plain matrix: under an adapter, or quantised."""
     head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     if type(head) is not torch.nn.Linear:
@@ -27,4 +32,4 @@ def put_head_in_float32(model: torch.nn.Module) -> None:
             f"cast_lm_head_to_fp32: true with a head that is {type(head).__name__}, expected a plain matrix; leave the head out of lora_target and "
             "lora_modules_to_save, or set cast_lm_head_to_fp32: false"
         )
-    head.__class__ = Float32Head
+    return head

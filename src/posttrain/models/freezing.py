@@ -1,15 +1,16 @@
-"""Which parameters of a whole model are trained: those that patterns name, and those of chosen layers."""
+"""Which parameters of a model are trained: those that patterns name, those of chosen layers, and those of embedding and head."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from posttrain.config.optimizing import OptimizerKeys, unfrozen_layers
-from posttrain.errors import ModelError
+from posttrain.errors import ConfigError, ModelError
 
 
 def freeze(model: PreTrainedModel, keys: OptimizerKeys) -> None:
@@ -22,6 +23,17 @@ def freeze(model: PreTrainedModel, keys: OptimizerKeys) -> None:
         trained |= _in_layers(model, names, keys)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
+
+
+def trained_ends(model: Any) -> list[nn.Parameter]:
+    """What is trained of embedding and head, beside an adapter too. Raises: ConfigError where that is nothing."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    found = {id(p): p for module in modules if module is not None for p in module.parameters() if p.requires_grad}
+    if not found:
+        raise ConfigError(
+            "embedding_lr_scale: neither embedding nor head is trained here; set it to 1, or train them (lora_modules_to_save, unfrozen_parameters)"
+        )
+    return list(found.values())
 
 
 def _matching(names: Sequence[str], patterns: Collection[str]) -> set[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.config import hub
@@ -19,7 +20,7 @@ from posttrain.config.places import is_an_adapter
 from posttrain.config.stages import ModelKeys, TrainKeys
 from posttrain.distributed.whole import Whole
 from posttrain.errors import ModelError
-from posttrain.files import size_text
+from posttrain.files import read_json, size_text
 from posttrain.models import attention, generation
 from posttrain.models.adapters import ATTENTION_NAMES, attach_adapter, continue_adapter, is_tied, linear_modules
 from posttrain.models.compiled import compile_layers, compile_where_it_fits, is_compiled, wants_compiling
@@ -89,6 +90,41 @@ def _refuse_pickles(folder: Path) -> None:
             f"base_model: {folder} has only pickled weights ({pickled[0]}), which can run code when they are read; expected "
             "*.safetensors: load it once where you trust it with AutoModelForCausalLM.from_pretrained and save_pretrained it"
         )
+
+
+def refuse_missing_weights(keys: ModelKeys) -> None:
+    """Raises: ModelError for a local model of which a file of weights is not there, or not whole."""
+    folder = Path(keys.base_model)
+    if not folder.is_dir() or keys.init_seed is not None:
+        return
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        names = {"model.safetensors"}
+    elif index.exists():
+        names = _listed(index)
+    else:
+        raise ModelError(
+            f"base_model: {folder} has no weights (model.safetensors, or model.safetensors.index.json with the files that it names); "
+            "copy them from where the model came from, or set init_seed to draw them"
+        )
+    for name in sorted(names):
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"base_model: {folder / name} is not there whole ({error}); copy it again from where the model came from"
+            ) from error
+
+
+def _listed(index: Path) -> set[str]:
+    """Raises: ModelError."""
+    try:
+        return set(read_json(index)["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"base_model: {index} names no files of weights ({error}); copy it again from where the model came from"
+        ) from error
 
 
 def load_tokenizer(keys: ModelKeys) -> PreTrainedTokenizerBase:

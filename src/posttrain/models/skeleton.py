@@ -8,10 +8,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.config.optimizing import OptimizerKeys
+from posttrain.config.rl import RewardedKeys
 from posttrain.config.stages import ModelKeys
 from posttrain.models.adapters import check_adapter, continue_adapter
 from posttrain.models.continued import adapter_before, base_keys, is_continued
-from posttrain.models.freezing import freeze
+from posttrain.models.exact import refuse_inexact_layers
+from posttrain.models.float32_head import plain_head
+from posttrain.models.freezing import freeze, trained_ends
 from posttrain.models.load import load_config
 from posttrain.models.offload import checkpoint_layers
 from posttrain.models.read import skeleton
@@ -19,7 +22,7 @@ from posttrain.models.vocabulary import rows_wanted
 
 
 def check_loads(keys: ModelKeys, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises: ModelError for what `load_policy` would refuse of these keys. Code shipped with a model is asked when that is loaded."""
+    """Raises: ModelError, ConfigError for what `load_policy` and the stage's loop would refuse of these keys. Code shipped with a model is asked when that is loaded."""
     if hasattr(load_config(keys), "auto_map"):
         return
     with_adapter = keys.adapter != "none"
@@ -39,3 +42,9 @@ def check_loads(keys: ModelKeys, tokenizer: PreTrainedTokenizerBase) -> None:
         freeze(model, keys)
     if keys.gradient_checkpointing:
         checkpoint_layers(made, offload=keys.gradient_checkpointing == "offload")
+    if isinstance(keys, OptimizerKeys) and keys.embedding_lr_scale != 1:
+        trained_ends(made)
+    if isinstance(keys, RewardedKeys) and keys.rollout.exact:
+        refuse_inexact_layers(made)
+    if isinstance(keys, RewardedKeys) and keys.cast_lm_head_to_fp32:
+        plain_head(made)

@@ -24,6 +24,7 @@ from posttrain.models.load import (
     load_config,
     load_tokenizer,
     missing_chat_template,
+    refuse_missing_weights,
     refuse_other_media,
     refuse_without_bitsandbytes,
 )
@@ -35,6 +36,7 @@ from posttrain.pipeline.data_checks import with_templates
 from posttrain.pipeline.pins import with_given
 from posttrain.recipes.critic import refuse_other_critic
 from posttrain.recipes.dpo import check_compared_rows
+from posttrain.recipes.experience.call_syntax import refuse_unread_calls
 from posttrain.recipes.experience.engines import interruption, refuse_not_served, refuse_untold_experts
 from posttrain.recipes.experience.episodes import environment_spec
 from posttrain.recipes.kinds import OBJECTIVES
@@ -135,6 +137,8 @@ def check_models(keys: PipelineKeys) -> None:
     """Raises: ModelError where the tokenizer, or what is trained of the model, is not what its files have."""
     for index, (stage, template, kwargs) in enumerate(with_templates(keys), start=1):
         tokenizer = load_tokenizer(stage.model_copy(update={"chat_template": template, "chat_template_kwargs": kwargs}))
+        if isinstance(stage, EpisodeKeys) and stage.tools:
+            refuse_unread_calls(tokenizer)
         if index == 1:  # later ones may have tokens that were added before
             check_beside(stage, tokenizer)
         starts = with_given(keys, index, stage)
@@ -188,12 +192,13 @@ def gates_of(keys: PipelineKeys) -> list[GateKeys]:
 
 
 def check_machine(keys: PipelineKeys) -> None:
-    """Raises: ConfigError for a device that is not here, or on which an engine does not do what is asked; ModelError for a library that is not."""
+    """Raises: ConfigError for a device that is not here, or on which an engine does not do what is asked; ModelError for a library or weights that are not."""
     for stage in keys.stages:
         placement = place(stage.keys)
         if isinstance(stage.keys, SamplingKeys):
             refuse_untold_experts(stage.keys.rollout, placement.device.type)
         refuse_without_bitsandbytes(stage.keys)
+    refuse_missing_weights(keys.stages[0].keys)
 
 
 def check_trackers(keys: PipelineKeys) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from posttrain.config.stages import TrainKeys
-from posttrain.errors import ConfigError
+from posttrain.models.freezing import trained_ends
 from posttrain.models.policy import Policy
 from posttrain.recipes.batches import MicroBatch
 from posttrain.recipes.optimizers import optimizer_of
@@ -22,7 +22,7 @@ T = TypeVar("T")
 def make_optimizer(policy: Policy, keys: TrainKeys) -> torch.optim.Optimizer:
     """That of `optim` over the trained weights; weight decay on matrices only, LoRA+'s learning rate for the adapter's B, and that of embedding and head."""
     faster = [p for name, p in policy.trainable() if p.ndim >= 2 and keys.loraplus_lr_ratio != 1 and ".lora_B." in name]
-    ends = _ends(policy) if keys.embedding_lr_scale != 1 else []
+    ends = trained_ends(policy.model) if keys.embedding_lr_scale != 1 else []
     known = {id(p) for p in (*faster, *ends)}
     matrices = [p for _, p in policy.trainable() if p.ndim >= 2 and id(p) not in known]
     others = [p for _, p in policy.trainable() if p.ndim < 2 and id(p) not in known]
@@ -33,17 +33,6 @@ def make_optimizer(policy: Policy, keys: TrainKeys) -> torch.optim.Optimizer:
         {"params": ends, "weight_decay": 0.0, "lr_ratio": keys.embedding_lr_scale},
     ]
     return optimizer_of(policy, [group for group in groups if group["params"]], keys)
-
-
-def _ends(policy: Policy) -> list[torch.nn.Parameter]:
-    """What is trained of embedding and head, beside an adapter too. Raises: ConfigError where that is nothing."""
-    modules = (policy.model.get_input_embeddings(), policy.model.get_output_embeddings())
-    found = {id(p): p for module in modules if module is not None for p in module.parameters() if p.requires_grad}
-    if not found:
-        raise ConfigError(
-            "embedding_lr_scale: neither embedding nor head is trained here; set it to 1, or train them (lora_modules_to_save, unfrozen_parameters)"
-        )
-    return list(found.values())
 
 
 _SHAPES: dict[str, Callable[[float, TrainKeys], float]] = {

@@ -486,6 +486,44 @@ def test_what_axolotl_trains_of_a_conversation_is_refused_where_it_is_not_the_an
     assert refusal in refused(CHATS + line + "\n")
 
 
+@pytest.mark.parametrize(
+    ("line", "note"),
+    [
+        ("chat_template, conversation: chatml}", "datasets.1.conversation: left out because only alpaca_chat reads it"),
+        ("chat_template, field: text}", "datasets.1.field: left out because chat_template does not read it"),
+        (
+            "completion, roles_to_train: [user]}",
+            "datasets.1.roles_to_train: left out because completion does not read it",
+        ),
+    ],
+)
+def test_a_key_of_an_entry_that_its_type_does_not_read_has_its_note(loaded, line, note):
+    assert note in loaded(CHATS.replace("chat_template}", line))[0].text
+
+
+def test_another_style_of_alpaca_chat_is_refused(refused):
+    text = refused(CHATS.replace("chat_template}", "alpaca_chat, conversation: phi}"))
+    assert "datasets.1.conversation: phi: only the style chat is read" in text
+
+
+def test_roles_of_validation_rows_are_read_too(refused):
+    text = CHATS + "test_datasets: [{path: c/e, type: chat_template, roles_to_train: [user]}]\n"
+    assert "test_datasets.1.roles_to_train: ['user']: only the assistant's turns" in refused(text)
+
+
+def test_the_end_of_a_turn_that_axolotl_leaves_untrained_has_its_note(loaded):
+    note = "eot_tokens: changed because it is unset"
+    assert note in loaded(CHATS)[0].text
+    assert note not in loaded(CHATS + "eot_tokens: [<|im_end|>]\n")[0].text
+    assert note not in loaded(CHATS + "chat_template: chatml\nspecial_tokens: {eos_token: <|im_end|>}\n")[0].text
+    assert note in loaded(CHATS + "chat_template: chatml\nspecial_tokens: {eos_token: </s>}\n")[0].text
+
+
+def test_columns_of_whole_pairs_are_renamed(loaded):
+    style = "{path: c/d, type: chat_template.argilla_chat, field_chosen: good}"
+    assert loaded(AXOLOTL + f"rl: dpo\ndatasets: [{style}]\n")[1].datasets[0].columns == {"chosen": "good"}
+
+
 def test_where_thinking_stands_has_its_note(loaded):
     text = CHATS.replace("chat_template}", "chat_template, field_thinking: thinking, template_thinking_key: reasoning}")
     notes = loaded(text)[0].text

@@ -3,6 +3,7 @@
 import pytest
 
 from posttrain.config import load_stage
+from posttrain.config.datasets import DatasetKeys
 from posttrain.config.importers.axolotl_styles import REFUSED
 from posttrain.config.importers.convert import import_file
 from posttrain.config.importers.read import read_foreign
@@ -39,6 +40,16 @@ def written(file):
     return run
 
 
+@pytest.fixture
+def preferred(tmp_path):
+    def read(rl, style):
+        text = BASE + f"rl: {rl}\ndatasets: [{{path: c/d, type: {style}}}]\n"
+        (tmp_path / "theirs.yaml").write_text(text)
+        return read_foreign(tmp_path / "theirs.yaml").convert()
+
+    return read
+
+
 # The texts are worked by hand from Axolotl's prompters.
 @pytest.mark.parametrize(
     ("style", "row", "prompt", "answer"),
@@ -56,12 +67,15 @@ def written(file):
         ("context_qa", {"article": "A", "question": "Q"}, "SYSTEM: Use the following contextual information to concisely answer the question.\n\nUSER: A\n===\nQ\nASSISTANT:", "answer"),
         ("gpteacher", TASK, f"{PAIRED}\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n", "response"),
         ("oasst", {"INSTRUCTION": "Hi"}, f"{ALONE}\n\n### Instruction:\nHi\n\n### Response:\n", "RESPONSE"),
-        ("{format: '[{instruction}|{input}] {x}', field_input: more, no_input_format: '[{instruction}]'}", {"instruction": "Hi", "more": "there"}, "[Hi|there] {x}", "output"),
+        ("{format: '[{instruction}|{input}] {{x}}', field_input: more, no_input_format: '[{instruction}]'}", {"instruction": "Hi", "more": "there"}, "[Hi|there] {x}", "output"),
         ("{format: '[{instruction}|{input}]', field_input: more, no_input_format: '[{instruction}]', field_output: a}", {"instruction": "Hi"}, "[Hi]", "a"),
-        ("{format: '[{instruction}|{input}]', no_input_format: '[{instruction}]'}", TASK, "[Add.]", "output"),
-        ("{format: '[{instruction}]', system_prompt: 'Be {brief}.', system_format: '<{system}>'}", {"instruction": "Hi"}, "<Be {brief}.>[Hi]", "output"),
-        ("{format: '[{instruction}]', field_system: s, system_format: '<{system}>'}", {"instruction": "Hi", "s": "Be brief."}, "<Be brief.>[Hi]", "output"),
-        ("{format: '[{instruction}]', field_system: s, system_prompt: no, system_format: '<{system}>'}", {"instruction": "Hi", "s": ""}, "[Hi]", "output"),
+        ("{format: '[{instruction}|{input}]', no_input_format: '[{instruction}]'}", TASK, "[Add.|1 2]", "output"),
+        ("{format: '[{instruction}|{input}]'}", {"instruction": "Hi"}, "Hi ", "output"),
+        ("{field_instruction: q}", {"q": "Hi", "input": "there"}, "Hi there ", "output"),
+        ("{format: '[{instruction}]', no_input_format: '[{instruction}]', system_prompt: 'Be {brief}.', system_format: '<{system}>'}", {"instruction": "Hi"}, "<Be {brief}.>[Hi]", "output"),
+        ("{format: '[{instruction}]', no_input_format: '[{instruction}]', system_prompt: S, system_format: '<{system}>'}", {"instruction": "Hi", "system": "T"}, "<T>[Hi]", "output"),
+        ("{format: '[{instruction}]', no_input_format: '[{instruction}]', field_system: s, system_format: '<{system}>'}", {"instruction": "Hi", "s": "Be brief."}, "<Be brief.>[Hi]", "output"),
+        ("{format: '[{instruction}]', no_input_format: '[{instruction}]', field_system: s, system_format: '<{system}>'}", {"instruction": "Hi", "s": ""}, "[Hi]", "output"),
     ],
 )  # fmt: skip
 def test_a_prompt_is_written_as_axolotl_writes_it(written, style, row, prompt, answer):
@@ -80,10 +94,45 @@ def test_a_style_that_cannot_be_had_is_refused_by_its_name(file, style):
 
 
 def test_a_key_of_a_style_that_is_not_known_is_refused(file):
-    [refusal] = read_foreign(file("{format: '{instruction}', field: text}")).convert().refusals
+    [refusal] = read_foreign(file("{format: '{instruction} {input}', field: text}")).convert().refusals
     assert str(refusal).startswith("datasets.1.type.field: text: no key of a prompt style that is known here; take it")
 
 
 def test_what_is_known_is_told_with_a_style_that_is_not(file):
     [refusal] = read_foreign(file("own_style.load")).convert().refusals
     assert "chat_template, completion, alpaca, alpaca_instruct" in str(refusal)
+
+
+@pytest.mark.parametrize(
+    ("style", "refusal"),
+    [
+        ("{format: '[{instruction}|{input}] {x}'}", "type.format: [{instruction}|{input}] {x}: {x} names nothing there; write {instruction}, {input} where"),
+        ("{format: '{input}', no_input_format: '{input}:'}", "type.no_input_format: {input}:: {input} names nothing there; write {instruction} where"),
+        ("{format: '{input!r}'}", "type.format: {input!r}: {input} names nothing there"),
+        ("{format: '{input} }'}", "type.format: {input} }: Single '}' encountered in format string; write"),
+        ("{format: '[{instruction}]'}", "type.format: [{instruction}]: without {input}, and a row without one is written as '{instruction} ' there"),
+        ("{system_format: '{text}'}", "type.system_format: {text}: {text} names nothing there"),
+    ],
+)  # fmt: skip
+def test_a_format_that_axolotl_could_not_write_is_refused(file, style, refusal):
+    assert [str(one) for one in read_foreign(file(style)).convert().refusals if refusal in str(one)]
+
+
+@pytest.mark.parametrize(
+    ("rl", "style", "row", "prompt"),
+    [
+        ("dpo", "{prompt_format: '{{a}} {prompt}:'}", {"prompt": "Hi"}, "{a} Hi:"),
+        ("dpo", "{prompt_format: '<{system}> {prompt}', field_system: s, field_prompt: q}", {"q": "Hi", "s": "S"}, "<S> Hi"),
+        ("dpo", "{prompt_format: '<{system}> {prompt}', field_system: s, field_prompt: system}", {"system": "Hi", "s": ""}, "<> Hi"),
+        ("kto", "{prompt_format: '{{}}{prompt}', field_label: good}", {"prompt": "Hi", "good": True}, "{}Hi"),
+    ],
+)  # fmt: skip
+def test_a_pairs_prompt_is_written_as_axolotl_writes_it(preferred, rl, style, row, prompt):
+    [(_, row)] = write_prompts([(Origin("c/d", 1), dict(row))], DatasetKeys(**preferred(rl, style).keys["datasets"][0]))
+    assert row["prompt"] == prompt
+
+
+def test_a_name_or_key_that_a_style_of_pairs_has_not_is_refused(preferred):
+    refusals = [str(one) for one in preferred("dpo", "{prompt_format: '{question}', field_question: q}").refusals]
+    assert "datasets.1.type.prompt_format: {question}: {question} names nothing there" in refusals[1]
+    assert "datasets.1.type.field_question: q: no key of a prompt style" in refusals[0]

@@ -6,9 +6,11 @@ from itertools import chain, repeat
 
 import pytest
 
+from posttrain.config.kinds import STAGE_KINDS
+from posttrain.config.optimizing import step_interval
 from posttrain.config.preference import DPOKeys
 from posttrain.config.rl import GRPOKeys
-from posttrain.config.stages import SFTKeys, step_interval
+from posttrain.config.stages import SFTKeys
 from posttrain.errors import ConfigError
 from posttrain.files import read_json, read_json_lines
 
@@ -58,6 +60,8 @@ def test_each_validation_set_has_metrics_of_its_own(train, data_dir, kind, file,
     alone = metrics(train(kind, max_steps=1, name="alone", **dev(data_dir, file)))[-1]
     assert both[f"eval_dev_{metric}"] == alone[f"eval_{metric}"]
     assert f"eval_few_{metric}" in both and f"eval_{metric}" not in both
+    found, said = {name for name in alone if name.startswith("eval_")}, STAGE_KINDS[kind].keys.validated
+    assert said == ("…",) or {f"eval_{name}" for name in said} - {"eval_aux_loss"} == found
 
 
 def test_the_named_metric_decides_which_checkpoint_is_best(train, data_dir, tmp_path):
@@ -97,7 +101,8 @@ def test_a_run_that_was_killed_measures_its_sets_as_if_it_had_not_been(train, ru
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"metric_for_best_model": "eval_art_loss"}, "eval_art_loss is not measured here; expected one of eval_dev_…, eval_few_…"),
+        ({"metric_for_best_model": "eval_art_loss"}, "eval_art_loss is not measured here; expected one of eval_dev_loss, eval_dev_mean_token_accuracy, "),
+        ({"metric_for_best_model": "eval_dev_los"}, "eval_dev_los is not measured here; expected one of eval_dev_loss, "),
         ({"load_best_model_at_end": True}, "set metric_for_best_model, such as eval_dev_loss"),
         ({"eval_datasets": [{"path": "a.jsonl", "eval_name": "a b"}]}, "expected letters, digits"),
         ({"datasets": [{"path": "d.jsonl", "eval_name": "math"}]}, r"datasets\[0\].eval_name: math: none of its rows are held out"),
@@ -110,11 +115,11 @@ def test_sets_that_cannot_be_told_apart_or_do_not_decide_are_refused(data_dir, k
 
 
 def test_a_metric_that_no_validation_gives_is_named_and_costs_no_training_that_is_over(train, data_dir, caplog):
-    mistyped = two_sets(data_dir, metric_for_best_model="eval_dev_los", load_best_model_at_end=True)
-    why = "eval_dev_los is not measured; expected one of eval_dev_loss, "
+    mistyped = two_sets(data_dir, "pairs", metric_for_best_model="eval_dev_los", load_best_model_at_end=True)
+    why = "eval_dev_los is not measured; expected one of eval_dev_logps/chosen, "
     with pytest.raises(ConfigError, match=why):
-        train("sft", name="early", max_steps=2, **mistyped | {"eval_steps": 1})
-    folder = train("sft", name="late", max_steps=1, **mistyped)
+        train("dpo", name="early", max_steps=2, **mistyped | {"eval_steps": 1})
+    folder = train("dpo", name="late", max_steps=1, **mistyped)
     assert (folder / "model" / "model.safetensors").exists() and why in caplog.text
 
 

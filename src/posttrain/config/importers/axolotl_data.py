@@ -10,13 +10,31 @@ from posttrain.config.importers.axolotl_pairs import PLAIN, read_own_style, read
 from posttrain.config.importers.axolotl_styles import REFUSED, STYLES, read_own
 from posttrain.config.importers.fates import ImportDraft, is_off
 from posttrain.config.importers.paths import local_file
-from posttrain.config.importers.templates import named_template
+from posttrain.config.importers.templates import EOS, named_template
 from posttrain.config.importers.values import streaming
 
 _FILE_TYPES = ("json", "jsonl", "csv", "parquet", "text", "arrow")
-_KNOWN = frozenset({"path", "type", "split", "name", "data_files", "ds_type", "field", "field_messages", "message_property_mappings", "message_field_role",
-                    "message_field_content", "message_field_training", "roles", "roles_to_train", "train_on_eos", "train_on_eot", "chat_template", "chat_template_jinja", "field_tools",
-                    "field_thinking", "template_thinking_key", "train_on_inputs", "field_chosen", "field_rejected", "conversation", "text_column", "step_separator", "max_completion_length", "train_on_last_step_only"})  # fmt: skip
+_EVERY = ("path", "type", "split", "name", "data_files", "ds_type", "chat_template", "chat_template_jinja")
+_NAMES = ("message_property_mappings", "message_field_role", "message_field_content", "roles")
+_TRAINED = ("roles_to_train", "train_on_eos", "train_on_eot")
+_READ: dict[str, tuple[str, ...]] = {
+    "chat_template": (
+        *_NAMES,
+        *_TRAINED,
+        "field_messages",
+        "message_field_training",
+        "field_tools",
+        "field_thinking",
+        "template_thinking_key",
+    ),
+    "completion": ("field",),
+    "alpaca_chat": ("conversation",),
+    "chat_template.default": (*_NAMES, "field_messages", "field_chosen", "field_rejected"),
+    "chat_template.argilla_chat": (*_NAMES, "field_chosen", "field_rejected"),
+    "stepwise_supervised": ("step_separator", "max_completion_length", "train_on_last_step_only"),
+}
+"""Type of an entry → the keys that Axolotl reads of it, beside those of every entry."""
+_KNOWN = frozenset({*_EVERY, *(key for keys in _READ.values() for key in keys), "train_on_inputs", "text_column"})
 _HARMLESS = frozenset({"trust_remote_code", "preprocess_shards", "shards_idx", "streaming"})
 _ROLES = {
     "system": "system",
@@ -122,6 +140,7 @@ def _entry(draft: ImportDraft, entry: Any, where: str) -> list[dict[str, Any]]:
     for key, value in entry.items():
         if key not in _KNOWN | _HARMLESS and not is_off(value):
             draft.refuse(f"{where}.{key}", f"{value}: it has no counterpart here and may change the rows", _TAKE_OUT)
+    _tell_unread(draft, entry, where)
     ours = {**_rows(draft, entry, where), **({"name": entry["name"]} if entry.get("name") else {})}
     files = entry.get("data_files")
     if files and str(entry.get("path")) not in _FILE_TYPES:
@@ -130,6 +149,18 @@ def _entry(draft: ImportDraft, entry: Any, where: str) -> list[dict[str, Any]]:
     if split and split != "train":
         ours["split"] = split
     return [{"path": path, **ours} for path in _paths(draft, entry, where)]
+
+
+def _tell_unread(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> None:
+    """Keys of an entry that rows of its type are read without there."""
+    kind = str(entry.get("type"))
+    for key in sorted(_KNOWN - {*_EVERY, *_READ.get(kind, ())}):
+        if key == "conversation" and not is_off(entry.get(key)):
+            draft.leave(f"{where}.{key}", "only alpaca_chat reads it; sharegpt, which did, is no more: chat_template names the format")  # fmt: skip
+        elif not is_off(entry.get(key)):
+            draft.leave(f"{where}.{key}", f"{kind} does not read it")
+    if kind == "alpaca_chat" and entry.get("conversation") not in (None, "chat"):
+        draft.refuse(f"{where}.conversation", f"{entry['conversation']}: only the style chat is read", "set chat, or write its rows as {prompt, completion}")  # fmt: skip
 
 
 def _paths(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> list[str]:
@@ -244,7 +275,9 @@ def _pair(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str,
 
 
 def _whole_pairs(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
-    return {"type": "preference"}
+    columns = {ours: str(entry[f"field_{ours}"]) for ours in ("chosen", "rejected") if entry.get(f"field_{ours}")}
+    _check_messages(draft, entry, where)
+    return {"type": "preference", **({"columns": columns} if columns else {})}
 
 
 def _scored_texts(draft: ImportDraft, entry: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -334,7 +367,7 @@ def _trained(draft: ImportDraft, entries: list[Any]) -> None:
         )
     elif "train_on_inputs" in draft.source:
         draft.leave("train_on_inputs", "only answers are trained here too")
-    for where, holder in (("", draft.source), *((f"datasets.{n + 1}.", entry) for n, entry in enumerate(entries))):
+    for where, holder in (("", draft.source), *_conversations(draft)):
         roles = holder.get("roles_to_train")
         if roles is not None and not roles:
             draft.refuse(
@@ -359,6 +392,20 @@ def _trained(draft: ImportDraft, entries: list[Any]) -> None:
                 )
             elif holder.get(key) is not None:
                 draft.leave(f"{where}{key}", "turn: so it is here")
+    eos = (draft.source.get("special_tokens") or {}).get("eos_token")
+    ends_in_eos = eos is not None and eos == EOS.get(str(draft.source.get("chat_template")))
+    if any(chats) and "eot_tokens" not in draft.source and not ends_in_eos:
+        draft.change("eot_tokens", "it is unset: Axolotl then trains the end of a turn only where that is the tokenizer's EOS, and warns where it is not; here it is trained, whichever token it is")  # fmt: skip
+
+
+def _conversations(draft: ImportDraft) -> list[tuple[str, Mapping[str, Any]]]:
+    """The entries that are conversations, with their places."""
+    return [
+        (f"{key}.{place + 1}.", entry)
+        for key in ("datasets", "test_datasets")
+        for place, entry in enumerate(draft.source.get(key) or [])
+        if isinstance(entry, Mapping) and entry.get("type") == "chat_template"
+    ]
 
 
 def read_template(draft: ImportDraft) -> None:

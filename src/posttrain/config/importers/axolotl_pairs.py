@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from posttrain.config.importers.axolotl_styles import fields_of, in_columns, named_in
 from posttrain.config.importers.fates import ImportDraft
 
 _CHATML = (
@@ -55,8 +56,12 @@ def read_style(draft: ImportDraft, style: str) -> dict[str, Any]:
 
 def read_own_style(draft: ImportDraft, style: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A style that the file itself gives: fields, and formats of the prompt and of the answers."""
-    form, answers = _form(draft), {"kto": ("completion",)}.get(_form(draft), ("chosen", "rejected"))
-    fields = {name: str(style.get(f"field_{name}") or name) for name in ("prompt", "system", "label", *answers)}
+    form = _form(draft)
+    answers = ("completion",) if form == "kto" else ("chosen", "rejected")
+    rest = (*answers, *(("label",) if form == "kto" else ()))
+    plain = {name: name for name in ("prompt", "system", *rest)}
+    known = frozenset((*(f"field_{name}" for name in plain), *(f"{name}_format" for name in ("prompt", *answers))))
+    fields = fields_of(draft, style, where, plain, known)
     suffixes = {_suffix(str(style.get(f"{name}_format") or f"{{{name}}}"), name) for name in answers}
     suffix = suffixes.pop()
     if suffixes or suffix is None:
@@ -64,10 +69,12 @@ def read_own_style(draft: ImportDraft, style: Mapping[str, Any], where: str) -> 
         draft.refuse(f"{where}.type", f"{formats}: answers end alike here, and nothing stands before them",
                      "write {" + "} and {".join(answers) + "} with the same end")  # fmt: skip
         return {}
-    text = _with_columns(str(style.get("prompt_format") or "{prompt}"), fields)
-    formats = list(dict.fromkeys((text, text.replace("{" + fields["system"] + "}", ""))))
-    columns = {name: fields[name] for name in (*answers, *(("label",) if form == "kto" else ()))}
-    renamed = {ours: theirs for ours, theirs in columns.items() if ours != theirs}
+    text, key = str(style.get("prompt_format") or "{prompt}"), f"{where}.type.prompt_format"
+    asked = {"prompt": fields["prompt"]}
+    formats = [in_columns(draft, key, text, {**asked, "system": fields["system"]})]
+    if "system" in named_in(text):
+        formats.append(in_columns(draft, key, text, asked, {"system": ""}))
+    renamed = {name: fields[name] for name in rest if fields[name] != name}
     ours = {"type": form, "prompt_format": formats, "completion_suffix": suffix, "columns": renamed}
     return {key: value for key, value in ours.items() if value}
 
@@ -76,9 +83,3 @@ def _suffix(text: str, name: str) -> str | None:
     """What stands behind `{name}`; None where something stands before it, or in other braces."""
     before, found, behind = text.partition("{" + name + "}")
     return behind if found and not before and not {"{", "}"} & set(behind) else None
-
-
-def _with_columns(text: str, fields: Mapping[str, str]) -> str:
-    for name in ("prompt", "system"):
-        text = text.replace("{" + name + "}", "{" + fields[name] + "}")
-    return text

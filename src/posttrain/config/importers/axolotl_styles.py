@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from string import Formatter
 from typing import Any
 
 from posttrain.config.importers.fates import ImportDraft, is_off
@@ -74,47 +75,75 @@ REFUSED: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("pygmalion", "metharme"), ("it writes turns of characters with tokens of its own", "write its rows as messages, and set type: chat_template with chat_template: metharme")),
 }  # fmt: skip
 """Axolotl's `type` → why its rows are not read, and what to do."""
-_OWN = frozenset({"system_prompt", "system_format", "field_system", "field_instruction", "field_input", "field_output", "format", "no_input_format"})  # fmt: skip
+_FIELDS = {"instruction": "instruction", "input": "input", "output": "output", "system": "system"}
+_OWN = frozenset(
+    {"system_prompt", "system_format", "format", "no_input_format", *(f"field_{name}" for name in _FIELDS)}
+)
 """Keys of a style that a file gives itself."""
 
 
 def read_own(draft: ImportDraft, style: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A prompt style of the user's: a format with {instruction} and {input}."""
-    odd = [key for key, value in style.items() if key not in _OWN and not is_off(value)]
-    for key in odd:
-        known = ", ".join(sorted(_OWN))
-        draft.refuse(f"{where}.type.{key}", f"{style[key]}: no key of a prompt style that is known here", f"take it out; known are {known}")  # fmt: skip
-    with_input = style.get("format")
-    without = style.get("no_input_format") or with_input
-    if odd:
-        return {}
-    if not with_input:
-        draft.refuse(f"{where}.type", "a prompt style without a format", "write format: '{instruction}'")
-        return {}
-    fields = {name: str(style.get(f"field_{name}") or name) for name in ("instruction", "input", "output")}
-    # Without field_input no row has an input there, whatever its columns are.
-    texts = (with_input, without) if style.get("field_input") else (without,)
-    formats = [_with_columns(str(text), fields) for text in dict.fromkeys(texts)]
-    constant, varied = _system(style)
-    return Style([constant + text for text in formats], fields["output"], varied).rows()
+    """A prompt style of the user's: a format with {instruction} and {input}, another for rows without an input, and a system text before both."""
+    fields = fields_of(draft, style, where, _FIELDS, _OWN)
+    with_input, without = (str(style.get(key) or default) for key, default in (("format", "{instruction} {input} "), ("no_input_format", "{instruction} ")))  # fmt: skip
+    if with_input != without and "input" not in named_in(with_input):
+        draft.refuse(f"{where}.type.format", f"{with_input}: without {{input}}, and a row without one is written as {without!r} there", "write {input} into it, or set no_input_format to the same text")  # fmt: skip
+    system, constant = str(style.get("system_format") or "{system}"), str(style.get("system_prompt") or "")
+    own_system = in_columns(draft, f"{where}.type.system_format", system, {"system": fields["system"]})
+    texts = [
+        in_columns(draft, f"{where}.type.{key}", text, {name: fields[name] for name in names})
+        for key, text, names in (("format", with_input, ("instruction", "input")), ("no_input_format", without, ("instruction",)))
+        if key == "format" or text != with_input
+    ]  # fmt: skip
+    if constant:
+        draft.change(
+            f"{where}.type.system_prompt",
+            f"it stands before a row whose {fields['system']} is empty; there only before rows without that column",
+        )
+        constant = in_columns(draft, f"{where}.type.system_format", system, {}, {"system": constant})
+    formats = [before + text for before in dict.fromkeys((own_system, constant)) for text in texts]
+    return {"type": "completion", "prompt_format": formats, "columns": {"completion": fields["output"]}}
 
 
-def _system(style: Mapping[str, Any]) -> tuple[str, str]:
-    """What stands before every prompt, and before that of a row with a system text; with field_system the file's own is not read there."""
-    text, column = str(style.get("system_prompt") or ""), style.get("field_system")
-    written = str(style.get("system_format") or "{system}")
-    if column:
-        return "", _with_columns(written, {"system": str(column)})
-    return (_escaped(written.replace("{system}", text)) if text else ""), ""
+def fields_of(
+    draft: ImportDraft, style: Mapping[str, Any], where: str, fields: Mapping[str, str], known: frozenset[str]
+) -> dict[str, str]:
+    """The file's column for each field; a key that is none of `known` is refused."""
+    for key, value in style.items():
+        if key not in known and not is_off(value):
+            draft.refuse(f"{where}.type.{key}", f"{value}: no key of a prompt style that is known here", f"take it out; known are {', '.join(sorted(known))}")  # fmt: skip
+    return {name: str(style.get(f"field_{name}") or column) for name, column in fields.items()}
+
+
+def in_columns(
+    draft: ImportDraft, key: str, text: str, columns: Mapping[str, str], texts: Mapping[str, str] | None = None
+) -> str:
+    """A format of theirs, which Python's str.format writes, with the file's column for each name, or a text; another name is refused."""
+    known = ", ".join(f"{{{name}}}" for name in (*columns, *(texts or ())))
+    try:
+        parts = list(Formatter().parse(text))
+    except ValueError as error:
+        draft.refuse(key, f"{text}: {error}", f"write {known} where a column goes, and {{{{ and }}}} for braces")
+        return ""
+    written = ""
+    for literal, name, spec, conversion in parts:
+        written += _escaped(literal)
+        if name in columns and not spec and not conversion:
+            written += "{" + columns[name] + "}"
+        elif name in (texts or {}) and not spec and not conversion:
+            written += _escaped((texts or {})[name])
+        elif name is not None:
+            draft.refuse(key, f"{text}: {{{name}}} names nothing there", f"write {known} where a column goes, and {{{{ and }}}} for braces")  # fmt: skip
+    return written
+
+
+def named_in(text: str) -> set[str]:
+    """The names in braces of a format; none of one that cannot be read."""
+    try:
+        return {name for _, name, _, _ in Formatter().parse(text) if name}
+    except ValueError:
+        return set()
 
 
 def _escaped(text: str) -> str:
     return text.replace("{", "{{").replace("}", "}}")
-
-
-def _with_columns(text: str, fields: Mapping[str, str]) -> str:
-    """The file's column for each name in braces; other braces are text."""
-    escaped = _escaped(text)
-    for name, column in fields.items():
-        escaped = escaped.replace("{{" + name + "}}", "{" + column + "}")
-    return escaped

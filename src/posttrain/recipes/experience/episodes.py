@@ -14,17 +14,15 @@ from itertools import chain
 from typing import Any
 
 from posttrain.config.episodes import EpisodeKeys
-from posttrain.data.forms import fit
 from posttrain.data.render import continuation_ids
-from posttrain.data.template import control_tokens, end_of_turn
-from posttrain.data.tool_calls import CallSyntax, SaidCall, syntax_of
+from posttrain.data.tool_calls import SaidCall
 from posttrain.data.turns import SampledCall, ids_between, stand_in, text_pieces
 from posttrain.environments.pool import EnvironmentPool, PlacedCall
 from posttrain.environments.spec import EnvironmentSpec
-from posttrain.errors import ConfigError, DataError, PosttrainError, RewardError
-from posttrain.models.load import missing_chat_template
+from posttrain.errors import DataError, PosttrainError, RewardError
 from posttrain.models.text import decoder, end_of_turn_id
 from posttrain.protocols import Engine, Ranks
+from posttrain.recipes.experience.call_syntax import CALL_ID, readable_syntax
 from posttrain.rollout.collect import SampleGroups, as_reward_input, sample_groups
 from posttrain.rollout.routed import experts_along
 from posttrain.rollout.sampling import request_seed
@@ -45,8 +43,6 @@ MAX_FAILED = 0.5
 _MOST_CALLS = 16
 """Calls of one turn that are answered; the model reads that there were more."""
 _TOO_MANY = f"error: at most {_MOST_CALLS} calls in a turn"
-_CALL_ID = "call{:05d}"
-"""Nine letters and digits, as Mistral's templates want it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +149,7 @@ class _TurnReply:
     @property
     def sampled_calls(self) -> list[SampledCall]:
         start = self.playing.calls - len(self.calls)
-        return [SampledCall(name, _CALL_ID.format(start + n)) for n, (name, _) in enumerate(self.calls)]
+        return [SampledCall(name, CALL_ID.format(start + n)) for n, (name, _) in enumerate(self.calls)]
 
 
 class Episodes:
@@ -171,7 +167,7 @@ class Episodes:
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._ends = special | {tokenizer.eos_token_id, end_of_turn_id(tokenizer)}
         self.tools = pool.tools
-        self._syntax = _readable_syntax(tokenizer, pool.tools) if pool.tools else None
+        self._syntax = readable_syntax(tokenizer, pool.tools) if pool.tools else None
 
     def groups(
         self, rows: Sequence[PromptRow], num_generations: int, params: SamplingParams,
@@ -395,41 +391,6 @@ def json_object(text: str) -> dict[str, Any]:
 
 def _shown(call: SampledCall, said: SaidCall) -> dict[str, Any]:
     return {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": json_object(said[1])}}
-
-
-def _readable_syntax(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> CallSyntax:
-    """The form in which the template writes calls, if a call that it writes is read as that call. Raises: ConfigError."""
-    instead = (
-        "set chat_template to one with a form of calls that is read, or leave tools out and let an env read the text"
-    )
-    if missing_chat_template(tokenizer):
-        raise ConfigError(
-            f"tools: the tokenizer has no chat template, and tools cannot be written without one; {instead}"
-        )
-    controls = control_tokens(tokenizer)
-    for tool in tools:
-        if found := next((token for token in controls if token in json.dumps(tool, ensure_ascii=False)), None):
-            raise ConfigError(
-                f"tools: {tool['function']['name']!r} is described with {found}, which would become a control token in the prompt; "
-                "say it otherwise"
-            )
-    syntax = syntax_of(tokenizer.get_chat_template(None, list(tools)))
-    if syntax is None:
-        raise ConfigError(f"tools: the chat template says no form in which tools are called; {instead}")
-    name = str(tools[0]["function"]["name"])
-    call = SampledCall(name, _CALL_ID.format(0))
-    asked: list[Message] = [{"role": "user", "content": "question"}]
-    try:
-        whole = fit(tokenizer, [*asked, stand_in(1, [call])], tools).text
-    except DataError as error:
-        raise ConfigError(f"tools: {error}") from None
-    at = whole.rfind(syntax.begin if not syntax.is_whole_answer else '{"name"')
-    turn = whole[at:].partition(end_of_turn(tokenizer) or tokenizer.eos_token)[0]
-    if at < 0 or [said for said, _ in syntax.split(turn.rstrip())[1]] != [name]:
-        raise ConfigError(
-            f"tools: the chat template writes calls in a form that is not read (tried: {syntax.name}); {instead}"
-        )
-    return syntax
 
 
 def _stopped_by(work: Callable[..., None], *given: Any) -> PosttrainError | None:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config.episodes import EpisodeKeys
+from posttrain.config.optimizing import step_interval
 from posttrain.config.pipeline import SuiteKeys
 from posttrain.config.rl import SamplingKeys
-from posttrain.config.stages import TrainKeys, step_interval
+from posttrain.config.stages import TrainKeys
 from posttrain.errors import ConfigError
 from posttrain.evals.run import Evaluator
 from posttrain.evals.suite import Suite, load_suite

@@ -14,7 +14,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from posttrain.checkpoint.store import CheckpointStore, check_writable, disk_errors, sweep
-from posttrain.config.stages import TrainKeys, step_interval
+from posttrain.config.optimizing import step_interval
+from posttrain.config.stages import TrainKeys
 from posttrain.distributed.keeper import say_synced
 from posttrain.distributed.sequence import data_ranks
 from posttrain.distributed.sharding import ShardingSpec, sharding_over
