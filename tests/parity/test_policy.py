@@ -6,7 +6,7 @@ Each generation batch is trained on twice, so the importance ratio leaves 1 and 
 import random
 
 import pytest
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from posttrain.config.rl import GRPOKeys
 from posttrain.rollout.embedded import EmbeddedEngine
@@ -30,6 +30,10 @@ LOSSES = [
     ("sapo", "sequence", {}),
     ("luspo", "sequence", {"epsilon": 0.01}),
 ]
+
+
+RLOO = {"loss_type": "rloo", "kl_in_reward": True}
+"""What `trl rloo` is imported as."""
 
 
 class Replay(EmbeddedEngine):
@@ -80,7 +84,11 @@ def both(ours, theirs, rows, recorded, tmp_path, monkeypatch):
         completions = [list(next(ids[prompt])) for prompt in prompts]
         return {"prompt_ids": [list(recorded[p][0]) for p in prompts], "completion_ids": completions, "logprobs": None}
 
-    def train(lora_r=0, **options):
+    def recall(trainer, prompt_ids, *media):
+        ids = {prompt: iter(completions) for prompt, completions in recorded.values()}
+        return [list(next(ids[tuple(prompt)])) for prompt in prompt_ids]
+
+    def train(lora_r=0, trainer=GRPOTrainer, **options):
         monkeypatch.setattr("posttrain.recipes.rl.make_engine", engine)
         shared = {"learning_rate": 3e-3, "num_iterations": 2, "num_generations": GROUP, "lr_scheduler_type": "linear"}
         shared |= {"per_device_train_batch_size": PROMPTS * GROUP, "max_completion_length": LONGEST} | options
@@ -88,12 +96,16 @@ def both(ours, theirs, rows, recorded, tmp_path, monkeypatch):
         steps = 12
         mine = ours(
             "grpo", GRPOKeys, data, reward_funcs=[str(tmp_path / "rewards.py") + ":vowels"], max_steps=steps,
-            num_prompts_per_step=PROMPTS, **shared, **adapter,
+            num_prompts_per_step=PROMPTS, **shared, **adapter, **({} if trainer is GRPOTrainer else RLOO),
         )  # fmt: skip
         accumulate = PROMPTS * GROUP // shared["per_device_train_batch_size"]
-        extra = {"reward_funcs": namespace["vowels"], "rollout_func": replay}
+        extra = {"reward_funcs": namespace["vowels"]}
+        if trainer is GRPOTrainer:
+            extra |= {"rollout_func": replay}
+        else:
+            monkeypatch.setattr(RLOOTrainer, "_generate_single_turn", recall)
         trl = theirs(
-            GRPOTrainer, GRPOConfig, data, lora_r=lora_r, extra=extra, shuffle_dataset=False, max_steps=steps,
+            trainer, GRPOConfig if trainer is GRPOTrainer else RLOOConfig, data, lora_r=lora_r, extra=extra, shuffle_dataset=False, max_steps=steps,
             gradient_accumulation_steps=accumulate, **shared,
         )  # fmt: skip
         return mine, trl
@@ -122,6 +134,16 @@ def test_kl_to_the_reference(both, assert_parity, lora_r):
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
 def test_groups_as_micro_batches(both, assert_parity, loss_type):
     assert_parity(*both(loss_type=loss_type, per_device_train_batch_size=GROUP))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"beta": 0.2}, {"epsilon": 0.01, "beta": 0.05}, {"beta": 0.05, "per_device_train_batch_size": GROUP}],
+    ids=["clipped", "KL in the reward", "often clipped", "groups as micro-batches"],
+)
+def test_rloo(both, assert_parity, options):
+    assert_parity(*both(trainer=RLOOTrainer, **{"beta": 0.0} | options))
 
 
 @pytest.mark.slow
