@@ -119,22 +119,19 @@ def in_columns(
     draft: ImportDraft, key: str, text: str, columns: Mapping[str, str], texts: Mapping[str, str] | None = None
 ) -> str:
     """A format of theirs, which Python's str.format writes, with the file's column for each name, or a text; another name is refused."""
-    known = ", ".join(f"{{{name}}}" for name in (*columns, *(texts or ())))
+    written = {name: "{" + column + "}" for name, column in columns.items()}
+    written |= {name: _escaped(given) for name, given in (texts or {}).items()}
+    todo = f"write {', '.join(f'{{{name}}}' for name in written)} where a column goes, and {{{{ and }}}} for braces"
     try:
         parts = list(Formatter().parse(text))
     except ValueError as error:
-        draft.refuse(key, f"{text}: {error}", f"write {known} where a column goes, and {{{{ and }}}} for braces")
+        draft.refuse(key, f"{text}: {error}", todo)
         return ""
-    written = ""
-    for literal, name, spec, conversion in parts:
-        written += _escaped(literal)
-        if name in columns and not spec and not conversion:
-            written += "{" + columns[name] + "}"
-        elif name in (texts or {}) and not spec and not conversion:
-            written += _escaped((texts or {})[name])
-        elif name is not None:
-            draft.refuse(key, f"{text}: {{{name}}} names nothing there", f"write {known} where a column goes, and {{{{ and }}}} for braces")  # fmt: skip
-    return written
+    for _, name, spec, conversion in parts:
+        if name is not None and (name not in written or spec or conversion):
+            draft.refuse(key, f"{text}: {{{name}}} names nothing there", todo)
+            return ""
+    return "".join(_escaped(literal) + (written[name] if name is not None else "") for literal, name, _, _ in parts)
 
 
 def named_in(text: str) -> set[str]:
