@@ -40,6 +40,13 @@ def test_nothing_depends_on_the_unit_of_the_reward():
     assert large.left.high == pytest.approx(50 * small.left.high)
 
 
+@pytest.mark.parametrize("power", [1020, 600, -600, -1000])
+def test_rewards_whose_squares_are_no_numbers_have_the_same_forecast(power):
+    rewards = _noisy(_sigmoid(100))
+    made, far = (forecast_reward(range(1, 101), rewards * unit, 200) for unit in (1.0, 2.0**power))
+    assert (far.refused, far.end) == ("", made.end.times(2.0**power))
+
+
 def test_the_interval_is_wider_where_neighbours_are_alike():
     """The same spread of rewards says less of the curve when it drifts."""
     widths = []

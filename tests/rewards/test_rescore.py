@@ -1,6 +1,7 @@
 """Stored rollouts are paid anew as training would pay them, and what changed is counted right."""
 
 import json
+import math
 
 import pytest
 from typer.testing import CliRunner
@@ -13,6 +14,7 @@ from posttrain.rewards.workers import RewardPool
 SOURCE = """
 def length(completions): return [float(len(c)) for c in completions]
 def shorter(completions): return [-float(len(c)) for c in completions]
+def vast(completions): return [(-1.0) ** len(c) * 1e200 for c in completions]
 def half(completions): return [None if c == 'bb' else 1.0 for c in completions]
 """
 
@@ -63,6 +65,11 @@ def test_what_cannot_be_scored_is_counted_and_in_no_mean(run):
     assert found["mean before"][0] == pytest.approx((1 + 3 + 3) / 3)
 
 
+def test_rewards_whose_squares_overflow_are_spread_infinitely(run):
+    found = what_changed(rescored(run, "vast"))
+    assert found["std after"] == [math.inf] * 4 and found["paid otherwise"][0] == 1.0
+
+
 def test_groups_are_rows_of_one_prompt_and_its_columns(run):
     assert [row.group for row in rescored(run, "length")][:6] == [0, 0, 1, 1, 2, 2]
 
@@ -82,8 +89,11 @@ def test_a_run_that_kept_nothing_and_a_damaged_file_are_named(tmp_path, run):
 
 
 def test_the_command_prints_the_table_and_writes_every_completion(run, tmp_path):
+    named = ["rescore", str(run), "--with", f"{run.parent}/r.py:shorter", "--out"]
+    done = CliRunner().invoke(rewards, [*named, str(tmp_path)])
+    assert done.exit_code == 2 and "is a directory" in done.output
     out = tmp_path / "out.jsonl"
-    done = CliRunner().invoke(rewards, ["rescore", str(run), "--with", f"{run.parent}/r.py:shorter", "--out", str(out)])
+    done = CliRunner().invoke(rewards, [*named, str(out)])
     assert done.exit_code == 0, done.output
     assert "12 stored rollouts" in done.output and "advantages of the other sign" in done.output
     lines = [json.loads(line) for line in out.read_text().splitlines()]

@@ -216,6 +216,8 @@ def test_load_failures_are_reported_before_the_first_call(folder):
         RewardPool(["broken.py:g"], folder=folder)
     with pytest.raises(ConfigError, match="reward_weights has 2 entries for 1"):
         RewardPool(["boxed"], [1, 2])
+    with pytest.raises(ConfigError, match=r"reward_weights: got \[nan\]; expected finite numbers"):
+        RewardPool(["boxed"], [float("nan")])
     with pytest.raises(ConfigError, match="no reward 'length'"):
         RewardPool(["boxed"], kwargs={"length": {}})
 

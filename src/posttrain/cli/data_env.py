@@ -17,7 +17,7 @@ def env(
             metavar="ENV", help="As under `env`: 'verifiers:PYTHON ID --env.KEY VALUE'.", show_default=False
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="The file to write, JSON lines.", show_default=False)],
+    out: Annotated[Path, typer.Argument(dir_okay=False, help="The file to write, JSON lines.", show_default=False)],
     limit: Annotated[int, typer.Option(min=1, help="Tasks to write at most; some environments have no end.")] = 1000,
     suite: Annotated[bool, typer.Option("--suite", help="Write an eval suite that the environment scores.")] = False,
 ) -> None:

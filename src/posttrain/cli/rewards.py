@@ -61,7 +61,9 @@ def rescore(
     weights: Annotated[list[float] | None, typer.Option("--weight", help="Weight of each, in order.")] = None,
     timeout_s: Annotated[float, typer.Option(help="Deadline of one completion's reward.")] = 10.0,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes that score.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="JSONL of every completion, before and after.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="JSONL of every completion, before and after.")
+    ] = None,
 ) -> None:
     """Pay the stored rollouts of RUN by other rewards, and say what would have changed. No model is loaded for functions."""
     from posttrain.rewards.learned import LearnedReward

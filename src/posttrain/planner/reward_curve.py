@@ -8,6 +8,7 @@ Knows no run and no metric.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,9 @@ class Bounded:
     value: float
     low: float
     high: float
+
+    def times(self, scale: float) -> Bounded:
+        return Bounded(self.value * scale, self.low * scale, self.high * scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,9 @@ def forecast_reward(steps: Sequence[int], rewards: Sequence[float], end_step: in
     last = max(rows, default=0)
     if len(rows) < MIN_ROWS:
         return RewardForecast(last, end_step, f"{len(rows)} steps with a reward are too few: {MIN_ROWS} are needed")
-    blocks = _blocks(np.array(list(rows), float), np.array(list(rows.values()), float))
+    # Squares of what a reward may be overflow or vanish; a power of two changes no digit.
+    scale = 2.0 ** (math.frexp(max(map(abs, rows.values())))[1] - 1)
+    blocks = _blocks(np.array(list(rows), float), np.array(list(rows.values()), float) / scale)
     alike, cells, most = _fit(blocks, last)
     if reason := _why_not(blocks, cells, most, alike, last):
         return RewardForecast(last, end_step, reason)
@@ -96,8 +102,8 @@ def forecast_reward(steps: Sequence[int], rewards: Sequence[float], end_step: in
     ones = np.ones_like(then)
     return RewardForecast(
         last, end_step,
-        now=_bounded(cells, most, ones, there), end=_bounded(cells, most, ones, then), asymptote=_bounded(cells, most, ones, ones),
-        left=_bounded(cells, most, 0 * ones, then - there),
+        now=_bounded(cells, most, ones, there).times(scale), end=_bounded(cells, most, ones, then).times(scale),
+        asymptote=_bounded(cells, most, ones, ones).times(scale), left=_bounded(cells, most, 0 * ones, then - there).times(scale),
         mid_step=Bounded(float(cells.mids[cells.best]), float(cells.mids[allowed].min()), float(cells.mids[allowed].max())),
         exponent=float(cells.exponents[cells.best]),
     )  # fmt: skip

@@ -18,7 +18,8 @@ def std(values: Sequence[float]) -> float:
     if len(values) < 2:
         return 0.0
     centre = mean(values)
-    return math.sqrt(sum((v - centre) ** 2 for v in values) / (len(values) - 1))
+    # Products, for a power that overflows raises: rewards of 1e200 are spread infinitely here.
+    return math.sqrt(sum((v - centre) * (v - centre) for v in values) / (len(values) - 1))
 
 
 def auc(right: Sequence[float], wrong: Sequence[float]) -> float:

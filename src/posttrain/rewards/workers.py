@@ -185,6 +185,8 @@ class RewardPool:
             raise ConfigError(
                 f"reward_weights has {len(self.weights)} entries for {len(specs)} reward_funcs; give one each"
             )
+        if not all(map(math.isfinite, self.weights)):
+            raise ConfigError(f"reward_weights: got {self.weights}; expected finite numbers")
         if unknown := sorted(set(self.kwargs) - set(self.names)):
             raise ConfigError(f"reward_kwargs: no reward {unknown[0]!r}; reward_funcs are {', '.join(self.names)}")
         for name, spec in zip(self.names, specs, strict=True):
