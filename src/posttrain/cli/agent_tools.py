@@ -45,8 +45,8 @@ class ReadTools:
     ) -> Any:  # fmt: skip
         """Logged steps of a stage under TRL's names, and what the health rules found and did."""
         found = self._stage(self._record(run), stage)
-        if unknown := sorted(set(names) - {name for row in found.metrics for name in row}):
-            known = ", ".join(sorted({name for row in found.metrics for name in row})) or "none: nothing was logged yet"
+        if unknown := sorted(set(names) - found.metrics.names().keys()):
+            known = ", ".join(sorted(found.metrics.names())) or "none: nothing was logged yet"
             raise DataError(f"{run}, {found.name}: got no metric {', '.join(unknown)}; expected some of {known}")
         kept = {"step", *names}
         rows = [{name: row[name] for name in row if not names or name in kept} for row in found.metrics[-last:]]

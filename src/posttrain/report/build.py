@@ -15,7 +15,11 @@ from posttrain.tracking.trackers import REPORT_NAME
 
 def build_report(run_dir: Path) -> Path:
     """Write `report.html` into the run folder and return its path. Raises: DataError if it is no run folder."""
-    run = read_run(Path(run_dir))
+    return write_report(read_run(Path(run_dir)))
+
+
+def write_report(run: RunRecord) -> Path:
+    """The same of a run that was read."""
     path = run.folder / REPORT_NAME
     write_atomic(path, render_report(run))
     return path

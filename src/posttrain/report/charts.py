@@ -7,9 +7,10 @@ import fnmatch
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, pairwise
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -194,26 +195,44 @@ def panels_of(kind: str) -> tuple[Panel, ...]:
 
 def learning_curves(kind: str, metrics: Sequence[Mapping[str, Any]], finding_steps: Sequence[int] = ()) -> list[Chart]:
     panels = panels_of(kind)
-    rows = _with_gap(_with_memory(_with_throughput(metrics)))
-    return [chart for panel in panels if (chart := _curve(panel, rows, finding_steps)) is not None]
+    drawn = _drawn(metrics, [name for panel in panels for name in panel.metrics])
+    return [chart for panel in panels if (chart := _curve(panel, drawn, finding_steps)) is not None]
 
 
-def _with_throughput(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _drawn(metrics: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of every metric that a panel names, thinned, in the order in which they were first logged. Long runs are gone through once,
+    and of their values only the numbers are held."""
+    found: dict[str, tuple[array[int], array[float]] | None] = {}
+    for place, row in enumerate(_with_gap(_with_memory(_with_throughput(metrics)))):
+        for name, value in row.items():
+            if name not in found:
+                found[name] = (array("l"), array("d")) if name in metrics_named(wanted, [name]) else None
+            if (columns := found[name]) is not None and isinstance(value, (int, float)):
+                columns[0].append(place)
+                columns[1].append(value)
+    thinned = {name: (_thinned(both[0]), _thinned(both[1])) for name, both in found.items() if both is not None}
+    return {
+        name: [(int(metrics[place]["step"]), value) for place, value in zip(places, values, strict=True)]
+        for name, (places, values) in thinned.items()
+    }
+
+
+def _with_throughput(metrics: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     """Tokens per second since the row before, from the running count of tokens and the clock."""
-    rows = list(metrics[:1])
-    for before, row in pairwise(metrics):
+    before: Mapping[str, Any] = {}
+    for row in metrics:
         tokens, seconds = (_difference(before, row, name) for name in ("num_tokens", "time"))
-        rows.append({**row, THROUGHPUT: tokens / seconds} if tokens > 0 and seconds > 0 else row)
-    return rows
+        yield {**row, THROUGHPUT: tokens / seconds} if tokens > 0 and seconds > 0 else row
+        before = row
 
 
-def _with_memory(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [{**row, MEMORY: row["memory_peak_bytes"] / 2**20} if "memory_peak_bytes" in row else row for row in metrics]
+def _with_memory(metrics: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    for row in metrics:
+        yield {**row, MEMORY: row["memory_peak_bytes"] / 2**20} if "memory_peak_bytes" in row else row
 
 
-def _with_gap(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _with_gap(metrics: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     """At each validation, how much more the mean reward of the steps up to it has risen than the held-out score, both since the first."""
-    rows: list[Mapping[str, Any]] = []
     rewards: list[float] = []
     first: tuple[float, float] | None = None
     for row in metrics:
@@ -224,8 +243,7 @@ def _with_gap(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
             now = sum(rewards) / len(rewards), float(score)
             first, rewards = first or now, []
             row = {**row, GAP: (now[0] - first[0]) - (now[1] - first[1])}
-        rows.append(row)
-    return rows
+        yield row
 
 
 def metrics_named(wanted: Sequence[str], logged: Iterable[str]) -> list[str]:
@@ -277,10 +295,10 @@ def _row_in_words(test: Mapping[str, Any], share: bool) -> str:
     return f"{test['suite']} {words.points(test['estimate'], share)} ({words.points(test['low'], share)} to {words.points(test['high'], share)}), line {line}"
 
 
-def _curve(panel: Panel, metrics: Sequence[Mapping[str, Any]], finding_steps: Sequence[int]) -> Chart | None:
-    logged = dict.fromkeys(name for row in metrics for name in row)
-    series = {name: _points(metrics, name) for name in metrics_named(panel.metrics, logged)}
-    series = {name: points for name, points in series.items() if points}
+def _curve(
+    panel: Panel, drawn: Mapping[str, Sequence[tuple[int, float]]], finding_steps: Sequence[int]
+) -> Chart | None:
+    series = {name: points for name in metrics_named(panel.metrics, drawn) if (points := drawn.get(name))}
     if not series:
         return None
     legend = 0.2 * len(series) if len(series) > 1 else 0.0  # above the curves, where it hides none
@@ -321,10 +339,9 @@ def _around(value: float) -> tuple[float, float]:
     return low - 0.05 * (high - low), high + 0.05 * (high - low)
 
 
-def _points(metrics: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
-    points = [(int(row["step"]), float(row[name])) for row in metrics if isinstance(row.get(name), (int, float))]
-    stride = -(-len(points) // _MAX_POINTS) or 1
-    return points if stride == 1 else points[::stride] + points[-1:]
+def _thinned(column: array[Any]) -> array[Any]:
+    stride = -(-len(column) // _MAX_POINTS) or 1
+    return column if stride == 1 else column[::stride] + column[-1:]
 
 
 def _axes(width: float, height: float, left: float, above: float = 0.12) -> Any:

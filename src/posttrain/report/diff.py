@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -160,30 +161,37 @@ def _stages(a: Sequence[StageRecord], b: Sequence[StageRecord]) -> Iterator[Stag
 
 
 def _stage(a: StageRecord, b: StageRecord) -> StageDiff:
-    left, right = _by_step(a), _by_step(b)
-    parted = [step for step in sorted({*left, *right}) if left.get(step) != right.get(step)]
-    last = [{name: f"{value:.6g}" for name, value in _last_values(rows).items()} for rows in (left, right)]
-    return StageDiff(a.name, parted[0] if parted else None, (len(left), len(right)), tuple(_changes(*last)))
+    left, right = _Steps(a), _Steps(b)
+    steps = sorted({*left.places, *right.places})
+    parted = next((step for step in steps if left.values(step) != right.values(step)), None)
+    last = [{name: f"{value:.6g}" for name, value in side.last_values().items()} for side in (left, right)]
+    return StageDiff(a.name, parted, (len(left.places), len(right.places)), tuple(_changes(*last)))
 
 
-def _by_step(stage: StageRecord) -> dict[int, dict[str, float]]:
-    return {
-        int(row["step"]): {
-            name: value for name, value in row.items() if _is_compared(name) and isinstance(value, (int, float))
-        }
-        for row in stage.metrics
-    }
+class _Steps:
+    """The compared metrics of a stage by step; of one that was logged twice the last."""
+
+    def __init__(self, stage: StageRecord) -> None:
+        self._metrics = stage.metrics
+        self.places = {int(row["step"]): place for place, row in enumerate(stage.metrics)}
+
+    def values(self, step: int) -> dict[str, float] | None:
+        return None if (place := self.places.get(step)) is None else _compared(self._metrics[place])
+
+    def last_values(self) -> dict[str, float]:
+        last: dict[str, float] = {}
+        for step in sorted(self.places):
+            last |= _compared(self._metrics[self.places[step]])
+        return last
 
 
+def _compared(row: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if isinstance(value, (int, float)) and _is_compared(name)}
+
+
+@cache
 def _is_compared(name: str) -> bool:
     return name not in _NOT_COMPARED and name != "step" and not name.startswith(_NOT_COMPARED_PREFIXES)
-
-
-def _last_values(rows: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
-    last: dict[str, float] = {}
-    for step in sorted(rows):
-        last.update(rows[step])
-    return last
 
 
 def _scores(a: RunRecord, b: RunRecord) -> Iterator[Difference]:

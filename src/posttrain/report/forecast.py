@@ -62,7 +62,7 @@ def forecast_stages(
     return [
         _forecast(stage, metric, end_step or _end_step(stage), worth)
         for stage in run.stages
-        if any(metric in row for row in stage.metrics)
+        if metric in stage.metrics.names()
     ]
 
 
@@ -70,7 +70,7 @@ def require_forecasts(run: RunRecord, metric: str, end_step: int | None, worth: 
     """Raises: DataError where no stage logged `metric`."""
     if found := forecast_stages(run, metric, end_step, worth):
         return found
-    logged = sorted({name for stage in run.stages for row in stage.metrics for name in row} - {"step", "time"})
+    logged = sorted({name for stage in run.stages for name in stage.metrics.names()} - {"step", "time"})
     raise DataError(
         f"{run.folder}: got no stage that logged {metric!r}; RL logs a reward; name another rising metric by --metric, of: {', '.join(logged) or 'none: no step was logged'}"
     )
@@ -83,8 +83,10 @@ def _end_step(stage: StageRecord) -> int:
 
 
 def _forecast(stage: StageRecord, metric: str, end_step: int, worth: float) -> StageForecast:
-    rows = [row for row in stage.metrics if isinstance(row.get(metric), (int, float))]
-    made = forecast_reward([int(row["step"]) for row in rows], [float(row[metric]) for row in rows], end_step)
+    values = [
+        (int(row["step"]), float(row[metric])) for row in stage.metrics if isinstance(row.get(metric), (int, float))
+    ]
+    made = forecast_reward([step for step, _ in values], [value for _, value in values], end_step)
     seconds = _step_s(stage.metrics)
     steps = end_step - made.step
     hours = steps * seconds / 3600 if seconds and steps > 0 else None
@@ -104,6 +106,6 @@ def _decision(made: RewardForecast, steps: int, worth: float) -> Outlook:
 
 def _step_s(metrics: Sequence[Mapping[str, Any]]) -> float | None:
     """Seconds a step, at the median: a pause of the run is no step."""
-    timed = [(int(row["step"]), float(row["time"])) for row in metrics if isinstance(row.get("time"), (int, float))]
+    timed = ((int(row["step"]), float(row["time"])) for row in metrics if isinstance(row.get("time"), (int, float)))
     each = [(late - early) / (last - first) for (first, early), (last, late) in pairwise(timed) if last > first]
     return statistics.median(each) if each else None

@@ -15,7 +15,8 @@ import yaml
 
 from posttrain.errors import DataError
 from posttrain.evidence import EvalReport, TestResult
-from posttrain.files import read_json
+from posttrain.files import read_json, read_json_lines
+from posttrain.report.steps import LoggedSteps
 from posttrain.tracking.jsonl import read_jsonl
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class StageRecord:
     result: Mapping[str, Any]
     data: Mapping[str, Any]
     lint: Mapping[str, Any]
-    metrics: tuple[Mapping[str, Any], ...]
+    metrics: LoggedSteps
     events: tuple[Mapping[str, Any], ...]
     samples: tuple[Mapping[str, Any], ...]
 
@@ -169,7 +170,7 @@ def _stage(folder: Path, entry: Mapping[str, Any], problems: list[str], with_met
     name = where.resolve().name
     result = as_mapping(_try(where / "result.json", read_json, {}, problems))
     tail = name.split("-", 1)[-1]
-    metrics = tuple(_try(where / "metrics.jsonl", read_jsonl, [], problems)) if with_metrics else ()
+    metrics = _try(where / "metrics.jsonl", _logged_steps, LoggedSteps(), problems) if with_metrics else LoggedSteps()
     return StageRecord(
         name=name,
         kind=str(entry.get("kind") or result.get("kind") or tail),
@@ -186,6 +187,10 @@ def _stage(folder: Path, entry: Mapping[str, Any], problems: list[str], with_met
         events=tuple(_try(where / "events.jsonl", read_jsonl, [], problems)),
         samples=tuple(_try(where / "samples.jsonl", read_jsonl, [], problems)),
     )
+
+
+def _logged_steps(path: Path) -> LoggedSteps:
+    return LoggedSteps(row for _, row in read_json_lines(path, growing=True))
 
 
 def _evals(folder: Path, problems: list[str]) -> dict[str, dict[EvalKey, EvalReport]]:
