@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import metadata
 
+_OWN_CACHE = "the embedded engine: of models that run sequences one by one (docs/families.md), log-probs of samples are rounded otherwise: they come from the model's own cache"
+
 REVISIONS: Mapping[str, tuple[str, ...]] = {
     "sft": ("the numbers of 0.1",),
     "dpo": ("the numbers of 0.1",),
@@ -18,11 +20,12 @@ REVISIONS: Mapping[str, tuple[str, ...]] = {
     "grpo": (
         "the numbers of 0.1",
         "credit: turn: a last turn that nobody paid for is no 0 among what turns earned, where earlier ones were paid",
+        _OWN_CACHE,
     ),
-    "ppo": ("its first numbers",),
-    "online_dpo": ("its first numbers",),
-    "distill": ("its first numbers",),
-    "ebft": ("its first numbers",),
+    "ppo": ("its first numbers", _OWN_CACHE),
+    "online_dpo": ("its first numbers", _OWN_CACHE),
+    "distill": ("its first numbers", _OWN_CACHE),
+    "ebft": ("its first numbers", _OWN_CACHE),
     "grading": ("the scores of 0.1",),
     "rewards": ("the library of 0.1",),
 }

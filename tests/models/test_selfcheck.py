@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from posttrain.models import attention
 from posttrain.models.batch import pack
-from posttrain.models.selfcheck import ragged_is_exact
+from posttrain.models.selfcheck import cache_is_exact, ragged_is_exact
 
 RAGGED = ("qwen3", "llama", "mistral", "gemma2", "gemma3_text", "qwen3_moe")
 ONE_BY_ONE = ("mamba", "gpt_oss")
@@ -38,6 +38,48 @@ def test_attention_that_leaks_is_found(model_dir, monkeypatch):
     finally:
         AttentionInterface.register(attention.NAME, attention.ragged_attention)
     assert ragged_is_exact(model)
+
+
+def other_shape(architecture):
+    from tests.docs.test_families import SHAPES
+
+    return SHAPES.get(architecture, {})
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        *ONE_BY_ONE,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("falcon_h1", "lfm2", "qwen3_next", "stablelm")),
+    ],
+)
+def test_the_cache_of_a_model_is_exact_until_it_forgets_or_comes_late(architecture, model_dir):
+    model = AutoModelForCausalLM.from_pretrained(model_dir(architecture, **other_shape(architecture))).eval()
+    assert cache_is_exact(model)
+
+    def forget(_, args, given):
+        return args, {name: value for name, value in given.items() if name not in ("past_key_values", "cache_params")}
+
+    hook = model.register_forward_pre_hook(forget, with_kwargs=True)
+    assert not cache_is_exact(model)
+    hook.remove()
+    seen = []
+
+    def repeat_one(_, args, given):
+        if given["use_cache"] and given["input_ids"].shape[1] == 1:
+            seen.append(given["input_ids"])
+            given["input_ids"] = seen[max(0, len(seen) - 2)]
+        return args, given
+
+    hook = model.register_forward_pre_hook(repeat_one, with_kwargs=True)
+    assert not cache_is_exact(model)
+    hook.remove()
+
+
+def test_the_cache_of_frequencies_that_depend_on_length_is_not_exact(model_dir):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = AutoModelForCausalLM.from_pretrained(model_dir("llama", rope_parameters=rope, max_position_embeddings=64))
+    assert not cache_is_exact(model.eval())
 
 
 @pytest.mark.parametrize("architecture", ONE_BY_ONE)

@@ -33,7 +33,7 @@ from posttrain.models.policy import Policy
 from posttrain.models.proof import in_float32
 from posttrain.models.read import may_read_shares, read_model, skeleton
 from posttrain.models.routing import expert_choices, router_loads
-from posttrain.models.selfcheck import ragged_is_exact
+from posttrain.models.selfcheck import cache_is_exact, ragged_is_exact
 from posttrain.models.sequence import refuse_unless_split
 from posttrain.models.stored import refuse_quantised, stored_dtype
 from posttrain.models.tensor_parallel import refuse_unless_parallel
@@ -210,6 +210,7 @@ def load_policy(
     # Whether the layout fits is no question of rounding, which in bf16 sends a token to another expert.
     with in_float32(adapted):
         ragged = ragged_is_exact(adapted)
+        own_cache = not ragged and cache_is_exact(adapted)
     shards.release(adapted)
     if shards.sequence is not None:
         refuse_unless_split(keys.base_model, model.config, shards.sequence.size, is_ragged=ragged)
@@ -221,7 +222,7 @@ def load_policy(
         with placement.autocast():
             refuse_unless_exact(adapted, ragged)
     policy = Policy(
-        adapted, tokenizer, placement, ragged=ragged, source=keys.base_model, under=under,
+        adapted, tokenizer, placement, ragged=ragged, source=keys.base_model, under=under, cache_is_exact=own_cache,
         base_moved=moved, sharding=shards, exact=exact, offloaded=offloaded,
     )  # fmt: skip
     if routed != "off":

@@ -48,7 +48,8 @@ class Scores:
 
 @dataclass
 class Policy:
-    """A model with its tokenizer. `ragged` says whether packed sequences are exact for it.
+    """A model with its tokenizer. `ragged` says whether packed sequences are exact for it; of one for which they are not, `cache_is_exact`
+    whether the cache that it keeps itself is.
 
     `source` is the model that it started from. `under` is how the weights under its adapter load: `source`, or the base of
     the adapter that is trained on. `base_moved` says that the adapter's init moved a part of that base into it. `exact` says
@@ -61,6 +62,7 @@ class Policy:
     ragged: bool
     source: str
     under: ModelKeys
+    cache_is_exact: bool = False
     base_moved: bool = False
     sharding: Sharding = field(default_factory=Whole)
     exact: bool = False

@@ -1,4 +1,4 @@
-"""Does the ragged layout mean the same to this model as running each sequence by itself? Asked once, at load."""
+"""Does the ragged layout, or the cache that a model keeps itself, mean the same to it as running each sequence by itself? Asked once, at load."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from posttrain.errors import ModelError
 from posttrain.models import attention
 from posttrain.models.batch import pack
 from posttrain.models.lengths import by_encoding, forget_lengths, length_rule, rope_parameters
+from posttrain.models.own_cache import run_on
 from posttrain.types import TokenSeq
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _LONGEST = 40
 _BOUNDARY = 16
 """What every length that a config names is scaled down to, so that the probe crosses it."""
+_PROMPTS, _CACHED_STEPS = (1, 3, 24), 3
 _ORIGINAL = "original_max_position_embeddings"
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
@@ -32,13 +34,32 @@ def ragged_is_exact(model: PreTrainedModel | PeftModel) -> bool:
     only at a length beyond the probe (a window, a chunk, other rotary frequencies) is asked of a small random model of
     the same config with those lengths scaled down; where that cannot be made, the answer is False.
     """
-    base: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore
+    base = _base_of(model)
     text = base.config.get_text_config()
     if not set(getattr(text, "layer_types", None) or ()) <= _LAYER_TYPES or not _agrees(base, model):
         return False
     if not _boundaries(text):
         return True
     return small_is_exact(type(base), base.config)
+
+
+@torch.no_grad()
+def cache_is_exact(model: PreTrainedModel | PeftModel) -> bool:
+    """True if a prompt, and token after token behind it, give the logits of the whole sequence with the cache that the model keeps itself.
+
+    Prompts are of one token, of fewer than a convolution reaches, and of more. What starts only at a length beyond is asked as above. A model
+    that encodes long sequences otherwise than short ones answers False.
+    """
+    base = _base_of(model)
+    if length_rule(base.config) is not None or not _cache_agrees(base, model):
+        return False
+    if not _boundaries(base.config.get_text_config()):
+        return True
+    try:
+        small = _scaled_down(type(base), base.config)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return False
+    return _cache_agrees(small, small)
 
 
 @torch.no_grad()
@@ -52,6 +73,34 @@ def small_is_exact(made: type[PreTrainedModel], config: Any) -> bool:
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return False
     return _agrees(small, small)
+
+
+def _base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    return model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore
+
+
+def _cache_agrees(model: PreTrainedModel, called: Any) -> bool:
+    generator, rows = torch.Generator().manual_seed(0), min(model.config.get_text_config().vocab_size, 1000)
+    reference: list[torch.Tensor] = []
+    found: list[torch.Tensor] = []
+    try:
+        for length in _PROMPTS:
+            ids = tuple(torch.randint(rows, (length + _CACHED_STEPS,), generator=generator).tolist())
+            reference.append(_single(model, called, _seq((*ids, 0)))[length - 1 :])
+            scores_V, cache = run_on(called, ids[:length])
+            found.append(scores_V.float())
+            for token in ids[length:]:
+                scores_V, cache = run_on(called, (token,), cache)
+                found.append(scores_V.float())
+    except (AttributeError, IndexError, KeyError, ModelError, RuntimeError, TypeError, ValueError):
+        return False
+    whole = torch.cat(reference)
+    return float((torch.stack(found) - whole).abs().max()) <= _tolerance(model) * (float(whole.abs().max()) + 1.0)
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    """Of logits, relative to the largest."""
+    return 2e-2 if next(model.parameters()).dtype != torch.float32 or _is_quantized(model) else 1e-3
 
 
 def _agrees(model: PreTrainedModel, called: Any) -> bool:
@@ -71,9 +120,8 @@ def _agrees(model: PreTrainedModel, called: Any) -> bool:
         model.set_attn_implementation(original)
     reference = torch.cat(alone)
     first = len(alone[0])
-    tolerance = 2e-2 if next(model.parameters()).dtype != torch.float32 or _is_quantized(model) else 1e-3
     scale = float(reference.abs().max()) + 1.0
-    equal = float((together - reference).abs().max()) <= tolerance * scale
+    equal = float((together - reference).abs().max()) <= _tolerance(model) * scale
     isolated = float((disturbed[first:] - together[first:]).abs().max()) <= 1e-4 * scale
     return equal and isolated
 

@@ -19,7 +19,7 @@ from posttrain.models.batch import fill_by_tokens
 from posttrain.models.device import uploaded
 from posttrain.models.lengths import forget_lengths
 from posttrain.models.policy import Policy
-from posttrain.rollout.alone import AloneRows
+from posttrain.rollout.alone import AloneRows, OwnCacheRows
 from posttrain.rollout.cached import CachedRows, Shortcuts
 from posttrain.rollout.drafts import Drafter
 from posttrain.rollout.exact import ExactRows
@@ -124,7 +124,7 @@ class TokenAdapters(Protocol):
 class Decoding:
     """Samples rows until they end, or would be longer than `longest` inputs.
 
-    `alone`: each row by itself and without a cache, for models whose rows cannot be run together; no `adapters` then.
+    `alone`: each row by itself, from the cache that the model itself keeps where that is exact, for models whose rows cannot be run together; no `adapters` then.
     `paged`: the cache to use where nobody else is using it; else `shortcuts` are `CachedRows`'.
     `prefixes`: what is known of how prompts begin, of rows on `CachedRows`. `drafter` guesses how rows on these, or on `ExactRows`, go on.
     """
@@ -144,7 +144,7 @@ class Decoding:
         self._rows: list[DecodingRow] = []
         temperature = next((row.params.temperature for row in self._waiting), 1.0)
         self._running: Any = (
-            AloneRows(policy) if alone else ExactRows(policy, temperature) if policy.exact
+            OwnCacheRows(policy) if alone and policy.cache_is_exact else AloneRows(policy) if alone else ExactRows(policy, temperature) if policy.exact
             else paged.begin() if paged is not None and not paged.is_busy else CachedRows(policy, shortcuts.of_call(len(self._waiting)))
         )  # fmt: skip
         self._prefixes = prefixes if isinstance(self._running, CachedRows) else None
