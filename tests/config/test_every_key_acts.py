@@ -22,6 +22,7 @@ ELSEWHERE = {
     "revision": "a hub model's; tests/config/test_hub.py",
     "trust_remote_code": "the same model, with or without code of its own; tests/models/test_load.py",
     "device": "the same numbers on another device",
+    "dataset_num_proc": "who tokenises, with the same rows; tests/data/test_dealt.py",
     "gradient_checkpointing": "memory for time, with the same numbers; tests/models/test_policy.py",
     "unfrozen_layers_spread": "which of more than two layers; tests/models/test_freezing.py",
     "torch_compile": "time, and roundings of the compiler; tests/models/test_compiled.py",

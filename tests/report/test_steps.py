@@ -28,6 +28,9 @@ def test_rows_come_back_as_they_were_read_with_types_and_order(monkeypatch, most
     assert [[type(one) for one in row.values()] for row in found] == [[type(v) for v in row.values()] for row in ROWS]
     assert found[-1] == ROWS[-1] and found[1:6:2] == ROWS[1:6:2] and len(found) == 7
     assert set(found.names()) == {"step", "time", "loss", "num_tokens", "nonfinite"}
+    assert list(LoggedSteps([ROWS[0], *ROWS[2:5]]).column("num_tokens")) == [10, 30, 2**70, 50.0]
+    with pytest.raises(KeyError):
+        list(found.column("step"))
     with pytest.raises(IndexError):
         found[7]
 

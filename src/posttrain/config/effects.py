@@ -80,6 +80,7 @@ NO_EFFECT: tuple[NoEffect, ...] = (
     NoEffect(SFTKeys, ("overflow",), lambda k: k.is_wrapped, "packing_strategy is wrapped, which cuts rows wherever a block ends"),
     NoEffect(SFTKeys, ("packing_window",), lambda k: k.train_sampling_strategy == "sequential", "train_sampling_strategy is sequential, and rows are packed as they come"),
     NoEffect(SFTKeys, ("packing_window",), lambda k: k.streaming, "streaming is true, and buffer_size says it"),
+    NoEffect(SFTKeys, ("dataset_num_proc",), lambda k: k.streaming and not k.eval_datasets, "streaming is true: rows are tokenised as they are trained on"),
     NoEffect(SFTKeys, ("buffer_size",), lambda k: not k.streaming, "streaming is false"),
     NoEffect(DPOKeys, ("eval_steps", "load_best_model_at_end"), _has_nothing_to_measure, "there are no eval_datasets, no val_size and no eval_suite"),
     NoEffect(RewardModelKeys, ("eval_steps", "load_best_model_at_end"), _has_nothing_to_measure, "there are no eval_datasets and no val_size"),

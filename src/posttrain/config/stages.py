@@ -120,6 +120,7 @@ class TrainKeys(OptimizerKeys, ModelKeys):
     """What every stage has."""
 
     datasets: list[DatasetKeys] = knob(..., "Where the rows come from.", min_length=1, example=[{"path": "./data.jsonl"}])
+    dataset_num_proc: int = knob(1, "Processes that tokenise rows which are not in the cache yet, at most one a core; the rows and their cache are those of one.", ge=1, also="dataset_processes (Axolotl), preprocessing_num_workers (LLaMA-Factory)", example=4)
     eval_datasets: list[DatasetKeys] = knob([], "Rows for the validation loss.", also="test_datasets (Axolotl)", example=[{"path": "./dev.jsonl"}])
     val_size: float = knob(0.0, "Rows of datasets to hold out for the validation loss, chosen by the digest of their content: a share below 1, else so many.", ge=0, also="val_set_size (Axolotl)", example=0.05)
     output_dir: str = knob("", "Folder of the run, relative to the YAML; empty means `runs/NAME` with the name of the YAML.", example="runs/first")

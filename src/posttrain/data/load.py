@@ -5,8 +5,11 @@ Reading, parsing, rendering, overflow, cache and the summary meet here; each doe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from posttrain.config.datasets import DatasetKeys, RowKind
@@ -15,10 +18,11 @@ from posttrain.config.rl import SamplingKeys
 from posttrain.config.stages import ExampleKeys, SFTKeys, TrainKeys
 from posttrain.data import cache, render
 from posttrain.data.dataset import Dataset, DataSummary, Skipped, SourceSummary
+from posttrain.data.dealt import deal_of, dealt
 from posttrain.data.formats import Noun, detect_format, parse_rows
 from posttrain.data.gathered import Gathered
 from posttrain.data.opened import OpenSource, read_source
-from posttrain.data.rendered import RowPlan, expanded, render_rows, render_source, source_summary, surveyed
+from posttrain.data.rendered import RowPlan, Survey, expanded, render_rows, render_source, source_summary, surveyed
 from posttrain.data.rows import StoredRows
 from posttrain.data.shelf import Shelf
 from posttrain.data.sources import short_path
@@ -63,7 +67,7 @@ def sft_plan(keys: TrainKeys) -> RowPlan:
     is_wrapped = isinstance(keys, SFTKeys) and keys.is_wrapped
     return RowPlan(
         "examples",
-        lambda tok, noun: render.draft_example(tok, noun, train_on),
+        partial(render.draft_example, train_on=train_on),
         build=lambda _, seqs: seqs[0],
         extra=lambda row: None,
         restore=lambda seqs, extra, origin: seqs[0],
@@ -129,7 +133,7 @@ def load_prompts(
         )
     plan = RowPlan(
         "prompts",
-        lambda tok, noun: render.draft_prompt(tok, _offering(noun, tools)),
+        partial(_draft_offering, tools=tuple(tools)),
         build=lambda noun, seqs: (_offering(noun, tools), seqs[0].ids),
         extra=lambda row: [row[0].prompt, dict(row[0].columns), list(row[0].tools)],
         restore=_restore_prompt,
@@ -149,7 +153,7 @@ def load_steps(
     form = render.StepForm(keys.step_separator, keys.max_completion_length)
     plan = RowPlan(
         "steps",
-        lambda tok, noun: render.draft_steps(tok, noun, form),
+        partial(render.draft_steps, form=form),
         # Of a row that was cut, those whose steps are still whole.
         build=lambda noun, seqs: StepRow(seqs[0], noun.labels[: seqs[0].num_loss_tokens]),
         extra=lambda row: list(row.labels),
@@ -202,7 +206,7 @@ def _load(plan: RowPlan, keys: TrainKeys, tokenizer: Any, given: Sequence[Datase
         with cache.alone(key):
             found, status = cache.lookup(key)  # who had to wait finds it now
             if found is None:
-                found, how = _tokenized(plan, opened, tokenizer, key)
+                found, how = _tokenized(plan, opened, tokenizer, key, keys.dataset_num_proc)
                 status += how
     return _restored(plan, found, sources, status)
 
@@ -221,14 +225,13 @@ def _first_rows(plan: RowPlan, sources: Sequence[DatasetKeys], tokenizer: Any) -
 
 
 def _tokenized(
-    plan: RowPlan, sources: Sequence[OpenSource], tokenizer: Any, key: cache.CacheKey
+    plan: RowPlan, sources: Sequence[OpenSource], tokenizer: Any, key: cache.CacheKey, num_processes: int
 ) -> tuple[cache.Cached, str]:
     """The rows as the next start will find them, and in words why it will not and what an earlier one had left. Raises: DataError."""
     surveys = [surveyed(source, plan.kind) for source in sources]
-    shelf = Shelf(key.shelf if sum(survey.num_parts for survey in surveys) > 1 else None)
     summaries: list[SourceSummary] = []
     seen: set[bytes] = set()
-    with cache.RowWriter(key) as writer:
+    with _shelf(plan, surveys, tokenizer, key.shelf, num_processes) as shelf, cache.RowWriter(key) as writer:
         for survey in surveys:
             part = Gathered(lambda seqs, row: writer.add(seqs, plan.extra(row)), seen)
             render_source(plan, survey, tokenizer, part, shelf)
@@ -236,6 +239,19 @@ def _tokenized(
         found = writer.read(_facts(summaries))
     shelf.clear()
     return found, shelf.found_text + writer.why_not_kept
+
+
+@contextmanager
+def _shelf(
+    plan: RowPlan, surveys: Sequence[Survey], tokenizer: Any, folder: Path, num_processes: int
+) -> Generator[Shelf]:
+    """Where the parts are kept on their way; of a single one nothing is, and nobody else makes it. Raises: ConfigError."""
+    num_parts = sum(survey.num_parts for survey in surveys)
+    if num_parts < 2 or num_processes < 2:
+        yield Shelf(folder if num_parts > 1 else None)
+        return
+    with dealt(deal_of(surveys, plan.kind, plan.draft, tokenizer, folder), num_processes, num_parts) as shelf:
+        yield shelf
 
 
 def _facts(summaries: Sequence[SourceSummary]) -> dict[str, Any]:
@@ -288,6 +304,10 @@ def _restored_summary(raw: dict[str, Any], source: DatasetKeys) -> SourceSummary
         reason: Skipped(s["count"], tuple(s["first"]), tuple(s["lines"])) for reason, s in raw["skipped"].items()
     }
     return SourceSummary(**{**raw, "skipped": skipped, "weight": source.weight, "path": short_path(source.path)})
+
+
+def _draft_offering(tokenizer: Any, prompt: Prompt, tools: Sequence[Mapping[str, Any]]) -> list[render.RenderedRow]:
+    return render.draft_prompt(tokenizer, _offering(prompt, tools))
 
 
 def _offering(prompt: Prompt, tools: Sequence[Mapping[str, Any]]) -> Prompt:

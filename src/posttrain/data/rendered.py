@@ -16,10 +16,10 @@ from posttrain.data.dataset import Skipped, SourceSummary, length_percentiles
 from posttrain.data.formats import Detector, Noun, detect_format, parse_rows
 from posttrain.data.gathered import NOTHING_LEFT, Gathered, Joiner, Out, joined
 from posttrain.data.opened import ROWS_OF_PART, OpenSource, RowPart
-from posttrain.data.parse import IDENTICAL, unpair
+from posttrain.data.parse import IDENTICAL, Skip, unpair
 from posttrain.data.render import RenderedRow
 from posttrain.data.shelf import Rendered, Shelf
-from posttrain.data.sources import Source, short_path
+from posttrain.data.sources import Source, SourceRow, short_path
 from posttrain.errors import DataError
 from posttrain.types import Example, Origin, PreferencePair, TokenSeq
 
@@ -38,12 +38,16 @@ DROPPED = "earlier turns whose thinking the template leaves out"
 REWRITTEN = "turns as the template writes them inside the conversation, otherwise than alone"
 
 
+Draft = Callable[[Any, Any], list[RenderedRow]]
+"""(tokenizer, a row's noun) → its texts with what is trained in them. Other processes are sent it: no function within a function."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowPlan:
     """How one stage's rows are made. `extra` and `restore` take a row to JSON and back, for the cache."""
 
     kind: RowKind
-    draft: Callable[[Any, Any], list[RenderedRow]]
+    draft: Draft
     build: Callable[[Any, tuple[TokenSeq, ...]], Any]
     extra: Callable[[Any], Any]
     restore: Callable[[tuple[TokenSeq, ...], Any, Origin], Any]
@@ -124,30 +128,36 @@ def _take(
     into.num_read += len(part.rows)
     into.notes[INVENTED] += part.invented_nulls
     into.notes[BLANK] += len(part.blank_lines)
-    parsed, skips = parse_rows(part.rows, name, source)
+    nouns, skips = nouns_of(part.rows, name, source, plan.kind)
     for skip in skips:
         into.skip(skip.reason, skip.origin)
-    nouns = expanded(parsed, plan.kind)
-    rendered = shelf.next([noun.origin for noun in nouns], lambda: _rendered(plan, nouns, tokenizer))
+    rendered = shelf.next([noun.origin for noun in nouns], lambda: tokenized(plan.draft, nouns, tokenizer))
     into.notes.update(rendered.notes)
     for noun, seqs in zip(nouns, rendered.rows, strict=True):
         _keep(plan, into, noun, seqs, keep)
 
 
-def _rendered(plan: RowPlan, nouns: Sequence[Noun], tokenizer: Any) -> Rendered:
-    drafts = [plan.draft(tokenizer, noun) for noun in nouns]
-    tokenized = render.tokenize(tokenizer, list(chain(*drafts)))
+def nouns_of(rows: Sequence[SourceRow], name: str, source: DatasetKeys, kind: RowKind) -> tuple[list[Noun], list[Skip]]:
+    """The rows of a part, and what was left out of them. Raises: DataError."""
+    parsed, skips = parse_rows(rows, name, source)
+    return expanded(parsed, kind), skips
+
+
+def tokenized(draft: Draft, nouns: Sequence[Noun], tokenizer: Any) -> Rendered:
+    """Raises: DataError."""
+    drafts = [draft(tokenizer, noun) for noun in nouns]
+    found = render.tokenize(tokenizer, list(chain(*drafts)))
     stepped = [
-        (draft.steps, seq) for draft, seq in zip(chain(*drafts), tokenized.seqs, strict=True) if draft.steps is not None
+        (draft.steps, seq) for draft, seq in zip(chain(*drafts), found.seqs, strict=True) if draft.steps is not None
     ]
     notes = {
-        IN_PIECES: tokenized.split,
+        IN_PIECES: found.split,
         REWRITTEN: sum(draft.rewritten for draft in chain(*drafts)),
         DROPPED: sum(draft.dropped for draft in chain(*drafts)),
         STEPS_CUT: sum(len(steps.texts) - seq.num_loss_tokens for steps, seq in stepped),
         SEPARATED: sum(steps.form.separator in text for steps, _ in stepped for text in steps.texts),
     }
-    seqs = iter(tokenized.seqs)
+    seqs = iter(found.seqs)
     return Rendered([tuple(next(seqs) for _ in group) for group in drafts], notes)
 
 

@@ -31,11 +31,15 @@ class Rendered:
 
 
 class Shelf:
-    """The parts of one cache entry in their order; without a folder, or where it cannot be written, none is kept."""
+    """The parts of one cache entry in their order; without a folder, or where it cannot be written, none is kept.
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+    `awaited` is asked for a part by its number before it is looked for.
+    """
+
+    def __init__(self, folder: Path | None, awaited: Callable[[int], None] = lambda _: None) -> None:
+        self._folder, self._await = folder, awaited
         self._asked = self._found = 0
+        self._earlier = {path.name for path in folder.glob("[0-9]*.npz")} if folder else set[str]()
 
     @property
     def found_text(self) -> str:
@@ -43,15 +47,28 @@ class Shelf:
 
     def next(self, origins: Sequence[Origin], make: Callable[[], Rendered]) -> Rendered:
         """The next part, whose rows are from `origins`: as it was kept, or made now."""
-        name = f"{self._asked:06}.npz"
+        name = self.name(self._asked)
+        self._await(self._asked)
         self._asked += 1
         found = _read(self._folder / name, origins) if self._folder else None
         if found is None:
             found = make()
             self._keep(name, found)
         else:
-            self._found += 1
+            self._found += name in self._earlier
         return found
+
+    def skip(self) -> None:
+        """The next part is somebody else's."""
+        self._asked += 1
+
+    @staticmethod
+    def name(number: int) -> str:
+        return f"{number:06}.npz"
+
+    @property
+    def keeps(self) -> bool:
+        return self._folder is not None
 
     def clear(self) -> None:
         if self._folder is not None:
@@ -70,8 +87,9 @@ class Shelf:
         }
         try:
             self._folder.mkdir(exist_ok=True)
-            np.savez(self._folder / f"new.{name}", allow_pickle=False, **kept)
-            os.replace(self._folder / f"new.{name}", self._folder / name)
+            new = self._folder / f"new.{os.getpid()}.{name}"
+            np.savez(new, allow_pickle=False, **kept)
+            os.replace(new, self._folder / name)
         except OSError as error:
             log.warning(
                 "%s: parts of tokenised rows are not kept on the way: %s", self._folder, error.strerror or error

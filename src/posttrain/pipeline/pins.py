@@ -49,6 +49,7 @@ _HOW_IT_IS_WATCHED = {
     "ddp_timeout",
     "lint",
     "advice_off",
+    "dataset_num_proc",
 }
 """Keys that cannot change a stage's weights."""
 MADE_BY_STAGES = {"rewards": "reward_funcs", "value_model": "value_model"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -173,16 +173,26 @@ class _Steps:
 
     def __init__(self, stage: StageRecord) -> None:
         self._metrics = stage.metrics
-        self.places = {int(row["step"]): place for place, row in enumerate(stage.metrics)}
+        self.places = {int(step): place for place, step in enumerate(stage.metrics.column("step"))}
 
     def values(self, step: int) -> dict[str, float] | None:
         return None if (place := self.places.get(step)) is None else _compared(self._metrics[place])
 
     def last_values(self) -> dict[str, float]:
-        last: dict[str, float] = {}
-        for step in sorted(self.places):
-            last |= _compared(self._metrics[self.places[step]])
-        return last
+        """In the order in which they were first logged."""
+        steps, names = sorted(self.places), [name for name in self._metrics.names() if _is_compared(name)]
+        last = self._first_of_each(reversed(steps), len(names))
+        return {name: last[name] for name in self._first_of_each(steps, len(last))}
+
+    def _first_of_each(self, steps: Iterable[int], num_names: int) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for step in steps:
+            if len(found) == num_names:
+                break
+            found |= {
+                name: value for name, value in _compared(self._metrics[self.places[step]]).items() if name not in found
+            }
+        return found
 
 
 def _compared(row: Mapping[str, Any]) -> dict[str, float]:

@@ -54,6 +54,11 @@ class LoggedSteps(Sequence[Row]):
             name for row in self._as_read for name in row
         )
 
+    def column(self, name: str) -> Iterator[Any]:
+        """Its value in each row. Raises: KeyError at one without it."""
+        for table, place in zip(self._table_of, self._place_in, strict=True):
+            yield self._as_read[place][name] if table < 0 else self._tables[table].value(name, place)
+
     def _row(self, table: int, place: int) -> Row:
         return self._as_read[place] if table < 0 else self._tables[table].row(place)
 
@@ -63,6 +68,7 @@ class _Table:
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
+        self._number = {name: number for number, name in enumerate(names)}
         self._columns: list[array[float] | array[int] | list[Any]] | None = None
         self._types: list[type] = []
 
@@ -82,6 +88,10 @@ class _Table:
             except OverflowError:
                 self._columns[number] = [*column, value]
         return place
+
+    def value(self, name: str, place: int) -> Any:
+        assert self._columns is not None, "a row was added"
+        return self._columns[self._number[name]][place]
 
     def row(self, place: int) -> Row:
         assert self._columns is not None, "a row was added"

@@ -58,7 +58,7 @@ ROWS: dict[str, KeyFate] = {
     **TRAINER,
     **rows(left(TRACKING), "plot_loss", "use_swanlab", "swanlab_project", "swanlab_workspace", "swanlab_run_name", "swanlab_mode", "swanlab_api_key", "swanlab_logdir",
            "swanlab_lark_webhook_url", "swanlab_lark_secret", "include_effective_tokens_per_second", "print_param_status", "wandb_project", "trackio_project"),
-    **rows(left(LOADING), "overwrite_cache", "tokenized_path", "cache_dir", "preprocessing_batch_size", "preprocessing_num_workers", "media_dir", "data_shared_file_system"),
+    **rows(left(LOADING), "overwrite_cache", "tokenized_path", "cache_dir", "preprocessing_batch_size", "media_dir", "data_shared_file_system"),
     **rows(left(KERNELS), "flash_attn", "enable_liger_kernel", "use_unsloth", "use_unsloth_gc", "use_v1_kernels", "use_kernels", "use_kv_cache", "fused_linear_cross_entropy"),
     **rows(left(MEMORY), "low_cpu_mem_usage", "use_reentrant_gc", "upcast_layernorm", "upcast_lmhead_output", "offload_folder", "use_kt", "kt_config", "kt_cpu_activation",
            "kt_mode", "kt_optimize_rule", "kt_maxlen", "kt_use_cuda_graph", "kt_force_think", "cpu_infer", "chunk_size", "mode"),

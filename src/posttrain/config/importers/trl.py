@@ -52,7 +52,7 @@ SCRIPT = "posttrain_stage"
 ROWS: dict[str, KeyFate] = {
     **TRAINER,
     **rows(left(OWN_LOOP), "ignore_bias_buffers", "lora_task_type", "dataset_kwargs", "generate_during_eval", "model_adapter_name", "ref_adapter_name", "is_encoder_decoder", "config"),
-    **rows(left(LOADING), "dataset_num_proc", "dataset_batch_size", "precompute_ref_batch_size"),
+    **rows(left(LOADING), "dataset_batch_size", "precompute_ref_batch_size"),
     **rows(left(PADDING), "padding_free", "pad_to_multiple_of", "pad_token", "label_pad_token_id", "padding_value", "use_logits_to_keep"),
     **rows(left(MEMORY), "activation_offloading", "cast_lm_head_to_fp32", "bnb_4bit_quant_storage", "dtype", "torch_dtype", "gradient_checkpointing_use_reentrant",
            "bnb_4bit_compute_dtype", "cache_implementation"),
