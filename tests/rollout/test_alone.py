@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 import pytest
+from tests.docs.test_families import SHAPES
 
 from posttrain.config.stages import ModelKeys
 from posttrain.models.load import load_policy
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.types import Request, SamplingParams, in_order
-from tests.docs.test_families import SHAPES
 
 PROMPTS = [(5, 6, 7), (9,), tuple(range(40, 70)), (5, 6, 7)]
 NUM_TOKENS = 12
