@@ -161,14 +161,14 @@ def _stages(a: Sequence[StageRecord], b: Sequence[StageRecord]) -> Iterator[Stag
 
 
 def _stage(a: StageRecord, b: StageRecord) -> StageDiff:
-    left, right = _Steps(a), _Steps(b)
+    left, right = _ComparedSteps(a), _ComparedSteps(b)
     steps = sorted({*left.places, *right.places})
     parted = next((step for step in steps if left.values(step) != right.values(step)), None)
     last = [{name: f"{value:.6g}" for name, value in side.last_values().items()} for side in (left, right)]
     return StageDiff(a.name, parted, (len(left.places), len(right.places)), tuple(_changes(*last)))
 
 
-class _Steps:
+class _ComparedSteps:
     """The compared metrics of a stage by step; of one that was logged twice the last."""
 
     def __init__(self, stage: StageRecord) -> None:

@@ -6,20 +6,20 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
-Row = Mapping[str, Any]
+LoggedRow = Mapping[str, Any]
 _MOST_TABLES = 64
 """Rows of more sets of names than these, as of a step or a sample in the name, are kept as they are."""
 _TYPECODES = {float: "d", int: "q"}
 
 
-class LoggedSteps(Sequence[Row]):
+class LoggedSteps(Sequence[LoggedRow]):
     """The rows of a `metrics.jsonl` as they were read, in about 8 bytes a number. Rows of the same names lie in one table."""
 
-    def __init__(self, rows: Iterable[Row] = ()) -> None:
+    def __init__(self, rows: Iterable[LoggedRow] = ()) -> None:
         tables: dict[tuple[str, ...], int] = {}
         self._tables: list[_Table] = []
         self._table_of, self._place_in = array("l"), array("l")
-        self._as_read: list[Row] = []
+        self._as_read: list[LoggedRow] = []
         for row in rows:
             names = tuple(row)
             table = tables.get(names, -1)
@@ -37,15 +37,15 @@ class LoggedSteps(Sequence[Row]):
         return len(self._table_of)
 
     @overload
-    def __getitem__(self, place: int) -> Row: ...
+    def __getitem__(self, place: int) -> LoggedRow: ...
     @overload
-    def __getitem__(self, place: slice) -> Sequence[Row]: ...
-    def __getitem__(self, place: int | slice) -> Row | Sequence[Row]:
+    def __getitem__(self, place: slice) -> Sequence[LoggedRow]: ...
+    def __getitem__(self, place: int | slice) -> LoggedRow | Sequence[LoggedRow]:
         if isinstance(place, slice):
             return [self[one] for one in range(*place.indices(len(self)))]
         return self._row(self._table_of[place], self._place_in[place])
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[LoggedRow]:
         return map(self._row, self._table_of, self._place_in)
 
     def names(self) -> dict[str, None]:
@@ -59,7 +59,7 @@ class LoggedSteps(Sequence[Row]):
         for table, place in zip(self._table_of, self._place_in, strict=True):
             yield self._as_read[place][name] if table < 0 else self._tables[table].value(name, place)
 
-    def _row(self, table: int, place: int) -> Row:
+    def _row(self, table: int, place: int) -> LoggedRow:
         return self._as_read[place] if table < 0 else self._tables[table].row(place)
 
 
@@ -72,7 +72,7 @@ class _Table:
         self._columns: list[array[float] | array[int] | list[Any]] | None = None
         self._types: list[type] = []
 
-    def add(self, row: Row) -> int:
+    def add(self, row: LoggedRow) -> int:
         """Its place."""
         if self._columns is None:
             self._types = [type(value) for value in row.values()]
@@ -93,6 +93,6 @@ class _Table:
         assert self._columns is not None, "a row was added"
         return self._columns[self._number[name]][place]
 
-    def row(self, place: int) -> Row:
+    def row(self, place: int) -> LoggedRow:
         assert self._columns is not None, "a row was added"
         return dict(zip(self.names, [column[place] for column in self._columns], strict=True))
