@@ -33,7 +33,8 @@ GRPO = {
     "max_steps": STEPS, "num_generations": 2, "num_prompts_per_step": BATCH, "max_completion_length": 320, "sequence_len": 480,
     "learning_rate": 3e-3, "save_total_limit": 9,
 }  # fmt: skip
-ENGINE = {"engine": "vllm_server", "memory_gib": 0.1}
+ENGINE = {"engine": "vllm_server", "memory_gib": 0.1, "timeout_s": 90, "start_timeout_s": 1400}
+"""Nothing here is to be taken for dead because the machine is busy: the first tokens of a server took more than 30 s there."""
 LIVES = ["restarting", "stale", "healthy"]
 SLOW_REWARD = """
 import pathlib, time
@@ -61,29 +62,31 @@ class Run:
     def __init__(self, cluster, yaml, plan, how):
         self.folder = yaml.parent / "run"
         self.stage = self.folder / "stages/01-grpo"
-        self.marker = yaml.with_suffix(".marker")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", struck_engine_runner.__name__, "drive", plan, str(self.marker), "grpo", str(yaml),
-             "--ray", cluster.address, *map(str, how)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT,
-        )  # fmt: skip
+        self.marker, self.err = yaml.with_suffix(".marker"), yaml.with_suffix(".err")
+        words = ["drive", plan, self.marker, "grpo", yaml, "--ray", cluster.address, *how]
+        with self.err.open("w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", struck_engine_runner.__name__, *map(str, words)],
+                stdout=subprocess.DEVNULL, stderr=err, env=environment(), cwd=ROOT,
+            )  # fmt: skip
 
     def until(self, seen):
         """What `seen` gives once that is something."""
         until = time.monotonic() + LONGEST_S
         while not (found := seen()):
-            assert self.process.poll() is None, self.process.communicate()[1][-4000:]
+            assert self.process.poll() is None, self.err.read_text()[-4000:]
             assert time.monotonic() < until
             time.sleep(0.01)
         return found
 
-    def struck(self, version, strike, lives=2):
-        """Strikes at the point of that version; how long until the engine is healthy again, in so many lives, and a further step is logged."""
+    def struck(self, version, strike):
+        """Strikes at the point of that version; how long until a later start of the engine is healthy and a further step is logged."""
         place = Path(f"{self.marker}.{version}")
         self.until(place.exists)
+        before = self.leases(0)[-1]
         strike()
         Path(f"{place}.struck").write_text("")
-        return self.recovered(lambda: self.lives(0).count("healthy") >= lives)
+        return self.recovered(lambda: self.leases(0)[-1] > before)
 
     def recovered(self, is_back):
         began, steps = time.monotonic(), self.steps()
@@ -94,9 +97,18 @@ class Run:
         metrics = self.stage / "metrics.jsonl"
         return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
-    def lives(self, engine):
+    def changes(self, engine):
         told = events(self.folder) if (self.folder / "events.jsonl").exists() else []
-        return [event["to"] for event in told if event.get("role") == f"engine-{engine}" and "to" in event]
+        return [event for event in told if event.get("role") == f"engine-{engine}" and "to" in event]
+
+    def lives(self, engine):
+        """What became of it, without the deadlines that it missed while the machine was busy."""
+        states = [change["to"] for change in self.changes(engine) if change["to"] != "suspect"]
+        return [state for state, before in zip(states, ["", *states], strict=False) if state != before]
+
+    def leases(self, engine):
+        """Those of its starts that were healthy."""
+        return [change["lease"] for change in self.changes(engine) if change["to"] == "healthy"]
 
     def servers(self, log="vllm_server.log"):
         """The processes that write this log, those of vLLM: a supervisor and a keeper are none of them."""
@@ -121,9 +133,9 @@ class Run:
         return found
 
     def done(self):
-        _, err = self.process.communicate(timeout=LONGEST_S)
-        assert self.process.returncode == 0, err[-6000:]
-        return err
+        self.process.wait(LONGEST_S)
+        assert self.process.returncode == 0, self.err.read_text()[-6000:]
+        return self.err.read_text()
 
 
 def processes():
@@ -160,7 +172,7 @@ def run(cluster, write_yaml):
     for one in running:
         if one.process.poll() is None:
             one.process.terminate()
-            one.process.communicate(timeout=120)
+            one.process.wait(120)
 
 
 def check_whole(run, runner):
@@ -192,20 +204,20 @@ def check_ahead(run):
 
 
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
-STRIKES = [("generating", 1, KILL), ("syncing", 3, KILL), ("generating", 4, STOP), ("syncing", 6, STOP)]
+STRIKES = [("syncing", 1, KILL), ("syncing", 2, STOP), ("generating", 4, STOP), ("generating", 6, KILL)]
 """By the version of the weights. A trainer that holds still for the next strike has logged the step that shows the recovery from this one."""
-SAYS = {"generating": "could not generate", "syncing": "could not take its weights"}
 
 
 def test_an_engine_that_is_struck_comes_back_with_the_weights(run, runner):
     """Four times in one run, at weights of these versions: killed, and standing still for good."""
     rollout = ENGINE | {"max_staleness": STALENESS, "pause": "keep", "max_restarts": 4}
     one = run(",".join(f"{point}:{version}" for point, version, _ in STRIKES), rollout=rollout)
-    for number, (point, version, how) in enumerate(STRIKES, start=2):
-        took = one.struck(version, lambda how=how: strike_all(one.servers(), how), lives=number)
+    for point, version, how in STRIKES:
+        took = one.struck(version, lambda how=how: strike_all(one.servers(), how))
         print(f"engine {point} {how.name}: recovered after {took:.0f} s")
     err = one.done()
-    assert {point: err.count(f"vLLM's server {said}") for point, said in SAYS.items()} == dict.fromkeys(SAYS, 2)
+    # Who samples and who brings weights find out at the same time, and the first one says it.
+    assert sum(err.count(f"vLLM's server could not {doing}") for doing in ("generate", "take its weights")) == 4
     assert "it is started again (0 more times at most)" in err
     assert one.lives(0)[:15] == [*LIVES, *["dead", *LIVES] * 4][:15]
     check_whole(one, runner)
