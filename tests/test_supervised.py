@@ -8,7 +8,7 @@ import tempfile
 import time
 
 import pytest
-from tests.processes import all_gone
+from tests.processes import all_gone, family
 
 from posttrain.supervised import SupervisedProcess
 
@@ -46,23 +46,15 @@ def test_the_order_to_end_reaches_what_it_has_started(tmp_path):
         assert all_gone(running)
 
 
-@pytest.mark.parametrize("noticed_by", [SupervisedProcess.has_ended, SupervisedProcess.end])
-def test_what_a_killed_supervisor_leaves_is_ended_by_whoever_notices(noticed_by, tmp_path):
-    # A process of its own group is beyond reach then: only what stayed in the supervisor's group is promised.
-    script = (
-        "import os, pathlib, subprocess, sys\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        f"pathlib.Path({str(tmp_path / 'pids')!r}).write_text(f'{{os.getpid()}} {{child.pid}}')\n"
-        "child.wait()\n"
-    )
+@pytest.mark.parametrize("supervisor", [0, 1])
+def test_what_a_killed_supervisor_leaves_is_ended_by_the_other_one(supervisor, tmp_path):
+    """Nobody else notices: whoever started it may have been killed too, as Ray kills the children of a worker that ends."""
     with tempfile.TemporaryFile() as log:
-        process = SupervisedProcess("posttrain.supervised:run_program", [sys.executable, "-c", script], log, os.environ)
+        process = started(tmp_path / "pids", log)
         running = pids(tmp_path / "pids")
-        os.kill(process.pid, signal.SIGKILL)
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert not all_gone(running[1:], within_s=0)
-        noticed_by(process)
+        os.kill(family(process.pid)[supervisor], signal.SIGKILL)
         assert all_gone(running)
+        process.end()
 
 
 @pytest.mark.parametrize(

@@ -64,8 +64,8 @@ class SupervisedProcess:
         return self._supervisor.poll()
 
     def signal(self, number: int) -> None:
-        """To what the entry runs as, not to its supervisor."""
-        for pid in _children(self._supervisor.pid):
+        """To what the entry runs as, not to its supervisors."""
+        for pid in (entry for second in _children(self._supervisor.pid) for entry in _children(second)):
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
@@ -111,20 +111,27 @@ def run_program(*command: str) -> NoReturn:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Split into the process that runs the entry and its supervisor."""
+    """Split into the process that runs the entry and its two supervisors, the second one of them a child of the first.
+
+    Ray kills the children of a worker that ends, so a worker's death may be the first supervisor's too: the second one sees that, and ends
+    the rest.
+    """
     parent, from_main_thread, descriptors, scratch, entry, *rest = arguments
     libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     folder = tempfile.mkdtemp(prefix=scratch) if scratch else None
-    supervisor = os.getpid()
-    child = os.fork()
-    if child:
-        for descriptor in filter(None, descriptors.split(",")):
-            os.close(int(descriptor))
-        if from_main_thread == "1":
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        _supervise(child, int(parent), folder)
+    watched, is_quick = int(parent), from_main_thread == "1"
+    for _ in range(2):
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        supervisor = os.getpid()
+        child = os.fork()
+        if child:
+            for descriptor in filter(None, descriptors.split(",")):
+                os.close(int(descriptor))
+            if is_quick:
+                libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+            _supervise(child, watched, folder)
+        watched, is_quick = supervisor, True
     if folder:
         os.environ["TMPDIR"] = folder
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
