@@ -90,7 +90,8 @@ def found_by(runner, tmp_path):
     def call(num_processes, script, job, **changes):
         path.write_text(script)
         found.unlink(missing_ok=True)
-        changes |= {"PYTHONPATH": str(Path(runner.__file__).parent), "FOUND": str(found)}
+        beside = [str(Path(runner.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        changes |= {"PYTHONPATH": os.pathsep.join(beside), "FOUND": str(found)}
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
         done = subprocess.run(
             [sys.executable, *(launcher if num_processes > 1 else []), str(path), json.dumps(job)], check=False,

@@ -87,8 +87,8 @@ def _of_batch(policy, batch, copies):
 def exported(exports, ranks, spec):
     """Name → what each rank read of the file and held, in bytes; the folder holds the model, moved by a noise of its names."""
     found = {}
-    for name, (model, folder) in exports.items():
-        keys = SFTKeys(base_model=model, datasets=[{"path": "x"}], device="cpu")
+    for name, (model, folder, options) in exports.items():
+        keys = SFTKeys(base_model=model, datasets=[{"path": "x"}], device="cpu", **options)
         sharding, read = sharding_over(ranks, ShardingSpec(**spec)), []
         cut = sharding.cut
 

@@ -134,6 +134,8 @@ def test_four_ranks_hold_two_copies_or_four(model_dir, data_dir, found_by, tmp_p
         "two": {"sharding": {"dp_shard_size": 2}},
         "four": {"sharding": {"dp_shard_size": 1}},
         "node": {"sharding": {"dp_shard_size": "node"}},
+        "one, adapter": {"adapter": "lora", "lora_r": 4},
+        "two, adapter": {"adapter": "lora", "lora_r": 4, "sharding": {"dp_shard_size": 2}},
     }
     found = found_by(4, SCRIPT, _job(rows, model_dir("llama"), data_dir, tmp_path))
     one = found["one"]
@@ -143,8 +145,9 @@ def test_four_ranks_hold_two_copies_or_four(model_dir, data_dir, found_by, tmp_p
     assert (one["all_reduces"], found["two"]["all_reduces"]) == (0, found["two"]["reduces"])
     assert found["four"]["gathers"] == 0
     for name in rows:
-        assert found[name]["norm"] == pytest.approx(one["norm"], rel=1e-5)
-        assert found[name]["digest"] == one["digest"]
+        twin = found["one, adapter" if name.endswith("adapter") else "one"]
+        assert found[name]["norm"] == pytest.approx(twin["norm"], rel=1e-5)
+        assert found[name]["digest"] == twin["digest"]
 
 
 EXPERTS = {"lora_target": ["q_proj", "gate_up_proj", "down_proj"], "adapter": "lora", "lora_r": 4}

@@ -17,6 +17,16 @@ ROWS = {
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "soft caps": ("gemma2", {}),
 }
+LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 1, "init_lora_weights": False}
+"""Of B that is zero, A would have no gradient; what is drawn in its place is scaled down, for rounding grows with the logits."""
+ADAPTERS = {
+    "an adapter": ("qwen3", LORA),
+    "an adapter beside experts": ("qwen3_moe", {**LORA, "lora_target": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
+    "an adapter on biases and the head": (
+        "llama",
+        {**LORA, "lora_target": ["q_proj", "o_proj", "down_proj", "lm_head"]},
+    ),
+}
 STAGES = {
     "sft": {"per_device_train_batch_size": 2, "num_processes": 2, "save_steps": 1, "gradient_checkpointing": True},
     "dpo": {"per_device_train_batch_size": 2, "num_processes": 2},
@@ -27,9 +37,12 @@ CASES = {
     "fast": (2, ["norms of heads, a tied head", "experts"], ["sft"]),
     "two": (2, list(ROWS), list(STAGES)),
     "four": (4, list(ROWS), list(STAGES)),
+    "adapters": (2, list(ADAPTERS), list(STAGES)),
+    "adapters on four": (4, list(ADAPTERS), list(STAGES)),
 }
 """Name → ranks, two of which hold a layer between them; the rows that they score and export, the stages that they take."""
 ALL_CASES = ["fast", *(pytest.param(name, marks=pytest.mark.slow) for name in ("two", "four"))]
+ADAPTED = [pytest.param(name, marks=pytest.mark.slow) for name in CASES if name.startswith("adapters")]
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +57,12 @@ def shared(model_dir, data_dir, tmp_path_factory):
             stages = {kind: {**SHARED, **STAGES[kind]} for kind in kinds}
             if ranks == 4:  # the rows of two processes
                 stages = {k: o | ({"num_processes": 4} if "num_processes" in o else {}) for k, o in stages.items()}
+            if case.startswith("adapters"):
+                stages = {kind: LORA | options for kind, options in stages.items()}
             rows = _rows(names, model_dir)
             job = {
                 "spec": {"tensor_parallel_size": 2}, "data": str(data_dir), "rows": rows,
-                "exports": {name: (model, str(folder / name / "model")) for name, (model, _) in rows.items()},
+                "exports": {name: (model, str(folder / name / "model"), own) for name, (model, own) in rows.items()},
             }  # fmt: skip
             found, jobs = sequence_runner.started(ranks, job, str(model_dir("qwen3")), folder, stages)
             done[case] = found, jobs, folder
@@ -57,11 +72,14 @@ def shared(model_dir, data_dir, tmp_path_factory):
 
 
 def _rows(names, model_dir):
-    return {name: (str(model_dir(ROWS[name][0], **ROWS[name][1])), {}) for name in names}
+    """Name → model, and the stage's keys."""
+    plain = {name: (str(model_dir(ROWS[name][0], **ROWS[name][1])), {}) for name in names if name in ROWS}
+    adapted = {name: (str(model_dir(ADAPTERS[name][0])), ADAPTERS[name][1]) for name in names if name in ADAPTERS}
+    return plain | adapted
 
 
 @pytest.mark.xdist_group("tensor parallel")
-@pytest.mark.parametrize("case", ALL_CASES)
+@pytest.mark.parametrize("case", [*ALL_CASES, *ADAPTED])
 def test_scores_and_gradients_are_those_of_one_process(case, shared, model_dir, data_dir):
     with join_ranks() as alone:
         one = sequence_runner.scored(data_dir, _rows(CASES[case][1], model_dir), alone, {})
@@ -70,7 +88,7 @@ def test_scores_and_gradients_are_those_of_one_process(case, shared, model_dir, 
 
 
 @pytest.mark.xdist_group("tensor parallel")
-@pytest.mark.parametrize("case", ALL_CASES)
+@pytest.mark.parametrize("case", [*ALL_CASES, *ADAPTED])
 def test_stages_take_the_steps_of_one_process_which_goes_on_from_them(case, shared, runner, tmp_path):
     *jobs, stopped = shared(case)[1]
 
@@ -90,13 +108,29 @@ def test_stages_take_the_steps_of_one_process_which_goes_on_from_them(case, shar
 def test_each_rank_reads_its_shares_alone_and_all_write_the_files_of_one_process(case, shared, model_dir, tmp_path):
     ranks, names, _ = CASES[case]
     found, _, folder = shared(case)
-    exports = {name: (model, str(tmp_path / name / "model")) for name, (model, _) in _rows(names, model_dir).items()}
-    with join_ranks() as alone:
-        one = sequence_runner.exported(exports, alone, {})
+    one = _exported(names, model_dir, tmp_path)
     for name, [[whole]] in one.items():
         assert file_digests(folder / name / "model") == file_digests(tmp_path / name / "model"), name
         for *reads, held in found[name]:  # the proof of an export reads them too; a head is cut before it is tied
             assert len(reads) == 2 and held <= min(reads) and max(reads) < 1.25 * whole / ranks
+
+
+@pytest.mark.xdist_group("tensor parallel")
+@pytest.mark.parametrize("case", ADAPTED)
+def test_adapters_are_written_and_merged_as_by_one_process(case, shared, model_dir, tmp_path):
+    _, names, _ = CASES[case]
+    folder = shared(case)[2]
+    _exported(names, model_dir, tmp_path)
+    for name in names:
+        for part in ("model", "adapter"):
+            assert file_digests(folder / name / part) == file_digests(tmp_path / name / part), (name, part)
+
+
+def _exported(names, model_dir, folder):
+    rows = _rows(names, model_dir)
+    with join_ranks() as alone:
+        exports = {name: (model, str(folder / name / "model"), own) for name, (model, own) in rows.items()}
+        return sequence_runner.exported(exports, alone, {})
 
 
 def test_keys_that_do_not_go_together_are_refused(runner, model_dir, data_dir):
@@ -107,7 +141,20 @@ def test_keys_that_do_not_go_together_are_refused(runner, model_dir, data_dir):
     for says, kind, options in (
         ("tensor_parallel_size: 2 with sp_size: 2", "sft", {"sharding": {"sp_size": 2}}),
         ("tensor_parallel_size: 2 with dp_shard_size: node", "sft", {"sharding": {"dp_shard_size": "node"}}),
-        ("sharding.tensor_parallel_size: 2 with adapter: lora", "sft", {"adapter": "lora"}),
+        ("sharding.tensor_parallel_size: 2 with a base in 4 bits", "sft", {"adapter": "qlora"}),
+        ("sharding.tensor_parallel_size: 2 with use_dora: true", "sft", {**LORA, "use_dora": True}),
+        (
+            "sharding.tensor_parallel_size: 2 with init_lora_weights: pissa",
+            "sft",
+            {**LORA, "init_lora_weights": "pissa"},
+        ),
+        ("sharding.tensor_parallel_size: 2 with lora_dropout: 0.1", "sft", {**LORA, "lora_dropout": 0.1}),
+        (
+            "tensor_parallel_size: 2 with lora_modules_to_save: lm_head",
+            "sft",
+            {**LORA, "lora_modules_to_save": ["lm_head"]},
+        ),
+        ("tensor_parallel_size: 2 with added_tokens: <tool>", "sft", {**LORA, "added_tokens": ["<tool>"]}),
         ("sharding.tensor_parallel_size: 2 with optim: sgd", "sft", {"optim": "sgd"}),
         (
             "tensor_parallel_size: 2 with param_dtype: bfloat16",
@@ -154,8 +201,8 @@ def test_bf16_between_two_processes_is_as_near_to_float32_as_that_of_one(model_d
 
 
 @pytest.mark.slow
-def test_an_adapter_is_refused_by_every_process_in_one_line(refused, write_yaml, tmp_path):
-    done = refused(2, "sft", write_yaml("sft", sharding={"tensor_parallel_size": 2}, adapter="lora"))
-    said = "sharding.tensor_parallel_size: 2 with adapter: lora: an adapter's matrices are in no model's plan: set adapter: none"
+def test_an_adapter_on_experts_is_refused_by_every_process_in_one_line(refused, write_yaml, tmp_path):
+    keys = {"adapter": "lora", "lora_target": ["q_proj", "gate_up_proj"], "sharding": {"tensor_parallel_size": 2}}
+    done = refused(2, "sft", write_yaml("sft", architecture="qwen3_moe", **keys))
+    said = "is trained, where only A and B of linear layers are proven; take it out of the adapter, or set it to 1"
     assert done.stderr.count(said) == 1
-    assert not (tmp_path / "run").exists()

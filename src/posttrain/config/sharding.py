@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import field_validator, model_validator
 
 from posttrain.config.knob import Keys, knob
+
+if TYPE_CHECKING:
+    from posttrain.config.stages import TrainKeys
 
 # fmt: off
 # One key a line: the table below is read down, not across.
@@ -51,3 +54,19 @@ class ShardingKeys(Keys):
         if isinstance(size, int) and size < 1:
             raise ValueError(f"{size} is no number of processes; expected 1 or more, node or null")
         return size
+
+
+def beside_tensor_parallel(keys: TrainKeys) -> dict[str, tuple[str, Any]]:
+    """What of a stage's keys does not go with it: by key why, and whether it is set so."""
+    adapted = keys.adapter != "none"
+    return {
+        f"a base in {keys.base_bits} bits": ("what is packed is not dealt: set adapter: lora, and load_in_8bit: false", adapted and keys.base_bits),
+        "use_dora: true": ("it wants whole matrices: set it to false", adapted and keys.use_dora),
+        f"init_lora_weights: {keys.init_lora_weights}": ("it wants whole matrices: set it to true", adapted and not isinstance(keys.init_lora_weights, bool)),
+        f"lora_dropout: {keys.lora_dropout:g}": ("not proven together: set it to 0", adapted and keys.lora_dropout),
+        f"lora_modules_to_save: {', '.join(keys.lora_modules_to_save)}": ("beside A and B nothing is dealt: take them out", adapted and keys.lora_modules_to_save),
+        f"added_tokens: {', '.join(keys.added_tokens)}": ("embedding and head would be trained whole: take them out, or set adapter: none", adapted and keys.added_tokens),
+        "a reward model": ("its head scores whole sequences: set it to 1", keys.is_reward_model),
+        "param_dtype: bfloat16": ("not proven together: set it to float32, and bf16: true", keys.sharding.param_dtype != "float32"),
+        f"optim: {keys.optim}": ("set adamw", keys.optim != "adamw"),
+    }

@@ -13,7 +13,7 @@ from pydantic import field_validator, model_validator
 from posttrain.config.datasets import DatasetKeys, RowKind, share_or_number
 from posttrain.config.knob import knob
 from posttrain.config.optimizing import TAKE_SHARES, OptimizerKeys, check_patterns, only_layers
-from posttrain.config.sharding import ShardingKeys
+from posttrain.config.sharding import ShardingKeys, beside_tensor_parallel
 from posttrain.config.starting import StartKeys
 
 # fmt: off
@@ -191,13 +191,7 @@ class TrainKeys(OptimizerKeys, ModelKeys):
 
     @model_validator(mode="after")
     def _layers_are_held_between_processes(self) -> TrainKeys:
-        refused = {
-            f"adapter: {self.adapter}": ("an adapter's matrices are in no model's plan: set adapter: none", self.adapter != "none"),
-            "a reward model": ("its head scores whole sequences: set it to 1", self.is_reward_model),
-            "param_dtype: bfloat16": ("not proven together: set it to float32, and bf16: true", self.sharding.param_dtype != "float32"),
-            f"optim: {self.optim}": ("set adamw", self.optim != "adamw"),
-        }
-        for beside, (why, found) in refused.items():
+        for beside, (why, found) in beside_tensor_parallel(self).items():
             if found and self.sharding.tensor_parallel_size > 1:
                 raise ValueError(f"{self.sharding.group_text} with {beside}: {why}")
         return self

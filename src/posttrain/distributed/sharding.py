@@ -69,6 +69,8 @@ class FullyShard:
     def cut(self, model: Any) -> Any:
         from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+        if _is_cut(model):
+            return model
         places = [Shard(0)] if self._mesh.ndim == 1 else [Replicate(), Shard(0)]
         if self.tensor is not None:
             self.tensor.cut(model, decoder_layers(model))
@@ -89,7 +91,7 @@ class FullyShard:
 
         # Who reads experts one by one wants some for every rank.
         whole = [p for p in model.parameters() if -(-rows(p) // shards(p)) * (shards(p) - 1) < rows(p)]
-        _replace(model, {id(parameter): share(parameter) for parameter in whole})
+        replace_parameters(model, {id(parameter): share(parameter) for parameter in whole})
         return model
 
     def _in_layers(self, model: Any) -> set[int]:
@@ -109,11 +111,13 @@ class FullyShard:
 
         # Packed 4-bit weights are no tensors that can be cut: with their scales beside them, each rank holds all of them.
         packed = {p for p in model.parameters() if not p.is_floating_point()}
-        if self.tensor is not None and not any(isinstance(p, DTensor) for p in model.parameters()):
+        if self.tensor is not None and not _is_cut(model):
             self.tensor.cut(model, decoder_layers(model))
+        if self.tensor is not None and hasattr(model, "get_base_model"):
+            self.tensor.cut_adapter(model)
         # FSDP shards whole parameters. In the place of those that were read as shares it gets empty ones.
         shares = {id(p): p for p in model.parameters() if isinstance(p, DTensor) and not self._is_part(p)}
-        places = _replace(model, {key: self._empty(parameter) for key, parameter in shares.items()})
+        places = replace_parameters(model, {key: self._empty(parameter) for key, parameter in shares.items()})
         how: dict[str, Any] = {
             "mp_policy": precision(self._spec.param_dtype, self._spec.reduce_dtype),
             "ignored_params": packed,
@@ -198,7 +202,7 @@ class FullyShard:
 
         shares = {id(p): p for p in module.parameters() if isinstance(p, DTensor)}
         wholes = {key: nn.Parameter(_full(p.detach()), p.requires_grad) for key, p in shares.items()}
-        places = _replace(module, wholes)
+        places = replace_parameters(module, wholes)
         try:
             yield
         finally:
@@ -278,6 +282,12 @@ def _num_shards(size: int | str | None, ranks: Ranks) -> int:
     return size
 
 
+def _is_cut(model: nn.Module) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
 def _like(parameter: torch.Tensor, value: Any) -> Any:
     """A share of the optimizer's as a tensor that is sharded like its parameter."""
     from torch.distributed.tensor import DTensor
@@ -305,7 +315,7 @@ def _cut_again(part: Any, mesh: Any) -> Any:
     )  # fmt: skip
 
 
-def _replace(model: nn.Module, by_id: Mapping[int, nn.Parameter]) -> list[tuple[nn.Module, str, int]]:
+def replace_parameters(model: nn.Module, by_id: Mapping[int, nn.Parameter]) -> list[tuple[nn.Module, str, int]]:
     """Put other parameters in the place of those with these ids, tied ones everywhere. Returns the places."""
     places = [
         (module, name, id(parameter))

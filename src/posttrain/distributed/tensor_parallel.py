@@ -2,7 +2,7 @@
 
 Source: Shoeybi et al. 2019, Megatron-LM, arXiv 1909.08053. What is done to a module of the plan is transformers' own. Experts are
 dealt whole to the same neighbours (expert parallelism). Embedding, last norm and head are in no part: the neighbours score a part
-of the micro-batch's rows each.
+of the micro-batch's rows each. Of an adapter that matrix is cut which meets the cut side of its layer, the other one lies alike.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from posttrain.errors import ModelError
 
 DENSE = frozenset({"colwise", "rowwise"})
 EXPERTS = frozenset({"grouped_gemm", "ep_dispatch_experts"})
+ADAPTED = {"colwise": "lora_B.default", "rowwise": "lora_A.default"}
+"""Which of a layer's two matrices of low rank is cut as the layer is, by the layer's style."""
 PER_HEAD = "replicated_with_grad_allreduce"
 """Of norms that each neighbour runs on its own heads: their weights are alike, and their gradients add up."""
 
@@ -83,6 +85,15 @@ class TensorGroup:
         layers[0].register_forward_pre_hook(self._shared_gradient, with_kwargs=True)
         layers[-1].register_forward_hook(self._summed_gradient)
 
+    def cut_adapter(self, model: Any) -> None:
+        """The same for the adapters that were put on a model that is cut. Raises: ModelError for others than those of linear layers."""
+        from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+        _refuse_other_adapters(model)
+        base = model.get_base_model()
+        plan = ParallelPlan.of(base.tp_plan, base.ep_plan)
+        apply_tensor_parallelism(base, self.mesh, {f"{n}.{ADAPTED[style]}": style for n, style in plan.dense.items()})
+
     def _shared_gradient(self, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Every neighbour has the whole gradient of what layers are given; before them they add up."""
         share: Callable[[Tensor], Any] = partial(_ShareGradient.apply, self.size)
@@ -126,6 +137,18 @@ def _refuse_other_parts(model: Any, layers: list[nn.Module]) -> None:
             raise ModelError(
                 f"sharding.tensor_parallel_size: {name} ({type(module).__name__}) has weights outside of the layers, where only embedding, "
                 "norm and head are proven; set it to 1"
+            )
+
+
+def _refuse_other_adapters(adapted: Any) -> None:
+    """Raises: ModelError for what is trained beside A and B of linear layers."""
+    linear = {name for name, module in adapted.named_modules() if isinstance(module, nn.Linear)}
+    for name, parameter in adapted.named_parameters():
+        layer, _, matrix = name.rpartition(".lora_")
+        if parameter.requires_grad and not (matrix[:1] in ("A", "B") and f"{layer}.base_layer" in linear):
+            raise ModelError(
+                f"sharding.tensor_parallel_size: with an adapter {name} is trained, where only A and B of linear layers are proven; take it "
+                "out of the adapter, or set it to 1"
             )
 
 

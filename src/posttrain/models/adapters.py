@@ -7,6 +7,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from posttrain.config.stages import ModelKeys
+from posttrain.distributed.sharding import replace_parameters
 from posttrain.errors import ModelError
 from posttrain.models.low_rank import CONFIG, adapter_config, adapter_weights
 from posttrain.models.offload import OffloadedLayers
@@ -127,7 +129,8 @@ def _adapted(model: PreTrainedModel, config: LoraConfig, keys: ModelKeys) -> Any
     from peft import get_peft_model
 
     try:
-        adapted: Any = get_peft_model(model, config)
+        with _whole_shapes(model):
+            adapted: Any = get_peft_model(model, config)
     except (ValueError, TypeError, KeyError, ImportError) as error:
         raise ModelError(
             f"PEFT refuses this adapter (init_lora_weights: {keys.init_lora_weights}, lora_target: {keys.lora_target}): "
@@ -135,6 +138,23 @@ def _adapted(model: PreTrainedModel, config: LoraConfig, keys: ModelKeys) -> Any
         ) from error
     _train_in_float32(adapted)
     return adapted
+
+
+@contextmanager
+def _whole_shapes(model: nn.Module) -> Iterator[None]:
+    """PEFT takes the sizes of an adapter from a layer's weight, and of one that lies in shares on several meshes those of the share."""
+    shares = {id(p): p for p in model.parameters() if hasattr(p, "full_tensor")}
+    whole = {
+        key: nn.Parameter(torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape), p.requires_grad)
+        for key, p in shares.items()
+    }
+    places = replace_parameters(model, whole)
+    try:
+        yield
+    finally:
+        for module, name, key in places:
+            shares[key].requires_grad = whole[key].requires_grad
+            module._parameters[name] = shares[key]
 
 
 def _fingerprint(parameter: torch.Tensor) -> bytes:
@@ -314,7 +334,8 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     adapter_config(adapter)
     saved = adapter_weights(adapter)
     try:
-        adapted = PeftModel.from_pretrained(model, str(adapter))
+        with _whole_shapes(model):
+            adapted = PeftModel.from_pretrained(model, str(adapter))
     except RuntimeError as error:
         raise ModelError(f"{adapter} does not fit its base: {' '.join(str(error).split())}") from error
     _check_filled(adapted, saved, adapter)
@@ -339,7 +360,8 @@ def continue_adapter(model: PreTrainedModel, adapter: Path, dropout: float) -> P
     # What any other init would compute is overwritten below.
     config.inference_mode, config.init_lora_weights, config.lora_dropout = False, True, dropout
     try:
-        adapted: Any = get_peft_model(model, config)
+        with _whole_shapes(model):
+            adapted: Any = get_peft_model(model, config)
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{adapter} does not fit its base: {' '.join(str(error).split())}") from error
     _train_in_float32(adapted)

@@ -191,6 +191,8 @@ def load_policy(
     generation.complete(model, tokenizer, keys.base_model)
     if keys.is_reward_model:  # by it transformers finds where a row ends
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if with_adapter and shards.tensor is not None:  # an adapter is cut as the layer is that it is on
+        model = shards.cut(model)
     adapted: Any = model
     moved = False
     if with_adapter and is_continued(keys):

@@ -92,11 +92,21 @@ def _merged(name: str, module: Any) -> NamedTensors:
         trained: Any = module
         inner: Any = trained.modules_to_save[trained.active_adapters[0]]
     else:
-        merged: Any = copy.deepcopy(module)
+        merged: Any = _whole_copy(module)
         merged.merge(safe_merge=True)
         inner = merged.get_base_layer()
     for key, tensor in inner.named_parameters():
         yield f"{name}.{key}", _full(_dequantized(tensor))
+
+
+def _whole_copy(module: Any) -> Any:
+    """Of a module in shares too: those of its matrices may be cut in other ways, and have no product then."""
+    copied = copy.deepcopy(module)
+    for part in copied.modules():
+        for key, tensor in part._parameters.items():
+            if hasattr(tensor, "full_tensor"):
+                part._parameters[key] = torch.nn.Parameter(_full(tensor), False)
+    return copied
 
 
 def _dequantized(tensor: torch.Tensor) -> torch.Tensor:
