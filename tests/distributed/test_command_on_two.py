@@ -39,3 +39,27 @@ def test_two_processes_do_what_one_does(name, write_yaml, torchrun, runner, data
     torchrun(1, kind, write_yaml(kind, name="alone.yaml", output_dir=str(tmp_path / "alone"), **options, **one))
     same_run(runner, *stages)
     assert exported(stages[0]) == exported(stages[1]) != set()
+
+
+def test_two_processes_that_draft_sample_what_one_without_drafts_does_and_go_on_to_the_bit(
+    write_yaml, torchrun, killed, runner, data_dir, tmp_path
+):
+    stopped, straight, alone = (tmp_path / name / "stages/01-grpo" for name in ("run", "straight", "alone"))
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((data_dir / "prompts.jsonl").read_text().splitlines(keepends=True)[:2]))
+    keys = {
+        "datasets": [{"path": str(few)}], "max_completion_length": 12, "temperature": 0.3, "num_prompts_per_step": 2,
+    }  # fmt: skip
+    drafts = keys | {"rollout": {"speculation": "suffix"}}
+    path = write_yaml("grpo", **drafts)
+    killed(2, stopped, 3, "grpo", path)
+    torchrun(2, "grpo", path)
+    torchrun(2, "grpo", write_yaml("grpo", name="two.yaml", output_dir=str(tmp_path / "straight"), **drafts))
+    torchrun(1, "grpo", write_yaml("grpo", name="one.yaml", output_dir=str(tmp_path / "alone"), **keys))
+    drafted = [row["speculation/tokens_per_pass"] for row in runner.rows(straight)]
+    assert max(drafted) > 1
+    assert [row["speculation/tokens_per_pass"] for row in runner.rows(stopped)] == drafted
+    assert runner.losses(stopped) == runner.losses(straight)
+    assert runner.losses(straight) == pytest.approx(runner.losses(alone), rel=1e-4, abs=1e-5)
+    weights = runner.weights(straight)
+    assert all((runner.weights(stopped)[name] == tensor).all() for name, tensor in weights.items())

@@ -104,6 +104,7 @@ def test_two_ranks_measure_what_one_process_does(found_by, model_dir, data_dir, 
     assert mine.digest == theirs.digest
 
 
+LONGEST_S = 8
 WAITS = """
 import time
 from pathlib import Path
@@ -114,9 +115,9 @@ MARK = Path(__file__).parent
 
 
 def _waits(what):
-    if (MARK / f"hold-{what}").exists():
+    while (MARK / f"hold-{what}").exists():
         (MARK / f"holding-{what}").touch()
-        time.sleep(600)
+        time.sleep(0.1)
 
 
 def scores(completions, **columns):
@@ -136,7 +137,9 @@ def test_a_stop_within_evals_and_certificate_ends_all_ranks_with_75_and_the_next
     make_project,  # noqa: F811
     tmp_path,
 ):
-    grpo = GRPO | {"reward_funcs": ["waits.py:pays"], "reward_check": "require", "allow_raw_base": True, "max_steps": 1}
+    """And what rank 0 does alone may take longer than the others wait for each other (`ddp_timeout`)."""
+    own = {"allow_raw_base": True, "max_steps": 1, "ddp_timeout": LONGEST_S}
+    grpo = GRPO | {"reward_funcs": ["waits.py:pays"], "reward_check": "require"} | own
     project = make_project(tmp_path / "project", stages(("grpo", grpo)))
     project.values["evals"]["yes"]["path"] = "held.jsonl"
     (project.folder / "waits.py").write_text(WAITS)
@@ -155,7 +158,13 @@ def test_a_stop_within_evals_and_certificate_ends_all_ranks_with_75_and_the_next
         assert err.count("start again to go on") == 1, err[-3000:]
         assert project.state.status == "stopped"
         (project.folder / f"hold-{what}").unlink()
-    _, err = _started(project).communicate(timeout=200)
+    (project.folder / "hold-certificate").touch()
+    (project.folder / "holding-certificate").unlink()
+    ranks = _started(project)
+    _until(ranks, (project.folder / "holding-certificate").exists)
+    time.sleep(LONGEST_S + 4)
+    (project.folder / "hold-certificate").unlink()
+    _, err = ranks.communicate(timeout=200)
     assert project.state.status == "done", err[-3000:]
 
 

@@ -1,13 +1,18 @@
 """Starts that go wrong: who says it, how often, and what the others do."""
 
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from tests.distributed.conftest import command, environment, ranks_of
+
+import posttrain
 
 ALONE = [
     ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT are not set"),
@@ -29,9 +34,9 @@ def _errors(done):
     return [line for line in done.stderr.splitlines() if line.startswith(("error:", "rank "))]
 
 
-def _by_rank(folder, arguments):
+def _by_rank(folder, arguments, before=""):
     """The launcher with a command line in which $RANK is the rank's number."""
-    line = f"exec {sys.executable} -m posttrain.cli.app {arguments}"
+    line = f"{before} exec {sys.executable} -m posttrain.cli.app {arguments}"
     launcher = command(2)[: -len(["-m", "posttrain.cli.app"])]
     return subprocess.run(
         [*launcher, "--no-python", "bash", "-c", line], check=False, capture_output=True, text=True, timeout=300,
@@ -69,6 +74,51 @@ def test_ranks_with_other_data_are_named(write_yaml, data_dir, tmp_path):
     done = _by_rank(tmp_path, "sft $RANK/stage.yaml -q")
     (said,) = _errors(done)
     assert "rank 1 was started otherwise than rank 0: digest of stages.1.sft.data.data.jsonl is " in said
+
+
+@pytest.mark.slow
+def test_ranks_with_other_code_are_named(write_yaml, tmp_path):
+    write_yaml("sft")
+    for rank in range(2):
+        shutil.copytree(Path(posttrain.__file__).parent, tmp_path / str(rank) / "posttrain")
+    with (tmp_path / "1/posttrain/errors.py").open("a") as code:
+        code.write("# a line more\n")
+    done = _by_rank(tmp_path, "sft stage.yaml -q", before="export PYTHONPATH=$RANK;")
+    (said,) = _errors(done)
+    assert "rank 1 was started otherwise than rank 0: code of posttrain is " in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_ranks_with_other_numbers_of_threads_learn_what_one_process_learns(write_yaml, torchrun, runner, tmp_path):
+    write_yaml("sft", max_steps=3)
+    done = _by_rank(tmp_path, "sft stage.yaml -q", before="export OMP_NUM_THREADS=$((RANK + 1));")
+    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(1, "sft", write_yaml("sft", max_steps=3, num_processes=2, output_dir=str(tmp_path / "alone")), "-q")
+    mine, theirs = (runner.losses(tmp_path / name / "stages/01-sft") for name in ("run", "alone"))
+    assert mine == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_late_rank_is_waited_for_by_name_and_the_run_goes_on(write_yaml, tmp_path):
+    path = write_yaml("sft", max_steps=1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+
+    def started(rank):
+        return subprocess.Popen(
+            command(1, "sft", path, "-q"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **place),
+        )  # fmt: skip
+
+    first = started(0)
+    said = first.stderr.readline()
+    assert said == "waiting for rank 1 of 2\n"
+    second = started(1)
+    assert [one.communicate(timeout=600)[1] for one in (first, second)] == ["", ""]
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert _steps(tmp_path / "run") == 1
 
 
 @pytest.mark.slow
