@@ -104,6 +104,26 @@ def test_arguments_of_a_function_are_refused_and_those_of_the_script_are_none(br
     assert '# "$@": changed because what the script is called with is not in the file' in made.text
 
 
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("MORE='--seed 3 --max-steps 9'", "$MORE"),
+        ("MORE='--seed 3'", "${MORE} --max-steps 9"),
+        ("MORE=", "--seed 3 $MORE --max-steps 9"),
+        ("", "--seed 3 --max-steps 9 ${MORE:-}"),
+        ("", "--seed ${SEED:-3} --max-steps ${STEPS-9}"),
+        ("ARGS=(--seed $SEED)", '"${ARGS[@]}" --max-steps 9'),
+    ],
+)
+def test_options_in_a_variable_without_quotes_are_its_words(bring, said, words):
+    keys = bring(f"SEED=3\n{said}\naxolotl train sft.yaml {words}\n").keys
+    assert (keys["seed"], keys["max_steps"]) == (3, 9)
+
+
+def test_a_variable_in_quotes_is_one_word(bring):
+    assert bring("OUT='a $HOME b'\naxolotl train sft.yaml --output-dir \"$OUT\" --seed 3\n").keys["seed"] == 3
+
+
 @pytest.mark.parametrize("words", ["$@", '"${@:2}"', "$*", '"${MORE[@]}"'])
 def test_arguments_of_the_script_are_said_to_be_left_out(bring, words):
     made = bring(f'MORE=("$@")\naxolotl train sft.yaml --seed 3 {words}\n')

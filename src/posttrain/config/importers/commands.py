@@ -25,6 +25,11 @@ YAML_SUFFIXES = (".yaml", ".yml", ".json")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?[-=]([^{}]*))?\})")
 _ARRAY = re.compile(r"\$\{(\w+)\[@\]\}")
+_QUOTED_OR_ALONE = re.compile(
+    r"""(?:\\.|"(?:\\.|[^"\\])*"|'[^']*')|(?<!\S)(\$(?:\w+|\{\w+(?::?[-=][^{}"'\s]*)?\}))(?!\S)"""
+)
+_UNQUOTED = "\0"
+"""Before a word that is a variable alone, without quotes around it."""
 _ARITHMETIC = re.compile(r"\$\(\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)\)")
 _LONGEST_SUM = 200
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
@@ -150,7 +155,7 @@ def commands_of(text: str) -> list[ScriptLine]:
             continue
         end, words = _command_from(lines, start, ends_here)
         for part in _parts(words):
-            if not _assigned(part, variables):
+            if not _assigned([word.removeprefix(_UNQUOTED) for word in part], variables):
                 spread = _spread(part, variables)
                 words = [_put_in(word, variables) for word in spread if not _ARGUMENTS.fullmatch(word)]
                 found.append(ScriptLine(start + 1, words, len(words) < len(spread)))
@@ -183,7 +188,8 @@ def _command_from(lines: list[str], start: int, ends_here: str) -> tuple[int, li
 def _words_of(command: str) -> list[str]:
     """Raises: ValueError for a quote that is not closed."""
     joined = _ARITHMETIC.sub(lambda match: "".join(match[0].split()), command)
-    return shlex.split(_ANSI_QUOTES.sub(_unquoted, joined), comments=True)
+    marked = _QUOTED_OR_ALONE.sub(lambda match: _UNQUOTED + match[1] if match[1] else match[0], joined)
+    return shlex.split(_ANSI_QUOTES.sub(_unquoted, marked), comments=True)
 
 
 def _unquoted(match: re.Match[str]) -> str:
@@ -209,8 +215,14 @@ def _spread(words: list[str], variables: Mapping[str, str]) -> list[str]:
     """An array's name alone (`"${ARGS[@]}"`) stands for all its words, and so does a text of options without quotes around it."""
     spread: list[str] = []
     for word in words:
-        name = _ARRAY.fullmatch(word)
-        spread += shlex.split(variables[name[1]]) if name and name[1] in variables else [word]
+        array, plain = _ARRAY.fullmatch(word), word.removeprefix(_UNQUOTED)
+        name = _VARIABLE.fullmatch(plain) if plain != word else None
+        if array and array[1] in variables:
+            spread += shlex.split(variables[array[1]])
+        elif name and (name[3] is not None or (name[1] or name[2]) in variables):
+            spread += shlex.split(_put_in(plain, variables))
+        else:
+            spread.append(plain)
     return spread
 
 
