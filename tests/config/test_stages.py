@@ -1,6 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
+from posttrain.config.datasets import DatasetKeys
 from posttrain.config.kinds import STAGE_KINDS
 from posttrain.config.places import looks_local, resolve_path
 from posttrain.config.rl import GRPOKeys
@@ -125,3 +126,12 @@ def test_a_learning_rate_of_embeddings_that_no_adapter_trains_is_refused(target)
         SFTKeys(**keys)
     for trained in ({"lora_modules_to_save": ["lm_head"]}, {"added_tokens": ["<a>"]}, {"adapter_name_or_path": "a"}):
         assert SFTKeys(**keys, **trained).embedding_lr_scale == 0.5
+
+
+@pytest.mark.parametrize("path", ["/data/rows.jsonl", "./rows.csv", "s3://bucket/rows.jsonl"])
+def test_a_file_has_no_splits(path):
+    with pytest.raises(
+        ValueError, match=r"split: train\[:5\] of a file, which has no splits; take it out, and set limit"
+    ):
+        DatasetKeys(path=path, split="train[:5]")
+    assert DatasetKeys(path="org/name", split="train[:5]").split == "train[:5]"

@@ -143,7 +143,9 @@ def test_groups_as_micro_batches(both, assert_parity, loss_type):
     ids=["clipped", "KL in the reward", "often clipped", "groups as micro-batches"],
 )
 def test_rloo(both, assert_parity, options):
-    assert_parity(*both(trainer=RLOOTrainer, **{"beta": 0.0} | options))
+    # A loss that sums terms of both signs to nearly nothing: Adam would make of its last bits whole steps.
+    mine, trl = both(trainer=RLOOTrainer, **{"beta": 0.0, "optim": "sgd", "learning_rate": 0.05} | options)
+    assert_parity(mine, trl, moved=0.01 if "epsilon" not in options else 5e-4)  # a clipped loss moves less
 
 
 @pytest.mark.slow

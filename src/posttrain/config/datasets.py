@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from posttrain.config.knob import Keys, knob
+from posttrain.config.places import is_uri, looks_local
 
 DatasetType = Literal[
     "auto",
@@ -93,3 +94,9 @@ class DatasetKeys(Keys):
     @classmethod
     def _is_a_share_or_a_number(cls, size: float | None) -> float | None:
         return size if size is None else share_or_number(size)
+
+    @model_validator(mode="after")
+    def _only_the_hub_has_splits(self) -> DatasetKeys:
+        if self.split != "train" and (is_uri(self.path) or looks_local(self.path)):
+            raise ValueError(f"split: {self.split} of a file, which has no splits; take it out, and set limit for its first rows, or name a file with the rows that you want")
+        return self
