@@ -16,6 +16,7 @@ OWN_TEST = {
     "examples/scale/README.md": "tests/docs/test_scale_recipes.py",
     "examples/own-model/README.md": "tests/docs/test_own_model.py",
     "examples/reward-hacking/README.md": "tests/e2e/test_reward_hacking.py",
+    "examples/process-reward/README.md": "tests/e2e/test_process_reward.py",
     "examples/reward-model/README.md": "tests/e2e/test_reward_model.py",
     "examples/tool-use/README.md": "tests/e2e/test_tool_use.py",
     "docs/learning-runs.md": "tests/e2e/test_quickstart.py",
