@@ -149,7 +149,7 @@ load_sft(SFTKeys(base_model="x", datasets=[{"path": sys.argv[1]}], dataset_num_p
 def test_after_a_sigkill_nobody_goes_on_and_the_next_start_takes_what_is_whole(
     write_jsonl, tokenizer, monkeypatch, tmp_path
 ):
-    path = write_jsonl([{"text": f"row {number} " * 20} for number in range(6 * 2048)])
+    path = write_jsonl([{"text": f"row {number} " * 6} for number in range(6 * 2048)])
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     expected, files = loaded(monkeypatch, tmp_path / "one", sft(path), tokenizer)
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "two"))
@@ -166,4 +166,5 @@ def test_after_a_sigkill_nobody_goes_on_and_the_next_start_takes_what_is_whole(
     assert cache_files(cache_root()) == left, "nobody tokenises any more"
     found, their_files = loaded(monkeypatch, tmp_path / "two", sft(path, dataset_num_proc=2), tokenizer)
     assert found.digest == expected.digest and "parts were there from a start that was cut off" in found.summary.cache
-    assert their_files == files
+    half_written = "/."
+    assert {name: digest for name, digest in their_files.items() if half_written not in name} == files
