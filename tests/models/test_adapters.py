@@ -199,7 +199,7 @@ def test_qlora_trains_on_nf4(double_quant, policy_of, families):
 
 def test_dequantized_weights_are_what_the_4_bit_layers_compute(policy_of):
     policy = policy_of("llama", **QLORA)
-    weights = dict(dequantized_weights(policy.model))
+    weights = {name: unpack() for name, unpack in dequantized_weights(policy.model).items()}
     assert len(weights) == 14
     layer = policy.base.model.layers[0].mlp.up_proj.base_layer
     x = torch.randn(3, 64)

@@ -6,8 +6,9 @@ import copy
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -306,25 +307,32 @@ def _named(name: str, entry: str) -> bool:
 
 def dequantized_weights(
     model: PreTrainedModel | PeftModel, offloaded: OffloadedLayers | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The quantised linears of the base as float32 matrices, one at a time, with their module's name in the base model."""
-    from bitsandbytes.functional import dequantize_4bit
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """What unpacks each quantised linear of the base to its float32 matrix, by its module's name in the base model."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     from posttrain.models.eight_bit import dequantized
 
     base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore
+    found: dict[str, Callable[[], torch.Tensor]] = {}
     for name, module in base.named_modules():
         if isinstance(module, Linear8bitLt):
-            yield name.removesuffix(".base_layer"), dequantized(module)
+            found[name.removesuffix(".base_layer")] = partial(dequantized, module)
         elif isinstance(module, Linear4bit):
-            packed: Any = module.weight
-            if offloaded is not None:
-                offloaded.fetch_those_of([packed])
-            # The product unpacks into its input's dtype, not into that of the file.
-            state = copy.copy(packed.quant_state)
-            state.dtype = torch.float32
-            yield name.removesuffix(".base_layer"), dequantize_4bit(packed.data, state)
+            found[name.removesuffix(".base_layer")] = partial(_unpacked, module, offloaded)
+    return found
+
+
+def _unpacked(module: Any, offloaded: OffloadedLayers | None) -> torch.Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    packed: Any = module.weight
+    if offloaded is not None:
+        offloaded.fetch_those_of([packed])
+    # The product unpacks into its input's dtype, not into that of the file.
+    state = copy.copy(packed.quant_state)
+    state.dtype = torch.float32
+    return dequantize_4bit(packed.data, state)
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:

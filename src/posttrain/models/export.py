@@ -6,14 +6,13 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from posttrain.config.process_reward import ProcessRewardModelKeys
 from posttrain.config.stages import ModelKeys
@@ -25,6 +24,7 @@ from posttrain.models.adapters import dequantized_weights, load_adapter
 from posttrain.models.continued import ADAPTER, OF_THE_BASE
 from posttrain.models.load import load_base, load_config, load_tokenizer
 from posttrain.models.low_rank import CONFIG, adapter_config, subtract_start
+from posttrain.models.merged import MergedByLayer, Unpack, as_held
 from posttrain.models.policy import Policy
 from posttrain.models.proof import (
     HALF_ROUNDING,
@@ -37,7 +37,7 @@ from posttrain.models.proof import (
     relative_difference,
 )
 from posttrain.models.provenance import PROVENANCE, STEP_SEPARATOR, check_base, recorded_separator, source_digest
-from posttrain.models.read import fits_shares, read_model
+from posttrain.models.read import fits_shares, read_as_filed, read_model
 from posttrain.models.reward_head import REWARD_TASKS
 from posttrain.models.stored import stored_dtype
 from posttrain.models.vocabulary import grow
@@ -84,9 +84,9 @@ def save_policy(
         lambda: write_folder(adapter, lambda temporary: _save_adapter(policy, temporary, of_base, state, start))
     )
     between()
-    merged, report = merge_adapter(under.base_model, adapter, keys, policy=policy, trained=trained)
-    export = _Export(merged, policy.tokenizer, keys, trained, report)
-    return _save(export, folder, record | {"merged_onto": report.base}, policy.sharding, ranks, between)
+    merged = merge_adapter(under.base_model, adapter, keys, policy=policy, trained=trained)
+    export = _Export(merged.model, policy.tokenizer, keys, trained, merged.report)
+    return _save(export, folder, record | {"merged_onto": merged.report.base}, merged.sharding, ranks, between)
 
 
 def _cutting(keys: ModelKeys) -> dict[str, str]:
@@ -207,12 +207,23 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A merged model whose tensors `sharding.whole` gives, the probe's logits of it, and how far these are from the trained policy's."""
+
+    model: PreTrainedModel
+    sharding: Sharding
+    logits: torch.Tensor
+    report: ExportReport
+
+
 def merge_adapter(
     base: str, adapter: Path, keys: ModelKeys, *, policy: Policy | None = None, trained: torch.Tensor | None = None
-) -> tuple[PreTrainedModel, ExportReport]:
-    """Base plus adapter as one float32 model, compared with the trained policy's logits before it is returned.
+) -> Merged:
+    """Base plus adapter, merged in float32 and compared with the trained policy's logits before it is returned.
 
-    Under a sharded policy, whose ranks all call it, so is what is returned; modules are merged one at a time.
+    Under a sharded policy, whose ranks all call it, in float32 shares, modules merged one at a time; else a layer at a time, while it
+    runs or is written, onto a base in its file's dtype.
 
     Without a policy, it is compared with the base as it was trained on, the saved adapter in place. A QLoRA adapter goes
     onto the dequantised weights it was trained on, or onto the original ones (`merge_onto`), which differ by what
@@ -231,8 +242,10 @@ def merge_adapter(
     sharding = Whole() if policy is None else policy.sharding
 
     def read() -> PreTrainedModel:
-        shares = sharding if fits_shares(adapter) and not keys.added_tokens else None
-        model = read_model(keys, torch.float32, shares)
+        fits = fits_shares(adapter) and not keys.added_tokens
+        model = read_as_filed(keys) if fits and not sharding.is_sharded else None
+        if model is None:
+            model = read_model(keys, torch.float32, sharding if fits else None)
         grow(model, tokenizer, keys)
         return model
 
@@ -242,25 +255,33 @@ def merge_adapter(
         original = probe_logits(sharding.shard(read()))
         with quantised.disable_adapter():
             bound = QUANTISATION * relative_difference(original, probe_logits(quantised))
-    model = read()
-    if onto == "dequantized":
-        weights = dequantized_weights(quantised, None if policy is None else policy.offloaded)
-        _load_dequantized(model, weights, sharding)
     elif onto == "base" and policy is not None and policy.base_moved and policy.placement.autocast_dtype is not None:
         bound = HALF_ROUNDING  # what its init left of the base was rounded to the base's own dtype
-    adapted = load_adapter(model, adapter)
+    unpack = {}
+    if onto == "dequantized":
+        unpack = dequantized_weights(quantised, None if policy is None else policy.offloaded)
+    adapted = load_adapter(read(), adapter)
     trained = probe_logits(adapted) if trained is None else trained
-    merged = sharding.shard(_merged(adapted, sharding))
-    return merged, compared(trained, probe_logits(merged), onto, bound)
+    if sharding.is_sharded:
+        model = sharding.shard(_merged_in_shares(adapted, unpack, sharding))
+        logits = probe_logits(model)
+    else:
+        sharding = MergedByLayer(adapted, unpack)
+        with sharding.running() as model:
+            logits = probe_logits(model)
+    return Merged(model, sharding, logits, compared(trained, logits, onto, bound))
 
 
-def _merged(adapted: Any, sharding: Sharding) -> Any:
+def _merged_in_shares(adapted: Any, unpack: Mapping[str, Unpack], sharding: Sharding) -> Any:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if sharding.is_sharded:
-        for module in [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]:
-            with sharding.gathered(module):
-                module.merge(safe_merge=True)
+    linears = {name.removesuffix(".base_layer"): module for name, module in adapted.get_base_model().named_modules()}
+    with torch.no_grad():
+        for name, weight in unpack.items():
+            sharding.fill(linears[name].weight, as_held(linears[name], weight()))
+    for module in [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]:
+        with sharding.gathered(module):
+            module.merge(safe_merge=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All adapters are already merged")
         return adapted.merge_and_unload(safe_merge=True)
@@ -271,13 +292,13 @@ def merge_into(folder: Path, base: str, adapter: Path, keys: ModelKeys) -> Expor
     asked = REWARD_TASKS.get(adapter_config(adapter).get("task_type", ""))
     if asked is not None:
         keys = asked.model_validate(keys.model_dump(by_alias=True))
-    merged, report = merge_adapter(base, adapter, keys)
+    merged = merge_adapter(base, adapter, keys)
     keys = keys.model_copy(update={"base_model": base})
     tokenizer = adapter_tokenizer(base, adapter, keys)
     separator = recorded_separator(adapter)
-    record = {"base_digest": source_digest(base), "merged_onto": report.base}
+    record = {"base_digest": source_digest(base), "merged_onto": merged.report.base}
     record |= {} if separator is None else {STEP_SEPARATOR: separator}
-    return _save(_Export(merged, tokenizer, keys, probe_logits(merged), report), folder, record, Whole())
+    return _save(_Export(merged.model, tokenizer, keys, merged.logits, merged.report), folder, record, merged.sharding)
 
 
 def adapter_tokenizer(base: str, adapter: Path, keys: ModelKeys) -> PreTrainedTokenizerBase:
@@ -285,13 +306,3 @@ def adapter_tokenizer(base: str, adapter: Path, keys: ModelKeys) -> PreTrainedTo
     source = str(adapter) if (adapter / "tokenizer_config.json").exists() else base
     own = {"tokenizer_name_or_path": None} if source != base else {}
     return load_tokenizer(keys.model_copy(update={"base_model": source, "chat_template": None} | own))
-
-
-def _load_dequantized(model: PreTrainedModel, weights: Iterable[tuple[str, torch.Tensor]], sharding: Sharding) -> None:
-    """Replace the linears by what the 4-bit model really computes with."""
-    modules = dict(model.named_modules())
-    with torch.no_grad():
-        for name, weight in weights:
-            module: Any = modules[name]
-            # GPT-2's linears hold their matrix the other way round, and 4 bits turn it.
-            sharding.fill(module.weight, weight.T if isinstance(module, Conv1D) else weight)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +21,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.distributed import DistributedConfig
+from transformers.utils import CONFIG_NAME, cached_file
 
 from posttrain.config.stages import ModelKeys, TrainKeys
 from posttrain.errors import ModelError
@@ -53,6 +55,33 @@ def read_model(
     config: Any = model.config
     del config.distributed_config
     return model
+
+
+def read_as_filed(keys: ModelKeys) -> PreTrainedModel | None:
+    """The model in the one dtype of all its floats in the file: its weights are then pages of the file, and no memory of the process.
+
+    None where it cannot be had so and compute in float32 what the file says: of several dtypes, quantised, drawn, or with buffers that
+    are made in the model's dtype.
+    """
+    config = _config(keys)
+    dtypes = set() if keys.init_seed is not None or unpacking(config) else _dtypes_in_files(keys)
+    if len(dtypes) != 1 or (dtype := _FLOATS.get(dtypes.pop())) is None:
+        return None
+    model = _read(keys, dtype)
+    return None if dtype != torch.float32 and any(buffer.dtype == dtype for buffer in model.buffers()) else model
+
+
+_FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def _dtypes_in_files(keys: ModelKeys) -> set[str]:
+    config = cached_file(keys.base_model, CONFIG_NAME, revision=keys.revision)
+    assert config is not None  # it was read
+    found: set[str] = set()
+    for path in Path(config).parent.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no mapping
+    return found
 
 
 def is_token_classifier(source: str) -> bool:
