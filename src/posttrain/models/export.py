@@ -242,10 +242,11 @@ def merge_adapter(
     sharding = Whole() if policy is None else policy.sharding
 
     def read() -> PreTrainedModel:
-        fits = fits_shares(adapter) and not keys.added_tokens
-        model = read_as_filed(keys) if fits and not sharding.is_sharded else None
-        if model is None:
-            model = read_model(keys, torch.float32, sharding if fits else None)
+        shares = sharding if fits_shares(adapter) and not keys.added_tokens else None
+        # What is trained whole is a copy in the base's dtype, which float32 would be rounded to.
+        is_whole = keys.added_tokens or adapter_config(adapter).get("modules_to_save")
+        model = None if sharding.is_sharded or is_whole else read_as_filed(keys)
+        model = read_model(keys, torch.float32, shares) if model is None else model
         grow(model, tokenizer, keys)
         return model
 

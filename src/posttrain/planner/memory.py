@@ -338,13 +338,17 @@ def _prefill_bytes(shape: ModelShape, workload: Workload) -> int:
 
 
 def _export_bytes(shape: ModelShape, workload: Workload, shards: int) -> int:
-    """What is written is read back, in the dtype it is cast to; a merge also holds the base and each merged matrix.
+    """What is written is read back, in the dtype it is cast to; a merge also reads the base, as its file holds it, and has a layer in float32.
 
-    Several processes hold shares of them; a layer that the probe runs through is gathered as a whole, with embedding and head.
+    Several processes hold shares of what is written, and merge the base in float32, a matrix at a time; a layer that the probe runs
+    through is gathered as a whole, with embedding and head.
     """
     if not workload.on_cpu:
         return 0
     written = shape.num_params * {"auto": shape.stored_bytes, "float32": 4}.get(workload.save_dtype, 2)
-    merged = (shape.num_params + shape.linear_params) * 4 if workload.adapter != "none" else 0
+    merged = (shape.num_params + shape.linear_params) * 4
+    if shards == 1:
+        merged = shape.num_params * shape.stored_bytes + shape.linear_params // shape.num_layers * 4
+    merged *= workload.adapter != "none"
     gathered = (2 * shape.linear_params // shape.num_layers + shape.embedding_params) * 4 if shards > 1 else 0
     return math.ceil((written + merged) / shards) + gathered + 4 * _EXPORT_PROBE * shape.vocab * 4
