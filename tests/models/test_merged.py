@@ -1,11 +1,13 @@
-"""A merge by layer: to the bit what PEFT merges of the whole model in float32, and never more of it at once than a layer."""
+"""A merge by layer: to the bit what PEFT merges of the whole model in float32, never more of it at once than a layer, the trained base untouched."""
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from posttrain.models.adapters import load_adapter
-from posttrain.models.export import merge_adapter
+from posttrain.models.export import merge_adapter, save_policy
 from posttrain.models.load import load_policy
 from posttrain.models.merged import MergedByLayer
 from posttrain.models.proof import probe_logits
@@ -82,3 +84,27 @@ def test_a_file_is_read_in_its_own_dtype_only_where_that_says_the_same(bf16_dir,
     assert model is not None
     assert model.dtype == torch.bfloat16
     assert read("gemma3_text") is None, "its scale of embeddings would be rounded to bf16"
+
+
+class ReadsOf(TorchDispatchMode):
+    """Notes each operation on one of these tensors."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self._places = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if any(tensor.untyped_storage().data_ptr() in self._places for tensor in given):
+            self.found.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_to_save_an_adapter_no_weight_of_the_frozen_base_is_touched(keys_of, tmp_path):
+    keys = keys_of("llama", adapter="lora", lora_r=4)
+    policy = load_policy(keys)
+    logits = probe_logits(policy.model)
+    with ReadsOf([p for p in policy.model.parameters() if not p.requires_grad]) as reads:
+        save_policy(policy, tmp_path / "model", keys, trained=logits)
+    assert reads.found == []
