@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class Kind:
     """`prepare(folder, size)` makes files; `begin(folder, size)` what is measured, and the bytes that it cannot do without.
 
     `aim_s`: seconds at the largest of `full`. `work`: how the work grows with the size; 0 where it should not.
+    `mapped`: pages of files that are read in place count as memory.
     """
 
     title: str
@@ -44,6 +46,7 @@ class Kind:
     begin: Callable[[Path, int], tuple[Act, int]]
     aim_s: float | None = None
     work: float = 1.0
+    mapped: bool = True
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
@@ -218,6 +221,49 @@ def rows_of_60(folder: Path, size: int) -> None:
     write_rows(folder, size, 60)
 
 
+# --- models --------------------------------------------------------------------------------------------------------
+
+
+LAYER = 4 * 512 * 512 + 3 * 512 * 1536
+"""Parameters in the linears of a layer."""
+
+
+def base_and_adapter(folder: Path, size: int) -> None:
+    """A bf16 Qwen3, 512 wide, with so many thousand parameters in its layers, and an adapter of rank 8 on all of its linears."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    import workload
+
+    tokenizer = AutoTokenizer.from_pretrained(workload.tokenizer_dir())
+    config = AutoConfig.for_model(
+        "qwen3", vocab_size=workload.VOCAB, hidden_size=512, intermediate_size=1536, head_dim=64,
+        num_hidden_layers=max(1, 1_000 * size // LAYER),
+        num_attention_heads=8, num_key_value_heads=8, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    adapted = get_peft_model(
+        model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    )
+    adapted.save_pretrained(str(folder / "adapter"))
+
+
+def merging(folder: Path, size: int) -> tuple[Act, int]:
+    """The merge holds the adapter, and the layer that is merged in float32."""
+    from posttrain.config.stages import ModelKeys
+    from posttrain.models.export import merge_into
+
+    def act() -> None:
+        base = str(folder / "base")
+        merge_into(folder / "merged", base, folder / "adapter", ModelKeys(base_model=base))
+
+    return act, 4 * LAYER + 2 * (folder / "adapter/adapter_model.safetensors").stat().st_size
+
+
 KINDS: dict[str, Kind] = {
     "rows-first": Kind("rows of 60 words, tokenised", (2_000, 4_000, 8_000), (25_000, 50_000, 100_000), rows_of_60, first_rows),
     "rows-found": Kind("the same, found in the cache", (8_000, 16_000, 32_000), (25_000, 50_000, 100_000), loaded_rows, found_rows),
@@ -230,6 +276,7 @@ KINDS: dict[str, Kind] = {
     "report": Kind("the report of a run of so many steps", (5_000, 10_000, 20_000), (25_000, 50_000, 100_000), two_runs, reported, aim_s=5.0),
     "diff": Kind("two runs of so many steps, compared", (5_000, 10_000, 20_000), (25_000, 50_000, 100_000), two_runs, compared, aim_s=5.0),
     "metrics": Kind("metrics cut back to a checkpoint", (10_000, 20_000, 40_000), (250_000, 500_000, 1_000_000), two_runs, cut_back),
+    "merge": Kind("an adapter merged into a bf16 model of so many thousand parameters (peak: without pages of its files)", (16_000, 32_000, 64_000), (64_000, 128_000, 256_000), base_and_adapter, merging, mapped=False),
 }  # fmt: skip
 
 
@@ -237,7 +284,7 @@ KINDS: dict[str, Kind] = {
 
 
 def resident(name: str) -> int:
-    """`VmRSS` or `VmHWM` of this process, in bytes."""
+    """`VmRSS`, `VmHWM` or `RssAnon` of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
 
@@ -246,10 +293,19 @@ def measure(kind: Kind, folder: Path, size: int) -> dict[str, float]:
     """In a process of its own."""
     act, necessary = kind.begin(folder, size)
     Path("/proc/self/clear_refs").write_text("5")
-    before, begun = resident("VmRSS"), time.process_time()
-    act()
-    seconds = time.process_time() - begun
-    return {"size": size, "seconds": seconds, "peak": resident("VmHWM") - before, "necessary": necessary}
+    before, begun = resident("VmRSS" if kind.mapped else "RssAnon"), time.process_time()
+    if kind.mapped:
+        act()
+        seconds, most = time.process_time() - begun, resident("VmHWM")
+    else:  # of it alone the system keeps no highest value
+        with ThreadPoolExecutor(1) as pool:
+            done, most = pool.submit(act), before
+            while not done.done():
+                most = max(most, resident("RssAnon"))
+                time.sleep(0.005)
+        done.result()
+        seconds = time.process_time() - begun
+    return {"size": size, "seconds": seconds, "peak": most - before, "necessary": necessary}
 
 
 def points(name: str, sizes: Sequence[int]) -> Iterator[dict[str, float]]:
