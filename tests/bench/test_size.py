@@ -5,7 +5,10 @@ import pytest
 import size
 
 
-@pytest.mark.parametrize("name", size.KINDS)
+KINDS = [pytest.param(name, marks=pytest.mark.slow) if name == "merge" else name for name in size.KINDS]
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_a_kind_runs_on_little(name, tmp_path, monkeypatch):
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
     kind = size.KINDS[name]
