@@ -4,7 +4,6 @@ import pytest
 
 import size
 
-
 KINDS = [pytest.param(name, marks=pytest.mark.slow) if name == "merge" else name for name in size.KINDS]
 
 
