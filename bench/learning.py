@@ -28,11 +28,12 @@ from stage_posttrain import QUICKSTART
 from taught import (
     SEARCH_SEED,
     SEARCHED,
-    Setting,
+    Changes,
     against,
     answer_tokens,
     distilling,
     imitating,
+    taught_by,
     teacher,
     tokens_to_teacher,
 )
@@ -45,9 +46,6 @@ SFT_SEED = 42
 """That of the pipeline as it is shipped."""
 TOLD_EPOCHS = 4
 """After one the model hardly reads what it is told: it copies late."""
-
-Changes = Callable[["Bench", int], Sequence[str]]
-"""Further keys of a way, where they follow from what ran before."""
 
 
 @dataclass(frozen=True)
@@ -163,23 +161,11 @@ WAYS = {
     "online_dpo": Way("online DPO", "online_dpo", "online_dpo.yaml"),
     "ebft": Way("EBFT on SFT's rows", "ebft", "ebft.yaml"),
     "large": Way("GRPO of the 4.8 M model", "grpo", None, lambda bench, seed: ["grpo.beta=0"], "large-sft"),
-    "opd": Way(
-        "OPD from a teacher",
-        "distill",
-        "distill.yaml",
-        distilling(Setting("opd", 16, 4, 1e-4, 40, 2, "cosine")),
-        taught=True,
-    ),
+    "opd": Way("OPD from a teacher", "distill", "distill.yaml", taught_by("opd", distilling), taught=True),
     "distill": Way(
-        "reverse KL to the teacher",
-        "distill",
-        "distill.yaml",
-        distilling(Setting("reverse_kl", 16, 4, 3e-4, 24, 2)),
-        taught=True,
+        "reverse KL to the teacher", "distill", "distill.yaml", taught_by("distill", distilling), taught=True
     ),
-    "imitate": Way(
-        "SFT on the teacher's samples", "sft", "again.yaml", imitating(Setting("nll", 32, 1, 3e-4, 80, 4)), taught=True
-    ),
+    "imitate": Way("SFT on the teacher's samples", "sft", "again.yaml", taught_by("imitate", imitating), taught=True),
     "synth": Way("SFT on its own right answers", "sft", "again.yaml", _own),
     "rlsd": Way("RLSD, told the answer", "grpo", "rlsd.yaml", start="told"),
     "rlsd-off": Way("GRPO from the same start", "grpo", "rlsd.yaml", lambda bench, seed: ["teacher_coef=0"], "told"),

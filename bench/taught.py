@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from learning import Bench
     from time_to_accuracy import Done
 
+Changes = Callable[["Bench", int], Sequence[str]]
+"""Further keys of a way, where they follow from what ran before."""
 TEACHER_SEED = 1
 SEARCH_SEED = 11
 OF_TEACHER = (0.85, 0.9, 0.95)
@@ -51,28 +53,48 @@ class Setting:
 
 SEARCHED: Mapping[str, tuple[Setting, ...]] = {
     "distill": (
-        Setting("opd", 16, 4, 1e-4, 20, 2, "cosine"),
-        Setting("reverse_kl", 16, 1, 3e-4, 80, 8),
-        Setting("reverse_kl", 16, 1, 1e-3, 80, 8),
-        Setting("jsd", 16, 1, 3e-4, 80, 8),
+        Setting("opd", 16, 4, 3e-4, 40, 2),
+        Setting("opd", 32, 1, 1e-3, 80, 4),
+        Setting("reverse_kl", 32, 1, 3e-4, 80, 4),
+        Setting("reverse_kl", 32, 1, 1e-3, 80, 4),
+        Setting("jsd", 32, 1, 1e-3, 80, 4),
     ),
     "imitate": (
         Setting("nll", 32, 1, 3e-4, 80, 4),
-        Setting("nll", 16, 1, 3e-4, 160, 8),
         Setting("nll", 32, 1, 1e-3, 80, 4),
     ),
 }
 
 
-def distilling(setting: Setting) -> Callable[[Bench, int], list[str]]:
+TAUGHT: Mapping[str, Mapping[str, Setting]] = {
+    "grpo": {
+        "opd": Setting("opd", 16, 4, 1e-4, 40, 2, "cosine"),
+        "distill": Setting("reverse_kl", 16, 4, 3e-4, 24, 2),
+        "imitate": Setting("nll", 32, 1, 3e-4, 80, 4),
+    },
+    "large": {
+        "opd": Setting("opd", 16, 4, 1e-4, 40, 2, "cosine"),
+        "distill": Setting("reverse_kl", 32, 1, 5e-4, 200, 4, "cosine"),
+        "imitate": Setting("nll", 32, 1, 5e-4, 200, 4, "cosine"),
+    },
+}
+"""Teacher → row of `learning.WAYS` → how it learns from that teacher."""
+
+
+def taught_by(name: str, changes: Callable[[Setting], Changes]) -> Changes:
+    """Those of that row, under the teacher that was asked for."""
+    return lambda bench, seed: changes(TAUGHT[bench.teacher][name])(bench, seed)
+
+
+def distilling(setting: Setting) -> Changes:
     return lambda bench, seed: [
         f"teachers=[{{model: {teacher(bench).model}}}]", f"loss_type={setting.loss}",
         f"num_prompts_per_step={setting.prompts}", f"num_generations={setting.answers}", *_run(setting, bench),
     ]  # fmt: skip
 
 
-def imitating(setting: Setting) -> Callable[[Bench, int], list[str]]:
-    """SFT on two samples of the teacher for each prompt, right or wrong, without repeats."""
+def imitating(setting: Setting) -> Changes:
+    """SFT on two samples of the teacher for each prompt, right or wrong, without repeats; again from the first where they do not last."""
 
     def changes(bench: Bench, seed: int) -> list[str]:
         rows = bench.rows(

@@ -125,10 +125,12 @@ def test_who_is_read_is_read_after_as_many_answers_as_the_others(tmp_path, monke
     (tmp_path / "rows.jsonl").touch()
     monkeypatch.setattr(Bench, "done", lambda self, name, seed: Done({}, tmp_path / "teacher", {}))
     monkeypatch.setattr(Bench, "rows", lambda self, *_: tmp_path / "rows.jsonl")
-    bench = Bench(Options((1,), 1, 0, "gate", tmp_path), 0)
-    for name in [name for name, way in WAYS.items() if way.taught]:
-        keys = keys_of_way(name, *WAYS[name].changes(bench, 1))
-        assert keys.rows_per_step(1) * keys.eval_steps == 128, name
+    for of_teacher, settings in taught.TAUGHT.items():
+        bench = Bench(Options((1,), 1, 0, "gate", tmp_path), 0, of_teacher)
+        assert list(settings) == [name for name, way in WAYS.items() if way.taught]
+        for name in settings:
+            keys = keys_of_way(name, *WAYS[name].changes(bench, 1))
+            assert keys.rows_per_step(1) * keys.eval_steps == 128, (of_teacher, name)
 
 
 def test_a_search_reads_dev_questions_and_the_rows_read_gate(tmp_path):
