@@ -46,6 +46,7 @@ REFUSED = {
     "head_that_is_adapted": ([{"grpo": {**GRPO, **LORA, "lora_modules_to_save": ["embed_tokens", "lm_head"], "cast_lm_head_to_fp32": True}}], "cast_lm_head_to_fp32: true with a head that is"),
     "exact_with_an_odd_rank": ([{"grpo": {**GRPO, **LORA, "lora_r": 3, "rollout": {"exact": True}}}], "has 3 inputs, no multiple of 4"),
     "calls_that_are_not_read": ([{"grpo": {**GRPO, "tools": ["rewards.py:spread"]}}], "tools: the chat template says no form in which tools are called"),
+    "reward": ([{"grpo": {**GRPO, "reward_funcs": ["rewards.py:nobody"]}}], "no function 'nobody' (it defines"),
     "tracker": ([{"sft": {**SFT, "report_to": ["mlflow"]}}], "report_to: mlflow"),
     "experts": ([{"grpo": {**GRPO, "rollout": {"routed_experts": "compare"}}}], "is a qwen3, and choices of experts are known of"),
     "experts_of_vllm": ([{"grpo": {**GRPO, "rollout": {"routed_experts": "replay", "engine": "vllm"}}}], "engine: vllm on a CPU"),

@@ -17,6 +17,7 @@ from posttrain.config.stages import ModelKeys, TrainKeys
 from posttrain.config.starting import OF_THE_GIVEN
 from posttrain.data.lint import limits_of
 from posttrain.errors import ConfigError
+from posttrain.grading.learned import named_stage
 from posttrain.health.rules import rules_for
 from posttrain.models.continued import base_keys, is_continued
 from posttrain.models.device import place
@@ -42,6 +43,7 @@ from posttrain.recipes.experience.episodes import environment_spec
 from posttrain.recipes.kinds import OBJECTIVES
 from posttrain.recipes.measure.judges import check_judges
 from posttrain.recipes.teachers import refuse_other_vocabulary
+from posttrain.rewards.resolve import check_spec
 from posttrain.tracking.trackers import require_tracker
 
 log = logging.getLogger(__name__)
@@ -53,11 +55,14 @@ def check_before_data(keys: PipelineKeys, *, here: bool = True) -> None:
         check(keys)
 
 
-def check_reward_judges(keys: PipelineKeys) -> None:
-    """Raises: ConfigError for a judge's file."""
+def check_rewards_named(keys: PipelineKeys) -> None:
+    """Raises: ConfigError for a judge's file, or a reward that nothing defines."""
     for stage in keys.stages:
         if isinstance(stage.keys, RLKeys):
             check_judges(stage.keys.reward_funcs)
+            for spec in stage.keys.reward_funcs:
+                if named_stage(spec) is None:  # that of an earlier stage is not there yet
+                    check_spec(spec)
 
 
 def check_base_model(keys: PipelineKeys) -> None:
@@ -214,7 +219,7 @@ def check_trackers(keys: PipelineKeys) -> None:
 
 
 BEFORE_DATA: tuple[Callable[[PipelineKeys], None], ...] = (
-    check_reward_judges, check_base_model, check_order, check_given, check_adapters, check_models, check_verdicts, check_stages,
+    check_rewards_named, check_base_model, check_order, check_given, check_adapters, check_models, check_verdicts, check_stages,
 )  # fmt: skip
 """What is the same wherever it trains."""
 ON_THIS_MACHINE: tuple[Callable[[PipelineKeys], None], ...] = (check_machine, check_trackers)
