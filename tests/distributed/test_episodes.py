@@ -14,7 +14,7 @@ if os.environ.get("RANK", "0") == "0":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["own", "verifiers"])
+@pytest.mark.parametrize("kind", ["own", "verifiers", "openenv", "mcp"])
 def test_two_ranks_play_and_learn_as_one_process(kind, found_by, playing, tmp_path):
     stage, found = playing(kind), []
     options = stage.options | {"max_steps": 3, "max_completion_length": 50, "dynamic_sampling": False}

@@ -11,6 +11,7 @@ import pytest
 from posttrain.errors import DataError
 from posttrain.evidence import EvalReport, Verdict
 from posttrain.report.build import build_report
+from posttrain.report.forecast import forecast_stages
 from posttrain.report.records import read_run
 from posttrain.report.summary import summary_of
 from posttrain.report.tables import before_after, paired_samples
@@ -286,6 +287,16 @@ def test_a_single_stage_run_that_is_still_running(own_run):
     _, text, _ = _page(own_run)
     assert "No model was compared with another" in text
     assert "unfinished" in text and "none fired." in text and "Loss" in text
+
+
+@pytest.mark.parametrize("line", ['{"loss": 1}', '{"step": "4", "loss": 1}', '{"step": null, "loss": 1}', '{"step": true}'])  # fmt: skip
+def test_a_line_of_metrics_that_is_no_step_is_named_and_left_out(own_run, line):
+    """Also where a forecast reads the run, which ended in a traceback."""
+    path = own_run / "stages" / "03-grpo" / "metrics.jsonl"
+    path.write_text(f"{line}\n{path.read_text()}")
+    _, text, _ = _page(own_run)
+    assert "metrics.jsonl:1 in 03-grpo/ is no logged step and is left out" in text
+    assert forecast_stages(read_run(own_run), "loss", 10_000, 0.01)
 
 
 def test_running_and_failed_runs_say_so(own_run):

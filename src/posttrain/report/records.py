@@ -6,8 +6,9 @@ Knows the layout of a run, and nothing of how it is shown.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -170,7 +171,8 @@ def _stage(folder: Path, entry: Mapping[str, Any], problems: list[str], with_met
     name = where.resolve().name
     result = as_mapping(_try(where / "result.json", read_json, {}, problems))
     tail = name.split("-", 1)[-1]
-    metrics = _try(where / "metrics.jsonl", _logged_steps, LoggedSteps(), problems) if with_metrics else LoggedSteps()
+    read = partial(_logged_steps, problems=problems)
+    metrics = _try(where / "metrics.jsonl", read, LoggedSteps(), problems) if with_metrics else LoggedSteps()
     return StageRecord(
         name=name,
         kind=str(entry.get("kind") or result.get("kind") or tail),
@@ -189,8 +191,15 @@ def _stage(folder: Path, entry: Mapping[str, Any], problems: list[str], with_met
     )
 
 
-def _logged_steps(path: Path) -> LoggedSteps:
-    return LoggedSteps(row for _, row in read_json_lines(path, growing=True))
+def _logged_steps(path: Path, problems: list[str]) -> LoggedSteps:
+    def rows() -> Iterator[Mapping[str, Any]]:
+        for line, row in read_json_lines(path, growing=True):
+            if type(row.get("step")) is int:
+                yield row
+            else:
+                problems.append(f"{path.name}:{line} in {path.parent.name}/ is no logged step and is left out")
+
+    return LoggedSteps(rows())
 
 
 def _evals(folder: Path, problems: list[str]) -> dict[str, dict[EvalKey, EvalReport]]:
