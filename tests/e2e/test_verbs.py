@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.cli.app import main
@@ -132,7 +133,7 @@ def test_without_hub_the_verbatim_yaml_says_so_in_one_line(config, monkeypatch, 
 
 
 def test_where_8b_does_not_fit_it_says_so_in_one_line(config, model_dir, tmp_path, monkeypatch, capsys):
-    """The sizes of the 8B model without its weights, on a machine with 4 GiB left."""
+    """The sizes of the 8B model, with a file of one weight, on a machine with 4 GiB left."""
     sizes = {
         "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "hidden_size": 4096,
         "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -141,10 +142,12 @@ def test_where_8b_does_not_fit_it_says_so_in_one_line(config, model_dir, tmp_pat
     big = tmp_path / "Qwen3-8B"
     big.mkdir()
     (big / "config.json").write_text(json.dumps(sizes))
+    save_file({"lm_head.weight": torch.zeros(1)}, big / "model.safetensors")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (big / name).write_bytes((model_dir("qwen3") / name).read_bytes())
     monkeypatch.setattr("posttrain.pipeline.checks.available_bytes", lambda: 4 << 30)
     path = config("sft")
+    capsys.readouterr()
     assert call("sft", path, "--quiet", *sets(f"base_model={big}")) == 64
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1

@@ -4,6 +4,8 @@ import json
 import logging
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from posttrain.errors import ConfigError, DataError, EvalError, GateError, ModelError
 
@@ -115,13 +117,14 @@ BIG = {
 
 
 def test_a_model_that_does_not_fit_is_refused_in_one_line(project, model_dir, tmp_path):
-    """The sizes of an 8B model a hundred layers deep, and not a byte of weights: full fine-tuning fits nowhere near here."""
+    """The sizes of an 8B model 3,600 layers deep, with a file of one weight: full fine-tuning fits nowhere near here."""
     big = tmp_path / "big"
     big.mkdir()
     for path in model_dir("qwen3").iterdir():
         if path.suffix in (".json", ".jinja") and path.name != "config.json":
             (big / path.name).write_bytes(path.read_bytes())
     (big / "config.json").write_text(json.dumps(BIG | {"num_hidden_layers": 3600}))
+    save_file({"lm_head.weight": torch.zeros(1)}, big / "model.safetensors")
     run = project([sft()], base_model=str(big))
     with pytest.raises(ConfigError) as refusal:
         run.run()
