@@ -27,6 +27,8 @@ from posttrain.serve.vllm import VLLMDialect
 if find_spec("vllm") is None:
     pytest.skip("needs vLLM: make setup-vllm", allow_module_level=True)
 
+pytestmark = pytest.mark.xdist_group("served by vllm")
+
 PROMPT = "What is 1 plus"
 
 
