@@ -14,6 +14,7 @@ from pathlib import Path
 from make_data import HERE, QUICKSTART
 
 from posttrain.evidence import EvalReport
+from posttrain.files import read_json_lines
 from posttrain.grading.answers import reference_answer
 from posttrain.report.intervals import wilson
 
@@ -30,8 +31,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     items = EvalReport.load(folder / "sums-gate").items
     seen = {one["id"]: one for one in json.loads((folder / "best-of-sums-gate.json").read_text("utf-8"))["items"]}
-    lines = (HERE / "evals" / "sums.jsonl").read_text("utf-8").splitlines()
-    asked = {row["id"]: row["prompt"] for row in map(json.loads, lines)}
+    asked = {row["id"]: row["prompt"] for _, row in read_json_lines(HERE / "evals" / "sums.jsonl")}
     found: dict[str, list[str]] = {"sample": [], "majority": [], "verifier": []}
     for item in items:
         answers, said = [reference_answer(text) for text in item.completions], seen[item.id]["verifier"]
