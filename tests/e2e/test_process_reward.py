@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,17 +11,13 @@ import pytest
 from posttrain.cli.app import main
 from posttrain.files import read_json_lines
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-HERE = EXAMPLES / "process-reward"
+HERE = Path(__file__).parents[2] / "examples" / "process-reward"
 KINDS = {(True, True, True), (True, True, False), (True, False, False), (False, False, False)}
 
 
 @pytest.fixture
-def example(tmp_path):
-    ignored = shutil.ignore_patterns("runs", "registry", "__pycache__")
-    for name in ("quickstart", "process-reward"):
-        shutil.copytree(EXAMPLES / name, tmp_path / name, ignore=ignored)
-    return tmp_path / "process-reward"
+def example(shipped):
+    return shipped("process-reward", "quickstart")
 
 
 def called(*words):

@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-from pathlib import Path
 
 import pytest
 import yaml
@@ -13,18 +11,12 @@ from posttrain.gate import exact
 from posttrain.gate.pairing import pair
 from posttrain.report.records import read_run
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 NON_INFERIOR = 0.05
 
 
 @pytest.fixture
-def quickstart(tmp_path):
-    """A copy of the folder without what runs left in it."""
-    return Path(
-        shutil.copytree(
-            QUICKSTART, tmp_path / "quickstart", ignore=shutil.ignore_patterns("runs", "registry", "__pycache__")
-        )
-    )
+def quickstart(shipped):
+    return shipped("quickstart")
 
 
 def run(config, *options):

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +16,8 @@ ALARM = "reward_without_score"
 
 
 @pytest.fixture
-def example(tmp_path):
-    ignored = shutil.ignore_patterns("runs", "registry", "__pycache__")
-    return Path(shutil.copytree(EXAMPLE, tmp_path / "example", ignore=ignored))
+def example(shipped):
+    return shipped("reward-hacking")
 
 
 def tell(example, *options, parts="123"):

@@ -1,23 +1,15 @@
 """The example of a reward model as it is shipped: cut short in the quick tests, whole in the long ones."""
 
-import shutil
-from pathlib import Path
-
 import pytest
 
 from posttrain.cli.app import main
 from posttrain.files import read_json_lines
 from posttrain.report.records import read_run
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
 
 @pytest.fixture
-def example(tmp_path):
-    ignored = shutil.ignore_patterns("runs", "registry", "__pycache__")
-    for name in ("reward-hacking", "reward-model"):
-        shutil.copytree(EXAMPLES / name, tmp_path / name, ignore=ignored)
-    return tmp_path / "reward-model"
+def example(shipped):
+    return shipped("reward-model", "reward-hacking")
 
 
 def run(example, *options):

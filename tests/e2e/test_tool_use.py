@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,8 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "tool-use"
 
 
 @pytest.fixture
-def example(tmp_path):
-    ignored = shutil.ignore_patterns("runs", "registry", "__pycache__")
-    return Path(shutil.copytree(EXAMPLE, tmp_path / "example", ignore=ignored))
+def example(shipped):
+    return shipped("tool-use")
 
 
 def run(config, *options):
