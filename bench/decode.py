@@ -12,7 +12,7 @@ import argparse
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ import torch
 import gpu_work as work
 from posttrain.models.policy import Policy
 from posttrain.rollout.embedded import EmbeddedEngine
-from posttrain.types import Request, SamplingParams
+from posttrain.types import Request, SamplingParams, in_order
 
 SHAPES = {
     "nano": work.Shape(256, 768, 6, 8, 4, 32, 4096),
@@ -33,36 +33,74 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """`cpu` where others use the machine too: with one thread it is what the wall would be without them."""
 
 
-def measure(policy: Policy, shape: work.Shape, rows: int, options: argparse.Namespace) -> str:
+Prompts = Sequence[tuple[int, ...]]
+Run = Callable[[float], list[tuple[int, ...]]]
+"""Temperature → the completions, in the order of the prompts."""
+
+
+def prompts_of(shape: work.Shape, rows: int, options: argparse.Namespace) -> Prompts:
     lengths = [options.prompt - (n * _STRIDE % (options.near + 1)) for n in range(rows)]
-    prompts = [tuple(work.sequence(shape.vocab, length, prompt_seed=n, seed=n).ids) for n, length in enumerate(lengths)]
-    model, tokens = policy.base, options.tokens
+    return [tuple(work.sequence(shape.vocab, length, prompt_seed=n, seed=n).ids) for n, length in enumerate(lengths)]
+
+
+def embedded(**more: Any) -> Callable[[Policy, Prompts, int], Run]:
+    def side(policy: Policy, prompts: Prompts, tokens: int) -> Run:
+        return _by(EmbeddedEngine(policy, stop_token_ids=(), batch_size=len(prompts), **more), policy, prompts, tokens)
+
+    return side
+
+
+def vllm(policy: Policy, prompts: Prompts, tokens: int) -> Run:
+    return _by(work.vllm_beside(policy, len(prompts), max(map(len, prompts)) + tokens), policy, prompts, tokens)
+
+
+def _by(engine: Any, policy: Policy, prompts: Prompts, tokens: int) -> Run:
     requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
-    ids = torch.tensor([[0] * (options.prompt - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (options.prompt - length) + [1] * length for length in lengths])
-    sampling: dict[str, Any] = {"do_sample": True, "top_k": 0, "max_new_tokens": tokens, "min_new_tokens": tokens}
 
-    def by(engine: EmbeddedEngine) -> Callable[[], None]:
-        def run() -> None:
-            model.set_attn_implementation(work.attention.NAME)
-            assert sum(len(c.ids) for c in engine.generate(requests, SamplingParams(tokens))) == rows * tokens
+    def run(temperature: float) -> list[tuple[int, ...]]:
+        policy.base.set_attn_implementation(work.attention.NAME)
+        return [one.ids for one in in_order(engine.generate(requests, SamplingParams(tokens, temperature)))]
 
-        return run
+    return run
+
+
+def generate(policy: Policy, prompts: Prompts, tokens: int) -> Run:
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    asked: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "use_cache": True}
 
     @torch.inference_mode()
-    def generate() -> None:
-        model.set_attn_implementation("sdpa")
-        model.generate(input_ids=ids, attention_mask=mask, use_cache=True, **sampling)
+    def run(temperature: float) -> list[tuple[int, ...]]:
+        policy.base.set_attn_implementation("sdpa")
+        sampling: dict[str, Any] = {"do_sample": True, "top_k": 0} if temperature else {"do_sample": False}
+        found = policy.base.generate(input_ids=ids, attention_mask=mask, **asked, **sampling)
+        return [tuple(row) for row in found[:, longest:].tolist()]
 
-    engines = {"ours": EmbeddedEngine(policy, stop_token_ids=(), batch_size=rows)}
-    engines["prepack"] = EmbeddedEngine(policy, stop_token_ids=(), batch_size=rows, prepack=True)
-    if options.near:
-        engines["pad_prompts"] = EmbeddedEngine(policy, stop_token_ids=(), batch_size=rows, pad_prompts=True)
-    sides = [*map(by, engines.values()), generate]
-    turns = work.in_turns(sides, CPU, options.pairs, CLOCKS[options.clock])
+    return run
+
+
+SIDES: dict[str, Callable[[Policy, Prompts, int], Run]] = {
+    "ours": embedded(), "prepack": embedded(prepack=True), "pad_prompts": embedded(pad_prompts=True), "generate": generate, "vllm": vllm,
+}  # fmt: skip
+
+
+def measure(policy: Policy, shape: work.Shape, rows: int, options: argparse.Namespace) -> str:
+    prompts, tokens = prompts_of(shape, rows, options), options.tokens
+    names = ["ours", "prepack", *(["pad_prompts"] if options.near else []), "generate"]
+
+    def by(name: str) -> Callable[[], None]:
+        run = SIDES[name](policy, prompts, tokens)
+
+        def turn() -> None:
+            assert sum(map(len, run(1.0))) == rows * tokens
+
+        return turn
+
+    turns = work.in_turns(list(map(by, names)), CPU, options.pairs, CLOCKS[options.clock])
     rates = [rows * tokens / statistics.median(seconds) for seconds in zip(*turns, strict=True)]
     found = [f"generate {rates[-1]:8.0f} tokens/s"]
-    for number, name in enumerate(engines):
+    for number, name in enumerate(names[:-1]):
         ratios = sorted(turn[-1] / turn[number] for turn in turns)
         found.append(
             f"{name} {rates[number]:8.0f}: {statistics.median(ratios):.2f}× ({ratios[0]:.2f}–{ratios[-1]:.2f})"
@@ -72,7 +110,7 @@ def measure(policy: Policy, shape: work.Shape, rows: int, options: argparse.Name
 
 def measure_peak(policy: Policy, shape: work.Shape, rows: int, options: argparse.Namespace) -> str:
     """Of the process's first call: the high-water mark never falls."""
-    prompts = [tuple(work.sequence(shape.vocab, options.prompt, prompt_seed=n, seed=n).ids) for n in range(rows)]
+    prompts = prompts_of(shape, rows, options)
     engine = EmbeddedEngine(policy, stop_token_ids=(), batch_size=rows)
     list(engine.generate([Request(prompts[0][:8], 0)], SamplingParams(2)))
     before = _peak_mib()

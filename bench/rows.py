@@ -83,4 +83,10 @@ ROWS = (
     Row("gpu-rollout", "GRPO rollouts 0.6 B, bf16", "rollout", model="0.6b", bf16=True, unit_steps=1, setup="transformers generate", same_batches=False, extra=True),
     Row("grpo-bf16", "GRPO whole step, bf16 autocast, 4 × 8", "grpo", bf16=True, unit_steps=1, setup=SHIPPED, same_batches=False, extra=True),
 )  # fmt: skip
-BY_NAME = {row.name: row for row in ROWS}
+VLLM = {"rollout": {"engine": "vllm"}}
+PEER_ROWS = (
+    Row("rollout-12-vllm", "GRPO rollouts, 12 × 8", "rollout", num_prompts=12, unit_steps=1, ours=VLLM, same_batches=False),
+    Row("grpo-vllm", "GRPO whole step, 4 × 8, both with vLLM", "grpo", unit_steps=1, ours=VLLM, trl={"use_vllm": True, "vllm_mode": "colocate"}, same_batches=False),
+)  # fmt: skip
+"""Of bench/peers.py."""
+BY_NAME = {row.name: row for row in (*ROWS, *PEER_ROWS)}

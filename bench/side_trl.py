@@ -14,7 +14,7 @@ from posttrain.files import read_json_lines
 from rewards import vowels
 from rows import BY_NAME, Row
 from side_posttrain import SEED, recorded
-from turns import Turns
+from turns import Turns, recorded_trainer
 
 
 def load(job: Mapping[str, Any], row: Row) -> tuple[Any, Any]:
@@ -48,35 +48,6 @@ def shared_options(row: Row, job: Mapping[str, Any], folder: str) -> dict[str, A
         "dataloader_pin_memory": job["device"] != "cpu", "max_steps": job["max_steps"], "num_train_epochs": job["epochs"],
         "seed": SEED,
     }  # fmt: skip
-
-
-def recorded_trainer(trainer_type: type, turns: Turns) -> tuple[type, Any]:
-    """The trainer, made to count its tokens and keep its losses; and the callback that ends a step."""
-    from transformers import TrainerCallback
-
-    seen = {"tokens": 0, "loss": 0.0}
-
-    class Recorded(trainer_type):
-        def training_step(self, model: Any, inputs: Any, *args: Any) -> Any:
-            if isinstance(inputs, dict):
-                mask = inputs.get("attention_mask")
-                seen["tokens"] += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
-            loss = super().training_step(model, inputs, *args)
-            seen["loss"] += float(loss)
-            return loss
-
-        def _generate_and_score_completions(self, inputs: Any) -> Any:
-            output = super()._generate_and_score_completions(inputs)
-            seen["tokens"] += int(output["completion_mask"].sum())
-            return output
-
-    class EndOfStep(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            tokens, loss = seen["tokens"], seen["loss"]
-            seen.update(tokens=0, loss=0.0)
-            turns.step_done(tokens, loss, state.epoch or 0.0)
-
-    return Recorded, EndOfStep()
 
 
 def train(row: Row, job: Mapping[str, Any], turns: Turns) -> None:
@@ -131,6 +102,31 @@ def _grpo(
     return GRPOTrainer, GRPOConfig(**options | own | row.trl), more
 
 
+def patch_vllm() -> None:
+    """TRL hands vLLM its parameters one by one, which the build for CPUs, whose linears are packed, refuses: they go by vLLM's own reload, and the head that
+    is tied to the embedding is packed again. vLLM computes in float32 and without compiling, as on our side.
+    """
+    from functools import partial
+
+    from trl.generation import vllm_generation
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    def pack_heads(model: Any) -> None:
+        for module in model.modules():
+            if isinstance(module, ParallelLMHead):
+                dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+    def sync_weights(self: Any) -> None:
+        weights = ((name, parameter.detach()) for name, parameter in self._iter_named_params())
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.llm.apply_model(pack_heads)
+        self.llm.reset_prefix_cache()
+
+    vllm_generation.VLLMGeneration.sync_weights = sync_weights
+    vllm_generation.LLM = partial(vllm_generation.LLM, dtype="float32", enforce_eager=True)
+
+
 _CONFIGS = {"sft": _sft, "dpo": _dpo, "grpo": _grpo, "grpo_train": _grpo}
 MOST_ROWS = 32
 
@@ -166,6 +162,8 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     row = BY_NAME[job["row"]]
     turns = Turns(job["unit_steps"])
+    if row.trl.get("use_vllm"):
+        patch_vllm()
     (roll_out if row.task == "rollout" else train)(row, job, turns)
 
 

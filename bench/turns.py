@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,10 @@ class Turns:
 
     def _report(self) -> None:
         wall = time.perf_counter() - self._clock
-        others = (busy_seconds() - self._busy) - (own_seconds() - self._own)
+        own = own_seconds() - self._own
+        others = (busy_seconds() - self._busy) - own
         self._say({
-            "seconds": wall + self._extra, "steps": self._steps, "tokens": self._tokens, "losses": self._losses,
+            "seconds": wall + self._extra, "cpu_seconds": own, "steps": self._steps, "tokens": self._tokens, "losses": self._losses,
             "others_cpus": max(0.0, others / wall), "peak_mb": peak_mb(),
         })  # fmt: skip
 
@@ -69,6 +71,35 @@ class Turns:
         self._begin()
 
 
+def recorded_trainer(trainer_type: type, turns: Turns) -> tuple[type, Any]:
+    """A trainer of the transformers family, made to count its tokens and keep its losses; and the callback that ends a step."""
+    from transformers import TrainerCallback
+
+    seen = {"tokens": 0, "loss": 0.0}
+
+    class Recorded(trainer_type):
+        def training_step(self, model: Any, inputs: Any, *args: Any) -> Any:
+            if isinstance(inputs, Mapping):
+                mask = inputs.get("attention_mask")
+                seen["tokens"] += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+            loss = super().training_step(model, inputs, *args)
+            seen["loss"] += float(loss)
+            return loss
+
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            output = super()._generate_and_score_completions(inputs)
+            seen["tokens"] += int(output["completion_mask"].sum())
+            return output
+
+    class EndOfStep(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            tokens, loss = seen["tokens"], seen["loss"]
+            seen.update(tokens=0, loss=0.0)
+            turns.step_done(tokens, loss, state.epoch or 0.0)
+
+    return Recorded, EndOfStep()
+
+
 def busy_seconds() -> float:
     """CPU seconds that all processes of the machine have used."""
     fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
@@ -77,8 +108,29 @@ def busy_seconds() -> float:
 
 
 def own_seconds() -> float:
+    """CPU seconds of this process and of those below it, ended or not."""
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(part.ru_utime + part.ru_stime for part in usage)
+    return sum(part.ru_utime + part.ru_stime for part in usage) + _living_below(os.getpid())
+
+
+def _living_below(pid: int) -> float:
+    below: dict[int, list[int]] = {}
+    used: dict[int, float] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # The name, in parentheses, may hold anything.
+            fields = path.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended meanwhile
+        number = int(path.parent.name)
+        below.setdefault(int(fields[1]), []).append(number)
+        used[number] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    found, waiting = 0.0, list(below.get(pid, ()))
+    while waiting:
+        number = waiting.pop()
+        found += used[number]
+        waiting += below.get(number, ())
+    return found
 
 
 def peak_mb() -> float:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -50,10 +50,12 @@ class SideError(RuntimeError):
 class Side:
     """One process, working a unit at a time."""
 
-    def __init__(self, script: str, job: dict[str, Any], options: Options) -> None:
+    def __init__(
+        self, script: str, job: Mapping[str, Any], options: Options, python: Path | str = sys.executable
+    ) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / script), json.dumps(job)], env=environment(options.threads),
+            [str(python), str(HERE / script), json.dumps(job)], env=environment(options.threads),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
         )  # fmt: skip
 
@@ -99,18 +101,23 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def compare(row: Row, options: Options) -> dict[str, Any]:
-    """Warm both sides up, one after the other (the reference pass before DPO's first step is timed), then let them take turns."""
     job = job_of(row, options)
+    ours, trl = in_turns([lambda script=script: Side(script, job, options) for script in ("side_posttrain.py", "side_trl.py")], options.pairs)  # fmt: skip
+    return summary(row, ours, trl)
+
+
+def in_turns(starts: Sequence[Callable[[], Side]], pairs: int) -> list[list[dict[str, Any]]]:
+    """Warm the sides up, one after the other (the reference pass before DPO's first step is timed), then let them take turns: each side's records."""
     sides: list[Side] = []
     try:
-        for script in ("side_posttrain.py", "side_trl.py"):
-            sides.append(Side(script, job, options))
+        for start in starts:
+            sides.append(start())
             sides[-1].take_turn(first=True)
-        turns = [[side.take_turn() for side in sides] for _ in range(options.pairs)]
+        turns = [[side.take_turn() for side in sides] for _ in range(pairs)]
     finally:
         for side in sides:
             side.stop()
-    return summary(row, [pair[0] for pair in turns], [pair[1] for pair in turns])
+    return [list(turn) for turn in zip(*turns, strict=True)]
 
 
 def job_of(row: Row, options: Options) -> dict[str, Any]:
