@@ -116,6 +116,7 @@ bench: $(STAMP)
 
 bench-all: $(STAMP)
 	OMP_NUM_THREADS=2 $(BIN)/python bench/vs_trl.py --all
+	OMP_NUM_THREADS=2 $(BIN)/python bench/peers.py
 
 # GPU_PYTHON=python takes an environment that has torch for this card, instead of making one.
 GPU_PYTHON ?= $(BIN)/python
@@ -127,4 +128,4 @@ gpu-bench: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
 	$(GPU_PYTHON) bench/gpu_bench.py --doc
 
 clean:
-	rm -rf $(VENV) .venv-export .venv-envs .venv-verifiers examples/*/runs examples/*/registry
+	rm -rf $(VENV) .venv-export .venv-envs .venv-verifiers .venv-peers examples/*/runs examples/*/registry

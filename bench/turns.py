@@ -80,8 +80,7 @@ def recorded_trainer(trainer_type: type, turns: Turns) -> tuple[type, Any]:
     class Recorded(trainer_type):
         def training_step(self, model: Any, inputs: Any, *args: Any) -> Any:
             if isinstance(inputs, Mapping):
-                mask = inputs.get("attention_mask")
-                seen["tokens"] += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+                seen["tokens"] += _real_tokens(inputs, self.processing_class.pad_token_id)
             loss = super().training_step(model, inputs, *args)
             seen["loss"] += float(loss)
             return loss
@@ -98,6 +97,13 @@ def recorded_trainer(trainer_type: type, turns: Turns) -> tuple[type, Any]:
             turns.step_done(tokens, loss, state.epoch or 0.0)
 
     return Recorded, EndOfStep()
+
+
+def _real_tokens(inputs: Mapping[str, Any], pad: int) -> int:
+    """Without padding. The mask of packed rows numbers them, or is a square for each."""
+    mask = inputs.get("attention_mask")
+    real = mask if mask is not None and mask.dim() == 2 else inputs["input_ids"] != pad
+    return int(real.count_nonzero())
 
 
 def busy_seconds() -> float:

@@ -267,8 +267,13 @@ def main() -> None:
 
 def has_bf16() -> bool:
     """Whether the CPU multiplies in bf16 itself (avx512_bf16, amx_bf16, or Arm's bf16)."""
+    return has_flag("bf16")
+
+
+def has_flag(name: str) -> bool:
+    """Whether the processor says that it has it; yes where it is not asked so."""
     flags = Path("/proc/cpuinfo")
-    return not flags.exists() or "bf16" in flags.read_text()
+    return not flags.exists() or name in flags.read_text()
 
 
 def facts(options: Options) -> dict[str, str]:

@@ -14,6 +14,8 @@ from typing import Any
 
 OUT = Path(__file__).resolve().parent / "out"
 VOCAB = 4096
+END = "<|im_end|>"
+"""What ends an answer."""
 SIGMA = 0.75
 LONGEST = 1024
 HAZARD = 0.01
@@ -61,12 +63,12 @@ def tokenizer_dir() -> Path:
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB,
-        special_tokens=["<|endoftext|>", "<|im_end|>"],
+        special_tokens=["<|endoftext|>", END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     core.train_from_iterator([draw_text(rng, language, 400) for _ in range(400)], trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END, pad_token="<|endoftext|>")
     made.save_pretrained(folder)
     return folder
 
