@@ -203,14 +203,13 @@ def main() -> None:
     arguments = parse()
     options = Options(vs_trl.QUICK_PAIRS if arguments.quick else arguments.pairs, arguments.threads, "cpu")
     known = facts(options)
-    kept = kept_rows(known)
     for row in ROWS:
         if not arguments.row or row.name in arguments.row:
             start = time.perf_counter()
-            kept[row.name] = measured(row, options) | {"pairs": options.pairs}
-            print(f"{peer_table.line(row, kept[row.name])}  [{time.perf_counter() - start:.0f} s]", file=sys.stderr, flush=True)  # fmt: skip
-            KEPT.parent.mkdir(parents=True, exist_ok=True)
-            KEPT.write_text(json.dumps({"facts": known, "rows": kept}, indent=1))
+            result = measured(row, options) | {"pairs": options.pairs}
+            keep(row, result, known)
+            print(f"{peer_table.line(row, result)}  [{time.perf_counter() - start:.0f} s]", file=sys.stderr, flush=True)
+    kept = kept_rows(known)
     text = peer_table.render([row for row in ROWS if row.name in kept], kept, known)
     print(text)
     if arguments.doc:
@@ -223,6 +222,12 @@ def measured(row: PeerRow, options: Options) -> dict[str, Any]:
     except (LeftOut, SideError) as error:
         print(f"{row.name}: {error}", file=sys.stderr, flush=True)
         return {"left_out": str(error).splitlines()[0]}
+
+
+def keep(row: PeerRow, result: Mapping[str, Any], known: Mapping[str, str]) -> None:
+    KEPT.parent.mkdir(parents=True, exist_ok=True)
+    # Read again: another call may have added rows meanwhile.
+    KEPT.write_text(json.dumps({"facts": known, "rows": kept_rows(known) | {row.name: result}}, indent=1))
 
 
 def kept_rows(known: Mapping[str, str]) -> dict[str, Any]:

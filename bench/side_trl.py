@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -108,6 +109,10 @@ def patch_vllm() -> None:
     """
     from functools import partial
 
+    from posttrain.rollout.vllm.options import environment
+
+    # Read when vLLM is imported: in this process, with as much for keys and values as our side gives it.
+    os.environ |= environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     from trl.generation import vllm_generation
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
