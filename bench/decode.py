@@ -1,6 +1,6 @@
 """Decoding where nothing can be left out: rows of equal length and distinct prompts, beside `generate` of transformers, in turns.
 
-python bench/decode.py                          nano (5 M) at 1, 16 and 64 rows; medians of five pairs; with and without `rollout.prepack`
+python bench/decode.py                          nano (5 M) at 1, 16 and 64 rows; medians of five pairs; with and without `rollout.prepack` and `native_kernels`
 python bench/decode.py --near 48                prompts up to 48 tokens shorter than the longest; with and without `rollout.pad_prompts`
 python bench/decode.py --peak --rows 64 --prompt 1024 --tokens 1
                                                 what one call holds at most, over the keys and values of its prompts
@@ -19,6 +19,7 @@ import torch
 
 import gpu_work as work
 from posttrain.models.policy import Policy
+from posttrain.rollout.cached import Shortcuts
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.types import Request, SamplingParams, in_order
 
@@ -80,14 +81,21 @@ def generate(policy: Policy, prompts: Prompts, tokens: int) -> Run:
     return run
 
 
+SHORTCUTS = {
+    "ours": Shortcuts(),
+    "prepack": Shortcuts(prepack=True),
+    "native_kernels": Shortcuts(native_kernels=True),
+    "both": Shortcuts(prepack=True, native_kernels=True),
+    "pad_prompts": Shortcuts(pad_prompts=True),
+}
 SIDES: dict[str, Callable[[Policy, Prompts, int], Run]] = {
-    "ours": embedded(), "prepack": embedded(prepack=True), "pad_prompts": embedded(pad_prompts=True), "generate": generate, "vllm": vllm,
+    **{name: embedded(shortcuts=one) for name, one in SHORTCUTS.items()}, "generate": generate, "vllm": vllm,
 }  # fmt: skip
 
 
 def measure(policy: Policy, shape: work.Shape, rows: int, options: argparse.Namespace) -> str:
     prompts, tokens = prompts_of(shape, rows, options), options.tokens
-    names = ["ours", "prepack", *(["pad_prompts"] if options.near else []), "generate"]
+    names = [name for name in SIDES if name != "vllm" and (options.near or name != "pad_prompts")]
 
     def by(name: str) -> Callable[[], None]:
         run = SIDES[name](policy, prompts, tokens)

@@ -13,6 +13,7 @@ class Row:
     """`trl` and `ours` are options beside those both sides share. A pair is `unit_steps` steps, or an epoch if None.
 
     `same_batches` says that step n trains the same rows on both sides, so that tokens and losses must be equal.
+    `four_bits`: the base of the adapter is in NF4, its constants quantised too.
     `least` and `aim` are ratios of speed; for `task="startup"` of time.
     """
 
@@ -23,6 +24,7 @@ class Row:
     aim: float | None = None
     model: str = "nano"
     lora: bool = False
+    four_bits: bool = False
     bf16: bool = False
     num_prompts: int = 4
     unit_steps: int | None = 2
@@ -50,6 +52,7 @@ ROWS = (
     Row("sft-packed", "SFT full f32, packed", "sft", 1.5, 2.0, unit_steps=None, trl=TRL_PACKED, ours=OURS_PACKED, setup="packing bfd, 1 × 1024", same_batches=False),
     Row("sft-bf16", "SFT full, bf16 autocast", "sft", 3.0, 4.0, bf16=True),
     Row("sft-lora", "SFT LoRA r16 all-linear", "sft", 3.2, 4.0, lora=True),
+    Row("sft-qlora", "SFT QLoRA r16 all-linear", "sft", 3.2, 4.5, lora=True, four_bits=True),
     Row("dpo", "DPO full, frozen reference", "dpo", 3.0, 4.0, setup=SHIPPED),
     Row("dpo-lora", "DPO LoRA, adapter off", "dpo", 3.1, 4.0, lora=True, setup=SHIPPED),
     Row("rollout", "GRPO rollouts, 4 × 8", "rollout", 2.5, 4.0, unit_steps=1, setup="transformers generate", same_batches=False),

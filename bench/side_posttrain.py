@@ -47,7 +47,7 @@ def keys_of(row: Row, job: Mapping[str, Any]) -> Any:
 
     options = {
         "base_model": job["model"], "datasets": [{"path": job["data"]}], "seed": SEED, "device": job["device"], "bf16": row.bf16,
-        "sequence_len": row.longest, "adapter": "lora" if row.lora else "none", "lora_r": 16, "lora_alpha": 32,
+        "sequence_len": row.longest, "adapter": "qlora" if row.four_bits else "lora" if row.lora else "none", "lora_r": 16, "lora_alpha": 32,
         "lr_scheduler_type": "constant", "max_steps": job["max_steps"], "num_train_epochs": job["epochs"],
     }  # fmt: skip
     if row.task == "sft":

@@ -21,9 +21,16 @@ from turns import Turns, recorded_trainer
 def load(job: Mapping[str, Any], row: Row) -> tuple[Any, Any]:
     """Model and tokenizer; the adapter is drawn from the same seed as ours."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    more = {"quantization_config": quantised, "device_map": job["device"]} if row.four_bits else {}
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, **more)
     if row.lora:
         from peft import LoraConfig, get_peft_model
 

@@ -129,6 +129,8 @@ def test_filled_up_prompts_are_refused_where_another_way_attends_to_them(beside)
         RolloutKeys(prefix_cache_gib=0.5, **beside)
     with pytest.raises(ValueError, match=r"prepack: true with rollout.(exact: true|engine: vllm), which multiplies"):
         RolloutKeys(prepack=True, **beside)
+    with pytest.raises(ValueError, match=r"native_kernels: true with rollout.(exact: true|engine: vllm), which comp"):
+        RolloutKeys(native_kernels=True, **beside)
 
 
 @pytest.mark.parametrize(

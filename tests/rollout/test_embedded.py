@@ -8,6 +8,7 @@ from posttrain.errors import EngineError
 from posttrain.models import decode, packed
 from posttrain.models.batch import pack
 from posttrain.models.load import load_policy
+from posttrain.rollout.cached import Shortcuts
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.types import Request, SamplingParams, TokenSeq, in_order
 
@@ -62,7 +63,7 @@ def test_laid_out_weights_give_the_tokens_and_the_trainers_log_probs(model_dir, 
     requests, params = [Request(prompt, n) for n, prompt in enumerate(prompts)], SamplingParams(max_tokens=24)
     plain = in_order(EmbeddedEngine(policy, stop_token_ids=()).generate(requests, params))
     assert not rows
-    engine = EmbeddedEngine(policy, stop_token_ids=(), prepack=True)
+    engine = EmbeddedEngine(policy, stop_token_ids=(), shortcuts=Shortcuts(prepack=True))
     laid_out = in_order(engine.generate(requests, params))
     layers = policy.base.config.num_hidden_layers
     # Queries, keys and values are one product, gate and up another; the head sees a prompt's last token alone.
@@ -75,7 +76,7 @@ def test_laid_out_weights_give_the_tokens_and_the_trainers_log_probs(model_dir, 
 
 def test_weights_are_laid_out_anew_when_they_have_changed(model_dir, monkeypatch):
     policy, rows = _own_policy(model_dir), _count_packed(monkeypatch)
-    engine = EmbeddedEngine(policy, stop_token_ids=(), prepack=True)
+    engine = EmbeddedEngine(policy, stop_token_ids=(), shortcuts=Shortcuts(prepack=True))
     requests = [Request((5, 6, 7), 1), Request((5, 6, 7), 2)]
     [before, _] = in_order(engine.generate(requests, SamplingParams(max_tokens=6)))
     with torch.no_grad():
@@ -88,7 +89,9 @@ def test_weights_are_laid_out_anew_when_they_have_changed(model_dir, monkeypatch
 
 def test_for_one_row_no_weights_are_laid_out(shared_policy, monkeypatch):
     policy, rows = shared_policy("qwen3"), _count_packed(monkeypatch)
-    plain, prepack = (EmbeddedEngine(policy, stop_token_ids=(), prepack=on) for on in (False, True))
+    plain, prepack = (
+        EmbeddedEngine(policy, stop_token_ids=(), shortcuts=Shortcuts(prepack=on)) for on in (False, True)
+    )
     requests, params = [Request((5, 6, 7), 1), Request((8, 9), 2)], SamplingParams(max_tokens=6)
     assert in_order(prepack.generate(requests[:1], params)) == in_order(plain.generate(requests[:1], params))
     assert not rows
@@ -97,11 +100,11 @@ def test_for_one_row_no_weights_are_laid_out(shared_policy, monkeypatch):
 
 
 def test_where_no_weights_are_laid_out_the_key_says_why(shared_policy, model_dir, caplog):
-    EmbeddedEngine(shared_policy("qwen3"), stop_token_ids=(), prepack=True)
+    EmbeddedEngine(shared_policy("qwen3"), stop_token_ids=(), shortcuts=Shortcuts(prepack=True))
     assert not caplog.text
     for family, why in (("gemma2", "decodes by its own modules"), ("mamba", "decodes row by row")):
         caplog.clear()
-        EmbeddedEngine(shared_policy(family), stop_token_ids=(), prepack=True)
+        EmbeddedEngine(shared_policy(family), stop_token_ids=(), shortcuts=Shortcuts(prepack=True))
         assert "rollout.prepack: no effect, because" in caplog.text and why in caplog.text
 
 

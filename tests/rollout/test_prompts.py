@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from posttrain.rollout import kv
+from posttrain.rollout.cached import Shortcuts
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.rollout.kv import Padding
 from posttrain.rollout.paged import PagedRows
@@ -89,7 +90,7 @@ def test_prompts_of_near_length_are_attended_to_together_where_asked_with_the_tr
     apart = in_order(EmbeddedEngine(policy, stop_token_ids=(2,), batch_size=16).generate(requests, params))
     num_apart = len(calls)
     calls.clear()
-    engine = EmbeddedEngine(policy, stop_token_ids=(2,), batch_size=16, pad_prompts=True)
+    engine = EmbeddedEngine(policy, stop_token_ids=(2,), batch_size=16, shortcuts=Shortcuts(pad_prompts=True))
     together = in_order(engine.generate(requests, params))
     assert len(calls) < 0.5 * num_apart
     assert [c.ids for c in together] == [c.ids for c in apart]
@@ -120,11 +121,11 @@ def test_pools_are_few_and_none_is_wider_than_a_call_pays_for():
 
 
 def test_where_nothing_is_filled_up_the_key_says_so(shared_policy, monkeypatch, caplog):
-    EmbeddedEngine(shared_policy("qwen3"), stop_token_ids=(), pad_prompts=True)
+    EmbeddedEngine(shared_policy("qwen3"), stop_token_ids=(), shortcuts=Shortcuts(pad_prompts=True))
     assert not caplog.text
-    EmbeddedEngine(shared_policy("mamba"), stop_token_ids=(), pad_prompts=True)
+    EmbeddedEngine(shared_policy("mamba"), stop_token_ids=(), shortcuts=Shortcuts(pad_prompts=True))
     assert "pad_prompts: no effect, because" in caplog.text and "decodes row by row" in caplog.text
     caplog.clear()
     monkeypatch.setattr("posttrain.rollout.embedded.paged_rows", PagedRows)
-    EmbeddedEngine(shared_policy("qwen3"), stop_token_ids=(), pad_prompts=True)
+    EmbeddedEngine(shared_policy("qwen3"), stop_token_ids=(), shortcuts=Shortcuts(pad_prompts=True))
     assert "pad_prompts: no effect, because pages need no filling up" in caplog.text

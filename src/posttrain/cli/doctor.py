@@ -18,6 +18,7 @@ from posttrain.cli.doctor_run import check_target, durable
 from posttrain.cli.doctor_surface import surface
 from posttrain.cli.findings import Diagnosis, plain_name
 from posttrain.cli.json_output import AsJson, echo_json
+from posttrain.errors import ModelError
 from posttrain.numerics import installed_version
 
 _LOW_DISK_BYTES = 2 << 30
@@ -195,6 +196,17 @@ def attention() -> Iterator[Diagnosis]:
     yield Diagnosis("packed forward", "ok" if exact else "broken", f"{text} on a tiny model")
 
 
+def kernels() -> Iterator[Diagnosis]:
+    from posttrain.models.native import kernels as built
+
+    try:
+        built(64)
+    except ModelError as error:
+        yield Diagnosis("decode kernels", "note", f"{error}; rollout.native_kernels does nothing without them")
+    else:
+        yield Diagnosis("decode kernels", "ok", "the C compiler builds those of rollout.native_kernels")
+
+
 def four_bits() -> Iterator[Diagnosis]:
     from posttrain.registry.manifest import environment_pins
 
@@ -272,6 +284,7 @@ CHECKS: tuple[Callable[[], Iterator[Diagnosis]], ...] = (
     torch,
     surface,
     attention,
+    kernels,
     four_bits,
     vllm,
     ray,

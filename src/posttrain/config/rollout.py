@@ -37,6 +37,7 @@ class RolloutKeys(Keys):
     exact: bool = knob(False, "Make the embedded engine's log-probs the trainer's to the last bit: slower; on one thread of a CPU, or on a card that keeps its bits in a probe at the start.")
     pad_prompts: bool = knob(False, "The embedded engine attends to distinct prompts of near length in one call, the shorter ones filled up, where that is counted as less work; faster on a CPU for evals and wide batches, and the last bits of log-probs are others than without.")
     prepack: bool = knob(False, "The embedded engine lays the weights out for oneDNN's products in each call of two rows or more, and encodes and decodes with these; on a CPU, in float32, for Llama, Mistral, Qwen2 and Qwen3: faster, with the weights in memory a second time while it samples, and the last bits of log-probs are others than without.")
+    native_kernels: bool = knob(False, "The embedded engine's norms, rotation, attention and SwiGLU are kernels that the machine's C compiler (cc, gcc or clang) builds when the engine starts, in less than a second; on a CPU, in float32, for Llama, Mistral, Qwen2 and Qwen3: faster, and the last bits of log-probs are others than without.")
     prefix_cache_gib: float = knob(0.0, "GiB in which the embedded engine keeps keys and values of how prompts begin, in blocks of 128 tokens, until the weights change: faster where prompts share a long beginning (few-shot examples, a system message), slower where they do not, and the last bits of log-probs are others than without.", ge=0, example=0.5)
     routed_experts: Literal["off", "compare", "replay"] = knob("off", "Of a mixture of experts, whether the engine says which experts each sampled token was computed with: `compare` logs how often the trainer's routers choose others (router/mismatch), `replay` also makes them choose the same, with the weights that their own logits give them (R3, arXiv 2510.11370).", example="replay", also="router_replay.mode (verl)")
     speculation: Literal["off", "suffix"] = knob("off", "`suffix` has the embedded engine guess how a completion goes on, from completions of the same prompt (siblings that are ahead, earlier epochs) and from its own end, and verify up to 7 tokens in one pass: the same tokens from the same random numbers, on a CPU faster where a prompt comes again and completions are alike; with `exact: true` the same log-probs to the bit, else their last bits differ.", also="speculative_config (vLLM)", example="suffix")
@@ -128,6 +129,7 @@ class RolloutKeys(Keys):
             asked = {
                 "pad_prompts: true": self.pad_prompts and "attends to prompts",
                 "prepack: true": self.prepack and "multiplies",
+                "native_kernels: true": self.native_kernels and "computes",
                 f"prefix_cache_gib: {self.prefix_cache_gib:g}": self.prefix_cache_gib and "encodes prompts",
             }
             for said, does in asked.items():

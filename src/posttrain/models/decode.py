@@ -35,19 +35,24 @@ _MOST_COPIED = 256 << 20
 
 
 def decode_step(policy: Policy, prepack: bool = False) -> DecodeStep:
-    """The fast step where the model is of a known family, whole and of one dtype, else the model's own forward."""
+    """The fast step where the model is of a known family, whole and of one dtype, else the model's own forward. `prepack` where `why_not_prepacked` has no reason."""
     if _is_written_out(policy):
-        return LlamaStep(policy, prepack and not why_not_prepacked(policy))
+        return LlamaStep(policy, prepack)
     return lambda ids_R, positions_R, cache: _by_modules(policy, ids_R, positions_R, cache)
 
 
 def why_not_prepacked(policy: Policy) -> str:
     """Why `prepack` does nothing for the policy; empty where it does."""
+    return why_not_in_float32(policy) or why_not_packed(policy)
+
+
+def why_not_in_float32(policy: Policy) -> str:
+    """Why the policy is not decoded by the step below with float32 on a CPU; empty where it is."""
     if not _is_written_out(policy):
         return f"{policy.source} decodes by its own modules"
     if policy.base.dtype != torch.float32:
-        return f"the weights are in {str(policy.base.dtype).removeprefix('torch.')}, and only float32 is laid out"
-    return why_not_packed(policy)
+        return f"the weights are in {str(policy.base.dtype).removeprefix('torch.')}, not in float32"
+    return "" if policy.placement.device.type == "cpu" else "it is made for a CPU"
 
 
 def _is_written_out(policy: Policy) -> bool:

@@ -23,8 +23,6 @@ Projections = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 
 def why_not_packed(policy: Policy) -> str:
     """Why its weights cannot be laid out; empty where they can."""
-    if policy.placement.device.type != "cpu":
-        return "only a CPU's products have such weights"
     if not (torch.backends.mkldnn.is_available() and hasattr(_ops, "_reorder_linear_weight")):
         return f"torch {torch.__version__} is built without oneDNN"
     if policy.offloaded is not None:

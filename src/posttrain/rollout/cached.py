@@ -10,8 +10,9 @@ import torch
 
 from posttrain.models.attention import Prefill
 from posttrain.models.batch import Batch, pack
-from posttrain.models.decode import LlamaStep, decode_step
+from posttrain.models.decode import DecodeStep, LlamaStep, decode_step, why_not_prepacked
 from posttrain.models.device import uploaded
+from posttrain.models.native import NativeStep, why_not_native
 from posttrain.models.policy import Policy
 from posttrain.rollout.kv import Padding, RowCache
 from posttrain.rollout.prefixes import PrefixCache
@@ -27,24 +28,39 @@ class Shortcuts:
     """What makes rows faster, with other last bits.
 
     `pad_prompts`: those of prompts of near length are attended to together. `prepack`: weights are laid out for the products.
+    `native_kernels`: what lies between the products is done by kernels that are built here.
     """
 
     pad_prompts: bool = False
     prepack: bool = False
+    native_kernels: bool = False
 
     def of_call(self, num_rows: int) -> Shortcuts:
         """Those for a call that begins with so many rows."""
         return replace(self, prepack=self.prepack and num_rows >= _LEAST_ROWS)
 
+    def without_effect(self, policy: Policy, *, paged: bool) -> dict[str, str]:
+        """Those of them that do nothing for the policy, and why. `paged`: it decodes on a GPU's pages."""
+        alone = "" if policy.ragged else f"{policy.source} decodes row by row"
+        whys = {
+            "pad_prompts": self.pad_prompts and ("pages need no filling up" if paged else alone),
+            "prepack": self.prepack and (alone or why_not_prepacked(policy)),
+            "native_kernels": self.native_kernels and (alone or why_not_native(policy)),
+        }
+        return {key: why for key, why in whys.items() if why}
+
+
+NO_SHORTCUTS = Shortcuts()
+
 
 class CachedRows:
     """Rows on the K/V cache, with their logits."""
 
-    def __init__(self, policy: Policy, shortcuts: Shortcuts) -> None:
+    def __init__(self, policy: Policy, shortcuts: Shortcuts = NO_SHORTCUTS) -> None:
         self._policy, self._device = policy, policy.placement.device
         channels = policy.base.config.get_text_config().hidden_size
         self._cache = RowCache(self._device, Padding.of(channels) if shortcuts.pad_prompts else None)
-        self._decode = decode_step(policy, shortcuts.prepack)
+        self._decode = _step(policy, shortcuts)
         self.add_row, self.drop_row = self._cache.add_row, self._cache.drop_row
         self.keep_drafts = self._cache.keep_step
 
@@ -58,8 +74,8 @@ class CachedRows:
         return list(zip(kept, self._encoded(batch, last), strict=True))
 
     def _encoded(self, batch: Batch, last: torch.Tensor) -> torch.Tensor:
-        """By the model's own modules, whose bits are the trainer's, unless weights are laid out for the step."""
-        if isinstance(self._decode, LlamaStep) and self._decode.is_packed:
+        """By the model's own modules, whose bits are the trainer's, unless the step has other kernels than these."""
+        if isinstance(self._decode, NativeStep) or (isinstance(self._decode, LlamaStep) and self._decode.is_packed):
             return self._decode(batch.input_ids_N, batch.position_ids_N, Prefill(batch.layout, self._cache), last)
         output = self._policy.model(
             input_ids=batch.input_ids_N[None], position_ids=batch.position_ids_N[None],
@@ -83,4 +99,13 @@ class CachedRows:
         self._cache.begin_step([len(own) for own in ids])
         ids_N = uploaded([one for own in ids for one in own], self._device)
         positions_N = uploaded(self._cache.positions(), self._device)
+        if isinstance(self._decode, NativeStep) and len(ids_N) == len(ids):
+            return self._decode.one_each(ids_N, positions_N, self._cache)
         return self._decode(ids_N, positions_N, self._cache)
+
+
+def _step(policy: Policy, shortcuts: Shortcuts) -> DecodeStep:
+    prepack = shortcuts.prepack and not why_not_prepacked(policy)
+    if shortcuts.native_kernels and not why_not_native(policy):
+        return NativeStep(policy, prepack)
+    return decode_step(policy, prepack)

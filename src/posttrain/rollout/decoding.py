@@ -20,7 +20,7 @@ from posttrain.models.device import uploaded
 from posttrain.models.lengths import forget_lengths
 from posttrain.models.policy import Policy
 from posttrain.rollout.alone import AloneRows, OwnCacheRows
-from posttrain.rollout.cached import CachedRows, Shortcuts
+from posttrain.rollout.cached import NO_SHORTCUTS, CachedRows, Shortcuts
 from posttrain.rollout.drafts import Drafter
 from posttrain.rollout.exact import ExactRows
 from posttrain.rollout.paged import PagedRows
@@ -30,7 +30,6 @@ from posttrain.types import Finish, Request, SamplingParams
 
 T = TypeVar("T")
 
-_NO_SHORTCUTS = Shortcuts()
 _ENCODED_AT_ONCE = 8192
 """Tokens of whole prompts in one forward, whose activations need several times the memory of the keys and values it leaves."""
 Shaper = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
@@ -132,7 +131,7 @@ class Decoding:
     def __init__(
         self, policy: Policy, rows: Iterable[DecodingRow] = (), *,
         longest: int | None = None, alone: bool = False, adapters: TokenAdapters | None = None,
-        paged: PagedRows | None = None, shortcuts: Shortcuts = _NO_SHORTCUTS, prefixes: PrefixCache | None = None,
+        paged: PagedRows | None = None, shortcuts: Shortcuts = NO_SHORTCUTS, prefixes: PrefixCache | None = None,
         drafter: Drafter | None = None,
     ) -> None:  # fmt: skip
         assert not (alone and adapters), "tokens of several forwards cannot be assigned at once"

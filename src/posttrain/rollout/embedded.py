@@ -18,12 +18,11 @@ import posttrain
 from posttrain.errors import EngineError
 from posttrain.models.batch import fill_by_tokens, pack
 from posttrain.models.compiled import as_written
-from posttrain.models.decode import why_not_prepacked
 from posttrain.models.lengths import LengthRule, length_rule
 from posttrain.models.policy import Policy
 from posttrain.models.text import decoder
 from posttrain.protocols import Weights
-from posttrain.rollout.cached import Shortcuts
+from posttrain.rollout.cached import NO_SHORTCUTS, Shortcuts
 from posttrain.rollout.decoding import Decoding, DecodingRow, Ends
 from posttrain.rollout.drafts import Speculation
 from posttrain.rollout.paged import paged_rows
@@ -42,27 +41,24 @@ class EmbeddedEngine:
     """Decodes at most `batch_size` completions at once from `policy`, in this process.
 
     `shares_weights` where `policy` is the one that is trained; else it is a copy, which an update fills. With `enforce_eager` a GPU
-    decodes by the loop of a CPU, without pages and graphs. `pad_prompts`: that loop attends to prompts of near length together.
-    `prepack`: it lays weights out for its products, anew in each call of two rows or more. `prefix_bytes`: room for how prompts begin, kept from one call to the next until an update; prompts that are longer than a block
-    are then always encoded by blocks. `speculation`: what it may draft from, and learns from what it samples; an update does not end that.
+    decodes by the loop of a CPU, without pages and graphs. `shortcuts`: what that loop does faster, with other last bits. `prefix_bytes`:
+    room for how prompts begin, kept from one call to the next until an update; prompts that are longer than a block are then always
+    encoded by blocks. `speculation`: what it may draft from, and learns from what it samples; an update does not end that.
     """
 
     def __init__(
         self, policy: Policy, *, stop_token_ids: Sequence[int], batch_size: int = 64, shares_weights: bool = True,
-        enforce_eager: bool = False, pad_prompts: bool = False, prepack: bool = False, prefix_bytes: int = 0, speculation: Speculation | None = None,
+        enforce_eager: bool = False, shortcuts: Shortcuts = NO_SHORTCUTS, prefix_bytes: int = 0, speculation: Speculation | None = None,
     ) -> None:  # fmt: skip
         self._policy = policy
         self._stop_token_ids = frozenset(stop_token_ids)
         self._batch_size = batch_size
         self._shares_weights = shares_weights
-        self._shortcuts = Shortcuts(pad_prompts, prepack)
+        self._shortcuts = shortcuts
         self._version = 0
         self._paged = None if enforce_eager else paged_rows(policy)
-        if pad_prompts and (self._paged or not policy.ragged):
-            why = "pages need no filling up" if self._paged else f"{policy.source} decodes row by row"
-            log.warning("pad_prompts: no effect, because %s", why)
-        if prepack and (why := self._why_not_prepacked()):
-            log.warning("rollout.prepack: no effect, because %s", why)
+        for key, why in self._shortcuts.without_effect(policy, paged=self._paged is not None).items():
+            log.warning("rollout.%s: no effect, because %s", key, why)
         keeps = self._runs_side_by_side("prefix_cache_gib", "pages hold whole prompts") if prefix_bytes else False
         self._prefix_bytes = prefix_bytes if keeps else 0
         self._prefixes = self._no_prefixes()
@@ -110,11 +106,6 @@ class EmbeddedEngine:
 
     def close(self) -> None:
         pass
-
-    def _why_not_prepacked(self) -> str:
-        if not self._policy.ragged:
-            return f"{self._policy.source} decodes row by row"
-        return why_not_prepacked(self._policy)
 
     def _runs_side_by_side(self, key: str, on_a_gpu: str) -> bool:
         """Whether rows lie in `CachedRows`, wherever they begin and however many tokens they write; else a warning that `key` does nothing."""

@@ -17,7 +17,7 @@ from posttrain.models.lengths import length_rule
 from posttrain.models.policy import Policy
 from posttrain.protocols import Ranks, Weights
 from posttrain.rollout.alone import AloneRows
-from posttrain.rollout.cached import CachedRows, Shortcuts
+from posttrain.rollout.cached import CachedRows
 from posttrain.rollout.embedded import EmbeddedEngine
 from posttrain.types import Completion, EngineInfo, Moved, Request, SamplingParams, in_order
 
@@ -93,5 +93,5 @@ def _idle(policy: Policy) -> None:
     was_training = policy.model.training
     policy.model.eval()
     with policy.placement.autocast():
-        (CachedRows(policy, Shortcuts()) if policy.ragged else AloneRows(policy)).prefill([(0,)])
+        (CachedRows(policy) if policy.ragged else AloneRows(policy)).prefill([(0,)])
     policy.model.train(was_training)

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+import numpy as np
 import torch
 
 from posttrain.models.attention import AttendOptions
 from posttrain.models.device import uploaded
+from posttrain.models.native import PromptsInMemory, RowsInMemory
 from posttrain.models.tree_attention import Window
-from posttrain.rollout.prompts import PromptKV, PromptPool
+from posttrain.rollout.prompts import PromptKV, PromptPool, in_memory
 
 _GROWTH = 64
 _WIDEST_STEP = 128
@@ -144,6 +146,7 @@ class RowCache:
         self._prefilling: list[tuple[PromptKV, int, int]] = []
         self._pools: dict[int, PromptPool] = {}
         self._plan: _Plan | None = None
+        self._prompts_at: PromptsInMemory | None = None
         self._longest, self._step = 0, _Step([], [], device)
         self._hidden: dict[Window | None, torch.Tensor] = {}
 
@@ -163,6 +166,7 @@ class RowCache:
             pool = self._pools.setdefault(width, PromptPool(width))
             places[width] = iter(pool.reserve([n for n, own in zip(lengths, widths, strict=True) if own == width]))
         kept = [next(places[width]) for width in widths]
+        self._prompts_at = None
         self._prefilling = [(prompt, *span) for prompt, span in zip(kept, spans, strict=True)]
         return kept
 
@@ -183,7 +187,7 @@ class RowCache:
         prompt.pool.enter(prompt)
         self.prompt_of.append(prompt)
         self.lengths.append(0)
-        self._plan = None
+        self._plan = self._prompts_at = None
         if len(self.lengths) > self._mask.shape[0]:
             self._resize(rows=max(8, 2 * self._mask.shape[0], len(self.lengths)), columns=self._mask.shape[1])
         self._mask[len(self.lengths) - 1] = -torch.inf
@@ -192,7 +196,7 @@ class RowCache:
         """Forget a row; the last one takes its place."""
         last = self.num_rows - 1
         self.prompt_of[row].pool.leave(self.prompt_of[row])
-        self._plan = None
+        self._plan = self._prompts_at = None
         if row != last:
             length = self.lengths[last]
             for tensor in (*self._keys, *self._values):
@@ -311,13 +315,27 @@ class RowCache:
         return (out, lse) if plan.inverse is None else (out[plan.inverse], lse[plan.inverse])
 
     def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        self._make(layer, key, value)
+        rows, columns = self._step.where
+        self._keys[layer][rows, :, columns] = key[0].transpose(0, 1)
+        self._values[layer][rows, :, columns] = value[0].transpose(0, 1)
+
+    def _make(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Room for a layer's own tokens, if there is none yet. Shapes: [_, Hkv, _, D]."""
         if layer == len(self._keys):
             shape = (self._mask.shape[0], key.shape[1], self._mask.shape[1])
             self._keys.append(key.new_zeros(*shape, key.shape[-1]))
             self._values.append(value.new_zeros(*shape, value.shape[-1]))
-        rows, columns = self._step.where
-        self._keys[layer][rows, :, columns] = key[0].transpose(0, 1)
-        self._values[layer][rows, :, columns] = value[0].transpose(0, 1)
+
+    def in_memory(self) -> RowsInMemory:
+        """For a step of one token a row."""
+        if self._prompts_at is None:
+            self._prompts_at = in_memory(self.prompt_of)
+        pool = self.prompt_of[0].pool
+        for layer, (key, value) in enumerate(zip(pool.keys, pool.values, strict=True)):
+            self._make(layer, key, value)
+        own_R = np.array(self._step.before, np.int64)
+        return RowsInMemory(own_R, self._keys, self._values, self._prompts_at, self._step.last + 1)
 
     def _own_mask(self, num_rows: int, group: int, window: Window | None, dtype: torch.dtype) -> torch.Tensor:
         """Shape: [R, 1, 1 or width × group, K]."""

@@ -6,7 +6,10 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from posttrain.models.native import PromptsInMemory
 
 
 @dataclass(eq=False)
@@ -107,3 +110,21 @@ class PromptPool:
             for layer, old in enumerate(tensors):
                 tensors[layer] = old.new_zeros(capacity, *old.shape[1:])
                 tensors[layer][:count] = old[:count]
+
+
+def in_memory(prompt_of: Sequence[PromptKV]) -> PromptsInMemory:
+    """Where the prompts of rows lie, until a row or a prompt comes or goes."""
+    pools = list(dict.fromkeys(prompt.pool for prompt in prompt_of))
+    pool_R, place_R, lengths_R, widths_R = np.array(
+        [(pools.index(one.pool), one.place, one.length, one.pool.width) for one in prompt_of], np.int64
+    ).T.copy()
+
+    def addresses(tensors: Sequence[torch.Tensor]) -> np.ndarray:
+        firsts, steps = np.array([(one.data_ptr(), one.stride(0) * one.element_size()) for one in tensors], np.int64).T
+        return firsts[pool_R] + steps[pool_R] * place_R
+
+    keys, values = (
+        [addresses(tensors) for tensors in zip(*kept, strict=True)]
+        for kept in ([pool.keys for pool in pools], [pool.values for pool in pools])
+    )
+    return PromptsInMemory(lengths_R, widths_R, keys, values)

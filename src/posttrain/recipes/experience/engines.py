@@ -29,6 +29,7 @@ from posttrain.models.policy import Policy
 from posttrain.models.stored import stored_dtype
 from posttrain.models.text import decoder
 from posttrain.protocols import Engine, Ranks, Weights
+from posttrain.rollout.cached import Shortcuts
 from posttrain.rollout.canary import check_arrival
 from posttrain.rollout.drafts import Speculation
 from posttrain.rollout.embedded import EmbeddedEngine, score_sequences
@@ -89,7 +90,7 @@ def _embedded(ask: _Ask) -> Engine:
     stops = stop_token_ids(policy.base, policy.tokenizer)
     engine = EmbeddedEngine(
         policy, stop_token_ids=stops, batch_size=ask.rows, shares_weights=shares, enforce_eager=ask.keys.enforce_eager,
-        pad_prompts=ask.keys.pad_prompts, prepack=ask.keys.prepack, prefix_bytes=int(ask.keys.prefix_cache_gib * (1 << 30)),
+        shortcuts=Shortcuts(ask.keys.pad_prompts, ask.keys.prepack, ask.keys.native_kernels), prefix_bytes=int(ask.keys.prefix_cache_gib * (1 << 30)),
         speculation=ask.speculation or speculation_of(ask.keys),
     )  # fmt: skip
     if shares and policy.sharded:
