@@ -253,7 +253,10 @@ def base_and_adapter(folder: Path, size: int) -> None:
 
 
 def merging(folder: Path, size: int) -> tuple[Act, int]:
-    """The merge holds the adapter, and the layer that is merged in float32."""
+    """The merge holds the adapter, and the layer that is merged in float32. What it imports is no part of it."""
+    import peft  # noqa: F401
+    from transformers import AutoModelForCausalLM  # noqa: F401
+
     from posttrain.config.stages import ModelKeys
     from posttrain.models.export import merge_into
 
