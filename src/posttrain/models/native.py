@@ -238,7 +238,8 @@ class NativeStep(LlamaStep):
 
 
 def _head_width(policy: Policy) -> int:
-    return policy.base.get_decoder().layers[0].self_attn.head_dim
+    model: Any = policy.base.get_decoder()
+    return model.layers[0].self_attn.head_dim
 
 
 def _attention(module: Any, options: AttendOptions) -> _Attention:

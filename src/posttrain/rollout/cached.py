@@ -43,9 +43,9 @@ class Shortcuts:
         """Those of them that do nothing for the policy, and why. `paged`: it decodes on a GPU's pages."""
         alone = "" if policy.ragged else f"{policy.source} decodes row by row"
         whys = {
-            "pad_prompts": self.pad_prompts and ("pages need no filling up" if paged else alone),
-            "prepack": self.prepack and (alone or why_not_prepacked(policy)),
-            "native_kernels": self.native_kernels and (alone or why_not_native(policy)),
+            "pad_prompts": ("pages need no filling up" if paged else alone) if self.pad_prompts else "",
+            "prepack": alone or why_not_prepacked(policy) if self.prepack else "",
+            "native_kernels": alone or why_not_native(policy) if self.native_kernels else "",
         }
         return {key: why for key, why in whys.items() if why}
 
