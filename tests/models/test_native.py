@@ -62,9 +62,9 @@ def test_attention_in_float64_and_to_the_bit_with_other_threads(step, monkeypatc
     expected_kept = [one.double().tolist() for one in kept]
     projected = [torch.randn(3, count * width) for count in (heads, kv_heads, kv_heads)]
     rotation = (torch.randn(3, width), torch.randn(3, width))
-    addresses = [[np.array([one.data_ptr() for one in side])] for side in prompts]
+    addresses = tuple(np.array([one.data_ptr() for one in side]) for side in prompts)
     rows = RowsInMemory(
-        np.array(own), [kept[0]], [kept[1]], PromptsInMemory(np.array(lengths), np.array(widths), *addresses), 132
+        np.array(own), [tuple(kept)], PromptsInMemory(np.array(lengths), np.array(widths), [addresses]), 132
     )
     found = step._attend(0, projected, rotation, rows).view(3, heads, width)
     monkeypatch.setattr(native, "_threads", lambda work: 2)

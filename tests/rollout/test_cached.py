@@ -57,7 +57,7 @@ def test_without_a_compiler_the_key_says_why_and_nothing_else_changes(
     assert in_order(engine.generate(requests, params)) == plain
     with pytest.raises(ModelError, match=why):
         kernels(32)
-    [found] = doctor.kernels()
+    [found] = doctor.decode_kernels()
     assert found.status == "note" and why in found.text
 
 

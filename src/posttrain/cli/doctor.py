@@ -196,11 +196,11 @@ def attention() -> Iterator[Diagnosis]:
     yield Diagnosis("packed forward", "ok" if exact else "broken", f"{text} on a tiny model")
 
 
-def kernels() -> Iterator[Diagnosis]:
-    from posttrain.models.native import kernels as built
+def decode_kernels() -> Iterator[Diagnosis]:
+    from posttrain.models.native import kernels
 
     try:
-        built(64)
+        kernels(64)
     except ModelError as error:
         yield Diagnosis("decode kernels", "note", f"{error}; rollout.native_kernels does nothing without them")
     else:
@@ -284,7 +284,7 @@ CHECKS: tuple[Callable[[], Iterator[Diagnosis]], ...] = (
     torch,
     surface,
     attention,
-    kernels,
+    decode_kernels,
     four_bits,
     vllm,
     ray,

@@ -40,24 +40,22 @@ _BUILD_SECONDS = 60
 
 @dataclass(frozen=True, slots=True)
 class PromptsInMemory:
-    """Of each row its prompt's tokens, how many its tensor has room for, and per layer the addresses of its keys and of its values. Shape: [R] each."""
+    """Of each row its prompt's tokens, how many its tensor has room for, and of each layer the addresses of its keys and of its values. Shape: [R] each."""
 
     lengths_R: np.ndarray
     widths_R: np.ndarray
-    keys: Sequence[np.ndarray]
-    values: Sequence[np.ndarray]
+    addresses: Sequence[tuple[np.ndarray, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class RowsInMemory:
-    """Where one token of each row is about to be written, and what it attends to. Shapes: `own_R` [R], per layer keys and values [rows, Hkv, K, D].
+    """Where one token of each row is about to be written, and what it attends to. Shapes: `own_R` [R], of each layer keys and values [rows, Hkv, K, D].
 
     A row of 40 tokens of prompt that has written 3: `lengths_R` 40, `own_R` 3, `longest` 44.
     """
 
     own_R: np.ndarray
-    keys: Sequence[torch.Tensor]
-    values: Sequence[torch.Tensor]
+    own: Sequence[tuple[torch.Tensor, torch.Tensor]]
     prompts: PromptsInMemory
     longest: int
     """Tokens that a row attends to at most."""
@@ -182,7 +180,7 @@ class NativeStep(LlamaStep):
     ) -> torch.Tensor:
         """Keeps keys and values of one token a row, too. Shapes: queries, keys and values [R, heads × D] → [R, Hq × D]."""
         a, prompts = self._attentions[number], rows.prompts
-        own_keys, own_values = rows.keys[number], rows.values[number]
+        own_keys, own_values = rows.own[number]
         out = torch.empty(projected[0].shape)
         for name, part in zip(("query", "key", "value"), projected, strict=True):
             setattr(a, name, _address(part))
@@ -192,7 +190,7 @@ class NativeStep(LlamaStep):
         a.own, a.prompts, a.prompt_widths = (
             one.ctypes.data for one in (rows.own_R, prompts.lengths_R, prompts.widths_R)
         )
-        a.prompt_keys, a.prompt_values = prompts.keys[number].ctypes.data, prompts.values[number].ctypes.data
+        a.prompt_keys, a.prompt_values = (one.ctypes.data for one in prompts.addresses[number])
         a.out, a.rows, a.threads = _address(out), len(out), _threads(out.numel() * rows.longest)
         self._library.attend(ctypes.byref(a))
         return out

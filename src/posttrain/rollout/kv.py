@@ -334,8 +334,8 @@ class RowCache:
         pool = self.prompt_of[0].pool
         for layer, (key, value) in enumerate(zip(pool.keys, pool.values, strict=True)):
             self._make(layer, key, value)
-        own_R = np.array(self._step.before, np.int64)
-        return RowsInMemory(own_R, self._keys, self._values, self._prompts_at, self._step.last + 1)
+        own_R, own = np.array(self._step.before, np.int64), list(zip(self._keys, self._values, strict=True))
+        return RowsInMemory(own_R, own, self._prompts_at, self._step.last + 1)
 
     def _own_mask(self, num_rows: int, group: int, window: Window | None, dtype: torch.dtype) -> torch.Tensor:
         """Shape: [R, 1, 1 or width × group, K]."""

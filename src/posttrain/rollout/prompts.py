@@ -123,8 +123,6 @@ def in_memory(prompt_of: Sequence[PromptKV]) -> PromptsInMemory:
         firsts, steps = np.array([(one.data_ptr(), one.stride(0) * one.element_size()) for one in tensors], np.int64).T
         return firsts[pool_R] + steps[pool_R] * place_R
 
-    keys, values = (
-        [addresses(tensors) for tensors in zip(*kept, strict=True)]
-        for kept in ([pool.keys for pool in pools], [pool.values for pool in pools])
-    )
-    return PromptsInMemory(lengths_R, widths_R, keys, values)
+    kept = [zip(pool.keys, pool.values, strict=True) for pool in pools]
+    layers = [tuple(map(addresses, zip(*layer, strict=True))) for layer in zip(*kept, strict=True)]
+    return PromptsInMemory(lengths_R, widths_R, layers)
