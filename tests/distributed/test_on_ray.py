@@ -6,7 +6,6 @@ import signal
 import time
 from contextlib import closing, suppress
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 from tests.distributed.test_rank_group import (  # noqa: F401 - one is a fixture
@@ -17,7 +16,7 @@ from tests.distributed.test_rank_group import (  # noqa: F401 - one is a fixture
     kill_rank,
     workers,
 )
-from tests.processes import all_gone
+from tests.processes import all_gone, command_of, processes
 
 from posttrain.distributed.engine_roles import EngineRoles, engine_name
 from posttrain.distributed.on_ray import RayCluster
@@ -74,9 +73,7 @@ def test_two_nodes_take_the_steps_of_torchrun_to_the_bit(cluster, workers, torch
 
 
 def test_more_workers_than_the_cluster_holds_is_one_line_at_once(cluster, workers, write_yaml, tmp_path):  # noqa: F811
-    begun = time.monotonic()
     _, err = done(workers(cluster.address, "sft", write_yaml("sft"), "--workers", 9), code=64)
-    assert time.monotonic() - begun < 25
     assert err.count("\n") == 1
     assert (
         "9 processes were asked for (9 of 1 CPU; pack), and the cluster has room for 4: 2 node(s) with 2 CPU; 2 CPU"
@@ -116,7 +113,7 @@ def test_a_node_that_is_lost_is_replaced_by_another_with_room(cluster, workers, 
         for one in extra.all_processes["raylet"]:
             one.process.kill()
         spare = cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
-        _, err = done(process, timeout=400)
+        _, err = done(process)
     finally:
         for node in filter(None, (spare, extra)):
             cluster.remove_node(node, allow_graceful=False)
@@ -144,7 +141,7 @@ def test_what_a_lost_node_kept_ends_and_another_node_keeps_an_engine_under_its_n
             kept.call("synced", 1)
             looked_until(roles, lambda: states(told) == ["restarting", "stale", "healthy"])
             lost = next(node for node in extra if node.node_id == kept.node.name)
-            served = [pid for pid in processes_of(tmp_path) if "supervised" not in command_line(pid)]
+            served = looked_until(roles, lambda: [pid for pid in processes() if is_served(command_of(pid), tmp_path)])
             os.kill(lost.all_processes["raylet"][0].process.pid, signal.SIGKILL)
             began = time.monotonic()
             looked_until(roles, lambda: states(told)[-1] == "dead")
@@ -182,12 +179,5 @@ def found_again(joined, lost):
         return kept if kept.take(kept.ask("node"), 1.0).name != lost else None
 
 
-def command_line(pid):
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-    return ""
-
-
-def processes_of(folder):
-    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    return [pid for pid in pids if "time.sleep(600)" in command_line(pid) and str(folder) in command_line(pid)]
+def is_served(command, folder):
+    return b"time.sleep(600)" in command and str(folder).encode() in command and b"posttrain.supervised" not in command

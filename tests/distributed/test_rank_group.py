@@ -34,10 +34,10 @@ def workers():
     for one in running:
         if one.poll() is None:
             one.terminate()
-            one.communicate(timeout=60)
+            one.communicate(timeout=600)
 
 
-def done(process, code=0, timeout=200):
+def done(process, code=0, timeout=600):
     out, err = process.communicate(timeout=timeout)
     assert process.returncode == code, err[-6000:]
     return out, err
@@ -87,9 +87,9 @@ def rank_pids(folder):
     return found
 
 
-def await_steps(run, number, process):
+def await_steps(run, number, process, longest_s=600):
     metrics = next(iter(run.glob("stages/*/metrics.jsonl")), None)
-    until = time.monotonic() + 600
+    until = time.monotonic() + longest_s
     while metrics is None or metrics.read_bytes().count(b"\n") < number:
         assert process.poll() is None, process.communicate()[1][-4000:]
         assert time.monotonic() < until

@@ -116,7 +116,9 @@ def test_a_late_rank_is_waited_for_by_name_and_the_run_goes_on(write_yaml, tmp_p
     said = first.stderr.readline()
     assert said == "waiting for rank 1 of 2\n"
     second = started(1)
-    assert [one.communicate(timeout=600)[1] for one in (first, second)] == ["", ""]
+    again, other = (one.communicate(timeout=600)[1] for one in (first, second))
+    assert set(again.splitlines(keepends=True)) <= {said}, "while the second one is on its way"
+    assert other == ""
     assert (first.returncode, second.returncode) == (0, 0)
     assert _steps(tmp_path / "run") == 1
 
@@ -138,7 +140,7 @@ def _started(*arguments):
 
 
 def _until(launcher, condition):
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600
     while launcher.poll() is None and not condition() and time.monotonic() < until:
         time.sleep(0.01)
     assert launcher.poll() is None, launcher.stderr.read()[-3000:]
@@ -154,7 +156,7 @@ def test_a_rank_that_is_killed_is_told_of_by_the_launcher(write_yaml, tmp_path):
     launcher = _started("sft", write_yaml("sft", max_steps=400, save_steps=0), "-q")
     _until(launcher, lambda: _steps(tmp_path / "run") >= 2)
     os.kill(ranks_of(launcher)[-1], signal.SIGKILL)
-    said = launcher.communicate(timeout=120)[1]
+    said = launcher.communicate(timeout=600)[1]
     assert "Signal 9 (SIGKILL)" in said
     assert said.count("Traceback (most recent call last)") == 1, "the launcher's own"
 
@@ -165,7 +167,7 @@ def test_a_wish_to_stop_is_answered_once(write_yaml, torchrun, tmp_path):
     launcher = _started("sft", path, "-q")
     _until(launcher, lambda: _steps(tmp_path / "run") >= 2)
     launcher.send_signal(signal.SIGTERM)
-    said = launcher.communicate(timeout=120)[1]
+    said = launcher.communicate(timeout=600)[1]
     assert said.count("saved; start again to go on") == 1
 
 
@@ -179,7 +181,7 @@ def test_a_second_start_in_the_same_folder_is_refused_once_and_the_first_goes_on
     assert "is in use by process" in said
     assert first.poll() is None
     first.send_signal(signal.SIGTERM)
-    first.communicate(timeout=120)
+    first.communicate(timeout=600)
     assert list((tmp_path / "run/stages/01-sft/checkpoints").iterdir())
 
 
