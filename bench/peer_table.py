@@ -35,16 +35,20 @@ class Found:
 
 
 def render(rows: Sequence[Named], results: Mapping[str, Mapping[str, Any]], facts: Mapping[str, str]) -> str:
-    """Measured rows as a table; below it those that were left out, each with its reason."""
-    done = [row for row in rows if "left_out" not in results[row.name]]
-    out = [
-        f"Left out: {row.title}, beside {row.peer}: {results[row.name]['left_out']}" for row in rows if row not in done
+    """Measured rows as a table; below it those that were left out, each with its reason, and those that were not asked for."""
+    done = [row for row in rows if "equal" in results.get(row.name, ())]
+    below = [
+        f"Left out: {row.title}, beside {row.peer}: {results[row.name]['left_out']}"
+        for row in rows
+        if "left_out" in results.get(row.name, ())
     ]
+    if asked := [row.name for row in rows if row.name not in results]:
+        below.append(f"Not measured: {', '.join(asked)}.")
     pairs = sorted({results[row.name]["pairs"] for row in done})
     median = f"; median of {' or '.join(map(str, pairs))} pairs" if pairs else ""
     lines = [f"{facts['packages']}; {facts['machine']}{median}.", "", *HEAD]
     return "\n".join(
-        [*lines, *(line(row, results[row.name]) for row in done), *(text for one in out for text in ("", one))]
+        [*lines, *(line(row, results[row.name]) for row in done), *(part for one in below for part in ("", one))]
     )
 
 

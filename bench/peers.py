@@ -203,14 +203,13 @@ def main() -> None:
     arguments = parse()
     options = Options(vs_trl.QUICK_PAIRS if arguments.quick else arguments.pairs, arguments.threads, "cpu")
     known = facts(options)
-    for row in ROWS:
+    for row in () if arguments.kept else ROWS:
         if not arguments.row or row.name in arguments.row:
             start = time.perf_counter()
             result = measured(row, options) | {"pairs": options.pairs}
             keep(row, result, known)
             print(f"{peer_table.line(row, result)}  [{time.perf_counter() - start:.0f} s]", file=sys.stderr, flush=True)
-    kept = kept_rows(known)
-    text = peer_table.render([row for row in ROWS if row.name in kept], kept, known)
+    text = peer_table.render(ROWS, kept_rows(known), known)
     print(text)
     if arguments.doc:
         sections.write("peers", text)
@@ -255,6 +254,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two pairs instead of five: to see that it runs")
     parser.add_argument("--pairs", type=int, default=vs_trl.PAIRS)
     parser.add_argument("--threads", type=int, default=2, help="OMP_NUM_THREADS of both sides")
+    parser.add_argument("--kept", action="store_true", help="measure nothing: the table of what earlier calls kept")
     parser.add_argument("--doc", action="store_true", help="write the table into docs/performance.md")
     return parser.parse_args()
 

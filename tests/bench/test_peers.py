@@ -37,17 +37,18 @@ def cells(text, name):
 
 
 def test_a_ratio_is_our_rate_by_theirs_pair_by_pair_and_what_is_left_out_has_its_reason():
-    first, second = peers.ROWS[:2]
+    first, second, third = peers.ROWS[:3]
     # Of the processor 10/5, 20/5 and 30/5 tokens a second by 1: 2, 4 and 6; by the clock half of that.
     ours = [turn(n, 5.0, 10.0, 50.0) for n in (10, 20, 30)]
     theirs = [turn(7, 7.0, 7.0, 200.0)] * 3
     results = {first.name: result(ours, theirs), second.name: {"left_out": "no such package", "pairs": 3}}
-    text = peer_table.render([first, second], results, FACTS)
+    text = peer_table.render([first, second, third], results, FACTS)
     assert cells(text, first.title) == [
         first.title, first.peer, "**4.00×** (2.00–6.00)", "2.00× (1.00–3.00)", "4 tok", "1 tok", "0.25×", "losses to 1e-06", "0.10",
     ]  # fmt: skip
     assert text.splitlines()[0] == "torch 0; a machine; median of 3 pairs."
-    assert text.splitlines()[-1] == f"Left out: {second.title}, beside {second.peer}: no such package"
+    assert text.splitlines()[-3] == f"Left out: {second.title}, beside {second.peer}: no such package"
+    assert text.splitlines()[-1] == f"Not measured: {third.name}."
     assert text.count("\n| ") == 2
 
 
