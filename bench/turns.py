@@ -55,7 +55,7 @@ class Turns:
         own = own_seconds() - self._own
         others = (busy_seconds() - self._busy) - own
         self._say({
-            "seconds": wall + self._extra, "cpu_seconds": own, "steps": self._steps, "tokens": self._tokens, "losses": self._losses,
+            "seconds": wall + self._extra, "cpu_seconds": own + self._extra, "steps": self._steps, "tokens": self._tokens, "losses": self._losses,
             "others_cpus": max(0.0, others / wall), "peak_mb": peak_mb(),
         })  # fmt: skip
 
