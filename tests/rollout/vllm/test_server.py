@@ -132,6 +132,13 @@ def test_every_option_stands_on_the_command_line():
             "RuntimeError: no memory",
         ),
         (
+            [
+                "(APIServer pid=6) WARNING 11-29 22:20:52 [system_utils.py:255] This can cause errors like `OSError: [Errno 24] Too many`.",
+                "(Worker pid=8) INFO 11-29 22:22:20 [multiproc_executor.py:843] Parent process exited",
+            ],
+            "",
+        ),
+        (
             ["api_server.py: error: argument --dtype: invalid choice"],
             "api_server.py: error: argument --dtype: invalid choice",
         ),

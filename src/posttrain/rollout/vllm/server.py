@@ -31,6 +31,7 @@ _MAX_SOCKET_PATH = 100
 _LOOK_S = 0.2
 _CAUSE = re.compile(r"\b\w*(Error|Exception|error): .*\S")
 _POINTS_ELSEWHERE = re.compile(r"\babove\b|EngineDeadError")
+_TELLS_OF_NO_END = re.compile(r"(\([^)]*\)\s*)*(DEBUG|INFO|WARNING) [\d-]+ [\d:]+ \[")
 _LOG_PREFIX = re.compile(r"^(\([^)]*\)\s*)+(\w+ [\d-]+ [\d:]+ \[[^\]]*\]\s*)?")
 
 
@@ -168,6 +169,6 @@ def server_arguments(options: VLLMOptions) -> list[str]:
 
 def last_cause(lines: Sequence[str]) -> str:
     """The last line that says what went wrong, without the log's own prefix; else the last line."""
-    said = [line.strip() for line in lines if line.strip()]
+    said = [line for line in map(str.strip, lines) if line and not _TELLS_OF_NO_END.match(line)]
     causes = [line for line in said if _CAUSE.search(line) and not _POINTS_ELSEWHERE.search(line)]
     return _LOG_PREFIX.sub("", (causes or said or [""])[-1])[:400]
