@@ -131,12 +131,12 @@ static void attend_head(const struct attention *a, int64_t row, int64_t head)
     }
 }
 
-/* Norm and turn, keep the new key and value, attend to prompt and own tokens. */
+/* Norm and turn, keep the new key and value, attend to prompt and own tokens. Head by head: rows of one prompt find its keys in the cache. */
 void attend(const struct attention *a)
 {
 #pragma omp parallel for num_threads(a->threads) if (a->threads > 1)
     for (int64_t n = 0; n < a->rows * a->kv_heads; n++)
-        attend_head(a, n / a->kv_heads, n % a->kv_heads);
+        attend_head(a, n % a->rows, n / a->rows);
 }
 
 /* Heads in their positions: [rows, heads * WIDTH], one row `stride` behind the other, to the same without a gap. */

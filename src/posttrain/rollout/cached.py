@@ -99,7 +99,7 @@ class CachedRows:
         self._cache.begin_step([len(own) for own in ids])
         ids_N = uploaded([one for own in ids for one in own], self._device)
         positions_N = uploaded(self._cache.positions(), self._device)
-        if isinstance(self._decode, NativeStep) and len(ids_N) == len(ids):
+        if isinstance(self._decode, NativeStep) and len(ids_N) == len(ids) and not self._cache.shares_much:
             return self._decode.one_each(ids_N, positions_N, self._cache)
         return self._decode(ids_N, positions_N, self._cache)
 

@@ -18,6 +18,8 @@ from posttrain.rollout.prompts import PromptKV, PromptPool, in_memory
 
 _GROWTH = 64
 _WIDEST_STEP = 128
+_LEAST_SHARED = 2048
+"""Rows times tokens of a prompt from which products of matrices, which read its keys once for all rows, are faster than a row at a time: a count, with no clock."""
 _CALL_FLOPS = 4e5
 """What a CPU could compute of attention in the time that one call of its kernel costs beside: taken as 20 µs at 20 GFLOP/s, an estimate."""
 
@@ -326,6 +328,11 @@ class RowCache:
             shape = (self._mask.shape[0], key.shape[1], self._mask.shape[1])
             self._keys.append(key.new_zeros(*shape, key.shape[-1]))
             self._values.append(value.new_zeros(*shape, value.shape[-1]))
+
+    @property
+    def shares_much(self) -> bool:
+        """Whether rows have a prompt in common that is long for so many."""
+        return any(one.num_rows > 1 and one.num_rows * one.length >= _LEAST_SHARED for one in self.prompt_of)
 
     def in_memory(self) -> RowsInMemory:
         """For a step of one token a row."""
