@@ -153,7 +153,7 @@ def test_what_moved_since_the_run_is_named(made):
     RunState("sums", versions("sft") | {"posttrain": "0.0.9", "numbers.sft": "0"}).save(made)
     pins = environment_pins()
     packages_then = pins["packages"] | {"torch": "1.0", "left-alone": "3"}
-    write_json(made / "environment.json", pins | {"python": "3.9.0", "packages": packages_then})
+    write_json(made / "environment.json", pins | {"python": "3.9.0", "compiler": "cc 1", "packages": packages_then})
     found = by_name(check_run(made))
     assert {name: finding.status for name, finding in found.items()} == {
         "run config": "ok",
@@ -163,6 +163,7 @@ def test_what_moved_since_the_run_is_named(made):
     }
     text = found["run versions"].text
     assert f"python 3.9.0 → {pins['python']}" in text
+    assert f"compiler cc 1 → {pins['compiler']}" in text
     assert re.search(r"torch 1\.0 → \d", text)
     assert "1 other packages" in text
 

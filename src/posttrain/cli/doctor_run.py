@@ -146,16 +146,16 @@ def _compared_environment(pins: Path) -> Iterator[Diagnosis]:
     from posttrain.registry.manifest import environment_pins
 
     def recorded(record: dict[str, Any]) -> dict[str, Any]:
-        return {name: record[name] for name in ("python", "machine", "cpu", "packages")}
+        compiler = {"compiler": record["compiler"]} if "compiler" in record else {}  # runs of 0.1 do not say
+        return {name: record[name] for name in ("python", "machine", "cpu", "packages")} | compiler
 
     try:
         before, now = read_record(pins, recorded, "start the run again, which writes it anew"), environment_pins()
     except PosttrainError as error:
         yield Diagnosis("run versions", "broken", str(error))
         return
-    moved = [
-        f"{name} {before.get(name)} → {now[name]}" for name in ("python", "machine") if before.get(name) != now[name]
-    ]
+    named = [name for name in ("python", "machine", "compiler") if name in before]
+    moved = [f"{name} {before[name]} → {now[name]}" for name in named if before[name] != now[name]]
     if before.get("cpu") != now["cpu"]:
         moved.append("another processor")
     moved += _moved(before.get("packages", {}), now["packages"])

@@ -8,8 +8,6 @@ than torch: other last bits.
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from posttrain.c_compiler import find_compiler
 from posttrain.errors import ModelError
 from posttrain.models.attention import AttendOptions, KVStore
 from posttrain.models.decode import LlamaStep, why_not_in_float32
@@ -91,8 +90,7 @@ class _Attention(ctypes.Structure):
 @lru_cache(maxsize=8)
 def kernels(width: int) -> Any:
     """The library of native.c for heads so wide. Raises: ModelError where it cannot be built."""
-    compiler = next(filter(shutil.which, [os.environ.get("CC", ""), "cc", "gcc", "clang"]), None)
-    if compiler is None:
+    if (compiler := find_compiler()) is None:
         raise ModelError("there is no C compiler (cc, gcc or clang; CC names another)")
     flags = (*_FLAGS, *_FLAGS_OF.get(torch.backends.cpu.get_cpu_capability(), ()), f"-DWIDTH={width}")
     with tempfile.TemporaryDirectory(prefix="posttrain-kernels-") as folder:

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from posttrain.c_compiler import compiler_version
 from posttrain.errors import RegistryError
 from posttrain.evidence import Decision
 from posttrain.files import digest_json
@@ -103,7 +104,7 @@ def check_chain(chain: Sequence[Manifest]) -> None:
 
 
 def environment_pins(packages: Iterable[str] | None = None) -> dict[str, Any]:
-    """What bitwise repetition depends on: Python, platform, CPU and package versions (all installed, or those named)."""
+    """What bitwise repetition depends on: Python, platform, CPU, C compiler and package versions (all installed, or those named)."""
     if packages is None:
         versions = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
     else:
@@ -114,6 +115,7 @@ def environment_pins(packages: Iterable[str] | None = None) -> dict[str, Any]:
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpu": _cpu(),
+        "compiler": compiler_version(),
         "packages": dict(sorted(versions.items(), key=lambda item: item[0].lower())),
     }
 

@@ -107,7 +107,7 @@ def _pins(run: RunRecord) -> dict[str, str]:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """What `environment.json` says of Python, the processor and the packages; nothing where it is absent or broken."""
+    """What `environment.json` says of Python, the processor, the C compiler and the packages; nothing where it is absent or broken."""
     try:
         record = read_json(folder / "environment.json")
     except (OSError, ValueError):
@@ -116,6 +116,7 @@ def _environment(folder: Path) -> dict[str, str]:
         "python": record.get("python"),
         "machine": record.get("machine"),
         "cpu": record.get("cpu", {}).get("model"),
+        "compiler": record.get("compiler"),
     }
     return {name: str(value) for name, value in facts.items()} | record.get("packages", {})
 
