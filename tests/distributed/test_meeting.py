@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from tests.recovery.harness import start
@@ -13,7 +14,8 @@ from tests.recovery.harness import start
 from posttrain.distributed import meeting
 from posttrain.distributed.launch import Launch
 from posttrain.distributed.meeting import PeerFailedError, meet
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import ConfigError, DataError, PosttrainError
+from posttrain.rollout.http import RefusedError
 
 
 @pytest.fixture
@@ -84,6 +86,30 @@ def test_two_processes_with_one_rank_are_noticed(on_ranks, port):
     assert "rank 1 is there twice" in str(second)
 
 
+def test_a_rank_with_other_code_is_named_on_every_rank(on_ranks, monkeypatch):
+    own = threading.local()
+    monkeypatch.setattr(meeting, "code_digest", lambda: own.code)
+
+    def be(here):
+        own.code = "sha256:" + "012"[here.launch.rank // 2] * 64
+        here.refuse_other_code()
+
+    said = "rank 2 was started otherwise than rank 0: code of posttrain is 111111111111, on rank 0 000000000000; give"
+    assert [type(error) for error in on_ranks(2, be)] == [type(None)] * 2
+    assert all(str(error).startswith(said) for error in on_ranks(3, be))
+
+
+def test_a_rank_that_does_not_say_which_code_it_runs_is_named(on_ranks, monkeypatch):
+    monkeypatch.setattr(meeting, "_CODE_S", 0.2)
+
+    def be(here):
+        return here.refuse_other_code() if here.is_main else here.main_only(lambda: None, 5.0)
+
+    first, second = on_ranks(2, be)
+    assert "rank 1 was started otherwise than rank 0: code of posttrain is older, and does not say" in str(first)
+    assert isinstance(second, ConfigError)
+
+
 def test_what_rank_0_does_alone_the_others_wait_for(on_ranks):
     def work():
         time.sleep(0.4)
@@ -98,6 +124,31 @@ def test_an_error_of_the_user_on_rank_0_is_raised_on_every_rank(on_ranks):
 
     found = on_ranks(2, lambda meeting: meeting.main_only(work, 5.0))
     assert [(type(error), str(error)) for error in found] == [(DataError, "train.jsonl:3: empty")] * 2
+
+
+def raise_(error):
+    raise error
+
+
+def _all_errors(base=PosttrainError):
+    return [base, *(error for below in base.__subclasses__() for error in _all_errors(below))]
+
+
+def test_every_error_of_the_user_is_raised_on_every_rank_as_what_it_is(on_ranks):
+    ours = [error for error in _all_errors() if error.__module__.startswith("posttrain.")]
+    assert RefusedError in ours
+    errors = [kind("the reason", *([404] if kind is RefusedError else [])) for kind in ours]
+
+    def be(here):
+        found = []
+        for error in errors:
+            with pytest.raises(PosttrainError) as caught:
+                here.main_only(partial(raise_, error), 5.0)
+            found.append((type(caught.value), str(caught.value)))
+        return found
+
+    _, second = on_ranks(2, be)
+    assert second == [(kind, "the reason") for kind in ours]
 
 
 def test_a_defect_on_rank_0_ends_the_others_without_a_word_of_their_own(on_ranks):

@@ -39,6 +39,16 @@ def test_a_run_keeps_its_rows_per_step_on_other_ranks(
     same_run(runner, tmp_path / f"straight/stages/01-{kind}", stage)
 
 
+@pytest.mark.slow
+def test_another_global_batch_is_refused_by_the_command_with_both(write_yaml, killed, refused, tmp_path):
+    path, stage = write_yaml("sft"), tmp_path / "run/stages/01-sft"
+    killed(2, stage, 2, "sft", path)
+    done = refused(1, "sft", path, "--set", "num_processes=1", "-q")
+    assert done.returncode == 64
+    assert "num_processes" in done.stderr and "2" in done.stderr
+    assert not (stage / "result.json").exists()
+
+
 def test_a_checkpoint_of_another_global_batch_is_refused_with_both(runner, model_dir, data_dir, tmp_path):
     """Without a pipeline around it nobody remembers how many processes there were but the checkpoint."""
 

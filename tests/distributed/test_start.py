@@ -81,8 +81,12 @@ def test_ranks_with_other_code_are_named(write_yaml, tmp_path):
     write_yaml("sft")
     for rank in range(2):
         shutil.copytree(Path(posttrain.__file__).parent, tmp_path / str(rank) / "posttrain")
-    with (tmp_path / "1/posttrain/errors.py").open("a") as code:
-        code.write("# a line more\n")
+    code = tmp_path / "1/posttrain/pipeline/run.py"
+    without = code.read_text().replace(
+        "    check_cards(keys, ranks)\n", ""
+    )  # and so it says something else at that time
+    assert without != code.read_text()
+    code.write_text(without)
     done = _by_rank(tmp_path, "sft stage.yaml -q", before="export PYTHONPATH=$RANK;")
     (said,) = _errors(done)
     assert "rank 1 was started otherwise than rank 0: code of posttrain is " in said
@@ -130,6 +134,23 @@ def test_an_error_of_one_rank_is_said_by_it_and_ends_the_others(write_yaml, tmp_
     assert said.startswith("rank 1: error: ")
     assert "1.yaml" in said
     assert "posttrain/cli" not in done.stderr, "no traceback of ours"
+
+
+PAYS_NOTHING = """
+def pays(completions, answer, **columns):
+    return [] if "8" in answer else [float(len(c[0]["content"]) % 3) for c in completions]
+"""
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_within_a_step_is_said_by_it_and_ends_the_others(write_yaml, refused, tmp_path):
+    (tmp_path / "rewards.py").write_text(PAYS_NOTHING)
+    keys = {"reward_funcs": ["rewards.py:pays"], "num_prompts_per_step": 2, "num_generations": 2}
+    done = refused(2, "grpo", write_yaml("grpo", **keys), "-q")
+    (said,) = _errors(done)
+    assert "rewards.py:pays" in said and "got 0" in said, said
+    assert "exitcode  : 64" in done.stderr
+    assert done.stderr.count("Traceback (most recent call last)") == 1, "the launcher's own"
 
 
 def _started(*arguments):
@@ -182,6 +203,17 @@ def test_a_second_start_in_the_same_folder_is_refused_once_and_the_first_goes_on
     first.send_signal(signal.SIGTERM)
     first.communicate(timeout=600)
     assert list((tmp_path / "run/stages/01-sft/checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_ranks_with_file_systems_of_their_own_are_refused(write_yaml, tmp_path):
+    """One path, which leads each of them to a folder of its own."""
+    write_yaml("sft", output_dir="/proc/self/cwd/run")
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    done = _by_rank(tmp_path, "sft ../stage.yaml -q", before="cd $RANK;")
+    (said,) = _errors(done)
+    assert "rank 1 does not see what rank 0 writes to /proc/self/cwd/run" in said
 
 
 SHARED = """

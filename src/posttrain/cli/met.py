@@ -35,6 +35,7 @@ def met() -> Iterator[Meeting | None]:
     if meeting.is_main and (line := not_read(os.environ)):
         _say(line)
     try:
+        meeting.refuse_other_code()
         yield meeting
     except PosttrainError as error:
         if not meeting.is_mine_to_say(error):

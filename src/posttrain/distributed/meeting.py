@@ -13,14 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch.distributed import DistError, PrefixStore, TCPStore
 
+import posttrain
 from posttrain.distributed.launch import Launch
 from posttrain.errors import ConfigError, PosttrainError
-from posttrain.files import digest_json
+from posttrain.files import digest_file, digest_json, digest_start
 
 T = TypeVar("T")
 
@@ -34,6 +36,17 @@ _NEWS_S = 3.0
 
 _ANSWER_S = 10.0
 """How long a rank that ends with an error waits for the store, whose keeper may stand still."""
+
+
+_CODE_S = 60.0
+"""How long rank 0 waits for a rank that has come to say which code it runs."""
+
+
+@cache
+def code_digest() -> str:
+    """Of the text of this package."""
+    root = Path(posttrain.__file__).parent
+    return digest_json({str(path.relative_to(root)): digest_file(path) for path in sorted(root.rglob("*.py"))})
 
 
 class PeerFailedError(Exception):
@@ -70,6 +83,25 @@ class Meeting:
     @property
     def is_main(self) -> bool:
         return self.launch.rank == 0
+
+    def refuse_other_code(self) -> None:
+        """All ranks call it first, for what they say to each other afterwards is in the words of their code.
+
+        Raises: ConfigError on every rank, naming one whose code is not that of rank 0.
+        """
+        self.store.set(f"code/{self.launch.rank}", code_digest())
+        self.main_only(self._compare_code, _MEETING_S)
+
+    def _compare_code(self) -> None:
+        for rank in range(1, self.launch.world_size):
+            key = f"code/{rank}"
+            self._waits_for(lambda key=key: self.store.check([key]), _CODE_S)
+            found = self.store.get(key).decode() if self.store.check([key]) else ""
+            if found != code_digest():
+                raise ConfigError(
+                    f"rank {rank} was started otherwise than rank 0: code of posttrain is {digest_start(found) or 'older, and does not say'}, "
+                    f"on rank 0 {digest_start(code_digest())}; give every rank the same YAML, files and packages"
+                )
 
     # --- waiting for another rank ------------------------------------------------------------------------------
 

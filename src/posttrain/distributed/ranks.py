@@ -111,6 +111,7 @@ def join_ranks(meeting: Meeting | None = None, timeout_s: float = WAIT_S) -> Ite
     """The ranks that this process was started among; where they have not met yet, they do. Raises: ConfigError."""
     if meeting is None and (launch := read_launch(os.environ)) is not None:
         meeting = meet(launch, log.warning)
+        meeting.refuse_other_code()
     if meeting is None:
         yield SingleProcess()
         return

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import socket
 import time
-from functools import cache
 from pathlib import Path
 
 import torch
 
-import posttrain
 from posttrain.config.pipeline import PipelineKeys
 from posttrain.config.resolved import leaves
 from posttrain.config.rl import SamplingKeys
 from posttrain.distributed.engine_roles import are_placed
 from posttrain.errors import ConfigError
-from posttrain.files import digest_file, digest_json, digest_start
+from posttrain.files import digest_start
 from posttrain.models.load import load_config
 from posttrain.models.tensor_parallel import refuse_unless_shared
 from posttrain.pipeline.pins import is_version, pins_of
@@ -86,7 +84,7 @@ def check_engines(keys: PipelineKeys, world_size: int) -> None:
 
 
 def check_started_alike(ranks: Ranks, keys: PipelineKeys, on_change: str) -> None:
-    """Keys, data, models, rewards, suites, versions and code, compared over the ranks.
+    """Keys, data, models, rewards, suites and versions, compared over the ranks; their code was when they met.
 
     Raises: ConfigError on every rank, naming one that differs from rank 0 and in what.
     """
@@ -108,7 +106,7 @@ def check_started_alike(ranks: Ranks, keys: PipelineKeys, on_change: str) -> Non
 def _taken_in(keys: PipelineKeys, on_change: str) -> dict[str, str]:
     """Name → value or digest. Keys by their values, for digests of them would not say what differs."""
     kinds = [stage.kind for stage in keys.stages]
-    taken = {"--on-change": on_change, "code of posttrain": digest_start(code_digest())}
+    taken = {"--on-change": on_change}
     for path, value in leaves(keys):
         parts = [str(part + 1) if isinstance(part, int) else part for part in path]
         if path[0] == "stages":
@@ -124,13 +122,6 @@ def _is_of_keys(pin: str) -> bool:
 
 def _pin(name: str, value: str) -> str:
     return value if is_version(name) else digest_start(value)
-
-
-@cache
-def code_digest() -> str:
-    """Of the text of this package."""
-    root = Path(posttrain.__file__).parent
-    return digest_json({str(path.relative_to(root)): digest_file(path) for path in sorted(root.rglob("*.py"))})
 
 
 def check_folder_is_shared(ranks: Ranks, folder: Path) -> None:

@@ -31,6 +31,10 @@ class RefusedError(EngineError):
         super().__init__(message)
         self.status = status
 
+    def __reduce__(self) -> tuple[type[RefusedError], tuple[str, int]]:
+        """It goes from one rank to the others."""
+        return type(self), (str(self), self.status)
+
 
 class LateError(EngineGoneError):
     """The server did not answer in time."""
