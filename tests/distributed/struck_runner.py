@@ -1,7 +1,8 @@
 """The command as one of several ranks, which holds still once at a point of its work, so that whoever watches can strike it there.
 
 Points: `generating` (answers are half made), `syncing` (the engine's copy has the first tensor of a version,
-and not the others), `checking` (the canary that follows a sync is half made).
+and not the others), `checking` (the canary that follows a sync is half made), `saving` (the steps after `VERSION` are under way, the
+checkpoint of it lacks this rank's parts).
 """
 
 import os
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from posttrain.recipes.run.train_state import Checkpoints
 from posttrain.rollout.cached import CachedRows
 from posttrain.rollout.embedded import EmbeddedEngine
 
@@ -73,10 +75,23 @@ def _in_update(act: Callable[[], None]) -> None:
     EmbeddedEngine.update = update
 
 
+def _in_save(act: Callable[[], None]) -> None:
+    for name in ("_write", "_write_parts"):
+        plain = getattr(Checkpoints, name)
+
+        def write(self, step, *parts, plain=plain):
+            if step == VERSION:
+                act()
+            return plain(self, step, *parts)
+
+        setattr(Checkpoints, name, write)
+
+
 POINTS = {
     "generating": lambda act: _in_generate(act, lambda tokens: tokens > _CANARY_TOKENS, token=3),
     "checking": lambda act: _in_generate(act, lambda tokens: tokens == _CANARY_TOKENS, token=2),
     "syncing": _in_update,
+    "saving": _in_save,
 }
 
 

@@ -111,6 +111,7 @@ def straight(ends, stage_yaml, runner, tmp_path):
 SUPERVISED = [
     ("copy", "generating", signal.SIGKILL, 0), ("copy", "generating", signal.SIGSTOP, 1),
     ("shared", "generating", signal.SIGKILL, 1), ("shared", "generating", signal.SIGSTOP, 0),
+    ("copy", "saving", signal.SIGSTOP, 1),
 ]  # fmt: skip
 
 
@@ -140,6 +141,8 @@ STRIKES = {
     "copy generating SIGSTOP": ("copy", "generating", signal.SIGSTOP, 1),
     "copy syncing SIGKILL": ("copy", "syncing", signal.SIGKILL, 1),
     "copy syncing SIGSTOP": ("copy", "syncing", signal.SIGSTOP, 0),
+    "copy saving SIGKILL": ("copy", "saving", signal.SIGKILL, 1),
+    "copy saving SIGSTOP": ("copy", "saving", signal.SIGSTOP, 0),
     "copy checking SIGKILL": ("copy", "checking", signal.SIGKILL, 0),
     "copy checking SIGSTOP": ("copy", "checking", signal.SIGSTOP, 1),
 }

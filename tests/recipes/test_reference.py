@@ -9,7 +9,9 @@ import torch
 from posttrain.config.preference import DPOKeys
 from posttrain.config.stages import ModelKeys
 from posttrain.models.load import freeze_reference, load_policy
+from posttrain.recipes import reference
 from posttrain.recipes.reference import KEPT, _found, _packed
+from posttrain.recipes.run.stop import StopFlag
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -102,6 +104,30 @@ def test_a_resumed_run_scores_no_row_again_and_one_that_was_cut_only_the_rest(tr
     shutil.rmtree(whole / "checkpoints")
     assert _losses(train("dpo", name="whole", max_steps=4, save_steps=2)) == losses
     assert np.array_equal(_kept(whole), first)
+
+
+def test_a_wish_to_stop_while_the_reference_scores_is_heard_and_the_next_start_goes_on(
+    runner, model_dir, data_dir, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(reference, "_ROWS_PER_PASS", 2)
+    monkeypatch.setattr(reference, "_PASSES_AT_ONCE", 2)
+    flag, scored, score = StopFlag(), [], reference._pass
+
+    def scores_until_a_stop(policy, rows, ld_alpha):
+        scored.extend(rows)
+        if len(scored) == 4:
+            flag._event.set()
+        return score(policy, rows, ld_alpha)
+
+    monkeypatch.setattr(runner, "StopFlag", lambda: flag)
+    monkeypatch.setattr(reference, "_pass", scores_until_a_stop)
+    keys = runner.keys_of("dpo", model_dir("qwen3"), data_dir, max_steps=3)
+    assert runner.run_stage("dpo", tmp_path, keys) is None
+    assert np.isfinite(_kept(tmp_path)).all(1).sum() == len(scored) == 4
+    flag._event.clear()
+    with caplog.at_level("INFO"):
+        assert runner.run_stage("dpo", tmp_path, keys).steps == 3
+    assert "of 12 rows computed once, 4 of them before" in caplog.text
 
 
 def test_log_probs_of_another_model_or_other_rows_are_not_taken(train, other_weights, caplog):

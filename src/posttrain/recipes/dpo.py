@@ -80,7 +80,7 @@ def run(keys: DPOKeys, stage: Stage) -> StageResult:
     is_part = keys.max_steps > 0 or keys.num_train_epochs < 1
     seen = ChosenRows(data.rows, schedule.places_until(last_data)) if is_part else data.rows
     dev_rows = [rows.rows for rows in held_out.values()]
-    reference = Reference.of(policy, keys, ranks, stage.folder, seen, *dev_rows) if spec.needs_reference else None
+    reference = Reference.of(policy, keys, stage, seen, *dev_rows) if spec.needs_reference else None
     state = stage.resume(policy, optimizer, total_steps)
     measure = partial(validation_loss, policy, reference, spec=spec, keys=keys, stage=stage)
     validation = Validation(stage, state, held_out, measure, suite)

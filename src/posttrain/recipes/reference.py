@@ -29,6 +29,8 @@ from posttrain.models.provenance import source_digest
 from posttrain.objectives.pair_scores import summed
 from posttrain.protocols import Ranks
 from posttrain.recipes.batches import for_rank
+from posttrain.recipes.run.stage import Stage
+from posttrain.recipes.run.stop import StoppedPolitely
 from posttrain.types import TokenSeq
 
 log = logging.getLogger(__name__)
@@ -67,10 +69,13 @@ class Reference:
         return (not policy.has_adapter if wanted == "auto" else wanted) and keys.row_kind == "pairs"
 
     @classmethod
-    def of(cls, policy: Policy, keys: DPOKeys, ranks: Ranks, folder: Path, *rows: Sequence[Any]) -> Reference:
-        """Decide, say so, and do what must be done before the first step. `rows` are all that will be asked for."""
+    def of(cls, policy: Policy, keys: DPOKeys, stage: Stage, *rows: Sequence[Any]) -> Reference:
+        """Decide, say so, and do what must be done before the first step. `rows` are all that will be asked for.
+
+        Raises: StoppedPolitely; the next start goes on with what was scored.
+        """
         if cls.is_precomputed(policy, keys):
-            kept = _passed(policy, keys, ranks, folder / KEPT, rows)
+            kept = _passed(policy, keys, stage, rows)
             return cls(policy, keys.ld_alpha, kept)
         size = freeze_reference(policy)
         adapter = "with the adapter off" if policy.start is None else "with the adapter as it started"
@@ -89,8 +94,9 @@ class Reference:
         return self._policy.reference_logp(batch)
 
 
-def _passed(policy: Policy, keys: DPOKeys, ranks: Ranks, path: Path, rows: Sequence[Sequence[Any]]) -> KeptScores:
+def _passed(policy: Policy, keys: DPOKeys, stage: Stage, rows: Sequence[Sequence[Any]]) -> KeptScores:
     """The log-probs of all rows, each scored once: also if the run is stopped on the way, or resumed."""
+    ranks, path = stage.ranks, stage.folder / KEPT
     names = [_name(row) for row in chain(*rows)]
     made_of = {
         "model": source_digest(policy.source),
@@ -104,10 +110,14 @@ def _passed(policy: Policy, keys: DPOKeys, ranks: Ranks, path: Path, rows: Seque
     kept_at = time.monotonic()
     for first, scored in _scores(policy, keys, ranks, chain(*rows), logp):
         logp[first : first + len(scored)] = scored
-        is_last = first + len(scored) == len(logp)
-        if ranks.is_main and (is_last or time.monotonic() - kept_at > _KEEP_EVERY_S):
+        is_last, stopping = first + len(scored) == len(logp), stage.is_stopping()
+        if ranks.is_main and (is_last or stopping or time.monotonic() - kept_at > _KEEP_EVERY_S):
             write_atomic(path, _packed(logp, digest))
             kept_at = time.monotonic()
+        if stopping:
+            raise StoppedPolitely(
+                f"{stage.kind}: stopped before the first step, within the log-probs of the reference; start again to go on"
+            )
     log.info(
         "reference: log-probs of %d rows computed once%s; no second copy of the model",
         len(names), f", {known} of them before" if known else "",

@@ -7,15 +7,18 @@ import signal
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from posttrain import files
 from posttrain.checkpoint.store import CheckpointStore
+from posttrain.distributed.ranks import SingleProcess
 from posttrain.errors import CheckpointError
-from posttrain.recipes.run.run_folder import mask_segments
+from posttrain.recipes.run.run_folder import RunFolder, mask_segments
 from posttrain.recipes.run.stop import StopFlag, StoppedPolitely
+from posttrain.recipes.run.train_state import Checkpoints
 from posttrain.types import TokenSeq
 
 
@@ -38,6 +41,20 @@ def test_a_disk_that_fails_in_training_leaves_the_last_good_checkpoint(code, tra
     train("sft", name="run", save_steps=1)
     straight = train("sft", name="straight", save_steps=1)
     assert runner.rows(tmp_path / "run") == runner.rows(straight)
+
+
+def test_the_error_that_ends_a_stage_is_not_hidden_by_a_checkpoint_that_it_left_unwritten(tmp_path, caplog):
+    def fails():
+        raise CheckpointError("weights-00002-of-00002.safetensors was not written by its rank")
+
+    run = RunFolder(tmp_path, "sft", is_main=True)
+    with (
+        pytest.raises(KeyError, match="the first"),
+        closing(Checkpoints(CheckpointStore(tmp_path), SingleProcess(), run)) as checkpoints,
+    ):
+        checkpoints._writing = checkpoints._writer.submit(fails)
+        raise KeyError("the first")
+    assert "the checkpoint under way was not written: weights-00002-of-00002" in caplog.text
 
 
 def test_a_broken_newest_checkpoint_is_skipped_and_the_end_is_the_same(train, runner, tmp_path):

@@ -152,7 +152,7 @@ class Stage:
         if step % self.keys.logging_steps == 0 or last:
             self.run.log(step, metrics | {"num_tokens": float(state.tokens)} | memory_metrics())
         self.guard.observe(step, metrics)
-        stopping = self._is_stopping()
+        stopping = self.is_stopping()
         due = self._save_every > 0 and step % self._save_every == 0
         if best_score is not None:
             self.checkpoints.mark_best(step, best_score)
@@ -173,7 +173,12 @@ class Stage:
         total: TotalReport | None = None
         with disk_errors(self.folder):
             report = save_policy(
-                policy, model_dir, self.keys, ranks=self.ranks, trained=logits, between=self._stop_if_asked
+                policy,
+                model_dir,
+                self.keys,
+                ranks=self.ranks,
+                trained=logits,
+                between=self._stop_if_asked,
             )
             self.run.event("export", state.step, asdict(report))
             if policy.has_adapter:
@@ -196,13 +201,19 @@ class Stage:
     def _export_critic(self, critic: Policy) -> None:
         """Into a folder beside the model, from which another stage may go on: it is no part of what ships."""
         with disk_errors(self.folder):
-            save_policy(critic, self.folder / CRITIC, critic.under, ranks=self.ranks, between=self._stop_if_asked)
+            save_policy(
+                critic,
+                self.folder / CRITIC,
+                critic.under,
+                ranks=self.ranks,
+                between=self._stop_if_asked,
+            )
 
     def _stop_if_asked(self) -> None:
-        if self._is_stopping():
+        if self.is_stopping():
             raise StoppedPolitely(f"{self.kind}: stopped during the export; start again to go on")
 
-    def _is_stopping(self) -> bool:
+    def is_stopping(self) -> bool:
         """Whether any process was asked to stop. All call it."""
         return self.processes.sum([float(self.stop.is_set)])[0] > 0
 

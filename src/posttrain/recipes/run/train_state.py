@@ -8,9 +8,10 @@ samples of the generation batch in hand), and `state.json` (the rest). A critic 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -34,9 +35,13 @@ from posttrain.rollout.drafts import Speculation, speculation_metrics
 from posttrain.rollout.experience import Arrays, Experience, to_arrays
 from posttrain.types import CheckpointRef
 
+log = logging.getLogger(__name__)
+
 FORMAT = 5
 """Raised when a checkpoint of before could not be gone on with."""
 _EXPERIENCE = "experience.safetensors"
+_LAST_PARTS_S = 30.0
+"""How long the end of a stage that failed waits for parts of other ranks, which may be gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +201,12 @@ class Checkpoints:
         self._run.event("checkpoint", *details)
 
     def close(self) -> None:
+        """Of a stage that failed, the checkpoint under way is finished if the others write their parts of it; its own failure hides no other."""
         if self._writing is not None:
-            self._writing.result()
+            wait([self._writing], _LAST_PARTS_S)
+            self._is_abandoned.set()
+            if (error := self._writing.exception()) is not None:
+                log.warning("the checkpoint under way was not written: %s", error)
         self._writer.shutdown()
 
     def _write(
