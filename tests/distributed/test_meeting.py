@@ -177,17 +177,34 @@ def test_long_work_gives_signs_of_life(on_ranks, monkeypatch):
     assert on_ranks(2, lambda meeting: meeting.main_only(lambda: time.sleep(2.5), 2.0)) == [None, None]
 
 
+def _says(here, error, said):
+    """As `posttrain.cli.met` does it."""
+    is_mine = here.is_mine_to_say(error)
+    if is_mine:
+        time.sleep(0.3)
+        said.append(here.launch.rank)
+        here.has_said()
+    return is_mine
+
+
 def test_an_error_that_all_have_is_said_by_rank_0_alone(on_ranks):
-    assert on_ranks(3, lambda meeting: meeting.is_mine_to_say(DataError("same"))) == [True, False, False]
+    said = []
+    assert on_ranks(3, lambda here: _says(here, DataError("same"), said)) == [True, False, False]
+    assert said == [0]
 
 
-def test_an_error_that_one_rank_has_is_said_by_it(on_ranks):
-    def be(meeting):
-        if meeting.launch.rank == 1:
-            return meeting.is_mine_to_say(DataError("mine"))
-        return meeting.another_failed()
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_that_one_rank_has_is_said_by_it_before_the_others_end(failing, on_ranks):
+    """Of whom the first to end has its launcher end all."""
+    said = []
 
-    assert on_ranks(3, be) == [True, True, True]
+    def be(here):
+        if here.launch.rank == failing:
+            return _says(here, DataError("mine"), said)
+        return here.another_failed() and list(said)
+
+    found = on_ranks(3, be)
+    assert found == [True if rank == failing else [failing] for rank in range(3)]
 
 
 def test_what_each_rank_does_is_on_rank_0_in_their_order(on_ranks):

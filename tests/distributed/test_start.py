@@ -120,8 +120,7 @@ def test_a_late_rank_is_waited_for_by_name_and_the_run_goes_on(write_yaml, tmp_p
     said = first.stderr.readline()
     assert said == "waiting for rank 1 of 2\n"
     second = started(1)
-    _, other = (one.communicate(timeout=600)[1] for one in (first, second))
-    assert other == "", "rank 0 speaks for both"
+    assert all("waiting" not in one.communicate(timeout=600)[1] for one in (first, second))
     assert (first.returncode, second.returncode) == (0, 0)
     assert _steps(tmp_path / "run") == 1
 
@@ -148,7 +147,7 @@ def test_an_error_of_one_rank_within_a_step_is_said_by_it_and_ends_the_others(wr
     keys = {"reward_funcs": ["rewards.py:pays"], "num_prompts_per_step": 2, "num_generations": 2}
     done = refused(2, "grpo", write_yaml("grpo", **keys), "-q")
     (said,) = _errors(done)
-    assert "rewards.py:pays" in said and "got 0" in said, said
+    assert "reward 'pays' returned 0 values for 2 completions" in said
     assert "exitcode  : 64" in done.stderr
     assert done.stderr.count("Traceback (most recent call last)") == 1, "the launcher's own"
 
@@ -160,7 +159,7 @@ def _started(*arguments):
 
 
 def _until(launcher, condition):
-    until = time.monotonic() + 600
+    until = time.monotonic() + 120
     while launcher.poll() is None and not condition() and time.monotonic() < until:
         time.sleep(0.01)
     assert launcher.poll() is None, launcher.stderr.read()[-3000:]
@@ -176,7 +175,7 @@ def test_a_rank_that_is_killed_is_told_of_by_the_launcher(write_yaml, tmp_path):
     launcher = _started("sft", write_yaml("sft", max_steps=400, save_steps=0), "-q")
     _until(launcher, lambda: _steps(tmp_path / "run") >= 2)
     os.kill(ranks_of(launcher)[-1], signal.SIGKILL)
-    said = launcher.communicate(timeout=600)[1]
+    said = launcher.communicate(timeout=120)[1]
     assert "Signal 9 (SIGKILL)" in said
     assert said.count("Traceback (most recent call last)") == 1, "the launcher's own"
 
@@ -187,13 +186,13 @@ def test_a_wish_to_stop_is_answered_once(write_yaml, torchrun, tmp_path):
     launcher = _started("sft", path, "-q")
     _until(launcher, lambda: _steps(tmp_path / "run") >= 2)
     launcher.send_signal(signal.SIGTERM)
-    said = launcher.communicate(timeout=600)[1]
+    said = launcher.communicate(timeout=120)[1]
     assert said.count("saved; start again to go on") == 1
 
 
 @pytest.mark.slow
 def test_a_second_start_in_the_same_folder_is_refused_once_and_the_first_goes_on(write_yaml, refused, tmp_path):
-    path = write_yaml("sft", max_steps=400, save_steps=0)
+    path = write_yaml("sft", max_steps=20_000, save_steps=0)
     first = _started("sft", path, "-q")
     _until(first, lambda: _steps(tmp_path / "run") >= 1)
     done = refused(2, "sft", path, "-q")
@@ -201,19 +200,26 @@ def test_a_second_start_in_the_same_folder_is_refused_once_and_the_first_goes_on
     assert "is in use by process" in said
     assert first.poll() is None
     first.send_signal(signal.SIGTERM)
-    first.communicate(timeout=600)
+    first.communicate(timeout=120)
     assert list((tmp_path / "run/stages/01-sft/checkpoints").iterdir())
 
 
 @pytest.mark.slow
 def test_ranks_with_file_systems_of_their_own_are_refused(write_yaml, tmp_path):
-    """One path, which leads each of them to a folder of its own."""
-    write_yaml("sft", output_dir="/proc/self/cwd/run")
-    for rank in range(2):
-        (tmp_path / str(rank)).mkdir()
-    done = _by_rank(tmp_path, "sft ../stage.yaml -q", before="cd $RANK;")
+    """One path, and behind it a file system of each."""
+    (tmp_path / "run").mkdir()
+    own = f"mount -t tmpfs tmpfs {tmp_path}/run"
+    if subprocess.run(["unshare", "-m", "bash", "-c", own], check=False, capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    line = f"{own} && exec {sys.executable} -m posttrain.cli.app sft {write_yaml('sft')} -q"
+    launcher = command(2)[: -len(["-m", "posttrain.cli.app"])]
+    done = subprocess.run(
+        [*launcher, "--no-python", "unshare", "-m", "bash", "-c", line], check=False, capture_output=True, text=True,
+        timeout=300, env=environment(),
+    )  # fmt: skip
     (said,) = _errors(done)
-    assert "rank 1 does not see what rank 0 writes to /proc/self/cwd/run" in said
+    assert f"rank 1 does not see what rank 0 writes to {tmp_path}/run" in said
+    assert "exitcode  : 64" in done.stderr
 
 
 SHARED = """

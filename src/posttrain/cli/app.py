@@ -18,10 +18,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import posttrain
-from posttrain.cli.terminal import printable
+from posttrain.cli.terminal import printable, tell_error
 from posttrain.errors import EXIT_CRASH, EXIT_USAGE, PosttrainError
 from posttrain.rollout.vllm.options import torchvision_misfit
-from posttrain.uris import without_secrets
 
 EXIT_INTERRUPTED = 130
 
@@ -225,9 +224,7 @@ def _run(argv: list[str]) -> int:
     try:
         result = command.main(args=argv, prog_name="posttrain", standalone_mode=False)
     except PosttrainError as error:
-        if os.environ.get("POSTTRAIN_DEBUG") == "1":
-            traceback.print_exc()
-        typer.echo(error_message(error), err=True)
+        tell_error(error)
         return EXIT_USAGE
     except OSError as error:
         line = no_place(error)
@@ -253,13 +250,6 @@ def no_place(error: OSError) -> str:
     """The line about a place that cannot be used, with what to do; nothing for another failure."""
     advice = NO_PLACE.get(error.errno or 0)
     return f"error: {printable(str(error.filename))}: {error.strerror}; {advice}" if advice and error.filename else ""
-
-
-def error_message(error: PosttrainError) -> str:
-    """What the user reads of an error that he can fix: no control characters, no password."""
-    text = printable(without_secrets(str(error)))
-    lines = text.splitlines()
-    return f"error: {text}" if len(lines) <= 1 else "error:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 if __name__ == "__main__":

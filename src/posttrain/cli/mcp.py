@@ -86,8 +86,8 @@ def tool_answer(adapters: dict[str, Any], name: str, arguments: dict[str, Any]) 
     from pydantic_core import ArgsKwargs
 
     from posttrain.cli.agent_acts import Act
-    from posttrain.cli.app import error_message, no_place
-    from posttrain.cli.terminal import printable
+    from posttrain.cli.app import no_place
+    from posttrain.cli.terminal import error_message, printable
     from posttrain.uris import clean_text, clean_value
 
     if name not in adapters:

@@ -21,8 +21,9 @@ def met() -> Iterator[Meeting | None]:
     """Where all ranks of this start have met; None for a process that is alone.
 
     Inside, an error that several ranks have is printed by one of them, and a rank that only ends because another one failed
-    prints nothing. Raises: ConfigError if the environment says of several processes what cannot be.
+    prints nothing, and ends after it. Raises: ConfigError if the environment says of several processes what cannot be.
     """
+    from posttrain.cli.terminal import tell_error
     from posttrain.distributed.launch import not_read, read_launch
 
     launch = read_launch(os.environ, sys.argv[1:])
@@ -38,11 +39,10 @@ def met() -> Iterator[Meeting | None]:
         meeting.refuse_other_code()
         yield meeting
     except PosttrainError as error:
-        if not meeting.is_mine_to_say(error):
-            raise typer.Exit(EXIT_USAGE) from None
-        if not meeting.is_main:
-            typer.echo(f"rank {launch.rank}: ", nl=False, err=True)
-        raise
+        if meeting.is_mine_to_say(error):
+            tell_error(error, "" if meeting.is_main else f"rank {launch.rank}: ")
+            meeting.has_said()
+        raise typer.Exit(EXIT_USAGE) from None
     except typer.Exit:
         raise
     except Exception as error:

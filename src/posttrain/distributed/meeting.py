@@ -33,11 +33,10 @@ _SAME_ERROR_S = 1.0
 """How long a rank waits for rank 0 to print the error that they share."""
 _NEWS_S = 3.0
 """How long a rank whose collective broke waits for the rank that broke it to say why, and rank 0 for those that fail with it."""
-
-_ANSWER_S = 10.0
+_SAID_S = 5.0
+"""How long a rank with nothing to say waits until the one that has something has printed it."""
+_ANSWER_S = 15.0
 """How long a rank that ends with an error waits for the store, whose keeper may stand still."""
-
-
 _CODE_S = 60.0
 """How long rank 0 waits for a rank that has come to say which code it runs."""
 
@@ -215,10 +214,20 @@ class Meeting:
         is_mine = self.store.add(key, 1) == 1
         if self.store.add("asked", int(not self.is_main)) < others and self.is_main:
             self._waits_for(lambda: self.store.add("asked", 0) == others, _NEWS_S)
+        if not is_mine:
+            self._wait_until_said()
         return is_mine
 
+    def has_said(self) -> None:
+        """What is this rank's to say is printed: the others may end, of whom the first that does has a launcher end all."""
+        with suppress(DistError):
+            _answered(lambda: self.store.add("said", 1), _ANSWER_S)
+
+    def _wait_until_said(self) -> None:
+        self._waits_for(lambda: self.store.add("said", 0) > 0, _SAID_S)
+
     def another_failed(self) -> bool:
-        """Whether another rank said that it failed; where not, that this one did is noted."""
+        """Whether another rank said that it failed, returned once it has printed why; where not, that this one did is noted."""
         try:
             return _answered(self._hear_of_failure, _ANSWER_S)
         except DistError:  # the store went with whoever kept it
@@ -228,6 +237,8 @@ class Meeting:
         until = time.monotonic() + _NEWS_S
         while time.monotonic() < until:
             if self.store.add("failed", 0):
+                self.store.add("asked", int(not self.is_main))
+                self._wait_until_said()
                 return True
             time.sleep(0.05)
         self.store.add("failed", 1)

@@ -15,11 +15,11 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp
 
 import posttrain
-from posttrain.cli.app import error_message
 from posttrain.cli.pages import views
 from posttrain.cli.pages.door import PageDoor
 from posttrain.cli.pages.site import Site, static_file
 from posttrain.cli.pages.yaml_form import FORM_KINDS, draft_yaml, key_fields, target_path, write_draft
+from posttrain.cli.terminal import error_message
 from posttrain.errors import PosttrainError
 from posttrain.serve.guard import ServeGuard
 from posttrain.serve.options import ServeOptions
