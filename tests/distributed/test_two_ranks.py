@@ -200,8 +200,8 @@ def _command(runner, jobs, ranks=2):
     return [*launcher, runner.__file__, json.dumps(jobs)]
 
 
-def _torchrun(runner, jobs, ranks=2):
-    done = subprocess.run(_command(runner, jobs, ranks), check=False, capture_output=True, text=True, timeout=400)
+def torchrun_jobs(runner, jobs, ranks=2, timeout=400):
+    done = subprocess.run(_command(runner, jobs, ranks), check=False, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-6000:]
 
 
@@ -244,7 +244,7 @@ def quick(runner, model_dir, data_dir, tmp_path_factory):
         _job(QUICK, "sft", folder / "stopped", runner, model_dir, data_dir, stop_after=2),
         _job(QUICK, "turns", folder / "turns", runner, model_dir, data_dir),
     ]
-    _torchrun(runner, jobs)
+    torchrun_jobs(runner, jobs)
     return folder
 
 
@@ -280,7 +280,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(quick, runner, model_dir, da
 def many(runner, model_dir, data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     jobs = [_job(MORE, name, folder / str(i), runner, model_dir, data_dir) for i, name in enumerate(MORE)]
-    _torchrun(runner, jobs)
+    torchrun_jobs(runner, jobs)
     return folder
 
 
@@ -297,7 +297,7 @@ def test_four_ranks_have_the_losses_of_one(runner, model_dir, data_dir, tmp_path
     jobs = [_job(MORE, name, tmp_path / name, runner, model_dir, data_dir) for name in names]
     for job in jobs:
         job["options"] |= {} if job["kind"] == "grpo" else {"num_processes": 2}
-    _torchrun(runner, jobs, ranks=4)
+    torchrun_jobs(runner, jobs, ranks=4)
     for name in names:
         one = _alone(MORE, name, tmp_path / f"{name} alone", runner, model_dir, data_dir)
         assert runner.losses(tmp_path / name) == pytest.approx(runner.losses(one), rel=1e-6, abs=1e-6), name
@@ -318,7 +318,7 @@ def test_two_ranks_stop_and_go_on_bit_by_bit(name, runner, model_dir, data_dir, 
     def job(folder, **extra):
         return _job(RESUMED, name, tmp_path / folder, runner, model_dir, data_dir, **extra)
 
-    _torchrun(runner, [job("straight"), job("stopped", stop_after=2), job("stopped"), job("one", stop_after=2)])
+    torchrun_jobs(runner, [job("straight"), job("stopped", stop_after=2), job("stopped"), job("one", stop_after=2)])
     assert runner.rows(tmp_path / "stopped") == runner.rows(tmp_path / "straight")
     for key, tensor in runner.weights(tmp_path / "straight").items():
         assert torch.equal(runner.weights(tmp_path / "stopped")[key], tensor), key
@@ -363,7 +363,7 @@ def _killed_and_started_again(runner, job, folder, kills):
     for after_steps, whole in kills:
         assert _kill_once(runner, job, folder, after_steps, whole)
         assert not (folder / "result.json").exists()
-    _torchrun(runner, [job])
+    torchrun_jobs(runner, [job])
 
 
 def _bitwise(runner, one, two):
@@ -392,7 +392,7 @@ KILLED = {
 def test_ranks_that_are_killed_again_and_again_end_the_same(name, runner, model_dir, data_dir, tmp_path):
     """One rank, both with their launcher, at the start of a step and further on."""
     straight, killed = (_job(KILLED, name, tmp_path / to, runner, model_dir, data_dir) for to in ("straight", "killed"))
-    _torchrun(runner, [straight])
+    torchrun_jobs(runner, [straight])
     kills = [(1, False), (2, True), (4, False), (5, True), (7, False)]
     _killed_and_started_again(runner, killed, tmp_path / "killed", kills)
     _bitwise(runner, tmp_path / "killed", tmp_path / "straight")
@@ -402,7 +402,7 @@ def test_ranks_that_are_killed_again_and_again_end_the_same(name, runner, model_
 def test_two_ranks_ask_a_reward_model_for_their_own_share(runner, model_dir, data_dir, tmp_path):
     runner.run_stage("reward_model", tmp_path / "rm", runner.keys_of("reward_model", model_dir("llama"), data_dir))
     rows = {"paid": ("grpo", {"reward_funcs": [f"model:{tmp_path / 'rm/model'}", "spread"], "num_prompts_per_step": 3})}
-    _torchrun(runner, [_job(rows, "paid", tmp_path / "two", runner, model_dir, data_dir)])
+    torchrun_jobs(runner, [_job(rows, "paid", tmp_path / "two", runner, model_dir, data_dir)])
     _same(runner, _alone(rows, "paid", tmp_path / "one", runner, model_dir, data_dir), tmp_path / "two")
 
 
@@ -420,7 +420,7 @@ def test_two_ranks_ask_a_judge_for_their_own_share(runner, model_dir, data_dir, 
         return f"Verdict: {sum(map(ord, question)) % 11}"
 
     with judging(verdict) as (url, by_two):
-        _torchrun(runner, [_job(rows("judge-two", url), "paid", tmp_path / "two", runner, model_dir, data_dir)])
+        torchrun_jobs(runner, [_job(rows("judge-two", url), "paid", tmp_path / "two", runner, model_dir, data_dir)])
     with judging(verdict) as (url, by_one):
         alone = _alone(rows("judge-one", url), "paid", tmp_path / "one", runner, model_dir, data_dir)
     _same(runner, alone, tmp_path / "two")
