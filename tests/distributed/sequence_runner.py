@@ -21,6 +21,7 @@ from posttrain.models.batch import pack
 from posttrain.models.export import save_policy
 from posttrain.models.load import load_policy
 from posttrain.models.proof import probe_logits
+from posttrain.models.reward_head import reward_head
 from posttrain.types import TokenSeq
 
 
@@ -43,7 +44,8 @@ def scored(data, rows, ranks, spec):
     """Name and batch → loss, log-probs, gradients. All ranks share each batch, or those of the key in `spec`."""
     found = {}
     for name, (model, options) in rows.items():
-        keys = stage_runner.keys_of("sft", Path(model), Path(data), **options)
+        kind, own = options.get("kind", "sft"), {key: value for key, value in options.items() if key != "kind"}
+        keys = stage_runner.keys_of(kind, Path(model), Path(data), **own)
         policy = load_policy(keys, sharding=sharding_over(ranks, ShardingSpec(**spec)))
         held = []
         copies = ranks.world_size // spec.get("tensor_parallel_size", ranks.world_size)
@@ -63,11 +65,8 @@ def scored(data, rows, ranks, spec):
 def _of_batch(policy, batch, copies):
     """`copies` groups of ranks run it each, and gradients add up."""
     policy.model.train()
-    scores = policy.score(batch, entropy=True, top1=True)
-    weights = torch.linspace(-1.0, 2.0, len(scores.logp_M))
-    loss = (weights * scores.logp_M).sum() + scores.entropy_M.mean()
-    if scores.aux_loss is not None:
-        loss = loss + scores.aux_loss
+    values_M, top1, loss = _rewarded(policy, batch) if reward_head(policy.base) else _scores(policy, batch)
+    loss = loss + (torch.linspace(-1.0, 2.0, len(values_M)) * values_M).sum()
     loss.backward()
     gradients = {
         n: policy.sharding.whole(p.grad).double() / copies for n, p in policy.trainable() if p.grad is not None
@@ -75,13 +74,24 @@ def _of_batch(policy, batch, copies):
     policy.model.zero_grad(set_to_none=True)
     return {
         "loss": float(loss.detach()),
-        "logp": scores.logp_M.tolist(),
-        "top1": scores.top1_M.tolist(),
+        "logp": values_M.tolist(),
+        "top1": top1,
         "gradients": {
             n: [float(g.norm()), float((g * torch.linspace(-1, 1, g.numel()).view_as(g)).sum())]
             for n, g in gradients.items()
         },
     }
+
+
+def _rewarded(policy, batch):
+    return policy.rewards(batch), [], torch.zeros(())
+
+
+def _scores(policy, batch):
+    """Log-probs, which of them are the best, and what else there is a gradient of."""
+    scores = policy.score(batch, entropy=True, top1=True)
+    beside = scores.entropy_M.mean()
+    return scores.logp_M, scores.top1_M.tolist(), beside if scores.aux_loss is None else beside + scores.aux_loss
 
 
 def exported(exports, ranks, spec):
@@ -111,7 +121,7 @@ def exported(exports, ranks, spec):
 def same(found, one):
     assert found.keys() == one.keys()
     for name, expected in one.items():
-        assert found[name]["loss"] == pytest.approx(expected["loss"], rel=1e-6), name
+        assert found[name]["loss"] == pytest.approx(expected["loss"], rel=1e-6, abs=1e-6), name
         assert found[name]["logp"] == pytest.approx(expected["logp"], rel=1e-6, abs=2e-6), name
         assert found[name]["top1"] == expected["top1"], name
         assert found[name]["gradients"].keys() == expected["gradients"].keys()

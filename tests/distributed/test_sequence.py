@@ -28,6 +28,7 @@ STAGES = {
     "grpo": {"beta": 0.1, "num_iterations": 2, "max_steps": 3},
     "reward_model": {"num_processes": 2},
     "process_reward_model": {"num_processes": 2},
+    "ppo": {"beta": 0.1, "num_iterations": 2, "critic_learning_rate": 1e-4, "adam_epsilon": 1e-6},
 }
 
 
@@ -37,7 +38,7 @@ def _rows(names, model_dir):
 
 CASES = {
     "fast": (2, ["grouped heads", "experts"], ["sft", "grpo"]),
-    "two": (2, list(ROWS), ["sft", "dpo", "reward_model", "process_reward_model"]),
+    "two": (2, list(ROWS), ["sft", "dpo", "reward_model", "process_reward_model", "ppo"]),
     "four": (4, list(ROWS), list(STAGES)),
 }
 """Name → ranks, the rows that they score, the stages that they take."""

@@ -31,14 +31,22 @@ STAGES = {
     "sft": {"per_device_train_batch_size": 2, "num_processes": 2, "save_steps": 1, "gradient_checkpointing": True},
     "dpo": {"per_device_train_batch_size": 2, "num_processes": 2},
     "grpo": {"beta": 0.1, "num_iterations": 2, "max_steps": 3},
+    "ppo": {"beta": 0.1, "num_iterations": 2, "critic_learning_rate": 1e-4, "adam_epsilon": 1e-6},
+    "reward_model": {"per_device_train_batch_size": 2, "num_processes": 2},
+    "process_reward_model": {"per_device_train_batch_size": 2, "num_processes": 2},
+}
+REWARDED = {
+    "a reward model": ("llama", {"kind": "reward_model"}),
+    "a reward model with experts": ("qwen3_moe", {"kind": "reward_model"}),
+    "a process reward model": ("qwen3", {"kind": "process_reward_model"}),
 }
 SHARED = {"sharding": {"tensor_parallel_size": 2}, "learning_rate": 1e-4, "max_steps": 2}
 CASES = {
     "fast": (2, ["norms of heads, a tied head", "experts"], ["sft"]),
-    "two": (2, list(ROWS), list(STAGES)),
-    "four": (4, list(ROWS), list(STAGES)),
-    "adapters": (2, list(ADAPTERS), list(STAGES)),
-    "adapters on four": (4, list(ADAPTERS), list(STAGES)),
+    "two": (2, [*ROWS, *REWARDED], list(STAGES)),
+    "four": (4, [*ROWS, *REWARDED], list(STAGES)),
+    "adapters": (2, list(ADAPTERS), ["sft", "dpo", "grpo", "ppo"]),
+    "adapters on four": (4, list(ADAPTERS), ["sft", "dpo", "grpo", "ppo"]),
 }
 """Name → ranks, two of which hold a layer between them; the rows that they score and export, the stages that they take."""
 ALL_CASES = ["fast", *(pytest.param(name, marks=pytest.mark.slow) for name in ("two", "four"))]
@@ -62,7 +70,11 @@ def shared(model_dir, data_dir, tmp_path_factory):
             rows = _rows(names, model_dir)
             job = {
                 "spec": {"tensor_parallel_size": 2}, "data": str(data_dir), "rows": rows,
-                "exports": {name: (model, str(folder / name / "model"), own) for name, (model, own) in rows.items()},
+                "exports": {
+                    name: (model, str(folder / name / "model"), own)
+                    for name, (model, own) in rows.items()
+                    if name not in REWARDED  # read whole, as a new head is made
+                },
             }  # fmt: skip
             found, jobs = sequence_runner.started(ranks, job, str(model_dir("qwen3")), folder, stages)
             done[case] = found, jobs, folder
@@ -74,8 +86,8 @@ def shared(model_dir, data_dir, tmp_path_factory):
 def _rows(names, model_dir):
     """Name → model, and the stage's keys."""
     plain = {name: (str(model_dir(ROWS[name][0], **ROWS[name][1])), {}) for name in names if name in ROWS}
-    adapted = {name: (str(model_dir(ADAPTERS[name][0])), ADAPTERS[name][1]) for name in names if name in ADAPTERS}
-    return plain | adapted
+    other = ADAPTERS | REWARDED
+    return plain | {name: (str(model_dir(other[name][0])), other[name][1]) for name in names if name in other}
 
 
 @pytest.mark.xdist_group("tensor parallel")
@@ -108,7 +120,7 @@ def test_stages_take_the_steps_of_one_process_which_goes_on_from_them(case, shar
 def test_each_rank_reads_its_shares_alone_and_all_write_the_files_of_one_process(case, shared, model_dir, tmp_path):
     ranks, names, _ = CASES[case]
     found, _, folder = shared(case)
-    one = _exported(names, model_dir, tmp_path)
+    one = _exported([name for name in names if name in ROWS], model_dir, tmp_path)
     for name, [[whole]] in one.items():
         assert file_digests(folder / name / "model") == file_digests(tmp_path / name / "model"), name
         for *reads, held in found[name]:  # the proof of an export reads them too; a head is cut before it is tied
@@ -161,7 +173,7 @@ def test_keys_that_do_not_go_together_are_refused(runner, model_dir, data_dir):
             "sft",
             {"sharding": {"param_dtype": "bfloat16"}},
         ),
-        ("tensor_parallel_size: 2 with a reward model", "reward_model", {}),
+        ("tensor_parallel_size: 2 with an adapter on a reward model", "reward_model", LORA),
         ("sharding.tensor_parallel_size: 2 with teachers", "distill", {}),
         ("num_processes: 3 with sharding.tensor_parallel_size: 2; expected a multiple", "sft", {"num_processes": 3}),
     ):

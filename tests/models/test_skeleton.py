@@ -49,6 +49,15 @@ def test_what_loading_refuses_is_refused_without_weights(name, model_dir):
     assert asked == loaded and says in asked
 
 
+def test_an_adapter_on_experts_between_processes_is_refused_before_a_stage_is_trained(model_dir):
+    """Loading refuses it as soon as there are several processes."""
+    keys = {**LORA, "sharding": {"tensor_parallel_size": 2}}
+    model = model_dir("qwen3_moe")
+    asked, _ = _asked(model, **keys, lora_target=["q_proj", "gate_up_proj"])
+    assert "sharding.tensor_parallel_size: with an adapter" in asked and "take it out of the adapter" in asked
+    assert _asked(model, **keys, lora_target=["q_proj"])[0] == ""
+
+
 @pytest.mark.parametrize("name", TAKEN)
 def test_what_loads_is_not_refused(name, model_dir):
     assert _asked(model_dir("qwen3"), **TAKEN[name]) == ["", ""]

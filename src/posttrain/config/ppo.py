@@ -41,7 +41,6 @@ class PPOKeys(PolicyGradientKeys):
     def _has_what_a_critic_can_judge(self) -> PPOKeys:
         refused = {
             "teachers": ("a critic's advantages are not shared out by teachers: use grpo or distill", bool(self.teachers)),
-            self.sharding.group_text: ("a critic reads whole sequences: set it to 1", self.sharding.group_size > 1),
             "dynamic_sampling with num_generations: 1": ("there is no group whose rewards could differ: set num_generations to 2 or more", self.dynamic_sampling and self.num_generations == 1),
         }
         for got, (why, found) in refused.items():

@@ -66,7 +66,7 @@ def beside_tensor_parallel(keys: TrainKeys) -> dict[str, tuple[str, Any]]:
         f"lora_dropout: {keys.lora_dropout:g}": ("not proven together: set it to 0", adapted and keys.lora_dropout),
         f"lora_modules_to_save: {', '.join(keys.lora_modules_to_save)}": ("beside A and B nothing is dealt: take them out", adapted and keys.lora_modules_to_save),
         f"added_tokens: {', '.join(keys.added_tokens)}": ("embedding and head would be trained whole: take them out, or set adapter: none", adapted and keys.added_tokens),
-        "a reward model": ("its head scores whole sequences: set it to 1", keys.is_reward_model),
+        "an adapter on a reward model": ("its head is trained beside A and B: set adapter: none", adapted and keys.is_reward_model),
         "param_dtype: bfloat16": ("not proven together: set it to float32, and bf16: true", keys.sharding.param_dtype != "float32"),
         f"optim: {keys.optim}": ("set adamw", keys.optim != "adamw"),
     }

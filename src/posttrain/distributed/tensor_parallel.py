@@ -89,7 +89,7 @@ class TensorGroup:
         """The same for the adapters that were put on a model that is cut. Raises: ModelError for others than those of linear layers."""
         from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
-        _refuse_other_adapters(model)
+        refuse_other_adapters(model)
         base = model.get_base_model()
         plan = ParallelPlan.of(base.tp_plan, base.ep_plan)
         apply_tensor_parallelism(base, self.mesh, {f"{n}.{ADAPTED[style]}": style for n, style in plan.dense.items()})
@@ -130,7 +130,9 @@ class ScoredSplit:
 def _refuse_other_parts(model: Any, layers: list[nn.Module]) -> None:
     """Raises: ModelError for weights whose gradient would be neither that of a layer nor that of a row."""
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    # Of a head the neighbours run their own rows, whether it gives tokens or a reward.
+    heads = [module for module in model.children() if isinstance(module, nn.Linear)]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings(), *heads)
     for name, module in model.named_modules():
         known = module in ends or type(module).__name__.endswith("Norm")
         if not known and any(id(parameter) not in inside for parameter in module.parameters(recurse=False)):
@@ -140,7 +142,7 @@ def _refuse_other_parts(model: Any, layers: list[nn.Module]) -> None:
             )
 
 
-def _refuse_other_adapters(adapted: Any) -> None:
+def refuse_other_adapters(adapted: Any) -> None:
     """Raises: ModelError for what is trained beside A and B of linear layers."""
     linear = {name for name, module in adapted.named_modules() if isinstance(module, nn.Linear)}
     for name, parameter in adapted.named_parameters():

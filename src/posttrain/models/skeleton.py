@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from posttrain.config.optimizing import OptimizerKeys
 from posttrain.config.rl import RewardedKeys
-from posttrain.config.stages import ModelKeys
+from posttrain.config.stages import ModelKeys, TrainKeys
+from posttrain.distributed.tensor_parallel import refuse_other_adapters
 from posttrain.models.adapters import check_adapter, continue_adapter
 from posttrain.models.continued import adapter_before, base_keys, is_continued
 from posttrain.models.exact import refuse_inexact_layers
@@ -38,6 +39,8 @@ def check_loads(keys: ModelKeys, tokenizer: PreTrainedTokenizerBase) -> None:
         embedding: Any = model.get_input_embeddings()
         grown = rows_wanted(tokenizer, under) > embedding.weight.shape[0]
         made = check_adapter(model, keys, grown=grown)
+        if isinstance(keys, TrainKeys) and keys.sharding.tensor_parallel_size > 1:
+            refuse_other_adapters(made)
     elif isinstance(keys, OptimizerKeys):
         freeze(model, keys)
     if keys.gradient_checkpointing:

@@ -279,9 +279,7 @@ def _overlong(draft: ImportDraft) -> None:
 
 def _sequences(draft: ImportDraft) -> None:
     key, size = given(draft, "ds.ring_attn_size", "ring_attn_size")
-    if size is not None and draft.kind == "ppo":
-        draft.change(key, "a critic reads whole sequences here, which changes no number")
-    elif size is not None:
+    if size is not None:
         draft.put("sharding", tokens_over(size), key, "Ulysses deals the tokens of a sequence")
 
 

@@ -116,9 +116,7 @@ def _template_values(draft: ImportDraft) -> None:
 def _sharding(draft: ImportDraft) -> None:
     actor = "actor_rollout_ref.actor"
     for key in (f"{actor}.ulysses_sequence_parallel_size", "ulysses_sequence_parallel_size", "engine.ulysses_sequence_parallel_size"):  # fmt: skip
-        if key in draft.source and draft.kind == "ppo":
-            draft.change(key, "a critic reads whole sequences here, which changes no number")
-        elif key in draft.source:
+        if key in draft.source:
             draft.put("sharding", tokens_over(draft.source[key]), key)
     size, again = f"{actor}.fsdp_config.fsdp_size", f"{actor}.fsdp_config.reshard_after_forward"
     if size in draft.source:
