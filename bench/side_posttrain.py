@@ -141,7 +141,7 @@ def roll_out(row: Row, job: Mapping[str, Any], turns: Turns) -> None:
     keys = keys_of(row, job)
     tokenizer = load_tokenizer(keys)
     policy = load_policy(keys, tokenizer=tokenizer).without_dropout()
-    engine = make_engine(EngineSource(keys, policy), rows=keys.rollout_batch_size)
+    engine = make_engine(EngineSource(keys, policy), keys=keys.rollout, rows=keys.rollout_batch_size)
     prompts = load_prompts(keys, tokenizer).rows
     params = SamplingParams(keys.max_completion_length, keys.temperature)
     for step in range(job["max_steps"]):
