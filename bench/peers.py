@@ -218,7 +218,7 @@ def main() -> None:
 def measured(row: PeerRow, options: Options) -> dict[str, Any]:
     try:
         return asdict(row.measure(options))
-    except (LeftOut, SideError) as error:
+    except (LeftOut, SideError, SystemExit) as error:  # the last: training the model that is asked ended
         print(f"{row.name}: {error}", file=sys.stderr, flush=True)
         return {"left_out": str(error).splitlines()[0]}
 
