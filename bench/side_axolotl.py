@@ -15,8 +15,8 @@ from turns import Turns, recorded_trainer
 
 def segments(job: Mapping[str, Any], folder: Path) -> Path:
     """The rows as its `input_output` wants them: texts as they stand, the prompt's without a loss."""
-    rows = map(json.loads, Path(job["data"]).read_text().splitlines())
-    asked = [[(False, row["prompt"]), (True, row["completion"])] for row in rows]
+    with Path(job["data"]).open(encoding="utf-8") as rows:
+        asked = [[(False, row["prompt"]), (True, row["completion"])] for row in map(json.loads, rows)]
     lines = [json.dumps({"segments": [{"label": label, "text": text} for label, text in row]}) for row in asked]
     path = folder / "rows.jsonl"
     path.write_text("".join(f"{line}\n" for line in lines))

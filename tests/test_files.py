@@ -1,13 +1,11 @@
 """The one reader of JSON lines, and every place that reads them."""
 
-import ast
 import fcntl
 import json
 import multiprocessing
 import os
 import signal
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 
@@ -22,7 +20,6 @@ from posttrain.files import nobody_reading, read_json_lines, reading, write_fold
 from posttrain.rewards.cases import Case
 from posttrain.tracking.jsonl import read_jsonl
 
-ROOT = Path(__file__).parents[1]
 BREAKS = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\rh"
 """Everything that `str.splitlines` cuts at, other than a newline."""
 
@@ -85,18 +82,6 @@ def test_a_growing_file_may_end_in_half_a_line_and_no_other_may(tmp_path):
     assert list(read_json_lines(path, growing=True)) == [(1, {"step": 1})]
     with pytest.raises(DataError, match=r"rows\.jsonl:3: not JSON"):
         list(read_json_lines(path))
-
-
-def test_nobody_reads_json_lines_by_hand():
-    """A function that parses JSON and cuts text at what `str.splitlines` takes for lines breaks on U+2028."""
-    found = []
-    for path in (path for part in ("src", "bench", "examples", "docs") for path in (ROOT / part).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef | ast.ListComp | ast.GeneratorExp):
-                called = {inner.attr for inner in ast.walk(node) if isinstance(inner, ast.Attribute)}
-                if {"loads", "splitlines"} <= called:
-                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
-    assert found == []
 
 
 @pytest.mark.parametrize("keep", [False, True])
