@@ -116,7 +116,7 @@ bench: $(STAMP)
 
 bench-all: $(STAMP)
 	OMP_NUM_THREADS=2 $(BIN)/python bench/vs_trl.py --all
-	OMP_NUM_THREADS=2 $(BIN)/python bench/peers.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/peers.py --threads 1
 
 # GPU_PYTHON=python takes an environment that has torch for this card, instead of making one.
 GPU_PYTHON ?= $(BIN)/python

@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from posttrain.c_compiler import find_compiler
+
 torch.set_num_threads(1)
 settings.register_profile("clockless", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("clockless")  # what holds of a property does not depend on how busy the machine is
@@ -102,6 +104,12 @@ def make_model(folder: Path, architecture: str, **changes) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     os.environ["POSTTRAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    if find_compiler() is None:
+        pytest.skip("there is no C compiler: the kernels of rollout.native_kernels are not built")
 
 
 @pytest.fixture(scope="session")

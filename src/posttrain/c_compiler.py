@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 from functools import lru_cache
@@ -10,9 +11,10 @@ from functools import lru_cache
 _ANSWER_SECONDS = 20
 
 
-def find_compiler() -> str | None:
-    """That of CC, or cc, gcc or clang."""
-    return next(filter(shutil.which, [os.environ.get("CC", ""), "cc", "gcc", "clang"]), None)
+def find_compiler() -> list[str] | None:
+    """The command of CC, with its arguments, or else cc, gcc or clang; None where there is none of them."""
+    commands = [shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"], ["clang"]]
+    return next((command for command in commands if command and shutil.which(command[0])), None)
 
 
 @lru_cache(maxsize=1)
@@ -22,8 +24,8 @@ def compiler_version() -> str | None:
         return None
     try:
         done = subprocess.run(
-            [compiler, "--version"], check=True, capture_output=True, text=True, timeout=_ANSWER_SECONDS
+            [*compiler, "--version"], check=True, capture_output=True, text=True, timeout=_ANSWER_SECONDS
         )
     except (subprocess.SubprocessError, OSError) as error:
-        return f"{compiler} does not say: {error}"
-    return next(iter(done.stdout.splitlines()), compiler)
+        return f"{shlex.join(compiler)} does not say: {error}"
+    return next(iter(done.stdout.splitlines()), shlex.join(compiler))

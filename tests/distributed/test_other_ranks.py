@@ -45,7 +45,7 @@ def test_another_global_batch_is_refused_by_the_command_with_both(write_yaml, ki
     killed(2, stage, 2, "sft", path)
     done = refused(1, "sft", path, "--set", "num_processes=1", "-q")
     assert done.returncode == 64
-    assert "num_processes" in done.stderr and "2" in done.stderr
+    assert "num_processes: 2 → 1" in done.stderr, done.stderr
     assert not (stage / "result.json").exists()
 
 

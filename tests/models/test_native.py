@@ -8,6 +8,8 @@ from posttrain.models import native
 from posttrain.models.decode import LlamaStep
 from posttrain.models.native import NativeStep, PromptsInMemory, RowsInMemory
 
+pytestmark = pytest.mark.usefixtures("compiler")
+
 
 @pytest.fixture
 def step(policy_of):

@@ -1,9 +1,14 @@
+import re
+import shlex
+import tempfile
+
 import pytest
 
+from posttrain.c_compiler import find_compiler
 from posttrain.cli import doctor
 from posttrain.errors import ModelError
 from posttrain.models import packed
-from posttrain.models.native import NativeStep, kernels
+from posttrain.models.native import NativeStep, built, kernels
 from posttrain.rollout import kv
 from posttrain.rollout.cached import Shortcuts
 from posttrain.rollout.embedded import EmbeddedEngine
@@ -21,6 +26,7 @@ def _sizes(monkeypatch):
     return sizes
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
     ("family", "prepack"), [("llama", False), ("mistral", False), ("qwen2", False), ("qwen3", False), ("qwen3", True)]
 )
@@ -44,6 +50,7 @@ def test_the_kernels_give_the_tokens_and_the_trainers_log_probs(shared_policy, m
         assert completion.logp == pytest.approx(logp, abs=1e-5)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_prompt_that_is_long_for_its_rows_is_attended_to_as_without_kernels(shared_policy, monkeypatch):
     policy, sizes = shared_policy("qwen3"), _sizes(monkeypatch)
     monkeypatch.setattr(kv, "_LEAST_SHARED", 3 * 5)
@@ -56,27 +63,52 @@ def test_a_prompt_that_is_long_for_its_rows_is_attended_to_as_without_kernels(sh
     assert [c.ids for c in found] == [c.ids for c in plain]
 
 
+@pytest.fixture
+def built_anew():
+    """What was built, or could not be, is forgotten before and after."""
+    built.cache_clear()
+    yield
+    built.cache_clear()
+
+
 @pytest.mark.parametrize(
-    ("compiler", "why"), [(None, "there is no C compiler"), ("echo no such flag >&2; exit 1", "does not build the kernels: no such flag")]
+    ("compiler", "why"), [(None, "there is no C compiler"), ("echo no such flag >&2; exit 1", "does not build the kernels: no such flag"), ("exit 0", "does not build the kernels: .*native.so: cannot open")]
 )  # fmt: skip
 def test_without_a_compiler_the_key_says_why_and_nothing_else_changes(
-    shared_policy, monkeypatch, tmp_path, caplog, compiler, why
+    shared_policy, monkeypatch, tmp_path, caplog, compiler, why, built_anew
 ):
     policy, requests, params = shared_policy("qwen3"), [Request((5, 6, 7), 1)], SamplingParams(max_tokens=6)
     plain = in_order(EmbeddedEngine(policy, stop_token_ids=()).generate(requests, params))
-    kernels.cache_clear()
     monkeypatch.delenv("CC", raising=False)
     if compiler is not None:
-        (tmp_path / "cc").write_text(f"#!/bin/sh\n{compiler}\n")
+        (tmp_path / "cc").write_text(f"#!/bin/sh\necho >> {tmp_path}/asked\n{compiler}\n")
         (tmp_path / "cc").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     engine = EmbeddedEngine(policy, stop_token_ids=(), shortcuts=KERNELS)
-    assert "rollout.native_kernels: no effect, because" in caplog.text and why in caplog.text
+    assert "rollout.native_kernels: no effect, because" in caplog.text and re.search(why, caplog.text)
     assert in_order(engine.generate(requests, params)) == plain
     with pytest.raises(ModelError, match=why):
         kernels(32)
+    if compiler is not None:
+        assert len((tmp_path / "asked").read_text()) == 1, "asked again in each call"
     [found] = doctor.decode_kernels()
-    assert found.status == "note" and why in found.text
+    assert found.status == "note" and re.search(why, found.text)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_the_compiler_of_cc_may_have_arguments_and_a_folder_that_cannot_be_written_is_said(
+    monkeypatch, tmp_path, built_anew
+):
+    compiler = tmp_path / "my cc"
+    compiler.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/first\nexec {shlex.join(find_compiler())} "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", f"'{compiler}' -DUNUSED")
+    kernels(32)
+    assert (tmp_path / "first").read_text() == "-DUNUSED\n"
+    built.cache_clear()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(ModelError, match=r"does not build the kernels: .*absent"):
+        kernels(32)
 
 
 def test_a_model_with_other_layers_says_so(shared_policy, caplog):

@@ -45,7 +45,8 @@ _CODE_S = 60.0
 def code_digest() -> str:
     """Of the text of this package."""
     root = Path(posttrain.__file__).parent
-    return digest_json({str(path.relative_to(root)): digest_file(path) for path in sorted(root.rglob("*.py"))})
+    texts = sorted(path for path in root.rglob("*") if path.suffix in (".py", ".c"))
+    return digest_json({str(path.relative_to(root)): digest_file(path) for path in texts})
 
 
 class PeerFailedError(Exception):

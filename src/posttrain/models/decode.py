@@ -78,7 +78,8 @@ class LlamaStep:
     """Source: the forward of transformers' Llama, Mistral, Qwen2 and Qwen3 at one token per row."""
 
     def __init__(self, policy: Policy, prepack: bool) -> None:
-        self.is_packed = prepack
+        self.encodes = prepack
+        """Whether it encodes prompts too: its bits are then not those of the model's own modules."""
         self._model: Any = policy.base.get_decoder()
         self._offloaded = policy.offloaded
         sliding_window = FAMILIES[policy.base.config.model_type]

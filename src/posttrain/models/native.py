@@ -8,6 +8,7 @@ than torch: other last bits.
 from __future__ import annotations
 
 import ctypes
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -87,21 +88,35 @@ class _Attention(ctypes.Structure):
     )  # fmt: skip
 
 
-@lru_cache(maxsize=8)
 def kernels(width: int) -> Any:
     """The library of native.c for heads so wide. Raises: ModelError where it cannot be built."""
+    if isinstance(found := built(width), ModelError):
+        raise found
+    return found
+
+
+@lru_cache(maxsize=8)
+def built(width: int) -> Any:
+    """What `kernels` gives, or raises: a compiler that cannot is asked once, not in each call of an engine."""
+    try:
+        return _build(width)
+    except ModelError as error:
+        return error
+
+
+def _build(width: int) -> Any:
     if (compiler := find_compiler()) is None:
         raise ModelError("there is no C compiler (cc, gcc or clang; CC names another)")
     flags = (*_FLAGS, *_FLAGS_OF.get(torch.backends.cpu.get_cpu_capability(), ()), f"-DWIDTH={width}")
-    with tempfile.TemporaryDirectory(prefix="posttrain-kernels-") as folder:
-        target = Path(folder) / "native.so"
-        command = [compiler, *flags, "-o", str(target), str(_SOURCE), "-lm"]
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="posttrain-kernels-") as folder:
+            target = Path(folder) / "native.so"
+            command = [*compiler, *flags, "-o", str(target), str(_SOURCE), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=_BUILD_SECONDS)
             library = ctypes.CDLL(str(target))
-        except (subprocess.SubprocessError, OSError) as error:
-            said = str(getattr(error, "stderr", None) or error).strip().splitlines()
-            raise ModelError(f"{compiler} does not build the kernels: {said[0] if said else error}") from error
+    except (subprocess.SubprocessError, OSError) as error:
+        said = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        raise ModelError(f"{shlex.join(compiler)} does not build the kernels: {said[0] if said else error}") from error
     library.add_and_norm.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2 + [ctypes.c_float, ctypes.c_int64]
     library.turn_heads.argtypes = (
         [ctypes.c_void_p, ctypes.c_int64]
@@ -133,6 +148,7 @@ class NativeStep(LlamaStep):
 
     def __init__(self, policy: Policy, prepack: bool) -> None:
         super().__init__(policy, prepack)
+        self.encodes = True
         layers = list(self._model.layers)
         self._norms = [*(layer.input_layernorm for layer in layers), self._model.norm]
         self._width = _head_width(policy)

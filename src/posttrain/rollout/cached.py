@@ -75,7 +75,7 @@ class CachedRows:
 
     def _encoded(self, batch: Batch, last: torch.Tensor) -> torch.Tensor:
         """By the model's own modules, whose bits are the trainer's, unless the step has other kernels than these."""
-        if isinstance(self._decode, NativeStep) or (isinstance(self._decode, LlamaStep) and self._decode.is_packed):
+        if isinstance(self._decode, LlamaStep) and self._decode.encodes:
             return self._decode(batch.input_ids_N, batch.position_ids_N, Prefill(batch.layout, self._cache), last)
         output = self._policy.model(
             input_ids=batch.input_ids_N[None], position_ids=batch.position_ids_N[None],
